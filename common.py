@@ -1,0 +1,3122 @@
+import argparse
+import ast
+import atexit
+import base64
+import collections
+import concurrent.futures
+import contextlib
+import csv
+import dataclasses
+import datetime
+import difflib
+import errno
+import gc
+import gzip
+import hashlib
+import html
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unicodedata
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".tga", ".mpo")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+EXIT_OK, EXIT_CRASH, EXIT_USER, EXIT_CHECKPOINT, EXIT_SAVED, EXIT_INTERRUPT = 0, 1, 2, 3, 75, 130
+
+
+class UserError(Exception):
+    """A mistake the user can mend: printed as one line without traceback, exit code 2."""
+    code = EXIT_USER
+
+
+# ---------------------------------------------------------------------------
+# Arguments and config
+# ---------------------------------------------------------------------------
+# A flag is declared once; a config file, the flags of a resumed run and the command line all pass through its own type.
+
+# Flags that may change between the two halves of a resumed run: they decide where and how fast, never what is computed.
+NEUTRAL_FLAGS = {"output_dir", "config", "resume", "num_workers", "device", "cache", "save_every", "save_minutes", "save_top_k",
+                 "tensorboard", "wandb", "images_dir", "ratings_file", "weights", "split_file", "criteria", "use_amp", "fold"}
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose mistakes are one line that names the closest flag, with exit code 2."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        unknown = re.search(r"unrecognized arguments: (--\w+)", message)
+        if unknown:
+            message = f"unknown flag {unknown[1]}{closest(unknown[1], self._option_string_actions)}; --help lists all"
+        sys.stderr.write(f"error: {message}\n")
+        raise SystemExit(EXIT_USER)
+
+
+def closest(name, known):
+    """' (did you mean X?)' for the known name nearest to `name`, or ''."""
+    match = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def bounded(kind, low=-math.inf, high=math.inf, open_low=False):
+    """argparse type: a finite `kind` (int or float) within [low, high]; open_low excludes `low` itself."""
+    def parse(text):
+        value = kind(text)
+        if not (math.isfinite(value) and low <= value <= high) or (open_low and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is outside {'(' if open_low else '['}{low:g}, {high:g}]")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def auto_or_count(text):
+    """argparse type: 'auto' or a whole number of at least 0."""
+    return text if text == "auto" else bounded(int, 0)(text)
+
+
+def all_or_number(text):
+    """argparse type: 'all' or the number of one fold."""
+    return text if text == "all" else bounded(int, 0)(text)
+
+
+def add_run_arguments(parser):
+    """Where a run writes, how it is repeated, continued and watched."""
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--output_dir", type=Path, default=Path("outputs"), help="parent of the timestamped run folders")
+    add("--config", type=Path, help="YAML or JSON file of flags; a run's own args.json works; the command line wins")
+    add("--seed", type=bounded(int, 0), default=42, help="seed of every draw")
+    add("--deterministic", action="store_true", help="refuse operations whose result may differ between runs (GPU: slower)")
+    add("--resume", nargs="?", const="auto", metavar="{auto,RUN,CHECKPOINT}",
+        help="continue exactly: auto = the newest unfinished run with these flags; or a run folder; or a checkpoint")
+    add("--init_from", type=Path, metavar="CHECKPOINT", help="start a new run from the weights of a checkpoint (fine-tuning)")
+    add("--save_every", type=bounded(int, 0), default=10, help="epochs between checkpoint_epoch_N.pth; 0 = none")
+    add("--save_minutes", type=bounded(float, 0), default=10.0, help="minutes between saves of last.pth within an epoch; 0 = none")
+    add("--save_top_k", type=bounded(int, 0), default=0, help="keep the k best epochs as top_epoch_N.pth; 0 = only best_model.pth")
+    add("--dry_run", action="store_true", help="2 batches, 1 epoch, the whole run folder: does everything work?")
+    add("--criteria", default="", help='bars to judge, e.g. "r2>0.15,mae<3.0": PASS, FAIL or NOT RESOLVABLE')
+    add("--tensorboard", action="store_true", help="also write TensorBoard event files (needs the tensorboard package)")
+    add("--wandb", action="store_true", help="also log to Weights & Biases (needs the wandb package)")
+
+
+def add_training_arguments(parser):
+    """Epochs, batches, optimiser, schedule and early stopping."""
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--epochs", "--max_epochs", type=bounded(int, 1), default=50, help="passes over the training rows")
+    add("--batch_size", type=bounded(int, 1), default=32, help="samples per batch, over all processes")
+    add("--val_batch_size", type=bounded(int, 1), help="samples per batch in evaluation (default: batch_size)")
+    add("--accumulate", "--accumulate_grad_batches", type=bounded(int, 1), default=1, help="batches per optimiser step")
+    add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw", help="sgd has momentum 0.9")
+    add("--lr", type=bounded(float, 0, open_low=True), default=1e-4, help="peak learning rate")
+    add("--weight_decay", type=bounded(float, 0), default=0.01, help="not applied to biases and normalisation layers")
+    add("--scheduler", choices=("cosine", "step", "plateau", "none"), default="cosine",
+        help="cosine: to 0 over the run; step: x0.1 every epochs//3; plateau: x0.5 after 5 epochs without a better validation score")
+    add("--warmup_epochs", type=bounded(float, 0), default=0.0, help="epochs of linear warm-up from 0")
+    add("--clip_grad", type=bounded(float, 0), default=1.0, help="largest gradient norm; 0 = no clipping")
+    add("--patience", "--early_stopping", "--early_stop_patience", type=bounded(int, 0), default=15,
+        help="epochs without a better validation score before stopping; 0 = never stop early")
+    add("--min_epochs", type=bounded(int, 0), default=0, help="never stop early before this epoch")
+    add("--min_delta", type=bounded(float, 0), default=0.0, help="smallest gain that counts as better for early stopping")
+
+
+def add_data_arguments(parser):
+    """Splits, folds, leakage and bad files."""
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    share = bounded(float, 0, 1)
+    add("--train_ratio", type=share, default=0.8, help="share of the rows (or groups) for training")
+    add("--val_ratio", type=share, default=0.2, help="share for validation: selects the epoch")
+    add("--test_ratio", type=share, default=0.0, help="share for the test, scored once at the end")
+    add("--folds", type=bounded(int, 0), default=0, help="K-fold cross-validation; 0 = one split")
+    add("--fold", type=all_or_number, default="all", help="with --folds: all, or the number of one fold from 0")
+    add("--group_column", help="table column whose groups (subjects, videos, sites) never stand on two sides of a split")
+    add("--split_file", type=Path, help="reuse a split: the splits.json of another run, or {train: [names], val: [...]}")
+    add("--allow_leakage", action="store_true", help="train although splits share groups or identical pictures")
+    add("--on_bad_file", choices=("error", "skip"), default="error", help="unreadable files: list all and stop, or skip and list")
+    add("--cache", choices=("auto", "ram", "disk", "none"), default="auto", help="where decoded pictures are kept between epochs")
+    add("--augment", choices=("none", "light", "full"), default="full", help="random changes of training pictures")
+
+
+def add_model_arguments(parser):
+    """Where weights come from."""
+    group = parser.add_argument_group("weights")
+    add = group.add_argument
+    add("--pretrained", action="store_true", default=True, help="start from torchvision's published weights (default)")
+    add("--no_pretrained", dest="pretrained", action="store_false", help="start from random weights")
+    add("--weights", type=Path, metavar="FILE", help="state dict for the backbone, instead of the published weights")
+
+
+def add_compute_arguments(parser):
+    """Device, precision and workers: the flags that training and prediction share."""
+    group = parser.add_argument_group("speed")
+    add = group.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--use_amp", nargs="?", const="on", default="auto", choices=("auto", "on", "off"),
+        help="mixed precision; auto = where the device is fast at it")
+    add("--num_workers", type=auto_or_count, default="auto", help="loader processes; auto = chosen and printed")
+
+
+def add_shared_arguments(parser, **defaults):
+    """Declare every flag that the train scripts share; `defaults` sets the script's own default values."""
+    for add in (add_run_arguments, add_training_arguments, add_data_arguments, add_model_arguments, add_compute_arguments):
+        add(parser)
+    parser.set_defaults(**defaults)
+
+
+def parse_arguments(parser, argv=None):
+    """Parse the command line over --config over the flags of the run named by --resume over the defaults.
+
+    Returns the Namespace, with `given` = the set of flag names typed on the command line.
+    Raises UserError for an unreadable config, an unknown key (closest flag named) or a value that its flag refuses.
+    """
+    argv = [_snake_case(token) for token in (sys.argv[1:] if argv is None else argv)]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    first.add_argument("--resume", nargs="?", const="auto")
+    known, _ = first.parse_known_args(argv)
+    given = {parser._option_string_actions[name].dest for token in argv
+             if (name := token.split("=", 1)[0]) in parser._option_string_actions}
+    inherited = []
+    if known.resume not in (None, "auto"):
+        inherited += _tokens(parser, run_folder_of(known.resume) / "args.json", given | {"config", "resume"})
+    if known.config:
+        inherited += _tokens(parser, known.config, given | {"config", "resume"})
+    args = parser.parse_args(inherited + argv)
+    args.given = given
+    return args
+
+
+def _snake_case(token):
+    name, equals, value = token.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") and len(name) > 2 else token
+
+
+def _tokens(parser, path, skip):
+    """Config file -> command-line tokens, each value checked by its own flag first so that an error names the file."""
+    tokens = []
+    for key, value in read_config(path).items():
+        action = parser._option_string_actions.get("--" + key.replace("-", "_"))
+        if action is None:
+            known = [name[2:] for name in parser._option_string_actions]
+            raise UserError(f"{path}: unknown key {key!r}{closest(key, known)}; a key is a flag of this script without its dashes")
+        if action.dest not in skip and value is not None:
+            tokens += _option_tokens(parser, action, key, value, path)
+    return tokens
+
+
+def _option_tokens(parser, action, key, value, path):
+    option = "--" + key.replace("-", "_")
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: {key} is a switch: expected true or false, found {value!r}")
+        wanted = value == action.const  # `no_pretrained: true` and `pretrained: false` both ask for pretrained = False
+        return [other.option_strings[0] for other in parser._actions if other.dest == action.dest and other.const is wanted][:1]
+    if isinstance(value, bool) and action.choices and {"on", "off"} <= set(action.choices):
+        value = "on" if value else "off"  # YAML 1.1 reads a bare `on` as true
+    values = value if isinstance(value, list) else [value]
+    for item in values:
+        _check_value(action, key, item, path)
+    if isinstance(value, list) and not isinstance(action, argparse._AppendAction) and action.nargs is not None:
+        return [option] + [str(item) for item in values]
+    return [f"{option}={item}" for item in values]
+
+
+def _check_value(action, key, item, path):
+    if isinstance(item, (bool, dict, list)):
+        raise UserError(f"{path}: {key} expected {getattr(action.type, '__name__', 'text')}, found {item!r}")
+    try:
+        converted = action.type(str(item)) if action.type else str(item)
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise UserError(f"{path}: {key} expected {getattr(action.type, '__name__', 'text')}, found {item!r} ({error})") from None
+    if action.choices and converted not in action.choices:
+        raise UserError(f"{path}: {key} is one of {', '.join(map(str, action.choices))}; found {item!r}")
+
+
+def read_config(path):
+    """Flat dict {flag name: value} from YAML (safe subset) or JSON; nested sections are dropped, a run's args.json gives its flags.
+
+    Raises UserError for files that are missing, over 1 MB, not a mapping, or that hold duplicate keys, anchors, NaN or
+    nesting deeper than the parser can follow.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such file: {path} (expected a YAML or JSON file of flags)")
+    if path.stat().st_size > 1_000_000:
+        raise UserError(f"{path} has {path.stat().st_size} bytes: a config file stays under 1 MB")
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    try:
+        values = _parse_json(text) if path.suffix.lower() == ".json" else _parse_yaml(text)
+        if isinstance(values, dict) and isinstance(values.get("flags"), dict) and "command" in values:
+            values = values["flags"]
+        flat = {}
+        _flatten(values if values is not None else {}, flat)
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be a config file ({len(text)} characters)") from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as a config file: {' '.join(str(error).split())}") from None
+    return flat
+
+
+def _parse_json(text):
+    def unique(pairs):
+        keys = [key for key, _ in pairs]
+        if len(keys) != len(set(keys)):
+            raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands there twice")
+        return dict(pairs)
+
+    def refuse(name):
+        raise ValueError(f"{name} is not a value")
+    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+
+
+def _parse_yaml(text):
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent) or getattr(self.peek_event(), "anchor", None):
+                raise ValueError(f"anchors and aliases are not read (line {self.peek_event().start_mark.line + 1})")
+            return super().compose_node(parent, index)
+
+    def mapping(loader, node):
+        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise ValueError(f"the key {twice[0]!r} stands there twice (line {node.start_mark.line + 1})")
+        return {key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value)}
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
+def _flatten(values, flat):
+    if not isinstance(values, dict):
+        raise ValueError(f"expected `flag: value` lines, found {type(values).__name__}")
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _flatten(value, flat)
+        elif key in flat:
+            raise ValueError(f"the key {key!r} stands in two sections")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key} is {value}: not a value")
+        else:
+            flat[str(key)] = value
+
+
+# ---------------------------------------------------------------------------
+# Run folder and log
+# ---------------------------------------------------------------------------
+# One folder a run, made with os.mkdir as the lock; every file in it appears whole or not at all.
+
+class Run:
+    """An open run folder: `say` writes to the terminal and log.txt; leaving the `with` block closes it.
+
+    A user error before args.json is written removes the folder again, so that a typing mistake leaves nothing behind.
+    """
+
+    def __init__(self, folder, args, compute, signals, resumed=False):
+        self.folder, self.args, self.compute, self.signals, self.resumed = Path(folder), args, compute, signals, resumed
+        self._lock = _lock_folder(self.folder)
+        self._log = open(self.folder / "log.txt", "a", encoding="utf-8")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is not None and not isinstance(error, SystemExit):
+            self._log.write(f"{kind.__name__}: {error}\n")
+        self._log.close()
+        self._lock.close()
+        if isinstance(error, UserError) and not self.resumed and not (self.folder / "args.json").exists():
+            shutil.rmtree(self.folder)
+
+    def path(self, name):
+        """Path of a file in the run folder."""
+        return self.folder / name
+
+    def say(self, text="", log_only=False):
+        """Print a line (ASCII) and keep it in log.txt; log_only leaves the terminal alone."""
+        text = str(text).encode("ascii", "backslashreplace").decode()
+        self._log.write(text + "\n")
+        self._log.flush()
+        if not log_only:
+            print(text, flush=True)
+
+    def child(self, name):
+        """The run of one fold: an ordinary run folder inside this one, opened again where it exists."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        return Run(folder, self.args, self.compute, self.signals, self.resumed)
+
+    def write_args(self, **data):
+        """args.json: what is needed to repeat the run. On resume: refuse when flags or data differ from the first start."""
+        record = _args_record(self.args, self.compute, data)
+        path = self.path("args.json")
+        if not path.exists():
+            return write_json(path, record)
+        before = read_json(path)
+        differences = [(f"--{name}", before["flags"].get(name), value) for name, value in record["flags"].items()
+                       if name not in NEUTRAL_FLAGS and before["flags"].get(name) != value]
+        differences += [(name, before["data"].get(name), value) for name, value in record["data"].items()
+                        if before["data"].get(name) != value]
+        if before["device"]["precision"] != record["device"]["precision"]:
+            differences.append(("precision", before["device"]["precision"], record["device"]["precision"]))
+        if differences:
+            lines = "".join(f"\n  {name:24} {_brief(old):32} {_brief(new)}" for name, old, new in differences)
+            raise UserError(f"{self.folder} cannot be continued exactly: these differ (then, now); start a new run or restore them{lines}")
+
+
+def _brief(value):
+    text = json.dumps(value)
+    return text if len(text) <= 30 else text[:27] + "..."
+
+
+def start_run(args):
+    """Device, threads, stop signals and the run folder (new, or the one to resume).
+
+    Returns Run. Raises UserError for a missing device or an output folder that cannot be written; SystemExit(0) when the
+    run to resume is finished.
+    """
+    if args.dry_run:
+        args.epochs, args.patience, args.save_every = 1, 0, 0
+    compute = choose_compute(args.device, args.use_amp)
+    if args.deterministic:
+        torch.use_deterministic_algorithms(True)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    folder = _folder_to_resume(args) if args.resume else None
+    resumed = folder is not None
+    if resumed:
+        _restore_threads(folder)
+    run = Run(folder or _new_folder(args.output_dir), args, compute, StopSignals(), resumed)
+    run.say(f"run folder: {run.folder}{' (continued)' if resumed else ''}")
+    run.say(f"command: {command_line()}")
+    run.say(f"device: {compute.text}; {torch.get_num_threads()} threads; torch {torch.__version__}")
+    return run
+
+
+def _new_folder(parent):
+    stamp = datetime.datetime.now().strftime("run_%Y%m%d_%H%M%S")
+    job = slurm_job_id()
+    stamp += f"_job{job}" if job else ""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = parent / (stamp if number == 1 else f"{stamp}_{number}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    except OSError as error:
+        raise UserError(f"--output_dir {parent} cannot be written: {error.strerror}; name another folder") from None
+
+
+def slurm_job_id():
+    """The SLURM job of this process ('123', '123_4' for an array task), or None."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID', '0')}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def _lock_folder(folder):
+    handle = open(folder / ".lock", "w")
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock: a second writer is not detected there
+        return handle
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is being written by another process; wait for it or start a new run") from None
+    return handle
+
+
+def run_folder_of(target):
+    """--resume RUN or CHECKPOINT -> the run folder. Raises UserError where there is none."""
+    target = Path(target)
+    folder = target if target.is_dir() else target.parent
+    if not target.exists() or not (folder / "args.json").is_file():
+        raise UserError(f"--resume {target} is no run folder or checkpoint inside one (no args.json in {folder})")
+    return folder
+
+
+def _folder_to_resume(args):
+    if args.resume != "auto":
+        folder = run_folder_of(args.resume)
+        if read_json(folder / "args.json")["script"] != script_name():
+            raise UserError(f"{folder} is a run of {read_json(folder / 'args.json')['script']}, not of {script_name()}")
+        return _unfinished_or_exit(folder)
+    job = slurm_job_id()
+    candidates = sorted(args.output_dir.glob("run_*/args.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    runs = [path.parent for path in candidates if _same_run(read_json(path), args)]
+    for folder in (f for f in runs if job and re.search(rf"_job{job}(_\d+)?$", f.name)):
+        return _unfinished_or_exit(folder)
+    return next((folder for folder in runs if not _finished(folder)), None)
+
+
+def _same_run(record, args):
+    flags = json_safe(_flags(args))
+    return record.get("script") == script_name() and all(
+        record["flags"].get(name) == value for name, value in flags.items() if name not in NEUTRAL_FLAGS)
+
+
+def _finished(folder):
+    return (folder / "metrics.json").exists()
+
+
+def _unfinished_or_exit(folder):
+    if _finished(folder):
+        print(f"{folder} is finished: nothing to continue; its report is {folder / 'report.html'}", flush=True)
+        raise SystemExit(EXIT_OK)
+    return folder
+
+
+def _restore_threads(folder):
+    # the number of threads decides the last bits of every sum
+    torch.set_num_threads(read_json(folder / "args.json")["device"]["threads"])
+
+
+def script_name():
+    """File name of the running script."""
+    return Path(sys.argv[0]).name
+
+
+def command_line():
+    """The command as it was typed, quoted for a shell."""
+    return shlex.join(["python", *sys.argv])
+
+
+def _flags(args):
+    return {name: value for name, value in vars(args).items() if name != "given"}
+
+
+def _args_record(args, compute, data):
+    return json_safe({
+        "script": script_name(), "command": command_line(), "flags": _flags(args), "versions": package_versions(),
+        "git": _git_commit(), "data": data,
+        "device": {"device": str(compute.device), "name": compute.text, "precision": compute.precision,
+                   "threads": torch.get_num_threads()},
+        "slurm": {name: value for name, value in os.environ.items()
+                  if name in ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_NNODES", "SLURM_NTASKS")}})
+
+
+def package_versions():
+    """Versions of Python and of every package that can change a result."""
+    from importlib import metadata
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "numpy", "pillow", "opencv-python", "opencv-python-headless", "pandas"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def _git_commit():
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return {"commit": commit.stdout.strip(), "changed": bool(changed.stdout.strip())} if commit.returncode == 0 else None
+
+
+def json_safe(value):
+    """Plain JSON types: paths become text, arrays lists, and a number that is not finite null."""
+    if isinstance(value, dict):
+        return {str(key): json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, np.ndarray)):
+        return [json_safe(item) for item in (sorted(value) if isinstance(value, set) else value)]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def write_whole(path, content):
+    """Write bytes so that a kill at any moment leaves the old file or the new one: temp file, fsync, rename."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CannotSave(f"no space to write {path}: {len(content)} bytes needed, {_free_bytes(path.parent)} free") from error
+        raise CannotSave(f"cannot write {path}: {error.strerror}") from error
+
+
+class CannotSave(UserError):
+    """The run folder can no longer be written; the checkpoint before it stays whole."""
+    code = EXIT_CRASH
+
+
+def _free_bytes(folder):
+    with contextlib.suppress(OSError, AttributeError):
+        status = os.statvfs(folder)
+        return status.f_bavail * status.f_frsize
+    return "unknown"
+
+
+def _sync_folder(folder):
+    with contextlib.suppress(PermissionError):  # Windows opens no folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_json(path, value):
+    """Strict JSON (a NaN is null), written whole."""
+    write_whole(path, (json.dumps(json_safe(value), indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path):
+    """A JSON file that this project wrote. Raises UserError where it is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def write_table(path, rows):
+    """CSV with the columns of all rows in order of appearance; floats in full precision, NaN and None empty. Written whole."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([_cell(row.get(name)) for name in columns] for row in rows)
+    write_whole(path, text.getvalue().encode())
+
+
+def _cell(value):
+    value = value.item() if isinstance(value, np.generic) else value
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return repr(value) if isinstance(value, float) else value
+
+
+def run_main(main):
+    """Run main() and leave with the exit code of the contract: one line for a user's mistake, a traceback for ours."""
+    try:
+        main()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(error.code) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        raise SystemExit(EXIT_INTERRUPT) from None
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        sys.stderr.write(f"error: out of memory ({' '.join(str(error).split())[:160]})\n{_half_batch()}\n")
+        raise SystemExit(EXIT_CRASH) from None
+
+
+def _half_batch():
+    tokens = " ".join(sys.argv)
+    found = {name: re.search(rf"--{name}[ =](\d+)", tokens) for name in ("batch_size", "accumulate")}
+    batch = int(found["batch_size"][1]) if found["batch_size"] else None
+    accumulate = int(found["accumulate"][1]) if found["accumulate"] else 1
+    if batch is None:
+        return "try again with half the batch size (--batch_size) and --accumulate 2"
+    kept = re.sub(r"--(batch_size|accumulate)[ =]\d+ ?", "", tokens).strip()
+    return f"try: python {kept} --batch_size {max(1, batch // 2)} --accumulate {2 * accumulate}"
+
+
+# ---------------------------------------------------------------------------
+# Device, seed and loaders
+# ---------------------------------------------------------------------------
+# Every draw is a pure function of (seed, epoch, sample), so a resumed run needs no random state and any worker count agrees.
+
+@dataclasses.dataclass
+class Compute:
+    """Where and how precisely the model runs: `precision` is fp32, bf16 or fp16; `text` is what the user is told."""
+    device: torch.device
+    precision: str
+    channels_last: bool
+    text: str
+
+    def autocast(self):
+        """Mixed-precision context of the forward pass."""
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
+
+    def place(self, model):
+        """Model on the device, convolutions in the memory layout that the device is fast at."""
+        model = model.to(self.device)
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+
+
+def choose_compute(device, use_amp):
+    """--device and --use_amp -> Compute. Raises UserError for a GPU that is asked for and absent."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: expected auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: this torch sees {torch.cuda.device_count()} CUDA GPUs; use --device cpu, "
+                        "or run verify_setup.py to see why")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {device}: this machine has no Apple GPU; use --device cpu")
+    fast = fast_precision(device)
+    precision = "fp32" if use_amp == "off" else fast
+    if use_amp == "on" and fast == "fp32":
+        precision = "bf16"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
+    layout = precision != "fp32" or device.type == "cuda"
+    text = f"{device} ({name}), {precision}{' with channels_last' if layout else ''}"
+    return Compute(device, precision, layout, text)
+
+
+def fast_precision(device):
+    """bf16 where the device computes it in hardware, fp16 on GPUs from compute capability 7 without it, else fp32."""
+    if device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        return "bf16" if major >= 8 else "fp16" if major >= 7 else "fp32"
+    return "bf16" if device.type == "cpu" and {"avx512_bf16", "amx_bf16"} & _cpu_flags() else "fp32"
+
+
+def _cpu_flags():
+    with contextlib.suppress(OSError):
+        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return set(found[1].split()) if found else set()
+    return set()
+
+
+def _processor_name():
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def mix(*integers):
+    """Hash integers to a 63-bit seed (splitmix64 finaliser): neighbours such as (seed, epoch + 1) share nothing."""
+    state = 0
+    for integer in integers:
+        state = (state + integer + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def generator_for(*integers):
+    """torch.Generator whose draws depend on these integers alone."""
+    return torch.Generator().manual_seed(mix(*integers))
+
+
+class EpochBatches(torch.utils.data.Sampler):
+    """Batches of (epoch, index): a permutation seeded by (seed, epoch), cut into batches, from batch `start` on.
+
+    The dataset's __getitem__ takes the pair, so that augmentation is seeded by it. Set `epoch` and `start` before iterating.
+    """
+
+    def __init__(self, n_samples, batch_size, seed, shuffle):
+        self.n_samples, self.batch_size, self.seed, self.shuffle = n_samples, batch_size, seed, shuffle
+        self.epoch, self.start = 0, 0
+
+    def __len__(self):
+        return math.ceil(self.n_samples / self.batch_size)
+
+    def __iter__(self):
+        order = range(self.n_samples)
+        if self.shuffle:
+            order = torch.randperm(self.n_samples, generator=generator_for(self.seed, self.epoch)).tolist()
+        for batch in range(self.start, len(self)):
+            yield [(self.epoch, index) for index in order[batch * self.batch_size:(batch + 1) * self.batch_size]]
+
+    def step_samples(self, batch, accumulate):
+        """Samples in the optimiser step that batch number `batch` belongs to."""
+        first = batch // accumulate * accumulate * self.batch_size
+        return min(self.n_samples, first + accumulate * self.batch_size) - first
+
+
+def make_loader(dataset, batch_size, args, compute, train, cached=False):
+    """DataLoader over EpochBatches; `cached` says that samples cost little, so that --num_workers auto needs fewer."""
+    workers = resolve_workers(args.num_workers, cached)
+    context = "fork" if workers and sys.platform != "win32" and sys.platform != "darwin" else None
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=EpochBatches(len(dataset), batch_size, args.seed, train), num_workers=workers,
+        persistent_workers=workers > 0, multiprocessing_context=context, worker_init_fn=_guard_worker if workers else None,
+        pin_memory=compute.device.type == "cuda", timeout=600 if workers else 0)
+
+
+def resolve_workers(num_workers, cached):
+    """'auto' -> none where a core more for the model helps more than a worker (two cores and a warm cache), else up to 8."""
+    if num_workers != "auto":
+        return num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if sys.platform == "win32" or (cached and cores <= 2):
+        return 0
+    return min(8, cores)
+
+
+def _guard_worker(_):
+    """Loader workers ignore the stop signals that a scheduler sends to every process, and obey only their parent's TERM.
+
+    SIG_IGN would make the loader's own shutdown hang, so the signals are blocked and one thread waits for them.
+    """
+    import cv2
+    cv2.setNumThreads(0)
+    parent = os.getppid()
+    stops = {getattr(signal, name) for name in StopSignals.NAMES if hasattr(signal, name)}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+
+    def wait():
+        while True:
+            info = signal.sigwaitinfo(stops)
+            if info.si_signo == signal.SIGTERM and info.si_pid == parent:
+                os._exit(0)
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class StopSignals:
+    """TERM, USR1, USR2 and the first Ctrl-C ask for a save and a stop; the second Ctrl-C stops at once.
+
+    While `armed` (inside the epoch loop) a signal is only noted; elsewhere there is nothing to save and it stops at once.
+    """
+    NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
+
+    def __init__(self):
+        self.received, self.armed = None, False
+        for name in self.NAMES:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._receive)
+
+    def _receive(self, number, _):
+        again = self.received == signal.SIGINT
+        self.received = signal.Signals(number)
+        if number == signal.SIGINT and (again or not self.armed):
+            raise KeyboardInterrupt
+        if not self.armed:
+            raise SystemExit(EXIT_SAVED)
+
+    @property
+    def exit_code(self):
+        """75 for a scheduler's signal (start me again), 130 for Ctrl-C."""
+        return EXIT_INTERRUPT if self.received == signal.SIGINT else EXIT_SAVED
+
+
+# ---------------------------------------------------------------------------
+# Tables and splits
+# ---------------------------------------------------------------------------
+# Any ratings table found in the wild becomes one RatingsTable; a split keeps groups whole and repeats exactly.
+MISSING_CELLS = {"", "na", "nan", "n/a", "#n/a", "<na>"}
+IMAGE_COLUMNS = ("image", "filename", "file", "stimulus", "path")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+NOT_A_TARGET = re.compile(r"(.*_)?(id|n|sd)|index|unnamed.*", re.IGNORECASE)
+
+
+def _some(items, limit=10):
+    """'a, b, c and 4 more': every fault counted, the first `limit` shown."""
+    items = [str(item) for item in items]
+    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+
+
+def _pick(wanted, options, where):
+    """Names asked for -> those in `options`, in any case, X also for X_mean. UserError lists the unknown ones."""
+    spelled = {name.lower().removesuffix("_mean"): name for name in options}
+    spelled |= {name.lower(): name for name in options} | {name: name for name in options}
+    unknown = [name for name in wanted or [] if name not in spelled and name.lower() not in spelled]
+    close = {name: difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.5) for name in unknown}
+    if unknown:
+        shown = _some(f"{name} (did you mean {spelled[near[0]]}?)" if near else name for name, near in close.items())
+        raise UserError(f"{where} {shown} (found: {_some(options, 40)}). Correct the name.")
+    return list(dict.fromkeys(spelled.get(name) or spelled[name.lower()] for name in wanted or []))
+
+
+def _table_text(path):
+    """Text of a file, unpacked where it is gzip: UTF-8 or UTF-16 (BOM), Windows-1252 as the last resort."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: expected a CSV table, found {'a folder' if Path(path).is_dir() else 'no such file'}.")
+    data = Path(path).read_bytes()
+    try:
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: expected a gzip file, found a damaged one ({error}). Copy it again.") from None
+    for encoding in ["utf-16"] if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "cp1252"]:
+        with contextlib.suppress(UnicodeDecodeError):
+            text = data.decode(encoding)
+            if "\0" not in text:
+                return text
+    raise UserError(f"{path}: expected a CSV table, found binary data ({len(data)} bytes). Save it as CSV (UTF-8).")
+
+
+def _csv_rows(text, delimiter, strict=True):
+    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=strict)
+
+
+def _sniff(text):
+    """-> (header names, delimiter); a header that lies in one quoted field above a row of many is parsed once more."""
+    def fit(delimiter):
+        rows = list(itertools.islice(filter(any, _csv_rows(text[:100_000], delimiter, strict=False)), 2)) or [[]]
+        is_quoted = len(rows[0]) == 1 < len(rows[-1])
+        names = next(_csv_rows(rows[0][0], delimiter, strict=False)) if is_quoted else rows[0]
+        is_table = len(names) > 1  # among equals the comma comes last; alone it stands for a table of one column
+        return is_table, len(names) == len(rows[-1]), len(names), (delimiter == ",") != is_table, names, delimiter
+    return max(map(fit, "\t;,"))[-2:]
+
+
+def _clean_cell(cell):
+    cell = str(cell).strip()
+    return "" if cell.lower() in MISSING_CELLS else cell
+
+
+def read_table(path):
+    """CSV table -> DataFrame of str cells, '' where blank, NA or NaN; its index holds the line numbers in the file.
+
+    Comma, semicolon or tab; BOM; .gz; CRLF; a header quoted as one field is repaired. attrs: delimiter, notes.
+    Raises UserError: no such file, binary, empty, rows of another width than the header, repeated column names.
+    """
+    import pandas as pd
+    text = _table_text(path)
+    header, delimiter = _sniff(text)
+    reader = _csv_rows(text, delimiter)
+    try:
+        rows = [(reader.line_num, row) for row in reader if any(row)]
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: expected CSV, found {error}. Correct the quotes.") from None
+    if len(rows) < 2:
+        raise UserError(f"{path}: expected a header and rows, found {len(rows)} line(s) with content. Check the file.")
+    is_repaired = len(rows.pop(0)[1]) != len(header)
+    wrong = [f"line {line} has {len(row)}" for line, row in rows if len(row) != len(header)]
+    if wrong:
+        raise UserError(f"{path}: expected {len(header)} fields in every row as in the header, but {_some(wrong, 5)}. "
+                        f"Put cells that contain {delimiter!r} in quotes, and fill short rows.")
+    names = [name.strip() or f"unnamed_{i}" for i, name in enumerate(header)]
+    repeated = [name for name, count in collections.Counter(names).items() if count > 1]
+    if repeated:
+        raise UserError(f"{path}: expected unique column names, found twice: {_some(repeated)}. Rename or delete them.")
+    columns = ([_clean_cell(cell) for cell in column] for column in zip(*(row for _, row in rows)))
+    table = pd.DataFrame(dict(zip(names, columns)), index=pd.Index([line for line, _ in rows]), dtype=object)
+    table.attrs.update(delimiter=delimiter, notes=["the quoted header line was parsed again"] * is_repaired)
+    return table
+
+
+def to_numbers(values, where):
+    """Column of read_table, or a list -> (N,) float64, NaN where blank. `where`: file and column, for messages.
+
+    Decimal commas count where no cell has a point and, in a comma file, not all could be thousands (1,234).
+    Raises UserError listing the cells that are no finite number, with their lines.
+    """
+    cells, is_column = [_clean_cell(value) for value in values], hasattr(values, "attrs")
+    commas = [re.fullmatch(r"[+-]?\d*,(\d+)([eE][+-]?\d+)?", cell) for cell in cells if "," in cell]
+    if all(commas) and not any("." in cell for cell in cells):
+        if is_column and values.attrs.get("delimiter") in (";", "\t") or any(len(match[1]) != 3 for match in commas):
+            cells = [cell.replace(",", ".") for cell in cells]
+    good = [not cell or (NUMBER.fullmatch(cell) and math.isfinite(float(cell))) for cell in cells]
+    if not all(good):
+        lines, what = (values.index, "line") if is_column else (range(1, len(cells) + 1), "row")
+        bad = [f"{cell!r} in {what} {line}" for cell, line, ok in zip(values, lines, good) if not ok]
+        raise UserError(f"{where}: expected numbers, found {_some(bad)}. Correct these cells or leave them blank.")
+    return np.array([float(cell) if cell else math.nan for cell in cells])
+
+
+@dataclasses.dataclass
+class RatingsTable:
+    """N images in the order of the file, R ratings in its unit.
+
+    images: N names as written; mean, sd, n: (N, R) float64, NaN = missing, sd and n None where the file has none;
+    ratings_by_image: name -> N arrays of single ratings (long tables); extra: DataFrame of the other columns.
+    """
+    names: list
+    images: list
+    mean: np.ndarray
+    sd: np.ndarray = None
+    n: np.ndarray = None
+    ratings_by_image: dict = None
+    extra: object = None
+    notes: list = dataclasses.field(default_factory=list)
+
+
+def read_ratings(path, image_column=None, target_columns=None, duplicates="error", group_column=None):
+    """Ratings file -> RatingsTable; layouts: X_mean/X_sd/X_n, one column per rating, or long (rating, attribute).
+
+    duplicates: 'error', or 'mean' (mean and sd of repeated rows averaged, n summed). group_column is never a target.
+    Raises UserError for every fault that would make the training meaningless, naming rows and columns.
+    """
+    table, source = read_table(path), f"--ratings_file {path}"
+    spelled = {name.lower(): name for name in table.columns}
+    image = _pick(image_column and [image_column], table.columns, f"{source} has no --image_column")
+    image = (image + [spelled[name] for name in IMAGE_COLUMNS if name in spelled] + [None])[0]
+    if image is None:
+        raise UserError(f"{source} has no image column (found: {_some(table.columns)}). Name it with --image_column.")
+    group = _pick(group_column and [group_column], table.columns, f"{source} has no --group_column")
+    is_long = {"rating", "attribute"} <= set(spelled)
+    for column in [image] + [spelled["attribute"]] * is_long:
+        blank = table.index[table[column] == ""]
+        if len(blank):
+            raise UserError(f"{source}: column {column} is blank in line {_some(blank)}. Fill or delete these rows.")
+    if is_long:
+        ratings = _long_ratings(table, source, image, spelled["attribute"], spelled["rating"], target_columns)
+    else:
+        ratings = _wide_ratings(table, source, image, group, target_columns)
+        _merge_duplicates(ratings, source, duplicates)
+    ratings.notes[:0] = table.attrs["notes"]
+    empty = [name for name, row in zip(ratings.images, ratings.mean) if np.isnan(row).all()]
+    if empty:
+        raise UserError(f"{source}: all ratings are missing for {_some(empty)}. Fill or delete these rows.")
+    constant = [name for name, column in zip(ratings.names, ratings.mean.T) if len(set(column[~np.isnan(column)])) < 2]
+    if constant:
+        raise UserError(f"{source}: constant rating columns (nothing to learn): {_some(constant)}. Leave them out: "
+                        f"--target_columns {' '.join(name for name in ratings.names if name not in constant)}")
+    return ratings
+
+
+def _wide_ratings(table, source, image, group, wanted):
+    """Targets: the columns asked for, else all *_mean, else those that are no ids and at least half numeric."""
+    options = [name for name in table.columns if name not in (image, *group)]
+
+    def is_rating(name):
+        numeric = [bool(NUMBER.fullmatch(cell.replace(",", ".", 1))) for cell in table[name] if cell]
+        return not NOT_A_TARGET.fullmatch(name) and np.mean(numeric or [0]) >= 0.5  # a few bad cells are errors below
+    chosen = (_pick(wanted, options, f"{source} has no --target_columns")
+              or [name for name in options if name.lower().endswith("_mean")] or list(filter(is_rating, options)))
+    names = [re.sub("_mean$", "", name, flags=re.IGNORECASE) for name in chosen]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"{source}: expected one numeric column for each rating, took {_some(chosen) or 'none'} of "
+                        f"{_some(options)}. Choose with --target_columns.")
+    spelled = {name.lower(): name for name in options}
+    sd_columns = [spelled.get(f"{name}_sd".lower()) for name in names]
+    n_columns = [spelled.get(f"{name}_n".lower(), spelled.get("n")) for name in names]
+
+    def block(columns):
+        cells = [to_numbers(table[c], f"{source}, column {c}") if c else np.full(len(table), np.nan) for c in columns]
+        return np.stack(cells, axis=1) if any(columns) else None
+    extra = table.drop(columns={image, *chosen, *sd_columns, *n_columns} - {None})
+    notes = [f"columns that are no ratings: {_some(extra.columns)}"] if len(extra.columns) else []
+    blocks = map(block, (chosen, sd_columns, n_columns))
+    return RatingsTable(names, list(table[image]), *blocks, None, extra, notes)
+
+
+def _long_ratings(table, source, image, attribute, rating, wanted):
+    """One row per single rating -> mean, sd (ddof 1, NaN for one rating), n, and the ratings themselves."""
+    import pandas as pd
+    chosen = _pick(wanted, table[attribute].unique(), f"{source} has no --target_columns")
+    table = table[table[attribute].isin(chosen)] if chosen else table
+    value = to_numbers(table[rating], f"{source}, column {rating}")
+    (image_code, images), (name_code, names) = pd.factorize(table[image]), pd.factorize(table[attribute])
+    filled, shape = ~np.isnan(value), (len(images), len(names))
+    cell = (image_code * len(names) + name_code)[filled]
+    stats = pd.Series(value[filled]).groupby(cell).agg(["mean", "std", "count"]).reindex(range(math.prod(shape)))
+    mean, sd, n = stats.to_numpy().T.reshape(3, *shape)
+    pieces = np.split(value[filled][np.argsort(cell, kind="stable")], np.nancumsum(n).astype(int)[:-1])
+    others = table.drop(columns=[image, attribute, rating])
+    varying = [name for name in others.columns if (others[name].groupby(image_code).nunique() > 1).any()]
+    notes = [f"{filled.sum()} single ratings of {len(images)} images ({(~filled).sum()} blank ones left out)"]
+    notes += [f"columns that vary within an image, left out: {_some(varying)}"] if varying else []
+    extra = others.drop(columns=varying).iloc[np.unique(image_code, return_index=True)[1]]
+    by_name = {name: pieces[r::len(names)] for r, name in enumerate(names)}
+    return RatingsTable(list(names), list(images), mean, sd, np.nan_to_num(n), by_name, extra, notes)
+
+
+def _merge_duplicates(ratings, source, duplicates):
+    import pandas as pd
+    names = [_clean_name(name) for name in ratings.images]
+    lines = pd.Series(ratings.extra.index.astype(str)).groupby(names, sort=False)
+    repeated = [f"{name} (lines {', '.join(rows)})" for name, rows in lines if len(rows) > 1]
+    if repeated and duplicates != "mean":
+        raise UserError(f"{source} lists images twice: {_some(repeated)}. Delete rows, or average: --duplicates mean.")
+    if repeated:
+        code, first = lines.ngroup().to_numpy(), [rows.index[0] for _, rows in lines]
+        for what in [what for what in ("mean", "sd", "n") if getattr(ratings, what) is not None]:
+            rows = pd.DataFrame(getattr(ratings, what)).groupby(code)
+            setattr(ratings, what, (rows.sum(min_count=1) if what == "n" else rows.mean()).to_numpy())
+        ratings.images, ratings.extra = [ratings.images[row] for row in first], ratings.extra.iloc[first]
+        ratings.notes.append(f"repeated rows of {len(repeated)} images were averaged: {_some(repeated)}")
+
+
+def find_images(folder):
+    """All image files under `folder`, recursive, in natural order (2 before 10); hidden and '._' ones ignored."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: expected a folder of images, found no such folder. Check the path.")
+    paths = [path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
+    found = {path.relative_to(folder): path for path in paths}
+    natural = {name: [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", str(name).casefold()))]
+               for name in found if not any(part.startswith(".") for part in name.parts)}
+    return [found[name] for name in sorted(natural, key=lambda name: (natural[name], str(name)))]
+
+
+def _clean_name(name):
+    return unicodedata.normalize("NFC", str(name).strip()).replace("\\", "/").removeprefix("./")
+
+
+def _path_key(name):
+    """'a/B.JPG' -> '/a/b': without the image suffix and in one case."""
+    stem, dot, suffix = name.rpartition(".")
+    return "/" + (stem if dot + suffix.lower() in IMAGE_SUFFIXES else name).casefold()
+
+
+def match_images(names, images_dir):
+    """Names as a table writes them -> (N paths, None where no file fits; names of the files that no row asks for).
+
+    With or without folder and suffix, any case, backslashes, NFC or NFD; a folder in the name must not contradict the
+    one on disk. UserError: a name leaves `images_dir` or fits several files, or several names mean one file.
+    """
+    folder = Path(images_dir)
+    files = {_clean_name(path.relative_to(folder).as_posix()): path for path in find_images(folder)}
+    if not files:
+        raise UserError(f"--images_dir {folder}: expected images ({' '.join(IMAGE_SUFFIXES)}), found none.")
+    root = f"{_clean_name(folder.absolute().as_posix())}/"
+    written = [_clean_name(name).removeprefix(root) for name in names]
+    leaving = [f"row {i + 1} {names[i]!r}" for i, name in enumerate(written)
+               if re.match("/|[A-Za-z]:", name) or ".." in name.split("/")]
+    if leaving:
+        raise UserError(f"expected names inside --images_dir {folder}, found {_some(leaving)}. Correct these rows.")
+    by_stem, names_of = collections.defaultdict(list), collections.defaultdict(set)
+    for file in files:
+        by_stem[_path_key(file).rpartition("/")[2]].append(file)
+    hits = [_best_files(name, by_stem[_path_key(name).rpartition("/")[2]]) for name in written]
+    for name, hit in zip(written, hits):
+        names_of[hit].add(name)
+    unclear = [f"{_some(sorted(rows))} -> {_some(hit)}" for hit, rows in names_of.items() if len(rows) * len(hit) > 1]
+    if unclear:
+        raise UserError(f"expected one file for one image name, found {_some(unclear)}. Write folder and suffix.")
+    used = {file for hit in hits for file in hit}
+    return [files[hit[0]] if hit else None for hit in hits], [file for file in files if file not in used]
+
+
+def _best_files(name, files):
+    """Those of `files` that fit best: several where the name does not decide, none where a folder contradicts."""
+    def score(file):
+        key, other = _path_key(name), _path_key(file)
+        return ((key.endswith(other) or other.endswith(key)) * min(len(key), len(other)),
+                Path(file).suffix.lower() == Path(name).suffix.lower(), len(other) <= len(key), file.endswith(name))
+    best = max(map(score, files), default=(0,))
+    return tuple(file for file in files if best[0] and score(file) == best)
+
+
+def data_fingerprint(items):
+    """sha256 (hex) over strings, bytes, numbers and arrays in this order."""
+    digest = hashlib.sha256()
+    for item in items:
+        data = item if isinstance(item, bytes) else item.tobytes() if hasattr(item, "tobytes") else str(item).encode()
+        digest.update(f"{type(item)} {getattr(item, 'dtype', '')} {np.shape(item)} {len(data)}:".encode() + data)
+    return digest.hexdigest()
+
+
+def _strata_codes(strata, n_rows):
+    """Labels -> codes; floats -> up to 10 quantile bins of 10 rows or more, NaN in a bin of its own; (N,) int."""
+    strata = np.zeros(n_rows, int) if strata is None else np.asarray(strata)
+    if strata.dtype.kind == "f":
+        edges = np.nanquantile(strata, np.linspace(0, 1, min(10, max(1, n_rows // 10)) + 1)[1:-1])
+        strata = np.where(np.isnan(strata), -1, np.searchsorted(edges, strata, side="right"))
+    return np.unique(strata.astype(str), return_inverse=True)[1]
+
+
+def _deal(sizes, order, shares):
+    """Each unit in this order to the part that lacks most rows -> (U,) part; no part with a share stays empty."""
+    part, held, dealt = np.empty(len(order), int), np.zeros(len(shares)), 0
+    for unit in order:
+        dealt += sizes[unit]
+        part[unit] = np.argmax(shares * dealt - held)
+        held[part[unit]] += sizes[unit]
+    for empty in np.flatnonzero((shares > 0) & (held == 0)):
+        donor = np.argmax(np.bincount(part, minlength=len(shares)))
+        part[order[part[order] == donor][-1]] = empty
+    return part
+
+
+def _assign(shares, strata, unit, seed, keys, n_rows):
+    """-> (N,) part: rows dealt out stratum by stratum; groups by the best stratified of many random deals."""
+    rng, stratum = np.random.default_rng(seed), _strata_codes(strata, n_rows)
+    if unit is None:
+        by_key = np.arange(n_rows) if keys is None else np.argsort(np.asarray(keys, dtype=str), kind="stable")
+        shuffled = by_key[rng.permutation(n_rows)]
+        return _deal(np.ones(n_rows), shuffled[np.argsort(stratum[shuffled], kind="stable")], shares)
+    rows = np.zeros((unit.max() + 1, stratum.max() + 1))
+    np.add.at(rows, (unit, stratum), 1)
+    sizes, in_stratum = rows.sum(axis=1), rows.sum(axis=0)
+
+    def misfit(part):
+        held = np.stack([rows[part == p].sum(axis=0) for p in range(len(shares))])
+        by_stratum = ((held - shares[:, None] * in_stratum) ** 2 / in_stratum).mean(axis=1)
+        return (by_stratum + (held.sum(axis=1) - shares * n_rows) ** 2 / n_rows).sum()
+    orders = [np.argsort(-sizes, kind="stable")] + [rng.permutation(len(rows)) for _ in range(10 + 40_000 // len(rows))]
+    return min((_deal(sizes, order, shares) for order in orders), key=misfit)[unit]
+
+
+def _units(n_rows, groups):
+    """-> group number of each row (None without groups), how many units there are, what to call them."""
+    if groups is None:
+        return None, n_rows, "rows"
+    labels, unit = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    if "" in labels:
+        raise UserError(f"expected a group in every row, found {np.sum(unit == 0)} blank. Fill the group column.")
+    return unit, len(labels), "groups"
+
+
+def make_split(n_rows, ratios, strata=None, groups=None, seed=42, keys=None):
+    """Ratios {name: share} -> {name: sorted (n,) int rows}; groups stay whole, strata (labels, or binned floats) mixed.
+
+    With keys (N unique str) the same rows get the same parts in any row order.
+    Raises UserError: ratios do not add up to 1, a part would be empty, a blank group.
+    """
+    shares, (unit, n_units, what) = np.array(list(ratios.values()), dtype=float), _units(n_rows, groups)
+    if not abs(shares.sum() - 1) < 1e-6 or shares.min() < 0:
+        raise UserError(f"split ratios must be 0 or more and add up to 1, found {ratios} (sum {shares.sum():g}).")
+    if n_units < np.sum(shares > 0) or np.any((shares > 0) & (shares * n_rows < 0.5)):
+        raise UserError(f"empty split: {n_rows} rows ({n_units} {what}) are too few for {ratios}. Change the ratios.")
+    part = _assign(shares, strata, unit, seed, keys, n_rows)
+    return {name: np.flatnonzero(part == p) for p, name in enumerate(ratios)}
+
+
+def make_folds(n_rows, k, strata=None, groups=None, seed=42, keys=None):
+    """-> (N,) int fold 0 to k-1 of each row, balanced and dealt as in make_split. UserError: fewer units than folds."""
+    unit, n_units, what = _units(n_rows, groups)
+    if not 2 <= k <= n_units:
+        raise UserError(f"--folds {k}: expected 2 or more and at most the number of {what}, found {n_units} {what}.")
+    return _assign(np.full(k, 1 / k), strata, unit, seed, keys, n_rows)
+
+
+def describe_split(split):
+    """'train 640 rows, val 160 rows'."""
+    return ", ".join(f"{name} {len(rows)} rows" for name, rows in split.items())
+
+
+def write_splits(path, split, keys, extra=None):
+    """JSON {part: [keys in row order]} and, under 'info', whatever else explains the split."""
+    listed = {name: [str(keys[row]) for row in rows] for name, rows in split.items()}
+    Path(path).write_text(json.dumps({**listed, "info": extra or {}}, indent=1), encoding="utf-8")
+
+
+def read_split_file(path, keys):
+    """JSON of write_splits, or {"train": [names], "val": [...]} -> {part: sorted (n,) int rows}. UserError on faults."""
+    try:
+        listed = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        parts = {name: list(map(str, names)) for name, names in listed.items() if isinstance(names, list)}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--split_file {path}: expected JSON with a list train, found {error}") from None
+    row_of, counts = {str(key): row for row, key in enumerate(keys)}, collections.Counter(sum(parts.values(), []))
+    faults = [f"{name} (listed {count} times{'' if name in row_of else ', not in the table'})"
+              for name, count in counts.items() if count > 1 or name not in row_of]
+    if faults or not parts.get("train"):
+        raise UserError(f"--split_file {path}: expected each image name once and a part train, found "
+                        f"{_some(faults) or _some(parts) or 'no lists'}.")
+    return {name: np.array(sorted(row_of[key] for key in names), dtype=int) for name, names in parts.items()}
+
+
+def effective_size(target, subjects=None):
+    """target (N,) or (N, R), subjects (N,) -> {rows, distinct_label_vectors, subjects}: what the data really hold."""
+    target = np.nan_to_num(np.asarray(target, dtype=float).reshape(len(target), -1), nan=np.inf)
+    return {"rows": len(target), "distinct_label_vectors": len(np.unique(target, axis=0)),
+            "subjects": None if subjects is None else len(set(map(str, subjects)))}
+
+
+# ---------------------------------------------------------------------------
+# Leakage
+# ---------------------------------------------------------------------------
+# Counts what two parts of a split share, before anything is trained on one and scored on the other.
+# Measured on 804 aligned faces: copies (64 to 512 px, JPEG 30 to 90, brighter, darker) differ in at most 34 of 256
+# bits, different faces in at least 58.
+NEAR_DUPLICATE_BITS = 40
+
+
+def perceptual_hash(image):
+    """(H, W, 3) uint8 RGB -> (4,) uint64: 256 bits, which of the 16 x 16 lowest DCT frequencies exceed their median.
+
+    Stands resizing, recompression and brightness; not mirroring or cropping. After pHash (Zauner 2010).
+    """
+    import cv2
+    gray = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (64, 64), interpolation=cv2.INTER_AREA)
+    low = cv2.dct(gray.astype(np.float32))[1:17, 1:17].ravel()
+    return np.packbits(low > np.median(low) + 0.01).view(np.uint64)
+
+
+def _near_pairs(phash, threshold):
+    """(N, 4) uint64 -> (2, P) rows i < j of the pairs that differ in at most `threshold` bits."""
+    signs = 2 * np.unpackbits(np.ascontiguousarray(phash).view(np.uint8), axis=1).astype(np.float32) - 1
+    pairs = [np.empty((0, 2), int)]
+    for start in range(0, len(signs), 1024):
+        agree = signs[start:start + 1024] @ signs[start:].T  # (B, N): number of bits - 2 x Hamming distance
+        pairs.append(np.argwhere(np.triu(agree, 1) >= max(1, signs.shape[1] - 2 * threshold)) + start)
+    return np.concatenate(pairs).T
+
+
+def leakage_report(split, pixel_sha, phash, keys, groups=None, events=None, threshold=NEAR_DUPLICATE_BITS):
+    """What every two parts share -> {between: {a-b: {what: {count, examples}}}, within: {part: {what: count}}}.
+
+    split: {part: rows}; pixel_sha: N str, '' = unreadable; phash: (N, 4) uint64; keys: N names; groups, events: N str,
+    '' = none. Groups, events and exact duplicates count distinct values, near-duplicates pairs that are not exact.
+    """
+    part_of = {row: name for name, rows in split.items() for row in rows}
+    rows = [row for row in sorted(part_of, key=lambda row: str(keys[row])) if pixel_sha[row]]
+    twins, near = collections.defaultdict(list), collections.defaultdict(list)
+    for row in rows:
+        twins[pixel_sha[row]].append(str(keys[row]))
+    for i, j in np.take(rows, _near_pairs(np.asarray(phash)[rows], threshold)).T:
+        if pixel_sha[i] != pixel_sha[j]:
+            near[frozenset((part_of[i], part_of[j]))].append(f"{keys[i]} = {keys[j]}")
+    columns = {"groups": groups, "events": events, "exact_duplicates": [" = ".join(twins[sha]) for sha in pixel_sha]}
+    held = {(what, name): {str(column[row]) for row in rows_in} - {""} for what, column in columns.items()
+            if column is not None for name, rows_in in split.items()}
+    report = {"near_duplicate_bits": threshold, "between": {}, "within": {}}
+    for a, b in itertools.combinations(filter(lambda name: len(split[name]), split), 2):
+        shared = {what: sorted(held[what, a] & held[what, b]) for what in columns if columns[what] is not None}
+        shared["near_duplicates"] = near[frozenset((a, b))]
+        report["between"][f"{a}-{b}"] = {what: {"count": len(found), "examples": found[:5]}
+                                         for what, found in shared.items()}
+    for name in split:
+        copies = sum(part_of[row] == name for row in rows) - len(held["exact_duplicates", name])
+        report["within"][name] = {"exact_duplicates": copies, "near_duplicates": len(near[frozenset((name,))])}
+    return report
+
+
+def leakage_text(report):
+    """Report -> lines for the console, with examples of what is shared; 'train' alone means copies inside train."""
+    found = [(pair, what, found["count"], found["examples"]) for pair, shared in report["between"].items()
+             for what, found in shared.items()]
+    found += [(part, what, count, []) for part, counts in report["within"].items() for what, count in counts.items()]
+    return "\n".join(f"leakage {where}: {what.replace('_', ' ')} {count}" + (f" ({_some(names)})" if names else "")
+                     for where, what, count, names in found)
+
+
+def check_leakage(report, allow_leakage=False):
+    """UserError where parts share groups, events or exact duplicates, unless allowed; near-duplicates never stop."""
+    faults = [f"{pair} share {found['count']} {what.replace('_', ' ')} ({_some(found['examples'], 3)})"
+              for pair, shared in report["between"].items() for what, found in shared.items()
+              if found["count"] and what != "near_duplicates"]
+    if faults and not allow_leakage:
+        raise UserError(f"leakage between the splits: {'; '.join(faults)}. Split by --group_column, remove the copies, "
+                        f"or go on with --allow_leakage.")
+# ---------------------------------------------------------------------------
+# Images and clips
+# ---------------------------------------------------------------------------
+# Every picture passes through one decoder, in training and in prediction alike, and is decoded once per run.
+
+MAX_PIXELS = 200_000_000
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "TGA")  # Pillow opens MPO as JPEG
+TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
+PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, EOFError, AttributeError,
+                 RuntimeError, MemoryError, struct.error, zlib.error)  # what its parsers raise on damaged files
+
+
+class BadImage(UserError):
+    """One file that cannot be used as a picture; the message is the reason."""
+
+
+@dataclasses.dataclass
+class ImageAudit:
+    """What decoding one file found; `error` is None for a good picture, else the reason and all else is empty.
+
+    width, height: pixels of the whole upright picture. file_sha, pixel_sha: SHA-256 of the file and of the decoded,
+    resized pixels. phash: their perceptual_hash as 4 integers.
+    """
+    path: str
+    error: str | None = None
+    width: int = 0
+    height: int = 0
+    file_sha: str = ""
+    pixel_sha: str = ""
+    phash: tuple = (0, 0, 0, 0)
+
+
+def _imaging():
+    """(cv2, Pillow's Image), with our size limit and one thread: OpenCV's own threads do not survive a fork."""
+    import cv2
+    from PIL import Image
+    if Image.MAX_IMAGE_PIXELS != MAX_PIXELS // 2:  # Pillow raises above twice its limit, from the header alone
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+    cv2.setNumThreads(0)
+    return cv2, Image
+
+
+@contextlib.contextmanager
+def _open_picture(path):
+    """Pillow's image of a regular file with the header read and no pixels; BadImage for whatever happens inside."""
+    Image = _imaging()[1]
+    try:
+        if not Path(path).is_file():  # a pipe or device would block for ever
+            raise BadImage(f"{'not a regular file' if os.path.exists(path) else 'no such file'}")
+        if not (size := Path(path).stat().st_size):
+            raise BadImage(f"empty file, {size} bytes")
+        with open(path, "rb") as handle:
+            yield Image.open(handle, formats=IMAGE_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"its header claims more than {MAX_PIXELS // 10**6} megapixels") from error
+    except Image.UnidentifiedImageError as error:
+        raise BadImage(f"no picture, or a damaged header (formats read: {', '.join(IMAGE_FORMATS)})") from error
+    except PILLOW_ERRORS as error:
+        raise BadImage(f"damaged: {' '.join(str(error).split())[:120] or type(error).__name__}") from error
+
+
+def _scaled_size(width, height, short_side):
+    """(width, height) with the short side equal to short_side, the long side rounded; None keeps the size."""
+    scale = 1 if short_side is None else short_side / min(width, height)
+    size = round(width * scale), round(height * scale)
+    if size[0] * size[1] > MAX_PIXELS:
+        raise BadImage(f"too elongated to be scaled: {width} x {height} pixels")
+    return size
+
+
+def _grey_to_8bit(image):
+    """uint8 (H, W) from integers of more than 8 bits or floats, scaled and never clipped.
+
+    Integers up to 16 bits: their whole range becomes 0..255, so signed zero is mid-grey. 32-bit integers and floats
+    declare no white: floats within 0..1 are multiplied by 255, all else is stretched from its minimum to its maximum.
+    """
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    bits, sample_format = tags.get(TIFF_BITS_PER_SAMPLE, (16,))[0], tags.get(TIFF_SAMPLE_FORMAT, (1,))[0]
+    if bits == 32 and sample_format == 1:
+        values = values.view(np.uint32)  # Pillow holds unsigned 32-bit samples as signed
+    if not np.isfinite(values).all():
+        raise BadImage(f"has {np.sum(~np.isfinite(values))} NaN or infinite pixels")
+    low, high = float(values.min()), float(values.max())
+    if bits <= 16 and values.dtype.kind in "iu":
+        low = -2.0 ** (bits - 1) if sample_format == 2 else 0.0
+        high = low + 2.0 ** bits - 1
+    elif values.dtype.kind == "f" and 0 <= low and high <= 1:
+        low, high = 0.0, 1.0
+    grey = np.rint((values - low) * (255 / max(high - low, 1e-30))).astype(np.uint8)
+    if isinstance(image.info.get("transparency"), int):
+        grey[values == image.info["transparency"]] = 255
+    return 255 - grey if tags.get(TIFF_PHOTOMETRIC) == 0 else grey
+
+
+def _to_rgb(image):
+    """uint8 (H, W, 3) from any Pillow mode: transparency on white, CMYK by Pillow's formula without a profile."""
+    if image.mode[0] in "IF":
+        return np.repeat(_grey_to_8bit(image)[..., None], 3, axis=2)
+    if "A" in image.mode or "transparency" in image.info:
+        Image, rgba = _imaging()[1], image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return np.asarray(image.convert("RGB"))
+
+
+def _decode(path, short_side):
+    """(pixels uint8 (H, W, 3), (width, height) of the whole upright picture); BadImage with the bare reason."""
+    from PIL import ImageOps  # decodes, because OpenCV, a fifth faster, returns the rest of a truncated JPEG as grey
+    cv2 = _imaging()[0]
+    with _open_picture(path) as image:
+        whole = image.size
+        _scaled_size(*whole, short_side)  # refuses before anything is allocated
+        if short_side is not None and image.format in ("JPEG", "MPO"):
+            image.draft(None, (math.ceil(1.5 * short_side),) * 2)  # decodes at 1/2, 1/4 or 1/8, never below this
+        drafted = image.size
+        image.load()
+        with contextlib.suppress(*PILLOW_ERRORS):  # damaged EXIF does not damage the picture
+            ImageOps.exif_transpose(image, in_place=True)
+        whole = whole if image.size == drafted else whole[::-1]
+        pixels, size = _to_rgb(image), _scaled_size(*whole, short_side)
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if size[0] <= image.width else cv2.INTER_CUBIC), whole
+
+
+def load_image(path, short_side=None):
+    """Decode one picture to uint8 (H, W, 3) RGB, upright, scaled so that its short side is `short_side` pixels.
+
+    Transparency is put on white, more than 8 bits are scaled to 8, the first frame is taken. JPEGs are decoded at
+    reduced size, at least 1.5 times the target; smaller pictures are enlarged. Raises BadImage: file and reason.
+    """
+    try:
+        return _decode(path, short_side)[0]
+    except BadImage as error:
+        raise BadImage(f"{path}: {error}") from error
+
+
+def audit_image(path, short_side):
+    """(ImageAudit, pixels uint8 (H, W, 3)) of one file; pixels has no rows when the file is bad."""
+    try:
+        pixels, (width, height) = _decode(path, short_side)
+    except BadImage as error:
+        return ImageAudit(str(path), str(error)), np.empty((0, 0, 3), np.uint8)
+    file_sha, pixel_sha = (hashlib.sha256(data).hexdigest() for data in (Path(path).read_bytes(), pixels))
+    phash = tuple(perceptual_hash(pixels).tolist())
+    return ImageAudit(str(path), None, width, height, file_sha, pixel_sha, phash), pixels
+
+
+def check_bad_files(audit, on_bad_file):
+    """Indices of the good ones in a list of ImageAudit; "error" raises UserError listing all bad ones."""
+    bad = [f"  {found.path}: {found.error}" for found in audit if found.error]
+    if bad and on_bad_file == "error":
+        raise UserError(f"{len(bad)} of {len(audit)} pictures cannot be read. Mend or remove them, or pass "
+                        f"--on_bad_file skip:\n" + "\n".join(bad))
+    print("".join(f"skipped{line[1:]}\n" for line in bad), end="", flush=True)
+    return [index for index, found in enumerate(audit) if not found.error]
+
+
+def available_memory():
+    """Bytes this process may still take: what the machine has free, or what its cgroup (a SLURM job) leaves."""
+    try:
+        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+        group = Path("/sys/fs/cgroup", re.search(r"^0::/(.*)", Path("/proc/self/cgroup").read_text(), re.M)[1])
+    except (OSError, TypeError):
+        return 4 << 30  # not Linux: a careful guess
+    for folder in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError):  # "max", or no such file: no limit here
+            free = min(free, int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
+    return max(free, 0)
+
+
+class ImageStore:
+    """N pictures, each decoded once, served as uint8 (H, W, 3) with the given short side in pixels.
+
+    cache: "ram"; "disk", one memory-mapped file in cache_dir that a second run takes up again; "none", decoded at
+    each access; "auto", ram up to a quarter of the available memory, else disk, else none. `audit` is a list of N
+    ImageAudit. progress(done, total) is called after each picture. Pixels from a cache are read-only: worker
+    processes share them. Raises BadImage for a bad picture, UserError for a cache in a data folder or without room.
+    """
+
+    def __init__(self, paths, short_side, cache="auto", cache_dir=None, progress=None):
+        self.paths, self.short_side, self.progress = [Path(path) for path in paths], short_side, progress
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "small-data-scripts")
+        self.cache_dir = Path(cache_dir or home).absolute()
+        if cache_dir and {path.absolute().parent for path in self.paths} & {self.cache_dir, *self.cache_dir.parents}:
+            raise UserError(f"cache folder {self.cache_dir} lies in a data folder; name one outside the pictures")
+        self.bytes = sum(self._threaded(self._decoded_bytes)) if cache in ("auto", "disk") else 0
+        if cache == "auto":
+            cache = "ram" if self.bytes <= available_memory() / 4 else "disk" if self._disk_fits() else "none"
+        self.cache, self.file = cache, self._cache_file() if cache == "disk" else None
+        if cache != "disk":
+            self._pixels = [pixels if cache == "ram" else None for pixels in self._decode_all()]
+        elif not self._open_cache():
+            self._write_cache()
+            assert self._open_cache(), f"{self.file} was written and does not read back"
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        if self.audit[index].error:
+            raise BadImage(f"{self.paths[index]}: {self.audit[index].error}")
+        return load_image(self.paths[index], self.short_side) if self.cache == "none" else self._pixels[index]
+
+    @property
+    def description(self):
+        """Which cache, how many pictures and how many MB, for the log."""
+        where = f"{self.cache} cache {self.file}" if self.file else f"{self.cache} cache"
+        return f"{where}: {len(self)} pictures, {self.bytes / 1e6:.0f} MB decoded"
+
+    def _threaded(self, work):
+        """Results of work(path) in order; a few files in flight at a time, so that memory stays flat."""
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            for start in range(0, len(self.paths), 8 * threads):
+                yield from pool.map(work, self.paths[start:start + 8 * threads])
+
+    def _decoded_bytes(self, path):
+        with contextlib.suppress(BadImage), _open_picture(path) as image:
+            return 3 * math.prod(_scaled_size(*image.size, self.short_side))
+        return 0
+
+    def _disk_fits(self):
+        existing = next(folder for folder in (self.cache_dir, *self.cache_dir.parents) if folder.exists())
+        return os.access(existing, os.W_OK) and shutil.disk_usage(existing).free > 1.1 * self.bytes + 2 ** 26
+
+    def _decode_all(self):
+        self.audit, self.bytes = [], 0
+        for found, pixels in self._threaded(lambda path: audit_image(path, self.short_side)):
+            self.audit.append(found)
+            self.bytes += pixels.nbytes
+            pixels.flags.writeable = False
+            if self.progress:
+                self.progress(len(self.audit), len(self))
+            yield pixels
+
+    def _cache_file(self):
+        """The cache's name is a fingerprint of the files, the size asked for and the decoders."""
+        files = [[str(p.absolute()), p.is_file() and (p.stat().st_size, p.stat().st_mtime_ns)] for p in self.paths]
+        key = json.dumps([1, self.short_side, [library.__version__ for library in _imaging()], files])
+        return self.cache_dir / f"images_{hashlib.sha256(key.encode()).hexdigest()[:32]}.cache"
+
+    def _write_cache(self):
+        """All pixels, then the audit as JSON, then its length (8 bytes) and SHA-256 (32 bytes)."""
+        if not self._disk_fits():
+            raise UserError(f"--cache disk needs {self.bytes / 1e6:.0f} MB of writable space in {self.cache_dir}; "
+                            f"free some, set XDG_CACHE_HOME to a larger disk, or use --cache none")
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        handle = tempfile.NamedTemporaryFile(dir=self.cache_dir, prefix=self.file.stem, suffix=".tmp", delete=False)
+        try:
+            with handle:
+                for pixels in self._decode_all():
+                    handle.write(pixels)
+                index = json.dumps([dataclasses.asdict(found) for found in self.audit]).encode()
+                handle.write(index + len(index).to_bytes(8, "little") + hashlib.sha256(index).digest())
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(handle.name, self.file)
+        finally:
+            Path(handle.name).unlink(missing_ok=True)
+
+    def _open_cache(self):
+        """Take up the cache file; False where there is none or any part of it does not hold what it should."""
+        if not self.file.is_file() or self.file.stat().st_size < 40:
+            return False
+        memory = np.memmap(self.file, np.uint8, "r")
+        index = memory[max(-40 - int.from_bytes(memory[-40:-32].tobytes(), "little"), -len(memory)):-40].tobytes()
+        if hashlib.sha256(index).digest() != memory[-32:].tobytes():
+            return False
+        self.audit = [ImageAudit(**{**found, "phash": tuple(found["phash"])}) for found in json.loads(index)]
+        self._pixels, self.bytes = [], 0
+        for found in self.audit:
+            width, height = (0, 0) if found.error else _scaled_size(found.width, found.height, self.short_side)
+            self._pixels.append(memory[self.bytes:self.bytes + 3 * height * width].reshape(height, width, 3))
+            self.bytes += self._pixels[-1].nbytes
+        # What could not be read then may be readable now without a change of its size and date: it is tried again.
+        return all(audit_image(found.path, self.short_side)[0].error if found.error
+                   else hashlib.sha256(pixels).hexdigest() == found.pixel_sha
+                   for found, pixels in zip(self.audit, self._pixels))
+
+
+# ---------------------------------------------------------------------------
+# Transforms
+# ---------------------------------------------------------------------------
+# Augmentation is drawn once and applied as one warp, one colour matrix and one erased rectangle.
+
+LUMA = np.array([0.299, 0.587, 0.114])
+RGB_TO_YIQ = np.array([LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
+
+
+@dataclasses.dataclass
+class Augmentation:
+    """One draw of augment parameters; the defaults change nothing and crop the centre.
+
+    crop and the last two of erase (area, height / width, x, y): position as a fraction of the free margin;
+    translate: of the output size; corners: x, y clockwise from the top left, of the largest inward shift.
+    """
+    crop: tuple = (0.5, 0.5)
+    flip: bool = False
+    rotation_deg: float = 0.0
+    translate: tuple = (0.0, 0.0)
+    scale: float = 1.0
+    shear_deg: float = 0.0
+    corners: tuple | None = None
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+    hue: float = 0.0
+    jitter_order: tuple = ("brightness", "contrast", "saturation", "hue")
+    greyscale: bool = False
+    erase: tuple | None = None
+
+
+def sample_augmentation(preset, generator):
+    """Draw an Augmentation for preset "none", "light" (crop, flip, jitter .1) or "full" from a torch.Generator.
+
+    "full" has the distributions of torchvision's RandomCrop, RandomHorizontalFlip, RandomRotation(15),
+    RandomAffine(0, (.1, .1), (.9, 1.1), 10), ColorJitter(.3, .3, .3, .1), RandomGrayscale(.1),
+    RandomPerspective(.2, .3), RandomErasing(.2, (.02, .15)). Every draw takes 32 numbers from the generator.
+    """
+    if preset not in ("none", "light", "full"):
+        raise ValueError(f"preset must be none, light or full, not {preset!r}")
+    numbers = iter(torch.rand(32, generator=generator).tolist())
+    if preset == "none":
+        return Augmentation()
+
+    def uniform(low=0.0, high=1.0):
+        return low + (high - low) * next(numbers)
+    drawn, jitter = Augmentation((uniform(), uniform()), uniform() < 0.5), 0.1 if preset == "light" else 0.3
+    drawn.brightness, drawn.contrast, drawn.saturation = (uniform(1 - jitter, 1 + jitter) for _ in range(3))
+    drawn.jitter_order = tuple(sorted(drawn.jitter_order, key=lambda _: next(numbers)))
+    if preset == "light":
+        return drawn
+    drawn.rotation_deg, drawn.shear_deg, drawn.scale = uniform(-15, 15), uniform(-10, 10), uniform(0.9, 1.1)
+    drawn.translate, drawn.hue, drawn.greyscale = (uniform(-.1, .1), uniform(-.1, .1)), uniform(-.1, .1), uniform() < .1
+    if uniform() < 0.3:
+        drawn.corners = tuple(uniform() for _ in range(8))
+    if uniform() < 0.2:
+        drawn.erase = (uniform(0.02, 0.15), math.exp(uniform(math.log(0.3), math.log(3.3))), uniform(), uniform())
+    return drawn
+
+
+def _position(length, size, fraction):
+    """First pixel of a window of `size` in `length`, each of the possible ones equally likely."""
+    if length < size:
+        raise ValueError(f"a window of {size} pixels does not fit into a picture of {length}")
+    return min(int(fraction * (length - size + 1)), length - size)
+
+
+def _homography(drawn, left, top, size):
+    """Matrix (3, 3) from picture to output, pixel centres at .5, composed of the steps in torchvision's order."""
+    half, scale, mirror = size / 2, drawn.scale, -1 if drawn.flip else 1
+    to_centre = np.array([[1, 0, -left - half], [0, 1, -top - half], [0, 0, 1]])
+    cos, sin = math.cos(math.radians(drawn.rotation_deg)), math.sin(math.radians(drawn.rotation_deg))
+    turn = np.array([[cos * mirror, sin, 0], [-sin * mirror, cos, 0], [0, 0, 1]])
+    shift_x, shift_y = (round(fraction * size) + half for fraction in drawn.translate)
+    affine = np.array([[scale, -scale * math.tan(math.radians(drawn.shear_deg)), shift_x],
+                       [0, scale, shift_y], [0, 0, 1]])
+    matrix = affine @ turn @ to_centre
+    if drawn.corners is None:
+        return matrix
+    unit = np.float32([[0, 0], [1, 0], [1, 1], [0, 1]])
+    inward = np.floor(np.float32(drawn.corners).reshape(4, 2) * (int(0.2 * (size // 2)) + 1)) * (1 - 2 * unit)
+    return _imaging()[0].getPerspectiveTransform((size - 1) * unit, (size - 1) * unit + inward) @ matrix
+
+
+def _colour_matrix(drawn, mean):
+    """(3, 4) matrix [M | offset] of all colour operations on RGB in 0..255; mean (3,): mean colour of the picture.
+
+    The formulas are torchvision's; the grey mean that contrast needs is carried through the operations before it.
+    Two differences: hue turns the IQ plane of YIQ, not the hue of HSV, and values are cut to 0..255 once, at the end.
+    """
+    matrix = np.hstack([np.eye(3), np.zeros((3, 1))])
+    for name in drawn.jitter_order:
+        step, shift = np.eye(3) * getattr(drawn, name), 0.0
+        if name == "contrast":
+            shift = (1 - drawn.contrast) * (LUMA @ (matrix @ np.append(mean, 1)))
+        elif name == "saturation":
+            step += (1 - drawn.saturation) * LUMA
+        elif name == "hue":
+            cos, sin = math.cos(2 * math.pi * drawn.hue), math.sin(2 * math.pi * drawn.hue)
+            step = YIQ_TO_RGB @ np.array([[1, 0, 0], [0, cos, sin], [0, -sin, cos]]) @ RGB_TO_YIQ
+        matrix = step @ matrix
+        matrix[:, 3] += shift
+    return np.tile(LUMA @ matrix, (3, 1)) if drawn.greyscale else matrix
+
+
+def apply_augmentation(image, parameters, size):
+    """Apply an Augmentation to uint8 (H, W, 3) and return uint8 (size, size, 3); H and W at least `size`.
+
+    One bilinear warp; pixels from outside the picture are 0. What the crop cut off comes back where a rotation or
+    shift needs it, so there are fewer black corners than with separate steps. Erased pixels are 0 after to_input.
+    """
+    cv2, drawn = _imaging()[0], parameters
+    left, top = (_position(length, size, fraction) for length, fraction in zip(image.shape[1::-1], drawn.crop))
+    half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # OpenCV counts from pixel centres
+    matrix = np.linalg.inv(half) @ _homography(drawn, left, top, size) @ half
+    pixels = cv2.warpPerspective(image, matrix, (size, size), flags=cv2.INTER_LINEAR)
+    pixels = cv2.transform(pixels, _colour_matrix(drawn, cv2.mean(pixels)[:3]))
+    if drawn.erase is not None:
+        area, ratio, x, y = drawn.erase
+        height, width = round(size * math.sqrt(area * ratio)), round(size * math.sqrt(area / ratio))
+        top, left = _position(size, height, y), _position(size, width, x)
+        pixels[top:top + height, left:left + width] = [round(255 * mean) for mean in IMAGENET_MEAN]
+    return pixels
+
+
+def eval_crop(image, size):
+    """Centre crop of uint8 (H, W, 3) to uint8 (size, size, 3), a copy; H and W at least `size`."""
+    top, left = _position(image.shape[0], size, 0.5), _position(image.shape[1], size, 0.5)
+    return image[top:top + size, left:left + size].copy()
+
+
+def to_input(batch, device, mean=IMAGENET_MEAN, std=IMAGENET_STD, channels_last=True):
+    """Normalise a uint8 tensor (B, H, W, 3) on `device` to float32 (B, 3, H, W); channels_last costs no copy."""
+    # Rows of W * 3 numbers: a last axis of length 3 would be four times slower.
+    pixels = batch.to(device, non_blocking=True).to(torch.float32)  # (B, H, W, 3)
+    centre, spread = (255 * torch.tensor(values, device=device).repeat(batch.shape[2]) for values in (mean, std))
+    pixels.flatten(2).sub_(centre).div_(spread)
+    pixels = pixels.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
+    return pixels if channels_last else pixels.contiguous()
+# ---------------------------------------------------------------------------
+# Backbones and weights
+# ---------------------------------------------------------------------------
+# Any torchvision classifier without its last layer; its weights come from a file, the hub cache or the network, never by chance.
+
+def build_backbone(name, pretrained=True, weights=None, image_size=224):
+    """torchvision classifier -> (module: (B, 3, H, W) -> (B, F), feature width F).
+
+    weights: state dict file for the backbone. Raises UserError for an unknown name, weights that cannot be had (both ways
+    out named), or a file whose layers are others.
+    """
+    import torchvision
+    classifiers = torchvision.models.list_models(module=torchvision.models)
+    if name not in classifiers:
+        raise UserError(f"--backbone {name} is no torchvision classifier{closest(name, classifiers)}")
+    if name.startswith("vit_") and image_size % int(name.rsplit("_", 1)[1]):
+        raise UserError(f"--image_size {image_size}: {name} needs a multiple of {name.rsplit('_', 1)[1]}")
+    options = {"image_size": image_size} if name.startswith("vit_") else {}
+    model = torchvision.models.get_model(name, weights=None, **options)
+    last = _last_linear(model, name)
+    if weights or pretrained:
+        state = load_weights_file(weights) if weights else published_weights(name)
+        _load_backbone_state(model, state, last, weights or name)
+    n_features = model.get_submodule(last).in_features
+    model.set_submodule(last, nn.Identity())
+    return model, n_features
+
+
+def _last_linear(model, name):
+    """Path of the classifier's last Linear layer. Raises UserError where the network ends in something else."""
+    if hasattr(model, "aux_logits"):  # the side heads of GoogLeNet and Inception serve only their own training
+        model.aux_logits, model.AuxLogits, model.aux1, model.aux2 = False, None, None, None
+    path = next((path for path, module in reversed(list(model.named_modules())) if isinstance(module, nn.Linear)), None)
+    if path is None or model.get_submodule(path).out_features != 1000:
+        raise UserError(f"--backbone {name} does not end in a linear layer; choose another, such as resnet50")
+    return path
+
+
+def cached_weights_file(name):
+    """Where torchvision's published weights of a model lie in the hub cache: (path, url); the path may not exist yet."""
+    import torchvision
+    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1], url
+
+
+def published_weights(name):
+    """State dict of torchvision's default weights, from the cache or the network. Raises UserError where neither has them."""
+    path, url = cached_weights_file(name)
+    prefix = re.search(r"-([0-9a-f]{8,})\.", path.name)[1]
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"no pretrained weights for {name}: {path} is missing and the download failed ({error}). Run "
+                            f"`python verify_setup.py --download_weights {name}` where there is internet, or give "
+                            "--weights FILE; --no_pretrained starts from random weights") from None
+    if zipfile.is_zipfile(path):
+        return load_weights_file(path)
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(prefix):
+        raise CheckpointError(f"{path} is damaged (its SHA-256 does not begin with {prefix}); delete it and download it again")
+    # an older file without a checked archive, but the hash proves it
+    return _state_dict(torch.load(path, map_location="cpu", weights_only=True), path)
+
+
+def load_weights_file(path):
+    """State dict (name -> float tensor) of a weights file: bare, under state_dict/model, with a module. prefix, or half precision."""
+    return _state_dict(read_checkpoint(path), path)
+
+
+def _state_dict(state, path):
+    for key in ("state_dict", "model", "model_state"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors: expected a state dict, found {list(state)[:5]}")
+    return {name.removeprefix("module."): value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+def _load_backbone_state(model, state, last, source):
+    """Load all but the classifier `last`, strictly."""
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{last}.")}
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    wrong = [name for name in own if name in state and state[name].shape != own[name].shape]
+    if missing or wrong:
+        example = missing[0] if missing else f"{wrong[0]} {tuple(state[wrong[0]].shape)} for {tuple(own[wrong[0]].shape)}"
+        raise UserError(f"{source}: not the weights of this backbone: {len(missing)} of {len(own)} layers missing, "
+                        f"{len(wrong)} of another shape (first: {example})")
+    model.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
+
+
+def fold_batchnorm(model):
+    """Copy of a model in eval mode with BatchNorm folded into the convolutions: same outputs within rounding, fewer passes.
+
+    A model that torch.fx cannot trace is returned as it is.
+    """
+    from torch.fx.experimental.optimization import fuse
+    try:
+        return fuse(model.eval())
+    except (torch.fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError):
+        return model.eval()
+
+
+@torch.inference_mode()
+def frozen_features(backbone, keys, pixels, compute, batch_size=64):
+    """Features of pictures through a frozen backbone: pixels(*key) is uint8 (S, S, 3) -> float32 (N, F), one row a key."""
+    features = []
+    for start in range(0, len(keys), batch_size):
+        batch = torch.from_numpy(np.stack([pixels(*key) for key in keys[start:start + batch_size]]))  # (B, S, S, 3)
+        with compute.autocast():
+            output = backbone(to_input(batch, compute.device, channels_last=compute.channels_last))  # (B, 3, S, S) -> (B, F)
+        features.append(output.float().cpu())
+    return torch.cat(features).numpy()
+
+
+# ---------------------------------------------------------------------------
+# Optimiser and schedule
+# ---------------------------------------------------------------------------
+# The learning rate is a pure function of the progress of the run; only `plateau` remembers anything.
+
+def build_optimizer(modules, args):
+    """Optimiser over [(module, learning-rate factor)]; biases and normalisation layers (ndim < 2) are not decayed."""
+    groups = []
+    for module, factor in modules:
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        for decay, chosen in ((args.weight_decay, [p for p in parameters if p.ndim > 1]), (0.0, [p for p in parameters if p.ndim < 2])):
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": decay, "lr": args.lr * factor, "factor": factor})
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, fused=True)
+    kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=args.lr, fused=True)
+
+
+def schedule_factor(scheduler, progress, epochs, warmup_epochs):
+    """Learning-rate factor in [0, 1] at `progress` epochs: linear warm-up, then cosine to 0, or steps of x0.1, or 1."""
+    if progress < warmup_epochs:
+        return max(progress / warmup_epochs, 1e-3)
+    if scheduler == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (progress - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)))
+    if scheduler == "step":
+        return 0.1 ** (int(progress) // max(1, epochs // 3))
+    return 1.0
+
+
+# ---------------------------------------------------------------------------
+# Checkpoints and resume
+# ---------------------------------------------------------------------------
+# What is written survives a kill at any moment; what is read is checked to the last byte before anything is trusted.
+
+FORMAT = 1
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, hostile or none at all: exit code 3."""
+    code = EXIT_CHECKPOINT
+
+
+def save_checkpoint(path, content, keep_previous=False):
+    """Write a dict of tensors, numbers, strings, lists and dicts, whole or not at all; keep_previous leaves the old as .prev."""
+    buffer, path = io.BytesIO(), Path(path)
+    torch.save(content, buffer)
+    if keep_previous and path.exists():
+        try:
+            _keep_previous(path, path.with_name(path.name + ".prev"), path.with_name(f".{path.name}.prev.tmp"))
+        except OSError as error:
+            raise CannotSave(f"cannot keep {path}.prev: {error.strerror}") from error
+    write_whole(path, buffer.getbuffer())
+
+
+def _keep_previous(path, previous, temporary):
+    """Give the old file the name .prev without a moment in which neither name has a whole file."""
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(path, temporary)
+    except OSError:  # no hard links here (exFAT, some network drives): for a moment only .prev exists
+        return os.replace(path, previous)
+    try:
+        os.replace(temporary, previous)
+    except OSError:
+        temporary.unlink()
+        raise
+
+
+def read_checkpoint(path, limit_bytes=16 << 30):
+    """Load a checkpoint file as plain data. Nothing in it is executed, and every byte is checked (zip CRC) before use.
+
+    Raises CheckpointError in one sentence for anything but a whole, uncompressed torch zip of dense tensors and plain values.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"no checkpoint at {path} (expected a regular file)")
+        _check_archive(path, limit_bytes)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_plain(content)
+    except (OSError, zipfile.BadZipFile, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError,
+            IndexError, AssertionError, NotImplementedError, RecursionError, MemoryError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{path} is no usable checkpoint ({type(error).__name__}: {reason})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no usable checkpoint (expected a dict, found {type(content).__name__})")
+    return content
+
+
+def _check_archive(path, limit_bytes):
+    size = path.stat().st_size
+    if not zipfile.is_zipfile(path):
+        head = path.open("rb").read(64)
+        hint = "a Git LFS pointer: run `git lfs pull`" if head.startswith(b"version https://git-lfs") else (
+            "a web page" if head.lstrip()[:1] == b"<" else f"{size} bytes, no zip archive")
+        raise ValueError(f"it is {hint}")
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+        if packed or sum(entry.file_size for entry in entries) > min(size, limit_bytes):
+            raise ValueError(f"its archive claims more than its {size} bytes hold")
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"the entry {damaged} is damaged")
+
+
+def _check_plain(value):
+    """Dense, materialised tensors and plain Python values only. Iterative, since nesting may be hostile."""
+    todo, seen = [value], set()
+    while todo:
+        item = todo.pop()
+        if isinstance(item, torch.Tensor):
+            needed = item.numel() * item.element_size()
+            if item.layout != torch.strided or item.is_meta or item.is_quantized or needed > item.untyped_storage().nbytes():
+                raise ValueError(f"a tensor is not dense ({item.layout}, shape {tuple(item.shape)})")
+        elif isinstance(item, (dict, list, tuple)):
+            if id(item) in seen:
+                continue
+            seen.add(id(item))
+            todo.extend([*item, *item.values()] if isinstance(item, dict) else item)
+        elif not (item is None or isinstance(item, (bool, int, float, str))):
+            raise ValueError(f"it holds a {type(item).__name__}")
+
+
+def load_model_file(path, script):
+    """best_model.pth of `script` -> dict. Raises UserError for another script's file, CheckpointError for a damaged one."""
+    content = read_checkpoint(path)
+    if content.get("format") != FORMAT or "model" not in content:
+        raise CheckpointError(f"{path} is no checkpoint of this project (format {content.get('format')!r}, expected {FORMAT})")
+    if content.get("script") != script:
+        raise UserError(f"{path} was written by {content.get('script')}, expected one of {script}")
+    return content
+
+
+@contextlib.contextmanager
+def checkpoint_fields(path):
+    """A field that a checkpoint lacks, or has in another form, becomes CheckpointError inside this block."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} lacks what this script stores in a checkpoint ({type(error).__name__}: {error})") from None
+
+
+def load_state(model, state, source):
+    """Strict load_state_dict whose refusal is one sentence; NaN weights are refused too."""
+    bad = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(f"{source} holds weights that are not finite ({bad[0]} and {len(bad) - 1} more)")
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{source} does not fit this model: {' '.join(str(error).split())[:200]}") from None
+
+
+class Training:
+    """The state that a kill must not lose, and the steps that are easy to get wrong.
+
+    run, model, optimizer, loader: as made by this module. select: history column that chooses the best epoch, or 'last'.
+    describe: function () -> dict of what predict needs beside the weights, stored in best_model.pth.
+
+    for epoch in training.epochs():          # the epochs still to do
+        for batch in training.batches(loader):   # the batches still to do: seeds dropout, sets the learning rate, saves, stops
+            training.step(loss, n_samples, parts)    # scale, backward, unscale, clip, check, step, zero
+        training.end_epoch(row)                  # history, best, early stopping, checkpoints
+    """
+
+    def __init__(self, run, model, optimizer, args, select, describe, higher_is_better=True):
+        self.run, self.model, self.optimizer, self.args, self.describe = run, model, optimizer, args, describe
+        self.select, self.sign = select, 1 if higher_is_better else -1
+        self.scaler = torch.amp.GradScaler(run.compute.device.type, enabled=run.compute.precision == "fp16")
+        self.epoch, self.batch, self.sums, self.history, self.done = 0, 0, {}, [], False
+        self.best = {"epoch": None, "score": None}
+        self.stopping = EarlyStopping(args.patience, args.min_epochs, args.min_delta)
+        self.plateau = EarlyStopping(5, 0, 0.0)
+        self.plateau_factor = 1.0
+        self._last_save = time.monotonic()
+        if run.resumed:
+            self._load_last()
+
+    # --- the loop -----------------------------------------------------------
+
+    def epochs(self):
+        """Numbers of the epochs that remain, from 1; stop signals are obeyed within."""
+        self.run.signals.armed = True
+        while not self.done:
+            yield self.epoch + 1
+            self._stop_if_asked()
+        self.run.signals.armed = False
+
+    def batches(self, loader):
+        """The batches that remain in this epoch; after each, a due save or a stop. Model and sampler are made ready."""
+        sampler = loader.batch_sampler
+        self._started, self._seen = time.perf_counter(), 0
+        self._sampler, self._n_batches = sampler, len(sampler) if not self.args.dry_run else min(2, len(sampler))
+        sampler.epoch, sampler.start = self.epoch, self.batch
+        self.optimizer.zero_grad(set_to_none=True)
+        with Progress(self.run, f"epoch {self.epoch + 1}/{self.args.epochs}", self._n_batches, self.batch) as progress:
+            for batch in loader:
+                self._names = batch.get("name", [])
+                self._set_learning_rate()
+                torch.manual_seed(mix(self.args.seed, self.epoch, self.batch))  # dropout
+                yield batch
+                progress.update(1)
+                if self.batch >= self._n_batches:
+                    break
+
+    def step(self, loss, n_samples, **parts):
+        """Add a batch's gradient, weighted so that every sample of the optimiser step counts the same; step when it is full.
+
+        loss: mean over the batch; n_samples: its rows; parts: further tensors to average into the history.
+        Raises UserError before the step when the loss or gradient is not finite: the checkpoint before it stays healthy.
+        """
+        self._check_finite(loss.detach(), "loss")
+        self.scaler.scale(loss * (n_samples / self._sampler.step_samples(self.batch, self.args.accumulate))).backward()
+        for name, value in {"loss": loss, **parts}.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value.detach().double() * n_samples, count + n_samples)
+        self.batch, self._seen = self.batch + 1, self._seen + n_samples
+        if self.batch % self.args.accumulate and self.batch < self._n_batches:
+            return
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or math.inf, foreach=True)
+        if not self.scaler.is_enabled():
+            self._check_finite(norm, "gradient")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._save_if_due()
+
+    def epoch_means(self):
+        """Means over the samples of this epoch of every part given to step(): {'train_loss': ...}."""
+        return {f"train_{name}": float(total) / count for name, (total, count) in self.sums.items()}
+
+    def learning_rate(self):
+        """Learning rate of the unscaled parameters at this moment."""
+        return self.args.lr * self.plateau_factor * schedule_factor(
+            self.args.scheduler, self.epoch + self.batch / max(1, self._n_batches), self.args.epochs, self.args.warmup_epochs)
+
+    def _set_learning_rate(self):
+        rate = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+
+    def _check_finite(self, value, what):
+        if not torch.isfinite(value):
+            names = ", ".join(map(str, self._names))
+            raise NotFinite(f"the {what} is {value.item()} in epoch {self.epoch + 1}, batch {self.batch + 1} (samples: {names}); "
+                            "the last checkpoint is healthy. Try a smaller --lr, --use_amp off, or look at these samples")
+
+    # --- the end of an epoch ------------------------------------------------
+
+    def end_epoch(self, row):
+        """Close an epoch: its history row, the best model, early stopping, and the checkpoints that are due."""
+        self.history.append({"epoch": self.epoch + 1, "learning_rate": self._epoch_rate(), **row})
+        score = self.sign * row[self.select] if self.select != "last" else float(self.epoch)
+        score = score if math.isfinite(score) else -math.inf
+        better = self.best["epoch"] is None or score > self.best["score"]
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
+        if better:
+            self.best = {"epoch": self.epoch, "score": score}
+        if self.args.scheduler == "plateau" and self.plateau.update(score, self.epoch):
+            self.plateau_factor, self.plateau.bad_epochs = self.plateau_factor * 0.5, 0
+        stop = self.stopping.update(score, self.epoch) and self.select != "last"
+        self.done = stop or self.epoch >= self.args.epochs
+        self._write_epoch(better, score)
+        self._say_epoch(better)
+        if stop and self.epoch < self.args.epochs:
+            self.run.say(f"stopped early after epoch {self.epoch}: no better {self.select} for {self.stopping.bad_epochs} epochs")
+
+    def _say_epoch(self, better):
+        row = self.history[-1]
+        shown = "  ".join(f"{name} {row[name]:.4g}" for name in row if name not in ("epoch", "learning_rate"))
+        seconds = time.perf_counter() - self._started
+        self.run.say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  ({seconds:.1f} s, {self._seen / seconds:.1f} samples/s, "
+                     f"peak {peak_memory(self.run.compute.device) / 2**30:.2f} GB){' *' if better else ''}")
+
+    def _epoch_rate(self):
+        return self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["factor"]
+
+    def _write_epoch(self, better, score):
+        # best first: a kill between the two repeats the epoch and writes the same best again
+        if better:
+            save_checkpoint(self.run.path("best_model.pth"), self._model_file())
+        if self.args.save_top_k:
+            self._save_top(score)
+        if self.args.save_every and self.epoch % self.args.save_every == 0:
+            save_checkpoint(self.run.path(f"checkpoint_epoch_{self.epoch}.pth"), self._content())
+        self.save()
+        write_table(self.run.path("training_history.csv"), self.history)
+
+    def _model_file(self):
+        chosen = self.best if self.best["epoch"] == self.epoch else {"epoch": self.epoch}
+        return plain({"format": FORMAT, "script": script_name(), "model": self.model.state_dict(), "epoch": chosen["epoch"],
+                      "metric": self.select, "history": self.history[-1], **self.describe()})
+
+    def _save_top(self, score):
+        kept = {int(path.stem.rsplit("_", 1)[1]) for path in self.run.folder.glob("top_epoch_*.pth")} | {self.epoch}
+        ranked = sorted(kept, key=self._score_of, reverse=True)[:self.args.save_top_k]
+        if self.epoch in ranked:
+            save_checkpoint(self.run.path(f"top_epoch_{self.epoch}.pth"), self._model_file())
+        for epoch in kept - set(ranked) - {self.epoch}:
+            self.run.path(f"top_epoch_{epoch}.pth").unlink()
+
+    def _score_of(self, epoch):
+        score = self.sign * self.history[epoch - 1].get(self.select, epoch) if epoch <= len(self.history) else -math.inf
+        return score if math.isfinite(score) else -math.inf
+
+    # --- saving and loading -------------------------------------------------
+
+    def _content(self):
+        return plain({
+            "format": FORMAT, "script": script_name(), "epoch": self.epoch, "batch": self.batch, "history": self.history,
+            "sums": {name: [float(total), count] for name, (total, count) in self.sums.items()}, "done": self.done,
+            "best": self.best, "stopping": self.stopping.state(), "plateau": self.plateau.state(),
+            "plateau_factor": self.plateau_factor, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict()})
+
+    def save(self):
+        """Write last.pth, keeping the one before it as last.pth.prev."""
+        save_checkpoint(self.run.path("last.pth"), self._content(), keep_previous=True)
+        self._last_save = time.monotonic()
+
+    def _save_if_due(self):
+        if self.run.signals.received is not None or (
+                self.args.save_minutes and time.monotonic() - self._last_save > 60 * self.args.save_minutes):
+            self.save()
+        self._stop_if_asked()
+
+    def _stop_if_asked(self):
+        if self.run.signals.received is not None:
+            self.run.say(f"{self.run.signals.received.name} received: saved epoch {self.epoch + 1}, batch {self.batch}; "
+                         f"continue with --resume {self.run.folder}")
+            raise SystemExit(self.run.signals.exit_code)
+
+    def _load_last(self):
+        content = self._read_last()
+        if content is None:
+            return
+        load_state(self.model, content["model"], "last.pth")
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.scaler.load_state_dict(content["scaler"])
+            self.epoch, self.batch, self.done, self.history = (content[k] for k in ("epoch", "batch", "done", "history"))
+            self.sums = {name: (torch.tensor(total, dtype=torch.float64), count) for name, (total, count) in content["sums"].items()}
+            self.best, self.plateau_factor = content["best"], content["plateau_factor"]
+            self.stopping.load(content["stopping"])
+            self.plateau.load(content["plateau"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.run.folder}: the checkpoint lacks a part of the training state ({error})") from None
+        where = f"epoch {self.epoch + 1}, batch {self.batch}" if self.batch else f"after epoch {self.epoch}"
+        self.run.say(f"continuing {where}")
+
+    def _read_last(self):
+        """The newest good one of CHECKPOINT, last.pth and last.pth.prev; None where the run was stopped before any was written."""
+        named = Path(self.args.resume) if self.args.resume not in (None, "auto") else None
+        names = [named] if named and named.is_file() else [self.run.path("last.pth"), self.run.path("last.pth.prev")]
+        found, faults = [path for path in names if path.exists()], []
+        for path in found:
+            try:
+                content = read_checkpoint(path)
+                if content.get("format") != FORMAT or content.get("script") != script_name():
+                    raise CheckpointError(f"{path} is no checkpoint of {script_name()} (found {content.get('script')!r})")
+            except CheckpointError as error:
+                faults.append(str(error))
+                self.run.say(f"WARNING: {error}")
+                continue
+            if faults:
+                self.run.say(f"WARNING: continuing from {path.name}, the checkpoint before it")
+            return content
+        if found:
+            raise CheckpointError(f"{self.run.folder} cannot be continued: no usable checkpoint ({'; '.join(faults)})")
+        return None
+
+
+def peak_memory(device):
+    """Most bytes this process has held: on the GPU, or in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(ImportError):  # Windows
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
+
+
+class NotFinite(UserError):
+    """A loss or gradient that is NaN or infinite: the run stops with exit code 1 before the step is taken."""
+    code = EXIT_CRASH
+
+
+def plain(value):
+    """Tensors (copied to the CPU), numbers, strings, lists and dicts only: what weights_only loading accepts."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+class Progress:
+    """A tqdm bar with rate and time left on a terminal; in a log file one plain line at the end of each pass."""
+
+    def __init__(self, run, label, total, initial=0):
+        self.run, self.label, self.total, self.initial, self.bar, self.count = run, label, total, initial, None, 0
+
+    def __enter__(self):
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+            self.bar = tqdm(total=self.total, initial=self.initial, desc=self.label, leave=False, ascii=True)
+        self.start = time.perf_counter()
+        return self
+
+    def update(self, count):
+        """Count finished batches."""
+        self.count += count
+        if self.bar:
+            self.bar.update(count)
+
+    def __exit__(self, *_):
+        self.seconds = time.perf_counter() - self.start
+        if self.bar:
+            self.bar.close()
+        rate = self.count / max(self.seconds, 1e-9)
+        self.run.say(f"{self.label}: {self.count} batches in {self.seconds:.1f} s ({rate:.2f} batches/s)", log_only=True)
+
+
+# ---------------------------------------------------------------------------
+# Early stopping
+# ---------------------------------------------------------------------------
+# Counts epochs without a gain; a score that is not a number is never a gain.
+
+class EarlyStopping:
+    """Stop after `patience` epochs whose score beats the reference by no more than min_delta; 0 = never. Larger is better."""
+
+    def __init__(self, patience, min_epochs, min_delta):
+        self.patience, self.min_epochs, self.min_delta = patience, min_epochs, min_delta
+        self.reference, self.bad_epochs = -math.inf, 0
+
+    def update(self, score, epoch):
+        """Count one epoch (numbered from 1); True when it is time to stop."""
+        if score > self.reference + self.min_delta:
+            self.reference, self.bad_epochs = score, 0
+        else:
+            self.bad_epochs += 1
+        return 0 < self.patience <= self.bad_epochs and epoch >= self.min_epochs
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return {"reference": self.reference, "bad_epochs": self.bad_epochs}
+
+    def load(self, state):
+        """Take over what a checkpoint kept."""
+        self.reference, self.bad_epochs = float(state["reference"]), int(state["bad_epochs"])
+
+
+# ---------------------------------------------------------------------------
+# Metrics
+# ---------------------------------------------------------------------------
+# Every metric is a function of sums over rows, computed on the whole split at once, in the unit of the labels.
+
+REGRESSION_METRICS = ("pearson_r", "r2", "mae", "mse", "rmse")
+LOWER_IS_BETTER = ("mae", "mse", "rmse", "nll", "brier", "ece")
+
+
+def regression_moments(predicted, target):
+    """(8, N, R) terms whose sums over rows give every regression metric: 1, p, t, pp, tt, pt, |p - t|, (p - t)^2.
+
+    predicted, target: (N, R), NaN in target = missing (zero in all eight terms); p and t are taken about their means
+    over the labelled rows, which changes neither r nor R2 and keeps the digits of large offsets.
+    """
+    predicted, target = np.asarray(predicted, np.float64), np.asarray(target, np.float64)
+    if predicted.shape != target.shape or target.ndim != 2:
+        raise ValueError(f"expected two arrays of one shape (N, R), got {predicted.shape} and {target.shape}")
+    labelled = ~np.isnan(target)
+    count = np.maximum(labelled.sum(0), 1)
+    p, t = np.where(labelled, predicted, 0.0), np.where(labelled, target, 0.0)
+    error = p - t
+    p, t = np.where(labelled, p - p.sum(0) / count, 0.0), np.where(labelled, t - t.sum(0) / count, 0.0)
+    return np.stack([labelled.astype(np.float64), p, t, p * p, t * t, p * t, np.abs(error), error ** 2])  # (8, N, R)
+
+
+def metrics_from_sums(sums):
+    """Metrics from summed regression_moments: (..., 8, R) -> dict of name -> (..., R) float64.
+
+    n = 0: all NaN; n < 2 or constant target: r and R2 NaN; constant prediction: r = 0. R2 = 1 - SSE / SST about the
+    mean of these same rows.
+    """
+    n, p, t, pp, tt, pt, absolute, squared = np.moveaxis(np.asarray(sums, np.float64), -2, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        spread_p, spread_t, joint = pp - p * p / n, tt - t * t / n, pt - p * t / n
+        # 1e-12 of the raw sum is the rounding that a subtraction of equal sums leaves behind
+        defined = (n >= 2) & (spread_t > 1e-12 * tt)
+        correlation = np.where(spread_p <= 1e-12 * pp, 0.0, joint / np.sqrt(spread_p * spread_t))
+        r2, mae, mse = 1.0 - squared / spread_t, absolute / n, squared / n
+    return {"pearson_r": np.where(defined, np.clip(correlation, -1.0, 1.0), np.nan),
+            "r2": np.where(defined, r2, np.nan), "mae": mae, "mse": mse, "rmse": np.sqrt(mse)}
+
+
+def regression_metrics(predicted, target):
+    """Per-target metrics: (N, R), (N, R) with NaN = missing -> dict of n, pearson_r, r2, mae, mse, rmse, each (R,)."""
+    sums = regression_moments(predicted, target).sum(1)
+    return {"n": sums[0].astype(np.int64), **metrics_from_sums(sums)}
+
+
+def mean_metrics(per_target):
+    """Means over targets, undefined ones left out: dict of (R,) -> dict of numbers, n_targets = those with an R2."""
+    counts = {"n_labels": int(per_target["n"].sum()), "n_targets": int(np.isfinite(per_target["r2"]).sum())}
+    return {**counts, **{name: float(_nanmean(per_target[name])) for name in REGRESSION_METRICS}}
+
+
+def effective_sample(target, subjects=None):
+    """What the data amount to: (N, R) labels -> dict of ints rows, labelled_rows, distinct_labels, subjects."""
+    target, rows = np.asarray(target, np.float64), ~np.isnan(target).all(1)
+    subjects = np.arange(len(target)) if subjects is None else np.asarray(subjects, str)
+    return {"rows": len(target), "labelled_rows": int(rows.sum()), "subjects": len(np.unique(subjects[rows])),
+            "distinct_labels": len(np.unique(np.nan_to_num(target[rows], nan=np.inf), axis=0))}
+
+
+def _nanmean(values, axis=-1):
+    """Mean over one axis without NaN; NaN where nothing is left (np.nanmean warns there)."""
+    with np.errstate(invalid="ignore"):
+        return np.nansum(values, axis) / (~np.isnan(values)).sum(axis)
+
+
+# ---------------------------------------------------------------------------
+# Intervals and baselines
+# ---------------------------------------------------------------------------
+# Rows of one subject are not independent, so whole subjects are resampled, and baselines over the same resamples.
+
+FEWEST_FOR_INTERVAL, FEWEST_FOR_BOOTSTRAP, MOST_FOR_SIGN_FLIP = 5, 20, 16
+RIDGE_LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-2, 13))
+# where a jackknife estimate is nearer to a normal distribution: (to that scale, and back)
+NORMAL_SCALES = {"pearson_r": (np.arctanh, np.tanh), "r2": (lambda r2: np.log1p(-r2), lambda s: -np.expm1(s)),
+                 "mse": (np.log, np.exp), "rmse": (np.log, np.exp)}
+
+
+def subject_sums(moments, subjects):
+    """Sum the rows of each subject: (M, N, R) and (N,) names -> (S, M, R), subjects in sorted order."""
+    order = np.argsort(subjects, kind="stable")
+    first = np.unique(np.asarray(subjects)[order], return_index=True)[1]
+    return np.add.reduceat(moments[:, order], first, axis=1).swapaxes(0, 1)
+
+
+def t_quantile(level, df):
+    """Two-sided Student t quantile: t with P(|T| < t) = level for df >= 1 degrees of freedom."""
+    angle = np.linspace(0.0, math.pi / 2, 20001)  # with t = sqrt(df) tan(a) the density is cos(a)^(df - 1)
+    density = np.cos(angle) ** (df - 1)
+    mass = np.append(0.0, np.cumsum(density[1:] + density[:-1]))
+    return float(math.sqrt(df) * math.tan(np.interp(level, mass / mass[-1], angle)))
+
+
+def subject_interval(values, level=0.95):
+    """t-interval for the mean of one value per subject: (S,), NaN left out -> (low, high), None under 5 subjects."""
+    values = np.array([value for value in values if not math.isnan(value)], np.float64)
+    if len(values) < FEWEST_FOR_INTERVAL:
+        return None
+    half = t_quantile(level, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def sign_flip_p(differences):
+    """Exact two-sided sign-flip p of the mean of (S,) differences, one a subject, NaN left out; None unless 5 to 16."""
+    differences = np.array([value for value in differences if not math.isnan(value)], np.float64)
+    if not FEWEST_FOR_INTERVAL <= len(differences) <= MOST_FOR_SIGN_FLIP:
+        return None
+    bits = (np.arange(2 ** len(differences))[:, None] >> np.arange(len(differences))) & 1
+    flipped = np.abs((1 - 2 * bits) @ differences)  # (2^S,)
+    return float(np.mean(flipped >= abs(differences.sum()) - 1e-12 * np.abs(differences).sum()))
+
+
+def cluster_intervals(statistic, sums, draws=2000, seed=0, level=0.95, unit="subjects"):
+    """Intervals over subjects for any statistic of summed rows.
+
+    statistic: (D, ...) sums of D resamples -> dict of name -> (D,) or (D, R); sums: (S, ...), one row per subject.
+    Returns (dict of name -> (2,) or (R, 2), or None; the method in words). From 20 subjects: percentile bootstrap, its
+    levels widened to the t distribution (Hesterberg 2015, expanded percentile); 5 to 19: t-interval on jackknife
+    pseudo-values, for a mean over equal clusters the subjects' own means; under 5: None.
+    """
+    count = len(sums)
+    if count < FEWEST_FOR_INTERVAL:
+        return None, f"no interval: only {count} {unit}"
+    if count < FEWEST_FOR_BOOTSTRAP:
+        return _jackknife_intervals(statistic, sums, level), f"{level:.0%} t-interval over {count} {unit}"
+    tail = 0.5 * math.erfc(t_quantile(level, count - 1) * math.sqrt(count / (count - 1) / 2))
+    drawn = _bootstrap_draws(statistic, sums, draws, seed).items()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a target that is undefined in every draw
+        ends = {name: np.nanquantile(values, (tail, 1 - tail), axis=0).T for name, values in drawn}
+    return ends, f"{level:.0%} bootstrap interval over {count} {unit}"
+
+
+def _bootstrap_draws(statistic, sums, draws, seed):
+    """The statistic of `draws` resamples of subjects, in blocks that bound the memory: dict of name -> (D, ...)."""
+    generator, count = np.random.default_rng(seed), len(sums)
+    flat, blocks, block = sums.reshape(count, -1), [], max(1, 2_000_000 // count)
+    for start in range(0, draws, block):
+        size = min(block, draws - start)
+        picks = generator.integers(0, count, (size, count)) + count * np.arange(size)[:, None]
+        times_drawn = np.bincount(picks.ravel(), minlength=size * count).reshape(size, count).astype(np.float64)
+        blocks.append(statistic((times_drawn @ flat).reshape(size, *sums.shape[1:])))
+    return {name: np.concatenate([part[name] for part in blocks]) for name in blocks[0]}
+
+
+def _jackknife_intervals(statistic, sums, level):
+    """dict of name -> (..., 2): value -+ t x jackknife standard error, r and R2 and squared errors on NORMAL_SCALES."""
+    reach, intervals = t_quantile(level, len(sums) - 1) * math.sqrt(len(sums) - 1), {}
+    whole, left_out = statistic(sums.sum(0)[None]), statistic(sums.sum(0) - sums)
+    for name, value in whole.items():
+        metric = name.removeprefix("baseline_").removeprefix("mean_")
+        forward, backward = NORMAL_SCALES.get(metric, (np.asarray, np.asarray))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            centre, parts = forward(value[0]), forward(left_out[name])
+            half = reach * parts.std(0)
+            intervals[name] = np.sort(np.stack([backward(centre - half), backward(centre + half)], -1), -1)
+    return intervals
+
+
+def _paired_statistic(sums):
+    """(D, 8, R) model, or (D, 16, R) with baseline -> dict of `r2`, `mean_r2`, `baseline_r2`, `difference_r2`, ..."""
+    model = metrics_from_sums(sums[:, :8])
+    values = {**model, **{f"mean_{name}": _nanmean(value) for name, value in model.items()}}
+    if sums.shape[1] == 8:
+        return values
+    baseline = _paired_statistic(sums[:, 8:])
+    paired = {f"baseline_{name}": value for name, value in baseline.items()}
+    return {**values, **paired, **{f"difference_{name}": values[name] - baseline[name] for name in values}}
+
+
+def bootstrap_regression(predicted, target, subjects=None, baseline=None, draws=2000, seed=0, level=0.95):
+    """Metrics of a whole split with intervals over subjects, and the paired comparison with a baseline.
+
+    predicted, target, baseline: (N, R), NaN in target = missing; subjects: (N,) names, None = every row its own.
+    Returns a dict: `value` and `interval` (None under 5 subjects) with the keys METRIC, mean_METRIC (over targets) and
+    baseline_, difference_ (model - baseline, same resamples) before both; arrays (R,) and (R, 2), means () and (2,),
+    NaN interval for a target labelled in under 5 subjects; `per_subject` the same keys with (S, R) and (S,), None from
+    20 subjects; `sign_flip_p` {METRIC: p or None}; `subjects`, `rows`, `level`, `method`.
+    """
+    labelled = ~np.isnan(np.asarray(target, np.float64)).all(1)
+    names = np.arange(len(labelled)) if subjects is None else np.asarray(subjects, str)
+    models = [np.asarray(model)[labelled] for model in (predicted, baseline) if model is not None]
+    moments = np.concatenate([regression_moments(model, np.asarray(target)[labelled]) for model in models])
+    sums = subject_sums(moments, names[labelled])  # (S, 8 or 16, R)
+    value = {name: array[0] for name, array in _paired_statistic(sums.sum(0)[None]).items()}
+    unit = "rows" if subjects is None else "subjects"
+    interval, method = cluster_intervals(_paired_statistic, sums, draws, seed, level, unit)
+    sparse = (sums[:, 0] > 0).sum(0) < FEWEST_FOR_INTERVAL  # (R,)
+    for pair in (pair for pair in (interval or {}).values() if pair.ndim == 2):
+        pair[sparse] = np.nan
+    per_subject = _paired_statistic(sums) if len(sums) < FEWEST_FOR_BOOTSTRAP else {}
+    flips = {name: sign_flip_p(per_subject.get(f"difference_mean_{name}", ())) for name in REGRESSION_METRICS}
+    return {"value": value, "interval": interval, "per_subject": per_subject or None, "sign_flip_p": flips,
+            "subjects": len(sums), "rows": int(labelled.sum()), "level": level, "method": method}
+
+
+def train_mean_baseline(train_target, n_rows):
+    """Each target's mean over the train rows as the prediction: (N, R) with NaN = missing -> (n_rows, R)."""
+    return np.tile(_nanmean(np.asarray(train_target, np.float64), axis=0), (n_rows, 1))
+
+
+@dataclasses.dataclass
+class Ridge:
+    """A linear model on standardised features, made by fit_ridge; penalty (R,) is the chosen lambda of each target."""
+    feature_mean: np.ndarray  # (F,)
+    feature_sd: np.ndarray  # (F,)
+    weights: np.ndarray  # (F, R)
+    intercept: np.ndarray  # (R,)
+    penalty: np.ndarray  # (R,)
+
+    def predict(self, features):
+        """(N, F) features -> (N, R) float64 in the unit of the labels."""
+        return (np.asarray(features, np.float64) - self.feature_mean) / self.feature_sd @ self.weights + self.intercept
+
+
+def fit_ridge(features, target, lambdas=RIDGE_LAMBDAS, groups=None, folds=5, seed=0):
+    """Ridge regression in closed form, lambda > 0 per target by inner cross-validation -> Ridge.
+
+    features: (N, F), standardised here (a constant one becomes 0); target: (N, R), NaN = missing; groups: (N,) names,
+    never cut by an inner fold. Minimises |y - Xw - b|^2 + lambda |w|^2. Targets labelled on the same rows share one
+    eigendecomposition; under 3 labelled rows the prediction is their mean.
+    """
+    features, target = np.asarray(features, np.float64), np.asarray(target, np.float64)
+    mean, sd = features.mean(0), features.std(0)
+    sd = np.where(sd > 1e-10 * (np.abs(mean) + 1e-300), sd, 1.0)
+    x, groups = (features - mean) / sd, np.arange(len(features)) if groups is None else np.asarray(groups, str)
+    model = Ridge(mean, sd, np.zeros((x.shape[1], target.shape[1])), _nanmean(target, axis=0),
+                  np.full(target.shape[1], np.nan))
+    labelled = ~np.isnan(target)
+    for rows in (rows for rows in np.unique(labelled, axis=1).T if rows.sum() >= 3):
+        columns = np.flatnonzero((labelled == rows[:, None]).all(0))
+        weights, penalty = _ridge_solve(x[rows], target[np.ix_(rows, columns)], np.asarray(lambdas, np.float64),
+                                        _inner_folds(groups[rows], folds, seed))
+        model.weights[:, columns], model.penalty[columns] = weights, penalty
+        model.intercept[columns] -= x[rows].mean(0) @ weights
+    return model
+
+
+def _ridge_solve(x, y, lambdas, folds):
+    """Weights (F, R) and the lambda (R,) with the smallest held-out squared error for x (N, F), y (N, R)."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    primal = x.shape[1] <= len(x)
+    power, basis = np.linalg.eigh(x.T @ x if primal else x @ x.T)
+    power = np.maximum(power, 0.0)  # (K,), K = min(N, F)
+    scores = x @ basis if primal else basis * np.sqrt(power)  # (N, K), scores.T @ scores = diag(power)
+    projected = scores.T @ y  # (K, R)
+    error = np.stack([_held_out_error(scores, y, projected, power + penalty, folds) for penalty in lambdas])  # (L, R)
+    penalty = lambdas[error.argmin(0)]
+    coefficients = projected / (power[:, None] + penalty)  # (K, R)
+    dual = coefficients / np.sqrt(np.maximum(power, 1e-300))[:, None]
+    return basis @ coefficients if primal else x.T @ (basis @ dual), penalty
+
+
+def _held_out_error(scores, y, projected, damped, folds):
+    """(R,) squared errors of the left-out folds without refitting: residual_g = (I - H_gg)^-1 (y - H y)_g, exact for
+    H = 11'/N + Z (Z'Z + lambda)^-1 Z' (PRESS, Allen 1974, for blocks of rows)."""
+    residual, total = y - scores @ (projected / damped[:, None]), np.zeros(y.shape[1])
+    for rows in folds:
+        hat = scores[rows] / damped @ scores[rows].T + 1.0 / len(y)
+        total += (np.linalg.solve(np.eye(len(rows)) - hat, residual[rows]) ** 2).sum(0)
+    return total
+
+
+def _inner_folds(groups, folds, seed):
+    """Row indices of each fold: groups in random order, each into the smallest fold; one group alone: cut by rows."""
+    if len(np.unique(groups)) == 1:
+        groups = np.arange(len(groups))
+    names, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    fold_of, filled = np.zeros(len(names), np.int64), np.zeros(min(folds, len(names)))
+    for group in np.random.default_rng(seed).permutation(len(names)):
+        fold_of[group] = filled.argmin()
+        filled[fold_of[group]] += sizes[group]
+    return [np.flatnonzero(fold_of[index] == fold) for fold in range(len(filled))]
+
+
+# ---------------------------------------------------------------------------
+# Noise ceiling
+# ---------------------------------------------------------------------------
+# What a perfect model could reach, given that the raters disagree; too much disagreement is "not measurable".
+
+
+def noise_ceiling(mean, sd, n):
+    """Ceiling from summary ratings: mean, sd (N, R), raters n (N, R) or a number -> dict of r2, r, rows (R,), note.
+
+    R2 ceiling = 1 - mean(sd^2 / n) / var(mean), r ceiling its root (reliability of a mean in classical test theory).
+    Rows with sd = 0 or anything missing do not count. A negative R2 ceiling is NaN with the note "not measurable".
+    """
+    mean, sd = np.asarray(mean, np.float64), np.asarray(sd, np.float64)
+    n = np.broadcast_to(np.asarray(n, np.float64), mean.shape)
+    valid = np.isfinite(mean) & (sd > 0) & (n > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        noise = _nanmean(np.where(valid, sd ** 2 / n, np.nan), axis=0)
+        centred = mean - _nanmean(np.where(valid, mean, np.nan), axis=0)
+        signal_and_noise = np.where(valid, centred ** 2, 0.0).sum(0) / (valid.sum(0) - 1)
+        r2 = np.where(valid.sum(0) >= 2, 1.0 - noise / signal_and_noise, np.nan)
+    r2 = np.where(r2 >= 0, r2, np.nan)
+    note = ["not measurable" if np.isnan(value) else "" for value in r2]
+    return {"r2": r2, "r": np.sqrt(r2), "rows": valid.sum(0), "note": note}
+
+
+def ceiling_table(mean, sd, n_values=range(2, 31)):
+    """R2 ceilings for each possible number of raters, where it is not known: (N, R), (N, R) -> dict of n -> (R,)."""
+    return {int(n): noise_ceiling(mean, sd, n)["r2"] for n in n_values}
+
+
+def _stack_ratings(ratings, fewest):
+    """N 1-D arrays -> (values (M,), image (M,) sorted indices, counts (N,)) of images with `fewest` ratings or more."""
+    parts = [values[~np.isnan(values)] for values in (np.asarray(part, np.float64) for part in ratings)]
+    counts = np.array([len(part) for part in parts if len(part) >= fewest], np.int64)
+    values = np.concatenate([np.empty(0)] + [part for part in parts if len(part) >= fewest])
+    return values, np.repeat(np.arange(len(counts)), counts), counts
+
+
+def split_half(ratings, halves=100, seed=0):
+    """Reliability of the mean rating (= its R2 ceiling) of one target, from single ratings: N 1-D arrays -> float.
+
+    Each image's raters are cut in two at random, the halves' means correlated over images (those with 2 raters or
+    more), stepped up by Spearman-Brown 2r / (1 + r) and averaged over `halves`. Not above 0: NaN, not measurable.
+    """
+    values, image, counts = _stack_ratings(ratings, 2)
+    if len(counts) < 3:  # two images always correlate by 1 or -1
+        return math.nan
+    generator, reliability = np.random.default_rng(seed), []
+    first = np.arange(len(values)) - (np.cumsum(counts) - counts)[image] < (counts // 2)[image]  # (M,) True = half one
+    total = np.bincount(image, values)
+    for _ in range(halves):
+        order = np.argsort(image + generator.random(len(values)))
+        half_one = np.bincount(image[first], values[order[first]])
+        r = np.corrcoef(half_one / (counts // 2), (total - half_one) / (counts - counts // 2))[0, 1]
+        reliability.append(2 * r / (1 + r))
+    return float(np.mean(reliability)) if np.mean(reliability) > 0 else math.nan
+
+
+def icc(ratings):
+    """ICC(1,1) and ICC(1,k) of one target by one-way ANOVA: N 1-D arrays -> (single rating, mean rating) floats.
+
+    Shrout & Fleiss 1979; unequal numbers of raters enter as n0 = (M - sum n^2 / M) / (N - 1). Negative: NaN.
+    """
+    values, image, counts = _stack_ratings(ratings, 1)
+    images, total = len(counts), len(values)
+    if images < 2 or total == images:
+        return math.nan, math.nan
+    means = np.bincount(image, values) / counts
+    between = (counts * (means - values.mean()) ** 2).sum() / (images - 1)
+    within = ((values - means[image]) ** 2).sum() / (total - images)
+    n0, signal = (total - (counts ** 2).sum() / total) / (images - 1), between - within
+    return (float(signal / (between + (n0 - 1) * within)), float(signal / between)) if signal > 0 else (math.nan,) * 2
+
+
+# ---------------------------------------------------------------------------
+# Calibration
+# ---------------------------------------------------------------------------
+# How far a prediction may be off, from residuals on rows that the model was not trained on.
+
+
+def conformal_quantile(abs_residuals, alpha, subjects=None, seed=0):
+    """Half-width of a 1 - alpha prediction interval: the ceil((n + 1)(1 - alpha))-th smallest of (M,) |residuals|.
+
+    NaN residuals are dropped; too few give inf (alpha .1 needs 9). With subjects (M,) n counts subjects, each giving
+    one residual drawn at random: exchangeable with a row of a new subject (Dunn, Wasserman & Ramdas 2023).
+    """
+    kept = ~np.isnan(abs_residuals)
+    values = np.asarray(abs_residuals, np.float64)[kept]
+    if subjects is not None:
+        order = np.random.default_rng(seed).permutation(len(values))
+        values = values[order][np.unique(np.asarray(subjects, str)[kept][order], return_index=True)[1]]
+    rank = math.ceil((len(values) + 1) * (1 - alpha) - 1e-9)
+    return float(np.sort(values)[rank - 1]) if rank <= len(values) else math.inf
+
+
+# ---------------------------------------------------------------------------
+# Alarms and criteria
+# ---------------------------------------------------------------------------
+# What must be said before any number: signs of a broken model, bars set beforehand, and the one-sentence verdict.
+
+
+def regression_alarms(predicted, target, train_metrics, val_metrics, names):
+    """Sentences on signs of a broken model or of data that cannot judge it, for (N, R), (N, R) and R names; else [].
+
+    train_metrics, val_metrics: mean_metrics of the two splits in evaluation mode, or None.
+    """
+    predicted, target = np.asarray(predicted, np.float64), np.asarray(target, np.float64)
+    seen = np.where(np.isnan(target) | ~np.isfinite(predicted), np.nan, predicted)
+    spread_p, spread_t = np.sqrt([_nanmean((a - _nanmean(a, 0)) ** 2, 0) for a in (seen, target)])  # (R,), (R,)
+    modal = [np.unique(c[~np.isnan(c)], return_counts=True)[1].max(initial=0) for c in target.T]
+    faults = {"not a finite number in the predictions": ~np.isfinite(predicted).all(0),
+              "constant output (sd under 5 % of the labels')": spread_p < 0.05 * spread_t,
+              "constant prediction, so r has no value and counts as 0": spread_p <= 1e-9 * spread_t,
+              "correlation undefined, the labels do not vary": ~(spread_t > 0),
+              "labels almost all equal (95 % or more share one value)": modal >= 0.95 * (~np.isnan(target)).sum(0)}
+    alarms = [f"{text}: {', '.join(itertools.compress(names, flags))}" for text, flags in faults.items() if flags.any()]
+    repeats = np.unique(predicted, axis=0, return_counts=True)[1].max() if len(predicted) else 0
+    if repeats >= 3:
+        alarms.append(f"the same prediction for {repeats} of {len(predicted)} rows")
+    return alarms + (split_gap_alarms(train_metrics, val_metrics) if train_metrics and val_metrics else [])
+
+
+def split_gap_alarms(train_metrics, val_metrics, metric="pearson_r", gap=0.3):
+    """Sentences where a train and a validation metric (dicts of floats, higher is better) lie far apart; else []."""
+    train, val = train_metrics[metric], val_metrics[metric]
+    numbers = f"({metric} {train:.3f} and {val:.3f})"
+    below = [f"train far below validation {numbers}: a leak, or a fault in evaluation"] if train < val - gap / 2 else []
+    return below + ([f"train far above validation {numbers}: rows learnt by heart"] if train > val + gap else [])
+
+
+def identical_fold_alarms(fold_results):
+    """Sentences on folds with the same numbers to the last digit; fold_results: one array of any shape per fold."""
+    return [f"folds {a} and {b} have identical results: were they trained and judged on the same rows?"
+            for a, b in itertools.combinations(range(len(fold_results)), 2)
+            if np.array_equal(fold_results[a], fold_results[b])]
+
+
+def named_values(result, names):
+    """bootstrap_regression's result under the names of --criteria: `r2` = mean over targets, `r2_Valence` one target.
+
+    Returns (dict of name -> float, dict of name -> (low, high) or None).
+    """
+    places = {metric: (f"mean_{metric}", ...) for metric in REGRESSION_METRICS}
+    places |= {f"{metric}_{name}": (metric, k) for metric in REGRESSION_METRICS for k, name in enumerate(names)}
+    values = {name: float(result["value"][key][k]) for name, (key, k) in places.items()}
+    return values, {name: result["interval"] and tuple(result["interval"][key][k].tolist())
+                    for name, (key, k) in places.items()}
+
+
+def parse_criteria(text, known):
+    """`"r2>0.15,mae_M2<3.0"` -> list of dict(name, relation, bar); known: the metric names that exist.
+
+    Raises UserError that lists every part that cannot be read, or every unknown name with the closest known one.
+    """
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    matches = [re.fullmatch(r"([^<>=]+?)\s*([<>]=?)\s*([-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)", p) for p in parts]
+    bad = [part for part, match in zip(parts, matches) if match is None]
+    if bad:
+        raise UserError(f"--criteria expects NAME>NUMBER or NAME<NUMBER separated by commas, found: {'; '.join(bad)}")
+    unknown = [f"{name} (closest: {difflib.get_close_matches(name, known, 1, 0.0)[0]})"
+               for name in (match[1] for match in matches) if name not in known]
+    if unknown:
+        raise UserError(f"--criteria names no metric of this run: {', '.join(unknown)}. Use METRIC or METRIC_TARGET.")
+    return [{"name": match[1], "relation": match[2], "bar": float(match[3])} for match in matches]
+
+
+def judge_criteria(criteria, values, intervals):
+    """PASS where the whole interval clears the bar, FAIL where none of it does, else (or without one) NOT RESOLVABLE.
+
+    criteria: from parse_criteria; values: dict of name -> float; intervals: dict of name -> (low, high) or None.
+    Returns a list of dict(name, relation, bar, value, low, high, verdict).
+    """
+    compare, judged = {">": np.greater, ">=": np.greater_equal, "<": np.less, "<=": np.less_equal}, []
+    for entry in criteria:
+        low, high = intervals[entry["name"]] or (math.nan, math.nan)
+        clears = {bool(compare[entry["relation"]](end, entry["bar"])) for end in (low, high)}
+        verdict = "NOT RESOLVABLE"
+        if len(clears) == 1 and not math.isnan(low + high):
+            verdict = "PASS" if True in clears else "FAIL"
+        judged.append({**entry, "value": values[entry["name"]], "low": low, "high": high, "verdict": verdict})
+    return judged
+
+
+def verdict_sentence(result, baseline_name, metric="r2", ceiling=None, held_out=True):
+    """One honest sentence: does the model beat its baseline, by how much, and what could be reached at best.
+
+    result: dict of bootstrap_regression's shape (mean_, baseline_mean_ and difference_mean_ keys of `metric`).
+    ceiling: what `metric` could reach, or None. held_out False: the numbers are neither a test split's nor folds'.
+    """
+    model, baseline, difference = (result["value"][f"{part}mean_{metric}"] for part in ("", "baseline_", "difference_"))
+    low, high = (result["interval"] or {}).get(f"difference_mean_{metric}", (np.nan, np.nan))
+    gains = [-difference, -low, -high] if metric in LOWER_IS_BETTER else [difference, low, high]
+    beaten = "The model beats" if min(gains) > 0 else "The model does not beat" if gains[0] <= 0 else None
+    verdict = beaten if beaten and np.isfinite(gains).all() else "Not resolvable whether the model beats"
+    text = f"{verdict} the {baseline_name} baseline: mean {metric} {model:.3f} against {baseline:.3f}, "
+    bounds = f"{low:+.3f} to {high:+.3f}, " if result["interval"] else ""
+    flip_p = result["sign_flip_p"][metric]
+    text += f"difference {difference:+.3f} [{bounds}{result['method']}]"
+    text += "" if flip_p is None else f", exact sign-flip p {flip_p:.4f}"
+    text += "" if ceiling is None or not np.isfinite(ceiling) else f"; the raters' agreement allows {ceiling:.3f}"
+    return text + ("." if held_out else "; selected on validation, therefore optimistic.")
+# ---------------------------------------------------------------------------
+# Plots
+# ---------------------------------------------------------------------------
+# Small pictures in the Okabe-Ito colours, drawn without pyplot, so that no window and no hidden state is involved.
+
+_INK, _SOFT, _GRID = "#20262d", "#66707a", "#e3e7ea"
+_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
+
+
+def _new_figure(rows, columns, panel_inches, used, **subplots):
+    """(figure, its first `used` axes) in the look of all plots; panel_inches = (width, height) of one panel."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(columns * panel_inches[0], rows * panel_inches[1]), dpi=120, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **subplots).ravel()
+    for k, axis in enumerate(axes):
+        axis.set_visible(k < used)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(_SOFT)
+        axis.tick_params(colors=_SOFT, labelsize=8, length=3)
+        axis.grid(color=_GRID, linewidth=0.8)
+        axis.set_axisbelow(True)
+    return figure, axes[:used]
+
+
+def _save_figure(figure, path):
+    """Write the figure as a PNG of 64 colours: a third of the usual size, the same bytes for the same figure."""
+    from PIL import Image
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, "PNG", optimize=True)
+
+
+def _values(rows, key):
+    """One column of a list of dicts as floats (len(rows),); an empty, missing or None cell is NaN."""
+    return np.array([float("nan") if row.get(key) in (None, "") else float(row[key]) for row in rows])
+
+
+def _metric_families(history):
+    """{family: [columns]}: train_loss and val_loss share a panel, and so do val_mae and val_mae_left."""
+    columns = [c for c in dict.fromkeys(c for row in history for c in row) if c.startswith(("train_", "val_"))]
+    names = [column.split("_", 1)[1] for column in columns]
+    families = {}
+    for column, name in zip(columns, names):
+        roots = [other for other in names if name == other or name.startswith(other + "_")]
+        families.setdefault(min(roots, key=len), []).append(column)
+    return families
+
+
+def _draw_history_panel(axis, history, family, columns, best_epoch):
+    """One family over the epochs; the title tells the value of its first val_ column at the best epoch."""
+    epochs, colours = _values(history, "epoch"), itertools.cycle([_BLUE, _GREEN, _PURPLE, _YELLOW, _SKY])
+    for column in columns:
+        colour, style = (_ORANGE, "--") if column.startswith("train_") else (next(colours), "-")
+        axis.plot(epochs, _values(history, column), style, color=colour, label=column, marker=".", markersize=3)
+    axis.set_title(family, loc="left", fontsize=10, fontweight="bold", color=_INK)
+    axis.set_xlabel("epoch", fontsize=8, color=_SOFT)
+    axis.locator_params(axis="x", integer=True)
+    if len(columns) > 1:
+        axis.legend(fontsize=7, frameon=False, labelcolor=_INK)
+    if best_epoch in epochs:
+        shown = next((column for column in columns if column.startswith("val_")), columns[0])
+        value = _values(history, shown)[epochs == best_epoch][0]
+        axis.axvline(best_epoch, color=_INK, linewidth=0.9, linestyle=":")
+        axis.plot([best_epoch], [value], "o", color=_INK, markersize=4)
+        axis.set_title(f"epoch {best_epoch:g}: {value:.3g}", loc="right", fontsize=8, color=_SOFT)
+
+
+def plot_history(history, path, best_epoch=None):
+    """Learning curves as PNG: a panel per family of train_ and val_ columns, then the learning rate (log scale).
+
+    history: dicts with epoch and any train_*, val_* and learning_rate (None or "" leaves a gap). best_epoch is marked
+    in every panel. It takes half a second or more, so it belongs at the end of a run, not into each epoch.
+    """
+    families = _metric_families(history)
+    if np.nanmax([0.0, *_values(history, "learning_rate")]) > 0:
+        families["learning_rate"] = ["learning_rate"]
+    columns = min(3, len(families))
+    figure, axes = _new_figure(-(-len(families) // columns), columns, (3.5, 2.5), len(families))
+    for axis, (family, members) in zip(axes, families.items()):
+        _draw_history_panel(axis, history, family, members, best_epoch)
+        axis.set_yscale("log" if family == "learning_rate" else "linear")
+    _save_figure(figure, path)
+
+
+def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
+    """Horizontal bars per target (1 to 40), best on top, as PNG; one panel per metric.
+
+    rows: dicts with target and, for each metric m, the keys m, m_low and m_high (interval), baseline_m and ceiling_m;
+    all but target and m may be missing. The axis ends at -0.5; the number beside the bar is always the true one.
+    """
+    rows = sorted(rows, key=lambda row: np.nan_to_num(_values([row], metrics[0])[0], nan=-math.inf))
+    figure, axes = _new_figure(1, len(metrics), (4.8, 1.15 + 0.26 * len(rows)), len(metrics), sharey=True)
+    height = np.arange(len(rows))
+    for axis, metric in zip(axes, metrics):
+        value, low, high, baseline, ceiling = (_values(rows, key) for key in (
+            metric, f"{metric}_low", f"{metric}_high", f"baseline_{metric}", f"ceiling_{metric}"))
+        axis.barh(height, value, height=0.62, color=_SKY, label="model")
+        axis.hlines(height, low, high, color=_INK, linewidth=1.3, label="interval")
+        axis.plot(baseline, height, "|", color=_ORANGE, markersize=11, markeredgewidth=2.4, label="baseline")
+        axis.plot(ceiling, height, "D", color=_INK, markersize=4.5, markerfacecolor="none", label="noise ceiling")
+        axis.set_title(metric, loc="left", fontsize=10, fontweight="bold", color=_INK)
+        axis.set_xlim(max(-0.5, 1.1 * np.nanmin([0.0, *value, *low, *baseline])), 1.0)
+        for y, number in zip(height, value):
+            axis.annotate(f"{number:.2f}", (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+        axis.axvline(0, color=_SOFT, linewidth=0.9)
+        axis.grid(visible=False, axis="y")
+        axis.spines["left"].set_visible(False)
+    axes[0].set_yticks(height, [str(row["target"])[:28] for row in rows], color=_INK)
+    axes[0].set_ylim(-0.6, len(rows) - 0.4)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    _save_figure(figure, path)
+
+
+def plot_scatter(predicted, target, names, path):
+    """Small multiples of predicted over true as PNG, a panel per target (up to 40) with identity line, r and n.
+
+    predicted, target: (N, R) in the original unit, NaN = missing; names: R labels.
+    """
+    predicted, target = np.asarray(predicted, float), np.asarray(target, float)  # (N, R)
+    known = np.isfinite(predicted) & np.isfinite(target)
+    pearson_r = regression_metrics(predicted, np.where(known, target, np.nan))["pearson_r"]  # (R,)
+    columns, inches = (min(len(names), 4), 2.4) if len(names) <= 16 else (7, 1.75)
+    figure, axes = _new_figure(-(-len(names) // columns), columns, (inches, inches), len(names))
+    for j, axis in enumerate(axes):
+        x, y = target[known[:, j], j], predicted[known[:, j], j]  # (n,)
+        low, high = (min(*x, *y), max(*x, *y)) if len(x) else (0.0, 1.0)
+        margin = 0.05 * (high - low) or 0.5
+        axis.plot([low, high], [low, high], color=_SOFT, linewidth=1, linestyle="--")
+        axis.plot(x, y, "o", color=_BLUE, markersize=3, alpha=0.5 if len(x) < 300 else 0.2, markeredgewidth=0)
+        axis.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), box_aspect=1)
+        axis.locator_params(nbins=4)
+        axis.set_title(str(names[j])[:18], loc="left", fontsize=8, fontweight="bold", color=_INK)
+        axis.annotate(f"r {pearson_r[j]:.2f}\nn {len(x)}", (0.03, 0.97), xycoords="axes fraction", va="top", fontsize=7)
+    figure.supxlabel("true", fontsize=9, color=_SOFT)
+    figure.supylabel("predicted", fontsize=9, color=_SOFT)
+    _save_figure(figure, path)
+
+
+# ---------------------------------------------------------------------------
+# Report
+# ---------------------------------------------------------------------------
+# One HTML file that carries everything inside: the builders return escaped HTML, write_report puts it in order.
+
+REPORT_MAX_BYTES = 5_000_000
+_LEVELS = {  # word and outline: shape and word tell the levels apart without colour
+    "good": ("Holds", '<circle cx="12" cy="12" r="11"/><path d="M6.8 12.4l3.6 3.7 6.9-7.6"/>'),
+    "caution": ("With caution", '<path class="f" d="M12 1.8L23.3 21.6H.7z"/><path d="M12 9v6M12 18.1v.4"/>'),
+    "poor": ("Does not hold", '<path class="f" d="M7.6 1.5h8.8l6.1 6.1v8.8l-6.1 6.1H7.6l-6.1-6.1V7.6z"/>'
+                              '<path d="M8.3 8.3l7.4 7.4M15.7 8.3l-7.4 7.4"/>')}
+_REPORT_CSS = """
+:root{--ground:#f4f6f8;--paper:#fff;--ink:#1b2128;--soft:#57626d;--line:#dde2e7;--good:#00684e;--good-bg:#e5f4ee;
+  --caution:#855000;--caution-bg:#fdf2dd;--poor:#a5301a;--poor-bg:#fcebe6}
+@media screen and (prefers-color-scheme:dark){:root{color-scheme:dark;--ground:#12161b;--paper:#1a2027;--ink:#e6eaee;
+  --soft:#9aa6b2;--line:#313a44;--good:#4fd0a5;--good-bg:#12302a;--caution:#f0b54e;--caution-bg:#33280f;--poor:#ff9c82;
+  --poor-bg:#3a1d17} img{filter:brightness(.93)}}
+*{box-sizing:border-box;print-color-adjust:exact} p,ul{margin:0 0 .8rem;max-width:46rem} ul{padding-left:1.2rem}
+body{margin:0;background:var(--ground);color:var(--ink);overflow-wrap:anywhere;font:16px/1.55 system-ui,sans-serif}
+.page{max-width:74rem;margin:auto;padding:2.2rem 1.5rem;display:grid;gap:0 2.5rem;
+  grid-template-columns:12rem minmax(0,1fr)} .page>:not(nav,main){grid-column:1/-1}
+main,nav ol{counter-reset:n;padding:0;margin:0;list-style:none} h2{font-size:1.2rem;margin:0 0 .9rem}
+h1{font-size:1.75rem;line-height:1.2;margin:0 0 1rem} nav{position:sticky;top:1rem;align-self:start;font-size:.9rem}
+h2:before,nav a:before{counter-increment:n;content:counter(n);color:var(--soft);font-weight:400;margin-right:.7em}
+nav a{display:block;padding:.3rem 0;text-decoration:none;color:var(--soft);border-bottom:1px solid var(--line)}
+svg{flex:none;width:1.5em;height:1.5em;fill:currentColor;stroke:var(--paper);stroke-width:2.6;stroke-linecap:round;
+  stroke-linejoin:round} svg circle,svg .f{stroke:none} .good{color:var(--good);background:var(--good-bg)}
+.caution{color:var(--caution);background:var(--caution-bg)} .poor{color:var(--poor);background:var(--poor-bg)}
+.note{display:flex;gap:.7rem;align-items:center;border-radius:.6rem;padding:.6rem .9rem;margin:0 0 1rem;max-width:46rem}
+.note p{margin:0;max-width:none;color:var(--ink)} .verdict{max-width:none;padding:1.2rem;gap:1.1rem;font-size:1.25rem}
+.verdict svg{width:3.4rem;height:3.4rem} .word{font-size:.8rem;font-weight:700;text-transform:uppercase}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.8rem;margin:0 0 2rem}
+.figures div,section{background:var(--paper);border:1px solid var(--line);border-radius:.8rem;padding:.8rem 1rem}
+dt,.small,figcaption,footer{color:var(--soft);font-size:.85rem;line-height:1.45}
+dd{margin:0} .big{font-size:1.7rem;font-weight:600} section{padding:1.4rem 1.5rem .8rem;margin:0 0 1.2rem}
+.scroll{overflow-x:auto;margin:0 0 1rem} table{border-collapse:collapse;font-size:.9rem;min-width:50%}
+th,td{padding:.38rem .8rem;overflow-wrap:normal;text-align:left;border-bottom:1px solid var(--line)}
+thead th{color:var(--soft);font-size:.8rem;border-bottom-width:2px} tbody tr:last-child>*{border:0}
+tbody th{font-weight:500;position:sticky;left:0;background:var(--paper)} th:first-child{padding-left:0}
+.num,.big,.cases span{font-variant-numeric:tabular-nums} th.num,.num{text-align:right;white-space:nowrap}
+figure{margin:0 0 1.2rem} img{display:block;max-width:100%;height:auto;background:#fff;border-radius:.5rem}
+.cases{display:grid;grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr));gap:1rem;margin:0 0 1rem}
+.cases figure{margin:0} .cases img{width:100%;aspect-ratio:1;object-fit:contain;background:var(--ground)}
+.cases b,.cases span{display:block} .cases b{color:var(--ink);margin-top:.4rem}
+pre{background:var(--ground);border-radius:.5rem;padding:.7rem .9rem;white-space:pre-wrap;font:.85rem/1.5 monospace}
+@media screen and (max-width:52rem){.page{display:block;padding:1rem .9rem} h1{font-size:1.4rem} .big{font-size:1.35rem}
+  .verdict{padding:1rem;font-size:1.05rem} .verdict svg{width:2.4rem;height:2.4rem} section{padding:1.1rem 1rem .4rem}
+  .figures{grid-template-columns:1fr 1fr;gap:.6rem;margin-bottom:1.1rem} nav{position:static;margin:0 0 1.2rem}
+  nav ol{display:flex;flex-wrap:wrap;gap:.45rem} nav a:before{content:none} .plot img{max-width:none;width:44rem}
+  nav a{border:1px solid var(--line);border-radius:1rem;padding:.25rem .7rem;background:var(--paper)}}
+@media print{:root{--ground:#fff} body{font-size:10pt} .page{display:block;padding:0} nav{display:none}
+  section{border:0;padding:.4rem 0} .note{border:1.5pt solid} .scroll{overflow:visible} table{font-size:8.5pt}
+  figure,tr,pre,.figures div{break-inside:avoid} h2{break-after:avoid} img{max-height:125mm}}
+"""
+
+
+def shorten_path(path, roots=()):
+    """The path as it may be published: what follows the innermost of `roots` that holds it, else its last two parts."""
+    path = Path(os.path.abspath(path))
+    holding = [root for root in map(Path, map(os.path.abspath, roots)) if root in path.parents]
+    inner = max(holding, key=lambda root: len(root.parts), default=None)
+    return path.relative_to(inner).as_posix() if inner else "/".join(path.parts[1:][-2:])
+
+
+def _note(body, level, kind="note"):
+    assert level in _LEVELS, f"level {level!r} is none of {', '.join(_LEVELS)}"
+    mark = f'<svg viewBox="0 0 24 24" role="img" aria-label="{_LEVELS[level][0]}">{_LEVELS[level][1]}</svg>'
+    return f'<div class="{kind} {level}">{mark}<div>{body}</div></div>'
+
+
+def html_text(text, level=None):
+    """Paragraphs, split at blank lines; lines that begin with "- " make a list; with a level: a marked note."""
+    blocks = []
+    for part in re.split(r"\n\s*\n", str(text).strip()):
+        lines = [html.escape(line.strip()) for line in part.splitlines()]
+        is_list = all(line.startswith("- ") for line in lines)
+        items = "".join(f"<li>{line[2:]}</li>" for line in lines)
+        blocks.append(f"<ul>{items}</ul>" if is_list else f"<p>{' '.join(lines)}</p>")
+    return _note("\n".join(blocks), level) if level else "\n".join(blocks)
+
+
+def html_code(text):
+    """Preformatted text such as a command; long lines wrap."""
+    return f"<pre><code>{html.escape(str(text))}</code></pre>"
+
+
+def _cell_text(value, spec):
+    """Escaped text of a table cell; a missing value is a dash, `spec` formats numbers only."""
+    if value is None or value != value:
+        return "&ndash;"
+    spec = spec or (".4g" if isinstance(value, (float, np.floating)) else "")
+    return html.escape(value if isinstance(value, str) else format(value, spec))
+
+
+def html_table(rows, columns=None, formats=None, caption="", max_rows=300):
+    """Table that scrolls sideways on a narrow screen, numbers right aligned; rows beyond max_rows are only counted.
+
+    rows: dicts; columns: {key: heading} or keys (default: those of the first row); formats: {key: spec such as ".3f"}.
+    """
+    columns = columns or list(rows[0] if rows else ["empty"])
+    columns = columns if isinstance(columns, dict) else {key: str(key).replace("_", " ") for key in columns}
+    cells = [[_cell_text(row.get(key), (formats or {}).get(key)) for key in columns] for row in rows[:max_rows]]
+    if len(rows) > max_rows:
+        cells.append([f"and {len(rows) - max_rows:,} more rows"] + [""] * (len(columns) - 1))
+    numeric = [all(re.match(r"[-+]?(\.?\d|inf)|&ndash;|$", cell) for cell in column) for column in zip(*cells)]
+    align = [' class="num"' if j and numeric and numeric[j] else "" for j in range(len(columns))]
+    head = "".join(f'<th scope="col"{a}>{html.escape(str(name))}</th>' for a, name in zip(align, columns.values()))
+    others = ["".join(f"<td{a}>{cell}</td>" for a, cell in zip(align[1:], row[1:])) for row in cells]
+    body = "\n".join(f'<tr><th scope="row">{row[0]}</th>{other}</tr>' for row, other in zip(cells, others))
+    title = f'<p class="small">{html.escape(caption)}</p>' if caption else ""
+    table = f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+    return f'{title}<div class="scroll" tabindex="0">{table}</div>'
+
+
+def _data_uri(picture, max_side, kind="JPEG"):
+    """Data URI of a PIL picture, its longer side cut down to max_side; JPEG for photographs, PNG for plots."""
+    picture, buffer = picture.convert("RGB"), io.BytesIO()
+    picture.thumbnail((max_side, max_side))
+    (picture.quantize(64) if kind == "PNG" else picture).save(buffer, kind, quality=80, optimize=True)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def html_image(path, caption, max_side=1600):
+    """Figure with the plot or picture at `path` inside; the caption is also its text alternative."""
+    from PIL import Image
+    with Image.open(path) as picture:
+        uri = _data_uri(picture, max_side, "PNG" if picture.format == "PNG" else "JPEG")
+    text = html.escape(caption)
+    image = f'<div class="scroll"><img src="{uri}" alt="{text}"></div>'
+    return f'<figure class="plot">{image}<figcaption>{text}</figcaption></figure>'
+
+
+def html_cases(cases, max_side=256):
+    """Grid of thumbnails with a title and lines of text below each, for the best and the worst cases.
+
+    cases: dicts with image (uint8 (H, W, 3) or (H, W), or the path of a picture), title, and lines (list of text).
+    """
+    from PIL import Image
+    figures = []
+    for case in cases:
+        pixels = case["image"] if isinstance(case["image"], np.ndarray) else load_image(case["image"])
+        title = html.escape(str(case["title"]))
+        lines = "".join(f"<span>{html.escape(str(line))}</span>" for line in case.get("lines", ()))
+        figures.append(f'<figure><img src="{_data_uri(Image.fromarray(pixels), max_side)}" alt="{title}">'
+                       f"<figcaption><b>{title}</b>{lines}</figcaption></figure>")
+    return '<div class="cases">' + "\n".join(figures) + "</div>"
+
+
+def _fit_pictures(document, max_bytes):
+    """Shrink every picture that takes more than an equal share of the room, when the page is over max_bytes."""
+    from PIL import Image
+    pattern = re.compile(r"data:image/\w+;base64,([A-Za-z0-9+/=]+)")
+    text_bytes, n_pictures = len(pattern.sub("", document)), len(pattern.findall(document))
+
+    def shrink(match):
+        uri, picture = match[0], Image.open(io.BytesIO(base64.b64decode(match[1])))
+        side = max(picture.size)
+        while len(uri) * n_pictures > max_bytes - text_bytes and side > 16:
+            side = side * 4 // 5
+            uri = _data_uri(picture, side)
+        return uri
+
+    return pattern.sub(shrink, document) if len(document) > max_bytes else document
+
+
+def write_report(path, title, verdict, sections, foot="", figures=()):
+    """Write one self-contained HTML page: ASCII, no script, no network, under 5 MB, light and dark, phone and print.
+
+    verdict: (level good, caution or poor, sentence); figures: the key figures as (label, value, remark) texts;
+    sections: (heading, blocks from the html_ builders), without blocks left out. The order of every train script: Data
+    and split, Leakage, Metrics, Calibration, Learning curves, Best and worst cases, Limits, Command and versions.
+    """
+    title, foot, sentence = map(html.escape, (title, foot, verdict[1]))
+    sections = [(html.escape(heading), "\n".join(blocks)) for heading, blocks in sections if blocks]
+    links = "".join(f'<li><a href="#s{i}">{heading}</a></li>' for i, (heading, _) in enumerate(sections))
+    tile = '<div><dt>{}</dt><dd class="big">{}</dd><dd class="small">{}</dd></div>'
+    tiles = "".join(tile.format(*map(html.escape, figure)) for figure in figures)
+    main = "\n".join(f'<section id="s{i}"><h2>{h}</h2>\n{body}\n</section>' for i, (h, body) in enumerate(sections))
+    banner = _note(f'<div class="word">{_LEVELS[verdict[0]][0]}</div><p>{sentence}</p>', verdict[0], "note verdict")
+    document = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{_REPORT_CSS}</style></head><body><div class="page">
+<header><h1>{title}</h1></header>
+{banner}
+<dl class="figures">{tiles}</dl>
+<nav aria-label="Contents"><ol>{links}</ol></nav>
+<main>
+{main}
+</main>
+<footer>{foot}</footer></div></body></html>
+""".encode("ascii", "xmlcharrefreplace").decode()
+    write_whole(path, _fit_pictures(document, REPORT_MAX_BYTES - 1).encode())

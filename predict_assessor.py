@@ -1,0 +1,175 @@
+"""Predict ratings for images with one checkpoint of train_assessor.py, or the mean of several.
+
+    python predict_assessor.py --checkpoint outputs/run_YYYYMMDD_HHMMSS/best_model.pth --image_dir path/to/images --output predictions.csv
+    python predict_assessor.py --checkpoint outputs/run_of_folds --image_dir path/to/images --interval 0.9
+
+Writes one CSV with a row for every input in input order: image, each rating in the unit that the model was trained on,
+<rating>_sd (spread between the members, where there are several), <rating>_low and <rating>_high (with --interval), and
+error (why a picture could not be read; its ratings are then empty).
+
+Letters: N images, B batch, R ratings, M members, S side of the square input in pixels.
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import common
+from train_assessor import Assessor, resize_side
+
+SCRIPT = "train_assessor.py"
+
+
+def parse_args(argv=None):
+    parser = common.Parser(__doc__)
+    add = parser.add_argument_group("prediction").add_argument
+    add("--checkpoint", type=Path, nargs="+", required=True, help="best_model.pth files, or run folders (of folds: every fold)")
+    add("--image_dir", type=Path, help="folder of pictures, searched with its subfolders")
+    add("--image_list", type=Path, help="text file with one path a line; relative paths start at the file's folder")
+    add("--images", type=Path, nargs="+", default=[], help="single picture files")
+    add("--output", type=Path, default=Path("predictions.csv"), help="CSV to write")
+    add("--interval", type=common.bounded(float, 0.01, 0.999), help="coverage of the conformal bounds, such as 0.9")
+    add("--predict_batch_size", type=common.bounded(int, 1), default=32, help="pictures per batch")
+    common.add_compute_arguments(parser)
+    args = common.parse_arguments(parser, argv)
+    if not (args.image_dir or args.image_list or args.images):
+        parser.error("no pictures given; name them with --image_dir, --image_list or --images")
+    return args
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Pictures by path, prepared as in training; a picture that cannot be read is black and has an `error`."""
+
+    def __init__(self, paths, image_size):
+        self.paths, self.image_size = paths, image_size
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        _, index = key
+        try:
+            pixels = common.load_image(self.paths[index], resize_side(self.image_size))
+            return {"input": torch.from_numpy(common.eval_crop(pixels, self.image_size)), "error": ""}
+        except common.BadImage as error:
+            return {"input": torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8), "error": str(error)}
+
+
+def find_inputs(args):
+    """[(name to print, path)] of every input, in the order of the flags."""
+    inputs = [(str(path), path) for path in args.images]
+    if args.image_list:
+        if not args.image_list.is_file():
+            raise common.UserError(f"no such file: --image_list {args.image_list}")
+        lines = args.image_list.read_text(encoding="utf-8-sig").splitlines()
+        inputs += [(line.strip(), args.image_list.parent / line.strip()) for line in lines if line.strip()]
+    if args.image_dir:
+        inputs += [(path.relative_to(args.image_dir).as_posix(), path) for path in common.find_images(args.image_dir)]
+    if not inputs:
+        raise common.UserError(f"no pictures found in {args.image_dir or args.image_list}")
+    return inputs
+
+
+def checkpoint_files(paths):
+    """Files and run folders -> checkpoint files: a folder's own best_model.pth, or those of its folds."""
+    files = []
+    for path in paths:
+        inside = [path / "best_model.pth"] if (path / "best_model.pth").is_file() else sorted(
+            path.glob("fold_*/best_model.pth"), key=lambda p: int(p.parent.name.removeprefix("fold_")))
+        if path.is_dir() and not inside:
+            raise common.UserError(f"--checkpoint {path} holds no best_model.pth and no fold_K/best_model.pth")
+        files += inside if path.is_dir() else [path]
+    return files
+
+
+def load_members(files, compute):
+    """Checkpoint files -> [(model in eval mode, its settings)]. Raises UserError where their ratings or input sizes differ."""
+    members = []
+    for path in files:
+        settings = common.load_model_file(path, SCRIPT)
+        with common.checkpoint_fields(path):
+            backbone, n_features = common.build_backbone(settings["backbone"], False, None, settings["image_size"])
+            model = Assessor(backbone, n_features, len(settings["names"]), settings["dropout"])
+        common.load_state(model, settings["model"], path)
+        members.append((common.fold_batchnorm(compute.place(model)), settings))
+    first = members[0][1]
+    for path, (_, settings) in zip(files, members):
+        if (settings["names"], settings["image_size"]) != (first["names"], first["image_size"]):
+            raise common.UserError(f"{path} predicts {settings['names']} at {settings['image_size']} px, {files[0]} {first['names']} "
+                                   f"at {first['image_size']} px; members of one mean must agree")
+    print(f"model: {first['backbone']}, {first['image_size']} px, {len(first['names'])} ratings, {len(members)} checkpoint(s), "
+          f"epochs {', '.join(str(settings['epoch']) for _, settings in members)}", flush=True)
+    return members
+
+
+@torch.inference_mode()
+def predict(members, loader, compute):
+    """-> (predicted (M, N, R) float64 in the unit of the ratings, errors: N texts)."""
+    outputs, errors = [], []
+    for batch in loader:
+        inputs = common.to_input(batch["input"], compute.device, channels_last=compute.channels_last)  # (B, S, S, 3) -> (B, 3, S, S)
+        with compute.autocast():
+            outputs.append(torch.stack([model(inputs).float() for model, _ in members]).cpu())  # (M, B, R)
+        errors += batch["error"]
+    predicted = torch.cat(outputs, dim=1).double().numpy()  # (M, N, R)
+    for member, (_, settings) in enumerate(members):
+        predicted[member] = predicted[member] * settings["scaler"]["sd"].numpy() + settings["scaler"]["mean"].numpy()
+    predicted[:, [bool(error) for error in errors]] = np.nan
+    return predicted, errors
+
+
+def half_widths(members, coverage):
+    """(R,) conformal half-widths from the members' residuals on rows they were not trained on; inf where too few."""
+    residuals = np.concatenate([settings["abs_residuals"].numpy() for _, settings in members])  # (rows, R)
+    subjects = [subject for _, settings in members for subject in settings["residual_subjects"] or []]
+    return np.array([common.conformal_quantile(column, 1 - coverage, subjects or None) for column in residuals.T])
+
+
+def output_rows(inputs, predicted, errors, names, widths):
+    """One dict per input, in input order."""
+    mean, spread = predicted.mean(0), predicted.std(0, ddof=1) if len(predicted) > 1 else None
+    rows = []
+    for i, ((name, _), error) in enumerate(zip(inputs, errors)):
+        row = {"image": name}
+        for r, rating in enumerate(names):
+            row[rating] = mean[i, r]
+            row |= {} if spread is None else {f"{rating}_sd": spread[i, r]}
+            row |= {} if widths is None else {f"{rating}_low": mean[i, r] - widths[r], f"{rating}_high": mean[i, r] + widths[r]}
+        rows.append({**row, "error": error})
+    return rows
+
+
+def print_summary(predicted, names, members, widths):
+    """Mean, sd and range of each rating over the pictures; a nearly constant column is flagged against the training sd."""
+    mean = predicted.mean(0)
+    label_sd = np.stack([settings["label_sd"].numpy() for _, settings in members]).mean(0)
+    print(f"{'rating':24}{'mean':>10}{'sd':>10}{'min':>10}{'max':>10}")
+    for r, name in enumerate(names):
+        values = mean[~np.isnan(mean[:, r]), r]
+        if not len(values):
+            continue
+        flag = "  NEARLY CONSTANT" if len(values) > 1 and values.std() < 0.05 * label_sd[r] else ""
+        print(f"{name[:23]:24}{values.mean():10.3f}{values.std():10.3f}{values.min():10.3f}{values.max():10.3f}{flag}")
+    if widths is not None and not np.isfinite(widths).all():
+        print(f"interval: infinite for {int((~np.isfinite(widths)).sum())} ratings, too few residuals in the checkpoint")
+
+
+def main():
+    args = parse_args()
+    inputs = find_inputs(args)
+    compute = common.choose_compute(args.device, args.use_amp)
+    print(f"device: {compute.text}", flush=True)
+    members = load_members(checkpoint_files(args.checkpoint), compute)
+    names, image_size = members[0][1]["names"], members[0][1]["image_size"]
+    args.seed = 0
+    loader = common.make_loader(Pictures([path for _, path in inputs], image_size), args.predict_batch_size, args, compute, train=False)
+    predicted, errors = predict(members, loader, compute)
+    widths = half_widths(members, args.interval) if args.interval else None
+    common.write_table(args.output, output_rows(inputs, predicted, errors, names, widths))
+    print_summary(predicted, names, members, widths)
+    failed = sum(map(bool, errors))
+    print(f"{len(inputs)} pictures, {failed} could not be read (see the error column); written to {args.output}", flush=True)
+
+
+if __name__ == "__main__":
+    common.run_main(main)

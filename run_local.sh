@@ -1,0 +1,168 @@
+#!/usr/bin/env bash
+# Set up this machine (Python 3.10+ and pip are enough) and train, without SLURM:
+#
+#   ./run_local.sh [train_SCRIPT.py] [flags of the script]      default script: train_assessor.py
+#   ./run_local.sh --install_only [requirements files]          environment only; its python is printed last
+#
+# Data of train_assessor.py: --images_dir and --ratings_file (or --config) if given, else ./images with the table in
+# ./ratings, else small sample data that it makes. Further flags pass through; yours win.
+# Environment: the active venv or conda environment, else ./.venv (made when missing).
+#   VENV=DIR      use or make the environment in DIR       PYTHON=FILE   use this interpreter
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+published=per_image_Slider_mean_sd_from_wide.csv  # the table's name in the published study
+
+say() { printf '== %s\n' "$*" >&2; }
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+# --- environment -------------------------------------------------------------
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+        [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON is no working Python 3.10 or newer"
+    done
+    die "no Python 3.10 or newer found; install one (Debian, Ubuntu: apt install python3 python3-venv) or name it with PYTHON=FILE"
+}
+
+is_environment() {  # a venv or conda environment, where pip may install
+    "$1" -c 'import os, sys; sys.exit(sys.prefix == sys.base_prefix and not os.path.isdir(sys.prefix + "/conda-meta"))'
+}
+
+has_packages() {  # PYTHON FILE...: is every requirement met? Metadata only, no import, well under a second
+    local python=$1
+    shift
+    PYTHONPATH=$here PYTHONDONTWRITEBYTECODE=1 "$python" -c \
+        'import sys, verify_setup; sys.exit(bool(verify_setup.unmet_requirements(sys.argv[1:])))' "$@"
+}
+
+make_environment() {  # PYTHON DIR: a venv with pip, also where Debian's python3-venv package is missing
+    local base=$1 env=$2 site
+    if [ -e "$env" ] && [ ! -e "$env/pyvenv.cfg" ]; then
+        die "$env exists and is no virtual environment; remove it or name another folder with VENV=DIR"
+    fi
+    say "making the environment $env"
+    "$base" -m venv "$env" >/dev/null 2>&1 && return
+    # without ensurepip, pip from outside installs a pip inside
+    if "$base" -m venv --without-pip "$env" >/dev/null 2>&1 && "$base" -m pip --version >/dev/null 2>&1; then
+        site=$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+        "$base" -m pip install --quiet --target "$site" pip >&2 && return
+    fi
+    die "$base cannot make a virtual environment; install its venv package (Debian, Ubuntu: apt install python3-venv)," \
+        "or activate a conda environment or venv and start again"
+}
+
+install_packages() {  # PYTHON FILE...
+    local python=$1 file
+    shift
+    if ! has_packages "$python" "$@"; then
+        say "installing $* into $("$python" -c 'import sys; print(sys.prefix)') (torch is large: minutes)"
+        for file in "$@"; do set -- "$@" -r "$file"; shift; done
+        "$python" -m pip install "$@" >&2 || die "pip could not install the packages (no internet? see the lines above)"
+    fi
+    if ! "$python" -c 'import cv2' 2>/dev/null; then
+        say "cv2 does not load here (system libraries are missing): opencv-python-headless replaces opencv-python"
+        "$python" -m pip uninstall --yes opencv-python >&2
+        "$python" -m pip install --force-reinstall --no-deps opencv-python-headless >&2
+        "$python" -c 'import cv2' || die "cv2 still does not load; Debian, Ubuntu: apt install libgl1 libglib2.0-0"
+    fi
+}
+
+choose_environment() {  # FILE...: sets $python to an interpreter that has the packages
+    local base env
+    base=$(find_python)
+    env=${VENV:-$here/.venv}
+    if [ -z "${VENV:-}" ] && { is_environment "$base" || has_packages "$base" "$@"; }; then
+        python=$base
+    else
+        "$env/bin/python" -m pip --version >/dev/null 2>&1 || make_environment "$base" "$env"
+        python=$env/bin/python
+    fi
+    install_packages "$python" "$@"
+    say "python: $python"
+}
+
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    exit
+fi
+if [ "${1:-}" = --install_only ]; then
+    shift
+    [ $# -gt 0 ] || set -- "$here/requirements.txt"
+    choose_environment "$@"
+    echo "$python"
+    exit
+fi
+
+# --- data --------------------------------------------------------------------
+
+flag_value() {  # NAME FLAGS...: the last value of --NAME among the flags, dashed or not; empty if it is not there
+    local name=$1 value="" previous="" word plain
+    shift
+    for word in "$@"; do
+        plain=$(printf '%s' "${word%%=*}" | tr - _)
+        [ "$previous" != "__$name" ] || value=$word
+        case "$word" in --*=*) [ "$plain" != "__$name" ] || value=${word#*=} ;; esac
+        previous=$plain
+    done
+    printf '%s\n' "$value"
+}
+
+find_table() {  # the table in the ratings folder: the published name, or the only .csv
+    set -- "$data"/ratings/*.csv
+    [ ! -f "$data/ratings/$published" ] || set -- "$data/ratings/$published"
+    [ $# -eq 1 ] || die "several tables in $data/ratings ($*); name --images_dir and --ratings_file"
+    [ -f "$1" ] || die "no .csv in $data/ratings; name --images_dir and --ratings_file"
+    echo "$1"
+}
+
+verify() {
+    "$python" "$here/verify_setup.py" --quick --task "$task" "$@"
+}
+
+run_script() {
+    say "python $script $*"
+    exec "$python" "$here/$script" "$@"
+}
+
+script=train_assessor.py
+case "${1:-}" in
+    *.py) script=$(basename "$1"); shift ;;
+esac
+[ -f "$here/$script" ] || die "there is no $script in $here (found: $(cd "$here" && echo train_*.py))"
+task=${script#train_}
+task=${task%.py}
+choose_environment "$here/requirements.txt"
+
+images=$(flag_value images_dir "$@") ratings=$(flag_value ratings_file "$@")
+if [ "$task" != assessor ] || [ -n "$images$ratings$(flag_value config "$@")" ]; then
+    verify ${images:+--images_dir "$images"} ${ratings:+--ratings_file "$ratings"} ||
+        say "verify_setup.py found faults (above); training starts all the same and names what stops it"
+    run_script "$@"
+fi
+data=.
+if [ ! -d images ] || [ ! -d ratings ]; then data=$here; fi
+if [ -d "$data/images" ] && [ -d "$data/ratings" ]; then
+    table=$(find_table)
+    verify --images_dir "$data/images" --ratings_file "$table"
+    run_script --images_dir "$data/images" --ratings_file "$table" "$@"
+fi
+
+sample=$here/sample_data
+say "no ./images with ./ratings here: SAMPLE DATA, made in $sample; its results say nothing about any real data"
+"$python" "$here/make_sample_data.py" --task assessor --output_dir "$sample"
+images=$sample/assessor/images table=$sample/assessor/ratings/$published
+verify --images_dir "$images" --ratings_file "$table"
+set -- --images_dir "$images" --ratings_file "$table" --backbone resnet18 --epochs 10 --batch_size 16 "$@"
+case " $* " in
+    *" --no_pretrained "* | *" --weights"*) ;;
+    *) "$python" "$here/verify_setup.py" --download_weights resnet18 || {
+        say "PRETRAINED WEIGHTS CANNOT BE HAD: RANDOM WEIGHTS INSTEAD, on sample data only; scores will be low"
+        set -- --no_pretrained "$@"
+    } ;;
+esac
+run_script "$@"

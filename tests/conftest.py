@@ -1,0 +1,50 @@
+"""What the tests share: the repository on the import path, sample data made once, and a way to run a script as a user would."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory):
+    """Sample data of the assessor: .images, .ratings (mean, sd, n), .raw (single ratings), 48 pictures."""
+    folder = tmp_path_factory.mktemp("sample")
+    run_script("make_sample_data.py", "--task", "assessor", "--output_dir", folder / "data", "--n_images", 48)
+    made = folder / "data" / "assessor"
+    return SimpleNamespace(images=made / "images", ratings=made / "ratings" / "per_image_Slider_mean_sd_from_wide.csv",
+                           raw=made / "ratings" / "raw_ratings_long.csv")
+
+
+def script_command(script, *flags):
+    """The command of a script with these flags, for this interpreter."""
+    return [sys.executable, str(ROOT / script), *map(str, flags)]
+
+
+def run_script(script, *flags, code=0, env=None):
+    """Run a script to its end; the exit code must be as expected. Returns stdout, stderr and both together as text."""
+    done = subprocess.run(script_command(script, *flags), capture_output=True, text=True, timeout=600,
+                          env={**os.environ, **(env or {})})
+    text = done.stdout + done.stderr
+    assert done.returncode == code, f"exit code {done.returncode}, expected {code}:\n{text[-3000:]}"
+    return SimpleNamespace(stdout=done.stdout, stderr=done.stderr, text=text)
+
+
+def small_run(sample, output_dir, *flags):
+    """Flags of a training run that takes seconds: a small network, small pictures, random weights."""
+    return ["--images_dir", sample.images, "--ratings_file", sample.ratings, "--output_dir", output_dir, "--backbone", "resnet18",
+            "--no_pretrained", "--image_size", 32, "--epochs", 3, "--batch_size", 8, "--num_workers", 0, "--group_column", "subject",
+            *flags]
+
+
+def only_run(output_dir):
+    """The one run folder inside output_dir."""
+    runs = sorted(Path(output_dir).glob("run_*"))
+    assert len(runs) == 1, f"expected one run folder, found {runs}"
+    return runs[0]

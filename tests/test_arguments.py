@@ -1,0 +1,127 @@
+"""Arguments and config files: precedence, types, and each mistake by its message.
+
+    python -m pytest tests/test_arguments.py
+"""
+import json
+
+import pytest
+
+import common
+
+
+def make_parser():
+    parser = common.Parser("test")
+    common.add_shared_arguments(parser, lr=5e-5)
+    parser.add_argument("--d_model", type=int, default=768, help="width")
+    parser.add_argument("--sample_weight", action="append", help="repeatable")
+    parser.add_argument("--target_columns", nargs="+", help="names")
+    return parser
+
+
+def parse(*argv):
+    return common.parse_arguments(make_parser(), list(argv))
+
+
+def parse_config(tmp_path, text, *argv, name="c.yaml"):
+    path = tmp_path / name
+    path.write_text(text)
+    return parse("--config", str(path), *argv)
+
+
+def test_defaults_are_the_scripts_and_the_command_line_wins(tmp_path):
+    assert parse().lr == 5e-5
+    args = parse_config(tmp_path, "lr: 1e-4\nepochs: 7\n", "--epochs", "9")
+    assert (args.lr, args.epochs) == (1e-4, 9)  # YAML reads 1e-4 as text; the flag's own type makes it a float
+    assert "epochs" in args.given and "lr" not in args.given
+
+
+@pytest.mark.parametrize("spelled", ["--batch-size", "--batch_size"])
+def test_dashes_and_underscores_are_the_same(spelled):
+    assert parse(spelled, "4").batch_size == 4
+    assert parse(f"{spelled}=5").batch_size == 5
+
+
+def test_aliases():
+    args = parse("--max_epochs", "3", "--early_stop_patience", "4", "--accumulate_grad_batches", "2")
+    assert (args.epochs, args.patience, args.accumulate) == (3, 4, 2)
+
+
+@pytest.mark.parametrize("argv, expected", [([], "auto"), (["--use_amp"], "on"), (["--use_amp", "off"], "off")])
+def test_bare_use_amp_means_on(argv, expected):
+    assert parse(*argv).use_amp == expected
+
+
+def test_config_sections_switches_and_lists(tmp_path):
+    args = parse_config(tmp_path, "model: {d_model: 64}\nrun:\n  deterministic: true\n  use_amp: off\n"
+                                  "target_columns: [A b, C]\nsample_weight: [x=1, y=2]\n")
+    assert (args.d_model, args.deterministic, args.use_amp) == (64, True, "off")
+    assert args.target_columns == ["A b", "C"] and args.sample_weight == ["x=1", "y=2"]
+
+
+def test_config_can_switch_pretrained_off(tmp_path):
+    assert parse_config(tmp_path, "no_pretrained: true").pretrained is False
+    assert parse_config(tmp_path, "pretrained: false").pretrained is False
+    assert parse_config(tmp_path, "pretrained: true").pretrained is True
+
+
+def test_args_json_of_a_run_is_a_config(tmp_path):
+    record = {"script": "x", "command": "python x", "flags": {"lr": 0.5, "resume": None, "deterministic": False, "pretrained": False},
+              "versions": {"torch": "9"}, "data": {"fingerprint": "f"}}
+    args = parse_config(tmp_path, json.dumps(record), name="args.json")
+    assert args.lr == 0.5 and args.deterministic is False and args.pretrained is False
+
+
+@pytest.mark.parametrize("text, words", [
+    ("epochz: 3", ["epochz", "epochs"]),
+    ("lr: NO", ["lr", "False"]),
+    ("epochs: 3.5", ["epochs", "3.5"]),
+    ("lr: -1", ["lr", "-1"]),
+    ("lr: .nan", ["lr", "nan"]),
+    ("epochs: 1\nepochs: 2", ["epochs", "twice"]),
+    ("a: {epochs: 1}\nb: {epochs: 2}", ["epochs", "two sections"]),
+    ("a: &x {epochs: 1}\nb: *x", ["anchors"]),
+    ("- epochs", ["list"]),
+    ("a: [", ["cannot be read"]),
+    ("scheduler: cosin", ["scheduler", "cosine"]),
+    ("deterministic: 3", ["deterministic", "true or false"]),
+    ("lr: {a: {b: " + "{c: " * 5000, []),
+    ("!!python/object/apply:os.system ['true']", ["cannot be read"]),
+])
+def test_config_mistakes_are_one_line(tmp_path, text, words):
+    with pytest.raises(common.UserError) as caught:
+        parse_config(tmp_path, text)
+    assert "\n" not in str(caught.value) and "c.yaml" in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("text, word", [
+    ("[" * 100_000, "nested too deeply"), ('{"lr": NaN}', "NaN"), ('{"lr": 1, "lr": 2}', "twice")])
+def test_json_config_mistakes(tmp_path, text, word):
+    with pytest.raises(common.UserError, match=word):
+        parse_config(tmp_path, text, name="c.json")
+
+
+def test_missing_and_huge_config(tmp_path):
+    with pytest.raises(common.UserError, match="no such file"):
+        parse("--config", str(tmp_path / "none.yaml"))
+    with pytest.raises(common.UserError, match="under 1 MB"):
+        parse_config(tmp_path, "#" * 1_000_001)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--epoch", "3"], ["--epoch", "--epochs"]),
+    (["--epochs", "0"], ["--epochs", "outside"]),
+    (["--lr", "nan"], ["--lr", "outside"]),
+    (["--folds", "x"], ["--folds", "invalid int value"])])
+def test_command_line_mistakes_leave_with_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(*argv)
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+    for word in words:
+        assert word in message
+
+
+def test_every_shared_flag_has_help():
+    assert all(action.help for action in make_parser()._actions)

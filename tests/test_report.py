@@ -1,0 +1,253 @@
+"""The plots and the HTML report of common.py: well-formed, self-contained, escaped, under its size, readable plots.
+
+    python -m pytest tests/test_report.py
+"""
+import base64
+import html.parser
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import common
+
+VOID = {"meta", "img", "br", "hr", "link"}
+EVIL = '<script>alert("x")</script> & \'quoted\' "name"'
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags, attributes and text, and asserts that every tag is closed in order."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(Path(path).read_text(encoding="ascii"))
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, key, value) for key, value in attrs]
+        if tag not in VOID and not self.get_starttag_text().endswith("/>"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing at {self.getpos()}"
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def values(self, key):
+        return [value for _, name, value in self.attributes if name == key]
+
+
+def noise_picture(rng, height=300, width=400):
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def report(tmp_path):
+    """A report that uses every builder, with hostile text in each place that takes text."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(noise_picture(rng)).save(tmp_path / "plot.png")
+    rows = [{"target": EVIL, "r": 0.51234, "n": 12, "note": EVIL}, {"target": "b", "r": float("nan"), "n": 3, "note": None}]
+    case = {"image": noise_picture(rng), "title": EVIL, "lines": [EVIL, "true 5.1"]}
+    sections = [(EVIL, [common.html_text(f"one {EVIL}\n\n- a\n- {EVIL}"), common.html_text(EVIL, "caution")]),
+                ("Empty", []),
+                ("Metrics", [common.html_table(rows, {"target": "Target", "r": EVIL, "n": "n", "note": "note"}, {"r": ".3f"}, EVIL)]),
+                ("Cases", [common.html_image(tmp_path / "plot.png", EVIL), common.html_cases([case]), common.html_code(EVIL)])]
+    path = tmp_path / "report.html"
+    common.write_report(path, EVIL, ("good", EVIL), sections, EVIL, [(EVIL, EVIL, EVIL)])
+    return path
+
+
+def test_report_is_well_formed_and_self_contained(report):
+    page, source = Page(report), report.read_text()
+    assert source.startswith("<!DOCTYPE html>")
+    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    assert not re.search(r"https?:|url\(|@import|//[a-z]", re.sub(r"base64,[^\"]+", "", source))
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert all(value.startswith("data:image/") for value in page.values("src")) and len(page.values("src")) == 2
+    assert all(page.values("alt")), "each picture has a text alternative"
+
+
+def test_report_escapes_all_text(report):
+    page = Page(report)
+    assert "<script" not in report.read_text()
+    # title, h1, verdict, 3 in the key figure, contents, h2, list item, note, caption, column, 2 cells, figcaption, case
+    # title and line, code, footer; the first paragraph holds it after a word
+    assert sum(EVIL in data for data in page.text) == 20
+    assert page.values("alt").count(EVIL) == 2
+
+
+def test_report_contents_and_headings(report):
+    page = Page(report)
+    targets = [value[1:] for value in page.values("href")]
+    assert targets == [value for value in page.values("id")] and len(targets) == len(set(targets)) == 3
+    assert page.tags.count("h1") == 1 and page.tags.count("h2") == 3, "the section without blocks is left out"
+    assert "viewport" in page.values("name") and page.values("lang") == ["en"]
+    order = [page.tags.index(tag) for tag in ("h1", "svg", "nav", "main", "footer")]
+    assert order == sorted(order), "verdict before contents before sections"
+    css = report.read_text()
+    assert "prefers-color-scheme:dark" in css and "@media print" in css and "overflow-x:auto" in css
+
+
+@pytest.mark.parametrize("level, word", [("good", "Holds"), ("caution", "With caution"), ("poor", "Does not hold")])
+def test_verdict_is_told_by_word_and_shape(tmp_path, level, word):
+    common.write_report(tmp_path / "r.html", "t", (level, "a sentence"), [])
+    page = Page(tmp_path / "r.html")
+    assert page.values("aria-label")[0] == word and word in page.text and "a sentence" in page.text
+    shapes = {value[1] for value in common._LEVELS.values()}
+    assert len(shapes) == 3, "the three marks differ in outline"
+
+
+def test_unknown_level_is_a_programming_mistake(tmp_path):
+    with pytest.raises((AssertionError, KeyError)):
+        common.write_report(tmp_path / "r.html", "t", ("great", "s"), [])
+    with pytest.raises(AssertionError, match="great"):
+        common.html_text("a", "great")
+
+
+def test_report_stays_under_its_size_with_many_pictures(tmp_path):
+    rng = np.random.default_rng(1)
+    Image.fromarray(noise_picture(rng, 1500, 1600)).save(tmp_path / "big.png")
+    cases = [{"image": noise_picture(rng, 256, 256), "title": f"case {i}", "lines": []} for i in range(250)]
+    sections = [("A", [common.html_image(tmp_path / "big.png", "big")] * 3), ("B", [common.html_cases(cases)])]
+    assert sum(len(block) for _, blocks in sections for block in blocks) > 10_000_000
+    common.write_report(tmp_path / "r.html", "t", ("poor", "s"), sections)
+    assert (tmp_path / "r.html").stat().st_size < 5_000_000
+    sources = Page(tmp_path / "r.html").values("src")
+    assert len(sources) == 253, "pictures shrink, none is lost"
+    sizes = [Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).size for uri in sources]
+    assert min(min(size) for size in sizes) >= 32
+
+
+def test_small_report_keeps_pictures_untouched(tmp_path):
+    block = common.html_cases([{"image": noise_picture(np.random.default_rng(2)), "title": "a", "lines": []}])
+    common.write_report(tmp_path / "r.html", "t", ("good", "s"), [("A", [block])])
+    assert block in (tmp_path / "r.html").read_text()
+
+
+def test_table_formats_alignment_and_missing_cells():
+    rows = [{"name": "a", "r": 0.51239, "n": 7, "text": "x", "ci": "0.41 to 0.60", "v": np.float32(0.25)},
+            {"name": "007", "r": None, "n": np.int64(12000), "text": "7 of 9 x", "v": float("-inf")}]
+    table = common.html_table(rows, formats={"r": ".3f", "n": ",d"})
+    cells = re.findall(r"<td( class=\"num\")?>([^<]*)</td>", table)
+    assert [text for _, text in cells] == ["0.512", "7", "x", "0.41 to 0.60", "0.25", "&ndash;", "12,000", "7 of 9 x", "&ndash;", "-inf"]
+    assert [bool(numeric) for numeric, _ in cells[:5]] == [True, True, False, True, True]
+    assert '<th scope="row">007</th>' in table and '<th scope="col">name</th>' in table
+
+
+def test_table_counts_the_rows_it_leaves_out():
+    table = common.html_table([{"a": i, "b": i} for i in range(50)], max_rows=10)
+    assert table.count("<tr>") == 12 and "and 40 more rows" in table
+    assert "<table>" in common.html_table([]), "no rows, no crash"
+
+
+def test_text_paragraphs_and_lists():
+    assert common.html_text("a\nb\n\nc") == "<p>a b</p>\n<p>c</p>"
+    assert common.html_text("- a\n- b") == "<ul><li>a</li><li>b</li></ul>"
+
+
+def test_non_ascii_names_survive_in_an_ascii_file(tmp_path):
+    common.write_report(tmp_path / "r.html", "H\u00c4NDE gr\u00fcn", ("good", "\u732b"), [])
+    assert "H\u00c4NDE gr\u00fcn" in Page(tmp_path / "r.html").text
+
+
+def test_cases_take_grey_arrays_and_turned_files(tmp_path):
+    turned = Image.fromarray(np.zeros((20, 40, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    cases = [{"image": tmp_path / "turned.jpg", "title": "t"}, {"image": np.zeros((10, 30), np.uint8), "title": "g"}]
+    uris = re.findall(r'src="([^"]+)"', common.html_cases(cases))
+    sizes = [Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).size for uri in uris]
+    assert sizes == [(20, 40), (30, 10)]
+
+
+@pytest.mark.parametrize("path, roots, expected", [
+    ("/home/ann/project/outputs/run_1/best.pth", ["/home/ann/project"], "outputs/run_1/best.pth"),
+    ("/data/faces/a/001.jpg", ["/home/ann/project", "/data", "/data/faces"], "a/001.jpg"),
+    ("/secret/place/deep/x/001.jpg", ["/data"], "x/001.jpg"),
+    ("/data_other/x.jpg", ["/data"], "data_other/x.jpg"),
+    ("/x.jpg", [], "x.jpg")])
+def test_shorten_path(path, roots, expected):
+    assert common.shorten_path(path, roots) == expected
+
+
+def test_shorten_path_of_relative_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert common.shorten_path("images/a.jpg", ["images"]) == "a.jpg"
+
+
+def history(n_epochs):
+    rng = np.random.default_rng(3)
+    return [{"epoch": e, "learning_rate": 1e-4 / e, "train_loss": 1 / e, "val_loss": 1.2 / e, "val_pearson_r": rng.random(),
+             "val_r2": None if e == 2 else rng.random(), "val_mae": "", "val_mae_left": 1.0} for e in range(1, n_epochs + 1)]
+
+
+def test_metric_families_share_panels():
+    assert common._metric_families(history(2)) == {
+        "loss": ["train_loss", "val_loss"], "pearson_r": ["val_pearson_r"], "r2": ["val_r2"], "mae": ["val_mae", "val_mae_left"]}
+
+
+def check_png(path, min_width=400):
+    with Image.open(path) as picture:
+        picture.load()
+        assert picture.format == "PNG" and picture.width >= min_width
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 5, "something is drawn"
+    assert path.stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("n_epochs, best", [(1, 1), (30, 12), (30, None)])
+def test_plot_history(tmp_path, n_epochs, best):
+    common.plot_history(history(n_epochs), tmp_path / "h.png", best)
+    check_png(tmp_path / "h.png")
+
+
+def target_rows(n):
+    rng = np.random.default_rng(4)
+    return [{"target": f"rating {i}", "pearson_r": rng.random(), "r2": rng.random() - 0.3, "r2_low": -3.0, "r2_high": 0.9,
+             "baseline_r2": 0.1, "ceiling_r2": None, "mae": 1.0} for i in range(n)]
+
+
+@pytest.mark.parametrize("n", [1, 14, 40])
+def test_plot_per_target(tmp_path, n):
+    rows = target_rows(n)
+    rows[0]["pearson_r"] = float("nan")
+    common.plot_per_target(rows, tmp_path / "p.png")
+    check_png(tmp_path / "p.png")
+
+
+@pytest.mark.parametrize("n_targets", [1, 14, 40])
+def test_plot_scatter(tmp_path, n_targets):
+    rng = np.random.default_rng(5)
+    target = rng.normal(size=(60, n_targets))
+    target[:, 0], target[3, -1] = np.nan, np.nan
+    predicted = target + rng.normal(size=target.shape)
+    predicted[5, -1] = np.nan
+    common.plot_scatter(predicted, target, [f"rating {i}" for i in range(n_targets)], tmp_path / "s.png")
+    check_png(tmp_path / "s.png", 200)
+
+
+def test_plots_are_repeatable(tmp_path):
+    for name in ("a.png", "b.png"):
+        common.plot_per_target(target_rows(5), tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_plots_leave_pyplot_alone(tmp_path):
+    program = f"""import sys, common
+assert "matplotlib" not in sys.modules, "common imports matplotlib only when it draws"
+common.plot_history([{{"epoch": 1, "val_loss": 1.0}}], {str(tmp_path / 'h.png')!r})
+assert "matplotlib.pyplot" not in sys.modules, "no pyplot, no global state"
+"""
+    folder = Path(common.__file__).parent
+    subprocess.run([sys.executable, "-c", program], cwd=folder, check=True)

@@ -1,0 +1,166 @@
+"""A run that is killed, stopped or preempted ends with the same bits as one left alone.
+
+    python -m pytest tests/test_resume.py
+"""
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+import common
+from conftest import only_run, run_script, script_command, small_run
+
+SETTINGS = {"workers 0": ["--num_workers", 0], "workers 2": ["--num_workers", 2]}
+
+
+def fingerprint(folder):
+    """SHA-256 over weights, optimiser and history of last.pth, the weights of best_model.pth, and the history file."""
+    digest = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, dict):
+            for key in value:
+                digest.update(str(key).encode())
+                add(value[key])
+        elif isinstance(value, list):
+            for item in value:
+                add(item)
+        elif isinstance(value, torch.Tensor):
+            digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(value).encode())
+    last = common.read_checkpoint(folder / "last.pth")
+    assert last["done"] is True
+    for part in ("model", "optimizer", "history", "best", "stopping"):
+        add(last[part])
+    add(common.read_checkpoint(folder / "best_model.pth"))
+    digest.update((folder / "training_history.csv").read_bytes())
+    return digest.hexdigest()
+
+
+def flags(sample, folder, *more):
+    return small_run(sample, folder, "--scheduler", "plateau", "--accumulate", 2, "--save_every", 2, *more)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(sample, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run_script("train_assessor.py", *flags(sample, folder))
+    return fingerprint(only_run(folder))
+
+
+@pytest.mark.parametrize("workers", SETTINGS)
+def test_any_number_of_workers_gives_the_same_bits(sample, tmp_path, undisturbed, workers):
+    run_script("train_assessor.py", *flags(sample, tmp_path, *SETTINGS[workers]))
+    assert fingerprint(only_run(tmp_path)) == undisturbed
+
+
+def start_and_signal(command, signal_number, wait, group=False):
+    """Start the script, wait until it trains and `wait` seconds longer, then signal it; returns its exit code or None if it ended."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    for line in process.stdout:
+        if line.startswith("epoch ") or line.startswith("continuing"):
+            break
+    time.sleep(wait)
+    if process.poll() is None:
+        os.killpg(process.pid, signal_number) if group else process.send_signal(signal_number)
+    process.stdout.read()
+    return process.wait(120)
+
+
+@pytest.mark.parametrize("workers", SETTINGS)
+def test_kill_9_and_resume_is_byte_identical(sample, tmp_path, undisturbed, workers):
+    """Killed at three random moments with a save after every step, then continued with --resume auto."""
+    command = script_command("train_assessor.py", *flags(sample, tmp_path, "--save_minutes", 1e-9, "--resume", "auto", *SETTINGS[workers]))
+    moments, kills = random.Random(len(workers) + ord(workers[-1])), 0
+    for _ in range(3):
+        kills += start_and_signal(command, signal.SIGKILL, moments.uniform(0, 0.6), group=True) == -signal.SIGKILL
+    assert kills >= 1, "the run ended before it could be killed"
+    text = run_script("train_assessor.py", *command[2:]).text
+    assert fingerprint(only_run(tmp_path)) == undisturbed
+    assert "continuing" in text or "finished" in text
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGUSR2", 75), ("SIGINT", 130)])
+def test_stop_signals_save_and_leave_with_their_code(sample, tmp_path, undisturbed, name, code):
+    """The whole process group is signalled, loader workers too, as a scheduler does."""
+    command = script_command("train_assessor.py", *flags(sample, tmp_path, "--num_workers", 2))
+    assert start_and_signal(command, getattr(signal, name), 0.2, group=True) == code
+    folder = only_run(tmp_path)
+    saved = common.read_checkpoint(folder / "last.pth")
+    assert saved["done"] is False
+    assert f"{name} received: saved" in (folder / "log.txt").read_text()
+    run_script("train_assessor.py", "--resume", folder)
+    assert fingerprint(folder) == undisturbed
+
+
+def test_resume_from_an_older_checkpoint(sample, tmp_path, undisturbed):
+    run_script("train_assessor.py", *flags(sample, tmp_path))
+    folder = only_run(tmp_path)
+    (folder / "metrics.json").unlink()
+    run_script("train_assessor.py", "--resume", folder / "checkpoint_epoch_2.pth")
+    assert fingerprint(folder) == undisturbed
+
+
+def test_a_finished_run_says_so(sample, tmp_path):
+    run_script("train_assessor.py", *flags(sample, tmp_path))
+    assert "is finished" in run_script("train_assessor.py", "--resume", only_run(tmp_path)).text
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def stopped_run(sample, tmp_path):
+    command = script_command("train_assessor.py", *flags(sample, tmp_path))
+    assert start_and_signal(command, signal.SIGTERM, 0) == 75
+    return only_run(tmp_path)
+
+
+def test_damaged_checkpoints(sample, tmp_path):
+    """A damaged last.pth: the one before, loudly. Both damaged: exit 3, never a silent fresh start."""
+    folder = stopped_run(sample, tmp_path)
+    last, previous = folder / "last.pth", folder / "last.pth.prev"
+    previous.write_bytes(last.read_bytes())
+    last.write_bytes(last.read_bytes()[:5000])
+    text = run_script("train_assessor.py", "--resume", folder).text
+    assert "WARNING" in text and "continuing from last.pth.prev" in text
+    (folder / "metrics.json").unlink()
+    for path in (last, previous):
+        path.write_bytes(b"nothing")
+    text = run_script("train_assessor.py", "--resume", folder, code=3).stderr
+    assert text.startswith("error: ") and "no usable checkpoint" in text
+
+
+def test_other_flags_are_refused_with_both_values(sample, tmp_path):
+    folder = stopped_run(sample, tmp_path)
+    text = run_script("train_assessor.py", "--resume", folder, "--lr", "0.5", "--seed", "7", code=2).stderr
+    for word in ("--lr", "0.0001", "0.5", "--seed", "42", "7"):
+        assert word in text
+    assert (folder / "last.pth").exists()
+
+
+def test_other_data_are_refused(sample, tmp_path):
+    folder = stopped_run(sample, tmp_path)
+    changed = tmp_path / "changed.csv"
+    lines = sample.ratings.read_text().splitlines()
+    changed.write_text("\n".join(lines[:-1]) + "\n")
+    text = run_script("train_assessor.py", "--resume", folder, "--ratings_file", changed, code=2).stderr
+    assert "fingerprint" in text
+
+
+def test_resume_of_something_else(sample, tmp_path):
+    assert "no run folder" in run_script("train_assessor.py", "--resume", tmp_path / "none", code=2).stderr
+    folder = stopped_run(sample, tmp_path)
+    record = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps({**record, "script": "train_video.py"}))
+    assert "train_video.py" in run_script("train_assessor.py", "--resume", folder, code=2).stderr
+
+
+def test_a_second_writer_is_refused(sample, tmp_path):
+    folder = stopped_run(sample, tmp_path)
+    with common._lock_folder(folder):
+        assert "another process" in run_script("train_assessor.py", "--resume", folder, code=2).stderr

@@ -1,0 +1,366 @@
+"""Augmentation and crops: parameters against torchvision's own draws, geometry and colour against its unfused chain.
+
+    python -m pytest tests/test_transforms.py -q
+"""
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torchvision import transforms
+from torchvision.transforms import functional as F
+
+import common
+
+SIZE = 224
+BILINEAR = transforms.InterpolationMode.BILINEAR
+DRAWS = 4000
+
+
+def waves(height=256, width=320, amplitude=50.0, wavelength=40.0):
+    """uint8 (H, W, 3): coloured waves between 78 and 178, whose second derivative is known."""
+    y, x = np.mgrid[0:height, 0:width] * (2 * math.pi / wavelength)
+    channels = [np.sin(x + phase) * np.cos(y - phase) for phase in (0.0, 1.0, 2.0)]
+    return np.rint(128 + amplitude * np.stack(channels, -1)).astype(np.uint8)
+
+
+def drawn(count=DRAWS, preset="full", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [common.sample_augmentation(preset, generator) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def full_draws():
+    return drawn()
+
+
+def geometry_only(parameters):
+    keep = ("crop", "flip", "rotation_deg", "translate", "scale", "shear_deg", "corners")
+    return common.Augmentation(**{name: getattr(parameters, name) for name in keep})
+
+
+def end_points(corners, size):
+    """Where the corners of the square go, as torchvision's RandomPerspective numbers them."""
+    reach = int(0.2 * (size // 2)) + 1
+    (a, b), (c, d), (e, f), (g, h) = (np.reshape(corners, (4, 2)) * reach).astype(int).tolist()
+    last = size - 1
+    return [[a, b], [last - c, d], [last - e, last - f], [g, last - h]]
+
+
+def torchvision_geometry(image, parameters, size=SIZE):
+    """The unfused chain on a float tensor (C, H, W): crop, flip, rotate, affine, perspective, each bilinear."""
+    height, width = image.shape[-2:]
+    top = int(parameters.crop[1] * (height - size + 1))
+    left = int(parameters.crop[0] * (width - size + 1))
+    image = F.crop(image, top, left, size, size)
+    image = F.hflip(image) if parameters.flip else image
+    image = F.rotate(image, parameters.rotation_deg, BILINEAR)
+    shift = [round(fraction * size) for fraction in parameters.translate]
+    image = F.affine(image, 0.0, shift, parameters.scale, [parameters.shear_deg, 0.0], BILINEAR)
+    if parameters.corners is None:
+        return image
+    last = size - 1
+    start = [[0, 0], [last, 0], [last, last], [0, last]]
+    return F.perspective(image, start, end_points(parameters.corners, size), BILINEAR)
+
+
+def with_mask(array, parameters):
+    """(chain's picture (S, S, C), (S, S) True where no step of the chain has mixed in pixels from outside)."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32)).permute(2, 0, 1)
+    both = torchvision_geometry(torch.cat([tensor, torch.ones_like(tensor[:1])]), parameters)
+    return both[:-1].permute(1, 2, 0).numpy(), (both[-1] > 0.9999).numpy()
+
+
+# Distribution of the parameters ------------------------------------------
+
+def same_distribution(ours, theirs, name):
+    p = stats.ks_2samp(ours, theirs).pvalue
+    assert p > 1e-3, f"{name}: p = {p:.2g}, mean {np.mean(ours):.4f} and {np.mean(theirs):.4f}"
+
+
+def test_rotation_affine_and_jitter_are_drawn_as_torchvision_draws(full_draws):
+    torch.manual_seed(1)
+    rotation = [transforms.RandomRotation.get_params([-15.0, 15.0]) for _ in range(DRAWS)]
+    affine = [transforms.RandomAffine.get_params([0.0, 0.0], (0.1, 0.1), (0.9, 1.1), [-10.0, 10.0], [SIZE, SIZE])
+              for _ in range(DRAWS)]
+    jitter = [transforms.ColorJitter.get_params([0.7, 1.3], [0.7, 1.3], [0.7, 1.3], [-0.1, 0.1]) for _ in range(DRAWS)]
+    same_distribution([d.rotation_deg for d in full_draws], rotation, "rotation")
+    for axis in (0, 1):
+        same_distribution([round(d.translate[axis] * SIZE) for d in full_draws], [a[1][axis] for a in affine], "shift")
+    same_distribution([d.scale for d in full_draws], [a[2] for a in affine], "scale")
+    same_distribution([d.shear_deg for d in full_draws], [a[3][0] for a in affine], "shear")
+    assert {a[3][1] for a in affine} == {0.0}, "torchvision shears along x alone, as we do"
+    for position, name in enumerate(("brightness", "contrast", "saturation", "hue"), start=1):
+        same_distribution([getattr(d, name) for d in full_draws], [j[position] for j in jitter], name)
+
+
+def test_crop_and_perspective_are_drawn_as_torchvision_draws(full_draws):
+    torch.manual_seed(2)
+    crop = [transforms.RandomCrop.get_params(torch.empty(3, 256, 341), (SIZE, SIZE)) for _ in range(DRAWS)]
+    same_distribution([common._position(256, SIZE, d.crop[1]) for d in full_draws], [c[0] for c in crop], "top")
+    same_distribution([common._position(341, SIZE, d.crop[0]) for d in full_draws], [c[1] for c in crop], "left")
+    ours = np.array([end_points(d.corners, SIZE) for d in full_draws if d.corners is not None])
+    theirs = np.array([transforms.RandomPerspective.get_params(SIZE, SIZE, 0.2)[1] for _ in range(DRAWS)])
+    for corner in range(4):
+        for axis in (0, 1):
+            same_distribution(ours[:, corner, axis], theirs[:, corner, axis], f"corner {corner} axis {axis}")
+
+
+def test_erased_rectangle_is_drawn_as_torchvision_draws(full_draws):
+    torch.manual_seed(3)
+    picture = torch.empty(3, SIZE, SIZE)
+    theirs = np.array([transforms.RandomErasing.get_params(picture, (0.02, 0.15), (0.3, 3.3), [0.0])[:4]
+                       for _ in range(2000)])
+    ours = []
+    for parameters in (d for d in full_draws if d.erase is not None):
+        marked = common.apply_augmentation(np.zeros((SIZE, SIZE, 3), np.uint8),
+                                           common.Augmentation(erase=parameters.erase), SIZE)
+        rows, columns = np.nonzero(marked.any(2).any(1))[0], np.nonzero(marked.any(2).any(0))[0]
+        ours.append((rows[0], columns[0], len(rows), len(columns)))
+    ours = np.array(ours)
+    for column, name in enumerate(("top", "left", "height", "width")):
+        same_distribution(ours[:, column], theirs[:, column], name)
+    same_distribution(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3], "area")
+
+
+@pytest.mark.parametrize("chosen, probability", [
+    (lambda d: d.flip, 0.5), (lambda d: d.greyscale, 0.1), (lambda d: d.corners is not None, 0.3),
+    (lambda d: d.erase is not None, 0.2)], ids=["flip", "greyscale", "perspective", "erase"])
+def test_probabilities(full_draws, chosen, probability):
+    count = sum(map(chosen, full_draws))
+    assert stats.binomtest(count, DRAWS, probability).pvalue > 1e-3
+
+
+def test_jitter_order_is_a_uniform_permutation(full_draws):
+    orders = [d.jitter_order for d in full_draws]
+    counts = [orders.count(order) for order in set(orders)]
+    assert len(counts) == 24 and stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_parameters_are_independent(full_draws):
+    table = np.array([[*d.crop, d.flip, d.rotation_deg, *d.translate, d.scale, d.shear_deg, d.brightness, d.contrast,
+                       d.saturation, d.hue, d.greyscale, d.corners is not None, d.erase is not None]
+                      for d in full_draws], float)
+    off_diagonal = np.corrcoef(table.T)[np.triu_indices(table.shape[1], 1)]
+    # 105 correlations of standard error 1 / sqrt(4000): the largest of them stays under 4 standard errors.
+    assert np.abs(off_diagonal).max() < 4 / math.sqrt(DRAWS)
+
+
+def test_same_generator_same_draw_and_equal_consumption():
+    assert drawn(20, seed=3) == drawn(20, seed=3) != drawn(20, seed=4)
+    generators = {preset: torch.Generator().manual_seed(9) for preset in ("none", "light", "full")}
+    for preset, generator in generators.items():
+        common.sample_augmentation(preset, generator)
+    assert len({torch.rand(1, generator=generator).item() for generator in generators.values()}) == 1
+    with pytest.raises(ValueError, match="'strong'"):
+        common.sample_augmentation("strong", torch.Generator())
+
+
+def test_presets_none_and_light():
+    assert drawn(3, "none") == [common.Augmentation()] * 3
+    for parameters in drawn(200, "light"):
+        rest = dataclasses.replace(parameters, crop=(0.5, 0.5), flip=False, brightness=1.0, contrast=1.0,
+                                   saturation=1.0, jitter_order=common.Augmentation.jitter_order)
+        assert rest == common.Augmentation()
+        assert max(abs(getattr(parameters, name) - 1) for name in ("brightness", "contrast", "saturation")) <= 0.1
+
+
+# Geometry -----------------------------------------------------------------
+
+def test_crop_and_flip_copy_pixels():
+    image = np.random.default_rng(0).integers(0, 256, (256, 300, 3), dtype=np.uint8)
+    for parameters in drawn(20, "light"):
+        parameters = dataclasses.replace(parameters, brightness=1.0, contrast=1.0, saturation=1.0)
+        top, left = int(parameters.crop[1] * 33), int(parameters.crop[0] * 77)
+        expected = image[top:top + SIZE, left:left + SIZE]
+        found = common.apply_augmentation(image, parameters, SIZE)
+        assert np.array_equal(found, expected[:, ::-1] if parameters.flip else expected)
+    assert np.array_equal(common.apply_augmentation(image, common.Augmentation(), SIZE), common.eval_crop(image, SIZE))
+
+
+def test_every_output_pixel_comes_from_the_place_torchvision_takes_it_from():
+    # Bilinear interpolation is exact on ramps, so the chain applied to the coordinates themselves returns, at each
+    # output pixel, the place in the picture that it shows: the whole chain's geometry without interpolation error.
+    y, x = np.mgrid[0:256, 0:320] + 0.5
+    centres = np.stack(np.meshgrid(np.arange(SIZE) + 0.5, np.arange(SIZE) + 0.5), -1)
+    used = 0
+    for parameters in drawn(60, seed=5):
+        places, valid = with_mask(np.stack([x, y], -1), parameters)
+        top, left = int(parameters.crop[1] * 33), int(parameters.crop[0] * 97)
+        back = np.linalg.inv(common._homography(parameters, left, top, SIZE))
+        ours = np.dstack([centres, np.ones((SIZE, SIZE))]) @ back.T
+        ours = ours[..., :2] / ours[..., 2:]
+        assert np.abs(ours - places)[valid].max() < 0.01, parameters
+        used += valid.mean()
+    assert used / 60 > 0.6
+
+
+def test_landmarks_land_where_the_homography_says():
+    landmarks = np.array([[60.0, 70.0], [200.0, 60.0], [160.0, 130.0], [90.0, 190.0], [230.0, 200.0]])  # x, y
+    y, x = np.mgrid[0:256, 0:320] + 0.5
+    grid = np.stack(np.meshgrid(np.arange(SIZE) + 0.5, np.arange(SIZE) + 0.5), -1)
+    checked = 0
+    for parameters in map(geometry_only, drawn(25, seed=6)):
+        top, left = int(parameters.crop[1] * 33), int(parameters.crop[0] * 97)
+        matrix = common._homography(parameters, left, top, SIZE)
+        for point in landmarks:
+            target = matrix @ [*point, 1]
+            target = target[:2] / target[2]
+            if not ((target > 15) & (target < SIZE - 15)).all():
+                continue
+            blob = 250 * np.exp(-((x - point[0]) ** 2 + (y - point[1]) ** 2) / (2 * 2.5 ** 2))
+            shown = common.apply_augmentation(np.repeat(blob[..., None], 3, 2).astype(np.uint8), parameters, SIZE)
+            weight = shown[..., 0].astype(float)
+            assert np.abs((grid * weight[..., None]).sum((0, 1)) / weight.sum() - target).max() < 0.1
+            checked += 1
+    assert checked > 50
+
+
+def test_pictures_match_the_unfused_chain():
+    # A bilinear step errs by at most (|f_xx| + |f_yy|) / 8, here 2 a (2 pi / 40)^2 / 8 = 0.31 grey levels; scaling by
+    # .9 and perspective sharpen the waves to at most 1.35 of that. The chain has three steps, ours one, and rounding
+    # of the pictures adds half a level on each side: 4 x 0.31 x 1.35 + 1 = 2.7 at any pixel, and 1 on average.
+    image = waves()
+    for parameters in map(geometry_only, drawn(40, seed=7)):
+        expected, valid = with_mask(image, parameters)
+        difference = np.abs(common.apply_augmentation(image, parameters, SIZE) - expected)[valid]
+        assert difference.max() < 2.7 and difference.mean() < 1.0
+
+
+def test_outside_is_black_and_crops_give_pixels_back():
+    white = np.full((256, 320, 3), 255, np.uint8)
+    fewer = 0
+    for parameters in map(geometry_only, drawn(40, seed=8)):
+        ours = common.apply_augmentation(white, parameters, SIZE)
+        expected, valid = with_mask(white, parameters)
+        assert (ours[valid] == 255).all(), "whatever the chain shows, we show"
+        assert (ours == 0).mean() <= (expected == 0).mean() + 0.002
+        fewer += (ours == 0).mean() < (expected == 0).mean()
+    assert fewer > 30
+    shifted = common.apply_augmentation(white, common.Augmentation(crop=(0.0, 0.0), translate=(0.1, 0.0)), SIZE)
+    assert (shifted[:, :22] == 0).all() and (shifted[:, 22:] == 255).all()
+
+
+def test_one_draw_serves_all_frames_of_a_clip():
+    parameters = geometry_only(drawn(1, seed=10)[0])
+    image = waves()
+    shown = [common.apply_augmentation(frame, parameters, SIZE) for frame in (image, image // 2)]
+    assert np.abs(shown[0] // 2 - shown[1].astype(int)).max() <= 1
+
+
+def test_pictures_smaller_than_the_crop_are_an_error():
+    small = np.zeros((200, 300, 3), np.uint8)
+    for call in (lambda: common.eval_crop(small, SIZE),
+                 lambda: common.apply_augmentation(small, common.Augmentation(), SIZE)):
+        with pytest.raises(ValueError, match="224 pixels does not fit into a picture of 200"):
+            call()
+
+
+# Colour -------------------------------------------------------------------
+
+def torchvision_colour(image, parameters):
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    for name in parameters.jitter_order:
+        tensor = getattr(F, f"adjust_{name}")(tensor, getattr(parameters, name))
+    tensor = F.rgb_to_grayscale(tensor, 3) if parameters.greyscale else tensor
+    return tensor.permute(1, 2, 0).numpy().astype(int)
+
+
+def colour_only(parameters, **changes):
+    keep = ("brightness", "contrast", "saturation", "hue", "jitter_order", "greyscale")
+    return common.Augmentation(**{name: getattr(parameters, name) for name in keep} | changes)
+
+
+def test_colour_without_hue_is_torchvision_to_the_rounding():
+    # Nothing is cut at 0 or 255 here, so what is left is torchvision's cut to whole numbers after each of its four
+    # steps (and of the grey mean), each at most 1 level and amplified by up to 1.3 in later steps.
+    image = np.rint(128 + (waves(SIZE, SIZE) - 128.0) * 0.6).astype(np.uint8)
+    for parameters in drawn(60, seed=11):
+        parameters = colour_only(parameters, hue=0.0)
+        expected = torchvision_colour(image, parameters)
+        found = common.apply_augmentation(image, parameters, SIZE)
+        assert np.abs(found - expected).max() <= 5 and np.abs(found - expected).mean() < 2, parameters
+        assert abs((found - expected).mean()) < 2
+
+
+def test_hue_turns_the_way_torchvision_turns():
+    # YIQ and HSV agree on direction and roughly on the angle, not on brightness: judged in the hue angle itself.
+    import colorsys
+    colours = np.array([[180, 90, 90], [180, 180, 90], [90, 180, 90], [90, 180, 180], [90, 90, 180], [180, 90, 180]])
+    for hue in (-0.1, -0.05, 0.05, 0.1):
+        for colour in colours:
+            image = np.tile(colour.astype(np.uint8), (8, 8, 1))
+            found = common.apply_augmentation(image, common.Augmentation(hue=hue), 8)[0, 0] / 255
+            before, after = colorsys.rgb_to_hsv(*(colour / 255))[0], colorsys.rgb_to_hsv(*found)[0]
+            turned = (after - before + 0.5) % 1 - 0.5
+            assert abs(turned - hue) < 0.05 and turned * hue > 0, (colour, hue, turned)
+            assert abs(found @ common.LUMA * 255 - colour @ common.LUMA) < 1, "luma stays"
+
+
+def test_hue_pictures_are_near_torchvision():
+    image = waves(SIZE, SIZE)
+    differences = []
+    for parameters in drawn(60, seed=12):
+        parameters = colour_only(parameters, greyscale=False)
+        found = common.apply_augmentation(image, parameters, SIZE)
+        differences.append(np.abs(found - torchvision_colour(image, parameters)).mean())
+    print(np.mean(differences), np.max(differences))
+
+
+def test_greyscale_and_erase():
+    image = waves(SIZE, SIZE)
+    grey = common.apply_augmentation(image, common.Augmentation(greyscale=True), SIZE)
+    assert np.abs(grey - torchvision_colour(image, common.Augmentation(greyscale=True))).max() <= 1
+    assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 1] == grey[..., 2]).all()
+    erased = common.apply_augmentation(image, common.Augmentation(erase=(0.1, 1.0, 0.0, 0.0)), SIZE)
+    side = round(SIZE * math.sqrt(0.1))
+    tensor = common.to_input(torch.from_numpy(erased[None]), torch.device("cpu"))
+    assert tensor[0, :, :side, :side].abs().max() < 0.01
+    assert np.array_equal(erased[side:], image[side:]) and np.array_equal(erased[:, side:], image[:, side:])
+
+
+def test_inputs_are_left_alone():
+    image = waves()
+    image.flags.writeable = False
+    for parameters in drawn(5, seed=13):
+        assert common.apply_augmentation(image, parameters, SIZE).flags.writeable
+    assert common.eval_crop(image, SIZE).flags.writeable
+
+
+# Whole pictures and the model's input --------------------------------------
+
+def test_distribution_of_whole_pictures():
+    image = waves()
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    chain = transforms.Compose([
+        transforms.RandomCrop(SIZE), transforms.RandomHorizontalFlip(0.5), transforms.RandomRotation(15, BILINEAR),
+        transforms.RandomAffine(0, (0.1, 0.1), (0.9, 1.1), 10, BILINEAR), transforms.ColorJitter(0.3, 0.3, 0.3, 0.1),
+        transforms.RandomGrayscale(0.1), transforms.RandomPerspective(0.2, 0.3, BILINEAR)])
+    torch.manual_seed(14)
+    centre = slice(62, 162)  # where the chain has hardly any black corners
+    theirs = np.array([chain(tensor)[:, centre, centre].float().numpy().mean((1, 2)) for _ in range(400)])
+    ours = np.array([common.apply_augmentation(image, dataclasses.replace(d, erase=None), SIZE)[centre, centre].mean((0, 1))
+                     for d in drawn(400, seed=15)])
+    for channel, name in enumerate(("red", "green", "blue")):
+        same_distribution(ours[:, channel], theirs[:, channel], name)
+
+
+@pytest.mark.parametrize("height, width", [(256, 256), (256, 340), (300, 224), (224, 224)])
+def test_eval_crop_is_the_centre(height, width):
+    image = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    expected = F.center_crop(torch.from_numpy(image).permute(2, 0, 1), [SIZE, SIZE]).permute(1, 2, 0).numpy()
+    assert np.array_equal(common.eval_crop(image, SIZE), expected)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_to_input_is_torchvision_normalize(channels_last):
+    batch = torch.from_numpy(np.stack([waves(40, 50), 255 - waves(40, 50)]))
+    found = common.to_input(batch, torch.device("cpu"), channels_last=channels_last)
+    expected = F.normalize(batch.permute(0, 3, 1, 2) / 255, common.IMAGENET_MEAN, common.IMAGENET_STD)
+    assert found.shape == (2, 3, 40, 50) and found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.contiguous(), rtol=1e-5, atol=1e-5)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    assert found.is_contiguous(memory_format=layout)
+    assert batch.dtype == torch.uint8

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# From the repository folder: sbatch train_assessor.sh [train_SCRIPT.py] [flags of the script]
+# On SLURM's signal the script saves and leaves with 75, and the job requeues itself as long as it makes progress.
+# Environment: MODULES="python/3.11 cuda" are loaded first, then CONDA_ENV=name, or VENV=folder (default ./.venv).
+#SBATCH --job-name=train_assessor
+#SBATCH --output=logs/train_assessor_%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@120
+#SBATCH --time=24:00:00
+#SBATCH --mem=32G
+#SBATCH --cpus-per-task=8
+#SBATCH --gres=gpu:1
+set -eo pipefail  # no -u: module and conda read unset variables
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}"
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
+job=${job:-$SLURM_JOB_ID}
+echo "job ${job:-none} on ${SLURM_JOB_NODELIST:-$(hostname)}, GPU ${CUDA_VISIBLE_DEVICES:-none}, start $((SLURM_RESTART_COUNT + 1)), $(date)"
+
+if [ -n "$MODULES" ]; then read -ra modules <<<"$MODULES"; module load "${modules[@]}"; fi
+if [ -n "$CONDA_ENV" ]; then
+    eval "$(conda shell.bash hook)"; conda activate "$CONDA_ENV"
+elif [ -n "$VENV" ] || [ -f .venv/bin/activate ]; then
+    # shellcheck source=/dev/null
+    . "${VENV:-.venv}/bin/activate"
+fi
+python=${PYTHON:-$(command -v python || command -v python3)}
+
+script=train_assessor.py
+if [[ $1 == *.py ]]; then script=$1; shift; fi
+launch=srun
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit --cpus-per-task since Slurm 22.05
+if [ -z "$job" ] || ! command -v srun >/dev/null; then launch="env"; echo "no SLURM job: $script runs without srun"; fi
+progress=logs/.progress_${job:-none}
+touch "$progress"
+rc=0
+"$launch" "$python" "$script" --resume auto "$@" || rc=$?
+if [ "$rc" -ne 75 ]; then rm -f "$progress"; exit "$rc"; fi
+
+# 75: saved, start again; a job whose checkpoint is the same as after the start before would be requeued for ever
+outputs=$(printf '%s\n' outputs "$@" | sed -n '1p; s/^--output[_-]dir=//p; /^--output[_-]dir$/{n;p;}' | tail -n 1)
+saved=$(find "$outputs" -name last.pth -newer "$progress" -exec cksum {} + | sort) || saved=
+if [ -z "$job" ]; then echo "saved; the same command continues"; rm -f "$progress"; exit 75; fi
+if [ -z "$saved" ] || [ "$saved" = "$(cat "$progress")" ]; then echo "job $job made no progress under $outputs: not requeued"; exit 75; fi
+echo "$saved" >"$progress"
+echo "job $job: requeued"
+scontrol requeue "$job"
+exit 75

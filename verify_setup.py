@@ -1,0 +1,421 @@
+"""Is this machine, and are these data, ready? One row a check: OK, WARN, FAIL or SKIP, and under it what to do.
+
+    python verify_setup.py
+    python verify_setup.py --quick --task assessor --images_dir ./images --ratings_file ./ratings/table.csv
+    python verify_setup.py --download_weights resnet50 vit_b_16      # on a machine with internet
+
+Without --images_dir and --ratings_file the data are ./images with the table in ./ratings, else ./sample_data, else
+sample data made for the occasion. Nothing is written but to a temporary folder and, when asked to, the weights cache.
+Exit code 1 when a row says FAIL, else 0.
+
+The first rows need Python alone, so that a machine without torch gets its table too; packages are imported where used.
+"""
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import importlib
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+REQUIREMENTS = HERE / "requirements.txt"
+TASKS = ("assessor", "video", "detector", "dreamer")
+PUBLISHED_TABLE = "per_image_Slider_mean_sd_from_wide.csv"
+SAMPLE_IMAGES, SAMPLE_TABLE = Path("assessor/images"), Path("assessor/ratings") / PUBLISHED_TABLE
+# What a dry run is given beside --dry_run; paths lie in the folder that make_sample_data.py fills.
+DRY_RUN_FLAGS = {"assessor": ["--images_dir", SAMPLE_IMAGES, "--ratings_file", SAMPLE_TABLE, "--no_pretrained",
+                              "--backbone", "resnet18"]}
+WEIGHTS = {"assessor": "resnet18 resnet34 resnet50 resnet101 efficientnet_b0 efficientnet_b3 vit_b_16".split()}
+OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
+MODULES = {"pillow": "PIL", "opencv-python": "cv2", "PyYAML": "yaml"}  # where the module is not called as its package
+IMPORT_REMEDIES = {
+    "cv2": "where system libraries are missing: apt install libgl1 libglib2.0-0, or without root: pip uninstall "
+           "opencv-python; pip install --force-reinstall opencv-python-headless",
+    "torchvision": "is it of the release that goes with this torch? pip install --upgrade torch torchvision"}
+GIB = 1 << 30
+
+Check = collections.namedtuple("Check", "status name found remedy", defaults=("",))
+
+
+# --- Python and packages: standard library only --------------------------------
+
+def version_numbers(text):
+    """'2.14.1+cu130' -> (2, 14, 1): the leading numbers, for comparison."""
+    return tuple(int(number) for number in re.match(r"[\d.]*", text)[0].split(".") if number)
+
+
+def read_requirements(path):
+    """requirements file -> {package: lowest version, '' where any will do}. Raises ValueError for any other line."""
+    required = {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        line = line.split("#")[0].strip()
+        found = re.fullmatch(r"([A-Za-z0-9][\w.-]*)\s*(?:>=\s*([\d.]+))?", line)
+        if line and not found:
+            raise ValueError(f"{path}: expected `package` or `package>=version`, found {line!r}")
+        if found:
+            required[found[1]] = found[2] or ""
+    return required
+
+
+def installed_version(package):
+    """(name, version) of a package, (name, None) if absent; any build of OpenCV stands for opencv-python."""
+    for name in OPENCV if package == "opencv-python" else (package,):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return name, metadata.version(name)
+    return package, None
+
+
+def unmet_requirements(paths):
+    """['torch 2.9.1 (needs 2.10 or newer)', 'tqdm is missing', ...] for requirements files; nothing is imported."""
+    unmet = []
+    for package, lowest in [item for path in paths for item in read_requirements(path).items()]:
+        name, version = installed_version(package)
+        if version is None:
+            unmet.append(f"{name} is missing")
+        elif version_numbers(version) < version_numbers(lowest):
+            unmet.append(f"{name} {version} (needs {lowest} or newer)")
+    return unmet
+
+
+def check_installation():
+    """Python, the packages' versions against requirements.txt, then whether each loads."""
+    old = sys.version_info < (3, 10)
+    yield Check("FAIL" if old else "OK", "Python", f"{sys.version.split()[0]} in {sys.prefix}",
+                "make the environment with Python 3.10 or newer" if old else "")
+    unmet = unmet_requirements([REQUIREMENTS])
+    for fault in unmet:
+        yield Check("FAIL", "packages", fault, f"{sys.executable} -m pip install -r {REQUIREMENTS}")
+    if not unmet:
+        required = read_requirements(REQUIREMENTS)
+        yield Check("OK", "packages", ", ".join(" ".join(installed_version(package)) for package in required))
+        yield from check_imports(MODULES.get(package, package) for package in required)
+
+
+def check_imports(modules):
+    """Each module is imported; a row for each that does not load."""
+    faults = []
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+            remedy = IMPORT_REMEDIES.get(module, f"pip install --force-reinstall {module}, or make a new environment")
+            faults.append(Check("FAIL", f"import {module}", " ".join(str(error).split()), remedy))
+    yield from faults or [Check("OK", "imports", "every package loads")]
+
+
+# --- the machine ---------------------------------------------------------------
+
+def serves_capability(capability, arch_list):
+    """Does a torch build run on a GPU? capability (major, minor); arch_list like ['sm_80', 'sm_90a', 'compute_90'].
+
+    Machine code sm_XY runs on the same major version from minor Y on, sm_XYa on exactly X.Y, and intermediate code
+    compute_XY on everything newer (CUDA programming guide, compatibility of binaries and PTX).
+    """
+    def runs(arch):
+        kind, number, suffix = re.fullmatch(r"(sm|compute)_(\d+)([a-z]?)", arch).groups()
+        served = divmod(int(number), 10)
+        if suffix == "a":
+            return capability == served
+        if kind == "sm" or suffix == "f":
+            return capability[0] == served[0] and capability[1] >= served[1]
+        return capability >= served
+    return any(map(runs, arch_list))
+
+
+def capability_remedy(capability, arch_list):
+    """Which torch build to install for a GPU that the installed one does not serve."""
+    lowest = min((divmod(int(re.search(r"\d+", arch)[0]), 10) for arch in arch_list), default=(0, 0))
+    if capability < lowest:
+        return ("the card is older than this torch build serves: pip install --force-reinstall torch torchvision "
+                "--index-url https://download.pytorch.org/whl/cu126 (builds for CUDA 12.6 serve older cards), or "
+                "run with --device cpu")
+    return "the card is newer than this torch build: pip install --upgrade torch torchvision, or run with --device cpu"
+
+
+def check_processor():
+    """Processor, and whether it computes bf16 fast."""
+    import common
+    import torch
+    compute = common.choose_compute("cpu", "auto")
+    yield Check("OK", "processor", f"{compute.text}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+                f"{'fast' if compute.precision == 'bf16' else 'no fast'} bf16")
+
+
+def check_gpu():
+    """One row for each GPU, or why there is none."""
+    import torch
+    if torch.cuda.is_available():
+        yield from map(gpu_row, range(torch.cuda.device_count()))
+    elif shutil.which("nvidia-smi"):
+        yield Check("WARN", "GPU", f"nvidia-smi is here, but torch {torch.__version__} sees no GPU",
+                    f"does it list a card, and CUDA {torch.version.cuda} or newer? SLURM: --gres=gpu:1")
+    else:
+        apple = torch.backends.mps.is_available()
+        yield Check("OK", "GPU", "Apple GPU (mps)" if apple else "none: everything runs on the CPU")
+
+
+def gpu_row(index):
+    """Name, memory, bf16 of CUDA device number `index`, and whether this torch build serves it."""
+    import torch
+    facts = torch.cuda.get_device_properties(index)
+    capability, archs = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
+    found = (f"{facts.name}, {facts.total_memory / GIB:.0f} GiB, {'bf16' if capability >= (8, 0) else 'no bf16'}, "
+             f"compute capability {capability[0]}.{capability[1]}")
+    if not serves_capability(capability, archs):
+        return Check("WARN", f"GPU {index}", f"{found}; torch {torch.__version__} serves only {' '.join(archs)}",
+                     capability_remedy(capability, archs))
+    return Check("OK", f"GPU {index}", found)
+
+
+def amount(name, value, fail_below, warn_below, found, remedy):
+    """Check of a quantity that should be large."""
+    status = "FAIL" if value < fail_below else "WARN" if value < warn_below else "OK"
+    return Check(status, name, found, "" if status == "OK" else remedy)
+
+
+def check_space(output_dir):
+    """Free space where runs are written and in shared memory, and the number of files a process may open."""
+    folder = Path(output_dir).absolute()
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free / GIB
+    yield amount("disk", free, 1, 10, f"{free:.1f} GiB free for {output_dir}", "make space or use another --output_dir")
+    if Path("/dev/shm").is_dir():  # loader processes pass batches through it
+        free = shutil.disk_usage("/dev/shm").free / GIB
+        yield amount("/dev/shm", free, 0, 1, f"{free:.1f} GiB free", "container: --shm-size=8g, or --num_workers 0")
+    with contextlib.suppress(ImportError):  # Windows has no such limit
+        import resource
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        files = math.inf if files == resource.RLIM_INFINITY else files
+        yield amount("open files", files, 0, 1024, f"ulimit -n {files}", "ulimit -n 4096 before the start")
+
+
+def check_model(tasks):
+    """A small backbone with random weights is made and run once; which published weights lie in the cache."""
+    import common
+    import torch
+    backbone, width = common.build_backbone("resnet18", pretrained=False)
+    shape = tuple(backbone.eval()(torch.zeros(1, 3, 224, 224)).shape)
+    yield Check("OK" if shape == (1, width) else "FAIL", "model", f"resnet18 gives features of shape {shape}")
+    names = [name for task in tasks for name in WEIGHTS.get(task, ())]
+    missing = [name for name in names if not common.cached_weights_file(name)[0].exists()]
+    yield doubtful("weights not cached", missing, "fetched at first use; for machines without internet, on one with: "
+                   "python verify_setup.py --download_weights NAME")
+
+
+def download_weights(names):
+    """Fill the weights cache, a line before and a row after each; every file is loaded once as a check."""
+    import common
+    import torchvision
+    unknown = [name for name in names if name not in torchvision.models.list_models()]
+    if unknown:
+        raise common.UserError(f"torchvision has no model {', '.join(unknown)}")
+    socket.setdefaulttimeout(30)  # a firewall that swallows the request is an error, not a wait
+    for name in names:
+        path, url = common.cached_weights_file(name)
+        print(f"{'reading' if path.exists() else f'downloading {url} to'} {path}", flush=True)
+        try:
+            common.published_weights(name)
+        except common.UserError as error:
+            remedy = f"remove {path}" if path.exists() else f"download {url} elsewhere and copy it to {path}"
+            yield Check("FAIL", name, str(error), remedy)
+        else:
+            yield Check("OK", name, f"{path.stat().st_size / 1e6:.0f} MB in {path}")
+
+
+# --- the data ------------------------------------------------------------------
+
+def make_sample(task, folder):
+    """Run make_sample_data.py; returns the folder. Raises UserError with its last words where it fails."""
+    import common
+    command = [sys.executable, HERE / "make_sample_data.py", "--task", task, "--output_dir", folder]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if result.returncode:
+        raise common.UserError(f"make_sample_data.py --task {task} failed: {result.stderr.strip()[-300:]}")
+    return Path(folder)
+
+
+def find_assessor_data(args, temporary):
+    """(images folder, ratings table): the flags, else ./images with the table in ./ratings, else sample data."""
+    import common
+    if bool(args.images_dir) != bool(args.ratings_file):
+        raise common.UserError(f"--images_dir needs --ratings_file; found {args.images_dir or args.ratings_file} alone")
+    tables = sorted(Path("ratings").glob("*.csv")) if Path("images").is_dir() else []
+    tables = [path for path in tables if path.name == PUBLISHED_TABLE] or tables
+    if args.images_dir:
+        return args.images_dir, args.ratings_file
+    if len(tables) > 1:
+        raise common.UserError(f"{len(tables)} tables in ./ratings: {listed(tables)}; name one with --ratings_file")
+    if tables:
+        return Path("images"), tables[0]
+    made = Path("sample_data")
+    made = made if (made / SAMPLE_TABLE).exists() else make_sample("assessor", temporary)
+    return made / SAMPLE_IMAGES, made / SAMPLE_TABLE
+
+
+def check_assessor(args, temporary):
+    """Audit of a ratings table and its images, both ways."""
+    import common
+    images_dir, path = find_assessor_data(args, temporary)
+    yield Check("OK", "data", f"{images_dir}, {path}")
+    ratings = yield from check_table(path, args)
+    paths, without_row = common.match_images(ratings.images, images_dir)
+    without_file = [name for name, image in zip(ratings.images, paths) if image is None]
+    for what, names in (("rows without image", without_file), ("images without row", without_row)):
+        yield doubtful(what, names, "they will be left out")
+    if len(without_file) == len(paths):
+        raise common.UserError(f"no row of {path} has an image in {images_dir}; check --images_dir and --image_column")
+    yield from check_images([image for image in paths if image is not None])
+
+
+def check_table(path, args):
+    """Rows, targets, missing cells and repeated images; returns the RatingsTable."""
+    import common
+    import numpy as np
+    ratings = common.read_ratings(path, args.image_column, args.target_columns, duplicates="mean")
+    also = " and ".join(name for name in ("sd", "n") if getattr(ratings, name) is not None) or "neither sd nor n"
+    yield Check("OK", "ratings", f"{len(ratings.images)} images; {len(ratings.names)} ratings with {also}, means "
+                f"{np.nanmin(ratings.mean):g} to {np.nanmax(ratings.mean):g}: {', '.join(ratings.names)}")
+    for note in ratings.notes:
+        yield Check("OK", "note", note)
+    counts = np.isnan(ratings.mean).sum(axis=0)
+    gaps = [f"{name} lacks {count} of {len(ratings.images)}" for name, count in zip(ratings.names, counts) if count]
+    yield doubtful("missing cells", gaps, "they are masked in the loss")
+    if args.duplicates == "error":
+        try:
+            common.read_ratings(path, args.image_column, args.target_columns)
+            yield Check("OK", "repeated rows", "none")
+        except common.UserError as error:
+            yield Check("FAIL", "repeated rows", str(error))
+    return ratings
+
+
+def check_images(paths):
+    """Every picture is decoded: the speed, bad ones by name and reason, identical ones."""
+    import common
+    start = time.perf_counter()
+    first = [common.audit_image(path, 256)[0] for path in paths[:32]]
+    speed = len(first) / (time.perf_counter() - start)
+    yield Check("OK", "loading", f"first {len(first)} pictures to a short side of 256 px: {speed:.0f} a second")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        audits = first + list(pool.map(lambda path: common.audit_image(path, 256)[0], paths[32:]))
+    bad = "".join(f"\n{audit.path}: {audit.error}" for audit in audits if audit.error)
+    yield Check("FAIL" if bad else "OK", "unreadable images", f"{bad.count(chr(10))} of {len(paths)}{bad}",
+                "mend or remove them, or train with --on_bad_file skip" if bad else "")
+    same = collections.defaultdict(list)
+    for audit in audits:
+        same[audit.pixel_sha or audit.path].append(Path(audit.path).name)
+    twins = [" = ".join(names) for names in same.values() if len(names) > 1]
+    yield doubtful("identical images", twins, "a split between them would leak: keep one of each")
+
+
+def listed(names, limit=10):
+    """'a, b, c and 4 more'."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(str, names[:limit])) + more
+
+
+def doubtful(what, names, remedy):
+    """WARN with the number and the first of `names`, OK where there are none."""
+    return Check("WARN", what, f"{len(names)}: {listed(names)}", remedy) if names else Check("OK", what, "none")
+
+
+def check_dry_run(task, temporary):
+    """The train script as a subprocess on sample data: 2 batches, 1 epoch, the whole run folder."""
+    import common
+    sample = make_sample(task, Path(temporary) / "dry_run")
+    command = [sys.executable, HERE / f"train_{task}.py", "--dry_run", "--output_dir", "outputs", *DRY_RUN_FLAGS[task]]
+    start = time.perf_counter()
+    result = subprocess.run(command, cwd=sample, capture_output=True, text=True, timeout=900)
+    if result.returncode:
+        raise common.UserError(f"exit code {result.returncode} on sample data: {result.stderr.strip()[-300:]}")
+    yield Check("OK", f"dry run {task}", f"on sample data, {time.perf_counter() - start:.0f} s")
+
+
+AUDITS = {"assessor": check_assessor}
+
+
+# --- the table -----------------------------------------------------------------
+
+def parse_args(argv=None):
+    """Command line; dashes within a flag are read as underscores."""
+    argv = [re.sub(r"(?<=\w)-", "_", word.partition("=")[0]) + "".join(word.partition("=")[1:])
+            if word.startswith("--") else word for word in (sys.argv[1:] if argv is None else argv)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", choices=(*TASKS, "all"), default="all", help="whose data, dry run and weights are checked")
+    add("--quick", action="store_true", help="leave the dry runs out: seconds instead of minutes")
+    add("--images_dir", type=Path, help="assessor: folder of images (default: ./images)")
+    add("--ratings_file", type=Path, help="assessor: ratings table (default: the one in ./ratings)")
+    add("--image_column", help="assessor: column of the image names, where it is not found by itself")
+    add("--target_columns", nargs="+", metavar="NAME", help="assessor: ratings to predict (default: all)")
+    add("--duplicates", choices=("error", "mean"), default="error", help="assessor: repeated rows fail or are averaged")
+    add("--output_dir", type=Path, default=Path("outputs"), help="where runs will be written: its disk is checked")
+    add("--download_weights", nargs="*", metavar="NAME", help="only fill the weights cache (no name: all)")
+    return parser.parse_args(argv)
+
+
+def show(check):
+    """Print one row, its further lines and what to do under it."""
+    lines = [f"{check.status:<5} {check.name:<20} {check.found}".replace("\n", f"\n{'':27}")]
+    lines += [f"{'':27}-> {check.remedy}"] * bool(check.remedy)
+    print("\n".join(lines).encode("ascii", "backslashreplace").decode(), flush=True)
+
+
+def run_check(name, rows, mendable=()):
+    """Print the rows of one check as they come, an error in `mendable` as the last; returns their statuses."""
+    statuses = []
+    try:
+        for check in rows:
+            show(check)
+            statuses.append(check.status)
+    except mendable as error:
+        show(Check("FAIL", name, str(error)))
+        statuses.append("FAIL")
+    return statuses
+
+
+def machine_and_task_checks(args, tasks, temporary):
+    """[(name, rows)] of the machine, then of the data and the dry run of each task; what is left out is named."""
+    present = [task for task in tasks if (HERE / f"train_{task}.py").exists()]
+    checks = [("processor", check_processor()), ("GPU", check_gpu()), ("disk", check_space(args.output_dir)),
+              ("model", check_model(present))]
+    for task in present:
+        checks.append((f"data of {task}", AUDITS[task](args, temporary)))
+        left_out = [Check("SKIP", f"dry run {task}", "left out by --quick")]
+        checks.append((f"dry run {task}", left_out if args.quick else check_dry_run(task, temporary)))
+    absent = [task for task in tasks if task not in present]
+    return checks + [(task, [Check("SKIP", task, f"no train_{task}.py in {HERE}")]) for task in absent]
+
+
+def main(argv=None):
+    """Print the table; returns the exit code."""
+    args = parse_args(argv)
+    statuses = run_check("installation", check_installation())
+    if "FAIL" in statuses:
+        print("The other checks need these first.")
+        return 1
+    import common
+    tasks = TASKS if args.task == "all" else (args.task,)
+    with tempfile.TemporaryDirectory(prefix="verify_setup_") as temporary:
+        if args.download_weights is not None:
+            names = args.download_weights or [name for task in tasks for name in WEIGHTS.get(task, ())]
+            checks = [("--download_weights", download_weights(names))]
+        else:
+            checks = machine_and_task_checks(args, tasks, temporary)
+        for name, rows in checks:
+            statuses += run_check(name, rows, (common.UserError, subprocess.TimeoutExpired))
+    print(", ".join(f"{statuses.count(status)} {status}" for status in ("OK", "WARN", "FAIL", "SKIP")))
+    return int("FAIL" in statuses)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
