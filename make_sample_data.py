@@ -189,6 +189,12 @@ def sample_properties(n_images, rng):
     return subject, properties
 
 
+def sample_size(rng):
+    """(W, H) in pixels: 200 to 320 wide, between 4:5 and 5:4."""
+    width = int(rng.integers(200, 321))
+    return width, int(np.clip(width * rng.uniform(0.8, 1.25), 160, 320))
+
+
 def rate(properties, rng):
     """(true ratings (N, R), single ratings (N, A, R) with NaN where a rater did not rate)."""
     weights = np.array([[terms.get(p, 0.0) for p in PROPERTIES] for terms in FORMULA.values()])  # (R, P)
@@ -227,9 +233,7 @@ def make_assessor(folder, n_images, seed):
     names = []
     for i, row in enumerate(properties):
         rng_picture = np.random.default_rng([seed, 1, i])
-        width = int(rng_picture.integers(200, 321))
-        height = int(np.clip(width * rng_picture.uniform(0.8, 1.25), 160, 320))
-        pixels = draw_face(dict(zip(PROPERTIES, row)), width, height, rng_picture)
+        pixels = draw_face(dict(zip(PROPERTIES, row)), *sample_size(rng_picture), rng_picture)
         names.append(save_picture(pixels, folder / "images", i + 1, QUIRKS.get(i)))
     count = write_tables(folder / "ratings", names, subject, single)
     ceiling = true.var(axis=0) / (true.var(axis=0) + (NOISE_SD**2 / count).mean(axis=0))  # (R,)

@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_transforms.py -q
 """
+import colorsys
 import dataclasses
 import math
 
@@ -70,7 +71,7 @@ def with_mask(array, parameters):
     """(chain's picture (S, S, C), (S, S) True where no step of the chain has mixed in pixels from outside)."""
     tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32)).permute(2, 0, 1)
     both = torchvision_geometry(torch.cat([tensor, torch.ones_like(tensor[:1])]), parameters)
-    return both[:-1].permute(1, 2, 0).numpy(), (both[-1] > 0.9999).numpy()
+    return both[:-1].permute(1, 2, 0).numpy(), (both[-1] > 1 - 1e-6).numpy()
 
 
 # Distribution of the parameters ------------------------------------------
@@ -112,12 +113,12 @@ def test_erased_rectangle_is_drawn_as_torchvision_draws(full_draws):
     torch.manual_seed(3)
     picture = torch.empty(3, SIZE, SIZE)
     theirs = np.array([transforms.RandomErasing.get_params(picture, (0.02, 0.15), (0.3, 3.3), [0.0])[:4]
-                       for _ in range(2000)])
+                       for _ in range(1000)])
     ours = []
     for parameters in (d for d in full_draws if d.erase is not None):
         marked = common.apply_augmentation(np.zeros((SIZE, SIZE, 3), np.uint8),
                                            common.Augmentation(erase=parameters.erase), SIZE)
-        rows, columns = np.nonzero(marked.any(2).any(1))[0], np.nonzero(marked.any(2).any(0))[0]
+        rows, columns = np.nonzero(marked[..., 0].any(1))[0], np.nonzero(marked[..., 0].any(0))[0]
         ours.append((rows[0], columns[0], len(rows), len(columns)))
     ours = np.array(ours)
     for column, name in enumerate(("top", "left", "height", "width")):
@@ -261,11 +262,12 @@ def test_pictures_smaller_than_the_crop_are_an_error():
 # Colour -------------------------------------------------------------------
 
 def torchvision_colour(image, parameters):
-    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    """The unfused chain on floats, which torchvision does not cut to whole numbers after each step."""
+    tensor = torch.from_numpy(image).permute(2, 0, 1) / 255
     for name in parameters.jitter_order:
         tensor = getattr(F, f"adjust_{name}")(tensor, getattr(parameters, name))
     tensor = F.rgb_to_grayscale(tensor, 3) if parameters.greyscale else tensor
-    return tensor.permute(1, 2, 0).numpy().astype(int)
+    return tensor.permute(1, 2, 0).numpy() * 255
 
 
 def colour_only(parameters, **changes):
@@ -274,39 +276,43 @@ def colour_only(parameters, **changes):
 
 
 def test_colour_without_hue_is_torchvision_to_the_rounding():
-    # Nothing is cut at 0 or 255 here, so what is left is torchvision's cut to whole numbers after each of its four
-    # steps (and of the grey mean), each at most 1 level and amplified by up to 1.3 in later steps.
+    # Nothing is cut at 0 or 255 here: half a level from rounding, and torchvision's grey weights sum to .9999.
     image = np.rint(128 + (waves(SIZE, SIZE) - 128.0) * 0.6).astype(np.uint8)
     for parameters in drawn(60, seed=11):
         parameters = colour_only(parameters, hue=0.0)
-        expected = torchvision_colour(image, parameters)
-        found = common.apply_augmentation(image, parameters, SIZE)
-        assert np.abs(found - expected).max() <= 5 and np.abs(found - expected).mean() < 2, parameters
-        assert abs((found - expected).mean()) < 2
+        difference = np.abs(common.apply_augmentation(image, parameters, SIZE) - torchvision_colour(image, parameters))
+        assert difference.max() < 0.6 and difference.mean() < 0.3, parameters
 
 
 def test_hue_turns_the_way_torchvision_turns():
-    # YIQ and HSV agree on direction and roughly on the angle, not on brightness: judged in the hue angle itself.
-    import colorsys
     colours = np.array([[180, 90, 90], [180, 180, 90], [90, 180, 90], [90, 180, 180], [90, 90, 180], [180, 90, 180]])
     for hue in (-0.1, -0.05, 0.05, 0.1):
         for colour in colours:
             image = np.tile(colour.astype(np.uint8), (8, 8, 1))
-            found = common.apply_augmentation(image, common.Augmentation(hue=hue), 8)[0, 0] / 255
-            before, after = colorsys.rgb_to_hsv(*(colour / 255))[0], colorsys.rgb_to_hsv(*found)[0]
+            found = common.apply_augmentation(image, common.Augmentation(hue=hue), 8)[0, 0]
+            before, after = colorsys.rgb_to_hsv(*colour / 255)[0], colorsys.rgb_to_hsv(*found / 255)[0]
             turned = (after - before + 0.5) % 1 - 0.5
-            assert abs(turned - hue) < 0.05 and turned * hue > 0, (colour, hue, turned)
-            assert abs(found @ common.LUMA * 255 - colour @ common.LUMA) < 1, "luma stays"
+            assert abs(turned - hue) < 0.03, (colour, hue, turned)
+            assert abs(found.sum() - colour.sum()) <= 2, "R + G + B stays"
+
+
+@pytest.mark.parametrize("third", [1 / 3, -1 / 3])
+def test_hue_by_a_third_is_exactly_torchvision(third):
+    image = waves(SIZE, SIZE)
+    parameters = common.Augmentation(hue=third)
+    expected = torchvision_colour(image, parameters)
+    assert np.abs(common.apply_augmentation(image, parameters, SIZE) - expected).max() < 1
 
 
 def test_hue_pictures_are_near_torchvision():
+    # A pure red turned by .1 is (1, .6, 0) in HSV and (.87, .40, -.28) by rotation: .20 of its chroma on average over
+    # the channels, and no colour is worse. So the bound is .2 of the mean chroma (max - min) and rounding.
     image = waves(SIZE, SIZE)
-    differences = []
     for parameters in drawn(60, seed=12):
         parameters = colour_only(parameters, greyscale=False)
-        found = common.apply_augmentation(image, parameters, SIZE)
-        differences.append(np.abs(found - torchvision_colour(image, parameters)).mean())
-    print(np.mean(differences), np.max(differences))
+        expected = torchvision_colour(image, parameters)
+        difference = np.abs(common.apply_augmentation(image, parameters, SIZE) - expected)
+        assert difference.mean() < 0.2 * np.ptp(expected, axis=2).mean() + 0.5, parameters
 
 
 def test_greyscale_and_erase():
@@ -332,17 +338,17 @@ def test_inputs_are_left_alone():
 # Whole pictures and the model's input --------------------------------------
 
 def test_distribution_of_whole_pictures():
-    image = waves()
+    size, image = SIZE // 2, waves(SIZE * 4 // 7, SIZE * 5 // 7)
     tensor = torch.from_numpy(image).permute(2, 0, 1)
     chain = transforms.Compose([
-        transforms.RandomCrop(SIZE), transforms.RandomHorizontalFlip(0.5), transforms.RandomRotation(15, BILINEAR),
+        transforms.RandomCrop(size), transforms.RandomHorizontalFlip(0.5), transforms.RandomRotation(15, BILINEAR),
         transforms.RandomAffine(0, (0.1, 0.1), (0.9, 1.1), 10, BILINEAR), transforms.ColorJitter(0.3, 0.3, 0.3, 0.1),
         transforms.RandomGrayscale(0.1), transforms.RandomPerspective(0.2, 0.3, BILINEAR)])
     torch.manual_seed(14)
-    centre = slice(62, 162)  # where the chain has hardly any black corners
+    centre = slice(31, 81)  # where the chain has hardly any black corners
     theirs = np.array([chain(tensor)[:, centre, centre].float().numpy().mean((1, 2)) for _ in range(400)])
-    ours = np.array([common.apply_augmentation(image, dataclasses.replace(d, erase=None), SIZE)[centre, centre].mean((0, 1))
-                     for d in drawn(400, seed=15)])
+    ours = np.array([common.apply_augmentation(image, dataclasses.replace(d, erase=None), size)[centre, centre]
+                     .mean((0, 1)) for d in drawn(400, seed=15)])
     for channel, name in enumerate(("red", "green", "blue")):
         same_distribution(ours[:, channel], theirs[:, channel], name)
 

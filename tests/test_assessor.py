@@ -1,0 +1,373 @@
+"""train_assessor.py and predict_assessor.py from end to end, as a user runs them, and every mistake by its message.
+
+    python -m pytest tests/test_assessor.py
+"""
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import r2_score
+
+import common
+import predict_assessor
+import train_assessor
+from conftest import only_run, run_script, small_run
+
+CONTRACT = ["args.json", "log.txt", "splits.json", "leakage_report.json", "training_history.csv", "training_history.png",
+            "best_model.pth", "last.pth", "metrics.json", "predictions_val.csv", "report.html", "target_scaler.json",
+            "per_dimension_performance.png", "best_model_per_dimension_performance.csv"]
+
+
+def read_csv(path):
+    with open(path, newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def train(sample, output_dir, *flags, code=0):
+    return run_script("train_assessor.py", *small_run(sample, output_dir, *flags), code=code)
+
+
+@pytest.fixture(scope="module")
+def trained(sample, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train(sample, folder, "--test_ratio", 0.2, "--train_ratio", 0.6, "--normalize_targets", "--criteria", "r2>0.9,mae_Valence<100")
+    return only_run(folder)
+
+
+@pytest.fixture(scope="module")
+def folds(sample, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folds")
+    train(sample, folder, "--folds", 3, "--epochs", 2)
+    return only_run(folder)
+
+
+# --- the run folder ---------------------------------------------------------------
+
+def test_run_folder_holds_what_the_contract_says(trained):
+    missing = [name for name in [*CONTRACT, "predictions_test.csv"] if not (trained / name).stat().st_size]
+    assert not missing
+    record = json.loads((trained / "args.json").read_text())
+    assert set(record) >= {"flags", "command", "versions", "git", "data", "device", "slurm"}
+    assert record["flags"]["normalize_targets"] is True and record["data"]["pictures"] == 48
+
+
+def test_history_has_a_row_for_every_epoch(trained):
+    rows = read_csv(trained / "training_history.csv")
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert {"learning_rate", "train_loss", "val_loss", "val_mse", "val_mae", "val_r2", "val_pearson_r"} <= set(rows[0])
+
+
+def test_metrics_are_those_of_the_predictions_file(trained):
+    """R2 and MAE of the test part, recomputed by scikit-learn from predictions_test.csv alone."""
+    rows = read_csv(trained / "predictions_test.csv")
+    metrics = json.loads((trained / "metrics.json").read_text())
+    names = [row["target"] for row in metrics["per_dimension"]]
+    per_target = []
+    for name, row in zip(names, metrics["per_dimension"]):
+        pairs = np.array([[float(r[f"{name}_true"]), float(r[f"{name}_predicted"])] for r in rows if r[f"{name}_true"]])
+        per_target.append(r2_score(pairs[:, 0], pairs[:, 1]))
+        assert row["r2"] == pytest.approx(per_target[-1], abs=1e-9)
+        assert row["mae"] == pytest.approx(np.abs(pairs[:, 0] - pairs[:, 1]).mean(), abs=1e-9)
+    assert metrics["part"] == "test" and metrics["mean"]["mean_r2"] == pytest.approx(np.mean(per_target), abs=1e-9)
+
+
+def test_groups_are_on_one_side_and_the_report_says_zero(sample, trained):
+    splits = json.loads((trained / "splits.json").read_text())
+    subject = {row["image"]: row["subject"] for row in read_csv(sample.ratings)}
+    sides = {part: {subject[name] for name in splits[part]} for part in ("train", "val", "test")}
+    assert sides["train"].isdisjoint(sides["val"]) and sides["train"].isdisjoint(sides["test"]) and sides["val"].isdisjoint(sides["test"])
+    report = json.loads((trained / "leakage_report.json").read_text())
+    assert all(found["count"] == 0 for pair in report["between"].values() for what, found in pair.items() if what != "near_duplicates")
+
+
+def test_criteria_and_ceilings_are_judged(trained):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    verdicts = {entry["name"]: entry["verdict"] for entry in metrics["criteria"]}
+    assert verdicts["mae_Valence"] in ("PASS", "NOT RESOLVABLE") and verdicts["r2"] in ("FAIL", "NOT RESOLVABLE")
+    ceilings = [value for value in metrics["ceiling"]["r2"] if value is not None]
+    assert ceilings and all(0 <= value <= 1 for value in ceilings)
+
+
+def test_scaler_is_fitted_on_train_rows_only(sample, trained):
+    scaler = json.loads((trained / "target_scaler.json").read_text())
+    rows = {row["image"]: row for row in read_csv(sample.ratings)}
+    names = json.loads((trained / "splits.json").read_text())["train"]
+    for k, name in enumerate(scaler["names"]):
+        values = [float(rows[image][f"{name}_mean"]) for image in names if rows[image][f"{name}_mean"]]
+        assert scaler["mean"][k] == pytest.approx(np.mean(values)) and scaler["sd"][k] == pytest.approx(np.std(values))
+
+
+def test_a_split_can_be_used_again(sample, trained, tmp_path):
+    train(sample, tmp_path, "--split_file", trained / "splits.json", "--epochs", 1)
+    again, first = (json.loads((run / "splits.json").read_text()) for run in (only_run(tmp_path), trained))
+    assert all(again[part] == first[part] for part in ("train", "val", "test"))
+
+
+def test_args_json_repeats_the_run(trained, tmp_path):
+    """The config of a run, in another folder: the same history, byte for byte."""
+    run_script("train_assessor.py", "--config", trained / "args.json", "--output_dir", tmp_path)
+    assert (only_run(tmp_path) / "training_history.csv").read_bytes() == (trained / "training_history.csv").read_bytes()
+
+
+def test_folds_pool_every_row_once(folds, sample):
+    pooled = read_csv(folds / "predictions_folds.csv")
+    assert sorted(row["image"] for row in pooled) == sorted(row["image"] for row in read_csv(sample.ratings))
+    for k in range(3):
+        assert (folds / f"fold_{k}" / "best_model.pth").exists() and (folds / f"fold_{k}" / "report.html").exists()
+        own = read_csv(folds / f"fold_{k}" / "predictions_val.csv")
+        assert {row["image"] for row in own}.isdisjoint(json.loads((folds / f"fold_{k}" / "splits.json").read_text())["train"])
+    assert [row["fold"] for row in read_csv(folds / "fold_table.csv")] == ["0", "1", "2", "mean", "SD"]
+
+
+def test_folds_continue_fold_by_fold(folds):
+    """A run of folds that lost its last fold: the finished ones are taken as they are, the pooled result is the same."""
+    before = (folds / "predictions_folds.csv").read_bytes()
+    (folds / "metrics.json").unlink()
+    (folds / "fold_2" / "metrics.json").unlink()
+    text = run_script("train_assessor.py", "--resume", folds).text
+    assert "fold 0 is finished" in text and "fold 2 is finished" not in text
+    assert (folds / "predictions_folds.csv").read_bytes() == before
+
+
+def test_dry_run_writes_the_whole_run_folder(sample, tmp_path):
+    train(sample, tmp_path, "--dry_run")
+    assert all((only_run(tmp_path) / name).exists() for name in CONTRACT)
+    assert len(read_csv(only_run(tmp_path) / "training_history.csv")) == 1
+
+
+def test_single_ratings_give_a_split_half_ceiling(sample, tmp_path):
+    run_script("train_assessor.py", "--images_dir", sample.images, "--ratings_file", sample.raw, "--output_dir", tmp_path,
+               "--backbone", "resnet18", "--no_pretrained", "--image_size", 32, "--dry_run")
+    metrics = json.loads((only_run(tmp_path) / "metrics.json").read_text())
+    assert "Spearman-Brown" in metrics["ceiling"]["source"]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--freeze_backbone", "--feature_views", 2], ["--freeze_epochs", 1, "--backbone_lr_mult", 0.1], ["--loss", "weighted"],
+    ["--loss", "smooth_l1", "--optimizer", "sgd", "--scheduler", "step", "--warmup_epochs", 1], ["--cache", "none", "--augment", "light"],
+    ["--select", "last", "--save_top_k", 1, "--use_amp", "off"]])
+def test_options_run(sample, tmp_path, flags):
+    train(sample, tmp_path, *flags, "--epochs", 2)
+    assert len(read_csv(only_run(tmp_path) / "training_history.csv")) == 2
+
+
+def test_fine_tuning_starts_from_the_other_weights(sample, trained, tmp_path):
+    train(sample, tmp_path, "--init_from", trained / "best_model.pth", "--normalize_targets", "--epochs", 1, "--lr", 1e-12)
+    ours, theirs = (common.read_checkpoint(run / "best_model.pth")["model"] for run in (only_run(tmp_path), trained))
+    assert torch.allclose(ours["head.0.weight"], theirs["head.0.weight"], atol=1e-6)
+
+
+# --- learning --------------------------------------------------------------------
+
+def test_one_batch_can_be_learnt_by_heart():
+    """The training step, the loss mask and the model together: 8 random pictures are reproduced."""
+    torch.manual_seed(0)
+    backbone, width = common.build_backbone("resnet18", pretrained=False)
+    model = train_assessor.Assessor(backbone, width, 3, 0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    images, target = torch.randn(8, 3, 64, 64), torch.rand(8, 3) * 8 + 1
+    target[0, 1] = math.nan
+    loss_function = train_assessor.rating_loss("mse")
+    for _ in range(150):
+        loss = loss_function(model(images), target, torch.ones(8, 3))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+@pytest.mark.parametrize("loss", ["mse", "smooth_l1"])
+def test_missing_ratings_change_neither_loss_nor_gradient(loss):
+    predicted = torch.randn(5, 4, requires_grad=True)
+    target, weight = torch.randn(5, 4), torch.ones(5, 4)
+    target[1, 2] = target[3, 0] = math.nan
+    value = train_assessor.rating_loss(loss)(predicted, target, weight)
+    value.backward()
+    labelled = ~torch.isnan(target)
+    pointwise = {"mse": torch.nn.functional.mse_loss, "smooth_l1": torch.nn.functional.smooth_l1_loss}[loss]
+    assert torch.allclose(value, pointwise(predicted[labelled], target[labelled]))
+    assert (predicted.grad[~labelled] == 0).all() and (predicted.grad[labelled] != 0).all()
+
+
+def test_accumulated_gradients_equal_one_large_batch(sample, tmp_path):
+    """batch 8 x accumulate 2 and batch 16 give the same first epoch, in fp32 without dropout, augmentation and BatchNorm."""
+    rows = []
+    for name, flags in {"a": ["--batch_size", 8, "--accumulate", 2], "b": ["--batch_size", 16]}.items():
+        train(sample, tmp_path / name, "--epochs", 1, "--dropout", 0, "--augment", "none", "--use_amp", "off", "--freeze_backbone", *flags)
+        rows.append(read_csv(only_run(tmp_path / name) / "training_history.csv")[0])
+    assert float(rows[0]["val_loss"]) == pytest.approx(float(rows[1]["val_loss"]), rel=1e-5)
+
+
+def test_frozen_backbone_does_not_change(sample, tmp_path):
+    train(sample, tmp_path, "--freeze_backbone", "--epochs", 2)
+    weights = common.read_checkpoint(only_run(tmp_path) / "best_model.pth")["model"]
+    torch.manual_seed(common.mix(42))
+    backbone, _ = common.build_backbone("resnet18", pretrained=False)
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, weights[f"backbone.{name}"]), name
+
+
+# --- prediction --------------------------------------------------------------------
+
+def test_predictions_repeat_the_validation_predictions(sample, trained, tmp_path):
+    """predict_assessor.py on the test pictures gives what training wrote, within the rounding of folded BatchNorm."""
+    output = tmp_path / "p.csv"
+    run_script("predict_assessor.py", "--checkpoint", trained, "--image_dir", sample.images, "--output", output, "--use_amp", "off")
+    predicted = {row["image"]: row for row in read_csv(output)}
+    names = json.loads((trained / "target_scaler.json").read_text())["names"]
+    for row in read_csv(trained / "predictions_test.csv"):
+        own = predicted[row["image"].removeprefix("images/")]
+        for name in names:
+            assert float(own[name]) == pytest.approx(float(row[f"{name}_predicted"]), abs=0.05)
+
+
+def test_every_input_keeps_its_row(sample, folds, tmp_path):
+    """A broken file and a missing one keep their rows, empty and with the reason; order is that of the list."""
+    pictures = sorted(sample.images.iterdir())[:3]
+    (tmp_path / "broken.jpg").write_text("no picture")
+    listed = [pictures[2], "broken.jpg", pictures[0], "missing.png"]
+    (tmp_path / "list.txt").write_text("\n".join(map(str, listed)) + "\n", encoding="utf-8")
+    output = tmp_path / "p.csv"
+    text = run_script("predict_assessor.py", "--checkpoint", folds, "--image_list", tmp_path / "list.txt", "--output", output,
+                      "--interval", 0.9).text
+    rows = read_csv(output)
+    assert [row["image"] for row in rows] == [str(path) for path in listed]
+    assert rows[0]["Valence"] and rows[0]["Valence_sd"] and not rows[0]["error"]
+    assert float(rows[0]["Valence_low"]) < float(rows[0]["Valence"]) < float(rows[0]["Valence_high"])
+    assert not rows[1]["Valence"] and "broken.jpg" in rows[1]["error"] and "missing.png" in rows[3]["error"]
+    assert "2 could not be read" in text and "3 checkpoint(s)" in text
+
+
+def test_an_ensemble_is_the_mean_of_its_members(sample, folds, tmp_path):
+    def predict(checkpoint, name):
+        run_script("predict_assessor.py", "--checkpoint", *checkpoint, "--images", *sorted(sample.images.iterdir())[:2], "--output", tmp_path / name)
+        return [float(row["Anger"]) for row in read_csv(tmp_path / name)]
+    members = [folds / f"fold_{k}" / "best_model.pth" for k in range(3)]
+    single = [predict([path], f"{k}.csv") for k, path in enumerate(members)]
+    assert predict(members, "all.csv") == pytest.approx(list(np.mean(single, axis=0)), abs=1e-9)
+
+
+def test_members_of_other_ratings_are_refused(sample, trained, tmp_path):
+    train(sample, tmp_path, "--target_columns", "Valence_mean", "Anger_mean", "--epochs", 1)
+    text = run_script("predict_assessor.py", "--checkpoint", trained, only_run(tmp_path), "--image_dir", sample.images, code=2).stderr
+    assert "must agree" in text
+
+
+def test_conformal_interval_is_the_residual_quantile(folds):
+    members = predict_assessor.load_members(predict_assessor.checkpoint_files([folds]), common.choose_compute("cpu", "off"))
+    widths = predict_assessor.half_widths(members, 0.5)
+    residuals = np.concatenate([settings["abs_residuals"].numpy() for _, settings in members])
+    assert residuals.shape[0] == 48 and len(widths) == residuals.shape[1]
+    assert ((np.nanmin(residuals, axis=0) <= widths) & (widths <= np.nanmax(residuals, axis=0))).all()
+
+
+# --- mistakes: message and exit code ---------------------------------------------------
+
+def edited(sample, tmp_path, edit):
+    """A copy of the ratings file after edit(header: list, rows: list of lists)."""
+    with open(sample.ratings, newline="") as handle:
+        header, *rows = list(csv.reader(handle))
+    edit(header, rows)
+    path = tmp_path / "ratings.csv"
+    with open(path, "w", newline="") as handle:
+        csv.writer(handle).writerows([header, *rows])
+    return path
+
+
+def blank_row(header, rows):
+    rows[4][2:] = [""] * len(rows[4][2:])
+
+
+def constant_column(header, rows):
+    for row in rows:
+        row[header.index("Anger_mean")] = "3"
+
+
+def no_image_column(header, rows):
+    header[header.index("image")] = "stimulus_no"
+
+
+TABLE_MISTAKES = {
+    "no image column": (no_image_column, ["has no image column", "stimulus_no", "--image_column"]),
+    "all ratings of a row missing": (blank_row, ["all ratings are missing"]),
+    "constant column": (constant_column, ["constant", "Anger", "--target_columns"]),
+    "no picture found": (lambda header, rows: [row.__setitem__(0, f"nowhere_{i}.jpg") for i, row in enumerate(rows)], ["none of the 48 pictures"]),
+    "a word among numbers": (lambda header, rows: rows[3].__setitem__(header.index("Anger_mean"), "high"), ["Anger_mean", "high"]),
+    "a row listed twice": (lambda header, rows: rows.append(list(rows[0])), ["more than once", "--duplicates mean"]),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_MISTAKES)
+def test_mistakes_in_the_table(sample, tmp_path, name):
+    edit, words = TABLE_MISTAKES[name]
+    table = edited(sample, tmp_path, edit)
+    text = train(sample, tmp_path / "out", "--ratings_file", table, code=2).stderr
+    assert text.startswith("error: ") and "Traceback" not in text and text.count("\n") == 1
+    for word in words:
+        assert word in text
+    assert not list((tmp_path / "out").glob("run_*")), "a mistake leaves no run folder behind"
+
+
+FLAG_MISTAKES = {
+    "missing file": (["--ratings_file", "none.csv"], ["none.csv"]),
+    "missing folder": (["--images_dir", "nowhere"], ["nowhere"]),
+    "empty split": (["--train_ratio", 1, "--val_ratio", 0], ["val"]),
+    "ratios do not sum": (["--train_ratio", 0.5, "--val_ratio", 0.2], ["0.7"]),
+    "fewer groups than folds": (["--folds", 40], ["40", "groups"]),
+    "one fold": (["--folds", 1], ["at least 2"]),
+    "GPU that is absent": (["--device", "cuda:7"], ["cuda:7", "--device cpu"]),
+    "unknown backbone": (["--backbone", "resnet5O"], ["resnet5O", "resnet50"]),
+    "unknown flag": (["--epoch", 3], ["--epochs"]),
+    "unknown rating": (["--target_columns", "Valense_mean"], ["Valence"]),
+    "unknown group column": (["--group_column", "subjekt"], ["subject"]),
+    "unknown metric": (["--criteria", "r3>0.1"], ["r3", "r2"]),
+    "folds and a split file": (["--folds", 3, "--split_file", "s.json"], ["give one"]),
+    "damaged weights": (["--weights", __file__], ["no usable checkpoint"]),
+}
+
+
+@pytest.mark.parametrize("name", FLAG_MISTAKES)
+def test_mistakes_in_the_flags(sample, tmp_path, name):
+    flags, words = FLAG_MISTAKES[name]
+    text = train(sample, tmp_path / "out", *flags, code=3 if name == "damaged weights" else 2).stderr
+    assert text.startswith("error: ") and "Traceback" not in text and text.count("\n") == 1, text
+    for word in words:
+        assert word in text
+    assert not list((tmp_path / "out").glob("run_*")), "a mistake leaves no run folder behind"
+
+
+def test_unreadable_pictures_are_all_listed_or_skipped(sample, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in sample.images.iterdir():
+        (images / path.name).write_bytes(path.read_bytes())
+    (images / "face_0001.jpg").write_bytes(b"")
+    (images / "face_0002.jpg").write_bytes((sample.images / "face_0002.jpg").read_bytes()[:500])
+    text = train(sample, tmp_path / "out", "--images_dir", images, code=2).stderr
+    assert "2 of 48 pictures" in text and "face_0001.jpg" in text and "face_0002.jpg" in text
+    train(sample, tmp_path / "out", "--images_dir", images, "--on_bad_file", "skip", "--dry_run")
+    assert {row["image"] for row in read_csv(only_run(tmp_path / "out") / "skipped.csv")} == {"images/face_0001.jpg", "images/face_0002.jpg"}
+
+
+def test_weights_that_cannot_be_had(sample, tmp_path):
+    text = run_script("train_assessor.py", "--images_dir", sample.images, "--ratings_file", sample.ratings, "--output_dir", tmp_path,
+                      "--backbone", "resnet18", code=2,
+                      env={"TORCH_HOME": str(tmp_path / "empty"), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}).stderr
+    assert "--weights FILE" in text and "--no_pretrained" in text
+
+
+def test_checkpoint_of_another_script(sample, trained, tmp_path):
+    content = common.read_checkpoint(trained / "best_model.pth")
+    common.save_checkpoint(tmp_path / "other.pth", {**content, "script": "train_video.py"})
+    text = run_script("predict_assessor.py", "--checkpoint", tmp_path / "other.pth", "--image_dir", sample.images, code=2).stderr
+    assert "train_video.py" in text
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(sample, tmp_path):
+    text = train(sample, tmp_path, "--lr", 1e20, "--clip_grad", 0, "--save_minutes", 1e-9, code=1).stderr
+    assert "epoch 1" in text and "batch" in text and "face_" in text and "Traceback" not in text
+    weights = common.read_checkpoint(only_run(tmp_path) / "last.pth")["model"]
+    assert all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point())

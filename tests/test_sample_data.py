@@ -1,0 +1,231 @@
+"""make_sample_data.py: repeatable bytes, known ceiling, learnable signal by group, quirky files, folders left alone.
+
+    python -m pytest tests/test_sample_data.py
+"""
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, ImageOps
+from sklearn.linear_model import RidgeCV
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import common
+import make_sample_data
+
+WIDE = "ratings/per_image_Slider_mean_sd_from_wide.csv"
+
+
+def digest(folder):
+    """{relative path: sha256} of all files."""
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["make_sample_data.py", "--task", "assessor", *map(str, flags)])
+    make_sample_data.main()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(folder, ground truth) of the default data, made once through the command line."""
+    output = tmp_path_factory.mktemp("data")
+    script = Path(make_sample_data.__file__)
+    command = [sys.executable, str(script), "--task", "assessor", "--output_dir", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=script.parent)
+    assert done.returncode == 0, done.stderr
+    folder = output / "assessor"
+    assert "123 files" not in done.stdout and "122 files" in done.stdout
+    return folder, json.loads((folder / "ground_truth.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder with 30 pictures, made in the process."""
+    run(monkeypatch, "--output_dir", tmp_path, "--n_images", 30, "--seed", 1)
+    return tmp_path / "assessor"
+
+
+def open_upright(path):
+    """RGB pixels as a viewer shows them, by Pillow alone."""
+    picture = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    paper = Image.new("RGBA", picture.size, "white")
+    paper.alpha_composite(picture)
+    return paper.convert("RGB")
+
+
+def test_same_flags_same_bytes_and_another_seed_differs(small, tmp_path, monkeypatch):
+    other = tmp_path / "again"
+    run(monkeypatch, "--output_dir", other, "--n_images", 30, "--seed", 1)
+    assert digest(small) == digest(other / "assessor")
+    run(monkeypatch, "--output_dir", other, "--n_images", 30, "--seed", 2, "--overwrite")
+    assert not set(digest(small).values()) & set(digest(other / "assessor").values())
+
+
+def test_layout_and_columns(made):
+    folder, truth = made
+    table = pd.read_csv(folder / WIDE)
+    assert len(table) == 120 and table.image.is_unique and list(table.columns[:2]) == ["image", "subject"]
+    assert list(table.columns[2:]) == [f"{r}_{part}" for r in truth["formula"] for part in ("mean", "sd", "n")]
+    assert len(truth["formula"]) == 14
+    assert {f"images/{p.name}" for p in (folder / "images").iterdir()} == set(table.image)
+    counts = table.groupby("subject").size()
+    assert len(counts) == truth["n_subjects"] == 30 and counts.min() >= 2 and counts.nunique() > 2
+    assert table.filter(regex="_n$").min().min() >= 2 and table.filter(regex="_n$").stack().nunique() > 4
+    sizes = [open_upright(p).size for p in (folder / "images").iterdir()]
+    assert min(map(min, sizes)) >= 160 and max(map(max, sizes)) <= 320 and len(set(sizes)) > 60
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 5_000_000
+
+
+def test_wide_table_is_the_raw_table_aggregated(made):
+    folder, truth = made
+    wide = pd.read_csv(folder / WIDE)
+    raw = pd.read_csv(folder / "ratings/raw_ratings_long.csv")
+    assert raw.rating.between(1, 9).all() and not raw.duplicated(["stimulus", "attribute", "rater"]).any()
+    grouped = raw.groupby(["stimulus", "attribute"]).rating
+    wide.index = wide.image.str.removeprefix("images/")
+    for part, values in (("mean", grouped.mean()), ("sd", grouped.std()), ("n", grouped.size())):
+        table = values.unstack().loc[wide.index, list(truth["formula"])]
+        np.testing.assert_allclose(wide[[f"{r}_{part}" for r in truth["formula"]]], table, atol=5.1e-5)
+
+
+def test_ceiling_and_noise_are_as_stated(made):
+    folder, truth = made
+    table = pd.read_csv(folder / WIDE)
+    true = pd.DataFrame.from_dict(truth["true_ratings"], orient="index", columns=list(truth["formula"]))
+    true = true.loc[table.image.str.removeprefix("images/")].to_numpy()
+    mean, sd, n = (table.filter(regex=f"_{part}$").to_numpy() for part in ("mean", "sd", "n"))
+    stated = np.array(list(truth["ceiling_r2"].values()))
+    noise = np.array(list(truth["rater_noise_sd"].values()))
+    np.testing.assert_allclose(np.sqrt((sd**2).mean(0)), noise, rtol=0.06)
+    # 120 pictures: the share of true variance in the observed means scatters by a few hundredths
+    np.testing.assert_allclose(np.corrcoef(np.hstack([mean, true]).T)[range(14), range(14, 28)]**2, stated, atol=0.09)
+    estimated = 1 - (sd**2 / n).mean(0) / mean.var(0, ddof=1)
+    np.testing.assert_allclose(estimated, stated, atol=0.09)
+    assert stated.min() > 0.5 and stated.max() < 0.99 and np.ptp(stated) > 0.2
+
+
+def test_true_ratings_follow_the_documented_formula():
+    properties = np.random.default_rng(0).uniform(-1, 1, (5, len(make_sample_data.PROPERTIES)))
+    true, _ = make_sample_data.rate(properties, np.random.default_rng(1))
+    for j, terms in enumerate(make_sample_data.FORMULA.values()):
+        z = sum(w * properties[:, make_sample_data.PROPERTIES.index(p)] for p, w in terms.items())
+        np.testing.assert_allclose(true[:, j], 5 + (4 - 3**0.5 * make_sample_data.NOISE_SD[j]) * np.tanh(z))
+
+
+def test_signal_is_learnable_across_subjects(made):
+    folder, _ = made
+    table = pd.read_csv(folder / WIDE)
+    pixels = [np.asarray(ImageOps.fit(open_upright(folder / name), (16, 16), Image.Resampling.BOX), float) for name in table.image]
+    features = np.array([np.r_[p.ravel(), 5 * p.mean((0, 1))] for p in pixels])
+    target = table.filter(regex="_mean$").to_numpy()
+    ridge = make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 13)))
+    predicted = cross_val_predict(ridge, features, target, groups=table.subject, cv=GroupKFold(5))
+    r2 = 1 - ((target - predicted)**2).sum(0) / ((target - target.mean(0))**2).sum(0)
+    assert r2.mean() > 0.45 and r2.min() > 0
+
+
+def test_pictures_of_one_subject_share_looks(made):
+    folder, _ = made
+    table = pd.read_csv(folder / WIDE)
+    colours = np.array([np.asarray(open_upright(folder / name).resize((64, 64)), float)[34:38, 20:44].mean((0, 1)) for name in table.image])
+    hue = colours[:, 0] / colours[:, 2]
+    within = pd.Series(hue).groupby(table.subject).std().mean()
+    assert within < 0.6 * hue.std()
+
+
+def test_quirks_are_what_they_claim_and_keep_the_picture(made, tmp_path):
+    folder, truth = made
+    files = {quirk: folder / "images" / name for name, quirk in truth["quirks"].items()}
+    modes = {quirk: Image.open(path).mode for quirk, path in files.items()}
+    assert (modes["grey"], modes["palette"], modes["alpha"]) == ("L", "P", "RGBA")
+    assert Image.open(files["exif"]).getexif()[0x0112] == 6
+    assert files["deep"].read_bytes()[24] == 16, "bit depth in the PNG header"
+    assert files["upper_case"].suffix == ".JPG" and " " in files["name"].name and not files["name"].name.isascii()
+    index = {quirk: number for number, quirk in make_sample_data.QUIRKS.items()}
+    assert len(index) == 7
+    for quirk, path in files.items():
+        expected = plain_picture(index[quirk])
+        shown = np.asarray(open_upright(path), float)
+        reference = expected if quirk != "grey" else np.repeat(expected.mean(2, keepdims=True), 3, 2)
+        assert shown.shape == reference.shape
+        assert np.median(np.abs(shown - reference)) < 8, quirk
+
+
+def plain_picture(number):
+    """(H, W, 3) float: picture `number` of seed 42 as it was drawn, before any file format."""
+    rng = np.random.default_rng([42, 0])
+    _, properties = make_sample_data.sample_properties(120, rng)
+    rng = np.random.default_rng([42, 1, number])
+    size = make_sample_data.sample_size(rng)
+    return make_sample_data.draw_face(dict(zip(make_sample_data.PROPERTIES, properties[number])), *size, rng).astype(float)
+
+
+def test_common_reads_every_picture(made):
+    folder, truth = made
+    for name in truth["quirks"]:
+        pixels = common.load_image(folder / "images" / name)
+        difference = np.abs(pixels.astype(float) - np.asarray(open_upright(folder / "images" / name), float))
+        assert np.median(difference) < 3, name
+
+
+def test_second_run_with_the_same_flags_changes_nothing(small, monkeypatch, capsys):
+    before = {p: p.stat().st_mtime_ns for p in small.rglob("*")}
+    run(monkeypatch, "--output_dir", small.parent, "--n_images", 30, "--seed", 1)
+    assert "nothing to do" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in small.rglob("*")}
+
+
+def test_other_flags_need_overwrite(small, monkeypatch):
+    with pytest.raises(common.UserError, match="--overwrite"):
+        run(monkeypatch, "--output_dir", small.parent, "--n_images", 31, "--seed", 1)
+    run(monkeypatch, "--output_dir", small.parent, "--n_images", 31, "--seed", 1, "--overwrite")
+    assert len(list((small / "images").iterdir())) == 31
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_foreign_files_are_never_touched(small, monkeypatch, flags):
+    (small / "images" / "holiday.jpg").write_bytes(b"mine")
+    before = digest(small)
+    with pytest.raises(common.UserError, match="holiday.jpg"):
+        run(monkeypatch, "--output_dir", small.parent, "--n_images", 40, *flags)
+    assert digest(small) == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "broken"])
+def test_folder_that_it_did_not_make_is_refused(small, monkeypatch, damage):
+    truth = small / "ground_truth.json"
+    truth.unlink() if damage == "missing" else truth.write_text("[1, 2")
+    before = digest(small)
+    with pytest.raises(common.UserError, match="nothing was written"):
+        run(monkeypatch, "--output_dir", small.parent, "--n_images", 30, "--overwrite")
+    assert digest(small) == before
+
+
+def test_interrupted_run_leaves_no_half_data(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+    monkeypatch.setattr(make_sample_data, "write_tables", fail)
+    with pytest.raises(OSError):
+        run(monkeypatch, "--output_dir", tmp_path, "--n_images", 30)
+    assert not (tmp_path / "assessor").exists()
+    monkeypatch.undo()
+    run(monkeypatch, "--output_dir", tmp_path, "--n_images", 30)
+    assert [p.name for p in tmp_path.iterdir()] == ["assessor"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--n_images", "5"], "n_images"), (["--seed", "-1"], "seed"), (["--task", "poetry"], "poetry"), (["--images", "9"], "--n_images")])
+def test_bad_flags_exit_2(tmp_path, monkeypatch, capsys, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, "--output_dir", tmp_path, *flags)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
