@@ -1,6 +1,13 @@
+"""The shared shelf of the train scripts: what a run needs whatever it predicts. Imports no script.
+
+Sections, in the order in which a run meets them: Constants and user errors; Arguments and config; Run folder and log;
+Device, seed and loaders; Tables and splits; Leakage; Images and clips; Transforms; Backbones and weights; Optimiser and
+schedule; Checkpoints and resume; Early stopping; Metrics; Intervals and baselines; Noise ceiling; Calibration; Alarms and
+criteria; Plots; Report.
+
+Letters: N rows, B batch, R ratings or other targets, F features, S side of a square input or number of subjects.
+"""
 import argparse
-import ast
-import atexit
 import base64
 import collections
 import concurrent.futures
@@ -10,7 +17,6 @@ import dataclasses
 import datetime
 import difflib
 import errno
-import gc
 import gzip
 import hashlib
 import html
@@ -40,6 +46,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+
+# ---------------------------------------------------------------------------
+# Constants and user errors
+# ---------------------------------------------------------------------------
+# What every section may need; a UserError is one line for the user and never a traceback.
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".tga", ".mpo")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -888,13 +899,16 @@ def _sniff(text):
         is_quoted = len(rows[0]) == 1 < len(rows[-1])
         names = next(_csv_rows(rows[0][0], delimiter, strict=False)) if is_quoted else rows[0]
         is_table = len(names) > 1  # among equals the comma comes last; alone it stands for a table of one column
-        return is_table, len(names) == len(rows[-1]), len(names), (delimiter == ",") != is_table, names, delimiter
+        agrees = is_table and len(names) == len(rows[-1])
+        return is_table, agrees, len(names), (delimiter == ",") != is_table, names, delimiter
     return max(map(fit, "\t;,"))[-2:]
 
 
-def _clean_cell(cell):
-    cell = str(cell).strip()
-    return "" if cell.lower() in MISSING_CELLS else cell
+def _clean_cells(values):
+    """Stripped str cells, '' where missing; each different cell is looked at once (long tables repeat them)."""
+    values = [str(value) for value in values]
+    clean = {value: "" if value.strip().lower() in MISSING_CELLS else value.strip() for value in set(values)}
+    return [clean[value] for value in values]
 
 
 def read_table(path):
@@ -908,13 +922,13 @@ def read_table(path):
     header, delimiter = _sniff(text)
     reader = _csv_rows(text, delimiter)
     try:
-        rows = [(reader.line_num, row) for row in reader if any(row)]
+        rows = [(reader.line_num, *row) for row in reader if any(row)]
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: expected CSV, found {error}. Correct the quotes.") from None
     if len(rows) < 2:
         raise UserError(f"{path}: expected a header and rows, found {len(rows)} line(s) with content. Check the file.")
-    is_repaired = len(rows.pop(0)[1]) != len(header)
-    wrong = [f"line {line} has {len(row)}" for line, row in rows if len(row) != len(header)]
+    is_repaired = len(rows.pop(0)) - 1 != len(header)
+    wrong = [f"line {row[0]} has {len(row) - 1}" for row in rows if len(row) - 1 != len(header)]
     if wrong:
         raise UserError(f"{path}: expected {len(header)} fields in every row as in the header, but {_some(wrong, 5)}. "
                         f"Put cells that contain {delimiter!r} in quotes, and fill short rows.")
@@ -922,8 +936,8 @@ def read_table(path):
     repeated = [name for name, count in collections.Counter(names).items() if count > 1]
     if repeated:
         raise UserError(f"{path}: expected unique column names, found twice: {_some(repeated)}. Rename or delete them.")
-    columns = ([_clean_cell(cell) for cell in column] for column in zip(*(row for _, row in rows)))
-    table = pd.DataFrame(dict(zip(names, columns)), index=pd.Index([line for line, _ in rows]), dtype=object)
+    lines, *columns = zip(*rows)
+    table = pd.DataFrame(dict(zip(names, map(_clean_cells, columns))), index=pd.Index(lines), dtype=object)
     table.attrs.update(delimiter=delimiter, notes=["the quoted header line was parsed again"] * is_repaired)
     return table
 
@@ -934,7 +948,7 @@ def to_numbers(values, where):
     Decimal commas count where no cell has a point and, in a comma file, not all could be thousands (1,234).
     Raises UserError listing the cells that are no finite number, with their lines.
     """
-    cells, is_column = [_clean_cell(value) for value in values], hasattr(values, "attrs")
+    cells, is_column = _clean_cells(values), hasattr(values, "attrs")
     commas = [re.fullmatch(r"[+-]?\d*,(\d+)([eE][+-]?\d+)?", cell) for cell in cells if "," in cell]
     if all(commas) and not any("." in cell for cell in cells):
         if is_column and values.attrs.get("delimiter") in (";", "\t") or any(len(match[1]) != 3 for match in commas):
@@ -971,23 +985,27 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
     Raises UserError for every fault that would make the training meaningless, naming rows and columns.
     """
     table, source = read_table(path), f"--ratings_file {path}"
+    group = _pick(group_column and [group_column], table.columns, f"{source} has no --group_column")
+    table = table.rename(columns=dict(zip(group, [group_column])))
     spelled = {name.lower(): name for name in table.columns}
     image = _pick(image_column and [image_column], table.columns, f"{source} has no --image_column")
     image = (image + [spelled[name] for name in IMAGE_COLUMNS if name in spelled] + [None])[0]
     if image is None:
         raise UserError(f"{source} has no image column (found: {_some(table.columns)}). Name it with --image_column.")
-    group = _pick(group_column and [group_column], table.columns, f"{source} has no --group_column")
     is_long = {"rating", "attribute"} <= set(spelled)
-    for column in [image] + [spelled["attribute"]] * is_long:
+    for column in [image, spelled["attribute"]] if is_long else [image]:
         blank = table.index[table[column] == ""]
         if len(blank):
             raise UserError(f"{source}: column {column} is blank in line {_some(blank)}. Fill or delete these rows.")
     if is_long:
         ratings = _long_ratings(table, source, image, spelled["attribute"], spelled["rating"], target_columns)
     else:
-        ratings = _wide_ratings(table, source, image, group, target_columns)
+        ratings = _wide_ratings(table, source, image, group_column, target_columns)
         _merge_duplicates(ratings, source, duplicates)
     ratings.notes[:0] = table.attrs["notes"]
+    if group_column and group_column not in ratings.extra.columns:
+        raise UserError(f"{source}: expected one group for each image in --group_column, found {group_column} to be an "
+                        f"image, rating, sd or n column, or to vary within an image. Name another column.")
     empty = [name for name, row in zip(ratings.images, ratings.mean) if np.isnan(row).all()]
     if empty:
         raise UserError(f"{source}: all ratings are missing for {_some(empty)}. Fill or delete these rows.")
@@ -998,9 +1016,9 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
     return ratings
 
 
-def _wide_ratings(table, source, image, group, wanted):
+def _wide_ratings(table, source, image, group_column, wanted):
     """Targets: the columns asked for, else all *_mean, else those that are no ids and at least half numeric."""
-    options = [name for name in table.columns if name not in (image, *group)]
+    options = [name for name in table.columns if name not in (image, group_column)]
 
     def is_rating(name):
         numeric = [bool(NUMBER.fullmatch(cell.replace(",", ".", 1))) for cell in table[name] if cell]
@@ -1098,9 +1116,9 @@ def match_images(names, images_dir):
                if re.match("/|[A-Za-z]:", name) or ".." in name.split("/")]
     if leaving:
         raise UserError(f"expected names inside --images_dir {folder}, found {_some(leaving)}. Correct these rows.")
-    by_stem, names_of = collections.defaultdict(list), collections.defaultdict(set)
+    by_stem, names_of = collections.defaultdict(dict), collections.defaultdict(set)
     for file in files:
-        by_stem[_path_key(file).rpartition("/")[2]].append(file)
+        by_stem[_path_key(file).rpartition("/")[2]][file] = _path_key(file)
     hits = [_best_files(name, by_stem[_path_key(name).rpartition("/")[2]]) for name in written]
     for name, hit in zip(written, hits):
         names_of[hit].add(name)
@@ -1111,14 +1129,16 @@ def match_images(names, images_dir):
     return [files[hit[0]] if hit else None for hit in hits], [file for file in files if file not in used]
 
 
-def _best_files(name, files):
-    """Those of `files` that fit best: several where the name does not decide, none where a folder contradicts."""
+def _best_files(name, candidates):
+    """Of {file: path key} those that fit best: several where the name does not decide, none where folders differ."""
+    key, written = _path_key(name), Path(name)
+    fitting = {file: other for file, other in candidates.items() if key.endswith(other) or other.endswith(key)}
+
     def score(file):
-        key, other = _path_key(name), _path_key(file)
-        return ((key.endswith(other) or other.endswith(key)) * min(len(key), len(other)),
-                Path(file).suffix.lower() == Path(name).suffix.lower(), len(other) <= len(key), file.endswith(name))
-    best = max(map(score, files), default=(0,))
-    return tuple(file for file in files if best[0] and score(file) == best)
+        return (min(len(key), len(fitting[file])), Path(file).suffix.lower() == written.suffix.lower(),
+                len(fitting[file]) <= len(key), Path(file).stem == written.stem)
+    best = max(map(score, fitting), default=None)
+    return tuple(file for file in fitting if score(file) == best)
 
 
 def data_fingerprint(items):
@@ -1134,7 +1154,8 @@ def _strata_codes(strata, n_rows):
     """Labels -> codes; floats -> up to 10 quantile bins of 10 rows or more, NaN in a bin of its own; (N,) int."""
     strata = np.zeros(n_rows, int) if strata is None else np.asarray(strata)
     if strata.dtype.kind == "f":
-        edges = np.nanquantile(strata, np.linspace(0, 1, min(10, max(1, n_rows // 10)) + 1)[1:-1])
+        inner = np.linspace(0, 1, min(10, max(1, n_rows // 10)) + 1)[1:-1]
+        edges = np.quantile(strata[~np.isnan(strata)], inner) if not np.isnan(strata).all() else []
         strata = np.where(np.isnan(strata), -1, np.searchsorted(edges, strata, side="right"))
     return np.unique(strata.astype(str), return_inverse=True)[1]
 
@@ -1167,7 +1188,8 @@ def _assign(shares, strata, unit, seed, keys, n_rows):
         held = np.stack([rows[part == p].sum(axis=0) for p in range(len(shares))])
         by_stratum = ((held - shares[:, None] * in_stratum) ** 2 / in_stratum).mean(axis=1)
         return (by_stratum + (held.sum(axis=1) - shares * n_rows) ** 2 / n_rows).sum()
-    orders = [np.argsort(-sizes, kind="stable")] + [rng.permutation(len(rows)) for _ in range(10 + 40_000 // len(rows))]
+    n_deals = min(300, 10 + 40_000 // len(rows))  # about a second at most
+    orders = [np.argsort(-sizes, kind="stable"), *(rng.permutation(len(rows)) for _ in range(n_deals))]
     return min((_deal(sizes, order, shares) for order in orders), key=misfit)[unit]
 
 
@@ -1204,11 +1226,6 @@ def make_folds(n_rows, k, strata=None, groups=None, seed=42, keys=None):
     return _assign(np.full(k, 1 / k), strata, unit, seed, keys, n_rows)
 
 
-def describe_split(split):
-    """'train 640 rows, val 160 rows'."""
-    return ", ".join(f"{name} {len(rows)} rows" for name, rows in split.items())
-
-
 def write_splits(path, split, keys, extra=None):
     """JSON {part: [keys in row order]} and, under 'info', whatever else explains the split."""
     listed = {name: [str(keys[row]) for row in rows] for name, rows in split.items()}
@@ -1216,7 +1233,7 @@ def write_splits(path, split, keys, extra=None):
 
 
 def read_split_file(path, keys):
-    """JSON of write_splits, or {"train": [names], "val": [...]} -> {part: sorted (n,) int rows}. UserError on faults."""
+    """JSON of write_splits, or {"train": [names], ...} -> {part: sorted (n,) int rows}. UserError lists the faults."""
     try:
         listed = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         parts = {name: list(map(str, names)) for name, names in listed.items() if isinstance(names, list)}
@@ -1599,8 +1616,7 @@ class ImageStore:
 # Augmentation is drawn once and applied as one warp, one colour matrix and one erased rectangle.
 
 LUMA = np.array([0.299, 0.587, 0.114])
-RGB_TO_YIQ = np.array([LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
-YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
+HUE_TURN = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
 
 
 @dataclasses.dataclass
@@ -1683,7 +1699,8 @@ def _colour_matrix(drawn, mean):
     """(3, 4) matrix [M | offset] of all colour operations on RGB in 0..255; mean (3,): mean colour of the picture.
 
     The formulas are torchvision's; the grey mean that contrast needs is carried through the operations before it.
-    Two differences: hue turns the IQ plane of YIQ, not the hue of HSV, and values are cut to 0..255 once, at the end.
+    Two differences: hue is a rotation about the grey axis (Rodrigues), which agrees with HSV's hue at multiples of a
+    third and keeps R + G + B, not max and min; and values are cut to 0..255 once, at the end.
     """
     matrix = np.hstack([np.eye(3), np.zeros((3, 1))])
     for name in drawn.jitter_order:
@@ -1694,7 +1711,7 @@ def _colour_matrix(drawn, mean):
             step += (1 - drawn.saturation) * LUMA
         elif name == "hue":
             cos, sin = math.cos(2 * math.pi * drawn.hue), math.sin(2 * math.pi * drawn.hue)
-            step = YIQ_TO_RGB @ np.array([[1, 0, 0], [0, cos, sin], [0, -sin, cos]]) @ RGB_TO_YIQ
+            step = cos * np.eye(3) + (1 - cos) / 3 + sin * HUE_TURN
         matrix = step @ matrix
         matrix[:, 3] += shift
     return np.tile(LUMA @ matrix, (3, 1)) if drawn.greyscale else matrix
@@ -2557,8 +2574,8 @@ def _ridge_solve(x, y, lambdas, folds):
     x, y = x - x.mean(0), y - y.mean(0)
     primal = x.shape[1] <= len(x)
     power, basis = np.linalg.eigh(x.T @ x if primal else x @ x.T)
-    power = np.maximum(power, 0.0)  # (K,), K = min(N, F)
-    scores = x @ basis if primal else basis * np.sqrt(power)  # (N, K), scores.T @ scores = diag(power)
+    power = np.maximum(power, 0.0)  # (K,), the smaller of N and F
+    scores = x @ basis if primal else basis * np.sqrt(power)  # (N, K): orthogonal columns of squared length `power`
     projected = scores.T @ y  # (K, R)
     error = np.stack([_held_out_error(scores, y, projected, power + penalty, folds) for penalty in lambdas])  # (L, R)
     penalty = lambdas[error.argmin(0)]
@@ -2897,7 +2914,7 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
         axis.axvline(0, color=_SOFT, linewidth=0.9)
         axis.grid(visible=False, axis="y")
         axis.spines["left"].set_visible(False)
-    axes[0].set_yticks(height, [str(row["target"])[:28] for row in rows], color=_INK)
+    axes[0].set_yticks(height, [str(row["target"])[:28].replace("$", r"\$") for row in rows], color=_INK)
     axes[0].set_ylim(-0.6, len(rows) - 0.4)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     _save_figure(figure, path)
@@ -2920,8 +2937,8 @@ def plot_scatter(predicted, target, names, path):
         axis.plot([low, high], [low, high], color=_SOFT, linewidth=1, linestyle="--")
         axis.plot(x, y, "o", color=_BLUE, markersize=3, alpha=0.5 if len(x) < 300 else 0.2, markeredgewidth=0)
         axis.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), box_aspect=1)
-        axis.locator_params(nbins=4)
-        axis.set_title(str(names[j])[:18], loc="left", fontsize=8, fontweight="bold", color=_INK)
+        axis.locator_params(nbins=4 if columns <= 4 else 2)
+        axis.set_title(str(names[j])[:18], loc="left", fontsize=8, fontweight="bold", color=_INK, parse_math=False)
         axis.annotate(f"r {pearson_r[j]:.2f}\nn {len(x)}", (0.03, 0.97), xycoords="axes fraction", va="top", fontsize=7)
     figure.supxlabel("true", fontsize=9, color=_SOFT)
     figure.supylabel("predicted", fontsize=9, color=_SOFT)
@@ -3086,7 +3103,7 @@ def _fit_pictures(document, max_bytes):
         uri, picture = match[0], Image.open(io.BytesIO(base64.b64decode(match[1])))
         side = max(picture.size)
         while len(uri) * n_pictures > max_bytes - text_bytes and side > 16:
-            side = side * 4 // 5
+            side = side * 3 // 4
             uri = _data_uri(picture, side)
         return uri
 

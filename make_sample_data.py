@@ -18,6 +18,7 @@ LOOKS belong to the subject and are shared by all its pictures, so only a split 
 
 Axes: N pictures, A raters, P properties, R ratings, H x W pixels.
 """
+import itertools
 import json
 import math
 import shutil
@@ -47,8 +48,7 @@ FORMULA = {
     "Liveliness": {"hair_height": 0.8, "mouth_open": 0.6, "brightness": 0.5},
 }
 NOISE_SD = np.linspace(0.7, 1.5, len(FORMULA))  # scale points; one rater, one picture
-N_RATERS, MISSING_SHARE = 24, 0.04
-SUPERSAMPLE = 2
+N_RATERS, MISSING_SHARE, SUPERSAMPLE = 24, 0.04, 2
 QUIRKS = {3: "exif", 7: "grey", 11: "palette", 15: "alpha", 19: "deep", 23: "upper_case", 27: "name"}  # row -> quirk
 TRUTH_FILE = "ground_truth.json"
 EXIF_ORIENTATION = 0x0112
@@ -78,13 +78,13 @@ def hue_to_rgb(hue, saturation, value):
 
 
 def draw_background(size, rng):
-    """(H, W, 3) uint8 of `size` (W, H): a gradient of two dull colours with three blurred discs, new in each one."""
+    """(H, W, 3) uint8 of `size` (W, H): a gradient of two dull colours with five blurred discs, new in each one."""
     from PIL import Image
     y, x = np.mgrid[0:1:48j, 0:1:48j]
     angle, colours = rng.uniform(0, 2 * np.pi), rng.uniform(95, 165, (2, 3))
     ramp = 0.5 + (x - 0.5) * np.cos(angle) * 0.7 + (y - 0.5) * np.sin(angle) * 0.7
     pixels = ramp[..., None] * colours[0] + (1 - ramp[..., None]) * colours[1]
-    for cx, cy, radius, lift in rng.uniform([0, 0, 0.12, -38], [1, 1, 0.35, 38], (3, 4)):
+    for cx, cy, radius, lift in rng.uniform([0, 0, 0.12, -55], [1, 1, 0.35, 55], (5, 4)):
         pixels += lift * np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * radius**2))[..., None]
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
 
@@ -210,12 +210,9 @@ def write_tables(folder, names, subject, single):
     """Write the mean/sd/n table and the long table of single ratings (N, A, R); returns the counts n (N, R)."""
     count = np.isfinite(single).sum(axis=1)  # (N, R)
     mean, sd = np.nanmean(single, axis=1).round(4), np.nanstd(single, axis=1, ddof=1).round(4)
-    wide = []
-    for i, name in enumerate(names):
-        row = {"image": f"images/{name}", "subject": f"S{subject[i] + 1:03d}"}
-        for j, rating in enumerate(FORMULA):
-            row |= {f"{rating}_mean": mean[i, j], f"{rating}_sd": sd[i, j], f"{rating}_n": count[i, j]}
-        wide.append(row)
+    wide = [{"image": f"images/{name}", "subject": f"S{number + 1:03d}"} for name, number in zip(names, subject)]
+    for (i, row), (j, rating) in itertools.product(enumerate(wide), enumerate(FORMULA)):
+        row |= {f"{rating}_mean": mean[i, j], f"{rating}_sd": sd[i, j], f"{rating}_n": count[i, j]}
     long = [{"rating": single[i, a, j], "attribute": list(FORMULA)[j], "stimulus": names[i], "rater": f"R{a + 1:02d}"}
             for i, a, j in np.argwhere(np.isfinite(single))]
     folder.mkdir()

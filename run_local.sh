@@ -26,7 +26,8 @@ find_python() {
         fi
         [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON is no working Python 3.10 or newer"
     done
-    die "no Python 3.10 or newer found; install one (Debian, Ubuntu: apt install python3 python3-venv) or name it with PYTHON=FILE"
+    die "no Python 3.10 or newer found; install one (Debian, Ubuntu: apt install python3 python3-venv)," \
+        "or name it with PYTHON=FILE"
 }
 
 is_environment() {  # a venv or conda environment, where pip may install
@@ -101,13 +102,15 @@ fi
 # --- data --------------------------------------------------------------------
 
 flag_value() {  # NAME FLAGS...: the last value of --NAME among the flags, dashed or not; empty if it is not there
-    local name=$1 value="" previous="" word plain
+    local name=$1 value="" previous="" word
     shift
     for word in "$@"; do
-        plain=$(printf '%s' "${word%%=*}" | tr - _)
         [ "$previous" != "__$name" ] || value=$word
-        case "$word" in --*=*) [ "$plain" != "__$name" ] || value=${word#*=} ;; esac
-        previous=$plain
+        previous=$(printf '%s' "${word%%=*}" | tr - _)
+        case "$word" in
+            --*=*) [ "$previous" != "__$name" ] || value=${word#*=}
+                previous="" ;;
+        esac
     done
     printf '%s\n' "$value"
 }

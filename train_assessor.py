@@ -11,7 +11,6 @@ Letters: N images, B batch, R ratings, F backbone features, S side of the square
 Units: every metric and prediction is in the unit of the ratings file; images are uint8 RGB until they reach the device.
 """
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -601,7 +600,7 @@ def run_folds(run, args, study):
     pooled = Scored(np.concatenate([s.rows for s in results]),
                     {kind: np.concatenate([s.predicted[kind] for s in results]) for kind in results[0].predicted}, "folds")
     write_predictions(run.path("predictions_folds.csv"), study, pooled)
-    report_results(run, args, study, folds, pooled, common.identical_fold_alarms([fold["mean"] for fold in done]), folds=done)
+    report_results(run, args, study, folds, pooled, common.identical_fold_alarms([list(fold["mean"].values()) for fold in done]), folds=done)
 
 
 def study_record(study):

@@ -31,6 +31,7 @@ if [[ $1 == *.py ]]; then script=$1; shift; fi
 launch=srun
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit --cpus-per-task since Slurm 22.05
 if [ -z "$job" ] || ! command -v srun >/dev/null; then launch="env"; echo "no SLURM job: $script runs without srun"; fi
+mkdir -p logs
 progress=logs/.progress_${job:-none}
 touch "$progress"
 rc=0

@@ -8,7 +8,7 @@ Without --images_dir and --ratings_file the data are ./images with the table in 
 sample data made for the occasion. Nothing is written but to a temporary folder and, when asked to, the weights cache.
 Exit code 1 when a row says FAIL, else 0.
 
-The first rows need Python alone, so that a machine without torch gets its table too; packages are imported where used.
+The first rows need Python alone: a machine without torch gets its table too, so packages are imported where used.
 """
 import argparse
 import collections
@@ -78,7 +78,7 @@ def installed_version(package):
 def unmet_requirements(paths):
     """['torch 2.9.1 (needs 2.10 or newer)', 'tqdm is missing', ...] for requirements files; nothing is imported."""
     unmet = []
-    for package, lowest in [item for path in paths for item in read_requirements(path).items()]:
+    for package, lowest in (item for path in paths for item in read_requirements(path).items()):
         name, version = installed_version(package)
         if version is None:
             unmet.append(f"{name} is missing")
@@ -248,10 +248,10 @@ def find_assessor_data(args, temporary):
     import common
     if bool(args.images_dir) != bool(args.ratings_file):
         raise common.UserError(f"--images_dir needs --ratings_file; found {args.images_dir or args.ratings_file} alone")
-    tables = sorted(Path("ratings").glob("*.csv")) if Path("images").is_dir() else []
-    tables = [path for path in tables if path.name == PUBLISHED_TABLE] or tables
     if args.images_dir:
         return args.images_dir, args.ratings_file
+    tables = sorted(Path("ratings").glob("*.csv")) if Path("images").is_dir() else []
+    tables = [path for path in tables if path.name == PUBLISHED_TABLE] or tables
     if len(tables) > 1:
         raise common.UserError(f"{len(tables)} tables in ./ratings: {listed(tables)}; name one with --ratings_file")
     if tables:

@@ -222,7 +222,7 @@ def test_conformal_interval_over_subjects_covers_new_subjects(subjects):
 
 def test_conformal_quantile_is_the_stated_rank_and_infinite_where_too_few():
     residuals = np.arange(1.0, 20.0)
-    assert common.conformal_quantile(residuals, 0.1) == 18  # ceil(20 * .9)
+    assert common.conformal_quantile(residuals, 0.1) == 18  # rank 18 of 19 at alpha .1
     assert common.conformal_quantile(residuals[:9], 0.1) == 9
     assert common.conformal_quantile(residuals[:8], 0.1) == math.inf
     assert common.conformal_quantile([], 0.1) == math.inf

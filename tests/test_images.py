@@ -211,8 +211,8 @@ def test_float_tiff_with_nan_is_refused(tmp_path):
 # Formats, frames, names ---------------------------------------------------
 
 @pytest.mark.parametrize("name, options", [
-    ("a.bmp", {}), ("a.tif", {}), ("a.TIFF", {"compression": "tiff_lzw"}), ("a.webp", {"lossless": True}), ("a.tga", {}),
-    ("A.PNG", {}), ("H\u00c4NDE gr\u00fcn 01.png", {})])
+    ("a.bmp", {}), ("a.tif", {}), ("a.TIFF", {"compression": "tiff_lzw"}), ("a.webp", {"lossless": True}),
+    ("a.tga", {}), ("A.PNG", {}), ("H\u00c4NDE gr\u00fcn 01.png", {})])
 def test_lossless_formats_and_names(tmp_path, name, options):
     pixels = smooth_picture()
     assert np.array_equal(common.load_image(save(tmp_path, name, pixels, **options)), pixels)

@@ -371,7 +371,8 @@ def test_verdict_beats_does_not_beat_and_not_resolvable():
                             for noise in (0.5, 0.9, 0.5))
 
     def say(model, baseline, **options):
-        return common.verdict_sentence(common.bootstrap_regression(model, target, baseline=baseline), "ridge", **options)
+        result = common.bootstrap_regression(model, target, baseline=baseline)
+        return common.verdict_sentence(result, "ridge", **options)
 
     better = say(near, far, ceiling=0.912, held_out=False)
     assert better.startswith("The model beats the ridge baseline: mean r2 0.7")

@@ -141,7 +141,8 @@ def test_one_class_in_one_group_only():
 
 
 def test_too_few_units_for_the_folds():
-    assert "5" in (message := fails(common.make_folds, 40, 5, groups=["a", "b", "c", "d"] * 10)) and "4 groups" in message
+    message = fails(common.make_folds, 40, 5, groups=["a", "b", "c", "d"] * 10)
+    assert "--folds 5" in message and "4 groups" in message
     assert "3 rows" in fails(common.make_folds, 3, 5)
     assert "2 or more" in fails(common.make_folds, 30, 1)
 
@@ -257,7 +258,8 @@ def planted():
 def test_planted_leaks_are_counted_and_named():
     split, sha, phash, keys, groups = planted()
     report = common.leakage_report(split, sha, phash, keys, groups=groups)
-    counts = {(pair, what): found["count"] for pair, shared in report["between"].items() for what, found in shared.items()}
+    counts = {(pair, what): found["count"]
+              for pair, shared in report["between"].items() for what, found in shared.items()}
     assert {key: count for key, count in counts.items() if count} == {
         ("train-val", "groups"): 1, ("train-test", "groups"): 1, ("val-test", "groups"): 1,
         ("train-val", "exact_duplicates"): 1, ("val-test", "near_duplicates"): 1}

@@ -276,12 +276,13 @@ def colour_only(parameters, **changes):
 
 
 def test_colour_without_hue_is_torchvision_to_the_rounding():
-    # Nothing is cut at 0 or 255 here: half a level from rounding, and torchvision's grey weights sum to .9999.
+    # Nothing is cut at 0 or 255 here: half a level from rounding the result, and OpenCV holds the coefficients in
+    # ten binary digits, which moves a pixel of 3 x 200 levels by at most 3 x 200 / 2048 = .29.
     image = np.rint(128 + (waves(SIZE, SIZE) - 128.0) * 0.6).astype(np.uint8)
     for parameters in drawn(60, seed=11):
         parameters = colour_only(parameters, hue=0.0)
         difference = np.abs(common.apply_augmentation(image, parameters, SIZE) - torchvision_colour(image, parameters))
-        assert difference.max() < 0.6 and difference.mean() < 0.3, parameters
+        assert difference.max() < 0.8 and difference.mean() < 0.3, parameters
 
 
 def test_hue_turns_the_way_torchvision_turns():

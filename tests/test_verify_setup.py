@@ -1,0 +1,309 @@
+"""verify_setup.py: each check against a machine or data with that fault, the table, the exit code, the whole run.
+
+    python -m pytest tests/test_verify_setup.py
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from packaging.version import Version
+from PIL import Image
+
+import verify_setup
+
+REPO = Path(verify_setup.__file__).parent
+NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+
+
+def verify(*flags, cwd, python_path=None, **environment):
+    """CompletedProcess of verify_setup.py in a folder; python_path stands before the installed packages."""
+    environment = {**os.environ, **NO_NETWORK, "OMP_NUM_THREADS": "1", **environment}
+    if python_path:
+        environment["PYTHONPATH"] = str(python_path)
+    return subprocess.run([sys.executable, str(REPO / "verify_setup.py"), *map(str, flags)], cwd=cwd, env=environment,
+                          capture_output=True, text=True, timeout=900)
+
+
+def install_fake(folder, package, version):
+    """Metadata of an installed package, as pip leaves them."""
+    info = folder / f"{package.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+
+
+def audit(images_dir, ratings_file, **flags):
+    """{name: Check} of the assessor's data."""
+    args = SimpleNamespace(images_dir=images_dir, ratings_file=ratings_file, image_column=None, target_columns=None,
+                           duplicates="error")
+    vars(args).update(flags)
+    return {check.name: check for check in verify_setup.check_assessor(args, None)}
+
+
+# --- packages --------------------------------------------------------------------
+
+@pytest.mark.parametrize("older, newer", [("2.9.1", "2.10"), ("2.10", "2.10.1"), ("0.25.0", "1"), ("9.0", "10.0"), ("2.14.1+cu130", "2.15")])
+def test_version_numbers_order_as_packaging_does(older, newer):
+    assert Version(older) < Version(newer)
+    assert verify_setup.version_numbers(older) < verify_setup.version_numbers(newer)
+
+
+def test_requirements_files_can_be_read():
+    required = verify_setup.read_requirements(REPO / "requirements.txt")
+    assert required["torch"] == "2.10" and "opencv-python" in required
+    assert "pytest" in verify_setup.read_requirements(REPO / "tests" / "requirements.txt")
+
+
+def test_other_requirement_lines_are_refused(tmp_path):
+    path = tmp_path / "requirements.txt"
+    path.write_text("torch>=2.10  # why\n\n# alone\nnumpy\n")
+    assert verify_setup.read_requirements(path) == {"torch": "2.10", "numpy": ""}
+    path.write_text("torch<3\n")
+    with pytest.raises(ValueError, match="torch<3"):
+        verify_setup.read_requirements(path)
+
+
+def test_unmet_requirements_name_old_and_missing(tmp_path, monkeypatch):
+    for package, version in (("torch", "2.9.1+cpu"), ("numpy", "2.4.0"), ("opencv-python-headless", "4.10.0.84")):
+        install_fake(tmp_path, package, version)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    path = tmp_path / "requirements.txt"
+    path.write_text("torch>=2.10\nnumpy>=1.26\nopencv-python>=4.8\ntqdm>=4\n")
+    assert verify_setup.unmet_requirements([path]) == ["torch 2.9.1+cpu (needs 2.10 or newer)", "tqdm is missing"]
+
+
+def test_old_torch_fails_before_anything_is_imported(tmp_path):
+    install_fake(tmp_path / "site", "torch", "2.9.1")
+    (tmp_path / "site" / "torch.py").write_text("raise SystemError('imported')")
+    result = verify(cwd=tmp_path, python_path=tmp_path / "site")
+    assert result.returncode == 1, result.stdout
+    assert "torch 2.9.1 (needs 2.10 or newer)" in result.stdout and "pip install -r" in result.stdout
+    assert "imported" not in result.stderr
+
+
+def test_cv2_without_system_libraries_names_the_remedy(tmp_path):
+    (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
+    result = verify("--quick", cwd=tmp_path, python_path=tmp_path)
+    assert result.returncode == 1, result.stdout
+    for words in ("FAIL  import cv2", "libGL.so.1", "libgl1 libglib2.0-0", "opencv-python-headless"):
+        assert words in result.stdout, f"{words} not in {result.stdout}"
+
+
+def test_installation_is_complete_here():
+    assert [check.status for check in verify_setup.check_installation()] == ["OK", "OK", "OK"]
+
+
+def test_old_python_fails(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    first = next(verify_setup.check_installation())
+    assert (first.status, first.name) == ("FAIL", "Python") and "3.10" in first.remedy
+
+
+# --- the machine -----------------------------------------------------------------
+
+@pytest.mark.parametrize("capability, archs, served", [
+    ((8, 6), ["sm_80"], True),  # same major, newer minor
+    ((8, 0), ["sm_86"], False),  # machine code does not run on an older minor
+    ((9, 0), ["sm_80", "sm_86"], False),  # nor on a newer major
+    ((9, 0), ["sm_80", "compute_80"], True),  # but intermediate code does
+    ((6, 1), ["sm_75", "sm_80", "sm_90", "compute_90"], False),  # a GTX 1080 with a build of today
+    ((7, 0), ["sm_75", "sm_80"], False),  # a V100
+    ((9, 0), ["sm_90a"], True), ((9, 1), ["sm_90a"], False),  # "a" is for exactly one
+    ((12, 0), ["sm_100", "sm_120"], True), ((12, 1), ["sm_120f"], True), ((12, 0), ["sm_100", "compute_100"], True),
+    ((8, 0), [], False)])
+def test_serves_capability(capability, archs, served):
+    assert verify_setup.serves_capability(capability, archs) is served
+
+
+@pytest.mark.parametrize("capability, status, words", [((6, 1), "WARN", "cu126"), ((13, 0), "WARN", "--upgrade"), ((8, 6), "OK", "")])
+def test_gpu_that_torch_does_not_serve_is_a_warning(monkeypatch, capability, status, words):
+    facts = SimpleNamespace(name="Test GPU", total_memory=24 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "sm_120"])
+    [check] = verify_setup.check_gpu()
+    assert check.status == status and words in check.remedy
+    assert "Test GPU, 24 GiB" in check.found and f"capability {capability[0]}.{capability[1]}" in check.found
+
+
+def test_driver_without_a_usable_gpu_is_a_warning(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    [check] = verify_setup.check_gpu()
+    assert check.status == "WARN" and "sees no GPU" in check.found and "--gres" in check.remedy
+
+
+def test_space_warns_and_fails(tmp_path, monkeypatch):
+    for free, status in ((20, "OK"), (5, "WARN"), (0.5, "FAIL")):
+        monkeypatch.setattr(verify_setup.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free * 2 ** 30))
+        checks = {check.name: check for check in verify_setup.check_space(tmp_path / "not" / "there" / "yet")}
+        assert checks["disk"].status == status and bool(checks["disk"].remedy) == (status != "OK")
+    assert checks.get("/dev/shm", checks["disk"]).status in ("WARN", "FAIL")
+
+
+def test_open_files_limit(monkeypatch, tmp_path):
+    resource = pytest.importorskip("resource")
+    for soft, status in ((256, "WARN"), (4096, "OK"), (resource.RLIM_INFINITY, "OK")):
+        monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, soft))
+        found = [check.status for check in verify_setup.check_space(tmp_path) if check.name == "open files"]
+        assert found == [status], soft
+
+
+# --- weights ---------------------------------------------------------------------
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty weights cache and a network that refuses."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    for name, address in NO_NETWORK.items():
+        monkeypatch.setenv(name, address)
+    folder = tmp_path / "cache" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_missing_weights_are_one_warning_row(hub):
+    torch.save({"weight": torch.ones(1)}, hub / "resnet18-f37072fd.pth")
+    rows = list(verify_setup.check_model(["assessor"]))
+    assert [row.status for row in rows] == ["OK", "WARN"]
+    assert "resnet50" in rows[1].found and "resnet18" not in rows[1].found and "--download_weights" in rows[1].remedy
+
+
+def test_download_reads_the_cached_and_explains_the_unreachable(hub, capsys):
+    torch.save({"weight": torch.ones(1)}, hub / "resnet18-f37072fd.pth")
+    cached, absent = verify_setup.download_weights(["resnet18", "resnet34"])
+    assert cached.status == "OK" and str(hub) in cached.found
+    assert absent.status == "FAIL" and "https://download.pytorch.org/models/resnet34" in absent.remedy
+    assert "downloading https://" in capsys.readouterr().out
+    assert [path.name for path in hub.iterdir()] == ["resnet18-f37072fd.pth"], "a torn download was left"
+
+
+def test_damaged_cached_weights_say_remove(hub):
+    (hub / "resnet18-f37072fd.pth").write_text("<html>login</html>")
+    [check] = verify_setup.download_weights(["resnet18"])
+    assert check.status == "FAIL" and check.remedy.startswith("remove "), check
+
+
+def test_unknown_model_and_exit_code(tmp_path):
+    result = verify("--download-weights", "resnet19", cwd=tmp_path, TORCH_HOME=str(tmp_path))
+    assert result.returncode == 1 and "resnet19" in result.stdout, result.stdout + result.stderr
+    assert "processor" not in result.stdout, "only the weights are asked for"
+
+
+# --- the data --------------------------------------------------------------------
+
+@pytest.fixture
+def study(tmp_path):
+    """Twelve pictures of different noise, and a table that fits them."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(12):
+        noise = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        Image.fromarray(noise.numpy()).save(images / f"{number}.png")
+    (tmp_path / "ratings").mkdir()
+    rows = [f"{number}.png,{number},{number % 5}" for number in range(12)]
+    return SimpleNamespace(folder=tmp_path, images=images, table=tmp_path / "ratings" / "mine.csv", rows=rows)
+
+
+def write_rows(study):
+    study.table.write_text("\n".join(["image,warm_mean,cold_mean", *study.rows]) + "\n")
+
+
+def test_a_clean_study_has_no_warning(study):
+    write_rows(study)
+    checks = audit(study.images, study.table)
+    assert {check.status for check in checks.values()} == {"OK"}, checks
+    assert "12 images; 2 ratings" in checks["ratings"].found and "warm, cold" in checks["ratings"].found
+
+
+def test_every_fault_has_its_row(study):
+    study.rows[1] = "1.png,,4"
+    study.rows.append("gone.png,1,2")
+    write_rows(study)
+    (study.images / "2.png").write_bytes((study.images / "2.png").read_bytes()[:200])
+    (study.images / "4.png").write_bytes((study.images / "3.png").read_bytes())
+    Image.new("RGB", (9, 9)).save(study.images / "unrated.png")
+    checks = audit(study.images, study.table)
+    expected = {"missing cells": ("WARN", "warm lacks 1 of 13"), "rows without image": ("WARN", "gone.png"),
+                "images without row": ("WARN", "unrated.png"), "identical images": ("WARN", "3.png = 4.png"),
+                "unreadable images": ("FAIL", "2.png: ")}
+    for name, (status, words) in expected.items():
+        assert checks[name].status == status and words in checks[name].found, checks[name]
+        assert checks[name].remedy, f"{name} does not say what to do"
+    assert "1 of 12" in checks["unreadable images"].found
+
+
+def test_repeated_rows_fail_unless_averaged(study):
+    study.rows.append("3.png,9,9")
+    write_rows(study)
+    check = audit(study.images, study.table)["repeated rows"]
+    assert check.status == "FAIL" and "3.png" in check.found and "--duplicates mean" in check.found
+    assert "repeated rows" not in audit(study.images, study.table, duplicates="mean")
+
+
+@pytest.mark.parametrize("header, words", [("wert,warm_mean", "--image_column"), ("image,text_mean", "expected numbers")])
+def test_unreadable_table_is_a_fail_row_and_exit_code_1(study, header, words):
+    study.table.write_text(header + "\n0.png,a\n1.png,3\n")
+    result = verify("--quick", "--task", "assessor", "--images_dir", study.images, "--ratings_file", study.table, cwd=study.folder)
+    assert result.returncode == 1 and words in result.stdout, result.stdout + result.stderr
+    assert "FAIL  data of assessor" in result.stdout and "Traceback" not in result.stderr
+
+
+def test_no_image_of_the_table_is_there(study):
+    study.rows = [f"other{row}" for row in study.rows]
+    write_rows(study)
+    result = verify("--quick", "--task", "assessor", cwd=study.folder)
+    assert result.returncode == 1 and "no row of ratings/mine.csv has an image in images" in result.stdout, result.stdout
+
+
+def test_data_are_looked_for_in_the_stated_order(study, monkeypatch):
+    monkeypatch.chdir(study.folder)
+    args = SimpleNamespace(images_dir=None, ratings_file=None)
+    monkeypatch.setattr(verify_setup, "make_sample", lambda task, folder: Path("made") / task)
+    assert str(verify_setup.find_assessor_data(args, "t")[0]).startswith("made"), "no table yet"
+    write_rows(study)
+    assert verify_setup.find_assessor_data(args, "t") == (Path("images"), Path("ratings/mine.csv"))
+    (study.table.parent / "second.csv").write_text("")
+    with pytest.raises(Exception, match="2 tables in ./ratings.*--ratings_file"):
+        verify_setup.find_assessor_data(args, "t")
+    (study.table.parent / verify_setup.PUBLISHED_TABLE).write_text("")
+    assert verify_setup.find_assessor_data(args, "t")[1].name == verify_setup.PUBLISHED_TABLE
+    args.images_dir = Path("elsewhere")
+    with pytest.raises(Exception, match="elsewhere alone"):
+        verify_setup.find_assessor_data(args, "t")
+
+
+# --- the table -------------------------------------------------------------------
+
+def test_dashes_are_accepted_within_flags_only():
+    args = verify_setup.parse_args(["--images-dir", "my-pictures", "--ratings-file=a-b.csv", "--download-weights"])
+    assert (str(args.images_dir), str(args.ratings_file), args.download_weights) == ("my-pictures", "a-b.csv", [])
+
+
+def test_output_is_ascii_with_the_remedy_under_it(capsys):
+    verify_setup.show(verify_setup.Check("WARN", "data", "B\u00e4r.png", "do this"))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("WARN  data") and first.isascii() and second.strip() == "-> do this"
+
+
+def test_the_whole_table_on_made_data(tmp_path):
+    """No data here: sample data are made, the train script's dry run succeeds, what is not there yet is named."""
+    result = verify(cwd=tmp_path, TORCH_HOME=str(tmp_path / "cache"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "OK    dry run assessor" in result.stdout and "weights not cached" in result.stdout
+    absent = [task for task in verify_setup.TASKS if not (REPO / f"train_{task}.py").exists()]
+    assert all(f"SKIP  {task}" in result.stdout for task in absent), result.stdout
+    assert list(tmp_path.iterdir()) == [], "something was written where it was called"
+
+
+def test_quick_says_what_it_leaves_out(study):
+    write_rows(study)
+    result = verify("--quick", "--task", "assessor", cwd=study.folder)
+    assert result.returncode == 0 and "SKIP  dry run assessor     left out by --quick" in result.stdout, result.stdout
