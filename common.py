@@ -12,6 +12,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import csv
 import dataclasses
 import datetime
@@ -754,27 +755,31 @@ def generator_for(*integers):
 class EpochBatches(torch.utils.data.Sampler):
     """Batches of (epoch, index): a permutation seeded by (seed, epoch), cut into batches, from batch `start` on.
 
-    The dataset's __getitem__ takes the pair, so that augmentation is seeded by it. Set `epoch` and `start` before iterating.
+    The dataset's __getitem__ takes the pair, so that augmentation is seeded by it. Set `epoch` and `start` before
+    iterating. In training a single leftover sample joins the batch before it, since BatchNorm cannot take one alone.
     """
 
-    def __init__(self, n_samples, batch_size, seed, shuffle):
-        self.n_samples, self.batch_size, self.seed, self.shuffle = n_samples, batch_size, seed, shuffle
+    def __init__(self, n_samples, batch_size, seed, train):
+        self.n_samples, self.seed, self.train = n_samples, seed, train
+        self.edges = [*range(0, n_samples, batch_size), n_samples]
+        if train and batch_size > 1 and len(self.edges) > 2 and self.edges[-1] - self.edges[-2] == 1:
+            del self.edges[-2]
         self.epoch, self.start = 0, 0
 
     def __len__(self):
-        return math.ceil(self.n_samples / self.batch_size)
+        return len(self.edges) - 1
 
     def __iter__(self):
         order = range(self.n_samples)
-        if self.shuffle:
+        if self.train:
             order = torch.randperm(self.n_samples, generator=generator_for(self.seed, self.epoch)).tolist()
-        for batch in range(self.start, len(self)):
-            yield [(self.epoch, index) for index in order[batch * self.batch_size:(batch + 1) * self.batch_size]]
+        for first, last in itertools.pairwise(self.edges[self.start:]):
+            yield [(self.epoch, index) for index in order[first:last]]
 
-    def step_samples(self, batch, accumulate):
-        """Samples in the optimiser step that batch number `batch` belongs to."""
-        first = batch // accumulate * accumulate * self.batch_size
-        return min(self.n_samples, first + accumulate * self.batch_size) - first
+    def step_span(self, batch, accumulate):
+        """(first, last) sample positions of the optimiser step that batch number `batch` belongs to."""
+        first = batch // accumulate * accumulate
+        return self.edges[first], self.edges[min(first + accumulate, len(self))]
 
 
 def make_loader(dataset, batch_size, args, compute, train, cached=False):
@@ -1315,12 +1320,15 @@ def leakage_report(split, pixel_sha, phash, keys, groups=None, events=None, thre
 
 
 def leakage_text(report):
-    """Report -> lines for the console, with examples of what is shared; 'train' alone means copies inside train."""
-    found = [(pair, what, found["count"], found["examples"]) for pair, shared in report["between"].items()
-             for what, found in shared.items()]
-    found += [(part, what, count, []) for part, counts in report["within"].items() for what, count in counts.items()]
-    return "\n".join(f"leakage {where}: {what.replace('_', ' ')} {count}" + (f" ({_some(names)})" if names else "")
-                     for where, what, count, names in found)
+    """Report -> one line per two parts, with an example of each kind shared, and one per part that holds copies."""
+    def line(where, counts, examples=()):
+        text = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items())
+        return f"leakage {where}: {text}" + "".join(f" ({example})" for example in examples)
+    between = [line(pair, {what: found["count"] for what, found in shared.items()},
+                    [found["examples"][0] for found in shared.values() if found["count"]])
+               for pair, shared in report["between"].items()]
+    return "\n".join(between + [line(f"inside {part}", counts) for part, counts in report["within"].items()
+                                if any(counts.values())])
 
 
 def check_leakage(report, allow_leakage=False):
@@ -1331,6 +1339,8 @@ def check_leakage(report, allow_leakage=False):
     if faults and not allow_leakage:
         raise UserError(f"leakage between the splits: {'; '.join(faults)}. Split by --group_column, remove the copies, "
                         f"or go on with --allow_leakage.")
+
+
 # ---------------------------------------------------------------------------
 # Images and clips
 # ---------------------------------------------------------------------------
@@ -1848,10 +1858,64 @@ def fold_batchnorm(model):
     A model that torch.fx cannot trace is returned as it is.
     """
     from torch.fx.experimental.optimization import fuse
+    model.eval()
     try:
-        return fuse(model.eval())
+        # traced before it is copied: the copy of a feature extractor falls back to training mode
+        traced = copy.deepcopy(torch.fx.symbolic_trace(model)).eval()
+        return fuse(traced, inplace=True, no_trace=True).eval()
     except (torch.fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError):
-        return model.eval()
+        return model
+
+
+class MultiScale(nn.Module):
+    """Feature maps of a backbone's last three resolutions, each averaged over a grid: (B, 3, S, S) -> (B, F).
+
+    What a rating hangs on may be small (an expression) or large (a pose); the last layer alone keeps little of the first.
+    """
+
+    def __init__(self, backbone, image_size, grid=4):
+        super().__init__()
+        from torchvision.models.feature_extraction import create_feature_extractor
+        ends = stage_ends(backbone, image_size)[-3:]
+        if len(ends) < 3:
+            raise UserError(f"--head ridge needs a backbone with feature maps of 3 resolutions, found {len(ends)}; "
+                            "use --head mlp")
+        self.maps, self.grid = create_feature_extractor(backbone, ends), grid
+        self.n_features = self(torch.zeros(1, 3, image_size, image_size)).shape[1]
+
+    def forward(self, images):
+        maps = self.maps(images).values()  # (B, 3, S, S) -> three of (B, C, H, W)
+        return torch.cat([nn.functional.adaptive_avg_pool2d(m, self.grid).flatten(1) for m in maps], 1)  # (B, F)
+
+
+@torch.inference_mode()
+def stage_ends(backbone, image_size):
+    """Paths of the modules that end each resolution, largest first, found by one pass over a black picture."""
+    sizes = {1: {}, 2: {}}  # depth of the module -> {height: path}, in the order of execution
+
+    def note(path):
+        def hook(module, inputs, output):
+            if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[2] == output.shape[3] > 1:
+                sizes[path.count(".") + 1][output.shape[2]] = path
+        return hook
+    hooks = [module.register_forward_hook(note(path)) for path, module in backbone.named_modules()
+             if path and path.count(".") < 2]
+    backbone.eval()(torch.zeros(1, 3, image_size, image_size))
+    for hook in hooks:
+        hook.remove()
+    stages = sizes[1] if len(sizes[1]) >= 3 else sizes[2]
+    return [stages[height] for height in sorted(stages, reverse=True)]
+
+
+def freeze_stages(backbone, n_stages, image_size):
+    """Take the layers of the first n_stages resolutions out of training. Raises UserError where there are fewer."""
+    ends = stage_ends(backbone, image_size)
+    if n_stages > len(ends):
+        raise UserError(f"--freeze_stages {n_stages}: this backbone has {len(ends)} resolutions: {', '.join(ends)}")
+    names = [name for name, _ in backbone.named_parameters()]
+    last = max((i for i, name in enumerate(names) if n_stages and name.startswith(f"{ends[n_stages - 1]}.")), default=-1)
+    for name in names[:last + 1]:
+        backbone.get_parameter(name).requires_grad_(False)
 
 
 @torch.inference_mode()
@@ -2080,7 +2144,8 @@ class Training:
         Raises UserError before the step when the loss or gradient is not finite: the checkpoint before it stays healthy.
         """
         self._check_finite(loss.detach(), "loss")
-        self.scaler.scale(loss * (n_samples / self._sampler.step_samples(self.batch, self.args.accumulate))).backward()
+        first, last = self._sampler.step_span(self.batch, self.args.accumulate)
+        self.scaler.scale(loss * (n_samples / (last - first))).backward()
         for name, value in {"loss": loss, **parts}.items():
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + value.detach().double() * n_samples, count + n_samples)
@@ -2101,15 +2166,13 @@ class Training:
         """Means over the samples of this epoch of every part given to step(): {'train_loss': ...}."""
         return {f"train_{name}": float(total) / count for name, (total, count) in self.sums.items()}
 
-    def learning_rate(self):
-        """Learning rate of the unscaled parameters at this moment."""
-        return self.args.lr * self.plateau_factor * schedule_factor(
-            self.args.scheduler, self.epoch + self.batch / max(1, self._n_batches), self.args.epochs, self.args.warmup_epochs)
-
     def _set_learning_rate(self):
-        rate = self.learning_rate()
+        first, _ = self._sampler.step_span(self.batch, self.args.accumulate)
+        progress = self.epoch + first / self._sampler.n_samples  # in samples: any cut into batches gives the same rate
+        factor = schedule_factor(self.args.scheduler, progress, self.args.epochs, self.args.warmup_epochs)
+        self._rate = self.args.lr * self.plateau_factor * factor
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
+            group["lr"] = self._rate * group["factor"]
 
     def _check_finite(self, value, what):
         if not torch.isfinite(value):
@@ -2121,7 +2184,7 @@ class Training:
 
     def end_epoch(self, row):
         """Close an epoch: its history row, the best model, early stopping, and the checkpoints that are due."""
-        self.history.append({"epoch": self.epoch + 1, "learning_rate": self._epoch_rate(), **row})
+        self.history.append({"epoch": self.epoch + 1, "learning_rate": self._rate, **row})
         score = self.sign * row[self.select] if self.select != "last" else float(self.epoch)
         score = score if math.isfinite(score) else -math.inf
         better = self.best["epoch"] is None or score > self.best["score"]
@@ -2143,9 +2206,6 @@ class Training:
         seconds = time.perf_counter() - self._started
         self.run.say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  ({seconds:.1f} s, {self._seen / seconds:.1f} samples/s, "
                      f"peak {peak_memory(self.run.compute.device) / 2**30:.2f} GB){' *' if better else ''}")
-
-    def _epoch_rate(self):
-        return self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["factor"]
 
     def _write_epoch(self, better, score):
         # best first: a kill between the two repeats the epoch and writes the same best again

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import common
-from train_assessor import Assessor, resize_side
+from train_assessor import Assessor, mirrored_mean, resize_side
 
 SCRIPT = "train_assessor.py"
 
@@ -89,7 +89,10 @@ def load_members(files, compute):
         settings = common.load_model_file(path, SCRIPT)
         with common.checkpoint_fields(path):
             backbone, n_features = common.build_backbone(settings["backbone"], False, None, settings["image_size"])
-            model = Assessor(backbone, n_features, len(settings["names"]), settings["dropout"])
+            if settings["head"] == "ridge":
+                backbone = common.MultiScale(backbone, settings["image_size"])
+                n_features = backbone.n_features
+            model = Assessor(backbone, n_features, len(settings["names"]), settings["head"], settings["dropout"])
         common.load_state(model, settings["model"], path)
         members.append((common.fold_batchnorm(compute.place(model)), settings))
     first = members[0][1]
@@ -109,7 +112,7 @@ def predict(members, loader, compute):
     for batch in loader:
         inputs = common.to_input(batch["input"], compute.device, channels_last=compute.channels_last)  # (B, S, S, 3) -> (B, 3, S, S)
         with compute.autocast():
-            outputs.append(torch.stack([model(inputs).float() for model, _ in members]).cpu())  # (M, B, R)
+            outputs.append(torch.stack([mirrored_mean(model, inputs, settings["flip_average"]) for model, settings in members]).cpu())  # (M, B, R)
         errors += batch["error"]
     predicted = torch.cat(outputs, dim=1).double().numpy()  # (M, N, R)
     for member, (_, settings) in enumerate(members):

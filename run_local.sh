@@ -53,8 +53,12 @@ make_environment() {  # PYTHON DIR: a venv with pip, also where Debian's python3
         site=$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
         "$base" -m pip install --quiet --target "$site" pip >&2 && return
     fi
-    die "$base cannot make a virtual environment; install its venv package (Debian, Ubuntu: apt install python3-venv)," \
-        "or activate a conda environment or venv and start again"
+    die "$base cannot make an environment: install its venv package (Debian, Ubuntu: apt install python3-venv)" \
+        "or activate a venv or conda environment, and start again"
+}
+
+loads_opencv() {  # true as well where it is not asked for
+    "$1" -c 'import importlib.util as found; found.find_spec("cv2") and __import__("cv2")'
 }
 
 install_packages() {  # PYTHON FILE...
@@ -65,11 +69,11 @@ install_packages() {  # PYTHON FILE...
         for file in "$@"; do set -- "$@" -r "$file"; shift; done
         "$python" -m pip install "$@" >&2 || die "pip could not install the packages (no internet? see the lines above)"
     fi
-    if ! "$python" -c 'import cv2' 2>/dev/null; then
+    if ! loads_opencv "$python" 2>/dev/null; then
         say "cv2 does not load here (system libraries are missing): opencv-python-headless replaces opencv-python"
         "$python" -m pip uninstall --yes opencv-python >&2
         "$python" -m pip install --force-reinstall --no-deps opencv-python-headless >&2
-        "$python" -c 'import cv2' || die "cv2 still does not load; Debian, Ubuntu: apt install libgl1 libglib2.0-0"
+        loads_opencv "$python" || die "cv2 still does not load; Debian, Ubuntu: apt install libgl1 libglib2.0-0"
     fi
 }
 
@@ -160,7 +164,9 @@ say "no ./images with ./ratings here: SAMPLE DATA, made in $sample; its results 
 "$python" "$here/make_sample_data.py" --task assessor --output_dir "$sample"
 images=$sample/assessor/images table=$sample/assessor/ratings/$published
 verify --images_dir "$images" --ratings_file "$table"
-set -- --images_dir "$images" --ratings_file "$table" --backbone resnet18 --epochs 10 --batch_size 16 "$@"
+# about two minutes on two cores, from random weights too
+set -- --images_dir "$images" --ratings_file "$table" --group_column subject --backbone resnet18 --image_size 96 \
+    --epochs 20 --batch_size 8 --lr 5e-4 --dropout 0 --augment none --normalize_targets "$@"
 case " $* " in
     *" --no_pretrained "* | *" --weights"*) ;;
     *) "$python" "$here/verify_setup.py" --download_weights resnet18 || {

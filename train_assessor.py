@@ -34,6 +34,12 @@ def parse_args(argv=None):
     data("--normalize_targets", action="store_true", help="train on (rating - mean) / sd of the train rows; metrics keep the unit")
     model = parser.add_argument_group("model").add_argument
     model("--backbone", default="resnet50", help="any torchvision classifier: resnet18, efficientnet_b3, vit_b_16, ...")
+    model("--head", choices=("mlp", "ridge"), default="mlp",
+          help="mlp: two hidden layers on the last features; ridge: linear on the last three resolutions, trained with "
+               "the backbone, then solved anew in closed form on the train rows")
+    model("--flip_average", action="store_true", help="predict the mean over a picture and its mirror image")
+    model("--freeze_stages", type=common.bounded(int, 0), default=0, help="first resolutions of the backbone (a ResNet has 5) that stay as they are")
+    model("--freeze_norm", action="store_true", help="keep the published BatchNorm statistics: steadier with few pictures")
     model("--dropout", type=common.bounded(float, 0, 0.95), default=0.5, help="in the two hidden layers of the head")
     model("--image_size", type=common.bounded(int, 32), default=224, help="side of the input in pixels, cut from a short side 8/7 as long")
     model("--loss", choices=("mse", "smooth_l1", "weighted"), default="mse",
@@ -48,6 +54,8 @@ def parse_args(argv=None):
     args = common.parse_arguments(parser, argv)
     if args.folds == 1 or (args.fold != "all" and args.fold >= args.folds):
         parser.error(f"--folds {args.folds} --fold {args.fold}: expected at least 2 folds and a fold from 0 to folds - 1")
+    if not args.folds and not args.split_file and args.val_ratio == 0:
+        parser.error(f"--val_ratio {args.val_ratio:g}: the validation part must not be empty, it chooses the epoch")
     if args.folds and args.split_file:
         parser.error(f"--folds {args.folds} and --split_file {args.split_file} both make the split; give one")
     return args
@@ -69,7 +77,7 @@ class Study:
     stored: np.ndarray  # (N,) index of each picture in the store
     skipped: list  # dicts of image and reason
     fingerprint: str
-    features: np.ndarray | None = None  # (V, N, F) through the pretrained backbone; view 0 is the plain centre crop
+    features: dict | None = None  # head -> (V, N, F) through the backbone before training; view 0 is the plain centre crop
 
     def picture(self, row):
         """Decoded picture of a row, uint8 (H, W, 3)."""
@@ -94,6 +102,8 @@ def load_study(args, run):
     skipped = [{"image": table.images[i], "reason": "no such picture"} for i, path in enumerate(paths) if path is None]
     skipped += [{"image": table.images[found[i]], "reason": a.error} for i, a in enumerate(store.audit) if a.error]
     skipped += [{"image": name, "reason": "no row in the ratings file"} for name in unused]
+    if skipped:
+        common.write_table(run.path("skipped.csv"), skipped)
     run.say(f"data: {len(rows)} rated pictures, {len(table.names)} ratings; {len(skipped)} skipped"
             f"{' (listed in skipped.csv)' if skipped else ''}; {store.description}")
     for note in table.notes:
@@ -134,8 +144,9 @@ class RatedImages(torch.utils.data.Dataset):
 
     def _input(self, row, generator):
         if self.args.freeze_backbone:
-            views = len(self.study.features) if self.augment != "none" else 1
-            return torch.from_numpy(self.study.features[torch.randint(views, (), generator=generator), row])
+            features = self.study.features[self.args.head]
+            views = len(features) if self.augment != "none" else 1
+            return torch.from_numpy(features[torch.randint(views, (), generator=generator), row])
         if self.augment == "none":
             return torch.from_numpy(common.eval_crop(self.study.picture(row), self.args.image_size))
         drawn = common.sample_augmentation(self.augment, generator)
@@ -145,15 +156,14 @@ class RatedImages(torch.utils.data.Dataset):
 # --- model and loss ------------------------------------------------------------
 
 class Assessor(nn.Module):
-    """Backbone without its classifier, then Linear 512 - ReLU - Dropout - Linear 256 - ReLU - Dropout - Linear R."""
+    """Backbone (B, 3, S, S) -> (B, F), then a head (B, F) -> (B, R): two hidden layers (mlp) or one linear layer (ridge)."""
 
-    def __init__(self, backbone, n_features, n_ratings, dropout):
+    def __init__(self, backbone, n_features, n_ratings, head, dropout, freeze_norm=False):
         super().__init__()
-        self.backbone = backbone
-        self.head = nn.Sequential(
-            nn.Linear(n_features, 512), nn.ReLU(), nn.Dropout(dropout),
-            nn.Linear(512, 256), nn.ReLU(), nn.Dropout(dropout), nn.Linear(256, n_ratings))
-        self.frozen = False
+        self.backbone, self.freeze_norm = backbone, freeze_norm
+        hidden = [nn.Linear(n_features, 512), nn.ReLU(), nn.Dropout(dropout), nn.Linear(512, 256), nn.ReLU(), nn.Dropout(dropout)]
+        self.head = nn.Sequential(*hidden, nn.Linear(256, n_ratings)) if head == "mlp" else nn.Sequential(nn.Linear(n_features, n_ratings))
+        self.trainable = [p for p in backbone.parameters() if p.requires_grad]
 
     def forward(self, inputs):
         # (B, 3, S, S) images, or (B, F) features of a frozen backbone, which go straight to the head
@@ -162,32 +172,54 @@ class Assessor(nn.Module):
             return self.head(features.float())  # (B, F) -> (B, R)
 
     def freeze_backbone(self, frozen):
-        """Take the backbone out of training, its normalisation statistics included, or put it back."""
-        self.frozen = frozen
-        self.backbone.requires_grad_(not frozen)
+        """Take the backbone out of training, or put back what was trainable at first."""
+        for parameter in self.trainable:
+            parameter.requires_grad_(not frozen)
         self.train(self.training)
 
     def train(self, mode=True):
         super().train(mode)
-        self.backbone.train(mode and not self.frozen)
+        if not any(p.requires_grad for p in self.trainable):
+            self.backbone.eval()
+        for module in self.backbone.modules():
+            if isinstance(module, nn.BatchNorm2d) and (self.freeze_norm or not module.weight.requires_grad):
+                module.eval()
         return self
 
 
-def build_model(args, n_ratings):
-    """Assessor as the flags describe it, in random or published weights; the seed decides the random part."""
+def build_backbone(args, head):
+    """The flags' backbone with the features that `head` reads -> (module, F); the seed decides the random part."""
     torch.manual_seed(common.mix(args.seed))
     backbone, n_features = common.build_backbone(args.backbone, args.pretrained, args.weights, args.image_size)
-    return Assessor(backbone, n_features, n_ratings, args.dropout)
+    common.freeze_stages(backbone, args.freeze_stages, args.image_size)
+    if head == "ridge":
+        backbone = common.MultiScale(backbone, args.image_size)
+        n_features = backbone.n_features
+    return backbone, n_features
+
+
+def build_model(args, n_ratings):
+    """Assessor as the flags describe it."""
+    return Assessor(*build_backbone(args, args.head), n_ratings, args.head, args.dropout, args.freeze_norm)
+
+
+def mirrored_mean(model, inputs, flip_average):
+    """Outputs for (B, 3, S, S) inputs, with flip_average the mean over each picture and its mirror image."""
+    outputs = model(inputs)
+    return (outputs + model(inputs.flip(-1))) / 2 if flip_average and inputs.ndim == 4 else outputs
 
 
 def rating_loss(loss):
-    """Loss function (predicted (B, R), target (B, R) with NaN = missing, weight (B, R)) -> mean over the labelled cells."""
+    """Loss function (predicted (B, R), target (B, R) with NaN = missing, weight (B, R)) -> float tensor.
+
+    The mean over rows of each row's mean over its labelled ratings, so that every row counts the same in any batch.
+    """
     pointwise = nn.functional.smooth_l1_loss if loss == "smooth_l1" else nn.functional.mse_loss
 
     def masked(predicted, target, weight):
         labelled = ~torch.isnan(target)  # (B, R), True = a rating is there
         errors = pointwise(predicted, torch.where(labelled, target, predicted.detach()), reduction="none")
-        return (errors * weight * labelled).sum() / labelled.sum().clamp(min=1)
+        return ((errors * weight * labelled).sum(1) / labelled.sum(1).clamp(min=1)).mean()
     return masked
 
 
@@ -252,14 +284,14 @@ def to_device(batch, compute):
 
 
 @torch.no_grad()
-def evaluate(model, loader, loss_function, scaler, compute):
+def evaluate(model, loader, loss_function, scaler, compute, flip_average):
     """Whole split at once -> (predicted (N, R) float64 in the unit of the ratings, loss in the unit of training)."""
     model.eval()
     outputs, targets, weights = [], [], []
     for batch in loader:
         inputs, target, weight = to_device(batch, compute)
         with compute.autocast():
-            outputs.append(model(inputs))  # (B, 3, S, S) -> (B, R)
+            outputs.append(mirrored_mean(model, inputs, flip_average))  # (B, 3, S, S) -> (B, R)
         targets.append(target)
         weights.append(weight)
     output = torch.cat(outputs)  # (N, R)
@@ -290,19 +322,41 @@ def fit(run, args, study, split):
     for epoch in training.epochs():
         model.freeze_backbone(args.freeze_backbone or epoch <= args.freeze_epochs)
         row = train_one_epoch(model, train_loader, loss_function, training, compute)
-        predicted, loss = evaluate(model, loaders["val"], loss_function, scaler, compute)
+        predicted, loss = evaluate(model, loaders["val"], loss_function, scaler, compute, args.flip_average)
         target = study.ratings[split["val"]]
         residuals["val"] = (np.abs(predicted - target), None if study.groups is None else study.groups[split["val"]])
         means = common.mean_metrics(common.regression_metrics(predicted, target))
         training.end_epoch({**row, "val_loss": loss, **{f"val_{name}": means[name] for name in HISTORY_METRICS}})
-    common.load_state(model, common.load_model_file(run.path("best_model.pth"), common.script_name())["model"], "best_model.pth")
+    best = common.load_model_file(run.path("best_model.pth"), common.script_name())
+    common.load_state(model, best["model"], "best_model.pth")
+    if args.head == "ridge":
+        solve_head(model, loaders["train"], study, split["train"], scaler, args, compute)
+        predicted, _ = evaluate(model, loaders["val"], loss_function, scaler, compute, args.flip_average)
+        best |= {"model": model.state_dict(), "abs_residuals": np.abs(predicted - study.ratings[split["val"]])}
+        common.save_checkpoint(run.path("best_model.pth"), common.plain(best))
     return model, loaders, scaler, training
+
+
+@torch.no_grad()
+def solve_head(model, loader, study, rows, scaler, args, compute):
+    """Put the ridge solution for the tuned backbone's features of the train rows into the linear head."""
+    model.eval()
+    features = []
+    for batch in loader:
+        inputs, _, _ = to_device(batch, compute)
+        with compute.autocast():
+            features.append(inputs if inputs.ndim == 2 else mirrored_mean(model.backbone, inputs, args.flip_average).float())
+    target = (study.ratings[rows] - scaler["mean"]) / scaler["sd"]
+    ridge = common.fit_ridge(torch.cat(features).cpu().numpy(), target, groups=None if study.groups is None else study.groups[rows])
+    weights = ridge.weights / ridge.feature_sd[:, None]  # (F, R), for features that are not standardised
+    model.head[-1].weight.copy_(torch.from_numpy(weights.T))
+    model.head[-1].bias.copy_(torch.from_numpy(ridge.intercept - ridge.feature_mean @ weights))
 
 
 def describe(args, study, scaler, residuals):
     """What predict_assessor.py needs beside the weights: architecture, names, scaling, and the validation residuals."""
     values, subjects = residuals["val"]
-    return {"backbone": args.backbone, "dropout": args.dropout, "image_size": args.image_size, "names": study.names,
+    return {"backbone": args.backbone, "head": args.head, "flip_average": args.flip_average, "dropout": args.dropout, "image_size": args.image_size, "names": study.names,
             "label_sd": np.nanstd(study.ratings, axis=0), "pixel_mean": list(common.IMAGENET_MEAN), "pixel_sd": list(common.IMAGENET_STD), "scaler": scaler,
             "abs_residuals": values, "residual_subjects": None if subjects is None else list(subjects)}
 
@@ -317,40 +371,43 @@ def start_from(model, path, names):
 
 # --- results: prediction -> whole-split metric -> run folder -----------------------
 
-BASELINES = ("ridge", "train_mean")
-
-
 @dataclasses.dataclass
 class Scored:
     """Predictions for rows that the model was not trained on, beside the baselines' for the same rows."""
     rows: np.ndarray  # (M,) rows of the study
-    predicted: dict  # model, ridge, train_mean -> (M, R)
+    predicted: dict  # "predicted" (the model) and each baseline -> (M, R)
     part: str  # val, test or folds
 
 
 def baselines(study, train, rows):
-    """What needs no training of a network: ridge on the frozen backbone's features, and the train mean -> (M, R) each."""
+    """What needs no training of a network -> name -> (M, R): ridge on the frozen backbone's features, and the train mean."""
     groups = None if study.groups is None else study.groups[train]
-    ridge = common.fit_ridge(study.features[0, train], study.ratings[train], groups=groups)
-    return {"ridge": ridge.predict(study.features[0, rows]),
-            "train_mean": common.train_mean_baseline(study.ratings[train], len(rows))}
+    predicted = {"train_mean": common.train_mean_baseline(study.ratings[train], len(rows))}
+    for head, features in study.features.items():
+        ridge = common.fit_ridge(features[0, train], study.ratings[train], groups=groups)
+        predicted["ridge" if head == "mlp" else "ridge_multiscale"] = ridge.predict(features[0, rows])
+    return predicted
 
 
-def backbone_features(args, study, run, rows):
-    """(V, N, F) features of these rows through the backbone before training, NaN elsewhere: for ridge and --freeze_backbone."""
-    torch.manual_seed(common.mix(args.seed))
-    backbone, n_features = common.build_backbone(args.backbone, args.pretrained, args.weights, args.image_size)
-    backbone = common.fold_batchnorm(run.compute.place(backbone))
-    views = args.feature_views if args.freeze_backbone and args.augment != "none" else 1
-    features = np.full((views, len(study.images), n_features), np.nan, np.float32)
+def frozen_features(args, study, run, rows):
+    """{head: (V, N, F)} features of these rows through the backbone before training, NaN elsewhere.
 
+    They serve the ridge baselines and --freeze_backbone. "mlp" are the last features, "ridge" those of three resolutions.
+    """
     def pixels(row, view):
         if view == 0:
             return common.eval_crop(study.picture(row), args.image_size)
         drawn = common.sample_augmentation(args.augment, common.generator_for(args.seed, view, int(row)))
         return common.apply_augmentation(study.picture(row), drawn, args.image_size)
-    for view in range(views):
-        features[view, rows] = common.frozen_features(backbone, [(row, view) for row in rows], pixels, run.compute)
+    features = {}
+    for head in dict.fromkeys(["mlp", args.head]):
+        backbone, n_features = build_backbone(args, head)
+        backbone = common.fold_batchnorm(run.compute.place(backbone))
+        views = args.feature_views if args.freeze_backbone and args.augment != "none" and head == args.head else 1
+        features[head] = np.full((views, len(study.images), n_features), np.nan, np.float32)
+        for view in range(views):
+            features[head][view, rows] = common.frozen_features(
+                lambda inputs: mirrored_mean(backbone, inputs, args.flip_average), [(row, view) for row in rows], pixels, run.compute)
     return features
 
 
@@ -370,8 +427,9 @@ def read_predictions(path, study, part):
     """The predictions CSV of a finished fold -> Scored."""
     table = common.read_table(path)
     place = {name: row for row, name in enumerate(study.images)}
+    kinds = [column.removeprefix(f"{study.names[0]}_") for column in table if column.startswith(f"{study.names[0]}_")]
     predicted = {kind: np.stack([common.to_numbers(table[f"{name}_{kind}"], f"{path}, {name}_{kind}") for name in study.names], 1)
-                 for kind in ("predicted", *BASELINES)}
+                 for kind in kinds if kind != "true"}
     return Scored(np.array([place[name] for name in table["image"]]), predicted, part)
 
 
@@ -387,11 +445,11 @@ def noise_ceilings(study):
 
 
 def score(study, scored):
-    """Metrics with intervals of the model, paired with the better of the two baselines; returns (result, its name)."""
+    """Metrics with intervals of the model, paired with the best of the baselines; returns (result, its name)."""
     target = study.ratings[scored.rows]
     subjects = None if study.groups is None else study.groups[scored.rows]
     means = {kind: np.nan_to_num(common.mean_metrics(common.regression_metrics(scored.predicted[kind], target))["r2"], nan=-np.inf)
-             for kind in BASELINES}
+             for kind in scored.predicted if kind != "predicted"}
     best = max(means, key=means.get)
     return common.bootstrap_regression(scored.predicted["predicted"], target, subjects, scored.predicted[best]), best
 
@@ -558,11 +616,11 @@ def run_split(run, args, study, split):
     if args.dry_run:
         split = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
     if study.features is None:
-        study.features = backbone_features(args, study, run, np.concatenate(list(split.values())))
+        study.features = frozen_features(args, study, run, np.concatenate(list(split.values())))
     run.write_args(**study_record(study))
     model, loaders, scaler, training = fit(run, args, study, split)
     loss_function = rating_loss(args.loss)
-    predicted = {part: evaluate(model, loader, loss_function, scaler, run.compute)[0]
+    predicted = {part: evaluate(model, loader, loss_function, scaler, run.compute, args.flip_average)[0]
                  for part, loader in loaders.items() if len(split[part])}
     train = common.mean_metrics(common.regression_metrics(predicted["train"], study.ratings[split["train"]]))
     val = common.mean_metrics(common.regression_metrics(predicted["val"], study.ratings[split["val"]]))
@@ -581,7 +639,7 @@ def run_folds(run, args, study):
     fold_of = common.make_folds(len(study.images), args.folds, np.nanmean(study.ratings, axis=1), study.groups, args.seed, study.images)
     folds = {f"fold_{k}": np.flatnonzero(fold_of == k) for k in range(args.folds)}
     prepare_split(run, args, study, folds)
-    study.features = backbone_features(args, study, run, np.arange(len(study.images)))
+    study.features = frozen_features(args, study, run, np.arange(len(study.images)))
     run.write_args(**study_record(study))
     chosen = range(args.folds) if args.fold == "all" else [args.fold]
     results, done = [], []
@@ -617,6 +675,9 @@ def main():
             return run_folds(run, args, study)
         if args.split_file:
             split = common.read_split_file(args.split_file, study.images)
+            split = {part: split.get(part, np.array([], dtype=int)) for part in ("train", "val", "test")}
+            if not len(split["val"]):
+                raise common.UserError(f"--split_file {args.split_file} has no val part; it chooses the epoch")
         else:
             ratios = {"train": args.train_ratio, "val": args.val_ratio, "test": args.test_ratio}
             split = common.make_split(len(study.images), ratios, np.nanmean(study.ratings, axis=1), study.groups, args.seed, study.images)

@@ -15,7 +15,8 @@ set -eo pipefail  # no -u: module and conda read unset variables
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}"
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 job=${job:-$SLURM_JOB_ID}
-echo "job ${job:-none} on ${SLURM_JOB_NODELIST:-$(hostname)}, GPU ${CUDA_VISIBLE_DEVICES:-none}, start $((SLURM_RESTART_COUNT + 1)), $(date)"
+nodes=${SLURM_JOB_NODELIST:-$(hostname)}
+echo "job ${job:-none}, start $((SLURM_RESTART_COUNT + 1)), on $nodes, GPU ${CUDA_VISIBLE_DEVICES:-none}, $(date)"
 
 if [ -n "$MODULES" ]; then read -ra modules <<<"$MODULES"; module load "${modules[@]}"; fi
 if [ -n "$CONDA_ENV" ]; then
@@ -42,7 +43,10 @@ if [ "$rc" -ne 75 ]; then rm -f "$progress"; exit "$rc"; fi
 outputs=$(printf '%s\n' outputs "$@" | sed -n '1p; s/^--output[_-]dir=//p; /^--output[_-]dir$/{n;p;}' | tail -n 1)
 saved=$(find "$outputs" -name last.pth -newer "$progress" -exec cksum {} + | sort) || saved=
 if [ -z "$job" ]; then echo "saved; the same command continues"; rm -f "$progress"; exit 75; fi
-if [ -z "$saved" ] || [ "$saved" = "$(cat "$progress")" ]; then echo "job $job made no progress under $outputs: not requeued"; exit 75; fi
+if [ -z "$saved" ] || [ "$saved" = "$(cat "$progress")" ]; then
+    echo "job $job made no progress under $outputs: not requeued; sbatch again continues it"
+    exit 75
+fi
 echo "$saved" >"$progress"
 echo "job $job: requeued"
 scontrol requeue "$job"

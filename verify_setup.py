@@ -6,9 +6,7 @@
 
 Without --images_dir and --ratings_file the data are ./images with the table in ./ratings, else ./sample_data, else
 sample data made for the occasion. Nothing is written but to a temporary folder and, when asked to, the weights cache.
-Exit code 1 when a row says FAIL, else 0.
-
-The first rows need Python alone: a machine without torch gets its table too, so packages are imported where used.
+Exit code 1 when a row says FAIL, else 0. Packages are imported where used: without torch there is a table too.
 """
 import argparse
 import collections
@@ -34,7 +32,7 @@ PUBLISHED_TABLE = "per_image_Slider_mean_sd_from_wide.csv"
 SAMPLE_IMAGES, SAMPLE_TABLE = Path("assessor/images"), Path("assessor/ratings") / PUBLISHED_TABLE
 # What a dry run is given beside --dry_run; paths lie in the folder that make_sample_data.py fills.
 DRY_RUN_FLAGS = {"assessor": ["--images_dir", SAMPLE_IMAGES, "--ratings_file", SAMPLE_TABLE, "--no_pretrained",
-                              "--backbone", "resnet18"]}
+                              "--backbone", "resnet18", "--image_size", "64"]}
 WEIGHTS = {"assessor": "resnet18 resnet34 resnet50 resnet101 efficientnet_b0 efficientnet_b3 vit_b_16".split()}
 OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
 MODULES = {"pillow": "PIL", "opencv-python": "cv2", "PyYAML": "yaml"}  # where the module is not called as its package
@@ -43,7 +41,6 @@ IMPORT_REMEDIES = {
            "opencv-python; pip install --force-reinstall opencv-python-headless",
     "torchvision": "is it of the release that goes with this torch? pip install --upgrade torch torchvision"}
 GIB = 1 << 30
-
 Check = collections.namedtuple("Check", "status name found remedy", defaults=("",))
 
 
@@ -122,8 +119,10 @@ def serves_capability(capability, arch_list):
     compute_XY on everything newer (CUDA programming guide, compatibility of binaries and PTX).
     """
     def runs(arch):
-        kind, number, suffix = re.fullmatch(r"(sm|compute)_(\d+)([a-z]?)", arch).groups()
-        served = divmod(int(number), 10)
+        found = re.fullmatch(r"(sm|compute)_(\d+)([a-z]?)", arch)
+        if not found:  # a ROCm build lists gfx names
+            return True
+        kind, served, suffix = found[1], divmod(int(found[2]), 10), found[3]
         if suffix == "a":
             return capability == served
         if kind == "sm" or suffix == "f":
@@ -136,9 +135,8 @@ def capability_remedy(capability, arch_list):
     """Which torch build to install for a GPU that the installed one does not serve."""
     lowest = min((divmod(int(re.search(r"\d+", arch)[0]), 10) for arch in arch_list), default=(0, 0))
     if capability < lowest:
-        return ("the card is older than this torch build serves: pip install --force-reinstall torch torchvision "
-                "--index-url https://download.pytorch.org/whl/cu126 (builds for CUDA 12.6 serve older cards), or "
-                "run with --device cpu")
+        return ("the card is older than this build serves; those for CUDA 12.6 serve older ones, else --device cpu: "
+                "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu126")
     return "the card is newer than this torch build: pip install --upgrade torch torchvision, or run with --device cpu"
 
 
@@ -272,7 +270,7 @@ def check_assessor(args, temporary):
     for what, names in (("rows without image", without_file), ("images without row", without_row)):
         yield doubtful(what, names, "they will be left out")
     if len(without_file) == len(paths):
-        raise common.UserError(f"no row of {path} has an image in {images_dir}; check --images_dir and --image_column")
+        raise common.UserError(f"no row of {path} has an image in {images_dir}: see --image_column")
     yield from check_images([image for image in paths if image is not None])
 
 
@@ -304,7 +302,7 @@ def check_images(paths):
     start = time.perf_counter()
     first = [common.audit_image(path, 256)[0] for path in paths[:32]]
     speed = len(first) / (time.perf_counter() - start)
-    yield Check("OK", "loading", f"first {len(first)} pictures to a short side of 256 px: {speed:.0f} a second")
+    yield Check("OK", "loading", f"{len(first)} pictures to a short side of 256 px: {speed:.0f} a second")
     with concurrent.futures.ThreadPoolExecutor() as pool:
         audits = first + list(pool.map(lambda path: common.audit_image(path, 256)[0], paths[32:]))
     bad = "".join(f"\n{audit.path}: {audit.error}" for audit in audits if audit.error)

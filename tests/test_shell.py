@@ -131,7 +131,8 @@ def test_unclear_tables_are_one_error(repo, tmp_path, tables, words):
     assert not calls(result, "train_assessor.py")
 
 
-@pytest.mark.parametrize("flags", [["--images_dir", "a b", "--ratings_file", "t.csv"], ["--images-dir=a b", "--ratings-file=t.csv"]])
+@pytest.mark.parametrize("flags", [["--images_dir", "a b", "--ratings_file", "t.csv"],
+                                   ["--images-dir=a b", "--ratings-file=t.csv"]])
 def test_named_data_pass_through(repo, tmp_path, flags):
     set_verify(repo, code=1)  # a fault of the audit must not stop a script whose own flags may mend it
     result = run([repo / "run_local.sh", *flags], tmp_path)
@@ -141,7 +142,8 @@ def test_named_data_pass_through(repo, tmp_path, flags):
 
 def test_config_switches_the_search_off(repo, tmp_path):
     make_own_data(tmp_path, "mine.csv")
-    assert calls(run([repo / "run_local.sh", "--config", "c.yaml"], tmp_path), "train_assessor.py") == [["--config", "c.yaml"]]
+    result = run([repo / "run_local.sh", "--config", "c.yaml"], tmp_path)
+    assert calls(result, "train_assessor.py") == [["--config", "c.yaml"]], result.stderr
 
 
 def test_a_failed_check_stops_before_training(repo, tmp_path):
@@ -219,7 +221,7 @@ sys.exit(int(pathlib.Path("exit_code").read_text()))
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A folder with train_assessor.sh, fake train scripts, and fake srun and scontrol that record how they are called."""
+    """A folder with train_assessor.sh, fake train scripts, and a fake srun and scontrol that record their calls."""
     folder = tmp_path / "repo"
     (folder / "bin").mkdir(parents=True)
     shutil.copy(REPO / "train_assessor.sh", folder)
@@ -241,7 +243,8 @@ def submit(folder, *flags, code=0, state=None, **environment):
     spool.mkdir(exist_ok=True)
     shutil.copy(folder / "train_assessor.sh", spool / "slurm_script")
     environment = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(folder), "SLURM_CPUS_PER_TASK": "8", **environment}
-    result = run(["bash", spool / "slurm_script", *flags], spool, PATH=f"{folder / 'bin'}:{os.environ['PATH']}", **environment)
+    environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
+    result = run(["bash", spool / "slurm_script", *flags], spool, **environment)
     record = folder / "scontrol_calls"
     return result, record.read_text().splitlines() if record.exists() else []
 
@@ -282,7 +285,8 @@ def test_saved_job_without_checkpoint_is_not_requeued(cluster):
     assert requeued == [] and "no progress" in result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("flags", [["--output_dir", "my runs"], ["--output-dir=my runs"], ["--output_dir", "x", "--output_dir=my runs"]])
+@pytest.mark.parametrize("flags", [["--output_dir", "my runs"], ["--output-dir=my runs"],
+                                   ["--output_dir", "x", "--output_dir=my runs"]])
 def test_progress_is_looked_for_in_the_output_folder(cluster, flags):
     result, requeued = submit(cluster, *flags, code=75, state="a")
     assert requeued == ["requeue 7"], result.stdout

@@ -45,7 +45,8 @@ def audit(images_dir, ratings_file, **flags):
 
 # --- packages --------------------------------------------------------------------
 
-@pytest.mark.parametrize("older, newer", [("2.9.1", "2.10"), ("2.10", "2.10.1"), ("0.25.0", "1"), ("9.0", "10.0"), ("2.14.1+cu130", "2.15")])
+@pytest.mark.parametrize("older, newer", [("2.9.1", "2.10"), ("2.10", "2.10.1"), ("0.25.0", "1"), ("9.0", "10.0"),
+                                          ("2.14.1+cu130", "2.15")])
 def test_version_numbers_order_as_packaging_does(older, newer):
     assert Version(older) < Version(newer)
     assert verify_setup.version_numbers(older) < verify_setup.version_numbers(newer)
@@ -113,12 +114,13 @@ def test_old_python_fails(monkeypatch):
     ((7, 0), ["sm_75", "sm_80"], False),  # a V100
     ((9, 0), ["sm_90a"], True), ((9, 1), ["sm_90a"], False),  # "a" is for exactly one
     ((12, 0), ["sm_100", "sm_120"], True), ((12, 1), ["sm_120f"], True), ((12, 0), ["sm_100", "compute_100"], True),
-    ((8, 0), [], False)])
+    ((8, 0), [], False), ((9, 0), ["gfx90a", "gfx942"], True)])
 def test_serves_capability(capability, archs, served):
     assert verify_setup.serves_capability(capability, archs) is served
 
 
-@pytest.mark.parametrize("capability, status, words", [((6, 1), "WARN", "cu126"), ((13, 0), "WARN", "--upgrade"), ((8, 6), "OK", "")])
+@pytest.mark.parametrize("capability, status, words", [((6, 1), "WARN", "cu126"), ((13, 0), "WARN", "--upgrade"),
+                                                       ((8, 6), "OK", "")])
 def test_gpu_that_torch_does_not_serve_is_a_warning(monkeypatch, capability, status, words):
     facts = SimpleNamespace(name="Test GPU", total_memory=24 << 30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -191,10 +193,11 @@ def test_damaged_cached_weights_say_remove(hub):
     assert check.status == "FAIL" and check.remedy.startswith("remove "), check
 
 
-def test_unknown_model_and_exit_code(tmp_path):
-    result = verify("--download-weights", "resnet19", cwd=tmp_path, TORCH_HOME=str(tmp_path))
-    assert result.returncode == 1 and "resnet19" in result.stdout, result.stdout + result.stderr
-    assert "processor" not in result.stdout, "only the weights are asked for"
+def test_unknown_model_and_exit_code(hub, capsys):
+    assert verify_setup.main(["--download-weights", "resnet19"]) == 1
+    printed = capsys.readouterr().out
+    assert "torchvision has no model resnet19" in printed
+    assert "processor" not in printed, "only the weights are asked for"
 
 
 # --- the data --------------------------------------------------------------------
@@ -248,19 +251,22 @@ def test_repeated_rows_fail_unless_averaged(study):
     assert "repeated rows" not in audit(study.images, study.table, duplicates="mean")
 
 
-@pytest.mark.parametrize("header, words", [("wert,warm_mean", "--image_column"), ("image,text_mean", "expected numbers")])
-def test_unreadable_table_is_a_fail_row_and_exit_code_1(study, header, words):
+@pytest.mark.parametrize("header, words", [("wert,warm_mean", "--image_column"),
+                                           ("image,text_mean", "expected numbers")])
+def test_unreadable_table_is_a_fail_row_and_exit_code_1(study, capsys, header, words):
     study.table.write_text(header + "\n0.png,a\n1.png,3\n")
-    result = verify("--quick", "--task", "assessor", "--images_dir", study.images, "--ratings_file", study.table, cwd=study.folder)
-    assert result.returncode == 1 and words in result.stdout, result.stdout + result.stderr
-    assert "FAIL  data of assessor" in result.stdout and "Traceback" not in result.stderr
+    data = ["--images_dir", str(study.images), "--ratings_file", str(study.table)]
+    assert verify_setup.main(["--quick", "--task", "assessor", *data]) == 1
+    printed = capsys.readouterr().out
+    assert words in printed and "FAIL  data of assessor" in printed, printed
 
 
-def test_no_image_of_the_table_is_there(study):
+def test_no_image_of_the_table_is_there(study, capsys, monkeypatch):
     study.rows = [f"other{row}" for row in study.rows]
     write_rows(study)
-    result = verify("--quick", "--task", "assessor", cwd=study.folder)
-    assert result.returncode == 1 and "no row of ratings/mine.csv has an image in images" in result.stdout, result.stdout
+    monkeypatch.chdir(study.folder)
+    assert verify_setup.main(["--quick", "--task", "assessor"]) == 1
+    assert "no row of ratings/mine.csv has an image in images" in capsys.readouterr().out
 
 
 def test_data_are_looked_for_in_the_stated_order(study, monkeypatch):
@@ -303,7 +309,8 @@ def test_the_whole_table_on_made_data(tmp_path):
     assert list(tmp_path.iterdir()) == [], "something was written where it was called"
 
 
-def test_quick_says_what_it_leaves_out(study):
+def test_quick_says_what_it_leaves_out(study, capsys, monkeypatch):
     write_rows(study)
-    result = verify("--quick", "--task", "assessor", cwd=study.folder)
-    assert result.returncode == 0 and "SKIP  dry run assessor     left out by --quick" in result.stdout, result.stdout
+    monkeypatch.chdir(study.folder)
+    assert verify_setup.main(["--quick", "--task", "assessor"]) == 0
+    assert "SKIP  dry run assessor     left out by --quick" in capsys.readouterr().out
