@@ -1,0 +1,58 @@
+"""Every command of the README runs as it is written, in a folder that holds ./images and ./ratings.
+
+    python -m pytest tests/test_readme.py
+"""
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT, only_run, small_run
+
+COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+            for line in block.splitlines() if line.strip()]
+ELSEWHERE = {"./run_local.sh": "run by tests/test_shell.py", "tests/run.sh": "this very run", "sbatch": "needs a SLURM cluster",
+             "python tests/benchmarks": "takes minutes; its parts are imported by it", "python verify_setup.py": "run by test_verify_setup.py"}
+SMALL = {"train_assessor.py": ["--backbone", "resnet18", "--no_pretrained", "--image_size", "64", "--dry_run", "--folds", "0"]}
+
+
+@pytest.fixture(scope="module")
+def folder(sample, tmp_path_factory):
+    """A user's folder: ./images, ./ratings, and outputs/run_YYYYMMDD_HHMMSS from a small run."""
+    folder = tmp_path_factory.mktemp("user")
+    shutil.copytree(sample.images, folder / "images")
+    (folder / "ratings").mkdir()
+    shutil.copy(sample.ratings, folder / "ratings")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    flags = small_run(sample, folder / "made", "--epochs", 1)
+    subprocess.run([sys.executable, ROOT / "train_assessor.py", *map(str, flags)], check=True, capture_output=True, timeout=300)
+    shutil.copytree(only_run(folder / "made"), folder / "outputs" / "run_YYYYMMDD_HHMMSS")
+    return folder
+
+
+def test_the_readme_has_commands():
+    assert len(COMMANDS) >= 8 and any(command.startswith("python predict_assessor.py") for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(folder, command):
+    for start, reason in ELSEWHERE.items():
+        if command.startswith(start):
+            pytest.skip(f"{command}: {reason}")
+    python, script, *flags = shlex.split(command)
+    assert python == "python", f"no rule for {command}"
+    done = subprocess.run([sys.executable, ROOT / script, *flags, *SMALL.get(script, [])], cwd=folder, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_flag_named_in_the_readme_exists():
+    named = set(re.findall(r"`?(--[a-z_]+)", (ROOT / "README.md").read_text()))
+    known = set()
+    for script in ("train_assessor.py", "predict_assessor.py", "verify_setup.py", "make_sample_data.py"):
+        done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=120)
+        known |= set(re.findall(r"--[a-z_]+", done.stdout))
+    assert not named - known, f"the README names flags that no script has: {sorted(named - known)}"
