@@ -2,8 +2,8 @@
 
 Sections, in the order in which a run meets them: Constants and user errors; Arguments and config; Run folder and log;
 Device, seed and loaders; Tables and splits; Leakage; Images and clips; Transforms; Backbones and weights; Optimiser and
-schedule; Checkpoints and resume; Early stopping; Metrics; Intervals and baselines; Noise ceiling; Calibration; Alarms and
-criteria; Plots; Report.
+schedule; Checkpoints and resume; Early stopping; Metrics; Intervals and baselines; Noise ceiling; Calibration; Alarms
+and criteria; Plots; Report.
 
 Letters: N rows, B batch, R ratings or other targets, F features, S side of a square input or number of subjects.
 """
@@ -64,71 +64,74 @@ class UserError(Exception):
     code = EXIT_USER
 
 
+def closest(name, known):
+    """' (did you mean X?)' for the known name nearest to `name` in any case, or ''."""
+    spelled = {other.lower(): other for other in known}
+    match = difflib.get_close_matches(name.lower(), spelled, 1)
+    return f" (did you mean {spelled[match[0]]}?)" if match else ""
+
+
+def one_line(error):
+    """The message of an exception on one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
+
+
+def _some(items, limit=10):
+    """'a, b, c and 4 more': every fault counted, the first `limit` shown."""
+    items = [str(item) for item in items]
+    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+
+
 # ---------------------------------------------------------------------------
 # Arguments and config
 # ---------------------------------------------------------------------------
-# A flag is declared once; a config file, the flags of a resumed run and the command line all pass through its own type.
+# A flag is declared once; config file, flags of a resumed run and command line all pass through its own type.
 
-# Flags that may change between the two halves of a resumed run: they decide where and how fast, never what is computed.
-NEUTRAL_FLAGS = {"output_dir", "config", "resume", "num_workers", "device", "cache", "save_every", "save_minutes", "save_top_k",
-                 "tensorboard", "wandb", "images_dir", "ratings_file", "weights", "split_file", "criteria", "use_amp", "fold"}
+# They may change between the two halves of a resumed run: they decide where and how fast, never what is computed.
+NEUTRAL_FLAGS = {"output_dir", "config", "resume", "num_workers", "device", "cache", "save_every", "save_minutes",
+                 "save_top_k", "tensorboard", "wandb", "images_dir", "ratings_file", "criteria", "use_amp", "fold"}
 
 
 class Parser(argparse.ArgumentParser):
     """ArgumentParser whose mistakes are one line that names the closest flag, with exit code 2."""
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    def __init__(self, description=None, **options):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **options)
 
     def error(self, message):
         unknown = re.search(r"unrecognized arguments: (--\w+)", message)
         if unknown:
             message = f"unknown flag {unknown[1]}{closest(unknown[1], self._option_string_actions)}; --help lists all"
-        sys.stderr.write(f"error: {message}\n")
-        raise SystemExit(EXIT_USER)
+        self.exit(EXIT_USER, f"error: {message}\n")
 
 
-def closest(name, known):
-    """' (did you mean X?)' for the known name nearest to `name`, or ''."""
-    match = difflib.get_close_matches(name, list(known), 1)
-    return f" (did you mean {match[0]}?)" if match else ""
-
-
-def bounded(kind, low=-math.inf, high=math.inf, open_low=False):
-    """argparse type: a finite `kind` (int or float) within [low, high]; open_low excludes `low` itself."""
+def bounded(kind, low=-math.inf, high=math.inf, open_low=False, word=None):
+    """argparse type: a finite `kind` (int or float) in [low, high], without `low` if open_low; or this word."""
     def parse(text):
+        if text == word:
+            return text
         value = kind(text)
         if not (math.isfinite(value) and low <= value <= high) or (open_low and value == low):
             raise argparse.ArgumentTypeError(f"{text} is outside {'(' if open_low else '['}{low:g}, {high:g}]")
         return value
-    parse.__name__ = kind.__name__
+    parse.__name__ = f"{word} or {kind.__name__}" if word else kind.__name__
     return parse
-
-
-def auto_or_count(text):
-    """argparse type: 'auto' or a whole number of at least 0."""
-    return text if text == "auto" else bounded(int, 0)(text)
-
-
-def all_or_number(text):
-    """argparse type: 'all' or the number of one fold."""
-    return text if text == "all" else bounded(int, 0)(text)
 
 
 def add_run_arguments(parser):
     """Where a run writes, how it is repeated, continued and watched."""
-    group = parser.add_argument_group("run")
-    add = group.add_argument
+    add = parser.add_argument_group("run").add_argument
     add("--output_dir", type=Path, default=Path("outputs"), help="parent of the timestamped run folders")
-    add("--config", type=Path, help="YAML or JSON file of flags; a run's own args.json works; the command line wins")
+    add("--config", type=Path, help="YAML or JSON file of flags, a run's args.json too; the command line wins")
     add("--seed", type=bounded(int, 0), default=42, help="seed of every draw")
-    add("--deterministic", action="store_true", help="refuse operations whose result may differ between runs (GPU: slower)")
-    add("--resume", nargs="?", const="auto", metavar="{auto,RUN,CHECKPOINT}",
+    add("--deterministic", action="store_true", help="refuse operations that may not repeat exactly (GPU: slower)")
+    add("--resume", "--resume_from_checkpoint", nargs="?", const="auto", metavar="{auto,RUN,CHECKPOINT}",
         help="continue exactly: auto = the newest unfinished run with these flags; or a run folder; or a checkpoint")
-    add("--init_from", type=Path, metavar="CHECKPOINT", help="start a new run from the weights of a checkpoint (fine-tuning)")
+    add("--init_from", type=Path, metavar="CHECKPOINT", help="a new run from the weights of a checkpoint (fine-tuning)")
     add("--save_every", type=bounded(int, 0), default=10, help="epochs between checkpoint_epoch_N.pth; 0 = none")
-    add("--save_minutes", type=bounded(float, 0), default=10.0, help="minutes between saves of last.pth within an epoch; 0 = none")
-    add("--save_top_k", type=bounded(int, 0), default=0, help="keep the k best epochs as top_epoch_N.pth; 0 = only best_model.pth")
+    add("--save_minutes", type=bounded(float, 0), default=10.0, help="minutes between saves within an epoch; 0 = none")
+    add("--save_top_k", type=bounded(int, 0), default=0, help="keep the k best epochs as top_epoch_N.pth; 0 = none")
     add("--dry_run", action="store_true", help="2 batches, 1 epoch, the whole run folder: does everything work?")
     add("--criteria", default="", help='bars to judge, e.g. "r2>0.15,mae<3.0": PASS, FAIL or NOT RESOLVABLE')
     add("--tensorboard", action="store_true", help="also write TensorBoard event files (needs the tensorboard package)")
@@ -137,8 +140,7 @@ def add_run_arguments(parser):
 
 def add_training_arguments(parser):
     """Epochs, batches, optimiser, schedule and early stopping."""
-    group = parser.add_argument_group("training")
-    add = group.add_argument
+    add = parser.add_argument_group("training").add_argument
     add("--epochs", "--max_epochs", type=bounded(int, 1), default=50, help="passes over the training rows")
     add("--batch_size", type=bounded(int, 1), default=32, help="samples per batch, over all processes")
     add("--val_batch_size", type=bounded(int, 1), help="samples per batch in evaluation (default: batch_size)")
@@ -147,37 +149,34 @@ def add_training_arguments(parser):
     add("--lr", type=bounded(float, 0, open_low=True), default=1e-4, help="peak learning rate")
     add("--weight_decay", type=bounded(float, 0), default=0.01, help="not applied to biases and normalisation layers")
     add("--scheduler", choices=("cosine", "step", "plateau", "none"), default="cosine",
-        help="cosine: to 0 over the run; step: x0.1 every epochs//3; plateau: x0.5 after 5 epochs without a better validation score")
+        help="cosine: to 0 over the run; step: x0.1 every epochs//3; plateau: x0.5 after 5 epochs without a gain")
     add("--warmup_epochs", type=bounded(float, 0), default=0.0, help="epochs of linear warm-up from 0")
     add("--clip_grad", type=bounded(float, 0), default=1.0, help="largest gradient norm; 0 = no clipping")
     add("--patience", "--early_stopping", "--early_stop_patience", type=bounded(int, 0), default=15,
         help="epochs without a better validation score before stopping; 0 = never stop early")
     add("--min_epochs", type=bounded(int, 0), default=0, help="never stop early before this epoch")
-    add("--min_delta", type=bounded(float, 0), default=0.0, help="smallest gain that counts as better for early stopping")
+    add("--min_delta", type=bounded(float, 0), default=0.0, help="smallest gain that counts as better, for patience")
 
 
 def add_data_arguments(parser):
     """Splits, folds, leakage and bad files."""
-    group = parser.add_argument_group("data")
-    add = group.add_argument
-    share = bounded(float, 0, 1)
+    add, share = parser.add_argument_group("data").add_argument, bounded(float, 0, 1)
     add("--train_ratio", type=share, default=0.8, help="share of the rows (or groups) for training")
     add("--val_ratio", type=share, default=0.2, help="share for validation: selects the epoch")
     add("--test_ratio", type=share, default=0.0, help="share for the test, scored once at the end")
     add("--folds", type=bounded(int, 0), default=0, help="K-fold cross-validation; 0 = one split")
-    add("--fold", type=all_or_number, default="all", help="with --folds: all, or the number of one fold from 0")
-    add("--group_column", help="table column whose groups (subjects, videos, sites) never stand on two sides of a split")
-    add("--split_file", type=Path, help="reuse a split: the splits.json of another run, or {train: [names], val: [...]}")
+    add("--fold", type=bounded(int, 0, word="all"), default="all", help="with --folds: all, or one fold from 0")
+    add("--group_column", help="column whose groups (subjects, videos, sites) never stand on two sides of a split")
+    add("--split_file", type=Path, help="splits.json of another run, or {train: [names], val: [...]}")
     add("--allow_leakage", action="store_true", help="train although splits share groups or identical pictures")
-    add("--on_bad_file", choices=("error", "skip"), default="error", help="unreadable files: list all and stop, or skip and list")
-    add("--cache", choices=("auto", "ram", "disk", "none"), default="auto", help="where decoded pictures are kept between epochs")
+    add("--on_bad_file", choices=("error", "skip"), default="error", help="unreadable files: list and stop, or skip")
+    add("--cache", choices=("auto", "ram", "disk", "none"), default="auto", help="where decoded pictures are kept")
     add("--augment", choices=("none", "light", "full"), default="full", help="random changes of training pictures")
 
 
 def add_model_arguments(parser):
     """Where weights come from."""
-    group = parser.add_argument_group("weights")
-    add = group.add_argument
+    add = parser.add_argument_group("weights").add_argument
     add("--pretrained", action="store_true", default=True, help="start from torchvision's published weights (default)")
     add("--no_pretrained", dest="pretrained", action="store_false", help="start from random weights")
     add("--weights", type=Path, metavar="FILE", help="state dict for the backbone, instead of the published weights")
@@ -185,17 +184,17 @@ def add_model_arguments(parser):
 
 def add_compute_arguments(parser):
     """Device, precision and workers: the flags that training and prediction share."""
-    group = parser.add_argument_group("speed")
-    add = group.add_argument
+    add = parser.add_argument_group("speed").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--use_amp", nargs="?", const="on", default="auto", choices=("auto", "on", "off"),
         help="mixed precision; auto = where the device is fast at it")
-    add("--num_workers", type=auto_or_count, default="auto", help="loader processes; auto = chosen and printed")
+    add("--num_workers", type=bounded(int, 0, word="auto"), default="auto", help="loader processes; auto is printed")
 
 
 def add_shared_arguments(parser, **defaults):
     """Declare every flag that the train scripts share; `defaults` sets the script's own default values."""
-    for add in (add_run_arguments, add_training_arguments, add_data_arguments, add_model_arguments, add_compute_arguments):
+    for add in (add_run_arguments, add_training_arguments, add_data_arguments, add_model_arguments,
+                add_compute_arguments):
         add(parser)
     parser.set_defaults(**defaults)
 
@@ -207,70 +206,74 @@ def parse_arguments(parser, argv=None):
     Raises UserError for an unreadable config, an unknown key (closest flag named) or a value that its flag refuses.
     """
     argv = [_snake_case(token) for token in (sys.argv[1:] if argv is None else argv)]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    first.add_argument("--resume", nargs="?", const="auto")
-    known, _ = first.parse_known_args(argv)
-    given = {parser._option_string_actions[name].dest for token in argv
-             if (name := token.split("=", 1)[0]) in parser._option_string_actions}
-    inherited = []
-    if known.resume not in (None, "auto"):
-        inherited += _tokens(parser, run_folder_of(known.resume) / "args.json", given | {"config", "resume"})
-    if known.config:
-        inherited += _tokens(parser, known.config, given | {"config", "resume"})
-    args = parser.parse_args(inherited + argv)
+    declared, first = parser._option_string_actions, Parser(add_help=False)
+    for name in ("--config", "--resume"):
+        if name in declared:
+            first._add_action(copy.copy(declared[name]))
+    known = vars(first.parse_known_args(argv)[0])
+    given = {declared[name].dest for name in (token.split("=", 1)[0] for token in argv) if name in declared}
+    inherited, skip = {}, given | {"config", "resume"}
+    if known.get("resume") not in (None, "auto"):
+        inherited |= _config_tokens(parser, run_folder_of(known["resume"]) / "args.json", skip)
+    if known.get("config"):
+        inherited |= _config_tokens(parser, known["config"], skip)
+    args = parser.parse_args([*itertools.chain(*inherited.values()), *argv])
     args.given = given
     return args
 
 
 def _snake_case(token):
     name, equals, value = token.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") and len(name) > 2 else token
+    is_flag = name.startswith("--") and len(name) > 2
+    return "--" + name[2:].replace("-", "_") + equals + value if is_flag else token
 
 
-def _tokens(parser, path, skip):
-    """Config file -> command-line tokens, each value checked by its own flag first so that an error names the file."""
-    tokens = []
+def _config_tokens(parser, path, skip):
+    """Config file -> {flag: its command-line tokens}; each value is checked here, so that an error names the file."""
+    tokens, declared = {}, parser._option_string_actions
     for key, value in read_config(path).items():
-        action = parser._option_string_actions.get("--" + key.replace("-", "_"))
+        action = declared.get("--" + key.replace("-", "_"))
         if action is None:
-            known = [name[2:] for name in parser._option_string_actions]
-            raise UserError(f"{path}: unknown key {key!r}{closest(key, known)}; a key is a flag of this script without its dashes")
+            near = closest(key, [name[2:] for name in declared])
+            raise UserError(f"{path}: unknown key {key!r}{near}; a key is a flag of this script without its dashes")
         if action.dest not in skip and value is not None:
-            tokens += _option_tokens(parser, action, key, value, path)
+            tokens[action.dest] = _option_tokens(parser, action, key, value, path)
     return tokens
 
 
 def _option_tokens(parser, action, key, value, path):
-    option = "--" + key.replace("-", "_")
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise UserError(f"{path}: {key} is a switch: expected true or false, found {value!r}")
         wanted = value == action.const  # `no_pretrained: true` and `pretrained: false` both ask for pretrained = False
-        return [other.option_strings[0] for other in parser._actions if other.dest == action.dest and other.const is wanted][:1]
+        switches = [other for other in parser._actions if other.dest == action.dest and other.const is wanted]
+        return [switch.option_strings[0] for switch in switches[:1]]
     if isinstance(value, bool) and action.choices and {"on", "off"} <= set(action.choices):
         value = "on" if value else "off"  # YAML 1.1 reads a bare `on` as true
-    values = value if isinstance(value, list) else [value]
-    for item in values:
+    is_repeatable = isinstance(action, argparse._AppendAction)
+    items = value if isinstance(value, list) and (action.nargs or is_repeatable) else [value]
+    for item in items:
         _check_value(action, key, item, path)
-    if isinstance(value, list) and not isinstance(action, argparse._AppendAction) and action.nargs is not None:
-        return [option] + [str(item) for item in values]
-    return [f"{option}={item}" for item in values]
+    option = action.option_strings[0]
+    if isinstance(value, list) and not is_repeatable:
+        return [option, *map(str, items)]
+    return [f"{option}={item}" for item in items]
 
 
 def _check_value(action, key, item, path):
+    expected = f"{path}: {key} expected {getattr(action.type, '__name__', 'text')}, found {item!r}"
     if isinstance(item, (bool, dict, list)):
-        raise UserError(f"{path}: {key} expected {getattr(action.type, '__name__', 'text')}, found {item!r}")
+        raise UserError(f"{expected}")
     try:
         converted = action.type(str(item)) if action.type else str(item)
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise UserError(f"{path}: {key} expected {getattr(action.type, '__name__', 'text')}, found {item!r} ({error})") from None
+        raise UserError(f"{expected} ({error})") from None
     if action.choices and converted not in action.choices:
         raise UserError(f"{path}: {key} is one of {', '.join(map(str, action.choices))}; found {item!r}")
 
 
 def read_config(path):
-    """Flat dict {flag name: value} from YAML (safe subset) or JSON; nested sections are dropped, a run's args.json gives its flags.
+    """Flat {flag name: value} of a YAML (safe subset) or JSON file; sections are dropped, an args.json gives its flags.
 
     Raises UserError for files that are missing, over 1 MB, not a mapping, or that hold duplicate keys, anchors, NaN or
     nesting deeper than the parser can follow.
@@ -282,64 +285,52 @@ def read_config(path):
         raise UserError(f"{path} has {path.stat().st_size} bytes: a config file stays under 1 MB")
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     try:
-        values = _parse_json(text) if path.suffix.lower() == ".json" else _parse_yaml(text)
+        values = json.loads(text, object_pairs_hook=_unique) if path.suffix.lower() == ".json" else _parse_yaml(text)
         if isinstance(values, dict) and isinstance(values.get("flags"), dict) and "command" in values:
             values = values["flags"]
-        flat = {}
-        _flatten(values if values is not None else {}, flat)
+        return _unique(_leaves({} if values is None else values))
     except RecursionError:
         raise UserError(f"{path} is nested too deeply to be a config file ({len(text)} characters)") from None
     except ValueError as error:
-        raise UserError(f"{path} cannot be read as a config file: {' '.join(str(error).split())}") from None
-    return flat
+        raise UserError(f"{path} cannot be read as a config file: {one_line(error)}") from None
 
 
-def _parse_json(text):
-    def unique(pairs):
-        keys = [key for key, _ in pairs]
-        if len(keys) != len(set(keys)):
-            raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands there twice")
-        return dict(pairs)
-
-    def refuse(name):
-        raise ValueError(f"{name} is not a value")
-    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+def _unique(pairs):
+    flags = {}
+    for key, value in pairs:
+        if str(key) in flags:
+            raise ValueError(f"the key {str(key)!r} stands there twice, in one section or in two sections")
+        flags[str(key)] = value
+    return flags
 
 
 def _parse_yaml(text):
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def compose_node(self, parent, index):
-            if self.check_event(yaml.AliasEvent) or getattr(self.peek_event(), "anchor", None):
-                raise ValueError(f"anchors and aliases are not read (line {self.peek_event().start_mark.line + 1})")
-            return super().compose_node(parent, index)
-
-    def mapping(loader, node):
-        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise ValueError(f"the key {twice[0]!r} stands there twice (line {node.start_mark.line + 1})")
-        return {key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value)}
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+        """SafeLoader with a constructor of its own for mappings."""
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
+                           lambda loader, node: _unique(loader.construct_pairs(node, deep=True)))
     try:
+        for event in yaml.parse(text, Loader):
+            if getattr(event, "anchor", None):
+                raise ValueError(f"anchors and aliases are not read (line {event.start_mark.line + 1})")
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(f"{error}") from None
 
 
-def _flatten(values, flat):
+def _leaves(values):
+    """(key, value) pairs of a mapping and of the sections in it."""
     if not isinstance(values, dict):
         raise ValueError(f"expected `flag: value` lines, found {type(values).__name__}")
     for key, value in values.items():
         if isinstance(value, dict):
-            _flatten(value, flat)
-        elif key in flat:
-            raise ValueError(f"the key {key!r} stands in two sections")
+            yield from _leaves(value)
         elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key} is {value}: not a value")
+            raise ValueError(f"{key} is {value} (NaN or infinite): not a value")
         else:
-            flat[str(key)] = value
+            yield key, value
 
 
 # ---------------------------------------------------------------------------
@@ -354,19 +345,19 @@ class Run:
     """
 
     def __init__(self, folder, args, compute, signals, resumed=False):
-        self.folder, self.args, self.compute, self.signals, self.resumed = Path(folder), args, compute, signals, resumed
-        self._lock = _lock_folder(self.folder)
-        self._log = open(self.folder / "log.txt", "a", encoding="utf-8")
+        self.folder, self.args, self.compute, self.signals, self.resumed = folder, args, compute, signals, resumed
+        with saving(folder):
+            self._lock = _lock_folder(folder)
+            self._log = open(folder / "log.txt", "a", encoding="utf-8")
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        if error is not None and not isinstance(error, SystemExit):
-            self._log.write(f"{kind.__name__}: {error}\n")
-        self._log.close()
-        self._lock.close()
-        if isinstance(error, UserError) and not self.resumed and not (self.folder / "args.json").exists():
+        with contextlib.suppress(OSError), self._log, self._lock:  # a full disk must not hide the error that led here
+            if error is not None and not isinstance(error, SystemExit):
+                self._log.write(f"{kind.__name__}: {error}\n")
+        if isinstance(error, UserError) and not self.resumed and not self.path("args.json").exists():
             shutil.rmtree(self.folder)
 
     def path(self, name):
@@ -376,45 +367,50 @@ class Run:
     def say(self, text="", log_only=False):
         """Print a line (ASCII) and keep it in log.txt; log_only leaves the terminal alone."""
         text = str(text).encode("ascii", "backslashreplace").decode()
-        self._log.write(text + "\n")
-        self._log.flush()
         if not log_only:
             print(text, flush=True)
+        with saving(self._log.name):
+            self._log.write(text + "\n")
+            self._log.flush()
 
     def child(self, name):
         """The run of one fold: an ordinary run folder inside this one, opened again where it exists."""
-        folder = self.folder / name
-        folder.mkdir(exist_ok=True)
-        return Run(folder, self.args, self.compute, self.signals, self.resumed)
+        self.path(name).mkdir(exist_ok=True)
+        return Run(self.path(name), self.args, self.compute, self.signals, self.resumed)
 
     def write_args(self, **data):
-        """args.json: what is needed to repeat the run. On resume: refuse when flags or data differ from the first start."""
-        record = _args_record(self.args, self.compute, data)
-        path = self.path("args.json")
+        """args.json: what repeats the run. On resume: refuse when flags or data differ from the first start."""
+        record, path = _args_record(self.args, self.compute, data), self.path("args.json")
         if not path.exists():
             return write_json(path, record)
         before = read_json(path)
-        differences = [(f"--{name}", before["flags"].get(name), value) for name, value in record["flags"].items()
-                       if name not in NEUTRAL_FLAGS and before["flags"].get(name) != value]
-        differences += [(name, before["data"].get(name), value) for name, value in record["data"].items()
-                        if before["data"].get(name) != value]
-        if before["device"]["precision"] != record["device"]["precision"]:
-            differences.append(("precision", before["device"]["precision"], record["device"]["precision"]))
-        if differences:
-            lines = "".join(f"\n  {name:24} {_brief(old):32} {_brief(new)}" for name, old, new in differences)
-            raise UserError(f"{self.folder} cannot be continued exactly: these differ (then, now); start a new run or restore them{lines}")
+        pairs = [(f"--{name}", before["flags"].get(name), value) for name, value in record["flags"].items()
+                 if name not in NEUTRAL_FLAGS]
+        pairs += [(name, before["data"].get(name), value) for name, value in record["data"].items()]
+        pairs += [("precision", before["device"]["precision"], record["device"]["precision"])]
+        lines = [f"\n  {name:24} {json.dumps(old)[:30]:32} {json.dumps(new)[:30]}" for name, old, new in pairs
+                 if old != new]
+        if lines:
+            raise UserError(f"{self.folder} cannot be continued exactly: these differ (then, now); start a new run or "
+                            f"restore them{''.join(lines)}")
 
 
-def _brief(value):
-    text = json.dumps(value)
-    return text if len(text) <= 30 else text[:27] + "..."
+def with_progress(run, label, batches, total, done=0):
+    """The batches, with a tqdm bar (rate, time left) on a terminal, and in the log one plain line at the end."""
+    from tqdm import tqdm
+    start, count, is_hidden = time.perf_counter(), 0, not sys.stderr.isatty()
+    bar = tqdm(batches, label, total, initial=done, leave=False, ascii=True, disable=is_hidden)
+    for count, batch in enumerate(bar, start=1):
+        yield batch
+    seconds = max(time.perf_counter() - start, 1e-9)
+    run.say(f"{label}: {count} batches in {seconds:.1f} s ({count / seconds:.2f} batches/s)", log_only=True)
 
 
 def start_run(args):
     """Device, threads, stop signals and the run folder (new, or the one to resume).
 
-    Returns Run. Raises UserError for a missing device or an output folder that cannot be written; SystemExit(0) when the
-    run to resume is finished.
+    Returns Run. Raises UserError for a missing device or an output folder that cannot be written; SystemExit(0) when
+    the run to resume is finished.
     """
     if args.dry_run:
         args.epochs, args.patience, args.save_every = 1, 0, 0
@@ -423,19 +419,17 @@ def start_run(args):
         torch.use_deterministic_algorithms(True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     folder = _folder_to_resume(args) if args.resume else None
-    resumed = folder is not None
-    if resumed:
-        _restore_threads(folder)
-    run = Run(folder or _new_folder(args.output_dir), args, compute, StopSignals(), resumed)
-    run.say(f"run folder: {run.folder}{' (continued)' if resumed else ''}")
+    if folder:  # the number of threads decides the last bits of every sum
+        torch.set_num_threads(read_json(folder / "args.json")["device"]["threads"])
+    run = Run(folder or _new_folder(args.output_dir), args, compute, StopSignals(), resumed=folder is not None)
+    run.say(f"run folder: {run.folder}{' (continued)' if run.resumed else ''}")
     run.say(f"command: {command_line()}")
     run.say(f"device: {compute.text}; {torch.get_num_threads()} threads; torch {torch.__version__}")
     return run
 
 
 def _new_folder(parent):
-    stamp = datetime.datetime.now().strftime("run_%Y%m%d_%H%M%S")
-    job = slurm_job_id()
+    stamp, job = datetime.datetime.now().strftime("run_%Y%m%d_%H%M%S"), slurm_job_id()
     stamp += f"_job{job}" if job else ""
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -459,36 +453,38 @@ def _lock_folder(folder):
     handle = open(folder / ".lock", "w")
     try:
         import fcntl
-    except ImportError:  # Windows has no flock: a second writer is not detected there
-        return handle
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader workers would inherit
+    except (BlockingIOError, PermissionError):
+        handle.close()
         raise UserError(f"{folder} is being written by another process; wait for it or start a new run") from None
+    except (ImportError, OSError):
+        pass  # Windows, or a network drive without locks: a second writer is not detected there
     return handle
 
 
 def run_folder_of(target):
-    """--resume RUN or CHECKPOINT -> the run folder. Raises UserError where there is none."""
+    """--resume RUN or CHECKPOINT -> the run folder, for a fold that of all folds. UserError where there is none."""
     target = Path(target)
     folder = target if target.is_dir() else target.parent
     if not target.exists() or not (folder / "args.json").is_file():
         raise UserError(f"--resume {target} is no run folder or checkpoint inside one (no args.json in {folder})")
-    return folder
+    is_fold = re.fullmatch(r"fold_\d+", folder.name) and (folder.parent / "args.json").is_file()
+    return folder.parent if is_fold else folder
 
 
 def _folder_to_resume(args):
     if args.resume != "auto":
         folder = run_folder_of(args.resume)
-        if read_json(folder / "args.json")["script"] != script_name():
-            raise UserError(f"{folder} is a run of {read_json(folder / 'args.json')['script']}, not of {script_name()}")
+        script = read_json(folder / "args.json")["script"]
+        if script != script_name():
+            raise UserError(f"{folder} is a run of {script}, not of {script_name()}")
         return _unfinished_or_exit(folder)
     job = slurm_job_id()
-    candidates = sorted(args.output_dir.glob("run_*/args.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    runs = [path.parent for path in candidates if _same_run(read_json(path), args)]
+    records = sorted(args.output_dir.glob("run_*/args.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    runs = [path.parent for path in records if _same_run(read_json(path), args)]
     for folder in (f for f in runs if job and re.search(rf"_job{job}(_\d+)?$", f.name)):
         return _unfinished_or_exit(folder)
-    return next((folder for folder in runs if not _finished(folder)), None)
+    return next((folder for folder in runs if not (folder / "metrics.json").exists()), None)
 
 
 def _same_run(record, args):
@@ -497,20 +493,11 @@ def _same_run(record, args):
         record["flags"].get(name) == value for name, value in flags.items() if name not in NEUTRAL_FLAGS)
 
 
-def _finished(folder):
-    return (folder / "metrics.json").exists()
-
-
 def _unfinished_or_exit(folder):
-    if _finished(folder):
+    if (folder / "metrics.json").exists():
         print(f"{folder} is finished: nothing to continue; its report is {folder / 'report.html'}", flush=True)
-        raise SystemExit(EXIT_OK)
+        sys.exit(EXIT_OK)
     return folder
-
-
-def _restore_threads(folder):
-    # the number of threads decides the last bits of every sum
-    torch.set_num_threads(read_json(folder / "args.json")["device"]["threads"])
 
 
 def script_name():
@@ -523,18 +510,24 @@ def command_line():
     return shlex.join(["python", *sys.argv])
 
 
+def public_command():
+    """command_line with every path shortened to what follows the current folder, or to its last two parts."""
+    words = [shorten_path(word, [Path.cwd()]) if Path(word).is_absolute() else word for word in sys.argv]
+    return shlex.join(["python", *words])
+
+
 def _flags(args):
     return {name: value for name, value in vars(args).items() if name != "given"}
 
 
 def _args_record(args, compute, data):
+    slurm = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_NNODES", "SLURM_NTASKS")
     return json_safe({
         "script": script_name(), "command": command_line(), "flags": _flags(args), "versions": package_versions(),
         "git": _git_commit(), "data": data,
         "device": {"device": str(compute.device), "name": compute.text, "precision": compute.precision,
                    "threads": torch.get_num_threads()},
-        "slurm": {name: value for name, value in os.environ.items()
-                  if name in ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_NNODES", "SLURM_NTASKS")}})
+        "slurm": {name: os.environ[name] for name in slurm if name in os.environ}})
 
 
 def package_versions():
@@ -548,13 +541,13 @@ def package_versions():
 
 
 def _git_commit():
-    here = Path(__file__).resolve().parent
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=Path(__file__).resolve().parent, capture_output=True, text=True,
+                              timeout=10, check=True).stdout.strip()
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit.stdout.strip(), "changed": bool(changed.stdout.strip())} if commit.returncode == 0 else None
 
 
 def json_safe(value):
@@ -570,35 +563,39 @@ def json_safe(value):
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
+class CannotSave(UserError):
+    """A file that cannot be written; the checkpoint before it stays whole. Exit code 1."""
+    code = EXIT_CRASH
+
+
+@contextlib.contextmanager
+def saving(path, n_bytes="more"):
+    """An OSError in this block becomes CannotSave: which file, and on a full disk the bytes needed and free."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise CannotSave(f"cannot write {path}: {error.strerror}") from error
+        free = shutil.disk_usage(Path(path).absolute().parent).free
+        raise CannotSave(f"no space to write {path}: {n_bytes} bytes needed, {free} free") from error
+
+
 def write_whole(path, content):
     """Write bytes so that a kill at any moment leaves the old file or the new one: temp file, fsync, rename."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+    with saving(path, len(content)):
+        try:
+            with open(temporary, "wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
         _sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CannotSave(f"no space to write {path}: {len(content)} bytes needed, {_free_bytes(path.parent)} free") from error
-        raise CannotSave(f"cannot write {path}: {error.strerror}") from error
-
-
-class CannotSave(UserError):
-    """The run folder can no longer be written; the checkpoint before it stays whole."""
-    code = EXIT_CRASH
-
-
-def _free_bytes(folder):
-    with contextlib.suppress(OSError, AttributeError):
-        status = os.statvfs(folder)
-        return status.f_bavail * status.f_frsize
-    return "unknown"
 
 
 def _sync_folder(folder):
@@ -624,9 +621,8 @@ def read_json(path):
 
 
 def write_table(path, rows):
-    """CSV with the columns of all rows in order of appearance; floats in full precision, NaN and None empty. Written whole."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
+    """CSV with the columns of all rows in order of appearance, floats in full, NaN and None empty. Written whole."""
+    columns, text = list(dict.fromkeys(name for row in rows for name in row)), io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows([_cell(row.get(name)) for name in columns] for row in rows)
@@ -635,9 +631,7 @@ def write_table(path, rows):
 
 def _cell(value):
     value = value.item() if isinstance(value, np.generic) else value
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return repr(value) if isinstance(value, float) else value
+    return "" if value is None or value != value else repr(value) if isinstance(value, float) else value
 
 
 def run_main(main):
@@ -645,31 +639,34 @@ def run_main(main):
     try:
         main()
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(error.code) from None
+        code, text = error.code, f"error: {error}"
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        raise SystemExit(EXIT_INTERRUPT) from None
+        code, text = EXIT_INTERRUPT, "interrupted"
     except (torch.OutOfMemoryError, MemoryError) as error:
-        sys.stderr.write(f"error: out of memory ({' '.join(str(error).split())[:160]})\n{_half_batch()}\n")
-        raise SystemExit(EXIT_CRASH) from None
+        code, text = EXIT_CRASH, f"error: out of memory ({one_line(error)})\n{_half_batch()}"
+    else:
+        return
+    sys.stderr.write(f"{text}\n")
+    sys.exit(code)
 
 
 def _half_batch():
     tokens = " ".join(sys.argv)
-    found = {name: re.search(rf"--{name}[ =](\d+)", tokens) for name in ("batch_size", "accumulate")}
-    batch = int(found["batch_size"][1]) if found["batch_size"] else None
-    accumulate = int(found["accumulate"][1]) if found["accumulate"] else 1
-    if batch is None:
+    batch, accumulate = (re.search(rf"--{name}[ =](\d+)", tokens) for name in ("batch_size", "accumulate"))
+    if not batch:
         return "try again with half the batch size (--batch_size) and --accumulate 2"
     kept = re.sub(r"--(batch_size|accumulate)[ =]\d+ ?", "", tokens).strip()
-    return f"try: python {kept} --batch_size {max(1, batch // 2)} --accumulate {2 * accumulate}"
+    doubled = 2 * int(accumulate[1]) if accumulate else 2
+    return f"try: python {kept} --batch_size {max(1, int(batch[1]) // 2)} --accumulate {doubled}"
 
 
 # ---------------------------------------------------------------------------
 # Device, seed and loaders
 # ---------------------------------------------------------------------------
-# Every draw is a pure function of (seed, epoch, sample), so a resumed run needs no random state and any worker count agrees.
+# Every draw is a pure function of (seed, epoch, sample): no random state to save, and any worker count agrees.
+
+CAN_FORK = sys.platform not in ("win32", "darwin")  # macOS can, but its numeric libraries do not survive it
+
 
 @dataclasses.dataclass
 class Compute:
@@ -703,11 +700,11 @@ def choose_compute(device, use_amp):
                         "or run verify_setup.py to see why")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {device}: this machine has no Apple GPU; use --device cpu")
-    fast = fast_precision(device)
-    precision = "fp32" if use_amp == "off" else fast
-    if use_amp == "on" and fast == "fp32":
+    precision = "fp32" if use_amp == "off" else fast_precision(device)
+    if use_amp == "on" and precision == "fp32":
         precision = "bf16"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
+        _cpuinfo("model name") or platform.processor() or platform.machine())
     layout = precision != "fp32" or device.type == "cuda"
     text = f"{device} ({name}), {precision}{' with channels_last' if layout else ''}"
     return Compute(device, precision, layout, text)
@@ -718,22 +715,15 @@ def fast_precision(device):
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         return "bf16" if major >= 8 else "fp16" if major >= 7 else "fp32"
-    return "bf16" if device.type == "cpu" and {"avx512_bf16", "amx_bf16"} & _cpu_flags() else "fp32"
+    return "bf16" if device.type == "cpu" and {"avx512_bf16", "amx_bf16"} & set(_cpuinfo("flags").split()) else "fp32"
 
 
-def _cpu_flags():
+def _cpuinfo(field):
+    """First line of this field in Linux's /proc/cpuinfo, '' elsewhere."""
     with contextlib.suppress(OSError):
-        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        return set(found[1].split()) if found else set()
-    return set()
-
-
-def _processor_name():
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
+        found = re.search(rf"^{field}\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return found[1].strip() if found else ""
+    return ""
 
 
 def mix(*integers):
@@ -783,34 +773,38 @@ class EpochBatches(torch.utils.data.Sampler):
 
 
 def make_loader(dataset, batch_size, args, compute, train, cached=False):
-    """DataLoader over EpochBatches; `cached` says that samples cost little, so that --num_workers auto needs fewer."""
+    """DataLoader over EpochBatches; `cached`: samples cost little, so that --num_workers auto needs fewer workers."""
     workers = resolve_workers(args.num_workers, cached)
-    context = "fork" if workers and sys.platform != "win32" and sys.platform != "darwin" else None
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=EpochBatches(len(dataset), batch_size, args.seed, train), num_workers=workers,
-        persistent_workers=workers > 0, multiprocessing_context=context, worker_init_fn=_guard_worker if workers else None,
-        pin_memory=compute.device.type == "cuda", timeout=600 if workers else 0)
+        persistent_workers=workers > 0, multiprocessing_context="fork" if workers and CAN_FORK else None,
+        worker_init_fn=_guard_worker if workers else None, pin_memory=compute.device.type == "cuda",
+        timeout=600 if workers else 0)
+
+
+def count_cores():
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve_workers(num_workers, cached):
-    """'auto' -> none where a core more for the model helps more than a worker (two cores and a warm cache), else up to 8."""
+    """'auto' -> up to 8; 0 where a core more for the model helps more (two cores, cached samples) or none can fork."""
     if num_workers != "auto":
         return num_workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if sys.platform == "win32" or (cached and cores <= 2):
-        return 0
-    return min(8, cores)
+    cores = count_cores()
+    return 0 if not CAN_FORK or (cached and cores <= 2) else min(8, cores)
 
 
 def _guard_worker(_):
-    """Loader workers ignore the stop signals that a scheduler sends to every process, and obey only their parent's TERM.
+    """Loader workers ignore the stop signals that a scheduler sends to every process; they obey their parent's TERM.
 
     SIG_IGN would make the loader's own shutdown hang, so the signals are blocked and one thread waits for them.
     """
     import cv2
     cv2.setNumThreads(0)
-    parent = os.getppid()
-    stops = {getattr(signal, name) for name in StopSignals.NAMES if hasattr(signal, name)}
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
+        return
+    parent, stops = os.getppid(), StopSignals.available()
     signal.pthread_sigmask(signal.SIG_BLOCK, stops)
 
     def wait():
@@ -824,15 +818,19 @@ def _guard_worker(_):
 class StopSignals:
     """TERM, USR1, USR2 and the first Ctrl-C ask for a save and a stop; the second Ctrl-C stops at once.
 
-    While `armed` (inside the epoch loop) a signal is only noted; elsewhere there is nothing to save and it stops at once.
+    While `armed` (in the epoch loop) a signal is only noted; elsewhere there is nothing to save and it stops at once.
     """
-    NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 
     def __init__(self):
         self.received, self.armed = None, False
-        for name in self.NAMES:
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._receive)
+        for number in self.available():
+            signal.signal(number, self._receive)
+
+    @staticmethod
+    def available():
+        """Their numbers, as far as this system has them."""
+        names = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
+        return {getattr(signal, name) for name in names if hasattr(signal, name)}
 
     def _receive(self, number, _):
         again = self.received == signal.SIGINT
@@ -840,7 +838,7 @@ class StopSignals:
         if number == signal.SIGINT and (again or not self.armed):
             raise KeyboardInterrupt
         if not self.armed:
-            raise SystemExit(EXIT_SAVED)
+            sys.exit(EXIT_SAVED)
 
     @property
     def exit_code(self):
@@ -852,27 +850,20 @@ class StopSignals:
 # Tables and splits
 # ---------------------------------------------------------------------------
 # Any ratings table found in the wild becomes one RatingsTable; a split keeps groups whole and repeats exactly.
+
 MISSING_CELLS = {"", "na", "nan", "n/a", "#n/a", "<na>"}
 IMAGE_COLUMNS = ("image", "filename", "file", "stimulus", "path")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 NOT_A_TARGET = re.compile(r"(.*_)?(id|n|sd)|index|unnamed.*", re.IGNORECASE)
 
 
-def _some(items, limit=10):
-    """'a, b, c and 4 more': every fault counted, the first `limit` shown."""
-    items = [str(item) for item in items]
-    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
-
-
 def _pick(wanted, options, where):
     """Names asked for -> those in `options`, in any case, X also for X_mean. UserError lists the unknown ones."""
     spelled = {name.lower().removesuffix("_mean"): name for name in options}
     spelled |= {name.lower(): name for name in options} | {name: name for name in options}
-    unknown = [name for name in wanted or [] if name not in spelled and name.lower() not in spelled]
-    close = {name: difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.5) for name in unknown}
+    unknown = [name + closest(name, options) for name in wanted or [] if not {name, name.lower()} & set(spelled)]
     if unknown:
-        shown = _some(f"{name} (did you mean {spelled[near[0]]}?)" if near else name for name, near in close.items())
-        raise UserError(f"{where} {shown} (found: {_some(options, 40)}). Correct the name.")
+        raise UserError(f"{where} {_some(unknown)} (found: {_some(options, 40)}). Correct the name.")
     return list(dict.fromkeys(spelled.get(name) or spelled[name.lower()] for name in wanted or []))
 
 
@@ -1234,7 +1225,7 @@ def make_folds(n_rows, k, strata=None, groups=None, seed=42, keys=None):
 def write_splits(path, split, keys, extra=None):
     """JSON {part: [keys in row order]} and, under 'info', whatever else explains the split."""
     listed = {name: [str(keys[row]) for row in rows] for name, rows in split.items()}
-    Path(path).write_text(json.dumps({**listed, "info": extra or {}}, indent=1), encoding="utf-8")
+    write_json(path, {**listed, "info": extra or {}})
 
 
 def read_split_file(path, keys):
@@ -1264,6 +1255,7 @@ def effective_size(target, subjects=None):
 # Leakage
 # ---------------------------------------------------------------------------
 # Counts what two parts of a split share, before anything is trained on one and scored on the other.
+
 # Measured on 804 aligned faces: copies (64 to 512 px, JPEG 30 to 90, brighter, darker) differ in at most 34 of 256
 # bits, different faces in at least 58.
 NEAR_DUPLICATE_BITS = 40
@@ -1280,17 +1272,17 @@ def perceptual_hash(image):
     return np.packbits(low > np.median(low) + 0.01).view(np.uint64)
 
 
-def _near_pairs(phash, threshold):
-    """(N, 4) uint64 -> (2, P) rows i < j of the pairs that differ in at most `threshold` bits."""
+def _near_pairs(phash):
+    """(N, 4) uint64 -> (2, P) rows i < j of the pairs that differ in at most NEAR_DUPLICATE_BITS."""
     signs = 2 * np.unpackbits(np.ascontiguousarray(phash).view(np.uint8), axis=1).astype(np.float32) - 1
     pairs = [np.empty((0, 2), int)]
     for start in range(0, len(signs), 1024):
         agree = signs[start:start + 1024] @ signs[start:].T  # (B, N): number of bits - 2 x Hamming distance
-        pairs.append(np.argwhere(np.triu(agree, 1) >= max(1, signs.shape[1] - 2 * threshold)) + start)
+        pairs.append(np.argwhere(np.triu(agree, 1) >= max(1, signs.shape[1] - 2 * NEAR_DUPLICATE_BITS)) + start)
     return np.concatenate(pairs).T
 
 
-def leakage_report(split, pixel_sha, phash, keys, groups=None, events=None, threshold=NEAR_DUPLICATE_BITS):
+def leakage_report(split, pixel_sha, phash, keys, groups=None, events=None):
     """What every two parts share -> {between: {a-b: {what: {count, examples}}}, within: {part: {what: count}}}.
 
     split: {part: rows}; pixel_sha: N str, '' = unreadable; phash: (N, 4) uint64; keys: N names; groups, events: N str,
@@ -1301,13 +1293,13 @@ def leakage_report(split, pixel_sha, phash, keys, groups=None, events=None, thre
     twins, near = collections.defaultdict(list), collections.defaultdict(list)
     for row in rows:
         twins[pixel_sha[row]].append(str(keys[row]))
-    for i, j in np.take(rows, _near_pairs(np.asarray(phash)[rows], threshold)).T:
+    for i, j in np.take(rows, _near_pairs(np.asarray(phash)[rows])).T:
         if pixel_sha[i] != pixel_sha[j]:
             near[frozenset((part_of[i], part_of[j]))].append(f"{keys[i]} = {keys[j]}")
     columns = {"groups": groups, "events": events, "exact_duplicates": [" = ".join(twins[sha]) for sha in pixel_sha]}
     held = {(what, name): {str(column[row]) for row in rows_in} - {""} for what, column in columns.items()
             if column is not None for name, rows_in in split.items()}
-    report = {"near_duplicate_bits": threshold, "between": {}, "within": {}}
+    report = {"near_duplicate_bits": NEAR_DUPLICATE_BITS, "between": {}, "within": {}}
     for a, b in itertools.combinations(filter(lambda name: len(split[name]), split), 2):
         shared = {what: sorted(held[what, a] & held[what, b]) for what in columns if columns[what] is not None}
         shared["near_duplicates"] = near[frozenset((a, b))]
@@ -1400,7 +1392,7 @@ def _open_picture(path):
     except Image.UnidentifiedImageError as error:
         raise BadImage(f"no picture, or a damaged header (formats read: {', '.join(IMAGE_FORMATS)})") from error
     except PILLOW_ERRORS as error:
-        raise BadImage(f"damaged: {' '.join(str(error).split())[:120] or type(error).__name__}") from error
+        raise BadImage(f"damaged: {one_line(error) or type(error).__name__}") from error
 
 
 def _scaled_size(width, height, short_side):
@@ -1551,7 +1543,7 @@ class ImageStore:
 
     def _threaded(self, work):
         """Results of work(path) in order; a few files in flight at a time, so that memory stays flat."""
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = count_cores()
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             for start in range(0, len(self.paths), 8 * threads):
                 yield from pool.map(work, self.paths[start:start + 8 * threads])
@@ -1582,23 +1574,27 @@ class ImageStore:
         return self.cache_dir / f"images_{hashlib.sha256(key.encode()).hexdigest()[:32]}.cache"
 
     def _write_cache(self):
-        """All pixels, then the audit as JSON, then its length (8 bytes) and SHA-256 (32 bytes)."""
         if not self._disk_fits():
             raise UserError(f"--cache disk needs {self.bytes / 1e6:.0f} MB of writable space in {self.cache_dir}; "
                             f"free some, set XDG_CACHE_HOME to a larger disk, or use --cache none")
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        handle = tempfile.NamedTemporaryFile(dir=self.cache_dir, prefix=self.file.stem, suffix=".tmp", delete=False)
-        try:
-            with handle:
-                for pixels in self._decode_all():
-                    handle.write(pixels)
-                index = json.dumps([dataclasses.asdict(found) for found in self.audit]).encode()
-                handle.write(index + len(index).to_bytes(8, "little") + hashlib.sha256(index).digest())
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(handle.name, self.file)
-        finally:
-            Path(handle.name).unlink(missing_ok=True)
+        with saving(self.file, self.bytes):
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            handle = tempfile.NamedTemporaryFile(dir=self.cache_dir, prefix=self.file.stem, suffix=".tmp", delete=False)
+            try:
+                with handle:
+                    self._write_pictures(handle)
+                os.replace(handle.name, self.file)
+            finally:
+                Path(handle.name).unlink(missing_ok=True)
+
+    def _write_pictures(self, handle):
+        """All pixels, then the audit as JSON, then its length (8 bytes) and SHA-256 (32 bytes)."""
+        for pixels in self._decode_all():
+            handle.write(pixels)
+        index = json.dumps([dataclasses.asdict(found) for found in self.audit]).encode()
+        handle.write(index + len(index).to_bytes(8, "little") + hashlib.sha256(index).digest())
+        handle.flush()
+        os.fsync(handle.fileno())
 
     def _open_cache(self):
         """Take up the cache file; False where there is none or any part of it does not hold what it should."""
@@ -1761,16 +1757,18 @@ def to_input(batch, device, mean=IMAGENET_MEAN, std=IMAGENET_STD, channels_last=
     pixels.flatten(2).sub_(centre).div_(spread)
     pixels = pixels.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
     return pixels if channels_last else pixels.contiguous()
+
+
 # ---------------------------------------------------------------------------
 # Backbones and weights
 # ---------------------------------------------------------------------------
-# Any torchvision classifier without its last layer; its weights come from a file, the hub cache or the network, never by chance.
+# Any torchvision classifier without its last layer; its weights come from a file, the cache or the network.
 
 def build_backbone(name, pretrained=True, weights=None, image_size=224):
     """torchvision classifier -> (module: (B, 3, H, W) -> (B, F), feature width F).
 
-    weights: state dict file for the backbone. Raises UserError for an unknown name, weights that cannot be had (both ways
-    out named), or a file whose layers are others.
+    weights: state dict file. Raises UserError for an unknown name, weights that cannot be had (both ways out named), or
+    a file whose layers are others.
     """
     import torchvision
     classifiers = torchvision.models.list_models(module=torchvision.models)
@@ -1800,14 +1798,14 @@ def _last_linear(model, name):
 
 
 def cached_weights_file(name):
-    """Where torchvision's published weights of a model lie in the hub cache: (path, url); the path may not exist yet."""
+    """(path, url) of torchvision's published weights of a model; the path in the hub cache may not exist yet."""
     import torchvision
     url = torchvision.models.get_model_weights(name).DEFAULT.url
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1], url
 
 
 def published_weights(name):
-    """State dict of torchvision's default weights, from the cache or the network. Raises UserError where neither has them."""
+    """State dict of torchvision's default weights, from cache or network. UserError where neither has them."""
     path, url = cached_weights_file(name)
     prefix = re.search(r"-([0-9a-f]{8,})\.", path.name)[1]
     if not path.exists():
@@ -1815,19 +1813,19 @@ def published_weights(name):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"no pretrained weights for {name}: {path} is missing and the download failed ({error}). Run "
-                            f"`python verify_setup.py --download_weights {name}` where there is internet, or give "
+            raise UserError(f"no pretrained weights for {name}: {path} is missing and the download failed ({error}). "
+                            f"Run `python verify_setup.py --download_weights {name}` where there is internet, or give "
                             "--weights FILE; --no_pretrained starts from random weights") from None
     if zipfile.is_zipfile(path):
         return load_weights_file(path)
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(prefix):
-        raise CheckpointError(f"{path} is damaged (its SHA-256 does not begin with {prefix}); delete it and download it again")
+        raise CheckpointError(f"{path} is damaged (its SHA-256 does not begin with {prefix}); delete it")
     # an older file without a checked archive, but the hash proves it
     return _state_dict(torch.load(path, map_location="cpu", weights_only=True), path)
 
 
 def load_weights_file(path):
-    """State dict (name -> float tensor) of a weights file: bare, under state_dict/model, with a module. prefix, or half precision."""
+    """Weights file -> {name: float tensor}; bare, under state_dict or model, prefixed by module., half precision."""
     return _state_dict(read_checkpoint(path), path)
 
 
@@ -1837,7 +1835,8 @@ def _state_dict(state, path):
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors: expected a state dict, found {list(state)[:5]}")
-    return {name.removeprefix("module."): value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    return {name.removeprefix("module."): value.float() if value.is_floating_point() else value
+            for name, value in tensors.items()}
 
 
 def _load_backbone_state(model, state, last, source):
@@ -1846,14 +1845,13 @@ def _load_backbone_state(model, state, last, source):
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     wrong = [name for name in own if name in state and state[name].shape != own[name].shape]
     if missing or wrong:
-        example = missing[0] if missing else f"{wrong[0]} {tuple(state[wrong[0]].shape)} for {tuple(own[wrong[0]].shape)}"
         raise UserError(f"{source}: not the weights of this backbone: {len(missing)} of {len(own)} layers missing, "
-                        f"{len(wrong)} of another shape (first: {example})")
+                        f"{len(wrong)} of another shape (first: {[*missing, *wrong][0]})")
     model.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
 
 
 def fold_batchnorm(model):
-    """Copy of a model in eval mode with BatchNorm folded into the convolutions: same outputs within rounding, fewer passes.
+    """Copy in eval mode with BatchNorm folded into the convolutions: same outputs within rounding, fewer passes.
 
     A model that torch.fx cannot trace is returned as it is.
     """
@@ -1870,7 +1868,7 @@ def fold_batchnorm(model):
 class MultiScale(nn.Module):
     """Feature maps of a backbone's last three resolutions, each averaged over a grid: (B, 3, S, S) -> (B, F).
 
-    What a rating hangs on may be small (an expression) or large (a pose); the last layer alone keeps little of the first.
+    What is asked for may hang on small things or large ones; the last layer alone keeps little of the small.
     """
 
     def __init__(self, backbone, image_size, grid=4):
@@ -1913,20 +1911,20 @@ def freeze_stages(backbone, n_stages, image_size):
     if n_stages > len(ends):
         raise UserError(f"--freeze_stages {n_stages}: this backbone has {len(ends)} resolutions: {', '.join(ends)}")
     names = [name for name, _ in backbone.named_parameters()]
-    last = max((i for i, name in enumerate(names) if n_stages and name.startswith(f"{ends[n_stages - 1]}.")), default=-1)
-    for name in names[:last + 1]:
+    inside = [i for i, name in enumerate(names) if n_stages and name.startswith(f"{ends[n_stages - 1]}.")]
+    for name in names[:max(inside, default=-1) + 1]:
         backbone.get_parameter(name).requires_grad_(False)
 
 
 @torch.inference_mode()
 def frozen_features(backbone, keys, pixels, compute, batch_size=64):
-    """Features of pictures through a frozen backbone: pixels(*key) is uint8 (S, S, 3) -> float32 (N, F), one row a key."""
+    """float32 (N, F) features of N pictures through a frozen backbone; pixels(key) is uint8 (S, S, 3)."""
     features = []
     for start in range(0, len(keys), batch_size):
-        batch = torch.from_numpy(np.stack([pixels(*key) for key in keys[start:start + batch_size]]))  # (B, S, S, 3)
+        batch = torch.from_numpy(np.stack([pixels(key) for key in keys[start:start + batch_size]]))  # (B, S, S, 3)
         with compute.autocast():
-            output = backbone(to_input(batch, compute.device, channels_last=compute.channels_last))  # (B, 3, S, S) -> (B, F)
-        features.append(output.float().cpu())
+            inputs = to_input(batch, compute.device, channels_last=compute.channels_last)  # (B, 3, S, S)
+            features.append(backbone(inputs).float().cpu())  # (B, 3, S, S) -> (B, F)
     return torch.cat(features).numpy()
 
 
@@ -1940,7 +1938,8 @@ def build_optimizer(modules, args):
     groups = []
     for module, factor in modules:
         parameters = [p for p in module.parameters() if p.requires_grad]
-        for decay, chosen in ((args.weight_decay, [p for p in parameters if p.ndim > 1]), (0.0, [p for p in parameters if p.ndim < 2])):
+        for decay, is_matrix in ((args.weight_decay, True), (0.0, False)):
+            chosen = [p for p in parameters if (p.ndim > 1) == is_matrix]
             if chosen:
                 groups.append({"params": chosen, "weight_decay": decay, "lr": args.lr * factor, "factor": factor})
     if args.optimizer == "sgd":
@@ -1974,14 +1973,12 @@ class CheckpointError(UserError):
 
 
 def save_checkpoint(path, content, keep_previous=False):
-    """Write a dict of tensors, numbers, strings, lists and dicts, whole or not at all; keep_previous leaves the old as .prev."""
+    """Write a dict of what `plain` gives, whole or not at all; keep_previous leaves the file before it as .prev."""
     buffer, path = io.BytesIO(), Path(path)
     torch.save(content, buffer)
     if keep_previous and path.exists():
-        try:
+        with saving(f"{path}.prev"):
             _keep_previous(path, path.with_name(path.name + ".prev"), path.with_name(f".{path.name}.prev.tmp"))
-        except OSError as error:
-            raise CannotSave(f"cannot keep {path}.prev: {error.strerror}") from error
     write_whole(path, buffer.getbuffer())
 
 
@@ -1999,38 +1996,38 @@ def _keep_previous(path, previous, temporary):
         raise
 
 
-def read_checkpoint(path, limit_bytes=16 << 30):
-    """Load a checkpoint file as plain data. Nothing in it is executed, and every byte is checked (zip CRC) before use.
+def read_checkpoint(path):
+    """Load a checkpoint file as plain data. Nothing in it is executed; every byte is checked (zip CRC) before use.
 
-    Raises CheckpointError in one sentence for anything but a whole, uncompressed torch zip of dense tensors and plain values.
+    Raises CheckpointError for anything but a whole, uncompressed torch zip of dense tensors and plain values.
     """
     path = Path(path)
     try:
         if not path.is_file():
             raise CheckpointError(f"no checkpoint at {path} (expected a regular file)")
-        _check_archive(path, limit_bytes)
+        _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         _check_plain(content)
-    except (OSError, zipfile.BadZipFile, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError,
-            IndexError, AssertionError, NotImplementedError, RecursionError, MemoryError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{path} is no usable checkpoint ({type(error).__name__}: {reason})") from None
+    except (OSError, zipfile.BadZipFile, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError,
+            AssertionError, MemoryError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} is no usable checkpoint ({type(error).__name__}: {one_line(error)})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no usable checkpoint (expected a dict, found {type(content).__name__})")
     return content
 
 
-def _check_archive(path, limit_bytes):
+def _check_archive(path):
     size = path.stat().st_size
     if not zipfile.is_zipfile(path):
-        head = path.open("rb").read(64)
+        with path.open("rb") as handle:
+            head = handle.read(64)
         hint = "a Git LFS pointer: run `git lfs pull`" if head.startswith(b"version https://git-lfs") else (
             "a web page" if head.lstrip()[:1] == b"<" else f"{size} bytes, no zip archive")
         raise ValueError(f"it is {hint}")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
-        if packed or sum(entry.file_size for entry in entries) > min(size, limit_bytes):
+        is_packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if is_packed or sum(entry.file_size for entry in entries) > size:
             raise ValueError(f"its archive claims more than its {size} bytes hold")
         damaged = archive.testzip()
     if damaged:
@@ -2043,8 +2040,8 @@ def _check_plain(value):
     while todo:
         item = todo.pop()
         if isinstance(item, torch.Tensor):
-            needed = item.numel() * item.element_size()
-            if item.layout != torch.strided or item.is_meta or item.is_quantized or needed > item.untyped_storage().nbytes():
+            is_dense = item.layout == torch.strided and not item.is_meta and not item.is_quantized
+            if not is_dense or item.numel() * item.element_size() > item.untyped_storage().nbytes():
                 raise ValueError(f"a tensor is not dense ({item.layout}, shape {tuple(item.shape)})")
         elif isinstance(item, (dict, list, tuple)):
             if id(item) in seen:
@@ -2056,10 +2053,10 @@ def _check_plain(value):
 
 
 def load_model_file(path, script):
-    """best_model.pth of `script` -> dict. Raises UserError for another script's file, CheckpointError for a damaged one."""
+    """best_model.pth of `script` -> dict. Raises UserError for another script's file, CheckpointError for damage."""
     content = read_checkpoint(path)
     if content.get("format") != FORMAT or "model" not in content:
-        raise CheckpointError(f"{path} is no checkpoint of this project (format {content.get('format')!r}, expected {FORMAT})")
+        raise CheckpointError(f"{path} is no checkpoint of this project (format {content.get('format')!r})")
     if content.get("script") != script:
         raise UserError(f"{path} was written by {content.get('script')}, expected one of {script}")
     return content
@@ -2070,30 +2067,36 @@ def checkpoint_fields(path):
     """A field that a checkpoint lacks, or has in another form, becomes CheckpointError inside this block."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} lacks what this script stores in a checkpoint ({type(error).__name__}: {error})") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        fault = f"{type(error).__name__}: {one_line(error)}"
+        raise CheckpointError(f"{path} lacks what this script stores in a checkpoint ({fault})") from None
 
 
 def load_state(model, state, source):
     """Strict load_state_dict whose refusal is one sentence; NaN weights are refused too."""
     bad = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
-        raise CheckpointError(f"{source} holds weights that are not finite ({bad[0]} and {len(bad) - 1} more)")
+        raise CheckpointError(f"{source} holds weights that are not finite ({_some(bad, 1)})")
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{source} does not fit this model: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(f"{source} does not fit this model: {one_line(error)}") from None
+
+
+class NotFinite(UserError):
+    """A loss or gradient that is NaN or infinite: the run stops with exit code 1 before the step is taken."""
+    code = EXIT_CRASH
 
 
 class Training:
     """The state that a kill must not lose, and the steps that are easy to get wrong.
 
-    run, model, optimizer, loader: as made by this module. select: history column that chooses the best epoch, or 'last'.
+    run, model, optimizer, args: of this run. select: history column that chooses the best epoch, or 'last'.
     describe: function () -> dict of what predict needs beside the weights, stored in best_model.pth.
 
-    for epoch in training.epochs():          # the epochs still to do
-        for batch in training.batches(loader):   # the batches still to do: seeds dropout, sets the learning rate, saves, stops
-            training.step(loss, n_samples, parts)    # scale, backward, unscale, clip, check, step, zero
+    for epoch in training.epochs():              # the epochs still to do
+        for batch in training.batches(loader):   # the batches still to do: seeds dropout, sets the learning rate
+            training.step(loss, n_samples)       # scale, backward, unscale, clip, check, step, zero, save, stop
         training.end_epoch(row)                  # history, best, early stopping, checkpoints
     """
 
@@ -2104,8 +2107,7 @@ class Training:
         self.epoch, self.batch, self.sums, self.history, self.done = 0, 0, {}, [], False
         self.best = {"epoch": None, "score": None}
         self.stopping = EarlyStopping(args.patience, args.min_epochs, args.min_delta)
-        self.plateau = EarlyStopping(5, 0, 0.0)
-        self.plateau_factor = 1.0
+        self.plateau, self.plateau_factor = EarlyStopping(5, 0, 0.0), 1.0
         self._last_save = time.monotonic()
         if run.resumed:
             self._load_last()
@@ -2121,27 +2123,26 @@ class Training:
         self.run.signals.armed = False
 
     def batches(self, loader):
-        """The batches that remain in this epoch; after each, a due save or a stop. Model and sampler are made ready."""
-        sampler = loader.batch_sampler
+        """The batches that remain in this epoch. Model and sampler are made ready."""
+        sampler = self._sampler = loader.batch_sampler
         self._started, self._seen = time.perf_counter(), 0
-        self._sampler, self._n_batches = sampler, len(sampler) if not self.args.dry_run else min(2, len(sampler))
+        self._n_batches = min(2, len(sampler)) if self.args.dry_run else len(sampler)
         sampler.epoch, sampler.start = self.epoch, self.batch
         self.optimizer.zero_grad(set_to_none=True)
-        with Progress(self.run, f"epoch {self.epoch + 1}/{self.args.epochs}", self._n_batches, self.batch) as progress:
-            for batch in loader:
-                self._names = batch.get("name", [])
-                self._set_learning_rate()
-                torch.manual_seed(mix(self.args.seed, self.epoch, self.batch))  # dropout
-                yield batch
-                progress.update(1)
-                if self.batch >= self._n_batches:
-                    break
+        self._set_learning_rate()  # also where the run was stopped after the last batch: the history needs it
+        to_do = itertools.islice(loader, self._n_batches - self.batch)
+        label = f"epoch {self.epoch + 1}/{self.args.epochs}"
+        for batch in with_progress(self.run, label, to_do, self._n_batches, self.batch):
+            self._names = batch.get("name", [])
+            self._set_learning_rate()
+            torch.manual_seed(mix(self.args.seed, self.epoch, self.batch))  # dropout
+            yield batch
 
     def step(self, loss, n_samples, **parts):
-        """Add a batch's gradient, weighted so that every sample of the optimiser step counts the same; step when it is full.
+        """Add a batch's gradient so that every sample of the optimiser step counts the same; step when it is full.
 
-        loss: mean over the batch; n_samples: its rows; parts: further tensors to average into the history.
-        Raises UserError before the step when the loss or gradient is not finite: the checkpoint before it stays healthy.
+        loss: mean over the batch; n_samples: its rows; parts: further tensors to average into the history. Raises
+        NotFinite before the step when the loss or gradient is not finite: the checkpoint before it stays healthy.
         """
         self._check_finite(loss.detach(), "loss")
         first, last = self._sampler.step_span(self.batch, self.args.accumulate)
@@ -2160,14 +2161,18 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._save_if_due()
+        is_due = self.args.save_minutes and time.monotonic() - self._last_save > 60 * self.args.save_minutes
+        if is_due or self.run.signals.received is not None:
+            self.save()
+        self._stop_if_asked()
 
     def epoch_means(self):
         """Means over the samples of this epoch of every part given to step(): {'train_loss': ...}."""
         return {f"train_{name}": float(total) / count for name, (total, count) in self.sums.items()}
 
     def _set_learning_rate(self):
-        first, _ = self._sampler.step_span(self.batch, self.args.accumulate)
+        batch = min(self.batch, self._n_batches - 1)
+        first, _ = self._sampler.step_span(batch, self.args.accumulate)
         progress = self.epoch + first / self._sampler.n_samples  # in samples: any cut into batches gives the same rate
         factor = schedule_factor(self.args.scheduler, progress, self.args.epochs, self.args.warmup_epochs)
         self._rate = self.args.lr * self.plateau_factor * factor
@@ -2177,119 +2182,116 @@ class Training:
     def _check_finite(self, value, what):
         if not torch.isfinite(value):
             names = ", ".join(map(str, self._names))
-            raise NotFinite(f"the {what} is {value.item()} in epoch {self.epoch + 1}, batch {self.batch + 1} (samples: {names}); "
-                            "the last checkpoint is healthy. Try a smaller --lr, --use_amp off, or look at these samples")
+            raise NotFinite(f"the {what} is {value.item()} in epoch {self.epoch + 1}, batch {self.batch + 1} (samples: "
+                            f"{names}); the last checkpoint is healthy. Try a smaller --lr, --use_amp off, or look at "
+                            "these samples")
+
+    def _stop_if_asked(self):
+        signals = self.run.signals
+        if signals.received is not None:
+            self.run.say(f"{signals.received.name} received: saved epoch {self.epoch + 1}, batch {self.batch}; "
+                         f"continue with --resume {self.run.folder}")
+            sys.exit(signals.exit_code)
 
     # --- the end of an epoch ------------------------------------------------
 
     def end_epoch(self, row):
         """Close an epoch: its history row, the best model, early stopping, and the checkpoints that are due."""
         self.history.append({"epoch": self.epoch + 1, "learning_rate": self._rate, **row})
-        score = self.sign * row[self.select] if self.select != "last" else float(self.epoch)
-        score = score if math.isfinite(score) else -math.inf
-        better = self.best["epoch"] is None or score > self.best["score"]
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
+        score = self._score_of(self.epoch)
+        better = self.best["epoch"] is None or score > self.best["score"]
         if better:
             self.best = {"epoch": self.epoch, "score": score}
         if self.args.scheduler == "plateau" and self.plateau.update(score, self.epoch):
             self.plateau_factor, self.plateau.bad_epochs = self.plateau_factor * 0.5, 0
-        stop = self.stopping.update(score, self.epoch) and self.select != "last"
+        stop = self.stopping.update(score, self.epoch) and self.epoch < self.args.epochs and self.select != "last"
         self.done = stop or self.epoch >= self.args.epochs
-        self._write_epoch(better, score)
-        self._say_epoch(better)
-        if stop and self.epoch < self.args.epochs:
-            self.run.say(f"stopped early after epoch {self.epoch}: no better {self.select} for {self.stopping.bad_epochs} epochs")
+        self._write_epoch(better)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
+        seconds, memory = time.perf_counter() - self._started, peak_memory(self.run.compute.device) / 2 ** 30
+        self.run.say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  ({seconds:.1f} s, {self._seen / seconds:.1f} "
+                     f"samples/s, peak {memory:.2f} GB){' *' if better else ''}")
+        if stop:
+            self.run.say(f"stopped early after epoch {self.epoch}: no better {self.select} for "
+                         f"{self.stopping.bad_epochs} epochs")
 
-    def _say_epoch(self, better):
-        row = self.history[-1]
-        shown = "  ".join(f"{name} {row[name]:.4g}" for name in row if name not in ("epoch", "learning_rate"))
-        seconds = time.perf_counter() - self._started
-        self.run.say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  ({seconds:.1f} s, {self._seen / seconds:.1f} samples/s, "
-                     f"peak {peak_memory(self.run.compute.device) / 2**30:.2f} GB){' *' if better else ''}")
+    def _score_of(self, epoch):
+        """Larger is better: the epoch's number for 'last', -inf for NaN or an epoch that is not in the history."""
+        if epoch > len(self.history):
+            return -math.inf
+        score = float(epoch) if self.select == "last" else self.sign * self.history[epoch - 1][self.select]
+        return score if math.isfinite(score) else -math.inf
 
-    def _write_epoch(self, better, score):
+    def _write_epoch(self, better):
         # best first: a kill between the two repeats the epoch and writes the same best again
         if better:
             save_checkpoint(self.run.path("best_model.pth"), self._model_file())
         if self.args.save_top_k:
-            self._save_top(score)
+            self._save_top()
         if self.args.save_every and self.epoch % self.args.save_every == 0:
             save_checkpoint(self.run.path(f"checkpoint_epoch_{self.epoch}.pth"), self._content())
         self.save()
         write_table(self.run.path("training_history.csv"), self.history)
 
     def _model_file(self):
-        chosen = self.best if self.best["epoch"] == self.epoch else {"epoch": self.epoch}
-        return plain({"format": FORMAT, "script": script_name(), "model": self.model.state_dict(), "epoch": chosen["epoch"],
+        return plain({"format": FORMAT, "script": script_name(), "model": self.model.state_dict(), "epoch": self.epoch,
                       "metric": self.select, "history": self.history[-1], **self.describe()})
 
-    def _save_top(self, score):
+    def _save_top(self):
         kept = {int(path.stem.rsplit("_", 1)[1]) for path in self.run.folder.glob("top_epoch_*.pth")} | {self.epoch}
         ranked = sorted(kept, key=self._score_of, reverse=True)[:self.args.save_top_k]
         if self.epoch in ranked:
             save_checkpoint(self.run.path(f"top_epoch_{self.epoch}.pth"), self._model_file())
-        for epoch in kept - set(ranked) - {self.epoch}:
-            self.run.path(f"top_epoch_{epoch}.pth").unlink()
-
-    def _score_of(self, epoch):
-        score = self.sign * self.history[epoch - 1].get(self.select, epoch) if epoch <= len(self.history) else -math.inf
-        return score if math.isfinite(score) else -math.inf
+        for epoch in kept - set(ranked):
+            self.run.path(f"top_epoch_{epoch}.pth").unlink(missing_ok=True)
 
     # --- saving and loading -------------------------------------------------
 
     def _content(self):
         return plain({
-            "format": FORMAT, "script": script_name(), "epoch": self.epoch, "batch": self.batch, "history": self.history,
-            "sums": {name: [float(total), count] for name, (total, count) in self.sums.items()}, "done": self.done,
-            "best": self.best, "stopping": self.stopping.state(), "plateau": self.plateau.state(),
-            "plateau_factor": self.plateau_factor, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict()})
+            "format": FORMAT, "script": script_name(), "epoch": self.epoch, "batch": self.batch, "done": self.done,
+            "sums": {name: [float(total), count] for name, (total, count) in self.sums.items()}, "best": self.best,
+            "history": self.history, "stopping": vars(self.stopping), "plateau": vars(self.plateau),
+            "plateau_factor": self.plateau_factor, "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()})
 
     def save(self):
         """Write last.pth, keeping the one before it as last.pth.prev."""
         save_checkpoint(self.run.path("last.pth"), self._content(), keep_previous=True)
         self._last_save = time.monotonic()
 
-    def _save_if_due(self):
-        if self.run.signals.received is not None or (
-                self.args.save_minutes and time.monotonic() - self._last_save > 60 * self.args.save_minutes):
-            self.save()
-        self._stop_if_asked()
-
-    def _stop_if_asked(self):
-        if self.run.signals.received is not None:
-            self.run.say(f"{self.run.signals.received.name} received: saved epoch {self.epoch + 1}, batch {self.batch}; "
-                         f"continue with --resume {self.run.folder}")
-            raise SystemExit(self.run.signals.exit_code)
-
     def _load_last(self):
         content = self._read_last()
         if content is None:
             return
-        load_state(self.model, content["model"], "last.pth")
-        try:
+        with checkpoint_fields(self.run.folder):
+            load_state(self.model, content["model"], "last.pth")
             self.optimizer.load_state_dict(content["optimizer"])
             self.scaler.load_state_dict(content["scaler"])
-            self.epoch, self.batch, self.done, self.history = (content[k] for k in ("epoch", "batch", "done", "history"))
-            self.sums = {name: (torch.tensor(total, dtype=torch.float64), count) for name, (total, count) in content["sums"].items()}
-            self.best, self.plateau_factor = content["best"], content["plateau_factor"]
-            self.stopping.load(content["stopping"])
-            self.plateau.load(content["plateau"])
-        except (KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{self.run.folder}: the checkpoint lacks a part of the training state ({error})") from None
+            self.epoch, self.batch, self.done = content["epoch"], content["batch"], content["done"]
+            self.history, self.best = content["history"], content["best"]
+            self.plateau_factor = content["plateau_factor"]
+            self.sums = {name: (torch.tensor(total, dtype=torch.float64), count)
+                         for name, (total, count) in content["sums"].items()}
+            vars(self.stopping).update(content["stopping"])
+            vars(self.plateau).update(content["plateau"])
+        if self.history:  # a kill after the last save may have cost the file its last row
+            write_table(self.run.path("training_history.csv"), self.history)
         where = f"epoch {self.epoch + 1}, batch {self.batch}" if self.batch else f"after epoch {self.epoch}"
         self.run.say(f"continuing {where}")
 
     def _read_last(self):
-        """The newest good one of CHECKPOINT, last.pth and last.pth.prev; None where the run was stopped before any was written."""
-        named = Path(self.args.resume) if self.args.resume not in (None, "auto") else None
-        names = [named] if named and named.is_file() else [self.run.path("last.pth"), self.run.path("last.pth.prev")]
-        found, faults = [path for path in names if path.exists()], []
+        """The newest good one of CHECKPOINT, last.pth and last.pth.prev; None where the run was stopped before any."""
+        paths, named = [self.run.path("last.pth"), self.run.path("last.pth.prev")], Path(self.args.resume)
+        if named.is_file() and named.resolve().parent == self.run.folder.resolve():  # not in the other folds
+            paths = [named]
+        found, faults = [path for path in paths if path.exists()], []
         for path in found:
             try:
                 content = read_checkpoint(path)
                 if content.get("format") != FORMAT or content.get("script") != script_name():
-                    raise CheckpointError(f"{path} is no checkpoint of {script_name()} (found {content.get('script')!r})")
+                    raise CheckpointError(f"{path} is no checkpoint of {script_name()} ({content.get('script')!r})")
             except CheckpointError as error:
                 faults.append(str(error))
                 self.run.say(f"WARNING: {error}")
@@ -2312,11 +2314,6 @@ def peak_memory(device):
     return 0
 
 
-class NotFinite(UserError):
-    """A loss or gradient that is NaN or infinite: the run stops with exit code 1 before the step is taken."""
-    code = EXIT_CRASH
-
-
 def plain(value):
     """Tensors (copied to the CPU), numbers, strings, lists and dicts only: what weights_only loading accepts."""
     if isinstance(value, dict):
@@ -2332,40 +2329,16 @@ def plain(value):
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-class Progress:
-    """A tqdm bar with rate and time left on a terminal; in a log file one plain line at the end of each pass."""
-
-    def __init__(self, run, label, total, initial=0):
-        self.run, self.label, self.total, self.initial, self.bar, self.count = run, label, total, initial, None, 0
-
-    def __enter__(self):
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-            self.bar = tqdm(total=self.total, initial=self.initial, desc=self.label, leave=False, ascii=True)
-        self.start = time.perf_counter()
-        return self
-
-    def update(self, count):
-        """Count finished batches."""
-        self.count += count
-        if self.bar:
-            self.bar.update(count)
-
-    def __exit__(self, *_):
-        self.seconds = time.perf_counter() - self.start
-        if self.bar:
-            self.bar.close()
-        rate = self.count / max(self.seconds, 1e-9)
-        self.run.say(f"{self.label}: {self.count} batches in {self.seconds:.1f} s ({rate:.2f} batches/s)", log_only=True)
-
-
 # ---------------------------------------------------------------------------
 # Early stopping
 # ---------------------------------------------------------------------------
 # Counts epochs without a gain; a score that is not a number is never a gain.
 
 class EarlyStopping:
-    """Stop after `patience` epochs whose score beats the reference by no more than min_delta; 0 = never. Larger is better."""
+    """Stop after `patience` epochs that beat the best score by no more than min_delta; 0 = never. Larger is better.
+
+    A checkpoint keeps vars() of it.
+    """
 
     def __init__(self, patience, min_epochs, min_delta):
         self.patience, self.min_epochs, self.min_delta = patience, min_epochs, min_delta
@@ -2378,14 +2351,6 @@ class EarlyStopping:
         else:
             self.bad_epochs += 1
         return 0 < self.patience <= self.bad_epochs and epoch >= self.min_epochs
-
-    def state(self):
-        """What a checkpoint keeps."""
-        return {"reference": self.reference, "bad_epochs": self.bad_epochs}
-
-    def load(self, state):
-        """Take over what a checkpoint kept."""
-        self.reference, self.bad_epochs = float(state["reference"]), int(state["bad_epochs"])
 
 
 # ---------------------------------------------------------------------------
@@ -2443,14 +2408,6 @@ def mean_metrics(per_target):
     return {**counts, **{name: float(_nanmean(per_target[name])) for name in REGRESSION_METRICS}}
 
 
-def effective_sample(target, subjects=None):
-    """What the data amount to: (N, R) labels -> dict of ints rows, labelled_rows, distinct_labels, subjects."""
-    target, rows = np.asarray(target, np.float64), ~np.isnan(target).all(1)
-    subjects = np.arange(len(target)) if subjects is None else np.asarray(subjects, str)
-    return {"rows": len(target), "labelled_rows": int(rows.sum()), "subjects": len(np.unique(subjects[rows])),
-            "distinct_labels": len(np.unique(np.nan_to_num(target[rows], nan=np.inf), axis=0))}
-
-
 def _nanmean(values, axis=-1):
     """Mean over one axis without NaN; NaN where nothing is left (np.nanmean warns there)."""
     with np.errstate(invalid="ignore"):
@@ -2482,15 +2439,6 @@ def t_quantile(level, df):
     density = np.cos(angle) ** (df - 1)
     mass = np.append(0.0, np.cumsum(density[1:] + density[:-1]))
     return float(math.sqrt(df) * math.tan(np.interp(level, mass / mass[-1], angle)))
-
-
-def subject_interval(values, level=0.95):
-    """t-interval for the mean of one value per subject: (S,), NaN left out -> (low, high), None under 5 subjects."""
-    values = np.array([value for value in values if not math.isnan(value)], np.float64)
-    if len(values) < FEWEST_FOR_INTERVAL:
-        return None
-    half = t_quantile(level, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
 
 
 def sign_flip_p(differences):
@@ -2561,14 +2509,14 @@ def _paired_statistic(sums):
     return {**values, **paired, **{f"difference_{name}": values[name] - baseline[name] for name in values}}
 
 
-def bootstrap_regression(predicted, target, subjects=None, baseline=None, draws=2000, seed=0, level=0.95):
+def bootstrap_regression(predicted, target, subjects=None, baseline=None, draws=2000, seed=0):
     """Metrics of a whole split with intervals over subjects, and the paired comparison with a baseline.
 
     predicted, target, baseline: (N, R), NaN in target = missing; subjects: (N,) names, None = every row its own.
     Returns a dict: `value` and `interval` (None under 5 subjects) with the keys METRIC, mean_METRIC (over targets) and
     baseline_, difference_ (model - baseline, same resamples) before both; arrays (R,) and (R, 2), means () and (2,),
     NaN interval for a target labelled in under 5 subjects; `per_subject` the same keys with (S, R) and (S,), None from
-    20 subjects; `sign_flip_p` {METRIC: p or None}; `subjects`, `rows`, `level`, `method`.
+    20 subjects; `sign_flip_p` {METRIC: p or None}; `subjects`, `rows`, `method`.
     """
     labelled = ~np.isnan(np.asarray(target, np.float64)).all(1)
     names = np.arange(len(labelled)) if subjects is None else np.asarray(subjects, str)
@@ -2577,14 +2525,14 @@ def bootstrap_regression(predicted, target, subjects=None, baseline=None, draws=
     sums = subject_sums(moments, names[labelled])  # (S, 8 or 16, R)
     value = {name: array[0] for name, array in _paired_statistic(sums.sum(0)[None]).items()}
     unit = "rows" if subjects is None else "subjects"
-    interval, method = cluster_intervals(_paired_statistic, sums, draws, seed, level, unit)
+    interval, method = cluster_intervals(_paired_statistic, sums, draws, seed, unit=unit)
     sparse = (sums[:, 0] > 0).sum(0) < FEWEST_FOR_INTERVAL  # (R,)
     for pair in (pair for pair in (interval or {}).values() if pair.ndim == 2):
         pair[sparse] = np.nan
     per_subject = _paired_statistic(sums) if len(sums) < FEWEST_FOR_BOOTSTRAP else {}
     flips = {name: sign_flip_p(per_subject.get(f"difference_mean_{name}", ())) for name in REGRESSION_METRICS}
     return {"value": value, "interval": interval, "per_subject": per_subject or None, "sign_flip_p": flips,
-            "subjects": len(sums), "rows": int(labelled.sum()), "level": level, "method": method}
+            "subjects": len(sums), "rows": int(labelled.sum()), "method": method}
 
 
 def train_mean_baseline(train_target, n_rows):
@@ -2606,16 +2554,18 @@ class Ridge:
         return (np.asarray(features, np.float64) - self.feature_mean) / self.feature_sd @ self.weights + self.intercept
 
 
-def fit_ridge(features, target, lambdas=RIDGE_LAMBDAS, groups=None, folds=5, seed=0):
+def fit_ridge(features, target, lambdas=RIDGE_LAMBDAS, groups=None, folds=5, seed=0, sd_floor=0.0):
     """Ridge regression in closed form, lambda > 0 per target by inner cross-validation -> Ridge.
 
     features: (N, F), standardised here (a constant one becomes 0); target: (N, R), NaN = missing; groups: (N,) names,
     never cut by an inner fold. Minimises |y - Xw - b|^2 + lambda |w|^2. Targets labelled on the same rows share one
-    eigendecomposition; under 3 labelled rows the prediction is their mean.
+    eigendecomposition; under 3 labelled rows the prediction is their mean. sd_floor: features of one network share a
+    unit, so one that hardly varied here must not count as many sds when it does later; a share of the RMS sd is added.
     """
     features, target = np.asarray(features, np.float64), np.asarray(target, np.float64)
     mean, sd = features.mean(0), features.std(0)
     sd = np.where(sd > 1e-10 * (np.abs(mean) + 1e-300), sd, 1.0)
+    sd = np.hypot(sd, sd_floor * math.sqrt(np.mean(sd ** 2)))
     x, groups = (features - mean) / sd, np.arange(len(features)) if groups is None else np.asarray(groups, str)
     model = Ridge(mean, sd, np.zeros((x.shape[1], target.shape[1])), _nanmean(target, axis=0),
                   np.full(target.shape[1], np.nan))
@@ -2671,7 +2621,6 @@ def _inner_folds(groups, folds, seed):
 # ---------------------------------------------------------------------------
 # What a perfect model could reach, given that the raters disagree; too much disagreement is "not measurable".
 
-
 def noise_ceiling(mean, sd, n):
     """Ceiling from summary ratings: mean, sd (N, R), raters n (N, R) or a number -> dict of r2, r, rows (R,), note.
 
@@ -2691,9 +2640,9 @@ def noise_ceiling(mean, sd, n):
     return {"r2": r2, "r": np.sqrt(r2), "rows": valid.sum(0), "note": note}
 
 
-def ceiling_table(mean, sd, n_values=range(2, 31)):
-    """R2 ceilings for each possible number of raters, where it is not known: (N, R), (N, R) -> dict of n -> (R,)."""
-    return {int(n): noise_ceiling(mean, sd, n)["r2"] for n in n_values}
+def ceiling_table(mean, sd):
+    """R2 ceilings for 2 to 30 raters, where their number is not known: (N, R), (N, R) -> dict of n -> (R,)."""
+    return {n: noise_ceiling(mean, sd, n)["r2"] for n in range(2, 31)}
 
 
 def _stack_ratings(ratings, fewest):
@@ -2745,7 +2694,6 @@ def icc(ratings):
 # ---------------------------------------------------------------------------
 # How far a prediction may be off, from residuals on rows that the model was not trained on.
 
-
 def conformal_quantile(abs_residuals, alpha, subjects=None, seed=0):
     """Half-width of a 1 - alpha prediction interval: the ceil((n + 1)(1 - alpha))-th smallest of (M,) |residuals|.
 
@@ -2766,12 +2714,8 @@ def conformal_quantile(abs_residuals, alpha, subjects=None, seed=0):
 # ---------------------------------------------------------------------------
 # What must be said before any number: signs of a broken model, bars set beforehand, and the one-sentence verdict.
 
-
-def regression_alarms(predicted, target, train_metrics, val_metrics, names):
-    """Sentences on signs of a broken model or of data that cannot judge it, for (N, R), (N, R) and R names; else [].
-
-    train_metrics, val_metrics: mean_metrics of the two splits in evaluation mode, or None.
-    """
+def regression_alarms(predicted, target, names):
+    """Sentences on signs of a broken model or of data that cannot judge it, for (N, R), (N, R) and R names; else []."""
     predicted, target = np.asarray(predicted, np.float64), np.asarray(target, np.float64)
     seen = np.where(np.isnan(target) | ~np.isfinite(predicted), np.nan, predicted)
     spread_p, spread_t = np.sqrt([_nanmean((a - _nanmean(a, 0)) ** 2, 0) for a in (seen, target)])  # (R,), (R,)
@@ -2785,15 +2729,15 @@ def regression_alarms(predicted, target, train_metrics, val_metrics, names):
     repeats = np.unique(predicted, axis=0, return_counts=True)[1].max() if len(predicted) else 0
     if repeats >= 3:
         alarms.append(f"the same prediction for {repeats} of {len(predicted)} rows")
-    return alarms + (split_gap_alarms(train_metrics, val_metrics) if train_metrics and val_metrics else [])
+    return alarms
 
 
-def split_gap_alarms(train_metrics, val_metrics, metric="pearson_r", gap=0.3):
+def split_gap_alarms(train_metrics, val_metrics, metric="pearson_r"):
     """Sentences where a train and a validation metric (dicts of floats, higher is better) lie far apart; else []."""
     train, val = train_metrics[metric], val_metrics[metric]
     numbers = f"({metric} {train:.3f} and {val:.3f})"
-    below = [f"train far below validation {numbers}: a leak, or a fault in evaluation"] if train < val - gap / 2 else []
-    return below + ([f"train far above validation {numbers}: rows learnt by heart"] if train > val + gap else [])
+    below = [f"train far below validation {numbers}: a leak, or a fault in evaluation"] if train < val - 0.15 else []
+    return below + ([f"train far above validation {numbers}: rows learnt by heart"] if train > val + 0.3 else [])
 
 
 def identical_fold_alarms(fold_results):
@@ -2825,8 +2769,7 @@ def parse_criteria(text, known):
     bad = [part for part, match in zip(parts, matches) if match is None]
     if bad:
         raise UserError(f"--criteria expects NAME>NUMBER or NAME<NUMBER separated by commas, found: {'; '.join(bad)}")
-    unknown = [f"{name} (closest: {difflib.get_close_matches(name, known, 1, 0.0)[0]})"
-               for name in (match[1] for match in matches) if name not in known]
+    unknown = [match[1] + closest(match[1], known) for match in matches if match[1] not in known]
     if unknown:
         raise UserError(f"--criteria names no metric of this run: {', '.join(unknown)}. Use METRIC or METRIC_TARGET.")
     return [{"name": match[1], "relation": match[2], "bar": float(match[3])} for match in matches]
@@ -2862,11 +2805,13 @@ def verdict_sentence(result, baseline_name, metric="r2", ceiling=None, held_out=
     verdict = beaten if beaten and np.isfinite(gains).all() else "Not resolvable whether the model beats"
     text = f"{verdict} the {baseline_name} baseline: mean {metric} {model:.3f} against {baseline:.3f}, "
     bounds = f"{low:+.3f} to {high:+.3f}, " if result["interval"] else ""
-    flip_p = result["sign_flip_p"][metric]
+    flip_p = result["sign_flip_p"]["mse" if metric == "r2" else metric]  # R2 within a subject has no meaning
     text += f"difference {difference:+.3f} [{bounds}{result['method']}]"
-    text += "" if flip_p is None else f", exact sign-flip p {flip_p:.4f}"
+    text += "" if flip_p is None else f", exact sign-flip p {flip_p:.4f} on the subjects' errors"
     text += "" if ceiling is None or not np.isfinite(ceiling) else f"; the raters' agreement allows {ceiling:.3f}"
     return text + ("." if held_out else "; selected on validation, therefore optimistic.")
+
+
 # ---------------------------------------------------------------------------
 # Plots
 # ---------------------------------------------------------------------------
@@ -2894,9 +2839,10 @@ def _new_figure(rows, columns, panel_inches, used, **subplots):
 def _save_figure(figure, path):
     """Write the figure as a PNG of 64 colours: a third of the usual size, the same bytes for the same figure."""
     from PIL import Image
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, "PNG", optimize=True)
+    drawn, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
+    Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
+    write_whole(path, packed.getvalue())
 
 
 def _values(rows, key):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import common
-from train_assessor import Assessor, mirrored_mean, resize_side
+from train_assessor import Assessor, mirrored_mean, resize_side, with_head_features
 
 SCRIPT = "train_assessor.py"
 
@@ -89,10 +89,8 @@ def load_members(files, compute):
         settings = common.load_model_file(path, SCRIPT)
         with common.checkpoint_fields(path):
             backbone, n_features = common.build_backbone(settings["backbone"], False, None, settings["image_size"])
-            if settings["head"] == "ridge":
-                backbone = common.MultiScale(backbone, settings["image_size"])
-                n_features = backbone.n_features
-            model = Assessor(backbone, n_features, len(settings["names"]), settings["head"], settings["dropout"])
+            features = with_head_features(backbone, n_features, settings["head"], settings["image_size"])
+            model = Assessor(*features, len(settings["names"]), settings["head"], settings["dropout"])
         common.load_state(model, settings["model"], path)
         members.append((common.fold_batchnorm(compute.place(model)), settings))
     first = members[0][1]

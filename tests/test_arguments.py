@@ -64,6 +64,30 @@ def test_config_can_switch_pretrained_off(tmp_path):
     assert parse_config(tmp_path, "pretrained: true").pretrained is True
 
 
+def test_config_wins_over_the_resumed_run_and_loses_to_the_command_line(tmp_path):
+    flags = {"lr": 0.5, "seed": 1, "epochs": 3, "deterministic": True, "sample_weight": ["a=1"], "pretrained": False}
+    (tmp_path / "args.json").write_text(json.dumps({"script": "x", "command": "python x", "flags": flags}))
+    args = parse_config(tmp_path, "seed: 2\nmax_epochs: 4\ndeterministic: false\nsample_weight: [b=2]\npretrained: true\n",
+                        "--resume", str(tmp_path), "--epochs", "5")
+    assert (args.lr, args.seed, args.epochs) == (0.5, 2, 5)
+    assert args.deterministic is False and args.pretrained is True and args.sample_weight == ["b=2"]
+
+
+def test_resume_of_a_fold_is_resume_of_all_folds(tmp_path):
+    (tmp_path / "fold_1").mkdir()
+    for folder in (tmp_path, tmp_path / "fold_1"):
+        (folder / "args.json").write_text("{}")
+    (tmp_path / "fold_1" / "last.pth").write_bytes(b"")
+    assert common.run_folder_of(tmp_path / "fold_1" / "last.pth") == tmp_path == common.run_folder_of(tmp_path)
+
+
+def test_scripts_without_config_and_resume_refuse_both(capsys):
+    for flag in ("--config", "--resume"):
+        with pytest.raises(SystemExit):
+            common.parse_arguments(common.Parser("bare"), [flag, "none"])
+        assert f"unknown flag {flag}" in capsys.readouterr().err
+
+
 def test_args_json_of_a_run_is_a_config(tmp_path):
     record = {"script": "x", "command": "python x", "flags": {"lr": 0.5, "resume": None, "deterministic": False, "pretrained": False},
               "versions": {"torch": "9"}, "data": {"fingerprint": "f"}}
@@ -84,6 +108,8 @@ def test_args_json_of_a_run_is_a_config(tmp_path):
     ("a: [", ["cannot be read"]),
     ("scheduler: cosin", ["scheduler", "cosine"]),
     ("deterministic: 3", ["deterministic", "true or false"]),
+    ("lr: [1e-4, 1e-3]", ["lr", "expected float", "1e-3"]),
+    ("? [a]\n: 1", ["unknown key"]),
     ("lr: {a: {b: " + "{c: " * 5000, []),
     ("!!python/object/apply:os.system ['true']", ["cannot be read"]),
 ])

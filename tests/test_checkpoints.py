@@ -4,6 +4,7 @@
 """
 import errno
 import io
+import math
 import os
 import pickle
 import random
@@ -13,6 +14,7 @@ import sys
 import textwrap
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +69,111 @@ def test_a_full_disk_names_file_and_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(common.os, "fsync", fail)
     with pytest.raises(common.CannotSave, match=r"no space to write .*x\.json: 3 bytes needed, \d+ free"):
         common.write_whole(tmp_path / "x.json", b"abc")
+
+
+def make_training(folder, resumed, **flags):
+    """A Training of a linear model on 6 numbers in batches of 2, and its loader."""
+    compute = common.Compute(torch.device("cpu"), "fp32", False, "cpu")
+    args = SimpleNamespace(**{**dict(
+        seed=1, epochs=2, lr=0.1, weight_decay=0.0, optimizer="adamw", scheduler="step", warmup_epochs=0.5, accumulate=1,
+        clip_grad=1.0, patience=0, min_epochs=0, min_delta=0.0, dry_run=False, save_minutes=0, save_every=0,
+        save_top_k=0, num_workers=0, resume="auto"), **flags})
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1)
+    run = common.Run(folder, args, compute, SimpleNamespace(received=None, armed=False, exit_code=75), resumed)
+    training = common.Training(run, model, common.build_optimizer([(model, 1.0)], args), args, "val_loss", dict, False)
+    return training, common.make_loader(Numbers(), 2, args, compute, train=True)
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, key):
+        return {"x": torch.tensor([float(key[1])])}
+
+
+def train(training, loader, stop_after=None, val_loss=0.5):
+    """Run to the end, or signal before step number `stop_after`."""
+    steps = 0
+    with training.run:
+        for _ in training.epochs():
+            for batch in training.batches(loader):
+                steps += 1
+                training.run.signals.received = signal.SIGTERM if steps == stop_after else None
+                training.step((training.model(batch["x"]) - 3).pow(2).mean(), len(batch["x"]))
+            training.end_epoch({**training.epoch_means(), "val_loss": val_loss})
+    return training
+
+
+@pytest.mark.parametrize("stop_after", range(1, 7))
+def test_a_stop_after_any_batch_continues_exactly(tmp_path, stop_after):
+    """Also after the last batch of an epoch, when nothing but its evaluation is left."""
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = train(*make_training(tmp_path / "whole", False))
+    with pytest.raises(SystemExit) as caught:
+        train(*make_training(tmp_path / "cut", False), stop_after=stop_after)
+    assert caught.value.code == 75
+    again = train(*make_training(tmp_path / "cut", True))
+    assert again.history == whole.history and torch.equal(again.model.weight, whole.model.weight)
+    csv = [(tmp_path / name / "training_history.csv").read_bytes() for name in ("whole", "cut")]
+    assert csv[0] == csv[1] and len(whole.history) == 2
+
+
+def test_a_lost_history_file_is_written_again(tmp_path):
+    train(*make_training(tmp_path, False))
+    written = (tmp_path / "training_history.csv").read_bytes()
+    (tmp_path / "training_history.csv").unlink()
+    assert make_training(tmp_path, True)[0].done and (tmp_path / "training_history.csv").read_bytes() == written
+
+
+def test_not_a_number_is_never_best(tmp_path):
+    training, loader = make_training(tmp_path, False, epochs=3, save_top_k=1)
+    for val_loss in (0.5, math.nan, 0.4):
+        for batch in training.batches(loader):
+            training.step(training.model(batch["x"]).pow(2).mean(), len(batch["x"]))
+        training.end_epoch({"val_loss": val_loss})
+        assert training.best["epoch"] == (3 if val_loss == 0.4 else 1)
+    assert [path.name for path in tmp_path.glob("top_epoch_*")] == ["top_epoch_3.pth"]
+    assert common.read_checkpoint(tmp_path / "best_model.pth")["epoch"] == 3
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
+    training, loader = make_training(tmp_path, False)
+    before = training.model.weight.clone()
+    with pytest.raises(common.NotFinite, match="loss is nan in epoch 1, batch 1"):
+        for batch in training.batches(loader):
+            training.step(training.model(batch["x"]).mean() * math.nan, 2)
+    assert torch.equal(training.model.weight, before)
+
+
+def test_the_lock_dies_with_its_process_and_not_with_the_workers(tmp_path):
+    """A worker that outlives a killed run must not keep the folder closed."""
+    code = ("import os, sys, time; sys.path.insert(0, sys.argv[2]); import common; from pathlib import Path\n"
+            "lock = common._lock_folder(Path(sys.argv[1]))\n"
+            "if os.fork() == 0: time.sleep(60)\n"
+            "print('locked', flush=True); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(Path(common.__file__).parent)],
+                               stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        process.stdout.readline()
+        with pytest.raises(common.UserError, match="another process"):
+            common._lock_folder(tmp_path)
+        process.kill()
+        process.wait()
+        common._lock_folder(tmp_path).close()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_full_disk_under_the_log_is_one_sentence(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with pytest.raises(common.CannotSave, match="no space to write .*log.txt"):
+        with common.Run(tmp_path, None, None, None, resumed=True) as run:
+            run.say("a line")
 
 
 WRITER = textwrap.dedent("""
@@ -200,58 +307,3 @@ def test_other_scripts_and_other_shapes(tmp_path):
         common.load_state(model, common.read_checkpoint(path)["model"], path)
     with pytest.raises(common.CheckpointError, match="not finite"):
         common.load_state(model, {"weight": torch.full((3, 64), float("nan")), "bias": torch.zeros(3)}, path)
-
-
-def test_weights_files_in_their_known_forms(tmp_path):
-    import torchvision
-    model = torchvision.models.resnet18()
-    state = model.state_dict()
-    forms = {"bare": state, "nested": {"state_dict": state, "epoch": 3},
-             "parallel": {f"module.{name}": value for name, value in state.items()},
-             "half": {name: value.half() if value.is_floating_point() else value for name, value in state.items()}}
-    for name, form in forms.items():
-        torch.save(form, tmp_path / f"{name}.pth")
-        backbone, width = common.build_backbone("resnet18", weights=tmp_path / f"{name}.pth")
-        difference = (backbone.conv1.weight - model.conv1.weight).abs().max()
-        assert width == 512 and difference < (1e-3 if name == "half" else 1e-12)
-    with pytest.raises(common.UserError, match="not the weights of this backbone"):
-        common.build_backbone("resnet50", weights=tmp_path / "bare.pth")
-
-
-def test_weights_that_cannot_be_had_name_both_ways_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-
-    def offline(*_, **__):
-        raise OSError("no route to host")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(common.UserError) as caught:
-        common.build_backbone("resnet18")
-    assert "--weights FILE" in str(caught.value) and "verify_setup.py --download_weights resnet18" in str(caught.value)
-
-
-@pytest.mark.parametrize("name, width", [
-    ("resnet18", 512), ("resnet50", 2048), ("efficientnet_b0", 1280), ("vit_b_16", 768), ("mobilenet_v3_small", 1024),
-    ("densenet121", 1024), ("convnext_tiny", 768), ("googlenet", 1024)])
-def test_backbones_give_their_feature_width(name, width):
-    backbone, n_features = common.build_backbone(name, pretrained=False)
-    assert n_features == width
-    with torch.inference_mode():
-        assert backbone.eval()(torch.zeros(1, 3, 224, 224)).shape == (1, width)
-
-
-def test_unknown_backbones_are_named(tmp_path):
-    with pytest.raises(common.UserError, match="resnet50"):
-        common.build_backbone("resnet5O", pretrained=False)
-    with pytest.raises(common.UserError, match="linear layer"):
-        common.build_backbone("squeezenet1_0", pretrained=False)
-
-
-def test_folded_batchnorm_gives_the_same_outputs():
-    torch.manual_seed(0)
-    backbone, _ = common.build_backbone("resnet18", pretrained=False)
-    backbone.train()(torch.randn(4, 3, 64, 64))  # running statistics that are not the identity
-    images = torch.randn(4, 3, 64, 64)
-    with torch.inference_mode():
-        plain, folded = backbone.eval()(images), common.fold_batchnorm(backbone)(images)
-    assert torch.allclose(plain, folded, atol=1e-4 * plain.abs().max().item())
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in common.fold_batchnorm(backbone).modules())

@@ -3,6 +3,7 @@
     python -m pytest tests/test_images.py -q
 """
 import csv
+import errno
 import hashlib
 import io
 import multiprocessing
@@ -471,9 +472,9 @@ def test_damaged_disk_cache_is_not_used(pictures, damage):
 
 def test_a_failed_write_leaves_no_file(pictures, monkeypatch):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(common.CannotSave, match=r"no space to write .*images_.*\.cache: \d+ bytes needed, \d+ free"):
         common.ImageStore(pictures, 32, "disk")
     assert cache_files() == []
 

@@ -82,7 +82,7 @@ class ScriptEpochs:
         split = {"train": np.arange(options.images), "val": np.arange(2), "test": np.arange(0)}
         scaler = train_assessor.fit_scaler(study.ratings, False)
         self.loader, _ = train_assessor.make_loaders(study, split, scaler, self.args, self.run.compute)
-        self.model = self.run.compute.place(train_assessor.build_model(self.args, 2))
+        self.model = self.run.compute.place(train_assessor.build_model(self.args, [0.0, 0.0]))
         optimizer = common.build_optimizer([(self.model, 1.0)], self.args)
         self.training = common.Training(self.run, self.model, optimizer, self.args, "last", dict)
         self.loss_function = train_assessor.rating_loss("mse")
@@ -97,7 +97,7 @@ class BareEpochs:
 
     def __init__(self, script, options):
         self.compute = script.run.compute
-        self.model = self.compute.place(train_assessor.build_model(script.args, 2)).train()
+        self.model = self.compute.place(train_assessor.build_model(script.args, [0.0, 0.0])).train()
         self.optimizer = common.build_optimizer([(self.model, 1.0)], script.args)
         layout = torch.channels_last if self.compute.channels_last else torch.contiguous_format
         self.batches = [
@@ -154,7 +154,7 @@ class ReferenceEpochs:
 
     def __init__(self, script, folder, options):
         self.device = script.run.compute.device
-        self.model = train_assessor.build_model(script.args, 2).to(self.device).train()
+        self.model = train_assessor.build_model(script.args, [0.0, 0.0]).to(self.device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
         self.loader = torch.utils.data.DataLoader(
             PlainFiles(folder, options), options.batch_size, shuffle=True, num_workers=2, persistent_workers=True

@@ -1,0 +1,150 @@
+"""Backbones and weights: feature widths, known forms of weight files, folding, three resolutions, frozen stages.
+
+    python -m pytest tests/test_backbones.py
+"""
+import numpy as np
+import pytest
+import torch
+
+import common
+import train_assessor
+
+
+def test_weights_files_in_their_known_forms(tmp_path):
+    import torchvision
+    model = torchvision.models.resnet18()
+    state = model.state_dict()
+    forms = {"bare": state, "nested": {"state_dict": state, "epoch": 3},
+             "parallel": {f"module.{name}": value for name, value in state.items()},
+             "half": {name: value.half() if value.is_floating_point() else value for name, value in state.items()}}
+    for name, form in forms.items():
+        torch.save(form, tmp_path / f"{name}.pth")
+        backbone, width = common.build_backbone("resnet18", weights=tmp_path / f"{name}.pth")
+        difference = (backbone.conv1.weight - model.conv1.weight).abs().max()
+        assert width == 512 and difference < (1e-3 if name == "half" else 1e-12)
+    with pytest.raises(common.UserError, match="not the weights of this backbone"):
+        common.build_backbone("resnet50", weights=tmp_path / "bare.pth")
+
+
+def test_weights_that_cannot_be_had_name_both_ways_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(common.UserError) as caught:
+        common.build_backbone("resnet18")
+    assert "--weights FILE" in str(caught.value) and "verify_setup.py --download_weights resnet18" in str(caught.value)
+
+
+@pytest.mark.parametrize("name, width", [
+    ("resnet18", 512), ("resnet50", 2048), ("efficientnet_b0", 1280), ("vit_b_16", 768), ("mobilenet_v3_small", 1024),
+    ("densenet121", 1024), ("convnext_tiny", 768), ("googlenet", 1024)])
+def test_backbones_give_their_feature_width(name, width):
+    backbone, n_features = common.build_backbone(name, pretrained=False)
+    assert n_features == width
+    with torch.inference_mode():
+        assert backbone.eval()(torch.zeros(1, 3, 224, 224)).shape == (1, width)
+
+
+def test_unknown_backbones_are_named(tmp_path):
+    with pytest.raises(common.UserError, match="resnet50"):
+        common.build_backbone("resnet5O", pretrained=False)
+    with pytest.raises(common.UserError, match="linear layer"):
+        common.build_backbone("squeezenet1_0", pretrained=False)
+
+
+def test_folded_batchnorm_gives_the_same_outputs():
+    torch.manual_seed(0)
+    backbone, _ = common.build_backbone("resnet18", pretrained=False)
+    backbone.train()(torch.randn(4, 3, 64, 64))  # running statistics that are not the identity
+    images = torch.randn(4, 3, 64, 64)
+    with torch.inference_mode():
+        plain, folded = backbone.eval()(images), common.fold_batchnorm(backbone)(images)
+    assert torch.allclose(plain, folded, atol=1e-4 * plain.abs().max().item())
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in common.fold_batchnorm(backbone).modules())
+
+
+# --- the head on three resolutions ------------------------------------------------------
+
+def test_three_resolutions_are_those_of_the_network():
+    """The features are the grid averages of layer2, layer3 and layer4, as the network itself computes them."""
+    backbone, _ = common.build_backbone("resnet18", pretrained=False)
+    scales = common.MultiScale(backbone, 64).eval()
+    images, maps = torch.randn(2, 3, 64, 64), []
+    hooks = [getattr(backbone, name).register_forward_hook(lambda m, i, output: maps.append(output))
+             for name in ("layer2", "layer3", "layer4")]
+    with torch.inference_mode():
+        backbone.eval()(images)
+        expected = torch.cat([torch.nn.functional.adaptive_avg_pool2d(m, 4).flatten(1) for m in maps], 1)
+        assert torch.allclose(scales(images), expected, atol=1e-5)
+        assert torch.allclose(common.fold_batchnorm(scales)(images), expected, atol=1e-4)
+    assert scales.n_features == expected.shape[1] == (128 + 256 + 512) * 16
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_small", "convnext_tiny"])
+def test_three_resolutions_exist_in_other_families(name):
+    backbone, _ = common.build_backbone(name, pretrained=False)
+    scales = common.MultiScale(backbone, 64).eval()
+    with torch.inference_mode():
+        assert scales(torch.zeros(1, 3, 64, 64)).shape == (1, scales.n_features)
+
+
+def test_a_network_without_maps_is_refused():
+    backbone, _ = common.build_backbone("vit_b_16", pretrained=False)
+    with pytest.raises(common.UserError, match="--head mlp"):
+        common.MultiScale(backbone, 224)
+
+
+def test_frozen_stages_are_the_first_ones():
+    backbone, _ = common.build_backbone("resnet18", pretrained=False)
+    common.freeze_stages(backbone, 3, 64)
+    frozen = {name.split(".")[0] for name, p in backbone.named_parameters() if not p.requires_grad}
+    assert frozen == {"conv1", "bn1", "layer1", "layer2"}
+    with pytest.raises(common.UserError, match="--freeze_stages 9"):
+        common.freeze_stages(backbone, 9, 64)
+
+
+def test_frozen_parts_keep_weights_and_statistics_in_training():
+    backbone, width = common.build_backbone("resnet18", pretrained=False)
+    common.freeze_stages(backbone, 3, 64)
+    model = train_assessor.Assessor(backbone, width, 2, "mlp", 0.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    model.train()(torch.randn(4, 3, 64, 64)).square().sum().backward()
+    optimizer.step()
+    changed = {name.removeprefix("backbone.").split(".")[0] for name, value in model.state_dict().items()
+               if not torch.equal(value, before[name])}
+    assert changed == {"layer3", "layer4", "head"}
+
+
+def test_the_solved_head_is_ridge_on_the_tuned_features():
+    """solve_head writes a linear layer that predicts what fit_ridge predicts from the same features."""
+    draws = np.random.default_rng(0)
+    features, ratings = draws.normal(size=(40, 12)).astype(np.float32), draws.normal(5, 2, (40, 3))
+    ratings[3, 1] = np.nan
+    args = train_assessor.parse_args(["--images_dir", ".", "--ratings_file", ".", "--head", "ridge", "--freeze_backbone"])
+    model = train_assessor.Assessor(torch.nn.Identity(), 12, 3, "ridge", 0.0)
+
+    class Data:
+        groups_of = staticmethod(lambda rows: None)
+    Data.ratings = ratings
+    batch = {"input": torch.from_numpy(features), "target": torch.zeros(40, 3), "weight": torch.ones(40, 3)}
+    scaler = {"mean": np.zeros(3), "sd": np.ones(3)}
+    train_assessor.solve_head(model, [batch], Data, np.arange(40), scaler, args, common.choose_compute("cpu", "off"))
+    expected = common.fit_ridge(features, ratings, sd_floor=train_assessor.FEATURE_SD_FLOOR).predict(features)
+    with torch.inference_mode():
+        assert np.allclose(model(torch.from_numpy(features)).numpy(), expected, atol=1e-4)
+
+
+def test_a_feature_that_hardly_varied_does_not_explode():
+    """Without a floor, a feature of sd 1e-4 that is 1 on a new picture moves its prediction by many sds of the ratings."""
+    draws = np.random.default_rng(0)
+    features = draws.normal(size=(60, 5))
+    features[:, 4] *= 1e-4
+    target = features[:, :1] + 1e3 * features[:, 4:]
+    new = np.array([[0.0, 0.0, 0.0, 0.0, 1.0]])
+    plain, floored = (abs(common.fit_ridge(features, target, sd_floor=floor).predict(new)).max() for floor in (0.0, 0.01))
+    assert plain > 100 and floored < plain / 5

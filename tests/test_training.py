@@ -1,0 +1,180 @@
+"""The parts of the training loop that are easy to get wrong: batches, seeds, schedule, early stopping, run folder.
+
+    python -m pytest tests/test_training.py
+"""
+import concurrent.futures
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import common
+
+
+# --- batches ------------------------------------------------------------------
+
+def batches(n, size, seed=0, train=True, epoch=0, start=0):
+    sampler = common.EpochBatches(n, size, seed, train)
+    sampler.epoch, sampler.start = epoch, start
+    return list(sampler)
+
+
+@pytest.mark.parametrize("n, size", [(10, 3), (9, 3), (10, 4), (1, 4), (7, 1), (33, 32), (5, 2)])
+def test_every_sample_once_and_none_alone(n, size):
+    made = batches(n, size)
+    assert sorted(index for batch in made for _, index in batch) == list(range(n))
+    assert all(len(batch) > 1 for batch in made) or n == 1 or size == 1  # BatchNorm cannot take a single sample
+    assert len(made) == len(common.EpochBatches(n, size, 0, True))
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    assert batches(50, 8) == batches(50, 8)
+    assert batches(50, 8, epoch=1) != batches(50, 8) and batches(50, 8, seed=1) != batches(50, 8)
+    assert [i for b in batches(50, 8, train=False) for _, i in b] == list(range(50))
+
+
+def test_a_resumed_epoch_is_the_rest_of_the_same_epoch():
+    assert batches(50, 8, epoch=3, start=4) == batches(50, 8, epoch=3)[4:]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_step_spans_cover_the_epoch(accumulate):
+    sampler = common.EpochBatches(29, 4, 0, True)
+    spans = list(dict.fromkeys(sampler.step_span(batch, accumulate) for batch in range(len(sampler))))
+    assert spans[0][0] == 0 and spans[-1][1] == 29 and all(a[1] == b[0] for a, b in zip(spans, spans[1:]))
+
+
+def test_mixed_seeds_do_not_collide():
+    """Neighbouring (seed, epoch, sample) share nothing; seed + epoch would give 300 values of 10,000."""
+    seeds = [common.mix(seed, epoch, sample) for seed in range(5) for epoch in range(20) for sample in range(100)]
+    assert len(set(seeds)) == 10_000 and all(0 <= seed < 2 ** 63 for seed in seeds)
+    bits = np.array([[seed >> bit & 1 for bit in range(63)] for seed in seeds])
+    assert (abs(bits.mean(0) - 0.5) < 0.025).all()  # five standard errors of a fair coin
+
+
+# --- schedule and early stopping ----------------------------------------------------
+
+def test_cosine_equals_torch():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    judge = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    for epoch in range(10):
+        assert common.schedule_factor("cosine", epoch, 10, 0) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        judge.step()
+
+
+def test_other_schedules():
+    assert [common.schedule_factor("step", epoch, 9, 0) for epoch in (0, 2.9, 3, 6)] == pytest.approx([1, 1, 0.1, 0.01])
+    assert common.schedule_factor("none", 7, 9, 0) == 1
+    warm = [common.schedule_factor("cosine", progress, 10, 2) for progress in (0, 0.5, 1, 2)]
+    assert 0 < warm[0] < 0.01 and warm[1:] == pytest.approx([0.25, 0.5, 1.0])
+
+
+def stop_epoch(scores, **settings):
+    """Number of the epoch after which early stopping says stop, or None."""
+    stopping = common.EarlyStopping(**{"patience": 2, "min_epochs": 0, "min_delta": 0.0, **settings})
+    return next((epoch for epoch, score in enumerate(scores, 1) if stopping.update(score, epoch)), None)
+
+
+def test_early_stopping():
+    assert stop_epoch([1, 2, 2, 2]) == 4
+    assert stop_epoch([1, 2, 2, 2, 2, 2], min_epochs=6) == 6
+    assert stop_epoch([1, 1.05, 1.08, 1.09], min_delta=0.1) == 3
+    assert stop_epoch([1] * 50, patience=0) is None
+    assert stop_epoch([math.nan] * 3) == 2
+    assert stop_epoch([3, 2, 4, 3, 5, 4, 6]) is None
+
+
+# --- the run folder -------------------------------------------------------------------
+
+def run_arguments(folder, **more):
+    return SimpleNamespace(**{"output_dir": folder, "dry_run": False, "device": "cpu", "use_amp": "off", "deterministic": False,
+                              "resume": None, "config": None, **more})
+
+
+def test_64_starts_in_one_second_give_64_folders(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        folders = list(pool.map(lambda _: common._new_folder(tmp_path), range(64)))
+    assert len(set(folders)) == 64 and all(folder.is_dir() for folder in folders)
+
+
+def test_the_folder_of_a_slurm_job_holds_its_number(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert common._new_folder(tmp_path).name.endswith("_job77")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "80")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert common._new_folder(tmp_path).name.endswith("_job80_3")
+
+
+def test_output_dir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(common.UserError, match="--output_dir"):
+        common.start_run(run_arguments(tmp_path / "file" / "out"))
+
+
+def test_args_json_holds_no_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "do-not-write-me")
+    with common.start_run(run_arguments(tmp_path)) as run:
+        run.write_args(fingerprint="f")
+        text = run.path("args.json").read_text()
+    assert "do-not-write-me" not in text
+    assert {"flags", "command", "versions", "git", "data", "device", "slurm"} <= set(json.loads(text))
+
+
+def test_log_and_terminal_are_ascii(tmp_path, capsys):
+    with common.start_run(run_arguments(tmp_path)) as run:
+        run.say("Gesicht gr\u00fcn")
+    assert "Gesicht gr\\xfcn" in capsys.readouterr().out
+    assert run.path("log.txt").read_bytes().isascii()
+
+
+def test_json_is_strict_and_tables_keep_every_digit(tmp_path):
+    common.write_json(tmp_path / "x.json", {"a": math.nan, "b": np.float32(0.5), "c": tmp_path, "d": np.arange(2), "e": {3, 1}})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": 0.5, "c": str(tmp_path), "d": [0, 1], "e": [1, 3]}
+    common.write_table(tmp_path / "t.csv", [{"a": 1 / 3, "b": "x,y"}, {"b": None, "c": math.nan, "a": np.float64(0.1)}])
+    assert (tmp_path / "t.csv").read_text() == 'a,b,c\n0.3333333333333333,"x,y",\n0.1,,\n'
+
+
+def test_out_of_memory_prints_the_command_with_half_the_batch(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train_x.py", "--batch_size", "32", "--lr", "1e-4"])
+
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(SystemExit) as caught:
+        common.run_main(fail)
+    message = capsys.readouterr().err
+    assert caught.value.code == 1 and "--batch_size 16 --accumulate 2" in message and "--lr 1e-4" in message
+
+
+def test_programming_mistakes_keep_their_traceback():
+    def fail():
+        return {}["nothing"]
+    with pytest.raises(KeyError):
+        common.run_main(fail)
+
+
+# --- precision --------------------------------------------------------------------------
+
+def test_bf16_with_channels_last_agrees_with_fp32():
+    """The fast path of the forward pass: the same ranking of outputs within the rounding of bf16."""
+    torch.manual_seed(0)
+    backbone, _ = common.build_backbone("resnet18", pretrained=False)
+    images = torch.randint(0, 256, (8, 96, 96, 3), dtype=torch.uint8)
+    outputs = []
+    for use_amp in ("off", "on"):
+        compute = common.choose_compute("cpu", use_amp)
+        model = compute.place(backbone).eval()
+        with torch.inference_mode(), compute.autocast():
+            outputs.append(model(common.to_input(images, compute.device, channels_last=compute.channels_last)).float().flatten())
+    assert torch.corrcoef(torch.stack(outputs))[0, 1] > 0.9995
+    assert (outputs[0] - outputs[1]).abs().max() < 0.05 * outputs[0].abs().max()
+
+
+def test_auto_precision_follows_the_processor(monkeypatch):
+    for flags, expected in (("fma avx512_bf16", "bf16"), ("fma avx2", "fp32")):
+        monkeypatch.setattr(common, "_cpuinfo", lambda field, flags=flags: flags)
+        assert common.choose_compute("cpu", "auto").precision == expected
+        assert common.choose_compute("cpu", "off").precision == "fp32" and common.choose_compute("cpu", "on").precision == "bf16"
