@@ -21,6 +21,7 @@ import errno
 import gzip
 import hashlib
 import html
+import importlib
 import io
 import itertools
 import json
@@ -378,6 +379,19 @@ class Run:
         self.path(name).mkdir(exist_ok=True)
         return Run(self.path(name), self.args, self.compute, self.signals, self.resumed)
 
+    def watch(self, row):
+        """Send a history row to TensorBoard and Weights & Biases, where their flags are given."""
+        numbers = {name: value for name, value in row.items() if name != "epoch"}
+        if self.args.tensorboard:
+            with optional_package("tensorboard", "torch.utils.tensorboard").SummaryWriter(self.folder) as writer:
+                for name, value in numbers.items():
+                    writer.add_scalar(name, value, row["epoch"])
+        if self.args.wandb:
+            wandb = optional_package("wandb", "wandb")
+            if wandb.run is None or wandb.run.name != str(self.folder):
+                wandb.init(project=script_name(), name=str(self.folder), reinit=True)
+            wandb.log(numbers, step=row["epoch"])
+
     def write_args(self, **data):
         """args.json: what repeats the run. On resume: refuse when flags or data differ from the first start."""
         record, path = _args_record(self.args, self.compute, data), self.path("args.json")
@@ -406,6 +420,14 @@ def with_progress(run, label, batches, total, done=0):
     run.say(f"{label}: {count} batches in {seconds:.1f} s ({count / seconds:.2f} batches/s)", log_only=True)
 
 
+def optional_package(flag, module):
+    """A package that only one flag needs. Raises UserError that names both where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"--{flag} needs a package that is not installed ({error}): pip install {flag}") from None
+
+
 def start_run(args):
     """Device, threads, stop signals and the run folder (new, or the one to resume).
 
@@ -414,6 +436,10 @@ def start_run(args):
     """
     if args.dry_run:
         args.epochs, args.patience, args.save_every = 1, 0, 0
+    if args.tensorboard:
+        optional_package("tensorboard", "torch.utils.tensorboard")
+    if args.wandb:
+        optional_package("wandb", "wandb")
     compute = choose_compute(args.device, args.use_amp)
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -644,6 +670,11 @@ def run_main(main):
         code, text = EXIT_INTERRUPT, "interrupted"
     except (torch.OutOfMemoryError, MemoryError) as error:
         code, text = EXIT_CRASH, f"error: out of memory ({one_line(error)})\n{_half_batch()}"
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        code, text = EXIT_CRASH, (f"error: a loader worker died or hangs ({one_line(error)}). The last checkpoint is "
+                                  "whole: --resume auto continues. Try --num_workers 0, or a larger /dev/shm")
     else:
         return
     sys.stderr.write(f"{text}\n")
@@ -2205,6 +2236,7 @@ class Training:
             self.best = {"epoch": self.epoch, "score": score}
         if self.args.scheduler == "plateau" and self.plateau.update(score, self.epoch):
             self.plateau_factor, self.plateau.bad_epochs = self.plateau_factor * 0.5, 0
+        self.run.watch(self.history[-1])
         stop = self.stopping.update(score, self.epoch) and self.epoch < self.args.epochs and self.select != "last"
         self.done = stop or self.epoch >= self.args.epochs
         self._write_epoch(better)

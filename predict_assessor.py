@@ -1,6 +1,6 @@
 """Predict ratings for images with one checkpoint of train_assessor.py, or the mean of several.
 
-    python predict_assessor.py --checkpoint outputs/run_YYYYMMDD_HHMMSS/best_model.pth --image_dir path/to/images --output predictions.csv
+    python predict_assessor.py --checkpoint outputs/run_X/best_model.pth --image_dir my_images --output predictions.csv
     python predict_assessor.py --checkpoint outputs/run_of_folds --image_dir path/to/images --interval 0.9
 
 Writes one CSV with a row for every input in input order: image, each rating in the unit that the model was trained on,
@@ -23,7 +23,8 @@ SCRIPT = "train_assessor.py"
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     add = parser.add_argument_group("prediction").add_argument
-    add("--checkpoint", type=Path, nargs="+", required=True, help="best_model.pth files, or run folders (of folds: every fold)")
+    add("--checkpoint", type=Path, nargs="+", required=True,
+        help="best_model.pth files, or run folders (of folds: every fold)")
     add("--image_dir", type=Path, help="folder of pictures, searched with its subfolders")
     add("--image_list", type=Path, help="text file with one path a line; relative paths start at the file's folder")
     add("--images", type=Path, nargs="+", default=[], help="single picture files")
@@ -83,7 +84,7 @@ def checkpoint_files(paths):
 
 
 def load_members(files, compute):
-    """Checkpoint files -> [(model in eval mode, its settings)]. Raises UserError where their ratings or input sizes differ."""
+    """Checkpoint files -> [(model in eval mode, its settings)]. UserError where ratings or input sizes differ."""
     members = []
     for path in files:
         settings = common.load_model_file(path, SCRIPT)
@@ -96,10 +97,11 @@ def load_members(files, compute):
     first = members[0][1]
     for path, (_, settings) in zip(files, members):
         if (settings["names"], settings["image_size"]) != (first["names"], first["image_size"]):
-            raise common.UserError(f"{path} predicts {settings['names']} at {settings['image_size']} px, {files[0]} {first['names']} "
-                                   f"at {first['image_size']} px; members of one mean must agree")
-    print(f"model: {first['backbone']}, {first['image_size']} px, {len(first['names'])} ratings, {len(members)} checkpoint(s), "
-          f"epochs {', '.join(str(settings['epoch']) for _, settings in members)}", flush=True)
+            raise common.UserError(f"{path} predicts {settings['names']} at {settings['image_size']} px, {files[0]} "
+                                   f"{first['names']} at {first['image_size']} px; members of one mean must agree")
+    print(f"model: {first['backbone']}, head {first['head']}, {first['image_size']} px, {len(first['names'])} ratings, "
+          f"flip average {first['flip_average']}, {len(members)} checkpoint(s) of epochs "
+          f"{', '.join(str(settings['epoch']) for _, settings in members)}", flush=True)
     return members
 
 
@@ -108,9 +110,11 @@ def predict(members, loader, compute):
     """-> (predicted (M, N, R) float64 in the unit of the ratings, errors: N texts)."""
     outputs, errors = [], []
     for batch in loader:
-        inputs = common.to_input(batch["input"], compute.device, channels_last=compute.channels_last)  # (B, S, S, 3) -> (B, 3, S, S)
+        # (B, S, S, 3) -> (B, 3, S, S)
+        inputs = common.to_input(batch["input"], compute.device, channels_last=compute.channels_last)
         with compute.autocast():
-            outputs.append(torch.stack([mirrored_mean(model, inputs, settings["flip_average"]) for model, settings in members]).cpu())  # (M, B, R)
+            each = [mirrored_mean(model, inputs, settings["flip_average"]) for model, settings in members]
+        outputs.append(torch.stack(each).cpu())  # M x (B, R) -> (M, B, R)
         errors += batch["error"]
     predicted = torch.cat(outputs, dim=1).double().numpy()  # (M, N, R)
     for member, (_, settings) in enumerate(members):
@@ -135,13 +139,14 @@ def output_rows(inputs, predicted, errors, names, widths):
         for r, rating in enumerate(names):
             row[rating] = mean[i, r]
             row |= {} if spread is None else {f"{rating}_sd": spread[i, r]}
-            row |= {} if widths is None else {f"{rating}_low": mean[i, r] - widths[r], f"{rating}_high": mean[i, r] + widths[r]}
+            if widths is not None:
+                row |= {f"{rating}_low": mean[i, r] - widths[r], f"{rating}_high": mean[i, r] + widths[r]}
         rows.append({**row, "error": error})
     return rows
 
 
 def print_summary(predicted, names, members, widths):
-    """Mean, sd and range of each rating over the pictures; a nearly constant column is flagged against the training sd."""
+    """Mean, sd and range of each rating; a column that is nearly constant beside the training labels is flagged."""
     mean = predicted.mean(0)
     label_sd = np.stack([settings["label_sd"].numpy() for _, settings in members]).mean(0)
     print(f"{'rating':24}{'mean':>10}{'sd':>10}{'min':>10}{'max':>10}")
@@ -152,7 +157,8 @@ def print_summary(predicted, names, members, widths):
         flag = "  NEARLY CONSTANT" if len(values) > 1 and values.std() < 0.05 * label_sd[r] else ""
         print(f"{name[:23]:24}{values.mean():10.3f}{values.std():10.3f}{values.min():10.3f}{values.max():10.3f}{flag}")
     if widths is not None and not np.isfinite(widths).all():
-        print(f"interval: infinite for {int((~np.isfinite(widths)).sum())} ratings, too few residuals in the checkpoint")
+        infinite = int((~np.isfinite(widths)).sum())
+        print(f"interval: infinite for {infinite} ratings, too few residuals in the checkpoint")
 
 
 def main():
@@ -163,13 +169,14 @@ def main():
     members = load_members(checkpoint_files(args.checkpoint), compute)
     names, image_size = members[0][1]["names"], members[0][1]["image_size"]
     args.seed = 0
-    loader = common.make_loader(Pictures([path for _, path in inputs], image_size), args.predict_batch_size, args, compute, train=False)
+    pictures = Pictures([path for _, path in inputs], image_size)
+    loader = common.make_loader(pictures, args.predict_batch_size, args, compute, train=False)
     predicted, errors = predict(members, loader, compute)
     widths = half_widths(members, args.interval) if args.interval else None
     common.write_table(args.output, output_rows(inputs, predicted, errors, names, widths))
     print_summary(predicted, names, members, widths)
     failed = sum(map(bool, errors))
-    print(f"{len(inputs)} pictures, {failed} could not be read (see the error column); written to {args.output}", flush=True)
+    print(f"{len(inputs)} pictures, {failed} could not be read (see the error column); written to {args.output}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Letters: N images, M images scored, B batch, R ratings, F backbone features, V v
 Units: every metric and prediction is in the unit of the ratings file; images are uint8 RGB until they reach the device.
 """
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -98,10 +99,12 @@ class Study:
         """(N,) mean rating, which splits are stratified on."""
         return np.nanmean(self.ratings, axis=1)
 
-    def record(self):
-        """What args.json says of the data; a resumed run must find the same."""
+    def record(self, split):
+        """What args.json says of the data and their split; a resumed run must find the same."""
         contents = [*self.names, *self.images, self.ratings, *self.audit("file_sha")]
-        return {"fingerprint": common.data_fingerprint(contents), "pictures": len(self.images), "ratings": self.names}
+        parts = itertools.chain.from_iterable((part, rows) for part, rows in split.items())
+        return {"fingerprint": common.data_fingerprint(contents), "split": common.data_fingerprint(parts),
+                "pictures": len(self.images), "ratings": self.names}
 
 
 def load_study(args, run):
@@ -113,6 +116,7 @@ def load_study(args, run):
     if not len(found):
         raise common.UserError(f"none of the {len(paths)} pictures named in {args.ratings_file} is in "
                                f"{args.images_dir} (first: {table.images[0]!r}); check --images_dir, --image_column")
+    run.say(f"decoding {len(found)} pictures")
     store = common.ImageStore([paths[row] for row in found], resize_side(args.image_size), args.cache)
     stored = np.array(common.check_bad_files(store.audit, args.on_bad_file), dtype=int)
     rows = found[stored]
@@ -373,7 +377,8 @@ def solve_head(model, loader, study, rows, scaler, args, compute):
             output = inputs if inputs.ndim == 2 else mirrored_mean(model.backbone, inputs, args.flip_average)
         features.append(output.float().cpu())
     target = (study.ratings[rows] - scaler["mean"]) / scaler["sd"]
-    ridge = common.fit_ridge(torch.cat(features).numpy(), target, groups=study.groups_of(rows), sd_floor=FEATURE_SD_FLOOR)
+    ridge = common.fit_ridge(torch.cat(features).numpy(), target, groups=study.groups_of(rows),
+                             sd_floor=FEATURE_SD_FLOOR)
     weights = ridge.weights / ridge.feature_sd[:, None]  # (F, R), for features that are not standardised
     model.head[-1].weight.copy_(torch.from_numpy(weights.T))
     model.head[-1].bias.copy_(torch.from_numpy(ridge.intercept - ridge.feature_mean @ weights))
@@ -670,7 +675,7 @@ def run_split(run, args, study, split):
         split = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
     if study.features is None:
         study.features = frozen_features(args, study, run, np.concatenate(list(split.values())))
-    run.write_args(**study.record())
+    run.write_args(**study.record(split))
     predicted, training = fit(run, args, study, split)
     train, val = (common.mean_metrics(common.regression_metrics(predicted[part], study.ratings[split[part]]))
                   for part in ("train", "val"))
@@ -690,7 +695,7 @@ def run_folds(run, args, study):
     folds = {f"fold_{k}": np.flatnonzero(fold_of == k) for k in range(args.folds)}
     prepare_split(run, args, study, folds)
     study.features = frozen_features(args, study, run, np.arange(len(study.images)))
-    run.write_args(**study.record())
+    run.write_args(**study.record(folds))
     results, done = [], []
     for k in range(args.folds) if args.fold == "all" else [args.fold]:
         split = {"train": np.flatnonzero(fold_of != k), "val": folds[f"fold_{k}"], "test": np.array([], dtype=int)}

@@ -67,8 +67,14 @@ def test_config_can_switch_pretrained_off(tmp_path):
 def test_config_wins_over_the_resumed_run_and_loses_to_the_command_line(tmp_path):
     flags = {"lr": 0.5, "seed": 1, "epochs": 3, "deterministic": True, "sample_weight": ["a=1"], "pretrained": False}
     (tmp_path / "args.json").write_text(json.dumps({"script": "x", "command": "python x", "flags": flags}))
-    args = parse_config(tmp_path, "seed: 2\nmax_epochs: 4\ndeterministic: false\nsample_weight: [b=2]\npretrained: true\n",
-                        "--resume", str(tmp_path), "--epochs", "5")
+    args = parse_config(
+        tmp_path,
+        "seed: 2\nmax_epochs: 4\ndeterministic: false\nsample_weight: [b=2]\npretrained: true\n",
+        "--resume",
+        str(tmp_path),
+        "--epochs",
+        "5",
+    )
     assert (args.lr, args.seed, args.epochs) == (0.5, 2, 5)
     assert args.deterministic is False and args.pretrained is True and args.sample_weight == ["b=2"]
 
@@ -89,8 +95,13 @@ def test_scripts_without_config_and_resume_refuse_both(capsys):
 
 
 def test_args_json_of_a_run_is_a_config(tmp_path):
-    record = {"script": "x", "command": "python x", "flags": {"lr": 0.5, "resume": None, "deterministic": False, "pretrained": False},
-              "versions": {"torch": "9"}, "data": {"fingerprint": "f"}}
+    record = {
+        "script": "x",
+        "command": "python x",
+        "flags": {"lr": 0.5, "resume": None, "deterministic": False, "pretrained": False},
+        "versions": {"torch": "9"},
+        "data": {"fingerprint": "f"},
+    }
     args = parse_config(tmp_path, json.dumps(record), name="args.json")
     assert args.lr == 0.5 and args.deterministic is False and args.pretrained is False
 

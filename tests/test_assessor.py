@@ -16,9 +16,22 @@ import predict_assessor
 import train_assessor
 from conftest import only_run, run_script, small_run
 
-CONTRACT = ["args.json", "log.txt", "splits.json", "leakage_report.json", "training_history.csv", "training_history.png",
-            "best_model.pth", "last.pth", "metrics.json", "predictions_val.csv", "report.html", "target_scaler.json",
-            "per_dimension_performance.png", "best_model_per_dimension_performance.csv"]
+CONTRACT = [
+    "args.json",
+    "log.txt",
+    "splits.json",
+    "leakage_report.json",
+    "training_history.csv",
+    "training_history.png",
+    "best_model.pth",
+    "last.pth",
+    "metrics.json",
+    "predictions_val.csv",
+    "report.html",
+    "target_scaler.json",
+    "per_dimension_performance.png",
+    "best_model_per_dimension_performance.csv",
+]
 
 
 def read_csv(path):
@@ -33,7 +46,17 @@ def train(sample, output_dir, *flags, code=0):
 @pytest.fixture(scope="module")
 def trained(sample, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    train(sample, folder, "--test_ratio", 0.2, "--train_ratio", 0.6, "--normalize_targets", "--criteria", "r2>0.9,mae_Valence<100")
+    train(
+        sample,
+        folder,
+        "--test_ratio",
+        0.2,
+        "--train_ratio",
+        0.6,
+        "--normalize_targets",
+        "--criteria",
+        "r2>0.9,mae_Valence<100",
+    )
     return only_run(folder)
 
 
@@ -78,9 +101,18 @@ def test_groups_are_on_one_side_and_the_report_says_zero(sample, trained):
     splits = json.loads((trained / "splits.json").read_text())
     subject = {row["image"]: row["subject"] for row in read_csv(sample.ratings)}
     sides = {part: {subject[name] for name in splits[part]} for part in ("train", "val", "test")}
-    assert sides["train"].isdisjoint(sides["val"]) and sides["train"].isdisjoint(sides["test"]) and sides["val"].isdisjoint(sides["test"])
+    assert (
+        sides["train"].isdisjoint(sides["val"])
+        and sides["train"].isdisjoint(sides["test"])
+        and sides["val"].isdisjoint(sides["test"])
+    )
     report = json.loads((trained / "leakage_report.json").read_text())
-    assert all(found["count"] == 0 for pair in report["between"].values() for what, found in pair.items() if what != "near_duplicates")
+    assert all(
+        found["count"] == 0
+        for pair in report["between"].values()
+        for what, found in pair.items()
+        if what != "near_duplicates"
+    )
 
 
 def test_criteria_and_ceilings_are_judged(trained):
@@ -118,12 +150,14 @@ def test_folds_pool_every_row_once(folds, sample):
     for k in range(3):
         assert (folds / f"fold_{k}" / "best_model.pth").exists() and (folds / f"fold_{k}" / "report.html").exists()
         own = read_csv(folds / f"fold_{k}" / "predictions_val.csv")
-        assert {row["image"] for row in own}.isdisjoint(json.loads((folds / f"fold_{k}" / "splits.json").read_text())["train"])
+        assert {row["image"] for row in own}.isdisjoint(
+            json.loads((folds / f"fold_{k}" / "splits.json").read_text())["train"]
+        )
     assert [row["fold"] for row in read_csv(folds / "fold_table.csv")] == ["0", "1", "2", "mean", "SD"]
 
 
 def test_folds_continue_fold_by_fold(folds):
-    """A run of folds that lost its last fold: the finished ones are taken as they are, the pooled result is the same."""
+    """A run that lost its last fold: the finished ones are taken as they are, the pooled result is the same."""
     before = (folds / "predictions_folds.csv").read_bytes()
     (folds / "metrics.json").unlink()
     (folds / "fold_2" / "metrics.json").unlink()
@@ -139,24 +173,57 @@ def test_dry_run_writes_the_whole_run_folder(sample, tmp_path):
 
 
 def test_single_ratings_give_a_split_half_ceiling(sample, tmp_path):
-    run_script("train_assessor.py", "--images_dir", sample.images, "--ratings_file", sample.raw, "--output_dir", tmp_path,
-               "--backbone", "resnet18", "--no_pretrained", "--image_size", 32, "--dry_run")
+    run_script(
+        "train_assessor.py",
+        "--images_dir",
+        sample.images,
+        "--ratings_file",
+        sample.raw,
+        "--output_dir",
+        tmp_path,
+        "--backbone",
+        "resnet18",
+        "--no_pretrained",
+        "--image_size",
+        32,
+        "--dry_run",
+    )
     metrics = json.loads((only_run(tmp_path) / "metrics.json").read_text())
     assert "Spearman-Brown" in metrics["ceiling"]["source"]
 
 
-@pytest.mark.parametrize("flags", [
-    ["--freeze_backbone", "--feature_views", 2], ["--freeze_epochs", 1, "--backbone_lr_mult", 0.1], ["--loss", "weighted"],
-    ["--loss", "smooth_l1", "--optimizer", "sgd", "--scheduler", "step", "--warmup_epochs", 1], ["--cache", "none", "--augment", "light"],
-    ["--head", "ridge", "--flip_average", "--freeze_stages", 2, "--freeze_norm", "--image_size", 64, "--normalize_targets"],
-    ["--head", "ridge", "--freeze_backbone", "--image_size", 64], ["--select", "last", "--save_top_k", 1, "--use_amp", "off"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--freeze_backbone", "--feature_views", 2],
+        ["--freeze_epochs", 1, "--backbone_lr_mult", 0.1],
+        ["--loss", "weighted"],
+        ["--loss", "smooth_l1", "--optimizer", "sgd", "--scheduler", "step", "--warmup_epochs", 1],
+        ["--cache", "none", "--augment", "light"],
+        [
+            "--head",
+            "ridge",
+            "--flip_average",
+            "--freeze_stages",
+            2,
+            "--freeze_norm",
+            "--image_size",
+            64,
+            "--normalize_targets",
+        ],
+        ["--head", "ridge", "--freeze_backbone", "--image_size", 64],
+        ["--select", "last", "--save_top_k", 1, "--use_amp", "off"],
+    ],
+)
 def test_options_run(sample, tmp_path, flags):
     train(sample, tmp_path, *flags, "--epochs", 2)
     assert len(read_csv(only_run(tmp_path) / "training_history.csv")) == 2
 
 
 def test_fine_tuning_starts_from_the_other_weights(sample, trained, tmp_path):
-    train(sample, tmp_path, "--init_from", trained / "best_model.pth", "--normalize_targets", "--epochs", 1, "--lr", 1e-12)
+    train(
+        sample, tmp_path, "--init_from", trained / "best_model.pth", "--normalize_targets", "--epochs", 1, "--lr", 1e-12
+    )
     ours, theirs = (common.read_checkpoint(run / "best_model.pth")["model"] for run in (only_run(tmp_path), trained))
     assert torch.allclose(ours["head.0.weight"], theirs["head.0.weight"], atol=1e-6)
 
@@ -195,10 +262,23 @@ def test_missing_ratings_change_neither_loss_nor_gradient(loss):
 
 
 def test_accumulated_gradients_equal_one_large_batch(sample, tmp_path):
-    """batch 8 x accumulate 2 and batch 16 give the same first epoch, in fp32 without dropout, augmentation and BatchNorm."""
+    """Batch 8 x accumulate 2 and batch 16: the same first epoch, in fp32 without dropout, augmentation, BatchNorm."""
     rows = []
     for name, flags in {"a": ["--batch_size", 8, "--accumulate", 2], "b": ["--batch_size", 16]}.items():
-        train(sample, tmp_path / name, "--epochs", 1, "--dropout", 0, "--augment", "none", "--use_amp", "off", "--freeze_backbone", *flags)
+        train(
+            sample,
+            tmp_path / name,
+            "--epochs",
+            1,
+            "--dropout",
+            0,
+            "--augment",
+            "none",
+            "--use_amp",
+            "off",
+            "--freeze_backbone",
+            *flags,
+        )
         rows.append(read_csv(only_run(tmp_path / name) / "training_history.csv")[0])
     assert float(rows[0]["val_loss"]) == pytest.approx(float(rows[1]["val_loss"]), rel=1e-5)
 
@@ -217,7 +297,17 @@ def test_frozen_backbone_does_not_change(sample, tmp_path):
 def test_predictions_repeat_the_validation_predictions(sample, trained, tmp_path):
     """predict_assessor.py on the test pictures gives what training wrote, within the rounding of folded BatchNorm."""
     output = tmp_path / "p.csv"
-    run_script("predict_assessor.py", "--checkpoint", trained, "--image_dir", sample.images, "--output", output, "--use_amp", "off")
+    run_script(
+        "predict_assessor.py",
+        "--checkpoint",
+        trained,
+        "--image_dir",
+        sample.images,
+        "--output",
+        output,
+        "--use_amp",
+        "off",
+    )
     predicted = {row["image"]: row for row in read_csv(output)}
     names = json.loads((trained / "target_scaler.json").read_text())["names"]
     for row in read_csv(trained / "predictions_test.csv"):
@@ -233,8 +323,17 @@ def test_every_input_keeps_its_row(sample, folds, tmp_path):
     listed = [pictures[2], "broken.jpg", pictures[0], "missing.png"]
     (tmp_path / "list.txt").write_text("\n".join(map(str, listed)) + "\n", encoding="utf-8")
     output = tmp_path / "p.csv"
-    text = run_script("predict_assessor.py", "--checkpoint", folds, "--image_list", tmp_path / "list.txt", "--output", output,
-                      "--interval", 0.9).text
+    text = run_script(
+        "predict_assessor.py",
+        "--checkpoint",
+        folds,
+        "--image_list",
+        tmp_path / "list.txt",
+        "--output",
+        output,
+        "--interval",
+        0.9,
+    ).text
     rows = read_csv(output)
     assert [row["image"] for row in rows] == [str(path) for path in listed]
     assert rows[0]["Valence"] and rows[0]["Valence_sd"] and not rows[0]["error"]
@@ -245,7 +344,15 @@ def test_every_input_keeps_its_row(sample, folds, tmp_path):
 
 def test_an_ensemble_is_the_mean_of_its_members(sample, folds, tmp_path):
     def predict(checkpoint, name):
-        run_script("predict_assessor.py", "--checkpoint", *checkpoint, "--images", *sorted(sample.images.iterdir())[:2], "--output", tmp_path / name)
+        run_script(
+            "predict_assessor.py",
+            "--checkpoint",
+            *checkpoint,
+            "--images",
+            *sorted(sample.images.iterdir())[:2],
+            "--output",
+            tmp_path / name,
+        )
         return [float(row["Anger"]) for row in read_csv(tmp_path / name)]
     members = [folds / f"fold_{k}" / "best_model.pth" for k in range(3)]
     single = [predict([path], f"{k}.csv") for k, path in enumerate(members)]
@@ -254,12 +361,16 @@ def test_an_ensemble_is_the_mean_of_its_members(sample, folds, tmp_path):
 
 def test_members_of_other_ratings_are_refused(sample, trained, tmp_path):
     train(sample, tmp_path, "--target_columns", "Valence_mean", "Anger_mean", "--epochs", 1)
-    text = run_script("predict_assessor.py", "--checkpoint", trained, only_run(tmp_path), "--image_dir", sample.images, code=2).stderr
+    text = run_script(
+        "predict_assessor.py", "--checkpoint", trained, only_run(tmp_path), "--image_dir", sample.images, code=2
+    ).stderr
     assert "must agree" in text
 
 
 def test_conformal_interval_is_the_residual_quantile(folds):
-    members = predict_assessor.load_members(predict_assessor.checkpoint_files([folds]), common.choose_compute("cpu", "off"))
+    members = predict_assessor.load_members(
+        predict_assessor.checkpoint_files([folds]), common.choose_compute("cpu", "off")
+    )
     widths = predict_assessor.half_widths(members, 0.5)
     residuals = np.concatenate([settings["abs_residuals"].numpy() for _, settings in members])
     assert residuals.shape[0] == 48 and len(widths) == residuals.shape[1]
@@ -296,8 +407,14 @@ TABLE_MISTAKES = {
     "no image column": (no_image_column, ["has no image column", "stimulus_no", "--image_column"]),
     "all ratings of a row missing": (blank_row, ["all ratings are missing"]),
     "constant column": (constant_column, ["constant", "Anger", "--target_columns"]),
-    "no picture found": (lambda header, rows: [row.__setitem__(0, f"nowhere_{i}.jpg") for i, row in enumerate(rows)], ["none of the 48 pictures"]),
-    "a word among numbers": (lambda header, rows: rows[3].__setitem__(header.index("Anger_mean"), "high"), ["Anger_mean", "high"]),
+    "no picture found": (
+        lambda header, rows: [row.__setitem__(0, f"nowhere_{i}.jpg") for i, row in enumerate(rows)],
+        ["none of the 48 pictures"],
+    ),
+    "a word among numbers": (
+        lambda header, rows: rows[3].__setitem__(header.index("Anger_mean"), "high"),
+        ["Anger_mean", "high"],
+    ),
     "a row listed twice": (lambda header, rows: rows.append(list(rows[0])), ["twice", "--duplicates mean"]),
 }
 
@@ -351,20 +468,39 @@ def test_unreadable_pictures_are_all_listed_or_skipped(sample, tmp_path):
     text = train(sample, tmp_path / "out", "--images_dir", images, code=2).stderr
     assert "2 of 48 pictures" in text and "face_0001.jpg" in text and "face_0002.jpg" in text
     train(sample, tmp_path / "out", "--images_dir", images, "--on_bad_file", "skip", "--dry_run")
-    assert {row["image"] for row in read_csv(only_run(tmp_path / "out") / "skipped.csv")} == {"images/face_0001.jpg", "images/face_0002.jpg"}
+    assert {row["image"] for row in read_csv(only_run(tmp_path / "out") / "skipped.csv")} == {
+        "images/face_0001.jpg",
+        "images/face_0002.jpg",
+    }
 
 
 def test_weights_that_cannot_be_had(sample, tmp_path):
-    text = run_script("train_assessor.py", "--images_dir", sample.images, "--ratings_file", sample.ratings, "--output_dir", tmp_path,
-                      "--backbone", "resnet18", code=2,
-                      env={"TORCH_HOME": str(tmp_path / "empty"), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}).stderr
+    text = run_script(
+        "train_assessor.py",
+        "--images_dir",
+        sample.images,
+        "--ratings_file",
+        sample.ratings,
+        "--output_dir",
+        tmp_path,
+        "--backbone",
+        "resnet18",
+        code=2,
+        env={
+            "TORCH_HOME": str(tmp_path / "empty"),
+            "http_proxy": "http://127.0.0.1:9",
+            "https_proxy": "http://127.0.0.1:9",
+        },
+    ).stderr
     assert "--weights FILE" in text and "--no_pretrained" in text
 
 
 def test_checkpoint_of_another_script(sample, trained, tmp_path):
     content = common.read_checkpoint(trained / "best_model.pth")
     common.save_checkpoint(tmp_path / "other.pth", {**content, "script": "train_video.py"})
-    text = run_script("predict_assessor.py", "--checkpoint", tmp_path / "other.pth", "--image_dir", sample.images, code=2).stderr
+    text = run_script(
+        "predict_assessor.py", "--checkpoint", tmp_path / "other.pth", "--image_dir", sample.images, code=2
+    ).stderr
     assert "train_video.py" in text
 
 

@@ -125,7 +125,9 @@ def test_the_solved_head_is_ridge_on_the_tuned_features():
     draws = np.random.default_rng(0)
     features, ratings = draws.normal(size=(40, 12)).astype(np.float32), draws.normal(5, 2, (40, 3))
     ratings[3, 1] = np.nan
-    args = train_assessor.parse_args(["--images_dir", ".", "--ratings_file", ".", "--head", "ridge", "--freeze_backbone"])
+    args = train_assessor.parse_args(
+        ["--images_dir", ".", "--ratings_file", ".", "--head", "ridge", "--freeze_backbone"]
+    )
     model = train_assessor.Assessor(torch.nn.Identity(), 12, 3, "ridge", 0.0)
 
     class Data:
@@ -140,11 +142,13 @@ def test_the_solved_head_is_ridge_on_the_tuned_features():
 
 
 def test_a_feature_that_hardly_varied_does_not_explode():
-    """Without a floor, a feature of sd 1e-4 that is 1 on a new picture moves its prediction by many sds of the ratings."""
+    """Without a floor, a feature of sd 1e-4 that is 1 on a new picture moves its prediction by many sds."""
     draws = np.random.default_rng(0)
     features = draws.normal(size=(60, 5))
     features[:, 4] *= 1e-4
     target = features[:, :1] + 1e3 * features[:, 4:]
     new = np.array([[0.0, 0.0, 0.0, 0.0, 1.0]])
-    plain, floored = (abs(common.fit_ridge(features, target, sd_floor=floor).predict(new)).max() for floor in (0.0, 0.01))
+    plain, floored = (
+        abs(common.fit_ridge(features, target, sd_floor=floor).predict(new)).max() for floor in (0.0, 0.01)
+    )
     assert plain > 100 and floored < plain / 5

@@ -12,11 +12,31 @@ import pytest
 
 from conftest import ROOT, only_run, small_run
 
-COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-            for line in block.splitlines() if line.strip()]
-ELSEWHERE = {"./run_local.sh": "run by tests/test_shell.py", "tests/run.sh": "this very run", "sbatch": "needs a SLURM cluster",
-             "python tests/benchmarks": "takes minutes; its parts are imported by it", "python verify_setup.py": "run by test_verify_setup.py"}
-SMALL = {"train_assessor.py": ["--backbone", "resnet18", "--no_pretrained", "--image_size", "64", "--dry_run", "--folds", "0"]}
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+ELSEWHERE = {
+    "./run_local.sh": "run by tests/test_shell.py",
+    "tests/run.sh": "this very run",
+    "sbatch": "needs a SLURM cluster",
+    "python tests/benchmarks": "takes minutes; its parts are imported by it",
+    "python verify_setup.py": "run by test_verify_setup.py",
+}
+SMALL = {
+    "train_assessor.py": [
+        "--backbone",
+        "resnet18",
+        "--no_pretrained",
+        "--image_size",
+        "64",
+        "--dry_run",
+        "--folds",
+        "0",
+    ]
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +48,9 @@ def folder(sample, tmp_path_factory):
     shutil.copy(sample.ratings, folder / "ratings")
     shutil.copytree(ROOT / "configs", folder / "configs")
     flags = small_run(sample, folder / "made", "--epochs", 1)
-    subprocess.run([sys.executable, ROOT / "train_assessor.py", *map(str, flags)], check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        [sys.executable, ROOT / "train_assessor.py", *map(str, flags)], check=True, capture_output=True, timeout=300
+    )
     shutil.copytree(only_run(folder / "made"), folder / "outputs" / "run_YYYYMMDD_HHMMSS")
     return folder
 
@@ -44,8 +66,13 @@ def test_command(folder, command):
             pytest.skip(f"{command}: {reason}")
     python, script, *flags = shlex.split(command)
     assert python == "python", f"no rule for {command}"
-    done = subprocess.run([sys.executable, ROOT / script, *flags, *SMALL.get(script, [])], cwd=folder, capture_output=True, text=True,
-                          timeout=300)
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *flags, *SMALL.get(script, [])],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

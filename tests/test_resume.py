@@ -62,8 +62,10 @@ def test_any_number_of_workers_gives_the_same_bits(sample, tmp_path, undisturbed
 
 
 def start_and_signal(command, signal_number, wait, group=False):
-    """Start the script, wait until it trains and `wait` seconds longer, then signal it; returns its exit code or None if it ended."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    """Start the script, wait until it trains and `wait` seconds longer, then signal it; returns its exit code."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     for line in process.stdout:
         if line.startswith("epoch ") or line.startswith("continuing"):
             break
@@ -77,7 +79,9 @@ def start_and_signal(command, signal_number, wait, group=False):
 @pytest.mark.parametrize("workers", SETTINGS)
 def test_kill_9_and_resume_is_byte_identical(sample, tmp_path, undisturbed, workers):
     """Killed at three random moments with a save after every step, then continued with --resume auto."""
-    command = script_command("train_assessor.py", *flags(sample, tmp_path, "--save_minutes", 1e-9, "--resume", "auto", *SETTINGS[workers]))
+    command = script_command(
+        "train_assessor.py", *flags(sample, tmp_path, "--save_minutes", 1e-9, "--resume", "auto", *SETTINGS[workers])
+    )
     moments, kills = random.Random(len(workers) + ord(workers[-1])), 0
     for _ in range(3):
         kills += start_and_signal(command, signal.SIGKILL, moments.uniform(0, 0.6), group=True) == -signal.SIGKILL

@@ -91,8 +91,18 @@ def test_early_stopping():
 # --- the run folder -------------------------------------------------------------------
 
 def run_arguments(folder, **more):
-    return SimpleNamespace(**{"output_dir": folder, "dry_run": False, "device": "cpu", "use_amp": "off", "deterministic": False,
-                              "resume": None, "config": None, **more})
+    return SimpleNamespace(
+        **{
+            "output_dir": folder,
+            "dry_run": False,
+            "device": "cpu",
+            "use_amp": "off",
+            "deterministic": False,
+            "resume": None,
+            "config": None,
+            **more,
+        }
+    )
 
 
 def test_64_starts_in_one_second_give_64_folders(tmp_path):
@@ -132,8 +142,16 @@ def test_log_and_terminal_are_ascii(tmp_path, capsys):
 
 
 def test_json_is_strict_and_tables_keep_every_digit(tmp_path):
-    common.write_json(tmp_path / "x.json", {"a": math.nan, "b": np.float32(0.5), "c": tmp_path, "d": np.arange(2), "e": {3, 1}})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": 0.5, "c": str(tmp_path), "d": [0, 1], "e": [1, 3]}
+    common.write_json(
+        tmp_path / "x.json", {"a": math.nan, "b": np.float32(0.5), "c": tmp_path, "d": np.arange(2), "e": {3, 1}}
+    )
+    assert json.loads((tmp_path / "x.json").read_text()) == {
+        "a": None,
+        "b": 0.5,
+        "c": str(tmp_path),
+        "d": [0, 1],
+        "e": [1, 3],
+    }
     common.write_table(tmp_path / "t.csv", [{"a": 1 / 3, "b": "x,y"}, {"b": None, "c": math.nan, "a": np.float64(0.1)}])
     assert (tmp_path / "t.csv").read_text() == 'a,b,c\n0.3333333333333333,"x,y",\n0.1,,\n'
 
@@ -168,7 +186,9 @@ def test_bf16_with_channels_last_agrees_with_fp32():
         compute = common.choose_compute("cpu", use_amp)
         model = compute.place(backbone).eval()
         with torch.inference_mode(), compute.autocast():
-            outputs.append(model(common.to_input(images, compute.device, channels_last=compute.channels_last)).float().flatten())
+            outputs.append(
+                model(common.to_input(images, compute.device, channels_last=compute.channels_last)).float().flatten()
+            )
     assert torch.corrcoef(torch.stack(outputs))[0, 1] > 0.9995
     assert (outputs[0] - outputs[1]).abs().max() < 0.05 * outputs[0].abs().max()
 
@@ -177,4 +197,7 @@ def test_auto_precision_follows_the_processor(monkeypatch):
     for flags, expected in (("fma avx512_bf16", "bf16"), ("fma avx2", "fp32")):
         monkeypatch.setattr(common, "_cpuinfo", lambda field, flags=flags: flags)
         assert common.choose_compute("cpu", "auto").precision == expected
-        assert common.choose_compute("cpu", "off").precision == "fp32" and common.choose_compute("cpu", "on").precision == "bf16"
+        assert (
+            common.choose_compute("cpu", "off").precision == "fp32"
+            and common.choose_compute("cpu", "on").precision == "bf16"
+        )

@@ -5,7 +5,7 @@
 
     script      one epoch as the script trains: cached pictures, fused augmentation, its precision
     bare        forward, backward and optimiser step on batches that already lie in memory, in the same precision
-    reference   a plain loop as tutorials write it: fp32, Pillow decoding, torchvision augmentation of the same strength, 2 workers
+    reference   a loop as tutorials write it: fp32, Pillow decoding, torchvision augmentation as strong, 2 workers
 Printed: median seconds of each, the ratios of the medians with the range over the repeats, and peak memory.
 """
 
@@ -193,14 +193,11 @@ def main():
                 "reference": ReferenceEpochs(script, folder, options),
             }
             seconds = time_in_turn(loops, options.repeats)
-    print(
-        f"\n{options.backbone}, {options.images} pictures of {options.side} px, batch {options.batch_size}, {script.run.compute.text}, "
-        f"{torch.get_num_threads()} threads, {options.repeats} repeats"
-    )
+    print(f"\n{options.backbone}, {options.images} pictures of {options.side} px, batch {options.batch_size}, "
+          f"{script.run.compute.text}, {torch.get_num_threads()} threads, {options.repeats} repeats")
     for name, values in seconds.items():
-        print(
-            f"{name:10} median {statistics.median(values):7.2f} s   {options.images / statistics.median(values):7.1f} images/s"
-        )
+        median = statistics.median(values)
+        print(f"{name:10} median {median:7.2f} s   {options.images / median:7.1f} images/s")
     for over, under, goal in (("script", "bare", "<= 1.05"), ("reference", "script", ">= 3")):
         ratios = [a / b for a, b in zip(seconds[over], seconds[under])]
         median = statistics.median(seconds[over]) / statistics.median(seconds[under])
