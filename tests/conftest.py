@@ -39,28 +39,10 @@ def run_script(script, *flags, code=0, env=None):
 
 def small_run(sample, output_dir, *flags):
     """Flags of a training run that takes seconds: a small network, small pictures, random weights."""
-    return [
-        "--images_dir",
-        sample.images,
-        "--ratings_file",
-        sample.ratings,
-        "--output_dir",
-        output_dir,
-        "--backbone",
-        "resnet18",
-        "--no_pretrained",
-        "--image_size",
-        32,
-        "--epochs",
-        3,
-        "--batch_size",
-        8,
-        "--num_workers",
-        0,
-        "--group_column",
-        "subject",
-        *flags,
-    ]
+    text = ("--backbone resnet18 --no_pretrained --image_size 32 --epochs 3 --batch_size 8 --num_workers 0 "
+            "--group_column subject")
+    data = ["--images_dir", sample.images, "--ratings_file", sample.ratings, "--output_dir", output_dir]
+    return [*data, *text.split(), *flags]
 
 
 def only_run(output_dir):

@@ -68,12 +68,8 @@ def test_config_wins_over_the_resumed_run_and_loses_to_the_command_line(tmp_path
     flags = {"lr": 0.5, "seed": 1, "epochs": 3, "deterministic": True, "sample_weight": ["a=1"], "pretrained": False}
     (tmp_path / "args.json").write_text(json.dumps({"script": "x", "command": "python x", "flags": flags}))
     args = parse_config(
-        tmp_path,
-        "seed: 2\nmax_epochs: 4\ndeterministic: false\nsample_weight: [b=2]\npretrained: true\n",
-        "--resume",
-        str(tmp_path),
-        "--epochs",
-        "5",
+        tmp_path, "seed: 2\nmax_epochs: 4\ndeterministic: false\nsample_weight: [b=2]\npretrained: true\n",
+        "--resume", str(tmp_path), "--epochs", "5",
     )
     assert (args.lr, args.seed, args.epochs) == (0.5, 2, 5)
     assert args.deterministic is False and args.pretrained is True and args.sample_weight == ["b=2"]
@@ -107,21 +103,12 @@ def test_args_json_of_a_run_is_a_config(tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("epochz: 3", ["epochz", "epochs"]),
-    ("lr: NO", ["lr", "False"]),
-    ("epochs: 3.5", ["epochs", "3.5"]),
-    ("lr: -1", ["lr", "-1"]),
-    ("lr: .nan", ["lr", "nan"]),
-    ("epochs: 1\nepochs: 2", ["epochs", "twice"]),
-    ("a: {epochs: 1}\nb: {epochs: 2}", ["epochs", "two sections"]),
-    ("a: &x {epochs: 1}\nb: *x", ["anchors"]),
-    ("- epochs", ["list"]),
-    ("a: [", ["cannot be read"]),
-    ("scheduler: cosin", ["scheduler", "cosine"]),
-    ("deterministic: 3", ["deterministic", "true or false"]),
-    ("lr: [1e-4, 1e-3]", ["lr", "expected float", "1e-3"]),
-    ("? [a]\n: 1", ["unknown key"]),
-    ("lr: {a: {b: " + "{c: " * 5000, []),
+    ("epochz: 3", ["epochz", "epochs"]), ("lr: NO", ["lr", "False"]), ("epochs: 3.5", ["epochs", "3.5"]),
+    ("lr: -1", ["lr", "-1"]), ("lr: .nan", ["lr", "nan"]), ("epochs: 1\nepochs: 2", ["epochs", "twice"]),
+    ("a: {epochs: 1}\nb: {epochs: 2}", ["epochs", "two sections"]), ("a: &x {epochs: 1}\nb: *x", ["anchors"]),
+    ("- epochs", ["list"]), ("a: [", ["cannot be read"]), ("scheduler: cosin", ["scheduler", "cosine"]),
+    ("deterministic: 3", ["deterministic", "true or false"]), ("lr: [1e-4, 1e-3]", ["lr", "expected float", "1e-3"]),
+    ("? [a]\n: 1", ["unknown key"]), ("lr: {a: {b: " + "{c: " * 5000, []),
     ("!!python/object/apply:os.system ['true']", ["cannot be read"]),
 ])
 def test_config_mistakes_are_one_line(tmp_path, text, words):

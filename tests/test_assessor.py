@@ -17,20 +17,9 @@ import train_assessor
 from conftest import only_run, run_script, small_run
 
 CONTRACT = [
-    "args.json",
-    "log.txt",
-    "splits.json",
-    "leakage_report.json",
-    "training_history.csv",
-    "training_history.png",
-    "best_model.pth",
-    "last.pth",
-    "metrics.json",
-    "predictions_val.csv",
-    "report.html",
-    "target_scaler.json",
-    "per_dimension_performance.png",
-    "best_model_per_dimension_performance.csv",
+    "args.json", "log.txt", "splits.json", "leakage_report.json", "training_history.csv", "training_history.png",
+    "best_model.pth", "last.pth", "metrics.json", "predictions_val.csv", "report.html", "target_scaler.json",
+    "per_dimension_performance.png", "best_model_per_dimension_performance.csv",
 ]
 
 
@@ -47,14 +36,7 @@ def train(sample, output_dir, *flags, code=0):
 def trained(sample, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     train(
-        sample,
-        folder,
-        "--test_ratio",
-        0.2,
-        "--train_ratio",
-        0.6,
-        "--normalize_targets",
-        "--criteria",
+        sample, folder, "--test_ratio", 0.2, "--train_ratio", 0.6, "--normalize_targets", "--criteria",
         "r2>0.9,mae_Valence<100",
     )
     return only_run(folder)
@@ -174,19 +156,8 @@ def test_dry_run_writes_the_whole_run_folder(sample, tmp_path):
 
 def test_single_ratings_give_a_split_half_ceiling(sample, tmp_path):
     run_script(
-        "train_assessor.py",
-        "--images_dir",
-        sample.images,
-        "--ratings_file",
-        sample.raw,
-        "--output_dir",
-        tmp_path,
-        "--backbone",
-        "resnet18",
-        "--no_pretrained",
-        "--image_size",
-        32,
-        "--dry_run",
+        "train_assessor.py", "--images_dir", sample.images, "--ratings_file", sample.raw, "--output_dir", tmp_path,
+        "--backbone", "resnet18", "--no_pretrained", "--image_size", 32, "--dry_run",
     )
     metrics = json.loads((only_run(tmp_path) / "metrics.json").read_text())
     assert "Spearman-Brown" in metrics["ceiling"]["source"]
@@ -201,14 +172,7 @@ def test_single_ratings_give_a_split_half_ceiling(sample, tmp_path):
         ["--loss", "smooth_l1", "--optimizer", "sgd", "--scheduler", "step", "--warmup_epochs", 1],
         ["--cache", "none", "--augment", "light"],
         [
-            "--head",
-            "ridge",
-            "--flip_average",
-            "--freeze_stages",
-            2,
-            "--freeze_norm",
-            "--image_size",
-            64,
+            "--head", "ridge", "--flip_average", "--freeze_stages", 2, "--freeze_norm", "--image_size", 64,
             "--normalize_targets",
         ],
         ["--head", "ridge", "--freeze_backbone", "--image_size", 64],
@@ -266,18 +230,8 @@ def test_accumulated_gradients_equal_one_large_batch(sample, tmp_path):
     rows = []
     for name, flags in {"a": ["--batch_size", 8, "--accumulate", 2], "b": ["--batch_size", 16]}.items():
         train(
-            sample,
-            tmp_path / name,
-            "--epochs",
-            1,
-            "--dropout",
-            0,
-            "--augment",
-            "none",
-            "--use_amp",
-            "off",
-            "--freeze_backbone",
-            *flags,
+            sample, tmp_path / name, "--epochs", 1, "--dropout", 0, "--augment", "none", "--use_amp", "off",
+            "--freeze_backbone", *flags,
         )
         rows.append(read_csv(only_run(tmp_path / name) / "training_history.csv")[0])
     assert float(rows[0]["val_loss"]) == pytest.approx(float(rows[1]["val_loss"]), rel=1e-5)
@@ -298,15 +252,8 @@ def test_predictions_repeat_the_validation_predictions(sample, trained, tmp_path
     """predict_assessor.py on the test pictures gives what training wrote, within the rounding of folded BatchNorm."""
     output = tmp_path / "p.csv"
     run_script(
-        "predict_assessor.py",
-        "--checkpoint",
-        trained,
-        "--image_dir",
-        sample.images,
-        "--output",
-        output,
-        "--use_amp",
-        "off",
+        "predict_assessor.py", "--checkpoint", trained, "--image_dir", sample.images, "--output", output,
+        "--use_amp", "off",
     )
     predicted = {row["image"]: row for row in read_csv(output)}
     names = json.loads((trained / "target_scaler.json").read_text())["names"]
@@ -324,15 +271,8 @@ def test_every_input_keeps_its_row(sample, folds, tmp_path):
     (tmp_path / "list.txt").write_text("\n".join(map(str, listed)) + "\n", encoding="utf-8")
     output = tmp_path / "p.csv"
     text = run_script(
-        "predict_assessor.py",
-        "--checkpoint",
-        folds,
-        "--image_list",
-        tmp_path / "list.txt",
-        "--output",
-        output,
-        "--interval",
-        0.9,
+        "predict_assessor.py", "--checkpoint", folds, "--image_list", tmp_path / "list.txt", "--output", output,
+        "--interval", 0.9,
     ).text
     rows = read_csv(output)
     assert [row["image"] for row in rows] == [str(path) for path in listed]
@@ -345,13 +285,8 @@ def test_every_input_keeps_its_row(sample, folds, tmp_path):
 def test_an_ensemble_is_the_mean_of_its_members(sample, folds, tmp_path):
     def predict(checkpoint, name):
         run_script(
-            "predict_assessor.py",
-            "--checkpoint",
-            *checkpoint,
-            "--images",
-            *sorted(sample.images.iterdir())[:2],
-            "--output",
-            tmp_path / name,
+            "predict_assessor.py", "--checkpoint", *checkpoint, "--images", *sorted(sample.images.iterdir())[:2],
+            "--output", tmp_path / name,
         )
         return [float(row["Anger"]) for row in read_csv(tmp_path / name)]
     members = [folds / f"fold_{k}" / "best_model.pth" for k in range(3)]
@@ -435,8 +370,7 @@ FLAG_MISTAKES = {
     "missing folder": (["--images_dir", "nowhere"], ["nowhere"]),
     "empty split": (["--train_ratio", 1, "--val_ratio", 0], ["val"]),
     "ratios do not sum": (["--train_ratio", 0.5, "--val_ratio", 0.2], ["0.7"]),
-    "fewer groups than folds": (["--folds", 40], ["40", "groups"]),
-    "one fold": (["--folds", 1], ["at least 2"]),
+    "fewer groups than folds": (["--folds", 40], ["40", "groups"]), "one fold": (["--folds", 1], ["at least 2"]),
     "GPU that is absent": (["--device", "cuda:7"], ["cuda:7", "--device cpu"]),
     "unknown backbone": (["--backbone", "resnet5O"], ["resnet5O", "resnet50"]),
     "unknown flag": (["--epoch", 3], ["--epochs"]),

@@ -83,24 +83,9 @@ def make_training(folder, resumed, **flags):
     args = SimpleNamespace(
         **{
             **dict(
-                seed=1,
-                epochs=2,
-                lr=0.1,
-                weight_decay=0.0,
-                optimizer="adamw",
-                scheduler="step",
-                warmup_epochs=0.5,
-                accumulate=1,
-                clip_grad=1.0,
-                patience=0,
-                min_epochs=0,
-                min_delta=0.0,
-                dry_run=False,
-                save_minutes=0,
-                save_every=0,
-                save_top_k=0,
-                num_workers=0,
-                resume="auto",
+                seed=1, epochs=2, lr=0.1, weight_decay=0.0, optimizer="adamw", scheduler="step", warmup_epochs=0.5,
+                accumulate=1, clip_grad=1.0, patience=0, min_epochs=0, min_delta=0.0, dry_run=False, save_minutes=0,
+                save_every=0, save_top_k=0, num_workers=0, resume="auto",
             ),
             **flags,
         }
@@ -296,8 +281,7 @@ def pickle_with_size(count):
 
 HOSTILE = {
     "pickle": lambda path: path.write_bytes(pickle.dumps(Bomb())),
-    "pickle in a torch zip": lambda path: torch_zip(path, {"model": Bomb()}),
-    "zip bomb": zip_bomb,
+    "pickle in a torch zip": lambda path: torch_zip(path, {"model": Bomb()}), "zip bomb": zip_bomb,
     "storage of 2^36 numbers": claims_too_much,
     "sparse tensor": lambda path: torch_zip(path, {"w": torch.eye(3).to_sparse()}),
     "expanded tensor": lambda path: torch_zip(path, {"w": torch.as_strided(torch.zeros(4), (2**20, 2**20), (0, 0))}),
@@ -305,10 +289,8 @@ HOSTILE = {
     "whole module": lambda path: torch_zip(path, torch.nn.Linear(2, 2)),
     "web page": lambda path: path.write_text("<!DOCTYPE html><title>404</title>"),
     "git lfs pointer": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-    "empty": lambda path: path.write_bytes(b""),
-    "folder": lambda path: path.mkdir(),
-    "fifo": lambda path: os.mkfifo(path),
-    "missing": lambda path: None,
+    "empty": lambda path: path.write_bytes(b""), "folder": lambda path: path.mkdir(),
+    "fifo": lambda path: os.mkfifo(path), "missing": lambda path: None,
     "device": lambda path: path.symlink_to("/dev/zero"),
 }
 

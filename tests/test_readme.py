@@ -27,14 +27,7 @@ ELSEWHERE = {
 }
 SMALL = {
     "train_assessor.py": [
-        "--backbone",
-        "resnet18",
-        "--no_pretrained",
-        "--image_size",
-        "64",
-        "--dry_run",
-        "--folds",
-        "0",
+        "--backbone", "resnet18", "--no_pretrained", "--image_size", "64", "--dry_run", "--folds", "0",
     ]
 }
 

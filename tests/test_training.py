@@ -93,14 +93,8 @@ def test_early_stopping():
 def run_arguments(folder, **more):
     return SimpleNamespace(
         **{
-            "output_dir": folder,
-            "dry_run": False,
-            "device": "cpu",
-            "use_amp": "off",
-            "deterministic": False,
-            "resume": None,
-            "config": None,
-            **more,
+            "output_dir": folder, "dry_run": False, "device": "cpu", "use_amp": "off", "deterministic": False,
+            "resume": None, "config": None, **more,
         }
     )
 

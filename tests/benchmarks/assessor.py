@@ -60,21 +60,9 @@ class ScriptEpochs:
         sys.argv = ["train_assessor.py"]
         self.args = train_assessor.parse_args(
             [
-                "--images_dir",
-                str(folder),
-                "--ratings_file",
-                str(table),
-                "--output_dir",
-                str(folder / "out"),
-                "--backbone",
-                options.backbone,
-                "--no_pretrained",
-                "--batch_size",
-                str(options.batch_size),
-                "--save_minutes",
-                "0",
-                "--epochs",
-                "1000",
+                "--images_dir", str(folder), "--ratings_file", str(table), "--output_dir", str(folder / "out"),
+                "--backbone", options.backbone, "--no_pretrained", "--batch_size", str(options.batch_size),
+                "--save_minutes", "0", "--epochs", "1000",
             ]
         )
         self.run = common.start_run(self.args)
@@ -128,15 +116,11 @@ class PlainFiles(torch.utils.data.Dataset):
         self.paths = [folder / f"{i}.jpg" for i in range(options.images)]
         self.transform = transforms.Compose(
             [
-                transforms.Resize(256),
-                transforms.RandomCrop(224),
-                transforms.RandomHorizontalFlip(),
+                transforms.Resize(256), transforms.RandomCrop(224), transforms.RandomHorizontalFlip(),
                 transforms.RandomRotation(15),
                 transforms.RandomAffine(0, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=10),
-                transforms.ColorJitter(0.3, 0.3, 0.3, 0.1),
-                transforms.RandomGrayscale(0.1),
-                transforms.RandomPerspective(0.2, p=0.3),
-                transforms.ToTensor(),
+                transforms.ColorJitter(0.3, 0.3, 0.3, 0.1), transforms.RandomGrayscale(0.1),
+                transforms.RandomPerspective(0.2, p=0.3), transforms.ToTensor(),
                 transforms.Normalize(common.IMAGENET_MEAN, common.IMAGENET_STD),
                 transforms.RandomErasing(0.2, scale=(0.02, 0.15)),
             ]
