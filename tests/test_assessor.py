@@ -376,7 +376,7 @@ FLAG_MISTAKES = {
     "unknown flag": (["--epoch", 3], ["--epochs"]),
     "unknown rating": (["--target_columns", "Valense_mean"], ["Valence"]),
     "unknown group column": (["--group_column", "subjekt"], ["subject"]),
-    "unknown metric": (["--criteria", "r3>0.1"], ["r3", "r2"]),
+    "unknown metric": (["--criteria", "r22>0.1"], ["r22", "r2"]),
     "folds and a split file": (["--folds", 3, "--split_file", "s.json"], ["give one"]),
     "damaged weights": (["--weights", __file__], ["no usable checkpoint"]),
 }

@@ -80,16 +80,11 @@ def test_a_full_disk_names_file_and_bytes(tmp_path, monkeypatch):
 def make_training(folder, resumed, **flags):
     """A Training of a linear model on 6 numbers in batches of 2, and its loader."""
     compute = common.Compute(torch.device("cpu"), "fp32", False, "cpu")
-    args = SimpleNamespace(
-        **{
-            **dict(
-                seed=1, epochs=2, lr=0.1, weight_decay=0.0, optimizer="adamw", scheduler="step", warmup_epochs=0.5,
-                accumulate=1, clip_grad=1.0, patience=0, min_epochs=0, min_delta=0.0, dry_run=False, save_minutes=0,
-                save_every=0, save_top_k=0, num_workers=0, resume="auto",
-            ),
-            **flags,
-        }
-    )
+    defaults = dict(
+        seed=1, epochs=2, lr=0.1, weight_decay=0.0, optimizer="adamw", scheduler="step", warmup_epochs=0.5,
+        accumulate=1, clip_grad=1.0, patience=0, min_epochs=0, min_delta=0.0, dry_run=False, save_minutes=0,
+        save_every=0, save_top_k=0, num_workers=0, resume="auto", tensorboard=False, wandb=False)
+    args = SimpleNamespace(**{**defaults, **flags})
     torch.manual_seed(0)
     model = torch.nn.Linear(1, 1)
     run = common.Run(folder, args, compute, SimpleNamespace(received=None, armed=False, exit_code=75), resumed)

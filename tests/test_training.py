@@ -91,12 +91,9 @@ def test_early_stopping():
 # --- the run folder -------------------------------------------------------------------
 
 def run_arguments(folder, **more):
-    return SimpleNamespace(
-        **{
-            "output_dir": folder, "dry_run": False, "device": "cpu", "use_amp": "off", "deterministic": False,
-            "resume": None, "config": None, **more,
-        }
-    )
+    defaults = dict(output_dir=folder, dry_run=False, device="cpu", use_amp="off", deterministic=False, resume=None,
+                    config=None, tensorboard=False, wandb=False)
+    return SimpleNamespace(**{**defaults, **more})
 
 
 def test_64_starts_in_one_second_give_64_folders(tmp_path):
@@ -166,6 +163,25 @@ def test_programming_mistakes_keep_their_traceback():
         return {}["nothing"]
     with pytest.raises(KeyError):
         common.run_main(fail)
+
+
+@pytest.mark.parametrize("flag", ["tensorboard", "wandb"])
+def test_optional_packages_are_named_where_they_are_missing(tmp_path, monkeypatch, flag):
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+    monkeypatch.setattr(common.importlib, "import_module", missing)
+    with pytest.raises(common.UserError, match=f"pip install {flag}"):
+        common.start_run(run_arguments(tmp_path, **{flag: True}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dead_loader_worker_is_named(capsys):
+    def fail():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.")
+    with pytest.raises(SystemExit) as caught:
+        common.run_main(fail)
+    message = capsys.readouterr().err
+    assert caught.value.code == 1 and "/dev/shm" in message and "--num_workers 0" in message
 
 
 # --- precision --------------------------------------------------------------------------
