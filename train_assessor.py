@@ -615,7 +615,7 @@ def ceiling_blocks(study, ceiling):
             common.html_table(rows, formats={name: ".3f" for name in rows[0]}, caption="R2 ceiling by raters")]
 
 
-def case_blocks(study, scored, count=6):
+def case_blocks(study, scored, count=5):
     """Thumbnails of the pictures with the smallest and the largest error, over all ratings in units of their sd."""
     target, predicted = study.ratings[scored.rows], scored.predicted["predicted"]
     error = np.abs(predicted - target) / np.nanstd(study.ratings, axis=0)  # (M, R)
