@@ -376,6 +376,7 @@ FLAG_MISTAKES = {
     "unknown flag": (["--epoch", 3], ["--epochs"]),
     "unknown rating": (["--target_columns", "Valense_mean"], ["Valence"]),
     "unknown group column": (["--group_column", "subjekt"], ["subject"]),
+    "folds and a test part": (["--folds", 3, "--test_ratio", 0.2], ["--test_ratio"]),
     "unknown metric": (["--criteria", "r22>0.1"], ["r22", "r2"]),
     "folds and a split file": (["--folds", 3, "--split_file", "s.json"], ["give one"]),
     "damaged weights": (["--weights", __file__], ["no usable checkpoint"]),

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,18 +196,14 @@ WRITER = textwrap.dedent("""
 
 
 def test_kill_9_while_writing_leaves_a_whole_file(tmp_path):
-    """20 kills at random moments: the file always loads and holds one value throughout."""
+    """6 kills at random moments: the file always loads and holds one value throughout."""
     path, root = tmp_path / "last.pth", str(Path(common.__file__).parent)
     moments = random.Random(0)
-    for _ in range(4):
+    for _ in range(6):
         process = subprocess.Popen([sys.executable, "-c", WRITER, str(path), root], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        for _ in range(5):
-            try:
-                process.wait(moments.uniform(0.005, 0.05))
-            except subprocess.TimeoutExpired:
-                pass
-        process.send_signal(signal.SIGKILL)
+        process.stdout.readline()  # it writes without a pause from here on
+        time.sleep(moments.uniform(0.005, 0.2))
+        process.kill()
         process.wait()
         weights = common.read_checkpoint(path)["w"]
         assert (weights == weights[0]).all()

@@ -22,7 +22,7 @@ ELSEWHERE = {
     "./run_local.sh": "run by tests/test_shell.py",
     "tests/run.sh": "this very run",
     "sbatch": "needs a SLURM cluster",
-    "python tests/benchmarks": "takes minutes; its parts are imported by it",
+    "python tests/benchmarks": "takes minutes",
     "python verify_setup.py": "run by test_verify_setup.py",
 }
 SMALL = {
