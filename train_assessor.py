@@ -61,7 +61,7 @@ def parse_args(argv=None):
     if args.folds and args.split_file:
         parser.error(f"--folds {args.folds} and --split_file {args.split_file} both make the split; give one")
     if args.folds and args.test_ratio:
-        parser.error(f"--folds {args.folds} scores every row once: --test_ratio {args.test_ratio:g} has no rows; drop one")
+        parser.error(f"--folds {args.folds} scores every row once: --test_ratio {args.test_ratio:g} has none")
     if not args.folds and not args.split_file and args.val_ratio == 0:
         parser.error(f"--val_ratio {args.val_ratio:g}: the validation part must not be empty, it chooses the epoch")
     return args
