@@ -108,10 +108,11 @@ def load_members(files, compute):
 @torch.inference_mode()
 def predict(members, loader, compute):
     """-> (predicted (M, N, R) float64 in the unit of the ratings, errors: N texts)."""
-    outputs, errors = [], []
+    (_, first), outputs, errors = members[0], [], []
     for batch in loader:
         # (B, S, S, 3) -> (B, 3, S, S)
-        inputs = common.to_input(batch["input"], compute.device, channels_last=compute.channels_last)
+        inputs = common.to_input(batch["input"], compute.device, first["pixel_mean"], first["pixel_sd"],
+                                 compute.channels_last)
         with compute.autocast():
             each = [mirrored_mean(model, inputs, settings["flip_average"]) for model, settings in members]
         outputs.append(torch.stack(each).cpu())  # M x (B, R) -> (M, B, R)
