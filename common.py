@@ -5,7 +5,8 @@ Device, seed and loaders; Tables and splits; Leakage; Images and clips; Transfor
 schedule; Checkpoints and resume; Early stopping; Metrics; Intervals and baselines; Noise ceiling; Calibration; Alarms
 and criteria; Plots; Report.
 
-Letters: N rows, B batch, R ratings or other targets, F features, S side of a square input or number of subjects.
+Letters: N rows, B batch, R ratings or other targets, C classes, F features, D draws, S side of a square input or number
+of subjects.
 """
 import argparse
 import base64
@@ -33,6 +34,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -77,7 +79,7 @@ def one_line(error):
     return " ".join(str(error).split())[:200]
 
 
-def _some(items, limit=10):
+def some(items, limit=10):
     """'a, b, c and 4 more': every fault counted, the first `limit` shown."""
     items = [str(item) for item in items]
     return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
@@ -90,7 +92,10 @@ def _some(items, limit=10):
 
 # They may change between the two halves of a resumed run: they decide where and how fast, never what is computed.
 NEUTRAL_FLAGS = {"output_dir", "config", "resume", "num_workers", "device", "cache", "save_every", "save_minutes",
-                 "save_top_k", "tensorboard", "wandb", "images_dir", "ratings_file", "criteria", "use_amp", "fold"}
+                 "save_top_k", "tensorboard", "wandb", "images_dir", "ratings_file", "criteria", "use_amp", "fold",
+                 "data_dir",
+                 "video_root", "manifest", "train_manifest", "val_manifest", "test_manifest", "val_batch_size",
+                 "train_json", "val_json", "test_json", "train_images", "val_images", "test_images", "visualize"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -149,8 +154,11 @@ def add_training_arguments(parser):
     add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw", help="sgd has momentum 0.9")
     add("--lr", type=bounded(float, 0, open_low=True), default=1e-4, help="peak learning rate")
     add("--weight_decay", type=bounded(float, 0), default=0.01, help="not applied to biases and normalisation layers")
-    add("--scheduler", choices=("cosine", "step", "plateau", "none"), default="cosine",
-        help="cosine: to 0 over the run; step: x0.1 every epochs//3; plateau: x0.5 after 5 epochs without a gain")
+    add("--scheduler", choices=("cosine", "step", "plateau", "warm_restarts", "onecycle", "none"), default="cosine",
+        help="cosine: to 0 over the run; step: x0.1 every epochs//3; plateau: x0.5 after epochs without a gain; "
+             "warm_restarts: cosine over 10, 20, 40, ... epochs; onecycle: up over 30 %% of the run, then to 0")
+    add("--plateau_patience", type=bounded(int, 0), default=5, help="epochs without a gain that plateau waits for")
+    add("--min_lr", type=bounded(float, 0), default=0.0, help="the schedule never goes below this learning rate")
     add("--warmup_epochs", type=bounded(float, 0), default=0.0, help="epochs of linear warm-up from 0")
     add("--clip_grad", type=bounded(float, 0), default=1.0, help="largest gradient norm; 0 = no clipping")
     add("--patience", "--early_stopping", "--early_stop_patience", type=bounded(int, 0), default=15,
@@ -172,7 +180,7 @@ def add_data_arguments(parser):
     add("--allow_leakage", action="store_true", help="train although splits share groups or identical pictures")
     add("--on_bad_file", choices=("error", "skip"), default="error", help="unreadable files: list and stop, or skip")
     add("--cache", choices=("auto", "ram", "disk", "none"), default="auto", help="where decoded pictures are kept")
-    add("--augment", choices=("none", "light", "full"), default="full", help="random changes of training pictures")
+    add("--augment", choices=tuple(AUGMENTATIONS), default="full", help="random changes of training pictures")
 
 
 def add_model_arguments(parser):
@@ -221,6 +229,18 @@ def parse_arguments(parser, argv=None):
     args = parser.parse_args([*itertools.chain(*inherited.values()), *argv])
     args.given = given
     return args
+
+
+def check_split_flags(parser, args):
+    """parser.error for split and fold flags that contradict each other."""
+    if args.folds == 1 or (args.fold != "all" and args.fold >= args.folds):
+        parser.error(f"--folds {args.folds} --fold {args.fold}: expected at least 2 folds, a fold from 0 to folds - 1")
+    if args.folds and args.split_file:
+        parser.error(f"--folds {args.folds} and --split_file {args.split_file} both make the split; give one")
+    if args.folds and args.test_ratio:
+        parser.error(f"--folds {args.folds} scores every row once: --test_ratio {args.test_ratio:g} has none")
+    if not args.folds and not args.split_file and args.val_ratio == 0:
+        parser.error(f"--val_ratio {args.val_ratio:g}: the validation part must not be empty, it chooses the epoch")
 
 
 def _snake_case(token):
@@ -504,13 +524,13 @@ def _folder_to_resume(args):
         script = read_json(folder / "args.json")["script"]
         if script != script_name():
             raise UserError(f"{folder} is a run of {script}, not of {script_name()}")
-        return _unfinished_or_exit(folder)
+        return _unfinished_or_exit(folder, args)
     job = slurm_job_id()
     records = sorted(args.output_dir.glob("run_*/args.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     runs = [path.parent for path in records if _same_run(read_json(path), args)]
     for folder in (f for f in runs if job and re.search(rf"_job{job}(_\d+)?$", f.name)):
-        return _unfinished_or_exit(folder)
-    return next((folder for folder in runs if not (folder / "metrics.json").exists()), None)
+        return _unfinished_or_exit(folder, args)
+    return next((folder for folder in runs if not is_finished(folder, args)), None)
 
 
 def _same_run(record, args):
@@ -519,8 +539,15 @@ def _same_run(record, args):
         record["flags"].get(name) == value for name, value in flags.items() if name not in NEUTRAL_FLAGS)
 
 
-def _unfinished_or_exit(folder):
-    if (folder / "metrics.json").exists():
+def is_finished(folder, args):
+    """True where a run folder holds its metrics and so does every fold asked for: --fold 0 alone is no whole run."""
+    folds = range(args.folds) if args.fold == "all" else [args.fold]
+    parts = [folder, *(folder / f"fold_{k}" for k in (folds if args.folds else ()))]
+    return all((part / "metrics.json").exists() for part in parts)
+
+
+def _unfinished_or_exit(folder, args):
+    if is_finished(folder, args):
         print(f"{folder} is finished: nothing to continue; its report is {folder / 'report.html'}", flush=True)
         sys.exit(EXIT_OK)
     return folder
@@ -713,9 +740,12 @@ class Compute:
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
     def place(self, model):
-        """Model on the device, convolutions in the memory layout that the device is fast at."""
-        model = model.to(self.device)
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+        """Model on the device, convolutions of pictures and clips in the memory layout that the device is fast at."""
+        model, layouts = model.to(self.device), {4: torch.channels_last, 5: torch.channels_last_3d}
+        for parameter in model.parameters() if self.channels_last else ():
+            if parameter.ndim in layouts:
+                parameter.data = parameter.data.to(memory_format=layouts[parameter.ndim])
+        return model
 
 
 def choose_compute(device, use_amp):
@@ -778,10 +808,11 @@ class EpochBatches(torch.utils.data.Sampler):
 
     The dataset's __getitem__ takes the pair, so that augmentation is seeded by it. Set `epoch` and `start` before
     iterating. In training a single leftover sample joins the batch before it, since BatchNorm cannot take one alone.
+    weights: (N,) chances of being drawn, with replacement, instead of a permutation.
     """
 
-    def __init__(self, n_samples, batch_size, seed, train):
-        self.n_samples, self.seed, self.train = n_samples, seed, train
+    def __init__(self, n_samples, batch_size, seed, train, weights=None):
+        self.n_samples, self.seed, self.train, self.weights = n_samples, seed, train, weights
         self.edges = [*range(0, n_samples, batch_size), n_samples]
         if train and batch_size > 1 and len(self.edges) > 2 and self.edges[-1] - self.edges[-2] == 1:
             del self.edges[-2]
@@ -792,8 +823,11 @@ class EpochBatches(torch.utils.data.Sampler):
 
     def __iter__(self):
         order = range(self.n_samples)
-        if self.train:
-            order = torch.randperm(self.n_samples, generator=generator_for(self.seed, self.epoch)).tolist()
+        generator = generator_for(self.seed, self.epoch)
+        if self.train and self.weights is not None:
+            order = torch.multinomial(torch.as_tensor(self.weights), self.n_samples, True, generator=generator).tolist()
+        elif self.train:
+            order = torch.randperm(self.n_samples, generator=generator).tolist()
         for first, last in itertools.pairwise(self.edges[self.start:]):
             yield [(self.epoch, index) for index in order[first:last]]
 
@@ -803,12 +837,13 @@ class EpochBatches(torch.utils.data.Sampler):
         return self.edges[first], self.edges[min(first + accumulate, len(self))]
 
 
-def make_loader(dataset, batch_size, args, compute, train, cached=False):
+def make_loader(dataset, batch_size, args, compute, train, cached=False, weights=None, collate=None):
     """DataLoader over EpochBatches; `cached`: samples cost little, so that --num_workers auto needs fewer workers."""
     workers = resolve_workers(args.num_workers, cached)
     return torch.utils.data.DataLoader(
-        dataset, batch_sampler=EpochBatches(len(dataset), batch_size, args.seed, train), num_workers=workers,
+        dataset, batch_sampler=EpochBatches(len(dataset), batch_size, args.seed, train, weights), num_workers=workers,
         persistent_workers=workers > 0, multiprocessing_context="fork" if workers and CAN_FORK else None,
+        collate_fn=collate,
         worker_init_fn=_guard_worker if workers else None, pin_memory=compute.device.type == "cuda",
         timeout=600 if workers else 0)
 
@@ -894,7 +929,7 @@ def _pick(wanted, options, where):
     spelled |= {name.lower(): name for name in options} | {name: name for name in options}
     unknown = [name + closest(name, options) for name in wanted or [] if not {name, name.lower()} & set(spelled)]
     if unknown:
-        raise UserError(f"{where} {_some(unknown)} (found: {_some(options, 40)}). Correct the name.")
+        raise UserError(f"{where} {some(unknown)} (found: {some(options, 40)}). Correct the name.")
     return list(dict.fromkeys(spelled.get(name) or spelled[name.lower()] for name in wanted or []))
 
 
@@ -957,12 +992,12 @@ def read_table(path):
     is_repaired = len(rows.pop(0)) - 1 != len(header)
     wrong = [f"line {row[0]} has {len(row) - 1}" for row in rows if len(row) - 1 != len(header)]
     if wrong:
-        raise UserError(f"{path}: expected {len(header)} fields in every row as in the header, but {_some(wrong, 5)}. "
+        raise UserError(f"{path}: expected {len(header)} fields in every row as in the header, but {some(wrong, 5)}. "
                         f"Put cells that contain {delimiter!r} in quotes, and fill short rows.")
     names = [name.strip() or f"unnamed_{i}" for i, name in enumerate(header)]
     repeated = [name for name, count in collections.Counter(names).items() if count > 1]
     if repeated:
-        raise UserError(f"{path}: expected unique column names, found twice: {_some(repeated)}. Rename or delete them.")
+        raise UserError(f"{path}: expected unique column names, found twice: {some(repeated)}. Rename or delete them.")
     lines, *columns = zip(*rows)
     table = pd.DataFrame(dict(zip(names, map(_clean_cells, columns))), index=pd.Index(lines), dtype=object)
     table.attrs.update(delimiter=delimiter, notes=["the quoted header line was parsed again"] * is_repaired)
@@ -984,7 +1019,7 @@ def to_numbers(values, where):
     if not all(good):
         lines, what = (values.index, "line") if is_column else (range(1, len(cells) + 1), "row")
         bad = [f"{cell!r} in {what} {line}" for cell, line, ok in zip(values, lines, good) if not ok]
-        raise UserError(f"{where}: expected numbers, found {_some(bad)}. Correct these cells or leave them blank.")
+        raise UserError(f"{where}: expected numbers, found {some(bad)}. Correct these cells or leave them blank.")
     return np.array([float(cell) if cell else math.nan for cell in cells])
 
 
@@ -1018,12 +1053,12 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
     image = _pick(image_column and [image_column], table.columns, f"{source} has no --image_column")
     image = (image + [spelled[name] for name in IMAGE_COLUMNS if name in spelled] + [None])[0]
     if image is None:
-        raise UserError(f"{source} has no image column (found: {_some(table.columns)}). Name it with --image_column.")
+        raise UserError(f"{source} has no image column (found: {some(table.columns)}). Name it with --image_column.")
     is_long = {"rating", "attribute"} <= set(spelled)
     for column in [image, spelled["attribute"]] if is_long else [image]:
         blank = table.index[table[column] == ""]
         if len(blank):
-            raise UserError(f"{source}: column {column} is blank in line {_some(blank)}. Fill or delete these rows.")
+            raise UserError(f"{source}: column {column} is blank in line {some(blank)}. Fill or delete these rows.")
     if is_long:
         ratings = _long_ratings(table, source, image, spelled["attribute"], spelled["rating"], target_columns)
     else:
@@ -1035,10 +1070,10 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
                         f"image, rating, sd or n column, or to vary within an image. Name another column.")
     empty = [name for name, row in zip(ratings.images, ratings.mean) if np.isnan(row).all()]
     if empty:
-        raise UserError(f"{source}: all ratings are missing for {_some(empty)}. Fill or delete these rows.")
+        raise UserError(f"{source}: all ratings are missing for {some(empty)}. Fill or delete these rows.")
     constant = [name for name, column in zip(ratings.names, ratings.mean.T) if len(set(column[~np.isnan(column)])) < 2]
     if constant:
-        raise UserError(f"{source}: constant rating columns (nothing to learn): {_some(constant)}. Leave them out: "
+        raise UserError(f"{source}: constant rating columns (nothing to learn): {some(constant)}. Leave them out: "
                         f"--target_columns {' '.join(name for name in ratings.names if name not in constant)}")
     return ratings
 
@@ -1054,8 +1089,8 @@ def _wide_ratings(table, source, image, group_column, wanted):
               or [name for name in options if name.lower().endswith("_mean")] or list(filter(is_rating, options)))
     names = [re.sub("_mean$", "", name, flags=re.IGNORECASE) for name in chosen]
     if not names or len(set(names)) < len(names):
-        raise UserError(f"{source}: expected one numeric column for each rating, took {_some(chosen) or 'none'} of "
-                        f"{_some(options)}. Choose with --target_columns.")
+        raise UserError(f"{source}: expected one numeric column for each rating, took {some(chosen) or 'none'} of "
+                        f"{some(options)}. Choose with --target_columns.")
     spelled = {name.lower(): name for name in options}
     sd_columns = [spelled.get(f"{name}_sd".lower()) for name in names]
     n_columns = [spelled.get(f"{name}_n".lower(), spelled.get("n")) for name in names]
@@ -1064,7 +1099,7 @@ def _wide_ratings(table, source, image, group_column, wanted):
         cells = [to_numbers(table[c], f"{source}, column {c}") if c else np.full(len(table), np.nan) for c in columns]
         return np.stack(cells, axis=1) if any(columns) else None
     extra = table.drop(columns={image, *chosen, *sd_columns, *n_columns} - {None})
-    notes = [f"columns that are no ratings: {_some(extra.columns)}"] if len(extra.columns) else []
+    notes = [f"columns that are no ratings: {some(extra.columns)}"] if len(extra.columns) else []
     blocks = map(block, (chosen, sd_columns, n_columns))
     return RatingsTable(names, list(table[image]), *blocks, None, extra, notes)
 
@@ -1084,7 +1119,7 @@ def _long_ratings(table, source, image, attribute, rating, wanted):
     others = table.drop(columns=[image, attribute, rating])
     varying = [name for name in others.columns if (others[name].groupby(image_code).nunique() > 1).any()]
     notes = [f"{filled.sum()} single ratings of {len(images)} images ({(~filled).sum()} blank ones left out)"]
-    notes += [f"columns that vary within an image, left out: {_some(varying)}"] if varying else []
+    notes += [f"columns that vary within an image, left out: {some(varying)}"] if varying else []
     extra = others.drop(columns=varying).iloc[np.unique(image_code, return_index=True)[1]]
     by_name = {name: pieces[r::len(names)] for r, name in enumerate(names)}
     return RatingsTable(list(names), list(images), mean, sd, np.nan_to_num(n), by_name, extra, notes)
@@ -1096,14 +1131,30 @@ def _merge_duplicates(ratings, source, duplicates):
     lines = pd.Series(ratings.extra.index.astype(str)).groupby(names, sort=False)
     repeated = [f"{name} (lines {', '.join(rows)})" for name, rows in lines if len(rows) > 1]
     if repeated and duplicates != "mean":
-        raise UserError(f"{source} lists images twice: {_some(repeated)}. Delete rows, or average: --duplicates mean.")
+        raise UserError(f"{source} lists images twice: {some(repeated)}. Delete rows, or average: --duplicates mean.")
     if repeated:
         code, first = lines.ngroup().to_numpy(), [rows.index[0] for _, rows in lines]
         for what in [what for what in ("mean", "sd", "n") if getattr(ratings, what) is not None]:
             rows = pd.DataFrame(getattr(ratings, what)).groupby(code)
             setattr(ratings, what, (rows.sum(min_count=1) if what == "n" else rows.mean()).to_numpy())
         ratings.images, ratings.extra = [ratings.images[row] for row in first], ratings.extra.iloc[first]
-        ratings.notes.append(f"repeated rows of {len(repeated)} images were averaged: {_some(repeated)}")
+        ratings.notes.append(f"repeated rows of {len(repeated)} images were averaged: {some(repeated)}")
+
+
+def write_target_table(path, keys, names, values):
+    """CSV of predictions: columns `keys` {heading: N texts}, then NAME_KIND of each target; values {kind: (N, R)}."""
+    columns = keys | {f"{name}_{kind}": each[:, r] for r, name in enumerate(names) for kind, each in values.items()}
+    write_table(path, [dict(zip(columns, row)) for row in zip(*columns.values())])
+
+
+def read_target_table(path, key, names):
+    """A CSV of write_target_table -> (N texts of column `key`, {kind: (N, R)}); the first target tells the kinds."""
+    table, first = read_table(path), f"{names[0]}_"
+    kinds = [column.removeprefix(first) for column in table if column.startswith(first)]
+
+    def columns(kind):
+        return np.stack([to_numbers(table[f"{n}_{kind}"], f"{path}, column {n}_{kind}") for n in names], axis=1)
+    return list(table[key]), {kind: columns(kind) for kind in kinds}
 
 
 def find_images(folder):
@@ -1142,16 +1193,16 @@ def match_images(names, images_dir):
     leaving = [f"row {i + 1} {names[i]!r}" for i, name in enumerate(written)
                if re.match("/|[A-Za-z]:", name) or ".." in name.split("/")]
     if leaving:
-        raise UserError(f"expected names inside --images_dir {folder}, found {_some(leaving)}. Correct these rows.")
+        raise UserError(f"expected names inside --images_dir {folder}, found {some(leaving)}. Correct these rows.")
     by_stem, names_of = collections.defaultdict(dict), collections.defaultdict(set)
     for file in files:
         by_stem[_path_key(file).rpartition("/")[2]][file] = _path_key(file)
     hits = [_best_files(name, by_stem[_path_key(name).rpartition("/")[2]]) for name in written]
     for name, hit in zip(written, hits):
         names_of[hit].add(name)
-    unclear = [f"{_some(sorted(rows))} -> {_some(hit)}" for hit, rows in names_of.items() if len(rows) * len(hit) > 1]
+    unclear = [f"{some(sorted(rows))} -> {some(hit)}" for hit, rows in names_of.items() if len(rows) * len(hit) > 1]
     if unclear:
-        raise UserError(f"expected one file for one image name, found {_some(unclear)}. Write folder and suffix.")
+        raise UserError(f"expected one file for one image name, found {some(unclear)}. Write folder and suffix.")
     used = {file for hit in hits for file in hit}
     return [files[hit[0]] if hit else None for hit in hits], [file for file in files if file not in used]
 
@@ -1271,8 +1322,19 @@ def read_split_file(path, keys):
               for name, count in counts.items() if count > 1 or name not in row_of]
     if faults or not parts.get("train"):
         raise UserError(f"--split_file {path}: expected each image name once and a part train, found "
-                        f"{_some(faults) or _some(parts) or 'no lists'}.")
+                        f"{some(faults) or some(parts) or 'no lists'}.")
     return {name: np.array(sorted(row_of[key] for key in names), dtype=int) for name, names in parts.items()}
+
+
+def split_of_flags(args, keys, strata=None, groups=None):
+    """The split that the flags ask for, by ratios or from --split_file: {train, val, test: sorted (n,) int rows}."""
+    if not args.split_file:
+        ratios = {"train": args.train_ratio, "val": args.val_ratio, "test": args.test_ratio}
+        return make_split(len(keys), ratios, strata, groups, args.seed, keys)
+    split = read_split_file(args.split_file, keys)
+    if not len(split.get("val", ())):
+        raise UserError(f"--split_file {args.split_file} has no val part; it chooses the epoch")
+    return {part: split.get(part, np.array([], dtype=int)) for part in ("train", "val", "test")}
 
 
 def effective_size(target, subjects=None):
@@ -1356,12 +1418,21 @@ def leakage_text(report):
 
 def check_leakage(report, allow_leakage=False):
     """UserError where parts share groups, events or exact duplicates, unless allowed; near-duplicates never stop."""
-    faults = [f"{pair} share {found['count']} {what.replace('_', ' ')} ({_some(found['examples'], 3)})"
+    faults = [f"{pair} share {found['count']} {what.replace('_', ' ')} ({some(found['examples'], 3)})"
               for pair, shared in report["between"].items() for what, found in shared.items()
               if found["count"] and what != "near_duplicates"]
     if faults and not allow_leakage:
         raise UserError(f"leakage between the splits: {'; '.join(faults)}. Split by --group_column, remove the copies, "
                         f"or go on with --allow_leakage.")
+
+
+def record_split(run, split, keys, pixel_sha, phash, groups=None, events=None):
+    """splits.json and leakage_report.json of a run, its text in the log. UserError for a split that leaks."""
+    write_splits(run.path("splits.json"), split, keys)
+    report = leakage_report(split, pixel_sha, phash, keys, groups, events)
+    write_json(run.path("leakage_report.json"), report)
+    run.say(leakage_text(report))
+    check_leakage(report, run.args.allow_leakage)
 
 
 # ---------------------------------------------------------------------------
@@ -1426,7 +1497,7 @@ def _open_picture(path):
         raise BadImage(f"damaged: {one_line(error) or type(error).__name__}") from error
 
 
-def _scaled_size(width, height, short_side):
+def scaled_size(width, height, short_side):
     """(width, height) with the short side equal to short_side, the long side rounded; None keeps the size."""
     scale = 1 if short_side is None else short_side / min(width, height)
     size = round(width * scale), round(height * scale)
@@ -1475,7 +1546,7 @@ def _decode(path, short_side):
     cv2 = _imaging()[0]
     with _open_picture(path) as image:
         whole = image.size
-        _scaled_size(*whole, short_side)  # refuses before anything is allocated
+        scaled_size(*whole, short_side)  # refuses before anything is allocated
         if short_side is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (math.ceil(1.5 * short_side),) * 2)  # decodes at 1/2, 1/4 or 1/8, never below this
         drafted = image.size
@@ -1483,7 +1554,7 @@ def _decode(path, short_side):
         with contextlib.suppress(*PILLOW_ERRORS):  # damaged EXIF does not damage the picture
             ImageOps.exif_transpose(image, in_place=True)
         whole = whole if image.size == drafted else whole[::-1]
-        pixels, size = _to_rgb(image), _scaled_size(*whole, short_side)
+        pixels, size = _to_rgb(image), scaled_size(*whole, short_side)
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if size[0] <= image.width else cv2.INTER_CUBIC), whole
 
 
@@ -1533,76 +1604,77 @@ def available_memory():
     return max(free, 0)
 
 
-class ImageStore:
-    """N pictures, each decoded once, served as uint8 (H, W, 3) with the given short side in pixels.
+class PixelStore:
+    """N uint8 arrays (..., H, W, 3), each decoded once; the base of ImageStore and of the clips of train_video.py.
 
     cache: "ram"; "disk", one memory-mapped file in cache_dir that a second run takes up again; "none", decoded at
     each access; "auto", ram up to a quarter of the available memory, else disk, else none. `audit` is a list of N
-    ImageAudit. progress(done, total) is called after each picture. Pixels from a cache are read-only: worker
-    processes share them. Raises BadImage for a bad picture, UserError for a cache in a data folder or without room.
+    dataclasses with path, error, pixel_sha and phash. progress(done, total) is called after each one. Pixels from a
+    cache are read-only: worker processes share them. Raises UserError for a cache in a data folder or without room.
+    A subclass sets what its methods need, then calls start(); it gives _estimate, _decoded, _load, _contents and
+    _still_bad, and names its items, its audit's class and the data folders.
     """
+    item, file_prefix, audit_class, data_folders = "picture", "images", ImageAudit, frozenset()
 
-    def __init__(self, paths, short_side, cache="auto", cache_dir=None, progress=None):
-        self.paths, self.short_side, self.progress = [Path(path) for path in paths], short_side, progress
+    def start(self, n_items, cache, cache_dir, progress):
+        """Choose the cache, then take it up or decode everything."""
+        self.n_items, self.progress = n_items, progress
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "small-data-scripts")
         self.cache_dir = Path(cache_dir or home).absolute()
-        if cache_dir and {path.absolute().parent for path in self.paths} & {self.cache_dir, *self.cache_dir.parents}:
-            raise UserError(f"cache folder {self.cache_dir} lies in a data folder; name one outside the pictures")
-        self.bytes = sum(self._threaded(self._decoded_bytes)) if cache in ("auto", "disk") else 0
+        if cache_dir and self.data_folders & {self.cache_dir, *self.cache_dir.parents}:
+            raise UserError(f"cache folder {self.cache_dir} lies in a data folder; name one outside the {self.item}s")
+        self.bytes = self._estimate() if cache in ("auto", "disk") else 0
         if cache == "auto":
             cache = "ram" if self.bytes <= available_memory() / 4 else "disk" if self._disk_fits() else "none"
         self.cache, self.file = cache, self._cache_file() if cache == "disk" else None
         if cache != "disk":
-            self._pixels = [pixels if cache == "ram" else None for pixels in self._decode_all()]
+            self._pixels = [None] * n_items
+            for index, pixels in self._decode_all():
+                self._pixels[index] = pixels if cache == "ram" else None
         elif not self._open_cache():
             self._write_cache()
             assert self._open_cache(), f"{self.file} was written and does not read back"
 
     def __len__(self):
-        return len(self.paths)
+        return self.n_items
 
     def __getitem__(self, index):
         if self.audit[index].error:
-            raise BadImage(f"{self.paths[index]}: {self.audit[index].error}")
-        return load_image(self.paths[index], self.short_side) if self.cache == "none" else self._pixels[index]
+            raise BadImage(f"{self.audit[index].path}: {self.audit[index].error}")
+        return self._load(index) if self.cache == "none" else self._pixels[index]
 
     @property
     def description(self):
-        """Which cache, how many pictures and how many MB, for the log."""
+        """Which cache, how many items and how many MB, for the log."""
         where = f"{self.cache} cache {self.file}" if self.file else f"{self.cache} cache"
-        return f"{where}: {len(self)} pictures, {self.bytes / 1e6:.0f} MB decoded"
+        return f"{where}: {len(self)} {self.item}s, {self.bytes / 1e6:.0f} MB decoded"
 
-    def _threaded(self, work):
-        """Results of work(path) in order; a few files in flight at a time, so that memory stays flat."""
+    def _threaded(self, work, items, in_flight=8):
+        """Results of work(item) in order; `in_flight` items a thread at a time, so that memory stays flat."""
         threads = count_cores()
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            for start in range(0, len(self.paths), 8 * threads):
-                yield from pool.map(work, self.paths[start:start + 8 * threads])
-
-    def _decoded_bytes(self, path):
-        with contextlib.suppress(BadImage), _open_picture(path) as image:
-            return 3 * math.prod(_scaled_size(*image.size, self.short_side))
-        return 0
+            for start in range(0, len(items), in_flight * threads):
+                yield from pool.map(work, items[start:start + in_flight * threads])
 
     def _disk_fits(self):
         existing = next(folder for folder in (self.cache_dir, *self.cache_dir.parents) if folder.exists())
         return os.access(existing, os.W_OK) and shutil.disk_usage(existing).free > 1.1 * self.bytes + 2 ** 26
 
     def _decode_all(self):
-        self.audit, self.bytes = [], 0
-        for found, pixels in self._threaded(lambda path: audit_image(path, self.short_side)):
-            self.audit.append(found)
+        """Yield (index, pixels) in the order of decoding; fills the audit."""
+        self.audit, self.bytes = [None] * len(self), 0
+        for done, (index, found, pixels) in enumerate(self._decoded(), 1):
+            self.audit[index] = found
             self.bytes += pixels.nbytes
             pixels.flags.writeable = False
             if self.progress:
-                self.progress(len(self.audit), len(self))
-            yield pixels
+                self.progress(done, len(self))
+            yield index, pixels
 
     def _cache_file(self):
-        """The cache's name is a fingerprint of the files, the size asked for and the decoders."""
-        files = [[str(p.absolute()), p.is_file() and (p.stat().st_size, p.stat().st_mtime_ns)] for p in self.paths]
-        key = json.dumps([1, self.short_side, [library.__version__ for library in _imaging()], files])
-        return self.cache_dir / f"images_{hashlib.sha256(key.encode()).hexdigest()[:32]}.cache"
+        """The cache's name is a fingerprint of the files, the settings and the decoders."""
+        key = json.dumps([2, [library.__version__ for library in _imaging()], self._contents()])
+        return self.cache_dir / f"{self.file_prefix}_{hashlib.sha256(key.encode()).hexdigest()[:32]}.cache"
 
     def _write_cache(self):
         if not self._disk_fits():
@@ -1613,16 +1685,19 @@ class ImageStore:
             handle = tempfile.NamedTemporaryFile(dir=self.cache_dir, prefix=self.file.stem, suffix=".tmp", delete=False)
             try:
                 with handle:
-                    self._write_pictures(handle)
+                    self._write_items(handle)
                 os.replace(handle.name, self.file)
             finally:
                 Path(handle.name).unlink(missing_ok=True)
 
-    def _write_pictures(self, handle):
-        """All pixels, then the audit as JSON, then its length (8 bytes) and SHA-256 (32 bytes)."""
-        for pixels in self._decode_all():
+    def _write_items(self, handle):
+        """All pixels as they come, then offsets, shapes and audit as JSON, its length (8 bytes), its SHA-256 (32)."""
+        places, offset = [None] * len(self), 0
+        for index, pixels in self._decode_all():
             handle.write(pixels)
-        index = json.dumps([dataclasses.asdict(found) for found in self.audit]).encode()
+            places[index] = [offset, pixels.shape]
+            offset += pixels.nbytes
+        index = json.dumps([[*place, dataclasses.asdict(a)] for place, a in zip(places, self.audit)]).encode()
         handle.write(index + len(index).to_bytes(8, "little") + hashlib.sha256(index).digest())
         handle.flush()
         os.fsync(handle.fileno())
@@ -1635,16 +1710,52 @@ class ImageStore:
         index = memory[max(-40 - int.from_bytes(memory[-40:-32].tobytes(), "little"), -len(memory)):-40].tobytes()
         if hashlib.sha256(index).digest() != memory[-32:].tobytes():
             return False
-        self.audit = [ImageAudit(**{**found, "phash": tuple(found["phash"])}) for found in json.loads(index)]
-        self._pixels, self.bytes = [], 0
-        for found in self.audit:
-            width, height = (0, 0) if found.error else _scaled_size(found.width, found.height, self.short_side)
-            self._pixels.append(memory[self.bytes:self.bytes + 3 * height * width].reshape(height, width, 3))
-            self.bytes += self._pixels[-1].nbytes
+        items = json.loads(index)
+        self.audit = [self.audit_class(**{**found, "phash": tuple(found["phash"])}) for *_, found in items]
+        self._pixels = [memory[start:start + math.prod(shape)].reshape(shape) for start, shape, _ in items]
+        self.bytes = sum(pixels.nbytes for pixels in self._pixels)
         # What could not be read then may be readable now without a change of its size and date: it is tried again.
-        return all(audit_image(found.path, self.short_side)[0].error if found.error
-                   else hashlib.sha256(pixels).hexdigest() == found.pixel_sha
+        return all(self._still_bad(found.path) if found.error else hashlib.sha256(pixels).hexdigest() == found.pixel_sha
                    for found, pixels in zip(self.audit, self._pixels))
+
+
+class ImageStore(PixelStore):
+    """N pictures, each decoded once, served as uint8 (H, W, 3) with the given short side in pixels.
+
+    cache, cache_dir, progress: see PixelStore. `audit` is a list of N ImageAudit. Raises BadImage for a bad picture.
+    """
+
+    def __init__(self, paths, short_side, cache="auto", cache_dir=None, progress=None):
+        self.paths, self.short_side = [Path(path) for path in paths], short_side
+        self.data_folders = {path.absolute().parent for path in self.paths}
+        self.start(len(self.paths), cache, cache_dir, progress)
+
+    def _estimate(self):
+        return sum(self._threaded(self._decoded_bytes, self.paths))
+
+    def _decoded_bytes(self, path):
+        with contextlib.suppress(BadImage), _open_picture(path) as image:
+            return 3 * math.prod(scaled_size(*image.size, self.short_side))
+        return 0
+
+    def _decoded(self):
+        results = self._threaded(lambda path: audit_image(path, self.short_side), self.paths)
+        return ((index, *result) for index, result in enumerate(results))
+
+    def _load(self, index):
+        return load_image(self.paths[index], self.short_side)
+
+    def _contents(self):
+        return [self.short_side, [file_stamp(path) for path in self.paths]]
+
+    def _still_bad(self, path):
+        return bool(audit_image(path, self.short_side)[0].error)
+
+
+def file_stamp(path):
+    """[absolute path, size, date in ns] of a file, or [absolute path, None]: changes when the file does."""
+    state = Path(path).stat() if Path(path).is_file() else None
+    return [os.path.abspath(path), *((state.st_size, state.st_mtime_ns) if state else (None,))]
 
 
 # ---------------------------------------------------------------------------
@@ -1652,6 +1763,19 @@ class ImageStore:
 # ---------------------------------------------------------------------------
 # Augmentation is drawn once and applied as one warp, one colour matrix and one erased rectangle.
 
+# Ranges are (low, high) or +- the number, chances lie in 0 to 1; `heavy` is the preset of a published study of calves,
+# `basic` and `enhanced` those of one of cattle faces.
+AUGMENTATIONS = {
+    "none": {},
+    "light": {"flip": .5, "jitter": (.1, .1, .1, 0)},
+    "full": {"flip": .5, "jitter": (.3, .3, .3, .1), "rotation": 15, "shear": 10, "scale": (.9, 1.1), "translate": .1,
+             "greyscale": .1, "perspective": .3, "erase": .2},
+    "heavy": {"flip": .5, "area": (.6, 1), "jitter": (.5, .5, .3, .05), "rotation": 10, "greyscale": .2, "erase": .3,
+              "blur": .3, "autocontrast": .4, "shuffle": .1, "noise": .2},
+    "basic": {"flip": .5, "jitter": (.2, .2, .2, 0), "rotation": 10},
+    "enhanced": {"flip": .5, "jitter": (.3, .3, .3, .1), "rotation": 15, "scale": (.9, 1.1), "translate": .1,
+                 "blur": .3},
+}
 LUMA = np.array([0.299, 0.587, 0.114])
 HUE_TURN = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
 
@@ -1661,9 +1785,12 @@ class Augmentation:
     """One draw of augment parameters; the defaults change nothing and crop the centre.
 
     crop and the last two of erase (area, height / width, x, y): position as a fraction of the free margin;
-    translate: of the output size; corners: x, y clockwise from the top left, of the largest inward shift.
+    resized: (share of the picture's area, width / height) of a crop that is scaled to the output, None = no scaling;
+    translate: of the output size; corners: x, y clockwise from the top left, of the largest inward shift; blur: sigma
+    in pixels; noise: (sd in grey levels, seed); channels: which colour becomes R, G and B.
     """
     crop: tuple = (0.5, 0.5)
+    resized: tuple | None = None
     flip: bool = False
     rotation_deg: float = 0.0
     translate: tuple = (0.0, 0.0)
@@ -1677,34 +1804,56 @@ class Augmentation:
     jitter_order: tuple = ("brightness", "contrast", "saturation", "hue")
     greyscale: bool = False
     erase: tuple | None = None
+    channels: tuple = (0, 1, 2)
+    autocontrast: bool = False
+    blur: float = 0.0
+    noise: tuple | None = None
 
 
 def sample_augmentation(preset, generator):
-    """Draw an Augmentation for preset "none", "light" (crop, flip, jitter .1) or "full" from a torch.Generator.
+    """Draw an Augmentation for a preset of AUGMENTATIONS from a torch.Generator; every draw takes 48 numbers from it.
 
     "full" has the distributions of torchvision's RandomCrop, RandomHorizontalFlip, RandomRotation(15),
     RandomAffine(0, (.1, .1), (.9, 1.1), 10), ColorJitter(.3, .3, .3, .1), RandomGrayscale(.1),
-    RandomPerspective(.2, .3), RandomErasing(.2, (.02, .15)). Every draw takes 32 numbers from the generator.
+    RandomPerspective(.2, .3), RandomErasing(.2, (.02, .15)); "heavy" those of RandomResizedCrop(scale=(.6, 1)),
+    GaussianBlur(sigma=(.1, 2)), RandomAutocontrast and others in place of some.
     """
-    if preset not in ("none", "light", "full"):
-        raise ValueError(f"preset must be none, light or full, not {preset!r}")
-    numbers = iter(torch.rand(32, generator=generator).tolist())
+    if preset not in AUGMENTATIONS:
+        raise ValueError(f"preset must be one of {', '.join(AUGMENTATIONS)}, not {preset!r}")
+    numbers = iter(torch.rand(48, generator=generator).tolist())
     if preset == "none":
         return Augmentation()
+    ranges = {"rotation": 0, "shear": 0, "scale": (1, 1), "translate": 0, "perspective": 0, "erase": 0, "greyscale": 0,
+              "blur": 0, "autocontrast": 0, "shuffle": 0, "noise": 0, **AUGMENTATIONS[preset]}
 
     def uniform(low=0.0, high=1.0):
         return low + (high - low) * next(numbers)
-    drawn, jitter = Augmentation((uniform(), uniform()), uniform() < 0.5), 0.1 if preset == "light" else 0.3
-    drawn.brightness, drawn.contrast, drawn.saturation = (uniform(1 - jitter, 1 + jitter) for _ in range(3))
+
+    def happens(name):
+        return uniform() < ranges[name]
+
+    def around(name):
+        return uniform(-ranges[name], ranges[name])
+    drawn = Augmentation((uniform(), uniform()), flip=happens("flip"))
+    *factors, hue = ranges["jitter"]
+    drawn.brightness, drawn.contrast, drawn.saturation = (uniform(1 - width, 1 + width) for width in factors)
     drawn.jitter_order = tuple(sorted(drawn.jitter_order, key=lambda _: next(numbers)))
-    if preset == "light":
-        return drawn
-    drawn.rotation_deg, drawn.shear_deg, drawn.scale = uniform(-15, 15), uniform(-10, 10), uniform(0.9, 1.1)
-    drawn.translate, drawn.hue, drawn.greyscale = (uniform(-.1, .1), uniform(-.1, .1)), uniform(-.1, .1), uniform() < .1
-    if uniform() < 0.3:
+    drawn.rotation_deg, drawn.shear_deg, drawn.scale = around("rotation"), around("shear"), uniform(*ranges["scale"])
+    drawn.translate, drawn.hue = (around("translate"), around("translate")), uniform(-hue, hue)
+    drawn.greyscale = happens("greyscale")
+    if happens("perspective"):
         drawn.corners = tuple(uniform() for _ in range(8))
-    if uniform() < 0.2:
+    if happens("erase"):
         drawn.erase = (uniform(0.02, 0.15), math.exp(uniform(math.log(0.3), math.log(3.3))), uniform(), uniform())
+    if "area" in ranges:
+        drawn.resized = (uniform(*ranges["area"]), math.exp(uniform(math.log(3 / 4), math.log(4 / 3))))
+    if happens("shuffle"):
+        drawn.channels = tuple(sorted(range(3), key=lambda _: next(numbers)))
+    drawn.autocontrast = happens("autocontrast")
+    if happens("blur"):
+        drawn.blur = uniform(0.1, 2.0)
+    if happens("noise"):
+        drawn.noise = (uniform(2.0, 12.0), int(uniform(0, 2 ** 31)))
     return drawn
 
 
@@ -1715,10 +1864,21 @@ def _position(length, size, fraction):
     return min(int(fraction * (length - size + 1)), length - size)
 
 
-def _homography(drawn, left, top, size):
+def _crop_window(shape, drawn, size):
+    """(left, top, width, height) in pixels of the crop that a draw takes from a picture of shape (H, W, 3)."""
+    height, width = shape[:2]
+    if drawn.resized is None:
+        return _position(width, size, drawn.crop[0]), _position(height, size, drawn.crop[1]), size, size
+    share, ratio = drawn.resized
+    wide, high = (min(math.sqrt(share * height * width * r), side) for r, side in ((ratio, width), (1 / ratio, height)))
+    return (width - wide) * drawn.crop[0], (height - high) * drawn.crop[1], wide, high
+
+
+def _homography(drawn, window, size):
     """Matrix (3, 3) from picture to output, pixel centres at .5, composed of the steps in torchvision's order."""
-    half, scale, mirror = size / 2, drawn.scale, -1 if drawn.flip else 1
-    to_centre = np.array([[1, 0, -left - half], [0, 1, -top - half], [0, 0, 1]])
+    half, scale, mirror, (left, top, width, height) = size / 2, drawn.scale, -1 if drawn.flip else 1, window
+    to_centre = np.array([[size / width, 0, -(left * size / width + half)],
+                          [0, size / height, -(top * size / height + half)], [0, 0, 1]])
     cos, sin = math.cos(math.radians(drawn.rotation_deg)), math.sin(math.radians(drawn.rotation_deg))
     turn = np.array([[cos * mirror, sin, 0], [-sin * mirror, cos, 0], [0, 0, 1]])
     shift_x, shift_y = (round(fraction * size) + half for fraction in drawn.translate)
@@ -1751,7 +1911,13 @@ def _colour_matrix(drawn, mean):
             step = cos * np.eye(3) + (1 - cos) / 3 + sin * HUE_TURN
         matrix = step @ matrix
         matrix[:, 3] += shift
-    return np.tile(LUMA @ matrix, (3, 1)) if drawn.greyscale else matrix
+    return np.tile(LUMA @ matrix, (3, 1)) if drawn.greyscale else matrix[list(drawn.channels)]
+
+
+def jitter_colours(image, drawn):
+    """The colour part of an Augmentation on uint8 (H, W, 3), geometry untouched."""
+    cv2 = _imaging()[0]
+    return cv2.transform(image, _colour_matrix(drawn, cv2.mean(image)[:3]))
 
 
 def apply_augmentation(image, parameters, size):
@@ -1760,18 +1926,43 @@ def apply_augmentation(image, parameters, size):
     One bilinear warp; pixels from outside the picture are 0. What the crop cut off comes back where a rotation or
     shift needs it, so there are fewer black corners than with separate steps. Erased pixels are 0 after to_input.
     """
+    return augment_clip(image[None], parameters, size)[0]
+
+
+def augment_clip(frames, parameters, size):
+    """Apply one Augmentation to all frames of a clip alike: uint8 (T, H, W, 3) -> (T, size, size, 3).
+
+    Means and extremes that colour operations need are those of the whole clip, so that nothing flickers.
+    """
     cv2, drawn = _imaging()[0], parameters
-    left, top = (_position(length, size, fraction) for length, fraction in zip(image.shape[1::-1], drawn.crop))
     half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # OpenCV counts from pixel centres
-    matrix = np.linalg.inv(half) @ _homography(drawn, left, top, size) @ half
-    pixels = cv2.warpPerspective(image, matrix, (size, size), flags=cv2.INTER_LINEAR)
-    pixels = cv2.transform(pixels, _colour_matrix(drawn, cv2.mean(pixels)[:3]))
+    window = _crop_window(frames.shape[1:], drawn, size)
+    matrix = np.linalg.inv(half) @ _homography(drawn, window, size) @ half
+    clip = np.empty((len(frames), size, size, 3), np.uint8)
+    for frame, pixels in zip(frames, clip):
+        cv2.warpPerspective(frame, matrix, (size, size), dst=pixels, flags=cv2.INTER_LINEAR)
+    tall = clip.reshape(-1, size, 3)  # (T * size, size, 3): one call for the colours of all frames
+    tall = cv2.transform(tall, _colour_matrix(drawn, cv2.mean(tall)[:3]))
+    clip = (_stretch_contrast(tall) if drawn.autocontrast else tall).reshape(clip.shape)
+    if drawn.blur:
+        clip = np.stack([cv2.GaussianBlur(pixels, (0, 0), drawn.blur) for pixels in clip])
+    if drawn.noise is not None:
+        sd, seed = drawn.noise
+        pattern = np.random.default_rng(seed).normal(0, sd, clip.shape[1:]).astype(np.float32)
+        clip = np.clip(np.rint(clip + pattern), 0, 255).astype(np.uint8)
     if drawn.erase is not None:
         area, ratio, x, y = drawn.erase
         height, width = round(size * math.sqrt(area * ratio)), round(size * math.sqrt(area / ratio))
         top, left = _position(size, height, y), _position(size, width, x)
-        pixels[top:top + height, left:left + width] = [round(255 * mean) for mean in IMAGENET_MEAN]
-    return pixels
+        clip[:, top:top + height, left:left + width] = [round(255 * mean) for mean in IMAGENET_MEAN]
+    return clip
+
+
+def _stretch_contrast(pixels):
+    """Each colour of uint8 (H, W, 3) stretched to 0..255, a constant one left alone; as torchvision's autocontrast."""
+    low, high = (reduce(pixels, axis=(0, 1)).astype(np.float32) for reduce in (np.min, np.max))
+    low, spread = np.where(high > low, low, 0), np.where(high > low, high - low, 255)
+    return ((pixels - low) * (255 / spread)).round().astype(np.uint8)
 
 
 def eval_crop(image, size):
@@ -1795,16 +1986,16 @@ def to_input(batch, device, mean=IMAGENET_MEAN, std=IMAGENET_STD, channels_last=
 # ---------------------------------------------------------------------------
 # Any torchvision classifier without its last layer; its weights come from a file, the cache or the network.
 
-def build_backbone(name, pretrained=True, weights=None, image_size=224):
+def build_backbone(name, pretrained=True, weights=None, image_size=224, family="models"):
     """torchvision classifier -> (module: (B, 3, H, W) -> (B, F), feature width F).
 
-    weights: state dict file. Raises UserError for an unknown name, weights that cannot be had (both ways out named), or
-    a file whose layers are others.
+    weights: state dict file; family: "models", or "video" for networks (B, 3, T, H, W) -> (B, F). Raises UserError for
+    an unknown name, weights that cannot be had (both ways out named), or a file whose layers are others.
     """
     import torchvision
-    classifiers = torchvision.models.list_models(module=torchvision.models)
+    classifiers = torchvision.models.list_models(module=getattr(torchvision.models, family, torchvision.models))
     if name not in classifiers:
-        raise UserError(f"--backbone {name} is no torchvision classifier{closest(name, classifiers)}")
+        raise UserError(f"{name} is no torchvision classifier of {family}{closest(name, classifiers)}")
     if name.startswith("vit_") and image_size % int(name.rsplit("_", 1)[1]):
         raise UserError(f"--image_size {image_size}: {name} needs a multiple of {name.rsplit('_', 1)[1]}")
     options = {"image_size": image_size} if name.startswith("vit_") else {}
@@ -1813,17 +2004,19 @@ def build_backbone(name, pretrained=True, weights=None, image_size=224):
     if weights or pretrained:
         state = load_weights_file(weights) if weights else published_weights(name)
         _load_backbone_state(model, state, last, weights or name)
-    n_features = model.get_submodule(last).in_features
+    layer = model.get_submodule(last)
+    n_features = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     model.set_submodule(last, nn.Identity())
     return model, n_features
 
 
 def _last_linear(model, name):
-    """Path of the classifier's last Linear layer. Raises UserError where the network ends in something else."""
+    """Path of the classifier's last layer, linear or a convolution. UserError where it ends in something else."""
     if hasattr(model, "aux_logits"):  # the side heads of GoogLeNet and Inception serve only their own training
         model.aux_logits, model.AuxLogits, model.aux1, model.aux2 = False, None, None, None
-    path = next((path for path, module in reversed(list(model.named_modules())) if isinstance(module, nn.Linear)), None)
-    if path is None or model.get_submodule(path).out_features != 1000:
+    path = next((path for path, module in reversed(list(model.named_modules()))
+                 if isinstance(module, (nn.Linear, nn.Conv3d))), None)
+    if path is None or len(model.get_submodule(path).weight) not in (1000, 400):  # classes of ImageNet, Kinetics
         raise UserError(f"--backbone {name} does not end in a linear layer; choose another, such as resnet50")
     return path
 
@@ -1905,7 +2098,7 @@ class MultiScale(nn.Module):
     def __init__(self, backbone, image_size, grid=4):
         super().__init__()
         from torchvision.models.feature_extraction import create_feature_extractor
-        ends = stage_ends(backbone, image_size)[-3:]
+        ends = stage_ends(backbone, torch.zeros(1, 3, image_size, image_size))[-3:]
         if len(ends) < 3:
             raise UserError(f"--head ridge needs a backbone with feature maps of 3 resolutions, found {len(ends)}; "
                             "use --head mlp")
@@ -1918,33 +2111,65 @@ class MultiScale(nn.Module):
 
 
 @torch.inference_mode()
-def stage_ends(backbone, image_size):
-    """Paths of the modules that end each resolution, largest first, found by one pass over a black picture."""
+def stage_ends(backbone, example):
+    """Paths of the modules that end each resolution, largest first, found by one pass over an example input."""
     sizes = {1: {}, 2: {}}  # depth of the module -> {height: path}, in the order of execution
 
     def note(path):
         def hook(module, inputs, output):
-            if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[2] == output.shape[3] > 1:
-                sizes[path.count(".") + 1][output.shape[2]] = path
+            if isinstance(output, torch.Tensor) and output.ndim == example.ndim and (
+                    output.shape[-2] == output.shape[-1] > 1):
+                sizes[path.count(".") + 1][output.shape[-1]] = path
         return hook
     hooks = [module.register_forward_hook(note(path)) for path, module in backbone.named_modules()
              if path and path.count(".") < 2]
-    backbone.eval()(torch.zeros(1, 3, image_size, image_size))
+    backbone.eval()(example)
     for hook in hooks:
         hook.remove()
     stages = sizes[1] if len(sizes[1]) >= 3 else sizes[2]
     return [stages[height] for height in sorted(stages, reverse=True)]
 
 
-def freeze_stages(backbone, n_stages, image_size):
+def freeze_stages(backbone, n_stages, example):
     """Take the layers of the first n_stages resolutions out of training. Raises UserError where there are fewer."""
-    ends = stage_ends(backbone, image_size)
+    if not n_stages:
+        return
+    ends = stage_ends(backbone, example)
     if n_stages > len(ends):
         raise UserError(f"--freeze_stages {n_stages}: this backbone has {len(ends)} resolutions: {', '.join(ends)}")
-    names = [name for name, _ in backbone.named_parameters()]
-    inside = [i for i, name in enumerate(names) if n_stages and name.startswith(f"{ends[n_stages - 1]}.")]
-    for name in names[:max(inside, default=-1) + 1]:
-        backbone.get_parameter(name).requires_grad_(False)
+    end, modules = ends[n_stages - 1], list(backbone.named_modules())
+    last = max(i for i, (path, _) in enumerate(modules) if path == end or path.startswith(f"{end}."))
+    for _, module in modules[1:last + 1]:  # a stage may end in a layer without weights
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+
+
+class BackboneModel(nn.Module):
+    """A `backbone` that may be frozen, and what a script puts on top of it.
+
+    Layers that are not trained stay in evaluation mode, and with freeze_norm every BatchNorm does.
+    """
+
+    def __init__(self, backbone, freeze_norm=False):
+        super().__init__()
+        self.backbone, self.freeze_norm = backbone, freeze_norm
+        self.trainable = [p for p in backbone.parameters() if p.requires_grad]
+
+    def freeze_backbone(self, frozen):
+        """Take the backbone out of training, or put back what was trainable at first."""
+        for parameter in self.trainable:
+            parameter.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if not any(p.requires_grad for p in self.trainable):
+            self.backbone.eval()
+        for module in self.backbone.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+                    self.freeze_norm or not module.weight.requires_grad):
+                module.eval()
+        return self
 
 
 @torch.inference_mode()
@@ -1980,9 +2205,23 @@ def build_optimizer(modules, args):
 
 
 def schedule_factor(scheduler, progress, epochs, warmup_epochs):
-    """Learning-rate factor in [0, 1] at `progress` epochs: linear warm-up, then cosine to 0, or steps of x0.1, or 1."""
+    """Learning-rate factor in [0, 1] at `progress` epochs: linear warm-up, then what the name of the schedule says.
+
+    warm_restarts: SGDR (Loshchilov & Hutter 2017) with T0 = 10 epochs, doubled at each restart; onecycle: Smith &
+    Topin 2018, from 1/25 up to 1 over the first 30 % of the run, down to 0 over the rest, both along a cosine.
+    """
     if progress < warmup_epochs:
         return max(progress / warmup_epochs, 1e-3)
+    if scheduler == "warm_restarts":
+        length, passed = 10.0, progress - warmup_epochs
+        while passed >= length:
+            length, passed = 2 * length, passed - length
+        return 0.5 * (1 + math.cos(math.pi * passed / length))
+    if scheduler == "onecycle":
+        share = (progress - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)
+        if share < 0.3:
+            return 1 / 25 + (1 - 1 / 25) * 0.5 * (1 - math.cos(math.pi * share / 0.3))
+        return 0.5 * (1 + math.cos(math.pi * (share - 0.3) / 0.7))
     if scheduler == "cosine":
         return 0.5 * (1 + math.cos(math.pi * (progress - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)))
     if scheduler == "step":
@@ -2093,6 +2332,28 @@ def load_model_file(path, script):
     return content
 
 
+def starting_weights(path, **expected):
+    """--init_from -> state dict of another run of this script. UserError where a field differs from `expected`."""
+    content = load_model_file(path, script_name())
+    wrong = [f"{name} {content.get(name)}, expected {value}" for name, value in expected.items()
+             if content.get(name) != value]
+    if wrong:
+        raise UserError(f"--init_from {path} was trained for something else: {'; '.join(wrong)}")
+    return content["model"]
+
+
+def checkpoint_files(paths):
+    """Files and run folders -> checkpoint files: a folder's own best_model.pth, or those of its folds."""
+    files = []
+    for path in map(Path, paths):
+        inside = [path / "best_model.pth"] if (path / "best_model.pth").is_file() else sorted(
+            path.glob("fold_*/best_model.pth"), key=lambda p: int(p.parent.name.removeprefix("fold_")))
+        if path.is_dir() and not inside:
+            raise UserError(f"--checkpoint {path} holds no best_model.pth and no fold_K/best_model.pth")
+        files += inside if path.is_dir() else [path]
+    return files
+
+
 @contextlib.contextmanager
 def checkpoint_fields(path):
     """A field that a checkpoint lacks, or has in another form, becomes CheckpointError inside this block."""
@@ -2107,7 +2368,7 @@ def load_state(model, state, source):
     """Strict load_state_dict whose refusal is one sentence; NaN weights are refused too."""
     bad = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
-        raise CheckpointError(f"{source} holds weights that are not finite ({_some(bad, 1)})")
+        raise CheckpointError(f"{source} holds weights that are not finite ({some(bad, 1)})")
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -2138,7 +2399,7 @@ class Training:
         self.epoch, self.batch, self.sums, self.history, self.done = 0, 0, {}, [], False
         self.best = {"epoch": None, "score": None}
         self.stopping = EarlyStopping(args.patience, args.min_epochs, args.min_delta)
-        self.plateau, self.plateau_factor = EarlyStopping(5, 0, 0.0), 1.0
+        self.plateau, self.plateau_factor = EarlyStopping(args.plateau_patience, 0, 0.0), 1.0
         self._last_save = time.monotonic()
         if run.resumed:
             self._load_last()
@@ -2206,7 +2467,7 @@ class Training:
         first, _ = self._sampler.step_span(batch, self.args.accumulate)
         progress = self.epoch + first / self._sampler.n_samples  # in samples: any cut into batches gives the same rate
         factor = schedule_factor(self.args.scheduler, progress, self.args.epochs, self.args.warmup_epochs)
-        self._rate = self.args.lr * self.plateau_factor * factor
+        self._rate = max(self.args.lr * self.plateau_factor * factor, self.args.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate * group["factor"]
 
@@ -2240,7 +2501,8 @@ class Training:
         stop = self.stopping.update(score, self.epoch) and self.epoch < self.args.epochs and self.select != "last"
         self.done = stop or self.epoch >= self.args.epochs
         self._write_epoch(better)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
+        lead = [*row] if len(row) <= 10 else [*dict.fromkeys([*itertools.islice(row, 6), self.select])]
+        shown = "  ".join(f"{name} {row[name]:.4g}" for name in lead if name in row)  # the rest: training_history.csv
         seconds, memory = time.perf_counter() - self._started, peak_memory(self.run.compute.device) / 2 ** 30
         self.run.say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  ({seconds:.1f} s, {self._seen / seconds:.1f} "
                      f"samples/s, peak {memory:.2f} GB){' *' if better else ''}")
@@ -2388,10 +2650,10 @@ class EarlyStopping:
 # ---------------------------------------------------------------------------
 # Metrics
 # ---------------------------------------------------------------------------
-# Every metric is a function of sums over rows, computed on the whole split at once, in the unit of the labels.
+# Computed on the whole split at once, in the unit of the labels; each is a function of how often every row counts.
 
 REGRESSION_METRICS = ("pearson_r", "r2", "mae", "mse", "rmse")
-LOWER_IS_BETTER = ("mae", "mse", "rmse", "nll", "brier", "ece")
+LOWER_IS_BETTER = ("mae", "mse", "rmse", "loss", "nll", "brier", "ece", "ece_adaptive")
 
 
 def regression_moments(predicted, target):
@@ -2446,6 +2708,179 @@ def _nanmean(values, axis=-1):
         return np.nansum(values, axis) / (~np.isnan(values)).sum(axis)
 
 
+CLASSIFICATION_METRICS = ("loss", "accuracy", "balanced_accuracy", "macro_f1", "roc_auc", "mcc", "ece", "ece_adaptive",
+                          "brier")
+CLASS_METRICS = ("precision", "recall", "f1", "average_precision", "roc_auc")  # under the keys CLASS_METRIC
+ECE_BINS = 15
+
+
+def classification_metrics(probability, label, threshold=None, positive=None, names=None):
+    """Metrics of a whole split: (N, C) probabilities, (N,) class indices (below 0 = missing) -> dict of floats.
+
+    loss (mean NLL), accuracy, balanced_accuracy, macro_f1, roc_auc, mcc, ece and ece_adaptive (15 bins of equal width,
+    of equal mass), brier; tail_recall and so on for each class of `names` (None: "0", "1", ...) and of CLASS_METRICS;
+    confusion (C, C) int64, rows = true; n. With a threshold, rows whose probability of `positive` (None: class 1)
+    reaches it get that class, the others the most probable of the rest. roc_auc: of the positive class, for three
+    classes or more the mean one-vs-rest. NaN: recall, f1, average precision and AUC of a class without rows, precision
+    of one never predicted; means leave them out. mcc of a constant prediction is 0, of constant labels NaN. The Brier
+    score is the sum over classes, halved for two (0 to 1). Not a finite number in any probability: all NaN.
+    """
+    statistic = _class_statistic(probability, label, threshold, positive, names)
+    values = statistic(np.ones((1, int((np.asarray(label) >= 0).sum()))))
+    confusion = np.rint(values.pop("confusion")[0]).astype(np.int64)
+    return {"n": int(confusion.sum()), **{key: float(value[0]) for key, value in values.items()},
+            "confusion": confusion}
+
+
+def classification_names(names):
+    """Names of --select and --criteria -> keys of classification_metrics, for the C class names.
+
+    Beside the keys themselves: auc and nll, and f1_tail or ap_tail for tail_f1 and tail_average_precision.
+    """
+    keys, short = {}, {**{metric: metric for metric in CLASS_METRICS}, "ap": "average_precision", "auc": "roc_auc"}
+    for (alias, metric), name in itertools.product(short.items(), names):
+        keys |= {f"{name}_{alias}": f"{name}_{metric}", f"{alias}_{name}": f"{name}_{metric}"}
+    return keys | {name: name for name in CLASSIFICATION_METRICS} | {"auc": "roc_auc", "nll": "loss"}
+
+
+def predicted_class(probability, threshold=None, positive=None):
+    """(N, C) -> (N,) class indices: the most probable class, or as classification_metrics says with a threshold."""
+    probability = np.asarray(probability, np.float64)
+    if threshold is None:
+        return probability.argmax(1)
+    positive, rest = 1 if positive is None else positive, probability.copy()
+    rest[:, positive] = -np.inf
+    return np.where(probability[:, positive] >= threshold, positive, rest.argmax(1))
+
+
+def ranking_metrics(score, is_positive, weights=None):
+    """ROC AUC and average precision of (N,) scores under (D, N) row weights (None: ones) -> two (D,), NaN = undefined.
+
+    Equal scores count half in the AUC (Mann-Whitney) and are one step of the precision-recall curve, which is summed
+    without interpolation.
+    """
+    score, is_positive = np.asarray(score, np.float64), np.asarray(is_positive, bool)
+    weights = np.ones((1, len(score))) if weights is None else weights
+    if not len(score):
+        return np.full((2, len(weights)), np.nan)
+    order, first = _tied_runs(score)
+    drawn = weights[:, order]
+    hits = drawn * is_positive[order]
+    if len(first) < len(order):
+        drawn, hits = (np.add.reduceat(part, first, axis=1) for part in (drawn, hits))
+    misses = drawn - hits  # (D, distinct scores), highest score first
+    found, false = hits.cumsum(1), misses.cumsum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        auc = 1.0 - (hits * (false - misses / 2)).sum(1) / (found[:, -1] * false[:, -1])
+        precision = np.where(found > 0, found / (found + false), 0.0)
+        return auc, (hits * precision).sum(1) / found[:, -1]
+
+
+def _tied_runs(score):
+    """(order of falling scores, first place of each run of equal ones) of (N >= 1,) scores."""
+    order = np.argsort(-score, kind="stable")
+    return order, np.flatnonzero(np.append(True, np.diff(score[order]) != 0))
+
+
+def _class_statistic(probability, label, threshold, positive, names):
+    """classification_metrics as a function of row weights: (D, N) -> dict of name -> (D,), and confusion (D, C, C).
+
+    N counts the labelled rows. Every metric of a resample follows from how often each row was drawn.
+    """
+    probability, label = np.asarray(probability, np.float64), np.asarray(label, np.int64)
+    if probability.ndim != 2 or label.shape != probability.shape[:1] or label.max(initial=0) >= probability.shape[1]:
+        raise ValueError(f"expected (N, C) probabilities and (N,) labels below C, got shapes {probability.shape} and "
+                         f"{label.shape} with labels up to {label.max(initial=0)}")
+    probability, label = probability[label >= 0], label[label >= 0]
+    count, names = probability.shape[1], [str(c) for c in range(probability.shape[1])] if names is None else list(names)
+    cell = label * count + predicted_class(probability, threshold, positive)
+    row_terms = _row_terms(probability, label)  # (2, N)
+    confidence = probability.max(1)
+    gap = confidence - (probability.argmax(1) == label)
+    bins = [_confidence_bins(confidence, ECE_BINS, adaptive) for adaptive in (False, True)]
+    finite = np.isfinite(probability).all()
+
+    def statistic(weights):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            total = weights.sum(1)
+            confusion = _sums_by(cell, count ** 2, weights).reshape(-1, count, count)
+            ranks = [ranking_metrics(probability[:, c], label == c, weights) for c in range(count)]
+            loss, brier = (weights @ row_terms.T / total[:, None]).T
+            ece, adaptive = (np.abs(_sums_by(b, ECE_BINS, weights * gap)).sum(1) / total for b in bins)
+        values = {"loss": loss, "ece": ece, "ece_adaptive": adaptive, "brier": brier}
+        values |= _confusion_metrics(confusion, names) | _rank_values(np.array(ranks), names, positive)
+        ordered = [*CLASSIFICATION_METRICS, *(f"{name}_{metric}" for name in names for metric in CLASS_METRICS)]
+        return {key: values[key] if finite else values[key] * np.nan for key in ordered} | {"confusion": confusion}
+    return statistic
+
+
+def _row_terms(probability, label):
+    """(2, N): each row's negative log-likelihood, clipped at the float64 epsilon, and its Brier term."""
+    is_label = label[:, None] == np.arange(probability.shape[1])  # (N, C)
+    likelihood = np.where(is_label, probability, 0.0).sum(1)
+    squared = ((probability - is_label) ** 2).sum(1) / (2 if probability.shape[1] == 2 else 1)
+    return np.stack([-np.log(np.maximum(likelihood, np.finfo(np.float64).eps)), squared])
+
+
+def _confidence_bins(confidence, n_bins, adaptive):
+    """(N,) bin of each confidence: n_bins of equal width over 0 to 1, or between its quantiles; ties share a bin."""
+    inner = np.linspace(0.0, 1.0, n_bins + 1)[1:-1]
+    return np.searchsorted(np.quantile(confidence, inner) if adaptive and len(confidence) else inner, confidence)
+
+
+def _sums_by(code, size, weights):
+    """Sum (D, N) weights over rows of the same code: (N,) codes below size -> (D, size)."""
+    place = code + size * np.arange(len(weights))[:, None]
+    return np.bincount(place.ravel(), weights.ravel(), len(weights) * size).reshape(len(weights), size)
+
+
+def _confusion_metrics(confusion, names):
+    """(D, C, C) -> accuracy, balanced_accuracy, macro_f1, mcc (Gorodkin 2004) and those of each class, (D,) each."""
+    right, true, given = np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(2), confusion.sum(1)  # (D, C) each
+    with np.errstate(divide="ignore", invalid="ignore"):
+        total, hit = true.sum(1), right.sum(1)
+        precision, recall, f1 = right / given, right / true, 2 * right / (true + given)
+        spread_true, spread_given = (total ** 2 - (part ** 2).sum(1) for part in (true, given))
+        joint = (hit * total - (true * given).sum(1)) / np.sqrt(spread_true * spread_given)
+        mcc = np.where(spread_true > 0, np.where(spread_given > 0, joint, 0.0), np.nan)
+        values = {"accuracy": hit / total, "balanced_accuracy": _nanmean(recall), "macro_f1": _nanmean(f1), "mcc": mcc}
+    per_class = {"precision": precision, "recall": recall, "f1": f1}
+    return {f"{name}_{metric}": array[:, c] for metric, array in per_class.items()
+            for c, name in enumerate(names)} | values
+
+
+def _rank_values(ranks, names, positive):
+    """(C, 2, D) AUC and average precision of each class -> roc_auc and those of each class, (D,) each."""
+    auc, precision = ranks[:, 0], ranks[:, 1]
+    chosen = auc[1 if positive is None else positive] if len(names) == 2 else _nanmean(auc, axis=0)
+    values = {f"{name}_{metric}": array[c] for metric, array in (("average_precision", precision), ("roc_auc", auc))
+              for c, name in enumerate(names)}
+    return {**values, "roc_auc": chosen}
+
+
+def expected_ece(confidence, n_bins=ECE_BINS, draws=1000, seed=0, adaptive=False, level=None):
+    """ECE that a perfectly calibrated model of these (N,) confidences shows at this N, by simulation -> float.
+
+    Its mean over `draws` sets of answers that are right with the stated probability; with a level that quantile.
+    """
+    confidence = np.asarray(confidence, np.float64)
+    bins = _confidence_bins(confidence, n_bins, adaptive)
+    correct = np.random.default_rng(seed).random((draws, len(confidence))) < confidence
+    ece = np.abs(_sums_by(bins, n_bins, confidence - correct)).sum(1) / max(len(confidence), 1)  # (draws,)
+    return float(ece.mean() if level is None else np.quantile(ece, level))
+
+
+def risk_coverage(confidence, correct):
+    """Error rate among the most confident rows: (N,), (N,) bool -> (coverage, risk), one entry a distinct confidence.
+
+    Coverage rises to 1; rows of equal confidence enter together, so the order of the rows does not matter.
+    """
+    order, first = _tied_runs(np.asarray(confidence, np.float64)) if len(confidence) else (np.zeros(0, int),) * 2
+    last = np.append(first[1:], len(order))[:len(first)]
+    wrong = np.cumsum(~np.asarray(correct, bool)[order])
+    return last / max(len(order), 1), wrong[last - 1] / last
+
+
 # ---------------------------------------------------------------------------
 # Intervals and baselines
 # ---------------------------------------------------------------------------
@@ -2453,9 +2888,12 @@ def _nanmean(values, axis=-1):
 
 FEWEST_FOR_INTERVAL, FEWEST_FOR_BOOTSTRAP, MOST_FOR_SIGN_FLIP = 5, 20, 16
 RIDGE_LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-2, 13))
+LOGISTIC_LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-2, 11))
 # where a jackknife estimate is nearer to a normal distribution: (to that scale, and back)
 NORMAL_SCALES = {"pearson_r": (np.arctanh, np.tanh), "r2": (lambda r2: np.log1p(-r2), lambda s: -np.expm1(s)),
-                 "mse": (np.log, np.exp), "rmse": (np.log, np.exp)}
+                 "mse": (np.log, np.exp), "rmse": (np.log, np.exp), "loss": (np.log, np.exp), "brier": (np.log, np.exp)}
+SHARES = ("accuracy", "macro_f1", "precision", "recall", "f1", "roc_auc")  # ends of the names of what lies in 0 to 1
+INFLATED_BY_RESAMPLING = ("ece", "ece_adaptive", "average_precision")  # ends of names; rows drawn twice flatter them
 
 
 def subject_sums(moments, subjects):
@@ -2486,18 +2924,20 @@ def sign_flip_p(differences):
 def cluster_intervals(statistic, sums, draws=2000, seed=0, level=0.95, unit="subjects"):
     """Intervals over subjects for any statistic of summed rows.
 
-    statistic: (D, ...) sums of D resamples -> dict of name -> (D,) or (D, R); sums: (S, ...), one row per subject.
+    statistic: (D, ...) sums of D resamples -> dict of name -> (D,) or (D, R); sums: (S, ...), one row per subject, or
+    the number S, for a statistic of how often each subject was drawn, (D, S).
     Returns (dict of name -> (2,) or (R, 2), or None; the method in words). From 20 subjects: percentile bootstrap, its
     levels widened to the t distribution (Hesterberg 2015, expanded percentile); 5 to 19: t-interval on jackknife
     pseudo-values, for a mean over equal clusters the subjects' own means; under 5: None.
     """
-    count = len(sums)
+    count = sums if isinstance(sums, int) else len(sums)
     if count < FEWEST_FOR_INTERVAL:
         return None, f"no interval: only {count} {unit}"
     if count < FEWEST_FOR_BOOTSTRAP:
+        sums = np.eye(count) if isinstance(sums, int) else sums
         return _jackknife_intervals(statistic, sums, level), f"{level:.0%} t-interval over {count} {unit}"
     tail = 0.5 * math.erfc(t_quantile(level, count - 1) * math.sqrt(count / (count - 1) / 2))
-    drawn = _bootstrap_draws(statistic, sums, draws, seed).items()
+    drawn = _recentred(_bootstrap_draws(statistic, sums, draws, seed), statistic, sums).items()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a target that is undefined in every draw
         ends = {name: np.nanquantile(values, (tail, 1 - tail), axis=0).T for name, values in drawn}
@@ -2506,14 +2946,25 @@ def cluster_intervals(statistic, sums, draws=2000, seed=0, level=0.95, unit="sub
 
 def _bootstrap_draws(statistic, sums, draws, seed):
     """The statistic of `draws` resamples of subjects, in blocks that bound the memory: dict of name -> (D, ...)."""
-    generator, count = np.random.default_rng(seed), len(sums)
-    flat, blocks, block = sums.reshape(count, -1), [], max(1, 2_000_000 // count)
+    generator, count = np.random.default_rng(seed), sums if isinstance(sums, int) else len(sums)
+    blocks, block = [], max(1, 2_000_000 // count)
     for start in range(0, draws, block):
         size = min(block, draws - start)
         picks = generator.integers(0, count, (size, count)) + count * np.arange(size)[:, None]
         times_drawn = np.bincount(picks.ravel(), minlength=size * count).reshape(size, count).astype(np.float64)
-        blocks.append(statistic((times_drawn @ flat).reshape(size, *sums.shape[1:])))
+        by_sums = None if isinstance(sums, int) else times_drawn @ sums.reshape(count, -1)
+        blocks.append(statistic(times_drawn if by_sums is None else by_sums.reshape(size, *sums.shape[1:])))
     return {name: np.concatenate([part[name] for part in blocks]) for name in blocks[0]}
+
+
+def _recentred(drawn, statistic, sums):
+    """The draws; those of INFLATED_BY_RESAMPLING moved so that their mean is the value of the whole sample."""
+    moved = [name for name in drawn if name.endswith(INFLATED_BY_RESAMPLING)]
+    whole = statistic(np.ones((1, sums)) if isinstance(sums, int) else sums.sum(0)[None]) if moved else {}
+    for name in moved:
+        drawn[name] = drawn[name] + whole[name] - _nanmean(drawn[name], axis=0)
+        drawn[name] = drawn[name] if name.startswith("difference_") else np.clip(drawn[name], 0.0, 1.0)
+    return drawn
 
 
 def _jackknife_intervals(statistic, sums, level):
@@ -2522,12 +2973,24 @@ def _jackknife_intervals(statistic, sums, level):
     whole, left_out = statistic(sums.sum(0)[None]), statistic(sums.sum(0) - sums)
     for name, value in whole.items():
         metric = name.removeprefix("baseline_").removeprefix("mean_")
-        forward, backward = NORMAL_SCALES.get(metric, (np.asarray, np.asarray))
+        is_share = metric.endswith(SHARES) and not metric.startswith("difference_")
+        forward, backward = (_logit, _share) if is_share else NORMAL_SCALES.get(metric, (np.asarray, np.asarray))
         with np.errstate(divide="ignore", invalid="ignore"):
             centre, parts = forward(value[0]), forward(left_out[name])
             half = reach * parts.std(0)
             intervals[name] = np.sort(np.stack([backward(centre - half), backward(centre + half)], -1), -1)
     return intervals
+
+
+def _logit(share):
+    """log(p / (1 - p)) of shares held to 0.0001 and 0.9999, so that all right is not infinitely sure."""
+    share = np.clip(share, 1e-4, 1 - 1e-4)
+    return np.log(share / (1 - share))
+
+
+def _share(logit):
+    """The inverse of _logit."""
+    return 1.0 / (1.0 + np.exp(-logit))
 
 
 def _paired_statistic(sums):
@@ -2567,6 +3030,132 @@ def bootstrap_regression(predicted, target, subjects=None, baseline=None, draws=
             "subjects": len(sums), "rows": int(labelled.sum()), "method": method}
 
 
+def target_rows(result, names):
+    """bootstrap_regression's result, with n (R,) -> one dict per target: metrics, their intervals, the baseline's."""
+    rows = []
+    for r, name in enumerate(names):
+        row = {"target": name, "n": result["n"][r]}
+        for metric in REGRESSION_METRICS:
+            low, high = result["interval"][metric][r] if result["interval"] else (np.nan, np.nan)
+            row |= {metric: result["value"][metric][r], f"{metric}_low": low, f"{metric}_high": high,
+                    f"baseline_{metric}": result["value"][f"baseline_{metric}"][r]}
+        rows.append(row)
+    return rows
+
+
+def score_regression(predicted, target, subjects, baselines):
+    """bootstrap_regression of a model, paired with the best of its baselines by mean R2 -> (result with n, its name).
+
+    predicted, target: (N, R), NaN in target = missing; baselines: {name: (N, R)}.
+    """
+    r2 = {kind: mean_metrics(regression_metrics(values, target))["r2"] for kind, values in baselines.items()}
+    best = max(r2, key=lambda kind: np.nan_to_num(r2[kind], nan=-np.inf))
+    result = bootstrap_regression(predicted, target, subjects, baselines[best])
+    result["n"] = regression_metrics(predicted, target)["n"]
+    return result, best
+
+
+def wilson_interval(k, n, level=0.95):
+    """Wilson score interval of a proportion k of n independent rows -> (low, high); NaN for n = 0."""
+    if n == 0:
+        return math.nan, math.nan
+    z = statistics.NormalDist().inv_cdf(0.5 + level / 2)
+    centre, half = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
+    return max((centre - half) / (n + z * z), 0.0), min((centre + half) / (n + z * z), 1.0)
+
+
+def bootstrap_classification(probability, label, groups=None, baseline=None, names=None, threshold=None, positive=None,
+                             baseline_threshold=None, draws=2000, seed=0):
+    """Metrics of a whole split with intervals over subjects, and the paired comparison with a baseline's probabilities.
+
+    probability, baseline: (N, C); label: (N,), below 0 = missing; groups: (N,) names, None = every row its own; the
+    rest as in classification_metrics. Returns a dict as bootstrap_regression does: `value` {key: float} with the keys
+    of classification_metrics and baseline_, difference_ (model - baseline, same resamples) before them; `interval`
+    {key: (2,)} or None under 5 subjects; `per_subject` {key: (S,)}, None from 20 subjects; `sign_flip_p` of METRIC
+    among loss, brier, accuracy; `confusion` (C, C), `n` (C,) rows and `n_subjects` (C,) subjects of each class;
+    `subjects`, `rows`, `method`. Intervals of a class seen in (or outside of) under 5 subjects are NaN. Exceptions, by
+    Wilson: accuracy, recall and precision of ungrouped rows; and a value of 0 or 1 that no resample changes, over the
+    subjects of the rarest class that it needs.
+    """
+    probability, label = np.asarray(probability, np.float64), np.asarray(label, np.int64)
+    names = [str(c) for c in range(probability.shape[1])] if names is None else list(names)
+    subjects = (np.arange(len(label)) if groups is None else np.asarray(groups, str))[label >= 0]
+    index, count = _subject_index(subjects)
+    scored = {"": (probability, threshold), "baseline_": (baseline, baseline_threshold)}
+    scored = {prefix: pair for prefix, pair in scored.items() if pair[0] is not None}
+    models = [_class_statistic(each, label, cut, positive, names) for each, cut in scored.values()]
+    confusion = {prefix: classification_metrics(each, label, cut, positive, names)["confusion"]
+                 for prefix, (each, cut) in scored.items()}
+    statistic = _paired_weights(models, index)
+    value = {key: float(array[0]) for key, array in statistic(np.ones((1, count))).items()}
+    interval, method = cluster_intervals(statistic, count, draws, seed, unit="rows" if groups is None else "subjects")
+    seen, other = (np.array([len(np.unique(index[(label[label >= 0] == c) == is_in])) for c in range(len(names))])
+                   for is_in in (True, False))  # (C,) subjects with rows of the class, and with rows of another
+    if interval:
+        _mend_intervals(value, interval, count, seen, np.minimum(seen, other), names)
+        if groups is None:
+            interval |= _wilson_intervals(confusion, names)
+    per_subject = statistic(np.eye(count)) if 0 < count < FEWEST_FOR_BOOTSTRAP else {}
+    flips = {name: sign_flip_p(per_subject.get(f"difference_{name}", ())) for name in ("loss", "brier", "accuracy")}
+    return {"value": value, "interval": interval, "per_subject": per_subject or None, "sign_flip_p": flips,
+            "confusion": confusion[""], "n": confusion[""].sum(1), "n_subjects": seen, "subjects": count,
+            "rows": len(index), "method": method}
+
+
+def _mend_intervals(value, interval, count, seen, both, names):
+    """NaN for classes seen in, or outside of, too few subjects; Wilson for a share of 0 or 1 that no resample changes.
+
+    seen, both (C,): subjects with rows of the class; the smaller of that and of those with rows of another class.
+    """
+    needed = {f"{name}_{metric}": (seen if metric in ("recall", "precision", "f1") else both)[c]
+              for c, name in enumerate(names) for metric in CLASS_METRICS}
+    rarest = min(both) if len(names) == 2 else min(seen[seen > 0], default=0)
+    needed |= {"roc_auc": rarest, "macro_f1": rarest, "balanced_accuracy": rarest}
+    for key, pair in interval.items():
+        base, is_share = key.removeprefix("baseline_").removeprefix("difference_"), key.endswith(SHARES)
+        units = needed.get(base, count)
+        if units < FEWEST_FOR_INTERVAL and (len(names) == 2 or base not in CLASSIFICATION_METRICS):
+            interval[key] = np.full(2, np.nan)
+        elif is_share and not key.startswith("difference_") and value[key] in (0.0, 1.0) and np.ptp(pair) < 1e-9:
+            interval[key] = np.array(wilson_interval(value[key] * units, units))
+
+
+def _wilson_intervals(confusion, names):
+    """{key: (2,)} of accuracy, recall and precision of independent rows, for each prefix -> (C, C) of confusion."""
+    found = {}
+    for prefix, table in confusion.items():
+        counts = {"accuracy": (np.trace(table), table.sum())}
+        counts |= {f"{name}_recall": (table[c, c], table[c].sum()) for c, name in enumerate(names)}
+        counts |= {f"{name}_precision": (table[c, c], table[:, c].sum()) for c, name in enumerate(names)}
+        found |= {prefix + key: np.array(wilson_interval(int(k), int(n))) for key, (k, n) in counts.items()}
+    return found
+
+
+def _subject_index(subjects):
+    """((N,) number of each row's subject, how many there are), subjects in sorted order."""
+    found, index = np.unique(subjects, return_inverse=True)
+    return index, len(found)
+
+
+def _paired_weights(models, index):
+    """The metrics of one or two _class_statistic as a function of (D, S) times that each subject was drawn.
+
+    dict of name -> (D,), with baseline_ and difference_ for the second; in blocks that bound the memory.
+    """
+    def paired(weights):
+        model, *baselines = ({k: v for k, v in each(weights).items() if k != "confusion"} for each in models)
+        for other in baselines:
+            return {**model, **{f"baseline_{key}": array for key, array in other.items()},
+                    **{f"difference_{key}": model[key] - array for key, array in other.items()}}
+        return model
+
+    def statistic(drawn):
+        block = max(1, 1_000_000 // max(1, len(index)))
+        parts = [paired(drawn[start:start + block][:, index]) for start in range(0, len(drawn), block)]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    return statistic
+
+
 def train_mean_baseline(train_target, n_rows):
     """Each target's mean over the train rows as the prediction: (N, R) with NaN = missing -> (n_rows, R)."""
     return np.tile(_nanmean(np.asarray(train_target, np.float64), axis=0), (n_rows, 1))
@@ -2586,6 +3175,13 @@ class Ridge:
         return (np.asarray(features, np.float64) - self.feature_mean) / self.feature_sd @ self.weights + self.intercept
 
 
+def standardisation(features, sd_floor=0.0):
+    """(mean, sd), both (F,), of (N, F) features; 1 for the sd of a constant one; sd_floor as fit_ridge explains."""
+    mean, sd = features.mean(0), features.std(0)
+    sd = np.where(sd > 1e-10 * (np.abs(mean) + 1e-300), sd, 1.0)
+    return mean, np.hypot(sd, sd_floor * math.sqrt(np.mean(sd ** 2)))
+
+
 def fit_ridge(features, target, lambdas=RIDGE_LAMBDAS, groups=None, folds=5, seed=0, sd_floor=0.0):
     """Ridge regression in closed form, lambda > 0 per target by inner cross-validation -> Ridge.
 
@@ -2595,9 +3191,7 @@ def fit_ridge(features, target, lambdas=RIDGE_LAMBDAS, groups=None, folds=5, see
     unit, so one that hardly varied here must not count as many sds when it does later; a share of the RMS sd is added.
     """
     features, target = np.asarray(features, np.float64), np.asarray(target, np.float64)
-    mean, sd = features.mean(0), features.std(0)
-    sd = np.where(sd > 1e-10 * (np.abs(mean) + 1e-300), sd, 1.0)
-    sd = np.hypot(sd, sd_floor * math.sqrt(np.mean(sd ** 2)))
+    mean, sd = standardisation(features, sd_floor)
     x, groups = (features - mean) / sd, np.arange(len(features)) if groups is None else np.asarray(groups, str)
     model = Ridge(mean, sd, np.zeros((x.shape[1], target.shape[1])), _nanmean(target, axis=0),
                   np.full(target.shape[1], np.nan))
@@ -2646,6 +3240,218 @@ def _inner_folds(groups, folds, seed):
         fold_of[group] = filled.argmin()
         filled[fold_of[group]] += sizes[group]
     return [np.flatnonzero(fold_of[index] == fold) for fold in range(len(filled))]
+
+
+def prior_baseline(train_label, n_rows, n_classes):
+    """Share of each class among the train labels (below 0 = missing) as everybody's prediction -> (n_rows, C)."""
+    train_label = np.asarray(train_label, np.int64)
+    counts = np.bincount(train_label[train_label >= 0], minlength=n_classes).astype(np.float64)
+    return np.tile(counts / max(counts.sum(), 1.0), (n_rows, 1))
+
+
+@dataclasses.dataclass
+class Logistic:
+    """A multinomial logistic model on standardised features, made by fit_logistic; penalty is the chosen lambda."""
+    feature_mean: np.ndarray  # (F,)
+    feature_sd: np.ndarray  # (F,)
+    weights: np.ndarray  # (F, C)
+    intercept: np.ndarray  # (C,), -inf for a class without a train row
+    penalty: float
+
+    def predict(self, features):
+        """(M, F) features -> (M, C) probabilities."""
+        features = (np.asarray(features, np.float64) - self.feature_mean) / self.feature_sd
+        return softmax(features @ self.weights + self.intercept)
+
+
+def softmax(logits):
+    """(..., C) -> probabilities over the last axis; a logit of -inf gives 0."""
+    grown = np.exp(logits - np.max(logits, -1, keepdims=True))
+    return grown / grown.sum(-1, keepdims=True)
+
+
+def fit_logistic(features, label, n_classes=None, lambdas=LOGISTIC_LAMBDAS, groups=None, folds=5, seed=0, sd_floor=0.0):
+    """Multinomial logistic regression with a ridge penalty, lambda > 0 by inner cross-validation -> Logistic.
+
+    features (N, F), groups, folds and sd_floor as in fit_ridge; label: (N,) class indices, below 0 = missing (row left
+    out). Minimises the summed NLL + lambda / 2 |W|^2, with two classes + lambda |W|^2, so that lambda = 1 / C of
+    scikit-learn. The inner folds judge by the NLL, from large lambdas down until three bring no gain; a held-out row
+    of a class that the other folds lack does not count.
+    """
+    label = np.asarray(label, np.int64)
+    kept = label >= 0
+    if not kept.any():
+        raise UserError(f"a logistic baseline needs labelled rows, found none among {len(label)}")
+    features, names = np.asarray(features, np.float64)[kept], np.arange(len(label)) if groups is None else groups
+    n_classes, label = n_classes or int(label.max()) + 1, label[kept]
+    mean, sd = standardisation(features, sd_floor)
+    left, power, basis = np.linalg.svd((features - mean) / sd, full_matrices=False)
+    scores = left * power  # (N, K), K the smaller of N and F: the penalty does not change under rotation
+    parts = _inner_folds(np.asarray(names, str)[kept], folds, seed) if len(lambdas) > 1 else []
+    trained_on = np.ones((len(parts), len(label)), bool)
+    for number, rows in enumerate(parts):
+        trained_on[number, rows] = False
+    chosen = len(parts) > 1 and _choose_penalty(scores, power, label, n_classes, trained_on, lambdas)
+    penalty = chosen or max(lambdas)
+    weights, intercept = _logistic_solve(scores, power, label, n_classes, np.ones((1, len(label)), bool), penalty)
+    return Logistic(mean, sd, basis.T @ weights[0], intercept[0, 0], float(penalty))
+
+
+def _choose_penalty(scores, power, label, n_classes, trained_on, lambdas):
+    """The lambda with the smallest held-out NLL; trained_on: (folds, N)."""
+    errors = {}
+    for penalty in sorted(lambdas, reverse=True):
+        weights, intercept = _logistic_solve(scores, power, label, n_classes, trained_on, penalty, tolerance=1e-3)
+        errors[penalty] = _held_out_nll(scores @ weights + intercept, label, trained_on)
+        if len(errors) > 3 and min(errors, key=errors.get) not in list(errors)[-3:]:
+            break
+    return min(errors, key=errors.get)
+
+
+def _held_out_nll(logits, label, trained_on):
+    """Summed NLL of the rows left out of each fit: (folds, N, C) logits, (folds, N) True = trained on -> float."""
+    known = np.isfinite(np.take_along_axis(logits, label[None, :, None], 2)[..., 0])
+    likelihood = np.take_along_axis(softmax(logits), label[None, :, None], 2)[..., 0]  # (folds, N)
+    return float(-np.log(np.maximum(likelihood[known & ~trained_on], 1e-300)).sum())
+
+
+def _logistic_solve(scores, power, label, n_classes, trained_on, penalty, tolerance=1e-7):
+    """Weights (J, K, C) and intercepts (J, 1, C) of J fits on the rows (J, N) True, all in one L-BFGS.
+
+    scores: (N, K) with orthogonal columns of length `power`: dividing each by the root of the curvature that it can
+    have at most (Boehning 1992: a half, and the penalty) makes the problem round, whatever the features.
+    """
+    scale = torch.from_numpy(1.0 / np.sqrt(power ** 2 / 2 + penalty))[:, None]  # (K, 1)
+    x, y, rows = torch.from_numpy(scores) * scale.T, torch.from_numpy(label), torch.from_numpy(trained_on).double()
+    present = torch.stack([(rows * (y == c)).sum(1) > 0 for c in range(n_classes)], 1)[:, None]  # (J, 1, C)
+    weights = torch.zeros(len(rows), x.shape[1], n_classes, dtype=torch.float64, requires_grad=True)
+    intercept = torch.zeros(len(rows), 1, n_classes, dtype=torch.float64, requires_grad=True)
+    width, strength = math.sqrt(2.0 / len(label)), penalty * (1 if n_classes == 2 else 0.5)
+    optimizer = torch.optim.LBFGS([weights, intercept], max_iter=500, history_size=20, tolerance_grad=tolerance,
+                                  tolerance_change=1e-5 * tolerance, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        logits = torch.where(present, x @ weights + intercept * width, -math.inf)  # (J, N, C)
+        likelihood = torch.log_softmax(logits, 2).gather(2, y[None, :, None].expand(len(rows), -1, 1))[..., 0]
+        loss = strength * ((weights * scale) ** 2).sum() - torch.where(rows > 0, likelihood, 0.0).sum()
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    found = torch.where(present, intercept * width, -math.inf)
+    return (weights * scale).detach().numpy(), found.detach().numpy()
+
+
+# --- no-pixel confounds ---
+
+def _level_rates(codes, target, train, test):
+    """Train mean of the target in each test row's level: codes (N,), target (N, R), NaN = missing -> (m, R).
+
+    One row at the overall train mean is added to each level (smoothing); a level without train rows has that mean.
+    """
+    labelled = ~np.isnan(target[train])
+    overall, levels = _nanmean(target[train], axis=0), codes.max() + 1
+    total, count = np.zeros((levels, target.shape[1])), np.zeros((levels, target.shape[1]))
+    np.add.at(total, codes[train], np.where(labelled, target[train], 0.0))
+    np.add.at(count, codes[train], labelled)
+    return ((total + overall) / (count + 1))[codes[test]]
+
+
+def _level_codes(levels, n_rows, train, position):
+    """{name: (N,) codes} of the columns that can tell anything (2 levels or more, up to three for four train rows),
+    and `row order`: up to 20 blocks of neighbouring rows, of 10 train rows or more."""
+    codes = {name: np.unique(np.asarray(values, str), return_inverse=True)[1] for name, values in levels.items()}
+    codes = {name: code for name, code in codes.items() if 2 <= code.max(initial=0) + 1 <= max(2, 0.75 * len(train))}
+    blocks = min(20, max(2, len(train) // 10))
+    position = np.arange(n_rows) if position is None else np.asarray(position, np.int64)
+    return {**codes, "row order": position * blocks // (position.max(initial=0) + 1)}
+
+
+def _by_fold(rows):
+    """Row indices, or a list of them, -> list of (n,) int64."""
+    several = isinstance(rows, list) and len(rows) > 0 and np.ndim(rows[0]) > 0
+    return [np.asarray(each, np.int64) for each in (rows if several else [rows])]
+
+
+def level_priors(levels, label, train, test, groups=None, positive=1, position=None, draws=2000, seed=0):
+    """What metadata alone predict of a class, without a pixel: a list of dicts, highest AUC first.
+
+    levels: dict of name -> (N,) values; label: (N,) class indices, below 0 = missing; train, test: row indices, or
+    lists of them, one entry a fold, whose test rows are judged as one; groups: (N,) names for the interval. Each
+    column's predictor is the smoothed train rate of the `positive` class in the row's level, the rate of all train rows
+    for a new level; `row order` does the same with blocks of neighbouring rows (position: (N,) row number of each in
+    its own file; None = its index). dict(name, n_levels, auc, low, high, red_flag False); low and high are NaN where
+    there is no interval. Rates count from their fold's overall rate: it is high where the held-out rows are negative.
+    """
+    label, train, test = np.asarray(label), _by_fold(train), _by_fold(test)
+    held_out = np.concatenate(test)
+    target, rows = np.where(label < 0, np.nan, label == positive)[:, None].astype(np.float64), []
+    is_positive = np.where(label[held_out] < 0, -1, label[held_out] == positive)
+    subjects = None if groups is None else np.asarray(groups)[held_out]
+    for name, codes in _level_codes(levels, len(label), train[0], position).items():
+        rate = np.concatenate([_level_rates(codes, target, *fold)[:, 0] - _nanmean(target[fold[0], 0])
+                               for fold in zip(train, test)])
+        result = bootstrap_classification(np.stack([-rate, rate], 1), is_positive, subjects, draws=draws, seed=seed)
+        low, high = result["interval"]["roc_auc"] if result["interval"] else (math.nan, math.nan)
+        rows.append({"name": name, "n_levels": int(codes.max()) + 1, "auc": result["value"]["roc_auc"],
+                     "low": float(low), "high": float(high), "red_flag": False})
+    return sorted(rows, key=lambda row: -np.nan_to_num(row["auc"], nan=-1.0))
+
+
+def level_means(levels, target, train, test, groups=None, position=None, draws=2000, seed=0):
+    """What metadata alone predict of (N, R) scores, NaN = missing: a list of dicts, highest R2 first.
+
+    As level_priors, with the smoothed train mean of the level: dict(name, n_levels, r2, low, high, mae, mae_low,
+    mae_high, red_flag False), R2 and MAE as means over targets.
+    """
+    target, train, test = np.asarray(target, np.float64), _by_fold(train), _by_fold(test)
+    held_out = np.concatenate(test)
+    subjects, rows = None if groups is None else np.asarray(groups)[held_out], []
+    for name, codes in _level_codes(levels, len(target), train[0], position).items():
+        means = np.concatenate([_level_rates(codes, target, *fold) for fold in zip(train, test)])
+        result = bootstrap_regression(means, target[held_out], subjects, None, draws, seed)
+        value, interval = result["value"], result["interval"] or {}
+        (low, high), mae = (interval.get(f"mean_{key}", (math.nan,) * 2) for key in ("r2", "mae"))
+        rows.append({"name": name, "n_levels": int(codes.max()) + 1, "r2": float(value["mean_r2"]), "low": float(low),
+                     "high": float(high), "mae": float(value["mean_mae"]), "mae_low": float(mae[0]),
+                     "mae_high": float(mae[1]), "red_flag": False})
+    return sorted(rows, key=lambda row: -np.nan_to_num(row["r2"], nan=-math.inf))
+
+
+def flag_confounds(rows, model_low):
+    """The rows of level_priors or level_means with red_flag set where the prior reaches the model's interval.
+
+    model_low: the lower end of the interval of the model's AUC or R2 (its value where there is no interval); NaN flags
+    nothing, and neither does a prior that knows nothing (AUC up to .5, R2 up to 0).
+    """
+    def reaches(row):
+        value, chance = (row["auc"], 0.5) if "auc" in row else (row["r2"], 0.0)
+        return bool(value > chance and value >= model_low)
+    return [{**row, "red_flag": reaches(row)} for row in rows]
+
+
+def within_level_auc(score, label, levels, positive=1):
+    """AUC over the pairs of a positive and another row of the same level: (N,) scores, labels, levels -> float.
+
+    What is left of an AUC once a level can no longer tell the class; NaN without such a pair.
+    """
+    score, is_positive = np.asarray(score, np.float64), np.asarray(label) == positive
+    levels, labelled, won, pairs = np.asarray(levels, str), np.asarray(label) >= 0, 0.0, 0
+    for level in np.unique(levels):
+        here = labelled & (levels == level)
+        count = int(is_positive[here].sum()) * int((~is_positive[here]).sum())
+        won += count * ranking_metrics(score[here], is_positive[here])[0][0] if count else 0.0
+        pairs += count
+    return float(won / pairs) if pairs else math.nan
+
+
+def within_level_metrics(predicted, target, levels):
+    """regression_metrics of (N, R) predictions and targets after the mean of each level is taken from both."""
+    predicted, target = np.asarray(predicted, np.float64), np.asarray(target, np.float64)
+    centred, levels = [np.where(np.isnan(target), np.nan, predicted), target.copy()], np.asarray(levels, str)
+    for level, part in itertools.product(np.unique(levels), centred):
+        part[levels == level] -= _nanmean(part[levels == level], axis=0)
+    return regression_metrics(*centred)
 
 
 # ---------------------------------------------------------------------------
@@ -2741,6 +3547,61 @@ def conformal_quantile(abs_residuals, alpha, subjects=None, seed=0):
     return float(np.sort(values)[rank - 1]) if rank <= len(values) else math.inf
 
 
+def fit_temperature(logits, label):
+    """Temperature T in .05 to 20 with the smallest NLL of softmax(logits / T): (N, C), (N,) indices -> float.
+
+    Dividing by T changes neither the most probable class nor a two-class AUC. 1.0 where every labelled row is right
+    (the NLL would fall for ever, so nothing says how sure the model may be) and where no row is labelled.
+    """
+    label = np.asarray(label, np.int64)
+    logits, label = np.asarray(logits, np.float64)[label >= 0], label[label >= 0]
+    own = logits[np.arange(len(label)), label]
+    if not len(label) or (own > np.where(np.arange(logits.shape[1]) == label[:, None], -np.inf, logits).max(1)).all():
+        return 1.0
+    low, high = math.log(1 / 20.0), math.log(1 / 0.05)  # of log(1 / T); the NLL is convex in 1 / T
+    for _ in range(60):
+        middle = (low + high) / 2
+        slope = ((softmax(logits * math.exp(middle)) * logits).sum(1) - own).sum()
+        low, high = (low, middle) if slope > 0 else (middle, high)
+    return math.exp(-(low + high) / 2)
+
+
+def prior_correction(logits, train_prior, sampled_prior):
+    """Logits (N, C) of a model that saw classes in shares sampled_prior, for shares train_prior, (C,) each.
+
+    Adds log(train / sampled), to be done before the temperature (Saerens, Latinne & Decaestecker 2002); a class that
+    either lacks is left as it is.
+    """
+    train_prior, sampled_prior = (np.asarray(prior, np.float64) for prior in (train_prior, sampled_prior))
+    both = (train_prior > 0) & (sampled_prior > 0)
+    return np.asarray(logits, np.float64) + np.log(np.where(both, train_prior, 1) / np.where(both, sampled_prior, 1))
+
+
+def fit_threshold(probability, label, metric="f1", positive=1):
+    """Threshold of the positive class with the best metric on these rows: (N, C), (N,) indices -> float in 0 to 1.
+
+    metric: f1 of the positive class, balanced_accuracy, accuracy or mcc, positive against the rest. The threshold lies
+    halfway between two scores; of equally good ones the nearest to .5. Without both classes .5.
+    """
+    label = np.asarray(label, np.int64)
+    score, is_positive = np.asarray(probability, np.float64)[label >= 0, positive], label[label >= 0] == positive
+    if is_positive.all() or not is_positive.any():
+        return 0.5
+    order, first = _tied_runs(score)
+    ends = np.append(first, len(score))  # (G + 1,) how many rows get the class
+    hits = np.append(0, np.cumsum(is_positive[order]))[ends]
+    misses, missed = ends - hits, is_positive.sum() - hits
+    confusion = np.stack([len(score) - ends - missed, misses, missed, hits], -1).reshape(-1, 2, 2)
+    values = _confusion_metrics(confusion.astype(np.float64), ("rest", "positive"))
+    key = "positive_f1" if metric == "f1" else metric
+    if key not in values:
+        raise ValueError(f"metric is {metric!r}, expected f1, balanced_accuracy, accuracy or mcc")
+    edges = np.concatenate([[1.0], score[order][first], [0.0]])
+    cuts = (edges[:-1] + edges[1:]) / 2
+    best = np.flatnonzero(values[key] >= np.nanmax(values[key]) - 1e-12)
+    return float(cuts[best[np.abs(cuts[best] - 0.5).argmin()]])
+
+
 # ---------------------------------------------------------------------------
 # Alarms and criteria
 # ---------------------------------------------------------------------------
@@ -2777,6 +3638,42 @@ def identical_fold_alarms(fold_results):
     return [f"folds {a} and {b} have identical results: were they trained and judged on the same rows?"
             for a, b in itertools.combinations(range(len(fold_results)), 2)
             if np.array_equal(fold_results[a], fold_results[b])]
+
+
+def classification_alarms(probability, label, names, threshold=None, positive=None):
+    """Sentences on signs of a broken classifier or of labels that cannot judge it; else [].
+
+    probability: (N, C); label: (N,) indices, below 0 = missing; names: C classes; the rest as classification_metrics.
+    """
+    probability, label = np.asarray(probability, np.float64), np.asarray(label, np.int64)
+    if not len(probability):
+        return ["no rows to judge"]
+    finite, given = np.isfinite(probability).all(), np.unique(predicted_class(probability, threshold, positive))
+    rows, labelled = len(probability), label[label >= 0]
+    counts = np.bincount(labelled, minlength=len(names))
+    spread, wanted = probability.std(0), (labelled[:, None] == np.arange(len(names))).std(0)  # (C,), (C,)
+    values, repeats = np.unique(np.round(probability, 6), axis=0, return_counts=True)
+    alarms = [] if finite else ["not a finite number in the probabilities"]
+    if len(given) == 1 and finite:
+        alarms.append(f"one class only: {names[given[0]]} is given to all {rows} rows")
+    if len(labelled) and (spread < 0.05 * wanted).any():
+        alarms.append("constant output (sd of the probability under 5 % of the labels'): "
+                      + ", ".join(itertools.compress(names, spread < 0.05 * wanted)))
+    if repeats.max() >= 3:
+        last = min(1, len(names) - 1) if positive is None else positive
+        alarms.append(f"the same probability 3 times or more: {repeats[repeats >= 3].sum()} of {rows} rows share "
+                      f"{(repeats >= 3).sum()} values, {repeats.max()} of them {names[last]} "
+                      f"{values[repeats.argmax(), last]:.6f}")
+    if len(labelled) and counts.max() >= 0.95 * len(labelled):
+        alarms.append(f"labels almost all equal: {names[counts.argmax()]} in {counts.max()} of {len(labelled)} rows")
+    return alarms
+
+
+def classification_values(result, names):
+    """bootstrap_classification's result under all names of classification_names -> (values, intervals or None)."""
+    keys = classification_names(names)
+    return ({name: result["value"][key] for name, key in keys.items()},
+            {name: result["interval"] and tuple(result["interval"][key].tolist()) for name, key in keys.items()})
 
 
 def named_values(result, names):
@@ -2824,24 +3721,46 @@ def judge_criteria(criteria, values, intervals):
     return judged
 
 
-def verdict_sentence(result, baseline_name, metric="r2", ceiling=None, held_out=True):
+def verdict_sentence(result, baseline_name, metric="r2", ceiling=None, held_out=True, lower_is_better=None, label=None):
     """One honest sentence: does the model beat its baseline, by how much, and what could be reached at best.
 
-    result: dict of bootstrap_regression's shape (mean_, baseline_mean_ and difference_mean_ keys of `metric`).
+    result: dict of bootstrap_regression's or bootstrap_classification's shape: value and interval (or None) with the
+    keys METRIC, baseline_METRIC and difference_METRIC or, over targets, the same with mean_METRIC; method; sign_flip_p.
     ceiling: what `metric` could reach, or None. held_out False: the numbers are neither a test split's nor folds'.
+    lower_is_better: None = as LOWER_IS_BETTER says; label: the metric's name in the sentence.
     """
-    model, baseline, difference = (result["value"][f"{part}mean_{metric}"] for part in ("", "baseline_", "difference_"))
-    low, high = (result["interval"] or {}).get(f"difference_mean_{metric}", (np.nan, np.nan))
-    gains = [-difference, -low, -high] if metric in LOWER_IS_BETTER else [difference, low, high]
+    key = f"mean_{metric}" if f"mean_{metric}" in result["value"] else metric
+    model, baseline, difference = (result["value"][part + key] for part in ("", "baseline_", "difference_"))
+    low, high = (result["interval"] or {}).get(f"difference_{key}", (np.nan, np.nan))
+    downwards = metric in LOWER_IS_BETTER if lower_is_better is None else lower_is_better
+    gains = [-difference, -low, -high] if downwards else [difference, low, high]
     beaten = "The model beats" if min(gains) > 0 else "The model does not beat" if gains[0] <= 0 else None
     verdict = beaten if beaten and np.isfinite(gains).all() else "Not resolvable whether the model beats"
-    text = f"{verdict} the {baseline_name} baseline: mean {metric} {model:.3f} against {baseline:.3f}, "
+    text = f"{verdict} the {baseline_name} baseline: {label or key.replace('mean_', 'mean ', 1)} {model:.3f} against "
+    text += f"{baseline:.3f}, "
     bounds = f"{low:+.3f} to {high:+.3f}, " if result["interval"] else ""
-    flip_p = result["sign_flip_p"]["mse" if metric == "r2" else metric]  # R2 within a subject has no meaning
+    flips = result["sign_flip_p"]  # R2 within a subject has no meaning, nor has a rank metric: their errors stand in
+    flip_p = flips.get("mse") if metric == "r2" else flips.get(metric, flips.get("brier"))
     text += f"difference {difference:+.3f} [{bounds}{result['method']}]"
     text += "" if flip_p is None else f", exact sign-flip p {flip_p:.4f} on the subjects' errors"
     text += "" if ceiling is None or not np.isfinite(ceiling) else f"; the raters' agreement allows {ceiling:.3f}"
     return text + ("." if held_out else "; selected on validation, therefore optimistic.")
+
+
+def verdict_level(gain, gain_low, alarms):
+    """Level of a verdict: good only where the gain over the baseline is beyond its interval and no alarm is raised."""
+    level = "good" if gain_low > 0 and not alarms else "caution"
+    return level if gain > 0 else "poor"
+
+
+def say_results(run, metrics):
+    """The closing lines of a run: verdict, alarms, criteria, and the file to open next."""
+    run.say(metrics["verdict"])
+    for alarm in metrics["alarms"]:
+        run.say(f"ALARM: {alarm}")
+    for bar in metrics["criteria"]:
+        run.say(f"{bar['verdict']}: {bar['name']} {bar['relation']} {bar['bar']:g}, found {bar['value']:.4g}")
+    run.say(f"open next: {run.path('report.html')}")
 
 
 # ---------------------------------------------------------------------------
@@ -2853,7 +3772,7 @@ _INK, _SOFT, _GRID = "#20262d", "#66707a", "#e3e7ea"
 _BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 
 
-def _new_figure(rows, columns, panel_inches, used, **subplots):
+def new_figure(rows, columns, panel_inches, used, **subplots):
     """(figure, its first `used` axes) in the look of all plots; panel_inches = (width, height) of one panel."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(columns * panel_inches[0], rows * panel_inches[1]), dpi=120, layout="constrained")
@@ -2868,7 +3787,7 @@ def _new_figure(rows, columns, panel_inches, used, **subplots):
     return figure, axes[:used]
 
 
-def _save_figure(figure, path):
+def save_figure(figure, path):
     """Write the figure as a PNG of 64 colours: a third of the usual size, the same bytes for the same figure."""
     from PIL import Image
     drawn, packed = io.BytesIO(), io.BytesIO()
@@ -2922,11 +3841,11 @@ def plot_history(history, path, best_epoch=None):
     if np.nanmax([0.0, *_values(history, "learning_rate")]) > 0:
         families["learning_rate"] = ["learning_rate"]
     columns = min(3, len(families))
-    figure, axes = _new_figure(-(-len(families) // columns), columns, (3.5, 2.5), len(families))
+    figure, axes = new_figure(-(-len(families) // columns), columns, (3.5, 2.5), len(families))
     for axis, (family, members) in zip(axes, families.items()):
         _draw_history_panel(axis, history, family, members, best_epoch)
         axis.set_yscale("log" if family == "learning_rate" else "linear")
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
@@ -2936,7 +3855,7 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
     all but target and m may be missing. The axis ends at -0.5; the number beside the bar is always the true one.
     """
     rows = sorted(rows, key=lambda row: np.nan_to_num(_values([row], metrics[0])[0], nan=-math.inf))
-    figure, axes = _new_figure(1, len(metrics), (4.8, 1.15 + 0.26 * len(rows)), len(metrics), sharey=True)
+    figure, axes = new_figure(1, len(metrics), (4.8, 1.15 + 0.26 * len(rows)), len(metrics), sharey=True)
     height = np.arange(len(rows))
     for axis, metric in zip(axes, metrics):
         value, low, high, baseline, ceiling = (_values(rows, key) for key in (
@@ -2944,7 +3863,8 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
         axis.barh(height, value, height=0.62, color=_SKY, label="model")
         axis.hlines(height, low, high, color=_INK, linewidth=1.3, label="interval")
         axis.plot(baseline, height, "|", color=_ORANGE, markersize=11, markeredgewidth=2.4, label="baseline")
-        axis.plot(ceiling, height, "D", color=_INK, markersize=4.5, markerfacecolor="none", label="noise ceiling")
+        if np.isfinite(ceiling).any():
+            axis.plot(ceiling, height, "D", color=_INK, markersize=4.5, markerfacecolor="none", label="noise ceiling")
         axis.set_title(metric, loc="left", fontsize=10, fontweight="bold", color=_INK)
         axis.set_xlim(max(-0.5, 1.1 * np.nanmin([0.0, *value, *low, *baseline])), 1.0)
         for y, number in zip(height, value):
@@ -2955,7 +3875,7 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
     axes[0].set_yticks(height, [str(row["target"])[:28].replace("$", r"\$") for row in rows], color=_INK)
     axes[0].set_ylim(-0.6, len(rows) - 0.4)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def plot_scatter(predicted, target, names, path):
@@ -2967,7 +3887,7 @@ def plot_scatter(predicted, target, names, path):
     known = np.isfinite(predicted) & np.isfinite(target)
     pearson_r = regression_metrics(predicted, np.where(known, target, np.nan))["pearson_r"]  # (R,)
     columns, inches = (min(len(names), 4), 2.4) if len(names) <= 16 else (7, 1.75)
-    figure, axes = _new_figure(-(-len(names) // columns), columns, (inches, inches), len(names))
+    figure, axes = new_figure(-(-len(names) // columns), columns, (inches, inches), len(names))
     for j, axis in enumerate(axes):
         x, y = target[known[:, j], j], predicted[known[:, j], j]  # (n,)
         low, high = (min(*x, *y), max(*x, *y)) if len(x) else (0.0, 1.0)
@@ -2980,7 +3900,129 @@ def plot_scatter(predicted, target, names, path):
         axis.annotate(f"r {pearson_r[j]:.2f}\nn {len(x)}", (0.03, 0.97), xycoords="axes fraction", va="top", fontsize=7)
     figure.supxlabel("true", fontsize=9, color=_SOFT)
     figure.supylabel("predicted", fontsize=9, color=_SOFT)
-    _save_figure(figure, path)
+    save_figure(figure, path)
+
+
+def _panel_title(axis, title, note=""):
+    """Title at the left in ink, a note at the right in the soft colour."""
+    axis.set_title(title, loc="left", fontsize=9, fontweight="bold", color=_INK, parse_math=False)
+    axis.set_title(note, loc="right", fontsize=8, color=_SOFT, parse_math=False)
+
+
+def plot_confusion(confusion, names, path):
+    """Confusion matrix as PNG: (C, C) counts, rows true, columns predicted; the shade is the share of the row."""
+    confusion = np.asarray(confusion, np.int64)
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    side = max(2.9, 1.5 + 0.62 * len(names))
+    figure, (axis,) = new_figure(1, 1, (side + 0.5, side), 1)
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for i, j in itertools.product(range(len(names)), repeat=2):
+        axis.text(j, i, f"{confusion[i, j]}\n{share[i, j]:.0%}", ha="center", va="center", fontsize=8,
+                  color="white" if share[i, j] > 0.55 else _INK)
+    labels = [str(name)[:22].replace("$", r"\$") for name in names]
+    turned = {"rotation": 40, "ha": "right"} if len(names) > 4 else {}
+    axis.set_xticks(range(len(names)), labels, color=_INK, **turned)
+    axis.set_yticks(range(len(names)), labels, color=_INK)
+    axis.grid(visible=False)
+    axis.spines[:].set_visible(False)
+    axis.set_xlabel("predicted", fontsize=9, color=_SOFT)
+    axis.set_ylabel("true", fontsize=9, color=_SOFT)
+    _panel_title(axis, f"n {confusion.sum()}", f"{np.trace(confusion)} right")
+    save_figure(figure, path)
+
+
+def plot_reliability(probability, label, path, before=None, n_bins=ECE_BINS, seed=0):
+    """Reliability diagram as PNG: share of right rows over the confidence, a bin a point, its area the rows in it.
+
+    probability, before: (N, C), after and (None: not drawn) before calibration; label: (N,), below 0 = missing. The
+    title tells the ECE and what a perfectly calibrated model of these confidences shows at this n: mean, 95th percent.
+    """
+    label = np.asarray(label, np.int64)
+    figure, (axis,) = new_figure(1, 1, (4.2, 3.9), 1)
+    axis.plot([0, 1], [0, 1], color=_SOFT, linewidth=1, linestyle="--")
+    for values, colour, name in ((before, _ORANGE, "before"), (probability, _BLUE, "after")):
+        if values is not None:
+            values = np.asarray(values, np.float64)[label >= 0]
+            _draw_reliability(axis, values.max(1), values.argmax(1) == label[label >= 0], n_bins, colour, name)
+    confidence = np.asarray(probability, np.float64)[label >= 0].max(1, initial=0)
+    ece = classification_metrics(probability, label)["ece"]
+    null, high = (expected_ece(confidence, n_bins, seed=seed, level=level) for level in (None, 0.95))
+    _panel_title(axis, f"ECE {ece:.3f}, n {len(confidence)}\nof a calibrated model {null:.3f} (95 % under {high:.3f})")
+    axis.set(xlim=(0, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
+    axis.set_xlabel("confidence", fontsize=9, color=_SOFT)
+    axis.set_ylabel("share of right answers", fontsize=9, color=_SOFT)
+    if before is not None:
+        axis.legend(fontsize=8, frameon=False, labelcolor=_INK, loc="upper left")
+    save_figure(figure, path)
+
+
+def _draw_reliability(axis, confidence, correct, n_bins, colour, name):
+    """One model's bins with Wilson intervals."""
+    bins = _confidence_bins(confidence, n_bins, adaptive=False)
+    ones = np.ones((1, len(bins)))
+    count, mean, right = (_sums_by(bins, n_bins, ones * part)[0] for part in (1, confidence, correct))
+    used = count > 0
+    ends = np.array([wilson_interval(k, n) for k, n in zip(right[used], count[used])]).reshape(-1, 2)
+    x = mean[used] / count[used]
+    axis.vlines(x, ends[:, 0], ends[:, 1], color=colour, linewidth=1.2, alpha=0.6)
+    axis.plot(x, right[used] / count[used], color=colour, linewidth=1, alpha=0.6)
+    axis.scatter(x, right[used] / count[used], 12 + 150 * count[used] / max(count.sum(), 1), color=colour,
+                 label=name, zorder=3, linewidths=0)
+
+
+def plot_risk_coverage(confidence, correct, path):
+    """Risk-coverage curve as PNG: the error rate among the most confident share of the rows, (N,) and (N,) bool."""
+    coverage, risk = risk_coverage(confidence, correct)
+    figure, (axis,) = new_figure(1, 1, (4.2, 3.0), 1)
+    axis.plot(coverage, risk, color=_BLUE, drawstyle="steps-post", linewidth=1.4, label="model")
+    if len(risk):
+        axis.axhline(risk[-1], color=_ORANGE, linestyle="--", linewidth=1.2, label="random order")
+        axis.legend(fontsize=8, frameon=False, labelcolor=_INK)
+    half = risk[np.searchsorted(coverage, 0.5)] if len(risk) else math.nan
+    _panel_title(axis, "risk over coverage", f"all {risk[-1] if len(risk) else math.nan:.2f}, surest half {half:.2f}")
+    axis.set(xlim=(0, 1.02), ylim=(0, max(0.1, 1.15 * risk.max(initial=0))))
+    axis.set_xlabel("coverage: share of rows, most confident first", fontsize=9, color=_SOFT)
+    axis.set_ylabel("error rate", fontsize=9, color=_SOFT)
+    save_figure(figure, path)
+
+
+def plot_precision_recall(probability, label, names, path, positive=None):
+    """Precision-recall and ROC curves as PNG, each class against the rest (with `positive` that class alone).
+
+    probability: (N, C); label: (N,), below 0 = missing; a class without rows, or without others, is left out.
+    """
+    label = np.asarray(label, np.int64)
+    probability, label = np.asarray(probability, np.float64)[label >= 0], label[label >= 0]
+    shown = [c for c in (range(len(names)) if positive is None else [positive]) if 0 < (label == c).sum() < len(label)]
+    figure, axes = new_figure(1, 2, (3.9, 3.8), 2)
+    colours = itertools.cycle([_BLUE, _ORANGE, _GREEN, _PURPLE, _YELLOW, _SKY])
+    for c, colour in zip(shown, colours):
+        _draw_curves(axes, probability[:, c], label == c, colour, str(names[c])[:18].replace("$", r"\$"))
+    axes[1].plot([0, 1], [0, 1], color=_SOFT, linewidth=1, linestyle="--")
+    for axis, title, x, y in ((axes[0], "precision-recall", "recall", "precision"),
+                              (axes[1], "ROC", "false positive rate", "recall")):
+        _panel_title(axis, title, f"n {len(label)}")
+        axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
+        axis.set_xlabel(x, fontsize=9, color=_SOFT)
+        axis.set_ylabel(y, fontsize=9, color=_SOFT)
+        place = "lower left" if axis is axes[0] else "lower right"
+        if shown:
+            axis.legend(fontsize=7, frameon=False, labelcolor=_INK, loc=place)
+    save_figure(figure, path)
+
+
+def _draw_curves(axes, score, is_positive, colour, name):
+    """Both curves of one class; the dotted line is the precision of a random order."""
+    order, first = _tied_runs(score)
+    ends = np.append(first[1:], len(score))
+    found = np.cumsum(is_positive[order])[ends - 1]
+    recall, false_rate = found / is_positive.sum(), (ends - found) / (~is_positive).sum()
+    auc, precision = (float(value[0]) for value in ranking_metrics(score, is_positive))
+    axes[0].plot(np.append(0, recall), np.append(found[0] / ends[0], found / ends), color=colour, linewidth=1.4,
+                 drawstyle="steps-pre", label=f"{name}: AP {precision:.2f}")
+    axes[0].axhline(is_positive.mean(), color=colour, linewidth=1, linestyle=":")
+    axes[1].plot(np.append(0, false_rate), np.append(0, recall), color=colour, linewidth=1.4,
+                 label=f"{name}: AUC {auc:.2f}")
 
 
 # ---------------------------------------------------------------------------
@@ -3129,6 +4171,30 @@ def html_cases(cases, max_side=256):
         figures.append(f'<figure><img src="{_data_uri(Image.fromarray(pixels), max_side)}" alt="{title}">'
                        f"<figcaption><b>{title}</b>{lines}</figcaption></figure>")
     return '<div class="cases">' + "\n".join(figures) + "</div>"
+
+
+def key_figure(label, value, interval, remark):
+    """(label, value, remark) texts for the top of a report; an interval (low, high) goes before the remark."""
+    low, high = interval if interval is not None else (math.nan, math.nan)
+    return label, f"{value:.3f}", f"95 % interval {low:.3f} to {high:.3f}" if low == low else remark
+
+
+def leakage_blocks(run):
+    """The section on leakage, from leakage_report.json."""
+    lines = leakage_text(read_json(run.path("leakage_report.json"))).splitlines()
+    return [html_text("\n".join(f"- {line}" for line in lines))]
+
+
+def history_blocks(run):
+    """The section on learning curves: those of the run, or of its first fold."""
+    curves = sorted(run.folder.glob("**/training_history.png"))
+    return [html_image(path, f"Learning curves, {path.parent.name}") for path in curves[:1]]
+
+
+def command_blocks():
+    """The section that repeats the run: the command with public paths, and the versions of the packages."""
+    versions = [{"package": name, "version": version} for name, version in package_versions().items()]
+    return [html_code(public_command()), html_table(versions)]
 
 
 def _fit_pictures(document, max_bytes):

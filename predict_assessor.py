@@ -71,18 +71,6 @@ def find_inputs(args):
     return inputs
 
 
-def checkpoint_files(paths):
-    """Files and run folders -> checkpoint files: a folder's own best_model.pth, or those of its folds."""
-    files = []
-    for path in paths:
-        inside = [path / "best_model.pth"] if (path / "best_model.pth").is_file() else sorted(
-            path.glob("fold_*/best_model.pth"), key=lambda p: int(p.parent.name.removeprefix("fold_")))
-        if path.is_dir() and not inside:
-            raise common.UserError(f"--checkpoint {path} holds no best_model.pth and no fold_K/best_model.pth")
-        files += inside if path.is_dir() else [path]
-    return files
-
-
 def load_members(files, compute):
     """Checkpoint files -> [(model in eval mode, its settings)]. UserError where ratings or input sizes differ."""
     members = []
@@ -167,7 +155,7 @@ def main():
     inputs = find_inputs(args)
     compute = common.choose_compute(args.device, args.use_amp)
     print(f"device: {compute.text}", flush=True)
-    members = load_members(checkpoint_files(args.checkpoint), compute)
+    members = load_members(common.checkpoint_files(args.checkpoint), compute)
     names, image_size = members[0][1]["names"], members[0][1]["image_size"]
     args.seed = 0
     pictures = Pictures([path for _, path in inputs], image_size)

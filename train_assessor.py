@@ -56,14 +56,7 @@ def parse_args(argv=None):
     model("--select", choices=("pearson_r", "r2", "loss", "last"), default="pearson_r",
           help="validation metric that chooses the epoch; last = no choice, so that validation stays unseen")
     args = common.parse_arguments(parser, argv)
-    if args.folds == 1 or (args.fold != "all" and args.fold >= args.folds):
-        parser.error(f"--folds {args.folds} --fold {args.fold}: expected at least 2 folds, a fold from 0 to folds - 1")
-    if args.folds and args.split_file:
-        parser.error(f"--folds {args.folds} and --split_file {args.split_file} both make the split; give one")
-    if args.folds and args.test_ratio:
-        parser.error(f"--folds {args.folds} scores every row once: --test_ratio {args.test_ratio:g} has none")
-    if not args.folds and not args.split_file and args.val_ratio == 0:
-        parser.error(f"--val_ratio {args.val_ratio:g}: the validation part must not be empty, it chooses the epoch")
+    common.check_split_flags(parser, args)
     return args
 
 
@@ -181,38 +174,21 @@ class RatedImages(torch.utils.data.Dataset):
 
 # --- model and loss ----------------------------------------------------------------------
 
-class Assessor(nn.Module):
+class Assessor(common.BackboneModel):
     """Backbone (B, 3, S, S) -> (B, F), then a head (B, F) -> (B, R): two hidden layers (mlp), or one linear (ridge)."""
 
     def __init__(self, backbone, n_features, n_ratings, head, dropout, freeze_norm=False):
-        super().__init__()
-        self.backbone, self.freeze_norm = backbone, freeze_norm
+        super().__init__(backbone, freeze_norm)
         hidden = [nn.Linear(n_features, 512), nn.ReLU(), nn.Dropout(dropout),
                   nn.Linear(512, 256), nn.ReLU(), nn.Dropout(dropout)]
         self.head = nn.Sequential(*(hidden if head == "mlp" else []),
                                   nn.Linear(256 if head == "mlp" else n_features, n_ratings))
-        self.trainable = [p for p in backbone.parameters() if p.requires_grad]
 
     def forward(self, inputs):
         # (B, 3, S, S) images, or (B, F) features of a frozen backbone, which go straight to the head
         features = inputs if inputs.ndim == 2 else self.backbone(inputs)  # (B, 3, S, S) -> (B, F)
         with torch.autocast(features.device.type, enabled=False):  # bf16 has steps of 0.25 at a rating of 50
             return self.head(features.float())  # (B, F) -> (B, R)
-
-    def freeze_backbone(self, frozen):
-        """Take the backbone out of training, or put back what was trainable at first."""
-        for parameter in self.trainable:
-            parameter.requires_grad_(not frozen)
-        self.train(self.training)
-
-    def train(self, mode=True):
-        super().train(mode)
-        if not any(p.requires_grad for p in self.trainable):
-            self.backbone.eval()
-        for module in self.backbone.modules():
-            if isinstance(module, nn.BatchNorm2d) and (self.freeze_norm or not module.weight.requires_grad):
-                module.eval()
-        return self
 
 
 def with_head_features(backbone, n_features, head, image_size):
@@ -227,7 +203,7 @@ def build_backbone(args, head):
     """The flags' backbone with the features for `head` -> (module, F); the seed decides the random part."""
     torch.manual_seed(common.mix(args.seed))
     backbone, n_features = common.build_backbone(args.backbone, args.pretrained, args.weights, args.image_size)
-    common.freeze_stages(backbone, args.freeze_stages, args.image_size)
+    common.freeze_stages(backbone, args.freeze_stages, torch.zeros(1, 3, args.image_size, args.image_size))
     return with_head_features(backbone, n_features, head, args.image_size)
 
 
@@ -342,7 +318,7 @@ def fit(run, args, study, split):
     train_loader, loaders = make_loaders(study, split, scaler, args, compute)
     model = build_model(args, np.nanmean((study.ratings[split["train"]] - scaler["mean"]) / scaler["sd"], axis=0))
     if args.init_from:
-        start_from(model, args.init_from, study.names)
+        common.load_state(model, common.starting_weights(args.init_from, names=study.names), args.init_from)
     model = compute.place(model)
     model.freeze_backbone(args.freeze_backbone)
     optimizer = common.build_optimizer([(model.backbone, args.backbone_lr_mult), (model.head, 1.0)], args)
@@ -397,15 +373,6 @@ def describe(args, study, split, scaler, predicted):
             "residual_subjects": None if subjects is None else list(subjects)}
 
 
-def start_from(model, path, names):
-    """--init_from: the weights of another run of this script, for the same ratings."""
-    content = common.load_model_file(path, common.script_name())
-    if content.get("names") != names:
-        raise common.UserError(f"--init_from {path} predicts {content.get('names')}, expected the ratings of this run: "
-                               f"{names}")
-    common.load_state(model, content["model"], path)
-
-
 # --- results: prediction -> whole-split metric -> run folder ---------------------------------
 
 @dataclasses.dataclass
@@ -447,28 +414,16 @@ def baselines(study, train, rows):
 
 def write_predictions(path, study, scored):
     """predictions CSV: image, then of each rating the true value, the model's and the baselines', original unit."""
-    rows = []
-    for i, row in enumerate(scored.rows):
-        cells = {"image": study.images[row]}
-        for r, name in enumerate(study.names):
-            cells[f"{name}_true"] = study.ratings[row, r]
-            cells |= {f"{name}_{kind}": values[i, r] for kind, values in scored.predicted.items()}
-        rows.append(cells)
-    common.write_table(path, rows)
+    values = {"true": study.ratings[scored.rows], **scored.predicted}
+    common.write_target_table(path, {"image": study.images[scored.rows]}, study.names, values)
 
 
 def read_predictions(path, study, part):
     """The predictions CSV of a finished fold -> Scored."""
-    table = common.read_table(path)
     row_of = {name: row for row, name in enumerate(study.images)}
-    first = f"{study.names[0]}_"
-    kinds = [column.removeprefix(first) for column in table if column.startswith(first)]
-
-    def columns(kind):
-        named = [f"{name}_{kind}" for name in study.names]
-        return np.stack([common.to_numbers(table[column], f"{path}, column {column}") for column in named], axis=1)
-    return Scored(np.array([row_of[name] for name in table["image"]]),
-                  {kind: columns(kind) for kind in kinds if kind != "true"}, part)
+    images, values = common.read_target_table(path, "image", study.names)
+    return Scored(np.array([row_of[name] for name in images]),
+                  {kind: each for kind, each in values.items() if kind != "true"}, part)
 
 
 def noise_ceilings(study):
@@ -485,29 +440,12 @@ def noise_ceilings(study):
     return None
 
 
-def score(study, scored):
-    """Metrics with intervals of the model, paired with the best of the baselines -> (result, its name)."""
-    target = study.ratings[scored.rows]
-    r2 = {kind: common.mean_metrics(common.regression_metrics(values, target))["r2"]
-          for kind, values in scored.predicted.items() if kind != "predicted"}
-    best = max(r2, key=lambda kind: np.nan_to_num(r2[kind], nan=-np.inf))
-    return common.bootstrap_regression(scored.predicted["predicted"], target, study.groups_of(scored.rows),
-                                       scored.predicted[best]), best
-
-
 def per_dimension_rows(study, result, ceiling):
     """One dict per rating: metrics with intervals, the baseline's, the noise ceiling and the share of it."""
-    rows = []
-    for r, name in enumerate(study.names):
-        row = {"target": name, "n": result["n"][r]}
-        for metric in common.REGRESSION_METRICS:
-            low, high = result["interval"][metric][r] if result["interval"] else (np.nan, np.nan)
-            row |= {metric: result["value"][metric][r], f"{metric}_low": low, f"{metric}_high": high,
-                    f"baseline_{metric}": result["value"][f"baseline_{metric}"][r]}
-        if ceiling:
-            row |= {f"ceiling_{key}": values[r] for key, values in ceiling.items() if key != "source"}
-            row["share_of_ceiling_r2"] = row["r2"] / ceiling["r2"][r]
-        rows.append(row)
+    rows = common.target_rows(result, study.names)
+    for r, row in enumerate(rows if ceiling else ()):
+        row |= {f"ceiling_{key}": values[r] for key, values in ceiling.items() if key != "source"}
+        row["share_of_ceiling_r2"] = row["r2"] / ceiling["r2"][r]
     return rows
 
 
@@ -520,8 +458,8 @@ def read_criteria(args, study):
 def report_results(run, args, study, split, scored, alarms, best_epoch=None, folds=()):
     """metrics.json, the per-dimension table, plots and report.html of one run, or of all folds pooled."""
     target, predicted = study.ratings[scored.rows], scored.predicted["predicted"]
-    result, baseline = score(study, scored)
-    result["n"] = common.regression_metrics(predicted, target)["n"]
+    others = {kind: values for kind, values in scored.predicted.items() if kind != "predicted"}
+    result, baseline = common.score_regression(predicted, target, study.groups_of(scored.rows), others)
     ceiling = noise_ceilings(study)
     rows = per_dimension_rows(study, result, ceiling)
     alarms = common.regression_alarms(predicted, target, study.names) + alarms
@@ -540,12 +478,7 @@ def report_results(run, args, study, split, scored, alarms, best_epoch=None, fol
     common.plot_scatter(predicted, target, study.names, run.path("predicted_against_true.png"))
     write_page(run, args, study, split, scored, metrics)
     common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
-    run.say(verdict)
-    for alarm in alarms:
-        run.say(f"ALARM: {alarm}")
-    for bar in criteria:
-        run.say(f"{bar['verdict']}: {bar['name']} {bar['relation']} {bar['bar']:g}, found {bar['value']:.4g}")
-    run.say(f"open next: {run.path('report.html')}")
+    common.say_results(run, metrics)
 
 
 def write_page(run, args, study, split, scored, metrics):
@@ -557,15 +490,13 @@ def write_page(run, args, study, split, scored, metrics):
     if metrics["ceiling"]:
         columns |= {"ceiling_r2": "ceiling R2", "share_of_ceiling_r2": "share"}
     formats = {name: ".3f" for name in columns if name not in ("target", "n")}
-    curves = sorted(run.folder.glob("**/training_history.png"))
     sections = [
         ("Data and split", [
             common.html_text(
                 f"{sample['rows']} pictures scored, {sample['distinct_label_vectors']} distinct label vectors, "
                 f"{subjects}; {len(study.names)} ratings; {len(study.skipped)} files or rows skipped."),
             common.html_table([{"part": part, "pictures": len(rows)} for part, rows in split.items()])]),
-        ("Leakage", [common.html_text("\n".join(f"- {line}" for line in common.leakage_text(
-            common.read_json(run.path("leakage_report.json"))).splitlines()))]),
+        ("Leakage", common.leakage_blocks(run)),
         ("Metrics", [
             *(common.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]),
             common.html_table(metrics["per_dimension"], columns, formats,
@@ -576,29 +507,21 @@ def write_page(run, args, study, split, scored, metrics):
             *([common.html_table(metrics["criteria"], caption="Criteria")] if metrics["criteria"] else []),
             *([common.html_table(fold_rows(metrics["folds"]), caption="Folds")] if metrics["folds"] else [])]),
         ("Noise ceiling", ceiling_blocks(study, metrics["ceiling"])),
-        ("Learning curves", [common.html_image(path, f"Learning curves, {path.parent.name}") for path in curves[:1]]),
+        ("Learning curves", common.history_blocks(run)),
         ("Best and worst cases", case_blocks(study, scored)),
         ("Limits", [common.html_text(limits_text(args, metrics))]),
-        ("Command and versions", [common.html_code(common.public_command()), common.html_table(
-            [{"package": name, "version": version} for name, version in common.package_versions().items()])])]
-    common.write_report(run.path("report.html"), f"Ratings from images: {run.folder.name}", verdict_of(metrics),
-                        sections, foot=run.compute.text, figures=key_figures(mean, metrics, baseline))
-
-
-def verdict_of(metrics):
-    """(level, sentence): good only where the model beats its baseline beyond the interval and no alarm is raised."""
+        ("Command and versions", common.command_blocks())]
     low = metrics["interval"].get("difference_mean_r2", (np.nan, np.nan))[0]
-    level = "good" if low > 0 and not metrics["alarms"] else "caution"
-    return "poor" if not metrics["mean"]["difference_mean_r2"] > 0 else level, metrics["verdict"]
+    level = common.verdict_level(mean["difference_mean_r2"], low, metrics["alarms"])
+    common.write_report(run.path("report.html"), f"Ratings from images: {run.folder.name}",
+                        (level, metrics["verdict"]), sections, run.compute.text, key_figures(mean, metrics, baseline))
 
 
 def key_figures(mean, metrics, baseline):
     """[(label, value, remark)] for the top of the report."""
-    def figure(label, name):
-        low, high = metrics["interval"].get(name, (np.nan, np.nan))
-        return label, f"{mean[name]:.3f}", f"95 % interval {low:.3f} to {high:.3f}" if low == low else metrics["method"]
-    figures = [figure("Mean R2", "mean_r2"), figure("Mean r", "mean_pearson_r"),
-               figure(f"R2 of the {baseline}", "baseline_mean_r2")]
+    labels = {"mean_r2": "Mean R2", "mean_pearson_r": "Mean r", "baseline_mean_r2": f"R2 of the {baseline}"}
+    figures = [common.key_figure(label, mean[name], metrics["interval"].get(name), metrics["method"])
+               for name, label in labels.items()]
     if metrics["ceiling"]:
         figures.append(("R2 ceiling", f"{np.nanmean(metrics['ceiling']['r2']):.3f}", "what the raters allow"))
     return figures
@@ -662,12 +585,8 @@ def fold_rows(folds):
 
 def prepare_split(run, args, study, split):
     """Write splits.json and the leakage report; refuse a split that leaks."""
-    common.write_splits(run.path("splits.json"), split, study.images)
     phash = np.array(study.audit("phash"), dtype=np.uint64)
-    report = common.leakage_report(split, study.audit("pixel_sha"), phash, study.images, groups=study.groups)
-    common.write_json(run.path("leakage_report.json"), report)
-    run.say(common.leakage_text(report))
-    common.check_leakage(report, args.allow_leakage)
+    common.record_split(run, split, study.images, study.audit("pixel_sha"), phash, groups=study.groups)
 
 
 def run_split(run, args, study, split):
@@ -718,17 +637,6 @@ def run_folds(run, args, study):
     report_results(run, args, study, folds, pooled, alarms, folds=done)
 
 
-def make_split(args, study):
-    """The split of the flags: {train, val, test: (n,) rows}, by ratios or from --split_file."""
-    if not args.split_file:
-        ratios = {"train": args.train_ratio, "val": args.val_ratio, "test": args.test_ratio}
-        return common.make_split(len(study.images), ratios, study.strata, study.groups, args.seed, study.images)
-    split = common.read_split_file(args.split_file, study.images)
-    if not len(split.get("val", ())):
-        raise common.UserError(f"--split_file {args.split_file} has no val part; it chooses the epoch")
-    return {part: split.get(part, np.array([], dtype=int)) for part in ("train", "val", "test")}
-
-
 def main():
     args = parse_args()
     with common.start_run(args) as run:
@@ -737,7 +645,7 @@ def main():
         if args.folds:
             run_folds(run, args, study)
         else:
-            run_split(run, args, study, make_split(args, study))
+            run_split(run, args, study, common.split_of_flags(args, study.images, study.strata, study.groups))
 
 
 if __name__ == "__main__":

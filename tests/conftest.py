@@ -1,6 +1,10 @@
 """What the tests share: the import path, sample data made once, and a way to run a script as a user would."""
 
+import contextlib
+import importlib
+import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +39,26 @@ def run_script(script, *flags, code=0, env=None):
     text = done.stdout + done.stderr
     assert done.returncode == code, f"exit code {done.returncode}, expected {code}:\n{text[-3000:]}"
     return SimpleNamespace(stdout=done.stdout, stderr=done.stderr, text=text)
+
+
+def run_here(script, *flags, code=0):
+    """run_script within this process: for the many mistakes that end a run before anything is trained."""
+    import common
+    module, out, err = importlib.import_module(script.removesuffix(".py")), io.StringIO(), io.StringIO()
+    before = {number: signal.getsignal(number) for number in common.StopSignals.available()}
+    argv, sys.argv, found = sys.argv, [str(ROOT / script), *map(str, flags)], 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            common.run_main(module.main)
+    except SystemExit as left:
+        found = left.code or 0
+    finally:
+        sys.argv = argv
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    text = out.getvalue() + err.getvalue()
+    assert found == code, f"exit code {found}, expected {code}:\n{text[-3000:]}"
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue(), text=text)
 
 
 def small_run(sample, output_dir, *flags):

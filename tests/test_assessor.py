@@ -14,7 +14,7 @@ from sklearn.metrics import r2_score
 import common
 import predict_assessor
 import train_assessor
-from conftest import only_run, run_script, small_run
+from conftest import only_run, run_here, run_script, small_run
 
 CONTRACT = [
     "args.json", "log.txt", "splits.json", "leakage_report.json", "training_history.csv", "training_history.png",
@@ -304,7 +304,7 @@ def test_members_of_other_ratings_are_refused(sample, trained, tmp_path):
 
 def test_conformal_interval_is_the_residual_quantile(folds):
     members = predict_assessor.load_members(
-        predict_assessor.checkpoint_files([folds]), common.choose_compute("cpu", "off")
+        common.checkpoint_files([folds]), common.choose_compute("cpu", "off")
     )
     widths = predict_assessor.half_widths(members, 0.5)
     residuals = np.concatenate([settings["abs_residuals"].numpy() for _, settings in members])
@@ -358,7 +358,7 @@ TABLE_MISTAKES = {
 def test_mistakes_in_the_table(sample, tmp_path, name):
     edit, words = TABLE_MISTAKES[name]
     table = edited(sample, tmp_path, edit)
-    text = train(sample, tmp_path / "out", "--ratings_file", table, code=2).stderr
+    text = run_here("train_assessor.py", *small_run(sample, tmp_path / "out", "--ratings_file", table), code=2).stderr
     assert text.startswith("error: ") and "Traceback" not in text and text.count("\n") == 1
     for word in words:
         assert word in text

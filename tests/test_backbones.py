@@ -100,16 +100,16 @@ def test_a_network_without_maps_is_refused():
 
 def test_frozen_stages_are_the_first_ones():
     backbone, _ = common.build_backbone("resnet18", pretrained=False)
-    common.freeze_stages(backbone, 3, 64)
+    common.freeze_stages(backbone, 3, torch.zeros(1, 3, 64, 64))
     frozen = {name.split(".")[0] for name, p in backbone.named_parameters() if not p.requires_grad}
     assert frozen == {"conv1", "bn1", "layer1", "layer2"}
     with pytest.raises(common.UserError, match="--freeze_stages 9"):
-        common.freeze_stages(backbone, 9, 64)
+        common.freeze_stages(backbone, 9, torch.zeros(1, 3, 64, 64))
 
 
 def test_frozen_parts_keep_weights_and_statistics_in_training():
     backbone, width = common.build_backbone("resnet18", pretrained=False)
-    common.freeze_stages(backbone, 3, 64)
+    common.freeze_stages(backbone, 3, torch.zeros(1, 3, 64, 64))
     model = train_assessor.Assessor(backbone, width, 2, "mlp", 0.0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)

@@ -47,6 +47,20 @@ def test_step_spans_cover_the_epoch(accumulate):
     assert spans[0][0] == 0 and spans[-1][1] == 29 and all(a[1] == b[0] for a, b in zip(spans, spans[1:]))
 
 
+def test_a_weighted_sampler_draws_in_proportion():
+    """Classes of 900, 90 and 10 rows with balancing weights: each a third of the draws, the same after a resume."""
+    label = np.repeat([0, 1, 2], [900, 90, 10])
+    sampler = common.EpochBatches(1000, 50, 0, True, weights=1 / np.bincount(label)[label])
+    epochs = []
+    for epoch in range(20):
+        sampler.epoch, sampler.start = epoch, 0
+        epochs.append(list(sampler))
+    drawn = label[[index for batches_of in epochs for batch in batches_of for _, index in batch]]
+    assert np.bincount(drawn) / len(drawn) == pytest.approx([1 / 3] * 3, abs=0.02)
+    sampler.epoch, sampler.start = 7, 12
+    assert list(sampler) == epochs[7][12:] and epochs[7] != epochs[8]
+
+
 def test_mixed_seeds_do_not_collide():
     """Neighbouring (seed, epoch, sample) share nothing; seed + epoch would give 300 values of 10,000."""
     seeds = [common.mix(seed, epoch, sample) for seed in range(5) for epoch in range(20) for sample in range(100)]
@@ -108,6 +122,18 @@ def test_the_folder_of_a_slurm_job_holds_its_number(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "80")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert common._new_folder(tmp_path).name.endswith("_job80_3")
+
+
+def test_one_fold_alone_is_no_finished_run(tmp_path):
+    """--fold 0 leaves the other folds to be added by --resume RUN --fold all."""
+    for folder in (tmp_path, tmp_path / "fold_0"):
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.json").write_text("{}")
+    assert common.is_finished(tmp_path, SimpleNamespace(folds=0, fold="all"))
+    assert common.is_finished(tmp_path, SimpleNamespace(folds=3, fold=0))
+    assert not common.is_finished(tmp_path, SimpleNamespace(folds=3, fold="all"))
+    (tmp_path / "metrics.json").unlink()
+    assert not common.is_finished(tmp_path, SimpleNamespace(folds=3, fold=0))
 
 
 def test_output_dir_that_cannot_be_written(tmp_path):

@@ -6,6 +6,7 @@ import colorsys
 import dataclasses
 import math
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -190,7 +191,7 @@ def test_every_output_pixel_comes_from_the_place_torchvision_takes_it_from():
     for parameters in drawn(60, seed=5):
         places, valid = with_mask(np.stack([x, y], -1), parameters)
         top, left = int(parameters.crop[1] * 33), int(parameters.crop[0] * 97)
-        back = np.linalg.inv(common._homography(parameters, left, top, SIZE))
+        back = np.linalg.inv(common._homography(parameters, (left, top, SIZE, SIZE), SIZE))
         ours = np.dstack([centres, np.ones((SIZE, SIZE))]) @ back.T
         ours = ours[..., :2] / ours[..., 2:]
         assert np.abs(ours - places)[valid].max() < 0.01, parameters
@@ -205,7 +206,7 @@ def test_landmarks_land_where_the_homography_says():
     checked = 0
     for parameters in map(geometry_only, drawn(25, seed=6)):
         top, left = int(parameters.crop[1] * 33), int(parameters.crop[0] * 97)
-        matrix = common._homography(parameters, left, top, SIZE)
+        matrix = common._homography(parameters, (left, top, SIZE, SIZE), SIZE)
         for point in landmarks:
             target = matrix @ [*point, 1]
             target = target[:2] / target[2]
@@ -371,3 +372,59 @@ def test_to_input_is_torchvision_normalize(channels_last):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     assert found.is_contiguous(memory_format=layout)
     assert batch.dtype == torch.uint8
+
+
+# --- clips, and the presets of the published studies ----------------------------------------------------------
+
+def test_a_clip_is_changed_alike_in_all_frames():
+    """Equal frames stay equal under every preset, and one frame of a clip is what the same draw makes of a picture."""
+    image = np.random.default_rng(0).integers(0, 256, (80, 100, 3), np.uint8)
+    image = cv2.GaussianBlur(image, (0, 0), 3)
+    for preset in common.AUGMENTATIONS:
+        for seed in range(12):
+            parameters = common.sample_augmentation(preset, torch.Generator().manual_seed(seed))
+            clip = common.augment_clip(np.stack([image] * 3), parameters, 64)
+            assert (clip == clip[0]).all() and np.array_equal(clip[0], common.apply_augmentation(image, parameters, 64))
+
+
+def test_the_colours_of_a_clip_do_not_flicker():
+    """A frame that turns dark stays as dark beside its neighbours: contrast looks at the whole clip."""
+    frames = np.stack([np.full((64, 64, 3), level, np.uint8) for level in (100, 150)])
+    for parameters in (common.Augmentation(contrast=0.5), common.Augmentation(brightness=1.2)):
+        dark, bright = common.augment_clip(frames, parameters, 64).reshape(2, -1).mean(1)
+        factor = parameters.contrast * parameters.brightness
+        assert bright - dark == pytest.approx(50 * factor, abs=1)
+
+
+def test_resized_crops_are_those_of_torchvision():
+    """RandomResizedCrop's window, warped by us, against crop and resize by torchvision."""
+    image = waves()
+    parameters = common.Augmentation(crop=(0.5, 0.5), resized=(0.6, 1.1))
+    left, top, width, height = common._crop_window(image.shape, parameters, SIZE)
+    assert width * height == pytest.approx(0.6 * image.shape[0] * image.shape[1])
+    assert width / height == pytest.approx(1.1)
+    box = [round(value) for value in (top, left, height, width)]
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    expected = F.resized_crop(tensor, *box, [SIZE, SIZE], BILINEAR, antialias=False).permute(1, 2, 0).numpy()
+    ours = common.apply_augmentation(image, parameters, SIZE)
+    assert np.abs(ours.astype(int) - expected)[4:-4, 4:-4].mean() < 3
+
+
+def test_heavy_has_the_chances_it_names():
+    generator = torch.Generator().manual_seed(1)
+    draws = [common.sample_augmentation("heavy", generator) for _ in range(3000)]
+    shares = {"greyscale": [d.greyscale for d in draws], "blur": [d.blur > 0 for d in draws],
+              "erase": [d.erase is not None for d in draws], "autocontrast": [d.autocontrast for d in draws],
+              "noise": [d.noise is not None for d in draws]}
+    for name, happened in shares.items():
+        assert np.mean(happened) == pytest.approx(common.AUGMENTATIONS["heavy"][name], abs=0.035), name
+    assert all(0.6 <= d.resized[0] <= 1 and 3 / 4 <= d.resized[1] <= 4 / 3 for d in draws)
+    shuffled = np.mean([d.channels != (0, 1, 2) for d in draws])  # one shuffle in six changes nothing
+    assert shuffled == pytest.approx(0.1 * 5 / 6, abs=0.02)
+
+
+def test_autocontrast_is_that_of_torchvision():
+    image = (np.random.default_rng(2).integers(60, 180, (32, 32, 3))).astype(np.uint8)
+    expected = F.autocontrast(torch.from_numpy(image).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+    ours = common.apply_augmentation(image, common.Augmentation(autocontrast=True), 32)
+    assert np.abs(ours.astype(int) - expected).max() <= 1

@@ -10,10 +10,8 @@ Printed: median seconds of each, the ratios of the medians with the range over t
 """
 
 import argparse
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import cv2
@@ -27,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 import train_assessor  # noqa: E402
+from turns import print_turns, time_in_turn  # noqa: E402
 
 
 def parse_args():
@@ -152,18 +151,6 @@ class ReferenceEpochs:
             self.optimizer.step()
 
 
-def time_in_turn(loops, repeats):
-    """{name: seconds of each timed epoch}; the loops take turns, so that a busy machine is busy for all of them."""
-    seconds = {name: [] for name in loops}
-    for turn in range(repeats + 1):
-        for name, loop in loops.items():
-            start = time.perf_counter()
-            loop.epoch()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def main():
     options = parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -179,13 +166,7 @@ def main():
             seconds = time_in_turn(loops, options.repeats)
     print(f"\n{options.backbone}, {options.images} pictures of {options.side} px, batch {options.batch_size}, "
           f"{script.run.compute.text}, {torch.get_num_threads()} threads, {options.repeats} repeats")
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        print(f"{name:10} median {median:7.2f} s   {options.images / median:7.1f} images/s")
-    for over, under, goal in (("script", "bare", "<= 1.05"), ("reference", "script", ">= 3")):
-        ratios = [a / b for a, b in zip(seconds[over], seconds[under])]
-        median = statistics.median(seconds[over]) / statistics.median(seconds[under])
-        print(f"{over} / {under}: {median:.2f} (range {min(ratios):.2f} to {max(ratios):.2f}; goal {goal})")
+    print_turns(seconds, options.images, "images", 3)
     print(f"peak memory of the process {common.peak_memory(script.run.compute.device) / 2**30:.2f} GB, "
           f"with the pictures cached and before any epoch {after_script / 2**30:.2f} GB")
 
