@@ -1,0 +1,177 @@
+"""How fast is an epoch of train_video.py? Ratios against loops timed in turn with it, in the same run.
+
+    python tests/benchmarks/video.py
+    python tests/benchmarks/video.py --models r3d_18 --clips 48 --repeats 5
+
+    script      one epoch as the script trains: cached clips, one fused augmentation a clip, its precision
+    bare        forward, backward and optimiser step on batches that already lie in memory, in the same precision
+    reference   a loop as tutorials write it: fp32, every frame of a file read at each access, torchvision transforms
+                frame by frame as strong, 2 workers
+Printed: median seconds of each, the ratios of the medians with the range over the repeats, and peak memory.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import transforms
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+import train_video  # noqa: E402
+from turns import print_turns, time_in_turn  # noqa: E402
+
+SECONDS, RATE = 4, 25  # of each file
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["r3d_18", "cnn_lstm"], help="as train_video.py names them")
+    parser.add_argument("--clips", type=int, default=24, help="clips per epoch")
+    parser.add_argument("--side", type=int, default=320, help="width of the videos in pixels; 3 / 4 of it high")
+    parser.add_argument("--batch_size", type=int, default=8, help="clips per batch")
+    parser.add_argument("--repeats", type=int, default=3, help="timed epochs of each loop, after one that is not timed")
+    return parser.parse_args()
+
+
+def make_data(folder, options):
+    """MPEG-4 files of drifting colours, half of them of each class; returns the manifest."""
+    draws, rows = np.random.default_rng(0), ["path,label"]
+    size = (options.side, options.side * 3 // 4)
+    for i in range(options.clips):
+        small = draws.integers(0, 256, (12, 40, 3), dtype=np.uint8)
+        picture = cv2.resize(small, (2 * size[0], size[1]), interpolation=cv2.INTER_CUBIC)
+        writer = cv2.VideoWriter(str(folder / f"{i}.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), RATE, size)
+        for t in range(SECONDS * RATE):
+            writer.write(np.ascontiguousarray(picture[:, 3 * t:3 * t + size[0]]))
+        writer.release()
+        rows.append(f"{i}.mp4,{'ab'[i % 2]}")
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
+    return folder / "manifest.csv"
+
+
+class ScriptEpochs:
+    """The script's own dataset, loader, step and bookkeeping."""
+
+    def __init__(self, folder, table, model, options):
+        sys.argv = ["train_video.py"]
+        self.args = train_video.parse_args(
+            ["--manifest", str(table), "--output_dir", str(folder / "out"), "--model", model, "--no_pretrained",
+             "--batch_size", str(options.batch_size), "--save_minutes", "0", "--epochs", "1000"])
+        self.run = common.start_run(self.args)
+        self.run.compute = train_video.training_compute(self.run.compute, model)
+        study = train_video.load_study(self.args, self.run.say)
+        rows = np.arange(options.clips)
+        objective = train_video.Behaviours(self.args, study.table, rows)
+        self.objective, split = objective, {"train": rows, "val": rows[:2], "test": rows[:0]}
+        self.loader, _ = train_video.make_loaders(study, split, objective, self.args, self.run.compute)
+        self.model = self.run.compute.place(train_video.build_model(self.args, 2))
+        optimizer = common.build_optimizer([(self.model, 1.0)], self.args)
+        self.training = common.Training(self.run, self.model, optimizer, self.args, "last", dict)
+
+    def epoch(self):
+        train_video.train_one_epoch(self.model, self.loader, self.objective, self.training, self.args,
+                                    self.run.compute)
+        self.training.epoch, self.training.batch, self.training.sums = self.training.epoch + 1, 0, {}
+
+
+class BareEpochs:
+    """Nothing but the arithmetic: normalised batches in memory."""
+
+    def __init__(self, script, options):
+        self.compute, self.loss = script.run.compute, script.objective.loss
+        self.model = self.compute.place(train_video.build_model(script.args, 2)).train()
+        self.optimizer = common.build_optimizer([(self.model, 1.0)], script.args)
+        self.batches = [train_video.to_device(batch, script.args, self.compute) for batch in script.loader]
+
+    def epoch(self):
+        for clips, mask, target, weight in self.batches:
+            with self.compute.autocast():
+                outputs = self.model(clips, mask)
+            loss = self.loss(outputs.float(), target, weight)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+
+
+class PlainFiles(torch.utils.data.Dataset):
+    """The whole file is decoded at every access; torchvision changes each frame alike, one by one."""
+
+    def __init__(self, folder, args, options):
+        self.paths, self.args = [folder / f"{i}.mp4" for i in range(options.clips)], args
+        self.transform = transforms.Compose([
+            transforms.Resize(128), transforms.RandomResizedCrop(112, (0.6, 1.0)), transforms.RandomHorizontalFlip(),
+            transforms.RandomRotation(10), transforms.ColorJitter(0.5, 0.5, 0.3, 0.05), transforms.RandomGrayscale(0.2),
+            transforms.RandomApply([transforms.GaussianBlur(5, (0.1, 2.0))], 0.3), transforms.RandomAutocontrast(0.4),
+            transforms.ToTensor(), transforms.Normalize(train_video.KINETICS_MEAN, train_video.KINETICS_STD),
+            transforms.RandomErasing(0.3, (0.02, 0.15))])
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        capture, frames = cv2.VideoCapture(str(self.paths[index])), []
+        while True:
+            found, frame = capture.read()
+            if not found:
+                break
+            frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+        chosen = (np.arange(self.args.n_frames) * RATE / self.args.fps).astype(int)  # from the start, at --fps
+        clip, seed = [], int(torch.randint(2 ** 31, ()))
+        for place in chosen:
+            torch.manual_seed(seed)  # the same draw for all frames
+            clip.append(self.transform(Image.fromarray(frames[min(place, len(frames) - 1)])))
+        return torch.stack(clip), index % 2
+
+
+class ReferenceEpochs:
+    """fp32, contiguous memory, AdamW as torch makes it, 2 loader workers."""
+
+    def __init__(self, script, folder, options):
+        self.device = script.run.compute.device
+        self.model = train_video.build_model(script.args, 2).to(self.device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
+        self.loader = torch.utils.data.DataLoader(PlainFiles(folder, script.args, options), options.batch_size,
+                                                  shuffle=True, num_workers=2, persistent_workers=True)
+
+    def epoch(self):
+        for clips, label in self.loader:
+            mask = torch.ones(clips.shape[:2], dtype=torch.bool, device=self.device)
+            logits = self.model(clips.to(self.device), mask)
+            loss = torch.nn.functional.cross_entropy(logits, label.to(self.device))
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+
+
+def compare(model, folder, table, options):
+    """Time the three loops of one model and print the comparison."""
+    script = ScriptEpochs(folder, table, model, options)
+    with script.run:
+        loops = {"script": script, "bare": BareEpochs(script, options),
+                 "reference": ReferenceEpochs(script, folder, options)}
+        seconds = time_in_turn(loops, options.repeats)
+    print(f"\n{model}, {options.clips} clips of {SECONDS} s, {options.side} px wide, batch {options.batch_size}, "
+          f"{script.run.compute.text}, {torch.get_num_threads()} threads, {options.repeats} repeats")
+    print_turns(seconds, options.clips, "clips", 4)
+    print(f"peak memory of the process {common.peak_memory(script.run.compute.device) / 2**30:.2f} GB")
+
+
+def main():
+    options = parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        table = make_data(Path(folder), options)
+        for model in options.models:
+            compare(model, Path(folder), table, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,672 @@
+"""train_video.py from end to end: both tasks, all modes, folds, kill and resume, and every mistake by its message.
+
+    python -m pytest tests/test_video.py
+
+One run of each task and the killed ones are subprocesses; the rest calls main() in this process, which is quicker.
+"""
+import csv
+import json
+import math
+import random
+import shutil
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+from sklearn.metrics import (accuracy_score, average_precision_score, brier_score_loss, confusion_matrix, f1_score,
+                             log_loss, matthews_corrcoef, r2_score, recall_score, roc_auc_score)
+
+import common
+import train_video
+from conftest import ROOT, only_run, run_here, run_script, script_command
+from test_resume import fingerprint, start_and_signal
+
+CONTRACT = ["args.json", "log.txt", "splits.json", "leakage_report.json", "training_history.csv",
+            "training_history.png", "best_model.pth", "last.pth", "metrics.json", "predictions_val.csv", "report.html",
+            "audit.json", "audit.txt"]
+CLASS_PLOTS = ["confusion.png", "precision_recall.png", "risk_coverage.png", "reliability.png", "calibration.json"]
+SMALL = ("--model cnn_lstm --hidden 16 --no_pretrained --image_size 32 --n_frames 4 --fps 4 --clips_per_event 2 "
+         "--epochs 2 --batch_size 8 --num_workers 0 --save_every 0 --augment light").split()
+
+
+def video(*flags, code=0):
+    return run_here("train_video.py", *flags, code=code)
+
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def numbers(rows, column):
+    return np.array([float(row[column] or "nan") for row in rows])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """40 events in 8 videos of 8 pens, 20 sequences of 4 animals; flags that name them."""
+    folder = tmp_path_factory.mktemp("sample")
+    run_here("make_sample_data.py", "--task", "video", "--output_dir", folder, "--n_samples", 40)
+    data = folder / "video"
+    manifests = data / "manifests"
+    look = ["--video_root", data / "videos", "--label_map", manifests / "label_map.json"]
+
+    def parts(kind=""):
+        return [*look, *(item for part in ("train", "val", "test")
+                         for item in (f"--{part}_manifest", manifests / f"{kind}{part}.csv"))]
+    return SimpleNamespace(folder=data, manifests=manifests, look=look, parts=parts, sequences=data / "sequences.csv",
+                           everything=["--manifest", manifests / "all.csv", *look],
+                           truth=read_json(data / "ground_truth.json"))
+
+
+@pytest.fixture(scope="module")
+def behaviours(made, tmp_path_factory):
+    """The run folder of a classification with train, val and test manifests and the balanced sampler."""
+    folder = tmp_path_factory.mktemp("behaviours")
+    run_script("train_video.py", *made.parts(), *SMALL, "--epochs", 3, "--balance", "sampler", "--jitter_sec", 0.3,
+               "--augment", "heavy", "--mixup", 0.2, "--output_dir", folder, "--save_top_k", 1, "--criteria",
+               "auc>0.5,tail_recall>0.9")
+    return only_run(folder)
+
+
+@pytest.fixture(scope="module")
+def scores(made, tmp_path_factory):
+    """The run folder of a regression in 3 folds by animal, with the fourth animal as the test."""
+    folder = tmp_path_factory.mktemp("scores")
+    run_script("train_video.py", "--task", "regress", "--manifest", made.sequences, *SMALL, "--batch_size", 6,
+               "--folds", 3, "--test_groups", "4", "--group_column", "animal", "--output_dir", folder,
+               "--sample_weight", "moment:M2=2.5", "--augment_for", "moment:M2=enhanced", "--bounded",
+               "--criteria", "r2>0.99,mae_M2<1000")
+    return only_run(folder)
+
+
+@pytest.fixture(scope="module")
+def class_folds(made, tmp_path_factory):
+    """The run folder of a classification in 3 folds of one manifest, on features of a frozen backbone."""
+    folder = tmp_path_factory.mktemp("class_folds")
+    video(*made.everything, *SMALL, "--folds", 3, "--freeze_backbone", "--feature_views", 2, "--output_dir", folder,
+          "--test_groups", "8", "--criteria", "accuracy<=1,accuracy>1.5,auc>0.5")
+    return only_run(folder)
+
+
+# --- the run folder of a classification ------------------------------------------------------
+
+def test_run_folder_holds_what_the_contract_says(made, behaviours):
+    missing = [name for name in [*CONTRACT, *CLASS_PLOTS, "predictions_test.csv"]
+               if not (behaviours / name).is_file() or not (behaviours / name).stat().st_size]
+    assert not missing
+    record = read_json(behaviours / "args.json")
+    assert set(record) >= {"flags", "command", "versions", "git", "data", "device", "slurm"}
+    assert record["flags"]["model"] == "cnn_lstm" and record["data"]["clips"] == 40
+    splits = read_json(behaviours / "splits.json")
+    assert [len(splits[part]) for part in ("train", "val", "test")] == [20, 10, 10]
+    assert all(len(read_csv(made.manifests / f"{part}.csv")) == len(splits[part]) for part in ("train", "val", "test"))
+    assert "OpenCV" in (behaviours / "log.txt").read_text(), "the decoder is named"
+
+
+def test_history_columns_are_named_by_class(behaviours):
+    rows = read_csv(behaviours / "training_history.csv")
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert {"learning_rate", "train_loss", "val_loss", "val_accuracy", "val_macro_f1", "val_roc_auc", "val_mcc",
+            "val_ece", "val_brier", "val_tail_recall", "val_tail_precision", "val_tail_f1",
+            "val_tail_average_precision", "val_ear_recall"} <= set(rows[0])
+    best = read_json(behaviours / "metrics.json")["best_epoch"]
+    assert best == 1 + int(np.nanargmax(numbers(rows, "val_tail_average_precision"))), "the default --select"
+    assert common.read_checkpoint(behaviours / "best_model.pth")["metric"] == "val_tail_average_precision"
+
+
+def test_metrics_are_those_of_the_predictions_file(behaviours):
+    """Every number of the test part, recomputed by scikit-learn from predictions_test.csv alone."""
+    rows, metrics = read_csv(behaviours / "predictions_test.csv"), read_json(behaviours / "metrics.json")
+    true, chosen = ([row[name] == "tail" for row in rows] for name in ("true_label", "pred_label"))
+    p, value = numbers(rows, "prob_tail"), metrics["value"]
+    expected = {
+        "loss": log_loss(true, p), "accuracy": accuracy_score(true, chosen), "brier": brier_score_loss(true, p),
+        "roc_auc": roc_auc_score(true, p), "tail_average_precision": average_precision_score(true, p),
+        "tail_recall": recall_score(true, chosen), "macro_f1": f1_score(true, chosen, average="macro"),
+        "ear_recall": recall_score(true, chosen, pos_label=0), "mcc": matthews_corrcoef(true, chosen)}
+    assert {name: value[name] for name in expected} == pytest.approx(expected, abs=1e-9)
+    assert metrics["confusion"] == confusion_matrix(true, chosen).tolist() and metrics["part"] == "test"
+    assert metrics["held_out"] and metrics["positive_class"] == "tail"
+
+
+def test_calibration_leaves_accuracy_and_auc_alone(behaviours):
+    """Temperature: same ranks and the same most probable class; both it and the threshold are in the checkpoint."""
+    stored = common.read_checkpoint(behaviours / "best_model.pth")["calibration"]
+    assert stored == read_json(behaviours / "calibration.json") and set(stored) == {"temperature", "threshold"}
+    rows = read_csv(behaviours / "predictions_test.csv")
+    logits, p = (np.stack([numbers(rows, f"{kind}_{name}") for name in ("ear", "tail")], 1)
+                 for kind in ("logit", "prob"))
+    assert np.allclose(p, softmax(logits / stored["temperature"], axis=1), atol=1e-9)
+    before = softmax(logits, axis=1)
+    assert (before.argmax(1) == p.argmax(1)).all()
+    true = [row["true_label"] == "tail" for row in rows]
+    assert roc_auc_score(true, p[:, 1]) == roc_auc_score(true, before[:, 1])
+    assert [row["pred_label"] == "tail" for row in rows] == (p[:, 1] >= stored["threshold"]).tolist()
+    stages = {row["stage"]: row for row in read_json(behaviours / "metrics.json")["calibration"]}
+    assert stages["before"]["nll"] == pytest.approx(log_loss(true, before[:, 1]))
+    assert stages["after"]["nll"] == pytest.approx(log_loss(true, p[:, 1]))
+    assert {"brier", "ece", "ece_adaptive", "ece_of_a_calibrated_model", "tail_f1"} <= set(stages["after"])
+
+
+def test_validation_rows_are_not_judged_by_what_was_fitted_on_them(behaviours):
+    rows = read_csv(behaviours / "predictions_val.csv")
+    p = softmax(np.stack([numbers(rows, f"logit_{name}") for name in ("ear", "tail")], 1), axis=1)
+    assert np.allclose(numbers(rows, "prob_tail"), p[:, 1]) and "threshold" not in rows[0]
+
+
+def test_sampler_is_corrected_for(behaviours):
+    """Logits speak of the natural class shares: the shift is the log of natural over drawn shares."""
+    content = common.read_checkpoint(behaviours / "best_model.pth")
+    assert content["prior"] == pytest.approx([0.8, 0.2])
+    assert content["prior_shift"] == pytest.approx([math.log(0.8 / 0.5), math.log(0.2 / 0.5)])
+
+
+def test_report_begins_with_the_verdict(behaviours):
+    page, metrics = (behaviours / "report.html").read_text(encoding="utf-8"), read_json(behaviours / "metrics.json")
+    assert metrics["verdict"].split(":")[0] in page and "baseline" in metrics["verdict"] and "AUC of tail" in page
+    assert "http://" not in page and "https://" not in page and len(page) < 5e6
+    assert {row["name"] for row in metrics["confounds"]} >= {"pair", "group"} or metrics["confounds"]
+    assert {entry["verdict"] for entry in metrics["criteria"]} == {"NOT RESOLVABLE"}, "two groups give no interval"
+
+
+# --- the other modes -------------------------------------------------------------------------
+
+def test_predict_repeats_the_test_predictions(made, behaviours, tmp_path):
+    output = tmp_path / "p.csv"
+    video("--mode", "predict", "--checkpoint", behaviours, "--manifest", made.manifests / "test.csv", *made.look,
+          "--output", output, "--num_workers", 0)
+    predicted = {row["clip_id"]: row for row in read_csv(output)}
+    expected = read_csv(behaviours / "predictions_test.csv")
+    assert len(predicted) == len(expected) == 10
+    for row in expected:
+        own = predicted[row["clip_id"]]
+        assert [own[name] for name in ("event", "true_label", "pred_label", "n_clips")] == [
+            row[name] for name in ("event", "true_label", "pred_label", "n_clips")]
+        assert float(own["prob_tail"]) == pytest.approx(float(row["prob_tail"]), abs=1e-6)
+        assert float(own["logit_tail"]) == pytest.approx(float(row["logit_tail"]), abs=1e-5)
+
+
+def test_predict_needs_no_labels(made, behaviours, tmp_path):
+    rows = read_csv(made.manifests / "test.csv")
+    with open(tmp_path / "new.csv", "w", newline="") as handle:
+        writer = csv.DictWriter(handle, [name for name in rows[0] if name != "behavior"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows[:4])
+    video("--mode", "predict", "--checkpoint", behaviours / "best_model.pth", "--manifest", tmp_path / "new.csv",
+          "--video_root", made.folder / "videos", "--output", tmp_path / "p.csv", "--num_workers", 0,
+          "--clips_per_event", 1, "--aggregation", "max")
+    found = read_csv(tmp_path / "p.csv")
+    assert [row["true_label"] for row in found] == [""] * 4 and {row["n_clips"] for row in found} == {"1"}
+
+
+def test_evaluate_gives_the_metrics_of_the_run(behaviours, tmp_path):
+    video("--mode", "evaluate", "--predictions", behaviours / "predictions_test.csv", "--output", tmp_path / "m.json",
+          "--positive_class", "Tail")
+    ours, theirs = read_json(tmp_path / "m.json"), read_json(behaviours / "metrics.json")
+    for name in ("value", "confusion", "n", "baseline", "positive_class", "null_ece", "method"):
+        assert ours[name] == theirs[name], name
+
+
+def test_evaluate_of_scores_gives_the_metrics_of_the_folds(scores, tmp_path):
+    text = video("--mode", "evaluate", "--task", "regress", "--predictions", scores / "predictions_folds.csv",
+                 "--output", tmp_path / "m.json", "--criteria", "mae<1000").stdout
+    ours, theirs = read_json(tmp_path / "m.json"), read_json(scores / "metrics.json")
+    assert {name: ours["value"][name] for name in theirs["value"]} == theirs["value"]
+    assert ours["baseline"] == theirs["baseline"] and "mean_r2" in text
+
+
+def test_several_checkpoints_are_averaged(made, scores, tmp_path):
+    """Mean and spread of three folds; and their mean on the test animal is the ensemble that training wrote."""
+    members = [scores / f"fold_{k}" / "best_model.pth" for k in range(3)]
+
+    def predict(checkpoints, name):
+        video("--mode", "predict", "--task", "regress", "--checkpoint", *checkpoints, "--manifest", made.sequences,
+              "--output", tmp_path / name, "--num_workers", 0)
+        return read_csv(tmp_path / name)
+    single = [numbers(predict([path], f"{k}.csv"), "Head_low_predicted") for k, path in enumerate(members)]
+    whole = predict([scores], "all.csv")
+    assert numbers(whole, "Head_low_predicted") == pytest.approx(np.mean(single, axis=0), abs=1e-6)
+    assert numbers(whole, "Head_low_sd") == pytest.approx(np.std(single, axis=0, ddof=1), abs=1e-6)
+    ensemble = {row["clip_id"]: row for row in read_csv(scores / "test_ensemble" / "predictions_test.csv")}
+    own = {row["clip_id"]: row for row in whole if row["clip_id"] in ensemble}
+    assert len(own) == 5 and all(float(own[name]["Head_low_predicted"]) == pytest.approx(
+        float(row["Head_low_predicted"]), abs=1e-4) for name, row in ensemble.items())
+
+
+def test_class_ensemble_of_predict_is_that_of_training(made, class_folds, tmp_path):
+    video("--mode", "predict", "--checkpoint", class_folds, *made.everything, "--filter", "group==8", "--output",
+          tmp_path / "p.csv", "--num_workers", 0)
+    ours = {row["clip_id"]: row for row in read_csv(tmp_path / "p.csv")}
+    for row in read_csv(class_folds / "test_ensemble" / "predictions_test.csv"):
+        assert float(ours[row["clip_id"]]["prob_tail"]) == pytest.approx(float(row["prob_tail"]), abs=1e-4)
+        assert ours[row["clip_id"]]["pred_label"] == row["pred_label"]
+
+
+def test_audit_finds_exactly_what_was_planted(made, tmp_path):
+    text = video("--mode", "audit", *made.parts("leaky_"), "--output", tmp_path / "a.json").stdout
+    report, planted = read_json(tmp_path / "a.json"), made.truth["events"]["planted_leaks"]
+    for pair in ("train-val", "train-test", "val-test"):
+        found = report["between"][pair]
+        assert {"shared_groups": found["shared_groups"]["count"], "shared_videos": found["shared_videos"]["count"],
+                "shared_events": found["shared_events"]["count"], "duplicates": found["exact_duplicates"]["count"],
+                "overlapping_windows": found["overlapping_windows"]["count"]} == planted[pair], pair
+    assert report["between"]["val-test"]["shared_events_other_camera"]["count"] == 3
+    assert report["between"]["train-val"]["renamed_copies"]["count"] == 1
+    assert report["within"]["train"]["overlapping_windows"]["count"] == planted["train"]["overlapping_windows"]
+    assert report["parts"]["train"]["repeated_rows"] == planted["train"]["repeated_rows"]
+    assert report["windows_past_the_end"]["past"]["count"] == planted["test"]["windows_past_the_end"]
+    assert report["windows_past_the_end"]["cut"]["count"] == 0 and report["unreadable"] == {}
+    assert "SHARED EVENTS: 3 of 14 rows of test" in text
+
+
+def test_audit_of_clean_parts_reports_zeros(made, behaviours, tmp_path):
+    video("--mode", "audit", *made.parts(), "--output", tmp_path / "a.json", "--predictions",
+          behaviours / "predictions_test.csv")
+    report = read_json(tmp_path / "a.json")
+    counts = [found["count"] for pair in report["between"].values() for found in pair.values()]
+    assert counts == [0] * len(counts) and report["windows_past_the_end"]["past"]["count"] == 0
+    assert report["probability_clusters"]["rows"] == 10
+    assert all("auc" in row and "low" in row for row in report["priors"])
+
+
+def test_the_pair_is_a_prior_without_pixels(tmp_path):
+    """A confound: one pair of animals holds most tail events. Judge: the pair's train rate, by hand, and its AUC."""
+    draws, rows = np.random.default_rng(0), {"train": [], "test": []}
+    for group in range(16):
+        np.save(tmp_path / f"{group}.npy", np.zeros((10, 8, 8, 3), np.uint8))
+        for event in range(10):
+            pair = (1, 2) if draws.random() < 0.4 else (int(draws.integers(3, 5)), 2)
+            label = "tail" if draws.random() < (0.6 if pair == (1, 2) else 0.1) else "ear"
+            rows["train" if group < 8 else "test"].append((f"{group}.npy", label, group, *pair, event, event + 1))
+    for part, lines in rows.items():
+        with open(tmp_path / f"{part}.csv", "w", newline="") as handle:
+            csv.writer(handle).writerows(
+                [("path", "label", "group", "initiator_id", "receiver_id", "start_sec", "end_sec"), *lines])
+    video("--mode", "audit", *(item for part in rows for item in (f"--{part}_manifest", tmp_path / f"{part}.csv")),
+          "--output", tmp_path / "a.json", "--positive_class", "tail", "--min_event_sec", 0.1, "--fps", 1)
+    priors = {row["name"]: row for row in read_json(tmp_path / "a.json")["priors"]}
+    n_tail = {pair: [row[1] == "tail" for row in rows["train"] if row[3:5] == pair]
+              for pair in ((1, 2), (3, 2), (4, 2))}
+    rate = [np.mean(n_tail[row[3:5]]) for row in rows["test"]]
+    found = priors["pair"]
+    assert found["auc"] == pytest.approx(roc_auc_score([row[1] == "tail" for row in rows["test"]], rate), abs=1e-9)
+    assert found["auc"] > 0.7 and 0.5 < found["low"] < found["auc"] < found["high"] <= 1
+    assert found["auc"] == max(row["auc"] for row in priors.values()), "initiator_id alone says as much"
+
+
+# --- leakage ---------------------------------------------------------------------------------
+
+def test_leaking_parts_are_refused_unless_allowed(made, tmp_path):
+    text = video(*made.parts("leaky_"), *SMALL, "--output_dir", tmp_path / "a", code=2).stderr
+    for words in ("error: leakage", "train-val share 2 exact duplicates", "val-test share 3 events",
+                  "--allow_leakage"):
+        assert words in text, words
+    assert not list((tmp_path / "a").glob("run_*"))
+    text = video(*made.parts("leaky_"), *SMALL, "--output_dir", tmp_path / "b", "--allow_leakage", "--dry_run").stdout
+    run = only_run(tmp_path / "b")
+    assert read_json(run / "leakage_report.json")["between"]["val-test"]["events"]["count"] == 3
+    assert "3 rows skipped" in text and len(read_csv(run / "skipped.csv")) == 3
+    assert all("past the end" in row["reason"] for row in read_csv(run / "skipped.csv"))
+    assert "share" in (run / "report.html").read_text(encoding="utf-8")
+
+
+# --- one manifest, class folders, windows ---------------------------------------------------
+
+@pytest.mark.parametrize("split_by", ["event", "video", "group"])
+def test_one_manifest_is_split_by(made, split_by):
+    """No event, video or group stands on two sides; splitting by event does leave videos on both."""
+    args = train_video.parse_args(list(map(str, [*made.everything, "--split_by", split_by, "--train_ratio", 0.6,
+                                                 "--val_ratio", 0.2, "--test_ratio", 0.2])))
+    table = train_video.read_table_of(args)
+    study = SimpleNamespace(table=table, strata=table.label.astype(str))
+    split = train_video.split_of(args, study)
+    levels = {"event": table.events, "video": table.videos, "group": table.groups}
+
+    def n_shared(level):
+        sides = [set(levels[level][rows]) for rows in split.values()]
+        return len(sides[0] & sides[1]) + len(sides[0] & sides[2]) + len(sides[1] & sides[2])
+    assert sorted(np.concatenate(list(split.values()))) == list(range(40)) and min(map(len, split.values())) >= 5
+    assert n_shared("event") == n_shared(split_by) == 0
+    assert (n_shared("video") > 0) == (split_by == "event")
+
+
+def test_class_folders_and_npy_clips(made, tmp_path):
+    """CLASS/clip.npy and no manifest at all: a whole run, with features of a frozen backbone."""
+    for c, name in enumerate(("jump", "rest")):
+        (tmp_path / "clips" / name).mkdir(parents=True)
+        for i in range(9 + 3 * c):
+            clip = np.random.default_rng([c, i]).integers(0, 256, (6, 40, 48, 3), dtype=np.uint8)
+            np.save(tmp_path / "clips" / name / f"{i}.npy", clip)
+    text = video("--video_root", tmp_path / "clips", *SMALL, "--dry_run", "--freeze_backbone", "--output_dir",
+                 tmp_path / "out", "--test_ratio", 0.2, "--train_ratio", 0.6, "--cache", "none").stdout
+    run = only_run(tmp_path / "out")
+    assert all((run / name).exists() for name in [*CONTRACT, *CLASS_PLOTS]) and "21 clips" in text
+    assert common.read_checkpoint(run / "best_model.pth")["names"] == ["jump", "rest"]
+    assert {len(read_csv(run / "training_history.csv")), read_json(run / "args.json")["flags"]["epochs"]} == {1}
+
+
+def test_a_table_of_frames_becomes_seconds(made, tmp_path):
+    """start_frame and end_frame, both inclusive, at 15 frames a second, in the minimal table path,label."""
+    name = sorted((made.folder / "videos").rglob("N*.mp4"))[0]
+    (tmp_path / "m.csv").write_text("path,label,start_frame,end_frame\n"
+                                    f"{name},a,0,29\n{name},b,30,59\n{name},a,60,60\n")
+    args = train_video.parse_args(["--manifest", str(tmp_path / "m.csv"), "--video_root", str(made.folder / "videos"),
+                                   *SMALL, "--no_pretrained"])
+    study = train_video.load_study(args, lambda text: None)
+    fps = train_video.probe(name).fps
+    assert study.table.windows[:2] == pytest.approx(np.array([[0, 30], [30, 60]]) / fps)
+    assert np.ptp(study.table.windows[2]) == pytest.approx(1.0) and study.table.unit.tolist() == ["sec"] * 3
+
+
+# --- folds ------------------------------------------------------------------------------------
+
+def test_fold_table_and_scores_per_moment(scores):
+    table = read_csv(scores / "fold_table.csv")
+    assert [row["fold"] for row in table] == ["0", "1", "2", "mean", "SD"]
+    assert {"rows", "best_epoch", "mae", "rmse", "r2", "pearson_r"} <= set(table[0])
+    assert float(table[3]["mae"]) == pytest.approx(np.mean(numbers(table[:3], "mae")))
+    assert float(table[4]["mae"]) == pytest.approx(np.std(numbers(table[:3], "mae"), ddof=1))
+    rows = read_csv(scores / "fold_scores.csv")
+    assert {row["moment"] for row in rows} == {"all", "M0", "M1", "M2", "M3", "M4"}
+    assert {"fold", "target", "n", "mae", "rmse", "r2", "pearson_r"} <= set(rows[0])
+    for k in range(3):
+        own = read_csv(scores / f"fold_{k}" / "predictions_val.csv")
+        [row] = [row for row in rows if (row["fold"], row["moment"], row["target"]) == (str(k), "all", "Head_low")]
+        gap = numbers(own, "Head_low_predicted") - numbers(own, "Head_low_true")
+        assert float(row["mae"]) == pytest.approx(np.nanmean(np.abs(gap))) and int(row["n"]) == np.isfinite(gap).sum()
+
+
+def test_folds_pool_every_row_once_and_leave_the_test_animal_out(made, scores):
+    table = {f"sequences/{row['sequence_path'].split('/')[-1]}": row for row in read_csv(made.sequences)}
+    pooled = read_csv(scores / "predictions_folds.csv")
+    kept = {name for name, row in table.items() if row["animal"] != "4"}
+    assert sorted(row["clip_id"] for row in pooled) == sorted(kept) and len(kept) == 15
+    for k in range(3):
+        folder = scores / f"fold_{k}"
+        assert all((folder / name).exists() for name in CONTRACT)
+        split = read_json(folder / "splits.json")
+        animals = {part: {table[name]["animal"] for name in split[part]} for part in ("train", "val", "test")}
+        assert animals["test"] == {"4"} and not animals["train"] & animals["val"]
+        assert {row["clip_id"] for row in read_csv(folder / "predictions_val.csv")} == set(split["val"])
+    metrics = read_json(scores / "metrics.json")
+    true, predicted = numbers(pooled, "VAS (0-100)_true"), numbers(pooled, "VAS (0-100)_predicted")
+    [row] = [row for row in metrics["per_target"] if row["target"] == "VAS (0-100)"]
+    assert row["r2"] == pytest.approx(r2_score(true, predicted)) and metrics["part"] == "folds"
+    assert row["bias"] == pytest.approx((predicted - true).mean()) and len(metrics["folds"]) == 3
+    assert "moment_mean_predicted" not in pooled[0] and "VAS (0-100)_moment_mean" in pooled[0]
+
+
+def test_moment_mean_is_the_mean_of_the_other_folds(made, scores):
+    table = {f"sequences/{row['sequence_path'].split('/')[-1]}": row for row in read_csv(made.sequences)}
+    train = read_json(scores / "fold_1" / "splits.json")["train"]
+    for row in read_csv(scores / "fold_1" / "predictions_val.csv"):
+        same = [float(table[name]["Total.Facial.scale"]) for name in train
+                if table[name]["moment"] == table[row["clip_id"]]["moment"]]
+        assert float(row["Total.Facial.scale_moment_mean"]) == pytest.approx(np.mean(same))
+
+
+def test_bounded_scores_stay_in_their_range(scores):
+    content = common.read_checkpoint(scores / "fold_0" / "best_model.pth")
+    low, spread = (content["model"][f"head.{name}"].numpy() for name in ("offset", "spread"))
+    for row in read_csv(scores / "predictions_folds.csv"):
+        if row["clip_id"] in read_json(scores / "fold_0" / "splits.json")["val"]:
+            values = np.array([float(row[f"{name}_predicted"]) for name in content["names"]])
+            assert (values >= low - 1e-4).all() and (values <= low + spread + 1e-4).all()
+
+
+def test_the_ensemble_judges_the_test_animal(scores):
+    metrics = read_json(scores / "test_ensemble" / "metrics.json")
+    members = [read_csv(scores / f"fold_{k}" / "predictions_test.csv") for k in range(3)]
+    ensemble = read_csv(scores / "test_ensemble" / "predictions_test.csv")
+    mean = np.mean([numbers(rows, "VAS (0-100)_predicted") for rows in members], axis=0)
+    assert numbers(ensemble, "VAS (0-100)_predicted") == pytest.approx(mean) and len(ensemble) == 5
+    assert metrics["held_out"] and metrics["part"] == "test" and metrics["sample"]["subjects"] == 1
+    assert metrics["interval"] is None, "one subject has no interval"
+
+
+def test_class_folds_judge_criteria_and_pool_calibration(class_folds):
+    """Seven pens give intervals: PASS, FAIL and NOT RESOLVABLE; each fold is calibrated on the others."""
+    metrics = read_json(class_folds / "metrics.json")
+    verdicts = {f"{entry['name']}{entry['relation']}": entry["verdict"] for entry in metrics["criteria"]}
+    assert verdicts == {"accuracy<=": "PASS", "accuracy>": "FAIL", "auc>": "NOT RESOLVABLE"}
+    low, high = metrics["interval"]["roc_auc"]
+    assert low < 0.5 < high, "random features"
+    pooled = {row["clip_id"]: row for row in read_csv(class_folds / "predictions_folds.csv")}
+    own = [read_csv(class_folds / f"fold_{k}" / "predictions_val.csv") for k in range(3)]
+    assert len(pooled) == sum(map(len, own)) == 35
+    logits, label = (np.concatenate(each) for each in zip(*(
+        (np.stack([numbers(rows, f"logit_{name}") for name in ("ear", "tail")], 1),
+         [int(row["true_label"] == "tail") for row in rows]) for rows in own[1:])))
+    temperature = common.fit_temperature(logits, label)
+    for row in own[0]:
+        p = softmax([float(row["logit_ear"]) / temperature, float(row["logit_tail"]) / temperature])
+        assert float(pooled[row["clip_id"]]["prob_tail"]) == pytest.approx(p[1], abs=1e-9)
+    assert [row["fold"] for row in read_csv(class_folds / "fold_table.csv")] == ["0", "1", "2", "mean", "SD"]
+
+
+def test_frozen_backbone_does_not_change(class_folds):
+    weights = common.read_checkpoint(class_folds / "fold_1" / "best_model.pth")["model"]
+    torch.manual_seed(common.mix(42))  # as the script seeds its random weights
+    backbone, _ = common.build_backbone("resnet18", pretrained=False)
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, weights[f"backbone.{name}"]), name
+
+
+def test_folds_continue_fold_by_fold(scores):
+    """A run that lost its last fold: the finished ones are taken as they are, the pooled result is the same."""
+    before = (scores / "predictions_folds.csv").read_bytes()
+    (scores / "metrics.json").unlink()
+    (scores / "fold_2" / "metrics.json").unlink()
+    text = video("--resume", scores, "--task", "regress").stdout
+    assert "fold 0 is finished" in text and "fold 2 is finished" not in text
+    assert (scores / "predictions_folds.csv").read_bytes() == before
+
+
+def test_one_fold_alone_and_a_file_of_folds(made, tmp_path):
+    """--fold 1 of --cv_file: that fold's animals, with one weight of 0 and two scores."""
+    video("--task", "regress", "--manifest", made.folder / "sequences.json", *SMALL, "--epochs", 1, "--cv_file",
+          made.folder / "cv_text.json", "--fold", 1, "--folds", 4, "--output_dir", tmp_path, "--target_columns",
+          "Total_Facial_scale", "NRS (1-10)", "--target_weights", "NRS (1-10)=0")
+    run = only_run(tmp_path)
+    assert [path.name for path in run.glob("fold_*[0-9]")] == ["fold_1"]
+    rows = read_csv(run / "predictions_folds.csv")
+    wanted = json.loads((made.folder / "cv_list.json").read_text())["cv_folds"][1]["val_animals"]
+    assert {row["group"] for row in rows} == set(map(str, wanted)) and len(rows) == 5
+
+
+# --- further flags ---------------------------------------------------------------------------
+
+def test_dry_run_of_scores_writes_the_whole_run_folder(made, tmp_path):
+    video("--task", "regress", "--manifest", made.sequences, *SMALL, "--dry_run", "--filter", "moment!=M4",
+          "--output_dir", tmp_path)
+    run = only_run(tmp_path)
+    assert all((run / name).exists() for name in CONTRACT) and len(read_csv(run / "training_history.csv")) == 1
+    assert {"scores.csv", "scores.png", "predicted_against_true.png"} <= {path.name for path in run.iterdir()}
+    assert {row["moment"] for row in read_json(run / "metrics.json")["per_moment"]} <= {"M0", "M1", "M2", "M3"}
+
+
+def test_fine_tuning_starts_from_the_other_weights(made, behaviours, tmp_path):
+    video(*made.parts(), *SMALL, "--init_from", behaviours / "best_model.pth", "--epochs", 1, "--lr", 1e-12,
+          "--min_lr", 0, "--output_dir", tmp_path, "--select", "f1_tail", "--loss", "focal", "--label_smoothing", 0.1)
+    ours, theirs = (common.read_checkpoint(run / "best_model.pth")["model"] for run in (only_run(tmp_path), behaviours))
+    assert torch.allclose(ours["lstm.weight_ih_l0"], theirs["lstm.weight_ih_l0"], atol=1e-6)
+    assert torch.allclose(ours["head.linear.bias"], theirs["head.linear.bias"], atol=1e-6)
+
+
+def test_configs_are_read(made):
+    """Every shipped configuration of this script; its values are flags and pass their types."""
+    found = {}
+    for name in ("video_baseline", "video_intravideo", "video_intravideo_boosted", "pain_scores", "video_small_data"):
+        flags = ["--manifest", "events.csv", "--config", str(ROOT / f"configs/{name}.yaml")]
+        found[name] = train_video.parse_args(flags)
+    baseline, boosted, pain = (found[name] for name in ("video_baseline", "video_intravideo_boosted", "pain_scores"))
+    assert (baseline.split_by, baseline.dropout, baseline.weight_decay, baseline.lr, baseline.epochs,
+            baseline.select) == ("video", 0.3, 0.01, 1e-4, 20, "macro_f1")
+    assert found["video_intravideo"].split_by == "event" and found["video_intravideo"].boost_to is None
+    assert (boosted.split_by, boosted.boost_to) == ("event", 0.3)
+    assert (pain.task, pain.model, pain.n_frames, pain.epochs, pain.batch_size, pain.lr, pain.min_epochs) == (
+        "regress", "cnn_lstm", 32, 50, 64, 5e-5, 5)
+    assert all(f"configs/{name}.yaml" in (ROOT / f"configs/{name}.yaml").read_text() for name in found)
+
+
+# --- kill and resume -------------------------------------------------------------------------
+
+def disturbed_flags(made, folder, *more):
+    return [*made.parts(), *SMALL, "--epochs", 4, "--batch_size", 6, "--augment", "heavy", "--mixup", 0.3,
+            "--jitter_sec", 0.3, "--balance", "sampler", "--clips_per_event", 1, "--output_dir", folder, *more]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run_script("train_video.py", *disturbed_flags(made, folder))
+    return only_run(folder)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kill_9_and_resume_is_byte_identical(made, tmp_path, undisturbed, workers):
+    """Killed at two random moments with a save after every step, then continued: weights, history, predictions."""
+    command = script_command("train_video.py", *disturbed_flags(
+        made, tmp_path, "--num_workers", workers, "--save_minutes", 1e-9, "--resume", "auto"))
+    moments = random.Random(workers)
+    kills = sum(start_and_signal(command, signal.SIGKILL, moments.uniform(0, 0.5), group=True) == -signal.SIGKILL
+                for _ in range(2))
+    assert kills >= 1, "the run ended before it could be killed"
+    text = run_script("train_video.py", *command[2:]).text
+    run = only_run(tmp_path)
+    assert fingerprint(run) == fingerprint(undisturbed) and ("continuing" in text or "finished" in text)
+    for name in ("predictions_test.csv", "predictions_val.csv", "calibration.json"):
+        assert (run / name).read_bytes() == (undisturbed / name).read_bytes(), name
+
+
+# --- mistakes: message and exit code -----------------------------------------------------------
+
+FLAG_MISTAKES = {
+    "nothing to read": ([], ["--mode train needs", "--manifest"]),
+    "two kinds of manifest": (["--manifest", "a.csv", "--train_manifest", "b.csv"], ["split here"]),
+    "parts without train": (["--val_manifest", "b.csv"], ["--train_manifest"]),
+    "parts and folds": (["--train_manifest", "a.csv", "--folds", 3], ["without folds"]),
+    "loss of the other task": (["--manifest", "a.csv", "--loss", "mse"], ["--loss mse", "--task classify"]),
+    "two corrections of balance": (["--manifest", "a.csv", "--balance", "sampler", "--focal_alpha", 0.7, "--loss",
+                                    "focal"], ["--focal_alpha 0.7", "--force"]),
+    "scores by a clip network": (["--manifest", "a.csv", "--task", "regress", "--model", "r3d_18"], ["cnn_lstm"]),
+    "predict without checkpoint": (["--mode", "predict", "--manifest", "a.csv"], ["--checkpoint"]),
+    "evaluate without predictions": (["--mode", "evaluate"], ["--predictions"]),
+    "unknown flag": (["--manifest", "a.csv", "--clip_per_event", 3], ["--clips_per_event"]),
+    "one fold": (["--manifest", "a.csv", "--folds", 1], ["at least 2"]),
+    "share above 1": (["--manifest", "a.csv", "--max_missing", 5], ["max_missing"]),
+}
+
+
+@pytest.mark.parametrize("name", FLAG_MISTAKES)
+def test_mistakes_in_the_flags(name):
+    flags, words = FLAG_MISTAKES[name]
+    text = video(*flags, code=2).stderr
+    assert "Traceback" not in text
+    for word in words:
+        assert word in text, text
+
+
+def val(made):
+    return ["--manifest", made.manifests / "val.csv", *made.look]
+
+
+DATA_MISTAKES = {
+    "missing manifest": (lambda d: ["--manifest", "none.csv"], ["none.csv"]),
+    "missing video root": (lambda d: ["--manifest", d.manifests / "val.csv", "--video_root", "nowhere"], ["nowhere"]),
+    "no column of labels": (lambda d: ["--manifest", d.sequences, "--video_root", d.folder], ["labels"]),
+    "labels without a class": (lambda d: ["--manifest", d.manifests / "all.csv", "--video_root", d.folder / "videos",
+                                          "--label_map", d.folder / "map.json"], ["'tail'", "rows)", "--label_map"]),
+    "videos that are not there": (lambda d: ["--manifest", d.manifests / "val.csv", "--video_root", d.folder /
+                                             "sequences"], ["3 of 3 videos", "--max_missing"]),
+    "unknown class": (lambda d: [*val(d), "--positive_class", "tale"], ["tale", "tail"]),
+    "unknown metric of selection": (lambda d: [*val(d), "--select", "tail_f2"], ["tail_f2", "tail_f1"]),
+    "unknown criterion": (lambda d: [*val(d), "--criteria", "tail_recal>0.3"], ["tail_recal", "tail_recall"]),
+    "unknown group column": (lambda d: [*val(d), "--group_column", "grup"], ["grup", "group"]),
+    "filter that keeps nothing": (lambda d: [*val(d), "--filter", "camera_id==99"], ["keeps none of 10"]),
+    "filter that cannot be read": (lambda d: [*val(d), "--filter", "camera_id"], ["--filter expects"]),
+    "weight of an unknown level": (lambda d: [*val(d), "--sample_weight", "camera_id:77=2"], ["camera_id '77'"]),
+    "unknown preset": (lambda d: [*val(d), "--augment_for", "camera_id:8=heavier"], ["heavier", "heavy"]),
+    "unknown test group": (lambda d: [*val(d), "--test_groups", "12"], ["no such groups: 12"]),
+    "unknown network": (lambda d: [*val(d), "--model", "r3d_81", "--split_by", "event"], ["r3d_81", "r3d_18"]),
+    "more folds than groups": (lambda d: [*val(d), "--folds", 5], ["5", "groups"]),
+    "unknown score": (lambda d: ["--task", "regress", "--manifest", d.sequences, "--target_columns", "Head_lo"],
+                      ["Head_lo", "Head_low"]),
+    "weight of an unknown score": (lambda d: ["--task", "regress", "--manifest", d.sequences, "--target_weights",
+                                              "Head=2"], ["--target_weights", "Head=2"]),
+    "a file of folds without folds": (lambda d: ["--task", "regress", "--manifest", d.sequences, "--cv_file",
+                                                 d.folder / "ground_truth.json"], ["cv_folds"]),
+}
+
+
+@pytest.mark.parametrize("name", DATA_MISTAKES)
+def test_mistakes_in_the_data(made, tmp_path, name):
+    flags, words = DATA_MISTAKES[name]
+    (made.folder / "map.json").write_text('{"Ear": "ear"}')
+    text = video(*SMALL, "--output_dir", tmp_path, *flags(made), code=2).stderr
+    assert text.startswith("error: ") and "Traceback" not in text and text.count("\n") == 1, text
+    for word in words:
+        assert word in text, text
+    assert not list(tmp_path.glob("run_*")), "a mistake leaves no run folder behind"
+
+
+def test_published_weights_that_cannot_be_had(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for model in ("r3d_18", "cnn_lstm"):
+        flags = [flag for flag in SMALL if flag != "--no_pretrained"]
+        text = video(*flags, *val(made), "--model", model, "--split_by", "event", "--output_dir", tmp_path / "out",
+                     code=2).stderr
+        assert "--weights FILE" in text and "--no_pretrained" in text and text.count("\n") == 1
+
+
+def test_broken_videos_are_named_and_counted(made, tmp_path):
+    root = tmp_path / "videos"
+    shutil.copytree(made.folder / "videos", root)
+    broken = next(root.rglob("N864*.mp4"), None) or next(root.rglob("N864*"))
+    broken.write_bytes(b"no video")
+    flags = ["--video_root", root, "--manifest", made.manifests / "all.csv", "--label_map",
+             made.manifests / "label_map.json", *SMALL, "--dry_run"]
+    text = video(*flags, "--output_dir", tmp_path / "a", code=2).stderr
+    assert "5 of 40 rows" in text and broken.name in text and "--max_missing" in text
+    video(*flags, "--output_dir", tmp_path / "b", "--max_missing", 0.2)
+    assert {row["video"] for row in read_csv(only_run(tmp_path / "b") / "skipped.csv")} == {str(broken)}
+    text = video(*flags, "--output_dir", tmp_path / "c", "--max_missing", 0.2, "--on_bad_file", "error", code=2).stderr
+    assert broken.name in text
+
+
+def test_checkpoints_that_do_not_fit(made, behaviours, scores, tmp_path):
+    """Another script's, another task's and one of other classes; an epoch's own file predicts without calibration."""
+    content = common.read_checkpoint(behaviours / "best_model.pth")
+    flags = ["--mode", "predict", *val(made), "--output", tmp_path / "p.csv", "--checkpoint"]
+    common.save_checkpoint(tmp_path / "other.pth", {**content, "script": "train_assessor.py"})
+    assert "train_assessor.py" in video(*flags, tmp_path / "other.pth", code=2).stderr
+    text = video(*flags, behaviours, scores, code=2).stderr
+    assert "must agree" in text and text.count("\n") == 1
+    top = next(behaviours.glob("top_epoch_*.pth"))
+    video(*flags, top)
+    rows = read_csv(tmp_path / "p.csv")
+    assert "threshold" not in rows[0] and all(
+        (row["pred_label"] == "tail") == (float(row["prob_tail"]) > 0.5) for row in rows)
+    text = video(*made.parts(), *SMALL, "--init_from", scores / "fold_0" / "best_model.pth", "--output_dir",
+                 tmp_path / "out", code=2).stderr
+    assert "--init_from" in text and "Head_low" in text and not list((tmp_path / "out").glob("run_*"))
+
+
+def test_predictions_that_cannot_be_evaluated(tmp_path):
+    for text, words in (("clip_id,a\n1,2\n", "NAME_predicted"), ("clip_id,prob_a\n1,1\n", "true_label"),
+                        ("clip_id,true_label,prob_a\n1,b,1\n", "no column prob_"),
+                        ("clip_id,true_label,prob_a,prob_b\n1,,1,0\n", "no row has a true_label")):
+        (tmp_path / "p.csv").write_text(text)
+        found = video("--mode", "evaluate", "--predictions", tmp_path / "p.csv", "--output", tmp_path / "m.json",
+                      code=2).stderr
+        assert words in found and found.count("\n") == 1

@@ -1,0 +1,580 @@
+"""train_video.py: clips, masks, networks, losses, balancing; and a motion that only an ordered sequence can tell.
+
+    python -m pytest tests/test_video_model.py
+"""
+import argparse
+import contextlib
+import io
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torchvision
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+import common
+import make_sample_data
+import train_video
+
+
+def arguments(*flags, task="classify"):
+    """Arguments of a run with these flags, as a script would have them."""
+    return train_video.parse_args(["--task", task, "--manifest", "m.csv", "--no_pretrained", *map(str, flags)])
+
+
+def table_of(labels, repeats=None, moments=None):
+    """A Table of classes a and b with one group a row."""
+    n = len(labels)
+    texts = np.array([f"clip {i}" for i in range(n)])
+    extra = pd.DataFrame({"moment": moments if moments is not None else ["M0"] * n, "row_order": ["0"] * n})
+    return train_video.Table(["a", "b"], texts, list(texts), np.full((n, 2), np.nan), np.full(n, "sec"), texts, texts,
+                             np.full(n, ""), np.ones(n, np.int64) if repeats is None else np.array(repeats), extra,
+                             label=np.array(labels))
+
+
+def scored_table(target, names, moments=None):
+    table = table_of([0] * len(target), moments=moments)
+    table.names, table.label, table.target = names, None, np.array(target, float)
+    return table
+
+
+def study_of(args, n_frames=40, size=64, n_clips=6, short=()):
+    """A Study of random clips (T, size, size, 3); those in `short` have only 3 frames on their grid."""
+    clips = [np.random.default_rng(i).integers(0, 256, (3 if i in short else n_frames, size, size, 3), dtype=np.uint8)
+             for i in range(n_clips)]
+    store = SimpleNamespace(audit=[train_video.ClipAudit(str(i), n_grid=len(clip), usable=len(clip))
+                                   for i, clip in enumerate(clips)], cache="ram", __getitem__=None)
+    table = table_of([i % 2 for i in range(n_clips)])
+    study = train_video.Study(table, store, np.arange(n_clips), args, [])
+    study.frames = lambda row: clips[row]
+    return study, clips
+
+
+def tiny_backbone(width=6):
+    """Three pictures' worth of convolution with BatchNorm: (frames, 3, S, S) -> (frames, width)."""
+    return nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def frame_lstm(width=6, hidden=8, n_outputs=2, dropout=0.0):
+    torch.manual_seed(0)
+    return train_video.FrameLstm(tiny_backbone(width), width, lambda n: train_video.Head(n, n_outputs, dropout), hidden)
+
+
+# --- clips ------------------------------------------------------------------------------------
+
+def test_a_clip_has_one_augmentation_for_all_its_frames():
+    """A clip of one repeated picture stays a clip of one repeated picture, and differs from draw to draw."""
+    args = arguments("--image_size", 48, "--n_frames", 5)
+    study, clips = study_of(args)
+    still = np.repeat(clips[0][:1], 40, axis=0)
+    study.frames = lambda row: still
+    objective = train_video.Behaviours(args, study.table, np.arange(6))
+    data = train_video.Clips(study, np.arange(6), objective, args, True, np.full(6, "heavy", dtype=object))
+    drawn = [data[epoch, 0]["input"].numpy() for epoch in range(12)]
+    assert all((clip == clip[:1]).all() for clip in drawn)
+    assert len({clip.tobytes() for clip in drawn}) == 12
+    assert (data[3, 0]["input"].numpy() == drawn[3]).all(), "a draw depends on seed, epoch and sample alone"
+
+
+def test_training_starts_are_random_and_scored_starts_even():
+    args = arguments("--image_size", 32, "--n_frames", 8, "--clips_per_event", 5, "--jitter_sec", 0.5, "--fps", 4)
+    study, _ = study_of(args, n_frames=40)
+    for found in study.store.audit:
+        found.first, found.usable = 4, 32  # 4 grid frames before and after the window, for jitter
+    assert study.start_range(0) == (4, 28) and study.starts(0) == [4, 10, 16, 22, 28]
+    assert study.start_range(0, jittered=True) == (2, 30)
+    middle = argparse.Namespace(**{**vars(args), "clips_per_event": 1})
+    assert train_video.dataclasses.replace(study, args=middle).starts(0) == [16]
+    seen, study.frames = set(), lambda row: np.arange(40, dtype=np.uint8)[:, None, None, None].repeat(32, 1).repeat(
+        32, 2).repeat(3, 3)
+    data = train_video.Clips(study, np.arange(6), train_video.Behaviours(args, study.table, np.arange(6)), args, True)
+    for epoch in range(300):
+        frames = data[epoch, 1]["input"][:, 0, 0, 0].tolist()
+        assert frames == list(range(frames[0], frames[0] + 8))
+        seen.add(frames[0])
+    assert seen == set(range(2, 31))
+
+
+def test_short_sequences_are_padded_with_a_mask():
+    args = arguments("--image_size", 32, "--n_frames", 8, task="regress")
+    study, clips = study_of(args, short=(2,))
+    objective = SimpleNamespace(target=torch.zeros(6, 2), weight=torch.ones(6))
+    sample = train_video.Clips(study, np.arange(6), objective, args, False)[0, 2]
+    assert sample["mask"].tolist() == [True] * 3 + [False] * 5
+    assert (sample["input"][3:] == 0).all()
+    assert (sample["input"][:3].numpy() == np.stack([common.eval_crop(frame, 32) for frame in clips[2]])).all()
+
+
+def test_augmentation_can_depend_on_the_row():
+    args = arguments("--image_size", 32, "--n_frames", 4, "--augment", "none", "--augment_for", "moment:M1=heavy")
+    study, clips = study_of(args)
+    study.table.extra["moment"] = ["M0", "M1"] * 3
+    presets = train_video.augment_presets(study.table, args.augment_for, args.augment, tuple(common.AUGMENTATIONS))
+    assert presets.tolist() == ["none", "heavy"] * 3
+    data = train_video.Clips(study, np.arange(6), train_video.Behaviours(args, study.table, np.arange(6)), args, True,
+                             presets)
+    plain = {common.eval_crop(frame, 32).tobytes() for frame in clips[0]}
+    assert all(data[epoch, 0]["input"][0].numpy().tobytes() in plain for epoch in range(5))
+    other = {common.eval_crop(frame, 32).tobytes() for frame in clips[1]}
+    assert not any(data[epoch, 1]["input"][0].numpy().tobytes() in other for epoch in range(5))
+
+
+def test_outputs_of_several_clips_are_joined_by_row():
+    """mean and max over a row's clips, of any number, against a loop."""
+    place, outputs = np.array([0, 0, 1, 2, 2, 2]), torch.randn(6, 3)
+
+    class Model(nn.Module):
+        def forward(self, clips, mask):
+            return clips
+    loader = [{"input": outputs[start:start + 4], "mask": torch.ones(1), "target": torch.ones(1),
+               "weight": torch.ones(1)} for start in (0, 4)]
+    loader = type("Loader", (list,), {"dataset": SimpleNamespace(place=place)})(loader)
+    compute = common.choose_compute("cpu", "off")
+    for aggregation, join in (("mean", np.mean), ("max", np.max)):
+        args = arguments("--aggregation", aggregation)
+        found = train_video.evaluate(Model(), loader, args, compute)
+        assert found == pytest.approx(np.stack([join(outputs.numpy()[place == row], axis=0) for row in range(3)]))
+
+
+# --- networks -----------------------------------------------------------------------------------
+
+def test_padding_changes_neither_outputs_nor_gradients():
+    """Whatever stands in padded frames, and however many: the same outputs, the same gradients, zero there."""
+    model, n_real = frame_lstm().train(), torch.tensor([5, 3, 1])
+    clips = torch.randn(3, 5, 3, 16, 16)
+    mask = torch.arange(5) < n_real[:, None]
+    results = []
+    for padding, length in ((0.0, 5), (1e3, 5), (float("nan"), 8)):
+        padded = torch.full((3, length, 3, 16, 16), padding)
+        longer = torch.arange(length) < n_real[:, None]
+        padded[longer] = clips[mask]
+        padded.requires_grad_(True)
+        model.zero_grad()
+        model.backbone[1].reset_running_stats()
+        outputs = model(padded, longer)
+        outputs.square().sum().backward()
+        assert (padded.grad[~longer] == 0).all() and (padded.grad[longer] != 0).any()
+        results.append([outputs.detach(), *(p.grad.clone() for p in model.parameters()),
+                        model.backbone[1].running_mean.clone()])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_the_last_real_frame_decides():
+    """A clip cut after its third frame gives what the padded clip of three frames gives: no frame looks ahead."""
+    model, clips = frame_lstm().eval(), torch.randn(2, 6, 3, 16, 16)
+    cut = model(clips[:, :3], torch.ones(2, 3, dtype=torch.bool))
+    masked = model(clips, torch.arange(6).expand(2, 6) < 3)
+    assert torch.allclose(cut, masked, atol=1e-6)
+    assert not torch.allclose(cut, model(clips, torch.ones(2, 6, dtype=torch.bool)), atol=1e-3)
+
+
+@pytest.mark.parametrize("name, size", [("r3d_18", 32), ("mc3_18", 32), ("r2plus1d_18", 32),
+                                        ("swin3d_t", 32)])
+def test_clip_networks_give_an_output_a_class(name, size):
+    args = arguments("--model", name, "--image_size", size, "--n_frames", 4)
+    model = train_video.build_model(args, 3).eval()
+    with torch.inference_mode():
+        outputs = model(torch.randn(1, args.n_frames, 3, size, size), torch.ones(1, args.n_frames, dtype=torch.bool))
+    assert outputs.shape == (1, 3) and model.head.linear.in_features == {"swin3d_t": 768}.get(name, 512)
+
+
+@pytest.mark.parametrize("name, width", [("mvit_v2_s", 768), ("s3d", 1024)])
+def test_networks_of_one_input_size(name, width):
+    """They are built for it, run, and refuse another one before any data are read into them."""
+    args = arguments("--model", name, "--image_size", 224)
+    model = train_video.build_model(args, 2).eval()
+    with torch.inference_mode():
+        outputs = model(torch.randn(1, 16, 3, 224, 224), torch.ones(1, 16, dtype=torch.bool))
+    assert outputs.shape == (1, 2) and model.head.linear.in_features == width
+    args.image_size = 112
+    with pytest.raises(common.UserError, match="--n_frames 16 --image_size 224 alone, found 16 and 112"):
+        train_video.build_model(args, 2)
+
+
+def test_unknown_networks_are_named():
+    with pytest.raises(common.UserError, match="r3d_18"):
+        train_video.build_model(arguments("--model", "r3d_81"), 2)
+
+
+@pytest.mark.parametrize("name, frozen", [("r3d_18", {"stem", "layer1"}), ("cnn_lstm", {"conv1", "bn1"})])
+def test_frozen_stages_are_the_first_ones(name, frozen):
+    args = arguments("--model", name, "--image_size", 64, "--n_frames", 8, "--freeze_stages", 1)
+    model = train_video.build_model(args, 2)
+    found = {path.split(".")[0] for path, p in model.backbone.named_parameters() if not p.requires_grad}
+    assert found == frozen
+    assert all(p.requires_grad for p in model.head.parameters())
+
+
+def test_published_weights_that_are_missing_name_both_ways_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    args = arguments("--model", "r3d_18", "--image_size", 32)
+    args.pretrained = True
+    with pytest.raises(common.UserError) as caught:
+        train_video.build_model(args, 2)
+    assert "--weights FILE" in str(caught.value) and "--download_weights r3d_18" in str(caught.value)
+
+
+def test_weights_of_a_clip_network_from_a_file(tmp_path):
+    torch.manual_seed(3)
+    state = torchvision.models.video.r3d_18().state_dict()
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "w.pth")
+    args = arguments("--model", "r3d_18", "--image_size", 32, "--weights", tmp_path / "w.pth")
+    model = train_video.build_model(args, 2)
+    assert torch.equal(model.backbone.layer4[1].conv2[0].weight, state["layer4.1.conv2.0.weight"])
+    args.model = "mc3_18"
+    with pytest.raises(common.UserError, match="not the weights of this backbone"):
+        train_video.build_model(args, 2)
+
+
+def test_clips_keep_the_memory_layout_of_the_convolutions():
+    """What to_device hands on is channels_last_3d for clip networks and channels_last for frames: no copy inside."""
+    args = arguments("--model", "r3d_18", "--image_size", 32)
+    compute = common.choose_compute("cpu", "on")
+    batch = {"input": torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8), "mask": torch.ones(2, 4) > 0,
+             "target": torch.zeros(2, 2), "weight": torch.ones(2)}
+    clips, mask, _, _ = train_video.to_device(batch, args, compute)
+    assert clips.shape == (2, 4, 3, 32, 32)
+    assert clips.transpose(1, 2).is_contiguous(memory_format=torch.channels_last_3d)
+    mean, sd = (torch.tensor(values)[:, None, None] for values in train_video.pixel_statistics("r3d_18"))
+    expected = (batch["input"][1, 2].permute(2, 0, 1) / 255 - mean) / sd
+    assert torch.allclose(clips[1, 2], expected, atol=1e-5)
+    seen, model = [], frame_lstm()
+    model.backbone[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    mask[1, 2:] = False
+    model(clips, mask)
+    assert seen[0].shape == (6, 3, 32, 32) and seen[0].is_contiguous(memory_format=torch.channels_last)
+    placed = compute.place(train_video.build_model(args, 2))
+    assert placed.backbone.layer2[0].conv1[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "cnn_lstm"])
+def test_mixed_precision_agrees_with_fp32(name):
+    args = arguments("--model", name, "--image_size", 64, "--n_frames", 4, "--dropout", 0)
+    model = train_video.build_model(args, 2)
+    clips, mask = torch.randn(4, 4, 3, 64, 64), torch.ones(4, 4, dtype=torch.bool)
+    with torch.inference_mode():
+        model.train()(clips, mask)  # running statistics that are not the identity
+        plain = model.eval()(clips, mask)
+        compute = common.choose_compute("cpu", "on")
+        with compute.autocast():
+            mixed = compute.place(model)(clips, mask)
+    assert mixed.dtype == torch.float32 and compute.precision == "bf16"
+    assert (mixed - plain).abs().max() < 0.05 * plain.abs().max()
+
+
+def test_clip_networks_train_in_fp32_on_a_cpu():
+    """bf16 weight gradients of small Conv3d maps hold unwritten memory there; what is chosen repeats its gradients."""
+    mixed = common.choose_compute("cpu", "on")
+    chosen = train_video.training_compute(mixed, "r3d_18")
+    assert (mixed.precision, chosen.precision, chosen.channels_last) == ("bf16", "fp32", mixed.channels_last)
+    assert train_video.training_compute(mixed, "cnn_lstm") is mixed
+    layer = chosen.place(nn.Conv3d(512, 512, 3, padding=1, bias=False))
+    clips, gradients = torch.randn(2, 512, 2, 4, 4).to(memory_format=torch.channels_last_3d), []
+    for _ in range(4):
+        torch.full((512, 512, 27), 1e30)  # freed at once, its numbers stay in that memory
+        layer.zero_grad(set_to_none=True)
+        with chosen.autocast():
+            layer(clips).square().mean().backward()
+        gradients.append(layer.weight.grad.clone())
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:]) and gradients[0].abs().max() < 1
+
+
+def test_bounded_scores_begin_at_the_mean_and_stay_inside():
+    head = train_video.Head(8, 2, 0.0, bounded=True)
+    head.start_at([1.5, 7.0], [0.0, 1.0], [2.0, 13.0])
+    with torch.inference_mode():
+        assert head(torch.zeros(1, 8))[0].tolist() == pytest.approx([1.5, 7.0], abs=1e-4)
+        far = head(1e4 * torch.randn(50, 8))
+    assert (far >= torch.tensor([0.0, 1.0])).all() and (far <= torch.tensor([2.0, 14.0])).all()
+    open_head = train_video.Head(8, 2, 0.0)
+    open_head.start_at([1.5, 7.0], [1.5, 7.0], [0.5, 3.0])
+    with torch.inference_mode():
+        assert open_head(torch.zeros(1, 8))[0].tolist() == pytest.approx([1.5, 7.0], abs=1e-4)
+
+
+def test_the_first_output_is_the_class_prior():
+    args, table = arguments(), table_of([0] * 9 + [1] * 3)
+    objective = train_video.Behaviours(args, table, np.arange(12))
+    head = train_video.Head(8, 2, 0.0)
+    head.start_at(*objective.scale())
+    with torch.inference_mode():
+        assert torch.softmax(head(torch.zeros(1, 8)), 1)[0].tolist() == pytest.approx([0.75, 0.25], abs=1e-4)
+
+
+@pytest.mark.parametrize("task", ["classify", "regress"])
+def test_one_batch_can_be_learnt_by_heart(task):
+    """Model, loss and head scale together: eight random clips are told apart, or scored, almost without error."""
+    args = arguments("--dropout", 0, task=task)
+    if task == "classify":
+        objective = train_video.Behaviours(args, table_of([0, 1] * 4), np.arange(8))
+    else:
+        target = np.random.default_rng(0).uniform(0, 14, (8, 2))
+        objective = train_video.Scores(args, scored_table(target, ["one", "two"]), np.arange(8))
+    model = frame_lstm(width=16, hidden=32)
+    model.head.start_at(*objective.scale())
+    clips, mask = torch.randn(8, 6, 3, 16, 16), torch.arange(6) < torch.tensor([6, 6, 5, 4, 3, 6, 2, 1])[:, None]
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(150):
+        loss = objective.loss(model(clips, mask), objective.target, objective.weight)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.02
+
+
+# --- classes: loss, weights, sampler, boost ----------------------------------------------------------
+
+def test_cross_entropy_is_that_of_torch():
+    """Class weights (scaled to mean 1 over the train rows), smoothing and row weights against torch, row by row."""
+    labels = [0] * 6 + [1] * 2
+    args = arguments("--balance", "weights", "--label_smoothing", 0.1, "--sample_weight", "moment:M2=2.5")
+    table = table_of(labels, moments=["M2", "M0"] * 4)
+    objective = train_video.Behaviours(args, table, np.arange(8))
+    assert objective.factor.tolist() == pytest.approx([8 / 12, 2.0])
+    assert objective.weight.tolist() == [2.5, 1.0] * 4
+    logits = torch.randn(8, 2)
+    rows = nn.functional.cross_entropy(logits, torch.tensor(labels), reduction="none", label_smoothing=0.1)
+    expected = (rows * objective.weight * objective.factor[torch.tensor(labels)]).mean()
+    assert torch.allclose(objective.loss(logits, objective.target, objective.weight), expected)
+
+
+@pytest.mark.parametrize("alpha, gamma", [(None, 2.0), (0.75, 2.0), (0.25, 0.5), (None, 0.0)])
+def test_focal_loss_is_that_of_torchvision(alpha, gamma):
+    """Two classes: sigmoid_focal_loss of the difference of the logits; alpha scaled to mean 1 over the train rows."""
+    labels = [0] * 9 + [1] * 3
+    flags = ["--focal_alpha", alpha] if alpha is not None else []
+    args = arguments("--loss", "focal", "--focal_gamma", gamma, *flags)
+    objective = train_video.Behaviours(args, table_of(labels), np.arange(12))
+    logits, target = torch.randn(12, 2), torch.tensor(labels, dtype=torch.float32)
+    expected = torchvision.ops.sigmoid_focal_loss(logits[:, 1] - logits[:, 0], target, -1 if alpha is None else alpha,
+                                                  gamma, "mean")
+    scale = 1 if alpha is None else 0.25 * alpha + 0.75 * (1 - alpha)
+    assert torch.allclose(objective.loss(logits, objective.target, objective.weight), expected / scale, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.45, 0.1])
+def test_boost_repeats_the_rare_class_in_train_rows_up_to_the_share(share):
+    labels = [0] * 81 + [1] * 19
+    objective = train_video.Behaviours(arguments("--boost_to", share), table_of(labels), np.arange(100))
+    train = np.arange(0, 100, 1)
+    rows = objective.rows(train)
+    own = np.mean(objective.label[rows] == 1)
+    assert own == pytest.approx(max(share, 0.19), abs=0.01)
+    counts = np.bincount(rows, minlength=100)
+    assert (counts[:81] == 1).all() and np.ptp(counts[81:]) <= 1
+    assert objective.trained_prior(rows)[1] == pytest.approx(own)
+    assert (train_video.prior_shift(objective, rows)[1] < 0) == (share > 0.19), "boosted, so it must be brought down"
+
+
+def test_rows_repeated_by_the_manifest_are_drawn_as_often():
+    objective = train_video.Behaviours(arguments(), table_of([0, 0, 1, 1], repeats=[1, 1, 3, 1]), np.arange(4))
+    assert objective.rows(np.arange(4)).tolist() == [0, 1, 2, 2, 2, 3]
+    assert objective.trained_prior(objective.rows(np.arange(4))) == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_sampler_draws_all_classes_alike():
+    labels = [0] * 90 + [1] * 10
+    objective = train_video.Behaviours(arguments("--balance", "sampler"), table_of(labels), np.arange(100))
+    weights = objective.sampler_weights(np.arange(100))
+    batches = common.EpochBatches(100, 8, seed=1, train=True, weights=weights)
+    drawn = []
+    for epoch in range(40):
+        batches.epoch = epoch
+        drawn += [index for batch in batches for _, index in batch]
+    assert np.mean(np.array(drawn) >= 90) == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(4000))
+    assert objective.trained_prior(np.arange(100)).tolist() == [0.5, 0.5]
+    shift = train_video.prior_shift(objective, np.arange(100))
+    assert common.softmax(shift[None])[0] == pytest.approx([0.9, 0.1]), "an even logit means the natural share"
+
+
+def test_mixup_mixes_clips_and_classes_alike():
+    torch.manual_seed(0)
+    target = torch.eye(4)
+    clips = target[:, :, None, None, None].expand(4, 4, 3, 2, 2).clone()
+    kept = []
+    for _ in range(200):
+        mixed, shares = train_video.mixed_up(clips, target, 0.4)
+        assert torch.allclose(mixed[:, :, 0, 0, 0], shares) and torch.allclose(shares.sum(1), torch.ones(4))
+        kept.append(shares.diagonal().mean().item())
+    # E[share + (1 - share) / 4] of a random partner, itself included
+    assert np.mean(kept) == pytest.approx(0.625, abs=0.1) and np.min(kept) < 0.4 < 0.9 < np.max(kept)
+    assert train_video.mixed_up(clips, target, 0.0)[0] is clips
+
+
+def test_a_class_without_train_rows_and_wrong_class_names():
+    with pytest.raises(common.UserError, match="no train row of class b"):
+        train_video.Behaviours(arguments(), table_of([0, 0, 1]), np.array([0, 1]))
+    with pytest.raises(common.UserError, match="--positive_class c is no class"):
+        train_video.Behaviours(arguments("--positive_class", "c"), table_of([0, 1]), np.array([0, 1]))
+    objective = train_video.Behaviours(arguments("--positive_class", "A"), table_of([0, 0, 1]), np.arange(3))
+    assert objective.positive == 0 and objective.select(None) == ("val_a_average_precision", True)
+    assert objective.select("f1_b") == ("val_b_f1", True) and objective.select("loss") == ("val_loss", False)
+    assert objective.select("last") == ("last", True)
+
+
+# --- scores: masks, weights, consistency ---------------------------------------------------------------
+
+NAMES = ["Ears", "Mouth", "Total"]
+
+
+def scores_of(*flags, target=None):
+    draws = np.random.default_rng(0)
+    target = np.column_stack([draws.uniform(0, 2, (8, 2)), draws.uniform(0, 4, 8)]) if target is None else target
+    args = arguments(*flags, task="regress")
+    return train_video.Scores(args, scored_table(target, NAMES, ["M0", "M2"] * 4), np.arange(8))
+
+
+@pytest.mark.parametrize("loss", ["mse", "smooth_l1"])
+def test_missing_scores_change_neither_loss_nor_gradient(loss):
+    objective = scores_of("--loss", loss, "--consistency_weight", 0)
+    target = objective.target.clone()
+    target[1, 2] = target[3, 0] = target[5] = torch.nan
+    predicted, sd = torch.randn(8, 3, requires_grad=True), torch.tensor(objective.sd, dtype=torch.float32)
+    value = objective.loss(predicted, target, objective.weight)
+    value.backward()
+    pointwise = {"mse": nn.functional.mse_loss, "smooth_l1": nn.functional.smooth_l1_loss}[loss]
+    labelled = ~torch.isnan(target)
+    rows = [pointwise((p / sd)[m], (t / sd)[m]) if m.any() else torch.tensor(0.0)
+            for p, t, m in zip(predicted, target, labelled)]
+    assert torch.allclose(value, torch.stack(rows).mean())
+    assert (predicted.grad[~labelled] == 0).all() and (predicted.grad[labelled] != 0).all()
+
+
+def test_weights_of_rows_and_scores():
+    objective = scores_of("--sample_weight", "moment:M2=2.5", "--target_weights", "Mouth=0", "Total=3",
+                          "--consistency_weight", 0)
+    predicted, sd = torch.randn(8, 3), torch.tensor(objective.sd, dtype=torch.float32)
+    error = ((predicted - objective.target) / sd) ** 2
+    expected = ((error[:, 0] + 3 * error[:, 2]) / 4 * torch.tensor([1, 2.5] * 4)).mean()
+    assert torch.allclose(objective.loss(predicted, objective.target, objective.weight), expected)
+
+
+def test_consistency_ties_the_total_to_its_parts_without_labels():
+    objective = scores_of("--consistency_weight", 0.1)
+    assert (objective.total, objective.parts) == (2, [0, 1])
+    predicted = torch.randn(8, 3, requires_grad=True)
+    value = objective.loss(predicted, torch.full((8, 3), torch.nan), objective.weight)
+    gap = (predicted[:, 2] - predicted[:, 0] - predicted[:, 1]) / objective.sd[2]
+    assert torch.allclose(value, 0.1 * (gap ** 2).mean().float(), atol=1e-6)
+    value.backward()
+    assert torch.allclose(predicted.grad[:, 0], -predicted.grad[:, 2]) and (predicted.grad != 0).all()
+
+
+def test_constant_scores_are_refused_by_name():
+    with pytest.raises(common.UserError, match="nothing to learn: Mouth; .*--target_columns"):
+        scores_of(target=np.column_stack([np.arange(8), np.ones(8), np.arange(8)]))
+
+
+def test_bounds_are_the_range_of_the_train_rows():
+    objective = scores_of("--bounded")
+    centre, low, spread = objective.scale()
+    assert low == pytest.approx(objective.values.min(0)) and low + spread == pytest.approx(objective.values.max(0))
+    assert centre == pytest.approx(objective.values.mean(0))
+
+
+def test_min_epochs_and_patience_together():
+    """patience 2, min_epochs 5: a best model before epoch 5 stays the best, and nothing stops before epoch 5."""
+    scores = [5.0, 4.0, 3.0, 2.0, 1.0, 0.5]
+    stopping, best, stopped = common.EarlyStopping(2, 5, 0.0), (None, -np.inf), None
+    for epoch, score in enumerate(scores, 1):
+        best = (epoch, score) if score > best[1] else best
+        if stopping.update(score, epoch):
+            stopped = epoch
+            break
+    assert stopped == 5 and best == (1, 5.0)
+    args = arguments(task="regress")
+    assert (args.patience, args.min_epochs, args.min_delta, args.clip_grad, args.batch_size) == (15, 5, 1e-4, 0.5, 64)
+
+
+# --- motion ----------------------------------------------------------------------------------------
+
+class BrightArea(nn.Module):
+    """How much of a frame exceeds each of four brightnesses, which training may move: (frames, 3, S, S) -> (., 4)."""
+
+    def __init__(self):
+        super().__init__()
+        self.levels, self.norm = nn.Conv2d(3, 12, 1, groups=3), nn.BatchNorm1d(4, momentum=0.05)
+        nn.init.ones_(self.levels.weight)
+        nn.init.constant_(self.norm.weight, 5.0)  # a clip moves its features less than clips differ
+        levels = torch.tensor([110, 130, 150, 170]) / 255
+        mean, sd = (torch.tensor(values)[:, None] for values in (common.IMAGENET_MEAN, common.IMAGENET_STD))
+        self.levels.bias.data = ((mean - levels) / sd).flatten()
+
+    def forward(self, frames):
+        found = torch.relu(self.levels(frames)).mean((2, 3))  # (frames, 3, S, S) -> (frames, 12)
+        return self.norm(found.unflatten(1, (3, 4)).mean(1))  # mean over the colours -> (frames, 4)
+
+
+class BagOfFrames(train_video.FrameLstm):
+    """The same layers on the mean over the frames, which knows everything but their order."""
+
+    def forward(self, clips, mask):
+        features = (self.extract(clips, mask).sum(1) / mask.sum(1, keepdim=True))[:, None]  # (B, 1, F)
+        return self.head(self.lstm(features)[0][:, -1])
+
+
+@pytest.fixture(scope="module")
+def moving(tmp_path_factory):
+    """Function n_frames -> (Study, train rows, held-out rows of other pens) on 240 sample clips at 32 px, 12 fps."""
+    folder, typed = tmp_path_factory.mktemp("moving"), sys.argv
+    (folder / "video").mkdir()
+    with contextlib.redirect_stdout(io.StringIO()):
+        make_sample_data.make_events(folder / "video", 240, 42)
+    sys.argv = typed
+
+    def study(n_frames):
+        manifests = folder / "video" / "manifests"
+        args = arguments("--manifest", manifests / "all.csv", "--label_map", manifests / "label_map.json",
+                         "--video_root", folder / "video" / "videos", "--image_size", 32, "--fps", 12, "--n_frames",
+                         n_frames, "--model", "cnn_lstm", "--clips_per_event", 3, "--balance", "weights")
+        found = train_video.load_study(args, lambda text: None)
+        is_train = found.table.groups.astype(int) <= 6
+        return found, np.flatnonzero(is_train), np.flatnonzero(~is_train)
+    return study
+
+
+def held_out_auc(moving, kind, n_frames, epochs=20, batch_size=16):
+    """AUC of tail events of new pens after training with the script's clips, loss and evaluation."""
+    study, train, test = moving(n_frames)
+    args, compute = study.args, common.choose_compute("cpu", "off")
+    objective = train_video.Behaviours(args, study.table, train)
+    torch.manual_seed(0)
+    model = kind(BrightArea(), 4, lambda n: train_video.Head(n, 2, 0.0), 32)
+    model.head.start_at(*objective.scale())
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    data = train_video.Clips(study, train, objective, args, True)
+    args.num_workers = 0
+    loader = common.make_loader(data, batch_size, args, compute, True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=epochs * len(loader.batch_sampler))
+    for epoch in range(epochs):
+        loader.batch_sampler.epoch = epoch
+        for batch in loader:
+            clips, mask, target, weight = train_video.to_device(batch, args, compute)
+            loss = objective.loss(model(clips, mask), target, weight)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    scoring = common.make_loader(train_video.Clips(study, test, objective, args, False), 48, args, compute, False)
+    logits = train_video.evaluate(model, scoring, args, compute)
+    assert objective.names[objective.positive] == "tail" and len(test) == 60
+    return roc_auc_score(objective.label[test] == objective.positive, common.softmax(logits)[:, objective.positive])
+
+
+def test_motion_is_learnt_from_the_order_of_frames(moving):
+    """Ordered frames tell the classes of new pens apart; one frame, or all frames in a bag, do not."""
+    assert held_out_auc(moving, train_video.FrameLstm, 16) > 0.95
+    chance_sd = np.sqrt(61 / (12 * 15 * 45))  # of an AUC of 15 and 45 rows by chance
+    for kind, n_frames in ((train_video.FrameLstm, 1), (BagOfFrames, 16)):
+        assert abs(held_out_auc(moving, kind, n_frames, epochs=10) - 0.5) < 2.6 * chance_sd

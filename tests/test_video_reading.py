@@ -1,0 +1,539 @@
+"""Video reading: the right frame at every time, proved by numbers drawn into the pictures; lying and broken files.
+
+    python -m pytest tests/test_video_reading.py -q
+
+The films are written with PyAV, which is also the judge of stamps and pixels; without it (pip install av) these tests
+are skipped by name. Those of folders, arrays, broken files and plans need nothing more.
+"""
+import functools
+import hashlib
+import math
+import pickle
+import re
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import train_video as video
+
+try:
+    import av
+except ImportError:
+    av = None
+needs_av = pytest.mark.skipif(av is None, reason="PyAV (pip install av) writes and judges the films of this test")
+
+WIDTH, HEIGHT, BLOCK, N, FPS = 128, 96, 32, 90, 15
+WHOLE = (math.nan, math.nan)
+B_FRAME = 3  # AV_PICTURE_TYPE_B
+X264 = "bframes=3:b-adapt=0:keyint=30:scenecut=0:open-gop="
+UNEVEN_MS = np.cumsum(np.random.default_rng(0).choice([20, 33, 50, 67, 140, 400], N)) + 240  # starts late, too
+FILMS = {  # file: codec, options, B-frames, stamps in ms
+    "bframes.mp4": ("libx264", {"x264-params": X264 + "0"}, 3, None),
+    "bframes.mkv": ("libx264", {"x264-params": X264 + "0"}, 3, None),
+    "open_gop.mp4": ("libx264", {"x264-params": X264 + "1"}, 3, None),
+    "open_gop.ts": ("libx264", {"x264-params": X264 + "1"}, 3, None),
+    "uneven.mp4": ("libx264", {"x264-params": X264 + "0"}, 3, UNEVEN_MS),
+    "uneven.mkv": ("libx264", {"x264-params": X264 + "0"}, 3, UNEVEN_MS),
+    "hevc.mp4": ("libx265", {"x265-params": "bframes=3:log-level=none"}, None, None),
+    "mpeg4.mp4": ("mpeg4", {}, 2, None),
+    "mpeg4_without_stamps.avi": ("mpeg4", {}, 2, None),
+    "mjpeg.avi": ("mjpeg", {}, 0, None),
+}
+
+
+def numbered(index):
+    """uint8 (H, W, 3) picture whose 12 blocks are the bits of its number, with a little colour in them."""
+    bits = np.array([index >> b & 1 for b in range(12)]).reshape(3, 4)
+    grey = np.kron(np.where(bits, 225, 30), np.ones((BLOCK, BLOCK)))
+    return np.stack([grey, grey * 0.9 + 5, grey * 0.8 + 20], axis=-1).astype(np.uint8)
+
+
+def number_of(picture):
+    """The number drawn in a picture of any size with these proportions."""
+    side = picture.shape[0] / 3
+    centres = [picture[int((r + 0.5) * side), int((c + 0.5) * side)].mean() > 128 for r in range(3) for c in range(4)]
+    return sum(int(bit) << b for b, bit in enumerate(centres))
+
+
+def numbers_of(clip):
+    return [number_of(picture) for picture in clip]
+
+
+def write_film(path, codec="libx264", options=None, b_frames=None, stamps_ms=None, n=N, fps=Fraction(FPS)):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.options = WIDTH, HEIGHT, options or {}
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.codec_context.gop_size = 30
+        stream.codec_context.bit_rate = 2_000_000
+        if b_frames is not None:
+            stream.codec_context.max_b_frames = b_frames
+        if stamps_ms is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for i in range(n):
+            frame = av.VideoFrame.from_ndarray(numbered(i), "rgb24")
+            frame.pts, frame.time_base = (i, 1 / fps) if stamps_ms is None else (int(stamps_ms[i]), Fraction(1, 1000))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def judge(path):
+    """PyAV's own decode: (stamps less the first one, pictures, types of the frames)."""
+    with av.open(str(path)) as container:
+        frames = [(f.time, f.to_ndarray(format="rgb24"), int(f.pict_type)) for f in container.decode(video=0)]
+    times, pictures, kinds = zip(*frames)
+    return np.array(times, float) - times[0], pictures, kinds
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("films with spaces")
+    return {name: write_film(folder / name, *how) for name, how in FILMS.items()}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
+def true_times(name):
+    stamps = FILMS[name][3]
+    return np.arange(N) / FPS if stamps is None else (stamps - stamps[0]) / 1000
+
+
+@needs_av
+@pytest.mark.parametrize("name", FILMS)
+def test_every_frame_at_its_own_time(films, name):
+    info = video.probe(films[name])
+    assert (info.error, info.n_frames, info.width, info.height) == (None, N, WIDTH, HEIGHT)
+    np.testing.assert_allclose(info.times, true_times(name), atol=0.00051)  # Matroska has whole milliseconds
+    assert numbers_of(video.read_frames(films[name], true_times(name), None)) == list(range(N))
+    assert numbers_of(video.read_frames(films[name], true_times(name), 48, info)) == list(range(N))
+
+
+@needs_av
+def test_the_films_are_as_hard_as_they_say(films):
+    for name, (_, _, b_frames, _) in FILMS.items():
+        kinds = judge(films[name])[2]
+        assert (B_FRAME in kinds) == (b_frames != 0), f"{name}: {set(kinds)}"
+    assert not video.probe(films["mpeg4_without_stamps.avi"]).is_exact
+    assert video.probe(films["uneven.mkv"]).header_frames != N and len(set(np.diff(UNEVEN_MS))) == 6
+
+
+@needs_av
+@pytest.mark.parametrize("name", FILMS)
+def test_the_frame_on_screen_between_stamps(films, name):
+    """Every frame from its stamp until half a frame before the next, in any order; a freeze is not cut short."""
+    times = true_times(name)
+    gap = np.diff(times)
+    nominal = 1 / video.probe(films[name]).header_fps
+    early, late = times[:-1] + 0.25 * np.minimum(gap, nominal), times[1:] - 0.6 * np.minimum(gap, nominal)
+    wanted, order = np.tile(np.arange(N - 1), 2), np.random.default_rng(1).permutation(2 * (N - 1))
+    clip = video.read_frames(films[name], np.r_[early, np.maximum(early, late)][order], 48)
+    assert numbers_of(clip) == wanted[order].tolist()
+
+
+@needs_av
+@pytest.mark.parametrize("name", FILMS)
+def test_one_seek_late_in_a_file_is_exact_or_not_used(films, name, monkeypatch):
+    monkeypatch.setattr(video, "SEEK_FROM_SEC", 1.5)
+    monkeypatch.setattr(video, "SEEK_MARGIN_SEC", 0.5)
+    used, seek = [], video._seek
+    monkeypatch.setattr(video, "_seek", lambda *a: used.append(seek(*a)) or used[-1])
+    info = video.probe(films[name])
+    for first in range(5, N - 4, 3):
+        assert numbers_of(video.read_frames(films[name], info.times[first:first + 4], 48, info)) == list(
+            range(first, first + 4))
+    if name in ("bframes.mp4", "bframes.mkv", "open_gop.mp4", "hevc.mp4", "mpeg4.mp4", "mjpeg.avi"):
+        assert len(used) > 20 and all(used), "a seek that could have been used was not"
+    assert name != "mpeg4_without_stamps.avi" or not used
+
+
+@needs_av
+def test_a_seek_is_refused_when_a_stamp_is_not_in_the_list(films):
+    info = video.probe(films["bframes.mp4"])
+    for times in (info.times + 0.01, np.delete(info.times, 70)):
+        info.times = times
+        assert video._seek(films["bframes.mp4"], {75, 76}, 48, info) is None
+
+
+@needs_av
+@pytest.mark.parametrize("name", FILMS)
+def test_pixels_are_those_of_another_decoder(films, name):
+    """Same frames; what differs is how two libraries round and filter the colour of neighbouring blocks."""
+    times, pictures, _ = judge(films[name])
+    clip = video.read_frames(films[name], true_times(name), None)
+    flat = np.kron(np.ones((3, 4)), np.pad(np.ones((BLOCK - 8, BLOCK - 8)), 4)).astype(bool)  # without the edges
+    difference = np.abs(clip.astype(int) - np.stack(pictures))
+    assert difference[:, flat].max() <= 3 and difference.mean() < 1.5
+
+
+@needs_av
+def test_pyav_takes_over_what_opencv_cannot_open(films, monkeypatch):
+    expected = video.read_frames(films["uneven.mp4"], true_times("uneven.mp4"), 48)
+
+    def refuse(self, path):
+        raise video.BadVideo(f"no decoder for {path}")
+    monkeypatch.setattr(video._CvVideo, "__init__", refuse)
+    clip = video.read_frames(films["uneven.mp4"], true_times("uneven.mp4"), 48, video.probe(films["uneven.mp4"]))
+    assert numbers_of(clip) == list(range(N)) and np.abs(clip.astype(int) - expected).mean() < 1.5
+    assert "OpenCV" in video.decoder_name() and "PyAV" in video.decoder_name()
+
+
+@needs_av
+def test_rotation_is_applied(films, tmp_path, monkeypatch):
+    data = bytearray(films["bframes.mp4"].read_bytes())
+    matrix = data.find(b"tkhd") + 4 + 4 + 20 + 16  # version 0: the matrix of the track header
+    assert data[matrix:matrix + 4] == struct.pack(">i", 0x10000)
+    data[matrix:matrix + 36] = struct.pack(">9i", 0, 0x10000, 0, -0x10000, 0, 0, HEIGHT * 0x10000, 0, 0x40000000)
+    turned = tmp_path / "turned.mp4"
+    turned.write_bytes(data)
+    info = video.probe(turned)
+    assert (info.width, info.height) == (HEIGHT, WIDTH)
+    clip = video.read_frames(turned, [1.0, 2.0], None)
+    assert clip.shape == (2, WIDTH, HEIGHT, 3) and numbers_of(np.rot90(clip, 1, (1, 2))) == [15, 30]  # stored lying
+    monkeypatch.setattr(video, "_CvVideo", video._AvVideo)
+    assert numbers_of(np.rot90(video.read_frames(turned, [1.0, 2.0], None), 1, (1, 2))) == [15, 30]
+
+
+@needs_av
+def test_odd_rate_is_sampled_by_time(tmp_path):
+    path = write_film(tmp_path / "odd.mp4", fps=Fraction(149937, 10000), n=120)
+    info = video.probe(path)
+    assert info.fps == pytest.approx(14.9937, abs=1e-4) and info.duration_sec == pytest.approx(120 / 14.9937, abs=1e-3)
+    times = np.arange(0, 7.9, 1 / 12)
+    times = times[np.abs(times * 14.9937 % 1 - 0.5) > 0.02]  # between two frames the later one counts a ms early
+    nearest = np.abs(times[:, None] - np.arange(120) / 14.9937).argmin(axis=1)
+    assert numbers_of(video.read_frames(path, times, None)) == nearest.tolist()
+    assert np.abs(np.floor(times * 15).astype(int) - nearest).max() == 1, "an index by 15 fps would be off"
+
+
+# Files that lie, and broken ones.
+
+
+def avi_of(tmp_path, n=60):
+    return write_film(tmp_path / "whole.avi", "mjpeg", n=n)
+
+
+@needs_av
+def test_half_an_avi_is_read_to_its_real_end(tmp_path):
+    """The header says 60 frames, the file holds 29."""
+    data = avi_of(tmp_path).read_bytes()
+    at = data.find(b"movi")
+    for _ in range(30):
+        at = data.find(b"00dc", at + 4)
+    half = tmp_path / "half.avi"
+    half.write_bytes(data[:at])
+    info = video.probe(half)
+    assert (info.error, info.n_frames, info.header_frames) == (None, 29, 60)
+    assert info.duration_sec == pytest.approx(29 / FPS)
+    assert numbers_of(video.read_frames(half, [0, 1, 1.9, 3.5], 48)) == [0, 15, 28, 28]
+    store = open_store([half] * 3, [(0.2, 1.2), (1.5, 3.0), (2.5, 3.5)], fps=15, n_frames=8)
+    assert [found.past_end for found in store.audit] == [False, False, True]
+    assert numbers_of(store[0]) == list(range(3, 18)) and numbers_of(store[1]) == list(range(21, 29))
+    assert numbers_of(store[2]) == list(range(21, 29)), "the last frames that there are"
+
+
+@needs_av
+def test_a_header_that_claims_too_few_or_far_too_many(tmp_path):
+    for claim in (5, 2**31 - 1):
+        data = bytearray(avi_of(tmp_path).read_bytes())
+        data[48:52] = struct.pack("<I", claim)  # avih: dwTotalFrames
+        length = data.find(b"strh") + 8 + 32  # strh: dwLength
+        assert struct.unpack_from("<I", data, length)[0] == 60
+        data[length:length + 4] = struct.pack("<I", claim)
+        path = tmp_path / f"claims {claim}.avi"
+        path.write_bytes(data)
+        info = video.probe(path)
+        assert (info.n_frames, info.error) == (60, None) and info.header_frames != 60
+        assert numbers_of(open_store([path], [WHOLE], fps=15, n_frames=8)[0]) == list(range(60))
+
+
+@needs_av
+def test_truncated_mp4_with_its_index_first_is_read_as_far_as_it_goes(tmp_path):
+    path = write_film(tmp_path / "a.mp4")
+    with av.open(str(path)) as source, av.open(str(tmp_path / "front.mp4"), "w", options={
+            "movflags": "faststart"}) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    data = (tmp_path / "front.mp4").read_bytes()
+    (tmp_path / "front.mp4").write_bytes(data[:len(data) * 2 // 3])
+    info = video.probe(tmp_path / "front.mp4")
+    assert info.error is None and 10 < info.n_frames < N == info.header_frames
+    assert numbers_of(video.read_frames(tmp_path / "front.mp4", info.times[:-1], 48)) == list(range(info.n_frames - 1))
+
+
+def broken_files(folder):
+    """{path: part of the reason} of files that are no video."""
+    (folder / "zero.mp4").touch()
+    (folder / "text.mp4").write_text("no video at all\n" * 40)
+    (folder / "noise.avi").write_bytes(np.random.default_rng(0).bytes(5000))
+    (folder / "._clip.mp4").write_bytes(b"Mac OS X        resource")
+    (folder / "empty").mkdir()
+    reasons = {"zero.mp4": "empty file", "text.mp4": "no video", "noise.avi": "no video", "._clip.mp4": "macOS",
+               "empty": "without pictures", "missing.mp4": "no such file"}
+    return {folder / name: reason for name, reason in reasons.items()}
+
+
+def test_broken_files_are_named_and_never_raise(tmp_path):
+    files = broken_files(tmp_path)
+    for path, reason in files.items():
+        info = video.probe(path)
+        assert reason in info.error and "\n" not in info.error and info.n_frames == 0
+    store = open_store(list(files), [WHOLE] * len(files))
+    for row, (path, reason) in enumerate(files.items()):
+        assert store.audit[row].path == str(path) and reason in store.audit[row].error
+        with pytest.raises(common.BadImage, match="no |macOS|empty|without"):
+            store[row]
+    with pytest.raises(video.BadVideo, match="missing.mp4: no such file"):
+        video.read_frames(tmp_path / "missing.mp4", [0.0], 48)
+
+
+@needs_av
+def test_truncated_mp4_without_index_is_broken(films, tmp_path):
+    data = films["bframes.mp4"].read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[:len(data) // 2])
+    assert "no video that can be opened" in video.probe(tmp_path / "cut.mp4").error
+
+
+def audits(n_good, n_bad, n_files):
+    good = [video.ClipAudit(f"good{i}.mp4") for i in range(n_good)]
+    return good + [video.ClipAudit(f"bad{i % n_files}.mp4", "empty file") for i in range(n_bad)]
+
+
+def test_broken_videos_stop_the_run_above_the_limit(capsys):
+    assert video.check_clips(audits(20, 0, 1), on_bad_file="error") == list(range(20))
+    assert video.check_clips(audits(95, 5, 2)) == list(range(95))
+    out = capsys.readouterr().out
+    assert "2 videos" in out and "5 of 100 rows" in out and "bad0.mp4: empty file" in out and "bad1.mp4" in out
+    with pytest.raises(common.UserError, match="6 videos cannot be read, which takes 6 of 100 rows") as caught:
+        video.check_clips(audits(94, 6, 6))
+    assert all(f"bad{i}.mp4" in str(caught.value) for i in range(6)) and "--max_missing" in str(caught.value)
+    with pytest.raises(common.UserError, match="1 videos cannot be read"):
+        video.check_clips(audits(99, 1, 1), on_bad_file="error")
+    with pytest.raises(common.UserError, match="2 of 2 rows"):
+        video.check_clips(audits(0, 2, 1), max_missing=1.0)
+
+
+# Folders of frames and arrays.
+
+
+def frame_folder(folder, n, side=None):
+    folder.mkdir(parents=True)
+    for i in range(n):
+        picture = Image.fromarray(numbered(i))
+        (picture.resize(side) if side else picture).save(folder / f"frame {i}.png")
+    return folder
+
+
+def test_frame_folder_in_natural_order_with_spaces(tmp_path):
+    path = frame_folder(tmp_path / "Animal 1 M0 visit 2", 23)
+    (path / "._frame 3.png").write_bytes(b"resource")
+    info = video.probe(path, fps=10)
+    assert (info.n_frames, info.duration_sec, info.width, info.height) == (23, 2.3, WIDTH, HEIGHT)
+    even = open_store([path], [WHOLE], grid="even", n_frames=40)
+    assert numbers_of(even[0]) == list(range(23)) and even.audit[0].usable == 23
+    eight = open_store([path], [WHOLE], grid="even", n_frames=8)
+    assert numbers_of(eight[0]) == np.floor(np.linspace(0, 22, 8) + 0.5).astype(int).tolist()
+    rate = open_store([path], [(0.5, 1.5)], fps=10, n_frames=4)
+    assert numbers_of(rate[0]) == list(range(5, 15))
+
+
+def test_frame_folder_with_a_bad_or_odd_frame(tmp_path):
+    bad, odd = frame_folder(tmp_path / "bad", 5), frame_folder(tmp_path / "odd", 5)
+    (bad / "frame 3.png").write_text("no picture")
+    Image.fromarray(numbered(1)[:64]).save(odd / "frame 1.png")
+    store = open_store([bad, odd], [WHOLE] * 2, grid="even")
+    assert "frame 3.png" in store.audit[0].error and "128 x 96 and 128 x 64" in store.audit[1].error
+
+
+class Bomb:
+    """Pickled, it would write a file when it is loaded."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_npy_clips(tmp_path):
+    clip = np.stack([numbered(i) for i in range(20)])
+    np.save(tmp_path / "good.npy", clip)
+    store = open_store([tmp_path / "good.npy"], [(0.5, 1.5)], fps=10, n_frames=4, short_side=HEIGHT)
+    assert np.array_equal(store[0], clip[5:15])
+    np.save(tmp_path / "float.npy", clip.astype(np.float32))
+    np.save(tmp_path / "flat.npy", clip[0])
+    np.save(tmp_path / "bomb.npy", np.array([Bomb(tmp_path / "exploded")], dtype=object), allow_pickle=True)
+    (tmp_path / "pickle.npy").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    whole = (tmp_path / "good.npy").read_bytes()
+    (tmp_path / "cut.npy").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "claims.npy").write_bytes(whole.replace(b"(20, 96, 128, 3)", b"(9999999, 9, 9, 3)")[:2000])
+    for name, reason in {"float": "found float32", "flat": r"found uint8 \(96", "bomb": "no .npy", "pickle": "no .npy",
+                         "cut": "no .npy", "claims": "no .npy"}.items():
+        error = video.probe(tmp_path / f"{name}.npy").error
+        assert re.search(reason, error), f"{name}: {error}"
+    assert not (tmp_path / "exploded").exists()
+
+
+# Plans: which frames stand on the grid of a row.
+
+
+def made_info(duration, fps):
+    times = np.arange(round(duration * fps)) / fps
+    return video.VideoInfo("x", None, len(times) / fps, len(times), fps, 8, 8, times, len(times), fps)
+
+
+def planned(window, duration=10.0, source_fps=12.0, n_frames=16, jitter_sec=0.0):
+    plan = video.plan_grid(made_info(duration, source_fps), window, "rate", 12.0, n_frames, jitter_sec)
+    return plan.indices.tolist(), plan.first, plan.usable, plan.past_end
+
+
+def test_grid_of_a_window_by_hand():
+    span = lambda a, b: list(range(a, b))  # noqa: E731
+    assert planned((2.0, 4.0)) == (span(24, 48), 0, 24, False)
+    assert planned((2.0, 4.0), jitter_sec=0.25) == (span(21, 51), 3, 24, False)
+    assert planned((3.0, 3.0), n_frames=12) == (span(30, 42), 0, 12, False), "duration 0: widened around its centre"
+    assert planned((0.0, 0.5), n_frames=12, jitter_sec=0.25) == (span(0, 15), 0, 12, False), "shifted into the file"
+    assert planned((9.5, 11.0), n_frames=12, jitter_sec=0.25) == (span(105, 120), 3, 12, False)
+    assert planned((10.0, 12.0), n_frames=12) == (span(108, 120), 0, 12, True)
+    assert planned((500.0, 502.0), n_frames=12)[3] and planned((9.99, 20.0))[3] is False
+    assert planned(WHOLE, duration=1.0) == (span(0, 12) + [11] * 4, 0, 16, False), "the last frame is repeated"
+    assert planned((-3.0, 2.0)) == (span(0, 24), 0, 24, False)
+    assert planned((2.0, 3.5), source_fps=24.0)[0] == span(48, 84)[::2]
+    assert planned((2.0, 3.5), source_fps=6.0)[0][:6] == [12, 13, 13, 14, 14, 15], "halfway counts as the later frame"
+
+
+def test_grids_hold_what_they_promise():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        duration, fps, n_frames = rng.uniform(0.1, 20), rng.choice([5, 12, 14.9937, 30]), int(rng.integers(1, 40))
+        start, length, jitter = rng.uniform(-1, duration + 1), rng.uniform(0, 5), rng.uniform(0, 1)
+        info = made_info(max(duration, 1 / fps), fps)
+        plan = video.plan_grid(info, (start, start + length), "rate", 12.0, n_frames, jitter)
+        after = len(plan.indices) - plan.first - plan.usable
+        assert plan.usable >= n_frames and 0 <= plan.first <= 12 * jitter + 1e-6 and 0 <= after <= 12 * jitter + 1e-6
+        assert (np.diff(plan.indices) >= 0).all() and 0 <= plan.indices[0] and plan.indices[-1] < info.n_frames
+        assert plan.past_end == (start >= info.duration_sec)
+        even = video.plan_grid(info, (start, start + length), "even", 12.0, n_frames).indices
+        assert 1 <= len(even) <= n_frames and (np.diff(even) > 0).all()
+
+
+def test_even_grid_has_both_ends_of_its_window():
+    plan = functools.partial(video.plan_grid, made_info(10, 12), grid="even", fps=12, n_frames=16)
+    assert plan(window=WHOLE).indices[[0, -1]].tolist() == [0, 119]
+    assert plan(window=(2.0, 4.0)).indices[[0, -1]].tolist() == [24, 47]
+    assert plan(window=(2.0, 3.0)).indices.tolist() == list(range(24, 36)), "fewer frames than asked for: all of them"
+
+
+# The store.
+
+
+def open_store(sources, windows, grid="rate", fps=12.0, n_frames=16, short_side=48, cache="ram", **options):
+    return video.ClipStore(sources, windows, grid=grid, fps=fps, n_frames=n_frames, short_side=short_side, cache=cache,
+                           **options)
+
+
+@pytest.fixture
+def mixed(films, tmp_path):
+    """(sources, windows) of films, a folder, an array and a broken file; two rows of one file stand apart."""
+    np.save(tmp_path / "clip.npy", np.stack([numbered(i) for i in range(30)]))
+    (tmp_path / "zero.mp4").touch()
+    sources = [films["bframes.mp4"], films["uneven.mkv"], frame_folder(tmp_path / "frames", 9), films["bframes.mp4"],
+               tmp_path / "clip.npy", tmp_path / "zero.mp4"]
+    return sources, [(1, 2), (0.5, 2.5), WHOLE, (3.5, 5.5), (0, 1), WHOLE]
+
+
+@needs_av
+@pytest.mark.parametrize("cache", ["ram", "disk", "none", "auto"])
+def test_every_cache_serves_the_same_clips(mixed, cache):
+    steps, options = [], {"jitter_sec": 0.2, "progress": lambda done, total: steps.append((done, total))}
+    store = open_store(*mixed, cache=cache, **options)
+    reference = open_store(*mixed, **(options | {"progress": None}))
+    assert store.audit == reference.audit and len(store) == 6 and steps == [(i, 6) for i in range(1, 7)]
+    assert all(np.array_equal(store[i], reference[i]) for i in range(5))
+    assert store.cache == ("ram" if cache == "auto" else cache) and "6 clips" in store.description
+    assert store.audit[5].error and not any(found.error for found in store.audit[:5])
+    if cache != "none":
+        with pytest.raises(ValueError, match="read-only"):
+            store[0][:] = 0
+
+
+@needs_av
+@pytest.mark.parametrize("cache", ["ram", "none"])
+def test_forked_workers_read_clips(mixed, cache):
+    store = open_store(mixed[0][:5], mixed[1][:5], cache=cache)
+    loader = torch.utils.data.DataLoader(range(5), batch_size=None, num_workers=2, multiprocessing_context="fork",
+                                         collate_fn=store.__getitem__)
+    assert [np.array_equal(clip, store[i]) for i, clip in enumerate(loader)] == [True] * 5
+
+
+@needs_av
+def test_rows_of_one_honest_file_are_decoded_in_one_pass(films, monkeypatch):
+    passes, sweep = [], video._sweep
+    monkeypatch.setattr(video, "_sweep", lambda path, *a, **k: passes.append(path) or sweep(path, *a, **k))
+    windows = [(t, t + 1) for t in (0, 4.5, 2, 2.5)]
+    store = open_store([films["bframes.mp4"]] * 4, windows, fps=15, n_frames=8)
+    assert len(passes) == 1 and [number_of(store[i][0]) for i in range(4)] == [0, 68, 30, 38]
+    assert len({found.file_sha for found in store.audit}) == 1 and len({found.pixel_sha for found in store.audit}) == 4
+    open_store([films["uneven.mkv"]], [(1, 2)])
+    assert len(passes) == 3, "its header lies: counted first, read then"
+
+
+@needs_av
+def test_audit_of_a_clip(films):
+    store = open_store([films["bframes.mp4"]], [(1, 3)], jitter_sec=0.5)
+    found = store.audit[0]
+    assert (found.n_frames, found.fps, found.width, found.height) == (N, pytest.approx(FPS), WIDTH, HEIGHT)
+    assert (found.duration_sec, found.first, found.usable, found.past_end) == (pytest.approx(N / FPS), 6, 24, False)
+    assert store[0].shape == (36, 48, 64, 3) and store[0].dtype == np.uint8
+    assert found.file_sha == hashlib.sha256(films["bframes.mp4"].read_bytes()).hexdigest()
+    assert found.pixel_sha == hashlib.sha256(store[0].tobytes()).hexdigest()
+    assert found.phash == tuple(common.perceptual_hash(store[0][18]).tolist())
+    times = 1 + np.arange(-6, 30) / 12
+    assert np.array_equal(store[0], video.read_frames(films["bframes.mp4"], times, 48))
+
+
+@needs_av
+@pytest.mark.parametrize("damage", [None, "flip a pixel", "flip the index", "cut", "empty"])
+def test_second_run_takes_up_the_disk_cache_unless_it_is_damaged(mixed, damage, monkeypatch):
+    first = open_store(*mixed, cache="disk")
+    expected, data = [np.array(first[i]) for i in range(5)], bytearray(first.file.read_bytes())
+    if damage:
+        data[1000 if damage == "flip a pixel" else -200] ^= 1
+        first.file.unlink()
+        first.file.write_bytes({"cut": data[:-100], "empty": b""}.get(damage, data))
+    passes, sweep = [], video._sweep
+    monkeypatch.setattr(video, "_sweep", lambda path, *a, **k: passes.append(path) or sweep(path, *a, **k))
+    second = open_store(*mixed, cache="disk")
+    decoded = {Path(path).name for path in passes} - {"zero.mp4"}  # what was broken is looked at again
+    assert bool(decoded) == bool(damage) and second.audit == first.audit and second.file == first.file
+    assert all(np.array_equal(second[i], expected[i]) for i in range(5))
+    assert second.audit[0].phash == first.audit[0].phash and isinstance(second.audit[0].phash, tuple)
+
+
+@needs_av
+def test_another_window_or_file_makes_another_cache(mixed):
+    sources, windows = mixed
+    names = {open_store(sources, windows, cache="disk").file}
+    names |= {open_store(sources, windows, cache="disk", **change).file for change in (
+        {"fps": 10.0}, {"n_frames": 8}, {"short_side": 32}, {"jitter_sec": 0.1}, {"grid": "even"})}
+    names.add(open_store(sources, [(1, 2.1), *windows[1:]], cache="disk").file)
+    Image.fromarray(numbered(5)).save(sources[2] / "frame 1.png", optimize=True)
+    store = open_store(sources, windows, cache="disk")
+    assert len(names | {store.file}) == 8 and numbers_of(store[2])[:3] == [0, 5, 2]
+
+
+def test_cache_never_lies_beside_the_videos(tmp_path):
+    with pytest.raises(common.UserError, match="data folder"):
+        open_store([frame_folder(tmp_path / "frames", 3)], [WHOLE], cache="disk", cache_dir=tmp_path / "frames" / "x")
+    assert len(open_store([], [])) == 0

@@ -1,0 +1,692 @@
+"""Video manifests, score tables and the audit: every layout found in the wild, identities, planted counts, mistakes.
+
+    python -m pytest tests/test_video_tables.py
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import common
+import train_video as tv
+
+HEADER = ("event_idx,group,day,date,start_time,end_time,duration_sec,behavior,initiator_id,receiver_id,ended_by,"
+          "pen_location,linked,camera_id,video_filename,video_path,event_offset_sec").split(",")
+FIGHT = Path(__file__).resolve().parents[2] / "shared" / "data" / "video" / "fight_surveillance"
+
+
+def fails(function, *args, **kwargs):
+    """The one-line message of the UserError that the call must raise."""
+    with pytest.raises(common.UserError) as caught:
+        function(*args, **kwargs)
+    assert "\n" not in str(caught.value), f"more than one line: {caught.value}"
+    return str(caught.value)
+
+
+def put(root, *names):
+    """Files with their own name as content."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+    return root
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def event(**cells):
+    """One row of an event manifest, with defaults."""
+    cells = {"group": "1", "day": "1", "start_time": "6:00:00", "duration_sec": "2", "behavior": "ear",
+             "initiator_id": "11", "receiver_id": "12", "camera_id": "8", "event_offset_sec": "0", **cells}
+    return ",".join(str(cells.get(name, "")) for name in HEADER)
+
+
+def manifest(path, *rows):
+    return write(path, "\r\n".join([",".join(HEADER), *rows]) + "\r\n")
+
+
+# --- paths ------------------------------------------------------------------------
+
+def test_windows_paths_resolve_by_suffix_then_base_name_in_any_case(tmp_path):
+    root = put(tmp_path / "videos", "Group 1 Day 1/Cam 8/N884_CH8_main.MP4", "Group 1 Day 1/Cam 9/n884_ch8_main.mp4",
+               "elsewhere/N900.mp4", "Group 1 Day 1/Cam 8/._N884_ch8_main.mp4", ".hidden/N901.mp4")
+    study = "E:\\Some study 2024\\Group 1 Day 1\\Cam 8\\"
+    wanted = [study + "N884_ch8_main.mp4", study + "n900.mp4", "cam 9/N884_ch8_main", study + "N901.mp4"]
+    hits, by_base = tv.match_videos(wanted, root)
+    found = [path and path.relative_to(root).as_posix() for path in hits.values()]
+    assert found == ["Group 1 Day 1/Cam 8/N884_CH8_main.MP4", "elsewhere/N900.mp4",
+                     "Group 1 Day 1/Cam 9/n884_ch8_main.mp4", None]
+    assert by_base == [study + "n900.mp4"]
+
+
+def test_a_name_that_fits_several_files_is_an_error_that_lists_them(tmp_path):
+    root = put(tmp_path, "Cam 8/a.mp4", "Cam 9/a.mp4", "Cam 9/b.mp4")
+    message = fails(tv.match_videos, ["a.mp4", "b.mp4"], root)
+    assert "Cam 8/a.mp4" in message and "Cam 9/a.mp4" in message and "b.mp4 ->" not in message
+    assert tv.match_videos(["Cam 9/a.mp4"], root)[0]["Cam 9/a.mp4"] == root / "Cam 9/a.mp4"
+
+
+def test_two_folders_of_a_manifest_never_mean_one_file(tmp_path):
+    """A flat video folder with cam 8's file alone must not serve as cam 9's."""
+    message = fails(tv.match_videos, ["E:\\x\\Cam 8\\a.mp4", "E:\\x\\Cam 9\\a.mp4"], put(tmp_path, "a.mp4"))
+    assert "cam 8" in message and "cam 9" in message
+    assert len(tv.match_videos(["E:\\x\\Cam 8\\a.mp4", "F:\\copy\\Cam 8\\a.mp4"], tmp_path)[0]) == 2
+
+
+@pytest.mark.parametrize("name", ["../secret.mp4", "..\\secret.mp4", "a/../../secret.mp4", "./../videos/../secret.mp4"])
+def test_paths_that_leave_the_video_root_are_refused(tmp_path, name):
+    put(tmp_path, "secret.mp4", "videos/a.mp4")
+    assert "secret.mp4" in fails(tv.match_videos, [name], tmp_path / "videos")
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "/../etc/passwd", "C:\\..\\..\\etc\\passwd", "//server/share/x.mp4",
+                                  "http://host/x.mp4", "x\0.mp4", "."])
+def test_absolute_paths_elsewhere_are_missing_not_opened(tmp_path, name):
+    assert tv.match_videos([name], put(tmp_path, "a.mp4"))[0] == {name: None}
+
+
+def test_links_into_a_loop_end(tmp_path):
+    put(tmp_path, "sub/a.mp4", "b.mp4")
+    (tmp_path / "sub" / "again").symlink_to(tmp_path, target_is_directory=True)
+    assert sorted(tv.index_videos(tmp_path)) == ["b.mp4", "sub/a.mp4"]
+
+
+def test_missing_videos_are_listed_and_stop_above_the_share(tmp_path):
+    put(tmp_path, *(f"v{i}.mp4" for i in range(9)))
+    path = write(tmp_path / "m.csv", "path,label\n" + "".join(f"v{i}.mp4,{'ab'[i % 2]}\n" for i in range(10)))
+    message = fails(tv.read_events, {"": path})
+    assert "1 of 10" in message and "v9.mp4" in message and "--max_missing" in message
+    table = tv.read_events({"": path}, max_missing=0.1)
+    assert len(table) == 9 and [(row["row"], row["reason"]) for row in table.skipped] == [("m.csv line 11",
+                                                                                          "no such video")]
+
+
+# --- identity of events ------------------------------------------------------------
+
+@pytest.mark.parametrize("one, other", [
+    ("6:00:25", "06:00:25"), ("6:00:25", "7/6/2024 6:00:25"), ("18:00:05", "6:00:05 PM"), ("0:30:00", "12:30 am"),
+    ("06:00", "6:00:00.0")])
+def test_clock_times_in_different_spellings(one, other):
+    assert tv.clock_seconds(one) == tv.clock_seconds(other)
+
+
+@pytest.mark.parametrize("one, other", [
+    ("7/6/2024 0:00", "7/6/2024"), ("07/06/2024 00:00:00", "7/6/2024"), ("2024-07-06T00:00:00.000", "2024-7-6"),
+    (" Calf  12 ", "calf 12"), ("007", "7"), ("7.0", "7"), ("tensor(9)", "9"), ("Group 1", "1"), ("Day 02", "2")])
+def test_levels_in_different_spellings(one, other):
+    assert tv.plain_level(one) == tv.plain_level(other)
+
+
+def test_levels_that_differ_stay_different():
+    cells = ["1", "10", "100", "1.5", "1.05", "A7", "A07", "7/6/2024", "6/7/2024", "calf 1", "calf 11", "20:00", "2:00"]
+    assert len({tv.plain_level(cell) for cell in cells}) == len(cells)
+    assert np.isnan([tv.clock_seconds(text) for text in ("", "7", "7/6/2024", "ab:cd")]).all()
+
+
+def test_the_same_event_under_another_camera_path_and_row(tmp_path):
+    root = put(tmp_path / "v", "Cam 8/N884_ch8.mp4", "Cam 9/N884_ch9.mp4")
+    a = manifest(tmp_path / "a.csv", event(event_idx=1, date="7/6/2024 0:00", start_time="6:00:25", receiver_id="07",
+                                           video_path="E:\\s\\Cam 8\\N884_ch8.mp4", event_offset_sec=25),
+                 event(event_idx=2, start_time="6:00:26", video_path="E:\\s\\Cam 8\\N884_ch8.mp4", event_offset_sec=60))
+    b = manifest(tmp_path / "b.csv", event(event_idx=77, group="Group 1", start_time="06:00:25", receiver_id="7",
+                                           video_path="F:/Cam 9/N884_ch9.mp4", event_offset_sec=29, camera_id=9))
+    table = tv.read_events({"train": a, "test": b}, root)
+    assert table.events[0] == table.events[2] != table.events[1]
+    assert list(table.videos) == ["Cam 8/N884_ch8.mp4"] * 2 + ["Cam 9/N884_ch9.mp4"]
+    assert list(table.groups) == ["1", "1", "1"] and list(table.extra["hour"]) == ["6"] * 3
+    assert list(table.extra["pair"]) == ["11 > 7", "11 > 12", "11 > 7"] and list(table.parts)[1:] == ["train", "test"]
+    assert "Cam" not in table.events[0] and len(set(table.clip_ids)) == 3
+
+
+def test_without_event_columns_the_event_is_source_and_window(tmp_path):
+    put(tmp_path, "x/a.mp4", "y/a.mp4")
+    table = tv.read_events({"": write(tmp_path / "m.csv", "path,label,start_sec,end_sec\nx/a.mp4,p,0,2\n"
+                                                          "x/a.mp4,p,5,7\ny/a.mp4,q,0,2\n")})
+    assert list(table.events) == ["x/a.mp4@0-2", "x/a.mp4@5-7", "y/a.mp4@0-2"]
+
+
+def test_rows_with_a_blank_time_are_not_one_event(tmp_path):
+    root = put(tmp_path, "a.mp4")
+    rows = [event(video_path="a.mp4", start_time="", event_offset_sec=t) for t in (0, 10)]
+    assert len(set(tv.read_events({"": manifest(tmp_path / "m.csv", *rows)}, root).events)) == 2
+
+
+# --- windows -----------------------------------------------------------------------
+
+def windows(tmp_path, header, *rows, **options):
+    """Table of one video with these window columns; labels a and b in turn."""
+    put(tmp_path, "a.mp4")
+    text = "".join(f"a.mp4,{'ab'[i % 2]},{row}\n" for i, row in enumerate(rows))
+    return tv.read_events({"": write(tmp_path / "m.csv", f"path,label,{header}\n{text}")}, **options)
+
+
+def test_offset_and_duration_with_zero_widened_around_the_event(tmp_path):
+    table = windows(tmp_path, "event_offset_sec,duration_sec", "10,4", "20,0", "0.2,0", "30,", "40,0.5")
+    assert table.windows.tolist() == [[10, 14], [19.5, 20.5], [0, 1], [29.5, 30.5], [39.75, 40.75]]
+    assert windows(tmp_path, "event_offset_sec,duration_sec", "20,0", "30,2",
+                   min_event_sec=2.0).windows.tolist() == [[19, 21], [30, 32]]
+
+
+def test_start_and_end_in_seconds_or_frames(tmp_path):
+    assert windows(tmp_path, "start_sec,end_sec", "1.5,4", "2,9").windows.tolist() == [[1.5, 4], [2, 9]]
+    table = windows(tmp_path, "start_frame,end_frame", "0,29", "60,60")
+    assert list(table.unit) == ["frame", "frame"] and table.windows.tolist() == [[0, 30], [60, 61]]
+    seconds = tv.seconds_of(table, np.array([15.0, 30.0]))
+    assert list(seconds.unit) == ["sec", "sec"]
+    np.testing.assert_allclose(seconds.windows, [[0, 2], [60.5 / 30 - 0.5, 60.5 / 30 + 0.5]])
+
+
+def test_impossible_windows_are_skipped_by_name(tmp_path):
+    table = windows(tmp_path, "start_sec,end_sec", "1,2", "5,4", "-3,2", "2,8", ",")
+    assert [row["reason"] for row in table.skipped] == ["ends before it starts", "starts before the file",
+                                                        "no offset, while other rows have one"]
+    assert "line 3" in table.skipped[0]["row"] and len(table) == 2
+    assert "column start_sec" in fails(windows, tmp_path, "start_sec,end_sec", "1:30,2")
+
+
+def test_semicolons_and_decimal_commas(tmp_path):
+    put(tmp_path, "a.mp4")
+    path = write(tmp_path / "m.csv", "Path;Label;Start Sec;End.Sec\na.mp4;x;1,5;4,25\na.mp4;y;5;6,5\n")
+    assert tv.read_events({"": path}).windows.tolist() == [[1.5, 4.25], [5, 6.5]]
+
+
+# --- other layouts -----------------------------------------------------------------
+
+def test_minimal_form_folders_of_frames_npy_and_whole_clips(tmp_path):
+    put(tmp_path, "clips/a.mp4", "frames/seq 1/0001.jpg", "frames/seq 1/0002.jpg", "arrays/c.npy")
+    path = write(tmp_path / "m.csv", "path,label,group\nclips/a.mp4,x,g1\nframes/seq 1,y,g1\narrays/c.npy,x,g2\n")
+    table = tv.read_events({"": path})
+    assert [source.name for source in table.sources] == ["a.mp4", "seq 1", "c.npy"] and np.isnan(table.windows).all()
+    assert list(table.groups) == ["g1", "g1", "g2"] and list(table.clip_ids)[1] == "frames/seq 1"
+    assert table.names == ["x", "y"] and list(table.label) == [0, 1, 0]
+
+
+def test_class_folders_and_apple_files(tmp_path):
+    put(tmp_path, "ear/1.mp4", "ear/._1.mp4", "tail/1.mp4", "tail/2/0.png", "tail/2/1.png", "notes.txt")
+    table = tv.read_events({"": tmp_path})
+    assert sorted(table.clip_ids) == ["ear/1.mp4", "tail/1.mp4", "tail/2"] and table.names == ["ear", "tail"]
+    assert len(set(table.events)) == 3, "equal base names in two class folders are two clips"
+
+
+def test_absolute_paths_without_a_video_root(tmp_path):
+    video = put(tmp_path / "far", "a.mp4") / "a.mp4"
+    path = write(tmp_path / "m.csv", f"path,label\n{video},x\n")
+    assert tv.read_events({"": path}).sources == [video]
+    assert "1 of 1" in fails(tv.read_events, {"": path}, put(tmp_path / "near", "b.mp4"))
+
+
+def test_rows_repeated_on_purpose_are_counted_and_stand_once(tmp_path):
+    root = put(tmp_path, "a.mp4", "b.mp4")
+    rare = event(event_idx=1, behavior="tail", video_path="a.mp4", event_offset_sec=5)
+    rows = [rare, event(video_path="b.mp4"), rare.replace("1,", "9,", 1), rare, event(video_path="b.mp4",
+                                                                                    initiator_id="13")]
+    table = tv.read_events({"train": manifest(tmp_path / "m.csv", *rows)}, root)
+    assert list(table.repeats) == [3, 1, 1] and list(table.label) == [1, 0, 0] and "2 rows repeat" in table.notes[0]
+    assert len(set(table.clip_ids)) == 3, "two events in one window stay two"
+
+
+def test_ids_do_not_depend_on_the_order_of_the_rows(tmp_path):
+    root = put(tmp_path, "a.mp4")
+    rows = [event(video_path="a.mp4", initiator_id=i, behavior=label, start_time=f"6:0{t}:00", event_offset_sec=60 * t)
+            for i in (3, 5) for t in range(3) for label in ("ear", "tail")]
+    ids = [tv.read_events({"": manifest(tmp_path / "m.csv", *order)}, root).clip_ids for order in (rows, rows[::-1])]
+    assert set(ids[0]) == set(ids[1]) and len(set(ids[0])) == 12
+
+
+def test_take_keeps_all_columns_together(tmp_path):
+    put(tmp_path, *(f"{name}.mp4" for name in "abcd"))
+    path = write(tmp_path / "m.csv", "path,label,group\n" + "".join(f"{n}.mp4,{n},g{n}\n" for n in "abcd"))
+    table = tv.read_events({"": path})
+    for part in (table.take(np.array([3, 1])), table.take(np.array([False, True, False, True])).take([1, 0])):
+        assert [source.stem for source in part.sources] == ["d", "b"] == [part.names[c] for c in part.label]
+        assert list(part.groups) == list(part.extra["group"]) == ["gd", "gb"] and list(part.extra.index) == [0, 1]
+
+
+# --- labels -------------------------------------------------------------------------
+
+def test_spellings_of_case_and_spaces_are_one_class():
+    names, chosen = tv.classes_of(["Ear", "ear ", "Ear", "TAIL", "tail", ""])
+    assert names == ["Ear", "TAIL"] and chosen == ["Ear"] * 3 + ["TAIL"] * 2 + [""]
+
+
+@pytest.mark.parametrize("name, text", [
+    ("map.json", '{"Ear": "ear", "TAIL": "tail", "tail/teat?": "tail", "tailhead": null}'),
+    ("map.yaml", "Ear: ear\nTAIL: tail\ntail/teat?: tail\ntailhead:\n"),
+    ("map.csv", "spelling,class\nEar,ear\nTAIL,tail\ntail/teat?,tail\ntailhead,\n"),
+    ("map.yml", "ear: [Ear]\ntail: [TAIL, 'tail/teat?']\n")])
+def test_label_map_in_every_format(tmp_path, name, text):
+    root = put(tmp_path, "a.mp4")
+    labels = ["EAR", "TAIL", "tail", "tail/teat?", *["tailhead"] * ("tailhead" in text)]
+    rows = [event(video_path="a.mp4", behavior=label, event_offset_sec=10 * i) for i, label in enumerate(labels)]
+    table = tv.read_events({"": manifest(tmp_path / "m.csv", *rows)}, root, write(tmp_path / name, text))
+    assert table.names == ["ear", "tail"] and list(table.label) == [0, 1, 1, 1]
+    assert [row["reason"] for row in table.skipped] == ["left out by --label_map"] * ("tailhead" in text)
+
+
+def test_unmapped_labels_are_listed_with_their_counts(tmp_path):
+    path = write(tmp_path / "map.json", '{"Ear": "ear"}')
+    message = fails(tv.classes_of, ["ear", "tailhead", "tailhead", "x"], tv.read_label_map(path))
+    assert "'tailhead' (2 rows)" in message and "'x' (1 rows)" in message and "--label_map" in message
+    assert "'x' (1 rows)" in fails(tv.classes_of, ["ear", "x"], None, ["ear", "tail"])
+    assert "'b' (1 rows)" in fails(tv.classes_of, ["a", "b"], {"a": "ear", "b": "other"}, ["ear", "tail"])
+    assert tv.classes_of(["TAIL"], None, ["ear", "tail"]) == (["ear", "tail"], ["tail"])
+
+
+def test_blank_labels_are_skipped_in_training_and_unknown_in_prediction(tmp_path):
+    put(tmp_path, "a.mp4", "b.mp4")
+    path = write(tmp_path / "m.csv", "path,label\na.mp4,x\nb.mp4,\n")
+    assert [row["reason"] for row in tv.read_events({"": path}).skipped] == ["no label"]
+    assert list(tv.read_events({"": path}, names=["w", "x"], need_labels=False).label) == [1, -1]
+    bare = write(tmp_path / "bare.csv", "path\na.mp4\nb.mp4\n")
+    assert list(tv.read_events({"": bare}, names=["w", "x"], need_labels=False).label) == [-1, -1]
+    assert "one of labels" in fails(tv.read_events, {"": bare})
+
+
+@pytest.mark.parametrize("text, said", [
+    ("movie,label\na.mp4,x\n", "column of paths"), ("path,label,Label\na.mp4,x,x\n", "differ only in spelling"),
+    ("path,label\na.mp4,\n", "no usable row"), ("path,label,group\na.mp4,x,\n", "blank")])
+def test_mistakes_in_a_manifest(tmp_path, text, said):
+    put(tmp_path, "a.mp4")
+    path = write(tmp_path / "m.csv", text)
+    assert said in fails(tv.read_events, {"": path}, group_column="group" if "group" in text else None)
+    assert "did you mean" in fails(tv.read_events, {"": write(path, "path,label,pen\na.mp4,x,1\n")}, group_column="pem")
+
+
+# --- splits --------------------------------------------------------------------------
+
+def small_table(tmp_path):
+    """Two groups, three videos; one event is seen in videos a and b, so these two are one unit."""
+    root = put(tmp_path, "a.mp4", "b.mp4", "c.mp4")
+    rows = [event(video_path="a.mp4", start_time="6:00:00"), event(video_path="b.mp4", start_time="06:00:00"),
+            event(video_path="b.mp4", start_time="6:10:00", event_offset_sec=600),
+            event(video_path="c.mp4", start_time="6:20:00", group="2", behavior="tail")]
+    return tv.read_events({"": manifest(tmp_path / "m.csv", *rows)}, root)
+
+
+def test_split_keys_keep_what_belongs_together(tmp_path):
+    table = small_table(tmp_path)
+
+    def units(split_by):
+        return np.unique(tv.split_keys(table, split_by), return_inverse=True)[1].tolist()
+    assert units("event") == [0, 0, 1, 2] and units("video") == [0, 0, 0, 1] and units("group") == [0, 0, 0, 1]
+    assert units(None) == units("group")
+    table.groups = np.array(["1"] * 4)
+    assert units(None) == units("video"), "one group alone cannot be split, the next level can"
+    table.groups = None
+    assert "--group_column" in fails(tv.split_keys, table, "group")
+
+
+def test_split_keys_chain_over_shared_events():
+    """Independent judge: scipy's connected components of the same random links."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+    draw = np.random.default_rng(0)
+    columns = [draw.integers(0, 40, 60), draw.integers(0, 55, 60)]
+    edges = coo_matrix((np.ones(60), (columns[0], columns[1] + 40)), shape=(95, 95))
+    expected = connected_components(edges, directed=False)[1][columns[0]]
+    found = np.unique(tv.connected([column.astype(str) for column in columns]), return_inverse=True)[1]
+    assert len(set(zip(expected, found))) == len(set(expected)) == len(set(found))
+
+
+# --- frame sequences with scores ---------------------------------------------------------
+
+SCORES = ["Orbital_tightening", "Ears", "Nostril_muzzle"]
+
+
+def sequences(root, n=6):
+    """Folders of frames, and their records with thirds; the total of sequence 0 is 0.5 off, one score is missing."""
+    put(root, *(f"calf 1/seq {i}/{k}.jpg" for i in range(n) for k in range(2)))
+    records = [{"sequence_path": f"calf 1\\seq {i}", "animal": i // 2, "moment": f"M{i % 2}", "sequence_id": i,
+                "num_frames": 2, **{name: (i + k) % 3 / 3 for k, name in enumerate(SCORES)},
+                "NRS (1-10)": 1 + i, "VAS (0-100)": 10 * i, "Total.Facial.scale": 1.0} for i in range(n)]
+    records[0]["Total.Facial.scale"], records[3]["Ears"] = 1.5, None
+    return records
+
+
+def check_sequences(table):
+    assert table.names == [*SCORES, "NRS (1-10)", "VAS (0-100)", "Total.Facial.scale"] and len(table) == 6
+    assert table.target[1, :3] == pytest.approx([1 / 3, 2 / 3, 0]) and table.target[4, 4] == 40
+    assert np.argwhere(np.isnan(table.target)).tolist() == [[3, 1]]
+    assert list(table.groups) == ["0", "0", "1", "1", "2", "2"] and list(table.extra["moment"]) == ["M0", "M1"] * 3
+    assert [source.name for source in table.sources] == [f"seq {i}" for i in range(6)]
+    assert "in 1 of 5 rows, by at most 0.5 (0 by more than 0.5)" in table.notes[0]
+
+
+def test_scores_as_csv(tmp_path):
+    records = sequences(tmp_path)
+    lines = [",".join(records[0]), *(",".join("" if cell is None else str(cell) for cell in row.values())
+                                     for row in records)]
+    check_sequences(tv.read_sequences(write(tmp_path / "s.csv", "\n".join(lines))))
+
+
+@pytest.mark.parametrize("shape", [
+    lambda records: {"sequences": records, "cv_folds": []}, lambda records: records,
+    lambda records: {str(k): {name: cell for name, cell in row.items() if name != "sequence_id"}
+                     for k, row in enumerate(records)},
+    lambda records: {"sequences": {f"tensor({k})": row for k, row in enumerate(records)}},
+    lambda records: [{**dict(list(row.items())[:5]), "scores": dict(list(row.items())[5:])} for row in records]])
+def test_scores_as_json_in_every_shape(tmp_path, shape):
+    path = write(tmp_path / "s.json", json.dumps(shape(sequences(tmp_path))))
+    table = tv.read_sequences(path)
+    check_sequences(table)
+    assert list(table.extra["sequence_id"]) == list("012345")
+
+
+@pytest.mark.parametrize("animal, total", [("Animal", "Total_Facial_scale"), ("animal_id", "total facial scale")])
+def test_spellings_of_columns_and_tensor_ids(tmp_path, animal, total):
+    records = [{{"animal": animal, "Total.Facial.scale": total}.get(name, name): cell for name, cell in row.items()}
+               for row in sequences(tmp_path)]
+    for row in records:
+        row[animal] = f"tensor({row[animal] + 7})"
+    table = tv.read_sequences(write(tmp_path / "s.json", json.dumps(records)),
+                              target_columns=["orbital.tightening", "TOTAL FACIAL SCALE"])
+    assert list(table.groups) == list("778899") and table.names == ["Orbital_tightening", total]
+    assert table.target.shape == (6, 2) and "Ears" not in table.names
+
+
+def test_raters_are_averaged_and_kept_for_the_icc(tmp_path):
+    put(tmp_path, *(f"s{i}/0.jpg" for i in range(3)))
+    rows = ["s0,c,A,1,4", "s0,c,B,2,6", "s1,c,A,0,", "s1,c,B,1,8", "s2,d,A,2,2"]
+    table = tv.read_sequences(write(tmp_path / "s.csv", "path,animal,rater,ears,total\n" + "\n".join(rows)))
+    assert table.target.tolist() == [[1.5, 5], [0.5, 8], [2, 2]] and list(table.repeats) == [1, 1, 1]
+    assert [each.tolist() for each in table.single_ratings["ears"]] == [[1, 2], [0, 1], [2]]
+    assert [each.tolist() for each in table.single_ratings["total"]] == [[4, 6], [8], [2]]
+    means = np.array([1.5, 0.5, 2])
+    between = (np.array([2, 2, 1]) * (means - 1.2) ** 2).sum() / 2
+    assert common.icc(table.single_ratings["ears"])[1] == pytest.approx((between - 0.5) / between)
+    twice = tv.read_sequences(write(tmp_path / "t.csv", "path,animal,ears\ns0,c,1\ns0,c,1\ns1,d,2\n"))
+    assert list(twice.repeats) == [2, 1] and twice.single_ratings is None
+
+
+def test_total_and_parts_by_name():
+    assert tv.total_and_parts(["Ears", "Muzzle", "NRS (1-10)", "VAS (0-100)", "Total.Facial.scale"]) == (4, [0, 1])
+    assert tv.total_and_parts(["Ears", "Muzzle"]) == (None, [])
+
+
+def test_rows_without_any_score_and_missing_folders(tmp_path):
+    records = sequences(tmp_path)
+    for name in [*SCORES, "NRS (1-10)", "VAS (0-100)", "Total.Facial.scale"]:
+        records[2][name] = None
+    records[4]["sequence_path"] = "calf 1/seq 99"
+    path = write(tmp_path / "s.json", json.dumps(records))
+    assert "1 of 6" in fails(tv.read_sequences, path) and "seq 99" in fails(tv.read_sequences, path)
+    table = tv.read_sequences(path, max_missing=0.2)
+    assert [row["reason"] for row in table.skipped] == ["no score", "no such folder"] and len(table) == 4
+    assert len(tv.read_sequences(path, max_missing=0.2, need_labels=False)) == 5
+
+
+@pytest.mark.parametrize("text, said", [("{", "expected JSON"), ("[]", "list of sequences"), ("7", "list of sequences"),
+                                        ('[{"animal": 1, "ears": 1}]', "column of folders"),
+                                        ('[{"path": "x", "animal": "b"}]', "columns of scores"), ("[" * 90000, "JSON")])
+def test_mistakes_in_a_score_file(tmp_path, text, said):
+    assert said in fails(tv.read_sequences, write(tmp_path / "s.json", text))
+
+
+# --- flags on rows -----------------------------------------------------------------------
+
+@pytest.fixture
+def scores(tmp_path):
+    return tv.read_sequences(write(tmp_path / "s.json", json.dumps(sequences(tmp_path))))
+
+
+def test_filter(scores):
+    assert np.flatnonzero(tv.filter_rows(scores, "moment==M1")).tolist() == [1, 3, 5]
+    assert np.flatnonzero(tv.filter_rows(scores, "Moment != 'm1' and nrs_1_10 >= 3")).tolist() == [2, 4]
+    assert np.flatnonzero(tv.filter_rows(scores, "VAS (0-100)<20 and animal == 0")).tolist() == [0, 1]
+    assert "keeps none" in fails(tv.filter_rows, scores, "moment==M9")
+    assert "did you mean moment" in fails(tv.filter_rows, scores, "momnet==M1")
+    for hostile in ("moment", "__import__('os')", "moment==", "moment=M1", "moment==M1 and"):
+        assert "--filter" in fails(tv.filter_rows, scores, hostile)
+
+
+def test_weights_and_presets_of_levels(scores):
+    assert tv.sample_weights(scores, ["moment:M1=2.5", "animal:2=2"]).tolist() == [1, 2.5, 1, 2.5, 2, 5]
+    assert tv.sample_weights(scores, None).tolist() == [1] * 6
+    presets = tv.augment_presets(scores, ["moment:m1=heavy"], "light", ("none", "light", "heavy"))
+    assert list(presets) == ["light", "heavy"] * 3
+    assert "M0, M1" in fails(tv.sample_weights, scores, ["moment:M7=2"])
+    assert "COLUMN:LEVEL=VALUE" in fails(tv.sample_weights, scores, ["moment=2"])
+    assert "expected numbers" in fails(tv.sample_weights, scores, ["moment:M1=two"])
+    assert "0 or more" in fails(tv.sample_weights, scores, ["moment:M1=-1"])
+    assert "one of none" in fails(tv.augment_presets, scores, ["moment:M1=wild"], "light", ("none", "light"))
+
+
+def test_test_groups(scores):
+    assert np.flatnonzero(tv.group_mask(scores, "0, tensor(2)")).tolist() == [0, 1, 4, 5]
+    assert "14" in fails(tv.group_mask, scores, "0,14")
+
+
+FOLDS = [{"fold": 0, "train_animals": [0, 1], "val_animals": [2]},
+         {"fold": 1, "train_animals": [2], "val_animals": [0]}]
+
+
+@pytest.mark.parametrize("content", [
+    {"cv_folds": FOLDS}, FOLDS, {"cv_folds": str(FOLDS)}, {"cv_folds": {f"fold_{k}": f for k, f in enumerate(FOLDS)}},
+    {"fold_1": FOLDS[1], "fold_0": FOLDS[0], "seed": 3}, {"cv_folds": str(FOLDS).replace("[2]", "[tensor(2)]")},
+    {"fold_0": {"train": ["0", "1.0"], "val": ["tensor(2)"]}, "fold_1": {"train": [2], "val": ["0"]}}])
+def test_split_files_in_every_spelling(scores, tmp_path, content):
+    folds = tv.read_cv_file(write(tmp_path / "cv.json", json.dumps(content)), scores)
+    assert [(fold["fold"], fold["train"].tolist(), fold["val"].tolist()) for fold in folds] == [
+        (0, [0, 1, 2, 3], [4, 5]), (1, [4, 5], [0, 1])]
+
+
+@pytest.mark.parametrize("content, said", [
+    ({"cv_folds": []}, "expected cv_folds"), ({"cv_folds": "__import__('os').getcwd()"}, "cannot read"),
+    ([{"train_animals": [0, 1], "val_animals": [1]}], "on both sides: 1"), ({"seed": 1}, "expected cv_folds"),
+    ([{"train_animals": [0], "val_animals": [77]}], "without rows: 77"), ([3], "expected train_animals")])
+def test_mistakes_in_a_split_file(scores, tmp_path, content, said):
+    assert said in fails(tv.read_cv_file, write(tmp_path / "cv.json", json.dumps(content)), scores)
+
+
+# --- audit -----------------------------------------------------------------------------
+
+def planted(tmp_path, seed=None):
+    """Manifests with known leaks. Test shares with train: video a (rows 1, 2: 1 overlap, 1 neighbour); event at 7:00
+    seen by another camera; c2.mp4, a copy of c.mp4 with the same window; group 1. Validation shares nothing."""
+    root = tmp_path / "v"
+    put(root, *(f"{name}.mp4" for name in "abcdefg"))
+    (root / "copied").mkdir(exist_ok=True)
+    (root / "copied" / "c2.mp4").write_bytes((root / "c.mp4").read_bytes())
+    rows = {
+        "train": [event(video_path="a.mp4", start_time="6:00:00", event_offset_sec=0, duration_sec=4),
+                  event(video_path="a.mp4", start_time="6:00:02", event_offset_sec=2, duration_sec=4, behavior="tail"),
+                  event(video_path="a.mp4", start_time="6:00:02", event_offset_sec=2, duration_sec=4, behavior="tail"),
+                  event(video_path="b.mp4", start_time="7:00:00", event_offset_sec=50),
+                  event(video_path="c.mp4", start_time="8:00:00", event_offset_sec=5),
+                  event(video_path="d.mp4", start_time="8:30:00", event_offset_sec=500, behavior="tail")],
+        "val": [event(video_path="e.mp4", start_time="9:00:00", group="2"),
+                event(video_path="e.mp4", start_time="9:00:00", group="2", initiator_id=20, behavior="tail")],
+        "test": [event(video_path="a.mp4", start_time="6:00:05", event_offset_sec=5, duration_sec=4),
+                 event(video_path="f.mp4", start_time="07:00:00", event_offset_sec=9, camera_id=9),
+                 event(video_path="copied/c2.mp4", start_time="8:10:00", event_offset_sec=5),
+                 event(video_path="g.mp4", start_time="9:30:00", group="3", behavior="tail", event_offset_sec=9.5)]}
+    for part in rows:
+        order = range(len(rows[part])) if seed is None else np.random.default_rng(seed).permutation(len(rows[part]))
+        manifest(tmp_path / f"{part}.csv", *(rows[part][i] for i in order))
+    table = tv.read_events({part: tmp_path / f"{part}.csv" for part in rows}, root)
+    return {part: table.take(table.parts == part) for part in rows}
+
+
+def counts(found):
+    return {what: item["count"] for what, item in found.items() if item is not None}
+
+
+def audit(tmp_path, seed=None):
+    tables = planted(tmp_path, seed)
+    durations = {source: 10.0 if source.stem == "g" else 100.0 for part in tables.values() for source in part.sources}
+    return tv.audit_tables(tables, durations=durations, positive="tail")
+
+
+def test_planted_leaks_are_counted_exactly(tmp_path):
+    report = audit(tmp_path)
+    nothing = {"shared_videos": 0, "renamed_copies": 0, "shared_groups": 0, "shared_events": 0,
+               "shared_events_other_camera": 0, "shared_rows": 0, "exact_duplicates": 0, "overlapping_windows": 0,
+               "near_windows": 0}
+    assert counts(report["between"]["train-val"]) == nothing == counts(report["between"]["val-test"])
+    assert counts(report["between"]["train-test"]) == {
+        "shared_videos": 1, "renamed_copies": 1, "shared_groups": 1, "shared_events": 1,
+        "shared_events_other_camera": 1, "shared_rows": 1, "exact_duplicates": 1, "overlapping_windows": 1,
+        "near_windows": 1}
+    shared = report["between"]["train-test"]
+    assert shared["renamed_copies"]["examples"] == ["c.mp4 = copied/c2.mp4"] and shared["shared_rows"]["of"] == 4
+    assert shared["exact_duplicates"]["examples"] == ["c.mp4@5-7 = copied/c2.mp4@5-7"]
+    assert shared["overlapping_windows"]["examples"] == ["a.mp4@2-6 = a.mp4@5-9"]
+    assert shared["near_windows"]["examples"] == ["a.mp4@0-4 = a.mp4@5-9"]
+
+
+def test_planted_facts_of_each_part(tmp_path):
+    report = audit(tmp_path)
+    train, test = report["parts"]["train"], report["parts"]["test"]
+    assert (train["rows"], train["repeated_rows"], train["events"], train["videos"]) == (5, 1, 5, 4)
+    assert train["events_per_video"] == {"min": 1, "median": 1.0, "max": 2}
+    assert train["classes"] == {"ear": 3, "tail": 2}
+    assert (train["pure_videos"], train["mixed_videos"], test["pure_videos"], test["mixed_videos"]) == (3, 1, 4, 0)
+    assert counts(report["within"]["train"]) == {"exact_duplicates": 0, "overlapping_windows": 1,
+                                                 "events_with_two_labels": 0}
+    assert counts(report["within"]["val"])["exact_duplicates"] == 1, "two events in the very same window"
+    past = report["windows_past_the_end"]
+    assert past["past"] == {"count": 1, "examples": ["d.mp4@500-502"]}
+    assert past["cut"] == {"count": 1, "examples": ["g.mp4@9.5-11.5"]} and past["unknown_duration"] == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_audit_does_not_depend_on_the_order_of_the_rows(tmp_path, seed):
+    one, other = (common.json_safe(audit(tmp_path, order)) for order in (None, seed))
+    for report in (one, other):  # the one prior that is about the order
+        report["priors"] = [row for row in report["priors"] if row["name"] != "row order"]
+    assert one == other
+
+
+def test_audit_text_says_it_in_ascii(tmp_path):
+    text = tv.audit_text(audit(tmp_path))
+    assert text.isascii() and "SHARED EVENTS: 1 of 4 rows of test show an event that is also in train" in text
+    assert "between train-val: 0 shared videos, 0 renamed copies" in text
+    assert "windows: 1 start past the end of their file (d.mp4@500-502), 1 are cut by it" in text
+
+
+def test_windows_against_every_pair_of_rows(tmp_path):
+    """Random windows, seconds and whole clips, in three videos of which two are the same file: by brute force."""
+    draw = np.random.default_rng(1)
+    put(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "a2.mp4").write_bytes((tmp_path / "a.mp4").read_bytes())
+    starts = draw.integers(0, 200, 60)
+    text = "".join(f"{['a', 'b', 'a2'][i % 3]}.mp4,{'xy'[i % 2]},{s},{s + draw.integers(1, 12)}\n"
+                   for i, s in enumerate(starts))
+    table = tv.read_events({"": write(tmp_path / "m.csv", "path,label,start_sec,end_sec\n" + text)})
+    table.windows[7] = np.nan
+    overlapping, near = (set(map(frozenset, found)) for found in
+                         tv.window_pairs(table, tv.content_keys(table.sources), 5.0))
+    expected = {"overlap": set(), "near": set()}
+    bounds = [(0, 1e9) if np.isnan(window[0]) else tuple(window) for window in table.windows]
+    for i in range(len(table)):
+        for j in range(i):
+            (a, b), (c, d) = bounds[i], bounds[j]
+            same = table.sources[i].stem[0] == table.sources[j].stem[0]
+            if same and (a, b) != (c, d) and max(a, c) - min(b, d) < 5:
+                expected["overlap" if max(a, c) < min(b, d) else "near"].add(frozenset((i, j)))
+    assert overlapping == expected["overlap"] and near == expected["near"] and len(near) > 5
+
+
+def test_contents_are_compared_by_bytes_and_read_once(tmp_path, monkeypatch):
+    put(tmp_path, "long name.mp4", "f1/0.jpg", "f1/1.jpg")
+    for name, content in {"x.mp4": b"123", "y.mp4": b"124", "z.mp4": b"123"}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "long name.mp4")
+    names = ["x.mp4", "y.mp4", "z.mp4", "long name.mp4", "f1", "link.mp4"]
+    opened, plain = [], open
+    monkeypatch.setattr("builtins.open", lambda file, *a, **k: (opened.append(str(file)), plain(file, *a, **k))[1])
+    keys = tv.content_keys([tmp_path / name for name in [*names, *names]])
+    x, y, z, alone, folder, link = (keys[tmp_path / name] for name in names)
+    assert x == z != y and alone == link != x and folder not in (x, y, alone)
+    assert sorted(Path(name).name for name in opened) == ["x.mp4", "y.mp4", "z.mp4"]
+
+
+def test_probability_clusters(tmp_path):
+    values = [0.25] * 4 + [0.5] * 3 + [0.75] * 2 + [0.1, 0.2000001, 0.2000002]
+    path = write(tmp_path / "p.csv", "clip_id,prob_ear,prob_tail\n" +
+                 "".join(f"c{i},{1 - p!r},{p!r}\n" for i, p in enumerate(values)))
+    found = tv.probability_clusters(path)
+    assert (found["rows"], found["values"], found["rows_in_clusters"], found["distinct"]) == (12, 2, 7, 5)
+    assert found["examples"][0] == {"count": 4, "prob_ear": 0.75, "prob_tail": 0.25}
+    assert "prob_CLASS" in fails(tv.probability_clusters, write(path, "clip_id,p\na,1\nb,2\n"))
+
+
+def paired(tmp_path, n=120):
+    """One class per pair of animals mostly, as calves have favourites; the camera says nothing. Train, then test."""
+    draw, root = np.random.default_rng(3), put(tmp_path, *(f"v{i}.mp4" for i in range(2 * n)))
+    for part in ("train", "test"):
+        rows = []
+        for i in range(n):
+            pair = i % 6
+            label = "tail" if (pair < 2) != (draw.random() < 0.1) else "ear"
+            rows.append(event(video_path=f"v{i + n * (part == 'test')}.mp4", behavior=label, initiator_id=pair,
+                              receiver_id=f"0{pair + 1}", start_time=f"{6 + i % 3}:{i % 60:02d}:{i // 60:02d}",
+                              camera_id=i % 5, day="1" if part == "train" else "2"))
+        manifest(tmp_path / f"{part}.csv", *rows)
+    table = tv.read_events({part: tmp_path / f"{part}.csv" for part in ("train", "test")}, root)
+    return {part: table.take(table.parts == part) for part in ("test", "train")}
+
+
+def test_the_pair_of_animals_tells_the_class_without_pixels(tmp_path):
+    priors = {row["name"]: row for row in tv.audit_tables(paired(tmp_path), positive="tail")["priors"]}
+    assert priors["pair"]["auc"] > 0.85 and priors["pair"]["what"] == "tail"
+    assert priors["receiver_id"]["auc"] == priors["pair"]["auc"] and abs(priors["camera_id"]["auc"] - 0.5) < 0.15
+    assert {"pair", "hour", "camera_id", "day", "initiator_id"} <= set(priors)
+
+
+def test_priors_across_events_and_across_groups(tmp_path):
+    """Without parts: a favourite animal tells the class of its other events, and nothing of animals never seen."""
+    draw, root, rows = np.random.default_rng(5), put(tmp_path, *(f"v{i}.mp4" for i in range(160))), []
+    for i in range(160):
+        group, pair = i % 8, i // 8 % 4
+        label = "tail" if (pair == 0) != (draw.random() < 0.1) else "ear"
+        rows.append(event(video_path=f"v{i}.mp4", behavior=label, group=f"{group}", initiator_id=100 * group + pair,
+                          receiver_id=100 * group + 9, start_time=f"{6 + i // 60}:{i % 60:02d}:00"))
+    manifest(tmp_path / "all.csv", *rows)
+    report = tv.audit_tables({"": tv.read_events({"": tmp_path / "all.csv"}, root)}, positive="tail")
+    auc = {(row["name"], row["across"]): row["auc"] for row in report["priors"]}
+    assert auc["pair", "events"] > 0.75 and auc["pair", "groups"] == 0.5
+    assert "no-pixel prior on pair across events: AUC of tail 0." in tv.audit_text(report)
+
+
+def test_rows_for_priors_go_from_train_to_test_or_into_folds(tmp_path):
+    tables = paired(tmp_path, 30)
+    joined = tv.join_tables(tables)
+    ways = tv.judged_rows(joined, np.ones(60, bool))
+    (train,), (judged,) = ways.pop("parts")
+    assert set(joined.parts[train]) == {"train"} and set(joined.parts[judged]) == {"test"} and not ways
+    for train, judged in tv.judged_rows(tables["train"], np.arange(30) > 2).values():
+        assert sorted(np.concatenate(judged)) == list(range(3, 30))
+        assert all(not set(a) & set(b) and len(a) + len(b) == 27 for a, b in zip(train, judged))
+
+
+def test_priors_that_cannot_be_judged_are_left_out(tmp_path):
+    """No shared estimator is called: one class in the judged part, no labels, or one unit."""
+    put(tmp_path, "a.mp4", "b.mp4")
+    text = {"train": "a.mp4,x\nb.mp4,y\n", "test": "a.mp4,x\nb.mp4,x\n", "": "a.mp4,x\nb.mp4,y\n"}
+    for part in text:
+        write(tmp_path / f"{part}.csv", "path,label\n" + text[part])
+    for parts in (("train", "test"), ("",)):
+        table = tv.read_events({part: tmp_path / f"{part}.csv" for part in parts})
+        report = tv.audit_tables({part: table.take(table.parts == part) for part in parts})
+        assert report["priors"] == [] and "too few labelled" in tv.audit_text(report)
+
+
+def test_an_audit_of_scores_needs_no_classes(scores):
+    report = tv.audit_tables({"train": scores.take([0, 1, 2, 3]), "test": scores.take([3, 4, 5])})
+    found = counts(report["between"]["train-test"])
+    assert found["shared_videos"] == found["shared_events"] == found["shared_groups"] == 1
+    assert found["exact_duplicates"] == 1
+    assert "no-pixel prior on moment across parts: R2 of scores" in tv.audit_text(report)
+    assert "between train-test: 1 shared videos" in tv.audit_text(report)
+
+
+@pytest.mark.skipif(not FIGHT.is_dir(), reason=f"real clips are not at {FIGHT.name}")
+def test_real_clips():
+    table = tv.read_events({"": FIGHT / "clips.csv"}, group_column="scene_group")
+    assert len(table) == 300 and table.names == ["fight", "noFight"] and (np.bincount(table.label) == 150).all()
+    assert len(set(table.groups)) == len(set(tv.split_keys(table))) == 232 and not table.skipped
+    assert len(tv.read_events({"": FIGHT})) == 300

@@ -1,0 +1,3123 @@
+"""Train a network that watches a clip and names the behaviour in it, or scores a sequence of frames.
+
+    python train_video.py --config configs/video_intravideo.yaml --video_root videos
+    python train_video.py --manifest events.csv --video_root videos --dry_run
+    python train_video.py --mode predict --checkpoint outputs/run_X --manifest new.csv --video_root videos
+    python train_video.py --mode evaluate --predictions predictions.csv --output metrics.json
+    python train_video.py --mode audit --train_manifest a.csv --val_manifest b.csv --test_manifest c.csv
+    python train_video.py --task regress --config configs/pain_scores.yaml --folds 9 --group_column animal
+
+Writes outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first), best_model.pth, metrics.json, predictions_val.csv (and
+_test), training_history.csv and .png, audit.json, splits.json, leakage_report.json, the plots of the task, args.json,
+log.txt. With --folds K the same in each fold_K/, pooled above them.
+
+Letters: N clips, M clips scored, B batch, T frames of a clip, G frames of its time grid, C classes, R scores, K outputs
+(C or R), F features, V views, S side of the input in pixels.
+Units: seconds from the start of a file; scores in the unit of their table; pixels are uint8 RGB until the device.
+"""
+import argparse
+import ast
+import bisect
+import collections
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import posixpath
+import re
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import common
+
+MODES = ("train", "predict", "evaluate", "audit")
+KINETICS_MEAN, KINETICS_STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
+ONLY_FRAMES = "cnn_lstm"  # the one --model that sees frames one by one
+FIXED_INPUT = {"s3d": (16, 224), "mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224)}  # frames, pixels
+# what a checkpoint keeps of the flags: all that decides how a clip is read and what the network looks like
+ARCHITECTURE = ("task", "model", "backbone", "hidden", "dropout", "bounded", "image_size", "n_frames", "fps",
+                "clips_per_event", "aggregation", "min_event_sec")
+UNCALIBRATED = {"temperature": 1.0, "threshold": None}  # of top_epoch_N.pth: the most probable class is chosen
+TASK_DEFAULTS = {
+    "classify": {"model": "r3d_18", "n_frames": 16, "epochs": 30, "batch_size": 4, "val_batch_size": 8, "lr": 5e-5,
+                 "weight_decay": 0.05, "scheduler": "cosine", "warmup_epochs": 2.0, "min_lr": 1e-6, "clip_grad": 1.0,
+                 "patience": 10, "min_delta": 0.0, "min_epochs": 0, "augment": "heavy", "loss": "ce"},
+    "regress": {"model": ONLY_FRAMES, "n_frames": 32, "epochs": 50, "batch_size": 64, "val_batch_size": 64, "lr": 5e-5,
+                "weight_decay": 1e-4, "scheduler": "plateau", "warmup_epochs": 0.0, "min_lr": 1e-7, "clip_grad": 0.5,
+                "patience": 15, "min_delta": 1e-4, "min_epochs": 5, "augment": "basic", "loss": "mse",
+                "select": "loss"}}
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".mts", ".npy")
+PATH_COLUMNS = ("video_path", "sequence_path", "clip_path", "path", "file", "filename", "video_filename", "video",
+                "clip", "folder")
+LABEL_COLUMNS = ("behavior", "behaviour", "label", "class", "category", "action")
+GROUP_COLUMNS = ("animal", "animal_id", "subject", "group")
+WINDOW_COLUMNS = ("start_sec", "end_sec", "event_offset_sec", "duration_sec", "start_frame", "end_frame")
+RATER_COLUMNS = ("rater", "rater_id", "observer", "observer_id")
+NO_SCORE = re.compile(r"(.*_)?(id|idx|n|sd|index|frames?|sec|fps|path|filename|camera|date|day|time|fold)|unnamed.*|"
+                      r"row|line|animal|subject|group|moment|rater|observer|age")
+
+
+def parse_args(argv=None):
+    parser = common.Parser(__doc__)
+    by_task = dict.fromkeys([*TASK_DEFAULTS["classify"], *TASK_DEFAULTS["regress"]])
+    common.add_shared_arguments(parser, plateau_patience=7, on_bad_file="skip")
+    job = parser.add_argument_group("job").add_argument
+    job("--task", choices=("classify", "regress"), default="classify",
+        help="a class for each event, or scores for each sequence; it also sets the defaults of training")
+    job("--mode", choices=MODES, default="train", help="evaluate needs no video, audit no model")
+    job("--checkpoint", type=Path, nargs="+", help="predict: best_model.pth files or run folders; several are averaged")
+    job("--predictions", type=Path, help="evaluate, audit: a predictions CSV of this script")
+    job("--output", type=Path, help="file that predict (.csv), evaluate or audit (.json) writes")
+    add_clip_arguments(parser.add_argument_group("clips and labels").add_argument)
+    add_model_arguments(parser.add_argument_group("model").add_argument)
+    add_learning_arguments(parser.add_argument_group("learning").add_argument)
+    parser.set_defaults(**by_task)
+    args = common.parse_arguments(parser, argv)
+    for name, value in TASK_DEFAULTS[args.task].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check_flags(parser, args)
+    return args
+
+
+def add_clip_arguments(data):
+    """Where the clips are, what is asked of them, and how they are cut from their videos."""
+    data("--manifest", type=Path, help="table of events or sequences (CSV, JSON), or a folder of class folders")
+    for part in ("train", "val", "test"):
+        data(f"--{part}_manifest", type=Path, help=f"events of the {part} part, instead of a split made here")
+    data("--video_root", type=Path, help="folder that holds the videos, whatever folders the manifest names")
+    data("--label_map", type=Path, help="file of spelling -> class (JSON, YAML, CSV); a blank class leaves the row out")
+    data("--target_columns", nargs="+", metavar="NAME", help="scores to learn (default: all numeric columns)")
+    data("--split_by", choices=("event", "video", "group"), help="what a split never cuts (default: the coarsest)")
+    data("--filter", help='rows to use, e.g. "moment==M2 and age>=3"')
+    data("--min_event_sec", type=common.bounded(float, 0), default=1.0, help="shorter events get a window so long")
+    data("--max_missing", type=common.bounded(float, 0, 1), default=0.05, help="share of unreadable videos allowed")
+    data("--gap_sec", type=common.bounded(float, 0), default=30.0, help="windows of a video closer than this are told")
+    data("--cv_file", type=Path, help="folds of a study: cv_folds with train_animals and val_animals")
+    data("--test_groups", help="groups kept for the test, e.g. 14,17; all folds predict them, as an ensemble too")
+    data("--moment_column", default="moment", help="regress: column whose levels get rows of their own in the tables")
+    data("--fps", type=common.bounded(float, 0.1, 240), default=12.0, help="classify: frames per second of a clip")
+    data("--n_frames", type=common.bounded(int, 1), help="frames of a clip (classify 16), at most of a sequence (32)")
+    data("--image_size", type=common.bounded(int, 32), default=112, help="side of the input in pixels")
+    data("--jitter_sec", type=common.bounded(float, 0), default=0.0, help="training clips may start so much off")
+    data("--clips_per_event", type=common.bounded(int, 1), default=5, help="classify: clips scored and averaged")
+    data("--aggregation", choices=("mean", "max"), default="mean", help="of the outputs of an event's clips")
+
+
+def add_model_arguments(model):
+    """The network and which parts of it are trained."""
+    model("--model", help="a torchvision video network (r3d_18, mc3_18, r2plus1d_18, s3d, mvit_v2_s, swin3d_t), or "
+                          f"{ONLY_FRAMES}: an image backbone frame by frame, then an LSTM")
+    model("--backbone", default="resnet18", help=f"image network of {ONLY_FRAMES}")
+    model("--hidden", type=common.bounded(int, 1), default=256, help=f"width of the LSTM of {ONLY_FRAMES}")
+    model("--dropout", type=common.bounded(float, 0, 0.95), default=0.5, help="before the last layer")
+    model("--bounded", action="store_true", help="regress: hold the scores to the range of the train rows")
+    model("--freeze_stages", type=common.bounded(int, 0), default=0, help="first resolutions that are not trained")
+    model("--freeze_norm", action="store_true", help="keep the BatchNorm statistics: steadier on few clips")
+    model("--freeze_backbone", action="store_true", help="train the rest alone, on features computed once")
+    model("--feature_views", type=common.bounded(int, 1), default=4, help="with --freeze_backbone: random views a clip")
+    model("--backbone_lr_mult", type=common.bounded(float, 0), default=1.0, help="backbone learning rate over --lr")
+
+
+def add_learning_arguments(learn):
+    """Loss, imbalance, weights and the choice of the epoch."""
+    learn("--loss", choices=("ce", "focal", "mse", "smooth_l1"), help="ce or focal for classes, the others for scores")
+    learn("--focal_gamma", type=common.bounded(float, 0), default=2.0, help="focal: weight (1 - p)^gamma")
+    learn("--focal_alpha", type=common.bounded(float, 0, 1), help="focal: weight of the positive class, else 1 - it")
+    learn("--label_smoothing", type=common.bounded(float, 0, 0.9), default=0.0, help="share spread over all classes")
+    learn("--balance", choices=("none", "sampler", "weights"), default="none", help="draw, or weigh, all classes alike")
+    learn("--boost_to", type=common.bounded(float, 0, 0.9), help="repeat rare train rows up to this share")
+    learn("--force", action="store_true", help="allow several corrections of the class balance at once")
+    learn("--mixup", type=common.bounded(float, 0), default=0.0, help="alpha of mixup; 0 = off")
+    learn("--positive_class", help="the class that matters (default: the rarest in the train rows)")
+    learn("--sample_weight", action="append", metavar="COLUMN:LEVEL=W", help="weight of rows, e.g. moment:M2=2.5")
+    learn("--augment_for", action="append", metavar="COLUMN:LEVEL=PRESET", help="augmentation of some rows")
+    learn("--target_weights", nargs="+", metavar="NAME=W", help="regress: weight of scores in the loss")
+    learn("--consistency_weight", type=common.bounded(float, 0), default=0.1, help="ties a total to its parts; 0 = off")
+    learn("--select", help="val_ column that chooses the epoch, e.g. tail_f1 or f1_tail (default: average precision of "
+                           "the positive class; regress: loss), or last: a fixed number of epochs")
+
+
+def check_flags(parser, args):
+    """parser.error for what a mode lacks, and for flags that contradict each other."""
+    needed = {"predict": ("checkpoint", "manifest"), "evaluate": ("predictions",)}.get(args.mode, ())
+    lacking = [f"--{name}" for name in needed if not getattr(args, name)]
+    manifests = [args.manifest, args.train_manifest, args.val_manifest, args.test_manifest]
+    if lacking or args.mode in ("train", "audit") and not any([*manifests, args.video_root]):
+        parser.error(f"--mode {args.mode} needs {' and '.join(lacking) or '--manifest, or --train_manifest'}")
+    if args.manifest and any(manifests[1:]):
+        parser.error(f"--manifest {args.manifest} is split here; give it alone, or the manifests of the parts")
+    if any(manifests[1:]) and (args.folds or args.cv_file or not args.train_manifest and args.mode == "train"):
+        parser.error(f"manifests of parts need --train_manifest {args.train_manifest} and go without folds")
+    if args.mode == "train" and (args.loss in ("ce", "focal")) != (args.task == "classify"):
+        parser.error(f"--loss {args.loss} does not fit --task {args.task}")
+    corrections = [args.balance == "sampler", args.balance == "weights", args.focal_alpha is not None]
+    if sum(corrections) > 1 and not args.force:
+        parser.error(f"--balance {args.balance} and --focal_alpha {args.focal_alpha} both correct the class balance; "
+                     "drop one, or give --force")
+    if args.task == "regress" and args.model != ONLY_FRAMES and args.mode == "train":
+        parser.error(f"--task regress reads sequences of any length: --model {ONLY_FRAMES}, found {args.model}")
+    if args.mode == "train" and not args.cv_file and not any(manifests[1:]):
+        common.check_split_flags(parser, args)
+
+
+# --- manifests: row on disk -> table -------------------------------------------------------
+
+@dataclasses.dataclass
+class Table:
+    """What is known of N clips before any video is opened; a row that the manifest repeats stands here once.
+
+    windows: (N, 2) float64 start and end, NaN = the whole clip, in `unit`; events: identity of what happens, whatever
+    the camera, path or row; videos: the source's path below the video root; repeats: rows of the manifest that each
+    row stands for, more than 1 where rare events were repeated on purpose.
+    """
+    names: list  # C classes, or R targets
+    clip_ids: np.ndarray  # (N,) unique text
+    sources: list  # N paths: a video, a folder of frames or a .npy
+    windows: np.ndarray  # (N, 2)
+    unit: np.ndarray  # (N,) sec or frame
+    events: np.ndarray  # (N,) text
+    videos: np.ndarray  # (N,) text
+    parts: np.ndarray  # (N,) the manifest's part: train, val, test or ''
+    repeats: np.ndarray  # (N,) int64, 1 or more
+    extra: object  # DataFrame of N rows: the other columns as text, and pair, hour, row_order
+    label: np.ndarray | None = None  # (N,) int64 class, -1 = unknown
+    target: np.ndarray | None = None  # (N, R) float64, NaN = missing
+    groups: np.ndarray | None = None  # (N,) text
+    single_ratings: dict | None = None  # target -> N arrays, where several raters scored a sequence
+    skipped: list = dataclasses.field(default_factory=list)  # dicts of row and reason
+    notes: list = dataclasses.field(default_factory=list)
+
+    def __len__(self):
+        return len(self.clip_ids)
+
+    def take(self, rows):
+        """The Table of these rows: (M,) int, or (N,) bool."""
+        rows = np.arange(len(self))[rows]
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed = {name: value[rows] for name, value in fields.items() if isinstance(value, np.ndarray)}
+        single = {name: [each[row] for row in rows] for name, each in (self.single_ratings or {}).items()} or None
+        return dataclasses.replace(self, **changed, sources=[self.sources[row] for row in rows],
+                                   extra=self.extra.iloc[rows].reset_index(drop=True), single_ratings=single)
+
+
+def column_key(name):
+    """'Total.Facial.scale' = 'Total_Facial_scale' = 'total_facial_scale'."""
+    return re.sub(r"\W+", "_", str(name).casefold()).strip("_")
+
+
+def keyed_columns(table, source):
+    """The table with its columns named by column_key. Raises UserError where two names become one."""
+    keys = [column_key(name) for name in table.columns]
+    twice = [name for name, key in zip(table.columns, keys) if keys.count(key) > 1]
+    if twice:
+        raise common.UserError(f"{source}: columns that differ only in spelling: {common.some(twice)}. Delete one")
+    return table.set_axis(keys, axis=1)
+
+
+def first_column(table, wanted, known, flag, source):
+    """Key of the column asked for by `flag`, else the first of `known` that the table has, else None."""
+    if wanted and column_key(wanted) not in table.columns:
+        raise common.UserError(f"{source}: no column for {flag} {wanted}{common.closest(wanted, table.columns)} "
+                               f"(found: {common.some(table.columns, 40)})")
+    return column_key(wanted) if wanted else next((name for name in known if name in table.columns), None)
+
+
+def clock_seconds(text):
+    """Seconds since midnight of '6:00:25', '06:00:25', '7/6/2024 6:00:25' or '6:00:25 pm'; NaN where it is no time."""
+    clock = r"(?:.*[ t])?(\d{1,2}):(\d{2})(?::(\d{2}(?:\.\d*)?))?\s*(?:([ap])\.?m\.?)?"
+    match = re.fullmatch(clock, str(text).strip().casefold())
+    if not match:
+        return math.nan
+    hour = int(match[1]) if match[4] is None else int(match[1]) % 12 + 12 * (match[4] == "p")
+    return 3600 * hour + 60 * int(match[2]) + float(match[3] or 0)
+
+
+def plain_level(cell):
+    """One spelling of a cell that names something: case and spaces, '07' = '7' = '7.0' = 'Group 7' = tensor(7), and
+    '7/6/2024 0:00' = '07/06/2024'."""
+    text = re.sub(r"tensor\(\s*([^,()]*).*\)", r"\1", " ".join(str(cell).casefold().split())).strip()
+    text = re.sub(r"^(group|day|animal|subject)[ _-]*(?=\d+$)", "", text)
+    text = re.sub(r"(?<=\d)[ t]0?0:00(:00)?(\.0+)?$", "", text)  # spreadsheets add midnight to a date
+    text = re.sub(r"^(\d+)\.0+$", r"\1", text)
+    return text if re.search("[a-z]", text) else re.sub(r"(?<![\d.])0+(?=\d)", "", text)
+
+
+def event_keys(extra, fallback):
+    """(N,) identity of each row's event: group, day, start time, initiator, receiver; never path, row or camera.
+
+    Where start time, day (or date) or the animals have no column, or the time is blank: fallback (N,), source and
+    window.
+    """
+    def column(*names):
+        found = next((name for name in names if name in extra and (extra[name] != "").any()), None)
+        return None if found is None else [plain_level(cell) for cell in extra[found]]
+    group, day, initiator, receiver = (column(*names) for names in (
+        ("group",), ("day", "date"), ("initiator_id", "initiator"), ("receiver_id", "receiver")))
+    if "start_time" not in extra or None in (day, initiator, receiver):
+        return np.array(fallback, dtype=str)
+    seconds = [clock_seconds(cell) for cell in extra["start_time"]]
+    times = [plain_level(cell) if math.isnan(s) else f"{s:g} s" for cell, s in zip(extra["start_time"], seconds)]
+    keys = zip(group or [""] * len(extra), day, times, initiator, receiver)
+    return np.array([" | ".join(key) if key[2] else other for key, other in zip(keys, fallback)], dtype=str)
+
+
+def index_videos(root):
+    """{path below root: Path} of all videos, .npy clips and folders of pictures; hidden and '._' ones ignored."""
+    if not Path(root).is_dir():
+        raise common.UserError(f"--video_root {root}: expected a folder of videos, found no such folder")
+    found, seen = {}, set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        is_new = os.path.realpath(folder) not in seen  # links may lead back to a folder above
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in folders if is_new and not name.startswith("."))
+        inside, visible = Path(folder).relative_to(root), [n for n in files if is_new and not n.startswith(".")]
+        if any(name.lower().endswith(common.IMAGE_SUFFIXES) for name in visible):
+            found[inside.as_posix()] = Path(folder)
+        found |= {(inside / name).as_posix(): Path(folder, name)
+                  for name in visible if name.lower().endswith(VIDEO_SUFFIXES)}
+    return found
+
+
+def clean_path(name):
+    r"""'E:\Some study\Cam 8\a.mp4' -> 'Some study/Cam 8/a.mp4' (NFC); what climbs out of its root starts with '..'."""
+    text = unicodedata.normalize("NFC", str(name).strip()).replace("\\", "/")
+    below = re.sub(r"^[A-Za-z]:", "", text)
+    is_absolute = below.startswith("/") or below != text
+    return posixpath.normpath(("/" + below).replace("//", "/")).lstrip("/") if is_absolute else posixpath.normpath(text)
+
+
+def match_videos(written, root):
+    """Names as a manifest writes them -> ({name: Path or None}, names that were found by base name alone).
+
+    By the longest common suffix of folders, then by base name, ignoring case; backslashes and drive letters as on
+    Windows. Raises UserError: a name leaves `root`, fits several files, or several folders mean one file.
+    """
+    files, by_name = index_videos(root), collections.defaultdict(list)
+    for file in files:
+        parts = unicodedata.normalize("NFC", file).split("/")
+        by_name[parts[-1].casefold()].append((parts, file))
+        if parts[-1].lower().endswith(VIDEO_SUFFIXES):
+            by_name[Path(parts[-1]).stem.casefold()].append((parts, file))
+    names = {name: clean_path(name).split("/") for name in dict.fromkeys(written)}
+    leaving = [name for name, parts in names.items() if parts[0] == ".."]
+    if leaving:
+        raise common.UserError(f"expected videos inside --video_root {root}, found {common.some(leaving)}; mend them")
+    hits, by_base, parents = {}, [], collections.defaultdict(set)
+    for name, parts in names.items():
+        hits[name], common_folders, contradicts = best_files(parts, by_name[parts[-1].casefold()])
+        by_base += [name] * contradicts
+        for file in hits[name] if common_folders == 0 and len(parts) > 1 else ():
+            parents[file].add(parts[-2].casefold())
+    unclear = [f"{name} -> {common.some(found, 4)}" for name, found in hits.items() if len(found) > 1]
+    unclear += [f"{common.some(sorted(folders), 4)} -> {file}" for file, folders in parents.items() if len(folders) > 1]
+    if unclear:
+        raise common.UserError(f"expected one file below --video_root {root} for a name, found {common.some(unclear)}; "
+                               "write folders into the paths, or keep the folders on disk as the paths have them")
+    return {name: files[found[0]] if found else None for name, found in hits.items()}, by_base
+
+
+def best_files(parts, candidates):
+    """Of (parts, file) those that fit best -> (files, folders in common, True where even the last folder differs)."""
+    def score(file_parts):
+        pairs = list(zip(reversed(parts[:-1]), reversed(file_parts[:-1])))
+        common_folders = len(list(itertools.takewhile(lambda pair: pair[0].casefold() == pair[1].casefold(), pairs)))
+        contradicts = common_folders < len(pairs)
+        return (common_folders, not contradicts, len(file_parts) == len(parts),
+                parts[-1].casefold() == file_parts[-1].casefold(), parts[-len(file_parts):] == file_parts)
+    best = max((score(file_parts) for file_parts, _ in candidates), default=(0, True))
+    fitting = [file for file_parts, file in candidates if score(file_parts) == best]
+    return fitting, best[0], best[0] == 0 and not best[1]
+
+
+def read_label_map(path):
+    """JSON, YAML or CSV -> {spelling: class, or None = left out}; also {class: [spellings]}. A class spells itself."""
+    if Path(path).suffix.lower() in (".csv", ".tsv", ".txt"):
+        rows = common.read_table(path).to_numpy()
+        if rows.shape[1] != 2:
+            raise common.UserError(f"--label_map {path}: expected 2 columns, spelling and class; found {rows.shape[1]}")
+        pairs = [tuple(row) for row in rows]
+    else:
+        pairs = [(item, key) if isinstance(value, list) else (key, value)
+                 for key, value in common.read_config(path).items()
+                 for item in (value if isinstance(value, list) else [None])]
+    classes = {str(spelling): None if name in (None, "") else str(name) for spelling, name in pairs}
+    return {**classes, **{name: name for name in classes.values() if name is not None and name not in classes}}
+
+
+def classes_of(spelled, label_map=None, names=None):
+    """(N,) labels as written -> (C names, N class names; '' = blank, None = left out by the map).
+
+    Without a map the spellings that differ in case and outer spaces are one class, named by the most frequent one.
+    Raises UserError that counts the labels that are not in the map, or not among `names`.
+    """
+    counts = collections.Counter(str(label).strip() for label in spelled)
+    counts.pop("", None)
+    known = {name.casefold(): name for name in names or []}
+    if label_map is None:
+        for label in sorted(counts, key=lambda label: (-counts[label], label)) if names is None else ():
+            known.setdefault(label.casefold(), label)
+    else:
+        known = {label.strip().casefold(): name for label, name in label_map.items()}
+    unknown = [f"{label!r} ({count} rows)" for label, count in sorted(counts.items()) if label.casefold() not in known
+               or names and known[label.casefold()] not in [*names, None]]
+    if unknown:
+        raise common.UserError(f"labels without a class: {common.some(unknown, 30)}; known: {common.some(known, 30)}. "
+                               "Write --label_map FILE (JSON, YAML or CSV: spelling -> class, blank = leave out)")
+    chosen = [known[str(label).strip().casefold()] if str(label).strip() else "" for label in spelled]
+    used = [name for name in dict.fromkeys(known.values()) if name and name in chosen]
+    return list(names or (sorted(used) if label_map is None else used)), chosen
+
+
+def event_windows(rows, source, min_event_sec=1.0):
+    """Window columns of one manifest -> (windows (N, 2), unit (N,), faults (N,) text, '' = none).
+
+    start_sec and end_sec, else event_offset_sec and duration_sec, else start_frame and end_frame (both inclusive);
+    nothing: the whole clip. An event shorter than min_event_sec gets a window of that length around it.
+    """
+    def numbers(name):
+        has = name in rows
+        return common.to_numbers(rows[name], f"{source}, column {name}") if has else np.full(len(rows), np.nan)
+    start, end, offset, duration, first, last = map(numbers, WINDOW_COLUMNS)
+    start = np.where(np.isnan(start), offset, start)
+    end = np.where(np.isnan(end), start + np.nan_to_num(duration), end)
+    is_frame = np.isnan(start) & ~np.isnan(first)
+    windows = np.where(is_frame[:, None], np.stack([first, np.where(np.isnan(last), first, last) + 1], 1),
+                       np.stack([start, end], 1))
+    is_short = ~is_frame & (windows[:, 1] >= windows[:, 0]) & (windows[:, 1] - windows[:, 0] < min_event_sec)
+    centred = np.maximum(windows[is_short].mean(1) - min_event_sec / 2, 0)
+    faults = np.where(windows[:, 0] < 0, "starts before the file", "").astype(object)
+    faults[windows[:, 1] < windows[:, 0] + is_frame] = "ends before it starts"
+    windows[is_short] = np.stack([centred, centred + min_event_sec], 1)
+    has_start = ~np.isnan(windows[:, 0])
+    if has_start.any():
+        faults[~has_start] = "no offset, while other rows have one"
+    return windows, np.where(is_frame, "frame", "sec"), faults
+
+
+def seconds_of(table, fps, min_event_sec=1.0):
+    """The Table with windows counted in frames turned into seconds, by fps (N,); short ones widened as in seconds."""
+    start, end = np.where((table.unit == "frame")[:, None], table.windows / np.asarray(fps, float)[:, None],
+                          table.windows).T
+    is_short = (table.unit == "frame") & (end - start < min_event_sec)
+    start = np.where(is_short, np.maximum((start + end - min_event_sec) / 2, 0), start)
+    windows = np.stack([start, np.where(is_short, start + min_event_sec, end)], 1)
+    return dataclasses.replace(table, windows=windows, unit=np.full(len(table), "sec"))
+
+
+def folder_table(root):
+    """Class folders root/CLASS/clip.mp4 (or a folder of frames, or .npy) -> DataFrame of path and label, by clip name:
+    the folders' order is no order of the rows."""
+    import pandas as pd
+    clips = sorted((name for name in index_videos(root) if "/" in name), key=lambda name: (name.split("/")[1:], name))
+    if not clips:
+        raise common.UserError(f"{root}: expected class folders with clips (CLASS/clip.mp4), found none")
+    labels = [name.split("/")[0] for name in clips]
+    return pd.DataFrame({"path": clips, "label": labels}, index=range(1, len(clips) + 1), dtype=object)
+
+
+def row_places(n_rows):
+    """Place of each row in its file, 0 to 1, as text: a file sorted by class gives itself away."""
+    return [f"{row / n_rows:.6f}" for row in range(n_rows)]
+
+
+def read_manifest(part, path, flags):
+    """One manifest file, or folder of class folders -> DataFrame of text: path, label, line, part, fault, root, start,
+    end, unit, then the other columns under column_key. Raises UserError without a path column."""
+    path = Path(path)
+    rows = keyed_columns(folder_table(path) if path.is_dir() else common.read_table(path), path)
+    source = first_column(rows, flags["path_column"], PATH_COLUMNS, "--path_column", path)
+    label = first_column(rows, flags["label_column"], LABEL_COLUMNS, "--label_column", path)
+    if source is None or label is None and flags["need_labels"]:
+        raise common.UserError(f"{path}: expected a column of paths ({', '.join(PATH_COLUMNS)}) and one of labels "
+                               f"({', '.join(LABEL_COLUMNS)}), found {common.some(rows.columns, 40)}")
+    windows, unit, faults = event_windows(rows, path, flags["min_event_sec"])
+    written = rows[source].mask(rows[source] == "", rows.get("video_filename", ""))
+    extra = rows.drop(columns=[name for name in rows if name in (source, label, *WINDOW_COLUMNS)])
+    core = {"path": written, "label": "" if label is None else rows[label], "part": part, "fault": faults,
+            "line": [f"{path.name} line {line}" for line in rows.index],
+            "root": str(flags["video_root"] or (path if path.is_dir() else path.parent)),
+            "start": windows[:, 0], "end": windows[:, 1], "unit": unit, "row_order": row_places(len(rows))}
+    return extra.assign(**{f"@{name}": value for name, value in core.items()})
+
+
+def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, group_column=None, path_column=None,
+                label_column=None, names=None, need_labels=True, max_missing=0.05):
+    """{part: CSV manifest or folder of class folders} -> Table for --task classify.
+
+    video_root: where the paths are looked for (default: beside each manifest); names: the classes of a trained model;
+    need_labels False: rows without a label stay, label -1. Without group_column a column `group` is the group.
+    Raises UserError: see the functions above; more than the share max_missing of the videos is not there.
+    """
+    import pandas as pd
+    flags = {"path_column": path_column, "label_column": label_column, "need_labels": need_labels,
+             "min_event_sec": min_event_sec, "video_root": video_root}
+    rows = pd.concat([read_manifest(part, path, flags) for part, path in manifests.items()], ignore_index=True)
+    rows = rows.fillna({name: "" for name in rows.columns if not name.startswith("@")})
+    group = first_column(rows, group_column, ("group",), "--group_column", common.some(manifests.values()))
+    notes = []
+    sources = find_sources(rows, video_root is None, max_missing, notes)
+    names, classes = classes_of(rows["@label"], label_map and read_label_map(label_map), names)
+    reasons = [fault or ("no such video" if source is None else "left out by --label_map" if name is None
+                         else "no label" if need_labels and not name else "")
+               for fault, source, name in zip(rows["@fault"], sources, classes)]
+    keep, table = build_table(rows, sources, names, reasons, notes)
+    index = {name: c for c, name in enumerate(names)}
+    table.label = np.array([index.get(classes[i], -1) for i in keep], dtype=np.int64)
+    table.groups = groups_of(rows.iloc[keep], group, group_column is not None, table)
+    return merge_repeats(table)
+
+
+def groups_of(rows, column, is_wanted, table):
+    """(N,) groups in one spelling, or None. Blank ones: a UserError where the column was asked for, else no groups."""
+    if column is None:
+        return None
+    groups = np.array([plain_level(cell) for cell in rows[column]], dtype=str)
+    if (groups != "").all():
+        return groups
+    if is_wanted:
+        raise common.UserError(f"--group_column {column} is blank in {common.some(rows['@line'][groups == ''])}: fill")
+    table.notes.append(f"column {column} is blank in {(groups == '').sum()} rows and names no groups")
+    return None
+
+
+def find_sources(rows, is_open, max_missing, notes):
+    """Paths of the rows' videos, None where there is none; appends to notes. Raises UserError above max_missing.
+
+    is_open: no --video_root was given, so that an absolute path may also name a video elsewhere.
+    """
+    found = {}
+    for root, names in rows.groupby("@root")["@path"]:
+        hits, by_base = match_videos(names, root)
+        if by_base:
+            notes.append(f"{len(by_base)} videos found by base name alone, other folder on disk: "
+                         f"{common.some(by_base, 3)}")
+        for name, path in hits.items():
+            is_there = path is None and is_open and os.path.isabs(name) and os.path.exists(name)
+            found[root, name] = Path(name) if is_there else path
+    missing = [name for (_, name), path in found.items() if path is None]
+    if len(missing) > max_missing * len(found):
+        raise common.UserError(f"{len(missing)} of {len(found)} videos are not below --video_root {root}: "
+                               f"{common.some(missing)}; correct it, or allow a larger share: --max_missing")
+    if missing:
+        notes.append(f"{len(missing)} of {len(found)} videos are not there: {common.some(missing)}")
+    return [found[key] for key in zip(rows["@root"], rows["@path"])]
+
+
+def build_table(rows, sources, names, reasons, notes):
+    """Rows, (N,) sources, (N,) reasons to skip, '' = none -> (kept rows, their Table without labels).
+
+    Clip ids do not depend on the order of the rows. Raises UserError where no row is left.
+    """
+    keep = [i for i, reason in enumerate(reasons) if not reason]
+    skipped = [{"row": line, "video": path, "reason": reason}
+               for line, path, reason in zip(rows["@line"], rows["@path"], reasons) if reason]
+    if not keep:
+        raise common.UserError(f"no usable row of {len(rows)}: "
+                               f"{common.some((row['row'] + ': ' + row['reason'] for row in skipped), 3)}")
+    rows, sources = rows.iloc[keep].reset_index(drop=True), [sources[i] for i in keep]
+    base = Path(os.path.commonpath([os.path.realpath(root) for root in set(rows["@root"])]))
+    real = {source: Path(os.path.realpath(source)) for source in set(sources)}
+    below = {source: (path.relative_to(base) if path.is_relative_to(base) else path).as_posix()
+             for source, path in real.items()}
+    videos = np.array([below[source] for source in sources], dtype=str)
+    windows = rows[["@start", "@end"]].to_numpy(float)
+    spans = ["" if math.isnan(a) else f"@{a:g}-{b:g}{'f' * (unit == 'frame')}"
+             for (a, b), unit in zip(windows, rows["@unit"])]
+    clips = [video + span for video, span in zip(videos, spans)]
+    extra = rows[[name for name in rows.columns if not name.startswith("@")]].copy()
+    extra["row_order"] = rows["@row_order"]
+    events = event_keys(extra, [f"{clip}" for clip in clips])
+    if {"initiator_id", "receiver_id"} <= set(extra):
+        extra["pair"] = [f"{plain_level(a)} > {plain_level(b)}"
+                         for a, b in zip(extra["initiator_id"], extra["receiver_id"])]
+    if "start_time" in extra:
+        hours = [clock_seconds(cell) // 3600 for cell in extra["start_time"]]
+        extra["hour"] = ["" if math.isnan(hour) else f"{hour:.0f}" for hour in hours]
+    return keep, Table(names, np.array(clips, dtype=str), sources, windows, rows["@unit"].to_numpy(str), events, videos,
+                       rows["@part"].to_numpy(str), np.ones(len(rows), np.int64), extra, skipped=skipped, notes=notes)
+
+
+def merge_repeats(table):
+    """Rows of one part with the same clip, event and label become one that counts them; then clip_ids are unique."""
+    label = table.label if table.label is not None else table.target
+    keys = list(zip(table.clip_ids, table.parts, table.events, [np.asarray(value).tobytes() for value in label]))
+    first, counts = {key: row for row, key in reversed(list(enumerate(keys)))}, collections.Counter(keys)
+    kept = table.take(np.array(sorted(first.values()), dtype=int))
+    kept.repeats = np.array([counts[keys[row]] for row in sorted(first.values())], np.int64)
+    if len(kept) < len(table):
+        kept.notes.append(f"{len(table) - len(kept)} rows repeat another one ({(kept.repeats > 1).sum()} events were "
+                          "repeated on purpose): each is counted once in every evaluation")
+    kept.clip_ids = unique_ids(kept)
+    return kept
+
+
+def unique_ids(table):
+    """(N,) clip ids; where one clip stands in several parts, or holds several events, its part and event are added."""
+    ids, label = list(table.clip_ids), table.label if table.label is not None else table.target
+    for detail in (table.parts, table.events, [str(value) for value in label]):
+        counts = collections.Counter(ids)
+        ids = [f"{name} [{more}]" if counts[name] > 1 and more else name for name, more in zip(ids, detail)]
+    seen = collections.Counter()
+    for i, name in enumerate(ids):
+        seen[name] += 1
+        ids[i] = f"{name} #{seen[name]}" if seen[name] > 1 else name
+    return np.array(ids, dtype=str)
+
+
+def split_keys(table, split_by=None):
+    """(N,) text units that a split must keep whole: events, videos with their events, or groups with all of both.
+
+    split_by None: the coarsest that there is more than one of. Units that share an event or a video are one.
+    """
+    levels = {"group": table.groups, "video": table.videos, "event": table.events}
+    if split_by == "group" and table.groups is None:
+        raise common.UserError(f"--split_by {split_by} needs --group_column (found: "
+                               f"{common.some(table.extra.columns, 40)})")
+    wanted = [split_by] if split_by else [name for name in levels if levels[name] is not None]
+    for name in wanted:
+        used = list(levels)[list(levels).index(name):]
+        unit = connected([levels[other] for other in used if levels[other] is not None])
+        if len(set(unit)) > 1 or name == wanted[-1]:
+            return np.array([f"{name} {each}" for each in unit], dtype=str)
+    raise common.UserError(f"--split_by {split_by}: expected group, video or event")
+
+
+def connected(columns):
+    """Columns of (N,) text -> (N,) text: rows linked by an equal value in any column get the same, smallest name."""
+    parent = {}
+
+    def root(node):
+        while parent.setdefault(node, node) != node:
+            parent[node] = node = parent[parent[node]]
+        return node
+    for row in zip(*columns):
+        for level, value in enumerate(row):
+            a, b = sorted((root((0, row[0])), root((level, value))))
+            parent[b] = a
+    return [root((0, value))[1] for value in columns[0]]
+
+
+# --- score tables: sequence on disk -> table -----------------------------------------------
+
+def sequence_rows(path):
+    """CSV, or JSON as {"sequences": [...]}, as a dict keyed by id or as a bare list -> DataFrame of text cells."""
+    import pandas as pd
+    if Path(path).suffix.lower() != ".json":
+        return common.read_table(path).map(without_tensor)
+    content = read_loose_json(path)
+    content = content.get("sequences", content) if isinstance(content, dict) else content
+    if isinstance(content, dict):
+        content = [{"sequence_id": key, **entry} for key, entry in content.items() if isinstance(entry, dict)]
+    entries = [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []
+    if not entries:
+        raise common.UserError(f"{path}: expected a list of sequences, a dict of them by id, or one under 'sequences'; "
+                               f"found {type(content).__name__} without any")
+    rows = [{**entry, **{key: cell for value in entry.values() if isinstance(value, dict)
+                         for key, cell in value.items()}} for entry in entries]
+    names = [name for name in dict.fromkeys(name for row in rows for name in row)
+             if not any(isinstance(row.get(name), dict) for row in rows)]
+    cells = [["" if row.get(name) in (None, "") or row[name] != row[name] else without_tensor(row[name])
+              for name in names] for row in rows]
+    return pd.DataFrame(cells, columns=names, index=range(1, len(rows) + 1), dtype=object)
+
+
+def without_tensor(cell):
+    """'tensor(9)' -> '9': as scripts print ids that they forgot to unpack."""
+    return re.sub(r"^tensor\(\s*\[?([^,()\]]*).*\)$", r"\1", str(cell).strip()).strip()
+
+
+def read_loose_json(path):
+    """JSON of any origin, control characters in strings allowed. Raises UserError naming the place."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"), strict=False)
+    except (OSError, ValueError, RecursionError) as error:
+        raise common.UserError(f"{path}: expected JSON, found {common.one_line(error)}") from None
+
+
+def score_columns(rows, wanted, path):
+    """Names of the R score columns: those asked for in any spelling, else the numeric ones that are no ids."""
+    spelled = {column_key(name): name for name in rows.columns}
+    unknown = [name + common.closest(name, rows.columns) for name in wanted or [] if column_key(name) not in spelled]
+    if unknown:
+        raise common.UserError(f"{path} has no --target_columns {common.some(unknown)} (found: "
+                               f"{common.some(rows.columns, 40)})")
+
+    def is_score(key):
+        filled = [cell for cell in rows[spelled[key]] if cell]
+        numeric = [bool(common.NUMBER.fullmatch(cell.replace(",", ".", 1))) for cell in filled]
+        return not NO_SCORE.fullmatch(key) and np.mean(numeric or [0]) >= 0.5
+    names = [spelled[column_key(name)] for name in wanted] if wanted else [
+        spelled[key] for key in spelled if is_score(key)]
+    if not names:
+        raise common.UserError(f"{path}: expected columns of scores, found none among {common.some(rows.columns, 40)}; "
+                               "name them with --target_columns")
+    return names
+
+
+def with_missing_scores(rows, names):
+    """The table with a blank column for each of the names that it has in no spelling."""
+    known = {column_key(name) for name in rows.columns}
+    return rows.assign(**{name: "" for name in names if column_key(name) not in known})
+
+
+def read_sequences(path, root=None, group_column=None, target_columns=None, path_column=None, need_labels=True,
+                   max_missing=0.05):
+    """Scores of frame sequences (CSV or JSON) -> Table for --task regress; names as the file spells them.
+
+    Several rows of one sequence (one per rater) become their mean, the single ratings are kept. Groups: group_column,
+    else the column animal, animal_id, subject or group. Raises UserError as read_events does.
+    """
+    raw = sequence_rows(path)
+    if target_columns and not need_labels:  # new sequences may come without the scores that a trained model has
+        raw = with_missing_scores(raw, target_columns)
+    names = score_columns(raw, target_columns, path)
+    target = np.stack([common.to_numbers(raw[name], f"{path}, column {name}") for name in names], axis=1)
+    rows = keyed_columns(raw.drop(columns=names), path)
+    source = first_column(rows, path_column, (*PATH_COLUMNS, "sequence_id", "id"), "--path_column", path)
+    group = first_column(rows, group_column, GROUP_COLUMNS, "--group_column", path)
+    if source is None:
+        raise common.UserError(f"{path}: expected a column of folders ({', '.join(PATH_COLUMNS)}), found "
+                               f"{common.some(rows.columns, 40)}; name it with --path_column")
+    windows, unit, faults = event_windows(rows, path)
+    core = {"path": rows[source], "part": "", "line": [f"{Path(path).name} row {line}" for line in rows.index],
+            "root": str(root or Path(path).parent), "start": windows[:, 0], "end": windows[:, 1], "unit": unit,
+            "row_order": row_places(len(rows))}
+    rows = rows.assign(**{f"@{name}": value for name, value in core.items()}).reset_index(drop=True)
+    sources = find_sources(rows, root is None, max_missing, notes := [])
+    reasons = [fault or ("no such folder" if found is None else
+                         "no score" if need_labels and np.isnan(scores).all() else "")
+               for fault, found, scores in zip(faults, sources, target)]
+    keep, table = build_table(rows, sources, names, reasons, notes)
+    table.target, table.groups = target[keep], groups_of(rows.iloc[keep], group, group_column is not None, table)
+    return with_total_note(merge_raters(table))
+
+
+def merge_raters(table):
+    """Rows of one sequence: equal scores without a rater column are repeats, others are raters and are averaged."""
+    rows_of = collections.defaultdict(list)
+    for row, clip in enumerate(table.clip_ids):
+        rows_of[clip].append(row)
+    has_raters = any(name in table.extra for name in RATER_COLUMNS)
+    blocks = [table.target[rows] for rows in rows_of.values()]
+    is_repeat = [not has_raters and np.array_equal(block, np.repeat(block[:1], len(block), 0), equal_nan=True)
+                 for block in blocks]
+    kept = table.take([rows[0] for rows in rows_of.values()])
+    kept.repeats = np.array([len(block) if same else 1 for block, same in zip(blocks, is_repeat)], np.int64)
+    kept.target = np.stack([[np.mean(scores[~np.isnan(scores)]) if (~np.isnan(scores)).any() else np.nan
+                             for scores in block.T] for block in blocks])
+    if not all(is_repeat):
+        kept.single_ratings = {name: [block[:1 if same else None, r][~np.isnan(block[:1 if same else None, r])]
+                                      for block, same in zip(blocks, is_repeat)] for r, name in enumerate(table.names)}
+        rated = sum(not same and len(block) > 1 for block, same in zip(blocks, is_repeat))
+        kept.notes.append(f"{rated} sequences have several rows: taken as raters and averaged")
+    if (kept.repeats > 1).any():
+        kept.notes.append(f"{(kept.repeats - 1).sum()} rows repeat another one: each is counted once in evaluation")
+    kept.clip_ids = unique_ids(kept)
+    return kept
+
+
+def total_and_parts(names):
+    """R target names -> (index of the total or None, indices of the parts that it sums)."""
+    keys = [column_key(name) for name in names]
+    total = next((r for r, key in enumerate(keys) if "total" in key), None)
+    parts = [r for r, key in enumerate(keys) if r != total and not re.match("nrs|vas|total|sum|mean", key)]
+    return total, parts if total is not None else []
+
+
+def with_total_note(table):
+    """The Table with a note that counts the rows whose total differs from the sum of its parts."""
+    total, parts = total_and_parts(table.names)
+    if not parts:
+        return table
+    gap = np.abs(table.target[:, total] - table.target[:, parts].sum(1))
+    gap = gap[~np.isnan(gap)]
+    differs = (gap > 1e-6).sum()
+    if differs:
+        table.notes.append(f"{table.names[total]} differs from the sum of its {len(parts)} parts in {differs} of "
+                           f"{len(gap)} rows, by at most {gap.max():.3g} ({(gap > 0.5 + 1e-6).sum()} by more than 0.5)")
+    return table
+
+
+def column_of(table, name, flag):
+    """(N,) text of a column of the Table by name in any spelling. Raises UserError where there is none."""
+    key, targets = column_key(name), {column_key(each): r for r, each in enumerate(table.names)}
+    if key in table.extra:
+        return table.extra[key].to_numpy(str)
+    if table.target is not None and key in targets:
+        return np.array(["" if math.isnan(value) else repr(float(value)) for value in table.target[:, targets[key]]])
+    raise common.UserError(f"{flag}: no column {name!r}{common.closest(key, table.extra.columns)} "
+                           f"(found: {common.some(table.extra.columns, 40)})")
+
+
+def filter_rows(table, text):
+    """--filter 'moment==M2 and age>=3' -> (N,) bool, True = kept. Text is compared in any case, < and > as numbers.
+
+    Raises UserError for what is not COLUMN ==, !=, <, <=, > or >= VALUE joined by `and`, or keeps no row.
+    """
+    keep = np.ones(len(table), bool)
+    for part in re.split(r"\s+and\s+", text.strip()):
+        match = re.fullmatch(r"\s*([^=!<>]+?)\s*(==|!=|<=|>=|<|>)\s*[\"']?(.+?)[\"']?\s*", part)
+        if not match:
+            raise common.UserError(f"--filter expects COLUMN==VALUE (or != < <= > >=) joined by `and`, found {part!r}")
+        column, relation, value = column_of(table, match[1], "--filter"), match[2], match[3]
+        if relation in ("==", "!="):
+            keep &= np.array([plain_level(cell) == plain_level(value) for cell in column]) == (relation == "==")
+            continue
+        compare = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}[relation]
+        keep &= compare(common.to_numbers(column, f"--filter {part}"), common.to_numbers([value], "--filter")[0])
+    if not keep.any():
+        raise common.UserError(f"--filter {text!r} keeps none of {len(table)} rows")
+    return keep
+
+
+def parse_level_flag(text, flag):
+    """'moment:M2=2.5' -> ('moment', 'M2', '2.5'). Raises UserError."""
+    match = re.fullmatch(r"\s*([^:=]+?)\s*:\s*(.+?)\s*=\s*([^=]+?)\s*", text)
+    if not match:
+        raise common.UserError(f"{flag} expects COLUMN:LEVEL=VALUE as in moment:M2=2.5, found {text!r}")
+    return match.groups()
+
+
+def level_mask(table, column, level, flag):
+    """(N,) bool, True = the row has this level. Raises UserError where no row has, listing the levels."""
+    cells = column_of(table, column, flag)
+    mask = np.array([plain_level(cell) == plain_level(level) for cell in cells], bool)
+    if not mask.any():
+        raise common.UserError(f"{flag}: no row has {column} {level!r} (found: {common.some(sorted(set(cells)), 30)})")
+    return mask
+
+
+def sample_weights(table, flags):
+    """--sample_weight moment:M2=2.5 (several multiply) -> (N,) float64 weights of the rows in the loss, 1 = plain."""
+    weights = np.ones(len(table))
+    for text in flags or []:
+        column, level, value = parse_level_flag(text, "--sample_weight")
+        factor = common.to_numbers([value], f"--sample_weight {text}")[0]
+        if not factor >= 0:
+            raise common.UserError(f"--sample_weight {text}: expected a weight of 0 or more, found {value}")
+        weights[level_mask(table, column, level, "--sample_weight")] *= factor
+    return weights
+
+
+def augment_presets(table, flags, default, presets):
+    """--augment_for moment:M2=heavy (the last one that fits counts) -> (N,) preset of each row, else the default."""
+    chosen = np.full(len(table), default, dtype=object)
+    for text in flags or []:
+        column, level, value = parse_level_flag(text, "--augment_for")
+        if value not in presets:
+            raise common.UserError(f"--augment_for {text}: expected one of {', '.join(presets)}, found {value!r}")
+        chosen[level_mask(table, column, level, "--augment_for")] = value
+    return chosen
+
+
+def group_mask(table, text, flag="--test_groups"):
+    """'14,17' -> (N,) bool, True = a row of these groups. Raises UserError: no groups, or groups that are not there."""
+    if table.groups is None:
+        raise common.UserError(f"{flag} {text} needs --group_column")
+    wanted = [plain_level(name) for name in str(text).split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in table.groups]
+    if unknown or not wanted:
+        raise common.UserError(f"{flag} {text}: no such groups: {common.some(unknown)} (found: "
+                               f"{common.some(sorted(set(table.groups)), 40)})")
+    return np.isin(table.groups, wanted)
+
+
+def read_cv_file(path, table):
+    """Split file -> list of dicts(fold, train (n,) rows, val (m,) rows), in order of the folds.
+
+    cv_folds as a list, as a dict with fold_0 keys, or either as a string of Python; or these at the top level. Each
+    fold names train_animals and val_animals (or any train_*, val_*). Animals without rows are noted.
+    Raises UserError: no folds, an animal on both sides, a side without rows.
+    """
+    if table.groups is None:
+        raise common.UserError(f"--cv_file {path} names animals: it needs --group_column")
+    content = as_python(read_loose_json(path), path)
+    content = as_python(content.get("cv_folds", content), path) if isinstance(content, dict) else content
+    if isinstance(content, dict):
+        content = [{"fold": key, **fold} for key, value in content.items() if str(key).startswith("fold")
+                   and isinstance(fold := as_python(value, path), dict)]
+    folds = [fold_rows(fold, k, path, table) for k, fold in enumerate(content if isinstance(content, list) else [])]
+    if not folds:
+        raise common.UserError(f"--cv_file {path}: expected cv_folds as a list or with keys fold_0, fold_1, ...; found "
+                               f"{common.some(content) if isinstance(content, dict) else type(content).__name__}")
+    return sorted(folds, key=lambda fold: fold["fold"])
+
+
+def as_python(value, path):
+    """A string that holds Python literals is read as such; anything else stays. Raises UserError."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval(re.sub(r"tensor\(([^()]*)\)", r"\1", value))
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise common.UserError(f"--cv_file {path}: cannot read {value[:60]!r} as a list of folds "
+                               f"({common.one_line(error)})") from None
+
+
+def fold_rows(fold, k, path, table):
+    """One fold of a split file -> dict(fold, train, val). Raises UserError, see read_cv_file."""
+    fold = fold if isinstance(fold, dict) else {}
+    number = re.search(r"\d+", str(fold.get("fold", k)))
+    sides = {}
+    for side in ("train", "val"):
+        found = next((as_python(value, path) for key, value in fold.items()
+                      if re.match(f"{side}[_a-z]*$", str(key)) and not isinstance(value, (int, float))), [])
+        sides[side] = {plain_level(name) for name in (found if isinstance(found, (list, tuple, set)) else [])}
+    both, unknown = sides["train"] & sides["val"], (sides["train"] | sides["val"]) - set(table.groups)
+    rows = {side: np.flatnonzero(np.isin(table.groups, sorted(names))) for side, names in sides.items()}
+    if both or not len(rows["train"]) or not len(rows["val"]):
+        raise common.UserError(f"--cv_file {path}, fold {k}: expected train_animals and val_animals that the scores "
+                               "have and that do not overlap; on both sides: "
+                               f"{common.some(sorted(both)) or 'none'}; rows: {len(rows['train'])} and "
+                               f"{len(rows['val'])}; without rows: {common.some(sorted(unknown))}")
+    if unknown:
+        table.notes.append(f"--cv_file, fold {k}: no rows of {common.some(sorted(unknown))}")
+    return {"fold": int(number[0]) if number else k, **rows}
+
+
+# --- video reading: file -> frames at known times -----------------------------------------
+#
+# Frames are taken by time stamp: a file is decoded from its first frame on, one thread a file, and only the frames that
+# are wanted are converted to RGB and scaled; seeking each frame is ten times slower. One seek, to a window late in a
+# long file, counts only where every stamp after it stands in the list of stamps that a whole pass has made.
+
+STAMP_SLACK_SEC, SAME_STAMP_SEC = 1e-3, 1e-4  # Matroska rounds its stamps to milliseconds
+SEEK_FROM_SEC, SEEK_MARGIN_SEC = 30.0, 4.0  # the margin exceeds what a decoder reorders after a key frame
+MOST_GUESSED_FRAMES = 2**20  # what a header may claim before its frames are counted
+
+
+class BadVideo(common.BadImage):
+    """One file that cannot be used as a video; the message is the reason."""
+
+
+@dataclasses.dataclass
+class VideoInfo:
+    """What a whole pass over one video found; `error` is one line, or None for a good one.
+
+    times: (n_frames,) float64 seconds since the first frame, increasing. fps: frames a second by these times.
+    duration_sec: until the last frame has been shown. header_fps, header_frames: what the file claims. origin_sec: the
+    first frame's own stamp. is_exact: the file's stamps increase by themselves, none had to be mended.
+    """
+    path: str
+    error: str | None = None
+    duration_sec: float = 0.0
+    n_frames: int = 0
+    fps: float = 0.0
+    width: int = 0
+    height: int = 0
+    times: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
+    header_frames: int = 0
+    header_fps: float = 0.0
+    origin_sec: float = 0.0
+    is_exact: bool = True
+
+
+def decoder_name():
+    """The decoders in the order in which they are tried, with versions, for the log."""
+    cv2, av = _decoders()
+    has_ffmpeg = cv2.CAP_FFMPEG in cv2.videoio_registry.getStreamBackends()
+    names = [f"OpenCV {cv2.__version__} (FFmpeg, 1 thread a file)"] if has_ffmpeg else []
+    return ", then ".join(names + ([f"PyAV {av.__version__}"] if av else [])) or "none (OpenCV without FFmpeg)"
+
+
+def _decoders():
+    """(cv2, PyAV or None), both silent and with one thread."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read by OpenCV when it opens its first file
+    import cv2
+    cv2.setNumThreads(0)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    with contextlib.suppress(ImportError):
+        import av
+        av.logging.set_level(None)
+        return cv2, av
+    return cv2, None
+
+
+class _CvVideo:
+    """One open file in OpenCV: header values, then frames() from the start or a seek. BadVideo: no frame in it."""
+
+    def __init__(self, path):
+        self.cv2 = _decoders()[0]
+        self.capture = self.cv2.VideoCapture(os.path.abspath(path), self.cv2.CAP_FFMPEG,
+                                             [self.cv2.CAP_PROP_N_THREADS, 1])
+        if not (self.capture.isOpened() and self.capture.grab()):
+            raise BadVideo(f"no video that can be opened and decoded ({os.path.getsize(path)} bytes)")
+        cv2, get = self.cv2, self.capture.get
+        self.fps, self.n_frames = get(cv2.CAP_PROP_FPS), int(get(cv2.CAP_PROP_FRAME_COUNT))
+        self.size = int(get(cv2.CAP_PROP_FRAME_WIDTH)), int(get(cv2.CAP_PROP_FRAME_HEIGHT))  # upright
+
+    def frames(self, start_sec=0.0):
+        """Yield (the frame's own stamp in seconds, function short_side -> its pixels (H, W, 3) RGB, upright)."""
+        is_grabbed = True
+        if start_sec:
+            self.capture.set(self.cv2.CAP_PROP_POS_MSEC, 1000 * start_sec)
+            is_grabbed = self.capture.grab()
+        while is_grabbed:
+            yield self.capture.get(self.cv2.CAP_PROP_POS_MSEC) / 1000, self._pixels
+            is_grabbed = self.capture.grab()
+
+    def _pixels(self, short_side):
+        found, pixels = self.capture.retrieve()
+        if not found:
+            raise BadVideo(f"a decoded frame of {self.size} pixels cannot be converted")
+        return self.cv2.cvtColor(_shrink(pixels, self.size, short_side), self.cv2.COLOR_BGR2RGB)
+
+    def close(self):
+        self.capture.release()
+
+
+class _AvVideo:
+    """The same in PyAV, for what OpenCV's decoder cannot open; it never seeks."""
+
+    def __init__(self, path):
+        self.av = _decoders()[1]
+        try:
+            self.container = self.av.open(os.path.abspath(path))
+            self.stream = self.container.streams.video[0]
+        except (self.av.FFmpegError, IndexError, ValueError) as error:
+            reason = getattr(error, "strerror", "it has no picture track")
+            raise BadVideo(f"no video that can be opened: {reason}") from None
+        self.stream.codec_context.thread_count = 1
+        self.fps, self.n_frames = float(self.stream.average_rate or 0), self.stream.frames
+        self.size = self.stream.codec_context.width, self.stream.codec_context.height
+
+    def frames(self, start_sec=0.0):
+        """As _CvVideo.frames, always from the first frame."""
+        assert not start_sec, f"asked to seek to {start_sec} s"
+        with contextlib.suppress(self.av.FFmpegError):
+            for frame in self.container.decode(self.stream):
+                turns = round(getattr(frame, "rotation", 0) / 90) % 4
+                self.size = (frame.width, frame.height)[::-1 if turns % 2 else 1]
+                yield -1.0 if frame.time is None else frame.time, functools.partial(self._pixels, frame, turns)
+
+    def _pixels(self, frame, turns, short_side):
+        pixels = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+        return _shrink(pixels, self.size, short_side)
+
+    def close(self):
+        self.container.close()
+
+
+@contextlib.contextmanager
+def _open_video(path):
+    """The file in the first decoder that finds a frame in it; BadVideo with the bare reason."""
+    if Path(path).name.startswith("._"):
+        raise BadVideo(f"{Path(path).name} is a macOS resource file, no video")
+    if not Path(path).is_file():  # a pipe or device would block for ever
+        raise BadVideo(f"{'not a regular file' if os.path.exists(path) else 'no such file'}")
+    if not os.path.getsize(path):
+        raise BadVideo(f"empty file, {os.path.getsize(path)} bytes")
+    try:
+        video = _CvVideo(path)
+    except BadVideo:
+        if _decoders()[1] is None:
+            raise
+        video = _AvVideo(path)
+    try:
+        if math.prod(video.size) > common.MAX_PIXELS:
+            raise BadVideo(f"its header claims {video.size[0]} x {video.size[1]} pixels")
+        yield video
+    except video.cv2.error if isinstance(video, _CvVideo) else video.av.FFmpegError as error:
+        raise BadVideo(f"damaged: {common.one_line(error)}") from None
+    finally:
+        video.close()
+
+
+def _sane_fps(fps):
+    """The rate that a header states, or 25 where it states none that could be true."""
+    return fps if math.isfinite(fps) and 0.01 <= fps <= 1000 else 25.0
+
+
+def _guess(path, video):
+    """VideoInfo as the header has it, constant rate and every frame there: for planning, before the pass that tells."""
+    fps, n_frames = _sane_fps(video.fps), min(max(video.n_frames, 1), MOST_GUESSED_FRAMES)
+    return VideoInfo(str(path), None, n_frames / fps, n_frames, fps, *video.size, np.arange(n_frames) / fps,
+                     video.n_frames, fps)
+
+
+def _header(path):
+    with _open_video(path) as video:
+        return _guess(path, video)
+
+
+def _sweep(path, choose, short_side, until_sec=math.inf):
+    """One pass from the first frame: (VideoInfo up to until_sec, {index: pixels uint8 (H, W, 3)} of those wanted).
+
+    choose: function of the header's VideoInfo that returns the wanted indices. A frame whose stamp does not exceed the
+    one before it (AVI with B-frames has such) follows that one at the header's rate.
+    """
+    frames, times, origin, exact = {}, [], 0.0, True
+    with _open_video(path) as video:
+        guess = _guess(path, video)
+        wanted, step = choose(guess), 1 / guess.header_fps
+        for index, (stamp, pixels) in enumerate(video.frames()):
+            origin = stamp if index == 0 else origin
+            mended = index > 0 and stamp - origin <= times[-1]
+            times.append(times[-1] + step if mended else stamp - origin)
+            exact &= not mended
+            if index in wanted:
+                frames[index] = pixels(short_side)
+            if times[-1] > until_sec + step:
+                break
+        if not times:
+            raise BadVideo(f"{video.n_frames} frames by its header, none that can be decoded")
+        size = video.size
+    last_sec = float(np.median(np.diff(times))) if len(times) > 1 else step
+    fps = (len(times) - 1) / times[-1] if len(times) > 1 else guess.header_fps
+    return VideoInfo(str(path), None, times[-1] + last_sec, len(times), fps, *size, np.array(times),
+                     guess.header_frames, guess.header_fps, origin, exact), frames
+
+
+def _seek(path, wanted, short_side, info):
+    """{index: pixels} by one seek, or None where any stamp after it is not the one that the whole pass saw."""
+    frames, first, index = {}, min(wanted), None
+    with _open_video(path) as video:
+        if not isinstance(video, _CvVideo):
+            return None
+        for stamp, pixels in video.frames(info.origin_sec + info.times[first] - SEEK_MARGIN_SEC):
+            stamp -= info.origin_sec
+            index = bisect.bisect_left(info.times, stamp - SAME_STAMP_SEC) if index is None else index + 1
+            if index >= info.n_frames or abs(info.times[index] - stamp) > SAME_STAMP_SEC:
+                return None
+            if index in wanted:
+                frames[index] = pixels(short_side)
+            if index >= max(wanted):
+                break
+    return frames if len(frames) == len(wanted) else None
+
+
+def _shrink(pixels, size, short_side):
+    cv2 = _decoders()[0]
+    size = common.scaled_size(*size, short_side)
+    method = cv2.INTER_AREA if size[0] <= pixels.shape[1] else cv2.INTER_CUBIC
+    return cv2.resize(pixels, size, interpolation=method)
+
+
+def on_screen(info, times_sec):
+    """(T,) index of the frame on screen at each time; the first before the start, the last after the end.
+
+    A frame counts from half a frame before its stamp (half the gap before it, where that is shorter), so that a rounded
+    stamp does not show the frame before.
+    """
+    lead = np.minimum(np.diff(info.times, prepend=info.times[0] - 1), 1 / info.header_fps) / 2
+    index = np.searchsorted(info.times - lead, np.asarray(times_sec, float) + STAMP_SLACK_SEC, "right") - 1
+    return np.clip(index, 0, info.n_frames - 1)
+
+
+def read_frames(path, times_sec, short_side, info=None):
+    """The frames on screen at these times (seconds since the first frame): uint8 (T, H, W, 3) RGB, upright.
+
+    short_side: pixels of the shorter side, None for the whole size; info: what probe found, which spares a second pass
+    over files whose header lies. Times beyond the end show the last frame. Raises BadVideo: file and reason.
+    """
+    try:
+        return _by_index(path, times_sec, short_side, info)
+    except common.BadImage as error:
+        raise BadVideo(f"{path}: {error}") from None
+
+
+def _by_index(path, times_sec, short_side, info):
+    if info:
+        wanted = on_screen(info, times_sec).tolist()
+        frames = _collect(path, set(wanted), short_side, info)
+        return np.stack([frames[index] for index in wanted])
+    until = max(times_sec)
+    found, frames = _sweep(path, lambda guess: set(on_screen(guess, times_sec).tolist()), short_side, until)
+    wanted = on_screen(found, times_sec).tolist()
+    if not frames.keys() >= set(wanted):  # the header had lied
+        frames = _sweep(path, lambda _: set(wanted), short_side, until)[1]
+    return np.stack([frames[index] for index in wanted])
+
+
+def _collect(path, wanted, short_side, info):
+    """{index: pixels} of a video whose frames are known from `info`."""
+    is_far = info.is_exact and info.times[min(wanted)] > SEEK_FROM_SEC
+    frames = _seek(path, wanted, short_side, info) if is_far else None
+    return frames or _sweep(path, lambda _: wanted, short_side, info.times[max(wanted)])[1]
+
+
+def probe(path, fps=25.0):
+    """VideoInfo of a video file, a folder of frames or a .npy clip, read to its real end; never raises for bad files.
+
+    fps: rate of a source that has no clock of its own.
+    """
+    try:
+        return _open_still(path, fps)[0] if _is_still(path) else _sweep(path, lambda _: (), None)[0]
+    except (common.UserError, OSError) as error:
+        return VideoInfo(str(path), common.one_line(error))
+
+
+def _is_still(path):
+    return Path(path).is_dir() or Path(path).suffix.lower() == ".npy"
+
+
+def _open_still(path, fps):
+    """(VideoInfo, the frames as a sequence: paths, or a memory-mapped array (T, H, W, 3)); BadVideo: the reason."""
+    if Path(path).is_dir():
+        frames = common.find_images(path)
+        if not frames:
+            raise BadVideo(f"a folder without pictures ({' '.join(common.IMAGE_SUFFIXES)})")
+        height, width = common.load_image(frames[0]).shape[:2]
+    else:
+        frames = _open_npy(path)
+        height, width = frames.shape[1:3]
+    n = len(frames)
+    return VideoInfo(str(path), None, n / fps, n, fps, width, height, np.arange(n) / fps, n, fps), frames
+
+
+def _open_npy(path):
+    try:
+        clip = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:
+        raise BadVideo(f"no .npy array of plain numbers: {common.one_line(error)}") from None
+    if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or 0 in clip.shape:
+        raise BadVideo(f"expected uint8 (T, H, W, 3), found {clip.dtype} {clip.shape}")
+    return clip
+
+
+def _still_frames(frames, wanted, info, short_side):
+    """{index: pixels} of a folder or array; every frame is cut to the size of the first."""
+    pixels = {i: common.load_image(frames[i]) if isinstance(frames, list) else np.asarray(frames[i]) for i in wanted}
+    odd = sorted({f"{p.shape[1]} x {p.shape[0]}" for p in pixels.values() if p.shape[:2] != (info.height, info.width)})
+    if odd:
+        raise BadVideo(f"its frames differ in size: {info.width} x {info.height} and {', '.join(odd[:9])} pixels")
+    return {i: _shrink(picture, (info.width, info.height), short_side) for i, picture in pixels.items()}
+
+
+@dataclasses.dataclass
+class GridPlan:
+    """Which frames stand on a row's grid: indices (G,) into the file; see ClipAudit for the others."""
+    indices: np.ndarray
+    first: int
+    usable: int
+    past_end: bool
+
+
+def plan_grid(info, window, grid, fps, n_frames, jitter_sec=0.0):
+    """GridPlan of one window (start, end) in seconds, NaN = from the start, to the end of the file.
+
+    "rate": a frame every 1 / fps s; a window too short for n_frames of them is widened around its centre and shifted
+    into the file, whose last frame is repeated where it is shorter still; up to jitter_sec more on either side.
+    "even": up to n_frames evenly from the first to the last frame of the window, all of them where it has fewer.
+    """
+    start, end = (default if math.isnan(value) else value for value, default in zip(window, (0.0, math.inf)))
+    past_end = start >= info.duration_sec
+    end = min(max(end, 0.0), info.duration_sec)
+    start = min(max(start, 0.0), end)
+    if grid == "even":
+        indices = _even_indices(info, start, end, n_frames)
+        return GridPlan(indices, 0, len(indices), past_end)
+    length = n_frames / fps
+    if end - start < length:
+        start = max(0.0, min((start + end - length) / 2, info.duration_sec - length))
+        end = start + length
+    usable = max(n_frames, _whole((end - start) * fps))
+    reach = _whole(jitter_sec * fps)
+    before, after = min(reach, _whole(start * fps)), min(reach, _whole((info.duration_sec - start) * fps) - usable)
+    times_sec = start + np.arange(-before, usable + max(after, 0)) / fps  # (G,)
+    return GridPlan(on_screen(info, times_sec), before, usable, past_end)
+
+
+def _whole(number):
+    return math.floor(number + 1e-6)
+
+
+def _even_indices(info, start, end, n_frames):
+    first = int(on_screen(info, [start])[0])
+    last = max(first, int(np.searchsorted(info.times, end - STAMP_SLACK_SEC)) - 1)
+    if last - first < n_frames:
+        return np.arange(first, last + 1)
+    return on_screen(info, np.linspace(info.times[first], info.times[last], n_frames))
+
+
+@dataclasses.dataclass
+class ClipAudit:
+    """What decoding one row found; `error` is None for a good one, else the reason and all else is empty.
+
+    duration_sec to height: of the whole file, as VideoInfo has them. past_end: the window starts beyond the real end.
+    n_grid: grid frames; first: grid index where the window starts, before it lie frames for jitter; usable: grid frames
+    of the window.
+    file_sha, pixel_sha: SHA-256 of the file (of all frames' files in a folder) and of the decoded grid. phash:
+    perceptual_hash of its middle frame.
+    """
+    path: str
+    error: str | None = None
+    duration_sec: float = 0.0
+    n_frames: int = 0
+    fps: float = 0.0
+    width: int = 0
+    height: int = 0
+    past_end: bool = False
+    n_grid: int = 0
+    first: int = 0
+    usable: int = 0
+    file_sha: str = ""
+    pixel_sha: str = ""
+    phash: tuple = (0, 0, 0, 0)
+
+
+class ClipStore(common.PixelStore):
+    """N rows of videos, each decoded once onto its grid of times and served as uint8 (G, H, W, 3) RGB, read-only.
+
+    sources: N paths of video files, folders of frames or .npy clips (T, H, W, 3) uint8; windows: N pairs (start_sec,
+    end_sec), NaN = the whole; grid, fps, n_frames, jitter_sec: see plan_grid; short_side in pixels. A source without a
+    clock has fps frames a second. cache, cache_dir, progress: see common.PixelStore. `audit` is a list of N ClipAudit;
+    a row with an error raises BadImage when it is asked for. Every file is read once, whatever its number of rows.
+    """
+    item, file_prefix, audit_class = "clip", "clips", ClipAudit
+
+    def __init__(self, sources, windows, *, grid, fps, n_frames, short_side, jitter_sec=0.0, cache="auto",
+                 cache_dir=None, progress=None):
+        assert grid in ("rate", "even"), f"grid {grid!r} is neither rate nor even"
+        assert len(sources) == len(windows), f"{len(sources)} sources and {len(windows)} windows"
+        self.sources, self.windows = [str(path) for path in sources], [tuple(map(float, window)) for window in windows]
+        self.grid, self.fps, self.n_frames = grid, fps, n_frames
+        self.jitter_sec, self.short_side = jitter_sec, short_side
+        self.data_folders = {Path(path).absolute().parent for path in self.sources}
+        self.rows_of, self._infos = {}, {}
+        for row, path in enumerate(self.sources):
+            self.rows_of.setdefault(path, []).append(row)
+        self.start(len(self.sources), cache, cache_dir, progress)
+
+    def _plan(self, row, info):
+        return plan_grid(info, self.windows[row], self.grid, self.fps, self.n_frames, self.jitter_sec)
+
+    def _plans(self, path, info):
+        """({row: its plan}, every index wanted of the file)."""
+        plans = {row: self._plan(row, info) for row in self.rows_of[path]}
+        return plans, set(np.concatenate([plan.indices for plan in plans.values()]).tolist())
+
+    def _file_frames(self, path):
+        """(VideoInfo, {row: its plan}, {index: pixels}), in one pass where the header tells the truth."""
+        if _is_still(path):
+            info, source = _open_still(path, self.fps)
+            plans, wanted = self._plans(path, info)
+            return info, plans, _still_frames(source, wanted, info, self.short_side)
+        info, frames = _sweep(path, lambda guess: self._plans(path, guess)[1], self.short_side)
+        plans, wanted = self._plans(path, info)
+        missing = wanted - frames.keys()
+        if missing:  # the header had lied
+            frames |= _sweep(path, lambda _: missing, self.short_side)[1]
+        return info, plans, frames
+
+    def _decode_file(self, path):
+        """[(row, ClipAudit, pixels (G, H, W, 3))] of all rows of one file; pixels has no frames when it is bad."""
+        try:
+            info, plans, frames = self._file_frames(path)
+            file_sha = sha_of(_files_of(path))
+        except (common.UserError, OSError) as error:
+            nothing = np.empty((0, 0, 0, 3), np.uint8)
+            return [(row, ClipAudit(path, common.one_line(error)), nothing) for row in self.rows_of[path]]
+        if self.cache == "none":
+            self._infos[path] = info
+        facts = [path, None, info.duration_sec, info.n_frames, info.fps, info.width, info.height]
+        done = []
+        for row, plan in plans.items():
+            pixels = np.stack([frames[index] for index in plan.indices.tolist()])
+            phash = tuple(common.perceptual_hash(pixels[len(pixels) // 2]).tolist())
+            places = [bool(plan.past_end), len(pixels), plan.first, plan.usable]
+            done.append((row, ClipAudit(*facts, *places, file_sha, hashlib.sha256(pixels).hexdigest(), phash), pixels))
+        return done
+
+    def _decoded(self):
+        for rows in self._threaded(self._decode_file, list(self.rows_of), in_flight=2):
+            yield from rows
+
+    def _load(self, row):
+        path, info = self.sources[row], self._infos[self.sources[row]]
+        indices = self._plan(row, info).indices.tolist()
+        if _is_still(path):
+            frames = _still_frames(_open_still(path, self.fps)[1], set(indices), info, self.short_side)
+        else:
+            frames = _collect(path, set(indices), self.short_side, info)
+        return np.stack([frames[index] for index in indices])
+
+    def _estimate(self):
+        return sum(self._threaded(self._estimate_file, list(self.rows_of)))
+
+    def _estimate_file(self, path):
+        with contextlib.suppress(common.UserError, OSError):
+            info = _open_still(path, self.fps)[0] if _is_still(path) else _header(path)
+            frame = 3 * math.prod(common.scaled_size(info.width, info.height, self.short_side))
+            return frame * sum(len(plan.indices) for plan in self._plans(path, info)[0].values())
+        return 0
+
+    def _contents(self):
+        settings = [self.grid, self.fps, self.n_frames, self.jitter_sec, self.short_side, decoder_name()]
+        return [settings, self.windows, self.sources,
+                [common.file_stamp(file) for path in self.rows_of for file in _files_of(path)]]
+
+    def _still_bad(self, path):
+        return bool(self._decode_file(path)[0][1].error)
+
+
+def _files_of(path):
+    return common.find_images(path) if Path(path).is_dir() else [path]
+
+
+def sha_of(files, sizes=""):
+    """SHA-256 (hex) of a text and the bytes of the files, one after the other."""
+    digest = hashlib.sha256(str(sizes).encode())
+    for file in files:
+        with open(file, "rb") as handle:
+            while block := handle.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def check_clips(audit, max_missing=0.05, on_bad_file="skip"):
+    """Indices of the good rows in a list of ClipAudit; the broken videos are named and counted.
+
+    UserError, listing all of them, where their rows are more than max_missing of all rows, with on_bad_file "error"
+    where there is any, and where nothing is left.
+    """
+    bad = {found.path: found.error for found in audit if found.error}
+    good = [row for row, found in enumerate(audit) if not found.error]
+    n_lost = len(audit) - len(good)
+    lines = "".join(f"\n  {path}: {error}" for path, error in bad.items())
+    if bad and (on_bad_file == "error" or n_lost > max_missing * len(audit) or not good):
+        raise common.UserError(f"{len(bad)} videos cannot be read, which takes {n_lost} of {len(audit)} rows; at most "
+                               f"{0 if on_bad_file == 'error' else max_missing:.0%} may be lost (--max_missing, "
+                               f"--on_bad_file skip). Mend or remove them:{lines}")
+    if bad:
+        print(f"skipped: {len(bad)} videos that cannot be read, {n_lost} of {len(audit)} rows:{lines}", flush=True)
+    return good
+
+
+# --- audit: tables -> what the parts share, and what needs no pixels ------------------------------
+
+def content_keys(sources):
+    """{path: text} equal for sources of equal bytes: sha256 where the sizes agree, read once; else the size."""
+    files = {source: _files_of(source) for source in dict.fromkeys(sources)}
+    sizes = {source: tuple(os.path.getsize(file) for file in inside) for source, inside in files.items()}
+    real = {source: os.path.realpath(source) for source in files}
+    twins = collections.Counter(sizes[path] for path in {real[source]: source for source in files}.values())
+    return {source: sha_of(files[source] if twins[sizes[source]] > 1 else (), sizes[source]) for source in files}
+
+
+def clip_contents(table, keys=None):
+    """(N,) text, equal where the same pixels are meant: content of the file and window."""
+    keys = content_keys(table.sources) if keys is None else keys
+    spans = [tuple(np.round(window, 3).tolist()) + (unit,) for window, unit in zip(table.windows, table.unit)]
+    return np.array([f"{keys[source]} {span}" for source, span in zip(table.sources, spans)], dtype=str)
+
+
+def window_pairs(table, keys, gap_sec=30.0):
+    """Rows of one video -> (pairs that overlap in time, pairs that are closer than gap_sec): lists of (i, j).
+
+    Pairs with the same window are exact duplicates and in neither; a whole clip overlaps with each of its windows.
+    """
+    rows_of = collections.defaultdict(list)
+    for row, source in enumerate(table.sources):
+        rows_of[keys[source]].append(row)
+    bounds = np.where(np.isnan(table.windows), [-np.inf, np.inf], table.windows)
+    unit = np.where(np.isnan(table.windows[:, 0]), "any", table.unit)
+    reach = bounds[:, 1] + np.where(unit == "frame", 0, gap_sec)
+    pairs = []
+    for rows in rows_of.values():
+        rows = sorted(rows, key=lambda row: (*bounds[row], table.clip_ids[row]))
+        pairs += [(i, j) for a, i in enumerate(rows)
+                  for j in itertools.takewhile(lambda j: bounds[j, 0] < reach[i], rows[a + 1:])
+                  if not np.array_equal(bounds[i], bounds[j]) and (unit[i] == unit[j] or "any" in unit[[i, j]])]
+    does_overlap = [bounds[j, 0] < bounds[i, 1] for i, j in pairs]
+    return list(itertools.compress(pairs, does_overlap)), [pair for pair, hit in zip(pairs, does_overlap) if not hit]
+
+
+def join_tables(tables):
+    """{part: Table of the same names} -> one Table whose parts are the keys."""
+    import pandas as pd
+    every = [dataclasses.replace(table, parts=np.full(len(table), part)) for part, table in tables.items()]
+    if any(table.names != every[0].names for table in every):
+        raise common.UserError(f"the parts name different classes: {[table.names for table in every]}; give one "
+                               "--label_map")
+    fields = {name: np.concatenate([getattr(table, name) for table in every])
+              for name in ("clip_ids", "windows", "unit", "events", "videos", "parts", "repeats", "label", "target",
+                           "groups") if all(getattr(table, name) is not None for table in every)}
+    extra = pd.concat([table.extra for table in every], ignore_index=True).fillna("")
+    return Table(every[0].names, sources=[source for table in every for source in table.sources], extra=extra,
+                 skipped=[row for table in every for row in table.skipped], **fields)
+
+
+def audit_tables(tables, clip_audit=None, durations=None, predictions=None, positive=None, gap_sec=30.0):
+    """{part: Table} -> dict of counts, whatever the order of the rows: parts, within, between, windows_past_the_end,
+    probability_clusters (the two where they can be judged), priors.
+
+    clip_audit: objects with path and duration_sec, or durations: {source path: seconds}; predictions: predictions.csv;
+    positive: the class whose priors are judged (default: the rarest one).
+    """
+    durations = durations if clip_audit is None else {str(found.path): found.duration_sec for found in clip_audit}
+    table = join_tables({part: table for part, table in tables.items() if len(table)})
+    order = np.lexsort((table.clip_ids, table.parts))
+    table, keys = table.take(order), content_keys(table.sources)
+    contents, pairs = clip_contents(table, keys), window_pairs(table, keys, gap_sec)
+    parts = [part for part in tables if len(tables[part])]
+    report = {"parts": {part: describe_part(table.take(table.parts == part)) for part in parts},
+              "within": {part: within_part(table, part, contents, pairs) for part in parts},
+              "between": {f"{a}-{b}": between_parts(table, a, b, keys, contents, pairs)
+                          for a, b in itertools.combinations(parts, 2)}}
+    if durations is not None:
+        report["windows_past_the_end"] = past_the_end(table, durations)
+    if predictions is not None:
+        report["probability_clusters"] = probability_clusters(predictions)
+    report["priors"] = no_pixel_priors(table, positive)
+    return report
+
+
+def describe_part(table):
+    """Rows, repeats, events per video, and videos with one class (pure) or several (mixed) of one part."""
+    events_of, classes_of_video = collections.defaultdict(set), collections.defaultdict(set)
+    for row, video in enumerate(table.videos):
+        events_of[video].add(table.events[row])
+        if table.label is not None and table.label[row] >= 0:
+            classes_of_video[video].add(table.names[table.label[row]])
+    per_video = sorted(len(events) for events in events_of.values())
+    counts = {} if table.label is None else {name: int((table.label == c).sum()) for c, name in enumerate(table.names)}
+    return {"rows": len(table), "repeated_rows": int((table.repeats - 1).sum()), "videos": len(events_of),
+            "events": len(set(table.events)), "groups": None if table.groups is None else len(set(table.groups)),
+            "classes": counts, "unlabelled": 0 if table.label is None else int((table.label < 0).sum()),
+            "events_per_video": {"min": per_video[0], "median": float(np.median(per_video)), "max": per_video[-1]},
+            "pure_videos": sum(len(found) == 1 for found in classes_of_video.values()),
+            "mixed_videos": sum(len(found) > 1 for found in classes_of_video.values())}
+
+
+def found_items(items):
+    """Distinct texts -> {count, examples: the first five}."""
+    items = sorted(set(items))
+    return {"count": len(items), "examples": items[:5]}
+
+
+def within_part(table, part, contents, pairs):
+    """What one part holds twice: exact duplicates beyond the first, overlapping windows, events with two labels."""
+    rows = np.flatnonzero(table.parts == part)
+    counts, labels = collections.Counter(contents[rows]), collections.defaultdict(set)
+    for row in rows if table.label is not None else ():
+        labels[table.events[row]].add(table.label[row])
+    inside = [(i, j) for i, j in pairs[0] if table.parts[i] == table.parts[j] == part]
+    return {"exact_duplicates": {"count": len(rows) - len(counts), "examples": sorted(
+                table.clip_ids[row] for row in rows if counts[contents[row]] > 1)[:5]},
+            "overlapping_windows": found_items(pair_text(table, pair) for pair in inside),
+            "events_with_two_labels": found_items(event for event, found in labels.items() if len(found) > 1)}
+
+
+def pair_text(table, pair):
+    """Names of two rows in order, for an example."""
+    return " = ".join(sorted(table.clip_ids[row] for row in pair))
+
+
+def between_parts(table, a, b, keys, contents, pairs):
+    """What two parts share: distinct videos, groups, events and contents; pairs of windows that overlap or are near.
+
+    renamed_copies: equal files under different paths. shared_events_other_camera: of the shared events those that no
+    two rows show in the same video. shared_rows: rows of the second part whose event is in the first.
+    """
+    in_a, in_b = table.parts == a, table.parts == b
+
+    def shared(values):
+        return sorted(set(np.asarray(values, str)[in_a]) & set(np.asarray(values, str)[in_b]))
+    file_of = np.array([keys[source] for source in table.sources], dtype=str)
+    videos, events = shared(table.videos), shared(table.events)
+    same_video = {event.split("\0")[0] for event in shared(np.char.add(np.char.add(table.events, "\0"), table.videos))}
+    seen = set(file_of[np.isin(table.videos, videos)])
+    copies = [" = ".join(sorted(set(table.videos[file_of == key]))) for key in shared(file_of) if key not in seen]
+    duplicates = [" = ".join(sorted(table.clip_ids[(contents == key) & (in_a | in_b)])) for key in shared(contents)]
+    overlapping, near = ([pair_text(table, pair) for pair in found if {*table.parts[list(pair)]} == {a, b}]
+                         for found in pairs)
+    return {"shared_videos": found_items(videos), "renamed_copies": found_items(copies),
+            "shared_groups": None if table.groups is None else found_items(shared(table.groups)),
+            "shared_events": found_items(events),
+            "shared_events_other_camera": found_items(event for event in events if event not in same_video),
+            "shared_rows": {"count": int(np.isin(table.events[in_b], events).sum()), "of": int(in_b.sum())},
+            "exact_duplicates": found_items(duplicates), "overlapping_windows": found_items(overlapping),
+            "near_windows": found_items(near)}
+
+
+def past_the_end(table, durations, slack_sec=0.1):
+    """Windows that start after their file has ended, and those that it cuts; durations: {source path: seconds}."""
+    known = {str(path): seconds for path, seconds in durations.items()}
+    seconds = np.array([known.get(str(source), math.nan) for source in table.sources])
+    is_seconds = table.unit == "sec"
+    past = is_seconds & (table.windows[:, 0] >= seconds)
+    cut = is_seconds & ~past & (table.windows[:, 1] > seconds + slack_sec)
+    return {"past": found_items(table.clip_ids[past]), "cut": found_items(table.clip_ids[cut]),
+            "unknown_duration": int(np.isnan(seconds).sum())}
+
+
+def probability_clusters(path, decimals=6):
+    """predictions.csv -> how many rows share their probabilities (to 6 decimals) with two or more others."""
+    rows = common.read_table(path)
+    columns = [name for name in rows if name.startswith("prob_")]
+    if not columns:
+        raise common.UserError(f"--predictions {path}: expected columns prob_CLASS, found "
+                               f"{common.some(rows.columns, 40)}")
+    values = np.stack([common.to_numbers(rows[name], f"{path}, column {name}") for name in columns], axis=1)
+    counts = collections.Counter(map(tuple, np.round(values, decimals).tolist()))
+    clusters = sorted(((count, value) for value, count in counts.items() if count >= 3), reverse=True)
+    return {"rows": len(rows), "distinct": len(counts), "values": len(clusters),
+            "rows_in_clusters": sum(count for count, _ in clusters),
+            "examples": [{"count": count, **dict(zip(columns, value))} for count, value in clusters[:5]]}
+
+
+def prior_levels(table):
+    """{name: (N,) text} columns that know no pixels: video, pair of animals, camera, pen, day, hour, and all others."""
+    columns = {name: [plain_level(cell) for cell in table.extra[name]] for name in table.extra
+               if not re.search("row_order|filename|_time$|_path$|_idx$", name)}  # hour and video stand for these
+    columns = {"video": list(table.videos), **columns}
+    return {name: np.array(values, dtype=str) for name, values in columns.items() if len(set(values)) > 1}
+
+
+def judged_rows(table, is_known):
+    """{what a split keeps whole: (train rows, judged rows), lists with an entry a fold} among the known rows.
+
+    With parts: from train to test, else val. Without: five folds that keep events whole, so that a prior may know the
+    animals and places it is judged on, and, where there are groups or videos, five that keep those whole.
+    """
+    parts, rows = sorted(set(table.parts)), np.flatnonzero(is_known)
+    if len(parts) > 1:
+        held = next(part for part in ("test", "val", *parts) if part in parts and part != "train")
+        fitted = "train" if "train" in parts else next(part for part in parts if part != held)
+        train, judged = (rows[table.parts[rows] == part] for part in (fitted, held))
+        return {"parts": ([train], [judged])} if len(train) and len(judged) else {}
+    ways = {}
+    for units in (split_keys(table, "event")[rows], split_keys(table)[rows]):
+        if len(set(units)) >= 5:
+            fold_of = common.make_folds(len(rows), 5, strata_of(table)[rows], units, keys=table.clip_ids[rows])
+            ways[f"{units[0].split()[0]}s"] = ([rows[fold_of != k] for k in range(5)],
+                                               [rows[fold_of == k] for k in range(5)])
+    return ways
+
+
+def strata_of(table):
+    """(N,) label, or mean score in sd, which splits are stratified on."""
+    if table.target is None:
+        return table.label.astype(str)
+    return np.nanmean(table.target / np.nanstd(table.target, axis=0).clip(1e-9), axis=1)
+
+
+def no_pixel_priors(table, positive=None):
+    """Dicts of what, across, name, auc (classes) or r2 (scores), low, high: each metadata column as the predictor.
+
+    Rates or means come from other rows than those judged, see judged_rows; for the class `positive` (default: the
+    rarest). `row order` compares the same places of the manifests.
+    """
+    levels, found = prior_levels(table), []
+    position = np.rint(1e6 * table.extra["row_order"].to_numpy(float)).astype(int)
+    if table.label is None:
+        for across, (train, judged) in judged_rows(table, ~np.isnan(table.target).all(1)).items():
+            rows = common.level_means(levels, table.target, train, judged, table.groups, position=position)
+            found += [{"what": "scores", "across": across, **row} for row in rows]
+        return found
+    counts = [(table.label == c).sum() or len(table) for c in range(len(table.names))]
+    positive = table.names[int(np.argmin(counts))] if positive is None else positive
+    label = np.where(table.label < 0, -1, table.label == table.names.index(positive))
+    for across, (train, judged) in judged_rows(table, label >= 0).items():
+        if len(set(label[np.concatenate(judged)])) == 2:
+            rows = common.level_priors(levels, label, train, judged, table.groups, position=position)
+            found += [{"what": positive, "across": across, **row} for row in rows]
+    return found
+
+
+def audit_text(report):
+    """The audit as lines of text: parts, what is inside each, what two share, then what needs no pixels."""
+    lines = []
+    for part, held in report["parts"].items():
+        classes, per_video = ", ".join(f"{name} {n}" for name, n in held["classes"].items()), held["events_per_video"]
+        lines.append(f"{part or 'all'}: {held['rows']} clips ({held['repeated_rows']} rows more repeat them), "
+                     f"{held['events']} events, {held['videos']} videos with {per_video['min']} to {per_video['max']} "
+                     f"events (median {per_video['median']:g}), {held['pure_videos']} with one class, "
+                     f"{held['mixed_videos']} mixed; {classes or 'no classes'}")
+    sections = [(f"inside {part or 'all'}", found) for part, found in report["within"].items()]
+    sections += [(f"between {pair}", found) for pair, found in report["between"].items()]
+    for where, found in sections:
+        counts = {what: item for what, item in found.items() if item is not None and what != "shared_rows"}
+        lines.append(f"{where}: " + ", ".join(f"{item['count']} {what.replace('_', ' ')}"
+                                              for what, item in counts.items()))
+        lines += [f"    {what.replace('_', ' ')}: {', '.join(item['examples'][:3])}"
+                  for what, item in counts.items() if item["count"]]
+    lines += [f"SHARED EVENTS: {shared['count']} of {shared['of']} rows of {pair.split('-')[-1]} show an event that is "
+              f"also in {pair.split('-')[0]}" for pair, found in report["between"].items()
+              if (shared := found["shared_rows"])["count"]]
+    if past := report.get("windows_past_the_end"):
+        lines.append(f"windows: {past['past']['count']} start past the end of their file "
+                     f"({', '.join(past['past']['examples'][:3]) or 'none'}), {past['cut']['count']} are cut by it; "
+                     f"{past['unknown_duration']} files of unknown length")
+    if clusters := report.get("probability_clusters"):
+        lines.append(f"probabilities: {clusters['rows_in_clusters']} of {clusters['rows']} rows share theirs with two "
+                     f"or more others ({clusters['values']} values)")
+    lines += [f"no-pixel prior on {row['name']} across {row['across']}: {'AUC' if 'auc' in row else 'R2'} of "
+              f"{row['what']} {row.get('auc', row.get('r2')):.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+              for row in report["priors"]]
+    lines += [] if report["priors"] else ["no-pixel priors: too few labelled clips on both sides to judge any"]
+    return "\n".join(lines)
+
+
+# --- data: table and pixels -> sample ------------------------------------------------
+
+@dataclasses.dataclass
+class Study:
+    """N clips that can be read: their table, their frames, and what was left out."""
+    table: Table
+    store: ClipStore
+    stored: np.ndarray  # (N,) index of each clip in the store
+    args: object
+    skipped: list  # dicts of row and reason
+    pooled: np.ndarray | None = None  # (N, F) features of the middle clip through the untuned backbone
+    features: dict | None = None  # of a frozen backbone: {"views": (V, N, ...), (row, start): (...)}
+
+    def frames(self, row):
+        """Grid frames of a row, uint8 (G, H, W, 3)."""
+        return self.store[self.stored[row]]
+
+    def audit(self, row):
+        """ClipAudit of a row."""
+        return self.store.audit[self.stored[row]]
+
+    def start_range(self, row, jittered=False):
+        """(first, last) grid frame at which a clip of a row may start."""
+        found, length = self.audit(row), self.args.n_frames
+        if self.args.task == "regress":
+            return 0, 0
+        reach = round(self.args.jitter_sec * self.args.fps) if jittered else 0
+        last = found.first + max(found.usable - length, 0)
+        return max(found.first - reach, 0), last + min(reach, max(found.n_grid - length - last, 0))
+
+    def starts(self, row):
+        """Grid frames at which the clips start that are scored: evenly over the event, the middle where it is one."""
+        first, last = self.start_range(row)
+        count = self.args.clips_per_event
+        places = np.linspace(first, last, count) if count > 1 else [(first + last) / 2]
+        return sorted({int(round(place)) for place in places})
+
+    @property
+    def clusters(self):
+        """(N,) what is resampled for intervals: groups, else videos that hold several events; None = rows."""
+        table = self.table
+        return table.groups if table.groups is not None else (
+            table.videos if len(set(table.videos)) < len(table) else None)
+
+    @property
+    def strata(self):
+        """(N,) what splits are stratified on."""
+        return strata_of(self.table)
+
+    def record(self, split):
+        """What args.json says of the data and their split; a resumed run must find the same."""
+        table, values = self.table, self.table.label if self.table.target is None else self.table.target
+        shas = [self.audit(row).pixel_sha for row in range(len(table))]
+        parts = itertools.chain.from_iterable((part, rows) for part, rows in split.items())
+        return {"fingerprint": common.data_fingerprint([*table.names, *table.clip_ids, values, *shas]),
+                "split": common.data_fingerprint(parts), "clips": len(table), "names": table.names}
+
+
+def read_table_of(args, names=None, need_labels=True):
+    """The Table that the flags name; names: classes or scores of a trained model."""
+    if args.task == "regress":
+        table = read_sequences(args.manifest, args.video_root, args.group_column, names or args.target_columns,
+                               need_labels=need_labels, max_missing=args.max_missing)
+    else:
+        manifests = {"": args.manifest, "train": args.train_manifest, "val": args.val_manifest,
+                     "test": args.test_manifest}
+        manifests = {part: path for part, path in manifests.items() if path} or {"": args.video_root}
+        table = read_events(manifests, args.video_root, args.label_map, args.min_event_sec, args.group_column,
+                            names=names, need_labels=need_labels, max_missing=args.max_missing)
+    return table.take(filter_rows(table, args.filter)) if args.filter else table
+
+
+def load_study(args, say, skipped_file=None, names=None, need_labels=True):
+    """Table and clips, checked; what cannot be used is counted, said and listed in the file."""
+    table = read_table_of(args, names, need_labels)
+    if (table.unit == "frame").any():
+        fps = {source: probe(source, args.fps).fps or args.fps for source in dict.fromkeys(table.sources)}
+        table = seconds_of(table, np.array([fps[source] for source in table.sources]), args.min_event_sec)
+    say(f"decoding {len(table)} clips of {len(set(table.sources))} videos with {decoder_name()}")
+    store = ClipStore(table.sources, table.windows, grid="even" if args.task == "regress" else "rate", fps=args.fps,
+                      n_frames=args.n_frames, short_side=resize_side(args.image_size), jitter_sec=args.jitter_sec,
+                      cache=args.cache)
+    good = check_clips(store.audit, args.max_missing, args.on_bad_file)
+    stored = np.array([row for row in good if not store.audit[row].past_end], dtype=int)
+    reasons = {row: store.audit[row].error or "its window starts past the end of the video"
+               for row in set(range(len(table))) - set(stored.tolist())}
+    skipped = table.skipped + [{"row": table.clip_ids[row], "video": str(table.sources[row]), "reason": reason}
+                               for row, reason in sorted(reasons.items())]
+    if skipped and skipped_file:
+        common.write_table(skipped_file, skipped)
+    for reason, count in collections.Counter(entry["reason"] for entry in skipped).items():
+        say(f"skipped: {count} rows, {reason}")
+    for note in table.notes:
+        say(f"note: {note}")
+    say(f"data: {len(stored)} clips, {len(set(table.events))} events; {len(skipped)} rows skipped"
+        f"{' (listed in skipped.csv)' if skipped and skipped_file else ''}; {store.description}")
+    if not len(stored):
+        raise common.UserError(f"none of {len(table)} clips can be used (first: {skipped[0]['reason']})")
+    return Study(table.take(stored), store, stored, args, skipped)
+
+
+def resize_side(image_size):
+    """Short side that frames are scaled to before the crop: 128 for 112."""
+    return round(image_size * 8 / 7)
+
+
+class Clips(torch.utils.data.Dataset):
+    """Clips of chosen rows; a key is (epoch, index), which seeds start and augmentation.
+
+    In training a view is a row with a random start; else every start that is scored is a view. Each sample: input
+    uint8 (T, S, S, 3), or features of a frozen backbone (T, F) or (F,); mask (T,), True = a real frame; target (K,);
+    weight; name.
+    """
+
+    def __init__(self, study, rows, objective, args, train, presets=None):
+        self.study, self.rows, self.objective, self.args, self.presets = study, rows, objective, args, presets
+        starts = [[None] if train else study.starts(row) for row in rows]
+        self.views = [(int(row), start) for row, each in zip(rows, starts) for start in each]
+        self.place = np.repeat(np.arange(len(rows)), [len(each) for each in starts])  # (views,) index into rows
+
+    def __len__(self):
+        return len(self.views)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        row, start = self.views[index]
+        generator = common.generator_for(self.args.seed, epoch, index)
+        pixels = self.frozen(row, start, generator) if self.study.features else self.clip(row, start, generator)
+        mask = torch.arange(self.args.n_frames) < min(self.study.audit(row).n_grid, self.args.n_frames)  # (T,)
+        return {"input": torch.from_numpy(pixels), "mask": mask, "target": self.objective.target[row],
+                "weight": self.objective.weight[row], "name": self.study.table.clip_ids[row]}
+
+    def frozen(self, row, start, generator):
+        """Features of the frozen backbone: of one of the random views, or of the start that is scored."""
+        if start is not None:
+            return self.study.features[row, start]
+        views = self.study.features["views"]
+        return views[torch.randint(len(views), (), generator=generator), row]
+
+    def clip(self, row, start, generator):
+        """uint8 (T, S, S, 3), black frames after the last real one."""
+        frames, length, size = self.study.frames(row), self.args.n_frames, self.args.image_size
+        preset = "none" if self.presets is None else self.presets[row]
+        if start is None:
+            first, last = self.study.start_range(row, jittered=True)
+            start = first + int(torch.randint(last - first + 1, (), generator=generator))
+        chosen = frames[start:start + length]
+        drawn = common.sample_augmentation(preset, generator)
+        clip = np.zeros((length, size, size, 3), np.uint8)
+        clip[:len(chosen)] = (np.stack([common.eval_crop(frame, size) for frame in chosen]) if preset == "none"
+                              else common.augment_clip(chosen, drawn, size))
+        return clip
+
+
+# --- model --------------------------------------------------------------------------
+
+class Head(nn.Module):
+    """(B, F) -> (B, K): dropout and a linear layer; scores are put on their scale, logits stay as they are.
+
+    The first outputs lie about `centre`, the train mean or log prior; bounded: a sigmoid over this range.
+    """
+
+    def __init__(self, n_features, n_outputs, dropout, bounded=False):
+        super().__init__()
+        self.dropout, self.linear, self.bounded = nn.Dropout(dropout), nn.Linear(n_features, n_outputs), bounded
+        self.register_buffer("offset", torch.zeros(n_outputs))
+        self.register_buffer("spread", torch.ones(n_outputs))
+
+    def start_at(self, centre, offset, spread):
+        """Set the scale (K,) and a bias that gives `centre` (K,) where no feature speaks."""
+        centre, offset, spread = (torch.as_tensor(each, dtype=torch.float32) for each in (centre, offset, spread))
+        self.offset.copy_(offset)
+        self.spread.copy_(spread)
+        share = (centre - offset) / spread
+        self.linear.bias.data = torch.logit(share.clamp(0.01, 0.99)) if self.bounded else share
+
+    def forward(self, features):
+        with torch.autocast(features.device.type, enabled=False):
+            raw = self.linear(self.dropout(features.float()))  # (B, F) -> (B, K)
+            return self.offset + self.spread * (torch.sigmoid(raw) if self.bounded else raw)
+
+
+class ClipNet(common.BackboneModel):
+    """A torchvision video network over all frames at once: clips (B, T, 3, S, S) -> (B, K)."""
+
+    def __init__(self, backbone, n_features, head, freeze_norm=False):
+        super().__init__(backbone, freeze_norm)
+        self.head = head(n_features)
+
+    def extract(self, clips, mask):
+        """Features of the backbone: (B, T, 3, S, S) -> (B, F)."""
+        return self.backbone(clips.transpose(1, 2))  # (B, T, 3, S, S) -> (B, 3, T, S, S) -> (B, F)
+
+    def forward(self, clips, mask):
+        # (B, T, 3, S, S) clips, or (B, F) features of a frozen backbone
+        return self.head(clips if clips.ndim == 2 else self.extract(clips, mask))  # (B, F) -> (B, K)
+
+
+class FrameLstm(common.BackboneModel):
+    """An image backbone frame by frame, then an LSTM: clips (B, T, 3, S, S), mask (B, T) -> (B, K)."""
+
+    def __init__(self, backbone, n_features, head, hidden, freeze_norm=False):
+        super().__init__(backbone, freeze_norm)
+        self.n_features = n_features
+        self.lstm = nn.LSTM(n_features, hidden, batch_first=True)
+        self.head = head(hidden)
+
+    def extract(self, clips, mask):
+        """Features of the real frames, 0 for the others: (B, T, 3, S, S), mask (B, T) -> (B, T, F)."""
+        features = torch.zeros(*mask.shape, self.n_features, device=clips.device)
+        frames = clips.movedim(2, -1)[mask].movedim(-1, 1)  # only real ones, colours stay the last in memory
+        found = self.backbone(frames)  # (frames, 3, S, S) -> (frames, F)
+        return features.masked_scatter(mask[..., None], found.float())  # (B, T, F)
+
+    def forward(self, clips, mask):
+        # (B, T, 3, S, S) clips, or (B, T, F) features of a frozen backbone
+        features = clips if clips.ndim == 3 else self.extract(clips, mask)
+        with torch.autocast(features.device.type, enabled=False):
+            states, _ = self.lstm(features.float())  # (B, T, F) -> (B, T, H)
+        last = mask.sum(1).clamp(min=1) - 1  # (B,) index of the last real frame
+        return self.head(states[torch.arange(len(last), device=last.device), last])  # (B, H) -> (B, K)
+
+
+def build_model(args, n_outputs):
+    """The network that the flags (or a checkpoint's) describe; the seed decides the random part."""
+    torch.manual_seed(common.mix(args.seed))
+
+    def head(n_features):
+        return Head(n_features, n_outputs, args.dropout, args.bounded)
+    needed = FIXED_INPUT.get(args.model, (args.n_frames, args.image_size))
+    if needed != (args.n_frames, args.image_size):
+        raise common.UserError(f"--model {args.model} takes clips of --n_frames {needed[0]} --image_size {needed[1]} "
+                               f"alone, found {args.n_frames} and {args.image_size}")
+    if args.model == ONLY_FRAMES:
+        example = torch.zeros(1, 3, args.image_size, args.image_size)
+        parts = common.build_backbone(args.backbone, args.pretrained, args.weights, args.image_size)
+    else:
+        example = torch.zeros(1, 3, args.n_frames, args.image_size, args.image_size)
+        parts = common.build_backbone(args.model, args.pretrained, args.weights, args.image_size, family="video")
+    common.freeze_stages(parts[0], args.freeze_stages, example)
+    return (FrameLstm(*parts, head, args.hidden, args.freeze_norm) if args.model == ONLY_FRAMES
+            else ClipNet(*parts, head, args.freeze_norm))
+
+
+def training_compute(compute, model_name):
+    """The Compute to train a network with: fp32 for clip networks on a CPU.
+
+    There oneDNN's bf16 weight gradient of Conv3d holds memory that was never written where a map is small (2 x 7 x 7,
+    torch 2.14): now and then 1e30, at worst a plausible number. Its forward pass is right.
+    """
+    if model_name == ONLY_FRAMES or compute.device.type != "cpu" or compute.precision == "fp32":
+        return compute
+    text = f"{compute.text} to predict, fp32 to train: bf16 gradients of 3-D convolutions are wrong on CPUs"
+    return dataclasses.replace(compute, precision="fp32", text=text)
+
+
+def pixel_statistics(model_name):
+    """(mean, sd) of the three colours that the published weights of a network expect."""
+    return (common.IMAGENET_MEAN, common.IMAGENET_STD) if model_name == ONLY_FRAMES else (KINETICS_MEAN, KINETICS_STD)
+
+
+# --- the two tasks: what is learnt, and how it is measured --------------------------------
+
+class Behaviours:
+    """--task classify: targets, loss and metrics of C classes, as the train rows weigh them."""
+
+    def __init__(self, args, table, train):
+        self.args, self.names = args, table.names
+        counts = np.bincount(table.label[train], minlength=len(self.names))
+        if (counts == 0).any():
+            raise common.UserError(f"no train row of class {common.some(itertools.compress(self.names, counts == 0))}; "
+                                   "change the split or the label map")
+        self.positive = self.names.index(positive_class(args.positive_class, self.names, counts))
+        self.prior = counts / counts.sum()
+        factor = np.ones(len(counts))
+        if args.balance == "weights":
+            factor = 1 / (len(counts) * self.prior)
+        if args.focal_alpha is not None:
+            factor = factor * np.where(np.arange(len(counts)) == self.positive, args.focal_alpha, 1 - args.focal_alpha)
+        self.factor = torch.tensor(factor / (factor * self.prior).sum(), dtype=torch.float32)  # mean 1 over train rows
+        self.label, self.repeats = table.label, table.repeats
+        self.target = nn.functional.one_hot(torch.tensor(np.maximum(table.label, 0)), len(counts)).float()  # (N, C)
+        self.weight = torch.tensor(sample_weights(table, args.sample_weight), dtype=torch.float32)  # (N,)
+        self.default_select = f"{self.names[self.positive]}_average_precision"
+
+    def rows(self, train):
+        """Train rows as often as the manifest repeats them, the positive class up to --boost_to: (n,) -> (m,)."""
+        train = np.repeat(train, self.repeats[train])
+        rare, share = train[self.label[train] == self.positive], self.args.boost_to or 0
+        wanted = round(share * (len(train) - len(rare)) / (1 - share))  # rows of the positive class
+        return np.concatenate([train, np.resize(rare, max(0, wanted - len(rare)))])
+
+    def sampler_weights(self, rows):
+        """(n,) chances that draw all classes alike, or None."""
+        return 1 / np.bincount(self.label[rows])[self.label[rows]] if self.args.balance == "sampler" else None
+
+    def trained_prior(self, rows):
+        """(C,) class shares as the loss saw them: drawn by the sampler, repeated, weighted."""
+        share = np.bincount(self.label[rows], minlength=len(self.names)) * self.factor.numpy()
+        return np.full(len(share), 1 / len(share)) if self.args.balance == "sampler" else share / share.sum()
+
+    def scale(self):
+        """(centre, offset, spread) of the head, (C,) each: the first output is the log prior."""
+        return np.log(self.prior), np.zeros(len(self.prior)), np.ones(len(self.prior))
+
+    def loss(self, logits, target, weight):
+        """Mean over the batch: (B, C) logits, (B, C) class shares (mixup), (B,) weights -> float tensor.
+
+        Focal loss: Lin et al. 2017, with the probability of the target mixture.
+        """
+        smoothing = self.args.label_smoothing
+        smooth = target * (1 - smoothing) + smoothing / target.shape[1]
+        error = -(smooth * torch.log_softmax(logits, 1)).sum(1)  # (B,)
+        if self.args.loss == "focal":
+            error = error * (1 - (target * torch.softmax(logits, 1)).sum(1)) ** self.args.focal_gamma
+        return (error * weight * (target @ self.factor.to(target.device))).mean()
+
+    def history(self, logits, rows):
+        """{metric: value} of the rows at their natural class shares, for a row of the history."""
+        values = common.classification_metrics(common.softmax(logits), self.label[rows], names=self.names,
+                                               positive=self.positive)
+        return {name: value for name, value in values.items() if name not in ("n", "confusion")}
+
+    def select(self, wanted):
+        """--select -> (history column, higher is better). Raises UserError that names the closest."""
+        known = common.classification_names(self.names)
+        return select_column(known, wanted or self.default_select)
+
+
+class Scores:
+    """--task regress: targets, loss and metrics of R scores, on the scale of the train rows."""
+
+    def __init__(self, args, table, train):
+        self.args, self.names, target = args, table.names, table.target
+        self.mean, self.sd = np.nanmean(target[train], axis=0), np.nanstd(target[train], axis=0)
+        constant = self.sd < 1e-9
+        if constant.any() or np.isnan(self.mean).any():
+            raise common.UserError("the same score in every train row, or none, is nothing to learn: "
+                                   f"{common.some(itertools.compress(self.names, ~(self.sd >= 1e-9)))}; leave it out "
+                                   "with --target_columns")
+        self.low, self.high = np.nanmin(target[train], axis=0), np.nanmax(target[train], axis=0)
+        self.values, self.repeats = target, table.repeats
+        self.target = torch.tensor(target, dtype=torch.float32)  # (N, R), NaN = missing
+        self.weight = torch.tensor(sample_weights(table, args.sample_weight), dtype=torch.float32)  # (N,)
+        self.target_weight = torch.tensor(target_weights(args.target_weights, self.names), dtype=torch.float32)
+        self.total, self.parts = total_and_parts(self.names)
+
+    def rows(self, train):
+        """Train rows, as often as the table repeats them: (n,) -> (m,)."""
+        return np.repeat(train, self.repeats[train])
+
+    def sampler_weights(self, rows):
+        """No weighted sampling of scores."""
+        return None
+
+    def scale(self):
+        """(centre, offset, spread) of the head, (R,) each: the first output is the train mean."""
+        if self.args.bounded:
+            return self.mean, self.low, self.high - self.low
+        return self.mean, self.mean, self.sd
+
+    def loss(self, predicted, target, weight):
+        """Mean over rows of each row's mean over its labelled scores, errors in sd: (B, R), (B, R), (B,) -> tensor.
+
+        A missing score is NaN in target and counts nothing. Consistency: squared (total - sum of parts) in sd of the
+        total, for every row, labelled or not.
+        """
+        sd = torch.as_tensor(self.sd, dtype=torch.float32, device=predicted.device)
+        labelled = ~torch.isnan(target)  # (B, R), True = a score is there
+        pointwise = nn.functional.smooth_l1_loss if self.args.loss == "smooth_l1" else nn.functional.mse_loss
+        error = pointwise(predicted / sd, torch.where(labelled, target, predicted.detach()) / sd, reduction="none")
+        share = labelled * self.target_weight.to(predicted.device)
+        loss = ((error * share).sum(1) / share.sum(1).clamp(min=1e-9) * weight).mean()
+        if self.parts and self.args.consistency_weight:
+            gap = (predicted[:, self.total] - predicted[:, self.parts].sum(1)) / sd[self.total]
+            loss = loss + self.args.consistency_weight * (gap ** 2).mean()
+        return loss
+
+    def history(self, predicted, rows):
+        """{metric: value} of the rows, means over the scores in their units; loss: that of training."""
+        means = common.mean_metrics(common.regression_metrics(predicted, self.values[rows]))
+        loss = self.loss(torch.tensor(predicted, dtype=torch.float32), self.target[rows], self.weight[rows])
+        return {"loss": float(loss), **{name: means[name] for name in ("mse", "mae", "r2", "pearson_r")}}
+
+    def select(self, wanted):
+        """--select -> (history column, higher is better). Raises UserError that names the closest."""
+        return select_column({name: name for name in ("loss", "mse", "mae", "r2", "pearson_r")}, wanted)
+
+
+TASKS = {"classify": Behaviours, "regress": Scores}
+
+
+def positive_class(wanted, names, counts):
+    """The class that matters: as asked for, in any case, else the rarest. Raises UserError."""
+    spelled = {name.casefold(): name for name in names}
+    if wanted and wanted.casefold() not in spelled:
+        raise common.UserError(f"--positive_class {wanted} is no class{common.closest(wanted, names)} "
+                               f"(found: {common.some(names)})")
+    return spelled[wanted.casefold()] if wanted else names[int(np.argmin(counts))]
+
+
+def select_column(known, wanted):
+    """Name as typed -> (val_ column or 'last', higher is better), from {spelling: metric}. Raises UserError."""
+    name = wanted.removeprefix("val_")
+    if name == "last":
+        return "last", True
+    if name not in known:
+        raise common.UserError(f"--select {wanted} is no metric of this run{common.closest(name, known)}; "
+                               f"metrics: {common.some(known, 40)}, last")
+    return f"val_{known[name]}", not known[name].endswith(common.LOWER_IS_BETTER)
+
+
+def target_weights(pairs, names):
+    """--target_weights NAME=W ... -> (R,) float64, 1 where not named. Raises UserError."""
+    weights = dict.fromkeys(names, 1.0)
+    spelled = {column_key(name): name for name in names}
+    for text in pairs or []:
+        name, _, value = text.rpartition("=")
+        if column_key(name) not in spelled or not common.NUMBER.fullmatch(value) or float(value) < 0:
+            raise common.UserError(f"--target_weights expects NAME=WEIGHT of {common.some(names, 40)}, found {text!r}")
+        weights[spelled[column_key(name)]] = float(value)
+    return np.array(list(weights.values()))
+
+
+# --- training ---------------------------------------------------------------------------
+
+def make_loaders(study, split, objective, args, compute):
+    """Loader of the augmented train clips, and {part: loader} of the train, val and test clips as they are."""
+    presets = augment_presets(study.table, args.augment_for, args.augment, tuple(common.AUGMENTATIONS))
+    cached = study.store.cache == "ram" or args.freeze_backbone
+    rows = objective.rows(split["train"])
+    training = common.make_loader(Clips(study, rows, objective, args, True, presets), args.batch_size, args, compute,
+                                  True, cached, objective.sampler_weights(rows))
+    scoring = {part: common.make_loader(Clips(study, split[part], objective, args, False), args.val_batch_size, args,
+                                        compute, False, cached) for part in split if len(split[part])}
+    return training, scoring
+
+
+def to_device(batch, args, compute):
+    """Batch -> clips (B, T, 3, S, S) normalised, or features; mask (B, T); target (B, K); weight (B,)."""
+    clips = batch["input"]
+    if clips.dtype == torch.uint8:
+        # memory stays in the order B, T, S, S, 3: channels_last for pictures and for clips alike
+        frames = common.to_input(clips.flatten(0, 1), compute.device, *pixel_statistics(args.model))
+        clips = frames.unflatten(0, clips.shape[:2])  # (B * T, 3, S, S) -> (B, T, 3, S, S)
+    mask, target, weight = (batch[name].to(compute.device, non_blocking=True) for name in ("mask", "target", "weight"))
+    return clips.to(compute.device), mask, target, weight
+
+
+def mixed_up(clips, target, alpha):
+    """mixup (Zhang et al. 2018): each clip and target with a share of another one of its batch; alpha 0: unchanged."""
+    if not alpha:
+        return clips, target
+    share = float(torch.distributions.Beta(alpha, alpha).sample())
+    order = torch.randperm(len(clips)).to(clips.device)
+    return share * clips + (1 - share) * clips[order], share * target + (1 - share) * target[order]
+
+
+def train_one_epoch(model, loader, objective, training, args, compute):
+    """One pass over the train rows; returns {'train_loss': mean over the rows}."""
+    model.train()
+    for batch in training.batches(loader):
+        clips, mask, target, weight = to_device(batch, args, compute)
+        clips, target = mixed_up(clips, target, args.mixup)
+        with compute.autocast():
+            outputs = model(clips, mask)  # (B, T, 3, S, S) -> (B, K)
+        training.step(objective.loss(outputs.float(), target, weight), len(target))
+    return training.epoch_means()
+
+
+@torch.no_grad()
+def evaluate(model, loader, args, compute):
+    """Whole split at once -> (M, K) float64 outputs of its rows, over all clips of a row by --aggregation."""
+    model.eval()
+    outputs = []
+    for batch in loader:
+        clips, mask, _, _ = to_device(batch, args, compute)
+        with compute.autocast():
+            outputs.append(model(clips, mask).float().cpu())  # (B, T, 3, S, S) -> (B, K)
+    outputs, place = torch.cat(outputs).double().numpy(), loader.dataset.place  # (views, K), (views,)
+    first = np.flatnonzero(np.append(True, np.diff(place)))
+    if args.aggregation == "max":
+        return np.maximum.reduceat(outputs, first)
+    return np.add.reduceat(outputs, first) / np.bincount(place)[:, None]
+
+
+def fit(run, args, study, split):
+    """Train on split['train'], choose the epoch on split['val']; ({part: outputs (M, K)}, Training, objective)."""
+    compute, objective = run.compute, TASKS[args.task](args, study.table, split["train"])
+    select, higher_is_better = objective.select(args.select)
+    train_loader, loaders = make_loaders(study, split, objective, args, compute)
+    model = build_model(args, len(objective.names))
+    model.head.start_at(*objective.scale())
+    if args.init_from:
+        common.load_state(model, common.starting_weights(args.init_from, names=objective.names), args.init_from)
+    model = compute.place(model)
+    model.freeze_backbone(args.freeze_backbone)
+    rest = nn.ModuleList([module for name, module in model.named_children() if name != "backbone"])
+    optimizer = common.build_optimizer([(model.backbone, args.backbone_lr_mult), (rest, 1.0)], args)
+    shift = prior_shift(objective, train_loader.dataset.rows) if args.task == "classify" else 0.0
+    training = common.Training(run, model, optimizer, args, select, lambda: describe(args, objective, shift),
+                               higher_is_better)
+    for _ in training.epochs():
+        row = train_one_epoch(model, train_loader, objective, training, args, compute)
+        scored = evaluate(model, loaders["val"], args, compute)
+        values = objective.history(scored + shift, split["val"])
+        training.end_epoch({**row, **{f"val_{name}": value for name, value in values.items()}})
+    best = common.load_model_file(run.path("best_model.pth"), common.script_name())
+    common.load_state(model, best["model"], "best_model.pth")
+    outputs = {part: evaluate(model, loader, args, compute) + shift for part, loader in loaders.items()}
+    if args.task == "classify":
+        best["calibration"] = calibrate(outputs["val"], objective.label[split["val"]], objective.positive)
+        common.save_checkpoint(run.path("best_model.pth"), common.plain(best))
+    return outputs, training, objective
+
+
+def prior_shift(objective, rows):
+    """(C,) to add to the logits, so that they speak of the class shares of the data and not of those trained on."""
+    return common.prior_correction(np.zeros(len(objective.names)), objective.prior, objective.trained_prior(rows))
+
+
+def describe(args, objective, shift):
+    """What predict needs beside the weights: architecture, names, scaling, the shift to the natural class shares."""
+    mean, sd = pixel_statistics(args.model)
+    described = {"architecture": {name: getattr(args, name) for name in ARCHITECTURE}, "names": objective.names,
+                 "pixel_mean": list(mean), "pixel_sd": list(sd)}
+    if args.task == "classify":
+        return {**described, "positive": objective.names[objective.positive], "prior": list(objective.prior),
+                "prior_shift": list(shift)}
+    return {**described, "label_sd": objective.sd}
+
+
+@torch.no_grad()
+def extract_features(model, dataset, epoch, args, compute, batch_size=16):
+    """float32 features of every view of a dataset through an untuned backbone: (views, F) or (views, T, F)."""
+    model.eval()
+    features = []
+    for start in range(0, len(dataset), batch_size):
+        samples = [dataset[epoch, i] for i in range(start, min(start + batch_size, len(dataset)))]
+        batch = torch.utils.data.default_collate(samples)
+        clips, mask, _, _ = to_device(batch, args, compute)
+        with compute.autocast():
+            features.append(model.extract(clips, mask).float().cpu())
+    return torch.cat(features).numpy()
+
+
+def prepare_features(run, args, study):
+    """study.pooled for the baselines; with --freeze_backbone study.features too, once for all folds."""
+    rows = np.arange(len(study.table))
+    model = run.compute.place(build_model(args, len(study.table.names)))
+    objective = TASKS[args.task](args, study.table, rows)
+    middle = dataclasses.replace(study, args=argparse.Namespace(**{**vars(args), "clips_per_event": 1}))
+    plain = Clips(middle, rows, objective, args, False)
+    features = extract_features(model, plain, 0, args, run.compute)
+    study.pooled = features
+    if features.ndim == 3:  # (N, T, F): mean and sd over the real frames, which tells still clips from moving ones
+        mask = np.stack([plain[0, i]["mask"].numpy() for i in range(len(plain))])[..., None]  # (N, T, 1)
+        count = mask.sum(1)
+        mean = (features * mask).sum(1) / count
+        spread = np.sqrt((((features - mean[:, None]) * mask) ** 2).sum(1) / count)
+        study.pooled = np.concatenate([mean, spread], axis=1)
+    if not args.freeze_backbone:
+        return
+    presets = augment_presets(study.table, args.augment_for, args.augment, tuple(common.AUGMENTATIONS))
+    random_views = Clips(study, rows, objective, args, True, presets)
+    scored = Clips(study, rows, objective, args, False)
+    plain = extract_features(model, scored, 0, args, run.compute)
+    views = np.stack([extract_features(model, random_views, view, args, run.compute)
+                      for view in range(args.feature_views)])
+    study.features = {"views": views, **dict(zip(scored.views, plain))}
+
+
+# --- results: outputs -> whole-split metric -> run folder ---------------------------------------
+
+@dataclasses.dataclass
+class Scored:
+    """Outputs for rows that the model was not trained on, beside the baselines' for the same rows."""
+    rows: np.ndarray  # (M,) rows of the study
+    outputs: np.ndarray  # (M, K) logits at the natural class shares, or scores
+    baselines: dict  # name -> (M, K) probabilities or scores
+    part: str  # val, test or folds
+    trained_on: list  # (train rows, scored rows) of each fold, one pair without folds
+    calibration: list | None = None  # (M,) entries: temperature and threshold fitted on other rows; classify
+
+
+def calibrate(logits, label, positive):
+    """Temperature, and threshold of the positive class after it, from validation logits (M, C) and labels (M,)."""
+    temperature = common.fit_temperature(logits, label)
+    probability = common.softmax(logits / temperature)
+    return {"temperature": temperature, "threshold": common.fit_threshold(probability, label, positive=positive)}
+
+
+def calibrated(scored):
+    """(probabilities (M, C) after temperature, thresholds (M,))."""
+    temperature, threshold = (np.array([each[name] for each in scored.calibration])
+                              for name in ("temperature", "threshold"))
+    return common.softmax(scored.outputs / temperature[:, None]), threshold
+
+
+def decision_of(scored):
+    """(probabilities (M, C), thresholds (M,) or None): calibrated where that was fitted on other rows, else as is."""
+    return calibrated(scored) if scored.calibration else (common.softmax(scored.outputs), None)
+
+
+def baselines(study, train, rows):
+    """{name: (M, K)} of what trains no network: what is frequent, and a linear model on the untuned features."""
+    table, groups = study.table, None if study.clusters is None else study.clusters[train]
+    x, size = study.pooled, len(rows)
+    if table.target is None:
+        logistic = common.fit_logistic(x[train], table.label[train], len(table.names), groups=groups, sd_floor=0.01)
+        return {"train_prior": common.prior_baseline(table.label[train], size, len(table.names)),
+                "logistic": logistic.predict(x[rows])}
+    ridge = common.fit_ridge(x[train], table.target[train], groups=groups, sd_floor=0.01)
+    predicted = {"train_mean": common.train_mean_baseline(table.target[train], size), "ridge": ridge.predict(x[rows])}
+    moments = moment_levels(study)
+    if moments is not None:
+        predicted["moment_mean"] = np.stack([level_mean(table.target[train], moments[train] == moments[row])
+                                             for row in rows])
+    return predicted
+
+
+def level_mean(target, chosen):
+    """(R,) mean of the chosen rows, of all where a score has none: (n, R), (n,) bool."""
+    everywhere = common.train_mean_baseline(target, 1)[0]
+    own = common.train_mean_baseline(target[chosen], 1)[0] if chosen.any() else everywhere
+    return np.where(np.isnan(own), everywhere, own)
+
+
+def moment_levels(study):
+    """(N,) levels of --moment_column, or None where the table has no such column."""
+    key = column_key(study.args.moment_column)
+    return study.table.extra[key].to_numpy(str) if key in study.table.extra else None
+
+
+def write_predictions(path, study, scored):
+    """predictions CSV. Classify: labels, probabilities (calibrated where they can be), logits, the baselines' too."""
+    table, rows = study.table, scored.rows
+    keys = {"clip_id": table.clip_ids[rows]}
+    if study.clusters is not None:
+        keys["group"] = study.clusters[rows]
+    if table.target is not None:
+        values = {"true": table.target[rows], "predicted": scored.outputs, **scored.baselines}
+        return common.write_target_table(path, keys, table.names, values)
+    probability, threshold = decision_of(scored)
+    chosen = common.predicted_class(probability, threshold, study.positive)
+    names = np.array([*table.names, ""])  # label -1 = unknown
+    keys |= {"event": table.events[rows], "true_label": names[table.label[rows]], "pred_label": names[chosen]}
+    blocks = {"prob": probability, "logit": scored.outputs, **{f"{k}_prob": v for k, v in scored.baselines.items()}}
+    columns = {f"{kind}_{name}": block[:, c] for kind, block in blocks.items() for c, name in enumerate(table.names)}
+    columns |= {} if threshold is None else {"threshold": threshold}
+    columns["n_clips"] = [len(study.starts(row)) for row in rows]
+    common.write_table(path, [dict(zip([*keys, *columns], row)) for row in zip(*keys.values(), *columns.values())])
+
+
+def read_predictions(path, study, split, part, calibration):
+    """The predictions CSV of a finished fold -> Scored."""
+    row_of = {name: row for row, name in enumerate(study.table.clip_ids)}
+    if study.table.target is not None:
+        clips, values = common.read_target_table(path, "clip_id", study.table.names)
+        outputs = values.pop("predicted")
+        values.pop("true")
+    else:
+        found = read_probabilities(path)
+        clips, outputs, values = found.clip_ids, found.logits, found.baselines
+    rows = np.array([row_of[name] for name in clips])
+    return Scored(rows, outputs, values, part, [(split["train"], rows)], calibration and [calibration] * len(rows))
+
+
+@dataclasses.dataclass
+class ClassPredictions:
+    """A predictions CSV of --task classify."""
+    names: list  # C
+    clip_ids: list  # M
+    label: np.ndarray  # (M,) -1 = unknown
+    chosen: np.ndarray  # (M,) pred_label
+    probability: np.ndarray  # (M, C)
+    logits: np.ndarray  # (M, C)
+    baselines: dict  # name -> (M, C)
+    groups: np.ndarray | None  # (M,)
+    threshold: np.ndarray | None  # (M,) of the positive class; None = the most probable class is chosen
+
+
+def read_probabilities(path):
+    """predictions CSV -> ClassPredictions. Raises UserError for missing columns and labels that are no class."""
+    table = common.read_table(path)
+    names = [column.removeprefix("prob_") for column in table if column.startswith("prob_")]
+    if not names or "true_label" not in table:
+        raise common.UserError(f"--predictions {path}: expected columns true_label and prob_CLASS, found "
+                               f"{common.some(table.columns, 40)}")
+    unknown = sorted(set(table["true_label"]) - {*names, ""})
+    if unknown:
+        raise common.UserError(f"--predictions {path}: true_label {common.some(unknown)} has no column prob_")
+
+    def block(kind):
+        columns = [f"{kind}_{name}" for name in names]
+        return np.stack([common.to_numbers(table[c], f"{path}, column {c}") for c in columns], 1)
+    index = {**{name: c for c, name in enumerate(names)}, "": -1}
+    kinds = [column.removesuffix(f"_{names[0]}") for column in table if column.endswith(f"_prob_{names[0]}")]
+    probability = block("prob")
+    label, chosen = (np.array([index.get(name, -1) for name in table[column]]) if column in table
+                     else probability.argmax(1) for column in ("true_label", "pred_label"))
+    logits = block("logit") if f"logit_{names[0]}" in table else np.log(np.maximum(probability, 1e-12))
+    return ClassPredictions(names, list(table["clip_id"]), label, chosen, probability, logits,
+                            {kind.removesuffix("_prob"): block(kind) for kind in kinds},
+                            table["group"].to_numpy(str) if "group" in table else None,
+                            common.to_numbers(table["threshold"], f"{path}, column threshold")
+                            if "threshold" in table else None)
+
+
+def best_baseline(others, label, names, positive):
+    """Name of the baseline with the highest AUC of the positive class; {name: (M, C)}, (M,) labels."""
+    auc = {name: common.classification_metrics(p, label, names=names, positive=positive)["roc_auc"]
+           for name, p in others.items()}
+    return max(auc, key=lambda name: np.nan_to_num(auc[name], nan=-1))
+
+
+def judge_classes(probability, label, names, positive, groups, others, threshold=None):
+    """Metrics with intervals of (M, C) probabilities and (M,) thresholds, paired with the best of the baselines, which
+    decide by their most probable class -> (result, its name)."""
+    known = label >= 0
+    best = best_baseline(others, label, names, positive) if others else None
+    return common.bootstrap_classification(
+        probability[known], label[known], None if groups is None else groups[known], others[best][known] if best else
+        None, names, None if threshold is None else threshold[known], positive), best
+
+
+def decision_metrics(chosen, label, names, positive):
+    """What hangs on the decision alone: accuracy, F1, recall, precision, MCC of (M,) chosen classes."""
+    one_hot = np.eye(len(names))[chosen]
+    values = common.classification_metrics(one_hot, label, names=names, positive=positive)
+    wanted = ("accuracy", "balanced_accuracy", "macro_f1", "mcc", "precision", "recall", "f1")
+    return {name: value for name, value in values.items() if name.endswith(wanted)}
+
+
+def class_results(run, args, study, scored):
+    """What metrics.json says of classes: values with intervals, calibration, priors without pixels; writes plots."""
+    table, rows, positive = study.table, scored.rows, study.positive
+    label, names = table.label[rows], table.names
+    groups = None if study.clusters is None else study.clusters[rows]
+    probability, threshold = decision_of(scored)
+    result, baseline = judge_classes(probability, label, names, positive, groups, scored.baselines, threshold)
+    low = result["interval"]["roc_auc"][0] if result["interval"] else result["value"]["roc_auc"]
+    levels = prior_levels(table)
+    confounds = common.flag_confounds(
+        common.level_priors(levels, table.label, *folds_apart(scored), study.clusters, positive), low)
+    for row in confounds:
+        if row["name"] in levels:
+            row["model_auc_within_levels"] = common.within_level_auc(probability[:, positive], label,
+                                                                     levels[row["name"]][rows], positive)
+    common.plot_confusion(result["confusion"], names, run.path("confusion.png"))
+    common.plot_precision_recall(probability, label, names, run.path("precision_recall.png"),
+                                 positive if len(names) == 2 else None)
+    common.plot_risk_coverage(probability.max(1), probability.argmax(1) == label, run.path("risk_coverage.png"))
+    common.plot_reliability(probability, label, run.path("reliability.png"),
+                            common.softmax(scored.outputs) if scored.calibration else None)
+    return {"metric": "roc_auc", "baseline": baseline, "positive_class": names[positive], "names": names,
+            **{key: result[key] for key in ("value", "interval", "sign_flip_p", "method", "confusion", "n")},
+            "null_ece": common.expected_ece(probability.max(1)), "calibration": calibration_table(study, scored),
+            "confounds": confounds,
+            "alarms": common.classification_alarms(probability, label, names, threshold, positive)}
+
+
+def folds_apart(scored):
+    """(train rows of each fold, scored rows of each fold)."""
+    return [train for train, _ in scored.trained_on], [rows for _, rows in scored.trained_on]
+
+
+def calibration_table(study, scored):
+    """Dicts of NLL, Brier, ECE, F1 and recall of the positive class before and after temperature and threshold."""
+    label, names, positive = study.table.label[scored.rows], study.table.names, study.positive
+    stages = {"before": (common.softmax(scored.outputs), None)}
+    if scored.calibration:
+        stages["after"] = calibrated(scored)
+    table = []
+    for stage, (probability, threshold) in stages.items():
+        values = common.classification_metrics(probability, label, names=names, positive=positive)
+        values |= decision_metrics(common.predicted_class(probability, threshold, positive), label, names, positive)
+        name = names[positive]
+        table.append({"stage": stage, "nll": values["loss"], "brier": values["brier"], "ece": values["ece"],
+                      "ece_adaptive": values["ece_adaptive"],
+                      "ece_of_a_calibrated_model": common.expected_ece(probability.max(1)),
+                      "accuracy": values["accuracy"], **{f"{name}_{m}": values[f"{name}_{m}"]
+                                                         for m in ("precision", "recall", "f1")}})
+    return table
+
+
+def score_results(run, args, study, scored):
+    """What metrics.json says of scores: per score and moment, bias and slope, priors without pixels; writes plots."""
+    table, rows = study.table, scored.rows
+    target, predicted, names = table.target[rows], scored.outputs, table.names
+    groups = None if study.clusters is None else study.clusters[rows]
+    result, baseline = common.score_regression(predicted, target, groups, scored.baselines)
+    per_target = common.target_rows(result, names)
+    for r, row in enumerate(per_target):
+        row |= bias_and_slope(predicted[:, r], target[:, r])
+    low = result["interval"]["mean_r2"][0] if result["interval"] else result["value"]["mean_r2"]
+    confounds = common.flag_confounds(
+        common.level_means(prior_levels(table), table.target, *folds_apart(scored), study.clusters), low)
+    common.write_table(run.path("scores.csv"), per_target)
+    common.plot_per_target(per_target, run.path("scores.png"))
+    common.plot_scatter(predicted, target, names, run.path("predicted_against_true.png"))
+    icc = {name: common.icc([each[row] for row in range(len(table))])
+           for name, each in (table.single_ratings or {}).items()}
+    return {"metric": "mean_r2", "baseline": baseline, "names": names, "per_target": per_target,
+            "per_moment": moment_rows(study, scored), "icc": icc, "result": result, "confounds": confounds,
+            "value": {k: v for k, v in result["value"].items() if "mean_" in k},
+            "interval": {k: v for k, v in (result["interval"] or {}).items() if "mean_" in k} or None,
+            "sign_flip_p": result["sign_flip_p"], "method": result["method"],
+            "alarms": common.regression_alarms(predicted, target, names) + slope_alarms(per_target)}
+
+
+def bias_and_slope(predicted, target):
+    """Mean error and the slope of target on prediction (1 = no correction needed), (M,) each, NaN = missing."""
+    known = ~np.isnan(target)
+    p, t = predicted[known], target[known]
+    spread = p.var() if len(p) else 0.0
+    slope = float(((p - p.mean()) * (t - t.mean())).mean() / spread) if spread > 1e-12 else math.nan
+    return {"bias": float((p - t).mean()) if len(p) else math.nan, "slope": slope}
+
+
+def slope_alarms(per_target):
+    """Sentences on scores whose order is right and whose values are not: R2 negative although r is positive."""
+    return [f"{row['target']}: r {row['pearson_r']:.2f} but R2 {row['r2']:.2f}; the order holds, the values do not "
+            f"(bias {row['bias']:+.3g}, slope {row['slope']:.2f})"
+            for row in per_target if row["r2"] < 0 and row["pearson_r"] > 0.1]
+
+
+def moment_rows(study, scored):
+    """Dicts of moment, target, n and the model's metrics for each level of --moment_column and score."""
+    moments = moment_levels(study)
+    if moments is None:
+        return []
+    rows = []
+    for level in sorted(set(moments[scored.rows])):
+        here = moments[scored.rows] == level
+        values = common.regression_metrics(scored.outputs[here], study.table.target[scored.rows][here])
+        for r, name in enumerate(study.table.names):
+            rows.append({"moment": level, "target": name, **{k: v[r] for k, v in values.items()}})
+    return rows
+
+
+def criteria_values(study, metrics, scored):
+    """(names -> value, names -> interval) that --criteria may name: those of the metrics, and MAE_LEVEL of moments."""
+    if study.table.target is None:
+        return common.classification_values(metrics, study.table.names)
+    values, intervals = common.named_values(metrics["result"], study.table.names)
+    moments = moment_levels(study)
+    for level in sorted(set(moments)) if moments is not None else ():
+        rows = scored.rows[moments[scored.rows] == level]
+        place = np.flatnonzero(np.isin(scored.rows, rows))
+        result = common.bootstrap_regression(scored.outputs[place], study.table.target[rows],
+                                             None if study.clusters is None else study.clusters[rows])
+        for metric in common.REGRESSION_METRICS:
+            values[f"{metric}_{level}"] = float(result["value"][f"mean_{metric}"])
+            intervals[f"{metric}_{level}"] = result["interval"] and tuple(result["interval"][f"mean_{metric}"])
+    return values, intervals
+
+
+def criteria_names(study):
+    """All that --criteria may name in this run."""
+    if study.table.target is None:
+        return list(common.classification_names(study.table.names))
+    moments = moment_levels(study)
+    endings = ["", *(f"_{each}" for each in [*study.table.names, *(() if moments is None else sorted(set(moments)))])]
+    return [metric + ending for metric in common.REGRESSION_METRICS for ending in endings]
+
+
+def report_results(run, args, study, split, scored, alarms, best_epoch=None, folds=()):
+    """metrics.json, tables, plots and report.html of one run, or of all folds pooled."""
+    results = class_results if study.table.target is None else score_results
+    metrics = results(run, args, study, scored)
+    held_out = scored.part == "test" or args.select == "last"
+    metric = metrics["metric"].removeprefix("mean_")
+    label = f"AUC of {metrics['positive_class']}" if study.table.target is None else None
+    verdict = common.verdict_sentence(metrics.get("result", metrics), metrics["baseline"].replace("_", " "), metric,
+                                      held_out=held_out, label=label)
+    flagged = [row["name"] for row in metrics["confounds"] if row["red_flag"] and row["name"] != "row order"]
+    if flagged:
+        verdict += f" No pixel is needed to come as far: {common.some(flagged, 3)}."
+    criteria = common.parse_criteria(args.criteria, criteria_names(study))
+    values, intervals = criteria_values(study, metrics, scored) if criteria else ({}, {})
+    target = study.table.label[scored.rows] if study.table.target is None else study.table.target[scored.rows]
+    sample = common.effective_size(target, None if study.clusters is None else study.clusters[scored.rows])
+    metrics |= {"part": scored.part, "best_epoch": best_epoch, "verdict": verdict, "held_out": held_out,
+                "alarms": metrics["alarms"] + alarms, "criteria": common.judge_criteria(criteria, values, intervals),
+                "sample": sample, "folds": list(folds)}
+    metrics.pop("result", None)
+    write_page(run, args, study, split, scored, metrics)
+    common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
+    common.say_results(run, metrics)
+    return metrics
+
+
+def write_page(run, args, study, split, scored, metrics):
+    """report.html: the verdict first, then the order of sections that all train scripts share."""
+    is_classes, sample = study.table.target is None, metrics["sample"]
+    subjects = "no groups: each row its own" if study.clusters is None else f"{sample['subjects']} groups or videos"
+    sizes = [{"part": part, "clips": len(rows), **({} if not is_classes else {
+        name: int((study.table.label[rows] == c).sum()) for c, name in enumerate(study.table.names)})}
+        for part, rows in split.items()]
+    sections = [
+        ("Data and split", [
+            common.html_text(f"{sample['rows']} clips scored, {len(set(study.table.events[scored.rows]))} events, "
+                             f"{sample['distinct_label_vectors']} distinct label vectors, {subjects}; "
+                             f"{len(study.skipped)} rows skipped."), common.html_table(sizes)]),
+        ("Leakage", [*common.leakage_blocks(run), *audit_blocks(run)]),
+        ("Metrics", [*(common.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]),
+                     *(class_blocks if is_classes else score_blocks)(run, metrics),
+                     *([common.html_table(metrics["criteria"], caption="Criteria")] if metrics["criteria"] else []),
+                     *([common.html_table(fold_rows_of(metrics["folds"]), caption="Folds")]
+                       if metrics["folds"] else [])]),
+        ("Without a pixel", confound_blocks(metrics)),
+        ("Calibration", calibration_blocks(run, metrics)),
+        ("Learning curves", common.history_blocks(run)),
+        ("Best and worst cases", case_blocks(study, scored)),
+        ("Limits", [common.html_text(limits_text(args, study, metrics))]),
+        ("Command and versions", common.command_blocks())]
+    name, value, interval = metrics["metric"], metrics["value"], metrics["interval"] or {}
+    level = common.verdict_level(value[f"difference_{name}"], interval.get(f"difference_{name}", (math.nan,) * 2)[0],
+                                 metrics["alarms"] or any(row["red_flag"] for row in metrics["confounds"]))
+    title = "Behaviour in clips" if is_classes else "Scores of frame sequences"
+    common.write_report(run.path("report.html"), f"{title}: {run.folder.name}", (level, metrics["verdict"]), sections,
+                        run.compute.text, key_figures(metrics, value, interval))
+
+
+def key_figures(metrics, value, interval):
+    """[(label, value, remark)] for the top of the report."""
+    baseline = metrics["baseline"].replace("_", " ")
+    if metrics["metric"] == "roc_auc":
+        positive = metrics["positive_class"]
+        labels = {"roc_auc": f"AUC of {positive}", f"{positive}_average_precision": "Average precision",
+                  f"{positive}_recall": f"Recall of {positive}", "baseline_roc_auc": f"AUC of the {baseline}"}
+    else:
+        labels = {"mean_r2": "Mean R2", "mean_pearson_r": "Mean r", "mean_mae": "Mean MAE",
+                  "baseline_mean_r2": f"R2 of the {baseline}"}
+    return [common.key_figure(label, value[name], interval.get(name), metrics["method"])
+            for name, label in labels.items()]
+
+
+def class_blocks(run, metrics):
+    """Tables and plots of classes."""
+    value, interval = metrics["value"], metrics["interval"] or {}
+
+    def row(name, key):
+        low, high = interval.get(key, (math.nan,) * 2)
+        return {"metric": name, "value": value[key], "low": low, "high": high,
+                "baseline": value.get(f"baseline_{key}", math.nan)}
+    overall = [row(key.replace("_", " "), key) for key in common.CLASSIFICATION_METRICS]
+    def with_interval(key):
+        low, high = interval.get(key, (math.nan,) * 2)
+        return f"{value[key]:.3f}" + ("" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]")
+    per_class = [{"class": name, "n": int(n), **{m: with_interval(f"{name}_{m}") for m in common.CLASS_METRICS}}
+                 for name, n in zip(metrics["names"], metrics["n"])]
+    formats = dict.fromkeys(("value", "low", "high", "baseline"), ".3f")
+    return [common.html_table(overall, formats=formats, caption=f"On the {metrics['part']} rows; baseline: "
+                              f"{metrics['baseline'].replace('_', ' ')}; {metrics['method']}"),
+            common.html_table(per_class, caption="Each class against the rest, with 95 % intervals"),
+            common.html_image(run.path("confusion.png"), "Confusion matrix: rows true, columns predicted"),
+            common.html_image(run.path("precision_recall.png"), "Precision-recall and ROC curves"),
+            common.html_image(run.path("risk_coverage.png"), "Errors among the most confident")]
+
+
+def score_blocks(run, metrics):
+    """Tables and plots of scores."""
+    columns = {"target": "score", "n": "n", "mae": "MAE", "rmse": "RMSE", "r2": "R2", "r2_low": "R2 low",
+               "r2_high": "R2 high", "pearson_r": "r", "bias": "bias", "slope": "slope", "baseline_r2": "baseline R2",
+               "baseline_mae": "baseline MAE"}
+    formats = {name: ".3f" for name in columns if name not in ("target", "n")}
+    blocks = [common.html_table(metrics["per_target"], columns, formats,
+                                caption=f"Each score on the {metrics['part']} rows, in its unit; baseline: "
+                                        f"{metrics['baseline'].replace('_', ' ')}; {metrics['method']}"),
+              common.html_image(run.path("scores.png"), "r and R2, interval, baseline"),
+              common.html_image(run.path("predicted_against_true.png"), "Predicted against true")]
+    if metrics["per_moment"]:
+        columns = {"moment": "moment", "target": "score", "n": "n", "mae": "MAE", "rmse": "RMSE", "r2": "R2",
+                   "pearson_r": "r"}
+        blocks.append(common.html_table(metrics["per_moment"], columns, formats, caption="Each moment alone"))
+    if metrics["icc"]:
+        rows = [{"score": name, "ICC(1,1)": one, "ICC(1,k)": mean} for name, (one, mean) in metrics["icc"].items()]
+        blocks.append(common.html_table(rows, formats={"ICC(1,1)": ".3f", "ICC(1,k)": ".3f"},
+                                        caption="Agreement of the raters"))
+    return blocks
+
+
+def confound_blocks(metrics):
+    """What metadata alone predict, beside the model."""
+    if not metrics["confounds"]:
+        return [common.html_text("The table has no column with few levels: nothing to test.")]
+    formats = {name: ".3f" for name in metrics["confounds"][0] if name not in ("name", "n_levels", "red_flag")}
+    rows = [{**row, "red_flag": "reaches the model" if row["red_flag"] else ""} for row in metrics["confounds"]]
+    flagged = [row["name"] for row in metrics["confounds"] if row["red_flag"]]
+    note = [] if not flagged else [
+        common.html_text(f"{common.some(flagged)}: known without looking at any picture, and as good as the "
+                         "model's interval allows. Judge the model within the levels.", "caution")]
+    return [*note, common.html_table(rows, formats=formats, caption="Each column's train rate (or mean) per level as a "
+                                     "predictor of the scored rows")]
+
+
+def calibration_blocks(run, metrics):
+    """Reliability diagram and table, for classes."""
+    if "calibration" not in metrics:
+        return []
+    formats = {name: ".3f" for name in metrics["calibration"][0] if name != "stage"}
+    note = ("Temperature and threshold were fitted on other rows (validation, or the other folds)."
+            if len(metrics["calibration"]) > 1 else "Temperature and threshold were fitted on these very rows and are "
+            "therefore shown for test rows and folds only; they are in best_model.pth.")
+    return [common.html_text(note), common.html_table(metrics["calibration"], formats=formats),
+            common.html_image(run.path("reliability.png"), "Reliability: how often a confidence is right")]
+
+
+def audit_blocks(run):
+    """The audit of the parts as text, where there is one."""
+    return [common.html_code(run.path("audit.txt").read_text(encoding="utf-8"))]
+
+
+def case_blocks(study, scored, count=5):
+    """Middle frames of the clips with the smallest and the largest error."""
+    table, rows = study.table, scored.rows
+    if table.target is None:
+        probability, threshold = decision_of(scored)
+        label, chosen = table.label[rows], common.predicted_class(probability, threshold, study.positive)
+        error = 1 - probability[np.arange(len(rows)), label]
+        lines = [[f"true {table.names[a]}, predicted {table.names[b]}", f"p of the true class {p[a]:.2f}"]
+                 for a, b, p in zip(label, chosen, probability)]
+    else:
+        scaled = (scored.outputs - table.target[rows]) / np.nanstd(table.target, axis=0)
+        error = np.sqrt(np.nanmean(scaled ** 2, axis=1))
+        worst = [int(np.nanargmax(np.abs(each))) for each in scaled]
+        lines = [[f"rms error {e:.2f} sd", f"{table.names[w]}: true {table.target[row, w]:.2f}, predicted {out[w]:.2f}"]
+                 for e, w, row, out in zip(error, worst, rows, scored.outputs)]
+
+    def case(i):
+        frames = study.frames(rows[i])
+        return {"image": np.asarray(frames[len(frames) // 2]), "title": table.clip_ids[rows[i]], "lines": lines[i]}
+    order = np.argsort(error, kind="stable")
+    return [common.html_text("Best:"), common.html_cases([case(i) for i in order[:count]]),
+            common.html_text("Worst:"), common.html_cases([case(i) for i in order[::-1][:count]])]
+
+
+def limits_text(args, study, metrics):
+    """What a reader must not conclude from this run, as a list."""
+    lines = ["Valid for clips like these, labelled by people like these; nothing else was tested."]
+    if not metrics["held_out"]:
+        lines.append("The epoch was chosen on the rows that are scored here, so the numbers are optimistic; give a "
+                     "test part, or --select last with a fixed number of epochs.")
+    if study.table.groups is None:
+        lines.append("No --group_column: one animal, pen or scene may stand on both sides of the split.")
+    elif args.split_by in ("event", "video"):
+        lines.append(f"Split by {args.split_by}: the same animals and places are on both sides, so nothing is said of "
+                     "new ones.")
+    if not args.pretrained and not args.weights:
+        lines.append("Started from random weights; published weights usually do far better on data of this size.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def fold_rows_of(folds):
+    """Fold table: one dict per fold, then mean and SD over the folds."""
+    rows = [{"fold": fold["fold"], "rows": fold["rows"], "best_epoch": fold["best_epoch"], **fold["metrics"]}
+            for fold in folds]
+    values = {name: np.array([row[name] for row in rows], float) for name in folds[0]["metrics"]}
+    mean = {name: np.nanmean(v) if np.isfinite(v).any() else math.nan for name, v in values.items()}
+    sd = {name: np.nanstd(v, ddof=1) if np.isfinite(v).sum() > 1 else math.nan for name, v in values.items()}
+    return [*rows, {"fold": "mean", **mean}, {"fold": "SD", **sd}]
+
+
+# --- one run, or one run per fold -------------------------------------------------------------
+
+def prepare_split(run, args, study, split):
+    """Write splits.json, the leakage report and the audit of the parts; refuse a split that leaks events or copies."""
+    table = study.table
+    held = {part: rows for part, rows in split.items() if len(rows)}
+    report = audit_tables({part: table.take(rows) for part, rows in held.items()}, gap_sec=args.gap_sec)
+    common.write_json(run.path("audit.json"), report)
+    common.write_whole(run.path("audit.txt"), audit_text(report).encode())
+    run.say(audit_text(report))
+    names = [study.audit(row) for row in range(len(table))]
+    phash = np.array([each.phash for each in names], dtype=np.uint64)
+    whole = table.groups if args.split_by in (None, "group") and args.group_column else None
+    common.record_split(run, split, table.clip_ids, [each.pixel_sha for each in names], phash, whole, table.events)
+
+
+def run_split(run, args, study, split):
+    """Train and score one split; returns {part: Scored} of the held-out rows."""
+    prepare_split(run, args, study, split)
+    if args.dry_run:
+        split = {part: some_of(study, rows, 2 * args.batch_size) for part, rows in split.items()}
+    if study.pooled is None:
+        prepare_features(run, args, study)
+    run.write_args(**study.record(split))
+    outputs, training, objective = fit(run, args, study, split)
+    study.positive = getattr(objective, "positive", None)
+    scored, calibration = {}, None
+    if args.task == "classify":
+        calibration = calibrate(outputs["val"], objective.label[split["val"]], objective.positive)
+        common.write_json(run.path("calibration.json"), calibration)
+    for part in ("val", "test"):
+        if len(split[part]):
+            rows = split[part]
+            fitted = [calibration] * len(rows) if calibration and part == "test" else None
+            scored[part] = Scored(rows, outputs[part], baselines(study, split["train"], rows), part,
+                                  [(split["train"], rows)], fitted)
+            write_predictions(run.path(f"predictions_{part}.csv"), study, scored[part])
+    common.plot_history(plotted(training.history, objective), run.path("training_history.png"), training.best["epoch"])
+    gaps = [objective.history(outputs[part], split[part]) for part in ("train", "val")]
+    alarms = common.split_gap_alarms(*gaps, "roc_auc" if args.task == "classify" else "pearson_r")
+    report_results(run, args, study, split, scored.get("test", scored["val"]), alarms, training.best["epoch"])
+    return scored
+
+
+def plotted(history, objective):
+    """The history without what would crowd the plot: of classes only the positive one, one of several like metrics."""
+    others = [f"val_{name}_" for name in objective.names if name != objective.names[getattr(objective, "positive", 0)]]
+    left_out = (*others, "val_ece_adaptive", "val_brier", "val_mcc", "val_mse")
+    return [{name: value for name, value in row.items() if not name.startswith(left_out)} for row in history]
+
+
+def some_of(study, rows, count):
+    """A few rows for a dry run, of every class."""
+    if study.table.target is not None:
+        return rows[:count]
+    turn = np.zeros(len(rows), int)
+    for c in range(len(study.table.names)):
+        here = study.table.label[rows] == c
+        turn[here] = np.arange(here.sum())
+    return np.sort(rows[np.argsort(turn, kind="stable")[:count]])
+
+
+def folds_of(args, study):
+    """List of {train, val, test} rows: from --cv_file, or dealt out by groups; the test groups stay outside."""
+    table = study.table
+    kept = group_mask(table, args.test_groups) if args.test_groups else np.zeros(len(table), bool)
+    test, rest = np.flatnonzero(kept), np.flatnonzero(~kept)
+    if args.cv_file:
+        folds = read_cv_file(args.cv_file, table)
+        return [{"train": np.setdiff1d(fold["train"], test), "val": np.setdiff1d(fold["val"], test), "test": test}
+                for fold in folds]
+    fold_of = common.make_folds(len(rest), args.folds, study.strata[rest], split_units(args, study)[rest], args.seed,
+                                table.clip_ids[rest])
+    return [{"train": rest[fold_of != k], "val": rest[fold_of == k], "test": test} for k in range(args.folds)]
+
+
+def split_units(args, study):
+    """(N,) what a split keeps whole: by --split_by, else the coarsest unit there is."""
+    return split_keys(study.table, args.split_by)
+
+
+def split_of(args, study):
+    """The split of the flags: by the manifests' parts, by --test_groups, by ratios or from --split_file."""
+    table, parts = study.table, study.table.parts
+    if (parts != "").any():
+        split = {part: np.flatnonzero(parts == part) for part in ("train", "val", "test")}
+        return split if len(split["val"]) else {**split, **part_of_train(args, study, split["train"])}
+    units = split_units(args, study)
+    if args.test_groups:
+        kept = group_mask(table, args.test_groups)
+        return {**part_of_train(args, study, np.flatnonzero(~kept)), "test": np.flatnonzero(kept)}
+    return common.split_of_flags(args, table.clip_ids, study.strata, units)
+
+
+def part_of_train(args, study, rows):
+    """train and val cut from these rows by their ratios."""
+    share = args.val_ratio / (args.train_ratio + args.val_ratio)
+    made = common.make_split(len(rows), {"train": 1 - share, "val": share}, study.strata[rows],
+                             split_units(args, study)[rows], args.seed, study.table.clip_ids[rows])
+    return {part: rows[places] for part, places in made.items()}
+
+
+def run_folds(run, args, study):
+    """One run per fold in fold_K/, then the out-of-fold outputs pooled and scored as one; the ensemble on test rows."""
+    folds = folds_of(args, study)
+    parts = {f"fold_{k}": fold["val"] for k, fold in enumerate(folds)}
+    parts |= {"test": folds[0]["test"]} if len(folds[0]["test"]) else {}
+    prepare_split(run, args, study, parts)
+    prepare_features(run, args, study)
+    run.write_args(**study.record(parts))
+    results, done = [], []
+    for k in range(len(folds)) if args.fold == "all" else [args.fold]:
+        with run.child(f"fold_{k}") as child:
+            if child.path("metrics.json").exists():
+                child.say(f"fold {k} is finished")
+                results.append(finished_fold(child, study, folds[k]))
+            else:
+                results.append(run_split(child, args, study, folds[k]))
+            metrics = common.read_json(child.path("metrics.json"))
+        done.append({"fold": k, "rows": len(results[-1]["val"].rows), "best_epoch": metrics["best_epoch"],
+                     "metrics": fold_metrics(study, results[-1]["val"])})
+    common.write_table(run.path("fold_table.csv"), fold_rows_of(done))
+    write_fold_moments(run, study, done, results)
+    pooled = pool([result["val"] for result in results], study)
+    write_predictions(run.path("predictions_folds.csv"), study, pooled)
+    alarms = common.identical_fold_alarms([list(fold["metrics"].values()) for fold in done])
+    report_results(run, args, study, parts, pooled, alarms, folds=done)
+    if len(folds[0]["test"]):
+        with run.child("test_ensemble") as child:
+            score_ensemble(child, args, study, parts, [result["test"] for result in results])
+
+
+def finished_fold(run, study, fold):
+    """{part: Scored} of a fold that is done, from its files."""
+    calibration = common.read_json(run.path("calibration.json")) if study.table.target is None else None
+    if study.table.target is None:
+        study.positive = study.table.names.index(common.read_json(run.path("metrics.json"))["positive_class"])
+    return {part: read_predictions(run.path(f"predictions_{part}.csv"), study, fold, part,
+                                   calibration if part == "test" else None)
+            for part in ("val", "test") if len(fold[part])}
+
+
+def fold_metrics(study, scored):
+    """{name: number} of one fold for the fold table."""
+    if study.table.target is None:
+        names, label = study.table.names, study.table.label[scored.rows]
+        values = common.classification_metrics(common.softmax(scored.outputs), label, names=names,
+                                               positive=study.positive)
+        wanted = ("accuracy", "balanced_accuracy", "macro_f1", "roc_auc", "loss", "ece")
+        return {name: values[name] for name in [*wanted, f"{names[study.positive]}_average_precision"]}
+    means = common.mean_metrics(common.regression_metrics(scored.outputs, study.table.target[scored.rows]))
+    return {name: means[name] for name in ("mae", "rmse", "r2", "pearson_r")}
+
+
+def write_fold_moments(run, study, done, results):
+    """fold_scores.csv: n, MAE, RMSE, R2 and r of every fold, score and moment ('all' and each level)."""
+    if study.table.target is None:
+        return
+    rows = []
+    for fold, result in zip(done, results):
+        scored = result["val"]
+        values = common.regression_metrics(scored.outputs, study.table.target[scored.rows])
+        rows += [{"fold": fold["fold"], "moment": "all", "target": name, **{k: v[r] for k, v in values.items()}}
+                 for r, name in enumerate(study.table.names)]
+        rows += [{"fold": fold["fold"], **row} for row in moment_rows(study, scored)]
+    common.write_table(run.path("fold_scores.csv"), rows)
+
+
+def pool(results, study):
+    """Scored of all folds as one; each fold's calibration is fitted on the other folds' rows."""
+    calibration = None
+    if study.table.target is None and len(results) > 1:
+        calibration = []
+        for k, own in enumerate(results):
+            others = [other for j, other in enumerate(results) if j != k]
+            logits, rows = (np.concatenate([getattr(other, name) for other in others]) for name in ("outputs", "rows"))
+            calibration += [calibrate(logits, study.table.label[rows], study.positive)] * len(own.rows)
+    return Scored(np.concatenate([s.rows for s in results]), np.concatenate([s.outputs for s in results]),
+                  {name: np.concatenate([s.baselines[name] for s in results]) for name in results[0].baselines},
+                  "folds", [pair for s in results for pair in s.trained_on], calibration)
+
+
+def score_ensemble(run, args, study, parts, members):
+    """The mean of all folds' models on the test groups, which none of them has seen, in its own run folder."""
+    first = members[0]
+    train, calibration = np.setdiff1d(np.arange(len(study.table)), first.rows), None
+    if study.table.target is None:  # as predict does: the mean of probabilities that are calibrated already
+        probability, threshold = (np.mean(each, axis=0) for each in zip(*map(calibrated, members)))
+        outputs, calibration = np.log(probability), [{"temperature": 1.0, "threshold": each} for each in threshold]
+    else:
+        outputs = np.mean([member.outputs for member in members], axis=0)
+    scored = Scored(first.rows, outputs, baselines(study, train, first.rows), "test", [(train, first.rows)],
+                    calibration)
+    prepare_split(run, args, study, {"train": train, "test": first.rows})
+    write_predictions(run.path("predictions_test.csv"), study, scored)
+    report_results(run, args, study, {"train": train, "test": first.rows}, scored, [])
+
+
+# --- the other modes -------------------------------------------------------------------------
+
+def load_members(paths, compute):
+    """Checkpoints or run folders -> [(model in eval mode, its content, its flags)]. UserError where they differ."""
+    members, files = [], common.checkpoint_files(paths)
+    for path in files:
+        content = common.load_model_file(path, common.script_name())
+        with common.checkpoint_fields(path):
+            flags = argparse.Namespace(**content["architecture"], seed=0, pretrained=False, weights=None,
+                                       freeze_stages=0, freeze_norm=False)
+            model = build_model(flags, len(content["names"]))
+        common.load_state(model, content["model"], path)
+        members.append((compute.place(model).eval(), content, flags))
+    first = members[0]
+    for path, (_, content, flags) in zip(files, members):
+        if content["names"] != first[1]["names"] or vars(flags)["task"] != first[2].task:
+            raise common.UserError(f"{path} predicts {content['names']}, {files[0]} {first[1]['names']}; members of "
+                                   "one mean must agree")
+    return members
+
+
+def run_predict(args):
+    """--mode predict: one row for every row of the manifest, in its order; the mean over the checkpoints."""
+    compute = common.choose_compute(args.device, args.use_amp)
+    members, per_member, study = load_members(args.checkpoint, compute), [], None
+    names = members[0][1]["names"]
+    for model, content, flags in members:
+        given = {name: getattr(args, name) for name in ("clips_per_event", "aggregation") if name in args.given}
+        merged = argparse.Namespace(**{**vars(args), **vars(flags), **given, "jitter_sec": 0.0})
+        if study is None or any(getattr(study.args, name) != getattr(merged, name)
+                                for name in ("image_size", "n_frames", "fps")):
+            study = load_study(merged, lambda text: print(text, flush=True), names=names, need_labels=False)
+        study.args = merged
+        loader = common.make_loader(Clips(study, np.arange(len(study.table)), Unlabelled(study), merged, False),
+                                    args.val_batch_size, merged, compute, False, study.store.cache == "ram")
+        per_member.append((evaluate(model, loader, merged, compute), content))
+    output = args.output or Path("predictions.csv")
+    common.write_table(output, prediction_rows(study, per_member))
+    print(f"{len(study.table)} clips predicted by {len(members)} checkpoint(s), {len(study.skipped)} rows skipped; "
+          f"written to {output}")
+    for entry in study.skipped:
+        print(f"skipped: {entry['row']}: {entry['reason']}")
+
+
+class Unlabelled:
+    """Stands for a task where there is nothing to learn: targets and weights that nobody reads."""
+
+    def __init__(self, study):
+        self.target, self.weight = torch.zeros(len(study.table), 1), torch.ones(len(study.table))
+
+
+def prediction_rows(study, per_member):
+    """One dict per clip: scores (and their spread over members), or label, probabilities and logits."""
+    table, names = study.table, study.table.names
+    keys = {"clip_id": table.clip_ids} | ({} if study.clusters is None else {"group": study.clusters})
+    if table.target is not None:
+        stacked = np.stack([outputs for outputs, _ in per_member])  # (members, N, R)
+        blocks = {"true": table.target, "predicted": stacked.mean(0)}
+        blocks |= {"sd": stacked.std(0, ddof=1)} if len(per_member) > 1 else {}
+        columns = {f"{name}_{kind}": block[:, r] for r, name in enumerate(names) for kind, block in blocks.items()}
+    else:
+        shifted = [outputs + content["prior_shift"] for outputs, content in per_member]  # members x (N, C)
+        logits = np.mean(shifted, axis=0)
+        fitted = [content.get("calibration", UNCALIBRATED) for _, content in per_member]
+        probability = np.mean([common.softmax(each / own["temperature"]) for each, own in zip(shifted, fitted)], axis=0)
+        cuts = [own["threshold"] for own in fitted]
+        threshold = None if None in cuts else np.mean(cuts)
+        chosen = common.predicted_class(probability, threshold, names.index(per_member[0][1]["positive"]))
+        spelled = np.array([*names, ""])
+        keys |= {"event": table.events, "true_label": spelled[table.label], "pred_label": spelled[chosen]}
+        columns = {f"{kind}_{name}": block[:, c] for kind, block in (("prob", probability), ("logit", logits))
+                   for c, name in enumerate(names)}
+        columns |= {} if threshold is None else {"threshold": np.full(len(table), threshold)}
+        columns["n_clips"] = [len(study.starts(row)) for row in range(len(table))]
+    return [dict(zip([*keys, *columns], row)) for row in zip(*keys.values(), *columns.values())]
+
+
+def run_evaluate(args):
+    """--mode evaluate: metrics with intervals of a predictions CSV, without model or video."""
+    is_classes = any(column.startswith("prob_") for column in common.read_table(args.predictions))
+    metrics = evaluate_classes(args) if is_classes else evaluate_scores(args)
+    output = args.output or Path("metrics.json")
+    common.write_json(output, metrics)
+    for alarm in metrics["alarms"]:
+        print(f"ALARM: {alarm}")
+    for bar in metrics["criteria"]:
+        print(f"{bar['verdict']}: {bar['name']} {bar['relation']} {bar['bar']:g}, found {bar['value']:.4g}")
+    print(f"written to {output}")
+
+
+def evaluate_classes(args):
+    """Metrics of a predictions CSV of classes, as run_evaluate writes them."""
+    found = read_probabilities(args.predictions)
+    names, labelled = found.names, found.label >= 0
+    if not labelled.any():
+        raise common.UserError(f"--predictions {args.predictions}: no row has a true_label, nothing to score")
+    counts = np.bincount(found.label[labelled], minlength=len(names))
+    positive = names.index(positive_class(args.positive_class, names, np.where(counts, counts, len(found.label))))
+    result, baseline = judge_classes(found.probability, found.label, names, positive, found.groups, found.baselines,
+                                     found.threshold)
+    print_values(result, [*common.CLASSIFICATION_METRICS, *(f"{n}_{m}" for n in names for m in common.CLASS_METRICS)])
+    criteria = common.parse_criteria(args.criteria, list(common.classification_names(names)))
+    return {"positive_class": names[positive], "baseline": baseline,
+            "decisions": decision_metrics(found.chosen[labelled], found.label[labelled], names, positive),
+            "null_ece": common.expected_ece(found.probability[labelled].max(1)),
+            **{key: result[key] for key in ("value", "interval", "confusion", "n", "sign_flip_p", "method")},
+            "alarms": common.classification_alarms(found.probability, found.label, names, found.threshold, positive),
+            "criteria": common.judge_criteria(criteria, *common.classification_values(result, names))}
+
+
+def evaluate_scores(args):
+    """Metrics of a predictions CSV of scores, as run_evaluate writes them."""
+    table = common.read_table(args.predictions)
+    names = [column.removesuffix("_predicted") for column in table if column.endswith("_predicted")]
+    if not names or f"{names[0]}_true" not in table:
+        raise common.UserError(f"--predictions {args.predictions}: expected columns NAME_true and NAME_predicted, "
+                               f"found {common.some(table.columns, 40)}")
+    _, values = common.read_target_table(args.predictions, "clip_id", names)
+    groups = table["group"].to_numpy(str) if "group" in table else None
+    others = {kind: each for kind, each in values.items() if kind not in ("true", "predicted", "sd")}
+    if others:
+        result, baseline = common.score_regression(values["predicted"], values["true"], groups, others)
+    else:
+        result, baseline = common.bootstrap_regression(values["predicted"], values["true"], groups), None
+    numbers, intervals = common.named_values(result, names)
+    print_values(result, [f"mean_{name}" for name in common.REGRESSION_METRICS])
+    return {"baseline": baseline, **{key: result[key] for key in ("value", "interval", "sign_flip_p", "method")},
+            "alarms": common.regression_alarms(values["predicted"], values["true"], names),
+            "criteria": common.judge_criteria(common.parse_criteria(args.criteria, list(numbers)), numbers, intervals)}
+
+
+def print_values(result, names):
+    """One line for each metric: value, interval, the baseline's value."""
+    print(f"{'metric':32}{'value':>9}   95 % interval    {'baseline':>9}   ({result['method']})")
+    for name in names:
+        low, high = (result["interval"] or {}).get(name, (math.nan,) * 2)
+        other = result["value"].get(f"baseline_{name}", math.nan)
+        print(f"{name[:31]:32}{float(result['value'][name]):9.3f}   [{low:6.3f}, {high:6.3f}]{other:12.3f}")
+
+
+def run_audit(args):
+    """--mode audit: what the parts share, what leaves its file, and what needs no pixels."""
+    table = read_table_of(args)
+    infos = {source: probe(source, args.fps) for source in dict.fromkeys(table.sources)}
+    if (table.unit == "frame").any():
+        fps = np.array([infos[source].fps or args.fps for source in table.sources])
+        table = seconds_of(table, fps, args.min_event_sec)
+    parts = [part for part in ("train", "val", "test", "") if part in table.parts]
+    report = audit_tables({part or "all": table.take(table.parts == part) for part in parts},
+                          durations={path: info.duration_sec for path, info in infos.items() if not info.error},
+                          predictions=args.predictions, positive=args.positive_class, gap_sec=args.gap_sec)
+    report["unreadable"] = {str(path): info.error for path, info in infos.items() if info.error}
+    report["skipped"] = table.skipped
+    output = args.output or Path("audit.json")
+    common.write_json(output, report)
+    print(audit_text(report))
+    for path, error in report["unreadable"].items():
+        print(f"unreadable: {path}: {error}")
+    print(f"{len(table.skipped)} rows skipped; written to {output}")
+
+
+def say_effective_size(run, study):
+    """What the data really hold, before anything else: rows, distinct labels, groups, rows of each class."""
+    table = study.table
+    size = common.effective_size(table.label if table.target is None else table.target, study.clusters)
+    classes = "" if table.label is None else "; " + ", ".join(
+        f"{(table.label == c).sum()} {name}" for c, name in enumerate(table.names))
+    run.say(f"effective sample: {size['rows']} clips, {len(set(table.events))} events, "
+            f"{size['distinct_label_vectors']} distinct label vectors, {size['subjects'] or 'no'} groups or "
+            f"videos{classes}")
+
+
+def run_train(args):
+    """--mode train: one split, or all folds."""
+    with common.start_run(args) as run:
+        run.compute = training_compute(run.compute, args.model)
+        if run.compute.precision == "fp32" and args.use_amp != "off":
+            run.say(f"device: {run.compute.text}")
+        study = load_study(args, run.say, run.path("skipped.csv"))
+        say_effective_size(run, study)
+        common.parse_criteria(args.criteria, criteria_names(study))
+        TASKS[args.task](args, study.table, np.arange(len(study.table))).select(args.select)
+        augment_presets(study.table, args.augment_for, args.augment, tuple(common.AUGMENTATIONS))
+        if args.init_from:
+            common.starting_weights(args.init_from, names=study.table.names)
+        if args.folds or args.cv_file:
+            run_folds(run, args, study)
+        else:
+            run_split(run, args, study, split_of(args, study))
+
+
+def main():
+    args = parse_args()
+    {"train": run_train, "predict": run_predict, "evaluate": run_evaluate, "audit": run_audit}[args.mode](args)
+
+
+if __name__ == "__main__":
+    common.run_main(main)
