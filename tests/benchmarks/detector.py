@@ -1,0 +1,168 @@
+"""How fast is an epoch of train_detector.py? Ratios against loops timed in turn with it, in the same run.
+
+    python tests/benchmarks/detector.py
+    python tests/benchmarks/detector.py --model fasterrcnn_resnet50_fpn --images 16 --min_size 320 --repeats 3
+
+    script      one epoch as the script trains: cached pictures, its precision, flip, colour and size at random
+    bare        forward, backward and optimiser step on batches that already lie in memory, in the same precision
+    reference   a loop in the manner of torchvision's references/detection: fp32, Pillow decoding, flip and colour in
+                torchvision, resize and normalisation inside the model, 2 workers
+Printed: median seconds of each, the ratios of the medians with the range over the repeats, and peak memory.
+"""
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+import train_detector  # noqa: E402
+from turns import print_turns, time_in_turn  # noqa: E402
+
+PARTS, BOXES = 8, 6
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="fasterrcnn_resnet18_fpn", choices=tuple(train_detector.MODELS),
+                        help="detector")
+    parser.add_argument("--images", type=int, default=24, help="pictures per epoch")
+    parser.add_argument("--side", type=int, default=1024, help="longer side of the pictures on disk in pixels")
+    parser.add_argument("--min_size", type=int, default=256, help="short side of the input in pixels")
+    parser.add_argument("--batch_size", type=int, default=4, help="pictures per batch")
+    parser.add_argument("--repeats", type=int, default=3, help="timed epochs of each loop, after one that is not timed")
+    return parser.parse_args()
+
+
+def make_data(folder, options):
+    """Smooth random JPEGs of 4:3 and a COCO file with random boxes; returns its path."""
+    draws, height = np.random.default_rng(0), options.side * 3 // 4
+    content = {"images": [], "annotations": [], "categories": [{"id": k, "name": f"part_{k}"} for k in range(PARTS)]}
+    for i in range(options.images):
+        small = draws.integers(0, 256, (18, 24, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / f"{i}.jpg"), cv2.resize(small, (options.side, height), interpolation=cv2.INTER_CUBIC))
+        content["images"].append({"id": i, "file_name": f"{i}.jpg"})
+        for k in range(BOXES):
+            left, top, side = (float(value) for value in draws.uniform(0.05, 0.6, 3) * height)
+            content["annotations"].append({"id": i * BOXES + k, "image_id": i, "state": int(draws.integers(4)),
+                                           "bbox": [left, top, 40 + side / 2, 40 + side / 2],
+                                           "category_id": int(draws.integers(PARTS))})
+    common.write_json(folder / "coco.json", content)
+    return folder / "coco.json"
+
+
+class ScriptEpochs:
+    """The script's own dataset, loader, step and bookkeeping."""
+
+    def __init__(self, folder, path, options):
+        sys.argv = ["train_detector.py"]
+        self.args = train_detector.parse_args([
+            "--train_json", str(path), "--train_images", str(folder), "--output_dir", str(folder / "out"),
+            "--split_ratio", "0.9", "--model", options.model, "--no_pretrained", "--norm", "frozen", "--save_minutes",
+            "0", "--min_size", str(options.min_size), "--max_size", str(2 * options.min_size), "--epochs", "1000",
+            "--batch_size", str(options.batch_size), "--num_workers", "0"])
+        self.run = common.start_run(self.args)
+        study = train_detector.load_study(self.args, {"train": (path, folder)}, self.run.say)
+        split = {"train": np.arange(options.images), "val": np.arange(2), "test": np.arange(0)}
+        self.settings = train_detector.model_settings(self.args, study, split["train"])
+        self.loader, _ = train_detector.make_loaders(study, split, self.settings, self.args, self.run.compute)
+        self.model = self.run.compute.place(train_detector.build_model(self.args, self.settings, None))
+        optimizer = common.build_optimizer([(self.model, 1.0)], self.args)
+        self.training = common.Training(self.run, self.model, optimizer, self.args, "val_loss", dict)
+
+    def epoch(self):
+        train_detector.train_one_epoch(self.model, self.loader, self.training, self.run.compute, 0.5)
+        self.training.epoch, self.training.batch, self.training.sums = self.training.epoch + 1, 0, {}
+
+
+class BareEpochs:
+    """Nothing but the arithmetic: the script's batches of one epoch, normalised, in memory."""
+
+    def __init__(self, script):
+        self.compute, self.settings = script.run.compute, script.settings
+        self.model = self.compute.place(train_detector.build_model(script.args, self.settings, None)).train()
+        self.optimizer = common.build_optimizer([(self.model, 1.0)], script.args)
+        self.batches = [train_detector.to_device(batch, self.compute, self.settings) for batch in script.loader]
+
+    def epoch(self):
+        for inputs, sizes, targets in self.batches:
+            with self.compute.autocast():
+                losses = self.model(inputs, sizes, targets)
+            self.optimizer.zero_grad(set_to_none=True)
+            train_detector.total_loss(losses, 0.5).backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
+            self.optimizer.step()
+
+
+class PlainFiles(torch.utils.data.Dataset):
+    """Pillow decoding, flip and colour in torchvision at every access; boxes of the study."""
+
+    def __init__(self, folder, script):
+        data = script.loader.dataset
+        self.paths, self.study = [folder / name for name in data.study.images], data.study
+        self.colour = transforms.ColorJitter(0.1, 0.1, 0.1)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        picture = transforms.functional.to_tensor(self.colour(Image.open(self.paths[index]).convert("RGB")))
+        boxes = torch.from_numpy(self.study.boxes[index].copy())
+        if torch.rand(()) < 0.5:
+            picture, boxes = picture.flip(-1), boxes[:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1]) + torch.tensor(
+                [picture.shape[-1], 0, picture.shape[-1], 0])
+        return picture, {"boxes": boxes, "labels": torch.from_numpy(self.study.labels[index] + 1),
+                         "states": torch.from_numpy(self.study.states[index])}
+
+
+class ReferenceEpochs:
+    """fp32, contiguous memory, AdamW as torch makes it, 2 loader workers; the same network."""
+
+    def __init__(self, script, folder):
+        self.device, size = script.run.compute.device, script.settings["min_size"]
+        self.model = train_detector.build_model(script.args, script.settings, None).to(self.device).train()
+        self.transform = GeneralizedRCNNTransform(size, 2 * size, common.IMAGENET_MEAN, common.IMAGENET_STD)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
+        self.loader = torch.utils.data.DataLoader(PlainFiles(folder, script), script.args.batch_size, shuffle=True,
+                                                  num_workers=2, persistent_workers=True, collate_fn=lambda b: zip(*b))
+
+    def epoch(self):
+        for pictures, targets in self.loader:
+            targets = [{name: value.to(self.device) for name, value in target.items()} for target in targets]
+            images, targets = self.transform([picture.to(self.device) for picture in pictures], targets)
+            assert isinstance(images, ImageList), f"expected torchvision's ImageList, found {type(images)}"
+            losses = self.model(images.tensors, images.image_sizes, targets)
+            self.optimizer.zero_grad()
+            train_detector.total_loss(losses, 0.5).backward()
+            self.optimizer.step()
+
+
+def main():
+    options = parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        script = ScriptEpochs(folder, make_data(folder, options), options)
+        with script.run:
+            after_script = common.peak_memory(script.run.compute.device)
+            loops = {"script": script, "bare": BareEpochs(script), "reference": ReferenceEpochs(script, folder)}
+            seconds = time_in_turn(loops, options.repeats)
+    print(f"\n{options.model}, {options.images} pictures of {options.side} px to a short side of {options.min_size}, "
+          f"batch {options.batch_size}, {script.run.compute.text}, {torch.get_num_threads()} threads, "
+          f"{options.repeats} repeats")
+    print_turns(seconds, options.images, "images", 2)
+    print(f"peak memory of the process {common.peak_memory(script.run.compute.device) / 2**30:.2f} GB, "
+          f"with the pictures cached and before any epoch {after_script / 2**30:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

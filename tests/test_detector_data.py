@@ -1,0 +1,439 @@
+"""What train_detector.py reads: part annotations and COCO as found in the wild, boxes, splits, samples and flags.
+
+    python -m pytest tests/test_detector_data.py
+"""
+import json
+import os
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import common
+import make_sample_data
+import train_detector
+from train_detector import ABSENT, INTACT, STATES, UNKNOWN
+
+
+def write_pictures(folder, names, size=(60, 40)):
+    """Grey pictures of `size` (width, height) with one bright pixel each, so that no two are copies."""
+    folder.mkdir(exist_ok=True)
+    for k, name in enumerate(names):
+        pixels = np.full((size[1], size[0], 3), 90, np.uint8)
+        pixels[10:20, 2 * k:2 * k + 6] = 255 - 20 * k
+        cv2.imwrite(str(folder / name), pixels)
+    return folder
+
+
+def part(box, **fields):
+    return {"absolute_bounding_box": dict(zip(("left", "top", "width", "height"), box)), **fields}
+
+
+PARTS = {
+    "0.jpg": {"image": {"height": 40, "width": 60}, "parts": {
+        "back_wheel": part([0, 10, 20, 20], object_state="intact", trust=0.9),
+        "front_wheel": part([30, 10, 20, 20], object_state="Damaged"),
+        "bell": part([5, 5, 6, 6], object_state="absent", object_state_class=2, trust=0.2)}},
+    "1": {"image": {"height": 40, "width": 60}, "parts": {
+        "saddle": part([10, 5, 10, 5], object_state_class=3), "bell": part([0, 0, 0, 0], object_state="absent"),
+        "front_wheel": part([50, 30, 30, 30], object_state="in\x01tact")}},
+    "2.jpg": {"image": {"height": 40, "width": 60}, "parts": {}}}
+
+
+def coco(**changes):
+    """Ids from 0 with gaps, no area, boolean iscrowd, the state under each of its three names and missing."""
+    return {
+        "images": [{"id": 0, "file_name": "0.jpg", "width": 60, "height": 40}, {"id": 9, "file_name": "1.jpg"}],
+        "categories": [{"id": 0, "name": "saddle"}, {"id": 4, "name": "bell"}, {"id": 7, "name": "never_used"}],
+        "annotations": [
+            {"id": 0, "image_id": 0, "category_id": 4, "bbox": [1, 2, 10, 10], "state": "damaged", "iscrowd": False},
+            {"id": 5, "image_id": 0, "category_id": 0, "bbox": [20, 5, 10, 10], "state_id": 3},
+            {"id": 6, "image_id": 9, "category_id": 4, "bbox": [1, 2, 5, 5], "attributes": {"state": "intact"}},
+            {"id": 8, "image_id": 9, "category_id": 0, "bbox": [1, 12, 5, 5], "iscrowd": True}], **changes}
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """parse_args of a training run on tmp_path/a.json and tmp_path/images."""
+    def make(*more):
+        return train_detector.parse_args(["--train_json", str(tmp_path / "a.json"), "--train_images",
+                                          str(tmp_path / "images"), "--model", "fasterrcnn_resnet18_fpn",
+                                          "--min_size", "40", "--max_size", "80", *map(str, more)])
+    return make
+
+
+def study_of(tmp_path, flags, content, *more, names=("0.jpg", "1.jpg", "2.jpg"), parts=None):
+    write_pictures(tmp_path / "images", names)
+    (tmp_path / "a.json").write_text(json.dumps(content) if not isinstance(content, str) else content)
+    files = {"train": (tmp_path / "a.json", tmp_path / "images")}
+    return train_detector.load_study(flags(*more), files, lambda text: None, parts)
+
+
+# --- formats ------------------------------------------------------------------------
+
+def test_part_annotations(tmp_path, flags):
+    text = json.dumps(PARTS).replace("\\u0001", "\x01")  # a raw control character, as files in the wild have
+    study = study_of(tmp_path, flags, text)
+    assert study.parts == ["back_wheel", "front_wheel", "bell", "saddle"]
+    assert list(study.images) == ["0.jpg", "1", "2.jpg"]
+    np.testing.assert_array_equal(study.boxes[0], [[0, 10, 20, 30], [30, 10, 50, 30], [5, 5, 11, 11]])
+    assert study.states[0].tolist() == [INTACT, 1, ABSENT] and study.states[1].tolist() == [3, INTACT]
+    assert study.ignored[0].tolist() == [False, False, True], "trust .2 is under --min_trust"
+    assert study.absent[1].tolist() == [study.parts.index("bell")], "an absent part with a zero box has no box"
+    np.testing.assert_array_equal(study.boxes[1][1], [50, 30, 60, 40])
+    assert len(study.boxes[2]) == 0 and study.boxes[2].shape == (0, 4)
+
+
+def test_coco(tmp_path, flags):
+    study = study_of(tmp_path, flags, coco(), names=("0.jpg", "1.jpg"))
+    assert study.parts == ["saddle", "bell"] and study.ids == [0, 9]
+    assert study.states[0].tolist() == [1, 3] and study.states[1].tolist() == [INTACT, UNKNOWN]
+    assert study.ignored[1].tolist() == [False, True] and any("never_used" in note for note in study.notes)
+    assert study.category_ids["train"] == {"saddle": 0, "bell": 4, "never_used": 7}
+
+
+def test_one_list_of_parts_for_all_splits_by_name(tmp_path, flags):
+    """Other ids, another order and a missing category in val: labels still mean the same parts."""
+    write_pictures(tmp_path / "images", ("0.jpg", "1.jpg"))
+    (tmp_path / "a.json").write_text(json.dumps(coco()))
+    (tmp_path / "v.json").write_text(json.dumps({
+        "images": [{"id": 3, "file_name": "1.jpg"}], "categories": [{"id": 1, "name": "bell"}],
+        "annotations": [{"id": 1, "image_id": 3, "category_id": 1, "bbox": [0, 0, 9, 9]}]}))
+    files = {"train": (tmp_path / "a.json", tmp_path / "images"), "val": (tmp_path / "v.json", tmp_path / "images")}
+    study = train_detector.load_study(flags(), files, lambda text: None)
+    assert study.images.tolist() == ["train/0.jpg", "train/1.jpg", "val/1.jpg"]
+    assert study.labels[2].tolist() == [study.parts.index("bell")] == [1]
+    row = train_detector.split_row(study, "val", [2])
+    assert row["parts without a box"] == "saddle"
+
+
+def test_parts_of_a_checkpoint_are_matched_by_name(tmp_path, flags):
+    study = study_of(tmp_path, flags, coco(), names=("0.jpg", "1.jpg"), parts=["bell", "chain", "saddle"])
+    assert study.labels[0].tolist() == [0, 2]
+    with pytest.raises(common.UserError, match="does not know.*bell"):
+        study_of(tmp_path, flags, coco(), names=("0.jpg", "1.jpg"), parts=["saddle"])
+
+
+def test_convert_keeps_everything(tmp_path, flags, monkeypatch):
+    first = study_of(tmp_path, flags, PARTS)
+    command = f"train_detector.py --mode convert --json {tmp_path}/a.json --images_dir {tmp_path}/images --output " \
+              f"{tmp_path}/c.json"
+    monkeypatch.setattr(sys, "argv", command.split())
+    train_detector.main()
+    made = json.loads((tmp_path / "c.json").read_text())
+    assert made["images"][1]["file_name"] == "1.jpg" and made["images"][1]["absent_parts"] == ["bell"]
+    again = study_of(tmp_path, flags, made)
+    assert again.parts == first.parts
+    for name in ("boxes", "labels", "states", "ignored", "absent"):
+        for one, other in zip(getattr(first, name), getattr(again, name)):
+            np.testing.assert_array_equal(one, other)
+
+
+def changed(place, **fields):
+    """coco() with one annotation changed."""
+    content = coco()
+    content["annotations"][place] |= fields
+    return content
+
+
+FAULTS = {
+    "state": (changed(0, state="intakt"), ["0.jpg", "annotation 0", "intakt", "intact"]),
+    "two states": (changed(0, state_id=2), ["different states", "damaged", "absent"]),
+    "state number": (changed(1, state_id=4), ["annotation 5", "'4'"]),
+    "image id": (changed(2, image_id=3), ["annotation 6", "image_id 3"]),
+    "category id": (changed(2, category_id=[1]), ["category_id [1]"]),
+    "three numbers": (changed(3, bbox=[1, 2, 3]), ["1.jpg", "annotation 8", "four numbers"]),
+    "text in the box": (changed(3, bbox=[1, 2, "3", 4]), ["annotation 8"]),
+    "true in the box": (changed(3, bbox=[1, 2, True, 4]), ["annotation 8"]),
+    "trust": (changed(3, trust="much"), ["annotation 8", "trust"]),
+    "id twice": (changed(1, id=0), ["annotations[1]", "twice"]),
+    "name twice": (coco(images=[{"id": k, "file_name": "0.jpg"} for k in (0, 9)]), ["0.jpg", "2 times"]),
+    "no name": (coco(images=[{"id": 0}, {"id": 9, "file_name": "1.jpg"}]), ["image 0", "no file_name"]),
+    "no categories": (coco(categories=None), ["categories"]),
+    "same category": (coco(categories=[{"id": k, "name": "bell"} for k in (0, 4)]), ["different names"]),
+    "no object": (coco(annotations=[3]), ["annotations[0]"]),
+    "picture size": (coco(images=[{"id": 0, "file_name": "0.jpg", "width": -1, "height": 4},
+                                  {"id": 9, "file_name": "1.jpg"}]), ["image 0", "-1"]),
+    "part is a number": ({"0.jpg": {"parts": {"bell": 3}}}, ["0.jpg", "parts"]),
+    "no box": ({"0.jpg": {"parts": {"bell": {"object_state": "intact"}}}}, ["0.jpg", "bell", "four numbers"]),
+    "NaN": (json.dumps({"0.jpg": {"parts": {"bell": part([float("nan"), 1, 2, 2])}}}), ["bell", "four numbers"]),
+    "key twice": ('{"0.jpg": {"parts": {}}, "0.jpg": {"parts": {}}}', ["twice"]),
+    "a list": ("[1, 2]", ["list"]), "empty": ("{}", ["found none"]), "no JSON": ("<html>", ["expected JSON"]),
+    "deep": ("[" * 100_000, ["nested too deeply"])}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_named(tmp_path, flags, name):
+    content, words = FAULTS[name]
+    with pytest.raises(common.UserError) as error:
+        study_of(tmp_path, flags, content, names=("0.jpg", "1.jpg"))
+    assert "a.json" in str(error.value) and "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_all_faults_at_once(tmp_path, flags):
+    content = changed(0, state="intakt")
+    content["annotations"][1]["bbox"] = []
+    with pytest.raises(common.UserError, match="annotation 0.*annotation 5"):
+        study_of(tmp_path, flags, content, names=("0.jpg", "1.jpg"))
+
+
+json_values = st.recursive(st.none() | st.booleans() | st.floats() | st.integers(-3, 9) | st.text(max_size=6),
+                           lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner,
+                                                                                       max_size=3), max_leaves=8)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 40), value=json_values, as_coco=st.booleans())
+def test_anything_in_any_place_is_read_or_refused(tmp_path, place, value, as_coco):
+    """One value anywhere in the file replaced by arbitrary JSON: Annotations or UserError, nothing else."""
+    content, places = json.loads(json.dumps(coco() if as_coco else PARTS)), []
+
+    def walk(node):
+        for key in list(node) if isinstance(node, dict) else range(len(node)):
+            places.append((node, key))
+            if isinstance(node[key], (dict, list)):
+                walk(node[key])
+    walk(content)
+    node, key = places[place % len(places)]
+    node[key] = value
+    (tmp_path / "h.json").write_text(json.dumps(content))
+    try:
+        found = train_detector.read_annotations(tmp_path / "h.json")
+    except common.UserError:
+        return
+    assert all(np.isfinite(each["box"]).all() for each in found.objects)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..\\..\\secret.jpg", "C:\\0.jpg"])
+def test_names_that_leave_the_folder_are_refused(tmp_path, flags, name):
+    content = coco()
+    content["images"][0]["file_name"] = name
+    with pytest.raises(common.UserError, match="inside --images_dir"):
+        study_of(tmp_path, flags, content, names=("0.jpg", "1.jpg"))
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path, flags):
+    write_pictures(tmp_path / "elsewhere", ("0.jpg",))
+    (tmp_path / "images").mkdir()
+    os.symlink(tmp_path / "elsewhere" / "0.jpg", tmp_path / "images" / "link.jpg")
+    content = coco()
+    content["images"][0]["file_name"] = "link.jpg"
+    with pytest.raises(common.UserError, match="lead out of.*link.jpg"):
+        study_of(tmp_path, flags, content, names=("1.jpg",))
+
+
+# --- boxes ------------------------------------------------------------------------------
+
+def test_degenerate_boxes_are_named_by_image_and_annotation(tmp_path, flags):
+    content = changed(0, bbox=[10, 10, 0, 8])
+    content["annotations"][1]["bbox"] = [70, 5, 10, 10]  # right of the picture
+    content["annotations"][2]["bbox"] = [9, 9, -5, 5]
+    study = study_of(tmp_path, flags, content, names=("0.jpg", "1.jpg"))
+    listed = [(each["image"], each["annotation"]) for each in study.skipped]
+    assert listed == [("0.jpg", "annotation 0 (bell)"), ("0.jpg", "annotation 5 (saddle)"),
+                      ("1.jpg", "annotation 6 (bell)")]
+    assert "70 5 80 15" in study.skipped[1]["reason"] and len(study.boxes[0]) == 0
+
+
+def test_images_without_objects_stay_or_go(tmp_path, flags):
+    assert len(study_of(tmp_path, flags, PARTS).images) == 3
+    study = study_of(tmp_path, flags, PARTS, "--drop_empty")
+    assert list(study.images) == ["0.jpg", "1"] and study.skipped[-1]["image"] == "2.jpg"
+    assert len(study.boxes) == len(study.sizes) == len(study.stored) == 2
+
+
+def test_absent_parts_are_kept_or_dropped(tmp_path, flags):
+    study = study_of(tmp_path, flags, PARTS, "--min_trust", 0)
+    assert study.judged(0, "keep").tolist() == [True, True, True]
+    assert study.judged(0, "drop").tolist() == [True, True, False]
+
+
+def test_pictures_of_another_size_than_annotated(tmp_path, flags):
+    content = coco()
+    content["images"][0] |= {"width": 40, "height": 60}
+    with pytest.raises(common.UserError, match="60 x 40 pixels, annotated as 40 x 60"):
+        study_of(tmp_path, flags, content, names=("0.jpg", "1.jpg"))
+    study = study_of(tmp_path, flags, content, "--on_bad_file", "skip", names=("0.jpg", "1.jpg"))
+    assert list(study.images) == ["1.jpg"]
+
+
+def test_missing_and_surplus_pictures_are_listed(tmp_path, flags):
+    study = study_of(tmp_path, flags, PARTS, names=("0.jpg", "2.jpg", "7.jpg"))
+    assert {(each["image"], each["reason"]) for each in study.skipped} == {
+        ("1", "no such picture"), ("7.jpg", "no entry in a.json")}
+
+
+def test_groups_come_from_the_entries(tmp_path, flags):
+    content = json.loads(json.dumps(PARTS))
+    for k, entry in enumerate(content.values()):
+        entry["street"] = k // 2
+    assert list(study_of(tmp_path, flags, content, "--group_column", "street").groups) == ["0", "0", "1"]
+    with pytest.raises(common.UserError, match="--group_column owner"):
+        study_of(tmp_path, flags, content, "--group_column", "owner")
+
+
+# --- samples ----------------------------------------------------------------------------
+
+def marked(tmp_path, flags, *more):
+    """A study of one picture of 60 x 40 with a white front wheel on its left."""
+    (tmp_path / "images").mkdir()
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[10:30, 5:25] = 255
+    cv2.imwrite(str(tmp_path / "images" / "0.png"), pixels)
+    (tmp_path / "a.json").write_text(json.dumps({"0.png": {"parts": {
+        "back_wheel": part([35, 10, 20, 20], object_state="damaged"),
+        "front_wheel": part([5, 10, 20, 20], object_state="occluded")}}}))
+    args = flags(*more)
+    files = {"train": (tmp_path / "a.json", tmp_path / "images")}
+    return args, train_detector.load_study(args, files, lambda text: None)
+
+
+def test_a_flip_keeps_names_and_boxes_follow_the_pixels(tmp_path, flags):
+    args, study = marked(tmp_path, flags)
+    data = train_detector.PartImages(study, np.array([0]), args, {"min_size": 40, "max_size": 80}, "light")
+    sides, widths = set(), set()
+    for epoch in range(24):
+        sample = data[epoch, 0]
+        assert [study.parts[label - 1] for label in sample["labels"]] == ["back_wheel", "front_wheel"]
+        assert sample["states"].tolist() == [1, 3]
+        back, front = sample["boxes"].tolist()
+        rows, columns = np.nonzero(sample["pixels"].numpy().min(2) > 100)
+        np.testing.assert_allclose(front, [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], atol=1.5)
+        assert (front[0] < back[0]) == (columns.mean() < sample["pixels"].shape[1] / 2)
+        np.testing.assert_allclose(sample["scale"] * np.array(sample["pixels"].shape[1::-1]), [60, 40])
+        sides.add(front[0] < back[0])
+        widths.add(sample["pixels"].shape[1])
+    assert sides == {True, False} and len(widths) > 8 and min(widths) >= 48 and max(widths) <= 72
+
+
+def test_a_sample_depends_on_seed_epoch_and_row_alone(tmp_path, flags):
+    args, study = marked(tmp_path, flags)
+    data = train_detector.PartImages(study, np.array([0]), args, {"min_size": 40, "max_size": 80}, "light")
+    first, again, other = data[3, 0], data[3, 0], data[4, 0]
+    assert torch.equal(first["pixels"], again["pixels"])
+    assert first["pixels"].shape != other["pixels"].shape or not torch.equal(first["pixels"], other["pixels"])
+
+
+def test_batches_are_padded_with_zeros_after_normalisation(tmp_path, flags):
+    args, study = marked(tmp_path, flags)
+    data = train_detector.PartImages(study, np.array([0]), args, {"min_size": 40, "max_size": 80}, "none")
+    small = {**data[0, 0], "pixels": torch.full((20, 30, 3), 7, dtype=torch.uint8)}
+    batch = train_detector.collate([data[0, 0], small])
+    assert batch["pixels"].shape == (2, 64, 64, 3) and batch["sizes"] == [(40, 60), (20, 30)]
+    compute = common.choose_compute("cpu", "off")
+    inputs, sizes, targets = train_detector.to_device(batch, compute, {"pixel_mean": common.IMAGENET_MEAN,
+                                                                       "pixel_sd": common.IMAGENET_STD})
+    assert (inputs[1, :, 20:] == 0).all() and (inputs[1, :, :, 30:] == 0).all() and (inputs[1, :, :20, :30] != 0).all()
+    assert targets[0]["boxes"].shape == (2, 4)
+
+
+def test_elongated_pictures_keep_to_max_size():
+    assert train_detector.fit_size(400, 100, 80, 160) == (160, 40)
+    assert train_detector.fit_size(100, 400, 80, 1000) == (80, 320)
+
+
+# --- flags ------------------------------------------------------------------------------
+
+def test_defaults_from_the_environment_and_from_env_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_text("# data\nexport TRAIN_JSON='a b.json'\nTRAIN_CLEANED=pictures\nVAL_JSON=v.json\n"
+                            "VAL_CLEANED=w\nOUTPUT_DIR=\"results\"\nOTHER=1\n")
+    monkeypatch.setenv("VAL_JSON", "from_environment.json")
+    args = train_detector.parse_args(["--val_images", "typed"])
+    assert (args.train_json, args.train_images) == (Path("a b.json"), Path("pictures"))
+    assert args.output_dir == Path("results")
+    assert (args.val_json, args.val_images) == (Path("from_environment.json"), Path("typed"))
+    args = train_detector.parse_args(["--split_ratio", "0.7", "--test_ratio", "0.1"])
+    assert args.val_json is None and args.val_ratio == pytest.approx(0.2)
+
+
+DATA = ["--train_json", "a.json", "--train_images", "i"]
+MISTAKES = {
+    "nothing given": ([], ["--train_json and --train_images"]),
+    "evaluate": (["--mode", "evaluate"], ["--checkpoint and --json and --images_dir"]),
+    "folds": ([*DATA, "--folds", "3"], ["one split"]), "full": ([*DATA, "--augment", "full"], ["light"]),
+    "two splits": ([*DATA, "--val_json", "v", "--val_images", "w", "--split_ratio", "0.5"], ["--split_ratio"]),
+    "no folder": ([*DATA, "--val_json", "v"], ["--val_images"]),
+    "no validation": ([*DATA, "--split_ratio", "0.9", "--test_ratio", "0.1"], ["must not be empty"]),
+    "test alone": ([*DATA, "--test_json", "t", "--test_images", "u"], ["--val_json"]),
+    "weights": ([*DATA, "--state_class_weights", "1", "2"], ["a number for each"]),
+    "anchors": ([*DATA, "--anchor_sizes", "8", "16"], ["takes 5"]),
+    "model": ([*DATA, "--model", "fasterrcnn"], ["fasterrcnn_resnet50_fpn"])}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_in_the_flags(tmp_path, monkeypatch, capsys, name):
+    flags, words = MISTAKES[name]
+    monkeypatch.chdir(tmp_path)
+    for variable in train_detector.ENVIRONMENT:
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(SystemExit) as error:
+        train_detector.parse_args(flags)
+    text = capsys.readouterr().err
+    assert error.value.code == 2 and text.count("\n") == 1
+    for word in words:
+        assert word in text
+
+
+# --- sample data ------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def bicycles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bicycles")
+    return folder, make_sample_data.make_detector(folder, 36, 7)
+
+
+def test_sample_data_repeat_to_the_byte(bicycles, tmp_path):
+    folder, truth = bicycles
+    assert make_sample_data.make_detector(tmp_path, 36, 7) == truth
+    names = make_sample_data.list_files(folder)
+    assert len(names) == 39 and names == make_sample_data.list_files(tmp_path)
+    assert all((folder / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)
+
+
+def test_sample_states_can_be_seen(bicycles):
+    """Orange in the box says damaged, leaf green occluded: the colours alone tell the states of the saddles apart."""
+    folder, truth = bicycles
+    right = []
+    for name, parts in truth["drawn"].items():
+        state, x1, y1, x2, y2 = parts["saddle"][0], *(round(value) for value in parts["saddle"][1:])
+        pixels = cv2.imread(str(folder / "images" / name))[max(y1, 0):y2, max(x1, 0):x2, ::-1].astype(int)
+
+        def share(colour):
+            return (np.abs(pixels - colour).max(2) < 60).mean()
+        looks = {"damaged": share((250, 150, 60)) > 0.05, "occluded": share(make_sample_data.LEAVES) > 0.25,
+                 "intact": share(make_sample_data.PART_COLOURS["saddle"]) > 0.3}
+        right.append(next((s for s, is_seen in looks.items() if is_seen), "absent") == state)
+    assert np.mean(right) > 0.9
+
+
+def test_sample_quirks_are_there_and_both_formats_agree(bicycles, flags):
+    folder, truth = bicycles
+    text = (folder / "annotations.json").read_text()
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(text)
+    content, quirks = json.loads(text, strict=False), truth["quirks"]
+    assert quirks["no_suffix"] not in content and Path(quirks["no_suffix"]).stem in content
+    images = folder / "images"
+    study = train_detector.load_study(flags(), {"train": (folder / "annotations.json", images)}, lambda text: None)
+    row_of = {Path(name).stem: row for row, name in enumerate(study.images)}
+    assert [each["image"] for each in study.skipped] == [quirks["zero_box"]]
+    assert len(study.boxes[row_of[Path(quirks["no_parts"]).stem]]) == 0
+    assert study.ignored[row_of[Path(quirks["untrusted"]).stem]].sum() == 1
+    both = {"train": (folder / "train_coco.json", images), "val": (folder / "val_coco.json", images)}
+    coco = train_detector.load_study(flags("--group_column", "street"), both, lambda text: None)
+    for name, boxes, labels, states in zip(coco.images, coco.boxes, coco.labels, coco.states):
+        for box, label, state in zip(boxes, labels, states):
+            drawn = truth["drawn"][Path(name).name][coco.parts[label]]
+            assert drawn[0] == STATES[state]
+            np.testing.assert_allclose(box, np.clip(drawn[1:], 0, 280), atol=0.2)
+    val = coco.origin == "val"
+    assert set(coco.groups[val]).isdisjoint(coco.groups[~val])
+    assert "kickstand" in train_detector.split_row(coco, "val", np.flatnonzero(val))["parts without a box"]

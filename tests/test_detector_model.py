@@ -1,0 +1,351 @@
+"""The network of train_detector.py: torchvision's losses and boxes, the state head in the same pass, and the weights.
+
+    python -m pytest tests/test_detector_model.py
+"""
+import copy
+import re
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+import common
+import train_detector
+from train_detector import STATES, UNKNOWN
+
+FP32 = common.choose_compute("cpu", "off")
+
+
+def small_settings(**changes):
+    return {"model": "fasterrcnn_resnet18_fpn", "min_size": 64, "max_size": 64, "anchor_sizes": [12, 20, 32, 48],
+            "parts": ["bell", "chain", "saddle"], "states": list(STATES), "frozen_norm": False,
+            "pixel_mean": list(common.IMAGENET_MEAN), "pixel_sd": list(common.IMAGENET_STD), **changes}
+
+
+def small_detector(**changes):
+    torch.manual_seed(0)
+    model = train_detector.PartDetector(small_settings(**changes))
+    for sampler in (model.rpn.fg_bg_sampler, model.roi_heads.fg_bg_sampler):
+        sampler.batch_size_per_image = 32  # seconds instead of minutes
+    return model
+
+
+BOXES = torch.tensor([[4.0, 4, 28, 28], [36, 6, 60, 30], [6, 36, 30, 60], [38, 38, 62, 62]])
+COLOURS = ((250, 30, 30), (30, 250, 30), (40, 40, 250), (250, 250, 30))
+
+
+def sample(labels=(1, 2, 3, 1), states=(0, 1, 2, 3), boxes=BOXES, name="0.jpg"):
+    """One picture of 64 px with a coloured square in each box."""
+    pixels = torch.full((64, 64, 3), 120, dtype=torch.uint8)
+    for (x1, y1, x2, y2), colour in zip(boxes.int().tolist(), COLOURS):
+        pixels[y1:y2, x1:x2] = torch.tensor(colour, dtype=torch.uint8)
+    return {"pixels": pixels, "scale": np.ones(2), "boxes": boxes, "labels": torch.tensor(labels, dtype=torch.int64),
+            "states": torch.tensor(states, dtype=torch.int64), "name": name}
+
+
+def device_batch(*samples, settings=None):
+    return train_detector.to_device(train_detector.collate(samples), FP32, settings or small_settings())
+
+
+# --- the same as torchvision ----------------------------------------------------------
+
+def test_losses_and_detections_are_torchvisions():
+    """The four losses and the boxes of FasterRCNN itself, with the same weights, draws and picture."""
+    model = small_detector(states=[]).eval()
+    judge = train_detector.build_rcnn(model.settings).eval()
+    judge.backbone, judge.rpn, judge.roi_heads.box_head = model.backbone, model.rpn, model.roi_heads.box_head
+    judge.roi_heads.box_predictor, judge.roi_heads.score_thresh = model.roi_heads.box_predictor, 0.05
+    judge.roi_heads.fg_bg_sampler.batch_size_per_image = 32
+    # normalised once for both: with random weights, rounding alone would reorder the proposals
+    judge.transform = GeneralizedRCNNTransform(64, 64, (0, 0, 0), (1, 1, 1)).eval()
+    inputs, sizes, targets = device_batch(sample(), sample((2, 2, 3, 3)))
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.bias[1] += 2  # so that something is detected
+        torch.manual_seed(7)
+        own, found = model(inputs, sizes, targets), model(inputs, sizes)
+        judge.rpn.training = judge.roi_heads.training = judge.training = True
+        torch.manual_seed(7)
+        theirs = judge(list(inputs), targets)
+        judge.rpn.training = judge.roi_heads.training = judge.training = False
+        their_boxes = judge(list(inputs))
+    assert set(own) == set(theirs) and len(found[0]["boxes"])
+    for name in own:
+        torch.testing.assert_close(own[name], theirs[name], rtol=1e-4, atol=1e-5)
+    for mine, other in zip(found, their_boxes):
+        for name in ("boxes", "labels", "scores"):
+            torch.testing.assert_close(mine[name], other[name], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("n_trainable", range(7))
+def test_frozen_stages_are_those_of_torchvision(n_trainable):
+    pairs = []
+    if n_trainable < 6:
+        theirs = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d,
+                                     trainable_layers=n_trainable)
+        pairs.append((torchvision.models.resnet18(), theirs))
+    theirs = mobilenet_backbone(backbone_name="mobilenet_v3_large", weights=None, fpn=True, norm_layer=nn.BatchNorm2d,
+                                trainable_layers=n_trainable)
+    pairs.append((torchvision.models.mobilenet_v3_large().features, theirs))
+    for _, backbone in pairs:
+        expected = {name for name, p in backbone.body.named_parameters() if p.requires_grad}
+        train_detector.freeze_layers(backbone.body, n_trainable, frozen_norm=False)
+        assert {name for name, p in backbone.body.named_parameters() if p.requires_grad} == expected
+
+
+def test_frozen_norm_is_not_trained_and_keeps_its_statistics():
+    model = small_detector(frozen_norm=True)
+    train_detector.freeze_layers(model.backbone.body, 5, frozen_norm=True)
+    norms = [module for module in model.train().modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms and not any(norm.training or norm.weight.requires_grad for norm in norms)
+
+
+# --- the state head ---------------------------------------------------------------------
+
+class PlacesAsFeatures(nn.Module):
+    """Stands in for RoI pooling: the features of a box are its centre, (Q, 2), whatever the maps hold."""
+
+    def forward(self, features, boxes, image_shapes):
+        # B of (Q, 4) -> (Q of all pictures, 2)
+        return torch.cat([(each[:, :2] + each[:, 2:]) / 2 for each in boxes])
+
+
+class StateFromPlace(nn.Module):
+    """Stands in for a perfect state head: the quadrant of a picture of 64 px is the state."""
+
+    def forward(self, places):
+        # (Q, 2) -> (Q, 4)
+        quadrant = (places[:, 0] > 32).long() + 2 * (places[:, 1] > 32).long()
+        return 50.0 * nn.functional.one_hot(quadrant, 4).float()
+
+
+class NoPrediction(nn.Module):
+    def forward(self, places):
+        # (Q, 2) -> (Q, 4), (Q, 16)
+        return torch.zeros(len(places), 4), torch.zeros(len(places), 16)
+
+
+def heads_that_know(order):
+    """RoI heads whose state head is right for boxes in the four quadrants, and targets with the boxes in `order`."""
+    heads = small_detector().roi_heads
+    heads.box_roi_pool, heads.box_head, heads.box_predictor = PlacesAsFeatures(), nn.Identity(), NoPrediction()
+    heads.state_head = StateFromPlace()
+    targets = [{"boxes": BOXES[list(each)], "labels": torch.ones(len(each), dtype=torch.int64),
+                "states": torch.tensor(each)} for each in order]
+    return heads, targets
+
+
+def proposals_near(targets):
+    """Shifted copies of every box among background boxes, in random order."""
+    torch.manual_seed(1)
+    near = [torch.cat([*(t["boxes"] + torch.randn(len(t["boxes"]), 4) for _ in range(6)),
+                       64 * torch.rand(9, 4).sort(1)[0]]) for t in targets]
+    return [each[torch.randperm(len(each))] for each in near]
+
+
+ORDERS = [(2, 0, 3, 1), (1, 3), (3, 2, 1)]
+
+
+def test_each_proposal_learns_the_state_of_the_box_that_it_matched():
+    heads, targets = heads_that_know(ORDERS)
+    heads.train()
+    _, losses = heads({}, proposals_near(targets), [(64, 64)] * 3, targets)
+    assert losses["loss_state"].item() < 1e-6
+
+
+@pytest.mark.parametrize("shift", ["next box", "next picture"])
+def test_a_matching_that_is_off_by_one_is_seen(monkeypatch, shift):
+    """The test above has teeth: states taken one box or one picture further give a large loss."""
+    heads, targets = heads_that_know(ORDERS)
+    if shift == "next box":
+        right = train_detector.target_states
+        monkeypatch.setattr(train_detector, "target_states",
+                            lambda states, matched: right(states, (matched + 1) % max(len(states), 1)))
+    else:
+        states = [t["states"] for t in targets]
+        for target, other in zip(targets, states[1:] + states[:1]):
+            target["states"] = other.repeat(4)[:len(target["boxes"])]
+    heads.train()
+    assert heads({}, proposals_near(targets), [(64, 64)] * 3, targets)[1]["loss_state"].item() > 5
+
+
+def test_unknown_states_and_background_teach_nothing():
+    heads, targets = heads_that_know([(2, 0, 3, 1), (1, 3), ()])
+    targets[0]["states"] = torch.tensor([2, UNKNOWN, UNKNOWN, 1])
+    heads.train()
+    _, losses = heads({}, proposals_near(targets), [(64, 64)] * 3, targets)
+    assert losses["loss_state"].item() < 1e-6
+    for target in targets:
+        target["states"] = torch.full_like(target["states"], UNKNOWN)
+    _, losses = heads({}, proposals_near(targets), [(64, 64)] * 3, targets)
+    assert losses["loss_state"].item() == 0 and torch.isfinite(losses["loss_classifier"])
+
+
+def test_each_final_detection_carries_its_own_state():
+    heads, _ = heads_that_know(ORDERS)
+    boxes = [BOXES[[2, 0, 3]], BOXES[:0], BOXES[[1]]]
+    states = heads.state_probabilities({}, boxes, [(64, 64)] * 3)
+    assert [each.argmax(1).tolist() for each in states] == [[2, 0, 3], [], [1]]
+    torch.testing.assert_close(states[0].sum(1), torch.ones(3))
+
+
+def test_class_weights_scale_the_state_loss():
+    loss = {}
+    for weights in (None, [1.0, 0.0, 1.0, 1.0]):
+        heads = train_detector.StateRoIHeads(train_detector.build_rcnn(small_settings()).roi_heads, 3, 4, weights)
+        heads.state_head = nn.Identity()
+        logits = torch.tensor([[2.0, 0, 0, 0], [0, 0, 1.0, 0]])
+        targets, matched = [{"states": torch.tensor([0, 1])}], [torch.tensor([0, 1])]
+        loss[weights is None] = heads.state_loss(logits, matched, [torch.tensor([1, 2])], targets).item()
+    first, second = (nn.functional.cross_entropy(logits[k:k + 1], torch.tensor([k])).item() for k in (0, 1))
+    assert loss[True] == pytest.approx((first + second) / 2) and loss[False] == pytest.approx(first)
+
+
+def test_plain_detection_has_no_state_head():
+    model = small_detector(states=[]).eval()
+    inputs, sizes, targets = device_batch(sample(states=[UNKNOWN] * 4))
+    with torch.no_grad():
+        losses, found = model(inputs, sizes, targets), model(inputs, sizes)
+    assert "loss_state" not in losses and len(losses) == 4
+    assert train_detector.on_disk(found[0], np.ones(2))["states"] is None
+
+
+def test_pictures_without_objects_give_finite_losses():
+    model = small_detector().train()
+    empty = sample([], [], BOXES[:0])
+    losses = model(*device_batch(empty, empty))
+    assert all(torch.isfinite(value) for value in losses.values()) and losses["loss_state"].item() == 0
+    train_detector.total_loss(losses, 0.5).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_one_picture_can_be_learnt_by_heart():
+    """All boxes, parts and states of one picture come back: the two heads share the pass and the matching is right."""
+    model, n_steps = small_detector(), 80
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    batch = device_batch(sample())
+    model.train()
+    for step in range(n_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, (step + 1) / 10, (n_steps - step) / 40)
+        torch.manual_seed(step)
+        loss = train_detector.total_loss(model(*batch), 1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        found = model.eval()(*batch[:2])[0]
+    sure = found["scores"] > 0.8
+    overlap = torchvision.ops.box_iou(BOXES, found["boxes"][sure])  # (4, D)
+    best = overlap.argmax(1)
+    assert sure.sum() == 4 and sorted(best.tolist()) == [0, 1, 2, 3] and (overlap.max(1)[0] > 0.7).all()
+    assert found["labels"][sure][best].tolist() == [1, 2, 3, 1]
+    assert found["states"][sure][best].argmax(1).tolist() == [0, 1, 2, 3]
+
+
+# --- the validation loss ----------------------------------------------------------------------
+
+def test_validation_changes_nothing_and_repeats():
+    """BatchNorm in training before: every buffer and weight is the same afterwards, no gradient, no dropout."""
+    model = small_detector().train()
+    loader = [train_detector.collate([sample(), sample((2, 2, 3, 3))]), train_detector.collate([sample()])]
+    before = copy.deepcopy(model.state_dict())
+    results = [train_detector.evaluate(model, loader, FP32, 5, 0.5)[1] for _ in range(2)]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert results[0] == results[1] and not any(p.grad is not None for p in model.parameters())
+    names = ["loss", "loss_classifier", "loss_box_reg", "loss_state", "loss_objectness", "loss_rpn_box_reg"]
+    assert list(results[0]) == [f"val_{name}" for name in names]
+    parts = sum(results[0][f"val_{name}"] * (0.5 if name == "loss_state" else 1) for name in names[1:])
+    assert results[0]["val_loss"] == pytest.approx(parts)
+    model.train()
+    assert model.backbone.body.bn1.training and model.roi_heads.state_head[2].training
+
+
+def test_the_validation_loss_is_the_training_loss_without_dropout():
+    model = small_detector().eval()
+    batch = train_detector.collate([sample()])
+    loss = train_detector.evaluate(model, [batch], FP32, 5, 0.5)[1]["val_loss"]
+    torch.manual_seed(common.mix(5, 1, 0))
+    assert loss == pytest.approx(train_detector.total_loss(model(*device_batch(sample())), 0.5).item(), rel=1e-5)
+
+
+def test_bf16_gives_the_same_losses_within_its_precision():
+    model, losses = small_detector().eval(), []
+    for compute in (FP32, common.Compute(torch.device("cpu"), "bf16", True, "")):
+        losses.append(train_detector.evaluate(model, [train_detector.collate([sample()])], compute, 5, 0.5)[1])
+    for name, value in losses[0].items():
+        assert losses[1][name] == pytest.approx(value, rel=0.05, abs=0.02), name
+    inputs, sizes, _ = device_batch(sample())
+    with common.Compute(torch.device("cpu"), "bf16", True, "").autocast(), torch.no_grad():
+        anchors = model.rpn.anchor_generator(torchvision.models.detection.image_list.ImageList(inputs, sizes),
+                                             list(model.features(inputs).values()))
+    assert anchors[0].dtype == torch.float32
+
+
+# --- weights --------------------------------------------------------------------------------
+
+class Flags:
+    """The flags that build_model looks at."""
+    seed, pretrained, weights, init_from, trainable_layers = 42, False, None, None, 3
+
+
+def test_weights_of_a_classifier_and_of_a_whole_detector(tmp_path):
+    classifier = torchvision.models.resnet18()
+    torch.save({name: value.half() if value.is_floating_point() else value
+                for name, value in classifier.state_dict().items()}, tmp_path / "classifier.pth")
+    Flags.weights = tmp_path / "classifier.pth"
+    model = train_detector.build_model(Flags, small_settings(frozen_norm=True), None)
+    torch.testing.assert_close(model.backbone.body.layer3[0].conv1.weight,
+                               classifier.layer3[0].conv1.weight.half().float())
+    assert not model.backbone.body.layer1[0].conv1.weight.requires_grad
+    torch.save(model.state_dict(), tmp_path / "detector.pth")
+    Flags.weights = tmp_path / "detector.pth"
+    other = train_detector.build_model(Flags, small_settings(parts=["a", "b"], frozen_norm=True), None)
+    torch.testing.assert_close(other.rpn.head.cls_logits.weight, model.rpn.head.cls_logits.weight)
+    torch.testing.assert_close(other.roi_heads.box_head.fc6.weight, model.roi_heads.box_head.fc6.weight)
+    assert other.roi_heads.box_predictor.cls_score.out_features == 3
+
+
+def test_names_of_older_torchvision_files_are_understood():
+    """COCO weights of 2019 name the pyramid's and the RPN's layers one level higher."""
+    model = small_detector(model="fasterrcnn_mobilenet_v3_large_320_fpn", anchor_sizes=[32, 64, 128, 256, 512])
+    state = {re.sub(r"(blocks\.\d|conv)\.0\.(0\.)?", lambda m: m[1] + ".", name)
+             if ".fpn." in name or ".conv." in name and name.startswith("rpn") else name: value
+             for name, value in model.state_dict().items()}
+    assert set(state) != set(model.state_dict())
+    train_detector.load_pretrained(model, state, "old.pth")
+
+
+def test_wrong_weights_are_refused(tmp_path):
+    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "r50.pth")
+    Flags.weights = tmp_path / "r50.pth"
+    with pytest.raises(common.UserError, match="another shape|not the weights"):
+        train_detector.build_model(Flags, small_settings(), None)
+
+
+@pytest.mark.parametrize("name, published", [("fasterrcnn_resnet18_fpn", "resnet18"), ("fasterrcnn_resnet50_fpn",) * 2])
+def test_published_weights_that_cannot_be_had(tmp_path, monkeypatch, name, published):
+    class Online(Flags):
+        pretrained, weights, model = True, None, name
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for variable in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    sizes = list(train_detector.MODELS[name][2])
+    with pytest.raises(common.UserError) as error:
+        train_detector.build_model(Online, small_settings(model=name, anchor_sizes=sizes), None)
+    for word in (f"--download_weights {published}", "--weights FILE", "--no_pretrained"):
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", train_detector.MODELS)
+def test_every_model_can_be_built(name):
+    made = train_detector.build_rcnn({"model": name, "anchor_sizes": list(train_detector.MODELS[name][2])})
+    heads = train_detector.StateRoIHeads(made.roi_heads, 22, 4)
+    width = 512 if name == "fasterrcnn_resnet18_fpn" else 1024
+    shapes = [tuple(module.weight.shape) for module in heads.state_head if isinstance(module, nn.Linear)]
+    assert heads.box_predictor.cls_score.out_features == 23 and shapes == [(256, width), (4, 256)]
