@@ -1,0 +1,216 @@
+"""How fast is an epoch of train_dreamer.py, and what do channel tokens cost beside spatial ones? Ratios in one run.
+
+    python tests/benchmarks/dreamer.py
+    python tests/benchmarks/dreamer.py --transitions 32 --batch_size 8 --repeats 3 --d_model 768 --n_layers 6
+
+    script      one epoch as the script trains: cached frames, its precision, no dropout inside attention
+    bare        forward, backward and optimiser step on batches that already lie in memory, in the same precision
+    reference   a loop as tutorials write it: fp32, frames decoded by Pillow at every access, dropout .1 in attention
+    channel, spatial   the bare loop with either kind of tokens, each in a process of its own, with its peak memory
+Printed: median seconds of each, the ratios of the medians with the range over the repeats, and peak memory.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+import train_dreamer  # noqa: E402
+from turns import print_turns, time_in_turn  # noqa: E402
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--encoder", default="resnet34", help="torchvision ResNet")
+    add("--transitions", type=int, default=16, help="transitions per epoch")
+    add("--side", type=int, default=224, help="side of the frames in pixels")
+    add("--batch_size", type=int, default=8, help="transitions per batch")
+    add("--d_model", type=int, default=768, help="width of a token")
+    add("--n_layers", type=int, default=6, help="transformer layers")
+    add("--repeats", type=int, default=3, help="timed epochs of each loop, after one that is not timed")
+    add("--tokens", choices=("channel", "spatial"), help="only the bare loop with these tokens; prints JSON")
+    return parser.parse_args()
+
+
+def make_data(folder, options):
+    """A sequence of smooth random frames with random poses."""
+    draws = np.random.default_rng(0)
+    poses, rows = draws.normal(0, 10, (options.transitions + 1, 6)), []
+    for which in ("ft1", "ft2"):
+        (folder / which).mkdir(parents=True)
+    for i in range(options.transitions + 1):
+        small = Image.fromarray(draws.integers(0, 256, (24, 24), dtype=np.uint8))
+        small = small.resize((options.side, options.side), Image.Resampling.BICUBIC)
+        small.save(folder / "ft1" / f"{i}.png")
+        small.save(folder / "ft2" / f"{i}.png")
+    for i in range(options.transitions):
+        rows.append({"ft1_image_path": f"ft1/{i}.png", "ft2_image_path": f"ft2/{i + 1}.png",
+                     "at1_6dof": poses[i].tolist(), "action_change_6dof": (poses[i + 1] - poses[i]).tolist(),
+                     "at2_6dof": poses[i + 1].tolist()})
+    (folder / train_dreamer.FILE_NAME).write_text(json.dumps(rows))
+
+
+def script_args(folder, options, *more):
+    sys.argv = ["train_dreamer.py"]
+    return train_dreamer.parse_args([
+        "--data_dir", str(folder), "--output_dir", str(folder.parent / "out"), "--encoder", options.encoder,
+        "--no_pretrained", "--batch_size", str(options.batch_size), "--image_size", str(options.side), "--d_model",
+        str(options.d_model), "--n_layers", str(options.n_layers), "--feedforward", str(4 * options.d_model),
+        "--save_minutes", "0", "--epochs", "1000", *more])
+
+
+def unit_scaler():
+    return {name: {"mean": np.zeros(6), "sd": np.full(6, 10.0)} for name in ("motion", "at1", "at2")}
+
+
+class ScriptEpochs:
+    """The script's own dataset, loader, step and bookkeeping."""
+
+    def __init__(self, folder, options):
+        self.args = script_args(folder, options)
+        self.run = common.start_run(self.args)
+        study = train_dreamer.load_study(self.args, self.run)
+        rows = np.arange(options.transitions)
+        self.loader, _ = train_dreamer.make_loaders(study, {"train": rows}, self.args, self.run.compute)
+        self.model = self.run.compute.place(train_dreamer.build_model(self.args, unit_scaler(), "additive"))
+        optimizer = common.build_optimizer([(self.model, 1.0)], self.args)
+        self.training = common.Training(self.run, self.model, optimizer, self.args, "last", dict)
+        self.loss_function = train_dreamer.DreamLoss(self.args, unit_scaler(), self.run.compute.device)
+
+    def epoch(self):
+        train_dreamer.train_one_epoch(self.model, self.loader, self.loss_function, self.training, self.run.compute)
+        self.training.epoch, self.training.batch, self.training.sums = self.training.epoch + 1, 0, {}
+
+
+class BareEpochs:
+    """Nothing but the arithmetic: normalised batches in memory."""
+
+    def __init__(self, args, compute, options):
+        self.compute, device = compute, compute.device
+        self.model = compute.place(train_dreamer.build_model(args, unit_scaler(), "additive")).train()
+        self.optimizer = common.build_optimizer([(self.model, 1.0)], args)
+        self.loss_function = train_dreamer.DreamLoss(args, unit_scaler(), device)
+        self.batches = []
+        for start in range(0, options.transitions, options.batch_size):
+            size = min(options.batch_size, options.transitions - start)
+            frames = torch.randn(2, size, 1, options.side, options.side).to(device)
+            motion, at1 = (10 * torch.randn(2, size, 6)).to(device)
+            self.batches.append((frames, motion, {"at1": at1, "at2": at1 + motion}))
+
+    def epoch(self):
+        for (frame_t1, frame_t2), motion, poses in self.batches:
+            with self.compute.autocast():
+                imagined, features_t2 = self.model(frame_t1, motion), self.model.look(frame_t2)
+            loss, _ = self.loss_function(imagined, poses, features_t2)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+
+
+class PlainFrames(torch.utils.data.Dataset):
+    """Pillow decoding at every access."""
+
+    def __init__(self, folder, options):
+        self.folder, self.count = folder, options.transitions
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        paths = self.folder / "ft1" / f"{index}.png", self.folder / "ft2" / f"{index + 1}.png"
+        frames = np.stack([np.asarray(Image.open(path).convert("L"), np.float32) for path in paths])
+        return torch.from_numpy(frames / 127.5 - 1), torch.randn(6) * 10, torch.randn(6) * 10
+
+
+def with_attention_dropout(layer, dropout):
+    """The layer's forward with torch's own attention module and dropout inside it."""
+    width = layer.output.in_features
+    attention = nn.MultiheadAttention(width, layer.n_heads, dropout, batch_first=True)
+
+    def forward(tokens):
+        normed = layer.norm_attention(tokens)
+        tokens = tokens + layer.dropout(attention(normed, normed, normed, need_weights=False)[0])
+        return tokens + layer.dropout(layer.feedforward(layer.norm_feedforward(tokens)))
+    layer.attention, layer.forward = attention, forward
+
+
+class ReferenceEpochs:
+    """fp32, contiguous memory, AdamW as torch makes it, attention with dropout, 2 loader workers."""
+
+    def __init__(self, script, folder, options):
+        self.device = script.run.compute.device
+        self.model = train_dreamer.build_model(script.args, unit_scaler(), "additive")
+        for layer in self.model.imagination.layers[:-1]:
+            with_attention_dropout(layer, 0.1)
+        self.model = self.model.to(self.device).train()
+        self.optimizer, self.loss_function = torch.optim.AdamW(self.model.parameters(), 2e-4), script.loss_function
+        self.loader = torch.utils.data.DataLoader(
+            PlainFrames(folder, options), options.batch_size, shuffle=True, num_workers=2, persistent_workers=True)
+
+    def epoch(self):
+        for frames, motion, at1 in self.loader:
+            frames, motion, at1 = frames.to(self.device), motion.to(self.device), at1.to(self.device)
+            imagined = self.model(frames[:, :1], motion)
+            loss, _ = self.loss_function(imagined, {"at1": at1, "at2": at1 + motion}, self.model.look(frames[:, 1:]))
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+
+
+def token_cost(options, tokens):
+    """Seconds per epoch and peak memory of the bare loop with these tokens, in a process of its own."""
+    flags = ["encoder", "transitions", "side", "batch_size", "d_model", "n_layers", "repeats"]
+    command = [sys.executable, __file__, "--tokens", tokens]
+    command += [f"--{name}={getattr(options, name)}" for name in flags]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def run_tokens(options):
+    compute = common.choose_compute("auto", "auto")
+    args = script_args(Path(tempfile.gettempdir()) / "none", options, "--token_type", options.tokens)
+    loop = BareEpochs(args, compute, options)
+    before = common.peak_memory(compute.device)
+    seconds = time_in_turn({"bare": loop}, options.repeats)["bare"]
+    print(json.dumps({"seconds": statistics.median(seconds), "peak_gb": common.peak_memory(compute.device) / 2**30,
+                      "before_gb": before / 2**30}))
+
+
+def main():
+    options = parse_args()
+    if options.tokens:
+        return run_tokens(options)
+    costs = {tokens: token_cost(options, tokens) for tokens in ("channel", "spatial")}
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "sequence"
+        make_data(folder, options)
+        script = ScriptEpochs(folder, options)
+        with script.run:
+            loops = {"script": script, "bare": BareEpochs(script.args, script.run.compute, options),
+                     "reference": ReferenceEpochs(script, folder, options)}
+            seconds = time_in_turn(loops, options.repeats)
+    print(f"\n{options.encoder}, {options.transitions} transitions of {options.side} px, batch {options.batch_size}, "
+          f"width {options.d_model}, {options.n_layers} layers, {script.run.compute.text}, {torch.get_num_threads()} "
+          f"threads, {options.repeats} repeats")
+    print_turns(seconds, options.transitions, "transitions", 4)
+    for tokens, cost in costs.items():
+        print(f"{tokens:8} tokens: {cost['seconds']:.2f} s per epoch, {options.transitions / cost['seconds']:.1f} "
+              f"transitions/s, peak {cost['peak_gb']:.2f} GB ({cost['before_gb']:.2f} GB before the first step)")
+    print(f"channel / spatial: {costs['channel']['seconds'] / costs['spatial']['seconds']:.2f} in time")
+
+
+if __name__ == "__main__":
+    main()

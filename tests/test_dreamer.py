@@ -1,0 +1,516 @@
+"""train_dreamer.py: the model and its losses, whole runs as a user starts them, and every mistake by its message.
+
+    python -m pytest tests/test_dreamer.py
+"""
+import csv
+import json
+import signal
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import common
+import train_dreamer
+from conftest import only_run, run_here, run_script, script_command
+from test_resume import fingerprint, start_and_signal
+from train_dreamer import AXES
+
+CONTRACT = [
+    "args.json", "log.txt", "splits.json", "leakage_report.json", "training_history.csv", "training_history.png",
+    "best_model.pth", "last.pth", "metrics.json", "predictions_val.csv", "report.html", "dataset_stats.json",
+    "dataset_statistics.png", "training_summary.png", "per_patient_error.csv", "per_patient_error.png",
+    "per_axis_error.csv",
+]
+HISTORY = {"epoch", "learning_rate", "train_loss", "train_total_loss", "train_main_task_loss", "train_t2_loss",
+           "train_latent_loss", "val_loss", "val_main_task_loss", "val_t2_loss", "val_latent_loss",
+           *(f"val_mae_{axis}" for axis in AXES)}
+TINY = ("--encoder resnet18 --no_pretrained --image_size 32 --token_type spatial --d_model 32 --n_layers 1 --n_heads 2 "
+        "--feedforward 32 --epochs 3 --batch_size 8 --num_workers 0 --lr 1e-3").split()
+
+
+def read_csv(path):
+    with open(path, newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory):
+    """48 transitions of 3 patients, 6 folders."""
+    folder = tmp_path_factory.mktemp("slices")
+    run_script("make_sample_data.py", "--task", "dreamer", "--output_dir", folder, "--n_samples", 48)
+    return folder / "dreamer"
+
+
+def flags(slices, output_dir, *more):
+    data = ["--data_dir", slices, "--patient_map", slices / "patient_map.json", "--output_dir", output_dir]
+    return [*data, *TINY, *more]
+
+
+def train(slices, output_dir, *more, code=0):
+    return run_script("train_dreamer.py", *flags(slices, output_dir, *more), code=code)
+
+
+@pytest.fixture(scope="module")
+def trained(slices, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train(slices, folder, "--criteria", "mae<100,mae_x_mm<0.001", "--token_type", "channel", "--save_top_k", 2)
+    return only_run(folder)
+
+
+@pytest.fixture(scope="module")
+def folds(slices, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folds")
+    train(slices, folder, "--folds", 3, "--epochs", 2)
+    return only_run(folder)
+
+
+# --- whole runs -------------------------------------------------------------------
+
+def test_run_folder_holds_what_the_contract_says(trained):
+    assert not [name for name in [*CONTRACT, "predictions_test.csv"] if not (trained / name).stat().st_size]
+    rows = read_csv(trained / "training_history.csv")
+    assert HISTORY <= set(rows[0]) and [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert "s per epoch" in (trained / "log.txt").read_text() and "to the end" in (trained / "log.txt").read_text()
+    assert "http" not in (trained / "report.html").read_text().replace("http-equiv", "")
+
+
+def test_the_best_epochs_by_the_main_task_are_kept(trained):
+    losses = [float(row["val_main_task_loss"]) for row in read_csv(trained / "training_history.csv")]
+    kept = {int(path.stem.rsplit("_", 1)[1]) for path in trained.glob("top_epoch_*.pth")}
+    assert kept == {int(epoch) + 1 for epoch in np.argsort(losses)[:2]}
+    assert common.read_checkpoint(trained / "best_model.pth")["epoch"] == int(np.argmin(losses)) + 1
+
+
+def test_metrics_are_those_of_the_predictions_file(trained):
+    """MAE of each axis, wrapped, and of the motion taken for the answer, from predictions_test.csv alone."""
+    rows, metrics = read_csv(trained / "predictions_test.csv"), json.loads((trained / "metrics.json").read_text())
+    for row in metrics["per_axis"]:
+        axis = row["target"]
+        known = [r for r in rows if r[f"{axis}_true"]]
+        for kind, found in (("predicted", row["mae"]), ("copy", row["mae_copy"]), ("zero", row["mae_zero"])):
+            errors = np.array([float(r[f"{axis}_{kind}"]) - float(r[f"{axis}_true"]) for r in known])
+            errors = (errors + 180) % 360 - 180 if axis.endswith("deg") else errors
+            assert found == pytest.approx(np.abs(errors).mean(), rel=1e-9)
+    verdicts = {entry["name"]: entry["verdict"] for entry in metrics["criteria"]}
+    assert metrics["part"] == "test" and set(verdicts) == {"mae", "mae_x_mm"}
+    assert set(verdicts.values()) == {"NOT RESOLVABLE"}, "two blocks of time give no interval"
+    assert set(train_dreamer.BASELINES) == {row["baseline"] for row in metrics["baselines"]}
+
+
+def test_patients_stand_on_one_side_and_the_report_says_zero(slices, trained):
+    owner, splits = (json.loads(path.read_text()) for path in (slices / "patient_map.json", trained / "splits.json"))
+    sides = [{owner[name.split("/")[0]] for name in splits[part]} for part in ("train", "val", "test")]
+    assert all(len(side) == 1 for side in sides) and len(set.union(*sides)) == 3
+    report = json.loads((trained / "leakage_report.json").read_text())
+    shared = [pair[what]["count"] for pair in report["between"].values() for what in ("groups", "exact_duplicates")]
+    assert shared == [0] * 6
+    assert json.loads((trained / "dataset_stats.json").read_text())["patients_in_two_parts"] == []
+
+
+def test_too_few_patients_for_an_interval_are_said(trained):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["unit"] == "time blocks"
+    assert metrics["verdict"].startswith("One patient proves nothing across patients")
+
+
+def test_evaluate_repeats_the_test_metrics(trained, tmp_path):
+    """Without any other flag: data, patients, split and settings come from the run."""
+    checkpoint = trained / "best_model.pth"
+    run_script("train_dreamer.py", "--mode", "evaluate", "--checkpoint", checkpoint, "--output_dir", tmp_path)
+    again, first = (json.loads((run / "metrics.json").read_text()) for run in (only_run(tmp_path), trained))
+    assert again["part"] == "test"
+    assert again["per_axis"] == first["per_axis"] and again["baselines"] == first["baselines"]
+    assert again["use"] == pytest.approx(first["use"], rel=1e-3)
+
+
+def test_evaluate_on_data_it_never_saw(trained, slices, tmp_path):
+    """Other folders: all rows, only the baselines that need no train rows; a trained patient raises an alarm."""
+    run_script("make_sample_data.py", "--task", "dreamer", "--output_dir", tmp_path, "--n_samples", 30, "--seed", 9)
+    other = tmp_path / "dreamer"
+    other.rename(tmp_path / "other")
+    for path in (tmp_path / "other").glob("patient_*_*"):
+        path.rename(path.with_name(path.name.replace("patient", "guest")))
+    run_script("train_dreamer.py", "--mode", "evaluate", "--checkpoint", trained, "--data_dir", tmp_path / "other",
+               "--patient_regex", r"(.*)_\d+$", "--output_dir", tmp_path / "out")
+    metrics = json.loads((only_run(tmp_path / "out") / "metrics.json").read_text())
+    assert metrics["part"] == "all"
+    assert {row["baseline"] for row in metrics["baselines"]} == {"zero", "copy", "train_mean"}
+    assert not any("trained on these patients" in alarm for alarm in metrics["alarms"])
+
+
+def test_predict_repeats_the_predictions_without_labels(trained, slices, tmp_path):
+    motion = "action_change_6dof"
+    for path in sorted(slices.glob("patient_*_*")):
+        (tmp_path / "data" / path.name).mkdir(parents=True)
+        (tmp_path / "data" / path.name / "ft1").symlink_to(path / "ft1")
+        listed = json.loads((path / train_dreamer.FILE_NAME).read_text())
+        listed = listed["transitions"] if isinstance(listed, dict) else listed
+        kept = ("frame_t1", "frame_t2", "ft1_image_path", motion)
+        rows = [{key: row[key] for key in kept} for row in listed if motion in row]
+        (tmp_path / "data" / path.name / train_dreamer.FILE_NAME).write_text(json.dumps(rows))
+    run_script("train_dreamer.py", "--mode", "predict", "--checkpoint", trained, "--data_dir", tmp_path / "data",
+               "--output_dir", tmp_path / "out")
+    found = {row["name"]: row for row in read_csv(only_run(tmp_path / "out") / "predictions.csv")}
+    wanted = [row for row in read_csv(trained / "predictions_test.csv") if row["name"] in found]
+    assert len(wanted) >= 8
+    for row in wanted:  # other batches: bf16 rounds elsewhere
+        for axis in AXES:
+            assert float(found[row["name"]][f"{axis}_predicted"]) == pytest.approx(
+                float(row[f"{axis}_predicted"]), abs=0.3)
+
+
+def test_folds_leave_each_patient_out_once(folds, slices):
+    pooled = read_csv(folds / "predictions_folds.csv")
+    assert len({row["name"] for row in pooled}) == len(pooled) == 48
+    for k in range(3):
+        splits = json.loads((folds / f"fold_{k}" / "splits.json").read_text())
+        owners = [{name[:10] for name in splits[part]} for part in ("train", "val")]
+        assert len(owners[1]) == 1 and owners[0].isdisjoint(owners[1])
+    assert [row["fold"] for row in read_csv(folds / "fold_table.csv")] == ["0", "1", "2", "mean", "SD"]
+    assert "3 patients are too few" in json.loads((folds / "metrics.json").read_text())["verdict"]
+
+
+def test_folds_continue_fold_by_fold(folds):
+    before = (folds / "predictions_folds.csv").read_bytes()
+    (folds / "metrics.json").unlink()
+    (folds / "fold_2" / "metrics.json").unlink()
+    text = run_script("train_dreamer.py", "--resume", folds).text
+    assert "fold 0 is finished" in text and "fold 2 is finished" not in text
+    assert (folds / "predictions_folds.csv").read_bytes() == before
+
+
+def test_kill_9_and_resume_is_byte_identical(slices, tmp_path):
+    more = ["--augment", "full", "--scheduler", "onecycle", "--accumulate", 2, "--folds", 0, "--save_minutes", 1e-9]
+    train(slices, tmp_path / "whole", *more)
+    command = script_command("train_dreamer.py", *flags(slices, tmp_path / "cut", *more, "--resume", "auto"))
+    codes = [start_and_signal(command, number, 0.1, group=True) for number in (signal.SIGKILL, signal.SIGTERM)]
+    assert codes[0] == -signal.SIGKILL and codes[1] in (75, 0)
+    run_script("train_dreamer.py", *command[2:])
+    assert fingerprint(only_run(tmp_path / "cut")) == fingerprint(only_run(tmp_path / "whole"))
+
+
+def test_time_blocks_of_one_patient_prove_nothing(slices, tmp_path):
+    """Also other options in one run: SE(3) asked for, primary task only, warm restarts, fp32, frozen layers."""
+    one_patient = tmp_path / "one.json"
+    one_patient.write_text(json.dumps({path.name: "the one" for path in slices.glob("patient_*_*")}))
+    train(slices, tmp_path, "--split_by", "time", "--gap", 1, "--max_transitions", 20, "--dry_run", "--imagine",
+          "change", "--compose", "se3_left", "--primary_task_only", "--scheduler", "warm_restarts", "--precision", "32",
+          "--freeze_layers", 2, "--patient_map", one_patient)
+    run = only_run(tmp_path)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["verdict"].startswith("One patient proves nothing")
+    assert "split by time" in (run / "log.txt").read_text()
+    assert "poor fit" in (run / "log.txt").read_text() and ", fp32" in (run / "log.txt").read_text()
+    assert "nothing is said about another patient" in (run / "report.html").read_text()
+    assert "train_latent_loss" not in read_csv(run / "training_history.csv")[0]
+
+
+def test_verify_setup_audits_and_dry_runs(slices):
+    text = run_script("verify_setup.py", "--task", "dreamer", "--quick", "--data_dir", slices, "--patient_map",
+                      slices / "patient_map.json").stdout
+    assert "composition additive" in text and "patients" in text and "FAIL" not in text.replace("0 FAIL", "")
+
+
+# --- the model --------------------------------------------------------------------------
+
+def tiny_args(*more):
+    return train_dreamer.parse_args([*TINY, *map(str, more)])
+
+
+UNIT = {name: {"mean": np.zeros(6), "sd": np.ones(6)} for name in ("motion", "at1", "at2")}
+
+
+@pytest.mark.parametrize("token_type, tokens", [("channel", 513), ("spatial", 50)])
+def test_shapes_are_as_written(token_type, tokens):
+    args = tiny_args("--token_type", token_type, "--image_size", 224, "--encoder", "resnet34")
+    model = train_dreamer.build_model(args, UNIT, "additive").eval()
+    seen = []
+    model.imagination.layers.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+    with torch.no_grad():
+        found = model(torch.zeros(2, 1, 224, 224), torch.ones(2, 6))
+    assert model.encoder(torch.zeros(1, 1, 224, 224)).shape == (1, 512, 49) and seen == [(2, tokens, 32)]
+    assert found.features_t2.shape == (2, 512, 49) and found.at1.shape == found.at2.shape == (2, 6)
+    assert torch.allclose(found.at2, torch.zeros(2, 6)) and torch.allclose(found.at1, -torch.ones(2, 6))
+
+
+def test_a_grey_frame_gives_what_it_gave_as_colour():
+    torch.manual_seed(0)
+    resnet, width = common.build_backbone("resnet18", pretrained=False)
+    features = nn.Sequential(*list(resnet.children())[:-2]).eval()
+    grey = torch.randn(2, 1, 64, 64)
+    wanted = features(grey.repeat(1, 3, 1, 1)).flatten(2)
+    encoder = train_dreamer.Encoder(resnet, width, 64).eval()
+    assert torch.allclose(encoder(grey), wanted, atol=1e-5) and wanted.shape == (2, 512, encoder.n_cells)
+
+
+def test_frozen_layers_stay_as_they_are():
+    encoder = train_dreamer.build_encoder(tiny_args("--freeze_layers", 3)).train()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    encoder(torch.randn(4, 1, 32, 32)).square().mean().backward()
+    assert all((p.grad is None) == name.startswith(("stages.0", "stages.1", "stages.2"))
+               for name, p in encoder.named_parameters())
+    changed = [name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed and all(name.startswith(("stages.3", "stages.4")) for name in changed)  # BatchNorm's statistics
+
+
+def test_nothing_is_dropped_inside_attention():
+    """With the dropout of the other paths at 0 a layer in training gives what it gives in evaluation."""
+    layer, tokens = train_dreamer.Layer(32, 4, 64, 0.0).train(), torch.randn(2, 9, 32)
+    assert torch.equal(layer(tokens), layer(tokens)) and torch.equal(layer(tokens), layer.eval()(tokens))
+
+
+def test_attention_is_that_of_torch():
+    """Against nn.MultiheadAttention with the same weights."""
+    layer, tokens = train_dreamer.Layer(32, 4, 64, 0.0), torch.randn(2, 9, 32)
+    judge = nn.MultiheadAttention(32, 4, batch_first=True)
+    judge.load_state_dict({"in_proj_weight": layer.query_key_value.weight, "in_proj_bias": layer.query_key_value.bias,
+                           "out_proj.weight": layer.output.weight, "out_proj.bias": layer.output.bias})
+    normed = layer.norm_attention(tokens)
+    middle = tokens + judge(normed, normed, normed)[0]
+    assert torch.allclose(layer(tokens), middle + layer.feedforward(layer.norm_feedforward(middle)), atol=1e-5)
+
+
+def test_missing_labels_change_neither_loss_nor_gradient():
+    predicted, target, sd = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6), torch.rand(6) + 0.5
+    target[1, 2] = target[3, 0] = torch.nan
+    target[2] = torch.nan
+    loss = train_dreamer.pose_loss(predicted, target, sd)
+    loss.sum().backward()
+    known = ~target.isnan()
+    for row in (0, 1, 3):
+        error = ((predicted - target) / sd)[row, known[row]]
+        assert torch.allclose(loss[row], nn.functional.smooth_l1_loss(error, torch.zeros_like(error)))
+    assert loss[2] == 0 and (predicted.grad[~known] == 0).all() and (predicted.grad[known] != 0).all()
+
+
+def test_no_gradient_reaches_the_target_frame():
+    features_t2 = torch.randn(3, 8, 4, requires_grad=True)
+    imagined = torch.randn(3, 8, 4, requires_grad=True)
+    train_dreamer.latent_loss(imagined, features_t2).backward()
+    assert features_t2.grad is None and imagined.grad.abs().sum() > 0
+    constant = features_t2.detach().mean((0, 2), keepdim=True).expand(3, 8, 4)
+    assert train_dreamer.latent_loss(constant, features_t2).item() == pytest.approx(1.0, rel=1e-5)
+
+
+def shrink_towards_collapse(guarded, steps=600):
+    """A small encoder trained only to imagine the second of two unrelated frames; returns its spread at the end."""
+    torch.manual_seed(1)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16), nn.Unflatten(1, (8, 2)))
+    optimizer = torch.optim.Adam(encoder.parameters(), 1e-2)
+    for _ in range(steps):
+        first, second = torch.randn(2, 32, 64)
+        features_t1, features_t2 = encoder(first), encoder(second)
+        loss = (features_t1 - features_t2.detach()).square().mean()  # not divided by the variance: the worst case
+        loss = loss + train_dreamer.collapse_guard(features_t1) * guarded
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return train_dreamer.feature_spread(encoder(torch.randn(256, 1, 8, 8))).item()
+
+
+def test_the_guard_keeps_features_from_collapsing():
+    spreads = [shrink_towards_collapse(guarded) for guarded in (0.0, 1.0)]
+    assert spreads[0] < train_dreamer.COLLAPSE_FLOOR / 2, "without the guard this encoder collapses"
+    assert spreads[1] > 0.8 * train_dreamer.COLLAPSE_FLOOR
+
+
+def test_collapsed_features_raise_an_alarm():
+    study, scored, results = small_result(use={"feature_spread": 0.001, "action_shuffle_ratio": 1.3})
+    assert any("collapsed" in alarm for alarm in train_dreamer.find_alarms(study, scored, results))
+
+
+# --- does it use the motion? -------------------------------------------------------------------
+
+def banded_batches(count, seed):
+    """Loader of frames whose four corners tell at1 in brightness, with large motions: the best answer needs both."""
+    draws = np.random.default_rng(seed)
+    at1, motion = (torch.tensor(draws.normal(0, 10, (count, 6)), dtype=torch.float32) for _ in range(2))
+    at1[:, 4:] = 0
+    pixels = torch.tensor(draws.integers(0, 30, (count, 32, 32)), dtype=torch.float32)
+    for axis, (top, left) in enumerate(((0, 0), (0, 16), (16, 0), (16, 16))):
+        pixels[:, top:top + 16, left:left + 16] += (100 + 3 * at1[:, axis]).clamp(0, 220)[:, None, None]
+    frames = pixels.to(torch.uint8)[:, None].expand(-1, 2, -1, -1)
+    other = motion.roll(1, 0)
+    return [{"frames": frames[i:i + 32], "motion": motion[i:i + 32], "other_motion": other[i:i + 32],
+             "at1": at1[i:i + 32], "at2": at1[i:i + 32] + motion[i:i + 32]} for i in range(0, count, 32)]
+
+
+def shuffle_ratio(ignore_motion):
+    args = tiny_args("--dropout", 0, "--imagine", "change")
+    spreads = {"motion": 10, "at1": 10, "at2": 14}
+    scaler = {name: {"mean": np.zeros(6), "sd": np.full(6, sd)} for name, sd in spreads.items()}
+    model = train_dreamer.build_model(args, scaler, "additive")
+    compute = common.choose_compute("cpu", "off")
+    loss_function = train_dreamer.DreamLoss(args, scaler, "cpu")
+    if ignore_motion:
+        model.imagination.motion = Deaf(args.d_model)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(10):
+        for batch in banded_batches(192, 0):
+            frame_t1, _, poses = train_dreamer.to_device(batch, compute)
+            loss = loss_function(model.train()(frame_t1, poses["motion"]), poses, None)[0]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    use = train_dreamer.use_of_inputs(model, banded_batches(64, 1), loss_function, compute, np.array(["p"] * 64))
+    return use["action_shuffle_ratio"]
+
+
+class Deaf(nn.Module):
+    """A motion token that says nothing of the motion."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(width))
+
+    def forward(self, motion):
+        return self.token.expand(len(motion), -1)
+
+
+def test_action_shuffle_ratio_tells_who_listens_to_the_motion():
+    assert shuffle_ratio(ignore_motion=True) == pytest.approx(1.0, abs=0.02)
+    assert shuffle_ratio(ignore_motion=False) > 1.1
+
+
+def test_retrieval_rank_by_hand():
+    truth = torch.tensor([[0.0], [1.0], [2.0], [10.0], [20.0]])
+    guess = torch.tensor([[0.1], [2.2], [2.0], [20.0], [20.0]])
+    patients = np.array(["a", "a", "a", "b", "b"])
+    assert train_dreamer.retrieval_rank(guess, truth, patients) == pytest.approx(np.mean([0, 0.5, 0, 1, 0]))
+    assert train_dreamer.retrieval_rank(truth * 0, truth * 0, patients) == 0.5, "ties are chance"
+
+
+def test_latent_numbers_do_not_depend_on_the_batches():
+    maps = torch.randn(3, 12, 5, 4)
+    whole, parts = train_dreamer.LatentSums(), train_dreamer.LatentSums()
+    whole.add(*maps)
+    for start in (0, 7, 9):
+        parts.add(*maps[:, start:{0: 7, 7: 9, 9: 12}[start]])
+    for name, value in whole.numbers().items():
+        assert parts.numbers()[name] == pytest.approx(value, rel=1e-5)
+    t1, imagined, t2 = maps
+    skill = ((imagined - t2) ** 2).sum().item() / ((t1 - t2) ** 2).sum().item()
+    assert whole.numbers()["latent_skill"] == pytest.approx(skill)
+    assert whole.numbers()["latent_loss"] == pytest.approx(train_dreamer.latent_loss(imagined, t2).item(), rel=1e-4)
+
+
+# --- baselines and verdict --------------------------------------------------------------------------
+
+def small_result(patients=6, use=None, gain=0.3, seed=3):
+    """A study of `patients` with 20 rows each whose model has `gain` of the zero baseline's error removed."""
+    draws = np.random.default_rng(seed)
+    names = np.repeat([f"p{i}" for i in range(patients)], 20)
+    at1 = draws.normal(0, 10, (len(names), 6))
+    study = types.SimpleNamespace(
+        at1=at1, at2=at1, motion=draws.normal(0, 1, at1.shape), sequences=names, patients=names, has_patients=True,
+        order=np.tile(np.arange(20), patients), place=np.tile(np.arange(20) / 19, patients), features=None)
+    rows = np.arange(len(names))
+    predicted = {"predicted": gain * at1 + draws.normal(0, 0.1, at1.shape), "zero": np.zeros_like(at1)}
+    scored = train_dreamer.Scored(rows, predicted, at1, use or {}, "test")
+    return study, scored, train_dreamer.compare(study, scored)[0]
+
+
+@pytest.mark.parametrize("patients, words", [
+    (6, ["The model beats the zero baseline", "t-interval over 6 patients", "sign-flip p 0.03"]),
+    (3, ["3 patients are too few", "better in 3 of 3", "time blocks"]),
+    (1, ["One patient proves nothing across patients", "time blocks"]),
+])
+def test_the_verdict_says_over_what_it_holds(patients, words):
+    study, scored, results = small_result(patients)
+    unit = "patients" if patients >= 5 else "time blocks"
+    text = train_dreamer.verdict(results, "zero", unit, study, scored, True)
+    assert all(word in text for word in words), text
+
+
+def test_no_gain_is_not_called_one():
+    study, scored, results = small_result(gain=0.0)
+    assert "The model beats" not in train_dreamer.verdict(results, "zero", "patients", study, scored, True)
+
+
+def test_baselines_find_what_they_can_know():
+    """at1 made of the motion: the ridge on it is exact; the mean is circular; the copy is the motion itself."""
+    study, _, _ = small_result()
+    study.at1 = 2 * study.motion + 5
+    train, rows = np.arange(80), np.arange(80, 120)
+    found = train_dreamer.baselines(study, train, rows)
+    assert np.abs(found["motion_ridge"] - study.at1[rows]).max() < 0.1
+    assert np.allclose(found["train_mean"], study.at1[train].mean(0))
+    assert np.array_equal(found["copy"], study.motion[rows])
+    study.at1[:, 3] = np.where(np.arange(120) % 2, 179.0, -179.0)
+    assert np.allclose(np.abs(train_dreamer.baselines(study, train, rows)["train_mean"][:, 3]), 180)
+
+
+def test_results_are_back_in_mm_and_degrees():
+    study, scored, _ = small_result()
+    results, sd, unit = train_dreamer.compare(study, scored)
+    result = train_dreamer.in_units(results["zero"], sd)
+    assert unit == "patients" and np.allclose(result["value"]["baseline_mae"], np.abs(study.at1).mean(0))
+    low, high = result["interval"]["mae"].T
+    assert ((low < result["value"]["mae"]) & (result["value"]["mae"] < high)).all()
+
+
+# --- learning ------------------------------------------------------------------------------------
+
+def test_one_batch_can_be_learnt_by_heart():
+    args = tiny_args("--dropout", 0, "--token_type", "channel")
+    model = train_dreamer.build_model(args, UNIT, "se3_left")
+    loss_function, optimizer = train_dreamer.DreamLoss(args, UNIT, "cpu"), torch.optim.AdamW(model.parameters(), 1e-3)
+    frames, motion, at1 = torch.randn(8, 1, 32, 32), torch.randn(8, 6), torch.randn(8, 6) * 3
+    poses = {"at1": at1, "at2": train_dreamer.CONVENTIONS["se3_left"].at2(at1, motion)}
+    poses["at1"][0, 1] = torch.nan
+    for _ in range(80):
+        loss, parts = loss_function(model(frames, motion), poses, None)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert parts["main_task_loss"].item() < 0.05
+
+
+@pytest.mark.parametrize("scheduler, points", [
+    ("onecycle", {0: 1 / 25, 3: 1.0, 10: 0.0}), ("warm_restarts", {0: 1.0, 5: 0.5, 10: 1.0, 20: 0.5, 30: 1.0}),
+])
+def test_schedules_pass_through_their_points(scheduler, points):
+    for progress, factor in points.items():
+        assert common.schedule_factor(scheduler, progress, 10, 0) == pytest.approx(factor, abs=1e-12)
+
+
+# --- mistakes -----------------------------------------------------------------------------------
+
+FLAG_MISTAKES = {
+    "no data": (["--data_dir", "nowhere"], ["nowhere", train_dreamer.FILE_NAME]),
+    "heads": (["--d_model", 30, "--n_heads", 4], ["--d_model 30"]),
+    "folds in time": (["--folds", 3, "--split_by", "time"], ["--split_by time"]),
+    "lists without the switch": (["--train_patients", "a"], ["--manual_splits"]),
+    "two maps": (["--patient_regex", "x"], ["give one"]),
+    "two precisions": (["--precision", "32", "--use_amp", "on"], ["give one"]),
+    "no checkpoint": (["--mode", "evaluate"], ["--checkpoint"]),
+    "no ResNet": (["--encoder", "vgg11"], ["vgg11", "ResNet"]),
+    "unknown metric": (["--criteria", "mae_x<3"], ["mae_x_mm"]),
+    "unknown preset": (["--augment", "heavy"], ["none, light, full"]),
+    "a group column": (["--group_column", "animal"], ["--patient_map"]),
+    "more folds than patients": (["--folds", 4], ["3 groups"]),
+    "unknown flag": (["--epoch", 3], ["--epochs"]),
+}
+
+
+@pytest.mark.parametrize("name", FLAG_MISTAKES)
+def test_mistakes_in_the_flags(slices, tmp_path, name):
+    more, words = FLAG_MISTAKES[name]
+    text = run_here("train_dreamer.py", *flags(slices, tmp_path / "out", *more), code=2).stderr
+    assert text.startswith("error: ") and "Traceback" not in text and text.count("\n") == 1, text
+    assert all(word in text for word in words), text
+    assert not list((tmp_path / "out").glob("run_*")), "a mistake leaves no run folder behind"
+
+
+def test_checkpoints_of_others_are_refused(trained, tmp_path):
+    content = common.read_checkpoint(trained / "best_model.pth")
+    common.save_checkpoint(tmp_path / "other.pth", {**content, "script": "train_video.py"})
+    common.save_checkpoint(tmp_path / "bare.pth", {key: content[key] for key in ("format", "script", "model", "epoch")})
+    cases = ("other.pth", 2, "train_video.py"), ("bare.pth", 3, "lacks"), ("none.pth", 3, "no checkpoint")
+    for name, code, word in cases:
+        text = run_script("train_dreamer.py", "--mode", "predict", "--checkpoint", tmp_path / name, "--output_dir",
+                          tmp_path / "out", "--data_dir", tmp_path, code=code).stderr
+        assert word in text and "Traceback" not in text

@@ -1,0 +1,343 @@
+"""Formats that transitions come in, patients and splits: what train_dreamer.py reads, masks, derives and refuses.
+
+    python -m pytest tests/test_dreamer_data.py
+"""
+import json
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import common
+import train_dreamer
+from conftest import only_run, run_script
+from train_dreamer import FIELDS
+
+DRAWS = np.random.default_rng(11)
+
+
+def write_sequence(folder, count=6, motions="additive", edit=None, wrap=None, scale=1.0):
+    """A sequence of `count` transitions with 32 px frames; edit(rows) changes them, wrap(rows) makes the JSON."""
+    poses = np.hstack([DRAWS.uniform(-20, 20, (count + 1, 3)), DRAWS.uniform(-60, 60, (count + 1, 3))])
+    motion = train_dreamer.on_arrays(train_dreamer.CONVENTIONS[motions].motion, poses[:-1], poses[1:])
+    turned = np.array([1, 1, 1, scale, scale, scale])
+    pictures = DRAWS.integers(0, 255, (count + 1, 32, 32), dtype=np.uint8)
+    for which, first in (("ft1", 0), ("ft2", 1)):
+        (folder / which).mkdir(parents=True)
+        for i in range(first, first + count):
+            Image.fromarray(pictures[i]).save(folder / which / f"frame_{i:04d}.png")
+    rows = [{"frame_t1": f"frame_{i:04d}", "frame_t2": f"frame_{i + 1:04d}",
+             "ft1_image_path": f"ft1/frame_{i:04d}.png", "ft2_image_path": f"ft2/frame_{i + 1:04d}.png",
+             "at1_6dof": (poses[i] * turned).tolist(), "action_change_6dof": (motion[i] * turned).tolist(),
+             "at2_6dof": (poses[i + 1] * turned).tolist()} for i in range(count)]
+    if edit:
+        edit(rows)
+    (folder / train_dreamer.FILE_NAME).write_text(json.dumps(wrap(rows) if wrap else rows))
+    return poses[:-1], motion, poses[1:]
+
+
+class QuietRun:
+    """As much of common.Run as loading needs."""
+
+    def __init__(self, folder):
+        self.folder, self.lines = Path(folder), []
+
+    def say(self, text="", log_only=False):
+        self.lines.append(str(text))
+
+    def path(self, name):
+        return self.folder / name
+
+
+def load(data, *flags, needs_labels=True):
+    own = ["--data_dir", str(data), "--image_size", "32", "--cache", "none"]
+    args = train_dreamer.parse_args([*own, *map(str, flags)])
+    run = QuietRun(data.parent)
+    study = train_dreamer.load_study(args, run, needs_labels)
+    return study, "\n".join(run.lines), args
+
+
+def test_a_plain_list_is_read_as_it_stands(tmp_path):
+    at1, motion, at2 = write_sequence(tmp_path / "data" / "a_01")
+    study, _, _ = load(tmp_path / "data")
+    assert np.array_equal(study.at1, at1) and np.array_equal(study.motion, motion) and np.array_equal(study.at2, at2)
+    assert study.names[0] == "a_01/frame_0000-frame_0001" and study.compose == "additive"
+    assert len(study.store) == 7, "a frame that is ft2 of one row and ft1 of the next is decoded once"
+
+
+def backslashes(rows):
+    for row in rows:
+        for key in ("ft1_image_path", "ft2_image_path"):
+            row[key] = row[key].replace("/", "\\")
+
+
+def no_folders_and_capitals(rows):
+    for row in rows:
+        row["ft1_image_path"] = "data_x/FT1/" + row["frame_t1"].upper() + ".PNG"
+
+
+FORMS = {
+    "backslashes": {"edit": backslashes},
+    "extra keys": {"edit": lambda rows: [row.update(operator="A", id=i) for i, row in enumerate(rows)]},
+    "a dict with the list": {"wrap": lambda rows: {"version": 2, "transitions": rows}},
+    "other folders and case": {"edit": no_folders_and_capitals},
+    "no frame names": {"edit": lambda rows: [row.pop(key) for row in rows for key in ("frame_t1", "frame_t2")]},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_in_the_wild_give_the_same(tmp_path, form):
+    at1, motion, at2 = write_sequence(tmp_path / "data" / "a_01", **FORMS[form])
+    study, _, _ = load(tmp_path / "data")
+    assert np.array_equal(study.at1, at1) and np.array_equal(study.at2, at2) and len(study.store) == 7
+
+
+def test_colour_pngs_become_the_same_grey(tmp_path):
+    write_sequence(tmp_path / "data" / "a_01")
+    study, _, args = load(tmp_path / "data")
+    plain = train_dreamer.ProbeTransitions(study, np.arange(6), args, "none")[0, 2]["frames"]
+    for path in (tmp_path / "data").rglob("*.png"):
+        Image.open(path).convert("RGB").save(path)
+    study, _, args = load(tmp_path / "data")
+    colour = train_dreamer.ProbeTransitions(study, np.arange(6), args, "none")[0, 2]["frames"]
+    on_disk = np.asarray(Image.open(tmp_path / "data" / "a_01" / "ft1" / "frame_0002.png").convert("L"))
+    assert colour.shape == (2, 32, 32) and np.array_equal(colour[0].numpy(), on_disk)
+    assert np.array_equal(plain.numpy(), colour.numpy())
+
+
+@pytest.mark.parametrize("motions", train_dreamer.CONVENTIONS)
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_missing_pose_is_derived_in_the_convention_of_the_data(tmp_path, motions, name):
+    def edit(rows):
+        for row in rows[:3]:
+            row.pop(FIELDS[name])
+    poses = dict(zip(FIELDS, write_sequence(tmp_path / "data" / "a_01", motions=motions, edit=edit)))
+    study, text, _ = load(tmp_path / "data")
+    assert study.compose == motions
+    error = train_dreamer.on_arrays(train_dreamer.pose_error, getattr(study, name), poses[name])
+    assert np.abs(error).max() < 1e-6 and f"3 rows: {FIELDS[name]} derived" in text
+
+
+def test_bad_labels_are_masked_and_counted(tmp_path):
+    def edit(rows):
+        rows[0]["at1_6dof"][1] = float("nan")
+        rows[1]["at2_6dof"][4] = 9999.0
+        rows[2]["at1_6dof"][0] = -201.0
+        rows[3]["at1_6dof"][5] = None
+    at1, _, at2 = write_sequence(tmp_path / "data" / "a_01", edit=edit)
+    study, text, _ = load(tmp_path / "data")
+    masked = {(0, 1), (2, 0), (3, 5)}
+    assert {tuple(cell) for cell in np.argwhere(np.isnan(study.at1)).tolist()} == masked
+    assert np.argwhere(np.isnan(study.at2)).tolist() == [[1, 4]]
+    assert np.array_equal(study.at1[~np.isnan(study.at1)], at1[~np.isnan(study.at1)])
+    assert "3 values of at1_6dof in 3 rows masked" in text and "1 values of at2_6dof" in text
+
+
+def test_a_row_without_motion_and_without_a_way_to_it_is_listed(tmp_path):
+    def edit(rows):
+        del rows[2]["action_change_6dof"], rows[2]["at2_6dof"]
+    write_sequence(tmp_path / "data" / "a_01", edit=edit)
+    study, text, _ = load(tmp_path / "data")
+    assert len(study.names) == 5 and "1 rows skipped" in text
+    assert study.skipped == [{"sequence": "a_01", "row": 3, "reason": "no usable action_change_6dof"}]
+    assert "a_01,3,no usable" in (tmp_path / "skipped.csv").read_text()
+
+
+@pytest.mark.parametrize("asked", ["auto", "rad"])
+def test_radians_are_turned_into_degrees(tmp_path, asked):
+    at1, motion, _ = write_sequence(tmp_path / "data" / "a_01", scale=np.pi / 180)
+    study, text, _ = load(tmp_path / "data", "--angle_unit", asked)
+    assert np.allclose(study.at1, at1) and np.allclose(study.motion, motion)
+    assert study.angle_unit == "rad" and "angles are read as rad" in text
+
+
+def test_a_wrong_unit_can_be_forced_and_spoils_the_composition(tmp_path):
+    write_sequence(tmp_path / "data" / "a_01", motions="se3_left", scale=np.pi / 180)
+    study, text, _ = load(tmp_path / "data", "--angle_unit", "deg", "--compose", "se3_left")
+    assert study.residuals[1]["mm"] > 1 and "poor fit" in text
+
+
+def test_a_statistics_file_is_ignored_and_nothing_is_written(tmp_path):
+    write_sequence(tmp_path / "data" / "a_01")
+    (tmp_path / "data" / "a_01" / "normalization_stats.json").write_text('{"mean": 1e9}')
+    before = sorted(tmp_path.glob("data/**/*"))
+    study, _, _ = load(tmp_path / "data")
+    assert np.abs(study.at1).max() < 100 and sorted(tmp_path.glob("data/**/*")) == before
+
+
+MISTAKES = {
+    "five numbers": (lambda rows: rows[1]["at1_6dof"].pop(), ["row 2", "6 numbers", "at1_6dof"]),
+    "a word": (lambda rows: rows[1].update(at1_6dof=["left"] * 6), ["row 2"]),
+    "no path": (lambda rows: rows[0].pop("ft1_image_path"), ["row 1", "ft1_image_path"]),
+    "a path that leaves": (lambda rows: rows[3].update(ft2_image_path="../../etc/passwd.png"), ["row 4", "inside"]),
+    "an absolute path": (lambda rows: rows[3].update(ft1_image_path="C:\\frames\\1.png"), ["row 4", "inside"]),
+    "a missing picture": (lambda rows: rows[5].update(ft2_image_path="ft2/gone.png"), ["gone.png", "--on_bad_file"]),
+    "a row twice": (lambda rows: rows.append(dict(rows[0])), ["listed twice"]),
+    "an empty list": (lambda rows: rows.clear(), ["empty"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_cannot_be_read_is_named(tmp_path, mistake):
+    edit, words = MISTAKES[mistake]
+    write_sequence(tmp_path / "data" / "a_01", edit=edit)
+    with pytest.raises(common.UserError) as error:
+        load(tmp_path / "data")
+    assert all(word in str(error.value) for word in words) and "a_01" in str(error.value), error.value
+
+
+def test_all_missing_and_unreadable_pictures_are_listed_or_skipped(tmp_path):
+    write_sequence(tmp_path / "data" / "a_01", edit=lambda rows: rows[0].update(ft1_image_path="ft1/gone.png"))
+    (tmp_path / "data" / "a_01" / "ft2" / "frame_0004.png").write_bytes(b"no picture")
+    study, _, _ = load(tmp_path / "data", "--on_bad_file", "skip")
+    assert [row["reason"][:10] for row in study.skipped] == ["no file 'f", "unreadable"] and len(study.names) == 4
+    with pytest.raises(common.UserError, match="gone.png"):
+        load(tmp_path / "data")
+
+
+def test_prediction_needs_neither_labels_nor_the_second_frame(tmp_path):
+    def edit(rows):
+        for row in rows:
+            del row["at1_6dof"], row["at2_6dof"], row["ft2_image_path"]
+    _, motion, _ = write_sequence(tmp_path / "data" / "a_01", edit=edit)
+    study, _, args = load(tmp_path / "data", needs_labels=False)
+    assert np.array_equal(study.motion, motion) and np.isnan(study.at1).all() and (study.frames[:, 1] == -1).all()
+    sample = train_dreamer.ProbeTransitions(study, np.arange(6), args, "none")[0, 1]
+    assert sample["frames"].shape == (2, 32, 32)
+
+
+def test_the_audit_lists_what_is_missing_or_broken(tmp_path):
+    write_sequence(tmp_path / "data" / "a_01", edit=lambda rows: rows[0].update(ft1_image_path="ft1/gone.png"))
+    (tmp_path / "data" / "a_01" / "ft2" / "frame_0004.png").write_bytes(b"no picture")
+    run_script("train_dreamer.py", "--mode", "audit", "--data_dir", tmp_path / "data", "--image_size", 32,
+               "--output_dir", tmp_path / "out")
+    checks = json.loads((only_run(tmp_path / "out") / "audit.json").read_text())["checks"]
+    failed = {check["name"]: check["found"] for check in checks if check["status"] == "FAIL"}
+    assert set(failed) == {"missing files", "unreadable frames"} and "a_01 row 1" in failed["missing files"]
+    assert "frame_0004.png" in failed["unreadable frames"]
+
+
+# --- patients and splits ---------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def clinic(tmp_path_factory):
+    """Six patients with one to three folders each."""
+    data = tmp_path_factory.mktemp("clinic") / "data"
+    for patient in range(6):
+        for number in range(1 + patient % 3):
+            write_sequence(data / f"p{patient}_{number + 1:02d}", count=5 + patient)
+    return data
+
+
+def test_patients_by_regex_by_json_and_by_csv(clinic, tmp_path):
+    folders = sorted(path.name for path in clinic.iterdir())
+    owner = {folder: folder[:2] for folder in folders}
+    by_patient = {patient: [f for f in folders if f[:2] == patient] for patient in set(owner.values())}
+    files = {"a.json": json.dumps(owner), "b.json": json.dumps(by_patient),
+             "c.csv": "folder,patient\n" + "\n".join(f"{f},{p}" for f, p in owner.items())}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    ways = [["--patient_regex", r"(.*)_\d+$"], *(["--patient_map", tmp_path / name] for name in files)]
+    for flags in ways:
+        study, text, _ = load(clinic, *flags)
+        assert [owner[s] for s in study.sequences] == study.patients.tolist() and "WARNING" not in text
+
+
+def test_without_a_map_folders_are_suspected(clinic):
+    study, text, _ = load(clinic)
+    assert not study.has_patients and "a folder is not a patient" in text
+    assert "names alike: p2_01, p2_02, p2_03" in text and "tracks alike" in text
+
+
+def test_the_same_sweep_twice_has_distance_zero(tmp_path):
+    write_sequence(tmp_path / "data" / "left")
+    write_sequence(tmp_path / "data" / "right")
+    rows = json.loads((tmp_path / "data" / "left" / train_dreamer.FILE_NAME).read_text())
+    (tmp_path / "data" / "right" / train_dreamer.FILE_NAME).write_text(json.dumps(rows))
+    _, text, _ = load(tmp_path / "data")
+    assert "left and right, 0.00 sd apart" in text
+
+
+def test_an_incomplete_map_names_what_it_lacks(clinic, tmp_path):
+    (tmp_path / "map.json").write_text('{"p0_01": "p0"}')
+    with pytest.raises(common.UserError, match="p1_01, p1_02"):
+        load(clinic, "--patient_map", tmp_path / "map.json")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_patients_never_straddle_a_split_or_a_fold(clinic, seed):
+    study, _, args = load(clinic, "--patient_regex", r"(.*)_\d+$", "--seed", seed)
+    split = train_dreamer.make_split(args, study)
+    owners = {part: set(study.patients[rows]) for part, rows in split.items()}
+    assert all(owners.values()) and sum(map(len, owners.values())) == 6
+    fold_of = common.make_folds(len(study.names), 3, None, study.patients, seed, study.names)
+    assert all(len(set(fold_of[study.patients == patient])) == 1 for patient in set(study.patients))
+
+
+def test_manual_lists_take_folders_or_patients_and_refuse_an_overlap(clinic):
+    flags = ["--patient_regex", r"(.*)_\d+$", "--manual_splits"]
+    lists = ["--train_patients", "p0,p2_01", "--val_patients", "p1", "--test_patients", "p4"]
+    study, _, args = load(clinic, *flags, *lists)
+    split = train_dreamer.make_split(args, study)
+    assert set(study.patients[split["train"]]) == {"p0", "p2"} and set(study.patients[split["test"]]) == {"p4"}
+    _, _, args = load(clinic, *flags, "--train_patients", "p2_01,p0", "--val_patients", "p2_02")
+    with pytest.raises(common.UserError, match="p2.*in train and val"):
+        train_dreamer.make_split(args, study)
+    _, _, args = load(clinic, *flags, "--train_patients", "p0,p9", "--val_patients", "p1")
+    with pytest.raises(common.UserError, match="p9"):
+        train_dreamer.make_split(args, study)
+
+
+def test_blocks_of_time_keep_their_gap(tmp_path):
+    write_sequence(tmp_path / "data" / "a_01", count=60)
+    study, _, args = load(tmp_path / "data", "--split_by", "time", "--gap", 4)
+    split = train_dreamer.make_split(args, study)
+    spans = [(study.order[rows].min(), study.order[rows].max(), len(rows)) for rows in split.values()]
+    assert spans == [(0, 35, 36), (40, 47, 8), (52, 59, 8)]
+    frames = [set(study.frames[rows].ravel().tolist()) for rows in split.values()]
+    assert frames[0].isdisjoint(frames[1]) and frames[1].isdisjoint(frames[2])
+
+
+def test_too_few_patients_for_the_parts_say_what_to_do(tmp_path):
+    write_sequence(tmp_path / "data" / "a_01")
+    study, _, args = load(tmp_path / "data")
+    with pytest.raises(common.UserError, match="--split_by time"):
+        train_dreamer.make_split(args, study)
+
+
+def test_scaler_is_fitted_on_train_rows_alone(clinic):
+    study, _, args = load(clinic, "--patient_regex", r"(.*)_\d+$")
+    rows = train_dreamer.make_split(args, study)["train"]
+    scaler = train_dreamer.fit_scaler(study, rows)
+    assert np.allclose(scaler["at1"]["mean"], study.at1[rows].mean(0)) and np.allclose(
+        scaler["motion"]["sd"], study.motion[rows].std(0))
+
+
+def test_false_motions_are_a_permutation_without_a_fixed_row(clinic):
+    study, _, args = load(clinic)
+    data = train_dreamer.ProbeTransitions(study, np.arange(len(study.names)), args, "none").poses
+    assert (data["other_motion"] != data["motion"]).any(1).all()
+    assert sorted(map(tuple, data["other_motion"].tolist())) == sorted(map(tuple, data["motion"].tolist()))
+
+
+def test_augmentation_turns_both_frames_alike_and_repeats(clinic):
+    study, _, args = load(clinic)
+    study.frames[0, 1] = study.frames[0, 0]
+    data = train_dreamer.ProbeTransitions(study, np.arange(5), args, "full")
+    first, second = data[3, 0]["frames"]
+    assert np.array_equal(first, second) and np.array_equal(first, data[3, 0]["frames"][0])
+    assert not np.array_equal(first, data[4, 0]["frames"][0])
+
+
+def test_nearest_places_prefer_the_own_sequence():
+    sequences, place = np.array(["a", "a", "b", "b", "c"]), np.array([0.0, 1.0, 0.0, 1.0, 1.0])
+    weights = train_dreamer.place_means(place, sequences, np.array([0, 2]), np.array([1, 3, 4]))
+    assert np.allclose(weights, [[1, 0], [0, 1], [0.5, 0.5]])
+
+
+def test_time_blocks_cover_every_row_once():
+    study = types.SimpleNamespace(sequences=np.array(["a"] * 30 + ["b"] * 5), order=np.r_[np.arange(30), np.arange(5)])
+    blocks = train_dreamer.time_blocks(study, np.arange(35))
+    assert len(set(blocks)) == 4 and all(np.ptp(np.flatnonzero(blocks == name)) < 10 for name in set(blocks))

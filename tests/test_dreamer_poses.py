@@ -1,0 +1,136 @@
+"""Pose algebra of train_dreamer.py against scipy's Rotation, and the audit's choice of a composition.
+
+    python -m pytest tests/test_dreamer_poses.py
+"""
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+import train_dreamer
+from conftest import only_run, run_script
+from make_sample_data import motion_between
+from train_dreamer import CONVENTIONS, on_arrays
+
+DRAWS = np.random.default_rng(5)
+
+
+def random_poses(count, reach_deg=180.0):
+    return np.hstack([DRAWS.uniform(-30, 30, (count, 3)), DRAWS.uniform(-reach_deg, reach_deg, (count, 3))])
+
+
+def matrix(pose):
+    """(6,) -> (4, 4) by scipy: intrinsic z, y, x = Rz Ry Rx."""
+    whole = np.eye(4)
+    whole[:3, :3] = Rotation.from_euler("ZYX", pose[[5, 4, 3]], degrees=True).as_matrix()
+    whole[:3, 3] = pose[:3]
+    return whole
+
+
+def matrices(poses):
+    return np.stack([matrix(pose) for pose in poses])
+
+
+def test_rotation_is_that_of_scipy():
+    poses = random_poses(200)
+    assert np.allclose(on_arrays(train_dreamer.rotation_matrix, poses[:, 3:]), matrices(poses)[:, :3, :3], atol=1e-12)
+
+
+def test_angles_come_back_from_the_matrix():
+    poses = random_poses(200)
+    angles = on_arrays(train_dreamer.euler_degrees, matrices(poses)[:, :3, :3])
+    again = np.hstack([poses[:, :3], angles])
+    assert np.allclose(matrices(again), matrices(poses), atol=1e-7)
+    assert (np.abs(angles[:, 1]) <= 90).all()
+
+
+@pytest.mark.parametrize("pitch", [90.0, -90.0])
+def test_gimbal_lock_keeps_the_rotation(pitch):
+    poses = np.array([[0, 0, 0, 20.0, pitch, 50.0], [0, 0, 0, 0.0, pitch, -170.0]])
+    angles = on_arrays(train_dreamer.euler_degrees, matrices(poses)[:, :3, :3])
+    assert np.isfinite(angles).all()
+    assert np.allclose(matrices(np.hstack([poses[:, :3], angles])), matrices(poses), atol=1e-6)
+
+
+def test_compose_and_invert_are_those_of_matrices():
+    a, b = random_poses(100), random_poses(100)
+    assert np.allclose(matrices(on_arrays(train_dreamer.compose, a, b)), matrices(a) @ matrices(b), atol=1e-6)
+    assert np.allclose(matrices(on_arrays(train_dreamer.invert, a)), np.linalg.inv(matrices(a)), atol=1e-6)
+
+
+def test_geodesic_angle_is_that_of_scipy():
+    a, b = random_poses(300), random_poses(300)
+    b[:50, 3:] = a[:50, 3:] + DRAWS.normal(0, 1e-4, (50, 3))  # tiny: arccos of the trace has no digits left there
+    b[50, 3:] = a[50, 3:] + [180, 0, 0]
+    rotations = [Rotation.from_matrix(matrices(poses)[:, :3, :3]) for poses in (a, b)]
+    wanted = np.rad2deg((rotations[0].inv() * rotations[1]).magnitude())
+    assert np.allclose(on_arrays(train_dreamer.geodesic_degrees, a, b), wanted, atol=1e-6)
+
+
+def test_errors_wrap_at_180():
+    """By hand: 179 to -179 is 2 degrees, not 358; translations never wrap."""
+    predicted, target = np.array([[200.0, 0, 0, 179, -179, 0]]), np.array([[-200.0, 0, 0, -179, 179, 360]])
+    assert on_arrays(train_dreamer.pose_error, predicted, target).tolist() == [[400.0, 0, 0, -2, 2, 0]]
+    angles = torch.tensor([-180.0, 180.0, 539.0, -181.0, 0.0])
+    assert train_dreamer.wrap_degrees(angles).tolist() == [-180.0, -180.0, 179.0, 179.0, 0.0]
+
+
+def test_mean_of_angles_is_circular():
+    poses = np.zeros((4, 6))
+    poses[:, 3] = [178.0, -178.0, 179.0, -179.0]
+    poses[:, 0] = [1.0, 2.0, 3.0, np.nan]
+    mean, sd = train_dreamer.centre_and_spread(poses)
+    assert abs(abs(mean[3]) - 180) < 1e-9 and mean[0] == 2.0 and sd[3] == pytest.approx(np.sqrt(2.5))
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_the_three_ways_of_a_convention_agree(name):
+    """at2 from at1 and motion, at1 back from at2 and motion, and the motion back from both."""
+    at1, motion = random_poses(100, 60), random_poses(100, 30)
+    at2 = on_arrays(CONVENTIONS[name].at2, at1, motion)
+    wanted = {"se3_left": matrices(motion) @ matrices(at1), "se3_right": matrices(at1) @ matrices(motion)}
+    if name in wanted:
+        assert np.allclose(matrices(at2), wanted[name], atol=1e-6)
+    for found, true in ((on_arrays(CONVENTIONS[name].at1, at2, motion), at1),
+                        (on_arrays(CONVENTIONS[name].motion, at1, at2), motion)):
+        assert np.abs(on_arrays(train_dreamer.pose_error, found, true)).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_gradients_through_the_composition_are_right(name):
+    at2, motion = (torch.from_numpy(random_poses(3, 50)).requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(CONVENTIONS[name].at1, (at2, motion), eps=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_the_right_convention_is_found_and_its_residual_is_zero(name):
+    at1, motion = random_poses(80, 40), random_poses(80, 8) * [0.1, 0.1, 0.1, 1, 1, 1]
+    at2 = on_arrays(CONVENTIONS[name].at2, at1, motion)
+    at2[3] = np.nan
+    residuals = train_dreamer.composition_residuals(at1, motion, at2)
+    row = {row["convention"]: row for row in residuals}
+    assert train_dreamer.choose_composition("auto", residuals)[0] == name
+    assert row[name]["mm"] < 1e-9 and row[name]["deg"] < 1e-9 and row[name]["rows"] == 79
+    assert all(row[other]["mm"] + row[other]["deg"] > 0.01 for other in row if other != name)
+
+
+@pytest.mark.parametrize("motions", ["se3_left", "se3_right"])
+def test_sample_motions_are_those_of_matrices(motions):
+    at1, at2 = random_poses(50, 30), random_poses(50, 30)
+    found = matrices(motion_between(at1, at2, motions))
+    first, second = matrices(at1), matrices(at2)
+    assert np.allclose(found @ first if motions == "se3_left" else first @ found, second, atol=1e-9)
+
+
+@pytest.mark.parametrize("motions", CONVENTIONS)
+def test_the_audit_picks_the_convention_that_the_data_were_made_in(motions, tmp_path):
+    made = ["--task", "dreamer", "--output_dir", tmp_path, "--n_samples", 48, "--motions", motions]
+    run_script("make_sample_data.py", *made)
+    data = tmp_path / "dreamer"
+    run_script("train_dreamer.py", "--mode", "audit", "--data_dir", data, "--patient_map", data / "patient_map.json",
+               "--image_size", 32, "--output_dir", tmp_path / "out")
+    audit = json.loads((only_run(tmp_path / "out") / "audit.json").read_text())
+    assert audit["compose"] == motions and audit["angle_unit"] == "deg"
+    assert not [check for check in audit["checks"] if check["status"] == "FAIL"]

@@ -1,0 +1,1866 @@
+"""Train a world model that guides a probe: from a frame and a motion it imagines the next frame, and reads off it the
+motion that is still missing to the target view.
+
+    python train_dreamer.py --data_dir data/processed --output_dir outputs
+    python train_dreamer.py --data_dir data/processed --dry_run
+    python train_dreamer.py --mode audit --data_dir data/processed
+    python train_dreamer.py --mode evaluate --checkpoint outputs/run_X/best_model.pth
+    python train_dreamer.py --mode predict --checkpoint outputs/run_X/best_model.pth --data_dir new_frames
+
+Reads every transitions_dataset.json under --data_dir, one a sequence. Writes outputs/run_YYYYMMDD_HHMMSS/: report.html
+(open it first), best_model.pth, metrics.json, predictions_<part>.csv, per_patient_error.csv and .png,
+dataset_stats.json, dataset_statistics.png, training_summary.png, training_history.csv and .png, splits.json,
+leakage_report.json, args.json, log.txt. With --folds K the same in each fold_K/, patients left out in turn.
+
+Letters: N transitions, M transitions scored, B batch, F channels of the encoder, G cells of its feature map, K tokens,
+D width of a token, S side of a frame in pixels. Units: a pose or motion is (x, y, z, roll, pitch, yaw), mm and degrees,
+everywhere; frames are uint8 grey until they reach the device.
+at1, at2: the motion asked for at t1 and t2 (at1_6dof, at2_6dof); motion: the known one from t1 to t2.
+"""
+import collections
+import dataclasses
+import itertools
+import json
+import math
+import re
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+import common
+
+AXES = ("x_mm", "y_mm", "z_mm", "roll_deg", "pitch_deg", "yaw_deg")
+FILE_NAME = "transitions_dataset.json"
+FIELDS = {"at1": "at1_6dof", "motion": "action_change_6dof", "at2": "at2_6dof"}
+LARGEST_LABEL = 200.0  # mm or degrees: anything beyond is a fault of the tracker
+COLLAPSE_FLOOR = 0.05  # smallest healthy spread of the features over frames, as a share of their rms
+# What a checkpoint fixes for evaluate and predict, and what they take over from the run beside it.
+MODEL_FLAGS = ("encoder", "image_size", "token_type", "imagine", "d_model", "n_layers", "n_heads", "feedforward",
+               "dropout", "compose", "angle_unit")
+DATA_FLAGS = ("data_dir", "patient_map", "patient_regex", "max_transitions", "split_by")
+
+
+def parse_args(argv=None):
+    parser = common.Parser(__doc__)
+    common.add_shared_arguments(
+        parser, epochs=150, batch_size=16, lr=2e-4, patience=20, save_top_k=3, augment="none", train_ratio=0.7,
+        val_ratio=0.15, test_ratio=0.15)
+    add_data_arguments(parser.add_argument_group("transitions and patients").add_argument)
+    add_model_arguments(parser.add_argument_group("model").add_argument)
+    args = common.parse_arguments(parser, argv)
+    if args.folds and "test_ratio" not in args.given:
+        args.test_ratio = 0.0
+    common.check_split_flags(parser, args)
+    check_flags(parser, args)
+    if args.precision:
+        args.use_amp = "off" if args.precision == "32" else "on"
+    if args.mode in ("evaluate", "predict"):
+        take_over_data_flags(args)
+    return args
+
+
+def add_data_arguments(add):
+    """Which transitions, whose, and how they are split."""
+    add("--mode", choices=("train", "evaluate", "predict", "audit"), default="train",
+        help="evaluate: score a checkpoint; predict: no labels needed; audit: examine the data")
+    add("--data_dir", type=Path, default=Path("data/processed"), help=f"folder with a {FILE_NAME} in each sequence")
+    add("--checkpoint", type=Path, metavar="FILE", help="best_model.pth (or its run folder) for evaluate and predict")
+    add("--score_part", choices=("auto", "train", "val", "test", "all"), default="auto",
+        help="evaluate: part of the checkpoint's split; auto = test, else val, and every row of data it never saw")
+    add("--patient_map", type=Path, metavar="FILE", help="JSON or CSV that says which patient a folder belongs to")
+    add("--patient_regex", metavar="REGEX", help=r"patient = its first group in the folder's name, e.g. '(.*)_\d+$'")
+    add("--angle_unit", choices=("auto", "deg", "rad"), default="auto", help="unit of the angles in the files")
+    add("--compose", choices=("auto", *CONVENTIONS), default="auto",
+        help="how at1 and motion give at2: sum, T(motion) T(at1), T(at1) T(motion); auto = what fits the data")
+    add("--split_by", choices=("patient", "time"), default="patient",
+        help="time: blocks of each sequence, for a single one; says nothing across patients")
+    add("--gap", type=common.bounded(int, 1), default=10, help="transitions left out between two blocks of time")
+    add("--manual_splits", action="store_true", help="split by the three lists below")
+    for part in ("train", "val", "test"):
+        add(f"--{part}_patients", metavar="A,B", help=f"patients or folders of the {part} part, separated by commas")
+    add("--max_transitions", type=common.bounded(int, 0), default=0,
+        help="use only the first transitions of every sequence; 0 = all")
+
+
+def add_model_arguments(add):
+    """Encoder, tokens, transformer and losses."""
+    positive = common.bounded(int, 1)
+    add("--encoder", default="resnet34", help="any torchvision ResNet: resnet18, resnet34, resnet50, ...")
+    add("--image_size", type=common.bounded(int, 32), default=224, help="side of a frame in pixels")
+    add("--freeze_layers", type=common.bounded(int, 0, 5), default=0,
+        help="first stages of the encoder (stem, then four) that are not trained; 5 = none is, and without "
+             "augmentation its feature maps are computed once")
+    add("--backbone_lr_mult", type=common.bounded(float, 0), default=1.0, help="learning rate of the encoder over --lr")
+    add("--token_type", choices=("channel", "spatial"), default="channel",
+        help="channel: a token per feature channel (512); spatial: a token per cell of the feature map (49), cheaper")
+    add("--imagine", choices=("map", "change"), default="map",
+        help="what the head gives: the feature map of t2, or its change from that of t1, which starts as a copy of t1")
+    add("--d_model", type=positive, default=768, help="width of a token")
+    add("--n_layers", type=positive, default=6, help="transformer layers")
+    add("--n_heads", type=positive, default=12, help="attention heads; they divide d_model")
+    add("--feedforward", type=positive, default=3072, help="width of the feed-forward layers")
+    add("--dropout", type=common.bounded(float, 0, 0.95), default=0.1,
+        help="on residual and feed-forward paths; inside attention it is 0, which lets the fused kernel run")
+    add("--lambda_t2_action", type=common.bounded(float, 0), default=1.0, help="weight of the loss on at2")
+    add("--lambda_latent", type=common.bounded(float, 0), default=0.2, help="weight of the loss on imagined features")
+    add("--primary_task_only", action="store_true", help="train on at1 alone: both weights 0")
+    add("--select", choices=("main_task_loss", "last"), default="main_task_loss",
+        help="validation column that chooses the epoch; last = no choice, so that validation stays unseen")
+    add("--precision", choices=("32", "16", "bf16"), help="alias: 32 = --use_amp off, 16 and bf16 = --use_amp on")
+
+
+def check_flags(parser, args):
+    """parser.error for flags that contradict each other."""
+    lists = [args.train_patients, args.val_patients, args.test_patients]
+    if args.manual_splits != any(lists) or (args.manual_splits and not all(lists[:2])):
+        parser.error(f"--manual_splits needs --train_patients and --val_patients, and they need it; found {lists}")
+    if args.folds and (args.manual_splits or args.split_by == "time"):
+        parser.error(f"--folds {args.folds} leaves patients out: no --manual_splits, no --split_by time")
+    if args.patient_map and args.patient_regex:
+        parser.error(f"--patient_map {args.patient_map} and --patient_regex {args.patient_regex!r}: give one")
+    if args.group_column:
+        parser.error(f"--group_column {args.group_column}: transitions have no columns; see --patient_map")
+    if args.augment not in AUGMENTATIONS:
+        parser.error(f"--augment {args.augment}: expected one of {', '.join(AUGMENTATIONS)}")
+    if args.d_model % (2 * args.n_heads):
+        parser.error(f"--d_model {args.d_model} is no multiple of 2 x --n_heads {args.n_heads}")
+    if args.precision and "use_amp" in args.given:
+        parser.error(f"--precision {args.precision} is another name for --use_amp {args.use_amp}; give one")
+    if args.mode in ("evaluate", "predict") and not args.checkpoint:
+        parser.error(f"--mode {args.mode} needs --checkpoint FILE")
+
+
+def take_over_data_flags(args):
+    """Data flags that were not given come from the run that wrote the checkpoint, as far as its args.json is there."""
+    args.checkpoint = args.checkpoint / "best_model.pth" if args.checkpoint.is_dir() else args.checkpoint
+    record = args.checkpoint.parent / "args.json"
+    before = common.read_json(record)["flags"] if record.is_file() else {}
+    for name in DATA_FLAGS:
+        if name not in args.given and before.get(name) is not None and "data_dir" not in args.given - {name}:
+            setattr(args, name, Path(before[name]) if name in ("data_dir", "patient_map") else before[name])
+
+
+# --- poses: the algebra, in one place ------------------------------------------------------
+# A pose (..., 6) is T = [R | t] with t = (x, y, z) in mm and R = Rz(yaw) Ry(pitch) Rx(roll) of angles in degrees.
+# Torch throughout, since the composition lies inside the loss; on_arrays runs the same code on numpy in float64.
+
+def on_arrays(function, *arrays):
+    """function(*tensors) on numpy arrays, in float64."""
+    return function(*(torch.from_numpy(np.array(array, np.float64)) for array in arrays)).numpy()
+
+
+def wrap_degrees(angle):
+    """Angles in degrees -> [-180, 180)."""
+    return torch.remainder(angle + 180.0, 360.0) - 180.0
+
+
+def pose_error(predicted, target):
+    """predicted - target (..., 6), the angles wrapped at 180: 179 and -179 degrees are 2 apart."""
+    error = predicted - target
+    return torch.cat([error[..., :3], wrap_degrees(error[..., 3:])], -1)
+
+
+def rotation_matrix(angles):
+    """(..., 3) roll, pitch, yaw in degrees -> (..., 3, 3) R = Rz(yaw) Ry(pitch) Rx(roll)."""
+    (cr, cp, cy), (sr, sp, sy) = (f(torch.deg2rad(angles)).unbind(-1) for f in (torch.cos, torch.sin))
+    rows = [cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr,
+            sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr,
+            -sp, cp * sr, cp * cr]
+    return torch.stack(rows, -1).unflatten(-1, (3, 3))
+
+
+def euler_degrees(rotation):
+    """(..., 3, 3) -> (..., 3) roll, pitch, yaw in degrees, pitch in [-90, 90]; at a pitch of 90 roll is taken as 0."""
+    cos_pitch = torch.sqrt(rotation[..., 2, 1] ** 2 + rotation[..., 2, 2] ** 2 + 1e-14)
+    locked = cos_pitch < 1e-6
+    roll = torch.where(locked, 0.0, torch.atan2(rotation[..., 2, 1], rotation[..., 2, 2]))
+    yaw = torch.where(locked, torch.atan2(-rotation[..., 0, 1], rotation[..., 1, 1]),
+                      torch.atan2(rotation[..., 1, 0], rotation[..., 0, 0]))
+    return torch.rad2deg(torch.stack([roll, torch.atan2(-rotation[..., 2, 0], cos_pitch), yaw], -1))
+
+
+def compose(first, second):
+    """Poses (..., 6) -> the pose of T(first) T(second)."""
+    rotation = rotation_matrix(first[..., 3:])
+    shift = (rotation @ second[..., :3, None])[..., 0] + first[..., :3]
+    return torch.cat([shift, euler_degrees(rotation @ rotation_matrix(second[..., 3:]))], -1)
+
+
+def invert(pose):
+    """Pose (..., 6) -> the pose of its inverse."""
+    back = rotation_matrix(pose[..., 3:]).transpose(-1, -2)
+    return torch.cat([-(back @ pose[..., :3, None])[..., 0], euler_degrees(back)], -1)
+
+
+def geodesic_degrees(predicted, target):
+    """Poses (..., 6) -> (...) angle in degrees, 0 to 180, of the rotation between their orientations."""
+    between = rotation_matrix(predicted[..., 3:]).transpose(-1, -2) @ rotation_matrix(target[..., 3:])
+    axis = torch.stack([between[..., 2, 1] - between[..., 1, 2], between[..., 0, 2] - between[..., 2, 0],
+                        between[..., 1, 0] - between[..., 0, 1]], -1)  # 2 sin(angle) long
+    trace = between.diagonal(dim1=-2, dim2=-1).sum(-1)  # 1 + 2 cos(angle)
+    return torch.rad2deg(torch.atan2(axis.norm(dim=-1), trace - 1.0))
+
+
+def _sum(pose, motion):
+    return torch.cat([pose[..., :3] + motion[..., :3], wrap_degrees(pose[..., 3:] + motion[..., 3:])], -1)
+
+
+class Convention(NamedTuple):
+    """How at1, motion and at2 hang together; each function takes and gives poses (..., 6)."""
+    at2: object  # (at1, motion) -> at2
+    at1: object  # (at2, motion) -> at1
+    motion: object  # (at1, at2) -> motion
+
+
+CONVENTIONS = {
+    "additive": Convention(_sum, lambda at2, motion: _sum(at2, -motion), lambda at1, at2: pose_error(at2, at1)),
+    "se3_left": Convention(lambda at1, motion: compose(motion, at1), lambda at2, motion: compose(invert(motion), at2),
+                           lambda at1, at2: compose(at2, invert(at1))),
+    "se3_right": Convention(lambda at1, motion: compose(at1, motion), lambda at2, motion: compose(at2, invert(motion)),
+                            lambda at1, at2: compose(invert(at1), at2)),
+}
+
+
+def composition_residuals(at1, motion, at2):
+    """(N, 6) arrays -> dicts of convention, mean and 95th percentile of what at2 is missed by in mm and degrees, rows.
+
+    Rows with anything missing are left out. The last line is the motion read the wrong way round, T(motion) T(at2).
+    """
+    whole = ~np.isnan(np.hstack([at1, motion, at2])).any(1)
+    if not whole.any():
+        return []
+    at1, motion, at2 = at1[whole], motion[whole], at2[whole]
+    tried = {name: (on_arrays(convention.at2, at1, motion), at2) for name, convention in CONVENTIONS.items()}
+    tried["reversed"] = on_arrays(CONVENTIONS["se3_left"].at2, at2, motion), at1
+    rows = []
+    for name, (found, wanted) in tried.items():
+        mm, deg = np.linalg.norm((found - wanted)[:, :3], axis=1), on_arrays(geodesic_degrees, found, wanted)
+        rows.append({"convention": name, "mm": mm.mean(), "deg": deg.mean(), "mm_95": np.quantile(mm, 0.95),
+                     "deg_95": np.quantile(deg, 0.95), "rows": int(whole.sum())})
+    return rows
+
+
+def centre_and_spread(poses):
+    """(N, 6), NaN = missing -> (mean (6,), sd (6,)); angles about their circular mean: 179, -179 give 180."""
+    angle = np.deg2rad(poses[:, 3:])
+    about = np.zeros(6)
+    about[3:] = np.rad2deg(np.arctan2(np.nanmean(np.sin(angle), axis=0), np.nanmean(np.cos(angle), axis=0)))
+    apart = on_arrays(pose_error, poses, np.broadcast_to(about, poses.shape))
+    return about + np.nanmean(apart, axis=0), np.maximum(np.nanstd(apart, axis=0), 1e-6)
+
+
+# --- data: row on disk -> table -> sample ---------------------------------------------------
+
+# What --augment changes in both frames of a transition alike; jitter in shares, noise in grey levels of 255.
+AUGMENTATIONS = {"none": {}, "light": {"jitter": 0.1, "noise": 2.55},
+                 "full": {"jitter": 0.1, "noise": 2.55, "turn": 5.0}}
+
+
+@dataclasses.dataclass
+class Study:
+    """What is known of N transitions, in the order of the files; poses (N, 6) in mm and degrees, NaN = missing."""
+    names: np.ndarray  # (N,) text, sequence/frame_t1-frame_t2
+    sequences: np.ndarray  # (N,) text
+    patients: np.ndarray  # (N,) text
+    order: np.ndarray  # (N,) position within its sequence, from 0
+    at1: np.ndarray
+    motion: np.ndarray
+    at2: np.ndarray
+    frames: np.ndarray  # (N, 2) index of both frames in the store, -1 where there is no frame at t2
+    store: common.ImageStore
+    compose: str
+    angle_unit: str
+    residuals: list  # of composition_residuals, on the rows as they stand in the files
+    skipped: list  # dicts of sequence, row and reason
+    notes: list
+    has_patients: bool  # False: nobody said which patient a folder belongs to
+    links: list  # (N,) frame_t1, frame_t2 as the files name them
+    features: np.ndarray | None = None  # (N, F) of frame t1 through the untuned encoder, mean over its cells
+    maps: np.ndarray | None = None  # (frames in the store, F, G) float32, where the encoder is frozen as a whole
+
+    def frame(self, row, which, size):
+        """uint8 (S, S, 3) of one frame, `which` 0 for t1 and 1 for t2, cut square from the middle."""
+        return common.eval_crop(self.store[self.frames[row, which]], size)
+
+    def frame_audit(self, field):
+        """One field of the audit of every picture in the store, such as pixel_sha."""
+        return [getattr(found, field) for found in self.store.audit]
+
+    @property
+    def place(self):
+        """(N,) position within its sequence, 0 for its first row to 1 for its last."""
+        last = {name: max(self.order[self.sequences == name].max(), 1) for name in np.unique(self.sequences)}
+        return self.order / np.array([last[name] for name in self.sequences])
+
+    def record(self, split):
+        """What args.json says of the data and their split; a resumed run must find the same."""
+        contents = [*self.names, self.at1, self.motion, self.at2, self.compose, *self.frame_audit("file_sha")]
+        parts = itertools.chain.from_iterable((part, rows) for part, rows in split.items())
+        return {"fingerprint": common.data_fingerprint(contents), "split": common.data_fingerprint(parts),
+                "transitions": len(self.names), "patients": len(set(self.patients)), "compose": self.compose}
+
+
+def read_transitions(path):
+    """A transitions_dataset.json -> list of dicts: frame_t1, frame_t2, ft1, ft2 (text), at1, motion, at2 (6,) float64.
+
+    A bare list or {"transitions": [...]}; further keys are ignored, null and missing poses are NaN. Raises UserError
+    that lists every row that cannot be read.
+    """
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise common.UserError(f"{path}: expected JSON, found {common.one_line(error)}") from None
+    listed = listed.get("transitions") if isinstance(listed, dict) else listed
+    if not isinstance(listed, list) or not listed:
+        raise common.UserError(f"{path}: expected a list of transitions, or a dict with one under `transitions`, found "
+                               f"{type(listed).__name__}{' (empty)' if listed == [] else ''}")
+    rows, faults = [], []
+    for number, entry in enumerate(listed, start=1):
+        try:
+            rows.append(_transition(entry))
+        except (ValueError, TypeError, AttributeError) as error:
+            faults.append(f"row {number}: {common.one_line(error)}")
+    if faults:
+        raise common.UserError(f"{path}: {len(faults)} of {len(listed)} rows cannot be read: {'; '.join(faults[:5])}"
+                               f"{'; ...' if len(faults) > 5 else ''}. Mend or delete these rows.")
+    return rows
+
+
+def _transition(entry):
+    paths = {which: entry.get(f"{which}_image_path") for which in ("ft1", "ft2")}
+    if not isinstance(paths["ft1"], str) or not isinstance(paths["ft2"], (str, type(None))):
+        raise ValueError(f"expected the path of a picture under ft1_image_path, found {paths['ft1']!r}")
+    row = {which: (path or "").replace("\\", "/") for which, path in paths.items()}
+    for which, path in list(row.items()):
+        row[f"frame_t{which[-1]}"] = str(entry.get(f"frame_t{which[-1]}") or Path(path).stem)
+    for name, key in FIELDS.items():
+        value = [math.nan] * 6 if entry.get(key) is None else entry[key]
+        if not isinstance(value, list) or len(value) != 6:
+            raise ValueError(f"expected 6 numbers under {key}, found {str(value)[:60]}")
+        row[name] = np.array([math.nan if number is None else float(number) for number in value])
+    return row
+
+
+def load_study(args, run, needs_labels=True):
+    """Transitions of every sequence, checked and completed; what cannot be used is counted, printed and listed.
+
+    needs_labels False: rows without at1, at2 or a frame at t2 are kept, for prediction.
+    """
+    sequences, rows, paths = find_transitions(args)
+    poses = {name: np.stack([row[name] for row in rows]) for name in FIELDS}
+    unit = angle_unit(poses, args.angle_unit)
+    notes = [f"angles are read as {unit}" + (f" (largest: {largest_angle(poses):.4g})" if args.angle_unit == "auto"
+                                             else "")]
+    notes += mask_labels(poses, unit)
+    residuals = composition_residuals(poses["at1"], poses["motion"], poses["at2"])
+    convention, text = choose_composition(args.compose, residuals)
+    notes += [text, *complete_poses(poses, convention)]
+    reasons = reasons_to_skip(rows, paths, poses, needs_labels)
+    usable = np.flatnonzero([reason is None for reason in reasons])
+    missing = [f"{sequences[i]} row {rows[i]['number']}: {reason}" for i, reason in enumerate(reasons)
+               if reason and reason.startswith("no file")]
+    if missing and args.on_bad_file == "error":
+        raise common.UserError(f"{len(missing)} transitions name pictures that are not there: {'; '.join(missing[:10])}"
+                               f"{'; ...' if len(missing) > 10 else ''}. Add them, or pass --on_bad_file skip.")
+    if not len(usable):
+        raise common.UserError(f"--data_dir {args.data_dir}: none of {len(rows)} transitions can be used (first: "
+                               f"{reasons[0]})")
+    store, frames, bad = load_frames(args, run, [(sequences[i], *paths[i]) for i in usable])
+    for i, index in zip(usable, frames):
+        reasons[i] = "unreadable picture" if bad & set(index.tolist()) else None
+    kept = usable[[reasons[i] is None for i in usable]]
+    skipped = [{"sequence": sequences[i], "row": rows[i]["number"], "reason": reason}
+               for i, reason in enumerate(reasons) if reason]
+    patients, has_patients = patients_of(args, sequences)
+    links = [(rows[i]["frame_t1"], rows[i]["frame_t2"]) for i in kept]
+    names = unique_names([f"{sequences[i]}/{t1}-{t2}" for i, (t1, t2) in zip(kept, links)])
+    frames = frames[[reasons[i] is None for i in usable]]
+    study = Study(
+        names, np.array(sequences)[kept], np.array([patients[sequences[i]] for i in kept]),
+        np.array([rows[i]["number"] - 1 for i in kept]), *(poses[name][kept] for name in FIELDS), frames, store,
+        convention, unit, residuals, skipped, notes, has_patients, links)
+    say_study(run, study)
+    return study
+
+
+def find_transitions(args):
+    """(sequence of each row, rows as read_transitions gives them with their number, (path t1, path t2) or None)."""
+    files = sorted(args.data_dir.rglob(FILE_NAME)) if args.data_dir.is_dir() else []
+    if not files:
+        raise common.UserError(f"--data_dir {args.data_dir}: expected folders with a {FILE_NAME}, found none")
+    sequences, rows, paths = [], [], []
+    for file in files:
+        name = file.parent.relative_to(args.data_dir).as_posix()
+        listed = read_transitions(file)[:args.max_transitions or None]
+        for number, row in enumerate(listed, start=1):
+            sequences.append(args.data_dir.resolve().name if name == "." else name)
+            rows.append({**row, "number": number})
+        paths += resolve_frames(file, listed)
+    return sequences, rows, paths
+
+
+def resolve_frames(file, rows):
+    """Paths of both frames of each row inside the sequence's folder, None where there is none.
+
+    Case may differ, and leading folders of the name may be missing on disk. UserError for names that leave the folder.
+    """
+    folder = file.parent
+    spelled = {path.relative_to(folder).as_posix().lower(): path for path in common.find_images(folder)}
+    leaving = [f"row {i}: {row[which]}" for i, row in enumerate(rows, start=1) for which in ("ft1", "ft2")
+               if re.match("/|[A-Za-z]:", row[which]) or ".." in row[which].split("/")]
+    if leaving:
+        raise common.UserError(f"{file}: expected pictures inside its folder, found {'; '.join(leaving[:5])}")
+
+    def found(name):
+        if (folder / name).is_file():
+            return folder / name
+        parts = name.removeprefix("./").lower().split("/")
+        tails = ("/".join(parts[start:]) for start in range(len(parts)))
+        return next((spelled[tail] for tail in tails if tail in spelled), None)
+    return [(found(row["ft1"]), found(row["ft2"]) if row["ft2"] else None) for row in rows]
+
+
+def largest_angle(poses):
+    """Largest credible |angle| of all at1 and at2, or of the motions where there is neither; 0: nothing is known."""
+    known = [np.abs(poses[name][:, 3:]) for name in ("at1", "at2")]
+    known = known if np.isfinite(np.concatenate(known)).any() else [np.abs(poses["motion"][:, 3:])]
+    known = np.concatenate(known)
+    return float(known[known <= LARGEST_LABEL].max(initial=0.0))
+
+
+def angle_unit(poses, asked):
+    """'deg' or 'rad': in radians no angle exceeds pi, in degrees a whole study that stays under 3.2 is unheard of."""
+    return asked if asked != "auto" else "rad" if 0 < largest_angle(poses) <= math.pi + 1e-6 else "deg"
+
+
+def mask_labels(poses, unit):
+    """Turn radians into degrees and take out, in place, what is no pose: NaN, infinite, beyond 200. Returns notes."""
+    notes = []
+    for name, values in poses.items():
+        values[:, 3:] = np.rad2deg(values[:, 3:]) if unit == "rad" else values[:, 3:]
+        absent = np.isnan(values).all(1)
+        wild = ~(np.abs(values) <= LARGEST_LABEL) & ~absent[:, None]
+        values[wild] = np.nan
+        if wild.any():
+            notes.append(f"{wild.sum()} values of {FIELDS[name]} in {wild.any(1).sum()} rows masked (NaN, or beyond "
+                         f"{LARGEST_LABEL:g})")
+        if absent.any():
+            notes.append(f"{absent.sum()} rows have no {FIELDS[name]}")
+    return notes
+
+
+def choose_composition(asked, residuals):
+    """(convention, sentence on why): the one asked for, or the one with the smallest residual on the data."""
+    tried = {row["convention"]: row["mm"] + row["deg"] for row in residuals if row["convention"] in CONVENTIONS}
+    chosen = asked if asked != "auto" else min(tried, key=tried.get) if tried else "additive"
+    if not tried:
+        return chosen, f"composition {chosen}: untested, no row has at1, motion and at2"
+    row = next(row for row in residuals if row["convention"] == chosen)
+    text = (f"composition {chosen} ({'asked for' if asked != 'auto' else 'the best fit'}): at2 missed by "
+            f"{row['mm']:.3g} mm and {row['deg']:.3g} degrees on average")
+    is_poor = tried[chosen] > 1.0 or tried[chosen] > 2 * min(tried.values()) + 0.01
+    return chosen, text + (": a poor fit, look at --mode audit" if is_poor else "")
+
+
+def complete_poses(poses, convention):
+    """Derive, in place, whole poses that a row lacks from the other two. Returns notes."""
+    at1, motion, at2 = (poses[name] for name in FIELDS)
+    ways = {"at2": (CONVENTIONS[convention].at2, at1, motion), "motion": (CONVENTIONS[convention].motion, at1, at2),
+            "at1": (CONVENTIONS[convention].at1, at2, motion)}
+    lacking, notes = {name: np.isnan(poses[name]).all(1) for name in ways}, []
+    for name, (function, first, second) in ways.items():
+        others = [other for other in ways if other != name]
+        rows = lacking[name] & ~np.any([lacking[other] for other in others], axis=0)
+        if rows.any():
+            poses[name][rows] = on_arrays(function, first[rows], second[rows])
+            notes.append(f"{rows.sum()} rows: {FIELDS[name]} derived from the other two ({convention})")
+    return notes
+
+
+def reasons_to_skip(rows, paths, poses, needs_labels):
+    """Why each row cannot be used, None where it can."""
+    has_motion = ~np.isnan(poses["motion"]).any(1)
+    has_label = ~np.isnan(np.hstack([poses["at1"], poses["at2"]])).all(1)
+
+    def reason(i):
+        if not paths[i][0] or (needs_labels and not paths[i][1]):
+            return f"no file {rows[i]['ft1'] if not paths[i][0] else rows[i]['ft2']!r}"
+        if not has_motion[i]:
+            return f"no usable {FIELDS['motion']}"
+        return None if has_label[i] or not needs_labels else "no usable label"
+    return [reason(i) for i in range(len(rows))]
+
+
+def load_frames(args, run, rows):
+    """[(sequence, path t1, path t2 or None)] -> (ImageStore, (N, 2) index into it, {indices of bad pictures}).
+
+    A picture that a sequence holds twice, as ft2 of one transition and ft1 of the next, is decoded once.
+    """
+    index, paths, held = np.full((len(rows), 2), -1), [], {}
+    for i, (sequence, *pair) in enumerate(rows):
+        for which, path in enumerate(path for path in pair if path):
+            key = sequence, common.data_fingerprint([path.read_bytes()])
+            if key not in held:
+                held[key] = len(paths)
+                paths.append(path)
+            index[i, which] = held[key]
+    run.say(f"decoding {len(paths)} different frames")
+    store = common.ImageStore(paths, args.image_size, args.cache)
+    good = common.check_bad_files(store.audit, args.on_bad_file)
+    return store, index, set(range(len(paths))) - set(good)
+
+
+def unique_names(names):
+    """(N,) names, which must differ. UserError lists the transitions that stand there twice."""
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
+    if twice:
+        raise common.UserError(f"{len(twice)} transitions are listed twice: {', '.join(twice[:5])}. Delete the copies.")
+    return np.array(names)
+
+
+def patients_of(args, sequences):
+    """({sequence: patient}, did anybody say so?) from --patient_map or --patient_regex, else the folder's own name."""
+    folders = sorted(set(sequences))
+    if args.patient_regex:
+        found = {folder: re.search(args.patient_regex, folder) for folder in folders}
+        table = {folder: match[min(1, match.re.groups)] for folder, match in found.items() if match}
+    elif args.patient_map:
+        table = read_patient_map(args.patient_map, folders)
+    else:
+        return {folder: folder for folder in folders}, False
+    unknown = [folder for folder in folders if not table.get(folder)]
+    if unknown:
+        raise common.UserError(f"--patient_map or --patient_regex names no patient for {', '.join(unknown[:10])}"
+                               f"{' ...' if len(unknown) > 10 else ''}; every folder needs one")
+    return table, True
+
+
+def read_patient_map(path, folders):
+    """JSON {folder: patient} or {patient: [folders]}, or CSV with the columns folder and patient -> {folder: patient}.
+
+    A folder may be named with or without the folders above it.
+    """
+    if path.suffix.lower() == ".json":
+        listed = common.read_json(path)
+        pairs = [(folder, patient) for patient, value in listed.items() if isinstance(value, list) for folder in value]
+        pairs += [(folder, str(value)) for folder, value in listed.items() if not isinstance(value, list)]
+    else:
+        table = common.read_table(path)
+        columns = [next((c for c in table.columns if c.lower() in names), None)
+                   for names in (("folder", "sequence"), ("patient", "patient_id"))]
+        if None in columns:
+            raise common.UserError(f"--patient_map {path}: expected the columns folder and patient, found "
+                                   f"{', '.join(table.columns)}")
+        pairs = zip(*(table[column] for column in columns))
+    table = {str(folder): str(patient) for folder, patient in pairs}
+    return {folder: table.get(folder, table.get(folder.rsplit("/", 1)[-1])) for folder in folders}
+
+
+def say_study(run, study):
+    """The data in a few lines; skipped rows also in skipped.csv."""
+    if study.skipped:
+        common.write_table(run.path("skipped.csv"), study.skipped)
+    patients = f"{len(set(study.patients))} patients" if study.has_patients else "patients unknown"
+    run.say(f"data: {len(study.names)} transitions in {len(set(study.sequences))} sequences, {patients}; "
+            f"{len(study.skipped)} rows skipped{' (listed in skipped.csv)' if study.skipped else ''}; "
+            f"{study.store.description}")
+    for row in study.residuals:
+        run.say(f"composition {row['convention']:9} misses by {row['mm']:.4g} mm, {row['deg']:.4g} degrees (95 %: "
+                f"{row['mm_95']:.4g} mm, {row['deg_95']:.4g} degrees; {row['rows']} rows)")
+    for note in study.notes:
+        run.say(f"note: {note}")
+    if not study.has_patients:
+        run.say("WARNING: a folder is not a patient. Without --patient_map or --patient_regex each folder counts as "
+                "one, and two folders of one patient may stand on two sides of a split.")
+        for line in similar_sequences(study):
+            run.say(f"  {line}")
+
+
+def similar_sequences(study, most=5):
+    """Lines on folders that may belong to one patient: names that differ in a last number only, tracks that agree.
+
+    The distance of two tracks is the median distance from a pose at1 of one to the nearest of the other, over the six
+    axes in units of their sd; the same sweep twice gives 0.
+    """
+    folders, stems = sorted(set(study.sequences)), collections.defaultdict(list)
+    for folder in folders:
+        stems[re.sub(r"[_-]?\d+$", "", folder)].append(folder)
+    lines = [f"names alike: {', '.join(alike[:6])}{' ...' if len(alike) > 6 else ''}; one patient? --patient_regex "
+             r"'(.*)_\d+$'" for alike in stems.values() if len(alike) > 1]
+    if np.isnan(study.at1).any(1).all():
+        return lines
+    scaled = study.at1 / centre_and_spread(study.at1)[1]
+    tracks = {folder: scaled[(study.sequences == folder) & ~np.isnan(study.at1).any(1)][:400] for folder in folders}
+
+    def distance(a, b):
+        apart = np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))  # (A, B)
+        return max(np.median(apart.min(0)), np.median(apart.min(1)))
+    pairs = [(distance(tracks[a], tracks[b]), a, b) for a, b in itertools.combinations(folders, 2)
+             if len(tracks[a]) and len(tracks[b])]
+    return lines + [f"tracks alike: {a} and {b}, {apart:.2f} sd apart" for apart, a, b in sorted(pairs)[:most]]
+
+
+def draw_augmentation(name, generator):
+    """common.Augmentation of a preset of AUGMENTATIONS, from six numbers of a torch.Generator."""
+    ranges, numbers = AUGMENTATIONS[name], torch.rand(6, generator=generator).tolist()
+    jitter, turn, noise = (ranges.get(key, 0.0) for key in ("jitter", "turn", "noise"))
+    return common.Augmentation(
+        rotation_deg=turn * (2 * numbers[0] - 1), brightness=1 + jitter * (2 * numbers[1] - 1),
+        contrast=1 + jitter * (2 * numbers[2] - 1), noise=(noise, int(numbers[3] * 2 ** 31)) if noise else None)
+
+
+class ProbeTransitions(torch.utils.data.Dataset):
+    """Samples of chosen rows; a key is (epoch, index), which seeds the augmentation.
+
+    Each sample: frames uint8 (2, S, S), or their maps float32 (2, F, G) from a frozen encoder; motion, other_motion
+    (that of another row), at1, at2 (6,) float32 in mm and degrees, NaN = missing; name.
+    """
+
+    def __init__(self, study, rows, args, augment):
+        self.study, self.rows, self.args, self.augment = study, rows, args, augment
+        motion, at1, at2 = (torch.tensor(values[rows], dtype=torch.float32)
+                            for values in (study.motion, study.at1, study.at2))
+        turned = np.random.default_rng(args.seed).permutation(len(rows))
+        other = torch.empty_like(motion)
+        other[turned] = motion[np.roll(turned, 1)]  # a permutation that leaves no row its own motion
+        self.poses = {"motion": motion, "other_motion": other, "at1": at1, "at2": at2}
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        row, size = int(self.rows[index]), self.args.image_size
+        others = {"name": self.study.names[row], **{name: values[index] for name, values in self.poses.items()}}
+        if self.study.maps is not None:
+            return {"frames": torch.from_numpy(self.study.maps[self.study.frames[row]]), **others}  # (2, F, G)
+        is_pair = self.study.frames[row, 1] >= 0
+        frames = np.stack([self.study.frame(row, which if is_pair else 0, size) for which in (0, 1)])
+        if self.augment != "none":
+            drawn = draw_augmentation(self.augment, common.generator_for(self.args.seed, epoch, row))
+            frames = common.augment_clip(frames, drawn, size)
+        return {"frames": torch.from_numpy(to_grey(frames)), **others}
+
+
+def to_grey(frames):
+    """uint8 (..., 3) RGB -> uint8 (...) luma (ITU-R BT.601), unchanged where the three are equal."""
+    import cv2
+    return cv2.cvtColor(frames.reshape(-1, frames.shape[-2], 3), cv2.COLOR_RGB2GRAY).reshape(frames.shape[:-1])
+
+
+# --- model and loss ----------------------------------------------------------------------
+
+class Imagined(NamedTuple):
+    """What one pass gives: feature maps (B, F, G) of t1 and, imagined, of t2; poses (B, 6) in mm and degrees."""
+    features_t1: torch.Tensor
+    features_t2: torch.Tensor
+    at1: torch.Tensor
+    at2: torch.Tensor
+
+
+class Encoder(nn.Module):
+    """ResNet without its pooling and classifier, for one input channel: (B, 1, S, S) -> (B, F, G), G = (S / 32)^2.
+
+    The kernel of the first layer is the sum of its RGB kernels, so that a grey picture gives what it gave as RGB.
+    """
+
+    def __init__(self, resnet, n_features, image_size, freeze_layers=0):
+        super().__init__()
+        colour = resnet.conv1
+        stem = nn.Conv2d(1, colour.out_channels, colour.kernel_size, colour.stride, colour.padding, bias=False)
+        stem.weight.data = colour.weight.data.sum(1, keepdim=True)
+        self.stages = nn.Sequential(nn.Sequential(stem, resnet.bn1, resnet.relu, resnet.maxpool),
+                                    resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)
+        self.n_features, self.n_cells, self.freeze_layers = n_features, math.ceil(image_size / 32) ** 2, freeze_layers
+        for parameter in self.stages[:freeze_layers].parameters():
+            parameter.requires_grad_(False)
+
+    def forward(self, frames):
+        # (B, 1, S, S) frames, or (B, F, G) maps that a frozen encoder made before
+        return frames if frames.ndim == 3 else self.stages(frames).flatten(2)  # (B, 1, S, S) -> (B, F, G)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.stages[:self.freeze_layers].eval()
+        return self
+
+
+class Layer(nn.Module):
+    """Transformer layer on (B, K, D), normalised before each half; attention runs as one fused kernel."""
+
+    def __init__(self, d_model, n_heads, feedforward, dropout):
+        super().__init__()
+        self.n_heads = n_heads
+        self.norm_attention, self.norm_feedforward = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.query_key_value, self.output = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
+        self.feedforward = nn.Sequential(nn.Linear(d_model, feedforward), nn.GELU(), nn.Dropout(dropout),
+                                         nn.Linear(feedforward, d_model))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens):
+        heads = self.query_key_value(self.norm_attention(tokens)).unflatten(-1, (3, self.n_heads, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # (B, K, 3, heads, D / heads) -> 3 of (B, heads, K, D / heads)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)  # no dropout in here
+        tokens = tokens + self.dropout(self.output(mixed.transpose(1, 2).flatten(2)))  # (B, K, D)
+        return tokens + self.dropout(self.feedforward(self.norm_feedforward(tokens)))  # (B, K, D)
+
+
+def sine_cosine(n_tokens, d_model):
+    """(K, D) position codes of Vaswani et al. 2017: sines and cosines of wavelengths from 2 pi to 20,000 pi."""
+    angle = torch.arange(n_tokens)[:, None] / 10_000 ** (torch.arange(0, d_model, 2) / d_model)  # (K, D / 2)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+
+
+class Imagination(nn.Module):
+    """Features (B, F, G) of the frame at t1 and the scaled motion (B, 6) -> imagined features (B, F, G) at t2."""
+
+    def __init__(self, n_features, n_cells, args):
+        super().__init__()
+        self.by_channel, width = args.token_type == "channel", args.d_model
+        n_tokens, token_size = (n_features, n_cells) if self.by_channel else (n_cells, n_features)
+        self.embed = nn.Linear(token_size, width)
+        self.motion = nn.Sequential(nn.Linear(6, 64), nn.GELU(), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, width))
+        self.register_buffer("position", sine_cosine(n_tokens + 1, width), persistent=False)
+        self.norm = nn.LayerNorm(width)
+        self.layers = nn.Sequential(*(Layer(width, args.n_heads, args.feedforward, args.dropout)
+                                      for _ in range(args.n_layers)), nn.LayerNorm(width))
+        self.head, self.by_change = nn.Linear(width, token_size), args.imagine == "change"
+        if self.by_change:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def forward(self, features, motion):
+        tokens = features if self.by_channel else features.transpose(1, 2)  # (B, F, G) -> (B, F, G) or (B, G, F)
+        tokens = torch.cat([self.motion(motion)[:, None], self.embed(tokens)], 1)  # (B, K, D): the motion is token 0
+        tokens = self.layers(self.norm(tokens + self.position))  # (B, K, D)
+        imagined = self.head(tokens[:, 1:])  # (B, K - 1, G or F)
+        imagined = imagined if self.by_channel else imagined.transpose(1, 2)  # (B, F, G)
+        return features + imagined if self.by_change else imagined
+
+
+class Dreamer(nn.Module):
+    """Encoder, imagination and readout; the motion asked for at t1 follows from that at t2 and the known motion."""
+
+    def __init__(self, encoder, args, scaler, convention):
+        super().__init__()
+        self.encoder = encoder
+        self.imagination = Imagination(encoder.n_features, encoder.n_cells, args)
+        self.readout = nn.Sequential(nn.Linear(encoder.n_features, 1024), nn.GELU(), nn.Dropout(args.dropout),
+                                     nn.Linear(1024, 512), nn.GELU(), nn.Dropout(args.dropout), nn.Linear(512, 6))
+        self.at1_from = CONVENTIONS[convention].at1
+        for name in ("motion", "at2"):
+            for what, values in scaler[name].items():
+                values = torch.as_tensor(values, dtype=torch.float32)
+                self.register_buffer(f"{name}_{what}", values, persistent=False)
+
+    def forward(self, frame_t1, motion):
+        # (B, 1, S, S) normalised frame, (B, 6) motion in mm and degrees
+        return self.imagine(self.encoder(frame_t1), motion)
+
+    @torch.no_grad()
+    def look(self, frames):
+        """(B, 1, S, S) -> (B, F, G) float32 features that nothing learns from, the truth for what is imagined."""
+        return self.encoder(frames).float()
+
+    def imagine(self, features, motion, known_motion=None):
+        """(B, F, G), (B, 6) -> Imagined; known_motion: the one that at1 is composed with, where `motion` is false."""
+        scaled = pose_error(motion, self.motion_mean) / self.motion_sd
+        imagined = self.imagination(features, scaled).float()  # (B, F, G)
+        with torch.autocast(features.device.type, enabled=False):  # bf16 has steps of half a degree at 100 degrees
+            at2 = self.at2_mean + self.at2_sd * self.readout(imagined.mean(2))  # (B, F, G) -> (B, F) -> (B, 6)
+            at1 = self.at1_from(at2, motion if known_motion is None else known_motion)  # (B, 6)
+        return Imagined(features.float(), imagined, at1, at2)
+
+
+def build_encoder(args):
+    """Encoder as the flags describe it; the seed decides the random part. UserError for what is no ResNet."""
+    torch.manual_seed(common.mix(args.seed))
+    resnet, n_features = common.build_backbone(args.encoder, args.pretrained, args.weights, args.image_size)
+    if not hasattr(resnet, "layer4"):
+        raise common.UserError(f"--encoder {args.encoder}: expected a torchvision ResNet such as resnet34")
+    return Encoder(resnet, n_features, args.image_size, args.freeze_layers)
+
+
+def build_model(args, scaler, convention):
+    """Dreamer as the flags describe it; its first guess of at2 is the train mean."""
+    model = Dreamer(build_encoder(args), args, scaler, convention)
+    nn.init.zeros_(model.readout[-1].weight)
+    nn.init.zeros_(model.readout[-1].bias)
+    return model
+
+
+def fit_scaler(study, rows):
+    """{motion, at1, at2: {mean (6,), sd (6,)}} over these rows, which are train rows only."""
+    return {name: dict(zip(("mean", "sd"), centre_and_spread(getattr(study, name)[rows])))
+            for name in ("motion", "at1", "at2")}
+
+
+def pose_loss(predicted, target, sd):
+    """SmoothL1 (beta 1) in units of sd, angles wrapped: (B, 6), (B, 6) with NaN = missing -> (B,)."""
+    labelled = ~torch.isnan(target)  # (B, 6), True = a label is there
+    error = pose_error(predicted, torch.where(labelled, target, predicted.detach())) / sd
+    losses = nn.functional.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=1.0)
+    return (losses * labelled).sum(1) / labelled.sum(1).clamp(min=1)
+
+
+def latent_loss(imagined, features_t2):
+    """Mean squared distance of (B, F, G) over the variance of the true features about their channel's mean.
+
+    1 = no better than a constant map. The target is a constant here: no gradient reaches the encoder through it.
+    """
+    target = features_t2.detach()
+    variance = target.var((0, 2), correction=0).mean().clamp(min=1e-8)
+    return (imagined - target).square().mean() / variance
+
+
+def feature_spread(features):
+    """(B, F, G) -> how much frames differ: sd over the batch of the channels' means, over the rms of the features."""
+    pooled, rms = features.mean(2), features.square().mean().sqrt()
+    return pooled.var(0, correction=0).mean().clamp(min=1e-12).sqrt() / rms.clamp(min=1e-6)
+
+
+def collapse_guard(features_t1):
+    """0 while frames stay apart, up to 1 as their features become the same, which would make t2 easy to imagine."""
+    if len(features_t1) < 2:
+        return features_t1.new_zeros(())
+    return nn.functional.relu(1 - feature_spread(features_t1) / COLLAPSE_FLOOR)
+
+
+class DreamLoss:
+    """Weighted sum of the losses on at1 (main task), at2 and the imagined features; sds (6,) of train rows."""
+
+    def __init__(self, args, scaler, device):
+        self.weights = {"t2_loss": args.lambda_t2_action, "latent_loss": args.lambda_latent}
+        self.uses_t2 = not args.primary_task_only
+        self.sd = {name: torch.as_tensor(scaler[name]["sd"], dtype=torch.float32, device=device)
+                   for name in ("at1", "at2")}
+
+    def __call__(self, imagined, batch, features_t2):
+        """Imagined, targets {at1, at2: (B, 6)}, true features at t2 (B, F, G) or None -> (total, {part: tensor})."""
+        parts = {"main_task_loss": pose_loss(imagined.at1, batch["at1"], self.sd["at1"]).mean()}
+        if features_t2 is None:
+            return parts["main_task_loss"], parts
+        parts["t2_loss"] = pose_loss(imagined.at2, batch["at2"], self.sd["at2"]).mean()
+        parts["latent_loss"] = latent_loss(imagined.features_t2, features_t2) + collapse_guard(imagined.features_t1)
+        return parts["main_task_loss"] + sum(weight * parts[name] for name, weight in self.weights.items()), parts
+
+
+# --- training ---------------------------------------------------------------------------
+
+def make_loaders(study, split, args, compute):
+    """Loader of the augmented train rows, and {part: loader} of the train, val and test rows as they are."""
+    cached = study.store.cache == "ram"
+
+    def loader(part, train):
+        dataset = ProbeTransitions(study, split[part], args, args.augment if train else "none")
+        size = args.batch_size if train else args.val_batch_size or args.batch_size
+        return common.make_loader(dataset, size, args, compute, train, cached)
+    return loader("train", True), {part: loader(part, False) for part in split}
+
+
+def to_device(batch, compute):
+    """Batch -> both frames (B, 1, S, S) with mean .5 and sd .5, or maps (B, F, G); {motion, at1, ...: (B, 6)}."""
+    frames, names = batch["frames"].to(compute.device, non_blocking=True), ("motion", "other_motion", "at1", "at2")
+    poses = {name: batch[name].to(compute.device, non_blocking=True) for name in names}
+    if frames.dtype != torch.uint8:
+        return frames[:, 0], frames[:, 1], poses  # (B, 2, F, G) -> two of (B, F, G)
+    frames = normalised(frames)
+    return frames[:, :1].contiguous(), frames[:, 1:].contiguous(), poses  # (B, 2, S, S) -> two of (B, 1, S, S)
+
+
+def normalised(frames):
+    """uint8 grey tensor -> float32 with mean .5 and sd .5 of the range: -1 to 1."""
+    return frames.float().div_(127.5).sub_(1.0)
+
+
+def train_one_epoch(model, loader, loss_function, training, compute):
+    """One pass over the train rows; returns {'train_loss', 'train_main_task_loss', ...}: means over the rows."""
+    model.train()
+    for batch in training.batches(loader):
+        frame_t1, frame_t2, poses = to_device(batch, compute)
+        with compute.autocast():
+            imagined = model(frame_t1, poses["motion"])
+            features_t2 = model.look(frame_t2) if loss_function.uses_t2 else None
+        loss, parts = loss_function(imagined, poses, features_t2)
+        training.step(loss, len(frame_t1), **parts)
+    return training.epoch_means()
+
+
+@torch.no_grad()
+def evaluate(model, loader, loss_function, compute):
+    """Whole split at once -> ({at1, at2: (M, 6) float64 in mm and degrees}, {name: number} for the history).
+
+    The latent parts are ratios of sums over the split, so that no batch counts for itself.
+    """
+    model.eval()
+    predicted, wanted, latent = collections.defaultdict(list), collections.defaultdict(list), LatentSums()
+    for batch in loader:
+        frame_t1, frame_t2, poses = to_device(batch, compute)
+        with compute.autocast():
+            imagined = model(frame_t1, poses["motion"])
+            features_t2 = model.look(frame_t2)  # (B, F, G)
+        latent.add(imagined.features_t1, imagined.features_t2, features_t2)
+        for name in ("at1", "at2"):
+            predicted[name].append(getattr(imagined, name))
+            wanted[name].append(poses[name])
+    predicted, wanted = ({name: torch.cat(parts) for name, parts in each.items()} for each in (predicted, wanted))
+    numbers = {f"{label}_loss": pose_loss(predicted[name], wanted[name], loss_function.sd[name]).mean().item()
+               for label, name in (("main_task", "at1"), ("t2", "at2"))}
+    numbers |= latent.numbers()
+    numbers["loss"] = numbers["main_task_loss"]
+    if loss_function.uses_t2:
+        numbers["loss"] += sum(weight * numbers[name] for name, weight in loss_function.weights.items())
+    error = pose_error(predicted["at1"].cpu().double(), wanted["at1"].cpu().double()).abs()
+    numbers |= {f"mae_{axis}": value for axis, value in zip(AXES, error.nanmean(0).tolist())}
+    return {name: each.cpu().double().numpy() for name, each in predicted.items()}, numbers
+
+
+class LatentSums:
+    """Sums over a split of what the latent numbers are made of; feature maps (B, F, G)."""
+
+    def __init__(self):
+        self.rows, self.error, self.copied, self.total, self.squares, self.pooled = 0, 0.0, 0.0, 0.0, 0.0, []
+
+    def add(self, features_t1, imagined, features_t2):
+        """Take in one batch."""
+        self.rows += len(features_t2)
+        self.error += (imagined - features_t2).square().sum().cpu().double()
+        self.copied += (features_t1 - features_t2).square().sum().cpu().double()
+        self.total = self.total + features_t2.sum((0, 2)).cpu().double()  # (F,)
+        self.squares = self.squares + features_t2.square().sum((0, 2)).cpu().double()
+        self.pooled.append(features_t2.mean(2).cpu())
+        self.cells = features_t2.shape[2]
+
+    def numbers(self):
+        """latent_loss (1 = a constant map), latent_skill (1 = copying t1; lower is better), feature_spread."""
+        if not self.rows:
+            return {}
+        n = self.rows * self.cells
+        mean_square, pooled = self.squares / n, torch.cat(self.pooled)  # (F,), (M, F)
+        variance = (mean_square - (self.total / n).square()).mean().clamp(min=1e-8)
+        spread = pooled.var(0, correction=0).mean().sqrt().double() / mean_square.mean().sqrt().clamp(min=1e-6)
+        return {"latent_loss": (self.error / (n * len(mean_square)) / variance).item(),
+                "latent_skill": (self.error / self.copied).item() if self.copied else math.nan,
+                "feature_spread": spread.item()}
+
+
+def fit(run, args, study, split):
+    """Train on split['train'], choose the epoch on split['val']; returns ({part: {at1, at2}}, model, scaler, Training).
+    """
+    compute, scaler = run.compute, fit_scaler(study, split["train"])
+    train_loader, loaders = make_loaders(study, split, args, compute)
+    model = build_model(args, scaler, study.compose)
+    if args.init_from:
+        common.load_state(model, common.starting_weights(args.init_from), args.init_from)
+    model = compute.place(model)
+    loss_function = DreamLoss(args, scaler, compute.device)
+    optimizer = common.build_optimizer(
+        [(model.encoder, args.backbone_lr_mult), (model.imagination, 1.0), (model.readout, 1.0)], args)
+    training = common.Training(
+        run, model, optimizer, args, select=args.select if args.select == "last" else "val_main_task_loss",
+        describe=lambda: describe(args, study, split, scaler), higher_is_better=False)
+    run.say(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million weights, "
+            f"{model.imagination.position.shape[0]} tokens of {args.d_model}")
+    clock = EpochClock(run, args.epochs)
+    for epoch in training.epochs():
+        row = train_one_epoch(model, train_loader, loss_function, training, compute)
+        _, numbers = evaluate(model, loaders["val"], loss_function, compute)
+        training.end_epoch({**row, "train_total_loss": row["train_loss"],
+                            **{f"val_{name}": value for name, value in numbers.items()}})
+        clock.tick(epoch, training.done)
+    best = common.load_model_file(run.path("best_model.pth"), common.script_name())
+    common.load_state(model, best["model"], "best_model.pth")
+    predicted = {part: evaluate(model, loader, loss_function, compute)[0]
+                 for part, loader in loaders.items() if len(split[part])}
+    return predicted, model, scaler, training
+
+
+class EpochClock:
+    """Says after each epoch how long one takes, by the median of those of this process, and how long the rest may."""
+
+    def __init__(self, run, epochs):
+        self.run, self.epochs, self.seconds, self.start = run, epochs, [], time.perf_counter()
+
+    def tick(self, epoch, done):
+        """Note the end of an epoch."""
+        now = time.perf_counter()
+        self.seconds.append(now - self.start)
+        self.start, median = now, statistics.median(self.seconds)
+        if not done:
+            left = duration_text(median * (self.epochs - epoch))
+            self.run.say(f"  {median:.1f} s per epoch; at most {left} to the end")
+
+
+def duration_text(seconds):
+    """'2 h 05 min', '7 min' or '40 s'."""
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else (
+        f"{minutes // 60} h {minutes % 60:02d} min")
+
+
+def describe(args, study, split, scaler):
+    """What evaluate and predict need beside the weights."""
+    settings = {name: getattr(args, name) for name in MODEL_FLAGS}
+    return {"settings": {**settings, "compose": study.compose, "angle_unit": study.angle_unit}, "scaler": scaler,
+            "pretrained": args.pretrained, "train_patients": sorted(set(study.patients[split["train"]].tolist())),
+            "weights": {"lambda_t2_action": args.lambda_t2_action, "lambda_latent": args.lambda_latent,
+                        "primary_task_only": args.primary_task_only}}
+
+
+# --- results: prediction -> whole-split metric -> run folder ---------------------------------
+
+BASELINES = {"zero": "no motion", "train_mean": "mean of the train rows",
+             "copy": "the known motion taken for the answer", "motion_ridge": "ridge on the known motion alone",
+             "frame_index": "mean of the train rows at the same place in a sequence",
+             "image_ridge": "ridge on the untuned encoder's features and the known motion"}
+USE_COLUMNS = {"action_shuffle_ratio": "loss with false motions over loss (1 = the motion is ignored)",
+               "action_shuffle_ratio_latent": "the same for the imagined features",
+               "latent_skill": "error of the imagined features over that of a copy of t1 (under 1 is better)",
+               "retrieval_rank": "share of the patient's frames nearer to the imagined one than the true (chance .5)",
+               "retrieval_rank_copy": "the same when t1 is taken for the imagined frame",
+               "feature_spread": "how much the features differ between frames (0 = collapsed)"}
+
+
+@dataclasses.dataclass
+class Scored:
+    """Predictions of at1 for rows that the model was not trained on, beside the baselines' for the same rows."""
+    rows: np.ndarray  # (M,) rows of the study
+    predicted: dict  # "predicted" (the model) and each baseline -> (M, 6)
+    at2: np.ndarray  # (M, 6) the model's
+    use: dict  # USE_COLUMNS -> number
+    part: str  # val, test, folds, ...
+
+
+@torch.no_grad()
+def use_of_inputs(model, loader, loss_function, compute, patients):
+    """Does the model use the motion and the imagined frame? {name of USE_COLUMNS: number} over a whole split.
+
+    False motions are those of other rows of the split; they enter the imagination only, while the composition keeps
+    the true one: otherwise a model that adds and subtracts the same motion would look as if it ignored it.
+    """
+    model.eval()
+    sums, maps, latent = collections.Counter(), collections.defaultdict(list), (LatentSums(), LatentSums())
+    for batch in loader:
+        frame_t1, frame_t2, poses = to_device(batch, compute)
+        with compute.autocast():
+            features_t1, features_t2 = model.look(frame_t1), model.look(frame_t2)  # (B, F, G)
+            true = model.imagine(features_t1, poses["motion"])
+            false = model.imagine(features_t1, poses["other_motion"], known_motion=poses["motion"])
+        for name, imagined, each in zip(("true", "false"), (true, false), latent):
+            sums[name] += pose_loss(imagined.at1, poses["at1"], loss_function.sd["at1"]).sum().item()
+            each.add(features_t1, imagined.features_t2, features_t2)
+        for name, features in (("t1", features_t1), ("imagined", true.features_t2), ("t2", features_t2)):
+            maps[name].append(features.flatten(1).half().cpu())
+    maps = {name: torch.cat(parts) for name, parts in maps.items()}
+    found, with_false = (each.numbers() for each in latent)
+    return {"action_shuffle_ratio": sums["false"] / sums["true"] if sums["true"] else math.nan,
+            "action_shuffle_ratio_latent": with_false["latent_loss"] / found["latent_loss"],
+            "latent_skill": found["latent_skill"], "feature_spread": found["feature_spread"],
+            "retrieval_rank": retrieval_rank(maps["imagined"], maps["t2"], patients),
+            "retrieval_rank_copy": retrieval_rank(maps["t1"], maps["t2"], patients)}
+
+
+def retrieval_rank(guess, truth, patients):
+    """Mean share of a patient's other true frames that lie nearer to the guess than its own: (M, .), (M, .), (M,).
+
+    0 = the own one is always nearest, .5 = chance; ties count half. NaN where no patient has two rows.
+    """
+    ranks = []
+    for patient in np.unique(patients):
+        rows = np.flatnonzero(patients == patient)
+        if len(rows) < 2:
+            continue
+        apart = torch.cdist(guess[rows].float(), truth[rows].float())  # (m, m)
+        own = apart.diagonal()[:, None]
+        nearer = (apart < own).sum(1) + 0.5 * ((apart == own).sum(1) - 1)
+        ranks += (nearer / (len(rows) - 1)).tolist()
+    return float(np.mean(ranks)) if ranks else math.nan
+
+
+@torch.no_grad()
+def encode_frames(study, rows, args, compute):
+    """Feature maps of the untuned encoder for the frames of these rows: study.features, and study.maps where frozen."""
+    encoder = compute.place(build_encoder(args)).eval()
+    wanted = np.unique(study.frames[rows])
+    maps = np.zeros((len(study.store), encoder.n_features, encoder.n_cells), np.float32)
+    for part in np.array_split(wanted, -(-len(wanted) // 64)):
+        pixels = np.stack([to_grey(common.eval_crop(study.store[i], args.image_size)) for i in part])  # (B, S, S)
+        with compute.autocast():
+            output = encoder(normalised(torch.from_numpy(pixels)[:, None].to(compute.device)))  # (B, F, G)
+        maps[part] = output.float().cpu().numpy()
+    study.features = maps[study.frames[:, 0]].mean(2)  # (N, F)
+    if args.mode == "train" and args.freeze_layers == 5 and args.augment == "none" and not args.init_from:
+        study.maps = maps
+
+
+def baselines(study, train, rows, centre=None):
+    """{name of BASELINES: (M, 6)} of what trains no network; without train rows (other data) those that need none."""
+    predicted = {"zero": np.zeros((len(rows), 6)), "copy": study.motion[rows]}
+    if not len(train):
+        return {**predicted, "train_mean": np.tile(centre, (len(rows), 1))}
+    centre = centre_and_spread(study.at1[train])[0]
+    apart = on_arrays(pose_error, study.at1[train], np.broadcast_to(centre, (len(train), 6)))
+    near = place_means(study.place, study.sequences, train, rows)
+    predicted["frame_index"] = centre + near @ np.nan_to_num(apart)
+    inputs = {"motion_ridge": study.motion}
+    if study.features is not None:
+        inputs["image_ridge"] = np.hstack([study.features, study.motion])
+    for name, features in inputs.items():
+        ridge = common.fit_ridge(features[train], apart, groups=study.patients[train], sd_floor=0.01)
+        predicted[name] = centre + ridge.predict(features[rows])
+    return {**predicted, "train_mean": np.tile(centre, (len(rows), 1))}
+
+
+def place_means(place, sequences, train, rows, width=0.05):
+    """(M, N_train) weights, rows adding up to 1, by nearness of place (0 to 1) in a sequence; the own one's, if any."""
+    apart = (place[rows][:, None] - place[train][None]) / width
+    logits = -0.5 * apart ** 2
+    same = sequences[rows][:, None] == sequences[train][None]
+    logits[~same & same.any(1, keepdims=True)] = -np.inf
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def write_predictions(path, study, scored):
+    """predictions CSV: which transition, then of each axis the true value, the model's and the baselines'."""
+    rows = scored.rows
+    keys = {"name": study.names[rows], "patient": study.patients[rows], "sequence": study.sequences[rows],
+            "frame_t1": [study.links[row][0] for row in rows], "frame_t2": [study.links[row][1] for row in rows]}
+    values = {"true": study.at1[rows], **scored.predicted, "true_t2": study.at2[rows], "predicted_t2": scored.at2}
+    common.write_target_table(path, keys, AXES, values)
+
+
+def read_predictions(path, study, use, part):
+    """The predictions CSV of a finished fold -> Scored."""
+    row_of = {name: row for row, name in enumerate(study.names)}
+    names, values = common.read_target_table(path, "name", AXES)
+    predicted = {kind: each for kind, each in values.items() if kind not in ("true", "true_t2", "predicted_t2")}
+    return Scored(np.array([row_of[name] for name in names]), predicted, values["predicted_t2"], use, part)
+
+
+def wrapped(predicted, target):
+    """Predictions (M, 6) turned by whole turns to within 180 degrees of their targets, so that errors subtract."""
+    return np.where(np.isnan(target), predicted, target + on_arrays(pose_error, predicted, np.nan_to_num(target)))
+
+
+def time_blocks(study, rows, length=8, most=10):
+    """(M,) names of blocks of neighbouring rows, up to `most` in a sequence, of `length` rows or more."""
+    blocks = np.empty(len(rows), dtype=object)
+    for sequence in np.unique(study.sequences[rows]):
+        own = np.flatnonzero(study.sequences[rows] == sequence)
+        own = own[np.argsort(study.order[rows[own]])]
+        for number, part in enumerate(np.array_split(own, min(most, max(1, len(own) // length)))):
+            blocks[part] = f"{sequence} {number}"
+    return blocks.astype(str)
+
+
+def compare(study, scored):
+    """bootstrap_regression against each baseline, in units of the labels' sd -> ({baseline: result}, sd (6,), unit).
+
+    Resampled are patients; with fewer than five, blocks of time, which say nothing about other patients.
+    """
+    target, patients = study.at1[scored.rows], study.patients[scored.rows]
+    sd = centre_and_spread(study.at1)[1]
+    by_patient = len(set(patients)) >= common.FEWEST_FOR_INTERVAL
+    units = patients if by_patient else time_blocks(study, scored.rows)
+    scaled = {kind: wrapped(values, target) / sd for kind, values in scored.predicted.items()}
+    results = {}
+    for kind in (kind for kind in scaled if kind != "predicted"):
+        results[kind] = common.bootstrap_regression(scaled["predicted"], target / sd, units, scaled[kind])
+        unit = "patients" if by_patient else "time blocks"
+        results[kind]["method"] = results[kind]["method"].replace("subjects", unit)
+    return results, sd, unit
+
+
+def in_units(result, sd):
+    """The per-axis values and intervals of a result in units of sd (6,), back in mm and degrees; means stay in sd."""
+    factors = {"mae": sd, "rmse": sd, "mse": sd ** 2}
+    for table in filter(None, (result["value"], result["interval"])):
+        for key in (key for key in table if "mean_" not in key):
+            factor = factors.get(key.rsplit("_", 1)[-1])
+            if factor is not None:
+                table[key] = table[key] * (factor[:, None] if np.ndim(table[key]) == 2 else factor)
+    return result
+
+
+def axis_rows(study, scored, result):
+    """One dict per axis: n, R2 and MAE with intervals, and the MAE of every baseline."""
+    target = study.at1[scored.rows]
+    rows = common.target_rows({**result, "n": np.isfinite(target).sum(0)}, AXES)
+    for kind, values in scored.predicted.items():
+        error = np.abs(on_arrays(pose_error, values, target))
+        for row, mae in zip(rows, np.nanmean(error, axis=0)):
+            row |= {f"mae_{kind}": mae} if kind != "predicted" else {}
+    return rows
+
+
+def angle_rows(study, scored):
+    """One dict per predictor: mean MAE over the translations and over the angles, distance in mm, geodesic angle."""
+    target, rows = study.at1[scored.rows], []
+    whole = ~np.isnan(target).any(1)
+    for kind, values in scored.predicted.items():
+        error = on_arrays(pose_error, values, target)
+        rows.append({"predictor": "model" if kind == "predicted" else kind,
+                     "mae_mm": np.nanmean(np.abs(error[:, :3])), "mae_deg": np.nanmean(np.abs(error[:, 3:])),
+                     "distance_mm": np.linalg.norm(error[whole, :3], axis=1).mean() if whole.any() else np.nan,
+                     "geodesic_deg": on_arrays(geodesic_degrees, values[whole], target[whole]).mean()
+                     if whole.any() else np.nan, "meaning": BASELINES.get(kind, "")})
+    return rows
+
+
+def patient_rows(study, scored, baseline):
+    """One dict per patient: rows, MAE per axis of the model and of the baseline, distance and geodesic angle."""
+    target, rows = study.at1[scored.rows], []
+    errors = {kind: np.abs(on_arrays(pose_error, scored.predicted[kind], target)) for kind in ("predicted", baseline)}
+    for patient in np.unique(study.patients[scored.rows]):
+        own = study.patients[scored.rows] == patient
+        row = {"patient": patient, "transitions": int(own.sum())}
+        row |= {f"mae_{axis}": np.nanmean(errors["predicted"][own, a]) for a, axis in enumerate(AXES)}
+        row |= {f"baseline_mae_{axis}": np.nanmean(errors[baseline][own, a]) for a, axis in enumerate(AXES)}
+        rows.append({**row, "geodesic_deg": np.nanmean(on_arrays(
+            geodesic_degrees, scored.predicted["predicted"][own], np.nan_to_num(target[own])))})
+    return rows
+
+
+def verdict(results, baseline, unit, study, scored, held_out):
+    """One honest sentence: does the model beat its best baseline, over what, and what it proves nothing about."""
+    result, patients = results[baseline], sorted(set(study.patients[scored.rows]))
+    text = common.verdict_sentence(result, baseline.replace("_", " "), "mae", None, held_out)
+    text = text.replace("mean mae", "mean error in label sds").replace("the subjects' errors", f"the errors of {unit}")
+    if unit == "patients":
+        return text
+    of_patients = patient_rows(study, scored, baseline)
+    better = sum(np.mean([row[f"mae_{axis}"] / row[f"baseline_mae_{axis}"] for axis in AXES]) < 1
+                 for row in of_patients)
+    if not study.has_patients and len(patients) > 1:
+        prefix = f"{len(patients)} folders, whose patients are not known, are too few for an interval across them"
+    elif len(patients) > 1:
+        prefix = f"{len(patients)} patients are too few for an interval across patients"
+    else:
+        return f"One patient proves nothing across patients. Within it, over blocks of time: {text}"
+    return f"{prefix} (better in {better} of {len(patients)}). Within them, over blocks of time: {text}"
+
+
+def find_alarms(study, scored, results):
+    """Sentences on what must be known before any number."""
+    target, use = study.at1[scored.rows], scored.use
+    alarms = common.regression_alarms(wrapped(scored.predicted["predicted"], target), target, AXES)
+    any_result = next(iter(results.values()))
+    low, high = (any_result["interval"] or {}).get("mean_mae", (np.nan, np.nan))
+    index = results["frame_index"]["value"]["baseline_mean_mae"] if "frame_index" in results else np.nan
+    if low <= index <= high or index < any_result["value"]["mean_mae"]:
+        alarms.append(f"the place in the sequence alone predicts as well as the model ({index:.3f} against "
+                      f"{any_result['value']['mean_mae']:.3f}): it may know when, not where")
+    if abs(use.get("action_shuffle_ratio", math.nan) - 1) < 0.02:
+        alarms.append(f"the known motion is ignored: action-shuffle ratio {use['action_shuffle_ratio']:.3f}")
+    if use.get("latent_skill", 0) > 1:
+        alarms.append(f"the imagined frame is worse than a copy of t1: latent skill {use['latent_skill']:.2f}")
+    if use.get("feature_spread", 1) < COLLAPSE_FLOOR / 2:
+        alarms.append(f"the features hardly differ between frames (spread {use['feature_spread']:.4f}): collapsed")
+    return alarms
+
+
+def read_criteria(args):
+    """--criteria, checked against the metrics of this script: mae_x_mm an axis, mae the mean over axes in label sds."""
+    endings = ["", *(f"_{axis}" for axis in AXES)]
+    return common.parse_criteria(args.criteria, [m + ending for m in common.REGRESSION_METRICS for ending in endings])
+
+
+def report_results(run, args, study, split, scored, alarms, best_epoch=None, folds=()):
+    """metrics.json, the tables, plots and report.html of one run, or of all folds pooled."""
+    results, sd, unit = compare(study, scored)
+    baseline = min(results, key=lambda kind: results[kind]["value"]["baseline_mean_mae"])
+    alarms = find_alarms(study, scored, results) + alarms
+    held_out = scored.part in ("test", "all") or args.select == "last"
+    text = verdict(results, baseline, unit, study, scored, held_out)
+    compared = [{"baseline": kind, "error": each["value"]["baseline_mean_mae"],
+                 "difference": each["value"]["difference_mean_mae"],
+                 **dict(zip(("low", "high"), (each["interval"] or {}).get("difference_mean_mae", (None, None)))),
+                 "sign_flip_p": each["sign_flip_p"]["mae"], "meaning": BASELINES[kind]}
+                for kind, each in results.items()]
+    result = in_units(results[baseline], sd)
+    per_axis, per_patient = axis_rows(study, scored, result), patient_rows(study, scored, baseline)
+    criteria = common.judge_criteria(read_criteria(args), *common.named_values(result, AXES))
+    metrics = {"part": scored.part, "best_epoch": best_epoch, "verdict": text, "held_out": held_out, "unit": unit,
+               "baseline": baseline, "mean": {k: v for k, v in result["value"].items() if "mean_" in k},
+               "interval": {k: v for k, v in (result["interval"] or {}).items() if "mean_" in k},
+               "sign_flip_p": result["sign_flip_p"], "method": result["method"], "compose": study.compose,
+               "sample": common.effective_size(study.at1[scored.rows], study.patients[scored.rows]),
+               "use": scored.use, "alarms": alarms, "criteria": criteria, "folds": list(folds), "label_sd": sd,
+               "baselines": compared, "predictors": angle_rows(study, scored), "per_axis": per_axis,
+               "per_patient": per_patient,
+               "mae_at2": np.nanmean(np.abs(on_arrays(pose_error, scored.at2, study.at2[scored.rows])), axis=0)}
+    common.write_table(run.path("per_axis_error.csv"), per_axis)
+    common.write_table(run.path("per_patient_error.csv"), per_patient)
+    plot_per_patient(per_patient, baseline, run.path("per_patient_error.png"))
+    target = study.at1[scored.rows]
+    common.plot_scatter(wrapped(scored.predicted["predicted"], target), target, AXES,
+                        run.path("predicted_against_true.png"))
+    write_page(run, args, study, split, scored, metrics)
+    common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
+    say_axes(run, per_axis)
+    common.say_results(run, metrics)
+
+
+def say_axes(run, per_axis):
+    """The MAE of model and baselines on the terminal, one line an axis."""
+    kinds = [key for key in per_axis[0] if key.startswith("mae_") and key not in ("mae_low", "mae_high")]
+    run.say("MAE       " + " ".join(f"{name.removeprefix('mae_'):>12}" for name in ["model", *kinds]))
+    for row in per_axis:
+        run.say(f"{row['target']:10}" + " ".join(f"{row[key]:12.2f}" for key in ["mae", *kinds]))
+
+
+def write_page(run, args, study, split, scored, metrics):
+    """report.html: the verdict first, then the order of sections that all train scripts share."""
+    sample, baseline = metrics["sample"], metrics["baseline"].replace("_", " ")
+    patients = f"{sample['subjects']} patients" if study.has_patients else (
+        f"{sample['subjects']} folders, whose patients are not known")
+    of_baselines = {f"mae_{kind}": kind.replace("_", " ") for kind in BASELINES}
+    columns = {"target": "axis", "n": "n", "mae": "MAE", "mae_low": "low", "mae_high": "high", "r2": "R2",
+               **{name: text for name, text in of_baselines.items() if name in metrics["per_axis"][0]}}
+    own = {"patient": "patient", "transitions": "n", **{f"mae_{axis}": axis for axis in AXES},
+           "geodesic_deg": "geodesic"}
+    spec = {name: ".2f" for name in (*columns, *own) if name not in ("target", "n", "patient", "transitions")}
+    use = [{"measure": name, "value": scored.use[name], "meaning": text} for name, text in USE_COLUMNS.items()
+           if name in scored.use]
+    parts = [{"part": part, "transitions": len(rows), "patients": len(set(study.patients[rows])),
+              "sequences": len(set(study.sequences[rows]))} for part, rows in split.items()]
+    stats = run.path("dataset_statistics.png")
+    sections = [
+        ("Data and split", [
+            common.html_text(f"{sample['rows']} transitions scored of {patients}; {len(study.skipped)} rows skipped."),
+            common.html_table(parts), common.html_text("\n".join(f"- {note}" for note in study.notes)),
+            *([common.html_image(stats, "Data and split")] if stats.exists() else [])]),
+        ("Leakage", common.leakage_blocks(run) if run.path("leakage_report.json").exists() else []),
+        ("Metrics", [
+            *(common.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]),
+            common.html_table(metrics["per_axis"], columns, spec,
+                              caption=f"MAE of each axis on the {scored.part} rows in mm or degrees, beside the "
+                                      f"baselines'; {metrics['method']}"),
+            common.html_table(metrics["baselines"], None, dict.fromkeys(("error", "difference", "low", "high"), ".3f"),
+                              "Mean over the axes of MAE in label sds: each baseline, and model - baseline"),
+            common.html_table(metrics["predictors"], ["predictor", "mae_mm", "mae_deg", "distance_mm", "geodesic_deg"],
+                              {name: ".2f" for name in metrics["predictors"][0]}, "In mm and degrees"),
+            common.html_image(run.path("per_patient_error.png"), "MAE per axis and patient, and the baseline's"),
+            common.html_table(metrics["per_patient"], own, spec),
+            common.html_image(run.path("predicted_against_true.png"), "Predicted against true, at t1"),
+            *([common.html_table(metrics["criteria"], caption="Criteria")] if metrics["criteria"] else []),
+            *([common.html_table(fold_rows(metrics["folds"]), caption="Folds")] if metrics["folds"] else [])]),
+        ("Does it use the image and the motion?", [common.html_table(use, formats={"value": ".3f"})] if use else []),
+        ("Learning curves", learning_blocks(run)),
+        ("Best and worst cases", case_blocks(args, study, scored)),
+        ("Limits", [common.html_text(limits_text(args, study, metrics))]),
+        ("Command and versions", common.command_blocks())]
+    low = -metrics["interval"].get("difference_mean_mae", (np.nan, np.nan))[1]
+    level = common.verdict_level(-metrics["mean"]["difference_mean_mae"], low, metrics["alarms"])
+    level = "caution" if level == "good" and metrics["unit"] != "patients" else level
+    common.write_report(run.path("report.html"), f"Probe guidance: {run.folder.name}", (level, metrics["verdict"]),
+                        sections, foot=run.compute.text, figures=key_figures(metrics, baseline))
+
+
+def key_figures(metrics, baseline):
+    """[(label, value, remark)] for the top of the report."""
+    interval, model = metrics["interval"], metrics["predictors"][0]
+    other = next(row for row in metrics["predictors"] if row["predictor"] == metrics["baseline"])
+    return [common.key_figure("Error in label sds", metrics["mean"]["mean_mae"], interval.get("mean_mae"),
+                              metrics["method"]),
+            common.key_figure(f"The same of {baseline}", metrics["mean"]["baseline_mean_mae"],
+                              interval.get("baseline_mean_mae"), metrics["method"]),
+            ("MAE, translations", f"{model['mae_mm']:.2f} mm", f"{baseline}: {other['mae_mm']:.2f} mm"),
+            ("MAE, angles", f"{model['mae_deg']:.2f} deg", f"{baseline}: {other['mae_deg']:.2f} deg")]
+
+
+def learning_blocks(run):
+    """Learning curves, or nothing where no training took place."""
+    paths = sorted(run.folder.glob("**/training_summary.png"))
+    return [common.html_image(path, f"Training, {path.parent.name}") for path in paths[:1]]
+
+
+def case_blocks(args, study, scored, count=5):
+    """Frames with the smallest and the largest error of at1 over the axes, in label sds."""
+    target, predicted = study.at1[scored.rows], scored.predicted["predicted"]
+    error = np.abs(on_arrays(pose_error, predicted, target)) / centre_and_spread(study.at1)[1]  # (M, 6)
+    size = np.nan_to_num(np.nanmean(error, axis=1), nan=np.inf)
+
+    def case(i):
+        poses = [" ".join(f"{value:.1f}" for value in values) for values in (target[i], predicted[i])]
+        return {"image": study.frame(scored.rows[i], 0, args.image_size), "title": study.links[scored.rows[i]][0],
+                "lines": [study.patients[scored.rows[i]], f"error {size[i]:.2f} sd", f"true {poses[0]}",
+                          f"predicted {poses[1]}"]}
+    order = np.argsort(size)[:np.isfinite(size).sum()]
+    return [common.html_text("Best (x y z in mm, roll pitch yaw in degrees):"),
+            common.html_cases([case(i) for i in order[:count]]),
+            common.html_text("Worst:"), common.html_cases([case(i) for i in order[::-1][:count]])]
+
+
+def limits_text(args, study, metrics):
+    """What a reader must not conclude from this run, as a list."""
+    lines = ["Valid for probes, views and patients like these; nothing else was tested."]
+    if args.split_by == "time":
+        lines.append("The parts are blocks of time of the same sequences: nothing is said about another patient.")
+    if metrics["unit"] != "patients":
+        lines.append("Intervals are over blocks of time, since fewer than five patients were scored: they say how "
+                     "steady the result is within these patients, and nothing about others.")
+    if not study.has_patients:
+        lines.append("Nobody said which patient a folder belongs to: two folders of one patient may stand on two sides "
+                     "of the split. Give --patient_map or --patient_regex.")
+    if not metrics["held_out"]:
+        lines.append("The epoch was chosen on the rows that are scored here, so the numbers are optimistic; use "
+                     "--test_ratio, or --select last with a fixed number of epochs.")
+    if study.compose == "additive":
+        lines.append("at2 = at1 + motion here: at1 and at2 carry the same information, and the loss on at2 adds none.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def fold_rows(folds):
+    """Fold table: one dict per fold, then mean and SD over the folds."""
+    numbers = [{"error": fold["mean"]["mean_mae"], "baseline_error": fold["mean"]["baseline_mean_mae"],
+                "r2": fold["mean"]["mean_r2"], **fold["use"]} for fold in folds]
+    rows = [{"fold": fold["fold"], "patients": ", ".join(fold["patients"]), "rows": fold["rows"],
+             "best_epoch": fold["best_epoch"], "baseline": fold["baseline"], **own}
+            for fold, own in zip(folds, numbers)]
+    values = {name: np.array([own[name] for own in numbers], float) for name in numbers[0]}
+    sd = {name: v.std(ddof=1) if len(v) > 1 else np.nan for name, v in values.items()}
+    return [*rows, {"fold": "mean", **{name: v.mean() for name, v in values.items()}}, {"fold": "SD", **sd}]
+
+
+def dataset_stats(study, split):
+    """dataset_stats.json: shares, patients, ranges and the checks of the split."""
+    of_part = {part: set(study.patients[rows].tolist()) for part, rows in split.items()}
+    straddling = sorted({name for a, b in itertools.combinations(of_part.values(), 2) for name in a & b})
+    poses = {}
+    for name in FIELDS:
+        values = getattr(study, name)
+        mean, sd = centre_and_spread(values)
+        low, high, missing = np.nanmin(values, axis=0), np.nanmax(values, axis=0), np.isnan(values).sum(0)
+        poses[name] = {axis: {"mean": mean[a], "sd": sd[a], "low": low[a], "high": high[a], "missing": missing[a]}
+                       for a, axis in enumerate(AXES)}
+    parts = {part: {"transitions": len(rows), "patients": sorted(of_part[part])} for part, rows in split.items()}
+    return {"transitions": len(study.names), "sequences": len(set(study.sequences)), "parts": parts,
+            "patients_known": study.has_patients,
+            "transitions_of_patient": dict(collections.Counter(study.patients.tolist())),
+            "patients_in_two_parts": straddling, "left_out": len(study.names) - sum(map(len, split.values())),
+            "angle_unit": study.angle_unit, "compose": study.compose, "residuals": study.residuals, "poses": poses,
+            "skipped": len(study.skipped), "notes": study.notes}
+
+
+# --- plots --------------------------------------------------------------------------------------
+
+PART_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+
+
+def plot_dataset(study, split, args, path):
+    """dataset_statistics.png: shares of the split, transitions per patient, split check, four sample frames."""
+    figure, axes = common.new_figure(2, 4, (3.2, 2.6), 8)
+    stats, (share, patients, check, spread, *frames) = dataset_stats(study, split), axes
+    colour = {part: PART_COLOURS[k % len(PART_COLOURS)] for k, part in enumerate(split)}
+    share.bar(list(split), [len(rows) for rows in split.values()], color=list(colour.values()))
+    share.set_title("transitions", loc="left", fontsize=10, fontweight="bold")
+    names, base = sorted(set(study.patients)), np.zeros(len(set(study.patients)))
+    for part, rows in split.items():
+        counts = np.array([np.sum(study.patients[rows] == name) for name in names])
+        patients.barh(range(len(names)), counts, left=base, color=colour[part], label=part)
+        base += counts
+    patients.set_yticks(range(len(names)), [name[-14:] for name in names], fontsize=7 if len(names) <= 20 else 4)
+    title = "per patient" if study.has_patients else "per folder"
+    patients.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    lines = [f"{len(stats['patients_in_two_parts'])} patients in two parts", f"{stats['left_out']} transitions in none",
+             f"patients {'known' if study.has_patients else 'NOT known: folders'}", f"composition: {study.compose}",
+             f"angles in the files: {study.angle_unit}", f"{len(study.skipped)} rows skipped"]
+    check.axis("off")
+    check.text(0, 0.95, "split check", fontsize=10, fontweight="bold", va="top")
+    check.text(0, 0.8, "\n".join(lines), fontsize=9, va="top", linespacing=1.7)
+    for which, (name, tint) in enumerate((("at1", "#0072B2"), ("motion", "#E69F00"))):
+        values = getattr(study, name)
+        boxes = spread.boxplot([column[~np.isnan(column)] for column in values.T], positions=np.arange(6) + 0.4 * which,
+                               widths=0.3, showfliers=False, patch_artist=True, medianprops={"color": "black"})
+        for box in boxes["boxes"]:
+            box.set_facecolor(tint)
+    spread.set_xticks(np.arange(6) + 0.2, [axis.split("_")[0] for axis in AXES], fontsize=7)
+    spread.set_title("at1 (blue), motion (orange)", loc="left", fontsize=10, fontweight="bold")
+    for axis, row in zip(frames, np.linspace(0, len(study.names) - 1, 4).astype(int)):
+        axis.imshow(study.frame(row, 0, args.image_size), cmap="gray")
+        axis.set_title(study.links[row][0][-30:], fontsize=7, loc="left")
+        axis.axis("off")
+    common.save_figure(figure, path)
+
+
+def plot_training(training, path):
+    """training_summary.png: loss, main task, learning rate, components, error of the axes, final numbers."""
+    figure, axes = common.new_figure(2, 3, (3.9, 2.7), 6)
+    history, best = training.history, training.best["epoch"]
+    panels = {"total loss": ["train_total_loss", "val_loss"], "main task (at1)": ["train_main_task_loss",
+              "val_main_task_loss"], "learning rate": ["learning_rate"],
+              "components": ["train_t2_loss", "val_t2_loss", "train_latent_loss", "val_latent_loss"],
+              "MAE on validation": [f"val_mae_{axis}" for axis in AXES]}
+    for axis, (title, columns) in zip(axes, panels.items()):
+        for k, column in enumerate(column for column in columns if column in history[0]):
+            values = [row[column] for row in history]
+            axis.plot([row["epoch"] for row in history], values, "--" if column.startswith("train") else "-",
+                      color=PART_COLOURS[k % 6], label=column.removeprefix("val_mae_"), marker=".", markersize=3)
+        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        axis.axvline(best, color="black", linewidth=0.9, linestyle=":")
+        axis.locator_params(axis="x", integer=True)
+        if len(columns) > 1:
+            axis.legend(fontsize=6, frameon=False, ncols=2)
+    axes[2].set_yscale("log")
+    row = history[best - 1]
+    shown = ["val_main_task_loss", "val_t2_loss", "val_latent_loss", "val_latent_skill", "val_feature_spread",
+             *(f"val_mae_{axis}" for axis in AXES)]
+    axes[5].axis("off")
+    axes[5].text(0, 1, f"epoch {best} of {len(history)}", fontsize=10, fontweight="bold", va="top")
+    axes[5].text(0, 0.88, "\n".join(f"{name} {row[name]:.3g}" for name in shown if name in row), fontsize=8, va="top")
+    common.save_figure(figure, path)
+
+
+def plot_per_patient(rows, baseline, path):
+    """MAE of each axis as bars, a bar per patient (at most 30), and the baseline's as a tick."""
+    figure, axes = common.new_figure(2, 3, (3.9, 1.0 + 0.22 * min(len(rows), 30)), 6, sharey=True)
+    place = np.arange(len(rows[:30]))
+    for axis, name in zip(axes, AXES):
+        axis.barh(place, [row[f"mae_{name}"] for row in rows[:30]], color="#56B4E9", height=0.62, label="model")
+        axis.plot([row[f"baseline_mae_{name}"] for row in rows[:30]], place, "|", color="#D55E00", markersize=11,
+                  markeredgewidth=2.4, label=baseline.replace("_", " "))
+        axis.set_title(name.replace("_", ", "), loc="left", fontsize=10, fontweight="bold")
+        axis.set_xlim(left=0)
+    axes[0].set_yticks(place, [row["patient"][-18:] for row in rows[:30]])
+    axes[0].set_ylim(len(place) - 0.4, -0.6)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    common.save_figure(figure, path)
+
+
+# --- audit -----------------------------------------------------------------------------------------
+
+def audit_data(run, args):
+    """audit.json and the terminal: one line a check, OK, WARN or FAIL, with what was found and what to do."""
+    args.on_bad_file = "skip"  # here they are found, not stumbled upon
+    study = load_study(args, run)
+    checks = [*audit_poses(study, args), *audit_chain(study), *audit_patients(study), *audit_frames(study)]
+    table = [dict(zip(("status", "name", "found", "remedy"), (*check, "")[:4])) for check in checks]
+    for row in table:
+        run.say(f"{row['status']:5} {row['name']:20} {row['found']}")
+        if row["remedy"]:
+            run.say(f"{'':26} -> {row['remedy']}")
+    common.write_json(run.path("audit.json"), {"checks": table, "residuals": study.residuals, "compose": study.compose,
+                                               "angle_unit": study.angle_unit, "notes": study.notes})
+    run.say(f"open next: {run.path('audit.json')}")
+
+
+def audit_poses(study, args):
+    """Counts, unit, composition, ranges and wrap."""
+    yield ("OK", "data", f"{len(study.names)} transitions in {len(set(study.sequences))} sequences of {args.data_dir}")
+    missing = [f"{row['sequence']} row {row['row']}" for row in study.skipped if row["reason"].startswith("no file")]
+    yield ("FAIL" if missing else "OK", "missing files", f"{len(missing)} rows name a picture that is not there"
+           f"{': ' + ', '.join(missing[:5]) if missing else ''}", "add them; all are in skipped.csv" if missing else "")
+    others = len(study.skipped) - len(missing)
+    yield ("WARN" if others else "OK", "skipped rows", f"{others} for other reasons",
+           "see skipped.csv" if others else "")
+    for note in study.notes:
+        poor = "poor fit" in note or "untested" in note
+        yield ("WARN" if poor else "OK", "note", note)
+    largest = np.nanmax(np.abs(np.hstack([study.at1[:, 3:], study.at2[:, 3:]])))
+    yield ("OK", "angle unit", f"{study.angle_unit} in the files; largest angle {largest:.1f} degrees", "")
+    additive = next((row for row in study.residuals if row["convention"] == "additive"), None)
+    if additive:
+        exact = additive["mm"] + additive["deg"] < 1e-6
+        yield ("OK", "additive check", f"at2 - at1 - motion: {additive['mm']:.3g} mm, {additive['deg']:.3g} degrees"
+               f"{': exact, so the loss on at2 tells nothing that the one on at1 does not' if exact else ''}")
+    for row in study.residuals:
+        what = "T(motion) T(at2) = at1" if row["convention"] == "reversed" else f"composition {row['convention']}"
+        yield ("OK", what, f"missed by {row['mm']:.3f} mm, {row['deg']:.3f} degrees; 95 %: {row['mm_95']:.3f} mm, "
+               f"{row['deg_95']:.3f} degrees")
+    for name in FIELDS:
+        values = getattr(study, name)
+        low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+        yield ("OK", f"range {name}", ", ".join(f"{axis} {a:.1f} to {b:.1f}" for axis, a, b in zip(AXES, low, high)))
+    far = np.nansum(np.abs(study.at1[:, 3:]) > 170)
+    yield ("WARN" if far else "OK", "wrap", f"{far:.0f} angles of at1 within 10 degrees of the wrap at 180",
+           "losses and errors are wrapped; the mean baseline is circular" if far else "")
+
+
+def audit_chain(study):
+    """Is a sequence one sweep? Links, jumps, and how much the place in the sequence tells."""
+    same, linked, jumps, steps = 0, 0, [], []
+    for sequence in np.unique(study.sequences):
+        rows = np.flatnonzero(study.sequences == sequence)
+        for a, b in itertools.pairwise(rows[np.argsort(study.order[rows])]):
+            linked += study.links[a][1] == study.links[b][0]
+            same += 1
+            if study.links[a][1] == study.links[b][0]:
+                jumps.append(np.abs(on_arrays(pose_error, study.at1[b], study.at2[a])))
+            steps.append(np.abs(on_arrays(pose_error, study.at1[b], study.at1[a])))
+    if same:
+        yield ("OK", "chain", f"{linked} of {same} transitions begin with the frame at which the one before ends"
+               f"{': one continuous sweep, so a random split would leak' if linked > same / 2 else ''}")
+    if jumps:
+        worst = np.nanmax(jumps)
+        yield ("OK" if worst < 0.01 else "WARN", "chain of poses", f"at1 differs from the at2 before it by up to "
+               f"{worst:.3g} mm or degrees", "" if worst < 0.01 else "which of the two labels is right?")
+    if steps:
+        spread = centre_and_spread(study.at1)[1]
+        yield ("OK", "step", "mean |at1 - at1 before| in sds: " + ", ".join(
+            f"{axis} {value:.2f}" for axis, value in zip(AXES, np.nanmean(steps, axis=0) / spread)))
+    place, known = study.place, ~np.isnan(study.at1).any(1)
+    if known.sum() > 2 and place[known].std():
+        r = [np.corrcoef(place[known], column)[0, 1] if column.std() else 0.0 for column in study.at1[known].T]
+        strong = np.abs(r).max() > 0.5
+        yield ("WARN" if strong else "OK", "order and time", "r of at1 with the place in the sequence: " + ", ".join(
+            f"{axis} {value:+.2f}" for axis, value in zip(AXES, r)),
+            "a model may learn when instead of where: compare with the frame_index baseline" if strong else "")
+
+
+def audit_patients(study):
+    """Who owns which folder."""
+    owners = {sequence: patient for sequence, patient in zip(study.sequences, study.patients)}
+    counts = collections.Counter(owners.values())
+    if study.has_patients:
+        listed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+        yield ("OK", "patients", f"{listed} (folders)")
+    else:
+        yield ("WARN", "patients", "not known: each folder counts as one", "give --patient_map or --patient_regex")
+        for line in similar_sequences(study):
+            yield ("WARN", "one patient?", line)
+    if len(counts) < 2:
+        yield ("WARN", "patients", "one patient proves nothing across patients", "--split_by time, or more patients")
+
+
+def audit_frames(study):
+    """Unreadable, dark and shared pictures."""
+    bad = [found for found in study.store.audit if found.error]
+    yield ("FAIL" if bad else "OK", "unreadable frames", f"{len(bad)} of {len(study.store.audit)}" + "".join(
+        f"; {found.path}: {found.error}" for found in bad[:5]))
+    used = sorted(set(study.frames[study.frames >= 0].tolist()))
+    dark = sum(study.store[i].mean() < 2.55 for i in used)
+    yield ("WARN" if dark else "OK", "dark frames", f"{dark} of {len(used)} are nearly black (mean under 1 %)")
+    owner = collections.defaultdict(set)
+    for row, pair in enumerate(study.frames):
+        for i in pair[pair >= 0]:
+            owner[study.store.audit[i].pixel_sha].add(study.patients[row])
+    shared = sum(len(patients) > 1 for patients in owner.values())
+    yield ("WARN" if shared else "OK", "shared frames", f"{shared} pictures belong to two patients",
+           "one patient under two names? see --patient_map" if shared else "")
+
+
+# --- one run, or one run per fold -------------------------------------------------------------
+
+def manual_split(args, study):
+    """{part: rows} by the three lists of patients or folders; UserError for unknown names and for an overlap."""
+    patient = {name: {name} for name in study.patients}
+    for sequence, owner in zip(study.sequences, study.patients):
+        patient.setdefault(sequence, {owner})
+        patient.setdefault(sequence.rsplit("/", 1)[-1], {owner})
+    listed = {part: [name.strip() for name in (getattr(args, f"{part}_patients") or "").split(",") if name.strip()]
+              for part in ("train", "val", "test")}
+    named = itertools.chain(*listed.values())
+    unknown = [name + common.closest(name, patient) for name in named if name not in patient]
+    if unknown:
+        raise common.UserError(f"--manual_splits: no such patient or folder: {', '.join(unknown)}")
+    owners = {part: set().union(*(patient[name] for name in names)) for part, names in listed.items()}
+    twice = [f"{sorted(a & b)} in {p} and {q}" for (p, a), (q, b) in itertools.combinations(owners.items(), 2) if a & b]
+    if twice:
+        raise common.UserError(f"--manual_splits: a patient stands on one side of a split; {'; '.join(twice)}")
+    return {part: np.flatnonzero(np.isin(study.patients, sorted(names))) for part, names in owners.items()}
+
+
+def time_split(args, study):
+    """{part: rows}: each sequence cut into consecutive blocks by the ratios, --gap transitions left out between."""
+    ratios = {"train": args.train_ratio, "val": args.val_ratio, "test": args.test_ratio}
+    if abs(sum(ratios.values()) - 1) > 1e-6:
+        raise common.UserError(f"split ratios must add up to 1, found {ratios} (sum {sum(ratios.values()):g})")
+    split = {part: [] for part in ratios}
+    for sequence in np.unique(study.sequences):
+        rows = np.flatnonzero(study.sequences == sequence)
+        rows, start = rows[np.argsort(study.order[rows])], 0
+        room = len(rows) - args.gap * (sum(share > 0 for share in ratios.values()) - 1)
+        for part, share in ratios.items():
+            stop = start + round(share * room)
+            split[part] += rows[start:stop].tolist()
+            start = stop + (args.gap if share > 0 else 0)
+    empty = [part for part, share in ratios.items() if share > 0 and not split[part]]
+    if empty:
+        raise common.UserError(f"--split_by time: the sequences are too short for --gap {args.gap}; empty: "
+                               f"{', '.join(empty)}. Use a smaller --gap")
+    return {part: np.array(sorted(rows), dtype=int) for part, rows in split.items()}
+
+
+def make_split(args, study):
+    """The split of the flags: {train, val, test: (n,) rows}."""
+    if args.manual_splits:
+        return manual_split(args, study)
+    if args.split_by == "time" and not args.split_file:
+        return time_split(args, study)
+    parts = sum(share > 0 for share in (args.train_ratio, args.val_ratio, args.test_ratio))
+    patients = len(set(study.patients))
+    if patients < parts and not args.split_file:
+        raise common.UserError(f"{patients} patients are too few for {parts} parts: --split_by time cuts the sequences "
+                               f"in blocks (and says nothing across patients), --test_ratio 0 or --folds {patients} "
+                               "leave one out")
+    return common.split_of_flags(args, study.names, None, study.patients)
+
+
+def prepare_split(run, args, study, split):
+    """splits.json, leakage report over the frames of the parts, statistics; refuse a split that leaks."""
+    by_time = args.split_by == "time"
+    extra = {"patients": {part: sorted(set(study.patients[rows])) for part, rows in split.items()}, "by": args.split_by}
+    common.write_splits(run.path("splits.json"), split, study.names, extra)
+    owner, key = np.full(len(study.store), "", dtype=object), [str(path) for path in study.store.paths]
+    for row, pair in enumerate(study.frames):
+        owner[pair[pair >= 0]] = study.patients[row]
+        for i in pair[pair >= 0]:
+            key[i] = f"{study.sequences[row]}/{study.store.paths[i].name}"
+    frames = {part: np.unique(study.frames[rows][study.frames[rows] >= 0]) for part, rows in split.items()}
+    phash = np.array(study.frame_audit("phash"), dtype=np.uint64)
+    report = common.leakage_report(frames, study.frame_audit("pixel_sha"), phash, key, None if by_time else owner)
+    common.write_json(run.path("leakage_report.json"), report)
+    run.say(common.leakage_text(report))
+    if by_time:
+        run.say(f"split by time, {args.gap} transitions between blocks: every patient stands in every part, so nothing "
+                "is said across patients")
+    common.check_leakage(report, args.allow_leakage)
+    common.write_json(run.path("dataset_stats.json"), dataset_stats(study, split))
+    plot_dataset(study, split, args, run.path("dataset_statistics.png"))
+
+
+def run_split(run, args, study, split):
+    """Train and score one split; returns the held-out rows' Scored: test where there is one, else val."""
+    prepare_split(run, args, study, split)
+    if args.dry_run:
+        split = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
+    if study.features is None:
+        encode_frames(study, np.concatenate(list(split.values())), args, run.compute)
+    run.write_args(**study.record(split))
+    predicted, model, scaler, training = fit(run, args, study, split)
+    train, val = (common.mean_metrics(common.regression_metrics(
+        wrapped(predicted[part]["at1"], study.at1[split[part]]), study.at1[split[part]])) for part in ("train", "val"))
+    _, loaders = make_loaders(study, split, args, run.compute)
+    loss_function = DreamLoss(args, scaler, run.compute.device)
+    for part in (part for part in ("val", "test") if len(split.get(part, ()))):
+        rows = split[part]
+        use = use_of_inputs(model, loaders[part], loss_function, run.compute, study.patients[rows])
+        scored = Scored(rows, {"predicted": predicted[part]["at1"], **baselines(study, split["train"], rows)},
+                        predicted[part]["at2"], use, part)
+        write_predictions(run.path(f"predictions_{part}.csv"), study, scored)
+    common.plot_history([{name: value for name, value in row.items() if name != "train_total_loss"}
+                         for row in training.history], run.path("training_history.png"), training.best["epoch"])
+    plot_training(training, run.path("training_summary.png"))
+    report_results(run, args, study, split, scored, common.split_gap_alarms(train, val), training.best["epoch"])
+    return scored
+
+
+def run_folds(run, args, study):
+    """One run per fold in fold_K/, patients left out in turn, then the predictions pooled and scored as one."""
+    fold_of = common.make_folds(len(study.names), args.folds, None, study.patients, args.seed, study.names)
+    folds = {f"fold_{k}": np.flatnonzero(fold_of == k) for k in range(args.folds)}
+    prepare_split(run, args, study, folds)
+    encode_frames(study, np.arange(len(study.names)), args, run.compute)
+    run.write_args(**study.record(folds))
+    results, done = [], []
+    for k in range(args.folds) if args.fold == "all" else [args.fold]:
+        split = {"train": np.flatnonzero(fold_of != k), "val": folds[f"fold_{k}"], "test": np.array([], dtype=int)}
+        with run.child(f"fold_{k}") as child:
+            if not child.path("metrics.json").exists():
+                run_split(child, args, study, split)
+            else:
+                child.say(f"fold {k} is finished")
+            metrics = common.read_json(child.path("metrics.json"))
+            scored = read_predictions(child.path("predictions_val.csv"), study, metrics["use"], "val")
+        results.append(scored)
+        done.append({"fold": k, "rows": len(scored.rows), "patients": sorted(set(study.patients[scored.rows])),
+                     **{name: metrics[name] for name in ("best_epoch", "mean", "use", "baseline")}})
+    common.write_table(run.path("fold_table.csv"), fold_rows(done))
+    weights = [len(scored.rows) for scored in results]
+    use = {name: float(np.average([scored.use[name] for scored in results], weights=weights)) for name in USE_COLUMNS}
+    pooled = Scored(np.concatenate([s.rows for s in results]), {
+        kind: np.concatenate([s.predicted[kind] for s in results]) for kind in results[0].predicted},
+        np.concatenate([s.at2 for s in results]), use, "folds")
+    write_predictions(run.path("predictions_folds.csv"), study, pooled)
+    alarms = common.identical_fold_alarms([list(fold["mean"].values()) for fold in done])
+    report_results(run, args, study, folds, pooled, alarms, folds=done)
+
+
+def load_checkpoint(args, run):
+    """--checkpoint -> (its content, model on the device); the model's settings in it replace the flags."""
+    content = common.load_model_file(args.checkpoint, common.script_name())
+    with common.checkpoint_fields(args.checkpoint):
+        for name, value in {**content["settings"], **content["weights"]}.items():
+            setattr(args, name, value)
+        args.pretrained, args.weights = False, None
+        model = build_model(args, content["scaler"], args.compose)
+        common.load_state(model, content["model"], args.checkpoint)
+        args.pretrained = content["pretrained"]  # for the baseline on the untuned encoder
+    settings = ", ".join(f"{name} {getattr(args, name)}" for name in MODEL_FLAGS)
+    run.say(f"checkpoint: epoch {content['epoch']}, {settings}")
+    return content, run.compute.place(model)
+
+
+def rows_to_score(args, study, content):
+    """(part, its rows, train rows): of the checkpoint's split where the data are its own, else all rows."""
+    path, row_of = args.checkpoint.parent / "splits.json", {name: row for row, name in enumerate(study.names)}
+    listed = common.read_json(path) if path.is_file() else {}
+    split = {part: np.array(sorted(row_of[name] for name in listed.get(part, ()) if name in row_of), dtype=int)
+             for part in ("train", "val", "test")}
+    is_own = any(len(rows) for rows in split.values())
+    part = args.score_part if args.score_part != "auto" else (
+        "all" if not is_own else "test" if len(split["test"]) else "val")
+    rows = np.arange(len(study.names)) if part == "all" else split[part]
+    if not len(rows):
+        raise common.UserError(f"--score_part {part}: no rows of it in {args.data_dir}; --score_part all takes all")
+    return part, rows, split["train"]
+
+
+def score_checkpoint(run, args):
+    """--mode evaluate: metrics, predictions and report of a trained model on rows it was not trained on."""
+    content, model = load_checkpoint(args, run)
+    study = load_study(args, run)
+    part, rows, train = rows_to_score(args, study, content)
+    run.write_args(**study.record({part: rows}))
+    if len(train):
+        encode_frames(study, np.union1d(train, rows), args, run.compute)
+    _, loaders = make_loaders(study, {"train": rows, part: rows}, args, run.compute)
+    loss_function = DreamLoss(args, content["scaler"], run.compute.device)
+    predicted, _ = evaluate(model, loaders[part], loss_function, run.compute)
+    use = use_of_inputs(model, loaders[part], loss_function, run.compute, study.patients[rows])
+    centre = content["scaler"]["at1"]["mean"].numpy()
+    others = baselines(study, train, rows, centre)
+    scored = Scored(rows, {"predicted": predicted["at1"], **others}, predicted["at2"], use, part)
+    write_predictions(run.path(f"predictions_{part}.csv"), study, scored)
+    seen = sorted(set(study.patients[rows]) & set(content["train_patients"]))
+    alarms = [f"the model was trained on these patients: {', '.join(seen[:5])}"] if seen else []
+    report_results(run, args, study, {part: rows}, scored, alarms, content["epoch"])
+
+
+def predict(run, args):
+    """--mode predict: predictions.csv with at1 and at2 for every transition; labels are not needed."""
+    content, model = load_checkpoint(args, run)
+    study = load_study(args, run, needs_labels=False)
+    rows = np.arange(len(study.names))
+    run.write_args(**study.record({"all": rows}))
+    _, loaders = make_loaders(study, {"train": rows, "all": rows}, args, run.compute)
+    predicted, _ = evaluate(model, loaders["all"], DreamLoss(args, content["scaler"], run.compute.device), run.compute)
+    keys = {"name": study.names, "patient": study.patients, "sequence": study.sequences}
+    values = {"predicted": predicted["at1"], "predicted_t2": predicted["at2"], "motion": study.motion}
+    common.write_target_table(run.path("predictions.csv"), keys, AXES, values)
+    common.write_json(run.path("metrics.json"), {"part": "predict", "rows": len(rows), "epoch": content["epoch"]})
+    run.say(f"{len(rows)} transitions; predicted: the motion asked for at t1. Open next: {run.path('predictions.csv')}")
+
+
+def main():
+    args = parse_args()
+    with common.start_run(args) as run:
+        if args.mode != "train":
+            return {"evaluate": score_checkpoint, "predict": predict, "audit": audit_data}[args.mode](run, args)
+        study = load_study(args, run)
+        read_criteria(args)
+        if args.folds:
+            run_folds(run, args, study)
+        else:
+            run_split(run, args, study, make_split(args, study))
+
+
+if __name__ == "__main__":
+    common.run_main(main)
