@@ -5,7 +5,8 @@
 #   ./run_local.sh --install_only [requirements files]          environment only; its python is printed last
 #
 # Data of train_assessor.py: --images_dir and --ratings_file (or --config) if given, else ./images with the table in
-# ./ratings, else small sample data that it makes. Further flags pass through; yours win.
+# ./ratings, else small sample data that it makes. Data of train_video.py: --manifest or --video_root (or --config) if
+# given, else sample data. Further flags pass through; yours win.
 # Environment: the active venv or conda environment, else ./.venv (made when missing).
 #   VENV=DIR      use or make the environment in DIR       PYTHON=FILE   use this interpreter
 set -euo pipefail
@@ -131,6 +132,29 @@ verify() {
     "$python" "$here/verify_setup.py" --quick --task "$task" "$@"
 }
 
+has_flag() {  # "NAME NAME ..." FLAGS...: is one of them among the flags, dashed or not?
+    local names=" $1 " word
+    shift
+    for word in "$@"; do
+        word=$(printf '%s' "${word%%=*}" | tr - _)
+        case "$names" in *" ${word#__} "*) [ "${word#__}" = "$word" ] || return 0 ;; esac
+    done
+    return 1
+}
+
+make_sample() {  # sets $sample
+    sample=$here/sample_data
+    say "no data named$1: SAMPLE DATA, made in $sample; its results say nothing about any real data"
+    "$python" "$here/make_sample_data.py" --task "$task" --output_dir "$sample"
+}
+
+needs_random_weights() {  # FLAGS...: true where weights are wanted and cannot be had
+    if has_flag "no_pretrained weights" "$@" || "$python" "$here/verify_setup.py" --download_weights resnet18; then
+        return 1
+    fi
+    say "PRETRAINED WEIGHTS CANNOT BE HAD: RANDOM WEIGHTS INSTEAD, on sample data only; scores will be low"
+}
+
 run_script() {
     say "python $script $*"
     exec "$python" "$here/$script" "$@"
@@ -144,6 +168,29 @@ esac
 task=${script#train_}
 task=${task%.py}
 choose_environment "$here/requirements.txt"
+
+if [ "$task" = video ]; then
+    if has_flag "manifest train_manifest video_root config mode resume resume_from_checkpoint help" "$@"; then
+        named=()
+        for name in manifest video_root label_map group_column; do
+            value=$(flag_value "$name" "$@")
+            [ -z "$value" ] || named+=("--$name" "$value")
+        done
+        [ "$(flag_value task "$@")" != regress ] || named+=(--scores)
+        if has_flag "manifest video_root" "$@"; then
+            verify "${named[@]}" || say "verify_setup.py found faults (above); training names what stops it"
+        fi
+        run_script "$@"
+    fi
+    make_sample ""
+    named=(--manifest "$sample/video/manifests/all.csv" --video_root "$sample/video/videos" --label_map
+        "$sample/video/manifests/label_map.json")
+    verify "${named[@]}"
+    set -- --config "$here/configs/video_small_data.yaml" "${named[@]}" --test_ratio 0.25 --train_ratio 0.5 \
+        --val_ratio 0.25 "$@"
+    ! needs_random_weights "$@" || set -- --no_pretrained "$@"
+    run_script "$@"
+fi
 
 images=$(flag_value images_dir "$@") ratings=$(flag_value ratings_file "$@")
 if [ "$task" != assessor ] || [ -n "$images$ratings$(flag_value config "$@")" ]; then
@@ -159,19 +206,11 @@ if [ -d "$data/images" ] && [ -d "$data/ratings" ]; then
     run_script --images_dir "$data/images" --ratings_file "$table" "$@"
 fi
 
-sample=$here/sample_data
-say "no ./images with ./ratings here: SAMPLE DATA, made in $sample; its results say nothing about any real data"
-"$python" "$here/make_sample_data.py" --task assessor --output_dir "$sample"
+make_sample " and no ./images with ./ratings here"
 images=$sample/assessor/images table=$sample/assessor/ratings/$published
 verify --images_dir "$images" --ratings_file "$table"
 # about two minutes on two cores, from random weights too
 set -- --images_dir "$images" --ratings_file "$table" --group_column subject --backbone resnet18 --image_size 96 \
     --epochs 20 --batch_size 8 --lr 5e-4 --dropout 0 --augment none --normalize_targets "$@"
-case " $* " in
-    *" --no_pretrained "* | *" --weights"*) ;;
-    *) "$python" "$here/verify_setup.py" --download_weights resnet18 || {
-        say "PRETRAINED WEIGHTS CANNOT BE HAD: RANDOM WEIGHTS INSTEAD, on sample data only; scores will be low"
-        set -- --no_pretrained "$@"
-    } ;;
-esac
+! needs_random_weights "$@" || set -- --no_pretrained "$@"
 run_script "$@"

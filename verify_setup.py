@@ -2,10 +2,13 @@
 
     python verify_setup.py
     python verify_setup.py --quick --task assessor --images_dir ./images --ratings_file ./ratings/table.csv
+    python verify_setup.py --quick --task detector --images_dir ./images --json annotations.json
+    python verify_setup.py --quick --task video --manifest events.csv --video_root videos
     python verify_setup.py --download_weights resnet50 vit_b_16      # on a machine with internet
 
 Without --images_dir and --ratings_file the data are ./images with the table in ./ratings, else ./sample_data, else
-sample data made for the occasion. Nothing is written but to a temporary folder and, when asked to, the weights cache.
+sample data made for the occasion; without --manifest ./sample_data, else the same. Nothing is written but to a
+temporary folder and, when asked to, the weights cache.
 Exit code 1 when a row says FAIL, else 0. Packages are imported where used: without torch there is a table too.
 """
 import argparse
@@ -13,6 +16,8 @@ import collections
 import concurrent.futures
 import contextlib
 import importlib
+import itertools
+import json
 import math
 import os
 import re
@@ -31,9 +36,22 @@ TASKS = ("assessor", "video", "detector", "dreamer")
 PUBLISHED_TABLE = "per_image_Slider_mean_sd_from_wide.csv"
 SAMPLE_IMAGES, SAMPLE_TABLE = Path("assessor/images"), Path("assessor/ratings") / PUBLISHED_TABLE
 # What a dry run is given beside --dry_run; paths lie in the folder that make_sample_data.py fills.
+SAMPLE_EVENTS = {"--manifest": Path("video/manifests/all.csv"), "--video_root": Path("video/videos"),
+                 "--label_map": Path("video/manifests/label_map.json")}
 DRY_RUN_FLAGS = {"assessor": ["--images_dir", SAMPLE_IMAGES, "--ratings_file", SAMPLE_TABLE, "--no_pretrained",
-                              "--backbone", "resnet18", "--image_size", "64"]}
-WEIGHTS = {"assessor": "resnet18 resnet34 resnet50 resnet101 efficientnet_b0 efficientnet_b3 vit_b_16".split()}
+                              "--backbone", "resnet18", "--image_size", "64"],
+                 "detector": ["--train_json", "detector/annotations.json", "--train_images", "detector/images",
+                              "--split_ratio", "0.7", "--group_column", "street", "--no_pretrained", "--min_size",
+                              "64", "--max_size", "96", "--num_workers", "0", "--model", "fasterrcnn_resnet18_fpn"],
+                 "dreamer": ["--data_dir", "dreamer", "--patient_map", "dreamer/patient_map.json", "--no_pretrained",
+                             "--encoder", "resnet18", "--image_size", "64", "--token_type", "spatial",
+                             "--d_model", "48"],
+                 "video": [*itertools.chain(*SAMPLE_EVENTS.items()), "--model", "cnn_lstm", "--no_pretrained",
+                           "--image_size", "32", "--n_frames", "4"]}
+WEIGHTS = {"assessor": "resnet18 resnet34 resnet50 resnet101 efficientnet_b0 efficientnet_b3 vit_b_16".split(),
+           "detector": ["resnet18", "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2",
+                        "fasterrcnn_mobilenet_v3_large_320_fpn"], "dreamer": ["resnet34", "resnet18"],
+           "video": ["r3d_18", "resnet18"]}
 OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
 MODULES = {"pillow": "PIL", "opencv-python": "cv2", "PyYAML": "yaml"}  # where the module is not called as its package
 IMPORT_REMEDIES = {
@@ -203,7 +221,7 @@ def check_model(tasks):
     backbone, width = common.build_backbone("resnet18", pretrained=False)
     shape = tuple(backbone.eval()(torch.zeros(1, 3, 224, 224)).shape)
     yield Check("OK" if shape == (1, width) else "FAIL", "model", f"resnet18 gives features of shape {shape}")
-    names = [name for task in tasks for name in WEIGHTS.get(task, ())]
+    names = dict.fromkeys(name for task in tasks for name in WEIGHTS.get(task, ()))
     missing = [name for name in names if not common.cached_weights_file(name)[0].exists()]
     yield doubtful("weights not cached", missing, "fetched at first use; for machines without internet, on one with: "
                    "python verify_setup.py --download_weights NAME")
@@ -315,6 +333,79 @@ def check_images(paths):
     yield doubtful("identical images", twins, "a split between them would leak: keep one of each")
 
 
+def find_dreamer_data(args, temporary):
+    """(folder of transitions, patient map or None): the flags, else ./data/processed, else sample data."""
+    if args.data_dir or Path("data/processed").is_dir():
+        return args.data_dir or Path("data/processed"), args.patient_map
+    made = Path("sample_data/dreamer")
+    made = made if made.is_dir() else make_sample("dreamer", temporary) / "dreamer"
+    return made, made / "patient_map.json"
+
+
+def run_audit(script, *flags):
+    """A script's own --mode audit, which knows its formats. Raises UserError with what it could not read."""
+    import common
+    result = subprocess.run([sys.executable, HERE / script, "--mode", "audit", *flags], capture_output=True, text=True,
+                            timeout=900)
+    if result.returncode:
+        raise common.UserError(f"{result.stderr.strip()[-1000:].removeprefix('error: ')}")
+
+
+def check_dreamer(args, temporary):
+    """Audit of transitions by train_dreamer.py --mode audit, which knows their formats and the pose algebra."""
+    import common
+    folder, patient_map = find_dreamer_data(args, temporary)
+    yield Check("OK", "data", str(folder))
+    output = Path(temporary) / "audit"
+    run_audit("train_dreamer.py", "--data_dir", folder, "--output_dir", output,
+              *(["--patient_map", patient_map] if patient_map else []))
+    for check in common.read_json(next(output.glob("run_*")) / "audit.json")["checks"]:
+        yield Check(**check)
+
+
+def check_video(args, temporary):
+    """Audit of a manifest and its videos, as train_video.py makes it: each file is decoded to its end."""
+    import common
+    given = {f"--{name}": getattr(args, name) for name in ("manifest", "video_root", "label_map")}
+    if given["--label_map"] and not given["--manifest"]:
+        raise common.UserError(f"--label_map {args.label_map} needs --manifest")
+    if not (given["--manifest"] or given["--video_root"]):
+        made = Path("sample_data")
+        made = made if (made / SAMPLE_EVENTS["--manifest"]).exists() else make_sample("video", temporary)
+        given = {flag: made / path for flag, path in SAMPLE_EVENTS.items()}
+    flags = [*itertools.chain(*((flag, path) for flag, path in given.items() if path)),
+             *(["--group_column", args.group_column] if args.group_column else []),
+             "--task", "regress" if args.scores else "classify"]
+    yield Check("OK", "data", " ".join(str(path) for path in given.values() if path))
+    output, start = Path(temporary) / "audit.json", time.perf_counter()
+    run_audit("train_video.py", "--output", output, *flags)
+    report = json.loads(output.read_text(encoding="utf-8"))
+    [part] = report["parts"].values()
+    yield Check("OK", "clips", f"{part['rows']} of {part['videos']} videos, {part['events']} events, "
+                f"{'no' if part['groups'] is None else part['groups']} groups; "
+                f"{', '.join(f'{name} {n}' for name, n in part['classes'].items()) or 'scores'}; read in "
+                f"{time.perf_counter() - start:.0f} s")
+    yield from video_faults(report)
+
+
+def video_faults(report):
+    """Rows on what an audit of train_video.py found wrong with videos and windows."""
+    bad = "".join(f"\n{path}: {error}" for path, error in report["unreadable"].items())
+    yield Check("FAIL" if bad else "OK", "unreadable videos", f"{len(report['unreadable'])}{bad}",
+                "mend or remove them, or train with a larger --max_missing" if bad else "")
+    yield doubtful("rows left out", [f"{row['row']} ({row['reason']})" for row in report["skipped"]],
+                   "correct them in the manifest")
+    [within] = report["within"].values()
+    for what, found, remedy in (
+            ("windows past the end", report["windows_past_the_end"]["past"], "correct their offsets"),
+            ("identical clips", within["exact_duplicates"], "a split between them would leak: keep one of each"),
+            ("overlapping windows", within["overlapping_windows"], "split by video or group"),
+            ("events of two labels", within["events_with_two_labels"], "one of the labels is wrong")):
+        more = f" and {found['count'] - len(found['examples'])} more" * (found["count"] > len(found["examples"]))
+        yield Check("WARN" if found["count"] else "OK", what, f"{found['count']}: {', '.join(found['examples'])}{more}"
+                    if found["count"] else "none", remedy if found["count"] else "")
+
+
 def listed(names, limit=10):
     """'a, b, c and 4 more'."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
@@ -338,7 +429,29 @@ def check_dry_run(task, temporary):
     yield Check("OK", f"dry run {task}", f"on sample data, {time.perf_counter() - start:.0f} s")
 
 
-AUDITS = {"assessor": check_assessor}
+def check_detector(args, temporary):
+    """Audit of part annotations and their pictures, by train_detector.py --mode audit."""
+    import common
+    if bool(args.json) != bool(args.images_dir):
+        raise common.UserError(f"--json needs --images_dir; found {args.json or args.images_dir} alone")
+    made = None if args.json else make_sample("detector", temporary) / "detector"
+    path, images_dir = (args.json, args.images_dir) if args.json else (made / "annotations.json", made / "images")
+    yield Check("OK", "data", f"{images_dir}, {path}")
+    found = Path(temporary) / "audit.json"
+    run_audit("train_detector.py", "--json", path, "--images_dir", images_dir, "--min_size", "128", "--output", found)
+    audit = common.read_json(found)
+    totals = {name: sum(row[name] for row in audit["parts"]) for name in audit["parts"][0] if name != "part"}
+    yield Check("OK", "annotations", f"{audit['pictures']} pictures, {len(audit['parts'])} parts; " + ", ".join(
+        f"{count} {name}" for name, count in totals.items()))
+    for note in audit["notes"]:
+        yield Check("OK", "note", note)
+    skipped = [": ".join(each.values()) for each in audit["skipped"]]
+    yield doubtful("skipped", skipped, "they are left out of training and listed in its skipped.csv")
+    yield Check("WARN" if audit["copies"]["exact_duplicates"] else "OK", "identical images",
+                f"{audit['copies']['exact_duplicates']}, and {audit['copies']['near_duplicates']} near duplicates")
+
+
+AUDITS = {"assessor": check_assessor, "video": check_video, "detector": check_detector, "dreamer": check_dreamer}
 
 
 # --- the table -----------------------------------------------------------------
@@ -351,11 +464,19 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--task", choices=(*TASKS, "all"), default="all", help="whose data, dry run and weights are checked")
     add("--quick", action="store_true", help="leave the dry runs out: seconds instead of minutes")
-    add("--images_dir", type=Path, help="assessor: folder of images (default: ./images)")
+    add("--images_dir", type=Path, help="folder of images (assessor: default ./images)")
+    add("--json", type=Path, help="detector: part annotations or COCO of the pictures in --images_dir")
     add("--ratings_file", type=Path, help="assessor: ratings table (default: the one in ./ratings)")
     add("--image_column", help="assessor: column of the image names, where it is not found by itself")
     add("--target_columns", nargs="+", metavar="NAME", help="assessor: ratings to predict (default: all)")
     add("--duplicates", choices=("error", "mean"), default="error", help="assessor: repeated rows fail or are averaged")
+    add("--data_dir", type=Path, help="dreamer: folder of transitions (default: ./data/processed)")
+    add("--patient_map", type=Path, help="dreamer: JSON or CSV that says which patient a folder belongs to")
+    add("--manifest", type=Path, help="video: table of events or sequences (default: sample data)")
+    add("--video_root", type=Path, help="video: folder of the videos, or of class folders without a manifest")
+    add("--label_map", type=Path, help="video: file of spelling -> class")
+    add("--group_column", help="video: column of the groups that a split keeps whole")
+    add("--scores", action="store_true", help="video: the manifest holds scores of sequences (--task regress)")
     add("--output_dir", type=Path, default=Path("outputs"), help="where runs will be written: its disk is checked")
     add("--download_weights", nargs="*", metavar="NAME", help="only fill the weights cache (no name: all)")
     return parser.parse_args(argv)

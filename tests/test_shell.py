@@ -153,11 +153,33 @@ def test_a_failed_check_stops_before_training(repo, tmp_path):
 
 
 def test_first_argument_names_another_script(repo, tmp_path):
-    result = run([repo / "run_local.sh", "train_video.py", "--clips", "x"], tmp_path)
-    assert calls(result, "train_video.py") == [["--clips", "x"]], result.stderr
-    assert calls(result, "verify_setup.py") == [["--quick", "--task", "video"]]
+    flags = ["--manifest=a b.csv", "--video-root", "v", "--task", "regress"]
+    result = run([repo / "run_local.sh", "train_video.py", *flags], tmp_path)
+    assert calls(result, "train_video.py") == [flags], result.stderr
+    assert calls(result, "verify_setup.py") == [["--quick", "--task", "video", "--manifest", "a b.csv", "--video_root",
+                                                 "v", "--scores"]]
     missing = run([repo / "run_local.sh", "train_nothing.py"], tmp_path)
     assert missing.returncode == 1 and "train_nothing.py" in missing.stderr and "train_assessor.py" in missing.stderr
+
+
+def test_video_without_data_makes_samples(repo, tmp_path):
+    result = run([repo / "run_local.sh", "train_video.py", "--epochs", "3"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    flags = calls(result, "train_video.py")[0]
+    assert "SAMPLE DATA" in result.stderr
+    assert value(flags, "manifest") == str(repo / "sample_data/video/manifests/all.csv")
+    assert value(flags, "config") == str(repo / "configs/video_small_data.yaml") and value(flags, "epochs") == "3"
+    assert calls(result, "make_sample_data.py") == [["--task", "video", "--output_dir", str(repo / "sample_data")]]
+    set_verify(repo, missing=1)
+    flags = calls(run([repo / "run_local.sh", "train_video.py"], tmp_path), "train_video.py")[0]
+    assert "--no_pretrained" in flags
+
+
+@pytest.mark.parametrize("flags", [["--config", "c.yaml"], ["--mode", "predict", "--checkpoint", "x"],
+                                   ["--resume=outputs/run_1"], ["--train-manifest", "t.csv"]])
+def test_video_with_data_passes_through(repo, tmp_path, flags):
+    result = run([repo / "run_local.sh", "train_video.py", *flags], tmp_path)
+    assert calls(result, "train_video.py") == [flags] and not calls(result, "make_sample_data.py"), result.stderr
 
 
 def test_exit_code_of_the_script_is_passed_on(repo, tmp_path):

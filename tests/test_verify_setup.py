@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from packaging.version import Version
@@ -286,6 +287,54 @@ def test_data_are_looked_for_in_the_stated_order(study, monkeypatch):
         verify_setup.find_assessor_data(args, "t")
 
 
+# --- videos ----------------------------------------------------------------------
+
+def audit_video(temporary, **flags):
+    """{name: Check} of a manifest of events."""
+    args = SimpleNamespace(manifest=None, video_root=None, label_map=None, group_column=None, scores=False)
+    vars(args).update(flags)
+    return {check.name: check for check in verify_setup.check_video(args, temporary)}
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """Six .npy clips of 2 s at 12 frames a second, and a manifest that fits them."""
+    for number in range(6):
+        noise = torch.randint(0, 256, (24, 16, 20, 3), generator=torch.Generator().manual_seed(number))
+        np.save(tmp_path / f"{number}.npy", noise.to(torch.uint8).numpy())
+    rows = [f"{number}.npy,{'ab'[number % 2]},{number},0.2,1.5" for number in range(6)]
+    return SimpleNamespace(folder=tmp_path, manifest=tmp_path / "m.csv", rows=rows)
+
+
+def test_clean_videos_have_no_warning(clips):
+    clips.manifest.write_text("\n".join(["path,label,group,start_sec,end_sec", *clips.rows]) + "\n")
+    checks = audit_video(clips.folder, manifest=clips.manifest)
+    assert {check.status for check in checks.values()} == {"OK"}, checks
+    assert "6 of 6 videos, 6 events, 6 groups; a 3, b 3" in checks["clips"].found
+
+
+def test_every_fault_of_videos_has_its_row(clips):
+    clips.rows += ["0.npy,a,0,0.7,1.9", "copy.npy,b,7,0.2,1.5", "1.npy,b,1,50,51", "2.npy,,2,0.2,1.5",
+                   "broken.npy,a,8,0,1"]
+    (clips.folder / "copy.npy").write_bytes((clips.folder / "3.npy").read_bytes())
+    (clips.folder / "broken.npy").write_text("nothing")
+    clips.manifest.write_text("\n".join(["path,label,group,start_sec,end_sec", *clips.rows]) + "\n")
+    checks = audit_video(clips.folder, manifest=clips.manifest, video_root=clips.folder)
+    expected = {"unreadable videos": ("FAIL", "broken.npy"), "rows left out": ("WARN", "no label"),
+                "windows past the end": ("WARN", "1.npy@50-51"), "identical clips": ("WARN", "3.npy"),
+                "overlapping windows": ("WARN", "0.npy@0.2-1.5 = 0.npy@0.7-1.9")}
+    for name, (status, words) in expected.items():
+        assert checks[name].status == status and words in checks[name].found, checks[name]
+        assert checks[name].remedy, f"{name} does not say what to do"
+
+
+def test_a_manifest_that_cannot_be_read_is_a_fail_row(clips, capsys):
+    clips.manifest.write_text("clip_number,what\n1,a\n")
+    assert verify_setup.main(["--quick", "--task", "video", "--manifest", str(clips.manifest)]) == 1
+    printed = capsys.readouterr().out
+    assert "FAIL  data of video" in printed and "expected a column of paths" in printed, printed
+
+
 # --- the table -------------------------------------------------------------------
 
 def test_dashes_are_accepted_within_flags_only():
@@ -303,7 +352,9 @@ def test_the_whole_table_on_made_data(tmp_path):
     """No data here: sample data are made, the train script's dry run succeeds, what is not there yet is named."""
     result = verify(cwd=tmp_path, TORCH_HOME=str(tmp_path / "cache"))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "OK    dry run assessor" in result.stdout and "weights not cached" in result.stdout
+    present = [task for task in verify_setup.TASKS if (REPO / f"train_{task}.py").exists()]
+    assert all(f"OK    dry run {task}" in result.stdout for task in present), result.stdout
+    assert "weights not cached" in result.stdout and "120 of 24 videos" in result.stdout
     absent = [task for task in verify_setup.TASKS if not (REPO / f"train_{task}.py").exists()]
     assert all(f"SKIP  {task}" in result.stdout for task in absent), result.stdout
     assert list(tmp_path.iterdir()) == [], "something was written where it was called"
