@@ -17,6 +17,52 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+FAULTS = {}  # group of the fault table -> (cases that held, cases that were to be run)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all_cases", action="store_true", help="all cases of the torture groups, not the short part")
+    parser.addoption("--fault_table", metavar="FILE", help="write the table of faults, cases and results (Markdown)")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not FAULTS:
+        return
+    rows = ["| fault | cases | result |", "|---|---|---|"]
+    for group, (held, planned) in FAULTS.items():
+        rows.append(f"| {group} | {planned} | {'all held' if held == planned else f'{planned - held} FAILED'} |")
+    terminalreporter.section("faults")
+    terminalreporter.write_line("\n".join(rows))
+    if config.getoption("fault_table"):
+        Path(config.getoption("fault_table")).write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+class Cases:
+    """Counts the cases of one fault group over all tests that share its name; a case that raises does not hold."""
+
+    def __init__(self, all_cases):
+        self.all_cases = all_cases
+
+    def number(self, short, every):
+        """How many cases this session runs: `short` of them, or `every` one under --all_cases."""
+        return every if self.all_cases else short
+
+    @contextlib.contextmanager
+    def case(self, group):
+        """One case: entered it is planned, left without an error it held."""
+        held, planned = FAULTS.get(group, (0, 0))
+        FAULTS[group] = (held, planned + 1)
+        yield
+        held, planned = FAULTS[group]
+        FAULTS[group] = (held + 1, planned)
+
+
+@pytest.fixture(scope="session")
+def cases(request):
+    """The counter of the fault table: `with cases.case("save path"): ...` around each case."""
+    return Cases(request.config.getoption("all_cases"))
+
+
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory):
     """Sample data of the assessor: .images, .ratings (mean, sd, n), .raw (single ratings), 48 pictures."""
