@@ -1,9 +1,9 @@
 """The shared shelf of the train scripts: what a run needs whatever it predicts. Imports no script.
 
 Sections, in the order in which a run meets them: Constants and user errors; Arguments and config; Run folder and log;
-Device, seed and loaders; Tables and splits; Leakage; Images and clips; Transforms; Backbones and weights; Optimiser and
-schedule; Checkpoints and resume; Early stopping; Metrics; Intervals and baselines; Noise ceiling; Calibration; Alarms
-and criteria; Plots; Report.
+Device, seed and loaders; Several processes; Tables and splits; Leakage; Images and clips; Transforms; Backbones and
+weights; Optimiser and schedule; Checkpoints and resume; Early stopping; Metrics; Intervals and baselines; Noise
+ceiling; Calibration; Alarms and criteria; Plots; Report.
 
 Letters: N rows, B batch, R ratings or other targets, C classes, F features, D draws, S side of a square input or number
 of subjects.
@@ -19,6 +19,7 @@ import dataclasses
 import datetime
 import difflib
 import errno
+import functools
 import gzip
 import hashlib
 import html
@@ -34,6 +35,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import statistics
 import struct
 import subprocess
@@ -363,13 +365,14 @@ class Run:
     """An open run folder: `say` writes to the terminal and log.txt; leaving the `with` block closes it.
 
     A user error before args.json is written removes the folder again, so that a typing mistake leaves nothing behind.
+    Of several processes only the first one says and writes.
     """
 
     def __init__(self, folder, args, compute, signals, resumed=False):
         self.folder, self.args, self.compute, self.signals, self.resumed = folder, args, compute, signals, resumed
         with saving(folder):
-            self._lock = _lock_folder(folder)
-            self._log = open(folder / "log.txt", "a", encoding="utf-8")
+            self._lock = _lock_folder(folder) if compute.processes.is_first else contextlib.nullcontext()
+            self._log = open(folder / "log.txt" if compute.processes.is_first else os.devnull, "a", encoding="utf-8")
 
     def __enter__(self):
         return self
@@ -378,7 +381,8 @@ class Run:
         with contextlib.suppress(OSError), self._log, self._lock:  # a full disk must not hide the error that led here
             if error is not None and not isinstance(error, SystemExit):
                 self._log.write(f"{kind.__name__}: {error}\n")
-        if isinstance(error, UserError) and not self.resumed and not self.path("args.json").exists():
+        is_mine = self.compute.processes.is_first and not self.resumed
+        if is_mine and isinstance(error, UserError) and not self.path("args.json").exists():
             shutil.rmtree(self.folder)
 
     def path(self, name):
@@ -388,7 +392,7 @@ class Run:
     def say(self, text="", log_only=False):
         """Print a line (ASCII) and keep it in log.txt; log_only leaves the terminal alone."""
         text = str(text).encode("ascii", "backslashreplace").decode()
-        if not log_only:
+        if not log_only and self.compute.processes.is_first:
             print(text, flush=True)
         with saving(self._log.name):
             self._log.write(text + "\n")
@@ -401,6 +405,8 @@ class Run:
 
     def watch(self, row):
         """Send a history row to TensorBoard and Weights & Biases, where their flags are given."""
+        if not self.compute.processes.is_first:
+            return
         numbers = {name: value for name, value in row.items() if name != "epoch"}
         if self.args.tensorboard:
             with optional_package("tensorboard", "torch.utils.tensorboard").SummaryWriter(self.folder) as writer:
@@ -432,7 +438,8 @@ class Run:
 def with_progress(run, label, batches, total, done=0):
     """The batches, with a tqdm bar (rate, time left) on a terminal, and in the log one plain line at the end."""
     from tqdm import tqdm
-    start, count, is_hidden = time.perf_counter(), 0, not sys.stderr.isatty()
+    start, count = time.perf_counter(), 0
+    is_hidden = not sys.stderr.isatty() or not run.compute.processes.is_first
     bar = tqdm(batches, label, total, initial=done, leave=False, ascii=True, disable=is_hidden)
     for count, batch in enumerate(bar, start=1):
         yield batch
@@ -449,7 +456,7 @@ def optional_package(flag, module):
 
 
 def start_run(args):
-    """Device, threads, stop signals and the run folder (new, or the one to resume).
+    """Processes, device, threads, stop signals and the run folder (new, or the one to resume).
 
     Returns Run. Raises UserError for a missing device or an output folder that cannot be written; SystemExit(0) when
     the run to resume is finished.
@@ -460,17 +467,22 @@ def start_run(args):
         optional_package("tensorboard", "torch.utils.tensorboard")
     if args.wandb:
         optional_package("wandb", "wandb")
-    compute = choose_compute(args.device, args.use_amp)
+    signals, processes = StopSignals(), Processes()
+    compute = choose_compute(args.device, args.use_amp, processes)
+    processes.join(compute.device)
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    folder = _folder_to_resume(args) if args.resume else None
-    if folder:  # the number of threads decides the last bits of every sum
+    folder = processes.on_first(lambda: _folder_to_resume(args) if args.resume else None)
+    resumed = folder is not None
+    if resumed:  # the number of threads decides the last bits of every sum
         torch.set_num_threads(read_json(folder / "args.json")["device"]["threads"])
-    run = Run(folder or _new_folder(args.output_dir), args, compute, StopSignals(), resumed=folder is not None)
+    run = Run(folder or processes.on_first(lambda: _new_folder(args.output_dir)), args, compute, signals, resumed)
     run.say(f"run folder: {run.folder}{' (continued)' if run.resumed else ''}")
     run.say(f"command: {command_line()}")
     run.say(f"device: {compute.text}; {torch.get_num_threads()} threads; torch {torch.__version__}")
+    if processes.size > 1:
+        run.say(f"processes: {processes.size}; each takes its share of the {args.batch_size} samples of a batch")
     return run
 
 
@@ -634,7 +646,12 @@ def saving(path, n_bytes="more"):
 
 
 def write_whole(path, content):
-    """Write bytes so that a kill at any moment leaves the old file or the new one: temp file, fsync, rename."""
+    """Write bytes so that a kill at any moment leaves the old file or the new one: temp file, fsync, rename.
+
+    Of several processes only the first one writes.
+    """
+    if launched_processes()["rank"] > 0:
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     with saving(path, len(content)):
@@ -692,19 +709,28 @@ def run_main(main):
     try:
         main()
     except UserError as error:
+        if getattr(error, "said_by_first", False):
+            sys.exit(error.code)
         code, text = error.code, f"error: {error}"
     except KeyboardInterrupt:
         code, text = EXIT_INTERRUPT, "interrupted"
     except (torch.OutOfMemoryError, MemoryError) as error:
         code, text = EXIT_CRASH, f"error: out of memory ({one_line(error)})\n{_half_batch()}"
     except RuntimeError as error:
-        if "DataLoader" not in str(error):
+        if launched_processes()["size"] > 1 and LOST_PROCESS.search(str(error)):
+            code, text = EXIT_CRASH, f"error: another process of this run has ended, see there ({one_line(error)})"
+        elif "DataLoader" not in str(error):
             raise
-        code, text = EXIT_CRASH, (f"error: a loader worker died or hangs ({one_line(error)}). The last checkpoint is "
-                                  "whole: --resume auto continues. Try --num_workers 0, or a larger /dev/shm")
+        else:
+            code, text = EXIT_CRASH, (
+                f"error: a loader worker died or hangs ({one_line(error)}). The last checkpoint is whole: --resume "
+                "auto continues. Try --num_workers 0, or a larger /dev/shm")
     else:
-        return
-    sys.stderr.write(f"{text}\n")
+        return leave_processes()
+    rank = 0
+    with contextlib.suppress(UserError):  # the error may be that the rank is none
+        rank = launched_processes()["rank"]
+    sys.stderr.write(f"[process {rank}] {text}\n" if rank else f"{text}\n")
     sys.exit(code)
 
 
@@ -733,6 +759,7 @@ class Compute:
     precision: str
     channels_last: bool
     text: str
+    processes: "Processes" = dataclasses.field(default_factory=lambda: Processes({"rank": 0, "size": 1}))
 
     def autocast(self):
         """Mixed-precision context of the forward pass."""
@@ -748,14 +775,25 @@ class Compute:
         return model
 
 
-def choose_compute(device, use_amp):
-    """--device and --use_amp -> Compute. Raises UserError for a GPU that is asked for and absent."""
+def choose_compute(device, use_amp, processes=None):
+    """--device and --use_amp -> Compute. Raises UserError for a GPU that is asked for and absent.
+
+    processes: of a run that works with several; each takes a GPU of its own on its machine.
+    """
+    launched = launched_processes()
+    if processes is None and launched["size"] > 1:
+        raise UserError(f"this command works in one process, started were {launched['size']}; start it without "
+                        "torchrun, or with srun --ntasks=1")
+    processes = processes or Processes(launched)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(device)
     except RuntimeError:
         raise UserError(f"--device {device}: expected auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and processes.size > 1 and torch.cuda.device_count():
+        device = torch.device("cuda", processes.local_rank % torch.cuda.device_count())  # srun may show each its own
+        torch.cuda.set_device(device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: this torch sees {torch.cuda.device_count()} CUDA GPUs; use --device cpu, "
                         "or run verify_setup.py to see why")
@@ -768,7 +806,7 @@ def choose_compute(device, use_amp):
         _cpuinfo("model name") or platform.processor() or platform.machine())
     layout = precision != "fp32" or device.type == "cuda"
     text = f"{device} ({name}), {precision}{' with channels_last' if layout else ''}"
-    return Compute(device, precision, layout, text)
+    return Compute(device, precision, layout, text, processes)
 
 
 def fast_precision(device):
@@ -809,11 +847,15 @@ class EpochBatches(torch.utils.data.Sampler):
     The dataset's __getitem__ takes the pair, so that augmentation is seeded by it. Set `epoch` and `start` before
     iterating. In training a single leftover sample joins the batch before it, since BatchNorm cannot take one alone.
     weights: (N,) chances of being drawn, with replacement, instead of a permutation.
+    rank of size processes: in training each takes its slice of every batch; else a block of the rows, so that the
+    results of all processes, one after the other, are those of all rows (`Processes.gather`).
     """
 
-    def __init__(self, n_samples, batch_size, seed, train, weights=None):
+    def __init__(self, n_samples, batch_size, seed, train, weights=None, rank=0, size=1):
         self.n_samples, self.seed, self.train, self.weights = n_samples, seed, train, weights
-        self.edges = [*range(0, n_samples, batch_size), n_samples]
+        self.batch_size, self.rank, self.size = batch_size, rank, size
+        low, high = (0, n_samples) if train else (n_samples * rank // size, n_samples * (rank + 1) // size)
+        self.edges = [*range(low, high, batch_size), high]
         if train and batch_size > 1 and len(self.edges) > 2 and self.edges[-1] - self.edges[-2] == 1:
             del self.edges[-2]
         self.epoch, self.start = 0, 0
@@ -828,8 +870,25 @@ class EpochBatches(torch.utils.data.Sampler):
             order = torch.multinomial(torch.as_tensor(self.weights), self.n_samples, True, generator=generator).tolist()
         elif self.train:
             order = torch.randperm(self.n_samples, generator=generator).tolist()
-        for first, last in itertools.pairwise(self.edges[self.start:]):
+        for batch in range(self.start, len(self)):
+            own = self.own_span(batch)
+            first, last = own if own[0] < own[1] else (self.edges[batch], self.edges[batch] + self._least(batch))
             yield [(self.epoch, index) for index in order[first:last]]
+
+    def _least(self, batch):
+        """Samples that a slice holds at least: 2 where the batch size allows, since BatchNorm cannot take one alone."""
+        return min(max(self.batch_size // self.size, 1), 2, self.edges[batch + 1] - self.edges[batch])
+
+    def own_span(self, batch):
+        """(first, last) sample positions of this process's slice of a batch; none left for it: an empty span, and the
+        iteration gives samples that must count for nothing, so that every process takes every step.
+        """
+        first, last = self.edges[batch:batch + 2]
+        if not self.train or self.size == 1:
+            return first, last
+        takers = min(self.size, (last - first) // self._least(batch))
+        cuts = [first + (last - first) * min(k, takers) // takers for k in (self.rank, self.rank + 1)]
+        return tuple(cuts)
 
     def step_span(self, batch, accumulate):
         """(first, last) sample positions of the optimiser step that batch number `batch` belongs to."""
@@ -840,10 +899,11 @@ class EpochBatches(torch.utils.data.Sampler):
 def make_loader(dataset, batch_size, args, compute, train, cached=False, weights=None, collate=None):
     """DataLoader over EpochBatches; `cached`: samples cost little, so that --num_workers auto needs fewer workers."""
     workers = resolve_workers(args.num_workers, cached)
+    share = compute.processes.rank, compute.processes.size
     return torch.utils.data.DataLoader(
-        dataset, batch_sampler=EpochBatches(len(dataset), batch_size, args.seed, train, weights), num_workers=workers,
-        persistent_workers=workers > 0, multiprocessing_context="fork" if workers and CAN_FORK else None,
-        collate_fn=collate,
+        dataset, batch_sampler=EpochBatches(len(dataset), batch_size, args.seed, train, weights, *share),
+        num_workers=workers, persistent_workers=workers > 0, collate_fn=collate,
+        multiprocessing_context="fork" if workers and CAN_FORK else None,
         worker_init_fn=_guard_worker if workers else None, pin_memory=compute.device.type == "cuda",
         timeout=600 if workers else 0)
 
@@ -857,7 +917,7 @@ def resolve_workers(num_workers, cached):
     """'auto' -> up to 8; 0 where a core more for the model helps more (two cores, cached samples) or none can fork."""
     if num_workers != "auto":
         return num_workers
-    cores = count_cores()
+    cores = max(count_cores() // launched_processes()["local_size"], 1)
     return 0 if not CAN_FORK or (cached and cores <= 2) else min(8, cores)
 
 
@@ -906,10 +966,153 @@ class StopSignals:
         if not self.armed:
             sys.exit(EXIT_SAVED)
 
-    @property
-    def exit_code(self):
-        """75 for a scheduler's signal (start me again), 130 for Ctrl-C."""
-        return EXIT_INTERRUPT if self.received == signal.SIGINT else EXIT_SAVED
+
+# ---------------------------------------------------------------------------
+# Several processes
+# ---------------------------------------------------------------------------
+# torch.distributed for torchrun and srun: every process runs the whole script on its share of each batch and of each
+# evaluation; the first one alone writes. One process alone never touches torch.distributed.
+
+LOST_PROCESS = re.compile(r"gloo|nccl|TCPStore|[Cc]onnection (closed|reset)|Broken pipe", re.IGNORECASE)
+PROCESS_TIMEOUT = datetime.timedelta(minutes=30)  # how long processes wait for one another, as for a report
+
+
+def launched_processes(env=os.environ):
+    """{rank, size, local_rank, local_size} that torchrun or an srun step gives this process; alone: rank 0 of 1."""
+    if "RANK" in env and "WORLD_SIZE" in env:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # the batch script has a rank too, but is no step
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+    else:
+        names = ()
+    found = [int(re.match(r"\d+", env.get(name, ""))[0]) if re.match(r"\d", env.get(name, "")) else None
+             for name in names]
+    rank, size, local_rank, local_size = found or (0, 1, 0, 1)
+    if rank is None or size is None or not 0 <= rank < size:
+        raise UserError(f"{names[0]}={env.get(names[0])} and {names[1]}={env.get(names[1])} are no rank of a number of "
+                        "processes; start with torchrun or srun, or unset them")
+    return {"rank": rank, "size": size, "local_rank": local_rank or 0, "local_size": local_size or 1}
+
+
+def meeting_point(env=os.environ):
+    """(address, port) at which the processes of an srun step find one another; MASTER_ADDR and MASTER_PORT count first.
+
+    The first node of the step, or the node that srun was started on where its name leads nowhere; the port follows
+    from job and step, so that two jobs on a node rarely want the same.
+    """
+    nodes = env.get("SLURM_STEP_NODELIST", "localhost")
+    first = re.match(r"([^,\[]*)(?:\[(\d+))?([^,\]]*\])?([^,\[]*)", nodes)  # gpu[003-004,7]-ib,other -> gpu003-ib
+    host = f"{first[1]}{first[2] or ''}{first[4] if first[2] else ''}"
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        host = env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    port = 20000 + mix(int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_STEP_ID", 0))) % 20000
+    return env.get("MASTER_ADDR", host), env.get("MASTER_PORT", str(port))
+
+
+class Processes:
+    """The processes that share one run; `rank` 0 of `size` is the first. With one of them every method is a no-op."""
+
+    def __init__(self, launched=None):
+        launched = launched or launched_processes()
+        self.rank, self.size = launched["rank"], launched["size"]
+        self.local_rank, self.is_first = launched.get("local_rank", 0), launched["rank"] == 0
+
+    def join(self, device):
+        """Meet the other processes. Raises UserError where they do not come together."""
+        if self.size == 1:
+            return
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = meeting_point()
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        try:
+            torch.distributed.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=PROCESS_TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(f"process {self.rank} of {self.size} did not meet the others at {where} "
+                            f"({one_line(error)}); set MASTER_ADDR to the first node, MASTER_PORT to a free port, "
+                            "GLOO_SOCKET_IFNAME to the network between them") from None
+
+    def on_first(self, function):
+        """What function() gives on the first process, given to all; a user error or exit there ends all alike."""
+        if self.size == 1:
+            return function()
+        outcome = [None, None]
+        try:
+            outcome[0] = function() if self.is_first else None
+        except (UserError, SystemExit) as error:
+            outcome[1] = error
+        outcome = self.from_first(outcome)
+        if outcome[1] is not None:
+            outcome[1].said_by_first = not self.is_first
+            raise outcome[1]
+        return outcome[0]
+
+    def from_first(self, value):
+        """The first process's value, for all."""
+        if self.size > 1:
+            box = [value]
+            torch.distributed.broadcast_object_list(box, 0)
+            value = box[0]
+        return value
+
+    def gather(self, parts):
+        """List of parts (tensors, arrays, dicts of them, ...) of all processes, in the order of the samples."""
+        if self.size == 1:
+            return parts
+        boxes = [None] * self.size
+        torch.distributed.all_gather_object(boxes, on_cpu(parts))
+        return [part for box in boxes for part in box]
+
+    def largest(self, numbers):
+        """Element-wise largest of a list of integers over the processes."""
+        if self.size > 1:
+            numbers = torch.tensor(numbers)
+            torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+            numbers = numbers.tolist()
+        return numbers
+
+    def add_up(self, tensors):
+        """Replace each tensor by its sum over the processes: one message for each dtype among them."""
+        for dtype in {tensor.dtype: None for tensor in tensors} if self.size > 1 else ():
+            own = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.reshape(-1) for tensor in own])
+            torch.distributed.all_reduce(flat)
+            for tensor, piece in zip(own, flat.split([tensor.numel() for tensor in own])):
+                tensor.copy_(piece.view(tensor.shape))
+
+    @torch.no_grad()
+    def spread(self, model):
+        """Give all processes the first one's weights and buffers (running means of BatchNorm)."""
+        if self.size > 1:
+            for tensor in model.state_dict().values():
+                whole = tensor.detach().contiguous()
+                torch.distributed.broadcast(whole, 0)
+                tensor.copy_(whole)
+
+
+def leave_processes():
+    """Part from the others, once all have come this far; alone, nothing."""
+    if launched_processes()["size"] > 1 and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def on_cpu(value):
+    """The same nest of dicts and lists with its tensors on the CPU."""
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [on_cpu(item) for item in value]
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+def first_process_only(function):
+    """Decorator of function(run, ...): the first process does it for all, which wait for its result."""
+    @functools.wraps(function)
+    def wrapped(run, *args, **options):
+        return run.compute.processes.on_first(lambda: function(run, *args, **options))
+    return wrapped
 
 
 # ---------------------------------------------------------------------------
@@ -1601,7 +1804,7 @@ def available_memory():
     for folder in (group, *group.parents):
         with contextlib.suppress(OSError, ValueError):  # "max", or no such file: no limit here
             free = min(free, int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
-    return max(free, 0)
+    return max(free, 0) // launched_processes()["local_size"]
 
 
 class PixelStore:
@@ -2175,13 +2378,14 @@ class BackboneModel(nn.Module):
 @torch.inference_mode()
 def frozen_features(backbone, keys, pixels, compute, batch_size=64):
     """float32 (N, F) features of N pictures through a frozen backbone; pixels(key) is uint8 (S, S, 3)."""
-    features = []
-    for start in range(0, len(keys), batch_size):
-        batch = torch.from_numpy(np.stack([pixels(key) for key in keys[start:start + batch_size]]))  # (B, S, S, 3)
+    features, processes = [], compute.processes
+    own = range(len(keys) * processes.rank // processes.size, len(keys) * (processes.rank + 1) // processes.size)
+    for start in own[::batch_size]:
+        batch = torch.from_numpy(np.stack([pixels(key) for key in keys[start:min(start + batch_size, own.stop)]]))
         with compute.autocast():
             inputs = to_input(batch, compute.device, channels_last=compute.channels_last)  # (B, 3, S, S)
             features.append(backbone(inputs).float().cpu())  # (B, 3, S, S) -> (B, F)
-    return torch.cat(features).numpy()
+    return torch.cat(processes.gather(features)).numpy()
 
 
 # ---------------------------------------------------------------------------
@@ -2388,8 +2592,13 @@ class Training:
 
     for epoch in training.epochs():              # the epochs still to do
         for batch in training.batches(loader):   # the batches still to do: seeds dropout, sets the learning rate
-            training.step(loss, n_samples)       # scale, backward, unscale, clip, check, step, zero, save, stop
+            training.step(loss)                  # scale, backward, unscale, clip, check, step, zero, save, stop
         training.end_epoch(row)                  # history, best, early stopping, checkpoints
+
+    Several processes take every step together: gradients, means, stop signals and non-finite losses are those of all,
+    and so the result depends on the number of processes in the last bits alone. Not so with BatchNorm on the CPU, which
+    sees a slice of the batch (on GPUs it is made to see all), with dropout, and with losses that sample (detector).
+    DistributedDataParallel is not used: it gives every process the same weight, whatever its share of the samples.
     """
 
     def __init__(self, run, model, optimizer, args, select, describe, higher_is_better=True):
@@ -2401,25 +2610,30 @@ class Training:
         self.stopping = EarlyStopping(args.patience, args.min_epochs, args.min_delta)
         self.plateau, self.plateau_factor = EarlyStopping(args.plateau_patience, 0, 0.0), 1.0
         self._last_save = time.monotonic()
+        self.processes = run.compute.processes
+        if self.processes.size > 1 and run.compute.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if run.resumed:
             self._load_last()
+        self.processes.spread(model)
 
     # --- the loop -----------------------------------------------------------
 
     def epochs(self):
         """Numbers of the epochs that remain, from 1; stop signals are obeyed within."""
-        self.run.signals.armed = True
+        signals = self.run.signals
+        signals.armed = True
         while not self.done:
             yield self.epoch + 1
-            self._stop_if_asked()
-        self.run.signals.armed = False
+            self._stop_if(*self.processes.largest([int(signals.received or 0)]))
+        signals.armed = False
 
     def batches(self, loader):
         """The batches that remain in this epoch. Model and sampler are made ready."""
         sampler = self._sampler = loader.batch_sampler
         self._started, self._seen = time.perf_counter(), 0
         self._n_batches = min(2, len(sampler)) if self.args.dry_run else len(sampler)
-        sampler.epoch, sampler.start = self.epoch, self.batch
+        sampler.epoch, sampler.start, self._own, self._bad = self.epoch, self.batch, {}, []
         self.optimizer.zero_grad(set_to_none=True)
         self._set_learning_rate()  # also where the run was stopped after the last batch: the history needs it
         to_do = itertools.islice(loader, self._n_batches - self.batch)
@@ -2427,36 +2641,59 @@ class Training:
         for batch in with_progress(self.run, label, to_do, self._n_batches, self.batch):
             self._names = batch.get("name", [])
             self._set_learning_rate()
-            torch.manual_seed(mix(self.args.seed, self.epoch, self.batch))  # dropout
+            seed, rank = mix(self.args.seed, self.epoch, self.batch), self.processes.rank
+            torch.manual_seed(mix(seed, rank) if rank else seed)  # dropout
             yield batch
+        self.processes.spread(self.model)  # buffers differ, and weights may on unlike processors
 
-    def step(self, loss, n_samples, **parts):
+    def step(self, loss, **parts):
         """Add a batch's gradient so that every sample of the optimiser step counts the same; step when it is full.
 
-        loss: mean over the batch; n_samples: its rows; parts: further tensors to average into the history. Raises
+        loss: mean over this process's samples of the batch; parts: further tensors to average into the history. Raises
         NotFinite before the step when the loss or gradient is not finite: the checkpoint before it stays healthy.
         """
         self._check_finite(loss.detach(), "loss")
-        first, last = self._sampler.step_span(self.batch, self.args.accumulate)
-        self.scaler.scale(loss * (n_samples / (last - first))).backward()
+        own, whole, step = (last - first for first, last in (  # in samples; own is 0 in a batch too small for all
+            self._sampler.own_span(self.batch), self._sampler.step_span(self.batch, 1),
+            self._sampler.step_span(self.batch, self.args.accumulate)))
+        self.scaler.scale(loss * (own / step)).backward()
         for name, value in {"loss": loss, **parts}.items():
-            total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (total + value.detach().double() * n_samples, count + n_samples)
-        self.batch, self._seen = self.batch + 1, self._seen + n_samples
+            total, count = self._own.get(name, (0.0, 0))
+            self._own[name] = (total + value.detach().double() * own, count + whole)
+        self.batch, self._seen = self.batch + 1, self._seen + whole
         if self.batch % self.args.accumulate and self.batch < self._n_batches:
             return
-        self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        stop, is_due = self._share(parameters)
+        self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or math.inf, foreach=True)
         if not self.scaler.is_enabled():
             self._check_finite(norm, "gradient")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        is_due = self.args.save_minutes and time.monotonic() - self._last_save > 60 * self.args.save_minutes
-        if is_due or self.run.signals.received is not None:
+        if is_due or stop:
             self.save()
-        self._stop_if_asked()
+        self._stop_if(stop)
+
+    def _share(self, parameters):
+        """Make gradients and sums those of all processes; (stop signal or 0, is a save due) as all of them see it."""
+        minutes, stop = self.args.save_minutes, int(self.run.signals.received or 0)
+        is_due = bool(minutes) and time.monotonic() - self._last_save > 60 * minutes
+        if self.processes.size > 1:
+            graded = [p.grad is not None for p in parameters]
+            stop, is_due, is_bad, *graded = self.processes.largest([stop, is_due, bool(self._bad), *graded])
+            if is_bad:
+                raise NotFinite(self.processes.gather(self._bad)[0])
+            used = [p for p, is_graded in zip(parameters, graded) if is_graded]
+            for p in used:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            self.processes.add_up([*(total for total, _ in self._own.values()), *(p.grad for p in used)])
+        for name, (total, count) in self._own.items():
+            sum_before, count_before = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (sum_before + total, count_before + count)
+        self._own = {}
+        return stop, is_due
 
     def epoch_means(self):
         """Means over the samples of this epoch of every part given to step(): {'train_loss': ...}."""
@@ -2472,23 +2709,28 @@ class Training:
             group["lr"] = self._rate * group["factor"]
 
     def _check_finite(self, value, what):
-        if not torch.isfinite(value):
-            names = ", ".join(map(str, self._names))
-            raise NotFinite(f"the {what} is {value.item()} in epoch {self.epoch + 1}, batch {self.batch + 1} (samples: "
-                            f"{names}); the last checkpoint is healthy. Try a smaller --lr, --use_amp off, or look at "
-                            "these samples")
+        if torch.isfinite(value):
+            return
+        names = ", ".join(map(str, self._names))
+        text = (f"the {what} is {value.item()} in epoch {self.epoch + 1}, batch {self.batch + 1} (samples: {names}); "
+                "the last checkpoint is healthy. Try a smaller --lr, --use_amp off, or look at these samples")
+        if self.processes.size == 1 or what == "gradient":
+            raise NotFinite(text)
+        self._bad.append(text)  # all processes stop together, before the step
 
-    def _stop_if_asked(self):
-        signals = self.run.signals
-        if signals.received is not None:
-            self.run.say(f"{signals.received.name} received: saved epoch {self.epoch + 1}, batch {self.batch}; "
+    def _stop_if(self, stop):
+        """Leave where the processes have agreed on a stop signal (its number, else 0)."""
+        if stop:
+            asked = signal.Signals(stop)
+            self.run.say(f"{asked.name} received: saved epoch {self.epoch + 1}, batch {self.batch}; "
                          f"continue with --resume {self.run.folder}")
-            sys.exit(signals.exit_code)
+            sys.exit(EXIT_INTERRUPT if asked == signal.SIGINT else EXIT_SAVED)
 
     # --- the end of an epoch ------------------------------------------------
 
     def end_epoch(self, row):
         """Close an epoch: its history row, the best model, early stopping, and the checkpoints that are due."""
+        row = self.processes.from_first(row)
         self.history.append({"epoch": self.epoch + 1, "learning_rate": self._rate, **row})
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
         score = self._score_of(self.epoch)
@@ -2518,6 +2760,8 @@ class Training:
         return score if math.isfinite(score) else -math.inf
 
     def _write_epoch(self, better):
+        if not self.processes.is_first:
+            return
         # best first: a kill between the two repeats the epoch and writes the same best again
         if better:
             save_checkpoint(self.run.path("best_model.pth"), self._model_file())
@@ -2552,7 +2796,8 @@ class Training:
 
     def save(self):
         """Write last.pth, keeping the one before it as last.pth.prev."""
-        save_checkpoint(self.run.path("last.pth"), self._content(), keep_previous=True)
+        if self.processes.is_first:
+            save_checkpoint(self.run.path("last.pth"), self._content(), keep_previous=True)
         self._last_save = time.monotonic()
 
     def _load_last(self):

@@ -290,7 +290,7 @@ def train_one_epoch(model, loader, loss_function, training, compute):
         inputs, target, weight = to_device(batch, compute)
         with compute.autocast():
             predicted = model(inputs)  # (B, 3, S, S) -> (B, R)
-        training.step(loss_function(predicted, target, weight), len(target))
+        training.step(loss_function(predicted, target, weight))
     return training.epoch_means()
 
 
@@ -298,15 +298,13 @@ def train_one_epoch(model, loader, loss_function, training, compute):
 def evaluate(model, loader, loss_function, scaler, compute, flip_average):
     """Whole split at once -> (predicted (M, R) float64 in the unit of the ratings, loss in the unit of training)."""
     model.eval()
-    outputs, targets, weights = [], [], []
+    parts = []
     for batch in loader:
         inputs, target, weight = to_device(batch, compute)
         with compute.autocast():
-            outputs.append(mirrored_mean(model, inputs, flip_average))  # (B, 3, S, S) -> (B, R)
-        targets.append(target)
-        weights.append(weight)
-    output = torch.cat(outputs)  # (M, R)
-    loss = loss_function(output, torch.cat(targets), torch.cat(weights)).item()
+            parts.append((mirrored_mean(model, inputs, flip_average), target, weight))  # (B, 3, S, S) -> (B, R)
+    output, target, weight = map(torch.cat, zip(*compute.processes.gather(parts)))  # (M, R)
+    loss = loss_function(output, target, weight).item()
     return output.cpu().double().numpy() * scaler["sd"] + scaler["mean"], loss
 
 
@@ -354,8 +352,9 @@ def solve_head(model, loader, study, rows, scaler, args, compute):
         with compute.autocast():
             output = inputs if inputs.ndim == 2 else mirrored_mean(model.backbone, inputs, args.flip_average)
         features.append(output.float().cpu())
+    features = torch.cat(compute.processes.gather(features)).numpy()
     target = (study.ratings[rows] - scaler["mean"]) / scaler["sd"]
-    ridge = common.fit_ridge(torch.cat(features).numpy(), target, groups=study.groups_of(rows),
+    ridge = common.fit_ridge(features, target, groups=study.groups_of(rows),
                              sd_floor=FEATURE_SD_FLOOR)
     weights = ridge.weights / ridge.feature_sd[:, None]  # (F, R), for features that are not standardised
     model.head[-1].weight.copy_(torch.from_numpy(weights.T))
@@ -455,6 +454,7 @@ def read_criteria(args, study):
     return common.parse_criteria(args.criteria, [m + ending for m in common.REGRESSION_METRICS for ending in endings])
 
 
+@common.first_process_only
 def report_results(run, args, study, split, scored, alarms, best_epoch=None, folds=()):
     """metrics.json, the per-dimension table, plots and report.html of one run, or of all folds pooled."""
     target, predicted = study.ratings[scored.rows], scored.predicted["predicted"]

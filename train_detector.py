@@ -23,6 +23,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -866,7 +867,7 @@ def train_one_epoch(model, loader, training, compute, state_weight):
         inputs, sizes, targets = to_device(batch, compute, model.settings)
         with compute.autocast():
             losses = model(inputs, sizes, targets)  # (B, 3, H, W) -> dict of losses
-        training.step(total_loss(losses, state_weight), len(sizes), **losses)
+        training.step(total_loss(losses, state_weight), **losses)
     return training.epoch_means()
 
 
@@ -878,7 +879,7 @@ def evaluate(model, loader, compute, seed, state_weight):
     depend on the seed and the batch alone, so that epochs can be compared.
     """
     model.eval()
-    detections, sums, count = [], collections.Counter(), 0
+    parts = []
     for number, batch in enumerate(loader):
         inputs, sizes, targets = to_device(batch, compute, model.settings)
         torch.manual_seed(common.mix(seed, 1, number))
@@ -887,11 +888,12 @@ def evaluate(model, loader, compute, seed, state_weight):
             losses = model.heads(features, inputs, sizes, targets)
             found = model.heads(features, inputs, sizes)
         losses["loss"] = total_loss(losses, state_weight)
-        count += len(sizes)
-        for name, value in losses.items():
-            sums[f"val_{name}"] += value.item() * len(sizes)
-        detections += [on_disk(each, scale) for each, scale in zip(found, batch["scale"])]
-    return detections, {name: sums[name] / count for name in ["val_loss", *(n for n in sums if n != "val_loss")]}
+        summed = {name: value.item() * len(sizes) for name, value in losses.items()}
+        parts.append(([on_disk(each, scale) for each, scale in zip(found, batch["scale"])], summed))
+    detections, summed = zip(*compute.processes.gather(parts))
+    detections = list(itertools.chain(*detections))
+    names = sorted(summed[0], key=lambda name: name != "loss")  # the whole loss first
+    return detections, {f"val_{name}": sum(each[name] for each in summed) / len(detections) for name in names}
 
 
 def on_disk(detected, scale):
@@ -1384,6 +1386,7 @@ def metric_names(settings):
     return names + [f"ap_{part}" for part in settings["parts"]]
 
 
+@common.first_process_only
 def report_results(run, args, study, scored, settings, context):
     """metrics.json, tables, pictures, report.html; context: split, best_epoch, alarms, random_weights."""
     threshold = args.score_threshold

@@ -887,7 +887,7 @@ def train_one_epoch(model, loader, loss_function, training, compute):
             imagined = model(frame_t1, poses["motion"])
             features_t2 = model.look(frame_t2) if loss_function.uses_t2 else None
         loss, parts = loss_function(imagined, poses, features_t2)
-        training.step(loss, len(frame_t1), **parts)
+        training.step(loss, **parts)
     return training.epoch_means()
 
 
@@ -898,26 +898,24 @@ def evaluate(model, loader, loss_function, compute):
     The latent parts are ratios of sums over the split, so that no batch counts for itself.
     """
     model.eval()
-    predicted, wanted, latent = collections.defaultdict(list), collections.defaultdict(list), LatentSums()
+    parts, latent = [], LatentSums()
     for batch in loader:
         frame_t1, frame_t2, poses = to_device(batch, compute)
         with compute.autocast():
             imagined = model(frame_t1, poses["motion"])
             features_t2 = model.look(frame_t2)  # (B, F, G)
         latent.add(imagined.features_t1, imagined.features_t2, features_t2)
-        for name in ("at1", "at2"):
-            predicted[name].append(getattr(imagined, name))
-            wanted[name].append(poses[name])
-    predicted, wanted = ({name: torch.cat(parts) for name, parts in each.items()} for each in (predicted, wanted))
-    numbers = {f"{label}_loss": pose_loss(predicted[name], wanted[name], loss_function.sd[name]).mean().item()
-               for label, name in (("main_task", "at1"), ("t2", "at2"))}
-    numbers |= latent.numbers()
+        parts.append([each.cpu() for each in (imagined.at1, imagined.at2, poses["at1"], poses["at2"])])
+    at1, at2, wanted_at1, wanted_at2 = map(torch.cat, zip(*compute.processes.gather(parts)))  # (M, 6)
+    numbers = {"main_task_loss": pose_loss(at1, wanted_at1, loss_function.sd["at1"].cpu()).mean().item(),
+               "t2_loss": pose_loss(at2, wanted_at2, loss_function.sd["at2"].cpu()).mean().item()}
+    numbers |= LatentSums.over(compute.processes.gather([latent])).numbers()
     numbers["loss"] = numbers["main_task_loss"]
     if loss_function.uses_t2:
         numbers["loss"] += sum(weight * numbers[name] for name, weight in loss_function.weights.items())
-    error = pose_error(predicted["at1"].cpu().double(), wanted["at1"].cpu().double()).abs()
+    error = pose_error(at1.double(), wanted_at1.double()).abs()
     numbers |= {f"mae_{axis}": value for axis, value in zip(AXES, error.nanmean(0).tolist())}
-    return {name: each.cpu().double().numpy() for name, each in predicted.items()}, numbers
+    return {"at1": at1.double().numpy(), "at2": at2.double().numpy()}, numbers
 
 
 class LatentSums:
@@ -925,6 +923,16 @@ class LatentSums:
 
     def __init__(self):
         self.rows, self.error, self.copied, self.total, self.squares, self.pooled = 0, 0.0, 0.0, 0.0, 0.0, []
+        self.cells = 0
+
+    @classmethod
+    def over(cls, parts):
+        """The sums of several processes as one."""
+        whole = cls()
+        for name, value in vars(whole).items():
+            found = [getattr(part, name) for part in parts]
+            setattr(whole, name, max(found) if name == "cells" else sum(found, start=value))
+        return whole
 
     def add(self, features_t1, imagined, features_t2):
         """Take in one batch."""
@@ -1044,25 +1052,25 @@ def use_of_inputs(model, loader, loss_function, compute, patients):
     the true one: otherwise a model that adds and subtracts the same motion would look as if it ignored it.
     """
     model.eval()
-    sums, maps, latent = collections.Counter(), collections.defaultdict(list), (LatentSums(), LatentSums())
+    parts, latent = [], [LatentSums(), LatentSums()]
     for batch in loader:
         frame_t1, frame_t2, poses = to_device(batch, compute)
         with compute.autocast():
             features_t1, features_t2 = model.look(frame_t1), model.look(frame_t2)  # (B, F, G)
             true = model.imagine(features_t1, poses["motion"])
             false = model.imagine(features_t1, poses["other_motion"], known_motion=poses["motion"])
-        for name, imagined, each in zip(("true", "false"), (true, false), latent):
-            sums[name] += pose_loss(imagined.at1, poses["at1"], loss_function.sd["at1"]).sum().item()
+        for imagined, each in zip((true, false), latent):
             each.add(features_t1, imagined.features_t2, features_t2)
-        for name, features in (("t1", features_t1), ("imagined", true.features_t2), ("t2", features_t2)):
-            maps[name].append(features.flatten(1).half().cpu())
-    maps = {name: torch.cat(parts) for name, parts in maps.items()}
-    found, with_false = (each.numbers() for each in latent)
-    return {"action_shuffle_ratio": sums["false"] / sums["true"] if sums["true"] else math.nan,
+        losses = [pose_loss(imagined.at1, poses["at1"], loss_function.sd["at1"]).cpu() for imagined in (true, false)]
+        parts.append([*losses, *(features.flatten(1).half().cpu() for features in (
+            features_t1, true.features_t2, features_t2))])
+    loss, false_loss, at_t1, guess, at_t2 = map(torch.cat, zip(*compute.processes.gather(parts)))  # (M,) or (M, F * G)
+    found, with_false = (LatentSums.over(each).numbers() for each in zip(*compute.processes.gather([latent])))
+    return {"action_shuffle_ratio": (false_loss.sum() / loss.sum()).item() if loss.any() else math.nan,
             "action_shuffle_ratio_latent": with_false["latent_loss"] / found["latent_loss"],
             "latent_skill": found["latent_skill"], "feature_spread": found["feature_spread"],
-            "retrieval_rank": retrieval_rank(maps["imagined"], maps["t2"], patients),
-            "retrieval_rank_copy": retrieval_rank(maps["t1"], maps["t2"], patients)}
+            "retrieval_rank": retrieval_rank(guess, at_t2, patients),
+            "retrieval_rank_copy": retrieval_rank(at_t1, at_t2, patients)}
 
 
 def retrieval_rank(guess, truth, patients):
@@ -1271,6 +1279,7 @@ def read_criteria(args):
     return common.parse_criteria(args.criteria, [m + ending for m in common.REGRESSION_METRICS for ending in endings])
 
 
+@common.first_process_only
 def report_results(run, args, study, split, scored, alarms, best_epoch=None, folds=()):
     """metrics.json, the tables, plots and report.html of one run, or of all folds pooled."""
     results, sd, unit = compare(study, scored)

@@ -2126,7 +2126,7 @@ def train_one_epoch(model, loader, objective, training, args, compute):
         clips, target = mixed_up(clips, target, args.mixup)
         with compute.autocast():
             outputs = model(clips, mask)  # (B, T, 3, S, S) -> (B, K)
-        training.step(objective.loss(outputs.float(), target, weight), len(target))
+        training.step(objective.loss(outputs.float(), target, weight))
     return training.epoch_means()
 
 
@@ -2139,7 +2139,8 @@ def evaluate(model, loader, args, compute):
         clips, mask, _, _ = to_device(batch, args, compute)
         with compute.autocast():
             outputs.append(model(clips, mask).float().cpu())  # (B, T, 3, S, S) -> (B, K)
-    outputs, place = torch.cat(outputs).double().numpy(), loader.dataset.place  # (views, K), (views,)
+    outputs = torch.cat(compute.processes.gather(outputs)).double().numpy()  # (views, K)
+    place = loader.dataset.place  # (views,)
     first = np.flatnonzero(np.append(True, np.diff(place)))
     if args.aggregation == "max":
         return np.maximum.reduceat(outputs, first)
@@ -2527,6 +2528,7 @@ def criteria_names(study):
     return [metric + ending for metric in common.REGRESSION_METRICS for ending in endings]
 
 
+@common.first_process_only
 def report_results(run, args, study, split, scored, alarms, best_epoch=None, folds=()):
     """metrics.json, tables, plots and report.html of one run, or of all folds pooled."""
     results = class_results if study.table.target is None else score_results

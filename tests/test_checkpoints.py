@@ -110,7 +110,7 @@ def train(training, loader, stop_after=None, val_loss=0.5):
             for batch in training.batches(loader):
                 steps += 1
                 training.run.signals.received = signal.SIGTERM if steps == stop_after else None
-                training.step((training.model(batch["x"]) - 3).pow(2).mean(), len(batch["x"]))
+                training.step((training.model(batch["x"]) - 3).pow(2).mean())
             training.end_epoch({**training.epoch_means(), "val_loss": val_loss})
     return training
 
@@ -141,7 +141,7 @@ def test_not_a_number_is_never_best(tmp_path):
     training, loader = make_training(tmp_path, False, epochs=3, save_top_k=1)
     for val_loss in (0.5, math.nan, 0.4):
         for batch in training.batches(loader):
-            training.step(training.model(batch["x"]).pow(2).mean(), len(batch["x"]))
+            training.step(training.model(batch["x"]).pow(2).mean())
         training.end_epoch({"val_loss": val_loss})
         assert training.best["epoch"] == (3 if val_loss == 0.4 else 1)
     assert [path.name for path in tmp_path.glob("top_epoch_*")] == ["top_epoch_3.pth"]
@@ -153,7 +153,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
     before = training.model.weight.clone()
     with pytest.raises(common.NotFinite, match="loss is nan in epoch 1, batch 1"):
         for batch in training.batches(loader):
-            training.step(training.model(batch["x"]).mean() * math.nan, 2)
+            training.step(training.model(batch["x"]).mean() * math.nan)
     assert torch.equal(training.model.weight, before)
 
 
@@ -181,7 +181,7 @@ def test_a_full_disk_under_the_log_is_one_sentence(tmp_path):
         pytest.skip("no /dev/full")
     (tmp_path / "log.txt").symlink_to("/dev/full")
     with pytest.raises(common.CannotSave, match="no space to write .*log.txt"):
-        with common.Run(tmp_path, None, None, None, resumed=True) as run:
+        with common.Run(tmp_path, None, common.choose_compute("cpu", "off"), None, resumed=True) as run:
             run.say("a line")
 
 
