@@ -1001,8 +1001,8 @@ def meeting_point(env=os.environ):
     from job and step, so that two jobs on a node rarely want the same.
     """
     nodes = env.get("SLURM_STEP_NODELIST", "localhost")
-    first = re.match(r"([^,\[]*)(?:\[(\d+))?([^,\]]*\])?([^,\[]*)", nodes)  # gpu[003-004,7]-ib,other -> gpu003-ib
-    host = f"{first[1]}{first[2] or ''}{first[4] if first[2] else ''}"
+    first = re.match(r"([^,\[]*)(?:\[(\d+)[^]]*\]([^,\[]*))?", nodes)  # gpu[003-004,7]-ib,other -> gpu003-ib
+    host = "".join(part or "" for part in first.groups())
     try:
         socket.getaddrinfo(host, None)
     except OSError:

@@ -1,0 +1,161 @@
+"""Several processes give the result of one, from one to three of them, through stops, odd sizes and bad samples.
+
+    python -m pytest tests/torture/test_ranks.py
+"""
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import common
+
+WORKER = Path(__file__).with_name("rank_worker.py")
+GROUP = "1, 2 and 3 processes: odd sizes, elastic resume, stops, NaN"
+
+
+def free_port():
+    """A TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environments(size):
+    """The environment variables of each of `size` processes, as torchrun sets them."""
+    port = str(free_port())
+    return [{"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in range(size)]
+
+
+def run_group(size, listed, folder):
+    """Run the cases in a group of processes; returns their outcomes."""
+    file = folder / f"cases_{size}_{len(list(folder.glob('cases_*')))}.json"
+    file.write_text(json.dumps(listed))
+    members = [subprocess.Popen([sys.executable, str(WORKER), str(file)], stdout=subprocess.PIPE, text=True,
+                                stderr=subprocess.STDOUT, env={**os.environ, **env}) for env in rank_environments(size)]
+    for member in members:
+        text, _ = member.communicate(timeout=300)
+        assert member.returncode == 0, text[-2000:]
+    return [json.loads((Path(case["folder"]) / "outcome.json").read_text()) for case in listed]
+
+
+def distance(one, other):
+    """Largest difference of weights, evaluation and history between two outcomes of the same shape."""
+    assert [[*row] for row in one["history"]] == [[*row] for row in other["history"]]
+    pairs = [*zip(one["weights"], other["weights"], strict=True), *zip(one["outputs"], other["outputs"], strict=True)]
+    pairs += [(row[name], same[name]) for row, same in zip(one["history"], other["history"], strict=True)
+              for name in row]
+    return max(abs(a - b) for a, b in pairs)
+
+
+def test_any_number_of_processes_trains_the_same_model(tmp_path, cases):
+    """Float64, so that a sample counted twice, or not, or with a wrong weight cannot hide in the rounding."""
+    grid = list(itertools.product((5, 7, 16, 23), (1, 3, 8), (1, 3)))
+
+    def listed(size):
+        return [{"folder": str(tmp_path / f"{size}_{n}_{batch}_{accumulate}"), "n": n, "batch_size": batch,
+                 "accumulate": accumulate} for n, batch, accumulate in grid]
+    alone = run_group(1, listed(1), tmp_path)
+    for size in (2, 3):
+        for setting, one, several in zip(grid, alone, run_group(size, listed(size), tmp_path)):
+            with cases.case(GROUP):
+                assert distance(one, several) < 1e-11, setting
+
+
+def test_resume_with_another_number_of_processes(tmp_path, cases):
+    """Stopped in the middle by a signal that reaches one process alone, and continued by 2, then 1, then 3."""
+    setting = {"n": 11, "batch_size": 4, "accumulate": 1}  # 3 batches an epoch
+    whole, = run_group(1, [{**setting, "folder": str(tmp_path / "whole")}], tmp_path)
+    stops = list(itertools.product(range(1, 4), range(1, 3)))
+    listed = [{**setting, "folder": str(tmp_path / f"stopped_{first}_{second}"), "stop": first, "second": second}
+              for first, second in stops]
+    for outcome in run_group(2, listed, tmp_path):
+        with cases.case(GROUP):
+            assert outcome["error"] == "75" and outcome["of_others"] == [{"error": "75", "kind": "SystemExit"}]
+    for outcome in run_group(1, [{**case, "stop": case["second"]} for case in listed], tmp_path):
+        with cases.case(GROUP):
+            assert outcome["error"] == "75"
+    for outcome in run_group(3, [{**case, "stop": None} for case in listed], tmp_path):
+        with cases.case(GROUP):
+            assert distance(whole, outcome) < 1e-11
+
+
+def test_a_group_that_is_stopped_repeats_its_own_bits(tmp_path, cases):
+    setting = {"n": 13, "batch_size": 4, "accumulate": 2}
+    whole, *stopped = run_group(2, [{**setting, "folder": str(tmp_path / str(stop)), "stop": stop}
+                                    for stop in (None, 2, 4)], tmp_path)
+    assert all(outcome["error"] == "75" for outcome in stopped)
+    for outcome in run_group(2, [{**setting, "folder": str(tmp_path / str(stop))} for stop in (2, 4)], tmp_path):
+        with cases.case(GROUP):
+            assert distance(whole, outcome) == 0.0
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_bad_sample_of_one_process_stops_all_before_the_step(tmp_path, cases, size):
+    case = {"n": 12, "batch_size": 6, "accumulate": 1, "bad": 7, "folder": str(tmp_path / "run")}
+    outcome, = run_group(size, [case], tmp_path)
+    with cases.case(GROUP):
+        assert outcome["kind"] == "NotFinite" and "the loss is nan" in outcome["error"]
+        assert "7" in outcome["error"].split("samples:")[1].split(")")[0]
+        assert outcome["of_others"] == [{"error": outcome["error"], "kind": "NotFinite"}] * (size - 1)
+        assert not (tmp_path / "run" / "best_model.pth").exists()
+
+
+@pytest.mark.parametrize("n, batch_size, size", [(23, 4, 3), (9, 8, 2), (7, 2, 4), (5, 1, 2), (17, 6, 2), (4, 8, 3)])
+def test_slices_of_a_batch(n, batch_size, size):
+    """In training the slices make up each batch, none of a single sample where BatchNorm could not take it."""
+    samplers = [common.EpochBatches(n, batch_size, 3, True, None, rank, size) for rank in range(size)]
+    alone = common.EpochBatches(n, batch_size, 3, True)
+    for sampler in (*samplers, alone):
+        sampler.epoch = 2
+    shares = [list(sampler) for sampler in samplers]
+    for b, whole in enumerate(alone):
+        widths = [last - first for first, last in (sampler.own_span(b) for sampler in samplers)]
+        own = [share[b][:width] for share, width in zip(shares, widths)]
+        assert [pair for slice_ in own for pair in slice_] == whole
+        assert all(share[b] for share in shares), "every process takes every step"
+        if batch_size >= 2 * size and len(whole) > 1:
+            assert 1 not in widths
+    rows = [pair[1] for rank in range(size)
+            for batch in common.EpochBatches(n, batch_size, 3, False, None, rank, size) for pair in batch]
+    assert rows == list(range(n)), "an evaluation takes every row once, in order"
+
+
+STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+
+
+@pytest.mark.parametrize("env, expected", [
+    ({}, (0, 1, 0, 1)),
+    ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, (1, 2, 1, 2)),
+    (STEP, (3, 4, 1, 2)),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1, 0, 1)),  # the batch script of a job is no step
+    ({**STEP, "RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0, 1))])  # torchrun within a step
+def test_rank_from_the_environment(env, expected):
+    assert tuple(common.launched_processes(env).values()) == expected
+
+
+@pytest.mark.parametrize("env", [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}])
+def test_a_rank_that_is_none(env):
+    with pytest.raises(common.UserError, match="RANK=. and WORLD_SIZE=2 are no rank"):
+        common.launched_processes(env)
+
+
+@pytest.mark.parametrize("nodes, host", [
+    ("localhost", "localhost"), ("gpu[003-004,7],other", "gpu003"), ("a1,b[2-3]", "a1"), ("n[1,4]-ib", "n1-ib")])
+def test_first_node_of_a_step(monkeypatch, nodes, host):
+    monkeypatch.setattr(common.socket, "getaddrinfo", lambda name, port: name)
+    assert common.meeting_point({"SLURM_STEP_NODELIST": nodes})[0] == host
+
+
+def test_meeting_point_of_names_that_lead_nowhere():
+    env = {"SLURM_STEP_NODELIST": "no-such-node.invalid", "SLURM_LAUNCH_NODE_IPADDR": "10.1.2.3", "SLURM_JOB_ID": "7"}
+    host, port = common.meeting_point(env)
+    assert host == "10.1.2.3" and 20000 <= int(port) < 40000
+    assert common.meeting_point({**env, "SLURM_JOB_ID": "8"})[1] != port
+    assert common.meeting_point({**env, "MASTER_ADDR": "head", "MASTER_PORT": "5"}) == ("head", "5")
