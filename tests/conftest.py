@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+SESSION_FOLDER = "session"  # made once, for all modules
 FAULTS = {}  # group of the fault table -> (cases that held, cases that were to be run)
 
 
@@ -63,10 +65,21 @@ def cases(request):
     return Cases(request.config.getoption("all_cases"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _remove_folders_of_the_module(tmp_path_factory):
+    """Run folders hold checkpoints: the whole suite's would take many GB at once."""
+    base = tmp_path_factory.getbasetemp()
+    before = set(base.iterdir())
+    yield
+    for folder in set(base.iterdir()) - before:
+        if folder.name != SESSION_FOLDER:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory):
     """Sample data of the assessor: .images, .ratings (mean, sd, n), .raw (single ratings), 48 pictures."""
-    folder = tmp_path_factory.mktemp("sample")
+    folder = tmp_path_factory.mktemp(SESSION_FOLDER, numbered=False)
     run_script("make_sample_data.py", "--task", "assessor", "--output_dir", folder / "data", "--n_images", 48)
     made = folder / "data" / "assessor"
     return SimpleNamespace(images=made / "images", ratings=made / "ratings" / "per_image_Slider_mean_sd_from_wide.csv",

@@ -35,7 +35,7 @@ class Samples(torch.utils.data.Dataset):
         epoch, index = key
         generator = common.generator_for(epoch, index)
         target = torch.tensor([float("nan") if index == self.bad else index / self.n], dtype=torch.float64)
-        return {"x": torch.randn(3, 4, 4, generator=generator, dtype=torch.float64), "target": target, "name": index}
+        return {"x": torch.randn(3, 4, 4, generator=generator, dtype=torch.float64), "target": target, "name": str(index)}
 
 
 def build_model():
