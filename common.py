@@ -520,6 +520,14 @@ def _lock_folder(folder):
     return handle
 
 
+def _is_being_written(folder):
+    try:
+        _lock_folder(folder).close()
+    except UserError:
+        return True
+    return False
+
+
 def run_folder_of(target):
     """--resume RUN or CHECKPOINT -> the run folder, for a fold that of all folds. UserError where there is none."""
     target = Path(target)
@@ -542,7 +550,7 @@ def _folder_to_resume(args):
     runs = [path.parent for path in records if _same_run(read_json(path), args)]
     for folder in (f for f in runs if job and re.search(rf"_job{job}(_\d+)?$", f.name)):
         return _unfinished_or_exit(folder, args)
-    return next((folder for folder in runs if not is_finished(folder, args)), None)
+    return next((folder for folder in runs if not is_finished(folder, args) and not _is_being_written(folder)), None)
 
 
 def _same_run(record, args):
@@ -2721,6 +2729,7 @@ class Training:
     def _stop_if(self, stop):
         """Leave where the processes have agreed on a stop signal (its number, else 0)."""
         if stop:
+            self.processes.largest([0])  # the first one has saved: where one task ends, srun may end the others
             asked = signal.Signals(stop)
             self.run.say(f"{asked.name} received: saved epoch {self.epoch + 1}, batch {self.batch}; "
                          f"continue with --resume {self.run.folder}")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From the repository folder: sbatch train_assessor.sh [train_SCRIPT.py] [flags of the script]
 # On SLURM's signal the script saves and leaves with 75, and the job requeues itself as long as it makes progress.
+# Several nodes or GPUs: sbatch --nodes=2 --ntasks-per-node=4 --gres=gpu:4 train_assessor.sh ..., one task a GPU.
 # Environment: MODULES="python/3.11 cuda" are loaded first, then CONDA_ENV=name, or VENV=folder (default ./.venv).
 #SBATCH --job-name=train_assessor
 #SBATCH --output=logs/train_assessor_%j.out
@@ -12,11 +13,10 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --gres=gpu:1
 set -eo pipefail  # no -u: module and conda read unset variables
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}"
+cd "${SLURM_SUBMIT_DIR:?start it with sbatch; without SLURM: ./run_local.sh}"
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 job=${job:-$SLURM_JOB_ID}
-nodes=${SLURM_JOB_NODELIST:-$(hostname)}
-echo "job ${job:-none}, start $((SLURM_RESTART_COUNT + 1)), on $nodes, GPU ${CUDA_VISIBLE_DEVICES:-none}, $(date)"
+echo "job $job, start $((SLURM_RESTART_COUNT + 1)), on $SLURM_JOB_NODELIST, GPU ${CUDA_VISIBLE_DEVICES:-none}, $(date)"
 
 if [ -n "$MODULES" ]; then read -ra modules <<<"$MODULES"; module load "${modules[@]}"; fi
 if [ -n "$CONDA_ENV" ]; then
@@ -25,29 +25,23 @@ elif [ -n "$VENV" ] || [ -f .venv/bin/activate ]; then
     # shellcheck source=/dev/null
     . "${VENV:-.venv}/bin/activate"
 fi
-python=${PYTHON:-$(command -v python || command -v python3)}
-
 script=train_assessor.py
 if [[ $1 == *.py ]]; then script=$1; shift; fi
-launch=srun
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit --cpus-per-task since Slurm 22.05
-if [ -z "$job" ] || ! command -v srun >/dev/null; then launch="env"; echo "no SLURM job: $script runs without srun"; fi
-mkdir -p logs
-progress=logs/.progress_${job:-none}
+progress=logs/.progress_$job
 touch "$progress"
 rc=0
-"$launch" "$python" "$script" --resume auto "$@" || rc=$?
+srun --kill-on-bad-exit=1 "${PYTHON:-$(command -v python || command -v python3)}" "$script" --resume auto "$@" || rc=$?
 if [ "$rc" -ne 75 ]; then rm -f "$progress"; exit "$rc"; fi
 
 # 75: saved, start again; a job whose checkpoint is the same as after the start before would be requeued for ever
 outputs=$(printf '%s\n' outputs "$@" | sed -n '1p; s/^--output[_-]dir=//p; /^--output[_-]dir$/{n;p;}' | tail -n 1)
-saved=$(find "$outputs" -name last.pth -newer "$progress" -exec cksum {} + | sort) || saved=
-if [ -z "$job" ]; then echo "saved; the same command continues"; rm -f "$progress"; exit 75; fi
+saved=$(find "$outputs" -name last.pth -newer "$progress" -exec cksum {} + | sort)
 if [ -z "$saved" ] || [ "$saved" = "$(cat "$progress")" ]; then
     echo "job $job made no progress under $outputs: not requeued; sbatch again continues it"
-    exit 75
+else
+    echo "$saved" >"$progress"
+    echo "job $job: requeued"
+    scontrol requeue "$job"
 fi
-echo "$saved" >"$progress"
-echo "job $job: requeued"
-scontrol requeue "$job"
 exit 75

@@ -3,11 +3,13 @@
 import contextlib
 import importlib
 import io
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,3 +135,66 @@ def only_run(output_dir):
     runs = sorted(Path(output_dir).glob("run_*"))
     assert len(runs) == 1, f"expected one run folder, found {runs}"
     return runs[0]
+
+
+# --- for tests/torture ---------------------------------------------------------------------
+
+SCRIPTS = ["train_assessor.py", "train_video.py", "train_detector.py", "train_dreamer.py"]
+# with what makes a resume hard: draws in the loader and in the step, schedules, groups of batches, momentum
+ASSESSOR = "--backbone shufflenet_v2_x0_5 --scheduler plateau --accumulate 2 --save_every 2".split()
+VIDEO = ("--model cnn_lstm --hidden 16 --no_pretrained --image_size 32 --n_frames 4 --fps 4 --epochs 3 --batch_size 8 "
+         "--num_workers 0 --augment heavy --mixup 0.3 --jitter_sec 0.3 --balance sampler").split()
+DETECTOR = ("--model fasterrcnn_resnet18_fpn --no_pretrained --min_size 48 --max_size 64 --epochs 3 --batch_size 4 "
+            "--num_workers 0 --bootstrap_draws 20 --visualize 1 --optimizer sgd").split()
+DREAMER = ("--encoder resnet18 --no_pretrained --image_size 32 --token_type spatial --d_model 32 --n_layers 1 "
+           "--n_heads 2 --feedforward 32 --epochs 3 --batch_size 8 --num_workers 0 --optimizer sgd --augment full "
+           "--scheduler onecycle --accumulate 2").split()
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(sample, tmp_path_factory):
+    """{script: flags of a training run on made data that takes seconds}, without --output_dir."""
+    made = sample.images.parent.parent
+    for task, n in (("video", 40), ("detector", 30), ("dreamer", 48)):
+        run_script("make_sample_data.py", "--task", task, "--output_dir", made, "--n_samples", n)
+    manifests, parts = made / "video" / "manifests", made / "detector"
+    for part, n in (("train", 8), ("val", 4)):  # its heads take a second a batch
+        content = json.loads((parts / f"{part}_coco.json").read_text())
+        content["images"] = content["images"][:n]
+        kept = {image["id"] for image in content["images"]}
+        content["annotations"] = [each for each in content["annotations"] if each["image_id"] in kept]
+        (parts / f"{part}_few.json").write_text(json.dumps(content))
+    assessor = small_run(sample, "unused", *ASSESSOR)
+    assert assessor[4] == "--output_dir"
+    return {
+        "train_assessor.py": assessor[:4] + assessor[6:],
+        "train_video.py": [*VIDEO, "--video_root", made / "video" / "videos", "--label_map",
+                           manifests / "label_map.json", "--train_manifest", manifests / "train.csv",
+                           "--val_manifest", manifests / "val.csv"],
+        "train_detector.py": [*DETECTOR, "--train_json", parts / "train_few.json", "--val_json",
+                              parts / "val_few.json", "--train_images", parts / "images", "--val_images",
+                              parts / "images"],
+        "train_dreamer.py": [*DREAMER, "--data_dir", made / "dreamer", "--patient_map",
+                             made / "dreamer" / "patient_map.json"]}
+
+
+@pytest.fixture
+def quick_folder(tmp_path):
+    """An empty folder, in memory where there is room: thousands of checkpoints are forced to disk."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or shutil.disk_usage(memory).free < 4 << 30:
+        yield tmp_path
+        return
+    folder = Path(tempfile.mkdtemp(prefix="torture_", dir=memory))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def servers():
+    """Two fork servers, for two runs side by side."""
+    from torture.forkserver import ForkServer
+    both = [ForkServer(), ForkServer()]
+    yield both
+    for server in both:
+        server.close()

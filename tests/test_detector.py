@@ -7,11 +7,7 @@ import csv
 import io
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
-import time
 import types
 import warnings
 
@@ -23,7 +19,7 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score
 
 import common
 import train_detector
-from conftest import ROOT, only_run, run_script, script_command
+from conftest import ROOT, only_run, run_script
 from train_detector import ABSENT, STATES, UNKNOWN
 
 BOX, OTHER, FAR = [10, 10, 30, 30], [50, 10, 90, 40], [5, 60, 25, 95]
@@ -306,30 +302,6 @@ def test_groups_stand_on_one_side(bicycles, trained):
     splits = json.loads((trained / "splits.json").read_text())
     streets = {part: {truth[name]["street"] for name in splits[part]} for part in ("train", "val", "test")}
     assert sum(map(len, streets.values())) == len(set.union(*streets.values())) and min(map(len, streets.values())) >= 1
-
-
-def model_hash(folder):
-    last = common.read_checkpoint(folder / "last.pth")
-    assert last["done"] is True
-    return common.data_fingerprint([*(value.numpy() for value in last["model"].values()), last["history"],
-                                    *(value.numpy() for state in last["optimizer"]["state"].values() for value in
-                                      state.values()), (folder / "training_history.csv").read_bytes()])
-
-
-def test_a_killed_run_ends_with_the_same_bits(bicycles, trained, tmp_path):
-    """kill -9 within an epoch, with a save after every step, then --resume auto: weights, optimiser, history agree."""
-    flags = train_flags(bicycles, tmp_path, "--resume", "auto")
-    command = script_command("train_detector.py", *flags, "--save_minutes", 1e-9)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-        if list(tmp_path.glob("run_*/last.pth.prev")):  # the second save: within the first epoch
-            break
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait(60) == -signal.SIGKILL
-    text = run_script("train_detector.py", *flags).text
-    assert "continuing epoch" in text and model_hash(only_run(tmp_path)) == model_hash(trained)
 
 
 def test_evaluation_repeats_the_test_numbers(bicycles, trained, tmp_path):

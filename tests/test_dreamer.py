@@ -4,7 +4,6 @@
 """
 import csv
 import json
-import signal
 import types
 
 import numpy as np
@@ -14,8 +13,7 @@ from torch import nn
 
 import common
 import train_dreamer
-from conftest import only_run, run_here, run_script, script_command
-from test_resume import fingerprint, start_and_signal
+from conftest import only_run, run_here, run_script
 from train_dreamer import AXES
 
 CONTRACT = [
@@ -180,16 +178,6 @@ def test_folds_continue_fold_by_fold(folds):
     text = run_script("train_dreamer.py", "--resume", folds).text
     assert "fold 0 is finished" in text and "fold 2 is finished" not in text
     assert (folds / "predictions_folds.csv").read_bytes() == before
-
-
-def test_kill_9_and_resume_is_byte_identical(slices, tmp_path):
-    more = ["--augment", "full", "--scheduler", "onecycle", "--accumulate", 2, "--folds", 0, "--save_minutes", 1e-9]
-    train(slices, tmp_path / "whole", *more)
-    command = script_command("train_dreamer.py", *flags(slices, tmp_path / "cut", *more, "--resume", "auto"))
-    codes = [start_and_signal(command, number, 0.1, group=True) for number in (signal.SIGKILL, signal.SIGTERM)]
-    assert codes[0] == -signal.SIGKILL and codes[1] in (75, 0)
-    run_script("train_dreamer.py", *command[2:])
-    assert fingerprint(only_run(tmp_path / "cut")) == fingerprint(only_run(tmp_path / "whole"))
 
 
 def test_time_blocks_of_one_patient_prove_nothing(slices, tmp_path):

@@ -249,7 +249,7 @@ def cluster(tmp_path):
     shutil.copy(REPO / "train_assessor.sh", folder)
     for name in ("train_assessor.py", "train_video.py"):
         (folder / name).write_text(FAKE_TRAIN)
-    write_executable(folder / "bin" / "srun", '#!/bin/sh\necho "SRUN $*"\nexec "$@"\n')
+    write_executable(folder / "bin" / "srun", '#!/bin/sh\necho "SRUN $*"\nshift\nexec "$@"\n')
     write_executable(folder / "bin" / "scontrol", '#!/bin/sh\necho "$@" >>scontrol_calls\n')
     return folder
 
@@ -264,7 +264,8 @@ def submit(folder, *flags, code=0, state=None, **environment):
     spool = folder.parent / "spool"
     spool.mkdir(exist_ok=True)
     shutil.copy(folder / "train_assessor.sh", spool / "slurm_script")
-    environment = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(folder), "SLURM_CPUS_PER_TASK": "8", **environment}
+    environment = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(folder), "SLURM_CPUS_PER_TASK": "8",
+                   "SLURM_JOB_NODELIST": "n1", **environment}
     environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
     result = run(["bash", spool / "slurm_script", *flags], spool, **environment)
     record = folder / "scontrol_calls"
@@ -287,7 +288,7 @@ def test_final_codes_are_passed_on_without_requeue(cluster, code):
 
 def test_command_line_under_srun(cluster):
     result, _ = submit(cluster, "train_video.py", "--name", "two words")
-    assert f"SRUN {sys.executable} train_video.py --resume auto --name two words" in result.stdout, result.stdout
+    assert f"SRUN --kill-on-bad-exit=1 {sys.executable} train_video.py --resume auto --name two words" in result.stdout, result.stdout
     assert "ARGS|train_video.py|--resume|auto|--name|two words" in result.stdout
     assert "CPUS 8" in result.stdout, "srun would start with one CPU"
 
@@ -319,15 +320,9 @@ def test_array_element_is_requeued_by_its_own_number(cluster):
     assert requeued == ["requeue 5_3"]
 
 
-def test_without_slurm_it_runs_python_and_says_so(cluster):
-    (cluster / "exit_code").write_text("0")
-    result = run(["bash", cluster / "train_assessor.sh", "--epochs", "1"], cluster.parent)
-    assert result.returncode == 0 and "no SLURM job" in result.stdout, result.stderr
-    assert "ARGS|train_assessor.py|--resume|auto|--epochs|1" in result.stdout
-    (cluster / "exit_code").write_text("75")
-    (cluster / "state").write_text("a")
-    result = run(["bash", cluster / "train_assessor.sh"], cluster.parent)
-    assert result.returncode == 75 and "same command continues" in result.stdout, result.stdout + result.stderr
+def test_without_slurm_it_names_the_other_script(cluster):
+    result = run(["bash", cluster / "train_assessor.sh", "--epochs", "1"], cluster)
+    assert result.returncode != 0 and "run_local.sh" in result.stderr
 
 
 def test_environment_by_variables(cluster):

@@ -7,9 +7,7 @@ One run of each task and the killed ones are subprocesses; the rest calls main()
 import csv
 import json
 import math
-import random
 import shutil
-import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,8 +19,7 @@ from sklearn.metrics import (accuracy_score, average_precision_score, brier_scor
 
 import common
 import train_video
-from conftest import ROOT, only_run, run_here, run_script, script_command
-from test_resume import fingerprint, start_and_signal
+from conftest import ROOT, only_run, run_here, run_script
 
 CONTRACT = ["args.json", "log.txt", "splits.json", "leakage_report.json", "training_history.csv",
             "training_history.png", "best_model.pth", "last.pth", "metrics.json", "predictions_val.csv", "report.html",
@@ -515,36 +512,6 @@ def test_configs_are_read(made):
     assert (pain.task, pain.model, pain.n_frames, pain.epochs, pain.batch_size, pain.lr, pain.min_epochs) == (
         "regress", "cnn_lstm", 32, 50, 64, 5e-5, 5)
     assert all(f"configs/{name}.yaml" in (ROOT / f"configs/{name}.yaml").read_text() for name in found)
-
-
-# --- kill and resume -------------------------------------------------------------------------
-
-def disturbed_flags(made, folder, *more):
-    return [*made.parts(), *SMALL, "--epochs", 4, "--batch_size", 6, "--augment", "heavy", "--mixup", 0.3,
-            "--jitter_sec", 0.3, "--balance", "sampler", "--clips_per_event", 1, "--output_dir", folder, *more]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(made, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    run_script("train_video.py", *disturbed_flags(made, folder))
-    return only_run(folder)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_kill_9_and_resume_is_byte_identical(made, tmp_path, undisturbed, workers):
-    """Killed at two random moments with a save after every step, then continued: weights, history, predictions."""
-    command = script_command("train_video.py", *disturbed_flags(
-        made, tmp_path, "--num_workers", workers, "--save_minutes", 1e-9, "--resume", "auto"))
-    moments = random.Random(workers)
-    kills = sum(start_and_signal(command, signal.SIGKILL, moments.uniform(0, 0.5), group=True) == -signal.SIGKILL
-                for _ in range(2))
-    assert kills >= 1, "the run ended before it could be killed"
-    text = run_script("train_video.py", *command[2:]).text
-    run = only_run(tmp_path)
-    assert fingerprint(run) == fingerprint(undisturbed) and ("continuing" in text or "finished" in text)
-    for name in ("predictions_test.csv", "predictions_val.csv", "calibration.json"):
-        assert (run / name).read_bytes() == (undisturbed / name).read_bytes(), name
 
 
 # --- mistakes: message and exit code -----------------------------------------------------------

@@ -35,7 +35,8 @@ class Samples(torch.utils.data.Dataset):
         epoch, index = key
         generator = common.generator_for(epoch, index)
         target = torch.tensor([float("nan") if index == self.bad else index / self.n], dtype=torch.float64)
-        return {"x": torch.randn(3, 4, 4, generator=generator, dtype=torch.float64), "target": target, "name": str(index)}
+        pixels = torch.randn(3, 4, 4, generator=generator, dtype=torch.float64)
+        return {"x": pixels, "target": target, "name": str(index)}
 
 
 def build_model():

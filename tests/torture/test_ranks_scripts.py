@@ -12,35 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import only_run, run_here, run_script, script_command, small_run
+from conftest import SCRIPTS, only_run, run_script, script_command
 from test_ranks import rank_environments
-
-VIDEO = ("--model cnn_lstm --hidden 16 --no_pretrained --image_size 32 --n_frames 4 --fps 4 --epochs 3 --batch_size 8 "
-         "--num_workers 0").split()
-DETECTOR = ("--model fasterrcnn_resnet18_fpn --no_pretrained --min_size 48 --max_size 64 --epochs 3 --batch_size 4 "
-            "--num_workers 0 --bootstrap_draws 20 --visualize 2").split()
-DREAMER = ("--encoder resnet18 --no_pretrained --image_size 32 --token_type spatial --d_model 32 --n_layers 1 --n_heads "
-           "2 --feedforward 32 --epochs 3 --batch_size 8 --num_workers 0").split()
-SCRIPTS = ["train_assessor.py", "train_video.py", "train_detector.py", "train_dreamer.py"]
-
-
-@pytest.fixture(scope="module")
-def flags(sample, tmp_path_factory):
-    """{script: flags of a training run on made data that takes seconds}, without --output_dir for the assessor."""
-    made = tmp_path_factory.mktemp("made")
-    for task, n in (("video", 40), ("detector", 30), ("dreamer", 48)):
-        run_here("make_sample_data.py", "--task", task, "--output_dir", made, "--n_samples", n)
-    manifests, parts = made / "video" / "manifests", made / "detector"
-    return {
-        "train_assessor.py": small_run(sample, "unused")[:4] + small_run(sample, "unused")[6:],
-        "train_video.py": [*VIDEO, "--video_root", made / "video" / "videos", "--label_map",
-                           manifests / "label_map.json", "--train_manifest", manifests / "train.csv",
-                           "--val_manifest", manifests / "val.csv"],
-        "train_detector.py": [*DETECTOR, "--train_json", parts / "train_coco.json", "--val_json",
-                              parts / "val_coco.json", "--train_images", parts / "images", "--val_images",
-                              parts / "images"],
-        "train_dreamer.py": [*DREAMER, "--data_dir", made / "dreamer", "--patient_map",
-                             made / "dreamer" / "patient_map.json"]}
 
 
 class Group:
@@ -73,8 +46,8 @@ def predicted_rows(run, script):
 
 @pytest.mark.parametrize("script", [pytest.param(script, marks=pytest.mark.long if script in SCRIPTS[1:] else ())
                                     for script in SCRIPTS])
-def test_a_run_of_two_processes_is_stopped_and_continued_by_one(flags, tmp_path, cases, script):
-    command = [*flags[script], "--output_dir", tmp_path]
+def test_a_run_of_two_processes_is_stopped_and_continued_by_one(tiny_flags, tmp_path, cases, script):
+    command = [*tiny_flags[script], "--output_dir", tmp_path]
     group = Group(script, command, 2)
     group.wait_for("epoch 1")
     group.members[1].send_signal(signal.SIGTERM)  # the scheduler may reach one node first
@@ -93,9 +66,9 @@ def test_a_run_of_two_processes_is_stopped_and_continued_by_one(flags, tmp_path,
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_to_the_end(flags, tmp_path, cases, script):
+def test_two_processes_to_the_end(tiny_flags, tmp_path, cases, script):
     """One run folder with everything in it, said and written once; nothing on the other process's output."""
-    first, second = Group(script, [*flags[script], "--output_dir", tmp_path, "--epochs", "1"], 2).finish()
+    first, second = Group(script, [*tiny_flags[script], "--output_dir", tmp_path, "--epochs", "1"], 2).finish()
     with cases.case("1, 2 and 3 processes: odd sizes, elastic resume, stops, NaN"):
         assert first.code == second.code == 0, first.text + second.text
         run = only_run(tmp_path)
@@ -104,7 +77,7 @@ def test_two_processes_to_the_end(flags, tmp_path, cases, script):
         assert not list(run.glob("**/*.tmp")) and (run / "report.html").exists()
 
 
-def test_a_mistake_is_said_by_each_and_leaves_nothing(flags, tmp_path):
+def test_a_mistake_is_said_by_each_and_leaves_nothing(tiny_flags, tmp_path):
     first, second = Group("train_assessor.py", ["--images_dir", tmp_path, "--ratings_file", tmp_path / "none.csv",
                                                 "--output_dir", tmp_path / "out"], 2).finish()
     assert first.code == second.code == 2

@@ -1,0 +1,139 @@
+"""Runs of the train scripts without the seconds that imports take: a server imports everything once and forks per run.
+
+Started as a program it is the server: a JSON line a request on its input, one a response on its output. A run is a
+process group of its own, with the signals, exit code and interpreter exit of `python train_x.py`; it differs in that
+the modules are loaded and that runs of one server share a hash seed, so references come from fresh interpreters.
+"""
+import gc
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ("train_assessor", "train_video", "train_detector", "train_dreamer")
+HEAVY = ("cv2", "pandas", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image", "torchvision.models",
+         "torchvision.models.detection", "pycocotools.cocoeval", "tqdm", "yaml")
+
+
+class ForkServer:
+    """The tests' side. start() gives a Trial; close() ends the server."""
+
+    def __init__(self):
+        self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert self._ask({"do": "hello"}) == "ready"
+
+    def _ask(self, request):
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(self, script, flags, log, env=None):
+        """Fork a run of the script; its output is appended to the file `log`."""
+        argv = [str(ROOT / script), *map(str, flags)]
+        return Trial(self, self._ask({"do": "start", "argv": argv, "log": str(log), "env": env or {}}), log)
+
+    def close(self):
+        """End the server."""
+        self._process.stdin.close()
+        self._process.wait(30)
+
+
+class Trial:
+    """One forked run."""
+
+    def __init__(self, server, pid, log):
+        self.server, self.pid, self.log = server, pid, Path(log)
+
+    def wait(self, seconds):
+        """Exit code (negative: the signal that killed it), or None after that many seconds."""
+        end = time.monotonic() + seconds
+        while True:
+            code = self.server._ask({"do": "poll", "pid": self.pid})
+            if code is not None or time.monotonic() > end:
+                return code
+            time.sleep(0.005)
+
+    def finish(self, seconds=120):
+        """Exit code at the end of the run; AssertionError with the end of its log where it hangs."""
+        code = self.wait(seconds)
+        if code is None:
+            self.signal(signal.SIGKILL)
+            self.wait(10)
+            raise AssertionError(f"still running after {seconds} s:\n{self.text()[-2000:]}")
+        return code
+
+    def signal(self, number):
+        """Send a signal to the whole process group, as a scheduler does; False where nothing is left of it."""
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def left_over(self):
+        """True while any process of the group lives: a loader worker that nobody ended."""
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            if int(fields[2]) == self.pid and fields[0] != "Z":
+                return True
+        return False
+
+    def text(self):
+        """What the run has printed."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+def serve():
+    """Answer requests; returns the argv of a run in the forked child, which then goes on as that script."""
+    children = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] == "start":
+            pid = os.fork()
+            if not pid:
+                return request
+            children[pid] = None
+            answer = pid
+        elif request["do"] == "poll":
+            pid = request["pid"]
+            if children[pid] is None:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                children[pid] = os.waitstatus_to_exitcode(status) if ended else None
+            answer = children[pid]
+        else:
+            answer = "ready"
+        print(json.dumps(answer), flush=True)
+    return None
+
+
+def become(request):
+    """Make this forked process a run of the script."""
+    os.setsid()
+    out = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for target, source in ((0, null), (1, out), (2, out)):
+        os.dup2(source, target)
+    os.environ.update(request["env"])
+    sys.argv = request["argv"]
+    import common
+    common.run_main(sys.modules[Path(sys.argv[0]).stem].main)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    for name in (*HEAVY, *SCRIPTS):
+        importlib.import_module(name)
+    gc.freeze()  # what is loaded is not searched for garbage again at the exit of every run
+    asked = serve()
+    if asked is None:
+        os._exit(0)  # without a word of what the packages did not free
+    become(asked)

@@ -1,0 +1,93 @@
+"""kill -9 of the whole process group at random moments, again and again: the run ends with the bits of one left alone.
+
+    python -m pytest tests/torture/test_kills.py [--all_cases]
+"""
+import concurrent.futures
+import random
+import signal
+import time
+
+import pytest
+
+from conftest import SCRIPTS
+from test_resume import fingerprint
+
+GROUP = "kill -9 at random moments, 4 scripts, workers 0 and 2"
+
+
+def final_bits(output_dir):
+    """Fingerprint and predictions of the one run there; a kill before it recorded its flags leaves a bare folder."""
+    runs = [folder for folder in output_dir.glob("run_*") if (folder / "args.json").exists()]
+    assert len(runs) == 1, f"expected one run, found {runs}"
+    assert (runs[0] / "metrics.json").exists() and (runs[0] / "report.html").exists()
+    predictions = [runs[0] / name for name in ("predictions_val.csv", "detections_val.csv")]
+    return fingerprint(runs[0]), [path.read_bytes() for path in predictions if path.exists()]
+
+
+class Killer:
+    """Runs a script with a save after every step, kills it at random moments and starts it again with --resume auto."""
+
+    def __init__(self, server, script, flags, folder, seed):
+        self.server, self.script, self.folder = server, script, folder
+        self.flags = [*flags, "--save_minutes", 1e-9, "--resume", "auto", "--output_dir", folder / "out"]
+        self.moments, self.log = random.Random(seed), folder / "log"
+        folder.mkdir()
+
+    def start(self):
+        return self.server.start(self.script, self.flags, self.log)
+
+    def kill(self, longest):
+        """Start, and kill after at most `longest` seconds; False where the run had ended by itself before."""
+        trial = self.start()
+        code = trial.wait(self.moments.uniform(0, longest))
+        if code is not None:
+            assert code == 0, trial.text()[-2000:]
+            return False
+        trial.signal(signal.SIGKILL)
+        code = trial.finish(20)
+        assert code in (-signal.SIGKILL, 0), trial.text()[-2000:]  # 0: it came to its end in that moment
+        return code == -signal.SIGKILL
+
+    def kills_of_one_run(self, at_most, longest):
+        """Number of kills that one run took, after which it was left alone to its end."""
+        kills = 0
+        while kills < at_most and not self.is_finished() and self.kill(longest):
+            kills += 1
+        if not self.is_finished():  # else a kill came after all was written, and another start would be a new run
+            last = self.start()
+            assert last.finish() == 0, last.text()[-2000:]
+        return kills
+
+    def is_finished(self):
+        """True once the run has written its metrics, the last of its files."""
+        return any((self.folder / "out").glob("run_*/metrics.json"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_kills(script, workers, servers, tiny_flags, quick_folder, cases):
+    flags = [*tiny_flags[script], "--num_workers", workers]
+    start = time.monotonic()
+    whole = Killer(servers[0], script, flags, quick_folder / "whole", 0)
+    assert whole.start().finish() == 0, whole.log.read_text()[-2000:]
+    seconds, expected = time.monotonic() - start, final_bits(whole.folder / "out")
+    wanted = cases.number(9, 100)
+
+    def lane(number, server, most):
+        """Kill runs on one server until its share of kills is done; [(kills, fingerprint)] of them."""
+        done, n_kills = [], 0
+        share = wanted // 2 + (number < wanted % 2)
+        while n_kills < share:
+            name = f"{number}_{len(done)}"
+            killer = Killer(server, script, flags, quick_folder / name, f"{script} {workers} {name}")
+            kills = killer.kills_of_one_run(min(most, share - n_kills), 0.6 * seconds)
+            done.append((kills, final_bits(killer.folder / "out")))
+            n_kills += kills
+        return done
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        lanes = [pool.submit(lane, number, server, 12) for number, server in enumerate(servers)]
+        results = [result for each in lanes for result in each.result()]
+    for kills, found in results:
+        for _ in range(kills):
+            with cases.case(GROUP):
+                assert found == expected, f"{script} with {workers} workers after {kills} kills"
