@@ -677,12 +677,14 @@ def write_whole(path, content):
 
 
 def _sync_folder(folder):
-    with contextlib.suppress(PermissionError):  # Windows opens no folders
+    try:
         handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    except PermissionError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path, value):
@@ -2473,9 +2475,8 @@ def _keep_previous(path, previous, temporary):
         return os.replace(path, previous)
     try:
         os.replace(temporary, previous)
-    except OSError:
-        temporary.unlink()
-        raise
+    finally:  # a rename between two links of one file does nothing, and leaves both
+        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path):

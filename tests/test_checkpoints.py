@@ -49,27 +49,6 @@ def test_previous_is_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pth", "last.pth.prev"]
 
 
-@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS])
-@pytest.mark.parametrize("operation", ["open", "os.fsync", "os.replace"])
-def test_a_failed_write_leaves_the_old_state(tmp_path, monkeypatch, operation, fault):
-    path = tmp_path / "last.pth"
-    common.save_checkpoint(path, content(1.0), keep_previous=True)
-
-    def fail(*_, **__):
-        raise OSError(fault, os.strerror(fault))
-    if operation == "open":
-        monkeypatch.setattr("builtins.open", fail)
-    else:
-        monkeypatch.setattr(common.os, operation.removeprefix("os."), fail)
-    with pytest.raises(common.CannotSave) as caught:
-        common.save_checkpoint(path, content(2.0), keep_previous=True)
-    monkeypatch.undo()
-    assert caught.value.code == 1 and str(tmp_path) in str(caught.value)
-    good = [p for p in (path, tmp_path / "last.pth.prev") if p.exists()]
-    assert common.read_checkpoint(good[0])["model"]["w"][0, 0] == 1
-    assert not list(tmp_path.glob(".*.tmp")) or operation == "open"
-
-
 def test_a_full_disk_names_file_and_bytes(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -208,37 +187,6 @@ def test_kill_9_while_writing_leaves_a_whole_file(tmp_path):
         process.wait()
         weights = common.read_checkpoint(path)["w"]
         assert (weights == weights[0]).all()
-
-
-def saved(tmp_path):
-    path = tmp_path / "good.pth"
-    common.save_checkpoint(path, content())
-    return path.read_bytes()
-
-
-def test_every_cut_is_refused(tmp_path):
-    whole, path = saved(tmp_path), tmp_path / "cut.pth"
-    cuts = [0, 1, 100, len(whole) - 1, *random.Random(1).sample(range(len(whole)), 30)]
-    for cut in cuts:
-        path.write_bytes(whole[:cut])
-        with pytest.raises(common.CheckpointError, match="cut.pth"):
-            common.read_checkpoint(path)
-
-
-def test_flipped_bits_are_refused_or_harmless(tmp_path):
-    """torch.load alone would accept most of these: it does not check the CRC."""
-    whole, path, refused = saved(tmp_path), tmp_path / "flipped.pth", 0
-    draws = random.Random(2)
-    for _ in range(60):
-        damaged = bytearray(whole)
-        damaged[draws.randrange(len(whole))] ^= 1 << draws.randrange(8)
-        path.write_bytes(damaged)
-        try:
-            loaded = common.read_checkpoint(path)
-            assert torch.equal(loaded["model"]["w"], content()["model"]["w"]) and loaded["epoch"] == 3
-        except common.CheckpointError:
-            refused += 1
-    assert refused > 50
 
 
 class Bomb:

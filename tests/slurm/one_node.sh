@@ -15,7 +15,6 @@ start() {
     # cred_expire is also how long a requeued job waits before it starts again (120 s by default)
     # an explicit cgroup/v1 starts everywhere: nothing uses it, but slurmd loads some plugin and autodetection may fail
     echo 'CgroupPlugin=cgroup/v1' >"$base/cgroup.conf"
-    echo 'NodeName=n[1-2] Name=gpu File=/dev/null' >"$base/gres.conf"  # so that --gres=gpu:1 is granted
     cat >"$base/slurm.conf" <<CONF
 ClusterName=tests
 SlurmctldHost=$host(127.0.0.1)
@@ -46,10 +45,7 @@ MinJobAge=900
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PreemptExemptTime=0
-GresTypes=gpu
-NodeName=DEFAULT NodeHostname=$host NodeAddr=127.0.0.1 CPUs=32 RealMemory=128000 Gres=gpu:1
-NodeName=n1 Port=$((port + 1))
-NodeName=n2 Port=$((port + 2))
+NodeName=n[1-2] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + 2))] CPUs=8 RealMemory=6000
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 CONF
@@ -58,7 +54,8 @@ CONF
     # shellcheck source=/dev/null
     . "$base/env"
     munged --force --socket="$base/run/munge.socket" --key-file="$base/run/munge.key" \
-        --pid-file="$base/run/munged.pid" --log-file="$base/log/munged.log" --seed-file="$base/run/munge.seed" 2>/dev/null
+        --pid-file="$base/run/munged.pid" --log-file="$base/log/munged.log" --seed-file="$base/run/munge.seed" \
+        2>/dev/null
     slurmctld -c
     for node in n1 n2; do slurmd -N "$node"; done
     for _ in $(seq 60); do

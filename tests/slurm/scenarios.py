@@ -22,8 +22,9 @@ from test_resume import fingerprint  # noqa: E402
 
 FLAGS = ("--backbone shufflenet_v2_x0_5 --no_pretrained --image_size 32 --batch_size 8 --group_column subject "
          "--save_minutes 0.01 --epochs 40").split()
-DREAMER = ("--encoder resnet18 --no_pretrained --image_size 32 --token_type spatial --d_model 32 --n_layers 1 --n_heads "
-           "2 --feedforward 32 --batch_size 8 --optimizer sgd --save_minutes 0.01 --epochs 8").split()
+ROOM = "--gres=none --mem=1G --cpus-per-task=2".split()  # what these nodes have, instead of a GPU
+DREAMER = ("--encoder resnet18 --no_pretrained --image_size 32 --token_type spatial --d_model 32 --n_layers 1 "
+           "--n_heads 2 --feedforward 32 --batch_size 8 --optimizer sgd --save_minutes 0.01 --epochs 8").split()
 
 
 def shell(*words):
@@ -36,8 +37,8 @@ class Job:
 
     def __init__(self, lab, name, flags, *options, out=None):
         self.lab, self.out = lab, lab.work / (out or f"out {name}")
-        words = ["sbatch", "--parsable", f"--job-name={name}", f"--output={lab.work}/logs/{name}_%a.out", *options,
-                 "train_assessor.sh", *flags, "--output_dir", self.out]
+        words = ["sbatch", "--parsable", f"--job-name={name}", f"--output={lab.work}/logs/{name}_%a.out", *ROOM,
+                 *options, "train_assessor.sh", *flags, "--output_dir", self.out]
         self.log = lab.work / "logs" / f"{name}_4294967294.out"  # what SLURM writes for %a outside of an array
         self.id = subprocess.run([*map(str, words)], cwd=lab.repo, capture_output=True, text=True, check=True,
                                  timeout=60).stdout.strip()
@@ -108,7 +109,7 @@ class Lab:
                       pictures / "ratings" / "per_image_Slider_mean_sd_from_wide.csv"]
         self.dreamer = [*DREAMER, "--data_dir", slices, "--patient_map", slices / "patient_map.json"]
         kinds = {"one": ("train_assessor.py", self.flags, 1), "two": ("train_assessor.py", self.flags, 2),
-                 "long": ("train_assessor.py", [*self.flags, "--epochs", "240"], 1),
+                 "long": ("train_assessor.py", [*self.flags, "--epochs", "400"], 1),
                  "dreamer": ("train_dreamer.py", self.dreamer, 1)}
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             self.expected = dict(zip(kinds, pool.map(lambda kind: self.local_run(kind, *kinds[kind]), kinds)))
@@ -166,7 +167,8 @@ def signalled_three_times(lab):
 
 def time_limit(lab):
     """SLURM's own time limit, requeued each time"""
-    job = Job(lab, "limit", [*lab.flags, "--epochs", "240", "--num_workers", 2], "--time=1", "--signal=USR1@40")
+    # this SLURM sends the signal up to a minute earlier than asked for
+    job = Job(lab, "limit", [*lab.flags, "--epochs", "400", "--num_workers", 2], "--time=2", "--signal=USR1@40")
     assert job.ended(600) == ("COMPLETED", "0"), job.text()[-2000:]
     job.has_bits_of("long")
     assert job.starts() >= 2, "the limit was never reached"
@@ -277,9 +279,9 @@ def node_down(lab):
     job.has_bits_of("one")
 
 
-SIDE_BY_SIDE = [time_limit, undisturbed, undisturbed_workers, signalled, signalled_workers, signalled_three_times, array,
-                two_nodes, two_nodes_signalled, cancelled, mistake, no_progress, other_script, finished_again, killed,
-                two_jobs]
+SIDE_BY_SIDE = [time_limit, undisturbed, undisturbed_workers, signalled, signalled_workers, signalled_three_times,
+                array, two_nodes, two_nodes_signalled, cancelled, mistake, no_progress, other_script, finished_again,
+                killed, two_jobs]
 ONE_BY_ONE = [preempted, node_down]
 
 
