@@ -1042,6 +1042,10 @@ class Processes:
             raise UserError(f"process {self.rank} of {self.size} did not meet the others at {where} "
                             f"({one_line(error)}); set MASTER_ADDR to the first node, MASTER_PORT to a free port, "
                             "GLOO_SOCKET_IFNAME to the network between them") from None
+        if CAN_FORK:
+            # A thread of the group that lets go of its last message holds a lock of Python 3.11 for a moment; a loader
+            # worker forked in that moment hangs for ever. All messages are waited for, so a short rest empties it.
+            os.register_at_fork(before=lambda: time.sleep(0.02))
 
     def on_first(self, function):
         """What function() gives on the first process, given to all; a user error or exit there ends all alike."""
@@ -2493,7 +2497,10 @@ def read_checkpoint(path):
         _check_plain(content)
     except (OSError, zipfile.BadZipFile, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError,
             AssertionError, MemoryError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} is no usable checkpoint ({type(error).__name__}: {one_line(error)})") from None
+        # torch's own text on unpickling advises to load with weights_only=False
+        reason = "it holds more than tensors, numbers and texts: objects whose loading could run code" if isinstance(
+            error, pickle.UnpicklingError) else f"{type(error).__name__}: {one_line(error)}"
+        raise CheckpointError(f"{path} is no usable checkpoint ({reason})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no usable checkpoint (expected a dict, found {type(content).__name__})")
     return content

@@ -288,7 +288,8 @@ def test_final_codes_are_passed_on_without_requeue(cluster, code):
 
 def test_command_line_under_srun(cluster):
     result, _ = submit(cluster, "train_video.py", "--name", "two words")
-    assert f"SRUN --kill-on-bad-exit=1 {sys.executable} train_video.py --resume auto --name two words" in result.stdout, result.stdout
+    started = f"SRUN --kill-on-bad-exit=1 {sys.executable} train_video.py --resume auto --name two words"
+    assert started in result.stdout, result.stdout
     assert "ARGS|train_video.py|--resume|auto|--name|two words" in result.stdout
     assert "CPUS 8" in result.stdout, "srun would start with one CPU"
 

@@ -74,6 +74,10 @@ stop() {
     for file in "$base"/run/slurmd.*.pid "$base/run/slurmctld.pid" "$base/run/munged.pid"; do
         if [ -s "$file" ]; then kill "$(cat "$file")" 2>/dev/null || true; fi
     done
+    for _ in $(seq 40); do  # they still write into their folder for a moment
+        if [ -z "$(ls "$base"/run/*.pid 2>/dev/null)" ]; then return 0; fi
+        sleep 0.25
+    done
 }
 
 "$1"

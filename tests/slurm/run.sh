@@ -16,7 +16,7 @@ done
 python=${VENV:-$PWD/.venv-tests}/bin/python
 base=$(mktemp -d)
 chmod 755 "$base"
-trap 'tests/slurm/one_node.sh stop "$base/slurm" || true; rm -rf "$base"' EXIT
+trap 'tests/slurm/one_node.sh stop "$base/slurm" || true; rm -rf "$base" || true' EXIT
 if ! tests/slurm/one_node.sh start "$base/slurm"; then echo "skipped: slurm (its daemons do not start here)"; exit 0; fi
 # shellcheck source=/dev/null
 . "$base/slurm/env"

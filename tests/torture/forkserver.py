@@ -8,6 +8,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("train_assessor", "train_video", "train_detector", "train_dreamer")
+SCRIPTS = ("predict_assessor", "train_assessor", "train_video", "train_detector", "train_dreamer")
 HEAVY = ("cv2", "pandas", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image", "torchvision.models",
          "torchvision.models.detection", "pycocotools.cocoeval", "tqdm", "yaml")
 
@@ -124,6 +125,9 @@ def become(request):
         os.dup2(source, target)
     os.environ.update(request["env"])
     sys.argv = request["argv"]
+    if "ADDRESS_SPACE_LEFT" in os.environ:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + int(os.environ["ADDRESS_SPACE_LEFT"]),) * 2)
     import common
     common.run_main(sys.modules[Path(sys.argv[0]).stem].main)
 

@@ -180,8 +180,9 @@ def here(folder, name, monkeypatch, links, at, fault):
             assert error.code == common.EXIT_CRASH and "\n" not in text and str(folder) in text
             assert ("bytes needed" in text and "free" in text) == (fault == "ENOSPC"), text
             return
-    harmless = operations.names[at] in ("os.link", "os.unlink") or (operations.names[at] == "os.open" and fault == "EACCES")
-    assert harmless, f"{operations.names[at]} failed and nothing was said"
+    operation = operations.names[at]
+    harmless = operation in ("os.link", "os.unlink") or (operation == "os.open" and fault == "EACCES")
+    assert harmless, f"{operation} failed and nothing was said"
 
 
 def in_a_child(folder, name, monkeypatch, links, at, fault):
