@@ -26,7 +26,7 @@ FAULTS = {}  # group of the fault table -> (cases that held, cases that were to 
 
 def pytest_addoption(parser):
     parser.addoption("--all_cases", action="store_true", help="all cases of the torture groups, not the short part")
-    parser.addoption("--fault_table", metavar="FILE", help="write the table of faults, cases and results (Markdown)")
+    parser.addoption("--fault_table", metavar="FILE", help="append the lines fault, cases and result (Markdown)")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -40,8 +40,20 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist hands its counts to the one that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = FAULTS
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for group, counts in getattr(node, "workeroutput", {}).get("faults", {}).items():
+        FAULTS[group] = tuple(map(sum, zip(FAULTS.get(group, (0, 0)), counts)))
+
+
 def pytest_terminal_summary(terminalreporter, config):
-    if not FAULTS:
+    if not FAULTS or hasattr(config, "workeroutput"):
         return
     rows = ["| fault | cases | result |", "|---|---|---|"]
     for group, (held, planned) in FAULTS.items():
@@ -49,7 +61,8 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("faults")
     terminalreporter.write_line("\n".join(rows))
     if config.getoption("fault_table"):
-        Path(config.getoption("fault_table")).write_text("\n".join(rows) + "\n", encoding="utf-8")
+        with open(config.getoption("fault_table"), "a", encoding="utf-8") as table:
+            table.write("\n".join(rows[2:]) + "\n")
 
 
 class Cases:

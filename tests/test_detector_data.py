@@ -19,6 +19,8 @@ import make_sample_data
 import train_detector
 from train_detector import ABSENT, INTACT, STATES, UNKNOWN
 
+pytestmark = pytest.mark.fault("tables, COCO, JSON: quirks and mistakes")
+
 
 def write_pictures(folder, names, size=(60, 40)):
     """Grey pictures of `size` (width, height) with one bright pixel each, so that no two are copies."""

@@ -21,7 +21,8 @@ from PIL import Image
 
 import common
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
+              pytest.mark.fault("pictures and videos: cuts, modes, EXIF, bombs, lying headers")]
 ODD = Path(__file__).resolve().parents[2] / "shared" / "data" / "images_odd"
 # Pillow's own tests refuse this PNG; the manifest calls it readable because it was loaded twice.
 REFUSED_AGAINST_MANIFEST = {"broken_data_stream.png"}

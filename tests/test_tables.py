@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 
 import common
 
+pytestmark = pytest.mark.fault("tables, COCO, JSON: quirks and mistakes")
+
 OMI = Path(__file__).resolve().parents[2] / "shared" / "data" / "ratings" / "omi"
 needs_omi = pytest.mark.skipif(not OMI.is_dir(), reason="the OMI ratings are not beside the repository")
 

@@ -109,7 +109,7 @@ class Lab:
                       pictures / "ratings" / "per_image_Slider_mean_sd_from_wide.csv"]
         self.dreamer = [*DREAMER, "--data_dir", slices, "--patient_map", slices / "patient_map.json"]
         kinds = {"one": ("train_assessor.py", self.flags, 1), "two": ("train_assessor.py", self.flags, 2),
-                 "long": ("train_assessor.py", [*self.flags, "--epochs", "400"], 1),
+                 "long": ("train_assessor.py", [*self.flags, "--epochs", "1200"], 1),
                  "dreamer": ("train_dreamer.py", self.dreamer, 1)}
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             self.expected = dict(zip(kinds, pool.map(lambda kind: self.local_run(kind, *kinds[kind]), kinds)))
@@ -168,7 +168,7 @@ def signalled_three_times(lab):
 def time_limit(lab):
     """SLURM's own time limit, requeued each time"""
     # this SLURM sends the signal up to a minute earlier than asked for
-    job = Job(lab, "limit", [*lab.flags, "--epochs", "400", "--num_workers", 2], "--time=2", "--signal=USR1@40")
+    job = Job(lab, "limit", [*lab.flags, "--epochs", "1200", "--num_workers", 2], "--time=2", "--signal=USR1@40")
     assert job.ended(600) == ("COMPLETED", "0"), job.text()[-2000:]
     job.has_bits_of("long")
     assert job.starts() >= 2, "the limit was never reached"
@@ -274,7 +274,7 @@ def node_down(lab):
     job = Job(lab, "down", [*lab.flags, "--num_workers", 0], "--nodelist=n2").training()
     shell("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     time.sleep(2)
-    shell("scontrol", "update", "nodename=n2", "state=resume")
+    subprocess.run(["scontrol", "update", "nodename=n2", "state=resume"], capture_output=True)  # or it is back already
     job.wait_for("start 2,")
     job.has_bits_of("one")
 
