@@ -28,10 +28,12 @@ fi
 script=train_assessor.py
 if [[ $1 == *.py ]]; then script=$1; shift; fi
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit --cpus-per-task since Slurm 22.05
+tasks=${SLURM_NTASKS:-$((${SLURM_NTASKS_PER_NODE:-1} * ${SLURM_JOB_NUM_NODES:-1}))}  # else --exclusive starts many
 progress=logs/.progress_$job
 touch "$progress"
 rc=0
-srun --kill-on-bad-exit=1 "${PYTHON:-$(command -v python || command -v python3)}" "$script" --resume auto "$@" || rc=$?
+python=${PYTHON:-$(command -v python || command -v python3)}
+srun --ntasks="$tasks" --kill-on-bad-exit=1 "$python" "$script" --resume auto "$@" || rc=$?
 if [ "$rc" -ne 75 ]; then rm -f "$progress"; exit "$rc"; fi
 
 # 75: saved, start again; a job whose checkpoint is the same as after the start before would be requeued for ever

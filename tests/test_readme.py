@@ -21,6 +21,7 @@ COMMANDS = [
 ELSEWHERE = {
     "./run_local.sh": "run by tests/test_shell.py",
     "tests/run.sh": "this very run",
+    "tests/slurm/run.sh": "part of tests/run.sh --all",
     "sbatch": "needs a SLURM cluster",
     "python tests/benchmarks": "takes minutes",
     "python verify_setup.py": "run by test_verify_setup.py",
@@ -58,14 +59,15 @@ def folder(sample, tmp_path_factory):
 
 def run_command(folder, command):
     """One README command in the user's folder; commands that train get the flags of SMALL and a folder of their own."""
-    python, script, *flags = shlex.split(command)
-    assert python == "python", f"no rule for {command}"
+    program, *words = shlex.split(command)
+    launcher = {"python": [], "torchrun": ["-m", "torch.distributed.run", *words[:2]]}[program]
+    script, *flags = words[2:] if launcher else words
     if script in SMALL and "--mode" not in flags:
         flags += [*SMALL[script], "--output_dir", f"outputs/{script}"]
     else:
         flags = [flag.replace("outputs/run_YYYYMMDD_HHMMSS", newest_run(folder, script)) for flag in flags]
     done = subprocess.run(
-        [sys.executable, ROOT / script, *flags], cwd=folder, capture_output=True, text=True, timeout=300
+        [sys.executable, *launcher, ROOT / script, *flags], cwd=folder, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -89,7 +91,8 @@ def test_command(folder, command):
 
 
 def test_every_flag_named_in_the_readme_exists():
-    named = set(re.findall(r"`?(--[a-z_]+)", (ROOT / "README.md").read_text()))
+    text = re.sub(r"(sbatch|torchrun|tests/run.sh) --.*|`--all`", "", (ROOT / "README.md").read_text())  # not ours
+    named = set(re.findall(r"`?(--[a-z_]+)", text))
     known = set()
     for script in (*(p.name for p in ROOT.glob("*.py")), "tests/benchmarks/assessor.py"):
         done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=120)

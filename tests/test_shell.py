@@ -249,7 +249,7 @@ def cluster(tmp_path):
     shutil.copy(REPO / "train_assessor.sh", folder)
     for name in ("train_assessor.py", "train_video.py"):
         (folder / name).write_text(FAKE_TRAIN)
-    write_executable(folder / "bin" / "srun", '#!/bin/sh\necho "SRUN $*"\nshift\nexec "$@"\n')
+    write_executable(folder / "bin" / "srun", '#!/bin/sh\necho "SRUN $*"\nshift 2\nexec "$@"\n')
     write_executable(folder / "bin" / "scontrol", '#!/bin/sh\necho "$@" >>scontrol_calls\n')
     return folder
 
@@ -288,10 +288,17 @@ def test_final_codes_are_passed_on_without_requeue(cluster, code):
 
 def test_command_line_under_srun(cluster):
     result, _ = submit(cluster, "train_video.py", "--name", "two words")
-    started = f"SRUN --kill-on-bad-exit=1 {sys.executable} train_video.py --resume auto --name two words"
+    started = f"SRUN --ntasks=1 --kill-on-bad-exit=1 {sys.executable} train_video.py --resume auto --name two words"
     assert started in result.stdout, result.stdout
     assert "ARGS|train_video.py|--resume|auto|--name|two words" in result.stdout
     assert "CPUS 8" in result.stdout, "srun would start with one CPU"
+
+
+@pytest.mark.parametrize("asked, tasks", [({"SLURM_NTASKS": "6"}, 6), ({"SLURM_JOB_NUM_NODES": "2"}, 2), (
+    {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4"}, 8)])
+def test_one_process_unless_more_are_asked_for(cluster, asked, tasks):
+    """srun would start as many as fit where the job has a node for itself, and with them another result."""
+    assert f"SRUN --ntasks={tasks} " in submit(cluster, **asked)[0].stdout
 
 
 def test_saved_job_is_requeued_while_it_makes_progress(cluster):

@@ -21,7 +21,7 @@ from test_ranks import rank_environments  # noqa: E402
 from test_resume import fingerprint  # noqa: E402
 
 FLAGS = ("--backbone shufflenet_v2_x0_5 --no_pretrained --image_size 32 --batch_size 8 --group_column subject "
-         "--save_minutes 0.01 --epochs 40").split()
+         "--save_minutes 0.01 --epochs 40 --patience 0").split()
 ROOM = "--gres=none --mem=1G --cpus-per-task=2".split()  # what these nodes have, instead of a GPU
 DREAMER = ("--encoder resnet18 --no_pretrained --image_size 32 --token_type spatial --d_model 32 --n_layers 1 "
            "--n_heads 2 --feedforward 32 --batch_size 8 --optimizer sgd --save_minutes 0.01 --epochs 8").split()
@@ -90,6 +90,9 @@ class Job:
     def has_bits_of(self, kind):
         """The run's weights, optimiser, history and best model are those of the local run that was left alone."""
         assert self.ended() == ("COMPLETED", "0"), f"{self.ended()}:\n{self.text()[-2000:]}"
+        local = next((self.lab.work / f"local_{kind}").glob("run_*"))
+        histories = [(run / "training_history.csv").read_text() for run in (local, self.run())]
+        assert histories[0] == histories[1], f"{self.run()}: another history than the local run's"
         assert fingerprint(self.run()) == self.lab.expected[kind], "other bits than the local run"
 
 
@@ -109,7 +112,7 @@ class Lab:
                       pictures / "ratings" / "per_image_Slider_mean_sd_from_wide.csv"]
         self.dreamer = [*DREAMER, "--data_dir", slices, "--patient_map", slices / "patient_map.json"]
         kinds = {"one": ("train_assessor.py", self.flags, 1), "two": ("train_assessor.py", self.flags, 2),
-                 "long": ("train_assessor.py", [*self.flags, "--epochs", "1200"], 1),
+                 "long": ("train_assessor.py", [*self.flags, "--epochs", "500"], 1),
                  "dreamer": ("train_dreamer.py", self.dreamer, 1)}
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             self.expected = dict(zip(kinds, pool.map(lambda kind: self.local_run(kind, *kinds[kind]), kinds)))
@@ -168,7 +171,7 @@ def signalled_three_times(lab):
 def time_limit(lab):
     """SLURM's own time limit, requeued each time"""
     # this SLURM sends the signal up to a minute earlier than asked for
-    job = Job(lab, "limit", [*lab.flags, "--epochs", "1200", "--num_workers", 2], "--time=2", "--signal=USR1@40")
+    job = Job(lab, "limit", [*lab.flags, "--epochs", "500", "--num_workers", 2], "--time=2", "--signal=USR1@40")
     assert job.ended(600) == ("COMPLETED", "0"), job.text()[-2000:]
     job.has_bits_of("long")
     assert job.starts() >= 2, "the limit was never reached"
