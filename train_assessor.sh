@@ -30,6 +30,7 @@ if [[ $1 == *.py ]]; then script=$1; shift; fi
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit --cpus-per-task since Slurm 22.05
 tasks=${SLURM_NTASKS:-$((${SLURM_NTASKS_PER_NODE:-1} * ${SLURM_JOB_NUM_NODES:-1}))}  # else --exclusive starts many
 progress=logs/.progress_$job
+mkdir -p logs
 touch "$progress"
 rc=0
 python=${PYTHON:-$(command -v python || command -v python3)}

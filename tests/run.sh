@@ -12,7 +12,7 @@ export VENV
 python=$(./run_local.sh --install_only requirements.txt tests/requirements.txt)
 pytest=("$python" -m pytest -q -rs)  # -rs prints the name and the reason of every skipped test
 if [ -n "${FAULT_TABLE:-}" ]; then
-    pytest+=(--fault_table "$FAULT_TABLE")
+    pytest+=("--fault_table=$FAULT_TABLE")
     printf '| fault | cases | result |\n|---|---|---|\n' >"$FAULT_TABLE"
 fi
 
