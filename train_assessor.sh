@@ -39,7 +39,7 @@ if [ "$rc" -ne 75 ]; then rm -f "$progress"; exit "$rc"; fi
 
 # 75: saved, start again; a job whose checkpoint is the same as after the start before would be requeued for ever
 outputs=$(printf '%s\n' outputs "$@" | sed -n '1p; s/^--output[_-]dir=//p; /^--output[_-]dir$/{n;p;}' | tail -n 1)
-saved=$(find "$outputs" -name last.pth -newer "$progress" -exec cksum {} + | sort)
+saved=$(find "$outputs" -name last.pth -newer "$progress" -exec cksum {} + | sort) || saved=
 if [ -z "$saved" ] || [ "$saved" = "$(cat "$progress")" ]; then
     echo "job $job made no progress under $outputs: not requeued; sbatch again continues it"
 else
