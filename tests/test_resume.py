@@ -145,9 +145,3 @@ def test_resume_of_something_else(sample, tmp_path):
     record = json.loads((folder / "args.json").read_text())
     (folder / "args.json").write_text(json.dumps({**record, "script": "train_video.py"}))
     assert "train_video.py" in run_script("train_assessor.py", "--resume", folder, code=2).stderr
-
-
-def test_a_second_writer_is_refused(sample, tmp_path):
-    folder = stopped_run(sample, tmp_path)
-    with common._lock_folder(folder):
-        assert "another process" in run_script("train_assessor.py", "--resume", folder, code=2).stderr
