@@ -18,7 +18,7 @@ BREAKS = {  # what is broken: (file, code, what stands there instead, tests that
     "the old file is written over, not replaced": (
         "common.py", "            os.replace(temporary, path)\n",
         "            temporary.unlink()\n            open(path, 'wb').write(content)\n",
-        "tests/torture/test_save_path.py -k over_the_best"),
+        "tests/torture/test_save_path.py -k best"),
     "the history is appended to": (
         "common.py", '        write_table(self.run.path("training_history.csv"), self.history)\n\n    def _model',
         '        open(self.run.path("training_history.csv"), "a").write(f"{self.history[-1]}\\n")\n\n    def _model',
