@@ -27,9 +27,9 @@ BREAKS = {  # what is broken: (file, code, what stands there instead, tests that
         "common.py", "    return torch.Generator().manual_seed(mix(*integers))",
         "    return torch.Generator().manual_seed(mix(*integers, time.time_ns()))",
         "tests/torture/test_signals.py -k assessor.py-0"),
-    "loader workers are not guarded from signals": (
+    "loader workers are not guarded from signals": (  # one TERM may be lucky, five are not
         "common.py", "worker_init_fn=_guard_worker if workers else None", "worker_init_fn=None",
-        "tests/torture/test_signals.py -k assessor.py-2"),
+        "tests/torture/test_signals.py --all_cases -k assessor.py-2"),
     "an evaluation is padded to equal shares": (
         "common.py", "(n_samples * rank // size, n_samples * (rank + 1) // size)",
         "(n_samples * rank // size, n_samples * rank // size + -(-n_samples // size))",

@@ -24,6 +24,7 @@ ELSEWHERE = {
     "tests/slurm/run.sh": "part of tests/run.sh --all",
     "sbatch": "needs a SLURM cluster",
     "python tests/benchmarks": "takes minutes",
+    "python tests/breaks.py": "takes minutes",
     "python verify_setup.py": "run by test_verify_setup.py",
     "python train_dreamer.py --config configs/dreamer_production.yaml": "the production size wants a GPU",
 }
