@@ -383,7 +383,7 @@ class Run:
                 self._log.write(f"{kind.__name__}: {error}\n")
         is_mine = self.compute.processes.is_first and not self.resumed
         if is_mine and isinstance(error, UserError) and not self.path("args.json").exists():
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)  # it may be what was lost
 
     def path(self, name):
         """Path of a file in the run folder."""

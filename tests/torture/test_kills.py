@@ -10,9 +10,11 @@ import time
 import pytest
 
 from conftest import SCRIPTS
+from test_ranks import rank_environments
 from test_resume import fingerprint
 
 GROUP = "kill -9 at random moments, 4 scripts, workers 0 and 2"
+PAIRS = "two processes of one run, both or one of them killed"
 
 
 def final_bits(output_dir):
@@ -61,6 +63,63 @@ class Killer:
     def is_finished(self):
         """True once the run has written its metrics, the last of its files."""
         return any((self.folder / "out").glob("run_*/metrics.json"))
+
+
+class Pair:
+    """Two processes of one run with the methods of one Trial; a signal reaches both, or one of them alone."""
+
+    def __init__(self, trials, moments):
+        self.trials, self.moments = trials, moments
+
+    def wait(self, seconds):
+        """Exit code of the run, None while its first process lives."""
+        return None if self.trials[0].wait(seconds) is None else self.finish()
+
+    def signal(self, number):
+        for trial in self.moments.choice([self.trials, self.trials[:1], self.trials[1:]]):
+            trial.signal(number)
+
+    def finish(self, seconds=60):
+        """SIGKILL where one was killed; the other must then end by itself, with 1 and a word, unless it was done."""
+        codes = [trial.finish(seconds) for trial in self.trials]
+        if -signal.SIGKILL not in codes:
+            return max(codes)
+        for trial, code in zip(self.trials, codes):
+            assert code in (-signal.SIGKILL, 0) or code == 1 and "another process of this run has ended" in self.text()
+            assert not trial.left_over()
+        return -signal.SIGKILL
+
+    def text(self):
+        return self.trials[0].text()
+
+
+class PairKiller(Killer):
+    """Killer of runs that two processes share."""
+
+    def start(self):
+        return Pair([self.server.start(self.script, self.flags, self.log, env=env) for env in rank_environments(2)],
+                    self.moments)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_kills_of_two_processes(script, servers, tiny_flags, quick_folder, cases):
+    flags = [*tiny_flags[script], "--num_workers", 0]
+    start = time.monotonic()
+    whole = PairKiller(servers[0], script, flags, quick_folder / "whole", 0)
+    assert whole.start().finish() == 0, whole.log.read_text()[-2000:]
+    seconds, expected = time.monotonic() - start, final_bits(whole.folder / "out")
+    wanted, done = cases.number(1 + (script in SCRIPTS[:2]), 10), 0
+    for number in range(100):
+        killer = PairKiller(servers[0], script, flags, quick_folder / str(number), f"{script} {number}")
+        kills = killer.kills_of_one_run(min(5, wanted - done), 0.6 * seconds)
+        found = final_bits(killer.folder / "out")
+        for _ in range(kills):
+            with cases.case(PAIRS):
+                assert found == expected, f"{script}, two processes, after {kills} kills"
+        done += kills
+        if done == wanted:
+            return
+    raise AssertionError(f"{done} kills of {wanted} in {number + 1} runs")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
