@@ -1,19 +1,13 @@
 """How fast is an epoch of train_detector.py? Ratios against loops timed in turn with it, in the same run.
 
     python tests/benchmarks/detector.py
-    python tests/benchmarks/detector.py --model fasterrcnn_resnet50_fpn --images 16 --min_size 320 --repeats 3
+    python tests/benchmarks/detector.py --model fasterrcnn_resnet50_fpn --images 16 --min_size 320
 
     script      one epoch as the script trains: cached pictures, its precision, flip, colour and size at random
     bare        forward, backward and optimiser step on batches that already lie in memory, in the same precision
     reference   a loop in the manner of torchvision's references/detection: fp32, Pillow decoding, flip and colour in
                 torchvision, resize and normalisation inside the model, 2 workers
-Printed: median seconds of each, the ratios of the medians with the range over the repeats, and peak memory.
 """
-import argparse
-import sys
-import tempfile
-from pathlib import Path
-
 import cv2
 import numpy as np
 import torch
@@ -22,30 +16,27 @@ from torchvision import transforms
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from turns import compare, parser_of  # it puts the repository on the import path
 
-import common  # noqa: E402
-import train_detector  # noqa: E402
-from turns import print_turns, time_in_turn  # noqa: E402
+import common
+import train_detector
 
 PARTS, BOXES = 8, 6
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="fasterrcnn_resnet18_fpn", choices=tuple(train_detector.MODELS),
                         help="detector")
     parser.add_argument("--images", type=int, default=24, help="pictures per epoch")
     parser.add_argument("--side", type=int, default=1024, help="longer side of the pictures on disk in pixels")
     parser.add_argument("--min_size", type=int, default=256, help="short side of the input in pixels")
     parser.add_argument("--batch_size", type=int, default=4, help="pictures per batch")
-    parser.add_argument("--repeats", type=int, default=3, help="timed epochs of each loop, after one that is not timed")
     return parser.parse_args()
 
 
 def make_data(folder, options):
-    """Smooth random JPEGs of 4:3 and a COCO file with random boxes; returns its path."""
+    """Smooth random JPEGs of 4:3 and a COCO file with random boxes."""
     draws, height = np.random.default_rng(0), options.side * 3 // 4
     content = {"images": [], "annotations": [], "categories": [{"id": k, "name": f"part_{k}"} for k in range(PARTS)]}
     for i in range(options.images):
@@ -58,14 +49,13 @@ def make_data(folder, options):
                                            "bbox": [left, top, 40 + side / 2, 40 + side / 2],
                                            "category_id": int(draws.integers(PARTS))})
     common.write_json(folder / "coco.json", content)
-    return folder / "coco.json"
 
 
 class ScriptEpochs:
     """The script's own dataset, loader, step and bookkeeping."""
 
-    def __init__(self, folder, path, options):
-        sys.argv = ["train_detector.py"]
+    def __init__(self, folder, options):
+        path = folder / "coco.json"
         self.args = train_detector.parse_args([
             "--train_json", str(path), "--train_images", str(folder), "--output_dir", str(folder / "out"),
             "--split_ratio", "0.9", "--model", options.model, "--no_pretrained", "--norm", "frozen", "--save_minutes",
@@ -88,10 +78,10 @@ class ScriptEpochs:
 class BareEpochs:
     """Nothing but the arithmetic: the script's batches of one epoch, normalised, in memory."""
 
-    def __init__(self, script):
+    def __init__(self, folder, options):
+        script = ScriptEpochs(folder, options)
         self.compute, self.settings = script.run.compute, script.settings
-        self.model = self.compute.place(train_detector.build_model(script.args, self.settings, None)).train()
-        self.optimizer = common.build_optimizer([(self.model, 1.0)], script.args)
+        self.model, self.optimizer = script.model.train(), script.training.optimizer
         self.batches = [train_detector.to_device(batch, self.compute, self.settings) for batch in script.loader]
 
     def epoch(self):
@@ -128,7 +118,8 @@ class PlainFiles(torch.utils.data.Dataset):
 class ReferenceEpochs:
     """fp32, contiguous memory, AdamW as torch makes it, 2 loader workers; the same network."""
 
-    def __init__(self, script, folder):
+    def __init__(self, folder, options):
+        script = ScriptEpochs(folder, options)
         self.device, size = script.run.compute.device, script.settings["min_size"]
         self.model = train_detector.build_model(script.args, script.settings, None).to(self.device).train()
         self.transform = GeneralizedRCNNTransform(size, 2 * size, common.IMAGENET_MEAN, common.IMAGENET_STD)
@@ -149,19 +140,10 @@ class ReferenceEpochs:
 
 def main():
     options = parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        script = ScriptEpochs(folder, make_data(folder, options), options)
-        with script.run:
-            after_script = common.peak_memory(script.run.compute.device)
-            loops = {"script": script, "bare": BareEpochs(script), "reference": ReferenceEpochs(script, folder)}
-            seconds = time_in_turn(loops, options.repeats)
-    print(f"\n{options.model}, {options.images} pictures of {options.side} px to a short side of {options.min_size}, "
-          f"batch {options.batch_size}, {script.run.compute.text}, {torch.get_num_threads()} threads, "
-          f"{options.repeats} repeats")
-    print_turns(seconds, options.images, "images", 2)
-    print(f"peak memory of the process {common.peak_memory(script.run.compute.device) / 2**30:.2f} GB, "
-          f"with the pictures cached and before any epoch {after_script / 2**30:.2f} GB")
+    compare(__file__, options, make_data, {"script": ScriptEpochs, "bare": BareEpochs, "reference": ReferenceEpochs},
+            f"train_detector.py: {options.model}, {options.images} pictures of {options.side} px to a short side of "
+            f"{options.min_size}, batch {options.batch_size}", "images", options.images,
+            [("script", "bare", "<=", 1.05), ("reference", "script", ">=", 2)])
 
 
 if __name__ == "__main__":

@@ -1,38 +1,28 @@
 """How fast is an epoch of train_dreamer.py, and what do channel tokens cost beside spatial ones? Ratios in one run.
 
     python tests/benchmarks/dreamer.py
-    python tests/benchmarks/dreamer.py --transitions 32 --batch_size 8 --repeats 3 --d_model 768 --n_layers 6
+    python tests/benchmarks/dreamer.py --transitions 32 --d_model 256 --n_layers 4
 
     script      one epoch as the script trains: cached frames, its precision, no dropout inside attention
     bare        forward, backward and optimiser step on batches that already lie in memory, in the same precision
     reference   a loop as tutorials write it: fp32, frames decoded by Pillow at every access, dropout .1 in attention
-    channel, spatial   the bare loop with either kind of tokens, each in a process of its own, with its peak memory
-Printed: median seconds of each, the ratios of the medians with the range over the repeats, and peak memory.
+    spatial     the bare loop with 49 spatial tokens instead of 512 channel tokens
 """
-
-import argparse
 import json
-import statistics
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from turns import compare, parser_of  # it puts the repository on the import path
 
-import common  # noqa: E402
-import train_dreamer  # noqa: E402
-from turns import print_turns, time_in_turn  # noqa: E402
+import common
+import train_dreamer
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--encoder", default="resnet34", help="torchvision ResNet")
     add("--transitions", type=int, default=16, help="transitions per epoch")
@@ -40,13 +30,12 @@ def parse_args():
     add("--batch_size", type=int, default=8, help="transitions per batch")
     add("--d_model", type=int, default=768, help="width of a token")
     add("--n_layers", type=int, default=6, help="transformer layers")
-    add("--repeats", type=int, default=3, help="timed epochs of each loop, after one that is not timed")
-    add("--tokens", choices=("channel", "spatial"), help="only the bare loop with these tokens; prints JSON")
     return parser.parse_args()
 
 
-def make_data(folder, options):
+def make_data(parent, options):
     """A sequence of smooth random frames with random poses."""
+    folder = parent / "sequence"
     draws = np.random.default_rng(0)
     poses, rows = draws.normal(0, 10, (options.transitions + 1, 6)), []
     for which in ("ft1", "ft2"):
@@ -64,9 +53,9 @@ def make_data(folder, options):
 
 
 def script_args(folder, options, *more):
-    sys.argv = ["train_dreamer.py"]
+    """Flags of the script for these data."""
     return train_dreamer.parse_args([
-        "--data_dir", str(folder), "--output_dir", str(folder.parent / "out"), "--encoder", options.encoder,
+        "--data_dir", str(folder / "sequence"), "--output_dir", str(folder / "out"), "--encoder", options.encoder,
         "--no_pretrained", "--batch_size", str(options.batch_size), "--image_size", str(options.side), "--d_model",
         str(options.d_model), "--n_layers", str(options.n_layers), "--feedforward", str(4 * options.d_model),
         "--save_minutes", "0", "--epochs", "1000", *more])
@@ -97,10 +86,13 @@ class ScriptEpochs:
 
 class BareEpochs:
     """Nothing but the arithmetic: normalised batches in memory."""
+    tokens = "channel"
 
-    def __init__(self, args, compute, options):
-        self.compute, device = compute, compute.device
-        self.model = compute.place(train_dreamer.build_model(args, unit_scaler(), "additive")).train()
+    def __init__(self, folder, options):
+        args = script_args(folder, options, "--token_type", self.tokens)
+        self.compute = common.choose_compute("auto", "auto")
+        device = self.compute.device
+        self.model = self.compute.place(train_dreamer.build_model(args, unit_scaler(), "additive")).train()
         self.optimizer = common.build_optimizer([(self.model, 1.0)], args)
         self.loss_function = train_dreamer.DreamLoss(args, unit_scaler(), device)
         self.batches = []
@@ -121,11 +113,16 @@ class BareEpochs:
             self.optimizer.step()
 
 
+class SpatialEpochs(BareEpochs):
+    """The same with the encoder's places as tokens."""
+    tokens = "spatial"
+
+
 class PlainFrames(torch.utils.data.Dataset):
     """Pillow decoding at every access."""
 
     def __init__(self, folder, options):
-        self.folder, self.count = folder, options.transitions
+        self.folder, self.count = folder / "sequence", options.transitions
 
     def __len__(self):
         return self.count
@@ -151,13 +148,14 @@ def with_attention_dropout(layer, dropout):
 class ReferenceEpochs:
     """fp32, contiguous memory, AdamW as torch makes it, attention with dropout, 2 loader workers."""
 
-    def __init__(self, script, folder, options):
-        self.device = script.run.compute.device
-        self.model = train_dreamer.build_model(script.args, unit_scaler(), "additive")
+    def __init__(self, folder, options):
+        self.device, args = common.choose_compute("auto", "off").device, script_args(folder, options)
+        self.model = train_dreamer.build_model(args, unit_scaler(), "additive")
         for layer in self.model.imagination.layers[:-1]:
             with_attention_dropout(layer, 0.1)
         self.model = self.model.to(self.device).train()
-        self.optimizer, self.loss_function = torch.optim.AdamW(self.model.parameters(), 2e-4), script.loss_function
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 2e-4)
+        self.loss_function = train_dreamer.DreamLoss(args, unit_scaler(), self.device)
         self.loader = torch.utils.data.DataLoader(
             PlainFrames(folder, options), options.batch_size, shuffle=True, num_workers=2, persistent_workers=True)
 
@@ -171,45 +169,14 @@ class ReferenceEpochs:
             self.optimizer.step()
 
 
-def token_cost(options, tokens):
-    """Seconds per epoch and peak memory of the bare loop with these tokens, in a process of its own."""
-    flags = ["encoder", "transitions", "side", "batch_size", "d_model", "n_layers", "repeats"]
-    command = [sys.executable, __file__, "--tokens", tokens]
-    command += [f"--{name}={getattr(options, name)}" for name in flags]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-
-
-def run_tokens(options):
-    compute = common.choose_compute("auto", "auto")
-    args = script_args(Path(tempfile.gettempdir()) / "none", options, "--token_type", options.tokens)
-    loop = BareEpochs(args, compute, options)
-    before = common.peak_memory(compute.device)
-    seconds = time_in_turn({"bare": loop}, options.repeats)["bare"]
-    print(json.dumps({"seconds": statistics.median(seconds), "peak_gb": common.peak_memory(compute.device) / 2**30,
-                      "before_gb": before / 2**30}))
-
-
 def main():
     options = parse_args()
-    if options.tokens:
-        return run_tokens(options)
-    costs = {tokens: token_cost(options, tokens) for tokens in ("channel", "spatial")}
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent) / "sequence"
-        make_data(folder, options)
-        script = ScriptEpochs(folder, options)
-        with script.run:
-            loops = {"script": script, "bare": BareEpochs(script.args, script.run.compute, options),
-                     "reference": ReferenceEpochs(script, folder, options)}
-            seconds = time_in_turn(loops, options.repeats)
-    print(f"\n{options.encoder}, {options.transitions} transitions of {options.side} px, batch {options.batch_size}, "
-          f"width {options.d_model}, {options.n_layers} layers, {script.run.compute.text}, {torch.get_num_threads()} "
-          f"threads, {options.repeats} repeats")
-    print_turns(seconds, options.transitions, "transitions", 4)
-    for tokens, cost in costs.items():
-        print(f"{tokens:8} tokens: {cost['seconds']:.2f} s per epoch, {options.transitions / cost['seconds']:.1f} "
-              f"transitions/s, peak {cost['peak_gb']:.2f} GB ({cost['before_gb']:.2f} GB before the first step)")
-    print(f"channel / spatial: {costs['channel']['seconds'] / costs['spatial']['seconds']:.2f} in time")
+    compare(__file__, options, make_data,
+            {"script": ScriptEpochs, "bare": BareEpochs, "reference": ReferenceEpochs, "spatial": SpatialEpochs},
+            f"train_dreamer.py: {options.encoder}, {options.transitions} transitions of {options.side} px, batch "
+            f"{options.batch_size}, width {options.d_model}, {options.n_layers} layers", "transitions",
+            options.transitions,
+            [("script", "bare", "<=", 1.05), ("reference", "script", ">=", 4), ("bare", "spatial", ">", 1)])
 
 
 if __name__ == "__main__":

@@ -1,48 +1,38 @@
 """How fast is an epoch of train_video.py? Ratios against loops timed in turn with it, in the same run.
 
     python tests/benchmarks/video.py
-    python tests/benchmarks/video.py --models r3d_18 --clips 48 --repeats 5
+    python tests/benchmarks/video.py --model cnn_lstm --clips 48
 
     script      one epoch as the script trains: cached clips, one fused augmentation a clip, its precision
     bare        forward, backward and optimiser step on batches that already lie in memory, in the same precision
     reference   a loop as tutorials write it: fp32, every frame of a file read at each access, torchvision transforms
                 frame by frame as strong, 2 workers
-Printed: median seconds of each, the ratios of the medians with the range over the repeats, and peak memory.
 """
-
-import argparse
-import sys
-import tempfile
-from pathlib import Path
-
 import cv2
 import numpy as np
 import torch
 from PIL import Image
 from torchvision import transforms
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from turns import compare, parser_of  # it puts the repository on the import path
 
-import common  # noqa: E402
-import train_video  # noqa: E402
-from turns import print_turns, time_in_turn  # noqa: E402
+import common
+import train_video
 
 SECONDS, RATE = 4, 25  # of each file
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["r3d_18", "cnn_lstm"], help="as train_video.py names them")
+    parser = parser_of(__doc__)
+    parser.add_argument("--model", default="r3d_18", help="as train_video.py names it")
     parser.add_argument("--clips", type=int, default=24, help="clips per epoch")
     parser.add_argument("--side", type=int, default=320, help="width of the videos in pixels; 3 / 4 of it high")
     parser.add_argument("--batch_size", type=int, default=8, help="clips per batch")
-    parser.add_argument("--repeats", type=int, default=3, help="timed epochs of each loop, after one that is not timed")
     return parser.parse_args()
 
 
 def make_data(folder, options):
-    """MPEG-4 files of drifting colours, half of them of each class; returns the manifest."""
+    """MPEG-4 files of drifting colours, half of them of each class."""
     draws, rows = np.random.default_rng(0), ["path,label"]
     size = (options.side, options.side * 3 // 4)
     for i in range(options.clips):
@@ -54,19 +44,22 @@ def make_data(folder, options):
         writer.release()
         rows.append(f"{i}.mp4,{'ab'[i % 2]}")
     (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
-    return folder / "manifest.csv"
+
+
+def script_args(folder, options):
+    """Flags of the script for these data."""
+    return train_video.parse_args([
+        "--manifest", str(folder / "manifest.csv"), "--output_dir", str(folder / "out"), "--model", options.model,
+        "--no_pretrained", "--batch_size", str(options.batch_size), "--save_minutes", "0", "--epochs", "1000"])
 
 
 class ScriptEpochs:
     """The script's own dataset, loader, step and bookkeeping."""
 
-    def __init__(self, folder, table, model, options):
-        sys.argv = ["train_video.py"]
-        self.args = train_video.parse_args(
-            ["--manifest", str(table), "--output_dir", str(folder / "out"), "--model", model, "--no_pretrained",
-             "--batch_size", str(options.batch_size), "--save_minutes", "0", "--epochs", "1000"])
+    def __init__(self, folder, options):
+        self.args = script_args(folder, options)
         self.run = common.start_run(self.args)
-        self.run.compute = train_video.training_compute(self.run.compute, model)
+        self.run.compute = train_video.training_compute(self.run.compute, options.model)
         study = train_video.load_study(self.args, self.run.say)
         rows = np.arange(options.clips)
         objective = train_video.Behaviours(self.args, study.table, rows)
@@ -85,10 +78,10 @@ class ScriptEpochs:
 class BareEpochs:
     """Nothing but the arithmetic: normalised batches in memory."""
 
-    def __init__(self, script, options):
+    def __init__(self, folder, options):
+        script = ScriptEpochs(folder, options)
         self.compute, self.loss = script.run.compute, script.objective.loss
-        self.model = self.compute.place(train_video.build_model(script.args, 2)).train()
-        self.optimizer = common.build_optimizer([(self.model, 1.0)], script.args)
+        self.model, self.optimizer = script.model.train(), script.training.optimizer
         self.batches = [train_video.to_device(batch, script.args, self.compute) for batch in script.loader]
 
     def epoch(self):
@@ -135,11 +128,11 @@ class PlainFiles(torch.utils.data.Dataset):
 class ReferenceEpochs:
     """fp32, contiguous memory, AdamW as torch makes it, 2 loader workers."""
 
-    def __init__(self, script, folder, options):
-        self.device = script.run.compute.device
-        self.model = train_video.build_model(script.args, 2).to(self.device).train()
+    def __init__(self, folder, options):
+        args, self.device = script_args(folder, options), common.choose_compute("auto", "off").device
+        self.model = train_video.build_model(args, 2).to(self.device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
-        self.loader = torch.utils.data.DataLoader(PlainFiles(folder, script.args, options), options.batch_size,
+        self.loader = torch.utils.data.DataLoader(PlainFiles(folder, args, options), options.batch_size,
                                                   shuffle=True, num_workers=2, persistent_workers=True)
 
     def epoch(self):
@@ -152,25 +145,12 @@ class ReferenceEpochs:
             self.optimizer.step()
 
 
-def compare(model, folder, table, options):
-    """Time the three loops of one model and print the comparison."""
-    script = ScriptEpochs(folder, table, model, options)
-    with script.run:
-        loops = {"script": script, "bare": BareEpochs(script, options),
-                 "reference": ReferenceEpochs(script, folder, options)}
-        seconds = time_in_turn(loops, options.repeats)
-    print(f"\n{model}, {options.clips} clips of {SECONDS} s, {options.side} px wide, batch {options.batch_size}, "
-          f"{script.run.compute.text}, {torch.get_num_threads()} threads, {options.repeats} repeats")
-    print_turns(seconds, options.clips, "clips", 4)
-    print(f"peak memory of the process {common.peak_memory(script.run.compute.device) / 2**30:.2f} GB")
-
-
 def main():
     options = parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        table = make_data(Path(folder), options)
-        for model in options.models:
-            compare(model, Path(folder), table, options)
+    compare(__file__, options, make_data, {"script": ScriptEpochs, "bare": BareEpochs, "reference": ReferenceEpochs},
+            f"train_video.py: {options.model}, {options.clips} clips of {SECONDS} s, {options.side} px wide, batch "
+            f"{options.batch_size}", "clips", options.clips,
+            [("script", "bare", "<=", 1.05), ("reference", "script", ">=", 4)])
 
 
 if __name__ == "__main__":

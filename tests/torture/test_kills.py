@@ -79,13 +79,23 @@ class Pair:
         for trial in self.moments.choice([self.trials, self.trials[:1], self.trials[1:]]):
             trial.signal(number)
 
-    def finish(self, seconds=60):
-        """SIGKILL where one was killed; the other must then end by itself, with 1 and a word, unless it was done."""
-        codes = [trial.finish(seconds) for trial in self.trials]
+    def finish(self, seconds=120):
+        """SIGKILL where one was killed; the other then ends by itself with 1 and a word, unless it was done."""
+        end = time.monotonic() + seconds
+        while None in (codes := [trial.wait(0) for trial in self.trials]):
+            if -signal.SIGKILL in codes:
+                end = min(end, time.monotonic() + 20)
+            if time.monotonic() > end:
+                for trial in self.trials:
+                    trial.signal(signal.SIGKILL)
+                # only before they have met: there a launcher (torchrun, srun --kill-on-bad-exit) has to end the rest
+                assert -signal.SIGKILL in codes and "processes: 2" not in self.text(), f"hangs:\n{self.text()[-2000:]}"
+            time.sleep(0.01)
         if -signal.SIGKILL not in codes:
             return max(codes)
+        said = {1: "another process of this run has ended", 2: "did not meet the others"}
         for trial, code in zip(self.trials, codes):
-            assert code in (-signal.SIGKILL, 0) or code == 1 and "another process of this run has ended" in self.text()
+            assert code in (-signal.SIGKILL, 0) or said[code] in self.text(), f"{codes}: {self.text()[-2000:]}"
             assert not trial.left_over()
         return -signal.SIGKILL
 
@@ -97,7 +107,8 @@ class PairKiller(Killer):
     """Killer of runs that two processes share."""
 
     def start(self):
-        return Pair([self.server.start(self.script, self.flags, self.log, env=env) for env in rank_environments(2)],
+        log = self.folder / f"log_{len(list(self.folder.glob('log_*')))}"
+        return Pair([self.server.start(self.script, self.flags, log, env=env) for env in rank_environments(2)],
                     self.moments)
 
 
@@ -106,7 +117,8 @@ def test_kills_of_two_processes(script, servers, tiny_flags, quick_folder, cases
     flags = [*tiny_flags[script], "--num_workers", 0]
     start = time.monotonic()
     whole = PairKiller(servers[0], script, flags, quick_folder / "whole", 0)
-    assert whole.start().finish() == 0, whole.log.read_text()[-2000:]
+    undisturbed = whole.start()
+    assert undisturbed.finish() == 0, undisturbed.text()[-2000:]
     seconds, expected = time.monotonic() - start, final_bits(whole.folder / "out")
     wanted, done = cases.number(1 + (script in SCRIPTS[:2]), 10), 0
     for number in range(100):
