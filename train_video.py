@@ -1842,6 +1842,67 @@ class Head(nn.Module):
             return self.offset + self.spread * (torch.sigmoid(raw) if self.bounded else raw)
 
 
+class SoundConv3d(torch.overrides.TorchFunctionMode):
+    """Inside it torch.conv3d has right weight gradients under bf16 autocast on a CPU; elsewhere it is as it was.
+
+    oneDNN's own bf16 weight gradient of Conv3d holds memory that was never written where a map is small (2 x 7 x 7,
+    torch 2.14): now and then 1e30, at worst a plausible number. Its outputs and its input gradients are right.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.conv3d and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu") and (
+                args[0].device.type == "cpu"):
+            return self._conv3d(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    @staticmethod
+    def _conv3d(clips, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        stride, padding, dilation = (tuple(torch.broadcast_to(torch.tensor(each), (3,)).tolist())
+                                     for each in (stride, padding, dilation))
+        if dilation != (1, 1, 1) or groups != 1:
+            with torch.autocast("cpu", enabled=False):
+                return torch.conv3d(clips.float(), weight, bias, stride, padding, dilation, groups)
+        outputs = Conv3dByFrames.apply(clips.bfloat16(), weight.bfloat16(), stride, padding)
+        return outputs if bias is None else outputs + bias.bfloat16()[:, None, None, None]
+
+
+class Conv3dByFrames(torch.autograd.Function):
+    """torch.conv3d of clips (B, C, T, H, W) and weight (O, C, K, h, w) whose weight gradient is K 2-D ones of frames."""
+
+    @staticmethod
+    def forward(ctx, clips, weight, stride, padding):
+        ctx.save_for_backward(clips, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return torch.conv3d(clips, weight, None, stride, padding)  # (B, C, T, H, W) -> (B, O, T', H', W')
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (clips, weight), (stride, padding) = ctx.saved_tensors, (ctx.stride, ctx.padding)
+        gradient, inputs, weights = gradient.contiguous(memory_format=torch.channels_last_3d), None, None
+        if ctx.needs_input_grad[0]:
+            inputs, _, _ = torch.ops.aten.convolution_backward(
+                gradient, clips, weight, None, stride, padding, (1, 1, 1), False, (0, 0, 0), 1, (True, False, False))
+        if ctx.needs_input_grad[1]:
+            weights = torch.stack([Conv3dByFrames._tap(k, clips, gradient, weight, stride, padding)
+                                   for k in range(weight.shape[2])], 2)
+        return inputs, weights, None, None
+
+    @staticmethod
+    def _tap(k, clips, gradient, weight, stride, padding):
+        """Gradient (O, C, h, w) of weight[:, :, k]: output frame t meets input frame t * stride + k - padding."""
+        n_in, n_out, step, shift = clips.shape[2], gradient.shape[2], stride[0], k - padding[0]
+        first, last = max(0, math.ceil(-shift / step)), min(n_out, (n_in - 1 - shift) // step + 1)
+        if first >= last:
+            return torch.zeros_like(weight[:, :, k])
+        frames = clips[:, :, first * step + shift:(last - 1) * step + shift + 1:step]
+        frames, gradient = (each.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)  # (B * T', C or O, H, W)
+                            for each in (frames, gradient[:, :, first:last]))
+        return torch.ops.aten.convolution_backward(
+            gradient, frames, weight[:, :, k].contiguous(memory_format=torch.channels_last), None, stride[1:],
+            padding[1:], (1, 1), False, (0, 0), 1, (False, True, False))[1]
+
+
 class ClipNet(common.BackboneModel):
     """A torchvision video network over all frames at once: clips (B, T, 3, S, S) -> (B, K)."""
 
@@ -1851,7 +1912,8 @@ class ClipNet(common.BackboneModel):
 
     def extract(self, clips, mask):
         """Features of the backbone: (B, T, 3, S, S) -> (B, F)."""
-        return self.backbone(clips.transpose(1, 2))  # (B, T, 3, S, S) -> (B, 3, T, S, S) -> (B, F)
+        with SoundConv3d():
+            return self.backbone(clips.transpose(1, 2))  # (B, T, 3, S, S) -> (B, 3, T, S, S) -> (B, F)
 
     def forward(self, clips, mask):
         # (B, T, 3, S, S) clips, or (B, F) features of a frozen backbone
@@ -1902,18 +1964,6 @@ def build_model(args, n_outputs):
     common.freeze_stages(parts[0], args.freeze_stages, example)
     return (FrameLstm(*parts, head, args.hidden, args.freeze_norm) if args.model == ONLY_FRAMES
             else ClipNet(*parts, head, args.freeze_norm))
-
-
-def training_compute(compute, model_name):
-    """The Compute to train a network with: fp32 for clip networks on a CPU.
-
-    There oneDNN's bf16 weight gradient of Conv3d holds memory that was never written where a map is small (2 x 7 x 7,
-    torch 2.14): now and then 1e30, at worst a plausible number. Its forward pass is right.
-    """
-    if model_name == ONLY_FRAMES or compute.device.type != "cpu" or compute.precision == "fp32":
-        return compute
-    text = f"{compute.text} to predict, fp32 to train: bf16 gradients of 3-D convolutions are wrong on CPUs"
-    return dataclasses.replace(compute, precision="fp32", text=text)
 
 
 def pixel_statistics(model_name):
@@ -3100,9 +3150,6 @@ def say_effective_size(run, study):
 def run_train(args):
     """--mode train: one split, or all folds."""
     with common.start_run(args) as run:
-        run.compute = training_compute(run.compute, args.model)
-        if run.compute.precision == "fp32" and args.use_amp != "off":
-            run.say(f"device: {run.compute.text}")
         study = load_study(args, run.say, run.path("skipped.csv"))
         say_effective_size(run, study)
         common.parse_criteria(args.criteria, criteria_names(study))

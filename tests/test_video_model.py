@@ -4,6 +4,7 @@
 """
 import argparse
 import contextlib
+import dataclasses
 import io
 import sys
 from types import SimpleNamespace
@@ -272,21 +273,56 @@ def test_mixed_precision_agrees_with_fp32(name):
     assert (mixed - plain).abs().max() < 0.05 * plain.abs().max()
 
 
-def test_clip_networks_train_in_fp32_on_a_cpu():
-    """bf16 weight gradients of small Conv3d maps hold unwritten memory there; what is chosen repeats its gradients."""
-    mixed = common.choose_compute("cpu", "on")
-    chosen = train_video.training_compute(mixed, "r3d_18")
-    assert (mixed.precision, chosen.precision, chosen.channels_last) == ("bf16", "fp32", mixed.channels_last)
-    assert train_video.training_compute(mixed, "cnn_lstm") is mixed
-    layer = chosen.place(nn.Conv3d(512, 512, 3, padding=1, bias=False))
-    clips, gradients = torch.randn(2, 512, 2, 4, 4).to(memory_format=torch.channels_last_3d), []
-    for _ in range(4):
-        torch.full((512, 512, 27), 1e30)  # freed at once, its numbers stay in that memory
+GEOMETRIES = [  # channels in and out, frames, side, kernel, stride, padding
+    (512, 512, 2, 7, 3, 1, 1), (512, 512, 2, 4, 3, 1, 1), (64, 64, 4, 14, 3, 1, 1),
+    (3, 16, 8, 20, (3, 7, 7), (1, 2, 2), (1, 3, 3)), (16, 24, 7, 9, 3, 2, 1), (8, 16, 8, 8, 1, 2, 0), (32, 16, 1, 7, 3, 1, 1), (8, 8, 9, 8, (3, 1, 1), (2, 1, 1), (1, 0, 0)),
+    (8, 8, 5, 9, (5, 3, 3), (3, 2, 1), (2, 1, 1)), (8, 8, 4, 9, (1, 3, 3), 1, (0, 1, 1))]
+
+
+@pytest.mark.parametrize("n_in, n_out, frames, side, kernel, stride, padding", GEOMETRIES)
+def test_bf16_gradients_of_3d_convolutions_are_those_of_fp32(n_in, n_out, frames, side, kernel, stride, padding):
+    """Also where freed memory is full of large numbers, which oneDNN's own weight gradient lets through."""
+    layer, gradients = nn.Conv3d(n_in, n_out, kernel, stride, padding), []
+    clips = torch.randn(2, n_in, frames, side, side).to(memory_format=torch.channels_last_3d).requires_grad_()
+    expected = layer(clips)
+    direction = torch.randn_like(expected)
+    for precision in ("fp32", "bf16", "bf16", "bf16"):
+        torch.full((n_out, n_in, 64), 1e30)  # freed at once, its numbers stay in that memory
         layer.zero_grad(set_to_none=True)
-        with chosen.autocast():
-            layer(clips).square().mean().backward()
-        gradients.append(layer.weight.grad.clone())
-    assert all(torch.equal(gradients[0], other) for other in gradients[1:]) and gradients[0].abs().max() < 1
+        clips.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), train_video.SoundConv3d():
+            found = layer(clips)
+        assert (found - expected).abs().max() < 0.01 * expected.abs().max()
+        found.float().backward(direction)
+        gradients.append([clips.grad, layer.weight.grad, layer.bias.grad])
+    for exact, *found in zip(*gradients):
+        assert all(torch.equal(found[0], other) for other in found[1:])
+        assert (found[0] - exact).abs().max() < 0.01 * exact.abs().max()
+
+
+@pytest.mark.parametrize("geometry", [{"groups": 4}, {"dilation": 2, "padding": 2}], ids=str)
+def test_3d_convolutions_of_another_kind_are_computed_in_fp32(geometry):
+    layer, clips = nn.Conv3d(8, 8, 3, **{"padding": 1, **geometry}), torch.randn(2, 8, 4, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16), train_video.SoundConv3d():
+        found = layer(clips)
+    assert found.dtype == torch.float32 and torch.equal(found, layer(clips))
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "mc3_18"])
+def test_clip_networks_learn_the_same_in_bf16(name):
+    args = arguments("--model", name, "--image_size", 32, "--n_frames", 8, "--dropout", 0)
+    compute, gradients = common.choose_compute("cpu", "on"), []
+    model, mask = compute.place(train_video.build_model(args, 2)).train(), torch.ones(8, 8, dtype=torch.bool)
+    clips, label = torch.randn(8, 8, 3, 32, 32), torch.arange(8) % 2
+    for precision in ("fp32", "bf16"):
+        model.zero_grad(set_to_none=True)
+        with dataclasses.replace(compute, precision=precision).autocast():
+            outputs = model(clips, mask)
+        nn.functional.cross_entropy(outputs.float(), label).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    cosine = nn.functional.cosine_similarity(*gradients, dim=0)
+    # random weights without training make rounding loud: torchvision's 2-D ResNet-18 has 0.91 to 0.93 here
+    assert cosine > 0.93, f"bf16 gradients point elsewhere: cosine {cosine:.3f}"
 
 
 def test_bounded_scores_begin_at_the_mean_and_stay_inside():

@@ -59,7 +59,6 @@ class ScriptEpochs:
     def __init__(self, folder, options):
         self.args = script_args(folder, options)
         self.run = common.start_run(self.args)
-        self.run.compute = train_video.training_compute(self.run.compute, options.model)
         study = train_video.load_study(self.args, self.run.say)
         rows = np.arange(options.clips)
         objective = train_video.Behaviours(self.args, study.table, rows)
