@@ -630,6 +630,60 @@ def collate(samples):
 
 # --- model and loss ----------------------------------------------------------------------
 
+class RowRoIAlign(MultiScaleRoIAlign):
+    """torchvision's MultiScaleRoIAlign (sampling_ratio r), on a CPU as one sum of weighted rows of all maps.
+
+    Every bin of a box is the mean of r * r bilinear samples, so a weighted sum of 4 * r * r pixels: an embedding bag over
+    the maps' pixels, each a row of C channels. Forward and backward then work on whole rows and all cores, where
+    torchvision's backward adds number by number on one.
+    """
+
+    def forward(self, x, boxes, image_shapes):
+        # x: maps (B, C, H, W); boxes: B of (Q, 4) in input pixels -> (Q of all pictures, C, bins, bins)
+        maps = [each for name, each in x.items() if name in self.featmap_names]
+        if maps[0].device.type != "cpu" or self.sampling_ratio < 1:
+            return super().forward(x, boxes, image_shapes)
+        if self.scales is None:
+            super().forward(x, [each[:0] for each in boxes], image_shapes)  # it finds out the scale of each map
+        rows = torch.cat([each.permute(0, 2, 3, 1).flatten(0, 2) for each in maps])  # (B * H * W of all maps, C)
+        with torch.no_grad():
+            index, weight = self.pixels_of(maps, boxes)
+        pooled = nn.functional.embedding_bag(index, rows, mode="sum", per_sample_weights=weight.to(rows.dtype))
+        bins = self.output_size  # the order of weights that were trained on torchvision's is kept:
+        return pooled.view(-1, *bins, rows.shape[1]).permute(0, 3, 1, 2)  # (Q * bins, C) -> (Q, C, bins, bins)
+
+    def pixels_of(self, maps, boxes):
+        """(row of each pixel that a bin sums, its weight), both (Q * bins, 4 r r)."""
+        heights, widths = (torch.tensor([each.shape[axis] for each in maps]) for axis in (2, 3))
+        starts = torch.cumsum(len(maps[0]) * heights * widths, 0) - len(maps[0]) * heights * widths
+        level = self.map_levels(boxes) if len(maps) > 1 else torch.zeros(sum(map(len, boxes)), dtype=torch.long)
+        picture = torch.repeat_interleave(torch.arange(len(boxes)), torch.tensor([len(each) for each in boxes]))
+        height, width = heights[level], widths[level]  # (Q,) of the map that a box is pooled from
+        left, top, right, bottom = (torch.cat(boxes) * torch.tensor(self.scales)[level, None]).unbind(1)
+        y, y_weight = self.samples_of(top, bottom, height, self.output_size[0])
+        x, x_weight = self.samples_of(left, right, width, self.output_size[1])
+        first = (starts[level] + picture * height * width)[:, None, None, None, None]  # row of the map's first pixel
+        index = first + y[:, :, None, :, None] * width[:, None, None, None, None] + x[:, None, :, None, :]
+        weight = y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]  # (Q, bins, bins, 2 r, 2 r)
+        return index.flatten(0, 2).flatten(1), weight.flatten(0, 2).flatten(1)
+
+    def samples_of(self, low, high, length, n_bins):
+        """Along one axis (pixels, weights) of each bin's samples, (Q, bins, 2 r) both; low, high, length: (Q,).
+
+        As torchvision's kernel: a box is at least one pixel, a sample within a pixel outside counts as on the border,
+        one further out counts nothing.
+        """
+        ratio, last = self.sampling_ratio, (length - 1)[:, None]
+        step = ((high - low).clamp(min=1) / (n_bins * ratio))[:, None]
+        place = low[:, None] + (torch.arange(n_bins * ratio) + 0.5) * step  # (Q, bins * r)
+        inside = (place >= -1) & (place <= length[:, None])
+        place = torch.minimum(place.clamp(min=0), last)
+        before = place.long()
+        pixels, share = torch.stack([before, torch.minimum(before + 1, last)], 2), place - before
+        weights = torch.stack([1 - share, share], 2) * inside[..., None] / ratio  # (Q, bins * r, 2)
+        return pixels.view(-1, n_bins, 2 * ratio), weights.view(-1, n_bins, 2 * ratio)
+
+
 class StateRoIHeads(RoIHeads):
     """torchvision's RoIHeads with new predictors for P parts and a third head for S states (S = 0: none).
 
@@ -640,8 +694,8 @@ class StateRoIHeads(RoIHeads):
 
     def __init__(self, heads, n_parts, n_states, class_weights=None):
         n_features = heads.box_predictor.cls_score.in_features
-        matcher, sampler = heads.proposal_matcher, heads.fg_bg_sampler
-        super().__init__(heads.box_roi_pool, heads.box_head, FastRCNNPredictor(n_features, n_parts + 1),
+        matcher, sampler, pool = heads.proposal_matcher, heads.fg_bg_sampler, heads.box_roi_pool
+        super().__init__(RowRoIAlign(pool.featmap_names, pool.output_size, pool.sampling_ratio), heads.box_head, FastRCNNPredictor(n_features, n_parts + 1),
                          matcher.high_threshold, matcher.low_threshold, sampler.batch_size_per_image,
                          sampler.positive_fraction, heads.box_coder.weights, LOWEST_SCORE, heads.nms_thresh,
                          heads.detections_per_img)

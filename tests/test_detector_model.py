@@ -80,6 +80,29 @@ def test_losses_and_detections_are_torchvisions():
             torch.testing.assert_close(mine[name], other[name], rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize("n_maps, ratio, bins", [(3, 2, 7), (1, 2, 7), (4, 1, 3), (2, 3, (5, 2))])
+def test_pooled_rows_are_those_of_torchvision(n_maps, ratio, bins):
+    """Outputs and gradients of MultiScaleRoIAlign, for boxes inside, across and beyond the border, tiny and none."""
+    torch.manual_seed(1)
+    names, sizes = [str(k) for k in range(n_maps)], [(40, 56), (20, 28), (10, 14), (5, 7)][:n_maps]
+    maps = {name: torch.randn(3, 8, *size).requires_grad_() for name, size in zip(names, sizes)}
+    maps["pool"] = torch.randn(3, 8, 2, 3)  # a level of the pyramid that boxes are not pooled from
+    centre, size = torch.rand(60, 2) * torch.tensor([240, 180]) - 8, torch.rand(60, 1) ** 3 * 900
+    boxes = torch.cat([centre - size / 2, centre + size * torch.rand(60, 2)], 1)
+    boxes[:4] = torch.tensor([[0.0, 0, 224, 160], [5, 5, 5, 5], [-300, -300, -200, -200], [223, 159, 224, 160]])
+    boxes, shapes = list(boxes.split([31, 0, 29])), [(160, 224), (150, 200), (160, 224)]
+    found = []
+    for kind in (torchvision.ops.MultiScaleRoIAlign, train_detector.RowRoIAlign):
+        pooled = kind(names, bins, ratio)(maps, boxes, shapes)
+        direction = torch.linspace(-1, 1, pooled.numel()).view(pooled.shape)
+        found.append([pooled, *torch.autograd.grad(pooled, [maps[name] for name in names], direction)])
+    for theirs, ours in zip(*found):
+        assert theirs.shape == ours.shape and theirs.abs().max() > 0.1  # every map takes part
+        assert (theirs - ours).abs().max() < 1e-4 * theirs.abs().max()
+    empty = train_detector.RowRoIAlign(names, bins, ratio)(maps, [each[:0] for each in boxes], shapes)
+    assert empty.shape == (0, *found[0][0].shape[1:])
+
+
 @pytest.mark.parametrize("n_trainable", range(7))
 def test_frozen_stages_are_those_of_torchvision(n_trainable):
     pairs = []
