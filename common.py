@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -92,6 +93,10 @@ def some(items, limit=10):
 # ---------------------------------------------------------------------------
 # A flag is declared once; config file, flags of a resumed run and command line all pass through its own type.
 
+# What makes runs fast without a flag of its own, and how --without switches it off.
+FAST_WAYS = {"layout": "channels_last memory", "optimizer": "fused optimiser", "augment": "augmentation in one warp",
+             "decode": "JPEGs decoded at reduced size", "memory": "freed memory kept (CPU, Linux)"}
+
 # They may change between the two halves of a resumed run: they decide where and how fast, never what is computed.
 NEUTRAL_FLAGS = {"output_dir", "config", "resume", "num_workers", "device", "cache", "save_every", "save_minutes",
                  "save_top_k", "tensorboard", "wandb", "images_dir", "ratings_file", "criteria", "use_amp", "fold",
@@ -167,6 +172,14 @@ def add_training_arguments(parser):
         help="epochs without a better validation score before stopping; 0 = never stop early")
     add("--min_epochs", type=bounded(int, 0), default=0, help="never stop early before this epoch")
     add("--min_delta", type=bounded(float, 0), default=0.0, help="smallest gain that counts as better, for patience")
+    add("--without", nargs="+", choices=(*FAST_WAYS, "all"), metavar="WAY",
+        help="for comparison, leave out a way of being fast: " + ", ".join(
+            f"{name} ({what})" for name, what in FAST_WAYS.items()) + ", or all; see also --use_amp and --cache")
+
+
+def takes(args, way):
+    """True where --without leaves this one of FAST_WAYS in."""
+    return not {way, "all"} & set(args.without or ())
 
 
 def add_data_arguments(parser):
@@ -468,8 +481,10 @@ def start_run(args):
     if args.wandb:
         optional_package("wandb", "wandb")
     signals, processes = StopSignals(), Processes()
-    compute = choose_compute(args.device, args.use_amp, processes)
+    compute = choose_compute(args.device, args.use_amp, processes, takes(args, "layout"))
     processes.join(compute.device)
+    if takes(args, "memory"):
+        keep_freed_memory()
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -481,6 +496,9 @@ def start_run(args):
     run.say(f"run folder: {run.folder}{' (continued)' if run.resumed else ''}")
     run.say(f"command: {command_line()}")
     run.say(f"device: {compute.text}; {torch.get_num_threads()} threads; torch {torch.__version__}")
+    left_out = ", ".join(way for way in FAST_WAYS if not takes(args, way))
+    run.say(f"fast by: {', '.join(what for way, what in FAST_WAYS.items() if takes(args, way)) or 'nothing'}"
+            f"{f' (left out: {left_out})' if left_out else ''}")
     if processes.size > 1:
         run.say(f"processes: {processes.size}; each takes its share of the {args.batch_size} samples of a batch")
     return run
@@ -785,10 +803,11 @@ class Compute:
         return model
 
 
-def choose_compute(device, use_amp, processes=None):
+def choose_compute(device, use_amp, processes=None, layout=True):
     """--device and --use_amp -> Compute. Raises UserError for a GPU that is asked for and absent.
 
-    processes: of a run that works with several; each takes a GPU of its own on its machine.
+    processes: of a run that works with several; each takes a GPU of its own on its machine. layout: channels_last where
+    the device is fast at it.
     """
     launched = launched_processes()
     if processes is None and launched["size"] > 1:
@@ -814,9 +833,22 @@ def choose_compute(device, use_amp, processes=None):
         precision = "bf16"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         _cpuinfo("model name") or platform.processor() or platform.machine())
-    layout = precision != "fp32" or device.type == "cuda"
+    layout = layout and device.type in ("cpu", "cuda")
     text = f"{device} ({name}), {precision}{' with channels_last' if layout else ''}"
     return Compute(device, precision, layout, text, processes)
+
+
+def keep_freed_memory():
+    """Have the C library of Linux keep freed memory for the next batch, at the price of some per cent more of it.
+
+    glibc hands blocks of many MB back to the system at once and asks for them again in every step, page by page: a
+    tenth of a ResNet-18's training step on a CPU. Elsewhere nothing happens.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2 ** 31 - 1)
 
 
 def fast_precision(device):
@@ -1757,14 +1789,14 @@ def _to_rgb(image):
     return np.asarray(image.convert("RGB"))
 
 
-def _decode(path, short_side):
+def _decode(path, short_side, reduced=True):
     """(pixels uint8 (H, W, 3), (width, height) of the whole upright picture); BadImage with the bare reason."""
     from PIL import ImageOps  # decodes, because OpenCV, a fifth faster, returns the rest of a truncated JPEG as grey
     cv2 = _imaging()[0]
     with _open_picture(path) as image:
         whole = image.size
         scaled_size(*whole, short_side)  # refuses before anything is allocated
-        if short_side is not None and image.format in ("JPEG", "MPO"):
+        if reduced and short_side is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (math.ceil(1.5 * short_side),) * 2)  # decodes at 1/2, 1/4 or 1/8, never below this
         drafted = image.size
         image.load()
@@ -1775,22 +1807,22 @@ def _decode(path, short_side):
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if size[0] <= image.width else cv2.INTER_CUBIC), whole
 
 
-def load_image(path, short_side=None):
+def load_image(path, short_side=None, reduced=True):
     """Decode one picture to uint8 (H, W, 3) RGB, upright, scaled so that its short side is `short_side` pixels.
 
     Transparency is put on white, more than 8 bits are scaled to 8, the first frame is taken. JPEGs are decoded at
-    reduced size, at least 1.5 times the target; smaller pictures are enlarged. Raises BadImage: file and reason.
+    `reduced` size, at least 1.5 times the target; smaller pictures are enlarged. Raises BadImage: file and reason.
     """
     try:
-        return _decode(path, short_side)[0]
+        return _decode(path, short_side, reduced)[0]
     except BadImage as error:
         raise BadImage(f"{path}: {error}") from error
 
 
-def audit_image(path, short_side):
+def audit_image(path, short_side, reduced=True):
     """(ImageAudit, pixels uint8 (H, W, 3)) of one file; pixels has no rows when the file is bad."""
     try:
-        pixels, (width, height) = _decode(path, short_side)
+        pixels, (width, height) = _decode(path, short_side, reduced)
     except BadImage as error:
         return ImageAudit(str(path), str(error)), np.empty((0, 0, 3), np.uint8)
     file_sha, pixel_sha = (hashlib.sha256(data).hexdigest() for data in (Path(path).read_bytes(), pixels))
@@ -1939,11 +1971,12 @@ class PixelStore:
 class ImageStore(PixelStore):
     """N pictures, each decoded once, served as uint8 (H, W, 3) with the given short side in pixels.
 
-    cache, cache_dir, progress: see PixelStore. `audit` is a list of N ImageAudit. Raises BadImage for a bad picture.
+    cache, cache_dir, progress: see PixelStore; reduced: see load_image. `audit` is a list of N ImageAudit. Raises
+    BadImage for a bad picture.
     """
 
-    def __init__(self, paths, short_side, cache="auto", cache_dir=None, progress=None):
-        self.paths, self.short_side = [Path(path) for path in paths], short_side
+    def __init__(self, paths, short_side, cache="auto", cache_dir=None, progress=None, reduced=True):
+        self.paths, self.short_side, self.reduced = [Path(path) for path in paths], short_side, reduced
         self.data_folders = {path.absolute().parent for path in self.paths}
         self.start(len(self.paths), cache, cache_dir, progress)
 
@@ -1956,14 +1989,14 @@ class ImageStore(PixelStore):
         return 0
 
     def _decoded(self):
-        results = self._threaded(lambda path: audit_image(path, self.short_side), self.paths)
+        results = self._threaded(lambda path: audit_image(path, self.short_side, self.reduced), self.paths)
         return ((index, *result) for index, result in enumerate(results))
 
     def _load(self, index):
-        return load_image(self.paths[index], self.short_side)
+        return load_image(self.paths[index], self.short_side, self.reduced)
 
     def _contents(self):
-        return [self.short_side, [file_stamp(path) for path in self.paths]]
+        return [self.short_side, self.reduced, [file_stamp(path) for path in self.paths]]
 
     def _still_bad(self, path):
         return bool(audit_image(path, self.short_side)[0].error)
@@ -2004,7 +2037,8 @@ class Augmentation:
     crop and the last two of erase (area, height / width, x, y): position as a fraction of the free margin;
     resized: (share of the picture's area, width / height) of a crop that is scaled to the output, None = no scaling;
     translate: of the output size; corners: x, y clockwise from the top left, of the largest inward shift; blur: sigma
-    in pixels; noise: (sd in grey levels, seed); channels: which colour becomes R, G and B.
+    in pixels; noise: (sd in grey levels, seed); channels: which colour becomes R, G and B; in_steps: applied by
+    torchvision, one operation after the other.
     """
     crop: tuple = (0.5, 0.5)
     resized: tuple | None = None
@@ -2025,9 +2059,10 @@ class Augmentation:
     autocontrast: bool = False
     blur: float = 0.0
     noise: tuple | None = None
+    in_steps: bool = False
 
 
-def sample_augmentation(preset, generator):
+def sample_augmentation(preset, generator, in_steps=False):
     """Draw an Augmentation for a preset of AUGMENTATIONS from a torch.Generator; every draw takes 48 numbers from it.
 
     "full" has the distributions of torchvision's RandomCrop, RandomHorizontalFlip, RandomRotation(15),
@@ -2051,7 +2086,7 @@ def sample_augmentation(preset, generator):
 
     def around(name):
         return uniform(-ranges[name], ranges[name])
-    drawn = Augmentation((uniform(), uniform()), flip=happens("flip"))
+    drawn = Augmentation((uniform(), uniform()), flip=happens("flip"), in_steps=in_steps)
     *factors, hue = ranges["jitter"]
     drawn.brightness, drawn.contrast, drawn.saturation = (uniform(1 - width, 1 + width) for width in factors)
     drawn.jitter_order = tuple(sorted(drawn.jitter_order, key=lambda _: next(numbers)))
@@ -2104,9 +2139,14 @@ def _homography(drawn, window, size):
     matrix = affine @ turn @ to_centre
     if drawn.corners is None:
         return matrix
+    return _imaging()[0].getPerspectiveTransform(*_moved_corners(drawn, size)) @ matrix
+
+
+def _moved_corners(drawn, size):
+    """Pixels that the perspective moves, clockwise from the top left, and where to: float32 (4, 2) of whole numbers."""
     unit = np.float32([[0, 0], [1, 0], [1, 1], [0, 1]])
     inward = np.floor(np.float32(drawn.corners).reshape(4, 2) * (int(0.2 * (size // 2)) + 1)) * (1 - 2 * unit)
-    return _imaging()[0].getPerspectiveTransform((size - 1) * unit, (size - 1) * unit + inward) @ matrix
+    return (size - 1) * unit, (size - 1) * unit + inward
 
 
 def _colour_matrix(drawn, mean):
@@ -2133,6 +2173,9 @@ def _colour_matrix(drawn, mean):
 
 def jitter_colours(image, drawn):
     """The colour part of an Augmentation on uint8 (H, W, 3), geometry untouched."""
+    if drawn.in_steps:
+        clip = torch.tensor(image[None]).permute(0, 3, 1, 2)  # (1, 3, H, W)
+        return _colours_in_steps(clip, drawn)[0].permute(1, 2, 0).numpy()
     cv2 = _imaging()[0]
     return cv2.transform(image, _colour_matrix(drawn, cv2.mean(image)[:3]))
 
@@ -2152,15 +2195,9 @@ def augment_clip(frames, parameters, size):
     Means and extremes that colour operations need are those of the whole clip, so that nothing flickers.
     """
     cv2, drawn = _imaging()[0], parameters
-    half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # OpenCV counts from pixel centres
-    window = _crop_window(frames.shape[1:], drawn, size)
-    matrix = np.linalg.inv(half) @ _homography(drawn, window, size) @ half
-    clip = np.empty((len(frames), size, size, 3), np.uint8)
-    for frame, pixels in zip(frames, clip):
-        cv2.warpPerspective(frame, matrix, (size, size), dst=pixels, flags=cv2.INTER_LINEAR)
-    tall = clip.reshape(-1, size, 3)  # (T * size, size, 3): one call for the colours of all frames
-    tall = cv2.transform(tall, _colour_matrix(drawn, cv2.mean(tall)[:3]))
-    clip = (_stretch_contrast(tall) if drawn.autocontrast else tall).reshape(clip.shape)
+    clip = (_warp_in_steps if drawn.in_steps else _warp_at_once)(frames, drawn, size)
+    if drawn.autocontrast:
+        clip = _stretch_contrast(clip.reshape(-1, size, 3)).reshape(clip.shape)
     if drawn.blur:
         clip = np.stack([cv2.GaussianBlur(pixels, (0, 0), drawn.blur) for pixels in clip])
     if drawn.noise is not None:
@@ -2173,6 +2210,47 @@ def augment_clip(frames, parameters, size):
         top, left = _position(size, height, y), _position(size, width, x)
         clip[:, top:top + height, left:left + width] = [round(255 * mean) for mean in IMAGENET_MEAN]
     return clip
+
+
+def _warp_at_once(frames, drawn, size):
+    """Geometry as one homography and colours as one matrix: uint8 (T, H, W, 3) -> (T, size, size, 3)."""
+    cv2 = _imaging()[0]
+    half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # OpenCV counts from pixel centres
+    window = _crop_window(frames.shape[1:], drawn, size)
+    matrix = np.linalg.inv(half) @ _homography(drawn, window, size) @ half
+    clip = np.empty((len(frames), size, size, 3), np.uint8)
+    for frame, pixels in zip(frames, clip):
+        cv2.warpPerspective(frame, matrix, (size, size), dst=pixels, flags=cv2.INTER_LINEAR)
+    tall = clip.reshape(-1, size, 3)  # (T * size, size, 3): one call for the colours of all frames
+    return cv2.transform(tall, _colour_matrix(drawn, cv2.mean(tall)[:3])).reshape(clip.shape)
+
+
+def _warp_in_steps(frames, drawn, size):
+    """Geometry and colours as torchvision's operations one by one: uint8 (T, H, W, 3) -> (T, size, size, 3)."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as F
+    left, top, width, height = map(round, _crop_window(frames.shape[1:], drawn, size))
+    bilinear, clip = InterpolationMode.BILINEAR, torch.tensor(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
+    clip = F.resized_crop(clip, top, left, height, width, [size, size], bilinear, antialias=True)
+    clip = F.hflip(clip) if drawn.flip else clip
+    clip = F.rotate(clip, drawn.rotation_deg, bilinear) if drawn.rotation_deg else clip
+    shift, shear = [round(fraction * size) for fraction in drawn.translate], [drawn.shear_deg, 0.0]
+    if any(shift) or drawn.shear_deg or drawn.scale != 1:
+        clip = F.affine(clip, 0.0, shift, drawn.scale, shear, bilinear)
+    if drawn.corners is not None:
+        start, end = (corners.astype(int).tolist() for corners in _moved_corners(drawn, size))
+        clip = F.perspective(clip, start, end, bilinear)
+    return np.ascontiguousarray(_colours_in_steps(clip, drawn).permute(0, 2, 3, 1).numpy())
+
+
+def _colours_in_steps(clip, drawn):
+    """Colours of uint8 (T, 3, H, W) by torchvision's operations one by one."""
+    from torchvision.transforms import functional as F
+    for name in drawn.jitter_order:
+        amount = getattr(drawn, name)
+        if amount != (0.0 if name == "hue" else 1.0):
+            clip = getattr(F, f"adjust_{name}")(clip, amount)
+    return F.rgb_to_grayscale(clip, 3) if drawn.greyscale else clip[:, list(drawn.channels)]
 
 
 def _stretch_contrast(pixels):
@@ -2416,10 +2494,11 @@ def build_optimizer(modules, args):
             chosen = [p for p in parameters if (p.ndim > 1) == is_matrix]
             if chosen:
                 groups.append({"params": chosen, "weight_decay": decay, "lr": args.lr * factor, "factor": factor})
+    fused = takes(args, "optimizer") or None  # None: what torch takes by itself
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, fused=True)
+        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, fused=fused)
     kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=args.lr, fused=True)
+    return kind(groups, lr=args.lr, fused=fused)
 
 
 def schedule_factor(scheduler, progress, epochs, warmup_epochs):
@@ -2625,7 +2704,7 @@ class Training:
         self.best = {"epoch": None, "score": None}
         self.stopping = EarlyStopping(args.patience, args.min_epochs, args.min_delta)
         self.plateau, self.plateau_factor = EarlyStopping(args.plateau_patience, 0, 0.0), 1.0
-        self._last_save = time.monotonic()
+        self._last_save, self._started = time.monotonic(), None
         self.processes = run.compute.processes
         if self.processes.size > 1 and run.compute.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -2647,6 +2726,8 @@ class Training:
     def batches(self, loader):
         """The batches that remain in this epoch. Model and sampler are made ready."""
         sampler = self._sampler = loader.batch_sampler
+        if self._started is None:
+            self.run.say(f"loader: {loader.num_workers or 'no'} workers, {len(sampler)} batches an epoch")
         self._started, self._seen = time.perf_counter(), 0
         self._n_batches = min(2, len(sampler)) if self.args.dry_run else len(sampler)
         sampler.epoch, sampler.start, self._own, self._bad = self.epoch, self.batch, {}, []

@@ -510,7 +510,7 @@ def load_frames(args, run, rows):
                 paths.append(path)
             index[i, which] = held[key]
     run.say(f"decoding {len(paths)} different frames")
-    store = common.ImageStore(paths, args.image_size, args.cache)
+    store = common.ImageStore(paths, args.image_size, args.cache, reduced=common.takes(args, "decode"))
     good = common.check_bad_files(store.audit, args.on_bad_file)
     return store, index, set(range(len(paths))) - set(good)
 
@@ -605,13 +605,14 @@ def similar_sequences(study, most=5):
     return lines + [f"tracks alike: {a} and {b}, {apart:.2f} sd apart" for apart, a, b in sorted(pairs)[:most]]
 
 
-def draw_augmentation(name, generator):
+def draw_augmentation(name, generator, in_steps=False):
     """common.Augmentation of a preset of AUGMENTATIONS, from six numbers of a torch.Generator."""
     ranges, numbers = AUGMENTATIONS[name], torch.rand(6, generator=generator).tolist()
     jitter, turn, noise = (ranges.get(key, 0.0) for key in ("jitter", "turn", "noise"))
     return common.Augmentation(
         rotation_deg=turn * (2 * numbers[0] - 1), brightness=1 + jitter * (2 * numbers[1] - 1),
-        contrast=1 + jitter * (2 * numbers[2] - 1), noise=(noise, int(numbers[3] * 2 ** 31)) if noise else None)
+        contrast=1 + jitter * (2 * numbers[2] - 1), noise=(noise, int(numbers[3] * 2 ** 31)) if noise else None,
+        in_steps=in_steps)
 
 
 class ProbeTransitions(torch.utils.data.Dataset):
@@ -642,7 +643,8 @@ class ProbeTransitions(torch.utils.data.Dataset):
         is_pair = self.study.frames[row, 1] >= 0
         frames = np.stack([self.study.frame(row, which if is_pair else 0, size) for which in (0, 1)])
         if self.augment != "none":
-            drawn = draw_augmentation(self.augment, common.generator_for(self.args.seed, epoch, row))
+            drawn = draw_augmentation(self.augment, common.generator_for(self.args.seed, epoch, row),
+                                      not common.takes(self.args, "augment"))
             frames = common.augment_clip(frames, drawn, size)
         return {"frames": torch.from_numpy(to_grey(frames)), **others}
 

@@ -440,7 +440,7 @@ def cache_files():
 def test_second_run_reads_the_disk_cache(pictures, monkeypatch):
     first = common.ImageStore(pictures, 32, "disk")
     decoded, decode = [], common._decode
-    monkeypatch.setattr(common, "_decode", lambda path, side: (decoded.append(path), decode(path, side))[1])
+    monkeypatch.setattr(common, "_decode", lambda path, *how: (decoded.append(path), decode(path, *how))[1])
     second = common.ImageStore(pictures, 32, "disk")
     assert decoded == [str(pictures[-1])], "only the file that was bad is looked at again"
     assert second.audit == first.audit and all(np.array_equal(first[i], second[i]) for i in range(9))
@@ -453,7 +453,8 @@ def test_disk_cache_is_made_anew_when_anything_changed(pictures):
     changed = common.ImageStore(pictures, 32, "disk")
     assert np.array_equal(changed[2], common.load_image(pictures[2], 32))
     common.ImageStore(pictures, 24, "disk")
-    assert len(cache_files()) == 3
+    common.ImageStore(pictures, 24, "disk", reduced=False)
+    assert len(cache_files()) == 4
 
 
 @pytest.mark.parametrize("damage", ["flip a pixel", "cut", "empty", "flip the index", "grow"])

@@ -106,7 +106,7 @@ def test_early_stopping():
 
 def run_arguments(folder, **more):
     defaults = dict(output_dir=folder, dry_run=False, device="cpu", use_amp="off", deterministic=False, resume=None,
-                    config=None, tensorboard=False, wandb=False)
+                    config=None, tensorboard=False, wandb=False, without=None)
     return SimpleNamespace(**{**defaults, **more})
 
 
