@@ -39,6 +39,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
 
 import common
 
@@ -54,6 +55,7 @@ MODELS = {"fasterrcnn_resnet50_fpn": (800, 1333, (32, 64, 128, 256, 512)),
 # For a CPU: no level of stride 4, and a quarter of torchvision's proposals, which is plenty for some twenty parts.
 SMALL_HEADS = {"box_batch_size_per_image": 128, "rpn_batch_size_per_image": 128, "rpn_pre_nms_top_n_train": 500,
                "rpn_pre_nms_top_n_test": 300, "rpn_post_nms_top_n_train": 500, "rpn_post_nms_top_n_test": 250}
+PADDING = 32  # inputs are padded to multiples of it: the stride of the coarsest map that boxes are pooled from
 LOWEST_SCORE, FOUND_IOU = 0.05, 0.5  # detections below this score are never listed; a part is found from this overlap
 STATE_COLOURS = ((0, 158, 115), (213, 94, 0), (204, 121, 167), (0, 114, 178), (110, 110, 110))  # the last: no state
 
@@ -621,8 +623,9 @@ class PartImages(torch.utils.data.Dataset):
 
 
 def collate(samples):
-    """Samples -> batch: pixels (B, H, W, 3) padded with 0 to multiples of 32, sizes (height, width), else lists."""
-    height, width = (32 * math.ceil(max(sample["pixels"].shape[axis] for sample in samples) / 32) for axis in (0, 1))
+    """Samples -> batch: pixels (B, H, W, 3) padded with 0 to multiples of PADDING, sizes (height, width), else lists."""
+    height, width = (PADDING * math.ceil(max(sample["pixels"].shape[axis] for sample in samples) / PADDING)
+                     for axis in (0, 1))
     pixels = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8)
     for place, sample in zip(pixels, samples):
         place[:sample["pixels"].shape[0], :sample["pixels"].shape[1]] = sample["pixels"]
@@ -638,15 +641,20 @@ class RowRoIAlign(MultiScaleRoIAlign):
     Every bin of a box is the mean of r * r bilinear samples, so a weighted sum of 4 * r * r pixels: an embedding bag over
     the maps' pixels, each a row of C channels. Forward and backward then work on whole rows and all cores, where
     torchvision's backward adds number by number on one.
+
+    torchvision guesses the scale of the maps once, from the sizes of the first pictures without their padding: wrong for
+    pictures under some 90 pixels, and another guess where a run is continued. Here it follows from the padded size.
     """
 
     def forward(self, x, boxes, image_shapes):
         # x: maps (B, C, H, W); boxes: B of (Q, 4) in input pixels -> (Q of all pictures, C, bins, bins)
         maps = [each for name, each in x.items() if name in self.featmap_names]
+        padded = PADDING * math.ceil(max(height for height, _ in image_shapes) / PADDING)
+        levels = [round(math.log2(padded / each.shape[2])) for each in maps]  # 3: a pixel of the map is 8 of the input
+        self.scales = [2.0 ** -level for level in levels]
+        self.map_levels = initLevelMapper(levels[0], levels[-1], self.canonical_scale, self.canonical_level)
         if maps[0].device.type != "cpu" or self.sampling_ratio < 1:
             return super().forward(x, boxes, image_shapes)
-        if self.scales is None:
-            super().forward(x, [each[:0] for each in boxes], image_shapes)  # it finds out the scale of each map
         rows = torch.cat([each.permute(0, 2, 3, 1).flatten(0, 2) for each in maps])  # (B * H * W of all maps, C)
         with torch.no_grad():
             index, weight = self.pixels_of(maps, boxes)

@@ -103,6 +103,18 @@ def test_pooled_rows_are_those_of_torchvision(n_maps, ratio, bins):
     assert empty.shape == (0, *found[0][0].shape[1:])
 
 
+@pytest.mark.parametrize("first", [(40, 44), (64, 64)])
+def test_scales_do_not_depend_on_the_first_pictures(first):
+    """torchvision keeps a guess from the first batch: half the stride where padding is large, for the rest of a run."""
+    maps = {str(k): torch.randn(2, 8, 64 >> k, 64 >> k) for k in (3, 4, 5)}
+    boxes, pool = [torch.tensor([[4.0, 4, 30, 30]])] * 2, train_detector.RowRoIAlign(["3", "4", "5"], 7, 2)
+    pool(maps, boxes, [(first[0], 64), (first[1], 60)])
+    found = pool(maps, boxes, [(60, 64), (64, 60)])
+    assert pool.scales == [1 / 8, 1 / 16, 1 / 32]
+    judge = torchvision.ops.MultiScaleRoIAlign(["3", "4", "5"], 7, 2)
+    assert (found - judge(maps, boxes, [(60, 64), (64, 60)])).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("n_trainable", range(7))
 def test_frozen_stages_are_those_of_torchvision(n_trainable):
     pairs = []

@@ -1,0 +1,163 @@
+"""Do the fast ways change results? Each task trained with them and without, three seeds each, on made data.
+
+    python tests/benchmarks/equality.py
+    python tests/benchmarks/equality.py --tasks assessor dreamer --seeds 1 2 3 4 5
+
+    fast        the defaults: bf16 and channels_last where the processor is fast at them, pictures cached, augmentation
+                in one warp, JPEGs decoded at reduced size, fused optimiser
+    plain       --use_amp off --cache none --without all: fp32, torchvision's operations one by one, nothing cached
+Both of a seed share the split, the first weights of new layers and every random draw. Compared is the validation metric
+after a fixed last epoch. They agree where the mean difference is within the spread (SD) of the seeds; exit code 1 where
+one does not. Published ResNet-18 weights are used where torch's cache (TORCH_HOME) has them.
+"""
+import argparse
+import csv
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+
+WAYS = {"fast": [], "plain": ["--use_amp", "off", "--cache", "none", "--without", "all"]}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), help="which to compare")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds of split, weights and draws")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the figures as lines of JSON")
+    return parser.parse_args()
+
+
+# --- data and flags of each task: function of a folder -> (script, flags, history column) ------------
+
+def sample(folder, task, *flags):
+    """Sample data of a task; returns their folder."""
+    subprocess.run([sys.executable, ROOT / "make_sample_data.py", "--task", task, "--output_dir", folder, *flags],
+                   check=True, stdout=subprocess.DEVNULL)
+    return folder / task
+
+
+def assessor(folder):
+    made = sample(folder, "assessor", "--n_images", "240")
+    return "train_assessor.py", [
+        "--config", ROOT / "configs/assessor_small_data.yaml", "--images_dir", made / "images", "--ratings_file",
+        made / "ratings/per_image_Slider_mean_sd_from_wide.csv", "--augment", "full", *weights()], "val_r2"
+
+
+def clips(folder, n=96, side=64, frames=10):
+    """A texture that drifts up or down: .npy clips that only their motion tells apart."""
+    draws, rows = np.random.default_rng(0), ["path,label"]
+    for i in range(n):
+        texture = np.kron(draws.integers(0, 256, (side // 8, side // 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+        speed = (1 if i % 2 else -1) * int(draws.integers(2, 5))
+        np.save(folder / f"{i}.npy", np.stack([np.roll(texture, speed * t, 0) for t in range(frames)]))
+        rows.append(f"{i}.npy,{('up', 'down')[i % 2]}")
+    (folder / "clips.csv").write_text("\n".join(rows) + "\n")
+    return "train_video.py", [
+        "--manifest", folder / "clips.csv", "--video_root", folder, "--model", "r3d_18", "--no_pretrained",
+        "--image_size", "56", "--n_frames", "8", "--fps", "8", "--batch_size", "8", "--epochs", "8", "--lr", "1e-3",
+        "--warmup_epochs", "1", "--patience", "0", "--train_ratio", "0.6", "--val_ratio", "0.4", "--augment",
+        "enhanced"], "val_roc_auc"
+
+
+def scores(folder):
+    made = sample(folder, "video")
+    return "train_video.py", [
+        "--manifest", made / "sequences.csv", "--video_root", made, "--task", "regress", "--model", "cnn_lstm",
+        "--group_column", "animal", "--bounded", "--hidden", "128", "--dropout", "0.2", "--n_frames", "16",
+        "--image_size", "64", "--batch_size", "8", "--epochs", "10", "--lr", "1e-3", "--backbone_lr_mult", "0.1",
+        "--scheduler", "cosine", "--patience", "0", "--train_ratio", "0.6", "--val_ratio", "0.4", *weights()], "val_r2"
+
+
+def detector(folder):
+    made = sample(folder, "detector")
+    return "train_detector.py", [
+        "--config", ROOT / "configs/detector_small_data.yaml", "--train_json", made / "train_coco.json",
+        "--train_images", made / "images", "--min_size", "224", "--max_size", "384", "--epochs", "8", *weights()], "val_map50"
+
+
+def dreamer(folder):
+    made = sample(folder, "dreamer", "--n_samples", "400")
+    return "train_dreamer.py", [
+        "--config", ROOT / "configs/dreamer_small_data.yaml", "--data_dir", made, "--patient_map",
+        made / "patient_map.json", "--freeze_layers", "0", "--token_type", "channel", "--epochs", "8", "--augment",
+        "full", *weights()], "val_main_task_loss"
+
+
+TASKS = {"assessor": assessor, "clips": clips, "scores": scores, "detector": detector, "dreamer": dreamer}
+
+
+def weights():
+    """Flags of published weights where they are cached, else of random ones."""
+    return [] if common.cached_weights_file("resnet18")[0].exists() else ["--no_pretrained"]
+
+
+# --- one run ---------------------------------------------------------------------------
+
+def train(script, flags, column, seed, way, out):
+    """Run a script to its end; {value: the metric after the last epoch, seconds: median of its epochs}."""
+    command = [sys.executable, ROOT / script, *flags, *WAYS[way], "--seed", seed, "--output_dir", out, "--save_minutes", 0]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{common.shlex.join(map(str, command))}\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
+    run = next(Path(out).glob("run_*"))
+    with open(run / "training_history.csv", encoding="utf-8") as handle:
+        last = list(csv.DictReader(handle))[-1]
+    seconds = [float(each) for each in re.findall(r"^epoch .*\((\d+\.\d) s, ", (run / "log.txt").read_text(), re.M)]
+    return {"value": float(last[column]), "seconds": statistics.median(seconds[1:])}
+
+
+def compare(name, seeds, folder):
+    """Train a task in both ways with each seed, in turn; a dict of plain numbers."""
+    script, flags, column = TASKS[name](folder)
+    runs = {way: [] for way in WAYS}
+    for seed in seeds:
+        for way in WAYS:
+            runs[way].append(train(script, flags, column, seed, way, folder / f"out_{way}_{seed}"))
+            print(f"{name} {way} seed {seed}: {runs[way][-1]}", file=sys.stderr, flush=True)
+    values = {way: [run["value"] for run in each] for way, each in runs.items()}
+    differences = [fast - plain for fast, plain in zip(*values.values())]
+    spread = statistics.mean([statistics.variance(each) for each in values.values()]) ** 0.5
+    seconds = {way: statistics.median(run["seconds"] for run in each) for way, each in runs.items()}
+    return {"task": name, "metric": column, "values": values, "difference": statistics.mean(differences),
+            "sd_of_differences": statistics.stdev(differences), "spread": spread, "seconds": seconds,
+            "agree": abs(statistics.mean(differences)) <= spread}
+
+
+def as_text(results):
+    """The table as Markdown."""
+    lines = ["| task | validation metric | fast | plain | fast - plain (SD) | SD over seeds | agree | s an epoch, fast | "
+             "plain | plain / fast |", "|---|---|---|---|---|---|---|---|---|---|"]
+    for each in results:
+        fast, plain = (" ".join(f"{value:.3f}" for value in each["values"][way]) for way in WAYS)
+        seconds = each["seconds"]
+        lines.append(f"| {each['task']} | {each['metric']} | {fast} | {plain} | {each['difference']:+.3f} "
+                     f"({each['sd_of_differences']:.3f}) | {each['spread']:.3f} | {'yes' if each['agree'] else 'NO'} | "
+                     f"{seconds['fast']:.1f} | {seconds['plain']:.1f} | {seconds['plain'] / seconds['fast']:.1f} |")
+    return "\n".join(lines)
+
+
+def main():
+    options, results = parse_args(), []
+    for name in options.tasks:
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(compare(name, options.seeds, Path(folder)))
+        if options.json:
+            with open(options.json, "a", encoding="utf-8") as handle:
+                handle.write(json.dumps(results[-1]) + "\n")
+    print(as_text(results))
+    sys.exit(not all(each["agree"] for each in results))
+
+
+if __name__ == "__main__":
+    main()
