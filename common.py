@@ -938,6 +938,27 @@ class EpochBatches(torch.utils.data.Sampler):
         return self.edges[first], self.edges[min(first + accumulate, len(self))]
 
 
+class Samples(torch.utils.data.Dataset):
+    """Base of the scripts' datasets: without loader workers each core prepares its part of a batch in a thread.
+
+    A sample depends on its key alone, so any cut gives the same batch; decoding and warping do not hold Python's lock.
+    """
+    _threads = None
+
+    def __getitems__(self, keys):
+        """Samples of a batch, for the loader."""
+        parts = 1 if torch.utils.data.get_worker_info() else min(cores_of_process(), len(keys))
+        if parts == 1:
+            return [self[key] for key in keys]
+        self._threads = self._threads or concurrent.futures.ThreadPoolExecutor(parts - 1)
+        cuts = [len(keys) * part // parts for part in range(parts + 1)]
+        others = [self._threads.submit(self._some, keys[first:last]) for first, last in zip(cuts[1:], cuts[2:])]
+        return [*self._some(keys[:cuts[1]]), *itertools.chain.from_iterable(other.result() for other in others)]
+
+    def _some(self, keys):
+        return [self[key] for key in keys]
+
+
 def make_loader(dataset, batch_size, args, compute, train, cached=False, weights=None, collate=None):
     """DataLoader over EpochBatches; `cached`: samples cost little, so that --num_workers auto needs fewer workers."""
     workers = resolve_workers(args.num_workers, cached)
@@ -955,11 +976,16 @@ def count_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cores_of_process():
+    """This process's share of the cores, at least 1."""
+    return max(count_cores() // launched_processes()["local_size"], 1)
+
+
 def resolve_workers(num_workers, cached):
     """'auto' -> up to 8; 0 where a core more for the model helps more (two cores, cached samples) or none can fork."""
     if num_workers != "auto":
         return num_workers
-    cores = max(count_cores() // launched_processes()["local_size"], 1)
+    cores = cores_of_process()
     return 0 if not CAN_FORK or (cached and cores <= 2) else min(8, cores)
 
 
@@ -2255,9 +2281,11 @@ def _colours_in_steps(clip, drawn):
 
 def _stretch_contrast(pixels):
     """Each colour of uint8 (H, W, 3) stretched to 0..255, a constant one left alone; as torchvision's autocontrast."""
-    low, high = (reduce(pixels, axis=(0, 1)).astype(np.float32) for reduce in (np.min, np.max))
+    cv2 = _imaging()[0]
+    low, high = np.float32([cv2.minMaxLoc(colour)[:2] for colour in cv2.split(pixels)]).T
     low, spread = np.where(high > low, low, 0), np.where(high > low, high - low, 255)
-    return ((pixels - low) * (255 / spread)).round().astype(np.uint8)
+    table = (np.arange(256, dtype=np.float32)[:, None] - low) * (255 / spread)  # (256, 3): a new level for each
+    return cv2.LUT(pixels, table.clip(0, 255).round().astype(np.uint8)[None])
 
 
 def eval_crop(image, size):

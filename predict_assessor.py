@@ -38,7 +38,7 @@ def parse_args(argv=None):
     return args
 
 
-class Pictures(torch.utils.data.Dataset):
+class Pictures(common.Samples):
     """Pictures by path, prepared as in training; a picture that cannot be read is black and has an `error`."""
 
     def __init__(self, paths, image_size):

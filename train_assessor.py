@@ -145,7 +145,7 @@ def picture_input(study, row, args, augment, generator):
     return common.apply_augmentation(study.picture(row), drawn, args.image_size)
 
 
-class RatedImages(torch.utils.data.Dataset):
+class RatedImages(common.Samples):
     """Samples of chosen rows; a key is (epoch, index), which seeds the augmentation.
 
     Each sample: input uint8 (S, S, 3), or frozen features (F,); target (R,) scaled, NaN = missing; weight (R,); name.

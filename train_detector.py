@@ -588,7 +588,7 @@ def augment_picture(pixels, boxes, size_of, generator, may_flip, in_steps=False)
     return common.jitter_colours(np.ascontiguousarray(pixels), drawn), boxes
 
 
-class PartImages(torch.utils.data.Dataset):
+class PartImages(common.Samples):
     """Samples of chosen rows; a key is (epoch, index), which seeds the augmentation.
 
     Each sample: pixels uint8 (H, W, 3); boxes (K, 4) in its pixels; labels (K,) from 1; states (K,), -1 unknown; name;
@@ -1694,7 +1694,7 @@ def check_against_training(run, args, study, train_sha):
     common.check_leakage(report, args.allow_leakage)
 
 
-class Pictures(torch.utils.data.Dataset):
+class Pictures(common.Samples):
     """Pictures by path, prepared as in training; one that cannot be read is black, 32 x 32, and has an `error`."""
 
     def __init__(self, paths, settings):

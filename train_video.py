@@ -1766,7 +1766,7 @@ def resize_side(image_size):
     return round(image_size * 8 / 7)
 
 
-class Clips(torch.utils.data.Dataset):
+class Clips(common.Samples):
     """Clips of chosen rows; a key is (epoch, index), which seeds start and augmentation.
 
     In training a view is a row with a random start; else every start that is scored is a view. Each sample: input

@@ -5,6 +5,7 @@
 import concurrent.futures
 import json
 import math
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -100,6 +101,29 @@ def test_early_stopping():
     assert stop_epoch([1] * 50, patience=0) is None
     assert stop_epoch([math.nan] * 3) == 2
     assert stop_epoch([3, 2, 4, 3, 5, 4, 6]) is None
+
+
+# --- samples without loader workers -----------------------------------------------------
+
+class Squares(common.Samples):
+    """Sample (epoch, index) is epoch * 100 + index squared; index 13 is bad."""
+
+    def __getitem__(self, key):
+        if key[1] == 13:
+            raise common.BadImage("13")
+        time.sleep(0.001 * (key[1] % 3))  # so that threads overtake one another
+        return key[0] * 100 + key[1] ** 2
+
+
+@pytest.mark.parametrize("cores", [1, 2, 5])
+def test_a_batch_made_by_threads_is_the_batch(monkeypatch, cores):
+    monkeypatch.setattr(common, "cores_of_process", lambda: cores)
+    samples = Squares()
+    for n in (1, 2, 3, 12, 7):
+        assert samples.__getitems__([(2, i) for i in range(n)]) == [200 + i * i for i in range(n)]
+    for n in (14, 20):  # in the last thread's part, and in another's
+        with pytest.raises(common.BadImage, match="13"):
+            samples.__getitems__([(2, i) for i in range(n)])
 
 
 # --- the run folder -------------------------------------------------------------------

@@ -6,7 +6,7 @@
     script      one epoch as the script trains: cached pictures, its precision, flip, colour and size at random
     bare        forward, backward and optimiser step on batches that already lie in memory, in the same precision
     reference   a loop in the manner of torchvision's references/detection: fp32, Pillow decoding, flip and colour in
-                torchvision, resize and normalisation inside the model, 2 workers
+                torchvision, resize, normalisation and RoIAlign of torchvision inside the model, 2 workers
 """
 import cv2
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign
 
 from turns import compare, parser_of  # it puts the repository on the import path
 
@@ -82,7 +83,12 @@ class BareEpochs:
         script = ScriptEpochs(folder, options)
         self.compute, self.settings = script.run.compute, script.settings
         self.model, self.optimizer = script.model.train(), script.training.optimizer
-        self.batches = [train_detector.to_device(batch, self.compute, self.settings) for batch in script.loader]
+        self.loader, self.batches = script.loader, []
+
+    def prepare(self):
+        """Sizes are drawn anew in every epoch: take the script's batches of the same one."""
+        self.batches = [train_detector.to_device(batch, self.compute, self.settings) for batch in self.loader]
+        self.loader.batch_sampler.epoch += 1
 
     def epoch(self):
         for inputs, sizes, targets in self.batches:
@@ -122,6 +128,8 @@ class ReferenceEpochs:
         script = ScriptEpochs(folder, options)
         self.device, size = script.run.compute.device, script.settings["min_size"]
         self.model = train_detector.build_model(script.args, script.settings, None).to(self.device).train()
+        pool = self.model.roi_heads.box_roi_pool
+        self.model.roi_heads.box_roi_pool = MultiScaleRoIAlign(pool.featmap_names, pool.output_size, pool.sampling_ratio)
         self.transform = GeneralizedRCNNTransform(size, 2 * size, common.IMAGENET_MEAN, common.IMAGENET_STD)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
         self.loader = torch.utils.data.DataLoader(PlainFiles(folder, script), script.args.batch_size, shuffle=True,

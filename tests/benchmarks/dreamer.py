@@ -133,10 +133,11 @@ class PlainFrames(torch.utils.data.Dataset):
         return torch.from_numpy(frames / 127.5 - 1), torch.randn(6) * 10, torch.randn(6) * 10
 
 
-def with_attention_dropout(layer, dropout):
-    """The layer's forward with torch's own attention module and dropout inside it."""
+def as_tutorials_write_it(layer, dropout):
+    """Give the layer torch's own attention module with dropout inside it, and torch's dropout elsewhere."""
     width = layer.output.in_features
     attention = nn.MultiheadAttention(width, layer.n_heads, dropout, batch_first=True)
+    layer.dropout = layer.feedforward[2] = nn.Dropout(dropout)
 
     def forward(tokens):
         normed = layer.norm_attention(tokens)
@@ -152,7 +153,7 @@ class ReferenceEpochs:
         self.device, args = common.choose_compute("auto", "off").device, script_args(folder, options)
         self.model = train_dreamer.build_model(args, unit_scaler(), "additive")
         for layer in self.model.imagination.layers[:-1]:
-            with_attention_dropout(layer, 0.1)
+            as_tutorials_write_it(layer, 0.1)
         self.model = self.model.to(self.device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 2e-4)
         self.loss_function = train_dreamer.DreamLoss(args, unit_scaler(), self.device)

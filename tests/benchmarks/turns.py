@@ -35,6 +35,7 @@ class Turn:
     """A child's side: `with turn:` around each epoch waits for the parent's word and reports what it took."""
 
     def __init__(self, started):
+        self.prepare = None  # function () to call before each epoch's clock starts
         self._answers = os.fdopen(os.dup(1), "w")  # what libraries print goes to the other stream
         os.dup2(2, 1)
         self._started, self._first_step = started, None
@@ -47,6 +48,8 @@ class Turn:
     def __enter__(self):
         if not sys.stdin.readline():
             os._exit(0)
+        if self.prepare:
+            self.prepare()
         if self._first_step is None:
             _forget_peak()
         self._begin = time.perf_counter()
@@ -81,8 +84,9 @@ def _peak():
 def compare(file, options, make_data, loops, title, unit, count, goals):
     """Time the loops in turn and print medians and ratios; in a child, run one of them.
 
-    loops: {name: function (folder, options, turn) that runs for ever, or one (folder, options) that returns an
-    object with epoch()}; make_data(folder, options) writes what they train on. title: what is timed, in words;
+    loops: {name: class whose objects (folder, options) have epoch(), or run_all(turn), which never ends; prepare(), if
+    there is one, is called before each epoch, untimed}. make_data(folder, options) writes what they train on. title:
+    what is timed, in words;
     unit, count: of an epoch. goals: [(over, under, "<=" or ">=", goal)], where over / under is a ratio of seconds.
     A loop with an attribute `package` is skipped by name where that is not installed.
     """
@@ -144,6 +148,7 @@ def _run_child(loops, options):
     name, folder, started = options.child
     turn = Turn(float(started))
     loop = loops[name](Path(folder), options)
+    turn.prepare = getattr(loop, "prepare", None)
     if hasattr(loop, "run_all"):
         loop.run_all(turn)
     while True:
