@@ -203,8 +203,9 @@ class LightningEpochs:
 
             def on_train_epoch_end(self, *_):
                 turn.__exit__(None)
-        trainer = self.lightning.Trainer(max_epochs=10 ** 6, logger=False, enable_checkpointing=False, callbacks=Turns(),
-                                         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)
+        trainer = self.lightning.Trainer(
+            max_epochs=10 ** 6, logger=False, enable_checkpointing=False, callbacks=Turns(), num_sanity_val_steps=0,
+            enable_progress_bar=False, enable_model_summary=False)
         trainer.fit(self.module, self.loader)
 
 
@@ -250,7 +251,8 @@ def main():
     compare(__file__, options, make_data, LOOPS,
             f"train_assessor.py: {options.backbone}, {options.images} JPEGs of {options.side} px, batch "
             f"{options.batch_size}", "images", options.images,
-            [("script", "bare", "<=", 1.05), ("reference", "script", ">=", 3), *((peer, "script", ">", 1) for peer in PEERS)])
+            [("script", "bare", "<=", 1.05), ("reference", "script", ">=", 3),
+             *((peer, "script", ">", 1) for peer in PEERS)])
 
 
 if __name__ == "__main__":

@@ -129,7 +129,8 @@ class ReferenceEpochs:
         self.device, size = script.run.compute.device, script.settings["min_size"]
         self.model = train_detector.build_model(script.args, script.settings, None).to(self.device).train()
         pool = self.model.roi_heads.box_roi_pool
-        self.model.roi_heads.box_roi_pool = MultiScaleRoIAlign(pool.featmap_names, pool.output_size, pool.sampling_ratio)
+        self.model.roi_heads.box_roi_pool = MultiScaleRoIAlign(pool.featmap_names, pool.output_size,
+                                                               pool.sampling_ratio)
         self.transform = GeneralizedRCNNTransform(size, 2 * size, common.IMAGENET_MEAN, common.IMAGENET_STD)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
         self.loader = torch.utils.data.DataLoader(PlainFiles(folder, script), script.args.batch_size, shuffle=True,

@@ -58,8 +58,8 @@ def assessor_flags(folder, n, side=512):
     if not data.exists():
         data.mkdir()
         assessor.make_data(data, SimpleNamespace(images=n, side=side))
-    return ["--images_dir", data, "--ratings_file", data / "ratings.csv", "--backbone", "resnet18", "--image_size", "112",
-            "--select", "last"]
+    return ["--images_dir", data, "--ratings_file", data / "ratings.csv", "--backbone", "resnet18", "--image_size",
+            "112", "--select", "last"]
 
 
 def measure_images(folder):
@@ -83,8 +83,8 @@ def measure_clips(folder):
 
 def measure_folds(folder):
     for folds in (0, 2, 5, 10):
-        measured = run("train_assessor.py", *assessor_flags(folder, 400), "--freeze_backbone", "--epochs", 20, "--folds",
-                       folds)
+        measured = run("train_assessor.py", *assessor_flags(folder, 400), "--freeze_backbone", "--epochs", 20,
+                       "--folds", folds)
         yield {"folds": folds or 1, "seconds of the run": measured["whole"], "peak GB": measured["peak"]}
 
 

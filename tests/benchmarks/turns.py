@@ -1,4 +1,4 @@
-"""Loops in processes of their own, timed in turn: a busy machine is busy for all of them, and each has its own memory.
+"""Loops in processes of their own, timed in turn: a busy machine is busy for all, and each has its own memory.
 
 A benchmark calls compare() with its loops. The parent makes the data, starts this benchmark once more per loop and tells
 the children one after the other to run an epoch; the first epoch of each is not timed. Measured per loop: seconds of
@@ -123,7 +123,8 @@ class Child:
         self.name, self.log = name, Path(folder) / f"{name}.log"
         command = [sys.executable, file, *sys.argv[1:], "--child", name, folder, repr(time.time())]
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                                            text=True)
 
     def epoch(self):
         """Have it run an epoch; returns what Turn measured."""
@@ -159,8 +160,8 @@ def _run_child(loops, options):
 def summarise(results, title, unit, count, goals):
     """What the children measured -> a dict of plain numbers; the first epoch counts for memory and first step only."""
     seconds = {name: [each["seconds"] for each in rows[1:]] for name, rows in results.items()}
-    loops = {name: {"seconds": values, "median": statistics.median(values), "first_step": results[name][0]["first_step"],
-                    "peak": results[name][-1]["peak"]} for name, values in seconds.items()}
+    loops = {name: {"seconds": values, "median": statistics.median(values), "peak": results[name][-1]["peak"],
+                    "first_step": results[name][0]["first_step"]} for name, values in seconds.items()}
     ratios = []
     for over, under, sign, goal in goals:
         if over in seconds and under in seconds:

@@ -1,0 +1,87 @@
+"""The benchmarks' arithmetic on known numbers, and each of them for a moment.
+
+    python -m pytest tests/test_benchmarks.py [-m ""]
+"""
+import json
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+import equality  # noqa: E402
+import scaling  # noqa: E402
+import summary  # noqa: E402
+import turns  # noqa: E402
+
+ROWS = [{"N": n, "cache": cache, "seconds an epoch": base + 0.01 * n, "peak GB": 1.0}
+        for cache, base in (("ram", 1.0), ("none", 3.0)) for n in (100, 200, 400)]
+
+
+def loop(*seconds, first_step=2.0, peak=2 ** 30):
+    return [{"seconds": each, "first_step": first_step, "peak": peak} for each in seconds]
+
+
+@pytest.fixture
+def report():
+    """The first epoch of each is slow and must not count."""
+    measured = {"script": loop(99, 2, 4, 3), "bare": loop(99, 1, 2, 4, peak=2 ** 29), "reference": loop(99, 6, 6, 9)}
+    return turns.summarise(measured, "train_x.py: a network, 8 pictures, batch 4", "pictures", 12,
+                           [("script", "bare", "<=", 1.05), ("reference", "script", ">=", 3),
+                            ("timm", "script", ">", 1)])
+
+
+def test_ratios_are_of_medians_and_ranges_of_turns(report):
+    over_bare, over_script = report["ratios"]
+    assert (over_bare["ratio"], over_bare["low"], over_bare["high"]) == (1.5, 0.75, 2.0)
+    assert (over_script["ratio"], over_script["low"], over_script["high"]) == (2.0, 1.5, 3.0)
+    text = turns.as_text(report)
+    assert "| script | 3.00 | 4.00 | 2.0 | 1.00 |" in text and "| script / bare | 1.50 | 0.75 to 2.00 | <= 1.05 |" in text
+    assert "timm" not in text and "medians of 3 epochs" in text
+
+
+def test_a_bend_is_told_from_a_line():
+    assert "cache ram: 10.0 ms a sample + 1.00 s, off the line by at most 0 %" in scaling.straightness(ROWS)
+    bent = [{**row, "seconds an epoch": row["N"] ** 2 / 1e4} for row in ROWS[:3]]
+    assert int(scaling.straightness(bent).rsplit(" % ", 1)[0].rsplit(" ", 1)[1]) > 5
+
+
+@pytest.mark.parametrize("shift, agree", [(0.01, True), (0.5, False)])
+def test_results_agree_within_the_spread_of_the_seeds(monkeypatch, tmp_path, shift, agree):
+    monkeypatch.setitem(equality.TASKS, "made", lambda folder: ("train_x.py", [], "val_r2"))
+    monkeypatch.setattr(equality, "train", lambda script, flags, column, seed, way, out: {
+        "value": 0.1 * seed + (shift if way == "plain" else 0), "seconds": 2.0 if way == "plain" else 1.0})
+    found = equality.compare("made", [1, 2, 3], tmp_path)
+    assert found["agree"] is agree and found["difference"] == pytest.approx(-shift)
+    assert found["spread"] == pytest.approx(0.1)
+    assert ("| yes |" in equality.as_text([found])) is agree and "| 1.0 | 2.0 | 2.0 |" in equality.as_text([found])
+
+
+def test_the_summary_is_a_table_and_a_picture(report, tmp_path):
+    file = tmp_path / "speed.jsonl"
+    result = {"task": "made", "metric": "val_r2", "values": {"fast": [0.5, 0.6], "plain": [0.5, 0.7]}, "agree": True,
+              "difference": -0.05, "sd_of_differences": 0.07, "spread": 0.1, "seconds": {"fast": 1.0, "plain": 3.0}}
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in (report, {"part": "images", "rows": ROWS}, result)))
+    done = subprocess.run([sys.executable, summary.__file__, file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3.00 s, 4.0 pictures/s | 1.50 (0.75 to 2.00) | 2.00 (1.50 to 3.00) |  |  |  | 2.00 |" in done.stdout
+    assert "| 400 | ram | 5.00 | 1.00 |" in done.stdout and "| made | val_r2 | 0.500 0.600 |" in done.stdout
+    assert (tmp_path / "speed.md").read_text().strip() in done.stdout
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name, flags", [
+    ("assessor", "--images 6 --side 64 --batch_size 3"), ("video", "--clips 4 --side 96 --batch_size 2"),
+    ("detector", "--images 4 --side 96 --min_size 64 --batch_size 2"),
+    ("dreamer", "--transitions 4 --side 32 --batch_size 2 --d_model 48 --n_layers 1 --encoder resnet18")])
+def test_each_benchmark_runs(name, flags, tmp_path):
+    command = [sys.executable, ROOT / "tests" / "benchmarks" / f"{name}.py", *flags.split(), "--repeats", "1", "--loops",
+               "bare", "reference", "--json", tmp_path / "found.jsonl"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.jsonl").read_text())
+    assert set(found["loops"]) == {"script", "bare", "reference"} and len(found["ratios"]) == 2
+    assert all(each["first_step"] > 0 and each["peak"] > 2 ** 20 for each in found["loops"].values())
