@@ -75,12 +75,21 @@ def weights(change):
     return write
 
 
+def exported(path, _):
+    """A program in the format of torch.export, whose own loader runs pickles (CVE-2026-4538)."""
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    path.write_bytes(buffer.getvalue())
+
+
 HOSTILE = {
     "a pickle": lambda path, _: path.write_bytes(pickle.dumps(Bomb())),
     "a pickle in a torch zip": lambda path, good: torch.save({**good, "scaler": Bomb()}, path),
     "a command in a torch zip": lambda path, good: torch.save({**good, "names": Import()}, path),
     "a whole module": lambda path, _: torch.save(torch.nn.Linear(2, 2), path),
-    "a zip bomb": zip_bomb, "a storage of 2^36 numbers": claims_too_much, "lists 100,000 deep": nested,
+    "a TorchScript program": lambda path, _: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path),
+    "an exported program": exported, "a zip bomb": zip_bomb, "a storage of 2^36 numbers": claims_too_much, "lists 100,000 deep": nested,
     "a sparse tensor": weights(lambda w: w.to_sparse()),
     "an expanded tensor": weights(lambda w: torch.as_strided(torch.zeros(4), (2 ** 20, 2 ** 20), (0, 0))),
     "NaN": weights(lambda w: w * float("nan")), "another shape": weights(lambda w: w[:1]),
