@@ -623,7 +623,7 @@ class PartImages(common.Samples):
 
 
 def collate(samples):
-    """Samples -> batch: pixels (B, H, W, 3) padded with 0 to multiples of PADDING, sizes (height, width), else lists."""
+    """Samples -> batch: pixels (B, H, W, 3) padded by 0 to multiples of PADDING, sizes (height, width), else lists."""
     height, width = (PADDING * math.ceil(max(sample["pixels"].shape[axis] for sample in samples) / PADDING)
                      for axis in (0, 1))
     pixels = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8)
@@ -638,12 +638,12 @@ def collate(samples):
 class RowRoIAlign(MultiScaleRoIAlign):
     """torchvision's MultiScaleRoIAlign (sampling_ratio r), on a CPU as one sum of weighted rows of all maps.
 
-    Every bin of a box is the mean of r * r bilinear samples, so a weighted sum of 4 * r * r pixels: an embedding bag over
-    the maps' pixels, each a row of C channels. Forward and backward then work on whole rows and all cores, where
+    Every bin of a box is the mean of r * r bilinear samples, so a weighted sum of 4 * r * r pixels: an embedding bag
+    over the maps' pixels, each a row of C channels. Forward and backward then work on whole rows and all cores, where
     torchvision's backward adds number by number on one.
 
-    torchvision guesses the scale of the maps once, from the sizes of the first pictures without their padding: wrong for
-    pictures under some 90 pixels, and another guess where a run is continued. Here it follows from the padded size.
+    torchvision guesses the scale of the maps once, from the sizes of the first pictures without their padding: wrong
+    for pictures under some 90 pixels, and another guess where a run is continued. Here the padded size gives it.
     """
 
     def forward(self, x, boxes, image_shapes):
@@ -705,7 +705,8 @@ class StateRoIHeads(RoIHeads):
     def __init__(self, heads, n_parts, n_states, class_weights=None):
         n_features = heads.box_predictor.cls_score.in_features
         matcher, sampler, pool = heads.proposal_matcher, heads.fg_bg_sampler, heads.box_roi_pool
-        super().__init__(RowRoIAlign(pool.featmap_names, pool.output_size, pool.sampling_ratio), heads.box_head, FastRCNNPredictor(n_features, n_parts + 1),
+        pool = RowRoIAlign(pool.featmap_names, pool.output_size, pool.sampling_ratio)
+        super().__init__(pool, heads.box_head, FastRCNNPredictor(n_features, n_parts + 1),
                          matcher.high_threshold, matcher.low_threshold, sampler.batch_size_per_image,
                          sampler.positive_fraction, heads.box_coder.weights, LOWEST_SCORE, heads.nms_thresh,
                          heads.detections_per_img)

@@ -700,7 +700,8 @@ class Dropout(nn.Dropout):
 
     def forward(self, inputs):
         if not (self.training and self.p) or inputs.device.type != "cpu":
-            return super().forward(inputs)  # (..., D) -> (..., D)
+            return super().forward(inputs)
+        # (B, K, D) -> (B, K, D), as any other shape
         numbers = torch.empty(-(-inputs.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None)
         draws = numbers.view(torch.int16)[:inputs.numel()].view(inputs.shape)  # -32768 to 32767
         dropped = round(self.p * 2 ** 16)

@@ -1868,7 +1868,7 @@ class SoundConv3d(torch.overrides.TorchFunctionMode):
 
 
 class Conv3dByFrames(torch.autograd.Function):
-    """torch.conv3d of clips (B, C, T, H, W) and weight (O, C, K, h, w) whose weight gradient is K 2-D ones of frames."""
+    """torch.conv3d of clips (B, C, T, H, W), weight (O, C, K, h, w): the weight gradient is K 2-D ones of frames."""
 
     @staticmethod
     def forward(ctx, clips, weight, stride, padding):

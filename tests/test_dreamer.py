@@ -263,7 +263,7 @@ def test_dropout_is_that_of_torch():
         int((first > 0).sum())))
     assert torch.equal(inputs.grad, first / 2)
     by_row, by_column = (first == 0).double().mean((1, 2)), (first == 0).double().mean((0, 1))
-    for shares, n in ((by_row, 41 * 301), (by_column, 37 * 41)):  # a z of each; independent draws give their mean square
+    for shares, n in ((by_row, 41 * 301), (by_column, 37 * 41)):  # mean square of their z: 1 for independent draws
         assert abs(((shares - 0.1) ** 2 * n / 0.09).mean() - 1) < 5 * (2 / len(shares)) ** 0.5
     assert not torch.equal(layer(inputs), first)
     torch.manual_seed(5)

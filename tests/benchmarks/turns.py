@@ -1,9 +1,9 @@
 """Loops in processes of their own, timed in turn: a busy machine is busy for all, and each has its own memory.
 
-A benchmark calls compare() with its loops. The parent makes the data, starts this benchmark once more per loop and tells
-the children one after the other to run an epoch; the first epoch of each is not timed. Measured per loop: seconds of
-each epoch, seconds from the start of its process to its first optimiser step, and the highest resident memory while
-it trains (GPU: allocated memory).
+A benchmark calls compare() with its loops. The parent makes the data, starts this benchmark once more per loop and
+tells the children one after the other to run an epoch; the first epoch of each is not timed. Measured per loop: seconds
+of each epoch, seconds from the start of its process to its first optimiser step, and the highest resident memory while
+it trains (GPU: reserved memory).
 """
 import argparse
 import importlib.util
