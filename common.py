@@ -93,7 +93,8 @@ def some(items, limit=10):
 # ---------------------------------------------------------------------------
 # A flag is declared once; config file, flags of a resumed run and command line all pass through its own type.
 
-# What makes runs fast without a flag of its own, and how --without switches it off.
+# What makes training fast, has no flag of its own and can be left out by --without. Beside them stay a few kernels of
+# the scripts that give the same numbers sooner, as their tests show.
 FAST_WAYS = {"layout": "channels_last memory", "optimizer": "fused optimiser", "augment": "augmentation in one warp",
              "decode": "JPEGs decoded at reduced size", "memory": "freed memory kept (CPU, Linux)"}
 
@@ -173,7 +174,7 @@ def add_training_arguments(parser):
     add("--min_epochs", type=bounded(int, 0), default=0, help="never stop early before this epoch")
     add("--min_delta", type=bounded(float, 0), default=0.0, help="smallest gain that counts as better, for patience")
     add("--without", nargs="+", choices=(*FAST_WAYS, "all"), metavar="WAY",
-        help="for comparison, leave out a way of being fast: " + ", ".join(
+        help="for comparison, train without a way of being fast: " + ", ".join(
             f"{name} ({what})" for name, what in FAST_WAYS.items()) + ", or all; see also --use_amp and --cache")
 
 
@@ -483,7 +484,7 @@ def start_run(args):
     signals, processes = StopSignals(), Processes()
     compute = choose_compute(args.device, args.use_amp, processes, takes(args, "layout"))
     processes.join(compute.device)
-    if takes(args, "memory"):
+    if takes(args, "memory") and compute.device.type == "cpu":
         keep_freed_memory()
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -950,7 +951,7 @@ class Samples(torch.utils.data.Dataset):
         parts = 1 if torch.utils.data.get_worker_info() else min(cores_of_process(), len(keys))
         if parts == 1:
             return [self[key] for key in keys]
-        self._threads = self._threads or concurrent.futures.ThreadPoolExecutor(parts - 1)
+        self._threads = self._threads or concurrent.futures.ThreadPoolExecutor(cores_of_process() - 1)
         cuts = [len(keys) * part // parts for part in range(parts + 1)]
         others = [self._threads.submit(self._some, keys[first:last]) for first, last in zip(cuts[1:], cuts[2:])]
         return [*self._some(keys[:cuts[1]]), *itertools.chain.from_iterable(other.result() for other in others)]
@@ -2025,7 +2026,7 @@ class ImageStore(PixelStore):
         return [self.short_side, self.reduced, [file_stamp(path) for path in self.paths]]
 
     def _still_bad(self, path):
-        return bool(audit_image(path, self.short_side)[0].error)
+        return bool(audit_image(path, self.short_side, self.reduced)[0].error)
 
 
 def file_stamp(path):
@@ -2218,7 +2219,8 @@ def apply_augmentation(image, parameters, size):
 def augment_clip(frames, parameters, size):
     """Apply one Augmentation to all frames of a clip alike: uint8 (T, H, W, 3) -> (T, size, size, 3).
 
-    Means and extremes that colour operations need are those of the whole clip, so that nothing flickers.
+    Means and extremes that colour operations need are those of the whole clip, so that nothing flickers (in_steps:
+    those of each frame, as torchvision takes them).
     """
     cv2, drawn = _imaging()[0], parameters
     clip = (_warp_in_steps if drawn.in_steps else _warp_at_once)(frames, drawn, size)
@@ -2872,7 +2874,7 @@ class Training:
         lead = [*row] if len(row) <= 10 else [*dict.fromkeys([*itertools.islice(row, 6), self.select])]
         shown = "  ".join(f"{name} {row[name]:.4g}" for name in lead if name in row)  # the rest: training_history.csv
         seconds, memory = time.perf_counter() - self._started, peak_memory(self.run.compute.device) / 2 ** 30
-        self.run.say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  ({seconds:.1f} s, {self._seen / seconds:.1f} "
+        self.run.say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  ({seconds:.2f} s, {self._seen / seconds:.1f} "
                      f"samples/s, peak {memory:.2f} GB){' *' if better else ''}")
         if stop:
             self.run.say(f"stopped early after epoch {self.epoch}: no better {self.select} for "

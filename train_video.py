@@ -1846,7 +1846,8 @@ class SoundConv3d(torch.overrides.TorchFunctionMode):
     """Inside it torch.conv3d has right weight gradients under bf16 autocast on a CPU; elsewhere it is as it was.
 
     oneDNN's own bf16 weight gradient of Conv3d holds memory that was never written where a map is small (2 x 7 x 7,
-    torch 2.14): now and then 1e30, at worst a plausible number. Its outputs and its input gradients are right.
+    torch 2.14): now and then 1e30, at worst a plausible number. Its outputs and its input gradients are right, and so
+    are its 2-D weight gradients, of which these are made, for maps of at least 2 x 2. The rest is computed in fp32.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -1860,7 +1861,7 @@ class SoundConv3d(torch.overrides.TorchFunctionMode):
     def _conv3d(clips, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         stride, padding, dilation = (tuple(torch.broadcast_to(torch.tensor(each), (3,)).tolist())
                                      for each in (stride, padding, dilation))
-        if dilation != (1, 1, 1) or groups != 1:
+        if dilation != (1, 1, 1) or groups != 1 or min(clips.shape[3:]) == 1:
             with torch.autocast("cpu", enabled=False):
                 return torch.conv3d(clips.float(), weight, bias, stride, padding, dilation, groups)
         outputs = Conv3dByFrames.apply(clips.bfloat16(), weight.bfloat16(), stride, padding)

@@ -16,7 +16,7 @@ import scaling  # noqa: E402
 import summary  # noqa: E402
 import turns  # noqa: E402
 
-ROWS = [{"N": n, "cache": cache, "seconds an epoch": base + 0.01 * n, "peak GB": 1.0}
+ROWS = [{"N": n, "cache": cache, "seconds an epoch": base + 0.01 * n, "GB": 1.0}
         for cache, base in (("ram", 1.0), ("none", 3.0)) for n in (100, 200, 400)]
 
 

@@ -5,6 +5,7 @@
 import concurrent.futures
 import json
 import math
+import threading
 import time
 from types import SimpleNamespace
 
@@ -108,7 +109,11 @@ def test_early_stopping():
 class Squares(common.Samples):
     """Sample (epoch, index) is epoch * 100 + index squared; index 13 is bad."""
 
+    def __init__(self):
+        self.makers = set()
+
     def __getitem__(self, key):
+        self.makers.add(threading.get_ident())
         if key[1] == 13:
             raise common.BadImage("13")
         time.sleep(0.001 * (key[1] % 3))  # so that threads overtake one another
@@ -119,8 +124,9 @@ class Squares(common.Samples):
 def test_a_batch_made_by_threads_is_the_batch(monkeypatch, cores):
     monkeypatch.setattr(common, "cores_of_process", lambda: cores)
     samples = Squares()
-    for n in (1, 2, 3, 12, 7):
+    for n in (2, 12, 1, 3, 7):
         assert samples.__getitems__([(2, i) for i in range(n)]) == [200 + i * i for i in range(n)]
+    assert min(cores, 2) <= len(samples.makers) <= cores and threading.get_ident() in samples.makers
     for n in (14, 20):  # in the last thread's part, and in another's
         with pytest.raises(common.BadImage, match="13"):
             samples.__getitems__([(2, i) for i in range(n)])

@@ -3,7 +3,7 @@
     python tests/benchmarks/assessor.py
     python tests/benchmarks/assessor.py --backbone resnet50 --loops bare reference
 
-    script      one epoch as the script trains: cached pictures, fused augmentation, its precision
+    script      one training pass as the script does it: cached pictures, fused augmentation, its precision
     bare        forward, backward and optimiser step on batches that already lie in memory, in the same precision
     reference   a loop as tutorials write it: fp32, Pillow decoding, torchvision augmentation as strong, 2 workers
     timm, fastai, lightning   the loaders and training loops of these packages over the same pictures, augmentation,
@@ -29,7 +29,11 @@ def parse_args():
     parser.add_argument("--images", type=int, default=192, help="pictures per epoch")
     parser.add_argument("--side", type=int, default=1024, help="side of the pictures on disk in pixels")
     parser.add_argument("--batch_size", type=int, default=32, help="pictures per batch")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.images % options.batch_size:
+        parser.error(f"--images {options.images} is no multiple of --batch_size {options.batch_size}: timm would leave "
+                     "out the last batch")
+    return options
 
 
 def make_data(folder, options):
@@ -78,6 +82,7 @@ class BareEpochs:
     def __init__(self, folder, options):
         args = script_args(folder, options)
         self.compute = common.choose_compute("auto", "auto")
+        common.keep_freed_memory()
         self.model = self.compute.place(train_assessor.build_model(args, [0.0, 0.0])).train()
         self.optimizer = common.build_optimizer([(self.model, 1.0)], args)
         layout = torch.channels_last if self.compute.channels_last else torch.contiguous_format

@@ -3,17 +3,19 @@
     python tests/benchmarks/detector.py
     python tests/benchmarks/detector.py --model fasterrcnn_resnet50_fpn --images 16 --min_size 320
 
-    script      one epoch as the script trains: cached pictures, its precision, flip, colour and size at random
+    script      one training pass as the script does it: cached pictures, its precision, flip, colour and size at random
     bare        forward, backward and optimiser step on batches that already lie in memory, in the same precision
     reference   a loop in the manner of torchvision's references/detection: fp32, Pillow decoding, flip and colour in
                 torchvision, resize, normalisation and RoIAlign of torchvision inside the model, 2 workers
 """
+import json
+from types import SimpleNamespace
+
 import cv2
 import numpy as np
 import torch
 from PIL import Image
 from torchvision import transforms
-from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -21,6 +23,7 @@ from turns import compare, parser_of  # it puts the repository on the import pat
 
 import common
 import train_detector
+from train_detector import STATES
 
 PARTS, BOXES = 8, 6
 
@@ -52,18 +55,22 @@ def make_data(folder, options):
     common.write_json(folder / "coco.json", content)
 
 
+def script_args(folder, options):
+    """Flags of the script for these data."""
+    return train_detector.parse_args([
+        "--train_json", str(folder / "coco.json"), "--train_images", str(folder), "--output_dir", str(folder / "out"),
+        "--split_ratio", "0.9", "--model", options.model, "--no_pretrained", "--norm", "frozen", "--save_minutes",
+        "0", "--min_size", str(options.min_size), "--max_size", str(2 * options.min_size), "--epochs", "1000",
+        "--batch_size", str(options.batch_size)])
+
+
 class ScriptEpochs:
     """The script's own dataset, loader, step and bookkeeping."""
 
     def __init__(self, folder, options):
-        path = folder / "coco.json"
-        self.args = train_detector.parse_args([
-            "--train_json", str(path), "--train_images", str(folder), "--output_dir", str(folder / "out"),
-            "--split_ratio", "0.9", "--model", options.model, "--no_pretrained", "--norm", "frozen", "--save_minutes",
-            "0", "--min_size", str(options.min_size), "--max_size", str(2 * options.min_size), "--epochs", "1000",
-            "--batch_size", str(options.batch_size), "--num_workers", "0"])
+        self.args = script_args(folder, options)
         self.run = common.start_run(self.args)
-        study = train_detector.load_study(self.args, {"train": (path, folder)}, self.run.say)
+        study = train_detector.load_study(self.args, {"train": (folder / "coco.json", folder)}, self.run.say)
         split = {"train": np.arange(options.images), "val": np.arange(2), "test": np.arange(0)}
         self.settings = train_detector.model_settings(self.args, study, split["train"])
         self.loader, _ = train_detector.make_loaders(study, split, self.settings, self.args, self.run.compute)
@@ -87,6 +94,7 @@ class BareEpochs:
 
     def prepare(self):
         """Sizes are drawn anew in every epoch: take the script's batches of the same one."""
+        self.batches = []
         self.batches = [train_detector.to_device(batch, self.compute, self.settings) for batch in self.loader]
         self.loader.batch_sampler.epoch += 1
 
@@ -101,11 +109,15 @@ class BareEpochs:
 
 
 class PlainFiles(torch.utils.data.Dataset):
-    """Pillow decoding, flip and colour in torchvision at every access; boxes of the study."""
+    """Pillow decoding, flip and colour in torchvision at every access; boxes of the COCO file."""
 
-    def __init__(self, folder, script):
-        data = script.loader.dataset
-        self.paths, self.study = [folder / name for name in data.study.images], data.study
+    def __init__(self, folder):
+        content = json.loads((folder / "coco.json").read_text())
+        self.paths, self.objects = [folder / image["file_name"] for image in content["images"]], {}
+        for each in content["annotations"]:
+            left, top, width, height = each["bbox"]
+            self.objects.setdefault(each["image_id"], []).append(
+                ([left, top, left + width, top + height], each["category_id"] + 1, each["state"]))
         self.colour = transforms.ColorJitter(0.1, 0.1, 0.1)
 
     def __len__(self):
@@ -113,34 +125,34 @@ class PlainFiles(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         picture = transforms.functional.to_tensor(self.colour(Image.open(self.paths[index]).convert("RGB")))
-        boxes = torch.from_numpy(self.study.boxes[index].copy())
+        boxes, labels, states = (torch.tensor(each) for each in zip(*self.objects[index]))
         if torch.rand(()) < 0.5:
             picture, boxes = picture.flip(-1), boxes[:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1]) + torch.tensor(
                 [picture.shape[-1], 0, picture.shape[-1], 0])
-        return picture, {"boxes": boxes, "labels": torch.from_numpy(self.study.labels[index] + 1),
-                         "states": torch.from_numpy(self.study.states[index])}
+        return picture, {"boxes": boxes, "labels": labels, "states": states}
 
 
 class ReferenceEpochs:
-    """fp32, contiguous memory, AdamW as torch makes it, 2 loader workers; the same network."""
+    """fp32, contiguous memory, AdamW as torch makes it, 2 loader workers; the network with torchvision's pooling."""
 
     def __init__(self, folder, options):
-        script = ScriptEpochs(folder, options)
-        self.device, size = script.run.compute.device, script.settings["min_size"]
-        self.model = train_detector.build_model(script.args, script.settings, None).to(self.device).train()
+        self.device, size = common.choose_compute("auto", "off").device, options.min_size
+        args = script_args(folder, options)
+        parts = SimpleNamespace(parts=[f"part_{k}" for k in range(PARTS)], state_names=lambda *_: list(STATES))
+        self.model = train_detector.build_model(args, train_detector.model_settings(args, parts, None), None)
         pool = self.model.roi_heads.box_roi_pool
         self.model.roi_heads.box_roi_pool = MultiScaleRoIAlign(pool.featmap_names, pool.output_size,
                                                                pool.sampling_ratio)
+        self.model = self.model.to(self.device).train()
         self.transform = GeneralizedRCNNTransform(size, 2 * size, common.IMAGENET_MEAN, common.IMAGENET_STD)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
-        self.loader = torch.utils.data.DataLoader(PlainFiles(folder, script), script.args.batch_size, shuffle=True,
-                                                  num_workers=2, persistent_workers=True, collate_fn=lambda b: zip(*b))
+        self.loader = torch.utils.data.DataLoader(PlainFiles(folder), options.batch_size, shuffle=True, num_workers=2,
+                                                  persistent_workers=True, collate_fn=lambda batch: zip(*batch))
 
     def epoch(self):
         for pictures, targets in self.loader:
             targets = [{name: value.to(self.device) for name, value in target.items()} for target in targets]
             images, targets = self.transform([picture.to(self.device) for picture in pictures], targets)
-            assert isinstance(images, ImageList), f"expected torchvision's ImageList, found {type(images)}"
             losses = self.model(images.tensors, images.image_sizes, targets)
             self.optimizer.zero_grad()
             train_detector.total_loss(losses, 0.5).backward()

@@ -3,7 +3,7 @@
     python tests/benchmarks/dreamer.py
     python tests/benchmarks/dreamer.py --transitions 32 --d_model 256 --n_layers 4
 
-    script      one epoch as the script trains: cached frames, its precision, no dropout inside attention
+    script      one training pass as the script does it: cached frames, its precision, no dropout inside attention
     bare        forward, backward and optimiser step on batches that already lie in memory, in the same precision
     reference   a loop as tutorials write it: fp32, frames decoded by Pillow at every access, dropout .1 in attention
     spatial     the bare loop with 49 spatial tokens instead of 512 channel tokens
@@ -91,6 +91,7 @@ class BareEpochs:
     def __init__(self, folder, options):
         args = script_args(folder, options, "--token_type", self.tokens)
         self.compute = common.choose_compute("auto", "auto")
+        common.keep_freed_memory()
         device = self.compute.device
         self.model = self.compute.place(train_dreamer.build_model(args, unit_scaler(), "additive")).train()
         self.optimizer = common.build_optimizer([(self.model, 1.0)], args)

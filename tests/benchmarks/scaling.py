@@ -3,15 +3,18 @@
     python tests/benchmarks/scaling.py
     python tests/benchmarks/scaling.py --parts images startup
 
-    images      train_assessor.py on N = 100 to 1,600 pictures with each cache: seconds an epoch, peak memory
+    images      train_assessor.py on N = 100 to 1,600 pictures with each cache: seconds an epoch, and the most memory
+                that the run and its workers hold and no file stands for (pages of a disk cache are the system's)
     clips       train_video.py on N = 20 to 160 clips
     folds       train_assessor.py --freeze_backbone with 1 to 10 folds: seconds of the whole run
     frozen      5 folds on frozen features that are cached, against 5 folds that run the frozen network in every epoch
     startup     --help of each script against `python -c "import torch, torchvision"`, in turn
 """
 import argparse
+import contextlib
 import itertools
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -27,7 +30,7 @@ import assessor  # it puts the repository on the import path
 import video
 
 ROOT = Path(__file__).resolve().parents[2]
-EPOCH = re.compile(r"^epoch .*\((\d+\.\d) s, .* peak (\d+\.\d+) GB", re.MULTILINE)
+EPOCH = re.compile(r"^epoch .*\((\d+\.\d+) s, ", re.MULTILINE)
 SCRIPTS = ("train_assessor.py", "train_video.py", "train_detector.py", "train_dreamer.py", "predict_assessor.py")
 
 
@@ -39,17 +42,33 @@ def parse_args():
 
 
 def run(script, *flags):
-    """Train to the end in a folder that is then removed; {epochs: seconds of each, peak: GB, whole: seconds}."""
+    """Train to the end in a folder that is then removed; {epochs: seconds of each, memory: GB, whole: seconds}."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, ROOT / script, *flags, "--output_dir", out, "--no_pretrained", "--patience", 0,
                    "--save_minutes", 0, "--save_every", 0]
-        start = time.perf_counter()
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        start, largest = time.perf_counter(), 0
+        with open(Path(out, "said"), "w+") as said:
+            process = subprocess.Popen(list(map(str, command)), stdout=said, stderr=said, start_new_session=True,
+                                       env={**os.environ, "XDG_CACHE_HOME": out})
+            while process.poll() is None:
+                largest = max(largest, private_memory(process.pid))
+                time.sleep(0.1)
+            said.seek(0)
+            assert process.returncode == 0, said.read()[-3000:]
         whole = time.perf_counter() - start
-        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
         logs = [path.read_text() for path in sorted(Path(out).rglob("log.txt"))]
-    found = [tuple(map(float, each)) for each in EPOCH.findall("\n".join(logs))]
-    return {"epochs": [seconds for seconds, _ in found], "peak": max(peak for _, peak in found), "whole": whole}
+    return {"epochs": [float(each) for each in EPOCH.findall("\n".join(logs))], "memory": largest / 1e9, "whole": whole}
+
+
+def private_memory(session):
+    """Bytes that the processes of a session, so the loader workers too, hold and that no file stands for (Linux)."""
+    total = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError):  # it has just ended
+            if int(stat.read_text().rsplit(")", 1)[1].split()[3]) == session:
+                found = re.search(r"^Pss_Anon:\s+(\d+)", (stat.parent / "smaps_rollup").read_text(), re.MULTILINE)
+                total += int(found[1]) << 10 if found else 0
+    return total
 
 
 def assessor_flags(folder, n, side=512):
@@ -59,14 +78,14 @@ def assessor_flags(folder, n, side=512):
         data.mkdir()
         assessor.make_data(data, SimpleNamespace(images=n, side=side))
     return ["--images_dir", data, "--ratings_file", data / "ratings.csv", "--backbone", "resnet18", "--image_size",
-            "112", "--select", "last"]
+            "160", "--select", "last"]
 
 
 def measure_images(folder):
     for n, cache in itertools.product((100, 200, 400, 800, 1600), ("ram", "disk", "none")):
         measured = run("train_assessor.py", *assessor_flags(folder, n), "--epochs", 3, "--cache", cache)
         yield {"N": n, "cache": cache, "seconds an epoch": statistics.median(measured["epochs"][1:]),
-               "peak GB": measured["peak"]}
+               "GB": measured["memory"]}
 
 
 def measure_clips(folder):
@@ -78,14 +97,14 @@ def measure_clips(folder):
             measured = run("train_video.py", "--manifest", data / "manifest.csv", "--model", "cnn_lstm", "--image_size",
                            "64", "--batch_size", "8", "--epochs", 3, "--cache", cache, "--select", "loss")
             yield {"N": n, "cache": cache, "seconds an epoch": statistics.median(measured["epochs"][1:]),
-                   "peak GB": measured["peak"]}
+                   "GB": measured["memory"]}
 
 
 def measure_folds(folder):
     for folds in (0, 2, 5, 10):
         measured = run("train_assessor.py", *assessor_flags(folder, 400), "--freeze_backbone", "--epochs", 20,
                        "--folds", folds)
-        yield {"folds": folds or 1, "seconds of the run": measured["whole"], "peak GB": measured["peak"]}
+        yield {"folds": folds or 1, "seconds of the run": measured["whole"], "GB": measured["memory"]}
 
 
 def measure_frozen(folder):
@@ -94,7 +113,7 @@ def measure_frozen(folder):
     measured = {way: run("train_assessor.py", *flags, *more) for way, more in ways.items()}
     for way, each in measured.items():
         yield {"800 pictures, 5 folds, 20 epochs": way, "seconds of the run": each["whole"],
-               "seconds of all epochs": sum(each["epochs"])}
+               "seconds of all epochs": sum(each["epochs"]), "GB": each["memory"]}
 
 
 def measure_startup(folder, repeats=7):

@@ -19,10 +19,13 @@ COLOURS = {"script": "#0072b2", "bare": "#999999", "reference": "#d55e00", "timm
 
 
 def read(path):
-    """(comparisons of loops, {part: rows} of scaling, comparisons of results) from lines of JSON."""
+    """(comparisons of loops, {part: rows} of scaling, comparisons of results) from lines of JSON, the last of each."""
     lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    parts = {line["part"]: line["rows"] for line in lines if "part" in line}
-    return [line for line in lines if "loops" in line], parts, [line for line in lines if "metric" in line]
+
+    def last(key):
+        return {line[key]: line for line in lines if key in line}
+    parts = {name: line["rows"] for name, line in last("part").items()}
+    return list(last("title").values()), parts, list(last("task").values())
 
 
 def speed_table(comparisons):
@@ -32,7 +35,7 @@ def speed_table(comparisons):
             if (each["over"], each["under"]) == (over, under):
                 return f"{each['ratio']:.2f} ({each['low']:.2f} to {each['high']:.2f})"
         return ""
-    lines = ["| epoch of | n | script | script / bare | " + " | ".join(f"{peer} / script" for peer in PEERS) +
+    lines = ["| training pass of | n | script | script / bare | " + " | ".join(f"{peer} / script" for peer in PEERS) +
              " | peak memory, script / bare | first step of script, reference |", "|" + "---|" * 10]
     for report in comparisons:
         loops, script = report["loops"], report["loops"]["script"]
@@ -64,7 +67,7 @@ def draw(comparisons, parts, path):
     bars.set_yticks([at for at, _ in labels], [text for _, text in labels], fontsize=7)
     bars.invert_yaxis()
     bars.margins(x=0.15)
-    bars.set_xlabel("seconds of an epoch, script = 1")
+    bars.set_xlabel("seconds of a training pass, script = 1")
     for part, style in (("images", "o-"), ("clips", "s--")):
         for cache in dict.fromkeys(row["cache"] for row in parts.get(part, ())):
             rows = [row for row in parts[part] if row["cache"] == cache]

@@ -2,8 +2,8 @@
 
 A benchmark calls compare() with its loops. The parent makes the data, starts this benchmark once more per loop and
 tells the children one after the other to run an epoch; the first epoch of each is not timed. Measured per loop: seconds
-of each epoch, seconds from the start of its process to its first optimiser step, and the highest resident memory while
-it trains (GPU: reserved memory).
+of each epoch, seconds from the start of its process to its first optimiser step, and the highest memory of the process
+while it trains (resident, without that of loader workers; on a GPU what torch has reserved there).
 """
 import argparse
 import importlib.util
@@ -52,17 +52,29 @@ class Turn:
             self.prepare()
         if self._first_step is None:
             _forget_peak()
+        _wait_for_gpu()
         self._begin = time.perf_counter()
 
     def __exit__(self, kind, *_):
         if kind is None:
+            _wait_for_gpu()
             seconds = time.perf_counter() - self._begin
             answer = {"seconds": seconds, "first_step": self._first_step, "peak": _peak()}
             self._answers.write(json.dumps(answer) + "\n")
             self._answers.flush()
 
 
+def _wait_for_gpu():
+    """A loop that reads no number would stop its clock before the GPU has done anything."""
+    import torch
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def _forget_peak():
+    import torch
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the mark of the highest resident size starts again from here
     except OSError:
@@ -92,6 +104,9 @@ def compare(file, options, make_data, loops, title, unit, count, goals):
     """
     if options.child:
         return _run_child(loops, options)
+    unknown = set(options.loops or ()) - set(loops)
+    if unknown:
+        raise SystemExit(f"error: --loops {' '.join(sorted(unknown))}: expected some of {' '.join(loops)}")
     wanted = [name for name in loops if name in (options.loops or loops) or name == "script"]
     absent = [name for name in wanted if importlib.util.find_spec(getattr(loops[name], "package", "torch")) is None]
     if absent:

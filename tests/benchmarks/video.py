@@ -3,7 +3,7 @@
     python tests/benchmarks/video.py
     python tests/benchmarks/video.py --model cnn_lstm --clips 48
 
-    script      one epoch as the script trains: cached clips, one fused augmentation a clip, its precision
+    script      one training pass as the script does it: cached clips, one fused augmentation a clip, its precision
     bare        forward, backward and optimiser step on batches that already lie in memory, in the same precision
     reference   a loop as tutorials write it: fp32, every frame of a file read at each access, torchvision transforms
                 frame by frame as strong, 2 workers
