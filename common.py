@@ -407,7 +407,10 @@ class Run:
         """Print a line (ASCII) and keep it in log.txt; log_only leaves the terminal alone."""
         text = str(text).encode("ascii", "backslashreplace").decode()
         if not log_only and self.compute.processes.is_first:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except OSError:  # who read along (| head, a terminal) has gone; the run and its log.txt go on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         with saving(self._log.name):
             self._log.write(text + "\n")
             self._log.flush()

@@ -87,6 +87,18 @@ def test_a_signal_saves_and_the_run_can_be_named(sample, tmp_path, undisturbed):
     assert fingerprint(folder) == undisturbed
 
 
+def test_a_reader_that_leaves_does_not_end_the_run(sample, tmp_path, undisturbed):
+    """python train_assessor.py ... | head -1"""
+    process = subprocess.Popen(script_command("train_assessor.py", *flags(sample, tmp_path)),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("run folder: ")
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(300) == 0, said
+    assert "Error" not in said and fingerprint(only_run(tmp_path)) == undisturbed
+    assert "open next" in (only_run(tmp_path) / "log.txt").read_text()
+
+
 def test_resume_from_an_older_checkpoint(sample, tmp_path, undisturbed):
     run_script("train_assessor.py", *flags(sample, tmp_path))
     folder = only_run(tmp_path)
