@@ -22,6 +22,7 @@ ELSEWHERE = {
     "./run_local.sh": "run by tests/test_shell.py",
     "tests/run.sh": "this very run",
     "tests/slurm/run.sh": "part of tests/run.sh --all",
+    "tests/benchmarks": "takes hours",
     "sbatch": "needs a SLURM cluster",
     "python tests/benchmarks": "takes minutes",
     "python tests/breaks.py": "takes minutes",
