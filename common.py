@@ -759,6 +759,8 @@ def run_main(main):
                 "auto continues. Try --num_workers 0, or a larger /dev/shm")
     else:
         return leave_processes()
+    finally:
+        StopSignals.leave()
     rank = 0
     with contextlib.suppress(UserError):  # the error may be that the rank is none
         rank = launched_processes()["rank"]
@@ -1036,7 +1038,18 @@ class StopSignals:
         if number == signal.SIGINT and (again or not self.armed):
             raise KeyboardInterrupt
         if not self.armed:
+            self.leave()
             sys.exit(EXIT_SAVED)
+
+    @classmethod
+    def leave(cls):
+        """From here on only Ctrl-C is obeyed: on the way out another signal could do no more than change the exit code.
+
+        srun sends one to the tasks of a step that are slower to leave than the first, and Python puts every handler but
+        SIG_IGN back to the default before it ends.
+        """
+        for number in cls.available() - {signal.SIGINT}:
+            signal.signal(number, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------
@@ -2852,6 +2865,7 @@ class Training:
         """Leave where the processes have agreed on a stop signal (its number, else 0)."""
         if stop:
             self.processes.largest([0])  # the first one has saved: where one task ends, srun may end the others
+            self.run.signals.leave()
             asked = signal.Signals(stop)
             self.run.say(f"{asked.name} received: saved epoch {self.epoch + 1}, batch {self.batch}; "
                          f"continue with --resume {self.run.folder}")

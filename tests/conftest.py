@@ -102,6 +102,15 @@ def _remove_folders_of_the_module(tmp_path_factory):
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def _keep_signal_handlers():
+    """A script that runs within this process sets them, and on its way out has them ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory):
     """Sample data of the assessor: .images, .ratings (mean, sd, n), .raw (single ratings), 48 pictures."""

@@ -56,6 +56,24 @@ def stop_and_continue(run, number, wait, expected):
     return True
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_signals_that_come_again_until_the_end(workers, number, servers, tiny_flags, quick_folder, cases):
+    """srun sends TERM to the tasks of a step that are still on their way out: the exit code must not change."""
+    flags = [*tiny_flags["train_assessor.py"], "--num_workers", workers, "--epochs", 60]
+    for attempt in range(cases.number(2, 5)):
+        run = Run(servers[0], "train_assessor.py", flags, quick_folder / str(attempt))
+        with cases.case(GROUP):
+            trial = run.start()
+            while "epoch 1" not in trial.text():
+                assert trial.wait(0.01) is None, trial.text()[-2000:]
+            while (code := trial.wait(0)) is None:
+                trial.signal(number)
+                time.sleep(0.002)
+            assert code == 75, f"{code}: {trial.text()[-2000:]}"
+            assert not common.read_checkpoint(only_run(run.out) / "last.pth")["done"]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_signals(script, workers, servers, tiny_flags, quick_folder, cases):
