@@ -63,7 +63,7 @@ STATE_COLOURS = ((0, 158, 115), (213, 94, 0), (204, 121, 167), (0, 114, 178), (1
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     common.add_shared_arguments(parser, epochs=20, batch_size=2, lr=1e-4, weight_decay=1e-4, scheduler="plateau",
-                                augment="light", num_workers=2, plateau_patience=3)
+                                augment="light", plateau_patience=3)
     data = parser.add_argument_group("pictures and annotations").add_argument
     data("--mode", choices=("train", "convert", "predict", "evaluate", "audit"), default="train", help="what to do")
     for part in ("train", "val", "test"):
