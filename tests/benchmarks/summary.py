@@ -62,7 +62,7 @@ def draw(comparisons, parts, path):
             bars.barh(place, relative, color=COLOURS[name])
             bars.text(relative, place, f" {name} {relative:.2f}", va="center", fontsize=7)
             place += 1
-        labels.append((place - (len(loops) + 1) / 2, report["title"].replace(".py: ", ".py\n").split(", batch")[0]))
+        labels.append((place - (len(loops) + 1) / 2, report["title"].replace(".py: ", ".py\n").split(",")[0]))
         place += 1
     bars.set_yticks([at for at, _ in labels], [text for _, text in labels], fontsize=7)
     bars.invert_yaxis()
