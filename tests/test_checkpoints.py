@@ -66,7 +66,8 @@ def make_training(folder, resumed, **flags):
     args = SimpleNamespace(**{**defaults, **flags})
     torch.manual_seed(0)
     model = torch.nn.Linear(1, 1)
-    run = common.Run(folder, args, compute, SimpleNamespace(received=None, armed=False, exit_code=75), resumed)
+    signals = SimpleNamespace(received=None, armed=False, leave=lambda: None)
+    run = common.Run(folder, args, compute, signals, resumed)
     training = common.Training(run, model, common.build_optimizer([(model, 1.0)], args), args, "val_loss", dict, False)
     return training, common.make_loader(Numbers(), 2, args, compute, train=True)
 

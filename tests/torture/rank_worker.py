@@ -47,7 +47,7 @@ def build_model():
                                torch.nn.Flatten(), torch.nn.Linear(16, 1)).double()
 
 
-def run_case(case, processes, signals):
+def run_case(case, processes):
     """Train, evaluate after each epoch on all samples; returns the outcome."""
     args = SimpleNamespace(**FLAGS, batch_size=case["batch_size"], accumulate=case["accumulate"])
     compute = common.Compute(torch.device("cpu"), "fp32", False, "cpu", processes)
@@ -56,7 +56,7 @@ def run_case(case, processes, signals):
     model, dataset = build_model(), Samples(case["n"], case.get("bad"))
     loader = common.make_loader(dataset, args.batch_size, args, compute, train=True)
     scoring = common.make_loader(Samples(case["n"]), args.batch_size, args, compute, train=False)
-    signals.received = None
+    signals = common.StopSignals()  # anew in each case: a run that stops leaves its process deaf to them
     with common.Run(folder, args, compute, signals, resumed) as run:
         common.write_json(run.path("args.json"), {})  # without it an error removes the folder
         optimizer = common.build_optimizer([(model, 1.0)], args)
@@ -76,13 +76,12 @@ def run_case(case, processes, signals):
 
 
 def main():
-    processes, signals = common.Processes(), common.StopSignals()
+    processes = common.Processes()
     processes.join(torch.device("cpu"))
     for case in json.loads(Path(sys.argv[1]).read_text()):
         try:
-            outcome = run_case(case, processes, signals)
+            outcome = run_case(case, processes)
         except (common.UserError, SystemExit) as error:
-            signals.armed = False
             outcome = {"error": str(error), "kind": type(error).__name__}
         outcomes = processes.gather([outcome])
         if processes.is_first:
