@@ -757,6 +757,9 @@ def run_main(main):
             code, text = EXIT_CRASH, (
                 f"error: a loader worker died or hangs ({one_line(error)}). The last checkpoint is whole: --resume "
                 "auto continues. Try --num_workers 0, or a larger /dev/shm")
+    except SystemExit:  # all of them stop here, as on a signal
+        leave_processes(wait=False)
+        raise
     else:
         return leave_processes()
     finally:
@@ -1110,6 +1113,9 @@ class Processes:
             return
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = meeting_point()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # Imported later, as by the first optimiser, this module would take the group for its default arguments and keep
+        # it, and its threads, past leave_processes().
+        import torch.distributed.nn.functional
         try:
             torch.distributed.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=PROCESS_TIMEOUT)
         except (RuntimeError, ValueError) as error:
@@ -1180,10 +1186,15 @@ class Processes:
                 tensor.copy_(whole)
 
 
-def leave_processes():
-    """Part from the others, once all have come this far; alone, nothing."""
-    if launched_processes()["size"] > 1 and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+def leave_processes(wait=True):
+    """Part from the others, where `wait` once all have come this far; alone, nothing.
+
+    It ends the threads of the group: one that lets go of a tensor while the interpreter ends would abort the process,
+    with exit code 134 in place of its own.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if wait:
+            torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

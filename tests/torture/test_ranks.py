@@ -106,6 +106,39 @@ def test_a_bad_sample_of_one_process_stops_all_before_the_step(tmp_path, cases, 
         assert not (tmp_path / "run" / "best_model.pth").exists()
 
 
+END = """
+import atexit, os, sys, pathlib, torch, common
+
+def count():
+    names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    print("threads of the group:", sum("gloo" in name for name in names))
+
+def main():
+    atexit.register(count)
+    common.Processes().join(torch.device("cpu"))
+    weight = torch.ones(1, requires_grad=True)
+    torch.optim.AdamW([weight])
+    torch.distributed.all_reduce(weight.detach())
+    count()
+    sys.exit(CODE) if CODE else None
+
+common.run_main(main)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc, which only Linux has")
+@pytest.mark.parametrize("code", [0, 75])
+def test_no_thread_of_the_group_is_left_at_the_end(code):
+    """One that lets go of a tensor while the interpreter ends aborts the process, on a busy machine one in a hundred."""
+    members = [subprocess.Popen([sys.executable, "-c", END.replace("CODE", str(code))], stdout=subprocess.PIPE,
+                                text=True, stderr=subprocess.STDOUT, env={**os.environ, **env},
+                                cwd=Path(common.__file__).parent) for env in rank_environments(2)]
+    for member in members:
+        text, _ = member.communicate(timeout=120)
+        counts = [int(line.split(":")[1]) for line in text.splitlines() if line.startswith("threads")]
+        assert counts[0] > 0 and counts[1:] == [0] and member.returncode == code, text
+
+
 @pytest.mark.parametrize("n, batch_size, size", [(23, 4, 3), (9, 8, 2), (7, 2, 4), (5, 1, 2), (17, 6, 2), (4, 8, 3)])
 def test_slices_of_a_batch(n, batch_size, size):
     """In training the slices make up each batch, none of a single sample where BatchNorm could not take it."""
