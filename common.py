@@ -4126,7 +4126,8 @@ def verdict_sentence(result, baseline_name, metric="r2", ceiling=None, held_out=
     """One honest sentence: does the model beat its baseline, by how much, and what could be reached at best.
 
     result: dict of bootstrap_regression's or bootstrap_classification's shape: value and interval (or None) with the
-    keys METRIC, baseline_METRIC and difference_METRIC or, over targets, the same with mean_METRIC; method; sign_flip_p.
+    keys METRIC, baseline_METRIC and difference_METRIC or, over targets, the same with mean_METRIC; method; sign_flip_p
+    and, where there is one, per_subject.
     ceiling: what `metric` could reach, or None. held_out False: the numbers are neither a test split's nor folds'.
     lower_is_better: None = as LOWER_IS_BETTER says; label: the metric's name in the sentence.
     """
@@ -4139,11 +4140,19 @@ def verdict_sentence(result, baseline_name, metric="r2", ceiling=None, held_out=
     verdict = beaten if beaten and np.isfinite(gains).all() else "Not resolvable whether the model beats"
     text = f"{verdict} the {baseline_name} baseline: {label or key.replace('mean_', 'mean ', 1)} {model:.3f} against "
     text += f"{baseline:.3f}, "
-    bounds = f"{low:+.3f} to {high:+.3f}, " if result["interval"] else ""
-    flips = result["sign_flip_p"]  # R2 within a subject has no meaning, nor has a rank metric: their errors stand in
-    flip_p = flips.get("mse") if metric == "r2" else flips.get(metric, flips.get("brier"))
-    text += f"difference {difference:+.3f} [{bounds}{result['method']}]"
-    text += "" if flip_p is None else f", exact sign-flip p {flip_p:.4f} on the subjects' errors"
+    how = result["method"]
+    if result["interval"]:
+        known = np.isfinite([low, high]).all()
+        how = f"{low:+.3f} to {high:+.3f}, {how}" if known else "no interval: too few to resolve it"
+    text += f"difference {difference:+.3f} [{how}]"
+    # R2 within a subject has no meaning, nor has a rank metric: their errors stand in
+    flips, errors = result["sign_flip_p"], "mse" if metric == "r2" else metric
+    errors = errors if errors in flips else "brier"
+    if flips.get(errors) is not None:
+        own = result["per_subject"][f"difference_{key.replace(metric, errors)}"]  # (S,)
+        fewer = int(((own if errors in LOWER_IS_BETTER else -own) < 0).sum())
+        text += f", exact sign-flip p {flips[errors]:.4f} on the subjects' errors, smaller than the baseline's in {fewer}"
+        text += f" of {int(np.isfinite(own).sum())}"
     text += "" if ceiling is None or not np.isfinite(ceiling) else f"; the raters' agreement allows {ceiling:.3f}"
     return text + ("." if held_out else "; selected on validation, therefore optimistic.")
 

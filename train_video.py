@@ -2468,7 +2468,8 @@ def class_results(run, args, study, scored):
     common.plot_reliability(probability, label, run.path("reliability.png"),
                             common.softmax(scored.outputs) if scored.calibration else None)
     return {"metric": "roc_auc", "baseline": baseline, "positive_class": names[positive], "names": names,
-            **{key: result[key] for key in ("value", "interval", "sign_flip_p", "method", "confusion", "n")},
+            **{key: result[key] for key in ("value", "interval", "per_subject", "sign_flip_p", "method", "confusion",
+                                            "n")},
             "null_ece": common.expected_ece(probability.max(1)), "calibration": calibration_table(study, scored),
             "confounds": confounds,
             "alarms": common.classification_alarms(probability, label, names, threshold, positive)}

@@ -49,20 +49,22 @@ def test_a_bend_is_told_from_a_line():
     assert int(scaling.straightness(bent).rsplit(" % ", 1)[0].rsplit(" ", 1)[1]) > 5
 
 
-@pytest.mark.parametrize("shift, agree", [(0.01, True), (0.5, False)])
-def test_results_agree_within_the_spread_of_the_seeds(monkeypatch, tmp_path, shift, agree):
-    monkeypatch.setitem(equality.TASKS, "made", lambda folder: ("train_x.py", [], "val_r2"))
+@pytest.mark.parametrize("column, shift, agree", [
+    ("val_r2", 0.01, "yes"), ("val_r2", 0.5, "NO, WORSE"), ("val_r2", -0.5, "no, better"),
+    ("val_loss", 0.5, "no, better"), ("val_loss", -0.5, "NO, WORSE")])
+def test_results_agree_within_the_spread_of_the_seeds(monkeypatch, tmp_path, column, shift, agree):
+    monkeypatch.setitem(equality.TASKS, "made", lambda folder: ("train_x.py", [], column))
     monkeypatch.setattr(equality, "train", lambda script, flags, column, seed, way, out: {
         "value": 0.1 * seed + (shift if way == "plain" else 0), "seconds": 2.0 if way == "plain" else 1.0})
-    found = equality.compare("made", [1, 2, 3], tmp_path)
-    assert found["agree"] is agree and found["difference"] == pytest.approx(-shift)
+    found = equality.compare("made", [1, 2, 3], "plain", tmp_path)
+    assert found["agree"] == agree and found["difference"] == pytest.approx(-shift)
     assert found["spread"] == pytest.approx(0.1)
-    assert ("| yes |" in equality.as_text([found])) is agree and "| 1.0 | 2.0 | 2.0 |" in equality.as_text([found])
+    assert f"| {agree} | 1.0 | 2.0 | 2.0 |" in equality.as_text([found])
 
 
 def test_the_summary_is_a_table_and_a_picture(report, tmp_path):
     file = tmp_path / "speed.jsonl"
-    result = {"task": "made", "metric": "val_r2", "values": {"fast": [0.5, 0.6], "plain": [0.5, 0.7]}, "agree": True,
+    result = {"task": "made", "metric": "val_r2", "values": {"fast": [0.5, 0.6], "plain": [0.5, 0.7]}, "agree": "yes",
               "difference": -0.05, "sd_of_differences": 0.07, "spread": 0.1, "seconds": {"fast": 1.0, "plain": 3.0}}
     file.write_text("".join(f"{json.dumps(line)}\n" for line in (report, {"part": "images", "rows": ROWS}, result)))
     done = subprocess.run([sys.executable, summary.__file__, file], capture_output=True, text=True)

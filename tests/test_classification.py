@@ -594,8 +594,16 @@ def test_verdict_of_a_classifier_names_the_metric_and_the_direction():
     for metric in ("roc_auc", "brier", "tail_average_precision"):
         assert common.verdict_sentence(worse, "prior", metric).startswith("The model does not beat"), metric
     nine = common.bootstrap_classification(model[:162], label[:162], names[:162], baseline[:162])
-    said = f"exact sign-flip p {nine['sign_flip_p']['brier']:.4f} on the subjects' errors."
-    assert common.verdict_sentence(nine, "prior", "roc_auc").endswith(said)
+    text, p = common.verdict_sentence(nine, "prior", "roc_auc"), nine["sign_flip_p"]["brier"]
+    own = [np.mean((model[names == name, 1] - label[names == name]) ** 2) for name in np.unique(names[:162])]
+    other = [np.mean((baseline[names == name, 1] - label[names == name]) ** 2) for name in np.unique(names[:162])]
+    fewer = sum(a < b for a, b in zip(own, other))
+    assert f"exact sign-flip p {p:.4f} on the subjects' errors, smaller than the baseline's in {fewer} of 9." in text
+    swapped = common.bootstrap_classification(baseline[:162], label[:162], names[:162], model[:162])
+    right = [((each[:162, 1] > 0.5) == label[:162]).reshape(9, 18).mean(1) for each in (baseline, model)]
+    assert common.verdict_sentence(swapped, "prior", "accuracy").endswith(f"in {(right[0] > right[1]).sum()} of 9.")
+    nine["interval"]["difference_roc_auc"][:] = np.nan
+    assert "[no interval: too few to resolve it]" in common.verdict_sentence(nine, "prior", "roc_auc")
 
 
 def test_verdict_of_any_metric_with_its_own_direction():

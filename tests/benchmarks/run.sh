@@ -26,7 +26,8 @@ for part in "$@"; do
         dreamer)  bench dreamer ;;
         decode)   "$python" tests/benchmarks/video_decode.py ;;
         scaling)  bench scaling ;;
-        equality) bench equality || failed=$? ;;
+        equality) bench equality || failed=$?
+                  bench equality --tasks assessor --against one_warp || failed=$? ;;
         *) printf 'error: no benchmark %s\n' "$part" >&2; exit 2 ;;
     esac
 done
