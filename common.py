@@ -2589,6 +2589,7 @@ def schedule_factor(scheduler, progress, epochs, warmup_epochs):
 # What is written survives a kill at any moment; what is read is checked to the last byte before anything is trusted.
 
 FORMAT = 1
+SAVE_PAUSE = 4  # between two saves of brief epochs, in times of what a save takes
 
 
 class CheckpointError(UserError):
@@ -2740,7 +2741,8 @@ class Training:
     """The state that a kill must not lose, and the steps that are easy to get wrong.
 
     run, model, optimizer, args: of this run. select: history column that chooses the best epoch, or 'last'.
-    describe: function () -> dict of what predict needs beside the weights, stored in best_model.pth.
+    describe: function () -> dict of what predict needs beside the weights, stored in best_model.pth. brief_epochs: where
+    they take less time than their saving, it is put off until it takes a fifth of the whole time; a kill repeats them.
 
     for epoch in training.epochs():              # the epochs still to do
         for batch in training.batches(loader):   # the batches still to do: seeds dropout, sets the learning rate
@@ -2753,15 +2755,16 @@ class Training:
     DistributedDataParallel is not used: it gives every process the same weight, whatever its share of the samples.
     """
 
-    def __init__(self, run, model, optimizer, args, select, describe, higher_is_better=True):
+    def __init__(self, run, model, optimizer, args, select, describe, higher_is_better=True, brief_epochs=False):
         self.run, self.model, self.optimizer, self.args, self.describe = run, model, optimizer, args, describe
-        self.select, self.sign = select, 1 if higher_is_better else -1
+        self.select, self.sign, self.brief_epochs = select, 1 if higher_is_better else -1, brief_epochs
         self.scaler = torch.amp.GradScaler(run.compute.device.type, enabled=run.compute.precision == "fp16")
         self.epoch, self.batch, self.sums, self.history, self.done = 0, 0, {}, [], False
         self.best = {"epoch": None, "score": None}
         self.stopping = EarlyStopping(args.patience, args.min_epochs, args.min_delta)
         self.plateau, self.plateau_factor = EarlyStopping(args.plateau_patience, 0, 0.0), 1.0
-        self._last_save, self._started = time.monotonic(), None
+        self._last_save, self._save_seconds, self._started = time.monotonic(), 0.0, None
+        self._is_saved, self._unsaved_best = True, None  # the last epoch; a best_model.pth that is still to be written
         self.processes = run.compute.processes
         if self.processes.size > 1 and run.compute.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -2777,7 +2780,10 @@ class Training:
         signals.armed = True
         while not self.done:
             yield self.epoch + 1
-            self._stop_if(*self.processes.largest([int(signals.received or 0)]))
+            stop, = self.processes.largest([int(signals.received or 0)])
+            if stop and not self._is_saved:
+                self._write_epoch()
+            self._stop_if(stop)
         signals.armed = False
 
     def batches(self, loader):
@@ -2898,7 +2904,13 @@ class Training:
         self.run.watch(self.history[-1])
         stop = self.stopping.update(score, self.epoch) and self.epoch < self.args.epochs and self.select != "last"
         self.done = stop or self.epoch >= self.args.epochs
-        self._write_epoch(better)
+        if better and self.processes.is_first:
+            self._unsaved_best = self._model_file()
+        self._is_saved = self._is_due()
+        if self._is_saved:
+            self._write_epoch()
+        elif better:
+            self._unsaved_best = copy.deepcopy(self._unsaved_best)  # training goes on with these very tensors
         lead = [*row] if len(row) <= 10 else [*dict.fromkeys([*itertools.islice(row, 6), self.select])]
         shown = "  ".join(f"{name} {row[name]:.4g}" for name in lead if name in row)  # the rest: training_history.csv
         seconds, memory = time.perf_counter() - self._started, peak_memory(self.run.compute.device) / 2 ** 30
@@ -2915,18 +2927,21 @@ class Training:
         score = float(epoch) if self.select == "last" else self.sign * self.history[epoch - 1][self.select]
         return score if math.isfinite(score) else -math.inf
 
-    def _write_epoch(self, better):
-        if not self.processes.is_first:
-            return
-        # best first: a kill between the two repeats the epoch and writes the same best again
-        if better:
-            save_checkpoint(self.run.path("best_model.pth"), self._model_file())
-        if self.args.save_top_k:
-            self._save_top()
-        if self.args.save_every and self.epoch % self.args.save_every == 0:
-            save_checkpoint(self.run.path(f"checkpoint_epoch_{self.epoch}.pth"), self._content())
+    def _is_due(self):
+        """Is this epoch written at once? Brief ones, shorter than their own saving, share one in a while."""
+        every, spent = self.args.save_every, time.monotonic() - self._last_save
+        asked_for = self.args.save_top_k or (every and self.epoch % every == 0)
+        return self.done or asked_for or not self.brief_epochs or spent > SAVE_PAUSE * self._save_seconds
+
+    def _write_epoch(self):
+        start = time.monotonic()
+        if self.processes.is_first:
+            if self.args.save_top_k:
+                self._save_top()
+            if self.args.save_every and self.epoch % self.args.save_every == 0:
+                save_checkpoint(self.run.path(f"checkpoint_epoch_{self.epoch}.pth"), self._content())
         self.save()
-        write_table(self.run.path("training_history.csv"), self.history)
+        self._save_seconds = time.monotonic() - start
 
     def _model_file(self):
         return plain({"format": FORMAT, "script": script_name(), "model": self.model.state_dict(), "epoch": self.epoch,
@@ -2951,10 +2966,15 @@ class Training:
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()})
 
     def save(self):
-        """Write last.pth, keeping the one before it as last.pth.prev."""
+        """Write best_model.pth if there is a better one, last.pth, the one before it as last.pth.prev, the history."""
         if self.processes.is_first:
+            # best first: a kill between the two repeats the epoch and writes the same best again
+            if self._unsaved_best:
+                save_checkpoint(self.run.path("best_model.pth"), self._unsaved_best)
             save_checkpoint(self.run.path("last.pth"), self._content(), keep_previous=True)
-        self._last_save = time.monotonic()
+            if self.history:
+                write_table(self.run.path("training_history.csv"), self.history)
+        self._unsaved_best, self._last_save = None, time.monotonic()
 
     def _load_last(self):
         content = self._read_last()

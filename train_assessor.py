@@ -324,7 +324,8 @@ def fit(run, args, study, split):
     target, latest = study.ratings[split["val"]], {}
     training = common.Training(
         run, model, optimizer, args, select=args.select if args.select == "last" else f"val_{args.select}",
-        describe=lambda: describe(args, study, split, scaler, latest["val"]), higher_is_better=args.select != "loss")
+        describe=lambda: describe(args, study, split, scaler, latest["val"]), higher_is_better=args.select != "loss",
+        brief_epochs=args.freeze_backbone)
     for epoch in training.epochs():
         model.freeze_backbone(args.freeze_backbone or epoch <= args.freeze_epochs)
         row = train_one_epoch(model, train_loader, loss_function, training, compute)

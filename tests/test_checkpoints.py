@@ -54,7 +54,7 @@ def test_a_full_disk_names_file_and_bytes(tmp_path, monkeypatch):
         common.write_whole(tmp_path / "x.json", b"abc")
 
 
-def make_training(folder, resumed, **flags):
+def make_training(folder, resumed, brief_epochs=False, **flags):
     """A Training of a linear model on 6 numbers in batches of 2, and its loader."""
     compute = common.Compute(torch.device("cpu"), "fp32", False, "cpu")
     defaults = dict(
@@ -68,7 +68,8 @@ def make_training(folder, resumed, **flags):
     model = torch.nn.Linear(1, 1)
     signals = SimpleNamespace(received=None, armed=False, leave=lambda: None)
     run = common.Run(folder, args, compute, signals, resumed)
-    training = common.Training(run, model, common.build_optimizer([(model, 1.0)], args), args, "val_loss", dict, False)
+    training = common.Training(run, model, common.build_optimizer([(model, 1.0)], args), args, "val_loss", dict, False,
+                               brief_epochs)
     return training, common.make_loader(Numbers(), 2, args, compute, train=True)
 
 
@@ -80,16 +81,16 @@ class Numbers(torch.utils.data.Dataset):
         return {"x": torch.tensor([float(key[1])])}
 
 
-def train(training, loader, stop_after=None, val_loss=0.5):
+def train(training, loader, stop_after=None, val_loss=lambda epoch: 0.5):
     """Run to the end, or signal before step number `stop_after`."""
     steps = 0
     with training.run:
-        for _ in training.epochs():
+        for epoch in training.epochs():
             for batch in training.batches(loader):
                 steps += 1
                 training.run.signals.received = signal.SIGTERM if steps == stop_after else None
                 training.step((training.model(batch["x"]) - 3).pow(2).mean())
-            training.end_epoch({**training.epoch_means(), "val_loss": val_loss})
+            training.end_epoch({**training.epoch_means(), "val_loss": val_loss(epoch)})
     return training
 
 
@@ -106,6 +107,55 @@ def test_a_stop_after_any_batch_continues_exactly(tmp_path, stop_after):
     assert again.history == whole.history and torch.equal(again.model.weight, whole.model.weight)
     csv = [(tmp_path / name / "training_history.csv").read_bytes() for name in ("whole", "cut")]
     assert csv[0] == csv[1] and len(whole.history) == 2
+
+
+def best_and_last(folder):
+    return [common.read_checkpoint(folder / name) for name in ("best_model.pth", "last.pth")]
+
+
+@pytest.mark.parametrize("stop_after", [None, 4, 8, 9, 12])
+def test_brief_epochs_share_a_save_and_lose_nothing(tmp_path, monkeypatch, stop_after):
+    """Six epochs, best the second; with a pause that never ends only a stop and the end are written."""
+    def scored(epoch):
+        return abs(epoch - 2.0)
+    for name in ("whole", "brief"):
+        (tmp_path / name).mkdir()
+    whole = train(*make_training(tmp_path / "whole", False, epochs=6), val_loss=scored)
+    written, write = [], common.save_checkpoint
+    monkeypatch.setattr(common, "SAVE_PAUSE", math.inf)
+    monkeypatch.setattr(common, "save_checkpoint", lambda path, *rest, **flags: (
+        written.append(path.name), write(path, *rest, **flags)))
+    pair = make_training(tmp_path / "brief", False, True, epochs=6)
+    pair[0]._save_seconds = 1.0
+    if stop_after:
+        with pytest.raises(SystemExit) as caught:
+            train(*pair, stop_after, scored)
+        assert caught.value.code == 75 and written == ["best_model.pth", "last.pth"]
+        best, last = best_and_last(tmp_path / "brief")
+        assert best["epoch"] == min(2, (stop_after - 1) // 3) and last["epoch"] * 3 + last["batch"] == stop_after
+        pair = make_training(tmp_path / "brief", True, True, epochs=6)
+        pair[0]._save_seconds, written[:] = 1.0, []
+    again = train(*pair, val_loss=scored)
+    assert written[-1] == "last.pth" and len(written) <= 2
+    assert again.history == whole.history and torch.equal(again.model.weight, whole.model.weight)
+    for theirs, ours in zip(*(best_and_last(tmp_path / name) for name in ("whole", "brief"))):
+        assert theirs["epoch"] == ours["epoch"] and torch.equal(theirs["model"]["weight"], ours["model"]["weight"])
+    csv = [(tmp_path / name / "training_history.csv").read_bytes() for name in ("whole", "brief")]
+    assert csv[0] == csv[1]
+
+
+def test_a_stop_between_brief_epochs_saves_the_last_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "SAVE_PAUSE", math.inf)
+    training, loader = make_training(tmp_path, False, True, epochs=6)
+    training._save_seconds = 1.0
+    with pytest.raises(SystemExit), training.run:
+        for epoch in training.epochs():
+            for batch in training.batches(loader):
+                training.step(training.model(batch["x"]).pow(2).mean())
+            training.end_epoch({"val_loss": float(epoch)})
+            training.run.signals.received = signal.SIGTERM if epoch == 3 else None
+    best, last = best_and_last(tmp_path)
+    assert best["epoch"] == 1 and (last["epoch"], last["batch"]) == (3, 0)
 
 
 def test_a_lost_history_file_is_written_again(tmp_path):

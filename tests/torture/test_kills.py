@@ -14,6 +14,7 @@ from test_ranks import rank_environments
 from test_resume import fingerprint
 
 GROUP = "kill -9 at random moments, 4 scripts, workers 0 and 2"
+BRIEF = "kill -9 at random moments, epochs on cached features that share their saves"
 PAIRS = "two processes of one run, both or one of them killed"
 
 
@@ -31,7 +32,7 @@ class Killer:
 
     def __init__(self, server, script, flags, folder, seed):
         self.server, self.script, self.folder = server, script, folder
-        self.flags = [*flags, "--save_minutes", 1e-9, "--resume", "auto", "--output_dir", folder / "out"]
+        self.flags = ["--save_minutes", 1e-9, *flags, "--resume", "auto", "--output_dir", folder / "out"]
         self.moments, self.log = random.Random(seed), folder / "log"
         folder.mkdir()
 
@@ -134,12 +135,10 @@ def test_kills_of_two_processes(script, servers, tiny_flags, quick_folder, cases
     raise AssertionError(f"{done} kills of {wanted} in {number + 1} runs")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_kills(script, workers, servers, tiny_flags, quick_folder, cases):
-    flags = [*tiny_flags[script], "--num_workers", workers]
+def hold_through_kills(group, what, script, flags, servers, folder, cases):
+    """Run on both servers until all kills of this session are done; each must end with the bits of a run left alone."""
     start = time.monotonic()
-    whole = Killer(servers[0], script, flags, quick_folder / "whole", 0)
+    whole = Killer(servers[0], script, flags, folder / "whole", 0)
     assert whole.start().finish() == 0, whole.log.read_text()[-2000:]
     seconds, expected = time.monotonic() - start, final_bits(whole.folder / "out")
     wanted = cases.number(9, 100)
@@ -150,7 +149,7 @@ def test_kills(script, workers, servers, tiny_flags, quick_folder, cases):
         share = wanted // 2 + (number < wanted % 2)
         while n_kills < share:
             name = f"{number}_{len(done)}"
-            killer = Killer(server, script, flags, quick_folder / name, f"{script} {workers} {name}")
+            killer = Killer(server, script, flags, folder / name, f"{what} {name}")
             kills = killer.kills_of_one_run(min(most, share - n_kills), 0.6 * seconds)
             done.append((kills, final_bits(killer.folder / "out")))
             n_kills += kills
@@ -160,5 +159,18 @@ def test_kills(script, workers, servers, tiny_flags, quick_folder, cases):
         results = [result for each in lanes for result in each.result()]
     for kills, found in results:
         for _ in range(kills):
-            with cases.case(GROUP):
-                assert found == expected, f"{script} with {workers} workers after {kills} kills"
+            with cases.case(group):
+                assert found == expected, f"{what} after {kills} kills"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_kills(script, workers, servers, tiny_flags, quick_folder, cases):
+    flags = [*tiny_flags[script], "--num_workers", workers]
+    hold_through_kills(GROUP, f"{script} {workers}", script, flags, servers, quick_folder, cases)
+
+
+def test_kills_of_brief_epochs(servers, tiny_flags, quick_folder, cases):
+    flags = [*tiny_flags["train_assessor.py"], "--freeze_backbone", "--epochs", 60, "--patience", 0, "--save_every", 0,
+             "--save_minutes", 0]
+    hold_through_kills(BRIEF, "brief epochs", "train_assessor.py", flags, servers, quick_folder, cases)
