@@ -2741,8 +2741,8 @@ class Training:
     """The state that a kill must not lose, and the steps that are easy to get wrong.
 
     run, model, optimizer, args: of this run. select: history column that chooses the best epoch, or 'last'.
-    describe: function () -> dict of what predict needs beside the weights, stored in best_model.pth. brief_epochs: where
-    they take less time than their saving, it is put off until it takes a fifth of the whole time; a kill repeats them.
+    describe: function () -> dict of what predict needs beside the weights, stored in best_model.pth. brief_epochs: they
+    may take less time than their saving, so it waits until it takes a fifth of the whole time; a kill repeats them.
 
     for epoch in training.epochs():              # the epochs still to do
         for batch in training.batches(loader):   # the batches still to do: seeds dropout, sets the learning rate
@@ -4171,8 +4171,8 @@ def verdict_sentence(result, baseline_name, metric="r2", ceiling=None, held_out=
     if flips.get(errors) is not None:
         own = result["per_subject"][f"difference_{key.replace(metric, errors)}"]  # (S,)
         fewer = int(((own if errors in LOWER_IS_BETTER else -own) < 0).sum())
-        text += f", exact sign-flip p {flips[errors]:.4f} on the subjects' errors, smaller than the baseline's in {fewer}"
-        text += f" of {int(np.isfinite(own).sum())}"
+        text += f", exact sign-flip p {flips[errors]:.4f} on the subjects' errors, smaller than the baseline's in "
+        text += f"{fewer} of {int(np.isfinite(own).sum())}"
     text += "" if ceiling is None or not np.isfinite(ceiling) else f"; the raters' agreement allows {ceiling:.3f}"
     return text + ("." if held_out else "; selected on validation, therefore optimistic.")
 

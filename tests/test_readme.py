@@ -96,7 +96,8 @@ def test_every_flag_named_in_the_readme_exists():
     text = re.sub(r"(sbatch|torchrun|tests/run.sh) --.*|`--all`", "", (ROOT / "README.md").read_text())  # not ours
     named = set(re.findall(r"`?(--[a-z_]+)", text))
     known = set()
-    for script in (*(p.name for p in ROOT.glob("*.py")), "tests/benchmarks/assessor.py", "tests/benchmarks/equality.py"):
+    benchmarks = [f"tests/benchmarks/{name}.py" for name in ("assessor", "equality")]
+    for script in (*(p.name for p in ROOT.glob("*.py")), *benchmarks):
         done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=120)
         known |= set(re.findall(r"--[a-z_]+", done.stdout))
     assert not named - known, f"the README names flags that no script has: {sorted(named - known)}"

@@ -12,8 +12,8 @@
                 from the picture what separate steps leave black after the crop
 Both of a seed share the split, the first weights of new layers and every random draw. Compared is the validation metric
 after a fixed last epoch. They agree where the mean difference is within the spread (SD) of the seeds, and so no smaller
-difference can be seen here. Exit code 1 where the fast ways are worse by more. Published ResNet-18 weights are used where
-torch's cache (TORCH_HOME) has them.
+difference can be seen here. Exit code 1 where the fast ways are worse by more. Published ResNet-18 weights are used
+where torch's cache (TORCH_HOME) has them.
 """
 import argparse
 import csv
@@ -44,7 +44,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), help="which to compare")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds of split, weights and draws")
-    parser.add_argument("--against", choices=tuple(WAYS)[1:], default="plain", help="what the fast ways are held against")
+    parser.add_argument("--against", choices=tuple(WAYS)[1:], default="plain", help="what fast is held against")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the figures as lines of JSON")
     return parser.parse_args()
 
@@ -66,7 +66,7 @@ def assessor(folder):
 
 
 def clips(folder, n=96, side=64, frames=10):
-    """A texture that drifts up or down: .npy clips that only their motion tells apart, the slow ones not with certainty.
+    """A texture that drifts up or down: .npy clips that only motion tells apart, the slow ones not with certainty.
 
     Speeds are normal, SD 2 pixels a frame; the label is the sign of the speed + normal noise, SD 1.
     """
