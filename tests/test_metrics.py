@@ -383,7 +383,8 @@ def test_verdict_with_two_subjects_resolves_nothing_and_with_nine_gives_p():
     nine = common.bootstrap_regression(predicted, target, np.repeat(np.arange(9), 10), predicted + 20)
     text = common.verdict_sentence(nine, "train-mean", metric="mse")
     assert text.startswith("The model beats") and "95% t-interval over 9 subjects" in text
-    said = ", exact sign-flip p 0.0039 on the subjects' errors, smaller than the baseline's in %d of 9."  # 2 of 2^9 signs
+    # 2 of 2^9 signs
+    said = ", exact sign-flip p 0.0039 on the subjects' errors, smaller than the baseline's in %d of 9."
     assert text.endswith(said % 9)
     worse = common.bootstrap_regression(predicted + 20, target, np.repeat(np.arange(9), 10), predicted)
     assert common.verdict_sentence(worse, "train-mean").endswith(said % 0)
