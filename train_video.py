@@ -2213,7 +2213,7 @@ def fit(run, args, study, split):
     optimizer = common.build_optimizer([(model.backbone, args.backbone_lr_mult), (rest, 1.0)], args)
     shift = prior_shift(objective, train_loader.dataset.rows) if args.task == "classify" else 0.0
     training = common.Training(run, model, optimizer, args, select, lambda: describe(args, objective, shift),
-                               higher_is_better, args.freeze_backbone)
+                               higher_is_better, brief_epochs=args.freeze_backbone)
     for _ in training.epochs():
         row = train_one_epoch(model, train_loader, objective, training, args, compute)
         scored = evaluate(model, loaders["val"], args, compute)
