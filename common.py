@@ -2401,7 +2401,11 @@ def published_weights(name):
 
 
 def load_weights_file(path):
-    """Weights file -> {name: float tensor}; bare, under state_dict or model, prefixed by module., half precision."""
+    """Weights file -> {name: float tensor}; bare, under state_dict or model, prefixed by module., half precision.
+
+    What has overflowed in a conversion to half precision is its largest number, 65504, and is said. Raises
+    CheckpointError for other numbers that are not finite: a run could be trained with them, and never be continued.
+    """
     return _state_dict(read_checkpoint(path), path)
 
 
@@ -2411,8 +2415,21 @@ def _state_dict(state, path):
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors: expected a state dict, found {list(state)[:5]}")
+    overflown = [name for name, value in tensors.items() if value.dtype == torch.float16 and value.isinf().any()]
+    if overflown:  # an infinite running variance would silence its channel
+        largest = torch.finfo(torch.float16).max
+        print(f"note: {path}: numbers too large for half precision in {some(overflown, 3)}; {largest:.0f} taken for them",
+              flush=True)
+        tensors |= {name: tensors[name].clamp(-largest, largest) for name in overflown}
+    _check_weights(tensors, path)
     return {name.removeprefix("module."): value.float() if value.is_floating_point() else value
             for name, value in tensors.items()}
+
+
+def _check_weights(state, source):
+    bad = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(f"{source} holds weights that are not finite ({some(bad, 1)})")
 
 
 def _load_backbone_state(model, state, last, source):
@@ -2723,9 +2740,7 @@ def checkpoint_fields(path):
 
 def load_state(model, state, source):
     """Strict load_state_dict whose refusal is one sentence; NaN weights are refused too."""
-    bad = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
-    if bad:
-        raise CheckpointError(f"{source} holds weights that are not finite ({some(bad, 1)})")
+    _check_weights(state, source)
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
