@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 import common
+from evidence import calibrating
+from readers import file_names, picture_files, pixel_cache
 from train_assessor import Assessor, mirrored_mean, resize_side, with_head_features
 
 SCRIPT = "train_assessor.py"
@@ -50,9 +52,9 @@ class Pictures(common.Samples):
     def __getitem__(self, key):
         _, index = key
         try:
-            pixels = common.load_image(self.paths[index], resize_side(self.image_size))
+            pixels = picture_files.load_image(self.paths[index], resize_side(self.image_size))
             return {"input": torch.from_numpy(common.eval_crop(pixels, self.image_size)), "error": ""}
-        except common.BadImage as error:
+        except pixel_cache.BadImage as error:
             return {"input": torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8), "error": str(error)}
 
 
@@ -65,7 +67,7 @@ def find_inputs(args):
         lines = args.image_list.read_text(encoding="utf-8-sig").splitlines()
         inputs += [(line.strip(), args.image_list.parent / line.strip()) for line in lines if line.strip()]
     if args.image_dir:
-        inputs += [(path.relative_to(args.image_dir).as_posix(), path) for path in common.find_images(args.image_dir)]
+        inputs += [(path.relative_to(args.image_dir).as_posix(), path) for path in file_names.find_images(args.image_dir)]
     if not inputs:
         raise common.UserError(f"no pictures found in {args.image_dir or args.image_list}")
     return inputs
@@ -116,7 +118,7 @@ def half_widths(members, coverage):
     """(R,) conformal half-widths from the members' residuals on rows they were not trained on; inf where too few."""
     residuals = np.concatenate([settings["abs_residuals"].numpy() for _, settings in members])  # (rows, R)
     subjects = [subject for _, settings in members for subject in settings["residual_subjects"] or []]
-    return np.array([common.conformal_quantile(column, 1 - coverage, subjects or None) for column in residuals.T])
+    return np.array([calibrating.conformal_quantile(column, 1 - coverage, subjects or None) for column in residuals.T])
 
 
 def output_rows(inputs, predicted, errors, names, widths):

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 import common
+from evidence import baseline_models, plotting, prediction_tables, rater_agreement, reporting, splitting, subject_intervals, verdicts
+from readers import file_names, picture_files, rating_tables
 
 HISTORY_METRICS = ("mse", "mae", "r2", "pearson_r")
 FEATURE_SD_FLOOR = 0.01  # of the RMS sd: a feature that was still in training must not explode on one new picture
@@ -72,7 +74,7 @@ class Study:
     n: np.ndarray | None  # (N, R) raters
     single_ratings: dict | None  # rating -> N arrays, where the table has one row per single rating
     groups: np.ndarray | None  # (N,) text
-    store: common.ImageStore
+    store: picture_files.ImageStore
     stored: np.ndarray  # (N,) index of each picture in the store
     skipped: list  # dicts of image and reason
     features: dict | None = None  # head -> (V, N, F) through the untuned backbone; view 0 is the plain centre crop
@@ -98,23 +100,23 @@ class Study:
         """What args.json says of the data and their split; a resumed run must find the same."""
         contents = [*self.names, *self.images, self.ratings, *self.audit("file_sha")]
         parts = itertools.chain.from_iterable((part, rows) for part, rows in split.items())
-        return {"fingerprint": common.data_fingerprint(contents), "split": common.data_fingerprint(parts),
+        return {"fingerprint": splitting.data_fingerprint(contents), "split": splitting.data_fingerprint(parts),
                 "pictures": len(self.images), "ratings": self.names}
 
 
 def load_study(args, run):
     """Ratings and pictures, matched and checked; what cannot be used is counted, printed and listed in skipped.csv."""
-    table = common.read_ratings(args.ratings_file, args.image_column, args.target_columns, args.duplicates,
+    table = rating_tables.read_ratings(args.ratings_file, args.image_column, args.target_columns, args.duplicates,
                                 args.group_column)
-    paths, unused = common.match_images(table.images, args.images_dir)
+    paths, unused = file_names.match_images(table.images, args.images_dir)
     found = np.flatnonzero([path is not None for path in paths])
     if not len(found):
         raise common.UserError(f"none of the {len(paths)} pictures named in {args.ratings_file} is in "
                                f"{args.images_dir} (first: {table.images[0]!r}); check --images_dir, --image_column")
     run.say(f"decoding {len(found)} pictures")
-    store = common.ImageStore([paths[row] for row in found], resize_side(args.image_size), args.cache,
+    store = picture_files.ImageStore([paths[row] for row in found], resize_side(args.image_size), args.cache,
                               reduced=common.takes(args, "decode"))
-    stored = np.array(common.check_bad_files(store.audit, args.on_bad_file), dtype=int)
+    stored = np.array(picture_files.check_bad_files(store.audit, args.on_bad_file), dtype=int)
     rows = found[stored]
     skipped = [{"image": table.images[i], "reason": "no such picture"} for i, path in enumerate(paths) if path is None]
     skipped += [{"image": table.images[found[i]], "reason": a.error} for i, a in enumerate(store.audit) if a.error]
@@ -202,7 +204,7 @@ def with_head_features(backbone, n_features, head, image_size):
 
 def build_backbone(args, head):
     """The flags' backbone with the features for `head` -> (module, F); the seed decides the random part."""
-    torch.manual_seed(common.mix(args.seed))
+    torch.manual_seed(common.hash_seed(args.seed))
     backbone, n_features = common.build_backbone(args.backbone, args.pretrained, args.weights, args.image_size)
     common.freeze_stages(backbone, args.freeze_stages, torch.zeros(1, 3, args.image_size, args.image_size))
     return with_head_features(backbone, n_features, head, args.image_size)
@@ -340,7 +342,7 @@ def fit(run, args, study, split):
                  for part, loader in loaders.items() if len(split[part])}
     if args.head == "ridge":
         best |= {"model": model.state_dict(), **describe(args, study, split, scaler, predicted["val"])}
-        common.save_checkpoint(run.path("best_model.pth"), common.plain(best))
+        common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
     return predicted, training
 
 
@@ -356,7 +358,7 @@ def solve_head(model, loader, study, rows, scaler, args, compute):
         features.append(output.float().cpu())
     features = torch.cat(compute.processes.gather(features)).numpy()
     target = (study.ratings[rows] - scaler["mean"]) / scaler["sd"]
-    ridge = common.fit_ridge(features, target, groups=study.groups_of(rows),
+    ridge = baseline_models.fit_ridge(features, target, groups=study.groups_of(rows),
                              sd_floor=FEATURE_SD_FLOOR)
     weights = ridge.weights / ridge.feature_sd[:, None]  # (F, R), for features that are not standardised
     model.head[-1].weight.copy_(torch.from_numpy(weights.T))
@@ -405,9 +407,9 @@ def frozen_features(args, study, run, rows):
 
 def baselines(study, train, rows):
     """{name: (M, R)} of what trains no network: ridge on the frozen backbone's features, and the train mean."""
-    predicted = {"train_mean": common.train_mean_baseline(study.ratings[train], len(rows))}
+    predicted = {"train_mean": baseline_models.train_mean_baseline(study.ratings[train], len(rows))}
     for head, features in study.features.items():
-        ridge = common.fit_ridge(features[0, train], study.ratings[train], groups=study.groups_of(train),
+        ridge = baseline_models.fit_ridge(features[0, train], study.ratings[train], groups=study.groups_of(train),
                                  sd_floor=FEATURE_SD_FLOOR)
         predicted["ridge" if head == "mlp" else "ridge_multiscale"] = ridge.predict(features[0, rows])
     return predicted
@@ -416,13 +418,13 @@ def baselines(study, train, rows):
 def write_predictions(path, study, scored):
     """predictions CSV: image, then of each rating the true value, the model's and the baselines', original unit."""
     values = {"true": study.ratings[scored.rows], **scored.predicted}
-    common.write_target_table(path, {"image": study.images[scored.rows]}, study.names, values)
+    prediction_tables.write_target_table(path, {"image": study.images[scored.rows]}, study.names, values)
 
 
 def read_predictions(path, study, part):
     """The predictions CSV of a finished fold -> Scored."""
     row_of = {name: row for row, name in enumerate(study.images)}
-    images, values = common.read_target_table(path, "image", study.names)
+    images, values = prediction_tables.read_target_table(path, "image", study.names)
     return Scored(np.array([row_of[name] for name in images]),
                   {kind: each for kind, each in values.items() if kind != "true"}, part)
 
@@ -431,19 +433,19 @@ def noise_ceilings(study):
     """Ceilings from the raters' disagreement over all pictures: dict with r2 and pearson_r (R,), or None without n."""
     if study.single_ratings:
         single = [study.single_ratings[name] for name in study.names]
-        r2 = np.array([common.split_half(each) for each in single])
-        icc = np.array([common.icc(each) for each in single])  # (R, 2)
+        r2 = np.array([rater_agreement.split_half(each) for each in single])
+        icc = np.array([rater_agreement.icc(each) for each in single])  # (R, 2)
         return {"r2": r2, "pearson_r": np.sqrt(r2), "icc_1_1": icc[:, 0], "icc_1_k": icc[:, 1],
                 "source": "split half with Spearman-Brown, 100 halves of the single ratings"}
     if study.sd is not None and study.n is not None:
-        r2 = common.noise_ceiling(study.ratings, study.sd, study.n)["r2"]
+        r2 = rater_agreement.noise_ceiling(study.ratings, study.sd, study.n)["r2"]
         return {"r2": r2, "pearson_r": np.sqrt(r2), "source": "1 - mean(sd^2 / n) / var(mean)"}
     return None
 
 
 def per_dimension_rows(study, result, ceiling):
     """One dict per rating: metrics with intervals, the baseline's, the noise ceiling and the share of it."""
-    rows = common.target_rows(result, study.names)
+    rows = subject_intervals.target_rows(result, study.names)
     for r, row in enumerate(rows if ceiling else ()):
         row |= {f"ceiling_{key}": values[r] for key, values in ceiling.items() if key != "source"}
         row["share_of_ceiling_r2"] = row["r2"] / ceiling["r2"][r]
@@ -453,7 +455,7 @@ def per_dimension_rows(study, result, ceiling):
 def read_criteria(args, study):
     """--criteria, checked against the metrics of this run: r2 is the mean over ratings, r2_Valence one rating."""
     endings = ["", *(f"_{name}" for name in study.names)]
-    return common.parse_criteria(args.criteria, [m + ending for m in common.REGRESSION_METRICS for ending in endings])
+    return verdicts.parse_criteria(args.criteria, [m + ending for m in common.REGRESSION_METRICS for ending in endings])
 
 
 @common.first_process_only
@@ -461,26 +463,26 @@ def report_results(run, args, study, split, scored, alarms, best_epoch=None, fol
     """metrics.json, the per-dimension table, plots and report.html of one run, or of all folds pooled."""
     target, predicted = study.ratings[scored.rows], scored.predicted["predicted"]
     others = {kind: values for kind, values in scored.predicted.items() if kind != "predicted"}
-    result, baseline = common.score_regression(predicted, target, study.groups_of(scored.rows), others)
+    result, baseline = subject_intervals.score_regression(predicted, target, study.groups_of(scored.rows), others)
     ceiling = noise_ceilings(study)
     rows = per_dimension_rows(study, result, ceiling)
-    alarms = common.regression_alarms(predicted, target, study.names) + alarms
+    alarms = verdicts.regression_alarms(predicted, target, study.names) + alarms
     held_out = scored.part == "test" or args.select == "last"
     best_r2 = float(np.nanmean(ceiling["r2"])) if ceiling else None
-    verdict = common.verdict_sentence(result, baseline.replace("_", " "), "r2", best_r2, held_out)
-    criteria = common.judge_criteria(read_criteria(args, study), *common.named_values(result, study.names))
+    verdict = verdicts.verdict_sentence(result, baseline.replace("_", " "), "r2", best_r2, held_out)
+    criteria = verdicts.judge_criteria(read_criteria(args, study), *verdicts.named_values(result, study.names))
     metrics = {"part": scored.part, "best_epoch": best_epoch, "verdict": verdict, "held_out": held_out,
                "baseline": baseline, "mean": {k: v for k, v in result["value"].items() if "mean_" in k},
                "interval": {k: v for k, v in (result["interval"] or {}).items() if "mean_" in k},
                "per_subject": result["per_subject"], "sign_flip_p": result["sign_flip_p"], "method": result["method"],
-               "sample": common.effective_size(target, study.groups_of(scored.rows)), "ceiling": ceiling,
+               "sample": splitting.effective_size(target, study.groups_of(scored.rows)), "ceiling": ceiling,
                "alarms": alarms, "criteria": criteria, "folds": list(folds), "per_dimension": rows}
     common.write_table(run.path("best_model_per_dimension_performance.csv"), rows)
-    common.plot_per_target(rows, run.path("per_dimension_performance.png"))
-    common.plot_scatter(predicted, target, study.names, run.path("predicted_against_true.png"))
+    plotting.plot_per_target(rows, run.path("per_dimension_performance.png"))
+    plotting.plot_scatter(predicted, target, study.names, run.path("predicted_against_true.png"))
     write_page(run, args, study, split, scored, metrics)
     common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
-    common.say_results(run, metrics)
+    verdicts.say_results(run, metrics)
 
 
 def write_page(run, args, study, split, scored, metrics):
@@ -494,35 +496,35 @@ def write_page(run, args, study, split, scored, metrics):
     formats = {name: ".3f" for name in columns if name not in ("target", "n")}
     sections = [
         ("Data and split", [
-            common.html_text(
+            reporting.html_text(
                 f"{sample['rows']} pictures scored, {sample['distinct_label_vectors']} distinct label vectors, "
                 f"{subjects}; {len(study.names)} ratings; {len(study.skipped)} files or rows skipped."),
-            common.html_table([{"part": part, "pictures": len(rows)} for part, rows in split.items()])]),
-        ("Leakage", common.leakage_blocks(run)),
+            reporting.html_table([{"part": part, "pictures": len(rows)} for part, rows in split.items()])]),
+        ("Leakage", reporting.leakage_blocks(run)),
         ("Metrics", [
-            *(common.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]),
-            common.html_table(metrics["per_dimension"], columns, formats,
+            *(reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]),
+            reporting.html_table(metrics["per_dimension"], columns, formats,
                               caption=f"Each rating on the {scored.part} rows, in the unit of the ratings file; "
                                       f"baseline: {baseline}; {metrics['method']}"),
-            common.html_image(run.path("per_dimension_performance.png"), "r and R2, interval, baseline, ceiling"),
-            common.html_image(run.path("predicted_against_true.png"), "Predicted against true"),
-            *([common.html_table(metrics["criteria"], caption="Criteria")] if metrics["criteria"] else []),
-            *([common.html_table(fold_rows(metrics["folds"]), caption="Folds")] if metrics["folds"] else [])]),
+            reporting.html_image(run.path("per_dimension_performance.png"), "r and R2, interval, baseline, ceiling"),
+            reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true"),
+            *([reporting.html_table(metrics["criteria"], caption="Criteria")] if metrics["criteria"] else []),
+            *([reporting.html_table(fold_rows(metrics["folds"]), caption="Folds")] if metrics["folds"] else [])]),
         ("Noise ceiling", ceiling_blocks(study, metrics["ceiling"])),
-        ("Learning curves", common.history_blocks(run)),
+        ("Learning curves", reporting.history_blocks(run)),
         ("Best and worst cases", case_blocks(study, scored)),
-        ("Limits", [common.html_text(limits_text(args, metrics))]),
-        ("Command and versions", common.command_blocks())]
+        ("Limits", [reporting.html_text(limits_text(args, metrics))]),
+        ("Command and versions", reporting.command_blocks())]
     low = metrics["interval"].get("difference_mean_r2", (np.nan, np.nan))[0]
-    level = common.verdict_level(mean["difference_mean_r2"], low, metrics["alarms"])
-    common.write_report(run.path("report.html"), f"Ratings from images: {run.folder.name}",
+    level = verdicts.verdict_level(mean["difference_mean_r2"], low, metrics["alarms"])
+    reporting.write_report(run.path("report.html"), f"Ratings from images: {run.folder.name}",
                         (level, metrics["verdict"]), sections, run.compute.text, key_figures(mean, metrics, baseline))
 
 
 def key_figures(mean, metrics, baseline):
     """[(label, value, remark)] for the top of the report."""
     labels = {"mean_r2": "Mean R2", "mean_pearson_r": "Mean r", "baseline_mean_r2": f"R2 of the {baseline}"}
-    figures = [common.key_figure(label, mean[name], metrics["interval"].get(name), metrics["method"])
+    figures = [reporting.key_figure(label, mean[name], metrics["interval"].get(name), metrics["method"])
                for name, label in labels.items()]
     if metrics["ceiling"]:
         figures.append(("R2 ceiling", f"{np.nanmean(metrics['ceiling']['r2']):.3f}", "what the raters allow"))
@@ -532,14 +534,14 @@ def key_figures(mean, metrics, baseline):
 def ceiling_blocks(study, ceiling):
     """How far any model could come: the source, or a table over possible numbers of raters, or why there is none."""
     if ceiling:
-        return [common.html_text(f"Source: {ceiling['source']}.")]
+        return [reporting.html_text(f"Source: {ceiling['source']}.")]
     if study.sd is None:
-        return [common.html_text("Not measurable: the ratings file has means alone, no rater sd.")]
-    table = common.ceiling_table(study.ratings, study.sd)
+        return [reporting.html_text("Not measurable: the ratings file has means alone, no rater sd.")]
+    table = rater_agreement.ceiling_table(study.ratings, study.sd)
     rows = [{"rating": name, **{f"n = {n}": table[n][r] for n in (2, 4, 6, 10, 15, 20, 30)}}
             for r, name in enumerate(study.names)]
-    return [common.html_text("The file has rater sds but no number of raters n, on which the ceiling depends:"),
-            common.html_table(rows, formats={name: ".3f" for name in rows[0]}, caption="R2 ceiling by raters")]
+    return [reporting.html_text("The file has rater sds but no number of raters n, on which the ceiling depends:"),
+            reporting.html_table(rows, formats={name: ".3f" for name in rows[0]}, caption="R2 ceiling by raters")]
 
 
 def case_blocks(study, scored, count=5):
@@ -554,8 +556,8 @@ def case_blocks(study, scored, count=5):
         return {"image": study.picture(scored.rows[i]), "title": study.images[scored.rows[i]],
                 "lines": [f"rms error {rms[i]:.2f} sd", worst]}
     order = np.argsort(rms)
-    return [common.html_text("Best:"), common.html_cases([case(i) for i in order[:count]]),
-            common.html_text("Worst:"), common.html_cases([case(i) for i in order[::-1][:count]])]
+    return [reporting.html_text("Best:"), reporting.html_cases([case(i) for i in order[:count]]),
+            reporting.html_text("Worst:"), reporting.html_cases([case(i) for i in order[::-1][:count]])]
 
 
 def limits_text(args, metrics):
@@ -588,7 +590,7 @@ def fold_rows(folds):
 def prepare_split(run, args, study, split):
     """Write splits.json and the leakage report; refuse a split that leaks."""
     phash = np.array(study.audit("phash"), dtype=np.uint64)
-    common.record_split(run, split, study.images, study.audit("pixel_sha"), phash, groups=study.groups)
+    splitting.record_split(run, split, study.images, study.audit("pixel_sha"), phash, groups=study.groups)
 
 
 def run_split(run, args, study, split):
@@ -607,14 +609,14 @@ def run_split(run, args, study, split):
             others = baselines(study, split["train"], split[part])
             scored = Scored(split[part], {"predicted": predicted[part], **others}, part)
             write_predictions(run.path(f"predictions_{part}.csv"), study, scored)
-    common.plot_history(training.history, run.path("training_history.png"), training.best["epoch"])
-    report_results(run, args, study, split, scored, common.split_gap_alarms(train, val), training.best["epoch"])
+    plotting.plot_history(training.history, run.path("training_history.png"), training.best["epoch"])
+    report_results(run, args, study, split, scored, verdicts.split_gap_alarms(train, val), training.best["epoch"])
     return scored
 
 
 def run_folds(run, args, study):
     """One run per fold in fold_K/, then the out-of-fold predictions pooled and scored as one."""
-    fold_of = common.make_folds(len(study.images), args.folds, study.strata, study.groups, args.seed, study.images)
+    fold_of = splitting.make_folds(len(study.images), args.folds, study.strata, study.groups, args.seed, study.images)
     folds = {f"fold_{k}": np.flatnonzero(fold_of == k) for k in range(args.folds)}
     prepare_split(run, args, study, folds)
     study.features = frozen_features(args, study, run, np.arange(len(study.images)))
@@ -635,7 +637,7 @@ def run_folds(run, args, study):
     pooled = Scored(np.concatenate([s.rows for s in results]), {
         kind: np.concatenate([s.predicted[kind] for s in results]) for kind in results[0].predicted}, "folds")
     write_predictions(run.path("predictions_folds.csv"), study, pooled)
-    alarms = common.identical_fold_alarms([list(fold["mean"].values()) for fold in done])
+    alarms = verdicts.identical_fold_alarms([list(fold["mean"].values()) for fold in done])
     report_results(run, args, study, folds, pooled, alarms, folds=done)
 
 
@@ -647,7 +649,7 @@ def main():
         if args.folds:
             run_folds(run, args, study)
         else:
-            run_split(run, args, study, common.split_of_flags(args, study.images, study.strata, study.groups))
+            run_split(run, args, study, splitting.split_of_flags(args, study.images, study.strata, study.groups))
 
 
 if __name__ == "__main__":

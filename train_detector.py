@@ -42,6 +42,8 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
 import common
+from evidence import plotting, reporting, splitting, subject_intervals, verdicts
+from readers import file_names, picture_files
 
 STATES = ("intact", "damaged", "absent", "occluded")
 INTACT, ABSENT, UNKNOWN = 0, 2, -1
@@ -365,7 +367,7 @@ class Study:
     groups: np.ndarray | None  # (N,) text
     origin: np.ndarray  # (N,) text: train, val or test, the file that names the picture
     category_ids: dict  # that file -> {part: id as it writes them}
-    store: common.ImageStore
+    store: picture_files.ImageStore
     stored: np.ndarray  # (N,) index of each picture in the store
     skipped: list  # dicts of image, annotation and reason
     notes: list
@@ -397,7 +399,7 @@ class Study:
         contents = [*self.parts, *self.images, *self.audit("file_sha")]
         contents += [array for row in zip(self.boxes, self.labels, self.states, self.ignored) for array in row]
         listed = [item for part, rows in split.items() for item in (part, rows)]
-        return {"fingerprint": common.data_fingerprint(contents), "split": common.data_fingerprint(listed),
+        return {"fingerprint": splitting.data_fingerprint(contents), "split": splitting.data_fingerprint(listed),
                 "pictures": len(self.images), "boxes": sum(map(len, self.boxes)), "parts": self.parts}
 
 
@@ -416,7 +418,7 @@ def load_study(args, files, say, parts=None):
     present = [k for k, path in enumerate(paths) if path is not None]
     say(f"decoding {len(present)} pictures")
     short_side = args.min_size or MODELS[args.model][0]
-    store = common.ImageStore([paths[k] for k in present], short_side, args.cache,
+    store = picture_files.ImageStore([paths[k] for k in present], short_side, args.cache,
                               reduced=common.takes(args, "decode"))
     stored = check_pictures(store, [listed[k][1] for k in present], args.on_bad_file, skipped)
     skipped += [{"image": image["name"], "reason": "no such picture"} for (_, image), p in zip(listed, paths) if not p]
@@ -445,7 +447,7 @@ def load_study(args, files, say, parts=None):
 
 def find_pictures(found, folder):
     """(path of each image or None, names of the files without an entry); names that leave the folder are refused."""
-    paths, unused = common.match_images([image["name"] for image in found.images], folder)
+    paths, unused = file_names.match_images([image["name"] for image in found.images], folder)
     root = Path(folder).resolve()
     leaving = [image["name"] for image, path in zip(found.images, paths) if path and root not in path.resolve().parents]
     refuse(leaving, f"{found.path}: these links lead out of {folder}:", "Copy the pictures into the folder.")
@@ -461,7 +463,7 @@ def check_pictures(store, images, on_bad_file, skipped):
         size = image["size"]
         if size and not found.error and max(abs(found.width - size[0]), abs(found.height - size[1])) > 1:
             found.error = f"is {found.width} x {found.height} pixels, annotated as {size[0]} x {size[1]}"
-    good = common.check_bad_files(store.audit, on_bad_file)
+    good = picture_files.check_bad_files(store.audit, on_bad_file)
     if not good:
         raise common.UserError(f"none of the {len(images)} pictures can be used")
     skipped += [{"image": image["name"], "reason": found.error} for found, image in zip(store.audit, images)
@@ -837,7 +839,7 @@ def model_settings(args, study, rows):
 
 def build_model(args, settings, class_weights):
     """PartDetector with the weights that the flags ask for; the seed decides the random part."""
-    torch.manual_seed(common.mix(args.seed))
+    torch.manual_seed(common.hash_seed(args.seed))
     model = PartDetector(settings, class_weights)
     if args.init_from:
         start_from(model, args.init_from, settings)
@@ -947,7 +949,7 @@ def evaluate(model, loader, compute, seed, state_weight):
     parts = []
     for number, batch in enumerate(loader):
         inputs, sizes, targets = to_device(batch, compute, model.settings)
-        torch.manual_seed(common.mix(seed, 1, number))
+        torch.manual_seed(common.hash_seed(seed, 1, number))
         with compute.autocast():
             features = model.features(inputs)  # (B, 3, H, W) -> maps
             losses = model.heads(features, inputs, sizes, targets)
@@ -1246,16 +1248,16 @@ class Judged:
         unit, names = "images" if self.study.groups is None else "groups", sorted(set(groups.tolist()))
         members = [self.every[groups == name] for name in names]
         count, rng = len(members), np.random.default_rng(seed)
-        if count < common.FEWEST_FOR_INTERVAL:
+        if count < subject_intervals.FEWEST_FOR_INTERVAL:
             return {}, f"no interval: only {count} {unit}"
-        if count < common.FEWEST_FOR_BOOTSTRAP:
+        if count < subject_intervals.FEWEST_FOR_BOOTSTRAP:
             drawn = [self.values(np.concatenate(members[:k] + members[k + 1:])) for k in range(count)]
-            reach, whole = common.t_quantile(0.95, count - 1) * math.sqrt(count - 1), self.values(self.every)
+            reach, whole = subject_intervals.t_quantile(0.95, count - 1) * math.sqrt(count - 1), self.values(self.every)
             half = {name: reach * np.std([each[name] for each in drawn]) for name in whole}
             return ({name: (whole[name] - half[name], whole[name] + half[name]) for name in whole},
                     f"95 % t-interval over {count} {unit}, jackknife")
         drawn = [self.values(np.concatenate([members[k] for k in rng.integers(0, count, count)])) for _ in range(draws)]
-        whole, ends, t = self.values(self.every), {}, common.t_quantile(0.95, count - 1)
+        whole, ends, t = self.values(self.every), {}, subject_intervals.t_quantile(0.95, count - 1)
         for name in whole:
             column = np.array([each[name] for each in drawn if math.isfinite(each[name])])
             spread = column.std() if len(column) > 1 else math.nan
@@ -1460,8 +1462,8 @@ def report_results(run, args, study, scored, settings, context):
     intervals, method = judged.intervals(args.bootstrap_draws, args.seed)
     held_out = scored.part == "test"
     result = {"value": values, "interval": intervals or None, "sign_flip_p": {}, "method": method}
-    verdict = common.verdict_sentence(result, "mean box", "map", None, held_out, lower_is_better=False, label="mean AP")
-    criteria = common.judge_criteria(common.parse_criteria(args.criteria, metric_names(settings)), values,
+    verdict = verdicts.verdict_sentence(result, "mean box", "map", None, held_out, lower_is_better=False, label="mean AP")
+    criteria = verdicts.judge_criteria(verdicts.parse_criteria(args.criteria, metric_names(settings)), values,
                                      collections.defaultdict(lambda: None, intervals))
     metrics = {"part": scored.part, "best_epoch": context.get("best_epoch"), "verdict": verdict, "held_out": held_out,
                "baseline": "mean box", "pictures": len(scored.rows), "score_threshold": threshold,
@@ -1472,7 +1474,7 @@ def report_results(run, args, study, scored, settings, context):
     write_results(run, args, study, scored, judged, metrics)
     write_page(run, args, study, metrics, context)
     common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
-    common.say_results(run, metrics)
+    verdicts.say_results(run, metrics)
 
 
 def write_results(run, args, study, scored, judged, metrics):
@@ -1486,7 +1488,7 @@ def write_results(run, args, study, scored, judged, metrics):
     common.write_table(run.path("per_part.csv"), metrics["per_part"])
     if metrics["per_state"]:
         common.write_table(run.path("per_state.csv"), metrics["per_state"])
-    common.plot_per_target(metrics["per_part"][:40], run.path("per_part.png"), ("ap", "ap50"))
+    plotting.plot_per_target(metrics["per_part"][:40], run.path("per_part.png"), ("ap", "ap50"))
     order = np.argsort(error_counts(judged, args.score_threshold), kind="stable")
     write_sheet(run.path("failures.jpg"), study, scored, order[::-1][:4], args.score_threshold)
     write_sheet(run.path("best_pictures.jpg"), study, scored, order[:2], args.score_threshold)
@@ -1509,36 +1511,36 @@ def write_page(run, args, study, metrics, context):
     t = metrics["score_threshold"]
     sections = [
         ("Data and split", [
-            common.html_text(f"{metrics['pictures']} pictures scored, {len(study.parts)} parts; {len(study.skipped)} "
+            reporting.html_text(f"{metrics['pictures']} pictures scored, {len(study.parts)} parts; {len(study.skipped)} "
                              f"files or boxes skipped. Absent parts that have a box: {metrics['absent']}."),
-            *([common.html_text("\n".join(f"- {note}" for note in study.notes))] if study.notes else []),
-            common.html_table([split_row(study, part, rows) for part, rows in context["split"].items() if len(rows)])]),
-        ("Leakage", common.leakage_blocks(run)),
+            *([reporting.html_text("\n".join(f"- {note}" for note in study.notes))] if study.notes else []),
+            reporting.html_table([split_row(study, part, rows) for part, rows in context["split"].items() if len(rows)])]),
+        ("Leakage", reporting.leakage_blocks(run)),
         ("Metrics", [
-            *(common.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]),
-            common.html_table(summary_rows(metrics), formats=dict.fromkeys(("value", "low", "high", "baseline"), ".3f"),
+            *(reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]),
+            reporting.html_table(summary_rows(metrics), formats=dict.fromkeys(("value", "low", "high", "baseline"), ".3f"),
                               caption=f"On the {metrics['part']} pictures; precision, recall and hallucinations at "
                                       f"score {t:g}; {metrics['method']}"),
-            common.html_table(metrics["per_part"], part_columns, formats,
+            reporting.html_table(metrics["per_part"], part_columns, formats,
                               "Each part: n boxes, COCO AP over IoU .50 to .95 with its interval, AP of the mean box; "
                               "claimed: found, though absent in that picture"),
-            common.html_image(run.path("per_part.png"), "AP and AP50 of each part, interval, mean-box baseline"),
-            *([common.html_table(metrics["criteria"], caption="Criteria")] if metrics["criteria"] else [])]),
-        ("States", [common.html_table(
+            reporting.html_image(run.path("per_part.png"), "AP and AP50 of each part, interval, mean-box baseline"),
+            *([reporting.html_table(metrics["criteria"], caption="Criteria")] if metrics["criteria"] else [])]),
+        ("States", [reporting.html_table(
             metrics["per_state"], state_columns, dict.fromkeys(("recall", "precision", "f1", "joint_ap"), ".3f"),
             "True state (rows) of the boxes found at IoU .5 and any score, and what the model calls them (columns)")]
             if metrics["per_state"] else []),
-        ("Learning curves", common.history_blocks(run)),
+        ("Learning curves", reporting.history_blocks(run)),
         ("Best and worst cases", [
-            common.html_image(run.path("failures.jpg"), "The pictures with most errors: annotated (left), detected "
+            reporting.html_image(run.path("failures.jpg"), "The pictures with most errors: annotated (left), detected "
                               f"from score {t:g} (right). Green intact, orange damaged, pink absent, blue occluded, "
                               "grey no state"),
-            common.html_image(run.path("best_pictures.jpg"), "The pictures with fewest errors")]),
-        ("Limits", [common.html_text(limits_text(args, metrics, context))]),
-        ("Command and versions", common.command_blocks())]
+            reporting.html_image(run.path("best_pictures.jpg"), "The pictures with fewest errors")]),
+        ("Limits", [reporting.html_text(limits_text(args, metrics, context))]),
+        ("Command and versions", reporting.command_blocks())]
     low = metrics["interval"].get("difference_map", (math.nan, math.nan))[0]
-    level = common.verdict_level(metrics["value"]["difference_map"], low, metrics["alarms"])
-    common.write_report(run.path("report.html"), f"Parts and their states: {run.folder.name}",
+    level = verdicts.verdict_level(metrics["value"]["difference_map"], low, metrics["alarms"])
+    reporting.write_report(run.path("report.html"), f"Parts and their states: {run.folder.name}",
                         (level, metrics["verdict"]), sections, run.compute.text, key_figures(metrics))
 
 
@@ -1576,7 +1578,7 @@ def key_figures(metrics):
     """[(label, value, remark)] for the top of the report."""
     labels = {"map": "AP", "joint_map": "Joint AP", "balanced_accuracy": "State balanced accuracy",
               "baseline_map": "AP of the mean box", "hallucination_rate_anywhere": "Hallucination rate"}
-    return [common.key_figure(label, metrics["value"][name], metrics["interval"].get(name), metrics["method"])
+    return [reporting.key_figure(label, metrics["value"][name], metrics["interval"].get(name), metrics["method"])
             for name, label in labels.items() if np.isfinite(metrics["value"].get(name, math.nan))
             and metrics["value"].get(f"always_intact_{name}") != 1]  # with one state there is nothing to tell apart
 
@@ -1603,7 +1605,7 @@ def make_split(args, study):
     """{train, val, test: (n,) rows}: the files of the parts, --split_file, or shares of the one file."""
     if args.val_json:
         return {part: np.flatnonzero(study.origin == part) for part in ("train", "val", "test")}
-    return common.split_of_flags(args, study.images, study.strata(), study.groups)
+    return splitting.split_of_flags(args, study.images, study.strata(), study.groups)
 
 
 def prepare_split(run, args, study, split):
@@ -1612,7 +1614,7 @@ def prepare_split(run, args, study, split):
     if empty:
         raise common.UserError(f"no box in the {' and '.join(empty)} part: nothing to learn or judge; change the split")
     phash = np.array(study.audit("phash"), dtype=np.uint64)
-    common.record_split(run, split, study.images, study.audit("pixel_sha"), phash, study.groups)
+    splitting.record_split(run, split, study.images, study.audit("pixel_sha"), phash, study.groups)
     for row in (split_row(study, part, rows) for part, rows in split.items() if len(rows)):
         run.say(", ".join(f"{name} {value}" for name, value in row.items()))
 
@@ -1627,7 +1629,7 @@ def run_split(run, args, study, split):
     detections, settings, training = fit(run, args, study, split)
     panels = [{re.sub(r"(train|val)_loss_(\w+)", r"\1_\2_loss", name): value for name, value in row.items()}
               for row in training.history]  # each loss in a panel of its own
-    common.plot_history(panels, run.path("training_history.png"), training.best["epoch"])
+    plotting.plot_history(panels, run.path("training_history.png"), training.best["epoch"])
     baseline = mean_boxes(study, split["train"], args.absent)
     best_epoch = training.best["epoch"]
     context |= {"best_epoch": best_epoch, "alarms": gap_alarms(training.history[best_epoch - 1])}
@@ -1655,7 +1657,7 @@ def train(args):
         if study.skipped:
             common.write_table(run.path("skipped.csv"), study.skipped)
         split = make_split(args, study)
-        common.parse_criteria(args.criteria, metric_names(model_settings(args, study, split["train"])))
+        verdicts.parse_criteria(args.criteria, metric_names(model_settings(args, study, split["train"])))
         run_split(run, args, study, split)
 
 
@@ -1664,7 +1666,7 @@ def evaluate_checkpoint(args):
     with common.start_run(args) as run:
         model, content = load_detector(args.checkpoint, run.compute)
         settings = content["settings"]
-        common.parse_criteria(args.criteria, metric_names(settings))
+        verdicts.parse_criteria(args.criteria, metric_names(settings))
         args.min_size, args.model = settings["min_size"], settings["model"]
         run.say(f"checkpoint: {settings['model']}, epoch {content['epoch']}, input {settings['min_size']} to "
                 f"{settings['max_size']} px, {len(settings['parts'])} parts, states: {settings['states'] or 'none'}")
@@ -1691,8 +1693,8 @@ def check_against_training(run, args, study, train_sha):
     found = {"exact_duplicates": {"count": len(shared), "examples": shared[:5]}}
     report = {"between": {"train-test": found}, "within": {}}
     common.write_json(run.path("leakage_report.json"), report)
-    run.say(common.leakage_text(report))
-    common.check_leakage(report, args.allow_leakage)
+    run.say(splitting.leakage_text(report))
+    splitting.check_leakage(report, args.allow_leakage)
 
 
 class Pictures(common.Samples):
@@ -1706,7 +1708,7 @@ class Pictures(common.Samples):
 
     def __getitem__(self, key):
         _, index = key
-        found, pixels = common.audit_image(self.paths[index], self.settings["min_size"])
+        found, pixels = picture_files.audit_image(self.paths[index], self.settings["min_size"])
         whole = (found.width, found.height)
         if found.error:
             pixels, whole = np.zeros((32, 32, 3), np.uint8), (32, 32)
@@ -1722,7 +1724,7 @@ def predict(args):
     compute = common.choose_compute(args.device, args.use_amp)
     print(f"device: {compute.text}", flush=True)
     model, content = load_detector(args.checkpoint, compute)
-    settings, paths = content["settings"], common.find_images(args.images_dir)
+    settings, paths = content["settings"], file_names.find_images(args.images_dir)
     if not paths:
         raise common.UserError(f"--images_dir {args.images_dir}: expected pictures, found none")
     names = [path.relative_to(args.images_dir).as_posix() for path in paths]
@@ -1744,7 +1746,7 @@ def predict(args):
     for k in [k for k, error in enumerate(errors) if not error][:args.visualize]:
         folder.mkdir(exist_ok=True)
         write_picture(folder / f"{k:03d}_{paths[k].stem}.jpg", draw_detections(
-            common.load_image(paths[k]), written[k], parts, args.score_threshold))
+            picture_files.load_image(paths[k]), written[k], parts, args.score_threshold))
     failed = sum(map(bool, errors))
     sure = sum(int((each["scores"] >= args.score_threshold).sum()) for each in written)
     print(f"{len(paths)} pictures, {failed} could not be read (see the error column); {sure} detections from score "
@@ -1763,7 +1765,7 @@ def convert(args):
     for number, (image, path) in enumerate(zip(found.images, paths)):
         size = image["size"]
         if path is not None:
-            audit = common.audit_image(path, 32)[0]
+            audit = picture_files.audit_image(path, 32)[0]
             size = (audit.width, audit.height) if not audit.error else size
         absent = {"absent_parts": sorted(set(image["absent"]))} if image["absent"] else {}
         name = path.relative_to(args.images_dir).as_posix() if path is not None else image["name"]
@@ -1801,9 +1803,9 @@ def audit(args):
     for row in rows:
         print("".join(f"{str(value):>22}" if k else f"{str(value)[:23]:24}" for k, value in enumerate(row.values())))
     everyone = {"all": np.arange(len(study.images))}
-    report = common.leakage_report(everyone, study.audit("pixel_sha"), np.array(study.audit("phash"), np.uint64),
+    report = splitting.leakage_report(everyone, study.audit("pixel_sha"), np.array(study.audit("phash"), np.uint64),
                                    study.images)
-    print(common.leakage_text(report) or "no picture stands there twice")
+    print(splitting.leakage_text(report) or "no picture stands there twice")
     if args.output:
         common.write_json(args.output, {"pictures": len(study.images), "parts": rows, "skipped": study.skipped,
                                         "notes": study.notes, "copies": report["within"]["all"]})

@@ -33,6 +33,8 @@ import torch
 from torch import nn
 
 import common
+from evidence import baseline_models, plotting, prediction_tables, reporting, splitting, subject_intervals, verdicts
+from readers import csv_tables, file_names, picture_files
 
 AXES = ("x_mm", "y_mm", "z_mm", "roll_deg", "pitch_deg", "yaw_deg")
 FILE_NAME = "transitions_dataset.json"
@@ -272,7 +274,7 @@ class Study:
     motion: np.ndarray
     at2: np.ndarray
     frames: np.ndarray  # (N, 2) index of both frames in the store, -1 where there is no frame at t2
-    store: common.ImageStore
+    store: picture_files.ImageStore
     compose: str
     angle_unit: str
     residuals: list  # of composition_residuals, on the rows as they stand in the files
@@ -301,7 +303,7 @@ class Study:
         """What args.json says of the data and their split; a resumed run must find the same."""
         contents = [*self.names, self.at1, self.motion, self.at2, self.compose, *self.frame_audit("file_sha")]
         parts = itertools.chain.from_iterable((part, rows) for part, rows in split.items())
-        return {"fingerprint": common.data_fingerprint(contents), "split": common.data_fingerprint(parts),
+        return {"fingerprint": splitting.data_fingerprint(contents), "split": splitting.data_fingerprint(parts),
                 "transitions": len(self.names), "patients": len(set(self.patients)), "compose": self.compose}
 
 
@@ -410,7 +412,7 @@ def resolve_frames(file, rows):
     Case may differ, and leading folders of the name may be missing on disk. UserError for names that leave the folder.
     """
     folder = file.parent
-    spelled = {path.relative_to(folder).as_posix().lower(): path for path in common.find_images(folder)}
+    spelled = {path.relative_to(folder).as_posix().lower(): path for path in file_names.find_images(folder)}
     leaving = [f"row {i}: {row[which]}" for i, row in enumerate(rows, start=1) for which in ("ft1", "ft2")
                if re.match("/|[A-Za-z]:", row[which]) or ".." in row[which].split("/")]
     if leaving:
@@ -504,14 +506,14 @@ def load_frames(args, run, rows):
     index, paths, held = np.full((len(rows), 2), -1), [], {}
     for i, (sequence, *pair) in enumerate(rows):
         for which, path in enumerate(path for path in pair if path):
-            key = sequence, common.data_fingerprint([path.read_bytes()])
+            key = sequence, splitting.data_fingerprint([path.read_bytes()])
             if key not in held:
                 held[key] = len(paths)
                 paths.append(path)
             index[i, which] = held[key]
     run.say(f"decoding {len(paths)} different frames")
-    store = common.ImageStore(paths, args.image_size, args.cache, reduced=common.takes(args, "decode"))
-    good = common.check_bad_files(store.audit, args.on_bad_file)
+    store = picture_files.ImageStore(paths, args.image_size, args.cache, reduced=common.takes(args, "decode"))
+    good = picture_files.check_bad_files(store.audit, args.on_bad_file)
     return store, index, set(range(len(paths))) - set(good)
 
 
@@ -550,7 +552,7 @@ def read_patient_map(path, folders):
         pairs = [(folder, patient) for patient, value in listed.items() if isinstance(value, list) for folder in value]
         pairs += [(folder, str(value)) for folder, value in listed.items() if not isinstance(value, list)]
     else:
-        table = common.read_table(path)
+        table = csv_tables.read_table(path)
         columns = [next((c for c in table.columns if c.lower() in names), None)
                    for names in (("folder", "sequence"), ("patient", "patient_id"))]
         if None in columns:
@@ -797,7 +799,7 @@ class Dreamer(nn.Module):
 
 def build_encoder(args):
     """Encoder as the flags describe it; the seed decides the random part. UserError for what is no ResNet."""
-    torch.manual_seed(common.mix(args.seed))
+    torch.manual_seed(common.hash_seed(args.seed))
     resnet, n_features = common.build_backbone(args.encoder, args.pretrained, args.weights, args.image_size)
     if not hasattr(resnet, "layer4"):
         raise common.UserError(f"--encoder {args.encoder}: expected a torchvision ResNet such as resnet34")
@@ -1137,7 +1139,7 @@ def baselines(study, train, rows, centre=None):
     if study.features is not None:
         inputs["image_ridge"] = np.hstack([study.features, study.motion])
     for name, features in inputs.items():
-        ridge = common.fit_ridge(features[train], apart, groups=study.patients[train], sd_floor=0.01)
+        ridge = baseline_models.fit_ridge(features[train], apart, groups=study.patients[train], sd_floor=0.01)
         predicted[name] = centre + ridge.predict(features[rows])
     return {**predicted, "train_mean": np.tile(centre, (len(rows), 1))}
 
@@ -1158,13 +1160,13 @@ def write_predictions(path, study, scored):
     keys = {"name": study.names[rows], "patient": study.patients[rows], "sequence": study.sequences[rows],
             "frame_t1": [study.links[row][0] for row in rows], "frame_t2": [study.links[row][1] for row in rows]}
     values = {"true": study.at1[rows], **scored.predicted, "true_t2": study.at2[rows], "predicted_t2": scored.at2}
-    common.write_target_table(path, keys, AXES, values)
+    prediction_tables.write_target_table(path, keys, AXES, values)
 
 
 def read_predictions(path, study, use, part):
     """The predictions CSV of a finished fold -> Scored."""
     row_of = {name: row for row, name in enumerate(study.names)}
-    names, values = common.read_target_table(path, "name", AXES)
+    names, values = prediction_tables.read_target_table(path, "name", AXES)
     predicted = {kind: each for kind, each in values.items() if kind not in ("true", "true_t2", "predicted_t2")}
     return Scored(np.array([row_of[name] for name in names]), predicted, values["predicted_t2"], use, part)
 
@@ -1192,12 +1194,12 @@ def compare(study, scored):
     """
     target, patients = study.at1[scored.rows], study.patients[scored.rows]
     sd = centre_and_spread(study.at1)[1]
-    by_patient = len(set(patients)) >= common.FEWEST_FOR_INTERVAL
+    by_patient = len(set(patients)) >= subject_intervals.FEWEST_FOR_INTERVAL
     units = patients if by_patient else time_blocks(study, scored.rows)
     scaled = {kind: wrapped(values, target) / sd for kind, values in scored.predicted.items()}
     results = {}
     for kind in (kind for kind in scaled if kind != "predicted"):
-        results[kind] = common.bootstrap_regression(scaled["predicted"], target / sd, units, scaled[kind])
+        results[kind] = subject_intervals.bootstrap_regression(scaled["predicted"], target / sd, units, scaled[kind])
         unit = "patients" if by_patient else "time blocks"
         results[kind]["method"] = results[kind]["method"].replace("subjects", unit)
     return results, sd, unit
@@ -1217,7 +1219,7 @@ def in_units(result, sd):
 def axis_rows(study, scored, result):
     """One dict per axis: n, R2 and MAE with intervals, and the MAE of every baseline."""
     target = study.at1[scored.rows]
-    rows = common.target_rows({**result, "n": np.isfinite(target).sum(0)}, AXES)
+    rows = subject_intervals.target_rows({**result, "n": np.isfinite(target).sum(0)}, AXES)
     for kind, values in scored.predicted.items():
         error = np.abs(on_arrays(pose_error, values, target))
         for row, mae in zip(rows, np.nanmean(error, axis=0)):
@@ -1256,7 +1258,7 @@ def patient_rows(study, scored, baseline):
 def verdict(results, baseline, unit, study, scored, held_out):
     """One honest sentence: does the model beat its best baseline, over what, and what it proves nothing about."""
     result, patients = results[baseline], sorted(set(study.patients[scored.rows]))
-    text = common.verdict_sentence(result, baseline.replace("_", " "), "mae", None, held_out)
+    text = verdicts.verdict_sentence(result, baseline.replace("_", " "), "mae", None, held_out)
     text = text.replace("mean mae", "mean error in label sds").replace("the subjects' errors", f"the errors of {unit}")
     if unit == "patients":
         return text
@@ -1275,7 +1277,7 @@ def verdict(results, baseline, unit, study, scored, held_out):
 def find_alarms(study, scored, results):
     """Sentences on what must be known before any number."""
     target, use = study.at1[scored.rows], scored.use
-    alarms = common.regression_alarms(wrapped(scored.predicted["predicted"], target), target, AXES)
+    alarms = verdicts.regression_alarms(wrapped(scored.predicted["predicted"], target), target, AXES)
     any_result = next(iter(results.values()))
     low, high = (any_result["interval"] or {}).get("mean_mae", (np.nan, np.nan))
     index = results["frame_index"]["value"]["baseline_mean_mae"] if "frame_index" in results else np.nan
@@ -1294,7 +1296,7 @@ def find_alarms(study, scored, results):
 def read_criteria(args):
     """--criteria, checked against the metrics of this script: mae_x_mm an axis, mae the mean over axes in label sds."""
     endings = ["", *(f"_{axis}" for axis in AXES)]
-    return common.parse_criteria(args.criteria, [m + ending for m in common.REGRESSION_METRICS for ending in endings])
+    return verdicts.parse_criteria(args.criteria, [m + ending for m in common.REGRESSION_METRICS for ending in endings])
 
 
 @common.first_process_only
@@ -1312,12 +1314,12 @@ def report_results(run, args, study, split, scored, alarms, best_epoch=None, fol
                 for kind, each in results.items()]
     result = in_units(results[baseline], sd)
     per_axis, per_patient = axis_rows(study, scored, result), patient_rows(study, scored, baseline)
-    criteria = common.judge_criteria(read_criteria(args), *common.named_values(result, AXES))
+    criteria = verdicts.judge_criteria(read_criteria(args), *verdicts.named_values(result, AXES))
     metrics = {"part": scored.part, "best_epoch": best_epoch, "verdict": text, "held_out": held_out, "unit": unit,
                "baseline": baseline, "mean": {k: v for k, v in result["value"].items() if "mean_" in k},
                "interval": {k: v for k, v in (result["interval"] or {}).items() if "mean_" in k},
                "sign_flip_p": result["sign_flip_p"], "method": result["method"], "compose": study.compose,
-               "sample": common.effective_size(study.at1[scored.rows], study.patients[scored.rows]),
+               "sample": splitting.effective_size(study.at1[scored.rows], study.patients[scored.rows]),
                "use": scored.use, "alarms": alarms, "criteria": criteria, "folds": list(folds), "label_sd": sd,
                "baselines": compared, "predictors": angle_rows(study, scored), "per_axis": per_axis,
                "per_patient": per_patient,
@@ -1326,12 +1328,12 @@ def report_results(run, args, study, split, scored, alarms, best_epoch=None, fol
     common.write_table(run.path("per_patient_error.csv"), per_patient)
     plot_per_patient(per_patient, baseline, run.path("per_patient_error.png"))
     target = study.at1[scored.rows]
-    common.plot_scatter(wrapped(scored.predicted["predicted"], target), target, AXES,
+    plotting.plot_scatter(wrapped(scored.predicted["predicted"], target), target, AXES,
                         run.path("predicted_against_true.png"))
     write_page(run, args, study, split, scored, metrics)
     common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
     say_axes(run, per_axis)
-    common.say_results(run, metrics)
+    verdicts.say_results(run, metrics)
 
 
 def say_axes(run, per_axis):
@@ -1360,33 +1362,33 @@ def write_page(run, args, study, split, scored, metrics):
     stats = run.path("dataset_statistics.png")
     sections = [
         ("Data and split", [
-            common.html_text(f"{sample['rows']} transitions scored of {patients}; {len(study.skipped)} rows skipped."),
-            common.html_table(parts), common.html_text("\n".join(f"- {note}" for note in study.notes)),
-            *([common.html_image(stats, "Data and split")] if stats.exists() else [])]),
-        ("Leakage", common.leakage_blocks(run) if run.path("leakage_report.json").exists() else []),
+            reporting.html_text(f"{sample['rows']} transitions scored of {patients}; {len(study.skipped)} rows skipped."),
+            reporting.html_table(parts), reporting.html_text("\n".join(f"- {note}" for note in study.notes)),
+            *([reporting.html_image(stats, "Data and split")] if stats.exists() else [])]),
+        ("Leakage", reporting.leakage_blocks(run) if run.path("leakage_report.json").exists() else []),
         ("Metrics", [
-            *(common.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]),
-            common.html_table(metrics["per_axis"], columns, spec,
+            *(reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]),
+            reporting.html_table(metrics["per_axis"], columns, spec,
                               caption=f"MAE of each axis on the {scored.part} rows in mm or degrees, beside the "
                                       f"baselines'; {metrics['method']}"),
-            common.html_table(metrics["baselines"], None, dict.fromkeys(("error", "difference", "low", "high"), ".3f"),
+            reporting.html_table(metrics["baselines"], None, dict.fromkeys(("error", "difference", "low", "high"), ".3f"),
                               "Mean over the axes of MAE in label sds: each baseline, and model - baseline"),
-            common.html_table(metrics["predictors"], ["predictor", "mae_mm", "mae_deg", "distance_mm", "geodesic_deg"],
+            reporting.html_table(metrics["predictors"], ["predictor", "mae_mm", "mae_deg", "distance_mm", "geodesic_deg"],
                               {name: ".2f" for name in metrics["predictors"][0]}, "In mm and degrees"),
-            common.html_image(run.path("per_patient_error.png"), "MAE per axis and patient, and the baseline's"),
-            common.html_table(metrics["per_patient"], own, spec),
-            common.html_image(run.path("predicted_against_true.png"), "Predicted against true, at t1"),
-            *([common.html_table(metrics["criteria"], caption="Criteria")] if metrics["criteria"] else []),
-            *([common.html_table(fold_rows(metrics["folds"]), caption="Folds")] if metrics["folds"] else [])]),
-        ("Does it use the image and the motion?", [common.html_table(use, formats={"value": ".3f"})] if use else []),
+            reporting.html_image(run.path("per_patient_error.png"), "MAE per axis and patient, and the baseline's"),
+            reporting.html_table(metrics["per_patient"], own, spec),
+            reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true, at t1"),
+            *([reporting.html_table(metrics["criteria"], caption="Criteria")] if metrics["criteria"] else []),
+            *([reporting.html_table(fold_rows(metrics["folds"]), caption="Folds")] if metrics["folds"] else [])]),
+        ("Does it use the image and the motion?", [reporting.html_table(use, formats={"value": ".3f"})] if use else []),
         ("Learning curves", learning_blocks(run)),
         ("Best and worst cases", case_blocks(args, study, scored)),
-        ("Limits", [common.html_text(limits_text(args, study, metrics))]),
-        ("Command and versions", common.command_blocks())]
+        ("Limits", [reporting.html_text(limits_text(args, study, metrics))]),
+        ("Command and versions", reporting.command_blocks())]
     low = -metrics["interval"].get("difference_mean_mae", (np.nan, np.nan))[1]
-    level = common.verdict_level(-metrics["mean"]["difference_mean_mae"], low, metrics["alarms"])
+    level = verdicts.verdict_level(-metrics["mean"]["difference_mean_mae"], low, metrics["alarms"])
     level = "caution" if level == "good" and metrics["unit"] != "patients" else level
-    common.write_report(run.path("report.html"), f"Probe guidance: {run.folder.name}", (level, metrics["verdict"]),
+    reporting.write_report(run.path("report.html"), f"Probe guidance: {run.folder.name}", (level, metrics["verdict"]),
                         sections, foot=run.compute.text, figures=key_figures(metrics, baseline))
 
 
@@ -1394,9 +1396,9 @@ def key_figures(metrics, baseline):
     """[(label, value, remark)] for the top of the report."""
     interval, model = metrics["interval"], metrics["predictors"][0]
     other = next(row for row in metrics["predictors"] if row["predictor"] == metrics["baseline"])
-    return [common.key_figure("Error in label sds", metrics["mean"]["mean_mae"], interval.get("mean_mae"),
+    return [reporting.key_figure("Error in label sds", metrics["mean"]["mean_mae"], interval.get("mean_mae"),
                               metrics["method"]),
-            common.key_figure(f"The same of {baseline}", metrics["mean"]["baseline_mean_mae"],
+            reporting.key_figure(f"The same of {baseline}", metrics["mean"]["baseline_mean_mae"],
                               interval.get("baseline_mean_mae"), metrics["method"]),
             ("MAE, translations", f"{model['mae_mm']:.2f} mm", f"{baseline}: {other['mae_mm']:.2f} mm"),
             ("MAE, angles", f"{model['mae_deg']:.2f} deg", f"{baseline}: {other['mae_deg']:.2f} deg")]
@@ -1405,7 +1407,7 @@ def key_figures(metrics, baseline):
 def learning_blocks(run):
     """Learning curves, or nothing where no training took place."""
     paths = sorted(run.folder.glob("**/training_summary.png"))
-    return [common.html_image(path, f"Training, {path.parent.name}") for path in paths[:1]]
+    return [reporting.html_image(path, f"Training, {path.parent.name}") for path in paths[:1]]
 
 
 def case_blocks(args, study, scored, count=5):
@@ -1420,9 +1422,9 @@ def case_blocks(args, study, scored, count=5):
                 "lines": [study.patients[scored.rows[i]], f"error {size[i]:.2f} sd", f"true {poses[0]}",
                           f"predicted {poses[1]}"]}
     order = np.argsort(size)[:np.isfinite(size).sum()]
-    return [common.html_text("Best (x y z in mm, roll pitch yaw in degrees):"),
-            common.html_cases([case(i) for i in order[:count]]),
-            common.html_text("Worst:"), common.html_cases([case(i) for i in order[::-1][:count]])]
+    return [reporting.html_text("Best (x y z in mm, roll pitch yaw in degrees):"),
+            reporting.html_cases([case(i) for i in order[:count]]),
+            reporting.html_text("Worst:"), reporting.html_cases([case(i) for i in order[::-1][:count]])]
 
 
 def limits_text(args, study, metrics):
@@ -1483,7 +1485,7 @@ PART_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 
 def plot_dataset(study, split, args, path):
     """dataset_statistics.png: shares of the split, transitions per patient, split check, four sample frames."""
-    figure, axes = common.new_figure(2, 4, (3.2, 2.6), 8)
+    figure, axes = plotting.new_figure(2, 4, (3.2, 2.6), 8)
     stats, (share, patients, check, spread, *frames) = dataset_stats(study, split), axes
     colour = {part: PART_COLOURS[k % len(PART_COLOURS)] for k, part in enumerate(split)}
     share.bar(list(split), [len(rows) for rows in split.values()], color=list(colour.values()))
@@ -1514,12 +1516,12 @@ def plot_dataset(study, split, args, path):
         axis.imshow(study.frame(row, 0, args.image_size), cmap="gray")
         axis.set_title(study.links[row][0][-30:], fontsize=7, loc="left")
         axis.axis("off")
-    common.save_figure(figure, path)
+    plotting.save_figure(figure, path)
 
 
 def plot_training(training, path):
     """training_summary.png: loss, main task, learning rate, components, error of the axes, final numbers."""
-    figure, axes = common.new_figure(2, 3, (3.9, 2.7), 6)
+    figure, axes = plotting.new_figure(2, 3, (3.9, 2.7), 6)
     history, best = training.history, training.best["epoch"]
     panels = {"total loss": ["train_total_loss", "val_loss"], "main task (at1)": ["train_main_task_loss",
               "val_main_task_loss"], "learning rate": ["learning_rate"],
@@ -1542,12 +1544,12 @@ def plot_training(training, path):
     axes[5].axis("off")
     axes[5].text(0, 1, f"epoch {best} of {len(history)}", fontsize=10, fontweight="bold", va="top")
     axes[5].text(0, 0.88, "\n".join(f"{name} {row[name]:.3g}" for name in shown if name in row), fontsize=8, va="top")
-    common.save_figure(figure, path)
+    plotting.save_figure(figure, path)
 
 
 def plot_per_patient(rows, baseline, path):
     """MAE of each axis as bars, a bar per patient (at most 30), and the baseline's as a tick."""
-    figure, axes = common.new_figure(2, 3, (3.9, 1.0 + 0.22 * min(len(rows), 30)), 6, sharey=True)
+    figure, axes = plotting.new_figure(2, 3, (3.9, 1.0 + 0.22 * min(len(rows), 30)), 6, sharey=True)
     place = np.arange(len(rows[:30]))
     for axis, name in zip(axes, AXES):
         axis.barh(place, [row[f"mae_{name}"] for row in rows[:30]], color="#56B4E9", height=0.62, label="model")
@@ -1558,7 +1560,7 @@ def plot_per_patient(rows, baseline, path):
     axes[0].set_yticks(place, [row["patient"][-18:] for row in rows[:30]])
     axes[0].set_ylim(len(place) - 0.4, -0.6)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    common.save_figure(figure, path)
+    plotting.save_figure(figure, path)
 
 
 # --- audit -----------------------------------------------------------------------------------------
@@ -1727,14 +1729,14 @@ def make_split(args, study):
         raise common.UserError(f"{patients} patients are too few for {parts} parts: --split_by time cuts the sequences "
                                f"in blocks (and says nothing across patients), --test_ratio 0 or --folds {patients} "
                                "leave one out")
-    return common.split_of_flags(args, study.names, None, study.patients)
+    return splitting.split_of_flags(args, study.names, None, study.patients)
 
 
 def prepare_split(run, args, study, split):
     """splits.json, leakage report over the frames of the parts, statistics; refuse a split that leaks."""
     by_time = args.split_by == "time"
     extra = {"patients": {part: sorted(set(study.patients[rows])) for part, rows in split.items()}, "by": args.split_by}
-    common.write_splits(run.path("splits.json"), split, study.names, extra)
+    splitting.write_splits(run.path("splits.json"), split, study.names, extra)
     owner, key = np.full(len(study.store), "", dtype=object), [str(path) for path in study.store.paths]
     for row, pair in enumerate(study.frames):
         owner[pair[pair >= 0]] = study.patients[row]
@@ -1742,13 +1744,13 @@ def prepare_split(run, args, study, split):
             key[i] = f"{study.sequences[row]}/{study.store.paths[i].name}"
     frames = {part: np.unique(study.frames[rows][study.frames[rows] >= 0]) for part, rows in split.items()}
     phash = np.array(study.frame_audit("phash"), dtype=np.uint64)
-    report = common.leakage_report(frames, study.frame_audit("pixel_sha"), phash, key, None if by_time else owner)
+    report = splitting.leakage_report(frames, study.frame_audit("pixel_sha"), phash, key, None if by_time else owner)
     common.write_json(run.path("leakage_report.json"), report)
-    run.say(common.leakage_text(report))
+    run.say(splitting.leakage_text(report))
     if by_time:
         run.say(f"split by time, {args.gap} transitions between blocks: every patient stands in every part, so nothing "
                 "is said across patients")
-    common.check_leakage(report, args.allow_leakage)
+    splitting.check_leakage(report, args.allow_leakage)
     common.write_json(run.path("dataset_stats.json"), dataset_stats(study, split))
     plot_dataset(study, split, args, run.path("dataset_statistics.png"))
 
@@ -1772,16 +1774,16 @@ def run_split(run, args, study, split):
         scored = Scored(rows, {"predicted": predicted[part]["at1"], **baselines(study, split["train"], rows)},
                         predicted[part]["at2"], use, part)
         write_predictions(run.path(f"predictions_{part}.csv"), study, scored)
-    common.plot_history([{name: value for name, value in row.items() if name != "train_total_loss"}
+    plotting.plot_history([{name: value for name, value in row.items() if name != "train_total_loss"}
                          for row in training.history], run.path("training_history.png"), training.best["epoch"])
     plot_training(training, run.path("training_summary.png"))
-    report_results(run, args, study, split, scored, common.split_gap_alarms(train, val), training.best["epoch"])
+    report_results(run, args, study, split, scored, verdicts.split_gap_alarms(train, val), training.best["epoch"])
     return scored
 
 
 def run_folds(run, args, study):
     """One run per fold in fold_K/, patients left out in turn, then the predictions pooled and scored as one."""
-    fold_of = common.make_folds(len(study.names), args.folds, None, study.patients, args.seed, study.names)
+    fold_of = splitting.make_folds(len(study.names), args.folds, None, study.patients, args.seed, study.names)
     folds = {f"fold_{k}": np.flatnonzero(fold_of == k) for k in range(args.folds)}
     prepare_split(run, args, study, folds)
     encode_frames(study, np.arange(len(study.names)), args, run.compute)
@@ -1806,7 +1808,7 @@ def run_folds(run, args, study):
         kind: np.concatenate([s.predicted[kind] for s in results]) for kind in results[0].predicted},
         np.concatenate([s.at2 for s in results]), use, "folds")
     write_predictions(run.path("predictions_folds.csv"), study, pooled)
-    alarms = common.identical_fold_alarms([list(fold["mean"].values()) for fold in done])
+    alarms = verdicts.identical_fold_alarms([list(fold["mean"].values()) for fold in done])
     report_results(run, args, study, folds, pooled, alarms, folds=done)
 
 
@@ -1871,7 +1873,7 @@ def predict(run, args):
     predicted, _ = evaluate(model, loaders["all"], DreamLoss(args, content["scaler"], run.compute.device), run.compute)
     keys = {"name": study.names, "patient": study.patients, "sequence": study.sequences}
     values = {"predicted": predicted["at1"], "predicted_t2": predicted["at2"], "motion": study.motion}
-    common.write_target_table(run.path("predictions.csv"), keys, AXES, values)
+    prediction_tables.write_target_table(run.path("predictions.csv"), keys, AXES, values)
     common.write_json(run.path("metrics.json"), {"part": "predict", "rows": len(rows), "epoch": content["epoch"]})
     run.say(f"{len(rows)} transitions; predicted: the motion asked for at t1. Open next: {run.path('predictions.csv')}")
 

@@ -37,6 +37,8 @@ import torch
 from torch import nn
 
 import common
+from evidence import baseline_models, calibrating, confounding, plotting, prediction_tables, rater_agreement, reporting, splitting, subject_intervals, verdicts
+from readers import csv_tables, file_names, picture_files, pixel_cache
 
 MODES = ("train", "predict", "evaluate", "audit")
 KINETICS_MEAN, KINETICS_STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
@@ -220,7 +222,7 @@ def keyed_columns(table, source):
     keys = [column_key(name) for name in table.columns]
     twice = [name for name, key in zip(table.columns, keys) if keys.count(key) > 1]
     if twice:
-        raise common.UserError(f"{source}: columns that differ only in spelling: {common.some(twice)}. Delete one")
+        raise common.UserError(f"{source}: columns that differ only in spelling: {common.shorten_list(twice)}. Delete one")
     return table.set_axis(keys, axis=1)
 
 
@@ -228,7 +230,7 @@ def first_column(table, wanted, known, flag, source):
     """Key of the column asked for by `flag`, else the first of `known` that the table has, else None."""
     if wanted and column_key(wanted) not in table.columns:
         raise common.UserError(f"{source}: no column for {flag} {wanted}{common.closest(wanted, table.columns)} "
-                               f"(found: {common.some(table.columns, 40)})")
+                               f"(found: {common.shorten_list(table.columns, 40)})")
     return column_key(wanted) if wanted else next((name for name in known if name in table.columns), None)
 
 
@@ -281,7 +283,7 @@ def index_videos(root):
         seen.add(os.path.realpath(folder))
         folders[:] = sorted(name for name in folders if is_new and not name.startswith("."))
         inside, visible = Path(folder).relative_to(root), [n for n in files if is_new and not n.startswith(".")]
-        if any(name.lower().endswith(common.IMAGE_SUFFIXES) for name in visible):
+        if any(name.lower().endswith(file_names.IMAGE_SUFFIXES) for name in visible):
             found[inside.as_posix()] = Path(folder)
         found |= {(inside / name).as_posix(): Path(folder, name)
                   for name in visible if name.lower().endswith(VIDEO_SUFFIXES)}
@@ -311,17 +313,17 @@ def match_videos(written, root):
     names = {name: clean_path(name).split("/") for name in dict.fromkeys(written)}
     leaving = [name for name, parts in names.items() if parts[0] == ".."]
     if leaving:
-        raise common.UserError(f"expected videos inside --video_root {root}, found {common.some(leaving)}; mend them")
+        raise common.UserError(f"expected videos inside --video_root {root}, found {common.shorten_list(leaving)}; mend them")
     hits, by_base, parents = {}, [], collections.defaultdict(set)
     for name, parts in names.items():
         hits[name], common_folders, contradicts = best_files(parts, by_name[parts[-1].casefold()])
         by_base += [name] * contradicts
         for file in hits[name] if common_folders == 0 and len(parts) > 1 else ():
             parents[file].add(parts[-2].casefold())
-    unclear = [f"{name} -> {common.some(found, 4)}" for name, found in hits.items() if len(found) > 1]
-    unclear += [f"{common.some(sorted(folders), 4)} -> {file}" for file, folders in parents.items() if len(folders) > 1]
+    unclear = [f"{name} -> {common.shorten_list(found, 4)}" for name, found in hits.items() if len(found) > 1]
+    unclear += [f"{common.shorten_list(sorted(folders), 4)} -> {file}" for file, folders in parents.items() if len(folders) > 1]
     if unclear:
-        raise common.UserError(f"expected one file below --video_root {root} for a name, found {common.some(unclear)}; "
+        raise common.UserError(f"expected one file below --video_root {root} for a name, found {common.shorten_list(unclear)}; "
                                "write folders into the paths, or keep the folders on disk as the paths have them")
     return {name: files[found[0]] if found else None for name, found in hits.items()}, by_base
 
@@ -342,7 +344,7 @@ def best_files(parts, candidates):
 def read_label_map(path):
     """JSON, YAML or CSV -> {spelling: class, or None = left out}; also {class: [spellings]}. A class spells itself."""
     if Path(path).suffix.lower() in (".csv", ".tsv", ".txt"):
-        rows = common.read_table(path).to_numpy()
+        rows = csv_tables.read_table(path).to_numpy()
         if rows.shape[1] != 2:
             raise common.UserError(f"--label_map {path}: expected 2 columns, spelling and class; found {rows.shape[1]}")
         pairs = [tuple(row) for row in rows]
@@ -371,7 +373,7 @@ def classes_of(spelled, label_map=None, names=None):
     unknown = [f"{label!r} ({count} rows)" for label, count in sorted(counts.items()) if label.casefold() not in known
                or names and known[label.casefold()] not in [*names, None]]
     if unknown:
-        raise common.UserError(f"labels without a class: {common.some(unknown, 30)}; known: {common.some(known, 30)}. "
+        raise common.UserError(f"labels without a class: {common.shorten_list(unknown, 30)}; known: {common.shorten_list(known, 30)}. "
                                "Write --label_map FILE (JSON, YAML or CSV: spelling -> class, blank = leave out)")
     chosen = [known[str(label).strip().casefold()] if str(label).strip() else "" for label in spelled]
     used = [name for name in dict.fromkeys(known.values()) if name and name in chosen]
@@ -386,7 +388,7 @@ def event_windows(rows, source, min_event_sec=1.0):
     """
     def numbers(name):
         has = name in rows
-        return common.to_numbers(rows[name], f"{source}, column {name}") if has else np.full(len(rows), np.nan)
+        return csv_tables.to_numbers(rows[name], f"{source}, column {name}") if has else np.full(len(rows), np.nan)
     start, end, offset, duration, first, last = map(numbers, WINDOW_COLUMNS)
     start = np.where(np.isnan(start), offset, start)
     end = np.where(np.isnan(end), start + np.nan_to_num(duration), end)
@@ -434,12 +436,12 @@ def read_manifest(part, path, flags):
     """One manifest file, or folder of class folders -> DataFrame of text: path, label, line, part, fault, root, start,
     end, unit, then the other columns under column_key. Raises UserError without a path column."""
     path = Path(path)
-    rows = keyed_columns(folder_table(path) if path.is_dir() else common.read_table(path), path)
+    rows = keyed_columns(folder_table(path) if path.is_dir() else csv_tables.read_table(path), path)
     source = first_column(rows, flags["path_column"], PATH_COLUMNS, "--path_column", path)
     label = first_column(rows, flags["label_column"], LABEL_COLUMNS, "--label_column", path)
     if source is None or label is None and flags["need_labels"]:
         raise common.UserError(f"{path}: expected a column of paths ({', '.join(PATH_COLUMNS)}) and one of labels "
-                               f"({', '.join(LABEL_COLUMNS)}), found {common.some(rows.columns, 40)}")
+                               f"({', '.join(LABEL_COLUMNS)}), found {common.shorten_list(rows.columns, 40)}")
     windows, unit, faults = event_windows(rows, path, flags["min_event_sec"])
     written = rows[source].mask(rows[source] == "", rows.get("video_filename", ""))
     extra = rows.drop(columns=[name for name in rows if name in (source, label, *WINDOW_COLUMNS)])
@@ -463,7 +465,7 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
              "min_event_sec": min_event_sec, "video_root": video_root}
     rows = pd.concat([read_manifest(part, path, flags) for part, path in manifests.items()], ignore_index=True)
     rows = rows.fillna({name: "" for name in rows.columns if not name.startswith("@")})
-    group = first_column(rows, group_column, ("group",), "--group_column", common.some(manifests.values()))
+    group = first_column(rows, group_column, ("group",), "--group_column", common.shorten_list(manifests.values()))
     notes = []
     sources = find_sources(rows, video_root is None, max_missing, notes)
     names, classes = classes_of(rows["@label"], label_map and read_label_map(label_map), names)
@@ -485,7 +487,7 @@ def groups_of(rows, column, is_wanted, table):
     if (groups != "").all():
         return groups
     if is_wanted:
-        raise common.UserError(f"--group_column {column} is blank in {common.some(rows['@line'][groups == ''])}: fill")
+        raise common.UserError(f"--group_column {column} is blank in {common.shorten_list(rows['@line'][groups == ''])}: fill")
     table.notes.append(f"column {column} is blank in {(groups == '').sum()} rows and names no groups")
     return None
 
@@ -500,16 +502,16 @@ def find_sources(rows, is_open, max_missing, notes):
         hits, by_base = match_videos(names, root)
         if by_base:
             notes.append(f"{len(by_base)} videos found by base name alone, other folder on disk: "
-                         f"{common.some(by_base, 3)}")
+                         f"{common.shorten_list(by_base, 3)}")
         for name, path in hits.items():
             is_there = path is None and is_open and os.path.isabs(name) and os.path.exists(name)
             found[root, name] = Path(name) if is_there else path
     missing = [name for (_, name), path in found.items() if path is None]
     if len(missing) > max_missing * len(found):
         raise common.UserError(f"{len(missing)} of {len(found)} videos are not below --video_root {root}: "
-                               f"{common.some(missing)}; correct it, or allow a larger share: --max_missing")
+                               f"{common.shorten_list(missing)}; correct it, or allow a larger share: --max_missing")
     if missing:
-        notes.append(f"{len(missing)} of {len(found)} videos are not there: {common.some(missing)}")
+        notes.append(f"{len(missing)} of {len(found)} videos are not there: {common.shorten_list(missing)}")
     return [found[key] for key in zip(rows["@root"], rows["@path"])]
 
 
@@ -523,7 +525,7 @@ def build_table(rows, sources, names, reasons, notes):
                for line, path, reason in zip(rows["@line"], rows["@path"], reasons) if reason]
     if not keep:
         raise common.UserError(f"no usable row of {len(rows)}: "
-                               f"{common.some((row['row'] + ': ' + row['reason'] for row in skipped), 3)}")
+                               f"{common.shorten_list((row['row'] + ': ' + row['reason'] for row in skipped), 3)}")
     rows, sources = rows.iloc[keep].reset_index(drop=True), [sources[i] for i in keep]
     base = Path(os.path.commonpath([os.path.realpath(root) for root in set(rows["@root"])]))
     real = {source: Path(os.path.realpath(source)) for source in set(sources)}
@@ -582,7 +584,7 @@ def split_keys(table, split_by=None):
     levels = {"group": table.groups, "video": table.videos, "event": table.events}
     if split_by == "group" and table.groups is None:
         raise common.UserError(f"--split_by {split_by} needs --group_column (found: "
-                               f"{common.some(table.extra.columns, 40)})")
+                               f"{common.shorten_list(table.extra.columns, 40)})")
     wanted = [split_by] if split_by else [name for name in levels if levels[name] is not None]
     for name in wanted:
         used = list(levels)[list(levels).index(name):]
@@ -613,7 +615,7 @@ def sequence_rows(path):
     """CSV, or JSON as {"sequences": [...]}, as a dict keyed by id or as a bare list -> DataFrame of text cells."""
     import pandas as pd
     if Path(path).suffix.lower() != ".json":
-        return common.read_table(path).map(without_tensor)
+        return csv_tables.read_table(path).map(without_tensor)
     content = read_loose_json(path)
     content = content.get("sequences", content) if isinstance(content, dict) else content
     if isinstance(content, dict):
@@ -649,17 +651,17 @@ def score_columns(rows, wanted, path):
     spelled = {column_key(name): name for name in rows.columns}
     unknown = [name + common.closest(name, rows.columns) for name in wanted or [] if column_key(name) not in spelled]
     if unknown:
-        raise common.UserError(f"{path} has no --target_columns {common.some(unknown)} (found: "
-                               f"{common.some(rows.columns, 40)})")
+        raise common.UserError(f"{path} has no --target_columns {common.shorten_list(unknown)} (found: "
+                               f"{common.shorten_list(rows.columns, 40)})")
 
     def is_score(key):
         filled = [cell for cell in rows[spelled[key]] if cell]
-        numeric = [bool(common.NUMBER.fullmatch(cell.replace(",", ".", 1))) for cell in filled]
+        numeric = [bool(csv_tables.NUMBER.fullmatch(cell.replace(",", ".", 1))) for cell in filled]
         return not NO_SCORE.fullmatch(key) and np.mean(numeric or [0]) >= 0.5
     names = [spelled[column_key(name)] for name in wanted] if wanted else [
         spelled[key] for key in spelled if is_score(key)]
     if not names:
-        raise common.UserError(f"{path}: expected columns of scores, found none among {common.some(rows.columns, 40)}; "
+        raise common.UserError(f"{path}: expected columns of scores, found none among {common.shorten_list(rows.columns, 40)}; "
                                "name them with --target_columns")
     return names
 
@@ -681,13 +683,13 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, path
     if target_columns and not need_labels:  # new sequences may come without the scores that a trained model has
         raw = with_missing_scores(raw, target_columns)
     names = score_columns(raw, target_columns, path)
-    target = np.stack([common.to_numbers(raw[name], f"{path}, column {name}") for name in names], axis=1)
+    target = np.stack([csv_tables.to_numbers(raw[name], f"{path}, column {name}") for name in names], axis=1)
     rows = keyed_columns(raw.drop(columns=names), path)
     source = first_column(rows, path_column, (*PATH_COLUMNS, "sequence_id", "id"), "--path_column", path)
     group = first_column(rows, group_column, GROUP_COLUMNS, "--group_column", path)
     if source is None:
         raise common.UserError(f"{path}: expected a column of folders ({', '.join(PATH_COLUMNS)}), found "
-                               f"{common.some(rows.columns, 40)}; name it with --path_column")
+                               f"{common.shorten_list(rows.columns, 40)}; name it with --path_column")
     windows, unit, faults = event_windows(rows, path)
     core = {"path": rows[source], "part": "", "line": [f"{Path(path).name} row {line}" for line in rows.index],
             "root": str(root or Path(path).parent), "start": windows[:, 0], "end": windows[:, 1], "unit": unit,
@@ -756,7 +758,7 @@ def column_of(table, name, flag):
     if table.target is not None and key in targets:
         return np.array(["" if math.isnan(value) else repr(float(value)) for value in table.target[:, targets[key]]])
     raise common.UserError(f"{flag}: no column {name!r}{common.closest(key, table.extra.columns)} "
-                           f"(found: {common.some(table.extra.columns, 40)})")
+                           f"(found: {common.shorten_list(table.extra.columns, 40)})")
 
 
 def filter_rows(table, text):
@@ -774,7 +776,7 @@ def filter_rows(table, text):
             keep &= np.array([plain_level(cell) == plain_level(value) for cell in column]) == (relation == "==")
             continue
         compare = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}[relation]
-        keep &= compare(common.to_numbers(column, f"--filter {part}"), common.to_numbers([value], "--filter")[0])
+        keep &= compare(csv_tables.to_numbers(column, f"--filter {part}"), csv_tables.to_numbers([value], "--filter")[0])
     if not keep.any():
         raise common.UserError(f"--filter {text!r} keeps none of {len(table)} rows")
     return keep
@@ -793,7 +795,7 @@ def level_mask(table, column, level, flag):
     cells = column_of(table, column, flag)
     mask = np.array([plain_level(cell) == plain_level(level) for cell in cells], bool)
     if not mask.any():
-        raise common.UserError(f"{flag}: no row has {column} {level!r} (found: {common.some(sorted(set(cells)), 30)})")
+        raise common.UserError(f"{flag}: no row has {column} {level!r} (found: {common.shorten_list(sorted(set(cells)), 30)})")
     return mask
 
 
@@ -802,7 +804,7 @@ def sample_weights(table, flags):
     weights = np.ones(len(table))
     for text in flags or []:
         column, level, value = parse_level_flag(text, "--sample_weight")
-        factor = common.to_numbers([value], f"--sample_weight {text}")[0]
+        factor = csv_tables.to_numbers([value], f"--sample_weight {text}")[0]
         if not factor >= 0:
             raise common.UserError(f"--sample_weight {text}: expected a weight of 0 or more, found {value}")
         weights[level_mask(table, column, level, "--sample_weight")] *= factor
@@ -827,8 +829,8 @@ def group_mask(table, text, flag="--test_groups"):
     wanted = [plain_level(name) for name in str(text).split(",") if name.strip()]
     unknown = [name for name in wanted if name not in table.groups]
     if unknown or not wanted:
-        raise common.UserError(f"{flag} {text}: no such groups: {common.some(unknown)} (found: "
-                               f"{common.some(sorted(set(table.groups)), 40)})")
+        raise common.UserError(f"{flag} {text}: no such groups: {common.shorten_list(unknown)} (found: "
+                               f"{common.shorten_list(sorted(set(table.groups)), 40)})")
     return np.isin(table.groups, wanted)
 
 
@@ -849,7 +851,7 @@ def read_cv_file(path, table):
     folds = [fold_rows(fold, k, path, table) for k, fold in enumerate(content if isinstance(content, list) else [])]
     if not folds:
         raise common.UserError(f"--cv_file {path}: expected cv_folds as a list or with keys fold_0, fold_1, ...; found "
-                               f"{common.some(content) if isinstance(content, dict) else type(content).__name__}")
+                               f"{common.shorten_list(content) if isinstance(content, dict) else type(content).__name__}")
     return sorted(folds, key=lambda fold: fold["fold"])
 
 
@@ -878,10 +880,10 @@ def fold_rows(fold, k, path, table):
     if both or not len(rows["train"]) or not len(rows["val"]):
         raise common.UserError(f"--cv_file {path}, fold {k}: expected train_animals and val_animals that the scores "
                                "have and that do not overlap; on both sides: "
-                               f"{common.some(sorted(both)) or 'none'}; rows: {len(rows['train'])} and "
-                               f"{len(rows['val'])}; without rows: {common.some(sorted(unknown))}")
+                               f"{common.shorten_list(sorted(both)) or 'none'}; rows: {len(rows['train'])} and "
+                               f"{len(rows['val'])}; without rows: {common.shorten_list(sorted(unknown))}")
     if unknown:
-        table.notes.append(f"--cv_file, fold {k}: no rows of {common.some(sorted(unknown))}")
+        table.notes.append(f"--cv_file, fold {k}: no rows of {common.shorten_list(sorted(unknown))}")
     return {"fold": int(number[0]) if number else k, **rows}
 
 
@@ -896,7 +898,7 @@ SEEK_FROM_SEC, SEEK_MARGIN_SEC = 30.0, 4.0  # the margin exceeds what a decoder 
 MOST_GUESSED_FRAMES = 2**20  # what a header may claim before its frames are counted
 
 
-class BadVideo(common.BadImage):
+class BadVideo(pixel_cache.BadImage):
     """One file that cannot be used as a video; the message is the reason."""
 
 
@@ -1098,7 +1100,7 @@ def _seek(path, wanted, short_side, info):
 
 def _shrink(pixels, size, short_side):
     cv2 = _decoders()[0]
-    size = common.scaled_size(*size, short_side)
+    size = picture_files.scaled_size(*size, short_side)
     method = cv2.INTER_AREA if size[0] <= pixels.shape[1] else cv2.INTER_CUBIC
     return cv2.resize(pixels, size, interpolation=method)
 
@@ -1122,7 +1124,7 @@ def read_frames(path, times_sec, short_side, info=None):
     """
     try:
         return _by_index(path, times_sec, short_side, info)
-    except common.BadImage as error:
+    except pixel_cache.BadImage as error:
         raise BadVideo(f"{path}: {error}") from None
 
 
@@ -1164,10 +1166,10 @@ def _is_still(path):
 def _open_still(path, fps):
     """(VideoInfo, the frames as a sequence: paths, or a memory-mapped array (T, H, W, 3)); BadVideo: the reason."""
     if Path(path).is_dir():
-        frames = common.find_images(path)
+        frames = file_names.find_images(path)
         if not frames:
-            raise BadVideo(f"a folder without pictures ({' '.join(common.IMAGE_SUFFIXES)})")
-        height, width = common.load_image(frames[0]).shape[:2]
+            raise BadVideo(f"a folder without pictures ({' '.join(file_names.IMAGE_SUFFIXES)})")
+        height, width = picture_files.load_image(frames[0]).shape[:2]
     else:
         frames = _open_npy(path)
         height, width = frames.shape[1:3]
@@ -1187,7 +1189,7 @@ def _open_npy(path):
 
 def _still_frames(frames, wanted, info, short_side):
     """{index: pixels} of a folder or array; every frame is cut to the size of the first."""
-    pixels = {i: common.load_image(frames[i]) if isinstance(frames, list) else np.asarray(frames[i]) for i in wanted}
+    pixels = {i: picture_files.load_image(frames[i]) if isinstance(frames, list) else np.asarray(frames[i]) for i in wanted}
     odd = sorted({f"{p.shape[1]} x {p.shape[0]}" for p in pixels.values() if p.shape[:2] != (info.height, info.width)})
     if odd:
         raise BadVideo(f"its frames differ in size: {info.width} x {info.height} and {', '.join(odd[:9])} pixels")
@@ -1266,7 +1268,7 @@ class ClipAudit:
     phash: tuple = (0, 0, 0, 0)
 
 
-class ClipStore(common.PixelStore):
+class ClipStore(pixel_cache.PixelStore):
     """N rows of videos, each decoded once onto its grid of times and served as uint8 (G, H, W, 3) RGB, read-only.
 
     sources: N paths of video files, folders of frames or .npy clips (T, H, W, 3) uint8; windows: N pairs (start_sec,
@@ -1324,7 +1326,7 @@ class ClipStore(common.PixelStore):
         done = []
         for row, plan in plans.items():
             pixels = np.stack([frames[index] for index in plan.indices.tolist()])
-            phash = tuple(common.perceptual_hash(pixels[len(pixels) // 2]).tolist())
+            phash = tuple(picture_files.perceptual_hash(pixels[len(pixels) // 2]).tolist())
             places = [bool(plan.past_end), len(pixels), plan.first, plan.usable]
             done.append((row, ClipAudit(*facts, *places, file_sha, hashlib.sha256(pixels).hexdigest(), phash), pixels))
         return done
@@ -1348,21 +1350,21 @@ class ClipStore(common.PixelStore):
     def _estimate_file(self, path):
         with contextlib.suppress(common.UserError, OSError):
             info = _open_still(path, self.fps)[0] if _is_still(path) else _header(path)
-            frame = 3 * math.prod(common.scaled_size(info.width, info.height, self.short_side))
+            frame = 3 * math.prod(picture_files.scaled_size(info.width, info.height, self.short_side))
             return frame * sum(len(plan.indices) for plan in self._plans(path, info)[0].values())
         return 0
 
     def _contents(self):
         settings = [self.grid, self.fps, self.n_frames, self.jitter_sec, self.short_side, decoder_name()]
         return [settings, self.windows, self.sources,
-                [common.file_stamp(file) for path in self.rows_of for file in _files_of(path)]]
+                [pixel_cache.file_stamp(file) for path in self.rows_of for file in _files_of(path)]]
 
     def _still_bad(self, path):
         return bool(self._decode_file(path)[0][1].error)
 
 
 def _files_of(path):
-    return common.find_images(path) if Path(path).is_dir() else [path]
+    return file_names.find_images(path) if Path(path).is_dir() else [path]
 
 
 def sha_of(files, sizes=""):
@@ -1554,12 +1556,12 @@ def past_the_end(table, durations, slack_sec=0.1):
 
 def probability_clusters(path, decimals=6):
     """predictions.csv -> how many rows share their probabilities (to 6 decimals) with two or more others."""
-    rows = common.read_table(path)
+    rows = csv_tables.read_table(path)
     columns = [name for name in rows if name.startswith("prob_")]
     if not columns:
         raise common.UserError(f"--predictions {path}: expected columns prob_CLASS, found "
-                               f"{common.some(rows.columns, 40)}")
-    values = np.stack([common.to_numbers(rows[name], f"{path}, column {name}") for name in columns], axis=1)
+                               f"{common.shorten_list(rows.columns, 40)}")
+    values = np.stack([csv_tables.to_numbers(rows[name], f"{path}, column {name}") for name in columns], axis=1)
     counts = collections.Counter(map(tuple, np.round(values, decimals).tolist()))
     clusters = sorted(((count, value) for value, count in counts.items() if count >= 3), reverse=True)
     return {"rows": len(rows), "distinct": len(counts), "values": len(clusters),
@@ -1590,7 +1592,7 @@ def judged_rows(table, is_known):
     ways = {}
     for units in (split_keys(table, "event")[rows], split_keys(table)[rows]):
         if len(set(units)) >= 5:
-            fold_of = common.make_folds(len(rows), 5, strata_of(table)[rows], units, keys=table.clip_ids[rows])
+            fold_of = splitting.make_folds(len(rows), 5, strata_of(table)[rows], units, keys=table.clip_ids[rows])
             ways[f"{units[0].split()[0]}s"] = ([rows[fold_of != k] for k in range(5)],
                                                [rows[fold_of == k] for k in range(5)])
     return ways
@@ -1613,7 +1615,7 @@ def no_pixel_priors(table, positive=None):
     position = np.rint(1e6 * table.extra["row_order"].to_numpy(float)).astype(int)
     if table.label is None:
         for across, (train, judged) in judged_rows(table, ~np.isnan(table.target).all(1)).items():
-            rows = common.level_means(levels, table.target, train, judged, table.groups, position=position)
+            rows = confounding.level_means(levels, table.target, train, judged, table.groups, position=position)
             found += [{"what": "scores", "across": across, **row} for row in rows]
         return found
     counts = [(table.label == c).sum() or len(table) for c in range(len(table.names))]
@@ -1621,7 +1623,7 @@ def no_pixel_priors(table, positive=None):
     label = np.where(table.label < 0, -1, table.label == table.names.index(positive))
     for across, (train, judged) in judged_rows(table, label >= 0).items():
         if len(set(label[np.concatenate(judged)])) == 2:
-            rows = common.level_priors(levels, label, train, judged, table.groups, position=position)
+            rows = confounding.level_priors(levels, label, train, judged, table.groups, position=position)
             found += [{"what": positive, "across": across, **row} for row in rows]
     return found
 
@@ -1714,8 +1716,8 @@ class Study:
         table, values = self.table, self.table.label if self.table.target is None else self.table.target
         shas = [self.audit(row).pixel_sha for row in range(len(table))]
         parts = itertools.chain.from_iterable((part, rows) for part, rows in split.items())
-        return {"fingerprint": common.data_fingerprint([*table.names, *table.clip_ids, values, *shas]),
-                "split": common.data_fingerprint(parts), "clips": len(table), "names": table.names}
+        return {"fingerprint": splitting.data_fingerprint([*table.names, *table.clip_ids, values, *shas]),
+                "split": splitting.data_fingerprint(parts), "clips": len(table), "names": table.names}
 
 
 def read_table_of(args, names=None, need_labels=True):
@@ -1948,7 +1950,7 @@ class FrameLstm(common.BackboneModel):
 
 def build_model(args, n_outputs):
     """The network that the flags (or a checkpoint's) describe; the seed decides the random part."""
-    torch.manual_seed(common.mix(args.seed))
+    torch.manual_seed(common.hash_seed(args.seed))
 
     def head(n_features):
         return Head(n_features, n_outputs, args.dropout, args.bounded)
@@ -1981,7 +1983,7 @@ class Behaviours:
         self.args, self.names = args, table.names
         counts = np.bincount(table.label[train], minlength=len(self.names))
         if (counts == 0).any():
-            raise common.UserError(f"no train row of class {common.some(itertools.compress(self.names, counts == 0))}; "
+            raise common.UserError(f"no train row of class {common.shorten_list(itertools.compress(self.names, counts == 0))}; "
                                    "change the split or the label map")
         self.positive = self.names.index(positive_class(args.positive_class, self.names, counts))
         self.prior = counts / counts.sum()
@@ -2049,7 +2051,7 @@ class Scores:
         constant = self.sd < 1e-9
         if constant.any() or np.isnan(self.mean).any():
             raise common.UserError("the same score in every train row, or none, is nothing to learn: "
-                                   f"{common.some(itertools.compress(self.names, ~(self.sd >= 1e-9)))}; leave it out "
+                                   f"{common.shorten_list(itertools.compress(self.names, ~(self.sd >= 1e-9)))}; leave it out "
                                    "with --target_columns")
         self.low, self.high = np.nanmin(target[train], axis=0), np.nanmax(target[train], axis=0)
         self.values, self.repeats = target, table.repeats
@@ -2108,7 +2110,7 @@ def positive_class(wanted, names, counts):
     spelled = {name.casefold(): name for name in names}
     if wanted and wanted.casefold() not in spelled:
         raise common.UserError(f"--positive_class {wanted} is no class{common.closest(wanted, names)} "
-                               f"(found: {common.some(names)})")
+                               f"(found: {common.shorten_list(names)})")
     return spelled[wanted.casefold()] if wanted else names[int(np.argmin(counts))]
 
 
@@ -2119,7 +2121,7 @@ def select_column(known, wanted):
         return "last", True
     if name not in known:
         raise common.UserError(f"--select {wanted} is no metric of this run{common.closest(name, known)}; "
-                               f"metrics: {common.some(known, 40)}, last")
+                               f"metrics: {common.shorten_list(known, 40)}, last")
     return f"val_{known[name]}", not known[name].endswith(common.LOWER_IS_BETTER)
 
 
@@ -2129,8 +2131,8 @@ def target_weights(pairs, names):
     spelled = {column_key(name): name for name in names}
     for text in pairs or []:
         name, _, value = text.rpartition("=")
-        if column_key(name) not in spelled or not common.NUMBER.fullmatch(value) or float(value) < 0:
-            raise common.UserError(f"--target_weights expects NAME=WEIGHT of {common.some(names, 40)}, found {text!r}")
+        if column_key(name) not in spelled or not csv_tables.NUMBER.fullmatch(value) or float(value) < 0:
+            raise common.UserError(f"--target_weights expects NAME=WEIGHT of {common.shorten_list(names, 40)}, found {text!r}")
         weights[spelled[column_key(name)]] = float(value)
     return np.array(list(weights.values()))
 
@@ -2224,13 +2226,13 @@ def fit(run, args, study, split):
     outputs = {part: evaluate(model, loader, args, compute) + shift for part, loader in loaders.items()}
     if args.task == "classify":
         best["calibration"] = calibrate(outputs["val"], objective.label[split["val"]], objective.positive)
-        common.save_checkpoint(run.path("best_model.pth"), common.plain(best))
+        common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
     return outputs, training, objective
 
 
 def prior_shift(objective, rows):
     """(C,) to add to the logits, so that they speak of the class shares of the data and not of those trained on."""
-    return common.prior_correction(np.zeros(len(objective.names)), objective.prior, objective.trained_prior(rows))
+    return calibrating.prior_correction(np.zeros(len(objective.names)), objective.prior, objective.trained_prior(rows))
 
 
 def describe(args, objective, shift):
@@ -2299,9 +2301,9 @@ class Scored:
 
 def calibrate(logits, label, positive):
     """Temperature, and threshold of the positive class after it, from validation logits (M, C) and labels (M,)."""
-    temperature = common.fit_temperature(logits, label)
+    temperature = calibrating.fit_temperature(logits, label)
     probability = common.softmax(logits / temperature)
-    return {"temperature": temperature, "threshold": common.fit_threshold(probability, label, positive=positive)}
+    return {"temperature": temperature, "threshold": calibrating.fit_threshold(probability, label, positive=positive)}
 
 
 def calibrated(scored):
@@ -2321,11 +2323,11 @@ def baselines(study, train, rows):
     table, groups = study.table, None if study.clusters is None else study.clusters[train]
     x, size = study.pooled, len(rows)
     if table.target is None:
-        logistic = common.fit_logistic(x[train], table.label[train], len(table.names), groups=groups, sd_floor=0.01)
-        return {"train_prior": common.prior_baseline(table.label[train], size, len(table.names)),
+        logistic = baseline_models.fit_logistic(x[train], table.label[train], len(table.names), groups=groups, sd_floor=0.01)
+        return {"train_prior": baseline_models.prior_baseline(table.label[train], size, len(table.names)),
                 "logistic": logistic.predict(x[rows])}
-    ridge = common.fit_ridge(x[train], table.target[train], groups=groups, sd_floor=0.01)
-    predicted = {"train_mean": common.train_mean_baseline(table.target[train], size), "ridge": ridge.predict(x[rows])}
+    ridge = baseline_models.fit_ridge(x[train], table.target[train], groups=groups, sd_floor=0.01)
+    predicted = {"train_mean": baseline_models.train_mean_baseline(table.target[train], size), "ridge": ridge.predict(x[rows])}
     moments = moment_levels(study)
     if moments is not None:
         predicted["moment_mean"] = np.stack([level_mean(table.target[train], moments[train] == moments[row])
@@ -2335,8 +2337,8 @@ def baselines(study, train, rows):
 
 def level_mean(target, chosen):
     """(R,) mean of the chosen rows, of all where a score has none: (n, R), (n,) bool."""
-    everywhere = common.train_mean_baseline(target, 1)[0]
-    own = common.train_mean_baseline(target[chosen], 1)[0] if chosen.any() else everywhere
+    everywhere = baseline_models.train_mean_baseline(target, 1)[0]
+    own = baseline_models.train_mean_baseline(target[chosen], 1)[0] if chosen.any() else everywhere
     return np.where(np.isnan(own), everywhere, own)
 
 
@@ -2354,7 +2356,7 @@ def write_predictions(path, study, scored):
         keys["group"] = study.clusters[rows]
     if table.target is not None:
         values = {"true": table.target[rows], "predicted": scored.outputs, **scored.baselines}
-        return common.write_target_table(path, keys, table.names, values)
+        return prediction_tables.write_target_table(path, keys, table.names, values)
     probability, threshold = decision_of(scored)
     chosen = common.predicted_class(probability, threshold, study.positive)
     names = np.array([*table.names, ""])  # label -1 = unknown
@@ -2370,7 +2372,7 @@ def read_predictions(path, study, split, part, calibration):
     """The predictions CSV of a finished fold -> Scored."""
     row_of = {name: row for row, name in enumerate(study.table.clip_ids)}
     if study.table.target is not None:
-        clips, values = common.read_target_table(path, "clip_id", study.table.names)
+        clips, values = prediction_tables.read_target_table(path, "clip_id", study.table.names)
         outputs = values.pop("predicted")
         values.pop("true")
     else:
@@ -2396,18 +2398,18 @@ class ClassPredictions:
 
 def read_probabilities(path):
     """predictions CSV -> ClassPredictions. Raises UserError for missing columns and labels that are no class."""
-    table = common.read_table(path)
+    table = csv_tables.read_table(path)
     names = [column.removeprefix("prob_") for column in table if column.startswith("prob_")]
     if not names or "true_label" not in table:
         raise common.UserError(f"--predictions {path}: expected columns true_label and prob_CLASS, found "
-                               f"{common.some(table.columns, 40)}")
+                               f"{common.shorten_list(table.columns, 40)}")
     unknown = sorted(set(table["true_label"]) - {*names, ""})
     if unknown:
-        raise common.UserError(f"--predictions {path}: true_label {common.some(unknown)} has no column prob_")
+        raise common.UserError(f"--predictions {path}: true_label {common.shorten_list(unknown)} has no column prob_")
 
     def block(kind):
         columns = [f"{kind}_{name}" for name in names]
-        return np.stack([common.to_numbers(table[c], f"{path}, column {c}") for c in columns], 1)
+        return np.stack([csv_tables.to_numbers(table[c], f"{path}, column {c}") for c in columns], 1)
     index = {**{name: c for c, name in enumerate(names)}, "": -1}
     kinds = [column.removesuffix(f"_{names[0]}") for column in table if column.endswith(f"_prob_{names[0]}")]
     probability = block("prob")
@@ -2417,7 +2419,7 @@ def read_probabilities(path):
     return ClassPredictions(names, list(table["clip_id"]), label, chosen, probability, logits,
                             {kind.removesuffix("_prob"): block(kind) for kind in kinds},
                             table["group"].to_numpy(str) if "group" in table else None,
-                            common.to_numbers(table["threshold"], f"{path}, column threshold")
+                            csv_tables.to_numbers(table["threshold"], f"{path}, column threshold")
                             if "threshold" in table else None)
 
 
@@ -2433,7 +2435,7 @@ def judge_classes(probability, label, names, positive, groups, others, threshold
     decide by their most probable class -> (result, its name)."""
     known = label >= 0
     best = best_baseline(others, label, names, positive) if others else None
-    return common.bootstrap_classification(
+    return subject_intervals.bootstrap_classification(
         probability[known], label[known], None if groups is None else groups[known], others[best][known] if best else
         None, names, None if threshold is None else threshold[known], positive), best
 
@@ -2455,24 +2457,24 @@ def class_results(run, args, study, scored):
     result, baseline = judge_classes(probability, label, names, positive, groups, scored.baselines, threshold)
     low = result["interval"]["roc_auc"][0] if result["interval"] else result["value"]["roc_auc"]
     levels = prior_levels(table)
-    confounds = common.flag_confounds(
-        common.level_priors(levels, table.label, *folds_apart(scored), study.clusters, positive), low)
+    confounds = confounding.flag_confounds(
+        confounding.level_priors(levels, table.label, *folds_apart(scored), study.clusters, positive), low)
     for row in confounds:
         if row["name"] in levels:
-            row["model_auc_within_levels"] = common.within_level_auc(probability[:, positive], label,
+            row["model_auc_within_levels"] = confounding.within_level_auc(probability[:, positive], label,
                                                                      levels[row["name"]][rows], positive)
-    common.plot_confusion(result["confusion"], names, run.path("confusion.png"))
-    common.plot_precision_recall(probability, label, names, run.path("precision_recall.png"),
+    plotting.plot_confusion(result["confusion"], names, run.path("confusion.png"))
+    plotting.plot_precision_recall(probability, label, names, run.path("precision_recall.png"),
                                  positive if len(names) == 2 else None)
-    common.plot_risk_coverage(probability.max(1), probability.argmax(1) == label, run.path("risk_coverage.png"))
-    common.plot_reliability(probability, label, run.path("reliability.png"),
+    plotting.plot_risk_coverage(probability.max(1), probability.argmax(1) == label, run.path("risk_coverage.png"))
+    plotting.plot_reliability(probability, label, run.path("reliability.png"),
                             common.softmax(scored.outputs) if scored.calibration else None)
     return {"metric": "roc_auc", "baseline": baseline, "positive_class": names[positive], "names": names,
             **{key: result[key] for key in ("value", "interval", "per_subject", "sign_flip_p", "method", "confusion",
                                             "n")},
-            "null_ece": common.expected_ece(probability.max(1)), "calibration": calibration_table(study, scored),
+            "null_ece": calibrating.expected_ece(probability.max(1)), "calibration": calibration_table(study, scored),
             "confounds": confounds,
-            "alarms": common.classification_alarms(probability, label, names, threshold, positive)}
+            "alarms": verdicts.classification_alarms(probability, label, names, threshold, positive)}
 
 
 def folds_apart(scored):
@@ -2493,7 +2495,7 @@ def calibration_table(study, scored):
         name = names[positive]
         table.append({"stage": stage, "nll": values["loss"], "brier": values["brier"], "ece": values["ece"],
                       "ece_adaptive": values["ece_adaptive"],
-                      "ece_of_a_calibrated_model": common.expected_ece(probability.max(1)),
+                      "ece_of_a_calibrated_model": calibrating.expected_ece(probability.max(1)),
                       "accuracy": values["accuracy"], **{f"{name}_{m}": values[f"{name}_{m}"]
                                                          for m in ("precision", "recall", "f1")}})
     return table
@@ -2504,24 +2506,24 @@ def score_results(run, args, study, scored):
     table, rows = study.table, scored.rows
     target, predicted, names = table.target[rows], scored.outputs, table.names
     groups = None if study.clusters is None else study.clusters[rows]
-    result, baseline = common.score_regression(predicted, target, groups, scored.baselines)
-    per_target = common.target_rows(result, names)
+    result, baseline = subject_intervals.score_regression(predicted, target, groups, scored.baselines)
+    per_target = subject_intervals.target_rows(result, names)
     for r, row in enumerate(per_target):
         row |= bias_and_slope(predicted[:, r], target[:, r])
     low = result["interval"]["mean_r2"][0] if result["interval"] else result["value"]["mean_r2"]
-    confounds = common.flag_confounds(
-        common.level_means(prior_levels(table), table.target, *folds_apart(scored), study.clusters), low)
+    confounds = confounding.flag_confounds(
+        confounding.level_means(prior_levels(table), table.target, *folds_apart(scored), study.clusters), low)
     common.write_table(run.path("scores.csv"), per_target)
-    common.plot_per_target(per_target, run.path("scores.png"))
-    common.plot_scatter(predicted, target, names, run.path("predicted_against_true.png"))
-    icc = {name: common.icc([each[row] for row in range(len(table))])
+    plotting.plot_per_target(per_target, run.path("scores.png"))
+    plotting.plot_scatter(predicted, target, names, run.path("predicted_against_true.png"))
+    icc = {name: rater_agreement.icc([each[row] for row in range(len(table))])
            for name, each in (table.single_ratings or {}).items()}
     return {"metric": "mean_r2", "baseline": baseline, "names": names, "per_target": per_target,
             "per_moment": moment_rows(study, scored), "icc": icc, "result": result, "confounds": confounds,
             "value": {k: v for k, v in result["value"].items() if "mean_" in k},
             "interval": {k: v for k, v in (result["interval"] or {}).items() if "mean_" in k} or None,
             "sign_flip_p": result["sign_flip_p"], "method": result["method"],
-            "alarms": common.regression_alarms(predicted, target, names) + slope_alarms(per_target)}
+            "alarms": verdicts.regression_alarms(predicted, target, names) + slope_alarms(per_target)}
 
 
 def bias_and_slope(predicted, target):
@@ -2557,13 +2559,13 @@ def moment_rows(study, scored):
 def criteria_values(study, metrics, scored):
     """(names -> value, names -> interval) that --criteria may name: those of the metrics, and MAE_LEVEL of moments."""
     if study.table.target is None:
-        return common.classification_values(metrics, study.table.names)
-    values, intervals = common.named_values(metrics["result"], study.table.names)
+        return verdicts.classification_values(metrics, study.table.names)
+    values, intervals = verdicts.named_values(metrics["result"], study.table.names)
     moments = moment_levels(study)
     for level in sorted(set(moments)) if moments is not None else ():
         rows = scored.rows[moments[scored.rows] == level]
         place = np.flatnonzero(np.isin(scored.rows, rows))
-        result = common.bootstrap_regression(scored.outputs[place], study.table.target[rows],
+        result = subject_intervals.bootstrap_regression(scored.outputs[place], study.table.target[rows],
                                              None if study.clusters is None else study.clusters[rows])
         for metric in common.REGRESSION_METRICS:
             values[f"{metric}_{level}"] = float(result["value"][f"mean_{metric}"])
@@ -2588,22 +2590,22 @@ def report_results(run, args, study, split, scored, alarms, best_epoch=None, fol
     held_out = scored.part == "test" or args.select == "last"
     metric = metrics["metric"].removeprefix("mean_")
     label = f"AUC of {metrics['positive_class']}" if study.table.target is None else None
-    verdict = common.verdict_sentence(metrics.get("result", metrics), metrics["baseline"].replace("_", " "), metric,
+    verdict = verdicts.verdict_sentence(metrics.get("result", metrics), metrics["baseline"].replace("_", " "), metric,
                                       held_out=held_out, label=label)
     flagged = [row["name"] for row in metrics["confounds"] if row["red_flag"] and row["name"] != "row order"]
     if flagged:
-        verdict += f" No pixel is needed to come as far: {common.some(flagged, 3)}."
-    criteria = common.parse_criteria(args.criteria, criteria_names(study))
+        verdict += f" No pixel is needed to come as far: {common.shorten_list(flagged, 3)}."
+    criteria = verdicts.parse_criteria(args.criteria, criteria_names(study))
     values, intervals = criteria_values(study, metrics, scored) if criteria else ({}, {})
     target = study.table.label[scored.rows] if study.table.target is None else study.table.target[scored.rows]
-    sample = common.effective_size(target, None if study.clusters is None else study.clusters[scored.rows])
+    sample = splitting.effective_size(target, None if study.clusters is None else study.clusters[scored.rows])
     metrics |= {"part": scored.part, "best_epoch": best_epoch, "verdict": verdict, "held_out": held_out,
-                "alarms": metrics["alarms"] + alarms, "criteria": common.judge_criteria(criteria, values, intervals),
+                "alarms": metrics["alarms"] + alarms, "criteria": verdicts.judge_criteria(criteria, values, intervals),
                 "sample": sample, "folds": list(folds)}
     metrics.pop("result", None)
     write_page(run, args, study, split, scored, metrics)
     common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
-    common.say_results(run, metrics)
+    verdicts.say_results(run, metrics)
     return metrics
 
 
@@ -2616,26 +2618,26 @@ def write_page(run, args, study, split, scored, metrics):
         for part, rows in split.items()]
     sections = [
         ("Data and split", [
-            common.html_text(f"{sample['rows']} clips scored, {len(set(study.table.events[scored.rows]))} events, "
+            reporting.html_text(f"{sample['rows']} clips scored, {len(set(study.table.events[scored.rows]))} events, "
                              f"{sample['distinct_label_vectors']} distinct label vectors, {subjects}; "
-                             f"{len(study.skipped)} rows skipped."), common.html_table(sizes)]),
-        ("Leakage", [*common.leakage_blocks(run), *audit_blocks(run)]),
-        ("Metrics", [*(common.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]),
+                             f"{len(study.skipped)} rows skipped."), reporting.html_table(sizes)]),
+        ("Leakage", [*reporting.leakage_blocks(run), *audit_blocks(run)]),
+        ("Metrics", [*(reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]),
                      *(class_blocks if is_classes else score_blocks)(run, metrics),
-                     *([common.html_table(metrics["criteria"], caption="Criteria")] if metrics["criteria"] else []),
-                     *([common.html_table(fold_rows_of(metrics["folds"]), caption="Folds")]
+                     *([reporting.html_table(metrics["criteria"], caption="Criteria")] if metrics["criteria"] else []),
+                     *([reporting.html_table(fold_rows_of(metrics["folds"]), caption="Folds")]
                        if metrics["folds"] else [])]),
         ("Without a pixel", confound_blocks(metrics)),
         ("Calibration", calibration_blocks(run, metrics)),
-        ("Learning curves", common.history_blocks(run)),
+        ("Learning curves", reporting.history_blocks(run)),
         ("Best and worst cases", case_blocks(study, scored)),
-        ("Limits", [common.html_text(limits_text(args, study, metrics))]),
-        ("Command and versions", common.command_blocks())]
+        ("Limits", [reporting.html_text(limits_text(args, study, metrics))]),
+        ("Command and versions", reporting.command_blocks())]
     name, value, interval = metrics["metric"], metrics["value"], metrics["interval"] or {}
-    level = common.verdict_level(value[f"difference_{name}"], interval.get(f"difference_{name}", (math.nan,) * 2)[0],
+    level = verdicts.verdict_level(value[f"difference_{name}"], interval.get(f"difference_{name}", (math.nan,) * 2)[0],
                                  metrics["alarms"] or any(row["red_flag"] for row in metrics["confounds"]))
     title = "Behaviour in clips" if is_classes else "Scores of frame sequences"
-    common.write_report(run.path("report.html"), f"{title}: {run.folder.name}", (level, metrics["verdict"]), sections,
+    reporting.write_report(run.path("report.html"), f"{title}: {run.folder.name}", (level, metrics["verdict"]), sections,
                         run.compute.text, key_figures(metrics, value, interval))
 
 
@@ -2649,7 +2651,7 @@ def key_figures(metrics, value, interval):
     else:
         labels = {"mean_r2": "Mean R2", "mean_pearson_r": "Mean r", "mean_mae": "Mean MAE",
                   "baseline_mean_r2": f"R2 of the {baseline}"}
-    return [common.key_figure(label, value[name], interval.get(name), metrics["method"])
+    return [reporting.key_figure(label, value[name], interval.get(name), metrics["method"])
             for name, label in labels.items()]
 
 
@@ -2668,12 +2670,12 @@ def class_blocks(run, metrics):
     per_class = [{"class": name, "n": int(n), **{m: with_interval(f"{name}_{m}") for m in common.CLASS_METRICS}}
                  for name, n in zip(metrics["names"], metrics["n"])]
     formats = dict.fromkeys(("value", "low", "high", "baseline"), ".3f")
-    return [common.html_table(overall, formats=formats, caption=f"On the {metrics['part']} rows; baseline: "
+    return [reporting.html_table(overall, formats=formats, caption=f"On the {metrics['part']} rows; baseline: "
                               f"{metrics['baseline'].replace('_', ' ')}; {metrics['method']}"),
-            common.html_table(per_class, caption="Each class against the rest, with 95 % intervals"),
-            common.html_image(run.path("confusion.png"), "Confusion matrix: rows true, columns predicted"),
-            common.html_image(run.path("precision_recall.png"), "Precision-recall and ROC curves"),
-            common.html_image(run.path("risk_coverage.png"), "Errors among the most confident")]
+            reporting.html_table(per_class, caption="Each class against the rest, with 95 % intervals"),
+            reporting.html_image(run.path("confusion.png"), "Confusion matrix: rows true, columns predicted"),
+            reporting.html_image(run.path("precision_recall.png"), "Precision-recall and ROC curves"),
+            reporting.html_image(run.path("risk_coverage.png"), "Errors among the most confident")]
 
 
 def score_blocks(run, metrics):
@@ -2682,18 +2684,18 @@ def score_blocks(run, metrics):
                "r2_high": "R2 high", "pearson_r": "r", "bias": "bias", "slope": "slope", "baseline_r2": "baseline R2",
                "baseline_mae": "baseline MAE"}
     formats = {name: ".3f" for name in columns if name not in ("target", "n")}
-    blocks = [common.html_table(metrics["per_target"], columns, formats,
+    blocks = [reporting.html_table(metrics["per_target"], columns, formats,
                                 caption=f"Each score on the {metrics['part']} rows, in its unit; baseline: "
                                         f"{metrics['baseline'].replace('_', ' ')}; {metrics['method']}"),
-              common.html_image(run.path("scores.png"), "r and R2, interval, baseline"),
-              common.html_image(run.path("predicted_against_true.png"), "Predicted against true")]
+              reporting.html_image(run.path("scores.png"), "r and R2, interval, baseline"),
+              reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true")]
     if metrics["per_moment"]:
         columns = {"moment": "moment", "target": "score", "n": "n", "mae": "MAE", "rmse": "RMSE", "r2": "R2",
                    "pearson_r": "r"}
-        blocks.append(common.html_table(metrics["per_moment"], columns, formats, caption="Each moment alone"))
+        blocks.append(reporting.html_table(metrics["per_moment"], columns, formats, caption="Each moment alone"))
     if metrics["icc"]:
         rows = [{"score": name, "ICC(1,1)": one, "ICC(1,k)": mean} for name, (one, mean) in metrics["icc"].items()]
-        blocks.append(common.html_table(rows, formats={"ICC(1,1)": ".3f", "ICC(1,k)": ".3f"},
+        blocks.append(reporting.html_table(rows, formats={"ICC(1,1)": ".3f", "ICC(1,k)": ".3f"},
                                         caption="Agreement of the raters"))
     return blocks
 
@@ -2701,14 +2703,14 @@ def score_blocks(run, metrics):
 def confound_blocks(metrics):
     """What metadata alone predict, beside the model."""
     if not metrics["confounds"]:
-        return [common.html_text("The table has no column with few levels: nothing to test.")]
+        return [reporting.html_text("The table has no column with few levels: nothing to test.")]
     formats = {name: ".3f" for name in metrics["confounds"][0] if name not in ("name", "n_levels", "red_flag")}
     rows = [{**row, "red_flag": "reaches the model" if row["red_flag"] else ""} for row in metrics["confounds"]]
     flagged = [row["name"] for row in metrics["confounds"] if row["red_flag"]]
     note = [] if not flagged else [
-        common.html_text(f"{common.some(flagged)}: known without looking at any picture, and as good as the "
+        reporting.html_text(f"{common.shorten_list(flagged)}: known without looking at any picture, and as good as the "
                          "model's interval allows. Judge the model within the levels.", "caution")]
-    return [*note, common.html_table(rows, formats=formats, caption="Each column's train rate (or mean) per level as a "
+    return [*note, reporting.html_table(rows, formats=formats, caption="Each column's train rate (or mean) per level as a "
                                      "predictor of the scored rows")]
 
 
@@ -2720,13 +2722,13 @@ def calibration_blocks(run, metrics):
     note = ("Temperature and threshold were fitted on other rows (validation, or the other folds)."
             if len(metrics["calibration"]) > 1 else "Temperature and threshold were fitted on these very rows and are "
             "therefore shown for test rows and folds only; they are in best_model.pth.")
-    return [common.html_text(note), common.html_table(metrics["calibration"], formats=formats),
-            common.html_image(run.path("reliability.png"), "Reliability: how often a confidence is right")]
+    return [reporting.html_text(note), reporting.html_table(metrics["calibration"], formats=formats),
+            reporting.html_image(run.path("reliability.png"), "Reliability: how often a confidence is right")]
 
 
 def audit_blocks(run):
     """The audit of the parts as text, where there is one."""
-    return [common.html_code(run.path("audit.txt").read_text(encoding="utf-8"))]
+    return [reporting.html_code(run.path("audit.txt").read_text(encoding="utf-8"))]
 
 
 def case_blocks(study, scored, count=5):
@@ -2749,8 +2751,8 @@ def case_blocks(study, scored, count=5):
         frames = study.frames(rows[i])
         return {"image": np.asarray(frames[len(frames) // 2]), "title": table.clip_ids[rows[i]], "lines": lines[i]}
     order = np.argsort(error, kind="stable")
-    return [common.html_text("Best:"), common.html_cases([case(i) for i in order[:count]]),
-            common.html_text("Worst:"), common.html_cases([case(i) for i in order[::-1][:count]])]
+    return [reporting.html_text("Best:"), reporting.html_cases([case(i) for i in order[:count]]),
+            reporting.html_text("Worst:"), reporting.html_cases([case(i) for i in order[::-1][:count]])]
 
 
 def limits_text(args, study, metrics):
@@ -2792,7 +2794,7 @@ def prepare_split(run, args, study, split):
     names = [study.audit(row) for row in range(len(table))]
     phash = np.array([each.phash for each in names], dtype=np.uint64)
     whole = table.groups if args.split_by in (None, "group") and args.group_column else None
-    common.record_split(run, split, table.clip_ids, [each.pixel_sha for each in names], phash, whole, table.events)
+    splitting.record_split(run, split, table.clip_ids, [each.pixel_sha for each in names], phash, whole, table.events)
 
 
 def run_split(run, args, study, split):
@@ -2816,9 +2818,9 @@ def run_split(run, args, study, split):
             scored[part] = Scored(rows, outputs[part], baselines(study, split["train"], rows), part,
                                   [(split["train"], rows)], fitted)
             write_predictions(run.path(f"predictions_{part}.csv"), study, scored[part])
-    common.plot_history(plotted(training.history, objective), run.path("training_history.png"), training.best["epoch"])
+    plotting.plot_history(plotted(training.history, objective), run.path("training_history.png"), training.best["epoch"])
     gaps = [objective.history(outputs[part], split[part]) for part in ("train", "val")]
-    alarms = common.split_gap_alarms(*gaps, "roc_auc" if args.task == "classify" else "pearson_r")
+    alarms = verdicts.split_gap_alarms(*gaps, "roc_auc" if args.task == "classify" else "pearson_r")
     report_results(run, args, study, split, scored.get("test", scored["val"]), alarms, training.best["epoch"])
     return scored
 
@@ -2850,7 +2852,7 @@ def folds_of(args, study):
         folds = read_cv_file(args.cv_file, table)
         return [{"train": np.setdiff1d(fold["train"], test), "val": np.setdiff1d(fold["val"], test), "test": test}
                 for fold in folds]
-    fold_of = common.make_folds(len(rest), args.folds, study.strata[rest], split_units(args, study)[rest], args.seed,
+    fold_of = splitting.make_folds(len(rest), args.folds, study.strata[rest], split_units(args, study)[rest], args.seed,
                                 table.clip_ids[rest])
     return [{"train": rest[fold_of != k], "val": rest[fold_of == k], "test": test} for k in range(args.folds)]
 
@@ -2870,13 +2872,13 @@ def split_of(args, study):
     if args.test_groups:
         kept = group_mask(table, args.test_groups)
         return {**part_of_train(args, study, np.flatnonzero(~kept)), "test": np.flatnonzero(kept)}
-    return common.split_of_flags(args, table.clip_ids, study.strata, units)
+    return splitting.split_of_flags(args, table.clip_ids, study.strata, units)
 
 
 def part_of_train(args, study, rows):
     """train and val cut from these rows by their ratios."""
     share = args.val_ratio / (args.train_ratio + args.val_ratio)
-    made = common.make_split(len(rows), {"train": 1 - share, "val": share}, study.strata[rows],
+    made = splitting.make_split(len(rows), {"train": 1 - share, "val": share}, study.strata[rows],
                              split_units(args, study)[rows], args.seed, study.table.clip_ids[rows])
     return {part: rows[places] for part, places in made.items()}
 
@@ -2904,7 +2906,7 @@ def run_folds(run, args, study):
     write_fold_moments(run, study, done, results)
     pooled = pool([result["val"] for result in results], study)
     write_predictions(run.path("predictions_folds.csv"), study, pooled)
-    alarms = common.identical_fold_alarms([list(fold["metrics"].values()) for fold in done])
+    alarms = verdicts.identical_fold_alarms([list(fold["metrics"].values()) for fold in done])
     report_results(run, args, study, parts, pooled, alarms, folds=done)
     if len(folds[0]["test"]):
         with run.child("test_ensemble") as child:
@@ -3056,7 +3058,7 @@ def prediction_rows(study, per_member):
 
 def run_evaluate(args):
     """--mode evaluate: metrics with intervals of a predictions CSV, without model or video."""
-    is_classes = any(column.startswith("prob_") for column in common.read_table(args.predictions))
+    is_classes = any(column.startswith("prob_") for column in csv_tables.read_table(args.predictions))
     metrics = evaluate_classes(args) if is_classes else evaluate_scores(args)
     output = args.output or Path("metrics.json")
     common.write_json(output, metrics)
@@ -3078,34 +3080,34 @@ def evaluate_classes(args):
     result, baseline = judge_classes(found.probability, found.label, names, positive, found.groups, found.baselines,
                                      found.threshold)
     print_values(result, [*common.CLASSIFICATION_METRICS, *(f"{n}_{m}" for n in names for m in common.CLASS_METRICS)])
-    criteria = common.parse_criteria(args.criteria, list(common.classification_names(names)))
+    criteria = verdicts.parse_criteria(args.criteria, list(common.classification_names(names)))
     return {"positive_class": names[positive], "baseline": baseline,
             "decisions": decision_metrics(found.chosen[labelled], found.label[labelled], names, positive),
-            "null_ece": common.expected_ece(found.probability[labelled].max(1)),
+            "null_ece": calibrating.expected_ece(found.probability[labelled].max(1)),
             **{key: result[key] for key in ("value", "interval", "confusion", "n", "sign_flip_p", "method")},
-            "alarms": common.classification_alarms(found.probability, found.label, names, found.threshold, positive),
-            "criteria": common.judge_criteria(criteria, *common.classification_values(result, names))}
+            "alarms": verdicts.classification_alarms(found.probability, found.label, names, found.threshold, positive),
+            "criteria": verdicts.judge_criteria(criteria, *verdicts.classification_values(result, names))}
 
 
 def evaluate_scores(args):
     """Metrics of a predictions CSV of scores, as run_evaluate writes them."""
-    table = common.read_table(args.predictions)
+    table = csv_tables.read_table(args.predictions)
     names = [column.removesuffix("_predicted") for column in table if column.endswith("_predicted")]
     if not names or f"{names[0]}_true" not in table:
         raise common.UserError(f"--predictions {args.predictions}: expected columns NAME_true and NAME_predicted, "
-                               f"found {common.some(table.columns, 40)}")
-    _, values = common.read_target_table(args.predictions, "clip_id", names)
+                               f"found {common.shorten_list(table.columns, 40)}")
+    _, values = prediction_tables.read_target_table(args.predictions, "clip_id", names)
     groups = table["group"].to_numpy(str) if "group" in table else None
     others = {kind: each for kind, each in values.items() if kind not in ("true", "predicted", "sd")}
     if others:
-        result, baseline = common.score_regression(values["predicted"], values["true"], groups, others)
+        result, baseline = subject_intervals.score_regression(values["predicted"], values["true"], groups, others)
     else:
-        result, baseline = common.bootstrap_regression(values["predicted"], values["true"], groups), None
-    numbers, intervals = common.named_values(result, names)
+        result, baseline = subject_intervals.bootstrap_regression(values["predicted"], values["true"], groups), None
+    numbers, intervals = verdicts.named_values(result, names)
     print_values(result, [f"mean_{name}" for name in common.REGRESSION_METRICS])
     return {"baseline": baseline, **{key: result[key] for key in ("value", "interval", "sign_flip_p", "method")},
-            "alarms": common.regression_alarms(values["predicted"], values["true"], names),
-            "criteria": common.judge_criteria(common.parse_criteria(args.criteria, list(numbers)), numbers, intervals)}
+            "alarms": verdicts.regression_alarms(values["predicted"], values["true"], names),
+            "criteria": verdicts.judge_criteria(verdicts.parse_criteria(args.criteria, list(numbers)), numbers, intervals)}
 
 
 def print_values(result, names):
@@ -3141,7 +3143,7 @@ def run_audit(args):
 def say_effective_size(run, study):
     """What the data really hold, before anything else: rows, distinct labels, groups, rows of each class."""
     table = study.table
-    size = common.effective_size(table.label if table.target is None else table.target, study.clusters)
+    size = splitting.effective_size(table.label if table.target is None else table.target, study.clusters)
     classes = "" if table.label is None else "; " + ", ".join(
         f"{(table.label == c).sum()} {name}" for c, name in enumerate(table.names))
     run.say(f"effective sample: {size['rows']} clips, {len(set(table.events))} events, "
@@ -3154,7 +3156,7 @@ def run_train(args):
     with common.start_run(args) as run:
         study = load_study(args, run.say, run.path("skipped.csv"))
         say_effective_size(run, study)
-        common.parse_criteria(args.criteria, criteria_names(study))
+        verdicts.parse_criteria(args.criteria, criteria_names(study))
         TASKS[args.task](args, study.table, np.arange(len(study.table))).select(args.select)
         augment_presets(study.table, args.augment_for, args.augment, tuple(common.AUGMENTATIONS))
         if args.init_from:

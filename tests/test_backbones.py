@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import common
+from evidence import baseline_models
 import train_assessor
 
 
@@ -136,7 +137,7 @@ def test_the_solved_head_is_ridge_on_the_tuned_features():
     batch = {"input": torch.from_numpy(features), "target": torch.zeros(40, 3), "weight": torch.ones(40, 3)}
     scaler = {"mean": np.zeros(3), "sd": np.ones(3)}
     train_assessor.solve_head(model, [batch], Data, np.arange(40), scaler, args, common.choose_compute("cpu", "off"))
-    expected = common.fit_ridge(features, ratings, sd_floor=train_assessor.FEATURE_SD_FLOOR).predict(features)
+    expected = baseline_models.fit_ridge(features, ratings, sd_floor=train_assessor.FEATURE_SD_FLOOR).predict(features)
     with torch.inference_mode():
         assert np.allclose(model(torch.from_numpy(features)).numpy(), expected, atol=1e-4)
 
@@ -149,6 +150,6 @@ def test_a_feature_that_hardly_varied_does_not_explode():
     target = features[:, :1] + 1e3 * features[:, 4:]
     new = np.array([[0.0, 0.0, 0.0, 0.0, 1.0]])
     plain, floored = (
-        abs(common.fit_ridge(features, target, sd_floor=floor).predict(new)).max() for floor in (0.0, 0.01)
+        abs(baseline_models.fit_ridge(features, target, sd_floor=floor).predict(new)).max() for floor in (0.0, 0.01)
     )
     assert plain > 100 and floored < plain / 5

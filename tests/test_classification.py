@@ -18,6 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
 import common
+from evidence import baseline_models, calibrating, confounding, plotting, subject_intervals, verdicts
 
 NAMES = ["ear", "none", "tail", "wall"]
 
@@ -149,7 +150,7 @@ def test_threshold_gives_the_positive_class_from_the_threshold_on():
 def test_row_weights_equal_repeated_rows():
     _, probability, label = scored_rows(rows=80, digits=1)
     times = np.random.default_rng(1).integers(0, 4, (5, 80))
-    weighted = common._class_statistic(probability, label, None, None, NAMES)(times.astype(float))
+    weighted = common.class_statistic(probability, label, None, None, NAMES)(times.astype(float))
     for draw, counts in enumerate(times):
         rows = np.repeat(np.arange(80), counts)
         direct = common.classification_metrics(probability[rows], label[rows], names=NAMES)
@@ -172,7 +173,7 @@ def test_sklearn_average_precision_and_auc_under_weights():
 @pytest.mark.parametrize("rows, published", [(35, 0.149), (60, 0.115), (128, 0.080), (191, 0.065), (361, 0.046),
                                              (1000, 0.028)])
 def test_expected_ece_of_confidences_between_a_half_and_one(rows, published):
-    found = [common.expected_ece(np.random.default_rng(seed).uniform(0.5, 1.0, rows), draws=300, seed=seed)
+    found = [calibrating.expected_ece(np.random.default_rng(seed).uniform(0.5, 1.0, rows), draws=300, seed=seed)
              for seed in range(10)]
     assert abs(np.mean(found) - published) < 0.005
 
@@ -183,27 +184,27 @@ def test_expected_ece_is_what_calibrated_models_show():
         _, probability, label = scored_rows(rows=128, classes=2, seed=seed)
         metrics = common.classification_metrics(probability, label)
         shown.append((metrics["ece"], metrics["ece_adaptive"]))
-        expected.append([common.expected_ece(probability.max(1), draws=100, adaptive=kind) for kind in (False, True)])
+        expected.append([calibrating.expected_ece(probability.max(1), draws=100, adaptive=kind) for kind in (False, True)])
     np.testing.assert_allclose(np.mean(shown, 0), np.mean(expected, 0), atol=0.006)
-    high = common.expected_ece(probability.max(1), level=0.95)
-    assert high > common.expected_ece(probability.max(1)) > 0
+    high = calibrating.expected_ece(probability.max(1), level=0.95)
+    assert high > calibrating.expected_ece(probability.max(1)) > 0
 
 
 def test_risk_coverage_by_hand_and_whatever_the_order_of_tied_rows():
-    coverage, risk = common.risk_coverage([0.9, 0.6, 0.8, 0.6], [True, True, False, False])
+    coverage, risk = calibrating.risk_coverage([0.9, 0.6, 0.8, 0.6], [True, True, False, False])
     np.testing.assert_allclose(coverage, [0.25, 0.5, 1.0])
     np.testing.assert_allclose(risk, [0.0, 0.5, 0.5])
-    assert len(common.risk_coverage([], [])[0]) == 0
+    assert len(calibrating.risk_coverage([], [])[0]) == 0
 
 
 # --- intervals -----------------------------------------------------------------------------------
 
 def test_wilson_interval_of_7_of_19_and_against_statsmodels_formula():
-    assert [round(end, 2) for end in common.wilson_interval(7, 19)] == [0.19, 0.59]
+    assert [round(end, 2) for end in subject_intervals.wilson_interval(7, 19)] == [0.19, 0.59]
     for k, n in ((0, 5), (3, 8), (50, 50), (1, 400)):
         theirs = stats.binomtest(k, n).proportion_ci(0.95, "wilson")
-        assert common.wilson_interval(k, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
-    assert all(math.isnan(end) for end in common.wilson_interval(0, 0))
+        assert subject_intervals.wilson_interval(k, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert all(math.isnan(end) for end in subject_intervals.wilson_interval(0, 0))
 
 
 def clustered_scores(subjects, rows, generator, separation=1.2, icc=0.3, rate=0.4):
@@ -228,7 +229,7 @@ def test_intervals_over_subjects_cover_89_to_98_percent(subjects, rows, separati
 
     Nominal 95 %; a run of 600 gave 92 to 94 % at 40 subjects, and three standard errors of 400 are 4 %.
     """
-    generator, hits, draw = np.random.default_rng(subjects), np.zeros(len(COVERED)), common.bootstrap_classification
+    generator, hits, draw = np.random.default_rng(subjects), np.zeros(len(COVERED)), subject_intervals.bootstrap_classification
     model, baseline, label, names = clustered_scores(4000, rows, generator, separation)
     value = draw(model, label, names, baseline, ["a", "b"], draws=1)["value"]
     truth = [value[key] for key in COVERED]
@@ -246,7 +247,7 @@ def test_copies_of_a_row_add_nothing_where_subjects_are_named():
     probability, label = two_classes(rows=60)
     copies = [np.repeat(array, 18, axis=0) for array in (probability, label)]
     keys = ("roc_auc", "1_average_precision", "macro_f1", "brier")
-    single, subjects, rows = (common.bootstrap_classification(*given)["interval"] for given in (
+    single, subjects, rows = (subject_intervals.bootstrap_classification(*given)["interval"] for given in (
         (probability, label), (*copies, np.repeat([f"s{k:02d}" for k in range(60)], 18)), copies))
     for key in keys:
         np.testing.assert_allclose(subjects[key], single[key], rtol=1e-9)
@@ -256,9 +257,9 @@ def test_copies_of_a_row_add_nothing_where_subjects_are_named():
 def test_bootstrap_equals_resampling_the_rows_themselves():
     _, probability, label = scored_rows(rows=100)
     subjects = np.repeat([f"s{k:02d}" for k in range(25)], 4)
-    statistic = common._paired_weights([common._class_statistic(probability, label, None, None, NAMES)],
+    statistic = subject_intervals._paired_weights([common.class_statistic(probability, label, None, None, NAMES)],
                                        np.repeat(np.arange(25), 4))
-    drawn = common._bootstrap_draws(statistic, 25, 6, 3)
+    drawn = subject_intervals._bootstrap_draws(statistic, 25, 6, 3)
     for draw, pick in enumerate(np.random.default_rng(3).integers(0, 25, (6, 25))):
         rows = np.concatenate([np.flatnonzero(subjects == f"s{k:02d}") for k in pick])
         direct = common.classification_metrics(probability[rows], label[rows], names=NAMES)
@@ -269,7 +270,7 @@ def test_bootstrap_equals_resampling_the_rows_themselves():
 def test_bootstrap_classification_holds_values_and_pairs_the_baseline():
     _, probability, label = scored_rows(rows=200)
     label[::7] = -1
-    result = common.bootstrap_classification(probability, label, baseline=probability, names=NAMES, draws=300)
+    result = subject_intervals.bootstrap_classification(probability, label, baseline=probability, names=NAMES, draws=300)
     direct = common.classification_metrics(probability, label, names=NAMES)
     for key in set(direct) - {"n", "confusion"}:
         low, high = result["interval"][key]
@@ -278,47 +279,47 @@ def test_bootstrap_classification_holds_values_and_pairs_the_baseline():
         np.testing.assert_array_equal(result["interval"][f"difference_{key}"], [0.0, 0.0])
     assert result["rows"] == result["subjects"] == direct["n"] and result["method"].endswith("rows")
     np.testing.assert_array_equal(result["n"], result["n_subjects"])
-    np.testing.assert_array_equal(result["interval"]["tail_recall"], common.wilson_interval(
+    np.testing.assert_array_equal(result["interval"]["tail_recall"], subject_intervals.wilson_interval(
         direct["confusion"][2, 2], direct["confusion"][2].sum()))
 
 
 def test_blocks_of_draws_give_the_same_intervals(monkeypatch):
     probability, label = two_classes(rows=120)
-    whole = common.bootstrap_classification(probability, label, draws=50)["interval"]["roc_auc"]
-    statistic, shapes = common._class_statistic, []
+    whole = subject_intervals.bootstrap_classification(probability, label, draws=50)["interval"]["roc_auc"]
+    statistic, shapes = common.class_statistic, []
 
     def spy(*given):
         inner = statistic(*given)
         return lambda weights: shapes.append(weights.shape) or inner(weights)
-    monkeypatch.setattr(common, "_class_statistic", spy)
+    monkeypatch.setattr(common, "class_statistic", spy)
     many = np.tile(probability, (200, 1)), np.tile(label, 200)
-    common.bootstrap_classification(*many, np.tile(np.arange(120) // 4, 200), draws=50)
+    subject_intervals.bootstrap_classification(*many, np.tile(np.arange(120) // 4, 200), draws=50)
     assert max(rows for rows, _ in shapes) == 41  # 1,000,000 // 24,000 draws at once
     monkeypatch.undo()
-    np.testing.assert_array_equal(common.bootstrap_classification(probability, label, draws=50)["interval"]["roc_auc"],
+    np.testing.assert_array_equal(subject_intervals.bootstrap_classification(probability, label, draws=50)["interval"]["roc_auc"],
                                   whole)
 
 
 def test_few_subjects_get_values_only_and_nine_get_p():
     model, baseline, label, names = clustered_scores(9, 18, np.random.default_rng(0), 2.5)
-    two = common.bootstrap_classification(model[:36], label[:36], names[:36], baseline[:36])
+    two = subject_intervals.bootstrap_classification(model[:36], label[:36], names[:36], baseline[:36])
     assert two["interval"] is None and set(two["sign_flip_p"].values()) == {None}
     assert two["per_subject"]["roc_auc"][0] == common.classification_metrics(model[:18], label[:18])["roc_auc"]
-    nine = common.bootstrap_classification(model, label, names, baseline)
+    nine = subject_intervals.bootstrap_classification(model, label, names, baseline)
     own = [common.classification_metrics(model[names == s], label[names == s])["brier"]
            - common.classification_metrics(baseline[names == s], label[names == s])["brier"] for s in range(9)]
-    assert nine["sign_flip_p"]["brier"] == pytest.approx(common.sign_flip_p(own))
+    assert nine["sign_flip_p"]["brier"] == pytest.approx(subject_intervals.sign_flip_p(own))
     assert "t-interval over 9 subjects" in nine["method"]
 
 
 def test_a_class_in_few_subjects_has_no_interval_and_a_perfect_one_is_not_beyond_doubt():
     subjects, label = np.repeat(np.arange(24), 5), np.tile([0, 0, 0, 1, 1], 24)
     perfect = np.stack([1 - label, label], 1) * 0.8 + 0.1
-    found = common.bootstrap_classification(perfect, label, subjects, names=["a", "b"])["interval"]
-    np.testing.assert_array_equal(found["roc_auc"], common.wilson_interval(24, 24))
-    np.testing.assert_array_equal(found["b_recall"], common.wilson_interval(24, 24))
+    found = subject_intervals.bootstrap_classification(perfect, label, subjects, names=["a", "b"])["interval"]
+    np.testing.assert_array_equal(found["roc_auc"], subject_intervals.wilson_interval(24, 24))
+    np.testing.assert_array_equal(found["b_recall"], subject_intervals.wilson_interval(24, 24))
     rare = np.where(subjects < 4, label, 0)
-    found = common.bootstrap_classification(perfect, rare, subjects, names=["a", "b"])["interval"]
+    found = subject_intervals.bootstrap_classification(perfect, rare, subjects, names=["a", "b"])["interval"]
     assert np.isnan(found["roc_auc"]).all() and np.isnan(found["b_recall"]).all()
     assert np.isfinite(found["accuracy"]).all()
 
@@ -326,7 +327,7 @@ def test_a_class_in_few_subjects_has_no_interval_and_a_perfect_one_is_not_beyond
 # --- baselines -----------------------------------------------------------------------------------
 
 def test_prior_baseline_is_the_train_share():
-    np.testing.assert_allclose(common.prior_baseline([0, 2, 2, -1, 2], 2, 4), [[0.25, 0, 0.75, 0]] * 2)
+    np.testing.assert_allclose(baseline_models.prior_baseline([0, 2, 2, -1, 2], 2, 4), [[0.25, 0, 0.75, 0]] * 2)
 
 
 def features_of_classes(rows, features, classes, seed=0):
@@ -340,7 +341,7 @@ def features_of_classes(rows, features, classes, seed=0):
 @pytest.mark.parametrize("penalty", [0.1, 30.0])
 def test_logistic_equals_sklearn_at_equal_lambda(rows, features, classes, penalty):
     x, z, label = features_of_classes(rows, features, classes)
-    ours = common.fit_logistic(x, label, lambdas=[penalty])
+    ours = baseline_models.fit_logistic(x, label, lambdas=[penalty])
     theirs = LogisticRegression(C=1 / penalty, tol=1e-10, max_iter=20000).fit(z, label)
     np.testing.assert_allclose(ours.predict(x), theirs.predict_proba(z), atol=1e-6)
     assert ours.penalty == penalty
@@ -351,12 +352,12 @@ def test_logistic_chooses_lambda_as_a_grid_search_over_the_same_folds(rows, feat
     x, z, label = features_of_classes(rows, features, 3)
     fold_of = np.zeros(rows, int)
     groups = np.arange(rows) // 2
-    for number, members in enumerate(common._inner_folds(groups.astype(str), 5, 0)):
+    for number, members in enumerate(baseline_models._inner_folds(groups.astype(str), 5, 0)):
         fold_of[members] = number
-    search = GridSearchCV(LogisticRegression(max_iter=5000), {"C": [1 / v for v in common.LOGISTIC_LAMBDAS]},
+    search = GridSearchCV(LogisticRegression(max_iter=5000), {"C": [1 / v for v in baseline_models.LOGISTIC_LAMBDAS]},
                           cv=PredefinedSplit(fold_of), scoring=lambda m, a, b: -judge.log_loss(
                               b, m.predict_proba(a), labels=[0, 1, 2], normalize=False))
-    ours = common.fit_logistic(x, label, groups=groups)
+    ours = baseline_models.fit_logistic(x, label, groups=groups)
     assert ours.penalty == pytest.approx(1 / search.fit(z, label).best_params_["C"])
 
 
@@ -364,21 +365,21 @@ def test_logistic_survives_absent_and_lone_classes_and_missing_labels():
     x, _, label = features_of_classes(80, 5, 3)
     label[label == 1] = 0
     label[3], label[10:20] = 1, -1  # a class with one row, ten rows without a label, class 3 and 4 unseen
-    predicted = common.fit_logistic(x, label, n_classes=5).predict(x)
+    predicted = baseline_models.fit_logistic(x, label, n_classes=5).predict(x)
     assert predicted.shape == (80, 5) and np.isfinite(predicted).all() and (predicted[:, 3:] == 0).all()
     np.testing.assert_allclose(predicted.sum(1), 1.0)
     kept = label >= 0
-    alone = common.fit_logistic(x[kept], label[kept], n_classes=5, groups=np.arange(80)[kept])
+    alone = baseline_models.fit_logistic(x[kept], label[kept], n_classes=5, groups=np.arange(80)[kept])
     np.testing.assert_allclose(alone.predict(x), predicted, rtol=1e-9)
-    assert (common.fit_logistic(x, np.zeros(80, int), n_classes=2).predict(x)[:, 0] == 1).all()
+    assert (baseline_models.fit_logistic(x, np.zeros(80, int), n_classes=2).predict(x)[:, 0] == 1).all()
     with pytest.raises(common.UserError, match="needs labelled rows, found none among 80"):
-        common.fit_logistic(x, np.full(80, -1))
+        baseline_models.fit_logistic(x, np.full(80, -1))
 
 
 def test_logistic_on_noise_comes_back_to_the_prior():
     generator = np.random.default_rng(0)
     x, label = generator.normal(size=(100, 300)), (generator.random(100) < 0.3).astype(int)
-    predicted = common.fit_logistic(x, label).predict(generator.normal(size=(100, 300)))
+    predicted = baseline_models.fit_logistic(x, label).predict(generator.normal(size=(100, 300)))
     assert predicted[:, 1].std() < 0.15 and abs(predicted[:, 1].mean() - label.mean()) < 0.05
 
 
@@ -395,32 +396,32 @@ def planted_levels(rows=600, seed=0):
 
 def test_level_priors_find_the_planted_column_and_only_it():
     levels, label, order, pair = planted_levels()
-    rows = common.level_priors(levels, label, order[:300], order[300:], draws=500)
+    rows = confounding.level_priors(levels, label, order[:300], order[300:], draws=500)
     found = {row["name"]: row for row in rows}
     assert rows[0]["name"] == "pair" and set(found) == {"pair", "room", "row order"}
     rate = np.array([label[order[:300]][pair[order[:300]] == k].mean() for k in range(4)])[pair]
     direct = judge.roc_auc_score(label[order[300:]], rate[order[300:]])
     assert found["pair"]["auc"] == pytest.approx(direct) and direct > 0.75 and found["pair"]["n_levels"] == 4
     assert found["room"]["low"] < 0.5 < found["room"]["high"]
-    flags = {row["name"]: row["red_flag"] for row in common.flag_confounds(rows, 0.7)}
+    flags = {row["name"]: row["red_flag"] for row in confounding.flag_confounds(rows, 0.7)}
     assert flags == {"pair": True, "room": False, "row order": False}
-    assert not any(row["red_flag"] for row in common.flag_confounds(rows, math.nan))
+    assert not any(row["red_flag"] for row in confounding.flag_confounds(rows, math.nan))
 
 
 def test_level_rates_are_smoothed_and_new_levels_get_the_overall_rate():
     codes, target = np.array([0, 0, 1, 1, 1, 2]), np.array([1.0, 1, 0, 0, np.nan, 1])[:, None]
-    rates = common._level_rates(codes, target, np.arange(5), np.array([0, 2, 5]))
+    rates = confounding._level_rates(codes, target, np.arange(5), np.array([0, 2, 5]))
     np.testing.assert_allclose(rates[:, 0], [(2 + 0.5) / 3, (0 + 0.5) / 3, 0.5])
 
 
 def test_row_order_is_a_predictor_where_the_file_is_sorted():
     label = np.sort(np.random.default_rng(0).integers(0, 2, 400))
     order = np.random.default_rng(1).permutation(400)
-    row = common.level_priors({}, label, order[:200], order[200:], draws=200)[0]
+    row = confounding.level_priors({}, label, order[:200], order[200:], draws=200)[0]
     assert row["name"] == "row order" and row["auc"] > 0.95
     # two files, each sorted by class: the row number in the own file tells it, the index over both does not
     files, train, test = np.concatenate([label, label]), np.arange(400), np.arange(400, 800)
-    rows = [common.level_priors({}, files, train, test, position=given, draws=200)[0]["auc"]
+    rows = [confounding.level_priors({}, files, train, test, position=given, draws=200)[0]["auc"]
             for given in (np.tile(np.arange(400), 2), None)]
     assert rows[0] > 0.95 and rows[1] == 0.5
 
@@ -429,7 +430,7 @@ def test_priors_use_subjects_and_missing_labels():
     levels, label, order, _ = planted_levels(200)
     label[order[150:]] = -1
     groups = np.random.default_rng(0).integers(0, 3, 200)
-    row = common.level_priors(levels, label, order[:100], order[100:], groups)[0]
+    row = confounding.level_priors(levels, label, order[:100], order[100:], groups)[0]
     assert row["auc"] > 0.6 and math.isnan(row["low"])  # three subjects
 
 
@@ -438,14 +439,14 @@ def test_folds_without_shared_levels_leave_a_prior_at_exactly_one_half():
     levels, label, _, pair = planted_levels()
     held_out = [np.flatnonzero(pair == k) for k in range(4)]
     train = [np.flatnonzero(pair != k) for k in range(4)]
-    found = common.level_priors({"pair": pair}, label, train, held_out, draws=50)
+    found = confounding.level_priors({"pair": pair}, label, train, held_out, draws=50)
     assert {row["name"]: row["auc"] for row in found}["pair"] == 0.5
     folds = [np.arange(600) % 3 == k for k in range(3)]
-    pooled = common.level_priors({"pair": pair}, label, [np.flatnonzero(~f) for f in folds],
+    pooled = confounding.level_priors({"pair": pair}, label, [np.flatnonzero(~f) for f in folds],
                                  [np.flatnonzero(f) for f in folds], draws=50)
     pooled = {row["name"]: row["auc"] for row in pooled}["pair"]
     assert pooled == pytest.approx(judge.roc_auc_score(label, pair), abs=0.02)
-    assert common.level_priors(levels, label, list(range(300)), list(range(300, 600)), draws=50)[0]["name"] == "pair"
+    assert confounding.level_priors(levels, label, list(range(300)), list(range(300, 600)), draws=50)[0]["name"] == "pair"
 
 
 def test_level_means_of_planted_moments():
@@ -453,31 +454,31 @@ def test_level_means_of_planted_moments():
     moment = generator.integers(0, 5, 400)
     target = np.stack([moment + generator.normal(size=400), generator.normal(size=400)], 1)
     target[::9, 0] = np.nan
-    rows = common.level_means({"moment": moment}, target, np.arange(200), np.arange(200, 400), draws=300)
+    rows = confounding.level_means({"moment": moment}, target, np.arange(200), np.arange(200, 400), draws=300)
     assert rows[0]["name"] == "moment" and rows[0]["low"] < rows[0]["r2"] < rows[0]["high"]
     means = np.stack([np.nanmean(target[:200][moment[:200] == k], 0) for k in range(5)])[moment[200:]]
     unsmoothed = common.mean_metrics(common.regression_metrics(means, target[200:]))
     assert abs(rows[0]["r2"] - unsmoothed["r2"]) < 0.01 and abs(rows[0]["mae"] - unsmoothed["mae"]) < 0.01
-    assert common.flag_confounds(rows, rows[0]["r2"] - 0.01)[0]["red_flag"]
+    assert confounding.flag_confounds(rows, rows[0]["r2"] - 0.01)[0]["red_flag"]
 
 
 def test_within_level_auc_by_hand():
     score, label, levels = [0.9, 0.2, 0.4, 0.8, 0.7, 0.1, 0.5], [1, 0, 0, 1, 0, 0, -1], list("aaabbcb")
     # level a: (.9 > .2), (.9 > .4); level b: (.8 > .7); level c has no pair, the last row no label
-    assert common.within_level_auc(score, label, levels) == 1.0
-    assert common.within_level_auc([0.3, 0.2, 0.4, 0.7, 0.7, 0.1, 0.0], label, levels) == pytest.approx(1.5 / 3)
-    assert math.isnan(common.within_level_auc(score, label, list("abcdefg")))
-    everywhere = common.within_level_auc(score[:6], label[:6], ["x"] * 6)
+    assert confounding.within_level_auc(score, label, levels) == 1.0
+    assert confounding.within_level_auc([0.3, 0.2, 0.4, 0.7, 0.7, 0.1, 0.0], label, levels) == pytest.approx(1.5 / 3)
+    assert math.isnan(confounding.within_level_auc(score, label, list("abcdefg")))
+    everywhere = confounding.within_level_auc(score[:6], label[:6], ["x"] * 6)
     assert everywhere == judge.roc_auc_score(label[:6], score[:6])
 
 
 def test_a_score_that_is_only_the_level_has_no_auc_and_no_r2_within_levels():
     levels, label, order, pair = planted_levels()
-    assert judge.roc_auc_score(label, pair) > 0.75 and common.within_level_auc(pair, label, pair) == 0.5
+    assert judge.roc_auc_score(label, pair) > 0.75 and confounding.within_level_auc(pair, label, pair) == 0.5
     target = pair[:, None] + np.random.default_rng(0).normal(size=(600, 1))
-    within = common.within_level_metrics(pair[:, None].astype(float), target, pair)
+    within = confounding.within_level_metrics(pair[:, None].astype(float), target, pair)
     assert within["pearson_r"][0] == 0.0 and abs(within["r2"][0]) < 1e-12
-    assert common.within_level_metrics(target, target, pair)["r2"][0] == 1.0
+    assert confounding.within_level_metrics(target, target, pair)["r2"][0] == 1.0
 
 
 # --- calibration ---------------------------------------------------------------------------------
@@ -486,7 +487,7 @@ def test_a_score_that_is_only_the_level_has_no_auc_and_no_r2_within_levels():
 def test_temperature_comes_back_and_keeps_accuracy_and_auc(true_temperature):
     logits, _, label = scored_rows(rows=4000, classes=2)
     before = logits * true_temperature
-    found = common.fit_temperature(before, label)
+    found = calibrating.fit_temperature(before, label)
     assert found == pytest.approx(true_temperature, rel=0.12)
     raw, mended = (common.classification_metrics(common.softmax(values), label) for values in (before, before / found))
     assert mended["accuracy"] == raw["accuracy"] and mended["roc_auc"] == pytest.approx(raw["roc_auc"], abs=1e-9)
@@ -497,11 +498,11 @@ def test_temperature_comes_back_and_keeps_accuracy_and_auc(true_temperature):
 
 def test_temperature_stays_within_bounds_and_is_one_where_all_are_right():
     logits = np.array([[3.0, 0.0], [0.0, 1.0], [2.0, 1.0]])
-    assert common.fit_temperature(logits, [0, 1, 0]) == 1.0
-    assert common.fit_temperature(logits, [1, 0, 1]) == pytest.approx(20.0)
-    assert common.fit_temperature(logits * 0.001, [0, 1, 1]) == pytest.approx(0.05)
-    assert common.fit_temperature(logits, [-1, -1, -1]) == 1.0
-    assert np.isfinite(common.fit_temperature(logits * 1e4, [0, 1, 1]))
+    assert calibrating.fit_temperature(logits, [0, 1, 0]) == 1.0
+    assert calibrating.fit_temperature(logits, [1, 0, 1]) == pytest.approx(20.0)
+    assert calibrating.fit_temperature(logits * 0.001, [0, 1, 1]) == pytest.approx(0.05)
+    assert calibrating.fit_temperature(logits, [-1, -1, -1]) == 1.0
+    assert np.isfinite(calibrating.fit_temperature(logits * 1e4, [0, 1, 1]))
 
 
 def test_prior_correction_undoes_a_balanced_sampler():
@@ -511,14 +512,14 @@ def test_prior_correction_undoes_a_balanced_sampler():
     x = (label + generator.normal(size=40000))[:, None]
     positives, others = np.flatnonzero(label == 1), np.flatnonzero(label == 0)
     rows = np.concatenate([generator.choice(positives, 5000), generator.choice(others, 5000)])
-    balanced = common.fit_logistic(x[rows], label[rows], lambdas=[1.0]).predict(x)
-    corrected = common.softmax(common.prior_correction(np.log(balanced), [0.9, 0.1], [0.5, 0.5]))
+    balanced = baseline_models.fit_logistic(x[rows], label[rows], lambdas=[1.0]).predict(x)
+    corrected = common.softmax(calibrating.prior_correction(np.log(balanced), [0.9, 0.1], [0.5, 0.5]))
     assert balanced[:, 1].mean() > 0.25 and corrected[:, 1].mean() == pytest.approx(label.mean(), abs=0.005)
-    natural = common.fit_logistic(x, label, lambdas=[1.0]).predict(x)
+    natural = baseline_models.fit_logistic(x, label, lambdas=[1.0]).predict(x)
     np.testing.assert_allclose(corrected, natural, atol=0.02)
     loss = [common.classification_metrics(each, label)["loss"] for each in (corrected, natural, balanced)]
     assert loss[0] == pytest.approx(loss[1], abs=1e-3) and loss[2] > loss[0] + 0.1
-    np.testing.assert_array_equal(common.prior_correction([[1.0, 2.0]], [1.0, 0.0], [1.0, 0.0]), [[1.0, 2.0]])
+    np.testing.assert_array_equal(calibrating.prior_correction([[1.0, 2.0]], [1.0, 0.0], [1.0, 0.0]), [[1.0, 2.0]])
 
 
 @pytest.mark.parametrize("metric", ["f1", "balanced_accuracy", "accuracy", "mcc"])
@@ -528,7 +529,7 @@ def test_threshold_equals_trying_every_one(metric):
     score = {"f1": judge.f1_score, "balanced_accuracy": judge.balanced_accuracy_score,
              "accuracy": judge.accuracy_score, "mcc": judge.matthews_corrcoef}[metric]
     best = max(score(label, probability[:, 1] >= t) for t in np.arange(0.005, 1.01, 0.01))
-    found = common.fit_threshold(probability, label, metric)
+    found = calibrating.fit_threshold(probability, label, metric)
     assert score(label, probability[:, 1] >= found) == pytest.approx(best)
     chosen = common.classification_metrics(probability, label, threshold=found)
     assert chosen["1_f1" if metric == "f1" else metric] == pytest.approx(best)
@@ -536,83 +537,83 @@ def test_threshold_equals_trying_every_one(metric):
 
 def test_threshold_edge_cases():
     both = np.array([[0.8, 0.2], [0.1, 0.9]])
-    assert common.fit_threshold(both, [0, 0]) == common.fit_threshold(both, [1, -1]) == 0.5
-    assert common.fit_threshold(both, [0, 1]) == pytest.approx(0.55)
+    assert calibrating.fit_threshold(both, [0, 0]) == calibrating.fit_threshold(both, [1, -1]) == 0.5
+    assert calibrating.fit_threshold(both, [0, 1]) == pytest.approx(0.55)
     with pytest.raises(ValueError, match="metric is 'auc'"):
-        common.fit_threshold(both, [0, 1], "auc")
+        calibrating.fit_threshold(both, [0, 1], "auc")
 
 
 # --- alarms, criteria, verdict -------------------------------------------------------------------
 
 def test_a_healthy_classifier_raises_no_alarm():
     _, probability, label = scored_rows()
-    assert common.classification_alarms(probability, label, NAMES) == []
+    assert verdicts.classification_alarms(probability, label, NAMES) == []
 
 
 def test_alarms_name_what_is_wrong():
     label = np.array([0] * 97 + [1] * 3)
     constant = np.tile([0.9, 0.1], (100, 1))
-    alarms = common.classification_alarms(constant, label, ["none", "tail"])
+    alarms = verdicts.classification_alarms(constant, label, ["none", "tail"])
     assert alarms == ["one class only: none is given to all 100 rows",
                       "constant output (sd of the probability under 5 % of the labels'): none, tail",
                       "the same probability 3 times or more: 100 of 100 rows share 1 values, 100 of them tail 0.100000",
                       "labels almost all equal: none in 97 of 100 rows"]
     probability, label = two_classes()
     probability[:3] = np.array([0.75, 0.25]) + [[0, 0], [3e-7, -3e-7], [-3e-7, 3e-7]]  # the same to six digits
-    found = common.classification_alarms(probability, label, ["none", "tail"])
+    found = verdicts.classification_alarms(probability, label, ["none", "tail"])
     assert len(found) == 1 and "3 of 300 rows share 1 values" in found[0]
     probability[9] = np.nan
-    assert common.classification_alarms(probability, label, ["a", "b"])[0] == "not a finite number in the probabilities"
-    assert common.classification_alarms(np.zeros((0, 2)), [], ["a", "b"]) == ["no rows to judge"]
+    assert verdicts.classification_alarms(probability, label, ["a", "b"])[0] == "not a finite number in the probabilities"
+    assert verdicts.classification_alarms(np.zeros((0, 2)), [], ["a", "b"]) == ["no rows to judge"]
 
 
 def test_criteria_give_pass_fail_and_not_resolvable():
     """19 tail events of 128, 7 found: recall .37 with .19-.59 cannot be told from the bar .35."""
     label = np.repeat([1, 0], [19, 109])
     score = np.concatenate([np.linspace(0.55, 0.95, 7), np.linspace(0.3, 0.45, 12), np.linspace(0.01, 0.44, 109)])
-    result = common.bootstrap_classification(np.stack([1 - score, score], 1), label, names=["ear", "tail"])
+    result = subject_intervals.bootstrap_classification(np.stack([1 - score, score], 1), label, names=["ear", "tail"])
     known = common.classification_names(["ear", "tail"])
     text = "tail_recall>0.35,auc>0.60,ece<0.25,recall_tail<0.1,ap_tail>0.3,nll<2"
-    judged = common.judge_criteria(common.parse_criteria(text, known),
-                                   *common.classification_values(result, ["ear", "tail"]))
+    judged = verdicts.judge_criteria(verdicts.parse_criteria(text, known),
+                                   *verdicts.classification_values(result, ["ear", "tail"]))
     assert [bar["verdict"] for bar in judged] == ["NOT RESOLVABLE", "PASS", "PASS", "FAIL", "PASS", "PASS"]
     assert [round(judged[0][key], 2) for key in ("value", "low", "high")] == [0.37, 0.19, 0.59]
     with pytest.raises(common.UserError, match=r"tail_recal \(did you mean tail_recall\?\)"):
-        common.parse_criteria("tail_recal>0.3", known)
-    two = common.bootstrap_classification(np.stack([1 - score, score], 1), label, np.arange(128) % 2)
-    assert common.classification_values(two, ["0", "1"])[1]["auc"] is None
+        verdicts.parse_criteria("tail_recal>0.3", known)
+    two = subject_intervals.bootstrap_classification(np.stack([1 - score, score], 1), label, np.arange(128) % 2)
+    assert verdicts.classification_values(two, ["0", "1"])[1]["auc"] is None
 
 
 def test_verdict_of_a_classifier_names_the_metric_and_the_direction():
     model, baseline, label, names = clustered_scores(30, 18, np.random.default_rng(0), 2.5)
-    result = common.bootstrap_classification(model, label, names, baseline, ["ear", "tail"])
-    text = common.verdict_sentence(result, "pair prior", "roc_auc", label="ROC AUC", held_out=False)
+    result = subject_intervals.bootstrap_classification(model, label, names, baseline, ["ear", "tail"])
+    text = verdicts.verdict_sentence(result, "pair prior", "roc_auc", label="ROC AUC", held_out=False)
     assert text.startswith("The model beats the pair prior baseline: ROC AUC 0.9")
     assert "95% bootstrap interval over 30 subjects" in text and text.endswith("therefore optimistic.")
-    assert common.verdict_sentence(result, "prior", "loss").startswith("The model beats the prior baseline: loss 0.")
-    worse = common.bootstrap_classification(baseline, label, names, model, ["ear", "tail"])
+    assert verdicts.verdict_sentence(result, "prior", "loss").startswith("The model beats the prior baseline: loss 0.")
+    worse = subject_intervals.bootstrap_classification(baseline, label, names, model, ["ear", "tail"])
     for metric in ("roc_auc", "brier", "tail_average_precision"):
-        assert common.verdict_sentence(worse, "prior", metric).startswith("The model does not beat"), metric
-    nine = common.bootstrap_classification(model[:162], label[:162], names[:162], baseline[:162])
-    text, p = common.verdict_sentence(nine, "prior", "roc_auc"), nine["sign_flip_p"]["brier"]
+        assert verdicts.verdict_sentence(worse, "prior", metric).startswith("The model does not beat"), metric
+    nine = subject_intervals.bootstrap_classification(model[:162], label[:162], names[:162], baseline[:162])
+    text, p = verdicts.verdict_sentence(nine, "prior", "roc_auc"), nine["sign_flip_p"]["brier"]
     own = [np.mean((model[names == name, 1] - label[names == name]) ** 2) for name in np.unique(names[:162])]
     other = [np.mean((baseline[names == name, 1] - label[names == name]) ** 2) for name in np.unique(names[:162])]
     fewer = sum(a < b for a, b in zip(own, other))
     assert f"exact sign-flip p {p:.4f} on the subjects' errors, smaller than the baseline's in {fewer} of 9." in text
-    swapped = common.bootstrap_classification(baseline[:162], label[:162], names[:162], model[:162])
+    swapped = subject_intervals.bootstrap_classification(baseline[:162], label[:162], names[:162], model[:162])
     right = [((each[:162, 1] > 0.5) == label[:162]).reshape(9, 18).mean(1) for each in (baseline, model)]
-    assert common.verdict_sentence(swapped, "prior", "accuracy").endswith(f"in {(right[0] > right[1]).sum()} of 9.")
+    assert verdicts.verdict_sentence(swapped, "prior", "accuracy").endswith(f"in {(right[0] > right[1]).sum()} of 9.")
     nine["interval"]["difference_roc_auc"][:] = np.nan
-    assert "[no interval: too few to resolve it]" in common.verdict_sentence(nine, "prior", "roc_auc")
+    assert "[no interval: too few to resolve it]" in verdicts.verdict_sentence(nine, "prior", "roc_auc")
 
 
 def test_verdict_of_any_metric_with_its_own_direction():
     result = {"value": {"mae_mm": 2.0, "baseline_mae_mm": 3.0, "difference_mae_mm": -1.0}, "sign_flip_p": {},
               "interval": {"difference_mae_mm": (-1.5, -0.5)}, "method": "95% bootstrap interval over 40 sequences"}
-    text = common.verdict_sentence(result, "no-motion", "mae_mm", lower_is_better=True, label="MAE (mm)")
+    text = verdicts.verdict_sentence(result, "no-motion", "mae_mm", lower_is_better=True, label="MAE (mm)")
     assert text == ("The model beats the no-motion baseline: MAE (mm) 2.000 against 3.000, difference -1.000 "
                     "[-1.500 to -0.500, 95% bootstrap interval over 40 sequences].")
-    assert common.verdict_sentence(result, "x", "mae_mm").startswith("The model does not beat")
+    assert verdicts.verdict_sentence(result, "x", "mae_mm").startswith("The model does not beat")
 
 
 # --- plots ---------------------------------------------------------------------------------------
@@ -622,10 +623,10 @@ def test_plots_are_written_and_survive_absent_classes_and_empty_splits(tmp_path)
     absent = np.where(label == 2, -1, label)
     for number, (p, t) in enumerate([(probability, absent), (probability[:0], label[:0])]):
         correct, confusion = p.argmax(1) == t, common.classification_metrics(p, t)["confusion"]
-        common.plot_confusion(confusion, NAMES, tmp_path / f"confusion_{number}.png")
-        common.plot_reliability(p, t, tmp_path / f"reliability_{number}.png", before=p)
-        common.plot_risk_coverage(p.max(1, initial=0), correct, tmp_path / f"risk_{number}.png")
-        common.plot_precision_recall(p, t, NAMES, tmp_path / f"curves_{number}.png", positive=2)
+        plotting.plot_confusion(confusion, NAMES, tmp_path / f"confusion_{number}.png")
+        plotting.plot_reliability(p, t, tmp_path / f"reliability_{number}.png", before=p)
+        plotting.plot_risk_coverage(p.max(1, initial=0), correct, tmp_path / f"risk_{number}.png")
+        plotting.plot_precision_recall(p, t, NAMES, tmp_path / f"curves_{number}.png", positive=2)
     sizes = [path.stat().st_size for path in tmp_path.glob("*.png")]
     assert len(sizes) == 8 and min(sizes) > 500
 
@@ -633,7 +634,7 @@ def test_plots_are_written_and_survive_absent_classes_and_empty_splits(tmp_path)
 def test_the_reliability_title_tells_the_ece_of_a_calibrated_model(tmp_path, monkeypatch):
     probability, label = two_classes(rows=128)
     said = []
-    monkeypatch.setattr(common, "_panel_title", lambda axis, title, note="": said.append(title))
-    common.plot_reliability(probability, label, tmp_path / "reliability.png")
-    ece, null = common.classification_metrics(probability, label)["ece"], common.expected_ece(probability.max(1))
+    monkeypatch.setattr(plotting, "_panel_title", lambda axis, title, note="": said.append(title))
+    plotting.plot_reliability(probability, label, tmp_path / "reliability.png")
+    ece, null = common.classification_metrics(probability, label)["ece"], calibrating.expected_ece(probability.max(1))
     assert said[0].startswith(f"ECE {ece:.3f}, n 128\nof a calibrated model {null:.3f} (95 % under ")

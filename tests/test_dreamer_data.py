@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import common
+from evidence import splitting
 import train_dreamer
 from conftest import only_run, run_script
 from train_dreamer import FIELDS
@@ -272,7 +273,7 @@ def test_patients_never_straddle_a_split_or_a_fold(clinic, seed):
     split = train_dreamer.make_split(args, study)
     owners = {part: set(study.patients[rows]) for part, rows in split.items()}
     assert all(owners.values()) and sum(map(len, owners.values())) == 6
-    fold_of = common.make_folds(len(study.names), 3, None, study.patients, seed, study.names)
+    fold_of = splitting.make_folds(len(study.names), 3, None, study.patients, seed, study.names)
     assert all(len(set(fold_of[study.patients == patient])) == 1 for patient in set(study.patients))
 
 

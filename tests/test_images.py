@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import common
+from readers import picture_files, pixel_cache
 
 GROUP = "pictures and videos: cuts, modes, EXIF, bombs, lying headers"
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
@@ -67,8 +68,8 @@ def tiff_file(samples, bits, sample_format, photometric=1):
 
 
 def reason(path):
-    with pytest.raises(common.BadImage) as caught:
-        common.load_image(path)
+    with pytest.raises(pixel_cache.BadImage) as caught:
+        picture_files.load_image(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and "\n" not in message
     return message[len(str(path)) + 2:]
@@ -89,20 +90,20 @@ def test_exif_orientation(tmp_path, orientation, suffix, options):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(tmp_path, f"turned.{suffix}", stored, exif=exif, **options)
-    loaded = common.load_image(path)
+    loaded = picture_files.load_image(path)
     assert mean_difference(loaded, UPRIGHT[orientation](stored)) < (1.5 if suffix == "jpg" else 1e-9)
-    small = common.load_image(path, 20)
+    small = picture_files.load_image(path, 20)
     assert min(small.shape[:2]) == 20 and (small.shape[0] > small.shape[1]) == (orientation >= 5)
-    audit, _ = common.audit_image(path, 20)
+    audit, _ = picture_files.audit_image(path, 20)
     assert (audit.height, audit.width) == loaded.shape[:2]
 
 
 def test_nonsense_exif_leaves_the_picture(tmp_path):
     pixels = smooth_picture()
     save(tmp_path, "a.jpg", pixels, quality=95)
-    clean = common.load_image(tmp_path / "a.jpg")
+    clean = picture_files.load_image(tmp_path / "a.jpg")
     save(tmp_path, "a.jpg", pixels, quality=95, exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
-    assert np.array_equal(common.load_image(tmp_path / "a.jpg"), clean)
+    assert np.array_equal(picture_files.load_image(tmp_path / "a.jpg"), clean)
 
 
 # Modes --------------------------------------------------------------------
@@ -110,12 +111,12 @@ def test_nonsense_exif_leaves_the_picture(tmp_path):
 def test_greyscale_palette_and_bilevel(tmp_path):
     pixels = smooth_picture()
     grey = np.asarray(Image.fromarray(pixels).convert("L"))
-    loaded = common.load_image(save(tmp_path, "grey.png", grey))
+    loaded = picture_files.load_image(save(tmp_path, "grey.png", grey))
     assert np.array_equal(loaded, np.repeat(grey[..., None], 3, 2))
     palette = Image.fromarray(pixels).quantize(64)
-    assert np.array_equal(common.load_image(save(tmp_path, "palette.png", palette)), np.asarray(palette.convert("RGB")))
+    assert np.array_equal(picture_files.load_image(save(tmp_path, "palette.png", palette)), np.asarray(palette.convert("RGB")))
     two = Image.fromarray(grey).convert("1")
-    assert set(np.unique(common.load_image(save(tmp_path, "two.png", two)))) == {0, 255}
+    assert set(np.unique(picture_files.load_image(save(tmp_path, "two.png", two)))) == {0, 255}
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -126,7 +127,7 @@ def test_transparency_is_composited_on_white(tmp_path, mode):
     image.putalpha(Image.fromarray(alpha))
     colour = np.asarray(image.convert("RGB"), float)
     expected = 255 + (colour - 255) * (alpha[..., None] / 255)
-    loaded = common.load_image(save(tmp_path, "clear.png", image))
+    loaded = picture_files.load_image(save(tmp_path, "clear.png", image))
     assert np.abs(loaded - expected).max() <= 1
     assert (loaded[:, :40] == 255).all()
 
@@ -135,25 +136,25 @@ def test_palette_rgb_and_grey_with_a_transparent_colour(tmp_path):
     indices = np.tile(np.repeat(np.array([0, 1], np.uint8), 8), (8, 1))
     palette = Image.frombytes("P", (16, 8), indices.tobytes())
     palette.putpalette([200, 10, 10, 10, 10, 200])
-    loaded = common.load_image(save(tmp_path, "p.png", palette, transparency=0))
+    loaded = picture_files.load_image(save(tmp_path, "p.png", palette, transparency=0))
     assert loaded[0, 0].tolist() == [255] * 3 and loaded[0, 15].tolist() == [10, 10, 200]
-    loaded = common.load_image(save(tmp_path, "p.gif", palette, transparency=1))
+    loaded = picture_files.load_image(save(tmp_path, "p.gif", palette, transparency=1))
     assert loaded[0, 0].tolist() == [200, 10, 10] and loaded[0, 15].tolist() == [255] * 3
     rgb = np.full((8, 8, 3), (1, 2, 3), np.uint8)
     rgb[:, 4:] = 90
-    loaded = common.load_image(save(tmp_path, "rgb.png", rgb, transparency=(1, 2, 3)))
+    loaded = picture_files.load_image(save(tmp_path, "rgb.png", rgb, transparency=(1, 2, 3)))
     assert loaded[0, 0].tolist() == [255] * 3 and loaded[0, 7].tolist() == [90] * 3
-    loaded = common.load_image(save(tmp_path, "grey.png", rgb[..., 0], transparency=90))
+    loaded = picture_files.load_image(save(tmp_path, "grey.png", rgb[..., 0], transparency=90))
     assert loaded[0, 0].tolist() == [1] * 3 and loaded[0, 7].tolist() == [255] * 3
     deep = rgb[..., 0].astype(np.uint16) * 257
-    loaded = common.load_image(save(tmp_path, "deep.png", Image.fromarray(deep), transparency=90 * 257))
+    loaded = picture_files.load_image(save(tmp_path, "deep.png", Image.fromarray(deep), transparency=90 * 257))
     assert loaded[0, 0].tolist() == [1] * 3 and loaded[0, 7].tolist() == [255] * 3
 
 
 def test_half_transparent_palette(tmp_path):
     palette = Image.frombytes("P", (2, 1), bytes([0, 1]))
     palette.putpalette([200, 0, 0, 0, 0, 100])
-    loaded = common.load_image(save(tmp_path, "pa.png", palette, transparency=bytes([128, 255])))
+    loaded = picture_files.load_image(save(tmp_path, "pa.png", palette, transparency=bytes([128, 255])))
     assert np.abs(loaded[0].astype(int) - [[227, 127, 127], [0, 0, 100]]).max() <= 1
 
 
@@ -162,7 +163,7 @@ def test_cmyk(tmp_path, name):
     ink = np.zeros((32, 64, 4), np.uint8)
     ink[:, :16, 0], ink[:, 16:32, 1], ink[:, 32:48, 3] = 255, 255, 255
     image = Image.frombytes("CMYK", (64, 32), ink.tobytes())
-    loaded = common.load_image(save(tmp_path, name, image, **({"quality": 100} if name == "a.jpg" else {})))
+    loaded = picture_files.load_image(save(tmp_path, name, image, **({"quality": 100} if name == "a.jpg" else {})))
     cyan, magenta, black, paper = (loaded[16, x].astype(int) for x in (8, 24, 40, 56))
     for found, expected in [(cyan, (0, 255, 255)), (magenta, (255, 0, 255)), (black, (0,) * 3), (paper, (255,) * 3)]:
         assert np.abs(found - expected).max() <= 3
@@ -173,18 +174,18 @@ def test_cmyk(tmp_path, name):
 def test_16_bit_is_scaled_and_not_clipped(tmp_path):
     ramp = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (4, 1))
     for name in ("deep.png", "deep.tif"):
-        loaded = common.load_image(save(tmp_path, name, Image.fromarray(ramp)))
+        loaded = picture_files.load_image(save(tmp_path, name, Image.fromarray(ramp)))
         assert np.array_equal(loaded[0, :, 0], np.arange(256)), name
     # A 12-bit sensor stored in 16 bits is dark, not saturated: the file's depth decides, not its content.
     dark = np.full((4, 4), 4095, np.uint16)
-    assert (common.load_image(save(tmp_path, "dark.png", Image.fromarray(dark))) == 16).all()
+    assert (picture_files.load_image(save(tmp_path, "dark.png", Image.fromarray(dark))) == 16).all()
 
 
 def test_16_bit_rgb_png(tmp_path):
     values = np.array([[[0, 257 * 7, 65535], [32896, 257, 257 * 200]]], np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     (tmp_path / "deep.png").write_bytes(png_file(2, 1, 16, rows))
-    assert common.load_image(tmp_path / "deep.png").tolist() == [[[0, 7, 255], [128, 1, 200]]]
+    assert picture_files.load_image(tmp_path / "deep.png").tolist() == [[[0, 7, 255], [128, 1, 200]]]
 
 
 @pytest.mark.parametrize("samples, bits, sample_format, expected", [
@@ -198,12 +199,12 @@ def test_16_bit_rgb_png(tmp_path):
 ], ids=["int16", "uint16", "int32", "uint32", "unit float", "any float", "constant int32"])
 def test_deep_tiff(tmp_path, samples, bits, sample_format, expected):
     (tmp_path / "deep.tif").write_bytes(tiff_file(samples, bits, sample_format))
-    assert common.load_image(tmp_path / "deep.tif")[0, :, 0].tolist() == expected
+    assert picture_files.load_image(tmp_path / "deep.tif")[0, :, 0].tolist() == expected
 
 
 def test_white_is_zero_tiff(tmp_path):
     (tmp_path / "negative.tif").write_bytes(tiff_file(np.array([[0, 65535]], np.uint16), 16, 1, photometric=0))
-    assert common.load_image(tmp_path / "negative.tif")[0, :, 0].tolist() == [255, 0]
+    assert picture_files.load_image(tmp_path / "negative.tif")[0, :, 0].tolist() == [255, 0]
 
 
 def test_float_tiff_with_nan_is_refused(tmp_path):
@@ -218,22 +219,22 @@ def test_float_tiff_with_nan_is_refused(tmp_path):
     ("a.tga", {}), ("A.PNG", {}), ("H\u00c4NDE gr\u00fcn 01.png", {})])
 def test_lossless_formats_and_names(tmp_path, name, options):
     pixels = smooth_picture()
-    assert np.array_equal(common.load_image(save(tmp_path, name, pixels, **options)), pixels)
+    assert np.array_equal(picture_files.load_image(save(tmp_path, name, pixels, **options)), pixels)
 
 
 def test_first_frame_of_gif_and_mpo(tmp_path):
     frames = [Image.new("RGB", (16, 8), colour) for colour in ("red", "blue", "lime")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert (common.load_image(tmp_path / "moving.gif") == (255, 0, 0)).all()
+    assert (picture_files.load_image(tmp_path / "moving.gif") == (255, 0, 0)).all()
     frames[0].save(tmp_path / "pair.mpo", save_all=True, append_images=frames[1:], quality=100)
-    assert mean_difference(common.load_image(tmp_path / "pair.mpo"), np.asarray(frames[0])) < 2
+    assert mean_difference(picture_files.load_image(tmp_path / "pair.mpo"), np.asarray(frames[0])) < 2
 
 
 def test_symlink_and_suffix_that_lies(tmp_path):
     pixels = smooth_picture()
     save(tmp_path, "real.png", pixels)
     os.symlink(tmp_path / "real.png", tmp_path / "link.jpg")
-    assert np.array_equal(common.load_image(tmp_path / "link.jpg"), pixels)
+    assert np.array_equal(picture_files.load_image(tmp_path / "link.jpg"), pixels)
 
 
 # Size ---------------------------------------------------------------------
@@ -242,7 +243,7 @@ def test_symlink_and_suffix_that_lies(tmp_path):
 @pytest.mark.parametrize("height, width", [(300, 517), (517, 300), (64, 64), (40, 99), (1023, 767), (257, 256)])
 def test_short_side_is_exact(tmp_path, suffix, height, width):
     path = save(tmp_path, f"a.{suffix}", smooth_picture(height, width))
-    found = common.load_image(path, 64).shape[:2]
+    found = picture_files.load_image(path, 64).shape[:2]
     scale = 64 / min(height, width)
     assert found == (round(height * scale), round(width * scale)) and min(found) == 64
 
@@ -250,17 +251,17 @@ def test_short_side_is_exact(tmp_path, suffix, height, width):
 def test_reduced_decoding_is_close_to_full_decoding(tmp_path):
     # Decoding at a half or a quarter averages in the frequency domain: under one grey level on photographs.
     path = save(tmp_path, "large.jpg", smooth_picture(1200, 1600), quality=92)
-    reduced = common.load_image(path, 256)
+    reduced = picture_files.load_image(path, 256)
     full = Image.open(path).convert("RGB").resize((341, 256), Image.BOX)
     assert mean_difference(reduced, np.asarray(full)) < 1.0
 
 
 def test_decoded_size_stays_above_one_and_a_half_targets(tmp_path, monkeypatch):
     path, seen = save(tmp_path, "large.jpg", smooth_picture(1200, 1600)), []
-    to_rgb = common._to_rgb
-    monkeypatch.setattr(common, "_to_rgb", lambda image: (seen.append(min(image.size)), to_rgb(image))[1])
+    to_rgb = picture_files._to_rgb
+    monkeypatch.setattr(picture_files, "_to_rgb", lambda image: (seen.append(min(image.size)), to_rgb(image))[1])
     for short_side in (100, 101, 199, 200, 201, 400, 801, 1300):
-        common.load_image(path, short_side)
+        picture_files.load_image(path, short_side)
     assert seen == [150, 300, 300, 300, 600, 600, 1200, 1200]
 
 
@@ -285,11 +286,11 @@ def test_pipe_and_device_are_refused_without_blocking(tmp_path):
 
 
 def _load_in_little_memory(path, queue):
-    common._imaging()
+    common.imaging_libraries()
     resource.setrlimit(resource.RLIMIT_AS, (int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + 2 ** 28,) * 2)
     try:
-        common.load_image(path, 256)
-    except common.BadImage as error:
+        picture_files.load_image(path, 256)
+    except pixel_cache.BadImage as error:
         queue.put(str(error))
 
 
@@ -311,9 +312,9 @@ def test_60000_pixel_header_is_refused_without_allocating(tmp_path, kind):
 
 def test_strip_that_would_be_enlarged_without_end_is_refused(tmp_path):
     path = save(tmp_path, "strip.png", np.zeros((1, 60000, 3), np.uint8))
-    audit, pixels = common.audit_image(path, 256)
+    audit, pixels = picture_files.audit_image(path, 256)
     assert "elongated" in audit.error and pixels.size == 0
-    assert common.load_image(path).shape == (1, 60000, 3)
+    assert picture_files.load_image(path).shape == (1, 60000, 3)
 
 
 CUT_FORMATS = {
@@ -331,15 +332,15 @@ def test_a_cut_file_is_refused_or_whole(tmp_path, cases, kind, short_side):
     Image.fromarray(smooth_picture()).convert(mode).save(stream, format_name, **options)
     data, path = stream.getvalue(), tmp_path / "cut"
     path.write_bytes(data)
-    whole = common.load_image(path, short_side)
+    whole = picture_files.load_image(path, short_side)
     cuts = sorted({*np.linspace(0, len(data) - 1, 40).astype(int), *range(len(data) - 12, len(data))})
     refused = 0
     for cut in cuts:
         path.write_bytes(data[:cut])
         with cases.case(GROUP):
             try:
-                assert np.array_equal(common.load_image(path, short_side), whole), f"{kind} cut at {cut} of {len(data)}"
-            except common.BadImage:
+                assert np.array_equal(picture_files.load_image(path, short_side), whole), f"{kind} cut at {cut} of {len(data)}"
+            except pixel_cache.BadImage:
                 refused += 1
     assert refused >= 39
 
@@ -355,9 +356,9 @@ def test_damaged_bytes_raise_nothing_but_bad_image(tmp_path, cases):
             path.write_bytes(data.tobytes())
             with cases.case(GROUP):
                 try:
-                    found = common.load_image(path, 16)
+                    found = picture_files.load_image(path, 16)
                     assert found.dtype == np.uint8 and found.ndim == 3 and min(found.shape[:2]) == 16
-                except common.BadImage as error:
+                except pixel_cache.BadImage as error:
                     assert "\n" not in str(error)
 
 
@@ -365,15 +366,15 @@ def test_all_bad_files_are_listed_at_once(tmp_path, capsys):
     paths = [save(tmp_path, f"{index}.png", smooth_picture(20, 20, index)) for index in range(4)]
     paths[1].write_bytes(b"")
     paths[3].write_text("text")
-    audit = common.ImageStore(paths, 16, "none").audit
+    audit = picture_files.ImageStore(paths, 16, "none").audit
     with pytest.raises(common.UserError) as caught:
-        common.check_bad_files(audit, "error")
+        picture_files.check_bad_files(audit, "error")
     first, *rest = str(caught.value).splitlines()
     assert "2 of 4" in first and "--on_bad_file skip" in first
     assert len(rest) == 2 and "1.png: empty" in rest[0] and "3.png: no picture" in rest[1]
-    assert common.check_bad_files(audit, "skip") == [0, 2]
+    assert picture_files.check_bad_files(audit, "skip") == [0, 2]
     assert capsys.readouterr().out.count("skipped") == 2
-    assert common.check_bad_files([audit[0]], "error") == [0]
+    assert picture_files.check_bad_files([audit[0]], "error") == [0]
 
 
 @pytest.mark.skipif(not ODD.is_dir(), reason="the shared folder of odd pictures is not beside the repository")
@@ -381,17 +382,17 @@ def test_shared_odd_pictures():
     with open(ODD / "manifest.csv", encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle))
     for row in rows:
-        audit, pixels = common.audit_image(ODD / row["file"], None)
+        audit, pixels = picture_files.audit_image(ODD / row["file"], None)
         readable = row["loads_without_LOAD_TRUNCATED"] == "yes" and row["file"] not in REFUSED_AGAINST_MANIFEST
         assert (audit.error is None) == readable, f"{row['file']}: {audit.error}"
         if readable:
             width, height = map(int, row["size"].split("x"))
             turned = row["exif_orientation"].isdigit() and int(row["exif_orientation"]) >= 5
             assert pixels.shape == ((width, height, 3) if turned else (height, width, 3)), row["file"]
-    upright = common.load_image(ODD / "hopper.jpg", 96)
+    upright = picture_files.load_image(ODD / "hopper.jpg", 96)
     for other in ("hopper_orientation_2.jpg", "hopper_orientation_5.jpg", "hopper_orientation_8.jpg", "hopper.webp"):
-        assert mean_difference(common.load_image(ODD / other, 96), upright) < 6, other
-    assert (common.load_image(ODD / "uint16_1_4660.tif") == round(4660 / 257)).all()
+        assert mean_difference(picture_files.load_image(ODD / other, 96), upright) < 6, other
+    assert (picture_files.load_image(ODD / "uint16_1_4660.tif") == round(4660 / 257)).all()
 
 
 # Store and caches ---------------------------------------------------------
@@ -413,16 +414,16 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("cache", ["ram", "disk", "none", "auto"])
 def test_every_cache_serves_the_same_pixels(pictures, cache):
     steps = []
-    store = common.ImageStore(pictures, 32, cache, progress=lambda done, total: steps.append((done, total)))
+    store = picture_files.ImageStore(pictures, 32, cache, progress=lambda done, total: steps.append((done, total)))
     for index, path in enumerate(pictures[:-1]):
-        assert np.array_equal(store[index], common.load_image(path, 32))
-    with pytest.raises(common.BadImage, match="bad.jpg: no picture"):
+        assert np.array_equal(store[index], picture_files.load_image(path, 32))
+    with pytest.raises(pixel_cache.BadImage, match="bad.jpg: no picture"):
         store[len(pictures) - 1]
     assert len(store) == 10 and steps == [(done, 10) for done in range(1, 11)]
     assert store.cache == ("ram" if cache == "auto" else cache) and store.description.startswith(store.cache)
     good = store.audit[3]
     assert (good.width, good.height, good.error) == (90, 63, None)
-    assert good.phash == tuple(common.perceptual_hash(store[3]).tolist())
+    assert good.phash == tuple(picture_files.perceptual_hash(store[3]).tolist())
     assert [bool(found.error) for found in store.audit] == [False] * 9 + [True]
     if store.cache != "none":
         with pytest.raises(ValueError, match="read-only"):
@@ -430,7 +431,7 @@ def test_every_cache_serves_the_same_pixels(pictures, cache):
 
 
 def test_hashes_are_those_of_hashlib(pictures):
-    store = common.ImageStore(pictures, 32, "ram")
+    store = picture_files.ImageStore(pictures, 32, "ram")
     for index, path in enumerate(pictures[:-1]):
         assert store.audit[index].file_sha == hashlib.sha256(path.read_bytes()).hexdigest()
         assert store.audit[index].pixel_sha == hashlib.sha256(store[index].tobytes()).hexdigest()
@@ -441,28 +442,28 @@ def cache_files():
 
 
 def test_second_run_reads_the_disk_cache(pictures, monkeypatch):
-    first = common.ImageStore(pictures, 32, "disk")
-    decoded, decode = [], common._decode
-    monkeypatch.setattr(common, "_decode", lambda path, *how: (decoded.append(path), decode(path, *how))[1])
-    second = common.ImageStore(pictures, 32, "disk")
+    first = picture_files.ImageStore(pictures, 32, "disk")
+    decoded, decode = [], picture_files._decode
+    monkeypatch.setattr(picture_files, "_decode", lambda path, *how: (decoded.append(path), decode(path, *how))[1])
+    second = picture_files.ImageStore(pictures, 32, "disk")
     assert decoded == [str(pictures[-1])], "only the file that was bad is looked at again"
     assert second.audit == first.audit and all(np.array_equal(first[i], second[i]) for i in range(9))
     assert len(cache_files()) == 1 and isinstance(second[0].base, np.memmap)
 
 
 def test_disk_cache_is_made_anew_when_anything_changed(pictures):
-    common.ImageStore(pictures, 32, "disk")
+    picture_files.ImageStore(pictures, 32, "disk")
     save(pictures[0].parent, "2.jpg", smooth_picture(70, 70, 77))
-    changed = common.ImageStore(pictures, 32, "disk")
-    assert np.array_equal(changed[2], common.load_image(pictures[2], 32))
-    common.ImageStore(pictures, 24, "disk")
-    common.ImageStore(pictures, 24, "disk", reduced=False)
+    changed = picture_files.ImageStore(pictures, 32, "disk")
+    assert np.array_equal(changed[2], picture_files.load_image(pictures[2], 32))
+    picture_files.ImageStore(pictures, 24, "disk")
+    picture_files.ImageStore(pictures, 24, "disk", reduced=False)
     assert len(cache_files()) == 4
 
 
 @pytest.mark.parametrize("damage", ["flip a pixel", "cut", "empty", "flip the index", "grow"])
 def test_damaged_disk_cache_is_not_used(pictures, damage):
-    store = common.ImageStore(pictures, 32, "disk")
+    store = picture_files.ImageStore(pictures, 32, "disk")
     file, expected = store.file, [np.array(store[index]) for index in range(9)]
     data = bytearray(file.read_bytes())
     if damage.startswith("flip"):
@@ -470,7 +471,7 @@ def test_damaged_disk_cache_is_not_used(pictures, damage):
     data = {"cut": data[:-100], "empty": b"", "grow": data + b"x"}.get(damage, data)
     file.unlink()
     file.write_bytes(data)
-    again = common.ImageStore(pictures, 32, "disk")
+    again = picture_files.ImageStore(pictures, 32, "disk")
     assert all(np.array_equal(again[index], expected[index]) for index in range(9))
     assert cache_files() == [file]
 
@@ -480,34 +481,34 @@ def test_a_failed_write_leaves_no_file(pictures, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(common.CannotSave, match=r"no space to write .*images_.*\.cache: \d+ bytes needed, \d+ free"):
-        common.ImageStore(pictures, 32, "disk")
+        picture_files.ImageStore(pictures, 32, "disk")
     assert cache_files() == []
 
 
 def test_auto_goes_to_disk_and_then_to_none(pictures, monkeypatch):
-    needed = sum(common.load_image(path, 32).nbytes for path in pictures[:-1])
-    monkeypatch.setattr(common, "available_memory", lambda: 4 * needed)
-    assert common.ImageStore(pictures, 32).cache == "ram"
-    monkeypatch.setattr(common, "available_memory", lambda: 4 * needed - 1)
-    assert common.ImageStore(pictures, 32).cache == "disk"
+    needed = sum(picture_files.load_image(path, 32).nbytes for path in pictures[:-1])
+    monkeypatch.setattr(pixel_cache, "available_memory", lambda: 4 * needed)
+    assert picture_files.ImageStore(pictures, 32).cache == "ram"
+    monkeypatch.setattr(pixel_cache, "available_memory", lambda: 4 * needed - 1)
+    assert picture_files.ImageStore(pictures, 32).cache == "disk"
     monkeypatch.setattr(common.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=0))
-    assert common.ImageStore(pictures, 32).cache == "none"
+    assert picture_files.ImageStore(pictures, 32).cache == "none"
     with pytest.raises(common.UserError, match="MB of writable space"):
-        common.ImageStore(pictures, 48, "disk")
+        picture_files.ImageStore(pictures, 48, "disk")
 
 
 def test_cache_never_lies_in_the_data_folder(pictures):
     before = sorted(pictures[0].parent.iterdir())
     for cache_dir in (pictures[0].parent, pictures[0].parent / "inside"):
         with pytest.raises(common.UserError, match="data folder"):
-            common.ImageStore(pictures, 32, "disk", cache_dir)
-    common.ImageStore(pictures, 32, "disk", pictures[0].parents[1] / "elsewhere")
+            picture_files.ImageStore(pictures, 32, "disk", cache_dir)
+    picture_files.ImageStore(pictures, 32, "disk", pictures[0].parents[1] / "elsewhere")
     assert sorted(pictures[0].parent.iterdir()) == before
 
 
 @pytest.mark.parametrize("cache", ["ram", "disk", "none"])
 def test_forked_workers_share_the_store(pictures, cache):
-    store = common.ImageStore(pictures[:-1], 32, cache)
+    store = picture_files.ImageStore(pictures[:-1], 32, cache)
     loader = torch.utils.data.DataLoader(range(9), batch_size=None, num_workers=2, multiprocessing_context="fork",
                                          collate_fn=store.__getitem__)
     served = [np.asarray(pixels) for pixels in loader]
@@ -516,8 +517,8 @@ def test_forked_workers_share_the_store(pictures, cache):
 
 def test_available_memory_is_plausible():
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0 <= common.available_memory() <= total
+    assert 0 <= pixel_cache.available_memory() <= total
 
 
 def test_store_of_nothing():
-    assert len(common.ImageStore([], 32, "disk")) == 0 and common.ImageStore([], 32, "ram").audit == []
+    assert len(picture_files.ImageStore([], 32, "disk")) == 0 and picture_files.ImageStore([], 32, "ram").audit == []

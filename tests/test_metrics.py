@@ -19,6 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import common
+from evidence import baseline_models, subject_intervals, verdicts
 
 
 def noisy_pair(rows=200, targets=3, seed=0, offset=0.0, missing=0.0):
@@ -104,8 +105,8 @@ def test_bootstrap_equals_resampling_the_rows_themselves():
     """The sums give what recomputing every metric on the drawn rows gives, draw for draw."""
     predicted, target = noisy_pair(rows=120, missing=0.1)
     subjects = np.repeat([f"s{k:02d}" for k in range(24)], 5)
-    sums = common.subject_sums(common.regression_moments(predicted, target), subjects)
-    drawn = common._bootstrap_draws(common._paired_statistic, sums, 7, 3)
+    sums = subject_intervals.subject_sums(common.regression_moments(predicted, target), subjects)
+    drawn = subject_intervals._bootstrap_draws(subject_intervals._paired_statistic, sums, 7, 3)
     picks = np.random.default_rng(3).integers(0, 24, (7, 24))
     for draw, pick in enumerate(picks):
         rows = np.concatenate([np.flatnonzero(subjects == f"s{k:02d}") for k in pick])
@@ -117,7 +118,7 @@ def test_bootstrap_equals_resampling_the_rows_themselves():
 def test_bootstrap_values_equal_the_metrics_and_the_difference_is_paired():
     predicted, target = noisy_pair(rows=400, missing=0.1)
     labelled = 400 - np.isnan(target).all(1).sum()
-    result = common.bootstrap_regression(predicted, target, baseline=predicted)
+    result = subject_intervals.bootstrap_regression(predicted, target, baseline=predicted)
     direct = common.regression_metrics(predicted, target)
     for name in common.REGRESSION_METRICS:
         np.testing.assert_allclose(result["value"][name], direct[name], rtol=1e-9)
@@ -130,13 +131,13 @@ def test_bootstrap_values_equal_the_metrics_and_the_difference_is_paired():
 
 def test_blocks_of_draws_do_not_change_the_shape():
     sums = np.random.default_rng(0).normal(size=(3000, 2)) + 5  # more subjects than fit 2,000 draws in one block
-    drawn = common._bootstrap_draws(lambda s: {"mean": s[:, 0] / s[:, 1]}, sums, 2000, 0)["mean"]
+    drawn = subject_intervals._bootstrap_draws(lambda s: {"mean": s[:, 0] / s[:, 1]}, sums, 2000, 0)["mean"]
     assert drawn.shape == (2000,) and abs(drawn.mean() - sums[:, 0].sum() / sums[:, 1].sum()) < 3 * drawn.std()
 
 
 def test_few_subjects_get_values_and_no_interval_and_no_p():
     predicted, target = noisy_pair(rows=40)
-    result = common.bootstrap_regression(predicted, target, np.repeat(["a", "b"], 20), baseline=target * 0)
+    result = subject_intervals.bootstrap_regression(predicted, target, np.repeat(["a", "b"], 20), baseline=target * 0)
     assert result["interval"] is None and set(result["sign_flip_p"].values()) == {None}
     own = common.mean_metrics(common.regression_metrics(predicted[:20], target[:20]))
     assert result["per_subject"]["mean_mae"][0] == pytest.approx(own["mae"])
@@ -147,14 +148,14 @@ def test_a_target_seen_in_few_subjects_has_no_interval():
     predicted, target = noisy_pair(rows=100)
     subjects = np.repeat(np.arange(25), 4)
     target[subjects >= 4, 2] = np.nan
-    interval = common.bootstrap_regression(predicted, target, subjects)["interval"]["mae"]
+    interval = subject_intervals.bootstrap_regression(predicted, target, subjects)["interval"]["mae"]
     assert np.isfinite(interval[:2]).all() and np.isnan(interval[2]).all()
 
 
 def test_equal_clusters_give_the_t_interval_of_the_subjects_means():
     predicted, target = noisy_pair(rows=9 * 6, targets=1)
     subjects = np.repeat(np.arange(9), 6)
-    interval = common.bootstrap_regression(predicted, target, subjects)["interval"]["mean_mae"]
+    interval = subject_intervals.bootstrap_regression(predicted, target, subjects)["interval"]["mean_mae"]
     own = np.abs(predicted - target).reshape(9, 6).mean(1)
     judged = stats.t.interval(0.95, 8, own.mean(), stats.sem(own))
     np.testing.assert_allclose(interval, judged, rtol=1e-6)
@@ -163,18 +164,18 @@ def test_equal_clusters_give_the_t_interval_of_the_subjects_means():
 @pytest.mark.parametrize("df", [1, 2, 4, 17, 39, 803, 4999])
 @pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
 def test_t_quantile_equals_scipy(level, df):
-    assert common.t_quantile(level, df) == pytest.approx(stats.t.ppf(0.5 + level / 2, df), rel=1e-4)
+    assert subject_intervals.t_quantile(level, df) == pytest.approx(stats.t.ppf(0.5 + level / 2, df), rel=1e-4)
 
 
 def test_sign_flip_p_equals_scipy_and_stops_at_its_limits():
     differences = np.random.default_rng(1).normal(0.4, 1.0, 12)
     judged = stats.permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf)
-    assert common.sign_flip_p(differences) == pytest.approx(judged.pvalue)
-    assert common.sign_flip_p([1, 2, 3, 4, 5]) == 2 / 32
-    assert common.sign_flip_p([0.0] * 6) == 1.0
-    assert common.sign_flip_p(np.ones(16)) == 2 / 2 ** 16
-    assert common.sign_flip_p(np.ones(4)) is None and common.sign_flip_p(np.ones(17)) is None
-    assert common.sign_flip_p([1, 2, 3, 4, np.nan]) is None
+    assert subject_intervals.sign_flip_p(differences) == pytest.approx(judged.pvalue)
+    assert subject_intervals.sign_flip_p([1, 2, 3, 4, 5]) == 2 / 32
+    assert subject_intervals.sign_flip_p([0.0] * 6) == 1.0
+    assert subject_intervals.sign_flip_p(np.ones(16)) == 2 / 2 ** 16
+    assert subject_intervals.sign_flip_p(np.ones(4)) is None and subject_intervals.sign_flip_p(np.ones(17)) is None
+    assert subject_intervals.sign_flip_p([1, 2, 3, 4, np.nan]) is None
 
 
 # --- baselines -----------------------------------------------------------------------------------
@@ -188,14 +189,14 @@ def linear_data(rows, features, seed=0):
 
 
 def test_train_mean_baseline_leaves_missing_labels_out():
-    baseline = common.train_mean_baseline([[1.0, np.nan], [3.0, 8.0]], 3)
+    baseline = baseline_models.train_mean_baseline([[1.0, np.nan], [3.0, 8.0]], 3)
     np.testing.assert_array_equal(baseline, [[2.0, 8.0]] * 3)
 
 
 @pytest.mark.parametrize("rows, features", [(120, 20), (60, 200), (40, 40)])
 def test_ridge_equals_sklearn_at_a_given_lambda(rows, features):
     x, y = linear_data(rows, features)
-    ours = common.fit_ridge(x[:-10], y[:-10], lambdas=[7.0])
+    ours = baseline_models.fit_ridge(x[:-10], y[:-10], lambdas=[7.0])
     theirs = make_pipeline(StandardScaler(), Ridge(7.0)).fit(x[:-10], y[:-10])
     np.testing.assert_allclose(ours.predict(x[-10:]), theirs.predict(x[-10:]), rtol=1e-7, atol=1e-8)
 
@@ -203,16 +204,16 @@ def test_ridge_equals_sklearn_at_a_given_lambda(rows, features):
 @pytest.mark.parametrize("rows, features", [(120, 20), (60, 200)])
 def test_ridge_chooses_lambda_as_a_refit_of_every_inner_fold_would(rows, features):
     x, y = linear_data(rows, features)
-    folds = common._inner_folds(np.arange(rows), 5, 0)
+    folds = baseline_models._inner_folds(np.arange(rows), 5, 0)
     fold_of = np.zeros(rows, int)
     for number, members in enumerate(folds):
         fold_of[members] = number
-    ours = common.fit_ridge(x, y)
+    ours = baseline_models.fit_ridge(x, y)
     z = StandardScaler().fit_transform(x)
     for k in range(3):
-        errors = [_refit_error(z, y[:, k], fold_of, alpha) for alpha in common.RIDGE_LAMBDAS]
-        assert ours.penalty[k] == common.RIDGE_LAMBDAS[int(np.argmin(errors))]
-        search = GridSearchCV(Ridge(), {"alpha": common.RIDGE_LAMBDAS}, cv=PredefinedSplit(fold_of),
+        errors = [_refit_error(z, y[:, k], fold_of, alpha) for alpha in baseline_models.RIDGE_LAMBDAS]
+        assert ours.penalty[k] == baseline_models.RIDGE_LAMBDAS[int(np.argmin(errors))]
+        search = GridSearchCV(Ridge(), {"alpha": baseline_models.RIDGE_LAMBDAS}, cv=PredefinedSplit(fold_of),
                               scoring="neg_mean_squared_error").fit(z, y[:, k])
         assert ours.penalty[k] == search.best_params_["alpha"]
 
@@ -230,15 +231,15 @@ def test_left_out_residuals_equal_refitting(features):
     centred = y - y.mean(0)
     basis, size, _ = np.linalg.svd(z - z.mean(0), full_matrices=False)
     scores = basis * size
-    error = common._held_out_error(scores, centred, scores.T @ centred, size ** 2 + 10.0,
+    error = baseline_models._held_out_error(scores, centred, scores.T @ centred, size ** 2 + 10.0,
                                    [np.flatnonzero(fold_of == f) for f in range(5)])
     np.testing.assert_allclose(error, [_refit_error(z, y[:, k], fold_of, 10.0) for k in range(3)], rtol=1e-8)
 
 
 def test_ridge_with_one_row_per_fold_equals_ridgecv():
     x, y = linear_data(50, 8)
-    ours = common.fit_ridge(x, y, folds=50)
-    theirs = RidgeCV(common.RIDGE_LAMBDAS, alpha_per_target=True).fit(StandardScaler().fit_transform(x), y)
+    ours = baseline_models.fit_ridge(x, y, folds=50)
+    theirs = RidgeCV(baseline_models.RIDGE_LAMBDAS, alpha_per_target=True).fit(StandardScaler().fit_transform(x), y)
     np.testing.assert_allclose(ours.penalty, theirs.alpha_)
 
 
@@ -247,7 +248,7 @@ def test_ridge_uses_each_targets_own_labelled_rows():
     y[::3, 0] = np.nan
     y[:, 2] = np.nan
     y[:2, 2] = [4.0, 6.0]
-    ours = common.fit_ridge(x, y, lambdas=[3.0])
+    ours = baseline_models.fit_ridge(x, y, lambdas=[3.0])
     z, seen = StandardScaler().fit_transform(x), ~np.isnan(y[:, 0])
     np.testing.assert_allclose(ours.predict(x)[:, 0], Ridge(3.0).fit(z[seen], y[seen, 0]).predict(z), rtol=1e-7)
     np.testing.assert_allclose(ours.predict(x)[:, 2], 5.0)
@@ -256,26 +257,26 @@ def test_ridge_uses_each_targets_own_labelled_rows():
 def test_ridge_survives_constant_features_and_perfect_copies():
     x, y = linear_data(60, 5)
     x = np.concatenate([x, x, np.full((60, 2), 0.1)], 1)
-    predicted = common.fit_ridge(x, y).predict(x)
+    predicted = baseline_models.fit_ridge(x, y).predict(x)
     assert np.isfinite(predicted).all()
-    np.testing.assert_allclose(predicted, common.fit_ridge(x[:, :10], y).predict(x[:, :10]), rtol=1e-6)
+    np.testing.assert_allclose(predicted, baseline_models.fit_ridge(x[:, :10], y).predict(x[:, :10]), rtol=1e-6)
 
 
 def test_inner_folds_keep_groups_whole_and_are_balanced():
     groups = np.random.default_rng(0).integers(0, 23, 400).astype(str)
-    folds = common._inner_folds(groups, 5, 1)
+    folds = baseline_models._inner_folds(groups, 5, 1)
     assert sorted(np.concatenate(folds)) == list(range(400))
     assert sum(len(np.unique(groups[rows])) for rows in folds) == 23
     assert min(map(len, folds)) > 50
-    assert len(common._inner_folds(np.array(["a", "a", "b"]), 5, 0)) == 2
-    assert len(common._inner_folds(np.array(["a"] * 10), 5, 0)) == 5
+    assert len(baseline_models._inner_folds(np.array(["a", "a", "b"]), 5, 0)) == 2
+    assert len(baseline_models._inner_folds(np.array(["a"] * 10), 5, 0)) == 5
 
 
 # --- alarms --------------------------------------------------------------------------------------
 
 def test_a_healthy_model_raises_no_alarm():
     predicted, target = noisy_pair(missing=0.1)
-    assert common.regression_alarms(predicted, target, ["a", "b", "c"]) == []
+    assert verdicts.regression_alarms(predicted, target, ["a", "b", "c"]) == []
 
 
 def test_alarms_name_the_fault_and_the_targets():
@@ -283,7 +284,7 @@ def test_alarms_name_the_fault_and_the_targets():
     predicted[:, 0] = 0.1
     predicted[5, 2] = np.nan
     target[:, 1] = 3.0
-    alarms = common.regression_alarms(predicted, target, ["Valence", "Arousal", "Trust"])
+    alarms = verdicts.regression_alarms(predicted, target, ["Valence", "Arousal", "Trust"])
     assert alarms == ["not a finite number in the predictions: Trust",
                       "constant output (sd under 5 % of the labels'): Valence",
                       "constant prediction, so r has no value and counts as 0: Valence",
@@ -293,25 +294,25 @@ def test_alarms_name_the_fault_and_the_targets():
 
 def test_constant_output_begins_at_five_percent_of_the_labels_spread():
     target = np.random.default_rng(0).normal(size=(300, 2))
-    alarms = common.regression_alarms(target * [0.049, 0.051], target, ["near", "far"])
+    alarms = verdicts.regression_alarms(target * [0.049, 0.051], target, ["near", "far"])
     assert alarms == ["constant output (sd under 5 % of the labels'): near"]
 
 
 def test_alarms_on_repeated_predictions_gaps_and_identical_folds():
     predicted, target = noisy_pair()
     predicted[:4] = predicted[0]
-    assert common.regression_alarms(predicted, target, list("abc")) == [
+    assert verdicts.regression_alarms(predicted, target, list("abc")) == [
         "the same prediction for 4 of 200 rows"]
-    gap = common.split_gap_alarms({"pearson_r": 0.2}, {"pearson_r": 0.6})
+    gap = verdicts.split_gap_alarms({"pearson_r": 0.2}, {"pearson_r": 0.6})
     assert len(gap) == 1 and gap[0].startswith("train far below validation (pearson_r 0.200 and 0.600)")
-    assert "train far above" in common.split_gap_alarms({"pearson_r": 0.99}, {"pearson_r": 0.3})[0]
-    assert common.split_gap_alarms({"pearson_r": math.nan}, {"pearson_r": 0.3}) == []
-    folds = common.identical_fold_alarms([[0.1, 0.2], [0.3, 0.2], [0.1, 0.2]])
+    assert "train far above" in verdicts.split_gap_alarms({"pearson_r": 0.99}, {"pearson_r": 0.3})[0]
+    assert verdicts.split_gap_alarms({"pearson_r": math.nan}, {"pearson_r": 0.3}) == []
+    folds = verdicts.identical_fold_alarms([[0.1, 0.2], [0.3, 0.2], [0.1, 0.2]])
     assert len(folds) == 1 and folds[0].startswith("folds 0 and 2 have identical results")
 
 
 def test_alarms_on_a_split_without_labels(recwarn):
-    alarms = common.regression_alarms(np.ones((2, 1)), np.full((2, 1), np.nan), ["a"])
+    alarms = verdicts.regression_alarms(np.ones((2, 1)), np.full((2, 1), np.nan), ["a"])
     assert any("labels do not vary: a" in alarm for alarm in alarms) and not recwarn.list
 
 
@@ -321,17 +322,17 @@ KNOWN = ["r2", "mae", "r2_M1", "mae_M1", "mae_M2", "r2_NRS (1-10)"]
 
 
 def test_criteria_are_parsed_with_names_as_they_come():
-    assert common.parse_criteria(" r2>0.15, mae_M2 <= 3.0,r2_NRS (1-10)>=-.5,mae<1e-3,", KNOWN) == [
+    assert verdicts.parse_criteria(" r2>0.15, mae_M2 <= 3.0,r2_NRS (1-10)>=-.5,mae<1e-3,", KNOWN) == [
         {"name": "r2", "relation": ">", "bar": 0.15}, {"name": "mae_M2", "relation": "<=", "bar": 3.0},
         {"name": "r2_NRS (1-10)", "relation": ">=", "bar": -0.5}, {"name": "mae", "relation": "<", "bar": 0.001}]
-    assert common.parse_criteria("", KNOWN) == common.parse_criteria(None, KNOWN) == []
+    assert verdicts.parse_criteria("", KNOWN) == verdicts.parse_criteria(None, KNOWN) == []
 
 
 def test_criteria_mistakes_are_listed_together():
     with pytest.raises(common.UserError, match="found: r2=0.1; >3; mae<nan$"):
-        common.parse_criteria("r2=0.1,mae<2,>3,mae<nan", KNOWN)
+        verdicts.parse_criteria("r2=0.1,mae<2,>3,mae<nan", KNOWN)
     with pytest.raises(common.UserError, match=r"mae_m1 \(did you mean mae_M1\?\), r3\. Use"):
-        common.parse_criteria("mae_m1<2,r3>0.1,r2>0", KNOWN)
+        verdicts.parse_criteria("mae_m1<2,r3>0.1,r2>0", KNOWN)
 
 
 @pytest.mark.parametrize("text, interval, verdict", [
@@ -340,18 +341,18 @@ def test_criteria_mistakes_are_listed_together():
     ("r2>0.15", (math.nan, math.nan), "NOT RESOLVABLE"), ("r2>=0.15", (0.15, 0.4), "PASS"),
     ("r2>0.15", (0.15, 0.4), "NOT RESOLVABLE")])
 def test_criteria_are_judged_by_the_interval(text, interval, verdict):
-    judged = common.judge_criteria(common.parse_criteria(text, KNOWN), {"r2": 0.3}, {"r2": interval})
+    judged = verdicts.judge_criteria(verdicts.parse_criteria(text, KNOWN), {"r2": 0.3}, {"r2": interval})
     assert judged[0]["verdict"] == verdict and judged[0]["value"] == 0.3
 
 
 def test_named_values_carry_means_and_targets():
     predicted, target = noisy_pair()
-    result = common.bootstrap_regression(predicted, target)
-    values, intervals = common.named_values(result, ["a", "b", "c"])
+    result = subject_intervals.bootstrap_regression(predicted, target)
+    values, intervals = verdicts.named_values(result, ["a", "b", "c"])
     assert values["r2"] == pytest.approx(np.mean([values["r2_a"], values["r2_b"], values["r2_c"]]))
     assert intervals["mae_c"] == tuple(result["interval"]["mae"][2]) and len(intervals["rmse"]) == 2
-    few = common.bootstrap_regression(predicted[:3], target[:3])
-    assert common.named_values(few, ["a", "b", "c"])[1]["r2_b"] is None
+    few = subject_intervals.bootstrap_regression(predicted[:3], target[:3])
+    assert verdicts.named_values(few, ["a", "b", "c"])[1]["r2_b"] is None
 
 
 def test_verdict_beats_does_not_beat_and_not_resolvable():
@@ -361,8 +362,8 @@ def test_verdict_beats_does_not_beat_and_not_resolvable():
                             for noise in (0.5, 0.9, 0.5))
 
     def say(model, baseline, **options):
-        result = common.bootstrap_regression(model, target, baseline=baseline)
-        return common.verdict_sentence(result, "ridge", **options)
+        result = subject_intervals.bootstrap_regression(model, target, baseline=baseline)
+        return verdicts.verdict_sentence(result, "ridge", **options)
 
     better = say(near, far, ceiling=0.912, held_out=False)
     assert better.startswith("The model beats the ridge baseline: mean r2 0.7")
@@ -377,14 +378,14 @@ def test_verdict_beats_does_not_beat_and_not_resolvable():
 
 def test_verdict_with_two_subjects_resolves_nothing_and_with_nine_gives_p():
     predicted, target = noisy_pair(rows=90)
-    two = common.bootstrap_regression(predicted, target, np.repeat([1, 2], 45), target * 0)
-    text = common.verdict_sentence(two, "train-mean")
+    two = subject_intervals.bootstrap_regression(predicted, target, np.repeat([1, 2], 45), target * 0)
+    text = verdicts.verdict_sentence(two, "train-mean")
     assert text.startswith("Not resolvable") and "no interval: only 2 subjects" in text and "sign-flip" not in text
-    nine = common.bootstrap_regression(predicted, target, np.repeat(np.arange(9), 10), predicted + 20)
-    text = common.verdict_sentence(nine, "train-mean", metric="mse")
+    nine = subject_intervals.bootstrap_regression(predicted, target, np.repeat(np.arange(9), 10), predicted + 20)
+    text = verdicts.verdict_sentence(nine, "train-mean", metric="mse")
     assert text.startswith("The model beats") and "95% t-interval over 9 subjects" in text
     # 2 of 2^9 signs
     said = ", exact sign-flip p 0.0039 on the subjects' errors, smaller than the baseline's in %d of 9."
     assert text.endswith(said % 9)
-    worse = common.bootstrap_regression(predicted + 20, target, np.repeat(np.arange(9), 10), predicted)
-    assert common.verdict_sentence(worse, "train-mean").endswith(said % 0)
+    worse = subject_intervals.bootstrap_regression(predicted + 20, target, np.repeat(np.arange(9), 10), predicted)
+    assert verdicts.verdict_sentence(worse, "train-mean").endswith(said % 0)

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import common
+from evidence import plotting, reporting
 
 VOID = {"meta", "img", "br", "hr", "link"}
 EVIL = '<script>alert("x")</script> & \'quoted\' "name"'
@@ -58,14 +59,14 @@ def report(tmp_path):
     rng = np.random.default_rng(0)
     Image.fromarray(noise_picture(rng)).save(tmp_path / "plot.png")
     rows = [{"target": EVIL, "r": 0.51234, "note": EVIL}, {"target": "b", "r": float("nan"), "note": None}]
-    table = common.html_table(rows, {"target": "Target", "r": EVIL, "note": "note"}, {"r": ".3f"}, EVIL)
+    table = reporting.html_table(rows, {"target": "Target", "r": EVIL, "note": "note"}, {"r": ".3f"}, EVIL)
     case = {"image": noise_picture(rng), "title": EVIL, "lines": [EVIL, "true 5.1"]}
-    sections = [(EVIL, [common.html_text(f"one {EVIL}\n\n- a\n- {EVIL}"), common.html_text(EVIL, "caution")]),
+    sections = [(EVIL, [reporting.html_text(f"one {EVIL}\n\n- a\n- {EVIL}"), reporting.html_text(EVIL, "caution")]),
                 ("Empty", []),
-                ("Metrics", [table, common.html_image(tmp_path / "plot.png", EVIL)]),
-                ("Cases", [common.html_cases([case]), common.html_code(EVIL)])]
+                ("Metrics", [table, reporting.html_image(tmp_path / "plot.png", EVIL)]),
+                ("Cases", [reporting.html_cases([case]), reporting.html_code(EVIL)])]
     path = tmp_path / "report.html"
-    common.write_report(path, EVIL, ("good", EVIL), sections, EVIL, [(EVIL, EVIL, EVIL)])
+    reporting.write_report(path, EVIL, ("good", EVIL), sections, EVIL, [(EVIL, EVIL, EVIL)])
     return path
 
 
@@ -102,27 +103,27 @@ def test_report_contents_and_headings(report):
 
 @pytest.mark.parametrize("level, word", [("good", "Holds"), ("caution", "With caution"), ("poor", "Does not hold")])
 def test_verdict_is_told_by_word_and_shape(tmp_path, level, word):
-    common.write_report(tmp_path / "r.html", "t", (level, "a sentence"), [])
+    reporting.write_report(tmp_path / "r.html", "t", (level, "a sentence"), [])
     page = Page(tmp_path / "r.html")
     assert page.values("aria-label")[0] == word and word in page.text and "a sentence" in page.text
-    shapes = {value[1] for value in common._LEVELS.values()}
+    shapes = {value[1] for value in reporting._LEVELS.values()}
     assert len(shapes) == 3, "the three marks differ in outline"
 
 
 def test_unknown_level_is_a_programming_mistake(tmp_path):
     with pytest.raises((AssertionError, KeyError)):
-        common.write_report(tmp_path / "r.html", "t", ("great", "s"), [])
+        reporting.write_report(tmp_path / "r.html", "t", ("great", "s"), [])
     with pytest.raises(AssertionError, match="great"):
-        common.html_text("a", "great")
+        reporting.html_text("a", "great")
 
 
 def test_report_stays_under_its_size_with_many_pictures(tmp_path):
     rng = np.random.default_rng(1)
     Image.fromarray(noise_picture(rng, 900, 1000)).save(tmp_path / "big.png")
     cases = [{"image": noise_picture(rng, 256, 256), "title": f"case {i}", "lines": []} for i in range(130)]
-    sections = [("A", [common.html_image(tmp_path / "big.png", "big")] * 3), ("B", [common.html_cases(cases)])]
+    sections = [("A", [reporting.html_image(tmp_path / "big.png", "big")] * 3), ("B", [reporting.html_cases(cases)])]
     assert sum(len(block) for _, blocks in sections for block in blocks) > 6_500_000
-    common.write_report(tmp_path / "r.html", "t", ("poor", "s"), sections)
+    reporting.write_report(tmp_path / "r.html", "t", ("poor", "s"), sections)
     assert (tmp_path / "r.html").stat().st_size < 5_000_000
     sources = Page(tmp_path / "r.html").values("src")
     assert len(sources) == 133, "pictures shrink, none is lost"
@@ -131,15 +132,15 @@ def test_report_stays_under_its_size_with_many_pictures(tmp_path):
 
 
 def test_small_report_keeps_pictures_untouched(tmp_path):
-    block = common.html_cases([{"image": noise_picture(np.random.default_rng(2)), "title": "a", "lines": []}])
-    common.write_report(tmp_path / "r.html", "t", ("good", "s"), [("A", [block])])
+    block = reporting.html_cases([{"image": noise_picture(np.random.default_rng(2)), "title": "a", "lines": []}])
+    reporting.write_report(tmp_path / "r.html", "t", ("good", "s"), [("A", [block])])
     assert block in (tmp_path / "r.html").read_text()
 
 
 def test_table_formats_alignment_and_missing_cells():
     rows = [{"name": "a", "r": 0.51239, "n": 7, "text": "x", "ci": "0.41 to 0.60", "v": np.float32(0.25)},
             {"name": "007", "r": None, "n": np.int64(12000), "text": "7 of 9 x", "v": float("-inf")}]
-    table = common.html_table(rows, formats={"r": ".3f", "n": ",d"})
+    table = reporting.html_table(rows, formats={"r": ".3f", "n": ",d"})
     cells = re.findall(r"<td( class=\"num\")?>([^<]*)</td>", table)
     assert [text for _, text in cells[:5]] == ["0.512", "7", "x", "0.41 to 0.60", "0.25"]
     assert [text for _, text in cells[5:]] == ["&ndash;", "12,000", "7 of 9 x", "&ndash;", "-inf"]
@@ -148,18 +149,18 @@ def test_table_formats_alignment_and_missing_cells():
 
 
 def test_table_counts_the_rows_it_leaves_out():
-    table = common.html_table([{"a": i, "b": i} for i in range(50)], max_rows=10)
+    table = reporting.html_table([{"a": i, "b": i} for i in range(50)], max_rows=10)
     assert table.count("<tr>") == 12 and "and 40 more rows" in table
-    assert "<table>" in common.html_table([]), "no rows, no crash"
+    assert "<table>" in reporting.html_table([]), "no rows, no crash"
 
 
 def test_text_paragraphs_and_lists():
-    assert common.html_text("a\nb\n\nc") == "<p>a b</p>\n<p>c</p>"
-    assert common.html_text("- a\n- b") == "<ul><li>a</li><li>b</li></ul>"
+    assert reporting.html_text("a\nb\n\nc") == "<p>a b</p>\n<p>c</p>"
+    assert reporting.html_text("- a\n- b") == "<ul><li>a</li><li>b</li></ul>"
 
 
 def test_non_ascii_names_survive_in_an_ascii_file(tmp_path):
-    common.write_report(tmp_path / "r.html", "H\u00c4NDE gr\u00fcn", ("good", "\u732b"), [])
+    reporting.write_report(tmp_path / "r.html", "H\u00c4NDE gr\u00fcn", ("good", "\u732b"), [])
     assert "H\u00c4NDE gr\u00fcn" in Page(tmp_path / "r.html").text
 
 
@@ -169,7 +170,7 @@ def test_cases_take_grey_arrays_and_turned_files(tmp_path):
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
     cases = [{"image": tmp_path / "turned.jpg", "title": "t"}, {"image": np.zeros((10, 30), np.uint8), "title": "g"}]
-    uris = re.findall(r'src="([^"]+)"', common.html_cases(cases))
+    uris = re.findall(r'src="([^"]+)"', reporting.html_cases(cases))
     sizes = [Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).size for uri in uris]
     assert sizes == [(20, 40), (30, 10)]
 
@@ -196,7 +197,7 @@ def history(n_epochs):
 
 
 def test_metric_families_share_panels():
-    assert common._metric_families(history(2)) == {
+    assert plotting._metric_families(history(2)) == {
         "loss": ["train_loss", "val_loss"], "mae": ["val_mae", "val_mae_left"], "r2": ["val_r2"]}
 
 
@@ -210,7 +211,7 @@ def check_png(path, min_width=400):
 
 @pytest.mark.parametrize("n_epochs, best", [(1, None), (30, 12)])
 def test_plot_history(tmp_path, n_epochs, best):
-    common.plot_history(history(n_epochs), tmp_path / "h.png", best)
+    plotting.plot_history(history(n_epochs), tmp_path / "h.png", best)
     check_png(tmp_path / "h.png")
 
 
@@ -224,7 +225,7 @@ def target_rows(n):
 def test_plot_per_target(tmp_path, n):
     rows = target_rows(n)
     rows[0] |= {"pearson_r": float("nan"), "target": r"a $\no math$ name"}
-    common.plot_per_target(rows, tmp_path / "p.png")
+    plotting.plot_per_target(rows, tmp_path / "p.png")
     check_png(tmp_path / "p.png")
 
 
@@ -235,13 +236,13 @@ def test_plot_scatter(tmp_path, n_targets):
     target[:, 0], target[3, -1] = np.nan, np.nan
     predicted = target + rng.normal(size=target.shape)
     predicted[5, -1] = np.nan
-    common.plot_scatter(predicted, target, [f"$rating^ {i}$" for i in range(n_targets)], tmp_path / "s.png")
+    plotting.plot_scatter(predicted, target, [f"$rating^ {i}$" for i in range(n_targets)], tmp_path / "s.png")
     check_png(tmp_path / "s.png", 200)
 
 
 def test_plots_are_repeatable(tmp_path):
     for name in ("a.png", "b.png"):
-        common.plot_per_target(target_rows(5), tmp_path / name)
+        plotting.plot_per_target(target_rows(5), tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 

@@ -18,6 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import common
+from readers import picture_files
 import make_sample_data
 
 WIDE = "ratings/per_image_Slider_mean_sd_from_wide.csv"
@@ -175,7 +176,7 @@ def plain_picture(number):
 def test_common_reads_every_picture(made):
     folder, truth = made
     for name in truth["quirks"]:
-        pixels = common.load_image(folder / "images" / name)
+        pixels = picture_files.load_image(folder / "images" / name)
         difference = np.abs(pixels.astype(float) - np.asarray(open_upright(folder / "images" / name), float))
         assert np.median(difference) < 3, name
 

@@ -18,10 +18,10 @@ from sklearn.metrics import r2_score, roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-
-import common
 import make_sample_data
 import train_video
+
+from readers import file_names, picture_files
 
 HEADER = ("event_idx,group,day,date,start_time,end_time,duration_sec,behavior,initiator_id,receiver_id,ended_by,"
           "pen_location,linked,camera_id,video_filename,video_path,event_offset_sec").split(",")
@@ -196,7 +196,7 @@ def test_scores_are_thirds_with_gaps_and_folders_hold_the_frames(made):
     assert 3 <= parts.isna().sum().sum() <= 40 and table["Total.Facial.scale"].between(0, 14).all()
     complete = parts.notna().all(axis=1)
     assert (parts.sum(axis=1) - table["Total.Facial.scale"])[complete].abs().max() < 0.51
-    frames = [common.find_images(folder / path) for path in table.sequence_path]
+    frames = [file_names.find_images(folder / path) for path in table.sequence_path]
     assert [len(each) for each in frames] == table.num_frames.tolist() and set(table.num_frames) <= set(range(8, 41))
     assert frames[0][1].name == "frame 2.jpg" and frames[0][-1].name == f"frame {table.num_frames[0]}.jpg"
     true = np.array([truth["sequences"]["true_scores"][path] for path in table.sequence_path])
@@ -206,8 +206,8 @@ def test_scores_are_thirds_with_gaps_and_folders_hold_the_frames(made):
 def test_sequences_are_learnable_beyond_their_moment(made):
     folder, _ = made
     table = pd.read_csv(folder / "sequences.csv")
-    frames = [common.find_images(folder / path) for path in table.sequence_path]
-    thumbs = [np.mean([cv2.resize(common.load_image(f), (24, 24), interpolation=cv2.INTER_AREA) for f in each[::4]], 0)
+    frames = [file_names.find_images(folder / path) for path in table.sequence_path]
+    thumbs = [np.mean([cv2.resize(picture_files.load_image(f), (24, 24), interpolation=cv2.INTER_AREA) for f in each[::4]], 0)
               for each in frames]
     target = table["Total.Facial.scale"].to_numpy()
     model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(0, 5, 20)))

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from sklearn.model_selection import GroupKFold, StratifiedKFold
 
 import common
+from evidence import splitting
+from readers import file_names, picture_files
 
 OMI = Path(__file__).resolve().parents[2] / "shared" / "data" / "ratings" / "omi"
 RATIOS = {"train": 0.7, "val": 0.15, "test": 0.15}
@@ -40,7 +42,7 @@ def as_parts(split, n_rows):
 
 def test_sizes_and_strata_of_a_row_split():
     score = np.random.default_rng(0).normal(size=800)
-    split = common.make_split(800, RATIOS, strata=score, seed=1)
+    split = splitting.make_split(800, RATIOS, strata=score, seed=1)
     assert (as_parts(split, 800) != "").all()
     assert [len(split[name]) for name in RATIOS] == [560, 120, 120]
     tenth = np.digitize(score, np.quantile(score, np.linspace(0, 1, 11)[1:-1]))
@@ -53,7 +55,7 @@ def test_random_rows_within_strata():
     score = np.random.default_rng(0).normal(size=50)
     in_val = np.zeros(50)
     for seed in range(400):
-        in_val[common.make_split(50, {"train": 0.8, "val": 0.2}, strata=score, seed=seed)["val"]] += 1
+        in_val[splitting.make_split(50, {"train": 0.8, "val": 0.2}, strata=score, seed=seed)["val"]] += 1
     assert np.abs(in_val / 400 - 0.2).max() < 4 * np.sqrt(0.2 * 0.8 / 400)
 
 
@@ -67,13 +69,13 @@ def test_groups_are_never_cut_and_order_does_not_matter(data, seed):
         return
     use_groups = data.draw(st.booleans())
     arguments = {"strata": score, "groups": group if use_groups else None, "keys": keys}
-    parts = as_parts(common.make_split(n_rows, RATIOS, seed=seed, **arguments), n_rows)
+    parts = as_parts(splitting.make_split(n_rows, RATIOS, seed=seed, **arguments), n_rows)
     assert set(parts) == set(RATIOS)
     if use_groups:
         assert all(len(set(parts[group == name])) == 1 for name in group)
     order = rng.permutation(n_rows)
     turned = {name: None if values is None else values[order] for name, values in arguments.items()}
-    again = as_parts(common.make_split(n_rows, RATIOS, seed=seed, **turned), n_rows)
+    again = as_parts(splitting.make_split(n_rows, RATIOS, seed=seed, **turned), n_rows)
     assert (again == parts[order]).all()
 
 
@@ -81,7 +83,7 @@ def test_groups_are_stratified_as_far_as_they_allow():
     rng = np.random.default_rng(3)
     group = np.repeat(np.arange(60), rng.integers(5, 25, 60))
     label = (rng.random(60) < 0.3)[group].astype(int)
-    split = common.make_split(len(group), RATIOS, strata=label, groups=group, seed=0)
+    split = splitting.make_split(len(group), RATIOS, strata=label, groups=group, seed=0)
     for name, share in RATIOS.items():
         assert abs(len(split[name]) / len(group) - share) < 0.02
         assert abs(label[split[name]].mean() - label.mean()) < 0.03
@@ -96,12 +98,12 @@ def test_groups_are_stratified_as_far_as_they_allow():
     (RATIOS, 100, ["a", "b"] * 50, ["empty split", "2 groups"]),
     (RATIOS, 4, ["a", "", "c", ""], ["2 blank"])])
 def test_impossible_splits(ratios, n_rows, groups, words):
-    message = fails(common.make_split, n_rows, ratios, groups=groups)
+    message = fails(splitting.make_split, n_rows, ratios, groups=groups)
     assert all(word in message for word in words), message
 
 
 def test_a_ratio_of_zero_is_an_empty_part():
-    split = common.make_split(10, {"train": 0.8, "val": 0.2, "test": 0.0})
+    split = splitting.make_split(10, {"train": 0.8, "val": 0.2, "test": 0.0})
     assert [len(split[name]) for name in ("train", "val", "test")] == [8, 2, 0] and split["test"].dtype.kind == "i"
 
 
@@ -109,7 +111,7 @@ def test_a_ratio_of_zero_is_an_empty_part():
 
 def test_folds_without_groups_against_sklearn():
     label = np.repeat([0, 1, 2], [61, 23, 9])
-    fold = common.make_folds(93, 5, strata=label, seed=7)
+    fold = splitting.make_folds(93, 5, strata=label, seed=7)
     judge = np.empty(93, int)
     for k, (_, rows) in enumerate(StratifiedKFold(5, shuffle=True, random_state=0).split(label, label)):
         judge[rows] = k
@@ -123,45 +125,45 @@ def test_folds_without_groups_against_sklearn():
 def test_group_folds_are_balanced_like_sklearn(seed):
     rng = np.random.default_rng(seed)
     group = rng.permutation(np.repeat(np.arange(30), rng.integers(1, 30, 30)))
-    fold = common.make_folds(len(group), 5, groups=group, seed=seed)
+    fold = splitting.make_folds(len(group), 5, groups=group, seed=seed)
     assert all(len(set(fold[group == name])) == 1 for name in range(30)) and set(fold) == set(range(5))
     judge = [len(rows) for _, rows in GroupKFold(5).split(group, groups=group)]
     assert np.ptp(np.bincount(fold)) <= np.ptp(judge) + 2
 
 
 def test_folds_repeat_and_differ_by_seed():
-    folds = [common.make_folds(200, 4, seed=seed) for seed in (1, 1, 2)]
+    folds = [splitting.make_folds(200, 4, seed=seed) for seed in (1, 1, 2)]
     assert (folds[0] == folds[1]).all() and (folds[0] != folds[2]).any()
 
 
 def test_one_class_in_one_group_only():
     group = np.repeat(np.arange(6), 10)
-    fold = common.make_folds(60, 3, strata=(group == 0).astype(int), groups=group)
+    fold = splitting.make_folds(60, 3, strata=(group == 0).astype(int), groups=group)
     assert np.bincount(fold).tolist() == [20, 20, 20]
 
 
 def test_too_few_units_for_the_folds():
-    message = fails(common.make_folds, 40, 5, groups=["a", "b", "c", "d"] * 10)
+    message = fails(splitting.make_folds, 40, 5, groups=["a", "b", "c", "d"] * 10)
     assert "--folds 5" in message and "4 groups" in message
-    assert "3 rows" in fails(common.make_folds, 3, 5)
-    assert "2 or more" in fails(common.make_folds, 30, 1)
+    assert "3 rows" in fails(splitting.make_folds, 3, 5)
+    assert "2 or more" in fails(splitting.make_folds, 30, 1)
 
 
 def test_strata_with_missing_values():
     score = np.where(np.arange(100) % 4 == 0, np.nan, np.arange(100.0))
-    fold = common.make_folds(100, 5, strata=score)
+    fold = splitting.make_folds(100, 5, strata=score)
     assert np.bincount(fold[np.isnan(score)]).tolist() == [5] * 5
-    assert len(common.make_folds(20, 4, strata=np.full(20, np.nan))) == 20
+    assert len(splitting.make_folds(20, 4, strata=np.full(20, np.nan))) == 20
 
 
 # split files
 
 def test_split_file_round_trip(tmp_path):
     keys = [f"grün/{i}.jpg" for i in range(30)]
-    split = common.make_split(30, RATIOS, keys=keys)
-    common.write_splits(tmp_path / "splits.json", split, keys, {"seed": 42})
+    split = splitting.make_split(30, RATIOS, keys=keys)
+    splitting.write_splits(tmp_path / "splits.json", split, keys, {"seed": 42})
     order = np.random.default_rng(0).permutation(30)
-    again = common.read_split_file(tmp_path / "splits.json", [keys[row] for row in order])
+    again = splitting.read_split_file(tmp_path / "splits.json", [keys[row] for row in order])
     assert {name: sorted(order[rows]) for name, rows in again.items()} == {n: list(r) for n, r in split.items()}
 
 
@@ -172,16 +174,16 @@ def test_split_file_round_trip(tmp_path):
 def test_faulty_split_files(tmp_path, content, words):
     path = tmp_path / "s.json"
     path.write_text(content if content == "no json" else json.dumps(content))
-    message = fails(common.read_split_file, path, ["a", "b", "c"])
+    message = fails(splitting.read_split_file, path, ["a", "b", "c"])
     assert "--split_file" in message and all(word in message for word in words), message
-    assert "--split_file" in fails(common.read_split_file, tmp_path / "none.json", ["a"])
+    assert "--split_file" in fails(splitting.read_split_file, tmp_path / "none.json", ["a"])
 
 
 def test_effective_size():
     target = [[1, np.nan], [1, np.nan], [1, 2], [2, 2]]
-    assert common.effective_size(target, ["p", "p", "q", "q"]) == {
+    assert splitting.effective_size(target, ["p", "p", "q", "q"]) == {
         "rows": 4, "distinct_label_vectors": 3, "subjects": 2}
-    assert common.effective_size([1.0, 1.0, 2.0])["distinct_label_vectors"] == 2
+    assert splitting.effective_size([1.0, 1.0, 2.0])["distinct_label_vectors"] == 2
 
 
 # leakage
@@ -208,20 +210,20 @@ def test_hash_is_the_sign_of_scipy_dct():
     image = scene(0, 64)
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(float)
     low = dctn(gray, norm="ortho")[1:17, 1:17].ravel()
-    bits = np.unpackbits(common.perceptual_hash(image).view(np.uint8))
+    bits = np.unpackbits(picture_files.perceptual_hash(image).view(np.uint8))
     clear = np.abs(low - np.median(low)) > 0.1
     assert clear.sum() > 200 and (bits[clear] == (low > np.median(low))[clear]).all()
 
 
 def test_copies_are_near_and_others_far():
     images = [scene(seed) for seed in range(20)]
-    hashes = [common.perceptual_hash(image) for image in images]
+    hashes = [picture_files.perceptual_hash(image) for image in images]
     assert hashes[0].shape == (4,) and hashes[0].dtype == np.uint64
     for image, original in zip(images, hashes):
         copies = [saved_again(image, 128, 70), saved_again(image, 300, 50), cv2.convertScaleAbs(image, alpha=0.8)]
-        assert max(bits_apart(common.perceptual_hash(copy), original) for copy in copies) <= common.NEAR_DUPLICATE_BITS
+        assert max(bits_apart(picture_files.perceptual_hash(copy), original) for copy in copies) <= splitting.NEAR_DUPLICATE_BITS
     others = [bits_apart(a, b) for a, b in itertools.combinations(hashes, 2)]
-    assert min(others) > common.NEAR_DUPLICATE_BITS
+    assert min(others) > splitting.NEAR_DUPLICATE_BITS
 
 
 def leaky_data(n_rows=60):
@@ -235,13 +237,13 @@ def leaky_data(n_rows=60):
 def test_a_clean_split_reports_zeros():
     split, sha, phash, keys = leaky_data()
     groups = np.repeat(["a", "b", "c"], [40, 10, 10])
-    report = common.leakage_report(split, sha, phash, keys, groups, groups)
+    report = splitting.leakage_report(split, sha, phash, keys, groups, groups)
     assert set(report["between"]) == {"train-val", "train-test", "val-test"}
     assert all(found["count"] == 0 for shared in report["between"].values() for found in shared.values())
     assert all(count == 0 for counts in report["within"].values() for count in counts.values())
-    common.check_leakage(report)
+    splitting.check_leakage(report)
     zeros = "0 groups, 0 events, 0 exact duplicates, 0 near duplicates"
-    assert f"leakage train-val: {zeros}\n" in common.leakage_text(report)
+    assert f"leakage train-val: {zeros}\n" in splitting.leakage_text(report)
 
 
 def planted():
@@ -258,7 +260,7 @@ def planted():
 
 def test_planted_leaks_are_counted_and_named():
     split, sha, phash, keys, groups = planted()
-    report = common.leakage_report(split, sha, phash, keys, groups=groups)
+    report = splitting.leakage_report(split, sha, phash, keys, groups=groups)
     counts = {(pair, what): found["count"]
               for pair, shared in report["between"].items() for what, found in shared.items()}
     assert {key: count for key, count in counts.items() if count} == {
@@ -267,31 +269,31 @@ def test_planted_leaks_are_counted_and_named():
     assert report["between"]["train-val"]["exact_duplicates"]["examples"] == ["003.jpg = 041.jpg"]
     assert report["between"]["val-test"]["near_duplicates"]["examples"] == ["042.jpg = 055.jpg"]
     assert report["within"]["train"] == {"exact_duplicates": 1, "near_duplicates": 0}
-    assert json.loads(json.dumps(report)) == report and "003.jpg = 041.jpg" in common.leakage_text(report)
+    assert json.loads(json.dumps(report)) == report and "003.jpg = 041.jpg" in splitting.leakage_text(report)
 
 
 def test_report_does_not_depend_on_row_order():
     split, sha, phash, keys, groups = planted()
     order = np.random.default_rng(1).permutation(60)
     new_row = np.argsort(order)
-    turned = common.leakage_report({name: new_row[rows] for name, rows in split.items()}, [sha[i] for i in order],
+    turned = splitting.leakage_report({name: new_row[rows] for name, rows in split.items()}, [sha[i] for i in order],
                                    phash[order], [keys[i] for i in order], groups=groups[order])
-    assert turned == common.leakage_report(split, sha, phash, keys, groups=groups)
+    assert turned == splitting.leakage_report(split, sha, phash, keys, groups=groups)
 
 
 def test_what_stops_the_run_and_what_only_warns():
     split, sha, phash, keys, groups = planted()
-    report = common.leakage_report(split, sha, phash, keys, groups=groups)
-    message = fails(common.check_leakage, report)
+    report = splitting.leakage_report(split, sha, phash, keys, groups=groups)
+    message = fails(splitting.check_leakage, report)
     assert "groups (shared)" in message and "exact duplicates (003.jpg = 041.jpg)" in message
     assert "--allow_leakage" in message and "near" not in message
-    common.check_leakage(report, allow_leakage=True)
+    splitting.check_leakage(report, allow_leakage=True)
     events = np.array(["e1"] * 60)
-    assert "events" in fails(common.check_leakage, common.leakage_report(*leaky_data(), events=events))
+    assert "events" in fails(splitting.check_leakage, splitting.leakage_report(*leaky_data(), events=events))
     phash[55] = phash[41]
-    clean_but_near = common.leakage_report(split, [f"s{i}" for i in range(60)], phash, keys)
+    clean_but_near = splitting.leakage_report(split, [f"s{i}" for i in range(60)], phash, keys)
     assert clean_but_near["between"]["val-test"]["near_duplicates"]["count"] == 1
-    common.check_leakage(clean_but_near)
+    splitting.check_leakage(clean_but_near)
 
 
 def test_pairs_agree_with_counting_bit_by_bit():
@@ -302,19 +304,19 @@ def test_pairs_agree_with_counting_bit_by_bit():
         flips[rng.choice(256, n_bits, replace=False)] = 1
         phash[1050 + i] = phash[5 + i] ^ np.packbits(flips).view(np.uint64)
     split = {"train": np.arange(1050), "val": np.arange(1050, 1100)}
-    report = common.leakage_report(split, [str(i) for i in range(1100)], phash, [f"{i:04d}" for i in range(1100)])
+    report = splitting.leakage_report(split, [str(i) for i in range(1100)], phash, [f"{i:04d}" for i in range(1100)])
     expected = sum(bits_apart(phash[i], phash[j]) <= 40 for i in range(5, 11) for j in range(1050, 1056))
     assert report["between"]["train-val"]["near_duplicates"]["count"] == expected == 4
 
 
 @pytest.mark.skipif(not OMI.is_dir(), reason="the OMI faces are not beside the repository")
 def test_aligned_faces_are_told_apart():
-    images = [cv2.imread(str(path))[:, :, ::-1] for path in common.find_images(OMI / "images")]
-    phash = np.stack([common.perceptual_hash(np.ascontiguousarray(image)) for image in images])
-    copies = np.stack([common.perceptual_hash(saved_again(image, 128, 70)) for image in images[:100]])
+    images = [cv2.imread(str(path))[:, :, ::-1] for path in file_names.find_images(OMI / "images")]
+    phash = np.stack([picture_files.perceptual_hash(np.ascontiguousarray(image)) for image in images])
+    copies = np.stack([picture_files.perceptual_hash(saved_again(image, 128, 70)) for image in images[:100]])
     n_rows = len(images) + len(copies)
     split = {"train": np.arange(len(images)), "val": np.arange(len(images), n_rows)}
-    report = common.leakage_report(split, [str(i) for i in range(n_rows)], np.concatenate([phash, copies]),
+    report = splitting.leakage_report(split, [str(i) for i in range(n_rows)], np.concatenate([phash, copies]),
                                    [f"{i:04d}" for i in range(n_rows)])
     assert report["within"]["train"]["near_duplicates"] == 0
     assert report["between"]["train-val"]["near_duplicates"]["count"] == 100

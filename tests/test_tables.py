@@ -18,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import common
+from evidence import splitting
+from readers import csv_tables, file_names, rating_tables
 
 pytestmark = pytest.mark.fault("tables, COCO, JSON: quirks and mistakes")
 
@@ -42,7 +44,7 @@ def fails(function, *args, **kwargs):
 # read_table: the layouts of a file
 
 def test_ids_stay_text_and_missing_cells_are_empty(tmp_path):
-    table = common.read_table(written(tmp_path, "id, score ,note\n007,1.50,NA\n010,NaN,none\n"))
+    table = csv_tables.read_table(written(tmp_path, "id, score ,note\n007,1.50,NA\n010,NaN,none\n"))
     assert list(table.columns) == ["id", "score", "note"]
     assert table["id"].tolist() == ["007", "010"] and table["score"].tolist() == ["1.50", ""]
     assert table["note"].tolist() == ["", "none"], "'none' is a word, not a missing cell"
@@ -52,7 +54,7 @@ def test_ids_stay_text_and_missing_cells_are_empty(tmp_path):
 def test_header_quoted_as_one_field(tmp_path):
     header = '"image,""Approach_mean"",""Approach_sd"",""Valence_mean"",""Valence_sd"""'
     path = written(tmp_path, f"{header}\r\nstimuli/image_001.jpg,6.97,2.79,5,1\r\nstimuli/image_002.jpg,1,2,3,4\r\n")
-    ratings = common.read_ratings(path)
+    ratings = rating_tables.read_ratings(path)
     assert ratings.names == ["Approach", "Valence"] and ratings.images[0] == "stimuli/image_001.jpg"
     assert ratings.mean.tolist() == [[6.97, 5], [1, 3]] and ratings.sd.tolist() == [[2.79, 1], [2, 4]]
     assert ratings.n is None and any("header" in note for note in ratings.notes)
@@ -62,25 +64,25 @@ def test_header_quoted_as_one_field(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
 def test_delimiters_and_encodings(tmp_path, delimiter, encoding):
     text = "image;grün\r\nMäh.jpg;1\r\n\r\nb.jpg;2\r\n".replace(";", delimiter)
-    table = common.read_table(written(tmp_path, text, encoding=encoding))
+    table = csv_tables.read_table(written(tmp_path, text, encoding=encoding))
     assert list(table.columns) == ["image", "grün"]
     assert table["image"].tolist() == ["Mäh.jpg", "b.jpg"] and table.index.tolist() == [2, 4]
 
 
 def test_gz_is_known_by_content_not_by_name(tmp_path):
     path = written(tmp_path, gzip.compress(b"image,x\na.jpg,1\n"))
-    assert common.read_table(path)["x"].tolist() == ["1"]
-    assert "damaged" in fails(common.read_table, written(tmp_path, gzip.compress(b"image,x\na.jpg,1\n")[:-9]))
+    assert csv_tables.read_table(path)["x"].tolist() == ["1"]
+    assert "damaged" in fails(csv_tables.read_table, written(tmp_path, gzip.compress(b"image,x\na.jpg,1\n")[:-9]))
 
 
 def test_header_with_commas_in_a_semicolon_file(tmp_path):
-    table = common.read_table(written(tmp_path, "image;Calm, mean;Happy (M, SD)\na.jpg;1,5;2\n"))
+    table = csv_tables.read_table(written(tmp_path, "image;Calm, mean;Happy (M, SD)\na.jpg;1,5;2\n"))
     assert list(table.columns) == ["image", "Calm, mean", "Happy (M, SD)"]
 
 
 def test_single_column_and_quoted_line_break(tmp_path):
-    assert common.read_table(written(tmp_path, "image\na.jpg\n"))["image"].tolist() == ["a.jpg"]
-    table = common.read_table(written(tmp_path, 'image,note\na.jpg,"two\nlines, here"\nb.jpg,x\n'))
+    assert csv_tables.read_table(written(tmp_path, "image\na.jpg\n"))["image"].tolist() == ["a.jpg"]
+    table = csv_tables.read_table(written(tmp_path, 'image,note\na.jpg,"two\nlines, here"\nb.jpg,x\n'))
     assert table["note"].tolist() == ["two\nlines, here", "x"]
 
 
@@ -93,17 +95,17 @@ def test_single_column_and_quoted_line_break(tmp_path):
     ('image,x\n"a.jpg,1\nb.jpg,2\n', ["line 3", "quotes"]),
     (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", ["binary"]), (b"PK\x03\x04\x14\0\x06\0", ["binary"])])
 def test_faulty_files_say_what_and_where(tmp_path, text, words):
-    message = fails(common.read_table, written(tmp_path, text))
+    message = fails(csv_tables.read_table, written(tmp_path, text))
     assert "ratings.csv" in message and all(word in message for word in words), message
 
 
 def test_missing_file_and_folder(tmp_path):
-    assert "no such file" in fails(common.read_table, tmp_path / "none.csv")
-    assert "a folder" in fails(common.read_table, tmp_path)
+    assert "no such file" in fails(csv_tables.read_table, tmp_path / "none.csv")
+    assert "a folder" in fails(csv_tables.read_table, tmp_path)
 
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=8)
-cells = words.map(str.strip).filter(lambda cell: cell.lower() not in common.MISSING_CELLS and "\ufeff" not in cell)
+cells = words.map(str.strip).filter(lambda cell: cell.lower() not in csv_tables.MISSING_CELLS and "\ufeff" not in cell)
 
 
 @settings(max_examples=60, deadline=None)
@@ -116,7 +118,7 @@ def test_round_trip_of_any_table(data, delimiter, encoding, end, quoting):
     buffer = io.StringIO(newline="")
     csv.writer(buffer, delimiter=delimiter, lineterminator=end, quoting=quoting).writerows([names, *rows])
     with tempfile.TemporaryDirectory() as folder:
-        table = common.read_table(written(folder, buffer.getvalue(), encoding=encoding))
+        table = csv_tables.read_table(written(folder, buffer.getvalue(), encoding=encoding))
     assert list(table.columns) == names and table.to_numpy().tolist() == rows
 
 
@@ -129,27 +131,27 @@ def test_decimal_comma_round_trip(values, delimiter):
     cells = ["" if value is None else str(value).replace(".", ",") for value in values]
     text = delimiter.join(["image", "x"]) + "\n" + "".join(f"{i}{delimiter}{cell}\n" for i, cell in enumerate(cells))
     with tempfile.TemporaryDirectory() as folder:
-        table = common.read_table(written(folder, text))
+        table = csv_tables.read_table(written(folder, text))
     expected = [math.nan if value is None else value for value in values]
-    np.testing.assert_array_equal(common.to_numbers(table["x"], "x"), expected)
+    np.testing.assert_array_equal(csv_tables.to_numbers(table["x"], "x"), expected)
 
 
 def test_comma_in_a_comma_file_is_decimal_only_where_it_cannot_be_thousands(tmp_path):
-    table = common.read_table(written(tmp_path, 'image,x,y,z\na,"1,25","1,234","1,5"\nb,"7,5","2,345",1.5\n'))
-    assert common.to_numbers(table["x"], "x").tolist() == [1.25, 7.5]
-    assert "'1,234' in line 2, '2,345' in line 3" in fails(common.to_numbers, table["y"], "ratings.csv, column y")
-    assert "'1,5' in line 2" in fails(common.to_numbers, table["z"], "z")
+    table = csv_tables.read_table(written(tmp_path, 'image,x,y,z\na,"1,25","1,234","1,5"\nb,"7,5","2,345",1.5\n'))
+    assert csv_tables.to_numbers(table["x"], "x").tolist() == [1.25, 7.5]
+    assert "'1,234' in line 2, '2,345' in line 3" in fails(csv_tables.to_numbers, table["y"], "ratings.csv, column y")
+    assert "'1,5' in line 2" in fails(csv_tables.to_numbers, table["z"], "z")
 
 
 @pytest.mark.parametrize("cell", ["abc", "inf", "1e999", "1_000", "5 %", "0x10", "--1", "1.2.3"])
 def test_cells_that_are_no_numbers(tmp_path, cell):
-    table = common.read_table(written(tmp_path, f"image,x\na,1\nb,{cell}\nc,2\n"))
-    message = fails(common.to_numbers, table["x"], "ratings.csv, column x")
+    table = csv_tables.read_table(written(tmp_path, f"image,x\na,1\nb,{cell}\nc,2\n"))
+    message = fails(csv_tables.to_numbers, table["x"], "ratings.csv, column x")
     assert message.startswith("ratings.csv, column x") and f"'{cell}' in line 3" in message
 
 
 def test_numbers_of_a_list():
-    np.testing.assert_array_equal(common.to_numbers(["1", " 2.5e1 ", "NA", math.nan], "x"), [1, 25, math.nan, math.nan])
+    np.testing.assert_array_equal(csv_tables.to_numbers(["1", " 2.5e1 ", "NA", math.nan], "x"), [1, 25, math.nan, math.nan])
 
 
 # read_ratings: layouts, columns, faults
@@ -157,7 +159,7 @@ def test_numbers_of_a_list():
 def test_wide_integer_ids_and_excluded_columns(tmp_path):
     text = "stimulus,trustworthy,trustworthy_sd,trustworthy_n,subject_id,ID,camera,attractive\n" \
            "1,5,1.5,30,7,1,left,\n2,6,1.0,29,8,2,right,3\n3,4,.5,28,9,3,left,4\n"
-    ratings = common.read_ratings(written(tmp_path, text))
+    ratings = rating_tables.read_ratings(written(tmp_path, text))
     assert ratings.names == ["trustworthy", "attractive"] and ratings.images == ["1", "2", "3"]
     np.testing.assert_array_equal(ratings.mean, [[5, math.nan], [6, 3], [4, 4]])
     np.testing.assert_array_equal(ratings.sd[:, 0], [1.5, 1, .5])
@@ -167,16 +169,16 @@ def test_wide_integer_ids_and_excluded_columns(tmp_path):
 
 def test_group_column_is_no_target_and_names_know_no_case(tmp_path):
     path = written(tmp_path, "FileName,session,Joy_Mean,joy_SD,Calm_mean\na,1,2,1,3\nb,2,3,1,4\n")
-    ratings = common.read_ratings(path, group_column="session")
+    ratings = rating_tables.read_ratings(path, group_column="session")
     assert ratings.names == ["Joy", "Calm"] and ratings.extra["session"].tolist() == ["1", "2"]
-    assert common.read_ratings(path, target_columns=["calm"]).names == ["Calm"]
+    assert rating_tables.read_ratings(path, target_columns=["calm"]).names == ["Calm"]
     wide = written(tmp_path, "image,session,joy\na,1,2\nb,2,3\n")
-    assert common.read_ratings(wide).names == ["session", "joy"]
-    ratings = common.read_ratings(wide, group_column="Session")
+    assert rating_tables.read_ratings(wide).names == ["session", "joy"]
+    ratings = rating_tables.read_ratings(wide, group_column="Session")
     assert ratings.names == ["joy"] and ratings.extra["Session"].tolist() == ["1", "2"]
     long = written(tmp_path, "rating,attribute,image,day\n1,x,a,1\n2,x,a,2\n3,x,b,1\n")
-    assert "vary within an image" in fails(common.read_ratings, long, group_column="day")
-    assert "--group_column" in fails(common.read_ratings, wide, group_column="image")
+    assert "vary within an image" in fails(rating_tables.read_ratings, long, group_column="day")
+    assert "--group_column" in fails(rating_tables.read_ratings, wide, group_column="image")
 
 
 def test_long_table_against_pandas(tmp_path):
@@ -185,7 +187,7 @@ def test_long_table_against_pandas(tmp_path):
                           "stimulus": rng.integers(1, 12, 400), "rater": rng.integers(0, 20, 400)})
     frame["family"] = "f" + (frame["stimulus"] % 3).astype(str)
     frame.to_csv(tmp_path / "long.csv", index=False)
-    ratings = common.read_ratings(tmp_path / "long.csv")
+    ratings = rating_tables.read_ratings(tmp_path / "long.csv")
     wide = frame.pivot_table(index="stimulus", columns="attribute", values="rating", aggfunc=["mean", "std", "count"])
     wide = wide.loc[[int(name) for name in ratings.images]]
     for mine, what in ((ratings.mean, "mean"), (ratings.sd, "std"), (ratings.n, "count")):
@@ -195,12 +197,12 @@ def test_long_table_against_pandas(tmp_path):
         np.testing.assert_allclose([a.mean() for a in ratings.ratings_by_image[name]], ratings.mean[:, r])
     assert list(ratings.extra.columns) == ["family"] and any("rater" in note for note in ratings.notes)
     assert ratings.extra["family"].tolist() == ["f" + str(int(name) % 3) for name in ratings.images]
-    assert common.read_ratings(tmp_path / "long.csv", target_columns=["sad"]).names == ["sad"]
+    assert rating_tables.read_ratings(tmp_path / "long.csv", target_columns=["sad"]).names == ["sad"]
 
 
 def test_long_table_with_gaps(tmp_path):
     text = "rating,attribute,stimulus\n1,calm,a\n3,calm,a\n,calm,b\n5,sad,b\n4,calm,c\n4,sad,c\n"
-    ratings = common.read_ratings(written(tmp_path, text))
+    ratings = rating_tables.read_ratings(written(tmp_path, text))
     np.testing.assert_array_equal(ratings.mean, [[2, math.nan], [math.nan, 5], [4, 4]])
     np.testing.assert_array_equal(ratings.n, [[2, 0], [0, 1], [1, 1]])
     np.testing.assert_allclose(ratings.sd[0, 0], math.sqrt(2))
@@ -210,8 +212,8 @@ def test_long_table_with_gaps(tmp_path):
 
 def test_duplicates(tmp_path):
     path = written(tmp_path, "image,x_mean,x_sd,x_n,who\ns/a.jpg,1,1,10,p\nb.jpg,5,1,10,q\ns\\a.jpg,3,3,,r\n")
-    assert "s/a.jpg (lines 2, 4)" in fails(common.read_ratings, path)
-    ratings = common.read_ratings(path, duplicates="mean")
+    assert "s/a.jpg (lines 2, 4)" in fails(rating_tables.read_ratings, path)
+    ratings = rating_tables.read_ratings(path, duplicates="mean")
     assert ratings.images == ["s/a.jpg", "b.jpg"] and ratings.mean[:, 0].tolist() == [2, 5]
     assert ratings.sd[:, 0].tolist() == [2, 1] and ratings.n[:, 0].tolist() == [10, 10]
     assert ratings.extra["who"].tolist() == ["p", "q"] and "1 images" in ratings.notes[-1]
@@ -232,15 +234,15 @@ def test_duplicates(tmp_path):
 def test_mistakes_in_a_ratings_table(tmp_path, text, options, words):
     path = written(tmp_path, text)
     if not words:
-        assert common.read_ratings(path, **options).names == ["x", "X"]
+        assert rating_tables.read_ratings(path, **options).names == ["x", "X"]
         return
-    message = fails(common.read_ratings, path, **options)
+    message = fails(rating_tables.read_ratings, path, **options)
     assert "--ratings_file" in message and all(word in message for word in words), message
 
 
 def test_image_column_by_name(tmp_path):
     path = written(tmp_path, "stimulus_no,Valence\n1,2\n2,3\n")
-    ratings = common.read_ratings(path, image_column="stimulus_no")
+    ratings = rating_tables.read_ratings(path, image_column="stimulus_no")
     assert ratings.images == ["1", "2"] and ratings.names == ["Valence"]
 
 
@@ -254,15 +256,15 @@ def touch(folder, *names):
 
 
 def matched(names, folder):
-    paths, unmatched = common.match_images(names, folder)
+    paths, unmatched = file_names.match_images(names, folder)
     return [path and path.relative_to(folder).as_posix() for path in paths], unmatched
 
 
 def test_find_images_order_and_what_is_ignored(tmp_path):
     touch(tmp_path, "10.jpg", "2.JPG", "1.Png", "sub/3.webp", "._1.jpg", ".hidden/4.jpg", "notes.txt", "Ä 5.tif")
-    found = [path.relative_to(tmp_path).as_posix() for path in common.find_images(tmp_path)]
+    found = [path.relative_to(tmp_path).as_posix() for path in file_names.find_images(tmp_path)]
     assert found == ["1.Png", "2.JPG", "10.jpg", "sub/3.webp", "Ä 5.tif"]
-    assert "no such folder" in fails(common.find_images, tmp_path / "none")
+    assert "no such folder" in fails(file_names.find_images, tmp_path / "none")
 
 
 @pytest.mark.parametrize("name, file", [
@@ -278,27 +280,27 @@ def test_spellings_of_one_image(tmp_path, name, file):
 
 def test_decomposed_names_on_disk(tmp_path):
     touch(tmp_path, unicodedata.normalize("NFD", "grün.jpg"))
-    assert common.match_images(["grün.jpg"], tmp_path)[0][0].is_file()
+    assert file_names.match_images(["grün.jpg"], tmp_path)[0][0].is_file()
 
 
 def test_exact_names_win_over_near_ones(tmp_path):
     touch(tmp_path, "1.jpg", "1.png", "a/1.jpg", "b/2.jpg", "c/2.jpg", "K.jpg", "k.jpg")
     assert matched(["1.png", "a/1.jpg", "1.jpg", "c/2", "K", "k.jpg"], tmp_path)[0] == [
         "1.png", "a/1.jpg", "1.jpg", "c/2.jpg", "K.jpg", "k.jpg"]
-    message = fails(common.match_images, ["1", "2.jpg"], tmp_path)
+    message = fails(file_names.match_images, ["1", "2.jpg"], tmp_path)
     assert "1 -> 1.jpg, 1.png" in message and "2.jpg -> b/2.jpg, c/2.jpg" in message
 
 
 def test_two_names_for_one_file(tmp_path):
     touch(tmp_path, "1.jpg")
-    assert "1, 1.jpg -> 1.jpg" in fails(common.match_images, ["1", "1.jpg"], tmp_path)
+    assert "1, 1.jpg -> 1.jpg" in fails(file_names.match_images, ["1", "1.jpg"], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "../../etc/passwd", "/etc/passwd", "C:\\faces\\1.jpg",
                                   "a/../../1.jpg", "..\\secret.jpg", "\\\\server\\share\\1.jpg", "e:1.jpg"])
 def test_names_that_leave_the_folder_are_refused(tmp_path, name):
     touch(tmp_path, "secret.jpg", "images/1.jpg")
-    message = fails(common.match_images, ["1.jpg", name], tmp_path / "images")
+    message = fails(file_names.match_images, ["1.jpg", name], tmp_path / "images")
     assert "row 2" in message and repr(name) in message
 
 
@@ -316,7 +318,7 @@ def test_many_files_of_one_name_in_different_folders(tmp_path):
 
 
 def test_folder_without_images(tmp_path):
-    assert "found none" in fails(common.match_images, ["1"], tmp_path)
+    assert "found none" in fails(file_names.match_images, ["1"], tmp_path)
 
 
 @settings(max_examples=50, deadline=None)
@@ -325,7 +327,7 @@ def test_no_name_ever_resolves_outside(name):
     with tempfile.TemporaryDirectory() as folder:
         touch(folder, "out/a.jpg", "in/b.jpg", "in/a/1.jpg")
         try:
-            path = common.match_images([name], Path(folder, "in"))[0][0]
+            path = file_names.match_images([name], Path(folder, "in"))[0][0]
         except common.UserError:
             return
         assert path is None or Path(folder, "in").resolve() in path.resolve().parents
@@ -333,26 +335,26 @@ def test_no_name_ever_resolves_outside(name):
 
 def test_fingerprint_knows_order_type_and_borders():
     items = ["a", b"a", "ab", np.arange(3), np.arange(3.0), 1]
-    prints = [common.data_fingerprint([item]) for item in items]
-    prints += [common.data_fingerprint(pair) for pair in (["a", "b"], ["b", "a"], ["ab", ""], ["", "ab"])]
+    prints = [splitting.data_fingerprint([item]) for item in items]
+    prints += [splitting.data_fingerprint(pair) for pair in (["a", "b"], ["b", "a"], ["ab", ""], ["", "ab"])]
     assert len(set(prints)) == len(prints) and all(len(text) == 64 for text in prints)
-    assert common.data_fingerprint(items) == common.data_fingerprint(list(items))
+    assert splitting.data_fingerprint(items) == splitting.data_fingerprint(list(items))
 
 
 @needs_omi
 def test_omi_files_agree_with_each_other(tmp_path):
-    fourteen, every = common.read_ratings(OMI / "ratings_14.csv"), common.read_ratings(OMI / "attribute_means.csv")
-    quoted = common.read_ratings(OMI / "quoted_header_mean_sd.csv")
-    raw = common.read_ratings(OMI / "raw_ratings_14.csv.gz")
+    fourteen, every = rating_tables.read_ratings(OMI / "ratings_14.csv"), rating_tables.read_ratings(OMI / "attribute_means.csv")
+    quoted = rating_tables.read_ratings(OMI / "quoted_header_mean_sd.csv")
+    raw = rating_tables.read_ratings(OMI / "raw_ratings_14.csv.gz")
     assert (len(every.names), len(fourteen.names), len(raw.names)) == (34, 14, 14) and raw.n.sum() == 458_634
     assert quoted.names == [name.capitalize() for name in fourteen.names] and quoted.sd.shape == (804, 14)
     np.testing.assert_array_equal(every.mean[:, [every.names.index(name) for name in fourteen.names]], fourteen.mean)
     for ratings in (every, fourteen, quoted, raw):
-        paths, unmatched = common.match_images(ratings.images, OMI / "images")
+        paths, unmatched = file_names.match_images(ratings.images, OMI / "images")
         assert unmatched == [] and [path.stem for path in paths] == [Path(name).stem for name in ratings.images]
     with gzip.open(OMI / "raw_ratings_14.csv.gz", "rt") as source:
         first_time = [line for line in source if line.split(",")[2] in ("rating_type", "normal")]
-    normal = common.read_ratings(written(tmp_path, "".join(first_time)))
+    normal = rating_tables.read_ratings(written(tmp_path, "".join(first_time)))
     rows = [normal.images.index(Path(name).stem) for name in quoted.images]
     columns = [normal.names.index(name.lower()) for name in quoted.names]
     np.testing.assert_allclose(normal.mean[rows][:, columns] / 10, quoted.mean, rtol=1e-12)

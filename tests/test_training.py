@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import common
+from readers import pixel_cache
 
 
 # --- batches ------------------------------------------------------------------
@@ -65,7 +66,7 @@ def test_a_weighted_sampler_draws_in_proportion():
 
 def test_mixed_seeds_do_not_collide():
     """Neighbouring (seed, epoch, sample) share nothing; seed + epoch would give 300 values of 10,000."""
-    seeds = [common.mix(seed, epoch, sample) for seed in range(5) for epoch in range(20) for sample in range(100)]
+    seeds = [common.hash_seed(seed, epoch, sample) for seed in range(5) for epoch in range(20) for sample in range(100)]
     assert len(set(seeds)) == 10_000 and all(0 <= seed < 2 ** 63 for seed in seeds)
     bits = np.array([[seed >> bit & 1 for bit in range(63)] for seed in seeds])
     assert (abs(bits.mean(0) - 0.5) < 0.025).all()  # five standard errors of a fair coin
@@ -115,7 +116,7 @@ class Squares(common.Samples):
     def __getitem__(self, key):
         self.makers.add(threading.get_ident())
         if key[1] == 13:
-            raise common.BadImage("13")
+            raise pixel_cache.BadImage("13")
         time.sleep(0.001 * (key[1] % 3))  # so that threads overtake one another
         return key[0] * 100 + key[1] ** 2
 
@@ -128,7 +129,7 @@ def test_a_batch_made_by_threads_is_the_batch(monkeypatch, cores):
         assert samples.__getitems__([(2, i) for i in range(n)]) == [200 + i * i for i in range(n)]
     assert min(cores, 2) <= len(samples.makers) <= cores and threading.get_ident() in samples.makers
     for n in (14, 20):  # in the last thread's part, and in another's
-        with pytest.raises(common.BadImage, match="13"):
+        with pytest.raises(pixel_cache.BadImage, match="13"):
             samples.__getitems__([(2, i) for i in range(n)])
 
 

@@ -18,6 +18,7 @@ from sklearn.metrics import (accuracy_score, average_precision_score, brier_scor
                              log_loss, matthews_corrcoef, r2_score, recall_score, roc_auc_score)
 
 import common
+from evidence import calibrating
 import train_video
 from conftest import ROOT, only_run, run_here, run_script
 
@@ -442,7 +443,7 @@ def test_class_folds_judge_criteria_and_pool_calibration(class_folds):
     logits, label = (np.concatenate(each) for each in zip(*(
         (np.stack([numbers(rows, f"logit_{name}") for name in ("ear", "tail")], 1),
          [int(row["true_label"] == "tail") for row in rows]) for rows in own[1:])))
-    temperature = common.fit_temperature(logits, label)
+    temperature = calibrating.fit_temperature(logits, label)
     for row in own[0]:
         p = softmax([float(row["logit_ear"]) / temperature, float(row["logit_tail"]) / temperature])
         assert float(pooled[row["clip_id"]]["prob_tail"]) == pytest.approx(p[1], abs=1e-9)
@@ -451,7 +452,7 @@ def test_class_folds_judge_criteria_and_pool_calibration(class_folds):
 
 def test_frozen_backbone_does_not_change(class_folds):
     weights = common.read_checkpoint(class_folds / "fold_1" / "best_model.pth")["model"]
-    torch.manual_seed(common.mix(42))  # as the script seeds its random weights
+    torch.manual_seed(common.hash_seed(42))  # as the script seeds its random weights
     backbone, _ = common.build_backbone("resnet18", pretrained=False)
     for name, value in backbone.state_dict().items():
         assert torch.equal(value, weights[f"backbone.{name}"]), name

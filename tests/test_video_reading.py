@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import common
+from readers import picture_files, pixel_cache
 import train_video as video
 
 pytestmark = pytest.mark.fault("pictures and videos: cuts, modes, EXIF, bombs, lying headers")
@@ -295,7 +296,7 @@ def test_broken_files_are_named_and_never_raise(tmp_path):
     store = open_store(list(files), [WHOLE] * len(files))
     for row, (path, reason) in enumerate(files.items()):
         assert store.audit[row].path == str(path) and reason in store.audit[row].error
-        with pytest.raises(common.BadImage, match="no |macOS|empty|without"):
+        with pytest.raises(pixel_cache.BadImage, match="no |macOS|empty|without"):
             store[row]
     with pytest.raises(video.BadVideo, match="missing.mp4: no such file"):
         video.read_frames(tmp_path / "missing.mp4", [0.0], 48)
@@ -500,7 +501,7 @@ def test_audit_of_a_clip(films):
     assert store[0].shape == (36, 48, 64, 3) and store[0].dtype == np.uint8
     assert found.file_sha == hashlib.sha256(films["bframes.mp4"].read_bytes()).hexdigest()
     assert found.pixel_sha == hashlib.sha256(store[0].tobytes()).hexdigest()
-    assert found.phash == tuple(common.perceptual_hash(store[0][18]).tolist())
+    assert found.phash == tuple(picture_files.perceptual_hash(store[0][18]).tolist())
     times = 1 + np.arange(-6, 30) / 12
     assert np.array_equal(store[0], video.read_frames(films["bframes.mp4"], times, 48))
 

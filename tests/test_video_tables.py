@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import common
+from evidence import rater_agreement
 import train_video as tv
 
 pytestmark = pytest.mark.fault("tables, COCO, JSON: quirks and mistakes")
@@ -398,7 +399,7 @@ def test_raters_are_averaged_and_kept_for_the_icc(tmp_path):
     assert [each.tolist() for each in table.single_ratings["total"]] == [[4, 6], [8], [2]]
     means = np.array([1.5, 0.5, 2])
     between = (np.array([2, 2, 1]) * (means - 1.2) ** 2).sum() / 2
-    assert common.icc(table.single_ratings["ears"])[1] == pytest.approx((between - 0.5) / between)
+    assert rater_agreement.icc(table.single_ratings["ears"])[1] == pytest.approx((between - 0.5) / between)
     twice = tv.read_sequences(write(tmp_path / "t.csv", "path,animal,ears\ns0,c,1\ns0,c,1\ns1,d,2\n"))
     assert list(twice.repeats) == [2, 1] and twice.single_ratings is None
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import StopTest, UnsatisfiedAssumption
 
 import common
+from readers import csv_tables, rating_tables
 import train_assessor
 import train_detector
 
@@ -83,10 +84,10 @@ def test_ratings_are_read_exactly(examine):
         expected = np.array([[float(cell or "nan") for cell in row[1:]] for row in rows])
         spread = [len(set(column[np.isfinite(column)])) for column in expected.T]
         if 1 in spread:
-            assert "constant" in refusal(path, common.read_ratings, path)
+            assert "constant" in refusal(path, rating_tables.read_ratings, path)
             return
         kept = [k for k, n in enumerate(spread) if n]
-        ratings = common.read_ratings(path)
+        ratings = rating_tables.read_ratings(path)
         assert ratings.images == [row[0] for row in rows] and ratings.names == [NAMES[k] for k in kept]
         np.testing.assert_array_equal(ratings.mean, expected[:, kept])
     examine(check)
@@ -105,7 +106,7 @@ def test_one_fault_in_one_row_is_named_with_its_line(examine):
         fault = data.draw(st.sampled_from(sorted(faults)))
         rows[where] = faults[fault](rows[where], column)
         path.write_text(as_csv([["image", *NAMES], *rows]))
-        said = refusal(path, common.read_ratings, path)
+        said = refusal(path, rating_tables.read_ratings, path)
         assert f"line {where + 2}" in said, f"{fault}: {said}"
         assert len(rows[where]) != 4 or fault == "no name" or f"column {NAMES[column - 1]}" in said, f"{fault}: {said}"
     examine(check)
@@ -122,7 +123,7 @@ def test_damage_within_a_line_changes_no_other_line(examine):
         lines[where] = lines[where][:at] + put + lines[where][at + cut:]
         path.write_bytes(b"".join(lines))
         try:
-            table = common.read_table(path)
+            table = csv_tables.read_table(path)
         except common.UserError as error:
             assert path.name in str(error) and "\n" not in str(error)
             return

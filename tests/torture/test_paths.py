@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import common
+from readers import file_names, picture_files
 import train_detector
 import train_video
 
@@ -39,7 +40,7 @@ LEAVING = ["../secret.png", "sub/../../secret.png", "..\\secret.png", "/etc/pass
 @pytest.mark.parametrize("name", LEAVING)
 def test_names_that_leave_are_refused_with_their_row(images, cases, name):
     with cases.case(GROUP), pytest.raises(common.UserError) as caught:
-        common.match_images(["ok.png", name], images)
+        file_names.match_images(["ok.png", name], images)
     assert "row 2" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -47,7 +48,7 @@ def test_names_that_leave_are_refused_with_their_row(images, cases, name):
                                         ("{images}/ok.png", "ok.png"), ("ok\0.png", None), ("ok.png\n", "ok.png")])
 def test_names_that_mean_one_file(images, cases, name, file):
     with cases.case(GROUP):
-        found = common.match_images([name.replace("{images}", str(images))], images)[0][0]
+        found = file_names.match_images([name.replace("{images}", str(images))], images)[0][0]
         assert found == (file and images / file)
 
 
@@ -57,10 +58,10 @@ def test_what_is_no_file_is_listed_by_name_and_not_opened(images, cases, kind):
     {"FIFO": lambda: os.mkfifo(path), "endless device": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir,
      "dangling link": lambda: path.symlink_to("nowhere.png"), "link to itself": lambda: path.symlink_to(path)}[kind]()
     with cases.case(GROUP):
-        paths = common.find_images(images)
-        audit = [common.audit_image(each, 24)[0] for each in paths]
+        paths = file_names.find_images(images)
+        audit = [picture_files.audit_image(each, 24)[0] for each in paths]
         with pytest.raises(common.UserError, match="1 of 4 pictures cannot be read") as caught:
-            common.check_bad_files(audit, "error")
+            picture_files.check_bad_files(audit, "error")
         assert "odd.png: " in str(caught.value)
 
 
