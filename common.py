@@ -1,9 +1,8 @@
 """The shared shelf of the train scripts: what a run needs whatever it predicts. Imports no script.
 
 Sections, in the order in which a run meets them: Constants and user errors; Arguments and config; Run folder and log;
-Device, seed and loaders; Several processes; Tables and splits; Leakage; Images and clips; Transforms; Backbones and
-weights; Optimiser and schedule; Checkpoints and resume; Early stopping; Metrics; Intervals and baselines; Noise
-ceiling; Calibration; Alarms and criteria; Plots; Report.
+Device, seed and loaders; Several processes; Transforms; Backbones and weights; Optimiser and schedule; Checkpoints and
+resume; Early stopping; Metrics.
 
 Letters: N rows, B batch, R ratings or other targets, C classes, F features, D draws, S side of a square input or number
 of subjects.
@@ -75,6 +74,14 @@ def shorten_list(items, limit=10):
     """'a, b, c and 4 more': every fault counted, the first `limit` shown."""
     items = [str(item) for item in items]
     return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+
+
+def shorten_path(path, roots=()):
+    """The path as it may be published: what follows the innermost of `roots` that holds it, else its last two parts."""
+    path = Path(os.path.abspath(path))
+    holding = [root for root in map(Path, map(os.path.abspath, roots)) if root in path.parents]
+    inner = max(holding, key=lambda root: len(root.parts), default=None)
+    return path.relative_to(inner).as_posix() if inner else "/".join(path.parts[1:][-2:])
 
 
 # ---------------------------------------------------------------------------
@@ -647,6 +654,15 @@ def json_safe(value):
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
+def data_fingerprint(items):
+    """sha256 (hex) over strings, bytes, numbers and arrays in this order."""
+    digest = hashlib.sha256()
+    for item in items:
+        data = item if isinstance(item, bytes) else item.tobytes() if hasattr(item, "tobytes") else str(item).encode()
+        digest.update(f"{type(item)} {getattr(item, 'dtype', '')} {np.shape(item)} {len(data)}:".encode() + data)
+    return digest.hexdigest()
+
+
 class CannotSave(UserError):
     """A file that cannot be written; the checkpoint before it stays whole. Exit code 1."""
     code = EXIT_CRASH
@@ -1205,25 +1221,6 @@ def first_process_only(function):
 
 
 # ---------------------------------------------------------------------------
-# Images and clips
-# ---------------------------------------------------------------------------
-# Every picture passes through one decoder, in training and in prediction alike, and is decoded once per run.
-
-MAX_PIXELS = 200_000_000
-
-
-def imaging_libraries():
-    """(cv2, Pillow's Image), with our size limit and one thread: OpenCV's own threads do not survive a fork."""
-    import cv2
-    from PIL import Image
-    if Image.MAX_IMAGE_PIXELS != MAX_PIXELS // 2:  # Pillow raises above twice its limit, from the header alone
-        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-    cv2.setNumThreads(0)
-    return cv2, Image
-
-
-# ---------------------------------------------------------------------------
 # Transforms
 # ---------------------------------------------------------------------------
 # Augmentation is drawn once and applied as one warp, one colour matrix and one erased rectangle.
@@ -1243,6 +1240,18 @@ AUGMENTATIONS = {
 }
 LUMA = np.array([0.299, 0.587, 0.114])
 HUE_TURN = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+MAX_PIXELS = 200_000_000
+
+
+def imaging_libraries():
+    """(cv2, Pillow's Image), with our size limit and one thread: OpenCV's own threads do not survive a fork."""
+    import cv2
+    from PIL import Image
+    if Image.MAX_IMAGE_PIXELS != MAX_PIXELS // 2:  # Pillow raises above twice its limit, from the header alone
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+    cv2.setNumThreads(0)
+    return cv2, Image
 
 
 @dataclasses.dataclass
@@ -2455,30 +2464,7 @@ def _rank_values(ranks, names, positive):
     return {**values, "roc_auc": chosen}
 
 
-# ---------------------------------------------------------------------------
-# Intervals and baselines
-# ---------------------------------------------------------------------------
-# Rows of one subject are not independent, so whole subjects are resampled, and baselines over the same resamples.
-
-
 def softmax(logits):
     """(..., C) -> probabilities over the last axis; a logit of -inf gives 0."""
     grown = np.exp(logits - np.max(logits, -1, keepdims=True))
     return grown / grown.sum(-1, keepdims=True)
-
-
-# --- no-pixel confounds ---
-
-
-# ---------------------------------------------------------------------------
-# Report
-# ---------------------------------------------------------------------------
-# One HTML file that carries everything inside: the builders return escaped HTML, write_report puts it in order.
-
-
-def shorten_path(path, roots=()):
-    """The path as it may be published: what follows the innermost of `roots` that holds it, else its last two parts."""
-    path = Path(os.path.abspath(path))
-    holding = [root for root in map(Path, map(os.path.abspath, roots)) if root in path.parents]
-    inner = max(holding, key=lambda root: len(root.parts), default=None)
-    return path.relative_to(inner).as_posix() if inner else "/".join(path.parts[1:][-2:])

@@ -100,7 +100,7 @@ class Study:
         """What args.json says of the data and their split; a resumed run must find the same."""
         contents = [*self.names, *self.images, self.ratings, *self.audit("file_sha")]
         parts = itertools.chain.from_iterable((part, rows) for part, rows in split.items())
-        return {"fingerprint": splitting.data_fingerprint(contents), "split": splitting.data_fingerprint(parts),
+        return {"fingerprint": common.data_fingerprint(contents), "split": common.data_fingerprint(parts),
                 "pictures": len(self.images), "ratings": self.names}
 
 

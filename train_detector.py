@@ -19,12 +19,9 @@ Letters: N images, M images scored, B batch, P parts, S states, K boxes and D de
 batch, F features. Units: boxes are x1 y1 x2 y2 in pixels of the upright picture on disk; scores and probabilities 0..1.
 """
 import collections
-import contextlib
-import copy
 import dataclasses
 import io
 import itertools
-import json
 import math
 import os
 import re
@@ -42,11 +39,8 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
 import common
-from evidence import plotting, reporting, splitting, subject_intervals, verdicts
-from readers import file_names, picture_files
-
-STATES = ("intact", "damaged", "absent", "occluded")
-INTACT, ABSENT, UNKNOWN = 0, 2, -1
+from evidence import detection_scores, plotting, reporting, splitting, verdicts
+from readers import file_names, part_boxes, picture_files
 ENVIRONMENT = {"TRAIN_JSON": "train_json", "VAL_JSON": "val_json", "TRAIN_CLEANED": "train_images",
                "VAL_CLEANED": "val_images", "OUTPUT_DIR": "output_dir"}
 # name: (short side, longest side of the input in pixels, sides of the square anchors)
@@ -58,7 +52,6 @@ MODELS = {"fasterrcnn_resnet50_fpn": (800, 1333, (32, 64, 128, 256, 512)),
 SMALL_HEADS = {"box_batch_size_per_image": 128, "rpn_batch_size_per_image": 128, "rpn_pre_nms_top_n_train": 500,
                "rpn_pre_nms_top_n_test": 300, "rpn_post_nms_top_n_train": 500, "rpn_post_nms_top_n_test": 250}
 PADDING = 32  # inputs are padded to multiples of it: the stride of the coarsest map that boxes are pooled from
-LOWEST_SCORE, FOUND_IOU = 0.05, 0.5  # detections below this score are never listed; a part is found from this overlap
 STATE_COLOURS = ((0, 158, 115), (213, 94, 0), (204, 121, 167), (0, 114, 178), (110, 110, 110))  # the last: no state
 
 
@@ -94,7 +87,7 @@ def parse_args(argv=None):
           help="BatchNorm statistics: frozen, or those of each batch; auto = frozen with pretrained weights")
     model("--state_weight", type=common.bounded(float, 0), default=0.5, help="weight of the state loss in the total")
     model("--state_class_weights", nargs="+", type=class_weight, default=["none"], metavar="W",
-          help="none, balanced (inverse frequency in the train boxes), or four numbers: " + " ".join(STATES))
+          help="none, balanced (inverse frequency in the train boxes), or four numbers: " + " ".join(part_boxes.STATES))
     model("--select", choices=("val_loss", "map", "joint_map"), default="val_loss",
           help="validation column that chooses the epoch and drives --scheduler plateau")
     output = parser.add_argument_group("results").add_argument
@@ -138,9 +131,9 @@ def check_flags(parser, args):
     if args.anchor_sizes and (len(args.anchor_sizes) != n_anchors or args.anchor_sizes != sorted(args.anchor_sizes)):
         parser.error(f"--anchor_sizes {args.anchor_sizes}: {args.model} takes {n_anchors} sides, smallest first")
     weights = args.state_class_weights
-    if weights not in (["none"], ["balanced"]) and (len(weights) != len(STATES) or not all(
+    if weights not in (["none"], ["balanced"]) and (len(weights) != len(part_boxes.STATES) or not all(
             isinstance(weight, float) for weight in weights) or not sum(weights)):
-        parser.error(f"--state_class_weights {weights}: expected none, balanced, or a number for each of {STATES}")
+        parser.error(f"--state_class_weights {weights}: expected none, balanced, or a number for each of {part_boxes.STATES}")
     if args.mode == "train":
         check_split_flags(parser, args)
 
@@ -164,192 +157,6 @@ def check_split_flags(parser, args):
 
 
 # --- annotations: file -> objects, checked ------------------------------------------------
-
-@dataclasses.dataclass
-class Annotations:
-    """What one file says, before any picture is opened."""
-    path: Path
-    parts: list  # every part name of the file
-    images: list  # dicts: name, id, size (width, height) or None, absent (parts without a box), fields
-    objects: list  # dicts: image (its index), key, part, box, state, trust, crowd
-    category_ids: dict  # part -> id in a COCO file, empty for part annotations
-
-
-def read_annotations(path):
-    """Part annotations or a COCO file -> Annotations. UserError that lists what cannot be read, with image and key."""
-    if not path.is_file():
-        raise common.UserError(f"{path}: expected a JSON file of annotations, found no such file")
-    try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"), strict=False, object_pairs_hook=unique_keys)
-    except RecursionError:
-        raise common.UserError(f"{path}: nested too deeply for annotations; is it the right file?") from None
-    except ValueError as error:
-        raise common.UserError(f"{path}: expected JSON, found {common.one_line(error)}. Export it again.") from None
-    if not isinstance(content, dict):
-        raise common.UserError(f"{path}: expected {{image: {{parts}}}} or COCO, found a {type(content).__name__}")
-    found, faults = Annotations(path, [], [], [], {}), []
-    (read_coco if isinstance(content.get("images"), list) else read_part_json)(content, found, faults)
-    names = collections.Counter(image["name"] for image in found.images)
-    faults += [f"{name!r} stands there {count} times" for name, count in names.items() if count > 1]
-    refuse(faults, f"{path}: cannot be read:", "Correct these entries.")
-    if not found.images:
-        raise common.UserError(f"{path}: expected annotated images, found none in {len(content)} entries")
-    return found
-
-
-def refuse(faults, what, remedy):
-    """UserError that counts the faults and shows the first ten; nothing where there are none."""
-    if faults:
-        more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise common.UserError(f"{what} {'; '.join(map(clean, faults[:10]))}{more}. {remedy}")
-
-
-def unique_keys(pairs):
-    """JSON object whose keys are all different: the second of two equal ones would be lost without a word."""
-    twice = [key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1]
-    if twice:
-        raise ValueError(f"the key {twice[0]!r} twice in one object")
-    return dict(pairs)
-
-
-def clean(text):
-    """Text without control characters and outer blanks; numbers become text."""
-    return "".join(c for c in str(text) if c.isprintable()).strip()
-
-
-def read_number(value):
-    """A finite JSON number as float, else None; true and text are no numbers."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and abs(value) < 1e9 else None
-
-
-def read_state(values, where, faults):
-    """State number that these fields (text or 0 to 3) agree on, UNKNOWN where all are blank."""
-    found = set()
-    for value in values:
-        value = int(value) if isinstance(value, float) and value.is_integer() else value
-        text = clean(value).lower() if value is not None else ""
-        number = STATES.index(text) if text in STATES else int(text) if re.fullmatch("[0-9]{1,3}", text) else None
-        if text not in ("", "unknown", "none") and (number is None or number >= len(STATES) or isinstance(value, bool)):
-            faults.append(f"{where}: state {str(value)[:30]!r} is none of {', '.join(STATES)} or 0 to 3"
-                          f"{common.closest(text, STATES)}")
-        elif number is not None:
-            found.add(number)
-    if len(found) > 1:
-        faults.append(f"{where}: its fields name different states: {', '.join(STATES[k] for k in sorted(found))}")
-    return found.pop() if found else UNKNOWN
-
-
-def read_size(fields, where, faults):
-    """(width, height) in pixels, or None where the file does not say."""
-    if fields.get("width") is None and fields.get("height") is None:
-        return None
-    size = [read_number(fields.get(name)) for name in ("width", "height")]
-    if None in size or min(size) < 1:
-        faults.append(f"{where}: width {fields.get('width')!r}, height {fields.get('height')!r} are no picture size")
-        return None
-    return round(size[0]), round(size[1])
-
-
-def read_box(values, where, faults):
-    """[x1, y1, x2, y2] of four numbers left, top, width, height; None, and a fault, where they are none."""
-    numbers = [read_number(value) for value in values]
-    if len(numbers) != 4 or None in numbers:
-        faults.append(f"{where}: expected a box of four numbers, found {str(values)[:60]}")
-        return None
-    left, top, width, height = numbers
-    return [left, top, left + width, top + height]
-
-
-def add_object(found, image, key, part, box, state, trust, crowd):
-    """Append one object; an absent part whose box is missing or zero becomes a part without a box."""
-    if part not in found.parts:
-        found.parts.append(part)
-    if state == ABSENT and (box is None or box[2] <= box[0] or box[3] <= box[1]):
-        found.images[image]["absent"].append(part)
-    else:
-        found.objects.append({"image": image, "key": key, "part": part, "box": box, "state": state, "trust": trust,
-                              "crowd": crowd})
-
-
-def read_part_json(content, found, faults):
-    """{image: {image: {height, width}, parts: {part: {absolute_bounding_box, object_state, trust}}}}."""
-    for name, entry in content.items():
-        parts = entry.get("parts") if isinstance(entry, dict) else None
-        if not isinstance(parts, dict) or not all(isinstance(fields, dict) for fields in parts.values()):
-            faults.append(f"{clean(name)!r}: expected an object with parts")
-            continue
-        fields = entry.get("image") if isinstance(entry.get("image"), dict) else {}
-        found.images.append({"name": clean(name), "id": len(found.images), "size": read_size(fields, name, faults),
-                             "absent": [], "fields": {**entry, **fields}})
-        for part, fields in parts.items():
-            where, box = f"{clean(name)!r}, {clean(part)}", fields.get("absolute_bounding_box")
-            state = read_state([fields.get("object_state"), fields.get("object_state_class")], where, faults)
-            if box is not None or state != ABSENT:
-                sides = [box.get(side) for side in ("left", "top", "width", "height")] if isinstance(box, dict) else []
-                box = read_box(sides, where, faults)
-            trust = read_trust(fields, where, faults)
-            add_object(found, len(found.images) - 1, clean(part), clean(part), box, state, trust, False)
-
-
-def read_trust(fields, where, faults):
-    """Trust of the annotators in 0..1; 1 where it is missing."""
-    trust = read_number(fields.get("trust", 1.0) if fields.get("trust") is not None else 1.0)
-    if trust is None:
-        faults.append(f"{where}: trust {fields['trust']!r} is no number")
-    return 1.0 if trust is None else trust
-
-
-def read_records(content, key, faults):
-    """{id: record} of one list of a COCO file; ids are numbers or text, from 0 or with gaps."""
-    records, listed = {}, content.get(key)
-    if not isinstance(listed, list):
-        faults.append(f"expected a list {key!r}, found {type(listed).__name__}")
-        return records
-    for place, record in enumerate(listed):
-        own = record.get("id", f"{key} {place}" if key == "annotations" else None) if isinstance(record, dict) else None
-        if isinstance(own, bool) or not isinstance(own, (int, str)):
-            faults.append(f"{key}[{place}]: expected an object with an id, found {str(record)[:60]}")
-        elif own in records:
-            faults.append(f"{key}[{place}]: the id {own!r} is used twice")
-        else:
-            records[own] = record
-    return records
-
-
-def read_coco(content, found, faults):
-    """images, annotations, categories; state in state, state_id or attributes.state, or nowhere."""
-    categories, images = ({own: record for own, record in read_records(content, key, faults).items()}
-                          for key in ("categories", "images"))
-    found.category_ids = {clean(category.get("name", "")): own for own, category in categories.items()}
-    found.parts = list(found.category_ids)
-    if len(found.parts) < len(categories) or "" in found.parts:
-        faults.append(f"categories: expected different names, found {', '.join(found.parts)}")
-    place = {}
-    for own, image in images.items():
-        place[own] = len(found.images)
-        if not clean(image.get("file_name", "")):
-            faults.append(f"image {own!r}: no file_name")
-        absent = image.get("absent_parts") if isinstance(image.get("absent_parts"), list) else []
-        found.images.append({"name": clean(image.get("file_name", "")), "id": own, "fields": image,
-                             "size": read_size(image, f"image {own!r}", faults), "absent": [clean(p) for p in absent]})
-    for own, fields in read_records(content, "annotations", faults).items():
-        read_coco_annotation(own, fields, place, categories, found, faults)
-
-
-def read_coco_annotation(own, fields, place, categories, found, faults):
-    """One entry of annotations."""
-    where, ids = f"annotation {own!r}", [fields.get("image_id"), fields.get("category_id")]
-    unknown = [f"{key} {value!r}" for key, value, known in zip(("image_id", "category_id"), ids, (place, categories))
-               if not isinstance(value, (int, str)) or value not in known]
-    if unknown:
-        return faults.append(f"{where}: unknown {' and '.join(unknown)}")
-    attributes = fields.get("attributes") if isinstance(fields.get("attributes"), dict) else {}
-    where = f"{found.images[place[ids[0]]]['name']!r}, {where}"
-    box = read_box(fields["bbox"] if isinstance(fields.get("bbox"), list) else [], where, faults)
-    state = read_state([fields.get("state"), fields.get("state_id"), attributes.get("state")], where, faults)
-    add_object(found, place[ids[0]], f"annotation {own}", clean(categories[ids[1]].get("name", "")), box, state,
-               read_trust(fields, where, faults), fields.get("iscrowd") in (1, "1", "true"))
 
 
 @dataclasses.dataclass
@@ -382,11 +189,11 @@ class Study:
 
     def judged(self, row, absent="keep"):
         """(K,) bool, True = trained on and judged; `absent` as in --absent."""
-        return ~self.ignored[row] & ((self.states[row] != ABSENT) | (absent == "keep"))
+        return ~self.ignored[row] & ((self.states[row] != part_boxes.ABSENT) | (absent == "keep"))
 
     def state_names(self, rows, absent):
         """STATES, or [] where no box of these rows has one: plain detection."""
-        return list(STATES) if any((self.states[row][self.judged(row, absent)] >= 0).any() for row in rows) else []
+        return list(part_boxes.STATES) if any((self.states[row][self.judged(row, absent)] >= 0).any() for row in rows) else []
 
     def strata(self):
         """(N,) for each picture its rarest part and state, so that a split deals those out evenly."""
@@ -399,7 +206,7 @@ class Study:
         contents = [*self.parts, *self.images, *self.audit("file_sha")]
         contents += [array for row in zip(self.boxes, self.labels, self.states, self.ignored) for array in row]
         listed = [item for part, rows in split.items() for item in (part, rows)]
-        return {"fingerprint": splitting.data_fingerprint(contents), "split": splitting.data_fingerprint(listed),
+        return {"fingerprint": common.data_fingerprint(contents), "split": common.data_fingerprint(listed),
                 "pictures": len(self.images), "boxes": sum(map(len, self.boxes)), "parts": self.parts}
 
 
@@ -408,11 +215,11 @@ def load_study(args, files, say, parts=None):
 
     parts: the names that a checkpoint knows; without it those that have a box in any file, in order of appearance.
     """
-    read = {origin: read_annotations(path) for origin, (path, _) in files.items()}
+    read = {origin: part_boxes.read_annotations(path) for origin, (path, _) in files.items()}
     listed = [(origin, image) for origin, found in read.items() for image in found.images]
     paths, skipped, notes = [], [], []
     for origin, (_, folder) in files.items():
-        found, unused = find_pictures(read[origin], folder)
+        found, unused = part_boxes.find_pictures(read[origin], folder)
         paths += found
         skipped += [{"image": name, "reason": f"no entry in {files[origin][0].name}"} for name in unused]
     present = [k for k, path in enumerate(paths) if path is not None]
@@ -427,7 +234,7 @@ def load_study(args, files, say, parts=None):
     names, parts = parts, parts or used_parts(read, objects, notes)
     if names is not None:
         unknown = sorted({each["part"] for each in objects} - set(parts))
-        refuse([name + common.closest(name, parts) for name in unknown], "the checkpoint does not know these parts:",
+        part_boxes.refuse([name + common.closest(name, parts) for name in unknown], "the checkpoint does not know these parts:",
                f"It knows {', '.join(parts)}.")
     chosen = [listed[present[i]] for i in stored]
     several = len(files) > 1  # two folders may hold the same name
@@ -443,18 +250,6 @@ def load_study(args, files, say, parts=None):
         study = without_empty(study)
     say_study(study, say)
     return study
-
-
-def find_pictures(found, folder):
-    """(path of each image or None, names of the files without an entry); names that leave the folder are refused."""
-    paths, unused = file_names.match_images([image["name"] for image in found.images], folder)
-    root = Path(folder).resolve()
-    leaving = [image["name"] for image, path in zip(found.images, paths) if path and root not in path.resolve().parents]
-    refuse(leaving, f"{found.path}: these links lead out of {folder}:", "Copy the pictures into the folder.")
-    if not any(paths):
-        raise common.UserError(f"none of the {len(paths)} pictures named in {found.path} is in {folder} (first: "
-                               f"{found.images[0]['name']!r}); check the folder")
-    return paths, unused
 
 
 def check_pictures(store, images, on_bad_file, skipped):
@@ -498,7 +293,7 @@ def read_groups(column, chosen):
         return None
     values = [image["fields"].get(column) for _, image in chosen]
     lacking = [image["name"] for (_, image), value in zip(chosen, values) if value in (None, "")]
-    refuse(lacking, f"--group_column {column}: missing in {len(lacking)} of {len(chosen)} images:", "Fill it.")
+    part_boxes.refuse(lacking, f"--group_column {column}: missing in {len(lacking)} of {len(chosen)} images:", "Fill it.")
     return np.array(list(map(str, values)), str)
 
 
@@ -545,7 +340,7 @@ def say_study(study, say):
     boxes, empty = sum(map(len, study.boxes)), sum(not len(boxes) for boxes in study.boxes)
     groups = "" if study.groups is None else f" in {len(set(study.groups))} groups"
     states = collections.Counter(np.concatenate([*study.states, np.empty(0, int)]).tolist())
-    listed = ", ".join(f"{count} {STATES[k] if k >= 0 else 'without a state'}" for k, count in sorted(states.items()))
+    listed = ", ".join(f"{count} {part_boxes.STATES[k] if k >= 0 else 'without a state'}" for k, count in sorted(states.items()))
     say(f"data: {len(study.images)} pictures{groups} ({empty} without a box), {len(study.parts)} parts, {boxes} boxes "
         f"({listed}), {sum(map(len, study.absent))} absent parts without a box; {len(study.skipped)} skipped; "
         f"{study.store.description}")
@@ -710,7 +505,7 @@ class StateRoIHeads(RoIHeads):
         pool = RowRoIAlign(pool.featmap_names, pool.output_size, pool.sampling_ratio)
         super().__init__(pool, heads.box_head, FastRCNNPredictor(n_features, n_parts + 1),
                          matcher.high_threshold, matcher.low_threshold, sampler.batch_size_per_image,
-                         sampler.positive_fraction, heads.box_coder.weights, LOWEST_SCORE, heads.nms_thresh,
+                         sampler.positive_fraction, heads.box_coder.weights, detection_scores.LOWEST_SCORE, heads.nms_thresh,
                          heads.detections_per_img)
         self.n_states = n_states
         self.state_head = nn.Sequential(nn.Linear(n_features, 256), nn.ReLU(), nn.Dropout(0.2),
@@ -754,7 +549,7 @@ class StateRoIHeads(RoIHeads):
 
 def target_states(states, matched):
     """(Q,) state of the ground-truth box that each proposal matched; UNKNOWN in a picture without boxes."""
-    return states[matched] if len(states) else torch.full_like(matched, UNKNOWN)
+    return states[matched] if len(states) else torch.full_like(matched, part_boxes.UNKNOWN)
 
 
 class PartDetector(nn.Module):
@@ -894,7 +689,7 @@ def state_weights(study, rows, args):
     if args.state_class_weights != ["balanced"]:
         return args.state_class_weights
     states = np.concatenate([study.states[row][study.judged(row, args.absent)] for row in rows])
-    counts = np.bincount(states[states >= 0], minlength=len(STATES))
+    counts = np.bincount(states[states >= 0], minlength=len(part_boxes.STATES))
     return (counts.sum() / np.maximum(counts, 1) / max((counts > 0).sum(), 1) * (counts > 0)).tolist()
 
 
@@ -986,7 +781,7 @@ def fit(run, args, study, split):
     for _ in training.epochs():
         row = train_one_epoch(model, train_loader, training, compute, args.state_weight)
         detections, losses = evaluate(model, loaders["val"], compute, args.seed, args.state_weight)
-        scores = Judged(study, split["val"], detections, settings, args.score_threshold, args.absent).epoch_metrics()
+        scores = detection_scores.Judged(study, split["val"], detections, settings, args.score_threshold, args.absent).epoch_metrics()
         training.end_epoch({**row, **losses, **{f"val_{name}": value for name, value in scores.items()}})
     best = common.load_model_file(run.path("best_model.pth"), common.script_name())
     common.load_state(model, best["model"], "best_model.pth")
@@ -1047,7 +842,7 @@ def baseline_detections(baseline, sizes, has_states):
     boxes, score, state = (np.asarray(baseline[name]) for name in ("boxes", "score", "state"))
     labels = np.flatnonzero(score > 0)
     return [{"boxes": boxes[labels] * np.tile(size, 2), "labels": labels, "scores": score[labels],
-             "states": np.eye(len(STATES))[state[labels]] if has_states else None} for size in sizes]
+             "states": np.eye(len(part_boxes.STATES))[state[labels]] if has_states else None} for size in sizes]
 
 
 def best_per_part(detected):
@@ -1055,217 +850,6 @@ def best_per_part(detected):
     order = np.argsort(-detected["scores"], kind="stable")
     first = np.sort(order[np.unique(detected["labels"][order], return_index=True)[1]])
     return {name: None if values is None else values[first] for name, values in detected.items()}
-
-
-def state_of(detected):
-    """(D,) most probable state of each detection; UNKNOWN for a plain detector."""
-    return np.full(len(detected["scores"]), UNKNOWN) if detected["states"] is None else detected["states"].argmax(1)
-
-
-def coco_set(annotations, n_pictures, categories):
-    """A pycocotools data set in memory; ids count from 1, since its matching takes 0 for no match."""
-    from pycocotools.coco import COCO
-    made = COCO()
-    made.dataset = {"images": [{"id": k} for k in range(n_pictures)], "categories": [{"id": c} for c in categories],
-                    "annotations": [{**each, "id": k} for k, each in enumerate(annotations, start=1)]}
-    with contextlib.redirect_stdout(io.StringIO()):
-        made.createIndex()
-    return made
-
-
-def coco_match(study, rows, detections, kind, absent):
-    """Detections of M pictures matched with their boxes by pycocotools at IoU .5 to .95 -> its COCOeval.
-
-    kind: parts; joint, where part and state together are the category; present, without boxes of absent parts and
-    without detections called absent. Ignored boxes, and in joint those without a state, count neither way.
-    """
-    from pycocotools.cocoeval import COCOeval
-    truth, found = [], []
-    for picture, (row, detected) in enumerate(zip(rows, detections)):
-        drop = absent == "drop" or kind == "present"
-        boxes = zip(study.boxes[row], study.labels[row], study.states[row], study.ignored[row])
-        for box, label, state, ignored in boxes:
-            if not (drop and state == ABSENT):
-                truth += coco_entries(picture, box, label, state, kind, bool(ignored))
-        boxes = zip(detected["boxes"], detected["labels"], state_of(detected), detected["scores"])
-        for box, label, state, score in boxes:
-            if not (kind == "present" and state == ABSENT):
-                found += [{**entry, "score": float(score)}
-                          for entry in coco_entries(picture, box, label, state, kind, False)]
-    categories = sorted({entry["category_id"] for entry in truth if not entry["iscrowd"]})
-    categories = list(range(1, len(study.parts) + 1)) if kind != "joint" else categories
-    matching = COCOeval(coco_set(truth, len(rows), categories), coco_set(found, len(rows), categories), "bbox")
-    matching.params.imgIds, matching.params.catIds = list(range(len(rows))), categories
-    matching.params.areaRng, matching.params.areaRngLbl, matching.params.maxDets = [[0, 1e10]], ["all"], [100]
-    with contextlib.redirect_stdout(io.StringIO()):
-        matching.evaluate()
-    return matching
-
-
-def coco_entries(picture, box, label, state, kind, ignored):
-    """COCO annotations of one box: one, or a crowd box in each state where a joint category has no state."""
-    left, top, right, bottom = map(float, box)
-    entry = {"image_id": picture, "bbox": [left, top, right - left, bottom - top], "state": int(state),
-             "area": (right - left) * (bottom - top), "iscrowd": int(ignored)}
-    if kind != "joint":
-        return [{**entry, "category_id": int(label) + 1}]
-    states = [int(state)] if state >= 0 else range(len(STATES))
-    return [{**entry, "category_id": int(label) * len(STATES) + each + 1, "iscrowd": int(ignored or state < 0)}
-            for each in states]
-
-
-def average_precision(matching, pictures):
-    """(T, C) AP of each IoU threshold and category over these pictures (repeats count), NaN where there is no box."""
-    drawn, categories = copy.copy(matching), matching.params.catIds
-    if not categories:
-        return np.full((len(matching.params.iouThrs), 0), np.nan)
-    cells = np.empty(len(matching.evalImgs), object)
-    cells[:] = matching.evalImgs
-    drawn.params = copy.copy(matching.params)
-    drawn.params.imgIds, drawn._paramsEval = list(range(len(pictures))), drawn.params
-    drawn.evalImgs = cells.reshape(len(categories), -1)[:, pictures].ravel().tolist()
-    with contextlib.redirect_stdout(io.StringIO()):
-        drawn.accumulate()
-    precision = drawn.eval["precision"][:, :, :, 0, 0]  # (T, recall, C), -1 where there is no box
-    return np.where((precision < 0).any(1), np.nan, precision.mean(1))
-
-
-def count_matches(matching, n_parts, threshold):
-    """Counts of each picture from COCO's matching at IoU .5: truth, right, wrong (M, P) and confusion (M, S, S).
-
-    right and wrong: detections from `threshold`; confusion: true x predicted state of every box found at any score.
-    """
-    n_pictures = len(matching.params.imgIds)
-    counts = {name: np.zeros((n_pictures, n_parts)) for name in ("truth", "right", "wrong")}
-    confusion = np.zeros((n_pictures, len(STATES), len(STATES)))
-    for cell in (cell for cell in matching.evalImgs if cell is not None):
-        place = cell["image_id"], cell["category_id"] - 1
-        hit, judged = cell["dtMatches"][0] > 0, ~np.asarray(cell["dtIgnore"][0], bool)
-        sure = np.array(cell["dtScores"]) >= threshold
-        counts["truth"][place] += np.sum(np.asarray(cell["gtIgnore"]) == 0)
-        counts["right"][place] += np.sum(hit & judged & sure)
-        counts["wrong"][place] += np.sum(~hit & judged & sure)
-        for own, other in zip(np.array(cell["dtIds"])[hit & judged], cell["dtMatches"][0][hit & judged]):
-            true, predicted = matching.cocoGt.anns[int(other)]["state"], matching.cocoDt.anns[int(own)]["state"]
-            if true >= 0 and predicted >= 0:
-                confusion[place[0], true, predicted] += 1
-    return {**counts, "confusion": confusion}
-
-
-def count_hallucinations(study, rows, detections, threshold):
-    """(M, P, 5) absent parts; claimed (a detection not called absent) anywhere; absent parts with a box; claimed there;
-    detected there under any state."""
-    counts = np.zeros((len(rows), len(study.parts), 5))
-    for picture, (row, detected) in enumerate(zip(rows, detections)):
-        is_absent, sure = study.states[row] == ABSENT, detected["scores"] >= threshold
-        claimed = sure & (state_of(detected) != ABSENT)
-        boxed = set(study.labels[row][is_absent].tolist())
-        for label in boxed | set(study.absent[row].tolist()):
-            own = detected["labels"] == label
-            counts[picture, label, :2] += [1, (own & claimed).any()]
-            if label in boxed:
-                there = overlaps(detected["boxes"], study.boxes[row][is_absent & (study.labels[row] == label)])
-                counts[picture, label, 2:] += [1, (own & claimed & there).any(), (own & sure & there).any()]
-    return counts
-
-
-def overlaps(boxes, others):
-    """(D,) True where a box (D, 4) overlaps one of the others (K, 4) with IoU .5 or more."""
-    corner, end = np.maximum(boxes[:, None, :2], others[:, :2]), np.minimum(boxes[:, None, 2:], others[:, 2:])
-    shared = np.clip(end - corner, 0, None).prod(2)  # (D, K)
-    area, other_area = (boxes[:, 2:] - boxes[:, :2]).prod(1), (others[:, 2:] - others[:, :2]).prod(1)
-    return (shared / (area[:, None] + other_area - shared) >= FOUND_IOU).any(1)
-
-
-def state_scores(confusion):
-    """(S, S) counts, true x predicted -> accuracy, macro F1 over states that occur, mean recall of the true ones."""
-    true, predicted, right = confusion.sum(1), confusion.sum(0), np.diag(confusion)
-    return {"state_accuracy": share(right.sum(), true.sum()),
-            "macro_f1": mean_of(2 * right[true + predicted > 0] / (true + predicted)[true + predicted > 0]),
-            "balanced_accuracy": mean_of(right[true > 0] / true[true > 0])}
-
-
-def share(part, whole):
-    """part / whole as float, NaN for an empty whole."""
-    return float(part / whole) if whole else math.nan
-
-
-def mean_of(values):
-    """Mean of the finite values, NaN where there are none."""
-    values = np.asarray(values, float)[np.isfinite(values)]
-    return float(values.mean()) if len(values) else math.nan
-
-
-class Judged:
-    """Detections of M pictures against their boxes: `values(pictures)` gives every number over any pictures of them."""
-
-    def __init__(self, study, rows, detections, settings, threshold, absent, baseline=None):
-        self.study, self.rows, self.parts = study, rows, settings["parts"]
-        self.has_states, self.every = bool(settings["states"]), np.arange(len(rows))
-        kinds = {"map": "parts", **({"joint_map": "joint", "map_present": "present"} if self.has_states else {})}
-        self.matching = {name: coco_match(study, rows, detections, kind, absent) for name, kind in kinds.items()}
-        if baseline is not None:
-            self.matching |= {f"baseline_{name}": coco_match(study, rows, baseline, kinds[name], absent)
-                              for name in kinds if name != "map_present"}
-        self.counts = count_matches(self.matching["map"], len(self.parts), threshold)
-        self.hallucinated = count_hallucinations(study, rows, detections, threshold)
-
-    def epoch_metrics(self):
-        """The columns of an epoch: map, map50, and with states joint_map and state_accuracy."""
-        ap = average_precision(self.matching["map"], self.every)
-        values = {"map": mean_of(ap), "map50": mean_of(ap[0])}
-        if self.has_states:
-            values["joint_map"] = mean_of(average_precision(self.matching["joint_map"], self.every))
-            values["state_accuracy"] = state_scores(self.counts["confusion"].sum(0))["state_accuracy"]
-        return values
-
-    def values(self, pictures):
-        """{name: float} over these pictures, repeats count; ap_PART for each part."""
-        ap = {name: average_precision(matching, pictures) for name, matching in self.matching.items()}  # (T, C)
-        values = {name: mean_of(each) for name, each in ap.items()} | {"map50": mean_of(ap["map"][0])}
-        values |= {f"difference_{name}": values[name] - values[f"baseline_{name}"] for name in ("map", "joint_map")
-                   if f"baseline_{name}" in values}
-        truth, right, wrong = (self.counts[name][pictures].sum() for name in ("truth", "right", "wrong"))
-        values |= {"precision": share(right, right + wrong), "recall": share(right, truth)}
-        absent, anywhere, boxed, there, detected = self.hallucinated[pictures].sum((0, 1))
-        values |= {"hallucination_rate": share(there, boxed), "hallucination_rate_anywhere": share(anywhere, absent),
-                   "absent_box_detected": share(detected, boxed)}
-        if self.has_states:
-            confusion = self.counts["confusion"][pictures].sum(0)
-            intact = np.zeros_like(confusion)
-            intact[:, INTACT] = confusion.sum(1)
-            values |= state_scores(confusion)
-            values |= {f"always_intact_{name}": value for name, value in state_scores(intact).items()}
-        return values | {f"ap_{part}": mean_of(ap["map"][:, label]) for label, part in enumerate(self.parts)}
-
-    def intervals(self, draws, seed):
-        """({name: (low, high)} or {}, the method in words): images, or groups where there are some, are resampled.
-
-        From 20 of them: bootstrap, t times the sd of the draws about the value less the bias that the draws show (AP on
-        few pictures is too high); 5 to 19: t-interval on the jackknife; fewer: none.
-        """
-        groups = self.study.groups[self.rows] if self.study.groups is not None else self.every
-        unit, names = "images" if self.study.groups is None else "groups", sorted(set(groups.tolist()))
-        members = [self.every[groups == name] for name in names]
-        count, rng = len(members), np.random.default_rng(seed)
-        if count < subject_intervals.FEWEST_FOR_INTERVAL:
-            return {}, f"no interval: only {count} {unit}"
-        if count < subject_intervals.FEWEST_FOR_BOOTSTRAP:
-            drawn = [self.values(np.concatenate(members[:k] + members[k + 1:])) for k in range(count)]
-            reach, whole = subject_intervals.t_quantile(0.95, count - 1) * math.sqrt(count - 1), self.values(self.every)
-            half = {name: reach * np.std([each[name] for each in drawn]) for name in whole}
-            return ({name: (whole[name] - half[name], whole[name] + half[name]) for name in whole},
-                    f"95 % t-interval over {count} {unit}, jackknife")
-        drawn = [self.values(np.concatenate([members[k] for k in rng.integers(0, count, count)])) for _ in range(draws)]
-        whole, ends, t = self.values(self.every), {}, subject_intervals.t_quantile(0.95, count - 1)
-        for name in whole:
-            column = np.array([each[name] for each in drawn if math.isfinite(each[name])])
-            spread = column.std() if len(column) > 1 else math.nan
-            half = t * math.sqrt(count / (count - 1)) * spread
-            low, high = 2 * whole[name] - mean_of(column) + np.array([-half, half])
-            floor = -1.0 if name.startswith("difference_") else 0.0
-            ends[name] = (float(np.clip(low, floor, 1)), float(np.clip(high, floor, 1)))
-        return ends, f"95 % bootstrap interval over {count} {unit}, {draws} draws"
 
 
 # --- results: detections -> tables, pictures, run folder ---------------------------------------
@@ -1283,20 +867,20 @@ def detection_rows(names, detections, parts, errors=None, absent_below=None):
     """[dict] for the CSV: image, part, score, state, its probabilities, x1 y1 x2 y2; absent_below: --one_per_part."""
     rows = []
     for k, (name, detected) in enumerate(zip(names, detections)):
-        states = state_of(detected)
+        states = detection_scores.state_of(detected)
         for d, (label, score, box) in enumerate(zip(detected["labels"], detected["scores"], detected["boxes"])):
             row = {"image": name, "part": parts[label], "score": float(score)}
             if detected["states"] is not None:
-                row |= {"state": STATES[states[d]]}
-                row |= {f"p_{name}": float(p) for name, p in zip(STATES, detected["states"][d])}
+                row |= {"state": part_boxes.STATES[states[d]]}
+                row |= {f"p_{name}": float(p) for name, p in zip(part_boxes.STATES, detected["states"][d])}
             rows.append(row | dict(zip(("x1", "y1", "x2", "y2"), map(float, box))))
         if absent_below is not None and not (errors and errors[k]):
             seen = set(detected["labels"][detected["scores"] >= absent_below].tolist())
-            rows += [{"image": name, "part": part, "state": STATES[ABSENT]} for c, part in enumerate(parts)
+            rows += [{"image": name, "part": part, "state": part_boxes.STATES[part_boxes.ABSENT]} for c, part in enumerate(parts)
                      if c not in seen]
         if errors and errors[k]:
             rows.append({"image": name, "error": errors[k]})
-    columns = ["image", "part", "score", "state", *(f"p_{s}" for s in STATES), "x1", "y1", "x2", "y2", "error"]
+    columns = ["image", "part", "score", "state", *(f"p_{s}" for s in part_boxes.STATES), "x1", "y1", "x2", "y2", "error"]
     always = ("image", "part", "score", "x1", "y1", "x2", "y2")
     used = [c for c in columns if c in always or any(c in row for row in rows)]
     return [{column: row.get(column) for column in used} for row in rows] or [dict.fromkeys(used)]
@@ -1311,7 +895,7 @@ def coco_results(names, ids, detections, parts, category_ids):
                      "bbox": [*map(float, box[:2]), *map(float, box[2:] - box[:2])], "score": float(score),
                      "file_name": str(name), "part": parts[label]}
             if detected["states"] is not None:
-                entry |= {"state": STATES[state_of(detected)[d]], "state_probabilities": detected["states"][d].tolist()}
+                entry |= {"state": part_boxes.STATES[detection_scores.state_of(detected)[d]], "state_probabilities": detected["states"][d].tolist()}
             results.append(entry)
     return results
 
@@ -1347,8 +931,8 @@ def draw_boxes(pixels, boxes, texts, states, long_side=640):
 
 def draw_detections(pixels, detected, parts, threshold, scale=1.0):
     """The detections from `threshold` on a picture (H, W, 3), with part, state and score."""
-    states, sure = state_of(detected), detected["scores"] >= threshold
-    texts = [f"{parts[label]} {STATES[state] + ' ' if state >= 0 else ''}{score:.2f}"
+    states, sure = detection_scores.state_of(detected), detected["scores"] >= threshold
+    texts = [f"{parts[label]} {part_boxes.STATES[state] + ' ' if state >= 0 else ''}{score:.2f}"
              for label, state, score in zip(detected["labels"], states, detected["scores"])]
     return draw_boxes(pixels, detected["boxes"][sure] * scale, np.array(texts, object)[sure], states[sure])
 
@@ -1356,7 +940,7 @@ def draw_detections(pixels, detected, parts, threshold, scale=1.0):
 def draw_truth(study, row, scale):
     """The annotated boxes on the picture of a row; ignored ones are left out."""
     keep = ~study.ignored[row]
-    texts = [f"{study.parts[label]} {STATES[state] if state >= 0 else ''}".strip()
+    texts = [f"{study.parts[label]} {part_boxes.STATES[state] if state >= 0 else ''}".strip()
              for label, state in zip(study.labels[row][keep], study.states[row][keep])]
     return draw_boxes(study.picture(row), study.boxes[row][keep] * scale, texts, study.states[row][keep])
 
@@ -1394,16 +978,16 @@ def error_counts(judged, threshold):
 def per_part_rows(judged, values, intervals):
     """One dict per part: boxes, AP with interval, the mean box's AP, precision and recall, hallucinations."""
     rows, every = [], judged.every
-    ap = average_precision(judged.matching["map"], every)  # (T, P)
-    base = average_precision(judged.matching["baseline_map"], every)
+    ap = detection_scores.average_precision(judged.matching["map"], every)  # (T, P)
+    base = detection_scores.average_precision(judged.matching["baseline_map"], every)
     for label, part in enumerate(judged.parts):
         truth, right, wrong = (judged.counts[name][:, label].sum() for name in ("truth", "right", "wrong"))
         absent, anywhere, boxed, there, _ = judged.hallucinated[:, label].sum(0)
         low, high = intervals.get(f"ap_{part}", (math.nan, math.nan))
         rows.append({"target": part, "boxes": int(truth), "ap": values[f"ap_{part}"], "ap_low": low, "ap_high": high,
-                     "ap50": mean_of(ap[0, label]), "baseline_ap": mean_of(base[:, label]),
-                     "baseline_ap50": mean_of(base[0, label]), "precision": share(right, right + wrong),
-                     "recall": share(right, truth), "absent": int(absent), "hallucinated": int(anywhere),
+                     "ap50": detection_scores.mean_of(ap[0, label]), "baseline_ap": detection_scores.mean_of(base[:, label]),
+                     "baseline_ap50": detection_scores.mean_of(base[0, label]), "precision": detection_scores.share(right, right + wrong),
+                     "recall": detection_scores.share(right, truth), "absent": int(absent), "hallucinated": int(anywhere),
                      "absent_boxes": int(boxed), "hallucinated_there": int(there)})
     return rows
 
@@ -1413,14 +997,14 @@ def per_state_rows(judged):
     if not judged.has_states:
         return []
     confusion, matching = judged.counts["confusion"].sum(0), judged.matching["joint_map"]
-    ap, categories = average_precision(matching, judged.every), np.array(matching.params.catIds, int)
+    ap, categories = detection_scores.average_precision(matching, judged.every), np.array(matching.params.catIds, int)
     rows = []
-    for k, state in enumerate(STATES):
+    for k, state in enumerate(part_boxes.STATES):
         true, predicted, right = confusion[k].sum(), confusion[:, k].sum(), confusion[k, k]
         rows.append({"state": state, "found": int(true), **{f"called {s}": int(confusion[k, j])
-                                                            for j, s in enumerate(STATES)},
-                     "recall": share(right, true), "precision": share(right, predicted),
-                     "f1": share(2 * right, true + predicted), "joint_ap": mean_of(ap[:, (categories - 1) % 4 == k])})
+                                                            for j, s in enumerate(part_boxes.STATES)},
+                     "recall": detection_scores.share(right, true), "precision": detection_scores.share(right, predicted),
+                     "f1": detection_scores.share(2 * right, true + predicted), "joint_ap": detection_scores.mean_of(ap[:, (categories - 1) % 4 == k])})
     return rows
 
 
@@ -1438,9 +1022,9 @@ def find_alarms(judged, scored, values, threshold):
         alarms.append(f"exactly the same boxes in {repeats} of {len(boxes)} pictures")
     if judged.has_states and confusion.sum():
         if (confusion.sum(0) > 0).sum() == 1 and (confusion.sum(1) > 0).sum() > 1:
-            alarms.append(f"one state only is ever predicted: {STATES[confusion.sum(0).argmax()]}")
+            alarms.append(f"one state only is ever predicted: {part_boxes.STATES[confusion.sum(0).argmax()]}")
         if confusion.sum(1).max() >= 0.95 * confusion.sum():
-            alarms.append(f"95 % or more of the found parts are {STATES[confusion.sum(1).argmax()]}: their state "
+            alarms.append(f"95 % or more of the found parts are {part_boxes.STATES[confusion.sum(1).argmax()]}: their state "
                           "accuracy says little")
     return alarms
 
@@ -1457,7 +1041,7 @@ def metric_names(settings):
 def report_results(run, args, study, scored, settings, context):
     """metrics.json, tables, pictures, report.html; context: split, best_epoch, alarms, random_weights."""
     threshold = args.score_threshold
-    judged = Judged(study, scored.rows, scored.detections, settings, threshold, args.absent, scored.baseline)
+    judged = detection_scores.Judged(study, scored.rows, scored.detections, settings, threshold, args.absent, scored.baseline)
     values = judged.values(judged.every)
     intervals, method = judged.intervals(args.bootstrap_draws, args.seed)
     held_out = scored.part == "test"
@@ -1549,7 +1133,7 @@ def split_row(study, part, rows):
     labels = {label for row in rows for label in study.labels[row].tolist()}
     states = np.concatenate([np.empty(0, int), *(study.states[row] for row in rows)])
     return {"part": part, "pictures": len(rows), "boxes": sum(len(study.labels[row]) for row in rows),
-            **{state: int((states == k).sum()) for k, state in enumerate(STATES)},
+            **{state: int((states == k).sum()) for k, state in enumerate(part_boxes.STATES)},
             "parts without a box": ", ".join(p for c, p in enumerate(study.parts) if c not in labels) or "none"}
 
 
@@ -1756,8 +1340,8 @@ def predict(args):
 
 def convert(args):
     """--mode convert: part annotations (or any COCO read here) -> clean COCO with area, iscrowd, state and trust."""
-    found = read_annotations(args.json)
-    paths = find_pictures(found, args.images_dir)[0] if args.images_dir else [None] * len(found.images)
+    found = part_boxes.read_annotations(args.json)
+    paths = part_boxes.find_pictures(found, args.images_dir)[0] if args.images_dir else [None] * len(found.images)
     objects, images, dropped = collections.defaultdict(list), [], []
     for each in found.objects:
         objects[each["image"]].append(each)
@@ -1776,7 +1360,7 @@ def convert(args):
             if (box[2:] - box[:2]).min() < 0.5:
                 dropped.append(f"{image['name']}, {each['key']} ({each['part']}): box {each['box']} has no area")
                 continue
-            state = {"state": STATES[each["state"]], "state_id": each["state"]} if each["state"] >= 0 else {}
+            state = {"state": part_boxes.STATES[each["state"]], "state_id": each["state"]} if each["state"] >= 0 else {}
             left, top, right, bottom = map(float, box)
             annotations.append({"id": len(annotations) + 1, "image_id": number,
                                 "category_id": found.parts.index(each["part"]) + 1,
@@ -1796,7 +1380,7 @@ def audit(args):
     study = load_study(args, {"train": (args.json, args.images_dir)}, print)
     labels, states = (np.concatenate(values) for values in (study.labels, study.states))
     rows = [{"part": part, "boxes": int((labels == c).sum()),
-             **{state: int(((labels == c) & (states == k)).sum()) for k, state in enumerate(STATES)},
+             **{state: int(((labels == c) & (states == k)).sum()) for k, state in enumerate(part_boxes.STATES)},
              "absent without a box": sum(int((each == c).sum()) for each in study.absent)}
             for c, part in enumerate(study.parts)]
     print("".join(f"{name:>22}" if k else f"{name:24}" for k, name in enumerate(rows[0])))

@@ -20,9 +20,7 @@ at1, at2: the motion asked for at t1 and t2 (at1_6dof, at2_6dof); motion: the kn
 import collections
 import dataclasses
 import itertools
-import json
 import math
-import re
 import statistics
 import time
 from pathlib import Path
@@ -34,12 +32,7 @@ from torch import nn
 
 import common
 from evidence import baseline_models, plotting, prediction_tables, reporting, splitting, subject_intervals, verdicts
-from readers import csv_tables, file_names, picture_files
-
-AXES = ("x_mm", "y_mm", "z_mm", "roll_deg", "pitch_deg", "yaw_deg")
-FILE_NAME = "transitions_dataset.json"
-FIELDS = {"at1": "at1_6dof", "motion": "action_change_6dof", "at2": "at2_6dof"}
-LARGEST_LABEL = 200.0  # mm or degrees: anything beyond is a fault of the tracker
+from readers import picture_files, probe_poses
 COLLAPSE_FLOOR = 0.05  # smallest healthy spread of the features over frames, as a share of their rms
 # What a checkpoint fixes for evaluate and predict, and what they take over from the run beside it.
 MODEL_FLAGS = ("encoder", "image_size", "token_type", "imagine", "d_model", "n_layers", "n_heads", "feedforward",
@@ -70,14 +63,14 @@ def add_data_arguments(add):
     """Which transitions, whose, and how they are split."""
     add("--mode", choices=("train", "evaluate", "predict", "audit"), default="train",
         help="evaluate: score a checkpoint; predict: no labels needed; audit: examine the data")
-    add("--data_dir", type=Path, default=Path("data/processed"), help=f"folder with a {FILE_NAME} in each sequence")
+    add("--data_dir", type=Path, default=Path("data/processed"), help=f"folder with a {probe_poses.FILE_NAME} in each sequence")
     add("--checkpoint", type=Path, metavar="FILE", help="best_model.pth (or its run folder) for evaluate and predict")
     add("--score_part", choices=("auto", "train", "val", "test", "all"), default="auto",
         help="evaluate: part of the checkpoint's split; auto = test, else val, and every row of data it never saw")
     add("--patient_map", type=Path, metavar="FILE", help="JSON or CSV that says which patient a folder belongs to")
     add("--patient_regex", metavar="REGEX", help=r"patient = its first group in the folder's name, e.g. '(.*)_\d+$'")
     add("--angle_unit", choices=("auto", "deg", "rad"), default="auto", help="unit of the angles in the files")
-    add("--compose", choices=("auto", *CONVENTIONS), default="auto",
+    add("--compose", choices=("auto", *probe_poses.CONVENTIONS), default="auto",
         help="how at1 and motion give at2: sum, T(motion) T(at1), T(at1) T(motion); auto = what fits the data")
     add("--split_by", choices=("patient", "time"), default="patient",
         help="time: blocks of each sequence, for a single one; says nothing across patients")
@@ -147,115 +140,6 @@ def take_over_data_flags(args):
             setattr(args, name, Path(before[name]) if name in ("data_dir", "patient_map") else before[name])
 
 
-# --- poses: the algebra, in one place ------------------------------------------------------
-# A pose (..., 6) is T = [R | t] with t = (x, y, z) in mm and R = Rz(yaw) Ry(pitch) Rx(roll) of angles in degrees.
-# Torch throughout, since the composition lies inside the loss; on_arrays runs the same code on numpy in float64.
-
-def on_arrays(function, *arrays):
-    """function(*tensors) on numpy arrays, in float64."""
-    return function(*(torch.from_numpy(np.array(array, np.float64)) for array in arrays)).numpy()
-
-
-def wrap_degrees(angle):
-    """Angles in degrees -> [-180, 180)."""
-    return torch.remainder(angle + 180.0, 360.0) - 180.0
-
-
-def pose_error(predicted, target):
-    """predicted - target (..., 6), the angles wrapped at 180: 179 and -179 degrees are 2 apart."""
-    error = predicted - target
-    return torch.cat([error[..., :3], wrap_degrees(error[..., 3:])], -1)
-
-
-def rotation_matrix(angles):
-    """(..., 3) roll, pitch, yaw in degrees -> (..., 3, 3) R = Rz(yaw) Ry(pitch) Rx(roll)."""
-    (cr, cp, cy), (sr, sp, sy) = (f(torch.deg2rad(angles)).unbind(-1) for f in (torch.cos, torch.sin))
-    rows = [cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr,
-            sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr,
-            -sp, cp * sr, cp * cr]
-    return torch.stack(rows, -1).unflatten(-1, (3, 3))
-
-
-def euler_degrees(rotation):
-    """(..., 3, 3) -> (..., 3) roll, pitch, yaw in degrees, pitch in [-90, 90]; at a pitch of 90 roll is taken as 0."""
-    cos_pitch = torch.sqrt(rotation[..., 2, 1] ** 2 + rotation[..., 2, 2] ** 2 + 1e-14)
-    locked = cos_pitch < 1e-6
-    roll = torch.where(locked, 0.0, torch.atan2(rotation[..., 2, 1], rotation[..., 2, 2]))
-    yaw = torch.where(locked, torch.atan2(-rotation[..., 0, 1], rotation[..., 1, 1]),
-                      torch.atan2(rotation[..., 1, 0], rotation[..., 0, 0]))
-    return torch.rad2deg(torch.stack([roll, torch.atan2(-rotation[..., 2, 0], cos_pitch), yaw], -1))
-
-
-def compose(first, second):
-    """Poses (..., 6) -> the pose of T(first) T(second)."""
-    rotation = rotation_matrix(first[..., 3:])
-    shift = (rotation @ second[..., :3, None])[..., 0] + first[..., :3]
-    return torch.cat([shift, euler_degrees(rotation @ rotation_matrix(second[..., 3:]))], -1)
-
-
-def invert(pose):
-    """Pose (..., 6) -> the pose of its inverse."""
-    back = rotation_matrix(pose[..., 3:]).transpose(-1, -2)
-    return torch.cat([-(back @ pose[..., :3, None])[..., 0], euler_degrees(back)], -1)
-
-
-def geodesic_degrees(predicted, target):
-    """Poses (..., 6) -> (...) angle in degrees, 0 to 180, of the rotation between their orientations."""
-    between = rotation_matrix(predicted[..., 3:]).transpose(-1, -2) @ rotation_matrix(target[..., 3:])
-    axis = torch.stack([between[..., 2, 1] - between[..., 1, 2], between[..., 0, 2] - between[..., 2, 0],
-                        between[..., 1, 0] - between[..., 0, 1]], -1)  # 2 sin(angle) long
-    trace = between.diagonal(dim1=-2, dim2=-1).sum(-1)  # 1 + 2 cos(angle)
-    return torch.rad2deg(torch.atan2(axis.norm(dim=-1), trace - 1.0))
-
-
-def _sum(pose, motion):
-    return torch.cat([pose[..., :3] + motion[..., :3], wrap_degrees(pose[..., 3:] + motion[..., 3:])], -1)
-
-
-class Convention(NamedTuple):
-    """How at1, motion and at2 hang together; each function takes and gives poses (..., 6)."""
-    at2: object  # (at1, motion) -> at2
-    at1: object  # (at2, motion) -> at1
-    motion: object  # (at1, at2) -> motion
-
-
-CONVENTIONS = {
-    "additive": Convention(_sum, lambda at2, motion: _sum(at2, -motion), lambda at1, at2: pose_error(at2, at1)),
-    "se3_left": Convention(lambda at1, motion: compose(motion, at1), lambda at2, motion: compose(invert(motion), at2),
-                           lambda at1, at2: compose(at2, invert(at1))),
-    "se3_right": Convention(lambda at1, motion: compose(at1, motion), lambda at2, motion: compose(at2, invert(motion)),
-                            lambda at1, at2: compose(invert(at1), at2)),
-}
-
-
-def composition_residuals(at1, motion, at2):
-    """(N, 6) arrays -> dicts of convention, mean and 95th percentile of what at2 is missed by in mm and degrees, rows.
-
-    Rows with anything missing are left out. The last line is the motion read the wrong way round, T(motion) T(at2).
-    """
-    whole = ~np.isnan(np.hstack([at1, motion, at2])).any(1)
-    if not whole.any():
-        return []
-    at1, motion, at2 = at1[whole], motion[whole], at2[whole]
-    tried = {name: (on_arrays(convention.at2, at1, motion), at2) for name, convention in CONVENTIONS.items()}
-    tried["reversed"] = on_arrays(CONVENTIONS["se3_left"].at2, at2, motion), at1
-    rows = []
-    for name, (found, wanted) in tried.items():
-        mm, deg = np.linalg.norm((found - wanted)[:, :3], axis=1), on_arrays(geodesic_degrees, found, wanted)
-        rows.append({"convention": name, "mm": mm.mean(), "deg": deg.mean(), "mm_95": np.quantile(mm, 0.95),
-                     "deg_95": np.quantile(deg, 0.95), "rows": int(whole.sum())})
-    return rows
-
-
-def centre_and_spread(poses):
-    """(N, 6), NaN = missing -> (mean (6,), sd (6,)); angles about their circular mean: 179, -179 give 180."""
-    angle = np.deg2rad(poses[:, 3:])
-    about = np.zeros(6)
-    about[3:] = np.rad2deg(np.arctan2(np.nanmean(np.sin(angle), axis=0), np.nanmean(np.cos(angle), axis=0)))
-    apart = on_arrays(pose_error, poses, np.broadcast_to(about, poses.shape))
-    return about + np.nanmean(apart, axis=0), np.maximum(np.nanstd(apart, axis=0), 1e-6)
-
-
 # --- data: row on disk -> table -> sample ---------------------------------------------------
 
 # What --augment changes in both frames of a transition alike; jitter in shares, noise in grey levels of 255.
@@ -303,49 +187,8 @@ class Study:
         """What args.json says of the data and their split; a resumed run must find the same."""
         contents = [*self.names, self.at1, self.motion, self.at2, self.compose, *self.frame_audit("file_sha")]
         parts = itertools.chain.from_iterable((part, rows) for part, rows in split.items())
-        return {"fingerprint": splitting.data_fingerprint(contents), "split": splitting.data_fingerprint(parts),
+        return {"fingerprint": common.data_fingerprint(contents), "split": common.data_fingerprint(parts),
                 "transitions": len(self.names), "patients": len(set(self.patients)), "compose": self.compose}
-
-
-def read_transitions(path):
-    """A transitions_dataset.json -> list of dicts: frame_t1, frame_t2, ft1, ft2 (text), at1, motion, at2 (6,) float64.
-
-    A bare list or {"transitions": [...]}; further keys are ignored, null and missing poses are NaN. Raises UserError
-    that lists every row that cannot be read.
-    """
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise common.UserError(f"{path}: expected JSON, found {common.one_line(error)}") from None
-    listed = listed.get("transitions") if isinstance(listed, dict) else listed
-    if not isinstance(listed, list) or not listed:
-        raise common.UserError(f"{path}: expected a list of transitions, or a dict with one under `transitions`, found "
-                               f"{type(listed).__name__}{' (empty)' if listed == [] else ''}")
-    rows, faults = [], []
-    for number, entry in enumerate(listed, start=1):
-        try:
-            rows.append(_transition(entry))
-        except (ValueError, TypeError, AttributeError) as error:
-            faults.append(f"row {number}: {common.one_line(error)}")
-    if faults:
-        raise common.UserError(f"{path}: {len(faults)} of {len(listed)} rows cannot be read: {'; '.join(faults[:5])}"
-                               f"{'; ...' if len(faults) > 5 else ''}. Mend or delete these rows.")
-    return rows
-
-
-def _transition(entry):
-    paths = {which: entry.get(f"{which}_image_path") for which in ("ft1", "ft2")}
-    if not isinstance(paths["ft1"], str) or not isinstance(paths["ft2"], (str, type(None))):
-        raise ValueError(f"expected the path of a picture under ft1_image_path, found {paths['ft1']!r}")
-    row = {which: (path or "").replace("\\", "/") for which, path in paths.items()}
-    for which, path in list(row.items()):
-        row[f"frame_t{which[-1]}"] = str(entry.get(f"frame_t{which[-1]}") or Path(path).stem)
-    for name, key in FIELDS.items():
-        value = [math.nan] * 6 if entry.get(key) is None else entry[key]
-        if not isinstance(value, list) or len(value) != 6:
-            raise ValueError(f"expected 6 numbers under {key}, found {str(value)[:60]}")
-        row[name] = np.array([math.nan if number is None else float(number) for number in value])
-    return row
 
 
 def load_study(args, run, needs_labels=True):
@@ -353,16 +196,16 @@ def load_study(args, run, needs_labels=True):
 
     needs_labels False: rows without at1, at2 or a frame at t2 are kept, for prediction.
     """
-    sequences, rows, paths = find_transitions(args)
-    poses = {name: np.stack([row[name] for row in rows]) for name in FIELDS}
-    unit = angle_unit(poses, args.angle_unit)
-    notes = [f"angles are read as {unit}" + (f" (largest: {largest_angle(poses):.4g})" if args.angle_unit == "auto"
+    sequences, rows, paths = probe_poses.find_transitions(args)
+    poses = {name: np.stack([row[name] for row in rows]) for name in probe_poses.FIELDS}
+    unit = probe_poses.angle_unit(poses, args.angle_unit)
+    notes = [f"angles are read as {unit}" + (f" (largest: {probe_poses.largest_angle(poses):.4g})" if args.angle_unit == "auto"
                                              else "")]
-    notes += mask_labels(poses, unit)
-    residuals = composition_residuals(poses["at1"], poses["motion"], poses["at2"])
-    convention, text = choose_composition(args.compose, residuals)
-    notes += [text, *complete_poses(poses, convention)]
-    reasons = reasons_to_skip(rows, paths, poses, needs_labels)
+    notes += probe_poses.mask_labels(poses, unit)
+    residuals = probe_poses.composition_residuals(poses["at1"], poses["motion"], poses["at2"])
+    convention, text = probe_poses.choose_composition(args.compose, residuals)
+    notes += [text, *probe_poses.complete_poses(poses, convention)]
+    reasons = probe_poses.reasons_to_skip(rows, paths, poses, needs_labels)
     usable = np.flatnonzero([reason is None for reason in reasons])
     missing = [f"{sequences[i]} row {rows[i]['number']}: {reason}" for i, reason in enumerate(reasons)
                if reason and reason.startswith("no file")]
@@ -372,195 +215,22 @@ def load_study(args, run, needs_labels=True):
     if not len(usable):
         raise common.UserError(f"--data_dir {args.data_dir}: none of {len(rows)} transitions can be used (first: "
                                f"{reasons[0]})")
-    store, frames, bad = load_frames(args, run, [(sequences[i], *paths[i]) for i in usable])
+    store, frames, bad = probe_poses.load_frames(args, run, [(sequences[i], *paths[i]) for i in usable])
     for i, index in zip(usable, frames):
         reasons[i] = "unreadable picture" if bad & set(index.tolist()) else None
     kept = usable[[reasons[i] is None for i in usable]]
     skipped = [{"sequence": sequences[i], "row": rows[i]["number"], "reason": reason}
                for i, reason in enumerate(reasons) if reason]
-    patients, has_patients = patients_of(args, sequences)
+    patients, has_patients = probe_poses.patients_of(args, sequences)
     links = [(rows[i]["frame_t1"], rows[i]["frame_t2"]) for i in kept]
-    names = unique_names([f"{sequences[i]}/{t1}-{t2}" for i, (t1, t2) in zip(kept, links)])
+    names = probe_poses.unique_names([f"{sequences[i]}/{t1}-{t2}" for i, (t1, t2) in zip(kept, links)])
     frames = frames[[reasons[i] is None for i in usable]]
     study = Study(
         names, np.array(sequences)[kept], np.array([patients[sequences[i]] for i in kept]),
-        np.array([rows[i]["number"] - 1 for i in kept]), *(poses[name][kept] for name in FIELDS), frames, store,
+        np.array([rows[i]["number"] - 1 for i in kept]), *(poses[name][kept] for name in probe_poses.FIELDS), frames, store,
         convention, unit, residuals, skipped, notes, has_patients, links)
     say_study(run, study)
     return study
-
-
-def find_transitions(args):
-    """(sequence of each row, rows as read_transitions gives them with their number, (path t1, path t2) or None)."""
-    files = sorted(args.data_dir.rglob(FILE_NAME)) if args.data_dir.is_dir() else []
-    if not files:
-        raise common.UserError(f"--data_dir {args.data_dir}: expected folders with a {FILE_NAME}, found none")
-    sequences, rows, paths = [], [], []
-    for file in files:
-        name = file.parent.relative_to(args.data_dir).as_posix()
-        listed = read_transitions(file)[:args.max_transitions or None]
-        for number, row in enumerate(listed, start=1):
-            sequences.append(args.data_dir.resolve().name if name == "." else name)
-            rows.append({**row, "number": number})
-        paths += resolve_frames(file, listed)
-    return sequences, rows, paths
-
-
-def resolve_frames(file, rows):
-    """Paths of both frames of each row inside the sequence's folder, None where there is none.
-
-    Case may differ, and leading folders of the name may be missing on disk. UserError for names that leave the folder.
-    """
-    folder = file.parent
-    spelled = {path.relative_to(folder).as_posix().lower(): path for path in file_names.find_images(folder)}
-    leaving = [f"row {i}: {row[which]}" for i, row in enumerate(rows, start=1) for which in ("ft1", "ft2")
-               if re.match("/|[A-Za-z]:", row[which]) or ".." in row[which].split("/")]
-    if leaving:
-        raise common.UserError(f"{file}: expected pictures inside its folder, found {'; '.join(leaving[:5])}")
-
-    def found(name):
-        if (folder / name).is_file():
-            return folder / name
-        parts = name.removeprefix("./").lower().split("/")
-        tails = ("/".join(parts[start:]) for start in range(len(parts)))
-        return next((spelled[tail] for tail in tails if tail in spelled), None)
-    return [(found(row["ft1"]), found(row["ft2"]) if row["ft2"] else None) for row in rows]
-
-
-def largest_angle(poses):
-    """Largest credible |angle| of all at1 and at2, or of the motions where there is neither; 0: nothing is known."""
-    known = [np.abs(poses[name][:, 3:]) for name in ("at1", "at2")]
-    known = known if np.isfinite(np.concatenate(known)).any() else [np.abs(poses["motion"][:, 3:])]
-    known = np.concatenate(known)
-    return float(known[known <= LARGEST_LABEL].max(initial=0.0))
-
-
-def angle_unit(poses, asked):
-    """'deg' or 'rad': in radians no angle exceeds pi, in degrees a whole study that stays under 3.2 is unheard of."""
-    return asked if asked != "auto" else "rad" if 0 < largest_angle(poses) <= math.pi + 1e-6 else "deg"
-
-
-def mask_labels(poses, unit):
-    """Turn radians into degrees and take out, in place, what is no pose: NaN, infinite, beyond 200. Returns notes."""
-    notes = []
-    for name, values in poses.items():
-        values[:, 3:] = np.rad2deg(values[:, 3:]) if unit == "rad" else values[:, 3:]
-        absent = np.isnan(values).all(1)
-        wild = ~(np.abs(values) <= LARGEST_LABEL) & ~absent[:, None]
-        values[wild] = np.nan
-        if wild.any():
-            notes.append(f"{wild.sum()} values of {FIELDS[name]} in {wild.any(1).sum()} rows masked (NaN, or beyond "
-                         f"{LARGEST_LABEL:g})")
-        if absent.any():
-            notes.append(f"{absent.sum()} rows have no {FIELDS[name]}")
-    return notes
-
-
-def choose_composition(asked, residuals):
-    """(convention, sentence on why): the one asked for, or the one with the smallest residual on the data."""
-    tried = {row["convention"]: row["mm"] + row["deg"] for row in residuals if row["convention"] in CONVENTIONS}
-    chosen = asked if asked != "auto" else min(tried, key=tried.get) if tried else "additive"
-    if not tried:
-        return chosen, f"composition {chosen}: untested, no row has at1, motion and at2"
-    row = next(row for row in residuals if row["convention"] == chosen)
-    text = (f"composition {chosen} ({'asked for' if asked != 'auto' else 'the best fit'}): at2 missed by "
-            f"{row['mm']:.3g} mm and {row['deg']:.3g} degrees on average")
-    is_poor = tried[chosen] > 1.0 or tried[chosen] > 2 * min(tried.values()) + 0.01
-    return chosen, text + (": a poor fit, look at --mode audit" if is_poor else "")
-
-
-def complete_poses(poses, convention):
-    """Derive, in place, whole poses that a row lacks from the other two. Returns notes."""
-    at1, motion, at2 = (poses[name] for name in FIELDS)
-    ways = {"at2": (CONVENTIONS[convention].at2, at1, motion), "motion": (CONVENTIONS[convention].motion, at1, at2),
-            "at1": (CONVENTIONS[convention].at1, at2, motion)}
-    lacking, notes = {name: np.isnan(poses[name]).all(1) for name in ways}, []
-    for name, (function, first, second) in ways.items():
-        others = [other for other in ways if other != name]
-        rows = lacking[name] & ~np.any([lacking[other] for other in others], axis=0)
-        if rows.any():
-            poses[name][rows] = on_arrays(function, first[rows], second[rows])
-            notes.append(f"{rows.sum()} rows: {FIELDS[name]} derived from the other two ({convention})")
-    return notes
-
-
-def reasons_to_skip(rows, paths, poses, needs_labels):
-    """Why each row cannot be used, None where it can."""
-    has_motion = ~np.isnan(poses["motion"]).any(1)
-    has_label = ~np.isnan(np.hstack([poses["at1"], poses["at2"]])).all(1)
-
-    def reason(i):
-        if not paths[i][0] or (needs_labels and not paths[i][1]):
-            return f"no file {rows[i]['ft1'] if not paths[i][0] else rows[i]['ft2']!r}"
-        if not has_motion[i]:
-            return f"no usable {FIELDS['motion']}"
-        return None if has_label[i] or not needs_labels else "no usable label"
-    return [reason(i) for i in range(len(rows))]
-
-
-def load_frames(args, run, rows):
-    """[(sequence, path t1, path t2 or None)] -> (ImageStore, (N, 2) index into it, {indices of bad pictures}).
-
-    A picture that a sequence holds twice, as ft2 of one transition and ft1 of the next, is decoded once.
-    """
-    index, paths, held = np.full((len(rows), 2), -1), [], {}
-    for i, (sequence, *pair) in enumerate(rows):
-        for which, path in enumerate(path for path in pair if path):
-            key = sequence, splitting.data_fingerprint([path.read_bytes()])
-            if key not in held:
-                held[key] = len(paths)
-                paths.append(path)
-            index[i, which] = held[key]
-    run.say(f"decoding {len(paths)} different frames")
-    store = picture_files.ImageStore(paths, args.image_size, args.cache, reduced=common.takes(args, "decode"))
-    good = picture_files.check_bad_files(store.audit, args.on_bad_file)
-    return store, index, set(range(len(paths))) - set(good)
-
-
-def unique_names(names):
-    """(N,) names, which must differ. UserError lists the transitions that stand there twice."""
-    twice = [name for name, count in collections.Counter(names).items() if count > 1]
-    if twice:
-        raise common.UserError(f"{len(twice)} transitions are listed twice: {', '.join(twice[:5])}. Delete the copies.")
-    return np.array(names)
-
-
-def patients_of(args, sequences):
-    """({sequence: patient}, did anybody say so?) from --patient_map or --patient_regex, else the folder's own name."""
-    folders = sorted(set(sequences))
-    if args.patient_regex:
-        found = {folder: re.search(args.patient_regex, folder) for folder in folders}
-        table = {folder: match[min(1, match.re.groups)] for folder, match in found.items() if match}
-    elif args.patient_map:
-        table = read_patient_map(args.patient_map, folders)
-    else:
-        return {folder: folder for folder in folders}, False
-    unknown = [folder for folder in folders if not table.get(folder)]
-    if unknown:
-        raise common.UserError(f"--patient_map or --patient_regex names no patient for {', '.join(unknown[:10])}"
-                               f"{' ...' if len(unknown) > 10 else ''}; every folder needs one")
-    return table, True
-
-
-def read_patient_map(path, folders):
-    """JSON {folder: patient} or {patient: [folders]}, or CSV with the columns folder and patient -> {folder: patient}.
-
-    A folder may be named with or without the folders above it.
-    """
-    if path.suffix.lower() == ".json":
-        listed = common.read_json(path)
-        pairs = [(folder, patient) for patient, value in listed.items() if isinstance(value, list) for folder in value]
-        pairs += [(folder, str(value)) for folder, value in listed.items() if not isinstance(value, list)]
-    else:
-        table = csv_tables.read_table(path)
-        columns = [next((c for c in table.columns if c.lower() in names), None)
-                   for names in (("folder", "sequence"), ("patient", "patient_id"))]
-        if None in columns:
-            raise common.UserError(f"--patient_map {path}: expected the columns folder and patient, found "
-                                   f"{', '.join(table.columns)}")
-        pairs = zip(*(table[column] for column in columns))
-    table = {str(folder): str(patient) for folder, patient in pairs}
-    return {folder: table.get(folder, table.get(folder.rsplit("/", 1)[-1])) for folder in folders}
 
 
 def say_study(run, study):
@@ -579,32 +249,8 @@ def say_study(run, study):
     if not study.has_patients:
         run.say("WARNING: a folder is not a patient. Without --patient_map or --patient_regex each folder counts as "
                 "one, and two folders of one patient may stand on two sides of a split.")
-        for line in similar_sequences(study):
+        for line in probe_poses.similar_sequences(study):
             run.say(f"  {line}")
-
-
-def similar_sequences(study, most=5):
-    """Lines on folders that may belong to one patient: names that differ in a last number only, tracks that agree.
-
-    The distance of two tracks is the median distance from a pose at1 of one to the nearest of the other, over the six
-    axes in units of their sd; the same sweep twice gives 0.
-    """
-    folders, stems = sorted(set(study.sequences)), collections.defaultdict(list)
-    for folder in folders:
-        stems[re.sub(r"[_-]?\d+$", "", folder)].append(folder)
-    lines = [f"names alike: {', '.join(alike[:6])}{' ...' if len(alike) > 6 else ''}; one patient? --patient_regex "
-             r"'(.*)_\d+$'" for alike in stems.values() if len(alike) > 1]
-    if np.isnan(study.at1).any(1).all():
-        return lines
-    scaled = study.at1 / centre_and_spread(study.at1)[1]
-    tracks = {folder: scaled[(study.sequences == folder) & ~np.isnan(study.at1).any(1)][:400] for folder in folders}
-
-    def distance(a, b):
-        apart = np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))  # (A, B)
-        return max(np.median(apart.min(0)), np.median(apart.min(1)))
-    pairs = [(distance(tracks[a], tracks[b]), a, b) for a, b in itertools.combinations(folders, 2)
-             if len(tracks[a]) and len(tracks[b])]
-    return lines + [f"tracks alike: {a} and {b}, {apart:.2f} sd apart" for apart, a, b in sorted(pairs)[:most]]
 
 
 def draw_augmentation(name, generator, in_steps=False):
@@ -772,7 +418,7 @@ class Dreamer(nn.Module):
         self.imagination = Imagination(encoder.n_features, encoder.n_cells, args)
         self.readout = nn.Sequential(nn.Linear(encoder.n_features, 1024), nn.GELU(), Dropout(args.dropout),
                                      nn.Linear(1024, 512), nn.GELU(), Dropout(args.dropout), nn.Linear(512, 6))
-        self.at1_from = CONVENTIONS[convention].at1
+        self.at1_from = probe_poses.CONVENTIONS[convention].at1
         for name in ("motion", "at2"):
             for what, values in scaler[name].items():
                 values = torch.as_tensor(values, dtype=torch.float32)
@@ -789,7 +435,7 @@ class Dreamer(nn.Module):
 
     def imagine(self, features, motion, known_motion=None):
         """(B, F, G), (B, 6) -> Imagined; known_motion: the one that at1 is composed with, where `motion` is false."""
-        scaled = pose_error(motion, self.motion_mean) / self.motion_sd
+        scaled = probe_poses.pose_error(motion, self.motion_mean) / self.motion_sd
         imagined = self.imagination(features, scaled).float()  # (B, F, G)
         with torch.autocast(features.device.type, enabled=False):  # bf16 has steps of half a degree at 100 degrees
             at2 = self.at2_mean + self.at2_sd * self.readout(imagined.mean(2))  # (B, F, G) -> (B, F) -> (B, 6)
@@ -816,14 +462,14 @@ def build_model(args, scaler, convention):
 
 def fit_scaler(study, rows):
     """{motion, at1, at2: {mean (6,), sd (6,)}} over these rows, which are train rows only."""
-    return {name: dict(zip(("mean", "sd"), centre_and_spread(getattr(study, name)[rows])))
+    return {name: dict(zip(("mean", "sd"), probe_poses.centre_and_spread(getattr(study, name)[rows])))
             for name in ("motion", "at1", "at2")}
 
 
 def pose_loss(predicted, target, sd):
     """SmoothL1 (beta 1) in units of sd, angles wrapped: (B, 6), (B, 6) with NaN = missing -> (B,)."""
     labelled = ~torch.isnan(target)  # (B, 6), True = a label is there
-    error = pose_error(predicted, torch.where(labelled, target, predicted.detach())) / sd
+    error = probe_poses.pose_error(predicted, torch.where(labelled, target, predicted.detach())) / sd
     losses = nn.functional.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=1.0)
     return (losses * labelled).sum(1) / labelled.sum(1).clamp(min=1)
 
@@ -933,8 +579,8 @@ def evaluate(model, loader, loss_function, compute):
     numbers["loss"] = numbers["main_task_loss"]
     if loss_function.uses_t2:
         numbers["loss"] += sum(weight * numbers[name] for name, weight in loss_function.weights.items())
-    error = pose_error(at1.double(), wanted_at1.double()).abs()
-    numbers |= {f"mae_{axis}": value for axis, value in zip(AXES, error.nanmean(0).tolist())}
+    error = probe_poses.pose_error(at1.double(), wanted_at1.double()).abs()
+    numbers |= {f"mae_{axis}": value for axis, value in zip(probe_poses.AXES, error.nanmean(0).tolist())}
     return {"at1": at1.double().numpy(), "at2": at2.double().numpy()}, numbers
 
 
@@ -1131,8 +777,8 @@ def baselines(study, train, rows, centre=None):
     predicted = {"zero": np.zeros((len(rows), 6)), "copy": study.motion[rows]}
     if not len(train):
         return {**predicted, "train_mean": np.tile(centre, (len(rows), 1))}
-    centre = centre_and_spread(study.at1[train])[0]
-    apart = on_arrays(pose_error, study.at1[train], np.broadcast_to(centre, (len(train), 6)))
+    centre = probe_poses.centre_and_spread(study.at1[train])[0]
+    apart = probe_poses.on_arrays(probe_poses.pose_error, study.at1[train], np.broadcast_to(centre, (len(train), 6)))
     near = place_means(study.place, study.sequences, train, rows)
     predicted["frame_index"] = centre + near @ np.nan_to_num(apart)
     inputs = {"motion_ridge": study.motion}
@@ -1160,20 +806,20 @@ def write_predictions(path, study, scored):
     keys = {"name": study.names[rows], "patient": study.patients[rows], "sequence": study.sequences[rows],
             "frame_t1": [study.links[row][0] for row in rows], "frame_t2": [study.links[row][1] for row in rows]}
     values = {"true": study.at1[rows], **scored.predicted, "true_t2": study.at2[rows], "predicted_t2": scored.at2}
-    prediction_tables.write_target_table(path, keys, AXES, values)
+    prediction_tables.write_target_table(path, keys, probe_poses.AXES, values)
 
 
 def read_predictions(path, study, use, part):
     """The predictions CSV of a finished fold -> Scored."""
     row_of = {name: row for row, name in enumerate(study.names)}
-    names, values = prediction_tables.read_target_table(path, "name", AXES)
+    names, values = prediction_tables.read_target_table(path, "name", probe_poses.AXES)
     predicted = {kind: each for kind, each in values.items() if kind not in ("true", "true_t2", "predicted_t2")}
     return Scored(np.array([row_of[name] for name in names]), predicted, values["predicted_t2"], use, part)
 
 
 def wrapped(predicted, target):
     """Predictions (M, 6) turned by whole turns to within 180 degrees of their targets, so that errors subtract."""
-    return np.where(np.isnan(target), predicted, target + on_arrays(pose_error, predicted, np.nan_to_num(target)))
+    return np.where(np.isnan(target), predicted, target + probe_poses.on_arrays(probe_poses.pose_error, predicted, np.nan_to_num(target)))
 
 
 def time_blocks(study, rows, length=8, most=10):
@@ -1193,7 +839,7 @@ def compare(study, scored):
     Resampled are patients; with fewer than five, blocks of time, which say nothing about other patients.
     """
     target, patients = study.at1[scored.rows], study.patients[scored.rows]
-    sd = centre_and_spread(study.at1)[1]
+    sd = probe_poses.centre_and_spread(study.at1)[1]
     by_patient = len(set(patients)) >= subject_intervals.FEWEST_FOR_INTERVAL
     units = patients if by_patient else time_blocks(study, scored.rows)
     scaled = {kind: wrapped(values, target) / sd for kind, values in scored.predicted.items()}
@@ -1219,9 +865,9 @@ def in_units(result, sd):
 def axis_rows(study, scored, result):
     """One dict per axis: n, R2 and MAE with intervals, and the MAE of every baseline."""
     target = study.at1[scored.rows]
-    rows = subject_intervals.target_rows({**result, "n": np.isfinite(target).sum(0)}, AXES)
+    rows = subject_intervals.target_rows({**result, "n": np.isfinite(target).sum(0)}, probe_poses.AXES)
     for kind, values in scored.predicted.items():
-        error = np.abs(on_arrays(pose_error, values, target))
+        error = np.abs(probe_poses.on_arrays(probe_poses.pose_error, values, target))
         for row, mae in zip(rows, np.nanmean(error, axis=0)):
             row |= {f"mae_{kind}": mae} if kind != "predicted" else {}
     return rows
@@ -1232,11 +878,11 @@ def angle_rows(study, scored):
     target, rows = study.at1[scored.rows], []
     whole = ~np.isnan(target).any(1)
     for kind, values in scored.predicted.items():
-        error = on_arrays(pose_error, values, target)
+        error = probe_poses.on_arrays(probe_poses.pose_error, values, target)
         rows.append({"predictor": "model" if kind == "predicted" else kind,
                      "mae_mm": np.nanmean(np.abs(error[:, :3])), "mae_deg": np.nanmean(np.abs(error[:, 3:])),
                      "distance_mm": np.linalg.norm(error[whole, :3], axis=1).mean() if whole.any() else np.nan,
-                     "geodesic_deg": on_arrays(geodesic_degrees, values[whole], target[whole]).mean()
+                     "geodesic_deg": probe_poses.on_arrays(probe_poses.geodesic_degrees, values[whole], target[whole]).mean()
                      if whole.any() else np.nan, "meaning": BASELINES.get(kind, "")})
     return rows
 
@@ -1244,14 +890,14 @@ def angle_rows(study, scored):
 def patient_rows(study, scored, baseline):
     """One dict per patient: rows, MAE per axis of the model and of the baseline, distance and geodesic angle."""
     target, rows = study.at1[scored.rows], []
-    errors = {kind: np.abs(on_arrays(pose_error, scored.predicted[kind], target)) for kind in ("predicted", baseline)}
+    errors = {kind: np.abs(probe_poses.on_arrays(probe_poses.pose_error, scored.predicted[kind], target)) for kind in ("predicted", baseline)}
     for patient in np.unique(study.patients[scored.rows]):
         own = study.patients[scored.rows] == patient
         row = {"patient": patient, "transitions": int(own.sum())}
-        row |= {f"mae_{axis}": np.nanmean(errors["predicted"][own, a]) for a, axis in enumerate(AXES)}
-        row |= {f"baseline_mae_{axis}": np.nanmean(errors[baseline][own, a]) for a, axis in enumerate(AXES)}
-        rows.append({**row, "geodesic_deg": np.nanmean(on_arrays(
-            geodesic_degrees, scored.predicted["predicted"][own], np.nan_to_num(target[own])))})
+        row |= {f"mae_{axis}": np.nanmean(errors["predicted"][own, a]) for a, axis in enumerate(probe_poses.AXES)}
+        row |= {f"baseline_mae_{axis}": np.nanmean(errors[baseline][own, a]) for a, axis in enumerate(probe_poses.AXES)}
+        rows.append({**row, "geodesic_deg": np.nanmean(probe_poses.on_arrays(
+            probe_poses.geodesic_degrees, scored.predicted["predicted"][own], np.nan_to_num(target[own])))})
     return rows
 
 
@@ -1263,7 +909,7 @@ def verdict(results, baseline, unit, study, scored, held_out):
     if unit == "patients":
         return text
     of_patients = patient_rows(study, scored, baseline)
-    better = sum(np.mean([row[f"mae_{axis}"] / row[f"baseline_mae_{axis}"] for axis in AXES]) < 1
+    better = sum(np.mean([row[f"mae_{axis}"] / row[f"baseline_mae_{axis}"] for axis in probe_poses.AXES]) < 1
                  for row in of_patients)
     if not study.has_patients and len(patients) > 1:
         prefix = f"{len(patients)} folders, whose patients are not known, are too few for an interval across them"
@@ -1277,7 +923,7 @@ def verdict(results, baseline, unit, study, scored, held_out):
 def find_alarms(study, scored, results):
     """Sentences on what must be known before any number."""
     target, use = study.at1[scored.rows], scored.use
-    alarms = verdicts.regression_alarms(wrapped(scored.predicted["predicted"], target), target, AXES)
+    alarms = verdicts.regression_alarms(wrapped(scored.predicted["predicted"], target), target, probe_poses.AXES)
     any_result = next(iter(results.values()))
     low, high = (any_result["interval"] or {}).get("mean_mae", (np.nan, np.nan))
     index = results["frame_index"]["value"]["baseline_mean_mae"] if "frame_index" in results else np.nan
@@ -1295,7 +941,7 @@ def find_alarms(study, scored, results):
 
 def read_criteria(args):
     """--criteria, checked against the metrics of this script: mae_x_mm an axis, mae the mean over axes in label sds."""
-    endings = ["", *(f"_{axis}" for axis in AXES)]
+    endings = ["", *(f"_{axis}" for axis in probe_poses.AXES)]
     return verdicts.parse_criteria(args.criteria, [m + ending for m in common.REGRESSION_METRICS for ending in endings])
 
 
@@ -1314,7 +960,7 @@ def report_results(run, args, study, split, scored, alarms, best_epoch=None, fol
                 for kind, each in results.items()]
     result = in_units(results[baseline], sd)
     per_axis, per_patient = axis_rows(study, scored, result), patient_rows(study, scored, baseline)
-    criteria = verdicts.judge_criteria(read_criteria(args), *verdicts.named_values(result, AXES))
+    criteria = verdicts.judge_criteria(read_criteria(args), *verdicts.named_values(result, probe_poses.AXES))
     metrics = {"part": scored.part, "best_epoch": best_epoch, "verdict": text, "held_out": held_out, "unit": unit,
                "baseline": baseline, "mean": {k: v for k, v in result["value"].items() if "mean_" in k},
                "interval": {k: v for k, v in (result["interval"] or {}).items() if "mean_" in k},
@@ -1323,12 +969,12 @@ def report_results(run, args, study, split, scored, alarms, best_epoch=None, fol
                "use": scored.use, "alarms": alarms, "criteria": criteria, "folds": list(folds), "label_sd": sd,
                "baselines": compared, "predictors": angle_rows(study, scored), "per_axis": per_axis,
                "per_patient": per_patient,
-               "mae_at2": np.nanmean(np.abs(on_arrays(pose_error, scored.at2, study.at2[scored.rows])), axis=0)}
+               "mae_at2": np.nanmean(np.abs(probe_poses.on_arrays(probe_poses.pose_error, scored.at2, study.at2[scored.rows])), axis=0)}
     common.write_table(run.path("per_axis_error.csv"), per_axis)
     common.write_table(run.path("per_patient_error.csv"), per_patient)
     plot_per_patient(per_patient, baseline, run.path("per_patient_error.png"))
     target = study.at1[scored.rows]
-    plotting.plot_scatter(wrapped(scored.predicted["predicted"], target), target, AXES,
+    plotting.plot_scatter(wrapped(scored.predicted["predicted"], target), target, probe_poses.AXES,
                         run.path("predicted_against_true.png"))
     write_page(run, args, study, split, scored, metrics)
     common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
@@ -1352,7 +998,7 @@ def write_page(run, args, study, split, scored, metrics):
     of_baselines = {f"mae_{kind}": kind.replace("_", " ") for kind in BASELINES}
     columns = {"target": "axis", "n": "n", "mae": "MAE", "mae_low": "low", "mae_high": "high", "r2": "R2",
                **{name: text for name, text in of_baselines.items() if name in metrics["per_axis"][0]}}
-    own = {"patient": "patient", "transitions": "n", **{f"mae_{axis}": axis for axis in AXES},
+    own = {"patient": "patient", "transitions": "n", **{f"mae_{axis}": axis for axis in probe_poses.AXES},
            "geodesic_deg": "geodesic"}
     spec = {name: ".2f" for name in (*columns, *own) if name not in ("target", "n", "patient", "transitions")}
     use = [{"measure": name, "value": scored.use[name], "meaning": text} for name, text in USE_COLUMNS.items()
@@ -1413,7 +1059,7 @@ def learning_blocks(run):
 def case_blocks(args, study, scored, count=5):
     """Frames with the smallest and the largest error of at1 over the axes, in label sds."""
     target, predicted = study.at1[scored.rows], scored.predicted["predicted"]
-    error = np.abs(on_arrays(pose_error, predicted, target)) / centre_and_spread(study.at1)[1]  # (M, 6)
+    error = np.abs(probe_poses.on_arrays(probe_poses.pose_error, predicted, target)) / probe_poses.centre_and_spread(study.at1)[1]  # (M, 6)
     size = np.nan_to_num(np.nanmean(error, axis=1), nan=np.inf)
 
     def case(i):
@@ -1463,12 +1109,12 @@ def dataset_stats(study, split):
     of_part = {part: set(study.patients[rows].tolist()) for part, rows in split.items()}
     straddling = sorted({name for a, b in itertools.combinations(of_part.values(), 2) for name in a & b})
     poses = {}
-    for name in FIELDS:
+    for name in probe_poses.FIELDS:
         values = getattr(study, name)
-        mean, sd = centre_and_spread(values)
+        mean, sd = probe_poses.centre_and_spread(values)
         low, high, missing = np.nanmin(values, axis=0), np.nanmax(values, axis=0), np.isnan(values).sum(0)
         poses[name] = {axis: {"mean": mean[a], "sd": sd[a], "low": low[a], "high": high[a], "missing": missing[a]}
-                       for a, axis in enumerate(AXES)}
+                       for a, axis in enumerate(probe_poses.AXES)}
     parts = {part: {"transitions": len(rows), "patients": sorted(of_part[part])} for part, rows in split.items()}
     return {"transitions": len(study.names), "sequences": len(set(study.sequences)), "parts": parts,
             "patients_known": study.has_patients,
@@ -1510,7 +1156,7 @@ def plot_dataset(study, split, args, path):
                                widths=0.3, showfliers=False, patch_artist=True, medianprops={"color": "black"})
         for box in boxes["boxes"]:
             box.set_facecolor(tint)
-    spread.set_xticks(np.arange(6) + 0.2, [axis.split("_")[0] for axis in AXES], fontsize=7)
+    spread.set_xticks(np.arange(6) + 0.2, [axis.split("_")[0] for axis in probe_poses.AXES], fontsize=7)
     spread.set_title("at1 (blue), motion (orange)", loc="left", fontsize=10, fontweight="bold")
     for axis, row in zip(frames, np.linspace(0, len(study.names) - 1, 4).astype(int)):
         axis.imshow(study.frame(row, 0, args.image_size), cmap="gray")
@@ -1526,7 +1172,7 @@ def plot_training(training, path):
     panels = {"total loss": ["train_total_loss", "val_loss"], "main task (at1)": ["train_main_task_loss",
               "val_main_task_loss"], "learning rate": ["learning_rate"],
               "components": ["train_t2_loss", "val_t2_loss", "train_latent_loss", "val_latent_loss"],
-              "MAE on validation": [f"val_mae_{axis}" for axis in AXES]}
+              "MAE on validation": [f"val_mae_{axis}" for axis in probe_poses.AXES]}
     for axis, (title, columns) in zip(axes, panels.items()):
         for k, column in enumerate(column for column in columns if column in history[0]):
             values = [row[column] for row in history]
@@ -1540,7 +1186,7 @@ def plot_training(training, path):
     axes[2].set_yscale("log")
     row = history[best - 1]
     shown = ["val_main_task_loss", "val_t2_loss", "val_latent_loss", "val_latent_skill", "val_feature_spread",
-             *(f"val_mae_{axis}" for axis in AXES)]
+             *(f"val_mae_{axis}" for axis in probe_poses.AXES)]
     axes[5].axis("off")
     axes[5].text(0, 1, f"epoch {best} of {len(history)}", fontsize=10, fontweight="bold", va="top")
     axes[5].text(0, 0.88, "\n".join(f"{name} {row[name]:.3g}" for name in shown if name in row), fontsize=8, va="top")
@@ -1551,7 +1197,7 @@ def plot_per_patient(rows, baseline, path):
     """MAE of each axis as bars, a bar per patient (at most 30), and the baseline's as a tick."""
     figure, axes = plotting.new_figure(2, 3, (3.9, 1.0 + 0.22 * min(len(rows), 30)), 6, sharey=True)
     place = np.arange(len(rows[:30]))
-    for axis, name in zip(axes, AXES):
+    for axis, name in zip(axes, probe_poses.AXES):
         axis.barh(place, [row[f"mae_{name}"] for row in rows[:30]], color="#56B4E9", height=0.62, label="model")
         axis.plot([row[f"baseline_mae_{name}"] for row in rows[:30]], place, "|", color="#D55E00", markersize=11,
                   markeredgewidth=2.4, label=baseline.replace("_", " "))
@@ -1603,10 +1249,10 @@ def audit_poses(study, args):
         what = "T(motion) T(at2) = at1" if row["convention"] == "reversed" else f"composition {row['convention']}"
         yield ("OK", what, f"missed by {row['mm']:.3f} mm, {row['deg']:.3f} degrees; 95 %: {row['mm_95']:.3f} mm, "
                f"{row['deg_95']:.3f} degrees")
-    for name in FIELDS:
+    for name in probe_poses.FIELDS:
         values = getattr(study, name)
         low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
-        yield ("OK", f"range {name}", ", ".join(f"{axis} {a:.1f} to {b:.1f}" for axis, a, b in zip(AXES, low, high)))
+        yield ("OK", f"range {name}", ", ".join(f"{axis} {a:.1f} to {b:.1f}" for axis, a, b in zip(probe_poses.AXES, low, high)))
     far = np.nansum(np.abs(study.at1[:, 3:]) > 170)
     yield ("WARN" if far else "OK", "wrap", f"{far:.0f} angles of at1 within 10 degrees of the wrap at 180",
            "losses and errors are wrapped; the mean baseline is circular" if far else "")
@@ -1621,8 +1267,8 @@ def audit_chain(study):
             linked += study.links[a][1] == study.links[b][0]
             same += 1
             if study.links[a][1] == study.links[b][0]:
-                jumps.append(np.abs(on_arrays(pose_error, study.at1[b], study.at2[a])))
-            steps.append(np.abs(on_arrays(pose_error, study.at1[b], study.at1[a])))
+                jumps.append(np.abs(probe_poses.on_arrays(probe_poses.pose_error, study.at1[b], study.at2[a])))
+            steps.append(np.abs(probe_poses.on_arrays(probe_poses.pose_error, study.at1[b], study.at1[a])))
     if same:
         yield ("OK", "chain", f"{linked} of {same} transitions begin with the frame at which the one before ends"
                f"{': one continuous sweep, so a random split would leak' if linked > same / 2 else ''}")
@@ -1631,15 +1277,15 @@ def audit_chain(study):
         yield ("OK" if worst < 0.01 else "WARN", "chain of poses", f"at1 differs from the at2 before it by up to "
                f"{worst:.3g} mm or degrees", "" if worst < 0.01 else "which of the two labels is right?")
     if steps:
-        spread = centre_and_spread(study.at1)[1]
+        spread = probe_poses.centre_and_spread(study.at1)[1]
         yield ("OK", "step", "mean |at1 - at1 before| in sds: " + ", ".join(
-            f"{axis} {value:.2f}" for axis, value in zip(AXES, np.nanmean(steps, axis=0) / spread)))
+            f"{axis} {value:.2f}" for axis, value in zip(probe_poses.AXES, np.nanmean(steps, axis=0) / spread)))
     place, known = study.place, ~np.isnan(study.at1).any(1)
     if known.sum() > 2 and place[known].std():
         r = [np.corrcoef(place[known], column)[0, 1] if column.std() else 0.0 for column in study.at1[known].T]
         strong = np.abs(r).max() > 0.5
         yield ("WARN" if strong else "OK", "order and time", "r of at1 with the place in the sequence: " + ", ".join(
-            f"{axis} {value:+.2f}" for axis, value in zip(AXES, r)),
+            f"{axis} {value:+.2f}" for axis, value in zip(probe_poses.AXES, r)),
             "a model may learn when instead of where: compare with the frame_index baseline" if strong else "")
 
 
@@ -1652,7 +1298,7 @@ def audit_patients(study):
         yield ("OK", "patients", f"{listed} (folders)")
     else:
         yield ("WARN", "patients", "not known: each folder counts as one", "give --patient_map or --patient_regex")
-        for line in similar_sequences(study):
+        for line in probe_poses.similar_sequences(study):
             yield ("WARN", "one patient?", line)
     if len(counts) < 2:
         yield ("WARN", "patients", "one patient proves nothing across patients", "--split_by time, or more patients")
@@ -1873,7 +1519,7 @@ def predict(run, args):
     predicted, _ = evaluate(model, loaders["all"], DreamLoss(args, content["scaler"], run.compute.device), run.compute)
     keys = {"name": study.names, "patient": study.patients, "sequence": study.sequences}
     values = {"predicted": predicted["at1"], "predicted_t2": predicted["at2"], "motion": study.motion}
-    prediction_tables.write_target_table(run.path("predictions.csv"), keys, AXES, values)
+    prediction_tables.write_target_table(run.path("predictions.csv"), keys, probe_poses.AXES, values)
     common.write_json(run.path("metrics.json"), {"part": "predict", "rows": len(rows), "epoch": content["epoch"]})
     run.say(f"{len(rows)} transitions; predicted: the motion asked for at t1. Open next: {run.path('predictions.csv')}")
 

@@ -16,20 +16,10 @@ Letters: N clips, M clips scored, B batch, T frames of a clip, G frames of its t
 Units: seconds from the start of a file; scores in the unit of their table; pixels are uint8 RGB until the device.
 """
 import argparse
-import ast
-import bisect
 import collections
-import contextlib
 import dataclasses
-import functools
-import hashlib
 import itertools
-import json
 import math
-import os
-import posixpath
-import re
-import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +27,8 @@ import torch
 from torch import nn
 
 import common
-from evidence import baseline_models, calibrating, confounding, plotting, prediction_tables, rater_agreement, reporting, splitting, subject_intervals, verdicts
-from readers import csv_tables, file_names, picture_files, pixel_cache
+from evidence import baseline_models, calibrating, confounding, event_audit, plotting, prediction_tables, rater_agreement, reporting, splitting, subject_intervals, verdicts
+from readers import csv_tables, event_tables, score_tables, video_files
 
 MODES = ("train", "predict", "evaluate", "audit")
 KINETICS_MEAN, KINETICS_STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
@@ -56,16 +46,6 @@ TASK_DEFAULTS = {
                 "weight_decay": 1e-4, "scheduler": "plateau", "warmup_epochs": 0.0, "min_lr": 1e-7, "clip_grad": 0.5,
                 "patience": 15, "min_delta": 1e-4, "min_epochs": 5, "augment": "basic", "loss": "mse",
                 "select": "loss"}}
-
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".mts", ".npy")
-PATH_COLUMNS = ("video_path", "sequence_path", "clip_path", "path", "file", "filename", "video_filename", "video",
-                "clip", "folder")
-LABEL_COLUMNS = ("behavior", "behaviour", "label", "class", "category", "action")
-GROUP_COLUMNS = ("animal", "animal_id", "subject", "group")
-WINDOW_COLUMNS = ("start_sec", "end_sec", "event_offset_sec", "duration_sec", "start_frame", "end_frame")
-RATER_COLUMNS = ("rater", "rater_id", "observer", "observer_id")
-NO_SCORE = re.compile(r"(.*_)?(id|idx|n|sd|index|frames?|sec|fps|path|filename|camera|date|day|time|fold)|unnamed.*|"
-                      r"row|line|animal|subject|group|moment|rater|observer|age")
 
 
 def parse_args(argv=None):
@@ -172,642 +152,18 @@ def check_flags(parser, args):
         common.check_split_flags(parser, args)
 
 
-# --- manifests: row on disk -> table -------------------------------------------------------
-
-@dataclasses.dataclass
-class Table:
-    """What is known of N clips before any video is opened; a row that the manifest repeats stands here once.
-
-    windows: (N, 2) float64 start and end, NaN = the whole clip, in `unit`; events: identity of what happens, whatever
-    the camera, path or row; videos: the source's path below the video root; repeats: rows of the manifest that each
-    row stands for, more than 1 where rare events were repeated on purpose.
-    """
-    names: list  # C classes, or R targets
-    clip_ids: np.ndarray  # (N,) unique text
-    sources: list  # N paths: a video, a folder of frames or a .npy
-    windows: np.ndarray  # (N, 2)
-    unit: np.ndarray  # (N,) sec or frame
-    events: np.ndarray  # (N,) text
-    videos: np.ndarray  # (N,) text
-    parts: np.ndarray  # (N,) the manifest's part: train, val, test or ''
-    repeats: np.ndarray  # (N,) int64, 1 or more
-    extra: object  # DataFrame of N rows: the other columns as text, and pair, hour, row_order
-    label: np.ndarray | None = None  # (N,) int64 class, -1 = unknown
-    target: np.ndarray | None = None  # (N, R) float64, NaN = missing
-    groups: np.ndarray | None = None  # (N,) text
-    single_ratings: dict | None = None  # target -> N arrays, where several raters scored a sequence
-    skipped: list = dataclasses.field(default_factory=list)  # dicts of row and reason
-    notes: list = dataclasses.field(default_factory=list)
-
-    def __len__(self):
-        return len(self.clip_ids)
-
-    def take(self, rows):
-        """The Table of these rows: (M,) int, or (N,) bool."""
-        rows = np.arange(len(self))[rows]
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed = {name: value[rows] for name, value in fields.items() if isinstance(value, np.ndarray)}
-        single = {name: [each[row] for row in rows] for name, each in (self.single_ratings or {}).items()} or None
-        return dataclasses.replace(self, **changed, sources=[self.sources[row] for row in rows],
-                                   extra=self.extra.iloc[rows].reset_index(drop=True), single_ratings=single)
-
-
-def column_key(name):
-    """'Total.Facial.scale' = 'Total_Facial_scale' = 'total_facial_scale'."""
-    return re.sub(r"\W+", "_", str(name).casefold()).strip("_")
-
-
-def keyed_columns(table, source):
-    """The table with its columns named by column_key. Raises UserError where two names become one."""
-    keys = [column_key(name) for name in table.columns]
-    twice = [name for name, key in zip(table.columns, keys) if keys.count(key) > 1]
-    if twice:
-        raise common.UserError(f"{source}: columns that differ only in spelling: {common.shorten_list(twice)}. Delete one")
-    return table.set_axis(keys, axis=1)
-
-
-def first_column(table, wanted, known, flag, source):
-    """Key of the column asked for by `flag`, else the first of `known` that the table has, else None."""
-    if wanted and column_key(wanted) not in table.columns:
-        raise common.UserError(f"{source}: no column for {flag} {wanted}{common.closest(wanted, table.columns)} "
-                               f"(found: {common.shorten_list(table.columns, 40)})")
-    return column_key(wanted) if wanted else next((name for name in known if name in table.columns), None)
-
-
-def clock_seconds(text):
-    """Seconds since midnight of '6:00:25', '06:00:25', '7/6/2024 6:00:25' or '6:00:25 pm'; NaN where it is no time."""
-    clock = r"(?:.*[ t])?(\d{1,2}):(\d{2})(?::(\d{2}(?:\.\d*)?))?\s*(?:([ap])\.?m\.?)?"
-    match = re.fullmatch(clock, str(text).strip().casefold())
-    if not match:
-        return math.nan
-    hour = int(match[1]) if match[4] is None else int(match[1]) % 12 + 12 * (match[4] == "p")
-    return 3600 * hour + 60 * int(match[2]) + float(match[3] or 0)
-
-
-def plain_level(cell):
-    """One spelling of a cell that names something: case and spaces, '07' = '7' = '7.0' = 'Group 7' = tensor(7), and
-    '7/6/2024 0:00' = '07/06/2024'."""
-    text = re.sub(r"tensor\(\s*([^,()]*).*\)", r"\1", " ".join(str(cell).casefold().split())).strip()
-    text = re.sub(r"^(group|day|animal|subject)[ _-]*(?=\d+$)", "", text)
-    text = re.sub(r"(?<=\d)[ t]0?0:00(:00)?(\.0+)?$", "", text)  # spreadsheets add midnight to a date
-    text = re.sub(r"^(\d+)\.0+$", r"\1", text)
-    return text if re.search("[a-z]", text) else re.sub(r"(?<![\d.])0+(?=\d)", "", text)
-
-
-def event_keys(extra, fallback):
-    """(N,) identity of each row's event: group, day, start time, initiator, receiver; never path, row or camera.
-
-    Where start time, day (or date) or the animals have no column, or the time is blank: fallback (N,), source and
-    window.
-    """
-    def column(*names):
-        found = next((name for name in names if name in extra and (extra[name] != "").any()), None)
-        return None if found is None else [plain_level(cell) for cell in extra[found]]
-    group, day, initiator, receiver = (column(*names) for names in (
-        ("group",), ("day", "date"), ("initiator_id", "initiator"), ("receiver_id", "receiver")))
-    if "start_time" not in extra or None in (day, initiator, receiver):
-        return np.array(fallback, dtype=str)
-    seconds = [clock_seconds(cell) for cell in extra["start_time"]]
-    times = [plain_level(cell) if math.isnan(s) else f"{s:g} s" for cell, s in zip(extra["start_time"], seconds)]
-    keys = zip(group or [""] * len(extra), day, times, initiator, receiver)
-    return np.array([" | ".join(key) if key[2] else other for key, other in zip(keys, fallback)], dtype=str)
-
-
-def index_videos(root):
-    """{path below root: Path} of all videos, .npy clips and folders of pictures; hidden and '._' ones ignored."""
-    if not Path(root).is_dir():
-        raise common.UserError(f"--video_root {root}: expected a folder of videos, found no such folder")
-    found, seen = {}, set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        is_new = os.path.realpath(folder) not in seen  # links may lead back to a folder above
-        seen.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if is_new and not name.startswith("."))
-        inside, visible = Path(folder).relative_to(root), [n for n in files if is_new and not n.startswith(".")]
-        if any(name.lower().endswith(file_names.IMAGE_SUFFIXES) for name in visible):
-            found[inside.as_posix()] = Path(folder)
-        found |= {(inside / name).as_posix(): Path(folder, name)
-                  for name in visible if name.lower().endswith(VIDEO_SUFFIXES)}
-    return found
-
-
-def clean_path(name):
-    r"""'E:\Some study\Cam 8\a.mp4' -> 'Some study/Cam 8/a.mp4' (NFC); what climbs out of its root starts with '..'."""
-    text = unicodedata.normalize("NFC", str(name).strip()).replace("\\", "/")
-    below = re.sub(r"^[A-Za-z]:", "", text)
-    is_absolute = below.startswith("/") or below != text
-    return posixpath.normpath(("/" + below).replace("//", "/")).lstrip("/") if is_absolute else posixpath.normpath(text)
-
-
-def match_videos(written, root):
-    """Names as a manifest writes them -> ({name: Path or None}, names that were found by base name alone).
-
-    By the longest common suffix of folders, then by base name, ignoring case; backslashes and drive letters as on
-    Windows. Raises UserError: a name leaves `root`, fits several files, or several folders mean one file.
-    """
-    files, by_name = index_videos(root), collections.defaultdict(list)
-    for file in files:
-        parts = unicodedata.normalize("NFC", file).split("/")
-        by_name[parts[-1].casefold()].append((parts, file))
-        if parts[-1].lower().endswith(VIDEO_SUFFIXES):
-            by_name[Path(parts[-1]).stem.casefold()].append((parts, file))
-    names = {name: clean_path(name).split("/") for name in dict.fromkeys(written)}
-    leaving = [name for name, parts in names.items() if parts[0] == ".."]
-    if leaving:
-        raise common.UserError(f"expected videos inside --video_root {root}, found {common.shorten_list(leaving)}; mend them")
-    hits, by_base, parents = {}, [], collections.defaultdict(set)
-    for name, parts in names.items():
-        hits[name], common_folders, contradicts = best_files(parts, by_name[parts[-1].casefold()])
-        by_base += [name] * contradicts
-        for file in hits[name] if common_folders == 0 and len(parts) > 1 else ():
-            parents[file].add(parts[-2].casefold())
-    unclear = [f"{name} -> {common.shorten_list(found, 4)}" for name, found in hits.items() if len(found) > 1]
-    unclear += [f"{common.shorten_list(sorted(folders), 4)} -> {file}" for file, folders in parents.items() if len(folders) > 1]
-    if unclear:
-        raise common.UserError(f"expected one file below --video_root {root} for a name, found {common.shorten_list(unclear)}; "
-                               "write folders into the paths, or keep the folders on disk as the paths have them")
-    return {name: files[found[0]] if found else None for name, found in hits.items()}, by_base
-
-
-def best_files(parts, candidates):
-    """Of (parts, file) those that fit best -> (files, folders in common, True where even the last folder differs)."""
-    def score(file_parts):
-        pairs = list(zip(reversed(parts[:-1]), reversed(file_parts[:-1])))
-        common_folders = len(list(itertools.takewhile(lambda pair: pair[0].casefold() == pair[1].casefold(), pairs)))
-        contradicts = common_folders < len(pairs)
-        return (common_folders, not contradicts, len(file_parts) == len(parts),
-                parts[-1].casefold() == file_parts[-1].casefold(), parts[-len(file_parts):] == file_parts)
-    best = max((score(file_parts) for file_parts, _ in candidates), default=(0, True))
-    fitting = [file for file_parts, file in candidates if score(file_parts) == best]
-    return fitting, best[0], best[0] == 0 and not best[1]
-
-
-def read_label_map(path):
-    """JSON, YAML or CSV -> {spelling: class, or None = left out}; also {class: [spellings]}. A class spells itself."""
-    if Path(path).suffix.lower() in (".csv", ".tsv", ".txt"):
-        rows = csv_tables.read_table(path).to_numpy()
-        if rows.shape[1] != 2:
-            raise common.UserError(f"--label_map {path}: expected 2 columns, spelling and class; found {rows.shape[1]}")
-        pairs = [tuple(row) for row in rows]
-    else:
-        pairs = [(item, key) if isinstance(value, list) else (key, value)
-                 for key, value in common.read_config(path).items()
-                 for item in (value if isinstance(value, list) else [None])]
-    classes = {str(spelling): None if name in (None, "") else str(name) for spelling, name in pairs}
-    return {**classes, **{name: name for name in classes.values() if name is not None and name not in classes}}
-
-
-def classes_of(spelled, label_map=None, names=None):
-    """(N,) labels as written -> (C names, N class names; '' = blank, None = left out by the map).
-
-    Without a map the spellings that differ in case and outer spaces are one class, named by the most frequent one.
-    Raises UserError that counts the labels that are not in the map, or not among `names`.
-    """
-    counts = collections.Counter(str(label).strip() for label in spelled)
-    counts.pop("", None)
-    known = {name.casefold(): name for name in names or []}
-    if label_map is None:
-        for label in sorted(counts, key=lambda label: (-counts[label], label)) if names is None else ():
-            known.setdefault(label.casefold(), label)
-    else:
-        known = {label.strip().casefold(): name for label, name in label_map.items()}
-    unknown = [f"{label!r} ({count} rows)" for label, count in sorted(counts.items()) if label.casefold() not in known
-               or names and known[label.casefold()] not in [*names, None]]
-    if unknown:
-        raise common.UserError(f"labels without a class: {common.shorten_list(unknown, 30)}; known: {common.shorten_list(known, 30)}. "
-                               "Write --label_map FILE (JSON, YAML or CSV: spelling -> class, blank = leave out)")
-    chosen = [known[str(label).strip().casefold()] if str(label).strip() else "" for label in spelled]
-    used = [name for name in dict.fromkeys(known.values()) if name and name in chosen]
-    return list(names or (sorted(used) if label_map is None else used)), chosen
-
-
-def event_windows(rows, source, min_event_sec=1.0):
-    """Window columns of one manifest -> (windows (N, 2), unit (N,), faults (N,) text, '' = none).
-
-    start_sec and end_sec, else event_offset_sec and duration_sec, else start_frame and end_frame (both inclusive);
-    nothing: the whole clip. An event shorter than min_event_sec gets a window of that length around it.
-    """
-    def numbers(name):
-        has = name in rows
-        return csv_tables.to_numbers(rows[name], f"{source}, column {name}") if has else np.full(len(rows), np.nan)
-    start, end, offset, duration, first, last = map(numbers, WINDOW_COLUMNS)
-    start = np.where(np.isnan(start), offset, start)
-    end = np.where(np.isnan(end), start + np.nan_to_num(duration), end)
-    is_frame = np.isnan(start) & ~np.isnan(first)
-    windows = np.where(is_frame[:, None], np.stack([first, np.where(np.isnan(last), first, last) + 1], 1),
-                       np.stack([start, end], 1))
-    is_short = ~is_frame & (windows[:, 1] >= windows[:, 0]) & (windows[:, 1] - windows[:, 0] < min_event_sec)
-    centred = np.maximum(windows[is_short].mean(1) - min_event_sec / 2, 0)
-    faults = np.where(windows[:, 0] < 0, "starts before the file", "").astype(object)
-    faults[windows[:, 1] < windows[:, 0] + is_frame] = "ends before it starts"
-    windows[is_short] = np.stack([centred, centred + min_event_sec], 1)
-    has_start = ~np.isnan(windows[:, 0])
-    if has_start.any():
-        faults[~has_start] = "no offset, while other rows have one"
-    return windows, np.where(is_frame, "frame", "sec"), faults
-
-
-def seconds_of(table, fps, min_event_sec=1.0):
-    """The Table with windows counted in frames turned into seconds, by fps (N,); short ones widened as in seconds."""
-    start, end = np.where((table.unit == "frame")[:, None], table.windows / np.asarray(fps, float)[:, None],
-                          table.windows).T
-    is_short = (table.unit == "frame") & (end - start < min_event_sec)
-    start = np.where(is_short, np.maximum((start + end - min_event_sec) / 2, 0), start)
-    windows = np.stack([start, np.where(is_short, start + min_event_sec, end)], 1)
-    return dataclasses.replace(table, windows=windows, unit=np.full(len(table), "sec"))
-
-
-def folder_table(root):
-    """Class folders root/CLASS/clip.mp4 (or a folder of frames, or .npy) -> DataFrame of path and label, by clip name:
-    the folders' order is no order of the rows."""
-    import pandas as pd
-    clips = sorted((name for name in index_videos(root) if "/" in name), key=lambda name: (name.split("/")[1:], name))
-    if not clips:
-        raise common.UserError(f"{root}: expected class folders with clips (CLASS/clip.mp4), found none")
-    labels = [name.split("/")[0] for name in clips]
-    return pd.DataFrame({"path": clips, "label": labels}, index=range(1, len(clips) + 1), dtype=object)
-
-
-def row_places(n_rows):
-    """Place of each row in its file, 0 to 1, as text: a file sorted by class gives itself away."""
-    return [f"{row / n_rows:.6f}" for row in range(n_rows)]
-
-
-def read_manifest(part, path, flags):
-    """One manifest file, or folder of class folders -> DataFrame of text: path, label, line, part, fault, root, start,
-    end, unit, then the other columns under column_key. Raises UserError without a path column."""
-    path = Path(path)
-    rows = keyed_columns(folder_table(path) if path.is_dir() else csv_tables.read_table(path), path)
-    source = first_column(rows, flags["path_column"], PATH_COLUMNS, "--path_column", path)
-    label = first_column(rows, flags["label_column"], LABEL_COLUMNS, "--label_column", path)
-    if source is None or label is None and flags["need_labels"]:
-        raise common.UserError(f"{path}: expected a column of paths ({', '.join(PATH_COLUMNS)}) and one of labels "
-                               f"({', '.join(LABEL_COLUMNS)}), found {common.shorten_list(rows.columns, 40)}")
-    windows, unit, faults = event_windows(rows, path, flags["min_event_sec"])
-    written = rows[source].mask(rows[source] == "", rows.get("video_filename", ""))
-    extra = rows.drop(columns=[name for name in rows if name in (source, label, *WINDOW_COLUMNS)])
-    core = {"path": written, "label": "" if label is None else rows[label], "part": part, "fault": faults,
-            "line": [f"{path.name} line {line}" for line in rows.index],
-            "root": str(flags["video_root"] or (path if path.is_dir() else path.parent)),
-            "start": windows[:, 0], "end": windows[:, 1], "unit": unit, "row_order": row_places(len(rows))}
-    return extra.assign(**{f"@{name}": value for name, value in core.items()})
-
-
-def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, group_column=None, path_column=None,
-                label_column=None, names=None, need_labels=True, max_missing=0.05):
-    """{part: CSV manifest or folder of class folders} -> Table for --task classify.
-
-    video_root: where the paths are looked for (default: beside each manifest); names: the classes of a trained model;
-    need_labels False: rows without a label stay, label -1. Without group_column a column `group` is the group.
-    Raises UserError: see the functions above; more than the share max_missing of the videos is not there.
-    """
-    import pandas as pd
-    flags = {"path_column": path_column, "label_column": label_column, "need_labels": need_labels,
-             "min_event_sec": min_event_sec, "video_root": video_root}
-    rows = pd.concat([read_manifest(part, path, flags) for part, path in manifests.items()], ignore_index=True)
-    rows = rows.fillna({name: "" for name in rows.columns if not name.startswith("@")})
-    group = first_column(rows, group_column, ("group",), "--group_column", common.shorten_list(manifests.values()))
-    notes = []
-    sources = find_sources(rows, video_root is None, max_missing, notes)
-    names, classes = classes_of(rows["@label"], label_map and read_label_map(label_map), names)
-    reasons = [fault or ("no such video" if source is None else "left out by --label_map" if name is None
-                         else "no label" if need_labels and not name else "")
-               for fault, source, name in zip(rows["@fault"], sources, classes)]
-    keep, table = build_table(rows, sources, names, reasons, notes)
-    index = {name: c for c, name in enumerate(names)}
-    table.label = np.array([index.get(classes[i], -1) for i in keep], dtype=np.int64)
-    table.groups = groups_of(rows.iloc[keep], group, group_column is not None, table)
-    return merge_repeats(table)
-
-
-def groups_of(rows, column, is_wanted, table):
-    """(N,) groups in one spelling, or None. Blank ones: a UserError where the column was asked for, else no groups."""
-    if column is None:
-        return None
-    groups = np.array([plain_level(cell) for cell in rows[column]], dtype=str)
-    if (groups != "").all():
-        return groups
-    if is_wanted:
-        raise common.UserError(f"--group_column {column} is blank in {common.shorten_list(rows['@line'][groups == ''])}: fill")
-    table.notes.append(f"column {column} is blank in {(groups == '').sum()} rows and names no groups")
-    return None
-
-
-def find_sources(rows, is_open, max_missing, notes):
-    """Paths of the rows' videos, None where there is none; appends to notes. Raises UserError above max_missing.
-
-    is_open: no --video_root was given, so that an absolute path may also name a video elsewhere.
-    """
-    found = {}
-    for root, names in rows.groupby("@root")["@path"]:
-        hits, by_base = match_videos(names, root)
-        if by_base:
-            notes.append(f"{len(by_base)} videos found by base name alone, other folder on disk: "
-                         f"{common.shorten_list(by_base, 3)}")
-        for name, path in hits.items():
-            is_there = path is None and is_open and os.path.isabs(name) and os.path.exists(name)
-            found[root, name] = Path(name) if is_there else path
-    missing = [name for (_, name), path in found.items() if path is None]
-    if len(missing) > max_missing * len(found):
-        raise common.UserError(f"{len(missing)} of {len(found)} videos are not below --video_root {root}: "
-                               f"{common.shorten_list(missing)}; correct it, or allow a larger share: --max_missing")
-    if missing:
-        notes.append(f"{len(missing)} of {len(found)} videos are not there: {common.shorten_list(missing)}")
-    return [found[key] for key in zip(rows["@root"], rows["@path"])]
-
-
-def build_table(rows, sources, names, reasons, notes):
-    """Rows, (N,) sources, (N,) reasons to skip, '' = none -> (kept rows, their Table without labels).
-
-    Clip ids do not depend on the order of the rows. Raises UserError where no row is left.
-    """
-    keep = [i for i, reason in enumerate(reasons) if not reason]
-    skipped = [{"row": line, "video": path, "reason": reason}
-               for line, path, reason in zip(rows["@line"], rows["@path"], reasons) if reason]
-    if not keep:
-        raise common.UserError(f"no usable row of {len(rows)}: "
-                               f"{common.shorten_list((row['row'] + ': ' + row['reason'] for row in skipped), 3)}")
-    rows, sources = rows.iloc[keep].reset_index(drop=True), [sources[i] for i in keep]
-    base = Path(os.path.commonpath([os.path.realpath(root) for root in set(rows["@root"])]))
-    real = {source: Path(os.path.realpath(source)) for source in set(sources)}
-    below = {source: (path.relative_to(base) if path.is_relative_to(base) else path).as_posix()
-             for source, path in real.items()}
-    videos = np.array([below[source] for source in sources], dtype=str)
-    windows = rows[["@start", "@end"]].to_numpy(float)
-    spans = ["" if math.isnan(a) else f"@{a:g}-{b:g}{'f' * (unit == 'frame')}"
-             for (a, b), unit in zip(windows, rows["@unit"])]
-    clips = [video + span for video, span in zip(videos, spans)]
-    extra = rows[[name for name in rows.columns if not name.startswith("@")]].copy()
-    extra["row_order"] = rows["@row_order"]
-    events = event_keys(extra, [f"{clip}" for clip in clips])
-    if {"initiator_id", "receiver_id"} <= set(extra):
-        extra["pair"] = [f"{plain_level(a)} > {plain_level(b)}"
-                         for a, b in zip(extra["initiator_id"], extra["receiver_id"])]
-    if "start_time" in extra:
-        hours = [clock_seconds(cell) // 3600 for cell in extra["start_time"]]
-        extra["hour"] = ["" if math.isnan(hour) else f"{hour:.0f}" for hour in hours]
-    return keep, Table(names, np.array(clips, dtype=str), sources, windows, rows["@unit"].to_numpy(str), events, videos,
-                       rows["@part"].to_numpy(str), np.ones(len(rows), np.int64), extra, skipped=skipped, notes=notes)
-
-
-def merge_repeats(table):
-    """Rows of one part with the same clip, event and label become one that counts them; then clip_ids are unique."""
-    label = table.label if table.label is not None else table.target
-    keys = list(zip(table.clip_ids, table.parts, table.events, [np.asarray(value).tobytes() for value in label]))
-    first, counts = {key: row for row, key in reversed(list(enumerate(keys)))}, collections.Counter(keys)
-    kept = table.take(np.array(sorted(first.values()), dtype=int))
-    kept.repeats = np.array([counts[keys[row]] for row in sorted(first.values())], np.int64)
-    if len(kept) < len(table):
-        kept.notes.append(f"{len(table) - len(kept)} rows repeat another one ({(kept.repeats > 1).sum()} events were "
-                          "repeated on purpose): each is counted once in every evaluation")
-    kept.clip_ids = unique_ids(kept)
-    return kept
-
-
-def unique_ids(table):
-    """(N,) clip ids; where one clip stands in several parts, or holds several events, its part and event are added."""
-    ids, label = list(table.clip_ids), table.label if table.label is not None else table.target
-    for detail in (table.parts, table.events, [str(value) for value in label]):
-        counts = collections.Counter(ids)
-        ids = [f"{name} [{more}]" if counts[name] > 1 and more else name for name, more in zip(ids, detail)]
-    seen = collections.Counter()
-    for i, name in enumerate(ids):
-        seen[name] += 1
-        ids[i] = f"{name} #{seen[name]}" if seen[name] > 1 else name
-    return np.array(ids, dtype=str)
-
-
-def split_keys(table, split_by=None):
-    """(N,) text units that a split must keep whole: events, videos with their events, or groups with all of both.
-
-    split_by None: the coarsest that there is more than one of. Units that share an event or a video are one.
-    """
-    levels = {"group": table.groups, "video": table.videos, "event": table.events}
-    if split_by == "group" and table.groups is None:
-        raise common.UserError(f"--split_by {split_by} needs --group_column (found: "
-                               f"{common.shorten_list(table.extra.columns, 40)})")
-    wanted = [split_by] if split_by else [name for name in levels if levels[name] is not None]
-    for name in wanted:
-        used = list(levels)[list(levels).index(name):]
-        unit = connected([levels[other] for other in used if levels[other] is not None])
-        if len(set(unit)) > 1 or name == wanted[-1]:
-            return np.array([f"{name} {each}" for each in unit], dtype=str)
-    raise common.UserError(f"--split_by {split_by}: expected group, video or event")
-
-
-def connected(columns):
-    """Columns of (N,) text -> (N,) text: rows linked by an equal value in any column get the same, smallest name."""
-    parent = {}
-
-    def root(node):
-        while parent.setdefault(node, node) != node:
-            parent[node] = node = parent[parent[node]]
-        return node
-    for row in zip(*columns):
-        for level, value in enumerate(row):
-            a, b = sorted((root((0, row[0])), root((level, value))))
-            parent[b] = a
-    return [root((0, value))[1] for value in columns[0]]
-
-
 # --- score tables: sequence on disk -> table -----------------------------------------------
-
-def sequence_rows(path):
-    """CSV, or JSON as {"sequences": [...]}, as a dict keyed by id or as a bare list -> DataFrame of text cells."""
-    import pandas as pd
-    if Path(path).suffix.lower() != ".json":
-        return csv_tables.read_table(path).map(without_tensor)
-    content = read_loose_json(path)
-    content = content.get("sequences", content) if isinstance(content, dict) else content
-    if isinstance(content, dict):
-        content = [{"sequence_id": key, **entry} for key, entry in content.items() if isinstance(entry, dict)]
-    entries = [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []
-    if not entries:
-        raise common.UserError(f"{path}: expected a list of sequences, a dict of them by id, or one under 'sequences'; "
-                               f"found {type(content).__name__} without any")
-    rows = [{**entry, **{key: cell for value in entry.values() if isinstance(value, dict)
-                         for key, cell in value.items()}} for entry in entries]
-    names = [name for name in dict.fromkeys(name for row in rows for name in row)
-             if not any(isinstance(row.get(name), dict) for row in rows)]
-    cells = [["" if row.get(name) in (None, "") or row[name] != row[name] else without_tensor(row[name])
-              for name in names] for row in rows]
-    return pd.DataFrame(cells, columns=names, index=range(1, len(rows) + 1), dtype=object)
-
-
-def without_tensor(cell):
-    """'tensor(9)' -> '9': as scripts print ids that they forgot to unpack."""
-    return re.sub(r"^tensor\(\s*\[?([^,()\]]*).*\)$", r"\1", str(cell).strip()).strip()
-
-
-def read_loose_json(path):
-    """JSON of any origin, control characters in strings allowed. Raises UserError naming the place."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"), strict=False)
-    except (OSError, ValueError, RecursionError) as error:
-        raise common.UserError(f"{path}: expected JSON, found {common.one_line(error)}") from None
-
-
-def score_columns(rows, wanted, path):
-    """Names of the R score columns: those asked for in any spelling, else the numeric ones that are no ids."""
-    spelled = {column_key(name): name for name in rows.columns}
-    unknown = [name + common.closest(name, rows.columns) for name in wanted or [] if column_key(name) not in spelled]
-    if unknown:
-        raise common.UserError(f"{path} has no --target_columns {common.shorten_list(unknown)} (found: "
-                               f"{common.shorten_list(rows.columns, 40)})")
-
-    def is_score(key):
-        filled = [cell for cell in rows[spelled[key]] if cell]
-        numeric = [bool(csv_tables.NUMBER.fullmatch(cell.replace(",", ".", 1))) for cell in filled]
-        return not NO_SCORE.fullmatch(key) and np.mean(numeric or [0]) >= 0.5
-    names = [spelled[column_key(name)] for name in wanted] if wanted else [
-        spelled[key] for key in spelled if is_score(key)]
-    if not names:
-        raise common.UserError(f"{path}: expected columns of scores, found none among {common.shorten_list(rows.columns, 40)}; "
-                               "name them with --target_columns")
-    return names
-
-
-def with_missing_scores(rows, names):
-    """The table with a blank column for each of the names that it has in no spelling."""
-    known = {column_key(name) for name in rows.columns}
-    return rows.assign(**{name: "" for name in names if column_key(name) not in known})
-
-
-def read_sequences(path, root=None, group_column=None, target_columns=None, path_column=None, need_labels=True,
-                   max_missing=0.05):
-    """Scores of frame sequences (CSV or JSON) -> Table for --task regress; names as the file spells them.
-
-    Several rows of one sequence (one per rater) become their mean, the single ratings are kept. Groups: group_column,
-    else the column animal, animal_id, subject or group. Raises UserError as read_events does.
-    """
-    raw = sequence_rows(path)
-    if target_columns and not need_labels:  # new sequences may come without the scores that a trained model has
-        raw = with_missing_scores(raw, target_columns)
-    names = score_columns(raw, target_columns, path)
-    target = np.stack([csv_tables.to_numbers(raw[name], f"{path}, column {name}") for name in names], axis=1)
-    rows = keyed_columns(raw.drop(columns=names), path)
-    source = first_column(rows, path_column, (*PATH_COLUMNS, "sequence_id", "id"), "--path_column", path)
-    group = first_column(rows, group_column, GROUP_COLUMNS, "--group_column", path)
-    if source is None:
-        raise common.UserError(f"{path}: expected a column of folders ({', '.join(PATH_COLUMNS)}), found "
-                               f"{common.shorten_list(rows.columns, 40)}; name it with --path_column")
-    windows, unit, faults = event_windows(rows, path)
-    core = {"path": rows[source], "part": "", "line": [f"{Path(path).name} row {line}" for line in rows.index],
-            "root": str(root or Path(path).parent), "start": windows[:, 0], "end": windows[:, 1], "unit": unit,
-            "row_order": row_places(len(rows))}
-    rows = rows.assign(**{f"@{name}": value for name, value in core.items()}).reset_index(drop=True)
-    sources = find_sources(rows, root is None, max_missing, notes := [])
-    reasons = [fault or ("no such folder" if found is None else
-                         "no score" if need_labels and np.isnan(scores).all() else "")
-               for fault, found, scores in zip(faults, sources, target)]
-    keep, table = build_table(rows, sources, names, reasons, notes)
-    table.target, table.groups = target[keep], groups_of(rows.iloc[keep], group, group_column is not None, table)
-    return with_total_note(merge_raters(table))
-
-
-def merge_raters(table):
-    """Rows of one sequence: equal scores without a rater column are repeats, others are raters and are averaged."""
-    rows_of = collections.defaultdict(list)
-    for row, clip in enumerate(table.clip_ids):
-        rows_of[clip].append(row)
-    has_raters = any(name in table.extra for name in RATER_COLUMNS)
-    blocks = [table.target[rows] for rows in rows_of.values()]
-    is_repeat = [not has_raters and np.array_equal(block, np.repeat(block[:1], len(block), 0), equal_nan=True)
-                 for block in blocks]
-    kept = table.take([rows[0] for rows in rows_of.values()])
-    kept.repeats = np.array([len(block) if same else 1 for block, same in zip(blocks, is_repeat)], np.int64)
-    kept.target = np.stack([[np.mean(scores[~np.isnan(scores)]) if (~np.isnan(scores)).any() else np.nan
-                             for scores in block.T] for block in blocks])
-    if not all(is_repeat):
-        kept.single_ratings = {name: [block[:1 if same else None, r][~np.isnan(block[:1 if same else None, r])]
-                                      for block, same in zip(blocks, is_repeat)] for r, name in enumerate(table.names)}
-        rated = sum(not same and len(block) > 1 for block, same in zip(blocks, is_repeat))
-        kept.notes.append(f"{rated} sequences have several rows: taken as raters and averaged")
-    if (kept.repeats > 1).any():
-        kept.notes.append(f"{(kept.repeats - 1).sum()} rows repeat another one: each is counted once in evaluation")
-    kept.clip_ids = unique_ids(kept)
-    return kept
-
-
-def total_and_parts(names):
-    """R target names -> (index of the total or None, indices of the parts that it sums)."""
-    keys = [column_key(name) for name in names]
-    total = next((r for r, key in enumerate(keys) if "total" in key), None)
-    parts = [r for r, key in enumerate(keys) if r != total and not re.match("nrs|vas|total|sum|mean", key)]
-    return total, parts if total is not None else []
-
-
-def with_total_note(table):
-    """The Table with a note that counts the rows whose total differs from the sum of its parts."""
-    total, parts = total_and_parts(table.names)
-    if not parts:
-        return table
-    gap = np.abs(table.target[:, total] - table.target[:, parts].sum(1))
-    gap = gap[~np.isnan(gap)]
-    differs = (gap > 1e-6).sum()
-    if differs:
-        table.notes.append(f"{table.names[total]} differs from the sum of its {len(parts)} parts in {differs} of "
-                           f"{len(gap)} rows, by at most {gap.max():.3g} ({(gap > 0.5 + 1e-6).sum()} by more than 0.5)")
-    return table
-
-
-def column_of(table, name, flag):
-    """(N,) text of a column of the Table by name in any spelling. Raises UserError where there is none."""
-    key, targets = column_key(name), {column_key(each): r for r, each in enumerate(table.names)}
-    if key in table.extra:
-        return table.extra[key].to_numpy(str)
-    if table.target is not None and key in targets:
-        return np.array(["" if math.isnan(value) else repr(float(value)) for value in table.target[:, targets[key]]])
-    raise common.UserError(f"{flag}: no column {name!r}{common.closest(key, table.extra.columns)} "
-                           f"(found: {common.shorten_list(table.extra.columns, 40)})")
-
-
-def filter_rows(table, text):
-    """--filter 'moment==M2 and age>=3' -> (N,) bool, True = kept. Text is compared in any case, < and > as numbers.
-
-    Raises UserError for what is not COLUMN ==, !=, <, <=, > or >= VALUE joined by `and`, or keeps no row.
-    """
-    keep = np.ones(len(table), bool)
-    for part in re.split(r"\s+and\s+", text.strip()):
-        match = re.fullmatch(r"\s*([^=!<>]+?)\s*(==|!=|<=|>=|<|>)\s*[\"']?(.+?)[\"']?\s*", part)
-        if not match:
-            raise common.UserError(f"--filter expects COLUMN==VALUE (or != < <= > >=) joined by `and`, found {part!r}")
-        column, relation, value = column_of(table, match[1], "--filter"), match[2], match[3]
-        if relation in ("==", "!="):
-            keep &= np.array([plain_level(cell) == plain_level(value) for cell in column]) == (relation == "==")
-            continue
-        compare = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}[relation]
-        keep &= compare(csv_tables.to_numbers(column, f"--filter {part}"), csv_tables.to_numbers([value], "--filter")[0])
-    if not keep.any():
-        raise common.UserError(f"--filter {text!r} keeps none of {len(table)} rows")
-    return keep
-
-
-def parse_level_flag(text, flag):
-    """'moment:M2=2.5' -> ('moment', 'M2', '2.5'). Raises UserError."""
-    match = re.fullmatch(r"\s*([^:=]+?)\s*:\s*(.+?)\s*=\s*([^=]+?)\s*", text)
-    if not match:
-        raise common.UserError(f"{flag} expects COLUMN:LEVEL=VALUE as in moment:M2=2.5, found {text!r}")
-    return match.groups()
-
-
-def level_mask(table, column, level, flag):
-    """(N,) bool, True = the row has this level. Raises UserError where no row has, listing the levels."""
-    cells = column_of(table, column, flag)
-    mask = np.array([plain_level(cell) == plain_level(level) for cell in cells], bool)
-    if not mask.any():
-        raise common.UserError(f"{flag}: no row has {column} {level!r} (found: {common.shorten_list(sorted(set(cells)), 30)})")
-    return mask
 
 
 def sample_weights(table, flags):
     """--sample_weight moment:M2=2.5 (several multiply) -> (N,) float64 weights of the rows in the loss, 1 = plain."""
     weights = np.ones(len(table))
     for text in flags or []:
-        column, level, value = parse_level_flag(text, "--sample_weight")
+        column, level, value = event_tables.parse_level_flag(text, "--sample_weight")
         factor = csv_tables.to_numbers([value], f"--sample_weight {text}")[0]
         if not factor >= 0:
             raise common.UserError(f"--sample_weight {text}: expected a weight of 0 or more, found {value}")
-        weights[level_mask(table, column, level, "--sample_weight")] *= factor
+        weights[event_tables.level_mask(table, column, level, "--sample_weight")] *= factor
     return weights
 
 
@@ -815,851 +171,11 @@ def augment_presets(table, flags, default, presets):
     """--augment_for moment:M2=heavy (the last one that fits counts) -> (N,) preset of each row, else the default."""
     chosen = np.full(len(table), default, dtype=object)
     for text in flags or []:
-        column, level, value = parse_level_flag(text, "--augment_for")
+        column, level, value = event_tables.parse_level_flag(text, "--augment_for")
         if value not in presets:
             raise common.UserError(f"--augment_for {text}: expected one of {', '.join(presets)}, found {value!r}")
-        chosen[level_mask(table, column, level, "--augment_for")] = value
+        chosen[event_tables.level_mask(table, column, level, "--augment_for")] = value
     return chosen
-
-
-def group_mask(table, text, flag="--test_groups"):
-    """'14,17' -> (N,) bool, True = a row of these groups. Raises UserError: no groups, or groups that are not there."""
-    if table.groups is None:
-        raise common.UserError(f"{flag} {text} needs --group_column")
-    wanted = [plain_level(name) for name in str(text).split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in table.groups]
-    if unknown or not wanted:
-        raise common.UserError(f"{flag} {text}: no such groups: {common.shorten_list(unknown)} (found: "
-                               f"{common.shorten_list(sorted(set(table.groups)), 40)})")
-    return np.isin(table.groups, wanted)
-
-
-def read_cv_file(path, table):
-    """Split file -> list of dicts(fold, train (n,) rows, val (m,) rows), in order of the folds.
-
-    cv_folds as a list, as a dict with fold_0 keys, or either as a string of Python; or these at the top level. Each
-    fold names train_animals and val_animals (or any train_*, val_*). Animals without rows are noted.
-    Raises UserError: no folds, an animal on both sides, a side without rows.
-    """
-    if table.groups is None:
-        raise common.UserError(f"--cv_file {path} names animals: it needs --group_column")
-    content = as_python(read_loose_json(path), path)
-    content = as_python(content.get("cv_folds", content), path) if isinstance(content, dict) else content
-    if isinstance(content, dict):
-        content = [{"fold": key, **fold} for key, value in content.items() if str(key).startswith("fold")
-                   and isinstance(fold := as_python(value, path), dict)]
-    folds = [fold_rows(fold, k, path, table) for k, fold in enumerate(content if isinstance(content, list) else [])]
-    if not folds:
-        raise common.UserError(f"--cv_file {path}: expected cv_folds as a list or with keys fold_0, fold_1, ...; found "
-                               f"{common.shorten_list(content) if isinstance(content, dict) else type(content).__name__}")
-    return sorted(folds, key=lambda fold: fold["fold"])
-
-
-def as_python(value, path):
-    """A string that holds Python literals is read as such; anything else stays. Raises UserError."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return ast.literal_eval(re.sub(r"tensor\(([^()]*)\)", r"\1", value))
-    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-        raise common.UserError(f"--cv_file {path}: cannot read {value[:60]!r} as a list of folds "
-                               f"({common.one_line(error)})") from None
-
-
-def fold_rows(fold, k, path, table):
-    """One fold of a split file -> dict(fold, train, val). Raises UserError, see read_cv_file."""
-    fold = fold if isinstance(fold, dict) else {}
-    number = re.search(r"\d+", str(fold.get("fold", k)))
-    sides = {}
-    for side in ("train", "val"):
-        found = next((as_python(value, path) for key, value in fold.items()
-                      if re.match(f"{side}[_a-z]*$", str(key)) and not isinstance(value, (int, float))), [])
-        sides[side] = {plain_level(name) for name in (found if isinstance(found, (list, tuple, set)) else [])}
-    both, unknown = sides["train"] & sides["val"], (sides["train"] | sides["val"]) - set(table.groups)
-    rows = {side: np.flatnonzero(np.isin(table.groups, sorted(names))) for side, names in sides.items()}
-    if both or not len(rows["train"]) or not len(rows["val"]):
-        raise common.UserError(f"--cv_file {path}, fold {k}: expected train_animals and val_animals that the scores "
-                               "have and that do not overlap; on both sides: "
-                               f"{common.shorten_list(sorted(both)) or 'none'}; rows: {len(rows['train'])} and "
-                               f"{len(rows['val'])}; without rows: {common.shorten_list(sorted(unknown))}")
-    if unknown:
-        table.notes.append(f"--cv_file, fold {k}: no rows of {common.shorten_list(sorted(unknown))}")
-    return {"fold": int(number[0]) if number else k, **rows}
-
-
-# --- video reading: file -> frames at known times -----------------------------------------
-#
-# Frames are taken by time stamp: a file is decoded from its first frame on, one thread a file, and only the frames that
-# are wanted are converted to RGB and scaled; seeking each frame is ten times slower. One seek, to a window late in a
-# long file, counts only where every stamp after it stands in the list of stamps that a whole pass has made.
-
-STAMP_SLACK_SEC, SAME_STAMP_SEC = 1e-3, 1e-4  # Matroska rounds its stamps to milliseconds
-SEEK_FROM_SEC, SEEK_MARGIN_SEC = 30.0, 4.0  # the margin exceeds what a decoder reorders after a key frame
-MOST_GUESSED_FRAMES = 2**20  # what a header may claim before its frames are counted
-
-
-class BadVideo(pixel_cache.BadImage):
-    """One file that cannot be used as a video; the message is the reason."""
-
-
-@dataclasses.dataclass
-class VideoInfo:
-    """What a whole pass over one video found; `error` is one line, or None for a good one.
-
-    times: (n_frames,) float64 seconds since the first frame, increasing. fps: frames a second by these times.
-    duration_sec: until the last frame has been shown. header_fps, header_frames: what the file claims. origin_sec: the
-    first frame's own stamp. is_exact: the file's stamps increase by themselves, none had to be mended.
-    """
-    path: str
-    error: str | None = None
-    duration_sec: float = 0.0
-    n_frames: int = 0
-    fps: float = 0.0
-    width: int = 0
-    height: int = 0
-    times: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
-    header_frames: int = 0
-    header_fps: float = 0.0
-    origin_sec: float = 0.0
-    is_exact: bool = True
-
-
-def decoder_name():
-    """The decoders in the order in which they are tried, with versions, for the log."""
-    cv2, av = _decoders()
-    has_ffmpeg = cv2.CAP_FFMPEG in cv2.videoio_registry.getStreamBackends()
-    names = [f"OpenCV {cv2.__version__} (FFmpeg, 1 thread a file)"] if has_ffmpeg else []
-    return ", then ".join(names + ([f"PyAV {av.__version__}"] if av else [])) or "none (OpenCV without FFmpeg)"
-
-
-def _decoders():
-    """(cv2, PyAV or None), both silent and with one thread."""
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read by OpenCV when it opens its first file
-    import cv2
-    cv2.setNumThreads(0)
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    with contextlib.suppress(ImportError):
-        import av
-        av.logging.set_level(None)
-        return cv2, av
-    return cv2, None
-
-
-class _CvVideo:
-    """One open file in OpenCV: header values, then frames() from the start or a seek. BadVideo: no frame in it."""
-
-    def __init__(self, path):
-        self.cv2 = _decoders()[0]
-        self.capture = self.cv2.VideoCapture(os.path.abspath(path), self.cv2.CAP_FFMPEG,
-                                             [self.cv2.CAP_PROP_N_THREADS, 1])
-        if not (self.capture.isOpened() and self.capture.grab()):
-            raise BadVideo(f"no video that can be opened and decoded ({os.path.getsize(path)} bytes)")
-        cv2, get = self.cv2, self.capture.get
-        self.fps, self.n_frames = get(cv2.CAP_PROP_FPS), int(get(cv2.CAP_PROP_FRAME_COUNT))
-        self.size = int(get(cv2.CAP_PROP_FRAME_WIDTH)), int(get(cv2.CAP_PROP_FRAME_HEIGHT))  # upright
-
-    def frames(self, start_sec=0.0):
-        """Yield (the frame's own stamp in seconds, function short_side -> its pixels (H, W, 3) RGB, upright)."""
-        is_grabbed = True
-        if start_sec:
-            self.capture.set(self.cv2.CAP_PROP_POS_MSEC, 1000 * start_sec)
-            is_grabbed = self.capture.grab()
-        while is_grabbed:
-            yield self.capture.get(self.cv2.CAP_PROP_POS_MSEC) / 1000, self._pixels
-            is_grabbed = self.capture.grab()
-
-    def _pixels(self, short_side):
-        found, pixels = self.capture.retrieve()
-        if not found:
-            raise BadVideo(f"a decoded frame of {self.size} pixels cannot be converted")
-        return self.cv2.cvtColor(_shrink(pixels, self.size, short_side), self.cv2.COLOR_BGR2RGB)
-
-    def close(self):
-        self.capture.release()
-
-
-class _AvVideo:
-    """The same in PyAV, for what OpenCV's decoder cannot open; it never seeks."""
-
-    def __init__(self, path):
-        self.av = _decoders()[1]
-        try:
-            self.container = self.av.open(os.path.abspath(path))
-            self.stream = self.container.streams.video[0]
-        except (self.av.FFmpegError, IndexError, ValueError) as error:
-            reason = getattr(error, "strerror", "it has no picture track")
-            raise BadVideo(f"no video that can be opened: {reason}") from None
-        self.stream.codec_context.thread_count = 1
-        self.fps, self.n_frames = float(self.stream.average_rate or 0), self.stream.frames
-        self.size = self.stream.codec_context.width, self.stream.codec_context.height
-
-    def frames(self, start_sec=0.0):
-        """As _CvVideo.frames, always from the first frame."""
-        assert not start_sec, f"asked to seek to {start_sec} s"
-        with contextlib.suppress(self.av.FFmpegError):
-            for frame in self.container.decode(self.stream):
-                turns = round(getattr(frame, "rotation", 0) / 90) % 4
-                self.size = (frame.width, frame.height)[::-1 if turns % 2 else 1]
-                yield -1.0 if frame.time is None else frame.time, functools.partial(self._pixels, frame, turns)
-
-    def _pixels(self, frame, turns, short_side):
-        pixels = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
-        return _shrink(pixels, self.size, short_side)
-
-    def close(self):
-        self.container.close()
-
-
-@contextlib.contextmanager
-def _open_video(path):
-    """The file in the first decoder that finds a frame in it; BadVideo with the bare reason."""
-    if Path(path).name.startswith("._"):
-        raise BadVideo(f"{Path(path).name} is a macOS resource file, no video")
-    if not Path(path).is_file():  # a pipe or device would block for ever
-        raise BadVideo(f"{'not a regular file' if os.path.exists(path) else 'no such file'}")
-    if not os.path.getsize(path):
-        raise BadVideo(f"empty file, {os.path.getsize(path)} bytes")
-    try:
-        video = _CvVideo(path)
-    except BadVideo:
-        if _decoders()[1] is None:
-            raise
-        video = _AvVideo(path)
-    try:
-        if math.prod(video.size) > common.MAX_PIXELS:
-            raise BadVideo(f"its header claims {video.size[0]} x {video.size[1]} pixels")
-        yield video
-    except video.cv2.error if isinstance(video, _CvVideo) else video.av.FFmpegError as error:
-        raise BadVideo(f"damaged: {common.one_line(error)}") from None
-    finally:
-        video.close()
-
-
-def _sane_fps(fps):
-    """The rate that a header states, or 25 where it states none that could be true."""
-    return fps if math.isfinite(fps) and 0.01 <= fps <= 1000 else 25.0
-
-
-def _guess(path, video):
-    """VideoInfo as the header has it, constant rate and every frame there: for planning, before the pass that tells."""
-    fps, n_frames = _sane_fps(video.fps), min(max(video.n_frames, 1), MOST_GUESSED_FRAMES)
-    return VideoInfo(str(path), None, n_frames / fps, n_frames, fps, *video.size, np.arange(n_frames) / fps,
-                     video.n_frames, fps)
-
-
-def _header(path):
-    with _open_video(path) as video:
-        return _guess(path, video)
-
-
-def _sweep(path, choose, short_side, until_sec=math.inf):
-    """One pass from the first frame: (VideoInfo up to until_sec, {index: pixels uint8 (H, W, 3)} of those wanted).
-
-    choose: function of the header's VideoInfo that returns the wanted indices. A frame whose stamp does not exceed the
-    one before it (AVI with B-frames has such) follows that one at the header's rate.
-    """
-    frames, times, origin, exact = {}, [], 0.0, True
-    with _open_video(path) as video:
-        guess = _guess(path, video)
-        wanted, step = choose(guess), 1 / guess.header_fps
-        for index, (stamp, pixels) in enumerate(video.frames()):
-            origin = stamp if index == 0 else origin
-            mended = index > 0 and stamp - origin <= times[-1]
-            times.append(times[-1] + step if mended else stamp - origin)
-            exact &= not mended
-            if index in wanted:
-                frames[index] = pixels(short_side)
-            if times[-1] > until_sec + step:
-                break
-        if not times:
-            raise BadVideo(f"{video.n_frames} frames by its header, none that can be decoded")
-        size = video.size
-    last_sec = float(np.median(np.diff(times))) if len(times) > 1 else step
-    fps = (len(times) - 1) / times[-1] if len(times) > 1 else guess.header_fps
-    return VideoInfo(str(path), None, times[-1] + last_sec, len(times), fps, *size, np.array(times),
-                     guess.header_frames, guess.header_fps, origin, exact), frames
-
-
-def _seek(path, wanted, short_side, info):
-    """{index: pixels} by one seek, or None where any stamp after it is not the one that the whole pass saw."""
-    frames, first, index = {}, min(wanted), None
-    with _open_video(path) as video:
-        if not isinstance(video, _CvVideo):
-            return None
-        for stamp, pixels in video.frames(info.origin_sec + info.times[first] - SEEK_MARGIN_SEC):
-            stamp -= info.origin_sec
-            index = bisect.bisect_left(info.times, stamp - SAME_STAMP_SEC) if index is None else index + 1
-            if index >= info.n_frames or abs(info.times[index] - stamp) > SAME_STAMP_SEC:
-                return None
-            if index in wanted:
-                frames[index] = pixels(short_side)
-            if index >= max(wanted):
-                break
-    return frames if len(frames) == len(wanted) else None
-
-
-def _shrink(pixels, size, short_side):
-    cv2 = _decoders()[0]
-    size = picture_files.scaled_size(*size, short_side)
-    method = cv2.INTER_AREA if size[0] <= pixels.shape[1] else cv2.INTER_CUBIC
-    return cv2.resize(pixels, size, interpolation=method)
-
-
-def on_screen(info, times_sec):
-    """(T,) index of the frame on screen at each time; the first before the start, the last after the end.
-
-    A frame counts from half a frame before its stamp (half the gap before it, where that is shorter), so that a rounded
-    stamp does not show the frame before.
-    """
-    lead = np.minimum(np.diff(info.times, prepend=info.times[0] - 1), 1 / info.header_fps) / 2
-    index = np.searchsorted(info.times - lead, np.asarray(times_sec, float) + STAMP_SLACK_SEC, "right") - 1
-    return np.clip(index, 0, info.n_frames - 1)
-
-
-def read_frames(path, times_sec, short_side, info=None):
-    """The frames on screen at these times (seconds since the first frame): uint8 (T, H, W, 3) RGB, upright.
-
-    short_side: pixels of the shorter side, None for the whole size; info: what probe found, which spares a second pass
-    over files whose header lies. Times beyond the end show the last frame. Raises BadVideo: file and reason.
-    """
-    try:
-        return _by_index(path, times_sec, short_side, info)
-    except pixel_cache.BadImage as error:
-        raise BadVideo(f"{path}: {error}") from None
-
-
-def _by_index(path, times_sec, short_side, info):
-    if info:
-        wanted = on_screen(info, times_sec).tolist()
-        frames = _collect(path, set(wanted), short_side, info)
-        return np.stack([frames[index] for index in wanted])
-    until = max(times_sec)
-    found, frames = _sweep(path, lambda guess: set(on_screen(guess, times_sec).tolist()), short_side, until)
-    wanted = on_screen(found, times_sec).tolist()
-    if not frames.keys() >= set(wanted):  # the header had lied
-        frames = _sweep(path, lambda _: set(wanted), short_side, until)[1]
-    return np.stack([frames[index] for index in wanted])
-
-
-def _collect(path, wanted, short_side, info):
-    """{index: pixels} of a video whose frames are known from `info`."""
-    is_far = info.is_exact and info.times[min(wanted)] > SEEK_FROM_SEC
-    frames = _seek(path, wanted, short_side, info) if is_far else None
-    return frames or _sweep(path, lambda _: wanted, short_side, info.times[max(wanted)])[1]
-
-
-def probe(path, fps=25.0):
-    """VideoInfo of a video file, a folder of frames or a .npy clip, read to its real end; never raises for bad files.
-
-    fps: rate of a source that has no clock of its own.
-    """
-    try:
-        return _open_still(path, fps)[0] if _is_still(path) else _sweep(path, lambda _: (), None)[0]
-    except (common.UserError, OSError) as error:
-        return VideoInfo(str(path), common.one_line(error))
-
-
-def _is_still(path):
-    return Path(path).is_dir() or Path(path).suffix.lower() == ".npy"
-
-
-def _open_still(path, fps):
-    """(VideoInfo, the frames as a sequence: paths, or a memory-mapped array (T, H, W, 3)); BadVideo: the reason."""
-    if Path(path).is_dir():
-        frames = file_names.find_images(path)
-        if not frames:
-            raise BadVideo(f"a folder without pictures ({' '.join(file_names.IMAGE_SUFFIXES)})")
-        height, width = picture_files.load_image(frames[0]).shape[:2]
-    else:
-        frames = _open_npy(path)
-        height, width = frames.shape[1:3]
-    n = len(frames)
-    return VideoInfo(str(path), None, n / fps, n, fps, width, height, np.arange(n) / fps, n, fps), frames
-
-
-def _open_npy(path):
-    try:
-        clip = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:
-        raise BadVideo(f"no .npy array of plain numbers: {common.one_line(error)}") from None
-    if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or 0 in clip.shape:
-        raise BadVideo(f"expected uint8 (T, H, W, 3), found {clip.dtype} {clip.shape}")
-    return clip
-
-
-def _still_frames(frames, wanted, info, short_side):
-    """{index: pixels} of a folder or array; every frame is cut to the size of the first."""
-    pixels = {i: picture_files.load_image(frames[i]) if isinstance(frames, list) else np.asarray(frames[i]) for i in wanted}
-    odd = sorted({f"{p.shape[1]} x {p.shape[0]}" for p in pixels.values() if p.shape[:2] != (info.height, info.width)})
-    if odd:
-        raise BadVideo(f"its frames differ in size: {info.width} x {info.height} and {', '.join(odd[:9])} pixels")
-    return {i: _shrink(picture, (info.width, info.height), short_side) for i, picture in pixels.items()}
-
-
-@dataclasses.dataclass
-class GridPlan:
-    """Which frames stand on a row's grid: indices (G,) into the file; see ClipAudit for the others."""
-    indices: np.ndarray
-    first: int
-    usable: int
-    past_end: bool
-
-
-def plan_grid(info, window, grid, fps, n_frames, jitter_sec=0.0):
-    """GridPlan of one window (start, end) in seconds, NaN = from the start, to the end of the file.
-
-    "rate": a frame every 1 / fps s; a window too short for n_frames of them is widened around its centre and shifted
-    into the file, whose last frame is repeated where it is shorter still; up to jitter_sec more on either side.
-    "even": up to n_frames evenly from the first to the last frame of the window, all of them where it has fewer.
-    """
-    start, end = (default if math.isnan(value) else value for value, default in zip(window, (0.0, math.inf)))
-    past_end = start >= info.duration_sec
-    end = min(max(end, 0.0), info.duration_sec)
-    start = min(max(start, 0.0), end)
-    if grid == "even":
-        indices = _even_indices(info, start, end, n_frames)
-        return GridPlan(indices, 0, len(indices), past_end)
-    length = n_frames / fps
-    if end - start < length:
-        start = max(0.0, min((start + end - length) / 2, info.duration_sec - length))
-        end = start + length
-    usable = max(n_frames, _whole((end - start) * fps))
-    reach = _whole(jitter_sec * fps)
-    before, after = min(reach, _whole(start * fps)), min(reach, _whole((info.duration_sec - start) * fps) - usable)
-    times_sec = start + np.arange(-before, usable + max(after, 0)) / fps  # (G,)
-    return GridPlan(on_screen(info, times_sec), before, usable, past_end)
-
-
-def _whole(number):
-    return math.floor(number + 1e-6)
-
-
-def _even_indices(info, start, end, n_frames):
-    first = int(on_screen(info, [start])[0])
-    last = max(first, int(np.searchsorted(info.times, end - STAMP_SLACK_SEC)) - 1)
-    if last - first < n_frames:
-        return np.arange(first, last + 1)
-    return on_screen(info, np.linspace(info.times[first], info.times[last], n_frames))
-
-
-@dataclasses.dataclass
-class ClipAudit:
-    """What decoding one row found; `error` is None for a good one, else the reason and all else is empty.
-
-    duration_sec to height: of the whole file, as VideoInfo has them. past_end: the window starts beyond the real end.
-    n_grid: grid frames; first: grid index where the window starts, before it lie frames for jitter; usable: grid frames
-    of the window.
-    file_sha, pixel_sha: SHA-256 of the file (of all frames' files in a folder) and of the decoded grid. phash:
-    perceptual_hash of its middle frame.
-    """
-    path: str
-    error: str | None = None
-    duration_sec: float = 0.0
-    n_frames: int = 0
-    fps: float = 0.0
-    width: int = 0
-    height: int = 0
-    past_end: bool = False
-    n_grid: int = 0
-    first: int = 0
-    usable: int = 0
-    file_sha: str = ""
-    pixel_sha: str = ""
-    phash: tuple = (0, 0, 0, 0)
-
-
-class ClipStore(pixel_cache.PixelStore):
-    """N rows of videos, each decoded once onto its grid of times and served as uint8 (G, H, W, 3) RGB, read-only.
-
-    sources: N paths of video files, folders of frames or .npy clips (T, H, W, 3) uint8; windows: N pairs (start_sec,
-    end_sec), NaN = the whole; grid, fps, n_frames, jitter_sec: see plan_grid; short_side in pixels. A source without a
-    clock has fps frames a second. cache, cache_dir, progress: see common.PixelStore. `audit` is a list of N ClipAudit;
-    a row with an error raises BadImage when it is asked for. Every file is read once, whatever its number of rows.
-    """
-    item, file_prefix, audit_class = "clip", "clips", ClipAudit
-
-    def __init__(self, sources, windows, *, grid, fps, n_frames, short_side, jitter_sec=0.0, cache="auto",
-                 cache_dir=None, progress=None):
-        assert grid in ("rate", "even"), f"grid {grid!r} is neither rate nor even"
-        assert len(sources) == len(windows), f"{len(sources)} sources and {len(windows)} windows"
-        self.sources, self.windows = [str(path) for path in sources], [tuple(map(float, window)) for window in windows]
-        self.grid, self.fps, self.n_frames = grid, fps, n_frames
-        self.jitter_sec, self.short_side = jitter_sec, short_side
-        self.data_folders = {Path(path).absolute().parent for path in self.sources}
-        self.rows_of, self._infos = {}, {}
-        for row, path in enumerate(self.sources):
-            self.rows_of.setdefault(path, []).append(row)
-        self.start(len(self.sources), cache, cache_dir, progress)
-
-    def _plan(self, row, info):
-        return plan_grid(info, self.windows[row], self.grid, self.fps, self.n_frames, self.jitter_sec)
-
-    def _plans(self, path, info):
-        """({row: its plan}, every index wanted of the file)."""
-        plans = {row: self._plan(row, info) for row in self.rows_of[path]}
-        return plans, set(np.concatenate([plan.indices for plan in plans.values()]).tolist())
-
-    def _file_frames(self, path):
-        """(VideoInfo, {row: its plan}, {index: pixels}), in one pass where the header tells the truth."""
-        if _is_still(path):
-            info, source = _open_still(path, self.fps)
-            plans, wanted = self._plans(path, info)
-            return info, plans, _still_frames(source, wanted, info, self.short_side)
-        info, frames = _sweep(path, lambda guess: self._plans(path, guess)[1], self.short_side)
-        plans, wanted = self._plans(path, info)
-        missing = wanted - frames.keys()
-        if missing:  # the header had lied
-            frames |= _sweep(path, lambda _: missing, self.short_side)[1]
-        return info, plans, frames
-
-    def _decode_file(self, path):
-        """[(row, ClipAudit, pixels (G, H, W, 3))] of all rows of one file; pixels has no frames when it is bad."""
-        try:
-            info, plans, frames = self._file_frames(path)
-            file_sha = sha_of(_files_of(path))
-        except (common.UserError, OSError) as error:
-            nothing = np.empty((0, 0, 0, 3), np.uint8)
-            return [(row, ClipAudit(path, common.one_line(error)), nothing) for row in self.rows_of[path]]
-        if self.cache == "none":
-            self._infos[path] = info
-        facts = [path, None, info.duration_sec, info.n_frames, info.fps, info.width, info.height]
-        done = []
-        for row, plan in plans.items():
-            pixels = np.stack([frames[index] for index in plan.indices.tolist()])
-            phash = tuple(picture_files.perceptual_hash(pixels[len(pixels) // 2]).tolist())
-            places = [bool(plan.past_end), len(pixels), plan.first, plan.usable]
-            done.append((row, ClipAudit(*facts, *places, file_sha, hashlib.sha256(pixels).hexdigest(), phash), pixels))
-        return done
-
-    def _decoded(self):
-        for rows in self._threaded(self._decode_file, list(self.rows_of), in_flight=2):
-            yield from rows
-
-    def _load(self, row):
-        path, info = self.sources[row], self._infos[self.sources[row]]
-        indices = self._plan(row, info).indices.tolist()
-        if _is_still(path):
-            frames = _still_frames(_open_still(path, self.fps)[1], set(indices), info, self.short_side)
-        else:
-            frames = _collect(path, set(indices), self.short_side, info)
-        return np.stack([frames[index] for index in indices])
-
-    def _estimate(self):
-        return sum(self._threaded(self._estimate_file, list(self.rows_of)))
-
-    def _estimate_file(self, path):
-        with contextlib.suppress(common.UserError, OSError):
-            info = _open_still(path, self.fps)[0] if _is_still(path) else _header(path)
-            frame = 3 * math.prod(picture_files.scaled_size(info.width, info.height, self.short_side))
-            return frame * sum(len(plan.indices) for plan in self._plans(path, info)[0].values())
-        return 0
-
-    def _contents(self):
-        settings = [self.grid, self.fps, self.n_frames, self.jitter_sec, self.short_side, decoder_name()]
-        return [settings, self.windows, self.sources,
-                [pixel_cache.file_stamp(file) for path in self.rows_of for file in _files_of(path)]]
-
-    def _still_bad(self, path):
-        return bool(self._decode_file(path)[0][1].error)
-
-
-def _files_of(path):
-    return file_names.find_images(path) if Path(path).is_dir() else [path]
-
-
-def sha_of(files, sizes=""):
-    """SHA-256 (hex) of a text and the bytes of the files, one after the other."""
-    digest = hashlib.sha256(str(sizes).encode())
-    for file in files:
-        with open(file, "rb") as handle:
-            while block := handle.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def check_clips(audit, max_missing=0.05, on_bad_file="skip"):
-    """Indices of the good rows in a list of ClipAudit; the broken videos are named and counted.
-
-    UserError, listing all of them, where their rows are more than max_missing of all rows, with on_bad_file "error"
-    where there is any, and where nothing is left.
-    """
-    bad = {found.path: found.error for found in audit if found.error}
-    good = [row for row, found in enumerate(audit) if not found.error]
-    n_lost = len(audit) - len(good)
-    lines = "".join(f"\n  {path}: {error}" for path, error in bad.items())
-    if bad and (on_bad_file == "error" or n_lost > max_missing * len(audit) or not good):
-        raise common.UserError(f"{len(bad)} videos cannot be read, which takes {n_lost} of {len(audit)} rows; at most "
-                               f"{0 if on_bad_file == 'error' else max_missing:.0%} may be lost (--max_missing, "
-                               f"--on_bad_file skip). Mend or remove them:{lines}")
-    if bad:
-        print(f"skipped: {len(bad)} videos that cannot be read, {n_lost} of {len(audit)} rows:{lines}", flush=True)
-    return good
-
-
-# --- audit: tables -> what the parts share, and what needs no pixels ------------------------------
-
-def content_keys(sources):
-    """{path: text} equal for sources of equal bytes: sha256 where the sizes agree, read once; else the size."""
-    files = {source: _files_of(source) for source in dict.fromkeys(sources)}
-    sizes = {source: tuple(os.path.getsize(file) for file in inside) for source, inside in files.items()}
-    real = {source: os.path.realpath(source) for source in files}
-    twins = collections.Counter(sizes[path] for path in {real[source]: source for source in files}.values())
-    return {source: sha_of(files[source] if twins[sizes[source]] > 1 else (), sizes[source]) for source in files}
-
-
-def clip_contents(table, keys=None):
-    """(N,) text, equal where the same pixels are meant: content of the file and window."""
-    keys = content_keys(table.sources) if keys is None else keys
-    spans = [tuple(np.round(window, 3).tolist()) + (unit,) for window, unit in zip(table.windows, table.unit)]
-    return np.array([f"{keys[source]} {span}" for source, span in zip(table.sources, spans)], dtype=str)
-
-
-def window_pairs(table, keys, gap_sec=30.0):
-    """Rows of one video -> (pairs that overlap in time, pairs that are closer than gap_sec): lists of (i, j).
-
-    Pairs with the same window are exact duplicates and in neither; a whole clip overlaps with each of its windows.
-    """
-    rows_of = collections.defaultdict(list)
-    for row, source in enumerate(table.sources):
-        rows_of[keys[source]].append(row)
-    bounds = np.where(np.isnan(table.windows), [-np.inf, np.inf], table.windows)
-    unit = np.where(np.isnan(table.windows[:, 0]), "any", table.unit)
-    reach = bounds[:, 1] + np.where(unit == "frame", 0, gap_sec)
-    pairs = []
-    for rows in rows_of.values():
-        rows = sorted(rows, key=lambda row: (*bounds[row], table.clip_ids[row]))
-        pairs += [(i, j) for a, i in enumerate(rows)
-                  for j in itertools.takewhile(lambda j: bounds[j, 0] < reach[i], rows[a + 1:])
-                  if not np.array_equal(bounds[i], bounds[j]) and (unit[i] == unit[j] or "any" in unit[[i, j]])]
-    does_overlap = [bounds[j, 0] < bounds[i, 1] for i, j in pairs]
-    return list(itertools.compress(pairs, does_overlap)), [pair for pair, hit in zip(pairs, does_overlap) if not hit]
-
-
-def join_tables(tables):
-    """{part: Table of the same names} -> one Table whose parts are the keys."""
-    import pandas as pd
-    every = [dataclasses.replace(table, parts=np.full(len(table), part)) for part, table in tables.items()]
-    if any(table.names != every[0].names for table in every):
-        raise common.UserError(f"the parts name different classes: {[table.names for table in every]}; give one "
-                               "--label_map")
-    fields = {name: np.concatenate([getattr(table, name) for table in every])
-              for name in ("clip_ids", "windows", "unit", "events", "videos", "parts", "repeats", "label", "target",
-                           "groups") if all(getattr(table, name) is not None for table in every)}
-    extra = pd.concat([table.extra for table in every], ignore_index=True).fillna("")
-    return Table(every[0].names, sources=[source for table in every for source in table.sources], extra=extra,
-                 skipped=[row for table in every for row in table.skipped], **fields)
-
-
-def audit_tables(tables, clip_audit=None, durations=None, predictions=None, positive=None, gap_sec=30.0):
-    """{part: Table} -> dict of counts, whatever the order of the rows: parts, within, between, windows_past_the_end,
-    probability_clusters (the two where they can be judged), priors.
-
-    clip_audit: objects with path and duration_sec, or durations: {source path: seconds}; predictions: predictions.csv;
-    positive: the class whose priors are judged (default: the rarest one).
-    """
-    durations = durations if clip_audit is None else {str(found.path): found.duration_sec for found in clip_audit}
-    table = join_tables({part: table for part, table in tables.items() if len(table)})
-    order = np.lexsort((table.clip_ids, table.parts))
-    table, keys = table.take(order), content_keys(table.sources)
-    contents, pairs = clip_contents(table, keys), window_pairs(table, keys, gap_sec)
-    parts = [part for part in tables if len(tables[part])]
-    report = {"parts": {part: describe_part(table.take(table.parts == part)) for part in parts},
-              "within": {part: within_part(table, part, contents, pairs) for part in parts},
-              "between": {f"{a}-{b}": between_parts(table, a, b, keys, contents, pairs)
-                          for a, b in itertools.combinations(parts, 2)}}
-    if durations is not None:
-        report["windows_past_the_end"] = past_the_end(table, durations)
-    if predictions is not None:
-        report["probability_clusters"] = probability_clusters(predictions)
-    report["priors"] = no_pixel_priors(table, positive)
-    return report
-
-
-def describe_part(table):
-    """Rows, repeats, events per video, and videos with one class (pure) or several (mixed) of one part."""
-    events_of, classes_of_video = collections.defaultdict(set), collections.defaultdict(set)
-    for row, video in enumerate(table.videos):
-        events_of[video].add(table.events[row])
-        if table.label is not None and table.label[row] >= 0:
-            classes_of_video[video].add(table.names[table.label[row]])
-    per_video = sorted(len(events) for events in events_of.values())
-    counts = {} if table.label is None else {name: int((table.label == c).sum()) for c, name in enumerate(table.names)}
-    return {"rows": len(table), "repeated_rows": int((table.repeats - 1).sum()), "videos": len(events_of),
-            "events": len(set(table.events)), "groups": None if table.groups is None else len(set(table.groups)),
-            "classes": counts, "unlabelled": 0 if table.label is None else int((table.label < 0).sum()),
-            "events_per_video": {"min": per_video[0], "median": float(np.median(per_video)), "max": per_video[-1]},
-            "pure_videos": sum(len(found) == 1 for found in classes_of_video.values()),
-            "mixed_videos": sum(len(found) > 1 for found in classes_of_video.values())}
-
-
-def found_items(items):
-    """Distinct texts -> {count, examples: the first five}."""
-    items = sorted(set(items))
-    return {"count": len(items), "examples": items[:5]}
-
-
-def within_part(table, part, contents, pairs):
-    """What one part holds twice: exact duplicates beyond the first, overlapping windows, events with two labels."""
-    rows = np.flatnonzero(table.parts == part)
-    counts, labels = collections.Counter(contents[rows]), collections.defaultdict(set)
-    for row in rows if table.label is not None else ():
-        labels[table.events[row]].add(table.label[row])
-    inside = [(i, j) for i, j in pairs[0] if table.parts[i] == table.parts[j] == part]
-    return {"exact_duplicates": {"count": len(rows) - len(counts), "examples": sorted(
-                table.clip_ids[row] for row in rows if counts[contents[row]] > 1)[:5]},
-            "overlapping_windows": found_items(pair_text(table, pair) for pair in inside),
-            "events_with_two_labels": found_items(event for event, found in labels.items() if len(found) > 1)}
-
-
-def pair_text(table, pair):
-    """Names of two rows in order, for an example."""
-    return " = ".join(sorted(table.clip_ids[row] for row in pair))
-
-
-def between_parts(table, a, b, keys, contents, pairs):
-    """What two parts share: distinct videos, groups, events and contents; pairs of windows that overlap or are near.
-
-    renamed_copies: equal files under different paths. shared_events_other_camera: of the shared events those that no
-    two rows show in the same video. shared_rows: rows of the second part whose event is in the first.
-    """
-    in_a, in_b = table.parts == a, table.parts == b
-
-    def shared(values):
-        return sorted(set(np.asarray(values, str)[in_a]) & set(np.asarray(values, str)[in_b]))
-    file_of = np.array([keys[source] for source in table.sources], dtype=str)
-    videos, events = shared(table.videos), shared(table.events)
-    same_video = {event.split("\0")[0] for event in shared(np.char.add(np.char.add(table.events, "\0"), table.videos))}
-    seen = set(file_of[np.isin(table.videos, videos)])
-    copies = [" = ".join(sorted(set(table.videos[file_of == key]))) for key in shared(file_of) if key not in seen]
-    duplicates = [" = ".join(sorted(table.clip_ids[(contents == key) & (in_a | in_b)])) for key in shared(contents)]
-    overlapping, near = ([pair_text(table, pair) for pair in found if {*table.parts[list(pair)]} == {a, b}]
-                         for found in pairs)
-    return {"shared_videos": found_items(videos), "renamed_copies": found_items(copies),
-            "shared_groups": None if table.groups is None else found_items(shared(table.groups)),
-            "shared_events": found_items(events),
-            "shared_events_other_camera": found_items(event for event in events if event not in same_video),
-            "shared_rows": {"count": int(np.isin(table.events[in_b], events).sum()), "of": int(in_b.sum())},
-            "exact_duplicates": found_items(duplicates), "overlapping_windows": found_items(overlapping),
-            "near_windows": found_items(near)}
-
-
-def past_the_end(table, durations, slack_sec=0.1):
-    """Windows that start after their file has ended, and those that it cuts; durations: {source path: seconds}."""
-    known = {str(path): seconds for path, seconds in durations.items()}
-    seconds = np.array([known.get(str(source), math.nan) for source in table.sources])
-    is_seconds = table.unit == "sec"
-    past = is_seconds & (table.windows[:, 0] >= seconds)
-    cut = is_seconds & ~past & (table.windows[:, 1] > seconds + slack_sec)
-    return {"past": found_items(table.clip_ids[past]), "cut": found_items(table.clip_ids[cut]),
-            "unknown_duration": int(np.isnan(seconds).sum())}
-
-
-def probability_clusters(path, decimals=6):
-    """predictions.csv -> how many rows share their probabilities (to 6 decimals) with two or more others."""
-    rows = csv_tables.read_table(path)
-    columns = [name for name in rows if name.startswith("prob_")]
-    if not columns:
-        raise common.UserError(f"--predictions {path}: expected columns prob_CLASS, found "
-                               f"{common.shorten_list(rows.columns, 40)}")
-    values = np.stack([csv_tables.to_numbers(rows[name], f"{path}, column {name}") for name in columns], axis=1)
-    counts = collections.Counter(map(tuple, np.round(values, decimals).tolist()))
-    clusters = sorted(((count, value) for value, count in counts.items() if count >= 3), reverse=True)
-    return {"rows": len(rows), "distinct": len(counts), "values": len(clusters),
-            "rows_in_clusters": sum(count for count, _ in clusters),
-            "examples": [{"count": count, **dict(zip(columns, value))} for count, value in clusters[:5]]}
-
-
-def prior_levels(table):
-    """{name: (N,) text} columns that know no pixels: video, pair of animals, camera, pen, day, hour, and all others."""
-    columns = {name: [plain_level(cell) for cell in table.extra[name]] for name in table.extra
-               if not re.search("row_order|filename|_time$|_path$|_idx$", name)}  # hour and video stand for these
-    columns = {"video": list(table.videos), **columns}
-    return {name: np.array(values, dtype=str) for name, values in columns.items() if len(set(values)) > 1}
-
-
-def judged_rows(table, is_known):
-    """{what a split keeps whole: (train rows, judged rows), lists with an entry a fold} among the known rows.
-
-    With parts: from train to test, else val. Without: five folds that keep events whole, so that a prior may know the
-    animals and places it is judged on, and, where there are groups or videos, five that keep those whole.
-    """
-    parts, rows = sorted(set(table.parts)), np.flatnonzero(is_known)
-    if len(parts) > 1:
-        held = next(part for part in ("test", "val", *parts) if part in parts and part != "train")
-        fitted = "train" if "train" in parts else next(part for part in parts if part != held)
-        train, judged = (rows[table.parts[rows] == part] for part in (fitted, held))
-        return {"parts": ([train], [judged])} if len(train) and len(judged) else {}
-    ways = {}
-    for units in (split_keys(table, "event")[rows], split_keys(table)[rows]):
-        if len(set(units)) >= 5:
-            fold_of = splitting.make_folds(len(rows), 5, strata_of(table)[rows], units, keys=table.clip_ids[rows])
-            ways[f"{units[0].split()[0]}s"] = ([rows[fold_of != k] for k in range(5)],
-                                               [rows[fold_of == k] for k in range(5)])
-    return ways
-
-
-def strata_of(table):
-    """(N,) label, or mean score in sd, which splits are stratified on."""
-    if table.target is None:
-        return table.label.astype(str)
-    return np.nanmean(table.target / np.nanstd(table.target, axis=0).clip(1e-9), axis=1)
-
-
-def no_pixel_priors(table, positive=None):
-    """Dicts of what, across, name, auc (classes) or r2 (scores), low, high: each metadata column as the predictor.
-
-    Rates or means come from other rows than those judged, see judged_rows; for the class `positive` (default: the
-    rarest). `row order` compares the same places of the manifests.
-    """
-    levels, found = prior_levels(table), []
-    position = np.rint(1e6 * table.extra["row_order"].to_numpy(float)).astype(int)
-    if table.label is None:
-        for across, (train, judged) in judged_rows(table, ~np.isnan(table.target).all(1)).items():
-            rows = confounding.level_means(levels, table.target, train, judged, table.groups, position=position)
-            found += [{"what": "scores", "across": across, **row} for row in rows]
-        return found
-    counts = [(table.label == c).sum() or len(table) for c in range(len(table.names))]
-    positive = table.names[int(np.argmin(counts))] if positive is None else positive
-    label = np.where(table.label < 0, -1, table.label == table.names.index(positive))
-    for across, (train, judged) in judged_rows(table, label >= 0).items():
-        if len(set(label[np.concatenate(judged)])) == 2:
-            rows = confounding.level_priors(levels, label, train, judged, table.groups, position=position)
-            found += [{"what": positive, "across": across, **row} for row in rows]
-    return found
-
-
-def audit_text(report):
-    """The audit as lines of text: parts, what is inside each, what two share, then what needs no pixels."""
-    lines = []
-    for part, held in report["parts"].items():
-        classes, per_video = ", ".join(f"{name} {n}" for name, n in held["classes"].items()), held["events_per_video"]
-        lines.append(f"{part or 'all'}: {held['rows']} clips ({held['repeated_rows']} rows more repeat them), "
-                     f"{held['events']} events, {held['videos']} videos with {per_video['min']} to {per_video['max']} "
-                     f"events (median {per_video['median']:g}), {held['pure_videos']} with one class, "
-                     f"{held['mixed_videos']} mixed; {classes or 'no classes'}")
-    sections = [(f"inside {part or 'all'}", found) for part, found in report["within"].items()]
-    sections += [(f"between {pair}", found) for pair, found in report["between"].items()]
-    for where, found in sections:
-        counts = {what: item for what, item in found.items() if item is not None and what != "shared_rows"}
-        lines.append(f"{where}: " + ", ".join(f"{item['count']} {what.replace('_', ' ')}"
-                                              for what, item in counts.items()))
-        lines += [f"    {what.replace('_', ' ')}: {', '.join(item['examples'][:3])}"
-                  for what, item in counts.items() if item["count"]]
-    lines += [f"SHARED EVENTS: {shared['count']} of {shared['of']} rows of {pair.split('-')[-1]} show an event that is "
-              f"also in {pair.split('-')[0]}" for pair, found in report["between"].items()
-              if (shared := found["shared_rows"])["count"]]
-    if past := report.get("windows_past_the_end"):
-        lines.append(f"windows: {past['past']['count']} start past the end of their file "
-                     f"({', '.join(past['past']['examples'][:3]) or 'none'}), {past['cut']['count']} are cut by it; "
-                     f"{past['unknown_duration']} files of unknown length")
-    if clusters := report.get("probability_clusters"):
-        lines.append(f"probabilities: {clusters['rows_in_clusters']} of {clusters['rows']} rows share theirs with two "
-                     f"or more others ({clusters['values']} values)")
-    lines += [f"no-pixel prior on {row['name']} across {row['across']}: {'AUC' if 'auc' in row else 'R2'} of "
-              f"{row['what']} {row.get('auc', row.get('r2')):.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-              for row in report["priors"]]
-    lines += [] if report["priors"] else ["no-pixel priors: too few labelled clips on both sides to judge any"]
-    return "\n".join(lines)
 
 
 # --- data: table and pixels -> sample ------------------------------------------------
@@ -1667,8 +183,8 @@ def audit_text(report):
 @dataclasses.dataclass
 class Study:
     """N clips that can be read: their table, their frames, and what was left out."""
-    table: Table
-    store: ClipStore
+    table: event_tables.Table
+    store: video_files.ClipStore
     stored: np.ndarray  # (N,) index of each clip in the store
     args: object
     skipped: list  # dicts of row and reason
@@ -1709,42 +225,42 @@ class Study:
     @property
     def strata(self):
         """(N,) what splits are stratified on."""
-        return strata_of(self.table)
+        return event_tables.strata_of(self.table)
 
     def record(self, split):
         """What args.json says of the data and their split; a resumed run must find the same."""
         table, values = self.table, self.table.label if self.table.target is None else self.table.target
         shas = [self.audit(row).pixel_sha for row in range(len(table))]
         parts = itertools.chain.from_iterable((part, rows) for part, rows in split.items())
-        return {"fingerprint": splitting.data_fingerprint([*table.names, *table.clip_ids, values, *shas]),
-                "split": splitting.data_fingerprint(parts), "clips": len(table), "names": table.names}
+        return {"fingerprint": common.data_fingerprint([*table.names, *table.clip_ids, values, *shas]),
+                "split": common.data_fingerprint(parts), "clips": len(table), "names": table.names}
 
 
 def read_table_of(args, names=None, need_labels=True):
     """The Table that the flags name; names: classes or scores of a trained model."""
     if args.task == "regress":
-        table = read_sequences(args.manifest, args.video_root, args.group_column, names or args.target_columns,
+        table = score_tables.read_sequences(args.manifest, args.video_root, args.group_column, names or args.target_columns,
                                need_labels=need_labels, max_missing=args.max_missing)
     else:
         manifests = {"": args.manifest, "train": args.train_manifest, "val": args.val_manifest,
                      "test": args.test_manifest}
         manifests = {part: path for part, path in manifests.items() if path} or {"": args.video_root}
-        table = read_events(manifests, args.video_root, args.label_map, args.min_event_sec, args.group_column,
+        table = event_tables.read_events(manifests, args.video_root, args.label_map, args.min_event_sec, args.group_column,
                             names=names, need_labels=need_labels, max_missing=args.max_missing)
-    return table.take(filter_rows(table, args.filter)) if args.filter else table
+    return table.take(event_tables.filter_rows(table, args.filter)) if args.filter else table
 
 
 def load_study(args, say, skipped_file=None, names=None, need_labels=True):
     """Table and clips, checked; what cannot be used is counted, said and listed in the file."""
     table = read_table_of(args, names, need_labels)
     if (table.unit == "frame").any():
-        fps = {source: probe(source, args.fps).fps or args.fps for source in dict.fromkeys(table.sources)}
-        table = seconds_of(table, np.array([fps[source] for source in table.sources]), args.min_event_sec)
-    say(f"decoding {len(table)} clips of {len(set(table.sources))} videos with {decoder_name()}")
-    store = ClipStore(table.sources, table.windows, grid="even" if args.task == "regress" else "rate", fps=args.fps,
+        fps = {source: video_files.probe(source, args.fps).fps or args.fps for source in dict.fromkeys(table.sources)}
+        table = event_tables.seconds_of(table, np.array([fps[source] for source in table.sources]), args.min_event_sec)
+    say(f"decoding {len(table)} clips of {len(set(table.sources))} videos with {video_files.decoder_name()}")
+    store = video_files.ClipStore(table.sources, table.windows, grid="even" if args.task == "regress" else "rate", fps=args.fps,
                       n_frames=args.n_frames, short_side=resize_side(args.image_size), jitter_sec=args.jitter_sec,
                       cache=args.cache)
-    good = check_clips(store.audit, args.max_missing, args.on_bad_file)
+    good = video_files.check_clips(store.audit, args.max_missing, args.on_bad_file)
     stored = np.array([row for row in good if not store.audit[row].past_end], dtype=int)
     reasons = {row: store.audit[row].error or "its window starts past the end of the video"
                for row in set(range(len(table))) - set(stored.tolist())}
@@ -2058,7 +574,7 @@ class Scores:
         self.target = torch.tensor(target, dtype=torch.float32)  # (N, R), NaN = missing
         self.weight = torch.tensor(sample_weights(table, args.sample_weight), dtype=torch.float32)  # (N,)
         self.target_weight = torch.tensor(target_weights(args.target_weights, self.names), dtype=torch.float32)
-        self.total, self.parts = total_and_parts(self.names)
+        self.total, self.parts = score_tables.total_and_parts(self.names)
 
     def rows(self, train):
         """Train rows, as often as the table repeats them: (n,) -> (m,)."""
@@ -2128,12 +644,12 @@ def select_column(known, wanted):
 def target_weights(pairs, names):
     """--target_weights NAME=W ... -> (R,) float64, 1 where not named. Raises UserError."""
     weights = dict.fromkeys(names, 1.0)
-    spelled = {column_key(name): name for name in names}
+    spelled = {event_tables.column_key(name): name for name in names}
     for text in pairs or []:
         name, _, value = text.rpartition("=")
-        if column_key(name) not in spelled or not csv_tables.NUMBER.fullmatch(value) or float(value) < 0:
+        if event_tables.column_key(name) not in spelled or not csv_tables.NUMBER.fullmatch(value) or float(value) < 0:
             raise common.UserError(f"--target_weights expects NAME=WEIGHT of {common.shorten_list(names, 40)}, found {text!r}")
-        weights[spelled[column_key(name)]] = float(value)
+        weights[spelled[event_tables.column_key(name)]] = float(value)
     return np.array(list(weights.values()))
 
 
@@ -2344,7 +860,7 @@ def level_mean(target, chosen):
 
 def moment_levels(study):
     """(N,) levels of --moment_column, or None where the table has no such column."""
-    key = column_key(study.args.moment_column)
+    key = event_tables.column_key(study.args.moment_column)
     return study.table.extra[key].to_numpy(str) if key in study.table.extra else None
 
 
@@ -2376,51 +892,10 @@ def read_predictions(path, study, split, part, calibration):
         outputs = values.pop("predicted")
         values.pop("true")
     else:
-        found = read_probabilities(path)
+        found = prediction_tables.read_probabilities(path)
         clips, outputs, values = found.clip_ids, found.logits, found.baselines
     rows = np.array([row_of[name] for name in clips])
     return Scored(rows, outputs, values, part, [(split["train"], rows)], calibration and [calibration] * len(rows))
-
-
-@dataclasses.dataclass
-class ClassPredictions:
-    """A predictions CSV of --task classify."""
-    names: list  # C
-    clip_ids: list  # M
-    label: np.ndarray  # (M,) -1 = unknown
-    chosen: np.ndarray  # (M,) pred_label
-    probability: np.ndarray  # (M, C)
-    logits: np.ndarray  # (M, C)
-    baselines: dict  # name -> (M, C)
-    groups: np.ndarray | None  # (M,)
-    threshold: np.ndarray | None  # (M,) of the positive class; None = the most probable class is chosen
-
-
-def read_probabilities(path):
-    """predictions CSV -> ClassPredictions. Raises UserError for missing columns and labels that are no class."""
-    table = csv_tables.read_table(path)
-    names = [column.removeprefix("prob_") for column in table if column.startswith("prob_")]
-    if not names or "true_label" not in table:
-        raise common.UserError(f"--predictions {path}: expected columns true_label and prob_CLASS, found "
-                               f"{common.shorten_list(table.columns, 40)}")
-    unknown = sorted(set(table["true_label"]) - {*names, ""})
-    if unknown:
-        raise common.UserError(f"--predictions {path}: true_label {common.shorten_list(unknown)} has no column prob_")
-
-    def block(kind):
-        columns = [f"{kind}_{name}" for name in names]
-        return np.stack([csv_tables.to_numbers(table[c], f"{path}, column {c}") for c in columns], 1)
-    index = {**{name: c for c, name in enumerate(names)}, "": -1}
-    kinds = [column.removesuffix(f"_{names[0]}") for column in table if column.endswith(f"_prob_{names[0]}")]
-    probability = block("prob")
-    label, chosen = (np.array([index.get(name, -1) for name in table[column]]) if column in table
-                     else probability.argmax(1) for column in ("true_label", "pred_label"))
-    logits = block("logit") if f"logit_{names[0]}" in table else np.log(np.maximum(probability, 1e-12))
-    return ClassPredictions(names, list(table["clip_id"]), label, chosen, probability, logits,
-                            {kind.removesuffix("_prob"): block(kind) for kind in kinds},
-                            table["group"].to_numpy(str) if "group" in table else None,
-                            csv_tables.to_numbers(table["threshold"], f"{path}, column threshold")
-                            if "threshold" in table else None)
 
 
 def best_baseline(others, label, names, positive):
@@ -2456,7 +931,7 @@ def class_results(run, args, study, scored):
     probability, threshold = decision_of(scored)
     result, baseline = judge_classes(probability, label, names, positive, groups, scored.baselines, threshold)
     low = result["interval"]["roc_auc"][0] if result["interval"] else result["value"]["roc_auc"]
-    levels = prior_levels(table)
+    levels = confounding.prior_levels(table)
     confounds = confounding.flag_confounds(
         confounding.level_priors(levels, table.label, *folds_apart(scored), study.clusters, positive), low)
     for row in confounds:
@@ -2512,7 +987,7 @@ def score_results(run, args, study, scored):
         row |= bias_and_slope(predicted[:, r], target[:, r])
     low = result["interval"]["mean_r2"][0] if result["interval"] else result["value"]["mean_r2"]
     confounds = confounding.flag_confounds(
-        confounding.level_means(prior_levels(table), table.target, *folds_apart(scored), study.clusters), low)
+        confounding.level_means(confounding.prior_levels(table), table.target, *folds_apart(scored), study.clusters), low)
     common.write_table(run.path("scores.csv"), per_target)
     plotting.plot_per_target(per_target, run.path("scores.png"))
     plotting.plot_scatter(predicted, target, names, run.path("predicted_against_true.png"))
@@ -2787,10 +1262,10 @@ def prepare_split(run, args, study, split):
     """Write splits.json, the leakage report and the audit of the parts; refuse a split that leaks events or copies."""
     table = study.table
     held = {part: rows for part, rows in split.items() if len(rows)}
-    report = audit_tables({part: table.take(rows) for part, rows in held.items()}, gap_sec=args.gap_sec)
+    report = event_audit.audit_tables({part: table.take(rows) for part, rows in held.items()}, gap_sec=args.gap_sec)
     common.write_json(run.path("audit.json"), report)
-    common.write_whole(run.path("audit.txt"), audit_text(report).encode())
-    run.say(audit_text(report))
+    common.write_whole(run.path("audit.txt"), event_audit.audit_text(report).encode())
+    run.say(event_audit.audit_text(report))
     names = [study.audit(row) for row in range(len(table))]
     phash = np.array([each.phash for each in names], dtype=np.uint64)
     whole = table.groups if args.split_by in (None, "group") and args.group_column else None
@@ -2846,10 +1321,10 @@ def some_of(study, rows, count):
 def folds_of(args, study):
     """List of {train, val, test} rows: from --cv_file, or dealt out by groups; the test groups stay outside."""
     table = study.table
-    kept = group_mask(table, args.test_groups) if args.test_groups else np.zeros(len(table), bool)
+    kept = event_tables.group_mask(table, args.test_groups) if args.test_groups else np.zeros(len(table), bool)
     test, rest = np.flatnonzero(kept), np.flatnonzero(~kept)
     if args.cv_file:
-        folds = read_cv_file(args.cv_file, table)
+        folds = score_tables.read_cv_file(args.cv_file, table)
         return [{"train": np.setdiff1d(fold["train"], test), "val": np.setdiff1d(fold["val"], test), "test": test}
                 for fold in folds]
     fold_of = splitting.make_folds(len(rest), args.folds, study.strata[rest], split_units(args, study)[rest], args.seed,
@@ -2859,7 +1334,7 @@ def folds_of(args, study):
 
 def split_units(args, study):
     """(N,) what a split keeps whole: by --split_by, else the coarsest unit there is."""
-    return split_keys(study.table, args.split_by)
+    return event_tables.split_keys(study.table, args.split_by)
 
 
 def split_of(args, study):
@@ -2870,7 +1345,7 @@ def split_of(args, study):
         return split if len(split["val"]) else {**split, **part_of_train(args, study, split["train"])}
     units = split_units(args, study)
     if args.test_groups:
-        kept = group_mask(table, args.test_groups)
+        kept = event_tables.group_mask(table, args.test_groups)
         return {**part_of_train(args, study, np.flatnonzero(~kept)), "test": np.flatnonzero(kept)}
     return splitting.split_of_flags(args, table.clip_ids, study.strata, units)
 
@@ -3071,7 +1546,7 @@ def run_evaluate(args):
 
 def evaluate_classes(args):
     """Metrics of a predictions CSV of classes, as run_evaluate writes them."""
-    found = read_probabilities(args.predictions)
+    found = prediction_tables.read_probabilities(args.predictions)
     names, labelled = found.names, found.label >= 0
     if not labelled.any():
         raise common.UserError(f"--predictions {args.predictions}: no row has a true_label, nothing to score")
@@ -3122,19 +1597,19 @@ def print_values(result, names):
 def run_audit(args):
     """--mode audit: what the parts share, what leaves its file, and what needs no pixels."""
     table = read_table_of(args)
-    infos = {source: probe(source, args.fps) for source in dict.fromkeys(table.sources)}
+    infos = {source: video_files.probe(source, args.fps) for source in dict.fromkeys(table.sources)}
     if (table.unit == "frame").any():
         fps = np.array([infos[source].fps or args.fps for source in table.sources])
-        table = seconds_of(table, fps, args.min_event_sec)
+        table = event_tables.seconds_of(table, fps, args.min_event_sec)
     parts = [part for part in ("train", "val", "test", "") if part in table.parts]
-    report = audit_tables({part or "all": table.take(table.parts == part) for part in parts},
+    report = event_audit.audit_tables({part or "all": table.take(table.parts == part) for part in parts},
                           durations={path: info.duration_sec for path, info in infos.items() if not info.error},
                           predictions=args.predictions, positive=args.positive_class, gap_sec=args.gap_sec)
     report["unreadable"] = {str(path): info.error for path, info in infos.items() if info.error}
     report["skipped"] = table.skipped
     output = args.output or Path("audit.json")
     common.write_json(output, report)
-    print(audit_text(report))
+    print(event_audit.audit_text(report))
     for path, error in report["unreadable"].items():
         print(f"unreadable: {path}: {error}")
     print(f"{len(table.skipped)} rows skipped; written to {output}")

@@ -280,10 +280,11 @@ def find_assessor_data(args, temporary):
 def check_assessor(args, temporary):
     """Audit of a ratings table and its images, both ways."""
     import common
+    from readers import file_names
     images_dir, path = find_assessor_data(args, temporary)
     yield Check("OK", "data", f"{images_dir}, {path}")
     ratings = yield from check_table(path, args)
-    paths, without_row = common.match_images(ratings.images, images_dir)
+    paths, without_row = file_names.match_images(ratings.images, images_dir)
     without_file = [name for name, image in zip(ratings.images, paths) if image is None]
     for what, names in (("rows without image", without_file), ("images without row", without_row)):
         yield doubtful(what, names, "they will be left out")
@@ -296,7 +297,9 @@ def check_table(path, args):
     """Rows, targets, missing cells and repeated images; returns the RatingsTable."""
     import common
     import numpy as np
-    ratings = common.read_ratings(path, args.image_column, args.target_columns, duplicates="mean")
+
+    from readers import rating_tables
+    ratings = rating_tables.read_ratings(path, args.image_column, args.target_columns, duplicates="mean")
     also = " and ".join(name for name in ("sd", "n") if getattr(ratings, name) is not None) or "neither sd nor n"
     yield Check("OK", "ratings", f"{len(ratings.images)} images; {len(ratings.names)} ratings with {also}, means "
                 f"{np.nanmin(ratings.mean):g} to {np.nanmax(ratings.mean):g}: {', '.join(ratings.names)}")
@@ -307,7 +310,7 @@ def check_table(path, args):
     yield doubtful("missing cells", gaps, "they are masked in the loss")
     if args.duplicates == "error":
         try:
-            common.read_ratings(path, args.image_column, args.target_columns)
+            rating_tables.read_ratings(path, args.image_column, args.target_columns)
             yield Check("OK", "repeated rows", "none")
         except common.UserError as error:
             yield Check("FAIL", "repeated rows", str(error))
@@ -316,13 +319,13 @@ def check_table(path, args):
 
 def check_images(paths):
     """Every picture is decoded: the speed, bad ones by name and reason, identical ones."""
-    import common
+    from readers import picture_files
     start = time.perf_counter()
-    first = [common.audit_image(path, 256)[0] for path in paths[:32]]
+    first = [picture_files.audit_image(path, 256)[0] for path in paths[:32]]
     speed = len(first) / (time.perf_counter() - start)
     yield Check("OK", "loading", f"{len(first)} pictures to a short side of 256 px: {speed:.0f} a second")
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        audits = first + list(pool.map(lambda path: common.audit_image(path, 256)[0], paths[32:]))
+        audits = first + list(pool.map(lambda path: picture_files.audit_image(path, 256)[0], paths[32:]))
     bad = "".join(f"\n{audit.path}: {audit.error}" for audit in audits if audit.error)
     yield Check("FAIL" if bad else "OK", "unreadable images", f"{bad.count(chr(10))} of {len(paths)}{bad}",
                 "mend or remove them, or train with --on_bad_file skip" if bad else "")

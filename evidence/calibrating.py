@@ -8,6 +8,7 @@ import numpy as np
 
 import common
 
+
 def expected_ece(confidence, n_bins=common.ECE_BINS, draws=1000, seed=0, adaptive=False, level=None):
     """ECE that a perfectly calibrated model of these (N,) confidences shows at this N, by simulation -> float.
 

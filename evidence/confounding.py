@@ -4,11 +4,14 @@ Letters: N rows, R scores.
 """
 import itertools
 import math
+import re
 
 import numpy as np
 
 import common
-from evidence import subject_intervals
+from evidence import splitting, subject_intervals
+from readers import event_tables
+
 
 def _level_rates(codes, target, train, test):
     """Train mean of the target in each test row's level: codes (N,), target (N, R), NaN = missing -> (m, R).
@@ -118,3 +121,55 @@ def within_level_metrics(predicted, target, levels):
     for level, part in itertools.product(np.unique(levels), centred):
         part[levels == level] -= common.mean_without_nan(part[levels == level], axis=0)
     return common.regression_metrics(*centred)
+
+
+def prior_levels(table):
+    """{name: (N,) text} columns that know no pixels: video, pair of animals, camera, pen, day, hour, and all others."""
+    columns = {name: [event_tables.plain_level(cell) for cell in table.extra[name]] for name in table.extra
+               if not re.search("row_order|filename|_time$|_path$|_idx$", name)}  # hour and video stand for these
+    columns = {"video": list(table.videos), **columns}
+    return {name: np.array(values, dtype=str) for name, values in columns.items() if len(set(values)) > 1}
+
+
+def judged_rows(table, is_known):
+    """{what a split keeps whole: (train rows, judged rows), lists with an entry a fold} among the known rows.
+
+    With parts: from train to test, else val. Without: five folds that keep events whole, so that a prior may know the
+    animals and places it is judged on, and, where there are groups or videos, five that keep those whole.
+    """
+    parts, rows = sorted(set(table.parts)), np.flatnonzero(is_known)
+    if len(parts) > 1:
+        held = next(part for part in ("test", "val", *parts) if part in parts and part != "train")
+        fitted = "train" if "train" in parts else next(part for part in parts if part != held)
+        train, judged = (rows[table.parts[rows] == part] for part in (fitted, held))
+        return {"parts": ([train], [judged])} if len(train) and len(judged) else {}
+    ways = {}
+    for units in (event_tables.split_keys(table, "event")[rows], event_tables.split_keys(table)[rows]):
+        if len(set(units)) >= 5:
+            fold_of = splitting.make_folds(len(rows), 5, event_tables.strata_of(table)[rows], units, keys=table.clip_ids[rows])
+            ways[f"{units[0].split()[0]}s"] = ([rows[fold_of != k] for k in range(5)],
+                                               [rows[fold_of == k] for k in range(5)])
+    return ways
+
+
+def no_pixel_priors(table, positive=None):
+    """Dicts of what, across, name, auc (classes) or r2 (scores), low, high: each metadata column as the predictor.
+
+    Rates or means come from other rows than those judged, see judged_rows; for the class `positive` (default: the
+    rarest). `row order` compares the same places of the manifests.
+    """
+    levels, found = prior_levels(table), []
+    position = np.rint(1e6 * table.extra["row_order"].to_numpy(float)).astype(int)
+    if table.label is None:
+        for across, (train, judged) in judged_rows(table, ~np.isnan(table.target).all(1)).items():
+            rows = level_means(levels, table.target, train, judged, table.groups, position=position)
+            found += [{"what": "scores", "across": across, **row} for row in rows]
+        return found
+    counts = [(table.label == c).sum() or len(table) for c in range(len(table.names))]
+    positive = table.names[int(np.argmin(counts))] if positive is None else positive
+    label = np.where(table.label < 0, -1, table.label == table.names.index(positive))
+    for across, (train, judged) in judged_rows(table, label >= 0).items():
+        if len(set(label[np.concatenate(judged)])) == 2:
+            rows = level_priors(levels, label, train, judged, table.groups, position=position)
+            found += [{"what": positive, "across": across, **row} for row in rows]
+    return found

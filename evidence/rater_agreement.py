@@ -8,6 +8,7 @@ import numpy as np
 
 import common
 
+
 def noise_ceiling(mean, sd, n):
     """Ceiling from summary ratings: mean, sd (N, R), raters n (N, R) or a number -> dict of r2, r, rows (R,), note.
 

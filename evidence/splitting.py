@@ -3,7 +3,6 @@
 Letters: N rows.
 """
 import collections
-import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -15,15 +14,6 @@ import common
 # Measured on 804 aligned faces: copies (64 to 512 px, JPEG 30 to 90, brighter, darker) differ in at most 34 of 256
 # bits, different faces in at least 58.
 NEAR_DUPLICATE_BITS = 40
-
-
-def data_fingerprint(items):
-    """sha256 (hex) over strings, bytes, numbers and arrays in this order."""
-    digest = hashlib.sha256()
-    for item in items:
-        data = item if isinstance(item, bytes) else item.tobytes() if hasattr(item, "tobytes") else str(item).encode()
-        digest.update(f"{type(item)} {getattr(item, 'dtype', '')} {np.shape(item)} {len(data)}:".encode() + data)
-    return digest.hexdigest()
 
 
 def _strata_codes(strata, n_rows):

@@ -8,6 +8,7 @@ import numpy as np
 
 import common
 
+
 def regression_alarms(predicted, target, names):
     """Sentences on signs of a broken model or of data that cannot judge it, for (N, R), (N, R) and R names; else []."""
     predicted, target = np.asarray(predicted, np.float64), np.asarray(target, np.float64)

@@ -15,6 +15,7 @@ import numpy as np
 
 import common
 
+
 class BadImage(common.UserError):
     """One file that cannot be used as a picture; the message is the reason."""
 

@@ -20,7 +20,8 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score
 import common
 import train_detector
 from conftest import ROOT, only_run, run_script
-from train_detector import ABSENT, STATES, UNKNOWN
+from readers.part_boxes import ABSENT, STATES, UNKNOWN
+from evidence import detection_scores
 
 BOX, OTHER, FAR = [10, 10, 30, 30], [50, 10, 90, 40], [5, 60, 25, 95]
 SMALL = ("--model fasterrcnn_resnet18_fpn --no_pretrained --min_size 48 --max_size 64 --epochs 2 --batch_size 4 "
@@ -50,7 +51,7 @@ def detections(*boxes, states=True):
 
 def judge(truth, found, threshold=0.5, absent="keep", states=True, baseline=None):
     settings = {"parts": truth.parts, "states": list(STATES) if states else []}
-    return train_detector.Judged(truth, np.arange(len(found)), found, settings, threshold, absent, baseline)
+    return detection_scores.Judged(truth, np.arange(len(found)), found, settings, threshold, absent, baseline)
 
 
 def values_of(*arguments, **options):
@@ -160,7 +161,7 @@ def test_nothing_found_and_nothing_there():
 def test_state_scores_are_those_of_scikit_learn(seed):
     rng = np.random.default_rng(seed)
     true, predicted = rng.choice(4, 40, p=[0.6, 0.3, 0.1, 0]), rng.choice(4, 40, p=[0.5, 0.4, 0, 0.1])
-    scores = train_detector.state_scores(confusion_matrix(true, predicted, labels=range(4)).astype(float))
+    scores = detection_scores.state_scores(confusion_matrix(true, predicted, labels=range(4)).astype(float))
     assert scores["state_accuracy"] == pytest.approx((true == predicted).mean())
     assert scores["macro_f1"] == pytest.approx(f1_score(true, predicted, average="macro", zero_division=0))
     with warnings.catch_warnings():

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 import common
 import make_sample_data
 import train_detector
-from train_detector import ABSENT, INTACT, STATES, UNKNOWN
+from readers.part_boxes import ABSENT, INTACT, STATES, UNKNOWN
+from readers import part_boxes
 
 pytestmark = pytest.mark.fault("tables, COCO, JSON: quirks and mistakes")
 
@@ -207,7 +208,7 @@ def test_anything_in_any_place_is_read_or_refused(tmp_path, place, value, as_coc
     node[key] = value
     (tmp_path / "h.json").write_text(json.dumps(content))
     try:
-        found = train_detector.read_annotations(tmp_path / "h.json")
+        found = part_boxes.read_annotations(tmp_path / "h.json")
     except common.UserError:
         return
     assert all(np.isfinite(each["box"]).all() for each in found.objects)

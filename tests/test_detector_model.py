@@ -15,7 +15,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import common
 import train_detector
-from train_detector import STATES, UNKNOWN
+from readers.part_boxes import STATES, UNKNOWN
 
 FP32 = common.choose_compute("cpu", "off")
 

@@ -14,7 +14,8 @@ from torch import nn
 import common
 import train_dreamer
 from conftest import only_run, run_here, run_script
-from train_dreamer import AXES
+from readers.probe_poses import AXES
+from readers import probe_poses
 
 CONTRACT = [
     "args.json", "log.txt", "splits.json", "leakage_report.json", "training_history.csv", "training_history.png",
@@ -144,11 +145,11 @@ def test_predict_repeats_the_predictions_without_labels(trained, slices, tmp_pat
     for path in sorted(slices.glob("patient_*_*")):
         (tmp_path / "data" / path.name).mkdir(parents=True)
         (tmp_path / "data" / path.name / "ft1").symlink_to(path / "ft1")
-        listed = json.loads((path / train_dreamer.FILE_NAME).read_text())
+        listed = json.loads((path / probe_poses.FILE_NAME).read_text())
         listed = listed["transitions"] if isinstance(listed, dict) else listed
         kept = ("frame_t1", "frame_t2", "ft1_image_path", motion)
         rows = [{key: row[key] for key in kept} for row in listed if motion in row]
-        (tmp_path / "data" / path.name / train_dreamer.FILE_NAME).write_text(json.dumps(rows))
+        (tmp_path / "data" / path.name / probe_poses.FILE_NAME).write_text(json.dumps(rows))
     run_script("train_dreamer.py", "--mode", "predict", "--checkpoint", trained, "--data_dir", tmp_path / "data",
                "--output_dir", tmp_path / "out")
     found = {row["name"]: row for row in read_csv(only_run(tmp_path / "out") / "predictions.csv")}
@@ -469,7 +470,7 @@ def test_one_batch_can_be_learnt_by_heart():
     model = train_dreamer.build_model(args, UNIT, "se3_left")
     loss_function, optimizer = train_dreamer.DreamLoss(args, UNIT, "cpu"), torch.optim.AdamW(model.parameters(), 1e-3)
     frames, motion, at1 = torch.randn(8, 1, 32, 32), torch.randn(8, 6), torch.randn(8, 6) * 3
-    poses = {"at1": at1, "at2": train_dreamer.CONVENTIONS["se3_left"].at2(at1, motion)}
+    poses = {"at1": at1, "at2": probe_poses.CONVENTIONS["se3_left"].at2(at1, motion)}
     poses["at1"][0, 1] = torch.nan
     for _ in range(80):
         loss, parts = loss_function(model(frames, motion), poses, None)
@@ -490,7 +491,7 @@ def test_schedules_pass_through_their_points(scheduler, points):
 # --- mistakes -----------------------------------------------------------------------------------
 
 FLAG_MISTAKES = {
-    "no data": (["--data_dir", "nowhere"], ["nowhere", train_dreamer.FILE_NAME]),
+    "no data": (["--data_dir", "nowhere"], ["nowhere", probe_poses.FILE_NAME]),
     "heads": (["--d_model", 30, "--n_heads", 4], ["--d_model 30"]),
     "folds in time": (["--folds", 3, "--split_by", "time"], ["--split_by time"]),
     "lists without the switch": (["--train_patients", "a"], ["--manual_splits"]),

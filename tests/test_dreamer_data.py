@@ -14,7 +14,8 @@ import common
 from evidence import splitting
 import train_dreamer
 from conftest import only_run, run_script
-from train_dreamer import FIELDS
+from readers.probe_poses import FIELDS
+from readers import probe_poses
 
 DRAWS = np.random.default_rng(11)
 
@@ -22,7 +23,7 @@ DRAWS = np.random.default_rng(11)
 def write_sequence(folder, count=6, motions="additive", edit=None, wrap=None, scale=1.0):
     """A sequence of `count` transitions with 32 px frames; edit(rows) changes them, wrap(rows) makes the JSON."""
     poses = np.hstack([DRAWS.uniform(-20, 20, (count + 1, 3)), DRAWS.uniform(-60, 60, (count + 1, 3))])
-    motion = train_dreamer.on_arrays(train_dreamer.CONVENTIONS[motions].motion, poses[:-1], poses[1:])
+    motion = probe_poses.on_arrays(probe_poses.CONVENTIONS[motions].motion, poses[:-1], poses[1:])
     turned = np.array([1, 1, 1, scale, scale, scale])
     pictures = DRAWS.integers(0, 255, (count + 1, 32, 32), dtype=np.uint8)
     for which, first in (("ft1", 0), ("ft2", 1)):
@@ -35,7 +36,7 @@ def write_sequence(folder, count=6, motions="additive", edit=None, wrap=None, sc
              "at2_6dof": (poses[i + 1] * turned).tolist()} for i in range(count)]
     if edit:
         edit(rows)
-    (folder / train_dreamer.FILE_NAME).write_text(json.dumps(wrap(rows) if wrap else rows))
+    (folder / probe_poses.FILE_NAME).write_text(json.dumps(wrap(rows) if wrap else rows))
     return poses[:-1], motion, poses[1:]
 
 
@@ -108,7 +109,7 @@ def test_colour_pngs_become_the_same_grey(tmp_path):
     assert np.array_equal(plain.numpy(), colour.numpy())
 
 
-@pytest.mark.parametrize("motions", train_dreamer.CONVENTIONS)
+@pytest.mark.parametrize("motions", probe_poses.CONVENTIONS)
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_missing_pose_is_derived_in_the_convention_of_the_data(tmp_path, motions, name):
     def edit(rows):
@@ -117,7 +118,7 @@ def test_a_missing_pose_is_derived_in_the_convention_of_the_data(tmp_path, motio
     poses = dict(zip(FIELDS, write_sequence(tmp_path / "data" / "a_01", motions=motions, edit=edit)))
     study, text, _ = load(tmp_path / "data")
     assert study.compose == motions
-    error = train_dreamer.on_arrays(train_dreamer.pose_error, getattr(study, name), poses[name])
+    error = probe_poses.on_arrays(probe_poses.pose_error, getattr(study, name), poses[name])
     assert np.abs(error).max() < 1e-6 and f"3 rows: {FIELDS[name]} derived" in text
 
 
@@ -255,8 +256,8 @@ def test_without_a_map_folders_are_suspected(clinic):
 def test_the_same_sweep_twice_has_distance_zero(tmp_path):
     write_sequence(tmp_path / "data" / "left")
     write_sequence(tmp_path / "data" / "right")
-    rows = json.loads((tmp_path / "data" / "left" / train_dreamer.FILE_NAME).read_text())
-    (tmp_path / "data" / "right" / train_dreamer.FILE_NAME).write_text(json.dumps(rows))
+    rows = json.loads((tmp_path / "data" / "left" / probe_poses.FILE_NAME).read_text())
+    (tmp_path / "data" / "right" / probe_poses.FILE_NAME).write_text(json.dumps(rows))
     _, text, _ = load(tmp_path / "data")
     assert "left and right, 0.00 sd apart" in text
 

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
-
-import train_dreamer
 from conftest import only_run, run_script
 from make_sample_data import motion_between
-from train_dreamer import CONVENTIONS, on_arrays
+from readers.probe_poses import CONVENTIONS, on_arrays
+from readers import probe_poses
 
 DRAWS = np.random.default_rng(5)
 
@@ -35,12 +34,12 @@ def matrices(poses):
 
 def test_rotation_is_that_of_scipy():
     poses = random_poses(200)
-    assert np.allclose(on_arrays(train_dreamer.rotation_matrix, poses[:, 3:]), matrices(poses)[:, :3, :3], atol=1e-12)
+    assert np.allclose(on_arrays(probe_poses.rotation_matrix, poses[:, 3:]), matrices(poses)[:, :3, :3], atol=1e-12)
 
 
 def test_angles_come_back_from_the_matrix():
     poses = random_poses(200)
-    angles = on_arrays(train_dreamer.euler_degrees, matrices(poses)[:, :3, :3])
+    angles = on_arrays(probe_poses.euler_degrees, matrices(poses)[:, :3, :3])
     again = np.hstack([poses[:, :3], angles])
     assert np.allclose(matrices(again), matrices(poses), atol=1e-7)
     assert (np.abs(angles[:, 1]) <= 90).all()
@@ -49,15 +48,15 @@ def test_angles_come_back_from_the_matrix():
 @pytest.mark.parametrize("pitch", [90.0, -90.0])
 def test_gimbal_lock_keeps_the_rotation(pitch):
     poses = np.array([[0, 0, 0, 20.0, pitch, 50.0], [0, 0, 0, 0.0, pitch, -170.0]])
-    angles = on_arrays(train_dreamer.euler_degrees, matrices(poses)[:, :3, :3])
+    angles = on_arrays(probe_poses.euler_degrees, matrices(poses)[:, :3, :3])
     assert np.isfinite(angles).all()
     assert np.allclose(matrices(np.hstack([poses[:, :3], angles])), matrices(poses), atol=1e-6)
 
 
 def test_compose_and_invert_are_those_of_matrices():
     a, b = random_poses(100), random_poses(100)
-    assert np.allclose(matrices(on_arrays(train_dreamer.compose, a, b)), matrices(a) @ matrices(b), atol=1e-6)
-    assert np.allclose(matrices(on_arrays(train_dreamer.invert, a)), np.linalg.inv(matrices(a)), atol=1e-6)
+    assert np.allclose(matrices(on_arrays(probe_poses.compose, a, b)), matrices(a) @ matrices(b), atol=1e-6)
+    assert np.allclose(matrices(on_arrays(probe_poses.invert, a)), np.linalg.inv(matrices(a)), atol=1e-6)
 
 
 def test_geodesic_angle_is_that_of_scipy():
@@ -66,22 +65,22 @@ def test_geodesic_angle_is_that_of_scipy():
     b[50, 3:] = a[50, 3:] + [180, 0, 0]
     rotations = [Rotation.from_matrix(matrices(poses)[:, :3, :3]) for poses in (a, b)]
     wanted = np.rad2deg((rotations[0].inv() * rotations[1]).magnitude())
-    assert np.allclose(on_arrays(train_dreamer.geodesic_degrees, a, b), wanted, atol=1e-6)
+    assert np.allclose(on_arrays(probe_poses.geodesic_degrees, a, b), wanted, atol=1e-6)
 
 
 def test_errors_wrap_at_180():
     """By hand: 179 to -179 is 2 degrees, not 358; translations never wrap."""
     predicted, target = np.array([[200.0, 0, 0, 179, -179, 0]]), np.array([[-200.0, 0, 0, -179, 179, 360]])
-    assert on_arrays(train_dreamer.pose_error, predicted, target).tolist() == [[400.0, 0, 0, -2, 2, 0]]
+    assert on_arrays(probe_poses.pose_error, predicted, target).tolist() == [[400.0, 0, 0, -2, 2, 0]]
     angles = torch.tensor([-180.0, 180.0, 539.0, -181.0, 0.0])
-    assert train_dreamer.wrap_degrees(angles).tolist() == [-180.0, -180.0, 179.0, 179.0, 0.0]
+    assert probe_poses.wrap_degrees(angles).tolist() == [-180.0, -180.0, 179.0, 179.0, 0.0]
 
 
 def test_mean_of_angles_is_circular():
     poses = np.zeros((4, 6))
     poses[:, 3] = [178.0, -178.0, 179.0, -179.0]
     poses[:, 0] = [1.0, 2.0, 3.0, np.nan]
-    mean, sd = train_dreamer.centre_and_spread(poses)
+    mean, sd = probe_poses.centre_and_spread(poses)
     assert abs(abs(mean[3]) - 180) < 1e-9 and mean[0] == 2.0 and sd[3] == pytest.approx(np.sqrt(2.5))
 
 
@@ -95,7 +94,7 @@ def test_the_three_ways_of_a_convention_agree(name):
         assert np.allclose(matrices(at2), wanted[name], atol=1e-6)
     for found, true in ((on_arrays(CONVENTIONS[name].at1, at2, motion), at1),
                         (on_arrays(CONVENTIONS[name].motion, at1, at2), motion)):
-        assert np.abs(on_arrays(train_dreamer.pose_error, found, true)).max() < 1e-6
+        assert np.abs(on_arrays(probe_poses.pose_error, found, true)).max() < 1e-6
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)
@@ -109,9 +108,9 @@ def test_the_right_convention_is_found_and_its_residual_is_zero(name):
     at1, motion = random_poses(80, 40), random_poses(80, 8) * [0.1, 0.1, 0.1, 1, 1, 1]
     at2 = on_arrays(CONVENTIONS[name].at2, at1, motion)
     at2[3] = np.nan
-    residuals = train_dreamer.composition_residuals(at1, motion, at2)
+    residuals = probe_poses.composition_residuals(at1, motion, at2)
     row = {row["convention"]: row for row in residuals}
-    assert train_dreamer.choose_composition("auto", residuals)[0] == name
+    assert probe_poses.choose_composition("auto", residuals)[0] == name
     assert row[name]["mm"] < 1e-9 and row[name]["deg"] < 1e-9 and row[name]["rows"] == 79
     assert all(row[other]["mm"] + row[other]["deg"] > 0.01 for other in row if other != name)
 

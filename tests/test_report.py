@@ -247,9 +247,10 @@ def test_plots_are_repeatable(tmp_path):
 
 
 def test_plots_leave_pyplot_alone(tmp_path):
-    program = f"""import sys, common
-assert "matplotlib" not in sys.modules, "common imports matplotlib only when it draws"
-common.plot_history([{{"epoch": 1, "val_loss": 1.0}}], {str(tmp_path / 'h.png')!r})
+    program = f"""import sys
+from evidence import plotting
+assert "matplotlib" not in sys.modules, "plotting imports matplotlib only when it draws"
+plotting.plot_history([{{"epoch": 1, "val_loss": 1.0}}], {str(tmp_path / 'h.png')!r})
 assert "matplotlib.pyplot" not in sys.modules, "no pyplot, no global state"
 """
     folder = Path(common.__file__).parent

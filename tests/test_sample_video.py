@@ -19,9 +19,8 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 import make_sample_data
-import train_video
 
-from readers import file_names, picture_files
+from readers import file_names, picture_files, video_files
 
 HEADER = ("event_idx,group,day,date,start_time,end_time,duration_sec,behavior,initiator_id,receiver_id,ended_by,"
           "pen_location,linked,camera_id,video_filename,video_path,event_offset_sec").split(",")
@@ -59,7 +58,7 @@ def clips(made):
     """(labels (120,) True = tail, clips of all events (T, H, W, 3) at 12 fps)."""
     table = read_manifest(made[0], "all")
     windows = [(start, start + length) for start, length in zip(table.event_offset_sec, table.duration_sec)]
-    store = train_video.ClipStore(table.video, windows, grid="rate", fps=12, n_frames=16, short_side=64, cache="ram")
+    store = video_files.ClipStore(table.video, windows, grid="rate", fps=12, n_frames=16, short_side=64, cache="ram")
     assert not any(found.error or found.past_end for found in store.audit)
     return (table.label == "tail").to_numpy(), [store[i] for i in range(len(store))]
 
@@ -87,7 +86,7 @@ def test_manifests_have_the_published_header_and_its_quirks(made):
     assert table.start_time.str.len().nunique() == 2, "6:00:25 and 06:00:25"
     assert table.video_path.str.startswith("E:\\Some study 2024\\Group ").all()
     assert table.video.nunique() == truth["events"]["n_videos"] == 24 and not table.duplicated(KEY).any()
-    rates = {round(train_video.probe(path).fps, 3) for path in table.video.unique()}
+    rates = {round(video_files.probe(path).fps, 3) for path in table.video.unique()}
     assert 14.994 in rates and len(rates) == 5
     assert sorted({path.suffix for path in table.video}) == [".avi", ".mp4"]
     assert any(path.name.startswith("._") for path in (folder / "videos").rglob("*.mp4"))
@@ -164,7 +163,7 @@ def test_planted_leaks_are_those_counted(made):
     assert within == {"train": planted["train"]["overlapping_windows"], "val": 0, "test": 0}
     repeats = {part: int(table.duplicated(HEADER).sum()) for part, table in leaky.items()}
     assert repeats == {"train": planted["train"]["repeated_rows"], "val": 0, "test": 0}
-    ends = {path: train_video.probe(path).duration_sec for path in content}
+    ends = {path: video_files.probe(path).duration_sec for path in content}
     late = {part: sum(t.event_offset_sec >= [ends[path] for path in t.video]) for part, t in leaky.items()}
     assert late == {"train": 0, "val": 0, "test": planted["test"]["windows_past_the_end"]}
 
@@ -177,7 +176,7 @@ def test_the_other_camera_saw_the_same_motion(made):
     for row in pairs.itertuples():
         series = []
         for path, offset in ((row.video_1, row.event_offset_sec_1), (row.video_2, row.event_offset_sec_2)):
-            film = train_video.read_frames(path, offset + np.arange(18) / 12, 64).astype(float)
+            film = video_files.read_frames(path, offset + np.arange(18) / 12, 64).astype(float)
             series.append(np.abs(film - np.median(film, axis=0)).mean((1, 2, 3)))
         assert np.corrcoef(*map(np.diff, series))[0, 1] > 0.7
 

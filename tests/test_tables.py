@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import common
-from evidence import splitting
 from readers import csv_tables, file_names, rating_tables
 
 pytestmark = pytest.mark.fault("tables, COCO, JSON: quirks and mistakes")
@@ -335,10 +334,10 @@ def test_no_name_ever_resolves_outside(name):
 
 def test_fingerprint_knows_order_type_and_borders():
     items = ["a", b"a", "ab", np.arange(3), np.arange(3.0), 1]
-    prints = [splitting.data_fingerprint([item]) for item in items]
-    prints += [splitting.data_fingerprint(pair) for pair in (["a", "b"], ["b", "a"], ["ab", ""], ["", "ab"])]
+    prints = [common.data_fingerprint([item]) for item in items]
+    prints += [common.data_fingerprint(pair) for pair in (["a", "b"], ["b", "a"], ["ab", ""], ["", "ab"])]
     assert len(set(prints)) == len(prints) and all(len(text) == 64 for text in prints)
-    assert splitting.data_fingerprint(items) == splitting.data_fingerprint(list(items))
+    assert common.data_fingerprint(items) == common.data_fingerprint(list(items))
 
 
 @needs_omi

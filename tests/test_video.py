@@ -19,6 +19,7 @@ from sklearn.metrics import (accuracy_score, average_precision_score, brier_scor
 
 import common
 from evidence import calibrating
+from readers import video_files
 import train_video
 from conftest import ROOT, only_run, run_here, run_script
 
@@ -359,7 +360,7 @@ def test_a_table_of_frames_becomes_seconds(made, tmp_path):
     args = train_video.parse_args(["--manifest", str(tmp_path / "m.csv"), "--video_root", str(made.folder / "videos"),
                                    *SMALL, "--no_pretrained"])
     study = train_video.load_study(args, lambda text: None)
-    fps = train_video.probe(name).fps
+    fps = video_files.probe(name).fps
     assert study.table.windows[:2] == pytest.approx(np.array([[0, 30], [30, 60]]) / fps)
     assert np.ptp(study.table.windows[2]) == pytest.approx(1.0) and study.table.unit.tolist() == ["sec"] * 3
 

@@ -18,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import common
+from readers import event_tables, video_files
 import make_sample_data
 import train_video
 
@@ -32,7 +33,7 @@ def table_of(labels, repeats=None, moments=None):
     n = len(labels)
     texts = np.array([f"clip {i}" for i in range(n)])
     extra = pd.DataFrame({"moment": moments if moments is not None else ["M0"] * n, "row_order": ["0"] * n})
-    return train_video.Table(["a", "b"], texts, list(texts), np.full((n, 2), np.nan), np.full(n, "sec"), texts, texts,
+    return event_tables.Table(["a", "b"], texts, list(texts), np.full((n, 2), np.nan), np.full(n, "sec"), texts, texts,
                              np.full(n, ""), np.ones(n, np.int64) if repeats is None else np.array(repeats), extra,
                              label=np.array(labels))
 
@@ -47,7 +48,7 @@ def study_of(args, n_frames=40, size=64, n_clips=6, short=()):
     """A Study of random clips (T, size, size, 3); those in `short` have only 3 frames on their grid."""
     clips = [np.random.default_rng(i).integers(0, 256, (3 if i in short else n_frames, size, size, 3), dtype=np.uint8)
              for i in range(n_clips)]
-    store = SimpleNamespace(audit=[train_video.ClipAudit(str(i), n_grid=len(clip), usable=len(clip))
+    store = SimpleNamespace(audit=[video_files.ClipAudit(str(i), n_grid=len(clip), usable=len(clip))
                                    for i, clip in enumerate(clips)], cache="ram", __getitem__=None)
     table = table_of([i % 2 for i in range(n_clips)])
     study = train_video.Study(table, store, np.arange(n_clips), args, [])

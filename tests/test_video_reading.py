@@ -20,8 +20,7 @@ import torch
 from PIL import Image
 
 import common
-from readers import picture_files, pixel_cache
-import train_video as video
+from readers import picture_files, pixel_cache, video_files
 
 pytestmark = pytest.mark.fault("pictures and videos: cuts, modes, EXIF, bombs, lying headers")
 
@@ -114,11 +113,11 @@ def true_times(name):
 @needs_av
 @pytest.mark.parametrize("name", FILMS)
 def test_every_frame_at_its_own_time(films, name):
-    info = video.probe(films[name])
+    info = video_files.probe(films[name])
     assert (info.error, info.n_frames, info.width, info.height) == (None, N, WIDTH, HEIGHT)
     np.testing.assert_allclose(info.times, true_times(name), atol=0.00051)  # Matroska has whole milliseconds
-    assert numbers_of(video.read_frames(films[name], true_times(name), None)) == list(range(N))
-    assert numbers_of(video.read_frames(films[name], true_times(name), 48, info)) == list(range(N))
+    assert numbers_of(video_files.read_frames(films[name], true_times(name), None)) == list(range(N))
+    assert numbers_of(video_files.read_frames(films[name], true_times(name), 48, info)) == list(range(N))
 
 
 @needs_av
@@ -126,8 +125,8 @@ def test_the_films_are_as_hard_as_they_say(films):
     for name, (_, _, b_frames, _) in FILMS.items():
         kinds = judge(films[name])[2]
         assert (B_FRAME in kinds) == (b_frames != 0), f"{name}: {set(kinds)}"
-    assert not video.probe(films["mpeg4_without_stamps.avi"]).is_exact
-    assert video.probe(films["uneven.mkv"]).header_frames != N and len(set(np.diff(UNEVEN_MS))) == 6
+    assert not video_files.probe(films["mpeg4_without_stamps.avi"]).is_exact
+    assert video_files.probe(films["uneven.mkv"]).header_frames != N and len(set(np.diff(UNEVEN_MS))) == 6
 
 
 @needs_av
@@ -136,23 +135,23 @@ def test_the_frame_on_screen_between_stamps(films, name):
     """Every frame from its stamp until half a frame before the next, in any order; a freeze is not cut short."""
     times = true_times(name)
     gap = np.diff(times)
-    nominal = 1 / video.probe(films[name]).header_fps
+    nominal = 1 / video_files.probe(films[name]).header_fps
     early, late = times[:-1] + 0.25 * np.minimum(gap, nominal), times[1:] - 0.6 * np.minimum(gap, nominal)
     wanted, order = np.tile(np.arange(N - 1), 2), np.random.default_rng(1).permutation(2 * (N - 1))
-    clip = video.read_frames(films[name], np.r_[early, np.maximum(early, late)][order], 48)
+    clip = video_files.read_frames(films[name], np.r_[early, np.maximum(early, late)][order], 48)
     assert numbers_of(clip) == wanted[order].tolist()
 
 
 @needs_av
 @pytest.mark.parametrize("name", FILMS)
 def test_one_seek_late_in_a_file_is_exact_or_not_used(films, name, monkeypatch):
-    monkeypatch.setattr(video, "SEEK_FROM_SEC", 1.5)
-    monkeypatch.setattr(video, "SEEK_MARGIN_SEC", 0.5)
-    used, seek = [], video._seek
-    monkeypatch.setattr(video, "_seek", lambda *a: used.append(seek(*a)) or used[-1])
-    info = video.probe(films[name])
+    monkeypatch.setattr(video_files, "SEEK_FROM_SEC", 1.5)
+    monkeypatch.setattr(video_files, "SEEK_MARGIN_SEC", 0.5)
+    used, seek = [], video_files._seek
+    monkeypatch.setattr(video_files, "_seek", lambda *a: used.append(seek(*a)) or used[-1])
+    info = video_files.probe(films[name])
     for first in range(5, N - 4, 3):
-        assert numbers_of(video.read_frames(films[name], info.times[first:first + 4], 48, info)) == list(
+        assert numbers_of(video_files.read_frames(films[name], info.times[first:first + 4], 48, info)) == list(
             range(first, first + 4))
     if name in ("bframes.mp4", "bframes.mkv", "open_gop.mp4", "hevc.mp4", "mpeg4.mp4", "mjpeg.avi"):
         assert len(used) > 20 and all(used), "a seek that could have been used was not"
@@ -161,10 +160,10 @@ def test_one_seek_late_in_a_file_is_exact_or_not_used(films, name, monkeypatch):
 
 @needs_av
 def test_a_seek_is_refused_when_a_stamp_is_not_in_the_list(films):
-    info = video.probe(films["bframes.mp4"])
+    info = video_files.probe(films["bframes.mp4"])
     for times in (info.times + 0.01, np.delete(info.times, 70)):
         info.times = times
-        assert video._seek(films["bframes.mp4"], {75, 76}, 48, info) is None
+        assert video_files._seek(films["bframes.mp4"], {75, 76}, 48, info) is None
 
 
 @needs_av
@@ -172,7 +171,7 @@ def test_a_seek_is_refused_when_a_stamp_is_not_in_the_list(films):
 def test_pixels_are_those_of_another_decoder(films, name):
     """Same frames; what differs is how two libraries round and filter the colour of neighbouring blocks."""
     times, pictures, _ = judge(films[name])
-    clip = video.read_frames(films[name], true_times(name), None)
+    clip = video_files.read_frames(films[name], true_times(name), None)
     flat = np.kron(np.ones((3, 4)), np.pad(np.ones((BLOCK - 8, BLOCK - 8)), 4)).astype(bool)  # without the edges
     difference = np.abs(clip.astype(int) - np.stack(pictures))
     assert difference[:, flat].max() <= 3 and difference.mean() < 1.5
@@ -180,14 +179,14 @@ def test_pixels_are_those_of_another_decoder(films, name):
 
 @needs_av
 def test_pyav_takes_over_what_opencv_cannot_open(films, monkeypatch):
-    expected = video.read_frames(films["uneven.mp4"], true_times("uneven.mp4"), 48)
+    expected = video_files.read_frames(films["uneven.mp4"], true_times("uneven.mp4"), 48)
 
     def refuse(self, path):
-        raise video.BadVideo(f"no decoder for {path}")
-    monkeypatch.setattr(video._CvVideo, "__init__", refuse)
-    clip = video.read_frames(films["uneven.mp4"], true_times("uneven.mp4"), 48, video.probe(films["uneven.mp4"]))
+        raise video_files.BadVideo(f"no decoder for {path}")
+    monkeypatch.setattr(video_files._CvVideo, "__init__", refuse)
+    clip = video_files.read_frames(films["uneven.mp4"], true_times("uneven.mp4"), 48, video_files.probe(films["uneven.mp4"]))
     assert numbers_of(clip) == list(range(N)) and np.abs(clip.astype(int) - expected).mean() < 1.5
-    assert "OpenCV" in video.decoder_name() and "PyAV" in video.decoder_name()
+    assert "OpenCV" in video_files.decoder_name() and "PyAV" in video_files.decoder_name()
 
 
 @needs_av
@@ -198,23 +197,23 @@ def test_rotation_is_applied(films, tmp_path, monkeypatch):
     data[matrix:matrix + 36] = struct.pack(">9i", 0, 0x10000, 0, -0x10000, 0, 0, HEIGHT * 0x10000, 0, 0x40000000)
     turned = tmp_path / "turned.mp4"
     turned.write_bytes(data)
-    info = video.probe(turned)
+    info = video_files.probe(turned)
     assert (info.width, info.height) == (HEIGHT, WIDTH)
-    clip = video.read_frames(turned, [1.0, 2.0], None)
+    clip = video_files.read_frames(turned, [1.0, 2.0], None)
     assert clip.shape == (2, WIDTH, HEIGHT, 3) and numbers_of(np.rot90(clip, 1, (1, 2))) == [15, 30]  # stored lying
-    monkeypatch.setattr(video, "_CvVideo", video._AvVideo)
-    assert numbers_of(np.rot90(video.read_frames(turned, [1.0, 2.0], None), 1, (1, 2))) == [15, 30]
+    monkeypatch.setattr(video_files, "_CvVideo", video_files._AvVideo)
+    assert numbers_of(np.rot90(video_files.read_frames(turned, [1.0, 2.0], None), 1, (1, 2))) == [15, 30]
 
 
 @needs_av
 def test_odd_rate_is_sampled_by_time(tmp_path):
     path = write_film(tmp_path / "odd.mp4", fps=Fraction(149937, 10000), n=120)
-    info = video.probe(path)
+    info = video_files.probe(path)
     assert info.fps == pytest.approx(14.9937, abs=1e-4) and info.duration_sec == pytest.approx(120 / 14.9937, abs=1e-3)
     times = np.arange(0, 7.9, 1 / 12)
     times = times[np.abs(times * 14.9937 % 1 - 0.5) > 0.02]  # between two frames the later one counts a ms early
     nearest = np.abs(times[:, None] - np.arange(120) / 14.9937).argmin(axis=1)
-    assert numbers_of(video.read_frames(path, times, None)) == nearest.tolist()
+    assert numbers_of(video_files.read_frames(path, times, None)) == nearest.tolist()
     assert np.abs(np.floor(times * 15).astype(int) - nearest).max() == 1, "an index by 15 fps would be off"
 
 
@@ -234,10 +233,10 @@ def test_half_an_avi_is_read_to_its_real_end(tmp_path):
         at = data.find(b"00dc", at + 4)
     half = tmp_path / "half.avi"
     half.write_bytes(data[:at])
-    info = video.probe(half)
+    info = video_files.probe(half)
     assert (info.error, info.n_frames, info.header_frames) == (None, 29, 60)
     assert info.duration_sec == pytest.approx(29 / FPS)
-    assert numbers_of(video.read_frames(half, [0, 1, 1.9, 3.5], 48)) == [0, 15, 28, 28]
+    assert numbers_of(video_files.read_frames(half, [0, 1, 1.9, 3.5], 48)) == [0, 15, 28, 28]
     store = open_store([half] * 3, [(0.2, 1.2), (1.5, 3.0), (2.5, 3.5)], fps=15, n_frames=8)
     assert [found.past_end for found in store.audit] == [False, False, True]
     assert numbers_of(store[0]) == list(range(3, 18)) and numbers_of(store[1]) == list(range(21, 29))
@@ -254,7 +253,7 @@ def test_a_header_that_claims_too_few_or_far_too_many(tmp_path):
         data[length:length + 4] = struct.pack("<I", claim)
         path = tmp_path / f"claims {claim}.avi"
         path.write_bytes(data)
-        info = video.probe(path)
+        info = video_files.probe(path)
         assert (info.n_frames, info.error) == (60, None) and info.header_frames != 60
         assert numbers_of(open_store([path], [WHOLE], fps=15, n_frames=8)[0]) == list(range(60))
 
@@ -271,9 +270,9 @@ def test_truncated_mp4_with_its_index_first_is_read_as_far_as_it_goes(tmp_path):
                 target.mux(packet)
     data = (tmp_path / "front.mp4").read_bytes()
     (tmp_path / "front.mp4").write_bytes(data[:len(data) * 2 // 3])
-    info = video.probe(tmp_path / "front.mp4")
+    info = video_files.probe(tmp_path / "front.mp4")
     assert info.error is None and 10 < info.n_frames < N == info.header_frames
-    assert numbers_of(video.read_frames(tmp_path / "front.mp4", info.times[:-1], 48)) == list(range(info.n_frames - 1))
+    assert numbers_of(video_files.read_frames(tmp_path / "front.mp4", info.times[:-1], 48)) == list(range(info.n_frames - 1))
 
 
 def broken_files(folder):
@@ -291,41 +290,41 @@ def broken_files(folder):
 def test_broken_files_are_named_and_never_raise(tmp_path):
     files = broken_files(tmp_path)
     for path, reason in files.items():
-        info = video.probe(path)
+        info = video_files.probe(path)
         assert reason in info.error and "\n" not in info.error and info.n_frames == 0
     store = open_store(list(files), [WHOLE] * len(files))
     for row, (path, reason) in enumerate(files.items()):
         assert store.audit[row].path == str(path) and reason in store.audit[row].error
         with pytest.raises(pixel_cache.BadImage, match="no |macOS|empty|without"):
             store[row]
-    with pytest.raises(video.BadVideo, match="missing.mp4: no such file"):
-        video.read_frames(tmp_path / "missing.mp4", [0.0], 48)
+    with pytest.raises(video_files.BadVideo, match="missing.mp4: no such file"):
+        video_files.read_frames(tmp_path / "missing.mp4", [0.0], 48)
 
 
 @needs_av
 def test_truncated_mp4_without_index_is_broken(films, tmp_path):
     data = films["bframes.mp4"].read_bytes()
     (tmp_path / "cut.mp4").write_bytes(data[:len(data) // 2])
-    assert "no video that can be opened" in video.probe(tmp_path / "cut.mp4").error
+    assert "no video that can be opened" in video_files.probe(tmp_path / "cut.mp4").error
 
 
 def audits(n_good, n_bad, n_files):
-    good = [video.ClipAudit(f"good{i}.mp4") for i in range(n_good)]
-    return good + [video.ClipAudit(f"bad{i % n_files}.mp4", "empty file") for i in range(n_bad)]
+    good = [video_files.ClipAudit(f"good{i}.mp4") for i in range(n_good)]
+    return good + [video_files.ClipAudit(f"bad{i % n_files}.mp4", "empty file") for i in range(n_bad)]
 
 
 def test_broken_videos_stop_the_run_above_the_limit(capsys):
-    assert video.check_clips(audits(20, 0, 1), on_bad_file="error") == list(range(20))
-    assert video.check_clips(audits(95, 5, 2)) == list(range(95))
+    assert video_files.check_clips(audits(20, 0, 1), on_bad_file="error") == list(range(20))
+    assert video_files.check_clips(audits(95, 5, 2)) == list(range(95))
     out = capsys.readouterr().out
     assert "2 videos" in out and "5 of 100 rows" in out and "bad0.mp4: empty file" in out and "bad1.mp4" in out
     with pytest.raises(common.UserError, match="6 videos cannot be read, which takes 6 of 100 rows") as caught:
-        video.check_clips(audits(94, 6, 6))
+        video_files.check_clips(audits(94, 6, 6))
     assert all(f"bad{i}.mp4" in str(caught.value) for i in range(6)) and "--max_missing" in str(caught.value)
     with pytest.raises(common.UserError, match="1 videos cannot be read"):
-        video.check_clips(audits(99, 1, 1), on_bad_file="error")
+        video_files.check_clips(audits(99, 1, 1), on_bad_file="error")
     with pytest.raises(common.UserError, match="2 of 2 rows"):
-        video.check_clips(audits(0, 2, 1), max_missing=1.0)
+        video_files.check_clips(audits(0, 2, 1), max_missing=1.0)
 
 
 # Folders of frames and arrays.
@@ -342,7 +341,7 @@ def frame_folder(folder, n, side=None):
 def test_frame_folder_in_natural_order_with_spaces(tmp_path):
     path = frame_folder(tmp_path / "Animal 1 M0 visit 2", 23)
     (path / "._frame 3.png").write_bytes(b"resource")
-    info = video.probe(path, fps=10)
+    info = video_files.probe(path, fps=10)
     assert (info.n_frames, info.duration_sec, info.width, info.height) == (23, 2.3, WIDTH, HEIGHT)
     even = open_store([path], [WHOLE], grid="even", n_frames=40)
     assert numbers_of(even[0]) == list(range(23)) and even.audit[0].usable == 23
@@ -383,7 +382,7 @@ def test_npy_clips(tmp_path):
     (tmp_path / "claims.npy").write_bytes(whole.replace(b"(20, 96, 128, 3)", b"(9999999, 9, 9, 3)")[:2000])
     for name, reason in {"float": "found float32", "flat": r"found uint8 \(96", "bomb": "no .npy", "pickle": "no .npy",
                          "cut": "no .npy", "claims": "no .npy"}.items():
-        error = video.probe(tmp_path / f"{name}.npy").error
+        error = video_files.probe(tmp_path / f"{name}.npy").error
         assert re.search(reason, error), f"{name}: {error}"
     assert not (tmp_path / "exploded").exists()
 
@@ -393,11 +392,11 @@ def test_npy_clips(tmp_path):
 
 def made_info(duration, fps):
     times = np.arange(round(duration * fps)) / fps
-    return video.VideoInfo("x", None, len(times) / fps, len(times), fps, 8, 8, times, len(times), fps)
+    return video_files.VideoInfo("x", None, len(times) / fps, len(times), fps, 8, 8, times, len(times), fps)
 
 
 def planned(window, duration=10.0, source_fps=12.0, n_frames=16, jitter_sec=0.0):
-    plan = video.plan_grid(made_info(duration, source_fps), window, "rate", 12.0, n_frames, jitter_sec)
+    plan = video_files.plan_grid(made_info(duration, source_fps), window, "rate", 12.0, n_frames, jitter_sec)
     return plan.indices.tolist(), plan.first, plan.usable, plan.past_end
 
 
@@ -422,17 +421,17 @@ def test_grids_hold_what_they_promise():
         duration, fps, n_frames = rng.uniform(0.1, 20), rng.choice([5, 12, 14.9937, 30]), int(rng.integers(1, 40))
         start, length, jitter = rng.uniform(-1, duration + 1), rng.uniform(0, 5), rng.uniform(0, 1)
         info = made_info(max(duration, 1 / fps), fps)
-        plan = video.plan_grid(info, (start, start + length), "rate", 12.0, n_frames, jitter)
+        plan = video_files.plan_grid(info, (start, start + length), "rate", 12.0, n_frames, jitter)
         after = len(plan.indices) - plan.first - plan.usable
         assert plan.usable >= n_frames and 0 <= plan.first <= 12 * jitter + 1e-6 and 0 <= after <= 12 * jitter + 1e-6
         assert (np.diff(plan.indices) >= 0).all() and 0 <= plan.indices[0] and plan.indices[-1] < info.n_frames
         assert plan.past_end == (start >= info.duration_sec)
-        even = video.plan_grid(info, (start, start + length), "even", 12.0, n_frames).indices
+        even = video_files.plan_grid(info, (start, start + length), "even", 12.0, n_frames).indices
         assert 1 <= len(even) <= n_frames and (np.diff(even) > 0).all()
 
 
 def test_even_grid_has_both_ends_of_its_window():
-    plan = functools.partial(video.plan_grid, made_info(10, 12), grid="even", fps=12, n_frames=16)
+    plan = functools.partial(video_files.plan_grid, made_info(10, 12), grid="even", fps=12, n_frames=16)
     assert plan(window=WHOLE).indices[[0, -1]].tolist() == [0, 119]
     assert plan(window=(2.0, 4.0)).indices[[0, -1]].tolist() == [24, 47]
     assert plan(window=(2.0, 3.0)).indices.tolist() == list(range(24, 36)), "fewer frames than asked for: all of them"
@@ -442,7 +441,7 @@ def test_even_grid_has_both_ends_of_its_window():
 
 
 def open_store(sources, windows, grid="rate", fps=12.0, n_frames=16, short_side=48, cache="ram", **options):
-    return video.ClipStore(sources, windows, grid=grid, fps=fps, n_frames=n_frames, short_side=short_side, cache=cache,
+    return video_files.ClipStore(sources, windows, grid=grid, fps=fps, n_frames=n_frames, short_side=short_side, cache=cache,
                            **options)
 
 
@@ -482,8 +481,8 @@ def test_forked_workers_read_clips(mixed, cache):
 
 @needs_av
 def test_rows_of_one_honest_file_are_decoded_in_one_pass(films, monkeypatch):
-    passes, sweep = [], video._sweep
-    monkeypatch.setattr(video, "_sweep", lambda path, *a, **k: passes.append(path) or sweep(path, *a, **k))
+    passes, sweep = [], video_files._sweep
+    monkeypatch.setattr(video_files, "_sweep", lambda path, *a, **k: passes.append(path) or sweep(path, *a, **k))
     windows = [(t, t + 1) for t in (0, 4.5, 2, 2.5)]
     store = open_store([films["bframes.mp4"]] * 4, windows, fps=15, n_frames=8)
     assert len(passes) == 1 and [number_of(store[i][0]) for i in range(4)] == [0, 68, 30, 38]
@@ -503,7 +502,7 @@ def test_audit_of_a_clip(films):
     assert found.pixel_sha == hashlib.sha256(store[0].tobytes()).hexdigest()
     assert found.phash == tuple(picture_files.perceptual_hash(store[0][18]).tolist())
     times = 1 + np.arange(-6, 30) / 12
-    assert np.array_equal(store[0], video.read_frames(films["bframes.mp4"], times, 48))
+    assert np.array_equal(store[0], video_files.read_frames(films["bframes.mp4"], times, 48))
 
 
 @needs_av
@@ -515,8 +514,8 @@ def test_second_run_takes_up_the_disk_cache_unless_it_is_damaged(mixed, damage, 
         data[1000 if damage == "flip a pixel" else -200] ^= 1
         first.file.unlink()
         first.file.write_bytes({"cut": data[:-100], "empty": b""}.get(damage, data))
-    passes, sweep = [], video._sweep
-    monkeypatch.setattr(video, "_sweep", lambda path, *a, **k: passes.append(path) or sweep(path, *a, **k))
+    passes, sweep = [], video_files._sweep
+    monkeypatch.setattr(video_files, "_sweep", lambda path, *a, **k: passes.append(path) or sweep(path, *a, **k))
     second = open_store(*mixed, cache="disk")
     decoded = {Path(path).name for path in passes} - {"zero.mp4"}  # what was broken is looked at again
     assert bool(decoded) == bool(damage) and second.audit == first.audit and second.file == first.file

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import common
-from evidence import rater_agreement
+from evidence import confounding, event_audit, rater_agreement
+from readers import event_tables, score_tables
 import train_video as tv
 
 pytestmark = pytest.mark.fault("tables, COCO, JSON: quirks and mistakes")
@@ -58,7 +59,7 @@ def test_windows_paths_resolve_by_suffix_then_base_name_in_any_case(tmp_path):
                "elsewhere/N900.mp4", "Group 1 Day 1/Cam 8/._N884_ch8_main.mp4", ".hidden/N901.mp4")
     study = "E:\\Some study 2024\\Group 1 Day 1\\Cam 8\\"
     wanted = [study + "N884_ch8_main.mp4", study + "n900.mp4", "cam 9/N884_ch8_main", study + "N901.mp4"]
-    hits, by_base = tv.match_videos(wanted, root)
+    hits, by_base = event_tables.match_videos(wanted, root)
     found = [path and path.relative_to(root).as_posix() for path in hits.values()]
     assert found == ["Group 1 Day 1/Cam 8/N884_CH8_main.MP4", "elsewhere/N900.mp4",
                      "Group 1 Day 1/Cam 9/n884_ch8_main.mp4", None]
@@ -67,42 +68,42 @@ def test_windows_paths_resolve_by_suffix_then_base_name_in_any_case(tmp_path):
 
 def test_a_name_that_fits_several_files_is_an_error_that_lists_them(tmp_path):
     root = put(tmp_path, "Cam 8/a.mp4", "Cam 9/a.mp4", "Cam 9/b.mp4")
-    message = fails(tv.match_videos, ["a.mp4", "b.mp4"], root)
+    message = fails(event_tables.match_videos, ["a.mp4", "b.mp4"], root)
     assert "Cam 8/a.mp4" in message and "Cam 9/a.mp4" in message and "b.mp4 ->" not in message
-    assert tv.match_videos(["Cam 9/a.mp4"], root)[0]["Cam 9/a.mp4"] == root / "Cam 9/a.mp4"
+    assert event_tables.match_videos(["Cam 9/a.mp4"], root)[0]["Cam 9/a.mp4"] == root / "Cam 9/a.mp4"
 
 
 def test_two_folders_of_a_manifest_never_mean_one_file(tmp_path):
     """A flat video folder with cam 8's file alone must not serve as cam 9's."""
-    message = fails(tv.match_videos, ["E:\\x\\Cam 8\\a.mp4", "E:\\x\\Cam 9\\a.mp4"], put(tmp_path, "a.mp4"))
+    message = fails(event_tables.match_videos, ["E:\\x\\Cam 8\\a.mp4", "E:\\x\\Cam 9\\a.mp4"], put(tmp_path, "a.mp4"))
     assert "cam 8" in message and "cam 9" in message
-    assert len(tv.match_videos(["E:\\x\\Cam 8\\a.mp4", "F:\\copy\\Cam 8\\a.mp4"], tmp_path)[0]) == 2
+    assert len(event_tables.match_videos(["E:\\x\\Cam 8\\a.mp4", "F:\\copy\\Cam 8\\a.mp4"], tmp_path)[0]) == 2
 
 
 @pytest.mark.parametrize("name", ["../secret.mp4", "..\\secret.mp4", "a/../../secret.mp4", "./../videos/../secret.mp4"])
 def test_paths_that_leave_the_video_root_are_refused(tmp_path, name):
     put(tmp_path, "secret.mp4", "videos/a.mp4")
-    assert "secret.mp4" in fails(tv.match_videos, [name], tmp_path / "videos")
+    assert "secret.mp4" in fails(event_tables.match_videos, [name], tmp_path / "videos")
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "/../etc/passwd", "C:\\..\\..\\etc\\passwd", "//server/share/x.mp4",
                                   "http://host/x.mp4", "x\0.mp4", "."])
 def test_absolute_paths_elsewhere_are_missing_not_opened(tmp_path, name):
-    assert tv.match_videos([name], put(tmp_path, "a.mp4"))[0] == {name: None}
+    assert event_tables.match_videos([name], put(tmp_path, "a.mp4"))[0] == {name: None}
 
 
 def test_links_into_a_loop_end(tmp_path):
     put(tmp_path, "sub/a.mp4", "b.mp4")
     (tmp_path / "sub" / "again").symlink_to(tmp_path, target_is_directory=True)
-    assert sorted(tv.index_videos(tmp_path)) == ["b.mp4", "sub/a.mp4"]
+    assert sorted(event_tables.index_videos(tmp_path)) == ["b.mp4", "sub/a.mp4"]
 
 
 def test_missing_videos_are_listed_and_stop_above_the_share(tmp_path):
     put(tmp_path, *(f"v{i}.mp4" for i in range(9)))
     path = write(tmp_path / "m.csv", "path,label\n" + "".join(f"v{i}.mp4,{'ab'[i % 2]}\n" for i in range(10)))
-    message = fails(tv.read_events, {"": path})
+    message = fails(event_tables.read_events, {"": path})
     assert "1 of 10" in message and "v9.mp4" in message and "--max_missing" in message
-    table = tv.read_events({"": path}, max_missing=0.1)
+    table = event_tables.read_events({"": path}, max_missing=0.1)
     assert len(table) == 9 and [(row["row"], row["reason"]) for row in table.skipped] == [("m.csv line 11",
                                                                                           "no such video")]
 
@@ -113,20 +114,20 @@ def test_missing_videos_are_listed_and_stop_above_the_share(tmp_path):
     ("6:00:25", "06:00:25"), ("6:00:25", "7/6/2024 6:00:25"), ("18:00:05", "6:00:05 PM"), ("0:30:00", "12:30 am"),
     ("06:00", "6:00:00.0")])
 def test_clock_times_in_different_spellings(one, other):
-    assert tv.clock_seconds(one) == tv.clock_seconds(other)
+    assert event_tables.clock_seconds(one) == event_tables.clock_seconds(other)
 
 
 @pytest.mark.parametrize("one, other", [
     ("7/6/2024 0:00", "7/6/2024"), ("07/06/2024 00:00:00", "7/6/2024"), ("2024-07-06T00:00:00.000", "2024-7-6"),
     (" Calf  12 ", "calf 12"), ("007", "7"), ("7.0", "7"), ("tensor(9)", "9"), ("Group 1", "1"), ("Day 02", "2")])
 def test_levels_in_different_spellings(one, other):
-    assert tv.plain_level(one) == tv.plain_level(other)
+    assert event_tables.plain_level(one) == event_tables.plain_level(other)
 
 
 def test_levels_that_differ_stay_different():
     cells = ["1", "10", "100", "1.5", "1.05", "A7", "A07", "7/6/2024", "6/7/2024", "calf 1", "calf 11", "20:00", "2:00"]
-    assert len({tv.plain_level(cell) for cell in cells}) == len(cells)
-    assert np.isnan([tv.clock_seconds(text) for text in ("", "7", "7/6/2024", "ab:cd")]).all()
+    assert len({event_tables.plain_level(cell) for cell in cells}) == len(cells)
+    assert np.isnan([event_tables.clock_seconds(text) for text in ("", "7", "7/6/2024", "ab:cd")]).all()
 
 
 def test_the_same_event_under_another_camera_path_and_row(tmp_path):
@@ -136,7 +137,7 @@ def test_the_same_event_under_another_camera_path_and_row(tmp_path):
                  event(event_idx=2, start_time="6:00:26", video_path="E:\\s\\Cam 8\\N884_ch8.mp4", event_offset_sec=60))
     b = manifest(tmp_path / "b.csv", event(event_idx=77, group="Group 1", start_time="06:00:25", receiver_id="7",
                                            video_path="F:/Cam 9/N884_ch9.mp4", event_offset_sec=29, camera_id=9))
-    table = tv.read_events({"train": a, "test": b}, root)
+    table = event_tables.read_events({"train": a, "test": b}, root)
     assert table.events[0] == table.events[2] != table.events[1]
     assert list(table.videos) == ["Cam 8/N884_ch8.mp4"] * 2 + ["Cam 9/N884_ch9.mp4"]
     assert list(table.groups) == ["1", "1", "1"] and list(table.extra["hour"]) == ["6"] * 3
@@ -146,7 +147,7 @@ def test_the_same_event_under_another_camera_path_and_row(tmp_path):
 
 def test_without_event_columns_the_event_is_source_and_window(tmp_path):
     put(tmp_path, "x/a.mp4", "y/a.mp4")
-    table = tv.read_events({"": write(tmp_path / "m.csv", "path,label,start_sec,end_sec\nx/a.mp4,p,0,2\n"
+    table = event_tables.read_events({"": write(tmp_path / "m.csv", "path,label,start_sec,end_sec\nx/a.mp4,p,0,2\n"
                                                           "x/a.mp4,p,5,7\ny/a.mp4,q,0,2\n")})
     assert list(table.events) == ["x/a.mp4@0-2", "x/a.mp4@5-7", "y/a.mp4@0-2"]
 
@@ -154,7 +155,7 @@ def test_without_event_columns_the_event_is_source_and_window(tmp_path):
 def test_rows_with_a_blank_time_are_not_one_event(tmp_path):
     root = put(tmp_path, "a.mp4")
     rows = [event(video_path="a.mp4", start_time="", event_offset_sec=t) for t in (0, 10)]
-    assert len(set(tv.read_events({"": manifest(tmp_path / "m.csv", *rows)}, root).events)) == 2
+    assert len(set(event_tables.read_events({"": manifest(tmp_path / "m.csv", *rows)}, root).events)) == 2
 
 
 # --- windows -----------------------------------------------------------------------
@@ -163,7 +164,7 @@ def windows(tmp_path, header, *rows, **options):
     """Table of one video with these window columns; labels a and b in turn."""
     put(tmp_path, "a.mp4")
     text = "".join(f"a.mp4,{'ab'[i % 2]},{row}\n" for i, row in enumerate(rows))
-    return tv.read_events({"": write(tmp_path / "m.csv", f"path,label,{header}\n{text}")}, **options)
+    return event_tables.read_events({"": write(tmp_path / "m.csv", f"path,label,{header}\n{text}")}, **options)
 
 
 def test_offset_and_duration_with_zero_widened_around_the_event(tmp_path):
@@ -177,7 +178,7 @@ def test_start_and_end_in_seconds_or_frames(tmp_path):
     assert windows(tmp_path, "start_sec,end_sec", "1.5,4", "2,9").windows.tolist() == [[1.5, 4], [2, 9]]
     table = windows(tmp_path, "start_frame,end_frame", "0,29", "60,60")
     assert list(table.unit) == ["frame", "frame"] and table.windows.tolist() == [[0, 30], [60, 61]]
-    seconds = tv.seconds_of(table, np.array([15.0, 30.0]))
+    seconds = event_tables.seconds_of(table, np.array([15.0, 30.0]))
     assert list(seconds.unit) == ["sec", "sec"]
     np.testing.assert_allclose(seconds.windows, [[0, 2], [60.5 / 30 - 0.5, 60.5 / 30 + 0.5]])
 
@@ -193,7 +194,7 @@ def test_impossible_windows_are_skipped_by_name(tmp_path):
 def test_semicolons_and_decimal_commas(tmp_path):
     put(tmp_path, "a.mp4")
     path = write(tmp_path / "m.csv", "Path;Label;Start Sec;End.Sec\na.mp4;x;1,5;4,25\na.mp4;y;5;6,5\n")
-    assert tv.read_events({"": path}).windows.tolist() == [[1.5, 4.25], [5, 6.5]]
+    assert event_tables.read_events({"": path}).windows.tolist() == [[1.5, 4.25], [5, 6.5]]
 
 
 # --- other layouts -----------------------------------------------------------------
@@ -201,7 +202,7 @@ def test_semicolons_and_decimal_commas(tmp_path):
 def test_minimal_form_folders_of_frames_npy_and_whole_clips(tmp_path):
     put(tmp_path, "clips/a.mp4", "frames/seq 1/0001.jpg", "frames/seq 1/0002.jpg", "arrays/c.npy")
     path = write(tmp_path / "m.csv", "path,label,group\nclips/a.mp4,x,g1\nframes/seq 1,y,g1\narrays/c.npy,x,g2\n")
-    table = tv.read_events({"": path})
+    table = event_tables.read_events({"": path})
     assert [source.name for source in table.sources] == ["a.mp4", "seq 1", "c.npy"] and np.isnan(table.windows).all()
     assert list(table.groups) == ["g1", "g1", "g2"] and list(table.clip_ids)[1] == "frames/seq 1"
     assert table.names == ["x", "y"] and list(table.label) == [0, 1, 0]
@@ -209,7 +210,7 @@ def test_minimal_form_folders_of_frames_npy_and_whole_clips(tmp_path):
 
 def test_class_folders_and_apple_files(tmp_path):
     put(tmp_path, "ear/1.mp4", "ear/._1.mp4", "tail/1.mp4", "tail/2/0.png", "tail/2/1.png", "notes.txt")
-    table = tv.read_events({"": tmp_path})
+    table = event_tables.read_events({"": tmp_path})
     assert sorted(table.clip_ids) == ["ear/1.mp4", "tail/1.mp4", "tail/2"] and table.names == ["ear", "tail"]
     assert len(set(table.events)) == 3, "equal base names in two class folders are two clips"
 
@@ -217,8 +218,8 @@ def test_class_folders_and_apple_files(tmp_path):
 def test_absolute_paths_without_a_video_root(tmp_path):
     video = put(tmp_path / "far", "a.mp4") / "a.mp4"
     path = write(tmp_path / "m.csv", f"path,label\n{video},x\n")
-    assert tv.read_events({"": path}).sources == [video]
-    assert "1 of 1" in fails(tv.read_events, {"": path}, put(tmp_path / "near", "b.mp4"))
+    assert event_tables.read_events({"": path}).sources == [video]
+    assert "1 of 1" in fails(event_tables.read_events, {"": path}, put(tmp_path / "near", "b.mp4"))
 
 
 def test_rows_repeated_on_purpose_are_counted_and_stand_once(tmp_path):
@@ -226,7 +227,7 @@ def test_rows_repeated_on_purpose_are_counted_and_stand_once(tmp_path):
     rare = event(event_idx=1, behavior="tail", video_path="a.mp4", event_offset_sec=5)
     rows = [rare, event(video_path="b.mp4"), rare.replace("1,", "9,", 1), rare, event(video_path="b.mp4",
                                                                                     initiator_id="13")]
-    table = tv.read_events({"train": manifest(tmp_path / "m.csv", *rows)}, root)
+    table = event_tables.read_events({"train": manifest(tmp_path / "m.csv", *rows)}, root)
     assert list(table.repeats) == [3, 1, 1] and list(table.label) == [1, 0, 0] and "2 rows repeat" in table.notes[0]
     assert len(set(table.clip_ids)) == 3, "two events in one window stay two"
 
@@ -235,14 +236,14 @@ def test_ids_do_not_depend_on_the_order_of_the_rows(tmp_path):
     root = put(tmp_path, "a.mp4")
     rows = [event(video_path="a.mp4", initiator_id=i, behavior=label, start_time=f"6:0{t}:00", event_offset_sec=60 * t)
             for i in (3, 5) for t in range(3) for label in ("ear", "tail")]
-    ids = [tv.read_events({"": manifest(tmp_path / "m.csv", *order)}, root).clip_ids for order in (rows, rows[::-1])]
+    ids = [event_tables.read_events({"": manifest(tmp_path / "m.csv", *order)}, root).clip_ids for order in (rows, rows[::-1])]
     assert set(ids[0]) == set(ids[1]) and len(set(ids[0])) == 12
 
 
 def test_take_keeps_all_columns_together(tmp_path):
     put(tmp_path, *(f"{name}.mp4" for name in "abcd"))
     path = write(tmp_path / "m.csv", "path,label,group\n" + "".join(f"{n}.mp4,{n},g{n}\n" for n in "abcd"))
-    table = tv.read_events({"": path})
+    table = event_tables.read_events({"": path})
     for part in (table.take(np.array([3, 1])), table.take(np.array([False, True, False, True])).take([1, 0])):
         assert [source.stem for source in part.sources] == ["d", "b"] == [part.names[c] for c in part.label]
         assert list(part.groups) == list(part.extra["group"]) == ["gd", "gb"] and list(part.extra.index) == [0, 1]
@@ -251,7 +252,7 @@ def test_take_keeps_all_columns_together(tmp_path):
 # --- labels -------------------------------------------------------------------------
 
 def test_spellings_of_case_and_spaces_are_one_class():
-    names, chosen = tv.classes_of(["Ear", "ear ", "Ear", "TAIL", "tail", ""])
+    names, chosen = event_tables.classes_of(["Ear", "ear ", "Ear", "TAIL", "tail", ""])
     assert names == ["Ear", "TAIL"] and chosen == ["Ear"] * 3 + ["TAIL"] * 2 + [""]
 
 
@@ -264,28 +265,28 @@ def test_label_map_in_every_format(tmp_path, name, text):
     root = put(tmp_path, "a.mp4")
     labels = ["EAR", "TAIL", "tail", "tail/teat?", *["tailhead"] * ("tailhead" in text)]
     rows = [event(video_path="a.mp4", behavior=label, event_offset_sec=10 * i) for i, label in enumerate(labels)]
-    table = tv.read_events({"": manifest(tmp_path / "m.csv", *rows)}, root, write(tmp_path / name, text))
+    table = event_tables.read_events({"": manifest(tmp_path / "m.csv", *rows)}, root, write(tmp_path / name, text))
     assert table.names == ["ear", "tail"] and list(table.label) == [0, 1, 1, 1]
     assert [row["reason"] for row in table.skipped] == ["left out by --label_map"] * ("tailhead" in text)
 
 
 def test_unmapped_labels_are_listed_with_their_counts(tmp_path):
     path = write(tmp_path / "map.json", '{"Ear": "ear"}')
-    message = fails(tv.classes_of, ["ear", "tailhead", "tailhead", "x"], tv.read_label_map(path))
+    message = fails(event_tables.classes_of, ["ear", "tailhead", "tailhead", "x"], event_tables.read_label_map(path))
     assert "'tailhead' (2 rows)" in message and "'x' (1 rows)" in message and "--label_map" in message
-    assert "'x' (1 rows)" in fails(tv.classes_of, ["ear", "x"], None, ["ear", "tail"])
-    assert "'b' (1 rows)" in fails(tv.classes_of, ["a", "b"], {"a": "ear", "b": "other"}, ["ear", "tail"])
-    assert tv.classes_of(["TAIL"], None, ["ear", "tail"]) == (["ear", "tail"], ["tail"])
+    assert "'x' (1 rows)" in fails(event_tables.classes_of, ["ear", "x"], None, ["ear", "tail"])
+    assert "'b' (1 rows)" in fails(event_tables.classes_of, ["a", "b"], {"a": "ear", "b": "other"}, ["ear", "tail"])
+    assert event_tables.classes_of(["TAIL"], None, ["ear", "tail"]) == (["ear", "tail"], ["tail"])
 
 
 def test_blank_labels_are_skipped_in_training_and_unknown_in_prediction(tmp_path):
     put(tmp_path, "a.mp4", "b.mp4")
     path = write(tmp_path / "m.csv", "path,label\na.mp4,x\nb.mp4,\n")
-    assert [row["reason"] for row in tv.read_events({"": path}).skipped] == ["no label"]
-    assert list(tv.read_events({"": path}, names=["w", "x"], need_labels=False).label) == [1, -1]
+    assert [row["reason"] for row in event_tables.read_events({"": path}).skipped] == ["no label"]
+    assert list(event_tables.read_events({"": path}, names=["w", "x"], need_labels=False).label) == [1, -1]
     bare = write(tmp_path / "bare.csv", "path\na.mp4\nb.mp4\n")
-    assert list(tv.read_events({"": bare}, names=["w", "x"], need_labels=False).label) == [-1, -1]
-    assert "one of labels" in fails(tv.read_events, {"": bare})
+    assert list(event_tables.read_events({"": bare}, names=["w", "x"], need_labels=False).label) == [-1, -1]
+    assert "one of labels" in fails(event_tables.read_events, {"": bare})
 
 
 @pytest.mark.parametrize("text, said", [
@@ -294,8 +295,8 @@ def test_blank_labels_are_skipped_in_training_and_unknown_in_prediction(tmp_path
 def test_mistakes_in_a_manifest(tmp_path, text, said):
     put(tmp_path, "a.mp4")
     path = write(tmp_path / "m.csv", text)
-    assert said in fails(tv.read_events, {"": path}, group_column="group" if "group" in text else None)
-    assert "did you mean" in fails(tv.read_events, {"": write(path, "path,label,pen\na.mp4,x,1\n")}, group_column="pem")
+    assert said in fails(event_tables.read_events, {"": path}, group_column="group" if "group" in text else None)
+    assert "did you mean" in fails(event_tables.read_events, {"": write(path, "path,label,pen\na.mp4,x,1\n")}, group_column="pem")
 
 
 # --- splits --------------------------------------------------------------------------
@@ -306,20 +307,20 @@ def small_table(tmp_path):
     rows = [event(video_path="a.mp4", start_time="6:00:00"), event(video_path="b.mp4", start_time="06:00:00"),
             event(video_path="b.mp4", start_time="6:10:00", event_offset_sec=600),
             event(video_path="c.mp4", start_time="6:20:00", group="2", behavior="tail")]
-    return tv.read_events({"": manifest(tmp_path / "m.csv", *rows)}, root)
+    return event_tables.read_events({"": manifest(tmp_path / "m.csv", *rows)}, root)
 
 
 def test_split_keys_keep_what_belongs_together(tmp_path):
     table = small_table(tmp_path)
 
     def units(split_by):
-        return np.unique(tv.split_keys(table, split_by), return_inverse=True)[1].tolist()
+        return np.unique(event_tables.split_keys(table, split_by), return_inverse=True)[1].tolist()
     assert units("event") == [0, 0, 1, 2] and units("video") == [0, 0, 0, 1] and units("group") == [0, 0, 0, 1]
     assert units(None) == units("group")
     table.groups = np.array(["1"] * 4)
     assert units(None) == units("video"), "one group alone cannot be split, the next level can"
     table.groups = None
-    assert "--group_column" in fails(tv.split_keys, table, "group")
+    assert "--group_column" in fails(event_tables.split_keys, table, "group")
 
 
 def test_split_keys_chain_over_shared_events():
@@ -330,7 +331,7 @@ def test_split_keys_chain_over_shared_events():
     columns = [draw.integers(0, 40, 60), draw.integers(0, 55, 60)]
     edges = coo_matrix((np.ones(60), (columns[0], columns[1] + 40)), shape=(95, 95))
     expected = connected_components(edges, directed=False)[1][columns[0]]
-    found = np.unique(tv.connected([column.astype(str) for column in columns]), return_inverse=True)[1]
+    found = np.unique(event_tables.connected([column.astype(str) for column in columns]), return_inverse=True)[1]
     assert len(set(zip(expected, found))) == len(set(expected)) == len(set(found))
 
 
@@ -362,7 +363,7 @@ def test_scores_as_csv(tmp_path):
     records = sequences(tmp_path)
     lines = [",".join(records[0]), *(",".join("" if cell is None else str(cell) for cell in row.values())
                                      for row in records)]
-    check_sequences(tv.read_sequences(write(tmp_path / "s.csv", "\n".join(lines))))
+    check_sequences(score_tables.read_sequences(write(tmp_path / "s.csv", "\n".join(lines))))
 
 
 @pytest.mark.parametrize("shape", [
@@ -373,7 +374,7 @@ def test_scores_as_csv(tmp_path):
     lambda records: [{**dict(list(row.items())[:5]), "scores": dict(list(row.items())[5:])} for row in records]])
 def test_scores_as_json_in_every_shape(tmp_path, shape):
     path = write(tmp_path / "s.json", json.dumps(shape(sequences(tmp_path))))
-    table = tv.read_sequences(path)
+    table = score_tables.read_sequences(path)
     check_sequences(table)
     assert list(table.extra["sequence_id"]) == list("012345")
 
@@ -384,7 +385,7 @@ def test_spellings_of_columns_and_tensor_ids(tmp_path, animal, total):
                for row in sequences(tmp_path)]
     for row in records:
         row[animal] = f"tensor({row[animal] + 7})"
-    table = tv.read_sequences(write(tmp_path / "s.json", json.dumps(records)),
+    table = score_tables.read_sequences(write(tmp_path / "s.json", json.dumps(records)),
                               target_columns=["orbital.tightening", "TOTAL FACIAL SCALE"])
     assert list(table.groups) == list("778899") and table.names == ["Orbital_tightening", total]
     assert table.target.shape == (6, 2) and "Ears" not in table.names
@@ -393,20 +394,20 @@ def test_spellings_of_columns_and_tensor_ids(tmp_path, animal, total):
 def test_raters_are_averaged_and_kept_for_the_icc(tmp_path):
     put(tmp_path, *(f"s{i}/0.jpg" for i in range(3)))
     rows = ["s0,c,A,1,4", "s0,c,B,2,6", "s1,c,A,0,", "s1,c,B,1,8", "s2,d,A,2,2"]
-    table = tv.read_sequences(write(tmp_path / "s.csv", "path,animal,rater,ears,total\n" + "\n".join(rows)))
+    table = score_tables.read_sequences(write(tmp_path / "s.csv", "path,animal,rater,ears,total\n" + "\n".join(rows)))
     assert table.target.tolist() == [[1.5, 5], [0.5, 8], [2, 2]] and list(table.repeats) == [1, 1, 1]
     assert [each.tolist() for each in table.single_ratings["ears"]] == [[1, 2], [0, 1], [2]]
     assert [each.tolist() for each in table.single_ratings["total"]] == [[4, 6], [8], [2]]
     means = np.array([1.5, 0.5, 2])
     between = (np.array([2, 2, 1]) * (means - 1.2) ** 2).sum() / 2
     assert rater_agreement.icc(table.single_ratings["ears"])[1] == pytest.approx((between - 0.5) / between)
-    twice = tv.read_sequences(write(tmp_path / "t.csv", "path,animal,ears\ns0,c,1\ns0,c,1\ns1,d,2\n"))
+    twice = score_tables.read_sequences(write(tmp_path / "t.csv", "path,animal,ears\ns0,c,1\ns0,c,1\ns1,d,2\n"))
     assert list(twice.repeats) == [2, 1] and twice.single_ratings is None
 
 
 def test_total_and_parts_by_name():
-    assert tv.total_and_parts(["Ears", "Muzzle", "NRS (1-10)", "VAS (0-100)", "Total.Facial.scale"]) == (4, [0, 1])
-    assert tv.total_and_parts(["Ears", "Muzzle"]) == (None, [])
+    assert score_tables.total_and_parts(["Ears", "Muzzle", "NRS (1-10)", "VAS (0-100)", "Total.Facial.scale"]) == (4, [0, 1])
+    assert score_tables.total_and_parts(["Ears", "Muzzle"]) == (None, [])
 
 
 def test_rows_without_any_score_and_missing_folders(tmp_path):
@@ -415,34 +416,34 @@ def test_rows_without_any_score_and_missing_folders(tmp_path):
         records[2][name] = None
     records[4]["sequence_path"] = "calf 1/seq 99"
     path = write(tmp_path / "s.json", json.dumps(records))
-    assert "1 of 6" in fails(tv.read_sequences, path) and "seq 99" in fails(tv.read_sequences, path)
-    table = tv.read_sequences(path, max_missing=0.2)
+    assert "1 of 6" in fails(score_tables.read_sequences, path) and "seq 99" in fails(score_tables.read_sequences, path)
+    table = score_tables.read_sequences(path, max_missing=0.2)
     assert [row["reason"] for row in table.skipped] == ["no score", "no such folder"] and len(table) == 4
-    assert len(tv.read_sequences(path, max_missing=0.2, need_labels=False)) == 5
+    assert len(score_tables.read_sequences(path, max_missing=0.2, need_labels=False)) == 5
 
 
 @pytest.mark.parametrize("text, said", [("{", "expected JSON"), ("[]", "list of sequences"), ("7", "list of sequences"),
                                         ('[{"animal": 1, "ears": 1}]', "column of folders"),
                                         ('[{"path": "x", "animal": "b"}]', "columns of scores"), ("[" * 90000, "JSON")])
 def test_mistakes_in_a_score_file(tmp_path, text, said):
-    assert said in fails(tv.read_sequences, write(tmp_path / "s.json", text))
+    assert said in fails(score_tables.read_sequences, write(tmp_path / "s.json", text))
 
 
 # --- flags on rows -----------------------------------------------------------------------
 
 @pytest.fixture
 def scores(tmp_path):
-    return tv.read_sequences(write(tmp_path / "s.json", json.dumps(sequences(tmp_path))))
+    return score_tables.read_sequences(write(tmp_path / "s.json", json.dumps(sequences(tmp_path))))
 
 
 def test_filter(scores):
-    assert np.flatnonzero(tv.filter_rows(scores, "moment==M1")).tolist() == [1, 3, 5]
-    assert np.flatnonzero(tv.filter_rows(scores, "Moment != 'm1' and nrs_1_10 >= 3")).tolist() == [2, 4]
-    assert np.flatnonzero(tv.filter_rows(scores, "VAS (0-100)<20 and animal == 0")).tolist() == [0, 1]
-    assert "keeps none" in fails(tv.filter_rows, scores, "moment==M9")
-    assert "did you mean moment" in fails(tv.filter_rows, scores, "momnet==M1")
+    assert np.flatnonzero(event_tables.filter_rows(scores, "moment==M1")).tolist() == [1, 3, 5]
+    assert np.flatnonzero(event_tables.filter_rows(scores, "Moment != 'm1' and nrs_1_10 >= 3")).tolist() == [2, 4]
+    assert np.flatnonzero(event_tables.filter_rows(scores, "VAS (0-100)<20 and animal == 0")).tolist() == [0, 1]
+    assert "keeps none" in fails(event_tables.filter_rows, scores, "moment==M9")
+    assert "did you mean moment" in fails(event_tables.filter_rows, scores, "momnet==M1")
     for hostile in ("moment", "__import__('os')", "moment==", "moment=M1", "moment==M1 and"):
-        assert "--filter" in fails(tv.filter_rows, scores, hostile)
+        assert "--filter" in fails(event_tables.filter_rows, scores, hostile)
 
 
 def test_weights_and_presets_of_levels(scores):
@@ -458,8 +459,8 @@ def test_weights_and_presets_of_levels(scores):
 
 
 def test_test_groups(scores):
-    assert np.flatnonzero(tv.group_mask(scores, "0, tensor(2)")).tolist() == [0, 1, 4, 5]
-    assert "14" in fails(tv.group_mask, scores, "0,14")
+    assert np.flatnonzero(event_tables.group_mask(scores, "0, tensor(2)")).tolist() == [0, 1, 4, 5]
+    assert "14" in fails(event_tables.group_mask, scores, "0,14")
 
 
 FOLDS = [{"fold": 0, "train_animals": [0, 1], "val_animals": [2]},
@@ -471,7 +472,7 @@ FOLDS = [{"fold": 0, "train_animals": [0, 1], "val_animals": [2]},
     {"fold_1": FOLDS[1], "fold_0": FOLDS[0], "seed": 3}, {"cv_folds": str(FOLDS).replace("[2]", "[tensor(2)]")},
     {"fold_0": {"train": ["0", "1.0"], "val": ["tensor(2)"]}, "fold_1": {"train": [2], "val": ["0"]}}])
 def test_split_files_in_every_spelling(scores, tmp_path, content):
-    folds = tv.read_cv_file(write(tmp_path / "cv.json", json.dumps(content)), scores)
+    folds = score_tables.read_cv_file(write(tmp_path / "cv.json", json.dumps(content)), scores)
     assert [(fold["fold"], fold["train"].tolist(), fold["val"].tolist()) for fold in folds] == [
         (0, [0, 1, 2, 3], [4, 5]), (1, [4, 5], [0, 1])]
 
@@ -481,7 +482,7 @@ def test_split_files_in_every_spelling(scores, tmp_path, content):
     ([{"train_animals": [0, 1], "val_animals": [1]}], "on both sides: 1"), ({"seed": 1}, "expected cv_folds"),
     ([{"train_animals": [0], "val_animals": [77]}], "without rows: 77"), ([3], "expected train_animals")])
 def test_mistakes_in_a_split_file(scores, tmp_path, content, said):
-    assert said in fails(tv.read_cv_file, write(tmp_path / "cv.json", json.dumps(content)), scores)
+    assert said in fails(score_tables.read_cv_file, write(tmp_path / "cv.json", json.dumps(content)), scores)
 
 
 # --- audit -----------------------------------------------------------------------------
@@ -509,7 +510,7 @@ def planted(tmp_path, seed=None):
     for part in rows:
         order = range(len(rows[part])) if seed is None else np.random.default_rng(seed).permutation(len(rows[part]))
         manifest(tmp_path / f"{part}.csv", *(rows[part][i] for i in order))
-    table = tv.read_events({part: tmp_path / f"{part}.csv" for part in rows}, root)
+    table = event_tables.read_events({part: tmp_path / f"{part}.csv" for part in rows}, root)
     return {part: table.take(table.parts == part) for part in rows}
 
 
@@ -520,7 +521,7 @@ def counts(found):
 def audit(tmp_path, seed=None):
     tables = planted(tmp_path, seed)
     durations = {source: 10.0 if source.stem == "g" else 100.0 for part in tables.values() for source in part.sources}
-    return tv.audit_tables(tables, durations=durations, positive="tail")
+    return event_audit.audit_tables(tables, durations=durations, positive="tail")
 
 
 def test_planted_leaks_are_counted_exactly(tmp_path):
@@ -564,7 +565,7 @@ def test_the_audit_does_not_depend_on_the_order_of_the_rows(tmp_path, seed):
 
 
 def test_audit_text_says_it_in_ascii(tmp_path):
-    text = tv.audit_text(audit(tmp_path))
+    text = event_audit.audit_text(audit(tmp_path))
     assert text.isascii() and "SHARED EVENTS: 1 of 4 rows of test show an event that is also in train" in text
     assert "between train-val: 0 shared videos, 0 renamed copies" in text
     assert "windows: 1 start past the end of their file (d.mp4@500-502), 1 are cut by it" in text
@@ -578,10 +579,10 @@ def test_windows_against_every_pair_of_rows(tmp_path):
     starts = draw.integers(0, 200, 60)
     text = "".join(f"{['a', 'b', 'a2'][i % 3]}.mp4,{'xy'[i % 2]},{s},{s + draw.integers(1, 12)}\n"
                    for i, s in enumerate(starts))
-    table = tv.read_events({"": write(tmp_path / "m.csv", "path,label,start_sec,end_sec\n" + text)})
+    table = event_tables.read_events({"": write(tmp_path / "m.csv", "path,label,start_sec,end_sec\n" + text)})
     table.windows[7] = np.nan
     overlapping, near = (set(map(frozenset, found)) for found in
-                         tv.window_pairs(table, tv.content_keys(table.sources), 5.0))
+                         event_audit.window_pairs(table, event_audit.content_keys(table.sources), 5.0))
     expected = {"overlap": set(), "near": set()}
     bounds = [(0, 1e9) if np.isnan(window[0]) else tuple(window) for window in table.windows]
     for i in range(len(table)):
@@ -601,7 +602,7 @@ def test_contents_are_compared_by_bytes_and_read_once(tmp_path, monkeypatch):
     names = ["x.mp4", "y.mp4", "z.mp4", "long name.mp4", "f1", "link.mp4"]
     opened, plain = [], open
     monkeypatch.setattr("builtins.open", lambda file, *a, **k: (opened.append(str(file)), plain(file, *a, **k))[1])
-    keys = tv.content_keys([tmp_path / name for name in [*names, *names]])
+    keys = event_audit.content_keys([tmp_path / name for name in [*names, *names]])
     x, y, z, alone, folder, link = (keys[tmp_path / name] for name in names)
     assert x == z != y and alone == link != x and folder not in (x, y, alone)
     assert sorted(Path(name).name for name in opened) == ["x.mp4", "y.mp4", "z.mp4"]
@@ -611,10 +612,10 @@ def test_probability_clusters(tmp_path):
     values = [0.25] * 4 + [0.5] * 3 + [0.75] * 2 + [0.1, 0.2000001, 0.2000002]
     path = write(tmp_path / "p.csv", "clip_id,prob_ear,prob_tail\n" +
                  "".join(f"c{i},{1 - p!r},{p!r}\n" for i, p in enumerate(values)))
-    found = tv.probability_clusters(path)
+    found = event_audit.probability_clusters(path)
     assert (found["rows"], found["values"], found["rows_in_clusters"], found["distinct"]) == (12, 2, 7, 5)
     assert found["examples"][0] == {"count": 4, "prob_ear": 0.75, "prob_tail": 0.25}
-    assert "prob_CLASS" in fails(tv.probability_clusters, write(path, "clip_id,p\na,1\nb,2\n"))
+    assert "prob_CLASS" in fails(event_audit.probability_clusters, write(path, "clip_id,p\na,1\nb,2\n"))
 
 
 def paired(tmp_path, n=120):
@@ -629,12 +630,12 @@ def paired(tmp_path, n=120):
                               receiver_id=f"0{pair + 1}", start_time=f"{6 + i % 3}:{i % 60:02d}:{i // 60:02d}",
                               camera_id=i % 5, day="1" if part == "train" else "2"))
         manifest(tmp_path / f"{part}.csv", *rows)
-    table = tv.read_events({part: tmp_path / f"{part}.csv" for part in ("train", "test")}, root)
+    table = event_tables.read_events({part: tmp_path / f"{part}.csv" for part in ("train", "test")}, root)
     return {part: table.take(table.parts == part) for part in ("test", "train")}
 
 
 def test_the_pair_of_animals_tells_the_class_without_pixels(tmp_path):
-    priors = {row["name"]: row for row in tv.audit_tables(paired(tmp_path), positive="tail")["priors"]}
+    priors = {row["name"]: row for row in event_audit.audit_tables(paired(tmp_path), positive="tail")["priors"]}
     assert priors["pair"]["auc"] > 0.85 and priors["pair"]["what"] == "tail"
     assert priors["receiver_id"]["auc"] == priors["pair"]["auc"] and abs(priors["camera_id"]["auc"] - 0.5) < 0.15
     assert {"pair", "hour", "camera_id", "day", "initiator_id"} <= set(priors)
@@ -649,19 +650,19 @@ def test_priors_across_events_and_across_groups(tmp_path):
         rows.append(event(video_path=f"v{i}.mp4", behavior=label, group=f"{group}", initiator_id=100 * group + pair,
                           receiver_id=100 * group + 9, start_time=f"{6 + i // 60}:{i % 60:02d}:00"))
     manifest(tmp_path / "all.csv", *rows)
-    report = tv.audit_tables({"": tv.read_events({"": tmp_path / "all.csv"}, root)}, positive="tail")
+    report = event_audit.audit_tables({"": event_tables.read_events({"": tmp_path / "all.csv"}, root)}, positive="tail")
     auc = {(row["name"], row["across"]): row["auc"] for row in report["priors"]}
     assert auc["pair", "events"] > 0.75 and auc["pair", "groups"] == 0.5
-    assert "no-pixel prior on pair across events: AUC of tail 0." in tv.audit_text(report)
+    assert "no-pixel prior on pair across events: AUC of tail 0." in event_audit.audit_text(report)
 
 
 def test_rows_for_priors_go_from_train_to_test_or_into_folds(tmp_path):
     tables = paired(tmp_path, 30)
-    joined = tv.join_tables(tables)
-    ways = tv.judged_rows(joined, np.ones(60, bool))
+    joined = event_audit.join_tables(tables)
+    ways = confounding.judged_rows(joined, np.ones(60, bool))
     (train,), (judged,) = ways.pop("parts")
     assert set(joined.parts[train]) == {"train"} and set(joined.parts[judged]) == {"test"} and not ways
-    for train, judged in tv.judged_rows(tables["train"], np.arange(30) > 2).values():
+    for train, judged in confounding.judged_rows(tables["train"], np.arange(30) > 2).values():
         assert sorted(np.concatenate(judged)) == list(range(3, 30))
         assert all(not set(a) & set(b) and len(a) + len(b) == 27 for a, b in zip(train, judged))
 
@@ -673,23 +674,23 @@ def test_priors_that_cannot_be_judged_are_left_out(tmp_path):
     for part in text:
         write(tmp_path / f"{part}.csv", "path,label\n" + text[part])
     for parts in (("train", "test"), ("",)):
-        table = tv.read_events({part: tmp_path / f"{part}.csv" for part in parts})
-        report = tv.audit_tables({part: table.take(table.parts == part) for part in parts})
-        assert report["priors"] == [] and "too few labelled" in tv.audit_text(report)
+        table = event_tables.read_events({part: tmp_path / f"{part}.csv" for part in parts})
+        report = event_audit.audit_tables({part: table.take(table.parts == part) for part in parts})
+        assert report["priors"] == [] and "too few labelled" in event_audit.audit_text(report)
 
 
 def test_an_audit_of_scores_needs_no_classes(scores):
-    report = tv.audit_tables({"train": scores.take([0, 1, 2, 3]), "test": scores.take([3, 4, 5])})
+    report = event_audit.audit_tables({"train": scores.take([0, 1, 2, 3]), "test": scores.take([3, 4, 5])})
     found = counts(report["between"]["train-test"])
     assert found["shared_videos"] == found["shared_events"] == found["shared_groups"] == 1
     assert found["exact_duplicates"] == 1
-    assert "no-pixel prior on moment across parts: R2 of scores" in tv.audit_text(report)
-    assert "between train-test: 1 shared videos" in tv.audit_text(report)
+    assert "no-pixel prior on moment across parts: R2 of scores" in event_audit.audit_text(report)
+    assert "between train-test: 1 shared videos" in event_audit.audit_text(report)
 
 
 @pytest.mark.skipif(not FIGHT.is_dir(), reason=f"real clips are not at {FIGHT.name}")
 def test_real_clips():
-    table = tv.read_events({"": FIGHT / "clips.csv"}, group_column="scene_group")
+    table = event_tables.read_events({"": FIGHT / "clips.csv"}, group_column="scene_group")
     assert len(table) == 300 and table.names == ["fight", "noFight"] and (np.bincount(table.label) == 150).all()
-    assert len(set(table.groups)) == len(set(tv.split_keys(table))) == 232 and not table.skipped
-    assert len(tv.read_events({"": FIGHT})) == 300
+    assert len(set(table.groups)) == len(set(event_tables.split_keys(table))) == 232 and not table.skipped
+    assert len(event_tables.read_events({"": FIGHT})) == 300

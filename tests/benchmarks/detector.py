@@ -23,7 +23,7 @@ from turns import compare, parser_of  # it puts the repository on the import pat
 
 import common
 import train_detector
-from train_detector import STATES
+from readers.part_boxes import STATES
 
 PARTS, BOXES = 8, 6
 

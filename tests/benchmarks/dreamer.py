@@ -18,6 +18,7 @@ from torch import nn
 from turns import compare, parser_of  # it puts the repository on the import path
 
 import common
+from readers import probe_poses
 import train_dreamer
 
 
@@ -49,7 +50,7 @@ def make_data(parent, options):
         rows.append({"ft1_image_path": f"ft1/{i}.png", "ft2_image_path": f"ft2/{i + 1}.png",
                      "at1_6dof": poses[i].tolist(), "action_change_6dof": (poses[i + 1] - poses[i]).tolist(),
                      "at2_6dof": poses[i + 1].tolist()})
-    (folder / train_dreamer.FILE_NAME).write_text(json.dumps(rows))
+    (folder / probe_poses.FILE_NAME).write_text(json.dumps(rows))
 
 
 def script_args(folder, options, *more):

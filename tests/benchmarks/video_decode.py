@@ -21,13 +21,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from readers import video_files
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import train_video  # noqa: E402
-
 SHORT_SIDE, N_FRAMES = 112, 16
-AV = train_video._decoders()[1]
+AV = video_files._decoders()[1]
 
 
 def parse_args():
@@ -101,7 +101,7 @@ def read_pyav(path, times, indices):
 
 def main():
     options = parse_args()
-    ways = {"read_frames": lambda path, times, indices: train_video.read_frames(path, times, SHORT_SIDE),
+    ways = {"read_frames": lambda path, times, indices: video_files.read_frames(path, times, SHORT_SIDE),
             "read_all": read_all, "seek_each": seek_each} | ({"pyav": read_pyav} if AV else {})
     with tempfile.TemporaryDirectory() as folder:
         made = options.videos or Path(folder)
@@ -109,9 +109,9 @@ def main():
         paths = paths or [make_clip(made / f"{i}.mp4", i) for i in range(options.clips)]
         jobs = []
         for number, path in enumerate(paths):
-            info = train_video.probe(path)
+            info = video_files.probe(path)
             times = np.linspace(0, info.times[-1], N_FRAMES)
-            jobs.append((path, times, train_video.on_screen(info, times)))
+            jobs.append((path, times, video_files.on_screen(info, times)))
             np.save(Path(folder, f"{number}.npy"), ways["read_frames"](*jobs[-1]))
         cached = {path: Path(folder, f"{number}.npy") for number, path in enumerate(paths)}
         ways["cached"] = lambda path, times, indices: np.load(cached[path])
@@ -130,7 +130,7 @@ def report(ways, jobs, repeats):
             if turn == 0:  # a wrong frame differs far more than two libraries round
                 differing[name] = sum(int((np.abs(a.astype(int) - b).mean((1, 2, 3)) > 4).sum())
                                       for a, b in zip(clips, reference))
-    print(f"{train_video.decoder_name()}; {len(jobs)} clips, {N_FRAMES} frames at {SHORT_SIDE} px, n = {repeats}")
+    print(f"{video_files.decoder_name()}; {len(jobs)} clips, {N_FRAMES} frames at {SHORT_SIDE} px, n = {repeats}")
     for name, each in seconds.items():
         ratios = sorted(ours / other for ours, other in zip(seconds["read_frames"][1:], each[1:]))
         rate, ratio = 1 / statistics.median(each[1:]), statistics.median(ratios)

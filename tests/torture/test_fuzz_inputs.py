@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.errors import StopTest, UnsatisfiedAssumption
 
 import common
-from readers import csv_tables, rating_tables
+from readers import csv_tables, part_boxes, rating_tables
 import train_assessor
-import train_detector
 
 GROUP = "tables, COCO, JSON, configs: 6 properties by Hypothesis"
 NAMES = ("Calm", "Joy", "Trust")
@@ -144,7 +143,7 @@ def draw_coco(data):
     annotations = [{"id": k, "image_id": data.draw(st.sampled_from(ids)),
                     "category_id": data.draw(st.sampled_from([3, 7])),
                     "bbox": data.draw(st.lists(number, min_size=4, max_size=4)),
-                    "state": data.draw(st.sampled_from([*train_detector.STATES[:2], 0, 1]))}
+                    "state": data.draw(st.sampled_from([*part_boxes.STATES[:2], 0, 1]))}
                    for k in range(data.draw(st.integers(1, 5)))]
     return {"images": [{"id": own, "file_name": f"{own}.jpg", "width": 600, "height": 400} for own in ids],
             "categories": [{"id": 3, "name": "wheel"}, {"id": 7, "name": "bell"}], "annotations": annotations}
@@ -163,17 +162,17 @@ def test_coco_files_are_read_exactly_and_a_spoiled_field_is_named(examine):
             spoiled[field] = data.draw(st.sampled_from(wrong[field]))
         path.write_text(json.dumps(content))
         if field:
-            assert f"annotation {spoiled['id']}" in refusal(path, train_detector.read_annotations, path)
+            assert f"annotation {spoiled['id']}" in refusal(path, part_boxes.read_annotations, path)
             return
-        found = train_detector.read_annotations(path)
+        found = part_boxes.read_annotations(path)
         names = {3: "wheel", 7: "bell"}
         assert [image["name"] for image in found.images] == [image["file_name"] for image in content["images"]]
         for each, own in zip(found.objects, content["annotations"], strict=True):
             left, top, width, height = own["bbox"]
             assert each["box"] == [left, top, left + width, top + height] and each["part"] == names[own["category_id"]]
             assert found.images[each["image"]]["id"] == own["image_id"]
-            assert train_detector.STATES[each["state"]] == (own["state"] if isinstance(own["state"], str) else
-                                                            train_detector.STATES[own["state"]])
+            assert part_boxes.STATES[each["state"]] == (own["state"] if isinstance(own["state"], str) else
+                                                            part_boxes.STATES[own["state"]])
     examine(check)
 
 
@@ -188,12 +187,12 @@ def test_damaged_json_is_refused_or_means_what_it_says(examine):
                 [b"1", b"0", b"-", b".", b"e9", b'"', b"{", b"]", b",", b"null", b"NaN", b"true"])))
         path.write_bytes(bytes(text))
         try:
-            found = train_detector.read_annotations(path)
+            found = part_boxes.read_annotations(path)
         except common.UserError as error:
             assert path.name in str(error) and "\n" not in str(error)
             return
         anew.write_text(json.dumps(json.loads(bytes(text), strict=False)))
-        again = train_detector.read_annotations(anew)
+        again = part_boxes.read_annotations(anew)
         assert (found.images, found.objects, found.parts) == (again.images, again.objects, again.parts)
     examine(check)
 

@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 
 import common
-from readers import file_names, picture_files
-import train_detector
-import train_video
+from readers import event_tables, file_names, part_boxes, picture_files
 
 GROUP = "paths: .., absolute, links, drive letters, NUL, NFC / NFD, FIFO, endless device"
 NFD = unicodedata.normalize("NFD", "grün.png")
@@ -67,9 +65,9 @@ def test_what_is_no_file_is_listed_by_name_and_not_opened(images, cases, kind):
 
 def test_a_link_out_of_the_folder_is_refused_where_a_stranger_may_have_made_it(images, cases):
     """Annotations travel with their pictures, as an archive from elsewhere does."""
-    found = train_detector.Annotations(Path("parts.json"), [], [{"name": "link.png"}], [], {})
+    found = part_boxes.Annotations(Path("parts.json"), [], [{"name": "link.png"}], [], {})
     with cases.case(GROUP), pytest.raises(common.UserError, match="lead out of") as caught:
-        train_detector.find_pictures(found, images)
+        part_boxes.find_pictures(found, images)
     assert "link.png" in str(caught.value)
 
 
@@ -80,11 +78,11 @@ def test_videos_never_lie_outside_their_root(tmp_path, cases):
     with cases.case(GROUP):
         for name in ("../secret.mp4", "..\\secret.mp4", "a/../../secret.mp4"):
             with pytest.raises(common.UserError, match="inside --video_root"):
-                train_video.match_videos([name], tmp_path / "videos")
+                event_tables.match_videos([name], tmp_path / "videos")
         for name in (str(tmp_path / "secret.mp4"), "C:\\..\\..\\secret.mp4", "a\0.mp4"):
-            assert train_video.match_videos([name], tmp_path / "videos")[0] == {name: None}
+            assert event_tables.match_videos([name], tmp_path / "videos")[0] == {name: None}
         for name in ("D:\\study\\A.MP4", "./a.mp4"):
-            assert train_video.match_videos([name], tmp_path / "videos")[0][name] == tmp_path / "videos" / "a.mp4"
+            assert event_tables.match_videos([name], tmp_path / "videos")[0][name] == tmp_path / "videos" / "a.mp4"
 
 
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path, cases):
