@@ -1,4 +1,4 @@
-"""Every command of the README runs as it is written, in a folder that holds ./images and ./ratings.
+"""Every command of the README and of docs/ runs as it is written, in a folder that holds ./images and ./ratings.
 
     python -m pytest tests/test_readme.py
 """
@@ -12,12 +12,17 @@ import pytest
 
 from conftest import ROOT, only_run, small_run
 
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    for line in block.splitlines()
-    if line.strip()
-]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+
+
+def commands_of(text):
+    """Each command of the bash blocks once, in order: what trains comes before what takes the run up again."""
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
+    return list(dict.fromkeys(line.split("  #")[0].strip() for line in lines if line.strip()))
+
+
+COMMANDS = commands_of(TEXT)
 ELSEWHERE = {
     "./run_local.sh": "run by tests/test_shell.py",
     "tests/run.sh": "this very run",
@@ -80,7 +85,17 @@ def newest_run(folder, script):
     return f"outputs/{script}/{runs[0].name}" if runs else "outputs/run_YYYYMMDD_HHMMSS"
 
 
-def test_the_readme_has_commands():
+def test_the_readme_is_a_front_page():
+    assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_links_between_the_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).is_file(), f"{page.name} links to {target}"
+
+
+def test_the_pages_have_commands():
     assert len(COMMANDS) >= 8 and any(command.startswith("python predict_assessor.py") for command in COMMANDS)
 
 
@@ -92,12 +107,12 @@ def test_command(folder, command):
     run_command(folder, command)
 
 
-def test_every_flag_named_in_the_readme_exists():
-    text = re.sub(r"(sbatch|torchrun|tests/run.sh) --.*|`--all`", "", (ROOT / "README.md").read_text())  # not ours
+def test_every_flag_named_in_the_pages_exists():
+    text = re.sub(r"(sbatch|torchrun|tests/run.sh) --.*|`--all`", "", TEXT)  # not ours
     named = set(re.findall(r"`?(--[a-z_]+)", text))
     known = set()
     benchmarks = [f"tests/benchmarks/{name}.py" for name in ("assessor", "equality")]
     for script in (*(p.name for p in ROOT.glob("*.py")), *benchmarks):
         done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=120)
         known |= set(re.findall(r"--[a-z_]+", done.stdout))
-    assert not named - known, f"the README names flags that no script has: {sorted(named - known)}"
+    assert not named - known, f"README or docs name flags that no script has: {sorted(named - known)}"
