@@ -1613,21 +1613,6 @@ def _load_backbone_state(model, state, last, source):
     model.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
 
 
-def fold_batchnorm(model):
-    """Copy in eval mode with BatchNorm folded into the convolutions: same outputs within rounding, fewer passes.
-
-    A model that torch.fx cannot trace is returned as it is.
-    """
-    from torch.fx.experimental.optimization import fuse
-    model.eval()
-    try:
-        # traced before it is copied: the copy of a feature extractor falls back to training mode
-        traced = copy.deepcopy(torch.fx.symbolic_trace(model)).eval()
-        return fuse(traced, inplace=True, no_trace=True).eval()
-    except (torch.fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError):
-        return model
-
-
 class MultiScale(nn.Module):
     """Feature maps of a backbone's last three resolutions, each averaged over a grid: (B, 3, S, S) -> (B, F).
 

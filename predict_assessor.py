@@ -83,7 +83,7 @@ def load_members(files, compute):
             features = with_head_features(backbone, n_features, settings["head"], settings["image_size"])
             model = Assessor(*features, len(settings["names"]), settings["head"], settings["dropout"])
         common.load_state(model, settings["model"], path)
-        members.append((common.fold_batchnorm(compute.place(model)), settings))
+        members.append((compute.place(model).eval(), settings))
     first = members[0][1]
     for path, (_, settings) in zip(files, members):
         if (settings["names"], settings["image_size"]) != (first["names"], first["image_size"]):

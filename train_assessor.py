@@ -394,7 +394,7 @@ def frozen_features(args, study, run, rows):
     features = {}
     for head in dict.fromkeys(["mlp", args.head]):
         backbone, n_features = build_backbone(args, head)
-        backbone = common.fold_batchnorm(run.compute.place(backbone))
+        backbone = run.compute.place(backbone).eval()
         views = args.feature_views if args.freeze_backbone and args.augment != "none" and head == args.head else 1
         features[head] = np.full((views, len(study.images), n_features), np.nan, np.float32)
         for view in range(views):
