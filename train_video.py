@@ -97,8 +97,8 @@ def add_clip_arguments(data):
 
 def add_model_arguments(model):
     """The network and which parts of it are trained."""
-    model("--model", help="a torchvision video network (r3d_18, mc3_18, r2plus1d_18, s3d, mvit_v2_s, swin3d_t), or "
-                          f"{ONLY_FRAMES}: an image backbone frame by frame, then an LSTM")
+    model("--model", help="a torchvision video network (r3d_18, mc3_18, r2plus1d_18, s3d, mvit_v2_s, swin3d_t), which "
+                          f"computes in fp32 on CPUs, or {ONLY_FRAMES}: an image backbone frame by frame, then an LSTM")
     model("--backbone", default="resnet18", help=f"image network of {ONLY_FRAMES}")
     model("--hidden", type=common.bounded(int, 1), default=256, help=f"width of the LSTM of {ONLY_FRAMES}")
     model("--dropout", type=common.bounded(float, 0, 0.95), default=0.5, help="before the last layer")
@@ -360,68 +360,6 @@ class Head(nn.Module):
             return self.offset + self.spread * (torch.sigmoid(raw) if self.bounded else raw)
 
 
-class SoundConv3d(torch.overrides.TorchFunctionMode):
-    """Inside it torch.conv3d has right weight gradients under bf16 autocast on a CPU; elsewhere it is as it was.
-
-    oneDNN's own bf16 weight gradient of Conv3d holds memory that was never written where a map is small (2 x 7 x 7,
-    torch 2.14): now and then 1e30, at worst a plausible number. Its outputs and its input gradients are right, and so
-    are its 2-D weight gradients, of which these are made, for maps of at least 2 x 2. The rest is computed in fp32.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is torch.conv3d and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu") and (
-                args[0].device.type == "cpu"):
-            return self._conv3d(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    @staticmethod
-    def _conv3d(clips, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-        stride, padding, dilation = (tuple(torch.broadcast_to(torch.tensor(each), (3,)).tolist())
-                                     for each in (stride, padding, dilation))
-        if dilation != (1, 1, 1) or groups != 1 or min(clips.shape[3:]) == 1:
-            with torch.autocast("cpu", enabled=False):
-                return torch.conv3d(clips.float(), weight, bias, stride, padding, dilation, groups)
-        outputs = Conv3dByFrames.apply(clips.bfloat16(), weight.bfloat16(), stride, padding)
-        return outputs if bias is None else outputs + bias.bfloat16()[:, None, None, None]
-
-
-class Conv3dByFrames(torch.autograd.Function):
-    """torch.conv3d of clips (B, C, T, H, W), weight (O, C, K, h, w): the weight gradient is K 2-D ones of frames."""
-
-    @staticmethod
-    def forward(ctx, clips, weight, stride, padding):
-        ctx.save_for_backward(clips, weight)
-        ctx.stride, ctx.padding = stride, padding
-        return torch.conv3d(clips, weight, None, stride, padding)  # (B, C, T, H, W) -> (B, O, T', H', W')
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (clips, weight), (stride, padding) = ctx.saved_tensors, (ctx.stride, ctx.padding)
-        gradient, inputs, weights = gradient.contiguous(memory_format=torch.channels_last_3d), None, None
-        if ctx.needs_input_grad[0]:
-            inputs, _, _ = torch.ops.aten.convolution_backward(
-                gradient, clips, weight, None, stride, padding, (1, 1, 1), False, (0, 0, 0), 1, (True, False, False))
-        if ctx.needs_input_grad[1]:
-            weights = torch.stack([Conv3dByFrames._tap(k, clips, gradient, weight, stride, padding)
-                                   for k in range(weight.shape[2])], 2)
-        return inputs, weights, None, None
-
-    @staticmethod
-    def _tap(k, clips, gradient, weight, stride, padding):
-        """Gradient (O, C, h, w) of weight[:, :, k]: output frame t meets input frame t * stride + k - padding."""
-        n_in, n_out, step, shift = clips.shape[2], gradient.shape[2], stride[0], k - padding[0]
-        first, last = max(0, math.ceil(-shift / step)), min(n_out, (n_in - 1 - shift) // step + 1)
-        if first >= last:
-            return torch.zeros_like(weight[:, :, k])
-        frames = clips[:, :, first * step + shift:(last - 1) * step + shift + 1:step]
-        frames, gradient = (each.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)  # (B * T', C or O, H, W)
-                            for each in (frames, gradient[:, :, first:last]))
-        return torch.ops.aten.convolution_backward(
-            gradient, frames, weight[:, :, k].contiguous(memory_format=torch.channels_last), None, stride[1:],
-            padding[1:], (1, 1), False, (0, 0), 1, (False, True, False))[1]
-
-
 class ClipNet(common.BackboneModel):
     """A torchvision video network over all frames at once: clips (B, T, 3, S, S) -> (B, K)."""
 
@@ -430,8 +368,11 @@ class ClipNet(common.BackboneModel):
         self.head = head(n_features)
 
     def extract(self, clips, mask):
-        """Features of the backbone: (B, T, 3, S, S) -> (B, F)."""
-        with SoundConv3d():
+        """Features of the backbone: (B, T, 3, S, S) -> (B, F), on a CPU in fp32.
+
+        The bf16 weight gradients of small 3-D convolutions in oneDNN read memory that was never written (torch 2.14).
+        """
+        with torch.autocast("cpu", enabled=False):
             return self.backbone(clips.transpose(1, 2))  # (B, T, 3, S, S) -> (B, 3, T, S, S) -> (B, F)
 
     def forward(self, clips, mask):
@@ -1629,6 +1570,8 @@ def say_effective_size(run, study):
 def run_train(args):
     """--mode train: one split, or all folds."""
     with common.start_run(args) as run:
+        if args.model != ONLY_FRAMES and run.compute.device.type == "cpu":
+            run.say(f"{args.model}: a 3-D network, computed in fp32 on a CPU; mixed precision needs a GPU")
         study = load_study(args, run.say, run.path("skipped.csv"))
         say_effective_size(run, study)
         verdicts.parse_criteria(args.criteria, criteria_names(study))

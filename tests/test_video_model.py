@@ -4,7 +4,6 @@
 """
 import argparse
 import contextlib
-import dataclasses
 import io
 import sys
 from types import SimpleNamespace
@@ -163,8 +162,10 @@ def test_padding_changes_neither_outputs_nor_gradients():
         assert (padded.grad[~longer] == 0).all() and (padded.grad[longer] != 0).any()
         results.append([outputs.detach(), *(p.grad.clone() for p in model.parameters()),
                         model.backbone[1].running_mean.clone()])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    plain, other, longer = results
+    assert all(torch.equal(a, b) for a, b in zip(plain, other))
+    for a, b in zip(plain, longer):  # an LSTM over more steps multiplies larger matrices, whose sums may round elsewhere
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_the_last_real_frame_decides():
@@ -259,9 +260,8 @@ def test_clips_keep_the_memory_layout_of_the_convolutions():
     assert placed.backbone.layer2[0].conv1[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-@pytest.mark.parametrize("name", ["r3d_18", "cnn_lstm"])
-def test_mixed_precision_agrees_with_fp32(name):
-    args = arguments("--model", name, "--image_size", 64, "--n_frames", 4, "--dropout", 0)
+def test_mixed_precision_agrees_with_fp32():
+    args = arguments("--model", "cnn_lstm", "--image_size", 64, "--n_frames", 4, "--dropout", 0)
     model = train_video.build_model(args, 2)
     clips, mask = torch.randn(4, 4, 3, 64, 64), torch.ones(4, 4, dtype=torch.bool)
     with torch.inference_mode():
@@ -274,58 +274,19 @@ def test_mixed_precision_agrees_with_fp32(name):
     assert (mixed - plain).abs().max() < 0.05 * plain.abs().max()
 
 
-GEOMETRIES = [  # channels in and out, frames, side, kernel, stride, padding
-    (512, 512, 2, 7, 3, 1, 1), (512, 512, 2, 4, 3, 1, 1), (64, 64, 4, 14, 3, 1, 1),
-    (3, 16, 8, 20, (3, 7, 7), (1, 2, 2), (1, 3, 3)), (16, 24, 7, 9, 3, 2, 1), (8, 16, 8, 8, 1, 2, 0),
-    (32, 16, 1, 7, 3, 1, 1), (8, 8, 9, 8, (3, 1, 1), (2, 1, 1), (1, 0, 0)),
-    (8, 8, 5, 9, (5, 3, 3), (3, 2, 1), (2, 1, 1)), (8, 8, 4, 9, (1, 3, 3), 1, (0, 1, 1)), (256, 512, 2, 2, 3, 2, 1),
-    (256, 512, 2, 1, 3, 2, 1)]
-
-
-@pytest.mark.parametrize("n_in, n_out, frames, side, kernel, stride, padding", GEOMETRIES)
-def test_bf16_gradients_of_3d_convolutions_are_those_of_fp32(n_in, n_out, frames, side, kernel, stride, padding):
-    """Also where freed memory is full of large numbers, which oneDNN's own weight gradient lets through."""
-    layer, gradients = nn.Conv3d(n_in, n_out, kernel, stride, padding), []
-    clips = torch.randn(2, n_in, frames, side, side).to(memory_format=torch.channels_last_3d).requires_grad_()
-    expected = layer(clips)
-    direction = torch.randn_like(expected)
-    for precision in ("fp32", "bf16", "bf16", "bf16"):
-        torch.full((n_out, n_in, 64), 1e30)  # freed at once, its numbers stay in that memory
-        layer.zero_grad(set_to_none=True)
-        clips.grad = None
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), train_video.SoundConv3d():
-            found = layer(clips)
-        assert (found - expected).abs().max() < 0.01 * expected.abs().max()
-        found.float().backward(direction)
-        gradients.append([clips.grad, layer.weight.grad, layer.bias.grad])
-    for exact, *found in zip(*gradients):
-        assert all(torch.equal(found[0], other) for other in found[1:])
-        assert (found[0] - exact).abs().max() < 0.01 * exact.abs().max()
-
-
-@pytest.mark.parametrize("geometry", [{"groups": 4}, {"dilation": 2, "padding": 2}], ids=str)
-def test_3d_convolutions_of_another_kind_are_computed_in_fp32(geometry):
-    layer, clips = nn.Conv3d(8, 8, 3, **{"padding": 1, **geometry}), torch.randn(2, 8, 4, 8, 8)
-    with torch.autocast("cpu", torch.bfloat16), train_video.SoundConv3d():
-        found = layer(clips)
-    assert found.dtype == torch.float32 and torch.equal(found, layer(clips))
-
-
-@pytest.mark.parametrize("name", ["r3d_18", "mc3_18"])
-def test_clip_networks_learn_the_same_in_bf16(name):
-    args = arguments("--model", name, "--image_size", 32, "--n_frames", 8, "--dropout", 0)
-    compute, gradients = common.choose_compute("cpu", "on"), []
-    model, mask = compute.place(train_video.build_model(args, 2)).train(), torch.ones(8, 8, dtype=torch.bool)
-    clips, label = torch.randn(8, 8, 3, 32, 32), torch.arange(8) % 2
-    for precision in ("fp32", "bf16"):
-        model.zero_grad(set_to_none=True)
-        with dataclasses.replace(compute, precision=precision).autocast():
+def test_clip_networks_are_computed_in_fp32_on_a_cpu():
+    """Under autocast too: the same outputs and the same gradients to the last bit."""
+    args = arguments("--model", "r3d_18", "--image_size", 32, "--n_frames", 4, "--dropout", 0)
+    compute, results = common.choose_compute("cpu", "on"), []
+    model, mask = train_video.build_model(args, 2).eval(), torch.ones(2, 4, dtype=torch.bool)
+    clips = torch.randn(2, 4, 3, 32, 32)
+    for context in (contextlib.nullcontext(), compute.autocast()):
+        model.zero_grad()
+        with context:
             outputs = model(clips, mask)
-        nn.functional.cross_entropy(outputs.float(), label).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    cosine = nn.functional.cosine_similarity(*gradients, dim=0)
-    # random weights without training make rounding loud: torchvision's 2-D ResNet-18 has 0.91 to 0.93 here
-    assert cosine > 0.93, f"bf16 gradients point elsewhere: cosine {cosine:.3f}"
+        outputs.square().sum().backward()
+        results.append([outputs.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_bounded_scores_begin_at_the_mean_and_stay_inside():
