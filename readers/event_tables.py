@@ -4,12 +4,9 @@ Letters: N rows, C classes. Units: seconds from the start of a file.
 """
 import collections
 import dataclasses
-import itertools
 import math
 import os
-import posixpath
 import re
-import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +14,6 @@ import numpy as np
 import common
 from readers import csv_tables, file_names, score_tables
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".mts", ".npy")
 PATH_COLUMNS = ("video_path", "sequence_path", "clip_path", "path", "file", "filename", "video_filename", "video",
                 "clip", "folder")
 LABEL_COLUMNS = ("behavior", "behaviour", "label", "class", "category", "action")
@@ -124,74 +120,6 @@ def event_keys(extra, fallback):
     return np.array([" | ".join(key) if key[2] else other for key, other in zip(keys, fallback)], dtype=str)
 
 
-def index_videos(root):
-    """{path below root: Path} of all videos, .npy clips and folders of pictures; hidden and '._' ones ignored."""
-    if not Path(root).is_dir():
-        raise common.UserError(f"--video_root {root}: expected a folder of videos, found no such folder")
-    found, seen = {}, set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        is_new = os.path.realpath(folder) not in seen  # links may lead back to a folder above
-        seen.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if is_new and not name.startswith("."))
-        inside, visible = Path(folder).relative_to(root), [n for n in files if is_new and not n.startswith(".")]
-        if any(name.lower().endswith(file_names.IMAGE_SUFFIXES) for name in visible):
-            found[inside.as_posix()] = Path(folder)
-        found |= {(inside / name).as_posix(): Path(folder, name)
-                  for name in visible if name.lower().endswith(VIDEO_SUFFIXES)}
-    return found
-
-
-def clean_path(name):
-    r"""'E:\Some study\Cam 8\a.mp4' -> 'Some study/Cam 8/a.mp4' (NFC); what climbs out of its root starts with '..'."""
-    text = unicodedata.normalize("NFC", str(name).strip()).replace("\\", "/")
-    below = re.sub(r"^[A-Za-z]:", "", text)
-    is_absolute = below.startswith("/") or below != text
-    return posixpath.normpath(("/" + below).replace("//", "/")).lstrip("/") if is_absolute else posixpath.normpath(text)
-
-
-def match_videos(written, root):
-    """Names as a manifest writes them -> ({name: Path or None}, names that were found by base name alone).
-
-    By the longest common suffix of folders, then by base name, ignoring case; backslashes and drive letters as on
-    Windows. Raises UserError: a name leaves `root`, fits several files, or several folders mean one file.
-    """
-    files, by_name = index_videos(root), collections.defaultdict(list)
-    for file in files:
-        parts = unicodedata.normalize("NFC", file).split("/")
-        by_name[parts[-1].casefold()].append((parts, file))
-        if parts[-1].lower().endswith(VIDEO_SUFFIXES):
-            by_name[Path(parts[-1]).stem.casefold()].append((parts, file))
-    names = {name: clean_path(name).split("/") for name in dict.fromkeys(written)}
-    leaving = [name for name, parts in names.items() if parts[0] == ".."]
-    if leaving:
-        raise common.UserError(f"expected videos inside --video_root {root}, found {common.shorten_list(leaving)}; mend them")
-    hits, by_base, parents = {}, [], collections.defaultdict(set)
-    for name, parts in names.items():
-        hits[name], common_folders, contradicts = best_files(parts, by_name[parts[-1].casefold()])
-        by_base += [name] * contradicts
-        for file in hits[name] if common_folders == 0 and len(parts) > 1 else ():
-            parents[file].add(parts[-2].casefold())
-    unclear = [f"{name} -> {common.shorten_list(found, 4)}" for name, found in hits.items() if len(found) > 1]
-    unclear += [f"{common.shorten_list(sorted(folders), 4)} -> {file}" for file, folders in parents.items() if len(folders) > 1]
-    if unclear:
-        raise common.UserError(f"expected one file below --video_root {root} for a name, found {common.shorten_list(unclear)}; "
-                               "write folders into the paths, or keep the folders on disk as the paths have them")
-    return {name: files[found[0]] if found else None for name, found in hits.items()}, by_base
-
-
-def best_files(parts, candidates):
-    """Of (parts, file) those that fit best -> (files, folders in common, True where even the last folder differs)."""
-    def score(file_parts):
-        pairs = list(zip(reversed(parts[:-1]), reversed(file_parts[:-1])))
-        common_folders = len(list(itertools.takewhile(lambda pair: pair[0].casefold() == pair[1].casefold(), pairs)))
-        contradicts = common_folders < len(pairs)
-        return (common_folders, not contradicts, len(file_parts) == len(parts),
-                parts[-1].casefold() == file_parts[-1].casefold(), parts[-len(file_parts):] == file_parts)
-    best = max((score(file_parts) for file_parts, _ in candidates), default=(0, True))
-    fitting = [file for file_parts, file in candidates if score(file_parts) == best]
-    return fitting, best[0], best[0] == 0 and not best[1]
-
-
 def read_label_map(path):
     """JSON, YAML or CSV -> {spelling: class, or None = left out}; also {class: [spellings]}. A class spells itself."""
     if Path(path).suffix.lower() in (".csv", ".tsv", ".txt"):
@@ -271,7 +199,7 @@ def folder_table(root):
     """Class folders root/CLASS/clip.mp4 (or a folder of frames, or .npy) -> DataFrame of path and label, by clip name:
     the folders' order is no order of the rows."""
     import pandas as pd
-    clips = sorted((name for name in index_videos(root) if "/" in name), key=lambda name: (name.split("/")[1:], name))
+    clips = sorted((name for name in file_names.find_videos(root) if "/" in name), key=lambda name: (name.split("/")[1:], name))
     if not clips:
         raise common.UserError(f"{root}: expected class folders with clips (CLASS/clip.mp4), found none")
     labels = [name.split("/")[0] for name in clips]
@@ -350,7 +278,7 @@ def find_sources(rows, is_open, max_missing, notes):
     """
     found = {}
     for root, names in rows.groupby("@root")["@path"]:
-        hits, by_base = match_videos(names, root)
+        hits, by_base = file_names.match_videos(names, root)
         if by_base:
             notes.append(f"{len(by_base)} videos found by base name alone, other folder on disk: "
                          f"{common.shorten_list(by_base, 3)}")

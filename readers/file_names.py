@@ -1,5 +1,8 @@
 """The names that a table writes -> the files of a folder."""
 import collections
+import dataclasses
+import os
+import posixpath
 import re
 import unicodedata
 from pathlib import Path
@@ -7,27 +10,124 @@ from pathlib import Path
 import common
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".tga", ".mpo")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".mts", ".npy")
 
 
 def find_images(folder):
     """All image files under `folder`, recursive, in natural order (2 before 10); hidden and '._' ones ignored."""
-    if not Path(folder).is_dir():
+    folder = Path(folder)
+    if not folder.is_dir():
         raise common.UserError(f"{folder}: expected a folder of images, found no such folder. Check the path.")
-    paths = [path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
-    found = {path.relative_to(folder): path for path in paths}
-    natural = {name: [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", str(name).casefold()))]
-               for name in found if not any(part.startswith(".") for part in name.parts)}
-    return [found[name] for name in sorted(natural, key=lambda name: (natural[name], str(name)))]
+    names = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
+    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    return [folder / name for name in sorted(visible, key=natural_key)]
+
+
+def natural_key(name):
+    """Sorting key in which digits count as numbers: 'a2' stands before 'a10'."""
+    pieces = re.split("([0-9]+)", str(name).casefold())
+    pieces[1::2] = map(int, pieces[1::2])
+    return pieces, str(name)
+
+
+def find_videos(root):
+    """{path below root: Path} of all videos, .npy clips and folders of pictures; hidden and '._' ones ignored."""
+    root = Path(root)
+    if not root.is_dir():
+        raise common.UserError(f"--video_root {root}: expected a folder of videos, found no such folder")
+    found = {}
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link that leads back to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = Path(folder).relative_to(root)
+        visible = [name for name in files if not name.startswith(".")]
+        if any(name.lower().endswith(IMAGE_SUFFIXES) for name in visible):
+            found[inside.as_posix()] = Path(folder)
+        for name in visible:
+            if name.lower().endswith(VIDEO_SUFFIXES):
+                found[(inside / name).as_posix()] = Path(folder, name)
+    return found
 
 
 def clean_name(name):
+    """One spelling of a name: NFC, forward slashes, no blanks around it, no ./ before it."""
     return unicodedata.normalize("NFC", str(name).strip()).replace("\\", "/").removeprefix("./")
 
 
-def _path_key(name):
-    """'a/B.JPG' -> '/a/b': without the image suffix and in one case."""
-    stem, dot, suffix = name.rpartition(".")
-    return "/" + (stem if dot + suffix.lower() in IMAGE_SUFFIXES else name).casefold()
+def without_root(name):
+    r"""'E:\Some study\Cam 8\a.mp4' -> 'Some study/Cam 8/a.mp4'; what climbs out of its root starts with '..'."""
+    name = clean_name(name)
+    below = re.sub("^[A-Za-z]:", "", name)
+    if below == name and not name.startswith("/"):
+        return posixpath.normpath(name)
+    return posixpath.normpath(f"/{below.lstrip('/')}").lstrip("/")
+
+
+@dataclasses.dataclass
+class Fit:
+    """The files that fit a name best: several where the name does not decide between them.
+
+    common_folders: how many folders before the file's own name are the same. agrees: no folder differs.
+    """
+    files: list
+    common_folders: int = 0
+    agrees: bool = True
+
+
+class NameIndex:
+    """Files below a folder, found by names with or without suffix and folders, in any case.
+
+    files: their paths below the folder as clean_name spells them; suffixes: those that a name may lack or have wrong.
+    """
+
+    def __init__(self, files, suffixes):
+        self.files = set(files)
+        self.suffixes = suffixes
+        self.by_stem = collections.defaultdict(list)
+        for file in files:
+            parts, suffix = self._split(file)
+            self.by_stem[parts[-1].casefold()].append((file, parts, suffix))
+
+    def find(self, name, other_folders=False):
+        """The Fit of a clean name: the exact path, else the files that have most folders before their name in common.
+
+        Of several the one whose folders do not differ comes first, then the same suffix, the same number of folders and
+        the same case. other_folders: a file may fit although its folders differ.
+        """
+        if name in self.files:
+            return Fit([name], name.count("/"))
+        parts, suffix = self._split(name)
+        scores = {}
+        for file, file_parts, file_suffix in self.by_stem[parts[-1].casefold()]:
+            common_folders, agrees, same_case = compare_paths(parts, file_parts)
+            if agrees or other_folders:
+                same_suffix = (suffix.lower() == file_suffix.lower()) + (suffix == file_suffix)
+                scores[file] = common_folders, agrees, same_suffix, len(parts) == len(file_parts), same_case
+        if not scores:
+            return Fit([])
+        best = max(scores.values())
+        return Fit([file for file, score in scores.items() if score == best], *best[:2])
+
+    def _split(self, name):
+        """'a/B.JPG' -> (['a', 'B'], '.JPG')."""
+        *folders, last = name.split("/")
+        stem, dot, suffix = last.rpartition(".")
+        if dot + suffix.lower() in self.suffixes:
+            return [*folders, stem], dot + suffix
+        return [*folders, last], ""
+
+
+def compare_paths(one, other):
+    """Parts of two paths of one base name -> (folders in common before it, does no folder differ?, parts in one case)."""
+    pairs = list(zip(reversed(one), reversed(other)))
+    same = [a.casefold() == b.casefold() for a, b in pairs]
+    n_same = same.index(False) if False in same else len(same)
+    return n_same - 1, n_same == len(pairs), sum(a == b for a, b in pairs)
 
 
 def match_images(names, images_dir):
@@ -45,27 +145,51 @@ def match_images(names, images_dir):
     leaving = [f"row {i + 1} {names[i]!r}" for i, name in enumerate(written)
                if re.match("/|[A-Za-z]:", name) or ".." in name.split("/")]
     if leaving:
-        raise common.UserError(f"expected names inside --images_dir {folder}, found {common.shorten_list(leaving)}. Correct these rows.")
-    by_stem, names_of = collections.defaultdict(dict), collections.defaultdict(set)
-    for file in files:
-        by_stem[_path_key(file).rpartition("/")[2]][file] = _path_key(file)
-    hits = [_best_files(name, by_stem[_path_key(name).rpartition("/")[2]]) for name in written]
-    for name, hit in zip(written, hits):
+        raise common.UserError(f"expected names inside --images_dir {folder}, "
+                               f"found {common.shorten_list(leaving)}. Correct these rows.")
+    index = NameIndex(files, IMAGE_SUFFIXES)
+    hits = []
+    names_of = collections.defaultdict(set)
+    for name in written:
+        hit = tuple(index.find(name).files)
+        hits.append(hit)
         names_of[hit].add(name)
-    unclear = [f"{common.shorten_list(sorted(rows))} -> {common.shorten_list(hit)}" for hit, rows in names_of.items() if len(rows) * len(hit) > 1]
+    unclear = [f"{common.shorten_list(sorted(meant))} -> {common.shorten_list(hit)}"
+               for hit, meant in names_of.items() if len(meant) * len(hit) > 1]
     if unclear:
-        raise common.UserError(f"expected one file for one image name, found {common.shorten_list(unclear)}. Write folder and suffix.")
-    used = {file for hit in hits for file in hit}
-    return [files[hit[0]] if hit else None for hit in hits], [file for file in files if file not in used]
+        raise common.UserError(f"expected one file for one image name, found {common.shorten_list(unclear)}. "
+                               f"Write folder and suffix.")
+    unused = [file for file in files if (file,) not in names_of]
+    return [files[hit[0]] if hit else None for hit in hits], unused
 
 
-def _best_files(name, candidates):
-    """Of {file: path key} those that fit best: several where the name does not decide, none where folders differ."""
-    key, written = _path_key(name), Path(name)
-    fitting = {file: other for file, other in candidates.items() if key.endswith(other) or other.endswith(key)}
+def match_videos(names, root):
+    """Names as a manifest writes them -> ({name: Path or None}, names that were found by base name alone).
 
-    def score(file):
-        return (min(len(key), len(fitting[file])), Path(file).suffix.lower() == written.suffix.lower(),
-                len(fitting[file]) <= len(key), Path(file).stem == written.stem)
-    best = max(map(score, fitting), default=None)
-    return tuple(file for file in fitting if score(file) == best)
+    As match_images, but drives and folders of another machine are cut off, and a file in another folder may fit.
+    UserError: a name leaves `root`, fits several files, or several folders mean one file.
+    """
+    files = {clean_name(file): path for file, path in find_videos(root).items()}
+    cleaned = {name: without_root(name) for name in dict.fromkeys(names)}
+    leaving = [name for name, below in cleaned.items() if below.split("/")[0] == ".."]
+    if leaving:
+        raise common.UserError(f"expected videos inside --video_root {root}, found {common.shorten_list(leaving)}; "
+                               f"correct these paths")
+    index = NameIndex(files, VIDEO_SUFFIXES)
+    fits = {name: index.find(below, other_folders=True) for name, below in cleaned.items()}
+    unclear = [f"{name} -> {common.shorten_list(fit.files, 4)}" for name, fit in fits.items() if len(fit.files) > 1]
+    folders_of = collections.defaultdict(set)
+    for name, fit in fits.items():
+        *folders, _ = cleaned[name].casefold().split("/")
+        if folders and fit.common_folders == 0:
+            for file in fit.files:
+                folders_of[file].add(folders[-1])
+    unclear += [f"{common.shorten_list(sorted(folders), 4)} -> {file}"
+                for file, folders in folders_of.items() if len(folders) > 1]
+    if unclear:
+        raise common.UserError(f"expected one file below --video_root {root} for a name, found "
+                               f"{common.shorten_list(unclear)}; write folders into the paths, or keep the folders on "
+                               f"disk as the paths have them")
+    found = {name: files[fit.files[0]] if fit.files else None for name, fit in fits.items()}
+    by_base_name = [name for name, fit in fits.items() if not (fit.agrees or fit.common_folders)]
+    return found, by_base_name

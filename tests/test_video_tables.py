@@ -10,7 +10,7 @@ import pytest
 
 import common
 from evidence import confounding, event_audit, rater_agreement
-from readers import event_tables, score_tables
+from readers import event_tables, file_names, score_tables
 import train_video as tv
 
 pytestmark = pytest.mark.fault("tables, COCO, JSON: quirks and mistakes")
@@ -59,7 +59,7 @@ def test_windows_paths_resolve_by_suffix_then_base_name_in_any_case(tmp_path):
                "elsewhere/N900.mp4", "Group 1 Day 1/Cam 8/._N884_ch8_main.mp4", ".hidden/N901.mp4")
     study = "E:\\Some study 2024\\Group 1 Day 1\\Cam 8\\"
     wanted = [study + "N884_ch8_main.mp4", study + "n900.mp4", "cam 9/N884_ch8_main", study + "N901.mp4"]
-    hits, by_base = event_tables.match_videos(wanted, root)
+    hits, by_base = file_names.match_videos(wanted, root)
     found = [path and path.relative_to(root).as_posix() for path in hits.values()]
     assert found == ["Group 1 Day 1/Cam 8/N884_CH8_main.MP4", "elsewhere/N900.mp4",
                      "Group 1 Day 1/Cam 9/n884_ch8_main.mp4", None]
@@ -68,34 +68,40 @@ def test_windows_paths_resolve_by_suffix_then_base_name_in_any_case(tmp_path):
 
 def test_a_name_that_fits_several_files_is_an_error_that_lists_them(tmp_path):
     root = put(tmp_path, "Cam 8/a.mp4", "Cam 9/a.mp4", "Cam 9/b.mp4")
-    message = fails(event_tables.match_videos, ["a.mp4", "b.mp4"], root)
+    message = fails(file_names.match_videos, ["a.mp4", "b.mp4"], root)
     assert "Cam 8/a.mp4" in message and "Cam 9/a.mp4" in message and "b.mp4 ->" not in message
-    assert event_tables.match_videos(["Cam 9/a.mp4"], root)[0]["Cam 9/a.mp4"] == root / "Cam 9/a.mp4"
+    assert file_names.match_videos(["Cam 9/a.mp4"], root)[0]["Cam 9/a.mp4"] == root / "Cam 9/a.mp4"
 
 
 def test_two_folders_of_a_manifest_never_mean_one_file(tmp_path):
     """A flat video folder with cam 8's file alone must not serve as cam 9's."""
-    message = fails(event_tables.match_videos, ["E:\\x\\Cam 8\\a.mp4", "E:\\x\\Cam 9\\a.mp4"], put(tmp_path, "a.mp4"))
+    message = fails(file_names.match_videos, ["E:\\x\\Cam 8\\a.mp4", "E:\\x\\Cam 9\\a.mp4"], put(tmp_path, "a.mp4"))
     assert "cam 8" in message and "cam 9" in message
-    assert len(event_tables.match_videos(["E:\\x\\Cam 8\\a.mp4", "F:\\copy\\Cam 8\\a.mp4"], tmp_path)[0]) == 2
+    assert len(file_names.match_videos(["E:\\x\\Cam 8\\a.mp4", "F:\\copy\\Cam 8\\a.mp4"], tmp_path)[0]) == 2
+
+
+def test_a_video_that_was_converted_is_found_unless_the_original_is_there(tmp_path):
+    root = put(tmp_path, "Cam 8/a.avi", "Cam 9/b.avi", "Cam 9/b.mp4")
+    hits, by_base = file_names.match_videos(["D:/x/Cam 8/a.mp4", "Cam 9/b.mp4"], root)
+    assert list(hits.values()) == [root / "Cam 8/a.avi", root / "Cam 9/b.mp4"] and by_base == []
 
 
 @pytest.mark.parametrize("name", ["../secret.mp4", "..\\secret.mp4", "a/../../secret.mp4", "./../videos/../secret.mp4"])
 def test_paths_that_leave_the_video_root_are_refused(tmp_path, name):
     put(tmp_path, "secret.mp4", "videos/a.mp4")
-    assert "secret.mp4" in fails(event_tables.match_videos, [name], tmp_path / "videos")
+    assert "secret.mp4" in fails(file_names.match_videos, [name], tmp_path / "videos")
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "/../etc/passwd", "C:\\..\\..\\etc\\passwd", "//server/share/x.mp4",
                                   "http://host/x.mp4", "x\0.mp4", "."])
 def test_absolute_paths_elsewhere_are_missing_not_opened(tmp_path, name):
-    assert event_tables.match_videos([name], put(tmp_path, "a.mp4"))[0] == {name: None}
+    assert file_names.match_videos([name], put(tmp_path, "a.mp4"))[0] == {name: None}
 
 
 def test_links_into_a_loop_end(tmp_path):
     put(tmp_path, "sub/a.mp4", "b.mp4")
     (tmp_path / "sub" / "again").symlink_to(tmp_path, target_is_directory=True)
-    assert sorted(event_tables.index_videos(tmp_path)) == ["b.mp4", "sub/a.mp4"]
+    assert sorted(file_names.find_videos(tmp_path)) == ["b.mp4", "sub/a.mp4"]
 
 
 def test_missing_videos_are_listed_and_stop_above_the_share(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import common
-from readers import event_tables, file_names, part_boxes, picture_files
+from readers import file_names, part_boxes, picture_files
 
 GROUP = "paths: .., absolute, links, drive letters, NUL, NFC / NFD, FIFO, endless device"
 NFD = unicodedata.normalize("NFD", "grün.png")
@@ -78,11 +78,11 @@ def test_videos_never_lie_outside_their_root(tmp_path, cases):
     with cases.case(GROUP):
         for name in ("../secret.mp4", "..\\secret.mp4", "a/../../secret.mp4"):
             with pytest.raises(common.UserError, match="inside --video_root"):
-                event_tables.match_videos([name], tmp_path / "videos")
+                file_names.match_videos([name], tmp_path / "videos")
         for name in (str(tmp_path / "secret.mp4"), "C:\\..\\..\\secret.mp4", "a\0.mp4"):
-            assert event_tables.match_videos([name], tmp_path / "videos")[0] == {name: None}
+            assert file_names.match_videos([name], tmp_path / "videos")[0] == {name: None}
         for name in ("D:\\study\\A.MP4", "./a.mp4"):
-            assert event_tables.match_videos([name], tmp_path / "videos")[0][name] == tmp_path / "videos" / "a.mp4"
+            assert file_names.match_videos([name], tmp_path / "videos")[0][name] == tmp_path / "videos" / "a.mp4"
 
 
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path, cases):
