@@ -89,11 +89,6 @@ def shorten_path(path, roots=()):
 # ---------------------------------------------------------------------------
 # A flag is declared once; config file, flags of a resumed run and command line all pass through its own type.
 
-# What makes training fast, has no flag of its own and can be left out by --without. Beside them stay a few kernels of
-# the scripts that give the same numbers sooner, as their tests show.
-FAST_WAYS = {"layout": "channels_last memory", "optimizer": "fused optimiser", "augment": "augmentation in one warp",
-             "decode": "JPEGs decoded at reduced size", "memory": "freed memory kept (CPU, Linux)"}
-
 # They may change between the two halves of a resumed run: they decide where and how fast, never what is computed.
 NEUTRAL_FLAGS = {"output_dir", "config", "resume", "num_workers", "device", "cache", "save_every", "save_minutes",
                  "save_top_k", "tensorboard", "wandb", "images_dir", "ratings_file", "criteria", "use_amp", "fold",
@@ -169,14 +164,6 @@ def add_training_arguments(parser):
         help="epochs without a better validation score before stopping; 0 = never stop early")
     add("--min_epochs", type=bounded(int, 0), default=0, help="never stop early before this epoch")
     add("--min_delta", type=bounded(float, 0), default=0.0, help="smallest gain that counts as better, for patience")
-    add("--without", nargs="+", choices=(*FAST_WAYS, "all"), metavar="WAY",
-        help="for comparison, train without a way of being fast: " + ", ".join(
-            f"{name} ({what})" for name, what in FAST_WAYS.items()) + ", or all; see also --use_amp and --cache")
-
-
-def takes(args, way):
-    """True where --without leaves this one of FAST_WAYS in."""
-    return not {way, "all"} & set(args.without or ())
 
 
 def add_data_arguments(parser):
@@ -481,9 +468,9 @@ def start_run(args):
     if args.wandb:
         optional_package("wandb", "wandb")
     signals, processes = StopSignals(), Processes()
-    compute = choose_compute(args.device, args.use_amp, processes, takes(args, "layout"))
+    compute = choose_compute(args.device, args.use_amp, processes)
     processes.join(compute.device)
-    if takes(args, "memory") and compute.device.type == "cpu":
+    if compute.device.type == "cpu":
         keep_freed_memory()
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -496,9 +483,6 @@ def start_run(args):
     run.say(f"run folder: {run.folder}{' (continued)' if run.resumed else ''}")
     run.say(f"command: {command_line()}")
     run.say(f"device: {compute.text}; {torch.get_num_threads()} threads; torch {torch.__version__}")
-    left_out = ", ".join(way for way in FAST_WAYS if not takes(args, way))
-    run.say(f"fast by: {', '.join(what for way, what in FAST_WAYS.items() if takes(args, way)) or 'nothing'}"
-            f"{f' (left out: {left_out})' if left_out else ''}")
     if processes.size > 1:
         run.say(f"processes: {processes.size}; each takes its share of the {args.batch_size} samples of a batch")
     return run
@@ -817,11 +801,10 @@ class Compute:
         return model
 
 
-def choose_compute(device, use_amp, processes=None, layout=True):
+def choose_compute(device, use_amp, processes=None):
     """--device and --use_amp -> Compute. Raises UserError for a GPU that is asked for and absent.
 
-    processes: of a run that works with several; each takes a GPU of its own on its machine. layout: channels_last where
-    the device is fast at it.
+    processes: of a run that works with several; each takes a GPU of its own on its machine.
     """
     launched = launched_processes()
     if processes is None and launched["size"] > 1:
@@ -847,7 +830,7 @@ def choose_compute(device, use_amp, processes=None, layout=True):
         precision = "bf16"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         _cpuinfo("model name") or platform.processor() or platform.machine())
-    layout = layout and device.type in ("cpu", "cuda")
+    layout = device.type in ("cpu", "cuda")
     text = f"{device} ({name}), {precision}{' with channels_last' if layout else ''}"
     return Compute(device, precision, layout, text, processes)
 
@@ -1261,8 +1244,7 @@ class Augmentation:
     crop and the last two of erase (area, height / width, x, y): position as a fraction of the free margin;
     resized: (share of the picture's area, width / height) of a crop that is scaled to the output, None = no scaling;
     translate: of the output size; corners: x, y clockwise from the top left, of the largest inward shift; blur: sigma
-    in pixels; noise: (sd in grey levels, seed); channels: which colour becomes R, G and B; in_steps: applied by
-    torchvision, one operation after the other.
+    in pixels; noise: (sd in grey levels, seed); channels: which colour becomes R, G and B.
     """
     crop: tuple = (0.5, 0.5)
     resized: tuple | None = None
@@ -1283,10 +1265,9 @@ class Augmentation:
     autocontrast: bool = False
     blur: float = 0.0
     noise: tuple | None = None
-    in_steps: bool = False
 
 
-def sample_augmentation(preset, generator, in_steps=False):
+def sample_augmentation(preset, generator):
     """Draw an Augmentation for a preset of AUGMENTATIONS from a torch.Generator; every draw takes 48 numbers from it.
 
     "full" has the distributions of torchvision's RandomCrop, RandomHorizontalFlip, RandomRotation(15),
@@ -1310,7 +1291,7 @@ def sample_augmentation(preset, generator, in_steps=False):
 
     def around(name):
         return uniform(-ranges[name], ranges[name])
-    drawn = Augmentation((uniform(), uniform()), flip=happens("flip"), in_steps=in_steps)
+    drawn = Augmentation((uniform(), uniform()), flip=happens("flip"))
     *factors, hue = ranges["jitter"]
     drawn.brightness, drawn.contrast, drawn.saturation = (uniform(1 - width, 1 + width) for width in factors)
     drawn.jitter_order = tuple(sorted(drawn.jitter_order, key=lambda _: next(numbers)))
@@ -1397,9 +1378,6 @@ def _colour_matrix(drawn, mean):
 
 def jitter_colours(image, drawn):
     """The colour part of an Augmentation on uint8 (H, W, 3), geometry untouched."""
-    if drawn.in_steps:
-        clip = torch.tensor(image[None]).permute(0, 3, 1, 2)  # (1, 3, H, W)
-        return _colours_in_steps(clip, drawn)[0].permute(1, 2, 0).numpy()
     cv2 = imaging_libraries()[0]
     return cv2.transform(image, _colour_matrix(drawn, cv2.mean(image)[:3]))
 
@@ -1416,11 +1394,10 @@ def apply_augmentation(image, parameters, size):
 def augment_clip(frames, parameters, size):
     """Apply one Augmentation to all frames of a clip alike: uint8 (T, H, W, 3) -> (T, size, size, 3).
 
-    Means and extremes that colour operations need are those of the whole clip, so that nothing flickers (in_steps:
-    those of each frame, as torchvision takes them).
+    Means and extremes that colour operations need are those of the whole clip, so that nothing flickers.
     """
     cv2, drawn = imaging_libraries()[0], parameters
-    clip = (_warp_in_steps if drawn.in_steps else _warp_at_once)(frames, drawn, size)
+    clip = _warp_at_once(frames, drawn, size)
     if drawn.autocontrast:
         clip = _stretch_contrast(clip.reshape(-1, size, 3)).reshape(clip.shape)
     if drawn.blur:
@@ -1448,34 +1425,6 @@ def _warp_at_once(frames, drawn, size):
         cv2.warpPerspective(frame, matrix, (size, size), dst=pixels, flags=cv2.INTER_LINEAR)
     tall = clip.reshape(-1, size, 3)  # (T * size, size, 3): one call for the colours of all frames
     return cv2.transform(tall, _colour_matrix(drawn, cv2.mean(tall)[:3])).reshape(clip.shape)
-
-
-def _warp_in_steps(frames, drawn, size):
-    """Geometry and colours as torchvision's operations one by one: uint8 (T, H, W, 3) -> (T, size, size, 3)."""
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as F
-    left, top, width, height = map(round, _crop_window(frames.shape[1:], drawn, size))
-    bilinear, clip = InterpolationMode.BILINEAR, torch.tensor(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
-    clip = F.resized_crop(clip, top, left, height, width, [size, size], bilinear, antialias=True)
-    clip = F.hflip(clip) if drawn.flip else clip
-    clip = F.rotate(clip, drawn.rotation_deg, bilinear) if drawn.rotation_deg else clip
-    shift, shear = [round(fraction * size) for fraction in drawn.translate], [drawn.shear_deg, 0.0]
-    if any(shift) or drawn.shear_deg or drawn.scale != 1:
-        clip = F.affine(clip, 0.0, shift, drawn.scale, shear, bilinear)
-    if drawn.corners is not None:
-        start, end = (corners.astype(int).tolist() for corners in _moved_corners(drawn, size))
-        clip = F.perspective(clip, start, end, bilinear)
-    return np.ascontiguousarray(_colours_in_steps(clip, drawn).permute(0, 2, 3, 1).numpy())
-
-
-def _colours_in_steps(clip, drawn):
-    """Colours of uint8 (T, 3, H, W) by torchvision's operations one by one."""
-    from torchvision.transforms import functional as F
-    for name in drawn.jitter_order:
-        amount = getattr(drawn, name)
-        if amount != (0.0 if name == "hue" else 1.0):
-            clip = getattr(F, f"adjust_{name}")(clip, amount)
-    return F.rgb_to_grayscale(clip, 3) if drawn.greyscale else clip[:, list(drawn.channels)]
 
 
 def _stretch_contrast(pixels):
@@ -1723,11 +1672,10 @@ def build_optimizer(modules, args):
             chosen = [p for p in parameters if (p.ndim > 1) == is_matrix]
             if chosen:
                 groups.append({"params": chosen, "weight_decay": decay, "lr": args.lr * factor, "factor": factor})
-    fused = takes(args, "optimizer") or None  # None: what torch takes by itself
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, fused=fused)
+        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, fused=True)
     kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=args.lr, fused=fused)
+    return kind(groups, lr=args.lr, fused=True)
 
 
 def schedule_factor(scheduler, progress, epochs, warmup_epochs):

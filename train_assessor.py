@@ -114,8 +114,7 @@ def load_study(args, run):
         raise common.UserError(f"none of the {len(paths)} pictures named in {args.ratings_file} is in "
                                f"{args.images_dir} (first: {table.images[0]!r}); check --images_dir, --image_column")
     run.say(f"decoding {len(found)} pictures")
-    store = picture_files.ImageStore([paths[row] for row in found], resize_side(args.image_size), args.cache,
-                              reduced=common.takes(args, "decode"))
+    store = picture_files.ImageStore([paths[row] for row in found], resize_side(args.image_size), args.cache)
     stored = np.array(picture_files.check_bad_files(store.audit, args.on_bad_file), dtype=int)
     rows = found[stored]
     skipped = [{"image": table.images[i], "reason": "no such picture"} for i, path in enumerate(paths) if path is None]
@@ -143,7 +142,7 @@ def picture_input(study, row, args, augment, generator):
     """One picture ready for a batch, uint8 (S, S, 3): centre crop, or a random draw of `augment`."""
     if augment == "none":
         return common.eval_crop(study.picture(row), args.image_size)
-    drawn = common.sample_augmentation(augment, generator, not common.takes(args, "augment"))
+    drawn = common.sample_augmentation(augment, generator)
     return common.apply_augmentation(study.picture(row), drawn, args.image_size)
 
 

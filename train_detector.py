@@ -225,8 +225,7 @@ def load_study(args, files, say, parts=None):
     present = [k for k, path in enumerate(paths) if path is not None]
     say(f"decoding {len(present)} pictures")
     short_side = args.min_size or MODELS[args.model][0]
-    store = picture_files.ImageStore([paths[k] for k in present], short_side, args.cache,
-                              reduced=common.takes(args, "decode"))
+    store = picture_files.ImageStore([paths[k] for k in present], short_side, args.cache)
     stored = check_pictures(store, [listed[k][1] for k in present], args.on_bad_file, skipped)
     skipped += [{"image": image["name"], "reason": "no such picture"} for (_, image), p in zip(listed, paths) if not p]
     rows = {present[i]: row for row, i in enumerate(stored)}  # place in `listed` -> row of the study
@@ -373,12 +372,12 @@ def has_sides(parts):
     return any({"left", "right"} & set(re.split("[^a-z]+", part.lower())) for part in parts)
 
 
-def augment_picture(pixels, boxes, size_of, generator, may_flip, in_steps=False):
+def augment_picture(pixels, boxes, size_of, generator, may_flip):
     """Random flip, colours and size of a picture (H, W, 3) and its boxes (K, 4), relative to it, 0..1.
 
     A flip mirrors the boxes and nothing else: a front wheel stays a front wheel. size_of(factor) gives the input size.
     """
-    drawn = common.sample_augmentation("light", generator, in_steps)
+    drawn = common.sample_augmentation("light", generator)
     pixels = resize_picture(pixels, size_of(0.8 + 0.4 * torch.rand((), generator=generator).item()))
     if drawn.flip and may_flip:
         pixels, boxes = pixels[:, ::-1], np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], axis=1)
@@ -410,8 +409,7 @@ class PartImages(common.Samples):
         if self.augment == "none":
             pixels = resize_picture(pixels, size_of(1.0))
         else:
-            pixels, boxes = augment_picture(pixels, boxes, size_of, generator, not has_sides(study.parts),
-                                            not common.takes(self.args, "augment"))
+            pixels, boxes = augment_picture(pixels, boxes, size_of, generator, not has_sides(study.parts))
         size = np.array(pixels.shape[1::-1])
         return {"pixels": torch.from_numpy(np.array(pixels)), "scale": study.sizes[row] / size,
                 "boxes": torch.from_numpy((boxes * np.tile(size, 2)).astype(np.float32)),

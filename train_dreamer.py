@@ -253,14 +253,13 @@ def say_study(run, study):
             run.say(f"  {line}")
 
 
-def draw_augmentation(name, generator, in_steps=False):
+def draw_augmentation(name, generator):
     """common.Augmentation of a preset of AUGMENTATIONS, from six numbers of a torch.Generator."""
     ranges, numbers = AUGMENTATIONS[name], torch.rand(6, generator=generator).tolist()
     jitter, turn, noise = (ranges.get(key, 0.0) for key in ("jitter", "turn", "noise"))
     return common.Augmentation(
         rotation_deg=turn * (2 * numbers[0] - 1), brightness=1 + jitter * (2 * numbers[1] - 1),
-        contrast=1 + jitter * (2 * numbers[2] - 1), noise=(noise, int(numbers[3] * 2 ** 31)) if noise else None,
-        in_steps=in_steps)
+        contrast=1 + jitter * (2 * numbers[2] - 1), noise=(noise, int(numbers[3] * 2 ** 31)) if noise else None)
 
 
 class ProbeTransitions(common.Samples):
@@ -291,8 +290,7 @@ class ProbeTransitions(common.Samples):
         is_pair = self.study.frames[row, 1] >= 0
         frames = np.stack([self.study.frame(row, which if is_pair else 0, size) for which in (0, 1)])
         if self.augment != "none":
-            drawn = draw_augmentation(self.augment, common.generator_for(self.args.seed, epoch, row),
-                                      not common.takes(self.args, "augment"))
+            drawn = draw_augmentation(self.augment, common.generator_for(self.args.seed, epoch, row))
             frames = common.augment_clip(frames, drawn, size)
         return {"frames": torch.from_numpy(to_grey(frames)), **others}
 

@@ -325,7 +325,7 @@ class Clips(common.Samples):
             first, last = self.study.start_range(row, jittered=True)
             start = first + int(torch.randint(last - first + 1, (), generator=generator))
         chosen = frames[start:start + length]
-        drawn = common.sample_augmentation(preset, generator, not common.takes(self.args, "augment"))
+        drawn = common.sample_augmentation(preset, generator)
         clip = np.zeros((length, size, size, 3), np.uint8)
         clip[:len(chosen)] = (np.stack([common.eval_crop(frame, size) for frame in chosen]) if preset == "none"
                               else common.augment_clip(chosen, drawn, size))

@@ -94,14 +94,14 @@ def _to_rgb(image):
     return np.asarray(image.convert("RGB"))
 
 
-def _decode(path, short_side, reduced=True):
+def _decode(path, short_side):
     """(pixels uint8 (H, W, 3), (width, height) of the whole upright picture); BadImage with the bare reason."""
     from PIL import ImageOps  # decodes, because OpenCV, a fifth faster, returns the rest of a truncated JPEG as grey
     cv2 = common.imaging_libraries()[0]
     with _open_picture(path) as image:
         whole = image.size
         scaled_size(*whole, short_side)  # refuses before anything is allocated
-        if reduced and short_side is not None and image.format in ("JPEG", "MPO"):
+        if short_side is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (math.ceil(1.5 * short_side),) * 2)  # decodes at 1/2, 1/4 or 1/8, never below this
         drafted = image.size
         image.load()
@@ -112,22 +112,22 @@ def _decode(path, short_side, reduced=True):
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if size[0] <= image.width else cv2.INTER_CUBIC), whole
 
 
-def load_image(path, short_side=None, reduced=True):
+def load_image(path, short_side=None):
     """Decode one picture to uint8 (H, W, 3) RGB, upright, scaled so that its short side is `short_side` pixels.
 
     Transparency is put on white, more than 8 bits are scaled to 8, the first frame is taken. JPEGs are decoded at
-    `reduced` size, at least 1.5 times the target; smaller pictures are enlarged. Raises BadImage: file and reason.
+    reduced size, at least 1.5 times the target; smaller pictures are enlarged. Raises BadImage: file and reason.
     """
     try:
-        return _decode(path, short_side, reduced)[0]
+        return _decode(path, short_side)[0]
     except pixel_cache.BadImage as error:
         raise pixel_cache.BadImage(f"{path}: {error}") from error
 
 
-def audit_image(path, short_side, reduced=True):
+def audit_image(path, short_side):
     """(ImageAudit, pixels uint8 (H, W, 3)) of one file; pixels has no rows when the file is bad."""
     try:
-        pixels, (width, height) = _decode(path, short_side, reduced)
+        pixels, (width, height) = _decode(path, short_side)
     except pixel_cache.BadImage as error:
         return pixel_cache.ImageAudit(str(path), str(error)), np.empty((0, 0, 3), np.uint8)
     file_sha, pixel_sha = (hashlib.sha256(data).hexdigest() for data in (Path(path).read_bytes(), pixels))
@@ -148,12 +148,12 @@ def check_bad_files(audit, on_bad_file):
 class ImageStore(pixel_cache.PixelStore):
     """N pictures, each decoded once, served as uint8 (H, W, 3) with the given short side in pixels.
 
-    cache, cache_dir, progress: see PixelStore; reduced: see load_image. `audit` is a list of N ImageAudit. Raises
+    cache, cache_dir, progress: see PixelStore. `audit` is a list of N ImageAudit. Raises
     BadImage for a bad picture.
     """
 
-    def __init__(self, paths, short_side, cache="auto", cache_dir=None, progress=None, reduced=True):
-        self.paths, self.short_side, self.reduced = [Path(path) for path in paths], short_side, reduced
+    def __init__(self, paths, short_side, cache="auto", cache_dir=None, progress=None):
+        self.paths, self.short_side = [Path(path) for path in paths], short_side
         self.data_folders = {path.absolute().parent for path in self.paths}
         self.start(len(self.paths), cache, cache_dir, progress)
 
@@ -166,14 +166,14 @@ class ImageStore(pixel_cache.PixelStore):
         return 0
 
     def _decoded(self):
-        results = self._threaded(lambda path: audit_image(path, self.short_side, self.reduced), self.paths)
+        results = self._threaded(lambda path: audit_image(path, self.short_side), self.paths)
         return ((index, *result) for index, result in enumerate(results))
 
     def _load(self, index):
-        return load_image(self.paths[index], self.short_side, self.reduced)
+        return load_image(self.paths[index], self.short_side)
 
     def _contents(self):
-        return [self.short_side, self.reduced, [pixel_cache.file_stamp(path) for path in self.paths]]
+        return [self.short_side, [pixel_cache.file_stamp(path) for path in self.paths]]
 
     def _still_bad(self, path):
-        return bool(audit_image(path, self.short_side, self.reduced)[0].error)
+        return bool(audit_image(path, self.short_side)[0].error)

@@ -292,7 +292,7 @@ def load_frames(args, run, rows):
                 paths.append(path)
             index[i, which] = held[key]
     run.say(f"decoding {len(paths)} different frames")
-    store = picture_files.ImageStore(paths, args.image_size, args.cache, reduced=common.takes(args, "decode"))
+    store = picture_files.ImageStore(paths, args.image_size, args.cache)
     good = picture_files.check_bad_files(store.audit, args.on_bad_file)
     return store, index, set(range(len(paths))) - set(good)
 

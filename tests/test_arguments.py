@@ -51,13 +51,6 @@ def test_bare_use_amp_means_on(argv, expected):
     assert parse(*argv).use_amp == expected
 
 
-def test_without_leaves_out_what_it_names():
-    assert all(common.takes(parse(), way) for way in common.FAST_WAYS)
-    assert not any(common.takes(parse("--without", "all"), way) for way in common.FAST_WAYS)
-    args = parse("--without", "augment", "memory")
-    assert [way for way in common.FAST_WAYS if not common.takes(args, way)] == ["augment", "memory"]
-
-
 def test_config_sections_switches_and_lists(tmp_path):
     args = parse_config(tmp_path, "model: {d_model: 64}\nrun:\n  deterministic: true\n  use_amp: off\n"
                                   "target_columns: [A b, C]\nsample_weight: [x=1, y=2]\n")

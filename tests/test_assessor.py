@@ -65,19 +65,6 @@ def test_history_has_a_row_for_every_epoch(trained):
     assert {"learning_rate", "train_loss", "val_loss", "val_mse", "val_mae", "val_r2", "val_pearson_r"} <= set(rows[0])
 
 
-def test_a_run_without_the_fast_ways_learns_the_same(sample, trained, tmp_path):
-    """The first lines of both say what was on; the train loss of each epoch differs by rounding and hue."""
-    train(sample, tmp_path, "--test_ratio", 0.2, "--train_ratio", 0.6, "--normalize_targets", "--without", "all",
-          "--use_amp", "off", "--cache", "none")
-    plain = only_run(tmp_path)
-    said, said_plainly = ((run / "log.txt").read_text() for run in (trained, plain))
-    assert "fast by: channels_last memory, fused optimiser, augmentation in one warp" in said and "ram cache" in said
-    assert "fast by: nothing (left out: layout, optimizer, augment, decode, memory)" in said_plainly
-    assert "fp32;" in said_plainly and "none cache" in said_plainly and "loader: no workers" in said_plainly
-    losses = [[float(row["train_loss"]) for row in read_csv(run / "training_history.csv")] for run in (trained, plain)]
-    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1)
-
-
 def test_metrics_are_those_of_the_predictions_file(trained):
     """R2 and MAE of the test part, recomputed by scikit-learn from predictions_test.csv alone."""
     rows = read_csv(trained / "predictions_test.csv")

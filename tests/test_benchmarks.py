@@ -2,16 +2,21 @@
 
     python -m pytest tests/test_benchmarks.py [-m ""]
 """
+import dataclasses
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
+import common
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 import equality  # noqa: E402
+import plain_training  # noqa: E402
 import scaling  # noqa: E402
 import summary  # noqa: E402
 import turns  # noqa: E402
@@ -60,6 +65,24 @@ def test_results_agree_within_the_spread_of_the_seeds(monkeypatch, tmp_path, col
     assert found["agree"] == agree and found["difference"] == pytest.approx(-shift)
     assert found["spread"] == pytest.approx(0.1)
     assert f"| {agree} | 1.0 | 2.0 | 2.0 |" in equality.as_text([found])
+
+
+@pytest.mark.parametrize("preset", [preset for preset in common.AUGMENTATIONS if preset != "none"])
+def test_plain_training_applies_the_same_draws_step_by_step(monkeypatch, preset):
+    """What one warp shows of a smooth picture, the steps show too, but for black corners and the contrast,
+    which starts from a mean that counts them."""
+    ramp = np.linspace(90, 160, 80).astype(np.uint8)
+    frames = np.stack([np.repeat((ramp[:, None] // 2 + ramp // 2)[..., None], 3, 2)] * 2)
+    draws = [common.sample_augmentation(preset, torch.Generator().manual_seed(seed)) for seed in range(5)]
+    draws = [dataclasses.replace(drawn, erase=None, autocontrast=False, noise=None, contrast=1.0) for drawn in draws]
+    at_once = [common.augment_clip(frames, drawn, 64) for drawn in draws]
+    plain_training.slow_down(False, monkeypatch.setattr)
+    for drawn, fast in zip(draws, at_once):
+        plain = common.augment_clip(frames, drawn, 64)
+        assert plain.shape == fast.shape and plain.dtype == np.uint8
+        inside = plain.min(axis=-1) > 40
+        assert inside.mean() > 0.4 and np.abs(plain[inside].astype(float) - fast[inside]).mean() < 6, drawn
+    assert not common.choose_compute("cpu", "off").channels_last
 
 
 def test_the_summary_is_a_table_and_a_picture(report, tmp_path):

@@ -137,7 +137,7 @@ def test_a_batch_made_by_threads_is_the_batch(monkeypatch, cores):
 
 def run_arguments(folder, **more):
     defaults = dict(output_dir=folder, dry_run=False, device="cpu", use_amp="off", deterministic=False, resume=None,
-                    config=None, tensorboard=False, wandb=False, without=None)
+                    config=None, tensorboard=False, wandb=False)
     return SimpleNamespace(**{**defaults, **more})
 
 

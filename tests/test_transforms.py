@@ -231,27 +231,6 @@ def test_pictures_match_the_unfused_chain():
         assert difference.max() < 2.7 and difference.mean() < 1.0
 
 
-def test_steps_one_by_one_are_the_unfused_chain():
-    """--without augment: the same draws, applied by torchvision. It cuts off decimals in each of four colour steps."""
-    image = waves()
-    draws = [common.sample_augmentation("full", torch.Generator().manual_seed(seed), True) for seed in range(40)]
-    for seed, parameters in enumerate(draws):
-        assert parameters == dataclasses.replace(drawn(1, seed=seed)[0], in_steps=True)
-        parameters = dataclasses.replace(parameters, erase=None)
-        expected = torchvision_colour(with_mask(image, geometry_only(parameters))[0], parameters)
-        assert np.abs(common.apply_augmentation(image, parameters, SIZE) - expected).mean() < 2.5, parameters
-
-
-@pytest.mark.parametrize("preset", [preset for preset in common.AUGMENTATIONS if preset != "none"])
-def test_steps_serve_every_preset_and_colours_alone(preset):
-    for parameters in (dataclasses.replace(each, in_steps=True) for each in drawn(10, preset, seed=14)):
-        shown = common.augment_clip(np.stack([waves()] * 2), parameters, SIZE)
-        assert shown.shape == (2, SIZE, SIZE, 3) and shown.dtype == np.uint8 and (shown[0] == shown[1]).all()
-    colours, image = colour_only(parameters, hue=0.0), waves()
-    found = common.jitter_colours(image, dataclasses.replace(colours, in_steps=True))
-    assert np.abs(found - torchvision_colour(image, colours)).mean() < 2.5
-
-
 def test_outside_is_black_and_crops_give_pixels_back():
     white = np.full((256, 320, 3), 255, np.uint8)
     shares = []  # of the picture that is black: ours, and the chain's

@@ -6,8 +6,8 @@
 
     fast        the defaults: bf16 and channels_last where the processor is fast at them, pictures cached, augmentation
                 in one warp, JPEGs decoded at reduced size, fused optimiser
-    plain       --use_amp off --cache none --without all: fp32, torchvision's operations one by one, nothing cached.
-                What no flag leaves out (the detector's pooling, the dreamer's dropout) is held equal by tests/ alone
+    plain       --use_amp off --cache none under plain_training.py: fp32, torchvision's operations one by one, nothing
+                cached. What it leaves in (the detector's pooling, the dreamer's dropout) is held equal by tests/ alone
     one_warp    plain, but for the augmentation: the one fast way that changes what a network sees, because it fills
                 from the picture what separate steps leave black after the crop
 Both of a seed share the split, the first weights of new layers and every random draw. Compared is the validation metric
@@ -33,19 +33,15 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 
-WAYS = {
-    "fast": [],
-    "plain": ["--use_amp", "off", "--cache", "none", "--without", "all"],
-    "one_warp": ["--use_amp", "off", "--cache", "none", "--without",
-                 *(way for way in common.FAST_WAYS if way != "augment")],
-}
+PLAIN_TRAINING = ROOT / "tests/benchmarks/plain_training.py"
+WRAPPERS = {"fast": [], "plain": [PLAIN_TRAINING], "one_warp": [PLAIN_TRAINING, "--keep_one_warp"]}
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), help="which to compare")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds of split, weights and draws")
-    parser.add_argument("--against", choices=tuple(WAYS)[1:], default="plain", help="what fast is held against")
+    parser.add_argument("--against", choices=tuple(WRAPPERS)[1:], default="plain", help="what fast is held against")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the figures as lines of JSON")
     return parser.parse_args()
 
@@ -122,7 +118,8 @@ def weights():
 
 def train(script, flags, column, seed, way, out):
     """Run a script to its end; {value: the metric after the last epoch, seconds: median of its epochs}."""
-    command = [sys.executable, ROOT / script, *flags, *WAYS[way], "--seed", seed, "--output_dir", out,
+    precision = [] if way == "fast" else ["--use_amp", "off", "--cache", "none"]
+    command = [sys.executable, *WRAPPERS[way], ROOT / script, *flags, *precision, "--seed", seed, "--output_dir", out,
                "--save_minutes", 0]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True,
                           env={**os.environ, "XDG_CACHE_HOME": str(out)})
