@@ -217,6 +217,8 @@ def test_run_local_for_real_on_made_data(tmp_path):
     """The user's first command in a copy of the repository, with the two shortest settings."""
     for path in (*REPO.glob("*.py"), REPO / "run_local.sh", REPO / "requirements.txt"):
         shutil.copy(path, tmp_path)
+    for room in ("readers", "evidence"):
+        shutil.copytree(REPO / room, tmp_path / room)
     result = run([tmp_path / "run_local.sh", "--no_pretrained", "--dry_run", "--image_size", "64"], tmp_path)
     assert result.returncode == 0, result.stderr
     [report] = tmp_path.glob("outputs/run_*/report.html")

@@ -105,6 +105,8 @@ class Lab:
             folder.mkdir(parents=True)
         for path in (*ROOT.glob("*.py"), ROOT / "train_assessor.sh"):
             shutil.copy(path, self.repo)
+        for room in ("readers", "evidence"):
+            shutil.copytree(ROOT / room, self.repo / room)
         for task, n in (("assessor", 30), ("dreamer", 48)):
             self.local("make_sample_data.py", ["--task", task, "--output_dir", work / "data", "--n_samples", n])
         pictures, slices = work / "data" / "assessor", work / "data" / "dreamer"
