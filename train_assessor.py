@@ -589,7 +589,8 @@ def fold_rows(folds):
 def prepare_split(run, args, study, split):
     """Write splits.json and the leakage report; refuse a split that leaks."""
     phash = np.array(study.audit("phash"), dtype=np.uint64)
-    splitting.record_split(run, split, study.images, study.audit("pixel_sha"), phash, groups=study.groups)
+    report = splitting.leakage_report(split, study.images, study.audit("pixel_sha"), phash, {"groups": study.groups})
+    splitting.record_split(run, split, study.images, report)
 
 
 def run_split(run, args, study, split):

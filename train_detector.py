@@ -1196,7 +1196,8 @@ def prepare_split(run, args, study, split):
     if empty:
         raise common.UserError(f"no box in the {' and '.join(empty)} part: nothing to learn or judge; change the split")
     phash = np.array(study.audit("phash"), dtype=np.uint64)
-    splitting.record_split(run, split, study.images, study.audit("pixel_sha"), phash, study.groups)
+    report = splitting.leakage_report(split, study.images, study.audit("pixel_sha"), phash, {"groups": study.groups})
+    splitting.record_split(run, split, study.images, report)
     for row in (split_row(study, part, rows) for part, rows in split.items() if len(rows)):
         run.say(", ".join(f"{name} {value}" for name, value in row.items()))
 
@@ -1385,8 +1386,8 @@ def audit(args):
     for row in rows:
         print("".join(f"{str(value):>22}" if k else f"{str(value)[:23]:24}" for k, value in enumerate(row.values())))
     everyone = {"all": np.arange(len(study.images))}
-    report = splitting.leakage_report(everyone, study.audit("pixel_sha"), np.array(study.audit("phash"), np.uint64),
-                                   study.images)
+    report = splitting.leakage_report(everyone, study.images, study.audit("pixel_sha"),
+                                      np.array(study.audit("phash"), np.uint64))
     print(splitting.leakage_text(report) or "no picture stands there twice")
     if args.output:
         common.write_json(args.output, {"pictures": len(study.images), "parts": rows, "skipped": study.skipped,

@@ -1388,7 +1388,8 @@ def prepare_split(run, args, study, split):
             key[i] = f"{study.sequences[row]}/{study.store.paths[i].name}"
     frames = {part: np.unique(study.frames[rows][study.frames[rows] >= 0]) for part, rows in split.items()}
     phash = np.array(study.frame_audit("phash"), dtype=np.uint64)
-    report = splitting.leakage_report(frames, study.frame_audit("pixel_sha"), phash, key, None if by_time else owner)
+    report = splitting.leakage_report(frames, key, study.frame_audit("pixel_sha"), phash,
+                                      {"groups": None if by_time else owner})
     common.write_json(run.path("leakage_report.json"), report)
     run.say(splitting.leakage_text(report))
     if by_time:

@@ -8,7 +8,7 @@
     python train_video.py --task regress --config configs/pain_scores.yaml --folds 9 --group_column animal
 
 Writes outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first), best_model.pth, metrics.json, predictions_val.csv (and
-_test), training_history.csv and .png, audit.json, splits.json, leakage_report.json, the plots of the task, args.json,
+_test), training_history.csv and .png, splits.json, leakage_report.json, the plots of the task, args.json,
 log.txt. With --folds K the same in each fold_K/, pooled above them.
 
 Letters: N clips, M clips scored, B batch, T frames of a clip, G frames of its time grid, C classes, R scores, K outputs
@@ -1037,7 +1037,7 @@ def write_page(run, args, study, split, scored, metrics):
             reporting.html_text(f"{sample['rows']} clips scored, {len(set(study.table.events[scored.rows]))} events, "
                              f"{sample['distinct_label_vectors']} distinct label vectors, {subjects}; "
                              f"{len(study.skipped)} rows skipped."), reporting.html_table(sizes)]),
-        ("Leakage", [*reporting.leakage_blocks(run), *audit_blocks(run)]),
+        ("Leakage", reporting.leakage_blocks(run)),
         ("Metrics", [*(reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]),
                      *(class_blocks if is_classes else score_blocks)(run, metrics),
                      *([reporting.html_table(metrics["criteria"], caption="Criteria")] if metrics["criteria"] else []),
@@ -1142,11 +1142,6 @@ def calibration_blocks(run, metrics):
             reporting.html_image(run.path("reliability.png"), "Reliability: how often a confidence is right")]
 
 
-def audit_blocks(run):
-    """The audit of the parts as text, where there is one."""
-    return [reporting.html_code(run.path("audit.txt").read_text(encoding="utf-8"))]
-
-
 def case_blocks(study, scored, count=5):
     """Middle frames of the clips with the smallest and the largest error."""
     table, rows = study.table, scored.rows
@@ -1200,17 +1195,14 @@ def fold_rows_of(folds):
 # --- one run, or one run per fold -------------------------------------------------------------
 
 def prepare_split(run, args, study, split):
-    """Write splits.json, the leakage report and the audit of the parts; refuse a split that leaks events or copies."""
-    table = study.table
-    held = {part: rows for part, rows in split.items() if len(rows)}
-    report = event_audit.audit_tables({part: table.take(rows) for part, rows in held.items()}, gap_sec=args.gap_sec)
-    common.write_json(run.path("audit.json"), report)
-    common.write_whole(run.path("audit.txt"), event_audit.audit_text(report).encode())
-    run.say(event_audit.audit_text(report))
-    names = [study.audit(row) for row in range(len(table))]
-    phash = np.array([each.phash for each in names], dtype=np.uint64)
-    whole = table.groups if args.split_by in (None, "group") and args.group_column else None
-    splitting.record_split(run, split, table.clip_ids, [each.pixel_sha for each in names], phash, whole, table.events)
+    """Write splits.json and the leakage report; refuse a split that leaks events, copies or the groups it keeps whole."""
+    audits = [study.audit(row) for row in range(len(study.table))]
+    phash = np.array([audit.phash for audit in audits], dtype=np.uint64)
+    report = event_audit.audit_table(study.table, split, [audit.pixel_sha for audit in audits], phash,
+                                     gap_sec=args.gap_sec)
+    keeps_groups = args.group_column and args.split_by in (None, "group")
+    stopping = splitting.STOPPING_LEAKS if keeps_groups else ("events", "exact_duplicates")
+    splitting.record_split(run, split, study.table.clip_ids, report, stopping)
 
 
 def run_split(run, args, study, split):
@@ -1542,15 +1534,16 @@ def run_audit(args):
     if (table.unit == "frame").any():
         fps = np.array([infos[source].fps or args.fps for source in table.sources])
         table = event_tables.seconds_of(table, fps, args.min_event_sec)
-    parts = [part for part in ("train", "val", "test", "") if part in table.parts]
-    report = event_audit.audit_tables({part or "all": table.take(table.parts == part) for part in parts},
-                          durations={path: info.duration_sec for path, info in infos.items() if not info.error},
-                          predictions=args.predictions, positive=args.positive_class, gap_sec=args.gap_sec)
+    parts = {"train": "train", "val": "val", "test": "test", "": "all"}
+    split = {name: np.flatnonzero(table.parts == part) for part, name in parts.items()}
+    durations = {path: info.duration_sec for path, info in infos.items() if not info.error}
+    report = event_audit.audit_table(table, split, durations=durations, predictions=args.predictions,
+                                     positive=args.positive_class, gap_sec=args.gap_sec)
     report["unreadable"] = {str(path): info.error for path, info in infos.items() if info.error}
     report["skipped"] = table.skipped
     output = args.output or Path("audit.json")
     common.write_json(output, report)
-    print(event_audit.audit_text(report))
+    print(splitting.leakage_text(report))
     for path, error in report["unreadable"].items():
         print(f"unreadable: {path}: {error}")
     print(f"{len(table.skipped)} rows skipped; written to {output}")

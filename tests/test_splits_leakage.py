@@ -136,6 +136,17 @@ def test_folds_repeat_and_differ_by_seed():
     assert (folds[0] == folds[1]).all() and (folds[0] != folds[2]).any()
 
 
+@pytest.mark.parametrize("sizes", [[10] * 12, [40, *[2] * 40], list(range(1, 13))])
+def test_group_folds_differ_by_seed_where_other_deals_are_as_good(sizes):
+    """Equal sizes, one large group among equal small ones, and sizes that many deals balance."""
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    folds = [splitting.make_folds(len(group), 3, groups=group, seed=seed) for seed in range(8)]
+    # the same partition under other fold numbers is no other partition
+    partitions = {frozenset(frozenset(np.flatnonzero(fold == k)) for k in range(3)) for fold in folds}
+    assert len(partitions) >= 7
+    assert (folds[3] == splitting.make_folds(len(group), 3, groups=group, seed=3)).all()
+
+
 def test_one_class_in_one_group_only():
     group = np.repeat(np.arange(6), 10)
     fold = splitting.make_folds(60, 3, strata=(group == 0).astype(int), groups=group)
@@ -237,13 +248,15 @@ def leaky_data(n_rows=60):
 def test_a_clean_split_reports_zeros():
     split, sha, phash, keys = leaky_data()
     groups = np.repeat(["a", "b", "c"], [40, 10, 10])
-    report = splitting.leakage_report(split, sha, phash, keys, groups, groups)
+    report = splitting.leakage_report(split, keys, sha, phash, {"groups": groups, "events": groups})
     assert set(report["between"]) == {"train-val", "train-test", "val-test"}
     assert all(found["count"] == 0 for shared in report["between"].values() for found in shared.values())
-    assert all(count == 0 for counts in report["within"].values() for count in counts.values())
+    assert all(found["count"] == 0 for held in report["within"].values() for found in held.values())
     splitting.check_leakage(report)
     zeros = "0 groups, 0 events, 0 exact duplicates, 0 near duplicates"
-    assert f"leakage train-val: {zeros}\n" in splitting.leakage_text(report)
+    assert splitting.leakage_text(report).splitlines() == [
+        f"leakage {pair}: {zeros}" for pair in ("train-val", "train-test", "val-test")]
+    assert splitting.leakage_text({**report, "notes": ["a note"]}).endswith("\na note")
 
 
 def planted():
@@ -260,7 +273,7 @@ def planted():
 
 def test_planted_leaks_are_counted_and_named():
     split, sha, phash, keys, groups = planted()
-    report = splitting.leakage_report(split, sha, phash, keys, groups=groups)
+    report = splitting.leakage_report(split, keys, sha, phash, {"groups": groups})
     counts = {(pair, what): found["count"]
               for pair, shared in report["between"].items() for what, found in shared.items()}
     assert {key: count for key, count in counts.items() if count} == {
@@ -268,30 +281,36 @@ def test_planted_leaks_are_counted_and_named():
         ("train-val", "exact_duplicates"): 1, ("val-test", "near_duplicates"): 1}
     assert report["between"]["train-val"]["exact_duplicates"]["examples"] == ["003.jpg = 041.jpg"]
     assert report["between"]["val-test"]["near_duplicates"]["examples"] == ["042.jpg = 055.jpg"]
-    assert report["within"]["train"] == {"exact_duplicates": 1, "near_duplicates": 0}
-    assert json.loads(json.dumps(report)) == report and "003.jpg = 041.jpg" in splitting.leakage_text(report)
+    assert report["within"]["train"] == {"exact_duplicates": {"count": 1, "examples": ["004.jpg = 005.jpg"]},
+                                         "near_duplicates": {"count": 0, "examples": []}}
+    assert json.loads(json.dumps(report)) == report
+    assert splitting.leakage_text(report).splitlines()[0] == (
+        "leakage train-val: 1 groups (shared), 1 exact duplicates (003.jpg = 041.jpg), 0 near duplicates")
 
 
 def test_report_does_not_depend_on_row_order():
     split, sha, phash, keys, groups = planted()
     order = np.random.default_rng(1).permutation(60)
     new_row = np.argsort(order)
-    turned = splitting.leakage_report({name: new_row[rows] for name, rows in split.items()}, [sha[i] for i in order],
-                                   phash[order], [keys[i] for i in order], groups=groups[order])
-    assert turned == splitting.leakage_report(split, sha, phash, keys, groups=groups)
+    turned = splitting.leakage_report({name: new_row[rows] for name, rows in split.items()}, [keys[i] for i in order],
+                                      [sha[i] for i in order], phash[order], {"groups": groups[order]})
+    assert turned == splitting.leakage_report(split, keys, sha, phash, {"groups": groups})
 
 
 def test_what_stops_the_run_and_what_only_warns():
     split, sha, phash, keys, groups = planted()
-    report = splitting.leakage_report(split, sha, phash, keys, groups=groups)
+    report = splitting.leakage_report(split, keys, sha, phash, {"groups": groups})
     message = fails(splitting.check_leakage, report)
     assert "groups (shared)" in message and "exact duplicates (003.jpg = 041.jpg)" in message
     assert "--allow_leakage" in message and "near" not in message
     splitting.check_leakage(report, allow_leakage=True)
-    events = np.array(["e1"] * 60)
-    assert "events" in fails(splitting.check_leakage, splitting.leakage_report(*leaky_data(), events=events))
+    splitting.check_leakage(splitting.leakage_report(split, keys, [""] * 60, values={"groups": groups}),
+                            stopping=("events", "exact_duplicates"))
+    clean, sha, _, _ = leaky_data()
+    events = splitting.leakage_report(clean, keys, sha, values={"events": ["e1"] * 60})
+    assert "events" in fails(splitting.check_leakage, events)
     phash[55] = phash[41]
-    clean_but_near = splitting.leakage_report(split, [f"s{i}" for i in range(60)], phash, keys)
+    clean_but_near = splitting.leakage_report(split, keys, [f"s{i}" for i in range(60)], phash)
     assert clean_but_near["between"]["val-test"]["near_duplicates"]["count"] == 1
     splitting.check_leakage(clean_but_near)
 
@@ -304,7 +323,8 @@ def test_pairs_agree_with_counting_bit_by_bit():
         flips[rng.choice(256, n_bits, replace=False)] = 1
         phash[1050 + i] = phash[5 + i] ^ np.packbits(flips).view(np.uint64)
     split = {"train": np.arange(1050), "val": np.arange(1050, 1100)}
-    report = splitting.leakage_report(split, [str(i) for i in range(1100)], phash, [f"{i:04d}" for i in range(1100)])
+    names = [f"{i:04d}" for i in range(1100)]
+    report = splitting.leakage_report(split, names, names, phash)
     expected = sum(bits_apart(phash[i], phash[j]) <= 40 for i in range(5, 11) for j in range(1050, 1056))
     assert report["between"]["train-val"]["near_duplicates"]["count"] == expected == 4
 
@@ -316,7 +336,7 @@ def test_aligned_faces_are_told_apart():
     copies = np.stack([picture_files.perceptual_hash(saved_again(image, 128, 70)) for image in images[:100]])
     n_rows = len(images) + len(copies)
     split = {"train": np.arange(len(images)), "val": np.arange(len(images), n_rows)}
-    report = splitting.leakage_report(split, [str(i) for i in range(n_rows)], np.concatenate([phash, copies]),
-                                   [f"{i:04d}" for i in range(n_rows)])
-    assert report["within"]["train"]["near_duplicates"] == 0
+    names = [f"{i:04d}" for i in range(n_rows)]
+    report = splitting.leakage_report(split, names, names, np.concatenate([phash, copies]))
+    assert report["within"]["train"]["near_duplicates"]["count"] == 0
     assert report["between"]["train-val"]["near_duplicates"]["count"] == 100

@@ -24,8 +24,7 @@ import train_video
 from conftest import ROOT, only_run, run_here, run_script
 
 CONTRACT = ["args.json", "log.txt", "splits.json", "leakage_report.json", "training_history.csv",
-            "training_history.png", "best_model.pth", "last.pth", "metrics.json", "predictions_val.csv", "report.html",
-            "audit.json", "audit.txt"]
+            "training_history.png", "best_model.pth", "last.pth", "metrics.json", "predictions_val.csv", "report.html"]
 CLASS_PLOTS = ["confusion.png", "precision_recall.png", "risk_coverage.png", "reliability.png", "calibration.json"]
 SMALL = ("--model cnn_lstm --hidden 16 --no_pretrained --image_size 32 --n_frames 4 --fps 4 --clips_per_event 2 "
          "--epochs 2 --batch_size 8 --num_workers 0 --save_every 0 --augment light").split()
@@ -254,10 +253,10 @@ def test_audit_finds_exactly_what_was_planted(made, tmp_path):
     report, planted = read_json(tmp_path / "a.json"), made.truth["events"]["planted_leaks"]
     for pair in ("train-val", "train-test", "val-test"):
         found = report["between"][pair]
-        assert {"shared_groups": found["shared_groups"]["count"], "shared_videos": found["shared_videos"]["count"],
-                "shared_events": found["shared_events"]["count"], "duplicates": found["exact_duplicates"]["count"],
+        assert {"shared_groups": found["groups"]["count"], "shared_videos": found["videos"]["count"],
+                "shared_events": found["events"]["count"], "duplicates": found["exact_duplicates"]["count"],
                 "overlapping_windows": found["overlapping_windows"]["count"]} == planted[pair], pair
-    assert report["between"]["val-test"]["shared_events_other_camera"]["count"] == 3
+    assert report["between"]["val-test"]["events_other_camera"]["count"] == 3
     assert report["between"]["train-val"]["renamed_copies"]["count"] == 1
     assert report["within"]["train"]["overlapping_windows"]["count"] == planted["train"]["overlapping_windows"]
     assert report["parts"]["train"]["repeated_rows"] == planted["train"]["repeated_rows"]
@@ -271,6 +270,7 @@ def test_audit_of_clean_parts_reports_zeros(made, behaviours, tmp_path):
           behaviours / "predictions_test.csv")
     report = read_json(tmp_path / "a.json")
     counts = [found["count"] for pair in report["between"].values() for found in pair.values()]
+    counts += [shared["count"] for shared in report["shared_event_rows"].values()]
     assert counts == [0] * len(counts) and report["windows_past_the_end"]["past"]["count"] == 0
     assert report["probability_clusters"]["rows"] == 10
     assert all("auc" in row and "low" in row for row in report["priors"])
@@ -314,7 +314,7 @@ def test_leaking_parts_are_refused_unless_allowed(made, tmp_path):
     assert read_json(run / "leakage_report.json")["between"]["val-test"]["events"]["count"] == 3
     assert "3 rows skipped" in text and len(read_csv(run / "skipped.csv")) == 3
     assert all("past the end" in row["reason"] for row in read_csv(run / "skipped.csv"))
-    assert "share" in (run / "report.html").read_text(encoding="utf-8")
+    assert "SHARED EVENTS: 3 of" in (run / "report.html").read_text(encoding="utf-8")
 
 
 # --- one manifest, class folders, windows ---------------------------------------------------
