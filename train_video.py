@@ -183,7 +183,7 @@ def augment_presets(table, flags, default, presets):
 @dataclasses.dataclass
 class Study:
     """N clips that can be read: their table, their frames, and what was left out."""
-    table: event_tables.Table
+    table: event_tables.EventTable
     store: video_files.ClipStore
     stored: np.ndarray  # (N,) index of each clip in the store
     args: object

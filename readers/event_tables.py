@@ -1,4 +1,4 @@
-"""Manifests of events -> one Table: a row a clip, with its file, window, label and groups.
+"""Manifests of events -> one EventTable: a row a clip, with its file, window, label and groups.
 
 Letters: N rows, C classes. Units: seconds from the start of a file.
 """
@@ -12,52 +12,59 @@ from pathlib import Path
 import numpy as np
 
 import common
-from readers import csv_tables, file_names, score_tables
+from readers import csv_tables, file_names
 
 PATH_COLUMNS = ("video_path", "sequence_path", "clip_path", "path", "file", "filename", "video_filename", "video",
                 "clip", "folder")
 LABEL_COLUMNS = ("behavior", "behaviour", "label", "class", "category", "action")
-GROUP_COLUMNS = ("animal", "animal_id", "subject", "group")
 WINDOW_COLUMNS = ("start_sec", "end_sec", "event_offset_sec", "duration_sec", "start_frame", "end_frame")
 
 
 @dataclasses.dataclass
-class Table:
-    """What is known of N clips before any video is opened; a row that the manifest repeats stands here once.
-
-    windows: (N, 2) float64 start and end, NaN = the whole clip, in `unit`; events: identity of what happens, whatever
-    the camera, path or row; videos: the source's path below the video root; repeats: rows of the manifest that each
-    row stands for, more than 1 where rare events were repeated on purpose.
-    """
+class EventTable:
+    """What is known of N clips before any video is opened; a row that the manifest repeats stands here once."""
     names: list  # C classes, or R targets
     clip_ids: np.ndarray  # (N,) unique text
     sources: list  # N paths: a video, a folder of frames or a .npy
-    windows: np.ndarray  # (N, 2)
+    windows: np.ndarray  # (N, 2) float64 start and end in `unit`, NaN = the whole clip
     unit: np.ndarray  # (N,) sec or frame
-    events: np.ndarray  # (N,) text
-    videos: np.ndarray  # (N,) text
+    events: np.ndarray  # (N,) text: identity of what happens, whatever the camera, path or row
+    videos: np.ndarray  # (N,) text: the source's path below the video root
     parts: np.ndarray  # (N,) the manifest's part: train, val, test or ''
-    repeats: np.ndarray  # (N,) int64, 1 or more
+    repeats: np.ndarray  # (N,) int64 rows of the manifest that it stands for: more where rare events were repeated
     extra: object  # DataFrame of N rows: the other columns as text, and pair, hour, row_order
     label: np.ndarray | None = None  # (N,) int64 class, -1 = unknown
     target: np.ndarray | None = None  # (N, R) float64, NaN = missing
     groups: np.ndarray | None = None  # (N,) text
     single_ratings: dict | None = None  # target -> N arrays, where several raters scored a sequence
-    skipped: list = dataclasses.field(default_factory=list)  # dicts of row and reason
+    skipped: list = dataclasses.field(default_factory=list)  # dicts of row, video and reason
     notes: list = dataclasses.field(default_factory=list)
 
     def __len__(self):
         return len(self.clip_ids)
 
     def take(self, rows):
-        """The Table of these rows: (M,) int, or (N,) bool."""
+        """The table of these rows: (M,) int, or (N,) bool."""
         rows = np.arange(len(self))[rows]
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed = {name: value[rows] for name, value in fields.items() if isinstance(value, np.ndarray)}
-        single = {name: [each[row] for row in rows] for name, each in (self.single_ratings or {}).items()} or None
-        return dataclasses.replace(self, **changed, sources=[self.sources[row] for row in rows],
-                                   extra=self.extra.iloc[rows].reset_index(drop=True), single_ratings=single)
+        changed = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray):
+                changed[field.name] = value[rows]
+        if self.single_ratings:
+            changed["single_ratings"] = {
+                name: [ratings[row] for row in rows]
+                for name, ratings in self.single_ratings.items()}
+        return dataclasses.replace(
+            self,
+            sources=[self.sources[row] for row in rows],
+            extra=self.extra.iloc[rows].reset_index(drop=True),
+            **changed)
 
+
+# --------------------------------------------------------------------------------------
+# Cells and columns in one spelling
+# --------------------------------------------------------------------------------------
 
 def column_key(name):
     """'Total.Facial.scale' = 'Total_Facial_scale' = 'total_facial_scale'."""
@@ -69,16 +76,25 @@ def keyed_columns(table, source):
     keys = [column_key(name) for name in table.columns]
     twice = [name for name, key in zip(table.columns, keys) if keys.count(key) > 1]
     if twice:
-        raise common.UserError(f"{source}: columns that differ only in spelling: {common.shorten_list(twice)}. Delete one")
+        raise common.UserError(
+            f"{source}: columns that differ only in spelling: {common.shorten_list(twice)}. Delete one")
     return table.set_axis(keys, axis=1)
 
 
-def first_column(table, wanted, known, flag, source):
-    """Key of the column asked for by `flag`, else the first of `known` that the table has, else None."""
-    if wanted and column_key(wanted) not in table.columns:
-        raise common.UserError(f"{source}: no column for {flag} {wanted}{common.closest(wanted, table.columns)} "
-                               f"(found: {common.shorten_list(table.columns, 40)})")
-    return column_key(wanted) if wanted else next((name for name in known if name in table.columns), None)
+def first_column(table, known):
+    """The first of the `known` columns that the table has, else None."""
+    return next((name for name in known if name in table), None)
+
+
+def group_column_of(table, wanted, known, source):
+    """Key of the column that --group_column asks for, else the first of `known` that there is, else None."""
+    if not wanted:
+        return first_column(table, known)
+    if column_key(wanted) not in table:
+        raise common.UserError(
+            f"{source}: no column for --group_column {wanted}{common.closest(wanted, table.columns)} "
+            f"(found: {common.shorten_list(table.columns, 40)})")
+    return column_key(wanted)
 
 
 def clock_seconds(text):
@@ -87,18 +103,23 @@ def clock_seconds(text):
     match = re.fullmatch(clock, str(text).strip().casefold())
     if not match:
         return math.nan
-    hour = int(match[1]) if match[4] is None else int(match[1]) % 12 + 12 * (match[4] == "p")
+    hour = int(match[1])
+    if match[4]:
+        hour = hour % 12 + 12 * (match[4] == "p")
     return 3600 * hour + 60 * int(match[2]) + float(match[3] or 0)
 
 
 def plain_level(cell):
     """One spelling of a cell that names something: case and spaces, '07' = '7' = '7.0' = 'Group 7' = tensor(7), and
     '7/6/2024 0:00' = '07/06/2024'."""
-    text = re.sub(r"tensor\(\s*([^,()]*).*\)", r"\1", " ".join(str(cell).casefold().split())).strip()
+    text = " ".join(str(cell).casefold().split())
+    text = re.sub(r"tensor\(\s*([^,()]*).*\)", r"\1", text).strip()
     text = re.sub(r"^(group|day|animal|subject)[ _-]*(?=\d+$)", "", text)
     text = re.sub(r"(?<=\d)[ t]0?0:00(:00)?(\.0+)?$", "", text)  # spreadsheets add midnight to a date
     text = re.sub(r"^(\d+)\.0+$", r"\1", text)
-    return text if re.search("[a-z]", text) else re.sub(r"(?<![\d.])0+(?=\d)", "", text)
+    if re.search("[a-z]", text):
+        return text
+    return re.sub(r"(?<![\d.])0+(?=\d)", "", text)
 
 
 def event_keys(extra, fallback):
@@ -107,32 +128,53 @@ def event_keys(extra, fallback):
     Where start time, day (or date) or the animals have no column, or the time is blank: fallback (N,), source and
     window.
     """
-    def column(*names):
-        found = next((name for name in names if name in extra and (extra[name] != "").any()), None)
-        return None if found is None else [plain_level(cell) for cell in extra[found]]
-    group, day, initiator, receiver = (column(*names) for names in (
-        ("group",), ("day", "date"), ("initiator_id", "initiator"), ("receiver_id", "receiver")))
-    if "start_time" not in extra or None in (day, initiator, receiver):
-        return np.array(fallback, dtype=str)
-    seconds = [clock_seconds(cell) for cell in extra["start_time"]]
-    times = [plain_level(cell) if math.isnan(s) else f"{s:g} s" for cell, s in zip(extra["start_time"], seconds)]
-    keys = zip(group or [""] * len(extra), day, times, initiator, receiver)
-    return np.array([" | ".join(key) if key[2] else other for key, other in zip(keys, fallback)], dtype=str)
+    def levels(*names):
+        for name in names:
+            if name in extra and (extra[name] != "").any():
+                return [plain_level(cell) for cell in extra[name]]
+        return None
+    columns = [
+        levels("day", "date"),
+        levels("initiator_id", "initiator"),
+        levels("receiver_id", "receiver")]
+    if "start_time" not in extra or None in columns:
+        return fallback
+    times = []
+    for cell in extra["start_time"]:
+        seconds = clock_seconds(cell)
+        times.append(plain_level(cell) if math.isnan(seconds) else f"{seconds:g} s")
+    groups = levels("group") or [""] * len(extra)
+    keys = []
+    for other, group, time, day, *animals in zip(fallback, groups, times, *columns):
+        keys.append(" | ".join([group, day, time, *animals]) if time else other)
+    return np.array(keys, dtype=str)
 
+
+# --------------------------------------------------------------------------------------
+# Labels
+# --------------------------------------------------------------------------------------
 
 def read_label_map(path):
     """JSON, YAML or CSV -> {spelling: class, or None = left out}; also {class: [spellings]}. A class spells itself."""
     if Path(path).suffix.lower() in (".csv", ".tsv", ".txt"):
         rows = csv_tables.read_table(path).to_numpy()
         if rows.shape[1] != 2:
-            raise common.UserError(f"--label_map {path}: expected 2 columns, spelling and class; found {rows.shape[1]}")
-        pairs = [tuple(row) for row in rows]
+            raise common.UserError(
+                f"--label_map {path}: expected 2 columns, spelling and class; found {rows.shape[1]}")
+        pairs = list(rows)
     else:
-        pairs = [(item, key) if isinstance(value, list) else (key, value)
-                 for key, value in common.read_config(path).items()
-                 for item in (value if isinstance(value, list) else [None])]
-    classes = {str(spelling): None if name in (None, "") else str(name) for spelling, name in pairs}
-    return {**classes, **{name: name for name in classes.values() if name is not None and name not in classes}}
+        pairs = []
+        for key, value in common.read_config(path).items():
+            if isinstance(value, list):
+                pairs += [(spelling, key) for spelling in value]
+            else:
+                pairs.append((key, value))
+    classes = {}
+    for spelling, name in pairs:
+        classes[str(spelling)] = None if name in (None, "") else str(name)
+    for name in filter(None, list(classes.values())):
+        classes.setdefault(name, name)
+    return classes
 
 
 def classes_of(spelled, label_map=None, names=None):
@@ -141,23 +183,36 @@ def classes_of(spelled, label_map=None, names=None):
     Without a map the spellings that differ in case and outer spaces are one class, named by the most frequent one.
     Raises UserError that counts the labels that are not in the map, or not among `names`.
     """
-    counts = collections.Counter(str(label).strip() for label in spelled)
-    counts.pop("", None)
-    known = {name.casefold(): name for name in names or []}
-    if label_map is None:
-        for label in sorted(counts, key=lambda label: (-counts[label], label)) if names is None else ():
-            known.setdefault(label.casefold(), label)
-    else:
+    spelled = [str(label).strip() for label in spelled]
+    counts = collections.Counter(filter(None, spelled))
+    known = {}
+    if label_map is not None:
         known = {label.strip().casefold(): name for label, name in label_map.items()}
-    unknown = [f"{label!r} ({count} rows)" for label, count in sorted(counts.items()) if label.casefold() not in known
-               or names and known[label.casefold()] not in [*names, None]]
+    elif names is not None:
+        known = {name.casefold(): name for name in names}
+    else:
+        for label in sorted(counts, key=lambda label: (-counts[label], label)):
+            known.setdefault(label.casefold(), label)
+    allowed = {*known.values()} if names is None else {*names, None}
+    unknown = [
+        f"{label!r} ({count} rows)" for label, count in sorted(counts.items())
+        if label.casefold() not in known or known[label.casefold()] not in allowed]
     if unknown:
-        raise common.UserError(f"labels without a class: {common.shorten_list(unknown, 30)}; known: {common.shorten_list(known, 30)}. "
-                               "Write --label_map FILE (JSON, YAML or CSV: spelling -> class, blank = leave out)")
-    chosen = [known[str(label).strip().casefold()] if str(label).strip() else "" for label in spelled]
-    used = [name for name in dict.fromkeys(known.values()) if name and name in chosen]
-    return list(names or (sorted(used) if label_map is None else used)), chosen
+        raise common.UserError(
+            f"labels without a class: {common.shorten_list(unknown, 30)}; "
+            f"known: {common.shorten_list(known, 30)}. "
+            "Write --label_map FILE (JSON, YAML or CSV: spelling -> class, blank = leave out)")
+    chosen = [known[label.casefold()] if label else "" for label in spelled]
+    if names is None:
+        names = [name for name in dict.fromkeys(known.values()) if name and name in chosen]
+        if label_map is None:
+            names.sort()
+    return list(names), chosen
 
+
+# --------------------------------------------------------------------------------------
+# Windows in time
+# --------------------------------------------------------------------------------------
 
 def event_windows(rows, source, min_event_sec=1.0):
     """Window columns of one manifest -> (windows (N, 2), unit (N,), faults (N,) text, '' = none).
@@ -166,194 +221,282 @@ def event_windows(rows, source, min_event_sec=1.0):
     nothing: the whole clip. An event shorter than min_event_sec gets a window of that length around it.
     """
     def numbers(name):
-        has = name in rows
-        return csv_tables.to_numbers(rows[name], f"{source}, column {name}") if has else np.full(len(rows), np.nan)
+        if name not in rows:
+            return np.full(len(rows), np.nan)
+        return csv_tables.to_numbers(rows[name], f"{source}, column {name}")
     start, end, offset, duration, first, last = map(numbers, WINDOW_COLUMNS)
     start = np.where(np.isnan(start), offset, start)
     end = np.where(np.isnan(end), start + np.nan_to_num(duration), end)
     is_frame = np.isnan(start) & ~np.isnan(first)
-    windows = np.where(is_frame[:, None], np.stack([first, np.where(np.isnan(last), first, last) + 1], 1),
-                       np.stack([start, end], 1))
-    is_short = ~is_frame & (windows[:, 1] >= windows[:, 0]) & (windows[:, 1] - windows[:, 0] < min_event_sec)
-    centred = np.maximum(windows[is_short].mean(1) - min_event_sec / 2, 0)
-    faults = np.where(windows[:, 0] < 0, "starts before the file", "").astype(object)
-    faults[windows[:, 1] < windows[:, 0] + is_frame] = "ends before it starts"
-    windows[is_short] = np.stack([centred, centred + min_event_sec], 1)
-    has_start = ~np.isnan(windows[:, 0])
-    if has_start.any():
-        faults[~has_start] = "no offset, while other rows have one"
+    last = np.where(np.isnan(last), first, last)
+    start = np.where(is_frame, first, start)
+    end = np.where(is_frame, last + 1, end)
+    faults = np.full(len(rows), "", object)
+    faults[start < 0] = "starts before the file"
+    faults[end < start + is_frame] = "ends before it starts"
+    if not np.isnan(start).all():
+        faults[np.isnan(start)] = "no offset, while other rows have one"
+    windows = _widen(start, end, min_event_sec, ~is_frame)
     return windows, np.where(is_frame, "frame", "sec"), faults
 
 
+def _widen(start, end, min_event_sec, can_be_short):
+    """(N, 2) windows, the short ones widened to min_event_sec around their middle, not before the file."""
+    is_short = can_be_short & (end - start < min_event_sec)
+    widened = np.maximum((start + end - min_event_sec) / 2, 0)
+    start = np.where(is_short, widened, start)
+    end = np.where(is_short, widened + min_event_sec, end)
+    return np.stack([start, end], axis=1)
+
+
 def seconds_of(table, fps, min_event_sec=1.0):
-    """The Table with windows counted in frames turned into seconds, by fps (N,); short ones widened as in seconds."""
-    start, end = np.where((table.unit == "frame")[:, None], table.windows / np.asarray(fps, float)[:, None],
-                          table.windows).T
-    is_short = (table.unit == "frame") & (end - start < min_event_sec)
-    start = np.where(is_short, np.maximum((start + end - min_event_sec) / 2, 0), start)
-    windows = np.stack([start, np.where(is_short, start + min_event_sec, end)], 1)
+    """The table with windows counted in frames turned into seconds, by fps (N,); short ones widened as in seconds."""
+    is_frame = table.unit == "frame"
+    per_second = np.where(is_frame, fps, 1.0)
+    start, end = table.windows.T / per_second
+    windows = _widen(start, end, min_event_sec, is_frame)
     return dataclasses.replace(table, windows=windows, unit=np.full(len(table), "sec"))
 
+
+# --------------------------------------------------------------------------------------
+# Reading manifests
+# --------------------------------------------------------------------------------------
 
 def folder_table(root):
     """Class folders root/CLASS/clip.mp4 (or a folder of frames, or .npy) -> DataFrame of path and label, by clip name:
     the folders' order is no order of the rows."""
     import pandas as pd
-    clips = sorted((name for name in file_names.find_videos(root) if "/" in name), key=lambda name: (name.split("/")[1:], name))
+    clips = [name for name in file_names.find_videos(root) if "/" in name]
     if not clips:
         raise common.UserError(f"{root}: expected class folders with clips (CLASS/clip.mp4), found none")
-    labels = [name.split("/")[0] for name in clips]
-    return pd.DataFrame({"path": clips, "label": labels}, index=range(1, len(clips) + 1), dtype=object)
+    clips.sort(key=lambda name: (name.split("/")[1:], name))
+    rows = [(name, name.split("/")[0]) for name in clips]
+    return pd.DataFrame(rows, columns=["path", "label"], index=range(1, len(rows) + 1), dtype=object)
 
 
-def row_places(n_rows):
-    """Place of each row in its file, 0 to 1, as text: a file sorted by class gives itself away."""
-    return [f"{row / n_rows:.6f}" for row in range(n_rows)]
+def describe_rows(rows, path, root, written, min_event_sec=1.0):
+    """Rows of one file -> DataFrame: path as written, root, line, window (start, end, unit), fault, place.
+
+    place: of the row in its file, 0 to 1, as text: a file sorted by class gives itself away.
+    """
+    import pandas as pd
+    windows, unit, faults = event_windows(rows, path, min_event_sec)
+    return pd.DataFrame({
+        "path": list(written),
+        "root": str(root),
+        "line": [f"{Path(path).name} line {line}" for line in rows.index],
+        "start": windows[:, 0],
+        "end": windows[:, 1],
+        "unit": unit,
+        "fault": faults,
+        "place": [f"{row / len(rows):.6f}" for row in range(len(rows))]})
 
 
-def read_manifest(part, path, flags):
-    """One manifest file, or folder of class folders -> DataFrame of text: path, label, line, part, fault, root, start,
-    end, unit, then the other columns under column_key. Raises UserError without a path column."""
+def read_manifest(path, video_root, min_event_sec, need_labels):
+    """One manifest file, or folder of class folders -> (rows of describe_rows with label, DataFrame of the other
+    columns). Raises UserError without a column of paths."""
     path = Path(path)
-    rows = keyed_columns(folder_table(path) if path.is_dir() else csv_tables.read_table(path), path)
-    source = first_column(rows, flags["path_column"], PATH_COLUMNS, "--path_column", path)
-    label = first_column(rows, flags["label_column"], LABEL_COLUMNS, "--label_column", path)
-    if source is None or label is None and flags["need_labels"]:
-        raise common.UserError(f"{path}: expected a column of paths ({', '.join(PATH_COLUMNS)}) and one of labels "
-                               f"({', '.join(LABEL_COLUMNS)}), found {common.shorten_list(rows.columns, 40)}")
-    windows, unit, faults = event_windows(rows, path, flags["min_event_sec"])
-    written = rows[source].mask(rows[source] == "", rows.get("video_filename", ""))
-    extra = rows.drop(columns=[name for name in rows if name in (source, label, *WINDOW_COLUMNS)])
-    core = {"path": written, "label": "" if label is None else rows[label], "part": part, "fault": faults,
-            "line": [f"{path.name} line {line}" for line in rows.index],
-            "root": str(flags["video_root"] or (path if path.is_dir() else path.parent)),
-            "start": windows[:, 0], "end": windows[:, 1], "unit": unit, "row_order": row_places(len(rows))}
-    return extra.assign(**{f"@{name}": value for name, value in core.items()})
+    is_folder = path.is_dir()
+    table = keyed_columns(folder_table(path) if is_folder else csv_tables.read_table(path), path)
+    source = first_column(table, PATH_COLUMNS)
+    label = first_column(table, LABEL_COLUMNS)
+    if source is None or (label is None and need_labels):
+        raise common.UserError(
+            f"{path}: expected a column of paths ({', '.join(PATH_COLUMNS)}) and one of labels "
+            f"({', '.join(LABEL_COLUMNS)}), found {common.shorten_list(table.columns, 40)}")
+    written = table[source]
+    if "video_filename" in table:
+        written = written.mask(written == "", table["video_filename"])
+    root = video_root or (path if is_folder else path.parent)
+    rows = describe_rows(table, path, root, written, min_event_sec)
+    rows["label"] = "" if label is None else list(table[label])
+    used = {source, label, *WINDOW_COLUMNS}
+    return rows, table[[name for name in table if name not in used]]
 
 
-def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, group_column=None, path_column=None,
-                label_column=None, names=None, need_labels=True, max_missing=0.05):
-    """{part: CSV manifest or folder of class folders} -> Table for --task classify.
+def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, group_column=None, names=None,
+                need_labels=True, max_missing=0.05):
+    """{part: CSV manifest or folder of class folders} -> EventTable for --task classify.
 
     video_root: where the paths are looked for (default: beside each manifest); names: the classes of a trained model;
     need_labels False: rows without a label stay, label -1. Without group_column a column `group` is the group.
     Raises UserError: see the functions above; more than the share max_missing of the videos is not there.
     """
     import pandas as pd
-    flags = {"path_column": path_column, "label_column": label_column, "need_labels": need_labels,
-             "min_event_sec": min_event_sec, "video_root": video_root}
-    rows = pd.concat([read_manifest(part, path, flags) for part, path in manifests.items()], ignore_index=True)
-    rows = rows.fillna({name: "" for name in rows.columns if not name.startswith("@")})
-    group = first_column(rows, group_column, ("group",), "--group_column", common.shorten_list(manifests.values()))
-    notes = []
-    sources = find_sources(rows, video_root is None, max_missing, notes)
-    names, classes = classes_of(rows["@label"], label_map and read_label_map(label_map), names)
-    reasons = [fault or ("no such video" if source is None else "left out by --label_map" if name is None
-                         else "no label" if need_labels and not name else "")
-               for fault, source, name in zip(rows["@fault"], sources, classes)]
-    keep, table = build_table(rows, sources, names, reasons, notes)
-    index = {name: c for c, name in enumerate(names)}
-    table.label = np.array([index.get(classes[i], -1) for i in keep], dtype=np.int64)
-    table.groups = groups_of(rows.iloc[keep], group, group_column is not None, table)
+    found = {
+        part: read_manifest(path, video_root, min_event_sec, need_labels)
+        for part, path in manifests.items()}
+    rows = pd.concat([rows.assign(part=part) for part, (rows, _) in found.items()], ignore_index=True)
+    extra = pd.concat([others for _, others in found.values()], ignore_index=True).fillna("")
+    group = group_column_of(extra, group_column, ["group"], common.shorten_list(manifests.values()))
+    sources, notes = find_sources(rows, video_root is None, max_missing)
+    known = read_label_map(label_map) if label_map else None
+    names, classes = classes_of(rows["label"], known, names)
+
+    def reason_to_skip(fault, source, name):
+        if fault:
+            return fault
+        if source is None:
+            return "no such video"
+        if name is None:
+            return "left out by --label_map"
+        return "no label" if need_labels and not name else ""
+    label = [names.index(name) if name else -1 for name in classes]
+    table = build_table(
+        rows, extra, sources,
+        reasons=list(map(reason_to_skip, rows["fault"], sources, classes)),
+        names=names,
+        label=np.array(label, np.int64),
+        group=group,
+        is_group_wanted=group_column is not None,
+        notes=notes)
     return merge_repeats(table)
 
 
-def groups_of(rows, column, is_wanted, table):
+def groups_of(extra, column, is_wanted, lines, notes):
     """(N,) groups in one spelling, or None. Blank ones: a UserError where the column was asked for, else no groups."""
     if column is None:
         return None
-    groups = np.array([plain_level(cell) for cell in rows[column]], dtype=str)
-    if (groups != "").all():
+    groups = np.array([plain_level(cell) for cell in extra[column]], dtype=str)
+    blank = lines[groups == ""]
+    if not len(blank):
         return groups
     if is_wanted:
-        raise common.UserError(f"--group_column {column} is blank in {common.shorten_list(rows['@line'][groups == ''])}: fill")
-    table.notes.append(f"column {column} is blank in {(groups == '').sum()} rows and names no groups")
+        raise common.UserError(f"--group_column {column} is blank in {common.shorten_list(blank)}: fill")
+    notes.append(f"column {column} is blank in {len(blank)} rows and names no groups")
     return None
 
 
-def find_sources(rows, is_open, max_missing, notes):
-    """Paths of the rows' videos, None where there is none; appends to notes. Raises UserError above max_missing.
+def find_sources(rows, is_open, max_missing):
+    """(N paths of the rows' videos, None where there is none; notes). Raises UserError above max_missing.
 
     is_open: no --video_root was given, so that an absolute path may also name a video elsewhere.
     """
     found = {}
-    for root, names in rows.groupby("@root")["@path"]:
+    notes = []
+    for root, names in rows.groupby("root")["path"]:
         hits, by_base = file_names.match_videos(names, root)
         if by_base:
-            notes.append(f"{len(by_base)} videos found by base name alone, other folder on disk: "
-                         f"{common.shorten_list(by_base, 3)}")
+            notes.append(
+                f"{len(by_base)} videos found by base name alone, other folder on disk: "
+                f"{common.shorten_list(by_base, 3)}")
         for name, path in hits.items():
-            is_there = path is None and is_open and os.path.isabs(name) and os.path.exists(name)
-            found[root, name] = Path(name) if is_there else path
+            if path is None and is_open and os.path.isabs(name) and os.path.exists(name):
+                path = Path(name)
+            found[root, name] = path
     missing = [name for (_, name), path in found.items() if path is None]
+    counted = f"{len(missing)} of {len(found)} videos"
     if len(missing) > max_missing * len(found):
-        raise common.UserError(f"{len(missing)} of {len(found)} videos are not below --video_root {root}: "
-                               f"{common.shorten_list(missing)}; correct it, or allow a larger share: --max_missing")
+        raise common.UserError(
+            f"{counted} are not below --video_root {root}: {common.shorten_list(missing)}; "
+            "correct it, or allow a larger share: --max_missing")
     if missing:
-        notes.append(f"{len(missing)} of {len(found)} videos are not there: {common.shorten_list(missing)}")
-    return [found[key] for key in zip(rows["@root"], rows["@path"])]
+        notes.append(f"{counted} are not there: {common.shorten_list(missing)}")
+    return [found[key] for key in zip(rows["root"], rows["path"])], notes
 
 
-def build_table(rows, sources, names, reasons, notes):
-    """Rows, (N,) sources, (N,) reasons to skip, '' = none -> (kept rows, their Table without labels).
+def build_table(rows, extra, sources, reasons, names, group, is_group_wanted, notes, label=None, target=None):
+    """N rows of describe_rows with part, and what is known of each -> EventTable of those without a reason to skip.
 
     Clip ids do not depend on the order of the rows. Raises UserError where no row is left.
     """
-    keep = [i for i, reason in enumerate(reasons) if not reason]
-    skipped = [{"row": line, "video": path, "reason": reason}
-               for line, path, reason in zip(rows["@line"], rows["@path"], reasons) if reason]
-    if not keep:
-        raise common.UserError(f"no usable row of {len(rows)}: "
-                               f"{common.shorten_list((row['row'] + ': ' + row['reason'] for row in skipped), 3)}")
-    rows, sources = rows.iloc[keep].reset_index(drop=True), [sources[i] for i in keep]
-    base = Path(os.path.commonpath([os.path.realpath(root) for root in set(rows["@root"])]))
-    real = {source: Path(os.path.realpath(source)) for source in set(sources)}
-    below = {source: (path.relative_to(base) if path.is_relative_to(base) else path).as_posix()
-             for source, path in real.items()}
-    videos = np.array([below[source] for source in sources], dtype=str)
-    windows = rows[["@start", "@end"]].to_numpy(float)
-    spans = ["" if math.isnan(a) else f"@{a:g}-{b:g}{'f' * (unit == 'frame')}"
-             for (a, b), unit in zip(windows, rows["@unit"])]
-    clips = [video + span for video, span in zip(videos, spans)]
-    extra = rows[[name for name in rows.columns if not name.startswith("@")]].copy()
-    extra["row_order"] = rows["@row_order"]
-    events = event_keys(extra, [f"{clip}" for clip in clips])
-    if {"initiator_id", "receiver_id"} <= set(extra):
-        extra["pair"] = [f"{plain_level(a)} > {plain_level(b)}"
-                         for a, b in zip(extra["initiator_id"], extra["receiver_id"])]
+    skipped = []
+    for line, path, reason in zip(rows["line"], rows["path"], reasons):
+        if reason:
+            skipped.append({"row": line, "video": path, "reason": reason})
+    keep = np.flatnonzero([not reason for reason in reasons])
+    if not len(keep):
+        first = [f"{row['row']}: {row['reason']}" for row in skipped]
+        raise common.UserError(f"no usable row of {len(rows)}: {common.shorten_list(first, 3)}")
+    rows = rows.iloc[keep]
+    extra = with_own_columns(extra.iloc[keep].reset_index(drop=True), rows["place"])
+    sources = [sources[i] for i in keep]
+    videos = paths_below_root(sources, rows["root"])
+    clip_ids = np.array(list(map(clip_name, videos, rows["start"], rows["end"], rows["unit"])), dtype=str)
+    return EventTable(
+        names=names,
+        clip_ids=clip_ids,
+        sources=sources,
+        windows=rows[["start", "end"]].to_numpy(float),
+        unit=rows["unit"].to_numpy(str),
+        events=event_keys(extra, clip_ids),
+        videos=videos,
+        parts=rows["part"].to_numpy(str),
+        repeats=np.ones(len(rows), np.int64),
+        extra=extra,
+        label=None if label is None else label[keep],
+        target=None if target is None else target[keep],
+        groups=groups_of(extra, group, is_group_wanted, rows["line"], notes),
+        skipped=skipped,
+        notes=notes)
+
+
+def paths_below_root(sources, roots):
+    """(N,) text: each source below the folder that all roots share."""
+    base = os.path.commonpath([os.path.realpath(root) for root in set(roots)])
+    below = {}
+    for source in set(sources):
+        path = Path(os.path.realpath(source))
+        if path.is_relative_to(base):
+            path = path.relative_to(base)
+        below[source] = path.as_posix()
+    return np.array([below[source] for source in sources], dtype=str)
+
+
+def clip_name(video, start, end, unit):
+    """'cam 8/a.mp4@10-14', in frames 'cam 8/a.mp4@10-14f'; the video's name for a whole clip."""
+    if math.isnan(start):
+        return video
+    return f"{video}@{start:g}-{end:g}{'f' if unit == 'frame' else ''}"
+
+
+def with_own_columns(extra, places):
+    """The other columns, and what is derived from them: row_order, the pair of animals, the hour."""
+    extra = extra.assign(row_order=list(places))
+    if "initiator_id" in extra and "receiver_id" in extra:
+        animals = zip(extra["initiator_id"], extra["receiver_id"])
+        extra["pair"] = [f"{plain_level(a)} > {plain_level(b)}" for a, b in animals]
     if "start_time" in extra:
         hours = [clock_seconds(cell) // 3600 for cell in extra["start_time"]]
         extra["hour"] = ["" if math.isnan(hour) else f"{hour:.0f}" for hour in hours]
-    return keep, Table(names, np.array(clips, dtype=str), sources, windows, rows["@unit"].to_numpy(str), events, videos,
-                       rows["@part"].to_numpy(str), np.ones(len(rows), np.int64), extra, skipped=skipped, notes=notes)
+    return extra
+
+
+def rows_by_key(keys):
+    """Lists of the rows whose keys are equal, in the order of their first rows."""
+    rows_of = collections.defaultdict(list)
+    for row, key in enumerate(keys):
+        rows_of[key].append(row)
+    return list(rows_of.values())
 
 
 def merge_repeats(table):
     """Rows of one part with the same clip, event and label become one that counts them; then clip_ids are unique."""
-    label = table.label if table.label is not None else table.target
-    keys = list(zip(table.clip_ids, table.parts, table.events, [np.asarray(value).tobytes() for value in label]))
-    first, counts = {key: row for row, key in reversed(list(enumerate(keys)))}, collections.Counter(keys)
-    kept = table.take(np.array(sorted(first.values()), dtype=int))
-    kept.repeats = np.array([counts[keys[row]] for row in sorted(first.values())], np.int64)
+    same = rows_by_key(zip(table.clip_ids, table.parts, table.events, table.label))
+    kept = table.take([rows[0] for rows in same])
+    repeats = np.array([len(rows) for rows in same], np.int64)
+    notes = list(table.notes)
     if len(kept) < len(table):
-        kept.notes.append(f"{len(table) - len(kept)} rows repeat another one ({(kept.repeats > 1).sum()} events were "
-                          "repeated on purpose): each is counted once in every evaluation")
-    kept.clip_ids = unique_ids(kept)
-    return kept
+        notes.append(
+            f"{len(table) - len(kept)} rows repeat another one ({(repeats > 1).sum()} events were "
+            "repeated on purpose): each is counted once in every evaluation")
+    return dataclasses.replace(kept, repeats=repeats, clip_ids=unique_ids(kept), notes=notes)
 
 
 def unique_ids(table):
     """(N,) clip ids; where one clip stands in several parts, or holds several events, its part and event are added."""
-    ids, label = list(table.clip_ids), table.label if table.label is not None else table.target
-    for detail in (table.parts, table.events, [str(value) for value in label]):
+    ids = list(table.clip_ids)
+    for details in (table.parts, table.events, table.label):
         counts = collections.Counter(ids)
-        ids = [f"{name} [{more}]" if counts[name] > 1 and more else name for name, more in zip(ids, detail)]
-    seen = collections.Counter()
-    for i, name in enumerate(ids):
-        seen[name] += 1
-        ids[i] = f"{name} #{seen[name]}" if seen[name] > 1 else name
+        for i, detail in enumerate(details):
+            if counts[ids[i]] > 1 and detail != "":
+                ids[i] += f" [{detail}]"
     return np.array(ids, dtype=str)
 
+
+# --------------------------------------------------------------------------------------
+# Units of a split, and choosing rows by their columns
+# --------------------------------------------------------------------------------------
 
 def split_keys(table, split_by=None):
     """(N,) text units that a split must keep whole: events, videos with their events, or groups with all of both.
@@ -361,16 +504,19 @@ def split_keys(table, split_by=None):
     split_by None: the coarsest that there is more than one of. Units that share an event or a video are one.
     """
     levels = {"group": table.groups, "video": table.videos, "event": table.events}
-    if split_by == "group" and table.groups is None:
-        raise common.UserError(f"--split_by {split_by} needs --group_column (found: "
-                               f"{common.shorten_list(table.extra.columns, 40)})")
-    wanted = [split_by] if split_by else [name for name in levels if levels[name] is not None]
-    for name in wanted:
-        used = list(levels)[list(levels).index(name):]
-        unit = connected([levels[other] for other in used if levels[other] is not None])
-        if len(set(unit)) > 1 or name == wanted[-1]:
-            return np.array([f"{name} {each}" for each in unit], dtype=str)
-    raise common.UserError(f"--split_by {split_by}: expected group, video or event")
+    if table.groups is None:
+        levels.pop("group")
+    if split_by and split_by not in levels:
+        raise common.UserError(
+            f"--split_by {split_by} needs --group_column "
+            f"(found: {common.shorten_list(table.extra.columns, 40)})")
+    names = list(levels)
+    for name in [split_by] if split_by else names:
+        finer = names[names.index(name):]
+        units = connected([levels[other] for other in finer])
+        if len(set(units)) > 1:
+            break
+    return np.array([f"{name} {unit}" for unit in units], dtype=str)
 
 
 def connected(columns):
@@ -383,9 +529,23 @@ def connected(columns):
         return node
     for row in zip(*columns):
         for level, value in enumerate(row):
-            a, b = sorted((root((0, row[0])), root((level, value))))
-            parent[b] = a
+            first, second = sorted((root((0, row[0])), root((level, value))))
+            parent[second] = first
     return [root((0, value))[1] for value in columns[0]]
+
+
+def column_of(table, name, flag):
+    """(N,) text of a column of the table by name in any spelling. Raises UserError where there is none."""
+    key = column_key(name)
+    if key in table.extra:
+        return table.extra[key].to_numpy(str)
+    targets = [column_key(target) for target in table.names]
+    if table.target is not None and key in targets:
+        values = table.target[:, targets.index(key)].tolist()
+        return np.array(["" if math.isnan(value) else repr(value) for value in values])
+    raise common.UserError(
+        f"{flag}: no column {name!r}{common.closest(key, table.extra.columns)} "
+        f"(found: {common.shorten_list(table.extra.columns, 40)})")
 
 
 def filter_rows(table, text):
@@ -393,20 +553,29 @@ def filter_rows(table, text):
 
     Raises UserError for what is not COLUMN ==, !=, <, <=, > or >= VALUE joined by `and`, or keeps no row.
     """
+    compare = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}
     keep = np.ones(len(table), bool)
     for part in re.split(r"\s+and\s+", text.strip()):
         match = re.fullmatch(r"\s*([^=!<>]+?)\s*(==|!=|<=|>=|<|>)\s*[\"']?(.+?)[\"']?\s*", part)
         if not match:
-            raise common.UserError(f"--filter expects COLUMN==VALUE (or != < <= > >=) joined by `and`, found {part!r}")
-        column, relation, value = score_tables.column_of(table, match[1], "--filter"), match[2], match[3]
-        if relation in ("==", "!="):
-            keep &= np.array([plain_level(cell) == plain_level(value) for cell in column]) == (relation == "==")
-            continue
-        compare = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}[relation]
-        keep &= compare(csv_tables.to_numbers(column, f"--filter {part}"), csv_tables.to_numbers([value], "--filter")[0])
+            raise common.UserError(
+                f"--filter expects COLUMN==VALUE (or != < <= > >=) joined by `and`, found {part!r}")
+        name, relation, value = match.groups()
+        column = column_of(table, name, "--filter")
+        if relation in compare:
+            numbers = csv_tables.to_numbers(column, f"--filter {part}")
+            limit = csv_tables.to_numbers([value], "--filter")
+            keep &= compare[relation](numbers, limit)
+        else:
+            keep &= is_level(column, value) == (relation == "==")
     if not keep.any():
         raise common.UserError(f"--filter {text!r} keeps none of {len(table)} rows")
     return keep
+
+
+def is_level(column, level):
+    """(N,) bool, True = the cell names this level in any spelling."""
+    return np.array([plain_level(cell) == plain_level(level) for cell in column], bool)
 
 
 def parse_level_flag(text, flag):
@@ -419,22 +588,24 @@ def parse_level_flag(text, flag):
 
 def level_mask(table, column, level, flag):
     """(N,) bool, True = the row has this level. Raises UserError where no row has, listing the levels."""
-    cells = score_tables.column_of(table, column, flag)
-    mask = np.array([plain_level(cell) == plain_level(level) for cell in cells], bool)
+    cells = column_of(table, column, flag)
+    mask = is_level(cells, level)
     if not mask.any():
-        raise common.UserError(f"{flag}: no row has {column} {level!r} (found: {common.shorten_list(sorted(set(cells)), 30)})")
+        levels = common.shorten_list(sorted(set(cells)), 30)
+        raise common.UserError(f"{flag}: no row has {column} {level!r} (found: {levels})")
     return mask
 
 
-def group_mask(table, text, flag="--test_groups"):
-    """'14,17' -> (N,) bool, True = a row of these groups. Raises UserError: no groups, or groups that are not there."""
+def group_mask(table, text):
+    """--test_groups '14,17' -> (N,) bool, True = a row of these groups. UserError: groups that are not there."""
     if table.groups is None:
-        raise common.UserError(f"{flag} {text} needs --group_column")
+        raise common.UserError(f"--test_groups {text} needs --group_column")
     wanted = [plain_level(name) for name in str(text).split(",") if name.strip()]
     unknown = [name for name in wanted if name not in table.groups]
     if unknown or not wanted:
-        raise common.UserError(f"{flag} {text}: no such groups: {common.shorten_list(unknown)} (found: "
-                               f"{common.shorten_list(sorted(set(table.groups)), 40)})")
+        raise common.UserError(
+            f"--test_groups {text}: no such groups: {common.shorten_list(unknown)} "
+            f"(found: {common.shorten_list(sorted(set(table.groups)), 40)})")
     return np.isin(table.groups, wanted)
 
 
@@ -442,4 +613,5 @@ def strata_of(table):
     """(N,) label, or mean score in sd, which splits are stratified on."""
     if table.target is None:
         return table.label.astype(str)
-    return np.nanmean(table.target / np.nanstd(table.target, axis=0).clip(1e-9), axis=1)
+    spread = np.nanstd(table.target, axis=0).clip(1e-9)
+    return np.nanmean(table.target / spread, axis=1)
