@@ -227,20 +227,20 @@ def load_study(args, files, say, parts=None):
     short_side = args.min_size or MODELS[args.model][0]
     store = picture_files.ImageStore([paths[k] for k in present], short_side, args.cache)
     stored = check_pictures(store, [listed[k][1] for k in present], args.on_bad_file, skipped)
-    skipped += [{"image": image["name"], "reason": "no such picture"} for (_, image), p in zip(listed, paths) if not p]
+    skipped += [{"image": image.name, "reason": "no such picture"} for (_, image), p in zip(listed, paths) if not p]
     rows = {present[i]: row for row, i in enumerate(stored)}  # place in `listed` -> row of the study
     objects = gather_objects(read, rows)
     names, parts = parts, parts or used_parts(read, objects, notes)
     if names is not None:
-        unknown = sorted({each["part"] for each in objects} - set(parts))
+        unknown = sorted({each.part for each in objects} - set(parts))
         part_boxes.refuse([name + common.closest(name, parts) for name in unknown], "the checkpoint does not know these parts:",
                f"It knows {', '.join(parts)}.")
     chosen = [listed[present[i]] for i in stored]
     several = len(files) > 1  # two folders may hold the same name
     study = Study(
-        parts, np.array([f"{origin}/{image['name']}" if several else image["name"] for origin, image in chosen], str),
-        [image["id"] for _, image in chosen], np.array([(store.audit[i].width, store.audit[i].height) for i in stored]),
-        [], [], [], [], [np.array([parts.index(p) for p in image["absent"] if p in parts], int) for _, image in chosen],
+        parts, np.array([f"{origin}/{image.name}" if several else image.name for origin, image in chosen], str),
+        [image.id for _, image in chosen], np.array([(store.audit[i].width, store.audit[i].height) for i in stored]),
+        [], [], [], [], [np.array([parts.index(p) for p in image.absent if p in parts], int) for _, image in chosen],
         read_groups(args.group_column, chosen), np.array([origin for origin, _ in chosen], str),
         {origin: found.category_ids for origin, found in read.items()}, store,
         np.array(stored, int), skipped, notes)
@@ -254,30 +254,30 @@ def load_study(args, files, say, parts=None):
 def check_pictures(store, images, on_bad_file, skipped):
     """Places of the usable pictures; a size other than annotated is a fault too, since the boxes would not fit."""
     for found, image in zip(store.audit, images):
-        size = image["size"]
+        size = image.size
         if size and not found.error and max(abs(found.width - size[0]), abs(found.height - size[1])) > 1:
             found.error = f"is {found.width} x {found.height} pixels, annotated as {size[0]} x {size[1]}"
     good = picture_files.check_bad_files(store.audit, on_bad_file)
     if not good:
         raise common.UserError(f"none of the {len(images)} pictures can be used")
-    skipped += [{"image": image["name"], "reason": found.error} for found, image in zip(store.audit, images)
+    skipped += [{"image": image.name, "reason": found.error} for found, image in zip(store.audit, images)
                 if found.error]
     return good
 
 
 def gather_objects(read, rows):
-    """The objects of all files whose picture is used, with the row of the study in `image`."""
+    """The objects of all files whose picture is used; their image is the row of the study."""
     objects, start = [], 0
     for found in read.values():
-        objects += [{**each, "image": rows[start + each["image"]]} for each in found.objects
-                    if start + each["image"] in rows]
+        objects += [dataclasses.replace(each, image=rows[start + each.image])
+                    for each in found.objects if start + each.image in rows]
         start += len(found.images)
     return objects
 
 
 def used_parts(read, objects, notes):
     """Part names that have a box in any file, in order of appearance; the others are noted by name."""
-    used = {each["part"] for each in objects}
+    used = {each.part for each in objects}
     known = list(dict.fromkeys(name for found in read.values() for name in found.parts))
     if not used:
         raise common.UserError(f"no box in {', '.join(str(found.path) for found in read.values())}: nothing to learn")
@@ -290,8 +290,8 @@ def read_groups(column, chosen):
     """(N,) group of each image from its entry, or None without --group_column."""
     if column is None:
         return None
-    values = [image["fields"].get(column) for _, image in chosen]
-    lacking = [image["name"] for (_, image), value in zip(chosen, values) if value in (None, "")]
+    values = [image.fields.get(column) for _, image in chosen]
+    lacking = [image.name for (_, image), value in zip(chosen, values) if value in (None, "")]
     part_boxes.refuse(lacking, f"--group_column {column}: missing in {len(lacking)} of {len(chosen)} images:", "Fill it.")
     return np.array(list(map(str, values)), str)
 
@@ -300,17 +300,17 @@ def fill_boxes(study, objects, min_trust):
     """Boxes cut to their picture; those without area there are skipped by name, those not trusted are ignored."""
     rows, cut, crowds, doubted = collections.defaultdict(list), 0, 0, 0
     for each in objects:
-        width, height = study.sizes[each["image"]]
-        box = np.clip(each["box"], 0, [width, height, width, height])
-        cut += not np.allclose(box, each["box"], atol=1)
+        width, height = study.sizes[each.image]
+        box = np.clip(each.box, 0, [width, height, width, height])
+        cut += not np.allclose(box, each.box, atol=1)
         if (box[2:] - box[:2]).min() < 0.5:
-            shown = " ".join(f"{value:g}" for value in each["box"])
-            study.skipped.append({"image": study.images[each["image"]], "annotation": f"{each['key']} ({each['part']})",
+            shown = " ".join(f"{value:g}" for value in each.box)
+            study.skipped.append({"image": study.images[each.image], "annotation": f"{each.key} ({each.part})",
                                   "reason": f"box {shown} has no area in {width} x {height} pixels"})
             continue
-        crowds, doubted = crowds + each["crowd"], doubted + (each["trust"] < min_trust)
-        rows[each["image"]].append((box, study.parts.index(each["part"]), each["state"],
-                                    each["crowd"] or each["trust"] < min_trust))
+        crowds, doubted = crowds + each.crowd, doubted + (each.trust < min_trust)
+        rows[each.image].append((box, study.parts.index(each.part), each.state,
+                                    each.crowd or each.trust < min_trust))
     for row in range(len(study.images)):
         boxes, labels, states, ignored = zip(*rows[row]) if rows[row] else ((), (), (), ())
         study.boxes.append(np.array(boxes, np.float32).reshape(-1, 4))
@@ -1340,38 +1340,22 @@ def predict(args):
 def convert(args):
     """--mode convert: part annotations (or any COCO read here) -> clean COCO with area, iscrowd, state and trust."""
     found = part_boxes.read_annotations(args.json)
-    paths = part_boxes.find_pictures(found, args.images_dir)[0] if args.images_dir else [None] * len(found.images)
-    objects, images, dropped = collections.defaultdict(list), [], []
-    for each in found.objects:
-        objects[each["image"]].append(each)
-    annotations = []
-    for number, (image, path) in enumerate(zip(found.images, paths)):
-        size = image["size"]
+    names = [image.name for image in found.images]
+    sizes = [image.size for image in found.images]
+    paths = part_boxes.find_pictures(found, args.images_dir)[0] if args.images_dir else []
+    for number, path in enumerate(paths):
         if path is not None:
+            names[number] = path.relative_to(args.images_dir).as_posix()
             audit = picture_files.audit_image(path, 32)[0]
-            size = (audit.width, audit.height) if not audit.error else size
-        absent = {"absent_parts": sorted(set(image["absent"]))} if image["absent"] else {}
-        name = path.relative_to(args.images_dir).as_posix() if path is not None else image["name"]
-        sides = dict(zip(("width", "height"), size)) if size else {}
-        images.append({"id": number, "file_name": name, **sides, **absent})
-        for each in objects[number]:
-            box = np.clip(each["box"], 0, [*size, *size]) if size else np.array(each["box"])
-            if (box[2:] - box[:2]).min() < 0.5:
-                dropped.append(f"{image['name']}, {each['key']} ({each['part']}): box {each['box']} has no area")
-                continue
-            state = {"state": part_boxes.STATES[each["state"]], "state_id": each["state"]} if each["state"] >= 0 else {}
-            left, top, right, bottom = map(float, box)
-            annotations.append({"id": len(annotations) + 1, "image_id": number,
-                                "category_id": found.parts.index(each["part"]) + 1,
-                                "bbox": [left, top, right - left, bottom - top], "iscrowd": int(each["crowd"]),
-                                "area": (right - left) * (bottom - top), "trust": each["trust"], **state})
-    categories = [{"id": number, "name": part} for number, part in enumerate(found.parts, start=1)]
-    common.write_json(args.output, {"images": images, "annotations": annotations, "categories": categories})
+            if not audit.error:
+                sizes[number] = audit.width, audit.height
+    coco, dropped = part_boxes.as_coco(found, names, sizes)
+    common.write_json(args.output, coco)
     for line in dropped:
         print(f"dropped: {line}")
-    absent = sum(len(image.get("absent_parts", ())) for image in images)
-    print(f"{args.output}: {len(images)} images, {len(annotations)} boxes of {len(categories)} parts, {absent} absent "
-          f"parts without a box (absent_parts of their image), {len(dropped)} boxes dropped")
+    absent = sum(len(image["absent_parts"]) for image in coco["images"])
+    print(f"{args.output}: {len(names)} images, {len(coco['annotations'])} boxes of {len(found.parts)} parts, "
+          f"{absent} absent parts without a box (absent_parts of their image), {len(dropped)} boxes dropped")
 
 
 def audit(args):

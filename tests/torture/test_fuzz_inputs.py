@@ -166,12 +166,12 @@ def test_coco_files_are_read_exactly_and_a_spoiled_field_is_named(examine):
             return
         found = part_boxes.read_annotations(path)
         names = {3: "wheel", 7: "bell"}
-        assert [image["name"] for image in found.images] == [image["file_name"] for image in content["images"]]
+        assert [image.name for image in found.images] == [image["file_name"] for image in content["images"]]
         for each, own in zip(found.objects, content["annotations"], strict=True):
             left, top, width, height = own["bbox"]
-            assert each["box"] == [left, top, left + width, top + height] and each["part"] == names[own["category_id"]]
-            assert found.images[each["image"]]["id"] == own["image_id"]
-            assert part_boxes.STATES[each["state"]] == (own["state"] if isinstance(own["state"], str) else
+            assert each.box == [left, top, left + width, top + height] and each.part == names[own["category_id"]]
+            assert found.images[each.image].id == own["image_id"]
+            assert part_boxes.STATES[each.state] == (own["state"] if isinstance(own["state"], str) else
                                                             part_boxes.STATES[own["state"]])
     examine(check)
 

@@ -4,7 +4,6 @@
 """
 import os
 import unicodedata
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -65,7 +64,9 @@ def test_what_is_no_file_is_listed_by_name_and_not_opened(images, cases, kind):
 
 def test_a_link_out_of_the_folder_is_refused_where_a_stranger_may_have_made_it(images, cases):
     """Annotations travel with their pictures, as an archive from elsewhere does."""
-    found = part_boxes.Annotations(Path("parts.json"), [], [{"name": "link.png"}], [], {})
+    listed = images.parent / "parts.json"
+    listed.write_text('{"link.png": {"parts": {}}}')
+    found = part_boxes.read_annotations(listed)
     with cases.case(GROUP), pytest.raises(common.UserError, match="lead out of") as caught:
         part_boxes.find_pictures(found, images)
     assert "link.png" in str(caught.value)
