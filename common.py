@@ -1,8 +1,8 @@
 """The shared shelf of the train scripts: what a run needs whatever it predicts. Imports no script.
 
 Sections, in the order in which a run meets them: Constants and user errors; Arguments and config; Run folder and log;
-Device, seed and loaders; Several processes; Transforms; Backbones and weights; Optimiser and schedule; Checkpoints and
-resume; Early stopping; Metrics.
+Device, seed and loaders; Several processes; Transforms; Backbones and weights; Optimiser and schedule; Early
+stopping; Checkpoints; Training; Metrics.
 
 Letters: N rows, B batch, R ratings or other targets, C classes, F features, D draws, S side of a square input or number
 of subjects.
@@ -1704,36 +1704,81 @@ def schedule_factor(scheduler, progress, epochs, warmup_epochs):
 
 
 # ---------------------------------------------------------------------------
-# Checkpoints and resume
+# Early stopping
+# ---------------------------------------------------------------------------
+# Counts epochs without a gain; a score that is not a number is never a gain.
+
+@dataclasses.dataclass
+class EarlyStopping:
+    """Stop after `patience` epochs that beat the best score by no more than min_delta; 0 = never. Larger is better."""
+    patience: int
+    min_epochs: int
+    min_delta: float
+    reference: float = -math.inf  # the score to beat
+    bad_epochs: int = 0
+
+    def update(self, score, epoch):
+        """Count one epoch (numbered from 1); True when it is time to stop."""
+        if score > self.reference + self.min_delta:
+            self.reference = score
+            self.bad_epochs = 0
+        else:
+            self.bad_epochs += 1
+        return 0 < self.patience <= self.bad_epochs and epoch >= self.min_epochs
+
+
+# ---------------------------------------------------------------------------
+# Checkpoints
 # ---------------------------------------------------------------------------
 # What is written survives a kill at any moment; what is read is checked to the last byte before anything is trusted.
 
 FORMAT = 1
-SAVE_PAUSE = 4  # between two saves of brief epochs, in times of what a save takes
+SAVING_TIME = 0.1  # part of the time between two saves that the saving itself may take
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is damaged, hostile or none at all: exit code 3."""
+    """A checkpoint that is damaged, hostile or missing: exit code 3."""
     code = EXIT_CHECKPOINT
 
 
+def to_plain_types(value):
+    """Tensors (copied to the CPU), numbers, strings, lists and dicts only: what weights_only loading accepts."""
+    if isinstance(value, dict):
+        return {key: to_plain_types(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain_types(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
 def save_checkpoint(path, content, keep_previous=False):
-    """Write a dict of what `plain` gives, whole or not at all; keep_previous leaves the file before it as .prev."""
-    buffer, path = io.BytesIO(), Path(path)
+    """Write a dict of plain types, whole or not at all; keep_previous leaves the file before it as .prev."""
+    path = Path(path)
+    buffer = io.BytesIO()
     torch.save(content, buffer)
     if keep_previous and path.exists():
         with explained_write_errors(f"{path}.prev"):
-            _keep_previous(path, path.with_name(path.name + ".prev"), path.with_name(f".{path.name}.prev.tmp"))
+            _keep_previous(path)
     write_whole(path, buffer.getbuffer())
 
 
-def _keep_previous(path, previous, temporary):
-    """Give the old file the name .prev without a moment in which neither name has a whole file."""
+def _keep_previous(path):
+    """Name the old file .prev without a moment in which neither name has a whole file."""
+    previous = path.with_name(f"{path.name}.prev")
+    temporary = path.with_name(f".{path.name}.prev.tmp")
     try:
         temporary.unlink(missing_ok=True)
         os.link(path, temporary)
     except OSError:  # no hard links here (exFAT, some network drives): for a moment only .prev exists
-        return os.replace(path, previous)
+        os.replace(path, previous)
+        return
     try:
         os.replace(temporary, previous)
     finally:  # a rename between two links of one file does nothing, and leaves both
@@ -1752,11 +1797,12 @@ def read_checkpoint(path):
         _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         _check_plain(content)
+    except pickle.UnpicklingError:  # torch's own text advises to load with weights_only=False
+        raise CheckpointError(f"{path} is no usable checkpoint (it holds more than tensors, numbers and texts: objects "
+                              "whose loading could run code)") from None
     except (OSError, zipfile.BadZipFile, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError,
-            AssertionError, MemoryError, pickle.UnpicklingError) as error:
-        # torch's own text on unpickling advises to load with weights_only=False
-        reason = "it holds more than tensors, numbers and texts: objects whose loading could run code" if isinstance(
-            error, pickle.UnpicklingError) else f"{type(error).__name__}: {one_line(error)}"
+            AssertionError, MemoryError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise CheckpointError(f"{path} is no usable checkpoint ({reason})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no usable checkpoint (expected a dict, found {type(content).__name__})")
@@ -1766,11 +1812,7 @@ def read_checkpoint(path):
 def _check_archive(path):
     size = path.stat().st_size
     if not zipfile.is_zipfile(path):
-        with path.open("rb") as handle:
-            head = handle.read(64)
-        hint = "a Git LFS pointer: run `git lfs pull`" if head.startswith(b"version https://git-lfs") else (
-            "a web page" if head.lstrip()[:1] == b"<" else f"{size} bytes, no zip archive")
-        raise ValueError(f"it is {hint}")
+        raise ValueError(f"it is {_kind_of_file(path, size)}")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         is_packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
@@ -1781,22 +1823,39 @@ def _check_archive(path):
         raise ValueError(f"the entry {damaged} is damaged")
 
 
+def _kind_of_file(path, size):
+    with path.open("rb") as handle:
+        head = handle.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer: run `git lfs pull`"
+    if head.lstrip().startswith(b"<"):
+        return "a web page"
+    return f"{size} bytes, no zip archive"
+
+
 def _check_plain(value):
     """Dense, materialised tensors and plain Python values only. Iterative, since nesting may be hostile."""
-    todo, seen = [value], set()
+    todo = [value]
+    seen = set()
     while todo:
         item = todo.pop()
         if isinstance(item, torch.Tensor):
-            is_dense = item.layout == torch.strided and not item.is_meta and not item.is_quantized
-            if not is_dense or item.numel() * item.element_size() > item.untyped_storage().nbytes():
-                raise ValueError(f"a tensor is not dense ({item.layout}, shape {tuple(item.shape)})")
+            _check_dense(item)
         elif isinstance(item, (dict, list, tuple)):
             if id(item) in seen:
                 continue
             seen.add(id(item))
-            todo.extend([*item, *item.values()] if isinstance(item, dict) else item)
+            todo.extend(item)
+            if isinstance(item, dict):
+                todo.extend(item.values())
         elif not (item is None or isinstance(item, (bool, int, float, str))):
             raise ValueError(f"it holds a {type(item).__name__}")
+
+
+def _check_dense(tensor):
+    is_dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+    if not is_dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"a tensor is not dense ({tensor.layout}, shape {tuple(tensor.shape)})")
 
 
 def load_model_file(path, script):
@@ -1823,11 +1882,15 @@ def checkpoint_files(paths):
     """Files and run folders -> checkpoint files: a folder's own best_model.pth, or those of its folds."""
     files = []
     for path in map(Path, paths):
-        inside = [path / "best_model.pth"] if (path / "best_model.pth").is_file() else sorted(
-            path.glob("fold_*/best_model.pth"), key=lambda p: int(p.parent.name.removeprefix("fold_")))
-        if path.is_dir() and not inside:
-            raise UserError(f"--checkpoint {path} holds no best_model.pth and no fold_K/best_model.pth")
-        files += inside if path.is_dir() else [path]
+        if not path.is_dir():
+            files.append(path)
+        elif (path / "best_model.pth").is_file():
+            files.append(path / "best_model.pth")
+        else:
+            folds = list(path.glob("fold_*/best_model.pth"))
+            if not folds:
+                raise UserError(f"--checkpoint {path} holds no best_model.pth and no fold_K/best_model.pth")
+            files += sorted(folds, key=lambda file: int(file.parent.name.removeprefix("fold_")))
     return files
 
 
@@ -1850,17 +1913,137 @@ def load_state(model, state, source):
         raise CheckpointError(f"{source} does not fit this model: {one_line(error)}") from None
 
 
+class Checkpoints:
+    """The files that a run continues from: last.pth, the one before it, best_model.pth and training_history.csv.
+
+    They are written as often as time allows: a save may take at most a tenth (SAVING_TIME) of the time since the last
+    one. A best model that waits for the next save is lost in a kill together with its epoch, which is then repeated to
+    the same bits.
+    """
+
+    def __init__(self, run):
+        self.run = run
+        self.saved_at = time.monotonic()
+        self.saving_seconds = 0.0  # what the last save took
+        self.unwritten_best = None  # content of a best_model.pth that waits for the next save
+
+    def has_time(self):
+        """True where another save would take no more than its part of the time."""
+        return self.saving_seconds <= SAVING_TIME * (time.monotonic() - self.saved_at)
+
+    def is_older_than(self, minutes):
+        """True where the last save is longer ago than that; 0 = never."""
+        return 0 < 60 * minutes < time.monotonic() - self.saved_at
+
+    def keep_best(self, content):
+        """What best_model.pth will hold: a copy, since training goes on with these very tensors."""
+        self.unwritten_best = copy.deepcopy(content)
+
+    def save(self, content, history):
+        """Write all files; the last.pth of before becomes last.pth.prev."""
+        start = time.monotonic()
+        # best first: a kill between the two repeats the epoch and writes the same best again
+        if self.unwritten_best:
+            save_checkpoint(self.run.path("best_model.pth"), self.unwritten_best)
+            self.unwritten_best = None
+        save_checkpoint(self.run.path("last.pth"), content, keep_previous=True)
+        self.write_history(history)
+        self.saved_at = time.monotonic()
+        self.saving_seconds = self.saved_at - start
+
+    def write_history(self, history):
+        """training_history.csv, once there is a row."""
+        if history:
+            write_table(self.run.path("training_history.csv"), history)
+
+    def read_last(self, named):
+        """Content of the newest usable checkpoint, or of the file `named`; None where the run stopped before any.
+
+        Raises CheckpointError where there are files and none of them can be used.
+        """
+        paths = [self.run.path("last.pth"), self.run.path("last.pth.prev")]
+        if named.is_file() and named.resolve().parent == self.run.folder.resolve():  # not in the other folds
+            paths = [named]
+        faults = []
+        for path in filter(Path.exists, paths):
+            try:
+                content = self._read_own(path)
+            except CheckpointError as error:
+                faults.append(str(error))
+                self.run.say(f"WARNING: {error}")
+                continue
+            if faults:
+                self.run.say(f"WARNING: continuing from {path.name}, the checkpoint before it")
+            return content
+        if faults:
+            raise CheckpointError(f"{self.run.folder} cannot be continued: no usable checkpoint ({'; '.join(faults)})")
+        return None
+
+    @staticmethod
+    def _read_own(path):
+        content = read_checkpoint(path)
+        if content.get("format") != FORMAT or content.get("script") != script_name():
+            raise CheckpointError(f"{path} is no checkpoint of {script_name()} ({content.get('script')!r})")
+        return content
+
+
+# ---------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------
+# The steps that are easy to get wrong, and a state from which a killed run repeats the same bits.
+
 class NotFinite(UserError):
     """A loss or gradient that is NaN or infinite: the run stops with exit code 1 before the step is taken."""
     code = EXIT_CRASH
 
 
+@dataclasses.dataclass
+class Progress:
+    """What a kill must not lose beside the states of model, optimiser and gradient scaler."""
+    stopping: EarlyStopping
+    plateau: EarlyStopping
+    plateau_factor: float = 1.0  # of the learning rate
+    epoch: int = 0  # finished epochs
+    batch: int = 0  # finished batches of the epoch after them
+    sums: dict = dataclasses.field(default_factory=dict)  # name of a loss -> its sum over that epoch's samples so far
+    samples: int = 0  # that these sums are made of
+    history: list = dataclasses.field(default_factory=list)  # a dict for each finished epoch
+    best_epoch: int | None = None
+    best_score: float | None = None
+    done: bool = False
+
+    @classmethod
+    def from_dict(cls, fields):
+        """Progress from what dataclasses.asdict made of it."""
+        counters = {name: EarlyStopping(**fields[name]) for name in ("stopping", "plateau")}
+        return cls(**fields | counters)
+
+    def next_epoch(self):
+        """Begin another epoch: no batches and no sums yet."""
+        self.epoch += 1
+        self.batch = 0
+        self.sums = {}
+        self.samples = 0
+
+
+@dataclasses.dataclass
+class EpochState:
+    """What is known of the epoch under way and may be forgotten in a kill."""
+    sampler: EpochBatches
+    n_batches: int
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+    samples: int = 0  # of all processes, since it started
+    learning_rate: float = 0.0
+    names: list = dataclasses.field(default_factory=list)  # of the samples of this batch
+    own_sums: dict = dataclasses.field(default_factory=dict)  # sums of this process since the last optimiser step
+    faults: list = dataclasses.field(default_factory=list)  # sentences about losses that are not finite
+
+
 class Training:
-    """The state that a kill must not lose, and the steps that are easy to get wrong.
+    """The training of one model: optimiser steps, learning rate, history, best epoch, early stopping, saving, stopping.
 
     run, model, optimizer, args: of this run. select: history column that chooses the best epoch, or 'last'.
-    describe: function () -> dict of what predict needs beside the weights, stored in best_model.pth. brief_epochs: they
-    may take less time than their saving, so it waits until it takes a fifth of the whole time; a kill repeats them.
+    describe: function () -> dict of what predict needs beside the weights, stored in best_model.pth.
 
     for epoch in training.epochs():              # the epochs still to do
         for batch in training.batches(loader):   # the batches still to do: seeds dropout, sets the learning rate
@@ -1873,17 +2056,21 @@ class Training:
     DistributedDataParallel is not used: it gives every process the same weight, whatever its share of the samples.
     """
 
-    def __init__(self, run, model, optimizer, args, select, describe, higher_is_better=True, brief_epochs=False):
-        self.run, self.model, self.optimizer, self.args, self.describe = run, model, optimizer, args, describe
-        self.select, self.sign, self.brief_epochs = select, 1 if higher_is_better else -1, brief_epochs
-        self.scaler = torch.amp.GradScaler(run.compute.device.type, enabled=run.compute.precision == "fp16")
-        self.epoch, self.batch, self.sums, self.history, self.done = 0, 0, {}, [], False
-        self.best = {"epoch": None, "score": None}
-        self.stopping = EarlyStopping(args.patience, args.min_epochs, args.min_delta)
-        self.plateau, self.plateau_factor = EarlyStopping(args.plateau_patience, 0, 0.0), 1.0
-        self._last_save, self._save_seconds, self._started = time.monotonic(), 0.0, None
-        self._is_saved, self._unsaved_best = True, None  # the last epoch; a best_model.pth that is still to be written
+    def __init__(self, run, model, optimizer, args, select, describe, higher_is_better=True):
+        self.run = run
+        self.model = model
+        self.optimizer = optimizer
+        self.args = args
+        self.select = select
+        self.describe = describe
+        self.higher_is_better = higher_is_better
         self.processes = run.compute.processes
+        self.scaler = torch.amp.GradScaler(run.compute.device.type, enabled=run.compute.precision == "fp16")
+        self.progress = Progress(
+            stopping=EarlyStopping(0 if select == "last" else args.patience, args.min_epochs, args.min_delta),
+            plateau=EarlyStopping(args.plateau_patience, min_epochs=0, min_delta=0.0))
+        self.current = None  # EpochState, from the first batch on
+        self.checkpoints = Checkpoints(run)
         if self.processes.size > 1 and run.compute.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if run.resumed:
@@ -1896,33 +2083,51 @@ class Training:
         """Numbers of the epochs that remain, from 1; stop signals are obeyed within."""
         signals = self.run.signals
         signals.armed = True
-        while not self.done:
-            yield self.epoch + 1
-            stop, = self.processes.largest([int(signals.received or 0)])
-            if stop and not self._is_saved:
-                self._write_epoch()
-            self._stop_if(stop)
+        while not self.progress.done:
+            yield self.progress.epoch + 1
+            self._save_or_stop()
         signals.armed = False
 
     def batches(self, loader):
         """The batches that remain in this epoch. Model and sampler are made ready."""
-        sampler = self._sampler = loader.batch_sampler
-        if self._started is None:
+        progress = self.progress
+        sampler = loader.batch_sampler
+        n_batches = min(2, len(sampler)) if self.args.dry_run else len(sampler)
+        if self.current is None:
             self.run.say(f"loader: {loader.num_workers or 'no'} workers, {len(sampler)} batches an epoch")
-        self._started, self._seen = time.perf_counter(), 0
-        self._n_batches = min(2, len(sampler)) if self.args.dry_run else len(sampler)
-        sampler.epoch, sampler.start, self._own, self._bad = self.epoch, self.batch, {}, []
+        self.current = EpochState(sampler, n_batches)
+        sampler.epoch = progress.epoch
+        sampler.start = progress.batch
         self.optimizer.zero_grad(set_to_none=True)
         self._set_learning_rate()  # also where the run was stopped after the last batch: the history needs it
-        to_do = itertools.islice(loader, self._n_batches - self.batch)
-        label = f"epoch {self.epoch + 1}/{self.args.epochs}"
-        for batch in with_progress(self.run, label, to_do, self._n_batches, self.batch):
-            self._names = batch.get("name", [])
+        remaining = itertools.islice(loader, n_batches - progress.batch)
+        label = f"epoch {progress.epoch + 1}/{self.args.epochs}"
+        for batch in with_progress(self.run, label, remaining, n_batches, progress.batch):
+            self.current.names = batch.get("name", [])
             self._set_learning_rate()
-            seed, rank = hash_seed(self.args.seed, self.epoch, self.batch), self.processes.rank
-            torch.manual_seed(hash_seed(seed, rank) if rank else seed)  # dropout
+            self._seed_dropout()
             yield batch
         self.processes.spread(self.model)  # buffers differ, and weights may on unlike processors
+
+    def _set_learning_rate(self):
+        sampler = self.current.sampler
+        batch = min(self.progress.batch, self.current.n_batches - 1)
+        first, _ = sampler.step_span(batch, self.args.accumulate)
+        # in samples: any cut into batches gives the same rate
+        epochs = self.progress.epoch + first / sampler.n_samples
+        factor = schedule_factor(self.args.scheduler, epochs, self.args.epochs, self.args.warmup_epochs)
+        rate = max(self.args.lr * self.progress.plateau_factor * factor, self.args.min_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        self.current.learning_rate = rate
+
+    def _seed_dropout(self):
+        seed = hash_seed(self.args.seed, self.progress.epoch, self.progress.batch)
+        if not self.processes.is_first:
+            seed = hash_seed(seed, self.processes.rank)
+        torch.manual_seed(seed)
+
+    # --- a step -------------------------------------------------------------
 
     def step(self, loss, **parts):
         """Add a batch's gradient so that every sample of the optimiser step counts the same; step when it is full.
@@ -1930,260 +2135,207 @@ class Training:
         loss: mean over this process's samples of the batch; parts: further tensors to average into the history. Raises
         NotFinite before the step when the loss or gradient is not finite: the checkpoint before it stays healthy.
         """
-        self._check_finite(loss.detach(), "loss")
-        own, whole, step = (last - first for first, last in (  # in samples; own is 0 in a batch too small for all
-            self._sampler.own_span(self.batch), self._sampler.step_span(self.batch, 1),
-            self._sampler.step_span(self.batch, self.args.accumulate)))
+        current = self.current
+        batch = self.progress.batch
+        if not torch.isfinite(loss):
+            current.faults.append(self._fault("loss", loss))
+        own = _length(current.sampler.own_span(batch))  # 0 in a batch too small for all processes
+        whole = _length(current.sampler.step_span(batch, 1))
+        step = _length(current.sampler.step_span(batch, self.args.accumulate))
         self.scaler.scale(loss * (own / step)).backward()
         for name, value in {"loss": loss, **parts}.items():
-            total, count = self._own.get(name, (0.0, 0))
-            self._own[name] = (total + value.detach().double() * own, count + whole)
-        self.batch, self._seen = self.batch + 1, self._seen + whole
-        if self.batch % self.args.accumulate and self.batch < self._n_batches:
-            return
+            current.own_sums[name] = current.own_sums.get(name, 0.0) + value.detach().double() * own
+        current.samples += whole
+        is_full = (batch + 1) % self.args.accumulate == 0 or batch + 1 == current.n_batches
+        if is_full:
+            self._step_optimizer(step)
+        self.progress.batch += 1
+        if is_full:
+            is_due = self.processes.is_first and self.checkpoints.is_older_than(self.args.save_minutes)
+            self._save_or_stop(is_due)
+
+    def _step_optimizer(self, n_samples):
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        stop, is_due = self._share(parameters)
+        self._add_up_processes(parameters)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or math.inf, foreach=True)
-        if not self.scaler.is_enabled():
-            self._check_finite(norm, "gradient")
+        if not self.scaler.is_enabled() and not torch.isfinite(norm):
+            raise NotFinite(self._fault("gradient", norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        sums = self.progress.sums
+        for name, total in self.current.own_sums.items():
+            sums[name] = sums.get(name, 0.0) + total
+        self.current.own_sums = {}
+        self.progress.samples += n_samples
+
+    def _add_up_processes(self, parameters):
+        """Make gradients and sums those of all processes, or stop all of them where one has met a fault."""
+        faults = self.current.faults
+        has_gradient = [p.grad is not None for p in parameters]
+        is_faulty, *has_gradient = self.processes.largest([bool(faults), *has_gradient])
+        if is_faulty:
+            raise NotFinite(self.processes.gather(faults)[0])
+        used = [p for p, is_used in zip(parameters, has_gradient) if is_used]
+        for p in used:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        self.processes.add_up([*self.current.own_sums.values(), *(p.grad for p in used)])
+
+    def _fault(self, what, value):
+        names = ", ".join(map(str, self.current.names))
+        return (f"the {what} is {value.item()} in epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1} "
+                f"(samples: {names}); the last checkpoint is healthy. Try a smaller --lr, --use_amp off, or look at "
+                "these samples")
+
+    def _save_or_stop(self, is_due=False):
+        """Save where it is due or a stop signal has come to any process; leave on the signal."""
+        stop, is_due = self.processes.largest([int(self.run.signals.received or 0), is_due])
         if is_due or stop:
             self.save()
-        self._stop_if(stop)
-
-    def _share(self, parameters):
-        """Make gradients and sums those of all processes; (stop signal or 0, is a save due) as all of them see it."""
-        minutes, stop = self.args.save_minutes, int(self.run.signals.received or 0)
-        is_due = bool(minutes) and time.monotonic() - self._last_save > 60 * minutes
-        if self.processes.size > 1:
-            graded = [p.grad is not None for p in parameters]
-            stop, is_due, is_bad, *graded = self.processes.largest([stop, is_due, bool(self._bad), *graded])
-            if is_bad:
-                raise NotFinite(self.processes.gather(self._bad)[0])
-            used = [p for p, is_graded in zip(parameters, graded) if is_graded]
-            for p in used:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self.processes.add_up([*(total for total, _ in self._own.values()), *(p.grad for p in used)])
-        for name, (total, count) in self._own.items():
-            sum_before, count_before = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (sum_before + total, count_before + count)
-        self._own = {}
-        return stop, is_due
-
-    def epoch_means(self):
-        """Means over the samples of this epoch of every part given to step(): {'train_loss': ...}."""
-        return {f"train_{name}": float(total) / count for name, (total, count) in self.sums.items()}
-
-    def _set_learning_rate(self):
-        batch = min(self.batch, self._n_batches - 1)
-        first, _ = self._sampler.step_span(batch, self.args.accumulate)
-        progress = self.epoch + first / self._sampler.n_samples  # in samples: any cut into batches gives the same rate
-        factor = schedule_factor(self.args.scheduler, progress, self.args.epochs, self.args.warmup_epochs)
-        self._rate = max(self.args.lr * self.plateau_factor * factor, self.args.min_lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate * group["factor"]
-
-    def _check_finite(self, value, what):
-        if torch.isfinite(value):
+        if not stop:
             return
-        names = ", ".join(map(str, self._names))
-        text = (f"the {what} is {value.item()} in epoch {self.epoch + 1}, batch {self.batch + 1} (samples: {names}); "
-                "the last checkpoint is healthy. Try a smaller --lr, --use_amp off, or look at these samples")
-        if self.processes.size == 1 or what == "gradient":
-            raise NotFinite(text)
-        self._bad.append(text)  # all processes stop together, before the step
-
-    def _stop_if(self, stop):
-        """Leave where the processes have agreed on a stop signal (its number, else 0)."""
-        if stop:
-            self.processes.largest([0])  # the first one has saved: where one task ends, srun may end the others
-            self.run.signals.leave()
-            asked = signal.Signals(stop)
-            self.run.say(f"{asked.name} received: saved epoch {self.epoch + 1}, batch {self.batch}; "
-                         f"continue with --resume {self.run.folder}")
-            sys.exit(EXIT_INTERRUPT if asked == signal.SIGINT else EXIT_SAVED)
+        self.processes.largest([0])  # the first one has saved: where one task ends, srun may end the others
+        self.run.signals.leave()
+        asked = signal.Signals(stop)
+        self.run.say(f"{asked.name} received: saved epoch {self.progress.epoch + 1}, batch {self.progress.batch}; "
+                     f"continue with --resume {self.run.folder}")
+        sys.exit(EXIT_INTERRUPT if asked == signal.SIGINT else EXIT_SAVED)
 
     # --- the end of an epoch ------------------------------------------------
 
+    def epoch_means(self):
+        """Means over the samples of this epoch of every part given to step(): {'train_loss': ...}."""
+        progress = self.progress
+        return {f"train_{name}": float(total) / progress.samples for name, total in progress.sums.items()}
+
     def end_epoch(self, row):
         """Close an epoch: its history row, the best model, early stopping, and the checkpoints that are due."""
-        row = self.processes.from_first(row)
-        self.history.append({"epoch": self.epoch + 1, "learning_rate": self._rate, **row})
-        self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
-        score = self._score_of(self.epoch)
-        better = self.best["epoch"] is None or score > self.best["score"]
-        if better:
-            self.best = {"epoch": self.epoch, "score": score}
-        if self.args.scheduler == "plateau" and self.plateau.update(score, self.epoch):
-            self.plateau_factor, self.plateau.bad_epochs = self.plateau_factor * 0.5, 0
-        self.run.watch(self.history[-1])
-        stop = self.stopping.update(score, self.epoch) and self.epoch < self.args.epochs and self.select != "last"
-        self.done = stop or self.epoch >= self.args.epochs
-        if better and self.processes.is_first:
-            self._unsaved_best = self._model_file()
-        self._is_saved = self._is_due()
-        if self._is_saved:
-            self._write_epoch()
-        elif better:
-            self._unsaved_best = copy.deepcopy(self._unsaved_best)  # training goes on with these very tensors
-        lead = [*row] if len(row) <= 10 else [*dict.fromkeys([*itertools.islice(row, 6), self.select])]
-        shown = "  ".join(f"{name} {row[name]:.4g}" for name in lead if name in row)  # the rest: training_history.csv
-        seconds, memory = time.perf_counter() - self._started, peak_memory(self.run.compute.device) / 2 ** 30
-        self.run.say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  ({seconds:.2f} s, {self._seen / seconds:.1f} "
-                     f"samples/s, peak {memory:.2f} GB){' *' if better else ''}")
-        if stop:
-            self.run.say(f"stopped early after epoch {self.epoch}: no better {self.select} for "
-                         f"{self.stopping.bad_epochs} epochs")
+        progress = self.progress
+        numbers = self.processes.from_first(row)
+        progress.history.append(
+            {"epoch": progress.epoch + 1, "learning_rate": self.current.learning_rate, **numbers})
+        progress.next_epoch()
+        score = self._score_of(progress.epoch)
+        is_best = progress.best_epoch is None or score > progress.best_score
+        if is_best:
+            progress.best_epoch = progress.epoch
+            progress.best_score = score
+        self._count_patience(score)
+        self.run.watch(progress.history[-1])
+        if self.processes.is_first:
+            if is_best:
+                self.checkpoints.keep_best(self._model_file())
+            self._save_epoch()
+        self._report(numbers, is_best)
 
     def _score_of(self, epoch):
         """Larger is better: the epoch's number for 'last', -inf for NaN or an epoch that is not in the history."""
-        if epoch > len(self.history):
+        if epoch > len(self.progress.history):
             return -math.inf
-        score = float(epoch) if self.select == "last" else self.sign * self.history[epoch - 1][self.select]
-        return score if math.isfinite(score) else -math.inf
+        if self.select == "last":
+            return float(epoch)
+        score = self.progress.history[epoch - 1][self.select]
+        if not math.isfinite(score):
+            return -math.inf
+        return score if self.higher_is_better else -score
 
-    def _is_due(self):
-        """Is this epoch written at once? Brief ones, shorter than their own saving, share one in a while."""
-        every, spent = self.args.save_every, time.monotonic() - self._last_save
-        asked_for = self.args.save_top_k or (every and self.epoch % every == 0)
-        return self.done or asked_for or not self.brief_epochs or spent > SAVE_PAUSE * self._save_seconds
+    def _count_patience(self, score):
+        """Halve the learning rate on a plateau, and find out whether this was the last epoch."""
+        progress = self.progress
+        if self.args.scheduler == "plateau" and progress.plateau.update(score, progress.epoch):
+            progress.plateau_factor *= 0.5
+            progress.plateau.bad_epochs = 0
+        stops_early = progress.stopping.update(score, progress.epoch)
+        progress.done = stops_early or progress.epoch >= self.args.epochs
 
-    def _write_epoch(self):
-        start = time.monotonic()
-        if self.processes.is_first:
-            if self.args.save_top_k:
-                self._save_top()
-            if self.args.save_every and self.epoch % self.args.save_every == 0:
-                save_checkpoint(self.run.path(f"checkpoint_epoch_{self.epoch}.pth"), self._content())
-        self.save()
-        self._save_seconds = time.monotonic() - start
-
-    def _model_file(self):
-        return to_plain_types({"format": FORMAT, "script": script_name(), "model": self.model.state_dict(), "epoch": self.epoch,
-                      "metric": self.select, "history": self.history[-1], **self.describe()})
-
-    def _save_top(self):
-        kept = {int(path.stem.rsplit("_", 1)[1]) for path in self.run.folder.glob("top_epoch_*.pth")} | {self.epoch}
-        ranked = sorted(kept, key=self._score_of, reverse=True)[:self.args.save_top_k]
-        if self.epoch in ranked:
-            save_checkpoint(self.run.path(f"top_epoch_{self.epoch}.pth"), self._model_file())
-        for epoch in kept - set(ranked):
-            self.run.path(f"top_epoch_{epoch}.pth").unlink(missing_ok=True)
+    def _report(self, numbers, is_best):
+        """The epoch on one line; where it is too long for that, the rest is in training_history.csv."""
+        progress = self.progress
+        names = list(numbers)
+        if len(names) > 10:
+            names = [name for name in names if name in names[:6] or name == self.select]
+        shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in names)
+        seconds = time.perf_counter() - self.current.started
+        memory = peak_memory(self.run.compute.device) / 2 ** 30
+        self.run.say(f"epoch {progress.epoch}/{self.args.epochs}  {shown}  ({seconds:.2f} s, "
+                     f"{self.current.samples / seconds:.1f} samples/s, peak {memory:.2f} GB){' *' if is_best else ''}")
+        if progress.done and progress.epoch < self.args.epochs:
+            self.run.say(f"stopped early after epoch {progress.epoch}: no better {self.select} for "
+                         f"{progress.stopping.bad_epochs} epochs")
 
     # --- saving and loading -------------------------------------------------
 
+    def save(self):
+        """Write the checkpoint of this moment, by the first process."""
+        if self.processes.is_first:
+            self.checkpoints.save(self._content(), self.progress.history)
+
+    def _save_epoch(self):
+        """Write what is asked for at the end of this epoch, and the checkpoint if there is time."""
+        epoch, args = self.progress.epoch, self.args
+        is_asked_for = args.save_every > 0 and epoch % args.save_every == 0
+        if is_asked_for:
+            save_checkpoint(self.run.path(f"checkpoint_epoch_{epoch}.pth"), self._content())
+        if args.save_top_k:
+            self._save_top()
+        if is_asked_for or args.save_top_k or self.progress.done or self.checkpoints.has_time():
+            self.save()
+
+    def _save_top(self):
+        """Keep top_epoch_N.pth of the save_top_k best epochs."""
+        epoch = self.progress.epoch
+        kept = {int(path.stem.rsplit("_", 1)[1]) for path in self.run.folder.glob("top_epoch_*.pth")}
+        ranked = sorted(kept | {epoch}, key=self._score_of, reverse=True)
+        best = ranked[:self.args.save_top_k]
+        if epoch in best:
+            save_checkpoint(self.run.path(f"top_epoch_{epoch}.pth"), self._model_file())
+        for other in kept.difference(best):
+            self.run.path(f"top_epoch_{other}.pth").unlink(missing_ok=True)
+
+    def _model_file(self):
+        """Content of best_model.pth for the epoch that has just ended."""
+        return to_plain_types({
+            "format": FORMAT, "script": script_name(), "model": self.model.state_dict(), "epoch": self.progress.epoch,
+            "metric": self.select, "history": self.progress.history[-1], **self.describe()})
+
     def _content(self):
         return to_plain_types({
-            "format": FORMAT, "script": script_name(), "epoch": self.epoch, "batch": self.batch, "done": self.done,
-            "sums": {name: [float(total), count] for name, (total, count) in self.sums.items()}, "best": self.best,
-            "history": self.history, "stopping": vars(self.stopping), "plateau": vars(self.plateau),
-            "plateau_factor": self.plateau_factor, "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()})
-
-    def save(self):
-        """Write best_model.pth if there is a better one, last.pth, the one before it as last.pth.prev, the history."""
-        if self.processes.is_first:
-            # best first: a kill between the two repeats the epoch and writes the same best again
-            if self._unsaved_best:
-                save_checkpoint(self.run.path("best_model.pth"), self._unsaved_best)
-            save_checkpoint(self.run.path("last.pth"), self._content(), keep_previous=True)
-            if self.history:
-                write_table(self.run.path("training_history.csv"), self.history)
-        self._unsaved_best, self._last_save = None, time.monotonic()
+            "format": FORMAT, "script": script_name(), "progress": dataclasses.asdict(self.progress),
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict()})
 
     def _load_last(self):
-        content = self._read_last()
+        content = self.checkpoints.read_last(Path(self.args.resume))
         if content is None:
             return
         with checkpoint_fields(self.run.folder):
             load_state(self.model, content["model"], "last.pth")
             self.optimizer.load_state_dict(content["optimizer"])
             self.scaler.load_state_dict(content["scaler"])
-            self.epoch, self.batch, self.done = content["epoch"], content["batch"], content["done"]
-            self.history, self.best = content["history"], content["best"]
-            self.plateau_factor = content["plateau_factor"]
-            self.sums = {name: (torch.tensor(total, dtype=torch.float64), count)
-                         for name, (total, count) in content["sums"].items()}
-            vars(self.stopping).update(content["stopping"])
-            vars(self.plateau).update(content["plateau"])
-        if self.history:  # a kill after the last save may have cost the file its last row
-            write_table(self.run.path("training_history.csv"), self.history)
-        where = f"epoch {self.epoch + 1}, batch {self.batch}" if self.batch else f"after epoch {self.epoch}"
+            self.progress = Progress.from_dict(content["progress"])
+        progress = self.progress
+        self.checkpoints.write_history(progress.history)  # a kill after the last save may have cost its last row
+        where = f"epoch {progress.epoch + 1}, batch {progress.batch}" if progress.batch else f"after epoch {progress.epoch}"
         self.run.say(f"continuing {where}")
 
-    def _read_last(self):
-        """The newest good one of CHECKPOINT, last.pth and last.pth.prev; None where the run was stopped before any."""
-        paths, named = [self.run.path("last.pth"), self.run.path("last.pth.prev")], Path(self.args.resume)
-        if named.is_file() and named.resolve().parent == self.run.folder.resolve():  # not in the other folds
-            paths = [named]
-        found, faults = [path for path in paths if path.exists()], []
-        for path in found:
-            try:
-                content = read_checkpoint(path)
-                if content.get("format") != FORMAT or content.get("script") != script_name():
-                    raise CheckpointError(f"{path} is no checkpoint of {script_name()} ({content.get('script')!r})")
-            except CheckpointError as error:
-                faults.append(str(error))
-                self.run.say(f"WARNING: {error}")
-                continue
-            if faults:
-                self.run.say(f"WARNING: continuing from {path.name}, the checkpoint before it")
-            return content
-        if found:
-            raise CheckpointError(f"{self.run.folder} cannot be continued: no usable checkpoint ({'; '.join(faults)})")
-        return None
+
+def _length(span):
+    first, last = span
+    return last - first
 
 
 def peak_memory(device):
     """Most bytes this process has held: on the GPU, or in RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(ImportError):  # Windows
+    try:
         import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return 0
-
-
-def to_plain_types(value):
-    """Tensors (copied to the CPU), numbers, strings, lists and dicts only: what weights_only loading accepts."""
-    if isinstance(value, dict):
-        return {key: to_plain_types(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain_types(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy())
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-# ---------------------------------------------------------------------------
-# Early stopping
-# ---------------------------------------------------------------------------
-# Counts epochs without a gain; a score that is not a number is never a gain.
-
-class EarlyStopping:
-    """Stop after `patience` epochs that beat the best score by no more than min_delta; 0 = never. Larger is better.
-
-    A checkpoint keeps vars() of it.
-    """
-
-    def __init__(self, patience, min_epochs, min_delta):
-        self.patience, self.min_epochs, self.min_delta = patience, min_epochs, min_delta
-        self.reference, self.bad_epochs = -math.inf, 0
-
-    def update(self, score, epoch):
-        """Count one epoch (numbered from 1); True when it is time to stop."""
-        if score > self.reference + self.min_delta:
-            self.reference, self.bad_epochs = score, 0
-        else:
-            self.bad_epochs += 1
-        return 0 < self.patience <= self.bad_epochs and epoch >= self.min_epochs
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # ---------------------------------------------------------------------------

@@ -325,8 +325,7 @@ def fit(run, args, study, split):
     target, latest = study.ratings[split["val"]], {}
     training = common.Training(
         run, model, optimizer, args, select=args.select if args.select == "last" else f"val_{args.select}",
-        describe=lambda: describe(args, study, split, scaler, latest["val"]), higher_is_better=args.select != "loss",
-        brief_epochs=args.freeze_backbone)
+        describe=lambda: describe(args, study, split, scaler, latest["val"]), higher_is_better=args.select != "loss")
     for epoch in training.epochs():
         model.freeze_backbone(args.freeze_backbone or epoch <= args.freeze_epochs)
         row = train_one_epoch(model, train_loader, loss_function, training, compute)
@@ -609,8 +608,8 @@ def run_split(run, args, study, split):
             others = baselines(study, split["train"], split[part])
             scored = Scored(split[part], {"predicted": predicted[part], **others}, part)
             write_predictions(run.path(f"predictions_{part}.csv"), study, scored)
-    plotting.plot_history(training.history, run.path("training_history.png"), training.best["epoch"])
-    report_results(run, args, study, split, scored, verdicts.split_gap_alarms(train, val), training.best["epoch"])
+    plotting.plot_history(training.progress.history, run.path("training_history.png"), training.progress.best_epoch)
+    report_results(run, args, study, split, scored, verdicts.split_gap_alarms(train, val), training.progress.best_epoch)
     return scored
 
 

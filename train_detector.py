@@ -1211,11 +1211,11 @@ def run_split(run, args, study, split):
     run.write_args(**study.record(split), val_batch_size=args.val_batch_size)  # the validation loss draws by batches
     detections, settings, training = fit(run, args, study, split)
     panels = [{re.sub(r"(train|val)_loss_(\w+)", r"\1_\2_loss", name): value for name, value in row.items()}
-              for row in training.history]  # each loss in a panel of its own
-    plotting.plot_history(panels, run.path("training_history.png"), training.best["epoch"])
+              for row in training.progress.history]  # each loss in a panel of its own
+    plotting.plot_history(panels, run.path("training_history.png"), training.progress.best_epoch)
     baseline = mean_boxes(study, split["train"], args.absent)
-    best_epoch = training.best["epoch"]
-    context |= {"best_epoch": best_epoch, "alarms": gap_alarms(training.history[best_epoch - 1])}
+    best_epoch = training.progress.best_epoch
+    context |= {"best_epoch": best_epoch, "alarms": gap_alarms(training.progress.history[best_epoch - 1])}
     for part in detections:
         if part == "val" and "test" in detections:
             continue

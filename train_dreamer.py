@@ -644,7 +644,7 @@ def fit(run, args, study, split):
         _, numbers = evaluate(model, loaders["val"], loss_function, compute)
         training.end_epoch({**row, "train_total_loss": row["train_loss"],
                             **{f"val_{name}": value for name, value in numbers.items()}})
-        clock.tick(epoch, training.done)
+        clock.tick(epoch, training.progress.done)
     best = common.load_model_file(run.path("best_model.pth"), common.script_name())
     common.load_state(model, best["model"], "best_model.pth")
     predicted = {part: evaluate(model, loader, loss_function, compute)[0]
@@ -1166,7 +1166,7 @@ def plot_dataset(study, split, args, path):
 def plot_training(training, path):
     """training_summary.png: loss, main task, learning rate, components, error of the axes, final numbers."""
     figure, axes = plotting.new_figure(2, 3, (3.9, 2.7), 6)
-    history, best = training.history, training.best["epoch"]
+    history, best = training.progress.history, training.progress.best_epoch
     panels = {"total loss": ["train_total_loss", "val_loss"], "main task (at1)": ["train_main_task_loss",
               "val_main_task_loss"], "learning rate": ["learning_rate"],
               "components": ["train_t2_loss", "val_t2_loss", "train_latent_loss", "val_latent_loss"],
@@ -1420,9 +1420,9 @@ def run_split(run, args, study, split):
                         predicted[part]["at2"], use, part)
         write_predictions(run.path(f"predictions_{part}.csv"), study, scored)
     plotting.plot_history([{name: value for name, value in row.items() if name != "train_total_loss"}
-                         for row in training.history], run.path("training_history.png"), training.best["epoch"])
+                         for row in training.progress.history], run.path("training_history.png"), training.progress.best_epoch)
     plot_training(training, run.path("training_summary.png"))
-    report_results(run, args, study, split, scored, verdicts.split_gap_alarms(train, val), training.best["epoch"])
+    report_results(run, args, study, split, scored, verdicts.split_gap_alarms(train, val), training.progress.best_epoch)
     return scored
 
 

@@ -672,7 +672,7 @@ def fit(run, args, study, split):
     optimizer = common.build_optimizer([(model.backbone, args.backbone_lr_mult), (rest, 1.0)], args)
     shift = prior_shift(objective, train_loader.dataset.rows) if args.task == "classify" else 0.0
     training = common.Training(run, model, optimizer, args, select, lambda: describe(args, objective, shift),
-                               higher_is_better, brief_epochs=args.freeze_backbone)
+                               higher_is_better)
     for _ in training.epochs():
         row = train_one_epoch(model, train_loader, objective, training, args, compute)
         scored = evaluate(model, loaders["val"], args, compute)
@@ -1226,10 +1226,10 @@ def run_split(run, args, study, split):
             scored[part] = Scored(rows, outputs[part], baselines(study, split["train"], rows), part,
                                   [(split["train"], rows)], fitted)
             write_predictions(run.path(f"predictions_{part}.csv"), study, scored[part])
-    plotting.plot_history(plotted(training.history, objective), run.path("training_history.png"), training.best["epoch"])
+    plotting.plot_history(plotted(training.progress.history, objective), run.path("training_history.png"), training.progress.best_epoch)
     gaps = [objective.history(outputs[part], split[part]) for part in ("train", "val")]
     alarms = verdicts.split_gap_alarms(*gaps, "roc_auc" if args.task == "classify" else "pearson_r")
-    report_results(run, args, study, split, scored.get("test", scored["val"]), alarms, training.best["epoch"])
+    report_results(run, args, study, split, scored.get("test", scored["val"]), alarms, training.progress.best_epoch)
     return scored
 
 

@@ -54,7 +54,7 @@ def test_a_full_disk_names_file_and_bytes(tmp_path, monkeypatch):
         common.write_whole(tmp_path / "x.json", b"abc")
 
 
-def make_training(folder, resumed, brief_epochs=False, **flags):
+def make_training(folder, resumed, **flags):
     """A Training of a linear model on 6 numbers in batches of 2, and its loader."""
     compute = common.Compute(torch.device("cpu"), "fp32", False, "cpu")
     defaults = dict(
@@ -67,8 +67,7 @@ def make_training(folder, resumed, brief_epochs=False, **flags):
     model = torch.nn.Linear(1, 1)
     signals = SimpleNamespace(received=None, armed=False, leave=lambda: None)
     run = common.Run(folder, args, compute, signals, resumed)
-    training = common.Training(run, model, common.build_optimizer([(model, 1.0)], args), args, "val_loss", dict, False,
-                               brief_epochs)
+    training = common.Training(run, model, common.build_optimizer([(model, 1.0)], args), args, "val_loss", dict, False)
     return training, common.make_loader(Numbers(), 2, args, compute, train=True)
 
 
@@ -103,50 +102,100 @@ def test_a_stop_after_any_batch_continues_exactly(tmp_path, stop_after):
         train(*make_training(tmp_path / "cut", False), stop_after=stop_after)
     assert caught.value.code == 75
     again = train(*make_training(tmp_path / "cut", True))
-    assert again.history == whole.history and torch.equal(again.model.weight, whole.model.weight)
+    assert again.progress.history == whole.progress.history and torch.equal(again.model.weight, whole.model.weight)
     csv = [(tmp_path / name / "training_history.csv").read_bytes() for name in ("whole", "cut")]
-    assert csv[0] == csv[1] and len(whole.history) == 2
+    assert csv[0] == csv[1] and len(whole.progress.history) == 2
 
 
 def best_and_last(folder):
     return [common.read_checkpoint(folder / name) for name in ("best_model.pth", "last.pth")]
 
 
+def same_files(one, other):
+    """True where two folders hold the same best model, last weights, progress and history."""
+    best, last = zip(best_and_last(one), best_and_last(other))
+    return (best[0]["epoch"] == best[1]["epoch"] and last[0]["progress"] == last[1]["progress"]
+            and all(torch.equal(first["model"]["weight"], second["model"]["weight"]) for first, second in (best, last))
+            and (one / "training_history.csv").read_bytes() == (other / "training_history.csv").read_bytes())
+
+
+def best_is_second(epoch):
+    return abs(epoch - 2.0)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """Folder of six epochs left alone, best the second."""
+    (tmp_path / "whole").mkdir()
+    train(*make_training(tmp_path / "whole", False, epochs=6), val_loss=best_is_second)
+    return tmp_path / "whole"
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Names of the checkpoints written, where there is never time for another save after the first."""
+    names, write = [], common.save_checkpoint
+
+    def watched(path, *rest, **flags):
+        names.append(path.name)
+        write(path, *rest, **flags)
+    monkeypatch.setattr(common, "SAVING_TIME", 0.0)
+    monkeypatch.setattr(common, "save_checkpoint", watched)
+    return names
+
+
+SAVE = ["best_model.pth", "last.pth"]
+
+
 @pytest.mark.parametrize("stop_after", [None, 4, 8, 9, 12])
-def test_brief_epochs_share_a_save_and_lose_nothing(tmp_path, monkeypatch, stop_after):
-    """Six epochs, best the second; with a pause that never ends only a stop and the end are written."""
-    def scored(epoch):
-        return abs(epoch - 2.0)
-    for name in ("whole", "brief"):
-        (tmp_path / name).mkdir()
-    whole = train(*make_training(tmp_path / "whole", False, epochs=6), val_loss=scored)
-    written, write = [], common.save_checkpoint
-    monkeypatch.setattr(common, "SAVE_PAUSE", math.inf)
-    monkeypatch.setattr(common, "save_checkpoint", lambda path, *rest, **flags: (
-        written.append(path.name), write(path, *rest, **flags)))
-    pair = make_training(tmp_path / "brief", False, True, epochs=6)
-    pair[0]._save_seconds = 1.0
+def test_epochs_without_time_for_a_save_lose_nothing(tmp_path, whole, written, stop_after):
+    """The first epoch, a stop and the last epoch are written, with the best model of the time."""
+    folder = tmp_path / "cut"
+    folder.mkdir()
     if stop_after:
         with pytest.raises(SystemExit) as caught:
-            train(*pair, stop_after, scored)
-        assert caught.value.code == 75 and written == ["best_model.pth", "last.pth"]
-        best, last = best_and_last(tmp_path / "brief")
-        assert best["epoch"] == min(2, (stop_after - 1) // 3) and last["epoch"] * 3 + last["batch"] == stop_after
-        pair = make_training(tmp_path / "brief", True, True, epochs=6)
-        pair[0]._save_seconds, written[:] = 1.0, []
-    again = train(*pair, val_loss=scored)
-    assert written[-1] == "last.pth" and len(written) <= 2
-    assert again.history == whole.history and torch.equal(again.model.weight, whole.model.weight)
-    for theirs, ours in zip(*(best_and_last(tmp_path / name) for name in ("whole", "brief"))):
-        assert theirs["epoch"] == ours["epoch"] and torch.equal(theirs["model"]["weight"], ours["model"]["weight"])
-    csv = [(tmp_path / name / "training_history.csv").read_bytes() for name in ("whole", "brief")]
-    assert csv[0] == csv[1]
+            train(*make_training(folder, False, epochs=6), stop_after, best_is_second)
+        best, last = best_and_last(folder)
+        assert caught.value.code == 75 and written == SAVE + (SAVE if stop_after > 6 else ["last.pth"])
+        assert best["epoch"] == min(2, (stop_after - 1) // 3)
+        assert last["progress"]["epoch"] * 3 + last["progress"]["batch"] == stop_after
+    train(*make_training(folder, stop_after is not None, epochs=6), val_loss=best_is_second)
+    assert same_files(whole, folder) and written[-1] == "last.pth" and len(written) <= 7
 
 
-def test_a_stop_between_brief_epochs_saves_the_last_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "SAVE_PAUSE", math.inf)
-    training, loader = make_training(tmp_path, False, True, epochs=6)
-    training._save_seconds = 1.0
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kill_after", range(1, 6))
+def test_a_kill_repeats_the_epochs_that_were_not_written(tmp_path, whole, written, kill_after):
+    """Before, the files on disk belong together; in the end all is as if nothing had happened."""
+    folder = tmp_path / "cut"
+    folder.mkdir()
+
+    def scored(epoch):
+        if epoch > kill_after:
+            raise Killed
+        return best_is_second(epoch)
+    with pytest.raises(Killed):
+        train(*make_training(folder, False, epochs=6), val_loss=scored)
+    best, last = best_and_last(folder)
+    assert written == SAVE and best["epoch"] == last["progress"]["best_epoch"] == last["progress"]["epoch"] == 1
+    train(*make_training(folder, True, epochs=6), val_loss=best_is_second)
+    assert same_files(whole, folder)
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ({"save_every": 3}, ["checkpoint_epoch_3.pth", *SAVE, "checkpoint_epoch_6.pth", "last.pth"]),
+    ({"save_top_k": 1}, ["top_epoch_2.pth", *SAVE, *["last.pth"] * 4])], ids=["save_every", "save_top_k"])
+def test_what_is_asked_for_is_always_written(tmp_path, written, flags, expected):
+    train(*make_training(tmp_path, False, epochs=6, **flags), val_loss=best_is_second)
+    first = SAVE if "save_every" in flags else ["top_epoch_1.pth", *SAVE]
+    assert written == first + expected
+
+
+def test_a_stop_between_two_epochs_saves_the_last_one(tmp_path, written):
+    training, loader = make_training(tmp_path, False, epochs=6)
     with pytest.raises(SystemExit), training.run:
         for epoch in training.epochs():
             for batch in training.batches(loader):
@@ -154,14 +203,14 @@ def test_a_stop_between_brief_epochs_saves_the_last_one(tmp_path, monkeypatch):
             training.end_epoch({"val_loss": float(epoch)})
             training.run.signals.received = signal.SIGTERM if epoch == 3 else None
     best, last = best_and_last(tmp_path)
-    assert best["epoch"] == 1 and (last["epoch"], last["batch"]) == (3, 0)
+    assert best["epoch"] == 1 and (last["progress"]["epoch"], last["progress"]["batch"]) == (3, 0)
 
 
 def test_a_lost_history_file_is_written_again(tmp_path):
     train(*make_training(tmp_path, False))
     written = (tmp_path / "training_history.csv").read_bytes()
     (tmp_path / "training_history.csv").unlink()
-    assert make_training(tmp_path, True)[0].done and (tmp_path / "training_history.csv").read_bytes() == written
+    assert make_training(tmp_path, True)[0].progress.done and (tmp_path / "training_history.csv").read_bytes() == written
 
 
 def test_not_a_number_is_never_best(tmp_path):
@@ -170,7 +219,7 @@ def test_not_a_number_is_never_best(tmp_path):
         for batch in training.batches(loader):
             training.step(training.model(batch["x"]).pow(2).mean())
         training.end_epoch({"val_loss": val_loss})
-        assert training.best["epoch"] == (3 if val_loss == 0.4 else 1)
+        assert training.progress.best_epoch == (3 if val_loss == 0.4 else 1)
     assert [path.name for path in tmp_path.glob("top_epoch_*")] == ["top_epoch_3.pth"]
     assert common.read_checkpoint(tmp_path / "best_model.pth")["epoch"] == 3
 

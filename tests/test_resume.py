@@ -19,7 +19,7 @@ SETTINGS = {"workers 0": ["--num_workers", 0], "workers 2": ["--num_workers", 2]
 
 
 def fingerprint(folder):
-    """SHA-256 over weights, optimiser and history of last.pth, the weights of best_model.pth, and the history file."""
+    """SHA-256 over weights, optimiser and progress of last.pth, the weights of best_model.pth, and the history file."""
     digest = hashlib.sha256()
 
     def add(value):
@@ -35,8 +35,8 @@ def fingerprint(folder):
         else:
             digest.update(repr(value).encode())
     last = common.read_checkpoint(folder / "last.pth")
-    assert last["done"] is True
-    for part in ("model", "optimizer", "history", "best", "stopping"):
+    assert last["progress"]["done"] is True
+    for part in ("model", "optimizer", "progress"):
         add(last[part])
     add(common.read_checkpoint(folder / "best_model.pth"))
     digest.update((folder / "training_history.csv").read_bytes())
@@ -81,7 +81,7 @@ def test_a_signal_saves_and_the_run_can_be_named(sample, tmp_path, undisturbed):
     assert start_and_signal(command, signal.SIGUSR2, 0.2, group=True) == 75
     folder = only_run(tmp_path)
     saved = common.read_checkpoint(folder / "last.pth")
-    assert saved["done"] is False
+    assert saved["progress"]["done"] is False
     assert "SIGUSR2 received: saved" in (folder / "log.txt").read_text()
     run_script("train_assessor.py", "--resume", folder)
     assert fingerprint(folder) == undisturbed

@@ -80,7 +80,7 @@ class ScriptEpochs:
 
     def epoch(self):
         train_detector.train_one_epoch(self.model, self.loader, self.training, self.run.compute, 0.5)
-        self.training.epoch, self.training.batch, self.training.sums = self.training.epoch + 1, 0, {}
+        self.training.progress.next_epoch()
 
 
 class BareEpochs:

@@ -82,7 +82,7 @@ class ScriptEpochs:
 
     def epoch(self):
         train_dreamer.train_one_epoch(self.model, self.loader, self.loss_function, self.training, self.run.compute)
-        self.training.epoch, self.training.batch, self.training.sums = self.training.epoch + 1, 0, {}
+        self.training.progress.next_epoch()
 
 
 class BareEpochs:

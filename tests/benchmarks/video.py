@@ -71,7 +71,7 @@ class ScriptEpochs:
     def epoch(self):
         train_video.train_one_epoch(self.model, self.loader, self.objective, self.training, self.args,
                                     self.run.compute)
-        self.training.epoch, self.training.batch, self.training.sums = self.training.epoch + 1, 0, {}
+        self.training.progress.next_epoch()
 
 
 class BareEpochs:

@@ -70,7 +70,7 @@ def run_case(case, processes):
             with torch.no_grad():
                 outputs = torch.cat(processes.gather([model(batch["x"]) for batch in scoring])).flatten()
             training.end_epoch({**training.epoch_means(), "val_loss": outputs.square().mean().item()})
-    return {"history": training.history, "outputs": outputs.tolist() if len(outputs) else [],
+    return {"history": training.progress.history, "outputs": outputs.tolist() if len(outputs) else [],
             "weights": torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()}
 
 

@@ -14,7 +14,7 @@ from test_ranks import rank_environments
 from test_resume import fingerprint
 
 GROUP = "kill -9 at random moments, 4 scripts, workers 0 and 2"
-BRIEF = "kill -9 at random moments, epochs on cached features that share their saves"
+QUICK = "kill -9 at random moments, epochs that are quicker than their saves"
 PAIRS = "two processes of one run, both or one of them killed"
 
 
@@ -170,7 +170,7 @@ def test_kills(script, workers, servers, tiny_flags, quick_folder, cases):
     hold_through_kills(GROUP, f"{script} {workers}", script, flags, servers, quick_folder, cases)
 
 
-def test_kills_of_brief_epochs(servers, tiny_flags, quick_folder, cases):
+def test_kills_of_quick_epochs(servers, tiny_flags, quick_folder, cases):
     flags = [*tiny_flags["train_assessor.py"], "--freeze_backbone", "--epochs", 60, "--patience", 0, "--save_every", 0,
              "--save_minutes", 0]
-    hold_through_kills(BRIEF, "brief epochs", "train_assessor.py", flags, servers, quick_folder, cases)
+    hold_through_kills(QUICK, "quick epochs", "train_assessor.py", flags, servers, quick_folder, cases)

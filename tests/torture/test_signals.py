@@ -45,7 +45,7 @@ def stop_and_continue(run, number, wait, expected):
     """One case; False where the run had passed its last batch before the signal came, and so ended by itself."""
     trial, code = run.train_and_signal(number, wait)
     folder = only_run(run.out)
-    if (folder / "metrics.json").exists() or common.read_checkpoint(folder / "last.pth")["done"]:
+    if (folder / "metrics.json").exists() or common.read_checkpoint(folder / "last.pth")["progress"]["done"]:
         return False
     assert code == CODES[number], trial.text()[-2000:]
     assert f"{number.name} received: saved" in (folder / "log.txt").read_text()
@@ -71,7 +71,7 @@ def test_signals_that_come_again_until_the_end(workers, number, servers, tiny_fl
                 trial.signal(number)
                 time.sleep(0.002)
             assert code == 75, f"{code}: {trial.text()[-2000:]}"
-            assert not common.read_checkpoint(only_run(run.out) / "last.pth")["done"]
+            assert not common.read_checkpoint(only_run(run.out) / "last.pth")["progress"]["done"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
