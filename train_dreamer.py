@@ -17,8 +17,9 @@ D width of a token, S side of a frame in pixels. Units: a pose or motion is (x, 
 everywhere; frames are uint8 grey until they reach the device.
 at1, at2: the motion asked for at t1 and t2 (at1_6dof, at2_6dof); motion: the known one from t1 to t2.
 """
-import collections
+import argparse
 import dataclasses
+import datetime
 import itertools
 import math
 import statistics
@@ -31,13 +32,19 @@ import torch
 from torch import nn
 
 import common
-from evidence import baseline_models, plotting, prediction_tables, reporting, splitting, subject_intervals, verdicts
+from evidence import baseline_models, plotting, pose_audit, pose_plots, prediction_tables, reporting, splitting
+from evidence import subject_intervals, verdicts
 from readers import picture_files, probe_poses
+
 COLLAPSE_FLOOR = 0.05  # smallest healthy spread of the features over frames, as a share of their rms
 # What a checkpoint fixes for evaluate and predict, and what they take over from the run beside it.
 MODEL_FLAGS = ("encoder", "image_size", "token_type", "imagine", "d_model", "n_layers", "n_heads", "feedforward",
                "dropout", "compose", "angle_unit")
 DATA_FLAGS = ("data_dir", "patient_map", "patient_regex", "max_transitions", "split_by")
+PARTS = ("train", "val", "test")
+# What --augment changes in both frames of a transition alike: jitter as a share, noise in grey levels, turn in degrees.
+AUGMENTATIONS = {"none": None, "light": {"jitter": 0.1, "noise": 2.55, "turn": 0.0},
+                 "full": {"jitter": 0.1, "noise": 2.55, "turn": 5.0}}
 
 
 def parse_args(argv=None):
@@ -54,8 +61,12 @@ def parse_args(argv=None):
     check_flags(parser, args)
     if args.precision:
         args.use_amp = "off" if args.precision == "32" else "on"
+    if args.mode == "audit":
+        args.on_bad_file = "skip"  # an audit lists them all
     if args.mode in ("evaluate", "predict"):
-        take_over_data_flags(args)
+        if args.checkpoint.is_dir():
+            args.checkpoint = args.checkpoint / "best_model.pth"
+        inherit_data_flags(args)
     return args
 
 
@@ -63,9 +74,10 @@ def add_data_arguments(add):
     """Which transitions, whose, and how they are split."""
     add("--mode", choices=("train", "evaluate", "predict", "audit"), default="train",
         help="evaluate: score a checkpoint; predict: no labels needed; audit: examine the data")
-    add("--data_dir", type=Path, default=Path("data/processed"), help=f"folder with a {probe_poses.FILE_NAME} in each sequence")
+    add("--data_dir", type=Path, default=Path("data/processed"),
+        help=f"folder with a {probe_poses.FILE_NAME} in each sequence")
     add("--checkpoint", type=Path, metavar="FILE", help="best_model.pth (or its run folder) for evaluate and predict")
-    add("--score_part", choices=("auto", "train", "val", "test", "all"), default="auto",
+    add("--score_part", choices=("auto", *PARTS, "all"), default="auto",
         help="evaluate: part of the checkpoint's split; auto = test, else val, and every row of data it never saw")
     add("--patient_map", type=Path, metavar="FILE", help="JSON or CSV that says which patient a folder belongs to")
     add("--patient_regex", metavar="REGEX", help=r"patient = its first group in the folder's name, e.g. '(.*)_\d+$'")
@@ -76,7 +88,7 @@ def add_data_arguments(add):
         help="time: blocks of each sequence, for a single one; says nothing across patients")
     add("--gap", type=common.bounded(int, 1), default=10, help="transitions left out between two blocks of time")
     add("--manual_splits", action="store_true", help="split by the three lists below")
-    for part in ("train", "val", "test"):
+    for part in PARTS:
         add(f"--{part}_patients", metavar="A,B", help=f"patients or folders of the {part} part, separated by commas")
     add("--max_transitions", type=common.bounded(int, 0), default=0,
         help="use only the first transitions of every sequence; 0 = all")
@@ -130,22 +142,19 @@ def check_flags(parser, args):
         parser.error(f"--mode {args.mode} needs --checkpoint FILE")
 
 
-def take_over_data_flags(args):
-    """Data flags that were not given come from the run that wrote the checkpoint, as far as its args.json is there."""
-    args.checkpoint = args.checkpoint / "best_model.pth" if args.checkpoint.is_dir() else args.checkpoint
+def inherit_data_flags(args):
+    """Without --data_dir, data flags that were not given are those of the run that wrote the checkpoint."""
     record = args.checkpoint.parent / "args.json"
-    before = common.read_json(record)["flags"] if record.is_file() else {}
+    if "data_dir" in args.given or not record.is_file():
+        return
+    flags = common.read_json(record)["flags"]
     for name in DATA_FLAGS:
-        if name not in args.given and before.get(name) is not None and "data_dir" not in args.given - {name}:
-            setattr(args, name, Path(before[name]) if name in ("data_dir", "patient_map") else before[name])
+        value = flags.get(name)
+        if name not in args.given and value is not None:
+            setattr(args, name, Path(value) if name in ("data_dir", "patient_map") else value)
 
 
 # --- data: row on disk -> table -> sample ---------------------------------------------------
-
-# What --augment changes in both frames of a transition alike; jitter in shares, noise in grey levels of 255.
-AUGMENTATIONS = {"none": {}, "light": {"jitter": 0.1, "noise": 2.55},
-                 "full": {"jitter": 0.1, "noise": 2.55, "turn": 5.0}}
-
 
 @dataclasses.dataclass
 class Study:
@@ -153,19 +162,19 @@ class Study:
     names: np.ndarray  # (N,) text, sequence/frame_t1-frame_t2
     sequences: np.ndarray  # (N,) text
     patients: np.ndarray  # (N,) text
+    has_patients: bool  # False: nobody said which patient a folder belongs to
     order: np.ndarray  # (N,) position within its sequence, from 0
-    at1: np.ndarray
-    motion: np.ndarray
-    at2: np.ndarray
-    frames: np.ndarray  # (N, 2) index of both frames in the store, -1 where there is no frame at t2
+    at1: np.ndarray  # (N, 6) motion asked for at t1
+    motion: np.ndarray  # (N, 6) known motion from t1 to t2
+    at2: np.ndarray  # (N, 6) motion asked for at t2
+    compose: str  # a key of probe_poses.CONVENTIONS
+    angle_unit: str  # deg or rad, in the files
+    residuals: list  # a dict per convention
+    links: list  # N pairs of frame_t1, frame_t2 as the files name them
     store: picture_files.ImageStore
-    compose: str
-    angle_unit: str
-    residuals: list  # of composition_residuals, on the rows as they stand in the files
+    frames: np.ndarray  # (N, 2) index of both frames in the store, -1 = none
     skipped: list  # dicts of sequence, row and reason
     notes: list
-    has_patients: bool  # False: nobody said which patient a folder belongs to
-    links: list  # (N,) frame_t1, frame_t2 as the files name them
     features: np.ndarray | None = None  # (N, F) of frame t1 through the untuned encoder, mean over its cells
     maps: np.ndarray | None = None  # (frames in the store, F, G) float32, where the encoder is frozen as a whole
 
@@ -178,6 +187,11 @@ class Study:
         return [getattr(found, field) for found in self.store.audit]
 
     @property
+    def poses(self):
+        """{at1, motion, at2: (N, 6)}"""
+        return {name: getattr(self, name) for name in probe_poses.FIELDS}
+
+    @property
     def place(self):
         """(N,) position within its sequence, 0 for its first row to 1 for its last."""
         last = {name: max(self.order[self.sequences == name].max(), 1) for name in np.unique(self.sequences)}
@@ -186,7 +200,7 @@ class Study:
     def record(self, split):
         """What args.json says of the data and their split; a resumed run must find the same."""
         contents = [*self.names, self.at1, self.motion, self.at2, self.compose, *self.frame_audit("file_sha")]
-        parts = itertools.chain.from_iterable((part, rows) for part, rows in split.items())
+        parts = itertools.chain.from_iterable(split.items())
         return {"fingerprint": common.data_fingerprint(contents), "split": common.data_fingerprint(parts),
                 "transitions": len(self.names), "patients": len(set(self.patients)), "compose": self.compose}
 
@@ -199,38 +213,45 @@ def load_study(args, run, needs_labels=True):
     sequences, rows, paths = probe_poses.find_transitions(args)
     poses = {name: np.stack([row[name] for row in rows]) for name in probe_poses.FIELDS}
     unit = probe_poses.angle_unit(poses, args.angle_unit)
-    notes = [f"angles are read as {unit}" + (f" (largest: {probe_poses.largest_angle(poses):.4g})" if args.angle_unit == "auto"
-                                             else "")]
+    notes = [f"angles are read as {unit} (largest in the files: {probe_poses.largest_angle(poses):.4g})"]
     notes += probe_poses.mask_labels(poses, unit)
-    residuals = probe_poses.composition_residuals(poses["at1"], poses["motion"], poses["at2"])
+    residuals = probe_poses.composition_residuals(**poses)
     convention, text = probe_poses.choose_composition(args.compose, residuals)
     notes += [text, *probe_poses.complete_poses(poses, convention)]
     reasons = probe_poses.reasons_to_skip(rows, paths, poses, needs_labels)
+    refuse_unusable(args, sequences, rows, reasons)
     usable = np.flatnonzero([reason is None for reason in reasons])
-    missing = [f"{sequences[i]} row {rows[i]['number']}: {reason}" for i, reason in enumerate(reasons)
-               if reason and reason.startswith("no file")]
-    if missing and args.on_bad_file == "error":
-        raise common.UserError(f"{len(missing)} transitions name pictures that are not there: {'; '.join(missing[:10])}"
-                               f"{'; ...' if len(missing) > 10 else ''}. Add them, or pass --on_bad_file skip.")
-    if not len(usable):
-        raise common.UserError(f"--data_dir {args.data_dir}: none of {len(rows)} transitions can be used (first: "
-                               f"{reasons[0]})")
     store, frames, bad = probe_poses.load_frames(args, run, [(sequences[i], *paths[i]) for i in usable])
-    for i, index in zip(usable, frames):
-        reasons[i] = "unreadable picture" if bad & set(index.tolist()) else None
-    kept = usable[[reasons[i] is None for i in usable]]
-    skipped = [{"sequence": sequences[i], "row": rows[i]["number"], "reason": reason}
-               for i, reason in enumerate(reasons) if reason]
+    is_good = ~np.isin(frames, list(bad)).any(1)
+    for i in usable[~is_good]:
+        reasons[i] = "unreadable picture"
+    kept = usable[is_good]
+    sequences = np.array(sequences)
     patients, has_patients = probe_poses.patients_of(args, sequences)
     links = [(rows[i]["frame_t1"], rows[i]["frame_t2"]) for i in kept]
-    names = probe_poses.unique_names([f"{sequences[i]}/{t1}-{t2}" for i, (t1, t2) in zip(kept, links)])
-    frames = frames[[reasons[i] is None for i in usable]]
+    names = [f"{sequences[i]}/{t1}-{t2}" for i, (t1, t2) in zip(kept, links)]
     study = Study(
-        names, np.array(sequences)[kept], np.array([patients[sequences[i]] for i in kept]),
-        np.array([rows[i]["number"] - 1 for i in kept]), *(poses[name][kept] for name in probe_poses.FIELDS), frames, store,
-        convention, unit, residuals, skipped, notes, has_patients, links)
+        names=probe_poses.unique_names(names), sequences=sequences[kept],
+        patients=np.array([patients[sequence] for sequence in sequences[kept]]), has_patients=has_patients,
+        order=np.array([rows[i]["number"] - 1 for i in kept]), at1=poses["at1"][kept], motion=poses["motion"][kept],
+        at2=poses["at2"][kept], compose=convention, angle_unit=unit, residuals=residuals, links=links, store=store,
+        frames=frames[is_good], notes=notes,
+        skipped=[{"sequence": sequence, "row": row["number"], "reason": reason}
+                 for sequence, row, reason in zip(sequences, rows, reasons) if reason])
     say_study(run, study)
     return study
+
+
+def refuse_unusable(args, sequences, rows, reasons):
+    """UserError where pictures are missing and --on_bad_file does not skip them, or where no row is left."""
+    missing = [f"{sequence} row {row['number']}: {reason}" for sequence, row, reason in zip(sequences, rows, reasons)
+               if reason and reason.startswith("no file")]
+    if missing and args.on_bad_file == "error":
+        raise common.UserError(f"{len(missing)} transitions name pictures that are not there: "
+                               f"{common.shorten_list(missing)}. Add them, or pass --on_bad_file skip.")
+    if all(reasons):
+        raise common.UserError(f"--data_dir {args.data_dir}: none of {len(rows)} transitions can be used (first: "
+                               f"{reasons[0]})")
 
 
 def say_study(run, study):
@@ -253,13 +274,13 @@ def say_study(run, study):
             run.say(f"  {line}")
 
 
-def draw_augmentation(name, generator):
-    """common.Augmentation of a preset of AUGMENTATIONS, from six numbers of a torch.Generator."""
-    ranges, numbers = AUGMENTATIONS[name], torch.rand(6, generator=generator).tolist()
-    jitter, turn, noise = (ranges.get(key, 0.0) for key in ("jitter", "turn", "noise"))
+def draw_augmentation(preset, generator):
+    """common.Augmentation of a preset of AUGMENTATIONS but "none", from four numbers of a torch.Generator."""
+    ranges = AUGMENTATIONS[preset]
+    turn, brightness, contrast, seed = torch.rand(4, generator=generator).tolist()
     return common.Augmentation(
-        rotation_deg=turn * (2 * numbers[0] - 1), brightness=1 + jitter * (2 * numbers[1] - 1),
-        contrast=1 + jitter * (2 * numbers[2] - 1), noise=(noise, int(numbers[3] * 2 ** 31)) if noise else None)
+        rotation_deg=ranges["turn"] * (2 * turn - 1), brightness=1 + ranges["jitter"] * (2 * brightness - 1),
+        contrast=1 + ranges["jitter"] * (2 * contrast - 1), noise=(ranges["noise"], int(seed * 2 ** 31)))
 
 
 class ProbeTransitions(common.Samples):
@@ -270,35 +291,41 @@ class ProbeTransitions(common.Samples):
     """
 
     def __init__(self, study, rows, args, augment):
-        self.study, self.rows, self.args, self.augment = study, rows, args, augment
-        motion, at1, at2 = (torch.tensor(values[rows], dtype=torch.float32)
-                            for values in (study.motion, study.at1, study.at2))
-        turned = np.random.default_rng(args.seed).permutation(len(rows))
-        other = torch.empty_like(motion)
-        other[turned] = motion[np.roll(turned, 1)]  # a permutation that leaves no row its own motion
-        self.poses = {"motion": motion, "other_motion": other, "at1": at1, "at2": at2}
+        self.study = study
+        self.rows = rows
+        self.args = args
+        self.augment = augment
+        self.poses = {name: torch.tensor(values[rows], dtype=torch.float32) for name, values in study.poses.items()}
+        shuffled = np.random.default_rng(args.seed).permutation(len(rows))
+        self.poses["other_motion"] = torch.empty_like(self.poses["motion"])
+        self.poses["other_motion"][shuffled] = self.poses["motion"][np.roll(shuffled, 1)]  # no row keeps its own
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, key):
         epoch, index = key
-        row, size = int(self.rows[index]), self.args.image_size
-        others = {"name": self.study.names[row], **{name: values[index] for name, values in self.poses.items()}}
-        if self.study.maps is not None:
-            return {"frames": torch.from_numpy(self.study.maps[self.study.frames[row]]), **others}  # (2, F, G)
-        is_pair = self.study.frames[row, 1] >= 0
-        frames = np.stack([self.study.frame(row, which if is_pair else 0, size) for which in (0, 1)])
+        row = int(self.rows[index])
+        frames = self.pixels(epoch, row) if self.study.maps is None else self.study.maps[self.study.frames[row]]
+        return {"frames": torch.from_numpy(frames), "name": self.study.names[row],
+                **{name: values[index] for name, values in self.poses.items()}}
+
+    def pixels(self, epoch, row):
+        """Both frames of a row, uint8 (2, S, S); the first twice where there is no second."""
+        size = self.args.image_size
+        second = 1 if self.study.frames[row, 1] >= 0 else 0
+        frames = np.stack([self.study.frame(row, which, size) for which in (0, second)])  # (2, S, S, 3)
         if self.augment != "none":
             drawn = draw_augmentation(self.augment, common.generator_for(self.args.seed, epoch, row))
             frames = common.augment_clip(frames, drawn, size)
-        return {"frames": torch.from_numpy(to_grey(frames)), **others}
+        return to_grey(frames)  # (2, S, S, 3) -> (2, S, S)
 
 
 def to_grey(frames):
     """uint8 (..., 3) RGB -> uint8 (...) luma (ITU-R BT.601), unchanged where the three are equal."""
     import cv2
-    return cv2.cvtColor(frames.reshape(-1, frames.shape[-2], 3), cv2.COLOR_RGB2GRAY).reshape(frames.shape[:-1])
+    tall = frames.reshape(-1, frames.shape[-2], 3)
+    return cv2.cvtColor(tall, cv2.COLOR_RGB2GRAY).reshape(frames.shape[:-1])
 
 
 # --- model and loss ----------------------------------------------------------------------
@@ -324,9 +351,10 @@ class Encoder(nn.Module):
         stem.weight.data = colour.weight.data.sum(1, keepdim=True)
         self.stages = nn.Sequential(nn.Sequential(stem, resnet.bn1, resnet.relu, resnet.maxpool),
                                     resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)
-        self.n_features, self.n_cells, self.freeze_layers = n_features, math.ceil(image_size / 32) ** 2, freeze_layers
-        for parameter in self.stages[:freeze_layers].parameters():
-            parameter.requires_grad_(False)
+        self.n_features = n_features
+        self.n_cells = math.ceil(image_size / 32) ** 2
+        self.freeze_layers = freeze_layers
+        self.stages[:freeze_layers].requires_grad_(False)
 
     def forward(self, frames):
         # (B, 1, S, S) frames, or (B, F, G) maps that a frozen encoder made before
@@ -334,7 +362,7 @@ class Encoder(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        self.stages[:self.freeze_layers].eval()
+        self.stages[:self.freeze_layers].eval()  # BatchNorm keeps its statistics
         return self
 
 
@@ -360,24 +388,29 @@ class Layer(nn.Module):
     def __init__(self, d_model, n_heads, feedforward, dropout):
         super().__init__()
         self.n_heads = n_heads
-        self.norm_attention, self.norm_feedforward = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.query_key_value, self.output = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
+        self.norm_attention = nn.LayerNorm(d_model)
+        self.norm_feedforward = nn.LayerNorm(d_model)
+        self.query_key_value = nn.Linear(d_model, 3 * d_model)
+        self.output = nn.Linear(d_model, d_model)
         self.feedforward = nn.Sequential(nn.Linear(d_model, feedforward), nn.GELU(), Dropout(dropout),
                                          nn.Linear(feedforward, d_model))
         self.dropout = Dropout(dropout)
 
     def forward(self, tokens):
-        heads = self.query_key_value(self.norm_attention(tokens)).unflatten(-1, (3, self.n_heads, -1))
-        query, key, value = heads.permute(2, 0, 3, 1, 4)  # (B, K, 3, heads, D / heads) -> 3 of (B, heads, K, D / heads)
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value)  # no dropout in here
-        tokens = tokens + self.dropout(self.output(mixed.transpose(1, 2).flatten(2)))  # (B, K, D)
+        heads = self.query_key_value(self.norm_attention(tokens))  # (B, K, D) -> (B, K, 3 D)
+        heads = heads.unflatten(-1, (3, self.n_heads, -1))  # (B, K, 3, heads, D / heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # 3 of (B, heads, K, D / heads)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)  # no dropout in here
+        attended = self.output(attended.transpose(1, 2).flatten(2))  # (B, heads, K, D / heads) -> (B, K, D)
+        tokens = tokens + self.dropout(attended)  # (B, K, D)
         return tokens + self.dropout(self.feedforward(self.norm_feedforward(tokens)))  # (B, K, D)
 
 
 def sine_cosine(n_tokens, d_model):
     """(K, D) position codes of Vaswani et al. 2017: sines and cosines of wavelengths from 2 pi to 20,000 pi."""
-    angle = torch.arange(n_tokens)[:, None] / 10_000 ** (torch.arange(0, d_model, 2) / d_model)  # (K, D / 2)
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+    wavelength = 10_000 ** (torch.arange(0, d_model, 2) / d_model)  # (D / 2,)
+    angle = torch.arange(n_tokens)[:, None] / wavelength  # (K, D / 2)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)  # (K, D)
 
 
 class Imagination(nn.Module):
@@ -385,26 +418,29 @@ class Imagination(nn.Module):
 
     def __init__(self, n_features, n_cells, args):
         super().__init__()
-        self.by_channel, width = args.token_type == "channel", args.d_model
+        self.by_channel = args.token_type == "channel"
+        self.by_change = args.imagine == "change"
         n_tokens, token_size = (n_features, n_cells) if self.by_channel else (n_cells, n_features)
+        width = args.d_model
         self.embed = nn.Linear(token_size, width)
         self.motion = nn.Sequential(nn.Linear(6, 64), nn.GELU(), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, width))
         self.register_buffer("position", sine_cosine(n_tokens + 1, width), persistent=False)
         self.norm = nn.LayerNorm(width)
-        self.layers = nn.Sequential(*(Layer(width, args.n_heads, args.feedforward, args.dropout)
-                                      for _ in range(args.n_layers)), nn.LayerNorm(width))
-        self.head, self.by_change = nn.Linear(width, token_size), args.imagine == "change"
+        layers = [Layer(width, args.n_heads, args.feedforward, args.dropout) for _ in range(args.n_layers)]
+        self.layers = nn.Sequential(*layers, nn.LayerNorm(width))
+        self.head = nn.Linear(width, token_size)
         if self.by_change:
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+            set_to_zero(self.head)
 
     def forward(self, features, motion):
-        tokens = features if self.by_channel else features.transpose(1, 2)  # (B, F, G) -> (B, F, G) or (B, G, F)
-        tokens = torch.cat([self.motion(motion)[:, None], self.embed(tokens)], 1)  # (B, K, D): the motion is token 0
+        tokens = features if self.by_channel else features.transpose(1, 2)  # (B, F, G) or (B, G, F)
+        motion = self.motion(motion)[:, None]  # (B, 6) -> (B, 1, D)
+        tokens = torch.cat([motion, self.embed(tokens)], 1)  # (B, K, D): the motion is token 0
         tokens = self.layers(self.norm(tokens + self.position))  # (B, K, D)
-        imagined = self.head(tokens[:, 1:])  # (B, K - 1, G or F)
-        imagined = imagined if self.by_channel else imagined.transpose(1, 2)  # (B, F, G)
-        return features + imagined if self.by_change else imagined
+        imagined = self.head(tokens[:, 1:])  # (B, K, D) -> (B, K - 1, G or F)
+        if not self.by_channel:
+            imagined = imagined.transpose(1, 2)  # (B, G, F) -> (B, F, G)
+        return features + imagined if self.by_change else imagined  # (B, F, G)
 
 
 class Dreamer(nn.Module):
@@ -433,12 +469,20 @@ class Dreamer(nn.Module):
 
     def imagine(self, features, motion, known_motion=None):
         """(B, F, G), (B, 6) -> Imagined; known_motion: the one that at1 is composed with, where `motion` is false."""
-        scaled = probe_poses.pose_error(motion, self.motion_mean) / self.motion_sd
+        if known_motion is None:
+            known_motion = motion
+        scaled = probe_poses.pose_error(motion, self.motion_mean) / self.motion_sd  # (B, 6)
         imagined = self.imagination(features, scaled).float()  # (B, F, G)
         with torch.autocast(features.device.type, enabled=False):  # bf16 has steps of half a degree at 100 degrees
             at2 = self.at2_mean + self.at2_sd * self.readout(imagined.mean(2))  # (B, F, G) -> (B, F) -> (B, 6)
-            at1 = self.at1_from(at2, motion if known_motion is None else known_motion)  # (B, 6)
+            at1 = self.at1_from(at2, known_motion)  # (B, 6)
         return Imagined(features.float(), imagined, at1, at2)
+
+
+def set_to_zero(linear):
+    """Start a linear layer with zero weights and bias, so that its first output is 0."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
 
 
 def build_encoder(args):
@@ -453,15 +497,17 @@ def build_encoder(args):
 def build_model(args, scaler, convention):
     """Dreamer as the flags describe it; its first guess of at2 is the train mean."""
     model = Dreamer(build_encoder(args), args, scaler, convention)
-    nn.init.zeros_(model.readout[-1].weight)
-    nn.init.zeros_(model.readout[-1].bias)
+    set_to_zero(model.readout[-1])
     return model
 
 
 def fit_scaler(study, rows):
     """{motion, at1, at2: {mean (6,), sd (6,)}} over these rows, which are train rows only."""
-    return {name: dict(zip(("mean", "sd"), probe_poses.centre_and_spread(getattr(study, name)[rows])))
-            for name in ("motion", "at1", "at2")}
+    scaler = {}
+    for name, values in study.poses.items():
+        mean, sd = probe_poses.centre_and_spread(values[rows])
+        scaler[name] = {"mean": mean, "sd": sd}
+    return scaler
 
 
 def pose_loss(predicted, target, sd):
@@ -469,7 +515,7 @@ def pose_loss(predicted, target, sd):
     labelled = ~torch.isnan(target)  # (B, 6), True = a label is there
     error = probe_poses.pose_error(predicted, torch.where(labelled, target, predicted.detach())) / sd
     losses = nn.functional.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=1.0)
-    return (losses * labelled).sum(1) / labelled.sum(1).clamp(min=1)
+    return (losses * labelled).sum(1) / labelled.sum(1).clamp(min=1)  # (B, 6) -> (B,)
 
 
 def latent_loss(imagined, features_t2):
@@ -484,8 +530,9 @@ def latent_loss(imagined, features_t2):
 
 def feature_spread(features):
     """(B, F, G) -> how much frames differ: sd over the batch of the channels' means, over the rms of the features."""
-    pooled, rms = features.mean(2), features.square().mean().sqrt()
-    return pooled.var(0, correction=0).mean().clamp(min=1e-12).sqrt() / rms.clamp(min=1e-6)
+    rms = features.square().mean().sqrt()
+    variance = features.mean(2).var(0, correction=0).mean()  # (B, F, G) -> (B, F) -> (F,) -> scalar
+    return variance.clamp(min=1e-12).sqrt() / rms.clamp(min=1e-6)
 
 
 def collapse_guard(features_t1):
@@ -499,19 +546,24 @@ class DreamLoss:
     """Weighted sum of the losses on at1 (main task), at2 and the imagined features; sds (6,) of train rows."""
 
     def __init__(self, args, scaler, device):
-        self.weights = {"t2_loss": args.lambda_t2_action, "latent_loss": args.lambda_latent}
         self.uses_t2 = not args.primary_task_only
+        self.weights = {"main_task_loss": 1.0, "t2_loss": args.lambda_t2_action * self.uses_t2,
+                        "latent_loss": args.lambda_latent * self.uses_t2}
         self.sd = {name: torch.as_tensor(scaler[name]["sd"], dtype=torch.float32, device=device)
                    for name in ("at1", "at2")}
+
+    def total(self, parts):
+        """Weighted sum of the parts that are there."""
+        return sum(self.weights[name] * value for name, value in parts.items())
 
     def __call__(self, imagined, batch, features_t2):
         """Imagined, targets {at1, at2: (B, 6)}, true features at t2 (B, F, G) or None -> (total, {part: tensor})."""
         parts = {"main_task_loss": pose_loss(imagined.at1, batch["at1"], self.sd["at1"]).mean()}
-        if features_t2 is None:
-            return parts["main_task_loss"], parts
-        parts["t2_loss"] = pose_loss(imagined.at2, batch["at2"], self.sd["at2"]).mean()
-        parts["latent_loss"] = latent_loss(imagined.features_t2, features_t2) + collapse_guard(imagined.features_t1)
-        return parts["main_task_loss"] + sum(weight * parts[name] for name, weight in self.weights.items()), parts
+        if features_t2 is not None:
+            parts["t2_loss"] = pose_loss(imagined.at2, batch["at2"], self.sd["at2"]).mean()
+            parts["latent_loss"] = latent_loss(imagined.features_t2, features_t2)
+            parts["latent_loss"] = parts["latent_loss"] + collapse_guard(imagined.features_t1)
+        return self.total(parts), parts
 
 
 # --- training ---------------------------------------------------------------------------
@@ -529,8 +581,9 @@ def make_loaders(study, split, args, compute):
 
 def to_device(batch, compute):
     """Batch -> both frames (B, 1, S, S) with mean .5 and sd .5, or maps (B, F, G); {motion, at1, ...: (B, 6)}."""
-    frames, names = batch["frames"].to(compute.device, non_blocking=True), ("motion", "other_motion", "at1", "at2")
-    poses = {name: batch[name].to(compute.device, non_blocking=True) for name in names}
+    poses = {name: batch[name].to(compute.device, non_blocking=True)
+             for name in ("motion", "other_motion", "at1", "at2")}
+    frames = batch["frames"].to(compute.device, non_blocking=True)
     if frames.dtype != torch.uint8:
         return frames[:, 0], frames[:, 1], poses  # (B, 2, F, G) -> two of (B, F, G)
     frames = normalised(frames)
@@ -557,74 +610,57 @@ def train_one_epoch(model, loader, loss_function, training, compute):
 
 @torch.no_grad()
 def evaluate(model, loader, loss_function, compute):
-    """Whole split at once -> ({at1, at2: (M, 6) float64 in mm and degrees}, {name: number} for the history).
-
-    The latent parts are ratios of sums over the split, so that no batch counts for itself.
-    """
+    """Whole split at once -> ({at1, at2: (M, 6) float64 in mm and degrees}, {name: number} for the history)."""
     model.eval()
-    parts, latent = [], LatentSums()
+    batches = []
     for batch in loader:
         frame_t1, frame_t2, poses = to_device(batch, compute)
         with compute.autocast():
             imagined = model(frame_t1, poses["motion"])
             features_t2 = model.look(frame_t2)  # (B, F, G)
-        latent.add(imagined.features_t1, imagined.features_t2, features_t2)
-        parts.append([each.cpu() for each in (imagined.at1, imagined.at2, poses["at1"], poses["at2"])])
-    at1, at2, wanted_at1, wanted_at2 = map(torch.cat, zip(*compute.processes.gather(parts)))  # (M, 6)
-    numbers = {"main_task_loss": pose_loss(at1, wanted_at1, loss_function.sd["at1"].cpu()).mean().item(),
-               "t2_loss": pose_loss(at2, wanted_at2, loss_function.sd["at2"].cpu()).mean().item()}
-    numbers |= LatentSums.over(compute.processes.gather([latent])).numbers()
-    numbers["loss"] = numbers["main_task_loss"]
-    if loss_function.uses_t2:
-        numbers["loss"] += sum(weight * numbers[name] for name, weight in loss_function.weights.items())
-    error = probe_poses.pose_error(at1.double(), wanted_at1.double()).abs()
-    numbers |= {f"mae_{axis}": value for axis, value in zip(probe_poses.AXES, error.nanmean(0).tolist())}
-    return {"at1": at1.double().numpy(), "at2": at2.double().numpy()}, numbers
+        batches.append({"at1": imagined.at1, "at2": imagined.at2, "true_at1": poses["at1"], "true_at2": poses["at2"],
+                        **latent_terms(imagined.features_t1, imagined.features_t2, features_t2)})
+    rows = join_batches(batches, compute)  # {name: (M, ...)}
+    latent = latent_numbers(rows)
+    parts = {"latent_loss": latent["latent_loss"]}
+    for name, part in (("at1", "main_task_loss"), ("at2", "t2_loss")):
+        losses = pose_loss(rows[name], rows[f"true_{name}"], loss_function.sd[name].cpu())  # (M,)
+        parts[part] = losses.mean().item()
+    error = probe_poses.pose_error(rows["at1"].double(), rows["true_at1"].double()).abs()  # (M, 6)
+    mae = {f"mae_{axis}": value for axis, value in zip(probe_poses.AXES, error.nanmean(0).tolist())}
+    predicted = {name: rows[name].double().numpy() for name in ("at1", "at2")}
+    return predicted, {"loss": loss_function.total(parts), **parts, **latent, **mae}
 
 
-class LatentSums:
-    """Sums over a split of what the latent numbers are made of; feature maps (B, F, G)."""
+def join_batches(batches, compute):
+    """List of {name: (B, ...)} of each process -> {name: (M, ...)} on the CPU, over the whole split."""
+    batches = compute.processes.gather(batches)
+    return {name: torch.cat([batch[name].cpu() for batch in batches]) for name in batches[0]}
 
-    def __init__(self):
-        self.rows, self.error, self.copied, self.total, self.squares, self.pooled = 0, 0.0, 0.0, 0.0, 0.0, []
-        self.cells = 0
 
-    @classmethod
-    def over(cls, parts):
-        """The sums of several processes as one."""
-        whole = cls()
-        for name, value in vars(whole).items():
-            found = [getattr(part, name) for part in parts]
-            setattr(whole, name, max(found) if name == "cells" else sum(found, start=value))
-        return whole
+def latent_terms(features_t1, imagined, features_t2):
+    """What latent_numbers needs of each row, from feature maps (B, F, G); no batch counts for itself."""
+    return {"latent_error": (imagined - features_t2).square().mean((1, 2)),  # (B,)
+            "copy_error": (features_t1 - features_t2).square().mean((1, 2)),  # (B,)
+            "feature_mean": features_t2.mean(2),  # (B, F, G) -> (B, F)
+            "feature_square": features_t2.square().mean(2)}  # (B, F, G) -> (B, F)
 
-    def add(self, features_t1, imagined, features_t2):
-        """Take in one batch."""
-        self.rows += len(features_t2)
-        self.error += (imagined - features_t2).square().sum().cpu().double()
-        self.copied += (features_t1 - features_t2).square().sum().cpu().double()
-        self.total = self.total + features_t2.sum((0, 2)).cpu().double()  # (F,)
-        self.squares = self.squares + features_t2.square().sum((0, 2)).cpu().double()
-        self.pooled.append(features_t2.mean(2).cpu())
-        self.cells = features_t2.shape[2]
 
-    def numbers(self):
-        """latent_loss (1 = a constant map), latent_skill (1 = copying t1; lower is better), feature_spread."""
-        if not self.rows:
-            return {}
-        n = self.rows * self.cells
-        mean_square, pooled = self.squares / n, torch.cat(self.pooled)  # (F,), (M, F)
-        variance = (mean_square - (self.total / n).square()).mean().clamp(min=1e-8)
-        spread = pooled.var(0, correction=0).mean().sqrt().double() / mean_square.mean().sqrt().clamp(min=1e-6)
-        return {"latent_loss": (self.error / (n * len(mean_square)) / variance).item(),
-                "latent_skill": (self.error / self.copied).item() if self.copied else math.nan,
-                "feature_spread": spread.item()}
+def latent_numbers(rows):
+    """latent_loss (1 = a constant map), latent_skill (1 = copying t1; lower is better), feature_spread; whole split."""
+    error = rows["latent_error"].double().mean()
+    mean = rows["feature_mean"].double()  # (M, F)
+    square = rows["feature_square"].double().mean(0)  # (F,)
+    variance = (square - mean.mean(0).square()).mean().clamp(min=1e-8)
+    spread = mean.var(0, correction=0).mean().sqrt() / square.mean().sqrt().clamp(min=1e-6)
+    return {"latent_loss": (error / variance).item(),
+            "latent_skill": (error / rows["copy_error"].double().mean()).item(), "feature_spread": spread.item()}
 
 
 def fit(run, args, study, split):
-    """Train on split['train'], choose the epoch on split['val']; returns ({part: {at1, at2}}, model, scaler, Training).
-    """
-    compute, scaler = run.compute, fit_scaler(study, split["train"])
+    """Train on split['train'], choose the epoch on split['val'] -> (model, DreamLoss, {part: loader}, Training)."""
+    compute = run.compute
+    scaler = fit_scaler(study, split["train"])
     train_loader, loaders = make_loaders(study, split, args, compute)
     model = build_model(args, scaler, study.compose)
     if args.init_from:
@@ -634,54 +670,38 @@ def fit(run, args, study, split):
     optimizer = common.build_optimizer(
         [(model.encoder, args.backbone_lr_mult), (model.imagination, 1.0), (model.readout, 1.0)], args)
     training = common.Training(
-        run, model, optimizer, args, select=args.select if args.select == "last" else "val_main_task_loss",
+        run, model, optimizer, args, select=args.select if args.select == "last" else f"val_{args.select}",
         describe=lambda: describe(args, study, split, scaler), higher_is_better=False)
     run.say(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million weights, "
-            f"{model.imagination.position.shape[0]} tokens of {args.d_model}")
-    clock = EpochClock(run, args.epochs)
+            f"{len(model.imagination.position)} tokens of {args.d_model}")
+    seconds = []
     for epoch in training.epochs():
+        started = time.perf_counter()
         row = train_one_epoch(model, train_loader, loss_function, training, compute)
         _, numbers = evaluate(model, loaders["val"], loss_function, compute)
         training.end_epoch({**row, "train_total_loss": row["train_loss"],
                             **{f"val_{name}": value for name, value in numbers.items()}})
-        clock.tick(epoch, training.progress.done)
+        seconds.append(time.perf_counter() - started)
+        if not training.progress.done:
+            run.say(time_left(seconds, args.epochs - epoch))
     best = common.load_model_file(run.path("best_model.pth"), common.script_name())
     common.load_state(model, best["model"], "best_model.pth")
-    predicted = {part: evaluate(model, loader, loss_function, compute)[0]
-                 for part, loader in loaders.items() if len(split[part])}
-    return predicted, model, scaler, training
+    return model, loss_function, loaders, training
 
 
-class EpochClock:
-    """Says after each epoch how long one takes, by the median of those of this process, and how long the rest may."""
-
-    def __init__(self, run, epochs):
-        self.run, self.epochs, self.seconds, self.start = run, epochs, [], time.perf_counter()
-
-    def tick(self, epoch, done):
-        """Note the end of an epoch."""
-        now = time.perf_counter()
-        self.seconds.append(now - self.start)
-        self.start, median = now, statistics.median(self.seconds)
-        if not done:
-            left = duration_text(median * (self.epochs - epoch))
-            self.run.say(f"  {median:.1f} s per epoch; at most {left} to the end")
-
-
-def duration_text(seconds):
-    """'2 h 05 min', '7 min' or '40 s'."""
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else (
-        f"{minutes // 60} h {minutes % 60:02d} min")
+def time_left(seconds, n_epochs):
+    """How long an epoch takes, by the median of those of this process, and how long the remaining ones may take."""
+    median = statistics.median(seconds)
+    left = datetime.timedelta(seconds=round(median * n_epochs))
+    return f"  {median:.1f} s per epoch; at most {left} to the end (h:mm:ss)"
 
 
 def describe(args, study, split, scaler):
     """What evaluate and predict need beside the weights."""
     settings = {name: getattr(args, name) for name in MODEL_FLAGS}
-    return {"settings": {**settings, "compose": study.compose, "angle_unit": study.angle_unit}, "scaler": scaler,
-            "pretrained": args.pretrained, "train_patients": sorted(set(study.patients[split["train"]].tolist())),
-            "weights": {"lambda_t2_action": args.lambda_t2_action, "lambda_latent": args.lambda_latent,
-                        "primary_task_only": args.primary_task_only}}
+    settings |= {"compose": study.compose, "angle_unit": study.angle_unit}
+    return {"settings": settings, "scaler": scaler, "pretrained": args.pretrained,
+            "train_patients": sorted(set(study.patients[split["train"]].tolist()))}
 
 
 # --- results: prediction -> whole-split metric -> run folder ---------------------------------
@@ -716,25 +736,30 @@ def use_of_inputs(model, loader, loss_function, compute, patients):
     the true one: otherwise a model that adds and subtracts the same motion would look as if it ignored it.
     """
     model.eval()
-    parts, latent = [], [LatentSums(), LatentSums()]
+    sd = loss_function.sd["at1"]
+    batches = []
     for batch in loader:
         frame_t1, frame_t2, poses = to_device(batch, compute)
         with compute.autocast():
-            features_t1, features_t2 = model.look(frame_t1), model.look(frame_t2)  # (B, F, G)
+            features_t1 = model.look(frame_t1)  # (B, F, G)
+            features_t2 = model.look(frame_t2)
             true = model.imagine(features_t1, poses["motion"])
             false = model.imagine(features_t1, poses["other_motion"], known_motion=poses["motion"])
-        for imagined, each in zip((true, false), latent):
-            each.add(features_t1, imagined.features_t2, features_t2)
-        losses = [pose_loss(imagined.at1, poses["at1"], loss_function.sd["at1"]).cpu() for imagined in (true, false)]
-        parts.append([*losses, *(features.flatten(1).half().cpu() for features in (
-            features_t1, true.features_t2, features_t2))])
-    loss, false_loss, at_t1, guess, at_t2 = map(torch.cat, zip(*compute.processes.gather(parts)))  # (M,) or (M, F * G)
-    found, with_false = (LatentSums.over(each).numbers() for each in zip(*compute.processes.gather([latent])))
-    return {"action_shuffle_ratio": (false_loss.sum() / loss.sum()).item() if loss.any() else math.nan,
-            "action_shuffle_ratio_latent": with_false["latent_loss"] / found["latent_loss"],
-            "latent_skill": found["latent_skill"], "feature_spread": found["feature_spread"],
-            "retrieval_rank": retrieval_rank(guess, at_t2, patients),
-            "retrieval_rank_copy": retrieval_rank(at_t1, at_t2, patients)}
+        batches.append({
+            "loss": pose_loss(true.at1, poses["at1"], sd),  # (B,)
+            "false_loss": pose_loss(false.at1, poses["at1"], sd),
+            "false_error": (false.features_t2 - features_t2).square().mean((1, 2)),
+            "map_t1": features_t1.flatten(1).half(),  # (B, F * G)
+            "map_imagined": true.features_t2.flatten(1).half(),
+            "map_t2": features_t2.flatten(1).half(),
+            **latent_terms(features_t1, true.features_t2, features_t2)})
+    rows = join_batches(batches, compute)  # {name: (M, ...)}
+    latent = latent_numbers(rows)
+    return {"action_shuffle_ratio": (rows["false_loss"].sum() / rows["loss"].sum()).item(),
+            "action_shuffle_ratio_latent": (rows["false_error"].sum() / rows["latent_error"].sum()).item(),
+            "latent_skill": latent["latent_skill"], "feature_spread": latent["feature_spread"],
+            "retrieval_rank": retrieval_rank(rows["map_imagined"], rows["map_t2"], patients),
+            "retrieval_rank_copy": retrieval_rank(rows["map_t1"], rows["map_t2"], patients)}
 
 
 def retrieval_rank(guess, truth, patients):
@@ -756,39 +781,50 @@ def retrieval_rank(guess, truth, patients):
 
 @torch.no_grad()
 def encode_frames(study, rows, args, compute):
-    """Feature maps of the untuned encoder for the frames of these rows: study.features, and study.maps where frozen."""
+    """The Study with features of the untuned encoder for the frames of these rows, and maps where it stays frozen."""
     encoder = compute.place(build_encoder(args)).eval()
     wanted = np.unique(study.frames[rows])
     maps = np.zeros((len(study.store), encoder.n_features, encoder.n_cells), np.float32)
-    for part in np.array_split(wanted, -(-len(wanted) // 64)):
+    for part in np.array_split(wanted, math.ceil(len(wanted) / 64)):
         pixels = np.stack([to_grey(common.eval_crop(study.store[i], args.image_size)) for i in part])  # (B, S, S)
+        frames = normalised(torch.from_numpy(pixels)[:, None].to(compute.device))  # (B, 1, S, S)
         with compute.autocast():
-            output = encoder(normalised(torch.from_numpy(pixels)[:, None].to(compute.device)))  # (B, F, G)
+            output = encoder(frames)  # (B, 1, S, S) -> (B, F, G)
         maps[part] = output.float().cpu().numpy()
-    study.features = maps[study.frames[:, 0]].mean(2)  # (N, F)
-    if args.mode == "train" and args.freeze_layers == 5 and args.augment == "none" and not args.init_from:
-        study.maps = maps
+    is_frozen = args.freeze_layers == 5 and args.augment == "none" and not args.init_from
+    return dataclasses.replace(
+        study, features=maps[study.frames[:, 0]].mean(2),  # (N, F, G) -> (N, F)
+        maps=maps if args.mode == "train" and is_frozen else None)
 
 
-def baselines(study, train, rows, centre=None):
-    """{name of BASELINES: (M, 6)} of what trains no network; without train rows (other data) those that need none."""
+def baselines(study, train, rows, centre):
+    """{name of BASELINES: (M, 6)} of what trains no network; without train rows (other data) those that need none.
+
+    centre: (6,) mean of at1 over the train rows.
+    """
     predicted = {"zero": np.zeros((len(rows), 6)), "copy": study.motion[rows]}
-    if not len(train):
-        return {**predicted, "train_mean": np.tile(centre, (len(rows), 1))}
-    centre = probe_poses.centre_and_spread(study.at1[train])[0]
-    apart = probe_poses.on_arrays(probe_poses.pose_error, study.at1[train], np.broadcast_to(centre, (len(train), 6)))
-    near = place_means(study.place, study.sequences, train, rows)
-    predicted["frame_index"] = centre + near @ np.nan_to_num(apart)
+    if len(train):
+        predicted |= fitted_baselines(study, train, rows, centre)
+    predicted["train_mean"] = np.tile(centre, (len(rows), 1))
+    return predicted
+
+
+def fitted_baselines(study, train, rows, centre):
+    """The baselines that are fitted to the train rows, on the errors of their mean: {name: (M, 6)}."""
+    centred = np.broadcast_to(centre, (len(train), 6))
+    apart = probe_poses.on_arrays(probe_poses.pose_error, study.at1[train], centred)  # (N_train, 6)
+    near = place_weights(study.place, study.sequences, train, rows)  # (M, N_train)
+    predicted = {"frame_index": centre + near @ np.nan_to_num(apart)}
     inputs = {"motion_ridge": study.motion}
     if study.features is not None:
         inputs["image_ridge"] = np.hstack([study.features, study.motion])
     for name, features in inputs.items():
         ridge = baseline_models.fit_ridge(features[train], apart, groups=study.patients[train], sd_floor=0.01)
         predicted[name] = centre + ridge.predict(features[rows])
-    return {**predicted, "train_mean": np.tile(centre, (len(rows), 1))}
+    return predicted
 
 
-def place_means(place, sequences, train, rows, width=0.05):
+def place_weights(place, sequences, train, rows, width=0.05):
     """(M, N_train) weights, rows adding up to 1, by nearness of place (0 to 1) in a sequence; the own one's, if any."""
     apart = (place[rows][:, None] - place[train][None]) / width
     logits = -0.5 * apart ** 2
@@ -970,7 +1006,10 @@ def report_results(run, args, study, split, scored, alarms, best_epoch=None, fol
                "mae_at2": np.nanmean(np.abs(probe_poses.on_arrays(probe_poses.pose_error, scored.at2, study.at2[scored.rows])), axis=0)}
     common.write_table(run.path("per_axis_error.csv"), per_axis)
     common.write_table(run.path("per_patient_error.csv"), per_patient)
-    plot_per_patient(per_patient, baseline, run.path("per_patient_error.png"))
+    errors, others = (np.array([[row[prefix + axis] for axis in probe_poses.AXES] for row in per_patient])
+                      for prefix in ("mae_", "baseline_mae_"))
+    pose_plots.plot_per_patient([row["patient"] for row in per_patient], errors, others, probe_poses.AXES,
+                                baseline.replace("_", " "), run.path("per_patient_error.png"))
     target = study.at1[scored.rows]
     plotting.plot_scatter(wrapped(scored.predicted["predicted"], target), target, probe_poses.AXES,
                         run.path("predicted_against_true.png"))
@@ -1103,301 +1142,68 @@ def fold_rows(folds):
 
 
 def dataset_stats(study, split):
-    """dataset_stats.json: shares, patients, ranges and the checks of the split."""
-    of_part = {part: set(study.patients[rows].tolist()) for part, rows in split.items()}
-    straddling = sorted({name for a, b in itertools.combinations(of_part.values(), 2) for name in a & b})
-    poses = {}
-    for name in probe_poses.FIELDS:
-        values = getattr(study, name)
-        mean, sd = probe_poses.centre_and_spread(values)
-        low, high, missing = np.nanmin(values, axis=0), np.nanmax(values, axis=0), np.isnan(values).sum(0)
-        poses[name] = {axis: {"mean": mean[a], "sd": sd[a], "low": low[a], "high": high[a], "missing": missing[a]}
-                       for a, axis in enumerate(probe_poses.AXES)}
-    parts = {part: {"transitions": len(rows), "patients": sorted(of_part[part])} for part, rows in split.items()}
-    return {"transitions": len(study.names), "sequences": len(set(study.sequences)), "parts": parts,
-            "patients_known": study.has_patients,
-            "transitions_of_patient": dict(collections.Counter(study.patients.tolist())),
-            "patients_in_two_parts": straddling, "left_out": len(study.names) - sum(map(len, split.values())),
-            "angle_unit": study.angle_unit, "compose": study.compose, "residuals": study.residuals, "poses": poses,
-            "skipped": len(study.skipped), "notes": study.notes}
-
-
-# --- plots --------------------------------------------------------------------------------------
-
-PART_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-
-
-def plot_dataset(study, split, args, path):
-    """dataset_statistics.png: shares of the split, transitions per patient, split check, four sample frames."""
-    figure, axes = plotting.new_figure(2, 4, (3.2, 2.6), 8)
-    stats, (share, patients, check, spread, *frames) = dataset_stats(study, split), axes
-    colour = {part: PART_COLOURS[k % len(PART_COLOURS)] for k, part in enumerate(split)}
-    share.bar(list(split), [len(rows) for rows in split.values()], color=list(colour.values()))
-    share.set_title("transitions", loc="left", fontsize=10, fontweight="bold")
-    names, base = sorted(set(study.patients)), np.zeros(len(set(study.patients)))
-    for part, rows in split.items():
-        counts = np.array([np.sum(study.patients[rows] == name) for name in names])
-        patients.barh(range(len(names)), counts, left=base, color=colour[part], label=part)
-        base += counts
-    patients.set_yticks(range(len(names)), [name[-14:] for name in names], fontsize=7 if len(names) <= 20 else 4)
-    title = "per patient" if study.has_patients else "per folder"
-    patients.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    lines = [f"{len(stats['patients_in_two_parts'])} patients in two parts", f"{stats['left_out']} transitions in none",
-             f"patients {'known' if study.has_patients else 'NOT known: folders'}", f"composition: {study.compose}",
-             f"angles in the files: {study.angle_unit}", f"{len(study.skipped)} rows skipped"]
-    check.axis("off")
-    check.text(0, 0.95, "split check", fontsize=10, fontweight="bold", va="top")
-    check.text(0, 0.8, "\n".join(lines), fontsize=9, va="top", linespacing=1.7)
-    for which, (name, tint) in enumerate((("at1", "#0072B2"), ("motion", "#E69F00"))):
-        values = getattr(study, name)
-        boxes = spread.boxplot([column[~np.isnan(column)] for column in values.T], positions=np.arange(6) + 0.4 * which,
-                               widths=0.3, showfliers=False, patch_artist=True, medianprops={"color": "black"})
-        for box in boxes["boxes"]:
-            box.set_facecolor(tint)
-    spread.set_xticks(np.arange(6) + 0.2, [axis.split("_")[0] for axis in probe_poses.AXES], fontsize=7)
-    spread.set_title("at1 (blue), motion (orange)", loc="left", fontsize=10, fontweight="bold")
-    for axis, row in zip(frames, np.linspace(0, len(study.names) - 1, 4).astype(int)):
-        axis.imshow(study.frame(row, 0, args.image_size), cmap="gray")
-        axis.set_title(study.links[row][0][-30:], fontsize=7, loc="left")
-        axis.axis("off")
-    plotting.save_figure(figure, path)
-
-
-def plot_training(training, path):
-    """training_summary.png: loss, main task, learning rate, components, error of the axes, final numbers."""
-    figure, axes = plotting.new_figure(2, 3, (3.9, 2.7), 6)
-    history, best = training.progress.history, training.progress.best_epoch
-    panels = {"total loss": ["train_total_loss", "val_loss"], "main task (at1)": ["train_main_task_loss",
-              "val_main_task_loss"], "learning rate": ["learning_rate"],
-              "components": ["train_t2_loss", "val_t2_loss", "train_latent_loss", "val_latent_loss"],
-              "MAE on validation": [f"val_mae_{axis}" for axis in probe_poses.AXES]}
-    for axis, (title, columns) in zip(axes, panels.items()):
-        for k, column in enumerate(column for column in columns if column in history[0]):
-            values = [row[column] for row in history]
-            axis.plot([row["epoch"] for row in history], values, "--" if column.startswith("train") else "-",
-                      color=PART_COLOURS[k % 6], label=column.removeprefix("val_mae_"), marker=".", markersize=3)
-        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        axis.axvline(best, color="black", linewidth=0.9, linestyle=":")
-        axis.locator_params(axis="x", integer=True)
-        if len(columns) > 1:
-            axis.legend(fontsize=6, frameon=False, ncols=2)
-    axes[2].set_yscale("log")
-    row = history[best - 1]
-    shown = ["val_main_task_loss", "val_t2_loss", "val_latent_loss", "val_latent_skill", "val_feature_spread",
-             *(f"val_mae_{axis}" for axis in probe_poses.AXES)]
-    axes[5].axis("off")
-    axes[5].text(0, 1, f"epoch {best} of {len(history)}", fontsize=10, fontweight="bold", va="top")
-    axes[5].text(0, 0.88, "\n".join(f"{name} {row[name]:.3g}" for name in shown if name in row), fontsize=8, va="top")
-    plotting.save_figure(figure, path)
-
-
-def plot_per_patient(rows, baseline, path):
-    """MAE of each axis as bars, a bar per patient (at most 30), and the baseline's as a tick."""
-    figure, axes = plotting.new_figure(2, 3, (3.9, 1.0 + 0.22 * min(len(rows), 30)), 6, sharey=True)
-    place = np.arange(len(rows[:30]))
-    for axis, name in zip(axes, probe_poses.AXES):
-        axis.barh(place, [row[f"mae_{name}"] for row in rows[:30]], color="#56B4E9", height=0.62, label="model")
-        axis.plot([row[f"baseline_mae_{name}"] for row in rows[:30]], place, "|", color="#D55E00", markersize=11,
-                  markeredgewidth=2.4, label=baseline.replace("_", " "))
-        axis.set_title(name.replace("_", ", "), loc="left", fontsize=10, fontweight="bold")
-        axis.set_xlim(left=0)
-    axes[0].set_yticks(place, [row["patient"][-18:] for row in rows[:30]])
-    axes[0].set_ylim(len(place) - 0.4, -0.6)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    plotting.save_figure(figure, path)
-
-
-# --- audit -----------------------------------------------------------------------------------------
-
-def audit_data(run, args):
-    """audit.json and the terminal: one line a check, OK, WARN or FAIL, with what was found and what to do."""
-    args.on_bad_file = "skip"  # here they are found, not stumbled upon
-    study = load_study(args, run)
-    checks = [*audit_poses(study, args), *audit_chain(study), *audit_patients(study), *audit_frames(study)]
-    table = [dict(zip(("status", "name", "found", "remedy"), (*check, "")[:4])) for check in checks]
-    for row in table:
-        run.say(f"{row['status']:5} {row['name']:20} {row['found']}")
-        if row["remedy"]:
-            run.say(f"{'':26} -> {row['remedy']}")
-    common.write_json(run.path("audit.json"), {"checks": table, "residuals": study.residuals, "compose": study.compose,
-                                               "angle_unit": study.angle_unit, "notes": study.notes})
-    run.say(f"open next: {run.path('audit.json')}")
-
-
-def audit_poses(study, args):
-    """Counts, unit, composition, ranges and wrap."""
-    yield ("OK", "data", f"{len(study.names)} transitions in {len(set(study.sequences))} sequences of {args.data_dir}")
-    missing = [f"{row['sequence']} row {row['row']}" for row in study.skipped if row["reason"].startswith("no file")]
-    yield ("FAIL" if missing else "OK", "missing files", f"{len(missing)} rows name a picture that is not there"
-           f"{': ' + ', '.join(missing[:5]) if missing else ''}", "add them; all are in skipped.csv" if missing else "")
-    others = len(study.skipped) - len(missing)
-    yield ("WARN" if others else "OK", "skipped rows", f"{others} for other reasons",
-           "see skipped.csv" if others else "")
-    for note in study.notes:
-        poor = "poor fit" in note or "untested" in note
-        yield ("WARN" if poor else "OK", "note", note)
-    largest = np.nanmax(np.abs(np.hstack([study.at1[:, 3:], study.at2[:, 3:]])))
-    yield ("OK", "angle unit", f"{study.angle_unit} in the files; largest angle {largest:.1f} degrees", "")
-    additive = next((row for row in study.residuals if row["convention"] == "additive"), None)
-    if additive:
-        exact = additive["mm"] + additive["deg"] < 1e-6
-        yield ("OK", "additive check", f"at2 - at1 - motion: {additive['mm']:.3g} mm, {additive['deg']:.3g} degrees"
-               f"{': exact, so the loss on at2 tells nothing that the one on at1 does not' if exact else ''}")
-    for row in study.residuals:
-        what = "T(motion) T(at2) = at1" if row["convention"] == "reversed" else f"composition {row['convention']}"
-        yield ("OK", what, f"missed by {row['mm']:.3f} mm, {row['deg']:.3f} degrees; 95 %: {row['mm_95']:.3f} mm, "
-               f"{row['deg_95']:.3f} degrees")
-    for name in probe_poses.FIELDS:
-        values = getattr(study, name)
-        low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
-        yield ("OK", f"range {name}", ", ".join(f"{axis} {a:.1f} to {b:.1f}" for axis, a, b in zip(probe_poses.AXES, low, high)))
-    far = np.nansum(np.abs(study.at1[:, 3:]) > 170)
-    yield ("WARN" if far else "OK", "wrap", f"{far:.0f} angles of at1 within 10 degrees of the wrap at 180",
-           "losses and errors are wrapped; the mean baseline is circular" if far else "")
-
-
-def audit_chain(study):
-    """Is a sequence one sweep? Links, jumps, and how much the place in the sequence tells."""
-    same, linked, jumps, steps = 0, 0, [], []
-    for sequence in np.unique(study.sequences):
-        rows = np.flatnonzero(study.sequences == sequence)
-        for a, b in itertools.pairwise(rows[np.argsort(study.order[rows])]):
-            linked += study.links[a][1] == study.links[b][0]
-            same += 1
-            if study.links[a][1] == study.links[b][0]:
-                jumps.append(np.abs(probe_poses.on_arrays(probe_poses.pose_error, study.at1[b], study.at2[a])))
-            steps.append(np.abs(probe_poses.on_arrays(probe_poses.pose_error, study.at1[b], study.at1[a])))
-    if same:
-        yield ("OK", "chain", f"{linked} of {same} transitions begin with the frame at which the one before ends"
-               f"{': one continuous sweep, so a random split would leak' if linked > same / 2 else ''}")
-    if jumps:
-        worst = np.nanmax(jumps)
-        yield ("OK" if worst < 0.01 else "WARN", "chain of poses", f"at1 differs from the at2 before it by up to "
-               f"{worst:.3g} mm or degrees", "" if worst < 0.01 else "which of the two labels is right?")
-    if steps:
-        spread = probe_poses.centre_and_spread(study.at1)[1]
-        yield ("OK", "step", "mean |at1 - at1 before| in sds: " + ", ".join(
-            f"{axis} {value:.2f}" for axis, value in zip(probe_poses.AXES, np.nanmean(steps, axis=0) / spread)))
-    place, known = study.place, ~np.isnan(study.at1).any(1)
-    if known.sum() > 2 and place[known].std():
-        r = [np.corrcoef(place[known], column)[0, 1] if column.std() else 0.0 for column in study.at1[known].T]
-        strong = np.abs(r).max() > 0.5
-        yield ("WARN" if strong else "OK", "order and time", "r of at1 with the place in the sequence: " + ", ".join(
-            f"{axis} {value:+.2f}" for axis, value in zip(probe_poses.AXES, r)),
-            "a model may learn when instead of where: compare with the frame_index baseline" if strong else "")
-
-
-def audit_patients(study):
-    """Who owns which folder."""
-    owners = {sequence: patient for sequence, patient in zip(study.sequences, study.patients)}
-    counts = collections.Counter(owners.values())
-    if study.has_patients:
-        listed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
-        yield ("OK", "patients", f"{listed} (folders)")
-    else:
-        yield ("WARN", "patients", "not known: each folder counts as one", "give --patient_map or --patient_regex")
-        for line in probe_poses.similar_sequences(study):
-            yield ("WARN", "one patient?", line)
-    if len(counts) < 2:
-        yield ("WARN", "patients", "one patient proves nothing across patients", "--split_by time, or more patients")
-
-
-def audit_frames(study):
-    """Unreadable, dark and shared pictures."""
-    bad = [found for found in study.store.audit if found.error]
-    yield ("FAIL" if bad else "OK", "unreadable frames", f"{len(bad)} of {len(study.store.audit)}" + "".join(
-        f"; {found.path}: {found.error}" for found in bad[:5]))
-    used = sorted(set(study.frames[study.frames >= 0].tolist()))
-    dark = sum(study.store[i].mean() < 2.55 for i in used)
-    yield ("WARN" if dark else "OK", "dark frames", f"{dark} of {len(used)} are nearly black (mean under 1 %)")
-    owner = collections.defaultdict(set)
-    for row, pair in enumerate(study.frames):
-        for i in pair[pair >= 0]:
-            owner[study.store.audit[i].pixel_sha].add(study.patients[row])
-    shared = sum(len(patients) > 1 for patients in owner.values())
-    yield ("WARN" if shared else "OK", "shared frames", f"{shared} pictures belong to two patients",
-           "one patient under two names? see --patient_map" if shared else "")
+    """dataset_stats.json: counts, the checks of the split, ranges."""
+    patients = {part: sorted(set(study.patients[rows].tolist())) for part, rows in split.items()}
+    names, counts = np.unique(study.patients, return_counts=True)
+    in_two = [name for name in names.tolist() if sum(name in each for each in patients.values()) > 1]
+    return {"transitions": len(study.names), "sequences": len(set(study.sequences)),
+            "parts": {part: {"transitions": len(rows), "patients": patients[part]} for part, rows in split.items()},
+            "patients_known": study.has_patients, "transitions_of_patient": dict(zip(names.tolist(), counts)),
+            "patients_in_two_parts": in_two, "left_out": len(study.names) - sum(map(len, split.values())),
+            "angle_unit": study.angle_unit, "compose": study.compose, "residuals": study.residuals,
+            "poses": pose_audit.pose_ranges(study.poses), "skipped": len(study.skipped), "notes": study.notes}
 
 
 # --- one run, or one run per fold -------------------------------------------------------------
 
-def manual_split(args, study):
-    """{part: rows} by the three lists of patients or folders; UserError for unknown names and for an overlap."""
-    patient = {name: {name} for name in study.patients}
-    for sequence, owner in zip(study.sequences, study.patients):
-        patient.setdefault(sequence, {owner})
-        patient.setdefault(sequence.rsplit("/", 1)[-1], {owner})
-    listed = {part: [name.strip() for name in (getattr(args, f"{part}_patients") or "").split(",") if name.strip()]
-              for part in ("train", "val", "test")}
-    named = itertools.chain(*listed.values())
-    unknown = [name + common.closest(name, patient) for name in named if name not in patient]
-    if unknown:
-        raise common.UserError(f"--manual_splits: no such patient or folder: {', '.join(unknown)}")
-    owners = {part: set().union(*(patient[name] for name in names)) for part, names in listed.items()}
-    twice = [f"{sorted(a & b)} in {p} and {q}" for (p, a), (q, b) in itertools.combinations(owners.items(), 2) if a & b]
-    if twice:
-        raise common.UserError(f"--manual_splits: a patient stands on one side of a split; {'; '.join(twice)}")
-    return {part: np.flatnonzero(np.isin(study.patients, sorted(names))) for part, names in owners.items()}
-
-
-def time_split(args, study):
-    """{part: rows}: each sequence cut into consecutive blocks by the ratios, --gap transitions left out between."""
-    ratios = {"train": args.train_ratio, "val": args.val_ratio, "test": args.test_ratio}
-    if abs(sum(ratios.values()) - 1) > 1e-6:
-        raise common.UserError(f"split ratios must add up to 1, found {ratios} (sum {sum(ratios.values()):g})")
-    split = {part: [] for part in ratios}
-    for sequence in np.unique(study.sequences):
-        rows = np.flatnonzero(study.sequences == sequence)
-        rows, start = rows[np.argsort(study.order[rows])], 0
-        room = len(rows) - args.gap * (sum(share > 0 for share in ratios.values()) - 1)
-        for part, share in ratios.items():
-            stop = start + round(share * room)
-            split[part] += rows[start:stop].tolist()
-            start = stop + (args.gap if share > 0 else 0)
-    empty = [part for part, share in ratios.items() if share > 0 and not split[part]]
-    if empty:
-        raise common.UserError(f"--split_by time: the sequences are too short for --gap {args.gap}; empty: "
-                               f"{', '.join(empty)}. Use a smaller --gap")
-    return {part: np.array(sorted(rows), dtype=int) for part, rows in split.items()}
-
-
 def make_split(args, study):
     """The split of the flags: {train, val, test: (n,) rows}."""
+    ratios = {"train": args.train_ratio, "val": args.val_ratio, "test": args.test_ratio}
     if args.manual_splits:
-        return manual_split(args, study)
-    if args.split_by == "time" and not args.split_file:
-        return time_split(args, study)
-    parts = sum(share > 0 for share in (args.train_ratio, args.val_ratio, args.test_ratio))
-    patients = len(set(study.patients))
-    if patients < parts and not args.split_file:
-        raise common.UserError(f"{patients} patients are too few for {parts} parts: --split_by time cuts the sequences "
-                               f"in blocks (and says nothing across patients), --test_ratio 0 or --folds {patients} "
-                               "leave one out")
+        listed = {part: getattr(args, f"{part}_patients") or "" for part in PARTS}
+        listed = {part: [name.strip() for name in text.split(",") if name.strip()] for part, text in listed.items()}
+        folders = dict(zip(study.sequences, study.patients))
+        last_names = {sequence.rsplit("/", 1)[-1]: patient for sequence, patient in folders.items()}
+        return splitting.split_by_names(listed, study.patients, {**last_names, **folders})
+    if args.split_file:
+        return splitting.split_of_flags(args, study.names, None, study.patients)
+    if args.split_by == "time":
+        return splitting.split_by_time(study.sequences, study.order, ratios, args.gap)
+    n_parts = sum(ratio > 0 for ratio in ratios.values())
+    n_patients = len(set(study.patients))
+    if n_patients < n_parts:
+        raise common.UserError(f"{n_patients} patients are too few for {n_parts} parts: --split_by time cuts the "
+                               "sequences in blocks (and says nothing across patients), --test_ratio 0 or --folds "
+                               f"{n_patients} leave one out")
     return splitting.split_of_flags(args, study.names, None, study.patients)
 
 
 def prepare_split(run, args, study, split):
     """splits.json, leakage report over the frames of the parts, statistics; refuse a split that leaks."""
     by_time = args.split_by == "time"
-    extra = {"patients": {part: sorted(set(study.patients[rows])) for part, rows in split.items()}, "by": args.split_by}
-    splitting.write_splits(run.path("splits.json"), split, study.names, extra)
-    owner, key = np.full(len(study.store), "", dtype=object), [str(path) for path in study.store.paths]
-    for row, pair in enumerate(study.frames):
-        owner[pair[pair >= 0]] = study.patients[row]
-        for i in pair[pair >= 0]:
-            key[i] = f"{study.sequences[row]}/{study.store.paths[i].name}"
-    frames = {part: np.unique(study.frames[rows][study.frames[rows] >= 0]) for part, rows in split.items()}
-    phash = np.array(study.frame_audit("phash"), dtype=np.uint64)
-    report = splitting.leakage_report(frames, key, study.frame_audit("pixel_sha"), phash,
-                                      {"groups": None if by_time else owner})
-    common.write_json(run.path("leakage_report.json"), report)
-    run.say(splitting.leakage_text(report))
     if by_time:
         run.say(f"split by time, {args.gap} transitions between blocks: every patient stands in every part, so nothing "
                 "is said across patients")
-    splitting.check_leakage(report, args.allow_leakage)
-    common.write_json(run.path("dataset_stats.json"), dataset_stats(study, split))
-    plot_dataset(study, split, args, run.path("dataset_statistics.png"))
+    owner = np.full(len(study.store), "", dtype=object)  # of every picture in the store
+    key = owner.copy()
+    for row, pair in enumerate(study.frames):
+        for i in pair[pair >= 0]:
+            owner[i] = study.patients[row]
+            key[i] = f"{study.sequences[row]}/{study.store.paths[i].name}"
+    frames = {part: np.setdiff1d(study.frames[rows], [-1]) for part, rows in split.items()}
+    phash = np.array(study.frame_audit("phash"), dtype=np.uint64)
+    report = splitting.leakage_report(frames, key, study.frame_audit("pixel_sha"), phash,
+                                      {"groups": None if by_time else owner})
+    splitting.record_split(run, split, study.names, report)
+    stats = dataset_stats(study, split)
+    common.write_json(run.path("dataset_stats.json"), stats)
+    facts = [f"patients in two parts: {len(stats['patients_in_two_parts'])}",
+             f"transitions in no part: {stats['left_out']}", f"rows skipped: {stats['skipped']}",
+             f"patients known: {'yes' if study.has_patients else 'NO, folders'}", f"composition: {study.compose}",
+             f"angles in the files: {study.angle_unit}"]
+    shown = np.linspace(0, len(study.names) - 1, 4).astype(int)
+    samples = [(study.links[row][0], study.frame(row, 0, args.image_size)) for row in shown]
+    pose_plots.plot_dataset(split, study.patients, facts, samples, run.path("dataset_statistics.png"))
 
 
 def run_split(run, args, study, split):
@@ -1406,24 +1212,35 @@ def run_split(run, args, study, split):
     if args.dry_run:
         split = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
     if study.features is None:
-        encode_frames(study, np.concatenate(list(split.values())), args, run.compute)
+        study = encode_frames(study, np.concatenate(list(split.values())), args, run.compute)
     run.write_args(**study.record(split))
-    predicted, model, scaler, training = fit(run, args, study, split)
+    model, loss_function, loaders, training = fit(run, args, study, split)
+    predicted = {part: evaluate(model, loader, loss_function, run.compute)[0]
+                 for part, loader in loaders.items() if len(split[part])}
     train, val = (common.mean_metrics(common.regression_metrics(
         wrapped(predicted[part]["at1"], study.at1[split[part]]), study.at1[split[part]])) for part in ("train", "val"))
-    _, loaders = make_loaders(study, split, args, run.compute)
-    loss_function = DreamLoss(args, scaler, run.compute.device)
-    for part in (part for part in ("val", "test") if len(split.get(part, ()))):
+    centre = probe_poses.centre_and_spread(study.at1[split["train"]])[0]
+    for part in ("val", "test"):
         rows = split[part]
-        use = use_of_inputs(model, loaders[part], loss_function, run.compute, study.patients[rows])
-        scored = Scored(rows, {"predicted": predicted[part]["at1"], **baselines(study, split["train"], rows)},
-                        predicted[part]["at2"], use, part)
+        if not len(rows):
+            continue
+        scored = Scored(
+            rows=rows, part=part, at2=predicted[part]["at2"],
+            predicted={"predicted": predicted[part]["at1"], **baselines(study, split["train"], rows, centre)},
+            use=use_of_inputs(model, loaders[part], loss_function, run.compute, study.patients[rows]))
         write_predictions(run.path(f"predictions_{part}.csv"), study, scored)
-    plotting.plot_history([{name: value for name, value in row.items() if name != "train_total_loss"}
-                         for row in training.progress.history], run.path("training_history.png"), training.progress.best_epoch)
-    plot_training(training, run.path("training_summary.png"))
+    plot_training(run, training)
     report_results(run, args, study, split, scored, verdicts.split_gap_alarms(train, val), training.progress.best_epoch)
     return scored
+
+
+def plot_training(run, training):
+    """training_history.png of all columns, training_summary.png of the losses and the learning rate."""
+    history = [{name: value for name, value in row.items() if name != "train_total_loss"} for row in training.progress.history]
+    plotting.plot_history(history, run.path("training_history.png"), training.progress.best_epoch)
+    summary = [{name: value for name, value in row.items() if name.endswith("loss") or name in ("epoch", "learning_rate")}
+               for row in history]
+    plotting.plot_history(summary, run.path("training_summary.png"), training.progress.best_epoch)
 
 
 def run_folds(run, args, study):
@@ -1431,56 +1248,61 @@ def run_folds(run, args, study):
     fold_of = splitting.make_folds(len(study.names), args.folds, None, study.patients, args.seed, study.names)
     folds = {f"fold_{k}": np.flatnonzero(fold_of == k) for k in range(args.folds)}
     prepare_split(run, args, study, folds)
-    encode_frames(study, np.arange(len(study.names)), args, run.compute)
+    study = encode_frames(study, np.arange(len(study.names)), args, run.compute)
     run.write_args(**study.record(folds))
     results, done = [], []
     for k in range(args.folds) if args.fold == "all" else [args.fold]:
         split = {"train": np.flatnonzero(fold_of != k), "val": folds[f"fold_{k}"], "test": np.array([], dtype=int)}
         with run.child(f"fold_{k}") as child:
-            if not child.path("metrics.json").exists():
-                run_split(child, args, study, split)
-            else:
+            if child.path("metrics.json").exists():
                 child.say(f"fold {k} is finished")
+            else:
+                run_split(child, args, study, split)
             metrics = common.read_json(child.path("metrics.json"))
             scored = read_predictions(child.path("predictions_val.csv"), study, metrics["use"], "val")
         results.append(scored)
         done.append({"fold": k, "rows": len(scored.rows), "patients": sorted(set(study.patients[scored.rows])),
                      **{name: metrics[name] for name in ("best_epoch", "mean", "use", "baseline")}})
     common.write_table(run.path("fold_table.csv"), fold_rows(done))
-    weights = [len(scored.rows) for scored in results]
-    use = {name: float(np.average([scored.use[name] for scored in results], weights=weights)) for name in USE_COLUMNS}
-    pooled = Scored(np.concatenate([s.rows for s in results]), {
-        kind: np.concatenate([s.predicted[kind] for s in results]) for kind in results[0].predicted},
-        np.concatenate([s.at2 for s in results]), use, "folds")
+    pooled = pool(results)
     write_predictions(run.path("predictions_folds.csv"), study, pooled)
     alarms = verdicts.identical_fold_alarms([list(fold["mean"].values()) for fold in done])
     report_results(run, args, study, folds, pooled, alarms, folds=done)
 
 
+def pool(results):
+    """The Scored of all folds as one; numbers of use are means over the rows."""
+    n_rows = [len(scored.rows) for scored in results]
+    kinds = results[0].predicted
+    return Scored(
+        rows=np.concatenate([scored.rows for scored in results]), part="folds",
+        predicted={kind: np.concatenate([scored.predicted[kind] for scored in results]) for kind in kinds},
+        at2=np.concatenate([scored.at2 for scored in results]),
+        use={name: float(np.average([scored.use[name] for scored in results], weights=n_rows)) for name in USE_COLUMNS})
+
+
 def load_checkpoint(args, run):
-    """--checkpoint -> (its content, model on the device); the model's settings in it replace the flags."""
+    """--checkpoint -> (its content, model on the device, args with the settings of the model in place of the flags)."""
     content = common.load_model_file(args.checkpoint, common.script_name())
     with common.checkpoint_fields(args.checkpoint):
-        for name, value in {**content["settings"], **content["weights"]}.items():
-            setattr(args, name, value)
-        args.pretrained, args.weights = False, None
-        model = build_model(args, content["scaler"], args.compose)
+        settings = content["settings"]
+        args = argparse.Namespace(**{**vars(args), **settings, "pretrained": content["pretrained"]})
+        untrained = argparse.Namespace(**{**vars(args), "pretrained": False, "weights": None})
+        model = build_model(untrained, content["scaler"], args.compose)
         common.load_state(model, content["model"], args.checkpoint)
-        args.pretrained = content["pretrained"]  # for the baseline on the untuned encoder
-    settings = ", ".join(f"{name} {getattr(args, name)}" for name in MODEL_FLAGS)
-    run.say(f"checkpoint: epoch {content['epoch']}, {settings}")
-    return content, run.compute.place(model)
+    text = ", ".join(f"{name} {settings[name]}" for name in MODEL_FLAGS)
+    run.say(f"checkpoint: epoch {content['epoch']}, {text}")
+    return content, run.compute.place(model), args
 
 
-def rows_to_score(args, study, content):
+def rows_to_score(args, study):
     """(part, its rows, train rows): of the checkpoint's split where the data are its own, else all rows."""
-    path, row_of = args.checkpoint.parent / "splits.json", {name: row for row, name in enumerate(study.names)}
+    path = args.checkpoint.parent / "splits.json"
     listed = common.read_json(path) if path.is_file() else {}
-    split = {part: np.array(sorted(row_of[name] for name in listed.get(part, ()) if name in row_of), dtype=int)
-             for part in ("train", "val", "test")}
-    is_own = any(len(rows) for rows in split.values())
-    part = args.score_part if args.score_part != "auto" else (
-        "all" if not is_own else "test" if len(split["test"]) else "val")
+    split = {part: np.flatnonzero(np.isin(study.names, listed.get(part, []))) for part in PARTS}
+    part = args.score_part
+    if part == "auto":
+        part = next((name for name in ("test", "val") if len(split[name])), "all")
     rows = np.arange(len(study.names)) if part == "all" else split[part]
     if not len(rows):
         raise common.UserError(f"--score_part {part}: no rows of it in {args.data_dir}; --score_part all takes all")
@@ -1489,28 +1311,29 @@ def rows_to_score(args, study, content):
 
 def score_checkpoint(run, args):
     """--mode evaluate: metrics, predictions and report of a trained model on rows it was not trained on."""
-    content, model = load_checkpoint(args, run)
+    content, model, args = load_checkpoint(args, run)
     study = load_study(args, run)
-    part, rows, train = rows_to_score(args, study, content)
+    part, rows, train = rows_to_score(args, study)
     run.write_args(**study.record({part: rows}))
     if len(train):
-        encode_frames(study, np.union1d(train, rows), args, run.compute)
+        study = encode_frames(study, np.union1d(train, rows), args, run.compute)
     _, loaders = make_loaders(study, {"train": rows, part: rows}, args, run.compute)
     loss_function = DreamLoss(args, content["scaler"], run.compute.device)
     predicted, _ = evaluate(model, loaders[part], loss_function, run.compute)
-    use = use_of_inputs(model, loaders[part], loss_function, run.compute, study.patients[rows])
     centre = content["scaler"]["at1"]["mean"].numpy()
-    others = baselines(study, train, rows, centre)
-    scored = Scored(rows, {"predicted": predicted["at1"], **others}, predicted["at2"], use, part)
+    scored = Scored(
+        rows=rows, part=part, at2=predicted["at2"],
+        predicted={"predicted": predicted["at1"], **baselines(study, train, rows, centre)},
+        use=use_of_inputs(model, loaders[part], loss_function, run.compute, study.patients[rows]))
     write_predictions(run.path(f"predictions_{part}.csv"), study, scored)
     seen = sorted(set(study.patients[rows]) & set(content["train_patients"]))
-    alarms = [f"the model was trained on these patients: {', '.join(seen[:5])}"] if seen else []
+    alarms = [f"the model was trained on these patients: {common.shorten_list(seen, 5)}"] if seen else []
     report_results(run, args, study, {part: rows}, scored, alarms, content["epoch"])
 
 
 def predict(run, args):
     """--mode predict: predictions.csv with at1 and at2 for every transition; labels are not needed."""
-    content, model = load_checkpoint(args, run)
+    content, model, args = load_checkpoint(args, run)
     study = load_study(args, run, needs_labels=False)
     rows = np.arange(len(study.names))
     run.write_args(**study.record({"all": rows}))
@@ -1523,17 +1346,45 @@ def predict(run, args):
     run.say(f"{len(rows)} transitions; predicted: the motion asked for at t1. Open next: {run.path('predictions.csv')}")
 
 
+def audit(run, args):
+    """--mode audit: audit.json and the terminal, one line a check, with what was found and what to do."""
+    study = load_study(args, run)
+    used = np.setdiff1d(study.frames, [-1])
+    brightness = [study.store[i].mean() for i in used]
+    similar = probe_poses.similar_sequences(study)
+    checks = [
+        pose_audit.Check("OK", "data", f"{len(study.names)} transitions in {len(set(study.sequences))} sequences"),
+        *pose_audit.check_rows(study.skipped),
+        *(pose_audit.Check("OK", "note", note) for note in study.notes),
+        *pose_audit.check_composition(study.residuals, study.compose),
+        *pose_audit.check_ranges(study.poses),
+        *pose_audit.check_chain(study.sequences, study.order, study.frames, study.at1, study.at2),
+        *pose_audit.check_time(study.place, study.at1),
+        *pose_audit.check_patients(study.sequences, study.patients, study.has_patients, similar),
+        *pose_audit.check_frames(study.store.audit, brightness, study.frames, study.patients)]
+    for check in checks:
+        run.say(f"{check.status:5} {check.name:20} {check.found}" + (f"\n{'':26} -> {check.remedy}" if check.remedy else ""))
+    common.write_json(run.path("audit.json"), {
+        "checks": [dataclasses.asdict(check) for check in checks], "residuals": study.residuals,
+        "compose": study.compose, "angle_unit": study.angle_unit, "notes": study.notes})
+    run.say(f"open next: {run.path('audit.json')}")
+
+
+def train(run, args):
+    """--mode train: one run, or one per fold."""
+    study = load_study(args, run)
+    read_criteria(args)
+    if args.folds:
+        run_folds(run, args, study)
+    else:
+        run_split(run, args, study, make_split(args, study))
+
+
 def main():
     args = parse_args()
+    modes = {"train": train, "evaluate": score_checkpoint, "predict": predict, "audit": audit}
     with common.start_run(args) as run:
-        if args.mode != "train":
-            return {"evaluate": score_checkpoint, "predict": predict, "audit": audit_data}[args.mode](run, args)
-        study = load_study(args, run)
-        read_criteria(args)
-        if args.folds:
-            run_folds(run, args, study)
-        else:
-            run_split(run, args, study, make_split(args, study))
+        modes[args.mode](run, args)
 
 
 if __name__ == "__main__":

@@ -298,3 +298,46 @@ def record_split(run, split, keys, report, stopping=STOPPING_LEAKS):
     common.write_json(run.path("leakage_report.json"), report)
     run.say(leakage_text(report))
     check_leakage(report, run.args.allow_leakage, stopping)
+
+
+def split_by_time(sequences, order, ratios, gap):
+    """Each sequence cut into consecutive blocks by the ratios, `gap` rows left out between two: {part: sorted rows}.
+
+    sequences: (N,) names; order: (N,) place within the sequence. Raises UserError where a part would be empty.
+    """
+    if abs(sum(ratios.values()) - 1) > 1e-6:
+        raise common.UserError(f"split ratios must add up to 1, found {ratios} (sum {sum(ratios.values()):g})")
+    used = [part for part, ratio in ratios.items() if ratio > 0]
+    split = {part: [] for part in ratios}
+    for sequence in np.unique(sequences):
+        rows = np.flatnonzero(sequences == sequence)
+        rows = rows[np.argsort(order[rows])]
+        room = max(len(rows) - gap * (len(used) - 1), 0)
+        start = 0
+        for part in used:
+            stop = start + round(ratios[part] * room)
+            split[part].extend(rows[start:stop])
+            start = stop + gap
+    empty = [part for part in used if not split[part]]
+    if empty:
+        raise common.UserError(f"the sequences are too short for blocks of time with --gap {gap}; empty: "
+                               f"{', '.join(empty)}. Use a smaller --gap")
+    return {part: np.array(sorted(rows), dtype=int) for part, rows in split.items()}
+
+
+def split_by_names(listed, groups, aliases):
+    """{part: names of groups} -> {part: sorted rows}. groups: (N,) names; aliases: {other name: group}.
+
+    Raises UserError for an unknown name, and for a group in two parts.
+    """
+    group_of = {**aliases, **{group: group for group in groups}}
+    unknown = [name + common.closest(name, group_of) for names in listed.values() for name in names
+               if name not in group_of]
+    if unknown:
+        raise common.UserError(f"the lists of the split name no such group: {', '.join(unknown)}")
+    owners = {part: {group_of[name] for name in names} for part, names in listed.items()}
+    twice = [f"{sorted(owners[a] & owners[b])} in {a} and {b}" for a, b in itertools.combinations(owners, 2)
+             if owners[a] & owners[b]]
+    if twice:
+        raise common.UserError(f"a group stands on one side of a split; {'; '.join(twice)}")
+    return {part: np.flatnonzero(np.isin(groups, sorted(names))) for part, names in owners.items()}

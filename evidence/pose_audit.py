@@ -1,0 +1,148 @@
+"""Checks of a probe's transitions before training: what is missing, inconsistent or tied to time or to one patient.
+
+Letters: N transitions. Units: a pose is (x, y, z, roll, pitch, yaw), mm and degrees, NaN = missing.
+"""
+import collections
+import dataclasses
+
+import numpy as np
+
+import common
+from readers import probe_poses
+
+DARK_MEAN = 2.55  # grey levels of 255, 1 %
+LARGE_RESIDUAL = 1.0  # mm and degrees together
+STRONG_R = 0.5
+
+
+@dataclasses.dataclass
+class Check:
+    """One line of an audit."""
+    status: str  # OK, WARN or FAIL
+    name: str
+    found: str
+    remedy: str = ""
+
+
+def check(is_bad, name, found, remedy="", status="WARN"):
+    """Check whose status and remedy count only where it is bad."""
+    if is_bad:
+        return Check(status, name, found, remedy)
+    return Check("OK", name, found)
+
+
+def check_rows(skipped):
+    """Rows that cannot be used; skipped: dicts of sequence, row and reason."""
+    missing = [f"{row['sequence']} row {row['row']}" for row in skipped if row["reason"].startswith("no file")]
+    text = f"{len(missing)} rows name a picture that is not there"
+    if missing:
+        text += f": {common.shorten_list(missing, 5)}"
+    n_others = len(skipped) - len(missing)
+    return [check(missing, "missing files", text, "add them; all are listed in skipped.csv", "FAIL"),
+            check(n_others, "skipped rows", f"{n_others} for other reasons", "see skipped.csv")]
+
+
+def check_composition(residuals, chosen):
+    """Do at1, motion and at2 fit together? residuals: as probe_poses.composition_residuals gives them."""
+    checks = []
+    for row in residuals:
+        text = (f"at2 missed by {row['mm']:.3g} mm, {row['deg']:.3g} degrees; "
+                f"95 %: {row['mm_95']:.3g} mm, {row['deg_95']:.3g} degrees")
+        total = row["mm"] + row["deg"]
+        if row["convention"] == "additive" and total < 1e-6:
+            text += "; exact, so the loss on at2 adds nothing to the one on at1"
+        is_poor = row["convention"] == chosen and total > LARGE_RESIDUAL
+        checks.append(check(is_poor, f"composition {row['convention']}", text, "check --angle_unit and the labels"))
+    return checks or [Check("WARN", "composition", f"{chosen}, untested: no row has at1, motion and at2")]
+
+
+def pose_ranges(poses):
+    """{quantity: (N, 6)} -> {quantity: {axis: {mean, sd, low, high, missing}}}."""
+    ranges = {}
+    for name, values in poses.items():
+        mean, sd = probe_poses.centre_and_spread(values)
+        columns = {"mean": mean, "sd": sd, "low": np.nanmin(values, axis=0), "high": np.nanmax(values, axis=0),
+                   "missing": np.isnan(values).sum(0)}
+        ranges[name] = {axis: {what: column[a] for what, column in columns.items()}
+                        for a, axis in enumerate(probe_poses.AXES)}
+    return ranges
+
+
+def check_ranges(poses):
+    """Range of every quantity in {at1, motion, at2: (N, 6)}, and angles near the wrap."""
+    checks = []
+    for name, axes in pose_ranges(poses).items():
+        text = ", ".join(f"{axis} {row['low']:.1f} to {row['high']:.1f}" for axis, row in axes.items())
+        checks.append(Check("OK", f"range {name}", text))
+    n_far = int(np.nansum(np.abs(poses["at1"][:, 3:]) > 170))
+    checks.append(check(n_far, "wrap", f"{n_far} angles of at1 within 10 degrees of the wrap at 180",
+                        "losses and errors are wrapped; the mean baseline is circular"))
+    return checks
+
+
+def check_chain(sequences, order, frames, at1, at2):
+    """Is each sequence one continuous sweep? order: (N,) within it; frames: (N, 2) indices of the frames t1 and t2."""
+    rows = np.lexsort((order, sequences))
+    before, after = rows[:-1], rows[1:]
+    same = sequences[before] == sequences[after]
+    before, after = before[same], after[same]
+    if not len(after):
+        return []
+    linked = frames[before, 1] == frames[after, 0]
+    text = f"{linked.sum()} of {len(after)} transitions begin with the frame at which the one before ends"
+    if linked.mean() > 0.5:
+        text += ": a continuous sweep, so a random split would leak"
+    step = np.abs(probe_poses.on_arrays(probe_poses.pose_error, at1[after], at1[before]))
+    step = common.mean_without_nan(step, axis=0) / probe_poses.centre_and_spread(at1)[1]
+    named = ", ".join(f"{axis} {value:.2f}" for axis, value in zip(probe_poses.AXES, step))
+    checks = [Check("OK", "chain", text), Check("OK", "step", f"mean |at1 - at1 before| in sds: {named}")]
+    jumps = np.abs(probe_poses.on_arrays(probe_poses.pose_error, at1[after[linked]], at2[before[linked]]))
+    if np.isfinite(jumps).any():
+        worst = np.nanmax(jumps)
+        checks.append(check(worst >= 0.01, "chain of poses", f"at1 differs from the at2 before it by up to {worst:.3g} "
+                            "mm or degrees", "find out which of the two labels is right"))
+    return checks
+
+
+def check_time(place, at1):
+    """Does the place in the sequence, (N,) from 0 to 1, tell the pose?"""
+    known = ~np.isnan(at1).any(1)
+    if known.sum() < 3 or not place[known].std():
+        return []
+    with np.errstate(invalid="ignore", divide="ignore"):  # an axis that never varies has no r
+        r = np.corrcoef(place[known], at1[known], rowvar=False)[0, 1:]
+    r = np.nan_to_num(r)
+    named = ", ".join(f"{axis} {value:+.2f}" for axis, value in zip(probe_poses.AXES, r))
+    return [check(np.abs(r).max() > STRONG_R, "order and time", f"r of at1 with the place in the sequence: {named}",
+                  "a model may learn when instead of where: compare with the frame_index baseline")]
+
+
+def check_patients(sequences, patients, has_patients, similar):
+    """Who owns which folder; similar: lines on folders that may belong to one patient."""
+    n_folders = collections.Counter(dict(zip(sequences, patients)).values())
+    one = check(len(n_folders) < 2, "several patients", f"{len(n_folders)} patients",
+                "one patient proves nothing across patients: --split_by time, or more patients")
+    if has_patients:
+        listed = ", ".join(f"{name} ({count})" for name, count in sorted(n_folders.items()))
+        return [Check("OK", "patients", f"{listed} (folders)"), one]
+    unknown = Check("WARN", "patients", "not known: each folder counts as one", "give --patient_map or --patient_regex")
+    return [unknown, *(Check("WARN", "one patient?", line) for line in similar), one]
+
+
+def check_frames(audit, brightness, frames, patients):
+    """Unreadable, dark and shared pictures.
+
+    audit: one ImageAudit a picture; brightness: mean grey level of those in use; frames: (N, 2) indices, -1 = none.
+    """
+    bad = [f"{found.path}: {found.error}" for found in audit if found.error]
+    n_dark = int(np.sum(np.array(brightness) < DARK_MEAN))
+    owners = collections.defaultdict(set)
+    for patient, pair in zip(patients, frames):
+        for index in pair[pair >= 0]:
+            owners[audit[index].pixel_sha].add(patient)
+    n_shared = sum(len(names) > 1 for names in owners.values())
+    unreadable = f"{len(bad)} of {len(audit)}" + (f": {common.shorten_list(bad, 5)}" if bad else "")
+    return [check(bad, "unreadable frames", unreadable, "replace or remove them", "FAIL"),
+            check(n_dark, "dark frames", f"{n_dark} of {len(brightness)} are nearly black (mean under 1 %)"),
+            check(n_shared, "shared frames", f"{n_shared} pictures belong to two patients",
+                  "one patient under two names? see --patient_map")]
