@@ -46,7 +46,8 @@ def check_composition(residuals, chosen):
     """Do at1, motion and at2 fit together? residuals: as probe_poses.composition_residuals gives them."""
     checks = []
     for row in residuals:
-        text = (f"at2 missed by {row['mm']:.3g} mm, {row['deg']:.3g} degrees; "
+        missed = "at1" if row["convention"] == "reversed" else "at2"
+        text = (f"{missed} missed by {row['mm']:.3g} mm, {row['deg']:.3g} degrees; "
                 f"95 %: {row['mm_95']:.3g} mm, {row['deg_95']:.3g} degrees")
         total = row["mm"] + row["deg"]
         if row["convention"] == "additive" and total < 1e-6:
