@@ -7,13 +7,15 @@
     python train_video.py --mode audit --train_manifest a.csv --val_manifest b.csv --test_manifest c.csv
     python train_video.py --task regress --config configs/pain_scores.yaml --folds 9 --group_column animal
 
-Writes outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first), best_model.pth, metrics.json, predictions_val.csv (and
-_test), training_history.csv and .png, splits.json, leakage_report.json, the plots of the task, args.json,
-log.txt. With --folds K the same in each fold_K/, pooled above them.
+Writes outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first), best_model.pth, metrics.json,
+predictions_val.csv (and _test), training_history.csv and .png, splits.json,
+leakage_report.json, the plots of the task, args.json, log.txt. With --folds K the same in each
+fold_K/, pooled above them.
 
-Letters: N clips, M clips scored, B batch, T frames of a clip, G frames of its time grid, C classes, R scores, K outputs
-(C or R), F features, V views, S side of the input in pixels.
-Units: seconds from the start of a file; scores in the unit of their table; pixels are uint8 RGB until the device.
+Letters: N clips, M clips scored, B batch, T frames of a clip, G frames of its time grid, C classes,
+R scores, K outputs (C or R), F features, V views, S side of the input in pixels.
+Units: seconds from the start of a file; scores in the unit of their table; pixels are uint8 RGB
+until they reach the device.
 """
 import argparse
 import collections
@@ -31,154 +33,205 @@ from evidence import baseline_models, calibrating, confounding, event_audit, plo
 from readers import csv_tables, event_tables, score_tables, video_files
 
 MODES = ("train", "predict", "evaluate", "audit")
-KINETICS_MEAN, KINETICS_STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
-ONLY_FRAMES = "cnn_lstm"  # the one --model that sees frames one by one
-FIXED_INPUT = {"s3d": (16, 224), "mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224)}  # frames, pixels
-# what a checkpoint keeps of the flags: all that decides how a clip is read and what the network looks like
-ARCHITECTURE = ("task", "model", "backbone", "hidden", "dropout", "bounded", "image_size", "n_frames", "fps",
-                "clips_per_event", "aggregation", "min_event_sec")
-UNCALIBRATED = {"temperature": 1.0, "threshold": None}  # of top_epoch_N.pth: the most probable class is chosen
+PARTS = ("train", "val", "test")
+KINETICS_MEAN = (0.43216, 0.394666, 0.37645)
+KINETICS_STD = (0.22803, 0.22145, 0.216989)
+CNN_LSTM = "cnn_lstm"  # the one --model that sees frames one by one
+FIXED_INPUT = {  # frames, pixels
+    "s3d": (16, 224),
+    "mvit_v1_b": (16, 224),
+    "mvit_v2_s": (16, 224),
+}
+# what a checkpoint keeps of the flags: how a clip is read and what the network looks like
+ARCHITECTURE = ("task", "model", "backbone", "hidden", "dropout", "bounded", "image_size",
+                "n_frames", "fps", "clips_per_event", "aggregation", "min_event_sec")
 TASK_DEFAULTS = {
-    "classify": {"model": "r3d_18", "n_frames": 16, "epochs": 30, "batch_size": 4, "val_batch_size": 8, "lr": 5e-5,
-                 "weight_decay": 0.05, "scheduler": "cosine", "warmup_epochs": 2.0, "min_lr": 1e-6, "clip_grad": 1.0,
-                 "patience": 10, "min_delta": 0.0, "min_epochs": 0, "augment": "heavy", "loss": "ce"},
-    "regress": {"model": ONLY_FRAMES, "n_frames": 32, "epochs": 50, "batch_size": 64, "val_batch_size": 64, "lr": 5e-5,
-                "weight_decay": 1e-4, "scheduler": "plateau", "warmup_epochs": 0.0, "min_lr": 1e-7, "clip_grad": 0.5,
-                "patience": 15, "min_delta": 1e-4, "min_epochs": 5, "augment": "basic", "loss": "mse",
-                "select": "loss"}}
+    "classify": {
+        "model": "r3d_18", "n_frames": 16, "loss": "ce", "augment": "heavy",
+        "epochs": 30, "batch_size": 4, "val_batch_size": 8,
+        "lr": 5e-5, "weight_decay": 0.05, "clip_grad": 1.0,
+        "scheduler": "cosine", "warmup_epochs": 2.0, "min_lr": 1e-6,
+        "patience": 10, "min_delta": 0.0, "min_epochs": 0,
+    },
+    "regress": {
+        "model": CNN_LSTM, "n_frames": 32, "loss": "mse", "augment": "basic", "select": "loss",
+        "epochs": 50, "batch_size": 64, "val_batch_size": 64,
+        "lr": 5e-5, "weight_decay": 1e-4, "clip_grad": 0.5,
+        "scheduler": "plateau", "warmup_epochs": 0.0, "min_lr": 1e-7,
+        "patience": 15, "min_delta": 1e-4, "min_epochs": 5,
+    },
+}
+COUNT = common.bounded(int, 1)
+NOT_NEGATIVE = common.bounded(float, 0)
 
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    by_task = dict.fromkeys([*TASK_DEFAULTS["classify"], *TASK_DEFAULTS["regress"]])
     common.add_shared_arguments(parser, plateau_patience=7, on_bad_file="skip")
     job = parser.add_argument_group("job").add_argument
-    job("--task", choices=("classify", "regress"), default="classify",
-        help="a class for each event, or scores for each sequence; it also sets the defaults of training")
+    job("--task", choices=tuple(TASK_DEFAULTS), default="classify",
+        help="a class for each event, or scores for each sequence; sets the defaults of training")
     job("--mode", choices=MODES, default="train", help="evaluate needs no video, audit no model")
-    job("--checkpoint", type=Path, nargs="+", help="predict: best_model.pth files or run folders; several are averaged")
+    job("--checkpoint", type=Path, nargs="+",
+        help="predict: best_model.pth files or run folders; several are averaged")
     job("--predictions", type=Path, help="evaluate, audit: a predictions CSV of this script")
-    job("--output", type=Path, help="file that predict (.csv), evaluate or audit (.json) writes")
+    job("--output", type=Path,
+        help="file that predict (.csv), evaluate or audit (.json) writes")
     add_clip_arguments(parser.add_argument_group("clips and labels").add_argument)
     add_model_arguments(parser.add_argument_group("model").add_argument)
     add_learning_arguments(parser.add_argument_group("learning").add_argument)
-    parser.set_defaults(**by_task)
+    parser.set_defaults(**TASK_DEFAULTS["classify"])
+    task = common.parse_arguments(parser, argv).task  # the configuration may name it
+    parser.set_defaults(**TASK_DEFAULTS[task])
     args = common.parse_arguments(parser, argv)
-    for name, value in TASK_DEFAULTS[args.task].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     check_flags(parser, args)
     return args
 
 
 def add_clip_arguments(data):
     """Where the clips are, what is asked of them, and how they are cut from their videos."""
-    data("--manifest", type=Path, help="table of events or sequences (CSV, JSON), or a folder of class folders")
-    for part in ("train", "val", "test"):
-        data(f"--{part}_manifest", type=Path, help=f"events of the {part} part, instead of a split made here")
-    data("--video_root", type=Path, help="folder that holds the videos, whatever folders the manifest names")
-    data("--label_map", type=Path, help="file of spelling -> class (JSON, YAML, CSV); a blank class leaves the row out")
-    data("--target_columns", nargs="+", metavar="NAME", help="scores to learn (default: all numeric columns)")
-    data("--split_by", choices=("event", "video", "group"), help="what a split never cuts (default: the coarsest)")
+    data("--manifest", type=Path,
+         help="table of events or sequences (CSV, JSON), or a folder of class folders")
+    for part in PARTS:
+        data(f"--{part}_manifest", type=Path,
+             help=f"events of the {part} part, instead of a split made here")
+    data("--video_root", type=Path,
+         help="folder that holds the videos, whatever folders the manifest names")
+    data("--label_map", type=Path,
+         help="file of spelling -> class (JSON, YAML, CSV); a blank class leaves the row out")
+    data("--target_columns", nargs="+", metavar="NAME",
+         help="scores to learn (default: all numeric columns)")
+    data("--split_by", choices=("event", "video", "group"),
+         help="what a split keeps whole (default: the coarsest there is)")
     data("--filter", help='rows to use, e.g. "moment==M2 and age>=3"')
-    data("--min_event_sec", type=common.bounded(float, 0), default=1.0, help="shorter events get a window so long")
-    data("--max_missing", type=common.bounded(float, 0, 1), default=0.05, help="share of unreadable videos allowed")
-    data("--gap_sec", type=common.bounded(float, 0), default=30.0, help="windows of a video closer than this are told")
-    data("--cv_file", type=Path, help="folds of a study: cv_folds with train_animals and val_animals")
-    data("--test_groups", help="groups kept for the test, e.g. 14,17; all folds predict them, as an ensemble too")
-    data("--moment_column", default="moment", help="regress: column whose levels get rows of their own in the tables")
-    data("--fps", type=common.bounded(float, 0.1, 240), default=12.0, help="classify: frames per second of a clip")
-    data("--n_frames", type=common.bounded(int, 1), help="frames of a clip (classify 16), at most of a sequence (32)")
-    data("--image_size", type=common.bounded(int, 32), default=112, help="side of the input in pixels")
-    data("--jitter_sec", type=common.bounded(float, 0), default=0.0, help="training clips may start so much off")
-    data("--clips_per_event", type=common.bounded(int, 1), default=5, help="classify: clips scored and averaged")
-    data("--aggregation", choices=("mean", "max"), default="mean", help="of the outputs of an event's clips")
+    data("--min_event_sec", type=NOT_NEGATIVE, default=1.0,
+         help="a shorter event gets a window of this length around it")
+    data("--max_missing", type=common.bounded(float, 0, 1), default=0.05,
+         help="share of unreadable videos that is allowed")
+    data("--gap_sec", type=NOT_NEGATIVE, default=30.0,
+         help="windows of one video that are closer than this are reported")
+    data("--cv_file", type=Path,
+         help="folds of a study: cv_folds with train_animals and val_animals")
+    data("--test_groups",
+         help="groups kept for the test, e.g. 14,17; with --folds the mean of all models predicts them")
+    data("--moment_column", default="moment",
+         help="regress: column whose levels get rows of their own in the tables")
+    data("--fps", type=common.bounded(float, 0.1, 240), default=12.0,
+         help="classify: frames per second of a clip")
+    data("--n_frames", type=COUNT,
+         help="frames of a clip (classify: 16), at most of a sequence (regress: 32)")
+    data("--image_size", type=common.bounded(int, 32), default=112,
+         help="side of the input in pixels")
+    data("--jitter_sec", type=NOT_NEGATIVE, default=0.0,
+         help="training clips may start this much outside their event")
+    data("--clips_per_event", type=COUNT, default=5, help="classify: clips scored per event")
+    data("--aggregation", choices=("mean", "max"), default="mean",
+         help="of the outputs of an event's clips")
 
 
 def add_model_arguments(model):
     """The network and which parts of it are trained."""
-    model("--model", help="a torchvision video network (r3d_18, mc3_18, r2plus1d_18, s3d, mvit_v2_s, swin3d_t), which "
-                          f"computes in fp32 on CPUs, or {ONLY_FRAMES}: an image backbone frame by frame, then an LSTM")
-    model("--backbone", default="resnet18", help=f"image network of {ONLY_FRAMES}")
-    model("--hidden", type=common.bounded(int, 1), default=256, help=f"width of the LSTM of {ONLY_FRAMES}")
-    model("--dropout", type=common.bounded(float, 0, 0.95), default=0.5, help="before the last layer")
-    model("--bounded", action="store_true", help="regress: hold the scores to the range of the train rows")
-    model("--freeze_stages", type=common.bounded(int, 0), default=0, help="first resolutions that are not trained")
-    model("--freeze_norm", action="store_true", help="keep the BatchNorm statistics: steadier on few clips")
-    model("--freeze_backbone", action="store_true", help="train the rest alone, on features computed once")
-    model("--feature_views", type=common.bounded(int, 1), default=4, help="with --freeze_backbone: random views a clip")
-    model("--backbone_lr_mult", type=common.bounded(float, 0), default=1.0, help="backbone learning rate over --lr")
+    model("--model",
+          help="a torchvision video network (r3d_18, mc3_18, r2plus1d_18, s3d, mvit_v2_s, swin3d_t), "
+               f"which computes in fp32 on CPUs, or {CNN_LSTM}: an image backbone frame by frame, "
+               "then an LSTM")
+    model("--backbone", default="resnet18", help=f"image network of {CNN_LSTM}")
+    model("--hidden", type=COUNT, default=256, help=f"width of the LSTM of {CNN_LSTM}")
+    model("--dropout", type=common.bounded(float, 0, 0.95), default=0.5,
+          help="before the last layer")
+    model("--bounded", action="store_true",
+          help="regress: hold the scores to the range of the train rows")
+    model("--freeze_stages", type=common.bounded(int, 0), default=0,
+          help="first resolutions that are not trained")
+    model("--freeze_norm", action="store_true",
+          help="keep the BatchNorm statistics: steadier on few clips")
+    model("--freeze_backbone", action="store_true",
+          help="train the rest alone, on features computed once")
+    model("--feature_views", type=COUNT, default=4,
+          help="with --freeze_backbone: random views of a clip")
+    model("--backbone_lr_mult", type=NOT_NEGATIVE, default=1.0,
+          help="backbone learning rate over --lr")
 
 
 def add_learning_arguments(learn):
     """Loss, imbalance, weights and the choice of the epoch."""
-    learn("--loss", choices=("ce", "focal", "mse", "smooth_l1"), help="ce or focal for classes, the others for scores")
-    learn("--focal_gamma", type=common.bounded(float, 0), default=2.0, help="focal: weight (1 - p)^gamma")
-    learn("--focal_alpha", type=common.bounded(float, 0, 1), help="focal: weight of the positive class, else 1 - it")
-    learn("--label_smoothing", type=common.bounded(float, 0, 0.9), default=0.0, help="share spread over all classes")
-    learn("--balance", choices=("none", "sampler", "weights"), default="none", help="draw, or weigh, all classes alike")
-    learn("--boost_to", type=common.bounded(float, 0, 0.9), help="repeat rare train rows up to this share")
-    learn("--force", action="store_true", help="allow several corrections of the class balance at once")
-    learn("--mixup", type=common.bounded(float, 0), default=0.0, help="alpha of mixup; 0 = off")
-    learn("--positive_class", help="the class that matters (default: the rarest in the train rows)")
-    learn("--sample_weight", action="append", metavar="COLUMN:LEVEL=W", help="weight of rows, e.g. moment:M2=2.5")
-    learn("--augment_for", action="append", metavar="COLUMN:LEVEL=PRESET", help="augmentation of some rows")
-    learn("--target_weights", nargs="+", metavar="NAME=W", help="regress: weight of scores in the loss")
-    learn("--consistency_weight", type=common.bounded(float, 0), default=0.1, help="ties a total to its parts; 0 = off")
-    learn("--select", help="val_ column that chooses the epoch, e.g. tail_f1 or f1_tail (default: average precision of "
-                           "the positive class; regress: loss), or last: a fixed number of epochs")
+    learn("--loss", choices=("ce", "focal", "mse", "smooth_l1"),
+          help="classify: ce or focal; regress: mse or smooth_l1")
+    learn("--focal_gamma", type=NOT_NEGATIVE, default=2.0, help="focal: weight (1 - p)^gamma")
+    learn("--focal_alpha", type=common.bounded(float, 0, 1),
+          help="weight of the positive class; 1 - it for the others")
+    learn("--label_smoothing", type=common.bounded(float, 0, 0.9), default=0.0,
+          help="share of each label that is spread over all classes")
+    learn("--balance", choices=("none", "sampler", "weights"), default="none",
+          help="draw, or weigh, all classes alike")
+    learn("--boost_to", type=common.bounded(float, 0, 0.9), default=0.0,
+          help="repeat train rows of the positive class up to this share; 0 = off")
+    learn("--force", action="store_true", help="allow several corrections of the class balance")
+    learn("--mixup", type=NOT_NEGATIVE, default=0.0, help="alpha of mixup; 0 = off")
+    learn("--positive_class", help="the class that matters (default: the rarest)")
+    learn("--sample_weight", action="append", metavar="COLUMN:LEVEL=W", default=[],
+          help="weight of some rows in the loss, e.g. moment:M2=2.5")
+    learn("--augment_for", action="append", metavar="COLUMN:LEVEL=PRESET", default=[],
+          help="augmentation of some rows")
+    learn("--target_weights", nargs="+", metavar="NAME=W",
+          help="regress: weight of scores in the loss")
+    learn("--consistency_weight", type=NOT_NEGATIVE, default=0.1,
+          help="regress: ties a total to the sum of its parts; 0 = off")
+    learn("--select",
+          help="val_ column that chooses the epoch, e.g. tail_f1 or f1_tail, or last: no choice "
+               "(default: average precision of the positive class; regress: loss)")
+
+
+def manifests_of(args):
+    """{part: manifest} as given; the part '' is one manifest for all."""
+    given = {"": args.manifest, "train": args.train_manifest,
+             "val": args.val_manifest, "test": args.test_manifest}
+    return {part: path for part, path in given.items() if path}
 
 
 def check_flags(parser, args):
     """parser.error for what a mode lacks, and for flags that contradict each other."""
-    needed = {"predict": ("checkpoint", "manifest"), "evaluate": ("predictions",)}.get(args.mode, ())
-    lacking = [f"--{name}" for name in needed if not getattr(args, name)]
-    manifests = [args.manifest, args.train_manifest, args.val_manifest, args.test_manifest]
-    if lacking or args.mode in ("train", "audit") and not any([*manifests, args.video_root]):
-        parser.error(f"--mode {args.mode} needs {' and '.join(lacking) or '--manifest, or --train_manifest'}")
-    if args.manifest and any(manifests[1:]):
-        parser.error(f"--manifest {args.manifest} is split here; give it alone, or the manifests of the parts")
-    if any(manifests[1:]) and (args.folds or args.cv_file or not args.train_manifest and args.mode == "train"):
-        parser.error(f"manifests of parts need --train_manifest {args.train_manifest} and go without folds")
-    if args.mode == "train" and (args.loss in ("ce", "focal")) != (args.task == "classify"):
+    manifests = manifests_of(args)
+    if args.mode == "predict" and not (args.checkpoint and args.manifest):
+        parser.error("--mode predict needs --checkpoint and --manifest")
+    if args.mode == "evaluate" and not args.predictions:
+        parser.error("--mode evaluate needs --predictions")
+    if args.mode in ("train", "audit") and not (manifests or args.video_root):
+        parser.error(f"--mode {args.mode} needs --manifest, or --train_manifest")
+    if args.mode != "evaluate" and args.task == "regress" and not args.manifest:
+        parser.error("--task regress needs --manifest")
+    if args.manifest and len(manifests) > 1:
+        parser.error(f"--manifest {args.manifest} is split here; give it alone, "
+                     "or the manifests of the parts")
+    is_parted = bool(manifests) and not args.manifest
+    if is_parted and (args.folds or args.cv_file):
+        parser.error("manifests of parts go without folds; give one --manifest")
+    if args.mode != "train":
+        return
+    if is_parted and not args.train_manifest:
+        parser.error("manifests of parts need --train_manifest")
+    if (args.loss in ("ce", "focal")) != (args.task == "classify"):
         parser.error(f"--loss {args.loss} does not fit --task {args.task}")
-    corrections = [args.balance == "sampler", args.balance == "weights", args.focal_alpha is not None]
-    if sum(corrections) > 1 and not args.force:
-        parser.error(f"--balance {args.balance} and --focal_alpha {args.focal_alpha} both correct the class balance; "
-                     "drop one, or give --force")
-    if args.task == "regress" and args.model != ONLY_FRAMES and args.mode == "train":
-        parser.error(f"--task regress reads sequences of any length: --model {ONLY_FRAMES}, found {args.model}")
-    if args.mode == "train" and not args.cv_file and not any(manifests[1:]):
+    if args.balance != "none" and args.focal_alpha is not None and not args.force:
+        parser.error(f"--balance {args.balance} and --focal_alpha {args.focal_alpha} both correct "
+                     "the class balance; drop one, or give --force")
+    if args.task == "regress" and args.model != CNN_LSTM:
+        parser.error(f"--task regress reads sequences of any length: --model {CNN_LSTM}, "
+                     f"found {args.model}")
+    if not is_parted and not args.cv_file:
         common.check_split_flags(parser, args)
 
 
-# --- score tables: sequence on disk -> table -----------------------------------------------
+# --- data: row on disk -> table -> sample ---------------------------------------------------
 
+@dataclasses.dataclass
+class Features:
+    """Outputs of the untuned backbone for N clips, computed once for all folds."""
+    pooled: np.ndarray  # (N, F) of each clip's middle; the baselines read them
+    # with --freeze_backbone, which trains on them instead of pixels:
+    views: np.ndarray | None = None  # (V, N, F) or (V, N, T, F) of random views
+    scored: dict | None = None  # (row, start) -> (F,) or (T, F)
 
-def sample_weights(table, flags):
-    """--sample_weight moment:M2=2.5 (several multiply) -> (N,) float64 weights of the rows in the loss, 1 = plain."""
-    weights = np.ones(len(table))
-    for text in flags or []:
-        column, level, value = event_tables.parse_level_flag(text, "--sample_weight")
-        factor = csv_tables.to_numbers([value], f"--sample_weight {text}")[0]
-        if not factor >= 0:
-            raise common.UserError(f"--sample_weight {text}: expected a weight of 0 or more, found {value}")
-        weights[event_tables.level_mask(table, column, level, "--sample_weight")] *= factor
-    return weights
-
-
-def augment_presets(table, flags, default, presets):
-    """--augment_for moment:M2=heavy (the last one that fits counts) -> (N,) preset of each row, else the default."""
-    chosen = np.full(len(table), default, dtype=object)
-    for text in flags or []:
-        column, level, value = event_tables.parse_level_flag(text, "--augment_for")
-        if value not in presets:
-            raise common.UserError(f"--augment_for {text}: expected one of {', '.join(presets)}, found {value!r}")
-        chosen[event_tables.level_mask(table, column, level, "--augment_for")] = value
-    return chosen
-
-
-# --- data: table and pixels -> sample ------------------------------------------------
 
 @dataclasses.dataclass
 class Study:
@@ -186,10 +239,10 @@ class Study:
     table: event_tables.EventTable
     store: video_files.ClipStore
     stored: np.ndarray  # (N,) index of each clip in the store
-    args: object
+    args: argparse.Namespace
     skipped: list  # dicts of row and reason
-    pooled: np.ndarray | None = None  # (N, F) features of the middle clip through the untuned backbone
-    features: dict | None = None  # of a frozen backbone: {"views": (V, N, ...), (row, start): (...)}
+    positive: int | None = None  # the class that matters; None for scores
+    features: Features | None = None
 
     def frames(self, row):
         """Grid frames of a row, uint8 (G, H, W, 3)."""
@@ -199,84 +252,109 @@ class Study:
         """ClipAudit of a row."""
         return self.store.audit[self.stored[row]]
 
-    def start_range(self, row, jittered=False):
-        """(first, last) grid frame at which a clip of a row may start."""
-        found, length = self.audit(row), self.args.n_frames
+    def mask(self, row):
+        """(T,) bool, True = a real frame of a row's clip."""
+        return np.arange(self.args.n_frames) < self.audit(row).n_grid
+
+    def start_range(self, row, jitter_sec=0.0):
+        """(first, last) grid frame at which a clip may start, jitter_sec outside the event."""
         if self.args.task == "regress":
             return 0, 0
-        reach = round(self.args.jitter_sec * self.args.fps) if jittered else 0
+        found = self.audit(row)
+        length = self.args.n_frames
+        reach = round(jitter_sec * self.args.fps)
         last = found.first + max(found.usable - length, 0)
-        return max(found.first - reach, 0), last + min(reach, max(found.n_grid - length - last, 0))
+        frames_after = max(found.n_grid - length - last, 0)
+        return max(found.first - reach, 0), last + min(reach, frames_after)
 
     def starts(self, row):
-        """Grid frames at which the clips start that are scored: evenly over the event, the middle where it is one."""
+        """Grid frames where the scored clips start: evenly over the event; one is in its middle."""
         first, last = self.start_range(row)
-        count = self.args.clips_per_event
-        places = np.linspace(first, last, count) if count > 1 else [(first + last) / 2]
-        return sorted({int(round(place)) for place in places})
+        if self.args.clips_per_event == 1:
+            return [round((first + last) / 2)]
+        places = np.linspace(first, last, self.args.clips_per_event)
+        return sorted({round(place) for place in places.tolist()})
+
+    @property
+    def truth(self):
+        """(N,) labels or (N, R) scores."""
+        return self.table.label if self.table.target is None else self.table.target
 
     @property
     def clusters(self):
-        """(N,) what is resampled for intervals: groups, else videos that hold several events; None = rows."""
-        table = self.table
-        return table.groups if table.groups is not None else (
-            table.videos if len(set(table.videos)) < len(table) else None)
-
-    @property
-    def strata(self):
-        """(N,) what splits are stratified on."""
-        return event_tables.strata_of(self.table)
+        """(N,) what intervals resample: groups, else videos with several events; None = rows."""
+        if self.table.groups is not None:
+            return self.table.groups
+        has_shared = len(set(self.table.videos)) < len(self.table)
+        return self.table.videos if has_shared else None
 
     def record(self, split):
         """What args.json says of the data and their split; a resumed run must find the same."""
-        table, values = self.table, self.table.label if self.table.target is None else self.table.target
+        table = self.table
         shas = [self.audit(row).pixel_sha for row in range(len(table))]
-        parts = itertools.chain.from_iterable((part, rows) for part, rows in split.items())
-        return {"fingerprint": common.data_fingerprint([*table.names, *table.clip_ids, values, *shas]),
-                "split": common.data_fingerprint(parts), "clips": len(table), "names": table.names}
+        contents = [*table.names, *table.clip_ids, self.truth, *shas]
+        parts = itertools.chain.from_iterable(split.items())
+        return {
+            "fingerprint": common.data_fingerprint(contents),
+            "split": common.data_fingerprint(parts),
+            "clips": len(table),
+            "names": table.names,
+        }
 
 
-def read_table_of(args, names=None, need_labels=True):
-    """The Table that the flags name; names: classes or scores of a trained model."""
+def read_table(args, names=None, need_labels=True):
+    """The Table that the flags name, in seconds; names: classes or scores of a trained model."""
+    checks = {"need_labels": need_labels, "max_missing": args.max_missing}
     if args.task == "regress":
-        table = score_tables.read_sequences(args.manifest, args.video_root, args.group_column, names or args.target_columns,
-                               need_labels=need_labels, max_missing=args.max_missing)
+        table = score_tables.read_sequences(
+            args.manifest, args.video_root, args.group_column, names or args.target_columns,
+            **checks)
     else:
-        manifests = {"": args.manifest, "train": args.train_manifest, "val": args.val_manifest,
-                     "test": args.test_manifest}
-        manifests = {part: path for part, path in manifests.items() if path} or {"": args.video_root}
-        table = event_tables.read_events(manifests, args.video_root, args.label_map, args.min_event_sec, args.group_column,
-                            names=names, need_labels=need_labels, max_missing=args.max_missing)
-    return table.take(event_tables.filter_rows(table, args.filter)) if args.filter else table
+        manifests = manifests_of(args) or {"": args.video_root}
+        table = event_tables.read_events(
+            manifests, args.video_root, args.label_map, args.min_event_sec, args.group_column,
+            names=names, **checks)
+    if args.filter:
+        table = table.take(event_tables.filter_rows(table, args.filter))
+    if (table.unit == "sec").all():
+        return table
+    rates = {source: video_files.probe(source, args.fps).fps for source in set(table.sources)}
+    fps = [rates[source] or args.fps for source in table.sources]
+    return event_tables.seconds_of(table, fps, args.min_event_sec)
 
 
 def load_study(args, say, skipped_file=None, names=None, need_labels=True):
     """Table and clips, checked; what cannot be used is counted, said and listed in the file."""
-    table = read_table_of(args, names, need_labels)
-    if (table.unit == "frame").any():
-        fps = {source: video_files.probe(source, args.fps).fps or args.fps for source in dict.fromkeys(table.sources)}
-        table = event_tables.seconds_of(table, np.array([fps[source] for source in table.sources]), args.min_event_sec)
-    say(f"decoding {len(table)} clips of {len(set(table.sources))} videos with {video_files.decoder_name()}")
-    store = video_files.ClipStore(table.sources, table.windows, grid="even" if args.task == "regress" else "rate", fps=args.fps,
-                      n_frames=args.n_frames, short_side=resize_side(args.image_size), jitter_sec=args.jitter_sec,
-                      cache=args.cache)
-    good = video_files.check_clips(store.audit, args.max_missing, args.on_bad_file)
-    stored = np.array([row for row in good if not store.audit[row].past_end], dtype=int)
-    reasons = {row: store.audit[row].error or "its window starts past the end of the video"
-               for row in set(range(len(table))) - set(stored.tolist())}
-    skipped = table.skipped + [{"row": table.clip_ids[row], "video": str(table.sources[row]), "reason": reason}
-                               for row, reason in sorted(reasons.items())]
+    table = read_table(args, names, need_labels)
+    say(f"decoding {len(table)} clips of {len(set(table.sources))} videos "
+        f"with {video_files.decoder_name()}")
+    store = video_files.ClipStore(
+        table.sources, table.windows, grid="even" if args.task == "regress" else "rate",
+        fps=args.fps, n_frames=args.n_frames, short_side=resize_side(args.image_size),
+        jitter_sec=args.jitter_sec, cache=args.cache)
+    readable = video_files.check_clips(store.audit, args.max_missing, args.on_bad_file)
+    stored = np.array([row for row in readable if not store.audit[row].past_end], dtype=int)
+    skipped = list(table.skipped)
+    for row in np.setdiff1d(np.arange(len(table)), stored):
+        reason = store.audit[row].error or "its window starts past the end of the video"
+        video = str(table.sources[row])
+        skipped.append({"row": table.clip_ids[row], "video": video, "reason": reason})
     if skipped and skipped_file:
         common.write_table(skipped_file, skipped)
     for reason, count in collections.Counter(entry["reason"] for entry in skipped).items():
         say(f"skipped: {count} rows, {reason}")
     for note in table.notes:
         say(f"note: {note}")
-    say(f"data: {len(stored)} clips, {len(set(table.events))} events; {len(skipped)} rows skipped"
-        f"{' (listed in skipped.csv)' if skipped and skipped_file else ''}; {store.description}")
     if not len(stored):
-        raise common.UserError(f"none of {len(table)} clips can be used (first: {skipped[0]['reason']})")
-    return Study(table.take(stored), store, stored, args, skipped)
+        raise common.UserError(f"none of {len(table)} clips can be used "
+                               f"(first: {skipped[0]['reason']})")
+    say(f"data: {len(stored)} clips, {len(set(table.events))} events; "
+        f"{len(skipped)} rows skipped; {store.description}")
+    table = table.take(stored)
+    positive = None
+    if need_labels and table.target is None:
+        positive = positive_class(args.positive_class, table.names, table.label)
+    return Study(table, store, stored, args, skipped, positive)
 
 
 def resize_side(image_size):
@@ -284,19 +362,66 @@ def resize_side(image_size):
     return round(image_size * 8 / 7)
 
 
+def positive_class(wanted, names, label):
+    """Index of the class that matters: as asked for, in any case, else the rarest of (N,) labels.
+
+    Raises UserError for a name that is no class.
+    """
+    if not wanted:
+        counts = np.bincount(label[label >= 0], minlength=len(names))
+        counts[counts == 0] = len(label)  # a class that is not there is not the rarest
+        return int(np.argmin(counts))
+    spelled = [name.casefold() for name in names]
+    if wanted.casefold() not in spelled:
+        raise common.UserError(f"--positive_class {wanted} is no class"
+                               f"{common.closest(wanted, names)} "
+                               f"(found: {common.shorten_list(names)})")
+    return spelled.index(wanted.casefold())
+
+
+def sample_weights(table, flags):
+    """--sample_weight moment:M2=2.5 (several multiply) -> (N,) weights of the rows in the loss."""
+    weights = np.ones(len(table))
+    for text in flags:
+        column, level, value = event_tables.parse_level_flag(text, "--sample_weight")
+        [factor] = csv_tables.to_numbers([value], f"--sample_weight {text}")
+        if not factor >= 0:
+            raise common.UserError(f"--sample_weight {text}: expected a weight of 0 or more, "
+                                   f"found {value}")
+        weights[event_tables.level_mask(table, column, level, "--sample_weight")] *= factor
+    return weights
+
+
+def augment_presets(table, flags, default):
+    """--augment_for moment:M2=heavy (the last that fits counts) -> (N,) preset of each row."""
+    presets = np.full(len(table), default, dtype=object)
+    for text in flags:
+        column, level, preset = event_tables.parse_level_flag(text, "--augment_for")
+        if preset not in common.AUGMENTATIONS:
+            raise common.UserError(f"--augment_for {text}: expected one of "
+                                   f"{', '.join(common.AUGMENTATIONS)}, found {preset!r}")
+        presets[event_tables.level_mask(table, column, level, "--augment_for")] = preset
+    return presets
+
+
 class Clips(common.Samples):
     """Clips of chosen rows; a key is (epoch, index), which seeds start and augmentation.
 
-    In training a view is a row with a random start; else every start that is scored is a view. Each sample: input
-    uint8 (T, S, S, 3), or features of a frozen backbone (T, F) or (F,); mask (T,), True = a real frame; target (K,);
-    weight; name.
+    With presets (N,), the augmentation of each row, a sample is a random clip of a row. Without
+    them it is one of the clips of a row that are scored, in the order of the rows.
+    Each sample: input uint8 (T, S, S, 3), or features of a frozen backbone (T, F) or (F,); mask
+    (T,), True = a real frame; with an objective also target (K,) and weight.
     """
 
-    def __init__(self, study, rows, objective, args, train, presets=None):
-        self.study, self.rows, self.objective, self.args, self.presets = study, rows, objective, args, presets
-        starts = [[None] if train else study.starts(row) for row in rows]
-        self.views = [(int(row), start) for row, each in zip(rows, starts) for start in each]
-        self.place = np.repeat(np.arange(len(rows)), [len(each) for each in starts])  # (views,) index into rows
+    def __init__(self, study, rows, args, presets=None, objective=None):
+        self.study = study
+        self.args = args
+        self.presets = presets
+        self.objective = objective
+        if presets is None:
+            self.views = [(row, start) for row in rows for start in study.starts(row)]
+        else:
+            self.views = [(row, None) for row in rows]
 
     def __len__(self):
         return len(self.views)
@@ -305,95 +430,112 @@ class Clips(common.Samples):
         epoch, index = key
         row, start = self.views[index]
         generator = common.generator_for(self.args.seed, epoch, index)
-        pixels = self.frozen(row, start, generator) if self.study.features else self.clip(row, start, generator)
-        mask = torch.arange(self.args.n_frames) < min(self.study.audit(row).n_grid, self.args.n_frames)  # (T,)
-        return {"input": torch.from_numpy(pixels), "mask": mask, "target": self.objective.target[row],
-                "weight": self.objective.weight[row], "name": self.study.table.clip_ids[row]}
-
-    def frozen(self, row, start, generator):
-        """Features of the frozen backbone: of one of the random views, or of the start that is scored."""
-        if start is not None:
-            return self.study.features[row, start]
-        views = self.study.features["views"]
-        return views[torch.randint(len(views), (), generator=generator), row]
+        features = self.study.features
+        if features is None or features.views is None:
+            inputs = self.clip(row, start, generator)
+        elif start is None:
+            view = torch.randint(len(features.views), (), generator=generator)
+            inputs = features.views[view, row]
+        else:
+            inputs = features.scored[row, start]
+        mask = torch.from_numpy(self.study.mask(row))
+        sample = {"input": torch.from_numpy(inputs), "mask": mask}
+        if self.objective:
+            sample["target"] = self.objective.target[row]
+            sample["weight"] = self.objective.weight[row]
+        return sample
 
     def clip(self, row, start, generator):
         """uint8 (T, S, S, 3), black frames after the last real one."""
-        frames, length, size = self.study.frames(row), self.args.n_frames, self.args.image_size
+        frames = self.study.frames(row)
+        length = self.args.n_frames
+        size = self.args.image_size
         preset = "none" if self.presets is None else self.presets[row]
         if start is None:
-            first, last = self.study.start_range(row, jittered=True)
+            first, last = self.study.start_range(row, self.args.jitter_sec)
             start = first + int(torch.randint(last - first + 1, (), generator=generator))
         chosen = frames[start:start + length]
-        drawn = common.sample_augmentation(preset, generator)
         clip = np.zeros((length, size, size, 3), np.uint8)
-        clip[:len(chosen)] = (np.stack([common.eval_crop(frame, size) for frame in chosen]) if preset == "none"
-                              else common.augment_clip(chosen, drawn, size))
+        if preset == "none":
+            clip[:len(chosen)] = [common.eval_crop(frame, size) for frame in chosen]
+        else:
+            drawn = common.sample_augmentation(preset, generator)
+            clip[:len(chosen)] = common.augment_clip(chosen, drawn, size)
         return clip
 
 
-# --- model --------------------------------------------------------------------------
+# --- model and loss ----------------------------------------------------------------------
 
 class Head(nn.Module):
-    """(B, F) -> (B, K): dropout and a linear layer; scores are put on their scale, logits stay as they are.
+    """(B, F) -> (B, K): dropout and a linear layer, whose outputs are put on the scale of the task.
 
-    The first outputs lie about `centre`, the train mean or log prior; bounded: a sigmoid over this range.
+    bounded: a sigmoid over the range from `offset` to `offset + spread`.
     """
 
-    def __init__(self, n_features, n_outputs, dropout, bounded=False):
+    def __init__(self, n_features, n_outputs, dropout=0.0, bounded=False):
         super().__init__()
-        self.dropout, self.linear, self.bounded = nn.Dropout(dropout), nn.Linear(n_features, n_outputs), bounded
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(n_features, n_outputs)
+        self.bounded = bounded
         self.register_buffer("offset", torch.zeros(n_outputs))
         self.register_buffer("spread", torch.ones(n_outputs))
 
     def start_at(self, centre, offset, spread):
-        """Set the scale (K,) and a bias that gives `centre` (K,) where no feature speaks."""
-        centre, offset, spread = (torch.as_tensor(each, dtype=torch.float32) for each in (centre, offset, spread))
-        self.offset.copy_(offset)
-        self.spread.copy_(spread)
-        share = (centre - offset) / spread
-        self.linear.bias.data = torch.logit(share.clamp(0.01, 0.99)) if self.bounded else share
+        """Set the scale (K,) and a bias that gives `centre` (K,) where all features are 0."""
+        self.offset.copy_(torch.as_tensor(offset))
+        self.spread.copy_(torch.as_tensor(spread))
+        scaled = (torch.as_tensor(centre, dtype=torch.float32) - self.offset) / self.spread
+        if self.bounded:
+            scaled = torch.logit(scaled.clamp(0.01, 0.99))
+        self.linear.bias.data = scaled
 
     def forward(self, features):
         with torch.autocast(features.device.type, enabled=False):
-            raw = self.linear(self.dropout(features.float()))  # (B, F) -> (B, K)
-            return self.offset + self.spread * (torch.sigmoid(raw) if self.bounded else raw)
+            outputs = self.linear(self.dropout(features.float()))  # (B, F) -> (B, K)
+            if self.bounded:
+                outputs = torch.sigmoid(outputs)
+            return self.offset + self.spread * outputs
 
 
 class ClipNet(common.BackboneModel):
     """A torchvision video network over all frames at once: clips (B, T, 3, S, S) -> (B, K)."""
 
-    def __init__(self, backbone, n_features, head, freeze_norm=False):
+    def __init__(self, backbone, n_features, n_outputs, dropout=0.0, bounded=False,
+                 freeze_norm=False):
         super().__init__(backbone, freeze_norm)
-        self.head = head(n_features)
+        self.head = Head(n_features, n_outputs, dropout, bounded)
 
     def extract(self, clips, mask):
         """Features of the backbone: (B, T, 3, S, S) -> (B, F), on a CPU in fp32.
 
-        The bf16 weight gradients of small 3-D convolutions in oneDNN read memory that was never written (torch 2.14).
+        In bf16 oneDNN's weight gradients of small 3-D convolutions read memory that was never
+        written (torch 2.14).
         """
         with torch.autocast("cpu", enabled=False):
-            return self.backbone(clips.transpose(1, 2))  # (B, T, 3, S, S) -> (B, 3, T, S, S) -> (B, F)
+            return self.backbone(clips.transpose(1, 2))  # (B, 3, T, S, S) -> (B, F)
 
     def forward(self, clips, mask):
         # (B, T, 3, S, S) clips, or (B, F) features of a frozen backbone
-        return self.head(clips if clips.ndim == 2 else self.extract(clips, mask))  # (B, F) -> (B, K)
+        features = clips if clips.ndim == 2 else self.extract(clips, mask)
+        return self.head(features)  # (B, F) -> (B, K)
 
 
 class FrameLstm(common.BackboneModel):
-    """An image backbone frame by frame, then an LSTM: clips (B, T, 3, S, S), mask (B, T) -> (B, K)."""
+    """An image backbone frame by frame, then an LSTM: clips (B, T, 3, S, S), mask (B, T) -> (B, K).
+    """
 
-    def __init__(self, backbone, n_features, head, hidden, freeze_norm=False):
+    def __init__(self, backbone, n_features, n_outputs, hidden, dropout=0.0, bounded=False,
+                 freeze_norm=False):
         super().__init__(backbone, freeze_norm)
         self.n_features = n_features
         self.lstm = nn.LSTM(n_features, hidden, batch_first=True)
-        self.head = head(hidden)
+        self.head = Head(hidden, n_outputs, dropout, bounded)
 
     def extract(self, clips, mask):
-        """Features of the real frames, 0 for the others: (B, T, 3, S, S), mask (B, T) -> (B, T, F)."""
+        """Features of the real frames, 0 for the others: (B, T, 3, S, S), (B, T) -> (B, T, F)."""
         features = torch.zeros(*mask.shape, self.n_features, device=clips.device)
-        frames = clips.movedim(2, -1)[mask].movedim(-1, 1)  # only real ones, colours stay the last in memory
-        found = self.backbone(frames)  # (frames, 3, S, S) -> (frames, F)
+        frames = clips.movedim(2, -1)[mask]  # (frames, S, S, 3): colours stay the last in memory
+        found = self.backbone(frames.movedim(-1, 1))  # (frames, 3, S, S) -> (frames, F)
         return features.masked_scatter(mask[..., None], found.float())  # (B, T, F)
 
     def forward(self, clips, mask):
@@ -402,81 +544,93 @@ class FrameLstm(common.BackboneModel):
         with torch.autocast(features.device.type, enabled=False):
             states, _ = self.lstm(features.float())  # (B, T, F) -> (B, T, H)
         last = mask.sum(1).clamp(min=1) - 1  # (B,) index of the last real frame
-        return self.head(states[torch.arange(len(last), device=last.device), last])  # (B, H) -> (B, K)
+        rows = torch.arange(len(last), device=last.device)
+        return self.head(states[rows, last])  # (B, H) -> (B, K)
 
 
 def build_model(args, n_outputs):
     """The network that the flags (or a checkpoint's) describe; the seed decides the random part."""
     torch.manual_seed(common.hash_seed(args.seed))
-
-    def head(n_features):
-        return Head(n_features, n_outputs, args.dropout, args.bounded)
-    needed = FIXED_INPUT.get(args.model, (args.n_frames, args.image_size))
-    if needed != (args.n_frames, args.image_size):
-        raise common.UserError(f"--model {args.model} takes clips of --n_frames {needed[0]} --image_size {needed[1]} "
-                               f"alone, found {args.n_frames} and {args.image_size}")
-    if args.model == ONLY_FRAMES:
-        example = torch.zeros(1, 3, args.image_size, args.image_size)
-        parts = common.build_backbone(args.backbone, args.pretrained, args.weights, args.image_size)
-    else:
-        example = torch.zeros(1, 3, args.n_frames, args.image_size, args.image_size)
-        parts = common.build_backbone(args.model, args.pretrained, args.weights, args.image_size, family="video")
-    common.freeze_stages(parts[0], args.freeze_stages, example)
-    return (FrameLstm(*parts, head, args.hidden, args.freeze_norm) if args.model == ONLY_FRAMES
-            else ClipNet(*parts, head, args.freeze_norm))
+    n_frames, size = FIXED_INPUT.get(args.model, (args.n_frames, args.image_size))
+    if (n_frames, size) != (args.n_frames, args.image_size):
+        raise common.UserError(
+            f"--model {args.model} takes clips of --n_frames {n_frames} --image_size {size} alone, "
+            f"found {args.n_frames} and {args.image_size}")
+    is_lstm = args.model == CNN_LSTM
+    backbone, n_features = common.build_backbone(
+        args.backbone if is_lstm else args.model, args.pretrained, args.weights, size,
+        family="models" if is_lstm else "video")
+    example = torch.zeros(1, 3, size, size) if is_lstm else torch.zeros(1, 3, n_frames, size, size)
+    common.freeze_stages(backbone, args.freeze_stages, example)
+    head = {"dropout": args.dropout, "bounded": args.bounded}
+    if is_lstm:
+        return FrameLstm(backbone, n_features, n_outputs, args.hidden, **head,
+                         freeze_norm=args.freeze_norm)
+    return ClipNet(backbone, n_features, n_outputs, **head, freeze_norm=args.freeze_norm)
 
 
 def pixel_statistics(model_name):
     """(mean, sd) of the three colours that the published weights of a network expect."""
-    return (common.IMAGENET_MEAN, common.IMAGENET_STD) if model_name == ONLY_FRAMES else (KINETICS_MEAN, KINETICS_STD)
+    if model_name == CNN_LSTM:
+        return common.IMAGENET_MEAN, common.IMAGENET_STD
+    return KINETICS_MEAN, KINETICS_STD
 
-
-# --- the two tasks: what is learnt, and how it is measured --------------------------------
 
 class Behaviours:
     """--task classify: targets, loss and metrics of C classes, as the train rows weigh them."""
 
-    def __init__(self, args, table, train):
-        self.args, self.names = args, table.names
-        counts = np.bincount(table.label[train], minlength=len(self.names))
+    def __init__(self, args, study, train):
+        table = study.table
+        counts = np.bincount(table.label[train], minlength=len(table.names))
         if (counts == 0).any():
-            raise common.UserError(f"no train row of class {common.shorten_list(itertools.compress(self.names, counts == 0))}; "
+            lacking = common.shorten_list(itertools.compress(table.names, counts == 0))
+            raise common.UserError(f"no train row of class {lacking}; "
                                    "change the split or the label map")
-        self.positive = self.names.index(positive_class(args.positive_class, self.names, counts))
+        self.args = args
+        self.names = table.names
+        self.positive = study.positive
+        self.label = table.label
+        self.repeats = table.repeats
         self.prior = counts / counts.sum()
-        factor = np.ones(len(counts))
-        if args.balance == "weights":
-            factor = 1 / (len(counts) * self.prior)
-        if args.focal_alpha is not None:
-            factor = factor * np.where(np.arange(len(counts)) == self.positive, args.focal_alpha, 1 - args.focal_alpha)
-        self.factor = torch.tensor(factor / (factor * self.prior).sum(), dtype=torch.float32)  # mean 1 over train rows
-        self.label, self.repeats = table.label, table.repeats
-        self.target = nn.functional.one_hot(torch.tensor(np.maximum(table.label, 0)), len(counts)).float()  # (N, C)
-        self.weight = torch.tensor(sample_weights(table, args.sample_weight), dtype=torch.float32)  # (N,)
-        self.default_select = f"{self.names[self.positive]}_average_precision"
+        self.class_weight = class_weights(args, self.prior, study.positive)
+        known = torch.tensor(np.maximum(table.label, 0))
+        self.target = nn.functional.one_hot(known, len(counts)).float()  # (N, C)
+        self.weight = torch.from_numpy(sample_weights(table, args.sample_weight)).float()  # (N,)
+        self.metrics = common.classification_names(table.names)  # name of --select -> metric
+        self.default_select = f"{table.names[study.positive]}_average_precision"
 
     def rows(self, train):
-        """Train rows as often as the manifest repeats them, the positive class up to --boost_to: (n,) -> (m,)."""
+        """Train rows as often as they are seen in an epoch: (n,) -> (m,).
+
+        Rows that the manifest repeats are repeated, then the positive class up to --boost_to.
+        """
         train = np.repeat(train, self.repeats[train])
-        rare, share = train[self.label[train] == self.positive], self.args.boost_to or 0
-        wanted = round(share * (len(train) - len(rare)) / (1 - share))  # rows of the positive class
+        rare = train[self.label[train] == self.positive]
+        n_others = len(train) - len(rare)
+        wanted = round(self.args.boost_to * n_others / (1 - self.args.boost_to))
         return np.concatenate([train, np.resize(rare, max(0, wanted - len(rare)))])
 
     def sampler_weights(self, rows):
         """(n,) chances that draw all classes alike, or None."""
-        return 1 / np.bincount(self.label[rows])[self.label[rows]] if self.args.balance == "sampler" else None
+        if self.args.balance != "sampler":
+            return None
+        label = self.label[rows]
+        return 1 / np.bincount(label)[label]
 
-    def trained_prior(self, rows):
-        """(C,) class shares as the loss saw them: drawn by the sampler, repeated, weighted."""
-        share = np.bincount(self.label[rows], minlength=len(self.names)) * self.factor.numpy()
-        return np.full(len(share), 1 / len(share)) if self.args.balance == "sampler" else share / share.sum()
+    def prior_shift(self, rows):
+        """(C,) to add to the logits: from the class shares trained on to those of the data."""
+        n_classes = len(self.names)
+        seen = np.bincount(self.label[rows], minlength=n_classes) * self.class_weight.numpy()
+        if self.args.balance == "sampler":
+            seen = np.ones(n_classes)
+        return calibrating.prior_correction(np.zeros(n_classes), self.prior, seen / seen.sum())
 
     def scale(self):
         """(centre, offset, spread) of the head, (C,) each: the first output is the log prior."""
         return np.log(self.prior), np.zeros(len(self.prior)), np.ones(len(self.prior))
 
     def loss(self, logits, target, weight):
-        """Mean over the batch: (B, C) logits, (B, C) class shares (mixup), (B,) weights -> float tensor.
+        """Mean over the batch: logits and class shares (B, C), weights (B,) -> float tensor.
 
         Focal loss: Lin et al. 2017, with the probability of the target mixture.
         """
@@ -484,38 +638,61 @@ class Behaviours:
         smooth = target * (1 - smoothing) + smoothing / target.shape[1]
         error = -(smooth * torch.log_softmax(logits, 1)).sum(1)  # (B,)
         if self.args.loss == "focal":
-            error = error * (1 - (target * torch.softmax(logits, 1)).sum(1)) ** self.args.focal_gamma
-        return (error * weight * (target @ self.factor.to(target.device))).mean()
+            probability = (target * torch.softmax(logits, 1)).sum(1)
+            error = error * (1 - probability) ** self.args.focal_gamma
+        class_weight = target @ self.class_weight.to(target.device)  # (B, C) -> (B,)
+        return (error * weight * class_weight).mean()
 
     def history(self, logits, rows):
         """{metric: value} of the rows at their natural class shares, for a row of the history."""
-        values = common.classification_metrics(common.softmax(logits), self.label[rows], names=self.names,
-                                               positive=self.positive)
-        return {name: value for name, value in values.items() if name not in ("n", "confusion")}
+        values = common.classification_metrics(
+            common.softmax(logits), self.label[rows], names=self.names, positive=self.positive)
+        del values["n"], values["confusion"]
+        return values
 
-    def select(self, wanted):
-        """--select -> (history column, higher is better). Raises UserError that names the closest."""
-        known = common.classification_names(self.names)
-        return select_column(known, wanted or self.default_select)
+    def record(self, shift):
+        """What a checkpoint says of the classes; shift (C,) is added to the logits."""
+        return {"positive": self.names[self.positive], "prior": list(self.prior),
+                "prior_shift": list(shift)}
+
+
+def class_weights(args, prior, positive):
+    """(C,) float32 weights of the classes in the loss, whose mean over the train rows is 1."""
+    weights = np.ones(len(prior))
+    if args.balance == "weights":
+        weights /= prior
+    if args.focal_alpha is not None:
+        is_positive = np.arange(len(prior)) == positive
+        weights *= np.where(is_positive, args.focal_alpha, 1 - args.focal_alpha)
+    return torch.tensor(weights / (weights * prior).sum(), dtype=torch.float32)
 
 
 class Scores:
     """--task regress: targets, loss and metrics of R scores, on the scale of the train rows."""
+    metrics = {name: name for name in ("loss", "mse", "mae", "r2", "pearson_r")}
+    default_select = "loss"
+    positive = None
 
-    def __init__(self, args, table, train):
-        self.args, self.names, target = args, table.names, table.target
-        self.mean, self.sd = np.nanmean(target[train], axis=0), np.nanstd(target[train], axis=0)
-        constant = self.sd < 1e-9
-        if constant.any() or np.isnan(self.mean).any():
-            raise common.UserError("the same score in every train row, or none, is nothing to learn: "
-                                   f"{common.shorten_list(itertools.compress(self.names, ~(self.sd >= 1e-9)))}; leave it out "
-                                   "with --target_columns")
-        self.low, self.high = np.nanmin(target[train], axis=0), np.nanmax(target[train], axis=0)
-        self.values, self.repeats = target, table.repeats
-        self.target = torch.tensor(target, dtype=torch.float32)  # (N, R), NaN = missing
-        self.weight = torch.tensor(sample_weights(table, args.sample_weight), dtype=torch.float32)  # (N,)
-        self.target_weight = torch.tensor(target_weights(args.target_weights, self.names), dtype=torch.float32)
-        self.total, self.parts = score_tables.total_and_parts(self.names)
+    def __init__(self, args, study, train):
+        table = study.table
+        self.args = args
+        self.names = table.names
+        self.repeats = table.repeats
+        self.values = table.target
+        self.mean = np.nanmean(table.target[train], axis=0)
+        self.sd = np.nanstd(table.target[train], axis=0)
+        self.low = np.nanmin(table.target[train], axis=0)
+        self.high = np.nanmax(table.target[train], axis=0)
+        varies = self.sd >= 1e-9  # False for NaN: no train row has the score
+        if not varies.all():
+            raise common.UserError(
+                "the same score in every train row, or none, is nothing to learn: "
+                f"{common.shorten_list(itertools.compress(table.names, ~varies))}; "
+                "leave it out with --target_columns")
+        self.target = torch.tensor(table.target, dtype=torch.float32)  # (N, R), NaN = missing
+        self.weight = torch.from_numpy(sample_weights(table, args.sample_weight)).float()  # (N,)
+        self.target_weight = target_weights(args.target_weights, table.names)
+        self.total, self.parts = score_tables.total_and_parts(table.names)
 
     def rows(self, train):
         """Train rows, as often as the table repeats them: (n,) -> (m,)."""
@@ -525,6 +702,10 @@ class Scores:
         """No weighted sampling of scores."""
         return None
 
+    def prior_shift(self, rows):
+        """Nothing to correct in scores."""
+        return 0.0
+
     def scale(self):
         """(centre, offset, spread) of the head, (R,) each: the first output is the train mean."""
         if self.args.bounded:
@@ -532,108 +713,114 @@ class Scores:
         return self.mean, self.mean, self.sd
 
     def loss(self, predicted, target, weight):
-        """Mean over rows of each row's mean over its labelled scores, errors in sd: (B, R), (B, R), (B,) -> tensor.
+        """Mean over rows of each row's mean over its labelled scores: (B, R), (B, R), (B,) -> tensor.
 
-        A missing score is NaN in target and counts nothing. Consistency: squared (total - sum of parts) in sd of the
-        total, for every row, labelled or not.
+        Errors are in sd; a missing score is NaN in target and does not count. Consistency: squared
+        (total - sum of parts) in sd of the total, for every row, labelled or not.
         """
         sd = torch.as_tensor(self.sd, dtype=torch.float32, device=predicted.device)
         labelled = ~torch.isnan(target)  # (B, R), True = a score is there
-        pointwise = nn.functional.smooth_l1_loss if self.args.loss == "smooth_l1" else nn.functional.mse_loss
-        error = pointwise(predicted / sd, torch.where(labelled, target, predicted.detach()) / sd, reduction="none")
-        share = labelled * self.target_weight.to(predicted.device)
-        loss = ((error * share).sum(1) / share.sum(1).clamp(min=1e-9) * weight).mean()
+        known = torch.where(labelled, target, predicted.detach())
+        pointwise = nn.functional.mse_loss
+        if self.args.loss == "smooth_l1":
+            pointwise = nn.functional.smooth_l1_loss
+        error = pointwise(predicted / sd, known / sd, reduction="none")
+        cell_weight = labelled * self.target_weight.to(predicted.device)
+        row_error = (error * cell_weight).sum(1) / cell_weight.sum(1).clamp(min=1e-9)
+        loss = (row_error * weight).mean()
         if self.parts and self.args.consistency_weight:
-            gap = (predicted[:, self.total] - predicted[:, self.parts].sum(1)) / sd[self.total]
-            loss = loss + self.args.consistency_weight * (gap ** 2).mean()
+            gap = predicted[:, self.total] - predicted[:, self.parts].sum(1)
+            loss = loss + self.args.consistency_weight * ((gap / sd[self.total]) ** 2).mean()
         return loss
 
     def history(self, predicted, rows):
-        """{metric: value} of the rows, means over the scores in their units; loss: that of training."""
+        """{metric: value} of the rows, means over the scores in their units; loss: of training."""
         means = common.mean_metrics(common.regression_metrics(predicted, self.values[rows]))
-        loss = self.loss(torch.tensor(predicted, dtype=torch.float32), self.target[rows], self.weight[rows])
-        return {"loss": float(loss), **{name: means[name] for name in ("mse", "mae", "r2", "pearson_r")}}
+        predicted = torch.tensor(predicted, dtype=torch.float32)
+        loss = self.loss(predicted, self.target[rows], self.weight[rows])
+        return {"loss": float(loss)} | {name: means[name] for name in self.metrics if name in means}
 
-    def select(self, wanted):
-        """--select -> (history column, higher is better). Raises UserError that names the closest."""
-        return select_column({name: name for name in ("loss", "mse", "mae", "r2", "pearson_r")}, wanted)
+    def record(self, shift):
+        """What a checkpoint says of the scores."""
+        return {"label_sd": self.sd}
+
+
+def target_weights(pairs, names):
+    """--target_weights NAME=W ... -> (R,) float32 tensor, 1 where not named. Raises UserError."""
+    weights = torch.ones(len(names))
+    keys = [event_tables.column_key(name) for name in names]
+    for text in pairs or []:
+        name, _, value = text.rpartition("=")
+        key = event_tables.column_key(name)
+        if key not in keys or not csv_tables.NUMBER.fullmatch(value) or float(value) < 0:
+            raise common.UserError(f"--target_weights expects NAME=WEIGHT of "
+                                   f"{common.shorten_list(names, 40)}, found {text!r}")
+        weights[keys.index(key)] = float(value)
+    return weights
 
 
 TASKS = {"classify": Behaviours, "regress": Scores}
 
 
-def positive_class(wanted, names, counts):
-    """The class that matters: as asked for, in any case, else the rarest. Raises UserError."""
-    spelled = {name.casefold(): name for name in names}
-    if wanted and wanted.casefold() not in spelled:
-        raise common.UserError(f"--positive_class {wanted} is no class{common.closest(wanted, names)} "
-                               f"(found: {common.shorten_list(names)})")
-    return spelled[wanted.casefold()] if wanted else names[int(np.argmin(counts))]
-
-
-def select_column(known, wanted):
-    """Name as typed -> (val_ column or 'last', higher is better), from {spelling: metric}. Raises UserError."""
-    name = wanted.removeprefix("val_")
+def select_column(wanted, objective):
+    """--select as typed -> (val_ column or 'last', higher is better). Raises UserError."""
+    name = (wanted or objective.default_select).removeprefix("val_")
     if name == "last":
         return "last", True
-    if name not in known:
-        raise common.UserError(f"--select {wanted} is no metric of this run{common.closest(name, known)}; "
-                               f"metrics: {common.shorten_list(known, 40)}, last")
-    return f"val_{known[name]}", not known[name].endswith(common.LOWER_IS_BETTER)
-
-
-def target_weights(pairs, names):
-    """--target_weights NAME=W ... -> (R,) float64, 1 where not named. Raises UserError."""
-    weights = dict.fromkeys(names, 1.0)
-    spelled = {event_tables.column_key(name): name for name in names}
-    for text in pairs or []:
-        name, _, value = text.rpartition("=")
-        if event_tables.column_key(name) not in spelled or not csv_tables.NUMBER.fullmatch(value) or float(value) < 0:
-            raise common.UserError(f"--target_weights expects NAME=WEIGHT of {common.shorten_list(names, 40)}, found {text!r}")
-        weights[spelled[event_tables.column_key(name)]] = float(value)
-    return np.array(list(weights.values()))
+    if name not in objective.metrics:
+        raise common.UserError(
+            f"--select {wanted} is no metric of this run{common.closest(name, objective.metrics)}; "
+            f"metrics: {common.shorten_list(objective.metrics, 40)}, last")
+    metric = objective.metrics[name]
+    return f"val_{metric}", not metric.endswith(common.LOWER_IS_BETTER)
 
 
 # --- training ---------------------------------------------------------------------------
 
 def make_loaders(study, split, objective, args, compute):
-    """Loader of the augmented train clips, and {part: loader} of the train, val and test clips as they are."""
-    presets = augment_presets(study.table, args.augment_for, args.augment, tuple(common.AUGMENTATIONS))
+    """Loader of the augmented train clips, and {part: loader} of the clips that are scored."""
+    presets = augment_presets(study.table, args.augment_for, args.augment)
     cached = study.store.cache == "ram" or args.freeze_backbone
     rows = objective.rows(split["train"])
-    training = common.make_loader(Clips(study, rows, objective, args, True, presets), args.batch_size, args, compute,
-                                  True, cached, objective.sampler_weights(rows))
-    scoring = {part: common.make_loader(Clips(study, split[part], objective, args, False), args.val_batch_size, args,
-                                        compute, False, cached) for part in split if len(split[part])}
+    training = common.make_loader(
+        Clips(study, rows, args, presets, objective), args.batch_size, args, compute, True, cached,
+        objective.sampler_weights(rows))
+    scoring = {
+        part: common.make_loader(
+            Clips(study, rows, args), args.val_batch_size, args, compute, False, cached)
+        for part, rows in split.items() if len(rows)}
     return training, scoring
 
 
 def to_device(batch, args, compute):
-    """Batch -> clips (B, T, 3, S, S) normalised, or features; mask (B, T); target (B, K); weight (B,)."""
+    """Batch -> clips (B, T, 3, S, S) normalised, or features; mask (B, T)."""
     clips = batch["input"]
     if clips.dtype == torch.uint8:
-        # memory stays in the order B, T, S, S, 3: channels_last for pictures and for clips alike
-        frames = common.to_input(clips.flatten(0, 1), compute.device, *pixel_statistics(args.model))
+        # memory stays in the order B, T, S, S, 3: channels_last for pictures and clips alike
+        mean, sd = pixel_statistics(args.model)
+        frames = common.to_input(clips.flatten(0, 1), compute.device, mean, sd)
         clips = frames.unflatten(0, clips.shape[:2])  # (B * T, 3, S, S) -> (B, T, 3, S, S)
-    mask, target, weight = (batch[name].to(compute.device, non_blocking=True) for name in ("mask", "target", "weight"))
-    return clips.to(compute.device), mask, target, weight
+    return clips.to(compute.device), batch["mask"].to(compute.device, non_blocking=True)
 
 
-def mixed_up(clips, target, alpha):
-    """mixup (Zhang et al. 2018): each clip and target with a share of another one of its batch; alpha 0: unchanged."""
+def mix_up(clips, target, alpha):
+    """mixup (Zhang et al. 2018): each clip and its target, blended with another of its batch."""
     if not alpha:
         return clips, target
-    share = float(torch.distributions.Beta(alpha, alpha).sample())
+    first = float(torch.distributions.Beta(alpha, alpha).sample())
     order = torch.randperm(len(clips)).to(clips.device)
-    return share * clips + (1 - share) * clips[order], share * target + (1 - share) * target[order]
+    clips = first * clips + (1 - first) * clips[order]
+    return clips, first * target + (1 - first) * target[order]
 
 
 def train_one_epoch(model, loader, objective, training, args, compute):
     """One pass over the train rows; returns {'train_loss': mean over the rows}."""
     model.train()
     for batch in training.batches(loader):
-        clips, mask, target, weight = to_device(batch, args, compute)
-        clips, target = mixed_up(clips, target, args.mixup)
+        clips, mask = to_device(batch, args, compute)
+        target = batch["target"].to(compute.device, non_blocking=True)
+        weight = batch["weight"].to(compute.device, non_blocking=True)
+        clips, target = mix_up(clips, target, args.mixup)
         with compute.autocast():
             outputs = model(clips, mask)  # (B, T, 3, S, S) -> (B, K)
         training.step(objective.loss(outputs.float(), target, weight))
@@ -642,105 +829,131 @@ def train_one_epoch(model, loader, objective, training, args, compute):
 
 @torch.no_grad()
 def evaluate(model, loader, args, compute):
-    """Whole split at once -> (M, K) float64 outputs of its rows, over all clips of a row by --aggregation."""
+    """Whole split at once -> (M, K) float64 outputs of its rows, their clips by --aggregation."""
     model.eval()
     outputs = []
     for batch in loader:
-        clips, mask, _, _ = to_device(batch, args, compute)
+        clips, mask = to_device(batch, args, compute)
         with compute.autocast():
             outputs.append(model(clips, mask).float().cpu())  # (B, T, 3, S, S) -> (B, K)
-    outputs = torch.cat(compute.processes.gather(outputs)).double().numpy()  # (views, K)
-    place = loader.dataset.place  # (views,)
-    first = np.flatnonzero(np.append(True, np.diff(place)))
+    outputs = torch.cat(compute.processes.gather(outputs)).double().numpy()  # (clips, K)
+    row_of = np.array([row for row, _ in loader.dataset.views])  # (clips,)
+    first = np.flatnonzero(np.diff(row_of, prepend=-1))  # (M,) where the clips of a row begin
     if args.aggregation == "max":
         return np.maximum.reduceat(outputs, first)
-    return np.add.reduceat(outputs, first) / np.bincount(place)[:, None]
+    n_clips = np.diff(first, append=len(outputs))
+    return np.add.reduceat(outputs, first) / n_clips[:, None]
+
+
+@dataclasses.dataclass
+class Fitted:
+    """A network at its best epoch."""
+    outputs: dict  # part -> (M, K) scores, or logits at the natural class shares
+    objective: Behaviours | Scores
+    history: list
+    best_epoch: int
+    calibration: dict | None  # temperature and threshold from the val rows; None for scores
 
 
 def fit(run, args, study, split):
-    """Train on split['train'], choose the epoch on split['val']; ({part: outputs (M, K)}, Training, objective)."""
-    compute, objective = run.compute, TASKS[args.task](args, study.table, split["train"])
-    select, higher_is_better = objective.select(args.select)
+    """Train on split['train'], choose the epoch on split['val']; returns Fitted."""
+    compute = run.compute
+    objective = TASKS[args.task](args, study, split["train"])
+    column, higher_is_better = select_column(args.select, objective)
     train_loader, loaders = make_loaders(study, split, objective, args, compute)
+    shift = objective.prior_shift(objective.rows(split["train"]))
     model = build_model(args, len(objective.names))
     model.head.start_at(*objective.scale())
     if args.init_from:
-        common.load_state(model, common.starting_weights(args.init_from, names=objective.names), args.init_from)
+        state = common.starting_weights(args.init_from, names=objective.names)
+        common.load_state(model, state, args.init_from)
     model = compute.place(model)
     model.freeze_backbone(args.freeze_backbone)
-    rest = nn.ModuleList([module for name, module in model.named_children() if name != "backbone"])
+    rest = nn.ModuleList(
+        [module for name, module in model.named_children() if name != "backbone"])
     optimizer = common.build_optimizer([(model.backbone, args.backbone_lr_mult), (rest, 1.0)], args)
-    shift = prior_shift(objective, train_loader.dataset.rows) if args.task == "classify" else 0.0
-    training = common.Training(run, model, optimizer, args, select, lambda: describe(args, objective, shift),
-                               higher_is_better)
+    training = common.Training(
+        run, model, optimizer, args, column, lambda: describe(args, objective, shift),
+        higher_is_better)
     for _ in training.epochs():
         row = train_one_epoch(model, train_loader, objective, training, args, compute)
-        scored = evaluate(model, loaders["val"], args, compute)
-        values = objective.history(scored + shift, split["val"])
-        training.end_epoch({**row, **{f"val_{name}": value for name, value in values.items()}})
+        outputs = evaluate(model, loaders["val"], args, compute) + shift
+        for name, value in objective.history(outputs, split["val"]).items():
+            row[f"val_{name}"] = value
+        training.end_epoch(row)
     best = common.load_model_file(run.path("best_model.pth"), common.script_name())
     common.load_state(model, best["model"], "best_model.pth")
-    outputs = {part: evaluate(model, loader, args, compute) + shift for part, loader in loaders.items()}
+    outputs = {}
+    for part, loader in loaders.items():
+        outputs[part] = evaluate(model, loader, args, compute) + shift
+    calibration = None
     if args.task == "classify":
-        best["calibration"] = calibrate(outputs["val"], objective.label[split["val"]], objective.positive)
+        label = objective.label[split["val"]]
+        calibration = calibrate(outputs["val"], label, objective.positive)
+        best["calibration"] = calibration
         common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
-    return outputs, training, objective
-
-
-def prior_shift(objective, rows):
-    """(C,) to add to the logits, so that they speak of the class shares of the data and not of those trained on."""
-    return calibrating.prior_correction(np.zeros(len(objective.names)), objective.prior, objective.trained_prior(rows))
+        common.write_json(run.path("calibration.json"), calibration)
+    progress = training.progress
+    return Fitted(outputs, objective, progress.history, progress.best_epoch, calibration)
 
 
 def describe(args, objective, shift):
-    """What predict needs beside the weights: architecture, names, scaling, the shift to the natural class shares."""
+    """What predict needs beside the weights: architecture, names, pixel scale, prior shift."""
     mean, sd = pixel_statistics(args.model)
-    described = {"architecture": {name: getattr(args, name) for name in ARCHITECTURE}, "names": objective.names,
-                 "pixel_mean": list(mean), "pixel_sd": list(sd)}
-    if args.task == "classify":
-        return {**described, "positive": objective.names[objective.positive], "prior": list(objective.prior),
-                "prior_shift": list(shift)}
-    return {**described, "label_sd": objective.sd}
+    return {
+        "architecture": {name: getattr(args, name) for name in ARCHITECTURE},
+        "names": objective.names,
+        "pixel_mean": list(mean),
+        "pixel_sd": list(sd),
+        **objective.record(shift),
+    }
 
 
 @torch.no_grad()
-def extract_features(model, dataset, epoch, args, compute, batch_size=16):
-    """float32 features of every view of a dataset through an untuned backbone: (views, F) or (views, T, F)."""
+def extract_features(model, clips, epoch, args, compute):
+    """float32 features of every clip through an untuned backbone: (clips, F) or (clips, T, F)."""
     model.eval()
+    loader = common.make_loader(clips, 16, args, compute, False)
+    loader.batch_sampler.epoch = epoch
     features = []
-    for start in range(0, len(dataset), batch_size):
-        samples = [dataset[epoch, i] for i in range(start, min(start + batch_size, len(dataset)))]
-        batch = torch.utils.data.default_collate(samples)
-        clips, mask, _, _ = to_device(batch, args, compute)
+    for batch in loader:
+        inputs, mask = to_device(batch, args, compute)
         with compute.autocast():
-            features.append(model.extract(clips, mask).float().cpu())
-    return torch.cat(features).numpy()
+            features.append(model.extract(inputs, mask).float().cpu())
+    return torch.cat(compute.processes.gather(features)).numpy()
 
 
-def prepare_features(run, args, study):
-    """study.pooled for the baselines; with --freeze_backbone study.features too, once for all folds."""
+def pool_over_time(features, mask):
+    """Mean and SD over the real frames, which tells still clips from moving ones.
+
+    features: (N, T, F), mask: (N, T), True = a real frame; returns (N, 2 F).
+    """
+    mask = mask[..., None]  # (N, T, 1)
+    count = mask.sum(1)
+    mean = (features * mask).sum(1) / count
+    deviation = (features - mean[:, None]) * mask
+    sd = np.sqrt((deviation ** 2).sum(1) / count)
+    return np.concatenate([mean, sd], axis=1)
+
+
+def with_features(run, args, study):
+    """The study with Features: for the baselines, and with --freeze_backbone for training."""
+    compute = run.compute
     rows = np.arange(len(study.table))
-    model = run.compute.place(build_model(args, len(study.table.names)))
-    objective = TASKS[args.task](args, study.table, rows)
-    middle = dataclasses.replace(study, args=argparse.Namespace(**{**vars(args), "clips_per_event": 1}))
-    plain = Clips(middle, rows, objective, args, False)
-    features = extract_features(model, plain, 0, args, run.compute)
-    study.pooled = features
-    if features.ndim == 3:  # (N, T, F): mean and sd over the real frames, which tells still clips from moving ones
-        mask = np.stack([plain[0, i]["mask"].numpy() for i in range(len(plain))])[..., None]  # (N, T, 1)
-        count = mask.sum(1)
-        mean = (features * mask).sum(1) / count
-        spread = np.sqrt((((features - mean[:, None]) * mask) ** 2).sum(1) / count)
-        study.pooled = np.concatenate([mean, spread], axis=1)
-    if not args.freeze_backbone:
-        return
-    presets = augment_presets(study.table, args.augment_for, args.augment, tuple(common.AUGMENTATIONS))
-    random_views = Clips(study, rows, objective, args, True, presets)
-    scored = Clips(study, rows, objective, args, False)
-    plain = extract_features(model, scored, 0, args, run.compute)
-    views = np.stack([extract_features(model, random_views, view, args, run.compute)
-                      for view in range(args.feature_views)])
-    study.features = {"views": views, **dict(zip(scored.views, plain))}
+    model = compute.place(build_model(args, len(study.table.names)))
+    one_clip = argparse.Namespace(**{**vars(args), "clips_per_event": 1})
+    middle = Clips(dataclasses.replace(study, args=one_clip), rows, args)
+    pooled = extract_features(model, middle, 0, args, compute)
+    if pooled.ndim == 3:
+        pooled = pool_over_time(pooled, np.stack([study.mask(row) for row in rows]))
+    features = Features(pooled)
+    if args.freeze_backbone:
+        random = Clips(study, rows, args, augment_presets(study.table, args.augment_for, args.augment))
+        features.views = np.stack([extract_features(model, random, view, args, compute)
+                                   for view in range(args.feature_views)])
+        scored = Clips(study, rows, args)
+        features.scored = dict(zip(scored.views, extract_features(model, scored, 0, args, compute)))
+    return dataclasses.replace(study, features=features)
 
 
 # --- results: outputs -> whole-split metric -> run folder ---------------------------------------
@@ -754,6 +967,7 @@ class Scored:
     part: str  # val, test or folds
     trained_on: list  # (train rows, scored rows) of each fold, one pair without folds
     calibration: list | None = None  # (M,) entries: temperature and threshold fitted on other rows; classify
+    sd: np.ndarray | None = None  # (M, R) over the members of an ensemble; regress
 
 
 def calibrate(logits, label, positive):
@@ -778,7 +992,7 @@ def decision_of(scored):
 def baselines(study, train, rows):
     """{name: (M, K)} of what trains no network: what is frequent, and a linear model on the untuned features."""
     table, groups = study.table, None if study.clusters is None else study.clusters[train]
-    x, size = study.pooled, len(rows)
+    x, size = study.features.pooled, len(rows)
     if table.target is None:
         logistic = baseline_models.fit_logistic(x[train], table.label[train], len(table.names), groups=groups, sd_floor=0.01)
         return {"train_prior": baseline_models.prior_baseline(table.label[train], size, len(table.names)),
@@ -812,7 +1026,10 @@ def write_predictions(path, study, scored):
     if study.clusters is not None:
         keys["group"] = study.clusters[rows]
     if table.target is not None:
-        values = {"true": table.target[rows], "predicted": scored.outputs, **scored.baselines}
+        values = {"true": table.target[rows], "predicted": scored.outputs}
+        if scored.sd is not None:
+            values["sd"] = scored.sd
+        values |= scored.baselines
         return prediction_tables.write_target_table(path, keys, table.names, values)
     probability, threshold = decision_of(scored)
     chosen = common.predicted_class(probability, threshold, study.positive)
@@ -1195,11 +1412,11 @@ def fold_rows_of(folds):
 # --- one run, or one run per fold -------------------------------------------------------------
 
 def prepare_split(run, args, study, split):
-    """Write splits.json and the leakage report; refuse a split that leaks events, copies or the groups it keeps whole."""
+    """Write splits.json and the leakage report; refuse a split that leaks."""
     audits = [study.audit(row) for row in range(len(study.table))]
+    shas = [audit.pixel_sha for audit in audits]
     phash = np.array([audit.phash for audit in audits], dtype=np.uint64)
-    report = event_audit.audit_table(study.table, split, [audit.pixel_sha for audit in audits], phash,
-                                     gap_sec=args.gap_sec)
+    report = event_audit.audit_table(study.table, split, shas, phash, gap_sec=args.gap_sec)
     keeps_groups = args.group_column and args.split_by in (None, "group")
     stopping = splitting.STOPPING_LEAKS if keeps_groups else ("events", "exact_duplicates")
     splitting.record_split(run, split, study.table.clip_ids, report, stopping)
@@ -1209,123 +1426,135 @@ def run_split(run, args, study, split):
     """Train and score one split; returns {part: Scored} of the held-out rows."""
     prepare_split(run, args, study, split)
     if args.dry_run:
-        split = {part: some_of(study, rows, 2 * args.batch_size) for part, rows in split.items()}
-    if study.pooled is None:
-        prepare_features(run, args, study)
+        split = {part: few_rows(study.table, rows, 2 * args.batch_size)
+                 for part, rows in split.items()}
+    if study.features is None:
+        study = with_features(run, args, study)
     run.write_args(**study.record(split))
-    outputs, training, objective = fit(run, args, study, split)
-    study.positive = getattr(objective, "positive", None)
-    scored, calibration = {}, None
-    if args.task == "classify":
-        calibration = calibrate(outputs["val"], objective.label[split["val"]], objective.positive)
-        common.write_json(run.path("calibration.json"), calibration)
+    fitted = fit(run, args, study, split)
+    scored = {}
     for part in ("val", "test"):
-        if len(split[part]):
-            rows = split[part]
-            fitted = [calibration] * len(rows) if calibration and part == "test" else None
-            scored[part] = Scored(rows, outputs[part], baselines(study, split["train"], rows), part,
-                                  [(split["train"], rows)], fitted)
+        rows = split[part]
+        if len(rows):
+            others = baselines(study, split["train"], rows)
+            is_calibrated = fitted.calibration and part == "test"
+            scored[part] = Scored(
+                rows, fitted.outputs[part], others, part, [(split["train"], rows)],
+                [fitted.calibration] * len(rows) if is_calibrated else None)
             write_predictions(run.path(f"predictions_{part}.csv"), study, scored[part])
-    plotting.plot_history(plotted(training.progress.history, objective), run.path("training_history.png"), training.progress.best_epoch)
-    gaps = [objective.history(outputs[part], split[part]) for part in ("train", "val")]
-    alarms = verdicts.split_gap_alarms(*gaps, "roc_auc" if args.task == "classify" else "pearson_r")
-    report_results(run, args, study, split, scored.get("test", scored["val"]), alarms, training.progress.best_epoch)
+    plotting.plot_history(plotted_history(fitted), run.path("training_history.png"),
+                          fitted.best_epoch)
+    train, val = (fitted.objective.history(fitted.outputs[part], split[part])
+                  for part in ("train", "val"))
+    alarms = verdicts.split_gap_alarms(
+        train, val, "roc_auc" if args.task == "classify" else "pearson_r")
+    report_results(run, args, study, split, scored.get("test", scored["val"]), alarms,
+                   fitted.best_epoch)
     return scored
 
 
-def plotted(history, objective):
-    """The history without what would crowd the plot: of classes only the positive one, one of several like metrics."""
-    others = [f"val_{name}_" for name in objective.names if name != objective.names[getattr(objective, "positive", 0)]]
+def plotted_history(fitted):
+    """The history for its plot: of the classes only the positive one, one of several like metrics."""
+    names = fitted.objective.names
+    kept = names[fitted.objective.positive or 0]
+    others = tuple(f"val_{name}_" for name in names if name != kept)
     left_out = (*others, "val_ece_adaptive", "val_brier", "val_mcc", "val_mse")
-    return [{name: value for name, value in row.items() if not name.startswith(left_out)} for row in history]
+    return [{name: value for name, value in row.items() if not name.startswith(left_out)}
+            for row in fitted.history]
 
 
-def some_of(study, rows, count):
-    """A few rows for a dry run, of every class."""
-    if study.table.target is not None:
+def few_rows(table, rows, count):
+    """About `count` of the rows for a dry run, some of every class."""
+    if table.label is None:
         return rows[:count]
-    turn = np.zeros(len(rows), int)
-    for c in range(len(study.table.names)):
-        here = study.table.label[rows] == c
-        turn[here] = np.arange(here.sum())
-    return np.sort(rows[np.argsort(turn, kind="stable")[:count]])
-
-
-def folds_of(args, study):
-    """List of {train, val, test} rows: from --cv_file, or dealt out by groups; the test groups stay outside."""
-    table = study.table
-    kept = event_tables.group_mask(table, args.test_groups) if args.test_groups else np.zeros(len(table), bool)
-    test, rest = np.flatnonzero(kept), np.flatnonzero(~kept)
-    if args.cv_file:
-        folds = score_tables.read_cv_file(args.cv_file, table)
-        return [{"train": np.setdiff1d(fold["train"], test), "val": np.setdiff1d(fold["val"], test), "test": test}
-                for fold in folds]
-    fold_of = splitting.make_folds(len(rest), args.folds, study.strata[rest], split_units(args, study)[rest], args.seed,
-                                table.clip_ids[rest])
-    return [{"train": rest[fold_of != k], "val": rest[fold_of == k], "test": test} for k in range(args.folds)]
-
-
-def split_units(args, study):
-    """(N,) what a split keeps whole: by --split_by, else the coarsest unit there is."""
-    return event_tables.split_keys(study.table, args.split_by)
+    classes = [rows[table.label[rows] == c] for c in range(len(table.names))]
+    per_class = math.ceil(count / len(classes))
+    return np.sort(np.concatenate([of_class[:per_class] for of_class in classes]))
 
 
 def split_of(args, study):
-    """The split of the flags: by the manifests' parts, by --test_groups, by ratios or from --split_file."""
-    table, parts = study.table, study.table.parts
-    if (parts != "").any():
-        split = {part: np.flatnonzero(parts == part) for part in ("train", "val", "test")}
-        return split if len(split["val"]) else {**split, **part_of_train(args, study, split["train"])}
-    units = split_units(args, study)
+    """The split of the flags: by the manifests' parts, --test_groups, ratios or --split_file."""
+    table = study.table
+    if (table.parts != "").any():
+        split = {part: np.flatnonzero(table.parts == part) for part in PARTS}
+        return split if len(split["val"]) else split | part_of_train(args, table, split["train"])
     if args.test_groups:
-        kept = event_tables.group_mask(table, args.test_groups)
-        return {**part_of_train(args, study, np.flatnonzero(~kept)), "test": np.flatnonzero(kept)}
-    return splitting.split_of_flags(args, table.clip_ids, study.strata, units)
+        is_test = event_tables.group_mask(table, args.test_groups)
+        test = np.flatnonzero(is_test)
+        return part_of_train(args, table, np.flatnonzero(~is_test)) | {"test": test}
+    units = event_tables.split_keys(table, args.split_by)
+    return splitting.split_of_flags(args, table.clip_ids, event_tables.strata_of(table), units)
 
 
-def part_of_train(args, study, rows):
+def part_of_train(args, table, rows):
     """train and val cut from these rows by their ratios."""
-    share = args.val_ratio / (args.train_ratio + args.val_ratio)
-    made = splitting.make_split(len(rows), {"train": 1 - share, "val": share}, study.strata[rows],
-                             split_units(args, study)[rows], args.seed, study.table.clip_ids[rows])
+    val_ratio = args.val_ratio / (args.train_ratio + args.val_ratio)
+    made = splitting.make_split(
+        len(rows), {"train": 1 - val_ratio, "val": val_ratio}, event_tables.strata_of(table)[rows],
+        event_tables.split_keys(table, args.split_by)[rows], args.seed, table.clip_ids[rows])
     return {part: rows[places] for part, places in made.items()}
 
 
+def folds_of(args, study):
+    """List of {train, val, test} rows: from --cv_file, or dealt out; the test groups stay outside."""
+    table = study.table
+    is_test = np.zeros(len(table), bool)
+    if args.test_groups:
+        is_test = event_tables.group_mask(table, args.test_groups)
+    test = np.flatnonzero(is_test)
+    rest = np.flatnonzero(~is_test)
+    if args.cv_file:
+        return [{"train": np.setdiff1d(fold["train"], test),
+                 "val": np.setdiff1d(fold["val"], test),
+                 "test": test} for fold in score_tables.read_cv_file(args.cv_file, table)]
+    units = event_tables.split_keys(table, args.split_by)
+    fold_of = splitting.make_folds(
+        len(rest), args.folds, event_tables.strata_of(table)[rest], units[rest], args.seed,
+        table.clip_ids[rest])
+    return [{"train": rest[fold_of != k], "val": rest[fold_of == k], "test": test}
+            for k in range(args.folds)]
+
+
 def run_folds(run, args, study):
-    """One run per fold in fold_K/, then the out-of-fold outputs pooled and scored as one; the ensemble on test rows."""
+    """One run per fold in fold_K/, then their held-out outputs scored as one; the mean on test."""
     folds = folds_of(args, study)
+    test = folds[0]["test"]
     parts = {f"fold_{k}": fold["val"] for k, fold in enumerate(folds)}
-    parts |= {"test": folds[0]["test"]} if len(folds[0]["test"]) else {}
+    if len(test):
+        parts["test"] = test
     prepare_split(run, args, study, parts)
-    prepare_features(run, args, study)
+    study = with_features(run, args, study)
     run.write_args(**study.record(parts))
-    results, done = [], []
-    for k in range(len(folds)) if args.fold == "all" else [args.fold]:
+    chosen = range(len(folds)) if args.fold == "all" else [args.fold]
+    results = []
+    done = []
+    for k in chosen:
         with run.child(f"fold_{k}") as child:
             if child.path("metrics.json").exists():
                 child.say(f"fold {k} is finished")
-                results.append(finished_fold(child, study, folds[k]))
+                scored = read_fold(child, study, folds[k])
             else:
-                results.append(run_split(child, args, study, folds[k]))
-            metrics = common.read_json(child.path("metrics.json"))
-        done.append({"fold": k, "rows": len(results[-1]["val"].rows), "best_epoch": metrics["best_epoch"],
-                     "metrics": fold_metrics(study, results[-1]["val"])})
+                scored = run_split(child, args, study, folds[k])
+            best_epoch = common.read_json(child.path("metrics.json"))["best_epoch"]
+        results.append(scored)
+        done.append({"fold": k, "rows": len(scored["val"].rows), "best_epoch": best_epoch,
+                     "metrics": fold_metrics(study, scored["val"])})
     common.write_table(run.path("fold_table.csv"), fold_rows_of(done))
-    write_fold_moments(run, study, done, results)
-    pooled = pool([result["val"] for result in results], study)
+    write_fold_scores(run, study, chosen, results)
+    pooled = pool([scored["val"] for scored in results], study)
     write_predictions(run.path("predictions_folds.csv"), study, pooled)
     alarms = verdicts.identical_fold_alarms([list(fold["metrics"].values()) for fold in done])
     report_results(run, args, study, parts, pooled, alarms, folds=done)
-    if len(folds[0]["test"]):
+    if len(test):
         with run.child("test_ensemble") as child:
-            score_ensemble(child, args, study, parts, [result["test"] for result in results])
+            score_ensemble(child, args, study, [scored["test"] for scored in results])
 
 
-def finished_fold(run, study, fold):
-    """{part: Scored} of a fold that is done, from its files."""
-    calibration = common.read_json(run.path("calibration.json")) if study.table.target is None else None
+def read_fold(run, study, fold):
+    """{part: Scored} of a finished fold, from its files."""
+    calibration = None
     if study.table.target is None:
-        study.positive = study.table.names.index(common.read_json(run.path("metrics.json"))["positive_class"])
+        calibration = common.read_json(run.path("calibration.json"))
     return {part: read_predictions(run.path(f"predictions_{part}.csv"), study, fold, part,
                                    calibration if part == "test" else None)
             for part in ("val", "test") if len(fold[part])}
@@ -1333,27 +1562,30 @@ def finished_fold(run, study, fold):
 
 def fold_metrics(study, scored):
     """{name: number} of one fold for the fold table."""
-    if study.table.target is None:
-        names, label = study.table.names, study.table.label[scored.rows]
-        values = common.classification_metrics(common.softmax(scored.outputs), label, names=names,
-                                               positive=study.positive)
-        wanted = ("accuracy", "balanced_accuracy", "macro_f1", "roc_auc", "loss", "ece")
-        return {name: values[name] for name in [*wanted, f"{names[study.positive]}_average_precision"]}
-    means = common.mean_metrics(common.regression_metrics(scored.outputs, study.table.target[scored.rows]))
-    return {name: means[name] for name in ("mae", "rmse", "r2", "pearson_r")}
+    truth = study.truth[scored.rows]
+    if study.table.target is not None:
+        means = common.mean_metrics(common.regression_metrics(scored.outputs, truth))
+        return {name: means[name] for name in ("mae", "rmse", "r2", "pearson_r")}
+    names = study.table.names
+    values = common.classification_metrics(
+        common.softmax(scored.outputs), truth, names=names, positive=study.positive)
+    wanted = ("accuracy", "balanced_accuracy", "macro_f1", "roc_auc", "loss", "ece",
+              f"{names[study.positive]}_average_precision")
+    return {name: values[name] for name in wanted}
 
 
-def write_fold_moments(run, study, done, results):
-    """fold_scores.csv: n, MAE, RMSE, R2 and r of every fold, score and moment ('all' and each level)."""
+def write_fold_scores(run, study, chosen, results):
+    """fold_scores.csv: n, MAE, RMSE, R2 and r of every fold, score and moment ('all' and each)."""
     if study.table.target is None:
         return
     rows = []
-    for fold, result in zip(done, results):
+    for k, result in zip(chosen, results):
         scored = result["val"]
         values = common.regression_metrics(scored.outputs, study.table.target[scored.rows])
-        rows += [{"fold": fold["fold"], "moment": "all", "target": name, **{k: v[r] for k, v in values.items()}}
-                 for r, name in enumerate(study.table.names)]
-        rows += [{"fold": fold["fold"], **row} for row in moment_rows(study, scored)]
+        for r, name in enumerate(study.table.names):
+            own = {metric: each[r] for metric, each in values.items()}
+            rows.append({"fold": k, "moment": "all", "target": name, **own})
+        rows += [{"fold": k, **row} for row in moment_rows(study, scored)]
     common.write_table(run.path("fold_scores.csv"), rows)
 
 
@@ -1362,106 +1594,152 @@ def pool(results, study):
     calibration = None
     if study.table.target is None and len(results) > 1:
         calibration = []
-        for k, own in enumerate(results):
-            others = [other for j, other in enumerate(results) if j != k]
-            logits, rows = (np.concatenate([getattr(other, name) for other in others]) for name in ("outputs", "rows"))
-            calibration += [calibrate(logits, study.table.label[rows], study.positive)] * len(own.rows)
-    return Scored(np.concatenate([s.rows for s in results]), np.concatenate([s.outputs for s in results]),
-                  {name: np.concatenate([s.baselines[name] for s in results]) for name in results[0].baselines},
-                  "folds", [pair for s in results for pair in s.trained_on], calibration)
+        for own in results:
+            others = [other for other in results if other is not own]
+            logits = np.concatenate([other.outputs for other in others])
+            label = study.table.label[np.concatenate([other.rows for other in others])]
+            calibration += [calibrate(logits, label, study.positive)] * len(own.rows)
+    others = {name: np.concatenate([each.baselines[name] for each in results])
+              for name in results[0].baselines}
+    return Scored(np.concatenate([each.rows for each in results]),
+                  np.concatenate([each.outputs for each in results]), others, "folds",
+                  list(itertools.chain.from_iterable(each.trained_on for each in results)),
+                  calibration)
 
 
-def score_ensemble(run, args, study, parts, members):
-    """The mean of all folds' models on the test groups, which none of them has seen, in its own run folder."""
+def mean_of_members(members, study):
+    """Scored of several models on the same rows as one: their mean, of classes after calibration."""
     first = members[0]
-    train, calibration = np.setdiff1d(np.arange(len(study.table)), first.rows), None
-    if study.table.target is None:  # as predict does: the mean of probabilities that are calibrated already
-        probability, threshold = (np.mean(each, axis=0) for each in zip(*map(calibrated, members)))
-        outputs, calibration = np.log(probability), [{"temperature": 1.0, "threshold": each} for each in threshold]
-    else:
-        outputs = np.mean([member.outputs for member in members], axis=0)
-    scored = Scored(first.rows, outputs, baselines(study, train, first.rows), "test", [(train, first.rows)],
-                    calibration)
-    prepare_split(run, args, study, {"train": train, "test": first.rows})
-    write_predictions(run.path("predictions_test.csv"), study, scored)
-    report_results(run, args, study, {"train": train, "test": first.rows}, scored, [])
+    if len(members) == 1:
+        return first
+    if study.table.target is not None:
+        outputs = np.stack([member.outputs for member in members])  # (members, M, R)
+        return dataclasses.replace(first, outputs=outputs.mean(0), sd=outputs.std(0, ddof=1))
+    probabilities, thresholds = zip(*map(decision_of, members))
+    calibration = None
+    if all(each is not None for each in thresholds):
+        calibration = [{"temperature": 1.0, "threshold": threshold}
+                       for threshold in np.mean(thresholds, axis=0)]
+    outputs = np.log(np.mean(probabilities, axis=0))
+    return dataclasses.replace(first, outputs=outputs, calibration=calibration)
+
+
+def score_ensemble(run, args, study, members):
+    """The mean of all folds' models on the test groups, which none of them has seen."""
+    mean = mean_of_members(members, study)
+    train = np.setdiff1d(np.arange(len(study.table)), mean.rows)
+    mean.baselines = baselines(study, train, mean.rows)
+    mean.trained_on = [(train, mean.rows)]
+    split = {"train": train, "test": mean.rows}
+    prepare_split(run, args, study, split)
+    write_predictions(run.path("predictions_test.csv"), study, mean)
+    report_results(run, args, study, split, mean, [])
+
+
+def run_train(args):
+    """--mode train: one split, or all folds."""
+    with common.start_run(args) as run:
+        if args.model != CNN_LSTM and run.compute.device.type == "cpu":
+            run.say(f"{args.model}: computed in fp32 on a CPU; mixed precision needs a GPU")
+        study = load_study(args, run.say, run.path("skipped.csv"))
+        say_effective_size(run, study)
+        check_flags_of_study(args, study)
+        if args.folds or args.cv_file:
+            run_folds(run, args, study)
+        else:
+            run_split(run, args, study, split_of(args, study))
+
+
+def say_effective_size(run, study):
+    """What the data really hold: rows, distinct labels, groups, rows of each class."""
+    table = study.table
+    size = splitting.effective_size(study.truth, study.clusters)
+    text = (f"effective sample: {size['rows']} clips, {len(set(table.events))} events, "
+            f"{size['distinct_label_vectors']} distinct label vectors, "
+            f"{size['subjects'] or 'no'} groups or videos")
+    if table.label is not None:
+        counts = np.bincount(table.label, minlength=len(table.names))
+        text += "; " + ", ".join(f"{n} {name}" for n, name in zip(counts, table.names))
+    run.say(text)
+
+
+def check_flags_of_study(args, study):
+    """UserError for flags that name what these data do not have, before anything is computed."""
+    verdicts.parse_criteria(args.criteria, criteria_names(study))
+    select_column(args.select, TASKS[args.task](args, study, np.arange(len(study.table))))
+    augment_presets(study.table, args.augment_for, args.augment)
+    if args.init_from:
+        common.starting_weights(args.init_from, names=study.table.names)
 
 
 # --- the other modes -------------------------------------------------------------------------
 
+@dataclasses.dataclass
+class Member:
+    """One of the trained networks whose mean is predicted."""
+    model: nn.Module  # in evaluation mode
+    content: dict  # of its checkpoint
+    flags: dict  # those of ARCHITECTURE
+
+
 def load_members(paths, compute):
-    """Checkpoints or run folders -> [(model in eval mode, its content, its flags)]. UserError where they differ."""
-    members, files = [], common.checkpoint_files(paths)
+    """Checkpoints or run folders -> list of Member. Raises UserError where they differ."""
+    members = []
+    files = common.checkpoint_files(paths)
+    untrained = {"seed": 0, "pretrained": False, "weights": None, "freeze_stages": 0,
+                 "freeze_norm": False}
     for path in files:
         content = common.load_model_file(path, common.script_name())
         with common.checkpoint_fields(path):
-            flags = argparse.Namespace(**content["architecture"], seed=0, pretrained=False, weights=None,
-                                       freeze_stages=0, freeze_norm=False)
-            model = build_model(flags, len(content["names"]))
+            flags = dict(content["architecture"])
+            n_outputs = len(content["names"])
+            model = build_model(argparse.Namespace(**flags, **untrained), n_outputs)
         common.load_state(model, content["model"], path)
-        members.append((compute.place(model).eval(), content, flags))
-    first = members[0]
-    for path, (_, content, flags) in zip(files, members):
-        if content["names"] != first[1]["names"] or vars(flags)["task"] != first[2].task:
-            raise common.UserError(f"{path} predicts {content['names']}, {files[0]} {first[1]['names']}; members of "
-                                   "one mean must agree")
+        members.append(Member(compute.place(model).eval(), content, flags))
+        first = members[0]
+        if (content["names"] != first.content["names"]
+                or flags["task"] != first.flags["task"]):
+            raise common.UserError(
+                f"{path} predicts {content['names']}, {files[0]} {first.content['names']}; "
+                "members of one mean must agree")
     return members
 
 
 def run_predict(args):
-    """--mode predict: one row for every row of the manifest, in its order; the mean over the checkpoints."""
+    """--mode predict: one row for each row of the manifest; the mean over the checkpoints."""
     compute = common.choose_compute(args.device, args.use_amp)
-    members, per_member, study = load_members(args.checkpoint, compute), [], None
-    names = members[0][1]["names"]
-    for model, content, flags in members:
-        given = {name: getattr(args, name) for name in ("clips_per_event", "aggregation") if name in args.given}
-        merged = argparse.Namespace(**{**vars(args), **vars(flags), **given, "jitter_sec": 0.0})
-        if study is None or any(getattr(study.args, name) != getattr(merged, name)
+    members = load_members(args.checkpoint, compute)
+    typed = {name: getattr(args, name) for name in ("clips_per_event", "aggregation")
+             if name in args.given}
+    study = None
+    scored = []
+    for member in members:
+        own_args = argparse.Namespace(**{**vars(args), **member.flags, **typed, "jitter_sec": 0.0})
+        if study is None or any(getattr(study.args, name) != getattr(own_args, name)
                                 for name in ("image_size", "n_frames", "fps")):
-            study = load_study(merged, lambda text: print(text, flush=True), names=names, need_labels=False)
-        study.args = merged
-        loader = common.make_loader(Clips(study, np.arange(len(study.table)), Unlabelled(study), merged, False),
-                                    args.val_batch_size, merged, compute, False, study.store.cache == "ram")
-        per_member.append((evaluate(model, loader, merged, compute), content))
+            study = load_study(own_args, print, names=member.content["names"], need_labels=False)
+        study = dataclasses.replace(study, args=own_args)
+        scored.append(predict(member, study, own_args, compute))
+    if "positive" in members[0].content:
+        positive = study.table.names.index(members[0].content["positive"])
+        study = dataclasses.replace(study, positive=positive)
     output = args.output or Path("predictions.csv")
-    common.write_table(output, prediction_rows(study, per_member))
-    print(f"{len(study.table)} clips predicted by {len(members)} checkpoint(s), {len(study.skipped)} rows skipped; "
-          f"written to {output}")
+    write_predictions(output, study, mean_of_members(scored, study))
+    print(f"{len(study.table)} clips predicted by {len(members)} checkpoint(s), "
+          f"{len(study.skipped)} rows skipped; written to {output}")
     for entry in study.skipped:
         print(f"skipped: {entry['row']}: {entry['reason']}")
 
 
-class Unlabelled:
-    """Stands for a task where there is nothing to learn: targets and weights that nobody reads."""
-
-    def __init__(self, study):
-        self.target, self.weight = torch.zeros(len(study.table), 1), torch.ones(len(study.table))
-
-
-def prediction_rows(study, per_member):
-    """One dict per clip: scores (and their spread over members), or label, probabilities and logits."""
-    table, names = study.table, study.table.names
-    keys = {"clip_id": table.clip_ids} | ({} if study.clusters is None else {"group": study.clusters})
-    if table.target is not None:
-        stacked = np.stack([outputs for outputs, _ in per_member])  # (members, N, R)
-        blocks = {"true": table.target, "predicted": stacked.mean(0)}
-        blocks |= {"sd": stacked.std(0, ddof=1)} if len(per_member) > 1 else {}
-        columns = {f"{name}_{kind}": block[:, r] for r, name in enumerate(names) for kind, block in blocks.items()}
-    else:
-        shifted = [outputs + content["prior_shift"] for outputs, content in per_member]  # members x (N, C)
-        logits = np.mean(shifted, axis=0)
-        fitted = [content.get("calibration", UNCALIBRATED) for _, content in per_member]
-        probability = np.mean([common.softmax(each / own["temperature"]) for each, own in zip(shifted, fitted)], axis=0)
-        cuts = [own["threshold"] for own in fitted]
-        threshold = None if None in cuts else np.mean(cuts)
-        chosen = common.predicted_class(probability, threshold, names.index(per_member[0][1]["positive"]))
-        spelled = np.array([*names, ""])
-        keys |= {"event": table.events, "true_label": spelled[table.label], "pred_label": spelled[chosen]}
-        columns = {f"{kind}_{name}": block[:, c] for kind, block in (("prob", probability), ("logit", logits))
-                   for c, name in enumerate(names)}
-        columns |= {} if threshold is None else {"threshold": np.full(len(table), threshold)}
-        columns["n_clips"] = [len(study.starts(row)) for row in range(len(table))]
-    return [dict(zip([*keys, *columns], row)) for row in zip(*keys.values(), *columns.values())]
+def predict(member, study, args, compute):
+    """Scored of all rows of the study by one trained network."""
+    rows = np.arange(len(study.table))
+    loader = common.make_loader(Clips(study, rows, args), args.val_batch_size, args, compute,
+                                False, study.store.cache == "ram")
+    outputs = evaluate(member.model, loader, args, compute)
+    outputs = outputs + member.content.get("prior_shift", 0.0)
+    calibration = member.content.get("calibration")  # a top_epoch_N.pth has none
+    return Scored(rows, outputs, {}, "new", [], calibration and [calibration] * len(rows))
 
 
 def run_evaluate(args):
@@ -1483,8 +1761,7 @@ def evaluate_classes(args):
     names, labelled = found.names, found.label >= 0
     if not labelled.any():
         raise common.UserError(f"--predictions {args.predictions}: no row has a true_label, nothing to score")
-    counts = np.bincount(found.label[labelled], minlength=len(names))
-    positive = names.index(positive_class(args.positive_class, names, np.where(counts, counts, len(found.label))))
+    positive = positive_class(args.positive_class, names, found.label)
     result, baseline = judge_classes(found.probability, found.label, names, positive, found.groups, found.baselines,
                                      found.threshold)
     print_values(result, [*common.CLASSIFICATION_METRICS, *(f"{n}_{m}" for n in names for m in common.CLASS_METRICS)])
@@ -1529,58 +1806,34 @@ def print_values(result, names):
 
 def run_audit(args):
     """--mode audit: what the parts share, what leaves its file, and what needs no pixels."""
-    table = read_table_of(args)
-    infos = {source: video_files.probe(source, args.fps) for source in dict.fromkeys(table.sources)}
-    if (table.unit == "frame").any():
-        fps = np.array([infos[source].fps or args.fps for source in table.sources])
-        table = event_tables.seconds_of(table, fps, args.min_event_sec)
-    parts = {"train": "train", "val": "val", "test": "test", "": "all"}
-    split = {name: np.flatnonzero(table.parts == part) for part, name in parts.items()}
-    durations = {path: info.duration_sec for path, info in infos.items() if not info.error}
-    report = event_audit.audit_table(table, split, durations=durations, predictions=args.predictions,
-                                     positive=args.positive_class, gap_sec=args.gap_sec)
-    report["unreadable"] = {str(path): info.error for path, info in infos.items() if info.error}
+    table = read_table(args)
+    durations = {}
+    unreadable = {}
+    for source in dict.fromkeys(table.sources):
+        info = video_files.probe(source, args.fps)
+        if info.error:
+            unreadable[str(source)] = info.error
+        else:
+            durations[source] = info.duration_sec
+    split = {part or "all": np.flatnonzero(table.parts == part) for part in (*PARTS, "")}
+    report = event_audit.audit_table(
+        table, split, durations=durations, predictions=args.predictions,
+        positive=args.positive_class, gap_sec=args.gap_sec)
+    report["unreadable"] = unreadable
     report["skipped"] = table.skipped
     output = args.output or Path("audit.json")
     common.write_json(output, report)
     print(splitting.leakage_text(report))
-    for path, error in report["unreadable"].items():
+    for path, error in unreadable.items():
         print(f"unreadable: {path}: {error}")
     print(f"{len(table.skipped)} rows skipped; written to {output}")
 
 
-def say_effective_size(run, study):
-    """What the data really hold, before anything else: rows, distinct labels, groups, rows of each class."""
-    table = study.table
-    size = splitting.effective_size(table.label if table.target is None else table.target, study.clusters)
-    classes = "" if table.label is None else "; " + ", ".join(
-        f"{(table.label == c).sum()} {name}" for c, name in enumerate(table.names))
-    run.say(f"effective sample: {size['rows']} clips, {len(set(table.events))} events, "
-            f"{size['distinct_label_vectors']} distinct label vectors, {size['subjects'] or 'no'} groups or "
-            f"videos{classes}")
-
-
-def run_train(args):
-    """--mode train: one split, or all folds."""
-    with common.start_run(args) as run:
-        if args.model != ONLY_FRAMES and run.compute.device.type == "cpu":
-            run.say(f"{args.model}: a 3-D network, computed in fp32 on a CPU; mixed precision needs a GPU")
-        study = load_study(args, run.say, run.path("skipped.csv"))
-        say_effective_size(run, study)
-        verdicts.parse_criteria(args.criteria, criteria_names(study))
-        TASKS[args.task](args, study.table, np.arange(len(study.table))).select(args.select)
-        augment_presets(study.table, args.augment_for, args.augment, tuple(common.AUGMENTATIONS))
-        if args.init_from:
-            common.starting_weights(args.init_from, names=study.table.names)
-        if args.folds or args.cv_file:
-            run_folds(run, args, study)
-        else:
-            run_split(run, args, study, split_of(args, study))
-
-
 def main():
     args = parse_args()
-    {"train": run_train, "predict": run_predict, "evaluate": run_evaluate, "audit": run_audit}[args.mode](args)
+    modes = {"train": run_train, "predict": run_predict, "evaluate": run_evaluate,
+             "audit": run_audit}
+    modes[args.mode](args)
 
 
 if __name__ == "__main__":

@@ -324,9 +324,8 @@ def test_one_manifest_is_split_by(made, split_by):
     """No event, video or group stands on two sides; splitting by event does leave videos on both."""
     args = train_video.parse_args(list(map(str, [*made.everything, "--split_by", split_by, "--train_ratio", 0.6,
                                                  "--val_ratio", 0.2, "--test_ratio", 0.2])))
-    table = train_video.read_table_of(args)
-    study = SimpleNamespace(table=table, strata=table.label.astype(str))
-    split = train_video.split_of(args, study)
+    table = train_video.read_table(args)
+    split = train_video.split_of(args, SimpleNamespace(table=table))
     levels = {"event": table.events, "video": table.videos, "group": table.groups}
 
     def n_shared(level):
@@ -509,7 +508,7 @@ def test_configs_are_read(made):
     baseline, boosted, pain = (found[name] for name in ("video_baseline", "video_intravideo_boosted", "pain_scores"))
     assert (baseline.split_by, baseline.dropout, baseline.weight_decay, baseline.lr, baseline.epochs,
             baseline.select) == ("video", 0.3, 0.01, 1e-4, 20, "macro_f1")
-    assert found["video_intravideo"].split_by == "event" and found["video_intravideo"].boost_to is None
+    assert found["video_intravideo"].split_by == "event" and found["video_intravideo"].boost_to == 0
     assert (boosted.split_by, boosted.boost_to) == ("event", 0.3)
     assert (pain.task, pain.model, pain.n_frames, pain.epochs, pain.batch_size, pain.lr, pain.min_epochs) == (
         "regress", "cnn_lstm", 32, 50, 64, 5e-5, 5)

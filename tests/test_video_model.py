@@ -4,6 +4,7 @@
 """
 import argparse
 import contextlib
+import dataclasses
 import io
 import sys
 from types import SimpleNamespace
@@ -44,6 +45,17 @@ def scored_table(target, names, moments=None):
     return table
 
 
+def behaviours(args, table, rows=None):
+    """Behaviours of a table as the script makes them, all rows for training unless others are named."""
+    positive = train_video.positive_class(args.positive_class, table.names, table.label)
+    study = SimpleNamespace(table=table, positive=positive)
+    return train_video.Behaviours(args, study, np.arange(len(table)) if rows is None else rows)
+
+
+def scores(args, table):
+    return train_video.Scores(args, SimpleNamespace(table=table), np.arange(len(table)))
+
+
 def study_of(args, n_frames=40, size=64, n_clips=6, short=()):
     """A Study of random clips (T, size, size, 3); those in `short` have only 3 frames on their grid."""
     clips = [np.random.default_rng(i).integers(0, 256, (3 if i in short else n_frames, size, size, 3), dtype=np.uint8)
@@ -51,7 +63,7 @@ def study_of(args, n_frames=40, size=64, n_clips=6, short=()):
     store = SimpleNamespace(audit=[video_files.ClipAudit(str(i), n_grid=len(clip), usable=len(clip))
                                    for i, clip in enumerate(clips)], cache="ram", __getitem__=None)
     table = table_of([i % 2 for i in range(n_clips)])
-    study = train_video.Study(table, store, np.arange(n_clips), args, [])
+    study = train_video.Study(table, store, np.arange(n_clips), args, [], positive=1)
     study.frames = lambda row: clips[row]
     return study, clips
 
@@ -64,7 +76,7 @@ def tiny_backbone(width=6):
 
 def frame_lstm(width=6, hidden=8, n_outputs=2, dropout=0.0):
     torch.manual_seed(0)
-    return train_video.FrameLstm(tiny_backbone(width), width, lambda n: train_video.Head(n, n_outputs, dropout), hidden)
+    return train_video.FrameLstm(tiny_backbone(width), width, n_outputs, hidden, dropout)
 
 
 # --- clips ------------------------------------------------------------------------------------
@@ -75,8 +87,7 @@ def test_a_clip_has_one_augmentation_for_all_its_frames():
     study, clips = study_of(args)
     still = np.repeat(clips[0][:1], 40, axis=0)
     study.frames = lambda row: still
-    objective = train_video.Behaviours(args, study.table, np.arange(6))
-    data = train_video.Clips(study, np.arange(6), objective, args, True, np.full(6, "heavy", dtype=object))
+    data = train_video.Clips(study, np.arange(6), args, np.full(6, "heavy", dtype=object))
     drawn = [data[epoch, 0]["input"].numpy() for epoch in range(12)]
     assert all((clip == clip[:1]).all() for clip in drawn)
     assert len({clip.tobytes() for clip in drawn}) == 12
@@ -89,12 +100,12 @@ def test_training_starts_are_random_and_scored_starts_even():
     for found in study.store.audit:
         found.first, found.usable = 4, 32  # 4 grid frames before and after the window, for jitter
     assert study.start_range(0) == (4, 28) and study.starts(0) == [4, 10, 16, 22, 28]
-    assert study.start_range(0, jittered=True) == (2, 30)
+    assert study.start_range(0, args.jitter_sec) == (2, 30)
     middle = argparse.Namespace(**{**vars(args), "clips_per_event": 1})
-    assert train_video.dataclasses.replace(study, args=middle).starts(0) == [16]
+    assert dataclasses.replace(study, args=middle).starts(0) == [16]
     seen, study.frames = set(), lambda row: np.arange(40, dtype=np.uint8)[:, None, None, None].repeat(32, 1).repeat(
         32, 2).repeat(3, 3)
-    data = train_video.Clips(study, np.arange(6), train_video.Behaviours(args, study.table, np.arange(6)), args, True)
+    data = train_video.Clips(study, np.arange(6), args, np.full(6, "none", dtype=object))
     for epoch in range(300):
         frames = data[epoch, 1]["input"][:, 0, 0, 0].tolist()
         assert frames == list(range(frames[0], frames[0] + 8))
@@ -105,8 +116,7 @@ def test_training_starts_are_random_and_scored_starts_even():
 def test_short_sequences_are_padded_with_a_mask():
     args = arguments("--image_size", 32, "--n_frames", 8, task="regress")
     study, clips = study_of(args, short=(2,))
-    objective = SimpleNamespace(target=torch.zeros(6, 2), weight=torch.ones(6))
-    sample = train_video.Clips(study, np.arange(6), objective, args, False)[0, 2]
+    sample = train_video.Clips(study, np.arange(6), args)[0, 2]
     assert sample["mask"].tolist() == [True] * 3 + [False] * 5
     assert (sample["input"][3:] == 0).all()
     assert (sample["input"][:3].numpy() == np.stack([common.eval_crop(frame, 32) for frame in clips[2]])).all()
@@ -116,10 +126,9 @@ def test_augmentation_can_depend_on_the_row():
     args = arguments("--image_size", 32, "--n_frames", 4, "--augment", "none", "--augment_for", "moment:M1=heavy")
     study, clips = study_of(args)
     study.table.extra["moment"] = ["M0", "M1"] * 3
-    presets = train_video.augment_presets(study.table, args.augment_for, args.augment, tuple(common.AUGMENTATIONS))
+    presets = train_video.augment_presets(study.table, args.augment_for, args.augment)
     assert presets.tolist() == ["none", "heavy"] * 3
-    data = train_video.Clips(study, np.arange(6), train_video.Behaviours(args, study.table, np.arange(6)), args, True,
-                             presets)
+    data = train_video.Clips(study, np.arange(6), args, presets)
     plain = {common.eval_crop(frame, 32).tobytes() for frame in clips[0]}
     assert all(data[epoch, 0]["input"][0].numpy().tobytes() in plain for epoch in range(5))
     other = {common.eval_crop(frame, 32).tobytes() for frame in clips[1]}
@@ -128,19 +137,19 @@ def test_augmentation_can_depend_on_the_row():
 
 def test_outputs_of_several_clips_are_joined_by_row():
     """mean and max over a row's clips, of any number, against a loop."""
-    place, outputs = np.array([0, 0, 1, 2, 2, 2]), torch.randn(6, 3)
+    row_of, outputs = np.array([4, 4, 1, 2, 2, 2]), torch.randn(6, 3)
 
     class Model(nn.Module):
         def forward(self, clips, mask):
             return clips
-    loader = [{"input": outputs[start:start + 4], "mask": torch.ones(1), "target": torch.ones(1),
-               "weight": torch.ones(1)} for start in (0, 4)]
-    loader = type("Loader", (list,), {"dataset": SimpleNamespace(place=place)})(loader)
+    loader = [{"input": outputs[start:start + 4], "mask": torch.ones(1)} for start in (0, 4)]
+    views = [(row, None) for row in row_of]
+    loader = type("Loader", (list,), {"dataset": SimpleNamespace(views=views)})(loader)
     compute = common.choose_compute("cpu", "off")
     for aggregation, join in (("mean", np.mean), ("max", np.max)):
         args = arguments("--aggregation", aggregation)
         found = train_video.evaluate(Model(), loader, args, compute)
-        assert found == pytest.approx(np.stack([join(outputs.numpy()[place == row], axis=0) for row in range(3)]))
+        assert found == pytest.approx(np.stack([join(outputs.numpy()[row_of == row], axis=0) for row in (4, 1, 2)]))
 
 
 # --- networks -----------------------------------------------------------------------------------
@@ -244,9 +253,8 @@ def test_clips_keep_the_memory_layout_of_the_convolutions():
     """What to_device hands on is channels_last_3d for clip networks and channels_last for frames: no copy inside."""
     args = arguments("--model", "r3d_18", "--image_size", 32)
     compute = common.choose_compute("cpu", "on")
-    batch = {"input": torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8), "mask": torch.ones(2, 4) > 0,
-             "target": torch.zeros(2, 2), "weight": torch.ones(2)}
-    clips, mask, _, _ = train_video.to_device(batch, args, compute)
+    batch = {"input": torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8), "mask": torch.ones(2, 4) > 0}
+    clips, mask = train_video.to_device(batch, args, compute)
     assert clips.shape == (2, 4, 3, 32, 32)
     assert clips.transpose(1, 2).is_contiguous(memory_format=torch.channels_last_3d)
     mean, sd = (torch.tensor(values)[:, None, None] for values in train_video.pixel_statistics("r3d_18"))
@@ -305,7 +313,7 @@ def test_bounded_scores_begin_at_the_mean_and_stay_inside():
 
 def test_the_first_output_is_the_class_prior():
     args, table = arguments(), table_of([0] * 9 + [1] * 3)
-    objective = train_video.Behaviours(args, table, np.arange(12))
+    objective = behaviours(args, table)
     head = train_video.Head(8, 2, 0.0)
     head.start_at(*objective.scale())
     with torch.inference_mode():
@@ -317,10 +325,10 @@ def test_one_batch_can_be_learnt_by_heart(task):
     """Model, loss and head scale together: eight random clips are told apart, or scored, almost without error."""
     args = arguments("--dropout", 0, task=task)
     if task == "classify":
-        objective = train_video.Behaviours(args, table_of([0, 1] * 4), np.arange(8))
+        objective = behaviours(args, table_of([0, 1] * 4))
     else:
         target = np.random.default_rng(0).uniform(0, 14, (8, 2))
-        objective = train_video.Scores(args, scored_table(target, ["one", "two"]), np.arange(8))
+        objective = scores(args, scored_table(target, ["one", "two"]))
     model = frame_lstm(width=16, hidden=32)
     model.head.start_at(*objective.scale())
     clips, mask = torch.randn(8, 6, 3, 16, 16), torch.arange(6) < torch.tensor([6, 6, 5, 4, 3, 6, 2, 1])[:, None]
@@ -340,7 +348,7 @@ def test_cross_entropy_is_that_of_torch():
     labels = [0] * 6 + [1] * 2
     args = arguments("--balance", "weights", "--label_smoothing", 0.1, "--sample_weight", "moment:M2=2.5")
     table = table_of(labels, moments=["M2", "M0"] * 4)
-    objective = train_video.Behaviours(args, table, np.arange(8))
+    objective = behaviours(args, table)
     assert objective.factor.tolist() == pytest.approx([8 / 12, 2.0])
     assert objective.weight.tolist() == [2.5, 1.0] * 4
     logits = torch.randn(8, 2)
@@ -355,7 +363,7 @@ def test_focal_loss_is_that_of_torchvision(alpha, gamma):
     labels = [0] * 9 + [1] * 3
     flags = ["--focal_alpha", alpha] if alpha is not None else []
     args = arguments("--loss", "focal", "--focal_gamma", gamma, *flags)
-    objective = train_video.Behaviours(args, table_of(labels), np.arange(12))
+    objective = behaviours(args, table_of(labels))
     logits, target = torch.randn(12, 2), torch.tensor(labels, dtype=torch.float32)
     expected = torchvision.ops.sigmoid_focal_loss(logits[:, 1] - logits[:, 0], target, -1 if alpha is None else alpha,
                                                   gamma, "mean")
@@ -366,26 +374,28 @@ def test_focal_loss_is_that_of_torchvision(alpha, gamma):
 @pytest.mark.parametrize("share", [0.3, 0.45, 0.1])
 def test_boost_repeats_the_rare_class_in_train_rows_up_to_the_share(share):
     labels = [0] * 81 + [1] * 19
-    objective = train_video.Behaviours(arguments("--boost_to", share), table_of(labels), np.arange(100))
+    objective = behaviours(arguments("--boost_to", share), table_of(labels))
     train = np.arange(0, 100, 1)
     rows = objective.rows(train)
     own = np.mean(objective.label[rows] == 1)
     assert own == pytest.approx(max(share, 0.19), abs=0.01)
     counts = np.bincount(rows, minlength=100)
     assert (counts[:81] == 1).all() and np.ptp(counts[81:]) <= 1
-    assert objective.trained_prior(rows)[1] == pytest.approx(own)
-    assert (train_video.prior_shift(objective, rows)[1] < 0) == (share > 0.19), "boosted, so it must be brought down"
+    seen = common.softmax(np.log(objective.prior)[None] - objective.prior_shift(rows))
+    assert seen[0, 1] == pytest.approx(own)
+    assert (objective.prior_shift(rows)[1] < 0) == (share > 0.19), "boosted, so it must be brought down"
 
 
 def test_rows_repeated_by_the_manifest_are_drawn_as_often():
-    objective = train_video.Behaviours(arguments(), table_of([0, 0, 1, 1], repeats=[1, 1, 3, 1]), np.arange(4))
+    objective = behaviours(arguments(), table_of([0, 0, 1, 1], repeats=[1, 1, 3, 1]))
     assert objective.rows(np.arange(4)).tolist() == [0, 1, 2, 2, 2, 3]
-    assert objective.trained_prior(objective.rows(np.arange(4))) == pytest.approx([1 / 3, 2 / 3])
+    shift = objective.prior_shift(objective.rows(np.arange(4)))
+    assert common.softmax(shift[None])[0] == pytest.approx([2 / 3, 1 / 3]), "seen 1 to 2, in the data 1 to 1"
 
 
 def test_sampler_draws_all_classes_alike():
     labels = [0] * 90 + [1] * 10
-    objective = train_video.Behaviours(arguments("--balance", "sampler"), table_of(labels), np.arange(100))
+    objective = behaviours(arguments("--balance", "sampler"), table_of(labels))
     weights = objective.sampler_weights(np.arange(100))
     batches = common.EpochBatches(100, 8, seed=1, train=True, weights=weights)
     drawn = []
@@ -393,8 +403,7 @@ def test_sampler_draws_all_classes_alike():
         batches.epoch = epoch
         drawn += [index for batch in batches for _, index in batch]
     assert np.mean(np.array(drawn) >= 90) == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(4000))
-    assert objective.trained_prior(np.arange(100)).tolist() == [0.5, 0.5]
-    shift = train_video.prior_shift(objective, np.arange(100))
+    shift = objective.prior_shift(np.arange(100))
     assert common.softmax(shift[None])[0] == pytest.approx([0.9, 0.1]), "an even logit means the natural share"
 
 
@@ -404,23 +413,23 @@ def test_mixup_mixes_clips_and_classes_alike():
     clips = target[:, :, None, None, None].expand(4, 4, 3, 2, 2).clone()
     kept = []
     for _ in range(200):
-        mixed, shares = train_video.mixed_up(clips, target, 0.4)
+        mixed, shares = train_video.mix_up(clips, target, 0.4)
         assert torch.allclose(mixed[:, :, 0, 0, 0], shares) and torch.allclose(shares.sum(1), torch.ones(4))
         kept.append(shares.diagonal().mean().item())
     # E[share + (1 - share) / 4] of a random partner, itself included
     assert np.mean(kept) == pytest.approx(0.625, abs=0.1) and np.min(kept) < 0.4 < 0.9 < np.max(kept)
-    assert train_video.mixed_up(clips, target, 0.0)[0] is clips
+    assert train_video.mix_up(clips, target, 0.0)[0] is clips
 
 
 def test_a_class_without_train_rows_and_wrong_class_names():
     with pytest.raises(common.UserError, match="no train row of class b"):
-        train_video.Behaviours(arguments(), table_of([0, 0, 1]), np.array([0, 1]))
+        behaviours(arguments(), table_of([0, 0, 1]), np.array([0, 1]))
     with pytest.raises(common.UserError, match="--positive_class c is no class"):
-        train_video.Behaviours(arguments("--positive_class", "c"), table_of([0, 1]), np.array([0, 1]))
-    objective = train_video.Behaviours(arguments("--positive_class", "A"), table_of([0, 0, 1]), np.arange(3))
-    assert objective.positive == 0 and objective.select(None) == ("val_a_average_precision", True)
-    assert objective.select("f1_b") == ("val_b_f1", True) and objective.select("loss") == ("val_loss", False)
-    assert objective.select("last") == ("last", True)
+        behaviours(arguments("--positive_class", "c"), table_of([0, 1]), np.array([0, 1]))
+    objective = behaviours(arguments("--positive_class", "A"), table_of([0, 0, 1]))
+    assert objective.positive == 0 and train_video.select_column(None, objective) == ("val_a_average_precision", True)
+    assert train_video.select_column("f1_b", objective) == ("val_b_f1", True) and train_video.select_column("loss", objective) == ("val_loss", False)
+    assert train_video.select_column("last", objective) == ("last", True)
 
 
 # --- scores: masks, weights, consistency ---------------------------------------------------------------
@@ -432,7 +441,7 @@ def scores_of(*flags, target=None):
     draws = np.random.default_rng(0)
     target = np.column_stack([draws.uniform(0, 2, (8, 2)), draws.uniform(0, 4, 8)]) if target is None else target
     args = arguments(*flags, task="regress")
-    return train_video.Scores(args, scored_table(target, NAMES, ["M0", "M2"] * 4), np.arange(8))
+    return scores(args, scored_table(target, NAMES, ["M0", "M2"] * 4))
 
 
 @pytest.mark.parametrize("loss", ["mse", "smooth_l1"])
@@ -548,26 +557,26 @@ def held_out_auc(moving, kind, n_frames, epochs=20, batch_size=16):
     """AUC of tail events of new pens after training with the script's clips, loss and evaluation."""
     study, train, test = moving(n_frames)
     args, compute = study.args, common.choose_compute("cpu", "off")
-    objective = train_video.Behaviours(args, study.table, train)
+    objective = train_video.Behaviours(args, study, train)
     torch.manual_seed(0)
-    model = kind(BrightArea(), 4, lambda n: train_video.Head(n, 2, 0.0), 32)
+    model = kind(BrightArea(), 4, 2, 32)
     model.head.start_at(*objective.scale())
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    data = train_video.Clips(study, train, objective, args, True)
+    data = train_video.Clips(study, train, args, np.full(len(study.table), "none", dtype=object), objective)
     args.num_workers = 0
     loader = common.make_loader(data, batch_size, args, compute, True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=epochs * len(loader.batch_sampler))
     for epoch in range(epochs):
         loader.batch_sampler.epoch = epoch
         for batch in loader:
-            clips, mask, target, weight = train_video.to_device(batch, args, compute)
-            loss = objective.loss(model(clips, mask), target, weight)
+            clips, mask = train_video.to_device(batch, args, compute)
+            loss = objective.loss(model(clips, mask), batch["target"], batch["weight"])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-    scoring = common.make_loader(train_video.Clips(study, test, objective, args, False), 48, args, compute, False)
+    scoring = common.make_loader(train_video.Clips(study, test, args), 48, args, compute, False)
     logits = train_video.evaluate(model, scoring, args, compute)
     assert objective.names[objective.positive] == "tail" and len(test) == 60
     return roc_auc_score(objective.label[test] == objective.positive, common.softmax(logits)[:, objective.positive])

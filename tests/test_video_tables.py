@@ -454,14 +454,14 @@ def test_filter(scores):
 
 def test_weights_and_presets_of_levels(scores):
     assert tv.sample_weights(scores, ["moment:M1=2.5", "animal:2=2"]).tolist() == [1, 2.5, 1, 2.5, 2, 5]
-    assert tv.sample_weights(scores, None).tolist() == [1] * 6
-    presets = tv.augment_presets(scores, ["moment:m1=heavy"], "light", ("none", "light", "heavy"))
+    assert tv.sample_weights(scores, []).tolist() == [1] * 6
+    presets = tv.augment_presets(scores, ["moment:m1=heavy"], "light")
     assert list(presets) == ["light", "heavy"] * 3
     assert "M0, M1" in fails(tv.sample_weights, scores, ["moment:M7=2"])
     assert "COLUMN:LEVEL=VALUE" in fails(tv.sample_weights, scores, ["moment=2"])
     assert "expected numbers" in fails(tv.sample_weights, scores, ["moment:M1=two"])
     assert "0 or more" in fails(tv.sample_weights, scores, ["moment:M1=-1"])
-    assert "one of none" in fails(tv.augment_presets, scores, ["moment:M1=wild"], "light", ("none", "light"))
+    assert "one of none" in fails(tv.augment_presets, scores, ["moment:M1=wild"], "light")
 
 
 def test_test_groups(scores):

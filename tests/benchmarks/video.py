@@ -61,7 +61,7 @@ class ScriptEpochs:
         self.run = common.start_run(self.args)
         study = train_video.load_study(self.args, self.run.say)
         rows = np.arange(options.clips)
-        objective = train_video.Behaviours(self.args, study.table, rows)
+        objective = train_video.Behaviours(self.args, study, rows)
         self.objective, split = objective, {"train": rows, "val": rows[:2], "test": rows[:0]}
         self.loader, _ = train_video.make_loaders(study, split, objective, self.args, self.run.compute)
         self.model = self.run.compute.place(train_video.build_model(self.args, 2))
@@ -81,7 +81,9 @@ class BareEpochs:
         script = ScriptEpochs(folder, options)
         self.compute, self.loss = script.run.compute, script.objective.loss
         self.model, self.optimizer = script.model.train(), script.training.optimizer
-        self.batches = [train_video.to_device(batch, script.args, self.compute) for batch in script.loader]
+        self.batches = [(*train_video.to_device(batch, script.args, self.compute),
+                         batch["target"].to(self.compute.device), batch["weight"].to(self.compute.device))
+                        for batch in script.loader]
 
     def epoch(self):
         for clips, mask, target, weight in self.batches:
