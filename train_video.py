@@ -1,11 +1,11 @@
-"""Train a network that watches a clip and names the behaviour in it, or scores a sequence of frames.
+"""Train a network that names the behaviour in a clip, or scores a sequence of frames.
 
     python train_video.py --config configs/video_intravideo.yaml --video_root videos
     python train_video.py --manifest events.csv --video_root videos --dry_run
-    python train_video.py --mode predict --checkpoint outputs/run_X --manifest new.csv --video_root videos
+    python train_video.py --mode predict --checkpoint outputs/run_X --manifest new.csv
     python train_video.py --mode evaluate --predictions predictions.csv --output metrics.json
-    python train_video.py --mode audit --train_manifest a.csv --val_manifest b.csv --test_manifest c.csv
-    python train_video.py --task regress --config configs/pain_scores.yaml --folds 9 --group_column animal
+    python train_video.py --mode audit --train_manifest a.csv --val_manifest b.csv
+    python train_video.py --task regress --config configs/pain_scores.yaml --folds 9
 
 Writes outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first), best_model.pth, metrics.json,
 predictions_val.csv (and _test), training_history.csv and .png, splits.json,
@@ -29,7 +29,9 @@ import torch
 from torch import nn
 
 import common
-from evidence import baseline_models, calibrating, confounding, event_audit, plotting, prediction_tables, rater_agreement, reporting, splitting, subject_intervals, verdicts
+from evidence import (baseline_models, calibrating, confounding, event_audit, plotting,
+                      prediction_tables, rater_agreement, reporting, splitting, subject_intervals,
+                      verdicts)
 from readers import csv_tables, event_tables, score_tables, video_files
 
 MODES = ("train", "predict", "evaluate", "audit")
@@ -113,7 +115,7 @@ def add_clip_arguments(data):
     data("--cv_file", type=Path,
          help="folds of a study: cv_folds with train_animals and val_animals")
     data("--test_groups",
-         help="groups kept for the test, e.g. 14,17; with --folds the mean of all models predicts them")
+         help="groups kept for the test, e.g. 14,17; with --folds all models predict them")
     data("--moment_column", default="moment",
          help="regress: column whose levels get rows of their own in the tables")
     data("--fps", type=common.bounded(float, 0.1, 240), default=12.0,
@@ -132,9 +134,9 @@ def add_clip_arguments(data):
 def add_model_arguments(model):
     """The network and which parts of it are trained."""
     model("--model",
-          help="a torchvision video network (r3d_18, mc3_18, r2plus1d_18, s3d, mvit_v2_s, swin3d_t), "
-               f"which computes in fp32 on CPUs, or {CNN_LSTM}: an image backbone frame by frame, "
-               "then an LSTM")
+          help="a torchvision video network (r3d_18, mc3_18, r2plus1d_18, s3d, mvit_v2_s, "
+               f"swin3d_t), which computes in fp32 on CPUs, or {CNN_LSTM}: an image backbone frame "
+               "by frame, then an LSTM")
     model("--backbone", default="resnet18", help=f"image network of {CNN_LSTM}")
     model("--hidden", type=COUNT, default=256, help=f"width of the LSTM of {CNN_LSTM}")
     model("--dropout", type=common.bounded(float, 0, 0.95), default=0.5,
@@ -713,10 +715,11 @@ class Scores:
         return self.mean, self.mean, self.sd
 
     def loss(self, predicted, target, weight):
-        """Mean over rows of each row's mean over its labelled scores: (B, R), (B, R), (B,) -> tensor.
+        """Mean over rows of each row's mean over its labelled scores.
 
-        Errors are in sd; a missing score is NaN in target and does not count. Consistency: squared
-        (total - sum of parts) in sd of the total, for every row, labelled or not.
+        predicted, target: (B, R), weight: (B,); returns a float tensor. Errors are in sd; a missing
+        score is NaN in target and does not count. Consistency: squared (total - sum of parts) in sd
+        of the total, for every row, labelled or not.
         """
         sd = torch.as_tensor(self.sd, dtype=torch.float32, device=predicted.device)
         labelled = ~torch.isnan(target)  # (B, R), True = a score is there
@@ -948,11 +951,13 @@ def with_features(run, args, study):
         pooled = pool_over_time(pooled, np.stack([study.mask(row) for row in rows]))
     features = Features(pooled)
     if args.freeze_backbone:
-        random = Clips(study, rows, args, augment_presets(study.table, args.augment_for, args.augment))
-        features.views = np.stack([extract_features(model, random, view, args, compute)
+        presets = augment_presets(study.table, args.augment_for, args.augment)
+        random_clips = Clips(study, rows, args, presets)
+        features.views = np.stack([extract_features(model, random_clips, view, args, compute)
                                    for view in range(args.feature_views)])
-        scored = Clips(study, rows, args)
-        features.scored = dict(zip(scored.views, extract_features(model, scored, 0, args, compute)))
+        scored_clips = Clips(study, rows, args)
+        scored = extract_features(model, scored_clips, 0, args, compute)
+        features.scored = dict(zip(scored_clips.views, scored))
     return dataclasses.replace(study, features=features)
 
 
