@@ -210,41 +210,54 @@ def load_study(args, run, needs_labels=True):
 
     needs_labels False: rows without at1, at2 or a frame at t2 are kept, for prediction.
     """
-    sequences, rows, paths = probe_poses.find_transitions(args)
-    poses = {name: np.stack([row[name] for row in rows]) for name in probe_poses.FIELDS}
+    rows = probe_poses.find_transitions(args.data_dir, args.max_transitions)
+    poses = {name: np.stack([getattr(row, name) for row in rows]) for name in probe_poses.FIELDS}
     unit = probe_poses.angle_unit(poses, args.angle_unit)
     notes = [f"angles are read as {unit} (largest in the files: {probe_poses.largest_angle(poses):.4g})"]
     notes += probe_poses.mask_labels(poses, unit)
     residuals = probe_poses.composition_residuals(**poses)
     convention, text = probe_poses.choose_composition(args.compose, residuals)
     notes += [text, *probe_poses.complete_poses(poses, convention)]
-    reasons = probe_poses.reasons_to_skip(rows, paths, poses, needs_labels)
-    refuse_unusable(args, sequences, rows, reasons)
+    reasons = probe_poses.reasons_to_skip(rows, poses, needs_labels)
+    refuse_unusable(args, rows, reasons)
     usable = np.flatnonzero([reason is None for reason in reasons])
-    store, frames, bad = probe_poses.load_frames(args, run, [(sequences[i], *paths[i]) for i in usable])
-    is_good = ~np.isin(frames, list(bad)).any(1)
+    paths, frames = probe_poses.different_frames([rows[i] for i in usable])
+    run.say(f"decoding {len(paths)} different frames")
+    store = picture_files.ImageStore(paths, args.image_size, args.cache)
+    good = picture_files.check_bad_files(store.audit, args.on_bad_file)
+    is_good = np.isin(frames, [-1, *good]).all(1)
     for i in usable[~is_good]:
         reasons[i] = "unreadable picture"
     kept = usable[is_good]
-    sequences = np.array(sequences)
-    patients, has_patients = probe_poses.patients_of(args, sequences)
-    links = [(rows[i]["frame_t1"], rows[i]["frame_t2"]) for i in kept]
+    sequences = np.array([row.sequence for row in rows])
+    patients = probe_poses.patients_of(sequences, args.patient_map, args.patient_regex)
+    links = [(rows[i].frame_t1, rows[i].frame_t2) for i in kept]
     names = [f"{sequences[i]}/{t1}-{t2}" for i, (t1, t2) in zip(kept, links)]
     study = Study(
-        names=probe_poses.unique_names(names), sequences=sequences[kept],
-        patients=np.array([patients[sequence] for sequence in sequences[kept]]), has_patients=has_patients,
-        order=np.array([rows[i]["number"] - 1 for i in kept]), at1=poses["at1"][kept], motion=poses["motion"][kept],
-        at2=poses["at2"][kept], compose=convention, angle_unit=unit, residuals=residuals, links=links, store=store,
-        frames=frames[is_good], notes=notes,
-        skipped=[{"sequence": sequence, "row": row["number"], "reason": reason}
-                 for sequence, row, reason in zip(sequences, rows, reasons) if reason])
+        names=probe_poses.unique_names(names),
+        sequences=sequences[kept],
+        patients=np.array([patients[sequence] for sequence in sequences[kept]]),
+        has_patients=bool(args.patient_map or args.patient_regex),
+        order=np.array([rows[i].number - 1 for i in kept]),
+        at1=poses["at1"][kept],
+        motion=poses["motion"][kept],
+        at2=poses["at2"][kept],
+        compose=convention,
+        angle_unit=unit,
+        residuals=residuals,
+        links=links,
+        store=store,
+        frames=frames[is_good],
+        notes=notes,
+        skipped=[{"sequence": row.sequence, "row": row.number, "reason": reason}
+                 for row, reason in zip(rows, reasons) if reason])
     say_study(run, study)
     return study
 
 
-def refuse_unusable(args, sequences, rows, reasons):
+def refuse_unusable(args, rows, reasons):
     """UserError where pictures are missing and --on_bad_file does not skip them, or where no row is left."""
-    missing = [f"{sequence} row {row['number']}: {reason}" for sequence, row, reason in zip(sequences, rows, reasons)
+    missing = [f"{row.sequence} row {row.number}: {reason}" for row, reason in zip(rows, reasons)
                if reason and reason.startswith("no file")]
     if missing and args.on_bad_file == "error":
         raise common.UserError(f"{len(missing)} transitions name pictures that are not there: "
@@ -270,7 +283,7 @@ def say_study(run, study):
     if not study.has_patients:
         run.say("WARNING: a folder is not a patient. Without --patient_map or --patient_regex each folder counts as "
                 "one, and two folders of one patient may stand on two sides of a split.")
-        for line in probe_poses.similar_sequences(study):
+        for line in probe_poses.similar_sequences(study.sequences, study.at1):
             run.say(f"  {line}")
 
 
@@ -1351,7 +1364,7 @@ def audit(run, args):
     study = load_study(args, run)
     used = np.setdiff1d(study.frames, [-1])
     brightness = [study.store[i].mean() for i in used]
-    similar = probe_poses.similar_sequences(study)
+    similar = probe_poses.similar_sequences(study.sequences, study.at1)
     checks = [
         pose_audit.Check("OK", "data", f"{len(study.names)} transitions in {len(set(study.sequences))} sequences"),
         *pose_audit.check_rows(study.skipped),

@@ -266,6 +266,9 @@ def test_an_incomplete_map_names_what_it_lacks(clinic, tmp_path):
     (tmp_path / "map.json").write_text('{"p0_01": "p0"}')
     with pytest.raises(common.UserError, match="p1_01, p1_02"):
         load(clinic, "--patient_map", tmp_path / "map.json")
+    (tmp_path / "map.json").write_text('["p0_01"]')
+    with pytest.raises(common.UserError, match="found a list"):
+        load(clinic, "--patient_map", tmp_path / "map.json")
 
 
 @pytest.mark.parametrize("seed", range(5))
