@@ -58,16 +58,14 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
 
 
 def _image_column(table, source, wanted):
-    if wanted:
-        where = f"{source} has no --image_column"
-        return csv_tables.pick_columns([wanted], table.columns, where)[0]
-    lower = {name.lower(): name for name in table.columns}
-    for name in IMAGE_COLUMNS:
-        if name in lower:
-            return lower[name]
-    raise common.UserError(
-        f"{source} has no image column (found: {common.shorten_list(table.columns)}). "
-        "Name it with --image_column.")
+    if not wanted:
+        lower = table.columns.str.lower()
+        wanted = next((name for name in IMAGE_COLUMNS if name in lower), None)
+    if not wanted:
+        raise common.UserError(
+            f"{source} has no image column (found: {common.shorten_list(table.columns)}). "
+            "Name it with --image_column.")
+    return csv_tables.pick_columns([wanted], table.columns, f"{source} has no --image_column")[0]
 
 
 def _refuse_blank(table, source, column):

@@ -100,6 +100,11 @@ def test_coco(tmp_path, flags):
     assert study.category_ids["train"] == {"saddle": 0, "bell": 4, "never_used": 7}
 
 
+def test_an_absent_part_of_a_coco_file_may_lack_its_box(tmp_path, flags):
+    study = study_of(tmp_path, flags, changed(0, bbox=None, state="absent"), names=("0.jpg", "1.jpg"))
+    assert study.absent[0].tolist() == [study.parts.index("bell")] and len(study.boxes[0]) == 1
+
+
 def test_one_list_of_parts_for_all_splits_by_name(tmp_path, flags):
     """Other ids, another order and a missing category in val: labels still mean the same parts."""
     write_pictures(tmp_path / "images", ("0.jpg", "1.jpg"))
