@@ -64,20 +64,19 @@ def parse_args(argv=None):
 
 # --- data: row on disk -> table -> sample ---------------------------------------------
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Study:
-    """What is known of N pictures: ratings (N, R) float64 with NaN = missing, rater statistics, pixels, groups."""
-    names: list  # R
+    """N rated pictures: ratings, what is known of the raters, pixels and groups."""
+    names: list  # R names of ratings
     images: np.ndarray  # (N,) text, as the table writes them
-    ratings: np.ndarray  # (N, R)
+    ratings: np.ndarray  # (N, R) float64, NaN = missing
     sd: np.ndarray | None  # (N, R) over raters
-    n: np.ndarray | None  # (N, R) raters
+    n: np.ndarray | None  # (N, R) number of raters
     single_ratings: dict | None  # rating -> N arrays, where the table has one row per single rating
     groups: np.ndarray | None  # (N,) text
     store: picture_files.ImageStore
     stored: np.ndarray  # (N,) index of each picture in the store
     skipped: list  # dicts of image and reason
-    features: dict | None = None  # head -> (V, N, F) through the untuned backbone; view 0 is the plain centre crop
 
     def picture(self, row):
         """Decoded picture of a row, uint8 (H, W, 3)."""
@@ -93,44 +92,62 @@ class Study:
 
     @property
     def strata(self):
-        """(N,) mean rating, which splits are stratified on."""
+        """(N,) mean rating, by which splits are stratified."""
         return np.nanmean(self.ratings, axis=1)
 
     def record(self, split):
         """What args.json says of the data and their split; a resumed run must find the same."""
         contents = [*self.names, *self.images, self.ratings, *self.audit("file_sha")]
-        parts = itertools.chain.from_iterable((part, rows) for part, rows in split.items())
-        return {"fingerprint": common.data_fingerprint(contents), "split": common.data_fingerprint(parts),
-                "pictures": len(self.images), "ratings": self.names}
+        parts = itertools.chain.from_iterable(split.items())
+        return {
+            "fingerprint": common.data_fingerprint(contents),
+            "split": common.data_fingerprint(parts),
+            "pictures": len(self.images),
+            "ratings": self.names,
+        }
 
 
 def load_study(args, run):
-    """Ratings and pictures, matched and checked; what cannot be used is counted, printed and listed in skipped.csv."""
-    table = rating_tables.read_ratings(args.ratings_file, args.image_column, args.target_columns, args.duplicates,
-                                args.group_column)
-    paths, unused = file_names.match_images(table.images, args.images_dir)
+    """Ratings and pictures, matched and checked; what cannot be used is counted and listed in skipped.csv."""
+    table = rating_tables.read_ratings(
+        args.ratings_file, args.image_column, args.target_columns, args.duplicates, args.group_column)
+    paths, without_row = file_names.match_images(table.images, args.images_dir)
     found = np.flatnonzero([path is not None for path in paths])
     if not len(found):
-        raise common.UserError(f"none of the {len(paths)} pictures named in {args.ratings_file} is in "
-                               f"{args.images_dir} (first: {table.images[0]!r}); check --images_dir, --image_column")
+        raise common.UserError(
+            f"none of the {len(paths)} pictures named in {args.ratings_file} is in {args.images_dir} "
+            f"(first: {table.images[0]!r}); check --images_dir and --image_column")
     run.say(f"decoding {len(found)} pictures")
     store = picture_files.ImageStore([paths[row] for row in found], resize_side(args.image_size), args.cache)
     stored = np.array(picture_files.check_bad_files(store.audit, args.on_bad_file), dtype=int)
-    rows = found[stored]
-    skipped = [{"image": table.images[i], "reason": "no such picture"} for i, path in enumerate(paths) if path is None]
-    skipped += [{"image": table.images[found[i]], "reason": a.error} for i, a in enumerate(store.audit) if a.error]
-    skipped += [{"image": name, "reason": "no row in the ratings file"} for name in unused]
+
+    skipped = [{"image": table.images[row], "reason": "no such picture"}
+               for row, path in enumerate(paths) if path is None]
+    skipped += [{"image": table.images[row], "reason": audit.error}
+                for row, audit in zip(found, store.audit) if audit.error]
+    skipped += [{"image": name, "reason": "no row in the ratings file"} for name in without_row]
     if skipped:
         common.write_table(run.path("skipped.csv"), skipped)
-    run.say(f"data: {len(rows)} rated pictures, {len(table.names)} ratings; {len(skipped)} skipped"
-            f"{' (listed in skipped.csv)' if skipped else ''}; {store.description}")
+
+    rows = found[stored]
+    listed = " (listed in skipped.csv)" if skipped else ""
+    run.say(f"data: {len(rows)} rated pictures, {len(table.names)} ratings; {len(skipped)} skipped{listed}; "
+            f"{store.description}")
     for note in table.notes:
         run.say(f"note: {note}")
-    single = {name: [each[i] for i in rows] for name, each in (table.ratings_by_image or {}).items()}
+    single = {name: [each[row] for row in rows] for name, each in (table.ratings_by_image or {}).items()}
     return Study(
-        table.names, np.array(table.images, dtype=str)[rows], table.mean[rows],
-        None if table.sd is None else table.sd[rows], None if table.n is None else table.n[rows], single or None,
-        table.extra[args.group_column].to_numpy(str)[rows] if args.group_column else None, store, stored, skipped)
+        names=table.names,
+        images=np.array(table.images, dtype=str)[rows],
+        ratings=table.mean[rows],
+        sd=None if table.sd is None else table.sd[rows],
+        n=None if table.n is None else table.n[rows],
+        single_ratings=single or None,
+        groups=table.extra[args.group_column].to_numpy(str)[rows] if args.group_column else None,
+        store=store,
+        stored=stored,
+        skipped=skipped,
+    )
 
 
 def resize_side(image_size):
@@ -138,22 +155,27 @@ def resize_side(image_size):
     return round(image_size * 8 / 7)
 
 
-def picture_input(study, row, args, augment, generator):
-    """One picture ready for a batch, uint8 (S, S, 3): centre crop, or a random draw of `augment`."""
+def picture_input(study, row, image_size, augment, generator):
+    """One picture ready for a batch, uint8 (S, S, 3): the centre crop, or a random draw of `augment`."""
     if augment == "none":
-        return common.eval_crop(study.picture(row), args.image_size)
+        return common.eval_crop(study.picture(row), image_size)
     drawn = common.sample_augmentation(augment, generator)
-    return common.apply_augmentation(study.picture(row), drawn, args.image_size)
+    return common.apply_augmentation(study.picture(row), drawn, image_size)
 
 
 class RatedImages(common.Samples):
     """Samples of chosen rows; a key is (epoch, index), which seeds the augmentation.
 
-    Each sample: input uint8 (S, S, 3), or frozen features (F,); target (R,) scaled, NaN = missing; weight (R,); name.
+    Each sample: input uint8 (S, S, 3), or (F,) where `views` (V, N, F) of a frozen backbone are given;
+    target (R,) scaled, NaN = missing; weight (R,); name.
     """
 
-    def __init__(self, study, rows, target, weight, args, augment):
-        self.study, self.rows, self.args, self.augment = study, rows, args, augment
+    def __init__(self, study, rows, target, weight, args, augment, views=None):
+        self.study = study
+        self.rows = rows
+        self.args = args
+        self.augment = augment
+        self.views = views
         self.target = torch.tensor(target[rows], dtype=torch.float32)
         self.weight = torch.tensor(weight[rows], dtype=torch.float32)
 
@@ -164,30 +186,36 @@ class RatedImages(common.Samples):
         epoch, index = key
         row = int(self.rows[index])
         generator = common.generator_for(self.args.seed, epoch, row)
-        if self.args.freeze_backbone:
-            features = self.study.features[self.args.head]  # (V, N, F)
-            views = 1 if self.augment == "none" else len(features)
-            pixels = features[torch.randint(views, (), generator=generator), row]
+        if self.views is None:
+            pixels = picture_input(self.study, row, self.args.image_size, self.augment, generator)
         else:
-            pixels = picture_input(self.study, row, self.args, self.augment, generator)
-        return {"input": torch.from_numpy(pixels), "target": self.target[index], "weight": self.weight[index],
-                "name": self.study.images[row]}
+            count = 1 if self.augment == "none" else len(self.views)
+            pixels = self.views[torch.randint(count, (), generator=generator), row]
+        return {
+            "input": torch.from_numpy(pixels),
+            "target": self.target[index],
+            "weight": self.weight[index],
+            "name": self.study.images[row],
+        }
 
 
 # --- model and loss ----------------------------------------------------------------------
 
 class Assessor(common.BackboneModel):
-    """Backbone (B, 3, S, S) -> (B, F), then a head (B, F) -> (B, R): two hidden layers (mlp), or one linear (ridge)."""
+    """Backbone and head: pictures -> ratings. The head has two hidden layers (mlp) or none (ridge)."""
 
     def __init__(self, backbone, n_features, n_ratings, head, dropout, freeze_norm=False):
         super().__init__(backbone, freeze_norm)
-        hidden = [nn.Linear(n_features, 512), nn.ReLU(), nn.Dropout(dropout),
-                  nn.Linear(512, 256), nn.ReLU(), nn.Dropout(dropout)]
-        self.head = nn.Sequential(*(hidden if head == "mlp" else []),
-                                  nn.Linear(256 if head == "mlp" else n_features, n_ratings))
+        if head == "mlp":
+            self.head = nn.Sequential(
+                nn.Linear(n_features, 512), nn.ReLU(), nn.Dropout(dropout),
+                nn.Linear(512, 256), nn.ReLU(), nn.Dropout(dropout),
+                nn.Linear(256, n_ratings))
+        else:
+            self.head = nn.Sequential(nn.Linear(n_features, n_ratings))
 
     def forward(self, inputs):
-        # (B, 3, S, S) images, or (B, F) features of a frozen backbone, which go straight to the head
+        # features of a frozen backbone (B, F) go straight to the head
         features = inputs if inputs.ndim == 2 else self.backbone(inputs)  # (B, 3, S, S) -> (B, F)
         with torch.autocast(features.device.type, enabled=False):  # bf16 has steps of 0.25 at a rating of 50
             return self.head(features.float())  # (B, F) -> (B, R)
@@ -211,7 +239,8 @@ def build_backbone(args, head):
 
 def build_model(args, centre):
     """Assessor as the flags describe it; its first prediction is `centre` (R,), the scaled train mean."""
-    model = Assessor(*build_backbone(args, args.head), len(centre), args.head, args.dropout, args.freeze_norm)
+    backbone, n_features = build_backbone(args, args.head)
+    model = Assessor(backbone, n_features, len(centre), args.head, args.dropout, args.freeze_norm)
     nn.init.zeros_(model.head[-1].weight)
     model.head[-1].bias.data = torch.tensor(centre, dtype=torch.float32)
     return model
@@ -220,7 +249,9 @@ def build_model(args, centre):
 def mirrored_mean(model, inputs, flip_average):
     """Outputs for (B, 3, S, S) inputs; with flip_average the mean over each picture and its mirror image."""
     outputs = model(inputs)
-    return (outputs + model(inputs.flip(-1))) / 2 if flip_average and inputs.ndim == 4 else outputs
+    if flip_average and inputs.ndim == 4:
+        outputs = (outputs + model(inputs.flip(-1))) / 2
+    return outputs
 
 
 def rating_loss(loss):
@@ -233,25 +264,27 @@ def rating_loss(loss):
     def masked(predicted, target, weight):
         labelled = ~torch.isnan(target)  # (B, R), True = a rating is there
         errors = pointwise(predicted, torch.where(labelled, target, predicted.detach()), reduction="none")
-        return ((errors * weight * labelled).sum(1) / labelled.sum(1).clamp(min=1)).mean()
+        row_sums = (errors * weight * labelled).sum(1)
+        return (row_sums / labelled.sum(1).clamp(min=1)).mean()
     return masked
 
 
 def rating_weights(study, rows, loss):
     """(N, R) weights with mean 1 over the labelled train cells; all 1 unless loss is weighted.
 
-    Inverse variance: 1 / (1 + (sd^2 / n) / variance of the ratings), so that a rating that its raters agree on counts
-    more. A cell without a usable sd (missing or 0) gets the weight 1.
+    Inverse variance: 1 / (1 + (sd^2 / n) / variance of the ratings), so that a rating that its raters agree on
+    counts more. A cell without a usable sd (missing or 0) gets the weight 1.
     """
     if loss != "weighted":
         return np.ones_like(study.ratings)
     if study.sd is None:
         raise common.UserError("--loss weighted needs rater sds: expected X_sd columns or single ratings, "
                                f"found means alone for {len(study.names)} ratings; use --loss mse")
-    noise = study.sd ** 2 / (1 if study.n is None else np.maximum(study.n, 1))
-    raw = 1 / (1 + noise / np.nanvar(study.ratings[rows], axis=0))
-    raw[~(study.sd > 0)] = np.nan
-    return np.nan_to_num(raw / np.nanmean(raw[rows], axis=0), nan=1.0)
+    raters = 1 if study.n is None else np.maximum(study.n, 1)
+    noise = study.sd ** 2 / raters
+    weights = 1 / (1 + noise / np.nanvar(study.ratings[rows], axis=0))
+    weights[~(study.sd > 0)] = np.nan
+    return np.nan_to_num(weights / np.nanmean(weights[rows], axis=0), nan=1.0)
 
 
 def fit_scaler(ratings, normalize):
@@ -261,18 +294,25 @@ def fit_scaler(ratings, normalize):
     return {"mean": np.nanmean(ratings, axis=0), "sd": np.maximum(np.nanstd(ratings, axis=0), 1e-8)}
 
 
+def scaled_ratings(study, scaler):
+    """(N, R) ratings in the unit of training."""
+    return (study.ratings - scaler["mean"]) / scaler["sd"]
+
+
 # --- training ---------------------------------------------------------------------------
 
-def make_loaders(study, split, scaler, args, compute):
+def make_loaders(study, split, scaler, args, compute, features):
     """Loader of the augmented train rows, and {part: loader} of the train, val and test rows as they are."""
-    target = (study.ratings - scaler["mean"]) / scaler["sd"]
+    target = scaled_ratings(study, scaler)
     weight = rating_weights(study, split["train"], args.loss)
-    cached = study.store.cache == "ram" or args.freeze_backbone
+    views = features[args.head] if args.freeze_backbone else None
+    is_cached = study.store.cache == "ram" or args.freeze_backbone
 
     def loader(part, train):
-        dataset = RatedImages(study, split[part], target, weight, args, args.augment if train else "none")
+        augment = args.augment if train else "none"
         size = args.batch_size if train else args.val_batch_size or args.batch_size
-        return common.make_loader(dataset, size, args, compute, train, cached)
+        dataset = RatedImages(study, split[part], target, weight, args, augment, views)
+        return common.make_loader(dataset, size, args, compute, train, is_cached)
     return loader("train", True), {part: loader(part, False) for part in ("train", "val", "test")}
 
 
@@ -281,7 +321,8 @@ def to_device(batch, compute):
     inputs = batch["input"]
     if inputs.dtype == torch.uint8:
         inputs = common.to_input(inputs, compute.device, channels_last=compute.channels_last)
-    target, weight = (batch[name].to(compute.device, non_blocking=True) for name in ("target", "weight"))
+    target = batch["target"].to(compute.device, non_blocking=True)
+    weight = batch["weight"].to(compute.device, non_blocking=True)
     return inputs.to(compute.device), target, weight
 
 
@@ -304,44 +345,58 @@ def evaluate(model, loader, loss_function, scaler, compute, flip_average):
     for batch in loader:
         inputs, target, weight = to_device(batch, compute)
         with compute.autocast():
-            parts.append((mirrored_mean(model, inputs, flip_average), target, weight))  # (B, 3, S, S) -> (B, R)
-    output, target, weight = map(torch.cat, zip(*compute.processes.gather(parts)))  # (M, R)
+            output = mirrored_mean(model, inputs, flip_average)  # (B, 3, S, S) -> (B, R)
+        parts.append((output, target, weight))
+    output, target, weight = map(torch.cat, zip(*compute.processes.gather(parts)))  # (M, R) each
     loss = loss_function(output, target, weight).item()
     return output.cpu().double().numpy() * scaler["sd"] + scaler["mean"], loss
 
 
-def fit(run, args, study, split):
+def fit(run, args, study, split, features):
     """Train on split['train'], choose the epoch on split['val']; returns ({part: predicted (M, R)}, Training)."""
-    compute, loss_function = run.compute, rating_loss(args.loss)
+    compute = run.compute
+    loss_function = rating_loss(args.loss)
     scaler = fit_scaler(study.ratings[split["train"]], args.normalize_targets)
     common.write_json(run.path("target_scaler.json"), {"names": study.names, **scaler})
-    train_loader, loaders = make_loaders(study, split, scaler, args, compute)
-    model = build_model(args, np.nanmean((study.ratings[split["train"]] - scaler["mean"]) / scaler["sd"], axis=0))
+    train_loader, loaders = make_loaders(study, split, scaler, args, compute, features)
+    model = build_model(args, np.nanmean(scaled_ratings(study, scaler)[split["train"]], axis=0))
     if args.init_from:
         common.load_state(model, common.starting_weights(args.init_from, names=study.names), args.init_from)
     model = compute.place(model)
     model.freeze_backbone(args.freeze_backbone)
     optimizer = common.build_optimizer([(model.backbone, args.backbone_lr_mult), (model.head, 1.0)], args)
-    target, latest = study.ratings[split["val"]], {}
+
+    latest = {}  # the validation predictions of the epoch that best_model.pth may be written for
     training = common.Training(
-        run, model, optimizer, args, select=args.select if args.select == "last" else f"val_{args.select}",
-        describe=lambda: describe(args, study, split, scaler, latest["val"]), higher_is_better=args.select != "loss")
+        run, model, optimizer, args,
+        select="last" if args.select == "last" else f"val_{args.select}",
+        describe=lambda: describe(args, study, split, scaler, latest["val"]),
+        higher_is_better=args.select != "loss")
     for epoch in training.epochs():
         model.freeze_backbone(args.freeze_backbone or epoch <= args.freeze_epochs)
         row = train_one_epoch(model, train_loader, loss_function, training, compute)
-        latest["val"], loss = evaluate(model, loaders["val"], loss_function, scaler, compute, args.flip_average)
-        means = common.mean_metrics(common.regression_metrics(latest["val"], target))
-        training.end_epoch({**row, "val_loss": loss, **{f"val_{name}": means[name] for name in HISTORY_METRICS}})
+        predicted, row["val_loss"] = evaluate(
+            model, loaders["val"], loss_function, scaler, compute, args.flip_average)
+        latest["val"] = predicted
+        means = common.mean_metrics(common.regression_metrics(predicted, study.ratings[split["val"]]))
+        row |= {f"val_{name}": means[name] for name in HISTORY_METRICS}
+        training.end_epoch(row)
+
+    return predict_with_best(run, args, study, split, model, loaders, scaler, loss_function), training
+
+
+def predict_with_best(run, args, study, split, model, loaders, scaler, loss_function):
+    """{part: predicted (M, R)} of the best epoch; the ridge head is solved anew for it and saved."""
     best = common.load_model_file(run.path("best_model.pth"), common.script_name())
     common.load_state(model, best["model"], "best_model.pth")
     if args.head == "ridge":
-        solve_head(model, loaders["train"], study, split["train"], scaler, args, compute)
-    predicted = {part: evaluate(model, loader, loss_function, scaler, compute, args.flip_average)[0]
+        solve_head(model, loaders["train"], study, split["train"], scaler, args, run.compute)
+    predicted = {part: evaluate(model, loader, loss_function, scaler, run.compute, args.flip_average)[0]
                  for part, loader in loaders.items() if len(split[part])}
     if args.head == "ridge":
         best |= {"model": model.state_dict(), **describe(args, study, split, scaler, predicted["val"])}
         common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
-    return predicted, training
+    return predicted
 
 
 @torch.no_grad()
@@ -353,25 +408,67 @@ def solve_head(model, loader, study, rows, scaler, args, compute):
         inputs, _, _ = to_device(batch, compute)
         with compute.autocast():
             output = inputs if inputs.ndim == 2 else mirrored_mean(model.backbone, inputs, args.flip_average)
-        features.append(output.float().cpu())
+        features.append(output.float().cpu())  # (B, F)
     features = torch.cat(compute.processes.gather(features)).numpy()
-    target = (study.ratings[rows] - scaler["mean"]) / scaler["sd"]
-    ridge = baseline_models.fit_ridge(features, target, groups=study.groups_of(rows),
-                             sd_floor=FEATURE_SD_FLOOR)
+    ridge = baseline_models.fit_ridge(
+        features, scaled_ratings(study, scaler)[rows], groups=study.groups_of(rows), sd_floor=FEATURE_SD_FLOOR)
     weights = ridge.weights / ridge.feature_sd[:, None]  # (F, R), for features that are not standardised
     model.head[-1].weight.copy_(torch.from_numpy(weights.T))
     model.head[-1].bias.copy_(torch.from_numpy(ridge.intercept - ridge.feature_mean @ weights))
 
 
 def describe(args, study, split, scaler, predicted):
-    """What predict_assessor.py needs beside the weights: architecture, names, scaling, and the validation residuals."""
+    """What predict_assessor.py needs beside the weights: architecture, names, scaling, validation residuals."""
     subjects = study.groups_of(split["val"])
-    return {"backbone": args.backbone, "head": args.head, "dropout": args.dropout, "image_size": args.image_size,
-            "flip_average": args.flip_average, "names": study.names, "scaler": scaler,
-            "pixel_mean": list(common.IMAGENET_MEAN), "pixel_sd": list(common.IMAGENET_STD),
-            "label_sd": np.nanstd(study.ratings[split["train"]], axis=0),
-            "abs_residuals": np.abs(predicted - study.ratings[split["val"]]),
-            "residual_subjects": None if subjects is None else list(subjects)}
+    return {
+        "backbone": args.backbone,
+        "head": args.head,
+        "dropout": args.dropout,
+        "image_size": args.image_size,
+        "flip_average": args.flip_average,
+        "names": study.names,
+        "scaler": scaler,
+        "pixel_mean": list(common.IMAGENET_MEAN),
+        "pixel_sd": list(common.IMAGENET_STD),
+        "label_sd": np.nanstd(study.ratings[split["train"]], axis=0),
+        "abs_residuals": np.abs(predicted - study.ratings[split["val"]]),
+        "residual_subjects": None if subjects is None else list(subjects),
+    }
+
+
+def frozen_features(args, study, run, rows):
+    """{head: (V, N, F)} features of these rows through the untuned backbone, NaN elsewhere.
+
+    They serve the ridge baselines and --freeze_backbone: "mlp" the last features, "ridge" three resolutions.
+    View 0 is the plain centre crop.
+    """
+    features = {}
+    for head in dict.fromkeys(["mlp", args.head]):
+        backbone, n_features = build_backbone(args, head)
+        backbone = run.compute.place(backbone).eval()
+        has_views = args.freeze_backbone and args.augment != "none" and head == args.head
+        n_views = args.feature_views if has_views else 1
+        features[head] = np.full((n_views, len(study.images), n_features), np.nan, np.float32)
+        for view in range(n_views):
+            augment = args.augment if view else "none"
+            features[head][view, rows] = common.frozen_features(
+                lambda inputs: mirrored_mean(backbone, inputs, args.flip_average),
+                rows,
+                lambda row: picture_input(study, row, args.image_size, augment,
+                                          common.generator_for(args.seed, view, int(row))),
+                run.compute)
+    return features
+
+
+def baselines(study, features, train, rows):
+    """{name: (M, R)} of what trains no network: ridge on the frozen backbone's features, and the train mean."""
+    predicted = {"train_mean": baseline_models.train_mean_baseline(study.ratings[train], len(rows))}
+    for head, views in features.items():
+        ridge = baseline_models.fit_ridge(
+            views[0, train], study.ratings[train], groups=study.groups_of(train), sd_floor=FEATURE_SD_FLOOR)
+        name = "ridge" if head == "mlp" else "ridge_multiscale"
+        predicted[name] = ridge.predict(views[0, rows])
+    return predicted
 
 
 # --- results: prediction -> whole-split metric -> run folder ---------------------------------
@@ -382,35 +479,6 @@ class Scored:
     rows: np.ndarray  # (M,) rows of the study
     predicted: dict  # "predicted" (the model) and each baseline -> (M, R)
     part: str  # val, test or folds
-
-
-def frozen_features(args, study, run, rows):
-    """{head: (V, N, F)} features of these rows through the untuned backbone, NaN elsewhere.
-
-    They serve the ridge baselines and --freeze_backbone: "mlp" the last features, "ridge" those of three resolutions.
-    """
-    features = {}
-    for head in dict.fromkeys(["mlp", args.head]):
-        backbone, n_features = build_backbone(args, head)
-        backbone = run.compute.place(backbone).eval()
-        views = args.feature_views if args.freeze_backbone and args.augment != "none" and head == args.head else 1
-        features[head] = np.full((views, len(study.images), n_features), np.nan, np.float32)
-        for view in range(views):
-            features[head][view, rows] = common.frozen_features(
-                lambda inputs: mirrored_mean(backbone, inputs, args.flip_average), rows,
-                lambda row: picture_input(study, row, args, args.augment if view else "none",
-                                          common.generator_for(args.seed, view, int(row))), run.compute)
-    return features
-
-
-def baselines(study, train, rows):
-    """{name: (M, R)} of what trains no network: ridge on the frozen backbone's features, and the train mean."""
-    predicted = {"train_mean": baseline_models.train_mean_baseline(study.ratings[train], len(rows))}
-    for head, features in study.features.items():
-        ridge = baseline_models.fit_ridge(features[0, train], study.ratings[train], groups=study.groups_of(train),
-                                 sd_floor=FEATURE_SD_FLOOR)
-        predicted["ridge" if head == "mlp" else "ridge_multiscale"] = ridge.predict(features[0, rows])
-    return predicted
 
 
 def write_predictions(path, study, scored):
@@ -592,20 +660,20 @@ def prepare_split(run, args, study, split):
     splitting.record_split(run, split, study.images, report)
 
 
-def run_split(run, args, study, split):
+def run_split(run, args, study, split, features=None):
     """Train and score one split; returns the held-out rows' Scored: test where there is one, else val."""
     prepare_split(run, args, study, split)
     if args.dry_run:
         split = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
-    if study.features is None:
-        study.features = frozen_features(args, study, run, np.concatenate(list(split.values())))
+    if features is None:
+        features = frozen_features(args, study, run, np.concatenate(list(split.values())))
     run.write_args(**study.record(split))
-    predicted, training = fit(run, args, study, split)
+    predicted, training = fit(run, args, study, split, features)
     train, val = (common.mean_metrics(common.regression_metrics(predicted[part], study.ratings[split[part]]))
                   for part in ("train", "val"))
     for part in ("val", "test"):
         if len(split[part]):
-            others = baselines(study, split["train"], split[part])
+            others = baselines(study, features, split["train"], split[part])
             scored = Scored(split[part], {"predicted": predicted[part], **others}, part)
             write_predictions(run.path(f"predictions_{part}.csv"), study, scored)
     plotting.plot_history(training.progress.history, run.path("training_history.png"), training.progress.best_epoch)
@@ -618,7 +686,7 @@ def run_folds(run, args, study):
     fold_of = splitting.make_folds(len(study.images), args.folds, study.strata, study.groups, args.seed, study.images)
     folds = {f"fold_{k}": np.flatnonzero(fold_of == k) for k in range(args.folds)}
     prepare_split(run, args, study, folds)
-    study.features = frozen_features(args, study, run, np.arange(len(study.images)))
+    features = frozen_features(args, study, run, np.arange(len(study.images)))
     run.write_args(**study.record(folds))
     results, done = [], []
     for k in range(args.folds) if args.fold == "all" else [args.fold]:
@@ -628,7 +696,7 @@ def run_folds(run, args, study):
                 child.say(f"fold {k} is finished")
                 scored = read_predictions(child.path("predictions_val.csv"), study, "val")
             else:
-                scored = run_split(child, args, study, split)
+                scored = run_split(child, args, study, split, features)
             metrics = common.read_json(child.path("metrics.json"))
         results.append(scored)
         done.append({"fold": k, "rows": len(scored.rows), "best_epoch": metrics["best_epoch"], "mean": metrics["mean"]})

@@ -65,7 +65,7 @@ class ScriptEpochs:
         study = train_assessor.load_study(args, self.run)
         split = {"train": np.arange(options.images), "val": np.arange(2), "test": np.arange(0)}
         scaler = train_assessor.fit_scaler(study.ratings, False)
-        self.loader, _ = train_assessor.make_loaders(study, split, scaler, args, self.run.compute)
+        self.loader, _ = train_assessor.make_loaders(study, split, scaler, args, self.run.compute, None)
         self.model = self.run.compute.place(train_assessor.build_model(args, [0.0, 0.0]))
         optimizer = common.build_optimizer([(self.model, 1.0)], args)
         self.training = common.Training(self.run, self.model, optimizer, args, "last", dict)
