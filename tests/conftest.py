@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 SESSION_FOLDER = "session"  # made once, for all modules
+FORK_SERVERS = []  # at most one
 FAULTS = {}  # group of the fault table -> (cases that held, cases that were to be run)
 
 
@@ -38,6 +39,11 @@ def pytest_runtest_makereport(item, call):
         held, planned = FAULTS.get(marker.args[0], (0, 0))
         FAULTS[marker.args[0]] = (held + report.passed, planned + 1)
     return report
+
+
+def pytest_unconfigure():
+    while FORK_SERVERS:
+        FORK_SERVERS.pop().close()
 
 
 def pytest_sessionfinish(session):
@@ -126,8 +132,26 @@ def script_command(script, *flags):
     return [sys.executable, str(ROOT / script), *map(str, flags)]
 
 
-def run_script(script, *flags, code=0, env=None):
-    """Run a script to its end; the exit code must be as expected. Returns stdout, stderr and both together as text."""
+def run_script(script, *flags, code=0, env=None, folder=None):
+    """Run a script to its end; the exit code must be as expected. Returns stdout, stderr and both together as text.
+
+    The run is forked from a server, which is started at the first call, so that it does not pay for its imports.
+    """
+    from torture import forkserver
+    if Path(script).stem not in forkserver.SCRIPTS:
+        return run_fresh(script, *flags, code=code, env=env)
+    if not FORK_SERVERS:
+        FORK_SERVERS.append(forkserver.ForkServer())
+    with tempfile.TemporaryDirectory() as kept:
+        out, err = Path(kept, "out"), Path(kept, "err")
+        found = FORK_SERVERS[0].start(script, flags, out, env, err, folder).finish(600)
+        stdout, stderr = (file.read_text(errors="replace") for file in (out, err))
+    assert found == code, f"exit code {found}, expected {code}:\n{(stdout + stderr)[-3000:]}"
+    return SimpleNamespace(stdout=stdout, stderr=stderr, text=stdout + stderr)
+
+
+def run_fresh(script, *flags, code=0, env=None):
+    """run_script by an interpreter of its own, as a user's shell starts it."""
     done = subprocess.run(script_command(script, *flags), capture_output=True, text=True, timeout=600,
                           env={**os.environ, **(env or {})})
     text = done.stdout + done.stderr

@@ -14,7 +14,7 @@ from sklearn.metrics import r2_score
 import common
 import predict_assessor
 import train_assessor
-from conftest import only_run, run_here, run_script, small_run
+from conftest import only_run, run_here, run_fresh, run_script, small_run
 
 CONTRACT = [
     "args.json", "log.txt", "splits.json", "leakage_report.json", "training_history.csv", "training_history.png",
@@ -122,7 +122,7 @@ def test_a_split_can_be_used_again(sample, trained, tmp_path):
 
 def test_args_json_repeats_the_run(trained, tmp_path):
     """The config of a run, in another folder: the same history, byte for byte."""
-    run_script("train_assessor.py", "--config", trained / "args.json", "--output_dir", tmp_path)
+    run_fresh("train_assessor.py", "--config", trained / "args.json", "--output_dir", tmp_path)
     assert (only_run(tmp_path) / "training_history.csv").read_bytes() == (trained / "training_history.csv").read_bytes()
 
 

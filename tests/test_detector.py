@@ -19,7 +19,7 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score
 
 import common
 import train_detector
-from conftest import ROOT, only_run, run_script
+from conftest import ROOT, only_run, run_fresh, run_script
 from readers.part_boxes import ABSENT, STATES, UNKNOWN
 from evidence import detection_scores
 
@@ -271,7 +271,7 @@ def train_flags(bicycles, output_dir, *more):
 def trained(bicycles, tmp_path_factory):
     """A run from random weights."""
     folder = tmp_path_factory.mktemp("trained")
-    run_script("train_detector.py", *train_flags(bicycles, folder, "--criteria", "map>0.9,ap_saddle<2"))
+    run_fresh("train_detector.py", *train_flags(bicycles, folder, "--criteria", "map>0.9,ap_saddle<2"))
     return only_run(folder)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import common
 import train_dreamer
-from conftest import only_run, run_here, run_script
+from conftest import only_run, run_here, run_fresh, run_script
 from readers.probe_poses import AXES
 from readers import probe_poses
 
@@ -118,7 +118,7 @@ def test_too_few_patients_for_an_interval_are_said(trained):
 def test_evaluate_repeats_the_test_metrics(trained, tmp_path):
     """Without any other flag: data, patients, split and settings come from the run."""
     checkpoint = trained / "best_model.pth"
-    run_script("train_dreamer.py", "--mode", "evaluate", "--checkpoint", checkpoint, "--output_dir", tmp_path)
+    run_fresh("train_dreamer.py", "--mode", "evaluate", "--checkpoint", checkpoint, "--output_dir", tmp_path)
     again, first = (json.loads((run / "metrics.json").read_text()) for run in (only_run(tmp_path), trained))
     assert again["part"] == "test"
     assert again["per_axis"] == first["per_axis"] and again["baselines"] == first["baselines"]

@@ -21,7 +21,7 @@ import common
 from evidence import calibrating
 from readers import video_files
 import train_video
-from conftest import ROOT, only_run, run_here, run_script
+from conftest import ROOT, only_run, run_here, run_fresh, run_script
 
 CONTRACT = ["args.json", "log.txt", "splits.json", "leakage_report.json", "training_history.csv",
             "training_history.png", "best_model.pth", "last.pth", "metrics.json", "predictions_val.csv", "report.html"]
@@ -68,7 +68,7 @@ def made(tmp_path_factory):
 def behaviours(made, tmp_path_factory):
     """The run folder of a classification with train, val and test manifests and the balanced sampler."""
     folder = tmp_path_factory.mktemp("behaviours")
-    run_script("train_video.py", *made.parts(), *SMALL, "--epochs", 3, "--balance", "sampler", "--jitter_sec", 0.3,
+    run_fresh("train_video.py", *made.parts(), *SMALL, "--epochs", 3, "--balance", "sampler", "--jitter_sec", 0.3,
                "--augment", "heavy", "--mixup", 0.2, "--output_dir", folder, "--save_top_k", 1, "--criteria",
                "auc>0.5,tail_recall>0.9")
     return only_run(folder)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("predict_assessor", "train_assessor", "train_video", "train_detector", "train_dreamer")
+SCRIPTS = ("make_sample_data", "predict_assessor", "train_assessor", "train_video", "train_detector", "train_dreamer")
 HEAVY = ("cv2", "pandas", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image", "torchvision.models",
          "torchvision.models.detection", "pycocotools.cocoeval", "tqdm", "yaml")
 
@@ -34,10 +34,12 @@ class ForkServer:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, script, flags, log, env=None):
-        """Fork a run of the script; its output is appended to the file `log`."""
+    def start(self, script, flags, log, env=None, errors=None, folder=None):
+        """Fork a run of the script in a folder; output and errors are appended to `log`, or errors to a file of their own."""
         argv = [str(ROOT / script), *map(str, flags)]
-        return Trial(self, self._ask({"do": "start", "argv": argv, "log": str(log), "env": env or {}}), log)
+        pid = self._ask({"do": "start", "argv": argv, "log": str(log), "errors": str(errors or log),
+                         "env": env or {}, "folder": str(folder or Path.cwd())})
+        return Trial(self, pid, log)
 
     def close(self):
         """End the server."""
@@ -119,10 +121,10 @@ def serve():
 def become(request):
     """Make this forked process a run of the script."""
     os.setsid()
-    out = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    null = os.open(os.devnull, os.O_RDONLY)
-    for target, source in ((0, null), (1, out), (2, out)):
-        os.dup2(source, target)
+    os.chdir(request["folder"])
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for target, file in ((1, request["log"]), (2, request["errors"])):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), target)
     os.environ.update(request["env"])
     sys.argv = request["argv"]
     if "ADDRESS_SPACE_LEFT" in os.environ:
