@@ -379,22 +379,6 @@ class Encoder(nn.Module):
         return self
 
 
-class Dropout(nn.Dropout):
-    """nn.Dropout that on a CPU takes four draws of 16 bits from every number of torch's generator: a third of the time.
-
-    There the draws are made by one core, and with nn.Dropout were a sixth of a training step.
-    """
-
-    def forward(self, inputs):
-        if not (self.training and self.p) or inputs.device.type != "cpu":
-            return super().forward(inputs)
-        # (B, K, D) -> (B, K, D), as any other shape
-        numbers = torch.empty(-(-inputs.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None)
-        draws = numbers.view(torch.int16)[:inputs.numel()].view(inputs.shape)  # -32768 to 32767
-        dropped = round(self.p * 2 ** 16)
-        return inputs * (draws >= dropped - 2 ** 15) * (2 ** 16 / (2 ** 16 - dropped))
-
-
 class Layer(nn.Module):
     """Transformer layer on (B, K, D), normalised before each half; attention runs as one fused kernel."""
 
@@ -405,9 +389,9 @@ class Layer(nn.Module):
         self.norm_feedforward = nn.LayerNorm(d_model)
         self.query_key_value = nn.Linear(d_model, 3 * d_model)
         self.output = nn.Linear(d_model, d_model)
-        self.feedforward = nn.Sequential(nn.Linear(d_model, feedforward), nn.GELU(), Dropout(dropout),
+        self.feedforward = nn.Sequential(nn.Linear(d_model, feedforward), nn.GELU(), nn.Dropout(dropout),
                                          nn.Linear(feedforward, d_model))
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens):
         heads = self.query_key_value(self.norm_attention(tokens))  # (B, K, D) -> (B, K, 3 D)
@@ -463,8 +447,8 @@ class Dreamer(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.imagination = Imagination(encoder.n_features, encoder.n_cells, args)
-        self.readout = nn.Sequential(nn.Linear(encoder.n_features, 1024), nn.GELU(), Dropout(args.dropout),
-                                     nn.Linear(1024, 512), nn.GELU(), Dropout(args.dropout), nn.Linear(512, 6))
+        self.readout = nn.Sequential(nn.Linear(encoder.n_features, 1024), nn.GELU(), nn.Dropout(args.dropout),
+                                     nn.Linear(1024, 512), nn.GELU(), nn.Dropout(args.dropout), nn.Linear(512, 6))
         self.at1_from = probe_poses.CONVENTIONS[convention].at1
         for name in ("motion", "at2"):
             for what, values in scaler[name].items():

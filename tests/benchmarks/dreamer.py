@@ -136,10 +136,9 @@ class PlainFrames(torch.utils.data.Dataset):
 
 
 def as_tutorials_write_it(layer, dropout):
-    """Give the layer torch's own attention module with dropout inside it, and torch's dropout elsewhere."""
+    """Give the layer torch's own attention module with dropout inside it."""
     width = layer.output.in_features
     attention = nn.MultiheadAttention(width, layer.n_heads, dropout, batch_first=True)
-    layer.dropout = layer.feedforward[2] = nn.Dropout(dropout)
 
     def forward(tokens):
         normed = layer.norm_attention(tokens)
