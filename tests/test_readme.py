@@ -111,6 +111,8 @@ def test_every_flag_named_in_the_pages_exists():
     text = re.sub(r"(sbatch|torchrun|tests/run.sh) --.*|`--all`", "", TEXT)  # not ours
     named = set(re.findall(r"`?(--[a-z_]+)", text))
     known = set()
+    for benchmark in (ROOT / "tests" / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'"(--[a-z_]+)"', benchmark.read_text(encoding="utf-8")))
     for script in ROOT.glob("*.py"):
         if script.stem != "common":
             known |= set(re.findall(r"--[a-z_]+", run_here(script.name, "--help").stdout))
