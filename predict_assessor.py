@@ -16,7 +16,7 @@ import torch
 
 import common
 from evidence import calibrating
-from readers import file_names, picture_files, pixel_cache
+from readers import file_names, picture_files
 from train_assessor import Assessor, mirrored_mean, resize_side, with_head_features
 
 SCRIPT = "train_assessor.py"
@@ -38,24 +38,6 @@ def parse_args(argv=None):
     if not (args.image_dir or args.image_list or args.images):
         parser.error("no pictures given; name them with --image_dir, --image_list or --images")
     return args
-
-
-class Pictures(common.Samples):
-    """Pictures by path, prepared as in training; a picture that cannot be read is black and has an `error`."""
-
-    def __init__(self, paths, image_size):
-        self.paths, self.image_size = paths, image_size
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, key):
-        _, index = key
-        try:
-            pixels = picture_files.load_image(self.paths[index], resize_side(self.image_size))
-            return {"input": torch.from_numpy(common.eval_crop(pixels, self.image_size)), "error": ""}
-        except pixel_cache.BadImage as error:
-            return {"input": torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8), "error": str(error)}
 
 
 def find_inputs(args):
@@ -101,7 +83,7 @@ def predict(members, loader, compute):
     (_, first), outputs, errors = members[0], [], []
     for batch in loader:
         # (B, S, S, 3) -> (B, 3, S, S)
-        inputs = common.to_input(batch["input"], compute.device, first["pixel_mean"], first["pixel_sd"],
+        inputs = common.to_input(batch["pixels"], compute.device, first["pixel_mean"], first["pixel_sd"],
                                  compute.channels_last)
         with compute.autocast():
             each = [mirrored_mean(model, inputs, settings["flip_average"]) for model, settings in members]
@@ -160,7 +142,8 @@ def main():
     members = load_members(common.checkpoint_files(args.checkpoint), compute)
     names, image_size = members[0][1]["names"], members[0][1]["image_size"]
     args.seed = 0
-    pictures = Pictures([path for _, path in inputs], image_size)
+    pictures = picture_files.Pictures([path for _, path in inputs], resize_side(image_size),
+                                      lambda pixels, _: common.eval_crop(pixels, image_size))
     loader = common.make_loader(pictures, args.predict_batch_size, args, compute, train=False)
     predicted, errors = predict(members, loader, compute)
     widths = half_widths(members, args.interval) if args.interval else None

@@ -1280,26 +1280,6 @@ def check_against_training(run, args, study, train_sha):
     splitting.check_leakage(report, args.allow_leakage)
 
 
-class Pictures(common.Samples):
-    """Pictures by path, prepared as in training; one that cannot be read is black, 32 x 32, and has an `error`."""
-
-    def __init__(self, paths, settings):
-        self.paths, self.settings = paths, settings
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, key):
-        _, index = key
-        found, pixels = picture_files.audit_image(self.paths[index], self.settings["min_size"])
-        whole = (found.width, found.height)
-        if found.error:
-            pixels, whole = np.zeros((32, 32, 3), np.uint8), (32, 32)
-        pixels = resize_picture(pixels, fit_size(*whole, self.settings["min_size"], self.settings["max_size"]))
-        return {"pixels": torch.from_numpy(np.array(pixels)), "scale": np.array(whole) / pixels.shape[1::-1],
-                "error": found.error or ""}
-
-
 @torch.no_grad()
 def predict(args):
     """--mode predict: detections of every picture under --images_dir; an unreadable one keeps a row with its error."""
@@ -1311,7 +1291,9 @@ def predict(args):
     if not paths:
         raise common.UserError(f"--images_dir {args.images_dir}: expected pictures, found none")
     names = [path.relative_to(args.images_dir).as_posix() for path in paths]
-    loader = common.make_loader(Pictures(paths, settings), args.batch_size, args, compute, False, collate=collate)
+    pictures = picture_files.Pictures(paths, settings["min_size"], lambda pixels, size: resize_picture(
+        pixels, fit_size(*size, settings["min_size"], settings["max_size"])))
+    loader = common.make_loader(pictures, args.batch_size, args, compute, False, collate=collate)
     detections, errors = [], []
     for batch in loader:
         inputs, sizes, _ = to_device({**batch, "boxes": [], "labels": [], "states": []}, compute, settings)

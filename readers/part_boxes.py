@@ -354,5 +354,5 @@ def find_pictures(found, folder):
     refuse(leaving, f"{found.path}: these links lead out of {folder}:", "Copy the pictures into the folder.")
     if not any(paths):
         raise common.UserError(f"none of the {len(paths)} pictures named in {found.path} is in {folder} (first: "
-                               f"{found.images[0]['name']!r}); check the folder")
+                               f"{found.images[0].name!r}); check the folder")
     return paths, unused

@@ -1,5 +1,9 @@
 """Frames of videos at known times, with an audit of what each file really holds, and the cache of clips.
 
+Frames are taken by time stamp. A file is decoded from its first frame on, one thread a file, and only the frames that
+are wanted are converted to RGB and scaled: seeking each frame is ten times slower. One seek, to a window late in a long
+file, counts only where every stamp after it stands in the list of stamps that a whole pass has made.
+
 Letters: N clips, G frames of the time grid, H, W height and width. Units: seconds from the start of a file.
 """
 import bisect
@@ -16,11 +20,6 @@ import numpy as np
 import common
 from readers import file_names, picture_files, pixel_cache
 
-#
-# Frames are taken by time stamp: a file is decoded from its first frame on, one thread a file, and only the frames that
-# are wanted are converted to RGB and scaled; seeking each frame is ten times slower. One seek, to a window late in a
-# long file, counts only where every stamp after it stands in the list of stamps that a whole pass has made.
-
 STAMP_SLACK_SEC, SAME_STAMP_SEC = 1e-3, 1e-4  # Matroska rounds its stamps to milliseconds
 SEEK_FROM_SEC, SEEK_MARGIN_SEC = 30.0, 4.0  # the margin exceeds what a decoder reorders after a key frame
 MOST_GUESSED_FRAMES = 2**20  # what a header may claim before its frames are counted
@@ -36,7 +35,7 @@ class VideoInfo:
 
     times: (n_frames,) float64 seconds since the first frame, increasing. fps: frames a second by these times.
     duration_sec: until the last frame has been shown. header_fps, header_frames: what the file claims. origin_sec: the
-    first frame's own stamp. is_exact: the file's stamps increase by themselves, none had to be mended.
+    first frame's own stamp. is_exact: the file's stamps increase by themselves, none had to be corrected.
     """
     path: str
     error: str | None = None
@@ -52,12 +51,18 @@ class VideoInfo:
     is_exact: bool = True
 
 
+# ----------------------------------------------------------------------------------------
+# Two decoders with one interface
+
 def decoder_name():
     """The decoders in the order in which they are tried, with versions, for the log."""
     cv2, av = _decoders()
-    has_ffmpeg = cv2.CAP_FFMPEG in cv2.videoio_registry.getStreamBackends()
-    names = [f"OpenCV {cv2.__version__} (FFmpeg, 1 thread a file)"] if has_ffmpeg else []
-    return ", then ".join(names + ([f"PyAV {av.__version__}"] if av else [])) or "none (OpenCV without FFmpeg)"
+    names = []
+    if cv2.CAP_FFMPEG in cv2.videoio_registry.getStreamBackends():
+        names.append(f"OpenCV {cv2.__version__} (FFmpeg, 1 thread a file)")
+    if av:
+        names.append(f"PyAV {av.__version__}")
+    return ", then ".join(names) or "none (OpenCV without FFmpeg)"
 
 
 def _decoders():
@@ -66,25 +71,29 @@ def _decoders():
     import cv2
     cv2.setNumThreads(0)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    with contextlib.suppress(ImportError):
+    try:
         import av
-        av.logging.set_level(None)
-        return cv2, av
-    return cv2, None
+    except ImportError:
+        return cv2, None
+    av.logging.set_level(None)
+    return cv2, av
 
 
 class _CvVideo:
     """One open file in OpenCV: header values, then frames() from the start or a seek. BadVideo: no frame in it."""
+    can_seek = True
 
     def __init__(self, path):
-        self.cv2 = _decoders()[0]
-        self.capture = self.cv2.VideoCapture(os.path.abspath(path), self.cv2.CAP_FFMPEG,
-                                             [self.cv2.CAP_PROP_N_THREADS, 1])
+        self.cv2 = cv2 = _decoders()[0]
+        self.errors = cv2.error
+        self.capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
         if not (self.capture.isOpened() and self.capture.grab()):
             raise BadVideo(f"no video that can be opened and decoded ({os.path.getsize(path)} bytes)")
-        cv2, get = self.cv2, self.capture.get
-        self.fps, self.n_frames = get(cv2.CAP_PROP_FPS), int(get(cv2.CAP_PROP_FRAME_COUNT))
-        self.size = int(get(cv2.CAP_PROP_FRAME_WIDTH)), int(get(cv2.CAP_PROP_FRAME_HEIGHT))  # upright
+        self.fps = self.capture.get(cv2.CAP_PROP_FPS)
+        self.n_frames = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        width = self.capture.get(cv2.CAP_PROP_FRAME_WIDTH)
+        height = self.capture.get(cv2.CAP_PROP_FRAME_HEIGHT)
+        self.size = int(width), int(height)  # upright
 
     def frames(self, start_sec=0.0):
         """Yield (the frame's own stamp in seconds, function short_side -> its pixels (H, W, 3) RGB, upright)."""
@@ -100,17 +109,20 @@ class _CvVideo:
         found, pixels = self.capture.retrieve()
         if not found:
             raise BadVideo(f"a decoded frame of {self.size} pixels cannot be converted")
-        return self.cv2.cvtColor(_shrink(pixels, self.size, short_side), self.cv2.COLOR_BGR2RGB)
+        pixels = _shrink(pixels, self.size, short_side)
+        return self.cv2.cvtColor(pixels, self.cv2.COLOR_BGR2RGB)
 
     def close(self):
         self.capture.release()
 
 
 class _AvVideo:
-    """The same in PyAV, for what OpenCV's decoder cannot open; it never seeks."""
+    """The same in PyAV, for what OpenCV's decoder cannot open."""
+    can_seek = False
 
     def __init__(self, path):
         self.av = _decoders()[1]
+        self.errors = self.av.FFmpegError
         try:
             self.container = self.av.open(os.path.abspath(path))
             self.stream = self.container.streams.video[0]
@@ -118,35 +130,41 @@ class _AvVideo:
             reason = getattr(error, "strerror", "it has no picture track")
             raise BadVideo(f"no video that can be opened: {reason}") from None
         self.stream.codec_context.thread_count = 1
-        self.fps, self.n_frames = float(self.stream.average_rate or 0), self.stream.frames
+        self.fps = float(self.stream.average_rate or 0)
+        self.n_frames = self.stream.frames
         self.size = self.stream.codec_context.width, self.stream.codec_context.height
 
-    def frames(self, start_sec=0.0):
-        """As _CvVideo.frames, always from the first frame."""
-        assert not start_sec, f"asked to seek to {start_sec} s"
+    def frames(self):
+        """As _CvVideo.frames, always from the first frame; a file may end in the middle of one."""
         with contextlib.suppress(self.av.FFmpegError):
             for frame in self.container.decode(self.stream):
                 turns = round(getattr(frame, "rotation", 0) / 90) % 4
-                self.size = (frame.width, frame.height)[::-1 if turns % 2 else 1]
-                yield -1.0 if frame.time is None else frame.time, functools.partial(self._pixels, frame, turns)
+                self.size = frame.width, frame.height
+                if turns % 2:
+                    self.size = frame.height, frame.width
+                stamp = -1.0 if frame.time is None else frame.time
+                yield stamp, functools.partial(self._pixels, frame, turns)
 
     def _pixels(self, frame, turns, short_side):
-        pixels = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
-        return _shrink(pixels, self.size, short_side)
+        pixels = np.rot90(frame.to_ndarray(format="rgb24"), turns)
+        return _shrink(np.ascontiguousarray(pixels), self.size, short_side)
 
     def close(self):
         self.container.close()
 
 
+def _shrink(pixels, size, short_side):
+    """Pixels of a frame that is shown with `size` (width, height), scaled to the short side."""
+    return picture_files.resize(pixels, picture_files.scaled_size(*size, short_side))
+
+
 @contextlib.contextmanager
 def _open_video(path):
     """The file in the first decoder that finds a frame in it; BadVideo with the bare reason."""
-    if Path(path).name.startswith("._"):
-        raise BadVideo(f"{Path(path).name} is a macOS resource file, no video")
-    if not Path(path).is_file():  # a pipe or device would block for ever
-        raise BadVideo(f"{'not a regular file' if os.path.exists(path) else 'no such file'}")
-    if not os.path.getsize(path):
-        raise BadVideo(f"empty file, {os.path.getsize(path)} bytes")
+    name = Path(path).name
+    if name.startswith("._"):
+        raise BadVideo(f"{name} is a macOS resource file, no video")
+    picture_files.check_file(path)
     try:
         video = _CvVideo(path)
     except BadVideo:
@@ -157,27 +175,28 @@ def _open_video(path):
         if math.prod(video.size) > common.MAX_PIXELS:
             raise BadVideo(f"its header claims {video.size[0]} x {video.size[1]} pixels")
         yield video
-    except video.cv2.error if isinstance(video, _CvVideo) else video.av.FFmpegError as error:
+    except video.errors as error:
         raise BadVideo(f"damaged: {common.one_line(error)}") from None
     finally:
         video.close()
 
 
-def _sane_fps(fps):
-    """The rate that a header states, or 25 where it states none that could be true."""
-    return fps if math.isfinite(fps) and 0.01 <= fps <= 1000 else 25.0
-
+# ----------------------------------------------------------------------------------------
+# Frames of a video file
 
 def _guess(path, video):
     """VideoInfo as the header has it, constant rate and every frame there: for planning, before the pass that tells."""
-    fps, n_frames = _sane_fps(video.fps), min(max(video.n_frames, 1), MOST_GUESSED_FRAMES)
-    return VideoInfo(str(path), None, n_frames / fps, n_frames, fps, *video.size, np.arange(n_frames) / fps,
-                     video.n_frames, fps)
+    fps = video.fps
+    if not (math.isfinite(fps) and 0.01 <= fps <= 1000):
+        fps = 25.0  # the header states none that could be true
+    n_frames = min(max(video.n_frames, 1), MOST_GUESSED_FRAMES)
+    return _constant_rate(path, fps, n_frames, video.size, video.n_frames)
 
 
-def _header(path):
-    with _open_video(path) as video:
-        return _guess(path, video)
+def _constant_rate(path, fps, n_frames, size, header_frames):
+    width, height = size
+    return VideoInfo(path=str(path), duration_sec=n_frames / fps, n_frames=n_frames, fps=fps, width=width,
+                     height=height, times=np.arange(n_frames) / fps, header_frames=header_frames, header_fps=fps)
 
 
 def _sweep(path, choose, short_side, until_sec=math.inf):
@@ -186,38 +205,51 @@ def _sweep(path, choose, short_side, until_sec=math.inf):
     choose: function of the header's VideoInfo that returns the wanted indices. A frame whose stamp does not exceed the
     one before it (AVI with B-frames has such) follows that one at the header's rate.
     """
-    frames, times, origin, exact = {}, [], 0.0, True
+    frames = {}
+    times = []
+    origin_sec = 0.0
+    is_exact = True
     with _open_video(path) as video:
         guess = _guess(path, video)
-        wanted, step = choose(guess), 1 / guess.header_fps
+        wanted = choose(guess)
+        step_sec = 1 / guess.header_fps
         for index, (stamp, pixels) in enumerate(video.frames()):
-            origin = stamp if index == 0 else origin
-            mended = index > 0 and stamp - origin <= times[-1]
-            times.append(times[-1] + step if mended else stamp - origin)
-            exact &= not mended
+            if index == 0:
+                origin_sec = stamp
+            time = stamp - origin_sec
+            if times and time <= times[-1]:
+                time = times[-1] + step_sec
+                is_exact = False
+            times.append(time)
             if index in wanted:
                 frames[index] = pixels(short_side)
-            if times[-1] > until_sec + step:
+            if time > until_sec + step_sec:
                 break
-        if not times:
-            raise BadVideo(f"{video.n_frames} frames by its header, none that can be decoded")
-        size = video.size
-    last_sec = float(np.median(np.diff(times))) if len(times) > 1 else step
-    fps = (len(times) - 1) / times[-1] if len(times) > 1 else guess.header_fps
-    return VideoInfo(str(path), None, times[-1] + last_sec, len(times), fps, *size, np.array(times),
-                     guess.header_frames, guess.header_fps, origin, exact), frames
+        width, height = video.size
+    if not times:
+        raise BadVideo(f"{guess.header_frames} frames by its header, none that can be decoded")
+    last_sec, fps = step_sec, guess.header_fps
+    if len(times) > 1:
+        last_sec = float(np.median(np.diff(times)))
+        fps = (len(times) - 1) / times[-1]
+    info = dataclasses.replace(
+        guess, duration_sec=times[-1] + last_sec, n_frames=len(times), fps=fps, width=width, height=height,
+        times=np.array(times), origin_sec=origin_sec, is_exact=is_exact)
+    return info, frames
 
 
 def _seek(path, wanted, short_side, info):
     """{index: pixels} by one seek, or None where any stamp after it is not the one that the whole pass saw."""
-    frames, first, index = {}, min(wanted), None
+    frames = {}
+    index = None
+    start_sec = info.times[min(wanted)] - SEEK_MARGIN_SEC
     with _open_video(path) as video:
-        if not isinstance(video, _CvVideo):
+        if not video.can_seek:
             return None
-        for stamp, pixels in video.frames(info.origin_sec + info.times[first] - SEEK_MARGIN_SEC):
-            stamp -= info.origin_sec
-            index = bisect.bisect_left(info.times, stamp - SAME_STAMP_SEC) if index is None else index + 1
-            if index >= info.n_frames or abs(info.times[index] - stamp) > SAME_STAMP_SEC:
+        for stamp, pixels in video.frames(info.origin_sec + start_sec):
+            time = stamp - info.origin_sec
+            index = bisect.bisect_left(info.times, time - SAME_STAMP_SEC) if index is None else index + 1
+            if index >= info.n_frames or abs(info.times[index] - time) > SAME_STAMP_SEC:
                 return None
             if index in wanted:
                 frames[index] = pixels(short_side)
@@ -226,55 +258,20 @@ def _seek(path, wanted, short_side, info):
     return frames if len(frames) == len(wanted) else None
 
 
-def _shrink(pixels, size, short_side):
-    cv2 = _decoders()[0]
-    size = picture_files.scaled_size(*size, short_side)
-    method = cv2.INTER_AREA if size[0] <= pixels.shape[1] else cv2.INTER_CUBIC
-    return cv2.resize(pixels, size, interpolation=method)
-
-
 def on_screen(info, times_sec):
     """(T,) index of the frame on screen at each time; the first before the start, the last after the end.
 
     A frame counts from half a frame before its stamp (half the gap before it, where that is shorter), so that a rounded
     stamp does not show the frame before.
     """
-    lead = np.minimum(np.diff(info.times, prepend=info.times[0] - 1), 1 / info.header_fps) / 2
-    index = np.searchsorted(info.times - lead, np.asarray(times_sec, float) + STAMP_SLACK_SEC, "right") - 1
+    gaps = np.diff(info.times, prepend=info.times[0] - 1)
+    starts = info.times - np.minimum(gaps, 1 / info.header_fps) / 2
+    index = np.searchsorted(starts, np.asarray(times_sec, float) + STAMP_SLACK_SEC, "right") - 1
     return np.clip(index, 0, info.n_frames - 1)
 
 
-def read_frames(path, times_sec, short_side, info=None):
-    """The frames on screen at these times (seconds since the first frame): uint8 (T, H, W, 3) RGB, upright.
-
-    short_side: pixels of the shorter side, None for the whole size; info: what probe found, which spares a second pass
-    over files whose header lies. Times beyond the end show the last frame. Raises BadVideo: file and reason.
-    """
-    try:
-        return _by_index(path, times_sec, short_side, info)
-    except pixel_cache.BadImage as error:
-        raise BadVideo(f"{path}: {error}") from None
-
-
-def _by_index(path, times_sec, short_side, info):
-    if info:
-        wanted = on_screen(info, times_sec).tolist()
-        frames = _collect(path, set(wanted), short_side, info)
-        return np.stack([frames[index] for index in wanted])
-    until = max(times_sec)
-    found, frames = _sweep(path, lambda guess: set(on_screen(guess, times_sec).tolist()), short_side, until)
-    wanted = on_screen(found, times_sec).tolist()
-    if not frames.keys() >= set(wanted):  # the header had lied
-        frames = _sweep(path, lambda _: set(wanted), short_side, until)[1]
-    return np.stack([frames[index] for index in wanted])
-
-
-def _collect(path, wanted, short_side, info):
-    """{index: pixels} of a video whose frames are known from `info`."""
-    is_far = info.is_exact and info.times[min(wanted)] > SEEK_FROM_SEC
-    frames = _seek(path, wanted, short_side, info) if is_far else None
-    return frames or _sweep(path, lambda _: wanted, short_side, info.times[max(wanted)])[1]
-
+# ----------------------------------------------------------------------------------------
+# Videos, folders of frames and .npy clips alike
 
 def probe(path, fps=25.0):
     """VideoInfo of a video file, a folder of frames or a .npy clip, read to its real end; never raises for bad files.
@@ -282,13 +279,43 @@ def probe(path, fps=25.0):
     fps: rate of a source that has no clock of its own.
     """
     try:
-        return _open_still(path, fps)[0] if _is_still(path) else _sweep(path, lambda _: (), None)[0]
+        return read_source(path, lambda _: (), None, fps)[0]
     except (common.UserError, OSError) as error:
         return VideoInfo(str(path), common.one_line(error))
 
 
-def _is_still(path):
+def read_source(path, choose, short_side, fps):
+    """(VideoInfo of the source, {index: pixels uint8 (H, W, 3) RGB, upright} of the wanted frames) in one pass.
+
+    choose: function of a VideoInfo that returns the wanted indices. It gets what the header says, which may be wrong:
+    compare with the VideoInfo that is returned. short_side: in pixels, None for the whole size. BadImage: the reason.
+    """
+    if not _has_no_clock(path):
+        return _sweep(path, choose, short_side)
+    info, source = _open_still(path, fps)
+    return info, _still_frames(source, choose(info), info, short_side)
+
+
+def read_again(path, wanted, short_side, info):
+    """{index: pixels} of a source whose frames are known: `info` is what read_source or probe returned."""
+    if _has_no_clock(path):
+        return read_source(path, lambda _: wanted, short_side, info.fps)[1]
+    frames = None
+    if info.is_exact and info.times[min(wanted)] > SEEK_FROM_SEC:
+        frames = _seek(path, wanted, short_side, info)
+    return frames or _sweep(path, lambda _: wanted, short_side, info.times[max(wanted)])[1]
+
+
+def _has_no_clock(path):
     return Path(path).is_dir() or Path(path).suffix.lower() == ".npy"
+
+
+def _header(path, fps):
+    """VideoInfo without a pass over the file."""
+    if _has_no_clock(path):
+        return _open_still(path, fps)[0]
+    with _open_video(path) as video:
+        return _guess(path, video)
 
 
 def _open_still(path, fps):
@@ -301,28 +328,49 @@ def _open_still(path, fps):
     else:
         frames = _open_npy(path)
         height, width = frames.shape[1:3]
-    n = len(frames)
-    return VideoInfo(str(path), None, n / fps, n, fps, width, height, np.arange(n) / fps, n, fps), frames
+    return _constant_rate(path, fps, len(frames), (width, height), len(frames)), frames
 
 
 def _open_npy(path):
     try:
         clip = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:
+    except pixel_cache.NPY_ERRORS as error:
         raise BadVideo(f"no .npy array of plain numbers: {common.one_line(error)}") from None
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or 0 in clip.shape:
         raise BadVideo(f"expected uint8 (T, H, W, 3), found {clip.dtype} {clip.shape}")
     return clip
 
 
-def _still_frames(frames, wanted, info, short_side):
-    """{index: pixels} of a folder or array; every frame is cut to the size of the first."""
-    pixels = {i: picture_files.load_image(frames[i]) if isinstance(frames, list) else np.asarray(frames[i]) for i in wanted}
-    odd = sorted({f"{p.shape[1]} x {p.shape[0]}" for p in pixels.values() if p.shape[:2] != (info.height, info.width)})
-    if odd:
-        raise BadVideo(f"its frames differ in size: {info.width} x {info.height} and {', '.join(odd[:9])} pixels")
-    return {i: _shrink(picture, (info.width, info.height), short_side) for i, picture in pixels.items()}
+def _still_frames(source, wanted, info, short_side):
+    """{index: pixels} of a folder or array; all frames must have the size of the first."""
+    frames = {}
+    size = info.width, info.height
+    for index in wanted:
+        frame = source[index]
+        pixels = picture_files.load_image(frame) if isinstance(frame, Path) else np.asarray(frame)
+        height, width = pixels.shape[:2]
+        if (width, height) != size:
+            raise BadVideo(f"its frames differ in size: {info.width} x {info.height} and {width} x {height} pixels")
+        frames[index] = _shrink(pixels, size, short_side)
+    return frames
 
+
+def files_of(path):
+    return file_names.find_images(path) if Path(path).is_dir() else [path]
+
+
+def sha_of(files, sizes=""):
+    """SHA-256 (hex) of a text and the bytes of the files, one after the other."""
+    digest = hashlib.sha256(str(sizes).encode())
+    for file in files:
+        with open(file, "rb") as handle:
+            while block := handle.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------
+# Clips: which frames stand on the grid of a row, and their cache
 
 @dataclasses.dataclass
 class GridPlan:
@@ -340,22 +388,26 @@ def plan_grid(info, window, grid, fps, n_frames, jitter_sec=0.0):
     into the file, whose last frame is repeated where it is shorter still; up to jitter_sec more on either side.
     "even": up to n_frames evenly from the first to the last frame of the window, all of them where it has fewer.
     """
-    start, end = (default if math.isnan(value) else value for value, default in zip(window, (0.0, math.inf)))
+    start, end = window
+    start = 0.0 if math.isnan(start) else start
+    end = math.inf if math.isnan(end) else end
     past_end = start >= info.duration_sec
     end = min(max(end, 0.0), info.duration_sec)
     start = min(max(start, 0.0), end)
     if grid == "even":
         indices = _even_indices(info, start, end, n_frames)
-        return GridPlan(indices, 0, len(indices), past_end)
+        return GridPlan(indices, first=0, usable=len(indices), past_end=past_end)
     length = n_frames / fps
     if end - start < length:
-        start = max(0.0, min((start + end - length) / 2, info.duration_sec - length))
+        centred = (start + end - length) / 2
+        start = max(0.0, min(centred, info.duration_sec - length))
         end = start + length
     usable = max(n_frames, _whole((end - start) * fps))
     reach = _whole(jitter_sec * fps)
-    before, after = min(reach, _whole(start * fps)), min(reach, _whole((info.duration_sec - start) * fps) - usable)
+    before = min(reach, _whole(start * fps))
+    after = min(reach, _whole((info.duration_sec - start) * fps) - usable)
     times_sec = start + np.arange(-before, usable + max(after, 0)) / fps  # (G,)
-    return GridPlan(on_screen(info, times_sec), before, usable, past_end)
+    return GridPlan(on_screen(info, times_sec), first=before, usable=usable, past_end=past_end)
 
 
 def _whole(number):
@@ -364,7 +416,8 @@ def _whole(number):
 
 def _even_indices(info, start, end, n_frames):
     first = int(on_screen(info, [start])[0])
-    last = max(first, int(np.searchsorted(info.times, end - STAMP_SLACK_SEC)) - 1)
+    last = int(np.searchsorted(info.times, end - STAMP_SLACK_SEC)) - 1
+    last = max(first, last)
     if last - first < n_frames:
         return np.arange(first, last + 1)
     return on_screen(info, np.linspace(info.times[first], info.times[last], n_frames))
@@ -401,108 +454,82 @@ class ClipStore(pixel_cache.PixelStore):
 
     sources: N paths of video files, folders of frames or .npy clips (T, H, W, 3) uint8; windows: N pairs (start_sec,
     end_sec), NaN = the whole; grid, fps, n_frames, jitter_sec: see plan_grid; short_side in pixels. A source without a
-    clock has fps frames a second. cache, cache_dir, progress: see common.PixelStore. `audit` is a list of N ClipAudit;
-    a row with an error raises BadImage when it is asked for. Every file is read once, whatever its number of rows.
+    clock has fps frames a second. cache: see PixelStore. `audit` is a list of N ClipAudit; a row with an error raises
+    BadImage when it is asked for. Every file is read once, whatever its number of rows.
     """
-    item, file_prefix, audit_class = "clip", "clips", ClipAudit
+    item = "clip"
+    audit_class = ClipAudit
 
-    def __init__(self, sources, windows, *, grid, fps, n_frames, short_side, jitter_sec=0.0, cache="auto",
-                 cache_dir=None, progress=None):
-        assert grid in ("rate", "even"), f"grid {grid!r} is neither rate nor even"
-        assert len(sources) == len(windows), f"{len(sources)} sources and {len(windows)} windows"
-        self.sources, self.windows = [str(path) for path in sources], [tuple(map(float, window)) for window in windows]
-        self.grid, self.fps, self.n_frames = grid, fps, n_frames
-        self.jitter_sec, self.short_side = jitter_sec, short_side
-        self.data_folders = {Path(path).absolute().parent for path in self.sources}
-        self.rows_of, self._infos = {}, {}
+    def __init__(self, sources, windows, *, grid, fps, n_frames, short_side, jitter_sec=0.0, cache="auto"):
+        self.sources = [str(path) for path in sources]
+        self.windows = [tuple(map(float, window)) for window in windows]
+        self.grid = grid
+        self.fps = fps
+        self.n_frames = n_frames
+        self.jitter_sec = jitter_sec
+        self.short_side = short_side
+        self._infos = {}  # of the files that were decoded
+        rows_of = {}
         for row, path in enumerate(self.sources):
-            self.rows_of.setdefault(path, []).append(row)
-        self.start(len(self.sources), cache, cache_dir, progress)
+            rows_of.setdefault(path, []).append(row)
+        self.load_all(list(rows_of.values()), cache)
+
+    def decode(self, rows):
+        """[(ClipAudit, pixels (G, H, W, 3))] of all rows of one file; pixels has no frames when it is bad."""
+        path = self.sources[rows[0]]
+        try:
+            info, frames = self._read(path, rows)
+            file_sha = sha_of(files_of(path))
+        except (common.UserError, OSError) as error:
+            nothing = ClipAudit(path, common.one_line(error)), np.empty((0, 0, 0, 3), np.uint8)
+            return [nothing] * len(rows)
+        self._infos[path] = info
+        return [self._clip(row, info, frames, file_sha) for row in rows]
+
+    def decode_again(self, row):
+        path = self.sources[row]
+        if path not in self._infos:  # it came from the disk cache
+            self._infos[path] = probe(path, self.fps)
+        info = self._infos[path]
+        indices = self._plan(row, info).indices.tolist()
+        frames = read_again(path, set(indices), self.short_side, info)
+        return np.stack([frames[index] for index in indices])
+
+    def estimate(self, rows):
+        with contextlib.suppress(common.UserError, OSError):
+            info = _header(self.sources[rows[0]], self.fps)
+            n_frames = sum(len(self._plan(row, info).indices) for row in rows)
+            return 3 * n_frames * math.prod(picture_files.scaled_size(info.width, info.height, self.short_side))
+        return 0
+
+    def cache_keys(self, rows):
+        settings = [self.grid, self.fps, self.n_frames, self.jitter_sec, self.short_side, decoder_name()]
+        stamps = [pixel_cache.file_stamp(file) for file in files_of(self.sources[rows[0]])]
+        return [[settings, self.windows[row], stamps] for row in rows]
 
     def _plan(self, row, info):
         return plan_grid(info, self.windows[row], self.grid, self.fps, self.n_frames, self.jitter_sec)
 
-    def _plans(self, path, info):
-        """({row: its plan}, every index wanted of the file)."""
-        plans = {row: self._plan(row, info) for row in self.rows_of[path]}
-        return plans, set(np.concatenate([plan.indices for plan in plans.values()]).tolist())
-
-    def _file_frames(self, path):
-        """(VideoInfo, {row: its plan}, {index: pixels}), in one pass where the header tells the truth."""
-        if _is_still(path):
-            info, source = _open_still(path, self.fps)
-            plans, wanted = self._plans(path, info)
-            return info, plans, _still_frames(source, wanted, info, self.short_side)
-        info, frames = _sweep(path, lambda guess: self._plans(path, guess)[1], self.short_side)
-        plans, wanted = self._plans(path, info)
-        missing = wanted - frames.keys()
-        if missing:  # the header had lied
+    def _read(self, path, rows):
+        """(VideoInfo, {index: pixels} of all rows' frames), in one pass where the header tells the truth."""
+        def choose(info):
+            return {index for row in rows for index in self._plan(row, info).indices.tolist()}
+        info, frames = read_source(path, choose, self.short_side, self.fps)
+        missing = choose(info) - frames.keys()
+        if missing:
             frames |= _sweep(path, lambda _: missing, self.short_side)[1]
-        return info, plans, frames
+        return info, frames
 
-    def _decode_file(self, path):
-        """[(row, ClipAudit, pixels (G, H, W, 3))] of all rows of one file; pixels has no frames when it is bad."""
-        try:
-            info, plans, frames = self._file_frames(path)
-            file_sha = sha_of(files_of(path))
-        except (common.UserError, OSError) as error:
-            nothing = np.empty((0, 0, 0, 3), np.uint8)
-            return [(row, ClipAudit(path, common.one_line(error)), nothing) for row in self.rows_of[path]]
-        if self.cache == "none":
-            self._infos[path] = info
-        facts = [path, None, info.duration_sec, info.n_frames, info.fps, info.width, info.height]
-        done = []
-        for row, plan in plans.items():
-            pixels = np.stack([frames[index] for index in plan.indices.tolist()])
-            phash = tuple(picture_files.perceptual_hash(pixels[len(pixels) // 2]).tolist())
-            places = [bool(plan.past_end), len(pixels), plan.first, plan.usable]
-            done.append((row, ClipAudit(*facts, *places, file_sha, hashlib.sha256(pixels).hexdigest(), phash), pixels))
-        return done
-
-    def _decoded(self):
-        for rows in self._threaded(self._decode_file, list(self.rows_of), in_flight=2):
-            yield from rows
-
-    def _load(self, row):
-        path, info = self.sources[row], self._infos[self.sources[row]]
-        indices = self._plan(row, info).indices.tolist()
-        if _is_still(path):
-            frames = _still_frames(_open_still(path, self.fps)[1], set(indices), info, self.short_side)
-        else:
-            frames = _collect(path, set(indices), self.short_side, info)
-        return np.stack([frames[index] for index in indices])
-
-    def _estimate(self):
-        return sum(self._threaded(self._estimate_file, list(self.rows_of)))
-
-    def _estimate_file(self, path):
-        with contextlib.suppress(common.UserError, OSError):
-            info = _open_still(path, self.fps)[0] if _is_still(path) else _header(path)
-            frame = 3 * math.prod(picture_files.scaled_size(info.width, info.height, self.short_side))
-            return frame * sum(len(plan.indices) for plan in self._plans(path, info)[0].values())
-        return 0
-
-    def _contents(self):
-        settings = [self.grid, self.fps, self.n_frames, self.jitter_sec, self.short_side, decoder_name()]
-        return [settings, self.windows, self.sources,
-                [pixel_cache.file_stamp(file) for path in self.rows_of for file in files_of(path)]]
-
-    def _still_bad(self, path):
-        return bool(self._decode_file(path)[0][1].error)
-
-
-def files_of(path):
-    return file_names.find_images(path) if Path(path).is_dir() else [path]
-
-
-def sha_of(files, sizes=""):
-    """SHA-256 (hex) of a text and the bytes of the files, one after the other."""
-    digest = hashlib.sha256(str(sizes).encode())
-    for file in files:
-        with open(file, "rb") as handle:
-            while block := handle.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
+    def _clip(self, row, info, frames, file_sha):
+        plan = self._plan(row, info)
+        pixels = np.stack([frames[index] for index in plan.indices.tolist()])
+        middle = pixels[len(pixels) // 2]
+        audit = ClipAudit(
+            path=self.sources[row], duration_sec=info.duration_sec, n_frames=info.n_frames, fps=info.fps,
+            width=info.width, height=info.height, past_end=bool(plan.past_end), n_grid=len(pixels), first=plan.first,
+            usable=plan.usable, file_sha=file_sha, pixel_sha=hashlib.sha256(pixels).hexdigest(),
+            phash=tuple(picture_files.perceptual_hash(middle).tolist()))
+        return audit, pixels
 
 
 def check_clips(audit, max_missing=0.05, on_bad_file="skip"):
@@ -513,12 +540,14 @@ def check_clips(audit, max_missing=0.05, on_bad_file="skip"):
     """
     bad = {found.path: found.error for found in audit if found.error}
     good = [row for row, found in enumerate(audit) if not found.error]
+    if not bad:
+        return good
     n_lost = len(audit) - len(good)
-    lines = "".join(f"\n  {path}: {error}" for path, error in bad.items())
-    if bad and (on_bad_file == "error" or n_lost > max_missing * len(audit) or not good):
+    allowed = 0.0 if on_bad_file == "error" else max_missing
+    listed = "".join(f"\n  {path}: {error}" for path, error in bad.items())
+    if n_lost > allowed * len(audit) or not good:
         raise common.UserError(f"{len(bad)} videos cannot be read, which takes {n_lost} of {len(audit)} rows; at most "
-                               f"{0 if on_bad_file == 'error' else max_missing:.0%} may be lost (--max_missing, "
-                               f"--on_bad_file skip). Mend or remove them:{lines}")
-    if bad:
-        print(f"skipped: {len(bad)} videos that cannot be read, {n_lost} of {len(audit)} rows:{lines}", flush=True)
+                               f"{allowed:.0%} may be lost (--max_missing, --on_bad_file skip). Repair or remove "
+                               f"them:{listed}")
+    print(f"skipped: {len(bad)} videos that cannot be read, {n_lost} of {len(audit)} rows:{listed}", flush=True)
     return good

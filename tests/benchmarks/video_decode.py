@@ -3,13 +3,13 @@
     python tests/benchmarks/video_decode.py
     python tests/benchmarks/video_decode.py --videos ../shared/data/video/fight_surveillance --repeats 5
 
-    read_frames   train_video.read_frames: one pass, one thread, only wanted frames converted and scaled
+    script        as train_video.py does it: one pass, one thread, only wanted frames converted and scaled
     read_all      OpenCV reads, converts and scales every frame, then picks
     pyav          PyAV decodes every frame and converts the wanted ones (where it is installed)
     seek_each     OpenCV seeks to each wanted frame
     cached        the same clips from a uint8 .npy file
 Without --videos, clips of 4 s at 30 fps are made (H.264 with B-frames by PyAV, else MPEG-4 by OpenCV). Printed: the
-medians over the repeats, the ratio to read_frames with its range, and how many frames differ from those of read_frames.
+medians over the repeats, the ratio to script with its range, and how many frames differ from those of script.
 """
 import argparse
 import statistics
@@ -21,13 +21,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from readers import video_files
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from readers import video_files  # noqa: E402
 
 SHORT_SIDE, N_FRAMES = 112, 16
-AV = video_files._decoders()[1]
+try:
+    import av as AV
+except ImportError:
+    AV = None
 
 
 def parse_args():
@@ -99,10 +101,14 @@ def read_pyav(path, times, indices):
     return np.stack([frames[i] for i in indices])
 
 
+def read_as_script(path, times, indices):
+    frames = video_files.read_source(path, lambda _: set(indices.tolist()), SHORT_SIDE, fps=None)[1]
+    return np.stack([frames[i] for i in indices])
+
+
 def main():
     options = parse_args()
-    ways = {"read_frames": lambda path, times, indices: video_files.read_frames(path, times, SHORT_SIDE),
-            "read_all": read_all, "seek_each": seek_each} | ({"pyav": read_pyav} if AV else {})
+    ways = {"script": read_as_script, "read_all": read_all, "seek_each": seek_each} | ({"pyav": read_pyav} if AV else {})
     with tempfile.TemporaryDirectory() as folder:
         made = options.videos or Path(folder)
         paths = sorted(path for path in made.rglob("*") if path.suffix in (".mp4", ".avi"))[:options.clips]
@@ -112,7 +118,7 @@ def main():
             info = video_files.probe(path)
             times = np.linspace(0, info.times[-1], N_FRAMES)
             jobs.append((path, times, video_files.on_screen(info, times)))
-            np.save(Path(folder, f"{number}.npy"), ways["read_frames"](*jobs[-1]))
+            np.save(Path(folder, f"{number}.npy"), ways["script"](*jobs[-1]))
         cached = {path: Path(folder, f"{number}.npy") for number, path in enumerate(paths)}
         ways["cached"] = lambda path, times, indices: np.load(cached[path])
         report(ways, jobs, options.repeats)
@@ -121,7 +127,7 @@ def main():
 def report(ways, jobs, repeats):
     """Time every way in turn and print the table."""
     seconds, differing = {name: [] for name in ways}, dict.fromkeys(ways, 0)
-    reference = [ways["read_frames"](*job) for job in jobs]
+    reference = [ways["script"](*job) for job in jobs]
     for turn in range(repeats + 1):
         for name, way in ways.items():
             start = time.process_time()
@@ -132,7 +138,7 @@ def report(ways, jobs, repeats):
                                       for a, b in zip(clips, reference))
     print(f"{video_files.decoder_name()}; {len(jobs)} clips, {N_FRAMES} frames at {SHORT_SIDE} px, n = {repeats}")
     for name, each in seconds.items():
-        ratios = sorted(ours / other for ours, other in zip(seconds["read_frames"][1:], each[1:]))
+        ratios = sorted(ours / other for ours, other in zip(seconds["script"][1:], each[1:]))
         rate, ratio = 1 / statistics.median(each[1:]), statistics.median(ratios)
         print(f"{name:12s} {rate:8.1f} clips/s per core   {ratio:6.2f} x ({ratios[0]:.2f} to {ratios[-1]:.2f})   "
               f"{differing[name]} frames differ")

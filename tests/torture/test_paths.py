@@ -72,6 +72,13 @@ def test_a_link_out_of_the_folder_is_refused_where_a_stranger_may_have_made_it(i
     assert "link.png" in str(caught.value)
 
 
+def test_annotations_of_other_pictures_name_the_first(images):
+    listed = images.parent / "parts.json"
+    listed.write_text('{"strange.png": {"parts": {}}}')
+    with pytest.raises(common.UserError, match=r"none of the 1 pictures .*'strange.png'"):
+        part_boxes.find_pictures(part_boxes.read_annotations(listed), images)
+
+
 def test_videos_never_lie_outside_their_root(tmp_path, cases):
     for name in ("videos/a.mp4", "secret.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
