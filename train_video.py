@@ -858,13 +858,8 @@ class Fitted:
     calibration: dict | None  # temperature and threshold from the val rows; None for scores
 
 
-def fit(run, args, study, split):
-    """Train on split['train'], choose the epoch on split['val']; returns Fitted."""
-    compute = run.compute
-    objective = TASKS[args.task](args, study, split["train"])
-    column, higher_is_better = select_column(args.select, objective)
-    train_loader, loaders = make_loaders(study, split, objective, args, compute)
-    shift = objective.prior_shift(objective.rows(split["train"]))
+def start_model(args, objective, compute):
+    """The network before its first step, on the device, with the frozen parts out of training."""
     model = build_model(args, len(objective.names))
     model.head.start_at(*objective.scale())
     if args.init_from:
@@ -872,6 +867,17 @@ def fit(run, args, study, split):
         common.load_state(model, state, args.init_from)
     model = compute.place(model)
     model.freeze_backbone(args.freeze_backbone)
+    return model
+
+
+def fit(run, args, study, split):
+    """Train on split['train'], choose the epoch on split['val']; returns Fitted."""
+    compute = run.compute
+    objective = TASKS[args.task](args, study, split["train"])
+    column, higher_is_better = select_column(args.select, objective)
+    train_loader, loaders = make_loaders(study, split, objective, args, compute)
+    shift = objective.prior_shift(objective.rows(split["train"]))
+    model = start_model(args, objective, compute)
     rest = nn.ModuleList(
         [module for name, module in model.named_children() if name != "backbone"])
     optimizer = common.build_optimizer([(model.backbone, args.backbone_lr_mult), (rest, 1.0)], args)
@@ -961,7 +967,7 @@ def with_features(run, args, study):
     return dataclasses.replace(study, features=features)
 
 
-# --- results: outputs -> whole-split metric -> run folder ---------------------------------------
+# --- results: prediction -> whole-split metric -> run folder ---------------------------------
 
 @dataclasses.dataclass
 class Scored:
@@ -1263,7 +1269,7 @@ def write_page(run, args, study, split, scored, metrics):
         ("Metrics", [*(reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]),
                      *(class_blocks if is_classes else score_blocks)(run, metrics),
                      *([reporting.html_table(metrics["criteria"], caption="Criteria")] if metrics["criteria"] else []),
-                     *([reporting.html_table(fold_rows_of(metrics["folds"]), caption="Folds")]
+                     *([reporting.html_table(fold_rows(metrics["folds"]), caption="Folds")]
                        if metrics["folds"] else [])]),
         ("Without a pixel", confound_blocks(metrics)),
         ("Calibration", calibration_blocks(run, metrics)),
@@ -1404,7 +1410,7 @@ def limits_text(args, study, metrics):
     return "\n".join(f"- {line}" for line in lines)
 
 
-def fold_rows_of(folds):
+def fold_rows(folds):
     """Fold table: one dict per fold, then mean and SD over the folds."""
     rows = [{"fold": fold["fold"], "rows": fold["rows"], "best_epoch": fold["best_epoch"], **fold["metrics"]}
             for fold in folds]
@@ -1477,7 +1483,7 @@ def few_rows(table, rows, count):
     return np.sort(np.concatenate([of_class[:per_class] for of_class in classes]))
 
 
-def split_of(args, study):
+def make_split(args, study):
     """The split of the flags: by the manifests' parts, --test_groups, ratios or --split_file."""
     table = study.table
     if (table.parts != "").any():
@@ -1500,7 +1506,7 @@ def part_of_train(args, table, rows):
     return {part: rows[places] for part, places in made.items()}
 
 
-def folds_of(args, study):
+def make_folds(args, study):
     """List of {train, val, test} rows: from --cv_file, or dealt out; the test groups stay outside."""
     table = study.table
     is_test = np.zeros(len(table), bool)
@@ -1522,7 +1528,7 @@ def folds_of(args, study):
 
 def run_folds(run, args, study):
     """One run per fold in fold_K/, then their held-out outputs scored as one; the mean on test."""
-    folds = folds_of(args, study)
+    folds = make_folds(args, study)
     test = folds[0]["test"]
     parts = {f"fold_{k}": fold["val"] for k, fold in enumerate(folds)}
     if len(test):
@@ -1544,7 +1550,7 @@ def run_folds(run, args, study):
         results.append(scored)
         done.append({"fold": k, "rows": len(scored["val"].rows), "best_epoch": best_epoch,
                      "metrics": fold_metrics(study, scored["val"])})
-    common.write_table(run.path("fold_table.csv"), fold_rows_of(done))
+    common.write_table(run.path("fold_table.csv"), fold_rows(done))
     write_fold_scores(run, study, chosen, results)
     pooled = pool([scored["val"] for scored in results], study)
     write_predictions(run.path("predictions_folds.csv"), study, pooled)
@@ -1641,7 +1647,7 @@ def score_ensemble(run, args, study, members):
     report_results(run, args, study, split, mean, [])
 
 
-def run_train(args):
+def train(args):
     """--mode train: one split, or all folds."""
     with common.start_run(args) as run:
         if args.model != CNN_LSTM and run.compute.device.type == "cpu":
@@ -1652,7 +1658,7 @@ def run_train(args):
         if args.folds or args.cv_file:
             run_folds(run, args, study)
         else:
-            run_split(run, args, study, split_of(args, study))
+            run_split(run, args, study, make_split(args, study))
 
 
 def say_effective_size(run, study):
@@ -1710,7 +1716,7 @@ def load_members(paths, compute):
     return members
 
 
-def run_predict(args):
+def predict(args):
     """--mode predict: one row for each row of the manifest; the mean over the checkpoints."""
     compute = common.choose_compute(args.device, args.use_amp)
     members = load_members(args.checkpoint, compute)
@@ -1724,7 +1730,7 @@ def run_predict(args):
                                 for name in ("image_size", "n_frames", "fps")):
             study = load_study(own_args, print, names=member.content["names"], need_labels=False)
         study = dataclasses.replace(study, args=own_args)
-        scored.append(predict(member, study, own_args, compute))
+        scored.append(predict_rows(member, study, own_args, compute))
     if "positive" in members[0].content:
         positive = study.table.names.index(members[0].content["positive"])
         study = dataclasses.replace(study, positive=positive)
@@ -1736,7 +1742,7 @@ def run_predict(args):
         print(f"skipped: {entry['row']}: {entry['reason']}")
 
 
-def predict(member, study, args, compute):
+def predict_rows(member, study, args, compute):
     """Scored of all rows of the study by one trained network."""
     rows = np.arange(len(study.table))
     loader = common.make_loader(Clips(study, rows, args), args.val_batch_size, args, compute,
@@ -1747,7 +1753,7 @@ def predict(member, study, args, compute):
     return Scored(rows, outputs, {}, "new", [], calibration and [calibration] * len(rows))
 
 
-def run_evaluate(args):
+def evaluate_predictions(args):
     """--mode evaluate: metrics with intervals of a predictions CSV, without model or video."""
     is_classes = any(column.startswith("prob_") for column in csv_tables.read_table(args.predictions))
     metrics = evaluate_classes(args) if is_classes else evaluate_scores(args)
@@ -1761,7 +1767,7 @@ def run_evaluate(args):
 
 
 def evaluate_classes(args):
-    """Metrics of a predictions CSV of classes, as run_evaluate writes them."""
+    """Metrics of a predictions CSV of classes, as evaluate_predictions writes them."""
     found = prediction_tables.read_probabilities(args.predictions)
     names, labelled = found.names, found.label >= 0
     if not labelled.any():
@@ -1780,7 +1786,7 @@ def evaluate_classes(args):
 
 
 def evaluate_scores(args):
-    """Metrics of a predictions CSV of scores, as run_evaluate writes them."""
+    """Metrics of a predictions CSV of scores, as evaluate_predictions writes them."""
     table = csv_tables.read_table(args.predictions)
     names = [column.removesuffix("_predicted") for column in table if column.endswith("_predicted")]
     if not names or f"{names[0]}_true" not in table:
@@ -1809,7 +1815,7 @@ def print_values(result, names):
         print(f"{name[:31]:32}{float(result['value'][name]):9.3f}   [{low:6.3f}, {high:6.3f}]{other:12.3f}")
 
 
-def run_audit(args):
+def audit(args):
     """--mode audit: what the parts share, what leaves its file, and what needs no pixels."""
     table = read_table(args)
     durations = {}
@@ -1836,8 +1842,8 @@ def run_audit(args):
 
 def main():
     args = parse_args()
-    modes = {"train": run_train, "predict": run_predict, "evaluate": run_evaluate,
-             "audit": run_audit}
+    modes = {"train": train, "predict": predict, "evaluate": evaluate_predictions,
+             "audit": audit}
     modes[args.mode](args)
 
 

@@ -325,7 +325,7 @@ def test_one_manifest_is_split_by(made, split_by):
     args = train_video.parse_args(list(map(str, [*made.everything, "--split_by", split_by, "--train_ratio", 0.6,
                                                  "--val_ratio", 0.2, "--test_ratio", 0.2])))
     table = train_video.read_table(args)
-    split = train_video.split_of(args, SimpleNamespace(table=table))
+    split = train_video.make_split(args, SimpleNamespace(table=table))
     levels = {"event": table.events, "video": table.videos, "group": table.groups}
 
     def n_shared(level):
@@ -522,6 +522,7 @@ FLAG_MISTAKES = {
     "two kinds of manifest": (["--manifest", "a.csv", "--train_manifest", "b.csv"], ["split here"]),
     "parts without train": (["--val_manifest", "b.csv"], ["--train_manifest"]),
     "parts and folds": (["--train_manifest", "a.csv", "--folds", 3], ["without folds"]),
+    "scores in manifests of parts": (["--task", "regress", "--train_manifest", "a.csv"], ["regress needs --manifest"]),
     "loss of the other task": (["--manifest", "a.csv", "--loss", "mse"], ["--loss mse", "--task classify"]),
     "two corrections of balance": (["--manifest", "a.csv", "--balance", "sampler", "--focal_alpha", 0.7, "--loss",
                                     "focal"], ["--focal_alpha 0.7", "--force"]),

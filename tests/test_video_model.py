@@ -421,6 +421,12 @@ def test_mixup_mixes_clips_and_classes_alike():
     assert train_video.mix_up(clips, target, 0.0)[0] is clips
 
 
+def test_the_positive_class_is_the_rarest_that_is_there():
+    """Of all rows, unlabelled ones (-1) aside; a class without rows is none to look for."""
+    assert train_video.positive_class(None, ["a", "b", "c"], np.array([0] * 21 + [1] * 19 + [-1] * 5)) == 1
+    assert train_video.positive_class("A", ["a", "b"], np.array([0, 0, 1])) == 0
+
+
 def test_a_class_without_train_rows_and_wrong_class_names():
     with pytest.raises(common.UserError, match="no train row of class b"):
         behaviours(arguments(), table_of([0, 0, 1]), np.array([0, 1]))
