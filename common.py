@@ -1208,22 +1208,50 @@ def first_process_only(function):
 # ---------------------------------------------------------------------------
 # Augmentation is drawn once and applied as one warp, one colour matrix and one erased rectangle.
 
-# Ranges are (low, high) or +- the number, chances lie in 0 to 1; `heavy` is the preset of a published study of calves,
-# `basic` and `enhanced` those of one of cattle faces.
-AUGMENTATIONS = {
-    "none": {},
-    "light": {"flip": .5, "jitter": (.1, .1, .1, 0)},
-    "full": {"flip": .5, "jitter": (.3, .3, .3, .1), "rotation": 15, "shear": 10, "scale": (.9, 1.1), "translate": .1,
-             "greyscale": .1, "perspective": .3, "erase": .2},
-    "heavy": {"flip": .5, "area": (.6, 1), "jitter": (.5, .5, .3, .05), "rotation": 10, "greyscale": .2, "erase": .3,
-              "blur": .3, "autocontrast": .4, "shuffle": .1, "noise": .2},
-    "basic": {"flip": .5, "jitter": (.2, .2, .2, 0), "rotation": 10},
-    "enhanced": {"flip": .5, "jitter": (.3, .3, .3, .1), "rotation": 15, "scale": (.9, 1.1), "translate": .1,
-                 "blur": .3},
-}
 LUMA = np.array([0.299, 0.587, 0.114])
-HUE_TURN = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+# the cross product with the grey axis: turns colours about it
+HUE_TURN = np.array([
+    [0, -1, 1],
+    [1, 0, -1],
+    [-1, 1, 0]]) / math.sqrt(3)
 MAX_PIXELS = 200_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """How strongly --augment changes pictures: chances from 0 to 1, and ranges as (low, high) or +- the number."""
+    flip: float = 0.0
+    jitter: tuple = (0, 0, 0, 0)  # brightness, contrast, saturation, hue
+    rotation: float = 0  # degrees
+    shear: float = 0
+    scale: tuple = (1, 1)
+    translate: float = 0  # parts of the output size
+    area: tuple | None = None  # parts of the picture that a crop takes before it is resized; None: crops as they are
+    greyscale: float = 0.0
+    perspective: float = 0.0
+    erase: float = 0.0
+    shuffle: float = 0.0  # of the colour channels
+    autocontrast: float = 0.0
+    blur: float = 0.0
+    noise: float = 0.0
+
+
+AUGMENTATIONS = {
+    "none": Preset(),
+    "light": Preset(flip=.5, jitter=(.1, .1, .1, 0)),
+    "full": Preset(
+        flip=.5, jitter=(.3, .3, .3, .1), rotation=15, shear=10, scale=(.9, 1.1),
+        translate=.1, greyscale=.1, perspective=.3, erase=.2),
+    # of a published study of calves
+    "heavy": Preset(
+        flip=.5, area=(.6, 1), jitter=(.5, .5, .3, .05), rotation=10,
+        greyscale=.2, erase=.3, blur=.3, autocontrast=.4, shuffle=.1, noise=.2),
+    # of a published study of cattle faces
+    "basic": Preset(flip=.5, jitter=(.2, .2, .2, 0), rotation=10),
+    "enhanced": Preset(
+        flip=.5, jitter=(.3, .3, .3, .1), rotation=15, scale=(.9, 1.1),
+        translate=.1, blur=.3),
+}
 
 
 def imaging_libraries():
@@ -1242,7 +1270,7 @@ class Augmentation:
     """One draw of augment parameters; the defaults change nothing and crop the centre.
 
     crop and the last two of erase (area, height / width, x, y): position as a fraction of the free margin;
-    resized: (share of the picture's area, width / height) of a crop that is scaled to the output, None = no scaling;
+    resized: (part of the picture's area, width / height) of a crop that is scaled to the output, None = no scaling;
     translate: of the output size; corners: x, y clockwise from the top left, of the largest inward shift; blur: sigma
     in pixels; noise: (sd in grey levels, seed); channels: which colour becomes R, G and B.
     """
@@ -1273,85 +1301,109 @@ def sample_augmentation(preset, generator):
     "full" has the distributions of torchvision's RandomCrop, RandomHorizontalFlip, RandomRotation(15),
     RandomAffine(0, (.1, .1), (.9, 1.1), 10), ColorJitter(.3, .3, .3, .1), RandomGrayscale(.1),
     RandomPerspective(.2, .3), RandomErasing(.2, (.02, .15)); "heavy" those of RandomResizedCrop(scale=(.6, 1)),
-    GaussianBlur(sigma=(.1, 2)), RandomAutocontrast and others in place of some.
+    GaussianBlur(sigma=(.1, 2)), RandomAutocontrast and others in their place.
     """
     if preset not in AUGMENTATIONS:
         raise ValueError(f"preset must be one of {', '.join(AUGMENTATIONS)}, not {preset!r}")
     numbers = iter(torch.rand(48, generator=generator).tolist())
     if preset == "none":
         return Augmentation()
-    ranges = {"rotation": 0, "shear": 0, "scale": (1, 1), "translate": 0, "perspective": 0, "erase": 0, "greyscale": 0,
-              "blur": 0, "autocontrast": 0, "shuffle": 0, "noise": 0, **AUGMENTATIONS[preset]}
+    chosen = AUGMENTATIONS[preset]
+    brightness, contrast, saturation, hue = chosen.jitter
 
     def uniform(low=0.0, high=1.0):
         return low + (high - low) * next(numbers)
 
-    def happens(name):
-        return uniform() < ranges[name]
+    def around(centre, width):
+        return uniform(centre - width, centre + width)
 
-    def around(name):
-        return uniform(-ranges[name], ranges[name])
-    drawn = Augmentation((uniform(), uniform()), flip=happens("flip"))
-    *factors, hue = ranges["jitter"]
-    drawn.brightness, drawn.contrast, drawn.saturation = (uniform(1 - width, 1 + width) for width in factors)
-    drawn.jitter_order = tuple(sorted(drawn.jitter_order, key=lambda _: next(numbers)))
-    drawn.rotation_deg, drawn.shear_deg, drawn.scale = around("rotation"), around("shear"), uniform(*ranges["scale"])
-    drawn.translate, drawn.hue = (around("translate"), around("translate")), uniform(-hue, hue)
-    drawn.greyscale = happens("greyscale")
-    if happens("perspective"):
-        drawn.corners = tuple(uniform() for _ in range(8))
-    if happens("erase"):
-        drawn.erase = (uniform(0.02, 0.15), math.exp(uniform(math.log(0.3), math.log(3.3))), uniform(), uniform())
-    if "area" in ranges:
-        drawn.resized = (uniform(*ranges["area"]), math.exp(uniform(math.log(3 / 4), math.log(4 / 3))))
-    if happens("shuffle"):
-        drawn.channels = tuple(sorted(range(3), key=lambda _: next(numbers)))
-    drawn.autocontrast = happens("autocontrast")
-    if happens("blur"):
-        drawn.blur = uniform(0.1, 2.0)
-    if happens("noise"):
-        drawn.noise = (uniform(2.0, 12.0), int(uniform(0, 2 ** 31)))
-    return drawn
+    def log_uniform(low, high):
+        return math.exp(uniform(math.log(low), math.log(high)))
+
+    def happens(chance):
+        return uniform() < chance
+
+    def shuffled(items):
+        return tuple(sorted(items, key=lambda _: next(numbers)))
+    return Augmentation(  # in the order of the draws
+        crop=(uniform(), uniform()),
+        flip=happens(chosen.flip),
+        brightness=around(1, brightness),
+        contrast=around(1, contrast),
+        saturation=around(1, saturation),
+        jitter_order=shuffled(Augmentation.jitter_order),
+        rotation_deg=around(0, chosen.rotation),
+        shear_deg=around(0, chosen.shear),
+        scale=uniform(*chosen.scale),
+        translate=(around(0, chosen.translate), around(0, chosen.translate)),
+        hue=around(0, hue),
+        greyscale=happens(chosen.greyscale),
+        corners=tuple(uniform() for _ in range(8)) if happens(chosen.perspective) else None,
+        erase=(uniform(0.02, 0.15), log_uniform(0.3, 3.3), uniform(), uniform()) if happens(chosen.erase) else None,
+        resized=(uniform(*chosen.area), log_uniform(3 / 4, 4 / 3)) if chosen.area else None,
+        channels=shuffled(range(3)) if happens(chosen.shuffle) else (0, 1, 2),
+        autocontrast=happens(chosen.autocontrast),
+        blur=uniform(0.1, 2.0) if happens(chosen.blur) else 0.0,
+        noise=(uniform(2.0, 12.0), int(uniform(0, 2 ** 31))) if happens(chosen.noise) else None)
 
 
-def _position(length, size, fraction):
+def window_start(length, size, fraction):
     """First pixel of a window of `size` in `length`, each of the possible ones equally likely."""
     if length < size:
         raise ValueError(f"a window of {size} pixels does not fit into a picture of {length}")
     return min(int(fraction * (length - size + 1)), length - size)
 
 
-def _crop_window(shape, drawn, size):
+def crop_window(shape, drawn, size):
     """(left, top, width, height) in pixels of the crop that a draw takes from a picture of shape (H, W, 3)."""
-    height, width = shape[:2]
+    height, width, _ = shape
+    x, y = drawn.crop
     if drawn.resized is None:
-        return _position(width, size, drawn.crop[0]), _position(height, size, drawn.crop[1]), size, size
-    share, ratio = drawn.resized
-    wide, high = (min(math.sqrt(share * height * width * r), side) for r, side in ((ratio, width), (1 / ratio, height)))
-    return (width - wide) * drawn.crop[0], (height - high) * drawn.crop[1], wide, high
+        return window_start(width, size, x), window_start(height, size, y), size, size
+    part, ratio = drawn.resized
+    area = part * height * width
+    crop_width = min(math.sqrt(area * ratio), width)
+    crop_height = min(math.sqrt(area / ratio), height)
+    return (width - crop_width) * x, (height - crop_height) * y, crop_width, crop_height
 
 
-def _homography(drawn, window, size):
+def homography(drawn, window, size):
     """Matrix (3, 3) from picture to output, pixel centres at .5, composed of the steps in torchvision's order."""
-    half, scale, mirror, (left, top, width, height) = size / 2, drawn.scale, -1 if drawn.flip else 1, window
-    to_centre = np.array([[size / width, 0, -(left * size / width + half)],
-                          [0, size / height, -(top * size / height + half)], [0, 0, 1]])
-    cos, sin = math.cos(math.radians(drawn.rotation_deg)), math.sin(math.radians(drawn.rotation_deg))
-    turn = np.array([[cos * mirror, sin, 0], [-sin * mirror, cos, 0], [0, 0, 1]])
+    left, top, width, height = window
+    half = size / 2
+    zoom_x, zoom_y = size / width, size / height
+    to_centre = np.array([
+        [zoom_x, 0, -(left * zoom_x + half)],
+        [0, zoom_y, -(top * zoom_y + half)],
+        [0, 0, 1]])
+    mirror = -1 if drawn.flip else 1
+    angle = math.radians(drawn.rotation_deg)
+    cos, sin = math.cos(angle), math.sin(angle)
+    turn = np.array([
+        [cos * mirror, sin, 0],
+        [-sin * mirror, cos, 0],
+        [0, 0, 1]])
+    scale = drawn.scale
+    shear = math.tan(math.radians(drawn.shear_deg))
     shift_x, shift_y = (round(fraction * size) + half for fraction in drawn.translate)
-    affine = np.array([[scale, -scale * math.tan(math.radians(drawn.shear_deg)), shift_x],
-                       [0, scale, shift_y], [0, 0, 1]])
+    affine = np.array([
+        [scale, -scale * shear, shift_x],
+        [0, scale, shift_y],
+        [0, 0, 1]])
     matrix = affine @ turn @ to_centre
     if drawn.corners is None:
         return matrix
-    return imaging_libraries()[0].getPerspectiveTransform(*_moved_corners(drawn, size)) @ matrix
+    cv2, _ = imaging_libraries()
+    return cv2.getPerspectiveTransform(*moved_corners(drawn.corners, size)) @ matrix
 
 
-def _moved_corners(drawn, size):
+def moved_corners(corners, size):
     """Pixels that the perspective moves, clockwise from the top left, and where to: float32 (4, 2) of whole numbers."""
-    unit = np.float32([[0, 0], [1, 0], [1, 1], [0, 1]])
-    inward = np.floor(np.float32(drawn.corners).reshape(4, 2) * (int(0.2 * (size // 2)) + 1)) * (1 - 2 * unit)
-    return (size - 1) * unit, (size - 1) * unit + inward
+    unit = np.float32([[0, 0], [1, 0], [1, 1], [0, 1]])  # x, y
+    reach = int(0.2 * (size // 2)) + 1
+    inward = np.floor(np.float32(corners).reshape(4, 2) * reach) * (1 - 2 * unit)
+    before = (size - 1) * unit
+    return before, before + inward
 
 
 def _colour_matrix(drawn, mean):
@@ -1363,90 +1415,107 @@ def _colour_matrix(drawn, mean):
     """
     matrix = np.hstack([np.eye(3), np.zeros((3, 1))])
     for name in drawn.jitter_order:
-        step, shift = np.eye(3) * getattr(drawn, name), 0.0
+        step = np.eye(3) * getattr(drawn, name)
+        shift = 0.0
         if name == "contrast":
             shift = (1 - drawn.contrast) * (LUMA @ (matrix @ np.append(mean, 1)))
         elif name == "saturation":
             step += (1 - drawn.saturation) * LUMA
         elif name == "hue":
-            cos, sin = math.cos(2 * math.pi * drawn.hue), math.sin(2 * math.pi * drawn.hue)
-            step = cos * np.eye(3) + (1 - cos) / 3 + sin * HUE_TURN
+            angle = 2 * math.pi * drawn.hue
+            cos = math.cos(angle)
+            step = cos * np.eye(3) + (1 - cos) / 3 + math.sin(angle) * HUE_TURN
         matrix = step @ matrix
         matrix[:, 3] += shift
-    return np.tile(LUMA @ matrix, (3, 1)) if drawn.greyscale else matrix[list(drawn.channels)]
+    if drawn.greyscale:
+        return np.tile(LUMA @ matrix, (3, 1))
+    return matrix[list(drawn.channels)]
 
 
 def jitter_colours(image, drawn):
     """The colour part of an Augmentation on uint8 (H, W, 3), geometry untouched."""
-    cv2 = imaging_libraries()[0]
+    cv2, _ = imaging_libraries()
     return cv2.transform(image, _colour_matrix(drawn, cv2.mean(image)[:3]))
 
 
-def apply_augmentation(image, parameters, size):
+def apply_augmentation(image, drawn, size):
     """Apply an Augmentation to uint8 (H, W, 3) and return uint8 (size, size, 3); H and W at least `size`.
 
     One bilinear warp; pixels from outside the picture are 0. What the crop cut off comes back where a rotation or
     shift needs it, so there are fewer black corners than with separate steps. Erased pixels are 0 after to_input.
     """
-    return augment_clip(image[None], parameters, size)[0]
+    return augment_clip(image[None], drawn, size)[0]
 
 
-def augment_clip(frames, parameters, size):
+def augment_clip(frames, drawn, size):
     """Apply one Augmentation to all frames of a clip alike: uint8 (T, H, W, 3) -> (T, size, size, 3).
 
     Means and extremes that colour operations need are those of the whole clip, so that nothing flickers.
     """
-    cv2, drawn = imaging_libraries()[0], parameters
-    clip = _warp_at_once(frames, drawn, size)
+    cv2, _ = imaging_libraries()
+    clip = warp_clip(frames, drawn, size)
+    tall = clip.reshape(-1, size, 3)  # (T * size, size, 3): one call for the colours of all frames
+    tall = jitter_colours(tall, drawn)
     if drawn.autocontrast:
-        clip = _stretch_contrast(clip.reshape(-1, size, 3)).reshape(clip.shape)
+        tall = _stretch_contrast(tall)
+    clip = tall.reshape(clip.shape)
     if drawn.blur:
-        clip = np.stack([cv2.GaussianBlur(pixels, (0, 0), drawn.blur) for pixels in clip])
+        clip = np.stack([cv2.GaussianBlur(frame, (0, 0), drawn.blur) for frame in clip])
     if drawn.noise is not None:
         sd, seed = drawn.noise
-        pattern = np.random.default_rng(seed).normal(0, sd, clip.shape[1:]).astype(np.float32)
-        clip = np.clip(np.rint(clip + pattern), 0, 255).astype(np.uint8)
+        noise = np.random.default_rng(seed).normal(0, sd, clip.shape[1:]).astype(np.float32)
+        clip = np.rint(clip + noise).clip(0, 255).astype(np.uint8)
     if drawn.erase is not None:
-        area, ratio, x, y = drawn.erase
-        height, width = round(size * math.sqrt(area * ratio)), round(size * math.sqrt(area / ratio))
-        top, left = _position(size, height, y), _position(size, width, x)
-        clip[:, top:top + height, left:left + width] = [round(255 * mean) for mean in IMAGENET_MEAN]
+        _erase(clip, *drawn.erase)
     return clip
 
 
-def _warp_at_once(frames, drawn, size):
-    """Geometry as one homography and colours as one matrix: uint8 (T, H, W, 3) -> (T, size, size, 3)."""
-    cv2 = imaging_libraries()[0]
+def warp_clip(frames, drawn, size):
+    """Geometry as one homography: uint8 (T, H, W, 3) -> (T, size, size, 3)."""
+    cv2, _ = imaging_libraries()
     half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # OpenCV counts from pixel centres
-    window = _crop_window(frames.shape[1:], drawn, size)
-    matrix = np.linalg.inv(half) @ _homography(drawn, window, size) @ half
+    window = crop_window(frames.shape[1:], drawn, size)
+    matrix = np.linalg.inv(half) @ homography(drawn, window, size) @ half
     clip = np.empty((len(frames), size, size, 3), np.uint8)
-    for frame, pixels in zip(frames, clip):
-        cv2.warpPerspective(frame, matrix, (size, size), dst=pixels, flags=cv2.INTER_LINEAR)
-    tall = clip.reshape(-1, size, 3)  # (T * size, size, 3): one call for the colours of all frames
-    return cv2.transform(tall, _colour_matrix(drawn, cv2.mean(tall)[:3])).reshape(clip.shape)
+    for frame, warped in zip(frames, clip):
+        cv2.warpPerspective(frame, matrix, (size, size), dst=warped, flags=cv2.INTER_LINEAR)
+    return clip
 
 
 def _stretch_contrast(pixels):
     """Each colour of uint8 (H, W, 3) stretched to 0..255, a constant one left alone; as torchvision's autocontrast."""
-    cv2 = imaging_libraries()[0]
+    cv2, _ = imaging_libraries()
     low, high = np.float32([cv2.minMaxLoc(colour)[:2] for colour in cv2.split(pixels)]).T
-    low, spread = np.where(high > low, low, 0), np.where(high > low, high - low, 255)
-    table = (np.arange(256, dtype=np.float32)[:, None] - low) * (255 / spread)  # (256, 3): a new level for each
+    is_constant = high == low
+    low = np.where(is_constant, 0, low)
+    high = np.where(is_constant, 255, high)
+    levels = np.arange(256, dtype=np.float32)[:, None]
+    table = (levels - low) * (255 / (high - low))  # (256, 3): a new level for each
     return cv2.LUT(pixels, table.clip(0, 255).round().astype(np.uint8)[None])
+
+
+def _erase(clip, area, ratio, x, y):
+    """Paint a rectangle of uint8 (T, S, S, 3) in ImageNet's mean colour, in place."""
+    size = clip.shape[1]
+    height = round(size * math.sqrt(area * ratio))
+    width = round(size * math.sqrt(area / ratio))
+    top = window_start(size, height, y)
+    left = window_start(size, width, x)
+    clip[:, top:top + height, left:left + width] = [round(255 * mean) for mean in IMAGENET_MEAN]
 
 
 def eval_crop(image, size):
     """Centre crop of uint8 (H, W, 3) to uint8 (size, size, 3), a copy; H and W at least `size`."""
-    top, left = _position(image.shape[0], size, 0.5), _position(image.shape[1], size, 0.5)
+    left, top, _, _ = crop_window(image.shape, Augmentation(), size)
     return image[top:top + size, left:left + size].copy()
 
 
 def to_input(batch, device, mean=IMAGENET_MEAN, std=IMAGENET_STD, channels_last=True):
     """Normalise a uint8 tensor (B, H, W, 3) on `device` to float32 (B, 3, H, W); channels_last costs no copy."""
-    # Rows of W * 3 numbers: a last axis of length 3 would be four times slower.
     pixels = batch.to(device, non_blocking=True).to(torch.float32)  # (B, H, W, 3)
-    centre, spread = (255 * torch.tensor(values, device=device).repeat(batch.shape[2]) for values in (mean, std))
+    # Rows of W * 3 numbers: a last axis of length 3 would be four times slower.
+    centre = 255 * torch.tensor(mean, device=device).repeat(batch.shape[2])
+    spread = 255 * torch.tensor(std, device=device).repeat(batch.shape[2])
     pixels.flatten(2).sub_(centre).div_(spread)
     pixels = pixels.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
     return pixels if channels_last else pixels.contiguous()
@@ -1463,20 +1532,23 @@ def build_backbone(name, pretrained=True, weights=None, image_size=224, family="
     weights: state dict file; family: "models", or "video" for networks (B, 3, T, H, W) -> (B, F). Raises UserError for
     an unknown name, weights that cannot be had (both ways out named), or a file whose layers are others.
     """
-    import torchvision
-    classifiers = torchvision.models.list_models(module=getattr(torchvision.models, family, torchvision.models))
+    from torchvision import models
+    classifiers = models.list_models(module=getattr(models, family, models))
     if name not in classifiers:
         raise UserError(f"{name} is no torchvision classifier of {family}{closest(name, classifiers)}")
-    if name.startswith("vit_") and image_size % int(name.rsplit("_", 1)[1]):
-        raise UserError(f"--image_size {image_size}: {name} needs a multiple of {name.rsplit('_', 1)[1]}")
-    options = {"image_size": image_size} if name.startswith("vit_") else {}
-    model = torchvision.models.get_model(name, weights=None, **options)
+    options = {}
+    if name.startswith("vit_"):
+        patch = int(name.rsplit("_", 1)[1])
+        if image_size % patch:
+            raise UserError(f"--image_size {image_size}: {name} needs a multiple of {patch}")
+        options["image_size"] = image_size
+    model = models.get_model(name, weights=None, **options)
     last = _last_linear(model, name)
-    if weights or pretrained:
-        state = load_weights_file(weights) if weights else published_weights(name)
-        _load_backbone_state(model, state, last, weights or name)
-    layer = model.get_submodule(last)
-    n_features = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    if weights:
+        _load_backbone_state(model, load_weights_file(weights), last, weights)
+    elif pretrained:
+        _load_backbone_state(model, published_weights(name), last, name)
+    n_features = model.get_submodule(last).weight.shape[1]
     model.set_submodule(last, nn.Identity())
     return model, n_features
 
@@ -1484,12 +1556,12 @@ def build_backbone(name, pretrained=True, weights=None, image_size=224, family="
 def _last_linear(model, name):
     """Path of the classifier's last layer, linear or a convolution. UserError where it ends in something else."""
     if hasattr(model, "aux_logits"):  # the side heads of GoogLeNet and Inception serve only their own training
-        model.aux_logits, model.AuxLogits, model.aux1, model.aux2 = False, None, None, None
-    path = next((path for path, module in reversed(list(model.named_modules()))
-                 if isinstance(module, (nn.Linear, nn.Conv3d))), None)
-    if path is None or len(model.get_submodule(path).weight) not in (1000, 400):  # classes of ImageNet, Kinetics
+        model.aux_logits = False
+        model.AuxLogits = model.aux1 = model.aux2 = None
+    paths = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv3d))]
+    if not paths or len(model.get_submodule(paths[-1]).weight) not in (1000, 400):  # classes of ImageNet, Kinetics
         raise UserError(f"--backbone {name} does not end in a linear layer; choose another, such as resnet50")
-    return path
+    return paths[-1]
 
 
 def cached_weights_file(name):
@@ -1522,27 +1594,34 @@ def published_weights(name):
 def load_weights_file(path):
     """Weights file -> {name: float tensor}; bare, under state_dict or model, prefixed by module., half precision.
 
-    What has overflowed in a conversion to half precision is its largest number, 65504, and is said. Raises
-    CheckpointError for other numbers that are not finite: a run could be trained with them, and never be continued.
+    A value that overflowed in a conversion to half precision becomes its largest number, 65504, with a note. Raises
+    CheckpointError for other values that are not finite: a run could be trained with them, and never be continued.
     """
     return _state_dict(read_checkpoint(path), path)
 
 
 def _state_dict(state, path):
     for key in ("state_dict", "model", "model_state"):
-        state = state[key] if isinstance(state.get(key), dict) else state
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    tensors = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors: expected a state dict, found {list(state)[:5]}")
-    overflown = [name for name, value in tensors.items() if value.dtype == torch.float16 and value.isinf().any()]
-    if overflown:  # an infinite running variance would silence its channel
-        largest = torch.finfo(torch.float16).max
-        print(f"note: {path}: numbers too large for half precision in {shorten_list(overflown, 3)}; {largest:.0f} taken for them",
-              flush=True)
-        tensors |= {name: tensors[name].clamp(-largest, largest) for name in overflown}
+    _replace_overflow(tensors, path)
     _check_weights(tensors, path)
-    return {name.removeprefix("module."): value.float() if value.is_floating_point() else value
-            for name, value in tensors.items()}
+    return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+def _replace_overflow(tensors, path):
+    """Infinite half-precision numbers become the largest: an infinite running variance would silence its channel."""
+    overflowed = [name for name, value in tensors.items() if value.dtype == torch.float16 and value.isinf().any()]
+    if not overflowed:
+        return
+    largest = torch.finfo(torch.float16).max
+    for name in overflowed:
+        tensors[name] = tensors[name].clamp(-largest, largest)
+    print(f"note: {path}: numbers too large for half precision in {shorten_list(overflowed, 3)}; {largest:.0f} is used "
+          "in their place", flush=True)
 
 
 def _check_weights(state, source):
@@ -1565,18 +1644,20 @@ def _load_backbone_state(model, state, last, source):
 class MultiScale(nn.Module):
     """Feature maps of a backbone's last three resolutions, each averaged over a grid: (B, 3, S, S) -> (B, F).
 
-    What is asked for may hang on small things or large ones; the last layer alone keeps little of the small.
+    What is predicted may depend on small things or large ones; the last layer alone keeps little of the small.
     """
 
     def __init__(self, backbone, image_size, grid=4):
         super().__init__()
         from torchvision.models.feature_extraction import create_feature_extractor
-        ends = stage_ends(backbone, torch.zeros(1, 3, image_size, image_size))[-3:]
+        example = torch.zeros(1, 3, image_size, image_size)
+        ends = stage_ends(backbone, example)[-3:]
         if len(ends) < 3:
             raise UserError(f"--head ridge needs a backbone with feature maps of 3 resolutions, found {len(ends)}; "
                             "use --head mlp")
-        self.maps, self.grid = create_feature_extractor(backbone, ends), grid
-        self.n_features = self(torch.zeros(1, 3, image_size, image_size)).shape[1]
+        self.maps = create_feature_extractor(backbone, ends)
+        self.grid = grid
+        self.n_features = self(example).shape[1]
 
     def forward(self, images):
         maps = self.maps(images).values()  # (B, 3, S, S) -> three of (B, C, H, W)
@@ -1586,31 +1667,34 @@ class MultiScale(nn.Module):
 @torch.inference_mode()
 def stage_ends(backbone, example):
     """Paths of the modules that end each resolution, largest first, found by one pass over an example input."""
-    sizes = {1: {}, 2: {}}  # depth of the module -> {height: path}, in the order of execution
+    outer, inner = {}, {}  # height of an output -> path of the last module that gives it: children, grandchildren
 
-    def note(path):
+    def note(path, ends):
         def hook(module, inputs, output):
-            if isinstance(output, torch.Tensor) and output.ndim == example.ndim and (
-                    output.shape[-2] == output.shape[-1] > 1):
-                sizes[path.count(".") + 1][output.shape[-1]] = path
+            is_map = isinstance(output, torch.Tensor) and output.ndim == example.ndim
+            if is_map and output.shape[-2] == output.shape[-1] > 1:
+                ends[output.shape[-1]] = path
         return hook
-    hooks = [module.register_forward_hook(note(path)) for path, module in backbone.named_modules()
-             if path and path.count(".") < 2]
+    hooks = []
+    for path, module in backbone.named_modules():
+        if path and path.count(".") < 2:
+            hooks.append(module.register_forward_hook(note(path, inner if "." in path else outer)))
     backbone.eval()(example)
     for hook in hooks:
         hook.remove()
-    stages = sizes[1] if len(sizes[1]) >= 3 else sizes[2]
-    return [stages[height] for height in sorted(stages, reverse=True)]
+    ends = outer if len(outer) >= 3 else inner
+    return [ends[height] for height in sorted(ends, reverse=True)]
 
 
 def freeze_stages(backbone, n_stages, example):
     """Take the layers of the first n_stages resolutions out of training. Raises UserError where there are fewer."""
-    if not n_stages:
+    if n_stages == 0:
         return
     ends = stage_ends(backbone, example)
     if n_stages > len(ends):
         raise UserError(f"--freeze_stages {n_stages}: this backbone has {len(ends)} resolutions: {', '.join(ends)}")
-    end, modules = ends[n_stages - 1], list(backbone.named_modules())
+    end = ends[n_stages - 1]
+    modules = list(backbone.named_modules())
     last = max(i for i, (path, _) in enumerate(modules) if path == end or path.startswith(f"{end}."))
     for _, module in modules[1:last + 1]:  # a stage may end in a layer without weights
         for parameter in module.parameters(recurse=False):
@@ -1625,7 +1709,8 @@ class BackboneModel(nn.Module):
 
     def __init__(self, backbone, freeze_norm=False):
         super().__init__()
-        self.backbone, self.freeze_norm = backbone, freeze_norm
+        self.backbone = backbone
+        self.freeze_norm = freeze_norm
         self.trainable = [p for p in backbone.parameters() if p.requires_grad]
 
     def freeze_backbone(self, frozen):
@@ -1639,21 +1724,24 @@ class BackboneModel(nn.Module):
         if not any(p.requires_grad for p in self.trainable):
             self.backbone.eval()
         for module in self.backbone.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-                    self.freeze_norm or not module.weight.requires_grad):
-                module.eval()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if self.freeze_norm or not module.weight.requires_grad:
+                    module.eval()
         return self
 
 
 @torch.inference_mode()
 def frozen_features(backbone, keys, pixels, compute, batch_size=64):
     """float32 (N, F) features of N pictures through a frozen backbone; pixels(key) is uint8 (S, S, 3)."""
-    features, processes = [], compute.processes
-    own = range(len(keys) * processes.rank // processes.size, len(keys) * (processes.rank + 1) // processes.size)
-    for start in own[::batch_size]:
-        batch = torch.from_numpy(np.stack([pixels(key) for key in keys[start:min(start + batch_size, own.stop)]]))
+    processes = compute.processes
+    first = len(keys) * processes.rank // processes.size
+    last = len(keys) * (processes.rank + 1) // processes.size
+    features = []
+    for start in range(first, last, batch_size):
+        batch = np.stack([pixels(key) for key in keys[start:min(start + batch_size, last)]])
         with compute.autocast():
-            inputs = to_input(batch, compute.device, channels_last=compute.channels_last)  # (B, 3, S, S)
+            # (B, S, S, 3) -> (B, 3, S, S)
+            inputs = to_input(torch.from_numpy(batch), compute.device, channels_last=compute.channels_last)
             features.append(backbone(inputs).float().cpu())  # (B, 3, S, S) -> (B, F)
     return torch.cat(processes.gather(features)).numpy()
 
@@ -1667,11 +1755,12 @@ def build_optimizer(modules, args):
     """Optimiser over [(module, learning-rate factor)]; biases and normalisation layers (ndim < 2) are not decayed."""
     groups = []
     for module, factor in modules:
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        for decay, is_matrix in ((args.weight_decay, True), (0.0, False)):
-            chosen = [p for p in parameters if (p.ndim > 1) == is_matrix]
-            if chosen:
-                groups.append({"params": chosen, "weight_decay": decay, "lr": args.lr * factor, "factor": factor})
+        trained = [p for p in module.parameters() if p.requires_grad]
+        decayed = [p for p in trained if p.ndim > 1]
+        others = [p for p in trained if p.ndim <= 1]
+        for parameters, decay in ((decayed, args.weight_decay), (others, 0.0)):
+            if parameters:
+                groups.append({"params": parameters, "weight_decay": decay, "lr": args.lr * factor, "factor": factor})
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, fused=True)
     kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
@@ -1686,21 +1775,29 @@ def schedule_factor(scheduler, progress, epochs, warmup_epochs):
     """
     if progress < warmup_epochs:
         return max(progress / warmup_epochs, 1e-3)
-    if scheduler == "warm_restarts":
-        length, passed = 10.0, progress - warmup_epochs
-        while passed >= length:
-            length, passed = 2 * length, passed - length
-        return 0.5 * (1 + math.cos(math.pi * passed / length))
-    if scheduler == "onecycle":
-        share = (progress - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)
-        if share < 0.3:
-            return 1 / 25 + (1 - 1 / 25) * 0.5 * (1 - math.cos(math.pi * share / 0.3))
-        return 0.5 * (1 + math.cos(math.pi * (share - 0.3) / 0.7))
-    if scheduler == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (progress - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)))
     if scheduler == "step":
         return 0.1 ** (int(progress) // max(1, epochs // 3))
+    passed = progress - warmup_epochs
+    length = max(epochs - warmup_epochs, 1e-9)
+    if scheduler == "cosine":
+        return _cosine(passed / length)
+    if scheduler == "onecycle":
+        part = passed / length
+        if part < 0.3:
+            return 1 - (1 - 1 / 25) * _cosine(part / 0.3)
+        return _cosine((part - 0.3) / 0.7)
+    if scheduler == "warm_restarts":
+        length = 10.0
+        while passed >= length:
+            passed -= length
+            length *= 2
+        return _cosine(passed / length)
     return 1.0
+
+
+def _cosine(part):
+    """From 1 at 0 down to 0 at 1 along half a wave."""
+    return 0.5 * (1 + math.cos(math.pi * part))
 
 
 # ---------------------------------------------------------------------------
@@ -2174,8 +2271,8 @@ class Training:
         """Make gradients and sums those of all processes, or stop all of them where one has met a fault."""
         faults = self.current.faults
         has_gradient = [p.grad is not None for p in parameters]
-        is_faulty, *has_gradient = self.processes.largest([bool(faults), *has_gradient])
-        if is_faulty:
+        n_faults, *has_gradient = self.processes.largest([len(faults), *has_gradient])
+        if n_faults:
             raise NotFinite(self.processes.gather(faults)[0])
         used = [p for p, is_used in zip(parameters, has_gradient) if is_used]
         for p in used:

@@ -4,7 +4,9 @@
 
 Each break is made in a copy of the repository, and the tests named beside it are run there: first without the break,
 when they must pass, then with it, when they must fail. Prints a table (Markdown); exit code 1 where one goes unseen.
+test_breaks.py holds the code of each break against the file it stands in.
 """
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -14,45 +16,66 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-BREAKS = {  # what is broken: (file, code, what stands there instead, tests that must notice)
-    "the old file is written over, not replaced": (
-        "common.py", "            os.replace(temporary, path)\n",
-        "            temporary.unlink()\n            open(path, 'wb').write(content)\n",
-        "tests/torture/test_save_path.py -k best"),
-    "the history is appended to": (
-        "common.py", '        write_table(self.run.path("training_history.csv"), self.history)\n\n    def _model',
-        '        open(self.run.path("training_history.csv"), "a").write(f"{self.history[-1]}\\n")\n\n    def _model',
-        "tests/test_checkpoints.py -k stop_after_any"),
-    "draws are seeded by the time": (
-        "common.py", "    return torch.Generator().manual_seed(mix(*integers))",
-        "    return torch.Generator().manual_seed(mix(*integers, time.time_ns()))",
-        "tests/torture/test_signals.py -k assessor.py-0"),
-    "loader workers are not guarded from signals": (  # one TERM may be lucky, five are not
-        "common.py", "worker_init_fn=_guard_worker if workers else None", "worker_init_fn=None",
-        "tests/torture/test_signals.py --all_cases -k assessor.py-2"),
-    "an evaluation is padded to equal shares": (
-        "common.py", "(n_samples * rank // size, n_samples * (rank + 1) // size)",
-        "(n_samples * rank // size, n_samples * rank // size + -(-n_samples // size))",
-        "tests/torture/test_ranks.py -k slices"),
-    "every process counts the same, whatever its share": (
-        "common.py", "self.scaler.scale(loss * (own / step)).backward()",
-        "self.scaler.scale(loss * (whole / step / self.processes.size)).backward()",
-        "tests/torture/test_ranks.py -k trains_the_same"),
-    "checkpoints may hold anything": (
-        "common.py", "content = torch.load(path, map_location=\"cpu\", weights_only=True)",
-        "content = torch.load(path, map_location=\"cpu\", weights_only=False)",
-        "tests/torture/test_hostile.py -k pickle"),
-    "checksums are not checked": (
-        "common.py", "        damaged = archive.testzip()\n", "        damaged = None\n",
-        "tests/torture/test_damaged.py -k flip"),
-    "16-bit pictures are clipped": (
-        "common.py", "def _grey_to_8bit(image):\n",
-        "def _grey_to_8bit(image):\n    return image.convert('L')\n\n\ndef _unused(image):\n",
-        "tests/test_images.py -k 16_bit"),
-    "a run folder may be there already": (
-        "common.py", "                folder.mkdir()\n", "                folder.mkdir(exist_ok=True)\n",
-        "tests/torture/test_concurrency.py"),
-}
+
+@dataclasses.dataclass
+class Break:
+    """A fault to put in: `code`, which stands once in `file`, is replaced; `tests` must notice."""
+    name: str
+    file: str
+    code: str
+    replaced_by: str
+    tests: str
+
+    def broken_text(self):
+        """The text of the file with the fault in it. Raises AssertionError where its code does not stand there once."""
+        text = (ROOT / self.file).read_text(encoding="utf-8")
+        count = text.count(self.code)
+        assert count == 1, f"break '{self.name}': {self.code!r} stands {count} times in {self.file}, expected once"
+        return text.replace(self.code, self.replaced_by)
+
+
+BREAKS = [
+    Break(name="the old file is written over, not replaced", file="common.py",
+          code="os.replace(temporary, path)",
+          replaced_by="temporary.unlink(), open(path, 'wb').write(content)",
+          tests="tests/torture/test_save_path.py -k best"),
+    Break(name="the history is appended to", file="common.py",
+          code='write_table(self.run.path("training_history.csv"), history)',
+          replaced_by='open(self.run.path("training_history.csv"), "a").write(f"{history[-1]}\\n")',
+          tests="tests/test_checkpoints.py -k stop_after_any"),
+    Break(name="draws are seeded by the time", file="common.py",
+          code="manual_seed(hash_seed(*integers))",
+          replaced_by="manual_seed(hash_seed(*integers, time.time_ns()))",
+          tests="tests/torture/test_signals.py -k assessor.py-0"),
+    Break(name="loader workers are not guarded from signals", file="common.py",  # one TERM may be lucky, five are not
+          code="_guard_worker if workers else None",
+          replaced_by="None",
+          tests="tests/torture/test_signals.py --all_cases -k assessor.py-2"),
+    Break(name="an evaluation is padded to equal shares", file="common.py",
+          code="n_samples * (rank + 1) // size",
+          replaced_by="n_samples * rank // size + -(-n_samples // size)",
+          tests="tests/torture/test_ranks.py -k slices"),
+    Break(name="every process counts the same, whatever its share", file="common.py",
+          code="loss * (own / step)",
+          replaced_by="loss * (whole / step / self.processes.size)",
+          tests="tests/torture/test_ranks.py -k trains_the_same"),
+    Break(name="checkpoints may hold anything", file="common.py",
+          code='content = torch.load(path, map_location="cpu", weights_only=True)',
+          replaced_by='content = torch.load(path, map_location="cpu", weights_only=False)',
+          tests="tests/torture/test_hostile.py -k pickle"),
+    Break(name="checksums are not checked", file="common.py",
+          code="archive.testzip()",
+          replaced_by="None",
+          tests="tests/torture/test_damaged.py -k flip"),
+    Break(name="16-bit pictures are clipped", file="readers/picture_files.py",
+          code="_grey_to_8bit(image)[..., None]",
+          replaced_by="np.asarray(image.convert('L'))[..., None]",
+          tests="tests/test_images.py -k 16_bit"),
+    Break(name="a run folder may be there already", file="common.py",
+          code="folder.mkdir()",
+          replaced_by="folder.mkdir(exist_ok=True)",
+          tests="tests/torture/test_concurrency.py"),
+]
 
 
 def run_tests(folder, words):
@@ -64,28 +87,28 @@ def run_tests(folder, words):
     return done.returncode == 0, done.stdout.strip().splitlines()[-1]
 
 
-def try_break(name, file, code, instead, tests):
+def is_noticed(fault):
     """True where the tests pass without the break and fail with it."""
+    broken = fault.broken_text()
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(ROOT, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(
-            ".*", "outputs", "sample_data", "__pycache__"))
-        shutil.copy(ROOT / "pytest.ini", folder)
-        assert run_tests(folder, tests)[0], f"{tests} fails without any break"
-        path = Path(folder) / file
-        text = path.read_text(encoding="utf-8")
-        assert text.count(code) == 1, f"{name}: the code to break stands {text.count(code)} times in {file}"
-        path.write_text(text.replace(code, instead), encoding="utf-8")
-        passed, last = run_tests(folder, tests)
-    print(f"| {name} | `{tests}` | {'NOT SEEN' if passed else 'red: ' + last} |", flush=True)
+        left_out = shutil.ignore_patterns(".*", "outputs", "sample_data", "__pycache__")
+        shutil.copytree(ROOT, folder, dirs_exist_ok=True, ignore=left_out)
+        passed, last = run_tests(folder, fault.tests)
+        assert passed, f"{fault.tests} fails without any break: {last}"
+        (Path(folder) / fault.file).write_text(broken, encoding="utf-8")
+        passed, last = run_tests(folder, fault.tests)
+    print(f"| {fault.name} | `{fault.tests}` | {'NOT SEEN' if passed else 'red: ' + last} |", flush=True)
     return not passed
 
 
 def main():
+    wanted = sys.argv[1:]
+    unknown = set(wanted) - {fault.name for fault in BREAKS}
+    assert not unknown, f"no such break: {unknown}"
     print("| break | tests | result |\n|---|---|---|")
-    wanted = sys.argv[1:] or list(BREAKS)
-    seen = [try_break(name, *BREAKS[name]) for name in wanted]
-    print(f"\nbreaks: {sum(seen)} of {len(seen)} seen")
-    sys.exit(not all(seen))
+    noticed = [is_noticed(fault) for fault in BREAKS if not wanted or fault.name in wanted]
+    print(f"\nbreaks: {sum(noticed)} of {len(noticed)} seen")
+    sys.exit(not all(noticed))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,28 @@ def test_weights_files_in_their_known_forms(tmp_path):
         common.build_backbone("resnet50", weights=tmp_path / "bare.pth")
 
 
+def test_half_precision_that_overflowed_becomes_its_largest_number(tmp_path, capsys):
+    """A running variance of 1e5 is infinite in fp16 and would silence its channel; NaN is refused."""
+    import torchvision
+    state = torchvision.models.resnet18().state_dict()
+    state["bn1.running_var"][3] = 1e5
+    half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    assert half["bn1.running_var"][3].isinf()
+    torch.save(half, tmp_path / "half.pth")
+    loaded = common.load_weights_file(tmp_path / "half.pth")["bn1.running_var"]
+    assert loaded.dtype == torch.float32 and loaded[3] == 65504 and (loaded[:3] == 1).all()
+    said = capsys.readouterr().out
+    assert said.startswith("note: ") and "half.pth" in said and "bn1.running_var" in said and "65504" in said
+    half["conv1.weight"][0] = float("nan")
+    torch.save(half, tmp_path / "nan.pth")
+    with pytest.raises(common.CheckpointError, match=r"not finite \(conv1.weight\)"):
+        common.load_weights_file(tmp_path / "nan.pth")
+    state["bn1.running_var"][3] = float("inf")  # nothing was converted here
+    torch.save(state, tmp_path / "single.pth")
+    with pytest.raises(common.CheckpointError, match=r"not finite \(bn1.running_var\)"):
+        common.load_weights_file(tmp_path / "single.pth")
+
+
 def test_weights_that_cannot_be_had_name_both_ways_out(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 

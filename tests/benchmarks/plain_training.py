@@ -26,8 +26,8 @@ BILINEAR = InterpolationMode.BILINEAR
 
 
 def warp_in_steps(frames, drawn, size):
-    """Geometry and colours, one operation after the other: uint8 (T, H, W, 3) -> (T, size, size, 3)."""
-    window = common._crop_window(frames.shape[1:], drawn, size)
+    """Geometry, one operation after the other: uint8 (T, H, W, 3) -> (T, size, size, 3)."""
+    window = common.crop_window(frames.shape[1:], drawn, size)
     left, top, width, height = map(round, window)
     clip = torch.tensor(frames).permute(0, 3, 1, 2)  # (T, H, W, 3) -> (T, 3, H, W)
     clip = F.resized_crop(clip, top, left, height, width, [size, size], BILINEAR, antialias=True)
@@ -39,25 +39,20 @@ def warp_in_steps(frames, drawn, size):
     if any(shift) or drawn.shear_deg or drawn.scale != 1:
         clip = F.affine(clip, 0.0, shift, drawn.scale, [drawn.shear_deg, 0.0], BILINEAR)
     if drawn.corners is not None:
-        start, end = (corners.astype(int).tolist() for corners in common._moved_corners(drawn, size))
+        start, end = (corners.astype(int).tolist() for corners in common.moved_corners(drawn.corners, size))
         clip = F.perspective(clip, start, end, BILINEAR)
-    return change_colours(clip, drawn)
+    return np.ascontiguousarray(clip.permute(0, 2, 3, 1).numpy())  # (T, 3, S, S) -> (T, S, S, 3)
 
 
-def change_colours(clip, drawn):
-    """Colour operations, one after the other: uint8 (T, 3, H, W) -> (T, H, W, 3)."""
+def jitter_in_steps(pixels, drawn):
+    """Colour operations, one after the other: uint8 (H, W, 3) -> (H, W, 3)."""
+    clip = torch.tensor(pixels[None]).permute(0, 3, 1, 2)  # (1, 3, H, W)
     for name in drawn.jitter_order:
         amount = getattr(drawn, name)
         if amount != (0.0 if name == "hue" else 1.0):
             clip = getattr(F, f"adjust_{name}")(clip, amount)
     clip = F.rgb_to_grayscale(clip, 3) if drawn.greyscale else clip[:, list(drawn.channels)]
-    return np.ascontiguousarray(clip.permute(0, 2, 3, 1).numpy())
-
-
-def jitter_in_steps(image, drawn):
-    """The colour part of a draw on uint8 (H, W, 3)."""
-    clip = torch.tensor(image[None]).permute(0, 3, 1, 2)  # (1, 3, H, W)
-    return change_colours(clip, drawn)[0]
+    return np.ascontiguousarray(clip[0].permute(1, 2, 0).numpy())
 
 
 def without_channels_last(choose_compute):
@@ -84,7 +79,7 @@ def slow_down(keep_one_warp, replace=setattr):
     replace(common, "keep_freed_memory", lambda: None)
     replace(JpegImagePlugin.JpegImageFile, "draft", lambda image, mode, size: None)
     if not keep_one_warp:
-        replace(common, "_warp_at_once", warp_in_steps)
+        replace(common, "warp_clip", warp_in_steps)
         replace(common, "jitter_colours", jitter_in_steps)
 
 
