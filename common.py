@@ -31,7 +31,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -50,12 +49,18 @@ from torch import nn
 # What every section may need; a UserError is one line for the user and never a traceback.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-EXIT_OK, EXIT_CRASH, EXIT_USER, EXIT_CHECKPOINT, EXIT_SAVED, EXIT_INTERRUPT = 0, 1, 2, 3, 75, 130
+EXIT_OK = 0
+EXIT_CRASH = 1
+EXIT_USER = 2
+EXIT_CHECKPOINT = 3
+EXIT_SAVED = 75
+EXIT_INTERRUPT = 130
 
 
 class UserError(Exception):
-    """A mistake the user can mend: printed as one line without traceback, exit code 2."""
+    """A mistake the user can fix: printed as one line without traceback, exit code 2."""
     code = EXIT_USER
+    said_by_first = False  # True on the other processes of a run, where the first one prints it
 
 
 def closest(name, known):
@@ -72,190 +77,264 @@ def one_line(error):
 
 def shorten_list(items, limit=10):
     """'a, b, c and 4 more': every fault counted, the first `limit` shown."""
-    items = [str(item) for item in items]
-    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
-
-
-def shorten_path(path, roots=()):
-    """The path as it may be published: what follows the innermost of `roots` that holds it, else its last two parts."""
-    path = Path(os.path.abspath(path))
-    holding = [root for root in map(Path, map(os.path.abspath, roots)) if root in path.parents]
-    inner = max(holding, key=lambda root: len(root.parts), default=None)
-    return path.relative_to(inner).as_posix() if inner else "/".join(path.parts[1:][-2:])
+    items = list(items)
+    shown = ", ".join(map(str, items[:limit]))
+    hidden = len(items) - limit
+    return f"{shown} and {hidden} more" if hidden > 0 else shown
 
 
 # ---------------------------------------------------------------------------
 # Arguments and config
 # ---------------------------------------------------------------------------
-# A flag is declared once; config file, flags of a resumed run and command line all pass through its own type.
-
-# They may change between the two halves of a resumed run: they decide where and how fast, never what is computed.
-NEUTRAL_FLAGS = {"output_dir", "config", "resume", "num_workers", "device", "cache", "save_every", "save_minutes",
-                 "save_top_k", "tensorboard", "wandb", "images_dir", "ratings_file", "criteria", "use_amp", "fold",
-                 "data_dir",
-                 "video_root", "manifest", "train_manifest", "val_manifest", "test_manifest", "val_batch_size",
-                 "train_json", "val_json", "test_json", "train_images", "val_images", "test_images", "visualize"}
-
+# A flag is declared once; config file, flags of a resumed run and command line all pass through
+# its own type.
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose mistakes are one line that names the closest flag, with exit code 2."""
+    """ArgumentParser whose error is one line that names the closest flag, with exit code 2.
+
+    may_change: names of the flags that a resumed run may be given anew. They decide where and how
+    fast it runs, never what is computed.
+    """
 
     def __init__(self, description=None, **options):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False, **options)
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.may_change = set()
+
+    def group(self, title):
+        """add_argument of a new group of flags, which also takes may_change=True."""
+        group = self.add_argument_group(title)
+
+        def add(*names, may_change=False, **options):
+            action = group.add_argument(*names, **options)
+            if may_change:
+                self.may_change.add(action.dest)
+        return add
 
     def error(self, message):
         unknown = re.search(r"unrecognized arguments: (--\w+)", message)
         if unknown:
-            message = f"unknown flag {unknown[1]}{closest(unknown[1], self._option_string_actions)}; --help lists all"
+            near = closest(unknown[1], self._option_string_actions)
+            message = f"unknown flag {unknown[1]}{near}; --help lists all"
         self.exit(EXIT_USER, f"error: {message}\n")
 
 
 def bounded(kind, low=-math.inf, high=math.inf, open_low=False, word=None):
-    """argparse type: a finite `kind` (int or float) in [low, high], without `low` if open_low; or this word."""
+    """argparse type: a finite `kind` (int, float) in [low, high], without `low` if open_low; or this word."""
     def parse(text):
         if text == word:
             return text
         value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high) or (open_low and value == low):
-            raise argparse.ArgumentTypeError(f"{text} is outside {'(' if open_low else '['}{low:g}, {high:g}]")
+        is_inside = low <= value <= high and math.isfinite(value)
+        if not is_inside or (open_low and value == low):
+            bracket = "(" if open_low else "["
+            raise argparse.ArgumentTypeError(f"{text} is outside {bracket}{low:g}, {high:g}]")
         return value
     parse.__name__ = f"{word} or {kind.__name__}" if word else kind.__name__
     return parse
 
 
+WHOLE = bounded(int, 0)
+POSITIVE = bounded(int, 1)
+AMOUNT = bounded(float, 0)
+SHARE = bounded(float, 0, 1)
+
+
 def add_run_arguments(parser):
     """Where a run writes, how it is repeated, continued and watched."""
-    add = parser.add_argument_group("run").add_argument
-    add("--output_dir", type=Path, default=Path("outputs"), help="parent of the timestamped run folders")
-    add("--config", type=Path, help="YAML or JSON file of flags, a run's args.json too; the command line wins")
-    add("--seed", type=bounded(int, 0), default=42, help="seed of every draw")
-    add("--deterministic", action="store_true", help="refuse operations that may not repeat exactly (GPU: slower)")
-    add("--resume", "--resume_from_checkpoint", nargs="?", const="auto", metavar="{auto,RUN,CHECKPOINT}",
-        help="continue exactly: auto = the newest unfinished run with these flags; or a run folder; or a checkpoint")
-    add("--init_from", type=Path, metavar="CHECKPOINT", help="a new run from the weights of a checkpoint (fine-tuning)")
-    add("--save_every", type=bounded(int, 0), default=10, help="epochs between checkpoint_epoch_N.pth; 0 = none")
-    add("--save_minutes", type=bounded(float, 0), default=10.0, help="minutes between saves within an epoch; 0 = none")
-    add("--save_top_k", type=bounded(int, 0), default=0, help="keep the k best epochs as top_epoch_N.pth; 0 = none")
-    add("--dry_run", action="store_true", help="2 batches, 1 epoch, the whole run folder: does everything work?")
-    add("--criteria", default="", help='bars to judge, e.g. "r2>0.15,mae<3.0": PASS, FAIL or NOT RESOLVABLE')
-    add("--tensorboard", action="store_true", help="also write TensorBoard event files (needs the tensorboard package)")
-    add("--wandb", action="store_true", help="also log to Weights & Biases (needs the wandb package)")
+    add = parser.group("run")
+    add("--output_dir", type=Path, default=Path("outputs"), may_change=True,
+        help="parent of the timestamped run folders")
+    add("--config", type=Path, may_change=True,
+        help="YAML or JSON file of flags, a run's args.json too; the command line wins")
+    add("--seed", type=WHOLE, default=42, help="seed of every draw")
+    add("--deterministic", action="store_true",
+        help="refuse operations that may not repeat exactly (GPU: slower)")
+    add("--resume", "--resume_from_checkpoint", nargs="?", const="auto", may_change=True,
+        metavar="{auto,RUN,CHECKPOINT}",
+        help="continue exactly: auto = the newest unfinished run with these flags; or a run folder; "
+             "or a checkpoint")
+    add("--init_from", type=Path, metavar="CHECKPOINT",
+        help="a new run from the weights of a checkpoint (fine-tuning)")
+    add("--save_every", type=WHOLE, default=10, may_change=True,
+        help="epochs between checkpoint_epoch_N.pth; 0 = none")
+    add("--save_minutes", type=AMOUNT, default=10.0, may_change=True,
+        help="minutes between saves within an epoch; 0 = none")
+    add("--save_top_k", type=WHOLE, default=0, may_change=True,
+        help="keep the k best epochs as top_epoch_N.pth; 0 = none")
+    add("--dry_run", action="store_true",
+        help="2 batches, 1 epoch, the whole run folder: does everything work?")
+    add("--criteria", default="", may_change=True,
+        help='bars to judge, e.g. "r2>0.15,mae<3.0": PASS, FAIL or NOT RESOLVABLE')
+    add("--tensorboard", action="store_true", may_change=True,
+        help="also write TensorBoard event files (needs the tensorboard package)")
+    add("--wandb", action="store_true", may_change=True,
+        help="also log to Weights & Biases (needs the wandb package)")
 
 
 def add_training_arguments(parser):
     """Epochs, batches, optimiser, schedule and early stopping."""
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", "--max_epochs", type=bounded(int, 1), default=50, help="passes over the training rows")
-    add("--batch_size", type=bounded(int, 1), default=32, help="samples per batch, over all processes")
-    add("--val_batch_size", type=bounded(int, 1), help="samples per batch in evaluation (default: batch_size)")
-    add("--accumulate", "--accumulate_grad_batches", type=bounded(int, 1), default=1, help="batches per optimiser step")
-    add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw", help="sgd has momentum 0.9")
+    add = parser.group("training")
+    add("--epochs", "--max_epochs", type=POSITIVE, default=50, help="passes over the training rows")
+    add("--batch_size", type=POSITIVE, default=32, help="samples per batch, over all processes")
+    add("--val_batch_size", type=POSITIVE, may_change=True,
+        help="samples per batch in evaluation (default: batch_size)")
+    add("--accumulate", "--accumulate_grad_batches", type=POSITIVE, default=1,
+        help="batches per optimiser step")
+    add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw",
+        help="sgd has momentum 0.9")
     add("--lr", type=bounded(float, 0, open_low=True), default=1e-4, help="peak learning rate")
-    add("--weight_decay", type=bounded(float, 0), default=0.01, help="not applied to biases and normalisation layers")
-    add("--scheduler", choices=("cosine", "step", "plateau", "warm_restarts", "onecycle", "none"), default="cosine",
-        help="cosine: to 0 over the run; step: x0.1 every epochs//3; plateau: x0.5 after epochs without a gain; "
-             "warm_restarts: cosine over 10, 20, 40, ... epochs; onecycle: up over 30 %% of the run, then to 0")
-    add("--plateau_patience", type=bounded(int, 0), default=5, help="epochs without a gain that plateau waits for")
-    add("--min_lr", type=bounded(float, 0), default=0.0, help="the schedule never goes below this learning rate")
-    add("--warmup_epochs", type=bounded(float, 0), default=0.0, help="epochs of linear warm-up from 0")
-    add("--clip_grad", type=bounded(float, 0), default=1.0, help="largest gradient norm; 0 = no clipping")
-    add("--patience", "--early_stopping", "--early_stop_patience", type=bounded(int, 0), default=15,
+    add("--weight_decay", type=AMOUNT, default=0.01,
+        help="not applied to biases and normalisation layers")
+    add("--scheduler", default="cosine",
+        choices=("cosine", "step", "plateau", "warm_restarts", "onecycle", "none"),
+        help="cosine: to 0 over the run; step: x0.1 every epochs//3; plateau: x0.5 after epochs "
+             "without a gain; warm_restarts: cosine over 10, 20, 40, ... epochs; onecycle: up over "
+             "30 %% of the run, then to 0")
+    add("--plateau_patience", type=WHOLE, default=5,
+        help="epochs without a gain that plateau waits for")
+    add("--min_lr", type=AMOUNT, default=0.0,
+        help="the schedule never goes below this learning rate")
+    add("--warmup_epochs", type=AMOUNT, default=0.0, help="epochs of linear warm-up from 0")
+    add("--clip_grad", type=AMOUNT, default=1.0, help="largest gradient norm; 0 = no clipping")
+    add("--patience", "--early_stopping", "--early_stop_patience", type=WHOLE, default=15,
         help="epochs without a better validation score before stopping; 0 = never stop early")
-    add("--min_epochs", type=bounded(int, 0), default=0, help="never stop early before this epoch")
-    add("--min_delta", type=bounded(float, 0), default=0.0, help="smallest gain that counts as better, for patience")
+    add("--min_epochs", type=WHOLE, default=0, help="never stop early before this epoch")
+    add("--min_delta", type=AMOUNT, default=0.0,
+        help="smallest gain that counts as better, for patience")
 
 
 def add_data_arguments(parser):
     """Splits, folds, leakage and bad files."""
-    add, share = parser.add_argument_group("data").add_argument, bounded(float, 0, 1)
-    add("--train_ratio", type=share, default=0.8, help="share of the rows (or groups) for training")
-    add("--val_ratio", type=share, default=0.2, help="share for validation: selects the epoch")
-    add("--test_ratio", type=share, default=0.0, help="share for the test, scored once at the end")
-    add("--folds", type=bounded(int, 0), default=0, help="K-fold cross-validation; 0 = one split")
-    add("--fold", type=bounded(int, 0, word="all"), default="all", help="with --folds: all, or one fold from 0")
-    add("--group_column", help="column whose groups (subjects, videos, sites) never stand on two sides of a split")
-    add("--split_file", type=Path, help="splits.json of another run, or {train: [names], val: [...]}")
-    add("--allow_leakage", action="store_true", help="train although splits share groups or identical pictures")
-    add("--on_bad_file", choices=("error", "skip"), default="error", help="unreadable files: list and stop, or skip")
-    add("--cache", choices=("auto", "ram", "disk", "none"), default="auto", help="where decoded pictures are kept")
-    add("--augment", choices=tuple(AUGMENTATIONS), default="full", help="random changes of training pictures")
+    add = parser.group("data")
+    add("--train_ratio", type=SHARE, default=0.8, help="share of the rows (or groups) for training")
+    add("--val_ratio", type=SHARE, default=0.2, help="share for validation: selects the epoch")
+    add("--test_ratio", type=SHARE, default=0.0, help="share for the test, scored once at the end")
+    add("--folds", type=WHOLE, default=0, help="K-fold cross-validation; 0 = one split")
+    add("--fold", type=bounded(int, 0, word="all"), default="all", may_change=True,
+        help="with --folds: all, or one fold from 0")
+    add("--group_column",
+        help="column whose groups (subjects, videos, sites) never stand on two sides of a split")
+    add("--split_file", type=Path,
+        help="splits.json of another run, or {train: [names], val: [...]}")
+    add("--allow_leakage", action="store_true",
+        help="train although splits share groups or identical pictures")
+    add("--on_bad_file", choices=("error", "skip"), default="error",
+        help="unreadable files: list and stop, or skip")
+    add("--cache", choices=("auto", "ram", "disk", "none"), default="auto", may_change=True,
+        help="where decoded pictures are kept")
+    add("--augment", choices=tuple(AUGMENTATIONS), default="full",
+        help="random changes of training pictures")
 
 
 def add_model_arguments(parser):
     """Where weights come from."""
-    add = parser.add_argument_group("weights").add_argument
-    add("--pretrained", action="store_true", default=True, help="start from torchvision's published weights (default)")
-    add("--no_pretrained", dest="pretrained", action="store_false", help="start from random weights")
-    add("--weights", type=Path, metavar="FILE", help="state dict for the backbone, instead of the published weights")
+    add = parser.group("weights")
+    add("--pretrained", action="store_true", default=True,
+        help="start from torchvision's published weights (default)")
+    add("--no_pretrained", dest="pretrained", action="store_false",
+        help="start from random weights")
+    add("--weights", type=Path, metavar="FILE",
+        help="state dict for the backbone, instead of the published weights")
 
 
 def add_compute_arguments(parser):
     """Device, precision and workers: the flags that training and prediction share."""
-    add = parser.add_argument_group("speed").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add = parser.group("speed")
+    add("--device", default="auto", may_change=True, help="auto, cpu, cuda, cuda:N or mps")
     add("--use_amp", nargs="?", const="on", default="auto", choices=("auto", "on", "off"),
+        may_change=True,
         help="mixed precision; auto = where the device is fast at it")
-    add("--num_workers", type=bounded(int, 0, word="auto"), default="auto", help="loader processes; auto is printed")
+    add("--num_workers", type=bounded(int, 0, word="auto"), default="auto", may_change=True,
+        help="loader processes; auto is printed")
 
 
 def add_shared_arguments(parser, **defaults):
-    """Declare every flag that the train scripts share; `defaults` sets the script's own default values."""
-    for add in (add_run_arguments, add_training_arguments, add_data_arguments, add_model_arguments,
-                add_compute_arguments):
-        add(parser)
+    """Declare every flag that the train scripts share; `defaults` sets the script's own defaults."""
+    add_run_arguments(parser)
+    add_training_arguments(parser)
+    add_data_arguments(parser)
+    add_model_arguments(parser)
+    add_compute_arguments(parser)
     parser.set_defaults(**defaults)
 
 
 def parse_arguments(parser, argv=None):
-    """Parse the command line over --config over the flags of the run named by --resume over the defaults.
+    """Parse the command line over --config over the flags of the --resume run over the defaults.
 
-    Returns the Namespace, with `given` = the set of flag names typed on the command line.
-    Raises UserError for an unreadable config, an unknown key (closest flag named) or a value that its flag refuses.
+    Returns the Namespace of the flags in force, with two sets of their names beside them: `given`,
+    those typed on the command line, and `may_change` (see Parser). Nothing changes it later. Raises
+    UserError for an unreadable config, an unknown key (closest flag named) or a value that its flag
+    refuses.
     """
-    argv = [_snake_case(token) for token in (sys.argv[1:] if argv is None else argv)]
-    declared, first = parser._option_string_actions, Parser(add_help=False)
+    words = [_snake_case(word) for word in (sys.argv[1:] if argv is None else argv)]
+    actions = parser._option_string_actions
+    first = Parser(add_help=False)
     for name in ("--config", "--resume"):
-        if name in declared:
-            first._add_action(copy.copy(declared[name]))
-    known = vars(first.parse_known_args(argv)[0])
-    given = {declared[name].dest for name in (token.split("=", 1)[0] for token in argv) if name in declared}
-    inherited, skip = {}, given | {"config", "resume"}
-    if known.get("resume") not in (None, "auto"):
-        inherited |= _config_tokens(parser, run_folder_of(known["resume"]) / "args.json", skip)
-    if known.get("config"):
-        inherited |= _config_tokens(parser, known["config"], skip)
-    args = parser.parse_args([*itertools.chain(*inherited.values()), *argv])
-    args.given = given
-    return args
+        if name in actions:
+            first._add_action(copy.copy(actions[name]))
+    named = vars(first.parse_known_args(words)[0])
+    typed = [word.split("=", 1)[0] for word in words]
+    given = {actions[name].dest for name in typed if name in actions}
+    skip = given | {"config", "resume"}
+    inherited = {}
+    if named.get("resume") not in (None, "auto"):
+        record = run_folder_of(named["resume"]) / "args.json"
+        inherited.update(_config_tokens(parser, record, skip))
+    if named.get("config"):
+        inherited.update(_config_tokens(parser, named["config"], skip))
+    tokens = [*itertools.chain(*inherited.values()), *words]
+    args = argparse.Namespace(given=given, may_change=parser.may_change)
+    return _with_dry_run(parser.parse_args(tokens, args))
+
+
+def _with_dry_run(args):
+    """--dry_run is a run of one epoch without extra checkpoints, whatever else is given."""
+    if not getattr(args, "dry_run", False):
+        return args
+    return argparse.Namespace(**{**vars(args), "epochs": 1, "patience": 0, "save_every": 0})
+
+
+def flags_of(args):
+    """{flag: value} of what parse_arguments returns."""
+    beside = ("given", "may_change")
+    return {name: value for name, value in vars(args).items() if name not in beside}
 
 
 def check_split_flags(parser, args):
     """parser.error for split and fold flags that contradict each other."""
     if args.folds == 1 or (args.fold != "all" and args.fold >= args.folds):
-        parser.error(f"--folds {args.folds} --fold {args.fold}: expected at least 2 folds, a fold from 0 to folds - 1")
+        parser.error(f"--folds {args.folds} --fold {args.fold}: expected at least 2 folds, "
+                     "a fold from 0 to folds - 1")
     if args.folds and args.split_file:
-        parser.error(f"--folds {args.folds} and --split_file {args.split_file} both make the split; give one")
+        parser.error(f"--folds {args.folds} and --split_file {args.split_file} both make the split; "
+                     "give one")
     if args.folds and args.test_ratio:
-        parser.error(f"--folds {args.folds} scores every row once: --test_ratio {args.test_ratio:g} has none")
+        parser.error(f"--folds {args.folds} scores every row once: "
+                     f"--test_ratio {args.test_ratio:g} has none")
     if not args.folds and not args.split_file and args.val_ratio == 0:
-        parser.error(f"--val_ratio {args.val_ratio:g}: the validation part must not be empty, it chooses the epoch")
+        parser.error(f"--val_ratio {args.val_ratio:g}: the validation part must not be empty, "
+                     "it chooses the epoch")
 
 
-def _snake_case(token):
-    name, equals, value = token.partition("=")
-    is_flag = name.startswith("--") and len(name) > 2
-    return "--" + name[2:].replace("-", "_") + equals + value if is_flag else token
+def _snake_case(word):
+    """--some-flag=a-b -> --some_flag=a-b; other words stay as they are."""
+    name, equals, value = word.partition("=")
+    if not name.startswith("--"):
+        return word
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def _config_tokens(parser, path, skip):
-    """Config file -> {flag: its command-line tokens}; each value is checked here, so that an error names the file."""
-    tokens, declared = {}, parser._option_string_actions
+    """Config file -> {flag: its command-line tokens}, checked here, so that an error names the file."""
+    tokens = {}
+    declared = parser._option_string_actions
     for key, value in read_config(path).items():
         action = declared.get("--" + key.replace("-", "_"))
         if action is None:
             near = closest(key, [name[2:] for name in declared])
-            raise UserError(f"{path}: unknown key {key!r}{near}; a key is a flag of this script without its dashes")
+            raise UserError(f"{path}: unknown key {key!r}{near}; a key is a flag of this script "
+                            "without its dashes")
         if action.dest not in skip and value is not None:
             tokens[action.dest] = _option_tokens(parser, action, key, value, path)
     return tokens
@@ -263,40 +342,44 @@ def _config_tokens(parser, path, skip):
 
 def _option_tokens(parser, action, key, value, path):
     if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise UserError(f"{path}: {key} is a switch: expected true or false, found {value!r}")
-        wanted = value == action.const  # `no_pretrained: true` and `pretrained: false` both ask for pretrained = False
-        switches = [other for other in parser._actions if other.dest == action.dest and other.const is wanted]
-        return [switch.option_strings[0] for switch in switches[:1]]
-    if isinstance(value, bool) and action.choices and {"on", "off"} <= set(action.choices):
+        return _switch_tokens(parser, action, key, value, path)
+    if isinstance(value, bool) and "on" in (action.choices or ()):
         value = "on" if value else "off"  # YAML 1.1 reads a bare `on` as true
     is_repeatable = isinstance(action, argparse._AppendAction)
-    items = value if isinstance(value, list) and (action.nargs or is_repeatable) else [value]
+    is_list = isinstance(value, list) and (action.nargs or is_repeatable)
+    items = value if is_list else [value]
     for item in items:
-        _check_value(action, key, item, path)
+        if isinstance(item, (bool, dict, list)):
+            kind = getattr(action.type, "__name__", "text")
+            raise UserError(f"{path}: {key} expected {kind}, found {item!r}")
+        try:
+            parser._check_value(action, parser._get_value(action, str(item)))
+        except argparse.ArgumentError as error:
+            raise UserError(f"{path}: {error}") from None
     option = action.option_strings[0]
-    if isinstance(value, list) and not is_repeatable:
+    if is_list and not is_repeatable:
         return [option, *map(str, items)]
     return [f"{option}={item}" for item in items]
 
 
-def _check_value(action, key, item, path):
-    expected = f"{path}: {key} expected {getattr(action.type, '__name__', 'text')}, found {item!r}"
-    if isinstance(item, (bool, dict, list)):
-        raise UserError(f"{expected}")
-    try:
-        converted = action.type(str(item)) if action.type else str(item)
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise UserError(f"{expected} ({error})") from None
-    if action.choices and converted not in action.choices:
-        raise UserError(f"{path}: {key} is one of {', '.join(map(str, action.choices))}; found {item!r}")
+def _switch_tokens(parser, action, key, value, path):
+    """`no_pretrained: true` and `pretrained: false` both give --no_pretrained."""
+    if not isinstance(value, bool):
+        raise UserError(f"{path}: {key} is a switch: expected true or false, found {value!r}")
+    wanted = value == action.const
+    for other in parser._actions:
+        if other.dest == action.dest and other.const is wanted:
+            return [other.option_strings[0]]
+    return []
 
 
 def read_config(path):
-    """Flat {flag name: value} of a YAML (safe subset) or JSON file; sections are dropped, an args.json gives its flags.
+    """Flat {flag name: value} of a YAML (safe subset) or JSON file; an args.json gives its flags.
 
-    Raises UserError for files that are missing, over 1 MB, not a mapping, or that hold duplicate keys, anchors, NaN or
-    nesting deeper than the parser can follow.
+    Sections are dropped.
+
+    Raises UserError for files that are missing, over 1 MB, not a mapping, or that hold duplicate
+    keys, anchors, NaN or nesting deeper than the parser can follow.
     """
     path = Path(path)
     if not path.is_file():
@@ -305,12 +388,17 @@ def read_config(path):
         raise UserError(f"{path} has {path.stat().st_size} bytes: a config file stays under 1 MB")
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     try:
-        values = json.loads(text, object_pairs_hook=_unique) if path.suffix.lower() == ".json" else _parse_yaml(text)
-        if isinstance(values, dict) and isinstance(values.get("flags"), dict) and "command" in values:
+        if path.suffix.lower() == ".json":
+            values = json.loads(text, object_pairs_hook=_unique)
+        else:
+            values = _parse_yaml(text)
+        is_record = isinstance(values, dict) and {"command", "flags"} <= set(values)
+        if is_record and isinstance(values["flags"], dict):
             values = values["flags"]
         return _unique(_leaves({} if values is None else values))
     except RecursionError:
-        raise UserError(f"{path} is nested too deeply to be a config file ({len(text)} characters)") from None
+        message = f"{path} is nested too deeply to be a config file ({len(text)} characters)"
+        raise UserError(message) from None
     except ValueError as error:
         raise UserError(f"{path} cannot be read as a config file: {one_line(error)}") from None
 
@@ -318,9 +406,10 @@ def read_config(path):
 def _unique(pairs):
     flags = {}
     for key, value in pairs:
-        if str(key) in flags:
-            raise ValueError(f"the key {str(key)!r} stands there twice, in one section or in two sections")
-        flags[str(key)] = value
+        name = str(key)
+        if name in flags:
+            raise ValueError(f"the key {name!r} stands there twice, in one or in two sections")
+        flags[name] = value
     return flags
 
 
@@ -328,13 +417,15 @@ def _parse_yaml(text):
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """SafeLoader with a constructor of its own for mappings."""
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
-                           lambda loader, node: _unique(loader.construct_pairs(node, deep=True)))
+        """SafeLoader that refuses duplicate keys."""
+
+        def construct_mapping(self, node, deep=False):
+            return _unique(self.construct_pairs(node, deep=True))
     try:
         for event in yaml.parse(text, Loader):
             if getattr(event, "anchor", None):
-                raise ValueError(f"anchors and aliases are not read (line {event.start_mark.line + 1})")
+                line = event.start_mark.line + 1
+                raise ValueError(f"anchors and aliases are not read (line {line})")
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{error}") from None
@@ -358,29 +449,38 @@ def _leaves(values):
 # ---------------------------------------------------------------------------
 # One folder a run, made with os.mkdir as the lock; every file in it appears whole or not at all.
 
+@dataclasses.dataclass(eq=False)
 class Run:
-    """An open run folder: `say` writes to the terminal and log.txt; leaving the `with` block closes it.
+    """An open run folder: `say` writes to terminal and log.txt; leaving the `with` block closes it.
 
-    A user error before args.json is written removes the folder again, so that a typing mistake leaves nothing behind.
-    Of several processes only the first one says and writes.
+    A user error before args.json is written removes the folder again, so that a typing mistake
+    leaves nothing behind. Of several processes only the first one says and writes.
     """
 
-    def __init__(self, folder, args, compute, signals, resumed=False):
-        self.folder, self.args, self.compute, self.signals, self.resumed = folder, args, compute, signals, resumed
-        with explained_write_errors(folder):
-            self._lock = _lock_folder(folder) if compute.processes.is_first else contextlib.nullcontext()
-            self._log = open(folder / "log.txt" if compute.processes.is_first else os.devnull, "a", encoding="utf-8")
+    folder: Path
+    args: argparse.Namespace
+    compute: "Compute"
+    signals: "StopSignals"
+    resumed: bool = False
+
+    def __post_init__(self):
+        self.is_writer = self.compute.processes.is_first
+        with explained_write_errors(self.folder):
+            self._lock = _lock_folder(self.folder) if self.is_writer else contextlib.nullcontext()
+            log = self.path("log.txt") if self.is_writer else os.devnull
+            self._log = open(log, "a", encoding="utf-8")
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        with contextlib.suppress(OSError), self._log, self._lock:  # a full disk must not hide the error that led here
+        # A full disk must not hide the error that led here.
+        with contextlib.suppress(OSError), self._lock, self._log:
             if error is not None and not isinstance(error, SystemExit):
                 self._log.write(f"{kind.__name__}: {error}\n")
-        is_mine = self.compute.processes.is_first and not self.resumed
-        if is_mine and isinstance(error, UserError) and not self.path("args.json").exists():
-            shutil.rmtree(self.folder, ignore_errors=True)  # it may be what was lost
+        was_refused = isinstance(error, UserError) and not self.path("args.json").exists()
+        if was_refused and self.is_writer and not self.resumed:
+            shutil.rmtree(self.folder, ignore_errors=True)  # the disk it is on may be what was lost
 
     def path(self, name):
         """Path of a file in the run folder."""
@@ -389,85 +489,100 @@ class Run:
     def say(self, text="", log_only=False):
         """Print a line (ASCII) and keep it in log.txt; log_only leaves the terminal alone."""
         text = str(text).encode("ascii", "backslashreplace").decode()
-        if not log_only and self.compute.processes.is_first:
+        if self.is_writer and not log_only:
             try:
                 print(text, flush=True)
-            except OSError:  # who read along (| head, a terminal) has gone; the run and its log.txt go on
+            except OSError:  # the reader (| head, a terminal) has gone; the run and its log go on
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         with explained_write_errors(self._log.name):
             self._log.write(text + "\n")
             self._log.flush()
 
     def child(self, name):
-        """The run of one fold: an ordinary run folder inside this one, opened again where it exists."""
+        """The run of one fold: a run folder inside this one, opened again where it exists."""
         self.path(name).mkdir(exist_ok=True)
         return Run(self.path(name), self.args, self.compute, self.signals, self.resumed)
 
     def watch(self, row):
         """Send a history row to TensorBoard and Weights & Biases, where their flags are given."""
-        if not self.compute.processes.is_first:
+        if not self.is_writer:
             return
         numbers = {name: value for name, value in row.items() if name != "epoch"}
         if self.args.tensorboard:
-            with optional_package("tensorboard", "torch.utils.tensorboard").SummaryWriter(self.folder) as writer:
+            with optional_package("tensorboard").SummaryWriter(self.folder) as writer:
                 for name, value in numbers.items():
                     writer.add_scalar(name, value, row["epoch"])
         if self.args.wandb:
-            wandb = optional_package("wandb", "wandb")
+            wandb = optional_package("wandb")
             if wandb.run is None or wandb.run.name != str(self.folder):
                 wandb.init(project=script_name(), name=str(self.folder), reinit=True)
             wandb.log(numbers, step=row["epoch"])
 
     def write_args(self, **data):
-        """args.json: what repeats the run. On resume: refuse when flags or data differ from the first start."""
-        record, path = _args_record(self.args, self.compute, data), self.path("args.json")
+        """args.json: what repeats the run. On resume: refuse flags or data unlike the first start's."""
+        record = _args_record(self.args, self.compute, data)
+        path = self.path("args.json")
         if not path.exists():
-            return write_json(path, record)
-        before = read_json(path)
-        pairs = [(f"--{name}", before["flags"].get(name), value) for name, value in record["flags"].items()
-                 if name not in NEUTRAL_FLAGS]
-        pairs += [(name, before["data"].get(name), value) for name, value in record["data"].items()]
-        pairs += [("precision", before["device"]["precision"], record["device"]["precision"])]
-        lines = [f"\n  {name:24} {json.dumps(old)[:30]:32} {json.dumps(new)[:30]}" for name, old, new in pairs
-                 if old != new]
+            write_json(path, record)
+            return
+        before = _lasting(read_json(path), self.args.may_change)
+        now = _lasting(record, self.args.may_change)
+        lines = []
+        for name in now:
+            if now[name] != before.get(name):
+                then = json.dumps(before.get(name))[:30]
+                lines.append(f"\n  {name:24} {then:32} {json.dumps(now[name])[:30]}")
         if lines:
-            raise UserError(f"{self.folder} cannot be continued exactly: these differ (then, now); start a new run or "
-                            f"restore them{''.join(lines)}")
+            raise UserError(f"{self.folder} cannot be continued exactly: these differ (then, now); "
+                            f"start a new run or restore them{''.join(lines)}")
+
+
+def _lasting(record, may_change):
+    """{name: value} of what a resumed run must keep of its args.json: flags, data and precision."""
+    lasting = {"precision": record["device"]["precision"], **record["data"]}
+    for name, value in record["flags"].items():
+        if name not in may_change:
+            lasting[f"--{name}"] = value
+    return lasting
 
 
 def with_progress(run, label, batches, total, done=0):
-    """The batches, with a tqdm bar (rate, time left) on a terminal, and in the log one plain line at the end."""
+    """The batches, with a tqdm bar (rate, time left) on a terminal; a plain line in the log after them."""
     from tqdm import tqdm
-    start, count = time.perf_counter(), 0
-    is_hidden = not sys.stderr.isatty() or not run.compute.processes.is_first
+    start = time.perf_counter()
+    count = 0
+    is_hidden = not run.is_writer or not sys.stderr.isatty()
     bar = tqdm(batches, label, total, initial=done, leave=False, ascii=True, disable=is_hidden)
     for count, batch in enumerate(bar, start=1):
         yield batch
     seconds = max(time.perf_counter() - start, 1e-9)
-    run.say(f"{label}: {count} batches in {seconds:.1f} s ({count / seconds:.2f} batches/s)", log_only=True)
+    rate = count / seconds
+    run.say(f"{label}: {count} batches in {seconds:.1f} s ({rate:.2f} batches/s)", log_only=True)
 
 
-def optional_package(flag, module):
-    """A package that only one flag needs. Raises UserError that names both where it is missing."""
+OPTIONAL_PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+
+
+def optional_package(flag):
+    """The module that only this flag needs. Raises UserError that names both if it is missing."""
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(OPTIONAL_PACKAGES[flag])
     except ImportError as error:
-        raise UserError(f"--{flag} needs a package that is not installed ({error}): pip install {flag}") from None
+        raise UserError(f"--{flag} needs a package that is not installed ({error}): "
+                        f"pip install {flag}") from None
 
 
 def start_run(args):
     """Processes, device, threads, stop signals and the run folder (new, or the one to resume).
 
-    Returns Run. Raises UserError for a missing device or an output folder that cannot be written; SystemExit(0) when
-    the run to resume is finished.
+    Returns Run. Raises UserError for a missing device or an output folder that cannot be written;
+    SystemExit(0) when the run to resume is finished.
     """
-    if args.dry_run:
-        args.epochs, args.patience, args.save_every = 1, 0, 0
-    if args.tensorboard:
-        optional_package("tensorboard", "torch.utils.tensorboard")
-    if args.wandb:
-        optional_package("wandb", "wandb")
-    signals, processes = StopSignals(), Processes()
+    for flag in OPTIONAL_PACKAGES:
+        if getattr(args, flag):
+            optional_package(flag)
+    signals = StopSignals()
+    processes = launched_processes()
     compute = choose_compute(args.device, args.use_amp, processes)
     processes.join(compute.device)
     if compute.device.type == "cpu":
@@ -475,37 +590,46 @@ def start_run(args):
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    folder = processes.on_first(lambda: _folder_to_resume(args) if args.resume else None)
+    folder = None
+    if args.resume:
+        folder = processes.on_first(lambda: _folder_to_resume(args))
     resumed = folder is not None
     if resumed:  # the number of threads decides the last bits of every sum
         torch.set_num_threads(read_json(folder / "args.json")["device"]["threads"])
-    run = Run(folder or processes.on_first(lambda: _new_folder(args.output_dir)), args, compute, signals, resumed)
-    run.say(f"run folder: {run.folder}{' (continued)' if run.resumed else ''}")
+    else:
+        folder = processes.on_first(lambda: _new_folder(args.output_dir))
+    run = Run(folder, args, compute, signals, resumed)
+    run.say(f"run folder: {folder}{' (continued)' if resumed else ''}")
     run.say(f"command: {command_line()}")
     run.say(f"device: {compute.text}; {torch.get_num_threads()} threads; torch {torch.__version__}")
     if processes.size > 1:
-        run.say(f"processes: {processes.size}; each takes its share of the {args.batch_size} samples of a batch")
+        run.say(f"processes: {processes.size}; each takes its share of the {args.batch_size} samples "
+                "of a batch")
     return run
 
 
 def _new_folder(parent):
-    stamp, job = datetime.datetime.now().strftime("run_%Y%m%d_%H%M%S"), slurm_job_id()
-    stamp += f"_job{job}" if job else ""
+    name = datetime.datetime.now().strftime("run_%Y%m%d_%H%M%S")
+    job = slurm_job_id()
+    if job:
+        name += f"_job{job}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
-            folder = parent / (stamp if number == 1 else f"{stamp}_{number}")
+            folder = parent / (name if number == 1 else f"{name}_{number}")
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 return folder
     except OSError as error:
-        raise UserError(f"--output_dir {parent} cannot be written: {error.strerror}; name another folder") from None
+        raise UserError(f"--output_dir {parent} cannot be written: {error.strerror}; "
+                        "name another folder") from None
 
 
 def slurm_job_id():
     """The SLURM job of this process ('123', '123_4' for an array task), or None."""
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID', '0')}"
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array:
+        return f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '0')}"
     return os.environ.get("SLURM_JOB_ID")
 
 
@@ -513,10 +637,12 @@ def _lock_folder(folder):
     handle = open(folder / ".lock", "w")
     try:
         import fcntl
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader workers would inherit
+        # Not flock, which loader workers would inherit.
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         handle.close()
-        raise UserError(f"{folder} is being written by another process; wait for it or start a new run") from None
+        raise UserError(f"{folder} is being written by another process; wait for it or start a new "
+                        "run") from None
     except (ImportError, OSError):
         pass  # Windows, or a network drive without locks: a second writer is not detected there
     return handle
@@ -531,46 +657,59 @@ def _is_being_written(folder):
 
 
 def run_folder_of(target):
-    """--resume RUN or CHECKPOINT -> the run folder, for a fold that of all folds. UserError where there is none."""
+    """--resume RUN or CHECKPOINT -> the run folder, for a fold that of all folds. May raise UserError."""
     target = Path(target)
     folder = target if target.is_dir() else target.parent
     if not target.exists() or not (folder / "args.json").is_file():
-        raise UserError(f"--resume {target} is no run folder or checkpoint inside one (no args.json in {folder})")
+        raise UserError(f"--resume {target} is no run folder or checkpoint inside one "
+                        f"(no args.json in {folder})")
     is_fold = re.fullmatch(r"fold_\d+", folder.name) and (folder.parent / "args.json").is_file()
     return folder.parent if is_fold else folder
 
 
 def _folder_to_resume(args):
+    """The folder that --resume names; for auto that of this job or the newest unfinished one, or None."""
     if args.resume != "auto":
         folder = run_folder_of(args.resume)
         script = read_json(folder / "args.json")["script"]
         if script != script_name():
             raise UserError(f"{folder} is a run of {script}, not of {script_name()}")
         return _unfinished_or_exit(folder, args)
+    records = list(args.output_dir.glob("run_*/args.json"))
+    records.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    folders = [path.parent for path in records if _same_run(read_json(path), args)]
     job = slurm_job_id()
-    records = sorted(args.output_dir.glob("run_*/args.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    runs = [path.parent for path in records if _same_run(read_json(path), args)]
-    for folder in (f for f in runs if job and re.search(rf"_job{job}(_\d+)?$", f.name)):
-        return _unfinished_or_exit(folder, args)
-    return next((folder for folder in runs if not is_finished(folder, args) and not _is_being_written(folder)), None)
+    for folder in folders:
+        if job and re.search(rf"_job{job}(_\d+)?$", folder.name):
+            return _unfinished_or_exit(folder, args)
+    for folder in folders:
+        if not is_finished(folder, args) and not _is_being_written(folder):
+            return folder
+    return None
 
 
 def _same_run(record, args):
-    flags = json_safe(_flags(args))
-    return record.get("script") == script_name() and all(
-        record["flags"].get(name) == value for name, value in flags.items() if name not in NEUTRAL_FLAGS)
+    if record.get("script") != script_name():
+        return False
+    for name, value in json_safe(flags_of(args)).items():
+        if name not in args.may_change and record["flags"].get(name) != value:
+            return False
+    return True
 
 
 def is_finished(folder, args):
-    """True where a run folder holds its metrics and so does every fold asked for: --fold 0 alone is no whole run."""
+    """True where a run folder holds its metrics and so does every fold that is asked for."""
     folds = range(args.folds) if args.fold == "all" else [args.fold]
-    parts = [folder, *(folder / f"fold_{k}" for k in (folds if args.folds else ()))]
+    parts = [folder]
+    if args.folds:
+        parts += [folder / f"fold_{k}" for k in folds]
     return all((part / "metrics.json").exists() for part in parts)
 
 
 def _unfinished_or_exit(folder, args):
     if is_finished(folder, args):
-        print(f"{folder} is finished: nothing to continue; its report is {folder / 'report.html'}", flush=True)
+        report = folder / "report.html"
+        print(f"{folder} is finished: nothing to continue; its report is {report}", flush=True)
         sys.exit(EXIT_OK)
     return folder
 
@@ -586,22 +725,34 @@ def command_line():
 
 
 def public_command():
-    """command_line with every path shortened to what follows the current folder, or to its last two parts."""
-    words = [shorten_path(word, [Path.cwd()]) if Path(word).is_absolute() else word for word in sys.argv]
-    return shlex.join(["python", *words])
+    """command_line as it may be published: see public_word."""
+    return shlex.join(["python", *map(public_word, sys.argv)])
 
 
-def _flags(args):
-    return {name: value for name, value in vars(args).items() if name != "given"}
+def public_word(word):
+    """A path, also behind --flag=, cut to what follows the current folder or to its last two parts."""
+    flag, equals, value = word.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return word
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    else:
+        path = Path(*path.parts[1:][-2:])
+    return flag + equals + path.as_posix()
 
 
 def _args_record(args, compute, data):
     slurm = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_NNODES", "SLURM_NTASKS")
     return json_safe({
-        "script": script_name(), "command": command_line(), "flags": _flags(args), "versions": package_versions(),
-        "git": _git_commit(), "data": data,
-        "device": {"device": str(compute.device), "name": compute.text, "precision": compute.precision,
-                   "threads": torch.get_num_threads()},
+        "script": script_name(),
+        "command": command_line(),
+        "flags": flags_of(args),
+        "versions": package_versions(),
+        "git": _git_commit(),
+        "data": data,
+        "device": {"device": str(compute.device), "name": compute.text,
+                   "precision": compute.precision, "threads": torch.get_num_threads()},
         "slurm": {name: os.environ[name] for name in slurm if name in os.environ}})
 
 
@@ -609,41 +760,52 @@ def package_versions():
     """Versions of Python and of every package that can change a result."""
     from importlib import metadata
     versions = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "numpy", "pillow", "opencv-python", "opencv-python-headless", "pandas"):
+    for name in ("torch", "torchvision", "numpy", "pillow", "opencv-python",
+                 "opencv-python-headless", "pandas"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
 
 
 def _git_commit():
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=Path(__file__).resolve().parent, capture_output=True, text=True,
-                              timeout=10, check=True).stdout.strip()
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
+    """The commit of this repository, ending in -dirty where a file was changed; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    folder = Path(__file__).resolve().parent
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+        return found.stdout.strip() or None
+    return None
 
 
 def json_safe(value):
     """Plain JSON types: paths become text, arrays lists, and a number that is not finite null."""
     if isinstance(value, dict):
         return {str(key): json_safe(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, np.ndarray)):
-        return [json_safe(item) for item in (sorted(value) if isinstance(value, set) else value)]
+    if isinstance(value, set):
+        value = sorted(value)
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [json_safe(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
 
 
 def data_fingerprint(items):
     """sha256 (hex) over strings, bytes, numbers and arrays in this order."""
     digest = hashlib.sha256()
     for item in items:
-        data = item if isinstance(item, bytes) else item.tobytes() if hasattr(item, "tobytes") else str(item).encode()
-        digest.update(f"{type(item)} {getattr(item, 'dtype', '')} {np.shape(item)} {len(data)}:".encode() + data)
+        if isinstance(item, bytes):
+            data = item
+        elif hasattr(item, "tobytes"):
+            data = item.tobytes()
+        else:
+            data = str(item).encode()
+        head = f"{type(item)} {getattr(item, 'dtype', '')} {np.shape(item)} {len(data)}:"
+        digest.update(head.encode() + data)
     return digest.hexdigest()
 
 
@@ -654,22 +816,23 @@ class CannotSave(UserError):
 
 @contextlib.contextmanager
 def explained_write_errors(path, n_bytes="more"):
-    """An OSError in this block becomes CannotSave: which file, and on a full disk the bytes needed and free."""
+    """An OSError in this block becomes CannotSave: which file; on a full disk the bytes needed and free."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise CannotSave(f"cannot write {path}: {error.strerror}") from error
         free = shutil.disk_usage(Path(path).absolute().parent).free
-        raise CannotSave(f"no space to write {path}: {n_bytes} bytes needed, {free} free") from error
+        text = f"no space to write {path}: {n_bytes} bytes needed, {free} free"
+        raise CannotSave(text) from error
 
 
 def write_whole(path, content):
-    """Write bytes so that a kill at any moment leaves the old file or the new one: temp file, fsync, rename.
+    """Write bytes so that a kill at any moment leaves the old file or the new one.
 
     Of several processes only the first one writes.
     """
-    if launched_processes()["rank"] > 0:
+    if not launched_processes().is_first:
         return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -700,7 +863,8 @@ def _sync_folder(folder):
 
 def write_json(path, value):
     """Strict JSON (a NaN is null), written whole."""
-    write_whole(path, (json.dumps(json_safe(value), indent=1, allow_nan=False) + "\n").encode())
+    text = json.dumps(json_safe(value), indent=1, allow_nan=False)
+    write_whole(path, f"{text}\n".encode())
 
 
 def read_json(path):
@@ -712,80 +876,99 @@ def read_json(path):
 
 
 def write_table(path, rows):
-    """CSV with the columns of all rows in order of appearance, floats in full, NaN and None empty. Written whole."""
-    columns, text = list(dict.fromkeys(name for row in rows for name in row)), io.StringIO()
+    """CSV with the columns of all rows in order of appearance; NaN and None are empty. Written whole."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows([_cell(row.get(name)) for name in columns] for row in rows)
+    for row in rows:
+        writer.writerow([_cell(row.get(name)) for name in columns])
     write_whole(path, text.getvalue().encode())
 
 
 def _cell(value):
-    value = value.item() if isinstance(value, np.generic) else value
-    return "" if value is None or value != value else repr(value) if isinstance(value, float) else value
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or value != value:
+        return ""
+    return repr(value) if isinstance(value, float) else value
 
 
 def run_main(main):
-    """Run main() and leave with the exit code of the contract: one line for a user's mistake, a traceback for ours."""
+    """Run main() and exit with the contract's code: one line for a user's mistake, a traceback for ours."""
     try:
         main()
-    except UserError as error:
-        if getattr(error, "said_by_first", False):
-            sys.exit(error.code)
-        code, text = error.code, f"error: {error}"
-    except KeyboardInterrupt:
-        code, text = EXIT_INTERRUPT, "interrupted"
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        code, text = EXIT_CRASH, f"error: out of memory ({one_line(error)})\n{_half_batch()}"
-    except RuntimeError as error:
-        if launched_processes()["size"] > 1 and LOST_PROCESS.search(str(error)):
-            code, text = EXIT_CRASH, f"error: another process of this run has ended, see there ({one_line(error)})"
-        elif "DataLoader" not in str(error):
-            raise
-        else:
-            code, text = EXIT_CRASH, (
-                f"error: a loader worker died or hangs ({one_line(error)}). The last checkpoint is whole: --resume "
-                "auto continues. Try --num_workers 0, or a larger /dev/shm")
+        leave_processes()
+        return
     except SystemExit:  # all of them stop here, as on a signal
         leave_processes(wait=False)
         raise
-    else:
-        return leave_processes()
+    except (UserError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
+        code, text = _explain(error)
+        if code is None:
+            raise
     finally:
         StopSignals.leave()
-    rank = 0
-    with contextlib.suppress(UserError):  # the error may be that the rank is none
-        rank = launched_processes()["rank"]
-    sys.stderr.write(f"[process {rank}] {text}\n" if rank else f"{text}\n")
+    if text:
+        sys.stderr.write(f"{_process_prefix()}{text}\n")
     sys.exit(code)
 
 
+def _explain(error):
+    """(exit code, text for the user) of an exception; (None, None) for a programming mistake."""
+    reason = one_line(error)
+    if isinstance(error, UserError):
+        return error.code, "" if error.said_by_first else f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPT, "interrupted"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return EXIT_CRASH, f"error: out of memory ({reason})\n{_half_batch()}"
+    if LOST_PROCESS.search(str(error)) and launched_processes().size > 1:
+        return EXIT_CRASH, f"error: another process of this run has ended, see there ({reason})"
+    if "DataLoader" in str(error):
+        return EXIT_CRASH, (f"error: a loader worker died or hangs ({reason}). The last checkpoint is "
+                            "whole: --resume auto continues. Try --num_workers 0, or a larger /dev/shm")
+    return None, None
+
+
+def _process_prefix():
+    with contextlib.suppress(UserError):  # the error may be that the rank is none
+        rank = launched_processes().rank
+        if rank > 0:
+            return f"[process {rank}] "
+    return ""
+
+
 def _half_batch():
-    tokens = " ".join(sys.argv)
-    batch, accumulate = (re.search(rf"--{name}[ =](\d+)", tokens) for name in ("batch_size", "accumulate"))
+    command = " ".join(sys.argv)
+    batch = re.search(r"--batch_size[ =](\d+)", command)
+    accumulate = re.search(r"--accumulate[ =](\d+)", command)
     if not batch:
         return "try again with half the batch size (--batch_size) and --accumulate 2"
-    kept = re.sub(r"--(batch_size|accumulate)[ =]\d+ ?", "", tokens).strip()
+    half = max(1, int(batch[1]) // 2)
     doubled = 2 * int(accumulate[1]) if accumulate else 2
-    return f"try: python {kept} --batch_size {max(1, int(batch[1]) // 2)} --accumulate {doubled}"
+    kept = re.sub(r"--(batch_size|accumulate)[ =]\d+ ?", "", command).strip()
+    return f"try: python {kept} --batch_size {half} --accumulate {doubled}"
 
 
 # ---------------------------------------------------------------------------
 # Device, seed and loaders
 # ---------------------------------------------------------------------------
-# Every draw is a pure function of (seed, epoch, sample): no random state to save, and any worker count agrees.
+# Every draw is a pure function of (seed, epoch, sample): no random state to save, and any worker
+# count agrees.
 
-CAN_FORK = sys.platform not in ("win32", "darwin")  # macOS can, but its numeric libraries do not survive it
+# macOS can fork, but its numeric libraries do not survive it.
+CAN_FORK = sys.platform not in ("win32", "darwin")
 
 
 @dataclasses.dataclass
 class Compute:
-    """Where and how precisely the model runs: `precision` is fp32, bf16 or fp16; `text` is what the user is told."""
+    """Where and how precisely the model runs: fp32, bf16 or fp16; `text` is what the user is told."""
     device: torch.device
     precision: str
     channels_last: bool
     text: str
-    processes: "Processes" = dataclasses.field(default_factory=lambda: Processes({"rank": 0, "size": 1}))
+    processes: "Processes" = dataclasses.field(default_factory=lambda: Processes())
 
     def autocast(self):
         """Mixed-precision context of the forward pass."""
@@ -793,9 +976,12 @@ class Compute:
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
     def place(self, model):
-        """Model on the device, convolutions of pictures and clips in the memory layout that the device is fast at."""
-        model, layouts = model.to(self.device), {4: torch.channels_last, 5: torch.channels_last_3d}
-        for parameter in model.parameters() if self.channels_last else ():
+        """Model on the device, convolutions in the memory layout that the device is fast at."""
+        model = model.to(self.device)
+        if not self.channels_last:
+            return model
+        layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+        for parameter in model.parameters():
             if parameter.ndim in layouts:
                 parameter.data = parameter.data.to(memory_format=layouts[parameter.ndim])
         return model
@@ -806,40 +992,52 @@ def choose_compute(device, use_amp, processes=None):
 
     processes: of a run that works with several; each takes a GPU of its own on its machine.
     """
-    launched = launched_processes()
-    if processes is None and launched["size"] > 1:
-        raise UserError(f"this command works in one process, started were {launched['size']}; start it without "
-                        "torchrun, or with srun --ntasks=1")
-    processes = processes or Processes(launched)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"--device {device}: expected auto, cpu, cuda, cuda:N or mps") from None
-    if device.type == "cuda" and processes.size > 1 and torch.cuda.device_count():
-        device = torch.device("cuda", processes.local_rank % torch.cuda.device_count())  # srun may show each its own
-        torch.cuda.set_device(device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: this torch sees {torch.cuda.device_count()} CUDA GPUs; use --device cpu, "
-                        "or run verify_setup.py to see why")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {device}: this machine has no Apple GPU; use --device cpu")
+    if processes is None:
+        processes = launched_processes()
+        if processes.size > 1:
+            raise UserError(f"this command works in one process, started were {processes.size}; "
+                            "start it without torchrun, or with srun --ntasks=1")
+    device = _choose_device(device, processes)
     precision = "fp32" if use_amp == "off" else fast_precision(device)
     if use_amp == "on" and precision == "fp32":
         precision = "bf16"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
-        _cpuinfo("model name") or platform.processor() or platform.machine())
-    layout = device.type in ("cpu", "cuda")
-    text = f"{device} ({name}), {precision}{' with channels_last' if layout else ''}"
-    return Compute(device, precision, layout, text, processes)
+    channels_last = device.type in ("cpu", "cuda")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = _cpuinfo("model name") or platform.processor() or platform.machine()
+    layout = " with channels_last" if channels_last else ""
+    text = f"{device} ({name}), {precision}{layout}"
+    return Compute(device, precision, channels_last, text, processes)
+
+
+def _choose_device(name, processes):
+    n_gpus = torch.cuda.device_count()
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "mps" if has_mps else "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and processes.size > 1 and n_gpus:
+        device = torch.device("cuda", processes.local_rank % n_gpus)  # srun may show each its own
+        torch.cuda.set_device(device)
+    if device.type == "cuda" and (device.index or 0) >= n_gpus:
+        raise UserError(f"--device {device}: this torch sees {n_gpus} CUDA GPUs; use --device cpu, "
+                        "or run verify_setup.py to see why")
+    if device.type == "mps" and not has_mps:
+        raise UserError(f"--device {device}: this machine has no Apple GPU; use --device cpu")
+    return device
 
 
 def keep_freed_memory():
-    """Have the C library of Linux keep freed memory for the next batch, at the price of some per cent more of it.
+    """Have the C library of Linux keep freed memory for the next batch; it takes a little more of it.
 
-    glibc hands blocks of many MB back to the system at once and asks for them again in every step, page by page: a
-    tenth of a ResNet-18's training step on a CPU. Elsewhere nothing happens.
+    glibc hands blocks of many MB back to the system at once and asks for them again in every step,
+    page by page: a tenth of a ResNet-18's training step on a CPU. Elsewhere nothing happens.
     """
     m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
     with contextlib.suppress(OSError, AttributeError):  # another C library
@@ -849,28 +1047,34 @@ def keep_freed_memory():
 
 
 def fast_precision(device):
-    """bf16 where the device computes it in hardware, fp16 on GPUs from compute capability 7 without it, else fp32."""
+    """bf16 where the device has it in hardware, fp16 on GPUs of compute capability 7, else fp32."""
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
-        return "bf16" if major >= 8 else "fp16" if major >= 7 else "fp32"
-    return "bf16" if device.type == "cpu" and {"avx512_bf16", "amx_bf16"} & set(_cpuinfo("flags").split()) else "fp32"
+        if major >= 8:
+            return "bf16"
+        return "fp16" if major == 7 else "fp32"
+    if device.type == "cpu" and {"avx512_bf16", "amx_bf16"} & set(_cpuinfo("flags").split()):
+        return "bf16"
+    return "fp32"
 
 
 def _cpuinfo(field):
     """First line of this field in Linux's /proc/cpuinfo, '' elsewhere."""
     with contextlib.suppress(OSError):
         found = re.search(rf"^{field}\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        return found[1].strip() if found else ""
+        if found:
+            return found[1].strip()
     return ""
 
 
 def hash_seed(*integers):
-    """Hash integers to a 63-bit seed (splitmix64 finaliser): neighbours such as (seed, epoch + 1) share nothing."""
+    """Hash integers to a 63-bit seed (splitmix64 finaliser), so that neighbours share nothing."""
+    mask = 0xFFFFFFFFFFFFFFFF
     state = 0
     for integer in integers:
-        state = (state + integer + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state = (state + integer + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
         state ^= state >> 31
     return state >> 1
 
@@ -880,267 +1084,303 @@ def generator_for(*integers):
     return torch.Generator().manual_seed(hash_seed(*integers))
 
 
+@dataclasses.dataclass(eq=False)
 class EpochBatches(torch.utils.data.Sampler):
-    """Batches of (epoch, index): a permutation seeded by (seed, epoch), cut into batches, from batch `start` on.
+    """Batches of (epoch, index): a permutation seeded by (seed, epoch), cut, from batch `start` on.
 
-    The dataset's __getitem__ takes the pair, so that augmentation is seeded by it. Set `epoch` and `start` before
-    iterating. In training a single leftover sample joins the batch before it, since BatchNorm cannot take one alone.
-    weights: (N,) chances of being drawn, with replacement, instead of a permutation.
-    rank of size processes: in training each takes its slice of every batch; else a block of the rows, so that the
-    results of all processes, one after the other, are those of all rows (`Processes.gather`).
+    The dataset's __getitem__ takes the pair, so that augmentation is seeded by it. Set `epoch` and
+    `start` before iterating. In training a single leftover sample joins the batch before it, since
+    BatchNorm cannot take one alone. weights: (N,) chances of being drawn, with replacement, instead
+    of a permutation. rank of size processes: in training each takes its slice of every batch; else
+    a block of the rows, so that the results of all processes, one after the other, are those of all
+    rows (`Processes.gather`).
     """
+    n_samples: int
+    batch_size: int
+    seed: int
+    train: bool
+    weights: np.ndarray | None = None
+    rank: int = 0
+    size: int = 1
+    epoch: int = 0
+    start: int = 0
 
-    def __init__(self, n_samples, batch_size, seed, train, weights=None, rank=0, size=1):
-        self.n_samples, self.seed, self.train, self.weights = n_samples, seed, train, weights
-        self.batch_size, self.rank, self.size = batch_size, rank, size
-        low, high = (0, n_samples) if train else (n_samples * rank // size, n_samples * (rank + 1) // size)
-        self.edges = [*range(low, high, batch_size), high]
-        if train and batch_size > 1 and len(self.edges) > 2 and self.edges[-1] - self.edges[-2] == 1:
+    def __post_init__(self):
+        first, last = 0, self.n_samples
+        if not self.train:
+            first = self.n_samples * self.rank // self.size
+            last = self.n_samples * (self.rank + 1) // self.size
+        self.edges = [*range(first, last, self.batch_size), last]
+        n_leftover = (last - first) % self.batch_size
+        if self.train and n_leftover == 1 and len(self.edges) > 2:
             del self.edges[-2]
-        self.epoch, self.start = 0, 0
 
     def __len__(self):
         return len(self.edges) - 1
 
     def __iter__(self):
-        order = range(self.n_samples)
         generator = generator_for(self.seed, self.epoch)
-        if self.train and self.weights is not None:
-            order = torch.multinomial(torch.as_tensor(self.weights), self.n_samples, True, generator=generator).tolist()
-        elif self.train:
+        if not self.train:
+            order = range(self.n_samples)
+        elif self.weights is None:
             order = torch.randperm(self.n_samples, generator=generator).tolist()
+        else:
+            weights = torch.as_tensor(self.weights)
+            order = torch.multinomial(weights, self.n_samples, True, generator=generator).tolist()
         for batch in range(self.start, len(self)):
-            own = self.own_span(batch)
-            first, last = own if own[0] < own[1] else (self.edges[batch], self.edges[batch] + self._least(batch))
+            first, last = self.own_span(batch)
+            if first == last:
+                first = self.edges[batch]
+                last = first + self._least(batch)
             yield [(self.epoch, index) for index in order[first:last]]
 
     def _least(self, batch):
-        """Samples that a slice holds at least: 2 where the batch size allows, since BatchNorm cannot take one alone."""
-        return min(max(self.batch_size // self.size, 1), 2, self.edges[batch + 1] - self.edges[batch])
+        """Samples that a slice holds at least: 2 where the batch size allows, for BatchNorm."""
+        wanted = 2 if self.batch_size >= 2 * self.size else 1
+        return min(wanted, self.edges[batch + 1] - self.edges[batch])
 
     def own_span(self, batch):
-        """(first, last) sample positions of this process's slice of a batch; none left for it: an empty span, and the
-        iteration gives samples that must count for nothing, so that every process takes every step.
+        """(first, last) sample positions of this process's slice of a batch.
+
+        Where none is left for it the span is empty, and the iteration gives samples that must count
+        for nothing, so that every process takes every step.
         """
         first, last = self.edges[batch:batch + 2]
         if not self.train or self.size == 1:
             return first, last
-        takers = min(self.size, (last - first) // self._least(batch))
-        cuts = [first + (last - first) * min(k, takers) // takers for k in (self.rank, self.rank + 1)]
-        return tuple(cuts)
+        n = last - first
+        takers = min(self.size, n // self._least(batch))
+        begin = min(self.rank, takers)
+        end = min(self.rank + 1, takers)
+        return first + n * begin // takers, first + n * end // takers
 
     def step_span(self, batch, accumulate):
-        """(first, last) sample positions of the optimiser step that batch number `batch` belongs to."""
+        """(first, last) sample positions of the optimiser step that a batch belongs to."""
         first = batch // accumulate * accumulate
         return self.edges[first], self.edges[min(first + accumulate, len(self))]
 
 
 class Samples(torch.utils.data.Dataset):
-    """Base of the scripts' datasets: without loader workers each core prepares its part of a batch in a thread.
+    """Base of the scripts' datasets: without loader workers a thread for each core prepares samples.
 
-    A sample depends on its key alone, so any cut gives the same batch; decoding and warping do not hold Python's lock.
+    A sample depends on its key alone, so the batch is the same; decoding and warping do not hold
+    Python's lock.
     """
     _threads = None
 
     def __getitems__(self, keys):
         """Samples of a batch, for the loader."""
-        parts = 1 if torch.utils.data.get_worker_info() else min(cores_of_process(), len(keys))
-        if parts == 1:
+        n_threads = cores_of_process()
+        if n_threads == 1 or torch.utils.data.get_worker_info():
             return [self[key] for key in keys]
-        self._threads = self._threads or concurrent.futures.ThreadPoolExecutor(cores_of_process() - 1)
-        cuts = [len(keys) * part // parts for part in range(parts + 1)]
-        others = [self._threads.submit(self._some, keys[first:last]) for first, last in zip(cuts[1:], cuts[2:])]
-        return [*self._some(keys[:cuts[1]]), *itertools.chain.from_iterable(other.result() for other in others)]
-
-    def _some(self, keys):
-        return [self[key] for key in keys]
+        if self._threads is None:
+            self._threads = concurrent.futures.ThreadPoolExecutor(n_threads)
+        return list(self._threads.map(self.__getitem__, keys))
 
 
-def make_loader(dataset, batch_size, args, compute, train, cached=False, weights=None, collate=None):
-    """DataLoader over EpochBatches; `cached`: samples cost little, so that --num_workers auto needs fewer workers."""
+def make_loader(dataset, batch_size, args, compute, train, cached=False, weights=None,
+                collate=None):
+    """DataLoader over EpochBatches; `cached`: samples cost little, so `auto` takes fewer workers."""
     workers = resolve_workers(args.num_workers, cached)
-    share = compute.processes.rank, compute.processes.size
-    return torch.utils.data.DataLoader(
-        dataset, batch_sampler=EpochBatches(len(dataset), batch_size, args.seed, train, weights, *share),
-        num_workers=workers, persistent_workers=workers > 0, collate_fn=collate,
-        multiprocessing_context="fork" if workers and CAN_FORK else None,
-        worker_init_fn=_guard_worker if workers else None, pin_memory=compute.device.type == "cuda",
-        timeout=600 if workers else 0)
+    processes = compute.processes
+    batches = EpochBatches(len(dataset), batch_size, args.seed, train, weights,
+                           rank=processes.rank, size=processes.size)
+    options = {}
+    if workers:
+        options = {"persistent_workers": True, "worker_init_fn": _guard_worker, "timeout": 600}
+    if workers and CAN_FORK:
+        options["multiprocessing_context"] = "fork"
+    pin_memory = compute.device.type == "cuda"
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                                       collate_fn=collate, pin_memory=pin_memory, **options)
 
 
 def count_cores():
     """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def cores_of_process():
     """This process's share of the cores, at least 1."""
-    return max(count_cores() // launched_processes()["local_size"], 1)
+    return max(count_cores() // launched_processes().local_size, 1)
 
 
 def resolve_workers(num_workers, cached):
-    """'auto' -> up to 8; 0 where a core more for the model helps more (two cores, cached samples) or none can fork."""
+    """'auto' -> up to 8; 0 where none can fork, and for cached samples on two cores: the model needs both."""
     if num_workers != "auto":
         return num_workers
     cores = cores_of_process()
-    return 0 if not CAN_FORK or (cached and cores <= 2) else min(8, cores)
+    if not CAN_FORK or (cached and cores <= 2):
+        return 0
+    return min(8, cores)
 
 
 def _guard_worker(_):
-    """Loader workers ignore the stop signals that a scheduler sends to every process; they obey their parent's TERM.
+    """Loader workers ignore a scheduler's stop signals to every process; they obey their parent's TERM.
 
-    SIG_IGN would make the loader's own shutdown hang, so the signals are blocked and one thread waits for them.
+    SIG_IGN would make the loader's own shutdown hang, so the signals are blocked and one thread
+    waits for them.
     """
     import cv2
     cv2.setNumThreads(0)
     if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
         return
-    parent, stops = os.getppid(), StopSignals.available()
-    signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def wait():
         while True:
-            info = signal.sigwaitinfo(stops)
+            info = signal.sigwaitinfo(STOP_SIGNALS)
             if info.si_signo == signal.SIGTERM and info.si_pid == parent:
                 os._exit(0)
     threading.Thread(target=wait, daemon=True).start()
 
 
-class StopSignals:
-    """TERM, USR1, USR2 and the first Ctrl-C ask for a save and a stop; the second Ctrl-C stops at once.
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+if hasattr(signal, "SIGUSR1"):  # not on Windows
+    STOP_SIGNALS |= {signal.SIGUSR1, signal.SIGUSR2}
 
-    While `armed` (in the epoch loop) a signal is only noted; elsewhere there is nothing to save and it stops at once.
+
+class StopSignals:
+    """TERM, USR1, USR2 and the first Ctrl-C ask for a save and a stop; another Ctrl-C stops at once.
+
+    While `armed` (in the epoch loop) a signal is only noted; elsewhere there is nothing to save and
+    it stops at once.
     """
 
     def __init__(self):
-        self.received, self.armed = None, False
-        for number in self.available():
+        self.received = None
+        self.armed = False
+        for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
-    @staticmethod
-    def available():
-        """Their numbers, as far as this system has them."""
-        names = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
-        return {getattr(signal, name) for name in names if hasattr(signal, name)}
-
     def _receive(self, number, _):
-        again = self.received == signal.SIGINT
+        is_second = self.received == signal.SIGINT
         self.received = signal.Signals(number)
-        if number == signal.SIGINT and (again or not self.armed):
+        if number == signal.SIGINT and (is_second or not self.armed):
             raise KeyboardInterrupt
         if not self.armed:
             self.leave()
             sys.exit(EXIT_SAVED)
 
-    @classmethod
-    def leave(cls):
-        """From here on only Ctrl-C is obeyed: on the way out another signal could do no more than change the exit code.
+    @staticmethod
+    def leave():
+        """From here on only Ctrl-C is obeyed: on the way out a signal could only change the exit code.
 
-        srun sends one to the tasks of a step that are slower to leave than the first, and Python puts every handler but
-        SIG_IGN back to the default before it ends.
+        srun sends one to the tasks of a step that are slower to leave than the first, and Python
+        puts every handler but SIG_IGN back to the default before it ends.
         """
-        for number in cls.available() - {signal.SIGINT}:
+        for number in STOP_SIGNALS - {signal.SIGINT}:
             signal.signal(number, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------
 # Several processes
 # ---------------------------------------------------------------------------
-# torch.distributed for torchrun and srun: every process runs the whole script on its share of each batch and of each
-# evaluation; the first one alone writes. One process alone never touches torch.distributed.
+# torch.distributed for torchrun and srun: every process runs the whole script on its share of each
+# batch and of each evaluation; the first one alone writes. One alone never touches torch.distributed.
 
-LOST_PROCESS = re.compile(r"gloo|nccl|TCPStore|[Cc]onnection (closed|reset)|Broken pipe", re.IGNORECASE)
-PROCESS_TIMEOUT = datetime.timedelta(minutes=30)  # how long processes wait for one another, as for a report
+LOST_PROCESS = re.compile("gloo|nccl|TCPStore|connection (closed|reset)|broken pipe", re.IGNORECASE)
+PROCESS_TIMEOUT = datetime.timedelta(minutes=30)  # how long they wait for one another
 
 
 def launched_processes(env=os.environ):
-    """{rank, size, local_rank, local_size} that torchrun or an srun step gives this process; alone: rank 0 of 1."""
+    """Processes as torchrun or an srun step describes them in the environment; else one alone."""
     if "RANK" in env and "WORLD_SIZE" in env:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # the batch script has a rank too, but is no step
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+    elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # a batch script has a rank, but is no step
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID",
+                 "SLURM_STEP_TASKS_PER_NODE")
     else:
-        names = ()
-    found = [int(re.match(r"\d+", env.get(name, ""))[0]) if re.match(r"\d", env.get(name, "")) else None
-             for name in names]
-    rank, size, local_rank, local_size = found or (0, 1, 0, 1)
-    if rank is None or size is None or not 0 <= rank < size:
-        raise UserError(f"{names[0]}={env.get(names[0])} and {names[1]}={env.get(names[1])} are no rank of a number of "
-                        "processes; start with torchrun or srun, or unset them")
-    return {"rank": rank, "size": size, "local_rank": local_rank or 0, "local_size": local_size or 1}
+        return Processes()
+    digits = [re.match(r"\d+", env.get(name, "")) for name in names]  # 2(x3),1 tasks on the nodes
+    rank, size, local_rank, local_size = (int(found[0]) if found else None for found in digits)
+    if rank is None or size is None or rank >= size:
+        given = " and ".join(f"{name}={env.get(name)}" for name in names[:2])
+        raise UserError(f"{given} are no rank of a number of processes; start with torchrun or srun, "
+                        "or unset them")
+    return Processes(rank, size, local_rank or 0, local_size or 1)
 
 
-def meeting_point(env=os.environ):
-    """(address, port) at which the processes of an srun step find one another; MASTER_ADDR and MASTER_PORT count first.
-
-    The first node of the step, or the node that srun was started on where its name leads nowhere; the port follows
-    from job and step, so that two jobs on a node rarely want the same.
-    """
-    nodes = env.get("SLURM_STEP_NODELIST", "localhost")
-    first = re.match(r"([^,\[]*)(?:\[(\d+)[^]]*\]([^,\[]*))?", nodes)  # gpu[003-004,7]-ib,other -> gpu003-ib
-    host = "".join(part or "" for part in first.groups())
-    try:
-        socket.getaddrinfo(host, None)
-    except OSError:
-        host = env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
-    port = 20000 + hash_seed(int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_STEP_ID", 0))) % 20000
-    return env.get("MASTER_ADDR", host), env.get("MASTER_PORT", str(port))
-
-
+@dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes that share one run; `rank` 0 of `size` is the first. With one of them every method is a no-op."""
+    """The processes that share one run: this is `rank` of `size`, `local_rank` of those on its machine.
 
-    def __init__(self, launched=None):
-        launched = launched or launched_processes()
-        self.rank, self.size = launched["rank"], launched["size"]
-        self.local_rank, self.is_first = launched.get("local_rank", 0), launched["rank"] == 0
+    With one of them every method is a no-op.
+    """
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_first(self):
+        """True for the process that alone prints and writes."""
+        return self.rank == 0
 
     def join(self, device):
-        """Meet the other processes. Raises UserError where they do not come together."""
+        """Meet the other processes at MASTER_ADDR and MASTER_PORT.
+
+        torchrun and train_assessor.sh set both; on one machine they may be left out. Raises
+        UserError where the processes do not come together.
+        """
         if self.size == 1:
             return
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = meeting_point()
+        if self.local_size == self.size:
+            job = int(os.environ.get("SLURM_JOB_ID", 0))
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            os.environ.setdefault("MASTER_PORT", str(20000 + job % 20000))
+        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+            raise UserError(f"{self.size} processes on several machines do not know where to meet: "
+                            "set MASTER_ADDR to the first of the machines and MASTER_PORT to a free "
+                            "port, as train_assessor.sh does")
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # Imported later, as by the first optimiser, this module would take the group for its default arguments and keep
-        # it, and its threads, past leave_processes().
+        # Imported later, as by the first optimiser, this module would take the group for its default
+        # arguments and keep it, and its threads, past leave_processes().
         import torch.distributed.nn.functional
         try:
-            torch.distributed.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=PROCESS_TIMEOUT)
+            torch.distributed.init_process_group(backend, rank=self.rank, world_size=self.size,
+                                                 timeout=PROCESS_TIMEOUT)
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"process {self.rank} of {self.size} did not meet the others at {where} "
-                            f"({one_line(error)}); set MASTER_ADDR to the first node, MASTER_PORT to a free port, "
-                            "GLOO_SOCKET_IFNAME to the network between them") from None
+                            f"({one_line(error)}); set MASTER_ADDR to the first node, MASTER_PORT to "
+                            "a free port, GLOO_SOCKET_IFNAME to the network between them") from None
         if CAN_FORK:
-            # A thread of the group that lets go of its last message holds a lock of Python 3.11 for a moment; a loader
-            # worker forked in that moment hangs for ever. All messages are waited for, so a short rest empties it.
+            # A thread of the group that lets go of its last message holds a lock of Python 3.11 for a
+            # moment; a loader worker forked in that moment hangs for ever. All messages are waited
+            # for, so a short rest empties it.
             os.register_at_fork(before=lambda: time.sleep(0.02))
 
     def on_first(self, function):
-        """What function() gives on the first process, given to all; a user error or exit there ends all alike."""
+        """function() of the first process, given to all; a user error or exit there ends all alike."""
         if self.size == 1:
             return function()
-        outcome = [None, None]
-        try:
-            outcome[0] = function() if self.is_first else None
-        except (UserError, SystemExit) as error:
-            outcome[1] = error
-        outcome = self.from_first(outcome)
-        if outcome[1] is not None:
-            outcome[1].said_by_first = not self.is_first
-            raise outcome[1]
-        return outcome[0]
+        result = error = None
+        if self.is_first:
+            try:
+                result = function()
+            except (UserError, SystemExit) as caught:
+                error = caught
+        result, error = self.from_first((result, error))
+        if error is None:
+            return result
+        if isinstance(error, UserError):
+            error.said_by_first = not self.is_first
+        raise error
 
     def from_first(self, value):
         """The first process's value, for all."""
-        if self.size > 1:
-            box = [value]
-            torch.distributed.broadcast_object_list(box, 0)
-            value = box[0]
-        return value
+        if self.size == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, 0)
+        return box[0]
 
     def gather(self, parts):
-        """List of parts (tensors, arrays, dicts of them, ...) of all processes, in the order of the samples."""
+        """Lists of parts (tensors, arrays, dicts of them, ...) of all processes, joined in their order."""
         if self.size == 1:
             return parts
         boxes = [None] * self.size
@@ -1149,36 +1389,40 @@ class Processes:
 
     def largest(self, numbers):
         """Element-wise largest of a list of integers over the processes."""
-        if self.size > 1:
-            numbers = torch.tensor(numbers)
-            torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
-            numbers = numbers.tolist()
-        return numbers
+        if self.size == 1:
+            return numbers
+        numbers = torch.tensor(numbers)
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+        return numbers.tolist()
 
     def add_up(self, tensors):
-        """Replace each tensor by its sum over the processes: one message for each dtype among them."""
-        for dtype in {tensor.dtype: None for tensor in tensors} if self.size > 1 else ():
+        """Replace each tensor by its sum over the processes, in one message for each dtype."""
+        if self.size == 1:
+            return
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             own = [tensor for tensor in tensors if tensor.dtype == dtype]
             flat = torch.cat([tensor.reshape(-1) for tensor in own])
             torch.distributed.all_reduce(flat)
-            for tensor, piece in zip(own, flat.split([tensor.numel() for tensor in own])):
+            pieces = flat.split([tensor.numel() for tensor in own])
+            for tensor, piece in zip(own, pieces):
                 tensor.copy_(piece.view(tensor.shape))
 
     @torch.no_grad()
     def spread(self, model):
         """Give all processes the first one's weights and buffers (running means of BatchNorm)."""
-        if self.size > 1:
-            for tensor in model.state_dict().values():
-                whole = tensor.detach().contiguous()
-                torch.distributed.broadcast(whole, 0)
-                tensor.copy_(whole)
+        if self.size == 1:
+            return
+        for tensor in model.state_dict().values():
+            whole = tensor.detach().contiguous()
+            torch.distributed.broadcast(whole, 0)
+            tensor.copy_(whole)
 
 
 def leave_processes(wait=True):
     """Part from the others, where `wait` once all have come this far; alone, nothing.
 
-    It ends the threads of the group: one that lets go of a tensor while the interpreter ends would abort the process,
-    with exit code 134 in place of its own.
+    It ends the threads of the group: one that lets go of a tensor while the interpreter ends would
+    abort the process, with exit code 134 in place of its own.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         if wait:
@@ -1196,7 +1440,7 @@ def on_cpu(value):
 
 
 def first_process_only(function):
-    """Decorator of function(run, ...): the first process does it for all, which wait for its result."""
+    """Decorator of function(run, ...): the first process does it for all, who wait for the result."""
     @functools.wraps(function)
     def wrapped(run, *args, **options):
         return run.compute.processes.on_first(lambda: function(run, *args, **options))

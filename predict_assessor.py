@@ -24,7 +24,7 @@ SCRIPT = "train_assessor.py"
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    add = parser.add_argument_group("prediction").add_argument
+    add = parser.group("prediction")
     add("--checkpoint", type=Path, nargs="+", required=True,
         help="best_model.pth files, or run folders (of folds: every fold)")
     add("--image_dir", type=Path, help="folder of pictures, searched with its subfolders")
@@ -34,6 +34,7 @@ def parse_args(argv=None):
     add("--interval", type=common.bounded(float, 0.01, 0.999), help="coverage of the conformal bounds, such as 0.9")
     add("--predict_batch_size", type=common.bounded(int, 1), default=32, help="pictures per batch")
     common.add_compute_arguments(parser)
+    parser.set_defaults(seed=0)  # the loader asks for it, nothing is drawn
     args = common.parse_arguments(parser, argv)
     if not (args.image_dir or args.image_list or args.images):
         parser.error("no pictures given; name them with --image_dir, --image_list or --images")
@@ -141,7 +142,6 @@ def main():
     print(f"device: {compute.text}", flush=True)
     members = load_members(common.checkpoint_files(args.checkpoint), compute)
     names, image_size = members[0][1]["names"], members[0][1]["image_size"]
-    args.seed = 0
     pictures = picture_files.Pictures([path for _, path in inputs], resize_side(image_size),
                                       lambda pixels, _: common.eval_crop(pixels, image_size))
     loader = common.make_loader(pictures, args.predict_batch_size, args, compute, train=False)

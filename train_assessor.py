@@ -29,14 +29,16 @@ FEATURE_SD_FLOOR = 0.01  # of the RMS sd: a feature that was still in training m
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     common.add_shared_arguments(parser)
-    data = parser.add_argument_group("images and ratings").add_argument
-    data("--images_dir", type=Path, required=True, help="folder of pictures, searched with its subfolders")
-    data("--ratings_file", type=Path, required=True, help="table with one row per picture, or one per single rating")
+    data = parser.group("images and ratings")
+    data("--images_dir", type=Path, required=True, may_change=True,
+         help="folder of pictures, searched with its subfolders")
+    data("--ratings_file", type=Path, required=True, may_change=True,
+         help="table with one row per picture, or one per single rating")
     data("--image_column", help="column that names the picture (default: image, filename, file, stimulus or path)")
     data("--target_columns", nargs="+", metavar="NAME", help="ratings (default: all *_mean, else all numeric columns)")
     data("--duplicates", choices=("error", "mean"), default="error", help="rows of one picture: refuse, or average")
     data("--normalize_targets", action="store_true", help="train on (rating - mean) / sd of the train rows")
-    model = parser.add_argument_group("model").add_argument
+    model = parser.group("model")
     model("--backbone", default="resnet50", help="any torchvision classifier: resnet18, efficientnet_b3, vit_b_16, ...")
     model("--image_size", type=common.bounded(int, 32), default=224,
           help="side of the input in pixels, cut from a short side 8/7 as long")

@@ -33,6 +33,9 @@ progress=logs/.progress_$job
 mkdir -p logs
 touch "$progress"
 rc=0
+# where the processes of several nodes meet: the first node, and a port that another job rarely wants
+if [ -z "$MASTER_ADDR" ]; then MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1); fi
+export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 python=${PYTHON:-$(command -v python || command -v python3)}
 srun --ntasks="$tasks" --kill-on-bad-exit=1 "$python" "$script" --resume auto "$@" || rc=$?
 if [ "$rc" -ne 75 ]; then rm -f "$progress"; exit "$rc"; fi

@@ -59,15 +59,17 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__)
     common.add_shared_arguments(parser, epochs=20, batch_size=2, lr=1e-4, weight_decay=1e-4, scheduler="plateau",
                                 augment="light", plateau_patience=3)
-    data = parser.add_argument_group("pictures and annotations").add_argument
+    data = parser.group("pictures and annotations")
     data("--mode", choices=("train", "convert", "predict", "evaluate", "audit"), default="train", help="what to do")
     for part in ("train", "val", "test"):
-        data(f"--{part}_json", type=Path, help=f"part annotations or COCO file of the {part} split")
-        data(f"--{part}_images", type=Path, help="folder of its pictures, searched with its subfolders")
+        data(f"--{part}_json", type=Path, may_change=True,
+             help=f"part annotations or COCO file of the {part} split")
+        data(f"--{part}_images", type=Path, may_change=True,
+             help="folder of its pictures, searched with its subfolders")
     data("--split_ratio", type=common.bounded(float, 0, 1, open_low=True),
          help="without --val_json: share of --train_json that trains; --test_ratio is tested, the rest validates")
     data("--json", type=Path, help="annotations to convert, evaluate or audit")
-    data("--images_dir", type=Path, help="pictures to convert, predict, evaluate or audit")
+    data("--images_dir", type=Path, may_change=True, help="pictures to convert, predict, evaluate or audit")
     data("--checkpoint", type=Path, help="best_model.pth, or its run folder, to predict or evaluate")
     data("--output", type=Path, help="JSON to write (predict: default detections.json; convert; audit)")
     data("--min_trust", type=common.bounded(float, 0, 1), default=0.5,
@@ -75,7 +77,7 @@ def parse_args(argv=None):
     data("--drop_empty", action="store_true", help="leave out pictures without a box; else they teach the background")
     data("--absent", choices=("keep", "drop"), default="keep",
          help="boxes of absent parts: keep trains and scores them with their state, drop takes them for background")
-    model = parser.add_argument_group("model").add_argument
+    model = parser.group("model")
     model("--model", choices=tuple(MODELS), default="fasterrcnn_resnet50_fpn", help="torchvision detector")
     model("--min_size", type=common.bounded(int, 32), help="short side of the input in pixels (default: the model's)")
     model("--max_size", type=common.bounded(int, 32), help="longest side of the input in pixels")
@@ -90,15 +92,18 @@ def parse_args(argv=None):
           help="none, balanced (inverse frequency in the train boxes), or four numbers: " + " ".join(part_boxes.STATES))
     model("--select", choices=("val_loss", "map", "joint_map"), default="val_loss",
           help="validation column that chooses the epoch and drives --scheduler plateau")
-    output = parser.add_argument_group("results").add_argument
+    output = parser.group("results")
     output("--score_threshold", type=common.bounded(float, 0, 1), default=0.5,
            help="score from which a detection counts in precision, recall, hallucinations and pictures")
     output("--one_per_part", action="store_true", help="keep the best box of each part; absent where none")
-    output("--visualize", type=common.bounded(int, 0), default=8, help="pictures to draw with boxes and states")
+    output("--visualize", type=common.bounded(int, 0), default=8, may_change=True,
+           help="pictures to draw with boxes and states")
     output("--bootstrap_draws", type=common.bounded(int, 20), default=200, help="resamples of images for intervals")
     parser.set_defaults(**environment_defaults())
     args = common.parse_arguments(parser, argv)
     check_flags(parser, args)
+    if args.mode == "predict" and args.output is None:
+        args.output = Path("detections.json")
     return args
 
 
@@ -1283,7 +1288,6 @@ def check_against_training(run, args, study, train_sha):
 @torch.no_grad()
 def predict(args):
     """--mode predict: detections of every picture under --images_dir; an unreadable one keeps a row with its error."""
-    args.output = args.output or Path("detections.json")
     compute = common.choose_compute(args.device, args.use_amp)
     print(f"device: {compute.text}", flush=True)
     model, content = load_detector(args.checkpoint, compute)

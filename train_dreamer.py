@@ -52,8 +52,8 @@ def parse_args(argv=None):
     common.add_shared_arguments(
         parser, epochs=150, batch_size=16, lr=2e-4, patience=20, save_top_k=3, augment="none", train_ratio=0.7,
         val_ratio=0.15, test_ratio=0.15)
-    add_data_arguments(parser.add_argument_group("transitions and patients").add_argument)
-    add_model_arguments(parser.add_argument_group("model").add_argument)
+    add_data_arguments(parser.group("transitions and patients"))
+    add_model_arguments(parser.group("model"))
     args = common.parse_arguments(parser, argv)
     if args.folds and "test_ratio" not in args.given:
         args.test_ratio = 0.0
@@ -74,7 +74,7 @@ def add_data_arguments(add):
     """Which transitions, whose, and how they are split."""
     add("--mode", choices=("train", "evaluate", "predict", "audit"), default="train",
         help="evaluate: score a checkpoint; predict: no labels needed; audit: examine the data")
-    add("--data_dir", type=Path, default=Path("data/processed"),
+    add("--data_dir", type=Path, default=Path("data/processed"), may_change=True,
         help=f"folder with a {probe_poses.FILE_NAME} in each sequence")
     add("--checkpoint", type=Path, metavar="FILE", help="best_model.pth (or its run folder) for evaluate and predict")
     add("--score_part", choices=("auto", *PARTS, "all"), default="auto",

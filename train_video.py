@@ -70,7 +70,7 @@ NOT_NEGATIVE = common.bounded(float, 0)
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     common.add_shared_arguments(parser, plateau_patience=7, on_bad_file="skip")
-    job = parser.add_argument_group("job").add_argument
+    job = parser.group("job")
     job("--task", choices=tuple(TASK_DEFAULTS), default="classify",
         help="a class for each event, or scores for each sequence; sets the defaults of training")
     job("--mode", choices=MODES, default="train", help="evaluate needs no video, audit no model")
@@ -79,9 +79,9 @@ def parse_args(argv=None):
     job("--predictions", type=Path, help="evaluate, audit: a predictions CSV of this script")
     job("--output", type=Path,
         help="file that predict (.csv), evaluate or audit (.json) writes")
-    add_clip_arguments(parser.add_argument_group("clips and labels").add_argument)
-    add_model_arguments(parser.add_argument_group("model").add_argument)
-    add_learning_arguments(parser.add_argument_group("learning").add_argument)
+    add_clip_arguments(parser.group("clips and labels"))
+    add_model_arguments(parser.group("model"))
+    add_learning_arguments(parser.group("learning"))
     parser.set_defaults(**TASK_DEFAULTS["classify"])
     task = common.parse_arguments(parser, argv).task  # the configuration may name it
     parser.set_defaults(**TASK_DEFAULTS[task])
@@ -92,12 +92,12 @@ def parse_args(argv=None):
 
 def add_clip_arguments(data):
     """Where the clips are, what is asked of them, and how they are cut from their videos."""
-    data("--manifest", type=Path,
+    data("--manifest", type=Path, may_change=True,
          help="table of events or sequences (CSV, JSON), or a folder of class folders")
     for part in PARTS:
-        data(f"--{part}_manifest", type=Path,
+        data(f"--{part}_manifest", type=Path, may_change=True,
              help=f"events of the {part} part, instead of a split made here")
-    data("--video_root", type=Path,
+    data("--video_root", type=Path, may_change=True,
          help="folder that holds the videos, whatever folders the manifest names")
     data("--label_map", type=Path,
          help="file of spelling -> class (JSON, YAML, CSV); a blank class leaves the row out")

@@ -34,7 +34,7 @@ def available_memory():
         with contextlib.suppress(OSError, ValueError):  # "max", or no such file: no limit here
             limit = int((folder / "memory.max").read_text())
             free = min(free, limit - int((folder / "memory.current").read_text()))
-    return max(free, 0) // common.launched_processes()["local_size"]
+    return max(free, 0) // common.launched_processes().local_size
 
 
 class PixelStore:

@@ -163,7 +163,7 @@ def run_here(script, *flags, code=0):
     """run_script within this process: for the many mistakes that end a run before anything is trained."""
     import common
     module, out, err = importlib.import_module(script.removesuffix(".py")), io.StringIO(), io.StringIO()
-    before = {number: signal.getsignal(number) for number in common.StopSignals.available()}
+    before = {number: signal.getsignal(number) for number in common.STOP_SIGNALS}
     argv, sys.argv, found = sys.argv, [str(ROOT / script), *map(str, flags)], 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

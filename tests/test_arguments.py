@@ -51,6 +51,22 @@ def test_bare_use_amp_means_on(argv, expected):
     assert parse(*argv).use_amp == expected
 
 
+def test_a_dry_run_is_one_epoch():
+    args = parse("--dry_run", "--epochs", "9", "--save_every", "2")
+    assert (args.epochs, args.patience, args.save_every) == (1, 0, 0)
+
+
+def test_what_may_change_on_resume_is_said_where_a_flag_is_declared():
+    parser = common.Parser("test")
+    add = parser.group("some")
+    add("--here", may_change=True, help="path")
+    add("--always", help="setting")
+    args = common.parse_arguments(parser, ["--here", "x"])
+    assert args.may_change == {"here"} and common.flags_of(args) == {"here": "x", "always": None}
+    assert {"output_dir", "num_workers", "device", "fold"} <= parse().may_change
+    assert not {"seed", "lr", "batch_size", "augment"} & parse().may_change
+
+
 def test_config_sections_switches_and_lists(tmp_path):
     args = parse_config(tmp_path, "model: {d_model: 64}\nrun:\n  deterministic: true\n  use_amp: off\n"
                                   "target_columns: [A b, C]\nsample_weight: [x=1, y=2]\n")

@@ -233,6 +233,7 @@ def test_run_local_for_real_on_made_data(tmp_path):
 FAKE_TRAIN = """import argparse, os, pathlib, sys
 print("ARGS", *sys.argv, sep="|")
 print("CPUS", os.environ.get("SRUN_CPUS_PER_TASK"))
+print("MEETS AT", os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"))
 parser = argparse.ArgumentParser()
 parser.add_argument("--output_dir", "--output-dir", type=pathlib.Path, default="outputs")
 outputs = parser.parse_known_args()[0].output_dir
@@ -252,7 +253,9 @@ def cluster(tmp_path):
     for name in ("train_assessor.py", "train_video.py"):
         (folder / name).write_text(FAKE_TRAIN)
     write_executable(folder / "bin" / "srun", '#!/bin/sh\necho "SRUN $*"\nshift 2\nexec "$@"\n')
-    write_executable(folder / "bin" / "scontrol", '#!/bin/sh\necho "$@" >>scontrol_calls\n')
+    write_executable(folder / "bin" / "scontrol", """#!/bin/sh
+if [ "$1 $2" = "show hostnames" ]; then printf '%s\\n' first second; else echo "$@" >>scontrol_calls; fi
+""")
     return folder
 
 
@@ -301,6 +304,11 @@ def test_command_line_under_srun(cluster):
 def test_one_process_unless_more_are_asked_for(cluster, asked, tasks):
     """srun would start as many as fit where the job has a node for itself, and with them another result."""
     assert f"SRUN --ntasks={tasks} " in submit(cluster, **asked)[0].stdout
+
+
+def test_processes_meet_on_the_first_node(cluster):
+    assert "MEETS AT first 20007\n" in submit(cluster)[0].stdout
+    assert "MEETS AT head 5\n" in submit(cluster, MASTER_ADDR="head", MASTER_PORT="5")[0].stdout
 
 
 def test_saved_job_is_requeued_while_it_makes_progress(cluster):

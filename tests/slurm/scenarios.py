@@ -33,7 +33,10 @@ def shell(*words):
 
 
 class Job:
-    """A job of train_assessor.sh in the copy of the repository; `out` is its output folder."""
+    """A job of train_assessor.sh in the copy of the repository; `out` is its output folder.
+
+    The names of these nodes lead nowhere, and so the job is told where its processes meet.
+    """
 
     def __init__(self, lab, name, flags, *options, out=None):
         self.lab, self.out = lab, lab.work / (out or f"out {name}")
@@ -41,7 +44,7 @@ class Job:
                  *options, "train_assessor.sh", *flags, "--output_dir", self.out]
         self.log = lab.work / "logs" / f"{name}_4294967294.out"  # what SLURM writes for %a outside of an array
         self.id = subprocess.run([*map(str, words)], cwd=lab.repo, capture_output=True, text=True, check=True,
-                                 timeout=60).stdout.strip()
+                                 timeout=60, env={**os.environ, "MASTER_ADDR": "127.0.0.1"}).stdout.strip()
 
     def text(self):
         """What the job has printed."""

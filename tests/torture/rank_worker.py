@@ -75,7 +75,7 @@ def run_case(case, processes):
 
 
 def main():
-    processes = common.Processes()
+    processes = common.launched_processes()
     processes.join(torch.device("cpu"))
     for case in json.loads(Path(sys.argv[1]).read_text()):
         try:

@@ -2,6 +2,8 @@
 
     python -m pytest tests/torture/test_ranks.py
 """
+import dataclasses
+import datetime
 import itertools
 import json
 import os
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import common
 
@@ -115,7 +118,7 @@ def count():
 
 def main():
     atexit.register(count)
-    common.Processes().join(torch.device("cpu"))
+    common.launched_processes().join(torch.device("cpu"))
     weight = torch.ones(1, requires_grad=True)
     torch.optim.AdamW([weight])
     torch.distributed.all_reduce(weight.detach())
@@ -170,7 +173,7 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", 
     ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1, 0, 1)),  # the batch script of a job is no step
     ({**STEP, "RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0, 1))])  # torchrun within a step
 def test_rank_from_the_environment(env, expected):
-    assert tuple(common.launched_processes(env).values()) == expected
+    assert dataclasses.astuple(common.launched_processes(env)) == expected
 
 
 @pytest.mark.parametrize("env", [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}])
@@ -179,16 +182,16 @@ def test_a_rank_that_is_none(env):
         common.launched_processes(env)
 
 
-@pytest.mark.parametrize("nodes, host", [
-    ("localhost", "localhost"), ("gpu[003-004,7],other", "gpu003"), ("a1,b[2-3]", "a1"), ("n[1,4]-ib", "n1-ib")])
-def test_first_node_of_a_step(monkeypatch, nodes, host):
-    monkeypatch.setattr(common.socket, "getaddrinfo", lambda name, port: name)
-    assert common.meeting_point({"SLURM_STEP_NODELIST": nodes})[0] == host
-
-
-def test_meeting_point_of_names_that_lead_nowhere():
-    env = {"SLURM_STEP_NODELIST": "no-such-node.invalid", "SLURM_LAUNCH_NODE_IPADDR": "10.1.2.3", "SLURM_JOB_ID": "7"}
-    host, port = common.meeting_point(env)
-    assert host == "10.1.2.3" and 20000 <= int(port) < 40000
-    assert common.meeting_point({**env, "SLURM_JOB_ID": "8"})[1] != port
-    assert common.meeting_point({**env, "MASTER_ADDR": "head", "MASTER_PORT": "5"}) == ("head", "5")
+@pytest.mark.parametrize("tasks_per_node", ["2", "1(x2)"])
+def test_where_the_processes_of_a_step_meet(monkeypatch, tasks_per_node):
+    """On one machine they find each other, and so the other one is missed there; on two they must be told where."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(common, "PROCESS_TIMEOUT", datetime.timedelta(seconds=1))
+    monkeypatch.setenv("SLURM_JOB_ID", str(free_port() - 20000))
+    processes = common.launched_processes(
+        {**STEP, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": tasks_per_node})
+    expected = "did not meet the others at 127.0.0.1:" if tasks_per_node == "2" else "set MASTER_ADDR to the first"
+    with pytest.raises(common.UserError, match=expected):
+        processes.join(torch.device("cpu"))
