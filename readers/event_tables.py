@@ -270,12 +270,13 @@ def folder_table(root):
     if not clips:
         raise common.UserError(f"{root}: expected class folders with clips (CLASS/clip.mp4), found none")
     clips.sort(key=lambda name: (name.split("/")[1:], name))
-    rows = [(name, name.split("/")[0]) for name in clips]
-    return pd.DataFrame(rows, columns=["path", "label"], index=range(1, len(rows) + 1), dtype=object)
+    labels = [name.split("/")[0] for name in clips]
+    rows = range(1, len(clips) + 1)
+    return pd.DataFrame({"path": clips, "label": labels}, index=rows, dtype=object)
 
 
-def describe_rows(rows, path, root, written, min_event_sec=1.0):
-    """Rows of one file -> DataFrame: path as written, root, line, window (start, end, unit), fault, place.
+def describe_rows(rows, path, root, written, part="", min_event_sec=1.0):
+    """Rows of one file -> DataFrame: path as written, root, part, line, window (start, end, unit), fault, place.
 
     place: of the row in its file, 0 to 1, as text: a file sorted by class gives itself away.
     """
@@ -284,6 +285,7 @@ def describe_rows(rows, path, root, written, min_event_sec=1.0):
     return pd.DataFrame({
         "path": list(written),
         "root": str(root),
+        "part": part,
         "line": [f"{Path(path).name} line {line}" for line in rows.index],
         "start": windows[:, 0],
         "end": windows[:, 1],
@@ -292,7 +294,7 @@ def describe_rows(rows, path, root, written, min_event_sec=1.0):
         "place": [f"{row / len(rows):.6f}" for row in range(len(rows))]})
 
 
-def read_manifest(path, video_root, min_event_sec, need_labels):
+def read_manifest(part, path, video_root, min_event_sec, need_labels):
     """One manifest file, or folder of class folders -> (rows of describe_rows with label, DataFrame of the other
     columns). Raises UserError without a column of paths."""
     path = Path(path)
@@ -308,7 +310,7 @@ def read_manifest(path, video_root, min_event_sec, need_labels):
     if "video_filename" in table:
         written = written.mask(written == "", table["video_filename"])
     root = video_root or (path if is_folder else path.parent)
-    rows = describe_rows(table, path, root, written, min_event_sec)
+    rows = describe_rows(table, path, root, written, part, min_event_sec)
     rows["label"] = "" if label is None else list(table[label])
     used = {source, label, *WINDOW_COLUMNS}
     return rows, table[[name for name in table if name not in used]]
@@ -323,11 +325,11 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
     Raises UserError: see the functions above; more than the share max_missing of the videos is not there.
     """
     import pandas as pd
-    found = {
-        part: read_manifest(path, video_root, min_event_sec, need_labels)
-        for part, path in manifests.items()}
-    rows = pd.concat([rows.assign(part=part) for part, (rows, _) in found.items()], ignore_index=True)
-    extra = pd.concat([others for _, others in found.values()], ignore_index=True).fillna("")
+    found = [
+        read_manifest(part, path, video_root, min_event_sec, need_labels)
+        for part, path in manifests.items()]
+    rows = pd.concat([rows for rows, _ in found], ignore_index=True)
+    extra = pd.concat([others for _, others in found], ignore_index=True).fillna("")
     group = group_column_of(extra, group_column, ["group"], common.shorten_list(manifests.values()))
     sources, notes = find_sources(rows, video_root is None, max_missing)
     known = read_label_map(label_map) if label_map else None
@@ -396,7 +398,7 @@ def find_sources(rows, is_open, max_missing):
 
 
 def build_table(rows, extra, sources, reasons, names, group, is_group_wanted, notes, label=None, target=None):
-    """N rows of describe_rows with part, and what is known of each -> EventTable of those without a reason to skip.
+    """N rows of describe_rows, and what is known of each -> EventTable of those without a reason to skip.
 
     Clip ids do not depend on the order of the rows. Raises UserError where no row is left.
     """
@@ -412,7 +414,8 @@ def build_table(rows, extra, sources, reasons, names, group, is_group_wanted, no
     extra = with_own_columns(extra.iloc[keep].reset_index(drop=True), rows["place"])
     sources = [sources[i] for i in keep]
     videos = paths_below_root(sources, rows["root"])
-    clip_ids = np.array(list(map(clip_name, videos, rows["start"], rows["end"], rows["unit"])), dtype=str)
+    names_of_clips = map(clip_name, videos, rows["start"], rows["end"], rows["unit"])
+    clip_ids = np.array(list(names_of_clips), dtype=str)
     return EventTable(
         names=names,
         clip_ids=clip_ids,

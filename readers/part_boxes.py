@@ -161,8 +161,7 @@ def read_coco(path, content, faults):
         found = read_object(own, fields, images, place, categories, faults)
         if found is None:
             continue
-        box = found.box
-        if found.state == ABSENT and (box is None or box[2] <= box[0] or box[3] <= box[1]):
+        if found.state == ABSENT and not has_area(found.box):
             images[found.image].absent.append(found.part)
         else:
             objects.append(found)
@@ -242,6 +241,10 @@ def read_object(own, fields, images, place, categories, faults):
         crowd=fields.get("iscrowd") in (1, "1", "true"))
 
 
+def has_area(box):
+    return box is not None and box[0] < box[2] and box[1] < box[3]
+
+
 def read_number(value):
     """A finite JSON number as float, else None; true and text are no numbers."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -313,22 +316,23 @@ def as_coco(found, names, sizes):
     """
     images = []
     for number, (image, name, size) in enumerate(zip(found.images, names, sizes)):
-        fields = {**image.fields, "id": number, "file_name": name, "absent_parts": sorted(set(image.absent))}
+        absent = sorted(set(image.absent))
+        images.append({**image.fields, "id": number, "file_name": name, "absent_parts": absent})
         if size:
-            fields["width"], fields["height"] = size
-        images.append(fields)
+            images[-1]["width"], images[-1]["height"] = size
     annotations = []
     dropped = []
     for each in found.objects:
-        size = sizes[each.image]
-        left, top, right, bottom = np.clip(each.box, 0, [*size, *size]).tolist() if size else each.box
+        left, top, right, bottom = each.box
+        if sizes[each.image]:
+            left, right = np.clip([left, right], 0, sizes[each.image][0]).tolist()
+            top, bottom = np.clip([top, bottom], 0, sizes[each.image][1]).tolist()
         width = right - left
         height = bottom - top
         if min(width, height) < 0.5:
-            dropped.append(
-                f"{found.images[each.image].name}, {each.key} ({each.part}): box {each.box} has no area")
+            name = found.images[each.image].name
+            dropped.append(f"{name}, {each.key} ({each.part}): box {each.box} has no area")
             continue
-        state = {"state": STATES[each.state], "state_id": each.state} if each.state != UNKNOWN else {}
         annotations.append({
             "id": len(annotations) + 1,
             "image_id": each.image,
@@ -336,8 +340,9 @@ def as_coco(found, names, sizes):
             "bbox": [left, top, width, height],
             "area": width * height,
             "iscrowd": int(each.crowd),
-            "trust": each.trust,
-            **state})
+            "trust": each.trust})
+        if each.state != UNKNOWN:
+            annotations[-1] |= {"state": STATES[each.state], "state_id": each.state}
     categories = [{"id": number, "name": part} for number, part in enumerate(found.parts, start=1)]
     return {"images": images, "annotations": annotations, "categories": categories}, dropped
 

@@ -124,7 +124,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
         return "" if has_score or not need_labels else "no score"
     has_score = ~np.isnan(target).all(axis=1)
     table = event_tables.build_table(
-        rows.assign(part=""), extra, sources,
+        rows, extra, sources,
         reasons=list(map(reason_to_skip, rows["fault"], sources, has_score)),
         names=names,
         target=target,
@@ -144,7 +144,7 @@ def merge_raters(table):
     ratings = []  # of each sequence (raters, R)
     for rows in rows_of:
         block = table.target[rows]
-        is_repeat = not has_raters and np.array_equal(block, block[:1].repeat(len(block), 0), equal_nan=True)
+        is_repeat = not has_raters and all(np.array_equal(row, block[0], equal_nan=True) for row in block)
         repeats.append(len(block) if is_repeat else 1)
         ratings.append(block[:1] if is_repeat else block)
     repeats = np.array(repeats, np.int64)
@@ -172,7 +172,8 @@ def total_and_parts(names):
     if not totals:
         return None, []
     no_part = re.compile("nrs|vas|total|sum|mean")
-    return totals[0], [r for r, key in enumerate(keys) if r != totals[0] and not no_part.match(key)]
+    parts = [r for r, key in enumerate(keys) if not no_part.match(key)]
+    return totals[0], [r for r in parts if r != totals[0]]
 
 
 def total_notes(table):
