@@ -2684,24 +2684,70 @@ def peak_memory(device):
 # ---------------------------------------------------------------------------
 # Computed on the whole split at once, in the unit of the labels; each is a function of how often every row counts.
 
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """What statistics and reports must know of a metric."""
+    name: str
+    label: str
+    lower_is_better: bool = False
+    is_share: bool = False  # lies in 0 to 1
+    inflated_by_resampling: bool = False  # rows drawn twice raise it by themselves
+    normal_scale: str | None = None  # where its estimates are closer to a normal distribution
+
+
+METRICS = {metric.name: metric for metric in (
+    Metric("pearson_r", "r", normal_scale="arctanh"),
+    Metric("r2", "R2", normal_scale="log1m"),
+    Metric("mae", "MAE", lower_is_better=True),
+    Metric("mse", "MSE", lower_is_better=True, normal_scale="log"),
+    Metric("rmse", "RMSE", lower_is_better=True, normal_scale="log"),
+    Metric("loss", "loss", lower_is_better=True, normal_scale="log"),
+    Metric("accuracy", "accuracy", is_share=True, normal_scale="logit"),
+    Metric("balanced_accuracy", "balanced accuracy", is_share=True, normal_scale="logit"),
+    Metric("macro_f1", "macro F1", is_share=True, normal_scale="logit"),
+    Metric("roc_auc", "AUC", is_share=True, normal_scale="logit"),
+    Metric("mcc", "MCC"),
+    Metric("ece", "ECE", lower_is_better=True, is_share=True, inflated_by_resampling=True),
+    Metric("ece_adaptive", "adaptive ECE", lower_is_better=True, is_share=True, inflated_by_resampling=True),
+    Metric("brier", "Brier score", lower_is_better=True, normal_scale="log"),
+    Metric("precision", "precision", is_share=True, normal_scale="logit"),
+    Metric("recall", "recall", is_share=True, normal_scale="logit"),
+    Metric("f1", "F1", is_share=True, normal_scale="logit"),
+    Metric("average_precision", "average precision", is_share=True, inflated_by_resampling=True),
+    Metric("map", "mean AP", is_share=True, inflated_by_resampling=True),
+    Metric("map50", "mean AP50", is_share=True, inflated_by_resampling=True),
+    Metric("map_present", "mean AP without absent parts", is_share=True, inflated_by_resampling=True),
+    Metric("joint_map", "mean joint AP", is_share=True, inflated_by_resampling=True),
+    Metric("ap", "AP", is_share=True, inflated_by_resampling=True),
+    Metric("state_accuracy", "state accuracy", is_share=True, normal_scale="logit"),
+    Metric("hallucination_rate", "hallucination rate", lower_is_better=True, is_share=True, normal_scale="logit"),
+    Metric("hallucination_rate_anywhere", "hallucination rate anywhere", lower_is_better=True, is_share=True,
+           normal_scale="logit"),
+    Metric("absent_box_detected", "absent boxes detected", is_share=True, normal_scale="logit"))}
 REGRESSION_METRICS = ("pearson_r", "r2", "mae", "mse", "rmse")
-LOWER_IS_BETTER = ("mae", "mse", "rmse", "loss", "nll", "brier", "ece", "ece_adaptive")
+CLASSIFICATION_METRICS = ("loss", "accuracy", "balanced_accuracy", "macro_f1", "roc_auc", "mcc", "ece", "ece_adaptive",
+                          "brier")
+CLASS_METRICS = ("precision", "recall", "f1", "average_precision", "roc_auc")
+ECE_BINS = 15
 
 
 def regression_moments(predicted, target):
     """(8, N, R) terms whose sums over rows give every regression metric: 1, p, t, pp, tt, pt, |p - t|, (p - t)^2.
 
-    predicted, target: (N, R), NaN in target = missing (zero in all eight terms); p and t are taken about their means
+    predicted, target: (N, R), NaN in target = missing (zero in all eight terms). p and t are taken about their means
     over the labelled rows, which changes neither r nor R2 and keeps the digits of large offsets.
     """
-    predicted, target = np.asarray(predicted, np.float64), np.asarray(target, np.float64)
+    predicted = np.asarray(predicted, np.float64)
+    target = np.asarray(target, np.float64)
     if predicted.shape != target.shape or target.ndim != 2:
         raise ValueError(f"expected two arrays of one shape (N, R), got {predicted.shape} and {target.shape}")
     labelled = ~np.isnan(target)
     count = np.maximum(labelled.sum(0), 1)
-    p, t = np.where(labelled, predicted, 0.0), np.where(labelled, target, 0.0)
+    p = np.where(labelled, predicted, 0.0)
+    t = np.where(labelled, target, 0.0)
     error = p - t
-    p, t = np.where(labelled, p - p.sum(0) / count, 0.0), np.where(labelled, t - t.sum(0) / count, 0.0)
+    p = np.where(labelled, p - p.sum(0) / count, 0.0)
+    t = np.where(labelled, t - t.sum(0) / count, 0.0)
     return np.stack([labelled.astype(np.float64), p, t, p * p, t * t, p * t, np.abs(error), error ** 2])  # (8, N, R)
 
 
@@ -2713,13 +2759,19 @@ def metrics_from_sums(sums):
     """
     n, p, t, pp, tt, pt, absolute, squared = np.moveaxis(np.asarray(sums, np.float64), -2, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        spread_p, spread_t, joint = pp - p * p / n, tt - t * t / n, pt - p * t / n
+        spread_p = pp - p * p / n
+        spread_t = tt - t * t / n
+        joint = pt - p * t / n
         # 1e-12 of the raw sum is the rounding that a subtraction of equal sums leaves behind
         defined = (n >= 2) & (spread_t > 1e-12 * tt)
         correlation = np.where(spread_p <= 1e-12 * pp, 0.0, joint / np.sqrt(spread_p * spread_t))
-        r2, mae, mse = 1.0 - squared / spread_t, absolute / n, squared / n
-    return {"pearson_r": np.where(defined, np.clip(correlation, -1.0, 1.0), np.nan),
-            "r2": np.where(defined, r2, np.nan), "mae": mae, "mse": mse, "rmse": np.sqrt(mse)}
+        r2 = 1.0 - squared / spread_t
+        mse = squared / n
+        return {"pearson_r": np.where(defined, np.clip(correlation, -1.0, 1.0), np.nan),
+                "r2": np.where(defined, r2, np.nan),
+                "mae": absolute / n,
+                "mse": mse,
+                "rmse": np.sqrt(mse)}
 
 
 def regression_metrics(predicted, target):
@@ -2729,9 +2781,8 @@ def regression_metrics(predicted, target):
 
 
 def mean_metrics(per_target):
-    """Means over targets, undefined ones left out: dict of (R,) -> dict of numbers, n_targets = those with an R2."""
-    counts = {"n_labels": int(per_target["n"].sum()), "n_targets": int(np.isfinite(per_target["r2"]).sum())}
-    return {**counts, **{name: float(mean_without_nan(per_target[name])) for name in REGRESSION_METRICS}}
+    """Means over targets, undefined ones left out: dict of (R,) -> dict of numbers."""
+    return {name: float(mean_without_nan(per_target[name])) for name in REGRESSION_METRICS}
 
 
 def mean_without_nan(values, axis=-1):
@@ -2740,39 +2791,29 @@ def mean_without_nan(values, axis=-1):
         return np.nansum(values, axis) / (~np.isnan(values)).sum(axis)
 
 
-CLASSIFICATION_METRICS = ("loss", "accuracy", "balanced_accuracy", "macro_f1", "roc_auc", "mcc", "ece", "ece_adaptive",
-                          "brier")
-CLASS_METRICS = ("precision", "recall", "f1", "average_precision", "roc_auc")  # under the keys CLASS_METRIC
-ECE_BINS = 15
+@dataclasses.dataclass
+class ClassMetrics:
+    """Metrics of C classes. Those of D resamples at once have a leading axis D everywhere."""
+    overall: dict  # CLASSIFICATION_METRICS -> float
+    per_class: dict  # CLASS_METRICS -> (C,), each class against the rest
+    confusion: np.ndarray  # (C, C) rows, true x predicted
 
 
-def classification_metrics(probability, label, threshold=None, positive=None, names=None):
-    """Metrics of a whole split: (N, C) probabilities, (N,) class indices (below 0 = missing) -> dict of floats.
+def classification_metrics(probability, label, threshold=None, positive=None):
+    """ClassMetrics of a whole split: (N, C) probabilities, (N,) class indices (below 0 = missing).
 
-    loss (mean NLL), accuracy, balanced_accuracy, macro_f1, roc_auc, mcc, ece and ece_adaptive (15 bins of equal width,
-    of equal mass), brier; tail_recall and so on for each class of `names` (None: "0", "1", ...) and of CLASS_METRICS;
-    confusion (C, C) int64, rows = true; n. With a threshold, rows whose probability of `positive` (None: class 1)
-    reaches it get that class, the others the most probable of the rest. roc_auc: of the positive class, for three
-    classes or more the mean one-vs-rest. NaN: recall, f1, average precision and AUC of a class without rows, precision
-    of one never predicted; means leave them out. mcc of a constant prediction is 0, of constant labels NaN. The Brier
-    score is the sum over classes, halved for two (0 to 1). Not a finite number in any probability: all NaN.
+    loss: mean negative log-likelihood; ece, ece_adaptive: 15 bins of equal width, of equal mass. With a threshold,
+    rows whose probability of `positive` (None: class 1) reaches it get that class, the others the most probable of the
+    rest. roc_auc: of the positive class, for three classes or more the mean one-vs-rest. NaN: recall, f1, average
+    precision and AUC of a class without rows, precision of one never predicted; means leave them out. mcc of a constant
+    prediction is 0, of constant labels NaN. The Brier score is the sum over classes, halved for two (0 to 1). Not a
+    finite number in any probability: all NaN.
     """
-    statistic = class_statistic(probability, label, threshold, positive, names)
-    values = statistic(np.ones((1, int((np.asarray(label) >= 0).sum()))))
-    confusion = np.rint(values.pop("confusion")[0]).astype(np.int64)
-    return {"n": int(confusion.sum()), **{key: float(value[0]) for key, value in values.items()},
-            "confusion": confusion}
-
-
-def classification_names(names):
-    """Names of --select and --criteria -> keys of classification_metrics, for the C class names.
-
-    Beside the keys themselves: auc and nll, and f1_tail or ap_tail for tail_f1 and tail_average_precision.
-    """
-    keys, short = {}, {**{metric: metric for metric in CLASS_METRICS}, "ap": "average_precision", "auc": "roc_auc"}
-    for (alias, metric), name in itertools.product(short.items(), names):
-        keys |= {f"{name}_{alias}": f"{name}_{metric}", f"{alias}_{name}": f"{name}_{metric}"}
-    return keys | {name: name for name in CLASSIFICATION_METRICS} | {"auc": "roc_auc", "nll": "loss"}
+    statistic = class_statistic(probability, label, threshold, positive)
+    drawn = statistic(np.ones((1, int((np.asarray(label) >= 0).sum()))))
+    return ClassMetrics(overall={name: float(value[0]) for name, value in drawn.overall.items()},
+                        per_class={name: value[0] for name, value in drawn.per_class.items()},
+                        confusion=np.rint(drawn.confusion[0]).astype(np.int64))
 
 
 def predicted_class(probability, threshold=None, positive=None):
@@ -2780,7 +2821,8 @@ def predicted_class(probability, threshold=None, positive=None):
     probability = np.asarray(probability, np.float64)
     if threshold is None:
         return probability.argmax(1)
-    positive, rest = 1 if positive is None else positive, probability.copy()
+    positive = 1 if positive is None else positive
+    rest = probability.copy()
     rest[:, positive] = -np.inf
     return np.where(probability[:, positive] >= threshold, positive, rest.argmax(1))
 
@@ -2791,17 +2833,19 @@ def ranking_metrics(score, is_positive, weights=None):
     Equal scores count half in the AUC (Mann-Whitney) and are one step of the precision-recall curve, which is summed
     without interpolation.
     """
-    score, is_positive = np.asarray(score, np.float64), np.asarray(is_positive, bool)
+    score = np.asarray(score, np.float64)
     weights = np.ones((1, len(score))) if weights is None else weights
     if not len(score):
         return np.full((2, len(weights)), np.nan)
     order, first = tied_runs(score)
     drawn = weights[:, order]
-    hits = drawn * is_positive[order]
+    hits = drawn * np.asarray(is_positive, bool)[order]
     if len(first) < len(order):
-        drawn, hits = (np.add.reduceat(part, first, axis=1) for part in (drawn, hits))
+        drawn = np.add.reduceat(drawn, first, axis=1)
+        hits = np.add.reduceat(hits, first, axis=1)
     misses = drawn - hits  # (D, distinct scores), highest score first
-    found, false = hits.cumsum(1), misses.cumsum(1)
+    found = hits.cumsum(1)
+    false = misses.cumsum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
         auc = 1.0 - (hits * (false - misses / 2)).sum(1) / (found[:, -1] * false[:, -1])
         precision = np.where(found > 0, found / (found + false), 0.0)
@@ -2814,35 +2858,42 @@ def tied_runs(score):
     return order, np.flatnonzero(np.append(True, np.diff(score[order]) != 0))
 
 
-def class_statistic(probability, label, threshold, positive, names):
-    """classification_metrics as a function of row weights: (D, N) -> dict of name -> (D,), and confusion (D, C, C).
+def class_statistic(probability, label, threshold=None, positive=None):
+    """classification_metrics as a function of row weights: (D, N) -> ClassMetrics of D resamples.
 
     N counts the labelled rows. Every metric of a resample follows from how often each row was drawn.
     """
-    probability, label = np.asarray(probability, np.float64), np.asarray(label, np.int64)
+    probability = np.asarray(probability, np.float64)
+    label = np.asarray(label, np.int64)
     if probability.ndim != 2 or label.shape != probability.shape[:1] or label.max(initial=0) >= probability.shape[1]:
         raise ValueError(f"expected (N, C) probabilities and (N,) labels below C, got shapes {probability.shape} and "
                          f"{label.shape} with labels up to {label.max(initial=0)}")
     probability, label = probability[label >= 0], label[label >= 0]
-    count, names = probability.shape[1], [str(c) for c in range(probability.shape[1])] if names is None else list(names)
+    count = probability.shape[1]
     cell = label * count + predicted_class(probability, threshold, positive)
     row_terms = _row_terms(probability, label)  # (2, N)
     confidence = probability.max(1)
     gap = confidence - (probability.argmax(1) == label)
-    bins = [confidence_bins(confidence, ECE_BINS, adaptive) for adaptive in (False, True)]
-    finite = np.isfinite(probability).all()
+    equal_width = confidence_bins(confidence, ECE_BINS, adaptive=False)
+    equal_mass = confidence_bins(confidence, ECE_BINS, adaptive=True)
+    unknown = 0.0 if np.isfinite(probability).all() else np.nan
 
     def statistic(weights):
+        total = weights.sum(1)
+        confusion = sums_by(cell, count ** 2, weights).reshape(-1, count, count)
+        overall, per_class = confusion_metrics(confusion)
+        ranks = [ranking_metrics(probability[:, c], label == c, weights) for c in range(count)]
+        auc, average_precision = np.moveaxis(np.array(ranks), 0, -1)  # (D, C) each
+        per_class |= {"average_precision": average_precision, "roc_auc": auc}
         with np.errstate(divide="ignore", invalid="ignore"):
-            total = weights.sum(1)
-            confusion = sums_by(cell, count ** 2, weights).reshape(-1, count, count)
-            ranks = [ranking_metrics(probability[:, c], label == c, weights) for c in range(count)]
-            loss, brier = (weights @ row_terms.T / total[:, None]).T
-            ece, adaptive = (np.abs(sums_by(b, ECE_BINS, weights * gap)).sum(1) / total for b in bins)
-        values = {"loss": loss, "ece": ece, "ece_adaptive": adaptive, "brier": brier}
-        values |= confusion_metrics(confusion, names) | _rank_values(np.array(ranks), names, positive)
-        ordered = [*CLASSIFICATION_METRICS, *(f"{name}_{metric}" for name in names for metric in CLASS_METRICS)]
-        return {key: values[key] if finite else values[key] * np.nan for key in ordered} | {"confusion": confusion}
+            overall["loss"], overall["brier"] = (weights @ row_terms.T / total[:, None]).T
+            for name, bins in (("ece", equal_width), ("ece_adaptive", equal_mass)):
+                overall[name] = np.abs(sums_by(bins, ECE_BINS, weights * gap)).sum(1) / total
+        chosen = 1 if positive is None else positive
+        overall["roc_auc"] = auc[:, chosen] if count == 2 else mean_without_nan(auc)
+        return ClassMetrics(overall={name: overall[name] + unknown for name in CLASSIFICATION_METRICS},
+                            per_class={name: per_class[name] + unknown for name in CLASS_METRICS},
+                            confusion=confusion)
     return statistic
 
 
@@ -2866,28 +2917,24 @@ def sums_by(code, size, weights):
     return np.bincount(place.ravel(), weights.ravel(), len(weights) * size).reshape(len(weights), size)
 
 
-def confusion_metrics(confusion, names):
-    """(D, C, C) -> accuracy, balanced_accuracy, macro_f1, mcc (Gorodkin 2004) and those of each class, (D,) each."""
-    right, true, given = np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(2), confusion.sum(1)  # (D, C) each
+def confusion_metrics(confusion):
+    """(D, C, C) -> {accuracy, balanced_accuracy, macro_f1, mcc (Gorodkin 2004): (D,)}, {precision, recall, f1: (D, C)}."""
+    right = np.diagonal(confusion, axis1=1, axis2=2)  # (D, C)
+    true = confusion.sum(2)
+    given = confusion.sum(1)
+    total = true.sum(1)
+    hit = right.sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        total, hit = true.sum(1), right.sum(1)
-        precision, recall, f1 = right / given, right / true, 2 * right / (true + given)
-        spread_true, spread_given = (total ** 2 - (part ** 2).sum(1) for part in (true, given))
-        joint = (hit * total - (true * given).sum(1)) / np.sqrt(spread_true * spread_given)
-        mcc = np.where(spread_true > 0, np.where(spread_given > 0, joint, 0.0), np.nan)
-        values = {"accuracy": hit / total, "balanced_accuracy": mean_without_nan(recall), "macro_f1": mean_without_nan(f1), "mcc": mcc}
-    per_class = {"precision": precision, "recall": recall, "f1": f1}
-    return {f"{name}_{metric}": array[:, c] for metric, array in per_class.items()
-            for c, name in enumerate(names)} | values
-
-
-def _rank_values(ranks, names, positive):
-    """(C, 2, D) AUC and average precision of each class -> roc_auc and those of each class, (D,) each."""
-    auc, precision = ranks[:, 0], ranks[:, 1]
-    chosen = auc[1 if positive is None else positive] if len(names) == 2 else mean_without_nan(auc, axis=0)
-    values = {f"{name}_{metric}": array[c] for metric, array in (("average_precision", precision), ("roc_auc", auc))
-              for c, name in enumerate(names)}
-    return {**values, "roc_auc": chosen}
+        per_class = {"precision": right / given, "recall": right / true, "f1": 2 * right / (true + given)}
+        spread_true = total ** 2 - (true ** 2).sum(1)
+        spread_given = total ** 2 - (given ** 2).sum(1)
+        mcc = (hit * total - (true * given).sum(1)) / np.sqrt(spread_true * spread_given)
+        mcc = np.where(spread_given > 0, mcc, 0.0)
+        overall = {"accuracy": hit / total,
+                   "balanced_accuracy": mean_without_nan(per_class["recall"]),
+                   "macro_f1": mean_without_nan(per_class["f1"]),
+                   "mcc": np.where(spread_true > 0, mcc, np.nan)}
+    return overall, per_class
 
 
 def softmax(logits):

@@ -511,19 +511,18 @@ def noise_ceilings(study):
     return None
 
 
-def per_dimension_rows(study, result, ceiling):
+def per_dimension_rows(result, ceiling):
     """One dict per rating: metrics with intervals, the baseline's, the noise ceiling and the share of it."""
-    rows = subject_intervals.target_rows(result, study.names)
+    rows = subject_intervals.target_rows(result)
     for r, row in enumerate(rows if ceiling else ()):
         row |= {f"ceiling_{key}": values[r] for key, values in ceiling.items() if key != "source"}
         row["share_of_ceiling_r2"] = row["r2"] / ceiling["r2"][r]
     return rows
 
 
-def read_criteria(args, study):
-    """--criteria, checked against the metrics of this run: r2 is the mean over ratings, r2_Valence one rating."""
-    endings = ["", *(f"_{name}" for name in study.names)]
-    return verdicts.parse_criteria(args.criteria, [m + ending for m in common.REGRESSION_METRICS for ending in endings])
+def criteria_names(study):
+    """What --criteria may name: r2 is the mean over ratings, r2_Valence one rating."""
+    return verdicts.spell_metrics(common.REGRESSION_METRICS, common.REGRESSION_METRICS, study.names)
 
 
 @common.first_process_only
@@ -531,31 +530,30 @@ def report_results(run, args, study, split, scored, alarms, best_epoch=None, fol
     """metrics.json, the per-dimension table, plots and report.html of one run, or of all folds pooled."""
     target, predicted = study.ratings[scored.rows], scored.predicted["predicted"]
     others = {kind: values for kind, values in scored.predicted.items() if kind != "predicted"}
-    result, baseline = subject_intervals.score_regression(predicted, target, study.groups_of(scored.rows), others)
+    result = subject_intervals.score_regression(predicted, target, study.groups_of(scored.rows), others, study.names)
     ceiling = noise_ceilings(study)
-    rows = per_dimension_rows(study, result, ceiling)
+    rows = per_dimension_rows(result, ceiling)
     alarms = verdicts.regression_alarms(predicted, target, study.names) + alarms
     held_out = scored.part == "test" or args.select == "last"
     best_r2 = float(np.nanmean(ceiling["r2"])) if ceiling else None
-    verdict = verdicts.verdict_sentence(result, baseline.replace("_", " "), "r2", best_r2, held_out)
-    criteria = verdicts.judge_criteria(read_criteria(args, study), *verdicts.named_values(result, study.names))
+    verdict = verdicts.verdict_sentence(result, "r2", best_r2, held_out, label="mean R2")
+    names = criteria_names(study)
+    criteria = verdicts.judge_criteria(verdicts.parse_criteria(args.criteria, names),
+                                       verdicts.named_estimates(result, names))
     metrics = {"part": scored.part, "best_epoch": best_epoch, "verdict": verdict, "held_out": held_out,
-               "baseline": baseline, "mean": {k: v for k, v in result["value"].items() if "mean_" in k},
-               "interval": {k: v for k, v in (result["interval"] or {}).items() if "mean_" in k},
-               "per_subject": result["per_subject"], "sign_flip_p": result["sign_flip_p"], "method": result["method"],
-               "sample": splitting.effective_size(target, study.groups_of(scored.rows)), "ceiling": ceiling,
-               "alarms": alarms, "criteria": criteria, "folds": list(folds), "per_dimension": rows}
+               **result.record("per_target"), "sample": splitting.effective_size(target, study.groups_of(scored.rows)),
+               "ceiling": ceiling, "alarms": alarms, "criteria": criteria, "folds": list(folds), "per_dimension": rows}
     common.write_table(run.path("best_model_per_dimension_performance.csv"), rows)
     plotting.plot_per_target(rows, run.path("per_dimension_performance.png"))
     plotting.plot_scatter(predicted, target, study.names, run.path("predicted_against_true.png"))
-    write_page(run, args, study, split, scored, metrics)
+    write_page(run, args, study, split, scored, metrics, result)
     common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
     verdicts.say_results(run, metrics)
 
 
-def write_page(run, args, study, split, scored, metrics):
+def write_page(run, args, study, split, scored, metrics, result):
     """report.html: the verdict first, then the order of sections that all train scripts share."""
-    mean, sample, baseline = metrics["mean"], metrics["sample"], metrics["baseline"].replace("_", " ")
+    sample, baseline = metrics["sample"], result.baseline_name.replace("_", " ")
     subjects = f"{sample['subjects']} subjects" if study.groups is not None else "no groups named: each its own subject"
     columns = {"target": "rating", "n": "n", "pearson_r": "r", "r2": "R2", "r2_low": "R2 low", "r2_high": "R2 high",
                "mae": "MAE", "rmse": "RMSE", "baseline_r2": "baseline R2"}
@@ -583,19 +581,19 @@ def write_page(run, args, study, split, scored, metrics):
         ("Best and worst cases", case_blocks(study, scored)),
         ("Limits", [reporting.html_text(limits_text(args, metrics))]),
         ("Command and versions", reporting.command_blocks())]
-    low = metrics["interval"].get("difference_mean_r2", (np.nan, np.nan))[0]
-    level = verdicts.verdict_level(mean["difference_mean_r2"], low, metrics["alarms"])
+    level = verdicts.verdict_level(result.gain("r2"), metrics["alarms"])
     reporting.write_report(run.path("report.html"), f"Ratings from images: {run.folder.name}",
-                        (level, metrics["verdict"]), sections, run.compute.text, key_figures(mean, metrics, baseline))
+                        (level, metrics["verdict"]), sections, run.compute.text, key_figures(result, metrics["ceiling"]))
 
 
-def key_figures(mean, metrics, baseline):
+def key_figures(result, ceiling):
     """[(label, value, remark)] for the top of the report."""
-    labels = {"mean_r2": "Mean R2", "mean_pearson_r": "Mean r", "baseline_mean_r2": f"R2 of the {baseline}"}
-    figures = [reporting.key_figure(label, mean[name], metrics["interval"].get(name), metrics["method"])
-               for name, label in labels.items()]
-    if metrics["ceiling"]:
-        figures.append(("R2 ceiling", f"{np.nanmean(metrics['ceiling']['r2']):.3f}", "what the raters allow"))
+    model, baseline = result.overall.model, result.overall.baseline
+    figures = [reporting.key_figure("Mean R2", model["r2"], result.method),
+               reporting.key_figure("Mean r", model["pearson_r"], result.method),
+               reporting.key_figure(f"R2 of the {result.baseline_name.replace('_', ' ')}", baseline["r2"], result.method)]
+    if ceiling:
+        figures.append(("R2 ceiling", f"{np.nanmean(ceiling['r2']):.3f}", "what the raters allow"))
     return figures
 
 
@@ -644,8 +642,8 @@ def limits_text(args, metrics):
 def fold_rows(folds):
     """Fold table: one dict per fold, then mean and SD over the folds."""
     def numbers(fold):
-        own = {name: fold["mean"][f"mean_{name}"] for name in common.REGRESSION_METRICS}
-        return {**own, "baseline_r2": fold["mean"]["baseline_mean_r2"]}
+        own = {name: fold["model"][name]["value"] for name in common.REGRESSION_METRICS}
+        return {**own, "baseline_r2": fold["baseline"]["r2"]["value"]}
     rows = [{"fold": fold["fold"], "rows": fold["rows"], "best_epoch": fold["best_epoch"], **numbers(fold)}
             for fold in folds]
     values = {name: np.array([row[name] for row in rows], float) for name in numbers(folds[0])}
@@ -701,12 +699,13 @@ def run_folds(run, args, study):
                 scored = run_split(child, args, study, split, features)
             metrics = common.read_json(child.path("metrics.json"))
         results.append(scored)
-        done.append({"fold": k, "rows": len(scored.rows), "best_epoch": metrics["best_epoch"], "mean": metrics["mean"]})
+        done.append({"fold": k, "rows": len(scored.rows), "best_epoch": metrics["best_epoch"],
+                     "model": metrics["model"], "baseline": metrics["baseline"]})
     common.write_table(run.path("fold_table.csv"), fold_rows(done))
     pooled = Scored(np.concatenate([s.rows for s in results]), {
         kind: np.concatenate([s.predicted[kind] for s in results]) for kind in results[0].predicted}, "folds")
     write_predictions(run.path("predictions_folds.csv"), study, pooled)
-    alarms = verdicts.identical_fold_alarms([list(fold["mean"].values()) for fold in done])
+    alarms = verdicts.identical_fold_alarms([[each["value"] for each in fold["model"].values()] for fold in done])
     report_results(run, args, study, folds, pooled, alarms, folds=done)
 
 
@@ -714,7 +713,7 @@ def main():
     args = parse_args()
     with common.start_run(args) as run:
         study = load_study(args, run)
-        read_criteria(args, study)
+        verdicts.parse_criteria(args.criteria, criteria_names(study))
         if args.folds:
             run_folds(run, args, study)
         else:

@@ -978,20 +978,21 @@ def error_counts(judged, threshold):
     return missed + judged.counts["wrong"].sum(1) + wrong_state
 
 
-def per_part_rows(judged, values, intervals):
+def per_part_rows(judged, result):
     """One dict per part: boxes, AP with interval, the mean box's AP, precision and recall, hallucinations."""
-    rows, every = [], judged.every
-    ap = detection_scores.average_precision(judged.matching["map"], every)  # (T, P)
-    base = detection_scores.average_precision(judged.matching["baseline_map"], every)
+    ap50 = detection_scores.average_precision(judged.matching["map"], judged.every)[0]  # (P,)
+    baseline_ap50 = detection_scores.average_precision(judged.of_baseline["map"], judged.every)[0]
+    rows = []
     for label, part in enumerate(judged.parts):
         truth, right, wrong = (judged.counts[name][:, label].sum() for name in ("truth", "right", "wrong"))
         absent, anywhere, boxed, there, _ = judged.hallucinated[:, label].sum(0)
-        low, high = intervals.get(f"ap_{part}", (math.nan, math.nan))
-        rows.append({"target": part, "boxes": int(truth), "ap": values[f"ap_{part}"], "ap_low": low, "ap_high": high,
-                     "ap50": detection_scores.mean_of(ap[0, label]), "baseline_ap": detection_scores.mean_of(base[:, label]),
-                     "baseline_ap50": detection_scores.mean_of(base[0, label]), "precision": detection_scores.share(right, right + wrong),
-                     "recall": detection_scores.share(right, truth), "absent": int(absent), "hallucinated": int(anywhere),
-                     "absent_boxes": int(boxed), "hallucinated_there": int(there)})
+        ap = result.each.model["ap"].at(label)
+        rows.append({"target": part, "boxes": int(truth), "ap": ap.value, "ap_low": ap.low, "ap_high": ap.high,
+                     "ap50": ap50[label], "baseline_ap": result.each.baseline["ap"].value[label],
+                     "baseline_ap50": baseline_ap50[label],
+                     "precision": detection_scores.share(right, right + wrong),
+                     "recall": detection_scores.share(right, truth), "absent": int(absent),
+                     "hallucinated": int(anywhere), "absent_boxes": int(boxed), "hallucinated_there": int(there)})
     return rows
 
 
@@ -1011,12 +1012,12 @@ def per_state_rows(judged):
     return rows
 
 
-def find_alarms(judged, scored, values, threshold):
+def find_alarms(judged, scored, result, threshold):
     """Sentences on signs of a broken model, or of data that cannot judge it."""
     alarms, confusion = [], judged.counts["confusion"].sum(0)
     if not any((each["scores"] >= threshold).any() for each in scored.detections):
         alarms.append(f"no detection reaches the score {threshold:g}")
-    unseen = [part for part in judged.parts if math.isnan(values[f"ap_{part}"])]
+    unseen = [part for part, n in zip(judged.parts, result.n) if not n]
     if unseen:
         alarms.append(f"parts without a box here, so not judged: {', '.join(unseen)}")
     boxes = [np.round(each["boxes"][each["scores"] >= threshold], 1).tobytes() for each in scored.detections]
@@ -1032,12 +1033,12 @@ def find_alarms(judged, scored, values, threshold):
     return alarms
 
 
-def metric_names(settings):
-    """Names that --criteria may use."""
-    names = ["map", "map50", "precision", "recall", "hallucination_rate", "hallucination_rate_anywhere"]
+def criteria_names(settings):
+    """What --criteria may name."""
+    overall = ["map", "map50", "precision", "recall", "hallucination_rate", "hallucination_rate_anywhere"]
     if settings["states"]:
-        names += ["joint_map", "map_present", "state_accuracy", "macro_f1", "balanced_accuracy"]
-    return names + [f"ap_{part}" for part in settings["parts"]]
+        overall += ["joint_map", "map_present", "state_accuracy", "macro_f1", "balanced_accuracy"]
+    return verdicts.spell_metrics(overall, ("ap",), settings["parts"])
 
 
 @common.first_process_only
@@ -1045,21 +1046,19 @@ def report_results(run, args, study, scored, settings, context):
     """metrics.json, tables, pictures, report.html; context: split, best_epoch, alarms, random_weights."""
     threshold = args.score_threshold
     judged = detection_scores.Judged(study, scored.rows, scored.detections, settings, threshold, args.absent, scored.baseline)
-    values = judged.values(judged.every)
-    intervals, method = judged.intervals(args.bootstrap_draws, args.seed)
+    result = judged.result(args.bootstrap_draws, args.seed)
     held_out = scored.part == "test"
-    result = {"value": values, "interval": intervals or None, "sign_flip_p": {}, "method": method}
-    verdict = verdicts.verdict_sentence(result, "mean box", "map", None, held_out, lower_is_better=False, label="mean AP")
-    criteria = verdicts.judge_criteria(verdicts.parse_criteria(args.criteria, metric_names(settings)), values,
-                                     collections.defaultdict(lambda: None, intervals))
+    verdict = verdicts.verdict_sentence(result, "map", None, held_out)
+    names = criteria_names(settings)
+    criteria = verdicts.judge_criteria(verdicts.parse_criteria(args.criteria, names),
+                                       verdicts.named_estimates(result, names))
     metrics = {"part": scored.part, "best_epoch": context.get("best_epoch"), "verdict": verdict, "held_out": held_out,
-               "baseline": "mean box", "pictures": len(scored.rows), "score_threshold": threshold,
-               "absent": args.absent,
-               "value": values, "interval": intervals, "method": method, "criteria": criteria,
-               "alarms": find_alarms(judged, scored, values, threshold) + context.get("alarms", []),
-               "per_part": per_part_rows(judged, values, intervals), "per_state": per_state_rows(judged)}
+               "pictures": len(scored.rows), "score_threshold": threshold, "absent": args.absent,
+               **result.record("per_target"), "criteria": criteria,
+               "alarms": find_alarms(judged, scored, result, threshold) + context.get("alarms", []),
+               "per_part": per_part_rows(judged, result), "per_state": per_state_rows(judged)}
     write_results(run, args, study, scored, judged, metrics)
-    write_page(run, args, study, metrics, context)
+    write_page(run, args, study, metrics, result, context)
     common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
     verdicts.say_results(run, metrics)
 
@@ -1087,7 +1086,7 @@ def write_results(run, args, study, scored, judged, metrics):
             study.picture(row), written[k], study.parts, args.score_threshold, scale))
 
 
-def write_page(run, args, study, metrics, context):
+def write_page(run, args, study, metrics, result, context):
     """report.html: the verdict first, then the order of sections that all train scripts share."""
     part_columns = {"target": "part", "boxes": "n", "ap": "AP", "ap_low": "low", "ap_high": "high", "ap50": "AP50",
                     "baseline_ap": "mean box", "precision": "precision", "recall": "recall", "absent": "absent",
@@ -1105,7 +1104,7 @@ def write_page(run, args, study, metrics, context):
         ("Leakage", reporting.leakage_blocks(run)),
         ("Metrics", [
             *(reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]),
-            reporting.html_table(summary_rows(metrics), formats=dict.fromkeys(("value", "low", "high", "baseline"), ".3f"),
+            reporting.html_table(summary_rows(result), formats=dict.fromkeys(("value", "low", "high", "baseline"), ".3f"),
                               caption=f"On the {metrics['part']} pictures; precision, recall and hallucinations at "
                                       f"score {t:g}; {metrics['method']}"),
             reporting.html_table(metrics["per_part"], part_columns, formats,
@@ -1125,10 +1124,9 @@ def write_page(run, args, study, metrics, context):
             reporting.html_image(run.path("best_pictures.jpg"), "The pictures with fewest errors")]),
         ("Limits", [reporting.html_text(limits_text(args, metrics, context))]),
         ("Command and versions", reporting.command_blocks())]
-    low = metrics["interval"].get("difference_map", (math.nan, math.nan))[0]
-    level = verdicts.verdict_level(metrics["value"]["difference_map"], low, metrics["alarms"])
+    level = verdicts.verdict_level(result.gain("map"), metrics["alarms"])
     reporting.write_report(run.path("report.html"), f"Parts and their states: {run.folder.name}",
-                        (level, metrics["verdict"]), sections, run.compute.text, key_figures(metrics))
+                        (level, metrics["verdict"]), sections, run.compute.text, key_figures(result))
 
 
 def split_row(study, part, rows):
@@ -1149,25 +1147,28 @@ SUMMARY = {"map": "AP", "map50": "AP50", "map_present": "AP without absent parts
            "absent_box_detected": "box of an absent part detected, under any state"}
 
 
-def summary_rows(metrics):
+def summary_rows(result):
     """[{metric, value, low, high, baseline, which}] of the numbers over all parts."""
-    value, rows = metrics["value"], []
+    rows = []
     for name, text in SUMMARY.items():
-        if name in value:
-            low, high = metrics["interval"].get(name, (math.nan, math.nan))
-            other = next((n for n in (f"baseline_{name}", f"always_intact_{name}") if n in value), None)
-            rows.append({"metric": text, "value": value[name], "low": low, "high": high, "baseline": value.get(other),
-                         "which": "" if other is None else "mean box" if other.startswith("base") else "always intact"})
+        if name in result.overall.model:
+            found, baseline = result.overall.model[name], result.overall.baseline.get(name)
+            which = "mean box" if name in ("map", "map50", "joint_map") else "always intact"
+            rows.append({"metric": text, "value": found.value, "low": found.low, "high": found.high,
+                         "baseline": baseline.value if baseline else None, "which": which if baseline else ""})
     return rows
 
 
-def key_figures(metrics):
+def key_figures(result):
     """[(label, value, remark)] for the top of the report."""
-    labels = {"map": "AP", "joint_map": "Joint AP", "balanced_accuracy": "State balanced accuracy",
-              "baseline_map": "AP of the mean box", "hallucination_rate_anywhere": "Hallucination rate"}
-    return [reporting.key_figure(label, metrics["value"][name], metrics["interval"].get(name), metrics["method"])
-            for name, label in labels.items() if np.isfinite(metrics["value"].get(name, math.nan))
-            and metrics["value"].get(f"always_intact_{name}") != 1]  # with one state there is nothing to tell apart
+    model, baseline = result.overall.model, result.overall.baseline
+    figures = {"AP": model["map"], "Joint AP": model.get("joint_map")}
+    if baseline.get("balanced_accuracy") and baseline["balanced_accuracy"].value != 1:  # with one state nothing to tell
+        figures["State balanced accuracy"] = model["balanced_accuracy"]
+    figures["AP of the mean box"] = baseline["map"]
+    figures["Hallucination rate"] = model["hallucination_rate_anywhere"]
+    return [reporting.key_figure(label, found, result.method) for label, found in figures.items()
+            if found is not None and np.isfinite(found.value)]
 
 
 def limits_text(args, metrics, context):
@@ -1181,7 +1182,7 @@ def limits_text(args, metrics, context):
         lines.append("No --group_column: pictures of one object or session may stand on both sides of the split.")
     if context.get("random_weights"):
         lines.append("Started from random weights; published weights usually do far better on data of this size.")
-    if math.isnan(metrics["value"]["hallucination_rate_anywhere"]):
+    if math.isnan(metrics["model"]["hallucination_rate_anywhere"]["value"]):
         lines.append("No part is annotated as absent: hallucinations were not measured.")
     return "\n".join(f"- {line}" for line in lines)
 
@@ -1245,7 +1246,7 @@ def train(args):
         if study.skipped:
             common.write_table(run.path("skipped.csv"), study.skipped)
         split = make_split(args, study)
-        verdicts.parse_criteria(args.criteria, metric_names(model_settings(args, study, split["train"])))
+        verdicts.parse_criteria(args.criteria, criteria_names(model_settings(args, study, split["train"])))
         run_split(run, args, study, split)
 
 
@@ -1254,7 +1255,7 @@ def evaluate_checkpoint(args):
     with common.start_run(args) as run:
         model, content = load_detector(args.checkpoint, run.compute)
         settings = content["settings"]
-        verdicts.parse_criteria(args.criteria, metric_names(settings))
+        verdicts.parse_criteria(args.criteria, criteria_names(settings))
         args.min_size, args.model = settings["min_size"], settings["model"]
         run.say(f"checkpoint: {settings['model']}, epoch {content['epoch']}, input {settings['min_size']} to "
                 f"{settings['max_size']} px, {len(settings['parts'])} parts, states: {settings['states'] or 'none'}")

@@ -865,7 +865,7 @@ def time_blocks(study, rows, length=8, most=10):
 
 
 def compare(study, scored):
-    """bootstrap_regression against each baseline, in units of the labels' sd -> ({baseline: result}, sd (6,), unit).
+    """bootstrap_regression against each baseline, in units of the labels' sd -> ({baseline: Result}, sd (6,)).
 
     Resampled are patients; with fewer than five, blocks of time, which say nothing about other patients.
     """
@@ -873,30 +873,28 @@ def compare(study, scored):
     sd = probe_poses.centre_and_spread(study.at1)[1]
     by_patient = len(set(patients)) >= subject_intervals.FEWEST_FOR_INTERVAL
     units = patients if by_patient else time_blocks(study, scored.rows)
+    unit = "patients" if by_patient else "time blocks"
     scaled = {kind: wrapped(values, target) / sd for kind, values in scored.predicted.items()}
-    results = {}
-    for kind in (kind for kind in scaled if kind != "predicted"):
-        results[kind] = subject_intervals.bootstrap_regression(scaled["predicted"], target / sd, units, scaled[kind])
-        unit = "patients" if by_patient else "time blocks"
-        results[kind]["method"] = results[kind]["method"].replace("subjects", unit)
-    return results, sd, unit
+    model = scaled.pop("predicted")
+    return {kind: subject_intervals.bootstrap_regression(model, target / sd, units, baseline, unit=unit,
+                                                         names=probe_poses.AXES, baseline_name=kind)
+            for kind, baseline in scaled.items()}, sd
 
 
 def in_units(result, sd):
-    """The per-axis values and intervals of a result in units of sd (6,), back in mm and degrees; means stay in sd."""
+    """The Result with the axes' errors, which are in units of sd (6,), in mm and degrees; means stay in sd."""
     factors = {"mae": sd, "rmse": sd, "mse": sd ** 2}
-    for table in filter(None, (result["value"], result["interval"])):
-        for key in (key for key in table if "mean_" not in key):
-            factor = factors.get(key.rsplit("_", 1)[-1])
-            if factor is not None:
-                table[key] = table[key] * (factor[:, None] if np.ndim(table[key]) == 2 else factor)
-    return result
+    sides = {}
+    for side, estimates in vars(result.each).items():
+        errors = {metric: estimates[metric].times(factor) for metric, factor in factors.items()}
+        sides[side] = {**estimates, **errors}
+    return dataclasses.replace(result, each=subject_intervals.Comparison(**sides))
 
 
 def axis_rows(study, scored, result):
     """One dict per axis: n, R2 and MAE with intervals, and the MAE of every baseline."""
     target = study.at1[scored.rows]
-    rows = subject_intervals.target_rows({**result, "n": np.isfinite(target).sum(0)}, probe_poses.AXES)
+    rows = subject_intervals.target_rows(result)
     for kind, values in scored.predicted.items():
         error = np.abs(probe_poses.on_arrays(probe_poses.pose_error, values, target))
         for row, mae in zip(rows, np.nanmean(error, axis=0)):
@@ -932,14 +930,13 @@ def patient_rows(study, scored, baseline):
     return rows
 
 
-def verdict(results, baseline, unit, study, scored, held_out):
+def verdict(result, study, scored, held_out):
     """One honest sentence: does the model beat its best baseline, over what, and what it proves nothing about."""
-    result, patients = results[baseline], sorted(set(study.patients[scored.rows]))
-    text = verdicts.verdict_sentence(result, baseline.replace("_", " "), "mae", None, held_out)
-    text = text.replace("mean mae", "mean error in label sds").replace("the subjects' errors", f"the errors of {unit}")
-    if unit == "patients":
+    patients = sorted(set(study.patients[scored.rows]))
+    text = verdicts.verdict_sentence(result, "mae", None, held_out, label="mean error in label sds")
+    if result.unit == "patients":
         return text
-    of_patients = patient_rows(study, scored, baseline)
+    of_patients = patient_rows(study, scored, result.baseline_name)
     better = sum(np.mean([row[f"mae_{axis}"] / row[f"baseline_mae_{axis}"] for axis in probe_poses.AXES]) < 1
                  for row in of_patients)
     if not study.has_patients and len(patients) > 1:
@@ -955,12 +952,11 @@ def find_alarms(study, scored, results):
     """Sentences on what must be known before any number."""
     target, use = study.at1[scored.rows], scored.use
     alarms = verdicts.regression_alarms(wrapped(scored.predicted["predicted"], target), target, probe_poses.AXES)
-    any_result = next(iter(results.values()))
-    low, high = (any_result["interval"] or {}).get("mean_mae", (np.nan, np.nan))
-    index = results["frame_index"]["value"]["baseline_mean_mae"] if "frame_index" in results else np.nan
-    if low <= index <= high or index < any_result["value"]["mean_mae"]:
+    model = next(iter(results.values())).overall.model["mae"]
+    index = results["frame_index"].overall.baseline["mae"].value if "frame_index" in results else np.nan
+    if model.low <= index <= model.high or index < model.value:
         alarms.append(f"the place in the sequence alone predicts as well as the model ({index:.3f} against "
-                      f"{any_result['value']['mean_mae']:.3f}): it may know when, not where")
+                      f"{model.value:.3f}): it may know when, not where")
     if abs(use.get("action_shuffle_ratio", math.nan) - 1) < 0.02:
         alarms.append(f"the known motion is ignored: action-shuffle ratio {use['action_shuffle_ratio']:.3f}")
     if use.get("latent_skill", 0) > 1:
@@ -970,36 +966,30 @@ def find_alarms(study, scored, results):
     return alarms
 
 
-def read_criteria(args):
-    """--criteria, checked against the metrics of this script: mae_x_mm an axis, mae the mean over axes in label sds."""
-    endings = ["", *(f"_{axis}" for axis in probe_poses.AXES)]
-    return verdicts.parse_criteria(args.criteria, [m + ending for m in common.REGRESSION_METRICS for ending in endings])
+def criteria_names():
+    """What --criteria may name: mae_x_mm an axis, mae the mean over axes in label sds."""
+    return verdicts.spell_metrics(common.REGRESSION_METRICS, common.REGRESSION_METRICS, probe_poses.AXES)
 
 
 @common.first_process_only
 def report_results(run, args, study, split, scored, alarms, best_epoch=None, folds=()):
     """metrics.json, the tables, plots and report.html of one run, or of all folds pooled."""
-    results, sd, unit = compare(study, scored)
-    baseline = min(results, key=lambda kind: results[kind]["value"]["baseline_mean_mae"])
+    results, sd = compare(study, scored)
+    baseline = min(results, key=lambda kind: results[kind].overall.baseline["mae"].value)
     alarms = find_alarms(study, scored, results) + alarms
     held_out = scored.part in ("test", "all") or args.select == "last"
-    text = verdict(results, baseline, unit, study, scored, held_out)
-    compared = [{"baseline": kind, "error": each["value"]["baseline_mean_mae"],
-                 "difference": each["value"]["difference_mean_mae"],
-                 **dict(zip(("low", "high"), (each["interval"] or {}).get("difference_mean_mae", (None, None)))),
-                 "sign_flip_p": each["sign_flip_p"]["mae"], "meaning": BASELINES[kind]}
-                for kind, each in results.items()]
+    text = verdict(results[baseline], study, scored, held_out)
     result = in_units(results[baseline], sd)
     per_axis, per_patient = axis_rows(study, scored, result), patient_rows(study, scored, baseline)
-    criteria = verdicts.judge_criteria(read_criteria(args), *verdicts.named_values(result, probe_poses.AXES))
-    metrics = {"part": scored.part, "best_epoch": best_epoch, "verdict": text, "held_out": held_out, "unit": unit,
-               "baseline": baseline, "mean": {k: v for k, v in result["value"].items() if "mean_" in k},
-               "interval": {k: v for k, v in (result["interval"] or {}).items() if "mean_" in k},
-               "sign_flip_p": result["sign_flip_p"], "method": result["method"], "compose": study.compose,
+    names = criteria_names()
+    criteria = verdicts.judge_criteria(verdicts.parse_criteria(args.criteria, names),
+                                       verdicts.named_estimates(result, names))
+    metrics = {"part": scored.part, "best_epoch": best_epoch, "verdict": text, "held_out": held_out,
+               **result.record("per_target"), "compose": study.compose,
                "sample": splitting.effective_size(study.at1[scored.rows], study.patients[scored.rows]),
                "use": scored.use, "alarms": alarms, "criteria": criteria, "folds": list(folds), "label_sd": sd,
-               "baselines": compared, "predictors": angle_rows(study, scored), "per_axis": per_axis,
-               "per_patient": per_patient,
+               "baselines": [baseline_row(each) for each in results.values()],
+               "predictors": angle_rows(study, scored), "per_axis": per_axis, "per_patient": per_patient,
                "mae_at2": np.nanmean(np.abs(probe_poses.on_arrays(probe_poses.pose_error, scored.at2, study.at2[scored.rows])), axis=0)}
     common.write_table(run.path("per_axis_error.csv"), per_axis)
     common.write_table(run.path("per_patient_error.csv"), per_patient)
@@ -1010,23 +1000,30 @@ def report_results(run, args, study, split, scored, alarms, best_epoch=None, fol
     target = study.at1[scored.rows]
     plotting.plot_scatter(wrapped(scored.predicted["predicted"], target), target, probe_poses.AXES,
                         run.path("predicted_against_true.png"))
-    write_page(run, args, study, split, scored, metrics)
+    write_page(run, args, study, split, scored, metrics, result)
     common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
-    say_axes(run, per_axis)
+    say_axes(run, per_axis, list(results))
     verdicts.say_results(run, metrics)
 
 
-def say_axes(run, per_axis):
+def baseline_row(result):
+    """One line of the table of baselines: error in label sds, and the model's difference from it."""
+    difference = result.overall.difference["mae"]
+    return {"baseline": result.baseline_name, "error": result.overall.baseline["mae"].value,
+            "difference": difference.value, "low": difference.low, "high": difference.high,
+            "sign_flip_p": result.sign_flip_p["mae"], "meaning": BASELINES[result.baseline_name]}
+
+
+def say_axes(run, per_axis, baselines):
     """The MAE of model and baselines on the terminal, one line an axis."""
-    kinds = [key for key in per_axis[0] if key.startswith("mae_") and key not in ("mae_low", "mae_high")]
-    run.say("MAE       " + " ".join(f"{name.removeprefix('mae_'):>12}" for name in ["model", *kinds]))
+    run.say("MAE       " + " ".join(f"{name:>12}" for name in ["model", *baselines]))
     for row in per_axis:
-        run.say(f"{row['target']:10}" + " ".join(f"{row[key]:12.2f}" for key in ["mae", *kinds]))
+        run.say(f"{row['target']:10}" + " ".join(f"{row[key]:12.2f}" for key in ["mae", *(f"mae_{kind}" for kind in baselines)]))
 
 
-def write_page(run, args, study, split, scored, metrics):
+def write_page(run, args, study, split, scored, metrics, result):
     """report.html: the verdict first, then the order of sections that all train scripts share."""
-    sample, baseline = metrics["sample"], metrics["baseline"].replace("_", " ")
+    sample = metrics["sample"]
     patients = f"{sample['subjects']} patients" if study.has_patients else (
         f"{sample['subjects']} folders, whose patients are not known")
     of_baselines = {f"mae_{kind}": kind.replace("_", " ") for kind in BASELINES}
@@ -1065,21 +1062,19 @@ def write_page(run, args, study, split, scored, metrics):
         ("Best and worst cases", case_blocks(args, study, scored)),
         ("Limits", [reporting.html_text(limits_text(args, study, metrics))]),
         ("Command and versions", reporting.command_blocks())]
-    low = -metrics["interval"].get("difference_mean_mae", (np.nan, np.nan))[1]
-    level = verdicts.verdict_level(-metrics["mean"]["difference_mean_mae"], low, metrics["alarms"])
+    level = verdicts.verdict_level(result.gain("mae"), metrics["alarms"])
     level = "caution" if level == "good" and metrics["unit"] != "patients" else level
     reporting.write_report(run.path("report.html"), f"Probe guidance: {run.folder.name}", (level, metrics["verdict"]),
-                        sections, foot=run.compute.text, figures=key_figures(metrics, baseline))
+                        sections, foot=run.compute.text, figures=key_figures(result, metrics["predictors"]))
 
 
-def key_figures(metrics, baseline):
+def key_figures(result, predictors):
     """[(label, value, remark)] for the top of the report."""
-    interval, model = metrics["interval"], metrics["predictors"][0]
-    other = next(row for row in metrics["predictors"] if row["predictor"] == metrics["baseline"])
-    return [reporting.key_figure("Error in label sds", metrics["mean"]["mean_mae"], interval.get("mean_mae"),
-                              metrics["method"]),
-            reporting.key_figure(f"The same of {baseline}", metrics["mean"]["baseline_mean_mae"],
-                              interval.get("baseline_mean_mae"), metrics["method"]),
+    baseline = result.baseline_name.replace("_", " ")
+    model = predictors[0]
+    other = next(row for row in predictors if row["predictor"] == result.baseline_name)
+    return [reporting.key_figure("Error in label sds", result.overall.model["mae"], result.method),
+            reporting.key_figure(f"The same of {baseline}", result.overall.baseline["mae"], result.method),
             ("MAE, translations", f"{model['mae_mm']:.2f} mm", f"{baseline}: {other['mae_mm']:.2f} mm"),
             ("MAE, angles", f"{model['mae_deg']:.2f} deg", f"{baseline}: {other['mae_deg']:.2f} deg")]
 
@@ -1128,10 +1123,10 @@ def limits_text(args, study, metrics):
 
 def fold_rows(folds):
     """Fold table: one dict per fold, then mean and SD over the folds."""
-    numbers = [{"error": fold["mean"]["mean_mae"], "baseline_error": fold["mean"]["baseline_mean_mae"],
-                "r2": fold["mean"]["mean_r2"], **fold["use"]} for fold in folds]
+    numbers = [{"error": fold["model"]["mae"]["value"], "baseline_error": fold["baseline"]["mae"]["value"],
+                "r2": fold["model"]["r2"]["value"], **fold["use"]} for fold in folds]
     rows = [{"fold": fold["fold"], "patients": ", ".join(fold["patients"]), "rows": fold["rows"],
-             "best_epoch": fold["best_epoch"], "baseline": fold["baseline"], **own}
+             "best_epoch": fold["best_epoch"], "baseline": fold["baseline_name"], **own}
             for fold, own in zip(folds, numbers)]
     values = {name: np.array([own[name] for own in numbers], float) for name in numbers[0]}
     sd = {name: v.std(ddof=1) if len(v) > 1 else np.nan for name, v in values.items()}
@@ -1259,11 +1254,11 @@ def run_folds(run, args, study):
             scored = read_predictions(child.path("predictions_val.csv"), study, metrics["use"], "val")
         results.append(scored)
         done.append({"fold": k, "rows": len(scored.rows), "patients": sorted(set(study.patients[scored.rows])),
-                     **{name: metrics[name] for name in ("best_epoch", "mean", "use", "baseline")}})
+                     **{name: metrics[name] for name in ("best_epoch", "model", "baseline", "baseline_name", "use")}})
     common.write_table(run.path("fold_table.csv"), fold_rows(done))
     pooled = pool(results)
     write_predictions(run.path("predictions_folds.csv"), study, pooled)
-    alarms = verdicts.identical_fold_alarms([list(fold["mean"].values()) for fold in done])
+    alarms = verdicts.identical_fold_alarms([[each["value"] for each in fold["model"].values()] for fold in done])
     report_results(run, args, study, folds, pooled, alarms, folds=done)
 
 
@@ -1370,7 +1365,7 @@ def audit(run, args):
 def train(run, args):
     """--mode train: one run, or one per fold."""
     study = load_study(args, run)
-    read_criteria(args)
+    verdicts.parse_criteria(args.criteria, criteria_names())
     if args.folds:
         run_folds(run, args, study)
     else:

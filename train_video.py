@@ -598,8 +598,9 @@ class Behaviours:
         known = torch.tensor(np.maximum(table.label, 0))
         self.target = nn.functional.one_hot(known, len(counts)).float()  # (N, C)
         self.weight = torch.from_numpy(sample_weights(table, args.sample_weight)).float()  # (N,)
-        self.metrics = common.classification_names(table.names)  # name of --select -> metric
-        self.default_select = f"{table.names[study.positive]}_average_precision"
+        self.columns = verdicts.class_columns(table.names)  # of the history: {column: MetricOf}
+        self.meanings = verdicts.spell_class_metrics(table.names)  # names of --select
+        self.default_select = f"average_precision_{table.names[study.positive]}"
 
     def rows(self, train):
         """Train rows as often as they are seen in an epoch: (n,) -> (m,).
@@ -647,9 +648,14 @@ class Behaviours:
 
     def history(self, logits, rows):
         """{metric: value} of the rows at their natural class shares, for a row of the history."""
-        values = common.classification_metrics(
-            common.softmax(logits), self.label[rows], names=self.names, positive=self.positive)
-        del values["n"], values["confusion"]
+        found = common.classification_metrics(
+            common.softmax(logits), self.label[rows], positive=self.positive)
+        values = {}
+        for column, (metric, name) in self.columns.items():
+            if name is None:
+                values[column] = found.overall[metric]
+            else:
+                values[column] = found.per_class[metric][self.names.index(name)]
         return values
 
     def record(self, shift):
@@ -671,7 +677,8 @@ def class_weights(args, prior, positive):
 
 class Scores:
     """--task regress: targets, loss and metrics of R scores, on the scale of the train rows."""
-    metrics = {name: name for name in ("loss", "mse", "mae", "r2", "pearson_r")}
+    columns = {name: verdicts.MetricOf(name) for name in ("loss", "mse", "mae", "r2", "pearson_r")}
+    meanings = verdicts.spell_metrics(columns, (), ())
     default_select = "loss"
     positive = None
 
@@ -741,7 +748,7 @@ class Scores:
         means = common.mean_metrics(common.regression_metrics(predicted, self.values[rows]))
         predicted = torch.tensor(predicted, dtype=torch.float32)
         loss = self.loss(predicted, self.target[rows], self.weight[rows])
-        return {"loss": float(loss)} | {name: means[name] for name in self.metrics if name in means}
+        return {"loss": float(loss)} | {name: means[name] for name in self.columns if name in means}
 
     def record(self, shift):
         """What a checkpoint says of the scores."""
@@ -770,12 +777,9 @@ def select_column(wanted, objective):
     name = (wanted or objective.default_select).removeprefix("val_")
     if name == "last":
         return "last", True
-    if name not in objective.metrics:
-        raise common.UserError(
-            f"--select {wanted} is no metric of this run{common.closest(name, objective.metrics)}; "
-            f"metrics: {common.shorten_list(objective.metrics, 40)}, last")
-    metric = objective.metrics[name]
-    return f"val_{metric}", not metric.endswith(common.LOWER_IS_BETTER)
+    meaning = verdicts.read_name("--select", name, objective.meanings | {"last": set()})
+    column = next(each for each, own in objective.columns.items() if own == meaning)
+    return f"val_{column}", not common.METRICS[meaning.metric].lower_is_better
 
 
 # --- training ---------------------------------------------------------------------------
@@ -1067,39 +1071,37 @@ def read_predictions(path, study, split, part, calibration):
     return Scored(rows, outputs, values, part, [(split["train"], rows)], calibration and [calibration] * len(rows))
 
 
-def best_baseline(others, label, names, positive):
-    """Name of the baseline with the highest AUC of the positive class; {name: (M, C)}, (M,) labels."""
-    auc = {name: common.classification_metrics(p, label, names=names, positive=positive)["roc_auc"]
-           for name, p in others.items()}
-    return max(auc, key=lambda name: np.nan_to_num(auc[name], nan=-1))
-
-
 def judge_classes(probability, label, names, positive, groups, others, threshold=None):
-    """Metrics with intervals of (M, C) probabilities and (M,) thresholds, paired with the best of the baselines, which
-    decide by their most probable class -> (result, its name)."""
+    """Result of (M, C) probabilities and (M,) thresholds, paired with the baseline of the highest AUC, {name: (M, C)},
+    which decides by its most probable class."""
     known = label >= 0
-    best = best_baseline(others, label, names, positive) if others else None
+
+    def auc(name):
+        value = common.classification_metrics(others[name], label, positive=positive).overall["roc_auc"]
+        return np.nan_to_num(value, nan=-1)
+    best = max(others, key=auc) if others else None
     return subject_intervals.bootstrap_classification(
-        probability[known], label[known], None if groups is None else groups[known], others[best][known] if best else
-        None, names, None if threshold is None else threshold[known], positive), best
+        probability[known], label[known], None if groups is None else groups[known],
+        others[best][known] if others else None, names, None if threshold is None else threshold[known], positive,
+        baseline_name=best)
 
 
-def decision_metrics(chosen, label, names, positive):
-    """What hangs on the decision alone: accuracy, F1, recall, precision, MCC of (M,) chosen classes."""
-    one_hot = np.eye(len(names))[chosen]
-    values = common.classification_metrics(one_hot, label, names=names, positive=positive)
-    wanted = ("accuracy", "balanced_accuracy", "macro_f1", "mcc", "precision", "recall", "f1")
-    return {name: value for name, value in values.items() if name.endswith(wanted)}
+def decision_metrics(chosen, label, n_classes):
+    """What depends on the decision alone: metrics of (M,) chosen classes as {metric: number}, {metric: (C,)}."""
+    found = common.classification_metrics(np.eye(n_classes)[chosen], label)
+    overall = {name: found.overall[name] for name in ("accuracy", "balanced_accuracy", "macro_f1", "mcc")}
+    return overall, {name: found.per_class[name] for name in ("precision", "recall", "f1")}
 
 
-def class_results(run, args, study, scored):
-    """What metrics.json says of classes: values with intervals, calibration, priors without pixels; writes plots."""
+def class_results(run, study, scored):
+    """(Result, what else metrics.json says of classes: calibration, priors without pixels); writes plots."""
     table, rows, positive = study.table, scored.rows, study.positive
     label, names = table.label[rows], table.names
     groups = None if study.clusters is None else study.clusters[rows]
     probability, threshold = decision_of(scored)
-    result, baseline = judge_classes(probability, label, names, positive, groups, scored.baselines, threshold)
-    low = result["interval"]["roc_auc"][0] if result["interval"] else result["value"]["roc_auc"]
+    result = judge_classes(probability, label, names, positive, groups, scored.baselines, threshold)
+    auc = result.overall.model["roc_auc"]
+    low = auc.low if result.has_intervals else auc.value
     levels = confounding.prior_levels(table)
     confounds = confounding.flag_confounds(
         confounding.level_priors(levels, table.label, *folds_apart(scored), study.clusters, positive), low)
@@ -1107,18 +1109,17 @@ def class_results(run, args, study, scored):
         if row["name"] in levels:
             row["model_auc_within_levels"] = confounding.within_level_auc(probability[:, positive], label,
                                                                      levels[row["name"]][rows], positive)
-    plotting.plot_confusion(result["confusion"], names, run.path("confusion.png"))
+    plotting.plot_confusion(result.confusion, names, run.path("confusion.png"))
     plotting.plot_precision_recall(probability, label, names, run.path("precision_recall.png"),
                                  positive if len(names) == 2 else None)
     plotting.plot_risk_coverage(probability.max(1), probability.argmax(1) == label, run.path("risk_coverage.png"))
     plotting.plot_reliability(probability, label, run.path("reliability.png"),
                             common.softmax(scored.outputs) if scored.calibration else None)
-    return {"metric": "roc_auc", "baseline": baseline, "positive_class": names[positive], "names": names,
-            **{key: result[key] for key in ("value", "interval", "per_subject", "sign_flip_p", "method", "confusion",
-                                            "n")},
-            "null_ece": calibrating.expected_ece(probability.max(1)), "calibration": calibration_table(study, scored),
-            "confounds": confounds,
-            "alarms": verdicts.classification_alarms(probability, label, names, threshold, positive)}
+    return result, {
+        "metric": "roc_auc", "positive_class": names[positive], "names": names, **result.record("per_class"),
+        "confusion": result.confusion, "n": result.n, "null_ece": calibrating.expected_ece(probability.max(1)),
+        "calibration": calibration_table(study, scored), "confounds": confounds,
+        "alarms": verdicts.classification_alarms(probability, label, names, threshold, positive)}
 
 
 def folds_apart(scored):
@@ -1128,33 +1129,33 @@ def folds_apart(scored):
 
 def calibration_table(study, scored):
     """Dicts of NLL, Brier, ECE, F1 and recall of the positive class before and after temperature and threshold."""
-    label, names, positive = study.table.label[scored.rows], study.table.names, study.positive
+    label, positive = study.table.label[scored.rows], study.positive
     stages = {"before": (common.softmax(scored.outputs), None)}
     if scored.calibration:
         stages["after"] = calibrated(scored)
     table = []
     for stage, (probability, threshold) in stages.items():
-        values = common.classification_metrics(probability, label, names=names, positive=positive)
-        values |= decision_metrics(common.predicted_class(probability, threshold, positive), label, names, positive)
-        name = names[positive]
+        values = common.classification_metrics(probability, label, positive=positive).overall
+        chosen = common.predicted_class(probability, threshold, positive)
+        overall, per_class = decision_metrics(chosen, label, len(study.table.names))
         table.append({"stage": stage, "nll": values["loss"], "brier": values["brier"], "ece": values["ece"],
                       "ece_adaptive": values["ece_adaptive"],
                       "ece_of_a_calibrated_model": calibrating.expected_ece(probability.max(1)),
-                      "accuracy": values["accuracy"], **{f"{name}_{m}": values[f"{name}_{m}"]
-                                                         for m in ("precision", "recall", "f1")}})
+                      "accuracy": overall["accuracy"], **{name: each[positive] for name, each in per_class.items()}})
     return table
 
 
-def score_results(run, args, study, scored):
-    """What metrics.json says of scores: per score and moment, bias and slope, priors without pixels; writes plots."""
+def score_results(run, study, scored):
+    """(Result, what else metrics.json says of scores: moments, bias and slope, priors without pixels); writes plots."""
     table, rows = study.table, scored.rows
     target, predicted, names = table.target[rows], scored.outputs, table.names
     groups = None if study.clusters is None else study.clusters[rows]
-    result, baseline = subject_intervals.score_regression(predicted, target, groups, scored.baselines)
-    per_target = subject_intervals.target_rows(result, names)
+    result = subject_intervals.score_regression(predicted, target, groups, scored.baselines, names)
+    per_target = subject_intervals.target_rows(result)
     for r, row in enumerate(per_target):
         row |= bias_and_slope(predicted[:, r], target[:, r])
-    low = result["interval"]["mean_r2"][0] if result["interval"] else result["value"]["mean_r2"]
+    r2 = result.overall.model["r2"]
+    low = r2.low if result.has_intervals else r2.value
     confounds = confounding.flag_confounds(
         confounding.level_means(confounding.prior_levels(table), table.target, *folds_apart(scored), study.clusters), low)
     common.write_table(run.path("scores.csv"), per_target)
@@ -1162,12 +1163,10 @@ def score_results(run, args, study, scored):
     plotting.plot_scatter(predicted, target, names, run.path("predicted_against_true.png"))
     icc = {name: rater_agreement.icc([each[row] for row in range(len(table))])
            for name, each in (table.single_ratings or {}).items()}
-    return {"metric": "mean_r2", "baseline": baseline, "names": names, "per_target": per_target,
-            "per_moment": moment_rows(study, scored), "icc": icc, "result": result, "confounds": confounds,
-            "value": {k: v for k, v in result["value"].items() if "mean_" in k},
-            "interval": {k: v for k, v in (result["interval"] or {}).items() if "mean_" in k} or None,
-            "sign_flip_p": result["sign_flip_p"], "method": result["method"],
-            "alarms": verdicts.regression_alarms(predicted, target, names) + slope_alarms(per_target)}
+    return result, {
+        "metric": "r2", "names": names, **result.record("per_target"), "score_table": per_target,
+        "per_moment": moment_rows(study, scored), "icc": icc, "confounds": confounds,
+        "alarms": verdicts.regression_alarms(predicted, target, names) + slope_alarms(per_target)}
 
 
 def bias_and_slope(predicted, target):
@@ -1200,60 +1199,59 @@ def moment_rows(study, scored):
     return rows
 
 
-def criteria_values(study, metrics, scored):
-    """(names -> value, names -> interval) that --criteria may name: those of the metrics, and MAE_LEVEL of moments."""
-    if study.table.target is None:
-        return verdicts.classification_values(metrics, study.table.names)
-    values, intervals = verdicts.named_values(metrics["result"], study.table.names)
-    moments = moment_levels(study)
-    for level in sorted(set(moments)) if moments is not None else ():
-        rows = scored.rows[moments[scored.rows] == level]
-        place = np.flatnonzero(np.isin(scored.rows, rows))
-        result = subject_intervals.bootstrap_regression(scored.outputs[place], study.table.target[rows],
-                                             None if study.clusters is None else study.clusters[rows])
-        for metric in common.REGRESSION_METRICS:
-            values[f"{metric}_{level}"] = float(result["value"][f"mean_{metric}"])
-            intervals[f"{metric}_{level}"] = result["interval"] and tuple(result["interval"][f"mean_{metric}"])
-    return values, intervals
-
-
 def criteria_names(study):
-    """All that --criteria may name in this run."""
+    """What --criteria may name: metrics of all, of a class or score, and of scores at a level of --moment_column."""
+    names = study.table.names
     if study.table.target is None:
-        return list(common.classification_names(study.table.names))
+        return verdicts.spell_class_metrics(names)
+    meanings = verdicts.spell_metrics(common.REGRESSION_METRICS, common.REGRESSION_METRICS, names)
+    for metric, level in itertools.product(common.REGRESSION_METRICS, moments_of(study)):
+        meanings.setdefault(f"{metric}_{level}", set()).add(verdicts.MetricOf(metric, f"moment {level}"))
+    return meanings
+
+
+def moments_of(study):
+    """The levels of --moment_column; none where the table has no such column."""
     moments = moment_levels(study)
-    endings = ["", *(f"_{each}" for each in [*study.table.names, *(() if moments is None else sorted(set(moments)))])]
-    return [metric + ending for metric in common.REGRESSION_METRICS for ending in endings]
+    return [] if moments is None else sorted(set(moments))
+
+
+def criteria_estimates(study, result, scored):
+    """{name: Estimate} of what --criteria may name."""
+    estimates = verdicts.named_estimates(result, criteria_names(study))
+    for level in moments_of(study) if study.table.target is not None else ():
+        here = moment_levels(study)[scored.rows] == level
+        rows = scored.rows[here]
+        groups = None if study.clusters is None else study.clusters[rows]
+        of_level = subject_intervals.bootstrap_regression(scored.outputs[here], study.table.target[rows], groups)
+        estimates |= {f"{metric}_{level}": each for metric, each in of_level.overall.model.items()}
+    return estimates
 
 
 @common.first_process_only
 def report_results(run, args, study, split, scored, alarms, best_epoch=None, folds=()):
     """metrics.json, tables, plots and report.html of one run, or of all folds pooled."""
-    results = class_results if study.table.target is None else score_results
-    metrics = results(run, args, study, scored)
+    is_classes = study.table.target is None
+    result, metrics = (class_results if is_classes else score_results)(run, study, scored)
     held_out = scored.part == "test" or args.select == "last"
-    metric = metrics["metric"].removeprefix("mean_")
-    label = f"AUC of {metrics['positive_class']}" if study.table.target is None else None
-    verdict = verdicts.verdict_sentence(metrics.get("result", metrics), metrics["baseline"].replace("_", " "), metric,
-                                      held_out=held_out, label=label)
+    label = f"AUC of {metrics['positive_class']}" if is_classes else "mean R2"
+    verdict = verdicts.verdict_sentence(result, metrics["metric"], held_out=held_out, label=label)
     flagged = [row["name"] for row in metrics["confounds"] if row["red_flag"] and row["name"] != "row order"]
     if flagged:
         verdict += f" No pixel is needed to come as far: {common.shorten_list(flagged, 3)}."
     criteria = verdicts.parse_criteria(args.criteria, criteria_names(study))
-    values, intervals = criteria_values(study, metrics, scored) if criteria else ({}, {})
-    target = study.table.label[scored.rows] if study.table.target is None else study.table.target[scored.rows]
+    estimates = criteria_estimates(study, result, scored) if criteria else {}
+    target = (study.table.label if is_classes else study.table.target)[scored.rows]
     sample = splitting.effective_size(target, None if study.clusters is None else study.clusters[scored.rows])
     metrics |= {"part": scored.part, "best_epoch": best_epoch, "verdict": verdict, "held_out": held_out,
-                "alarms": metrics["alarms"] + alarms, "criteria": verdicts.judge_criteria(criteria, values, intervals),
+                "alarms": metrics["alarms"] + alarms, "criteria": verdicts.judge_criteria(criteria, estimates),
                 "sample": sample, "folds": list(folds)}
-    metrics.pop("result", None)
-    write_page(run, args, study, split, scored, metrics)
+    write_page(run, args, study, split, scored, metrics, result)
     common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
     verdicts.say_results(run, metrics)
-    return metrics
 
 
-def write_page(run, args, study, split, scored, metrics):
+def write_page(run, args, study, split, scored, metrics, result):
     """report.html: the verdict first, then the order of sections that all train scripts share."""
     is_classes, sample = study.table.target is None, metrics["sample"]
     subjects = "no groups: each row its own" if study.clusters is None else f"{sample['subjects']} groups or videos"
@@ -1267,7 +1265,7 @@ def write_page(run, args, study, split, scored, metrics):
                              f"{len(study.skipped)} rows skipped."), reporting.html_table(sizes)]),
         ("Leakage", reporting.leakage_blocks(run)),
         ("Metrics", [*(reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]),
-                     *(class_blocks if is_classes else score_blocks)(run, metrics),
+                     *(class_blocks if is_classes else score_blocks)(run, metrics, result),
                      *([reporting.html_table(metrics["criteria"], caption="Criteria")] if metrics["criteria"] else []),
                      *([reporting.html_table(fold_rows(metrics["folds"]), caption="Folds")]
                        if metrics["folds"] else [])]),
@@ -1277,60 +1275,57 @@ def write_page(run, args, study, split, scored, metrics):
         ("Best and worst cases", case_blocks(study, scored)),
         ("Limits", [reporting.html_text(limits_text(args, study, metrics))]),
         ("Command and versions", reporting.command_blocks())]
-    name, value, interval = metrics["metric"], metrics["value"], metrics["interval"] or {}
-    level = verdicts.verdict_level(value[f"difference_{name}"], interval.get(f"difference_{name}", (math.nan,) * 2)[0],
-                                 metrics["alarms"] or any(row["red_flag"] for row in metrics["confounds"]))
+    flagged = any(row["red_flag"] for row in metrics["confounds"])
+    level = verdicts.verdict_level(result.gain(metrics["metric"]), metrics["alarms"] or flagged)
     title = "Behaviour in clips" if is_classes else "Scores of frame sequences"
     reporting.write_report(run.path("report.html"), f"{title}: {run.folder.name}", (level, metrics["verdict"]), sections,
-                        run.compute.text, key_figures(metrics, value, interval))
+                        run.compute.text, key_figures(result, study.positive))
 
 
-def key_figures(metrics, value, interval):
-    """[(label, value, remark)] for the top of the report."""
-    baseline = metrics["baseline"].replace("_", " ")
-    if metrics["metric"] == "roc_auc":
-        positive = metrics["positive_class"]
-        labels = {"roc_auc": f"AUC of {positive}", f"{positive}_average_precision": "Average precision",
-                  f"{positive}_recall": f"Recall of {positive}", "baseline_roc_auc": f"AUC of the {baseline}"}
+def key_figures(result, positive):
+    """[(label, value, remark)] for the top of the report; positive: index of that class, None for scores."""
+    model, baseline = result.overall.model, result.overall.baseline
+    other = result.baseline_name.replace("_", " ")
+    if positive is None:
+        figures = {"Mean R2": model["r2"], "Mean r": model["pearson_r"], "Mean MAE": model["mae"],
+                   f"R2 of the {other}": baseline["r2"]}
     else:
-        labels = {"mean_r2": "Mean R2", "mean_pearson_r": "Mean r", "mean_mae": "Mean MAE",
-                  "baseline_mean_r2": f"R2 of the {baseline}"}
-    return [reporting.key_figure(label, value[name], interval.get(name), metrics["method"])
-            for name, label in labels.items()]
+        name = result.names[positive]
+        figures = {f"AUC of {name}": model["roc_auc"],
+                   "Average precision": result.each.model["average_precision"].at(positive),
+                   f"Recall of {name}": result.each.model["recall"].at(positive),
+                   f"AUC of the {other}": baseline["roc_auc"]}
+    return [reporting.key_figure(label, found, result.method) for label, found in figures.items()]
 
 
-def class_blocks(run, metrics):
+def class_blocks(run, metrics, result):
     """Tables and plots of classes."""
-    value, interval = metrics["value"], metrics["interval"] or {}
+    overall = [{"metric": name.replace("_", " "), **dataclasses.asdict(found),
+                "baseline": result.overall.baseline[name].value} for name, found in result.overall.model.items()]
 
-    def row(name, key):
-        low, high = interval.get(key, (math.nan,) * 2)
-        return {"metric": name, "value": value[key], "low": low, "high": high,
-                "baseline": value.get(f"baseline_{key}", math.nan)}
-    overall = [row(key.replace("_", " "), key) for key in common.CLASSIFICATION_METRICS]
-    def with_interval(key):
-        low, high = interval.get(key, (math.nan,) * 2)
-        return f"{value[key]:.3f}" + ("" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]")
-    per_class = [{"class": name, "n": int(n), **{m: with_interval(f"{name}_{m}") for m in common.CLASS_METRICS}}
-                 for name, n in zip(metrics["names"], metrics["n"])]
+    def with_interval(found):
+        return f"{found.value:.3f}" + ("" if math.isnan(found.low) else f" [{found.low:.2f}, {found.high:.2f}]")
+    per_class = [{"class": name, "n": int(result.n[c]),
+                  **{metric: with_interval(found.at(c)) for metric, found in result.each.model.items()}}
+                 for c, name in enumerate(result.names)]
     formats = dict.fromkeys(("value", "low", "high", "baseline"), ".3f")
     return [reporting.html_table(overall, formats=formats, caption=f"On the {metrics['part']} rows; baseline: "
-                              f"{metrics['baseline'].replace('_', ' ')}; {metrics['method']}"),
+                              f"{result.baseline_name.replace('_', ' ')}; {result.method}"),
             reporting.html_table(per_class, caption="Each class against the rest, with 95 % intervals"),
             reporting.html_image(run.path("confusion.png"), "Confusion matrix: rows true, columns predicted"),
             reporting.html_image(run.path("precision_recall.png"), "Precision-recall and ROC curves"),
             reporting.html_image(run.path("risk_coverage.png"), "Errors among the most confident")]
 
 
-def score_blocks(run, metrics):
+def score_blocks(run, metrics, result):
     """Tables and plots of scores."""
     columns = {"target": "score", "n": "n", "mae": "MAE", "rmse": "RMSE", "r2": "R2", "r2_low": "R2 low",
                "r2_high": "R2 high", "pearson_r": "r", "bias": "bias", "slope": "slope", "baseline_r2": "baseline R2",
                "baseline_mae": "baseline MAE"}
     formats = {name: ".3f" for name in columns if name not in ("target", "n")}
-    blocks = [reporting.html_table(metrics["per_target"], columns, formats,
+    blocks = [reporting.html_table(metrics["score_table"], columns, formats,
                                 caption=f"Each score on the {metrics['part']} rows, in its unit; baseline: "
-                                        f"{metrics['baseline'].replace('_', ' ')}; {metrics['method']}"),
+                                        f"{result.baseline_name.replace('_', ' ')}; {result.method}"),
               reporting.html_image(run.path("scores.png"), "r and R2, interval, baseline"),
               reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true")]
     if metrics["per_moment"]:
@@ -1366,7 +1361,9 @@ def calibration_blocks(run, metrics):
     note = ("Temperature and threshold were fitted on other rows (validation, or the other folds)."
             if len(metrics["calibration"]) > 1 else "Temperature and threshold were fitted on these very rows and are "
             "therefore shown for test rows and folds only; they are in best_model.pth.")
-    return [reporting.html_text(note), reporting.html_table(metrics["calibration"], formats=formats),
+    positive = metrics["positive_class"]
+    return [reporting.html_text(note), reporting.html_table(metrics["calibration"], formats=formats,
+                                                            caption=f"Precision, recall and F1 of {positive}"),
             reporting.html_image(run.path("reliability.png"), "Reliability: how often a confidence is right")]
 
 
@@ -1466,11 +1463,11 @@ def run_split(run, args, study, split):
 
 def plotted_history(fitted):
     """The history for its plot: of the classes only the positive one, one of several like metrics."""
-    names = fitted.objective.names
-    kept = names[fitted.objective.positive or 0]
-    others = tuple(f"val_{name}_" for name in names if name != kept)
-    left_out = (*others, "val_ece_adaptive", "val_brier", "val_mcc", "val_mse")
-    return [{name: value for name, value in row.items() if not name.startswith(left_out)}
+    positive = fitted.objective.positive
+    shown = None if positive is None else fitted.objective.names[positive]
+    left_out = [f"val_{column}" for column, (metric, name) in fitted.objective.columns.items()
+                if name not in (None, shown) or metric in ("ece_adaptive", "brier", "mcc", "mse")]
+    return [{name: value for name, value in row.items() if name not in left_out}
             for row in fitted.history]
 
 
@@ -1577,12 +1574,12 @@ def fold_metrics(study, scored):
     if study.table.target is not None:
         means = common.mean_metrics(common.regression_metrics(scored.outputs, truth))
         return {name: means[name] for name in ("mae", "rmse", "r2", "pearson_r")}
-    names = study.table.names
-    values = common.classification_metrics(
-        common.softmax(scored.outputs), truth, names=names, positive=study.positive)
-    wanted = ("accuracy", "balanced_accuracy", "macro_f1", "roc_auc", "loss", "ece",
-              f"{names[study.positive]}_average_precision")
-    return {name: values[name] for name in wanted}
+    found = common.classification_metrics(
+        common.softmax(scored.outputs), truth, positive=study.positive)
+    wanted = ("accuracy", "balanced_accuracy", "macro_f1", "roc_auc", "loss", "ece")
+    values = {name: found.overall[name] for name in wanted}
+    average_precision = found.per_class["average_precision"][study.positive]
+    return values | {f"{study.table.names[study.positive]}_average_precision": average_precision}
 
 
 def write_fold_scores(run, study, chosen, results):
@@ -1773,16 +1770,19 @@ def evaluate_classes(args):
     if not labelled.any():
         raise common.UserError(f"--predictions {args.predictions}: no row has a true_label, nothing to score")
     positive = positive_class(args.positive_class, names, found.label)
-    result, baseline = judge_classes(found.probability, found.label, names, positive, found.groups, found.baselines,
-                                     found.threshold)
-    print_values(result, [*common.CLASSIFICATION_METRICS, *(f"{n}_{m}" for n in names for m in common.CLASS_METRICS)])
-    criteria = verdicts.parse_criteria(args.criteria, list(common.classification_names(names)))
-    return {"positive_class": names[positive], "baseline": baseline,
-            "decisions": decision_metrics(found.chosen[labelled], found.label[labelled], names, positive),
-            "null_ece": calibrating.expected_ece(found.probability[labelled].max(1)),
-            **{key: result[key] for key in ("value", "interval", "confusion", "n", "sign_flip_p", "method")},
+    result = judge_classes(found.probability, found.label, names, positive, found.groups, found.baselines,
+                           found.threshold)
+    print_values(result)
+    meanings = verdicts.spell_class_metrics(names)
+    criteria = verdicts.parse_criteria(args.criteria, meanings)
+    overall, per_class = decision_metrics(found.chosen[labelled], found.label[labelled], len(names))
+    of_class = [{"name": name, **{metric: values[c] for metric, values in per_class.items()}}
+                for c, name in enumerate(names)]
+    return {"positive_class": names[positive], "decisions": {**overall, "per_class": of_class},
+            "null_ece": calibrating.expected_ece(found.probability[labelled].max(1)), **result.record("per_class"),
+            "confusion": result.confusion, "n": result.n,
             "alarms": verdicts.classification_alarms(found.probability, found.label, names, found.threshold, positive),
-            "criteria": verdicts.judge_criteria(criteria, *verdicts.classification_values(result, names))}
+            "criteria": verdicts.judge_criteria(criteria, verdicts.named_estimates(result, meanings))}
 
 
 def evaluate_scores(args):
@@ -1796,23 +1796,28 @@ def evaluate_scores(args):
     groups = table["group"].to_numpy(str) if "group" in table else None
     others = {kind: each for kind, each in values.items() if kind not in ("true", "predicted", "sd")}
     if others:
-        result, baseline = subject_intervals.score_regression(values["predicted"], values["true"], groups, others)
+        result = subject_intervals.score_regression(values["predicted"], values["true"], groups, others, names)
     else:
-        result, baseline = subject_intervals.bootstrap_regression(values["predicted"], values["true"], groups), None
-    numbers, intervals = verdicts.named_values(result, names)
-    print_values(result, [f"mean_{name}" for name in common.REGRESSION_METRICS])
-    return {"baseline": baseline, **{key: result[key] for key in ("value", "interval", "sign_flip_p", "method")},
+        result = subject_intervals.bootstrap_regression(values["predicted"], values["true"], groups, names=names)
+    print_values(result)
+    meanings = verdicts.spell_metrics(common.REGRESSION_METRICS, common.REGRESSION_METRICS, names)
+    criteria = verdicts.parse_criteria(args.criteria, meanings)
+    return {**result.record("per_target"),
             "alarms": verdicts.regression_alarms(values["predicted"], values["true"], names),
-            "criteria": verdicts.judge_criteria(verdicts.parse_criteria(args.criteria, list(numbers)), numbers, intervals)}
+            "criteria": verdicts.judge_criteria(criteria, verdicts.named_estimates(result, meanings))}
 
 
-def print_values(result, names):
-    """One line for each metric: value, interval, the baseline's value."""
-    print(f"{'metric':32}{'value':>9}   95 % interval    {'baseline':>9}   ({result['method']})")
-    for name in names:
-        low, high = (result["interval"] or {}).get(name, (math.nan,) * 2)
-        other = result["value"].get(f"baseline_{name}", math.nan)
-        print(f"{name[:31]:32}{float(result['value'][name]):9.3f}   [{low:6.3f}, {high:6.3f}]{other:12.3f}")
+def print_values(result):
+    """One line for each metric, of all and of each class or score: value, interval, the baseline's value."""
+    print(f"{'metric':32}{'value':>9}   95 % interval    {'baseline':>9}   ({result.method})")
+    lines = [(name, found, result.overall.baseline.get(name)) for name, found in result.overall.model.items()]
+    for k, each in enumerate(result.names):
+        for name, found in result.each.model.items():
+            other = result.each.baseline.get(name)
+            lines.append((f"{name} of {each}", found.at(k), other and other.at(k)))
+    for text, found, other in lines:
+        print(f"{text[:31]:32}{found.value:9.3f}   [{found.low:6.3f}, {found.high:6.3f}]"
+              f"{other.value if other else math.nan:12.3f}")
 
 
 def audit(args):

@@ -92,11 +92,11 @@ def fit_threshold(probability, label, metric="f1", positive=1):
     hits = np.append(0, np.cumsum(is_positive[order]))[ends]
     misses, missed = ends - hits, is_positive.sum() - hits
     confusion = np.stack([len(score) - ends - missed, misses, missed, hits], -1).reshape(-1, 2, 2)
-    values = common.confusion_metrics(confusion.astype(np.float64), ("rest", "positive"))
-    key = "positive_f1" if metric == "f1" else metric
-    if key not in values:
+    overall, per_class = common.confusion_metrics(confusion.astype(np.float64))
+    values = {**overall, "f1": per_class["f1"][:, 1]}
+    if metric not in ("f1", "balanced_accuracy", "accuracy", "mcc"):
         raise ValueError(f"metric is {metric!r}, expected f1, balanced_accuracy, accuracy or mcc")
     edges = np.concatenate([[1.0], score[order][first], [0.0]])
     cuts = (edges[:-1] + edges[1:]) / 2
-    best = np.flatnonzero(values[key] >= np.nanmax(values[key]) - 1e-12)
+    best = np.flatnonzero(values[metric] >= np.nanmax(values[metric]) - 1e-12)
     return float(cuts[best[np.abs(cuts[best] - 0.5).argmin()]])

@@ -61,9 +61,9 @@ def level_priors(levels, label, train, test, groups=None, positive=1, position=N
         rate = np.concatenate([_level_rates(codes, target, *fold)[:, 0] - common.mean_without_nan(target[fold[0], 0])
                                for fold in zip(train, test)])
         result = subject_intervals.bootstrap_classification(np.stack([-rate, rate], 1), is_positive, subjects, draws=draws, seed=seed)
-        low, high = result["interval"]["roc_auc"] if result["interval"] else (math.nan, math.nan)
-        rows.append({"name": name, "n_levels": int(codes.max()) + 1, "auc": result["value"]["roc_auc"],
-                     "low": float(low), "high": float(high), "red_flag": False})
+        auc = result.overall.model["roc_auc"]
+        rows.append({"name": name, "n_levels": int(codes.max()) + 1, "auc": float(auc.value), "low": float(auc.low),
+                     "high": float(auc.high), "red_flag": False})
     return sorted(rows, key=lambda row: -np.nan_to_num(row["auc"], nan=-1.0))
 
 
@@ -79,11 +79,10 @@ def level_means(levels, target, train, test, groups=None, position=None, draws=2
     for name, codes in _level_codes(levels, len(target), train[0], position).items():
         means = np.concatenate([_level_rates(codes, target, *fold) for fold in zip(train, test)])
         result = subject_intervals.bootstrap_regression(means, target[held_out], subjects, None, draws, seed)
-        value, interval = result["value"], result["interval"] or {}
-        (low, high), mae = (interval.get(f"mean_{key}", (math.nan,) * 2) for key in ("r2", "mae"))
-        rows.append({"name": name, "n_levels": int(codes.max()) + 1, "r2": float(value["mean_r2"]), "low": float(low),
-                     "high": float(high), "mae": float(value["mean_mae"]), "mae_low": float(mae[0]),
-                     "mae_high": float(mae[1]), "red_flag": False})
+        r2, mae = (result.overall.model[metric] for metric in ("r2", "mae"))
+        rows.append({"name": name, "n_levels": int(codes.max()) + 1, "r2": float(r2.value), "low": float(r2.low),
+                     "high": float(r2.high), "mae": float(mae.value), "mae_low": float(mae.low),
+                     "mae_high": float(mae.high), "red_flag": False})
     return sorted(rows, key=lambda row: -np.nan_to_num(row["r2"], nan=-math.inf))
 
 

@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+import common
 from evidence import subject_intervals
 from readers import part_boxes
 
@@ -24,7 +25,8 @@ def coco_set(annotations, n_pictures, categories):
     """A pycocotools data set in memory; ids count from 1, since its matching takes 0 for no match."""
     from pycocotools.coco import COCO
     made = COCO()
-    made.dataset = {"images": [{"id": k} for k in range(n_pictures)], "categories": [{"id": c} for c in categories],
+    made.dataset = {"images": [{"id": k} for k in range(n_pictures)],
+                    "categories": [{"id": c} for c in categories],
                     "annotations": [{**each, "id": k} for k, each in enumerate(annotations, start=1)]}
     with contextlib.redirect_stdout(io.StringIO()):
         made.createIndex()
@@ -40,24 +42,34 @@ def coco_match(study, rows, detections, kind, absent):
     from pycocotools.cocoeval import COCOeval
     truth, found = [], []
     for picture, (row, detected) in enumerate(zip(rows, detections)):
-        drop = absent == "drop" or kind == "present"
-        boxes = zip(study.boxes[row], study.labels[row], study.states[row], study.ignored[row])
-        for box, label, state, ignored in boxes:
-            if not (drop and state == part_boxes.ABSENT):
-                truth += coco_entries(picture, box, label, state, kind, bool(ignored))
-        boxes = zip(detected["boxes"], detected["labels"], state_of(detected), detected["scores"])
-        for box, label, state, score in boxes:
-            if not (kind == "present" and state == part_boxes.ABSENT):
-                found += [{**entry, "score": float(score)}
-                          for entry in coco_entries(picture, box, label, state, kind, False)]
-    categories = sorted({entry["category_id"] for entry in truth if not entry["iscrowd"]})
-    categories = list(range(1, len(study.parts) + 1)) if kind != "joint" else categories
+        truth += true_entries(study, row, picture, kind, absent)
+        states = state_of(detected)
+        for box, label, state, score in zip(detected["boxes"], detected["labels"], states, detected["scores"]):
+            if kind != "present" or state != part_boxes.ABSENT:
+                entries = coco_entries(picture, box, label, state, kind, ignored=False)
+                found += [{**entry, "score": float(score)} for entry in entries]
+    categories = list(range(1, len(study.parts) + 1))
+    if kind == "joint":
+        categories = sorted({entry["category_id"] for entry in truth if not entry["iscrowd"]})
     matching = COCOeval(coco_set(truth, len(rows), categories), coco_set(found, len(rows), categories), "bbox")
-    matching.params.imgIds, matching.params.catIds = list(range(len(rows))), categories
-    matching.params.areaRng, matching.params.areaRngLbl, matching.params.maxDets = [[0, 1e10]], ["all"], [100]
+    matching.params.imgIds = list(range(len(rows)))
+    matching.params.catIds = categories
+    matching.params.areaRng = [[0, 1e10]]
+    matching.params.areaRngLbl = ["all"]
+    matching.params.maxDets = [100]
     with contextlib.redirect_stdout(io.StringIO()):
         matching.evaluate()
     return matching
+
+
+def true_entries(study, row, picture, kind, absent):
+    """COCO annotations of the true boxes of a row."""
+    entries = []
+    boxes = zip(study.boxes[row], study.labels[row], study.states[row], study.ignored[row])
+    for box, label, state, ignored in boxes:
+        if state != part_boxes.ABSENT or (absent != "drop" and kind != "present"):
+            entries += coco_entries(picture, box, label, state, kind, bool(ignored))
+    return entries
 
 
 def coco_entries(picture, box, label, state, kind, ignored):
@@ -67,20 +79,23 @@ def coco_entries(picture, box, label, state, kind, ignored):
              "area": (right - left) * (bottom - top), "iscrowd": int(ignored)}
     if kind != "joint":
         return [{**entry, "category_id": int(label) + 1}]
-    states = [int(state)] if state >= 0 else range(len(part_boxes.STATES))
-    return [{**entry, "category_id": int(label) * len(part_boxes.STATES) + each + 1, "iscrowd": int(ignored or state < 0)}
-            for each in states]
+    first = int(label) * len(part_boxes.STATES) + 1
+    if state >= 0:
+        return [{**entry, "category_id": first + int(state)}]
+    return [{**entry, "category_id": first + each, "iscrowd": 1} for each in range(len(part_boxes.STATES))]
 
 
 def average_precision(matching, pictures):
     """(T, C) AP of each IoU threshold and category over these pictures (repeats count), NaN where there is no box."""
-    drawn, categories = copy.copy(matching), matching.params.catIds
+    categories = matching.params.catIds
     if not categories:
         return np.full((len(matching.params.iouThrs), 0), np.nan)
     cells = np.empty(len(matching.evalImgs), object)
     cells[:] = matching.evalImgs
+    drawn = copy.copy(matching)
     drawn.params = copy.copy(matching.params)
-    drawn.params.imgIds, drawn._paramsEval = list(range(len(pictures))), drawn.params
+    drawn.params.imgIds = list(range(len(pictures)))
+    drawn._paramsEval = drawn.params
     drawn.evalImgs = cells.reshape(len(categories), -1)[:, pictures].ravel().tolist()
     with contextlib.redirect_stdout(io.StringIO()):
         drawn.accumulate()
@@ -94,19 +109,25 @@ def count_matches(matching, n_parts, threshold):
     right and wrong: detections from `threshold`; confusion: true x predicted state of every box found at any score.
     """
     n_pictures = len(matching.params.imgIds)
+    n_states = len(part_boxes.STATES)
     counts = {name: np.zeros((n_pictures, n_parts)) for name in ("truth", "right", "wrong")}
-    confusion = np.zeros((n_pictures, len(part_boxes.STATES), len(part_boxes.STATES)))
-    for cell in (cell for cell in matching.evalImgs if cell is not None):
-        place = cell["image_id"], cell["category_id"] - 1
-        hit, judged = cell["dtMatches"][0] > 0, ~np.asarray(cell["dtIgnore"][0], bool)
+    confusion = np.zeros((n_pictures, n_states, n_states))
+    for cell in matching.evalImgs:
+        if cell is None:
+            continue
+        picture, part = cell["image_id"], cell["category_id"] - 1
+        hit = cell["dtMatches"][0] > 0
+        judged = ~np.asarray(cell["dtIgnore"][0], bool)
         sure = np.array(cell["dtScores"]) >= threshold
-        counts["truth"][place] += np.sum(np.asarray(cell["gtIgnore"]) == 0)
-        counts["right"][place] += np.sum(hit & judged & sure)
-        counts["wrong"][place] += np.sum(~hit & judged & sure)
-        for own, other in zip(np.array(cell["dtIds"])[hit & judged], cell["dtMatches"][0][hit & judged]):
-            true, predicted = matching.cocoGt.anns[int(other)]["state"], matching.cocoDt.anns[int(own)]["state"]
+        counts["truth"][picture, part] += np.sum(np.asarray(cell["gtIgnore"]) == 0)
+        counts["right"][picture, part] += np.sum(hit & judged & sure)
+        counts["wrong"][picture, part] += np.sum(~hit & judged & sure)
+        found = np.array(cell["dtIds"])[hit & judged]
+        for own, other in zip(found, cell["dtMatches"][0][hit & judged]):
+            true = matching.cocoGt.anns[int(other)]["state"]
+            predicted = matching.cocoDt.anns[int(own)]["state"]
             if true >= 0 and predicted >= 0:
-                confusion[place[0], true, predicted] += 1
+                confusion[picture, true, predicted] += 1
     return {**counts, "confusion": confusion}
 
 
@@ -115,32 +136,36 @@ def count_hallucinations(study, rows, detections, threshold):
     detected there under any state."""
     counts = np.zeros((len(rows), len(study.parts), 5))
     for picture, (row, detected) in enumerate(zip(rows, detections)):
-        is_absent, sure = study.states[row] == part_boxes.ABSENT, detected["scores"] >= threshold
+        is_absent = study.states[row] == part_boxes.ABSENT
+        sure = detected["scores"] >= threshold
         claimed = sure & (state_of(detected) != part_boxes.ABSENT)
         boxed = set(study.labels[row][is_absent].tolist())
         for label in boxed | set(study.absent[row].tolist()):
             own = detected["labels"] == label
             counts[picture, label, :2] += [1, (own & claimed).any()]
             if label in boxed:
-                there = overlaps(detected["boxes"], study.boxes[row][is_absent & (study.labels[row] == label)])
-                counts[picture, label, 2:] += [1, (own & claimed & there).any(), (own & sure & there).any()]
+                places = study.boxes[row][is_absent & (study.labels[row] == label)]
+                there = own & overlaps(detected["boxes"], places)
+                counts[picture, label, 2:] += [1, (claimed & there).any(), (sure & there).any()]
     return counts
 
 
 def overlaps(boxes, others):
     """(D,) True where a box (D, 4) overlaps one of the others (K, 4) with IoU .5 or more."""
-    corner, end = np.maximum(boxes[:, None, :2], others[:, :2]), np.minimum(boxes[:, None, 2:], others[:, 2:])
+    corner = np.maximum(boxes[:, None, :2], others[:, :2])
+    end = np.minimum(boxes[:, None, 2:], others[:, 2:])
     shared = np.clip(end - corner, 0, None).prod(2)  # (D, K)
-    area, other_area = (boxes[:, 2:] - boxes[:, :2]).prod(1), (others[:, 2:] - others[:, :2]).prod(1)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    other_area = (others[:, 2:] - others[:, :2]).prod(1)
     return (shared / (area[:, None] + other_area - shared) >= FOUND_IOU).any(1)
 
 
 def state_scores(confusion):
     """(S, S) counts, true x predicted -> accuracy, macro F1 over states that occur, mean recall of the true ones."""
-    true, predicted, right = confusion.sum(1), confusion.sum(0), np.diag(confusion)
-    return {"state_accuracy": share(right.sum(), true.sum()),
-            "macro_f1": mean_of(2 * right[true + predicted > 0] / (true + predicted)[true + predicted > 0]),
-            "balanced_accuracy": mean_of(right[true > 0] / true[true > 0])}
+    found, _ = common.confusion_metrics(confusion[None])
+    return {"state_accuracy": float(found["accuracy"][0]),
+            "macro_f1": float(found["macro_f1"][0]),
+            "balanced_accuracy": float(found["balanced_accuracy"][0])}
 
 
 def share(part, whole):
@@ -150,21 +175,25 @@ def share(part, whole):
 
 def mean_of(values):
     """Mean of the finite values, NaN where there are none."""
-    values = np.asarray(values, float)[np.isfinite(values)]
-    return float(values.mean()) if len(values) else math.nan
+    return float(common.mean_without_nan(np.ravel(values)))
 
 
 class Judged:
-    """Detections of M pictures against their boxes: `values(pictures)` gives every number over any pictures of them."""
+    """Detections of M pictures against their boxes: every number over any of the pictures, and its intervals."""
 
     def __init__(self, study, rows, detections, settings, threshold, absent, baseline=None):
-        self.study, self.rows, self.parts = study, rows, settings["parts"]
-        self.has_states, self.every = bool(settings["states"]), np.arange(len(rows))
-        kinds = {"map": "parts", **({"joint_map": "joint", "map_present": "present"} if self.has_states else {})}
+        self.study, self.rows = study, rows
+        self.parts = settings["parts"]
+        self.has_states = bool(settings["states"])
+        self.every = np.arange(len(rows))
+        kinds = {"map": "parts"}
+        if self.has_states:
+            kinds |= {"joint_map": "joint", "map_present": "present"}
         self.matching = {name: coco_match(study, rows, detections, kind, absent) for name, kind in kinds.items()}
+        self.of_baseline = {}
         if baseline is not None:
-            self.matching |= {f"baseline_{name}": coco_match(study, rows, baseline, kinds[name], absent)
-                              for name in kinds if name != "map_present"}
+            self.of_baseline = {name: coco_match(study, rows, baseline, kind, absent)
+                                for name, kind in kinds.items() if name != "map_present"}
         self.counts = count_matches(self.matching["map"], len(self.parts), threshold)
         self.hallucinated = count_hallucinations(study, rows, detections, threshold)
 
@@ -178,49 +207,57 @@ class Judged:
         return values
 
     def values(self, pictures):
-        """{name: float} over these pictures, repeats count; ap_PART for each part."""
-        ap = {name: average_precision(matching, pictures) for name, matching in self.matching.items()}  # (T, C)
-        values = {name: mean_of(each) for name, each in ap.items()} | {"map50": mean_of(ap["map"][0])}
-        values |= {f"difference_{name}": values[name] - values[f"baseline_{name}"] for name in ("map", "joint_map")
-                   if f"baseline_{name}" in values}
+        """({metric: float}, {"ap": (P,)}) of the model over these pictures, repeats count."""
+        overall, each = average_precisions(self.matching, pictures)
         truth, right, wrong = (self.counts[name][pictures].sum() for name in ("truth", "right", "wrong"))
-        values |= {"precision": share(right, right + wrong), "recall": share(right, truth)}
         absent, anywhere, boxed, there, detected = self.hallucinated[pictures].sum((0, 1))
-        values |= {"hallucination_rate": share(there, boxed), "hallucination_rate_anywhere": share(anywhere, absent),
-                   "absent_box_detected": share(detected, boxed)}
+        overall |= {"precision": share(right, right + wrong), "recall": share(right, truth),
+                    "hallucination_rate": share(there, boxed), "hallucination_rate_anywhere": share(anywhere, absent),
+                    "absent_box_detected": share(detected, boxed)}
+        if self.has_states:
+            overall |= state_scores(self.counts["confusion"][pictures].sum(0))
+        return overall, each
+
+    def baseline_values(self, pictures):
+        """As values: AP of the baseline's detections, and the states of the model's where all are called intact."""
+        overall, each = average_precisions(self.of_baseline, pictures)
         if self.has_states:
             confusion = self.counts["confusion"][pictures].sum(0)
             intact = np.zeros_like(confusion)
             intact[:, part_boxes.INTACT] = confusion.sum(1)
-            values |= state_scores(confusion)
-            values |= {f"always_intact_{name}": value for name, value in state_scores(intact).items()}
-        return values | {f"ap_{part}": mean_of(ap["map"][:, label]) for label, part in enumerate(self.parts)}
+            overall |= state_scores(intact)
+        return overall, each
 
-    def intervals(self, draws, seed):
-        """({name: (low, high)} or {}, the method in words): images, or groups where there are some, are resampled.
+    def result(self, draws, seed):
+        """The subject_intervals.Result over all pictures; resampled are images, or groups where there are some."""
+        groups = self.study.groups
+        owners = self.every if groups is None else np.unique(groups[self.rows], return_inverse=True)[1]
 
-        From 20 of them: bootstrap, t times the sd of the draws about the value less the bias that the draws show (AP on
-        few pictures is too high); 5 to 19: t-interval on the jackknife; fewer: none.
-        """
-        groups = self.study.groups[self.rows] if self.study.groups is not None else self.every
-        unit, names = "images" if self.study.groups is None else "groups", sorted(set(groups.tolist()))
-        members = [self.every[groups == name] for name in names]
-        count, rng = len(members), np.random.default_rng(seed)
-        if count < subject_intervals.FEWEST_FOR_INTERVAL:
-            return {}, f"no interval: only {count} {unit}"
-        if count < subject_intervals.FEWEST_FOR_BOOTSTRAP:
-            drawn = [self.values(np.concatenate(members[:k] + members[k + 1:])) for k in range(count)]
-            reach, whole = subject_intervals.t_quantile(0.95, count - 1) * math.sqrt(count - 1), self.values(self.every)
-            half = {name: reach * np.std([each[name] for each in drawn]) for name in whole}
-            return ({name: (whole[name] - half[name], whole[name] + half[name]) for name in whole},
-                    f"95 % t-interval over {count} {unit}, jackknife")
-        drawn = [self.values(np.concatenate([members[k] for k in rng.integers(0, count, count)])) for _ in range(draws)]
-        whole, ends, t = self.values(self.every), {}, subject_intervals.t_quantile(0.95, count - 1)
-        for name in whole:
-            column = np.array([each[name] for each in drawn if math.isfinite(each[name])])
-            spread = column.std() if len(column) > 1 else math.nan
-            half = t * math.sqrt(count / (count - 1)) * spread
-            low, high = 2 * whole[name] - mean_of(column) + np.array([-half, half])
-            floor = -1.0 if name.startswith("difference_") else 0.0
-            ends[name] = (float(np.clip(low, floor, 1)), float(np.clip(high, floor, 1)))
-        return ends, f"95 % bootstrap interval over {count} {unit}, {draws} draws"
+        def over_draws(values):
+            def statistic(weights):
+                times = weights.astype(int)[:, owners]  # (D, M)
+                return stack_draws([values(np.repeat(self.every, drawn)) for drawn in times])
+            return statistic
+        return subject_intervals.estimate(
+            over_draws(self.values), over_draws(self.baseline_values) if self.of_baseline else None,
+            owners.max() + 1, "images" if groups is None else "groups", draws, seed, names=self.parts,
+            n=self.counts["truth"].sum(0).astype(int), rows=len(self.rows), baseline_name="mean box")
+
+
+def stack_draws(draws):
+    """[(overall, each) of each of D draws] -> (overall {metric: (D,)}, each {metric: (D, P)})."""
+    overall, each = zip(*draws)
+    return ({metric: np.array([draw[metric] for draw in overall]) for metric in overall[0]},
+            {metric: np.array([draw[metric] for draw in each]) for metric in each[0]})
+
+
+def average_precisions(matchings, pictures):
+    """({map, map50, ...: float}, {"ap": (P,)}) of COCO matchings by name over these pictures; map50, ap: of map."""
+    overall, each = {}, {}
+    for name, matching in matchings.items():
+        ap = average_precision(matching, pictures)  # (T, C)
+        overall[name] = mean_of(ap)
+        if name == "map":
+            overall["map50"] = mean_of(ap[0])
+            each["ap"] = common.mean_without_nan(ap, axis=0)
+    return overall, each

@@ -186,7 +186,7 @@ def plot_reliability(probability, label, path, before=None, n_bins=common.ECE_BI
             values = np.asarray(values, np.float64)[label >= 0]
             _draw_reliability(axis, values.max(1), values.argmax(1) == label[label >= 0], n_bins, colour, name)
     confidence = np.asarray(probability, np.float64)[label >= 0].max(1, initial=0)
-    ece = common.classification_metrics(probability, label)["ece"]
+    ece = common.classification_metrics(probability, label).overall["ece"]
     null, high = (calibrating.expected_ece(confidence, n_bins, seed=seed, level=level) for level in (None, 0.95))
     _panel_title(axis, f"ECE {ece:.3f}, n {len(confidence)}\nof a calibrated model {null:.3f} (95 % under {high:.3f})")
     axis.set(xlim=(0, 1.02), ylim=(-0.02, 1.02), box_aspect=1)

@@ -20,6 +20,7 @@ def read_target_table(path, key, names):
     """A CSV of write_target_table -> (N texts of column `key`, {kind: (N, R)}); the first target tells the kinds."""
     table, first = csv_tables.read_table(path), f"{names[0]}_"
     kinds = [column.removeprefix(first) for column in table if column.startswith(first)]
+    kinds = [kind for kind in kinds if all(f"{name}_{kind}" in table for name in names)]  # not of a longer name
 
     def columns(kind):
         return np.stack([csv_tables.to_numbers(table[f"{n}_{kind}"], f"{path}, column {n}_{kind}") for n in names], axis=1)
@@ -55,7 +56,10 @@ def read_probabilities(path):
         columns = [f"{kind}_{name}" for name in names]
         return np.stack([csv_tables.to_numbers(table[c], f"{path}, column {c}") for c in columns], 1)
     index = {**{name: c for c, name in enumerate(names)}, "": -1}
-    kinds = [column.removesuffix(f"_{names[0]}") for column in table if column.endswith(f"_prob_{names[0]}")]
+    own = {f"{kind}_{name}" for kind in ("prob", "logit") for name in names}
+    ending = f"_{names[0]}"
+    kinds = [column.removesuffix(ending) for column in table if column.endswith(f"_prob{ending}") and column not in own]
+    kinds = [kind for kind in kinds if all(f"{kind}_{name}" in table for name in names)]  # not of a longer name
     probability = block("prob")
     label, chosen = (np.array([index.get(name, -1) for name in table[column]]) if column in table
                      else probability.argmax(1) for column in ("true_label", "pred_label"))

@@ -147,10 +147,10 @@ def html_cases(cases, max_side=256):
     return '<div class="cases">' + "\n".join(figures) + "</div>"
 
 
-def key_figure(label, value, interval, remark):
-    """(label, value, remark) texts for the top of a report; an interval (low, high) goes before the remark."""
-    low, high = interval if interval is not None else (math.nan, math.nan)
-    return label, f"{value:.3f}", f"95 % interval {low:.3f} to {high:.3f}" if low == low else remark
+def key_figure(label, estimate, remark):
+    """(label, value, remark) texts of an Estimate for the top of the report; its interval stands for the remark."""
+    interval = f"95 % interval {estimate.low:.3f} to {estimate.high:.3f}"
+    return label, f"{estimate.value:.3f}", remark if math.isnan(estimate.low) else interval
 
 
 def leakage_blocks(run):

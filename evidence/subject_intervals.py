@@ -2,8 +2,10 @@
 
 Letters: N rows, R scores, C classes, S subjects, D resamples.
 """
+import dataclasses
 import math
 import statistics
+import typing
 import warnings
 
 import numpy as np
@@ -11,18 +13,210 @@ import numpy as np
 import common
 
 FEWEST_FOR_INTERVAL, FEWEST_FOR_BOOTSTRAP, MOST_FOR_SIGN_FLIP = 5, 20, 16
-# where a jackknife estimate is nearer to a normal distribution: (to that scale, and back)
-NORMAL_SCALES = {"pearson_r": (np.arctanh, np.tanh), "r2": (lambda r2: np.log1p(-r2), lambda s: -np.expm1(s)),
-                 "mse": (np.log, np.exp), "rmse": (np.log, np.exp), "loss": (np.log, np.exp), "brier": (np.log, np.exp)}
-SHARES = ("accuracy", "macro_f1", "precision", "recall", "f1", "roc_auc")  # ends of the names of what lies in 0 to 1
-INFLATED_BY_RESAMPLING = ("ece", "ece_adaptive", "average_precision")  # ends of names; rows drawn twice flatter them
+SIGN_FLIP_METRICS = (*common.REGRESSION_METRICS, "loss", "brier", "accuracy")
+LEVEL = 0.95
 
 
-def subject_sums(moments, subjects):
-    """Sum the rows of each subject: (M, N, R) and (N,) names -> (S, M, R), subjects in sorted order."""
-    order = np.argsort(subjects, kind="stable")
-    first = np.unique(np.asarray(subjects)[order], return_index=True)[1]
-    return np.add.reduceat(moments[:, order], first, axis=1).swapaxes(0, 1)
+# --- records -------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Estimate:
+    """A number with its interval, or arrays with an entry for each target or class; low and high NaN = no interval."""
+    value: float | np.ndarray
+    low: float | np.ndarray
+    high: float | np.ndarray
+
+    def at(self, index):
+        """The Estimate of one target or class."""
+        return Estimate(self.value[index], self.low[index], self.high[index])
+
+    def times(self, factor):
+        """The Estimate in another unit; a negative factor turns the interval round."""
+        ends = np.sort([self.low * factor, self.high * factor], axis=0)
+        return Estimate(self.value * factor, ends[0], ends[1])
+
+
+@dataclasses.dataclass
+class Comparison:
+    """Metric name -> Estimate of a model, of its baseline, and of model - baseline on the same resamples."""
+    model: dict
+    baseline: dict
+    difference: dict
+
+    def record(self, index=None):
+        """What metrics.json says of it, or of one target or class of it."""
+        found = {}
+        for side, estimates in vars(self).items():
+            chosen = {name: each if index is None else each.at(index) for name, each in estimates.items()}
+            found[side] = {name: dataclasses.asdict(each) for name, each in chosen.items()}
+        return found
+
+
+@dataclasses.dataclass
+class Result:
+    """A model judged on a whole split, beside a baseline where there is one."""
+    names: list  # R targets or C classes
+    n: np.ndarray  # (R,) labelled rows of each
+    overall: Comparison  # of numbers: means over the targets, or metrics of all classes
+    each: Comparison  # of arrays (R,) or (C,)
+    subjects: int
+    rows: int
+    unit: str  # what is resampled: subjects, rows, ...
+    method: str
+    per_subject: dict  # metric -> (S,) differences from the baseline; empty from 20 subjects on
+    sign_flip_p: dict  # metric -> p or None
+    baseline_name: str | None = None
+    confusion: np.ndarray | None = None  # (C, C) rows, true x predicted
+    n_subjects: np.ndarray | None = None  # (C,) subjects with rows of each class
+
+    @property
+    def has_intervals(self):
+        """Whether there are subjects enough for any interval."""
+        return self.subjects >= FEWEST_FOR_INTERVAL
+
+    def gain(self, metric):
+        """Estimate of how much better than the baseline the model is."""
+        difference = self.overall.difference[metric]
+        return difference.times(-1.0) if common.METRICS[metric].lower_is_better else difference
+
+    def record(self, kind):
+        """What metrics.json says of it; kind: per_target or per_class, the name of the list of them."""
+        each = [{"name": name, "n": self.n[k], **self.each.record(k)} for k, name in enumerate(self.names)]
+        return {"baseline_name": self.baseline_name, **self.overall.record(), kind: each,
+                "sign_flip_p": self.sign_flip_p, "per_subject": self.per_subject, "subjects": self.subjects,
+                "rows": self.rows, "unit": self.unit, "method": self.method}
+
+
+class Place(typing.NamedTuple):
+    """Where an estimate belongs in a Result."""
+    scope: str  # overall, each
+    side: str  # model, baseline, difference
+    metric: str
+
+
+# --- the engine: a statistic of how often each subject is drawn -> estimates -------------------------
+
+def estimate(model, baseline, subjects, unit="subjects", draws=2000, seed=0, block=1000, support=None, **described):
+    """Result of statistics of how often each subject is drawn.
+
+    model, baseline (None = without): (D, S) times drawn -> ({metric: (D,)}, {metric: (D, R)}), overall and each;
+    subjects: S; block: resamples at a time; support: {(scope, metric): how many subjects it rests on}, where those are
+    not all; described: the other fields of the Result. From 20 subjects: percentile bootstrap, its levels widened to
+    the t distribution (Hesterberg 2015, expanded percentile); 5 to 19: t-interval of the jackknife, for a mean over
+    equal clusters that of the subjects' own means; resting on under 5: no interval.
+    """
+    whole = {place: value[0] for place, value in _compare(model, baseline, np.ones((1, subjects))).items()}
+    estimates = {place: Estimate(value, value * np.nan, value * np.nan) for place, value in whole.items()}
+    method = f"no interval: only {subjects} {unit}"
+    if subjects >= FEWEST_FOR_INTERVAL:
+        way, find_ends = "t-interval", _jackknife_ends
+        if subjects >= FEWEST_FOR_BOOTSTRAP:
+            way, find_ends = "bootstrap interval", _bootstrap_ends
+        method = f"{LEVEL:.0%} {way} over {subjects} {unit}"
+        drawn = [_compare(model, baseline, weights) for weights in draw_subjects(subjects, draws, seed, block)]
+        for place, found in estimates.items():
+            values = np.concatenate([part[place] for part in drawn])
+            ends = find_ends(place, found.value, values, subjects)
+            rests_on = (support or {}).get((place.scope, place.metric), subjects)
+            estimates[place] = Estimate(found.value, *_rare_ends(place, found.value, ends, rests_on))
+    tested = [metric for metric in SIGN_FLIP_METRICS if Place("overall", "difference", metric) in whole]
+    per_subject = {}
+    if tested and subjects < FEWEST_FOR_BOOTSTRAP:
+        own = _compare(model, baseline, np.eye(subjects))
+        per_subject = {metric: own[Place("overall", "difference", metric)] for metric in tested}
+    flips = {metric: sign_flip_p(per_subject.get(metric, ())) for metric in tested}
+    return Result(overall=_comparison(estimates, "overall"), each=_comparison(estimates, "each"), subjects=subjects,
+                  unit=unit, method=method, per_subject=per_subject, sign_flip_p=flips, **described)
+
+
+def _compare(model, baseline, weights):
+    """{Place: (D, ...)} of both statistics under the same weights (D, S), and of their difference."""
+    sides = {"model": model(weights)}
+    if baseline:
+        sides["baseline"] = baseline(weights)
+    found = {}
+    for side, (overall, each) in sides.items():
+        found |= {Place("overall", side, metric): values for metric, values in overall.items()}
+        found |= {Place("each", side, metric): values for metric, values in each.items()}
+    for place in [place for place in found if place.side == "baseline"]:
+        of_model = found[place._replace(side="model")]
+        found[place._replace(side="difference")] = of_model - found[place]
+    return found
+
+
+def _comparison(estimates, scope):
+    """The Comparison of one scope: overall or each."""
+    sides = {"model": {}, "baseline": {}, "difference": {}}
+    for place, found in estimates.items():
+        if place.scope == scope:
+            sides[place.side][place.metric] = found
+    return Comparison(**sides)
+
+
+def draw_subjects(subjects, draws, seed, block):
+    """Yield blocks (D, S) of how often each subject counts: drawn at random; under 20, each left out once."""
+    if subjects < FEWEST_FOR_BOOTSTRAP:
+        yield 1.0 - np.eye(subjects)
+        return
+    generator = np.random.default_rng(seed)
+    for start in range(0, draws, block):
+        size = min(block, draws - start)
+        picks = generator.integers(0, subjects, (size, subjects)) + subjects * np.arange(size)[:, None]
+        drawn = np.bincount(picks.ravel(), minlength=size * subjects)
+        yield drawn.reshape(size, subjects).astype(np.float64)
+
+
+def _bootstrap_ends(place, whole, drawn, subjects):
+    """(low, high) of the draws (D, ...) by the percentile bootstrap.
+
+    Where resampling inflates a metric, the draws are moved so that their mean is the value of the whole sample.
+    """
+    metric = common.METRICS[place.metric]
+    if metric.inflated_by_resampling:
+        drawn = drawn + whole - common.mean_without_nan(drawn, axis=0)
+        if metric.is_share and place.side != "difference":
+            drawn = np.clip(drawn, 0.0, 1.0)
+    tail = 0.5 * math.erfc(t_quantile(LEVEL, subjects - 1) * math.sqrt(subjects / (subjects - 1) / 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a target that is undefined in every draw
+        return np.nanquantile(drawn, (tail, 1 - tail), axis=0)
+
+
+def _jackknife_ends(place, whole, left_out, subjects):
+    """(low, high): value -+ t x jackknife standard error on the metric's normal scale; left_out: (S, ...)."""
+    scale = None if place.side == "difference" else common.METRICS[place.metric].normal_scale
+    forward, backward = NORMAL_SCALES[scale]
+    reach = t_quantile(LEVEL, subjects - 1) * math.sqrt(subjects - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        half = reach * forward(left_out).std(0)
+        centre = forward(whole)
+        return np.sort([backward(centre - half), backward(centre + half)], axis=0)
+
+
+def _rare_ends(place, value, ends, support):
+    """(low, high), NaN for what rests on too few subjects; by Wilson for a share of 0 or 1 that no resample changes."""
+    low, high = ends
+    if common.METRICS[place.metric].normal_scale == "logit" and place.side != "difference":
+        is_certain = np.isin(value, (0.0, 1.0)) & (high - low < 1e-9)
+        found = np.where(is_certain, value * support, 0.0)
+        doubted = np.vectorize(wilson_interval, otypes=[float, float])(found, support)
+        low, high = np.where(is_certain, doubted, (low, high))
+    enough = np.asarray(support) >= FEWEST_FOR_INTERVAL
+    return np.where(enough, low, np.nan)[()], np.where(enough, high, np.nan)[()]
+
+
+def _logit(share):
+    """log(p / (1 - p)) of shares held to 0.0001 and 0.9999, so that all right is not infinitely sure."""
+    share = np.clip(share, 1e-4, 1 - 1e-4)
+    return np.log(share / (1 - share))
+
+
+NORMAL_SCALES = {  # to the scale, and back
+    None: (np.asarray, np.asarray),
+    "arctanh": (np.arctanh, np.tanh),
+    "log": (np.log, np.exp),
+    "log1m": (lambda value: np.log1p(-value), lambda scaled: -np.expm1(scaled)),
+    "logit": (_logit, lambda logit: 1.0 / (1.0 + np.exp(-logit)))}
 
 
 def t_quantile(level, df):
@@ -35,244 +229,157 @@ def t_quantile(level, df):
 
 def sign_flip_p(differences):
     """Exact two-sided sign-flip p of the mean of (S,) differences, one a subject, NaN left out; None unless 5 to 16."""
-    differences = np.array([value for value in differences if not math.isnan(value)], np.float64)
+    differences = np.asarray(differences, np.float64)
+    differences = differences[~np.isnan(differences)]
     if not FEWEST_FOR_INTERVAL <= len(differences) <= MOST_FOR_SIGN_FLIP:
         return None
     bits = (np.arange(2 ** len(differences))[:, None] >> np.arange(len(differences))) & 1
     flipped = np.abs((1 - 2 * bits) @ differences)  # (2^S,)
-    return float(np.mean(flipped >= abs(differences.sum()) - 1e-12 * np.abs(differences).sum()))
+    rounding = 1e-12 * np.abs(differences).sum()
+    return float(np.mean(flipped >= abs(differences.sum()) - rounding))
 
 
-def cluster_intervals(statistic, sums, draws=2000, seed=0, level=0.95, unit="subjects"):
-    """Intervals over subjects for any statistic of summed rows.
+def wilson_interval(k, n):
+    """Wilson score interval of a proportion k of n independent rows -> (low, high); NaN for n = 0."""
+    if n == 0:
+        return math.nan, math.nan
+    z = statistics.NormalDist().inv_cdf(0.5 + LEVEL / 2)
+    centre = k + z * z / 2
+    half = z * math.sqrt(k * (n - k) / n + z * z / 4)
+    return max((centre - half) / (n + z * z), 0.0), min((centre + half) / (n + z * z), 1.0)
 
-    statistic: (D, ...) sums of D resamples -> dict of name -> (D,) or (D, R); sums: (S, ...), one row per subject, or
-    the number S, for a statistic of how often each subject was drawn, (D, S).
-    Returns (dict of name -> (2,) or (R, 2), or None; the method in words). From 20 subjects: percentile bootstrap, its
-    levels widened to the t distribution (Hesterberg 2015, expanded percentile); 5 to 19: t-interval on jackknife
-    pseudo-values, for a mean over equal clusters the subjects' own means; under 5: None.
+
+# --- scores ----------------------------------------------------------------------------------------
+
+def bootstrap_regression(predicted, target, subjects=None, baseline=None, draws=2000, seed=0, unit="subjects",
+                         names=None, baseline_name=None):
+    """Result of a whole split of scores: metrics of each target, and their means over the targets.
+
+    predicted, target, baseline: (N, R), NaN in target = missing; subjects: (N,) names, None = every row its own;
+    unit: what the subjects are called; names: R targets (None: "0", "1", ...). A target labelled in under 5 subjects
+    has no interval.
     """
-    count = sums if isinstance(sums, int) else len(sums)
-    if count < FEWEST_FOR_INTERVAL:
-        return None, f"no interval: only {count} {unit}"
-    if count < FEWEST_FOR_BOOTSTRAP:
-        sums = np.eye(count) if isinstance(sums, int) else sums
-        return _jackknife_intervals(statistic, sums, level), f"{level:.0%} t-interval over {count} {unit}"
-    tail = 0.5 * math.erfc(t_quantile(level, count - 1) * math.sqrt(count / (count - 1) / 2))
-    drawn = _recentred(_bootstrap_draws(statistic, sums, draws, seed), statistic, sums).items()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a target that is undefined in every draw
-        ends = {name: np.nanquantile(values, (tail, 1 - tail), axis=0).T for name, values in drawn}
-    return ends, f"{level:.0%} bootstrap interval over {count} {unit}"
+    target = np.asarray(target, np.float64)
+    labelled = ~np.isnan(target).all(1)
+    owners = np.arange(len(target)) if subjects is None else np.asarray(subjects, str)
+    owners = owners[labelled]
+
+    def sums_of(scores):
+        return subject_sums(common.regression_moments(np.asarray(scores)[labelled], target[labelled]), owners)
+    sums = sums_of(predicted)  # (S, 8, R)
+    labelled_by = (sums[:, 0] > 0).sum(0)  # (R,) subjects with a label
+    return estimate(
+        _regression_statistic(sums), None if baseline is None else _regression_statistic(sums_of(baseline)), len(sums),
+        "rows" if subjects is None else unit, draws, seed, block=max(1, 2_000_000 // max(1, len(sums))),
+        names=[str(r) for r in range(target.shape[1])] if names is None else list(names),
+        support={("each", metric): labelled_by for metric in common.REGRESSION_METRICS},
+        n=(~np.isnan(target)).sum(0), rows=len(owners), baseline_name=baseline_name)
 
 
-def _bootstrap_draws(statistic, sums, draws, seed):
-    """The statistic of `draws` resamples of subjects, in blocks that bound the memory: dict of name -> (D, ...)."""
-    generator, count = np.random.default_rng(seed), sums if isinstance(sums, int) else len(sums)
-    blocks, block = [], max(1, 2_000_000 // count)
-    for start in range(0, draws, block):
-        size = min(block, draws - start)
-        picks = generator.integers(0, count, (size, count)) + count * np.arange(size)[:, None]
-        times_drawn = np.bincount(picks.ravel(), minlength=size * count).reshape(size, count).astype(np.float64)
-        by_sums = None if isinstance(sums, int) else times_drawn @ sums.reshape(count, -1)
-        blocks.append(statistic(times_drawn if by_sums is None else by_sums.reshape(size, *sums.shape[1:])))
-    return {name: np.concatenate([part[name] for part in blocks]) for name in blocks[0]}
+def subject_sums(moments, subjects):
+    """Sum the rows of each subject: (M, N, R) and (N,) names -> (S, M, R), subjects in sorted order."""
+    order = np.argsort(subjects, kind="stable")
+    first = np.unique(np.asarray(subjects)[order], return_index=True)[1]
+    return np.add.reduceat(moments[:, order], first, axis=1).swapaxes(0, 1)
 
 
-def _recentred(drawn, statistic, sums):
-    """The draws; those of INFLATED_BY_RESAMPLING moved so that their mean is the value of the whole sample."""
-    moved = [name for name in drawn if name.endswith(INFLATED_BY_RESAMPLING)]
-    whole = statistic(np.ones((1, sums)) if isinstance(sums, int) else sums.sum(0)[None]) if moved else {}
-    for name in moved:
-        drawn[name] = drawn[name] + whole[name] - common.mean_without_nan(drawn[name], axis=0)
-        drawn[name] = drawn[name] if name.startswith("difference_") else np.clip(drawn[name], 0.0, 1.0)
-    return drawn
+def _regression_statistic(sums):
+    """Summed moments (S, 8, R) -> the statistic for `estimate`: means over the targets, and each target."""
+    def statistic(weights):
+        each = common.metrics_from_sums(np.tensordot(weights, sums, 1))  # (D, R)
+        return {metric: common.mean_without_nan(values) for metric, values in each.items()}, each
+    return statistic
 
 
-def _jackknife_intervals(statistic, sums, level):
-    """dict of name -> (..., 2): value -+ t x jackknife standard error, r and R2 and squared errors on NORMAL_SCALES."""
-    reach, intervals = t_quantile(level, len(sums) - 1) * math.sqrt(len(sums) - 1), {}
-    whole, left_out = statistic(sums.sum(0)[None]), statistic(sums.sum(0) - sums)
-    for name, value in whole.items():
-        metric = name.removeprefix("baseline_").removeprefix("mean_")
-        is_share = metric.endswith(SHARES) and not metric.startswith("difference_")
-        forward, backward = (_logit, _share) if is_share else NORMAL_SCALES.get(metric, (np.asarray, np.asarray))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            centre, parts = forward(value[0]), forward(left_out[name])
-            half = reach * parts.std(0)
-            intervals[name] = np.sort(np.stack([backward(centre - half), backward(centre + half)], -1), -1)
-    return intervals
+def score_regression(predicted, target, subjects, baselines, names=None):
+    """bootstrap_regression of a model, paired with the best of its baselines by mean R2.
 
-
-def _logit(share):
-    """log(p / (1 - p)) of shares held to 0.0001 and 0.9999, so that all right is not infinitely sure."""
-    share = np.clip(share, 1e-4, 1 - 1e-4)
-    return np.log(share / (1 - share))
-
-
-def _share(logit):
-    """The inverse of _logit."""
-    return 1.0 / (1.0 + np.exp(-logit))
-
-
-def _paired_statistic(sums):
-    """(D, 8, R) model, or (D, 16, R) with baseline -> dict of `r2`, `mean_r2`, `baseline_r2`, `difference_r2`, ..."""
-    model = common.metrics_from_sums(sums[:, :8])
-    values = {**model, **{f"mean_{name}": common.mean_without_nan(value) for name, value in model.items()}}
-    if sums.shape[1] == 8:
-        return values
-    baseline = _paired_statistic(sums[:, 8:])
-    paired = {f"baseline_{name}": value for name, value in baseline.items()}
-    return {**values, **paired, **{f"difference_{name}": values[name] - baseline[name] for name in values}}
-
-
-def bootstrap_regression(predicted, target, subjects=None, baseline=None, draws=2000, seed=0):
-    """Metrics of a whole split with intervals over subjects, and the paired comparison with a baseline.
-
-    predicted, target, baseline: (N, R), NaN in target = missing; subjects: (N,) names, None = every row its own.
-    Returns a dict: `value` and `interval` (None under 5 subjects) with the keys METRIC, mean_METRIC (over targets) and
-    baseline_, difference_ (model - baseline, same resamples) before both; arrays (R,) and (R, 2), means () and (2,),
-    NaN interval for a target labelled in under 5 subjects; `per_subject` the same keys with (S, R) and (S,), None from
-    20 subjects; `sign_flip_p` {METRIC: p or None}; `subjects`, `rows`, `method`.
+    predicted, target: (N, R), NaN in target = missing; baselines: {name: (N, R)}.
     """
-    labelled = ~np.isnan(np.asarray(target, np.float64)).all(1)
-    names = np.arange(len(labelled)) if subjects is None else np.asarray(subjects, str)
-    models = [np.asarray(model)[labelled] for model in (predicted, baseline) if model is not None]
-    moments = np.concatenate([common.regression_moments(model, np.asarray(target)[labelled]) for model in models])
-    sums = subject_sums(moments, names[labelled])  # (S, 8 or 16, R)
-    value = {name: array[0] for name, array in _paired_statistic(sums.sum(0)[None]).items()}
-    unit = "rows" if subjects is None else "subjects"
-    interval, method = cluster_intervals(_paired_statistic, sums, draws, seed, unit=unit)
-    sparse = (sums[:, 0] > 0).sum(0) < FEWEST_FOR_INTERVAL  # (R,)
-    for pair in (pair for pair in (interval or {}).values() if pair.ndim == 2):
-        pair[sparse] = np.nan
-    per_subject = _paired_statistic(sums) if len(sums) < FEWEST_FOR_BOOTSTRAP else {}
-    flips = {name: sign_flip_p(per_subject.get(f"difference_mean_{name}", ())) for name in common.REGRESSION_METRICS}
-    return {"value": value, "interval": interval, "per_subject": per_subject or None, "sign_flip_p": flips,
-            "subjects": len(sums), "rows": int(labelled.sum()), "method": method}
+    def mean_r2(name):
+        value = common.mean_metrics(common.regression_metrics(baselines[name], target))["r2"]
+        return np.nan_to_num(value, nan=-np.inf)
+    best = max(baselines, key=mean_r2)
+    return bootstrap_regression(predicted, target, subjects, baselines[best], names=names, baseline_name=best)
 
 
-def target_rows(result, names):
-    """bootstrap_regression's result, with n (R,) -> one dict per target: metrics, their intervals, the baseline's."""
+def target_rows(result):
+    """One dict per target for a table: its name, n, each metric with its interval, and the baseline's."""
     rows = []
-    for r, name in enumerate(names):
-        row = {"target": name, "n": result["n"][r]}
+    for r, name in enumerate(result.names):
+        row = {"target": name, "n": result.n[r]}
         for metric in common.REGRESSION_METRICS:
-            low, high = result["interval"][metric][r] if result["interval"] else (np.nan, np.nan)
-            row |= {metric: result["value"][metric][r], f"{metric}_low": low, f"{metric}_high": high,
-                    f"baseline_{metric}": result["value"][f"baseline_{metric}"][r]}
+            found = result.each.model[metric].at(r)
+            row |= {metric: found.value, f"{metric}_low": found.low, f"{metric}_high": found.high,
+                    f"baseline_{metric}": result.each.baseline[metric].value[r]}
         rows.append(row)
     return rows
 
 
-def score_regression(predicted, target, subjects, baselines):
-    """bootstrap_regression of a model, paired with the best of its baselines by mean R2 -> (result with n, its name).
-
-    predicted, target: (N, R), NaN in target = missing; baselines: {name: (N, R)}.
-    """
-    r2 = {kind: common.mean_metrics(common.regression_metrics(values, target))["r2"] for kind, values in baselines.items()}
-    best = max(r2, key=lambda kind: np.nan_to_num(r2[kind], nan=-np.inf))
-    result = bootstrap_regression(predicted, target, subjects, baselines[best])
-    result["n"] = common.regression_metrics(predicted, target)["n"]
-    return result, best
-
-
-def wilson_interval(k, n, level=0.95):
-    """Wilson score interval of a proportion k of n independent rows -> (low, high); NaN for n = 0."""
-    if n == 0:
-        return math.nan, math.nan
-    z = statistics.NormalDist().inv_cdf(0.5 + level / 2)
-    centre, half = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
-    return max((centre - half) / (n + z * z), 0.0), min((centre + half) / (n + z * z), 1.0)
-
+# --- classes -----------------------------------------------------------------------------------------
 
 def bootstrap_classification(probability, label, groups=None, baseline=None, names=None, threshold=None, positive=None,
-                             baseline_threshold=None, draws=2000, seed=0):
-    """Metrics of a whole split with intervals over subjects, and the paired comparison with a baseline's probabilities.
+                             draws=2000, seed=0, baseline_name=None):
+    """Result of a whole split of classes: metrics of all of them, and of each against the rest.
 
-    probability, baseline: (N, C); label: (N,), below 0 = missing; groups: (N,) names, None = every row its own; the
-    rest as in classification_metrics. Returns a dict as bootstrap_regression does: `value` {key: float} with the keys
-    of classification_metrics and baseline_, difference_ (model - baseline, same resamples) before them; `interval`
-    {key: (2,)} or None under 5 subjects; `per_subject` {key: (S,)}, None from 20 subjects; `sign_flip_p` of METRIC
-    among loss, brier, accuracy; `confusion` (C, C), `n` (C,) rows and `n_subjects` (C,) subjects of each class;
-    `subjects`, `rows`, `method`. Intervals of a class seen in (or outside of) under 5 subjects are NaN. Exceptions, by
-    Wilson: accuracy, recall and precision of ungrouped rows; and a value of 0 or 1 that no resample changes, over the
-    subjects of the rarest class that it needs.
+    probability, baseline: (N, C); label: (N,), below 0 = missing; groups: (N,) names, None = every row its own; names:
+    C classes (None: "0", "1", ...); threshold, positive: as in classification_metrics; the baseline gives the most
+    probable class. Intervals of a class seen in (or outside of) under 5 subjects are NaN. Exceptions, by Wilson:
+    accuracy, recall and precision of ungrouped rows; and a share of 0 or 1 that no resample changes, over the subjects
+    of the rarest class that it needs.
     """
-    probability, label = np.asarray(probability, np.float64), np.asarray(label, np.int64)
-    names = [str(c) for c in range(probability.shape[1])] if names is None else list(names)
-    subjects = (np.arange(len(label)) if groups is None else np.asarray(groups, str))[label >= 0]
-    index, count = _subject_index(subjects)
-    scored = {"": (probability, threshold), "baseline_": (baseline, baseline_threshold)}
-    scored = {prefix: pair for prefix, pair in scored.items() if pair[0] is not None}
-    models = [common.class_statistic(each, label, cut, positive, names) for each, cut in scored.values()]
-    confusion = {prefix: common.classification_metrics(each, label, cut, positive, names)["confusion"]
-                 for prefix, (each, cut) in scored.items()}
-    statistic = _paired_weights(models, index)
-    value = {key: float(array[0]) for key, array in statistic(np.ones((1, count))).items()}
-    interval, method = cluster_intervals(statistic, count, draws, seed, unit="rows" if groups is None else "subjects")
-    seen, other = (np.array([len(np.unique(index[(label[label >= 0] == c) == is_in])) for c in range(len(names))])
-                   for is_in in (True, False))  # (C,) subjects with rows of the class, and with rows of another
-    if interval:
-        _mend_intervals(value, interval, count, seen, np.minimum(seen, other), names)
-        if groups is None:
-            interval |= _wilson_intervals(confusion, names)
-    per_subject = statistic(np.eye(count)) if 0 < count < FEWEST_FOR_BOOTSTRAP else {}
-    flips = {name: sign_flip_p(per_subject.get(f"difference_{name}", ())) for name in ("loss", "brier", "accuracy")}
-    return {"value": value, "interval": interval, "per_subject": per_subject or None, "sign_flip_p": flips,
-            "confusion": confusion[""], "n": confusion[""].sum(1), "n_subjects": seen, "subjects": count,
-            "rows": len(index), "method": method}
+    probability = np.asarray(probability, np.float64)
+    label = np.asarray(label, np.int64)
+    n_classes = probability.shape[1]
+    labelled = label >= 0
+    owners = np.arange(len(label)) if groups is None else np.asarray(groups, str)
+    found, index = np.unique(owners[labelled], return_inverse=True)
+    support, seen = _class_support(label[labelled], index, n_classes)
+    statistic = _class_statistic(probability, label, threshold, positive, index)
+    confusion = common.classification_metrics(probability, label, threshold, positive).confusion
+    result = estimate(
+        statistic, None if baseline is None else _class_statistic(baseline, label, None, positive, index), len(found),
+        "rows" if groups is None else "subjects", draws, seed, block=max(1, 1_000_000 // max(1, len(index))),
+        support=support, rows=len(index), baseline_name=baseline_name,
+        names=[str(c) for c in range(n_classes)] if names is None else list(names),
+        n=confusion.sum(1), confusion=confusion, n_subjects=seen)
+    if groups is None and result.has_intervals:
+        _take_wilson_intervals(result.overall.model, result.each.model, confusion)
+        if baseline is not None:
+            of_baseline = common.classification_metrics(baseline, label).confusion
+            _take_wilson_intervals(result.overall.baseline, result.each.baseline, of_baseline)
+    return result
 
 
-def _mend_intervals(value, interval, count, seen, both, names):
-    """NaN for classes seen in, or outside of, too few subjects; Wilson for a share of 0 or 1 that no resample changes.
-
-    seen, both (C,): subjects with rows of the class; the smaller of that and of those with rows of another class.
-    """
-    needed = {f"{name}_{metric}": (seen if metric in ("recall", "precision", "f1") else both)[c]
-              for c, name in enumerate(names) for metric in common.CLASS_METRICS}
-    rarest = min(both) if len(names) == 2 else min(seen[seen > 0], default=0)
-    needed |= {"roc_auc": rarest, "macro_f1": rarest, "balanced_accuracy": rarest}
-    for key, pair in interval.items():
-        base, is_share = key.removeprefix("baseline_").removeprefix("difference_"), key.endswith(SHARES)
-        units = needed.get(base, count)
-        if units < FEWEST_FOR_INTERVAL and (len(names) == 2 or base not in common.CLASSIFICATION_METRICS):
-            interval[key] = np.full(2, np.nan)
-        elif is_share and not key.startswith("difference_") and value[key] in (0.0, 1.0) and np.ptp(pair) < 1e-9:
-            interval[key] = np.array(wilson_interval(value[key] * units, units))
+def _class_support(label, index, n_classes):
+    """(support for `estimate`, (C,) subjects with rows of each class): (N,) labels, (N,) number of each row's subject."""
+    of_class = label[:, None] == np.arange(n_classes)  # (N, C)
+    seen = np.array([len(np.unique(index[own])) for own in of_class.T])
+    outside = np.array([len(np.unique(index[~own])) for own in of_class.T])
+    both = np.minimum(seen, outside)
+    # a mean over three classes or more keeps its interval, however rare one of them is
+    rarest = both.min() if n_classes == 2 else max(FEWEST_FOR_INTERVAL, min(seen[seen > 0], default=0))
+    support = {("overall", metric): rarest for metric in ("roc_auc", "macro_f1", "balanced_accuracy")}
+    support |= {("each", metric): seen for metric in ("precision", "recall", "f1")}
+    support |= {("each", metric): both for metric in ("average_precision", "roc_auc")}
+    return support, seen
 
 
-def _wilson_intervals(confusion, names):
-    """{key: (2,)} of accuracy, recall and precision of independent rows, for each prefix -> (C, C) of confusion."""
-    found = {}
-    for prefix, table in confusion.items():
-        counts = {"accuracy": (np.trace(table), table.sum())}
-        counts |= {f"{name}_recall": (table[c, c], table[c].sum()) for c, name in enumerate(names)}
-        counts |= {f"{name}_precision": (table[c, c], table[:, c].sum()) for c, name in enumerate(names)}
-        found |= {prefix + key: np.array(wilson_interval(int(k), int(n))) for key, (k, n) in counts.items()}
-    return found
+def _class_statistic(probability, label, threshold, positive, index):
+    """The statistic for `estimate` of classes; index: (N,) number of each labelled row's subject."""
+    of_rows = common.class_statistic(probability, label, threshold, positive)
 
-
-def _subject_index(subjects):
-    """((N,) number of each row's subject, how many there are), subjects in sorted order."""
-    found, index = np.unique(subjects, return_inverse=True)
-    return index, len(found)
-
-
-def _paired_weights(models, index):
-    """The metrics of one or two _class_statistic as a function of (D, S) times that each subject was drawn.
-
-    dict of name -> (D,), with baseline_ and difference_ for the second; in blocks that bound the memory.
-    """
-    def paired(weights):
-        model, *baselines = ({k: v for k, v in each(weights).items() if k != "confusion"} for each in models)
-        for other in baselines:
-            return {**model, **{f"baseline_{key}": array for key, array in other.items()},
-                    **{f"difference_{key}": model[key] - array for key, array in other.items()}}
-        return model
-
-    def statistic(drawn):
-        block = max(1, 1_000_000 // max(1, len(index)))
-        parts = [paired(drawn[start:start + block][:, index]) for start in range(0, len(drawn), block)]
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    def statistic(weights):
+        drawn = of_rows(weights[:, index])
+        return drawn.overall, drawn.per_class
     return statistic
+
+
+def _take_wilson_intervals(overall, each, confusion):
+    """Intervals of accuracy, recall and precision of independent rows; confusion: (C, C)."""
+    right = np.diag(confusion)
+    accuracy = overall["accuracy"]
+    accuracy.low, accuracy.high = wilson_interval(right.sum(), confusion.sum())
+    for metric, counts in (("recall", confusion.sum(1)), ("precision", confusion.sum(0))):
+        for c, ends in enumerate(map(wilson_interval, right, counts)):
+            each[metric].low[c], each[metric].high[c] = ends

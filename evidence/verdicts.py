@@ -3,36 +3,47 @@
 import itertools
 import math
 import re
+import typing
 
 import numpy as np
 
 import common
 
 
+# --- alarms ------------------------------------------------------------------------------------------
+
 def regression_alarms(predicted, target, names):
     """Sentences on signs of a broken model or of data that cannot judge it, for (N, R), (N, R) and R names; else []."""
-    predicted, target = np.asarray(predicted, np.float64), np.asarray(target, np.float64)
-    seen = np.where(np.isnan(target) | ~np.isfinite(predicted), np.nan, predicted)
-    spread_p, spread_t = np.sqrt([common.mean_without_nan((a - common.mean_without_nan(a, 0)) ** 2, 0) for a in (seen, target)])  # (R,), (R,)
-    modal = [np.unique(c[~np.isnan(c)], return_counts=True)[1].max(initial=0) for c in target.T]
+    predicted = np.asarray(predicted, np.float64)
+    target = np.asarray(target, np.float64)
+    spread_p = _spread(np.where(np.isnan(target) | ~np.isfinite(predicted), np.nan, predicted))  # (R,)
+    spread_t = _spread(target)
+    modal = np.array([np.unique(c[~np.isnan(c)], return_counts=True)[1].max(initial=0) for c in target.T])
     faults = {"not a finite number in the predictions": ~np.isfinite(predicted).all(0),
               "constant output (sd under 5 % of the labels')": spread_p < 0.05 * spread_t,
               "constant prediction, so r has no value and counts as 0": spread_p <= 1e-9 * spread_t,
               "correlation undefined, the labels do not vary": ~(spread_t > 0),
               "labels almost all equal (95 % or more share one value)": modal >= 0.95 * (~np.isnan(target)).sum(0)}
     alarms = [f"{text}: {', '.join(itertools.compress(names, flags))}" for text, flags in faults.items() if flags.any()]
-    repeats = np.unique(predicted, axis=0, return_counts=True)[1].max() if len(predicted) else 0
+    repeats = np.unique(predicted, axis=0, return_counts=True)[1].max(initial=0)
     if repeats >= 3:
         alarms.append(f"the same prediction for {repeats} of {len(predicted)} rows")
     return alarms
+
+
+def _spread(values):
+    """(R,) standard deviations of (N, R) without NaN."""
+    centred = values - common.mean_without_nan(values, 0)
+    return np.sqrt(common.mean_without_nan(centred ** 2, 0))
 
 
 def split_gap_alarms(train_metrics, val_metrics, metric="pearson_r"):
     """Sentences where a train and a validation metric (dicts of floats, higher is better) lie far apart; else []."""
     train, val = train_metrics[metric], val_metrics[metric]
     numbers = f"({metric} {train:.3f} and {val:.3f})"
-    below = [f"train far below validation {numbers}: a leak, or a fault in evaluation"] if train < val - 0.15 else []
-    return below + ([f"train far above validation {numbers}: rows learnt by heart"] if train > val + 0.3 else [])
+    if train < val - 0.15:
+        return [f"train far below validation {numbers}: a leak, or a fault in evaluation"]
+    return [f"train far above validation {numbers}: overfitting"] if train > val + 0.3 else []
 
 
 def identical_fold_alarms(fold_results):
@@ -47,51 +58,105 @@ def classification_alarms(probability, label, names, threshold=None, positive=No
 
     probability: (N, C); label: (N,) indices, below 0 = missing; names: C classes; the rest as classification_metrics.
     """
-    probability, label = np.asarray(probability, np.float64), np.asarray(label, np.int64)
-    if not len(probability):
+    probability = np.asarray(probability, np.float64)
+    label = np.asarray(label, np.int64)
+    rows = len(probability)
+    if not rows:
         return ["no rows to judge"]
-    finite, given = np.isfinite(probability).all(), np.unique(common.predicted_class(probability, threshold, positive))
-    rows, labelled = len(probability), label[label >= 0]
-    counts = np.bincount(labelled, minlength=len(names))
-    spread, wanted = probability.std(0), (labelled[:, None] == np.arange(len(names))).std(0)  # (C,), (C,)
-    values, repeats = np.unique(np.round(probability, 6), axis=0, return_counts=True)
-    alarms = [] if finite else ["not a finite number in the probabilities"]
-    if len(given) == 1 and finite:
+    alarms = []
+    if not np.isfinite(probability).all():
+        alarms.append("not a finite number in the probabilities")
+    given = np.unique(common.predicted_class(probability, threshold, positive))
+    if len(given) == 1 and not alarms:
         alarms.append(f"one class only: {names[given[0]]} is given to all {rows} rows")
-    if len(labelled) and (spread < 0.05 * wanted).any():
+    labelled = label[label >= 0]
+    wanted = (labelled[:, None] == np.arange(len(names))).std(0) if len(labelled) else np.zeros(len(names))  # (C,)
+    flat = probability.std(0) < 0.05 * wanted
+    if flat.any():
         alarms.append("constant output (sd of the probability under 5 % of the labels'): "
-                      + ", ".join(itertools.compress(names, spread < 0.05 * wanted)))
+                      + ", ".join(itertools.compress(names, flat)))
+    values, repeats = np.unique(np.round(probability, 6), axis=0, return_counts=True)
     if repeats.max() >= 3:
         last = min(1, len(names) - 1) if positive is None else positive
         alarms.append(f"the same probability 3 times or more: {repeats[repeats >= 3].sum()} of {rows} rows share "
                       f"{(repeats >= 3).sum()} values, {repeats.max()} of them {names[last]} "
                       f"{values[repeats.argmax(), last]:.6f}")
+    counts = np.bincount(labelled, minlength=len(names))
     if len(labelled) and counts.max() >= 0.95 * len(labelled):
         alarms.append(f"labels almost all equal: {names[counts.argmax()]} in {counts.max()} of {len(labelled)} rows")
     return alarms
 
 
-def classification_values(result, names):
-    """bootstrap_classification's result under all names of classification_names -> (values, intervals or None)."""
-    keys = common.classification_names(names)
-    return ({name: result["value"][key] for name, key in keys.items()},
-            {name: result["interval"] and tuple(result["interval"][key].tolist()) for name, key in keys.items()})
+# --- names of --select and --criteria ----------------------------------------------------------------
+
+class MetricOf(typing.NamedTuple):
+    """What a name means: a metric of one target or class, or of all of them (of None)."""
+    metric: str
+    of: str | None = None
+
+    def __str__(self):
+        return self.metric if self.of is None else f"{self.metric} of {self.of}"
 
 
-def named_values(result, names):
-    """bootstrap_regression's result under the names of --criteria: `r2` = mean over targets, `r2_Valence` one target.
+def spell_metrics(overall, each, names):
+    """{name: what it may mean, a set of MetricOf}: METRIC of all, METRIC_NAME of each of the names."""
+    meanings = {metric: {MetricOf(metric)} for metric in overall}
+    for metric, name in itertools.product(each, names):
+        meanings.setdefault(f"{metric}_{name}", set()).add(MetricOf(metric, name))
+    return meanings
 
-    Returns (dict of name -> float, dict of name -> (low, high) or None).
+
+def spell_class_metrics(names):
+    """{name: what it may mean, a set of MetricOf} for C classes: beside spell_metrics CLASS_METRIC, auc, nll and ap.
+
+    The set has several entries where a class is called such that two meanings read alike, as macro_f1 for `macro`.
     """
-    places = {metric: (f"mean_{metric}", ...) for metric in common.REGRESSION_METRICS}
-    places |= {f"{metric}_{name}": (metric, k) for metric in common.REGRESSION_METRICS for k, name in enumerate(names)}
-    values = {name: float(result["value"][key][k]) for name, (key, k) in places.items()}
-    return values, {name: result["interval"] and tuple(result["interval"][key][k].tolist())
-                    for name, (key, k) in places.items()}
+    meanings = spell_metrics(common.CLASSIFICATION_METRICS, common.CLASS_METRICS, names)
+    meanings |= {"auc": {MetricOf("roc_auc")}, "nll": {MetricOf("loss")}}
+    short = {metric: metric for metric in common.CLASS_METRICS} | {"ap": "average_precision", "auc": "roc_auc"}
+    for (spelled, metric), name in itertools.product(short.items(), names):
+        for whole in (f"{name}_{spelled}", f"{spelled}_{name}"):
+            meanings.setdefault(whole, set()).add(MetricOf(metric, name))
+    return meanings
 
 
-def parse_criteria(text, known):
-    """`"r2>0.15,mae_M2<3.0"` -> list of dict(name, relation, bar); known: the metric names that exist.
+def class_columns(names):
+    """{column of the history: MetricOf}: METRIC and CLASS_METRIC; METRIC_CLASS where that means something else too."""
+    meanings = spell_class_metrics(names)
+    columns = {metric: MetricOf(metric) for metric in common.CLASSIFICATION_METRICS}
+    for name, metric in itertools.product(names, common.CLASS_METRICS):
+        usual = f"{name}_{metric}"
+        columns[usual if len(meanings[usual]) == 1 else f"{metric}_{name}"] = MetricOf(metric, name)
+    return columns
+
+
+def read_name(flag, name, meanings):
+    """The MetricOf that a name means. Raises UserError for an unknown name, with the closest, and for two meanings."""
+    if name not in meanings:
+        raise common.UserError(f"{flag} {name} is no metric of this run{common.closest(name, meanings)}; "
+                               f"metrics: {common.shorten_list(meanings, 40)}")
+    if len(meanings[name]) > 1:
+        raise common.UserError(f"{flag} {name} may mean {' or '.join(sorted(map(str, meanings[name])))}: "
+                               "rename that class or target")
+    return next(iter(meanings[name]))
+
+
+def named_estimates(result, meanings):
+    """{name: Estimate of the model} for every name with one meaning in a Result."""
+    found = {}
+    for name, each in meanings.items():
+        meaning = next(iter(each))
+        if len(each) == 1 and meaning.of is None:
+            found[name] = result.overall.model[meaning.metric]
+        elif len(each) == 1 and meaning.of in result.names:
+            found[name] = result.each.model[meaning.metric].at(result.names.index(meaning.of))
+    return found
+
+
+# --- criteria ----------------------------------------------------------------------------------------
+
+def parse_criteria(text, meanings):
+    """`"r2>0.15,mae_M2<3.0"` -> list of dict(name, relation, bar); meanings: as spell_metrics gives.
 
     Raises UserError that lists every part that cannot be read, or every unknown name with the closest known one.
     """
@@ -99,69 +164,84 @@ def parse_criteria(text, known):
     matches = [re.fullmatch(r"([^<>=]+?)\s*([<>]=?)\s*([-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)", p) for p in parts]
     bad = [part for part, match in zip(parts, matches) if match is None]
     if bad:
-        raise common.UserError(f"--criteria expects NAME>NUMBER or NAME<NUMBER separated by commas, found: {'; '.join(bad)}")
-    unknown = [match[1] + common.closest(match[1], known) for match in matches if match[1] not in known]
+        raise common.UserError("--criteria expects NAME>NUMBER or NAME<NUMBER separated by commas, found: "
+                               + "; ".join(bad))
+    unknown = [match[1] + common.closest(match[1], meanings) for match in matches if match[1] not in meanings]
     if unknown:
         raise common.UserError(f"--criteria names no metric of this run: {', '.join(unknown)}. Use METRIC or METRIC_TARGET.")
+    for match in matches:
+        read_name("--criteria", match[1], meanings)
     return [{"name": match[1], "relation": match[2], "bar": float(match[3])} for match in matches]
 
 
-def judge_criteria(criteria, values, intervals):
+def judge_criteria(criteria, estimates):
     """PASS where the whole interval clears the bar, FAIL where none of it does, else (or without one) NOT RESOLVABLE.
 
-    criteria: from parse_criteria; values: dict of name -> float; intervals: dict of name -> (low, high) or None.
+    criteria: from parse_criteria; estimates: {name: Estimate}, NaN ends = no interval.
     Returns a list of dict(name, relation, bar, value, low, high, verdict).
     """
-    compare, judged = {">": np.greater, ">=": np.greater_equal, "<": np.less, "<=": np.less_equal}, []
+    compare = {">": np.greater, ">=": np.greater_equal, "<": np.less, "<=": np.less_equal}
+    judged = []
     for entry in criteria:
-        low, high = intervals[entry["name"]] or (math.nan, math.nan)
-        clears = {bool(compare[entry["relation"]](end, entry["bar"])) for end in (low, high)}
+        found = estimates[entry["name"]]
+        clears = [bool(compare[entry["relation"]](end, entry["bar"])) for end in (found.low, found.high)]
         verdict = "NOT RESOLVABLE"
-        if len(clears) == 1 and not math.isnan(low + high):
-            verdict = "PASS" if True in clears else "FAIL"
-        judged.append({**entry, "value": values[entry["name"]], "low": low, "high": high, "verdict": verdict})
+        if clears[0] == clears[1] and not math.isnan(found.low + found.high):
+            verdict = "PASS" if clears[0] else "FAIL"
+        judged.append({**entry, "value": found.value, "low": found.low, "high": found.high, "verdict": verdict})
     return judged
 
 
-def verdict_sentence(result, baseline_name, metric="r2", ceiling=None, held_out=True, lower_is_better=None, label=None):
+# --- verdict -----------------------------------------------------------------------------------------
+
+def verdict_sentence(result, metric="r2", ceiling=None, held_out=True, label=None):
     """One honest sentence: does the model beat its baseline, by how much, and what could be reached at best.
 
-    result: dict of bootstrap_regression's or bootstrap_classification's shape: value and interval (or None) with the
-    keys METRIC, baseline_METRIC and difference_METRIC or, over targets, the same with mean_METRIC; method; sign_flip_p
-    and, where there is one, per_subject.
-    ceiling: what `metric` could reach, or None. held_out False: the numbers are neither a test split's nor folds'.
-    lower_is_better: None = as LOWER_IS_BETTER says; label: the metric's name in the sentence.
+    result: a Result with a baseline; ceiling: what `metric` could reach, or None; held_out False: the numbers are
+    neither a test split's nor folds'; label: the metric's name in the sentence.
     """
-    key = f"mean_{metric}" if f"mean_{metric}" in result["value"] else metric
-    model, baseline, difference = (result["value"][part + key] for part in ("", "baseline_", "difference_"))
-    low, high = (result["interval"] or {}).get(f"difference_{key}", (np.nan, np.nan))
-    downwards = metric in common.LOWER_IS_BETTER if lower_is_better is None else lower_is_better
-    gains = [-difference, -low, -high] if downwards else [difference, low, high]
-    beaten = "The model beats" if min(gains) > 0 else "The model does not beat" if gains[0] <= 0 else None
-    verdict = beaten if beaten and np.isfinite(gains).all() else "Not resolvable whether the model beats"
-    text = f"{verdict} the {baseline_name} baseline: {label or key.replace('mean_', 'mean ', 1)} {model:.3f} against "
-    text += f"{baseline:.3f}, "
-    how = result["method"]
-    if result["interval"]:
-        known = np.isfinite([low, high]).all()
-        how = f"{low:+.3f} to {high:+.3f}, {how}" if known else "no interval: too few to resolve it"
-    text += f"difference {difference:+.3f} [{how}]"
-    # R2 within a subject has no meaning, nor has a rank metric: their errors stand in
-    flips, errors = result["sign_flip_p"], "mse" if metric == "r2" else metric
-    errors = errors if errors in flips else "brier"
-    if flips.get(errors) is not None:
-        own = result["per_subject"][f"difference_{key.replace(metric, errors)}"]  # (S,)
-        fewer = int(((own if errors in common.LOWER_IS_BETTER else -own) < 0).sum())
-        text += f", exact sign-flip p {flips[errors]:.4f} on the subjects' errors, smaller than the baseline's in "
-        text += f"{fewer} of {int(np.isfinite(own).sum())}"
-    text += "" if ceiling is None or not np.isfinite(ceiling) else f"; the raters' agreement allows {ceiling:.3f}"
+    difference = result.overall.difference[metric]
+    gain = result.gain(metric)
+    is_known = np.isfinite(gain.low + gain.high)
+    verdict = "Not resolvable whether the model beats"
+    if is_known and min(gain.value, gain.low) > 0:
+        verdict = "The model beats"
+    elif is_known and gain.value <= 0:
+        verdict = "The model does not beat"
+    how = result.method
+    if result.has_intervals:
+        ends = f"{difference.low:+.3f} to {difference.high:+.3f}, {how}"
+        how = ends if is_known else "no interval: too few to resolve it"
+    text = (f"{verdict} the {result.baseline_name.replace('_', ' ')} baseline: {label or common.METRICS[metric].label} "
+            f"{result.overall.model[metric].value:.3f} against {result.overall.baseline[metric].value:.3f}, "
+            f"difference {difference.value:+.3f} [{how}]{_sign_flip_text(result, metric)}")
+    if ceiling is not None and np.isfinite(ceiling):
+        text += f"; the raters' agreement allows {ceiling:.3f}"
     return text + ("." if held_out else "; selected on validation, therefore optimistic.")
 
 
-def verdict_level(gain, gain_low, alarms):
-    """Level of a verdict: good only where the gain over the baseline is beyond its interval and no alarm is raised."""
-    level = "good" if gain_low > 0 and not alarms else "caution"
-    return level if gain > 0 else "poor"
+def _sign_flip_text(result, metric):
+    """What the sign-flip test says of the subjects' errors; "" without one.
+
+    R2 within a subject has no meaning, nor has a rank metric: their squared errors stand in.
+    """
+    errors = "mse" if metric == "r2" else metric
+    if errors not in result.sign_flip_p:
+        errors = "brier"
+    p = result.sign_flip_p.get(errors)
+    if p is None:
+        return ""
+    differences = np.asarray(result.per_subject[errors])  # (S,)
+    better = differences < 0 if common.METRICS[errors].lower_is_better else differences > 0
+    return (f", exact sign-flip p {p:.4f} on the {result.unit}' errors, smaller than the baseline's in {better.sum()} "
+            f"of {np.isfinite(differences).sum()}")
+
+
+def verdict_level(gain, alarms):
+    """Level of a verdict: good only where the whole interval of the gain is above 0 and no alarm is raised."""
+    if not gain.value > 0:
+        return "poor"
+    return "good" if gain.low > 0 and not alarms else "caution"
 
 
 def say_results(run, metrics):

@@ -76,7 +76,7 @@ def test_metrics_are_those_of_the_predictions_file(trained):
         per_target.append(r2_score(pairs[:, 0], pairs[:, 1]))
         assert row["r2"] == pytest.approx(per_target[-1], abs=1e-9)
         assert row["mae"] == pytest.approx(np.abs(pairs[:, 0] - pairs[:, 1]).mean(), abs=1e-9)
-    assert metrics["part"] == "test" and metrics["mean"]["mean_r2"] == pytest.approx(np.mean(per_target), abs=1e-9)
+    assert metrics["part"] == "test" and metrics["model"]["r2"]["value"] == pytest.approx(np.mean(per_target), abs=1e-9)
 
 
 def test_groups_are_on_one_side_and_the_report_says_zero(sample, trained):

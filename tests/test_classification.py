@@ -54,27 +54,29 @@ def binormal(score, separation, rate):
 @pytest.mark.parametrize("classes", [2, 4])
 def test_metrics_equal_sklearn_with_and_without_ties(classes, digits):
     _, probability, label = scored_rows(classes=classes, digits=digits)
-    ours, chosen = common.classification_metrics(probability, label, names=NAMES[:classes]), probability.argmax(1)
+    ours, chosen = common.classification_metrics(probability, label), probability.argmax(1)
     score = probability[:, 1] if classes == 2 else probability
-    judged = {"n": 300, "loss": judge.log_loss(label, probability), "accuracy": judge.accuracy_score(label, chosen),
+    judged = {"loss": judge.log_loss(label, probability), "accuracy": judge.accuracy_score(label, chosen),
               "balanced_accuracy": judge.balanced_accuracy_score(label, chosen),
               "macro_f1": judge.f1_score(label, chosen, average="macro"),
               "roc_auc": judge.roc_auc_score(label, score, multi_class="ovr"),
               "mcc": judge.matthews_corrcoef(label, chosen), "brier": judge.brier_score_loss(label, score)}
-    for c, name in enumerate(NAMES[:classes]):
-        parts = judge.precision_recall_fscore_support(label, chosen, labels=[c], zero_division=np.nan)
-        judged |= {f"{name}_{metric}": float(part[0]) for metric, part in zip(("precision", "recall", "f1"), parts)}
-        judged[f"{name}_average_precision"] = judge.average_precision_score(label == c, probability[:, c])
-        judged[f"{name}_roc_auc"] = judge.roc_auc_score(label == c, probability[:, c])
-    np.testing.assert_array_equal(ours.pop("confusion"), judge.confusion_matrix(label, chosen))
-    del ours["ece"], ours["ece_adaptive"]
-    assert ours == pytest.approx(judged, rel=1e-9)
+    assert {name: ours.overall[name] for name in judged} == pytest.approx(judged, rel=1e-9)
+    assert {*judged, "ece", "ece_adaptive"} == set(ours.overall) == set(common.CLASSIFICATION_METRICS)
+    parts = judge.precision_recall_fscore_support(label, chosen, labels=range(classes), zero_division=np.nan)
+    theirs = dict(zip(("precision", "recall", "f1"), parts))
+    theirs["average_precision"] = [judge.average_precision_score(label == c, probability[:, c]) for c in range(classes)]
+    theirs["roc_auc"] = [judge.roc_auc_score(label == c, probability[:, c]) for c in range(classes)]
+    assert set(theirs) == set(ours.per_class) == set(common.CLASS_METRICS)
+    for name, values in theirs.items():
+        np.testing.assert_allclose(ours.per_class[name], values, rtol=1e-9, err_msg=name)
+    np.testing.assert_array_equal(ours.confusion, judge.confusion_matrix(label, chosen))
 
 
 @pytest.mark.parametrize("classes", [2, 4])
 def test_ece_equals_torchmetrics_and_the_bins_of_sklearn(classes):
     _, probability, label = scored_rows(classes=classes, sharpness=2.0)
-    ours, confidence = common.classification_metrics(probability, label), probability.max(1)
+    ours, confidence = common.classification_metrics(probability, label).overall, probability.max(1)
     p, t = torch.from_numpy(probability), torch.from_numpy(label)
     theirs = torch_classification.multiclass_calibration_error(p, t, classes, n_bins=15, norm="l1")
     assert ours["ece"] == pytest.approx(float(theirs), rel=1e-5)
@@ -88,39 +90,44 @@ def test_ece_equals_torchmetrics_and_the_bins_of_sklearn(classes):
 
 def test_other_metrics_equal_torchmetrics():
     _, probability, label = scored_rows(digits=2)
-    ours = common.classification_metrics(probability, label, names=NAMES)
+    ours = common.classification_metrics(probability, label)
     p, t = torch.from_numpy(probability), torch.from_numpy(label)
     precision = torch_classification.multiclass_average_precision(p, t, 4, average=None).numpy()
-    np.testing.assert_allclose([ours[f"{name}_average_precision"] for name in NAMES], precision, rtol=1e-5)
-    assert ours["roc_auc"] == pytest.approx(float(torch_classification.multiclass_auroc(p, t, 4)), rel=1e-5)
-    assert ours["mcc"] == pytest.approx(float(torch_classification.multiclass_matthews_corrcoef(p, t, 4)), rel=1e-5)
+    np.testing.assert_allclose(ours.per_class["average_precision"], precision, rtol=1e-5)
+    assert ours.overall["roc_auc"] == pytest.approx(float(torch_classification.multiclass_auroc(p, t, 4)), rel=1e-5)
+    mcc = float(torch_classification.multiclass_matthews_corrcoef(p, t, 4))
+    assert ours.overall["mcc"] == pytest.approx(mcc, rel=1e-5)
 
 
 def test_an_absent_class_is_left_out_of_the_means_and_nan_itself(recwarn):
     _, probability, label = scored_rows()
     kept = label != 2
     probability, label = probability[kept], label[kept]
-    ours, chosen = common.classification_metrics(probability, label, names=NAMES), probability.argmax(1)
-    assert all(math.isnan(ours[f"tail_{metric}"]) for metric in ("recall", "average_precision", "roc_auc"))
-    assert ours["tail_f1"] == ours["tail_precision"] == 0.0
-    assert ours["macro_f1"] == pytest.approx(judge.f1_score(label, chosen, average="macro"))
+    ours, chosen = common.classification_metrics(probability, label), probability.argmax(1)
+    overall, tail = ours.overall, {name: values[2] for name, values in ours.per_class.items()}
+    assert all(math.isnan(tail[metric]) for metric in ("recall", "average_precision", "roc_auc"))
+    assert tail["f1"] == tail["precision"] == 0.0
+    assert overall["macro_f1"] == pytest.approx(judge.f1_score(label, chosen, average="macro"))
     aucs = [judge.roc_auc_score(label == c, probability[:, c]) for c in (0, 1, 3)]
-    assert ours["roc_auc"] == pytest.approx(np.mean(aucs))
+    assert overall["roc_auc"] == pytest.approx(np.mean(aucs))
     assert not recwarn.list
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn warns of predictions that no label has
-        assert ours["balanced_accuracy"] == pytest.approx(judge.balanced_accuracy_score(label, chosen))
+        assert overall["balanced_accuracy"] == pytest.approx(judge.balanced_accuracy_score(label, chosen))
 
 
 def test_undefined_values_are_nan_and_a_constant_prediction_has_no_correlation(recwarn):
     constant = np.tile([0.3, 0.7], (6, 1))
-    ours = common.classification_metrics(constant, [0, 1, 1, 0, 1, 1], names=["a", "b"])
-    assert ours["mcc"] == 0.0 and ours["roc_auc"] == 0.5 and math.isnan(ours["a_precision"])
-    assert ours["a_recall"] == ours["a_f1"] == 0.0 and ours["b_average_precision"] == pytest.approx(4 / 6)
+    ours = common.classification_metrics(constant, [0, 1, 1, 0, 1, 1])
+    assert ours.overall["mcc"] == 0.0 and ours.overall["roc_auc"] == 0.5
+    assert math.isnan(ours.per_class["precision"][0]) and ours.per_class["recall"][0] == ours.per_class["f1"][0] == 0.0
+    assert ours.per_class["average_precision"][1] == pytest.approx(4 / 6)
     one = common.classification_metrics(constant, [1] * 6)
-    assert math.isnan(one["roc_auc"]) and math.isnan(one["mcc"]) and one["accuracy"] == one["1_recall"] == 1.0
+    assert math.isnan(one.overall["roc_auc"]) and math.isnan(one.overall["mcc"])
+    assert one.overall["accuracy"] == one.per_class["recall"][1] == 1.0
     none = common.classification_metrics(np.zeros((0, 2)), np.zeros(0, int))
-    assert none["n"] == 0 and all(math.isnan(v) for k, v in none.items() if k not in ("n", "confusion"))
+    assert none.confusion.sum() == 0 and all(math.isnan(value) for value in none.overall.values())
+    assert all(np.isnan(values).all() for values in none.per_class.values())
     assert not recwarn.list
 
 
@@ -129,10 +136,10 @@ def test_missing_labels_do_not_count_and_nan_is_not_hidden():
     masked = np.where(np.arange(300) % 3 == 0, -1, label)
     ours = common.classification_metrics(probability, masked)
     direct = common.classification_metrics(probability[masked >= 0], label[masked >= 0])
-    np.testing.assert_array_equal(ours.pop("confusion"), direct.pop("confusion"))
-    assert ours == direct and ours["n"] == 200
+    np.testing.assert_array_equal(ours.confusion, direct.confusion)
+    assert ours.overall == direct.overall and ours.confusion.sum() == 200
     probability[4, 1] = np.nan
-    assert math.isnan(common.classification_metrics(probability, label)["accuracy"])
+    assert math.isnan(common.classification_metrics(probability, label).overall["accuracy"])
     with pytest.raises(ValueError, match="labels up to 4"):
         common.classification_metrics(probability, np.full(300, 4))
 
@@ -143,19 +150,21 @@ def test_threshold_gives_the_positive_class_from_the_threshold_on():
     assert common.predicted_class(probability, 0.75, 2).tolist() == [0, 0, 1, 1]
     low, label = two_classes()
     ours = common.classification_metrics(low, label, threshold=0.25)
-    assert ours["1_recall"] == pytest.approx(judge.recall_score(label, low[:, 1] >= 0.25))
-    assert ours["roc_auc"] == common.classification_metrics(low, label)["roc_auc"]
+    assert ours.per_class["recall"][1] == pytest.approx(judge.recall_score(label, low[:, 1] >= 0.25))
+    assert ours.overall["roc_auc"] == common.classification_metrics(low, label).overall["roc_auc"]
 
 
 def test_row_weights_equal_repeated_rows():
     _, probability, label = scored_rows(rows=80, digits=1)
     times = np.random.default_rng(1).integers(0, 4, (5, 80))
-    weighted = common.class_statistic(probability, label, None, None, NAMES)(times.astype(float))
+    weighted = common.class_statistic(probability, label)(times.astype(float))
     for draw, counts in enumerate(times):
         rows = np.repeat(np.arange(80), counts)
-        direct = common.classification_metrics(probability[rows], label[rows], names=NAMES)
-        del direct["n"], direct["confusion"], direct["ece_adaptive"]  # the bins of the last stay those of all rows
-        assert {key: weighted[key][draw] for key in direct} == pytest.approx(direct, rel=1e-9, nan_ok=True)
+        direct = common.classification_metrics(probability[rows], label[rows])
+        for name in set(direct.overall) - {"ece_adaptive"}:  # whose bins stay those of all rows
+            assert weighted.overall[name][draw] == pytest.approx(direct.overall[name], rel=1e-9, nan_ok=True), name
+        for name, values in direct.per_class.items():
+            np.testing.assert_allclose(weighted.per_class[name][draw], values, rtol=1e-9, err_msg=name)
 
 
 def test_sklearn_average_precision_and_auc_under_weights():
@@ -182,7 +191,7 @@ def test_expected_ece_is_what_calibrated_models_show():
     shown, expected = [], []
     for seed in range(100):
         _, probability, label = scored_rows(rows=128, classes=2, seed=seed)
-        metrics = common.classification_metrics(probability, label)
+        metrics = common.classification_metrics(probability, label).overall
         shown.append((metrics["ece"], metrics["ece_adaptive"]))
         expected.append([calibrating.expected_ece(probability.max(1), draws=100, adaptive=kind) for kind in (False, True)])
     np.testing.assert_allclose(np.mean(shown, 0), np.mean(expected, 0), atol=0.006)
@@ -219,8 +228,13 @@ def clustered_scores(subjects, rows, generator, separation=1.2, icc=0.3, rate=0.
     return model(separation), model(separation / 2), label, names
 
 
-COVERED = ("roc_auc", "b_average_precision", "b_recall", "accuracy", "macro_f1", "brier", "difference_roc_auc",
-           "difference_b_average_precision", "difference_brier")
+def covered_estimates(result):
+    """{what: Estimate} of the numbers whose coverage is simulated; b is the second class."""
+    overall, each = result.overall, result.each
+    found = {metric: overall.model[metric] for metric in ("roc_auc", "accuracy", "macro_f1", "brier")}
+    found |= {f"{metric} of b": each.model[metric].at(1) for metric in ("average_precision", "recall")}
+    found |= {f"difference of {metric}": overall.difference[metric] for metric in ("roc_auc", "brier")}
+    return found | {"difference of average_precision": each.difference["average_precision"].at(1)}
 
 
 @pytest.mark.parametrize("subjects, rows, separation", [(6, 18, 1.2), (12, 18, 2.0), (40, 9, 1.2)])
@@ -229,16 +243,14 @@ def test_intervals_over_subjects_cover_89_to_98_percent(subjects, rows, separati
 
     Nominal 95 %; a run of 600 gave 92 to 94 % at 40 subjects, and three standard errors of 400 are 4 %.
     """
-    generator, hits, draw = np.random.default_rng(subjects), np.zeros(len(COVERED)), subject_intervals.bootstrap_classification
+    generator, hits, draw = np.random.default_rng(subjects), [], subject_intervals.bootstrap_classification
     model, baseline, label, names = clustered_scores(4000, rows, generator, separation)
-    value = draw(model, label, names, baseline, ["a", "b"], draws=1)["value"]
-    truth = [value[key] for key in COVERED]
+    truth = covered_estimates(draw(model, label, names, baseline, ["a", "b"], draws=1))
     for seed in range(400):
         model, baseline, label, names = clustered_scores(subjects, rows, generator, separation)
-        interval = draw(model, label, names, baseline, ["a", "b"], draws=300, seed=seed)["interval"]
-        ends = np.array([interval[key] for key in COVERED])
-        hits += (ends[:, 0] <= truth) & (truth <= ends[:, 1])
-    shares = dict(zip(COVERED, hits / 400))
+        found = covered_estimates(draw(model, label, names, baseline, ["a", "b"], draws=300, seed=seed))
+        hits.append([each.low <= truth[name].value <= each.high for name, each in found.items()])
+    shares = dict(zip(truth, np.mean(hits, axis=0)))
     assert all(0.89 <= share <= 0.98 for share in shares.values()), shares
 
 
@@ -246,46 +258,75 @@ def test_copies_of_a_row_add_nothing_where_subjects_are_named():
     """18 copies of each row: over subjects the interval stays that of single rows, over rows it shrinks by root 18."""
     probability, label = two_classes(rows=60)
     copies = [np.repeat(array, 18, axis=0) for array in (probability, label)]
-    keys = ("roc_auc", "1_average_precision", "macro_f1", "brier")
-    single, subjects, rows = (subject_intervals.bootstrap_classification(*given)["interval"] for given in (
+    single, subjects, rows = (subject_intervals.bootstrap_classification(*given) for given in (
         (probability, label), (*copies, np.repeat([f"s{k:02d}" for k in range(60)], 18)), copies))
-    for key in keys:
-        np.testing.assert_allclose(subjects[key], single[key], rtol=1e-9)
-        assert np.ptp(rows[key]) == pytest.approx(np.ptp(single[key]) / math.sqrt(18), rel=0.15), key
+
+    def ends(result):
+        found = [result.overall.model[name] for name in ("roc_auc", "macro_f1", "brier")]
+        found.append(result.each.model["average_precision"].at(1))
+        return np.array([[each.low, each.high] for each in found])
+    np.testing.assert_allclose(ends(subjects), ends(single), rtol=1e-9)
+    np.testing.assert_allclose(np.ptp(ends(rows), axis=1), np.ptp(ends(single), axis=1) / math.sqrt(18), rtol=0.15)
 
 
-def test_bootstrap_equals_resampling_the_rows_themselves():
+def test_the_interval_is_the_quantiles_of_metrics_of_resampled_rows():
+    """Subjects drawn by hand, every metric computed anew on their rows."""
     _, probability, label = scored_rows(rows=100)
     subjects = np.repeat([f"s{k:02d}" for k in range(25)], 4)
-    statistic = subject_intervals._paired_weights([common.class_statistic(probability, label, None, None, NAMES)],
-                                       np.repeat(np.arange(25), 4))
-    drawn = subject_intervals._bootstrap_draws(statistic, 25, 6, 3)
-    for draw, pick in enumerate(np.random.default_rng(3).integers(0, 25, (6, 25))):
+    result = subject_intervals.bootstrap_classification(probability, label, subjects, draws=40, seed=3)
+    drawn = []
+    for pick in np.random.default_rng(3).integers(0, 25, (40, 25)):
         rows = np.concatenate([np.flatnonzero(subjects == f"s{k:02d}") for k in pick])
-        direct = common.classification_metrics(probability[rows], label[rows], names=NAMES)
-        for key in ("loss", "roc_auc", "macro_f1", "tail_average_precision", "mcc", "ece"):
-            assert drawn[key][draw] == pytest.approx(direct[key], rel=1e-9), key
+        drawn.append(common.classification_metrics(probability[rows], label[rows]))
+    tail = stats.norm.sf(stats.t.ppf(0.975, 24) * math.sqrt(25 / 24))
+    for name in ("loss", "roc_auc", "macro_f1", "mcc"):
+        ends = np.quantile([each.overall[name] for each in drawn], [tail, 1 - tail])
+        found = result.overall.model[name]
+        assert (found.low, found.high) == pytest.approx(ends, rel=1e-4), name
+    values = np.array([each.per_class["average_precision"][2] for each in drawn])
+    found = result.each.model["average_precision"].at(2)
+    ends = np.quantile(values - values.mean() + found.value, [tail, 1 - tail])  # its bias is taken away
+    assert (found.low, found.high) == pytest.approx(np.clip(ends, 0, 1), rel=1e-4)
 
 
 def test_bootstrap_classification_holds_values_and_pairs_the_baseline():
     _, probability, label = scored_rows(rows=200)
     label[::7] = -1
     result = subject_intervals.bootstrap_classification(probability, label, baseline=probability, names=NAMES, draws=300)
-    direct = common.classification_metrics(probability, label, names=NAMES)
-    for key in set(direct) - {"n", "confusion"}:
-        low, high = result["interval"][key]
-        assert result["value"][key] == result["value"][f"baseline_{key}"] == direct[key], key
-        assert low < direct[key] < high, key
-        np.testing.assert_array_equal(result["interval"][f"difference_{key}"], [0.0, 0.0])
-    assert result["rows"] == result["subjects"] == direct["n"] and result["method"].endswith("rows")
-    np.testing.assert_array_equal(result["n"], result["n_subjects"])
-    np.testing.assert_array_equal(result["interval"]["tail_recall"], subject_intervals.wilson_interval(
-        direct["confusion"][2, 2], direct["confusion"][2].sum()))
+    direct = common.classification_metrics(probability, label)
+    for comparison, values in ((result.overall, direct.overall), (result.each, direct.per_class)):
+        for name, value in values.items():
+            model, difference = comparison.model[name], comparison.difference[name]
+            np.testing.assert_array_equal(model.value, value)
+            np.testing.assert_array_equal(comparison.baseline[name].value, value)
+            assert (model.low < value).all() and (value < model.high).all(), name
+            assert not np.any([difference.low, difference.high]), name
+    assert result.rows == result.subjects == direct.confusion.sum() and result.method.endswith("rows")
+    np.testing.assert_array_equal(result.n, result.n_subjects)
+    recall = result.each.model["recall"].at(2)
+    assert (recall.low, recall.high) == subject_intervals.wilson_interval(direct.confusion[2, 2],
+                                                                          direct.confusion[2].sum())
+
+
+def test_classes_may_be_called_as_anything():
+    """A class called baseline, difference or like a metric keeps its own numbers, in the record and as a criterion."""
+    _, probability, label = scored_rows(rows=200, classes=4)
+    names = ["baseline", "difference_a", "mean", "roc_auc"]
+    flat = np.tile(np.bincount(label) / len(label), (len(label), 1))
+    result = subject_intervals.bootstrap_classification(probability, label, baseline=flat, names=names, draws=50)
+    record = result.record("per_class")
+    meanings = verdicts.spell_class_metrics(names)
+    estimates = verdicts.named_estimates(result, meanings)
+    for c, (name, entry) in enumerate(zip(names, record["per_class"])):
+        auc = pytest.approx(judge.roc_auc_score(label == c, probability[:, c]))
+        assert entry["name"] == name and entry["model"]["roc_auc"]["value"] == auc == estimates[f"auc_{name}"].value
+        assert entry["baseline"]["roc_auc"]["value"] == 0.5
+    assert record["baseline"]["roc_auc"]["value"] == 0.5
 
 
 def test_blocks_of_draws_give_the_same_intervals(monkeypatch):
     probability, label = two_classes(rows=120)
-    whole = subject_intervals.bootstrap_classification(probability, label, draws=50)["interval"]["roc_auc"]
+    auc = subject_intervals.bootstrap_classification(probability, label, draws=50).overall.model["roc_auc"]
     statistic, shapes = common.class_statistic, []
 
     def spy(*given):
@@ -296,32 +337,33 @@ def test_blocks_of_draws_give_the_same_intervals(monkeypatch):
     subject_intervals.bootstrap_classification(*many, np.tile(np.arange(120) // 4, 200), draws=50)
     assert max(rows for rows, _ in shapes) == 41  # 1,000,000 // 24,000 draws at once
     monkeypatch.undo()
-    np.testing.assert_array_equal(subject_intervals.bootstrap_classification(probability, label, draws=50)["interval"]["roc_auc"],
-                                  whole)
+    again = subject_intervals.bootstrap_classification(probability, label, draws=50).overall.model["roc_auc"]
+    assert (auc.low, auc.high) == (again.low, again.high)
 
 
 def test_few_subjects_get_values_only_and_nine_get_p():
     model, baseline, label, names = clustered_scores(9, 18, np.random.default_rng(0), 2.5)
     two = subject_intervals.bootstrap_classification(model[:36], label[:36], names[:36], baseline[:36])
-    assert two["interval"] is None and set(two["sign_flip_p"].values()) == {None}
-    assert two["per_subject"]["roc_auc"][0] == common.classification_metrics(model[:18], label[:18])["roc_auc"]
+    assert not two.has_intervals and set(two.sign_flip_p.values()) == {None}
+    assert math.isnan(two.overall.model["roc_auc"].low)
     nine = subject_intervals.bootstrap_classification(model, label, names, baseline)
-    own = [common.classification_metrics(model[names == s], label[names == s])["brier"]
-           - common.classification_metrics(baseline[names == s], label[names == s])["brier"] for s in range(9)]
-    assert nine["sign_flip_p"]["brier"] == pytest.approx(subject_intervals.sign_flip_p(own))
-    assert "t-interval over 9 subjects" in nine["method"]
+    own = [common.classification_metrics(model[names == s], label[names == s]).overall["brier"]
+           - common.classification_metrics(baseline[names == s], label[names == s]).overall["brier"] for s in range(9)]
+    assert nine.per_subject["brier"] == pytest.approx(own)
+    assert nine.sign_flip_p["brier"] == pytest.approx(subject_intervals.sign_flip_p(own))
+    assert "t-interval over 9 subjects" in nine.method
 
 
 def test_a_class_in_few_subjects_has_no_interval_and_a_perfect_one_is_not_beyond_doubt():
     subjects, label = np.repeat(np.arange(24), 5), np.tile([0, 0, 0, 1, 1], 24)
     perfect = np.stack([1 - label, label], 1) * 0.8 + 0.1
-    found = subject_intervals.bootstrap_classification(perfect, label, subjects, names=["a", "b"])["interval"]
-    np.testing.assert_array_equal(found["roc_auc"], subject_intervals.wilson_interval(24, 24))
-    np.testing.assert_array_equal(found["b_recall"], subject_intervals.wilson_interval(24, 24))
+    found = subject_intervals.bootstrap_classification(perfect, label, subjects, names=["a", "b"])
+    for estimate in (found.overall.model["roc_auc"], found.each.model["recall"].at(1)):
+        assert (estimate.low, estimate.high) == subject_intervals.wilson_interval(24, 24)
     rare = np.where(subjects < 4, label, 0)
-    found = subject_intervals.bootstrap_classification(perfect, rare, subjects, names=["a", "b"])["interval"]
-    assert np.isnan(found["roc_auc"]).all() and np.isnan(found["b_recall"]).all()
-    assert np.isfinite(found["accuracy"]).all()
+    found = subject_intervals.bootstrap_classification(perfect, rare, subjects, names=["a", "b"])
+    assert math.isnan(found.overall.model["roc_auc"].low) and math.isnan(found.each.model["recall"].at(1).high)
+    assert math.isfinite(found.overall.model["accuracy"].low)
 
 
 # --- baselines -----------------------------------------------------------------------------------
@@ -489,10 +531,10 @@ def test_temperature_comes_back_and_keeps_accuracy_and_auc(true_temperature):
     before = logits * true_temperature
     found = calibrating.fit_temperature(before, label)
     assert found == pytest.approx(true_temperature, rel=0.12)
-    raw, mended = (common.classification_metrics(common.softmax(values), label) for values in (before, before / found))
+    raw, mended = (common.classification_metrics(common.softmax(values), label).overall for values in (before, before / found))
     assert mended["accuracy"] == raw["accuracy"] and mended["roc_auc"] == pytest.approx(raw["roc_auc"], abs=1e-9)
     assert mended["loss"] <= raw["loss"] + 1e-12
-    losses = [common.classification_metrics(common.softmax(before / (found * t)), label)["loss"] for t in (0.98, 1.02)]
+    losses = [common.classification_metrics(common.softmax(before / (found * t)), label).overall["loss"] for t in (0.98, 1.02)]
     assert mended["loss"] < min(losses)
 
 
@@ -517,7 +559,7 @@ def test_prior_correction_undoes_a_balanced_sampler():
     assert balanced[:, 1].mean() > 0.25 and corrected[:, 1].mean() == pytest.approx(label.mean(), abs=0.005)
     natural = baseline_models.fit_logistic(x, label, lambdas=[1.0]).predict(x)
     np.testing.assert_allclose(corrected, natural, atol=0.02)
-    loss = [common.classification_metrics(each, label)["loss"] for each in (corrected, natural, balanced)]
+    loss = [common.classification_metrics(each, label).overall["loss"] for each in (corrected, natural, balanced)]
     assert loss[0] == pytest.approx(loss[1], abs=1e-3) and loss[2] > loss[0] + 0.1
     np.testing.assert_array_equal(calibrating.prior_correction([[1.0, 2.0]], [1.0, 0.0], [1.0, 0.0]), [[1.0, 2.0]])
 
@@ -532,7 +574,7 @@ def test_threshold_equals_trying_every_one(metric):
     found = calibrating.fit_threshold(probability, label, metric)
     assert score(label, probability[:, 1] >= found) == pytest.approx(best)
     chosen = common.classification_metrics(probability, label, threshold=found)
-    assert chosen["1_f1" if metric == "f1" else metric] == pytest.approx(best)
+    assert (chosen.per_class["f1"][1] if metric == "f1" else chosen.overall[metric]) == pytest.approx(best)
 
 
 def test_threshold_edge_cases():
@@ -572,48 +614,52 @@ def test_criteria_give_pass_fail_and_not_resolvable():
     label = np.repeat([1, 0], [19, 109])
     score = np.concatenate([np.linspace(0.55, 0.95, 7), np.linspace(0.3, 0.45, 12), np.linspace(0.01, 0.44, 109)])
     result = subject_intervals.bootstrap_classification(np.stack([1 - score, score], 1), label, names=["ear", "tail"])
-    known = common.classification_names(["ear", "tail"])
+    known = verdicts.spell_class_metrics(["ear", "tail"])
     text = "tail_recall>0.35,auc>0.60,ece<0.25,recall_tail<0.1,ap_tail>0.3,nll<2"
-    judged = verdicts.judge_criteria(verdicts.parse_criteria(text, known),
-                                   *verdicts.classification_values(result, ["ear", "tail"]))
+    judged = verdicts.judge_criteria(verdicts.parse_criteria(text, known), verdicts.named_estimates(result, known))
     assert [bar["verdict"] for bar in judged] == ["NOT RESOLVABLE", "PASS", "PASS", "FAIL", "PASS", "PASS"]
     assert [round(judged[0][key], 2) for key in ("value", "low", "high")] == [0.37, 0.19, 0.59]
     with pytest.raises(common.UserError, match=r"tail_recal \(did you mean tail_recall\?\)"):
         verdicts.parse_criteria("tail_recal>0.3", known)
     two = subject_intervals.bootstrap_classification(np.stack([1 - score, score], 1), label, np.arange(128) % 2)
-    assert verdicts.classification_values(two, ["0", "1"])[1]["auc"] is None
+    assert math.isnan(verdicts.named_estimates(two, verdicts.spell_class_metrics("01"))["auc"].low)
+
+
+def test_a_name_with_two_meanings_is_refused_and_the_other_spelling_taken():
+    known = verdicts.spell_class_metrics(["macro", "tail"])
+    with pytest.raises(common.UserError, match="macro_f1 may mean f1 of macro or macro_f1"):
+        verdicts.parse_criteria("macro_f1>0.3", known)
+    assert verdicts.read_name("--select", "f1_macro", known) == verdicts.MetricOf("f1", "macro")
+    columns = verdicts.class_columns(["macro", "tail"])
+    assert columns["macro_f1"] == verdicts.MetricOf("macro_f1")
+    assert columns["f1_macro"] == verdicts.MetricOf("f1", "macro") and columns["tail_f1"] == ("f1", "tail")
+    assert len(columns) == len(common.CLASSIFICATION_METRICS) + 2 * len(common.CLASS_METRICS)
 
 
 def test_verdict_of_a_classifier_names_the_metric_and_the_direction():
     model, baseline, label, names = clustered_scores(30, 18, np.random.default_rng(0), 2.5)
-    result = subject_intervals.bootstrap_classification(model, label, names, baseline, ["ear", "tail"])
-    text = verdicts.verdict_sentence(result, "pair prior", "roc_auc", label="ROC AUC", held_out=False)
+    result = subject_intervals.bootstrap_classification(model, label, names, baseline, ["ear", "tail"],
+                                                        baseline_name="pair_prior")
+    text = verdicts.verdict_sentence(result, "roc_auc", label="ROC AUC", held_out=False)
     assert text.startswith("The model beats the pair prior baseline: ROC AUC 0.9")
     assert "95% bootstrap interval over 30 subjects" in text and text.endswith("therefore optimistic.")
-    assert verdicts.verdict_sentence(result, "prior", "loss").startswith("The model beats the prior baseline: loss 0.")
-    worse = subject_intervals.bootstrap_classification(baseline, label, names, model, ["ear", "tail"])
-    for metric in ("roc_auc", "brier", "tail_average_precision"):
-        assert verdicts.verdict_sentence(worse, "prior", metric).startswith("The model does not beat"), metric
-    nine = subject_intervals.bootstrap_classification(model[:162], label[:162], names[:162], baseline[:162])
-    text, p = verdicts.verdict_sentence(nine, "prior", "roc_auc"), nine["sign_flip_p"]["brier"]
+    assert verdicts.verdict_sentence(result, "loss").startswith("The model beats the pair prior baseline: loss 0.")
+    worse = subject_intervals.bootstrap_classification(baseline, label, names, model, baseline_name="prior")
+    for metric in ("roc_auc", "brier", "macro_f1"):
+        assert verdicts.verdict_sentence(worse, metric).startswith("The model does not beat"), metric
+    nine = subject_intervals.bootstrap_classification(model[:162], label[:162], names[:162], baseline[:162],
+                                                      baseline_name="prior")
+    text, p = verdicts.verdict_sentence(nine, "roc_auc"), nine.sign_flip_p["brier"]
     own = [np.mean((model[names == name, 1] - label[names == name]) ** 2) for name in np.unique(names[:162])]
     other = [np.mean((baseline[names == name, 1] - label[names == name]) ** 2) for name in np.unique(names[:162])]
     fewer = sum(a < b for a, b in zip(own, other))
     assert f"exact sign-flip p {p:.4f} on the subjects' errors, smaller than the baseline's in {fewer} of 9." in text
-    swapped = subject_intervals.bootstrap_classification(baseline[:162], label[:162], names[:162], model[:162])
+    swapped = subject_intervals.bootstrap_classification(baseline[:162], label[:162], names[:162], model[:162],
+                                                         baseline_name="prior")
     right = [((each[:162, 1] > 0.5) == label[:162]).reshape(9, 18).mean(1) for each in (baseline, model)]
-    assert verdicts.verdict_sentence(swapped, "prior", "accuracy").endswith(f"in {(right[0] > right[1]).sum()} of 9.")
-    nine["interval"]["difference_roc_auc"][:] = np.nan
-    assert "[no interval: too few to resolve it]" in verdicts.verdict_sentence(nine, "prior", "roc_auc")
-
-
-def test_verdict_of_any_metric_with_its_own_direction():
-    result = {"value": {"mae_mm": 2.0, "baseline_mae_mm": 3.0, "difference_mae_mm": -1.0}, "sign_flip_p": {},
-              "interval": {"difference_mae_mm": (-1.5, -0.5)}, "method": "95% bootstrap interval over 40 sequences"}
-    text = verdicts.verdict_sentence(result, "no-motion", "mae_mm", lower_is_better=True, label="MAE (mm)")
-    assert text == ("The model beats the no-motion baseline: MAE (mm) 2.000 against 3.000, difference -1.000 "
-                    "[-1.500 to -0.500, 95% bootstrap interval over 40 sequences].")
-    assert verdicts.verdict_sentence(result, "x", "mae_mm").startswith("The model does not beat")
+    assert verdicts.verdict_sentence(swapped, "accuracy").endswith(f"in {(right[0] > right[1]).sum()} of 9.")
+    nine.overall.difference["roc_auc"].low = np.nan
+    assert "[no interval: too few to resolve it]" in verdicts.verdict_sentence(nine, "roc_auc")
 
 
 # --- plots ---------------------------------------------------------------------------------------
@@ -622,7 +668,7 @@ def test_plots_are_written_and_survive_absent_classes_and_empty_splits(tmp_path)
     _, probability, label = scored_rows(rows=60)
     absent = np.where(label == 2, -1, label)
     for number, (p, t) in enumerate([(probability, absent), (probability[:0], label[:0])]):
-        correct, confusion = p.argmax(1) == t, common.classification_metrics(p, t)["confusion"]
+        correct, confusion = p.argmax(1) == t, common.classification_metrics(p, t).confusion
         plotting.plot_confusion(confusion, NAMES, tmp_path / f"confusion_{number}.png")
         plotting.plot_reliability(p, t, tmp_path / f"reliability_{number}.png", before=p)
         plotting.plot_risk_coverage(p.max(1, initial=0), correct, tmp_path / f"risk_{number}.png")
@@ -636,5 +682,5 @@ def test_the_reliability_title_tells_the_ece_of_a_calibrated_model(tmp_path, mon
     said = []
     monkeypatch.setattr(plotting, "_panel_title", lambda axis, title, note="": said.append(title))
     plotting.plot_reliability(probability, label, tmp_path / "reliability.png")
-    ece, null = common.classification_metrics(probability, label)["ece"], calibrating.expected_ece(probability.max(1))
+    ece, null = common.classification_metrics(probability, label).overall["ece"], calibrating.expected_ece(probability.max(1))
     assert said[0].startswith(f"ECE {ece:.3f}, n 128\nof a calibrated model {null:.3f} (95 % under ")

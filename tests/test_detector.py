@@ -55,8 +55,10 @@ def judge(truth, found, threshold=0.5, absent="keep", states=True, baseline=None
 
 
 def values_of(*arguments, **options):
+    """Every number over all pictures, and ap_PART of each part."""
     judged = judge(*arguments, **options)
-    return judged.values(judged.every)
+    overall, each = judged.values(judged.every)
+    return overall | {f"ap_{part}": value for part, value in zip(judged.parts, each["ap"])}
 
 
 # --- average precision ------------------------------------------------------------------
@@ -132,7 +134,7 @@ def test_ap_is_that_of_pycocotools_on_resampled_pictures_too(seed):
     truth, found = random_case(seed)
     judged, draws = judge(truth, found), np.random.default_rng(seed).integers(0, 12, (3, 12))
     for pictures in (judged.every, *draws):
-        values = judged.values(pictures)
+        values, _ = judged.values(pictures)
         assert (values["map"], values["map50"]) == pytest.approx(coco_stats(truth, found, pictures), abs=1e-9)
 
 
@@ -174,10 +176,10 @@ def test_confusion_counts_matched_boxes_and_the_intact_baseline_stands_beside():
     found = [detections((0, 0.9, 0, BOX), (1, 0.2, 3, OTHER)), detections((0, 0.8, 1, BOX), (0, 0.7, 0, FAR))]
     judged = judge(truth, found)
     assert judged.counts["confusion"].sum(0).astype(int).tolist() == [[1, 0, 0, 0], [0, 1, 0, 1], [0] * 4, [0] * 4]
-    values = judged.values(judged.every)
-    assert values["state_accuracy"] == pytest.approx(2 / 3)
-    assert values["always_intact_state_accuracy"] == pytest.approx(1 / 3)
-    assert values["always_intact_balanced_accuracy"] == pytest.approx(0.5)
+    values, _ = judged.values(judged.every)
+    intact, _ = judged.baseline_values(judged.every)
+    assert values["state_accuracy"] == pytest.approx(2 / 3) and intact["state_accuracy"] == pytest.approx(1 / 3)
+    assert intact["balanced_accuracy"] == pytest.approx(0.5)
     assert values["precision"] == pytest.approx(2 / 3) and values["recall"] == pytest.approx(2 / 4)
     rows = train_detector.per_state_rows(judged)
     assert [row["found"] for row in rows] == [1, 2, 0, 0]
@@ -210,18 +212,18 @@ def test_mean_boxes_by_hand():
 
 def test_intervals_pair_model_and_baseline_and_need_five_pictures():
     truth, found = random_case(1, 24)
-    baseline = [detections((0, 0.5, 0, [20, 20, 50, 50])) for _ in found]
-    judged = judge(truth, found, baseline=baseline)
-    ends, method = judged.intervals(60, 0)
-    values = judged.values(judged.every)
-    assert "24 images" in method and ends["map"][0] < values["map"] < ends["map"][1]
-    assert ends["difference_map"][0] > 0
-    assert values["difference_map"] == pytest.approx(values["map"] - values["baseline_map"])
-    assert judge(truth, found[:4]).intervals(20, 0) == ({}, "no interval: only 4 images")
-    few, method = judge(truth, found[:12], baseline=baseline[:12]).intervals(20, 0)
-    assert "jackknife" in method and few["map"][0] < few["map"][1]
+    baseline_boxes = [detections((0, 0.5, 0, [20, 20, 50, 50])) for _ in found]
+    judged = judge(truth, found, baseline=baseline_boxes)
+    result = judged.result(60, 0)
+    model, baseline, difference = (getattr(result.overall, side)["map"] for side in ("model", "baseline", "difference"))
+    assert "24 images" in result.method and model.low < model.value < model.high and difference.low > 0
+    assert difference.value == pytest.approx(model.value - baseline.value)
+    four = judge(truth, found[:4]).result(20, 0)
+    assert four.method == "no interval: only 4 images" and math.isnan(four.overall.model["map"].low)
+    few = judge(truth, found[:12], baseline=baseline_boxes[:12]).result(20, 0)
+    assert "t-interval" in few.method and few.overall.model["map"].low < few.overall.model["map"].high
     truth.groups = np.array([f"g{k % 3}" for k in range(24)])
-    assert judged.intervals(20, 0)[1] == "no interval: only 3 groups"
+    assert judged.result(20, 0).method == "no interval: only 3 groups"
 
 
 def test_intervals_cover_the_truth():
@@ -232,8 +234,8 @@ def test_intervals_cover_the_truth():
     for seed in range(60):
         truth, found = random_case(seed, 30)
         judged = judge(truth, found, states=False)
-        low, high = judged.intervals(50, seed)[0]["map"]
-        covered.append(low <= whole <= high)
+        found = judged.result(50, seed).overall.model["map"]
+        covered.append(found.low <= whole <= found.high)
     assert 0.85 <= np.mean(covered) <= 1, np.mean(covered)
 
 
@@ -323,9 +325,11 @@ def test_evaluation_repeats_the_test_numbers(bicycles, trained, tmp_path):
              bicycles / "images", "--num_workers", 0, "--bootstrap_draws", 20]
     run_script("train_detector.py", *flags, "--output_dir", tmp_path / "out")
     folder = only_run(tmp_path / "out")
-    ours, theirs = (json.loads((run / "metrics.json").read_text())["value"] for run in (folder, trained))
-    for name in ("map", "map50", "joint_map", "baseline_map", "recall"):
-        assert ours[name] == pytest.approx(theirs[name], abs=1e-9), name
+    ours, theirs = (json.loads((run / "metrics.json").read_text()) for run in (folder, trained))
+    for side, name in (("model", "map"), ("model", "map50"), ("model", "joint_map"), ("model", "recall"),
+                       ("baseline", "map")):
+        value = theirs[side][name]["value"]
+        assert ours[side][name]["value"] == pytest.approx(value, abs=1e-9), (side, name)
     results = json.loads((folder / "detections_test.json").read_text())
     assert all(each["image_id"] >= 100 and len(each["state_probabilities"]) == 4 for each in results)
     with contextlib.redirect_stdout(io.StringIO()):

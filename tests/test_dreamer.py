@@ -406,14 +406,13 @@ def small_result(patients=6, use=None, gain=0.3, seed=3):
 ])
 def test_the_verdict_says_over_what_it_holds(patients, words):
     study, scored, results = small_result(patients)
-    unit = "patients" if patients >= 5 else "time blocks"
-    text = train_dreamer.verdict(results, "zero", unit, study, scored, True)
+    text = train_dreamer.verdict(results["zero"], study, scored, True)
     assert all(word in text for word in words), text
 
 
 def test_no_gain_is_not_called_one():
     study, scored, results = small_result(gain=0.0)
-    assert "The model beats" not in train_dreamer.verdict(results, "zero", "patients", study, scored, True)
+    assert "The model beats" not in train_dreamer.verdict(results["zero"], study, scored, True)
 
 
 def test_baselines_find_what_they_can_know():
@@ -430,11 +429,11 @@ def test_baselines_find_what_they_can_know():
 
 def test_results_are_back_in_mm_and_degrees():
     study, scored, _ = small_result()
-    results, sd, unit = train_dreamer.compare(study, scored)
+    results, sd = train_dreamer.compare(study, scored)
     result = train_dreamer.in_units(results["zero"], sd)
-    assert unit == "patients" and np.allclose(result["value"]["baseline_mae"], np.abs(study.at1).mean(0))
-    low, high = result["interval"]["mae"].T
-    assert ((low < result["value"]["mae"]) & (result["value"]["mae"] < high)).all()
+    model, baseline = result.each.model["mae"], result.each.baseline["mae"]
+    assert result.unit == "patients" and np.allclose(baseline.value, np.abs(study.at1).mean(0))
+    assert ((model.low < model.value) & (model.value < model.high)).all()
 
 
 # --- learning ------------------------------------------------------------------------------------

@@ -23,9 +23,9 @@ def clustered(subjects, simulations, generator):
     return (own + rest).reshape(-1, simulations)
 
 
-def coverage(interval, truth):
-    """Share of the (R, 2) intervals that hold the truth."""
-    return float(np.mean((interval[:, 0] <= truth) & (truth <= interval[:, 1])))
+def coverage(estimate, truth):
+    """Share of the (R,) intervals that hold the truth."""
+    return float(np.mean((estimate.low <= truth) & (truth <= estimate.high)))
 
 
 def mae_coverage(subjects, by_subject, repeats=5, simulations=400):
@@ -34,7 +34,7 @@ def mae_coverage(subjects, by_subject, repeats=5, simulations=400):
     for seed in range(repeats):
         error = 10 + clustered(subjects, simulations, np.random.default_rng((seed, subjects)))
         result = subject_intervals.bootstrap_regression(error, np.zeros_like(error), names if by_subject else None, seed=seed)
-        shares.append(coverage(result["interval"]["mae"], 10.0))
+        shares.append(coverage(result.each.model["mae"], 10.0))
     return float(np.mean(shares))
 
 
@@ -54,15 +54,16 @@ def test_a_row_bootstrap_covers_about_55_percent(subjects):
 def test_r_r2_and_the_paired_differences_cover_92_to_97_percent(subjects):
     """Labels, model errors and baseline errors all cluster; r = .819, R2 = .51, baseline R2 = .36 are the truth."""
     names, shares = np.repeat(np.arange(subjects), ROWS_PER_SUBJECT), []
-    truth = {"pearson_r": 1 / math.sqrt(1.49), "r2": 0.51, "difference_r2": 0.51 - 0.36,
-             "difference_mae": (0.7 - 0.8) * math.sqrt(2 / math.pi)}
+    truth = {"r": 1 / math.sqrt(1.49), "R2": 0.51, "difference of R2": 0.51 - 0.36,
+             "difference of MAE": (0.7 - 0.8) * math.sqrt(2 / math.pi)}
     for seed in range(25 if subjects < 20 else 4):  # the t-interval costs nothing, the bootstrap does
         generator = np.random.default_rng((seed, subjects, 1))
         target = clustered(subjects, 400, generator)
         model = target + 0.7 * clustered(subjects, 400, generator)
         baseline = target + 0.8 * clustered(subjects, 400, generator)
-        interval = subject_intervals.bootstrap_regression(model, target, names, baseline, seed=seed)["interval"]
-        shares.append([coverage(interval[name], value) for name, value in truth.items()])
+        found = subject_intervals.bootstrap_regression(model, target, names, baseline, seed=seed).each
+        estimates = (found.model["pearson_r"], found.model["r2"], found.difference["r2"], found.difference["mae"])
+        shares.append([coverage(each, value) for each, value in zip(estimates, truth.values())])
     held = dict(zip(truth, np.mean(shares, 0)))
     assert all(0.92 <= share <= 0.97 for share in held.values()), held
 
@@ -74,8 +75,8 @@ def test_interval_of_the_mean_over_targets_covers_92_to_97_percent():
         generator = np.random.default_rng((seed, 2))
         shared = clustered(9, 1, generator)
         error = 10 + (shared + clustered(9, 4, generator)) / math.sqrt(2)
-        low, high = subject_intervals.bootstrap_regression(error, np.zeros_like(error), subjects)["interval"]["mean_mae"]
-        hits.append(low <= 10 <= high)
+        mean = subject_intervals.bootstrap_regression(error, np.zeros_like(error), subjects).overall.model["mae"]
+        hits.append(coverage(mean, 10.0))
     assert 0.92 <= np.mean(hits) <= 0.97
 
 

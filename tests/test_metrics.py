@@ -67,12 +67,12 @@ def test_edge_cases_are_nan_or_zero_as_documented():
     np.testing.assert_allclose(ours["mae"], [nan, 0.5, 2.1, 2.2333333333, 0.0])
     np.testing.assert_allclose(ours["r2"], [nan, nan, nan, r2_score([1, 2, 4], [0.1] * 3), 1.0])
     means = common.mean_metrics(ours)
-    assert means["pearson_r"] == 0.5 and means["n_targets"] == 2 and means["n_labels"] == 10
+    assert means["pearson_r"] == 0.5
 
 
 def test_no_defined_target_gives_nan_without_a_warning(recwarn):
     means = common.mean_metrics(common.regression_metrics(np.zeros((0, 2)), np.zeros((0, 2))))
-    assert math.isnan(means["r2"]) and means["n_targets"] == 0 and not recwarn.list
+    assert math.isnan(means["r2"]) and not recwarn.list
 
 
 def test_a_prediction_that_is_not_a_number_is_not_hidden():
@@ -101,64 +101,71 @@ def test_shapes_that_differ_are_a_programming_error():
 
 # --- the bootstrap's values, exact parts of it --------------------------------------------------
 
-def test_bootstrap_equals_resampling_the_rows_themselves():
-    """The sums give what recomputing every metric on the drawn rows gives, draw for draw."""
+def test_the_interval_is_the_quantiles_of_metrics_of_resampled_rows():
+    """Subjects drawn by hand, every metric computed anew on their rows."""
     predicted, target = noisy_pair(rows=120, missing=0.1)
     subjects = np.repeat([f"s{k:02d}" for k in range(24)], 5)
-    sums = subject_intervals.subject_sums(common.regression_moments(predicted, target), subjects)
-    drawn = subject_intervals._bootstrap_draws(subject_intervals._paired_statistic, sums, 7, 3)
-    picks = np.random.default_rng(3).integers(0, 24, (7, 24))
-    for draw, pick in enumerate(picks):
+    result = subject_intervals.bootstrap_regression(predicted, target, subjects, draws=40, seed=3)
+    drawn = []
+    for pick in np.random.default_rng(3).integers(0, 24, (40, 24)):
         rows = np.concatenate([np.flatnonzero(subjects == f"s{k:02d}") for k in pick])
-        direct = common.regression_metrics(predicted[rows], target[rows])
-        for name in common.REGRESSION_METRICS:
-            np.testing.assert_allclose(drawn[name][draw], direct[name], rtol=1e-9)
+        drawn.append(common.regression_metrics(predicted[rows], target[rows]))
+    tail = stats.norm.sf(stats.t.ppf(0.975, 23) * math.sqrt(24 / 23))
+    for name in common.REGRESSION_METRICS:
+        low, high = np.quantile([each[name] for each in drawn], [tail, 1 - tail], axis=0)
+        np.testing.assert_allclose(result.each.model[name].low, low, rtol=1e-4)
+        np.testing.assert_allclose(result.each.model[name].high, high, rtol=1e-4)
 
 
-def test_bootstrap_values_equal_the_metrics_and_the_difference_is_paired():
+def test_values_equal_the_metrics_and_the_difference_is_paired():
     predicted, target = noisy_pair(rows=400, missing=0.1)
     labelled = 400 - np.isnan(target).all(1).sum()
     result = subject_intervals.bootstrap_regression(predicted, target, baseline=predicted)
     direct = common.regression_metrics(predicted, target)
     for name in common.REGRESSION_METRICS:
-        np.testing.assert_allclose(result["value"][name], direct[name], rtol=1e-9)
-        low, high = result["interval"][f"mean_{name}"]
-        assert low < result["value"][f"mean_{name}"] < high, name
+        np.testing.assert_allclose(result.each.model[name].value, direct[name], rtol=1e-9)
+        mean = result.overall.model[name]
+        assert mean.low < mean.value < mean.high, name
         # a model against itself: the same resamples leave no difference at all
-        np.testing.assert_array_equal(result["interval"][f"difference_{name}"], np.zeros((3, 2)))
-    assert result["rows"] == result["subjects"] == labelled < 400 and "rows" in result["method"]
+        np.testing.assert_array_equal(result.each.difference[name].low, np.zeros(3))
+        np.testing.assert_array_equal(result.each.difference[name].high, np.zeros(3))
+    assert result.rows == result.subjects == labelled < 400 and "rows" in result.method
 
 
-def test_blocks_of_draws_do_not_change_the_shape():
-    sums = np.random.default_rng(0).normal(size=(3000, 2)) + 5  # more subjects than fit 2,000 draws in one block
-    drawn = subject_intervals._bootstrap_draws(lambda s: {"mean": s[:, 0] / s[:, 1]}, sums, 2000, 0)["mean"]
-    assert drawn.shape == (2000,) and abs(drawn.mean() - sums[:, 0].sum() / sums[:, 1].sum()) < 3 * drawn.std()
+def test_blocks_of_draws_do_not_change_what_is_drawn():
+    blocks = list(subject_intervals.draw_subjects(30, 10, seed=1, block=4))
+    [whole] = subject_intervals.draw_subjects(30, 10, seed=1, block=10)
+    assert [len(block) for block in blocks] == [4, 4, 2] and (whole.sum(1) == 30).all()
+    np.testing.assert_array_equal(np.concatenate(blocks), whole)
 
 
 def test_few_subjects_get_values_and_no_interval_and_no_p():
     predicted, target = noisy_pair(rows=40)
     result = subject_intervals.bootstrap_regression(predicted, target, np.repeat(["a", "b"], 20), baseline=target * 0)
-    assert result["interval"] is None and set(result["sign_flip_p"].values()) == {None}
-    own = common.mean_metrics(common.regression_metrics(predicted[:20], target[:20]))
-    assert result["per_subject"]["mean_mae"][0] == pytest.approx(own["mae"])
-    assert result["method"] == "no interval: only 2 subjects"
+    assert not result.has_intervals and set(result.sign_flip_p.values()) == {None}
+    assert math.isnan(result.overall.model["r2"].low) and math.isfinite(result.overall.model["r2"].value)
+    own = [common.mean_metrics(common.regression_metrics(each[:20], target[:20]))["mae"] for each in (
+        predicted, target * 0)]
+    assert result.per_subject["mae"][0] == pytest.approx(own[0] - own[1])
+    assert result.method == "no interval: only 2 subjects"
 
 
 def test_a_target_seen_in_few_subjects_has_no_interval():
     predicted, target = noisy_pair(rows=100)
     subjects = np.repeat(np.arange(25), 4)
     target[subjects >= 4, 2] = np.nan
-    interval = subject_intervals.bootstrap_regression(predicted, target, subjects)["interval"]["mae"]
-    assert np.isfinite(interval[:2]).all() and np.isnan(interval[2]).all()
+    found = subject_intervals.bootstrap_regression(predicted, target, subjects).each.model["mae"]
+    for ends in (found.low, found.high):
+        assert np.isfinite(ends[:2]).all() and np.isnan(ends[2])
 
 
 def test_equal_clusters_give_the_t_interval_of_the_subjects_means():
     predicted, target = noisy_pair(rows=9 * 6, targets=1)
     subjects = np.repeat(np.arange(9), 6)
-    interval = subject_intervals.bootstrap_regression(predicted, target, subjects)["interval"]["mean_mae"]
+    found = subject_intervals.bootstrap_regression(predicted, target, subjects).overall.model["mae"]
     own = np.abs(predicted - target).reshape(9, 6).mean(1)
     judged = stats.t.interval(0.95, 8, own.mean(), stats.sem(own))
-    np.testing.assert_allclose(interval, judged, rtol=1e-6)
+    np.testing.assert_allclose([found.low, found.high], judged, rtol=1e-6)
 
 
 @pytest.mark.parametrize("df", [1, 2, 4, 17, 39, 803, 4999])
@@ -318,7 +325,7 @@ def test_alarms_on_a_split_without_labels(recwarn):
 
 # --- criteria and verdict ------------------------------------------------------------------------
 
-KNOWN = ["r2", "mae", "r2_M1", "mae_M1", "mae_M2", "r2_NRS (1-10)"]
+KNOWN = verdicts.spell_metrics(["r2", "mae"], ["r2", "mae"], ["M1", "M2", "NRS (1-10)"])
 
 
 def test_criteria_are_parsed_with_names_as_they_come():
@@ -337,22 +344,26 @@ def test_criteria_mistakes_are_listed_together():
 
 @pytest.mark.parametrize("text, interval, verdict", [
     ("r2>0.15", (0.2, 0.4), "PASS"), ("r2>0.15", (0.1, 0.4), "NOT RESOLVABLE"), ("r2>0.15", (0.0, 0.1), "FAIL"),
-    ("r2<0.15", (0.0, 0.1), "PASS"), ("r2<0.15", (0.2, 0.4), "FAIL"), ("r2<0.15", None, "NOT RESOLVABLE"),
+    ("r2<0.15", (0.0, 0.1), "PASS"), ("r2<0.15", (0.2, 0.4), "FAIL"), 
     ("r2>0.15", (math.nan, math.nan), "NOT RESOLVABLE"), ("r2>=0.15", (0.15, 0.4), "PASS"),
     ("r2>0.15", (0.15, 0.4), "NOT RESOLVABLE")])
 def test_criteria_are_judged_by_the_interval(text, interval, verdict):
-    judged = verdicts.judge_criteria(verdicts.parse_criteria(text, KNOWN), {"r2": 0.3}, {"r2": interval})
+    found = {"r2": subject_intervals.Estimate(0.3, *interval)}
+    judged = verdicts.judge_criteria(verdicts.parse_criteria(text, KNOWN), found)
     assert judged[0]["verdict"] == verdict and judged[0]["value"] == 0.3
 
 
-def test_named_values_carry_means_and_targets():
+def test_named_estimates_are_means_and_targets():
     predicted, target = noisy_pair()
-    result = subject_intervals.bootstrap_regression(predicted, target)
-    values, intervals = verdicts.named_values(result, ["a", "b", "c"])
-    assert values["r2"] == pytest.approx(np.mean([values["r2_a"], values["r2_b"], values["r2_c"]]))
-    assert intervals["mae_c"] == tuple(result["interval"]["mae"][2]) and len(intervals["rmse"]) == 2
-    few = subject_intervals.bootstrap_regression(predicted[:3], target[:3])
-    assert verdicts.named_values(few, ["a", "b", "c"])[1]["r2_b"] is None
+    names = ["a", "b", "c"]
+    known = verdicts.spell_metrics(common.REGRESSION_METRICS, common.REGRESSION_METRICS, names)
+    result = subject_intervals.bootstrap_regression(predicted, target, names=names)
+    found = verdicts.named_estimates(result, known)
+    assert set(found) == set(known) and len(known) == 5 * 4
+    assert found["r2"].value == pytest.approx(np.mean([found[f"r2_{name}"].value for name in names]))
+    assert found["mae_c"].low == result.each.model["mae"].low[2] and found["mae_c"].value == result.each.model["mae"].value[2]
+    few = subject_intervals.bootstrap_regression(predicted[:3], target[:3], names=names)
+    assert math.isnan(verdicts.named_estimates(few, known)["r2_b"].high)
 
 
 def test_verdict_beats_does_not_beat_and_not_resolvable():
@@ -362,11 +373,11 @@ def test_verdict_beats_does_not_beat_and_not_resolvable():
                             for noise in (0.5, 0.9, 0.5))
 
     def say(model, baseline, **options):
-        result = subject_intervals.bootstrap_regression(model, target, baseline=baseline)
-        return verdicts.verdict_sentence(result, "ridge", **options)
+        result = subject_intervals.bootstrap_regression(model, target, baseline=baseline, baseline_name="ridge")
+        return verdicts.verdict_sentence(result, **options)
 
-    better = say(near, far, ceiling=0.912, held_out=False)
-    assert better.startswith("The model beats the ridge baseline: mean r2 0.7")
+    better = say(near, far, ceiling=0.912, held_out=False, label="mean R2")
+    assert better.startswith("The model beats the ridge baseline: mean R2 0.7")
     assert better.endswith("; the raters' agreement allows 0.912; selected on validation, therefore optimistic.")
     assert "95% bootstrap interval over 300 rows" in better
     assert say(near, far, metric="mae").startswith("The model beats")
@@ -378,14 +389,14 @@ def test_verdict_beats_does_not_beat_and_not_resolvable():
 
 def test_verdict_with_two_subjects_resolves_nothing_and_with_nine_gives_p():
     predicted, target = noisy_pair(rows=90)
-    two = subject_intervals.bootstrap_regression(predicted, target, np.repeat([1, 2], 45), target * 0)
-    text = verdicts.verdict_sentence(two, "train-mean")
+    def say(model, subjects, baseline, metric="r2"):
+        result = subject_intervals.bootstrap_regression(model, target, subjects, baseline, baseline_name="train_mean")
+        return verdicts.verdict_sentence(result, metric)
+    text = say(predicted, np.repeat([1, 2], 45), target * 0)
     assert text.startswith("Not resolvable") and "no interval: only 2 subjects" in text and "sign-flip" not in text
-    nine = subject_intervals.bootstrap_regression(predicted, target, np.repeat(np.arange(9), 10), predicted + 20)
-    text = verdicts.verdict_sentence(nine, "train-mean", metric="mse")
-    assert text.startswith("The model beats") and "95% t-interval over 9 subjects" in text
+    text = say(predicted, np.repeat(np.arange(9), 10), predicted + 20, "mse")
+    assert text.startswith("The model beats the train mean") and "95% t-interval over 9 subjects" in text
     # 2 of 2^9 signs
     said = ", exact sign-flip p 0.0039 on the subjects' errors, smaller than the baseline's in %d of 9."
     assert text.endswith(said % 9)
-    worse = subject_intervals.bootstrap_regression(predicted + 20, target, np.repeat(np.arange(9), 10), predicted)
-    assert verdicts.verdict_sentence(worse, "train-mean").endswith(said % 0)
+    assert say(predicted + 20, np.repeat(np.arange(9), 10), predicted).endswith(said % 0)

@@ -5,6 +5,7 @@
 One run of each task and the killed ones are subprocesses; the rest calls main() in this process, which is quicker.
 """
 import csv
+import itertools
 import json
 import math
 import shutil
@@ -18,7 +19,7 @@ from sklearn.metrics import (accuracy_score, average_precision_score, brier_scor
                              log_loss, matthews_corrcoef, r2_score, recall_score, roc_auc_score)
 
 import common
-from evidence import calibrating
+from evidence import calibrating, prediction_tables
 from readers import video_files
 import train_video
 from conftest import ROOT, only_run, run_here, run_fresh, run_script
@@ -124,13 +125,16 @@ def test_metrics_are_those_of_the_predictions_file(behaviours):
     """Every number of the test part, recomputed by scikit-learn from predictions_test.csv alone."""
     rows, metrics = read_csv(behaviours / "predictions_test.csv"), read_json(behaviours / "metrics.json")
     true, chosen = ([row[name] == "tail" for row in rows] for name in ("true_label", "pred_label"))
-    p, value = numbers(rows, "prob_tail"), metrics["value"]
-    expected = {
-        "loss": log_loss(true, p), "accuracy": accuracy_score(true, chosen), "brier": brier_score_loss(true, p),
-        "roc_auc": roc_auc_score(true, p), "tail_average_precision": average_precision_score(true, p),
-        "tail_recall": recall_score(true, chosen), "macro_f1": f1_score(true, chosen, average="macro"),
-        "ear_recall": recall_score(true, chosen, pos_label=0), "mcc": matthews_corrcoef(true, chosen)}
-    assert {name: value[name] for name in expected} == pytest.approx(expected, abs=1e-9)
+    p = numbers(rows, "prob_tail")
+    expected = {"loss": log_loss(true, p), "accuracy": accuracy_score(true, chosen), "brier": brier_score_loss(true, p),
+                "roc_auc": roc_auc_score(true, p), "macro_f1": f1_score(true, chosen, average="macro"),
+                "mcc": matthews_corrcoef(true, chosen)}
+    found = {name: metrics["model"][name]["value"] for name in expected}
+    assert found == pytest.approx(expected, abs=1e-9)
+    of_class = {entry["name"]: entry["model"] for entry in metrics["per_class"]}
+    assert of_class["tail"]["average_precision"]["value"] == pytest.approx(average_precision_score(true, p))
+    for name, positive in (("tail", 1), ("ear", 0)):
+        assert of_class[name]["recall"]["value"] == pytest.approx(recall_score(true, chosen, pos_label=positive))
     assert metrics["confusion"] == confusion_matrix(true, chosen).tolist() and metrics["part"] == "test"
     assert metrics["held_out"] and metrics["positive_class"] == "tail"
 
@@ -151,7 +155,7 @@ def test_calibration_leaves_accuracy_and_auc_alone(behaviours):
     stages = {row["stage"]: row for row in read_json(behaviours / "metrics.json")["calibration"]}
     assert stages["before"]["nll"] == pytest.approx(log_loss(true, before[:, 1]))
     assert stages["after"]["nll"] == pytest.approx(log_loss(true, p[:, 1]))
-    assert {"brier", "ece", "ece_adaptive", "ece_of_a_calibrated_model", "tail_f1"} <= set(stages["after"])
+    assert {"brier", "ece", "ece_adaptive", "ece_of_a_calibrated_model", "f1"} <= set(stages["after"])
 
 
 def test_validation_rows_are_not_judged_by_what_was_fitted_on_them(behaviours):
@@ -209,7 +213,8 @@ def test_evaluate_gives_the_metrics_of_the_run(behaviours, tmp_path):
     video("--mode", "evaluate", "--predictions", behaviours / "predictions_test.csv", "--output", tmp_path / "m.json",
           "--positive_class", "Tail")
     ours, theirs = read_json(tmp_path / "m.json"), read_json(behaviours / "metrics.json")
-    for name in ("value", "confusion", "n", "baseline", "positive_class", "null_ece", "method"):
+    for name in ("model", "baseline", "difference", "per_class", "confusion", "n", "baseline_name", "positive_class",
+                 "null_ece", "method"):
         assert ours[name] == theirs[name], name
 
 
@@ -217,8 +222,9 @@ def test_evaluate_of_scores_gives_the_metrics_of_the_folds(scores, tmp_path):
     text = video("--mode", "evaluate", "--task", "regress", "--predictions", scores / "predictions_folds.csv",
                  "--output", tmp_path / "m.json", "--criteria", "mae<1000").stdout
     ours, theirs = read_json(tmp_path / "m.json"), read_json(scores / "metrics.json")
-    assert {name: ours["value"][name] for name in theirs["value"]} == theirs["value"]
-    assert ours["baseline"] == theirs["baseline"] and "mean_r2" in text
+    for name in ("model", "baseline", "difference", "per_target", "baseline_name", "method"):
+        assert ours[name] == theirs[name], name
+    assert "\nr2 of VAS (0-100)" in text
 
 
 def test_several_checkpoints_are_averaged(made, scores, tmp_path):
@@ -396,7 +402,7 @@ def test_folds_pool_every_row_once_and_leave_the_test_animal_out(made, scores):
         assert {row["clip_id"] for row in read_csv(folder / "predictions_val.csv")} == set(split["val"])
     metrics = read_json(scores / "metrics.json")
     true, predicted = numbers(pooled, "VAS (0-100)_true"), numbers(pooled, "VAS (0-100)_predicted")
-    [row] = [row for row in metrics["per_target"] if row["target"] == "VAS (0-100)"]
+    [row] = [row for row in metrics["score_table"] if row["target"] == "VAS (0-100)"]
     assert row["r2"] == pytest.approx(r2_score(true, predicted)) and metrics["part"] == "folds"
     assert row["bias"] == pytest.approx((predicted - true).mean()) and len(metrics["folds"]) == 3
     assert "moment_mean_predicted" not in pooled[0] and "VAS (0-100)_moment_mean" in pooled[0]
@@ -427,7 +433,7 @@ def test_the_ensemble_judges_the_test_animal(scores):
     mean = np.mean([numbers(rows, "VAS (0-100)_predicted") for rows in members], axis=0)
     assert numbers(ensemble, "VAS (0-100)_predicted") == pytest.approx(mean) and len(ensemble) == 5
     assert metrics["held_out"] and metrics["part"] == "test" and metrics["sample"]["subjects"] == 1
-    assert metrics["interval"] is None, "one subject has no interval"
+    assert metrics["model"]["r2"]["low"] is None, "one subject has no interval"
 
 
 def test_class_folds_judge_criteria_and_pool_calibration(class_folds):
@@ -435,8 +441,8 @@ def test_class_folds_judge_criteria_and_pool_calibration(class_folds):
     metrics = read_json(class_folds / "metrics.json")
     verdicts = {f"{entry['name']}{entry['relation']}": entry["verdict"] for entry in metrics["criteria"]}
     assert verdicts == {"accuracy<=": "PASS", "accuracy>": "FAIL", "auc>": "NOT RESOLVABLE"}
-    low, high = metrics["interval"]["roc_auc"]
-    assert low < 0.5 < high, "random features"
+    auc = metrics["model"]["roc_auc"]
+    assert auc["low"] < 0.5 < auc["high"], "random features"
     pooled = {row["clip_id"]: row for row in read_csv(class_folds / "predictions_folds.csv")}
     own = [read_csv(class_folds / f"fold_{k}" / "predictions_val.csv") for k in range(3)]
     assert len(pooled) == sum(map(len, own)) == 35
@@ -448,6 +454,63 @@ def test_class_folds_judge_criteria_and_pool_calibration(class_folds):
         p = softmax([float(row["logit_ear"]) / temperature, float(row["logit_tail"]) / temperature])
         assert float(pooled[row["clip_id"]]["prob_tail"]) == pytest.approx(p[1], abs=1e-9)
     assert [row["fold"] for row in read_csv(class_folds / "fold_table.csv")] == ["0", "1", "2", "mean", "SD"]
+
+
+@pytest.fixture(scope="module")
+def balanced_folds(made, tmp_path_factory):
+    """The run folder of 3 folds of classes with 14, 13 and 13 events, one of them called baseline."""
+    folder = tmp_path_factory.mktemp("balanced")
+    rows = read_csv(made.manifests / "all.csv")
+    for row, name in zip(rows, itertools.cycle(["ear", "baseline", "tail"])):
+        row["behavior"] = name
+    with open(folder / "all.csv", "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    video("--manifest", folder / "all.csv", "--video_root", made.folder / "videos", *SMALL, "--epochs", 1, "--folds", 3,
+          "--freeze_backbone", "--feature_views", 1, "--split_by", "event", "--output_dir", folder)
+    return only_run(folder)
+
+
+def test_all_folds_have_one_positive_class(balanced_folds):
+    folders = [balanced_folds, *(balanced_folds / f"fold_{k}" for k in range(3))]
+    assert {read_json(folder / "metrics.json")["positive_class"] for folder in folders} == {"baseline"}
+    stored = [common.read_checkpoint(folder / "best_model.pth")["positive"] for folder in folders[1:]]
+    assert set(stored) == {"baseline"}
+
+
+def test_a_class_called_baseline_has_its_own_auc(balanced_folds, tmp_path):
+    """In metrics.json, in the report, and where the predictions file is judged again."""
+    rows = read_csv(balanced_folds / "predictions_folds.csv")
+    video("--mode", "evaluate", "--predictions", balanced_folds / "predictions_folds.csv", "--output",
+          tmp_path / "m.json")
+    records = [read_json(path)["per_class"] for path in (balanced_folds / "metrics.json", tmp_path / "m.json")]
+    assert records[0] == records[1] and [entry["name"] for entry in records[0]] == ["baseline", "ear", "tail"]
+    page = (balanced_folds / "report.html").read_text(encoding="utf-8")
+    for entry in records[0]:
+        true = [row["true_label"] == entry["name"] for row in rows]
+        auc = roc_auc_score(true, numbers(rows, f"prob_{entry['name']}"))
+        assert entry["model"]["roc_auc"]["value"] == pytest.approx(auc, abs=1e-9)
+        other = roc_auc_score(true, numbers(rows, f"{read_json(tmp_path / 'm.json')['baseline_name']}_prob_{entry['name']}"))
+        assert entry["baseline"]["roc_auc"]["value"] == pytest.approx(other, abs=1e-9)
+        line = page.split(f'<th scope="row">{entry["name"]}</th>')[-1].split("</tr>")[0]
+        assert f"<td>{auc:.3f}" in line or f'<td class="num">{auc:.3f}' in line
+
+
+def test_columns_of_a_class_are_no_baseline(tmp_path):
+    """Classes a, prob_a and x_prob_a beside a baseline: each column is read for what it is."""
+    names, blocks = ["a", "prob_a", "x_prob_a"], ("prob", "logit", "train_prior_prob")
+    rows = [{"clip_id": f"c{i}", "true_label": names[i % 3],
+             **{f"{kind}_{name}": float(i + 10 * k + 100 * c) for k, kind in enumerate(blocks)
+                for c, name in enumerate(names)}} for i in range(6)]
+    common.write_table(tmp_path / "p.csv", rows)
+    found = prediction_tables.read_probabilities(tmp_path / "p.csv")
+    assert found.names == names and list(found.baselines) == ["train_prior"]
+    assert found.probability[1].tolist() == [1, 101, 201] and found.baselines["train_prior"][1].tolist() == [21, 121, 221]
+    values = {"true": np.ones((2, 2)), "predicted": np.zeros((2, 2))}
+    prediction_tables.write_target_table(tmp_path / "t.csv", {"image": ["x", "y"]}, ["pain", "pain_true"], values)
+    _, kinds = prediction_tables.read_target_table(tmp_path / "t.csv", "image", ["pain", "pain_true"])
+    assert list(kinds) == ["true", "predicted"] and kinds["true"].all() and not kinds["predicted"].any()
 
 
 def test_frozen_backbone_does_not_change(class_folds):

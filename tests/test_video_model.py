@@ -427,6 +427,13 @@ def test_the_positive_class_is_the_rarest_that_is_there():
     assert train_video.positive_class("A", ["a", "b"], np.array([0, 0, 1])) == 0
 
 
+def test_the_positive_class_is_the_rarest_of_all_rows_in_every_fold():
+    """21 and 19 rows: with the first five left out, the other class is rarer in the train rows."""
+    table = table_of([0] * 21 + [1] * 19)
+    for train in (np.arange(40), np.arange(5, 40), np.arange(35)):
+        assert behaviours(arguments(), table, train).positive == 1
+
+
 def test_a_class_without_train_rows_and_wrong_class_names():
     with pytest.raises(common.UserError, match="no train row of class b"):
         behaviours(arguments(), table_of([0, 0, 1]), np.array([0, 1]))

@@ -145,7 +145,7 @@ def compare(name, seeds, against, folder):
     spread = statistics.mean([statistics.variance(each) for each in values.values()]) ** 0.5
     seconds = {way: statistics.median(run["seconds"] for run in each) for way, each in runs.items()}
     difference = statistics.mean(differences)
-    gain = -difference if column.endswith(common.LOWER_IS_BETTER) else difference
+    gain = -difference if column.endswith("loss") else difference
     return {"task": name, "metric": column, "values": values, "difference": difference,
             "sd_of_differences": statistics.stdev(differences), "spread": spread, "seconds": seconds,
             "agree": "yes" if abs(gain) <= spread else "no, better" if gain > 0 else "NO, WORSE"}
