@@ -32,8 +32,8 @@ import torch
 from torch import nn
 
 import common
-from evidence import baseline_models, plotting, pose_audit, pose_plots, prediction_tables, reporting, splitting
-from evidence import subject_intervals, verdicts
+from evidence import baseline_models, plotting, pose_audit, pose_plots, pose_scores, prediction_tables, reporting
+from evidence import splitting, verdicts
 from readers import picture_files, probe_poses
 
 COLLAPSE_FLOOR = 0.05  # smallest healthy spread of the features over frames, as a share of their rms
@@ -844,124 +844,20 @@ def read_predictions(path, study, use, part):
     """The predictions CSV of a finished fold -> Scored."""
     row_of = {name: row for row, name in enumerate(study.names)}
     names, values = prediction_tables.read_target_table(path, "name", probe_poses.AXES)
-    predicted = {kind: each for kind, each in values.items() if kind not in ("true", "true_t2", "predicted_t2")}
-    return Scored(np.array([row_of[name] for name in names]), predicted, values["predicted_t2"], use, part)
+    at2 = values.pop("predicted_t2")
+    predicted = {kind: each for kind, each in values.items() if kind not in ("true", "true_t2")}
+    return Scored(rows=np.array([row_of[name] for name in names]), predicted=predicted, at2=at2, use=use, part=part)
 
 
-def wrapped(predicted, target):
-    """Predictions (M, 6) turned by whole turns to within 180 degrees of their targets, so that errors subtract."""
-    return np.where(np.isnan(target), predicted, target + probe_poses.on_arrays(probe_poses.pose_error, predicted, np.nan_to_num(target)))
-
-
-def time_blocks(study, rows, length=8, most=10):
-    """(M,) names of blocks of neighbouring rows, up to `most` in a sequence, of `length` rows or more."""
-    blocks = np.empty(len(rows), dtype=object)
-    for sequence in np.unique(study.sequences[rows]):
-        own = np.flatnonzero(study.sequences[rows] == sequence)
-        own = own[np.argsort(study.order[rows[own]])]
-        for number, part in enumerate(np.array_split(own, min(most, max(1, len(own) // length)))):
-            blocks[part] = f"{sequence} {number}"
-    return blocks.astype(str)
-
-
-def compare(study, scored):
-    """bootstrap_regression against each baseline, in units of the labels' sd -> ({baseline: Result}, sd (6,)).
-
-    Resampled are patients; with fewer than five, blocks of time, which say nothing about other patients.
-    """
-    target, patients = study.at1[scored.rows], study.patients[scored.rows]
-    sd = probe_poses.centre_and_spread(study.at1)[1]
-    by_patient = len(set(patients)) >= subject_intervals.FEWEST_FOR_INTERVAL
-    units = patients if by_patient else time_blocks(study, scored.rows)
-    unit = "patients" if by_patient else "time blocks"
-    scaled = {kind: wrapped(values, target) / sd for kind, values in scored.predicted.items()}
-    model = scaled.pop("predicted")
-    return {kind: subject_intervals.bootstrap_regression(model, target / sd, units, baseline, unit=unit,
-                                                         names=probe_poses.AXES, baseline_name=kind)
-            for kind, baseline in scaled.items()}, sd
-
-
-def in_units(result, sd):
-    """The Result with the axes' errors, which are in units of sd (6,), in mm and degrees; means stay in sd."""
-    factors = {"mae": sd, "rmse": sd, "mse": sd ** 2}
-    sides = {}
-    for side, estimates in vars(result.each).items():
-        errors = {metric: estimates[metric].times(factor) for metric, factor in factors.items()}
-        sides[side] = {**estimates, **errors}
-    return dataclasses.replace(result, each=subject_intervals.Comparison(**sides))
-
-
-def axis_rows(study, scored, result):
-    """One dict per axis: n, R2 and MAE with intervals, and the MAE of every baseline."""
-    target = study.at1[scored.rows]
-    rows = subject_intervals.target_rows(result)
-    for kind, values in scored.predicted.items():
-        error = np.abs(probe_poses.on_arrays(probe_poses.pose_error, values, target))
-        for row, mae in zip(rows, np.nanmean(error, axis=0)):
-            row |= {f"mae_{kind}": mae} if kind != "predicted" else {}
-    return rows
-
-
-def angle_rows(study, scored):
-    """One dict per predictor: mean MAE over the translations and over the angles, distance in mm, geodesic angle."""
-    target, rows = study.at1[scored.rows], []
-    whole = ~np.isnan(target).any(1)
-    for kind, values in scored.predicted.items():
-        error = probe_poses.on_arrays(probe_poses.pose_error, values, target)
-        rows.append({"predictor": "model" if kind == "predicted" else kind,
-                     "mae_mm": np.nanmean(np.abs(error[:, :3])), "mae_deg": np.nanmean(np.abs(error[:, 3:])),
-                     "distance_mm": np.linalg.norm(error[whole, :3], axis=1).mean() if whole.any() else np.nan,
-                     "geodesic_deg": probe_poses.on_arrays(probe_poses.geodesic_degrees, values[whole], target[whole]).mean()
-                     if whole.any() else np.nan, "meaning": BASELINES.get(kind, "")})
-    return rows
-
-
-def patient_rows(study, scored, baseline):
-    """One dict per patient: rows, MAE per axis of the model and of the baseline, distance and geodesic angle."""
-    target, rows = study.at1[scored.rows], []
-    errors = {kind: np.abs(probe_poses.on_arrays(probe_poses.pose_error, scored.predicted[kind], target)) for kind in ("predicted", baseline)}
-    for patient in np.unique(study.patients[scored.rows]):
-        own = study.patients[scored.rows] == patient
-        row = {"patient": patient, "transitions": int(own.sum())}
-        row |= {f"mae_{axis}": np.nanmean(errors["predicted"][own, a]) for a, axis in enumerate(probe_poses.AXES)}
-        row |= {f"baseline_mae_{axis}": np.nanmean(errors[baseline][own, a]) for a, axis in enumerate(probe_poses.AXES)}
-        rows.append({**row, "geodesic_deg": np.nanmean(probe_poses.on_arrays(
-            probe_poses.geodesic_degrees, scored.predicted["predicted"][own], np.nan_to_num(target[own])))})
-    return rows
-
-
-def verdict(result, study, scored, held_out):
-    """One honest sentence: does the model beat its best baseline, over what, and what it proves nothing about."""
-    patients = sorted(set(study.patients[scored.rows]))
-    text = verdicts.verdict_sentence(result, "mae", None, held_out, label="mean error in label sds")
-    if result.unit == "patients":
-        return text
-    of_patients = patient_rows(study, scored, result.baseline_name)
-    better = sum(np.mean([row[f"mae_{axis}"] / row[f"baseline_mae_{axis}"] for axis in probe_poses.AXES]) < 1
-                 for row in of_patients)
-    if not study.has_patients and len(patients) > 1:
-        prefix = f"{len(patients)} folders, whose patients are not known, are too few for an interval across them"
-    elif len(patients) > 1:
-        prefix = f"{len(patients)} patients are too few for an interval across patients"
-    else:
-        return f"One patient proves nothing across patients. Within it, over blocks of time: {text}"
-    return f"{prefix} (better in {better} of {len(patients)}). Within them, over blocks of time: {text}"
-
-
-def find_alarms(study, scored, results):
+def find_alarms(predicted, target, results, use):
     """Sentences on what must be known before any number."""
-    target, use = study.at1[scored.rows], scored.use
-    alarms = verdicts.regression_alarms(wrapped(scored.predicted["predicted"], target), target, probe_poses.AXES)
-    model = next(iter(results.values())).overall.model["mae"]
-    index = results["frame_index"].overall.baseline["mae"].value if "frame_index" in results else np.nan
-    if model.low <= index <= model.high or index < model.value:
-        alarms.append(f"the place in the sequence alone predicts as well as the model ({index:.3f} against "
-                      f"{model.value:.3f}): it may know when, not where")
-    if abs(use.get("action_shuffle_ratio", math.nan) - 1) < 0.02:
+    alarms = verdicts.regression_alarms(pose_scores.wrapped(predicted, target), target, probe_poses.AXES)
+    alarms += pose_scores.place_alarms(results)
+    if abs(use["action_shuffle_ratio"] - 1) < 0.02:
         alarms.append(f"the known motion is ignored: action-shuffle ratio {use['action_shuffle_ratio']:.3f}")
-    if use.get("latent_skill", 0) > 1:
+    if use["latent_skill"] > 1:
         alarms.append(f"the imagined frame is worse than a copy of t1: latent skill {use['latent_skill']:.2f}")
-    if use.get("feature_spread", 1) < COLLAPSE_FLOOR / 2:
+    if use["feature_spread"] < COLLAPSE_FLOOR / 2:
         alarms.append(f"the features hardly differ between frames (spread {use['feature_spread']:.4f}): collapsed")
     return alarms
 
@@ -974,129 +870,133 @@ def criteria_names():
 @common.first_process_only
 def report_results(run, args, study, split, scored, alarms, best_epoch=None, folds=()):
     """metrics.json, the tables, plots and report.html of one run, or of all folds pooled."""
-    results, sd = compare(study, scored)
-    baseline = min(results, key=lambda kind: results[kind].overall.baseline["mae"].value)
-    alarms = find_alarms(study, scored, results) + alarms
+    target, patients = study.at1[scored.rows], study.patients[scored.rows]
+    predicted = scored.predicted["predicted"]
+    sd = probe_poses.centre_and_spread(study.at1)[1]
+    blocks = pose_scores.time_blocks(study.sequences[scored.rows], study.order[scored.rows])
+    results = pose_scores.compare(scored.predicted, target, patients, blocks, sd)
+    best = min(results.values(), key=lambda result: result.overall.baseline["mae"].value)
+    result = pose_scores.in_units(best, sd)
+    per_axis = pose_scores.axis_rows(result, scored.predicted, target)
+    per_patient = pose_scores.patient_rows(patients, predicted, scored.predicted[result.baseline_name], target)
     held_out = scored.part in ("test", "all") or args.select == "last"
-    text = verdict(results[baseline], study, scored, held_out)
-    result = in_units(results[baseline], sd)
-    per_axis, per_patient = axis_rows(study, scored, result), patient_rows(study, scored, baseline)
     names = criteria_names()
-    criteria = verdicts.judge_criteria(verdicts.parse_criteria(args.criteria, names),
-                                       verdicts.named_estimates(result, names))
-    metrics = {"part": scored.part, "best_epoch": best_epoch, "verdict": text, "held_out": held_out,
-               **result.record("per_target"), "compose": study.compose,
-               "sample": splitting.effective_size(study.at1[scored.rows], study.patients[scored.rows]),
-               "use": scored.use, "alarms": alarms, "criteria": criteria, "folds": list(folds), "label_sd": sd,
-               "baselines": [baseline_row(each) for each in results.values()],
-               "predictors": angle_rows(study, scored), "per_axis": per_axis, "per_patient": per_patient,
-               "mae_at2": np.nanmean(np.abs(probe_poses.on_arrays(probe_poses.pose_error, scored.at2, study.at2[scored.rows])), axis=0)}
+    criteria = verdicts.parse_criteria(args.criteria, names)
+    error_at2 = np.abs(pose_scores.pose_errors(scored.at2, study.at2[scored.rows]))  # (M, 6)
+    metrics = {
+        "part": scored.part, "best_epoch": best_epoch, "held_out": held_out, **result.record("per_target"),
+        "verdict": pose_scores.verdict(result, per_patient, study.has_patients, held_out),
+        "alarms": find_alarms(predicted, target, results, scored.use) + alarms,
+        "criteria": verdicts.judge_criteria(criteria, verdicts.named_estimates(result, names)),
+        "sample": splitting.effective_size(target, patients), "compose": study.compose, "label_sd": sd,
+        "baselines": pose_scores.baseline_rows(results, BASELINES),
+        "predictors": pose_scores.predictor_rows(scored.predicted, target, BASELINES), "use": scored.use,
+        "per_axis": per_axis, "per_patient": per_patient, "mae_at2": common.mean_without_nan(error_at2, axis=0),
+        "folds": list(folds)}
     common.write_table(run.path("per_axis_error.csv"), per_axis)
     common.write_table(run.path("per_patient_error.csv"), per_patient)
-    errors, others = (np.array([[row[prefix + axis] for axis in probe_poses.AXES] for row in per_patient])
-                      for prefix in ("mae_", "baseline_mae_"))
-    pose_plots.plot_per_patient([row["patient"] for row in per_patient], errors, others, probe_poses.AXES,
-                                baseline.replace("_", " "), run.path("per_patient_error.png"))
-    target = study.at1[scored.rows]
-    plotting.plot_scatter(wrapped(scored.predicted["predicted"], target), target, probe_poses.AXES,
-                        run.path("predicted_against_true.png"))
+    pose_plots.plot_per_patient(per_patient, result.baseline_name, run.path("per_patient_error.png"))
+    plotting.plot_scatter(pose_scores.wrapped(predicted, target), target, probe_poses.AXES,
+                          run.path("predicted_against_true.png"))
     write_page(run, args, study, split, scored, metrics, result)
     common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
     say_axes(run, per_axis, list(results))
     verdicts.say_results(run, metrics)
 
 
-def baseline_row(result):
-    """One line of the table of baselines: error in label sds, and the model's difference from it."""
-    difference = result.overall.difference["mae"]
-    return {"baseline": result.baseline_name, "error": result.overall.baseline["mae"].value,
-            "difference": difference.value, "low": difference.low, "high": difference.high,
-            "sign_flip_p": result.sign_flip_p["mae"], "meaning": BASELINES[result.baseline_name]}
-
-
-def say_axes(run, per_axis, baselines):
+def say_axes(run, per_axis, baseline_names):
     """The MAE of model and baselines on the terminal, one line an axis."""
-    run.say("MAE       " + " ".join(f"{name:>12}" for name in ["model", *baselines]))
+    run.say("MAE       " + " ".join(f"{name:>12}" for name in ["model", *baseline_names]))
     for row in per_axis:
-        run.say(f"{row['target']:10}" + " ".join(f"{row[key]:12.2f}" for key in ["mae", *(f"mae_{kind}" for kind in baselines)]))
+        errors = [row["mae"], *(row[f"mae_{name}"] for name in baseline_names)]
+        run.say(f"{row['target']:10}" + " ".join(f"{error:12.2f}" for error in errors))
 
 
 def write_page(run, args, study, split, scored, metrics, result):
     """report.html: the verdict first, then the order of sections that all train scripts share."""
-    sample = metrics["sample"]
-    patients = f"{sample['subjects']} patients" if study.has_patients else (
-        f"{sample['subjects']} folders, whose patients are not known")
-    of_baselines = {f"mae_{kind}": kind.replace("_", " ") for kind in BASELINES}
-    columns = {"target": "axis", "n": "n", "mae": "MAE", "mae_low": "low", "mae_high": "high", "r2": "R2",
-               **{name: text for name, text in of_baselines.items() if name in metrics["per_axis"][0]}}
-    own = {"patient": "patient", "transitions": "n", **{f"mae_{axis}": axis for axis in probe_poses.AXES},
-           "geodesic_deg": "geodesic"}
-    spec = {name: ".2f" for name in (*columns, *own) if name not in ("target", "n", "patient", "transitions")}
-    use = [{"measure": name, "value": scored.use[name], "meaning": text} for name, text in USE_COLUMNS.items()
-           if name in scored.use]
-    parts = [{"part": part, "transitions": len(rows), "patients": len(set(study.patients[rows])),
-              "sequences": len(set(study.sequences[rows]))} for part, rows in split.items()]
-    stats = run.path("dataset_statistics.png")
+    use = [{"measure": name, "value": scored.use[name], "meaning": text} for name, text in USE_COLUMNS.items()]
     sections = [
-        ("Data and split", [
-            reporting.html_text(f"{sample['rows']} transitions scored of {patients}; {len(study.skipped)} rows skipped."),
-            reporting.html_table(parts), reporting.html_text("\n".join(f"- {note}" for note in study.notes)),
-            *([reporting.html_image(stats, "Data and split")] if stats.exists() else [])]),
+        ("Data and split", data_blocks(run, study, split, metrics["sample"])),
         ("Leakage", reporting.leakage_blocks(run) if run.path("leakage_report.json").exists() else []),
-        ("Metrics", [
-            *(reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]),
-            reporting.html_table(metrics["per_axis"], columns, spec,
-                              caption=f"MAE of each axis on the {scored.part} rows in mm or degrees, beside the "
-                                      f"baselines'; {metrics['method']}"),
-            reporting.html_table(metrics["baselines"], None, dict.fromkeys(("error", "difference", "low", "high"), ".3f"),
-                              "Mean over the axes of MAE in label sds: each baseline, and model - baseline"),
-            reporting.html_table(metrics["predictors"], ["predictor", "mae_mm", "mae_deg", "distance_mm", "geodesic_deg"],
-                              {name: ".2f" for name in metrics["predictors"][0]}, "In mm and degrees"),
-            reporting.html_image(run.path("per_patient_error.png"), "MAE per axis and patient, and the baseline's"),
-            reporting.html_table(metrics["per_patient"], own, spec),
-            reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true, at t1"),
-            *([reporting.html_table(metrics["criteria"], caption="Criteria")] if metrics["criteria"] else []),
-            *([reporting.html_table(fold_rows(metrics["folds"]), caption="Folds")] if metrics["folds"] else [])]),
-        ("Does it use the image and the motion?", [reporting.html_table(use, formats={"value": ".3f"})] if use else []),
-        ("Learning curves", learning_blocks(run)),
+        ("Metrics", metric_blocks(run, metrics)),
+        ("Does it use the image and the motion?", [reporting.html_table(use, formats={"value": ".3f"})]),
+        ("Learning curves", reporting.history_blocks(run)),
         ("Best and worst cases", case_blocks(args, study, scored)),
         ("Limits", [reporting.html_text(limits_text(args, study, metrics))]),
         ("Command and versions", reporting.command_blocks())]
     level = verdicts.verdict_level(result.gain("mae"), metrics["alarms"])
-    level = "caution" if level == "good" and metrics["unit"] != "patients" else level
+    if level == "good" and result.unit != "patients":
+        level = "caution"
     reporting.write_report(run.path("report.html"), f"Probe guidance: {run.folder.name}", (level, metrics["verdict"]),
-                        sections, foot=run.compute.text, figures=key_figures(result, metrics["predictors"]))
+                           sections, run.compute.text, key_figures(result, metrics["predictors"]))
+
+
+def data_blocks(run, study, split, sample):
+    """What was scored, the parts of the split, the notes on the data and their plot."""
+    whose = "patients" if study.has_patients else "folders, whose patients are not known"
+    parts = [{"part": part, "transitions": len(rows), "patients": len(set(study.patients[rows])),
+              "sequences": len(set(study.sequences[rows]))} for part, rows in split.items()]
+    blocks = [
+        reporting.html_text(f"{sample['rows']} transitions scored of {sample['subjects']} {whose}; "
+                            f"{len(study.skipped)} rows skipped."),
+        reporting.html_table(parts), reporting.html_text("\n".join(f"- {note}" for note in study.notes))]
+    plot = run.path("dataset_statistics.png")
+    if plot.exists():  # not where a checkpoint is evaluated
+        blocks.append(reporting.html_image(plot, "Data and split"))
+    return blocks
+
+
+def metric_blocks(run, metrics):
+    """Alarms, then errors of the axes, baselines, predictors and patients; criteria and folds where there are any."""
+    kinds = [row["baseline"] for row in metrics["baselines"]]
+    columns = {"target": "axis", "n": "n", "mae": "MAE", "mae_low": "low", "mae_high": "high", "r2": "R2",
+               **{f"mae_{kind}": kind.replace("_", " ") for kind in kinds}}
+    of_patient = {"patient": "patient", "transitions": "n", **{f"mae_{axis}": axis for axis in probe_poses.AXES},
+                  "geodesic_deg": "geodesic"}
+    of_predictor = ["predictor", "mae_mm", "mae_deg", "distance_mm", "geodesic_deg"]
+    two_digits = {name: ".2f" for name in (*columns, *of_patient, *of_predictor) if name not in ("n", "transitions")}
+    three_digits = dict.fromkeys(("error", "difference", "low", "high"), ".3f")
+    blocks = [reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]]
+    blocks += [
+        reporting.html_table(metrics["per_axis"], columns, two_digits,
+                             f"MAE of each axis on the {metrics['part']} rows in mm or degrees, beside the baselines'; "
+                             f"{metrics['method']}"),
+        reporting.html_table(metrics["baselines"], None, three_digits,
+                             "Mean over the axes of MAE in label sds: each baseline, and model - baseline"),
+        reporting.html_table(metrics["predictors"], of_predictor, two_digits, "In mm and degrees"),
+        reporting.html_image(run.path("per_patient_error.png"), "MAE per axis and patient, and the baseline's"),
+        reporting.html_table(metrics["per_patient"], of_patient, two_digits),
+        reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true, at t1")]
+    if metrics["criteria"]:
+        blocks.append(reporting.html_table(metrics["criteria"], caption="Criteria"))
+    if metrics["folds"]:
+        blocks.append(reporting.html_table(fold_rows(metrics["folds"]), caption="Folds"))
+    return blocks
 
 
 def key_figures(result, predictors):
     """[(label, value, remark)] for the top of the report."""
-    baseline = result.baseline_name.replace("_", " ")
-    model = predictors[0]
-    other = next(row for row in predictors if row["predictor"] == result.baseline_name)
+    name = result.baseline_name
+    model, other = (next(row for row in predictors if row["predictor"] == kind) for kind in ("model", name))
+    shown = name.replace("_", " ")
     return [reporting.key_figure("Error in label sds", result.overall.model["mae"], result.method),
-            reporting.key_figure(f"The same of {baseline}", result.overall.baseline["mae"], result.method),
-            ("MAE, translations", f"{model['mae_mm']:.2f} mm", f"{baseline}: {other['mae_mm']:.2f} mm"),
-            ("MAE, angles", f"{model['mae_deg']:.2f} deg", f"{baseline}: {other['mae_deg']:.2f} deg")]
-
-
-def learning_blocks(run):
-    """Learning curves, or nothing where no training took place."""
-    paths = sorted(run.folder.glob("**/training_summary.png"))
-    return [reporting.html_image(path, f"Training, {path.parent.name}") for path in paths[:1]]
+            reporting.key_figure(f"The same of {shown}", result.overall.baseline["mae"], result.method),
+            ("MAE, translations", f"{model['mae_mm']:.2f} mm", f"{shown}: {other['mae_mm']:.2f} mm"),
+            ("MAE, angles", f"{model['mae_deg']:.2f} deg", f"{shown}: {other['mae_deg']:.2f} deg")]
 
 
 def case_blocks(args, study, scored, count=5):
     """Frames with the smallest and the largest error of at1 over the axes, in label sds."""
     target, predicted = study.at1[scored.rows], scored.predicted["predicted"]
-    error = np.abs(probe_poses.on_arrays(probe_poses.pose_error, predicted, target)) / probe_poses.centre_and_spread(study.at1)[1]  # (M, 6)
-    size = np.nan_to_num(np.nanmean(error, axis=1), nan=np.inf)
+    sd = probe_poses.centre_and_spread(study.at1)[1]
+    error = common.mean_without_nan(np.abs(pose_scores.pose_errors(predicted, target)) / sd)  # (M, 6) -> (M,)
 
     def case(i):
-        poses = [" ".join(f"{value:.1f}" for value in values) for values in (target[i], predicted[i])]
-        return {"image": study.frame(scored.rows[i], 0, args.image_size), "title": study.links[scored.rows[i]][0],
-                "lines": [study.patients[scored.rows[i]], f"error {size[i]:.2f} sd", f"true {poses[0]}",
-                          f"predicted {poses[1]}"]}
-    order = np.argsort(size)[:np.isfinite(size).sum()]
+        row = scored.rows[i]
+        true, guess = (" ".join(f"{value:.1f}" for value in pose) for pose in (target[i], predicted[i]))
+        return {"image": study.frame(row, 0, args.image_size), "title": study.links[row][0],
+                "lines": [study.patients[row], f"error {error[i]:.2f} sd", f"true {true}", f"predicted {guess}"]}
+    order = np.argsort(error)[:np.isfinite(error).sum()]
     return [reporting.html_text("Best (x y z in mm, roll pitch yaw in degrees):"),
             reporting.html_cases([case(i) for i in order[:count]]),
             reporting.html_text("Worst:"), reporting.html_cases([case(i) for i in order[::-1][:count]])]
@@ -1123,14 +1023,16 @@ def limits_text(args, study, metrics):
 
 def fold_rows(folds):
     """Fold table: one dict per fold, then mean and SD over the folds."""
-    numbers = [{"error": fold["model"]["mae"]["value"], "baseline_error": fold["baseline"]["mae"]["value"],
-                "r2": fold["model"]["r2"]["value"], **fold["use"]} for fold in folds]
     rows = [{"fold": fold["fold"], "patients": ", ".join(fold["patients"]), "rows": fold["rows"],
-             "best_epoch": fold["best_epoch"], "baseline": fold["baseline_name"], **own}
-            for fold, own in zip(folds, numbers)]
-    values = {name: np.array([own[name] for own in numbers], float) for name in numbers[0]}
-    sd = {name: v.std(ddof=1) if len(v) > 1 else np.nan for name, v in values.items()}
-    return [*rows, {"fold": "mean", **{name: v.mean() for name, v in values.items()}}, {"fold": "SD", **sd}]
+             "best_epoch": fold["best_epoch"], "baseline": fold["baseline_name"],
+             "error": fold["model"]["mae"]["value"], "baseline_error": fold["baseline"]["mae"]["value"],
+             "r2": fold["model"]["r2"]["value"], **fold["use"]} for fold in folds]
+    mean, sd = {"fold": "mean"}, {"fold": "SD"}
+    for name in ("error", "baseline_error", "r2", *USE_COLUMNS):
+        values = np.array([row[name] for row in rows], float)
+        mean[name] = values.mean()
+        sd[name] = values.std(ddof=1) if len(values) > 1 else np.nan
+    return [*rows, mean, sd]
 
 
 def dataset_stats(study, split):
@@ -1209,8 +1111,11 @@ def run_split(run, args, study, split):
     model, loss_function, loaders, training = fit(run, args, study, split)
     predicted = {part: evaluate(model, loader, loss_function, run.compute)[0]
                  for part, loader in loaders.items() if len(split[part])}
-    train, val = (common.mean_metrics(common.regression_metrics(
-        wrapped(predicted[part]["at1"], study.at1[split[part]]), study.at1[split[part]])) for part in ("train", "val"))
+    means = {}
+    for part in ("train", "val"):
+        target = study.at1[split[part]]
+        found = pose_scores.wrapped(predicted[part]["at1"], target)
+        means[part] = common.mean_metrics(common.regression_metrics(found, target))
     centre = probe_poses.centre_and_spread(study.at1[split["train"]])[0]
     for part in ("val", "test"):
         rows = split[part]
@@ -1221,18 +1126,20 @@ def run_split(run, args, study, split):
             predicted={"predicted": predicted[part]["at1"], **baselines(study, split["train"], rows, centre)},
             use=use_of_inputs(model, loaders[part], loss_function, run.compute, study.patients[rows]))
         write_predictions(run.path(f"predictions_{part}.csv"), study, scored)
-    plot_training(run, training)
-    report_results(run, args, study, split, scored, verdicts.split_gap_alarms(train, val), training.progress.best_epoch)
+    best_epoch = training.progress.best_epoch
+    plot_training(run, training.progress.history, best_epoch)
+    alarms = verdicts.split_gap_alarms(means["train"], means["val"])
+    report_results(run, args, study, split, scored, alarms, best_epoch)
     return scored
 
 
-def plot_training(run, training):
+def plot_training(run, history, best_epoch):
     """training_history.png of all columns, training_summary.png of the losses and the learning rate."""
-    history = [{name: value for name, value in row.items() if name != "train_total_loss"} for row in training.progress.history]
-    plotting.plot_history(history, run.path("training_history.png"), training.progress.best_epoch)
-    summary = [{name: value for name, value in row.items() if name.endswith("loss") or name in ("epoch", "learning_rate")}
-               for row in history]
-    plotting.plot_history(summary, run.path("training_summary.png"), training.progress.best_epoch)
+    columns = [name for name in history[0] if name != "train_total_loss"]  # the same as train_loss
+    losses = [name for name in columns if name.endswith("loss") or name in ("epoch", "learning_rate")]
+    for file, shown in (("training_history.png", columns), ("training_summary.png", losses)):
+        rows = [{name: row[name] for name in shown} for row in history]
+        plotting.plot_history(rows, run.path(file), best_epoch)
 
 
 def run_folds(run, args, study):
@@ -1265,12 +1172,13 @@ def run_folds(run, args, study):
 def pool(results):
     """The Scored of all folds as one; numbers of use are means over the rows."""
     n_rows = [len(scored.rows) for scored in results]
-    kinds = results[0].predicted
-    return Scored(
-        rows=np.concatenate([scored.rows for scored in results]), part="folds",
-        predicted={kind: np.concatenate([scored.predicted[kind] for scored in results]) for kind in kinds},
-        at2=np.concatenate([scored.at2 for scored in results]),
-        use={name: float(np.average([scored.use[name] for scored in results], weights=n_rows)) for name in USE_COLUMNS})
+    use = {}
+    for name in USE_COLUMNS:
+        values = np.array([scored.use[name] for scored in results], float)  # None, as JSON has NaN, becomes NaN
+        use[name] = float(np.average(values, weights=n_rows))
+    predicted = {kind: np.concatenate([scored.predicted[kind] for scored in results]) for kind in results[0].predicted}
+    return Scored(rows=np.concatenate([scored.rows for scored in results]), predicted=predicted, part="folds",
+                  at2=np.concatenate([scored.at2 for scored in results]), use=use)
 
 
 def load_checkpoint(args, run):

@@ -2,6 +2,7 @@
 import numpy as np
 
 from evidence import plotting
+from readers import probe_poses
 
 PART_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 MOST_PATIENTS = 30
@@ -38,21 +39,19 @@ def plot_dataset(split, groups, facts, samples, path):
     plotting.save_figure(figure, path)
 
 
-def plot_per_patient(patients, errors, baseline_errors, axis_names, baseline, path):
-    """Horizontal bars: MAE of each axis and patient, the baseline's as a tick; at most 30 patients.
-
-    errors, baseline_errors: (patients, 6) in the unit of the axis.
+def plot_per_patient(rows, baseline, path):
+    """Horizontal bars: MAE of each axis and patient, the baseline's as a tick; the first 30 of pose_scores.patient_rows.
     """
-    n_shown = min(len(patients), MOST_PATIENTS)
-    place = np.arange(n_shown)
-    figure, axes = plotting.new_figure(2, 3, (3.9, 1.0 + 0.22 * n_shown), 6, sharey=True)
-    for a, axis in enumerate(axes):
-        axis.barh(place, errors[:n_shown, a], color="#56B4E9", height=0.62, label="model")
-        axis.plot(baseline_errors[:n_shown, a], place, "|", color="#D55E00", markersize=11, markeredgewidth=2.4,
-                  label=baseline)
-        _title(axis, axis_names[a])
+    rows = rows[:MOST_PATIENTS]
+    place = np.arange(len(rows))
+    figure, axes = plotting.new_figure(2, 3, (3.9, 1.0 + 0.22 * len(rows)), 6, sharey=True)
+    for axis, name in zip(axes, probe_poses.AXES):
+        axis.barh(place, [row[f"mae_{name}"] for row in rows], color="#56B4E9", height=0.62, label="model")
+        axis.plot([row[f"baseline_mae_{name}"] for row in rows], place, "|", color="#D55E00", markersize=11,
+                  markeredgewidth=2.4, label=baseline.replace("_", " "))
+        _title(axis, name)
         axis.set_xlim(left=0)
-    axes[0].set_yticks(place, [name[-18:] for name in patients[:n_shown]])
-    axes[0].set_ylim(n_shown - 0.4, -0.6)
+    axes[0].set_yticks(place, [row["patient"][-18:] for row in rows])
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     plotting.save_figure(figure, path)

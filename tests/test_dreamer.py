@@ -14,6 +14,7 @@ from torch import nn
 import common
 import train_dreamer
 from conftest import only_run, run_here, run_fresh, run_script
+from evidence import pose_scores
 from readers.probe_poses import AXES
 from readers import probe_poses
 
@@ -307,8 +308,10 @@ def test_the_guard_keeps_features_from_collapsing():
 
 
 def test_collapsed_features_raise_an_alarm():
-    study, scored, results = small_result(use={"feature_spread": 0.001, "action_shuffle_ratio": 1.3})
-    assert any("collapsed" in alarm for alarm in train_dreamer.find_alarms(study, scored, results))
+    _, predicted, target, result, _ = small_result()
+    use = {"feature_spread": 0.001, "action_shuffle_ratio": 1.3, "latent_skill": 0.5}
+    alarms = train_dreamer.find_alarms(predicted["predicted"], target, {"zero": result}, use)
+    assert any("collapsed" in alarm for alarm in alarms)
 
 
 # --- does it use the motion? -------------------------------------------------------------------
@@ -385,18 +388,15 @@ def test_latent_numbers_do_not_depend_on_the_batches():
 
 # --- baselines and verdict --------------------------------------------------------------------------
 
-def small_result(patients=6, use=None, gain=0.3, seed=3):
-    """A study of `patients` with 20 rows each whose model has `gain` of the zero baseline's error removed."""
+def small_result(patients=6, gain=0.3, seed=3):
+    """`patients` with 20 rows each, and a model that has `gain` of the zero baseline's error removed."""
     draws = np.random.default_rng(seed)
     names = np.repeat([f"p{i}" for i in range(patients)], 20)
-    at1 = draws.normal(0, 10, (len(names), 6))
-    study = types.SimpleNamespace(
-        at1=at1, at2=at1, motion=draws.normal(0, 1, at1.shape), sequences=names, patients=names, has_patients=True,
-        order=np.tile(np.arange(20), patients), place=np.tile(np.arange(20) / 19, patients), features=None)
-    rows = np.arange(len(names))
-    predicted = {"predicted": gain * at1 + draws.normal(0, 0.1, at1.shape), "zero": np.zeros_like(at1)}
-    scored = train_dreamer.Scored(rows, predicted, at1, use or {}, "test")
-    return study, scored, train_dreamer.compare(study, scored)[0]
+    target = draws.normal(0, 10, (len(names), 6))
+    predicted = {"predicted": gain * target + draws.normal(0, 0.1, target.shape), "zero": np.zeros_like(target)}
+    sd = probe_poses.centre_and_spread(target)[1]
+    blocks = pose_scores.time_blocks(names, np.tile(np.arange(20), patients))
+    return names, predicted, target, pose_scores.compare(predicted, target, names, blocks, sd)["zero"], sd
 
 
 @pytest.mark.parametrize("patients, words", [
@@ -405,34 +405,44 @@ def small_result(patients=6, use=None, gain=0.3, seed=3):
     (1, ["One patient proves nothing across patients", "time blocks"]),
 ])
 def test_the_verdict_says_over_what_it_holds(patients, words):
-    study, scored, results = small_result(patients)
-    text = train_dreamer.verdict(results["zero"], study, scored, True)
+    names, predicted, target, result, _ = small_result(patients)
+    per_patient = pose_scores.patient_rows(names, predicted["predicted"], predicted["zero"], target)
+    text = pose_scores.verdict(result, per_patient, has_patients=True, held_out=True)
     assert all(word in text for word in words), text
 
 
 def test_no_gain_is_not_called_one():
-    study, scored, results = small_result(gain=0.0)
-    assert "The model beats" not in train_dreamer.verdict(results["zero"], study, scored, True)
+    result = small_result(gain=0.0)[3]
+    assert "The model beats" not in pose_scores.verdict(result, [], has_patients=True, held_out=True)
+
+
+def test_angles_of_a_patient_leave_out_rows_with_a_missing_label():
+    """A missing angle must not count as 0 degrees."""
+    target = np.full((2, 6), 40.0)
+    target[1, 4] = np.nan
+    row = pose_scores.patient_rows(np.array(["p", "p"]), np.full((2, 6), 40.0), np.zeros((2, 6)), target)[0]
+    assert row["geodesic_deg"] == pytest.approx(0, abs=1e-6) and row["mae_pitch_deg"] == 0
 
 
 def test_baselines_find_what_they_can_know():
     """at1 made of the motion: the ridge on it is exact; the copy is the motion itself."""
-    study, _, _ = small_result()
-    study.at1 = 2 * study.motion + 5
+    motion = np.random.default_rng(3).normal(0, 1, (120, 6))
+    names = np.repeat([f"p{i}" for i in range(6)], 20)
+    study = types.SimpleNamespace(at1=2 * motion + 5, motion=motion, sequences=names, patients=names, features=None,
+                                  place=np.tile(np.arange(20) / 19, 6))
     train, rows = np.arange(80), np.arange(80, 120)
     found = train_dreamer.baselines(study, train, rows, study.at1[train].mean(0))
     assert np.abs(found["motion_ridge"] - study.at1[rows]).max() < 0.1
     assert np.allclose(found["train_mean"], study.at1[train].mean(0))
-    assert np.array_equal(found["copy"], study.motion[rows])
+    assert np.array_equal(found["copy"], motion[rows])
     assert np.abs(found["frame_index"]).max() < np.abs(study.at1).max() + 1
 
 
 def test_results_are_back_in_mm_and_degrees():
-    study, scored, _ = small_result()
-    results, sd = train_dreamer.compare(study, scored)
-    result = train_dreamer.in_units(results["zero"], sd)
+    _, _, target, result, sd = small_result()
+    result = pose_scores.in_units(result, sd)
     model, baseline = result.each.model["mae"], result.each.baseline["mae"]
-    assert result.unit == "patients" and np.allclose(baseline.value, np.abs(study.at1).mean(0))
+    assert result.unit == "patients" and np.allclose(baseline.value, np.abs(target).mean(0))
     assert ((model.low < model.value) & (model.value < model.high)).all()
 
 

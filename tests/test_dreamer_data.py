@@ -3,7 +3,6 @@
     python -m pytest tests/test_dreamer_data.py
 """
 import json
-import types
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from PIL import Image
 
 import common
-from evidence import splitting
+from evidence import pose_scores, splitting
 import train_dreamer
 from conftest import only_run, run_script
 from readers.probe_poses import FIELDS
@@ -343,6 +342,6 @@ def test_nearest_places_prefer_the_own_sequence():
 
 
 def test_time_blocks_cover_every_row_once():
-    study = types.SimpleNamespace(sequences=np.array(["a"] * 30 + ["b"] * 5), order=np.r_[np.arange(30), np.arange(5)])
-    blocks = train_dreamer.time_blocks(study, np.arange(35))
+    sequences = np.array(["a"] * 30 + ["b"] * 5)
+    blocks = pose_scores.time_blocks(sequences, np.r_[np.arange(30), np.arange(5)])
     assert len(set(blocks)) == 4 and all(np.ptp(np.flatnonzero(blocks == name)) < 10 for name in set(blocks))
