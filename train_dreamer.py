@@ -32,8 +32,8 @@ import torch
 from torch import nn
 
 import common
-from evidence import baseline_models, plotting, pose_audit, pose_plots, pose_scores, prediction_tables, reporting
-from evidence import splitting, verdicts
+from evidence import baseline_models, plotting, pose_audit, pose_plots, pose_report, pose_scores, prediction_tables
+from evidence import reporting, splitting, verdicts
 from readers import picture_files, probe_poses
 
 COLLAPSE_FLOOR = 0.05  # smallest healthy spread of the features over frames, as a share of their rms
@@ -755,25 +755,8 @@ def use_of_inputs(model, loader, loss_function, compute, patients):
     return {"action_shuffle_ratio": (rows["false_loss"].sum() / rows["loss"].sum()).item(),
             "action_shuffle_ratio_latent": (rows["false_error"].sum() / rows["latent_error"].sum()).item(),
             "latent_skill": latent["latent_skill"], "feature_spread": latent["feature_spread"],
-            "retrieval_rank": retrieval_rank(rows["map_imagined"], rows["map_t2"], patients),
-            "retrieval_rank_copy": retrieval_rank(rows["map_t1"], rows["map_t2"], patients)}
-
-
-def retrieval_rank(guess, truth, patients):
-    """Mean share of a patient's other true frames that lie nearer to the guess than its own: (M, .), (M, .), (M,).
-
-    0 = the own one is always nearest, .5 = chance; ties count half. NaN where no patient has two rows.
-    """
-    ranks = []
-    for patient in np.unique(patients):
-        rows = np.flatnonzero(patients == patient)
-        if len(rows) < 2:
-            continue
-        apart = torch.cdist(guess[rows].float(), truth[rows].float())  # (m, m)
-        own = apart.diagonal()[:, None]
-        nearer = (apart < own).sum(1) + 0.5 * ((apart == own).sum(1) - 1)
-        ranks += (nearer / (len(rows) - 1)).tolist()
-    return float(np.mean(ranks)) if ranks else math.nan
+            "retrieval_rank": pose_scores.retrieval_rank(rows["map_imagined"], rows["map_t2"], patients),
+            "retrieval_rank_copy": pose_scores.retrieval_rank(rows["map_t1"], rows["map_t2"], patients)}
 
 
 @torch.no_grad()
@@ -810,7 +793,7 @@ def fitted_baselines(study, train, rows, centre):
     """The baselines that are fitted to the train rows, on the errors of their mean: {name: (M, 6)}."""
     centred = np.broadcast_to(centre, (len(train), 6))
     apart = probe_poses.on_arrays(probe_poses.pose_error, study.at1[train], centred)  # (N_train, 6)
-    near = place_weights(study.place, study.sequences, train, rows)  # (M, N_train)
+    near = baseline_models.place_weights(study.place, study.sequences, train, rows)  # (M, N_train)
     predicted = {"frame_index": centre + near @ np.nan_to_num(apart)}
     inputs = {"motion_ridge": study.motion}
     if study.features is not None:
@@ -819,16 +802,6 @@ def fitted_baselines(study, train, rows, centre):
         ridge = baseline_models.fit_ridge(features[train], apart, groups=study.patients[train], sd_floor=0.01)
         predicted[name] = centre + ridge.predict(features[rows])
     return predicted
-
-
-def place_weights(place, sequences, train, rows, width=0.05):
-    """(M, N_train) weights, rows adding up to 1, by nearness of place (0 to 1) in a sequence; the own one's, if any."""
-    apart = (place[rows][:, None] - place[train][None]) / width
-    logits = -0.5 * apart ** 2
-    same = sequences[rows][:, None] == sequences[train][None]
-    logits[~same & same.any(1, keepdims=True)] = -np.inf
-    weights = np.exp(logits - logits.max(1, keepdims=True))
-    return weights / weights.sum(1, keepdims=True)
 
 
 def write_predictions(path, study, scored):
@@ -849,19 +822,6 @@ def read_predictions(path, study, use, part):
     return Scored(rows=np.array([row_of[name] for name in names]), predicted=predicted, at2=at2, use=use, part=part)
 
 
-def find_alarms(predicted, target, results, use):
-    """Sentences on what must be known before any number."""
-    alarms = verdicts.regression_alarms(pose_scores.wrapped(predicted, target), target, probe_poses.AXES)
-    alarms += pose_scores.place_alarms(results)
-    if abs(use["action_shuffle_ratio"] - 1) < 0.02:
-        alarms.append(f"the known motion is ignored: action-shuffle ratio {use['action_shuffle_ratio']:.3f}")
-    if use["latent_skill"] > 1:
-        alarms.append(f"the imagined frame is worse than a copy of t1: latent skill {use['latent_skill']:.2f}")
-    if use["feature_spread"] < COLLAPSE_FLOOR / 2:
-        alarms.append(f"the features hardly differ between frames (spread {use['feature_spread']:.4f}): collapsed")
-    return alarms
-
-
 def criteria_names():
     """What --criteria may name: mae_x_mm an axis, mae the mean over axes in label sds."""
     return verdicts.spell_metrics(common.REGRESSION_METRICS, common.REGRESSION_METRICS, probe_poses.AXES)
@@ -870,46 +830,44 @@ def criteria_names():
 @common.first_process_only
 def report_results(run, args, study, split, scored, alarms, best_epoch=None, folds=()):
     """metrics.json, the tables, plots and report.html of one run, or of all folds pooled."""
-    target, patients = study.at1[scored.rows], study.patients[scored.rows]
-    predicted = scored.predicted["predicted"]
+    rows = scored.rows
+    target, predicted = study.at1[rows], scored.predicted["predicted"]
     sd = probe_poses.centre_and_spread(study.at1)[1]
-    blocks = pose_scores.time_blocks(study.sequences[scored.rows], study.order[scored.rows])
-    results = pose_scores.compare(scored.predicted, target, patients, blocks, sd)
-    best = min(results.values(), key=lambda result: result.overall.baseline["mae"].value)
-    result = pose_scores.in_units(best, sd)
-    per_axis = pose_scores.axis_rows(result, scored.predicted, target)
-    per_patient = pose_scores.patient_rows(patients, predicted, scored.predicted[result.baseline_name], target)
+    blocks = pose_scores.time_blocks(study.sequences[rows], study.order[rows])
+    judged = pose_scores.judge(scored.predicted, target, study.patients[rows], blocks, sd)
+    result = judged.result
     held_out = scored.part in ("test", "all") or args.select == "last"
     names = criteria_names()
     criteria = verdicts.parse_criteria(args.criteria, names)
-    error_at2 = np.abs(pose_scores.pose_errors(scored.at2, study.at2[scored.rows]))  # (M, 6)
+    alarms = pose_scores.find_alarms(predicted, target, judged.results, scored.use, COLLAPSE_FLOOR) + alarms
+    error_at2 = np.abs(pose_scores.pose_errors(scored.at2, study.at2[rows]))  # (M, 6)
     metrics = {
-        "part": scored.part, "best_epoch": best_epoch, "held_out": held_out, **result.record("per_target"),
-        "verdict": pose_scores.verdict(result, per_patient, study.has_patients, held_out),
-        "alarms": find_alarms(predicted, target, results, scored.use) + alarms,
+        "part": scored.part,
+        "best_epoch": best_epoch,
+        "held_out": held_out,
+        **result.record("per_target"),
+        "verdict": pose_scores.verdict(result, judged.per_patient, study.has_patients, held_out),
+        "alarms": alarms,
         "criteria": verdicts.judge_criteria(criteria, verdicts.named_estimates(result, names)),
-        "sample": splitting.effective_size(target, patients), "compose": study.compose, "label_sd": sd,
-        "baselines": pose_scores.baseline_rows(results, BASELINES),
-        "predictors": pose_scores.predictor_rows(scored.predicted, target, BASELINES), "use": scored.use,
-        "per_axis": per_axis, "per_patient": per_patient, "mae_at2": common.mean_without_nan(error_at2, axis=0),
+        "sample": splitting.effective_size(target, study.patients[rows]),
+        "compose": study.compose,
+        "label_sd": sd,
+        "baselines": pose_scores.baseline_rows(judged.results, BASELINES),
+        "predictors": pose_scores.predictor_rows(scored.predicted, target, BASELINES),
+        "use": scored.use,
+        "per_axis": judged.per_axis,
+        "per_patient": judged.per_patient,
+        "mae_at2": common.mean_without_nan(error_at2, axis=0),
         "folds": list(folds)}
-    common.write_table(run.path("per_axis_error.csv"), per_axis)
-    common.write_table(run.path("per_patient_error.csv"), per_patient)
-    pose_plots.plot_per_patient(per_patient, result.baseline_name, run.path("per_patient_error.png"))
+    common.write_table(run.path("per_axis_error.csv"), judged.per_axis)
+    common.write_table(run.path("per_patient_error.csv"), judged.per_patient)
+    pose_plots.plot_per_patient(judged.per_patient, result.baseline_name, run.path("per_patient_error.png"))
     plotting.plot_scatter(pose_scores.wrapped(predicted, target), target, probe_poses.AXES,
                           run.path("predicted_against_true.png"))
     write_page(run, args, study, split, scored, metrics, result)
     common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
-    say_axes(run, per_axis, list(results))
+    pose_report.say_axes(run, judged.per_axis, list(judged.results))
     verdicts.say_results(run, metrics)
-
-
-def say_axes(run, per_axis, baseline_names):
-    """The MAE of model and baselines on the terminal, one line an axis."""
-    run.say("MAE       " + " ".join(f"{name:>12}" for name in ["model", *baseline_names]))
-    for row in per_axis:
-        errors = [row["mae"], *(row[f"mae_{name}"] for name in baseline_names)]
-        run.say(f"{row['target']:10}" + " ".join(f"{error:12.2f}" for error in errors))
 
 
 def write_page(run, args, study, split, scored, metrics, result):
@@ -918,7 +876,7 @@ def write_page(run, args, study, split, scored, metrics, result):
     sections = [
         ("Data and split", data_blocks(run, study, split, metrics["sample"])),
         ("Leakage", reporting.leakage_blocks(run) if run.path("leakage_report.json").exists() else []),
-        ("Metrics", metric_blocks(run, metrics)),
+        ("Metrics", pose_report.metric_blocks(run, metrics)),
         ("Does it use the image and the motion?", [reporting.html_table(use, formats={"value": ".3f"})]),
         ("Learning curves", reporting.history_blocks(run)),
         ("Best and worst cases", case_blocks(args, study, scored)),
@@ -928,7 +886,7 @@ def write_page(run, args, study, split, scored, metrics, result):
     if level == "good" and result.unit != "patients":
         level = "caution"
     reporting.write_report(run.path("report.html"), f"Probe guidance: {run.folder.name}", (level, metrics["verdict"]),
-                           sections, run.compute.text, key_figures(result, metrics["predictors"]))
+                           sections, run.compute.text, pose_report.key_figures(result, metrics["predictors"]))
 
 
 def data_blocks(run, study, split, sample):
@@ -944,45 +902,6 @@ def data_blocks(run, study, split, sample):
     if plot.exists():  # not where a checkpoint is evaluated
         blocks.append(reporting.html_image(plot, "Data and split"))
     return blocks
-
-
-def metric_blocks(run, metrics):
-    """Alarms, then errors of the axes, baselines, predictors and patients; criteria and folds where there are any."""
-    kinds = [row["baseline"] for row in metrics["baselines"]]
-    columns = {"target": "axis", "n": "n", "mae": "MAE", "mae_low": "low", "mae_high": "high", "r2": "R2",
-               **{f"mae_{kind}": kind.replace("_", " ") for kind in kinds}}
-    of_patient = {"patient": "patient", "transitions": "n", **{f"mae_{axis}": axis for axis in probe_poses.AXES},
-                  "geodesic_deg": "geodesic"}
-    of_predictor = ["predictor", "mae_mm", "mae_deg", "distance_mm", "geodesic_deg"]
-    two_digits = {name: ".2f" for name in (*columns, *of_patient, *of_predictor) if name not in ("n", "transitions")}
-    three_digits = dict.fromkeys(("error", "difference", "low", "high"), ".3f")
-    blocks = [reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]]
-    blocks += [
-        reporting.html_table(metrics["per_axis"], columns, two_digits,
-                             f"MAE of each axis on the {metrics['part']} rows in mm or degrees, beside the baselines'; "
-                             f"{metrics['method']}"),
-        reporting.html_table(metrics["baselines"], None, three_digits,
-                             "Mean over the axes of MAE in label sds: each baseline, and model - baseline"),
-        reporting.html_table(metrics["predictors"], of_predictor, two_digits, "In mm and degrees"),
-        reporting.html_image(run.path("per_patient_error.png"), "MAE per axis and patient, and the baseline's"),
-        reporting.html_table(metrics["per_patient"], of_patient, two_digits),
-        reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true, at t1")]
-    if metrics["criteria"]:
-        blocks.append(reporting.html_table(metrics["criteria"], caption="Criteria"))
-    if metrics["folds"]:
-        blocks.append(reporting.html_table(fold_rows(metrics["folds"]), caption="Folds"))
-    return blocks
-
-
-def key_figures(result, predictors):
-    """[(label, value, remark)] for the top of the report."""
-    name = result.baseline_name
-    model, other = (next(row for row in predictors if row["predictor"] == kind) for kind in ("model", name))
-    shown = name.replace("_", " ")
-    return [reporting.key_figure("Error in label sds", result.overall.model["mae"], result.method),
-            reporting.key_figure(f"The same of {shown}", result.overall.baseline["mae"], result.method),
-            ("MAE, translations", f"{model['mae_mm']:.2f} mm", f"{shown}: {other['mae_mm']:.2f} mm"),
-            ("MAE, angles", f"{model['mae_deg']:.2f} deg", f"{shown}: {other['mae_deg']:.2f} deg")]
 
 
 def case_blocks(args, study, scored, count=5):
@@ -1019,33 +938,6 @@ def limits_text(args, study, metrics):
     if study.compose == "additive":
         lines.append("at2 = at1 + motion here: at1 and at2 carry the same information, and the loss on at2 adds none.")
     return "\n".join(f"- {line}" for line in lines)
-
-
-def fold_rows(folds):
-    """Fold table: one dict per fold, then mean and SD over the folds."""
-    rows = [{"fold": fold["fold"], "patients": ", ".join(fold["patients"]), "rows": fold["rows"],
-             "best_epoch": fold["best_epoch"], "baseline": fold["baseline_name"],
-             "error": fold["model"]["mae"]["value"], "baseline_error": fold["baseline"]["mae"]["value"],
-             "r2": fold["model"]["r2"]["value"], **fold["use"]} for fold in folds]
-    mean, sd = {"fold": "mean"}, {"fold": "SD"}
-    for name in ("error", "baseline_error", "r2", *USE_COLUMNS):
-        values = np.array([row[name] for row in rows], float)
-        mean[name] = values.mean()
-        sd[name] = values.std(ddof=1) if len(values) > 1 else np.nan
-    return [*rows, mean, sd]
-
-
-def dataset_stats(study, split):
-    """dataset_stats.json: counts, the checks of the split, ranges."""
-    patients = {part: sorted(set(study.patients[rows].tolist())) for part, rows in split.items()}
-    names, counts = np.unique(study.patients, return_counts=True)
-    in_two = [name for name in names.tolist() if sum(name in each for each in patients.values()) > 1]
-    return {"transitions": len(study.names), "sequences": len(set(study.sequences)),
-            "parts": {part: {"transitions": len(rows), "patients": patients[part]} for part, rows in split.items()},
-            "patients_known": study.has_patients, "transitions_of_patient": dict(zip(names.tolist(), counts)),
-            "patients_in_two_parts": in_two, "left_out": len(study.names) - sum(map(len, split.values())),
-            "angle_unit": study.angle_unit, "compose": study.compose, "residuals": study.residuals,
-            "poses": pose_audit.pose_ranges(study.poses), "skipped": len(study.skipped), "notes": study.notes}
 
 
 # --- one run, or one run per fold -------------------------------------------------------------
@@ -1089,10 +981,13 @@ def prepare_split(run, args, study, split):
     report = splitting.leakage_report(frames, key, study.frame_audit("pixel_sha"), phash,
                                       {"groups": None if by_time else owner})
     splitting.record_split(run, split, study.names, report)
-    stats = dataset_stats(study, split)
-    common.write_json(run.path("dataset_stats.json"), stats)
+    stats = pose_audit.split_facts(split, study.patients)
+    common.write_json(run.path("dataset_stats.json"), {
+        **stats, "sequences": len(set(study.sequences)), "patients_known": study.has_patients,
+        "angle_unit": study.angle_unit, "compose": study.compose, "residuals": study.residuals,
+        "poses": pose_audit.pose_ranges(study.poses), "skipped": len(study.skipped), "notes": study.notes})
     facts = [f"patients in two parts: {len(stats['patients_in_two_parts'])}",
-             f"transitions in no part: {stats['left_out']}", f"rows skipped: {stats['skipped']}",
+             f"transitions in no part: {stats['left_out']}", f"rows skipped: {len(study.skipped)}",
              f"patients known: {'yes' if study.has_patients else 'NO, folders'}", f"composition: {study.compose}",
              f"angles in the files: {study.angle_unit}"]
     shown = np.linspace(0, len(study.names) - 1, 4).astype(int)
@@ -1162,7 +1057,7 @@ def run_folds(run, args, study):
         results.append(scored)
         done.append({"fold": k, "rows": len(scored.rows), "patients": sorted(set(study.patients[scored.rows])),
                      **{name: metrics[name] for name in ("best_epoch", "model", "baseline", "baseline_name", "use")}})
-    common.write_table(run.path("fold_table.csv"), fold_rows(done))
+    common.write_table(run.path("fold_table.csv"), pose_report.fold_rows(done))
     pooled = pool(results)
     write_predictions(run.path("predictions_folds.csv"), study, pooled)
     alarms = verdicts.identical_fold_alarms([[each["value"] for each in fold["model"].values()] for fold in done])
@@ -1173,7 +1068,7 @@ def pool(results):
     """The Scored of all folds as one; numbers of use are means over the rows."""
     n_rows = [len(scored.rows) for scored in results]
     use = {}
-    for name in USE_COLUMNS:
+    for name in results[0].use:
         values = np.array([scored.use[name] for scored in results], float)  # None, as JSON has NaN, becomes NaN
         use[name] = float(np.average(values, weights=n_rows))
     predicted = {kind: np.concatenate([scored.predicted[kind] for scored in results]) for kind in results[0].predicted}

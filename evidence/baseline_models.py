@@ -192,3 +192,13 @@ def _logistic_solve(scores, power, label, n_classes, trained_on, penalty, tolera
     optimizer.step(closure)
     found = torch.where(present, intercept * width, -math.inf)
     return (weights * scale).detach().numpy(), found.detach().numpy()
+
+
+def place_weights(place, sequences, train, rows, width=0.05):
+    """(M, N_train) weights, rows adding up to 1, by nearness of place (0 to 1) in a sequence; the own one's, if any."""
+    apart = (place[rows][:, None] - place[train][None]) / width
+    logits = -0.5 * apart ** 2
+    same = sequences[rows][:, None] == sequences[train][None]
+    logits[~same & same.any(1, keepdims=True)] = -np.inf
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    return weights / weights.sum(1, keepdims=True)

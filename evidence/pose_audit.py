@@ -147,3 +147,15 @@ def check_frames(audit, brightness, frames, patients):
             check(n_dark, "dark frames", f"{n_dark} of {len(brightness)} are nearly black (mean under 1 %)"),
             check(n_shared, "shared frames", f"{n_shared} pictures belong to two patients",
                   "one patient under two names? see --patient_map")]
+
+
+def split_facts(split, patients):
+    """{part: rows} and (N,) patients -> dict: transitions and patients of each part, and what stands in none or in two.
+    """
+    parts = {part: {"transitions": len(rows), "patients": sorted(set(patients[rows].tolist()))}
+             for part, rows in split.items()}
+    n_parts = collections.Counter(name for part in parts.values() for name in part["patients"])
+    return {"transitions": len(patients), "parts": parts,
+            "transitions_of_patient": dict(collections.Counter(patients.tolist())),
+            "patients_in_two_parts": sorted(name for name, count in n_parts.items() if count > 1),
+            "left_out": len(patients) - sum(len(rows) for rows in split.values())}

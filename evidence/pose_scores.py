@@ -4,12 +4,36 @@ Letters: M transitions scored. Units: a pose is (x, y, z, roll, pitch, yaw), mm 
 {"predicted" (the model) and each baseline: (M, 6)}; target: (M, 6).
 """
 import dataclasses
+import math
 
 import numpy as np
+import torch
 
 import common
 from evidence import subject_intervals, verdicts
 from readers import probe_poses
+
+
+@dataclasses.dataclass
+class Judged:
+    """The model beside its baselines on the same rows."""
+    results: dict  # baseline -> Result, errors in label sds
+    result: subject_intervals.Result  # beside the best baseline; each axis in mm and degrees
+    per_axis: list  # of axis_rows
+    per_patient: list  # of patient_rows
+
+
+def judge(predicted, target, patients, blocks, sd):
+    """Judged; patients: (M,) names; blocks: of time_blocks; sd: (6,) of the labels."""
+    results = compare(predicted, target, patients, blocks, sd)
+    best = min(results.values(), key=lambda result: result.overall.baseline["mae"].value)
+    result = in_units(best, sd)
+    baseline = predicted[result.baseline_name]
+    return Judged(
+        results=results,
+        result=result,
+        per_axis=axis_rows(result, predicted, target),
+        per_patient=patient_rows(patients, predicted["predicted"], baseline, target))
 
 
 def pose_errors(predicted, target):
@@ -113,7 +137,7 @@ def baseline_rows(results, meanings):
     return rows
 
 
-def place_alarms(results):
+def _place_alarms(results):
     """Does the place in the sequence predict as well as the model? Sentences."""
     if "frame_index" not in results:
         return []
@@ -141,3 +165,33 @@ def verdict(result, per_patient, has_patients, held_out):
     who = f"{n} patients are" if has_patients else f"{n} folders, whose patients are not known, are"
     return (f"{who} too few for an interval across patients (better in {np.sum(np.array(shares) < 1)} of {n}). "
             f"Within them, over blocks of time: {text}")
+
+
+def find_alarms(predicted, target, results, use, spread_floor):
+    """Sentences on what must be known before any number; use: of the inputs, spread_floor: healthy feature_spread."""
+    alarms = verdicts.regression_alarms(wrapped(predicted, target), target, probe_poses.AXES)
+    alarms += _place_alarms(results)
+    if abs(use["action_shuffle_ratio"] - 1) < 0.02:
+        alarms.append(f"the known motion is ignored: action-shuffle ratio {use['action_shuffle_ratio']:.3f}")
+    if use["latent_skill"] > 1:
+        alarms.append(f"the imagined frame is worse than a copy of t1: latent skill {use['latent_skill']:.2f}")
+    if use["feature_spread"] < spread_floor / 2:
+        alarms.append(f"the features hardly differ between frames (spread {use['feature_spread']:.4f}): collapsed")
+    return alarms
+
+
+def retrieval_rank(guess, truth, patients):
+    """Mean share of a patient's other true frames that lie nearer to the guess than its own: tensors (M, .), (M, .), names (M,).
+
+    0 = the own one is always nearest, .5 = chance; ties count half. NaN where no patient has two rows.
+    """
+    ranks = []
+    for patient in np.unique(patients):
+        rows = np.flatnonzero(patients == patient)
+        if len(rows) < 2:
+            continue
+        apart = torch.cdist(guess[rows].float(), truth[rows].float())  # (m, m)
+        own = apart.diagonal()[:, None]
+        nearer = (apart < own).sum(1) + 0.5 * ((apart == own).sum(1) - 1)
+        ranks += (nearer / (len(rows) - 1)).tolist()
+    return float(np.mean(ranks)) if ranks else math.nan

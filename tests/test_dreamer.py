@@ -310,7 +310,7 @@ def test_the_guard_keeps_features_from_collapsing():
 def test_collapsed_features_raise_an_alarm():
     _, predicted, target, result, _ = small_result()
     use = {"feature_spread": 0.001, "action_shuffle_ratio": 1.3, "latent_skill": 0.5}
-    alarms = train_dreamer.find_alarms(predicted["predicted"], target, {"zero": result}, use)
+    alarms = pose_scores.find_alarms(predicted["predicted"], target, {"zero": result}, use, train_dreamer.COLLAPSE_FLOOR)
     assert any("collapsed" in alarm for alarm in alarms)
 
 
@@ -371,8 +371,8 @@ def test_retrieval_rank_by_hand():
     truth = torch.tensor([[0.0], [1.0], [2.0], [10.0], [20.0]])
     guess = torch.tensor([[0.1], [2.2], [2.0], [20.0], [20.0]])
     patients = np.array(["a", "a", "a", "b", "b"])
-    assert train_dreamer.retrieval_rank(guess, truth, patients) == pytest.approx(np.mean([0, 0.5, 0, 1, 0]))
-    assert train_dreamer.retrieval_rank(truth * 0, truth * 0, patients) == 0.5, "ties are chance"
+    assert pose_scores.retrieval_rank(guess, truth, patients) == pytest.approx(np.mean([0, 0.5, 0, 1, 0]))
+    assert pose_scores.retrieval_rank(truth * 0, truth * 0, patients) == 0.5, "ties are chance"
 
 
 def test_latent_numbers_do_not_depend_on_the_batches():

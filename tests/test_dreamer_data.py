@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import common
-from evidence import pose_scores, splitting
+from evidence import baseline_models, pose_scores, splitting
 import train_dreamer
 from conftest import only_run, run_script
 from readers.probe_poses import FIELDS
@@ -337,7 +337,7 @@ def test_augmentation_turns_both_frames_alike_and_repeats(clinic):
 
 def test_nearest_places_prefer_the_own_sequence():
     sequences, place = np.array(["a", "a", "b", "b", "c"]), np.array([0.0, 1.0, 0.0, 1.0, 1.0])
-    weights = train_dreamer.place_weights(place, sequences, np.array([0, 2]), np.array([1, 3, 4]))
+    weights = baseline_models.place_weights(place, sequences, np.array([0, 2]), np.array([1, 3, 4]))
     assert np.allclose(weights, [[1, 0], [0, 1], [0.5, 0.5]])
 
 
