@@ -38,8 +38,8 @@ from readers import picture_files, probe_poses
 
 COLLAPSE_FLOOR = 0.05  # smallest healthy spread of the features over frames, as a share of their rms
 # What a checkpoint fixes for evaluate and predict, and what they take over from the run beside it.
-MODEL_FLAGS = ("encoder", "image_size", "token_type", "imagine", "d_model", "n_layers", "n_heads", "feedforward",
-               "dropout", "compose", "angle_unit")
+MODEL_FLAGS = ("encoder", "image_size", "token_type", "imagine", "d_model", "n_layers", "n_heads",
+               "feedforward", "dropout", "compose", "angle_unit")
 DATA_FLAGS = ("data_dir", "patient_map", "patient_regex", "max_transitions", "split_by")
 PARTS = ("train", "val", "test")
 # What --augment changes in both frames of a transition alike: jitter as a share, noise in grey levels, turn in degrees.
@@ -76,20 +76,27 @@ def add_data_arguments(add):
         help="evaluate: score a checkpoint; predict: no labels needed; audit: examine the data")
     add("--data_dir", type=Path, default=Path("data/processed"), may_change=True,
         help=f"folder with a {probe_poses.FILE_NAME} in each sequence")
-    add("--checkpoint", type=Path, metavar="FILE", help="best_model.pth (or its run folder) for evaluate and predict")
+    add("--checkpoint", type=Path, metavar="FILE",
+        help="best_model.pth (or its run folder) for evaluate and predict")
     add("--score_part", choices=("auto", *PARTS, "all"), default="auto",
         help="evaluate: part of the checkpoint's split; auto = test, else val, and every row of data it never saw")
-    add("--patient_map", type=Path, metavar="FILE", help="JSON or CSV that says which patient a folder belongs to")
-    add("--patient_regex", metavar="REGEX", help=r"patient = its first group in the folder's name, e.g. '(.*)_\d+$'")
-    add("--angle_unit", choices=("auto", "deg", "rad"), default="auto", help="unit of the angles in the files")
+    add("--patient_map", type=Path, metavar="FILE",
+        help="JSON or CSV that says which patient a folder belongs to")
+    add("--patient_regex", metavar="REGEX",
+        help=r"patient = its first group in the folder's name, e.g. '(.*)_\d+$'")
+    add("--angle_unit", choices=("auto", "deg", "rad"), default="auto",
+        help="unit of the angles in the files")
     add("--compose", choices=("auto", *probe_poses.CONVENTIONS), default="auto",
         help="how at1 and motion give at2: sum, T(motion) T(at1), T(at1) T(motion); auto = what fits the data")
     add("--split_by", choices=("patient", "time"), default="patient",
         help="time: blocks of each sequence, for a single one; says nothing across patients")
-    add("--gap", type=common.bounded(int, 1), default=10, help="transitions left out between two blocks of time")
-    add("--manual_splits", action="store_true", help="split by the three lists below")
+    add("--gap", type=common.bounded(int, 1), default=10,
+        help="transitions left out between two blocks of time")
+    add("--manual_splits", action="store_true",
+        help="split by the three lists below")
     for part in PARTS:
-        add(f"--{part}_patients", metavar="A,B", help=f"patients or folders of the {part} part, separated by commas")
+        add(f"--{part}_patients", metavar="A,B",
+            help=f"patients or folders of the {part} part, separated by commas")
     add("--max_transitions", type=common.bounded(int, 0), default=0,
         help="use only the first transitions of every sequence; 0 = all")
 
@@ -97,28 +104,39 @@ def add_data_arguments(add):
 def add_model_arguments(add):
     """Encoder, tokens, transformer and losses."""
     positive = common.bounded(int, 1)
-    add("--encoder", default="resnet34", help="any torchvision ResNet: resnet18, resnet34, resnet50, ...")
-    add("--image_size", type=common.bounded(int, 32), default=224, help="side of a frame in pixels")
+    add("--encoder", default="resnet34",
+        help="any torchvision ResNet: resnet18, resnet34, resnet50, ...")
+    add("--image_size", type=common.bounded(int, 32), default=224,
+        help="side of a frame in pixels")
     add("--freeze_layers", type=common.bounded(int, 0, 5), default=0,
         help="first stages of the encoder (stem, then four) that are not trained; 5 = none is, and without "
              "augmentation its feature maps are computed once")
-    add("--backbone_lr_mult", type=common.bounded(float, 0), default=1.0, help="learning rate of the encoder over --lr")
+    add("--backbone_lr_mult", type=common.bounded(float, 0), default=1.0,
+        help="learning rate of the encoder over --lr")
     add("--token_type", choices=("channel", "spatial"), default="channel",
         help="channel: a token per feature channel (512); spatial: a token per cell of the feature map (49), cheaper")
     add("--imagine", choices=("map", "change"), default="map",
         help="what the head gives: the feature map of t2, or its change from that of t1, which starts as a copy of t1")
-    add("--d_model", type=positive, default=768, help="width of a token")
-    add("--n_layers", type=positive, default=6, help="transformer layers")
-    add("--n_heads", type=positive, default=12, help="attention heads; they divide d_model")
-    add("--feedforward", type=positive, default=3072, help="width of the feed-forward layers")
+    add("--d_model", type=positive, default=768,
+        help="width of a token")
+    add("--n_layers", type=positive, default=6,
+        help="transformer layers")
+    add("--n_heads", type=positive, default=12,
+        help="attention heads; they divide d_model")
+    add("--feedforward", type=positive, default=3072,
+        help="width of the feed-forward layers")
     add("--dropout", type=common.bounded(float, 0, 0.95), default=0.1,
         help="on residual and feed-forward paths; inside attention it is 0, which lets the fused kernel run")
-    add("--lambda_t2_action", type=common.bounded(float, 0), default=1.0, help="weight of the loss on at2")
-    add("--lambda_latent", type=common.bounded(float, 0), default=0.2, help="weight of the loss on imagined features")
-    add("--primary_task_only", action="store_true", help="train on at1 alone: both weights 0")
+    add("--lambda_t2_action", type=common.bounded(float, 0), default=1.0,
+        help="weight of the loss on at2")
+    add("--lambda_latent", type=common.bounded(float, 0), default=0.2,
+        help="weight of the loss on imagined features")
+    add("--primary_task_only", action="store_true",
+        help="train on at1 alone: both weights 0")
     add("--select", choices=("main_task_loss", "last"), default="main_task_loss",
         help="validation column that chooses the epoch; last = no choice, so that validation stays unseen")
-    add("--precision", choices=("32", "16", "bf16"), help="alias: 32 = --use_amp off, 16 and bf16 = --use_amp on")
+    add("--precision", choices=("32", "16", "bf16"),
+        help="alias: 32 = --use_amp off, 16 and bf16 = --use_amp on")
 
 
 def check_flags(parser, args):
@@ -194,15 +212,19 @@ class Study:
     @property
     def place(self):
         """(N,) position within its sequence, 0 for its first row to 1 for its last."""
-        last = {name: max(self.order[self.sequences == name].max(), 1) for name in np.unique(self.sequences)}
+        last = {name: max(self.order[self.sequences == name].max(), 1)
+                for name in np.unique(self.sequences)}
         return self.order / np.array([last[name] for name in self.sequences])
 
     def record(self, split):
         """What args.json says of the data and their split; a resumed run must find the same."""
-        contents = [*self.names, self.at1, self.motion, self.at2, self.compose, *self.frame_audit("file_sha")]
+        contents = [*self.names, self.at1, self.motion, self.at2, self.compose,
+                    *self.frame_audit("file_sha")]
         parts = itertools.chain.from_iterable(split.items())
-        return {"fingerprint": common.data_fingerprint(contents), "split": common.data_fingerprint(parts),
-                "transitions": len(self.names), "patients": len(set(self.patients)), "compose": self.compose}
+        return {"fingerprint": common.data_fingerprint(contents),
+                "split": common.data_fingerprint(parts),
+                "transitions": len(self.names), "patients": len(set(self.patients)),
+                "compose": self.compose}
 
 
 def load_study(args, run, needs_labels=True):
@@ -292,8 +314,10 @@ def draw_augmentation(preset, generator):
     ranges = AUGMENTATIONS[preset]
     turn, brightness, contrast, seed = torch.rand(4, generator=generator).tolist()
     return common.Augmentation(
-        rotation_deg=ranges["turn"] * (2 * turn - 1), brightness=1 + ranges["jitter"] * (2 * brightness - 1),
-        contrast=1 + ranges["jitter"] * (2 * contrast - 1), noise=(ranges["noise"], int(seed * 2 ** 31)))
+        rotation_deg=ranges["turn"] * (2 * turn - 1),
+        brightness=1 + ranges["jitter"] * (2 * brightness - 1),
+        contrast=1 + ranges["jitter"] * (2 * contrast - 1),
+        noise=(ranges["noise"], int(seed * 2 ** 31)))
 
 
 class ProbeTransitions(common.Samples):
@@ -308,7 +332,8 @@ class ProbeTransitions(common.Samples):
         self.rows = rows
         self.args = args
         self.augment = augment
-        self.poses = {name: torch.tensor(values[rows], dtype=torch.float32) for name, values in study.poses.items()}
+        self.poses = {name: torch.tensor(values[rows], dtype=torch.float32)
+                      for name, values in study.poses.items()}
         shuffled = np.random.default_rng(args.seed).permutation(len(rows))
         self.poses["other_motion"] = torch.empty_like(self.poses["motion"])
         self.poses["other_motion"][shuffled] = self.poses["motion"][np.roll(shuffled, 1)]  # no row keeps its own
@@ -319,7 +344,10 @@ class ProbeTransitions(common.Samples):
     def __getitem__(self, key):
         epoch, index = key
         row = int(self.rows[index])
-        frames = self.pixels(epoch, row) if self.study.maps is None else self.study.maps[self.study.frames[row]]
+        if self.study.maps is None:
+            frames = self.pixels(epoch, row)
+        else:
+            frames = self.study.maps[self.study.frames[row]]  # (2, F, G)
         return {"frames": torch.from_numpy(frames), "name": self.study.names[row],
                 **{name: values[index] for name, values in self.poses.items()}}
 
@@ -329,7 +357,8 @@ class ProbeTransitions(common.Samples):
         second = 1 if self.study.frames[row, 1] >= 0 else 0
         frames = np.stack([self.study.frame(row, which, size) for which in (0, second)])  # (2, S, S, 3)
         if self.augment != "none":
-            drawn = draw_augmentation(self.augment, common.generator_for(self.args.seed, epoch, row))
+            drawn = draw_augmentation(self.augment,
+                                      common.generator_for(self.args.seed, epoch, row))
             frames = common.augment_clip(frames, drawn, size)
         return to_grey(frames)  # (2, S, S, 3) -> (2, S, S)
 
@@ -360,10 +389,12 @@ class Encoder(nn.Module):
     def __init__(self, resnet, n_features, image_size, freeze_layers=0):
         super().__init__()
         colour = resnet.conv1
-        stem = nn.Conv2d(1, colour.out_channels, colour.kernel_size, colour.stride, colour.padding, bias=False)
+        stem = nn.Conv2d(1, colour.out_channels, colour.kernel_size, colour.stride, colour.padding,
+                         bias=False)
         stem.weight.data = colour.weight.data.sum(1, keepdim=True)
-        self.stages = nn.Sequential(nn.Sequential(stem, resnet.bn1, resnet.relu, resnet.maxpool),
-                                    resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)
+        self.stages = nn.Sequential(
+            nn.Sequential(stem, resnet.bn1, resnet.relu, resnet.maxpool),
+            resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)
         self.n_features = n_features
         self.n_cells = math.ceil(image_size / 32) ** 2
         self.freeze_layers = freeze_layers
@@ -389,8 +420,9 @@ class Layer(nn.Module):
         self.norm_feedforward = nn.LayerNorm(d_model)
         self.query_key_value = nn.Linear(d_model, 3 * d_model)
         self.output = nn.Linear(d_model, d_model)
-        self.feedforward = nn.Sequential(nn.Linear(d_model, feedforward), nn.GELU(), nn.Dropout(dropout),
-                                         nn.Linear(feedforward, d_model))
+        self.feedforward = nn.Sequential(
+            nn.Linear(d_model, feedforward), nn.GELU(), nn.Dropout(dropout),
+            nn.Linear(feedforward, d_model))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens):
@@ -420,10 +452,14 @@ class Imagination(nn.Module):
         n_tokens, token_size = (n_features, n_cells) if self.by_channel else (n_cells, n_features)
         width = args.d_model
         self.embed = nn.Linear(token_size, width)
-        self.motion = nn.Sequential(nn.Linear(6, 64), nn.GELU(), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, width))
+        self.motion = nn.Sequential(
+            nn.Linear(6, 64), nn.GELU(),
+            nn.Linear(64, 256), nn.GELU(),
+            nn.Linear(256, width))
         self.register_buffer("position", sine_cosine(n_tokens + 1, width), persistent=False)
         self.norm = nn.LayerNorm(width)
-        layers = [Layer(width, args.n_heads, args.feedforward, args.dropout) for _ in range(args.n_layers)]
+        layers = [Layer(width, args.n_heads, args.feedforward, args.dropout)
+                  for _ in range(args.n_layers)]
         self.layers = nn.Sequential(*layers, nn.LayerNorm(width))
         self.head = nn.Linear(width, token_size)
         if self.by_change:
@@ -447,8 +483,10 @@ class Dreamer(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.imagination = Imagination(encoder.n_features, encoder.n_cells, args)
-        self.readout = nn.Sequential(nn.Linear(encoder.n_features, 1024), nn.GELU(), nn.Dropout(args.dropout),
-                                     nn.Linear(1024, 512), nn.GELU(), nn.Dropout(args.dropout), nn.Linear(512, 6))
+        self.readout = nn.Sequential(
+            nn.Linear(encoder.n_features, 1024), nn.GELU(), nn.Dropout(args.dropout),
+            nn.Linear(1024, 512), nn.GELU(), nn.Dropout(args.dropout),
+            nn.Linear(512, 6))
         self.at1_from = probe_poses.CONVENTIONS[convention].at1
         for name in ("motion", "at2"):
             for what, values in scaler[name].items():
@@ -485,7 +523,8 @@ def set_to_zero(linear):
 def build_encoder(args):
     """Encoder as the flags describe it; the seed decides the random part. UserError for what is no ResNet."""
     torch.manual_seed(common.hash_seed(args.seed))
-    resnet, n_features = common.build_backbone(args.encoder, args.pretrained, args.weights, args.image_size)
+    resnet, n_features = common.build_backbone(args.encoder, args.pretrained, args.weights,
+                                               args.image_size)
     if not hasattr(resnet, "layer4"):
         raise common.UserError(f"--encoder {args.encoder}: expected a torchvision ResNet such as resnet34")
     return Encoder(resnet, n_features, args.image_size, args.freeze_layers)
@@ -510,8 +549,10 @@ def fit_scaler(study, rows):
 def pose_loss(predicted, target, sd):
     """SmoothL1 (beta 1) in units of sd, angles wrapped: (B, 6), (B, 6) with NaN = missing -> (B,)."""
     labelled = ~torch.isnan(target)  # (B, 6), True = a label is there
-    error = probe_poses.pose_error(predicted, torch.where(labelled, target, predicted.detach())) / sd
-    losses = nn.functional.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=1.0)
+    error = probe_poses.pose_error(predicted,
+                                   torch.where(labelled, target, predicted.detach())) / sd
+    losses = nn.functional.smooth_l1_loss(error, torch.zeros_like(error), reduction="none",
+                                          beta=1.0)
     return (losses * labelled).sum(1) / labelled.sum(1).clamp(min=1)  # (B, 6) -> (B,)
 
 
@@ -615,8 +656,10 @@ def evaluate(model, loader, loss_function, compute):
         with compute.autocast():
             imagined = model(frame_t1, poses["motion"])
             features_t2 = model.look(frame_t2)  # (B, F, G)
-        batches.append({"at1": imagined.at1, "at2": imagined.at2, "true_at1": poses["at1"], "true_at2": poses["at2"],
-                        **latent_terms(imagined.features_t1, imagined.features_t2, features_t2)})
+        batches.append({
+            "at1": imagined.at1, "true_at1": poses["at1"],
+            "at2": imagined.at2, "true_at2": poses["at2"],
+            **latent_terms(imagined.features_t1, imagined.features_t2, features_t2)})
     rows = join_batches(batches, compute)  # {name: (M, ...)}
     latent = latent_numbers(rows)
     parts = {"latent_loss": latent["latent_loss"]}
@@ -651,7 +694,8 @@ def latent_numbers(rows):
     variance = (square - mean.mean(0).square()).mean().clamp(min=1e-8)
     spread = mean.var(0, correction=0).mean().sqrt() / square.mean().sqrt().clamp(min=1e-6)
     return {"latent_loss": (error / variance).item(),
-            "latent_skill": (error / rows["copy_error"].double().mean()).item(), "feature_spread": spread.item()}
+            "latent_skill": (error / rows["copy_error"].double().mean()).item(),
+            "feature_spread": spread.item()}
 
 
 def fit(run, args, study, split):
@@ -665,9 +709,11 @@ def fit(run, args, study, split):
     model = compute.place(model)
     loss_function = DreamLoss(args, scaler, compute.device)
     optimizer = common.build_optimizer(
-        [(model.encoder, args.backbone_lr_mult), (model.imagination, 1.0), (model.readout, 1.0)], args)
+        [(model.encoder, args.backbone_lr_mult), (model.imagination, 1.0), (model.readout, 1.0)],
+        args)
     training = common.Training(
-        run, model, optimizer, args, select=args.select if args.select == "last" else f"val_{args.select}",
+        run, model, optimizer, args,
+        select=args.select if args.select == "last" else f"val_{args.select}",
         describe=lambda: describe(args, study, split, scaler), higher_is_better=False)
     run.say(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million weights, "
             f"{len(model.imagination.position)} tokens of {args.d_model}")
@@ -704,7 +750,8 @@ def describe(args, study, split, scaler):
 # --- results: prediction -> whole-split metric -> run folder ---------------------------------
 
 BASELINES = {"zero": "no motion", "train_mean": "mean of the train rows",
-             "copy": "the known motion taken for the answer", "motion_ridge": "ridge on the known motion alone",
+             "copy": "the known motion taken for the answer",
+             "motion_ridge": "ridge on the known motion alone",
              "frame_index": "mean of the train rows at the same place in a sequence",
              "image_ridge": "ridge on the untuned encoder's features and the known motion"}
 USE_COLUMNS = {"action_shuffle_ratio": "loss with false motions over loss (1 = the motion is ignored)",
@@ -752,11 +799,17 @@ def use_of_inputs(model, loader, loss_function, compute, patients):
             **latent_terms(features_t1, true.features_t2, features_t2)})
     rows = join_batches(batches, compute)  # {name: (M, ...)}
     latent = latent_numbers(rows)
-    return {"action_shuffle_ratio": (rows["false_loss"].sum() / rows["loss"].sum()).item(),
-            "action_shuffle_ratio_latent": (rows["false_error"].sum() / rows["latent_error"].sum()).item(),
-            "latent_skill": latent["latent_skill"], "feature_spread": latent["feature_spread"],
-            "retrieval_rank": pose_scores.retrieval_rank(rows["map_imagined"], rows["map_t2"], patients),
-            "retrieval_rank_copy": pose_scores.retrieval_rank(rows["map_t1"], rows["map_t2"], patients)}
+    of_imagined = pose_scores.retrieval_rank(rows["map_imagined"], rows["map_t2"], patients)
+    of_copy = pose_scores.retrieval_rank(rows["map_t1"], rows["map_t2"], patients)
+    ratio = rows["false_loss"].sum() / rows["loss"].sum()
+    latent_ratio = rows["false_error"].sum() / rows["latent_error"].sum()
+    return {
+        "action_shuffle_ratio": ratio.item(),
+        "action_shuffle_ratio_latent": latent_ratio.item(),
+        "latent_skill": latent["latent_skill"],
+        "feature_spread": latent["feature_spread"],
+        "retrieval_rank": of_imagined,
+        "retrieval_rank_copy": of_copy}
 
 
 @torch.no_grad()
@@ -766,7 +819,8 @@ def encode_frames(study, rows, args, compute):
     wanted = np.unique(study.frames[rows])
     maps = np.zeros((len(study.store), encoder.n_features, encoder.n_cells), np.float32)
     for part in np.array_split(wanted, math.ceil(len(wanted) / 64)):
-        pixels = np.stack([to_grey(common.eval_crop(study.store[i], args.image_size)) for i in part])  # (B, S, S)
+        pixels = np.stack([to_grey(common.eval_crop(study.store[i], args.image_size))
+                           for i in part])  # (B, S, S)
         frames = normalised(torch.from_numpy(pixels)[:, None].to(compute.device))  # (B, 1, S, S)
         with compute.autocast():
             output = encoder(frames)  # (B, 1, S, S) -> (B, F, G)
@@ -799,7 +853,8 @@ def fitted_baselines(study, train, rows, centre):
     if study.features is not None:
         inputs["image_ridge"] = np.hstack([study.features, study.motion])
     for name, features in inputs.items():
-        ridge = baseline_models.fit_ridge(features[train], apart, groups=study.patients[train], sd_floor=0.01)
+        ridge = baseline_models.fit_ridge(features[train], apart, groups=study.patients[train],
+                                          sd_floor=0.01)
         predicted[name] = centre + ridge.predict(features[rows])
     return predicted
 
@@ -807,9 +862,17 @@ def fitted_baselines(study, train, rows, centre):
 def write_predictions(path, study, scored):
     """predictions CSV: which transition, then of each axis the true value, the model's and the baselines'."""
     rows = scored.rows
-    keys = {"name": study.names[rows], "patient": study.patients[rows], "sequence": study.sequences[rows],
-            "frame_t1": [study.links[row][0] for row in rows], "frame_t2": [study.links[row][1] for row in rows]}
-    values = {"true": study.at1[rows], **scored.predicted, "true_t2": study.at2[rows], "predicted_t2": scored.at2}
+    keys = {
+        "name": study.names[rows],
+        "patient": study.patients[rows],
+        "sequence": study.sequences[rows],
+        "frame_t1": [study.links[row][0] for row in rows],
+        "frame_t2": [study.links[row][1] for row in rows]}
+    values = {
+        "true": study.at1[rows],
+        **scored.predicted,
+        "true_t2": study.at2[rows],
+        "predicted_t2": scored.at2}
     prediction_tables.write_target_table(path, keys, probe_poses.AXES, values)
 
 
@@ -819,12 +882,14 @@ def read_predictions(path, study, use, part):
     names, values = prediction_tables.read_target_table(path, "name", probe_poses.AXES)
     at2 = values.pop("predicted_t2")
     predicted = {kind: each for kind, each in values.items() if kind not in ("true", "true_t2")}
-    return Scored(rows=np.array([row_of[name] for name in names]), predicted=predicted, at2=at2, use=use, part=part)
+    return Scored(rows=np.array([row_of[name] for name in names]), predicted=predicted, at2=at2,
+                  use=use, part=part)
 
 
 def criteria_names():
     """What --criteria may name: mae_x_mm an axis, mae the mean over axes in label sds."""
-    return verdicts.spell_metrics(common.REGRESSION_METRICS, common.REGRESSION_METRICS, probe_poses.AXES)
+    return verdicts.spell_metrics(common.REGRESSION_METRICS, common.REGRESSION_METRICS,
+                                  probe_poses.AXES)
 
 
 @common.first_process_only
@@ -839,7 +904,8 @@ def report_results(run, args, study, split, scored, alarms, best_epoch=None, fol
     held_out = scored.part in ("test", "all") or args.select == "last"
     names = criteria_names()
     criteria = verdicts.parse_criteria(args.criteria, names)
-    alarms = pose_scores.find_alarms(predicted, target, judged.results, scored.use, COLLAPSE_FLOOR) + alarms
+    alarms = pose_scores.find_alarms(predicted, target, judged.results, scored.use,
+                                     COLLAPSE_FLOOR) + alarms
     error_at2 = np.abs(pose_scores.pose_errors(scored.at2, study.at2[rows]))  # (M, 6)
     metrics = {
         "part": scored.part,
@@ -861,7 +927,8 @@ def report_results(run, args, study, split, scored, alarms, best_epoch=None, fol
         "folds": list(folds)}
     common.write_table(run.path("per_axis_error.csv"), judged.per_axis)
     common.write_table(run.path("per_patient_error.csv"), judged.per_patient)
-    pose_plots.plot_per_patient(judged.per_patient, result.baseline_name, run.path("per_patient_error.png"))
+    pose_plots.plot_per_patient(judged.per_patient, result.baseline_name,
+                                run.path("per_patient_error.png"))
     plotting.plot_scatter(pose_scores.wrapped(predicted, target), target, probe_poses.AXES,
                           run.path("predicted_against_true.png"))
     write_page(run, args, study, split, scored, metrics, result)
@@ -872,12 +939,15 @@ def report_results(run, args, study, split, scored, alarms, best_epoch=None, fol
 
 def write_page(run, args, study, split, scored, metrics, result):
     """report.html: the verdict first, then the order of sections that all train scripts share."""
-    use = [{"measure": name, "value": scored.use[name], "meaning": text} for name, text in USE_COLUMNS.items()]
+    use = [{"measure": name, "value": scored.use[name], "meaning": text}
+           for name, text in USE_COLUMNS.items()]
     sections = [
         ("Data and split", data_blocks(run, study, split, metrics["sample"])),
-        ("Leakage", reporting.leakage_blocks(run) if run.path("leakage_report.json").exists() else []),
+        ("Leakage",
+         reporting.leakage_blocks(run) if run.path("leakage_report.json").exists() else []),
         ("Metrics", pose_report.metric_blocks(run, metrics)),
-        ("Does it use the image and the motion?", [reporting.html_table(use, formats={"value": ".3f"})]),
+        ("Does it use the image and the motion?",
+         [reporting.html_table(use, formats={"value": ".3f"})]),
         ("Learning curves", reporting.history_blocks(run)),
         ("Best and worst cases", case_blocks(args, study, scored)),
         ("Limits", [reporting.html_text(limits_text(args, study, metrics))]),
@@ -885,8 +955,9 @@ def write_page(run, args, study, split, scored, metrics, result):
     level = verdicts.verdict_level(result.gain("mae"), metrics["alarms"])
     if level == "good" and result.unit != "patients":
         level = "caution"
-    reporting.write_report(run.path("report.html"), f"Probe guidance: {run.folder.name}", (level, metrics["verdict"]),
-                           sections, run.compute.text, pose_report.key_figures(result, metrics["predictors"]))
+    reporting.write_report(
+        run.path("report.html"), f"Probe guidance: {run.folder.name}", (level, metrics["verdict"]),
+        sections, run.compute.text, pose_report.key_figures(result, metrics["predictors"]))
 
 
 def data_blocks(run, study, split, sample):
@@ -897,7 +968,8 @@ def data_blocks(run, study, split, sample):
     blocks = [
         reporting.html_text(f"{sample['rows']} transitions scored of {sample['subjects']} {whose}; "
                             f"{len(study.skipped)} rows skipped."),
-        reporting.html_table(parts), reporting.html_text("\n".join(f"- {note}" for note in study.notes))]
+        reporting.html_table(parts),
+        reporting.html_text("\n".join(f"- {note}" for note in study.notes))]
     plot = run.path("dataset_statistics.png")
     if plot.exists():  # not where a checkpoint is evaluated
         blocks.append(reporting.html_image(plot, "Data and split"))
@@ -912,13 +984,16 @@ def case_blocks(args, study, scored, count=5):
 
     def case(i):
         row = scored.rows[i]
-        true, guess = (" ".join(f"{value:.1f}" for value in pose) for pose in (target[i], predicted[i]))
+        true, guess = (" ".join(f"{value:.1f}" for value in pose)
+                       for pose in (target[i], predicted[i]))
         return {"image": study.frame(row, 0, args.image_size), "title": study.links[row][0],
-                "lines": [study.patients[row], f"error {error[i]:.2f} sd", f"true {true}", f"predicted {guess}"]}
+                "lines": [study.patients[row], f"error {error[i]:.2f} sd", f"true {true}",
+                          f"predicted {guess}"]}
     order = np.argsort(error)[:np.isfinite(error).sum()]
     return [reporting.html_text("Best (x y z in mm, roll pitch yaw in degrees):"),
             reporting.html_cases([case(i) for i in order[:count]]),
-            reporting.html_text("Worst:"), reporting.html_cases([case(i) for i in order[::-1][:count]])]
+            reporting.html_text("Worst:"),
+            reporting.html_cases([case(i) for i in order[::-1][:count]])]
 
 
 def limits_text(args, study, metrics):
@@ -947,7 +1022,8 @@ def make_split(args, study):
     ratios = {"train": args.train_ratio, "val": args.val_ratio, "test": args.test_ratio}
     if args.manual_splits:
         listed = {part: getattr(args, f"{part}_patients") or "" for part in PARTS}
-        listed = {part: [name.strip() for name in text.split(",") if name.strip()] for part, text in listed.items()}
+        listed = {part: [name.strip() for name in text.split(",") if name.strip()]
+                  for part, text in listed.items()}
         folders = dict(zip(study.sequences, study.patients))
         last_names = {sequence.rsplit("/", 1)[-1]: patient for sequence, patient in folders.items()}
         return splitting.split_by_names(listed, study.patients, {**last_names, **folders})
@@ -985,14 +1061,17 @@ def prepare_split(run, args, study, split):
     common.write_json(run.path("dataset_stats.json"), {
         **stats, "sequences": len(set(study.sequences)), "patients_known": study.has_patients,
         "angle_unit": study.angle_unit, "compose": study.compose, "residuals": study.residuals,
-        "poses": pose_audit.pose_ranges(study.poses), "skipped": len(study.skipped), "notes": study.notes})
+        "poses": pose_audit.pose_ranges(study.poses), "skipped": len(study.skipped),
+        "notes": study.notes})
     facts = [f"patients in two parts: {len(stats['patients_in_two_parts'])}",
              f"transitions in no part: {stats['left_out']}", f"rows skipped: {len(study.skipped)}",
-             f"patients known: {'yes' if study.has_patients else 'NO, folders'}", f"composition: {study.compose}",
+             f"patients known: {'yes' if study.has_patients else 'NO, folders'}",
+             f"composition: {study.compose}",
              f"angles in the files: {study.angle_unit}"]
     shown = np.linspace(0, len(study.names) - 1, 4).astype(int)
     samples = [(study.links[row][0], study.frame(row, 0, args.image_size)) for row in shown]
-    pose_plots.plot_dataset(split, study.patients, facts, samples, run.path("dataset_statistics.png"))
+    pose_plots.plot_dataset(split, study.patients, facts, samples,
+                            run.path("dataset_statistics.png"))
 
 
 def run_split(run, args, study, split):
@@ -1018,8 +1097,10 @@ def run_split(run, args, study, split):
             continue
         scored = Scored(
             rows=rows, part=part, at2=predicted[part]["at2"],
-            predicted={"predicted": predicted[part]["at1"], **baselines(study, split["train"], rows, centre)},
-            use=use_of_inputs(model, loaders[part], loss_function, run.compute, study.patients[rows]))
+            predicted={"predicted": predicted[part]["at1"],
+                       **baselines(study, split["train"], rows, centre)},
+            use=use_of_inputs(model, loaders[part], loss_function, run.compute,
+                              study.patients[rows]))
         write_predictions(run.path(f"predictions_{part}.csv"), study, scored)
     best_epoch = training.progress.best_epoch
     plot_training(run, training.progress.history, best_epoch)
@@ -1031,7 +1112,7 @@ def run_split(run, args, study, split):
 def plot_training(run, history, best_epoch):
     """training_history.png of all columns, training_summary.png of the losses and the learning rate."""
     columns = [name for name in history[0] if name != "train_total_loss"]  # the same as train_loss
-    losses = [name for name in columns if name.endswith("loss") or name in ("epoch", "learning_rate")]
+    losses = ["epoch", "learning_rate", *(name for name in columns if name.endswith("loss"))]
     for file, shown in (("training_history.png", columns), ("training_summary.png", losses)):
         rows = [{name: row[name] for name in shown} for row in history]
         plotting.plot_history(rows, run.path(file), best_epoch)
@@ -1039,28 +1120,34 @@ def plot_training(run, history, best_epoch):
 
 def run_folds(run, args, study):
     """One run per fold in fold_K/, patients left out in turn, then the predictions pooled and scored as one."""
-    fold_of = splitting.make_folds(len(study.names), args.folds, None, study.patients, args.seed, study.names)
+    fold_of = splitting.make_folds(len(study.names), args.folds, None, study.patients, args.seed,
+                                   study.names)
     folds = {f"fold_{k}": np.flatnonzero(fold_of == k) for k in range(args.folds)}
     prepare_split(run, args, study, folds)
     study = encode_frames(study, np.arange(len(study.names)), args, run.compute)
     run.write_args(**study.record(folds))
     results, done = [], []
     for k in range(args.folds) if args.fold == "all" else [args.fold]:
-        split = {"train": np.flatnonzero(fold_of != k), "val": folds[f"fold_{k}"], "test": np.array([], dtype=int)}
+        split = {"train": np.flatnonzero(fold_of != k), "val": folds[f"fold_{k}"],
+                 "test": np.array([], dtype=int)}
         with run.child(f"fold_{k}") as child:
             if child.path("metrics.json").exists():
                 child.say(f"fold {k} is finished")
             else:
                 run_split(child, args, study, split)
             metrics = common.read_json(child.path("metrics.json"))
-            scored = read_predictions(child.path("predictions_val.csv"), study, metrics["use"], "val")
+            scored = read_predictions(child.path("predictions_val.csv"), study, metrics["use"],
+                                      "val")
         results.append(scored)
-        done.append({"fold": k, "rows": len(scored.rows), "patients": sorted(set(study.patients[scored.rows])),
-                     **{name: metrics[name] for name in ("best_epoch", "model", "baseline", "baseline_name", "use")}})
+        done.append({"fold": k, "rows": len(scored.rows),
+                     "patients": sorted(set(study.patients[scored.rows])),
+                     **{name: metrics[name]
+                        for name in ("best_epoch", "model", "baseline", "baseline_name", "use")}})
     common.write_table(run.path("fold_table.csv"), pose_report.fold_rows(done))
     pooled = pool(results)
     write_predictions(run.path("predictions_folds.csv"), study, pooled)
-    alarms = verdicts.identical_fold_alarms([[each["value"] for each in fold["model"].values()] for fold in done])
+    alarms = verdicts.identical_fold_alarms([[each["value"] for each in fold["model"].values()]
+                                             for fold in done])
     report_results(run, args, study, folds, pooled, alarms, folds=done)
 
 
@@ -1071,8 +1158,10 @@ def pool(results):
     for name in results[0].use:
         values = np.array([scored.use[name] for scored in results], float)  # None, as JSON has NaN, becomes NaN
         use[name] = float(np.average(values, weights=n_rows))
-    predicted = {kind: np.concatenate([scored.predicted[kind] for scored in results]) for kind in results[0].predicted}
-    return Scored(rows=np.concatenate([scored.rows for scored in results]), predicted=predicted, part="folds",
+    predicted = {kind: np.concatenate([scored.predicted[kind] for scored in results])
+                 for kind in results[0].predicted}
+    return Scored(rows=np.concatenate([scored.rows for scored in results]), predicted=predicted,
+                  part="folds",
                   at2=np.concatenate([scored.at2 for scored in results]), use=use)
 
 
@@ -1133,11 +1222,15 @@ def predict(run, args):
     rows = np.arange(len(study.names))
     run.write_args(**study.record({"all": rows}))
     _, loaders = make_loaders(study, {"train": rows, "all": rows}, args, run.compute)
-    predicted, _ = evaluate(model, loaders["all"], DreamLoss(args, content["scaler"], run.compute.device), run.compute)
+    predicted, _ = evaluate(model, loaders["all"],
+                            DreamLoss(args, content["scaler"], run.compute.device), run.compute)
     keys = {"name": study.names, "patient": study.patients, "sequence": study.sequences}
-    values = {"predicted": predicted["at1"], "predicted_t2": predicted["at2"], "motion": study.motion}
-    prediction_tables.write_target_table(run.path("predictions.csv"), keys, probe_poses.AXES, values)
-    common.write_json(run.path("metrics.json"), {"part": "predict", "rows": len(rows), "epoch": content["epoch"]})
+    values = {"predicted": predicted["at1"], "predicted_t2": predicted["at2"],
+              "motion": study.motion}
+    prediction_tables.write_target_table(run.path("predictions.csv"), keys, probe_poses.AXES,
+                                         values)
+    common.write_json(run.path("metrics.json"),
+                      {"part": "predict", "rows": len(rows), "epoch": content["epoch"]})
     run.say(f"{len(rows)} transitions; predicted: the motion asked for at t1. Open next: {run.path('predictions.csv')}")
 
 
@@ -1158,10 +1251,15 @@ def audit(run, args):
         *pose_audit.check_patients(study.sequences, study.patients, study.has_patients, similar),
         *pose_audit.check_frames(study.store.audit, brightness, study.frames, study.patients)]
     for check in checks:
-        run.say(f"{check.status:5} {check.name:20} {check.found}" + (f"\n{'':26} -> {check.remedy}" if check.remedy else ""))
+        run.say(f"{check.status:5} {check.name:20} {check.found}")
+        if check.remedy:
+            run.say(f"{'':26} -> {check.remedy}")
     common.write_json(run.path("audit.json"), {
-        "checks": [dataclasses.asdict(check) for check in checks], "residuals": study.residuals,
-        "compose": study.compose, "angle_unit": study.angle_unit, "notes": study.notes})
+        "checks": [dataclasses.asdict(check) for check in checks],
+        "residuals": study.residuals,
+        "compose": study.compose,
+        "angle_unit": study.angle_unit,
+        "notes": study.notes})
     run.say(f"open next: {run.path('audit.json')}")
 
 

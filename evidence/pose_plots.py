@@ -27,7 +27,8 @@ def plot_dataset(split, groups, facts, samples, path):
         parts.bar(part, len(rows), color=colour)
         by_group.barh(range(len(names)), counts, left=left, color=colour)
         left += counts
-    by_group.set_yticks(range(len(names)), [name[-14:] for name in names], fontsize=7 if len(names) <= 20 else 4)
+    by_group.set_yticks(range(len(names)), [name[-14:] for name in names],
+                        fontsize=7 if len(names) <= 20 else 4)
     _title(parts, "transitions")
     _title(by_group, "per patient or folder")
     text.axis("off")
@@ -46,12 +47,15 @@ def plot_per_patient(rows, baseline, path):
     place = np.arange(len(rows))
     figure, axes = plotting.new_figure(2, 3, (3.9, 1.0 + 0.22 * len(rows)), 6, sharey=True)
     for axis, name in zip(axes, probe_poses.AXES):
-        axis.barh(place, [row[f"mae_{name}"] for row in rows], color="#56B4E9", height=0.62, label="model")
-        axis.plot([row[f"baseline_mae_{name}"] for row in rows], place, "|", color="#D55E00", markersize=11,
+        axis.barh(place, [row[f"mae_{name}"] for row in rows], color="#56B4E9", height=0.62,
+                  label="model")
+        axis.plot([row[f"baseline_mae_{name}"] for row in rows], place, "|", color="#D55E00",
+                  markersize=11,
                   markeredgewidth=2.4, label=baseline.replace("_", " "))
         _title(axis, name)
         axis.set_xlim(left=0)
     axes[0].set_yticks(place, [row["patient"][-18:] for row in rows])
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
+                  fontsize=8, frameon=False)
     plotting.save_figure(figure, path)

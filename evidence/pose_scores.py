@@ -65,9 +65,11 @@ def predictor_rows(predicted, target, meanings):
         error = pose_errors(values, target)
         numbers = {"mae_mm": np.abs(error[:, :3]).ravel(), "mae_deg": np.abs(error[:, 3:]).ravel(),
                    "distance_mm": np.linalg.norm(error[:, :3], axis=1),
-                   "geodesic_deg": probe_poses.on_arrays(probe_poses.geodesic_degrees, values, target)}
+                   "geodesic_deg": probe_poses.on_arrays(probe_poses.geodesic_degrees, values,
+                                                         target)}
         means = {name: common.mean_without_nan(each) for name, each in numbers.items()}
-        rows.append({"predictor": "model" if kind == "predicted" else kind, **means, "meaning": meanings.get(kind, "")})
+        rows.append({"predictor": "model" if kind == "predicted" else kind, **means,
+                     "meaning": meanings.get(kind, "")})
     return rows
 
 
@@ -76,7 +78,8 @@ def patient_rows(patients, predicted, baseline, target):
 
     patients: (M,) names; predicted, baseline: (M, 6).
     """
-    errors = {"mae_": np.abs(pose_errors(predicted, target)), "baseline_mae_": np.abs(pose_errors(baseline, target))}
+    errors = {"mae_": np.abs(pose_errors(predicted, target)),
+              "baseline_mae_": np.abs(pose_errors(baseline, target))}
     angle = probe_poses.on_arrays(probe_poses.geodesic_degrees, predicted, target)  # (M,)
     rows = []
     for patient in np.unique(patients):
@@ -131,8 +134,10 @@ def baseline_rows(results, meanings):
     rows = []
     for kind, result in results.items():
         difference = result.overall.difference["mae"]
-        rows.append({"baseline": kind, "error": result.overall.baseline["mae"].value, "difference": difference.value,
-                     "low": difference.low, "high": difference.high, "sign_flip_p": result.sign_flip_p["mae"],
+        rows.append({"baseline": kind, "error": result.overall.baseline["mae"].value,
+                     "difference": difference.value,
+                     "low": difference.low, "high": difference.high,
+                     "sign_flip_p": result.sign_flip_p["mae"],
                      "meaning": meanings[kind]})
     return rows
 
@@ -154,13 +159,15 @@ def verdict(result, per_patient, has_patients, held_out):
 
     per_patient: rows of patient_rows; has_patients False: each folder counted as a patient.
     """
-    text = verdicts.verdict_sentence(result, "mae", held_out=held_out, label="mean error in label sds")
+    text = verdicts.verdict_sentence(result, "mae", held_out=held_out,
+                                     label="mean error in label sds")
     if result.unit == "patients":
         return text
     n = len(per_patient)
     if n == 1:
         return f"One patient proves nothing across patients. Within it, over blocks of time: {text}"
-    shares = [np.mean([row[f"mae_{axis}"] / row[f"baseline_mae_{axis}"] for axis in probe_poses.AXES])
+    shares = [np.mean([row[f"mae_{axis}"] / row[f"baseline_mae_{axis}"]
+                       for axis in probe_poses.AXES])
               for row in per_patient]
     who = f"{n} patients are" if has_patients else f"{n} folders, whose patients are not known, are"
     return (f"{who} too few for an interval across patients (better in {np.sum(np.array(shares) < 1)} of {n}). "
