@@ -211,7 +211,7 @@ def test_ridge_equals_sklearn_at_a_given_lambda(rows, features):
 @pytest.mark.parametrize("rows, features", [(120, 20), (60, 200)])
 def test_ridge_chooses_lambda_as_a_refit_of_every_inner_fold_would(rows, features):
     x, y = linear_data(rows, features)
-    folds = baseline_models._inner_folds(np.arange(rows), 5, 0)
+    folds = baseline_models.inner_folds(np.arange(rows), 5, 0)
     fold_of = np.zeros(rows, int)
     for number, members in enumerate(folds):
         fold_of[members] = number
@@ -238,7 +238,7 @@ def test_left_out_residuals_equal_refitting(features):
     centred = y - y.mean(0)
     basis, size, _ = np.linalg.svd(z - z.mean(0), full_matrices=False)
     scores = basis * size
-    error = baseline_models._held_out_error(scores, centred, scores.T @ centred, size ** 2 + 10.0,
+    error = baseline_models.held_out_error(scores, centred, scores.T @ centred, size ** 2 + 10.0,
                                    [np.flatnonzero(fold_of == f) for f in range(5)])
     np.testing.assert_allclose(error, [_refit_error(z, y[:, k], fold_of, 10.0) for k in range(3)], rtol=1e-8)
 
@@ -271,12 +271,12 @@ def test_ridge_survives_constant_features_and_perfect_copies():
 
 def test_inner_folds_keep_groups_whole_and_are_balanced():
     groups = np.random.default_rng(0).integers(0, 23, 400).astype(str)
-    folds = baseline_models._inner_folds(groups, 5, 1)
+    folds = baseline_models.inner_folds(groups, 5, 1)
     assert sorted(np.concatenate(folds)) == list(range(400))
     assert sum(len(np.unique(groups[rows])) for rows in folds) == 23
     assert min(map(len, folds)) > 50
-    assert len(baseline_models._inner_folds(np.array(["a", "a", "b"]), 5, 0)) == 2
-    assert len(baseline_models._inner_folds(np.array(["a"] * 10), 5, 0)) == 5
+    assert len(baseline_models.inner_folds(np.array(["a", "a", "b"]), 5, 0)) == 2
+    assert len(baseline_models.inner_folds(np.array(["a"] * 10), 5, 0)) == 5
 
 
 # --- alarms --------------------------------------------------------------------------------------
