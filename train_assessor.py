@@ -506,7 +506,7 @@ def noise_ceilings(study):
         return {"r2": r2, "pearson_r": np.sqrt(r2), "icc_1_1": icc[:, 0], "icc_1_k": icc[:, 1],
                 "source": "split half with Spearman-Brown, 100 halves of the single ratings"}
     if study.sd is not None and study.n is not None:
-        r2 = rater_agreement.noise_ceiling(study.ratings, study.sd, study.n)["r2"]
+        r2 = rater_agreement.noise_ceiling(study.ratings, study.sd, study.n)
         return {"r2": r2, "pearson_r": np.sqrt(r2), "source": "1 - mean(sd^2 / n) / var(mean)"}
     return None
 

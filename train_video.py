@@ -1157,7 +1157,7 @@ def score_results(run, study, scored):
     r2 = result.overall.model["r2"]
     low = r2.low if result.has_intervals else r2.value
     confounds = confounding.flag_confounds(
-        confounding.level_means(confounding.prior_levels(table), table.target, *folds_apart(scored), study.clusters), low)
+        confounding.level_priors(confounding.prior_levels(table), table.target, *folds_apart(scored), study.clusters), low)
     common.write_table(run.path("scores.csv"), per_target)
     plotting.plot_per_target(per_target, run.path("scores.png"))
     plotting.plot_scatter(predicted, target, names, run.path("predicted_against_true.png"))

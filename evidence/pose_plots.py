@@ -17,7 +17,7 @@ def plot_dataset(split, groups, facts, samples, path):
 
     split: {part: rows}; groups: (N,) patients or folders; facts: lines of text; samples: up to 4 (title, pixels).
     """
-    figure, axes = plotting.new_figure(2, 4, (3.2, 2.6), 3 + len(samples))
+    figure, axes = plotting.new_figure(3 + len(samples), 4, (3.2, 2.6), (0.75, 0.15, 0.3, 0.3))
     parts, by_group, text = axes[:3]
     names = sorted(set(groups))
     left = np.zeros(len(names))
@@ -44,18 +44,18 @@ def plot_per_patient(rows, baseline, path):
     """Horizontal bars: MAE of each axis and patient, the baseline's as a tick; the first 30 of pose_scores.patient_rows.
     """
     rows = rows[:MOST_PATIENTS]
-    place = np.arange(len(rows))
-    figure, axes = plotting.new_figure(2, 3, (3.9, 1.0 + 0.22 * len(rows)), 6, sharey=True)
+    n_shown = len(rows)
+    place = np.arange(n_shown)
+    labels = [row["patient"][-18:] for row in rows]
+    figure, axes = plotting.new_figure(6, 3, (3.4, 0.75 + 0.22 * n_shown), (0.2, 0.15, 0.3, 0.3),
+                                       edges=(plotting.label_inches(labels), 0.35), share_y=True)
     for axis, name in zip(axes, probe_poses.AXES):
-        axis.barh(place, [row[f"mae_{name}"] for row in rows], color="#56B4E9", height=0.62,
-                  label="model")
-        axis.plot([row[f"baseline_mae_{name}"] for row in rows], place, "|", color="#D55E00",
-                  markersize=11,
-                  markeredgewidth=2.4, label=baseline.replace("_", " "))
+        axis.barh(place, [row[f"mae_{name}"] for row in rows], color="#56B4E9", height=0.62, label="model")
+        axis.plot([row[f"baseline_mae_{name}"] for row in rows], place, "|", color="#D55E00", markersize=11, markeredgewidth=2.4,
+                  label=baseline)
         _title(axis, name)
         axis.set_xlim(left=0)
-    axes[0].set_yticks(place, [row["patient"][-18:] for row in rows])
-    axes[0].set_ylim(len(rows) - 0.4, -0.6)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
-                  fontsize=8, frameon=False)
+    axes[0].set_yticks(place, labels)
+    axes[0].set_ylim(n_shown - 0.4, -0.6)
+    plotting.add_figure_legend(figure, axes[0])
     plotting.save_figure(figure, path)

@@ -191,12 +191,10 @@ def test_expected_ece_is_what_calibrated_models_show():
     shown, expected = [], []
     for seed in range(100):
         _, probability, label = scored_rows(rows=128, classes=2, seed=seed)
-        metrics = common.classification_metrics(probability, label).overall
-        shown.append((metrics["ece"], metrics["ece_adaptive"]))
-        expected.append([calibrating.expected_ece(probability.max(1), draws=100, adaptive=kind) for kind in (False, True)])
-    np.testing.assert_allclose(np.mean(shown, 0), np.mean(expected, 0), atol=0.006)
-    high = calibrating.expected_ece(probability.max(1), level=0.95)
-    assert high > calibrating.expected_ece(probability.max(1)) > 0
+        metrics = common.classification_metrics(probability, label)
+        shown.append(metrics.overall["ece"])
+        expected.append(calibrating.expected_ece(probability.max(1), draws=100))
+    assert np.mean(shown) == pytest.approx(np.mean(expected), abs=0.006)
 
 
 def test_risk_coverage_by_hand_and_whatever_the_order_of_tied_rows():
@@ -564,25 +562,18 @@ def test_prior_correction_undoes_a_balanced_sampler():
     np.testing.assert_array_equal(calibrating.prior_correction([[1.0, 2.0]], [1.0, 0.0], [1.0, 0.0]), [[1.0, 2.0]])
 
 
-@pytest.mark.parametrize("metric", ["f1", "balanced_accuracy", "accuracy", "mcc"])
-def test_threshold_equals_trying_every_one(metric):
+def test_threshold_equals_trying_every_one():
     probability, label = two_classes(rows=150, rate=0.15)
     probability = np.round(probability, 2)
-    score = {"f1": judge.f1_score, "balanced_accuracy": judge.balanced_accuracy_score,
-             "accuracy": judge.accuracy_score, "mcc": judge.matthews_corrcoef}[metric]
-    best = max(score(label, probability[:, 1] >= t) for t in np.arange(0.005, 1.01, 0.01))
-    found = calibrating.fit_threshold(probability, label, metric)
-    assert score(label, probability[:, 1] >= found) == pytest.approx(best)
-    chosen = common.classification_metrics(probability, label, threshold=found)
-    assert (chosen.per_class["f1"][1] if metric == "f1" else chosen.overall[metric]) == pytest.approx(best)
+    best = max(judge.f1_score(label, probability[:, 1] >= t) for t in np.arange(0.005, 1.01, 0.01))
+    found = calibrating.fit_threshold(probability, label)
+    assert judge.f1_score(label, probability[:, 1] >= found) == pytest.approx(best)
 
 
 def test_threshold_edge_cases():
     both = np.array([[0.8, 0.2], [0.1, 0.9]])
     assert calibrating.fit_threshold(both, [0, 0]) == calibrating.fit_threshold(both, [1, -1]) == 0.5
     assert calibrating.fit_threshold(both, [0, 1]) == pytest.approx(0.55)
-    with pytest.raises(ValueError, match="metric is 'auc'"):
-        calibrating.fit_threshold(both, [0, 1], "auc")
 
 
 # --- alarms, criteria, verdict -------------------------------------------------------------------
@@ -680,7 +671,7 @@ def test_plots_are_written_and_survive_absent_classes_and_empty_splits(tmp_path)
 def test_the_reliability_title_tells_the_ece_of_a_calibrated_model(tmp_path, monkeypatch):
     probability, label = two_classes(rows=128)
     said = []
-    monkeypatch.setattr(plotting, "_panel_title", lambda axis, title, note="": said.append(title))
+    monkeypatch.setattr(plotting, "set_title", lambda axis, title, note="": said.append(title))
     plotting.plot_reliability(probability, label, tmp_path / "reliability.png")
     ece, null = common.classification_metrics(probability, label).overall["ece"], calibrating.expected_ece(probability.max(1))
     assert said[0].startswith(f"ECE {ece:.3f}, n 128\nof a calibrated model {null:.3f} (95 % under ")
