@@ -2,6 +2,7 @@
 
 Letters: N rows, F features, K the smaller of N and F, R scores, C classes.
 """
+
 import dataclasses
 import math
 
@@ -12,8 +13,12 @@ import common
 
 RIDGE_LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-2, 13))
 LOGISTIC_LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-2, 11))
-DISPLAY_NAMES = {"train_mean": "train mean", "train_prior": "train prior", "ridge": "ridge",
-                 "logistic": "logistic"}  # of predictions columns, as sentences of the report name them
+DISPLAY_NAMES = {
+    "train_mean": "train mean",
+    "train_prior": "train prior",
+    "ridge": "ridge",
+    "logistic": "logistic",
+}  # of predictions columns, as sentences of the report name them
 
 
 def train_mean_baseline(train_target, n_rows):
@@ -25,7 +30,9 @@ def train_mean_baseline(train_target, n_rows):
 def prior_baseline(train_label, n_rows, n_classes):
     """Share of each class among the train labels, below 0 = missing -> (n_rows, C)."""
     train_label = np.asarray(train_label, np.int64)
-    counts = np.bincount(train_label[train_label >= 0], minlength=n_classes).astype(np.float64)
+    counts = np.bincount(train_label[train_label >= 0], minlength=n_classes).astype(
+        np.float64
+    )
     return np.tile(counts / max(counts.sum(), 1.0), (n_rows, 1))
 
 
@@ -39,7 +46,7 @@ def standardisation(features, sd_floor=0.0):
     sd = features.std(0)
     is_constant = sd <= 1e-10 * (np.abs(mean) + 1e-300)
     sd = np.where(is_constant, 1.0, sd)
-    return mean, np.hypot(sd, sd_floor * math.sqrt(np.mean(sd ** 2)))
+    return mean, np.hypot(sd, sd_floor * math.sqrt(np.mean(sd**2)))
 
 
 def inner_folds(groups, folds, seed):
@@ -60,9 +67,11 @@ def inner_folds(groups, folds, seed):
 
 # --- ridge regression ----------------------------------------------------------------------------
 
+
 @dataclasses.dataclass
 class Ridge:
     """A linear model on standardised features, made by fit_ridge."""
+
     feature_mean: np.ndarray  # (F,)
     feature_sd: np.ndarray  # (F,)
     weights: np.ndarray  # (F, R)
@@ -75,7 +84,9 @@ class Ridge:
         return x @ self.weights + self.intercept
 
 
-def fit_ridge(features, target, lambdas=RIDGE_LAMBDAS, groups=None, folds=5, seed=0, sd_floor=0.0):
+def fit_ridge(
+    features, target, lambdas=RIDGE_LAMBDAS, groups=None, folds=5, seed=0, sd_floor=0.0
+):
     """Ridge regression in closed form, lambda > 0 per target by inner cross-validation -> Ridge.
 
     features: (N, F), standardised here; target: (N, R), NaN = missing; groups: (N,) names, never
@@ -89,16 +100,24 @@ def fit_ridge(features, target, lambdas=RIDGE_LAMBDAS, groups=None, folds=5, see
     mean, sd = standardisation(features, sd_floor)
     x = (features - mean) / sd
     n_targets = target.shape[1]
-    model = Ridge(feature_mean=mean, feature_sd=sd, weights=np.zeros((x.shape[1], n_targets)),
-                  intercept=common.mean_without_nan(target, axis=0),
-                  penalty=np.full(n_targets, np.nan))
+    model = Ridge(
+        feature_mean=mean,
+        feature_sd=sd,
+        weights=np.zeros((x.shape[1], n_targets)),
+        intercept=common.mean_without_nan(target, axis=0),
+        penalty=np.full(n_targets, np.nan),
+    )
     labelled = ~np.isnan(target)
     for rows in np.unique(labelled, axis=1).T:
         if rows.sum() < 3:
             continue
         columns = np.flatnonzero((labelled == rows[:, None]).all(0))
-        weights, penalty = _solve_ridge(x[rows], target[np.ix_(rows, columns)], np.array(lambdas),
-                                        inner_folds(groups[rows], folds, seed))
+        weights, penalty = _solve_ridge(
+            x[rows],
+            target[np.ix_(rows, columns)],
+            np.array(lambdas),
+            inner_folds(groups[rows], folds, seed),
+        )
         model.weights[:, columns] = weights
         model.penalty[columns] = penalty
         model.intercept[columns] -= x[rows].mean(0) @ weights
@@ -115,7 +134,10 @@ def _solve_ridge(x, y, lambdas, folds):
     # (N, K): orthogonal columns of squared length `power`
     scores = x @ basis if is_primal else basis * np.sqrt(power)
     projected = scores.T @ y  # (K, R)
-    errors = [held_out_error(scores, y, projected, power + penalty, folds) for penalty in lambdas]
+    errors = [
+        held_out_error(scores, y, projected, power + penalty, folds)
+        for penalty in lambdas
+    ]
     penalty = lambdas[np.argmin(errors, axis=0)]
     coefficients = projected / (power[:, None] + penalty)  # (K, R)
     if is_primal:
@@ -135,15 +157,17 @@ def held_out_error(scores, y, projected, damped, folds):
     for rows in folds:
         hat = scores[rows] / damped @ scores[rows].T + 1.0 / len(y)
         left_out = np.linalg.solve(np.eye(len(rows)) - hat, residual[rows])
-        total += (left_out ** 2).sum(0)
+        total += (left_out**2).sum(0)
     return total
 
 
 # --- logistic regression -------------------------------------------------------------------------
 
+
 @dataclasses.dataclass
 class Logistic:
     """A multinomial logistic model on standardised features, made by fit_logistic."""
+
     feature_mean: np.ndarray  # (F,)
     feature_sd: np.ndarray  # (F,)
     weights: np.ndarray  # (F, C)
@@ -156,7 +180,9 @@ class Logistic:
         return common.softmax(x @ self.weights + self.intercept)
 
 
-def fit_logistic(features, label, n_classes, lambdas=LOGISTIC_LAMBDAS, groups=None, sd_floor=0.0):
+def fit_logistic(
+    features, label, n_classes, lambdas=LOGISTIC_LAMBDAS, groups=None, sd_floor=0.0
+):
     """Multinomial logistic regression, ridge penalty lambda > 0 by inner cross-validation -> Logistic.
 
     features: (N, F), standardised here; label: (N,) class indices, below 0 = missing (row left
@@ -168,7 +194,8 @@ def fit_logistic(features, label, n_classes, lambdas=LOGISTIC_LAMBDAS, groups=No
     kept = label >= 0
     if not kept.any():
         raise common.UserError(
-            f"a logistic baseline needs labelled rows, found none among {len(label)}")
+            f"a logistic baseline needs labelled rows, found none among {len(label)}"
+        )
     label = label[kept]
     features = np.asarray(features, np.float64)[kept]
     mean, sd = standardisation(features, sd_floor)
@@ -180,8 +207,13 @@ def fit_logistic(features, label, n_classes, lambdas=LOGISTIC_LAMBDAS, groups=No
     if len(lambdas) > 1 and len(folds) > 1:
         penalty = _choose_penalty(scores, label, n_classes, folds, lambdas)
     weights, intercept = _solve_logistic(scores, label, n_classes, penalty)
-    return Logistic(feature_mean=mean, feature_sd=sd, weights=basis.T @ weights,
-                    intercept=intercept, penalty=float(penalty))
+    return Logistic(
+        feature_mean=mean,
+        feature_sd=sd,
+        weights=basis.T @ weights,
+        intercept=intercept,
+        penalty=float(penalty),
+    )
 
 
 def _choose_penalty(scores, label, n_classes, folds, lambdas):
@@ -189,7 +221,11 @@ def _choose_penalty(scores, label, n_classes, folds, lambdas):
     tried, errors = [], []
     for penalty in sorted(lambdas, reverse=True):
         tried.append(penalty)
-        errors.append(sum(_held_out_nll(scores, label, n_classes, rows, penalty) for rows in folds))
+        errors.append(
+            sum(
+                _held_out_nll(scores, label, n_classes, rows, penalty) for rows in folds
+            )
+        )
         if len(errors) - np.argmin(errors) > 3:
             break
     return tried[np.argmin(errors)]
@@ -198,7 +234,9 @@ def _choose_penalty(scores, label, n_classes, folds, lambdas):
 def _held_out_nll(scores, label, n_classes, rows, penalty):
     """Summed NLL of these rows by a fit on all others; a class that the others lack does not count."""
     others = np.setdiff1d(np.arange(len(label)), rows)
-    weights, intercept = _solve_logistic(scores[others], label[others], n_classes, penalty)
+    weights, intercept = _solve_logistic(
+        scores[others], label[others], n_classes, penalty
+    )
     rows = rows[np.isin(label[rows], label[others])]
     probability = common.softmax(scores[rows] @ weights + intercept)
     likelihood = probability[np.arange(len(rows)), label[rows]]
@@ -212,23 +250,33 @@ def _solve_logistic(scores, label, n_classes, penalty):
     length, Boehning 1992, and the penalty) makes the problem round: few steps, whatever the unit.
     """
     present = np.unique(label)
-    scale = 1.0 / np.sqrt((scores ** 2).sum(0) / 2 + penalty)  # (K,)
+    scale = 1.0 / np.sqrt((scores**2).sum(0) / 2 + penalty)  # (K,)
     x = torch.from_numpy(scores * scale)
     y = torch.from_numpy(np.searchsorted(present, label))
     scale = torch.from_numpy(scale)[:, None]
     strength = penalty if n_classes == 2 else penalty / 2
-    weights = torch.zeros(x.shape[1], len(present), dtype=torch.float64, requires_grad=True)
+    weights = torch.zeros(
+        x.shape[1], len(present), dtype=torch.float64, requires_grad=True
+    )
     intercept = torch.zeros(len(present), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights, intercept], max_iter=500, history_size=20,
-                                  tolerance_grad=1e-6, tolerance_change=1e-12,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weights, intercept],
+        max_iter=500,
+        history_size=20,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure():
         optimizer.zero_grad()
-        nll = torch.nn.functional.cross_entropy(x @ weights + intercept, y, reduction="sum")
+        nll = torch.nn.functional.cross_entropy(
+            x @ weights + intercept, y, reduction="sum"
+        )
         loss = nll + strength * ((weights * scale) ** 2).sum()
         loss.backward()
         return loss
+
     optimizer.step(closure)
 
     every_weight = np.zeros((scores.shape[1], n_classes))

@@ -2,6 +2,7 @@
 
 Letters: N rows, C classes.
 """
+
 import math
 
 import numpy as np

@@ -2,6 +2,7 @@
 
 Letters: N rows, R scores.
 """
+
 import math
 import re
 
@@ -45,8 +46,17 @@ def _level_codes(levels, n_rows, n_train, position):
     return codes
 
 
-def level_priors(levels, target, train, test, groups=None, positive=1, position=None, draws=2000,
-                 seed=0):
+def level_priors(
+    levels,
+    target,
+    train,
+    test,
+    groups=None,
+    positive=1,
+    position=None,
+    draws=2000,
+    seed=0,
+):
     """What metadata alone predict, without a pixel: a list of dicts, best column first.
 
     levels: {name: (N,) values}; target: (N,) class indices, below 0 = missing, or (N, R) scores,
@@ -60,19 +70,34 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
     target = np.asarray(target)
     is_classes = target.ndim == 1
     if is_classes:
-        target = np.where(target < 0, np.nan, target == positive)[:, None].astype(np.float64)
+        target = np.where(target < 0, np.nan, target == positive)[:, None].astype(
+            np.float64
+        )
     held_out = np.concatenate(test)
     subjects = None if groups is None else np.asarray(groups)[held_out]
     judge = _judge_rates if is_classes else _judge_means
     found = []
-    for name, codes in _level_codes(levels, len(target), len(train[0]), position).items():
+    for name, codes in _level_codes(
+        levels, len(target), len(train[0]), position
+    ).items():
         predicted = [smoothed_means(codes, target, *fold) for fold in zip(train, test)]
         if is_classes:
             # A fold's overall rate is high where its held-out rows are negative: it must not count.
-            predicted = [rates - common.mean_without_nan(target[rows], axis=0)
-                         for rates, rows in zip(predicted, train)]
-        result = judge(np.concatenate(predicted), target[held_out], subjects, draws, seed)
-        found.append({"name": name, "n_levels": int(codes.max()) + 1, **result, "red_flag": False})
+            predicted = [
+                rates - common.mean_without_nan(target[rows], axis=0)
+                for rates, rows in zip(predicted, train)
+            ]
+        result = judge(
+            np.concatenate(predicted), target[held_out], subjects, draws, seed
+        )
+        found.append(
+            {
+                "name": name,
+                "n_levels": int(codes.max()) + 1,
+                **result,
+                "red_flag": False,
+            }
+        )
     metric = "auc" if is_classes else "r2"
     return sorted(found, key=lambda row: -np.nan_to_num(row[metric], nan=-math.inf))
 
@@ -147,10 +172,14 @@ def judged_rows(table, is_known):
     rows = np.flatnonzero(is_known)
     parts = sorted(set(table.parts))
     if len(parts) > 1:
-        judged_part = next(part for part in ("test", "val", *parts)
-                           if part in parts and part != "train")
-        train_part = next(part for part in ("train", *parts)
-                          if part in parts and part != judged_part)
+        judged_part = next(
+            part
+            for part in ("test", "val", *parts)
+            if part in parts and part != "train"
+        )
+        train_part = next(
+            part for part in ("train", *parts) if part in parts and part != judged_part
+        )
         train = rows[table.parts[rows] == train_part]
         judged = rows[table.parts[rows] == judged_part]
         return {"parts": ([train], [judged])} if len(train) and len(judged) else {}
@@ -160,10 +189,14 @@ def judged_rows(table, is_known):
         units = event_tables.split_keys(table, split_by)[rows]
         if len(set(units)) < 5:
             continue
-        fold_of = splitting.make_folds(len(rows), 5, strata, units, keys=table.clip_ids[rows])
+        fold_of = splitting.make_folds(
+            len(rows), 5, strata, units, keys=table.clip_ids[rows]
+        )
         kind = units[0].split()[0]
-        ways[f"{kind}s"] = ([rows[fold_of != k] for k in range(5)],
-                            [rows[fold_of == k] for k in range(5)])
+        ways[f"{kind}s"] = (
+            [rows[fold_of != k] for k in range(5)],
+            [rows[fold_of == k] for k in range(5)],
+        )
     return ways
 
 
@@ -191,6 +224,8 @@ def no_pixel_priors(table, positive=None):
     for across, (train, judged) in judged_rows(table, is_known).items():
         if target.ndim == 1 and len(set(target[np.concatenate(judged)])) < 2:
             continue
-        rows = level_priors(levels, target, train, judged, table.groups, position=position)
+        rows = level_priors(
+            levels, target, train, judged, table.groups, position=position
+        )
         found += [{"what": what, "across": across, **row} for row in rows]
     return found

@@ -2,6 +2,7 @@
 
 Letters: N rows. Units: seconds.
 """
+
 import collections
 import dataclasses
 import math
@@ -20,7 +21,9 @@ def content_keys(sources):
     Files of equal size are read once for their SHA-256; of others the size says enough.
     """
     files = {source: video_files.files_of(source) for source in dict.fromkeys(sources)}
-    sizes = {source: tuple(map(os.path.getsize, inside)) for source, inside in files.items()}
+    sizes = {
+        source: tuple(map(os.path.getsize, inside)) for source, inside in files.items()
+    }
     size_of_file = {os.path.realpath(source): sizes[source] for source in files}
     n_files = collections.Counter(size_of_file.values())
     keys = {}
@@ -58,9 +61,11 @@ def window_pairs(table, file_keys, gap_sec=30.0):
         rows = rows[np.lexsort((table.clip_ids[rows], end[rows], start[rows]))]
         stop = np.searchsorted(start[rows], reach[rows])
         for place, i in enumerate(rows):
-            later = rows[place + 1:stop[place]]
+            later = rows[place + 1 : stop[place]]
             is_same = (start[later] == start[i]) & (end[later] == end[i])
-            is_same_unit = (table.unit[later] == table.unit[i]) | is_whole[later] | is_whole[i]
+            is_same_unit = (
+                (table.unit[later] == table.unit[i]) | is_whole[later] | is_whole[i]
+            )
             later = later[is_same_unit & ~is_same]
             overlaps = start[later] < end[i]
             overlapping += [(i, j) for j in later[overlaps]]
@@ -68,8 +73,16 @@ def window_pairs(table, file_keys, gap_sec=30.0):
     return {"overlapping_windows": overlapping, "near_windows": near}
 
 
-def audit_table(table, split, pixels=None, phash=None, durations=None, predictions=None,
-                positive=None, gap_sec=30.0):
+def audit_table(
+    table,
+    split,
+    pixels=None,
+    phash=None,
+    durations=None,
+    predictions=None,
+    positive=None,
+    gap_sec=30.0,
+):
     """The leakage report of events, split {part: rows}, with all that their times and files tell.
 
     Besides splitting.leakage_report: parts, shared_event_rows, windows_past_the_end and
@@ -82,16 +95,34 @@ def audit_table(table, split, pixels=None, phash=None, durations=None, predictio
     order = np.lexsort((table.clip_ids[rows], parts))
     rows = rows[order]
     table = dataclasses.replace(table.take(rows), parts=parts[order])
-    split = {part: np.flatnonzero(table.parts == part) for part in split if part in parts}
+    split = {
+        part: np.flatnonzero(table.parts == part) for part in split if part in parts
+    }
     file_keys = content_keys(table.sources)
-    contents = clip_contents(table, file_keys) if pixels is None else np.asarray(pixels)[rows]
-    values = {"groups": table.groups, "events": table.events, "videos": table.videos,
-              "renamed_copies": _renamed_copies(table, file_keys)}
-    leakage = splitting.leakage_report(split, table.clip_ids, contents,
-                                       None if phash is None else phash[rows], values,
-                                       window_pairs(table, file_keys, gap_sec))
-    report = {"parts": {part: describe_part(table.take(held)) for part, held in split.items()},
-              **leakage, "shared_event_rows": {}}
+    contents = (
+        clip_contents(table, file_keys) if pixels is None else np.asarray(pixels)[rows]
+    )
+    values = {
+        "groups": table.groups,
+        "events": table.events,
+        "videos": table.videos,
+        "renamed_copies": _renamed_copies(table, file_keys),
+    }
+    leakage = splitting.leakage_report(
+        split,
+        table.clip_ids,
+        contents,
+        None if phash is None else phash[rows],
+        values,
+        window_pairs(table, file_keys, gap_sec),
+    )
+    report = {
+        "parts": {
+            part: describe_part(table.take(held)) for part, held in split.items()
+        },
+        **leakage,
+        "shared_event_rows": {},
+    }
     for pair in report["between"]:
         _add_shared_events(report, table, pair)
     if durations is not None:
@@ -108,21 +139,33 @@ def _renamed_copies(table, file_keys):
     videos = collections.defaultdict(set)
     for source, video in zip(table.sources, table.videos):
         videos[file_keys[source]].add(video)
-    names = {key: " = ".join(sorted(found)) for key, found in videos.items() if len(found) > 1}
+    names = {
+        key: " = ".join(sorted(found))
+        for key, found in videos.items()
+        if len(found) > 1
+    }
     return [names.get(file_keys[source], "") for source in table.sources]
 
 
 def _add_shared_events(report, table, pair):
     """Rows of the second part whose event is in the first; shared events that no video shows twice."""
     a, b = pair.split("-")
-    shown = {part: set(zip(table.events[table.parts == part], table.videos[table.parts == part]))
-             for part in (a, b)}
+    shown = {
+        part: set(
+            zip(table.events[table.parts == part], table.videos[table.parts == part])
+        )
+        for part in (a, b)
+    }
     shared = {event for event, _ in shown[a]} & {event for event, _ in shown[b]}
     in_one_video = {event for event, _ in shown[a] & shown[b]}
     in_b = table.events[table.parts == b]
-    report["between"][pair]["events_other_camera"] = splitting.found_items(shared - in_one_video)
-    report["shared_event_rows"][pair] = {"count": int(np.isin(in_b, list(shared)).sum()),
-                                         "of": len(in_b)}
+    report["between"][pair]["events_other_camera"] = splitting.found_items(
+        shared - in_one_video
+    )
+    report["shared_event_rows"][pair] = {
+        "count": int(np.isin(in_b, list(shared)).sum()),
+        "of": len(in_b),
+    }
 
 
 def describe_part(table):
@@ -134,24 +177,31 @@ def describe_part(table):
         for row in np.flatnonzero(table.label >= 0):
             labels_of_video[table.videos[row]].add(table.label[row])
             labels_of_event[table.events[row]].add(table.label[row])
-        counts = {name: int((table.label == c).sum()) for c, name in enumerate(table.names)}
+        counts = {
+            name: int((table.label == c).sum()) for c, name in enumerate(table.names)
+        }
         unlabelled = int((table.label < 0).sum())
     shown = set(zip(table.videos, table.events))
     per_video = list(collections.Counter(video for video, _ in shown).values())
     n_labels = [len(found) for found in labels_of_video.values()]
     mixed_events = [event for event, found in labels_of_event.items() if len(found) > 1]
-    return {"rows": len(table),
-            "repeated_rows": int((table.repeats - 1).sum()),
-            "videos": len(per_video),
-            "events": len(set(table.events)),
-            "groups": None if table.groups is None else len(set(table.groups)),
-            "classes": counts,
-            "unlabelled": unlabelled,
-            "events_per_video": {"min": min(per_video), "median": float(np.median(per_video)),
-                                 "max": max(per_video)},
-            "pure_videos": n_labels.count(1),
-            "mixed_videos": len(n_labels) - n_labels.count(1),
-            "events_with_two_labels": splitting.found_items(mixed_events)}
+    return {
+        "rows": len(table),
+        "repeated_rows": int((table.repeats - 1).sum()),
+        "videos": len(per_video),
+        "events": len(set(table.events)),
+        "groups": None if table.groups is None else len(set(table.groups)),
+        "classes": counts,
+        "unlabelled": unlabelled,
+        "events_per_video": {
+            "min": min(per_video),
+            "median": float(np.median(per_video)),
+            "max": max(per_video),
+        },
+        "pure_videos": n_labels.count(1),
+        "mixed_videos": len(n_labels) - n_labels.count(1),
+        "events_with_two_labels": splitting.found_items(mixed_events),
+    }
 
 
 def past_the_end(table, durations, slack_sec=0.1):
@@ -164,9 +214,11 @@ def past_the_end(table, durations, slack_sec=0.1):
     is_seconds = table.unit == "sec"
     past = is_seconds & (table.windows[:, 0] >= seconds)
     cut = is_seconds & ~past & (table.windows[:, 1] > seconds + slack_sec)
-    return {"past": splitting.found_items(table.clip_ids[past]),
-            "cut": splitting.found_items(table.clip_ids[cut]),
-            "unknown_duration": int(np.isnan(seconds).sum())}
+    return {
+        "past": splitting.found_items(table.clip_ids[past]),
+        "cut": splitting.found_items(table.clip_ids[cut]),
+        "unknown_duration": int(np.isnan(seconds).sum()),
+    }
 
 
 def probability_clusters(path, decimals=6):
@@ -174,36 +226,48 @@ def probability_clusters(path, decimals=6):
     rows = csv_tables.read_table(path)
     columns = [name for name in rows if name.startswith("prob_")]
     if not columns:
-        raise common.UserError(f"--predictions {path}: expected columns prob_CLASS, found "
-                               f"{common.shorten_list(rows.columns, 40)}")
-    values = [csv_tables.to_numbers(rows[name], f"{path}, column {name}") for name in columns]
+        raise common.UserError(
+            f"--predictions {path}: expected columns prob_CLASS, found "
+            f"{common.shorten_list(rows.columns, 40)}"
+        )
+    values = [
+        csv_tables.to_numbers(rows[name], f"{path}, column {name}") for name in columns
+    ]
     values = np.round(np.stack(values, axis=1), decimals)
     counts = collections.Counter(map(tuple, values.tolist()))
     clusters = [(count, value) for value, count in counts.items() if count >= 3]
     clusters.sort(reverse=True)
-    examples = [{"count": count, **dict(zip(columns, value))} for count, value in clusters[:5]]
-    return {"rows": len(rows),
-            "distinct": len(counts),
-            "values": len(clusters),
-            "rows_in_clusters": sum(count for count, _ in clusters),
-            "examples": examples}
+    examples = [
+        {"count": count, **dict(zip(columns, value))} for count, value in clusters[:5]
+    ]
+    return {
+        "rows": len(rows),
+        "distinct": len(counts),
+        "values": len(clusters),
+        "rows_in_clusters": sum(count for count, _ in clusters),
+        "examples": examples,
+    }
 
 
 def _part_note(part, held):
     classes = ", ".join(f"{name} {count}" for name, count in held["classes"].items())
     per_video = held["events_per_video"]
     mixed = held["events_with_two_labels"]
-    return (f"{part}: {held['rows']} clips ({held['repeated_rows']} rows more repeat them), "
-            f"{held['events']} events ({mixed['count']} with two labels), {held['videos']} videos "
-            f"with {per_video['min']} to {per_video['max']} events (median "
-            f"{per_video['median']:g}), {held['pure_videos']} with one class, "
-            f"{held['mixed_videos']} mixed; {classes or 'no classes'}")
+    return (
+        f"{part}: {held['rows']} clips ({held['repeated_rows']} rows more repeat them), "
+        f"{held['events']} events ({mixed['count']} with two labels), {held['videos']} videos "
+        f"with {per_video['min']} to {per_video['max']} events (median "
+        f"{per_video['median']:g}), {held['pure_videos']} with one class, "
+        f"{held['mixed_videos']} mixed; {classes or 'no classes'}"
+    )
 
 
 def _prior_note(row):
     metric, value = ("AUC", row["auc"]) if "auc" in row else ("R2", row["r2"])
-    return (f"no-pixel prior on {row['name']} across {row['across']}: {metric} of {row['what']} "
-            f"{value:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
+    return (
+        f"no-pixel prior on {row['name']} across {row['across']}: {metric} of {row['what']} "
+        f"{value:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+    )
 
 
 def audit_notes(report):
@@ -212,19 +276,27 @@ def audit_notes(report):
     for pair, shared in report["shared_event_rows"].items():
         a, b = pair.split("-")
         if shared["count"]:
-            lines.append(f"SHARED EVENTS: {shared['count']} of {shared['of']} rows of {b} show an "
-                         f"event that is also in {a}")
+            lines.append(
+                f"SHARED EVENTS: {shared['count']} of {shared['of']} rows of {b} show an "
+                f"event that is also in {a}"
+            )
     if "windows_past_the_end" in report:
         windows = report["windows_past_the_end"]
         past = windows["past"]
-        lines.append(f"windows: {past['count']} start past the end of their file "
-                     f"({common.shorten_list(past['examples'], 3) or 'none'}), "
-                     f"{windows['cut']['count']} are cut by it; "
-                     f"{windows['unknown_duration']} files of unknown length")
+        lines.append(
+            f"windows: {past['count']} start past the end of their file "
+            f"({common.shorten_list(past['examples'], 3) or 'none'}), "
+            f"{windows['cut']['count']} are cut by it; "
+            f"{windows['unknown_duration']} files of unknown length"
+        )
     if "probability_clusters" in report:
         clusters = report["probability_clusters"]
-        lines.append(f"probabilities: {clusters['rows_in_clusters']} of {clusters['rows']} rows "
-                     f"share theirs with two or more others ({clusters['values']} values)")
+        lines.append(
+            f"probabilities: {clusters['rows_in_clusters']} of {clusters['rows']} rows "
+            f"share theirs with two or more others ({clusters['values']} values)"
+        )
     if not report["priors"]:
-        lines.append("no-pixel priors: too few labelled clips on both sides to judge any")
+        lines.append(
+            "no-pixel priors: too few labelled clips on both sides to judge any"
+        )
     return lines + [_prior_note(row) for row in report["priors"]]

@@ -2,6 +2,7 @@
 
 Letters: N rows, R scores, C classes. Sizes in inches.
 """
+
 import io
 import itertools
 import math
@@ -17,13 +18,16 @@ PURPLE, SKY, YELLOW = "#CC79A7", "#56B4E9", "#E69F00"
 MARGINS = (0.55, 0.15, 0.48, 0.32)  # left, right, bottom, top of the axes in a panel
 
 
-def new_figure(n_panels, columns, panel_inches, margins=MARGINS, edges=(0, 0), share_y=False):
+def new_figure(
+    n_panels, columns, panel_inches, margins=MARGINS, edges=(0, 0), share_y=False
+):
     """(figure, n_panels axes) in the look of all plots, filled row by row.
 
     panel_inches: (width, height) of a panel with its margins; edges: room at the left and the
     bottom of the figure for what the panels share. With share_y only the first column is labelled.
     """
     from matplotlib.figure import Figure
+
     panel_width, panel_height = panel_inches
     left, right, bottom, top = margins
     rows = -(-n_panels // columns)
@@ -35,8 +39,12 @@ def new_figure(n_panels, columns, panel_inches, margins=MARGINS, edges=(0, 0), s
         row, column = divmod(k, columns)
         x = edges[0] + column * panel_width + left
         y = height - (row + 1) * panel_height + bottom
-        box = (x / width, y / height, (panel_width - left - right) / width,
-               (panel_height - bottom - top) / height)
+        box = (
+            x / width,
+            y / height,
+            (panel_width - left - right) / width,
+            (panel_height - bottom - top) / height,
+        )
         axis = figure.add_axes(box, sharey=axes[0] if share_y and axes else None)
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color(SOFT)
@@ -57,6 +65,7 @@ def label_inches(labels):
 def save_figure(figure, path):
     """Write a PNG of 64 colours: a third of the usual size, the same bytes for the same figure."""
     from PIL import Image
+
     drawn, packed = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png")
     picture = Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE)
@@ -66,7 +75,9 @@ def save_figure(figure, path):
 
 def set_title(axis, title, note=""):
     """Title at the left in ink, a note at the right in the soft colour."""
-    axis.set_title(title, loc="left", fontsize=9, fontweight="bold", color=INK, parse_math=False)
+    axis.set_title(
+        title, loc="left", fontsize=9, fontweight="bold", color=INK, parse_math=False
+    )
     axis.set_title(note, loc="right", fontsize=8, color=SOFT, parse_math=False)
 
 
@@ -93,8 +104,11 @@ def _values(rows, key):
 def _metric_families(history):
     """{family: [columns]}: train_loss and val_loss share a panel, and so do val_mae and val_mae_left."""
     columns = dict.fromkeys(column for row in history for column in row)
-    names = {column: column.split("_", 1)[1] for column in columns
-             if column.startswith(("train_", "val_"))}
+    names = {
+        column: column.split("_", 1)[1]
+        for column in columns
+        if column.startswith(("train_", "val_"))
+    }
     families = {}
     for column, name in names.items():
         roots = [root for root in names.values() if f"{name}_".startswith(f"{root}_")]
@@ -108,15 +122,24 @@ def _draw_history_panel(axis, history, family, columns, best_epoch):
     colours = itertools.cycle([BLUE, GREEN, PURPLE, YELLOW, SKY])
     for column in columns:
         is_train = column.startswith("train_")
-        axis.plot(epochs, _values(history, column), "--" if is_train else "-", label=column,
-                  color=ORANGE if is_train else next(colours), marker=".", markersize=3)
+        axis.plot(
+            epochs,
+            _values(history, column),
+            "--" if is_train else "-",
+            label=column,
+            color=ORANGE if is_train else next(colours),
+            marker=".",
+            markersize=3,
+        )
     set_title(axis, family)
     axis.set_xlabel("epoch", fontsize=8, color=SOFT)
     axis.locator_params(axis="x", integer=True)
     if len(columns) > 1:
         _add_legend(axis)
     if best_epoch in epochs:
-        shown = next((column for column in columns if column.startswith("val_")), columns[0])
+        shown = next(
+            (column for column in columns if column.startswith("val_")), columns[0]
+        )
         value = _values(history, shown)[epochs == best_epoch][0]
         axis.axvline(best_epoch, color=INK, linewidth=0.9, linestyle=":")
         axis.plot([best_epoch], [value], "o", color=INK, markersize=4)
@@ -145,19 +168,39 @@ def _draw_target_bars(axis, rows, metric):
     """Bars of one metric with intervals, baseline and ceiling; the true number beside each."""
     value, low, high, baseline, ceiling = (
         _values(rows, key.format(metric))
-        for key in ("{}", "{}_low", "{}_high", "baseline_{}", "ceiling_{}"))
+        for key in ("{}", "{}_low", "{}_high", "baseline_{}", "ceiling_{}")
+    )
     place = np.arange(len(rows))
     axis.barh(place, value, height=0.62, color=SKY, label="model")
     axis.hlines(place, low, high, color=INK, linewidth=1.3, label="interval")
-    axis.plot(baseline, place, "|", color=ORANGE, markersize=11, markeredgewidth=2.4,
-              label="baseline")
+    axis.plot(
+        baseline,
+        place,
+        "|",
+        color=ORANGE,
+        markersize=11,
+        markeredgewidth=2.4,
+        label="baseline",
+    )
     if np.isfinite(ceiling).any():
-        axis.plot(ceiling, place, "D", color=INK, markersize=4.5, markerfacecolor="none",
-                  label="noise ceiling")
+        axis.plot(
+            ceiling,
+            place,
+            "D",
+            color=INK,
+            markersize=4.5,
+            markerfacecolor="none",
+            label="noise ceiling",
+        )
     axis.set_xlim(max(-0.5, 1.1 * np.nanmin([0.0, *value, *low, *baseline])), 1.0)
     for y, number in zip(place, value):
-        axis.annotate(f"{number:.2f}", (1.02, y), xycoords=("axes fraction", "data"), va="center",
-                      fontsize=8)
+        axis.annotate(
+            f"{number:.2f}",
+            (1.02, y),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8,
+        )
     set_title(axis, metric)
     axis.axvline(0, color=SOFT, linewidth=0.9)
     axis.grid(visible=False, axis="y")
@@ -173,9 +216,14 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
     first = np.nan_to_num(_values(rows, metrics[0]), nan=-math.inf)
     rows = [rows[place] for place in np.argsort(first, kind="stable")]
     labels = _without_math([row["target"] for row in rows], 28)
-    figure, axes = new_figure(len(metrics), len(metrics), (4.0, 0.75 + 0.26 * len(rows)),
-                              margins=(0.15, 0.5, 0.3, 0.3), edges=(label_inches(labels), 0.35),
-                              share_y=True)
+    figure, axes = new_figure(
+        len(metrics),
+        len(metrics),
+        (4.0, 0.75 + 0.26 * len(rows)),
+        margins=(0.15, 0.5, 0.3, 0.3),
+        edges=(label_inches(labels), 0.35),
+        share_y=True,
+    )
     for axis, metric in zip(axes, metrics):
         _draw_target_bars(axis, rows, metric)
     axes[0].set_yticks(np.arange(len(rows)), labels, color=INK)
@@ -186,8 +234,13 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
 
 def add_figure_legend(figure, axis):
     """The legend of one axis below all panels; needs 0.35 inches at the bottom edge."""
-    figure.legend(*axis.get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=8,
-                  frameon=False)
+    figure.legend(
+        *axis.get_legend_handles_labels(),
+        loc="lower center",
+        ncols=4,
+        fontsize=8,
+        frameon=False,
+    )
 
 
 def plot_scatter(predicted, target, names, path):
@@ -202,21 +255,38 @@ def plot_scatter(predicted, target, names, path):
     pearson_r = common.regression_metrics(predicted, masked)["pearson_r"]  # (R,)
     is_small = len(names) > 16
     columns, inches = (7, 1.75) if is_small else (min(len(names), 4), 2.4)
-    figure, axes = new_figure(len(names), columns, (inches, inches),
-                              margins=(0.42, 0.1, 0.27, 0.25), edges=(0.2, 0.25))
+    figure, axes = new_figure(
+        len(names),
+        columns,
+        (inches, inches),
+        margins=(0.42, 0.1, 0.27, 0.25),
+        edges=(0.2, 0.25),
+    )
     for j, axis in enumerate(axes):
         x, y = target[known[:, j], j], predicted[known[:, j], j]  # (n,)
         low, high = (min(*x, *y), max(*x, *y)) if len(x) else (0.0, 1.0)
         margin = 0.05 * (high - low) or 0.5
         axis.plot([low, high], [low, high], color=SOFT, linewidth=1, linestyle="--")
-        axis.plot(x, y, "o", color=BLUE, markersize=3, alpha=0.5 if len(x) < 300 else 0.2,
-                  markeredgewidth=0)
+        axis.plot(
+            x,
+            y,
+            "o",
+            color=BLUE,
+            markersize=3,
+            alpha=0.5 if len(x) < 300 else 0.2,
+            markeredgewidth=0,
+        )
         limits = (low - margin, high + margin)
         axis.set(xlim=limits, ylim=limits, box_aspect=1)
         axis.locator_params(nbins=2 if is_small else 4)
         set_title(axis, str(names[j])[:18])
-        axis.annotate(f"r {pearson_r[j]:.2f}\nn {len(x)}", (0.03, 0.97),
-                      xycoords="axes fraction", va="top", fontsize=7)
+        axis.annotate(
+            f"r {pearson_r[j]:.2f}\nn {len(x)}",
+            (0.03, 0.97),
+            xycoords="axes fraction",
+            va="top",
+            fontsize=7,
+        )
     figure.supxlabel("true", fontsize=9, color=SOFT, y=0.02, va="bottom")
     figure.supylabel("predicted", fontsize=9, color=SOFT, x=0.02, ha="left")
     save_figure(figure, path)
@@ -231,11 +301,20 @@ def plot_confusion(confusion, names, path):
     room = label_inches(labels)
     below = 0.45 if len(labels) <= 4 else 0.4 + 0.7 * room
     margins = (room + 0.35, 0.3, below, 0.32)
-    figure, (axis,) = new_figure(1, 1, (side + room + 0.65, side + below + 0.32), margins)
+    figure, (axis,) = new_figure(
+        1, 1, (side + room + 0.65, side + below + 0.32), margins
+    )
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for i, j in itertools.product(range(len(labels)), repeat=2):
-        axis.text(j, i, f"{confusion[i, j]}\n{shares[i, j]:.0%}", ha="center", va="center",
-                  fontsize=8, color="white" if shares[i, j] > 0.55 else INK)
+        axis.text(
+            j,
+            i,
+            f"{confusion[i, j]}\n{shares[i, j]:.0%}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if shares[i, j] > 0.55 else INK,
+        )
     turned = {"rotation": 40, "ha": "right"} if len(labels) > 4 else {}
     axis.set_xticks(range(len(labels)), labels, color=INK, **turned)
     axis.set_yticks(range(len(labels)), labels, color=INK)
@@ -257,7 +336,10 @@ def plot_reliability(probability, label, path, before=None):
     labelled = label >= 0
     figure, (axis,) = new_figure(1, 1, (4.2, 4.2), margins=(0.55, 0.25, 0.48, 0.45))
     axis.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle="--")
-    for values, colour, name in ((before, ORANGE, "before"), (probability, BLUE, "after")):
+    for values, colour, name in (
+        (before, ORANGE, "before"),
+        (probability, BLUE, "after"),
+    ):
         if values is not None:
             values = np.asarray(values, np.float64)[labelled]
             is_right = values.argmax(1) == label[labelled]
@@ -265,8 +347,11 @@ def plot_reliability(probability, label, path, before=None):
     confidence = np.asarray(probability, np.float64)[labelled].max(1, initial=0)
     ece = common.classification_metrics(probability, label).overall["ece"]
     calibrated = calibrating.simulated_ece(confidence)
-    set_title(axis, f"ECE {ece:.3f}, n {len(confidence)}\nof a calibrated model "
-                    f"{calibrated.mean():.3f} (95 % under {np.quantile(calibrated, 0.95):.3f})")
+    set_title(
+        axis,
+        f"ECE {ece:.3f}, n {len(confidence)}\nof a calibrated model "
+        f"{calibrated.mean():.3f} (95 % under {np.quantile(calibrated, 0.95):.3f})",
+    )
     axis.set(xlim=(0, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
     _label_axes(axis, "confidence", "share of right answers")
     if before is not None:
@@ -287,8 +372,15 @@ def _draw_reliability(axis, confidence, correct, colour, name):
     x = sum_confidence[used] / count
     axis.vlines(x, low, high, color=colour, linewidth=1.2, alpha=0.6)
     axis.plot(x, right / count, color=colour, linewidth=1, alpha=0.6)
-    axis.scatter(x, right / count, 12 + 150 * count / max(count.sum(), 1), color=colour,
-                 label=name, zorder=3, linewidths=0)
+    axis.scatter(
+        x,
+        right / count,
+        12 + 150 * count / max(count.sum(), 1),
+        color=colour,
+        label=name,
+        zorder=3,
+        linewidths=0,
+    )
 
 
 def plot_risk_coverage(confidence, correct, path):
@@ -298,8 +390,17 @@ def plot_risk_coverage(confidence, correct, path):
     overall, half = math.nan, math.nan
     if len(risk):
         overall, half = risk[-1], risk[np.searchsorted(coverage, 0.5)]
-        axis.plot(coverage, risk, color=BLUE, drawstyle="steps-post", linewidth=1.4, label="model")
-        axis.axhline(overall, color=ORANGE, linestyle="--", linewidth=1.2, label="random order")
+        axis.plot(
+            coverage,
+            risk,
+            color=BLUE,
+            drawstyle="steps-post",
+            linewidth=1.4,
+            label="model",
+        )
+        axis.axhline(
+            overall, color=ORANGE, linestyle="--", linewidth=1.2, label="random order"
+        )
         _add_legend(axis)
     set_title(axis, "risk over coverage", f"all {overall:.2f}, surest half {half:.2f}")
     axis.set(xlim=(0, 1.02), ylim=(0, max(0.1, 1.15 * risk.max(initial=0))))
@@ -325,7 +426,9 @@ def plot_precision_recall(probability, label, names, path, positive=None):
     axes[1].plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle="--")
     _label_axes(axes[0], "recall", "precision")
     _label_axes(axes[1], "false positive rate", "recall")
-    for axis, title, place in zip(axes, ("precision-recall", "ROC"), ("lower left", "lower right")):
+    for axis, title, place in zip(
+        axes, ("precision-recall", "ROC"), ("lower left", "lower right")
+    ):
         set_title(axis, title, f"n {len(label)}")
         axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
         if axis.get_legend_handles_labels()[1]:
@@ -341,8 +444,18 @@ def _draw_curves(axes, score, is_positive, colour, name):
     recall = np.append(0, found / is_positive.sum())
     false_rate = np.append(0, (ends - found) / (~is_positive).sum())
     precision = np.append(found[0] / ends[0], found / ends)
-    auc, average_precision = (float(value[0]) for value in common.ranking_metrics(score, is_positive))
-    axes[0].plot(recall, precision, color=colour, linewidth=1.4, drawstyle="steps-pre",
-                 label=f"{name}: AP {average_precision:.2f}")
+    auc, average_precision = (
+        float(value[0]) for value in common.ranking_metrics(score, is_positive)
+    )
+    axes[0].plot(
+        recall,
+        precision,
+        color=colour,
+        linewidth=1.4,
+        drawstyle="steps-pre",
+        label=f"{name}: AP {average_precision:.2f}",
+    )
     axes[0].axhline(is_positive.mean(), color=colour, linewidth=1, linestyle=":")
-    axes[1].plot(false_rate, recall, color=colour, linewidth=1.4, label=f"{name}: AUC {auc:.2f}")
+    axes[1].plot(
+        false_rate, recall, color=colour, linewidth=1.4, label=f"{name}: AUC {auc:.2f}"
+    )

@@ -2,6 +2,7 @@
 
 Letters: N rows, R ratings.
 """
+
 import math
 
 import numpy as np
@@ -20,9 +21,9 @@ def noise_ceiling(mean, sd, n):
     n = np.broadcast_to(np.asarray(n, np.float64), mean.shape)
     valid = np.isfinite(mean) & (sd > 0) & (n > 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        noise = common.mean_without_nan(np.where(valid, sd ** 2 / n, np.nan), axis=0)
+        noise = common.mean_without_nan(np.where(valid, sd**2 / n, np.nan), axis=0)
         centred = mean - common.mean_without_nan(np.where(valid, mean, np.nan), axis=0)
-        variance = np.where(valid, centred ** 2, 0.0).sum(0) / (valid.sum(0) - 1)
+        variance = np.where(valid, centred**2, 0.0).sum(0) / (valid.sum(0) - 1)
         r2 = 1.0 - noise / variance
     return np.where((valid.sum(0) >= 2) & (r2 >= 0), r2, np.nan)
 
@@ -65,7 +66,9 @@ def split_half(ratings, halves=100, seed=0):
     total = np.bincount(image, values)
     reliability = []
     for _ in range(halves):
-        order = np.argsort(image + generator.random(len(values)))  # shuffled within each image
+        order = np.argsort(
+            image + generator.random(len(values))
+        )  # shuffled within each image
         first = np.bincount(image[is_first], values[order[is_first]])
         second = total - first
         r = np.corrcoef(first / n_first, second / (counts - n_first))[0, 1]
@@ -87,7 +90,7 @@ def icc(ratings):
     means = np.bincount(image, values) / counts
     between = (counts * (means - values.mean()) ** 2).sum() / (n_images - 1)
     within = ((values - means[image]) ** 2).sum() / (n_ratings - n_images)
-    n0 = (n_ratings - (counts ** 2).sum() / n_ratings) / (n_images - 1)
+    n0 = (n_ratings - (counts**2).sum() / n_ratings) / (n_images - 1)
     signal = between - within
     if signal <= 0:
         return math.nan, math.nan

@@ -1,5 +1,5 @@
-"""One HTML file that carries everything inside: the builders return escaped HTML, write_report puts it in order.
-"""
+"""One HTML file that carries everything inside: the builders return escaped HTML, write_report puts it in order."""
+
 import base64
 import html
 import io
@@ -16,11 +16,20 @@ from readers import picture_files
 STYLE = Path(__file__).with_name("report.css")
 PLOT_SIDE, CASE_SIDE, MOST_CASES = 1600, 256, 40  # keep a page under 5 MB
 _LEVELS = {  # word and outline: shape and word tell the levels apart without colour
-    "good": ("Holds", '<circle cx="12" cy="12" r="11"/><path d="M6.8 12.4l3.6 3.7 6.9-7.6"/>'),
-    "caution": ("With caution", '<path class="f" d="M12 1.8L23.3 21.6H.7z"/>'
-                                '<path d="M12 9v6M12 18.1v.4"/>'),
-    "poor": ("Does not hold", '<path class="f" d="M7.6 1.5h8.8l6.1 6.1v8.8l-6.1 6.1H7.6l-6.1-6.1V7.6z"/>'
-                              '<path d="M8.3 8.3l7.4 7.4M15.7 8.3l-7.4 7.4"/>')}
+    "good": (
+        "Holds",
+        '<circle cx="12" cy="12" r="11"/><path d="M6.8 12.4l3.6 3.7 6.9-7.6"/>',
+    ),
+    "caution": (
+        "With caution",
+        '<path class="f" d="M12 1.8L23.3 21.6H.7z"/><path d="M12 9v6M12 18.1v.4"/>',
+    ),
+    "poor": (
+        "Does not hold",
+        '<path class="f" d="M7.6 1.5h8.8l6.1 6.1v8.8l-6.1 6.1H7.6l-6.1-6.1V7.6z"/>'
+        '<path d="M8.3 8.3l7.4 7.4M15.7 8.3l-7.4 7.4"/>',
+    ),
+}
 
 
 def _note(body, level, kind="note"):
@@ -73,19 +82,27 @@ def html_table(rows, columns=None, formats=None, caption="", max_rows=300):
     if not isinstance(columns, dict):
         columns = {key: str(key).replace("_", " ") for key in columns}
     formats = formats or {}
-    cells = [[_cell_text(row.get(key), formats.get(key)) for key in columns]
-             for row in rows[:max_rows]]
+    cells = [
+        [_cell_text(row.get(key), formats.get(key)) for key in columns]
+        for row in rows[:max_rows]
+    ]
     if len(rows) > max_rows:
-        cells.append([f"and {len(rows) - max_rows:,} more rows"] + [""] * (len(columns) - 1))
+        cells.append(
+            [f"and {len(rows) - max_rows:,} more rows"] + [""] * (len(columns) - 1)
+        )
     align = [""] * len(columns)
     for j, column in enumerate(zip(*cells)):
         if j and _is_numeric(column):
             align[j] = ' class="num"'
-    head = "".join(f'<th scope="col"{mark}>{html.escape(str(name))}</th>'
-                   for mark, name in zip(align, columns.values()))
+    head = "".join(
+        f'<th scope="col"{mark}>{html.escape(str(name))}</th>'
+        for mark, name in zip(align, columns.values())
+    )
     body = []
     for first, *others in cells:
-        data = "".join(f"<td{mark}>{cell}</td>" for mark, cell in zip(align[1:], others))
+        data = "".join(
+            f"<td{mark}>{cell}</td>" for mark, cell in zip(align[1:], others)
+        )
         body.append(f'<tr><th scope="row">{first}</th>{data}</tr>')
     title = f'<p class="small">{html.escape(caption)}</p>' if caption else ""
     body = "\n".join(body)
@@ -107,8 +124,11 @@ def _data_uri(picture, max_side, kind="JPEG"):
 def html_image(path, caption):
     """Figure with the plot or picture at `path` inside; the caption is also its text alternative."""
     from PIL import Image
+
     with Image.open(path) as picture:
-        uri = _data_uri(picture, PLOT_SIDE, "PNG" if picture.format == "PNG" else "JPEG")
+        uri = _data_uri(
+            picture, PLOT_SIDE, "PNG" if picture.format == "PNG" else "JPEG"
+        )
     text = html.escape(caption)
     image = f'<div class="scroll"><img src="{uri}" alt="{text}"></div>'
     return f'<figure class="plot">{image}<figcaption>{text}</figcaption></figure>'
@@ -121,6 +141,7 @@ def html_cases(cases):
     (list of text); at most MOST_CASES are shown.
     """
     from PIL import Image
+
     figures = []
     for case in cases[:MOST_CASES]:
         pixels = case["image"]
@@ -128,9 +149,13 @@ def html_cases(cases):
             pixels = picture_files.load_image(pixels)
         uri = _data_uri(Image.fromarray(pixels), CASE_SIDE)
         title = html.escape(str(case["title"]))
-        lines = "".join(f"<span>{html.escape(str(line))}</span>" for line in case.get("lines", ()))
-        figures.append(f'<figure><img src="{uri}" alt="{title}">'
-                       f"<figcaption><b>{title}</b>{lines}</figcaption></figure>")
+        lines = "".join(
+            f"<span>{html.escape(str(line))}</span>" for line in case.get("lines", ())
+        )
+        figures.append(
+            f'<figure><img src="{uri}" alt="{title}">'
+            f"<figcaption><b>{title}</b>{lines}</figcaption></figure>"
+        )
     return '<div class="cases">' + "\n".join(figures) + "</div>"
 
 
@@ -150,13 +175,17 @@ def leakage_blocks(run):
 def history_blocks(run):
     """The section on learning curves: those of the run, or of its first fold."""
     curves = sorted(run.folder.glob("**/training_history.png"))
-    return [html_image(path, f"Learning curves, {path.parent.name}") for path in curves[:1]]
+    return [
+        html_image(path, f"Learning curves, {path.parent.name}") for path in curves[:1]
+    ]
 
 
 def command_blocks():
     """The section that repeats the run: the command with public paths, and package versions."""
-    versions = [{"package": name, "version": version}
-                for name, version in common.package_versions().items()]
+    versions = [
+        {"package": name, "version": version}
+        for name, version in common.package_versions().items()
+    ]
     return [html_code(common.public_command()), html_table(versions)]
 
 
@@ -175,11 +204,17 @@ def write_report(path, title, verdict, sections, foot="", figures=()):
             name = f"s{len(links)}"
             links.append(f'<li><a href="#{name}">{html.escape(heading)}</a></li>')
             body = "\n".join(blocks)
-            bodies.append(f'<section id="{name}"><h2>{html.escape(heading)}</h2>\n{body}\n</section>')
+            bodies.append(
+                f'<section id="{name}"><h2>{html.escape(heading)}</h2>\n{body}\n</section>'
+            )
     tile = '<div><dt>{}</dt><dd class="big">{}</dd><dd class="small">{}</dd></div>'
     tiles = "".join(tile.format(*map(html.escape, figure)) for figure in figures)
     word = _LEVELS[level][0]
-    banner = _note(f'<div class="word">{word}</div><p>{html.escape(sentence)}</p>', level, "note verdict")
+    banner = _note(
+        f'<div class="word">{word}</div><p>{html.escape(sentence)}</p>',
+        level,
+        "note verdict",
+    )
     links, main = "".join(links), "\n".join(bodies)
     document = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

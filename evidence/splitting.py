@@ -2,6 +2,7 @@
 
 Letters: N rows.
 """
+
 import collections
 import itertools
 import json
@@ -75,9 +76,12 @@ def _assign_groups(shares, stratum, unit, seed):
 
     def misfit(part):
         held = np.stack([rows[part == p].sum(axis=0) for p in range(len(shares))])
-        by_stratum = ((held - shares[:, None] * in_stratum) ** 2 / in_stratum).mean(axis=1)
+        by_stratum = ((held - shares[:, None] * in_stratum) ** 2 / in_stratum).mean(
+            axis=1
+        )
         by_size = (held.sum(axis=1) - shares * len(unit)) ** 2 / len(unit)
         return (by_stratum + by_size).sum()
+
     n_deals = min(300, 10 + 40_000 // len(rows))  # about a second at most
     orders = [rng.permutation(len(rows)) for _ in range(n_deals)]
     # Largest first fits best where sizes differ much. It comes last and breaks ties at random:
@@ -102,7 +106,8 @@ def _units(n_rows, groups):
     if "" in labels:
         blank = np.sum(unit == 0)
         raise common.UserError(
-            f"expected a group in every row, found {blank} blank. Fill the group column.")
+            f"expected a group in every row, found {blank} blank. Fill the group column."
+        )
     return unit, len(labels), "groups"
 
 
@@ -116,12 +121,16 @@ def make_split(n_rows, ratios, strata=None, groups=None, seed=42, keys=None):
     shares = np.array(list(ratios.values()), dtype=float)
     unit, n_units, what = _units(n_rows, groups)
     if not abs(shares.sum() - 1) < 1e-6 or shares.min() < 0:
-        raise common.UserError(f"split ratios must be 0 or more and add up to 1, found {ratios} "
-                               f"(sum {shares.sum():g}).")
+        raise common.UserError(
+            f"split ratios must be 0 or more and add up to 1, found {ratios} "
+            f"(sum {shares.sum():g})."
+        )
     wanted = shares > 0
     if n_units < wanted.sum() or np.any(shares[wanted] * n_rows < 0.5):
-        raise common.UserError(f"empty split: {n_rows} rows ({n_units} {what}) are too few for "
-                               f"{ratios}. Change the ratios.")
+        raise common.UserError(
+            f"empty split: {n_rows} rows ({n_units} {what}) are too few for "
+            f"{ratios}. Change the ratios."
+        )
     part = _assign(shares, strata, unit, seed, keys, n_rows)
     return {name: np.flatnonzero(part == p) for p, name in enumerate(ratios)}
 
@@ -130,8 +139,10 @@ def make_folds(n_rows, k, strata=None, groups=None, seed=42, keys=None):
     """-> (N,) int fold 0 to k-1 of each row, as in make_split. UserError: fewer units than folds."""
     unit, n_units, what = _units(n_rows, groups)
     if not 2 <= k <= n_units:
-        raise common.UserError(f"--folds {k}: expected 2 or more and at most the number of {what}, "
-                               f"found {n_units} {what}.")
+        raise common.UserError(
+            f"--folds {k}: expected 2 or more and at most the number of {what}, "
+            f"found {n_units} {what}."
+        )
     return _assign(np.full(k, 1 / k), strata, unit, seed, keys, n_rows)
 
 
@@ -148,11 +159,15 @@ def read_split_file(path, keys):
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        parts = {part: list(map(str, listed)) for part, listed in content.items()
-                 if isinstance(listed, list)}
+        parts = {
+            part: list(map(str, listed))
+            for part, listed in content.items()
+            if isinstance(listed, list)
+        }
     except (OSError, ValueError, AttributeError) as error:
         raise common.UserError(
-            f"--split_file {path}: expected JSON with a list train, found {error}") from None
+            f"--split_file {path}: expected JSON with a list train, found {error}"
+        ) from None
     row_of = {str(key): row for row, key in enumerate(keys)}
     counts = collections.Counter(itertools.chain(*parts.values()))
     faults = []
@@ -162,42 +177,58 @@ def read_split_file(path, keys):
             faults.append(f"{key} (listed {count} times{unknown})")
     if faults or not parts.get("train"):
         found = common.shorten_list(faults or parts) or "no lists"
-        raise common.UserError(f"--split_file {path}: expected each image name once and a part "
-                               f"train, found {found}.")
-    return {part: np.array(sorted(row_of[key] for key in listed), dtype=int)
-            for part, listed in parts.items()}
+        raise common.UserError(
+            f"--split_file {path}: expected each image name once and a part "
+            f"train, found {found}."
+        )
+    return {
+        part: np.array(sorted(row_of[key] for key in listed), dtype=int)
+        for part, listed in parts.items()
+    }
 
 
 def split_of_flags(args, keys, strata=None, groups=None):
     """{train, val, test: sorted (n,) int rows} by the ratios or from --split_file."""
     if not args.split_file:
-        ratios = {"train": args.train_ratio, "val": args.val_ratio, "test": args.test_ratio}
+        ratios = {
+            "train": args.train_ratio,
+            "val": args.val_ratio,
+            "test": args.test_ratio,
+        }
         return make_split(len(keys), ratios, strata, groups, args.seed, keys)
     split = read_split_file(args.split_file, keys)
     if not len(split.get("val", ())):
         raise common.UserError(
-            f"--split_file {args.split_file} has no val part; it chooses the epoch")
-    return {part: split.get(part, np.array([], dtype=int)) for part in ("train", "val", "test")}
+            f"--split_file {args.split_file} has no val part; it chooses the epoch"
+        )
+    return {
+        part: split.get(part, np.array([], dtype=int))
+        for part in ("train", "val", "test")
+    }
 
 
 def effective_size(target, subjects=None):
     """How much the data hold: {rows, distinct_label_vectors, subjects} of target (N,) or (N, R)."""
     target = np.asarray(target, dtype=float).reshape(len(target), -1)
     target = np.nan_to_num(target, nan=np.inf)
-    return {"rows": len(target),
-            "distinct_label_vectors": len(np.unique(target, axis=0)),
-            "subjects": None if subjects is None else len(set(map(str, subjects)))}
+    return {
+        "rows": len(target),
+        "distinct_label_vectors": len(np.unique(target, axis=0)),
+        "subjects": None if subjects is None else len(set(map(str, subjects))),
+    }
 
 
 def _near_duplicates(rows, pixels, phash):
     """Pairs (i, j) of the rows that differ in 1 to NEAR_DUPLICATE_BITS bits or in pixels alone."""
-    bits = np.unpackbits(np.ascontiguousarray(np.asarray(phash)[rows]).view(np.uint8), axis=1)
+    bits = np.unpackbits(
+        np.ascontiguousarray(np.asarray(phash)[rows]).view(np.uint8), axis=1
+    )
     signs = 2 * bits.astype(np.float32) - 1  # (n, 256)
     least = max(1, signs.shape[1] - 2 * NEAR_DUPLICATE_BITS)
     pairs = []
     for start in range(0, len(signs), 1024):
         # (B, n): number of bits - 2 x Hamming distance
-        agreement = signs[start:start + 1024] @ signs[start:].T
+        agreement = signs[start : start + 1024] @ signs[start:].T
         for i, j in np.argwhere(np.triu(agreement, 1) >= least) + start:
             if pixels[rows[i]] != pixels[rows[j]]:
                 pairs.append((rows[i], rows[j]))
@@ -231,11 +262,15 @@ def leakage_report(split, keys, pixels, phash=None, values=None, pairs=None):
     """
     part_of = {row: part for part, rows in split.items() for row in rows}
     readable = [row for row in part_of if pixels[row]]
-    columns = {what: column for what, column in (values or {}).items() if column is not None}
+    columns = {
+        what: column for what, column in (values or {}).items() if column is not None
+    }
     copies = collections.defaultdict(list)
     for row in readable:
         copies[pixels[row]].append(str(keys[row]))
-    columns["exact_duplicates"] = [" = ".join(sorted(copies[content])) for content in pixels]
+    columns["exact_duplicates"] = [
+        " = ".join(sorted(copies[content])) for content in pixels
+    ]
     pairs = dict(pairs or {})
     if phash is not None:
         pairs["near_duplicates"] = _near_duplicates(readable, pixels, phash)
@@ -252,8 +287,12 @@ def leakage_report(split, keys, pixels, phash=None, values=None, pairs=None):
             found[what] = found_items(named_pairs[what, frozenset((a, b))])
         report["between"][f"{a}-{b}"] = found
     for part in parts:
-        repeated = held["exact_duplicates", part] - collections.Counter(set(columns["exact_duplicates"]))
-        found = {"exact_duplicates": {**found_items(repeated), "count": repeated.total()}}
+        repeated = held["exact_duplicates", part] - collections.Counter(
+            set(columns["exact_duplicates"])
+        )
+        found = {
+            "exact_duplicates": {**found_items(repeated), "count": repeated.total()}
+        }
         for what in pairs:
             found[what] = found_items(named_pairs[what, frozenset((part,))])
         report["within"][part] = found
@@ -285,11 +324,14 @@ def check_leakage(report, allow_leakage=False, stopping=STOPPING_LEAKS):
             item = found.get(what, {"count": 0})
             if item["count"]:
                 examples = common.shorten_list(item["examples"], 3)
-                faults.append(f"{pair} share {item['count']} {what.replace('_', ' ')} ({examples})")
+                faults.append(
+                    f"{pair} share {item['count']} {what.replace('_', ' ')} ({examples})"
+                )
     if faults and not allow_leakage:
         raise common.UserError(
             f"leakage between the splits: {'; '.join(faults)}. Split by --group_column, remove the "
-            "copies, or go on with --allow_leakage.")
+            "copies, or go on with --allow_leakage."
+        )
 
 
 def record_split(run, split, keys, report, stopping=STOPPING_LEAKS):
@@ -306,7 +348,9 @@ def split_by_time(sequences, order, ratios, gap):
     sequences: (N,) names; order: (N,) place within the sequence. Raises UserError where a part would be empty.
     """
     if abs(sum(ratios.values()) - 1) > 1e-6:
-        raise common.UserError(f"split ratios must add up to 1, found {ratios} (sum {sum(ratios.values()):g})")
+        raise common.UserError(
+            f"split ratios must add up to 1, found {ratios} (sum {sum(ratios.values()):g})"
+        )
     used = [part for part, ratio in ratios.items() if ratio > 0]
     split = {part: [] for part in ratios}
     for sequence in np.unique(sequences):
@@ -320,8 +364,10 @@ def split_by_time(sequences, order, ratios, gap):
             start = stop + gap
     empty = [part for part in used if not split[part]]
     if empty:
-        raise common.UserError(f"the sequences are too short for blocks of time with --gap {gap}; empty: "
-                               f"{', '.join(empty)}. Use a smaller --gap")
+        raise common.UserError(
+            f"the sequences are too short for blocks of time with --gap {gap}; empty: "
+            f"{', '.join(empty)}. Use a smaller --gap"
+        )
     return {part: np.array(sorted(rows), dtype=int) for part, rows in split.items()}
 
 
@@ -331,13 +377,29 @@ def split_by_names(listed, groups, aliases):
     Raises UserError for an unknown name, and for a group in two parts.
     """
     group_of = {**aliases, **{group: group for group in groups}}
-    unknown = [name + common.closest(name, group_of) for names in listed.values() for name in names
-               if name not in group_of]
+    unknown = [
+        name + common.closest(name, group_of)
+        for names in listed.values()
+        for name in names
+        if name not in group_of
+    ]
     if unknown:
-        raise common.UserError(f"the lists of the split name no such group: {', '.join(unknown)}")
-    owners = {part: {group_of[name] for name in names} for part, names in listed.items()}
-    twice = [f"{sorted(owners[a] & owners[b])} in {a} and {b}" for a, b in itertools.combinations(owners, 2)
-             if owners[a] & owners[b]]
+        raise common.UserError(
+            f"the lists of the split name no such group: {', '.join(unknown)}"
+        )
+    owners = {
+        part: {group_of[name] for name in names} for part, names in listed.items()
+    }
+    twice = [
+        f"{sorted(owners[a] & owners[b])} in {a} and {b}"
+        for a, b in itertools.combinations(owners, 2)
+        if owners[a] & owners[b]
+    ]
     if twice:
-        raise common.UserError(f"a group stands on one side of a split; {'; '.join(twice)}")
-    return {part: np.flatnonzero(np.isin(groups, sorted(names))) for part, names in owners.items()}
+        raise common.UserError(
+            f"a group stands on one side of a split; {'; '.join(twice)}"
+        )
+    return {
+        part: np.flatnonzero(np.isin(groups, sorted(names)))
+        for part, names in owners.items()
+    }
