@@ -13,12 +13,6 @@ import common
 
 RIDGE_LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-2, 13))
 LOGISTIC_LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-2, 11))
-DISPLAY_NAMES = {
-    "train_mean": "train mean",
-    "train_prior": "train prior",
-    "ridge": "ridge",
-    "logistic": "logistic",
-}  # of predictions columns, as sentences of the report name them
 
 
 def train_mean_baseline(train_target, n_rows):
@@ -125,7 +119,7 @@ def fit_ridge(
 
 
 def _solve_ridge(x, y, lambdas, folds):
-    """Weights (F, R) and the lambda (R,) of the smallest held-out squared error; x (N, F), y (N, R)."""
+    """Weights (F, R) and lambda (R,) of the smallest held-out squared error."""
     x = x - x.mean(0)
     y = y - y.mean(0)
     is_primal = x.shape[1] <= len(x)
@@ -183,7 +177,7 @@ class Logistic:
 def fit_logistic(
     features, label, n_classes, lambdas=LOGISTIC_LAMBDAS, groups=None, sd_floor=0.0
 ):
-    """Multinomial logistic regression, ridge penalty lambda > 0 by inner cross-validation -> Logistic.
+    """Multinomial logistic regression, lambda > 0 by inner cross-validation -> Logistic.
 
     features: (N, F), standardised here; label: (N,) class indices, below 0 = missing (row left
     out); groups, sd_floor: as in fit_ridge. Minimises the summed NLL + lambda / 2 |W|^2, with two
@@ -232,7 +226,7 @@ def _choose_penalty(scores, label, n_classes, folds, lambdas):
 
 
 def _held_out_nll(scores, label, n_classes, rows, penalty):
-    """Summed NLL of these rows by a fit on all others; a class that the others lack does not count."""
+    """Summed NLL of these rows by a fit on the others; a class they lack does not count."""
     others = np.setdiff1d(np.arange(len(label)), rows)
     weights, intercept = _solve_logistic(
         scores[others], label[others], n_classes, penalty

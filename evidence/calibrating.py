@@ -1,4 +1,6 @@
-"""How far a prediction may be off: temperature, threshold and conformal intervals, fitted on rows not trained on.
+"""How far a prediction may be off: temperature, threshold and conformal intervals.
+
+All are fitted on rows that no network was trained on.
 
 Letters: N rows, C classes.
 """
@@ -42,7 +44,9 @@ def risk_coverage(confidence, correct):
 
 
 def conformal_quantile(abs_residuals, alpha, subjects=None, seed=0):
-    """Half-width of a 1 - alpha interval: the ceil((n + 1)(1 - alpha))-th smallest of (M,) |residuals|.
+    """Half-width of a 1 - alpha interval from (M,) |residuals|.
+
+    It is the ceil((n + 1)(1 - alpha))-th smallest.
 
     NaN residuals are dropped; too few give inf (alpha .1 needs 9). With subjects (M,) n counts
     subjects, each giving one residual drawn at random: exchangeable with a row of a new subject

@@ -11,7 +11,9 @@ import common
 
 
 def noise_ceiling(mean, sd, n):
-    """R2 ceiling of each target from summary ratings: mean, sd (N, R), raters n (N, R) or a number -> (R,).
+    """(R,) R2 ceiling of each target from summary ratings.
+
+    mean, sd: (N, R); n: (N, R) raters, or a number.
 
     1 - mean(sd^2 / n) / var(mean), the reliability of a mean in classical test theory; its root is
     the ceiling of r. Rows with sd = 0 or anything missing do not count. NaN: not measurable.
