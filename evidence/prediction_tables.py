@@ -1,6 +1,10 @@
 """The predictions table, where a script ends and its judging begins.
 
-Letters: N rows, R scores.
+A CSV with a row for each picture, clip or transition. Its first column says which, `group` which rows are not
+independent. Scores stand in NAME_true, NAME_predicted and NAME_BASELINE of each score; classes in true_label,
+prob_CLASS and BASELINE_prob_CLASS, with threshold where the positive class is given from a threshold on.
+
+Letters: M rows, R scores, C classes.
 """
 import dataclasses
 
@@ -10,62 +14,240 @@ import common
 from readers import csv_tables
 
 
-def write_target_table(path, keys, names, values):
-    """CSV of predictions: columns `keys` {heading: N texts}, then NAME_KIND of each target; values {kind: (N, R)}."""
-    columns = keys | {f"{name}_{kind}": each[:, r] for r, name in enumerate(names) for kind, each in values.items()}
+@dataclasses.dataclass(kw_only=True)
+class ScoreTable:
+    """Predicted scores of M rows beside the truth and what the baselines predict."""
+    keys: dict  # heading -> (M,) text; the first says which row it is
+    names: list  # R
+    target: np.ndarray  # (M, R), NaN = missing
+    predicted: np.ndarray  # (M, R)
+    baselines: dict  # name -> (M, R)
+    groups: np.ndarray | None = None  # (M,) text
+    spread: np.ndarray | None = None  # (M, R) sd over the members of an ensemble
+
+    @property
+    def truth(self):
+        """(M, R) true scores."""
+        return self.target
+
+    def take(self, rows):
+        """The table of these rows."""
+        return _take(self, rows, ("target", "predicted", "groups", "spread"))
+
+    def write(self, path):
+        """The CSV, written whole."""
+        blocks = {"true": self.target, "predicted": self.predicted, **self.baselines}
+        if self.spread is not None:
+            blocks["sd"] = self.spread
+        write_target_table(path, _with_group(self), self.names, blocks)
+
+
+@dataclasses.dataclass(kw_only=True)
+class ClassTable:
+    """Predicted classes of M rows beside the truth and what the baselines predict."""
+    keys: dict  # heading -> (M,) text; the first says which row it is
+    names: list  # C
+    positive: int  # the class whose AUC counts, and that a threshold gives
+    label: np.ndarray  # (M,) class indices, -1 = unknown
+    probability: np.ndarray  # (M, C)
+    baselines: dict  # name -> (M, C)
+    groups: np.ndarray | None = None  # (M,) text
+    threshold: np.ndarray | None = None  # (M,) of the positive class; None = the most probable class is given
+    logits: np.ndarray | None = None  # (M, C) before calibration
+    uncalibrated: np.ndarray | None = None  # (M, C), where `probability` is calibrated on other rows
+
+    @property
+    def chosen(self):
+        """(M,) indices of the classes that are given."""
+        return common.predicted_class(self.probability, self.threshold, self.positive)
+
+    @property
+    def truth(self):
+        """(M,) true class indices."""
+        return self.label
+
+    def take(self, rows):
+        """The table of these rows."""
+        return _take(self, rows, ("label", "probability", "groups", "threshold", "logits", "uncalibrated"))
+
+    def labelled(self):
+        """The rows with a known label. Raises UserError where there is none."""
+        known = self.label >= 0
+        if not known.any():
+            raise common.UserError("no row of the predictions has a true label: nothing to judge")
+        return self.take(known)
+
+    def write(self, path):
+        """The CSV, written whole."""
+        spelled = np.array([*self.names, ""])  # label -1 = unknown
+        columns = {**_with_group(self), "true_label": spelled[self.label], "pred_label": spelled[self.chosen]}
+        blocks = {"prob": self.probability}
+        if self.logits is not None:
+            blocks["logit"] = self.logits
+        blocks |= {f"{name}_prob": block for name, block in self.baselines.items()}
+        for kind, block in blocks.items():
+            columns |= {f"{kind}_{name}": block[:, c] for c, name in enumerate(self.names)}
+        if self.threshold is not None:
+            columns["threshold"] = self.threshold
+        write_columns(path, columns)
+
+
+def _take(table, rows, fields):
+    """A ScoreTable or ClassTable of these rows; fields: those with an entry for each row."""
+    found = {name: getattr(table, name) for name in fields}
+    taken = {name: None if values is None else values[rows] for name, values in found.items()}
+    return dataclasses.replace(
+        table, **taken,
+        keys={heading: np.asarray(values)[rows] for heading, values in table.keys.items()},
+        baselines={name: block[rows] for name, block in table.baselines.items()})
+
+
+def _with_group(table):
+    """The keys of a table, and its groups as a column of that name."""
+    keys = {heading: np.asarray(values) for heading, values in table.keys.items()}
+    return keys if table.groups is None else {**keys, "group": table.groups}
+
+
+def write_columns(path, columns):
+    """CSV of {heading: (M,) values}."""
     common.write_table(path, [dict(zip(columns, row)) for row in zip(*columns.values())])
 
 
+def write_target_table(path, keys, names, values):
+    """CSV of predictions: columns `keys` {heading: M texts}, then NAME_KIND of each target; values {kind: (M, R)}."""
+    columns = keys | {f"{name}_{kind}": block[:, r] for r, name in enumerate(names) for kind, block in values.items()}
+    write_columns(path, columns)
+
+
 def read_target_table(path, key, names):
-    """A CSV of write_target_table -> (N texts of column `key`, {kind: (N, R)}); the first target tells the kinds."""
-    table, first = csv_tables.read_table(path), f"{names[0]}_"
+    """A CSV of write_target_table -> (M texts of column `key`, {kind: (M, R)}); the first target tells the kinds."""
+    table = csv_tables.read_table(path)
+    return list(table[key]), _target_blocks(table, names, path)
+
+
+def _target_blocks(table, names, path):
+    """{kind: (M, R)} of the columns NAME_KIND that every name has."""
+    first = f"{names[0]}_"
     kinds = [column.removeprefix(first) for column in table if column.startswith(first)]
     kinds = [kind for kind in kinds if all(f"{name}_{kind}" in table for name in names)]  # not of a longer name
-
-    def columns(kind):
-        return np.stack([csv_tables.to_numbers(table[f"{n}_{kind}"], f"{path}, column {n}_{kind}") for n in names], axis=1)
-    return list(table[key]), {kind: columns(kind) for kind in kinds}
+    return {kind: _block(table, [f"{name}_{kind}" for name in names], path) for kind in kinds}
 
 
-@dataclasses.dataclass
-class ClassPredictions:
-    """A predictions CSV of --task classify."""
-    names: list  # C
-    clip_ids: list  # M
-    label: np.ndarray  # (M,) -1 = unknown
-    chosen: np.ndarray  # (M,) pred_label
-    probability: np.ndarray  # (M, C)
-    logits: np.ndarray  # (M, C)
-    baselines: dict  # name -> (M, C)
-    groups: np.ndarray | None  # (M,)
-    threshold: np.ndarray | None  # (M,) of the positive class; None = the most probable class is chosen
+def _block(table, columns, path):
+    """(M, len(columns)) numbers."""
+    return np.stack([csv_tables.to_numbers(table[column], f"{path}, column {column}") for column in columns], axis=1)
 
 
-def read_probabilities(path):
-    """predictions CSV -> ClassPredictions. Raises UserError for missing columns and labels that are no class."""
+# --- a table of any program ------------------------------------------------------------------------
+
+ID_COLUMNS = ("image", "clip_id", "name", "id", "filename", "file")
+LABEL_COLUMNS = ("true_label", "label", "true", "target")
+
+
+def read_predictions(path, group_column=None, baseline=None, positive_class=None):
+    """Any program's predictions -> ScoreTable or ClassTable.
+
+    Columns: NAME_true, NAME_predicted (scores); true_label or label with prob_CLASS, or with score (two classes).
+    group_column: None = `group` where there is one; baseline: column, or part of a column's name, of the baseline to
+    hold against; None = all that the table has. Raises UserError for what cannot be judged.
+    """
     table = csv_tables.read_table(path)
-    names = [column.removeprefix("prob_") for column in table if column.startswith("prob_")]
-    if not names or "true_label" not in table:
-        raise common.UserError(f"--predictions {path}: expected columns true_label and prob_CLASS, found "
-                               f"{common.shorten_list(table.columns, 40)}")
-    unknown = sorted(set(table["true_label"]) - {*names, ""})
-    if unknown:
-        raise common.UserError(f"--predictions {path}: true_label {common.shorten_list(unknown)} has no column prob_")
+    group_column = group_column or ("group" if "group" in table else None)
+    if group_column and group_column not in table:
+        raise common.UserError(f"--group_column {group_column} is no column of {path}"
+                               f"{common.closest(group_column, list(table))} (found: {common.shorten_list(table, 40)})")
+    shared = {"keys": _keys_of(table), "groups": table[group_column].to_numpy(str) if group_column else None}
+    names = [column.removesuffix("_predicted") for column in table if column.endswith("_predicted")]
+    names = [name for name in names if f"{name}_true" in table]
+    if names:
+        return _read_scores(table, path, names, baseline, shared)
+    label_column = next((column for column in LABEL_COLUMNS if column in table), None)
+    if label_column and any(column.startswith("prob_") for column in table):
+        return _read_probabilities(table, path, label_column, baseline, positive_class, shared)
+    if label_column and "score" in table:
+        return _read_binary(table, path, label_column, baseline, positive_class, shared)
+    raise common.UserError(
+        f"{path} is no table of predictions: expected NAME_true and NAME_predicted (scores), or true_label with "
+        f"prob_CLASS or score (classes); found {common.shorten_list(table, 40)}")
 
-    def block(kind):
-        columns = [f"{kind}_{name}" for name in names]
-        return np.stack([csv_tables.to_numbers(table[c], f"{path}, column {c}") for c in columns], 1)
-    index = {**{name: c for c, name in enumerate(names)}, "": -1}
-    own = {f"{kind}_{name}" for kind in ("prob", "logit") for name in names}
-    ending = f"_{names[0]}"
-    kinds = [column.removesuffix(ending) for column in table if column.endswith(f"_prob{ending}") and column not in own]
-    kinds = [kind for kind in kinds if all(f"{kind}_{name}" in table for name in names)]  # not of a longer name
-    probability = block("prob")
-    label, chosen = (np.array([index.get(name, -1) for name in table[column]]) if column in table
-                     else probability.argmax(1) for column in ("true_label", "pred_label"))
-    logits = block("logit") if f"logit_{names[0]}" in table else np.log(np.maximum(probability, 1e-12))
-    return ClassPredictions(names, list(table["clip_id"]), label, chosen, probability, logits,
-                            {kind.removesuffix("_prob"): block(kind) for kind in kinds},
-                            table["group"].to_numpy(str) if "group" in table else None,
-                            csv_tables.to_numbers(table["threshold"], f"{path}, column threshold")
-                            if "threshold" in table else None)
+
+def _keys_of(table):
+    """{heading: (M,) text} of the column that says which row it is; without one the number of the row."""
+    found = next((column for column in ID_COLUMNS if column in table), None)
+    return {found: table[found].to_numpy(str)} if found else {"row": np.arange(1, len(table) + 1).astype(str)}
+
+
+def _read_scores(table, path, names, baseline, shared):
+    blocks = _target_blocks(table, names, path)
+    target = blocks.pop("true")
+    predicted = blocks.pop("predicted")
+    spread = blocks.pop("sd", None)
+    if baseline in table and len(names) == 1:
+        blocks = {baseline: _block(table, [baseline], path)}
+    elif baseline:
+        blocks = {baseline: blocks[_named(baseline, blocks, path)]}
+    if not blocks:
+        blocks = {"mean_of_these_rows": np.tile(common.mean_without_nan(target, 0), (len(target), 1))}
+    return ScoreTable(names=names, target=target, predicted=predicted, baselines=blocks, spread=spread, **shared)
+
+
+def _read_probabilities(table, path, label_column, baseline, positive_class, shared):
+    names = [column.removeprefix("prob_") for column in table if column.startswith("prob_")]
+    unknown = sorted(set(table[label_column]) - {*names, ""})
+    if unknown:
+        raise common.UserError(f"{path}: {label_column} {common.shorten_list(unknown)} has no column prob_CLASS")
+    index = {name: c for c, name in enumerate(names)}
+    label = np.array([index.get(name, -1) for name in table[label_column]])
+    others = {}
+    for column in table:
+        kind = column.removesuffix(f"_prob_{names[0]}")
+        columns = [f"{kind}_prob_{name}" for name in names]
+        if kind != column and not column.startswith("prob_") and all(each in table for each in columns):
+            others[kind] = _block(table, columns, path)
+    if baseline:
+        others = {baseline: others[_named(baseline, others, path)]}
+    logits = [f"logit_{name}" for name in names]
+    return _class_table(
+        names, label, _block(table, [f"prob_{name}" for name in names], path), others, positive_class, shared,
+        threshold=csv_tables.to_numbers(table["threshold"], f"{path}, column threshold")
+        if "threshold" in table else None,
+        logits=_block(table, logits, path) if all(each in table for each in logits) else None)
+
+
+def _read_binary(table, path, label_column, baseline, positive_class, shared):
+    names = sorted(set(table[label_column]) - {""})
+    if len(names) != 2:
+        raise common.UserError(f"{path}: a score needs two classes in {label_column}, found {common.shorten_list(names)}")
+    label = np.array([names.index(text) if text else -1 for text in table[label_column]])
+    positive_class = positive_class or names[1]
+    positive = names.index(_named(positive_class, names, path))
+
+    def both(column):
+        score = _block(table, [column], path)[:, 0]
+        if score.min() < 0 or score.max() > 1:
+            score = 1 / (1 + np.exp(-score))
+        probability = np.stack([1 - score, score], axis=1)
+        return probability if positive == 1 else probability[:, ::-1]
+    others = {baseline: both(_named(baseline, list(table), path))} if baseline else {}
+    return _class_table(names, label, both("score"), others, positive_class, shared)
+
+
+def _class_table(names, label, probability, others, positive_class, shared, **further):
+    """ClassTable whose positive class is the one named, else the rarest; without a baseline, the shares of these rows."""
+    counts = np.bincount(label[label >= 0], minlength=len(names))
+    positive = int(np.argmin(np.where(counts, counts, len(label) + 1)))
+    if positive_class:
+        positive = names.index(_named(positive_class, names, "--positive_class"))
+    if not others:
+        shares = counts / max(counts.sum(), 1)
+        others = {"shares_of_these_rows": np.tile(shares, (len(label), 1))}
+    return ClassTable(names=names, label=label, probability=probability, baselines=others, positive=positive,
+                      **further, **shared)
+
+
+def _named(name, known, source):
+    """The name, if it is known. Raises UserError with the closest one."""
+    if name not in known:
+        raise common.UserError(f"{source}: found no {name}{common.closest(name, known)}; there are: "
+                               f"{common.shorten_list(known, 40) or 'none'}")
+    return name

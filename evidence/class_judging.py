@@ -1,0 +1,159 @@
+"""Judge predicted classes: intervals, baseline, calibration, confounds and verdict of a ClassTable.
+
+Letters: M rows, C classes.
+"""
+import dataclasses
+import math
+
+import numpy as np
+
+import common
+from evidence import calibrating, confounding, judging, plotting, reporting, splitting, subject_intervals, verdicts
+from evidence.score_judging import lowest
+
+
+@common.first_process_only
+def judge_classes(run, table, setting, confounds=(), levels=None):
+    """Judge a prediction_tables.ClassTable, write plots, report.html and metrics.json; returns the metrics.
+
+    confounds: of confounding.level_priors; levels: {name of a confound: (M,) its values}.
+    """
+    table = table.labelled()
+    result = compare_classes(table)
+    confounds = confounding.flag_confounds(confounds, lowest(result.overall.model["roc_auc"]))
+    confidence = table.probability.max(1)
+    for row in confounds:
+        if row["name"] in (levels or {}):
+            row["model_auc_within_levels"] = confounding.within_level_auc(
+                table.probability[:, table.positive], table.label, levels[row["name"]], table.positive)
+    plotting.plot_confusion(result.confusion, table.names, run.path("confusion.png"))
+    plotting.plot_precision_recall(table.probability, table.label, table.names, run.path("precision_recall.png"),
+                                   table.positive if len(table.names) == 2 else None)
+    plotting.plot_risk_coverage(confidence, table.probability.argmax(1) == table.label, run.path("risk_coverage.png"))
+    plotting.plot_reliability(table.probability, table.label, run.path("reliability.png"), table.uncalibrated)
+
+    name = table.names[table.positive]
+    verdict = verdicts.verdict_sentence(result, "roc_auc", None, setting.held_out, f"AUC of {name}")
+    alarms = verdicts.classification_alarms(
+        table.probability, table.label, table.names, table.threshold, table.positive)
+    stages = calibration_rows(table)
+    meanings = verdicts.spell_class_metrics(table.names)
+    criteria = verdicts.parse_criteria(setting.criteria, meanings)
+    flagged = confounding.flagged_names(confounds)
+    judgement = judging.Judgement(
+        verdict=verdict + confounding.flagged_sentence(confounds),
+        level=verdicts.verdict_level(result.gain("roc_auc"), alarms + setting.alarms + flagged),
+        alarms=alarms,
+        criteria=verdicts.judge_criteria(criteria, verdicts.named_estimates(result, meanings)),
+        figures=key_figures(result, table.positive),
+        blocks=metric_blocks(run, setting, result),
+        sections=[
+            ("Without a pixel", confounding.confound_blocks(confounds)),
+            ("Calibration", calibration_blocks(run, stages, name)),
+        ],
+        numbers={
+            "positive_class": name,
+            "names": table.names,
+            **result.record("per_class"),
+            "confusion": result.confusion,
+            "n": result.n,
+            "sample": splitting.effective_size(table.label, table.groups),
+            "null_ece": calibrating.expected_ece(confidence),
+            "calibration": stages,
+            "confounds": confounds,
+        })
+    return judging.close_run(run, setting, judgement)
+
+
+def compare_classes(table):
+    """Result of the model, paired with the baseline of the highest AUC, which gives its most probable class."""
+    def auc(name):
+        metrics = common.classification_metrics(table.baselines[name], table.label, positive=table.positive)
+        return np.nan_to_num(metrics.overall["roc_auc"], nan=-1)
+    best = max(table.baselines, key=auc)
+    return subject_intervals.bootstrap_classification(
+        table.probability, table.label, table.groups, table.baselines[best], table.names, table.threshold,
+        table.positive, baseline_name=best)
+
+
+def calibration_rows(table):
+    """A dict of NLL, Brier, ECE and what the decision reaches, before and (where there is one) after calibration."""
+    stages = {"as it is": (table.probability, table.threshold)}
+    if table.uncalibrated is not None:
+        stages = {"before": (table.uncalibrated, None), "after": (table.probability, table.threshold)}
+    rows = []
+    for stage, (probability, threshold) in stages.items():
+        found = common.classification_metrics(probability, table.label, threshold, table.positive)
+        row = {
+            "stage": stage,
+            "nll": found.overall["loss"],
+            "brier": found.overall["brier"],
+            "ece": found.overall["ece"],
+            "ece_adaptive": found.overall["ece_adaptive"],
+            "ece_of_a_calibrated_model": calibrating.expected_ece(probability.max(1)),
+            "accuracy": found.overall["accuracy"],
+        }
+        row |= {name: found.per_class[name][table.positive] for name in ("precision", "recall", "f1")}
+        rows.append(row)
+    return rows
+
+
+def calibration_blocks(run, stages, positive):
+    """HTML of the section Calibration; positive: the name of the class that precision and recall are of."""
+    note = "Temperature and threshold were fitted on other rows (validation, or the other folds)."
+    if len(stages) == 1:
+        note = ("No calibration was applied: in a run, temperature and threshold are fitted on the validation rows and "
+                "kept in best_model.pth, so they are shown for test rows and folds only.")
+    formats = {name: ".3f" for name in stages[0] if name != "stage"}
+    return [
+        reporting.html_text(note),
+        reporting.html_table(stages, formats=formats, caption=f"Precision, recall and F1 of {positive}"),
+        reporting.html_image(run.path("reliability.png"), "Reliability: how often a confidence is right"),
+    ]
+
+
+def key_figures(result, positive):
+    """[(label, value, remark)] for the top of the report; positive: index of that class."""
+    name = result.names[positive]
+    estimates = {
+        f"AUC of {name}": result.overall.model["roc_auc"],
+        "Average precision": result.each.model["average_precision"].at(positive),
+        f"Recall of {name}": result.each.model["recall"].at(positive),
+        f"AUC of the {result.baseline_label}": result.overall.baseline["roc_auc"],
+    }
+    return [reporting.key_figure(label, found, result.method) for label, found in estimates.items()]
+
+
+def metric_blocks(run, setting, result):
+    """HTML of the section Metrics: the tables and plots of the classes."""
+    overall = []
+    for name, found in result.overall.model.items():
+        baseline = result.overall.baseline[name].value
+        overall.append({"metric": common.METRICS[name].label, **dataclasses.asdict(found), "baseline": baseline})
+    per_class = []
+    for c, name in enumerate(result.names):
+        own = {common.METRICS[metric].label: with_interval(found.at(c)) for metric, found in result.each.model.items()}
+        per_class.append({"class": name, "n": int(result.n[c]), **own})
+    formats = dict.fromkeys(("value", "low", "high", "baseline"), ".3f")
+    caption = f"On the {setting.part} rows; baseline: {result.baseline_label}; {result.method}"
+    return [
+        reporting.html_table(overall, formats=formats, caption=caption),
+        reporting.html_table(per_class, caption="Each class against the rest, with 95 % intervals"),
+        reporting.html_image(run.path("confusion.png"), "Confusion matrix: rows true, columns predicted"),
+        reporting.html_image(run.path("precision_recall.png"), "Precision-recall and ROC curves"),
+        reporting.html_image(run.path("risk_coverage.png"), "Errors among the most confident"),
+    ]
+
+
+def with_interval(found):
+    """'0.812 [0.70, 0.89]', or the value alone."""
+    ends = "" if math.isnan(found.low) else f" [{found.low:.2f}, {found.high:.2f}]"
+    return f"{found.value:.3f}{ends}"
+
+
+def worst_and_best(table):
+    """(order of the rows from the smallest to the largest error, two lines of text on each row)."""
+    true = table.probability[np.arange(len(table.label)), table.label]
+    lines = [[f"true {table.names[label]}, predicted {table.names[chosen]}", f"p of the true class {p:.2f}"]
+             for label, chosen, p in zip(table.label, table.chosen, true)]
+    return np.argsort(1 - true, kind="stable"), lines

@@ -1,0 +1,124 @@
+"""From a judged predictions table to metrics.json and report.html: the end of every run, and of any program's table.
+
+A task's own judging (score_judging, class_judging, detection_judging) makes a Judgement; close_run writes it down.
+"""
+import dataclasses
+
+import numpy as np
+
+import common
+from evidence import reporting, splitting, verdicts
+
+NOT_HELD_OUT = ("The epoch was chosen on the rows that are scored here, so the numbers are optimistic; give a test part, "
+                "or --select last with a fixed number of epochs.")
+NOT_KNOWN = "Whether a model was trained or chosen on these rows is not known to this page; it cannot see that."
+
+
+@dataclasses.dataclass(kw_only=True)
+class Setting:
+    """What a run knows beside its predictions table. The defaults are what is known of a table alone."""
+    title: str = "Predictions"
+    part: str = "table"  # val, test, folds or table
+    held_out: bool | None = None  # False: the rows chose the epoch; None: not known
+    best_epoch: int | None = None
+    alarms: list = dataclasses.field(default_factory=list)  # sentences found before the judging
+    criteria: str = ""  # --criteria
+    data: list = dataclasses.field(default_factory=list)  # HTML of the section Data and split
+    cases: list = dataclasses.field(default_factory=list)  # HTML of the section Best and worst cases
+    limits: list = dataclasses.field(default_factory=list)  # sentences on what must not be concluded
+    folds: list = dataclasses.field(default_factory=list)  # a dict of numbers for each fold
+
+    @property
+    def epoch_sentence(self):
+        """What the limits say of the choice of the epoch, as a list."""
+        if self.held_out is None:
+            return [NOT_KNOWN]
+        return [] if self.held_out else [NOT_HELD_OUT]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Judgement:
+    """What one predictions table has shown."""
+    verdict: str  # one sentence
+    level: str  # good, caution or poor
+    alarms: list
+    criteria: list  # of verdicts.judge_criteria
+    figures: list  # key figures for the top of the report
+    blocks: list  # HTML of the section Metrics
+    sections: list  # (title, HTML blocks) of the task's own sections
+    numbers: dict  # what metrics.json says
+
+
+def fold_table(folds):
+    """One dict of numbers for each fold -> the same with two more rows, the mean and the SD over the folds."""
+    numbers = [name for name in folds[0] if name not in ("fold", "rows", "best_epoch")]
+    values = np.array([[fold[name] for name in numbers] for fold in folds], float)  # (folds, numbers)
+    mean = common.mean_without_nan(values, 0)
+    spread = common.mean_without_nan((values - mean) ** 2, 0)
+    count = np.isfinite(values).sum(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sd = np.where(count > 1, np.sqrt(spread * count / (count - 1)), np.nan)
+    return [*folds, {"fold": "mean", **dict(zip(numbers, mean))}, {"fold": "SD", **dict(zip(numbers, sd))}]
+
+
+def rows_text(table, unit="rows"):
+    """HTML: how many rows are judged, how many differ in their labels, and what is resampled."""
+    size = splitting.effective_size(table.truth, table.groups)
+    groups = f"{size['subjects']} groups" if table.groups is not None else "no groups named: each row its own"
+    return reporting.html_text(
+        f"{size['rows']} {unit} scored, {size['distinct_label_vectors']} distinct label vectors, {groups}.")
+
+
+def write_comparison(run, rows):
+    """report.html and metrics.json of several tables on the same rows: which of two is better."""
+    sentences = [f"{row['first']} against {row['second']}: {row['better']}"
+                 f"{'' if row['better'] == 'not resolvable' else ' is better'}, {row['metric']} "
+                 f"{row['value_of_first']:.3f} and {row['value_of_second']:.3f}, difference {row['difference']:+.3f} "
+                 f"[{row['low']:+.3f} to {row['high']:+.3f}, {row['method']}]" for row in rows]
+    formats = dict.fromkeys(("value_of_first", "value_of_second", "difference", "low", "high"), ".3f")
+    caption = "Pairs of tables on the same rows; the interval is of the paired difference"
+    sections = [("Comparison", [reporting.html_table(rows, formats=formats, caption=caption)]),
+                ("Command and versions", reporting.command_blocks())]
+    reporting.write_report(run.path("report.html"), f"Comparison: {run.folder.name}",
+                           ("caution", ". ".join(sentences) + "."), sections, run.compute.text, [])
+    common.write_json(run.path("metrics.json"), {"comparisons": rows})
+    for sentence in sentences:
+        run.say(sentence)
+    run.say(f"open next: {run.path('report.html')}")
+
+
+def close_run(run, setting, judgement):
+    """Write report.html and metrics.json of a run, and say its verdict; returns what metrics.json holds."""
+    alarms = judgement.alarms + setting.alarms
+    metrics = {
+        "part": setting.part,
+        "best_epoch": setting.best_epoch,
+        "verdict": judgement.verdict,
+        "held_out": setting.held_out,
+        **judgement.numbers,
+        "alarms": alarms,
+        "criteria": judgement.criteria,
+        "folds": setting.folds,
+    }
+    blocks = [reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in alarms] + judgement.blocks
+    if judgement.criteria:
+        blocks.append(reporting.html_table(judgement.criteria, caption="Criteria"))
+    if setting.folds:
+        blocks.append(reporting.html_table(fold_table(setting.folds), caption="Folds"))
+    limits = "\n".join(f"- {line}" for line in setting.limits + setting.epoch_sentence)
+    sections = [
+        ("Data and split", setting.data),
+        ("Leakage", reporting.leakage_blocks(run)),
+        ("Metrics", blocks),
+        *judgement.sections,
+        ("Learning curves", reporting.history_blocks(run)),
+        ("Best and worst cases", setting.cases),
+        ("Limits", [reporting.html_text(limits)] if limits else []),
+        ("Command and versions", reporting.command_blocks()),
+    ]
+    reporting.write_report(
+        run.path("report.html"), f"{setting.title}: {run.folder.name}", (judgement.level, judgement.verdict),
+        [section for section in sections if section[1]], run.compute.text, judgement.figures)
+    common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
+    verdicts.say_results(run, metrics)
+    return metrics

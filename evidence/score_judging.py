@@ -1,0 +1,169 @@
+"""Judge predicted scores: intervals, baseline, ceiling, confounds and verdict of a ScoreTable.
+
+Letters: M rows, R scores.
+"""
+import itertools
+import math
+
+import numpy as np
+
+import common
+from evidence import confounding, judging, plotting, rater_agreement, reporting, splitting, subject_intervals, verdicts
+
+
+@common.first_process_only
+def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, files="scores"):
+    """Judge a prediction_tables.ScoreTable, write tables, plots, report.html and metrics.json; returns the metrics.
+
+    ceiling: of rater_agreement.ceilings, or None; confounds: of confounding.level_priors; moments: (M,) levels whose
+    rows are also judged apart, or None; files: name of the table and the plot of the scores.
+    """
+    result = subject_intervals.score_regression(
+        table.predicted, table.target, table.groups, table.baselines, table.names)
+    rows = score_rows(result, table, ceiling)
+    moment_rows = rows_of_moments(table, moments)
+    confounds = confounding.flag_confounds(confounds, lowest(result.overall.model["r2"]))
+    common.write_table(run.path(f"{files}.csv"), rows)
+    plotting.plot_per_target(rows, run.path(f"{files}.png"))
+    plotting.plot_scatter(table.predicted, table.target, table.names, run.path("predicted_against_true.png"))
+
+    best_r2 = float(np.nanmean(ceiling["r2"])) if ceiling else None
+    verdict = verdicts.verdict_sentence(result, "r2", best_r2, setting.held_out, "mean R2")
+    alarms = verdicts.regression_alarms(table.predicted, table.target, table.names) + slope_alarms(rows)
+    flagged = confounding.flagged_names(confounds)
+    judgement = judging.Judgement(
+        verdict=verdict + confounding.flagged_sentence(confounds),
+        level=verdicts.verdict_level(result.gain("r2"), alarms + setting.alarms + flagged),
+        alarms=alarms,
+        criteria=judge_criteria(setting.criteria, result, table, moments),
+        figures=key_figures(result, ceiling),
+        blocks=metric_blocks(run, setting, result, rows, moment_rows, files),
+        sections=[
+            ("Noise ceiling", rater_agreement.ceiling_blocks(ceiling)),
+            ("Without a pixel", confounding.confound_blocks(confounds)),
+        ],
+        numbers={
+            **result.record("per_target"),
+            "sample": splitting.effective_size(table.target, table.groups),
+            "ceiling": ceiling,
+            "per_moment": moment_rows,
+            "confounds": confounds,
+        })
+    return judging.close_run(run, setting, judgement)
+
+
+def lowest(estimate):
+    """The low end of an interval, the value where there is none."""
+    return estimate.value if math.isnan(estimate.low) else estimate.low
+
+
+def score_rows(result, table, ceiling):
+    """One dict a score: metrics with intervals, baseline, bias and slope, and the share of the ceiling reached."""
+    rows = subject_intervals.target_rows(result)
+    for r, row in enumerate(rows):
+        row |= bias_and_slope(table.predicted[:, r], table.target[:, r])
+        if ceiling:
+            row |= {f"ceiling_{name}": values[r] for name, values in ceiling.items() if name != "source"}
+            row["share_of_ceiling_r2"] = row["r2"] / ceiling["r2"][r]
+    return rows
+
+
+def bias_and_slope(predicted, target):
+    """Mean error and the slope of target on prediction (1 = no correction needed) of (M,), (M,), NaN = missing."""
+    known = ~np.isnan(target)
+    if not known.any():
+        return {"bias": math.nan, "slope": math.nan}
+    p = predicted[known]
+    t = target[known]
+    spread = p.var()
+    slope = ((p - p.mean()) * (t - t.mean())).mean() / spread if spread > 1e-12 else math.nan
+    return {"bias": float((p - t).mean()), "slope": float(slope)}
+
+
+def slope_alarms(rows):
+    """Sentences on scores whose order is right and whose values are not: R2 negative although r is positive."""
+    return [f"{row['target']}: r {row['pearson_r']:.2f} but R2 {row['r2']:.2f}; the order holds, the values do not "
+            f"(bias {row['bias']:+.3g}, slope {row['slope']:.2f})"
+            for row in rows if row["r2"] < 0 and row["pearson_r"] > 0.1]
+
+
+def rows_of_moments(table, moments):
+    """Dicts of moment, target, n and the model's metrics for each level of (M,) moments and score."""
+    rows = []
+    for level in [] if moments is None else sorted(set(moments)):
+        here = moments == level
+        values = common.regression_metrics(table.predicted[here], table.target[here])
+        for r, name in enumerate(table.names):
+            own = {metric: each[r] for metric, each in values.items()}
+            rows.append({"moment": level, "target": name, **own})
+    return rows
+
+
+def criteria_names(names, levels=()):
+    """What --criteria may name: a metric, METRIC_SCORE of one score, METRIC_LEVEL of the rows of one moment."""
+    meanings = verdicts.spell_metrics(common.REGRESSION_METRICS, common.REGRESSION_METRICS, names)
+    for metric, level in itertools.product(common.REGRESSION_METRICS, levels):
+        meanings.setdefault(f"{metric}_{level}", set()).add(verdicts.MetricOf(metric, f"moment {level}"))
+    return meanings
+
+
+def judge_criteria(text, result, table, moments):
+    """--criteria judged: verdicts.judge_criteria on the metrics of all rows and of those of each moment."""
+    levels = [] if moments is None else sorted(set(moments))
+    meanings = criteria_names(table.names, levels)
+    criteria = verdicts.parse_criteria(text, meanings)
+    if not criteria:
+        return []
+    estimates = verdicts.named_estimates(result, meanings)
+    for level in levels:
+        here = moments == level
+        groups = None if table.groups is None else table.groups[here]
+        of_level = subject_intervals.bootstrap_regression(table.predicted[here], table.target[here], groups)
+        estimates |= {f"{metric}_{level}": each for metric, each in of_level.overall.model.items()}
+    return verdicts.judge_criteria(criteria, estimates)
+
+
+def key_figures(result, ceiling):
+    """[(label, value, remark)] for the top of the report."""
+    model = result.overall.model
+    estimates = {"Mean R2": model["r2"], "Mean r": model["pearson_r"], "Mean MAE": model["mae"],
+                 f"R2 of the {result.baseline_label}": result.overall.baseline["r2"]}
+    figures = [reporting.key_figure(label, found, result.method) for label, found in estimates.items()]
+    if ceiling:
+        figures.append(("R2 ceiling", f"{np.nanmean(ceiling['r2']):.3f}", "what the raters allow"))
+    return figures
+
+
+def metric_blocks(run, setting, result, rows, moment_rows, files):
+    """HTML of the section Metrics: the tables and plots of the scores."""
+    columns = {"target": "score", "n": "n", "pearson_r": "r", "r2": "R2", "r2_low": "R2 low", "r2_high": "R2 high",
+               "mae": "MAE", "rmse": "RMSE", "bias": "bias", "slope": "slope", "baseline_r2": "baseline R2",
+               "baseline_mae": "baseline MAE", "ceiling_r2": "ceiling R2", "share_of_ceiling_r2": "share"}
+    columns = {name: heading for name, heading in columns.items() if name in rows[0]}
+    formats = {name: ".3f" for name in columns if name not in ("target", "n")}
+    caption = (f"Each score on the {setting.part} rows, in its unit; baseline: {result.baseline_label}; {result.method}")
+    blocks = [
+        reporting.html_table(rows, columns, formats, caption=caption),
+        reporting.html_image(run.path(f"{files}.png"), "r and R2 of each score: interval, baseline and ceiling"),
+        reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true"),
+    ]
+    if moment_rows:
+        columns = {"moment": "moment", "target": "score", "n": "n", "mae": "MAE", "rmse": "RMSE", "r2": "R2",
+                   "pearson_r": "r"}
+        blocks.append(reporting.html_table(moment_rows, columns, formats, caption="The rows of each moment alone"))
+    return blocks
+
+
+def worst_and_best(table):
+    """(order of the rows from the smallest to the largest error, two lines of text on each row).
+
+    The error is the root mean square over the scores, each in units of the sd of its truth.
+    """
+    scaled = (table.predicted - table.target) / np.nanstd(table.target, axis=0)  # (M, R)
+    error = np.sqrt(common.mean_without_nan(scaled ** 2))
+    lines = []
+    for row, each in enumerate(scaled):
+        r = np.nan_to_num(np.abs(each)).argmax()
+        lines.append([f"rms error {error[row]:.2f} sd", f"{table.names[r]}: true {table.target[row, r]:.2f}, "
+                      f"predicted {table.predicted[row, r]:.2f}"])
+    return np.argsort(error, kind="stable"), lines
