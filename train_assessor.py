@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 import common
-from evidence import baseline_models, plotting, prediction_tables, rater_agreement, reporting, splitting, subject_intervals, verdicts
+from evidence import (
+    baseline_models, judging, plotting, prediction_tables, rater_agreement, reporting, score_judging, splitting, verdicts)
 from readers import file_names, picture_files, rating_tables
 
 HISTORY_METRICS = ("mse", "mae", "r2", "pearson_r")
@@ -473,187 +474,74 @@ def baselines(study, features, train, rows):
     return predicted
 
 
-# --- results: prediction -> whole-split metric -> run folder ---------------------------------
+# --- results: predictions table -> judged run folder -------------------------------------------
 
-@dataclasses.dataclass
-class Scored:
-    """Predictions for rows that the model was not trained on, beside the baselines' for the same rows."""
-    rows: np.ndarray  # (M,) rows of the study
-    predicted: dict  # "predicted" (the model) and each baseline -> (M, R)
-    part: str  # val, test or folds
-
-
-def write_predictions(path, study, scored):
-    """predictions CSV: image, then of each rating the true value, the model's and the baselines', original unit."""
-    values = {"true": study.ratings[scored.rows], **scored.predicted}
-    prediction_tables.write_target_table(path, {"image": study.images[scored.rows]}, study.names, values)
-
-
-def read_predictions(path, study, part):
-    """The predictions CSV of a finished fold -> Scored."""
-    row_of = {name: row for row, name in enumerate(study.images)}
-    images, values = prediction_tables.read_target_table(path, "image", study.names)
-    return Scored(np.array([row_of[name] for name in images]),
-                  {kind: each for kind, each in values.items() if kind != "true"}, part)
-
-
-def noise_ceilings(study):
-    """Ceilings from the raters' disagreement over all pictures: dict with r2 and pearson_r (R,), or None without n."""
-    if study.single_ratings:
-        single = [study.single_ratings[name] for name in study.names]
-        r2 = np.array([rater_agreement.split_half(each) for each in single])
-        icc = np.array([rater_agreement.icc(each) for each in single])  # (R, 2)
-        return {"r2": r2, "pearson_r": np.sqrt(r2), "icc_1_1": icc[:, 0], "icc_1_k": icc[:, 1],
-                "source": "split half with Spearman-Brown, 100 halves of the single ratings"}
-    if study.sd is not None and study.n is not None:
-        r2 = rater_agreement.noise_ceiling(study.ratings, study.sd, study.n)
-        return {"r2": r2, "pearson_r": np.sqrt(r2), "source": "1 - mean(sd^2 / n) / var(mean)"}
-    return None
-
-
-def per_dimension_rows(result, ceiling):
-    """One dict per rating: metrics with intervals, the baseline's, the noise ceiling and the share of it."""
-    rows = subject_intervals.target_rows(result)
-    for r, row in enumerate(rows if ceiling else ()):
-        row |= {f"ceiling_{key}": values[r] for key, values in ceiling.items() if key != "source"}
-        row["share_of_ceiling_r2"] = row["r2"] / ceiling["r2"][r]
-    return rows
-
-
-def criteria_names(study):
-    """What --criteria may name: r2 is the mean over ratings, r2_Valence one rating."""
-    return verdicts.spell_metrics(common.REGRESSION_METRICS, common.REGRESSION_METRICS, study.names)
+def score_table(study, rows, predicted, others):
+    """ScoreTable of these rows, in the unit of the ratings file; predicted (M, R); others {baseline: (M, R)}."""
+    return prediction_tables.ScoreTable(
+        keys={"image": study.images[rows]},
+        names=study.names,
+        target=study.ratings[rows],
+        predicted=predicted,
+        baselines=others,
+        groups=study.groups_of(rows))
 
 
 @common.first_process_only
-def report_results(run, args, study, split, scored, alarms, best_epoch=None, folds=()):
-    """metrics.json, the per-dimension table, plots and report.html of one run, or of all folds pooled."""
-    target, predicted = study.ratings[scored.rows], scored.predicted["predicted"]
-    others = {kind: values for kind, values in scored.predicted.items() if kind != "predicted"}
-    result = subject_intervals.score_regression(predicted, target, study.groups_of(scored.rows), others, study.names)
-    ceiling = noise_ceilings(study)
-    rows = per_dimension_rows(result, ceiling)
-    alarms = verdicts.regression_alarms(predicted, target, study.names) + alarms
-    held_out = scored.part == "test" or args.select == "last"
-    best_r2 = float(np.nanmean(ceiling["r2"])) if ceiling else None
-    verdict = verdicts.verdict_sentence(result, "r2", best_r2, held_out, label="mean R2")
-    names = criteria_names(study)
-    criteria = verdicts.judge_criteria(verdicts.parse_criteria(args.criteria, names),
-                                       verdicts.named_estimates(result, names))
-    metrics = {"part": scored.part, "best_epoch": best_epoch, "verdict": verdict, "held_out": held_out,
-               **result.record("per_target"), "sample": splitting.effective_size(target, study.groups_of(scored.rows)),
-               "ceiling": ceiling, "alarms": alarms, "criteria": criteria, "folds": list(folds), "per_dimension": rows}
-    common.write_table(run.path("best_model_per_dimension_performance.csv"), rows)
-    plotting.plot_per_target(rows, run.path("per_dimension_performance.png"))
-    plotting.plot_scatter(predicted, target, study.names, run.path("predicted_against_true.png"))
-    write_page(run, args, study, split, scored, metrics, result)
-    common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
-    verdicts.say_results(run, metrics)
+def judge(run, args, study, split, rows, table, part, alarms, best_epoch=None, folds=()):
+    """Judge the predictions for these rows of the study; `part` is val, test or folds."""
+    setting = judging.Setting(
+        title="Ratings from images",
+        part=part,
+        held_out=part == "test" or args.select == "last",
+        best_epoch=best_epoch,
+        alarms=alarms,
+        criteria=args.criteria,
+        data=data_blocks(study, split, table),
+        cases=case_blocks(study, rows, table),
+        limits=limits(args),
+        folds=list(folds))
+    ceiling = rater_agreement.measure_ceiling(
+        study.names, study.ratings, study.sd, study.n, study.single_ratings)
+    score_judging.judge_scores(run, table, setting, ceiling, files="best_model_per_dimension_performance")
 
 
-def write_page(run, args, study, split, scored, metrics, result):
-    """report.html: the verdict first, then the order of sections that all train scripts share."""
-    sample, baseline = metrics["sample"], result.baseline_name.replace("_", " ")
-    subjects = f"{sample['subjects']} subjects" if study.groups is not None else "no groups named: each its own subject"
-    columns = {"target": "rating", "n": "n", "pearson_r": "r", "r2": "R2", "r2_low": "R2 low", "r2_high": "R2 high",
-               "mae": "MAE", "rmse": "RMSE", "baseline_r2": "baseline R2"}
-    if metrics["ceiling"]:
-        columns |= {"ceiling_r2": "ceiling R2", "share_of_ceiling_r2": "share"}
-    formats = {name: ".3f" for name in columns if name not in ("target", "n")}
-    sections = [
-        ("Data and split", [
-            reporting.html_text(
-                f"{sample['rows']} pictures scored, {sample['distinct_label_vectors']} distinct label vectors, "
-                f"{subjects}; {len(study.names)} ratings; {len(study.skipped)} files or rows skipped."),
-            reporting.html_table([{"part": part, "pictures": len(rows)} for part, rows in split.items()])]),
-        ("Leakage", reporting.leakage_blocks(run)),
-        ("Metrics", [
-            *(reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]),
-            reporting.html_table(metrics["per_dimension"], columns, formats,
-                              caption=f"Each rating on the {scored.part} rows, in the unit of the ratings file; "
-                                      f"baseline: {baseline}; {metrics['method']}"),
-            reporting.html_image(run.path("per_dimension_performance.png"), "r and R2, interval, baseline, ceiling"),
-            reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true"),
-            *([reporting.html_table(metrics["criteria"], caption="Criteria")] if metrics["criteria"] else []),
-            *([reporting.html_table(fold_rows(metrics["folds"]), caption="Folds")] if metrics["folds"] else [])]),
-        ("Noise ceiling", ceiling_blocks(study, metrics["ceiling"])),
-        ("Learning curves", reporting.history_blocks(run)),
-        ("Best and worst cases", case_blocks(study, scored)),
-        ("Limits", [reporting.html_text(limits_text(args, metrics))]),
-        ("Command and versions", reporting.command_blocks())]
-    level = verdicts.verdict_level(result.gain("r2"), metrics["alarms"])
-    reporting.write_report(run.path("report.html"), f"Ratings from images: {run.folder.name}",
-                        (level, metrics["verdict"]), sections, run.compute.text, key_figures(result, metrics["ceiling"]))
+def data_blocks(study, split, table):
+    """HTML of the section Data and split."""
+    sizes = [{"part": part, "pictures": len(rows)} for part, rows in split.items()]
+    left_out = f"{len(study.names)} ratings; {len(study.skipped)} files or rows skipped."
+    return [judging.rows_text(table, "pictures"), reporting.html_text(left_out), reporting.html_table(sizes)]
 
 
-def key_figures(result, ceiling):
-    """[(label, value, remark)] for the top of the report."""
-    model, baseline = result.overall.model, result.overall.baseline
-    figures = [reporting.key_figure("Mean R2", model["r2"], result.method),
-               reporting.key_figure("Mean r", model["pearson_r"], result.method),
-               reporting.key_figure(f"R2 of the {result.baseline_name.replace('_', ' ')}", baseline["r2"], result.method)]
-    if ceiling:
-        figures.append(("R2 ceiling", f"{np.nanmean(ceiling['r2']):.3f}", "what the raters allow"))
-    return figures
+def case_blocks(study, rows, table, count=5):
+    """HTML with thumbnails of the pictures with the smallest and the largest error."""
+    order, lines = score_judging.worst_and_best(table)
+
+    def cases(chosen):
+        return reporting.html_cases([
+            {"image": study.picture(rows[i]), "title": study.images[rows[i]], "lines": lines[i]} for i in chosen])
+    return [reporting.html_text("Best:"), cases(order[:count]),
+            reporting.html_text("Worst:"), cases(order[::-1][:count])]
 
 
-def ceiling_blocks(study, ceiling):
-    """How far any model could come: the source, or a table over possible numbers of raters, or why there is none."""
-    if ceiling:
-        return [reporting.html_text(f"Source: {ceiling['source']}.")]
-    if study.sd is None:
-        return [reporting.html_text("Not measurable: the ratings file has means alone, no rater sd.")]
-    table = rater_agreement.ceiling_table(study.ratings, study.sd)
-    rows = [{"rating": name, **{f"n = {n}": table[n][r] for n in (2, 4, 6, 10, 15, 20, 30)}}
-            for r, name in enumerate(study.names)]
-    return [reporting.html_text("The file has rater sds but no number of raters n, on which the ceiling depends:"),
-            reporting.html_table(rows, formats={name: ".3f" for name in rows[0]}, caption="R2 ceiling by raters")]
-
-
-def case_blocks(study, scored, count=5):
-    """Thumbnails of the pictures with the smallest and the largest error, over all ratings in units of their sd."""
-    target, predicted = study.ratings[scored.rows], scored.predicted["predicted"]
-    error = np.abs(predicted - target) / np.nanstd(study.ratings, axis=0)  # (M, R)
-    rms = np.sqrt(np.nanmean(error ** 2, axis=1))
-
-    def case(i):
-        r = np.nanargmax(error[i])
-        worst = f"{study.names[r]}: true {target[i, r]:.2f}, predicted {predicted[i, r]:.2f}"
-        return {"image": study.picture(scored.rows[i]), "title": study.images[scored.rows[i]],
-                "lines": [f"rms error {rms[i]:.2f} sd", worst]}
-    order = np.argsort(rms)
-    return [reporting.html_text("Best:"), reporting.html_cases([case(i) for i in order[:count]]),
-            reporting.html_text("Worst:"), reporting.html_cases([case(i) for i in order[::-1][:count]])]
-
-
-def limits_text(args, metrics):
-    """What a reader must not conclude from this run, as a list."""
+def limits(args):
+    """Sentences on what a reader must not conclude from this run."""
     lines = ["Valid for pictures like these, rated by people like these; nothing else was tested."]
-    if not metrics["held_out"]:
-        lines.append(f"The epoch was chosen by {args.select} on the rows that are scored here, so the numbers are "
-                     "optimistic; use --test_ratio, or --select last with a fixed number of epochs.")
     if not args.group_column:
         lines.append("No --group_column: pictures of one person or session may stand on both sides of the split.")
     if not args.pretrained and not args.weights:
         lines.append("Started from random weights; published weights usually do far better on data of this size.")
-    return "\n".join(f"- {line}" for line in lines)
+    return lines
 
 
-def fold_rows(folds):
-    """Fold table: one dict per fold, then mean and SD over the folds."""
-    def numbers(fold):
-        own = {name: fold["model"][name]["value"] for name in common.REGRESSION_METRICS}
-        return {**own, "baseline_r2": fold["baseline"]["r2"]["value"]}
-    rows = [{"fold": fold["fold"], "rows": fold["rows"], "best_epoch": fold["best_epoch"], **numbers(fold)}
-            for fold in folds]
-    values = {name: np.array([row[name] for row in rows], float) for name in numbers(folds[0])}
-    sd = {name: v.std(ddof=1) if len(v) > 1 else np.nan for name, v in values.items()}
-    return [*rows, {"fold": "mean", **{name: v.mean() for name, v in values.items()}}, {"fold": "SD", **sd}]
+def criteria_names(study):
+    """What --criteria may name: r2 is the mean over ratings, r2_Valence one rating."""
+    return score_judging.criteria_names(study.names)
 
 
 # --- one run, or one run per fold -------------------------------------------------------------
 
-def prepare_split(run, args, study, split):
+def prepare_split(run, study, split):
     """Write splits.json and the leakage report; refuse a split that leaks."""
     phash = np.array(study.audit("phash"), dtype=np.uint64)
     report = splitting.leakage_report(split, study.images, study.audit("pixel_sha"), phash, {"groups": study.groups})
@@ -661,52 +549,54 @@ def prepare_split(run, args, study, split):
 
 
 def run_split(run, args, study, split, features=None):
-    """Train and score one split; returns the held-out rows' Scored: test where there is one, else val."""
-    prepare_split(run, args, study, split)
+    """Train on one split and judge its held-out rows: test where there is one, else val."""
+    prepare_split(run, study, split)
     if args.dry_run:
         split = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
     if features is None:
         features = frozen_features(args, study, run, np.concatenate(list(split.values())))
     run.write_args(**study.record(split))
     predicted, training = fit(run, args, study, split, features)
+    tables = {}
+    for part in ("val", "test"):
+        rows = split[part]
+        if len(rows):
+            others = baselines(study, features, split["train"], rows)
+            tables[part] = score_table(study, rows, predicted[part], others)
+            tables[part].write(run.path(f"predictions_{part}.csv"))
+    best_epoch = training.progress.best_epoch
+    plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch)
     train, val = (common.mean_metrics(common.regression_metrics(predicted[part], study.ratings[split[part]]))
                   for part in ("train", "val"))
-    for part in ("val", "test"):
-        if len(split[part]):
-            others = baselines(study, features, split["train"], split[part])
-            scored = Scored(split[part], {"predicted": predicted[part], **others}, part)
-            write_predictions(run.path(f"predictions_{part}.csv"), study, scored)
-    plotting.plot_history(training.progress.history, run.path("training_history.png"), training.progress.best_epoch)
-    report_results(run, args, study, split, scored, verdicts.split_gap_alarms(train, val), training.progress.best_epoch)
-    return scored
+    part = "test" if "test" in tables else "val"
+    alarms = verdicts.split_gap_alarms(train, val)
+    judge(run, args, study, split, split[part], tables[part], part, alarms, best_epoch)
 
 
 def run_folds(run, args, study):
-    """One run per fold in fold_K/, then the out-of-fold predictions pooled and scored as one."""
-    fold_of = splitting.make_folds(len(study.images), args.folds, study.strata, study.groups, args.seed, study.images)
+    """One run per fold in fold_K/, then the out-of-fold predictions pooled and judged as one."""
+    fold_of = splitting.make_folds(
+        len(study.images), args.folds, study.strata, study.groups, args.seed, study.images)
     folds = {f"fold_{k}": np.flatnonzero(fold_of == k) for k in range(args.folds)}
-    prepare_split(run, args, study, folds)
+    prepare_split(run, study, folds)
     features = frozen_features(args, study, run, np.arange(len(study.images)))
     run.write_args(**study.record(folds))
-    results, done = [], []
-    for k in range(args.folds) if args.fold == "all" else [args.fold]:
+    chosen = range(args.folds) if args.fold == "all" else [args.fold]
+    for k in chosen:
         split = {"train": np.flatnonzero(fold_of != k), "val": folds[f"fold_{k}"], "test": np.array([], dtype=int)}
         with run.child(f"fold_{k}") as child:
             if child.path("metrics.json").exists():
                 child.say(f"fold {k} is finished")
-                scored = read_predictions(child.path("predictions_val.csv"), study, "val")
             else:
-                scored = run_split(child, args, study, split, features)
-            metrics = common.read_json(child.path("metrics.json"))
-        results.append(scored)
-        done.append({"fold": k, "rows": len(scored.rows), "best_epoch": metrics["best_epoch"],
-                     "model": metrics["model"], "baseline": metrics["baseline"]})
-    common.write_table(run.path("fold_table.csv"), fold_rows(done))
-    pooled = Scored(np.concatenate([s.rows for s in results]), {
-        kind: np.concatenate([s.predicted[kind] for s in results]) for kind in results[0].predicted}, "folds")
-    write_predictions(run.path("predictions_folds.csv"), study, pooled)
-    alarms = verdicts.identical_fold_alarms([[each["value"] for each in fold["model"].values()] for fold in done])
-    report_results(run, args, study, folds, pooled, alarms, folds=done)
+                run_split(child, args, study, split, features)
+    pooled = prediction_tables.join([
+        prediction_tables.read_predictions(run.path(f"fold_{k}") / "predictions_val.csv") for k in chosen])
+    pooled.write(run.path("predictions_folds.csv"))
+    done = judging.finished_folds(run, chosen, common.REGRESSION_METRICS, "r2")
+    row_of = {name: row for row, name in enumerate(study.images)}
+    rows = np.array([row_of[name] for name in pooled.keys["image"]])
+    alarms = judging.identical_fold_alarms(done)
+    judge(run, args, study, folds, rows, pooled, "folds", alarms, folds=done)
 
 
 def main():
@@ -717,7 +607,8 @@ def main():
         if args.folds:
             run_folds(run, args, study)
         else:
-            run_split(run, args, study, splitting.split_of_flags(args, study.images, study.strata, study.groups))
+            split = splitting.split_of_flags(args, study.images, study.strata, study.groups)
+            run_split(run, args, study, split)
 
 
 if __name__ == "__main__":

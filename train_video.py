@@ -29,13 +29,15 @@ import torch
 from torch import nn
 
 import common
-from evidence import (baseline_models, calibrating, confounding, event_audit, plotting,
-                      prediction_tables, rater_agreement, reporting, splitting, subject_intervals,
-                      verdicts)
+from evidence import (
+    baseline_models, calibrating, class_judging, confounding, event_audit, judging, plotting, prediction_tables,
+    rater_agreement, reporting, score_judging, splitting, table_judging, verdicts)
 from readers import csv_tables, event_tables, score_tables, video_files
 
 MODES = ("train", "predict", "evaluate", "audit")
 PARTS = ("train", "val", "test")
+CLASS_FOLD_METRICS = ("roc_auc", "balanced_accuracy", "macro_f1", "accuracy", "loss", "ece")
+FEATURE_SD_FLOOR = 0.01  # of the RMS sd: a feature that hardly varied in training must not explode on a new clip
 KINETICS_MEAN = (0.43216, 0.394666, 0.37645)
 KINETICS_STD = (0.22803, 0.22145, 0.216989)
 CNN_LSTM = "cnn_lstm"  # the one --model that sees frames one by one
@@ -971,61 +973,46 @@ def with_features(run, args, study):
     return dataclasses.replace(study, features=features)
 
 
-# --- results: prediction -> whole-split metric -> run folder ---------------------------------
+# --- results: predictions table -> judged run folder -------------------------------------------
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Scored:
     """Outputs for rows that the model was not trained on, beside the baselines' for the same rows."""
     rows: np.ndarray  # (M,) rows of the study
     outputs: np.ndarray  # (M, K) logits at the natural class shares, or scores
     baselines: dict  # name -> (M, K) probabilities or scores
-    part: str  # val, test or folds
     trained_on: list  # (train rows, scored rows) of each fold, one pair without folds
-    calibration: list | None = None  # (M,) entries: temperature and threshold fitted on other rows; classify
-    sd: np.ndarray | None = None  # (M, R) over the members of an ensemble; regress
+    calibration: list | None = None  # (M,) temperature and threshold fitted on other rows; classify
+    spread: np.ndarray | None = None  # (M, R) sd over several models; regress
 
 
 def calibrate(logits, label, positive):
-    """Temperature, and threshold of the positive class after it, from validation logits (M, C) and labels (M,)."""
+    """Temperature, and threshold of the positive class after it, of validation logits (M, C) and labels (M,)."""
     temperature = calibrating.fit_temperature(logits, label)
     probability = common.softmax(logits / temperature)
-    return {"temperature": temperature, "threshold": calibrating.fit_threshold(probability, label, positive=positive)}
-
-
-def calibrated(scored):
-    """(probabilities (M, C) after temperature, thresholds (M,))."""
-    temperature, threshold = (np.array([each[name] for each in scored.calibration])
-                              for name in ("temperature", "threshold"))
-    return common.softmax(scored.outputs / temperature[:, None]), threshold
-
-
-def decision_of(scored):
-    """(probabilities (M, C), thresholds (M,) or None): calibrated where that was fitted on other rows, else as is."""
-    return calibrated(scored) if scored.calibration else (common.softmax(scored.outputs), None)
+    threshold = calibrating.fit_threshold(probability, label, positive=positive)
+    return {"temperature": temperature, "threshold": threshold}
 
 
 def baselines(study, train, rows):
     """{name: (M, K)} of what trains no network: what is frequent, and a linear model on the untuned features."""
-    table, groups = study.table, None if study.clusters is None else study.clusters[train]
-    x, size = study.features.pooled, len(rows)
+    table = study.table
+    features = study.features.pooled
+    groups = None if study.clusters is None else study.clusters[train]
     if table.target is None:
-        logistic = baseline_models.fit_logistic(x[train], table.label[train], len(table.names), groups=groups, sd_floor=0.01)
-        return {"train_prior": baseline_models.prior_baseline(table.label[train], size, len(table.names)),
-                "logistic": logistic.predict(x[rows])}
-    ridge = baseline_models.fit_ridge(x[train], table.target[train], groups=groups, sd_floor=0.01)
-    predicted = {"train_mean": baseline_models.train_mean_baseline(table.target[train], size), "ridge": ridge.predict(x[rows])}
+        n_classes = len(table.names)
+        logistic = baseline_models.fit_logistic(
+            features[train], table.label[train], n_classes, groups=groups, sd_floor=FEATURE_SD_FLOOR)
+        return {"train_prior": baseline_models.prior_baseline(table.label[train], len(rows), n_classes),
+                "logistic": logistic.predict(features[rows])}
+    target = table.target[train]
+    ridge = baseline_models.fit_ridge(features[train], target, groups=groups, sd_floor=FEATURE_SD_FLOOR)
+    predicted = {"train_mean": baseline_models.train_mean_baseline(target, len(rows)),
+                 "ridge": ridge.predict(features[rows])}
     moments = moment_levels(study)
     if moments is not None:
-        predicted["moment_mean"] = np.stack([level_mean(table.target[train], moments[train] == moments[row])
-                                             for row in rows])
+        predicted["moment_mean"] = baseline_models.level_mean_baseline(target, moments[train], moments[rows])
     return predicted
-
-
-def level_mean(target, chosen):
-    """(R,) mean of the chosen rows, of all where a score has none: (n, R), (n,) bool."""
-    everywhere = baseline_models.train_mean_baseline(target, 1)[0]
-    own = baseline_models.train_mean_baseline(target[chosen], 1)[0] if chosen.any() else everywhere
-    return np.where(np.isnan(own), everywhere, own)
 
 
 def moment_levels(study):
@@ -1034,369 +1021,101 @@ def moment_levels(study):
     return study.table.extra[key].to_numpy(str) if key in study.table.extra else None
 
 
-def write_predictions(path, study, scored):
-    """predictions CSV. Classify: labels, probabilities (calibrated where they can be), logits, the baselines' too."""
-    table, rows = study.table, scored.rows
-    keys = {"clip_id": table.clip_ids[rows]}
-    if study.clusters is not None:
-        keys["group"] = study.clusters[rows]
+def predictions_table(study, scored):
+    """ScoreTable, or ClassTable with probabilities that are calibrated where that was fitted on other rows."""
+    table = study.table
+    rows = scored.rows
+    groups = None if study.clusters is None else study.clusters[rows]
     if table.target is not None:
-        values = {"true": table.target[rows], "predicted": scored.outputs}
-        if scored.sd is not None:
-            values["sd"] = scored.sd
-        values |= scored.baselines
-        return prediction_tables.write_target_table(path, keys, table.names, values)
-    probability, threshold = decision_of(scored)
-    chosen = common.predicted_class(probability, threshold, study.positive)
-    names = np.array([*table.names, ""])  # label -1 = unknown
-    keys |= {"event": table.events[rows], "true_label": names[table.label[rows]], "pred_label": names[chosen]}
-    blocks = {"prob": probability, "logit": scored.outputs, **{f"{k}_prob": v for k, v in scored.baselines.items()}}
-    columns = {f"{kind}_{name}": block[:, c] for kind, block in blocks.items() for c, name in enumerate(table.names)}
-    columns |= {} if threshold is None else {"threshold": threshold}
-    columns["n_clips"] = [len(study.starts(row)) for row in rows]
-    common.write_table(path, [dict(zip([*keys, *columns], row)) for row in zip(*keys.values(), *columns.values())])
-
-
-def read_predictions(path, study, split, part, calibration):
-    """The predictions CSV of a finished fold -> Scored."""
-    row_of = {name: row for row, name in enumerate(study.table.clip_ids)}
-    if study.table.target is not None:
-        clips, values = prediction_tables.read_target_table(path, "clip_id", study.table.names)
-        outputs = values.pop("predicted")
-        values.pop("true")
-    else:
-        found = prediction_tables.read_probabilities(path)
-        clips, outputs, values = found.clip_ids, found.logits, found.baselines
-    rows = np.array([row_of[name] for name in clips])
-    return Scored(rows, outputs, values, part, [(split["train"], rows)], calibration and [calibration] * len(rows))
-
-
-def judge_classes(probability, label, names, positive, groups, others, threshold=None):
-    """Result of (M, C) probabilities and (M,) thresholds, paired with the baseline of the highest AUC, {name: (M, C)},
-    which decides by its most probable class."""
-    known = label >= 0
-
-    def auc(name):
-        value = common.classification_metrics(others[name], label, positive=positive).overall["roc_auc"]
-        return np.nan_to_num(value, nan=-1)
-    best = max(others, key=auc) if others else None
-    return subject_intervals.bootstrap_classification(
-        probability[known], label[known], None if groups is None else groups[known],
-        others[best][known] if others else None, names, None if threshold is None else threshold[known], positive,
-        baseline_name=best)
-
-
-def decision_metrics(chosen, label, n_classes):
-    """What depends on the decision alone: metrics of (M,) chosen classes as {metric: number}, {metric: (C,)}."""
-    found = common.classification_metrics(np.eye(n_classes)[chosen], label)
-    overall = {name: found.overall[name] for name in ("accuracy", "balanced_accuracy", "macro_f1", "mcc")}
-    return overall, {name: found.per_class[name] for name in ("precision", "recall", "f1")}
-
-
-def class_results(run, study, scored):
-    """(Result, what else metrics.json says of classes: calibration, priors without pixels); writes plots."""
-    table, rows, positive = study.table, scored.rows, study.positive
-    label, names = table.label[rows], table.names
-    groups = None if study.clusters is None else study.clusters[rows]
-    probability, threshold = decision_of(scored)
-    result = judge_classes(probability, label, names, positive, groups, scored.baselines, threshold)
-    auc = result.overall.model["roc_auc"]
-    low = auc.low if result.has_intervals else auc.value
-    levels = confounding.prior_levels(table)
-    confounds = confounding.flag_confounds(
-        confounding.level_priors(levels, table.label, *folds_apart(scored), study.clusters, positive), low)
-    for row in confounds:
-        if row["name"] in levels:
-            row["model_auc_within_levels"] = confounding.within_level_auc(probability[:, positive], label,
-                                                                     levels[row["name"]][rows], positive)
-    plotting.plot_confusion(result.confusion, names, run.path("confusion.png"))
-    plotting.plot_precision_recall(probability, label, names, run.path("precision_recall.png"),
-                                 positive if len(names) == 2 else None)
-    plotting.plot_risk_coverage(probability.max(1), probability.argmax(1) == label, run.path("risk_coverage.png"))
-    plotting.plot_reliability(probability, label, run.path("reliability.png"),
-                            common.softmax(scored.outputs) if scored.calibration else None)
-    return result, {
-        "metric": "roc_auc", "positive_class": names[positive], "names": names, **result.record("per_class"),
-        "confusion": result.confusion, "n": result.n, "null_ece": calibrating.expected_ece(probability.max(1)),
-        "calibration": calibration_table(study, scored), "confounds": confounds,
-        "alarms": verdicts.classification_alarms(probability, label, names, threshold, positive)}
-
-
-def folds_apart(scored):
-    """(train rows of each fold, scored rows of each fold)."""
-    return [train for train, _ in scored.trained_on], [rows for _, rows in scored.trained_on]
-
-
-def calibration_table(study, scored):
-    """Dicts of NLL, Brier, ECE, F1 and recall of the positive class before and after temperature and threshold."""
-    label, positive = study.table.label[scored.rows], study.positive
-    stages = {"before": (common.softmax(scored.outputs), None)}
+        return prediction_tables.ScoreTable(
+            keys={"clip_id": table.clip_ids[rows]}, names=table.names, target=table.target[rows],
+            predicted=scored.outputs, baselines=scored.baselines, groups=groups, spread=scored.spread)
+    raw = common.softmax(scored.outputs)
+    probability, threshold = raw, None
     if scored.calibration:
-        stages["after"] = calibrated(scored)
-    table = []
-    for stage, (probability, threshold) in stages.items():
-        values = common.classification_metrics(probability, label, positive=positive).overall
-        chosen = common.predicted_class(probability, threshold, positive)
-        overall, per_class = decision_metrics(chosen, label, len(study.table.names))
-        table.append({"stage": stage, "nll": values["loss"], "brier": values["brier"], "ece": values["ece"],
-                      "ece_adaptive": values["ece_adaptive"],
-                      "ece_of_a_calibrated_model": calibrating.expected_ece(probability.max(1)),
-                      "accuracy": overall["accuracy"], **{name: each[positive] for name, each in per_class.items()}})
-    return table
+        temperature = np.array([each["temperature"] for each in scored.calibration])
+        threshold = np.array([each["threshold"] for each in scored.calibration])
+        probability = common.softmax(scored.outputs / temperature[:, None])
+    n_clips = np.array([len(study.starts(row)) for row in rows])
+    return prediction_tables.ClassTable(
+        keys={"clip_id": table.clip_ids[rows], "event": table.events[rows], "n_clips": n_clips},
+        names=table.names, positive=study.positive, label=table.label[rows], probability=probability,
+        baselines=scored.baselines, groups=groups, threshold=threshold, logits=scored.outputs,
+        uncalibrated=raw if scored.calibration else None)
 
 
-def score_results(run, study, scored):
-    """(Result, what else metrics.json says of scores: moments, bias and slope, priors without pixels); writes plots."""
-    table, rows = study.table, scored.rows
-    target, predicted, names = table.target[rows], scored.outputs, table.names
-    groups = None if study.clusters is None else study.clusters[rows]
-    result = subject_intervals.score_regression(predicted, target, groups, scored.baselines, names)
-    per_target = subject_intervals.target_rows(result)
-    for r, row in enumerate(per_target):
-        row |= bias_and_slope(predicted[:, r], target[:, r])
-    r2 = result.overall.model["r2"]
-    low = r2.low if result.has_intervals else r2.value
-    confounds = confounding.flag_confounds(
-        confounding.level_priors(confounding.prior_levels(table), table.target, *folds_apart(scored), study.clusters), low)
-    common.write_table(run.path("scores.csv"), per_target)
-    plotting.plot_per_target(per_target, run.path("scores.png"))
-    plotting.plot_scatter(predicted, target, names, run.path("predicted_against_true.png"))
-    icc = {name: rater_agreement.icc([each[row] for row in range(len(table))])
-           for name, each in (table.single_ratings or {}).items()}
-    return result, {
-        "metric": "r2", "names": names, **result.record("per_target"), "score_table": per_target,
-        "per_moment": moment_rows(study, scored), "icc": icc, "confounds": confounds,
-        "alarms": verdicts.regression_alarms(predicted, target, names) + slope_alarms(per_target)}
-
-
-def bias_and_slope(predicted, target):
-    """Mean error and the slope of target on prediction (1 = no correction needed), (M,) each, NaN = missing."""
-    known = ~np.isnan(target)
-    p, t = predicted[known], target[known]
-    spread = p.var() if len(p) else 0.0
-    slope = float(((p - p.mean()) * (t - t.mean())).mean() / spread) if spread > 1e-12 else math.nan
-    return {"bias": float((p - t).mean()) if len(p) else math.nan, "slope": slope}
-
-
-def slope_alarms(per_target):
-    """Sentences on scores whose order is right and whose values are not: R2 negative although r is positive."""
-    return [f"{row['target']}: r {row['pearson_r']:.2f} but R2 {row['r2']:.2f}; the order holds, the values do not "
-            f"(bias {row['bias']:+.3g}, slope {row['slope']:.2f})"
-            for row in per_target if row["r2"] < 0 and row["pearson_r"] > 0.1]
-
-
-def moment_rows(study, scored):
-    """Dicts of moment, target, n and the model's metrics for each level of --moment_column and score."""
+@common.first_process_only
+def judge(run, args, study, split, scored, part, alarms, best_epoch=None, folds=()):
+    """Judge the outputs for held-out rows; `part` is val, test or folds."""
+    table = predictions_table(study, scored)
+    levels = confounding.prior_levels(study.table)
+    train, held_out = zip(*scored.trained_on)
+    confounds = confounding.level_priors(
+        levels, study.truth, list(train), list(held_out), study.clusters, study.positive)
+    is_classes = study.table.target is None
+    judging_room = class_judging if is_classes else score_judging
+    setting = judging.Setting(
+        title="Behaviour in clips" if is_classes else "Scores of frame sequences",
+        part=part,
+        held_out=part == "test" or args.select == "last",
+        best_epoch=best_epoch,
+        alarms=alarms,
+        criteria=args.criteria,
+        data=data_blocks(study, split, scored.rows, table),
+        cases=case_blocks(study, scored.rows, judging_room.worst_and_best(table)),
+        limits=limits(args, study),
+        folds=list(folds))
+    if is_classes:
+        of_rows = {name: values[scored.rows] for name, values in levels.items()}
+        return class_judging.judge_classes(run, table, setting, confounds, of_rows)
+    ceiling = None
+    if study.table.single_ratings:
+        ceiling = rater_agreement.measure_ceiling(
+            study.table.names, study.table.target, single_ratings=study.table.single_ratings)
     moments = moment_levels(study)
-    if moments is None:
-        return []
-    rows = []
-    for level in sorted(set(moments[scored.rows])):
-        here = moments[scored.rows] == level
-        values = common.regression_metrics(scored.outputs[here], study.table.target[scored.rows][here])
-        for r, name in enumerate(study.table.names):
-            rows.append({"moment": level, "target": name, **{k: v[r] for k, v in values.items()}})
-    return rows
+    return score_judging.judge_scores(
+        run, table, setting, ceiling, confounds, None if moments is None else moments[scored.rows])
 
 
 def criteria_names(study):
     """What --criteria may name: metrics of all, of a class or score, and of scores at a level of --moment_column."""
-    names = study.table.names
     if study.table.target is None:
-        return verdicts.spell_class_metrics(names)
-    meanings = verdicts.spell_metrics(common.REGRESSION_METRICS, common.REGRESSION_METRICS, names)
-    for metric, level in itertools.product(common.REGRESSION_METRICS, moments_of(study)):
-        meanings.setdefault(f"{metric}_{level}", set()).add(verdicts.MetricOf(metric, f"moment {level}"))
-    return meanings
-
-
-def moments_of(study):
-    """The levels of --moment_column; none where the table has no such column."""
+        return verdicts.spell_class_metrics(study.table.names)
     moments = moment_levels(study)
-    return [] if moments is None else sorted(set(moments))
+    return score_judging.criteria_names(study.table.names, () if moments is None else sorted(set(moments)))
 
 
-def criteria_estimates(study, result, scored):
-    """{name: Estimate} of what --criteria may name."""
-    estimates = verdicts.named_estimates(result, criteria_names(study))
-    for level in moments_of(study) if study.table.target is not None else ():
-        here = moment_levels(study)[scored.rows] == level
-        rows = scored.rows[here]
-        groups = None if study.clusters is None else study.clusters[rows]
-        of_level = subject_intervals.bootstrap_regression(scored.outputs[here], study.table.target[rows], groups)
-        estimates |= {f"{metric}_{level}": each for metric, each in of_level.overall.model.items()}
-    return estimates
+def data_blocks(study, split, rows, table):
+    """HTML of the section Data and split."""
+    sizes = []
+    for part, part_rows in split.items():
+        size = {"part": part, "clips": len(part_rows)}
+        if study.table.target is None:
+            counts = np.bincount(study.table.label[part_rows], minlength=len(study.table.names))
+            size |= dict(zip(study.table.names, counts.tolist()))
+        sizes.append(size)
+    events = f"{len(set(study.table.events[rows]))} events; {len(study.skipped)} rows skipped."
+    return [judging.rows_text(table, "clips"), reporting.html_text(events), reporting.html_table(sizes)]
 
 
-@common.first_process_only
-def report_results(run, args, study, split, scored, alarms, best_epoch=None, folds=()):
-    """metrics.json, tables, plots and report.html of one run, or of all folds pooled."""
-    is_classes = study.table.target is None
-    result, metrics = (class_results if is_classes else score_results)(run, study, scored)
-    held_out = scored.part == "test" or args.select == "last"
-    label = f"AUC of {metrics['positive_class']}" if is_classes else "mean R2"
-    verdict = verdicts.verdict_sentence(result, metrics["metric"], held_out=held_out, label=label)
-    flagged = [row["name"] for row in metrics["confounds"] if row["red_flag"] and row["name"] != "row order"]
-    if flagged:
-        verdict += f" No pixel is needed to come as far: {common.shorten_list(flagged, 3)}."
-    criteria = verdicts.parse_criteria(args.criteria, criteria_names(study))
-    estimates = criteria_estimates(study, result, scored) if criteria else {}
-    target = (study.table.label if is_classes else study.table.target)[scored.rows]
-    sample = splitting.effective_size(target, None if study.clusters is None else study.clusters[scored.rows])
-    metrics |= {"part": scored.part, "best_epoch": best_epoch, "verdict": verdict, "held_out": held_out,
-                "alarms": metrics["alarms"] + alarms, "criteria": verdicts.judge_criteria(criteria, estimates),
-                "sample": sample, "folds": list(folds)}
-    write_page(run, args, study, split, scored, metrics, result)
-    common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
-    verdicts.say_results(run, metrics)
+def case_blocks(study, rows, found, count=5):
+    """HTML with the middle frames of the clips with the smallest and the largest error; found: of worst_and_best."""
+    order, lines = found
+
+    def cases(chosen):
+        figures = []
+        for i in chosen:
+            frames = study.frames(rows[i])
+            middle = np.asarray(frames[len(frames) // 2])
+            figures.append({"image": middle, "title": study.table.clip_ids[rows[i]], "lines": lines[i]})
+        return reporting.html_cases(figures)
+    return [reporting.html_text("Best:"), cases(order[:count]),
+            reporting.html_text("Worst:"), cases(order[::-1][:count])]
 
 
-def write_page(run, args, study, split, scored, metrics, result):
-    """report.html: the verdict first, then the order of sections that all train scripts share."""
-    is_classes, sample = study.table.target is None, metrics["sample"]
-    subjects = "no groups: each row its own" if study.clusters is None else f"{sample['subjects']} groups or videos"
-    sizes = [{"part": part, "clips": len(rows), **({} if not is_classes else {
-        name: int((study.table.label[rows] == c).sum()) for c, name in enumerate(study.table.names)})}
-        for part, rows in split.items()]
-    sections = [
-        ("Data and split", [
-            reporting.html_text(f"{sample['rows']} clips scored, {len(set(study.table.events[scored.rows]))} events, "
-                             f"{sample['distinct_label_vectors']} distinct label vectors, {subjects}; "
-                             f"{len(study.skipped)} rows skipped."), reporting.html_table(sizes)]),
-        ("Leakage", reporting.leakage_blocks(run)),
-        ("Metrics", [*(reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]),
-                     *(class_blocks if is_classes else score_blocks)(run, metrics, result),
-                     *([reporting.html_table(metrics["criteria"], caption="Criteria")] if metrics["criteria"] else []),
-                     *([reporting.html_table(fold_rows(metrics["folds"]), caption="Folds")]
-                       if metrics["folds"] else [])]),
-        ("Without a pixel", confound_blocks(metrics)),
-        ("Calibration", calibration_blocks(run, metrics)),
-        ("Learning curves", reporting.history_blocks(run)),
-        ("Best and worst cases", case_blocks(study, scored)),
-        ("Limits", [reporting.html_text(limits_text(args, study, metrics))]),
-        ("Command and versions", reporting.command_blocks())]
-    flagged = any(row["red_flag"] for row in metrics["confounds"])
-    level = verdicts.verdict_level(result.gain(metrics["metric"]), metrics["alarms"] or flagged)
-    title = "Behaviour in clips" if is_classes else "Scores of frame sequences"
-    reporting.write_report(run.path("report.html"), f"{title}: {run.folder.name}", (level, metrics["verdict"]), sections,
-                        run.compute.text, key_figures(result, study.positive))
-
-
-def key_figures(result, positive):
-    """[(label, value, remark)] for the top of the report; positive: index of that class, None for scores."""
-    model, baseline = result.overall.model, result.overall.baseline
-    other = result.baseline_name.replace("_", " ")
-    if positive is None:
-        figures = {"Mean R2": model["r2"], "Mean r": model["pearson_r"], "Mean MAE": model["mae"],
-                   f"R2 of the {other}": baseline["r2"]}
-    else:
-        name = result.names[positive]
-        figures = {f"AUC of {name}": model["roc_auc"],
-                   "Average precision": result.each.model["average_precision"].at(positive),
-                   f"Recall of {name}": result.each.model["recall"].at(positive),
-                   f"AUC of the {other}": baseline["roc_auc"]}
-    return [reporting.key_figure(label, found, result.method) for label, found in figures.items()]
-
-
-def class_blocks(run, metrics, result):
-    """Tables and plots of classes."""
-    overall = [{"metric": name.replace("_", " "), **dataclasses.asdict(found),
-                "baseline": result.overall.baseline[name].value} for name, found in result.overall.model.items()]
-
-    def with_interval(found):
-        return f"{found.value:.3f}" + ("" if math.isnan(found.low) else f" [{found.low:.2f}, {found.high:.2f}]")
-    per_class = [{"class": name, "n": int(result.n[c]),
-                  **{metric: with_interval(found.at(c)) for metric, found in result.each.model.items()}}
-                 for c, name in enumerate(result.names)]
-    formats = dict.fromkeys(("value", "low", "high", "baseline"), ".3f")
-    return [reporting.html_table(overall, formats=formats, caption=f"On the {metrics['part']} rows; baseline: "
-                              f"{result.baseline_name.replace('_', ' ')}; {result.method}"),
-            reporting.html_table(per_class, caption="Each class against the rest, with 95 % intervals"),
-            reporting.html_image(run.path("confusion.png"), "Confusion matrix: rows true, columns predicted"),
-            reporting.html_image(run.path("precision_recall.png"), "Precision-recall and ROC curves"),
-            reporting.html_image(run.path("risk_coverage.png"), "Errors among the most confident")]
-
-
-def score_blocks(run, metrics, result):
-    """Tables and plots of scores."""
-    columns = {"target": "score", "n": "n", "mae": "MAE", "rmse": "RMSE", "r2": "R2", "r2_low": "R2 low",
-               "r2_high": "R2 high", "pearson_r": "r", "bias": "bias", "slope": "slope", "baseline_r2": "baseline R2",
-               "baseline_mae": "baseline MAE"}
-    formats = {name: ".3f" for name in columns if name not in ("target", "n")}
-    blocks = [reporting.html_table(metrics["score_table"], columns, formats,
-                                caption=f"Each score on the {metrics['part']} rows, in its unit; baseline: "
-                                        f"{result.baseline_name.replace('_', ' ')}; {result.method}"),
-              reporting.html_image(run.path("scores.png"), "r and R2, interval, baseline"),
-              reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true")]
-    if metrics["per_moment"]:
-        columns = {"moment": "moment", "target": "score", "n": "n", "mae": "MAE", "rmse": "RMSE", "r2": "R2",
-                   "pearson_r": "r"}
-        blocks.append(reporting.html_table(metrics["per_moment"], columns, formats, caption="Each moment alone"))
-    if metrics["icc"]:
-        rows = [{"score": name, "ICC(1,1)": one, "ICC(1,k)": mean} for name, (one, mean) in metrics["icc"].items()]
-        blocks.append(reporting.html_table(rows, formats={"ICC(1,1)": ".3f", "ICC(1,k)": ".3f"},
-                                        caption="Agreement of the raters"))
-    return blocks
-
-
-def confound_blocks(metrics):
-    """What metadata alone predict, beside the model."""
-    if not metrics["confounds"]:
-        return [reporting.html_text("The table has no column with few levels: nothing to test.")]
-    formats = {name: ".3f" for name in metrics["confounds"][0] if name not in ("name", "n_levels", "red_flag")}
-    rows = [{**row, "red_flag": "reaches the model" if row["red_flag"] else ""} for row in metrics["confounds"]]
-    flagged = [row["name"] for row in metrics["confounds"] if row["red_flag"]]
-    note = [] if not flagged else [
-        reporting.html_text(f"{common.shorten_list(flagged)}: known without looking at any picture, and as good as the "
-                         "model's interval allows. Judge the model within the levels.", "caution")]
-    return [*note, reporting.html_table(rows, formats=formats, caption="Each column's train rate (or mean) per level as a "
-                                     "predictor of the scored rows")]
-
-
-def calibration_blocks(run, metrics):
-    """Reliability diagram and table, for classes."""
-    if "calibration" not in metrics:
-        return []
-    formats = {name: ".3f" for name in metrics["calibration"][0] if name != "stage"}
-    note = ("Temperature and threshold were fitted on other rows (validation, or the other folds)."
-            if len(metrics["calibration"]) > 1 else "Temperature and threshold were fitted on these very rows and are "
-            "therefore shown for test rows and folds only; they are in best_model.pth.")
-    positive = metrics["positive_class"]
-    return [reporting.html_text(note), reporting.html_table(metrics["calibration"], formats=formats,
-                                                            caption=f"Precision, recall and F1 of {positive}"),
-            reporting.html_image(run.path("reliability.png"), "Reliability: how often a confidence is right")]
-
-
-def case_blocks(study, scored, count=5):
-    """Middle frames of the clips with the smallest and the largest error."""
-    table, rows = study.table, scored.rows
-    if table.target is None:
-        probability, threshold = decision_of(scored)
-        label, chosen = table.label[rows], common.predicted_class(probability, threshold, study.positive)
-        error = 1 - probability[np.arange(len(rows)), label]
-        lines = [[f"true {table.names[a]}, predicted {table.names[b]}", f"p of the true class {p[a]:.2f}"]
-                 for a, b, p in zip(label, chosen, probability)]
-    else:
-        scaled = (scored.outputs - table.target[rows]) / np.nanstd(table.target, axis=0)
-        error = np.sqrt(np.nanmean(scaled ** 2, axis=1))
-        worst = [int(np.nanargmax(np.abs(each))) for each in scaled]
-        lines = [[f"rms error {e:.2f} sd", f"{table.names[w]}: true {table.target[row, w]:.2f}, predicted {out[w]:.2f}"]
-                 for e, w, row, out in zip(error, worst, rows, scored.outputs)]
-
-    def case(i):
-        frames = study.frames(rows[i])
-        return {"image": np.asarray(frames[len(frames) // 2]), "title": table.clip_ids[rows[i]], "lines": lines[i]}
-    order = np.argsort(error, kind="stable")
-    return [reporting.html_text("Best:"), reporting.html_cases([case(i) for i in order[:count]]),
-            reporting.html_text("Worst:"), reporting.html_cases([case(i) for i in order[::-1][:count]])]
-
-
-def limits_text(args, study, metrics):
-    """What a reader must not conclude from this run, as a list."""
+def limits(args, study):
+    """Sentences on what a reader must not conclude from this run."""
     lines = ["Valid for clips like these, labelled by people like these; nothing else was tested."]
-    if not metrics["held_out"]:
-        lines.append("The epoch was chosen on the rows that are scored here, so the numbers are optimistic; give a "
-                     "test part, or --select last with a fixed number of epochs.")
     if study.table.groups is None:
         lines.append("No --group_column: one animal, pen or scene may stand on both sides of the split.")
     elif args.split_by in ("event", "video"):
@@ -1404,17 +1123,7 @@ def limits_text(args, study, metrics):
                      "new ones.")
     if not args.pretrained and not args.weights:
         lines.append("Started from random weights; published weights usually do far better on data of this size.")
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def fold_rows(folds):
-    """Fold table: one dict per fold, then mean and SD over the folds."""
-    rows = [{"fold": fold["fold"], "rows": fold["rows"], "best_epoch": fold["best_epoch"], **fold["metrics"]}
-            for fold in folds]
-    values = {name: np.array([row[name] for row in rows], float) for name in folds[0]["metrics"]}
-    mean = {name: np.nanmean(v) if np.isfinite(v).any() else math.nan for name, v in values.items()}
-    sd = {name: np.nanstd(v, ddof=1) if np.isfinite(v).sum() > 1 else math.nan for name, v in values.items()}
-    return [*rows, {"fold": "mean", **mean}, {"fold": "SD", **sd}]
+    return lines
 
 
 # --- one run, or one run per fold -------------------------------------------------------------
@@ -1431,7 +1140,7 @@ def prepare_split(run, args, study, split):
 
 
 def run_split(run, args, study, split):
-    """Train and score one split; returns {part: Scored} of the held-out rows."""
+    """Train on one split and judge its held-out rows: test where there is one, else val."""
     prepare_split(run, args, study, split)
     if args.dry_run:
         split = {part: few_rows(study.table, rows, 2 * args.batch_size)
@@ -1444,21 +1153,20 @@ def run_split(run, args, study, split):
     for part in ("val", "test"):
         rows = split[part]
         if len(rows):
-            others = baselines(study, split["train"], rows)
             is_calibrated = fitted.calibration and part == "test"
             scored[part] = Scored(
-                rows, fitted.outputs[part], others, part, [(split["train"], rows)],
-                [fitted.calibration] * len(rows) if is_calibrated else None)
-            write_predictions(run.path(f"predictions_{part}.csv"), study, scored[part])
-    plotting.plot_history(plotted_history(fitted), run.path("training_history.png"),
-                          fitted.best_epoch)
-    train, val = (fitted.objective.history(fitted.outputs[part], split[part])
-                  for part in ("train", "val"))
-    alarms = verdicts.split_gap_alarms(
-        train, val, "roc_auc" if args.task == "classify" else "pearson_r")
-    report_results(run, args, study, split, scored.get("test", scored["val"]), alarms,
-                   fitted.best_epoch)
-    return scored
+                rows=rows,
+                outputs=fitted.outputs[part],
+                baselines=baselines(study, split["train"], rows),
+                trained_on=[(split["train"], rows)],
+                calibration=[fitted.calibration] * len(rows) if is_calibrated else None)
+            table = predictions_table(study, scored[part])
+            table.write(run.path(f"predictions_{part}.csv"))
+    plotting.plot_history(plotted_history(fitted), run.path("training_history.png"), fitted.best_epoch)
+    train, val = (fitted.objective.history(fitted.outputs[part], split[part]) for part in ("train", "val"))
+    alarms = verdicts.split_gap_alarms(train, val, "roc_auc" if args.task == "classify" else "pearson_r")
+    part = "test" if "test" in scored else "val"
+    judge(run, args, study, split, scored[part], part, alarms, fitted.best_epoch)
 
 
 def plotted_history(fitted):
@@ -1534,67 +1242,48 @@ def run_folds(run, args, study):
     study = with_features(run, args, study)
     run.write_args(**study.record(parts))
     chosen = range(len(folds)) if args.fold == "all" else [args.fold]
-    results = []
-    done = []
     for k in chosen:
         with run.child(f"fold_{k}") as child:
             if child.path("metrics.json").exists():
                 child.say(f"fold {k} is finished")
-                scored = read_fold(child, study, folds[k])
             else:
-                scored = run_split(child, args, study, folds[k])
-            best_epoch = common.read_json(child.path("metrics.json"))["best_epoch"]
-        results.append(scored)
-        done.append({"fold": k, "rows": len(scored["val"].rows), "best_epoch": best_epoch,
-                     "metrics": fold_metrics(study, scored["val"])})
-    common.write_table(run.path("fold_table.csv"), fold_rows(done))
-    write_fold_scores(run, study, chosen, results)
-    pooled = pool([scored["val"] for scored in results], study)
-    write_predictions(run.path("predictions_folds.csv"), study, pooled)
-    alarms = verdicts.identical_fold_alarms([list(fold["metrics"].values()) for fold in done])
-    report_results(run, args, study, parts, pooled, alarms, folds=done)
+                run_split(child, args, study, folds[k])
+    metrics = CLASS_FOLD_METRICS if args.task == "classify" else common.REGRESSION_METRICS
+    done = judging.finished_folds(run, chosen, metrics, "roc_auc" if args.task == "classify" else "r2")
+    if args.task == "regress":
+        common.write_table(run.path("fold_scores.csv"), fold_score_rows(run, chosen))
+    pooled = pool([read_fold(run.path(f"fold_{k}"), study, folds[k], "val") for k in chosen], study)
+    predictions_table(study, pooled).write(run.path("predictions_folds.csv"))
+    judge(run, args, study, parts, pooled, "folds", judging.identical_fold_alarms(done), folds=done)
     if len(test):
+        members = [read_fold(run.path(f"fold_{k}"), study, folds[k], "test") for k in chosen]
         with run.child("test_ensemble") as child:
-            score_ensemble(child, args, study, [scored["test"] for scored in results])
+            judge_ensemble(child, args, study, members)
 
 
-def read_fold(run, study, fold):
-    """{part: Scored} of a finished fold, from its files."""
+def read_fold(folder, study, fold, part):
+    """Scored of one part of a finished fold, from its files."""
+    table = prediction_tables.read_predictions(folder / f"predictions_{part}.csv")
+    row_of = {name: row for row, name in enumerate(study.table.clip_ids)}
+    rows = np.array([row_of[name] for name in table.keys["clip_id"]])
+    is_classes = study.table.target is None
     calibration = None
-    if study.table.target is None:
-        calibration = common.read_json(run.path("calibration.json"))
-    return {part: read_predictions(run.path(f"predictions_{part}.csv"), study, fold, part,
-                                   calibration if part == "test" else None)
-            for part in ("val", "test") if len(fold[part])}
+    if is_classes and part == "test":
+        calibration = [common.read_json(folder / "calibration.json")] * len(rows)
+    return Scored(rows=rows, outputs=table.logits if is_classes else table.predicted, baselines=table.baselines,
+                  trained_on=[(fold["train"], rows)], calibration=calibration)
 
 
-def fold_metrics(study, scored):
-    """{name: number} of one fold for the fold table."""
-    truth = study.truth[scored.rows]
-    if study.table.target is not None:
-        means = common.mean_metrics(common.regression_metrics(scored.outputs, truth))
-        return {name: means[name] for name in ("mae", "rmse", "r2", "pearson_r")}
-    found = common.classification_metrics(
-        common.softmax(scored.outputs), truth, positive=study.positive)
-    wanted = ("accuracy", "balanced_accuracy", "macro_f1", "roc_auc", "loss", "ece")
-    values = {name: found.overall[name] for name in wanted}
-    average_precision = found.per_class["average_precision"][study.positive]
-    return values | {f"{study.table.names[study.positive]}_average_precision": average_precision}
-
-
-def write_fold_scores(run, study, chosen, results):
-    """fold_scores.csv: n, MAE, RMSE, R2 and r of every fold, score and moment ('all' and each)."""
-    if study.table.target is None:
-        return
+def fold_score_rows(run, chosen):
+    """Dicts of n and the metrics of every fold, score and moment ('all' and each), from the folds' metrics.json."""
     rows = []
-    for k, result in zip(chosen, results):
-        scored = result["val"]
-        values = common.regression_metrics(scored.outputs, study.table.target[scored.rows])
-        for r, name in enumerate(study.table.names):
-            own = {metric: each[r] for metric, each in values.items()}
-            rows.append({"fold": k, "moment": "all", "target": name, **own})
-        rows += [{"fold": k, **row} for row in moment_rows(study, scored)]
-    common.write_table(run.path("fold_scores.csv"), rows)
+    for k in chosen:
+        metrics = common.read_json(run.path(f"fold_{k}") / "metrics.json")
+        for score in metrics["per_target"]:
+            values = {name: score["model"][name]["value"] for name in common.REGRESSION_METRICS}
+            rows.append({"fold": k, "moment": "all", "target": score["name"], "n": score["n"], **values})
+        rows += [{"fold": k, **row} for row in metrics["per_moment"]]
+    return rows
 
 
 def pool(results, study):
@@ -1607,12 +1296,12 @@ def pool(results, study):
             logits = np.concatenate([other.outputs for other in others])
             label = study.table.label[np.concatenate([other.rows for other in others])]
             calibration += [calibrate(logits, label, study.positive)] * len(own.rows)
-    others = {name: np.concatenate([each.baselines[name] for each in results])
-              for name in results[0].baselines}
-    return Scored(np.concatenate([each.rows for each in results]),
-                  np.concatenate([each.outputs for each in results]), others, "folds",
-                  list(itertools.chain.from_iterable(each.trained_on for each in results)),
-                  calibration)
+    return Scored(
+        rows=np.concatenate([each.rows for each in results]),
+        outputs=np.concatenate([each.outputs for each in results]),
+        baselines={name: np.concatenate([each.baselines[name] for each in results]) for name in results[0].baselines},
+        trained_on=list(itertools.chain.from_iterable(each.trained_on for each in results)),
+        calibration=calibration)
 
 
 def mean_of_members(members, study):
@@ -1622,26 +1311,26 @@ def mean_of_members(members, study):
         return first
     if study.table.target is not None:
         outputs = np.stack([member.outputs for member in members])  # (members, M, R)
-        return dataclasses.replace(first, outputs=outputs.mean(0), sd=outputs.std(0, ddof=1))
-    probabilities, thresholds = zip(*map(decision_of, members))
+        return dataclasses.replace(first, outputs=outputs.mean(0), spread=outputs.std(0, ddof=1))
+    tables = [predictions_table(study, member) for member in members]
     calibration = None
-    if all(each is not None for each in thresholds):
-        calibration = [{"temperature": 1.0, "threshold": threshold}
-                       for threshold in np.mean(thresholds, axis=0)]
-    outputs = np.log(np.mean(probabilities, axis=0))
+    if all(table.threshold is not None for table in tables):
+        threshold = np.mean([table.threshold for table in tables], axis=0)
+        calibration = [{"temperature": 1.0, "threshold": each} for each in threshold]
+    outputs = np.log(np.mean([table.probability for table in tables], axis=0))
     return dataclasses.replace(first, outputs=outputs, calibration=calibration)
 
 
-def score_ensemble(run, args, study, members):
-    """The mean of all folds' models on the test groups, which none of them has seen."""
+def judge_ensemble(run, args, study, members):
+    """Judge the mean of all folds' models on the test groups, which none of them has seen."""
     mean = mean_of_members(members, study)
     train = np.setdiff1d(np.arange(len(study.table)), mean.rows)
-    mean.baselines = baselines(study, train, mean.rows)
-    mean.trained_on = [(train, mean.rows)]
+    mean = dataclasses.replace(
+        mean, baselines=baselines(study, train, mean.rows), trained_on=[(train, mean.rows)])
     split = {"train": train, "test": mean.rows}
     prepare_split(run, args, study, split)
-    write_predictions(run.path("predictions_test.csv"), study, mean)
-    report_results(run, args, study, split, mean, [])
+    predictions_table(study, mean).write(run.path("predictions_test.csv"))
+    judge(run, args, study, split, mean, "test", [])
 
 
 def train(args):
@@ -1732,7 +1421,7 @@ def predict(args):
         positive = study.table.names.index(members[0].content["positive"])
         study = dataclasses.replace(study, positive=positive)
     output = args.output or Path("predictions.csv")
-    write_predictions(output, study, mean_of_members(scored, study))
+    predictions_table(study, mean_of_members(scored, study)).write(output)
     print(f"{len(study.table)} clips predicted by {len(members)} checkpoint(s), "
           f"{len(study.skipped)} rows skipped; written to {output}")
     for entry in study.skipped:
@@ -1747,77 +1436,19 @@ def predict_rows(member, study, args, compute):
     outputs = evaluate(member.model, loader, args, compute)
     outputs = outputs + member.content.get("prior_shift", 0.0)
     calibration = member.content.get("calibration")  # a top_epoch_N.pth has none
-    return Scored(rows, outputs, {}, "new", [], calibration and [calibration] * len(rows))
+    return Scored(rows=rows, outputs=outputs, baselines={}, trained_on=[],
+                  calibration=calibration and [calibration] * len(rows))
 
 
 def evaluate_predictions(args):
-    """--mode evaluate: metrics with intervals of a predictions CSV, without model or video."""
-    is_classes = any(column.startswith("prob_") for column in csv_tables.read_table(args.predictions))
-    metrics = evaluate_classes(args) if is_classes else evaluate_scores(args)
-    output = args.output or Path("metrics.json")
-    common.write_json(output, metrics)
-    for alarm in metrics["alarms"]:
-        print(f"ALARM: {alarm}")
-    for bar in metrics["criteria"]:
-        print(f"{bar['verdict']}: {bar['name']} {bar['relation']} {bar['bar']:g}, found {bar['value']:.4g}")
-    print(f"written to {output}")
-
-
-def evaluate_classes(args):
-    """Metrics of a predictions CSV of classes, as evaluate_predictions writes them."""
-    found = prediction_tables.read_probabilities(args.predictions)
-    names, labelled = found.names, found.label >= 0
-    if not labelled.any():
-        raise common.UserError(f"--predictions {args.predictions}: no row has a true_label, nothing to score")
-    positive = positive_class(args.positive_class, names, found.label)
-    result = judge_classes(found.probability, found.label, names, positive, found.groups, found.baselines,
-                           found.threshold)
-    print_values(result)
-    meanings = verdicts.spell_class_metrics(names)
-    criteria = verdicts.parse_criteria(args.criteria, meanings)
-    overall, per_class = decision_metrics(found.chosen[labelled], found.label[labelled], len(names))
-    of_class = [{"name": name, **{metric: values[c] for metric, values in per_class.items()}}
-                for c, name in enumerate(names)]
-    return {"positive_class": names[positive], "decisions": {**overall, "per_class": of_class},
-            "null_ece": calibrating.expected_ece(found.probability[labelled].max(1)), **result.record("per_class"),
-            "confusion": result.confusion, "n": result.n,
-            "alarms": verdicts.classification_alarms(found.probability, found.label, names, found.threshold, positive),
-            "criteria": verdicts.judge_criteria(criteria, verdicts.named_estimates(result, meanings))}
-
-
-def evaluate_scores(args):
-    """Metrics of a predictions CSV of scores, as evaluate_predictions writes them."""
-    table = csv_tables.read_table(args.predictions)
-    names = [column.removesuffix("_predicted") for column in table if column.endswith("_predicted")]
-    if not names or f"{names[0]}_true" not in table:
-        raise common.UserError(f"--predictions {args.predictions}: expected columns NAME_true and NAME_predicted, "
-                               f"found {common.shorten_list(table.columns, 40)}")
-    _, values = prediction_tables.read_target_table(args.predictions, "clip_id", names)
-    groups = table["group"].to_numpy(str) if "group" in table else None
-    others = {kind: each for kind, each in values.items() if kind not in ("true", "predicted", "sd")}
-    if others:
-        result = subject_intervals.score_regression(values["predicted"], values["true"], groups, others, names)
-    else:
-        result = subject_intervals.bootstrap_regression(values["predicted"], values["true"], groups, names=names)
-    print_values(result)
-    meanings = verdicts.spell_metrics(common.REGRESSION_METRICS, common.REGRESSION_METRICS, names)
-    criteria = verdicts.parse_criteria(args.criteria, meanings)
-    return {**result.record("per_target"),
-            "alarms": verdicts.regression_alarms(values["predicted"], values["true"], names),
-            "criteria": verdicts.judge_criteria(criteria, verdicts.named_estimates(result, meanings))}
-
-
-def print_values(result):
-    """One line for each metric, of all and of each class or score: value, interval, the baseline's value."""
-    print(f"{'metric':32}{'value':>9}   95 % interval    {'baseline':>9}   ({result.method})")
-    lines = [(name, found, result.overall.baseline.get(name)) for name, found in result.overall.model.items()]
-    for k, each in enumerate(result.names):
-        for name, found in result.each.model.items():
-            other = result.each.baseline.get(name)
-            lines.append((f"{name} of {each}", found.at(k), other and other.at(k)))
-    for text, found, other in lines:
-        print(f"{text[:31]:32}{found.value:9.3f}   [{found.low:6.3f}, {found.high:6.3f}]"
-              f"{other.value if other else math.nan:12.3f}")
+    """--mode evaluate: a short way to judge_predictions.py, for one table of predictions."""
+    with common.start_run(args) as run:
+        run.write_args(predictions=str(args.predictions))
+        table = prediction_tables.read_predictions(
+            args.predictions, args.group_column, positive_class=args.positive_class)
+        metrics = table_judging.judge_table(run, table, args.predictions, args.criteria)
+        if args.output:
+            common.write_json(args.output, metrics)
 
 
 def audit(args):

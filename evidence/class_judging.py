@@ -12,7 +12,6 @@ from evidence import calibrating, confounding, judging, plotting, reporting, spl
 from evidence.score_judging import lowest
 
 
-@common.first_process_only
 def judge_classes(run, table, setting, confounds=(), levels=None):
     """Judge a prediction_tables.ClassTable, write plots, report.html and metrics.json; returns the metrics.
 

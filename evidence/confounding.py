@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 import common
-from evidence import splitting, subject_intervals
+from evidence import reporting, splitting, subject_intervals
 from readers import event_tables
 
 
@@ -130,6 +130,35 @@ def flag_confounds(rows, model_low):
         value, chance = (row["auc"], 0.5) if "auc" in row else (row["r2"], 0.0)
         flagged.append({**row, "red_flag": bool(value > chance and value >= model_low)})
     return flagged
+
+
+def flagged_names(rows):
+    """Names of the flagged columns; row order is none."""
+    return [row["name"] for row in rows if row["red_flag"] and row["name"] != "row order"]
+
+
+def flagged_sentence(rows):
+    """What the verdict says of flagged columns, "" without any."""
+    names = flagged_names(rows)
+    return f" No pixel is needed to come as far: {common.shorten_list(names, 3)}." if names else ""
+
+
+def confound_blocks(rows):
+    """HTML of the section Without a pixel: what metadata alone predict, beside the model."""
+    if not rows:
+        return []
+    blocks = []
+    names = flagged_names(rows)
+    if names:
+        blocks.append(reporting.html_text(
+            f"{common.shorten_list(names)}: known without looking at any picture, and as good as the "
+            "model's interval allows. Judge the model within the levels.", "caution"))
+    formats = {name: ".3f" for name in rows[0] if name not in ("name", "n_levels", "red_flag")}
+    shown = [{**row, "red_flag": "reaches the model" if row["red_flag"] else ""} for row in rows]
+    blocks.append(reporting.html_table(
+        shown, formats=formats,
+        caption="The train rate (or mean) of each level of a column as the prediction"))
+    return blocks
 
 
 def within_level_auc(score, label, levels, positive=1):

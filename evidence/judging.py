@@ -3,6 +3,7 @@
 A task's own judging (score_judging, class_judging, detection_judging) makes a Judgement; close_run writes it down.
 """
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -59,6 +60,26 @@ def fold_table(folds):
     with np.errstate(divide="ignore", invalid="ignore"):
         sd = np.where(count > 1, np.sqrt(spread * count / (count - 1)), np.nan)
     return [*folds, {"fold": "mean", **dict(zip(numbers, mean))}, {"fold": "SD", **dict(zip(numbers, sd))}]
+
+
+def finished_folds(run, chosen, metrics, headline):
+    """A dict of numbers for each fold whose metrics.json is written: those of the model, the baseline's headline."""
+    folds = []
+    for k in chosen:
+        found = common.read_json(run.path(f"fold_{k}") / "metrics.json")
+        fold = {"fold": k, "rows": found["rows"], "best_epoch": found["best_epoch"]}
+        fold |= {metric: found["model"][metric]["value"] for metric in metrics}
+        fold[f"baseline_{headline}"] = found["baseline"][headline]["value"]
+        folds.append({name: np.nan if value is None else value for name, value in fold.items()})
+    common.write_table(run.path("fold_table.csv"), fold_table(folds))
+    return folds
+
+
+def identical_fold_alarms(folds):
+    """Sentences on folds with the same numbers to the last digit."""
+    numbers = [tuple(value for name, value in fold.items() if name != "fold") for fold in folds]
+    return [f"folds {folds[a]['fold']} and {folds[b]['fold']} have identical results: were they trained and judged on "
+            "the same rows?" for a, b in itertools.combinations(range(len(folds)), 2) if numbers[a] == numbers[b]]
 
 
 def rows_text(table, unit="rows"):

@@ -92,6 +92,19 @@ class ClassTable:
         write_columns(path, columns)
 
 
+def join(tables):
+    """The rows of several tables of one kind as one table."""
+    first = tables[0]
+    fields = {}
+    for name in ("groups", "target", "predicted", "spread", "label", "probability", "threshold", "logits", "uncalibrated"):
+        if getattr(first, name, None) is not None:
+            fields[name] = np.concatenate([getattr(table, name) for table in tables])
+    for name in ("keys", "baselines"):
+        parts = [getattr(table, name) for table in tables]
+        fields[name] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    return dataclasses.replace(first, **fields)
+
+
 def _take(table, rows, fields):
     """A ScoreTable or ClassTable of these rows; fields: those with an entry for each row."""
     found = {name: getattr(table, name) for name in fields}

@@ -3,11 +3,13 @@
 Letters: N rows, R ratings.
 """
 
+import dataclasses
 import math
 
 import numpy as np
 
 import common
+from evidence import reporting
 
 
 def noise_ceiling(mean, sd, n):
@@ -97,3 +99,64 @@ def icc(ratings):
     if signal <= 0:
         return math.nan, math.nan
     return float(signal / (between + (n0 - 1) * within)), float(signal / between)
+
+
+# --- the ceiling of a run and how a page shows it --------------------------------------------------
+
+@dataclasses.dataclass(kw_only=True)
+class Ceiling:
+    """How far any model could come, given how far the raters agree; None where it cannot be measured."""
+    source: str  # what it was computed from, or why it could not be
+    r2: np.ndarray | None = None  # (R,)
+    icc: np.ndarray | None = None  # (R, 2) ICC(1,1) and ICC(1,k)
+    possible: list = dataclasses.field(default_factory=list)  # dicts of R2 ceilings for numbers of raters
+
+    @property
+    def pearson_r(self):
+        """(R,) ceiling of r."""
+        return np.sqrt(self.r2)
+
+    @property
+    def mean_r2(self):
+        """Mean over the targets, None where it is not known."""
+        return None if self.r2 is None else float(np.nanmean(self.r2))
+
+    def of_target(self, r):
+        """Columns for the table of the targets."""
+        if self.r2 is None:
+            return {}
+        columns = {"ceiling_r2": self.r2[r], "ceiling_pearson_r": self.pearson_r[r]}
+        if self.icc is not None:
+            columns |= {"icc_1_1": self.icc[r, 0], "icc_1_k": self.icc[r, 1]}
+        return columns
+
+
+def measure_ceiling(names, mean, sd=None, n=None, single_ratings=None):
+    """Ceiling of R targets, from single ratings {name: N arrays}, or from mean, sd and n, (N, R) each."""
+    if single_ratings:
+        ratings = [single_ratings[name] for name in names]
+        return Ceiling(source="split half with Spearman-Brown, 100 halves of the single ratings",
+                       r2=np.array([split_half(each) for each in ratings]),
+                       icc=np.array([icc(each) for each in ratings]))
+    if sd is None:
+        return Ceiling(source="not measurable: the table has means alone, no rater sd")
+    if n is not None:
+        return Ceiling(source="1 - mean(sd^2 / n) / var(mean)", r2=noise_ceiling(mean, sd, n))
+    table = ceiling_table(mean, sd)
+    possible = []
+    for r, name in enumerate(names):
+        of_n = {f"n = {raters}": table[raters][r] for raters in (2, 4, 6, 10, 15, 20, 30)}
+        possible.append({"target": name, **of_n})
+    return Ceiling(source="not measurable: the table has rater sds but no number of raters n, on which the ceiling "
+                          "depends", possible=possible)
+
+
+def ceiling_blocks(ceiling):
+    """HTML of the section Noise ceiling; none without a Ceiling."""
+    if ceiling is None:
+        return []
+    blocks = [reporting.html_text(f"Source: {ceiling.source}.")]
+    if ceiling.possible:
+        formats = {name: ".3f" for name in ceiling.possible[0] if name != "target"}
+        blocks.append(reporting.html_table(ceiling.possible, formats=formats, caption="R2 ceiling by number of raters"))
+    return blocks

@@ -2,6 +2,7 @@
 
 Letters: M rows, R scores.
 """
+import dataclasses
 import itertools
 import math
 
@@ -11,11 +12,10 @@ import common
 from evidence import confounding, judging, plotting, rater_agreement, reporting, splitting, subject_intervals, verdicts
 
 
-@common.first_process_only
 def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, files="scores"):
     """Judge a prediction_tables.ScoreTable, write tables, plots, report.html and metrics.json; returns the metrics.
 
-    ceiling: of rater_agreement.ceilings, or None; confounds: of confounding.level_priors; moments: (M,) levels whose
+    ceiling: rater_agreement.Ceiling, or None; confounds: of confounding.level_priors; moments: (M,) levels whose
     rows are also judged apart, or None; files: name of the table and the plot of the scores.
     """
     result = subject_intervals.score_regression(
@@ -27,7 +27,7 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, 
     plotting.plot_per_target(rows, run.path(f"{files}.png"))
     plotting.plot_scatter(table.predicted, table.target, table.names, run.path("predicted_against_true.png"))
 
-    best_r2 = float(np.nanmean(ceiling["r2"])) if ceiling else None
+    best_r2 = ceiling.mean_r2 if ceiling else None
     verdict = verdicts.verdict_sentence(result, "r2", best_r2, setting.held_out, "mean R2")
     alarms = verdicts.regression_alarms(table.predicted, table.target, table.names) + slope_alarms(rows)
     flagged = confounding.flagged_names(confounds)
@@ -36,7 +36,7 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, 
         level=verdicts.verdict_level(result.gain("r2"), alarms + setting.alarms + flagged),
         alarms=alarms,
         criteria=judge_criteria(setting.criteria, result, table, moments),
-        figures=key_figures(result, ceiling),
+        figures=key_figures(result, best_r2),
         blocks=metric_blocks(run, setting, result, rows, moment_rows, files),
         sections=[
             ("Noise ceiling", rater_agreement.ceiling_blocks(ceiling)),
@@ -45,7 +45,7 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, 
         numbers={
             **result.record("per_target"),
             "sample": splitting.effective_size(table.target, table.groups),
-            "ceiling": ceiling,
+            "ceiling": dataclasses.asdict(ceiling) if ceiling else None,
             "per_moment": moment_rows,
             "confounds": confounds,
         })
@@ -62,9 +62,9 @@ def score_rows(result, table, ceiling):
     rows = subject_intervals.target_rows(result)
     for r, row in enumerate(rows):
         row |= bias_and_slope(table.predicted[:, r], table.target[:, r])
-        if ceiling:
-            row |= {f"ceiling_{name}": values[r] for name, values in ceiling.items() if name != "source"}
-            row["share_of_ceiling_r2"] = row["r2"] / ceiling["r2"][r]
+        if ceiling and ceiling.r2 is not None:
+            row |= ceiling.of_target(r)
+            row["share_of_ceiling_r2"] = row["r2"] / ceiling.r2[r]
     return rows
 
 
@@ -123,14 +123,14 @@ def judge_criteria(text, result, table, moments):
     return verdicts.judge_criteria(criteria, estimates)
 
 
-def key_figures(result, ceiling):
+def key_figures(result, best_r2):
     """[(label, value, remark)] for the top of the report."""
     model = result.overall.model
     estimates = {"Mean R2": model["r2"], "Mean r": model["pearson_r"], "Mean MAE": model["mae"],
                  f"R2 of the {result.baseline_label}": result.overall.baseline["r2"]}
     figures = [reporting.key_figure(label, found, result.method) for label, found in estimates.items()]
-    if ceiling:
-        figures.append(("R2 ceiling", f"{np.nanmean(ceiling['r2']):.3f}", "what the raters allow"))
+    if best_r2 is not None:
+        figures.append(("R2 ceiling", f"{best_r2:.3f}", "what the raters allow"))
     return figures
 
 
@@ -138,7 +138,7 @@ def metric_blocks(run, setting, result, rows, moment_rows, files):
     """HTML of the section Metrics: the tables and plots of the scores."""
     columns = {"target": "score", "n": "n", "pearson_r": "r", "r2": "R2", "r2_low": "R2 low", "r2_high": "R2 high",
                "mae": "MAE", "rmse": "RMSE", "bias": "bias", "slope": "slope", "baseline_r2": "baseline R2",
-               "baseline_mae": "baseline MAE", "ceiling_r2": "ceiling R2", "share_of_ceiling_r2": "share"}
+               "baseline_mae": "baseline MAE", "icc_1_1": "ICC(1,1)", "icc_1_k": "ICC(1,k)", "ceiling_r2": "ceiling R2", "share_of_ceiling_r2": "share"}
     columns = {name: heading for name, heading in columns.items() if name in rows[0]}
     formats = {name: ".3f" for name in columns if name not in ("target", "n")}
     caption = (f"Each score on the {setting.part} rows, in its unit; baseline: {result.baseline_label}; {result.method}")

@@ -70,6 +70,11 @@ class Result:
     n_subjects: np.ndarray | None = None  # (C,) subjects with rows of each class
 
     @property
+    def baseline_label(self):
+        """The baseline's name as sentences write it."""
+        return self.baseline_name.replace("_", " ")
+
+    @property
     def has_intervals(self):
         """Whether there are subjects enough for any interval."""
         return self.subjects >= FEWEST_FOR_INTERVAL

@@ -1,0 +1,75 @@
+"""Judge tables of predictions of which nothing else is known, and hold several against each other.
+
+Letters: M rows.
+"""
+import itertools
+
+import numpy as np
+
+import common
+from evidence import class_judging, judging, prediction_tables, score_judging, subject_intervals
+
+
+def judge_table(run, table, path, criteria="", held_out=None):
+    """Judge one table in a run folder of its own; returns its metrics. held_out: None = not known."""
+    setting = judging.Setting(
+        title=f"Predictions of {path.name}",
+        held_out=held_out,
+        criteria=criteria,
+        data=[judging.rows_text(table)],
+        limits=["Judged from the table alone: which rows the model was trained on, and what they share with these, "
+                "is not known here."])
+    if isinstance(table, prediction_tables.ScoreTable):
+        return score_judging.judge_scores(run, table, setting)
+    return class_judging.judge_classes(run, table, setting)
+
+
+def same_rows(tables, paths):
+    """The tables with the rows of the first, in its order. Raises UserError where rows or truth differ."""
+    first = tables[0]
+    wanted = next(iter(first.keys.values()))
+    aligned = [first]
+    for table, path in zip(tables[1:], paths[1:]):
+        place = {name: row for row, name in enumerate(next(iter(table.keys.values())))}
+        lacking = [name for name in wanted if name not in place]
+        if lacking or len(place) != len(wanted) or table.names != first.names:
+            raise common.UserError(
+                f"{path} and {paths[0]} must judge the same rows and targets; {len(lacking)} rows of the first are "
+                f"missing ({common.shorten_list(lacking, 3) or 'none'}), {len(place)} and {len(wanted)} rows, "
+                f"targets {common.shorten_list(table.names, 5)} and {common.shorten_list(first.names, 5)}")
+        other = table.take(np.array([place[name] for name in wanted]))
+        if not np.array_equal(other.truth, first.truth, equal_nan=True):
+            raise common.UserError(f"{path} and {paths[0]} have other true values in the same rows; compare one truth")
+        aligned.append(other)
+    return aligned
+
+
+def compare_tables(tables, names):
+    """A dict for each pair: which is better, by the paired interval of the difference over the same resamples."""
+    rows = []
+    for (a, name_a), (b, name_b) in itertools.combinations(zip(tables, names), 2):
+        if isinstance(a, prediction_tables.ScoreTable):
+            metric = "r2"
+            result = subject_intervals.bootstrap_regression(
+                a.predicted, a.target, a.groups, b.predicted, names=a.names, baseline_name=name_b)
+        else:
+            metric = "roc_auc"
+            result = subject_intervals.bootstrap_classification(
+                a.probability, a.label, a.groups, b.probability, a.names, a.threshold, a.positive, baseline_name=name_b)
+        gain = result.gain(metric)
+        better = "not resolvable"
+        if gain.low > 0 or gain.high < 0:
+            better = name_a if gain.value > 0 else name_b
+        rows.append({
+            "first": name_a,
+            "second": name_b,
+            "metric": common.METRICS[metric].label,
+            "value_of_first": result.overall.model[metric].value,
+            "value_of_second": result.overall.baseline[metric].value,
+            "difference": gain.value,
+            "low": gain.low,
+            "high": gain.high,
+            "better": better,
+            "method": result.method,
+        })
+    return rows
