@@ -2,11 +2,9 @@
 
     python judge_predictions.py --predictions predictions.csv --group_column subject
     python judge_predictions.py --predictions mine.csv theirs.csv --group_column subject
-    python judge_predictions.py --predictions detections.json --truth coco.json
 
 A table of scores has the columns NAME_true and NAME_predicted for each score, and NAME_BASELINE where there is one.
-A table of classes has true_label (or label) and prob_CLASS for each class, or score for two classes. Detections are
-COCO results beside their COCO annotations. Writes outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first),
+A table of classes has true_label (or label) and prob_CLASS for each class, or score for two classes. Writes outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first),
 metrics.json, plots, args.json, log.txt. With several tables of the same rows each gets a folder, and comparison.csv says
 which of two is better, with the paired interval of their difference.
 
@@ -21,8 +19,7 @@ from evidence import judging, prediction_tables, table_judging
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     add = parser.add_argument_group("predictions").add_argument
-    add("--predictions", type=Path, nargs="+", required=True, help="CSV of predictions, or COCO results (with --truth)")
-    add("--truth", type=Path, help="COCO annotations that detections are judged against")
+    add("--predictions", type=Path, nargs="+", required=True, help="CSV of predictions")
     add("--group_column", help="column whose rows are not independent, such as subject (default: group, if there)")
     add("--baseline", metavar="COLUMN", help="what the model must beat: a column, or BASELINE of NAME_BASELINE or "
         "BASELINE_prob_CLASS (default: the best of all there are)")
@@ -30,10 +27,9 @@ def parse_args(argv=None):
     add("--criteria", default="", help='bars to judge, e.g. "r2>0.15,mae<3.0": PASS, FAIL or NOT RESOLVABLE')
     add("--held_out", action="store_true", help="no model was trained or chosen on these rows: I know that they are new")
     add("--output_dir", type=Path, default=Path("outputs"), help="parent of the timestamped run folder")
-    args = common.parse_arguments(parser, argv)
-    if args.truth and len(args.predictions) > 1:
-        parser.error("--truth judges one file of detections; give one to --predictions")
-    return args
+    # no network runs here
+    parser.set_defaults(device="cpu", use_amp="off", deterministic=False, resume=None, tensorboard=False, wandb=False)
+    return common.parse_arguments(parser, argv)
 
 
 def judge_several(run, args, tables):
@@ -47,22 +43,10 @@ def judge_several(run, args, tables):
     judging.write_comparison(run, rows)
 
 
-def judge_coco(run, args):
-    """Judge COCO results against COCO annotations."""
-    truth, detections = detection_judging.read_coco_results(args.truth, args.predictions[0])
-    setting = judging.Setting(
-        title=f"Detections of {args.predictions[0].name}",
-        held_out=True if args.held_out else None,
-        criteria=args.criteria)
-    detection_judging.judge_detections(run, truth, detections, setting)
-
-
 def main():
     args = parse_args()
     with common.start_run(args) as run:
         run.write_args(predictions=[str(path) for path in args.predictions])
-        if args.truth:
-            return judge_coco(run, args)
         tables = [prediction_tables.read_predictions(path, args.group_column, args.baseline, args.positive_class)
                   for path in args.predictions]
         if len(tables) == 1:

@@ -589,10 +589,10 @@ def run_folds(run, args, study):
                 child.say(f"fold {k} is finished")
             else:
                 run_split(child, args, study, split, features)
-    pooled = prediction_tables.join([
-        prediction_tables.read_predictions(run.path(f"fold_{k}") / "predictions_val.csv") for k in chosen])
+    tables = [prediction_tables.read_predictions(run.path(f"fold_{k}") / "predictions_val.csv") for k in chosen]
+    pooled = prediction_tables.join(tables)
     pooled.write(run.path("predictions_folds.csv"))
-    done = judging.finished_folds(run, chosen, common.REGRESSION_METRICS, "r2")
+    done = judging.finished_folds(run, chosen, map(score_judging.fold_numbers, tables))
     row_of = {name: row for row, name in enumerate(study.images)}
     rows = np.array([row_of[name] for name in pooled.keys["image"]])
     alarms = judging.identical_fold_alarms(done)

@@ -36,7 +36,6 @@ from readers import csv_tables, event_tables, score_tables, video_files
 
 MODES = ("train", "predict", "evaluate", "audit")
 PARTS = ("train", "val", "test")
-CLASS_FOLD_METRICS = ("roc_auc", "balanced_accuracy", "macro_f1", "accuracy", "loss", "ece")
 FEATURE_SD_FLOOR = 0.01  # of the RMS sd: a feature that hardly varied in training must not explode on a new clip
 KINETICS_MEAN = (0.43216, 0.394666, 0.37645)
 KINETICS_STD = (0.22803, 0.22145, 0.216989)
@@ -1248,11 +1247,15 @@ def run_folds(run, args, study):
                 child.say(f"fold {k} is finished")
             else:
                 run_split(child, args, study, folds[k])
-    metrics = CLASS_FOLD_METRICS if args.task == "classify" else common.REGRESSION_METRICS
-    done = judging.finished_folds(run, chosen, metrics, "roc_auc" if args.task == "classify" else "r2")
+    results = [read_fold(run.path(f"fold_{k}"), study, folds[k], "val") for k in chosen]
+    tables = [predictions_table(study, scored) for scored in results]
     if args.task == "regress":
-        common.write_table(run.path("fold_scores.csv"), fold_score_rows(run, chosen))
-    pooled = pool([read_fold(run.path(f"fold_{k}"), study, folds[k], "val") for k in chosen], study)
+        numbers = map(score_judging.fold_numbers, tables)
+        common.write_table(run.path("fold_scores.csv"), fold_score_rows(study, chosen, results, tables))
+    else:
+        numbers = map(class_judging.fold_numbers, tables)
+    done = judging.finished_folds(run, chosen, numbers)
+    pooled = pool(results, study)
     predictions_table(study, pooled).write(run.path("predictions_folds.csv"))
     judge(run, args, study, parts, pooled, "folds", judging.identical_fold_alarms(done), folds=done)
     if len(test):
@@ -1263,7 +1266,8 @@ def run_folds(run, args, study):
 
 def read_fold(folder, study, fold, part):
     """Scored of one part of a finished fold, from its files."""
-    table = prediction_tables.read_predictions(folder / f"predictions_{part}.csv")
+    positive = None if study.positive is None else study.table.names[study.positive]
+    table = prediction_tables.read_predictions(folder / f"predictions_{part}.csv", positive_class=positive)
     row_of = {name: row for row, name in enumerate(study.table.clip_ids)}
     rows = np.array([row_of[name] for name in table.keys["clip_id"]])
     is_classes = study.table.target is None
@@ -1274,15 +1278,13 @@ def read_fold(folder, study, fold, part):
                   trained_on=[(fold["train"], rows)], calibration=calibration)
 
 
-def fold_score_rows(run, chosen):
-    """Dicts of n and the metrics of every fold, score and moment ('all' and each), from the folds' metrics.json."""
+def fold_score_rows(study, chosen, results, tables):
+    """Dicts of n and the metrics of every fold, score and moment ('all' and each)."""
+    moments = moment_levels(study)
     rows = []
-    for k in chosen:
-        metrics = common.read_json(run.path(f"fold_{k}") / "metrics.json")
-        for score in metrics["per_target"]:
-            values = {name: score["model"][name]["value"] for name in common.REGRESSION_METRICS}
-            rows.append({"fold": k, "moment": "all", "target": score["name"], "n": score["n"], **values})
-        rows += [{"fold": k, **row} for row in metrics["per_moment"]]
+    for k, scored, table in zip(chosen, results, tables):
+        own = None if moments is None else moments[scored.rows]
+        rows += [{"fold": k, **row} for row in score_judging.rows_of_scores(table, own)]
     return rows
 
 

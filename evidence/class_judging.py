@@ -65,14 +65,30 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
 
 
 def compare_classes(table):
-    """Result of the model, paired with the baseline of the highest AUC, which gives its most probable class."""
-    def auc(name):
-        metrics = common.classification_metrics(table.baselines[name], table.label, positive=table.positive)
-        return np.nan_to_num(metrics.overall["roc_auc"], nan=-1)
-    best = max(table.baselines, key=auc)
+    """Result of the model, paired with the best baseline, which gives its most probable class."""
+    best = best_baseline(table)
     return subject_intervals.bootstrap_classification(
         table.probability, table.label, table.groups, table.baselines[best], table.names, table.threshold,
         table.positive, baseline_name=best)
+
+
+def fold_numbers(table):
+    """What the fold table says of one fold, and the best baseline's AUC."""
+    found = common.classification_metrics(table.probability, table.label, table.threshold, table.positive).overall
+    wanted = ("roc_auc", "balanced_accuracy", "macro_f1", "accuracy", "loss", "ece")
+    best = auc_of(table, best_baseline(table))
+    return {"rows": len(table.label), **{name: found[name] for name in wanted}, "baseline_roc_auc": best}
+
+
+def auc_of(table, baseline):
+    """AUC of a baseline of the table, by name."""
+    probability = table.baselines[baseline]
+    return common.classification_metrics(probability, table.label, positive=table.positive).overall["roc_auc"]
+
+
+def best_baseline(table):
+    """Name of the baseline of the highest AUC."""
+    return max(table.baselines, key=lambda name: np.nan_to_num(auc_of(table, name), nan=-1))
 
 
 def calibration_rows(table):

@@ -62,15 +62,12 @@ def fold_table(folds):
     return [*folds, {"fold": "mean", **dict(zip(numbers, mean))}, {"fold": "SD", **dict(zip(numbers, sd))}]
 
 
-def finished_folds(run, chosen, metrics, headline):
-    """A dict of numbers for each fold whose metrics.json is written: those of the model, the baseline's headline."""
+def finished_folds(run, chosen, numbers):
+    """Write fold_table.csv; returns a dict for each finished fold; numbers: a dict for each of the chosen folds."""
     folds = []
-    for k in chosen:
-        found = common.read_json(run.path(f"fold_{k}") / "metrics.json")
-        fold = {"fold": k, "rows": found["rows"], "best_epoch": found["best_epoch"]}
-        fold |= {metric: found["model"][metric]["value"] for metric in metrics}
-        fold[f"baseline_{headline}"] = found["baseline"][headline]["value"]
-        folds.append({name: np.nan if value is None else value for name, value in fold.items()})
+    for k, own in zip(chosen, numbers):
+        best_epoch = common.read_json(run.path(f"fold_{k}") / "metrics.json")["best_epoch"]
+        folds.append({"fold": k, "best_epoch": best_epoch, **own})
     common.write_table(run.path("fold_table.csv"), fold_table(folds))
     return folds
 

@@ -166,9 +166,11 @@ def key_figure(label, estimate, remark):
 
 
 def leakage_blocks(run):
-    """The section on leakage, from leakage_report.json."""
-    report = common.read_json(run.path("leakage_report.json"))
-    lines = splitting.leakage_text(report).splitlines()
+    """The section on leakage, from leakage_report.json where there is one."""
+    path = run.path("leakage_report.json")
+    if not path.exists():
+        return []
+    lines = splitting.leakage_text(common.read_json(path)).splitlines()
     return [html_text("\n".join(f"- {line}" for line in lines))]
 
 

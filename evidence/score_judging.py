@@ -87,6 +87,20 @@ def slope_alarms(rows):
             for row in rows if row["r2"] < 0 and row["pearson_r"] > 0.1]
 
 
+def fold_numbers(table):
+    """What the fold table says of one fold: means over the scores, and the best baseline's R2."""
+    def means(predicted):
+        return common.mean_metrics(common.regression_metrics(predicted, table.target))
+    best = max(np.nan_to_num(means(block)["r2"], nan=-np.inf) for block in table.baselines.values())
+    return {"rows": len(table.target), **means(table.predicted), "baseline_r2": best}
+
+
+def rows_of_scores(table, moments):
+    """Dicts of moment, target, n and the model's metrics: of all rows, and of those of each moment."""
+    everything = rows_of_moments(table, np.full(len(table.target), "all"))
+    return everything + rows_of_moments(table, moments)
+
+
 def rows_of_moments(table, moments):
     """Dicts of moment, target, n and the model's metrics for each level of (M,) moments and score."""
     rows = []

@@ -197,8 +197,8 @@ def judge_criteria(criteria, estimates):
 def verdict_sentence(result, metric="r2", ceiling=None, held_out=True, label=None):
     """One honest sentence: does the model beat its baseline, by how much, and what could be reached at best.
 
-    result: a Result with a baseline; ceiling: what `metric` could reach, or None; held_out False: the numbers are
-    neither a test split's nor folds'; label: the metric's name in the sentence.
+    result: a Result with a baseline; ceiling: what `metric` could reach, or None; held_out False: the rows
+    chose the epoch, None: not known; label: the metric's name in the sentence.
     """
     difference = result.overall.difference[metric]
     gain = result.gain(metric)
@@ -217,7 +217,9 @@ def verdict_sentence(result, metric="r2", ceiling=None, held_out=True, label=Non
             f"difference {difference.value:+.3f} [{how}]{_sign_flip_text(result, metric)}")
     if ceiling is not None and np.isfinite(ceiling):
         text += f"; the raters' agreement allows {ceiling:.3f}"
-    return text + ("." if held_out else "; selected on validation, therefore optimistic.")
+    endings = {True: ".", False: "; selected on validation, therefore optimistic.",
+               None: "; whether these rows are new to the model is not known here."}
+    return text + endings[held_out]
 
 
 def _sign_flip_text(result, metric):
