@@ -4,9 +4,10 @@
     python judge_predictions.py --predictions mine.csv theirs.csv --group_column subject
 
 A table of scores has the columns NAME_true and NAME_predicted for each score, and NAME_BASELINE where there is one.
-A table of classes has true_label (or label) and prob_CLASS for each class, or score for two classes. Writes outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first),
-metrics.json, plots, args.json, log.txt. With several tables of the same rows each gets a folder, and comparison.csv says
-which of two is better, with the paired interval of their difference.
+A table of classes has true_label (or label) and prob_CLASS for each class, or score for two classes. Writes
+outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first), metrics.json, plots, args.json, log.txt. With several tables
+of the same rows each gets a folder, and comparison.csv says which of two is better, with the paired interval of their
+difference.
 
 Units: those of the table.
 """
@@ -45,10 +46,10 @@ def judge_several(run, args, tables):
 
 def main():
     args = parse_args()
+    tables = [prediction_tables.read_predictions(path, args.group_column, args.baseline, args.positive_class)
+              for path in args.predictions]
     with common.start_run(args) as run:
         run.write_args(predictions=[str(path) for path in args.predictions])
-        tables = [prediction_tables.read_predictions(path, args.group_column, args.baseline, args.positive_class)
-                  for path in args.predictions]
         if len(tables) == 1:
             table_judging.judge_table(run, tables[0], args.predictions[0], args.criteria, args.held_out or None)
         else:

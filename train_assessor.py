@@ -503,7 +503,9 @@ def judge(run, args, study, split, rows, table, part, alarms, best_epoch=None, f
         folds=list(folds))
     ceiling = rater_agreement.measure_ceiling(
         study.names, study.ratings, study.sd, study.n, study.single_ratings)
-    score_judging.judge_scores(run, table, setting, ceiling, files="best_model_per_dimension_performance")
+    score_judging.judge_scores(
+        run, table, setting, ceiling, table_file="best_model_per_dimension_performance.csv",
+        plot_file="per_dimension_performance.png")
 
 
 def data_blocks(study, split, table):

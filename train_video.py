@@ -1444,10 +1444,10 @@ def predict_rows(member, study, args, compute):
 
 def evaluate_predictions(args):
     """--mode evaluate: a short way to judge_predictions.py, for one table of predictions."""
+    table = prediction_tables.read_predictions(
+        args.predictions, args.group_column, positive_class=args.positive_class)
     with common.start_run(args) as run:
         run.write_args(predictions=str(args.predictions))
-        table = prediction_tables.read_predictions(
-            args.predictions, args.group_column, positive_class=args.positive_class)
         metrics = table_judging.judge_table(run, table, args.predictions, args.criteria)
         if args.output:
             common.write_json(args.output, metrics)

@@ -71,11 +71,8 @@ class ClassTable:
         return _take(self, rows, ("label", "probability", "groups", "threshold", "logits", "uncalibrated"))
 
     def labelled(self):
-        """The rows with a known label. Raises UserError where there is none."""
-        known = self.label >= 0
-        if not known.any():
-            raise common.UserError("no row of the predictions has a true label: nothing to judge")
-        return self.take(known)
+        """The rows with a known label."""
+        return self.take(self.label >= 0)
 
     def write(self, path):
         """The CSV, written whole."""
@@ -248,6 +245,8 @@ def _read_binary(table, path, label_column, baseline, positive_class, shared):
 def _class_table(names, label, probability, others, positive_class, shared, **further):
     """ClassTable whose positive class is the one named, else the rarest; without a baseline, the shares of these rows."""
     counts = np.bincount(label[label >= 0], minlength=len(names))
+    if not counts.any():
+        raise common.UserError("no row has a true label: there is nothing to judge")
     positive = int(np.argmin(np.where(counts, counts, len(label) + 1)))
     if positive_class:
         positive = names.index(_named(positive_class, names, "--positive_class"))
@@ -259,8 +258,11 @@ def _class_table(names, label, probability, others, positive_class, shared, **fu
 
 
 def _named(name, known, source):
-    """The name, if it is known. Raises UserError with the closest one."""
-    if name not in known:
+    """The known name that is spelled so, in any case. Raises UserError with the closest one."""
+    spelled = {other.casefold(): other for other in known}
+    if name in known:
+        return name
+    if name.casefold() not in spelled:
         raise common.UserError(f"{source}: found no {name}{common.closest(name, known)}; there are: "
                                f"{common.shorten_list(known, 40) or 'none'}")
-    return name
+    return spelled[name.casefold()]

@@ -12,19 +12,20 @@ import common
 from evidence import confounding, judging, plotting, rater_agreement, reporting, splitting, subject_intervals, verdicts
 
 
-def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, files="scores"):
+def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, table_file="scores.csv",
+                 plot_file="scores.png"):
     """Judge a prediction_tables.ScoreTable, write tables, plots, report.html and metrics.json; returns the metrics.
 
     ceiling: rater_agreement.Ceiling, or None; confounds: of confounding.level_priors; moments: (M,) levels whose
-    rows are also judged apart, or None; files: name of the table and the plot of the scores.
+    rows are also judged apart, or None; table_file, plot_file: names of the table and of the plot of the scores.
     """
     result = subject_intervals.score_regression(
         table.predicted, table.target, table.groups, table.baselines, table.names)
     rows = score_rows(result, table, ceiling)
     moment_rows = rows_of_moments(table, moments)
     confounds = confounding.flag_confounds(confounds, lowest(result.overall.model["r2"]))
-    common.write_table(run.path(f"{files}.csv"), rows)
-    plotting.plot_per_target(rows, run.path(f"{files}.png"))
+    common.write_table(run.path(table_file), rows)
+    plotting.plot_per_target(rows, run.path(plot_file))
     plotting.plot_scatter(table.predicted, table.target, table.names, run.path("predicted_against_true.png"))
 
     best_r2 = ceiling.mean_r2 if ceiling else None
@@ -37,7 +38,7 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, 
         alarms=alarms,
         criteria=judge_criteria(setting.criteria, result, table, moments),
         figures=key_figures(result, best_r2),
-        blocks=metric_blocks(run, setting, result, rows, moment_rows, files),
+        blocks=metric_blocks(run, setting, result, rows, moment_rows, plot_file),
         sections=[
             ("Noise ceiling", rater_agreement.ceiling_blocks(ceiling)),
             ("Without a pixel", confounding.confound_blocks(confounds)),
@@ -148,7 +149,7 @@ def key_figures(result, best_r2):
     return figures
 
 
-def metric_blocks(run, setting, result, rows, moment_rows, files):
+def metric_blocks(run, setting, result, rows, moment_rows, plot_file):
     """HTML of the section Metrics: the tables and plots of the scores."""
     columns = {"target": "score", "n": "n", "pearson_r": "r", "r2": "R2", "r2_low": "R2 low", "r2_high": "R2 high",
                "mae": "MAE", "rmse": "RMSE", "bias": "bias", "slope": "slope", "baseline_r2": "baseline R2",
@@ -158,7 +159,7 @@ def metric_blocks(run, setting, result, rows, moment_rows, files):
     caption = (f"Each score on the {setting.part} rows, in its unit; baseline: {result.baseline_label}; {result.method}")
     blocks = [
         reporting.html_table(rows, columns, formats, caption=caption),
-        reporting.html_image(run.path(f"{files}.png"), "r and R2 of each score: interval, baseline and ceiling"),
+        reporting.html_image(run.path(plot_file), "r and R2 of each score: interval, baseline and ceiling"),
         reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true"),
     ]
     if moment_rows:

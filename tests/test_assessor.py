@@ -69,13 +69,13 @@ def test_metrics_are_those_of_the_predictions_file(trained):
     """R2 and MAE of the test part, recomputed by scikit-learn from predictions_test.csv alone."""
     rows = read_csv(trained / "predictions_test.csv")
     metrics = json.loads((trained / "metrics.json").read_text())
-    names = [row["target"] for row in metrics["per_dimension"]]
     per_target = []
-    for name, row in zip(names, metrics["per_dimension"]):
+    for row in metrics["per_target"]:
+        name = row["name"]
         pairs = np.array([[float(r[f"{name}_true"]), float(r[f"{name}_predicted"])] for r in rows if r[f"{name}_true"]])
         per_target.append(r2_score(pairs[:, 0], pairs[:, 1]))
-        assert row["r2"] == pytest.approx(per_target[-1], abs=1e-9)
-        assert row["mae"] == pytest.approx(np.abs(pairs[:, 0] - pairs[:, 1]).mean(), abs=1e-9)
+        assert row["model"]["r2"]["value"] == pytest.approx(per_target[-1], abs=1e-9)
+        assert row["model"]["mae"]["value"] == pytest.approx(np.abs(pairs[:, 0] - pairs[:, 1]).mean(), abs=1e-9)
     assert metrics["part"] == "test" and metrics["model"]["r2"]["value"] == pytest.approx(np.mean(per_target), abs=1e-9)
 
 

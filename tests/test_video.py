@@ -211,7 +211,7 @@ def test_predict_needs_no_labels(made, behaviours, tmp_path):
 
 def test_evaluate_gives_the_metrics_of_the_run(behaviours, tmp_path):
     video("--mode", "evaluate", "--predictions", behaviours / "predictions_test.csv", "--output", tmp_path / "m.json",
-          "--positive_class", "Tail")
+          "--output_dir", tmp_path, "--positive_class", "Tail")
     ours, theirs = read_json(tmp_path / "m.json"), read_json(behaviours / "metrics.json")
     for name in ("model", "baseline", "difference", "per_class", "confusion", "n", "baseline_name", "positive_class",
                  "null_ece", "method"):
@@ -220,11 +220,11 @@ def test_evaluate_gives_the_metrics_of_the_run(behaviours, tmp_path):
 
 def test_evaluate_of_scores_gives_the_metrics_of_the_folds(scores, tmp_path):
     text = video("--mode", "evaluate", "--task", "regress", "--predictions", scores / "predictions_folds.csv",
-                 "--output", tmp_path / "m.json", "--criteria", "mae<1000").stdout
+                 "--output", tmp_path / "m.json", "--output_dir", tmp_path, "--criteria", "mae<1000").stdout
     ours, theirs = read_json(tmp_path / "m.json"), read_json(scores / "metrics.json")
     for name in ("model", "baseline", "difference", "per_target", "baseline_name", "method"):
         assert ours[name] == theirs[name], name
-    assert "\nr2 of VAS (0-100)" in text
+    assert "mae < 1000" in text and (only_run(tmp_path) / "report.html").exists()
 
 
 def test_several_checkpoints_are_averaged(made, scores, tmp_path):
@@ -402,9 +402,9 @@ def test_folds_pool_every_row_once_and_leave_the_test_animal_out(made, scores):
         assert {row["clip_id"] for row in read_csv(folder / "predictions_val.csv")} == set(split["val"])
     metrics = read_json(scores / "metrics.json")
     true, predicted = numbers(pooled, "VAS (0-100)_true"), numbers(pooled, "VAS (0-100)_predicted")
-    [row] = [row for row in metrics["score_table"] if row["target"] == "VAS (0-100)"]
-    assert row["r2"] == pytest.approx(r2_score(true, predicted)) and metrics["part"] == "folds"
-    assert row["bias"] == pytest.approx((predicted - true).mean()) and len(metrics["folds"]) == 3
+    [row] = [row for row in read_csv(scores / "scores.csv") if row["target"] == "VAS (0-100)"]
+    assert float(row["r2"]) == pytest.approx(r2_score(true, predicted)) and metrics["part"] == "folds"
+    assert float(row["bias"]) == pytest.approx((predicted - true).mean()) and len(metrics["folds"]) == 3
     assert "moment_mean_predicted" not in pooled[0] and "VAS (0-100)_moment_mean" in pooled[0]
 
 
@@ -483,7 +483,7 @@ def test_a_class_called_baseline_has_its_own_auc(balanced_folds, tmp_path):
     """In metrics.json, in the report, and where the predictions file is judged again."""
     rows = read_csv(balanced_folds / "predictions_folds.csv")
     video("--mode", "evaluate", "--predictions", balanced_folds / "predictions_folds.csv", "--output",
-          tmp_path / "m.json")
+          tmp_path / "m.json", "--output_dir", tmp_path)
     records = [read_json(path)["per_class"] for path in (balanced_folds / "metrics.json", tmp_path / "m.json")]
     assert records[0] == records[1] and [entry["name"] for entry in records[0]] == ["baseline", "ear", "tail"]
     page = (balanced_folds / "report.html").read_text(encoding="utf-8")
@@ -504,7 +504,7 @@ def test_columns_of_a_class_are_no_baseline(tmp_path):
              **{f"{kind}_{name}": float(i + 10 * k + 100 * c) for k, kind in enumerate(blocks)
                 for c, name in enumerate(names)}} for i in range(6)]
     common.write_table(tmp_path / "p.csv", rows)
-    found = prediction_tables.read_probabilities(tmp_path / "p.csv")
+    found = prediction_tables.read_predictions(tmp_path / "p.csv")
     assert found.names == names and list(found.baselines) == ["train_prior"]
     assert found.probability[1].tolist() == [1, 101, 201] and found.baselines["train_prior"][1].tolist() == [21, 121, 221]
     values = {"true": np.ones((2, 2)), "predicted": np.zeros((2, 2))}
@@ -697,8 +697,8 @@ def test_checkpoints_that_do_not_fit(made, behaviours, scores, tmp_path):
 def test_predictions_that_cannot_be_evaluated(tmp_path):
     for text, words in (("clip_id,a\n1,2\n", "NAME_predicted"), ("clip_id,prob_a\n1,1\n", "true_label"),
                         ("clip_id,true_label,prob_a\n1,b,1\n", "no column prob_"),
-                        ("clip_id,true_label,prob_a,prob_b\n1,,1,0\n", "no row has a true_label")):
+                        ("clip_id,true_label,prob_a,prob_b\n1,,1,0\n", "no row has a true label")):
         (tmp_path / "p.csv").write_text(text)
-        found = video("--mode", "evaluate", "--predictions", tmp_path / "p.csv", "--output", tmp_path / "m.json",
+        found = video("--mode", "evaluate", "--predictions", tmp_path / "p.csv", "--output_dir", tmp_path,
                       code=2).stderr
         assert words in found and found.count("\n") == 1
