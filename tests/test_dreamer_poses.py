@@ -9,7 +9,6 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 from conftest import only_run, run_script
-from make_sample_data import motion_between
 from readers.probe_poses import CONVENTIONS, on_arrays
 from readers import probe_poses
 
@@ -113,14 +112,6 @@ def test_the_right_convention_is_found_and_its_residual_is_zero(name):
     assert probe_poses.choose_composition("auto", residuals)[0] == name
     assert row[name]["mm"] < 1e-9 and row[name]["deg"] < 1e-9 and row[name]["rows"] == 79
     assert all(row[other]["mm"] + row[other]["deg"] > 0.01 for other in row if other != name)
-
-
-@pytest.mark.parametrize("motions", ["se3_left", "se3_right"])
-def test_sample_motions_are_those_of_matrices(motions):
-    at1, at2 = random_poses(50, 30), random_poses(50, 30)
-    found = matrices(motion_between(at1, at2, motions))
-    first, second = matrices(at1), matrices(at2)
-    assert np.allclose(found @ first if motions == "se3_left" else first @ found, second, atol=1e-9)
 
 
 @pytest.mark.parametrize("motions", CONVENTIONS)
