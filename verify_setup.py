@@ -1,4 +1,4 @@
-"""Is this machine, and are these data, ready? One row a check: OK, WARN, FAIL or SKIP, and under it what to do.
+"""Check that this machine and these data are ready. One row per check: OK, WARN, FAIL or SKIP, then what to do.
 
     python verify_setup.py
     python verify_setup.py --quick --task assessor --images_dir ./images --ratings_file ./ratings/table.csv
@@ -7,9 +7,9 @@
     python verify_setup.py --download_weights resnet50 vit_b_16      # on a machine with internet
 
 Without --images_dir and --ratings_file the data are ./images with the table in ./ratings, else ./sample_data, else
-sample data made for the occasion; without --manifest ./sample_data, else the same. Nothing is written but to a
-temporary folder and, when asked to, the weights cache.
-Exit code 1 when a row says FAIL, else 0. Packages are imported where used: without torch there is a table too.
+temporary sample data; without --manifest ./sample_data, else temporary sample data. Writes only to a temporary folder
+and, with --download_weights, to the weights cache.
+Exit code 1 if any row says FAIL, else 0. Packages are imported where used, so the table appears without torch too.
 """
 import argparse
 import collections
@@ -35,7 +35,7 @@ REQUIREMENTS = HERE / "requirements.txt"
 TASKS = ("assessor", "video", "detector", "dreamer")
 PUBLISHED_TABLE = "per_image_Slider_mean_sd_from_wide.csv"
 SAMPLE_IMAGES, SAMPLE_TABLE = Path("assessor/images"), Path("assessor/ratings") / PUBLISHED_TABLE
-# What a dry run is given beside --dry_run; paths lie in the folder that make_sample_data.py fills.
+# Flags of a dry run; paths are relative to the output folder of make_sample_data.py.
 SAMPLE_EVENTS = {"--manifest": Path("video/manifests/all.csv"), "--video_root": Path("video/videos"),
                  "--label_map": Path("video/manifests/label_map.json")}
 DRY_RUN_FLAGS = {"assessor": ["--images_dir", SAMPLE_IMAGES, "--ratings_file", SAMPLE_TABLE, "--no_pretrained",
@@ -53,11 +53,11 @@ WEIGHTS = {"assessor": "resnet18 resnet34 resnet50 resnet101 efficientnet_b0 eff
                         "fasterrcnn_mobilenet_v3_large_320_fpn"], "dreamer": ["resnet34", "resnet18"],
            "video": ["r3d_18", "resnet18"]}
 OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
-MODULES = {"pillow": "PIL", "opencv-python": "cv2", "PyYAML": "yaml"}  # where the module is not called as its package
+MODULES = {"pillow": "PIL", "opencv-python": "cv2", "PyYAML": "yaml"}  # packages whose module has another name
 IMPORT_REMEDIES = {
     "cv2": "where system libraries are missing: apt install libgl1 libglib2.0-0, or without root: pip uninstall "
            "opencv-python; pip install --force-reinstall opencv-python-headless",
-    "torchvision": "is it of the release that goes with this torch? pip install --upgrade torch torchvision"}
+    "torchvision": "its release may not match that of torch: pip install --upgrade torch torchvision"}
 GIB = 1 << 30
 Check = collections.namedtuple("Check", "status name found remedy", defaults=("",))
 
@@ -70,7 +70,7 @@ def version_numbers(text):
 
 
 def read_requirements(path):
-    """requirements file -> {package: lowest version, '' where any will do}. Raises ValueError for any other line."""
+    """requirements file -> {package: lowest version, '' for any}. Raises ValueError for any other line."""
     required = {}
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         line = line.split("#")[0].strip()
@@ -83,7 +83,7 @@ def read_requirements(path):
 
 
 def installed_version(package):
-    """(name, version) of a package, (name, None) if absent; any build of OpenCV stands for opencv-python."""
+    """(name, version) of a package, (name, None) if absent; any build of OpenCV counts as opencv-python."""
     for name in OPENCV if package == "opencv-python" else (package,):
         with contextlib.suppress(metadata.PackageNotFoundError):
             return name, metadata.version(name)
@@ -106,7 +106,7 @@ def check_installation():
     """Python, the packages' versions against requirements.txt, then whether each loads."""
     old = sys.version_info < (3, 10)
     yield Check("FAIL" if old else "OK", "Python", f"{sys.version.split()[0]} in {sys.prefix}",
-                "make the environment with Python 3.10 or newer" if old else "")
+                "create the environment with Python 3.10 or newer" if old else "")
     unmet = unmet_requirements([REQUIREMENTS])
     for fault in unmet:
         yield Check("FAIL", "packages", fault, f"{sys.executable} -m pip install -r {REQUIREMENTS}")
@@ -117,21 +117,21 @@ def check_installation():
 
 
 def check_imports(modules):
-    """Each module is imported; a row for each that does not load."""
+    """Import each module; one row for each that does not load."""
     faults = []
     for module in modules:
         try:
             importlib.import_module(module)
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
-            remedy = IMPORT_REMEDIES.get(module, f"pip install --force-reinstall {module}, or make a new environment")
+            remedy = IMPORT_REMEDIES.get(module, f"pip install --force-reinstall {module}, or create a new environment")
             faults.append(Check("FAIL", f"import {module}", " ".join(str(error).split()), remedy))
     yield from faults or [Check("OK", "imports", "every package loads")]
 
 
 # --- the machine ---------------------------------------------------------------
 
-def serves_capability(capability, arch_list):
-    """Does a torch build run on a GPU? capability (major, minor); arch_list like ['sm_80', 'sm_90a', 'compute_90'].
+def supports_capability(capability, arch_list):
+    """Whether a torch build runs on a GPU. capability (major, minor); arch_list like ['sm_80', 'sm_90a', 'compute_90'].
 
     Machine code sm_XY runs on the same major version from minor Y on, sm_XYa on exactly X.Y, and intermediate code
     compute_XY on everything newer (CUDA programming guide, compatibility of binaries and PTX).
@@ -140,7 +140,8 @@ def serves_capability(capability, arch_list):
         found = re.fullmatch(r"(sm|compute)_(\d+)([a-z]?)", arch)
         if not found:  # a ROCm build lists gfx names
             return True
-        kind, served, suffix = found[1], divmod(int(found[2]), 10), found[3]
+        kind, number, suffix = found.groups()
+        served = divmod(int(number), 10)
         if suffix == "a":
             return capability == served
         if kind == "sm" or suffix == "f":
@@ -150,16 +151,16 @@ def serves_capability(capability, arch_list):
 
 
 def capability_remedy(capability, arch_list):
-    """Which torch build to install for a GPU that the installed one does not serve."""
-    lowest = min((divmod(int(re.search(r"\d+", arch)[0]), 10) for arch in arch_list), default=(0, 0))
-    if capability < lowest:
-        return ("the card is older than this build serves; those for CUDA 12.6 serve older ones, else --device cpu: "
+    """Which torch build to install for a GPU that the installed build does not support."""
+    numbers = [int(re.search(r"\d+", arch)[0]) for arch in arch_list]
+    if numbers and capability < divmod(min(numbers), 10):
+        return ("the card is too old for this torch build; use --device cpu, or the build for CUDA 12.6: "
                 "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu126")
     return "the card is newer than this torch build: pip install --upgrade torch torchvision, or run with --device cpu"
 
 
 def check_processor():
-    """Processor, and whether it computes bf16 fast."""
+    """Processor, and whether bf16 is fast on it."""
     import common
     import torch
     compute = common.choose_compute("cpu", "auto")
@@ -173,75 +174,79 @@ def check_gpu():
     if torch.cuda.is_available():
         yield from map(gpu_row, range(torch.cuda.device_count()))
     elif shutil.which("nvidia-smi"):
-        yield Check("WARN", "GPU", f"nvidia-smi is here, but torch {torch.__version__} sees no GPU",
-                    f"does it list a card, and CUDA {torch.version.cuda} or newer? SLURM: --gres=gpu:1")
+        yield Check("WARN", "GPU", f"nvidia-smi exists, but torch {torch.__version__} sees no GPU",
+                    f"check that it lists a card and CUDA {torch.version.cuda} or newer; SLURM: --gres=gpu:1")
     else:
         apple = torch.backends.mps.is_available()
         yield Check("OK", "GPU", "Apple GPU (mps)" if apple else "none: everything runs on the CPU")
 
 
 def gpu_row(index):
-    """Name, memory, bf16 of CUDA device number `index`, and whether this torch build serves it."""
+    """Name, memory and bf16 of CUDA device number `index`, and whether this torch build supports it."""
     import torch
     facts = torch.cuda.get_device_properties(index)
-    capability, archs = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
+    capability = torch.cuda.get_device_capability(index)
+    archs = torch.cuda.get_arch_list()
     found = (f"{facts.name}, {facts.total_memory / GIB:.0f} GiB, {'bf16' if capability >= (8, 0) else 'no bf16'}, "
              f"compute capability {capability[0]}.{capability[1]}")
-    if not serves_capability(capability, archs):
-        return Check("WARN", f"GPU {index}", f"{found}; torch {torch.__version__} serves only {' '.join(archs)}",
+    if not supports_capability(capability, archs):
+        return Check("WARN", f"GPU {index}", f"{found}; torch {torch.__version__} supports only {' '.join(archs)}",
                      capability_remedy(capability, archs))
     return Check("OK", f"GPU {index}", found)
 
 
-def amount(name, value, fail_below, warn_below, found, remedy):
-    """Check of a quantity that should be large."""
-    status = "FAIL" if value < fail_below else "WARN" if value < warn_below else "OK"
-    return Check(status, name, found, "" if status == "OK" else remedy)
+def check_minimum(name, value, fail_below, warn_below, found, remedy):
+    """Check of a value that should not be small."""
+    if value >= warn_below:
+        return Check("OK", name, found)
+    return Check("FAIL" if value < fail_below else "WARN", name, found, remedy)
 
 
 def check_space(output_dir):
     """Free space where runs are written and in shared memory, and the number of files a process may open."""
     folder = Path(output_dir).absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free / GIB
-    yield amount("disk", free, 1, 10, f"{free:.1f} GiB free for {output_dir}", "make space or use another --output_dir")
+    yield check_minimum("disk", free, 1, 10, f"{free:.1f} GiB free for {output_dir}",
+                        "free some space or use another --output_dir")
     if Path("/dev/shm").is_dir():  # loader processes pass batches through it
         free = shutil.disk_usage("/dev/shm").free / GIB
-        yield amount("/dev/shm", free, 0, 1, f"{free:.1f} GiB free", "container: --shm-size=8g, or --num_workers 0")
+        yield check_minimum("/dev/shm", free, 0, 1, f"{free:.1f} GiB free",
+                            "start the container with --shm-size=8g, or use --num_workers 0")
     with contextlib.suppress(ImportError):  # Windows has no such limit
         import resource
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         files = math.inf if files == resource.RLIM_INFINITY else files
-        yield amount("open files", files, 0, 1024, f"ulimit -n {files}", "ulimit -n 4096 before the start")
+        yield check_minimum("open files", files, 0, 1024, f"ulimit -n {files}", "run ulimit -n 4096 before training")
 
 
 def check_model(tasks):
-    """A small backbone with random weights is made and run once; which published weights lie in the cache."""
+    """Run a small backbone with random weights once; list the published weights that are not in the cache."""
     import common
     import torch
     backbone, width = common.build_backbone("resnet18", pretrained=False)
     shape = tuple(backbone.eval()(torch.zeros(1, 3, 224, 224)).shape)
-    yield Check("OK" if shape == (1, width) else "FAIL", "model", f"resnet18 gives features of shape {shape}")
+    yield Check("OK" if shape == (1, width) else "FAIL", "model", f"resnet18 returns features of shape {shape}")
     names = dict.fromkeys(name for task in tasks for name in WEIGHTS.get(task, ()))
     missing = [name for name in names if not common.cached_weights_file(name)[0].exists()]
-    yield doubtful("weights not cached", missing, "fetched at first use; for machines without internet, on one with: "
-                   "python verify_setup.py --download_weights NAME")
+    yield warn_if_any("weights not cached", missing, "downloaded at first use; without internet, first run on a "
+                      "machine with it: python verify_setup.py --download_weights NAME")
 
 
 def download_weights(names):
-    """Fill the weights cache, a line before and a row after each; every file is loaded once as a check."""
+    """Fill the weights cache: a line before and a row after each file, which is loaded once as a check."""
     import common
     import torchvision
     unknown = [name for name in names if name not in torchvision.models.list_models()]
     if unknown:
         raise common.UserError(f"torchvision has no model {', '.join(unknown)}")
-    socket.setdefaulttimeout(30)  # a firewall that swallows the request is an error, not a wait
+    socket.setdefaulttimeout(30)  # fail instead of waiting behind a firewall that drops requests
     for name in names:
         path, url = common.cached_weights_file(name)
         print(f"{'reading' if path.exists() else f'downloading {url} to'} {path}", flush=True)
         try:
             common.published_weights(name)
         except common.UserError as error:
-            remedy = f"remove {path}" if path.exists() else f"download {url} elsewhere and copy it to {path}"
+            remedy = f"remove {path}" if path.exists() else f"download {url} on another machine and copy it to {path}"
             yield Check("FAIL", name, str(error), remedy)
         else:
             yield Check("OK", name, f"{path.stat().st_size / 1e6:.0f} MB in {path}")
@@ -250,7 +255,7 @@ def download_weights(names):
 # --- the data ------------------------------------------------------------------
 
 def make_sample(task, folder):
-    """Run make_sample_data.py; returns the folder. Raises UserError with its last words where it fails."""
+    """Run make_sample_data.py; returns the folder. Raises UserError with the end of its output where it fails."""
     import common
     command = [sys.executable, HERE / "make_sample_data.py", "--task", task, "--output_dir", folder]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -269,7 +274,8 @@ def find_assessor_data(args, temporary):
     tables = sorted(Path("ratings").glob("*.csv")) if Path("images").is_dir() else []
     tables = [path for path in tables if path.name == PUBLISHED_TABLE] or tables
     if len(tables) > 1:
-        raise common.UserError(f"{len(tables)} tables in ./ratings: {listed(tables)}; name one with --ratings_file")
+        raise common.UserError(
+            f"{len(tables)} tables in ./ratings: {common.shorten_list(tables)}; name one with --ratings_file")
     if tables:
         return Path("images"), tables[0]
     made = Path("sample_data")
@@ -278,7 +284,7 @@ def find_assessor_data(args, temporary):
 
 
 def check_assessor(args, temporary):
-    """Audit of a ratings table and its images, both ways."""
+    """Audit of a ratings table and its images: rows without image, images without row."""
     import common
     from readers import file_names
     images_dir, path = find_assessor_data(args, temporary)
@@ -287,9 +293,9 @@ def check_assessor(args, temporary):
     paths, without_row = file_names.match_images(ratings.images, images_dir)
     without_file = [name for name, image in zip(ratings.images, paths) if image is None]
     for what, names in (("rows without image", without_file), ("images without row", without_row)):
-        yield doubtful(what, names, "they will be left out")
+        yield warn_if_any(what, names, "they will be skipped")
     if len(without_file) == len(paths):
-        raise common.UserError(f"no row of {path} has an image in {images_dir}: see --image_column")
+        raise common.UserError(f"no row of {path} has an image in {images_dir}; check --image_column")
     yield from check_images([image for image in paths if image is not None])
 
 
@@ -307,7 +313,7 @@ def check_table(path, args):
         yield Check("OK", "note", note)
     counts = np.isnan(ratings.mean).sum(axis=0)
     gaps = [f"{name} lacks {count} of {len(ratings.images)}" for name, count in zip(ratings.names, counts) if count]
-    yield doubtful("missing cells", gaps, "they are masked in the loss")
+    yield warn_if_any("missing cells", gaps, "the loss ignores them")
     if args.duplicates == "error":
         try:
             rating_tables.read_ratings(path, args.image_column, args.target_columns)
@@ -318,7 +324,7 @@ def check_table(path, args):
 
 
 def check_images(paths):
-    """Every picture is decoded: the speed, bad ones by name and reason, identical ones."""
+    """Decode every picture: the speed, unreadable ones by name and reason, identical ones."""
     from readers import picture_files
     start = time.perf_counter()
     first = [picture_files.audit_image(path, 256)[0] for path in paths[:32]]
@@ -328,12 +334,12 @@ def check_images(paths):
         audits = first + list(pool.map(lambda path: picture_files.audit_image(path, 256)[0], paths[32:]))
     bad = "".join(f"\n{audit.path}: {audit.error}" for audit in audits if audit.error)
     yield Check("FAIL" if bad else "OK", "unreadable images", f"{bad.count(chr(10))} of {len(paths)}{bad}",
-                "mend or remove them, or train with --on_bad_file skip" if bad else "")
+                "fix or remove them, or train with --on_bad_file skip" if bad else "")
     same = collections.defaultdict(list)
     for audit in audits:
         same[audit.pixel_sha or audit.path].append(Path(audit.path).name)
     twins = [" = ".join(names) for names in same.values() if len(names) > 1]
-    yield doubtful("identical images", twins, "a split between them would leak: keep one of each")
+    yield warn_if_any("identical images", twins, "a split between them would leak: keep one of each")
 
 
 def find_dreamer_data(args, temporary):
@@ -346,7 +352,7 @@ def find_dreamer_data(args, temporary):
 
 
 def run_audit(script, *flags):
-    """A script's own --mode audit, which knows its formats. Raises UserError with what it could not read."""
+    """Run --mode audit of a script, which knows its formats. Raises UserError with what it could not read."""
     import common
     result = subprocess.run([sys.executable, HERE / script, "--mode", "audit", *flags], capture_output=True, text=True,
                             timeout=900)
@@ -355,7 +361,7 @@ def run_audit(script, *flags):
 
 
 def check_dreamer(args, temporary):
-    """Audit of transitions by train_dreamer.py --mode audit, which knows their formats and the pose algebra."""
+    """Audit of transitions, by train_dreamer.py --mode audit."""
     import common
     folder, patient_map = find_dreamer_data(args, temporary)
     yield Check("OK", "data", str(folder))
@@ -367,7 +373,7 @@ def check_dreamer(args, temporary):
 
 
 def check_video(args, temporary):
-    """Audit of a manifest and its videos, as train_video.py makes it: each file is decoded to its end."""
+    """Audit of a manifest and its videos, by train_video.py --mode audit: each file is decoded to its end."""
     import common
     given = {f"--{name}": getattr(args, name) for name in ("manifest", "video_root", "label_map")}
     if given["--label_map"] and not given["--manifest"]:
@@ -388,40 +394,43 @@ def check_video(args, temporary):
                 f"{'no' if part['groups'] is None else part['groups']} groups; "
                 f"{', '.join(f'{name} {n}' for name, n in part['classes'].items()) or 'scores'}; read in "
                 f"{time.perf_counter() - start:.0f} s")
-    yield from video_faults(report)
+    yield from video_problems(report)
 
 
-def video_faults(report):
-    """Rows on what an audit of train_video.py found wrong with videos and windows."""
+def video_problems(report):
+    """One row for each kind of problem that the audit found in videos and windows."""
     bad = "".join(f"\n{path}: {error}" for path, error in report["unreadable"].items())
     yield Check("FAIL" if bad else "OK", "unreadable videos", f"{len(report['unreadable'])}{bad}",
-                "mend or remove them, or train with a larger --max_missing" if bad else "")
-    yield doubtful("rows left out", [f"{row['row']} ({row['reason']})" for row in report["skipped"]],
-                   "correct them in the manifest")
+                "fix or remove them, or train with a larger --max_missing" if bad else "")
+    skipped = [f"{row['row']} ({row['reason']})" for row in report["skipped"]]
+    yield warn_if_any("rows left out", skipped, "correct them in the manifest")
+    [part] = report["parts"].values()
     [within] = report["within"].values()
-    for what, found, remedy in (
-            ("windows past the end", report["windows_past_the_end"]["past"], "correct their offsets"),
-            ("identical clips", within["exact_duplicates"], "a split between them would leak: keep one of each"),
-            ("overlapping windows", within["overlapping_windows"], "split by video or group"),
-            ("events of two labels", within["events_with_two_labels"], "one of the labels is wrong")):
-        more = f" and {found['count'] - len(found['examples'])} more" * (found["count"] > len(found["examples"]))
-        yield Check("WARN" if found["count"] else "OK", what, f"{found['count']}: {', '.join(found['examples'])}{more}"
-                    if found["count"] else "none", remedy if found["count"] else "")
+    problems = (
+        ("windows past the end", report["windows_past_the_end"]["past"], "correct their offsets"),
+        ("identical clips", within["exact_duplicates"], "a split between them would leak: keep one of each"),
+        ("overlapping windows", within["overlapping_windows"], "split by video or group"),
+        ("events of two labels", part["events_with_two_labels"], "one of the labels is wrong"))
+    for what, found, remedy in problems:
+        count = found["count"]
+        examples = found["examples"]
+        if not count:
+            yield Check("OK", what, "none")
+            continue
+        more = f" and {count - len(examples)} more" if count > len(examples) else ""
+        yield Check("WARN", what, f"{count}: {', '.join(examples)}{more}", remedy)
 
 
-def listed(names, limit=10):
-    """'a, b, c and 4 more'."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(str, names[:limit])) + more
-
-
-def doubtful(what, names, remedy):
+def warn_if_any(what, names, remedy):
     """WARN with the number and the first of `names`, OK where there are none."""
-    return Check("WARN", what, f"{len(names)}: {listed(names)}", remedy) if names else Check("OK", what, "none")
+    import common
+    if not names:
+        return Check("OK", what, "none")
+    return Check("WARN", what, f"{len(names)}: {common.shorten_list(names, 10)}", remedy)
 
 
 def check_dry_run(task, temporary):
-    """The train script as a subprocess on sample data: 2 batches, 1 epoch, the whole run folder."""
+    """Run the train script on sample data: 2 batches, 1 epoch, the whole run folder."""
     import common
     sample = make_sample(task, Path(temporary) / "dry_run")
     command = [sys.executable, HERE / f"train_{task}.py", "--dry_run", "--output_dir", "outputs", *DRY_RUN_FLAGS[task]]
@@ -443,13 +452,13 @@ def check_detector(args, temporary):
     found = Path(temporary) / "audit.json"
     run_audit("train_detector.py", "--json", path, "--images_dir", images_dir, "--min_size", "128", "--output", found)
     audit = common.read_json(found)
-    totals = {name: sum(row[name] for row in audit["parts"]) for name in audit["parts"][0] if name != "part"}
-    yield Check("OK", "annotations", f"{audit['pictures']} pictures, {len(audit['parts'])} parts; " + ", ".join(
-        f"{count} {name}" for name, count in totals.items()))
+    parts = audit["parts"]
+    totals = [f"{sum(row[name] for row in parts)} {name}" for name in parts[0] if name != "part"]
+    yield Check("OK", "annotations", f"{audit['pictures']} pictures, {len(parts)} parts; {', '.join(totals)}")
     for note in audit["notes"]:
         yield Check("OK", "note", note)
     skipped = [": ".join(each.values()) for each in audit["skipped"]]
-    yield doubtful("skipped", skipped, "they are left out of training and listed in its skipped.csv")
+    yield warn_if_any("skipped", skipped, "they are left out of training and listed in skipped.csv of the run")
     yield Check("WARN" if audit["copies"]["exact_duplicates"] else "OK", "identical images",
                 f"{audit['copies']['exact_duplicates']}, and {audit['copies']['near_duplicates']} near duplicates")
 
@@ -461,20 +470,24 @@ AUDITS = {"assessor": check_assessor, "video": check_video, "detector": check_de
 
 def parse_args(argv=None):
     """Command line; dashes within a flag are read as underscores."""
-    argv = [re.sub(r"(?<=\w)-", "_", word.partition("=")[0]) + "".join(word.partition("=")[1:])
-            if word.startswith("--") else word for word in (sys.argv[1:] if argv is None else argv)]
+    words = []
+    for word in sys.argv[1:] if argv is None else argv:
+        flag, equals, value = word.partition("=")
+        if word.startswith("--"):
+            flag = re.sub(r"(?<=\w)-", "_", flag)
+        words.append(flag + equals + value)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--task", choices=(*TASKS, "all"), default="all", help="whose data, dry run and weights are checked")
-    add("--quick", action="store_true", help="leave the dry runs out: seconds instead of minutes")
+    add("--quick", action="store_true", help="skip the dry runs: seconds instead of minutes")
     add("--images_dir", type=Path, help="folder of images (assessor: default ./images)")
     add("--json", type=Path, help="detector: part annotations or COCO of the pictures in --images_dir")
     add("--ratings_file", type=Path, help="assessor: ratings table (default: the one in ./ratings)")
-    add("--image_column", help="assessor: column of the image names, where it is not found by itself")
+    add("--image_column", help="assessor: column of the image names, where it is not recognised")
     add("--target_columns", nargs="+", metavar="NAME", help="assessor: ratings to predict (default: all)")
     add("--duplicates", choices=("error", "mean"), default="error", help="assessor: repeated rows fail or are averaged")
     add("--data_dir", type=Path, help="dreamer: folder of transitions (default: ./data/processed)")
-    add("--patient_map", type=Path, help="dreamer: JSON or CSV that says which patient a folder belongs to")
+    add("--patient_map", type=Path, help="dreamer: JSON or CSV of the patient of each folder")
     add("--manifest", type=Path, help="video: table of events or sequences (default: sample data)")
     add("--video_root", type=Path, help="video: folder of the videos, or of class folders without a manifest")
     add("--label_map", type=Path, help="video: file of spelling -> class")
@@ -482,37 +495,39 @@ def parse_args(argv=None):
     add("--scores", action="store_true", help="video: the manifest holds scores of sequences (--task regress)")
     add("--output_dir", type=Path, default=Path("outputs"), help="where runs will be written: its disk is checked")
     add("--download_weights", nargs="*", metavar="NAME", help="only fill the weights cache (no name: all)")
-    return parser.parse_args(argv)
+    return parser.parse_args(words)
 
 
 def show(check):
-    """Print one row, its further lines and what to do under it."""
-    lines = [f"{check.status:<5} {check.name:<20} {check.found}".replace("\n", f"\n{'':27}")]
-    lines += [f"{'':27}-> {check.remedy}"] * bool(check.remedy)
-    print("\n".join(lines).encode("ascii", "backslashreplace").decode(), flush=True)
+    """Print one row, its further lines, and below it what to do."""
+    indent = "\n" + " " * 27
+    text = f"{check.status:<5} {check.name:<20} {check.found}".replace("\n", indent)
+    if check.remedy:
+        text += f"{indent}-> {check.remedy}"
+    print(text.encode("ascii", "backslashreplace").decode(), flush=True)
 
 
-def run_check(name, rows, mendable=()):
-    """Print the rows of one check as they come, an error in `mendable` as the last; returns their statuses."""
+def run_check(name, rows, expected_errors=()):
+    """Print the rows of one check as they come, one of `expected_errors` as the last; returns their statuses."""
     statuses = []
     try:
         for check in rows:
             show(check)
             statuses.append(check.status)
-    except mendable as error:
+    except expected_errors as error:
         show(Check("FAIL", name, str(error)))
         statuses.append("FAIL")
     return statuses
 
 
 def machine_and_task_checks(args, tasks, temporary):
-    """[(name, rows)] of the machine, then of the data and the dry run of each task; what is left out is named."""
+    """[(name, rows)] of the machine, then of the data and the dry run of each task; skipped checks are named."""
     present = [task for task in tasks if (HERE / f"train_{task}.py").exists()]
     checks = [("processor", check_processor()), ("GPU", check_gpu()), ("disk", check_space(args.output_dir)),
               ("model", check_model(present))]
     for task in present:
         checks.append((f"data of {task}", AUDITS[task](args, temporary)))
-        left_out = [Check("SKIP", f"dry run {task}", "left out by --quick")]
+        left_out = [Check("SKIP", f"dry run {task}", "skipped by --quick")]
         checks.append((f"dry run {task}", left_out if args.quick else check_dry_run(task, temporary)))
     absent = [task for task in tasks if task not in present]
     return checks + [(task, [Check("SKIP", task, f"no train_{task}.py in {HERE}")]) for task in absent]
@@ -523,7 +538,7 @@ def main(argv=None):
     args = parse_args(argv)
     statuses = run_check("installation", check_installation())
     if "FAIL" in statuses:
-        print("The other checks need these first.")
+        print("Fix these first; the other checks need them.")
         return 1
     import common
     tasks = TASKS if args.task == "all" else (args.task,)

@@ -307,7 +307,7 @@ def test_conformal_interval_is_the_residual_quantile(folds):
         common.checkpoint_files([folds]), common.choose_compute("cpu", "off")
     )
     widths = predict_assessor.half_widths(members, 0.5)
-    residuals = np.concatenate([settings["abs_residuals"].numpy() for _, settings in members])
+    residuals = np.concatenate([member.settings["abs_residuals"].numpy() for member in members])
     assert residuals.shape[0] == 48 and len(widths) == residuals.shape[1]
     assert ((np.nanmin(residuals, axis=0) <= widths) & (widths <= np.nanmax(residuals, axis=0))).all()
 

@@ -116,8 +116,8 @@ def test_old_python_fails(monkeypatch):
     ((9, 0), ["sm_90a"], True), ((9, 1), ["sm_90a"], False),  # "a" is for exactly one
     ((12, 0), ["sm_100", "sm_120"], True), ((12, 1), ["sm_120f"], True), ((12, 0), ["sm_100", "compute_100"], True),
     ((8, 0), [], False), ((9, 0), ["gfx90a", "gfx942"], True)])
-def test_serves_capability(capability, archs, served):
-    assert verify_setup.serves_capability(capability, archs) is served
+def test_supports_capability(capability, archs, served):
+    assert verify_setup.supports_capability(capability, archs) is served
 
 
 @pytest.mark.parametrize("capability, status, words", [((6, 1), "WARN", "cu126"), ((13, 0), "WARN", "--upgrade"),
@@ -364,4 +364,4 @@ def test_quick_says_what_it_leaves_out(study, capsys, monkeypatch):
     write_rows(study)
     monkeypatch.chdir(study.folder)
     assert verify_setup.main(["--quick", "--task", "assessor"]) == 0
-    assert "SKIP  dry run assessor     left out by --quick" in capsys.readouterr().out
+    assert "SKIP  dry run assessor     skipped by --quick" in capsys.readouterr().out
