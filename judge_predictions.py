@@ -2,25 +2,27 @@
 
     python judge_predictions.py --predictions predictions.csv --group_column subject
     python judge_predictions.py --predictions mine.csv theirs.csv --group_column subject
+    python judge_predictions.py --predictions detections.json --truth coco.json
 
 A table of scores has the columns NAME_true and NAME_predicted for each score, and NAME_BASELINE where there is one.
 A table of classes has true_label (or label) and prob_CLASS for each class, or score for two classes. Writes
 outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first), metrics.json, plots, args.json, log.txt. With several tables
 of the same rows each gets a folder, and comparison.csv says which of two is better, with the paired interval of their
-difference.
+difference. With --truth the predictions are COCO results, judged against COCO (or part) annotations; no picture is read.
 
 Units: those of the table.
 """
 from pathlib import Path
 
 import common
-from evidence import judging, prediction_tables, table_judging
+from evidence import detection_judging, judging, prediction_tables, reporting, table_judging
 
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     add = parser.add_argument_group("predictions").add_argument
-    add("--predictions", type=Path, nargs="+", required=True, help="CSV of predictions")
+    add("--predictions", type=Path, nargs="+", required=True, help="CSV of predictions, or COCO results with --truth")
+    add("--truth", type=Path, help="annotations that detections are judged against")
     add("--group_column", help="column whose rows are not independent, such as subject (default: group, if there)")
     add("--baseline", metavar="COLUMN", help="what the model must beat: a column, or BASELINE of NAME_BASELINE or "
         "BASELINE_prob_CLASS (default: the best of all there are)")
@@ -30,7 +32,26 @@ def parse_args(argv=None):
     add("--output_dir", type=Path, default=Path("outputs"), help="parent of the timestamped run folder")
     # no network runs here
     parser.set_defaults(device="cpu", use_amp="off", deterministic=False, resume=None, tensorboard=False, wandb=False)
-    return common.parse_arguments(parser, argv)
+    args = common.parse_arguments(parser, argv)
+    if args.truth and (len(args.predictions) > 1 or args.baseline or args.positive_class):
+        parser.error("--truth judges one file of detections against the mean box of each part: give one file to "
+                     "--predictions, no --baseline and no --positive_class")
+    return args
+
+
+def judge_coco(args):
+    """Judge COCO results against annotations."""
+    path = args.predictions[0]
+    truth, detections = detection_judging.read_coco_results(args.truth, path, args.group_column)
+    scored = f"{len(detections)} pictures scored, {sum(map(len, truth.boxes))} boxes of {len(truth.parts)} parts."
+    setting = judging.Setting(
+        title=f"Detections of {path.name}",
+        held_out=args.held_out or None,
+        criteria=args.criteria,
+        data=[reporting.html_text(scored)])
+    with common.start_run(args) as run:
+        run.write_args(predictions=[str(path)], truth=str(args.truth))
+        detection_judging.judge_detections(run, truth, detections, setting)
 
 
 def judge_several(run, args, tables):
@@ -46,6 +67,8 @@ def judge_several(run, args, tables):
 
 def main():
     args = parse_args()
+    if args.truth:
+        return judge_coco(args)
     tables = [prediction_tables.read_predictions(path, args.group_column, args.baseline, args.positive_class)
               for path in args.predictions]
     with common.start_run(args) as run:

@@ -1,9 +1,11 @@
 """Detections against boxes: COCO matching, average precision, states, and intervals over pictures.
 
-Letters: M pictures scored, P parts, S states, K boxes and D detections of one picture, C categories.
+Letters: M pictures scored, P parts, S states, K boxes and D detections of one picture, C categories,
+T IoU thresholds.
 """
 import contextlib
 import copy
+import dataclasses
 import io
 import math
 
@@ -13,46 +15,70 @@ import common
 from evidence import subject_intervals
 from readers import part_boxes
 
-LOWEST_SCORE, FOUND_IOU = 0.05, 0.5  # detections below this score are never listed; a part is found from this overlap
+LOWEST_SCORE = 0.05  # detections below this score are never listed
+FOUND_IOU = 0.5  # a part is found from this overlap
+N_STATES = len(part_boxes.STATES)
 
 
-def state_of(detected):
-    """(D,) most probable state of each detection; UNKNOWN for a plain detector."""
-    return np.full(len(detected["scores"]), part_boxes.UNKNOWN) if detected["states"] is None else detected["states"].argmax(1)
+@dataclasses.dataclass
+class Detections:
+    """What a detector found in one picture."""
+    boxes: np.ndarray  # (D, 4) in pixels of the picture on disk
+    labels: np.ndarray  # (D,) int from 0
+    scores: np.ndarray  # (D,) float
+    states: np.ndarray | None  # (D, S) probabilities, None for a plain detector
+
+    def take(self, chosen):
+        """The detections of a mask (D,) or of places."""
+        states = None if self.states is None else self.states[chosen]
+        return Detections(self.boxes[chosen], self.labels[chosen], self.scores[chosen], states)
+
+    def called(self):
+        """(D,) most probable state; UNKNOWN for a plain detector."""
+        if self.states is None:
+            return np.full(len(self.scores), part_boxes.UNKNOWN)
+        return self.states.argmax(1)
 
 
 def coco_set(annotations, n_pictures, categories):
     """A pycocotools data set in memory; ids count from 1, since its matching takes 0 for no match."""
     from pycocotools.coco import COCO
     made = COCO()
-    made.dataset = {"images": [{"id": k} for k in range(n_pictures)],
-                    "categories": [{"id": c} for c in categories],
-                    "annotations": [{**each, "id": k} for k, each in enumerate(annotations, start=1)]}
+    made.dataset = {
+        "images": [{"id": k} for k in range(n_pictures)],
+        "categories": [{"id": c} for c in categories],
+        "annotations": [{**each, "id": k} for k, each in enumerate(annotations, start=1)]}
     with contextlib.redirect_stdout(io.StringIO()):
         made.createIndex()
     return made
 
 
-def coco_match(study, rows, detections, kind, absent):
-    """Detections of M pictures matched with their boxes by pycocotools at IoU .5 to .95 -> its COCOeval.
+def coco_match(truth, detections, kind):
+    """Detections of M pictures matched with their boxes at IoU .5 to .95 -> pycocotools' COCOeval.
 
-    kind: parts; joint, where part and state together are the category; present, without boxes of absent parts and
-    without detections called absent. Ignored boxes, and in joint those without a state, count neither way.
+    kind: parts; joint, where part and state together are the category; present, without boxes of
+    absent parts and without detections called absent. Ignored boxes, and in joint those without a
+    state, count neither way.
     """
     from pycocotools.cocoeval import COCOeval
-    truth, found = [], []
-    for picture, (row, detected) in enumerate(zip(rows, detections)):
-        truth += true_entries(study, row, picture, kind, absent)
-        states = state_of(detected)
-        for box, label, state, score in zip(detected["boxes"], detected["labels"], states, detected["scores"]):
-            if kind != "present" or state != part_boxes.ABSENT:
-                entries = coco_entries(picture, box, label, state, kind, ignored=False)
-                found += [{**entry, "score": float(score)} for entry in entries]
-    categories = list(range(1, len(study.parts) + 1))
+    n_pictures = len(detections)
+    annotated = []
+    found = []
+    for picture, detected in enumerate(detections):
+        annotated += true_entries(truth, picture, kind)
+        states = detected.called()
+        for k, score in enumerate(detected.scores):
+            if kind == "present" and states[k] == part_boxes.ABSENT:
+                continue
+            entries = coco_entries(
+                picture, detected.boxes[k], detected.labels[k], states[k], kind, ignored=False)
+            found += [{**entry, "score": float(score)} for entry in entries]
+    categories = list(range(1, len(truth.parts) + 1))
     if kind == "joint":
-        categories = sorted({entry["category_id"] for entry in truth if not entry["iscrowd"]})
-    matching = COCOeval(coco_set(truth, len(rows), categories), coco_set(found, len(rows), categories), "bbox")
-    matching.params.imgIds = list(range(len(rows)))
+        categories = sorted({entry["category_id"] for entry in annotated if not entry["iscrowd"]})
+    matching = COCOeval(
+        coco_set(annotated, n_pictures, categories), coco_set(found, n_pictures, categories), "bbox")
+    matching.params.imgIds = list(range(n_pictures))
     matching.params.catIds = categories
     matching.params.areaRng = [[0, 1e10]]
     matching.params.areaRngLbl = ["all"]
@@ -62,31 +88,38 @@ def coco_match(study, rows, detections, kind, absent):
     return matching
 
 
-def true_entries(study, row, picture, kind, absent):
-    """COCO annotations of the true boxes of a row."""
+def true_entries(truth, picture, kind):
+    """COCO annotations of the true boxes of a picture."""
     entries = []
-    boxes = zip(study.boxes[row], study.labels[row], study.states[row], study.ignored[row])
-    for box, label, state, ignored in boxes:
-        if state != part_boxes.ABSENT or (absent != "drop" and kind != "present"):
-            entries += coco_entries(picture, box, label, state, kind, bool(ignored))
+    keeps_absent = truth.keeps_absent and kind != "present"
+    for k, box in enumerate(truth.boxes[picture]):
+        state = truth.states[picture][k]
+        if state != part_boxes.ABSENT or keeps_absent:
+            label = truth.labels[picture][k]
+            ignored = bool(truth.ignored[picture][k])
+            entries += coco_entries(picture, box, label, state, kind, ignored)
     return entries
 
 
 def coco_entries(picture, box, label, state, kind, ignored):
-    """COCO annotations of one box: one, or a crowd box in each state where a joint category has no state."""
+    """COCO annotations of one box; without a state, kind joint: a crowd box in each state."""
     left, top, right, bottom = map(float, box)
-    entry = {"image_id": picture, "bbox": [left, top, right - left, bottom - top], "state": int(state),
-             "area": (right - left) * (bottom - top), "iscrowd": int(ignored)}
+    entry = {
+        "image_id": picture,
+        "bbox": [left, top, right - left, bottom - top],
+        "area": (right - left) * (bottom - top),
+        "iscrowd": int(ignored),
+        "state": int(state)}
     if kind != "joint":
         return [{**entry, "category_id": int(label) + 1}]
-    first = int(label) * len(part_boxes.STATES) + 1
+    first = int(label) * N_STATES + 1
     if state >= 0:
         return [{**entry, "category_id": first + int(state)}]
-    return [{**entry, "category_id": first + each, "iscrowd": 1} for each in range(len(part_boxes.STATES))]
+    return [{**entry, "category_id": first + each, "iscrowd": 1} for each in range(N_STATES)]
 
 
 def average_precision(matching, pictures):
-    """(T, C) AP of each IoU threshold and category over these pictures (repeats count), NaN where there is no box."""
+    """(T, C) AP over these pictures (repeats count), NaN for a category without a box there."""
     categories = matching.params.catIds
     if not categories:
         return np.full((len(matching.params.iouThrs), 0), np.nan)
@@ -104,18 +137,19 @@ def average_precision(matching, pictures):
 
 
 def count_matches(matching, n_parts, threshold):
-    """Counts of each picture from COCO's matching at IoU .5: truth, right, wrong (M, P) and confusion (M, S, S).
+    """Counts of each picture at IoU .5: ({truth, right, wrong: (M, P)}, confusion (M, S, S)).
 
-    right and wrong: detections from `threshold`; confusion: true x predicted state of every box found at any score.
+    right and wrong: detections from `threshold`; confusion: true x predicted state of every box
+    found at any score.
     """
     n_pictures = len(matching.params.imgIds)
-    n_states = len(part_boxes.STATES)
     counts = {name: np.zeros((n_pictures, n_parts)) for name in ("truth", "right", "wrong")}
-    confusion = np.zeros((n_pictures, n_states, n_states))
+    confusion = np.zeros((n_pictures, N_STATES, N_STATES))
     for cell in matching.evalImgs:
         if cell is None:
             continue
-        picture, part = cell["image_id"], cell["category_id"] - 1
+        picture = cell["image_id"]
+        part = cell["category_id"] - 1
         hit = cell["dtMatches"][0] > 0
         judged = ~np.asarray(cell["dtIgnore"][0], bool)
         sure = np.array(cell["dtScores"]) >= threshold
@@ -128,25 +162,31 @@ def count_matches(matching, n_parts, threshold):
             predicted = matching.cocoDt.anns[int(own)]["state"]
             if true >= 0 and predicted >= 0:
                 confusion[picture, true, predicted] += 1
-    return {**counts, "confusion": confusion}
+    return counts, confusion
 
 
-def count_hallucinations(study, rows, detections, threshold):
-    """(M, P, 5) absent parts; claimed (a detection not called absent) anywhere; absent parts with a box; claimed there;
-    detected there under any state."""
-    counts = np.zeros((len(rows), len(study.parts), 5))
-    for picture, (row, detected) in enumerate(zip(rows, detections)):
-        is_absent = study.states[row] == part_boxes.ABSENT
-        sure = detected["scores"] >= threshold
-        claimed = sure & (state_of(detected) != part_boxes.ABSENT)
-        boxed = set(study.labels[row][is_absent].tolist())
-        for label in boxed | set(study.absent[row].tolist()):
-            own = detected["labels"] == label
-            counts[picture, label, :2] += [1, (own & claimed).any()]
+def count_hallucinations(truth, detections, threshold):
+    """Counts (M, P) of absent parts: absent, claimed (a detection not called absent) anywhere.
+
+    And of those with a box: absent_boxes, claimed_there, detected_there (under any state).
+    """
+    names = ("absent", "claimed", "absent_boxes", "claimed_there", "detected_there")
+    counts = {name: np.zeros((len(detections), len(truth.parts))) for name in names}
+    for picture, detected in enumerate(detections):
+        is_absent = truth.states[picture] == part_boxes.ABSENT
+        sure = detected.scores >= threshold
+        claimed = sure & (detected.called() != part_boxes.ABSENT)
+        boxed = set(truth.labels[picture][is_absent].tolist())
+        for label in boxed | set(truth.absent[picture].tolist()):
+            own = detected.labels == label
+            counts["absent"][picture, label] = 1
+            counts["claimed"][picture, label] = (own & claimed).any()
             if label in boxed:
-                places = study.boxes[row][is_absent & (study.labels[row] == label)]
-                there = own & overlaps(detected["boxes"], places)
-                counts[picture, label, 2:] += [1, (claimed & there).any(), (sure & there).any()]
+                places = truth.boxes[picture][is_absent & (truth.labels[picture] == label)]
+                there = own & overlaps(detected.boxes, places)
+                counts["absent_boxes"][picture, label] = 1
+                counts["claimed_there"][picture, label] = (claimed & there).any()
+                counts["detected_there"][picture, label] = (sure & there).any()
     return counts
 
 
@@ -161,7 +201,7 @@ def overlaps(boxes, others):
 
 
 def state_scores(confusion):
-    """(S, S) counts, true x predicted -> accuracy, macro F1 over states that occur, mean recall of the true ones."""
+    """(S, S) true x predicted -> accuracy, macro F1 of states that occur, mean recall of true ones."""
     found, _ = common.confusion_metrics(confusion[None])
     return {"state_accuracy": float(found["accuracy"][0]),
             "macro_f1": float(found["macro_f1"][0]),
@@ -179,23 +219,25 @@ def mean_of(values):
 
 
 class Judged:
-    """Detections of M pictures against their boxes: every number over any of the pictures, and its intervals."""
+    """Detections of M pictures against their boxes: every number over any of them, and intervals.
 
-    def __init__(self, study, rows, detections, settings, threshold, absent, baseline=None):
-        self.study, self.rows = study, rows
-        self.parts = settings["parts"]
-        self.has_states = bool(settings["states"])
-        self.every = np.arange(len(rows))
+    has_states: judge states too; baseline: M Detections to compare with, or None.
+    """
+
+    def __init__(self, truth, detections, threshold, has_states, baseline=None):
+        self.truth = truth
+        self.has_states = has_states
+        self.every = np.arange(len(detections))
         kinds = {"map": "parts"}
-        if self.has_states:
+        if has_states:
             kinds |= {"joint_map": "joint", "map_present": "present"}
-        self.matching = {name: coco_match(study, rows, detections, kind, absent) for name, kind in kinds.items()}
+        self.matching = {name: coco_match(truth, detections, kind) for name, kind in kinds.items()}
         self.of_baseline = {}
-        if baseline is not None:
-            self.of_baseline = {name: coco_match(study, rows, baseline, kind, absent)
-                                for name, kind in kinds.items() if name != "map_present"}
-        self.counts = count_matches(self.matching["map"], len(self.parts), threshold)
-        self.hallucinated = count_hallucinations(study, rows, detections, threshold)
+        for name in kinds if baseline is not None else ():
+            if name != "map_present":
+                self.of_baseline[name] = coco_match(truth, baseline, kinds[name])
+        matched, self.confusions = count_matches(self.matching["map"], len(truth.parts), threshold)
+        self.counts = matched | count_hallucinations(truth, detections, threshold)
 
     def epoch_metrics(self):
         """The columns of an epoch: map, map50, and with states joint_map and state_accuracy."""
@@ -203,45 +245,64 @@ class Judged:
         values = {"map": mean_of(ap), "map50": mean_of(ap[0])}
         if self.has_states:
             values["joint_map"] = mean_of(average_precision(self.matching["joint_map"], self.every))
-            values["state_accuracy"] = state_scores(self.counts["confusion"].sum(0))["state_accuracy"]
+            values["state_accuracy"] = state_scores(self.confusion())["state_accuracy"]
         return values
+
+    def confusion(self, pictures=slice(None)):
+        """(S, S) true x predicted states of the boxes found in these pictures."""
+        return self.confusions[pictures].sum(0)
+
+    def rates(self, pictures=slice(None), parts=slice(None)):
+        """Precision, recall and the rates of hallucination over these pictures and parts."""
+        sums = {name: counts[pictures][:, parts].sum() for name, counts in self.counts.items()}
+        return {
+            "precision": share(sums["right"], sums["right"] + sums["wrong"]),
+            "recall": share(sums["right"], sums["truth"]),
+            "hallucination_rate": share(sums["claimed_there"], sums["absent_boxes"]),
+            "hallucination_rate_anywhere": share(sums["claimed"], sums["absent"]),
+            "absent_box_detected": share(sums["detected_there"], sums["absent_boxes"])}
 
     def values(self, pictures):
         """({metric: float}, {"ap": (P,)}) of the model over these pictures, repeats count."""
         overall, each = average_precisions(self.matching, pictures)
-        truth, right, wrong = (self.counts[name][pictures].sum() for name in ("truth", "right", "wrong"))
-        absent, anywhere, boxed, there, detected = self.hallucinated[pictures].sum((0, 1))
-        overall |= {"precision": share(right, right + wrong), "recall": share(right, truth),
-                    "hallucination_rate": share(there, boxed), "hallucination_rate_anywhere": share(anywhere, absent),
-                    "absent_box_detected": share(detected, boxed)}
+        overall |= self.rates(pictures)
         if self.has_states:
-            overall |= state_scores(self.counts["confusion"][pictures].sum(0))
+            overall |= state_scores(self.confusion(pictures))
         return overall, each
 
     def baseline_values(self, pictures):
-        """As values: AP of the baseline's detections, and the states of the model's where all are called intact."""
+        """As values, of the baseline; its states: the model's boxes where all are called intact."""
         overall, each = average_precisions(self.of_baseline, pictures)
         if self.has_states:
-            confusion = self.counts["confusion"][pictures].sum(0)
+            confusion = self.confusion(pictures)
             intact = np.zeros_like(confusion)
             intact[:, part_boxes.INTACT] = confusion.sum(1)
             overall |= state_scores(intact)
         return overall, each
 
     def result(self, draws, seed):
-        """The subject_intervals.Result over all pictures; resampled are images, or groups where there are some."""
-        groups = self.study.groups
-        owners = self.every if groups is None else np.unique(groups[self.rows], return_inverse=True)[1]
+        """The subject_intervals.Result over all pictures; resampled are groups, else images."""
+        groups = self.truth.groups
+        owners = self.every
+        if groups is not None:
+            owners = np.unique(groups, return_inverse=True)[1]
 
         def over_draws(values):
             def statistic(weights):
-                times = weights.astype(int)[:, owners]  # (D, M)
+                times = weights.astype(int)[:, owners]  # (draws, M)
                 return stack_draws([values(np.repeat(self.every, drawn)) for drawn in times])
             return statistic
         return subject_intervals.estimate(
-            over_draws(self.values), over_draws(self.baseline_values) if self.of_baseline else None,
-            owners.max() + 1, "images" if groups is None else "groups", draws, seed, names=self.parts,
-            n=self.counts["truth"].sum(0).astype(int), rows=len(self.rows), baseline_name="mean box")
+            over_draws(self.values),
+            over_draws(self.baseline_values) if self.of_baseline else None,
+            owners.max() + 1,
+            "images" if groups is None else "groups",
+            draws,
+            seed,
+            names=self.truth.parts,
+            n=self.counts["truth"].sum(0).astype(int),
+            rows=len(self.every),
+            baseline_name="mean box")
 
 
 def stack_draws(draws):
@@ -252,7 +313,7 @@ def stack_draws(draws):
 
 
 def average_precisions(matchings, pictures):
-    """({map, map50, ...: float}, {"ap": (P,)}) of COCO matchings by name over these pictures; map50, ap: of map."""
+    """({map, map50, ...: float}, {"ap": (P,)}) of {name: COCO matching}; map50 and ap: of map."""
     overall, each = {}, {}
     for name, matching in matchings.items():
         ap = average_precision(matching, pictures)  # (T, C)

@@ -47,6 +47,49 @@ class Annotations:
     category_ids: dict  # part -> id in the COCO file
 
 
+@dataclasses.dataclass(kw_only=True)
+class PartTruth:
+    """Annotated boxes of N pictures: what is trained on and what detections are judged against."""
+    parts: list  # P names; labels count from 0
+    images: np.ndarray  # (N,) text
+    ids: list  # N ids as their file writes them
+    sizes: np.ndarray  # (N, 2) width and height in pixels
+    boxes: list  # N of (K, 4) float32
+    labels: list  # N of (K,) int64
+    states: list  # N of (K,) int64, UNKNOWN where there is none
+    ignored: list  # N of (K,) bool, True = a crowd or not trusted: neither trained on nor judged
+    absent: list  # N of int64 arrays: labels of the parts said to be absent without a box
+    groups: np.ndarray | None  # (N,) text
+    keeps_absent: bool = True  # False: boxes of absent parts are background
+
+    def judged(self, row):
+        """(K,) bool, True = trained on and judged."""
+        if self.keeps_absent:
+            return ~self.ignored[row]
+        return ~self.ignored[row] & (self.states[row] != ABSENT)
+
+    def has_states(self):
+        """Whether any judged box has a state; else this is plain detection."""
+        judged = [self.judged(row) for row in range(len(self.images))]
+        return any((states[own] >= 0).any() for states, own in zip(self.states, judged))
+
+    def take(self, rows):
+        """The PartTruth of chosen pictures."""
+        def of_rows(values):
+            return [values[row] for row in rows]
+        return dataclasses.replace(
+            self,
+            images=self.images[rows],
+            ids=of_rows(self.ids),
+            sizes=self.sizes[rows],
+            boxes=of_rows(self.boxes),
+            labels=of_rows(self.labels),
+            states=of_rows(self.states),
+            ignored=of_rows(self.ignored),
+            absent=of_rows(self.absent),
+            groups=None if self.groups is None else self.groups[rows])
+
+
 def read_annotations(path):
     """Part annotations or a COCO file -> Annotations. UserError that lists what cannot be read, with image and key."""
     content = _read_json(path)
@@ -345,6 +388,65 @@ def as_coco(found, names, sizes):
             annotations[-1] |= {"state": STATES[each.state], "state_id": each.state}
     categories = [{"id": number, "name": part} for number, part in enumerate(found.parts, start=1)]
     return {"images": images, "annotations": annotations, "categories": categories}, dropped
+
+
+# --------------------------------------------------------------------------------------
+# Annotations -> arrays
+# --------------------------------------------------------------------------------------
+
+def read_groups(images, column):
+    """(N,) group of each image from its entry, or None where the column is None."""
+    if column is None:
+        return None
+    values = [image.fields.get(column) for image in images]
+    lacking = [image.name for image, value in zip(images, values) if value in (None, "")]
+    refuse(lacking, f"--group_column {column}: missing in {len(lacking)} of {len(images)} images:",
+           "Fill it.")
+    return np.array(list(map(str, values)), str)
+
+
+def as_truth(images, objects, parts, names, sizes, min_trust, **others):
+    """AnnotatedImages and PartObjects -> (PartTruth, dicts of the boxes that were skipped, notes).
+
+    parts, names, sizes: as PartTruth has them; others: its groups and keeps_absent. Boxes are cut
+    to their picture; those without area there are skipped by name, those that annotators trusted
+    less than min_trust are ignored.
+    """
+    kept = [[] for _ in images]
+    skipped = []
+    n_cut = 0
+    for each in objects:
+        width, height = sizes[each.image]
+        box = np.clip(each.box, 0, [width, height, width, height])
+        n_cut += not np.allclose(box, each.box, atol=1)
+        if (box[2:] - box[:2]).min() >= 0.5:
+            kept[each.image].append(dataclasses.replace(each, box=box))
+            continue
+        shown = " ".join(f"{value:g}" for value in each.box)
+        skipped.append({
+            "image": names[each.image],
+            "annotation": f"{each.key} ({each.part})",
+            "reason": f"box {shown} has no area in {width} x {height} pixels"})
+    truth = PartTruth(
+        parts=parts,
+        images=np.array(names, str),
+        ids=[image.id for image in images],
+        sizes=np.array(sizes),
+        boxes=[np.array([each.box for each in row], np.float32).reshape(-1, 4) for row in kept],
+        labels=[np.array([parts.index(each.part) for each in row], np.int64) for row in kept],
+        states=[np.array([each.state for each in row], np.int64) for row in kept],
+        ignored=[np.array([each.crowd or each.trust < min_trust for each in row], bool)
+                 for row in kept],
+        absent=[np.array([parts.index(part) for part in image.absent if part in parts], int)
+                for image in images],
+        **others)
+    used = [each for row in kept for each in row]
+    counts = {
+        "boxes reached over the edge and were cut": n_cut,
+        "crowd boxes are ignored": sum(each.crowd for each in used),
+        f"boxes are trusted less than {min_trust:g} and ignored":
+            sum(each.trust < min_trust for each in used)}
+    return truth, skipped, [f"{count} {text}" for text, count in counts.items() if count]
 
 
 # --------------------------------------------------------------------------------------

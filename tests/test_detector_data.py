@@ -74,7 +74,8 @@ def study_of(tmp_path, flags, content, *more, names=("0.jpg", "1.jpg", "2.jpg"),
     write_pictures(tmp_path / "images", names)
     (tmp_path / "a.json").write_text(json.dumps(content) if not isinstance(content, str) else content)
     files = {"train": (tmp_path / "a.json", tmp_path / "images")}
-    return train_detector.load_study(flags(*more), files, lambda text: None, parts)
+    checkpoint = {"settings": {"parts": parts, "min_size": 40}, "absent": "keep"} if parts else None
+    return train_detector.load_study(flags(*more), files, lambda text: None, checkpoint)
 
 
 # --- formats ------------------------------------------------------------------------
@@ -82,27 +83,27 @@ def study_of(tmp_path, flags, content, *more, names=("0.jpg", "1.jpg", "2.jpg"),
 def test_part_annotations(tmp_path, flags):
     text = json.dumps(PARTS).replace("\\u0001", "\x01")  # a raw control character, as files in the wild have
     study = study_of(tmp_path, flags, text)
-    assert study.parts == ["back_wheel", "front_wheel", "bell", "saddle"]
-    assert list(study.images) == ["0.jpg", "1", "2.jpg"]
-    np.testing.assert_array_equal(study.boxes[0], [[0, 10, 20, 30], [30, 10, 50, 30], [5, 5, 11, 11]])
-    assert study.states[0].tolist() == [INTACT, 1, ABSENT] and study.states[1].tolist() == [3, INTACT]
-    assert study.ignored[0].tolist() == [False, False, True], "trust .2 is under --min_trust"
-    assert study.absent[1].tolist() == [study.parts.index("bell")], "an absent part with a zero box has no box"
-    np.testing.assert_array_equal(study.boxes[1][1], [50, 30, 60, 40])
-    assert len(study.boxes[2]) == 0 and study.boxes[2].shape == (0, 4)
+    assert study.truth.parts == ["back_wheel", "front_wheel", "bell", "saddle"]
+    assert list(study.truth.images) == ["0.jpg", "1", "2.jpg"]
+    np.testing.assert_array_equal(study.truth.boxes[0], [[0, 10, 20, 30], [30, 10, 50, 30], [5, 5, 11, 11]])
+    assert study.truth.states[0].tolist() == [INTACT, 1, ABSENT] and study.truth.states[1].tolist() == [3, INTACT]
+    assert study.truth.ignored[0].tolist() == [False, False, True], "trust .2 is under --min_trust"
+    assert study.truth.absent[1].tolist() == [study.truth.parts.index("bell")], "an absent part with a zero box has no box"
+    np.testing.assert_array_equal(study.truth.boxes[1][1], [50, 30, 60, 40])
+    assert len(study.truth.boxes[2]) == 0 and study.truth.boxes[2].shape == (0, 4)
 
 
 def test_coco(tmp_path, flags):
     study = study_of(tmp_path, flags, coco(), names=("0.jpg", "1.jpg"))
-    assert study.parts == ["saddle", "bell"] and study.ids == [0, 9]
-    assert study.states[0].tolist() == [1, 3] and study.states[1].tolist() == [INTACT, UNKNOWN]
-    assert study.ignored[1].tolist() == [False, True] and any("never_used" in note for note in study.notes)
+    assert study.truth.parts == ["saddle", "bell"] and study.truth.ids == [0, 9]
+    assert study.truth.states[0].tolist() == [1, 3] and study.truth.states[1].tolist() == [INTACT, UNKNOWN]
+    assert study.truth.ignored[1].tolist() == [False, True] and any("never_used" in note for note in study.notes)
     assert study.category_ids["train"] == {"saddle": 0, "bell": 4, "never_used": 7}
 
 
 def test_an_absent_part_of_a_coco_file_may_lack_its_box(tmp_path, flags):
     study = study_of(tmp_path, flags, changed(0, bbox=None, state="absent"), names=("0.jpg", "1.jpg"))
-    assert study.absent[0].tolist() == [study.parts.index("bell")] and len(study.boxes[0]) == 1
+    assert study.truth.absent[0].tolist() == [study.truth.parts.index("bell")] and len(study.truth.boxes[0]) == 1
 
 
 def test_one_list_of_parts_for_all_splits_by_name(tmp_path, flags):
@@ -114,15 +115,15 @@ def test_one_list_of_parts_for_all_splits_by_name(tmp_path, flags):
         "annotations": [{"id": 1, "image_id": 3, "category_id": 1, "bbox": [0, 0, 9, 9]}]}))
     files = {"train": (tmp_path / "a.json", tmp_path / "images"), "val": (tmp_path / "v.json", tmp_path / "images")}
     study = train_detector.load_study(flags(), files, lambda text: None)
-    assert study.images.tolist() == ["train/0.jpg", "train/1.jpg", "val/1.jpg"]
-    assert study.labels[2].tolist() == [study.parts.index("bell")] == [1]
-    row = train_detector.split_row(study, "val", [2])
-    assert row["parts without a box"] == "saddle"
+    assert study.truth.images.tolist() == ["train/0.jpg", "train/1.jpg", "val/1.jpg"]
+    assert study.truth.labels[2].tolist() == [study.truth.parts.index("bell")] == [1]
+    row, = train_detector.split_rows(study.truth, {"val": [2], "test": []})
+    assert row["part"] == "val" and row["parts without a box"] == "saddle"
 
 
 def test_parts_of_a_checkpoint_are_matched_by_name(tmp_path, flags):
     study = study_of(tmp_path, flags, coco(), names=("0.jpg", "1.jpg"), parts=["bell", "chain", "saddle"])
-    assert study.labels[0].tolist() == [0, 2]
+    assert study.truth.labels[0].tolist() == [0, 2]
     with pytest.raises(common.UserError, match="does not know.*bell"):
         study_of(tmp_path, flags, coco(), names=("0.jpg", "1.jpg"), parts=["saddle"])
 
@@ -136,9 +137,9 @@ def test_convert_keeps_everything(tmp_path, flags, monkeypatch):
     made = json.loads((tmp_path / "c.json").read_text())
     assert made["images"][1]["file_name"] == "1.jpg" and made["images"][1]["absent_parts"] == ["bell"]
     again = study_of(tmp_path, flags, made, "--group_column", "street")
-    assert again.parts == first.parts and list(again.groups) == ["0", "1", "2"]
+    assert again.truth.parts == first.truth.parts and list(again.truth.groups) == ["0", "1", "2"]
     for name in ("boxes", "labels", "states", "ignored", "absent"):
-        for one, other in zip(getattr(first, name), getattr(again, name)):
+        for one, other in zip(getattr(first.truth, name), getattr(again.truth, name)):
             np.testing.assert_array_equal(one, other)
 
 
@@ -247,20 +248,21 @@ def test_degenerate_boxes_are_named_by_image_and_annotation(tmp_path, flags):
     listed = [(each["image"], each["annotation"]) for each in study.skipped]
     assert listed == [("0.jpg", "annotation 0 (bell)"), ("0.jpg", "annotation 5 (saddle)"),
                       ("1.jpg", "annotation 6 (bell)")]
-    assert "70 5 80 15" in study.skipped[1]["reason"] and len(study.boxes[0]) == 0
+    assert "70 5 80 15" in study.skipped[1]["reason"] and len(study.truth.boxes[0]) == 0
 
 
 def test_images_without_objects_stay_or_go(tmp_path, flags):
-    assert len(study_of(tmp_path, flags, PARTS).images) == 3
+    assert len(study_of(tmp_path, flags, PARTS).truth.images) == 3
     study = study_of(tmp_path, flags, PARTS, "--drop_empty")
-    assert list(study.images) == ["0.jpg", "1"] and study.skipped[-1]["image"] == "2.jpg"
-    assert len(study.boxes) == len(study.sizes) == len(study.stored) == 2
+    assert list(study.truth.images) == ["0.jpg", "1"] and study.skipped[-1]["image"] == "2.jpg"
+    assert len(study.truth.boxes) == len(study.truth.sizes) == len(study.stored) == 2
 
 
 def test_absent_parts_are_kept_or_dropped(tmp_path, flags):
     study = study_of(tmp_path, flags, PARTS, "--min_trust", 0)
-    assert study.judged(0, "keep").tolist() == [True, True, True]
-    assert study.judged(0, "drop").tolist() == [True, True, False]
+    assert study.truth.judged(0).tolist() == [True, True, True]
+    study = study_of(tmp_path, flags, PARTS, "--min_trust", 0, "--absent", "drop")
+    assert study.truth.judged(0).tolist() == [True, True, False]
 
 
 def test_pictures_of_another_size_than_annotated(tmp_path, flags):
@@ -269,7 +271,7 @@ def test_pictures_of_another_size_than_annotated(tmp_path, flags):
     with pytest.raises(common.UserError, match="60 x 40 pixels, annotated as 40 x 60"):
         study_of(tmp_path, flags, content, names=("0.jpg", "1.jpg"))
     study = study_of(tmp_path, flags, content, "--on_bad_file", "skip", names=("0.jpg", "1.jpg"))
-    assert list(study.images) == ["1.jpg"]
+    assert list(study.truth.images) == ["1.jpg"]
 
 
 def test_missing_and_surplus_pictures_are_listed(tmp_path, flags):
@@ -282,7 +284,7 @@ def test_groups_come_from_the_entries(tmp_path, flags):
     content = json.loads(json.dumps(PARTS))
     for k, entry in enumerate(content.values()):
         entry["street"] = k // 2
-    assert list(study_of(tmp_path, flags, content, "--group_column", "street").groups) == ["0", "0", "1"]
+    assert list(study_of(tmp_path, flags, content, "--group_column", "street").truth.groups) == ["0", "0", "1"]
     with pytest.raises(common.UserError, match="--group_column owner"):
         study_of(tmp_path, flags, content, "--group_column", "owner")
 
@@ -305,11 +307,11 @@ def marked(tmp_path, flags, *more):
 
 def test_a_flip_keeps_names_and_boxes_follow_the_pixels(tmp_path, flags):
     args, study = marked(tmp_path, flags)
-    data = train_detector.PartImages(study, np.array([0]), args, {"min_size": 40, "max_size": 80}, "light")
+    data = train_detector.PartImages(study, np.array([0]), {"min_size": 40, "max_size": 80}, "light", args.seed)
     sides, widths = set(), set()
     for epoch in range(24):
         sample = data[epoch, 0]
-        assert [study.parts[label - 1] for label in sample["labels"]] == ["back_wheel", "front_wheel"]
+        assert [study.truth.parts[label - 1] for label in sample["labels"]] == ["back_wheel", "front_wheel"]
         assert sample["states"].tolist() == [1, 3]
         back, front = sample["boxes"].tolist()
         rows, columns = np.nonzero(sample["pixels"].numpy().min(2) > 100)
@@ -323,7 +325,7 @@ def test_a_flip_keeps_names_and_boxes_follow_the_pixels(tmp_path, flags):
 
 def test_a_sample_depends_on_seed_epoch_and_row_alone(tmp_path, flags):
     args, study = marked(tmp_path, flags)
-    data = train_detector.PartImages(study, np.array([0]), args, {"min_size": 40, "max_size": 80}, "light")
+    data = train_detector.PartImages(study, np.array([0]), {"min_size": 40, "max_size": 80}, "light", args.seed)
     first, again, other = data[3, 0], data[3, 0], data[4, 0]
     assert torch.equal(first["pixels"], again["pixels"])
     assert first["pixels"].shape != other["pixels"].shape or not torch.equal(first["pixels"], other["pixels"])
@@ -331,7 +333,7 @@ def test_a_sample_depends_on_seed_epoch_and_row_alone(tmp_path, flags):
 
 def test_batches_are_padded_with_zeros_after_normalisation(tmp_path, flags):
     args, study = marked(tmp_path, flags)
-    data = train_detector.PartImages(study, np.array([0]), args, {"min_size": 40, "max_size": 80}, "none")
+    data = train_detector.PartImages(study, np.array([0]), {"min_size": 40, "max_size": 80}, "none", args.seed)
     small = {**data[0, 0], "pixels": torch.full((20, 30, 3), 7, dtype=torch.uint8)}
     batch = train_detector.collate([data[0, 0], small])
     assert batch["pixels"].shape == (2, 64, 64, 3) and batch["sizes"] == [(40, 60), (20, 30)]
@@ -431,17 +433,17 @@ def test_sample_quirks_are_there_and_both_formats_agree(bicycles, flags):
     assert quirks["no_suffix"] not in content and Path(quirks["no_suffix"]).stem in content
     images = folder / "images"
     study = train_detector.load_study(flags(), {"train": (folder / "annotations.json", images)}, lambda text: None)
-    row_of = {Path(name).stem: row for row, name in enumerate(study.images)}
+    row_of = {Path(name).stem: row for row, name in enumerate(study.truth.images)}
     assert [each["image"] for each in study.skipped] == [quirks["zero_box"]]
-    assert len(study.boxes[row_of[Path(quirks["no_parts"]).stem]]) == 0
-    assert study.ignored[row_of[Path(quirks["untrusted"]).stem]].sum() == 1
+    assert len(study.truth.boxes[row_of[Path(quirks["no_parts"]).stem]]) == 0
+    assert study.truth.ignored[row_of[Path(quirks["untrusted"]).stem]].sum() == 1
     both = {"train": (folder / "train_coco.json", images), "val": (folder / "val_coco.json", images)}
     coco = train_detector.load_study(flags("--group_column", "street"), both, lambda text: None)
-    for name, boxes, labels, states in zip(coco.images, coco.boxes, coco.labels, coco.states):
+    for name, boxes, labels, states in zip(coco.truth.images, coco.truth.boxes, coco.truth.labels, coco.truth.states):
         for box, label, state in zip(boxes, labels, states):
-            drawn = truth["drawn"][Path(name).name][coco.parts[label]]
+            drawn = truth["drawn"][Path(name).name][coco.truth.parts[label]]
             assert drawn[0] == STATES[state]
             np.testing.assert_allclose(box, np.clip(drawn[1:], 0, 280), atol=0.2)
     val = coco.origin == "val"
-    assert set(coco.groups[val]).isdisjoint(coco.groups[~val])
-    assert "kickstand" in train_detector.split_row(coco, "val", np.flatnonzero(val))["parts without a box"]
+    assert set(coco.truth.groups[val]).isdisjoint(coco.truth.groups[~val])
+    assert "kickstand" in train_detector.split_rows(coco.truth, {"val": np.flatnonzero(val)})[0]["parts without a box"]

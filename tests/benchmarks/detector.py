@@ -6,7 +6,7 @@
     script      one training pass as the script does it: cached pictures, its precision, flip, colour and size at random
     bare        forward, backward and optimiser step on batches that already lie in memory, in the same precision
     reference   a loop in the manner of torchvision's references/detection: fp32, Pillow decoding, flip and colour in
-                torchvision, resize, normalisation and RoIAlign of torchvision inside the model, 2 workers
+                torchvision, resize and normalisation inside the model, 2 workers
 """
 import json
 from types import SimpleNamespace
@@ -17,13 +17,11 @@ import torch
 from PIL import Image
 from torchvision import transforms
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign
 
 from turns import compare, parser_of  # it puts the repository on the import path
 
 import common
 import train_detector
-from readers.part_boxes import STATES
 
 PARTS, BOXES = 8, 6
 
@@ -72,7 +70,7 @@ class ScriptEpochs:
         self.run = common.start_run(self.args)
         study = train_detector.load_study(self.args, {"train": (folder / "coco.json", folder)}, self.run.say)
         split = {"train": np.arange(options.images), "val": np.arange(2), "test": np.arange(0)}
-        self.settings = train_detector.model_settings(self.args, study, split["train"])
+        self.settings = train_detector.model_settings(self.args, study.truth)
         self.loader, _ = train_detector.make_loaders(study, split, self.settings, self.args, self.run.compute)
         self.model = self.run.compute.place(train_detector.build_model(self.args, self.settings, None))
         optimizer = common.build_optimizer([(self.model, 1.0)], self.args)
@@ -133,16 +131,13 @@ class PlainFiles(torch.utils.data.Dataset):
 
 
 class ReferenceEpochs:
-    """fp32, contiguous memory, AdamW as torch makes it, 2 loader workers; the network with torchvision's pooling."""
+    """fp32, contiguous memory, AdamW as torch makes it, 2 loader workers."""
 
     def __init__(self, folder, options):
         self.device, size = common.choose_compute("auto", "off").device, options.min_size
         args = script_args(folder, options)
-        parts = SimpleNamespace(parts=[f"part_{k}" for k in range(PARTS)], state_names=lambda *_: list(STATES))
-        self.model = train_detector.build_model(args, train_detector.model_settings(args, parts, None), None)
-        pool = self.model.roi_heads.box_roi_pool
-        self.model.roi_heads.box_roi_pool = MultiScaleRoIAlign(pool.featmap_names, pool.output_size,
-                                                               pool.sampling_ratio)
+        truth = SimpleNamespace(parts=[f"part_{k}" for k in range(PARTS)], has_states=lambda: True)
+        self.model = train_detector.build_model(args, train_detector.model_settings(args, truth), None)
         self.model = self.model.to(self.device).train()
         self.transform = GeneralizedRCNNTransform(size, 2 * size, common.IMAGENET_MEAN, common.IMAGENET_STD)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)

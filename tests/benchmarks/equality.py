@@ -7,7 +7,7 @@
     fast        the defaults: bf16 and channels_last where the processor is fast at them, pictures cached, augmentation
                 in one warp, JPEGs decoded at reduced size, fused optimiser
     plain       --use_amp off --cache none under plain_training.py: fp32, torchvision's operations one by one, nothing
-                cached. What it leaves in (the detector's pooling) is held equal by tests/ alone
+                cached
     one_warp    plain, but for the augmentation: the one fast way that changes what a network sees, because it fills
                 from the picture what separate steps leave black after the crop
 Both of a seed share the split, the first weights of new layers and every random draw. Compared is the validation metric

@@ -1,0 +1,349 @@
+"""Judge detections: AP with intervals, the mean-box baseline, states, hallucinations and verdict.
+
+Letters: M pictures scored, P parts, S states, D detections of one picture.
+"""
+import collections
+import dataclasses
+import math
+
+import numpy as np
+
+import common
+from evidence import (box_pictures, detection_scores, detection_tables, judging, plotting, reporting,
+                      verdicts)
+from readers import part_boxes
+
+MOST_PARTS_PLOTTED = 40
+OVERALL_LABELS = {
+    "map": "AP",
+    "map50": "AP50",
+    "map_present": "AP without absent parts",
+    "joint_map": "joint AP (part and state)",
+    "precision": "precision",
+    "recall": "recall",
+    "state_accuracy": "state accuracy",
+    "macro_f1": "state macro F1",
+    "balanced_accuracy": "state balanced accuracy",
+    "hallucination_rate": "hallucinations: absent part claimed at its box",
+    "hallucination_rate_anywhere": "hallucinations: absent part claimed anywhere",
+    "absent_box_detected": "box of an absent part detected, under any state"}
+MEAN_BOX_METRICS = ("map", "map50", "joint_map")
+
+
+# --- from COCO files ------------------------------------------------------------------------
+
+def read_coco_results(truth_json, detections_json, group_column=None, min_trust=0.5):
+    """Annotations (COCO or of parts), COCO results of any program -> (PartTruth, M Detections).
+
+    Boxes that annotators trusted less than min_trust are ignored. Raises UserError that lists what
+    cannot be read.
+    """
+    found = part_boxes.read_annotations(truth_json)
+    names = [image.name for image in found.images]
+    part_boxes.refuse([image.name for image in found.images if image.size is None],
+                      f"{truth_json}: images without width and height:", "Add them.")
+    parts, detections = detection_tables.read_results(
+        detections_json, [image.id for image in found.images], found.category_ids)
+    truth, _, _ = part_boxes.as_truth(
+        found.images, found.objects, parts, names, [image.size for image in found.images],
+        min_trust, groups=part_boxes.read_groups(found.images, group_column))
+    if not any(truth.judged(row).any() for row in range(len(names))):
+        raise common.UserError(f"{truth_json}: no box to judge detections against")
+    if not truth.has_states():
+        detections = [dataclasses.replace(detected, states=None) for detected in detections]
+    return truth, detections
+
+
+# --- the baseline ---------------------------------------------------------------------------
+
+def mean_boxes(truth):
+    """Baseline without pixels: of each part the mean box in 0..1, its frequency, its usual state."""
+    n_parts = len(truth.parts)
+    boxes = np.zeros((n_parts, 4))
+    score = np.zeros(n_parts)
+    state = np.zeros(n_parts, int)
+    for label in range(n_parts):
+        relative = []
+        states = []
+        for row in range(len(truth.images)):
+            own = (truth.labels[row] == label) & truth.judged(row)
+            relative.append(truth.boxes[row][own] / np.tile(truth.sizes[row], 2))
+            states.append(truth.states[row][own])
+        relative = np.concatenate(relative)
+        if len(relative):
+            counts = np.bincount(np.concatenate(states) + 1, minlength=2)  # of UNKNOWN, then the states
+            boxes[label] = relative.mean(0)
+            score[label] = np.mean([len(each) > 0 for each in states])
+            state[label] = counts[1:].argmax()
+    return {"boxes": boxes, "score": score, "state": state}
+
+
+def baseline_detections(baseline, sizes, has_states):
+    """The mean boxes on M pictures of sizes (M, 2) -> M Detections."""
+    boxes, score, state = (np.asarray(baseline[name]) for name in ("boxes", "score", "state"))
+    labels = np.flatnonzero(score > 0)
+    states = np.eye(detection_scores.N_STATES)[state[labels]] if has_states else None
+    return [
+        detection_scores.Detections(boxes[labels] * np.tile(size, 2), labels, score[labels], states)
+        for size in sizes]
+
+
+# --- judging --------------------------------------------------------------------------------
+
+@common.first_process_only
+def judge_detections(run, truth, detections, setting, baseline=None, picture=None, threshold=0.5,
+                     draws=200, seed=0):
+    """Judge the Detections of M pictures; write tables, plots, sheets, report.html and metrics.json.
+
+    truth: PartTruth of the pictures; baseline: of mean_boxes on the train pictures, None: on these
+    very pictures; picture: function of a row -> uint8 (H, W, 3), without it no sheets; threshold:
+    score from which a detection counts in precision, recall and hallucinations; draws: resamples
+    of pictures. Returns the metrics.
+    """
+    has_states = detections[0].states is not None
+    meanings = criteria_names(truth.parts, has_states)
+    criteria = verdicts.parse_criteria(setting.criteria, meanings)
+    limits = general_limits(truth)
+    if baseline is None:
+        baseline = mean_boxes(truth)
+        limits.append("The mean boxes are those of these very pictures, which favours the baseline "
+                      "slightly.")
+    others = baseline_detections(baseline, truth.sizes, has_states)
+    judged = detection_scores.Judged(truth, detections, threshold, has_states, others)
+    result = judged.result(draws, seed)
+    part_rows = per_part_rows(judged, result)
+    state_rows = per_state_rows(judged)
+    common.write_table(run.path("per_part.csv"), part_rows)
+    if state_rows:
+        common.write_table(run.path("per_state.csv"), state_rows)
+    plotting.plot_per_target(
+        part_rows[:MOST_PARTS_PLOTTED], run.path("per_part.png"), ("ap", "ap50"))
+
+    alarms = find_alarms(judged, detections, threshold)
+    setting = dataclasses.replace(
+        setting,
+        cases=case_blocks(run, judged, detections, picture, threshold),
+        limits=limits + setting.limits)
+    judgement = judging.Judgement(
+        verdict=verdicts.verdict_sentence(result, "map", None, setting.held_out),
+        level=verdicts.verdict_level(result.gain("map"), alarms + setting.alarms),
+        alarms=alarms,
+        criteria=verdicts.judge_criteria(criteria, verdicts.named_estimates(result, meanings)),
+        figures=key_figures(result),
+        blocks=metric_blocks(run, setting, result, part_rows, threshold),
+        sections=[("States", state_blocks(state_rows))],
+        numbers={
+            "pictures": len(detections),
+            "score_threshold": threshold,
+            "absent": "keep" if truth.keeps_absent else "drop",
+            **result.record("per_target"),
+            "per_part": part_rows,
+            "per_state": state_rows,
+        })
+    return judging.close_run(run, setting, judgement)
+
+
+def criteria_names(parts, has_states):
+    """What --criteria may name."""
+    overall = ["map", "map50", "precision", "recall", "hallucination_rate",
+               "hallucination_rate_anywhere"]
+    if has_states:
+        overall += ["joint_map", "map_present", "state_accuracy", "macro_f1", "balanced_accuracy"]
+    return verdicts.spell_metrics(overall, ("ap",), parts)
+
+
+def check_criteria(text, parts, has_states):
+    """Raises UserError where --criteria names no metric of such a run."""
+    verdicts.parse_criteria(text, criteria_names(parts, has_states))
+
+
+def general_limits(truth):
+    """What a reader must not conclude from detections of these pictures."""
+    limits = ["Valid for pictures like these, taken and annotated by people like these; nothing "
+              "else was tested."]
+    if truth.has_states():
+        limits.append("States are judged on the parts that were found; one that is missed counts "
+                      "in recall and joint AP only.")
+    is_absent = [np.any(states == part_boxes.ABSENT) for states in truth.states]
+    if not any(is_absent) and not any(map(len, truth.absent)):
+        limits.append("No part is annotated as absent: hallucinations were not measured.")
+    return limits
+
+
+# --- tables ---------------------------------------------------------------------------------
+
+def per_part_rows(judged, result):
+    """One dict per part: boxes, AP with interval and baseline, precision, recall, hallucinations."""
+    ap50 = detection_scores.average_precision(judged.matching["map"], judged.every)[0]  # (P,)
+    of_baseline = judged.of_baseline["map"]
+    baseline_ap50 = detection_scores.average_precision(of_baseline, judged.every)[0]
+    counts = {name: values.sum(0).astype(int) for name, values in judged.counts.items()}
+    rows = []
+    for label, part in enumerate(result.names):
+        ap = result.each.model["ap"].at(label)
+        rates = judged.rates(parts=label)
+        rows.append({
+            "target": part,
+            "boxes": counts["truth"][label],
+            "ap": ap.value,
+            "ap_low": ap.low,
+            "ap_high": ap.high,
+            "ap50": ap50[label],
+            "baseline_ap": result.each.baseline["ap"].value[label],
+            "baseline_ap50": baseline_ap50[label],
+            "precision": rates["precision"],
+            "recall": rates["recall"],
+            "absent": counts["absent"][label],
+            "hallucinated": counts["claimed"][label],
+            "absent_boxes": counts["absent_boxes"][label],
+            "hallucinated_there": counts["claimed_there"][label]})
+    return rows
+
+
+def per_state_rows(judged):
+    """One dict per state: how often it is true, what it is called, recall, precision, F1, AP."""
+    if not judged.has_states:
+        return []
+    confusion = judged.confusion()
+    matching = judged.matching["joint_map"]
+    ap = detection_scores.average_precision(matching, judged.every)  # (T, C)
+    state_of = (np.array(matching.params.catIds, int) - 1) % detection_scores.N_STATES  # (C,)
+    rows = []
+    for k, state in enumerate(part_boxes.STATES):
+        true = confusion[k].sum()
+        predicted = confusion[:, k].sum()
+        right = confusion[k, k]
+        called = zip(part_boxes.STATES, confusion[k])
+        rows.append({
+            "state": state,
+            "found": int(true),
+            **{f"called {other}": int(count) for other, count in called},
+            "recall": detection_scores.share(right, true),
+            "precision": detection_scores.share(right, predicted),
+            "f1": detection_scores.share(2 * right, true + predicted),
+            "joint_ap": detection_scores.mean_of(ap[:, state_of == k])})
+    return rows
+
+
+def summary_rows(result):
+    """[{metric, value, low, high, baseline, which}] of the numbers over all parts."""
+    rows = []
+    for name, label in OVERALL_LABELS.items():
+        if name not in result.overall.model:
+            continue
+        found = result.overall.model[name]
+        row = {"metric": label, "value": found.value, "low": found.low, "high": found.high}
+        row |= {"baseline": None, "which": ""}
+        if name in result.overall.baseline:
+            row["baseline"] = result.overall.baseline[name].value
+            row["which"] = "mean box" if name in MEAN_BOX_METRICS else "always intact"
+        rows.append(row)
+    return rows
+
+
+# --- signs of a broken model ----------------------------------------------------------------
+
+def find_alarms(judged, detections, threshold):
+    """Sentences on signs of a broken model, or of data that cannot judge it."""
+    alarms = []
+    sure = [detected.take(detected.scores >= threshold) for detected in detections]
+    if not any(len(detected.scores) for detected in sure):
+        alarms.append(f"no detection reaches the score {threshold:g}")
+    n_boxes = judged.counts["truth"].sum(0)
+    unseen = [part for part, n in zip(judged.truth.parts, n_boxes) if not n]
+    if unseen:
+        alarms.append(f"parts without a box here, so not judged: {', '.join(unseen)}")
+    repeats = collections.Counter(np.round(each.boxes, 1).tobytes() for each in sure)
+    repeats.pop(b"", None)
+    most = max(repeats.values(), default=0)
+    if most >= 3:
+        alarms.append(f"exactly the same boxes in {most} of {len(detections)} pictures")
+    return alarms + state_alarms(judged.confusion())
+
+
+def state_alarms(confusion):
+    """Sentences on states always predicted or almost always true: (S, S) true x predicted."""
+    if not confusion.sum():
+        return []
+    alarms = []
+    true = confusion.sum(1)
+    predicted = confusion.sum(0)
+    if (predicted > 0).sum() == 1 and (true > 0).sum() > 1:
+        alarms.append(f"one state only is ever predicted: {part_boxes.STATES[predicted.argmax()]}")
+    if true.max() >= 0.95 * confusion.sum():
+        alarms.append(f"95 % or more of the found parts are {part_boxes.STATES[true.argmax()]}: "
+                      "their state accuracy says little")
+    return alarms
+
+
+# --- blocks of the page ---------------------------------------------------------------------
+
+def key_figures(result):
+    """[(label, value, remark)] for the top of the report."""
+    model = result.overall.model
+    baseline = result.overall.baseline
+    figures = {"AP": model["map"], "Joint AP": model.get("joint_map")}
+    intact = baseline.get("balanced_accuracy")
+    if intact and intact.value != 1:  # with one state nothing to tell
+        figures["State balanced accuracy"] = model["balanced_accuracy"]
+    figures["AP of the mean box"] = baseline["map"]
+    figures["Hallucination rate"] = model["hallucination_rate_anywhere"]
+    return [reporting.key_figure(label, found, result.method) for label, found in figures.items()
+            if found is not None and math.isfinite(found.value)]
+
+
+def metric_blocks(run, setting, result, part_rows, threshold):
+    """HTML of the section Metrics: numbers over all parts, and of each part."""
+    columns = {"target": "part", "boxes": "n", "ap": "AP", "ap_low": "low", "ap_high": "high",
+               "ap50": "AP50", "baseline_ap": "mean box", "precision": "precision",
+               "recall": "recall", "absent": "absent", "hallucinated": "claimed"}
+    whole = ("target", "boxes", "absent", "hallucinated")
+    return [
+        reporting.html_table(
+            summary_rows(result),
+            formats=dict.fromkeys(("value", "low", "high", "baseline"), ".3f"),
+            caption=f"On the {setting.part} pictures; precision, recall and hallucinations at score "
+                    f"{threshold:g}; {result.method}"),
+        reporting.html_table(
+            part_rows, columns, {name: ".3f" for name in columns if name not in whole},
+            "Each part: n boxes, COCO AP over IoU .50 to .95 with its interval, AP of the mean box; "
+            "claimed: found, though absent in that picture"),
+        reporting.html_image(
+            run.path("per_part.png"), "AP and AP50 of each part, interval, mean-box baseline"),
+    ]
+
+
+def state_blocks(rows):
+    """HTML of the section States: the confusion, and how well each state is told."""
+    if not rows:
+        return []
+    columns = {name: name.removeprefix("called ").replace("_", " ") for name in rows[0]}
+    formats = dict.fromkeys(("recall", "precision", "f1", "joint_ap"), ".3f")
+    caption = ("True state (rows) of the boxes found at IoU .5 and any score, and what the model "
+               "calls them (columns)")
+    return [reporting.html_table(rows, columns, formats, caption)]
+
+
+def case_blocks(run, judged, detections, picture, threshold):
+    """HTML of the section Best and worst cases: sheets of the pictures with most and fewest errors."""
+    if picture is None:
+        return []
+    order = np.argsort(count_errors(judged), kind="stable")
+    worst = run.path("failures.jpg")
+    best = run.path("best_pictures.jpg")
+    box_pictures.write_sheet(worst, judged.truth, detections, picture, order[::-1][:4], threshold)
+    box_pictures.write_sheet(best, judged.truth, detections, picture, order[:2], threshold)
+    return [
+        reporting.html_image(
+            worst, f"The pictures with most errors: annotated (left), detected from score "
+                   f"{threshold:g} (right). {box_pictures.LEGEND}"),
+        reporting.html_image(best, "The pictures with fewest errors"),
+    ]
+
+
+def count_errors(judged):
+    """(M,) missed boxes, wrong detections and wrong states of each picture."""
+    missed = (judged.counts["truth"] - judged.counts["right"]).sum(1)
+    right_state = np.trace(judged.confusions, axis1=1, axis2=2)
+    wrong_state = judged.confusions.sum((1, 2)) - right_state
+    return missed + judged.counts["wrong"].sum(1) + wrong_state

@@ -1,0 +1,174 @@
+"""Detections as files: COCO results and CSV, written by prediction and read back to be judged.
+
+Letters: D detections of one picture, P parts, S states.
+"""
+import json
+
+import numpy as np
+
+import common
+from evidence import detection_scores
+from readers import part_boxes
+
+BOX_COLUMNS = ("x1", "y1", "x2", "y2")
+
+
+def best_of_each_part(detected, threshold):
+    """The detections of one picture from `threshold`, only the best of each part."""
+    detected = detected.take(detected.scores >= threshold)
+    order = np.argsort(-detected.scores, kind="stable")
+    first = np.unique(detected.labels[order], return_index=True)[1]
+    return detected.take(np.sort(order[first]))
+
+
+def coco_results(names, ids, detections, parts, category_ids):
+    """COCO results: image_id and category_id as the annotation file writes them.
+
+    category_ids: {part: id} of that file; a part that it lacks gets its place from 1.
+    """
+    results = []
+    for name, own, detected in zip(names, ids, detections):
+        states = detected.called()
+        for d, label in enumerate(detected.labels.tolist()):
+            left, top, right, bottom = detected.boxes[d].tolist()
+            entry = {
+                "image_id": own,
+                "category_id": category_ids.get(parts[label], label + 1),
+                "bbox": [left, top, right - left, bottom - top],
+                "score": float(detected.scores[d]),
+                "file_name": str(name),
+                "part": parts[label]}
+            if detected.states is not None:
+                entry["state"] = part_boxes.STATES[states[d]]
+                entry["state_probabilities"] = detected.states[d].tolist()
+            results.append(entry)
+    return results
+
+
+def detection_rows(names, detections, parts, errors=None, lists_absent=False):
+    """[dict] for the CSV: image, part, score, state, its probabilities, x1 y1 x2 y2, error.
+
+    errors: text of each picture that could not be read, else ""; lists_absent: a row for each part
+    not detected.
+    """
+    probabilities = [f"p_{state}" for state in part_boxes.STATES]
+    rows = []
+    for name, detected, error in zip(names, detections, errors or [""] * len(detections)):
+        if error:
+            rows.append({"image": name, "error": error})
+            continue
+        states = detected.called()
+        for d, label in enumerate(detected.labels):
+            row = {"image": name, "part": parts[label], "score": float(detected.scores[d])}
+            if detected.states is not None:
+                row["state"] = part_boxes.STATES[states[d]]
+                row |= zip(probabilities, detected.states[d].tolist())
+            row |= zip(BOX_COLUMNS, detected.boxes[d].tolist())
+            rows.append(row)
+        for label, part in enumerate(parts if lists_absent else ()):
+            if label not in detected.labels:
+                absent = part_boxes.STATES[part_boxes.ABSENT]
+                rows.append({"image": name, "part": part, "state": absent})
+    always = {"image", "part", "score", *BOX_COLUMNS}
+    used = always.union(*rows)
+    columns = ("image", "part", "score", "state", *probabilities, *BOX_COLUMNS, "error")
+    columns = [column for column in columns if column in used]
+    if not rows:
+        return [dict.fromkeys(columns)]
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def read_results(path, images, category_ids):
+    """COCO results of any program -> (parts, Detections of each of the image ids `images`).
+
+    parts: those of category_ids {part: id}, then what else the results name as their `part`. The
+    state stands in state_probabilities or in state (text or number), or nowhere: then they are
+    plain detections.
+    """
+    entries = read_list(path)
+    place = {own: k for k, own in enumerate(images)}
+    parts = list(category_ids)
+    part_of = {own: part for part, own in category_ids.items()}
+    found = [[] for _ in images]
+    faults = []
+    for number, entry in enumerate(entries):
+        detected = read_detection(entry, place, part_of, f"result {number}", faults)
+        if detected is None:
+            continue
+        if detected["part"] not in parts:
+            parts.append(detected["part"])
+        found[detected["picture"]].append(detected)
+    listed = [detected for row in found for detected in row]
+    n_states = sum(detected["states"] is not None for detected in listed)
+    if 0 < n_states < len(listed):
+        faults.append(f"{len(listed) - n_states} of {len(listed)} results have no state")
+    part_boxes.refuse(faults, f"{path}: cannot be read:", "Correct these entries.")
+    return parts, [stack_detections(row, parts, n_states > 0) for row in found]
+
+
+def read_list(path):
+    """The entries of a file of COCO results."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise common.UserError(
+            f"{path}: expected COCO results, found {common.one_line(error)}") from None
+    if not isinstance(entries, list):
+        kind = type(entries).__name__
+        raise common.UserError(f"{path}: expected a list of COCO results, found a {kind}")
+    return entries
+
+
+def read_detection(entry, place, part_of, where, faults):
+    """One COCO result -> dict of picture, part, box, score, states; None where it has a fault."""
+    if not isinstance(entry, dict):
+        faults.append(f"{where}: expected an object, found {str(entry)[:60]}")
+        return None
+    n_before = len(faults)
+    part = entry.get("part", find_key(part_of, entry.get("category_id")))
+    picture = find_key(place, entry.get("image_id"))
+    score = part_boxes.read_number(entry.get("score"))
+    box = part_boxes.read_box(entry.get("bbox"), where, faults)
+    states = read_states(entry, where, faults)
+    if not isinstance(part, str):
+        faults.append(f"{where}: unknown category_id {entry.get('category_id')!r}")
+    if picture is None:
+        faults.append(f"{where}: unknown image_id {entry.get('image_id')!r}")
+    if score is None:
+        faults.append(f"{where}: score {entry.get('score')!r} is no number")
+    if len(faults) > n_before:
+        return None
+    return {"picture": picture, "part": part, "box": box, "score": score, "states": states}
+
+
+def find_key(known, key):
+    """known[key], None for a key that is unknown or no number or text."""
+    return known.get(key) if isinstance(key, (int, str)) else None
+
+
+def read_states(entry, where, faults):
+    """(S,) probabilities of a result, from state_probabilities or state; None where it names none."""
+    n_states = detection_scores.N_STATES
+    given = entry.get("state_probabilities")
+    if given is not None:
+        numbers = list(map(part_boxes.read_number, given)) if isinstance(given, list) else []
+        if len(numbers) != n_states or None in numbers:
+            found = str(given)[:60]
+            faults.append(f"{where}: expected {n_states} state_probabilities, found {found}")
+            return None
+        return np.array(numbers)
+    state = part_boxes.read_state([entry.get("state")], where, faults)
+    return None if state == part_boxes.UNKNOWN else np.eye(n_states)[state]
+
+
+def stack_detections(listed, parts, has_states):
+    """Results of one picture, as read_detection gives them -> Detections."""
+    states = None
+    if has_states:
+        states = np.array([each["states"] for each in listed])
+        states = states.reshape(-1, detection_scores.N_STATES)
+    return detection_scores.Detections(
+        boxes=np.array([each["box"] for each in listed], float).reshape(-1, 4),
+        labels=np.array([parts.index(each["part"]) for each in listed], int),
+        scores=np.array([each["score"] for each in listed], float),
+        states=states)
