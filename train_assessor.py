@@ -24,7 +24,6 @@ from evidence import (
 from readers import file_names, picture_files, rating_tables
 
 HISTORY_METRICS = ("mse", "mae", "r2", "pearson_r")
-FEATURE_SD_FLOOR = 0.01  # of the RMS sd: a feature that was still in training must not explode on one new picture
 
 
 def parse_args(argv=None):
@@ -37,29 +36,29 @@ def parse_args(argv=None):
          help="table with one row per picture, or one per single rating")
     data("--image_column", help="column that names the picture (default: image, filename, file, stimulus or path)")
     data("--target_columns", nargs="+", metavar="NAME", help="ratings (default: all *_mean, else all numeric columns)")
-    data("--duplicates", choices=("error", "mean"), default="error", help="rows of one picture: refuse, or average")
+    data("--duplicates", choices=("error", "mean"), default="error", help="several rows of one picture: stop with an error, or take their mean")
     data("--normalize_targets", action="store_true", help="train on (rating - mean) / sd of the train rows")
     model = parser.group("model")
     model("--backbone", default="resnet50", help="any torchvision classifier: resnet18, efficientnet_b3, vit_b_16, ...")
     model("--image_size", type=common.bounded(int, 32), default=224,
-          help="side of the input in pixels, cut from a short side 8/7 as long")
+          help="side of the square input in pixels, cropped from pictures whose short side is 8/7 of it")
     model("--head", choices=("mlp", "ridge"), default="mlp",
-          help="mlp: two hidden layers on the last features; ridge: linear on the last three resolutions, trained with "
-               "the backbone, then solved anew in closed form on the train rows")
+          help="mlp: two hidden layers on the last features; ridge: one linear layer on the last three resolutions, "
+               "trained with the backbone and at the end replaced by the ridge regression on the train rows")
     model("--dropout", type=common.bounded(float, 0, 0.95), default=0.5, help="in the hidden layers of the mlp head")
     model("--flip_average", action="store_true", help="predict the mean over a picture and its mirror image")
     model("--freeze_backbone", action="store_true", help="train the head alone, on features computed once")
     model("--feature_views", type=common.bounded(int, 1), default=1,
-          help="with --freeze_backbone: views of each picture; 1 = the plain one, more are augmented")
-    model("--freeze_epochs", type=common.bounded(int, 0), default=0, help="epochs at the start for the head alone")
+          help="with --freeze_backbone: versions of each picture; 1 = as it is, the others are augmented")
+    model("--freeze_epochs", type=common.bounded(int, 0), default=0, help="epochs at the start that train the head alone")
     model("--freeze_stages", type=common.bounded(int, 0), default=0,
-          help="first resolutions of the backbone (a ResNet has 5) that are not trained")
+          help="how many of the backbone's resolutions, from the first (a ResNet has 5), keep their weights")
     model("--freeze_norm", action="store_true", help="keep the BatchNorm statistics: steadier on few pictures")
-    model("--backbone_lr_mult", type=common.bounded(float, 0), default=1.0, help="backbone learning rate over --lr")
+    model("--backbone_lr_mult", type=common.bounded(float, 0), default=1.0, help="learning rate of the backbone, as a multiple of --lr")
     model("--loss", choices=("mse", "smooth_l1", "weighted"), default="mse",
-          help="weighted: mse, each rating by the certainty that its rater sd and n give it")
+          help="weighted: mse in which a rating that its raters agree on counts more (inverse variance)")
     model("--select", choices=("pearson_r", "r2", "loss", "last"), default="pearson_r",
-          help="validation metric that chooses the epoch; last = no choice, so that validation stays unseen")
+          help="validation metric that chooses the epoch; last = the last one, so that validation rows choose nothing")
     args = common.parse_arguments(parser, argv)
     common.check_split_flags(parser, args)
     return args
@@ -99,7 +98,7 @@ class Study:
         return np.nanmean(self.ratings, axis=1)
 
     def record(self, split):
-        """What args.json says of the data and their split; a resumed run must find the same."""
+        """What args.json says of the data and their split; resuming refuses a run whose data differ."""
         contents = [*self.names, *self.images, self.ratings, *self.audit("file_sha")]
         parts = itertools.chain.from_iterable(split.items())
         return {
@@ -132,7 +131,7 @@ def load_study(args, run):
     if skipped:
         common.write_table(run.path("skipped.csv"), skipped)
 
-    rows = found[stored]
+    rows = found[stored]  # of the table: `stored` counts the pictures that were found
     listed = " (listed in skipped.csv)" if skipped else ""
     run.say(f"data: {len(rows)} rated pictures, {len(table.names)} ratings; {len(skipped)} skipped{listed}; "
             f"{store.description}")
@@ -225,7 +224,7 @@ class Assessor(common.BackboneModel):
 
 
 def with_head_features(backbone, n_features, head, image_size):
-    """The features that a head reads -> (module: (B, 3, S, S) -> (B, F), F): the last ones, or three resolutions."""
+    """The input of a head -> (module: (B, 3, S, S) -> (B, F), F): the last features, or three resolutions."""
     if head == "mlp":
         return backbone, n_features
     backbone = common.MultiScale(backbone, image_size)
@@ -240,12 +239,12 @@ def build_backbone(args, head):
     return with_head_features(backbone, n_features, head, args.image_size)
 
 
-def build_model(args, centre):
-    """Assessor as the flags describe it; its first prediction is `centre` (R,), the scaled train mean."""
+def build_model(args, train_mean):
+    """Assessor as the flags describe it. It starts by predicting `train_mean` (R,), so that it needs not learn that."""
     backbone, n_features = build_backbone(args, args.head)
-    model = Assessor(backbone, n_features, len(centre), args.head, args.dropout, args.freeze_norm)
+    model = Assessor(backbone, n_features, len(train_mean), args.head, args.dropout, args.freeze_norm)
     nn.init.zeros_(model.head[-1].weight)
-    model.head[-1].bias.data = torch.tensor(centre, dtype=torch.float32)
+    model.head[-1].bias.data = torch.tensor(train_mean, dtype=torch.float32)
     return model
 
 
@@ -266,17 +265,19 @@ def rating_loss(loss):
 
     def masked(predicted, target, weight):
         labelled = ~torch.isnan(target)  # (B, R), True = a rating is there
-        errors = pointwise(predicted, torch.where(labelled, target, predicted.detach()), reduction="none")
+        # a missing cell is its own target: its error is 0, without a NaN in the gradient
+        filled = torch.where(labelled, target, predicted.detach())
+        errors = pointwise(predicted, filled, reduction="none")
         row_sums = (errors * weight * labelled).sum(1)
         return (row_sums / labelled.sum(1).clamp(min=1)).mean()
     return masked
 
 
 def rating_weights(study, rows, loss):
-    """(N, R) weights with mean 1 over the labelled train cells; all 1 unless loss is weighted.
+    """(N, R) weights, for each rating with mean 1 over the train rows; all 1 unless loss is weighted.
 
     Inverse variance: 1 / (1 + (sd^2 / n) / variance of the ratings), so that a rating that its raters agree on
-    counts more. A cell without a usable sd (missing or 0) gets the weight 1.
+    counts more; without n each sd counts as that of one rater. A cell whose sd is missing or 0 (one rater) gets 1.
     """
     if loss != "weighted":
         return np.ones_like(study.ratings)
@@ -369,7 +370,7 @@ def fit(run, args, study, split, features):
     model.freeze_backbone(args.freeze_backbone)
     optimizer = common.build_optimizer([(model.backbone, args.backbone_lr_mult), (model.head, 1.0)], args)
 
-    latest = {}  # the validation predictions of the epoch that best_model.pth may be written for
+    latest = {}  # validation predictions of this epoch; end_epoch calls describe() where it is the best so far
     training = common.Training(
         run, model, optimizer, args,
         select="last" if args.select == "last" else f"val_{args.select}",
@@ -404,7 +405,7 @@ def predict_with_best(run, args, study, split, model, loaders, scaler, loss_func
 
 @torch.no_grad()
 def solve_head(model, loader, study, rows, scaler, args, compute):
-    """Put the ridge solution for the tuned backbone's features of the train rows into the linear head."""
+    """Replace the linear head by the ridge regression on the tuned backbone's features of the train rows."""
     model.eval()
     features = []
     for batch in loader:
@@ -414,7 +415,8 @@ def solve_head(model, loader, study, rows, scaler, args, compute):
         features.append(output.float().cpu())  # (B, F)
     features = torch.cat(compute.processes.gather(features)).numpy()
     ridge = baseline_models.fit_ridge(
-        features, scaled_ratings(study, scaler)[rows], groups=study.groups_of(rows), sd_floor=FEATURE_SD_FLOOR)
+        features, scaled_ratings(study, scaler)[rows], groups=study.groups_of(rows),
+        sd_floor=baseline_models.FEATURE_SD_FLOOR)
     weights = ridge.weights / ridge.feature_sd[:, None]  # (F, R), for features that are not standardised
     model.head[-1].weight.copy_(torch.from_numpy(weights.T))
     model.head[-1].bias.copy_(torch.from_numpy(ridge.intercept - ridge.feature_mean @ weights))
@@ -439,8 +441,8 @@ def describe(args, study, split, scaler, predicted):
     }
 
 
-def frozen_features(args, study, run, rows):
-    """{head: (V, N, F)} features of these rows through the untuned backbone, NaN elsewhere.
+def untuned_features(args, study, run, rows):
+    """{head: (V, N, F)} features of these rows from the backbone before any tuning, NaN elsewhere.
 
     They serve the ridge baselines and --freeze_backbone: "mlp" the last features, "ridge" three resolutions.
     View 0 is the plain centre crop.
@@ -463,12 +465,13 @@ def frozen_features(args, study, run, rows):
     return features
 
 
-def baselines(study, features, train, rows):
-    """{name: (M, R)} of what trains no network: ridge on the frozen backbone's features, and the train mean."""
+def predict_baselines(study, features, train, rows):
+    """{name: (M, R)} predictions without training a network: the train mean, and ridge on the untuned features."""
     predicted = {"train_mean": baseline_models.train_mean_baseline(study.ratings[train], len(rows))}
     for head, views in features.items():
         ridge = baseline_models.fit_ridge(
-            views[0, train], study.ratings[train], groups=study.groups_of(train), sd_floor=FEATURE_SD_FLOOR)
+            views[0, train], study.ratings[train], groups=study.groups_of(train),
+            sd_floor=baseline_models.FEATURE_SD_FLOOR)
         name = "ridge" if head == "mlp" else "ridge_multiscale"
         predicted[name] = ridge.predict(views[0, rows])
     return predicted
@@ -489,7 +492,7 @@ def score_table(study, rows, predicted, others):
 
 @common.first_process_only
 def judge(run, args, study, split, rows, table, part, alarms, best_epoch=None, folds=()):
-    """Judge the predictions for these rows of the study; `part` is val, test or folds."""
+    """Judge the predictions for these rows of the study; split: {name: rows}; part: val, test or folds."""
     setting = judging.Setting(
         title="Ratings from images",
         part=part,
@@ -556,14 +559,14 @@ def run_split(run, args, study, split, features=None):
     if args.dry_run:
         split = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
     if features is None:
-        features = frozen_features(args, study, run, np.concatenate(list(split.values())))
+        features = untuned_features(args, study, run, np.concatenate(list(split.values())))
     run.write_args(**study.record(split))
     predicted, training = fit(run, args, study, split, features)
     tables = {}
     for part in ("val", "test"):
         rows = split[part]
         if len(rows):
-            others = baselines(study, features, split["train"], rows)
+            others = predict_baselines(study, features, split["train"], rows)
             tables[part] = score_table(study, rows, predicted[part], others)
             tables[part].write(run.path(f"predictions_{part}.csv"))
     best_epoch = training.progress.best_epoch
@@ -581,7 +584,7 @@ def run_folds(run, args, study):
         len(study.images), args.folds, study.strata, study.groups, args.seed, study.images)
     folds = {f"fold_{k}": np.flatnonzero(fold_of == k) for k in range(args.folds)}
     prepare_split(run, study, folds)
-    features = frozen_features(args, study, run, np.arange(len(study.images)))
+    features = untuned_features(args, study, run, np.arange(len(study.images)))
     run.write_args(**study.record(folds))
     chosen = range(args.folds) if args.fold == "all" else [args.fold]
     for k in chosen:

@@ -13,6 +13,7 @@ import common
 
 RIDGE_LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-2, 13))
 LOGISTIC_LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-2, 11))
+FEATURE_SD_FLOOR = 0.01  # sd_floor for features of one network, see standardisation
 
 
 def train_mean_baseline(train_target, n_rows):

@@ -147,7 +147,7 @@ def test_the_solved_head_is_ridge_on_the_tuned_features():
     batch = {"input": torch.from_numpy(features), "target": torch.zeros(40, 3), "weight": torch.ones(40, 3)}
     scaler = {"mean": np.zeros(3), "sd": np.ones(3)}
     train_assessor.solve_head(model, [batch], Data, np.arange(40), scaler, args, common.choose_compute("cpu", "off"))
-    expected = baseline_models.fit_ridge(features, ratings, sd_floor=train_assessor.FEATURE_SD_FLOOR).predict(features)
+    expected = baseline_models.fit_ridge(features, ratings, sd_floor=baseline_models.FEATURE_SD_FLOOR).predict(features)
     with torch.inference_mode():
         assert np.allclose(model(torch.from_numpy(features)).numpy(), expected, atol=1e-4)
 
