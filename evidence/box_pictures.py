@@ -33,19 +33,21 @@ def draw_boxes(pixels, size, boxes, texts, states):
     height, width = pixels.shape[:2]
     scale = LONG_SIDE / max(height, width)
     picture = Image.fromarray(pixels).resize((round(width * scale), round(height * scale)))
+    scaled = boxes * (width * scale / size[0])
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(FONT_SIZE)
     placed = []
-    for k in np.argsort(boxes[:, 1], kind="stable"):
-        left, top, right, bottom = (boxes[k] * width * scale / size[0]).tolist()
+    for k in np.argsort(scaled[:, 1], kind="stable"):
+        left, top, right, bottom = scaled[k].tolist()
         colour = STATE_COLOURS[states[k]]
         frame = [left, top, max(left, right), max(top, bottom)]
         draw.rectangle(frame, outline=colour, width=FRAME)
-        width, height = draw.textbbox((0, 0), texts[k], font=font)[2:]
-        x = min(left, picture.width - width - 4)
-        y = free_height(x, max(0, top - height - 4), width, height, placed, picture.height)
-        placed.append((x, y, width))
-        draw.rectangle([x, y, x + width + 4, y + height + 3], fill=colour)
+        text_width, text_height = draw.textbbox((0, 0), texts[k], font=font)[2:]
+        x = min(left, picture.width - text_width - 4)
+        y = max(0, top - text_height - 4)
+        y = free_height(x, y, text_width, text_height, placed, picture.height)
+        placed.append((x, y, text_width))
+        draw.rectangle([x, y, x + text_width + 4, y + text_height + 3], fill=colour)
         draw.text((x + 2, y), texts[k], fill="white", font=font)
     return np.asarray(picture)
 

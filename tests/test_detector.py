@@ -22,7 +22,7 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score
 import common
 import train_detector
 from conftest import ROOT, only_run, run_fresh, run_script
-from evidence import detection_judging, detection_scores, detection_tables, judging
+from evidence import box_pictures, detection_judging, detection_scores, detection_tables, judging
 from readers.part_boxes import ABSENT, UNKNOWN, PartTruth
 
 BOX, OTHER, FAR = [10, 10, 30, 30], [50, 10, 90, 40], [5, 60, 25, 95]
@@ -334,6 +334,18 @@ def test_best_of_each_part_and_absent_where_none_is_over_the_threshold():
     rows = detection_tables.detection_rows(["x.jpg"], [best], ["bell", "saddle"], lists_absent=True)
     assert [(row["part"], row["state"], row["score"]) for row in rows] == [
         ("bell", "occluded", 0.95), ("saddle", "absent", None)]
+
+
+def test_boxes_are_drawn_where_they_are():
+    """Two boxes in pixels of a picture on disk of 160 x 80, drawn on its cached half."""
+    boxes = np.array([[20.0, 20, 60, 70], [90, 30, 150, 75]])
+    drawn = box_pictures.draw_boxes(np.zeros((40, 80, 3), np.uint8), (160, 80), boxes, ["a", "b"], np.array([0, 1]))
+    assert drawn.shape == (320, 640, 3)
+    for box, colour in zip(4 * boxes.astype(int), box_pictures.STATE_COLOURS):
+        left, top, right, bottom = box
+        is_frame = (drawn == colour).all(2)
+        assert is_frame[bottom, left:right].all() and is_frame[top:bottom, right].all()
+        assert not is_frame[bottom - 4, left + 4:right - 4].any()
 
 
 # --- end to end ---------------------------------------------------------------------------
