@@ -139,7 +139,7 @@ def run_script(script, *flags, code=0, env=None, folder=None):
     """
     from torture import forkserver
     if Path(script).stem not in forkserver.SCRIPTS:
-        return run_fresh(script, *flags, code=code, env=env)
+        return run_fresh(script, *flags, code=code, env=env, folder=folder)
     if not FORK_SERVERS:
         FORK_SERVERS.append(forkserver.ForkServer())
     with tempfile.TemporaryDirectory() as kept:
@@ -150,9 +150,9 @@ def run_script(script, *flags, code=0, env=None, folder=None):
     return SimpleNamespace(stdout=stdout, stderr=stderr, text=stdout + stderr)
 
 
-def run_fresh(script, *flags, code=0, env=None):
+def run_fresh(script, *flags, code=0, env=None, folder=None):
     """run_script by an interpreter of its own, as a user's shell starts it."""
-    done = subprocess.run(script_command(script, *flags), capture_output=True, text=True, timeout=600,
+    done = subprocess.run(script_command(script, *flags), capture_output=True, text=True, timeout=600, cwd=folder,
                           env={**os.environ, **(env or {})})
     text = done.stdout + done.stderr
     assert done.returncode == code, f"exit code {done.returncode}, expected {code}:\n{text[-3000:]}"

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("make_sample_data", "predict_assessor", "train_assessor", "train_video", "train_detector", "train_dreamer")
+SCRIPTS = ("judge_predictions", "make_sample_data", "predict_assessor", "train_assessor", "train_video", "train_detector", "train_dreamer")
 HEAVY = ("cv2", "pandas", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image", "torchvision.models",
          "torchvision.models.detection", "pycocotools.cocoeval", "tqdm", "yaml")
 
