@@ -124,7 +124,7 @@ def draw_head(draw, face, cx, cy, unit):
     hair = tuple(int(107 * value) for value in rgb)
     top = cy - half_y * (1.06 + 0.12 * face["hair_height"])
     draw.ellipse([cx - half_x * 1.07, top, cx + half_x * 1.07, cy + half_y * 0.55], fill=hair)
-    draw.ellipse([cx - half_x, cy - half_y * 0.86, cx + half_x, cy + half_y], fill=skin)
+    draw_ellipse(draw, cx, cy + half_y * 0.07, half_x, half_y * 0.93, skin)
 
 
 def draw_eyes(draw, face, cx, cy, unit):
@@ -247,14 +247,19 @@ def sample_size(rng):
 
 def rate(properties, rng):
     """(true ratings (N, R), single ratings (N, A, R) with NaN where a rater did not rate)."""
-    weights = np.array([[terms.get(name, 0) for name in PROPERTIES] for terms in FORMULA.values()])
-    true = 5 + (4 - math.sqrt(3) * NOISE_SD) * np.tanh(properties @ weights.T)  # (N, R)
+    weights = np.zeros((len(PROPERTIES), len(FORMULA)))
+    for j, terms in enumerate(FORMULA.values()):
+        for name, weight in terms.items():
+            weights[PROPERTIES.index(name), j] = weight
+    largest_noise = math.sqrt(3) * NOISE_SD
+    true = 5 + (4 - largest_noise) * np.tanh(properties @ weights)  # (N, R)
     shape = (len(true), N_RATERS, len(FORMULA))
-    noise = math.sqrt(3) * NOISE_SD * rng.uniform(-1, 1, shape)
+    noise = largest_noise * rng.uniform(-1, 1, shape)
     place = rng.random(shape[:2]).argsort(axis=1)
     took_part = place < rng.integers(5, 13, (len(true), 1))  # (N, A)
     answered = took_part[..., None] & (rng.random(shape) > MISSING_SHARE)
-    return true, np.where(answered, np.round(true[:, None] + noise, 2), np.nan)
+    single = np.round(true[:, None] + noise, 2)
+    return true, np.where(answered, single, np.nan)
 
 
 def write_tables(folder, names, subject, single):
@@ -386,7 +391,8 @@ def plan_events(videos, rng):
     tails = set()
     for group in range(1, N_GROUPS + 1):
         in_pen = [i for i, (video, _) in enumerate(places) if video.group == group]
-        tails.update(rng.permutation(in_pen)[:round(len(in_pen) / 4)].tolist())
+        n_tails = round(len(in_pen) / 4)
+        tails.update(rng.permutation(in_pen)[:n_tails].tolist())
     draws = rng.random((len(places), 5)).tolist()
     events = []
     for i, (video, slot) in enumerate(places):
@@ -544,7 +550,8 @@ def film_from_side(folder, events, seed):
     main = events[0].video
     name = Path(main.file).stem.replace("ch8_main", "ch3_side")
     file = f"Group {main.group} Day {main.day}/Cam 3/{name}.avi"
-    side = dataclasses.replace(main, camera=3, delay=1.5, start=main.start - 1.5, file=file)
+    start = main.start - 1.5
+    side = dataclasses.replace(main, camera=3, delay=1.5, start=start, file=file)
     render_video(folder, side, events, seed)
     return [change_event(event, delay=1.5, video=side) for event in events]
 
@@ -596,7 +603,7 @@ def make_events(folder, n_events, seed):
         parts[part] = [event for event in events if event.video.group in groups]
     leaky = plant_leaks(folder / "videos", parts, seed)
     write_manifests(folder / "manifests", {"all": events, **parts, **leaky})
-    busy = [event for event in events if event.pair[0] % 100 == 1 and event.pair[1] % 100 == 2]
+    busy = [event for event in events if tuple(animal % 100 for animal in event.pair) == BUSY_PAIR]
 
     def count_tails(events):
         return sum(event.behavior == "tail" for event in events)
@@ -656,8 +663,8 @@ def render_sequence(folder, scores, colours, rng):
     side = int(rng.integers(64, 97))
     n_frames = int(rng.integers(8, 41))
     for i in range(n_frames):
-        shown = (scores + rng.normal(0, 0.04, len(scores))).clip(0, 2)
-        pixels = draw_grimace(shown, colours, side, rng)
+        shown = scores + rng.normal(0, 0.04, len(scores))
+        pixels = draw_grimace(shown.clip(0, 2), colours, side, rng)
         Image.fromarray(pixels).save(folder / f"frame {i + 1}.jpg", quality=88)
     return n_frames
 
@@ -825,7 +832,8 @@ def draw_bicycle(states, background, rng):
 
     def place(x, y):
         return origin_x + mirror * x * unit, origin_y + y * unit
-    colour = tuple(int(255 * value) for value in colorsys.hsv_to_rgb(rng.uniform(), 0.6, 0.6))
+    rgb = colorsys.hsv_to_rgb(rng.uniform(), 0.6, 0.6)
+    colour = tuple(int(255 * value) for value in rgb)
     for tube in FRAME_TUBES:
         draw.line([place(x, y) for x, y in tube], fill=colour, width=3 * width)
     boxes = {}
@@ -908,11 +916,12 @@ def coco_annotations(bicycles, part_names):
                 {"state": state},
                 {"state_id": PART_STATES.index(state), "iscrowd": False},
                 {"attributes": {"state": state}})
+            box = (x1, y1, x2 - x1, y2 - y1)
             annotations.append({
                 "id": len(annotations),
                 "image_id": 7 * row,
                 "category_id": category["id"],
-                "bbox": [round(value, 1) for value in (x1, y1, x2 - x1, y2 - y1)],
+                "bbox": [round(value, 1) for value in box],
                 **spellings[row % 3]})
     return {"images": images, "annotations": annotations, "categories": categories}
 
@@ -931,12 +940,16 @@ def make_detector(folder, n_images, seed):
         states = dict(zip(parts, drawn.tolist()))
         width = int(rng.integers(220, 281))
         height = int(rng.integers(170, 211))
-        background = draw_background((2 * width, 2 * height), np.random.default_rng([seed, 4, street]))
+        street_rng = np.random.default_rng([seed, 4, street])
+        background = draw_background((2 * width, 2 * height), street_rng)
         pixels, boxes = draw_bicycle(states, background, rng)
         name = f"{row}.jpg"
         Image.fromarray(pixels).save(folder / "images" / name, quality=90)
-        bicycles.append(Bicycle(name=name, size=(width, height), street=street, states=states, boxes=boxes))
-        truth[name] = {part: [states[part], *np.round(boxes[part], 1).tolist()] for part in parts}
+        bicycles.append(Bicycle(
+            name=name, size=(width, height), street=street, states=states, boxes=boxes))
+        truth[name] = {}
+        for part, box in boxes.items():
+            truth[name][part] = [states[part], *np.round(box, 1).tolist()]
     content = part_annotations(bicycles, np.random.default_rng([seed, 2]))
     text = json.dumps(content, indent=1).replace("CONTROL", "seen\tat\x07 dusk")
     (folder / "annotations.json").write_text(text, encoding="utf-8")
@@ -1010,7 +1023,8 @@ def make_path(n_poses, rng):
     step = np.arange(n_poses)[:, None]
     fast = step / rng.uniform(9, 16, 6) + rng.uniform(0, 1, 6)
     slow = step / rng.uniform(25, 45, 6) + rng.uniform(0, 1, 6)
-    return REACH * (0.55 * np.sin(2 * np.pi * fast) + 0.45 * np.sin(2 * np.pi * slow))
+    waves = 0.55 * np.sin(2 * np.pi * fast) + 0.45 * np.sin(2 * np.pi * slow)
+    return REACH * waves
 
 
 def write_sequence(folder, poses, patient, motions, quirk):
@@ -1076,12 +1090,14 @@ DEFAULT_SAMPLES = {"assessor": 120, "video": 120, "detector": 60, "dreamer": 600
 
 def list_files(folder):
     """Sorted paths of all files below `folder`, relative to it."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def check_folder(folder, settings, overwrite):
     """True when `folder` holds these very data already; UserError when it holds anything that may not be replaced."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if is_empty or not folder.exists():
         return False
     try:
         made = json.loads((folder / TRUTH_FILE).read_text(encoding="utf-8"))

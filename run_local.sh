@@ -6,7 +6,7 @@
 #
 # Data of train_assessor.py: --images_dir and --ratings_file (or --config) if given, else ./images with the table in
 # ./ratings, else small sample data that it makes. Data of train_video.py: --manifest or --video_root (or --config) if
-# given, else sample data. Further flags pass through; yours win.
+# given, else sample data. All other flags are passed on and override the defaults.
 # Environment: the active venv or conda environment, else ./.venv (made when missing).
 #   VENV=DIR      use or make the environment in DIR       PYTHON=FILE   use this interpreter
 set -euo pipefail
@@ -25,7 +25,7 @@ find_python() {
             command -v "$candidate"
             return
         fi
-        [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON is no working Python 3.10 or newer"
+        [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON is not a working Python 3.10 or newer"
     done
     die "no Python 3.10 or newer found; install one (Debian, Ubuntu: apt install python3 python3-venv)," \
         "or name it with PYTHON=FILE"
@@ -45,20 +45,20 @@ has_packages() {  # PYTHON FILE...: is every requirement met? Metadata only, no 
 make_environment() {  # PYTHON DIR: a venv with pip, also where Debian's python3-venv package is missing
     local base=$1 env=$2 site
     if [ -e "$env" ] && [ ! -e "$env/pyvenv.cfg" ]; then
-        die "$env exists and is no virtual environment; remove it or name another folder with VENV=DIR"
+        die "$env exists and is not a virtual environment; remove it or name another folder with VENV=DIR"
     fi
-    say "making the environment $env"
+    say "creating the environment $env"
     "$base" -m venv "$env" >/dev/null 2>&1 && return
     # without ensurepip, pip from outside installs a pip inside
     if "$base" -m venv --without-pip "$env" >/dev/null 2>&1 && "$base" -m pip --version >/dev/null 2>&1; then
         site=$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
         "$base" -m pip install --quiet --target "$site" pip >&2 && return
     fi
-    die "$base cannot make an environment: install its venv package (Debian, Ubuntu: apt install python3-venv)" \
-        "or activate a venv or conda environment, and start again"
+    die "$base cannot create an environment: install its venv package (Debian, Ubuntu: apt install python3-venv)" \
+        "or activate a venv or conda environment, then run this again"
 }
 
-loads_opencv() {  # true as well where it is not asked for
+loads_opencv() {  # also true where it is not installed
     "$1" -c 'import importlib.util as found; found.find_spec("cv2") and __import__("cv2")'
 }
 
@@ -66,12 +66,12 @@ install_packages() {  # PYTHON FILE...
     local python=$1 file
     shift
     if ! has_packages "$python" "$@"; then
-        say "installing $* into $("$python" -c 'import sys; print(sys.prefix)') (torch is large: minutes)"
+        say "installing $* into $("$python" -c 'import sys; print(sys.prefix)') (torch is large; this takes minutes)"
         for file in "$@"; do set -- "$@" -r "$file"; shift; done
         "$python" -m pip install "$@" >&2 || die "pip could not install the packages (no internet? see the lines above)"
     fi
     if ! loads_opencv "$python" 2>/dev/null; then
-        say "cv2 does not load here (system libraries are missing): opencv-python-headless replaces opencv-python"
+        say "cv2 does not load (system libraries are missing): replacing opencv-python by opencv-python-headless"
         "$python" -m pip uninstall --yes opencv-python >&2
         "$python" -m pip install --force-reinstall --no-deps opencv-python-headless >&2
         loads_opencv "$python" || die "cv2 still does not load; Debian, Ubuntu: apt install libgl1 libglib2.0-0"
@@ -106,7 +106,7 @@ fi
 
 # --- data --------------------------------------------------------------------
 
-flag_value() {  # NAME FLAGS...: the last value of --NAME among the flags, dashed or not; empty if it is not there
+flag_value() {  # NAME FLAGS...: the last value of --NAME, written with - or _; empty if it is not given
     local name=$1 value="" previous="" word
     shift
     for word in "$@"; do
@@ -132,7 +132,7 @@ verify() {
     "$python" "$here/verify_setup.py" --quick --task "$task" "$@"
 }
 
-has_flag() {  # "NAME NAME ..." FLAGS...: is one of them among the flags, dashed or not?
+has_flag() {  # "NAME NAME ..." FLAGS...: is one of them given, written with - or _?
     local names=" $1 " word
     shift
     for word in "$@"; do
@@ -144,15 +144,15 @@ has_flag() {  # "NAME NAME ..." FLAGS...: is one of them among the flags, dashed
 
 make_sample() {  # sets $sample
     sample=$here/sample_data
-    say "no data named$1: SAMPLE DATA, made in $sample; its results say nothing about any real data"
+    say "no data given$1: using SAMPLE DATA in $sample; the results say nothing about real data"
     "$python" "$here/make_sample_data.py" --task "$task" --output_dir "$sample"
 }
 
-needs_random_weights() {  # FLAGS...: true where weights are wanted and cannot be had
+needs_random_weights() {  # FLAGS...: true where pretrained weights are wanted but not available
     if has_flag "no_pretrained weights" "$@" || "$python" "$here/verify_setup.py" --download_weights resnet18; then
         return 1
     fi
-    say "PRETRAINED WEIGHTS CANNOT BE HAD: RANDOM WEIGHTS INSTEAD, on sample data only; scores will be low"
+    say "PRETRAINED WEIGHTS ARE NOT AVAILABLE: using RANDOM WEIGHTS, on sample data only; scores will be low"
 }
 
 run_script() {
@@ -178,7 +178,7 @@ if [ "$task" = video ]; then
         done
         [ "$(flag_value task "$@")" != regress ] || named+=(--scores)
         if has_flag "manifest video_root" "$@"; then
-            verify "${named[@]}" || say "verify_setup.py found faults (above); training names what stops it"
+            verify "${named[@]}" || say "verify_setup.py found problems (above); training starts anyway and reports what stops it"
         fi
         run_script "$@"
     fi
@@ -195,7 +195,7 @@ fi
 images=$(flag_value images_dir "$@") ratings=$(flag_value ratings_file "$@")
 if [ "$task" != assessor ] || [ -n "$images$ratings$(flag_value config "$@")" ]; then
     verify ${images:+--images_dir "$images"} ${ratings:+--ratings_file "$ratings"} ||
-        say "verify_setup.py found faults (above); training starts all the same and names what stops it"
+        say "verify_setup.py found problems (above); training starts anyway and reports what stops it"
     run_script "$@"
 fi
 data=.
@@ -209,7 +209,7 @@ fi
 make_sample " and no ./images with ./ratings here"
 images=$sample/assessor/images table=$sample/assessor/ratings/$published
 verify --images_dir "$images" --ratings_file "$table"
-# about two minutes on two cores, from random weights too
+# takes about two minutes on two cores, with random weights too
 set -- --images_dir "$images" --ratings_file "$table" --group_column subject --backbone resnet18 --image_size 96 \
     --epochs 20 --batch_size 8 --lr 5e-4 --dropout 0 --augment none --normalize_targets "$@"
 ! needs_random_weights "$@" || set -- --no_pretrained "$@"

@@ -209,7 +209,7 @@ def test_a_folder_that_is_no_environment_is_left_alone(repo, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "text").write_text("precious")
     result = run([repo / "run_local.sh"], tmp_path, VENV=str(tmp_path / "thesis"))
-    assert result.returncode == 1 and "no virtual environment" in result.stderr, result.stderr
+    assert result.returncode == 1 and "not a virtual environment" in result.stderr, result.stderr
     assert os.listdir(tmp_path / "thesis") == ["text"]
 
 
