@@ -523,8 +523,11 @@ def case_blocks(study, rows, table, count=5):
     order, lines = score_judging.worst_and_best(table)
 
     def cases(chosen):
-        return reporting.html_cases([
-            {"image": study.picture(rows[i]), "title": study.images[rows[i]], "lines": lines[i]} for i in chosen])
+        figures = []
+        for i in chosen:
+            row = rows[i]
+            figures.append({"image": study.picture(row), "title": study.images[row], "lines": lines[i]})
+        return reporting.html_cases(figures)
     return [reporting.html_text("Best:"), cases(order[:count]),
             reporting.html_text("Worst:"), cases(order[::-1][:count])]
 

@@ -59,7 +59,9 @@ def fold_table(folds):
     count = np.isfinite(values).sum(0)
     with np.errstate(divide="ignore", invalid="ignore"):
         sd = np.where(count > 1, np.sqrt(spread * count / (count - 1)), np.nan)
-    return [*folds, {"fold": "mean", **dict(zip(numbers, mean))}, {"fold": "SD", **dict(zip(numbers, sd))}]
+    mean_row = {"fold": "mean", **dict(zip(numbers, mean))}
+    sd_row = {"fold": "SD", **dict(zip(numbers, sd))}
+    return [*folds, mean_row, sd_row]
 
 
 def finished_folds(run, chosen, numbers):

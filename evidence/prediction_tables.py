@@ -184,7 +184,9 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
 def _keys_of(table):
     """{heading: (M,) text} of the column that says which row it is; without one the number of the row."""
     found = next((column for column in ID_COLUMNS if column in table), None)
-    return {found: table[found].to_numpy(str)} if found else {"row": np.arange(1, len(table) + 1).astype(str)}
+    if found:
+        return {found: table[found].to_numpy(str)}
+    return {"row": np.arange(1, len(table) + 1).astype(str)}
 
 
 def _read_scores(table, path, names, baseline, shared):

@@ -77,7 +77,8 @@ def bias_and_slope(predicted, target):
     p = predicted[known]
     t = target[known]
     spread = p.var()
-    slope = ((p - p.mean()) * (t - t.mean())).mean() / spread if spread > 1e-12 else math.nan
+    joint = ((p - p.mean()) * (t - t.mean())).mean()
+    slope = joint / spread if spread > 1e-12 else math.nan
     return {"bias": float((p - t).mean()), "slope": float(slope)}
 
 

@@ -86,7 +86,9 @@ class Result:
 
     def record(self, kind):
         """What metrics.json says of it; kind: per_target or per_class, the name of the list of them."""
-        each = [{"name": name, "n": self.n[k], **self.each.record(k)} for k, name in enumerate(self.names)]
+        each = []
+        for k, name in enumerate(self.names):
+            each.append({"name": name, "n": self.n[k], **self.each.record(k)})
         return {"baseline_name": self.baseline_name, **self.overall.record(), kind: each,
                 "sign_flip_p": self.sign_flip_p, "per_subject": self.per_subject, "subjects": self.subjects,
                 "rows": self.rows, "unit": self.unit, "method": self.method}
@@ -110,7 +112,8 @@ def estimate(model, baseline, subjects, unit="subjects", draws=2000, seed=0, blo
     the t distribution (Hesterberg 2015, expanded percentile); 5 to 19: t-interval of the jackknife, for a mean over
     equal clusters that of the subjects' own means; resting on under 5: no interval.
     """
-    whole = {place: value[0] for place, value in _compare(model, baseline, np.ones((1, subjects))).items()}
+    everyone = np.ones((1, subjects))
+    whole = {place: value[0] for place, value in _compare(model, baseline, everyone).items()}
     estimates = {place: Estimate(value, value * np.nan, value * np.nan) for place, value in whole.items()}
     method = f"no interval: only {subjects} {unit}"
     if subjects >= FEWEST_FOR_INTERVAL:
@@ -251,7 +254,9 @@ def wilson_interval(k, n):
     z = statistics.NormalDist().inv_cdf(0.5 + LEVEL / 2)
     centre = k + z * z / 2
     half = z * math.sqrt(k * (n - k) / n + z * z / 4)
-    return max((centre - half) / (n + z * z), 0.0), min((centre + half) / (n + z * z), 1.0)
+    low = (centre - half) / (n + z * z)
+    high = (centre + half) / (n + z * z)
+    return max(low, 0.0), min(high, 1.0)
 
 
 # --- scores ----------------------------------------------------------------------------------------

@@ -18,12 +18,15 @@ def regression_alarms(predicted, target, names):
     target = np.asarray(target, np.float64)
     spread_p = _spread(np.where(np.isnan(target) | ~np.isfinite(predicted), np.nan, predicted))  # (R,)
     spread_t = _spread(target)
-    modal = np.array([np.unique(c[~np.isnan(c)], return_counts=True)[1].max(initial=0) for c in target.T])
+    modal = []  # how many rows share the most frequent label of a target
+    for column in target.T:
+        _, counts = np.unique(column[~np.isnan(column)], return_counts=True)
+        modal.append(counts.max(initial=0))
     faults = {"not a finite number in the predictions": ~np.isfinite(predicted).all(0),
               "constant output (sd under 5 % of the labels')": spread_p < 0.05 * spread_t,
               "constant prediction, so r has no value and counts as 0": spread_p <= 1e-9 * spread_t,
               "correlation undefined, the labels do not vary": ~(spread_t > 0),
-              "labels almost all equal (95 % or more share one value)": modal >= 0.95 * (~np.isnan(target)).sum(0)}
+              "labels almost all equal (95 % or more share one value)": np.array(modal) >= 0.95 * (~np.isnan(target)).sum(0)}
     alarms = [f"{text}: {', '.join(itertools.compress(names, flags))}" for text, flags in faults.items() if flags.any()]
     repeats = np.unique(predicted, axis=0, return_counts=True)[1].max(initial=0)
     if repeats >= 3:
@@ -70,7 +73,9 @@ def classification_alarms(probability, label, names, threshold=None, positive=No
     if len(given) == 1 and not alarms:
         alarms.append(f"one class only: {names[given[0]]} is given to all {rows} rows")
     labelled = label[label >= 0]
-    wanted = (labelled[:, None] == np.arange(len(names))).std(0) if len(labelled) else np.zeros(len(names))  # (C,)
+    wanted = np.zeros(len(names))  # (C,) sd of the labels of each class
+    if len(labelled):
+        wanted = (labelled[:, None] == np.arange(len(names))).std(0)
     flat = probability.std(0) < 0.05 * wanted
     if flat.any():
         alarms.append("constant output (sd of the probability under 5 % of the labels'): "

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("judge_predictions", "make_sample_data", "predict_assessor", "train_assessor", "train_video", "train_detector", "train_dreamer")
+SCRIPTS = ("judge_predictions", "make_sample_data", "predict_assessor", "train_assessor", "train_video",
+           "train_detector", "train_dreamer")
 HEAVY = ("cv2", "pandas", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image", "torchvision.models",
          "torchvision.models.detection", "pycocotools.cocoeval", "tqdm", "yaml")
 
@@ -35,7 +36,7 @@ class ForkServer:
         return json.loads(self._process.stdout.readline())
 
     def start(self, script, flags, log, env=None, errors=None, folder=None):
-        """Fork a run of the script in a folder; output and errors are appended to `log`, or errors to a file of their own."""
+        """Fork a run of the script in a folder; what it prints is appended to `log`, errors to `errors` where given."""
         argv = [str(ROOT / script), *map(str, flags)]
         pid = self._ask({"do": "start", "argv": argv, "log": str(log), "errors": str(errors or log),
                          "env": env or {}, "folder": str(folder or Path.cwd())})
