@@ -18,9 +18,24 @@ def find_images(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise common.UserError(f"{folder}: expected a folder of images, found no such folder. Check the path.")
-    names = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
-    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    return [folder / name for name in sorted(visible, key=natural_key)]
+    names = []
+    for inside, folders, files in walk_visible(folder):
+        # a folder that is named like a picture is listed too, so that reading it can say what it is
+        names += [inside / name for name in [*folders, *files] if name.lower().endswith(IMAGE_SUFFIXES)]
+    return [folder / name for name in sorted(names, key=natural_key)]
+
+
+def walk_visible(root):
+    """(folder below root, its folders, its files) of each folder, by name; without hidden ones, links followed once."""
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link that leads back to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(folder).relative_to(root), folders, [name for name in files if not name.startswith(".")]
 
 
 def natural_key(name):
@@ -36,21 +51,12 @@ def find_videos(root):
     if not root.is_dir():
         raise common.UserError(f"--video_root {root}: expected a folder of videos, found no such folder")
     found = {}
-    seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link that leads back to a folder above
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = Path(folder).relative_to(root)
-        visible = [name for name in files if not name.startswith(".")]
-        if any(name.lower().endswith(IMAGE_SUFFIXES) for name in visible):
-            found[inside.as_posix()] = Path(folder)
-        for name in visible:
+    for inside, _, files in walk_visible(root):
+        if any(name.lower().endswith(IMAGE_SUFFIXES) for name in files):
+            found[inside.as_posix()] = root / inside
+        for name in files:
             if name.lower().endswith(VIDEO_SUFFIXES):
-                found[(inside / name).as_posix()] = Path(folder, name)
+                found[(inside / name).as_posix()] = root / inside / name
     return found
 
 
