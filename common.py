@@ -268,31 +268,27 @@ def parse_arguments(parser, argv=None):
     refuses.
     """
     words = [_snake_case(word) for word in (sys.argv[1:] if argv is None else argv)]
-    actions = parser._option_string_actions
+    declared = parser._option_string_actions
     first = Parser(add_help=False)
     for name in ("--config", "--resume"):
-        if name in actions:
-            first._add_action(copy.copy(actions[name]))
+        if name in declared:
+            first._add_action(copy.copy(declared[name]))
     named = vars(first.parse_known_args(words)[0])
     typed = [word.split("=", 1)[0] for word in words]
-    given = {actions[name].dest for name in typed if name in actions}
-    skip = given | {"config", "resume"}
-    inherited = {}
+    given = {declared[name].dest for name in typed if name in declared}
+    values = {}
     if named.get("resume") not in (None, "auto"):
-        record = run_folder_of(named["resume"]) / "args.json"
-        inherited.update(_config_tokens(parser, record, skip))
+        values |= _config_values(parser, run_folder_of(named["resume"]) / "args.json")
     if named.get("config"):
-        inherited.update(_config_tokens(parser, named["config"], skip))
-    tokens = [*itertools.chain(*inherited.values()), *words]
-    args = argparse.Namespace(given=given, may_change=parser.may_change)
-    return _with_dry_run(parser.parse_args(tokens, args))
-
-
-def _with_dry_run(args):
-    """--dry_run is a run of one epoch without extra checkpoints, whatever else is given."""
-    if not getattr(args, "dry_run", False):
-        return args
-    return argparse.Namespace(**{**vars(args), "epochs": 1, "patience": 0, "save_every": 0})
+        values |= _config_values(parser, named["config"])
+    for action in parser._actions:
+        if action.dest in values and action.dest not in given | {"config", "resume"}:
+            action.default = values[action.dest]
+            action.required = False
+    flags = vars(parser.parse_args(words))
+    if flags.get("dry_run"):  # one epoch without extra checkpoints, whatever else is given
+        flags |= {"epochs": 1, "patience": 0, "save_every": 0}
+    return argparse.Namespace(**flags, given=given, may_change=parser.may_change)
 
 
 def flags_of(args):
@@ -325,9 +321,9 @@ def _snake_case(word):
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _config_tokens(parser, path, skip):
-    """Config file -> {flag: its command-line tokens}, checked here, so that an error names the file."""
-    tokens = {}
+def _config_values(parser, path):
+    """Config file -> {flag: value}, checked here, so that an error names the file."""
+    values = {}
     declared = parser._option_string_actions
     for key, value in read_config(path).items():
         action = declared.get("--" + key.replace("-", "_"))
@@ -335,48 +331,36 @@ def _config_tokens(parser, path, skip):
             near = closest(key, [name[2:] for name in declared])
             raise UserError(f"{path}: unknown key {key!r}{near}; a key is a flag of this script "
                             "without its dashes")
-        if action.dest not in skip and value is not None:
-            tokens[action.dest] = _option_tokens(parser, action, key, value, path)
-    return tokens
+        if value not in (None, []):
+            values[action.dest] = _flag_value(parser, action, key, value, path)
+    return values
 
 
-def _option_tokens(parser, action, key, value, path):
+def _flag_value(parser, action, key, value, path):
+    """The value of a key as the flag itself would read it from the command line."""
     if action.nargs == 0:
-        return _switch_tokens(parser, action, key, value, path)
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: {key} is a switch: expected true or false, found {value!r}")
+        return value == action.const  # `no_pretrained: true` and `pretrained: false` are the same
     if isinstance(value, bool) and "on" in (action.choices or ()):
         value = "on" if value else "off"  # YAML 1.1 reads a bare `on` as true
-    is_repeatable = isinstance(action, argparse._AppendAction)
-    is_list = isinstance(value, list) and (action.nargs or is_repeatable)
-    items = value if is_list else [value]
+    is_list = action.nargs == "+" or isinstance(action, argparse._AppendAction)
+    items = value if is_list and isinstance(value, list) else [value]
     for item in items:
         if isinstance(item, (bool, dict, list)):
             kind = getattr(action.type, "__name__", "text")
             raise UserError(f"{path}: {key} expected {kind}, found {item!r}")
-        try:
-            parser._check_value(action, parser._get_value(action, str(item)))
-        except argparse.ArgumentError as error:
-            raise UserError(f"{path}: {error}") from None
-    option = action.option_strings[0]
-    if is_list and not is_repeatable:
-        return [option, *map(str, items)]
-    return [f"{option}={item}" for item in items]
-
-
-def _switch_tokens(parser, action, key, value, path):
-    """`no_pretrained: true` and `pretrained: false` both give --no_pretrained."""
-    if not isinstance(value, bool):
-        raise UserError(f"{path}: {key} is a switch: expected true or false, found {value!r}")
-    wanted = value == action.const
-    for other in parser._actions:
-        if other.dest == action.dest and other.const is wanted:
-            return [other.option_strings[0]]
-    return []
+    try:
+        found = [parser._get_value(action, str(item)) for item in items]
+        for item in found:
+            parser._check_value(action, item)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{path}: {error}") from None
+    return found if is_list else found[0]
 
 
 def read_config(path):
-    """Flat {flag name: value} of a YAML (safe subset) or JSON file; an args.json gives its flags.
-
-    Sections are dropped.
+    """Flat {flag name: value} of a YAML or JSON file, its sections dropped; an args.json gives its flags.
 
     Raises UserError for files that are missing, over 1 MB, not a mapping, or that hold duplicate
     keys, anchors, NaN or nesting deeper than the parser can follow.
@@ -392,8 +376,7 @@ def read_config(path):
             values = json.loads(text, object_pairs_hook=_unique)
         else:
             values = _parse_yaml(text)
-        is_record = isinstance(values, dict) and {"command", "flags"} <= set(values)
-        if is_record and isinstance(values["flags"], dict):
+        if isinstance(values, dict) and {"command", "flags"} <= set(values):
             values = values["flags"]
         return _unique(_leaves({} if values is None else values))
     except RecursionError:
@@ -689,12 +672,10 @@ def _folder_to_resume(args):
 
 
 def _same_run(record, args):
-    if record.get("script") != script_name():
-        return False
-    for name, value in json_safe(flags_of(args)).items():
-        if name not in args.may_change and record["flags"].get(name) != value:
-            return False
-    return True
+    flags = json_safe(flags_of(args))
+    lasting = flags.keys() - args.may_change
+    is_own = record.get("script") == script_name()
+    return is_own and all(record["flags"].get(name) == flags[name] for name in lasting)
 
 
 def is_finished(folder, args):
@@ -722,24 +703,6 @@ def script_name():
 def command_line():
     """The command as it was typed, quoted for a shell."""
     return shlex.join(["python", *sys.argv])
-
-
-def public_command():
-    """command_line as it may be published: see public_word."""
-    return shlex.join(["python", *map(public_word, sys.argv)])
-
-
-def public_word(word):
-    """A path, also behind --flag=, cut to what follows the current folder or to its last two parts."""
-    flag, equals, value = word.rpartition("=")
-    path = Path(value)
-    if not path.is_absolute():
-        return word
-    if path.is_relative_to(Path.cwd()):
-        path = path.relative_to(Path.cwd())
-    else:
-        path = Path(*path.parts[1:][-2:])
-    return flag + equals + path.as_posix()
 
 
 def _args_record(args, compute, data):
@@ -889,9 +852,7 @@ def write_table(path, rows):
 def _cell(value):
     if isinstance(value, np.generic):
         value = value.item()
-    if value is None or value != value:
-        return ""
-    return repr(value) if isinstance(value, float) else value
+    return "" if value is None or value != value else value
 
 
 def run_main(main):
@@ -1380,11 +1341,11 @@ class Processes:
         return box[0]
 
     def gather(self, parts):
-        """Lists of parts (tensors, arrays, dicts of them, ...) of all processes, joined in their order."""
+        """Lists of parts (CPU tensors, arrays, dicts of them, ...) of all processes, joined in their order."""
         if self.size == 1:
             return parts
         boxes = [None] * self.size
-        torch.distributed.all_gather_object(boxes, on_cpu(parts))
+        torch.distributed.all_gather_object(boxes, parts)
         return [part for box in boxes for part in box]
 
     def largest(self, numbers):
@@ -1428,15 +1389,6 @@ def leave_processes(wait=True):
         if wait:
             torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-def on_cpu(value):
-    """The same nest of dicts and lists with its tensors on the CPU."""
-    if isinstance(value, dict):
-        return {key: on_cpu(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [on_cpu(item) for item in value]
-    return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 def first_process_only(function):
@@ -1547,8 +1499,6 @@ def sample_augmentation(preset, generator):
     RandomPerspective(.2, .3), RandomErasing(.2, (.02, .15)); "heavy" those of RandomResizedCrop(scale=(.6, 1)),
     GaussianBlur(sigma=(.1, 2)), RandomAutocontrast and others in their place.
     """
-    if preset not in AUGMENTATIONS:
-        raise ValueError(f"preset must be one of {', '.join(AUGMENTATIONS)}, not {preset!r}")
     numbers = iter(torch.rand(48, generator=generator).tolist())
     if preset == "none":
         return Augmentation()
@@ -1885,29 +1835,6 @@ def _load_backbone_state(model, state, last, source):
     model.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
 
 
-class MultiScale(nn.Module):
-    """Feature maps of a backbone's last three resolutions, each averaged over a grid: (B, 3, S, S) -> (B, F).
-
-    What is predicted may depend on small things or large ones; the last layer alone keeps little of the small.
-    """
-
-    def __init__(self, backbone, image_size, grid=4):
-        super().__init__()
-        from torchvision.models.feature_extraction import create_feature_extractor
-        example = torch.zeros(1, 3, image_size, image_size)
-        ends = stage_ends(backbone, example)[-3:]
-        if len(ends) < 3:
-            raise UserError(f"--head ridge needs a backbone with feature maps of 3 resolutions, found {len(ends)}; "
-                            "use --head mlp")
-        self.maps = create_feature_extractor(backbone, ends)
-        self.grid = grid
-        self.n_features = self(example).shape[1]
-
-    def forward(self, images):
-        maps = self.maps(images).values()  # (B, 3, S, S) -> three of (B, C, H, W)
-        return torch.cat([nn.functional.adaptive_avg_pool2d(m, self.grid).flatten(1) for m in maps], 1)  # (B, F)
-
-
 @torch.inference_mode()
 def stage_ends(backbone, example):
     """Paths of the modules that end each resolution, largest first, found by one pass over an example input."""
@@ -1972,22 +1899,6 @@ class BackboneModel(nn.Module):
                 if self.freeze_norm or not module.weight.requires_grad:
                     module.eval()
         return self
-
-
-@torch.inference_mode()
-def frozen_features(backbone, keys, pixels, compute, batch_size=64):
-    """float32 (N, F) features of N pictures through a frozen backbone; pixels(key) is uint8 (S, S, 3)."""
-    processes = compute.processes
-    first = len(keys) * processes.rank // processes.size
-    last = len(keys) * (processes.rank + 1) // processes.size
-    features = []
-    for start in range(first, last, batch_size):
-        batch = np.stack([pixels(key) for key in keys[start:min(start + batch_size, last)]])
-        with compute.autocast():
-            # (B, S, S, 3) -> (B, 3, S, S)
-            inputs = to_input(torch.from_numpy(batch), compute.device, channels_last=compute.channels_last)
-            features.append(backbone(inputs).float().cpu())  # (B, 3, S, S) -> (B, F)
-    return torch.cat(processes.gather(features)).numpy()
 
 
 # ---------------------------------------------------------------------------
@@ -2684,46 +2595,6 @@ def peak_memory(device):
 # ---------------------------------------------------------------------------
 # Computed on the whole split at once, in the unit of the labels; each is a function of how often every row counts.
 
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """What statistics and reports must know of a metric."""
-    name: str
-    label: str
-    lower_is_better: bool = False
-    is_share: bool = False  # lies in 0 to 1
-    inflated_by_resampling: bool = False  # rows drawn twice raise it by themselves
-    normal_scale: str | None = None  # where its estimates are closer to a normal distribution
-
-
-METRICS = {metric.name: metric for metric in (
-    Metric("pearson_r", "r", normal_scale="arctanh"),
-    Metric("r2", "R2", normal_scale="log1m"),
-    Metric("mae", "MAE", lower_is_better=True),
-    Metric("mse", "MSE", lower_is_better=True, normal_scale="log"),
-    Metric("rmse", "RMSE", lower_is_better=True, normal_scale="log"),
-    Metric("loss", "loss", lower_is_better=True, normal_scale="log"),
-    Metric("accuracy", "accuracy", is_share=True, normal_scale="logit"),
-    Metric("balanced_accuracy", "balanced accuracy", is_share=True, normal_scale="logit"),
-    Metric("macro_f1", "macro F1", is_share=True, normal_scale="logit"),
-    Metric("roc_auc", "AUC", is_share=True, normal_scale="logit"),
-    Metric("mcc", "MCC"),
-    Metric("ece", "ECE", lower_is_better=True, is_share=True, inflated_by_resampling=True),
-    Metric("ece_adaptive", "adaptive ECE", lower_is_better=True, is_share=True, inflated_by_resampling=True),
-    Metric("brier", "Brier score", lower_is_better=True, normal_scale="log"),
-    Metric("precision", "precision", is_share=True, normal_scale="logit"),
-    Metric("recall", "recall", is_share=True, normal_scale="logit"),
-    Metric("f1", "F1", is_share=True, normal_scale="logit"),
-    Metric("average_precision", "average precision", is_share=True, inflated_by_resampling=True),
-    Metric("map", "mean AP", is_share=True, inflated_by_resampling=True),
-    Metric("map50", "mean AP50", is_share=True, inflated_by_resampling=True),
-    Metric("map_present", "mean AP without absent parts", is_share=True, inflated_by_resampling=True),
-    Metric("joint_map", "mean joint AP", is_share=True, inflated_by_resampling=True),
-    Metric("ap", "AP", is_share=True, inflated_by_resampling=True),
-    Metric("state_accuracy", "state accuracy", is_share=True, normal_scale="logit"),
-    Metric("hallucination_rate", "hallucination rate", lower_is_better=True, is_share=True, normal_scale="logit"),
-    Metric("hallucination_rate_anywhere", "hallucination rate anywhere", lower_is_better=True, is_share=True,
-           normal_scale="logit"),
-    Metric("absent_box_detected", "absent boxes detected", is_share=True, normal_scale="logit"))}
 REGRESSION_METRICS = ("pearson_r", "r2", "mae", "mse", "rmse")
 CLASSIFICATION_METRICS = ("loss", "accuracy", "balanced_accuracy", "macro_f1", "roc_auc", "mcc", "ece", "ece_adaptive",
                           "brier")

@@ -223,11 +223,34 @@ class Assessor(common.BackboneModel):
             return self.head(features.float())  # (B, F) -> (B, R)
 
 
+class MultiScale(nn.Module):
+    """Feature maps of a backbone's last three resolutions, each averaged over a grid: (B, 3, S, S) -> (B, F).
+
+    What is predicted may depend on small things or large ones; the last layer alone keeps little of the small.
+    """
+
+    def __init__(self, backbone, image_size, grid=4):
+        super().__init__()
+        from torchvision.models.feature_extraction import create_feature_extractor
+        example = torch.zeros(1, 3, image_size, image_size)
+        ends = common.stage_ends(backbone, example)[-3:]
+        if len(ends) < 3:
+            raise common.UserError(f"--head ridge needs a backbone with feature maps of 3 resolutions, found {len(ends)}; "
+                            "use --head mlp")
+        self.maps = create_feature_extractor(backbone, ends)
+        self.grid = grid
+        self.n_features = self(example).shape[1]
+
+    def forward(self, images):
+        maps = self.maps(images).values()  # (B, 3, S, S) -> three of (B, C, H, W)
+        return torch.cat([nn.functional.adaptive_avg_pool2d(m, self.grid).flatten(1) for m in maps], 1)  # (B, F)
+
+
 def with_head_features(backbone, n_features, head, image_size):
     """The input of a head -> (module: (B, 3, S, S) -> (B, F), F): the last features, or three resolutions."""
     if head == "mlp":
         return backbone, n_features
-    backbone = common.MultiScale(backbone, image_size)
+    backbone = MultiScale(backbone, image_size)
     return backbone, backbone.n_features
 
 
@@ -350,10 +373,10 @@ def evaluate(model, loader, loss_function, scaler, compute, flip_average):
         inputs, target, weight = to_device(batch, compute)
         with compute.autocast():
             output = mirrored_mean(model, inputs, flip_average)  # (B, 3, S, S) -> (B, R)
-        parts.append((output, target, weight))
+        parts.append((output.cpu(), target.cpu(), weight.cpu()))
     output, target, weight = map(torch.cat, zip(*compute.processes.gather(parts)))  # (M, R) each
     loss = loss_function(output, target, weight).item()
-    return output.cpu().double().numpy() * scaler["sd"] + scaler["mean"], loss
+    return output.double().numpy() * scaler["sd"] + scaler["mean"], loss
 
 
 def fit(run, args, study, split, features):
@@ -455,14 +478,29 @@ def untuned_features(args, study, run, rows):
         n_views = args.feature_views if has_views else 1
         features[head] = np.full((n_views, len(study.images), n_features), np.nan, np.float32)
         for view in range(n_views):
-            augment = args.augment if view else "none"
-            features[head][view, rows] = common.frozen_features(
-                lambda inputs: mirrored_mean(backbone, inputs, args.flip_average),
-                rows,
-                lambda row: picture_input(study, row, args.image_size, augment,
-                                          common.generator_for(args.seed, view, int(row))),
-                run.compute)
+            features[head][view, rows] = view_features(backbone, study, rows, view, args, run.compute)
     return features
+
+
+@torch.inference_mode()
+def view_features(backbone, study, rows, view, args, compute, batch_size=64):
+    """float32 (M, F) features of one view of these rows; each process computes its share."""
+    augment = args.augment if view else "none"
+    processes = compute.processes
+    first = len(rows) * processes.rank // processes.size
+    last = len(rows) * (processes.rank + 1) // processes.size
+    features = []
+    for start in range(first, last, batch_size):
+        pixels = []
+        for row in rows[start:min(start + batch_size, last)]:
+            generator = common.generator_for(args.seed, view, int(row))
+            pixels.append(picture_input(study, row, args.image_size, augment, generator))
+        batch = torch.from_numpy(np.stack(pixels))  # (B, S, S, 3)
+        inputs = common.to_input(batch, compute.device, channels_last=compute.channels_last)  # (B, 3, S, S)
+        with compute.autocast():
+            outputs = mirrored_mean(backbone, inputs, args.flip_average)  # (B, 3, S, S) -> (B, F)
+        features.append(outputs.float().cpu())
+    return torch.cat(processes.gather(features)).numpy()
 
 
 def predict_baselines(study, features, train, rows):

@@ -674,8 +674,9 @@ def evaluate(model, loader, loss_function, compute):
 
 def join_batches(batches, compute):
     """List of {name: (B, ...)} of each process -> {name: (M, ...)} on the CPU, over the whole split."""
-    batches = compute.processes.gather(batches)
-    return {name: torch.cat([batch[name].cpu() for batch in batches]) for name in batches[0]}
+    own = [{name: value.cpu() for name, value in batch.items()} for batch in batches]
+    joined = compute.processes.gather(own)
+    return {name: torch.cat([batch[name] for batch in joined]) for name in joined[0]}
 
 
 def latent_terms(features_t1, imagined, features_t2):

@@ -30,8 +30,8 @@ from torch import nn
 
 import common
 from evidence import (
-    baseline_models, calibrating, class_judging, confounding, event_audit, judging, plotting, prediction_tables,
-    rater_agreement, reporting, score_judging, splitting, table_judging, verdicts)
+    baseline_models, calibrating, class_judging, confounding, event_audit, judging, metric_names, plotting,
+    prediction_tables, rater_agreement, reporting, score_judging, splitting, table_judging, verdicts)
 from readers import csv_tables, event_tables, score_tables, video_files
 
 MODES = ("train", "predict", "evaluate", "audit")
@@ -780,7 +780,7 @@ def select_column(wanted, objective):
         return "last", True
     meaning = verdicts.read_name("--select", name, objective.meanings | {"last": set()})
     column = next(each for each, own in objective.columns.items() if own == meaning)
-    return f"val_{column}", not common.METRICS[meaning.metric].lower_is_better
+    return f"val_{column}", not metric_names.METRICS[meaning.metric].lower_is_better
 
 
 # --- training ---------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import math
 import numpy as np
 
 import common
-from evidence import calibrating, confounding, judging, plotting, reporting, splitting, subject_intervals, verdicts
+from evidence import (
+    calibrating, confounding, judging, metric_names, plotting, reporting, splitting, subject_intervals, verdicts)
 from evidence.score_judging import lowest
 
 
@@ -144,10 +145,10 @@ def metric_blocks(run, setting, result):
     overall = []
     for name, found in result.overall.model.items():
         baseline = result.overall.baseline[name].value
-        overall.append({"metric": common.METRICS[name].label, **dataclasses.asdict(found), "baseline": baseline})
+        overall.append({"metric": metric_names.METRICS[name].label, **dataclasses.asdict(found), "baseline": baseline})
     per_class = []
     for c, name in enumerate(result.names):
-        own = {common.METRICS[metric].label: with_interval(found.at(c)) for metric, found in result.each.model.items()}
+        own = {metric_names.METRICS[metric].label: with_interval(found.at(c)) for metric, found in result.each.model.items()}
         per_class.append({"class": name, "n": int(result.n[c]), **own})
     formats = dict.fromkeys(("value", "low", "high", "baseline"), ".3f")
     caption = f"On the {setting.part} rows; baseline: {result.baseline_label}; {result.method}"

@@ -5,6 +5,8 @@ import html
 import io
 import math
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +190,25 @@ def command_blocks():
         {"package": name, "version": version}
         for name, version in common.package_versions().items()
     ]
-    return [html_code(common.public_command()), html_table(versions)]
+    return [html_code(public_command()), html_table(versions)]
+
+
+def public_command():
+    """The command as it may be published: see public_word."""
+    return shlex.join(["python", *map(public_word, sys.argv)])
+
+
+def public_word(word):
+    """A path, also behind --flag=, cut to what follows the current folder or to its last two parts."""
+    flag, equals, value = word.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return word
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    else:
+        path = Path(*path.parts[1:][-2:])
+    return flag + equals + path.as_posix()
 
 
 def write_report(path, title, verdict, sections, foot="", figures=()):

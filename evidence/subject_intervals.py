@@ -11,6 +11,7 @@ import warnings
 import numpy as np
 
 import common
+from evidence import metric_names
 
 FEWEST_FOR_INTERVAL, FEWEST_FOR_BOOTSTRAP, MOST_FOR_SIGN_FLIP = 5, 20, 16
 SIGN_FLIP_METRICS = (*common.REGRESSION_METRICS, "loss", "brier", "accuracy")
@@ -82,7 +83,7 @@ class Result:
     def gain(self, metric):
         """Estimate of how much better than the baseline the model is."""
         difference = self.overall.difference[metric]
-        return difference.times(-1.0) if common.METRICS[metric].lower_is_better else difference
+        return difference.times(-1.0) if metric_names.METRICS[metric].lower_is_better else difference
 
     def record(self, kind):
         """What metrics.json says of it; kind: per_target or per_class, the name of the list of them."""
@@ -179,7 +180,7 @@ def _bootstrap_ends(place, whole, drawn, subjects):
 
     Where resampling inflates a metric, the draws are moved so that their mean is the value of the whole sample.
     """
-    metric = common.METRICS[place.metric]
+    metric = metric_names.METRICS[place.metric]
     if metric.inflated_by_resampling:
         drawn = drawn + whole - common.mean_without_nan(drawn, axis=0)
         if metric.is_share and place.side != "difference":
@@ -192,7 +193,7 @@ def _bootstrap_ends(place, whole, drawn, subjects):
 
 def _jackknife_ends(place, whole, left_out, subjects):
     """(low, high): value -+ t x jackknife standard error on the metric's normal scale; left_out: (S, ...)."""
-    scale = None if place.side == "difference" else common.METRICS[place.metric].normal_scale
+    scale = None if place.side == "difference" else metric_names.METRICS[place.metric].normal_scale
     forward, backward = NORMAL_SCALES[scale]
     reach = t_quantile(LEVEL, subjects - 1) * math.sqrt(subjects - 1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -204,7 +205,7 @@ def _jackknife_ends(place, whole, left_out, subjects):
 def _rare_ends(place, value, ends, support):
     """(low, high), NaN for what rests on too few subjects; by Wilson for a share of 0 or 1 that no resample changes."""
     low, high = ends
-    if common.METRICS[place.metric].normal_scale == "logit" and place.side != "difference":
+    if metric_names.METRICS[place.metric].normal_scale == "logit" and place.side != "difference":
         is_certain = np.isin(value, (0.0, 1.0)) & (high - low < 1e-9)
         found = np.where(is_certain, value * support, 0.0)
         doubted = np.vectorize(wilson_interval, otypes=[float, float])(found, support)

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 
 import common
-from evidence import class_judging, judging, prediction_tables, score_judging, subject_intervals
+from evidence import class_judging, judging, metric_names, prediction_tables, score_judging, subject_intervals
 
 
 def judge_table(run, table, path, criteria="", held_out=None):
@@ -63,7 +63,7 @@ def compare_tables(tables, names):
         rows.append({
             "first": name_a,
             "second": name_b,
-            "metric": common.METRICS[metric].label,
+            "metric": metric_names.METRICS[metric].label,
             "value_of_first": result.overall.model[metric].value,
             "value_of_second": result.overall.baseline[metric].value,
             "difference": gain.value,

@@ -8,6 +8,7 @@ import typing
 import numpy as np
 
 import common
+from evidence import metric_names
 
 
 # --- alarms ------------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def verdict_sentence(result, metric="r2", ceiling=None, held_out=True, label=Non
     if result.has_intervals:
         ends = f"{difference.low:+.3f} to {difference.high:+.3f}, {how}"
         how = ends if is_known else "no interval: too few to resolve it"
-    text = (f"{verdict} the {result.baseline_name.replace('_', ' ')} baseline: {label or common.METRICS[metric].label} "
+    text = (f"{verdict} the {result.baseline_name.replace('_', ' ')} baseline: {label or metric_names.METRICS[metric].label} "
             f"{result.overall.model[metric].value:.3f} against {result.overall.baseline[metric].value:.3f}, "
             f"difference {difference.value:+.3f} [{how}]{_sign_flip_text(result, metric)}")
     if ceiling is not None and np.isfinite(ceiling):
@@ -239,7 +240,7 @@ def _sign_flip_text(result, metric):
     if p is None:
         return ""
     differences = np.asarray(result.per_subject[errors])  # (S,)
-    better = differences < 0 if common.METRICS[errors].lower_is_better else differences > 0
+    better = differences < 0 if metric_names.METRICS[errors].lower_is_better else differences > 0
     return (f", exact sign-flip p {p:.4f} on the {result.unit}' errors, smaller than the baseline's in {better.sum()} "
             f"of {np.isfinite(differences).sum()}")
 

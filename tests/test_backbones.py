@@ -82,7 +82,7 @@ def test_unknown_backbones_are_named(tmp_path):
 def test_three_resolutions_are_those_of_the_network():
     """The features are the grid averages of layer2, layer3 and layer4, as the network itself computes them."""
     backbone, _ = common.build_backbone("resnet18", pretrained=False)
-    scales = common.MultiScale(backbone, 64).eval()
+    scales = train_assessor.MultiScale(backbone, 64).eval()
     images, maps = torch.randn(2, 3, 64, 64), []
     hooks = [getattr(backbone, name).register_forward_hook(lambda m, i, output: maps.append(output))
              for name in ("layer2", "layer3", "layer4")]
@@ -98,7 +98,7 @@ def test_three_resolutions_are_those_of_the_network():
 @pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_small", "convnext_tiny"])
 def test_three_resolutions_exist_in_other_families(name):
     backbone, _ = common.build_backbone(name, pretrained=False)
-    scales = common.MultiScale(backbone, 64).eval()
+    scales = train_assessor.MultiScale(backbone, 64).eval()
     with torch.inference_mode():
         assert scales(torch.zeros(1, 3, 64, 64)).shape == (1, scales.n_features)
 
@@ -106,7 +106,7 @@ def test_three_resolutions_exist_in_other_families(name):
 def test_a_network_without_maps_is_refused():
     backbone, _ = common.build_backbone("vit_b_16", pretrained=False)
     with pytest.raises(common.UserError, match="--head mlp"):
-        common.MultiScale(backbone, 224)
+        train_assessor.MultiScale(backbone, 224)
 
 
 def test_frozen_stages_are_the_first_ones():

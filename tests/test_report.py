@@ -173,7 +173,7 @@ def test_cases_take_grey_arrays_and_turned_files(tmp_path):
     ("/x.jpg", "x.jpg"), ("--criteria", "--criteria"), ("r2>0.15", "r2>0.15"), ("images/a.jpg", "images/a.jpg")])
 def test_words_of_the_command_as_they_are_published(tmp_path, monkeypatch, word, expected):
     monkeypatch.chdir(tmp_path)
-    assert common.public_word(word.format(here=tmp_path)) == expected
+    assert reporting.public_word(word.format(here=tmp_path)) == expected
 
 
 def history(n_epochs):
