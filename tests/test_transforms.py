@@ -156,7 +156,7 @@ def test_same_generator_same_draw_and_equal_consumption():
     for preset, generator in generators.items():
         common.sample_augmentation(preset, generator)
     assert len({torch.rand(1, generator=generator).item() for generator in generators.values()}) == 1
-    with pytest.raises(ValueError, match="'strong'"):
+    with pytest.raises(KeyError, match="'strong'"):
         common.sample_augmentation("strong", torch.Generator())
 
 
