@@ -30,8 +30,8 @@ from torch import nn
 
 import common
 from evidence import (
-    baseline_models, calibrating, class_judging, confounding, event_audit, judging, metric_names, plotting,
-    prediction_tables, rater_agreement, reporting, score_judging, splitting, table_judging, verdicts)
+    baseline_models, calibrating, class_judging, class_scores, confounding, event_audit, judging, metric_names,
+    plotting, prediction_tables, rater_agreement, reporting, score_judging, splitting, table_judging, verdicts)
 from readers import csv_tables, event_tables, score_tables, video_files
 
 MODES = ("train", "predict", "evaluate", "audit")
@@ -649,8 +649,8 @@ class Behaviours:
 
     def history(self, logits, rows):
         """{metric: value} of the rows at their natural class shares, for a row of the history."""
-        found = common.classification_metrics(
-            common.softmax(logits), self.label[rows], positive=self.positive)
+        found = class_scores.classification_metrics(
+            class_scores.softmax(logits), self.label[rows], positive=self.positive)
         values = {}
         for column, (metric, name) in self.columns.items():
             if name is None:
@@ -988,7 +988,7 @@ class Scored:
 def calibrate(logits, label, positive):
     """Temperature, and threshold of the positive class after it, of validation logits (M, C) and labels (M,)."""
     temperature = calibrating.fit_temperature(logits, label)
-    probability = common.softmax(logits / temperature)
+    probability = class_scores.softmax(logits / temperature)
     threshold = calibrating.fit_threshold(probability, label, positive=positive)
     return {"temperature": temperature, "threshold": threshold}
 
@@ -1029,12 +1029,12 @@ def predictions_table(study, scored):
         return prediction_tables.ScoreTable(
             keys={"clip_id": table.clip_ids[rows]}, names=table.names, target=table.target[rows],
             predicted=scored.outputs, baselines=scored.baselines, groups=groups, spread=scored.spread)
-    raw = common.softmax(scored.outputs)
+    raw = class_scores.softmax(scored.outputs)
     probability, threshold = raw, None
     if scored.calibration:
         temperature = np.array([each["temperature"] for each in scored.calibration])
         threshold = np.array([each["threshold"] for each in scored.calibration])
-        probability = common.softmax(scored.outputs / temperature[:, None])
+        probability = class_scores.softmax(scored.outputs / temperature[:, None])
     n_clips = np.array([len(study.starts(row)) for row in rows])
     return prediction_tables.ClassTable(
         keys={"clip_id": table.clip_ids[rows], "event": table.events[rows], "n_clips": n_clips},

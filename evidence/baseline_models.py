@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import common
+from evidence import class_scores
 
 RIDGE_LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-2, 13))
 LOGISTIC_LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-2, 11))
@@ -182,7 +183,7 @@ class Logistic:
     def predict(self, features):
         """(M, F) features -> (M, C) probabilities."""
         x = (np.asarray(features, np.float64) - self.feature_mean) / self.feature_sd
-        return common.softmax(x @ self.weights + self.intercept)
+        return class_scores.softmax(x @ self.weights + self.intercept)
 
 
 def fit_logistic(
@@ -243,7 +244,7 @@ def _held_out_nll(scores, label, n_classes, rows, penalty):
         scores[others], label[others], n_classes, penalty
     )
     rows = rows[np.isin(label[rows], label[others])]
-    probability = common.softmax(scores[rows] @ weights + intercept)
+    probability = class_scores.softmax(scores[rows] @ weights + intercept)
     likelihood = probability[np.arange(len(rows)), label[rows]]
     return float(-np.log(np.maximum(likelihood, 1e-300)).sum())
 

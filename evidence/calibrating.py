@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-import common
+from evidence import class_scores
 
 
 def simulated_ece(confidence, draws=1000, seed=0):
@@ -18,9 +18,9 @@ def simulated_ece(confidence, draws=1000, seed=0):
     Each draw is a set of answers that are right with the stated probability.
     """
     confidence = np.asarray(confidence, np.float64)
-    bins = common.confidence_bins(confidence, common.ECE_BINS, adaptive=False)
+    bins = class_scores.confidence_bins(confidence, class_scores.ECE_BINS, adaptive=False)
     correct = np.random.default_rng(seed).random((draws, len(confidence))) < confidence
-    gaps = common.sums_by(bins, common.ECE_BINS, confidence - correct)  # (draws, bins)
+    gaps = class_scores.sums_by(bins, class_scores.ECE_BINS, confidence - correct)  # (draws, bins)
     return np.abs(gaps).sum(1) / max(len(confidence), 1)
 
 
@@ -37,7 +37,7 @@ def risk_coverage(confidence, correct):
     """
     if not len(confidence):
         return np.zeros(0), np.zeros(0)
-    order, first = common.tied_runs(np.asarray(confidence, np.float64))
+    order, first = class_scores.tied_runs(np.asarray(confidence, np.float64))
     last = np.append(first[1:], len(order))
     wrong = np.cumsum(~np.asarray(correct, bool)[order])
     return last / len(order), wrong[last - 1] / last
@@ -84,7 +84,7 @@ def fit_temperature(logits, label):
     low, high = math.log(1 / 20.0), math.log(1 / 0.05)
     for _ in range(60):
         middle = (low + high) / 2
-        probability = common.softmax(logits * math.exp(middle))
+        probability = class_scores.softmax(logits * math.exp(middle))
         slope = ((probability * logits).sum(1) - own).sum()
         if slope > 0:
             high = middle
@@ -117,7 +117,7 @@ def fit_threshold(probability, label, positive=1):
     is_positive = label[label >= 0] == positive
     if is_positive.all() or not is_positive.any():
         return 0.5
-    order, first = common.tied_runs(score)
+    order, first = class_scores.tied_runs(score)
     n_called = np.append(first, len(score))  # (G + 1,) rows at or above each threshold
     hits = np.append(0, np.cumsum(is_positive[order]))[n_called]
     f1 = 2 * hits / (n_called + is_positive.sum())

@@ -7,9 +7,9 @@ import math
 
 import numpy as np
 
-import common
 from evidence import (
-    calibrating, confounding, judging, metric_names, plotting, reporting, splitting, subject_intervals, verdicts)
+    calibrating, class_scores, confounding, judging, metric_names, plotting, reporting, splitting, subject_intervals,
+    verdicts)
 from evidence.score_judging import lowest
 
 
@@ -75,7 +75,7 @@ def compare_classes(table):
 
 def fold_numbers(table):
     """What the fold table says of one fold, and the best baseline's AUC."""
-    found = common.classification_metrics(table.probability, table.label, table.threshold, table.positive).overall
+    found = class_scores.classification_metrics(table.probability, table.label, table.threshold, table.positive).overall
     wanted = ("roc_auc", "balanced_accuracy", "macro_f1", "accuracy", "loss", "ece")
     best = auc_of(table, best_baseline(table))
     return {"rows": len(table.label), **{name: found[name] for name in wanted}, "baseline_roc_auc": best}
@@ -84,7 +84,7 @@ def fold_numbers(table):
 def auc_of(table, baseline):
     """AUC of a baseline of the table, by name."""
     probability = table.baselines[baseline]
-    return common.classification_metrics(probability, table.label, positive=table.positive).overall["roc_auc"]
+    return class_scores.classification_metrics(probability, table.label, positive=table.positive).overall["roc_auc"]
 
 
 def best_baseline(table):
@@ -99,7 +99,7 @@ def calibration_rows(table):
         stages = {"before": (table.uncalibrated, None), "after": (table.probability, table.threshold)}
     rows = []
     for stage, (probability, threshold) in stages.items():
-        found = common.classification_metrics(probability, table.label, threshold, table.positive)
+        found = class_scores.classification_metrics(probability, table.label, threshold, table.positive)
         row = {
             "stage": stage,
             "nll": found.overall["loss"],

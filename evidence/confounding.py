@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 import common
-from evidence import reporting, splitting, subject_intervals
+from evidence import class_scores, reporting, splitting, subject_intervals
 from readers import event_tables
 
 
@@ -175,7 +175,7 @@ def within_level_auc(score, label, levels, positive=1):
         is_positive = label[here] == positive
         count = int(is_positive.sum()) * int((~is_positive).sum())
         if count:
-            won += count * common.ranking_metrics(score[here], is_positive)[0][0]
+            won += count * class_scores.ranking_metrics(score[here], is_positive)[0][0]
             pairs += count
     return float(won / pairs) if pairs else math.nan
 

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 import common
-from evidence import subject_intervals
+from evidence import class_scores, subject_intervals
 from readers import part_boxes
 
 LOWEST_SCORE = 0.05  # detections below this score are never listed
@@ -202,7 +202,7 @@ def overlaps(boxes, others):
 
 def state_scores(confusion):
     """(S, S) true x predicted -> accuracy, macro F1 of states that occur, mean recall of true ones."""
-    found, _ = common.confusion_metrics(confusion[None])
+    found, _ = class_scores.confusion_metrics(confusion[None])
     return {"state_accuracy": float(found["accuracy"][0]),
             "macro_f1": float(found["macro_f1"][0]),
             "balanced_accuracy": float(found["balanced_accuracy"][0])}

@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 import common
-from evidence import calibrating, subject_intervals
+from evidence import calibrating, class_scores, subject_intervals
 
 INK, SOFT, GRID = "#20262d", "#66707a", "#e3e7ea"
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -345,7 +345,7 @@ def plot_reliability(probability, label, path, before=None):
             is_right = values.argmax(1) == label[labelled]
             _draw_reliability(axis, values.max(1), is_right, colour, name)
     confidence = np.asarray(probability, np.float64)[labelled].max(1, initial=0)
-    ece = common.classification_metrics(probability, label).overall["ece"]
+    ece = class_scores.classification_metrics(probability, label).overall["ece"]
     calibrated = calibrating.simulated_ece(confidence)
     set_title(
         axis,
@@ -361,10 +361,10 @@ def plot_reliability(probability, label, path, before=None):
 
 def _draw_reliability(axis, confidence, correct, colour, name):
     """One model's bins with Wilson intervals."""
-    n_bins = common.ECE_BINS
-    bins = common.confidence_bins(confidence, n_bins, adaptive=False)
+    n_bins = class_scores.ECE_BINS
+    bins = class_scores.confidence_bins(confidence, n_bins, adaptive=False)
     weights = np.stack([np.ones(len(bins)), confidence, correct])
-    count, sum_confidence, right = common.sums_by(bins, n_bins, weights)
+    count, sum_confidence, right = class_scores.sums_by(bins, n_bins, weights)
     used = count > 0
     count, right = count[used], right[used]
     ends = [subject_intervals.wilson_interval(k, n) for k, n in zip(right, count)]
@@ -438,14 +438,14 @@ def plot_precision_recall(probability, label, names, path, positive=None):
 
 def _draw_curves(axes, score, is_positive, colour, name):
     """Both curves of one class; the dotted line is the precision of a random order."""
-    order, first = common.tied_runs(score)
+    order, first = class_scores.tied_runs(score)
     ends = np.append(first[1:], len(score))
     found = np.cumsum(is_positive[order])[ends - 1]
     recall = np.append(0, found / is_positive.sum())
     false_rate = np.append(0, (ends - found) / (~is_positive).sum())
     precision = np.append(found[0] / ends[0], found / ends)
     auc, average_precision = (
-        float(value[0]) for value in common.ranking_metrics(score, is_positive)
+        float(value[0]) for value in class_scores.ranking_metrics(score, is_positive)
     )
     axes[0].plot(
         recall,

@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 
 import common
+from evidence import class_scores
 from readers import csv_tables
 
 
@@ -59,7 +60,7 @@ class ClassTable:
     @property
     def chosen(self):
         """(M,) indices of the classes that are given."""
-        return common.predicted_class(self.probability, self.threshold, self.positive)
+        return class_scores.predicted_class(self.probability, self.threshold, self.positive)
 
     @property
     def truth(self):

@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 
 import common
-from evidence import metric_names
+from evidence import class_scores, metric_names
 
 FEWEST_FOR_INTERVAL, FEWEST_FOR_BOOTSTRAP, MOST_FOR_SIGN_FLIP = 5, 20, 16
 SIGN_FLIP_METRICS = (*common.REGRESSION_METRICS, "loss", "brier", "accuracy")
@@ -347,7 +347,7 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, nam
     found, index = np.unique(owners[labelled], return_inverse=True)
     support, seen = _class_support(label[labelled], index, n_classes)
     statistic = _class_statistic(probability, label, threshold, positive, index)
-    confusion = common.classification_metrics(probability, label, threshold, positive).confusion
+    confusion = class_scores.classification_metrics(probability, label, threshold, positive).confusion
     result = estimate(
         statistic, None if baseline is None else _class_statistic(baseline, label, None, positive, index), len(found),
         "rows" if groups is None else "subjects", draws, seed, block=max(1, 1_000_000 // max(1, len(index))),
@@ -357,7 +357,7 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, nam
     if groups is None and result.has_intervals:
         _take_wilson_intervals(result.overall.model, result.each.model, confusion)
         if baseline is not None:
-            of_baseline = common.classification_metrics(baseline, label).confusion
+            of_baseline = class_scores.classification_metrics(baseline, label).confusion
             _take_wilson_intervals(result.overall.baseline, result.each.baseline, of_baseline)
     return result
 
@@ -378,7 +378,7 @@ def _class_support(label, index, n_classes):
 
 def _class_statistic(probability, label, threshold, positive, index):
     """The statistic for `estimate` of classes; index: (N,) number of each labelled row's subject."""
-    of_rows = common.class_statistic(probability, label, threshold, positive)
+    of_rows = class_scores.class_statistic(probability, label, threshold, positive)
 
     def statistic(weights):
         drawn = of_rows(weights[:, index])

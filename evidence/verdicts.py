@@ -8,7 +8,7 @@ import typing
 import numpy as np
 
 import common
-from evidence import metric_names
+from evidence import class_scores, metric_names
 
 
 # --- alarms ------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def classification_alarms(probability, label, names, threshold=None, positive=No
     alarms = []
     if not np.isfinite(probability).all():
         alarms.append("not a finite number in the probabilities")
-    given = np.unique(common.predicted_class(probability, threshold, positive))
+    given = np.unique(class_scores.predicted_class(probability, threshold, positive))
     if len(given) == 1 and not alarms:
         alarms.append(f"one class only: {names[given[0]]} is given to all {rows} rows")
     labelled = label[label >= 0]
@@ -117,9 +117,9 @@ def spell_class_metrics(names):
 
     The set has several entries where a class is called such that two meanings read alike, as macro_f1 for `macro`.
     """
-    meanings = spell_metrics(common.CLASSIFICATION_METRICS, common.CLASS_METRICS, names)
+    meanings = spell_metrics(class_scores.CLASSIFICATION_METRICS, class_scores.CLASS_METRICS, names)
     meanings |= {"auc": {MetricOf("roc_auc")}, "nll": {MetricOf("loss")}}
-    short = {metric: metric for metric in common.CLASS_METRICS} | {"ap": "average_precision", "auc": "roc_auc"}
+    short = {metric: metric for metric in class_scores.CLASS_METRICS} | {"ap": "average_precision", "auc": "roc_auc"}
     for (spelled, metric), name in itertools.product(short.items(), names):
         for whole in (f"{name}_{spelled}", f"{spelled}_{name}"):
             meanings.setdefault(whole, set()).add(MetricOf(metric, name))
@@ -129,8 +129,8 @@ def spell_class_metrics(names):
 def class_columns(names):
     """{column of the history: MetricOf}: METRIC and CLASS_METRIC; METRIC_CLASS where that means something else too."""
     meanings = spell_class_metrics(names)
-    columns = {metric: MetricOf(metric) for metric in common.CLASSIFICATION_METRICS}
-    for name, metric in itertools.product(names, common.CLASS_METRICS):
+    columns = {metric: MetricOf(metric) for metric in class_scores.CLASSIFICATION_METRICS}
+    for name, metric in itertools.product(names, class_scores.CLASS_METRICS):
         usual = f"{name}_{metric}"
         columns[usual if len(meanings[usual]) == 1 else f"{metric}_{name}"] = MetricOf(metric, name)
     return columns

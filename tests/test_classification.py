@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
 import common
-from evidence import baseline_models, calibrating, confounding, plotting, subject_intervals, verdicts
+from evidence import baseline_models, calibrating, class_scores, confounding, plotting, subject_intervals, verdicts
 
 NAMES = ["ear", "none", "tail", "wall"]
 
@@ -27,9 +27,9 @@ def scored_rows(rows=300, classes=4, seed=0, digits=None, sharpness=1.0):
     """Logits, probabilities (N, C) and labels (N,) drawn from them; digits rounds the probabilities, to make ties."""
     generator = np.random.default_rng((seed, rows, classes))
     logits = 1.3 * generator.normal(size=(rows, classes))
-    probability = common.softmax(logits)
+    probability = class_scores.softmax(logits)
     label = (probability.cumsum(1) < generator.random((rows, 1))).sum(1)
-    probability = common.softmax(logits * sharpness)
+    probability = class_scores.softmax(logits * sharpness)
     if digits is not None:
         probability = np.maximum(np.round(probability, digits), 10.0 ** -digits)
         probability /= probability.sum(1, keepdims=True)
@@ -54,7 +54,7 @@ def binormal(score, separation, rate):
 @pytest.mark.parametrize("classes", [2, 4])
 def test_metrics_equal_sklearn_with_and_without_ties(classes, digits):
     _, probability, label = scored_rows(classes=classes, digits=digits)
-    ours, chosen = common.classification_metrics(probability, label), probability.argmax(1)
+    ours, chosen = class_scores.classification_metrics(probability, label), probability.argmax(1)
     score = probability[:, 1] if classes == 2 else probability
     judged = {"loss": judge.log_loss(label, probability), "accuracy": judge.accuracy_score(label, chosen),
               "balanced_accuracy": judge.balanced_accuracy_score(label, chosen),
@@ -62,12 +62,12 @@ def test_metrics_equal_sklearn_with_and_without_ties(classes, digits):
               "roc_auc": judge.roc_auc_score(label, score, multi_class="ovr"),
               "mcc": judge.matthews_corrcoef(label, chosen), "brier": judge.brier_score_loss(label, score)}
     assert {name: ours.overall[name] for name in judged} == pytest.approx(judged, rel=1e-9)
-    assert {*judged, "ece", "ece_adaptive"} == set(ours.overall) == set(common.CLASSIFICATION_METRICS)
+    assert {*judged, "ece", "ece_adaptive"} == set(ours.overall) == set(class_scores.CLASSIFICATION_METRICS)
     parts = judge.precision_recall_fscore_support(label, chosen, labels=range(classes), zero_division=np.nan)
     theirs = dict(zip(("precision", "recall", "f1"), parts))
     theirs["average_precision"] = [judge.average_precision_score(label == c, probability[:, c]) for c in range(classes)]
     theirs["roc_auc"] = [judge.roc_auc_score(label == c, probability[:, c]) for c in range(classes)]
-    assert set(theirs) == set(ours.per_class) == set(common.CLASS_METRICS)
+    assert set(theirs) == set(ours.per_class) == set(class_scores.CLASS_METRICS)
     for name, values in theirs.items():
         np.testing.assert_allclose(ours.per_class[name], values, rtol=1e-9, err_msg=name)
     np.testing.assert_array_equal(ours.confusion, judge.confusion_matrix(label, chosen))
@@ -76,7 +76,7 @@ def test_metrics_equal_sklearn_with_and_without_ties(classes, digits):
 @pytest.mark.parametrize("classes", [2, 4])
 def test_ece_equals_torchmetrics_and_the_bins_of_sklearn(classes):
     _, probability, label = scored_rows(classes=classes, sharpness=2.0)
-    ours, confidence = common.classification_metrics(probability, label).overall, probability.max(1)
+    ours, confidence = class_scores.classification_metrics(probability, label).overall, probability.max(1)
     p, t = torch.from_numpy(probability), torch.from_numpy(label)
     theirs = torch_classification.multiclass_calibration_error(p, t, classes, n_bins=15, norm="l1")
     assert ours["ece"] == pytest.approx(float(theirs), rel=1e-5)
@@ -90,7 +90,7 @@ def test_ece_equals_torchmetrics_and_the_bins_of_sklearn(classes):
 
 def test_other_metrics_equal_torchmetrics():
     _, probability, label = scored_rows(digits=2)
-    ours = common.classification_metrics(probability, label)
+    ours = class_scores.classification_metrics(probability, label)
     p, t = torch.from_numpy(probability), torch.from_numpy(label)
     precision = torch_classification.multiclass_average_precision(p, t, 4, average=None).numpy()
     np.testing.assert_allclose(ours.per_class["average_precision"], precision, rtol=1e-5)
@@ -103,7 +103,7 @@ def test_an_absent_class_is_left_out_of_the_means_and_nan_itself(recwarn):
     _, probability, label = scored_rows()
     kept = label != 2
     probability, label = probability[kept], label[kept]
-    ours, chosen = common.classification_metrics(probability, label), probability.argmax(1)
+    ours, chosen = class_scores.classification_metrics(probability, label), probability.argmax(1)
     overall, tail = ours.overall, {name: values[2] for name, values in ours.per_class.items()}
     assert all(math.isnan(tail[metric]) for metric in ("recall", "average_precision", "roc_auc"))
     assert tail["f1"] == tail["precision"] == 0.0
@@ -118,14 +118,14 @@ def test_an_absent_class_is_left_out_of_the_means_and_nan_itself(recwarn):
 
 def test_undefined_values_are_nan_and_a_constant_prediction_has_no_correlation(recwarn):
     constant = np.tile([0.3, 0.7], (6, 1))
-    ours = common.classification_metrics(constant, [0, 1, 1, 0, 1, 1])
+    ours = class_scores.classification_metrics(constant, [0, 1, 1, 0, 1, 1])
     assert ours.overall["mcc"] == 0.0 and ours.overall["roc_auc"] == 0.5
     assert math.isnan(ours.per_class["precision"][0]) and ours.per_class["recall"][0] == ours.per_class["f1"][0] == 0.0
     assert ours.per_class["average_precision"][1] == pytest.approx(4 / 6)
-    one = common.classification_metrics(constant, [1] * 6)
+    one = class_scores.classification_metrics(constant, [1] * 6)
     assert math.isnan(one.overall["roc_auc"]) and math.isnan(one.overall["mcc"])
     assert one.overall["accuracy"] == one.per_class["recall"][1] == 1.0
-    none = common.classification_metrics(np.zeros((0, 2)), np.zeros(0, int))
+    none = class_scores.classification_metrics(np.zeros((0, 2)), np.zeros(0, int))
     assert none.confusion.sum() == 0 and all(math.isnan(value) for value in none.overall.values())
     assert all(np.isnan(values).all() for values in none.per_class.values())
     assert not recwarn.list
@@ -134,33 +134,33 @@ def test_undefined_values_are_nan_and_a_constant_prediction_has_no_correlation(r
 def test_missing_labels_do_not_count_and_nan_is_not_hidden():
     _, probability, label = scored_rows()
     masked = np.where(np.arange(300) % 3 == 0, -1, label)
-    ours = common.classification_metrics(probability, masked)
-    direct = common.classification_metrics(probability[masked >= 0], label[masked >= 0])
+    ours = class_scores.classification_metrics(probability, masked)
+    direct = class_scores.classification_metrics(probability[masked >= 0], label[masked >= 0])
     np.testing.assert_array_equal(ours.confusion, direct.confusion)
     assert ours.overall == direct.overall and ours.confusion.sum() == 200
     probability[4, 1] = np.nan
-    assert math.isnan(common.classification_metrics(probability, label).overall["accuracy"])
+    assert math.isnan(class_scores.classification_metrics(probability, label).overall["accuracy"])
     with pytest.raises(ValueError, match="labels up to 4"):
-        common.classification_metrics(probability, np.full(300, 4))
+        class_scores.classification_metrics(probability, np.full(300, 4))
 
 
 def test_threshold_gives_the_positive_class_from_the_threshold_on():
     probability = np.array([[0.8, 0.2, 0.0], [0.7, 0.2, 0.1], [0.3, 0.4, 0.3], [0.1, 0.2, 0.7]])
-    assert common.predicted_class(probability, 0.3, 2).tolist() == [0, 0, 2, 2]
-    assert common.predicted_class(probability, 0.75, 2).tolist() == [0, 0, 1, 1]
+    assert class_scores.predicted_class(probability, 0.3, 2).tolist() == [0, 0, 2, 2]
+    assert class_scores.predicted_class(probability, 0.75, 2).tolist() == [0, 0, 1, 1]
     low, label = two_classes()
-    ours = common.classification_metrics(low, label, threshold=0.25)
+    ours = class_scores.classification_metrics(low, label, threshold=0.25)
     assert ours.per_class["recall"][1] == pytest.approx(judge.recall_score(label, low[:, 1] >= 0.25))
-    assert ours.overall["roc_auc"] == common.classification_metrics(low, label).overall["roc_auc"]
+    assert ours.overall["roc_auc"] == class_scores.classification_metrics(low, label).overall["roc_auc"]
 
 
 def test_row_weights_equal_repeated_rows():
     _, probability, label = scored_rows(rows=80, digits=1)
     times = np.random.default_rng(1).integers(0, 4, (5, 80))
-    weighted = common.class_statistic(probability, label)(times.astype(float))
+    weighted = class_scores.class_statistic(probability, label)(times.astype(float))
     for draw, counts in enumerate(times):
         rows = np.repeat(np.arange(80), counts)
-        direct = common.classification_metrics(probability[rows], label[rows])
+        direct = class_scores.classification_metrics(probability[rows], label[rows])
         for name in set(direct.overall) - {"ece_adaptive"}:  # whose bins stay those of all rows
             assert weighted.overall[name][draw] == pytest.approx(direct.overall[name], rel=1e-9, nan_ok=True), name
         for name, values in direct.per_class.items():
@@ -170,7 +170,7 @@ def test_row_weights_equal_repeated_rows():
 def test_sklearn_average_precision_and_auc_under_weights():
     _, probability, label = scored_rows(rows=90, classes=2, digits=1)
     weights = np.random.default_rng(0).random((3, 90))
-    auc, precision = common.ranking_metrics(probability[:, 1], label == 1, weights)
+    auc, precision = class_scores.ranking_metrics(probability[:, 1], label == 1, weights)
     for draw, w in enumerate(weights):
         assert auc[draw] == pytest.approx(judge.roc_auc_score(label, probability[:, 1], sample_weight=w))
         theirs = judge.average_precision_score(label, probability[:, 1], sample_weight=w)
@@ -191,7 +191,7 @@ def test_expected_ece_is_what_calibrated_models_show():
     shown, expected = [], []
     for seed in range(100):
         _, probability, label = scored_rows(rows=128, classes=2, seed=seed)
-        metrics = common.classification_metrics(probability, label)
+        metrics = class_scores.classification_metrics(probability, label)
         shown.append(metrics.overall["ece"])
         expected.append(calibrating.expected_ece(probability.max(1), draws=100))
     assert np.mean(shown) == pytest.approx(np.mean(expected), abs=0.006)
@@ -275,7 +275,7 @@ def test_the_interval_is_the_quantiles_of_metrics_of_resampled_rows():
     drawn = []
     for pick in np.random.default_rng(3).integers(0, 25, (40, 25)):
         rows = np.concatenate([np.flatnonzero(subjects == f"s{k:02d}") for k in pick])
-        drawn.append(common.classification_metrics(probability[rows], label[rows]))
+        drawn.append(class_scores.classification_metrics(probability[rows], label[rows]))
     tail = stats.norm.sf(stats.t.ppf(0.975, 24) * math.sqrt(25 / 24))
     for name in ("loss", "roc_auc", "macro_f1", "mcc"):
         ends = np.quantile([each.overall[name] for each in drawn], [tail, 1 - tail])
@@ -291,7 +291,7 @@ def test_bootstrap_classification_holds_values_and_pairs_the_baseline():
     _, probability, label = scored_rows(rows=200)
     label[::7] = -1
     result = subject_intervals.bootstrap_classification(probability, label, baseline=probability, names=NAMES, draws=300)
-    direct = common.classification_metrics(probability, label)
+    direct = class_scores.classification_metrics(probability, label)
     for comparison, values in ((result.overall, direct.overall), (result.each, direct.per_class)):
         for name, value in values.items():
             model, difference = comparison.model[name], comparison.difference[name]
@@ -325,7 +325,7 @@ def test_classes_may_be_called_as_anything():
 def test_blocks_of_draws_give_the_same_intervals(monkeypatch):
     probability, label = two_classes(rows=120)
     auc = subject_intervals.bootstrap_classification(probability, label, draws=50).overall.model["roc_auc"]
-    statistic, shapes = common.class_statistic, []
+    statistic, shapes = class_scores.class_statistic, []
 
     def spy(*given):
         inner = statistic(*given)
@@ -345,8 +345,11 @@ def test_few_subjects_get_values_only_and_nine_get_p():
     assert not two.has_intervals and set(two.sign_flip_p.values()) == {None}
     assert math.isnan(two.overall.model["roc_auc"].low)
     nine = subject_intervals.bootstrap_classification(model, label, names, baseline)
-    own = [common.classification_metrics(model[names == s], label[names == s]).overall["brier"]
-           - common.classification_metrics(baseline[names == s], label[names == s]).overall["brier"] for s in range(9)]
+
+    def brier(probability, subject):
+        rows = names == subject
+        return class_scores.classification_metrics(probability[rows], label[rows]).overall["brier"]
+    own = [brier(model, subject) - brier(baseline, subject) for subject in range(9)]
     assert nine.per_subject["brier"] == pytest.approx(own)
     assert nine.sign_flip_p["brier"] == pytest.approx(subject_intervals.sign_flip_p(own))
     assert "t-interval over 9 subjects" in nine.method
@@ -529,10 +532,13 @@ def test_temperature_comes_back_and_keeps_accuracy_and_auc(true_temperature):
     before = logits * true_temperature
     found = calibrating.fit_temperature(before, label)
     assert found == pytest.approx(true_temperature, rel=0.12)
-    raw, mended = (common.classification_metrics(common.softmax(values), label).overall for values in (before, before / found))
+
+    def overall(values):
+        return class_scores.classification_metrics(class_scores.softmax(values), label).overall
+    raw, mended = overall(before), overall(before / found)
     assert mended["accuracy"] == raw["accuracy"] and mended["roc_auc"] == pytest.approx(raw["roc_auc"], abs=1e-9)
     assert mended["loss"] <= raw["loss"] + 1e-12
-    losses = [common.classification_metrics(common.softmax(before / (found * t)), label).overall["loss"] for t in (0.98, 1.02)]
+    losses = [overall(before / (found * t))["loss"] for t in (0.98, 1.02)]
     assert mended["loss"] < min(losses)
 
 
@@ -553,11 +559,11 @@ def test_prior_correction_undoes_a_balanced_sampler():
     positives, others = np.flatnonzero(label == 1), np.flatnonzero(label == 0)
     rows = np.concatenate([generator.choice(positives, 5000), generator.choice(others, 5000)])
     balanced = baseline_models.fit_logistic(x[rows], label[rows], 2, lambdas=[1.0]).predict(x)
-    corrected = common.softmax(calibrating.prior_correction(np.log(balanced), [0.9, 0.1], [0.5, 0.5]))
+    corrected = class_scores.softmax(calibrating.prior_correction(np.log(balanced), [0.9, 0.1], [0.5, 0.5]))
     assert balanced[:, 1].mean() > 0.25 and corrected[:, 1].mean() == pytest.approx(label.mean(), abs=0.005)
     natural = baseline_models.fit_logistic(x, label, 2, lambdas=[1.0]).predict(x)
     np.testing.assert_allclose(corrected, natural, atol=0.02)
-    loss = [common.classification_metrics(each, label).overall["loss"] for each in (corrected, natural, balanced)]
+    loss = [class_scores.classification_metrics(each, label).overall["loss"] for each in (corrected, natural, balanced)]
     assert loss[0] == pytest.approx(loss[1], abs=1e-3) and loss[2] > loss[0] + 0.1
     np.testing.assert_array_equal(calibrating.prior_correction([[1.0, 2.0]], [1.0, 0.0], [1.0, 0.0]), [[1.0, 2.0]])
 
@@ -624,7 +630,7 @@ def test_a_name_with_two_meanings_is_refused_and_the_other_spelling_taken():
     columns = verdicts.class_columns(["macro", "tail"])
     assert columns["macro_f1"] == verdicts.MetricOf("macro_f1")
     assert columns["f1_macro"] == verdicts.MetricOf("f1", "macro") and columns["tail_f1"] == ("f1", "tail")
-    assert len(columns) == len(common.CLASSIFICATION_METRICS) + 2 * len(common.CLASS_METRICS)
+    assert len(columns) == len(class_scores.CLASSIFICATION_METRICS) + 2 * len(class_scores.CLASS_METRICS)
 
 
 def test_verdict_of_a_classifier_names_the_metric_and_the_direction():
@@ -659,7 +665,7 @@ def test_plots_are_written_and_survive_absent_classes_and_empty_splits(tmp_path)
     _, probability, label = scored_rows(rows=60)
     absent = np.where(label == 2, -1, label)
     for number, (p, t) in enumerate([(probability, absent), (probability[:0], label[:0])]):
-        correct, confusion = p.argmax(1) == t, common.classification_metrics(p, t).confusion
+        correct, confusion = p.argmax(1) == t, class_scores.classification_metrics(p, t).confusion
         plotting.plot_confusion(confusion, NAMES, tmp_path / f"confusion_{number}.png")
         plotting.plot_reliability(p, t, tmp_path / f"reliability_{number}.png", before=p)
         plotting.plot_risk_coverage(p.max(1, initial=0), correct, tmp_path / f"risk_{number}.png")
@@ -673,5 +679,6 @@ def test_the_reliability_title_tells_the_ece_of_a_calibrated_model(tmp_path, mon
     said = []
     monkeypatch.setattr(plotting, "set_title", lambda axis, title, note="": said.append(title))
     plotting.plot_reliability(probability, label, tmp_path / "reliability.png")
-    ece, null = common.classification_metrics(probability, label).overall["ece"], calibrating.expected_ece(probability.max(1))
+    ece = class_scores.classification_metrics(probability, label).overall["ece"]
+    null = calibrating.expected_ece(probability.max(1))
     assert said[0].startswith(f"ECE {ece:.3f}, n 128\nof a calibrated model {null:.3f} (95 % under ")

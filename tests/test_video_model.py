@@ -18,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import common
+from evidence import class_scores
 from readers import event_tables, video_files
 import make_sample_data
 import train_video
@@ -381,7 +382,7 @@ def test_boost_repeats_the_rare_class_in_train_rows_up_to_the_share(share):
     assert own == pytest.approx(max(share, 0.19), abs=0.01)
     counts = np.bincount(rows, minlength=100)
     assert (counts[:81] == 1).all() and np.ptp(counts[81:]) <= 1
-    seen = common.softmax(np.log(objective.prior)[None] - objective.prior_shift(rows))
+    seen = class_scores.softmax(np.log(objective.prior)[None] - objective.prior_shift(rows))
     assert seen[0, 1] == pytest.approx(own)
     assert (objective.prior_shift(rows)[1] < 0) == (share > 0.19), "boosted, so it must be brought down"
 
@@ -390,7 +391,7 @@ def test_rows_repeated_by_the_manifest_are_drawn_as_often():
     objective = behaviours(arguments(), table_of([0, 0, 1, 1], repeats=[1, 1, 3, 1]))
     assert objective.rows(np.arange(4)).tolist() == [0, 1, 2, 2, 2, 3]
     shift = objective.prior_shift(objective.rows(np.arange(4)))
-    assert common.softmax(shift[None])[0] == pytest.approx([2 / 3, 1 / 3]), "seen 1 to 2, in the data 1 to 1"
+    assert class_scores.softmax(shift[None])[0] == pytest.approx([2 / 3, 1 / 3]), "seen 1 to 2, in the data 1 to 1"
 
 
 def test_sampler_draws_all_classes_alike():
@@ -404,7 +405,7 @@ def test_sampler_draws_all_classes_alike():
         drawn += [index for batch in batches for _, index in batch]
     assert np.mean(np.array(drawn) >= 90) == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(4000))
     shift = objective.prior_shift(np.arange(100))
-    assert common.softmax(shift[None])[0] == pytest.approx([0.9, 0.1]), "an even logit means the natural share"
+    assert class_scores.softmax(shift[None])[0] == pytest.approx([0.9, 0.1]), "an even logit means the natural share"
 
 
 def test_mixup_mixes_clips_and_classes_alike():
@@ -592,7 +593,8 @@ def held_out_auc(moving, kind, n_frames, epochs=20, batch_size=16):
     scoring = common.make_loader(train_video.Clips(study, test, args), 48, args, compute, False)
     logits = train_video.evaluate(model, scoring, args, compute)
     assert objective.names[objective.positive] == "tail" and len(test) == 60
-    return roc_auc_score(objective.label[test] == objective.positive, common.softmax(logits)[:, objective.positive])
+    probability = class_scores.softmax(logits)[:, objective.positive]
+    return roc_auc_score(objective.label[test] == objective.positive, probability)
 
 
 def test_motion_is_learnt_from_the_order_of_frames(moving):

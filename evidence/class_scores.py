@@ -1,0 +1,169 @@
+"""Scores of classes, of a whole split or of its resamples: each is a function of how often every row counts.
+
+Letters: N rows, C classes, D resamples.
+"""
+import dataclasses
+
+import numpy as np
+
+import common
+
+CLASSIFICATION_METRICS = (
+    "loss", "accuracy", "balanced_accuracy", "macro_f1", "roc_auc", "mcc", "ece", "ece_adaptive", "brier")
+CLASS_METRICS = ("precision", "recall", "f1", "average_precision", "roc_auc")
+ECE_BINS = 15
+
+
+@dataclasses.dataclass
+class ClassMetrics:
+    """Metrics of C classes. Those of D resamples at once have a leading axis D everywhere."""
+    overall: dict  # CLASSIFICATION_METRICS -> float
+    per_class: dict  # CLASS_METRICS -> (C,), each class against the rest
+    confusion: np.ndarray  # (C, C) rows, true x predicted
+
+
+def classification_metrics(probability, label, threshold=None, positive=None):
+    """ClassMetrics of a whole split: (N, C) probabilities, (N,) class indices (below 0 = missing).
+
+    loss: mean negative log-likelihood; ece, ece_adaptive: 15 bins of equal width, of equal mass. With a threshold,
+    rows whose probability of `positive` (None: class 1) reaches it get that class, the others the most probable of the
+    rest. roc_auc: of the positive class, for three classes or more the mean one-vs-rest. NaN: recall, f1, average
+    precision and AUC of a class without rows, precision of one never predicted; means leave them out. mcc of a constant
+    prediction is 0, of constant labels NaN. The Brier score is the sum over classes, halved for two (0 to 1). Not a
+    finite number in any probability: all NaN.
+    """
+    statistic = class_statistic(probability, label, threshold, positive)
+    drawn = statistic(np.ones((1, int((np.asarray(label) >= 0).sum()))))
+    return ClassMetrics(overall={name: float(value[0]) for name, value in drawn.overall.items()},
+                        per_class={name: value[0] for name, value in drawn.per_class.items()},
+                        confusion=np.rint(drawn.confusion[0]).astype(np.int64))
+
+
+def predicted_class(probability, threshold=None, positive=None):
+    """(N, C) -> (N,) class indices: the most probable class, or as classification_metrics says with a threshold."""
+    probability = np.asarray(probability, np.float64)
+    if threshold is None:
+        return probability.argmax(1)
+    positive = 1 if positive is None else positive
+    rest = probability.copy()
+    rest[:, positive] = -np.inf
+    return np.where(probability[:, positive] >= threshold, positive, rest.argmax(1))
+
+
+def ranking_metrics(score, is_positive, weights=None):
+    """ROC AUC and average precision of (N,) scores under (D, N) row weights (None: ones) -> two (D,), NaN = undefined.
+
+    Equal scores count half in the AUC (Mann-Whitney) and are one step of the precision-recall curve, which is summed
+    without interpolation.
+    """
+    score = np.asarray(score, np.float64)
+    weights = np.ones((1, len(score))) if weights is None else weights
+    if not len(score):
+        return np.full((2, len(weights)), np.nan)
+    order, first = tied_runs(score)
+    drawn = weights[:, order]
+    hits = drawn * np.asarray(is_positive, bool)[order]
+    if len(first) < len(order):
+        drawn = np.add.reduceat(drawn, first, axis=1)
+        hits = np.add.reduceat(hits, first, axis=1)
+    misses = drawn - hits  # (D, distinct scores), highest score first
+    found = hits.cumsum(1)
+    false = misses.cumsum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        auc = 1.0 - (hits * (false - misses / 2)).sum(1) / (found[:, -1] * false[:, -1])
+        precision = np.where(found > 0, found / (found + false), 0.0)
+        return auc, (hits * precision).sum(1) / found[:, -1]
+
+
+def tied_runs(score):
+    """(order of falling scores, first place of each run of equal ones) of (N >= 1,) scores."""
+    order = np.argsort(-score, kind="stable")
+    return order, np.flatnonzero(np.append(True, np.diff(score[order]) != 0))
+
+
+def class_statistic(probability, label, threshold=None, positive=None):
+    """classification_metrics as a function of row weights: (D, N) -> ClassMetrics of D resamples.
+
+    N counts the labelled rows. Every metric of a resample follows from how often each row was drawn.
+    """
+    probability = np.asarray(probability, np.float64)
+    label = np.asarray(label, np.int64)
+    if probability.ndim != 2 or label.shape != probability.shape[:1] or label.max(initial=0) >= probability.shape[1]:
+        raise ValueError(f"expected (N, C) probabilities and (N,) labels below C, got shapes {probability.shape} and "
+                         f"{label.shape} with labels up to {label.max(initial=0)}")
+    probability, label = probability[label >= 0], label[label >= 0]
+    count = probability.shape[1]
+    cell = label * count + predicted_class(probability, threshold, positive)
+    row_terms = _row_terms(probability, label)  # (2, N)
+    confidence = probability.max(1)
+    gap = confidence - (probability.argmax(1) == label)
+    equal_width = confidence_bins(confidence, ECE_BINS, adaptive=False)
+    equal_mass = confidence_bins(confidence, ECE_BINS, adaptive=True)
+    unknown = 0.0 if np.isfinite(probability).all() else np.nan
+
+    def statistic(weights):
+        total = weights.sum(1)
+        confusion = sums_by(cell, count ** 2, weights).reshape(-1, count, count)
+        overall, per_class = confusion_metrics(confusion)
+        ranks = [ranking_metrics(probability[:, c], label == c, weights) for c in range(count)]
+        auc, average_precision = np.moveaxis(np.array(ranks), 0, -1)  # (D, C) each
+        per_class |= {"average_precision": average_precision, "roc_auc": auc}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            overall["loss"], overall["brier"] = (weights @ row_terms.T / total[:, None]).T
+            for name, bins in (("ece", equal_width), ("ece_adaptive", equal_mass)):
+                overall[name] = np.abs(sums_by(bins, ECE_BINS, weights * gap)).sum(1) / total
+        chosen = 1 if positive is None else positive
+        overall["roc_auc"] = auc[:, chosen] if count == 2 else common.mean_without_nan(auc)
+        return ClassMetrics(overall={name: overall[name] + unknown for name in CLASSIFICATION_METRICS},
+                            per_class={name: per_class[name] + unknown for name in CLASS_METRICS},
+                            confusion=confusion)
+    return statistic
+
+
+def _row_terms(probability, label):
+    """(2, N): each row's negative log-likelihood, clipped at the float64 epsilon, and its Brier term."""
+    is_label = label[:, None] == np.arange(probability.shape[1])  # (N, C)
+    likelihood = np.where(is_label, probability, 0.0).sum(1)
+    squared = ((probability - is_label) ** 2).sum(1) / (2 if probability.shape[1] == 2 else 1)
+    return np.stack([-np.log(np.maximum(likelihood, np.finfo(np.float64).eps)), squared])
+
+
+def confidence_bins(confidence, n_bins, adaptive):
+    """(N,) bin of each confidence: n_bins of equal width over 0 to 1, or between its quantiles; ties share a bin."""
+    inner = np.linspace(0.0, 1.0, n_bins + 1)[1:-1]
+    return np.searchsorted(np.quantile(confidence, inner) if adaptive and len(confidence) else inner, confidence)
+
+
+def sums_by(code, size, weights):
+    """Sum (D, N) weights over rows of the same code: (N,) codes below size -> (D, size)."""
+    place = code + size * np.arange(len(weights))[:, None]
+    return np.bincount(place.ravel(), weights.ravel(), len(weights) * size).reshape(len(weights), size)
+
+
+def confusion_metrics(confusion):
+    """(D, C, C) -> ({accuracy, balanced_accuracy, macro_f1, mcc: (D,)}, {precision, recall, f1: (D, C)}).
+
+    mcc: Gorodkin 2004.
+    """
+    right = np.diagonal(confusion, axis1=1, axis2=2)  # (D, C)
+    true = confusion.sum(2)
+    given = confusion.sum(1)
+    total = true.sum(1)
+    hit = right.sum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        per_class = {"precision": right / given, "recall": right / true, "f1": 2 * right / (true + given)}
+        spread_true = total ** 2 - (true ** 2).sum(1)
+        spread_given = total ** 2 - (given ** 2).sum(1)
+        mcc = (hit * total - (true * given).sum(1)) / np.sqrt(spread_true * spread_given)
+        mcc = np.where(spread_given > 0, mcc, 0.0)
+        overall = {"accuracy": hit / total,
+                   "balanced_accuracy": common.mean_without_nan(per_class["recall"]),
+                   "macro_f1": common.mean_without_nan(per_class["f1"]),
+                   "mcc": np.where(spread_true > 0, mcc, np.nan)}
+    return overall, per_class
+
+
+def softmax(logits):
+    """(..., C) -> probabilities over the last axis; a logit of -inf gives 0."""
+    grown = np.exp(logits - np.max(logits, -1, keepdims=True))
+    return grown / grown.sum(-1, keepdims=True)
