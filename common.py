@@ -35,7 +35,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -1000,7 +999,8 @@ def keep_freed_memory():
     glibc hands blocks of many MB back to the system at once and asks for them again in every step,
     page by page: a tenth of a ResNet-18's training step on a CPU. Elsewhere nothing happens.
     """
-    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    m_trim_threshold = -1  # malloc.h
+    m_mmap_max = -4
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(m_mmap_max, 0)
@@ -1184,8 +1184,7 @@ def _guard_worker(_):
     SIG_IGN would make the loader's own shutdown hang, so the signals are blocked and one thread
     waits for them.
     """
-    import cv2
-    cv2.setNumThreads(0)
+    load_opencv()
     if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
         return
     parent = os.getppid()
@@ -1410,7 +1409,6 @@ HUE_TURN = np.array([
     [0, -1, 1],
     [1, 0, -1],
     [-1, 1, 0]]) / math.sqrt(3)
-MAX_PIXELS = 200_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1450,15 +1448,11 @@ AUGMENTATIONS = {
 }
 
 
-def imaging_libraries():
-    """(cv2, Pillow's Image), with our size limit and one thread: OpenCV's own threads do not survive a fork."""
+def load_opencv():
+    """OpenCV with one thread: its own threads do not survive a fork."""
     import cv2
-    from PIL import Image
-    if Image.MAX_IMAGE_PIXELS != MAX_PIXELS // 2:  # Pillow raises above twice its limit, from the header alone
-        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
-        warnings.filterwarnings("ignore", module=r"PIL\.")
     cv2.setNumThreads(0)
-    return cv2, Image
+    return cv2
 
 
 @dataclasses.dataclass
@@ -1587,7 +1581,7 @@ def homography(drawn, window, size):
     matrix = affine @ turn @ to_centre
     if drawn.corners is None:
         return matrix
-    cv2, _ = imaging_libraries()
+    cv2 = load_opencv()
     return cv2.getPerspectiveTransform(*moved_corners(drawn.corners, size)) @ matrix
 
 
@@ -1628,7 +1622,7 @@ def _colour_matrix(drawn, mean):
 
 def jitter_colours(image, drawn):
     """The colour part of an Augmentation on uint8 (H, W, 3), geometry untouched."""
-    cv2, _ = imaging_libraries()
+    cv2 = load_opencv()
     return cv2.transform(image, _colour_matrix(drawn, cv2.mean(image)[:3]))
 
 
@@ -1646,7 +1640,7 @@ def augment_clip(frames, drawn, size):
 
     Means and extremes that colour operations need are those of the whole clip, so that nothing flickers.
     """
-    cv2, _ = imaging_libraries()
+    cv2 = load_opencv()
     clip = warp_clip(frames, drawn, size)
     tall = clip.reshape(-1, size, 3)  # (T * size, size, 3): one call for the colours of all frames
     tall = jitter_colours(tall, drawn)
@@ -1666,7 +1660,7 @@ def augment_clip(frames, drawn, size):
 
 def warp_clip(frames, drawn, size):
     """Geometry as one homography: uint8 (T, H, W, 3) -> (T, size, size, 3)."""
-    cv2, _ = imaging_libraries()
+    cv2 = load_opencv()
     half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # OpenCV counts from pixel centres
     window = crop_window(frames.shape[1:], drawn, size)
     matrix = np.linalg.inv(half) @ homography(drawn, window, size) @ half
@@ -1678,7 +1672,7 @@ def warp_clip(frames, drawn, size):
 
 def _stretch_contrast(pixels):
     """Each colour of uint8 (H, W, 3) stretched to 0..255, a constant one left alone; as torchvision's autocontrast."""
-    cv2, _ = imaging_libraries()
+    cv2 = load_opencv()
     low, high = np.float32([cv2.minMaxLoc(colour)[:2] for colour in cv2.split(pixels)]).T
     is_constant = high == low
     low = np.where(is_constant, 0, low)
@@ -2111,12 +2105,12 @@ def _check_dense(tensor):
 
 
 def load_model_file(path, script):
-    """best_model.pth of `script` -> dict. Raises UserError for another script's file, CheckpointError for damage."""
+    """Checkpoint of `script` -> dict. Raises UserError for another script's file, CheckpointError for damage."""
     content = read_checkpoint(path)
     if content.get("format") != FORMAT or "model" not in content:
         raise CheckpointError(f"{path} is no checkpoint of this project (format {content.get('format')!r})")
     if content.get("script") != script:
-        raise UserError(f"{path} was written by {content.get('script')}, expected one of {script}")
+        raise UserError(f"{path} was written by {content.get('script')}, expected {script}")
     return content
 
 
@@ -2219,8 +2213,8 @@ class Checkpoints:
         faults = []
         for path in filter(Path.exists, paths):
             try:
-                content = self._read_own(path)
-            except CheckpointError as error:
+                content = load_model_file(path, script_name())
+            except UserError as error:
                 faults.append(str(error))
                 self.run.say(f"WARNING: {error}")
                 continue
@@ -2230,13 +2224,6 @@ class Checkpoints:
         if faults:
             raise CheckpointError(f"{self.run.folder} cannot be continued: no usable checkpoint ({'; '.join(faults)})")
         return None
-
-    @staticmethod
-    def _read_own(path):
-        content = read_checkpoint(path)
-        if content.get("format") != FORMAT or content.get("script") != script_name():
-            raise CheckpointError(f"{path} is no checkpoint of {script_name()} ({content.get('script')!r})")
-        return content
 
 
 # ---------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -51,16 +52,25 @@ def perceptual_hash(image):
     return np.packbits(low > np.median(low) + 0.01).view(np.uint64)
 
 
+def load_pillow():
+    """Pillow's Image module with our limit on the size of pictures."""
+    from PIL import Image
+    if Image.MAX_IMAGE_PIXELS != pixel_cache.MAX_PIXELS // 2:  # it raises above twice its limit, from the header alone
+        Image.MAX_IMAGE_PIXELS = pixel_cache.MAX_PIXELS // 2
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+    return Image
+
+
 @contextlib.contextmanager
 def _open_picture(path):
     """Pillow's image of a regular file with the header read and no pixels; BadImage for whatever happens inside."""
-    Image = common.imaging_libraries()[1]
+    Image = load_pillow()
     check_file(path)
     try:
         with open(path, "rb") as handle:
             yield Image.open(handle, formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
-        raise pixel_cache.BadImage(f"its header claims more than {common.MAX_PIXELS // 10**6} megapixels") from error
+        raise pixel_cache.BadImage(f"its header claims more than {pixel_cache.MAX_PIXELS // 10**6} megapixels") from error
     except Image.UnidentifiedImageError as error:
         formats = ", ".join(IMAGE_FORMATS)
         raise pixel_cache.BadImage(f"no picture, or a damaged header (formats read: {formats})") from error
@@ -82,14 +92,14 @@ def scaled_size(width, height, short_side):
     """(width, height) with the short side equal to short_side, the long side rounded; None keeps the size."""
     scale = 1 if short_side is None else short_side / min(width, height)
     size = round(width * scale), round(height * scale)
-    if math.prod(size) > common.MAX_PIXELS:
+    if math.prod(size) > pixel_cache.MAX_PIXELS:
         raise pixel_cache.BadImage(f"too elongated to be scaled: {width} x {height} pixels")
     return size
 
 
 def resize(pixels, size):
     """Pixels (H, W, 3) -> (height, width, 3) for size (width, height): areas averaged, or cubic where they grow."""
-    cv2 = common.imaging_libraries()[0]
+    cv2 = common.load_opencv()
     shrinks = size[0] <= pixels.shape[1]
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
@@ -127,7 +137,7 @@ def _to_rgb(image):
     if image.mode[0] in "IF":
         return np.repeat(_grey_to_8bit(image)[..., None], 3, axis=2)
     if "A" in image.mode or "transparency" in image.info:
-        Image = common.imaging_libraries()[1]
+        Image = load_pillow()
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return np.asarray(image.convert("RGB"))

@@ -15,6 +15,7 @@ import numpy as np
 
 import common
 
+MAX_PIXELS = 200_000_000  # of a picture or a frame
 NPY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError)  # what np.load raises on bad files
 
 
@@ -126,7 +127,9 @@ class PixelStore:
         return [(audit, pixels.nbytes, file) for file, (audit, pixels) in zip(files, loaded)]
 
     def _cache_files(self, rows):
-        versions = [3, *(library.__version__ for library in common.imaging_libraries())]
+        import cv2
+        import PIL
+        versions = [3, cv2.__version__, PIL.__version__]
         keys = [json.dumps([*versions, key]).encode() for key in self.cache_keys(rows)]
         return [self.folder / f"{self.item}_{hashlib.sha256(key).hexdigest()[:32]}.npy" for key in keys]
 

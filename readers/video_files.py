@@ -172,7 +172,7 @@ def _open_video(path):
             raise
         video = _AvVideo(path)
     try:
-        if math.prod(video.size) > common.MAX_PIXELS:
+        if math.prod(video.size) > pixel_cache.MAX_PIXELS:
             raise BadVideo(f"its header claims {video.size[0]} x {video.size[1]} pixels")
         yield video
     except video.errors as error:

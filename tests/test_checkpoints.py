@@ -289,7 +289,7 @@ def test_kill_9_while_writing_leaves_a_whole_file(tmp_path):
 def test_other_scripts_and_other_shapes(tmp_path):
     path = tmp_path / "best_model.pth"
     common.save_checkpoint(path, content())
-    with pytest.raises(common.UserError, match="train_x.py, expected one of train_y.py"):
+    with pytest.raises(common.UserError, match="train_x.py, expected train_y.py"):
         common.load_model_file(path, "train_y.py")
     model = torch.nn.Linear(64, 3)
     with pytest.raises(common.CheckpointError, match="does not fit this model"):

@@ -287,7 +287,8 @@ def test_pipe_and_device_are_refused_without_blocking(tmp_path):
 
 
 def _load_in_little_memory(path, queue):
-    common.imaging_libraries()
+    common.load_opencv()
+    picture_files.load_pillow()
     resource.setrlimit(resource.RLIMIT_AS, (int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + 2 ** 28,) * 2)
     try:
         picture_files.load_image(path, 256)
