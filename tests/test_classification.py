@@ -330,7 +330,7 @@ def test_blocks_of_draws_give_the_same_intervals(monkeypatch):
     def spy(*given):
         inner = statistic(*given)
         return lambda weights: shapes.append(weights.shape) or inner(weights)
-    monkeypatch.setattr(common, "class_statistic", spy)
+    monkeypatch.setattr(class_scores, "class_statistic", spy)
     many = np.tile(probability, (200, 1)), np.tile(label, 200)
     subject_intervals.bootstrap_classification(*many, np.tile(np.arange(120) // 4, 200), draws=50)
     assert max(rows for rows, _ in shapes) == 41  # 1,000,000 // 24,000 draws at once
