@@ -58,6 +58,7 @@ def test_a_changed_number_is_seen():
 def make_tables():
     """The golden tables, by a seed: 12 subjects, missing cells, baselines of several qualities, a threshold."""
     import common
+    from evidence import class_scores
     draw = np.random.default_rng(14)
     rows = []
     for i in range(48):
@@ -77,7 +78,7 @@ def make_tables():
             row = {"clip_id": f"c{i:02d}", "group": f"g{i % groups:02d}", "true_label": classes[label]}
             for kind, strength in (("prob", 1.5), ("train_prior_prob", 0.0), ("logistic_prob", 0.7)):
                 noise = draw.normal(size=len(classes)) if strength else np.zeros(len(classes))
-                probability = common.softmax(strength * (np.arange(len(classes)) == label) + noise)
+                probability = class_scores.softmax(strength * (np.arange(len(classes)) == label) + noise)
                 row |= {f"{kind}_{each}": round(float(p), 4) for each, p in zip(classes, probability)}
             rows.append(row | ({"threshold": 0.45} if len(classes) == 2 else {}))
         common.write_table(FOLDER / f"{name}.csv", rows)
