@@ -1067,7 +1067,8 @@ class EpochBatches(torch.utils.data.Sampler):
     start: int = 0
 
     def __post_init__(self):
-        first, last = 0, self.n_samples
+        first = 0
+        last = self.n_samples
         if not self.train:
             first = self.n_samples * self.rank // self.size
             last = self.n_samples * (self.rank + 1) // self.size
@@ -1559,14 +1560,16 @@ def homography(drawn, window, size):
     """Matrix (3, 3) from picture to output, pixel centres at .5, composed of the steps in torchvision's order."""
     left, top, width, height = window
     half = size / 2
-    zoom_x, zoom_y = size / width, size / height
+    zoom_x = size / width
+    zoom_y = size / height
     to_centre = np.array([
         [zoom_x, 0, -(left * zoom_x + half)],
         [0, zoom_y, -(top * zoom_y + half)],
         [0, 0, 1]])
     mirror = -1 if drawn.flip else 1
     angle = math.radians(drawn.rotation_deg)
-    cos, sin = math.cos(angle), math.sin(angle)
+    cos = math.cos(angle)
+    sin = math.sin(angle)
     turn = np.array([
         [cos * mirror, sin, 0],
         [-sin * mirror, cos, 0],
@@ -1832,7 +1835,9 @@ def _load_backbone_state(model, state, last, source):
 @torch.inference_mode()
 def stage_ends(backbone, example):
     """Paths of the modules that end each resolution, largest first, found by one pass over an example input."""
-    outer, inner = {}, {}  # height of an output -> path of the last module that gives it: children, grandchildren
+    # height of an output -> path of the last module that gives it
+    outer = {}  # children
+    inner = {}  # grandchildren
 
     def note(path, ends):
         def hook(module, inputs, output):
@@ -2513,7 +2518,8 @@ class Training:
 
     def _save_epoch(self):
         """Write what is asked for at the end of this epoch, and the checkpoint if there is time."""
-        epoch, args = self.progress.epoch, self.args
+        epoch = self.progress.epoch
+        args = self.args
         is_asked_for = args.save_every > 0 and epoch % args.save_every == 0
         if is_asked_for:
             save_checkpoint(self.run.path(f"checkpoint_epoch_{epoch}.pth"), self._content())
@@ -2602,7 +2608,8 @@ def regression_moments(predicted, target):
     error = p - t
     p = np.where(labelled, p - p.sum(0) / count, 0.0)
     t = np.where(labelled, t - t.sum(0) / count, 0.0)
-    return np.stack([labelled.astype(np.float64), p, t, p * p, t * t, p * t, np.abs(error), error ** 2])  # (8, N, R)
+    n = labelled.astype(np.float64)
+    return np.stack([n, p, t, p * p, t * t, p * t, np.abs(error), error ** 2])  # (8, N, R)
 
 
 def metrics_from_sums(sums):
@@ -2611,7 +2618,8 @@ def metrics_from_sums(sums):
     n = 0: all NaN; n < 2 or constant target: r and R2 NaN; constant prediction: r = 0. R2 = 1 - SSE / SST about the
     mean of these same rows.
     """
-    n, p, t, pp, tt, pt, absolute, squared = np.moveaxis(np.asarray(sums, np.float64), -2, 0)
+    terms = np.moveaxis(np.asarray(sums, np.float64), -2, 0)
+    n, p, t, pp, tt, pt, absolute, squared = terms
     with np.errstate(divide="ignore", invalid="ignore"):
         spread_p = pp - p * p / n
         spread_t = tt - t * t / n
