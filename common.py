@@ -1067,8 +1067,7 @@ class EpochBatches(torch.utils.data.Sampler):
     start: int = 0
 
     def __post_init__(self):
-        first = 0
-        last = self.n_samples
+        first, last = 0, self.n_samples
         if not self.train:
             first = self.n_samples * self.rank // self.size
             last = self.n_samples * (self.rank + 1) // self.size
@@ -1560,16 +1559,14 @@ def homography(drawn, window, size):
     """Matrix (3, 3) from picture to output, pixel centres at .5, composed of the steps in torchvision's order."""
     left, top, width, height = window
     half = size / 2
-    zoom_x = size / width
-    zoom_y = size / height
+    zoom_x, zoom_y = size / width, size / height
     to_centre = np.array([
         [zoom_x, 0, -(left * zoom_x + half)],
         [0, zoom_y, -(top * zoom_y + half)],
         [0, 0, 1]])
     mirror = -1 if drawn.flip else 1
     angle = math.radians(drawn.rotation_deg)
-    cos = math.cos(angle)
-    sin = math.sin(angle)
+    cos, sin = math.cos(angle), math.sin(angle)
     turn = np.array([
         [cos * mirror, sin, 0],
         [-sin * mirror, cos, 0],
@@ -1835,9 +1832,7 @@ def _load_backbone_state(model, state, last, source):
 @torch.inference_mode()
 def stage_ends(backbone, example):
     """Paths of the modules that end each resolution, largest first, found by one pass over an example input."""
-    # height of an output -> path of the last module that gives it
-    outer = {}  # children
-    inner = {}  # grandchildren
+    outer, inner = {}, {}  # height of an output -> path of the last module that gives it: children, grandchildren
 
     def note(path, ends):
         def hook(module, inputs, output):
@@ -2518,8 +2513,7 @@ class Training:
 
     def _save_epoch(self):
         """Write what is asked for at the end of this epoch, and the checkpoint if there is time."""
-        epoch = self.progress.epoch
-        args = self.args
+        epoch, args = self.progress.epoch, self.args
         is_asked_for = args.save_every > 0 and epoch % args.save_every == 0
         if is_asked_for:
             save_checkpoint(self.run.path(f"checkpoint_epoch_{epoch}.pth"), self._content())
@@ -2608,8 +2602,7 @@ def regression_moments(predicted, target):
     error = p - t
     p = np.where(labelled, p - p.sum(0) / count, 0.0)
     t = np.where(labelled, t - t.sum(0) / count, 0.0)
-    n = labelled.astype(np.float64)
-    return np.stack([n, p, t, p * p, t * t, p * t, np.abs(error), error ** 2])  # (8, N, R)
+    return np.stack([labelled.astype(np.float64), p, t, p * p, t * t, p * t, np.abs(error), error ** 2])  # (8, N, R)
 
 
 def metrics_from_sums(sums):
@@ -2618,8 +2611,7 @@ def metrics_from_sums(sums):
     n = 0: all NaN; n < 2 or constant target: r and R2 NaN; constant prediction: r = 0. R2 = 1 - SSE / SST about the
     mean of these same rows.
     """
-    terms = np.moveaxis(np.asarray(sums, np.float64), -2, 0)
-    n, p, t, pp, tt, pt, absolute, squared = terms
+    n, p, t, pp, tt, pt, absolute, squared = np.moveaxis(np.asarray(sums, np.float64), -2, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         spread_p = pp - p * p / n
         spread_t = tt - t * t / n

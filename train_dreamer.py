@@ -22,7 +22,6 @@ import dataclasses
 import datetime
 import itertools
 import math
-import statistics
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -32,26 +31,32 @@ import torch
 from torch import nn
 
 import common
-from evidence import baseline_models, plotting, pose_audit, pose_plots, pose_report, pose_scores, prediction_tables
-from evidence import reporting, splitting, verdicts
+from evidence import (
+    baseline_models, judging, plotting, pose_audit, pose_judging, pose_plots, pose_scores, prediction_tables,
+    reporting, score_judging, splitting, verdicts)
 from readers import picture_files, probe_poses
 
+FEATURE_SD_FLOOR = 0.01  # of the RMS sd: a feature that hardly varied in training must not explode on a new frame
 COLLAPSE_FLOOR = 0.05  # smallest healthy spread of the features over frames, as a share of their rms
 # What a checkpoint fixes for evaluate and predict, and what they take over from the run beside it.
-MODEL_FLAGS = ("encoder", "image_size", "token_type", "imagine", "d_model", "n_layers", "n_heads",
-               "feedforward", "dropout", "compose", "angle_unit")
+MODEL_FLAGS = (
+    "encoder", "image_size", "token_type", "imagine", "d_model", "n_layers", "n_heads",
+    "feedforward", "dropout", "compose", "angle_unit")
 DATA_FLAGS = ("data_dir", "patient_map", "patient_regex", "max_transitions", "split_by")
 PARTS = ("train", "val", "test")
 # What --augment changes in both frames of a transition alike: jitter as a share, noise in grey levels, turn in degrees.
-AUGMENTATIONS = {"none": None, "light": {"jitter": 0.1, "noise": 2.55, "turn": 0.0},
-                 "full": {"jitter": 0.1, "noise": 2.55, "turn": 5.0}}
+AUGMENTATIONS = {
+    "none": None,
+    "light": {"jitter": 0.1, "noise": 2.55, "turn": 0.0},
+    "full": {"jitter": 0.1, "noise": 2.55, "turn": 5.0},
+}
 
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     common.add_shared_arguments(
-        parser, epochs=150, batch_size=16, lr=2e-4, patience=20, save_top_k=3, augment="none", train_ratio=0.7,
-        val_ratio=0.15, test_ratio=0.15)
+        parser, epochs=150, batch_size=16, lr=2e-4, patience=20, save_top_k=3, augment="none",
+        train_ratio=0.7, val_ratio=0.15, test_ratio=0.15)
     add_data_arguments(parser.group("transitions and patients"))
     add_model_arguments(parser.group("model"))
     args = common.parse_arguments(parser, argv)
@@ -174,7 +179,7 @@ def inherit_data_flags(args):
 
 # --- data: row on disk -> table -> sample ---------------------------------------------------
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Study:
     """What is known of N transitions, in the order of the files; poses (N, 6) in mm and degrees, NaN = missing."""
     names: np.ndarray  # (N,) text, sequence/frame_t1-frame_t2
@@ -188,7 +193,6 @@ class Study:
     compose: str  # a key of probe_poses.CONVENTIONS
     angle_unit: str  # deg or rad, in the files
     residuals: list  # a dict per convention
-    links: list  # N pairs of frame_t1, frame_t2 as the files name them
     store: picture_files.ImageStore
     frames: np.ndarray  # (N, 2) index of both frames in the store, -1 = none
     skipped: list  # dicts of sequence, row and reason
@@ -203,6 +207,11 @@ class Study:
     def frame_audit(self, field):
         """One field of the audit of every picture in the store, such as pixel_sha."""
         return [getattr(found, field) for found in self.store.audit]
+
+    @property
+    def label_sd(self):
+        """(6,) sd of at1."""
+        return probe_poses.centre_and_spread(self.at1)[1]
 
     @property
     def poses(self):
@@ -221,25 +230,22 @@ class Study:
         contents = [*self.names, self.at1, self.motion, self.at2, self.compose,
                     *self.frame_audit("file_sha")]
         parts = itertools.chain.from_iterable(split.items())
-        return {"fingerprint": common.data_fingerprint(contents),
-                "split": common.data_fingerprint(parts),
-                "transitions": len(self.names), "patients": len(set(self.patients)),
-                "compose": self.compose}
+        return {
+            "fingerprint": common.data_fingerprint(contents),
+            "split": common.data_fingerprint(parts),
+            "transitions": len(self.names),
+            "patients": len(set(self.patients)),
+            "compose": self.compose,
+        }
 
 
 def load_study(args, run, needs_labels=True):
-    """Transitions of every sequence, checked and completed; what cannot be used is counted, printed and listed.
+    """Transitions of every sequence, checked and completed; what cannot be used is counted and listed in skipped.csv.
 
     needs_labels False: rows without at1, at2 or a frame at t2 are kept, for prediction.
     """
     rows = probe_poses.find_transitions(args.data_dir, args.max_transitions)
-    poses = {name: np.stack([getattr(row, name) for row in rows]) for name in probe_poses.FIELDS}
-    unit = probe_poses.angle_unit(poses, args.angle_unit)
-    notes = [f"angles are read as {unit} (largest in the files: {probe_poses.largest_angle(poses):.4g})"]
-    notes += probe_poses.mask_labels(poses, unit)
-    residuals = probe_poses.composition_residuals(**poses)
-    convention, text = probe_poses.choose_composition(args.compose, residuals)
-    notes += [text, *probe_poses.complete_poses(poses, convention)]
+    poses, facts = probe_poses.complete_rows(rows, args.angle_unit, args.compose)
     reasons = probe_poses.reasons_to_skip(rows, poses, needs_labels)
     refuse_unusable(args, rows, reasons)
     usable = np.flatnonzero([reason is None for reason in reasons])
@@ -250,29 +256,22 @@ def load_study(args, run, needs_labels=True):
     is_good = np.isin(frames, [-1, *good]).all(1)
     for i in usable[~is_good]:
         reasons[i] = "unreadable picture"
-    kept = usable[is_good]
-    sequences = np.array([row.sequence for row in rows])
-    patients = probe_poses.patients_of(sequences, args.patient_map, args.patient_regex)
-    links = [(rows[i].frame_t1, rows[i].frame_t2) for i in kept]
-    names = [f"{sequences[i]}/{t1}-{t2}" for i, (t1, t2) in zip(kept, links)]
+
+    kept = [rows[i] for i in usable[is_good]]
+    sequences = np.array([row.sequence for row in kept])
+    owner = probe_poses.patients_of([row.sequence for row in rows], args.patient_map, args.patient_regex)
     study = Study(
-        names=probe_poses.unique_names(names),
-        sequences=sequences[kept],
-        patients=np.array([patients[sequence] for sequence in sequences[kept]]),
+        names=probe_poses.unique_names([f"{row.sequence}/{row.frame_t1}-{row.frame_t2}" for row in kept]),
+        sequences=sequences,
+        patients=np.array([owner[name] for name in sequences]),
         has_patients=bool(args.patient_map or args.patient_regex),
-        order=np.array([rows[i].number - 1 for i in kept]),
-        at1=poses["at1"][kept],
-        motion=poses["motion"][kept],
-        at2=poses["at2"][kept],
-        compose=convention,
-        angle_unit=unit,
-        residuals=residuals,
-        links=links,
+        order=np.array([row.number - 1 for row in kept]),
         store=store,
         frames=frames[is_good],
-        notes=notes,
         skipped=[{"sequence": row.sequence, "row": row.number, "reason": reason}
-                 for row, reason in zip(rows, reasons) if reason])
+                 for row, reason in zip(rows, reasons) if reason],
+        **{name: values[usable[is_good]] for name, values in poses.items()},
+        **facts)
     say_study(run, study)
     return study
 
@@ -348,8 +347,8 @@ class ProbeTransitions(common.Samples):
             frames = self.pixels(epoch, row)
         else:
             frames = self.study.maps[self.study.frames[row]]  # (2, F, G)
-        return {"frames": torch.from_numpy(frames), "name": self.study.names[row],
-                **{name: values[index] for name, values in self.poses.items()}}
+        poses = {name: values[index] for name, values in self.poses.items()}
+        return {"frames": torch.from_numpy(frames), "name": self.study.names[row], **poses}
 
     def pixels(self, epoch, row):
         """Both frames of a row, uint8 (2, S, S); the first twice where there is no second."""
@@ -585,8 +584,11 @@ class DreamLoss:
 
     def __init__(self, args, scaler, device):
         self.uses_t2 = not args.primary_task_only
-        self.weights = {"main_task_loss": 1.0, "t2_loss": args.lambda_t2_action * self.uses_t2,
-                        "latent_loss": args.lambda_latent * self.uses_t2}
+        self.weights = {
+            "main_task_loss": 1.0,
+            "t2_loss": args.lambda_t2_action * self.uses_t2,
+            "latent_loss": args.lambda_latent * self.uses_t2,
+        }
         self.sd = {name: torch.as_tensor(scaler[name]["sd"], dtype=torch.float32, device=device)
                    for name in ("at1", "at2")}
 
@@ -607,13 +609,14 @@ class DreamLoss:
 # --- training ---------------------------------------------------------------------------
 
 def make_loaders(study, split, args, compute):
-    """Loader of the augmented train rows, and {part: loader} of the train, val and test rows as they are."""
-    cached = study.store.cache == "ram"
+    """Loader of the augmented train rows, and {part: loader} of the rows of every part as they are."""
+    is_cached = study.store.cache == "ram"
 
     def loader(part, train):
-        dataset = ProbeTransitions(study, split[part], args, args.augment if train else "none")
+        augment = args.augment if train else "none"
         size = args.batch_size if train else args.val_batch_size or args.batch_size
-        return common.make_loader(dataset, size, args, compute, train, cached)
+        dataset = ProbeTransitions(study, split[part], args, augment)
+        return common.make_loader(dataset, size, args, compute, train, is_cached)
     return loader("train", True), {part: loader(part, False) for part in split}
 
 
@@ -648,7 +651,7 @@ def train_one_epoch(model, loader, loss_function, training, compute):
 
 @torch.no_grad()
 def evaluate(model, loader, loss_function, compute):
-    """Whole split at once -> ({at1, at2: (M, 6) float64 in mm and degrees}, {name: number} for the history)."""
+    """Whole split at once -> (predicted at1 (M, 6) float64 in mm and degrees, {name: number} for the history)."""
     model.eval()
     batches = []
     for batch in loader:
@@ -657,19 +660,20 @@ def evaluate(model, loader, loss_function, compute):
             imagined = model(frame_t1, poses["motion"])
             features_t2 = model.look(frame_t2)  # (B, F, G)
         batches.append({
-            "at1": imagined.at1, "true_at1": poses["at1"],
-            "at2": imagined.at2, "true_at2": poses["at2"],
-            **latent_terms(imagined.features_t1, imagined.features_t2, features_t2)})
+            "at1": imagined.at1,
+            "true_at1": poses["at1"],
+            "at2": imagined.at2,
+            "true_at2": poses["at2"],
+            **pose_scores.latent_terms(imagined.features_t1, imagined.features_t2, features_t2)})
     rows = join_batches(batches, compute)  # {name: (M, ...)}
-    latent = latent_numbers(rows)
+    latent = pose_scores.latent_numbers(rows)
     parts = {"latent_loss": latent["latent_loss"]}
     for name, part in (("at1", "main_task_loss"), ("at2", "t2_loss")):
         losses = pose_loss(rows[name], rows[f"true_{name}"], loss_function.sd[name].cpu())  # (M,)
         parts[part] = losses.mean().item()
     error = probe_poses.pose_error(rows["at1"].double(), rows["true_at1"].double()).abs()  # (M, 6)
     mae = {f"mae_{axis}": value for axis, value in zip(probe_poses.AXES, error.nanmean(0).tolist())}
-    predicted = {name: rows[name].double().numpy() for name in ("at1", "at2")}
-    return predicted, {"loss": loss_function.total(parts), **parts, **latent, **mae}
+    return rows["at1"].double().numpy(), {"loss": loss_function.total(parts), **parts, **latent, **mae}
 
 
 def join_batches(batches, compute):
@@ -677,26 +681,6 @@ def join_batches(batches, compute):
     own = [{name: value.cpu() for name, value in batch.items()} for batch in batches]
     joined = compute.processes.gather(own)
     return {name: torch.cat([batch[name] for batch in joined]) for name in joined[0]}
-
-
-def latent_terms(features_t1, imagined, features_t2):
-    """What latent_numbers needs of each row, from feature maps (B, F, G); no batch counts for itself."""
-    return {"latent_error": (imagined - features_t2).square().mean((1, 2)),  # (B,)
-            "copy_error": (features_t1 - features_t2).square().mean((1, 2)),  # (B,)
-            "feature_mean": features_t2.mean(2),  # (B, F, G) -> (B, F)
-            "feature_square": features_t2.square().mean(2)}  # (B, F, G) -> (B, F)
-
-
-def latent_numbers(rows):
-    """latent_loss (1 = a constant map), latent_skill (1 = copying t1; lower is better), feature_spread; whole split."""
-    error = rows["latent_error"].double().mean()
-    mean = rows["feature_mean"].double()  # (M, F)
-    square = rows["feature_square"].double().mean(0)  # (F,)
-    variance = (square - mean.mean(0).square()).mean().clamp(min=1e-8)
-    spread = mean.var(0, correction=0).mean().sqrt() / square.mean().sqrt().clamp(min=1e-6)
-    return {"latent_loss": (error / variance).item(),
-            "latent_skill": (error / rows["copy_error"].double().mean()).item(),
-            "feature_spread": spread.item()}
 
 
 def fit(run, args, study, split):
@@ -714,68 +698,46 @@ def fit(run, args, study, split):
         args)
     training = common.Training(
         run, model, optimizer, args,
-        select=args.select if args.select == "last" else f"val_{args.select}",
-        describe=lambda: describe(args, study, split, scaler), higher_is_better=False)
-    run.say(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million weights, "
-            f"{len(model.imagination.position)} tokens of {args.d_model}")
-    seconds = []
+        select="last" if args.select == "last" else f"val_{args.select}",
+        describe=lambda: describe(args, study, split, scaler),
+        higher_is_better=False)
+    n_weights = sum(weights.numel() for weights in model.parameters())
+    run.say(f"model: {n_weights / 1e6:.1f} million weights, {len(model.imagination.position)} tokens of {args.d_model}")
     for epoch in training.epochs():
         started = time.perf_counter()
         row = train_one_epoch(model, train_loader, loss_function, training, compute)
         _, numbers = evaluate(model, loaders["val"], loss_function, compute)
-        training.end_epoch({**row, "train_total_loss": row["train_loss"],
-                            **{f"val_{name}": value for name, value in numbers.items()}})
-        seconds.append(time.perf_counter() - started)
+        row["train_total_loss"] = row["train_loss"]
+        row |= {f"val_{name}": value for name, value in numbers.items()}
+        training.end_epoch(row)
         if not training.progress.done:
-            run.say(time_left(seconds, args.epochs - epoch))
+            run.say(time_left(time.perf_counter() - started, args.epochs - epoch))
     best = common.load_model_file(run.path("best_model.pth"), common.script_name())
     common.load_state(model, best["model"], "best_model.pth")
     return model, loss_function, loaders, training
 
 
 def time_left(seconds, n_epochs):
-    """How long an epoch takes, by the median of those of this process, and how long the remaining ones may take."""
-    median = statistics.median(seconds)
-    left = datetime.timedelta(seconds=round(median * n_epochs))
-    return f"  {median:.1f} s per epoch; at most {left} to the end (h:mm:ss)"
+    """How long the last epoch took, and how long the remaining ones may take."""
+    left = datetime.timedelta(seconds=round(seconds * n_epochs))
+    return f"  {seconds:.1f} s per epoch; at most {left} to the end (h:mm:ss)"
 
 
 def describe(args, study, split, scaler):
     """What evaluate and predict need beside the weights."""
     settings = {name: getattr(args, name) for name in MODEL_FLAGS}
     settings |= {"compose": study.compose, "angle_unit": study.angle_unit}
-    return {"settings": settings, "scaler": scaler, "pretrained": args.pretrained,
-            "train_patients": sorted(set(study.patients[split["train"]].tolist()))}
-
-
-# --- results: prediction -> whole-split metric -> run folder ---------------------------------
-
-BASELINES = {"zero": "no motion", "train_mean": "mean of the train rows",
-             "copy": "the known motion taken for the answer",
-             "motion_ridge": "ridge on the known motion alone",
-             "frame_index": "mean of the train rows at the same place in a sequence",
-             "image_ridge": "ridge on the untuned encoder's features and the known motion"}
-USE_COLUMNS = {"action_shuffle_ratio": "loss with false motions over loss (1 = the motion is ignored)",
-               "action_shuffle_ratio_latent": "the same for the imagined features",
-               "latent_skill": "error of the imagined features over that of a copy of t1 (under 1 is better)",
-               "retrieval_rank": "share of the patient's frames nearer to the imagined one than the true (chance .5)",
-               "retrieval_rank_copy": "the same when t1 is taken for the imagined frame",
-               "feature_spread": "how much the features differ between frames (0 = collapsed)"}
-
-
-@dataclasses.dataclass
-class Scored:
-    """Predictions of at1 for rows that the model was not trained on, beside the baselines' for the same rows."""
-    rows: np.ndarray  # (M,) rows of the study
-    predicted: dict  # "predicted" (the model) and each baseline -> (M, 6)
-    at2: np.ndarray  # (M, 6) the model's
-    use: dict  # USE_COLUMNS -> number
-    part: str  # val, test, folds, ...
+    return {
+        "settings": settings,
+        "scaler": scaler,
+        "pretrained": args.pretrained,
+        "train_patients": sorted(set(study.patients[split["train"]].tolist())),
+    }
 
 
 @torch.no_grad()
 def use_of_inputs(model, loader, loss_function, compute, patients):
-    """Does the model use the motion and the imagined frame? {name of USE_COLUMNS: number} over a whole split.
+    """Does the model use the motion and the imagined frame? {name of pose_judging.USE_MEANINGS: number} of a split.
 
     False motions are those of other rows of the split; they enter the imagination only, while the composition keeps
     the true one: otherwise a model that adds and subtracts the same motion would look as if it ignored it.
@@ -797,9 +759,9 @@ def use_of_inputs(model, loader, loss_function, compute, patients):
             "map_t1": features_t1.flatten(1).half(),  # (B, F * G)
             "map_imagined": true.features_t2.flatten(1).half(),
             "map_t2": features_t2.flatten(1).half(),
-            **latent_terms(features_t1, true.features_t2, features_t2)})
+            **pose_scores.latent_terms(features_t1, true.features_t2, features_t2)})
     rows = join_batches(batches, compute)  # {name: (M, ...)}
-    latent = latent_numbers(rows)
+    latent = pose_scores.latent_numbers(rows)
     of_imagined = pose_scores.retrieval_rank(rows["map_imagined"], rows["map_t2"], patients)
     of_copy = pose_scores.retrieval_rank(rows["map_t1"], rows["map_t2"], patients)
     ratio = rows["false_loss"].sum() / rows["loss"].sum()
@@ -810,7 +772,8 @@ def use_of_inputs(model, loader, loss_function, compute, patients):
         "latent_skill": latent["latent_skill"],
         "feature_spread": latent["feature_spread"],
         "retrieval_rank": of_imagined,
-        "retrieval_rank_copy": of_copy}
+        "retrieval_rank_copy": of_copy,
+    }
 
 
 @torch.no_grad()
@@ -828,192 +791,149 @@ def encode_frames(study, rows, args, compute):
         maps[part] = output.float().cpu().numpy()
     is_frozen = args.freeze_layers == 5 and args.augment == "none" and not args.init_from
     return dataclasses.replace(
-        study, features=maps[study.frames[:, 0]].mean(2),  # (N, F, G) -> (N, F)
+        study,
+        features=maps[study.frames[:, 0]].mean(2),  # (N, F, G) -> (N, F)
         maps=maps if args.mode == "train" and is_frozen else None)
 
 
 def baselines(study, train, rows, centre):
-    """{name of BASELINES: (M, 6)} of what trains no network; without train rows (other data) those that need none.
+    """{name: (M, 6)} of what trains no network; without train rows (other data) only those that need none.
 
-    centre: (6,) mean of at1 over the train rows.
+    centre: (6,) mean of at1 over the train rows; what is fitted, is fitted to the errors of it.
     """
-    predicted = {"zero": np.zeros((len(rows), 6)), "copy": study.motion[rows]}
-    if len(train):
-        predicted |= fitted_baselines(study, train, rows, centre)
-    predicted["train_mean"] = np.tile(centre, (len(rows), 1))
-    return predicted
-
-
-def fitted_baselines(study, train, rows, centre):
-    """The baselines that are fitted to the train rows, on the errors of their mean: {name: (M, 6)}."""
+    predicted = {
+        "zero": np.zeros((len(rows), 6)),
+        "train_mean": np.tile(centre, (len(rows), 1)),
+        "copy": study.motion[rows],
+    }
+    if not len(train):
+        return predicted
     centred = np.broadcast_to(centre, (len(train), 6))
     apart = probe_poses.on_arrays(probe_poses.pose_error, study.at1[train], centred)  # (N_train, 6)
     near = baseline_models.place_weights(study.place, study.sequences, train, rows)  # (M, N_train)
-    predicted = {"frame_index": centre + near @ np.nan_to_num(apart)}
+    predicted["frame_index"] = centre + near @ np.nan_to_num(apart)
     inputs = {"motion_ridge": study.motion}
     if study.features is not None:
         inputs["image_ridge"] = np.hstack([study.features, study.motion])
     for name, features in inputs.items():
-        ridge = baseline_models.fit_ridge(features[train], apart, groups=study.patients[train],
-                                          sd_floor=0.01)
+        ridge = baseline_models.fit_ridge(
+            features[train], apart, groups=study.patients[train], sd_floor=FEATURE_SD_FLOOR)
         predicted[name] = centre + ridge.predict(features[rows])
     return predicted
 
 
-def write_predictions(path, study, scored):
-    """predictions CSV: which transition, then of each axis the true value, the model's and the baselines'."""
-    rows = scored.rows
-    keys = {
-        "name": study.names[rows],
-        "patient": study.patients[rows],
-        "sequence": study.sequences[rows],
-        "frame_t1": [study.links[row][0] for row in rows],
-        "frame_t2": [study.links[row][1] for row in rows]}
-    values = {
-        "true": study.at1[rows],
-        **scored.predicted,
-        "true_t2": study.at2[rows],
-        "predicted_t2": scored.at2}
-    prediction_tables.write_target_table(path, keys, probe_poses.AXES, values)
+# --- results: predictions table -> judged run folder -------------------------------------------
+
+def score_table(study, rows, predicted, others):
+    """ScoreTable of at1 for these rows; predicted (M, 6); others {baseline: (M, 6)}.
+
+    Angles are turned to within 180 degrees of the truth, so that whoever subtracts them gets their errors.
+    """
+    target = study.at1[rows]
+    at2 = at2_of(study, rows, predicted)
+    return prediction_tables.ScoreTable(
+        keys={
+            "name": study.names[rows],
+            "sequence": study.sequences[rows],
+            **axis_columns("at2_true", study.at2[rows]),
+            **axis_columns("at2_predicted", at2),
+        },
+        names=list(probe_poses.AXES),
+        target=target,
+        predicted=pose_scores.wrapped(predicted, target),
+        baselines={name: pose_scores.wrapped(block, target) for name, block in others.items()},
+        groups=study.patients[rows])
 
 
-def read_predictions(path, study, use, part):
-    """The predictions CSV of a finished fold -> Scored."""
-    row_of = {name: row for row, name in enumerate(study.names)}
-    names, values = prediction_tables.read_target_table(path, "name", probe_poses.AXES)
-    at2 = values.pop("predicted_t2")
-    predicted = {kind: each for kind, each in values.items() if kind not in ("true", "true_t2")}
-    return Scored(rows=np.array([row_of[name] for name in names]), predicted=predicted, at2=at2,
-                  use=use, part=part)
+def axis_columns(kind, poses):
+    """{KIND_AXIS: (M,)} of (M, 6)."""
+    return {f"{kind}_{axis}": values for axis, values in zip(probe_poses.AXES, poses.T)}
 
 
-def criteria_names():
-    """What --criteria may name: mae_x_mm an axis, mae the mean over axes in label sds."""
-    return verdicts.spell_metrics(common.REGRESSION_METRICS, common.REGRESSION_METRICS,
-                                  probe_poses.AXES)
+def at2_of(study, rows, at1):
+    """(M, 6) motion asked for at t2 that follows from at1 (M, 6) and the known motion."""
+    return probe_poses.on_arrays(probe_poses.CONVENTIONS[study.compose].at2, at1, study.motion[rows])
 
 
 @common.first_process_only
-def report_results(run, args, study, split, scored, alarms, best_epoch=None, folds=()):
-    """metrics.json, the tables, plots and report.html of one run, or of all folds pooled."""
-    rows = scored.rows
-    target, predicted = study.at1[rows], scored.predicted["predicted"]
-    sd = probe_poses.centre_and_spread(study.at1)[1]
-    blocks = pose_scores.time_blocks(study.sequences[rows], study.order[rows])
-    judged = pose_scores.judge(scored.predicted, target, study.patients[rows], blocks, sd)
-    result = judged.result
-    held_out = scored.part in ("test", "all") or args.select == "last"
-    names = criteria_names()
-    criteria = verdicts.parse_criteria(args.criteria, names)
-    alarms = pose_scores.find_alarms(predicted, target, judged.results, scored.use,
-                                     COLLAPSE_FLOOR) + alarms
-    error_at2 = np.abs(pose_scores.pose_errors(scored.at2, study.at2[rows]))  # (M, 6)
-    metrics = {
-        "part": scored.part,
-        "best_epoch": best_epoch,
-        "held_out": held_out,
-        **result.record("per_target"),
-        "verdict": pose_scores.verdict(result, judged.per_patient, study.has_patients, held_out),
-        "alarms": alarms,
-        "criteria": verdicts.judge_criteria(criteria, verdicts.named_estimates(result, names)),
-        "sample": splitting.effective_size(target, study.patients[rows]),
-        "compose": study.compose,
-        "label_sd": sd,
-        "baselines": pose_scores.baseline_rows(judged.results, BASELINES),
-        "predictors": pose_scores.predictor_rows(scored.predicted, target, BASELINES),
-        "use": scored.use,
-        "per_axis": judged.per_axis,
-        "per_patient": judged.per_patient,
-        "mae_at2": common.mean_without_nan(error_at2, axis=0),
-        "folds": list(folds)}
-    common.write_table(run.path("per_axis_error.csv"), judged.per_axis)
-    common.write_table(run.path("per_patient_error.csv"), judged.per_patient)
-    pose_plots.plot_per_patient(judged.per_patient, result.baseline_name,
-                                run.path("per_patient_error.png"))
-    plotting.plot_scatter(pose_scores.wrapped(predicted, target), target, probe_poses.AXES,
-                          run.path("predicted_against_true.png"))
-    write_page(run, args, study, split, scored, metrics, result)
-    common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
-    pose_report.say_axes(run, judged.per_axis, list(judged.results))
-    verdicts.say_results(run, metrics)
+def judge(run, args, study, split, rows, table, part, use, alarms, best_epoch=None, folds=()):
+    """Judge the predictions for these rows of the study; `part` is val, test, folds, or what evaluate scores."""
+    setting = judging.Setting(
+        title="Probe guidance",
+        part=part,
+        held_out=part in ("test", "all") or args.select == "last",
+        best_epoch=best_epoch,
+        alarms=pose_scores.use_alarms(use, COLLAPSE_FLOOR) + alarms,
+        criteria=args.criteria,
+        data=data_blocks(run, study, split, table),
+        cases=case_blocks(args, study, rows, table),
+        limits=limits(args, study),
+        folds=list(folds))
+    at2 = pose_scores.wrapped(at2_of(study, rows, table.predicted), study.at2[rows])
+    pose_judging.judge_poses(
+        run, table, setting,
+        blocks=pose_scores.time_blocks(study.sequences[rows], study.order[rows]),
+        label_sd=study.label_sd,
+        has_patients=study.has_patients,
+        use=use,
+        numbers={
+            "compose": study.compose,
+            "mae_at2": common.regression_metrics(at2, study.at2[rows])["mae"],
+        })
 
 
-def write_page(run, args, study, split, scored, metrics, result):
-    """report.html: the verdict first, then the order of sections that all train scripts share."""
-    use = [{"measure": name, "value": scored.use[name], "meaning": text}
-           for name, text in USE_COLUMNS.items()]
-    sections = [
-        ("Data and split", data_blocks(run, study, split, metrics["sample"])),
-        ("Leakage",
-         reporting.leakage_blocks(run) if run.path("leakage_report.json").exists() else []),
-        ("Metrics", pose_report.metric_blocks(run, metrics)),
-        ("Does it use the image and the motion?",
-         [reporting.html_table(use, formats={"value": ".3f"})]),
-        ("Learning curves", reporting.history_blocks(run)),
-        ("Best and worst cases", case_blocks(args, study, scored)),
-        ("Limits", [reporting.html_text(limits_text(args, study, metrics))]),
-        ("Command and versions", reporting.command_blocks())]
-    level = verdicts.verdict_level(result.gain("mae"), metrics["alarms"])
-    if level == "good" and result.unit != "patients":
-        level = "caution"
-    reporting.write_report(
-        run.path("report.html"), f"Probe guidance: {run.folder.name}", (level, metrics["verdict"]),
-        sections, run.compute.text, pose_report.key_figures(result, metrics["predictors"]))
-
-
-def data_blocks(run, study, split, sample):
-    """What was scored, the parts of the split, the notes on the data and their plot."""
-    whose = "patients" if study.has_patients else "folders, whose patients are not known"
-    parts = [{"part": part, "transitions": len(rows), "patients": len(set(study.patients[rows])),
-              "sequences": len(set(study.sequences[rows]))} for part, rows in split.items()]
+def data_blocks(run, study, split, table):
+    """HTML of the section Data and split."""
+    sizes = [{
+        "part": part,
+        "transitions": len(rows),
+        "patients": len(set(study.patients[rows])),
+        "sequences": len(set(study.sequences[rows])),
+    } for part, rows in split.items()]
+    groups = "patients" if study.has_patients else "folders, whose patients are not known"
     blocks = [
-        reporting.html_text(f"{sample['rows']} transitions scored of {sample['subjects']} {whose}; "
-                            f"{len(study.skipped)} rows skipped."),
-        reporting.html_table(parts),
-        reporting.html_text("\n".join(f"- {note}" for note in study.notes))]
+        judging.rows_text(table, "transitions"),
+        reporting.html_text(f"Groups are {groups}; {len(study.skipped)} rows skipped."),
+        reporting.html_table(sizes),
+        reporting.html_text("\n".join(f"- {note}" for note in study.notes)),
+    ]
     plot = run.path("dataset_statistics.png")
     if plot.exists():  # not where a checkpoint is evaluated
         blocks.append(reporting.html_image(plot, "Data and split"))
     return blocks
 
 
-def case_blocks(args, study, scored, count=5):
-    """Frames with the smallest and the largest error of at1 over the axes, in label sds."""
-    target, predicted = study.at1[scored.rows], scored.predicted["predicted"]
-    sd = probe_poses.centre_and_spread(study.at1)[1]
-    error = common.mean_without_nan(np.abs(pose_scores.pose_errors(predicted, target)) / sd)  # (M, 6) -> (M,)
+def case_blocks(args, study, rows, table, count=5):
+    """HTML with the frames at t1 of the transitions with the smallest and the largest error."""
+    order, lines = score_judging.worst_and_best(table)
 
-    def case(i):
-        row = scored.rows[i]
-        true, guess = (" ".join(f"{value:.1f}" for value in pose)
-                       for pose in (target[i], predicted[i]))
-        return {"image": study.frame(row, 0, args.image_size), "title": study.links[row][0],
-                "lines": [study.patients[row], f"error {error[i]:.2f} sd", f"true {true}",
-                          f"predicted {guess}"]}
-    order = np.argsort(error)[:np.isfinite(error).sum()]
-    return [reporting.html_text("Best (x y z in mm, roll pitch yaw in degrees):"),
-            reporting.html_cases([case(i) for i in order[:count]]),
-            reporting.html_text("Worst:"),
-            reporting.html_cases([case(i) for i in order[::-1][:count]])]
+    def cases(chosen):
+        figures = []
+        for i in chosen:
+            row = rows[i]
+            frame = study.frame(row, 0, args.image_size)
+            figures.append({"image": frame, "title": study.names[row], "lines": lines[i]})
+        return reporting.html_cases(figures)
+    return [reporting.html_text("Best:"), cases(order[:count]),
+            reporting.html_text("Worst:"), cases(order[::-1][:count])]
 
 
-def limits_text(args, study, metrics):
-    """What a reader must not conclude from this run, as a list."""
+def limits(args, study):
+    """Sentences on what a reader must not conclude from this run."""
     lines = ["Valid for probes, views and patients like these; nothing else was tested."]
     if args.split_by == "time":
         lines.append("The parts are blocks of time of the same sequences: nothing is said about another patient.")
-    if metrics["unit"] != "patients":
-        lines.append("Intervals are over blocks of time, since fewer than five patients were scored: they say how "
-                     "steady the result is within these patients, and nothing about others.")
     if not study.has_patients:
         lines.append("Nobody said which patient a folder belongs to: two folders of one patient may stand on two sides "
                      "of the split. Give --patient_map or --patient_regex.")
-    if not metrics["held_out"]:
-        lines.append("The epoch was chosen on the rows that are scored here, so the numbers are optimistic; use "
-                     "--test_ratio, or --select last with a fixed number of epochs.")
     if study.compose == "additive":
         lines.append("at2 = at1 + motion here: at1 and at2 carry the same information, and the loss on at2 adds none.")
-    return "\n".join(f"- {line}" for line in lines)
+    return lines
+
+
+def criteria_names():
+    """What --criteria may name: mae_x_mm an axis, mae the mean over axes in label sds."""
+    return score_judging.criteria_names(probe_poses.AXES)
 
 
 # --- one run, or one run per fold -------------------------------------------------------------
@@ -1042,7 +962,7 @@ def make_split(args, study):
 
 
 def prepare_split(run, args, study, split):
-    """splits.json, leakage report over the frames of the parts, statistics; refuse a split that leaks."""
+    """Write splits.json, the leakage report over the frames, and the statistics; refuse a split that leaks."""
     by_time = args.split_by == "time"
     if by_time:
         run.say(f"split by time, {args.gap} transitions between blocks: every patient stands in every part, so nothing "
@@ -1055,28 +975,35 @@ def prepare_split(run, args, study, split):
             key[i] = f"{study.sequences[row]}/{study.store.paths[i].name}"
     frames = {part: np.setdiff1d(study.frames[rows], [-1]) for part, rows in split.items()}
     phash = np.array(study.frame_audit("phash"), dtype=np.uint64)
-    report = splitting.leakage_report(frames, key, study.frame_audit("pixel_sha"), phash,
-                                      {"groups": None if by_time else owner})
+    report = splitting.leakage_report(
+        frames, key, study.frame_audit("pixel_sha"), phash, {"groups": None if by_time else owner})
     splitting.record_split(run, split, study.names, report)
-    stats = pose_audit.split_facts(split, study.patients)
-    common.write_json(run.path("dataset_stats.json"), {
-        **stats, "sequences": len(set(study.sequences)), "patients_known": study.has_patients,
-        "angle_unit": study.angle_unit, "compose": study.compose, "residuals": study.residuals,
-        "poses": pose_audit.pose_ranges(study.poses), "skipped": len(study.skipped),
-        "notes": study.notes})
-    facts = [f"patients in two parts: {len(stats['patients_in_two_parts'])}",
-             f"transitions in no part: {stats['left_out']}", f"rows skipped: {len(study.skipped)}",
-             f"patients known: {'yes' if study.has_patients else 'NO, folders'}",
-             f"composition: {study.compose}",
-             f"angles in the files: {study.angle_unit}"]
-    shown = np.linspace(0, len(study.names) - 1, 4).astype(int)
-    samples = [(study.links[row][0], study.frame(row, 0, args.image_size)) for row in shown]
-    pose_plots.plot_dataset(split, study.patients, facts, samples,
-                            run.path("dataset_statistics.png"))
+    write_statistics(run, args, study, split)
+
+
+def write_statistics(run, args, study, split):
+    """dataset_stats.json and dataset_statistics.png."""
+    stats = {
+        **pose_audit.split_facts(split, study.patients),
+        "sequences": len(set(study.sequences)),
+        "patients_known": study.has_patients,
+        "angle_unit": study.angle_unit,
+        "compose": study.compose,
+        "residuals": study.residuals,
+        "poses": pose_audit.pose_ranges(study.poses),
+        "skipped": len(study.skipped),
+        "notes": study.notes,
+    }
+    common.write_json(run.path("dataset_stats.json"), stats)
+    shown = ("patients_in_two_parts", "left_out", "skipped", "patients_known", "compose", "angle_unit")
+    facts = [f"{name.replace('_', ' ')}: {str(stats[name])[:20]}" for name in shown]
+    rows = np.linspace(0, len(study.names) - 1, 4).astype(int)
+    samples = [(study.names[row], study.frame(row, 0, args.image_size)) for row in rows]
+    pose_plots.plot_dataset(split, study.patients, facts, samples, run.path("dataset_statistics.png"))
 
 
 def run_split(run, args, study, split):
-    """Train and score one split; returns the held-out rows' Scored: test where there is one, else val."""
+    """Train on one split and judge its held-out rows: test where there is one, else val."""
     prepare_split(run, args, study, split)
     if args.dry_run:
         split = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
@@ -1086,28 +1013,22 @@ def run_split(run, args, study, split):
     model, loss_function, loaders, training = fit(run, args, study, split)
     predicted = {part: evaluate(model, loader, loss_function, run.compute)[0]
                  for part, loader in loaders.items() if len(split[part])}
-    means = {}
-    for part in ("train", "val"):
-        target = study.at1[split[part]]
-        found = pose_scores.wrapped(predicted[part]["at1"], target)
-        means[part] = common.mean_metrics(common.regression_metrics(found, target))
     centre = probe_poses.centre_and_spread(study.at1[split["train"]])[0]
+    tables = {"train": score_table(study, split["train"], predicted["train"], {})}
     for part in ("val", "test"):
         rows = split[part]
-        if not len(rows):
-            continue
-        scored = Scored(
-            rows=rows, part=part, at2=predicted[part]["at2"],
-            predicted={"predicted": predicted[part]["at1"],
-                       **baselines(study, split["train"], rows, centre)},
-            use=use_of_inputs(model, loaders[part], loss_function, run.compute,
-                              study.patients[rows]))
-        write_predictions(run.path(f"predictions_{part}.csv"), study, scored)
+        if len(rows):
+            others = baselines(study, split["train"], rows, centre)
+            tables[part] = score_table(study, rows, predicted[part], others)
+            tables[part].write(run.path(f"predictions_{part}.csv"))
     best_epoch = training.progress.best_epoch
     plot_training(run, training.progress.history, best_epoch)
-    alarms = verdicts.split_gap_alarms(means["train"], means["val"])
-    report_results(run, args, study, split, scored, alarms, best_epoch)
-    return scored
+    train, val = (common.mean_metrics(common.regression_metrics(tables[part].predicted, tables[part].target))
+                  for part in ("train", "val"))
+    part = "test" if "test" in tables else "val"
+    use = use_of_inputs(model, loaders[part], loss_function, run.compute, tables[part].groups)
+    alarms = verdicts.split_gap_alarms(train, val)
+    judge(run, args, study, split, split[part], tables[part], part, use, alarms, best_epoch)
 
 
 def plot_training(run, history, best_epoch):
@@ -1120,51 +1041,46 @@ def plot_training(run, history, best_epoch):
 
 
 def run_folds(run, args, study):
-    """One run per fold in fold_K/, patients left out in turn, then the predictions pooled and scored as one."""
-    fold_of = splitting.make_folds(len(study.names), args.folds, None, study.patients, args.seed,
-                                   study.names)
+    """One run per fold in fold_K/, patients left out in turn, then the predictions pooled and judged as one."""
+    fold_of = splitting.make_folds(
+        len(study.names), args.folds, None, study.patients, args.seed, study.names)
     folds = {f"fold_{k}": np.flatnonzero(fold_of == k) for k in range(args.folds)}
     prepare_split(run, args, study, folds)
     study = encode_frames(study, np.arange(len(study.names)), args, run.compute)
     run.write_args(**study.record(folds))
-    results, done = [], []
-    for k in range(args.folds) if args.fold == "all" else [args.fold]:
-        split = {"train": np.flatnonzero(fold_of != k), "val": folds[f"fold_{k}"],
-                 "test": np.array([], dtype=int)}
+    chosen = range(args.folds) if args.fold == "all" else [args.fold]
+    for k in chosen:
+        split = {
+            "train": np.flatnonzero(fold_of != k),
+            "val": folds[f"fold_{k}"],
+            "test": np.array([], dtype=int),
+        }
         with run.child(f"fold_{k}") as child:
             if child.path("metrics.json").exists():
                 child.say(f"fold {k} is finished")
             else:
                 run_split(child, args, study, split)
-            metrics = common.read_json(child.path("metrics.json"))
-            scored = read_predictions(child.path("predictions_val.csv"), study, metrics["use"],
-                                      "val")
-        results.append(scored)
-        done.append({"fold": k, "rows": len(scored.rows),
-                     "patients": sorted(set(study.patients[scored.rows])),
-                     **{name: metrics[name]
-                        for name in ("best_epoch", "model", "baseline", "baseline_name", "use")}})
-    common.write_table(run.path("fold_table.csv"), pose_report.fold_rows(done))
-    pooled = pool(results)
-    write_predictions(run.path("predictions_folds.csv"), study, pooled)
-    alarms = verdicts.identical_fold_alarms([[each["value"] for each in fold["model"].values()]
-                                             for fold in done])
-    report_results(run, args, study, folds, pooled, alarms, folds=done)
+    tables = [prediction_tables.read_predictions(run.path(f"fold_{k}") / "predictions_val.csv") for k in chosen]
+    uses = [common.read_json(run.path(f"fold_{k}") / "metrics.json")["use"] for k in chosen]
+    joined = prediction_tables.join(tables)
+    row_of = {name: row for row, name in enumerate(study.names)}
+    rows = np.array([row_of[name] for name in joined.keys["name"]])
+    pooled = score_table(study, rows, joined.predicted, joined.baselines)
+    pooled.write(run.path("predictions_folds.csv"))
+    numbers = [pose_scores.fold_numbers(table, study.label_sd) | use for table, use in zip(tables, uses)]
+    done = judging.finished_folds(run, chosen, numbers)
+    alarms = judging.identical_fold_alarms(done)
+    judge(run, args, study, folds, rows, pooled, "folds", mean_use(done), alarms, folds=done)
 
 
-def pool(results):
-    """The Scored of all folds as one; numbers of use are means over the rows."""
-    n_rows = [len(scored.rows) for scored in results]
-    use = {}
-    for name in results[0].use:
-        values = np.array([scored.use[name] for scored in results], float)  # None, as JSON has NaN, becomes NaN
-        use[name] = float(np.average(values, weights=n_rows))
-    predicted = {kind: np.concatenate([scored.predicted[kind] for scored in results])
-                 for kind in results[0].predicted}
-    return Scored(rows=np.concatenate([scored.rows for scored in results]), predicted=predicted,
-                  part="folds",
-                  at2=np.concatenate([scored.at2 for scored in results]), use=use)
+def mean_use(folds):
+    """Numbers of use over all folds: their means over the rows."""
+    n_rows = [fold["rows"] for fold in folds]
+    values = {name: np.array([fold[name] for fold in folds], float) for name in pose_judging.USE_MEANINGS}
+    return {name: float(np.average(each, weights=n_rows)) for name, each in values.items()}
 
+
+# --- the other modes -------------------------------------------------------------------------
 
 def load_checkpoint(args, run):
     """--checkpoint -> (its content, model on the device, args with the settings of the model in place of the flags)."""
@@ -1195,25 +1111,28 @@ def rows_to_score(args, study):
 
 
 def score_checkpoint(run, args):
-    """--mode evaluate: metrics, predictions and report of a trained model on rows it was not trained on."""
+    """--mode evaluate: judge a trained model on rows it was not trained on."""
     content, model, args = load_checkpoint(args, run)
     study = load_study(args, run)
     part, rows, train = rows_to_score(args, study)
     run.write_args(**study.record({part: rows}))
     if len(train):
         study = encode_frames(study, np.union1d(train, rows), args, run.compute)
-    _, loaders = make_loaders(study, {"train": rows, part: rows}, args, run.compute)
-    loss_function = DreamLoss(args, content["scaler"], run.compute.device)
-    predicted, _ = evaluate(model, loaders[part], loss_function, run.compute)
+    loader, loss_function = prepare_scoring(study, rows, args, content, run.compute)
+    predicted, _ = evaluate(model, loader, loss_function, run.compute)
     centre = content["scaler"]["at1"]["mean"].numpy()
-    scored = Scored(
-        rows=rows, part=part, at2=predicted["at2"],
-        predicted={"predicted": predicted["at1"], **baselines(study, train, rows, centre)},
-        use=use_of_inputs(model, loaders[part], loss_function, run.compute, study.patients[rows]))
-    write_predictions(run.path(f"predictions_{part}.csv"), study, scored)
-    seen = sorted(set(study.patients[rows]) & set(content["train_patients"]))
+    table = score_table(study, rows, predicted, baselines(study, train, rows, centre))
+    table.write(run.path(f"predictions_{part}.csv"))
+    use = use_of_inputs(model, loader, loss_function, run.compute, table.groups)
+    seen = sorted(set(table.groups) & set(content["train_patients"]))
     alarms = [f"the model was trained on these patients: {common.shorten_list(seen, 5)}"] if seen else []
-    report_results(run, args, study, {part: rows}, scored, alarms, content["epoch"])
+    judge(run, args, study, {part: rows}, rows, table, part, use, alarms, content["epoch"])
+
+
+def prepare_scoring(study, rows, args, content, compute):
+    """(loader of these rows, DreamLoss in the units of a checkpoint)."""
+    _, loaders = make_loaders(study, {"train": rows}, args, compute)
+    return loaders["train"], DreamLoss(args, content["scaler"], compute.device)
 
 
 def predict(run, args):
@@ -1222,14 +1141,10 @@ def predict(run, args):
     study = load_study(args, run, needs_labels=False)
     rows = np.arange(len(study.names))
     run.write_args(**study.record({"all": rows}))
-    _, loaders = make_loaders(study, {"train": rows, "all": rows}, args, run.compute)
-    predicted, _ = evaluate(model, loaders["all"],
-                            DreamLoss(args, content["scaler"], run.compute.device), run.compute)
-    keys = {"name": study.names, "patient": study.patients, "sequence": study.sequences}
-    values = {"predicted": predicted["at1"], "predicted_t2": predicted["at2"],
-              "motion": study.motion}
-    prediction_tables.write_target_table(run.path("predictions.csv"), keys, probe_poses.AXES,
-                                         values)
+    loader, loss_function = prepare_scoring(study, rows, args, content, run.compute)
+    predicted, _ = evaluate(model, loader, loss_function, run.compute)
+    table = score_table(study, rows, predicted, {"motion": study.motion})
+    table.write(run.path("predictions.csv"))
     common.write_json(run.path("metrics.json"),
                       {"part": "predict", "rows": len(rows), "epoch": content["epoch"]})
     run.say(f"{len(rows)} transitions; predicted: the motion asked for at t1. Open next: {run.path('predictions.csv')}")
@@ -1240,17 +1155,7 @@ def audit(run, args):
     study = load_study(args, run)
     used = np.setdiff1d(study.frames, [-1])
     brightness = [study.store[i].mean() for i in used]
-    similar = probe_poses.similar_sequences(study.sequences, study.at1)
-    checks = [
-        pose_audit.Check("OK", "data", f"{len(study.names)} transitions in {len(set(study.sequences))} sequences"),
-        *pose_audit.check_rows(study.skipped),
-        *(pose_audit.Check("OK", "note", note) for note in study.notes),
-        *pose_audit.check_composition(study.residuals, study.compose),
-        *pose_audit.check_ranges(study.poses),
-        *pose_audit.check_chain(study.sequences, study.order, study.frames, study.at1, study.at2),
-        *pose_audit.check_time(study.place, study.at1),
-        *pose_audit.check_patients(study.sequences, study.patients, study.has_patients, similar),
-        *pose_audit.check_frames(study.store.audit, brightness, study.frames, study.patients)]
+    checks = pose_audit.check_study(study, brightness)
     for check in checks:
         run.say(f"{check.status:5} {check.name:20} {check.found}")
         if check.remedy:
@@ -1260,7 +1165,8 @@ def audit(run, args):
         "residuals": study.residuals,
         "compose": study.compose,
         "angle_unit": study.angle_unit,
-        "notes": study.notes})
+        "notes": study.notes,
+    })
     run.say(f"open next: {run.path('audit.json')}")
 
 

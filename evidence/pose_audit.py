@@ -31,6 +31,23 @@ def check(is_bad, name, found, remedy="", status="WARN"):
     return Check("OK", name, found)
 
 
+def check_study(study, brightness):
+    """All checks of a train_dreamer.Study; brightness: mean grey level of each picture in use."""
+    similar = probe_poses.similar_sequences(study.sequences, study.at1)
+    size = f"{len(study.names)} transitions in {len(set(study.sequences))} sequences"
+    return [
+        Check("OK", "data", size),
+        *check_rows(study.skipped),
+        *(Check("OK", "note", note) for note in study.notes),
+        *check_composition(study.residuals, study.compose),
+        *check_ranges(study.poses),
+        *check_chain(study.sequences, study.order, study.frames, study.at1, study.at2),
+        *check_time(study.place, study.at1),
+        *check_patients(study.sequences, study.patients, study.has_patients, similar),
+        *check_frames(study.store.audit, brightness, study.frames, study.patients),
+    ]
+
+
 def check_rows(skipped):
     """Rows that cannot be used; skipped: dicts of sequence, row and reason."""
     missing = [f"{row['sequence']} row {row['row']}" for row in skipped if row["reason"].startswith("no file")]
@@ -62,8 +79,13 @@ def pose_ranges(poses):
     ranges = {}
     for name, values in poses.items():
         mean, sd = probe_poses.centre_and_spread(values)
-        columns = {"mean": mean, "sd": sd, "low": np.nanmin(values, axis=0), "high": np.nanmax(values, axis=0),
-                   "missing": np.isnan(values).sum(0)}
+        columns = {
+            "mean": mean,
+            "sd": sd,
+            "low": np.nanmin(values, axis=0),
+            "high": np.nanmax(values, axis=0),
+            "missing": np.isnan(values).sum(0),
+        }
         ranges[name] = {axis: {what: column[a] for what, column in columns.items()}
                         for a, axis in enumerate(probe_poses.AXES)}
     return ranges
@@ -155,7 +177,10 @@ def split_facts(split, patients):
     parts = {part: {"transitions": len(rows), "patients": sorted(set(patients[rows].tolist()))}
              for part, rows in split.items()}
     n_parts = collections.Counter(name for part in parts.values() for name in part["patients"])
-    return {"transitions": len(patients), "parts": parts,
-            "transitions_of_patient": dict(collections.Counter(patients.tolist())),
-            "patients_in_two_parts": sorted(name for name, count in n_parts.items() if count > 1),
-            "left_out": len(patients) - sum(len(rows) for rows in split.values())}
+    return {
+        "transitions": len(patients),
+        "parts": parts,
+        "transitions_of_patient": dict(collections.Counter(patients.tolist())),
+        "patients_in_two_parts": sorted(name for name, count in n_parts.items() if count > 1),
+        "left_out": len(patients) - sum(map(len, split.values())),
+    }

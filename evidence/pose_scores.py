@@ -1,7 +1,7 @@
 """How well a probe's motions are predicted: errors of each axis, predictor and patient.
 
-Letters: M transitions scored. Units: a pose is (x, y, z, roll, pitch, yaw), mm and degrees, NaN = missing. predicted:
-{"predicted" (the model) and each baseline: (M, 6)}; target: (M, 6).
+Letters: M transitions scored. Units: a pose is (x, y, z, roll, pitch, yaw), mm and degrees, NaN = missing. A table is a
+prediction_tables.ScoreTable of poses, patients as its groups, angles `wrapped`, so that errors subtract.
 """
 import dataclasses
 import math
@@ -13,37 +13,20 @@ import common
 from evidence import subject_intervals, verdicts
 from readers import probe_poses
 
-
-@dataclasses.dataclass
-class Judged:
-    """The model beside its baselines on the same rows."""
-    results: dict  # baseline -> Result, errors in label sds
-    result: subject_intervals.Result  # beside the best baseline; each axis in mm and degrees
-    per_axis: list  # of axis_rows
-    per_patient: list  # of patient_rows
-
-
-def judge(predicted, target, patients, blocks, sd):
-    """Judged; patients: (M,) names; blocks: of time_blocks; sd: (6,) of the labels."""
-    results = compare(predicted, target, patients, blocks, sd)
-    best = min(results.values(), key=lambda result: result.overall.baseline["mae"].value)
-    result = in_units(best, sd)
-    baseline = predicted[result.baseline_name]
-    return Judged(
-        results=results,
-        result=result,
-        per_axis=axis_rows(result, predicted, target),
-        per_patient=patient_rows(patients, predicted["predicted"], baseline, target))
-
-
-def pose_errors(predicted, target):
-    """predicted - target (M, 6), angles wrapped at 180 degrees."""
-    return probe_poses.on_arrays(probe_poses.pose_error, predicted, target)
+BASELINES = {
+    "zero": "no motion",
+    "train_mean": "mean of the train rows",
+    "copy": "the known motion taken for the answer",
+    "motion_ridge": "ridge on the known motion alone",
+    "frame_index": "mean of the train rows at the same place in a sequence",
+    "image_ridge": "ridge on the untuned encoder's features and the known motion",
+}
 
 
 def wrapped(predicted, target):
     """Predictions (M, 6) turned by whole turns to within 180 degrees of their targets, so that errors subtract."""
-    return np.where(np.isnan(target), predicted, target + pose_errors(predicted, target))
+    error = probe_poses.on_arrays(probe_poses.pose_error, predicted, target)
+    return np.where(np.isnan(target), predicted, target + error)
 
 
 def time_blocks(sequences, order, length=8, most=10):
@@ -58,53 +41,17 @@ def time_blocks(sequences, order, length=8, most=10):
     return blocks.astype(str)
 
 
-def predictor_rows(predicted, target, meanings):
-    """One dict per predictor: mean MAE over the translations and over the angles, distance in mm, geodesic angle."""
-    rows = []
-    for kind, values in predicted.items():
-        error = pose_errors(values, target)
-        numbers = {"mae_mm": np.abs(error[:, :3]).ravel(), "mae_deg": np.abs(error[:, 3:]).ravel(),
-                   "distance_mm": np.linalg.norm(error[:, :3], axis=1),
-                   "geodesic_deg": probe_poses.on_arrays(probe_poses.geodesic_degrees, values,
-                                                         target)}
-        means = {name: common.mean_without_nan(each) for name, each in numbers.items()}
-        rows.append({"predictor": "model" if kind == "predicted" else kind, **means,
-                     "meaning": meanings.get(kind, "")})
-    return rows
+def compare(table, blocks, sd):
+    """The model against each baseline, errors in units of sd (6,): {baseline: Result}.
 
-
-def patient_rows(patients, predicted, baseline, target):
-    """One dict per patient: rows, MAE per axis of the model and of the baseline, geodesic angle.
-
-    patients: (M,) names; predicted, baseline: (M, 6).
+    Resampled are patients; with fewer than five, `blocks` of time, which say nothing about other patients.
     """
-    errors = {"mae_": np.abs(pose_errors(predicted, target)),
-              "baseline_mae_": np.abs(pose_errors(baseline, target))}
-    angle = probe_poses.on_arrays(probe_poses.geodesic_degrees, predicted, target)  # (M,)
-    rows = []
-    for patient in np.unique(patients):
-        own = patients == patient
-        row = {"patient": patient, "transitions": int(own.sum())}
-        for prefix, error in errors.items():
-            mae = common.mean_without_nan(error[own], axis=0)
-            row |= {prefix + axis: value for axis, value in zip(probe_poses.AXES, mae)}
-        rows.append({**row, "geodesic_deg": common.mean_without_nan(angle[own])})
-    return rows
-
-
-def compare(predicted, target, patients, blocks, sd):
-    """bootstrap_regression of the model against each baseline, in units of sd (6,): {baseline: Result}.
-
-    Resampled are patients, (M,) names; with fewer than five, blocks of time, which say nothing about other patients.
-    """
-    units, unit = patients, "patients"
-    if len(set(patients)) < subject_intervals.FEWEST_FOR_INTERVAL:
+    units, unit = table.groups, "patients"
+    if len(set(units)) < subject_intervals.FEWEST_FOR_INTERVAL:
         units, unit = blocks, "time blocks"
-    scaled = {kind: wrapped(values, target) / sd for kind, values in predicted.items()}
-    model = scaled.pop("predicted")
-    return {kind: subject_intervals.bootstrap_regression(
-        model, target / sd, units, baseline, unit=unit, names=probe_poses.AXES, baseline_name=kind)
-            for kind, baseline in scaled.items()}
+    return {name: subject_intervals.bootstrap_regression(
+        table.predicted / sd, table.target / sd, units, baseline / sd, unit=unit, names=table.names, baseline_name=name)
+            for name, baseline in table.baselines.items()}
 
 
 def in_units(result, sd):
@@ -117,32 +64,102 @@ def in_units(result, sd):
     return dataclasses.replace(result, each=subject_intervals.Comparison(**sides))
 
 
-def axis_rows(result, predicted, target):
+def axis_rows(result, table):
     """One dict per axis: n, metrics with intervals, and the MAE of every baseline; result: of in_units."""
     rows = subject_intervals.target_rows(result)
-    for kind, values in predicted.items():
-        if kind == "predicted":
-            continue
-        mae = common.mean_without_nan(np.abs(pose_errors(values, target)), axis=0)
+    for name, baseline in table.baselines.items():
+        mae = common.regression_metrics(baseline, table.target)["mae"]
         for row, value in zip(rows, mae):
-            row[f"mae_{kind}"] = value
+            row[f"mae_{name}"] = value
     return rows
 
 
-def baseline_rows(results, meanings):
+def predictor_rows(table):
+    """One dict per predictor: mean MAE over the translations and over the angles, distance in mm, geodesic angle."""
+    rows = []
+    for name, values in {"model": table.predicted, **table.baselines}.items():
+        error = np.abs(values - table.target)
+        angle = probe_poses.on_arrays(probe_poses.geodesic_degrees, values, table.target)
+        rows.append({
+            "predictor": name,
+            "mae_mm": common.mean_without_nan(error[:, :3].ravel()),
+            "mae_deg": common.mean_without_nan(error[:, 3:].ravel()),
+            "distance_mm": common.mean_without_nan(np.linalg.norm(error[:, :3], axis=1)),
+            "geodesic_deg": common.mean_without_nan(angle),
+            "meaning": BASELINES.get(name, ""),
+        })
+    return rows
+
+
+def patient_rows(table, baseline_name):
+    """One dict per patient: rows, MAE per axis of the model and of that baseline, geodesic angle of the model."""
+    rows = []
+    for patient in np.unique(table.groups):
+        own = table.take(table.groups == patient)
+        model = common.regression_metrics(own.predicted, own.target)["mae"]  # (6,)
+        baseline = common.regression_metrics(own.baselines[baseline_name], own.target)["mae"]
+        angle = probe_poses.on_arrays(probe_poses.geodesic_degrees, own.predicted, own.target)
+        rows.append({
+            "patient": patient,
+            "transitions": len(own.target),
+            **{f"mae_{axis}": value for axis, value in zip(table.names, model)},
+            **{f"baseline_mae_{axis}": value for axis, value in zip(table.names, baseline)},
+            "geodesic_deg": common.mean_without_nan(angle),
+        })
+    return rows
+
+
+def baseline_rows(results):
     """One dict per baseline: error in label sds, and the model's difference from it with its interval."""
     rows = []
-    for kind, result in results.items():
+    for name, result in results.items():
         difference = result.overall.difference["mae"]
-        rows.append({"baseline": kind, "error": result.overall.baseline["mae"].value,
-                     "difference": difference.value,
-                     "low": difference.low, "high": difference.high,
-                     "sign_flip_p": result.sign_flip_p["mae"],
-                     "meaning": meanings[kind]})
+        rows.append({
+            "baseline": name,
+            "error": result.overall.baseline["mae"].value,
+            "difference": difference.value,
+            "low": difference.low,
+            "high": difference.high,
+            "sign_flip_p": result.sign_flip_p["mae"],
+            "meaning": BASELINES[name],
+        })
     return rows
 
 
-def _place_alarms(results):
+def fold_numbers(table, sd):
+    """What the fold table says of one fold: error of the model and of its best baseline in units of sd (6,), and R2."""
+    def means(predicted):
+        return common.mean_metrics(common.regression_metrics(predicted / sd, table.target / sd))
+    model = means(table.predicted)
+    return {
+        "rows": len(table.target),
+        "error": model["mae"],
+        "baseline_error": min(means(baseline)["mae"] for baseline in table.baselines.values()),
+        "r2": model["r2"],
+    }
+
+
+def verdict(result, per_patient, has_patients, held_out):
+    """One honest sentence: does the model beat its best baseline, over what, and what it proves nothing about.
+
+    per_patient: rows of patient_rows; has_patients False: each folder counted as a patient.
+    """
+    text = verdicts.verdict_sentence(result, "mae", held_out=held_out, label="mean error in label sds")
+    if result.unit == "patients":
+        return text
+    n = len(per_patient)
+    if n == 1:
+        return f"One patient proves nothing across patients. Within it, over blocks of time: {text}"
+    better = 0
+    for row in per_patient:
+        ratios = [row[f"mae_{axis}"] / row[f"baseline_mae_{axis}"] for axis in result.names]
+        better += np.mean(ratios) < 1
+    who = "patients are" if has_patients else "folders, whose patients are not known, are"
+    return (f"{n} {who} too few for an interval across patients (better in {better} of {n}). "
+            f"Within them, over blocks of time: {text}")
+
+
+def place_alarms(results):
     """Does the place in the sequence predict as well as the model? Sentences."""
     if "frame_index" not in results:
         return []
@@ -154,30 +171,9 @@ def _place_alarms(results):
             "may know when, not where"]
 
 
-def verdict(result, per_patient, has_patients, held_out):
-    """One honest sentence: does the model beat its best baseline, over what, and what it proves nothing about.
-
-    per_patient: rows of patient_rows; has_patients False: each folder counted as a patient.
-    """
-    text = verdicts.verdict_sentence(result, "mae", held_out=held_out,
-                                     label="mean error in label sds")
-    if result.unit == "patients":
-        return text
-    n = len(per_patient)
-    if n == 1:
-        return f"One patient proves nothing across patients. Within it, over blocks of time: {text}"
-    shares = [np.mean([row[f"mae_{axis}"] / row[f"baseline_mae_{axis}"]
-                       for axis in probe_poses.AXES])
-              for row in per_patient]
-    who = f"{n} patients are" if has_patients else f"{n} folders, whose patients are not known, are"
-    return (f"{who} too few for an interval across patients (better in {np.sum(np.array(shares) < 1)} of {n}). "
-            f"Within them, over blocks of time: {text}")
-
-
-def find_alarms(predicted, target, results, use, spread_floor):
-    """Sentences on what must be known before any number; use: of the inputs, spread_floor: healthy feature_spread."""
-    alarms = verdicts.regression_alarms(wrapped(predicted, target), target, probe_poses.AXES)
-    alarms += _place_alarms(results)
+def use_alarms(use, spread_floor):
+    """Sentences on inputs that a model does not use; spread_floor: smallest healthy feature_spread."""
+    alarms = []
     if abs(use["action_shuffle_ratio"] - 1) < 0.02:
         alarms.append(f"the known motion is ignored: action-shuffle ratio {use['action_shuffle_ratio']:.3f}")
     if use["latent_skill"] > 1:
@@ -187,10 +183,37 @@ def find_alarms(predicted, target, results, use, spread_floor):
     return alarms
 
 
-def retrieval_rank(guess, truth, patients):
-    """Mean share of a patient's other true frames that lie nearer to the guess than its own: tensors (M, .), (M, .), names (M,).
+# --- imagined features -------------------------------------------------------------------------------
 
-    0 = the own one is always nearest, .5 = chance; ties count half. NaN where no patient has two rows.
+def latent_terms(features_t1, imagined, features_t2):
+    """What latent_numbers needs of each row, from feature maps (B, F, G) of F channels and G cells."""
+    return {
+        "latent_error": (imagined - features_t2).square().mean((1, 2)),  # (B,)
+        "copy_error": (features_t1 - features_t2).square().mean((1, 2)),  # (B,)
+        "feature_mean": features_t2.mean(2),  # (B, F, G) -> (B, F)
+        "feature_square": features_t2.square().mean(2),  # (B, F, G) -> (B, F)
+    }
+
+
+def latent_numbers(rows):
+    """latent_loss (1 = a constant map), latent_skill (1 = copying t1; lower is better), feature_spread; whole split."""
+    error = rows["latent_error"].double().mean()
+    mean = rows["feature_mean"].double()  # (M, F)
+    square = rows["feature_square"].double().mean(0)  # (F,)
+    variance = (square - mean.mean(0).square()).mean().clamp(min=1e-8)
+    spread = mean.var(0, correction=0).mean().sqrt() / square.mean().sqrt().clamp(min=1e-6)
+    return {
+        "latent_loss": (error / variance).item(),
+        "latent_skill": (error / rows["copy_error"].double().mean()).item(),
+        "feature_spread": spread.item(),
+    }
+
+
+def retrieval_rank(guess, truth, patients):
+    """How many of a patient's other true frames lie nearer to the guess than its own, as a mean share.
+
+    guess, truth: tensors (M, F); patients: (M,) names. 0 = the own one is always nearest, .5 = chance; ties count half.
+    NaN where no patient has two rows.
     """
     ranks = []
     for patient in np.unique(patients):

@@ -130,12 +130,6 @@ def write_target_table(path, keys, names, values):
     write_columns(path, columns)
 
 
-def read_target_table(path, key, names):
-    """A CSV of write_target_table -> (M texts of column `key`, {kind: (M, R)}); the first target tells the kinds."""
-    table = csv_tables.read_table(path)
-    return list(table[key]), _target_blocks(table, names, path)
-
-
 def _target_blocks(table, names, path):
     """{kind: (M, R)} of the columns NAME_KIND that every name has."""
     first = f"{names[0]}_"

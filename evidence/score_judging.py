@@ -173,7 +173,7 @@ def metric_blocks(run, setting, result, rows, moment_rows, plot_file):
 def worst_and_best(table):
     """(order of the rows from the smallest to the largest error, two lines of text on each row).
 
-    The error is the root mean square over the scores, each in units of the sd of its truth.
+    The error is the root mean square over the scores, each in units of the sd of its truth; rows without truth are left out.
     """
     scaled = (table.predicted - table.target) / np.nanstd(table.target, axis=0)  # (M, R)
     error = np.sqrt(common.mean_without_nan(scaled ** 2))
@@ -182,4 +182,5 @@ def worst_and_best(table):
         r = np.nan_to_num(np.abs(each)).argmax()
         lines.append([f"rms error {error[row]:.2f} sd", f"{table.names[r]}: true {table.target[row, r]:.2f}, "
                       f"predicted {table.predicted[row, r]:.2f}"])
-    return np.argsort(error, kind="stable"), lines
+    order = np.argsort(error, kind="stable")
+    return order[:np.isfinite(error).sum()], lines

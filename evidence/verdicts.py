@@ -50,13 +50,6 @@ def split_gap_alarms(train_metrics, val_metrics, metric="pearson_r"):
     return [f"train far above validation {numbers}: overfitting"] if train > val + 0.3 else []
 
 
-def identical_fold_alarms(fold_results):
-    """Sentences on folds with the same numbers to the last digit; fold_results: one array of any shape per fold."""
-    return [f"folds {a} and {b} have identical results: were they trained and judged on the same rows?"
-            for a, b in itertools.combinations(range(len(fold_results)), 2)
-            if np.array_equal(fold_results[a], fold_results[b])]
-
-
 def classification_alarms(probability, label, names, threshold=None, positive=None):
     """Sentences on signs of a broken classifier or of labels that cannot judge it; else [].
 
@@ -218,7 +211,7 @@ def verdict_sentence(result, metric="r2", ceiling=None, held_out=True, label=Non
     if result.has_intervals:
         ends = f"{difference.low:+.3f} to {difference.high:+.3f}, {how}"
         how = ends if is_known else "no interval: too few to resolve it"
-    text = (f"{verdict} the {result.baseline_name.replace('_', ' ')} baseline: {label or metric_names.METRICS[metric].label} "
+    text = (f"{verdict} the {result.baseline_label} baseline: {label or metric_names.METRICS[metric].label} "
             f"{result.overall.model[metric].value:.3f} against {result.overall.baseline[metric].value:.3f}, "
             f"difference {difference.value:+.3f} [{how}]{_sign_flip_text(result, metric)}")
     if ceiling is not None and np.isfinite(ceiling):

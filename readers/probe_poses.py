@@ -376,6 +376,21 @@ def complete_poses(poses, convention):
     return notes
 
 
+def complete_rows(transitions, asked_unit, asked_composition):
+    """({at1, motion, at2: (N, 6)} of N Transitions, checked and completed, what was found on the way).
+
+    Found are angle_unit, compose, residuals (of composition_residuals) and notes.
+    """
+    poses = {name: np.stack([getattr(row, name) for row in transitions]) for name in FIELDS}
+    unit = angle_unit(poses, asked_unit)
+    notes = [f"angles are read as {unit} (largest in the files: {largest_angle(poses):.4g})"]
+    notes += mask_labels(poses, unit)
+    residuals = composition_residuals(**poses)
+    convention, text = choose_composition(asked_composition, residuals)
+    notes += [text, *complete_poses(poses, convention)]
+    return poses, {"angle_unit": unit, "compose": convention, "residuals": residuals, "notes": notes}
+
+
 def reasons_to_skip(transitions, poses, needs_labels):
     """Why each row cannot be used, None where it can."""
     has_motion = ~np.isnan(poses["motion"]).any(1)

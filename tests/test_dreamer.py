@@ -14,7 +14,7 @@ from torch import nn
 import common
 import train_dreamer
 from conftest import only_run, run_here, run_fresh, run_script
-from evidence import pose_scores
+from evidence import pose_scores, prediction_tables
 from readers.probe_poses import AXES
 from readers import probe_poses
 
@@ -97,7 +97,23 @@ def test_metrics_are_those_of_the_predictions_file(trained):
     verdicts = {entry["name"]: entry["verdict"] for entry in metrics["criteria"]}
     assert metrics["part"] == "test" and set(verdicts) == {"mae", "mae_x_mm"}
     assert set(verdicts.values()) == {"NOT RESOLVABLE"}, "two blocks of time give no interval"
-    assert set(train_dreamer.BASELINES) == {row["baseline"] for row in metrics["baselines"]}
+    assert set(pose_scores.BASELINES) == {row["baseline"] for row in metrics["baselines"]}
+
+
+def test_another_program_judges_the_predictions_alike(trained, tmp_path):
+    """Angles stand within 180 degrees of the truth, so that whoever subtracts them gets the errors of the report."""
+    run_script("judge_predictions.py", "--predictions", trained / "predictions_test.csv", "--output_dir", tmp_path)
+    again, first = (json.loads((run / "metrics.json").read_text()) for run in (only_run(tmp_path), trained))
+    assert [row["name"] for row in again["per_target"]] == list(AXES)
+    assert again["baseline_name"] in pose_scores.BASELINES and again["subjects"] == 1
+    errors = [[row["model"]["mae"]["value"] for row in metrics["per_target"]] for metrics in (again, first)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-9)
+
+
+def test_angles_are_turned_towards_the_truth():
+    target = np.array([[0, 0, 0, 179.0, -170.0, np.nan]])
+    found = pose_scores.wrapped(np.array([[200.0, 0, 0, -179.0, 175.0, 400.0]]), target)
+    assert found.tolist() == [[200.0, 0, 0, 181.0, -185.0, 400.0]]
 
 
 def test_patients_stand_on_one_side_and_the_report_says_zero(slices, trained):
@@ -169,7 +185,13 @@ def test_folds_leave_each_patient_out_once(folds, slices):
         splits = json.loads((folds / f"fold_{k}" / "splits.json").read_text())
         owners = [{name[:10] for name in splits[part]} for part in ("train", "val")]
         assert len(owners[1]) == 1 and owners[0].isdisjoint(owners[1])
-    assert [row["fold"] for row in read_csv(folds / "fold_table.csv")] == ["0", "1", "2", "mean", "SD"]
+    table = read_csv(folds / "fold_table.csv")
+    assert [row["fold"] for row in table] == ["0", "1", "2", "mean", "SD"]
+    for row in table[:3]:
+        metrics = json.loads((folds / f"fold_{row['fold']}" / "metrics.json").read_text())
+        assert float(row["error"]) == pytest.approx(metrics["model"]["mae"]["value"], rel=1e-9)
+        assert float(row["baseline_error"]) == pytest.approx(metrics["baseline"]["mae"]["value"], rel=1e-9)
+        assert float(row["latent_skill"]) == pytest.approx(metrics["use"]["latent_skill"], rel=1e-9)
     assert "3 patients are too few" in json.loads((folds / "metrics.json").read_text())["verdict"]
 
 
@@ -308,10 +330,9 @@ def test_the_guard_keeps_features_from_collapsing():
 
 
 def test_collapsed_features_raise_an_alarm():
-    _, predicted, target, result, _ = small_result()
     use = {"feature_spread": 0.001, "action_shuffle_ratio": 1.3, "latent_skill": 0.5}
-    alarms = pose_scores.find_alarms(predicted["predicted"], target, {"zero": result}, use, train_dreamer.COLLAPSE_FLOOR)
-    assert any("collapsed" in alarm for alarm in alarms)
+    alarms = pose_scores.use_alarms(use, train_dreamer.COLLAPSE_FLOOR)
+    assert len(alarms) == 1 and "collapsed" in alarms[0]
 
 
 # --- does it use the motion? -------------------------------------------------------------------
@@ -379,8 +400,8 @@ def test_latent_numbers_do_not_depend_on_the_batches():
     t1, imagined, t2 = torch.randn(3, 12, 5, 4)
     compute = common.choose_compute("cpu", "off")
     cuts = [slice(0, 7), slice(7, 9), slice(9, 12)]
-    batches = [train_dreamer.latent_terms(t1[cut], imagined[cut], t2[cut]) for cut in cuts]
-    found = train_dreamer.latent_numbers(train_dreamer.join_batches(batches, compute))
+    batches = [pose_scores.latent_terms(t1[cut], imagined[cut], t2[cut]) for cut in cuts]
+    found = pose_scores.latent_numbers(train_dreamer.join_batches(batches, compute))
     assert found["latent_skill"] == pytest.approx((((imagined - t2) ** 2).sum() / ((t1 - t2) ** 2).sum()).item())
     assert found["latent_loss"] == pytest.approx(train_dreamer.latent_loss(imagined, t2).item(), rel=1e-4)
     assert found["feature_spread"] == pytest.approx(train_dreamer.feature_spread(t2).item(), rel=1e-4)
@@ -388,15 +409,22 @@ def test_latent_numbers_do_not_depend_on_the_batches():
 
 # --- baselines and verdict --------------------------------------------------------------------------
 
+def pose_table(patients, target, predicted):
+    zero = np.zeros_like(target)
+    return prediction_tables.ScoreTable(
+        keys={"name": np.arange(len(target)).astype(str)}, names=list(AXES), target=target, predicted=predicted,
+        baselines={"zero": zero}, groups=patients)
+
+
 def small_result(patients=6, gain=0.3, seed=3):
     """`patients` with 20 rows each, and a model that has `gain` of the zero baseline's error removed."""
     draws = np.random.default_rng(seed)
     names = np.repeat([f"p{i}" for i in range(patients)], 20)
     target = draws.normal(0, 10, (len(names), 6))
-    predicted = {"predicted": gain * target + draws.normal(0, 0.1, target.shape), "zero": np.zeros_like(target)}
+    table = pose_table(names, target, gain * target + draws.normal(0, 0.1, target.shape))
     sd = probe_poses.centre_and_spread(target)[1]
     blocks = pose_scores.time_blocks(names, np.tile(np.arange(20), patients))
-    return names, predicted, target, pose_scores.compare(predicted, target, names, blocks, sd)["zero"], sd
+    return table, pose_scores.compare(table, blocks, sd)["zero"], sd
 
 
 @pytest.mark.parametrize("patients, words", [
@@ -405,14 +433,14 @@ def small_result(patients=6, gain=0.3, seed=3):
     (1, ["One patient proves nothing across patients", "time blocks"]),
 ])
 def test_the_verdict_says_over_what_it_holds(patients, words):
-    names, predicted, target, result, _ = small_result(patients)
-    per_patient = pose_scores.patient_rows(names, predicted["predicted"], predicted["zero"], target)
+    table, result, _ = small_result(patients)
+    per_patient = pose_scores.patient_rows(table, "zero")
     text = pose_scores.verdict(result, per_patient, has_patients=True, held_out=True)
     assert all(word in text for word in words), text
 
 
 def test_no_gain_is_not_called_one():
-    result = small_result(gain=0.0)[3]
+    result = small_result(gain=0.0)[1]
     assert "The model beats" not in pose_scores.verdict(result, [], has_patients=True, held_out=True)
 
 
@@ -420,7 +448,7 @@ def test_angles_of_a_patient_leave_out_rows_with_a_missing_label():
     """A missing angle must not count as 0 degrees."""
     target = np.full((2, 6), 40.0)
     target[1, 4] = np.nan
-    row = pose_scores.patient_rows(np.array(["p", "p"]), np.full((2, 6), 40.0), np.zeros((2, 6)), target)[0]
+    row = pose_scores.patient_rows(pose_table(np.array(["p", "p"]), target, np.full((2, 6), 40.0)), "zero")[0]
     assert row["geodesic_deg"] == pytest.approx(0, abs=1e-6) and row["mae_pitch_deg"] == 0
 
 
@@ -439,10 +467,10 @@ def test_baselines_find_what_they_can_know():
 
 
 def test_results_are_back_in_mm_and_degrees():
-    _, _, target, result, sd = small_result()
+    table, result, sd = small_result()
     result = pose_scores.in_units(result, sd)
     model, baseline = result.each.model["mae"], result.each.baseline["mae"]
-    assert result.unit == "patients" and np.allclose(baseline.value, np.abs(target).mean(0))
+    assert result.unit == "patients" and np.allclose(baseline.value, np.abs(table.target).mean(0))
     assert ((model.low < model.value) & (model.value < model.high)).all()
 
 

@@ -19,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import common
-from evidence import baseline_models, subject_intervals, verdicts
+from evidence import baseline_models, judging, subject_intervals, verdicts
 
 
 def noisy_pair(rows=200, targets=3, seed=0, offset=0.0, missing=0.0):
@@ -314,7 +314,7 @@ def test_alarms_on_repeated_predictions_gaps_and_identical_folds():
     assert len(gap) == 1 and gap[0].startswith("train far below validation (pearson_r 0.200 and 0.600)")
     assert "train far above" in verdicts.split_gap_alarms({"pearson_r": 0.99}, {"pearson_r": 0.3})[0]
     assert verdicts.split_gap_alarms({"pearson_r": math.nan}, {"pearson_r": 0.3}) == []
-    folds = verdicts.identical_fold_alarms([[0.1, 0.2], [0.3, 0.2], [0.1, 0.2]])
+    folds = judging.identical_fold_alarms([{"fold": k, "r2": r2, "mae": 0.2} for k, r2 in enumerate((0.1, 0.3, 0.1))])
     assert len(folds) == 1 and folds[0].startswith("folds 0 and 2 have identical results")
 
 

@@ -266,6 +266,16 @@ def test_find_images_order_and_what_is_ignored(tmp_path):
     assert "no such folder" in fails(file_names.find_images, tmp_path / "none")
 
 
+def test_find_images_follows_linked_folders_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "1.png").touch()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "back").symlink_to(tmp_path / "images")
+    found = [path.relative_to(tmp_path / "images").as_posix() for path in file_names.find_images(tmp_path / "images")]
+    assert found == ["linked/1.png"]
+
+
 @pytest.mark.parametrize("name, file", [
     ("1", "1.jpg"), ("1.jpg", "1.jpg"), ("1.JPG", "1.jpg"), ("1.png", "1.jpg"), ("stimuli/1.jpg", "1.jpg"),
     ("stimuli\\set a\\1.jpg", "1.jpg"), ("./1.jpg", "1.jpg"), ("B", "sub/b.PNG"), ("sub/b.png", "sub/b.PNG"),

@@ -509,8 +509,8 @@ def test_columns_of_a_class_are_no_baseline(tmp_path):
     assert found.probability[1].tolist() == [1, 101, 201] and found.baselines["train_prior"][1].tolist() == [21, 121, 221]
     values = {"true": np.ones((2, 2)), "predicted": np.zeros((2, 2))}
     prediction_tables.write_target_table(tmp_path / "t.csv", {"image": ["x", "y"]}, ["pain", "pain_true"], values)
-    _, kinds = prediction_tables.read_target_table(tmp_path / "t.csv", "image", ["pain", "pain_true"])
-    assert list(kinds) == ["true", "predicted"] and kinds["true"].all() and not kinds["predicted"].any()
+    scores = prediction_tables.read_predictions(tmp_path / "t.csv")
+    assert scores.names == ["pain", "pain_true"] and scores.target.all() and not scores.predicted.any()
 
 
 def test_frozen_backbone_does_not_change(class_folds):

@@ -1,0 +1,119 @@
+"""Judge predicted poses: intervals, baselines, patients, use of the inputs and verdict of a ScoreTable of poses.
+
+Letters: M transitions scored. Units: errors of an axis in mm or degrees; means over the axes in label sds.
+"""
+import common
+from evidence import judging, plotting, pose_plots, pose_scores, reporting, score_judging, splitting, verdicts
+from readers import probe_poses
+
+USE_MEANINGS = {
+    "action_shuffle_ratio": "loss with false motions over loss (1 = the motion is ignored)",
+    "action_shuffle_ratio_latent": "the same for the imagined features",
+    "latent_skill": "error of the imagined features over that of a copy of t1 (under 1 is better)",
+    "retrieval_rank": "share of the patient's frames nearer to the imagined one than the true (chance .5)",
+    "retrieval_rank_copy": "the same when t1 is taken for the imagined frame",
+    "feature_spread": "how much the features differ between frames (0 = collapsed)",
+}
+WITHIN_PATIENTS = ("Intervals are over blocks of time, since fewer than five patients were scored: they say how steady "
+                   "the result is within these patients, and nothing about others.")
+
+
+def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, numbers):
+    """Judge a table of pose_scores, write tables, plots, report.html and metrics.json; returns the metrics.
+
+    blocks: (M,) of pose_scores.time_blocks; label_sd: (6,); has_patients False: each folder counts as one; use: numbers
+    of USE_MEANINGS; numbers: what else metrics.json says.
+    """
+    results = pose_scores.compare(table, blocks, label_sd)
+    best = min(results.values(), key=lambda result: result.overall.baseline["mae"].value)
+    result = pose_scores.in_units(best, label_sd)
+    axes = pose_scores.axis_rows(result, table)
+    patients = pose_scores.patient_rows(table, result.baseline_name)
+    predictors = pose_scores.predictor_rows(table)
+    baselines = pose_scores.baseline_rows(results)
+    common.write_table(run.path("per_axis_error.csv"), axes)
+    common.write_table(run.path("per_patient_error.csv"), patients)
+    pose_plots.plot_per_patient(patients, result.baseline_label, run.path("per_patient_error.png"))
+    plotting.plot_scatter(table.predicted, table.target, table.names, run.path("predicted_against_true.png"))
+    say_axes(run, axes, list(results))
+
+    alarms = verdicts.regression_alarms(table.predicted, table.target, table.names)
+    alarms += pose_scores.place_alarms(results)
+    level = verdicts.verdict_level(result.gain("mae"), alarms + setting.alarms)
+    if level == "good" and result.unit != "patients":
+        level = "caution"
+    judgement = judging.Judgement(
+        verdict=pose_scores.verdict(result, patients, has_patients, setting.held_out),
+        level=level,
+        alarms=alarms,
+        criteria=score_judging.judge_criteria(setting.criteria, result, table, None),
+        figures=key_figures(result, predictors),
+        blocks=metric_blocks(run, setting, result, axes, baselines, predictors, patients),
+        sections=[("Does it use the image and the motion?", use_blocks(use))],
+        numbers={
+            **result.record("per_target"),
+            "sample": splitting.effective_size(table.target, table.groups),
+            "label_sd": label_sd,
+            "baselines": baselines,
+            "predictors": predictors,
+            "use": use,
+            "per_axis": axes,
+            "per_patient": patients,
+            **numbers,
+        })
+    return judging.close_run(run, setting, judgement)
+
+
+def say_axes(run, axes, baseline_names):
+    """The MAE of model and baselines on the terminal, one line an axis."""
+    run.say("MAE       " + " ".join(f"{name:>12}" for name in ["model", *baseline_names]))
+    for row in axes:
+        errors = [row["mae"], *(row[f"mae_{name}"] for name in baseline_names)]
+        run.say(f"{row['target']:10}" + " ".join(f"{error:12.2f}" for error in errors))
+
+
+def key_figures(result, predictors):
+    """[(label, value, remark)] for the top of the report."""
+    of_name = {row["predictor"]: row for row in predictors}
+    model = of_name["model"]
+    baseline = of_name[result.baseline_name]
+    shown = result.baseline_label
+    return [
+        reporting.key_figure("Error in label sds", result.overall.model["mae"], result.method),
+        reporting.key_figure(f"The same of {shown}", result.overall.baseline["mae"], result.method),
+        ("MAE, translations", f"{model['mae_mm']:.2f} mm", f"{shown}: {baseline['mae_mm']:.2f} mm"),
+        ("MAE, angles", f"{model['mae_deg']:.2f} deg", f"{shown}: {baseline['mae_deg']:.2f} deg"),
+    ]
+
+
+def metric_blocks(run, setting, result, axes, baselines, predictors, patients):
+    """HTML of the section Metrics: errors of the axes, baselines, predictors and patients."""
+    columns = {"target": "axis", "n": "n", "mae": "MAE", "mae_low": "low", "mae_high": "high", "r2": "R2"}
+    columns |= {f"mae_{row['baseline']}": row["baseline"] for row in baselines}
+    of_predictor = ["predictor", "mae_mm", "mae_deg", "distance_mm", "geodesic_deg"]
+    of_patient = {"patient": "patient", "transitions": "n", "geodesic_deg": "geodesic"}
+    of_patient |= {f"mae_{axis}": axis for axis in probe_poses.AXES}
+    two_digits = dict.fromkeys([*columns, *of_predictor, *of_patient], ".2f")
+    two_digits |= {"n": "d", "transitions": "d"}
+    three_digits = dict.fromkeys(("error", "difference", "low", "high"), ".3f")
+    blocks = [
+        reporting.html_table(
+            axes, columns, two_digits,
+            f"MAE of each axis on the {setting.part} rows in mm or degrees, beside the baselines'; {result.method}"),
+        reporting.html_table(
+            baselines, None, three_digits,
+            "Mean over the axes of MAE in label sds: each baseline, and model - baseline"),
+        reporting.html_table(predictors, of_predictor, two_digits, "In mm and degrees"),
+        reporting.html_image(run.path("per_patient_error.png"), "MAE per axis and patient, and the baseline's"),
+        reporting.html_table(patients, of_patient, two_digits),
+        reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true, at t1"),
+    ]
+    if result.unit != "patients":
+        blocks.append(reporting.html_text(WITHIN_PATIENTS))
+    return blocks
+
+
+def use_blocks(use):
+    """HTML of the section on the use of the inputs."""
+    rows = [{"measure": name, "value": use[name], "meaning": text} for name, text in USE_MEANINGS.items()]
+    return [reporting.html_table(rows, formats={"value": ".3f"})]
