@@ -12,42 +12,47 @@ predictions_val.csv (and _test), training_history.csv and .png, splits.json,
 leakage_report.json, the plots of the task, args.json, log.txt. With --folds K the same in each
 fold_K/, pooled above them.
 
-Letters: N clips, M clips scored, B batch, T frames of a clip, G frames of its time grid, C classes,
-R scores, K outputs (C or R), F features, V views, S side of the input in pixels.
+A row of the manifest is an event (classify) or a sequence (regress). A clip is the T frames of it
+that the network sees at once; several clips of an event are predicted and combined.
+Letters: N rows, M rows predicted, B batch, T frames of a clip, G frames of a row's time grid,
+C classes, R scores, K outputs (C or R), F features, H width of the LSTM, V random views, S side of
+the input in pixels.
 Units: seconds from the start of a file; scores in the unit of their table; pixels are uint8 RGB
 until they reach the device.
 """
 import argparse
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from torch import nn
 
 import common
 from evidence import (
-    baseline_models, calibrating, class_judging, class_scores, confounding, event_audit, judging, metric_names,
-    plotting, prediction_tables, rater_agreement, reporting, score_judging, splitting, table_judging, verdicts)
+    baseline_models, calibrating, class_judging, class_scores, confounding, event_audit, judging,
+    metric_names, plotting, prediction_tables, rater_agreement, reporting, score_judging, splitting,
+    table_judging, verdicts)
 from readers import csv_tables, event_tables, score_tables, video_files
 
 MODES = ("train", "predict", "evaluate", "audit")
 PARTS = ("train", "val", "test")
-FEATURE_SD_FLOOR = 0.01  # of the RMS sd: a feature that hardly varied in training must not explode on a new clip
-KINETICS_MEAN = (0.43216, 0.394666, 0.37645)
-KINETICS_STD = (0.22803, 0.22145, 0.216989)
-CNN_LSTM = "cnn_lstm"  # the one --model that sees frames one by one
+CNN_LSTM = "cnn_lstm"  # the one --model that reads frames one by one
 FIXED_INPUT = {  # frames, pixels
     "s3d": (16, 224),
     "mvit_v1_b": (16, 224),
     "mvit_v2_s": (16, 224),
 }
-# what a checkpoint keeps of the flags: how a clip is read and what the network looks like
-ARCHITECTURE = ("task", "model", "backbone", "hidden", "dropout", "bounded", "image_size",
-                "n_frames", "fps", "clips_per_event", "aggregation", "min_event_sec")
+# flags that decide which pixels are read
+READING = ("image_size", "n_frames", "fps", "min_event_sec")
+# flags that a checkpoint keeps: how clips are read and combined, and what the network looks like
+ARCHITECTURE = ("task", "model", "backbone", "hidden", "dropout", "bounded", *READING,
+                "clips_per_event", "aggregation")
 TASK_DEFAULTS = {
     "classify": {
         "model": "r3d_18", "n_frames": 16, "loss": "ce", "augment": "heavy",
@@ -74,7 +79,9 @@ def parse_args(argv=None):
     job = parser.group("job")
     job("--task", choices=tuple(TASK_DEFAULTS), default="classify",
         help="a class for each event, or scores for each sequence; sets the defaults of training")
-    job("--mode", choices=MODES, default="train", help="evaluate needs no video, audit no model")
+    job("--mode", choices=MODES, default="train",
+        help="train a network, predict with trained ones, evaluate a table of predictions, "
+             "or audit manifests and videos")
     job("--checkpoint", type=Path, nargs="+",
         help="predict: best_model.pth files or run folders; several are averaged")
     job("--predictions", type=Path, help="evaluate, audit: a predictions CSV of this script")
@@ -92,7 +99,7 @@ def parse_args(argv=None):
 
 
 def add_clip_arguments(data):
-    """Where the clips are, what is asked of them, and how they are cut from their videos."""
+    """Where the events are, what is asked of them, and how clips are cut from their videos."""
     data("--manifest", type=Path, may_change=True,
          help="table of events or sequences (CSV, JSON), or a folder of class folders")
     for part in PARTS:
@@ -118,18 +125,21 @@ def add_clip_arguments(data):
     data("--test_groups",
          help="groups kept for the test, e.g. 14,17; with --folds all models predict them")
     data("--moment_column", default="moment",
-         help="regress: column whose levels get rows of their own in the tables")
+         help="regress: column that says when a sequence was filmed, such as M0 before and M2 "
+              "after surgery; each moment is also judged alone")
     data("--fps", type=common.bounded(float, 0.1, 240), default=12.0,
          help="classify: frames per second of a clip")
     data("--n_frames", type=COUNT,
-         help="frames of a clip (classify: 16), at most of a sequence (regress: 32)")
+         help="classify: frames in a clip (default 16); regress: at most so many frames of a "
+              "sequence are read (default 32)")
     data("--image_size", type=common.bounded(int, 32), default=112,
          help="side of the input in pixels")
     data("--jitter_sec", type=NOT_NEGATIVE, default=0.0,
-         help="training clips may start this much outside their event")
-    data("--clips_per_event", type=COUNT, default=5, help="classify: clips scored per event")
+         help="training clips may reach this far outside their event")
+    data("--clips_per_event", type=COUNT, default=5,
+         help="classify: clips of each event that are predicted")
     data("--aggregation", choices=("mean", "max"), default="mean",
-         help="of the outputs of an event's clips")
+         help="how the outputs for the clips of an event are combined")
 
 
 def add_model_arguments(model):
@@ -141,19 +151,20 @@ def add_model_arguments(model):
     model("--backbone", default="resnet18", help=f"image network of {CNN_LSTM}")
     model("--hidden", type=COUNT, default=256, help=f"width of the LSTM of {CNN_LSTM}")
     model("--dropout", type=common.bounded(float, 0, 0.95), default=0.5,
-          help="before the last layer")
+          help="dropout before the last layer")
     model("--bounded", action="store_true",
-          help="regress: hold the scores to the range of the train rows")
+          help="regress: keep the predictions within the range of the train rows")
     model("--freeze_stages", type=common.bounded(int, 0), default=0,
-          help="first resolutions that are not trained")
+          help="how many of the backbone's resolutions, from the first (a ResNet has 5), keep "
+               "their weights")
     model("--freeze_norm", action="store_true",
-          help="keep the BatchNorm statistics: steadier on few clips")
+          help="keep the BatchNorm statistics: more stable with few events")
     model("--freeze_backbone", action="store_true",
-          help="train the rest alone, on features computed once")
+          help="train only the layers after the backbone, on features computed once")
     model("--feature_views", type=COUNT, default=4,
-          help="with --freeze_backbone: random views of a clip")
+          help="with --freeze_backbone: random clips of each row that features are computed of")
     model("--backbone_lr_mult", type=NOT_NEGATIVE, default=1.0,
-          help="backbone learning rate over --lr")
+          help="learning rate of the backbone, as a multiple of --lr")
 
 
 def add_learning_arguments(learn):
@@ -162,24 +173,26 @@ def add_learning_arguments(learn):
           help="classify: ce or focal; regress: mse or smooth_l1")
     learn("--focal_gamma", type=NOT_NEGATIVE, default=2.0, help="focal: weight (1 - p)^gamma")
     learn("--focal_alpha", type=common.bounded(float, 0, 1),
-          help="weight of the positive class; 1 - it for the others")
+          help="weight of the positive class; the other classes get 1 minus this")
     learn("--label_smoothing", type=common.bounded(float, 0, 0.9), default=0.0,
           help="share of each label that is spread over all classes")
     learn("--balance", choices=("none", "sampler", "weights"), default="none",
-          help="draw, or weigh, all classes alike")
+          help="sampler: draw all classes equally often; weights: give each class the same total "
+               "weight in the loss")
     learn("--boost_to", type=common.bounded(float, 0, 0.9), default=0.0,
           help="repeat train rows of the positive class up to this share; 0 = off")
     learn("--force", action="store_true", help="allow several corrections of the class balance")
     learn("--mixup", type=NOT_NEGATIVE, default=0.0, help="alpha of mixup; 0 = off")
     learn("--positive_class", help="the class that matters (default: the rarest)")
     learn("--sample_weight", action="append", metavar="COLUMN:LEVEL=W", default=[],
-          help="weight of some rows in the loss, e.g. moment:M2=2.5")
+          help="weight in the loss of the rows with this level, e.g. moment:M2=2.5")
     learn("--augment_for", action="append", metavar="COLUMN:LEVEL=PRESET", default=[],
-          help="augmentation of some rows")
+          help="augmentation of the rows with this level")
     learn("--target_weights", nargs="+", metavar="NAME=W",
           help="regress: weight of scores in the loss")
     learn("--consistency_weight", type=NOT_NEGATIVE, default=0.1,
-          help="regress: ties a total to the sum of its parts; 0 = off")
+          help="regress: weight of the penalty on a total that is not the sum of its parts; "
+               "0 = off")
     learn("--select",
           help="val_ column that chooses the epoch, e.g. tail_f1 or f1_tail, or last: no choice "
                "(default: average precision of the positive class; regress: loss)")
@@ -218,6 +231,8 @@ def check_flags(parser, args):
     if args.balance != "none" and args.focal_alpha is not None and not args.force:
         parser.error(f"--balance {args.balance} and --focal_alpha {args.focal_alpha} both correct "
                      "the class balance; drop one, or give --force")
+    if args.mixup and args.task == "regress":
+        parser.error("--mixup blends the classes of --task classify; scores may be missing")
     if args.task == "regress" and args.model != CNN_LSTM:
         parser.error(f"--task regress reads sequences of any length: --model {CNN_LSTM}, "
                      f"found {args.model}")
@@ -229,23 +244,22 @@ def check_flags(parser, args):
 
 @dataclasses.dataclass
 class Features:
-    """Outputs of the untuned backbone for N clips, computed once for all folds."""
-    pooled: np.ndarray  # (N, F) of each clip's middle; the baselines read them
+    """Outputs of the untuned backbone for N rows, computed once for all folds."""
+    pooled: np.ndarray  # (N, F) of the clip in the middle of each row; the baselines read them
     # with --freeze_backbone, which trains on them instead of pixels:
-    views: np.ndarray | None = None  # (V, N, F) or (V, N, T, F) of random views
-    scored: dict | None = None  # (row, start) -> (F,) or (T, F)
+    views: np.ndarray | None = None  # (V, N, F) or (V, N, T, F) of random clips
+    of_clips: dict | None = None  # (row, start) of a predicted clip -> (F,) or (T, F)
 
 
 @dataclasses.dataclass
 class Study:
-    """N clips that can be read: their table, their frames, and what was left out."""
+    """N rows that can be read: their table, their frames, and what was left out."""
     table: event_tables.EventTable
     store: video_files.ClipStore
-    stored: np.ndarray  # (N,) index of each clip in the store
+    stored: np.ndarray  # (N,) index of each row in the store
     args: argparse.Namespace
     skipped: list  # dicts of row and reason
     positive: int | None = None  # the class that matters; None for scores
-    features: Features | None = None
 
     def frames(self, row):
         """Grid frames of a row, uint8 (G, H, W, 3)."""
@@ -271,12 +285,12 @@ class Study:
         return max(found.first - reach, 0), last + min(reach, frames_after)
 
     def starts(self, row):
-        """Grid frames where the scored clips start: evenly over the event; one is in its middle."""
+        """Grid frames where the predicted clips start: evenly over the row; one in its middle."""
         first, last = self.start_range(row)
         if self.args.clips_per_event == 1:
             return [round((first + last) / 2)]
-        places = np.linspace(first, last, self.args.clips_per_event)
-        return sorted({round(place) for place in places.tolist()})
+        even = np.linspace(first, last, self.args.clips_per_event).round().astype(int)
+        return sorted(set(even.tolist()))
 
     @property
     def truth(self):
@@ -284,15 +298,22 @@ class Study:
         return self.table.label if self.table.target is None else self.table.target
 
     @property
-    def clusters(self):
-        """(N,) what intervals resample: groups, else videos with several events; None = rows."""
+    def groups(self):
+        """(N,) text, rows that are not independent: groups of the table, else rows of one video.
+
+        None where every row has a video of its own.
+        """
         if self.table.groups is not None:
             return self.table.groups
         has_shared = len(set(self.table.videos)) < len(self.table)
         return self.table.videos if has_shared else None
 
+    def groups_of(self, rows):
+        """(M,) groups of these rows, or None."""
+        return None if self.groups is None else self.groups[rows]
+
     def record(self, split):
-        """What args.json says of the data and their split; a resumed run must find the same."""
+        """What args.json says of the data and their split; resuming refuses other data."""
         table = self.table
         shas = [self.audit(row).pixel_sha for row in range(len(table))]
         contents = [*table.names, *table.clip_ids, self.truth, *shas]
@@ -300,13 +321,13 @@ class Study:
         return {
             "fingerprint": common.data_fingerprint(contents),
             "split": common.data_fingerprint(parts),
-            "clips": len(table),
+            "rows": len(table),
             "names": table.names,
         }
 
 
 def read_table(args, names=None, need_labels=True):
-    """The Table that the flags name, in seconds; names: classes or scores of a trained model."""
+    """EventTable that the flags name, in seconds; names: classes or scores of a trained model."""
     checks = {"need_labels": need_labels, "max_missing": args.max_missing}
     if args.task == "regress":
         table = score_tables.read_sequences(
@@ -327,9 +348,9 @@ def read_table(args, names=None, need_labels=True):
 
 
 def load_study(args, say, skipped_file=None, names=None, need_labels=True):
-    """Table and clips, checked; what cannot be used is counted, said and listed in the file."""
+    """Table and frames, checked; what cannot be used is counted, said and listed in the file."""
     table = read_table(args, names, need_labels)
-    say(f"decoding {len(table)} clips of {len(set(table.sources))} videos "
+    say(f"decoding {len(table)} rows of {len(set(table.sources))} videos "
         f"with {video_files.decoder_name()}")
     store = video_files.ClipStore(
         table.sources, table.windows, grid="even" if args.task == "regress" else "rate",
@@ -349,9 +370,9 @@ def load_study(args, say, skipped_file=None, names=None, need_labels=True):
     for note in table.notes:
         say(f"note: {note}")
     if not len(stored):
-        raise common.UserError(f"none of {len(table)} clips can be used "
+        raise common.UserError(f"none of {len(table)} rows can be used "
                                f"(first: {skipped[0]['reason']})")
-    say(f"data: {len(stored)} clips, {len(set(table.events))} events; "
+    say(f"data: {len(stored)} rows, {len(set(table.events))} events; "
         f"{len(skipped)} rows skipped; {store.description}")
     table = table.take(stored)
     positive = None
@@ -366,7 +387,7 @@ def resize_side(image_size):
 
 
 def positive_class(wanted, names, label):
-    """Index of the class that matters: as asked for, in any case, else the rarest of (N,) labels.
+    """Index of the class that matters: the wanted one, whatever its case, else the rarest label.
 
     Raises UserError for a name that is no class.
     """
@@ -411,36 +432,36 @@ class Clips(common.Samples):
     """Clips of chosen rows; a key is (epoch, index), which seeds start and augmentation.
 
     With presets (N,), the augmentation of each row, a sample is a random clip of a row. Without
-    them it is one of the clips of a row that are scored, in the order of the rows.
-    Each sample: input uint8 (T, S, S, 3), or features of a frozen backbone (T, F) or (F,); mask
-    (T,), True = a real frame; with an objective also target (K,) and weight.
+    them the samples are the clips of each row that are predicted, in the order of the rows.
+    Each sample: input uint8 (T, S, S, 3), or (T, F) or (F,) where features of a frozen backbone are
+    given; mask (T,), True = a real frame; with an objective also target (K,) and weight.
     """
 
-    def __init__(self, study, rows, args, presets=None, objective=None):
+    def __init__(self, study, rows, presets=None, objective=None, features=None):
         self.study = study
-        self.args = args
+        self.args = study.args
         self.presets = presets
         self.objective = objective
+        self.features = features
         if presets is None:
-            self.views = [(row, start) for row in rows for start in study.starts(row)]
+            self.row_starts = [(row, start) for row in rows for start in study.starts(row)]
         else:
-            self.views = [(row, None) for row in rows]
+            self.row_starts = [(row, None) for row in rows]
 
     def __len__(self):
-        return len(self.views)
+        return len(self.row_starts)
 
     def __getitem__(self, key):
         epoch, index = key
-        row, start = self.views[index]
+        row, start = self.row_starts[index]
         generator = common.generator_for(self.args.seed, epoch, index)
-        features = self.study.features
-        if features is None or features.views is None:
-            inputs = self.clip(row, start, generator)
+        if self.features is None:
+            inputs = self.pixels(row, start, generator)
         elif start is None:
-            view = torch.randint(len(features.views), (), generator=generator)
-            inputs = features.views[view, row]
+            view = torch.randint(len(self.features.views), (), generator=generator)
+            inputs = self.features.views[view, row]
         else:
-            inputs = features.scored[row, start]
+            inputs = self.features.of_clips[row, start]
         mask = torch.from_numpy(self.study.mask(row))
         sample = {"input": torch.from_numpy(inputs), "mask": mask}
         if self.objective:
@@ -448,8 +469,8 @@ class Clips(common.Samples):
             sample["weight"] = self.objective.weight[row]
         return sample
 
-    def clip(self, row, start, generator):
-        """uint8 (T, S, S, 3), black frames after the last real one."""
+    def pixels(self, row, start, generator):
+        """Clip at `start` (None: a random one), uint8 (T, S, S, 3); black after its last frame."""
         frames = self.study.frames(row)
         length = self.args.n_frames
         size = self.args.image_size
@@ -472,7 +493,7 @@ class Clips(common.Samples):
 class Head(nn.Module):
     """(B, F) -> (B, K): dropout and a linear layer, whose outputs are put on the scale of the task.
 
-    bounded: a sigmoid over the range from `offset` to `offset + spread`.
+    bounded: a sigmoid over the range from `offset` to `offset + span`.
     """
 
     def __init__(self, n_features, n_outputs, dropout=0.0, bounded=False):
@@ -481,13 +502,13 @@ class Head(nn.Module):
         self.linear = nn.Linear(n_features, n_outputs)
         self.bounded = bounded
         self.register_buffer("offset", torch.zeros(n_outputs))
-        self.register_buffer("spread", torch.ones(n_outputs))
+        self.register_buffer("span", torch.ones(n_outputs))
 
-    def start_at(self, centre, offset, spread):
+    def start_at(self, centre, offset, span):
         """Set the scale (K,) and a bias that gives `centre` (K,) where all features are 0."""
         self.offset.copy_(torch.as_tensor(offset))
-        self.spread.copy_(torch.as_tensor(spread))
-        scaled = (torch.as_tensor(centre, dtype=torch.float32) - self.offset) / self.spread
+        self.span.copy_(torch.as_tensor(span))
+        scaled = (torch.as_tensor(centre, dtype=torch.float32) - self.offset) / self.span
         if self.bounded:
             scaled = torch.logit(scaled.clamp(0.01, 0.99))
         self.linear.bias.data = scaled
@@ -497,7 +518,7 @@ class Head(nn.Module):
             outputs = self.linear(self.dropout(features.float()))  # (B, F) -> (B, K)
             if self.bounded:
                 outputs = torch.sigmoid(outputs)
-            return self.offset + self.spread * outputs
+            return self.offset + self.span * outputs
 
 
 class ClipNet(common.BackboneModel):
@@ -557,7 +578,7 @@ def build_model(args, n_outputs):
     n_frames, size = FIXED_INPUT.get(args.model, (args.n_frames, args.image_size))
     if (n_frames, size) != (args.n_frames, args.image_size):
         raise common.UserError(
-            f"--model {args.model} takes clips of --n_frames {n_frames} --image_size {size} alone, "
+            f"--model {args.model} needs --n_frames {n_frames} --image_size {size}, "
             f"found {args.n_frames} and {args.image_size}")
     is_lstm = args.model == CNN_LSTM
     backbone, n_features = common.build_backbone(
@@ -565,22 +586,27 @@ def build_model(args, n_outputs):
         family="models" if is_lstm else "video")
     example = torch.zeros(1, 3, size, size) if is_lstm else torch.zeros(1, 3, n_frames, size, size)
     common.freeze_stages(backbone, args.freeze_stages, example)
-    head = {"dropout": args.dropout, "bounded": args.bounded}
+    shared = {"dropout": args.dropout, "bounded": args.bounded, "freeze_norm": args.freeze_norm}
     if is_lstm:
-        return FrameLstm(backbone, n_features, n_outputs, args.hidden, **head,
-                         freeze_norm=args.freeze_norm)
-    return ClipNet(backbone, n_features, n_outputs, **head, freeze_norm=args.freeze_norm)
+        return FrameLstm(backbone, n_features, n_outputs, args.hidden, **shared)
+    return ClipNet(backbone, n_features, n_outputs, **shared)
 
 
+@functools.cache
 def pixel_statistics(model_name):
     """(mean, sd) of the three colours that the published weights of a network expect."""
     if model_name == CNN_LSTM:
         return common.IMAGENET_MEAN, common.IMAGENET_STD
-    return KINETICS_MEAN, KINETICS_STD
+    transforms = torchvision.models.get_model_weights(model_name).DEFAULT.transforms()
+    return tuple(transforms.mean), tuple(transforms.std)
 
 
 class Behaviours:
-    """--task classify: targets, loss and metrics of C classes, as the train rows weigh them."""
+    """--task classify: targets, loss and metrics of C classes, fitted to the train rows.
+
+    The natural class shares are those of the train rows, each counted once. Rows that are repeated,
+    sampled or weighted change the shares that training sees; prior_shift takes that back.
+    """
 
     def __init__(self, args, study, train):
         table = study.table
@@ -594,7 +620,7 @@ class Behaviours:
         self.positive = study.positive
         self.label = table.label
         self.repeats = table.repeats
-        self.prior = counts / counts.sum()
+        self.prior = counts / counts.sum()  # (C,) natural class shares
         self.class_weight = class_weights(args, self.prior, study.positive)
         known = torch.tensor(np.maximum(table.label, 0))
         self.target = nn.functional.one_hot(known, len(counts)).float()  # (N, C)
@@ -603,8 +629,8 @@ class Behaviours:
         self.meanings = verdicts.spell_class_metrics(table.names)  # names of --select
         self.default_select = f"average_precision_{table.names[study.positive]}"
 
-    def rows(self, train):
-        """Train rows as often as they are seen in an epoch: (n,) -> (m,).
+    def rows_of_epoch(self, train):
+        """Train rows -> the same, each as often as an epoch shows it.
 
         Rows that the manifest repeats are repeated, then the positive class up to --boost_to.
         """
@@ -615,14 +641,14 @@ class Behaviours:
         return np.concatenate([train, np.resize(rare, max(0, wanted - len(rare)))])
 
     def sampler_weights(self, rows):
-        """(n,) chances that draw all classes alike, or None."""
+        """A chance for each of these rows that draws all classes equally often, or None."""
         if self.args.balance != "sampler":
             return None
         label = self.label[rows]
         return 1 / np.bincount(label)[label]
 
     def prior_shift(self, rows):
-        """(C,) to add to the logits: from the class shares trained on to those of the data."""
+        """(C,) to add to the logits: from the class shares in training to the natural ones."""
         n_classes = len(self.names)
         seen = np.bincount(self.label[rows], minlength=n_classes) * self.class_weight.numpy()
         if self.args.balance == "sampler":
@@ -630,7 +656,7 @@ class Behaviours:
         return calibrating.prior_correction(np.zeros(n_classes), self.prior, seen / seen.sum())
 
     def scale(self):
-        """(centre, offset, spread) of the head, (C,) each: the first output is the log prior."""
+        """(centre, offset, span) of the head, (C,) each: the first output is the log prior."""
         return np.log(self.prior), np.zeros(len(self.prior)), np.ones(len(self.prior))
 
     def loss(self, logits, target, weight):
@@ -648,7 +674,7 @@ class Behaviours:
         return (error * weight * class_weight).mean()
 
     def history(self, logits, rows):
-        """{metric: value} of the rows at their natural class shares, for a row of the history."""
+        """{column: value} of the history for logits (M, C) of these rows."""
         found = class_scores.classification_metrics(
             class_scores.softmax(logits), self.label[rows], positive=self.positive)
         values = {}
@@ -658,11 +684,6 @@ class Behaviours:
             else:
                 values[column] = found.per_class[metric][self.names.index(name)]
         return values
-
-    def record(self, shift):
-        """What a checkpoint says of the classes; shift (C,) is added to the logits."""
-        return {"positive": self.names[self.positive], "prior": list(self.prior),
-                "prior_shift": list(shift)}
 
 
 def class_weights(args, prior, positive):
@@ -704,8 +725,8 @@ class Scores:
         self.target_weight = target_weights(args.target_weights, table.names)
         self.total, self.parts = score_tables.total_and_parts(table.names)
 
-    def rows(self, train):
-        """Train rows, as often as the table repeats them: (n,) -> (m,)."""
+    def rows_of_epoch(self, train):
+        """Train rows -> the same, each as often as the manifest repeats it."""
         return np.repeat(train, self.repeats[train])
 
     def sampler_weights(self, rows):
@@ -717,7 +738,7 @@ class Scores:
         return 0.0
 
     def scale(self):
-        """(centre, offset, spread) of the head, (R,) each: the first output is the train mean."""
+        """(centre, offset, span) of the head, (R,) each: the first output is the train mean."""
         if self.args.bounded:
             return self.mean, self.low, self.high - self.low
         return self.mean, self.mean, self.sd
@@ -731,11 +752,12 @@ class Scores:
         """
         sd = torch.as_tensor(self.sd, dtype=torch.float32, device=predicted.device)
         labelled = ~torch.isnan(target)  # (B, R), True = a score is there
-        known = torch.where(labelled, target, predicted.detach())
+        # a missing score is its own target: its error is 0, without a NaN in the gradient
+        filled = torch.where(labelled, target, predicted.detach())
         pointwise = nn.functional.mse_loss
         if self.args.loss == "smooth_l1":
             pointwise = nn.functional.smooth_l1_loss
-        error = pointwise(predicted / sd, known / sd, reduction="none")
+        error = pointwise(predicted / sd, filled / sd, reduction="none")
         cell_weight = labelled * self.target_weight.to(predicted.device)
         row_error = (error * cell_weight).sum(1) / cell_weight.sum(1).clamp(min=1e-9)
         loss = (row_error * weight).mean()
@@ -745,15 +767,11 @@ class Scores:
         return loss
 
     def history(self, predicted, rows):
-        """{metric: value} of the rows, means over the scores in their units; loss: of training."""
+        """{column: value} of the history for scores (M, R) of these rows, means over the scores."""
         means = common.mean_metrics(common.regression_metrics(predicted, self.values[rows]))
         predicted = torch.tensor(predicted, dtype=torch.float32)
         loss = self.loss(predicted, self.target[rows], self.weight[rows])
         return {"loss": float(loss)} | {name: means[name] for name in self.columns if name in means}
-
-    def record(self, shift):
-        """What a checkpoint says of the scores."""
-        return {"label_sd": self.sd}
 
 
 def target_weights(pairs, names):
@@ -779,25 +797,28 @@ def select_column(wanted, objective):
     if name == "last":
         return "last", True
     meaning = verdicts.read_name("--select", name, objective.meanings | {"last": set()})
-    column = next(each for each, own in objective.columns.items() if own == meaning)
-    return f"val_{column}", not metric_names.METRICS[meaning.metric].lower_is_better
+    column_of = {own: column for column, own in objective.columns.items()}
+    return f"val_{column_of[meaning]}", not metric_names.METRICS[meaning.metric].lower_is_better
 
 
 # --- training ---------------------------------------------------------------------------
 
-def make_loaders(study, split, objective, args, compute):
-    """Loader of the augmented train clips, and {part: loader} of the clips that are scored."""
+def make_loaders(study, split, objective, args, compute, features):
+    """Loader of random train clips, and {part: loader} of the clips that are predicted."""
     presets = augment_presets(study.table, args.augment_for, args.augment)
-    cached = study.store.cache == "ram" or args.freeze_backbone
-    rows = objective.rows(split["train"])
-    training = common.make_loader(
-        Clips(study, rows, args, presets, objective), args.batch_size, args, compute, True, cached,
-        objective.sampler_weights(rows))
-    scoring = {
-        part: common.make_loader(
-            Clips(study, rows, args), args.val_batch_size, args, compute, False, cached)
-        for part, rows in split.items() if len(rows)}
-    return training, scoring
+    is_cached = study.store.cache == "ram" or args.freeze_backbone
+    given = features if args.freeze_backbone else None  # else pixels
+    rows = objective.rows_of_epoch(split["train"])
+    train_loader = common.make_loader(
+        Clips(study, rows, presets, objective, given), args.batch_size, args, compute, True,
+        is_cached, objective.sampler_weights(rows))
+    loaders = {}
+    for part, rows in split.items():
+        if len(rows):
+            clips = Clips(study, rows, features=given)
+            loaders[part] = common.make_loader(
+                clips, args.val_batch_size, args, compute, False, is_cached)
+    return train_loader, loaders
 
 
 def to_device(batch, args, compute):
@@ -811,14 +832,19 @@ def to_device(batch, args, compute):
     return clips.to(compute.device), batch["mask"].to(compute.device, non_blocking=True)
 
 
-def mix_up(clips, target, alpha):
-    """mixup (Zhang et al. 2018): each clip and its target, blended with another of its batch."""
+def mix_up(clips, mask, target, weight, alpha):
+    """mixup (Zhang et al. 2018): each clip and its target blended with another of the batch.
+
+    A frame is real where one of the two has it.
+    """
     if not alpha:
-        return clips, target
-    first = float(torch.distributions.Beta(alpha, alpha).sample())
+        return clips, mask, target, weight
+    share = float(torch.distributions.Beta(alpha, alpha).sample())
     order = torch.randperm(len(clips)).to(clips.device)
-    clips = first * clips + (1 - first) * clips[order]
-    return clips, first * target + (1 - first) * target[order]
+
+    def blend(values):
+        return share * values + (1 - share) * values[order]
+    return blend(clips), mask | mask[order], blend(target), blend(weight)
 
 
 def train_one_epoch(model, loader, objective, training, args, compute):
@@ -828,7 +854,7 @@ def train_one_epoch(model, loader, objective, training, args, compute):
         clips, mask = to_device(batch, args, compute)
         target = batch["target"].to(compute.device, non_blocking=True)
         weight = batch["weight"].to(compute.device, non_blocking=True)
-        clips, target = mix_up(clips, target, args.mixup)
+        clips, mask, target, weight = mix_up(clips, mask, target, weight, args.mixup)
         with compute.autocast():
             outputs = model(clips, mask)  # (B, T, 3, S, S) -> (B, K)
         training.step(objective.loss(outputs.float(), target, weight))
@@ -837,7 +863,7 @@ def train_one_epoch(model, loader, objective, training, args, compute):
 
 @torch.no_grad()
 def evaluate(model, loader, args, compute):
-    """Whole split at once -> (M, K) float64 outputs of its rows, their clips by --aggregation."""
+    """Predict a whole split -> (M, K) float64; the clips of a row are combined by --aggregation."""
     model.eval()
     outputs = []
     for batch in loader:
@@ -845,8 +871,9 @@ def evaluate(model, loader, args, compute):
         with compute.autocast():
             outputs.append(model(clips, mask).float().cpu())  # (B, T, 3, S, S) -> (B, K)
     outputs = torch.cat(compute.processes.gather(outputs)).double().numpy()  # (clips, K)
-    row_of = np.array([row for row, _ in loader.dataset.views])  # (clips,)
-    first = np.flatnonzero(np.diff(row_of, prepend=-1))  # (M,) where the clips of a row begin
+    row_of = np.array([row for row, _ in loader.dataset.row_starts])  # (clips,)
+    is_first = np.append(True, row_of[1:] != row_of[:-1])
+    first = np.flatnonzero(is_first)  # (M,) where the clips of a row begin
     if args.aggregation == "max":
         return np.maximum.reduceat(outputs, first)
     n_clips = np.diff(first, append=len(outputs))
@@ -875,14 +902,17 @@ def start_model(args, objective, compute):
     return model
 
 
-def fit(run, args, study, split):
+def fit(run, args, study, split, features):
     """Train on split['train'], choose the epoch on split['val']; returns Fitted."""
     compute = run.compute
     objective = TASKS[args.task](args, study, split["train"])
     column, higher_is_better = select_column(args.select, objective)
-    train_loader, loaders = make_loaders(study, split, objective, args, compute)
-    shift = objective.prior_shift(objective.rows(split["train"]))
+    train_loader, loaders = make_loaders(study, split, objective, args, compute, features)
+    shift = objective.prior_shift(objective.rows_of_epoch(split["train"]))
     model = start_model(args, objective, compute)
+    mean, sd = pixel_statistics(args.model)
+    run.say(f"{args.model}: colours are normalised with mean {mean} and SD {sd}, "
+            "as its published weights expect")
     rest = nn.ModuleList(
         [module for name, module in model.named_children() if name != "backbone"])
     optimizer = common.build_optimizer([(model.backbone, args.backbone_lr_mult), (rest, 1.0)], args)
@@ -914,13 +944,17 @@ def fit(run, args, study, split):
 def describe(args, objective, shift):
     """What predict needs beside the weights: architecture, names, pixel scale, prior shift."""
     mean, sd = pixel_statistics(args.model)
-    return {
+    content = {
         "architecture": {name: getattr(args, name) for name in ARCHITECTURE},
         "names": objective.names,
         "pixel_mean": list(mean),
         "pixel_sd": list(sd),
-        **objective.record(shift),
     }
+    if args.task == "classify":
+        content["positive"] = objective.names[objective.positive]
+        content["prior"] = list(objective.prior)
+        content["prior_shift"] = list(shift)  # to be added to the logits
+    return content
 
 
 @torch.no_grad()
@@ -950,67 +984,80 @@ def pool_over_time(features, mask):
     return np.concatenate([mean, sd], axis=1)
 
 
-def with_features(run, args, study):
-    """The study with Features: for the baselines, and with --freeze_backbone for training."""
+def untuned_features(args, study, run):
+    """Features from the backbone before any tuning: for the baselines, and --freeze_backbone."""
     compute = run.compute
     rows = np.arange(len(study.table))
     model = compute.place(build_model(args, len(study.table.names)))
     one_clip = argparse.Namespace(**{**vars(args), "clips_per_event": 1})
-    middle = Clips(dataclasses.replace(study, args=one_clip), rows, args)
+    middle = Clips(dataclasses.replace(study, args=one_clip), rows)
     pooled = extract_features(model, middle, 0, args, compute)
     if pooled.ndim == 3:
         pooled = pool_over_time(pooled, np.stack([study.mask(row) for row in rows]))
-    features = Features(pooled)
-    if args.freeze_backbone:
-        presets = augment_presets(study.table, args.augment_for, args.augment)
-        random_clips = Clips(study, rows, args, presets)
-        features.views = np.stack([extract_features(model, random_clips, view, args, compute)
-                                   for view in range(args.feature_views)])
-        scored_clips = Clips(study, rows, args)
-        scored = extract_features(model, scored_clips, 0, args, compute)
-        features.scored = dict(zip(scored_clips.views, scored))
-    return dataclasses.replace(study, features=features)
+    if not args.freeze_backbone:
+        return Features(pooled)
+    random_clips = Clips(study, rows, augment_presets(study.table, args.augment_for, args.augment))
+    views = np.stack([extract_features(model, random_clips, view, args, compute)
+                      for view in range(args.feature_views)])
+    predicted_clips = Clips(study, rows)
+    found = extract_features(model, predicted_clips, 0, args, compute)
+    return Features(pooled, views, dict(zip(predicted_clips.row_starts, found)))
 
 
 # --- results: predictions table -> judged run folder -------------------------------------------
 
 @dataclasses.dataclass(kw_only=True)
-class Scored:
-    """Outputs for rows that the model was not trained on, beside the baselines' for the same rows."""
+class HeldOut:
+    """Outputs for rows that the model was not trained on, and the baselines' for the same rows."""
     rows: np.ndarray  # (M,) rows of the study
     outputs: np.ndarray  # (M, K) logits at the natural class shares, or scores
     baselines: dict  # name -> (M, K) probabilities or scores
-    trained_on: list  # (train rows, scored rows) of each fold, one pair without folds
-    calibration: list | None = None  # (M,) temperature and threshold fitted on other rows; classify
+    trained_on: list  # (train rows, held-out rows) of each fold, one pair without folds
     spread: np.ndarray | None = None  # (M, R) sd over several models; regress
+    # classify, fitted on other rows:
+    temperature: np.ndarray | None = None  # (M,)
+    threshold: np.ndarray | None = None  # (M,) of the positive class, after the temperature
 
 
 def calibrate(logits, label, positive):
-    """Temperature, and threshold of the positive class after it, of validation logits (M, C) and labels (M,)."""
+    """Temperature, and threshold of the positive class after it: logits (M, C), labels (M,)."""
     temperature = calibrating.fit_temperature(logits, label)
     probability = class_scores.softmax(logits / temperature)
     threshold = calibrating.fit_threshold(probability, label, positive=positive)
     return {"temperature": temperature, "threshold": threshold}
 
 
-def baselines(study, train, rows):
-    """{name: (M, K)} of what trains no network: what is frequent, and a linear model on the untuned features."""
+def calibration_of_rows(calibration, n_rows):
+    """What calibrate gave -> those fields of HeldOut for so many rows; None -> no fields."""
+    return {name: np.full(n_rows, value) for name, value in (calibration or {}).items()}
+
+
+def predict_baselines(study, features, train, rows):
+    """{name: (M, K)} predictions without training a network.
+
+    The class shares or means of the train rows, and a linear model on the untuned features.
+    """
     table = study.table
-    features = study.features.pooled
-    groups = None if study.clusters is None else study.clusters[train]
+    known = features.pooled[train]
+    asked = features.pooled[rows]
+    shared = {"groups": study.groups_of(train), "sd_floor": baseline_models.FEATURE_SD_FLOOR}
     if table.target is None:
+        label = table.label[train]
         n_classes = len(table.names)
-        logistic = baseline_models.fit_logistic(
-            features[train], table.label[train], n_classes, groups=groups, sd_floor=FEATURE_SD_FLOOR)
-        return {"train_prior": baseline_models.prior_baseline(table.label[train], len(rows), n_classes),
-                "logistic": logistic.predict(features[rows])}
+        logistic = baseline_models.fit_logistic(known, label, n_classes, **shared)
+        return {
+            "train_prior": baseline_models.prior_baseline(label, len(rows), n_classes),
+            "logistic": logistic.predict(asked),
+        }
     target = table.target[train]
-    ridge = baseline_models.fit_ridge(features[train], target, groups=groups, sd_floor=FEATURE_SD_FLOOR)
-    predicted = {"train_mean": baseline_models.train_mean_baseline(target, len(rows)),
-                 "ridge": ridge.predict(features[rows])}
+    predicted = {
+        "train_mean": baseline_models.train_mean_baseline(target, len(rows)),
+        "ridge": baseline_models.fit_ridge(known, target, **shared).predict(asked),
+    }
     moments = moment_levels(study)
     if moments is not None:
-        predicted["moment_mean"] = baseline_models.level_mean_baseline(target, moments[train], moments[rows])
+        predicted["moment_mean"] = baseline_models.level_mean_baseline(
+            target, moments[train], moments[rows])
     return predicted
 
 
@@ -1020,39 +1067,50 @@ def moment_levels(study):
     return study.table.extra[key].to_numpy(str) if key in study.table.extra else None
 
 
-def predictions_table(study, scored):
-    """ScoreTable, or ClassTable with probabilities that are calibrated where that was fitted on other rows."""
+def predictions_table(study, held_out):
+    """HeldOut -> ScoreTable, or ClassTable with the probabilities after calibration."""
     table = study.table
-    rows = scored.rows
-    groups = None if study.clusters is None else study.clusters[rows]
+    rows = held_out.rows
+    shared = {
+        "names": table.names,
+        "baselines": held_out.baselines,
+        "groups": study.groups_of(rows),
+    }
     if table.target is not None:
         return prediction_tables.ScoreTable(
-            keys={"clip_id": table.clip_ids[rows]}, names=table.names, target=table.target[rows],
-            predicted=scored.outputs, baselines=scored.baselines, groups=groups, spread=scored.spread)
-    raw = class_scores.softmax(scored.outputs)
-    probability, threshold = raw, None
-    if scored.calibration:
-        temperature = np.array([each["temperature"] for each in scored.calibration])
-        threshold = np.array([each["threshold"] for each in scored.calibration])
-        probability = class_scores.softmax(scored.outputs / temperature[:, None])
+            keys={"clip_id": table.clip_ids[rows]},
+            target=table.target[rows],
+            predicted=held_out.outputs,
+            spread=held_out.spread,
+            **shared)
+    probability = class_scores.softmax(held_out.outputs)
+    uncalibrated = None
+    if held_out.temperature is not None:
+        uncalibrated = probability
+        probability = class_scores.softmax(held_out.outputs / held_out.temperature[:, None])
     n_clips = np.array([len(study.starts(row)) for row in rows])
     return prediction_tables.ClassTable(
         keys={"clip_id": table.clip_ids[rows], "event": table.events[rows], "n_clips": n_clips},
-        names=table.names, positive=study.positive, label=table.label[rows], probability=probability,
-        baselines=scored.baselines, groups=groups, threshold=threshold, logits=scored.outputs,
-        uncalibrated=raw if scored.calibration else None)
+        positive=study.positive,
+        label=table.label[rows],
+        probability=probability,
+        threshold=held_out.threshold,
+        logits=held_out.outputs,
+        uncalibrated=uncalibrated,
+        **shared)
 
 
 @common.first_process_only
-def judge(run, args, study, split, scored, part, alarms, best_epoch=None, folds=()):
-    """Judge the outputs for held-out rows; `part` is val, test or folds."""
-    table = predictions_table(study, scored)
-    levels = confounding.prior_levels(study.table)
-    train, held_out = zip(*scored.trained_on)
-    confounds = confounding.level_priors(
-        levels, study.truth, list(train), list(held_out), study.clusters, study.positive)
+def judge(run, args, study, split, held_out, part, alarms, best_epoch=None, folds=()):
+    """Judge the outputs for held-out rows; split: {name: rows}; part: val, test or folds."""
+    table = predictions_table(study, held_out)
+    rows = held_out.rows
     is_classes = study.table.target is None
-    judging_room = class_judging if is_classes else score_judging
+    levels = confounding.prior_levels(study.table)
+    train_rows, held_out_rows = zip(*held_out.trained_on)
+    confounds = confounding.level_priors(
+        levels, study.truth, list(train_rows), list(held_out_rows), study.groups, study.positive)
+    find_cases = class_judging.worst_and_best if is_classes else score_judging.worst_and_best
     setting = judging.Setting(
         title="Behaviour in clips" if is_classes else "Scores of frame sequences",
         part=part,
@@ -1060,53 +1118,57 @@ def judge(run, args, study, split, scored, part, alarms, best_epoch=None, folds=
         best_epoch=best_epoch,
         alarms=alarms,
         criteria=args.criteria,
-        data=data_blocks(study, split, scored.rows, table),
-        cases=case_blocks(study, scored.rows, judging_room.worst_and_best(table)),
+        data=data_blocks(study, split, rows, table),
+        cases=case_blocks(study, rows, *find_cases(table)),
         limits=limits(args, study),
         folds=list(folds))
     if is_classes:
-        of_rows = {name: values[scored.rows] for name, values in levels.items()}
-        return class_judging.judge_classes(run, table, setting, confounds, of_rows)
+        of_rows = {name: values[rows] for name, values in levels.items()}
+        class_judging.judge_classes(run, table, setting, confounds, of_rows)
+        return
     ceiling = None
     if study.table.single_ratings:
         ceiling = rater_agreement.measure_ceiling(
             study.table.names, study.table.target, single_ratings=study.table.single_ratings)
     moments = moment_levels(study)
-    return score_judging.judge_scores(
-        run, table, setting, ceiling, confounds, None if moments is None else moments[scored.rows])
+    of_rows = None if moments is None else moments[rows]
+    score_judging.judge_scores(run, table, setting, ceiling, confounds, of_rows)
 
 
 def criteria_names(study):
-    """What --criteria may name: metrics of all, of a class or score, and of scores at a level of --moment_column."""
+    """What --criteria may name: metrics of all, of one class or score, and of one moment."""
     if study.table.target is None:
         return verdicts.spell_class_metrics(study.table.names)
     moments = moment_levels(study)
-    return score_judging.criteria_names(study.table.names, () if moments is None else sorted(set(moments)))
+    levels = () if moments is None else sorted(set(moments))
+    return score_judging.criteria_names(study.table.names, levels)
 
 
 def data_blocks(study, split, rows, table):
     """HTML of the section Data and split."""
     sizes = []
     for part, part_rows in split.items():
-        size = {"part": part, "clips": len(part_rows)}
+        size = {"part": part, "rows": len(part_rows)}
         if study.table.target is None:
             counts = np.bincount(study.table.label[part_rows], minlength=len(study.table.names))
             size |= dict(zip(study.table.names, counts.tolist()))
         sizes.append(size)
     events = f"{len(set(study.table.events[rows]))} events; {len(study.skipped)} rows skipped."
-    return [judging.rows_text(table, "clips"), reporting.html_text(events), reporting.html_table(sizes)]
+    return [judging.rows_text(table), reporting.html_text(events), reporting.html_table(sizes)]
 
 
-def case_blocks(study, rows, found, count=5):
-    """HTML with the middle frames of the clips with the smallest and the largest error; found: of worst_and_best."""
-    order, lines = found
+def case_blocks(study, rows, order, lines, count=5):
+    """HTML with the middle frames of the rows with the smallest and the largest error.
 
+    order: places in `rows` from the smallest error on; lines: texts on each of `rows`.
+    """
     def cases(chosen):
         figures = []
         for i in chosen:
             frames = study.frames(rows[i])
             middle = np.asarray(frames[len(frames) // 2])
-            figures.append({"image": middle, "title": study.table.clip_ids[rows[i]], "lines": lines[i]})
+            title = study.table.clip_ids[rows[i]]
+            figures.append({"image": middle, "title": title, "lines": lines[i]})
         return reporting.html_cases(figures)
     return [reporting.html_text("Best:"), cases(order[:count]),
             reporting.html_text("Worst:"), cases(order[::-1][:count])]
@@ -1116,19 +1178,22 @@ def limits(args, study):
     """Sentences on what a reader must not conclude from this run."""
     lines = ["Valid for clips like these, labelled by people like these; nothing else was tested."]
     if study.table.groups is None:
-        lines.append("No --group_column: one animal, pen or scene may stand on both sides of the split.")
+        lines.append("No --group_column: one animal, pen or scene may stand on both sides of the "
+                     "split.")
     elif args.split_by in ("event", "video"):
-        lines.append(f"Split by {args.split_by}: the same animals and places are on both sides, so nothing is said of "
-                     "new ones.")
+        lines.append(f"Split by {args.split_by}: the same animals and places are on both sides, so "
+                     "nothing is said of new ones.")
     if not args.pretrained and not args.weights:
-        lines.append("Started from random weights; published weights usually do far better on data of this size.")
+        lines.append("Started from random weights; published weights usually do far better on data "
+                     "of this size.")
     return lines
 
 
 # --- one run, or one run per fold -------------------------------------------------------------
 
-def prepare_split(run, args, study, split):
+def prepare_split(run, study, split):
     """Write splits.json and the leakage report; refuse a split that leaks."""
+    args = study.args
     audits = [study.audit(row) for row in range(len(study.table))]
     shas = [audit.pixel_sha for audit in audits]
     phash = np.array([audit.phash for audit in audits], dtype=np.uint64)
@@ -1138,42 +1203,47 @@ def prepare_split(run, args, study, split):
     splitting.record_split(run, split, study.table.clip_ids, report, stopping)
 
 
-def run_split(run, args, study, split):
+def run_split(run, args, study, split, features=None):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
-    prepare_split(run, args, study, split)
+    prepare_split(run, study, split)
     if args.dry_run:
         split = {part: few_rows(study.table, rows, 2 * args.batch_size)
                  for part, rows in split.items()}
-    if study.features is None:
-        study = with_features(run, args, study)
+    if features is None:
+        features = untuned_features(args, study, run)
     run.write_args(**study.record(split))
-    fitted = fit(run, args, study, split)
-    scored = {}
+    fitted = fit(run, args, study, split, features)
+    results = {}
     for part in ("val", "test"):
         rows = split[part]
         if len(rows):
-            is_calibrated = fitted.calibration and part == "test"
-            scored[part] = Scored(
+            calibration = fitted.calibration if part == "test" else None
+            results[part] = HeldOut(
                 rows=rows,
                 outputs=fitted.outputs[part],
-                baselines=baselines(study, split["train"], rows),
+                baselines=predict_baselines(study, features, split["train"], rows),
                 trained_on=[(split["train"], rows)],
-                calibration=[fitted.calibration] * len(rows) if is_calibrated else None)
-            table = predictions_table(study, scored[part])
+                **calibration_of_rows(calibration, len(rows)))
+            table = predictions_table(study, results[part])
             table.write(run.path(f"predictions_{part}.csv"))
-    plotting.plot_history(plotted_history(fitted), run.path("training_history.png"), fitted.best_epoch)
-    train, val = (fitted.objective.history(fitted.outputs[part], split[part]) for part in ("train", "val"))
-    alarms = verdicts.split_gap_alarms(train, val, "roc_auc" if args.task == "classify" else "pearson_r")
-    part = "test" if "test" in scored else "val"
-    judge(run, args, study, split, scored[part], part, alarms, fitted.best_epoch)
+    plotting.plot_history(
+        plotted_history(fitted), run.path("training_history.png"), fitted.best_epoch)
+    train, val = (fitted.objective.history(fitted.outputs[part], split[part])
+                  for part in ("train", "val"))
+    metric = "roc_auc" if args.task == "classify" else "pearson_r"
+    alarms = verdicts.split_gap_alarms(train, val, metric)
+    part = "test" if "test" in results else "val"
+    judge(run, args, study, split, results[part], part, alarms, fitted.best_epoch)
 
 
 def plotted_history(fitted):
-    """The history for its plot: of the classes only the positive one, one of several like metrics."""
-    positive = fitted.objective.positive
-    shown = None if positive is None else fitted.objective.names[positive]
-    left_out = [f"val_{column}" for column, (metric, name) in fitted.objective.columns.items()
-                if name not in (None, shown) or metric in ("ece_adaptive", "brier", "mcc", "mse")]
+    """The history for its plot: no class but the positive one, and one of several like metrics."""
+    objective = fitted.objective
+    left_out = set()
+    for column, (metric, name) in objective.columns.items():
+        is_other_class = name is not None and name != objective.names[objective.positive]
+        if is_other_class or metric in ("ece_adaptive", "brier", "mcc", "mse"):
+            left_out.add(f"val_{column}")
     return [{name: value for name, value in row.items() if name not in left_out}
             for row in fitted.history]
 
@@ -1197,48 +1267,51 @@ def make_split(args, study):
         is_test = event_tables.group_mask(table, args.test_groups)
         test = np.flatnonzero(is_test)
         return part_of_train(args, table, np.flatnonzero(~is_test)) | {"test": test}
-    units = event_tables.split_keys(table, args.split_by)
-    return splitting.split_of_flags(args, table.clip_ids, event_tables.strata_of(table), units)
+    kept_whole = event_tables.split_keys(table, args.split_by)
+    return splitting.split_of_flags(
+        args, table.clip_ids, event_tables.strata_of(table), kept_whole)
 
 
 def part_of_train(args, table, rows):
     """train and val cut from these rows by their ratios."""
     val_ratio = args.val_ratio / (args.train_ratio + args.val_ratio)
+    kept_whole = event_tables.split_keys(table, args.split_by)
     made = splitting.make_split(
         len(rows), {"train": 1 - val_ratio, "val": val_ratio}, event_tables.strata_of(table)[rows],
-        event_tables.split_keys(table, args.split_by)[rows], args.seed, table.clip_ids[rows])
-    return {part: rows[places] for part, places in made.items()}
+        kept_whole[rows], args.seed, table.clip_ids[rows])
+    return {part: rows[chosen] for part, chosen in made.items()}  # chosen: indices into `rows`
 
 
 def make_folds(args, study):
-    """List of {train, val, test} rows: from --cv_file, or dealt out; the test groups stay outside."""
+    """List of {train, val, test} rows: of --cv_file or of --folds; test groups are in no fold."""
     table = study.table
     is_test = np.zeros(len(table), bool)
     if args.test_groups:
         is_test = event_tables.group_mask(table, args.test_groups)
     test = np.flatnonzero(is_test)
-    rest = np.flatnonzero(~is_test)
     if args.cv_file:
         return [{"train": np.setdiff1d(fold["train"], test),
                  "val": np.setdiff1d(fold["val"], test),
                  "test": test} for fold in score_tables.read_cv_file(args.cv_file, table)]
-    units = event_tables.split_keys(table, args.split_by)
-    fold_of = splitting.make_folds(
-        len(rest), args.folds, event_tables.strata_of(table)[rest], units[rest], args.seed,
+    rest = np.flatnonzero(~is_test)
+    kept_whole = event_tables.split_keys(table, args.split_by)
+    fold_of = np.full(len(table), -1)  # (N,) -1 = test
+    fold_of[rest] = splitting.make_folds(
+        len(rest), args.folds, event_tables.strata_of(table)[rest], kept_whole[rest], args.seed,
         table.clip_ids[rest])
-    return [{"train": rest[fold_of != k], "val": rest[fold_of == k], "test": test}
+    return [{"train": rest[fold_of[rest] != k], "val": np.flatnonzero(fold_of == k), "test": test}
             for k in range(args.folds)]
 
 
 def run_folds(run, args, study):
-    """One run per fold in fold_K/, then their held-out outputs scored as one; the mean on test."""
+    """One run per fold in fold_K/, all judged as one; their mean on the test groups."""
     folds = make_folds(args, study)
     test = folds[0]["test"]
     parts = {f"fold_{k}": fold["val"] for k, fold in enumerate(folds)}
     if len(test):
         parts["test"] = test
-    prepare_split(run, args, study, parts)
-    study = with_features(run, args, study)
+    prepare_split(run, study, parts)
+    features = untuned_features(args, study, run)
     run.write_args(**study.record(parts))
     chosen = range(len(folds)) if args.fold == "all" else [args.fold]
     for k in chosen:
@@ -1246,68 +1319,80 @@ def run_folds(run, args, study):
             if child.path("metrics.json").exists():
                 child.say(f"fold {k} is finished")
             else:
-                run_split(child, args, study, folds[k])
+                run_split(child, args, study, folds[k], features)
     results = [read_fold(run.path(f"fold_{k}"), study, folds[k], "val") for k in chosen]
-    tables = [predictions_table(study, scored) for scored in results]
+    tables = [predictions_table(study, result) for result in results]
     if args.task == "regress":
         numbers = map(score_judging.fold_numbers, tables)
-        common.write_table(run.path("fold_scores.csv"), fold_score_rows(study, chosen, results, tables))
+        rows = fold_score_rows(study, chosen, results, tables)
+        common.write_table(run.path("fold_scores.csv"), rows)
     else:
         numbers = map(class_judging.fold_numbers, tables)
     done = judging.finished_folds(run, chosen, numbers)
     pooled = pool(results, study)
     predictions_table(study, pooled).write(run.path("predictions_folds.csv"))
-    judge(run, args, study, parts, pooled, "folds", judging.identical_fold_alarms(done), folds=done)
+    alarms = judging.identical_fold_alarms(done)
+    judge(run, args, study, parts, pooled, "folds", alarms, folds=done)
     if len(test):
         members = [read_fold(run.path(f"fold_{k}"), study, folds[k], "test") for k in chosen]
         with run.child("test_ensemble") as child:
-            judge_ensemble(child, args, study, members)
+            judge_ensemble(child, args, study, features, members)
 
 
 def read_fold(folder, study, fold, part):
-    """Scored of one part of a finished fold, from its files."""
-    positive = None if study.positive is None else study.table.names[study.positive]
-    table = prediction_tables.read_predictions(folder / f"predictions_{part}.csv", positive_class=positive)
+    """HeldOut of one part of a finished fold, from its files."""
+    is_classes = study.table.target is None
+    positive = study.table.names[study.positive] if is_classes else None
+    table = prediction_tables.read_predictions(
+        folder / f"predictions_{part}.csv", positive_class=positive)
     row_of = {name: row for row, name in enumerate(study.table.clip_ids)}
     rows = np.array([row_of[name] for name in table.keys["clip_id"]])
-    is_classes = study.table.target is None
     calibration = None
     if is_classes and part == "test":
-        calibration = [common.read_json(folder / "calibration.json")] * len(rows)
-    return Scored(rows=rows, outputs=table.logits if is_classes else table.predicted, baselines=table.baselines,
-                  trained_on=[(fold["train"], rows)], calibration=calibration)
+        calibration = common.read_json(folder / "calibration.json")
+    return HeldOut(
+        rows=rows,
+        outputs=table.logits if is_classes else table.predicted,
+        baselines=table.baselines,
+        trained_on=[(fold["train"], rows)],
+        **calibration_of_rows(calibration, len(rows)))
 
 
 def fold_score_rows(study, chosen, results, tables):
     """Dicts of n and the metrics of every fold, score and moment ('all' and each)."""
     moments = moment_levels(study)
     rows = []
-    for k, scored, table in zip(chosen, results, tables):
-        own = None if moments is None else moments[scored.rows]
+    for k, result, table in zip(chosen, results, tables):
+        own = None if moments is None else moments[result.rows]
         rows += [{"fold": k, **row} for row in score_judging.rows_of_scores(table, own)]
     return rows
 
 
 def pool(results, study):
-    """Scored of all folds as one; each fold's calibration is fitted on the other folds' rows."""
-    calibration = None
+    """HeldOut of all folds as one; each fold's calibration is fitted on the other folds' rows."""
+    def joined(name):
+        return np.concatenate([getattr(each, name) for each in results])
+    rows = joined("rows")
+    outputs = joined("outputs")
+    calibration = {}
     if study.table.target is None and len(results) > 1:
-        calibration = []
-        for own in results:
-            others = [other for other in results if other is not own]
-            logits = np.concatenate([other.outputs for other in others])
-            label = study.table.label[np.concatenate([other.rows for other in others])]
-            calibration += [calibrate(logits, label, study.positive)] * len(own.rows)
-    return Scored(
-        rows=np.concatenate([each.rows for each in results]),
-        outputs=np.concatenate([each.outputs for each in results]),
-        baselines={name: np.concatenate([each.baselines[name] for each in results]) for name in results[0].baselines},
+        fold_of = np.repeat(np.arange(len(results)), [len(each.rows) for each in results])
+        found = [calibrate(outputs[fold_of != k], study.table.label[rows[fold_of != k]],
+                           study.positive) for k in range(len(results))]
+        for name in found[0]:
+            calibration[name] = np.array([each[name] for each in found])[fold_of]
+    return HeldOut(
+        rows=rows,
+        outputs=outputs,
+        baselines={name: np.concatenate([each.baselines[name] for each in results])
+                   for name in results[0].baselines},
         trained_on=list(itertools.chain.from_iterable(each.trained_on for each in results)),
-        calibration=calibration)
+        **calibration)
 
 
 def mean_of_members(members, study):
-    """Scored of several models on the same rows as one: their mean, of classes after calibration."""
+    """HeldOut of several models on the same rows as one: their mean, of classes after calibration.
+    """
     first = members[0]
     if len(members) == 1:
         return first
@@ -1315,22 +1400,23 @@ def mean_of_members(members, study):
         outputs = np.stack([member.outputs for member in members])  # (members, M, R)
         return dataclasses.replace(first, outputs=outputs.mean(0), spread=outputs.std(0, ddof=1))
     tables = [predictions_table(study, member) for member in members]
-    calibration = None
+    threshold = None
     if all(table.threshold is not None for table in tables):
         threshold = np.mean([table.threshold for table in tables], axis=0)
-        calibration = [{"temperature": 1.0, "threshold": each} for each in threshold]
     outputs = np.log(np.mean([table.probability for table in tables], axis=0))
-    return dataclasses.replace(first, outputs=outputs, calibration=calibration)
+    return dataclasses.replace(first, outputs=outputs, temperature=None, threshold=threshold)
 
 
-def judge_ensemble(run, args, study, members):
+def judge_ensemble(run, args, study, features, members):
     """Judge the mean of all folds' models on the test groups, which none of them has seen."""
     mean = mean_of_members(members, study)
     train = np.setdiff1d(np.arange(len(study.table)), mean.rows)
     mean = dataclasses.replace(
-        mean, baselines=baselines(study, train, mean.rows), trained_on=[(train, mean.rows)])
+        mean,
+        baselines=predict_baselines(study, features, train, mean.rows),
+        trained_on=[(train, mean.rows)])
     split = {"train": train, "test": mean.rows}
-    prepare_split(run, args, study, split)
+    prepare_split(run, study, split)
     predictions_table(study, mean).write(run.path("predictions_test.csv"))
     judge(run, args, study, split, mean, "test", [])
 
@@ -1340,6 +1426,7 @@ def train(args):
     with common.start_run(args) as run:
         if args.model != CNN_LSTM and run.compute.device.type == "cpu":
             run.say(f"{args.model}: computed in fp32 on a CPU; mixed precision needs a GPU")
+        check_fold_of_file(args)
         study = load_study(args, run.say, run.path("skipped.csv"))
         say_effective_size(run, study)
         check_flags_of_study(args, study)
@@ -1349,11 +1436,21 @@ def train(args):
             run_split(run, args, study, make_split(args, study))
 
 
+def check_fold_of_file(args):
+    """UserError for a --fold that --cv_file does not have, before any video is decoded."""
+    if not args.cv_file or args.fold == "all":
+        return
+    n_folds = len(score_tables.read_cv_file(args.cv_file, read_table(args)))
+    if args.fold >= n_folds:
+        raise common.UserError(f"--fold {args.fold}: --cv_file {args.cv_file} has {n_folds} folds, "
+                               f"from 0 to {n_folds - 1}")
+
+
 def say_effective_size(run, study):
     """What the data really hold: rows, distinct labels, groups, rows of each class."""
     table = study.table
-    size = splitting.effective_size(study.truth, study.clusters)
-    text = (f"effective sample: {size['rows']} clips, {len(set(table.events))} events, "
+    size = splitting.effective_size(study.truth, study.groups)
+    text = (f"effective sample: {size['rows']} rows, {len(set(table.events))} events, "
             f"{size['distinct_label_vectors']} distinct label vectors, "
             f"{size['subjects'] or 'no'} groups or videos")
     if table.label is not None:
@@ -1378,7 +1475,6 @@ class Member:
     """One of the trained networks whose mean is predicted."""
     model: nn.Module  # in evaluation mode
     content: dict  # of its checkpoint
-    flags: dict  # those of ARCHITECTURE
 
 
 def load_members(paths, compute):
@@ -1390,16 +1486,14 @@ def load_members(paths, compute):
     for path in files:
         content = common.load_model_file(path, common.script_name())
         with common.checkpoint_fields(path):
-            flags = dict(content["architecture"])
-            n_outputs = len(content["names"])
-            model = build_model(argparse.Namespace(**flags, **untrained), n_outputs)
+            flags = argparse.Namespace(**content["architecture"], **untrained)
+            model = build_model(flags, len(content["names"]))
         common.load_state(model, content["model"], path)
-        members.append(Member(compute.place(model).eval(), content, flags))
-        first = members[0]
-        if (content["names"] != first.content["names"]
-                or flags["task"] != first.flags["task"]):
+        members.append(Member(compute.place(model).eval(), content))
+        first = members[0].content
+        if (flags.task, content["names"]) != (first["architecture"]["task"], first["names"]):
             raise common.UserError(
-                f"{path} predicts {content['names']}, {files[0]} {first.content['names']}; "
+                f"{path} predicts {content['names']}, {files[0]} {first['names']}; "
                 "members of one mean must agree")
     return members
 
@@ -1411,38 +1505,55 @@ def predict(args):
     typed = {name: getattr(args, name) for name in ("clips_per_event", "aggregation")
              if name in args.given}
     study = None
-    scored = []
+    results = []
     for member in members:
-        own_args = argparse.Namespace(**{**vars(args), **member.flags, **typed, "jitter_sec": 0.0})
-        if study is None or any(getattr(study.args, name) != getattr(own_args, name)
-                                for name in ("image_size", "n_frames", "fps")):
-            study = load_study(own_args, print, names=member.content["names"], need_labels=False)
-        study = dataclasses.replace(study, args=own_args)
-        scored.append(predict_rows(member, study, own_args, compute))
+        flags = member.content["architecture"]
+        own_args = argparse.Namespace(**{**vars(args), **flags, **typed, "jitter_sec": 0.0})
+        study = study_of_member(study, own_args, member.content["names"])
+        results.append(predict_rows(member, study, compute))
     if "positive" in members[0].content:
         positive = study.table.names.index(members[0].content["positive"])
         study = dataclasses.replace(study, positive=positive)
     output = args.output or Path("predictions.csv")
-    predictions_table(study, mean_of_members(scored, study)).write(output)
-    print(f"{len(study.table)} clips predicted by {len(members)} checkpoint(s), "
+    predictions_table(study, mean_of_members(results, study)).write(output)
+    print(f"{len(study.table)} rows predicted by {len(members)} checkpoint(s), "
           f"{len(study.skipped)} rows skipped; written to {output}")
     for entry in study.skipped:
         print(f"skipped: {entry['row']}: {entry['reason']}")
 
 
-def predict_rows(member, study, args, compute):
-    """Scored of all rows of the study by one trained network."""
+def study_of_member(study, args, names):
+    """The study as these flags read it; `study`, of the member before or None, where they agree.
+
+    Raises UserError where they can read other rows.
+    """
+    if study and all(getattr(study.args, name) == getattr(args, name) for name in READING):
+        return dataclasses.replace(study, args=args)
+    found = load_study(args, print, names=names, need_labels=False)
+    order = found.table.extra["row_order"]  # the place of each row in the manifest
+    if study and not np.array_equal(order, study.table.extra["row_order"]):
+        raise common.UserError("the checkpoints can read different rows of the manifest, because "
+                               f"they differ in {', '.join(READING)}; predict with each alone")
+    return found
+
+
+def predict_rows(member, study, compute):
+    """HeldOut of all rows of the study by one trained network."""
+    args = study.args
     rows = np.arange(len(study.table))
-    loader = common.make_loader(Clips(study, rows, args), args.val_batch_size, args, compute,
-                                False, study.store.cache == "ram")
+    loader = common.make_loader(
+        Clips(study, rows), args.val_batch_size, args, compute, False, study.store.cache == "ram")
     outputs = evaluate(member.model, loader, args, compute)
-    outputs = outputs + member.content.get("prior_shift", 0.0)
     calibration = member.content.get("calibration")  # a top_epoch_N.pth has none
-    return Scored(rows=rows, outputs=outputs, baselines={}, trained_on=[],
-                  calibration=calibration and [calibration] * len(rows))
+    return HeldOut(
+        rows=rows,
+        outputs=outputs + member.content.get("prior_shift", 0.0),
+        baselines={},
+        trained_on=[],
+        **calibration_of_rows(calibration, len(rows)))
 
 
-def evaluate_predictions(args):
+def judge_predictions(args):
     """--mode evaluate: a short way to judge_predictions.py, for one table of predictions."""
     table = prediction_tables.read_predictions(
         args.predictions, args.group_column, positive_class=args.positive_class)
@@ -1454,7 +1565,7 @@ def evaluate_predictions(args):
 
 
 def audit(args):
-    """--mode audit: what the parts share, what leaves its file, and what needs no pixels."""
+    """--mode audit: what the parts share, bad windows, and labels that metadata predict."""
     table = read_table(args)
     durations = {}
     unreadable = {}
@@ -1480,7 +1591,7 @@ def audit(args):
 
 def main():
     args = parse_args()
-    modes = {"train": train, "predict": predict, "evaluate": evaluate_predictions,
+    modes = {"train": train, "predict": predict, "evaluate": judge_predictions,
              "audit": audit}
     modes[args.mode](args)
 

@@ -8,32 +8,30 @@ import math
 import numpy as np
 
 from evidence import (
-    calibrating, class_scores, confounding, judging, metric_names, plotting, reporting, splitting, subject_intervals,
-    verdicts)
+    calibrating, class_scores, confounding, judging, metric_names, plotting, reporting, splitting,
+    subject_intervals, verdicts)
 from evidence.score_judging import lowest
 
 
 def judge_classes(run, table, setting, confounds=(), levels=None):
-    """Judge a prediction_tables.ClassTable, write plots, report.html and metrics.json; returns the metrics.
+    """Judge a prediction_tables.ClassTable; write plots, report.html and metrics.json.
 
     confounds: of confounding.level_priors; levels: {name of a confound: (M,) its values}.
+    Returns the metrics.
     """
     table = table.labelled()
     result = compare_classes(table)
     confounds = confounding.flag_confounds(confounds, lowest(result.overall.model["roc_auc"]))
-    confidence = table.probability.max(1)
     for row in confounds:
         if row["name"] in (levels or {}):
             row["model_auc_within_levels"] = confounding.within_level_auc(
-                table.probability[:, table.positive], table.label, levels[row["name"]], table.positive)
-    plotting.plot_confusion(result.confusion, table.names, run.path("confusion.png"))
-    plotting.plot_precision_recall(table.probability, table.label, table.names, run.path("precision_recall.png"),
-                                   table.positive if len(table.names) == 2 else None)
-    plotting.plot_risk_coverage(confidence, table.probability.argmax(1) == table.label, run.path("risk_coverage.png"))
-    plotting.plot_reliability(table.probability, table.label, run.path("reliability.png"), table.uncalibrated)
+                table.probability[:, table.positive], table.label, levels[row["name"]],
+                table.positive)
+    plot_classes(run, table, result.confusion)
 
     name = table.names[table.positive]
-    verdict = verdicts.verdict_sentence(result, "roc_auc", None, setting.held_out, f"AUC of {name}")
+    verdict = verdicts.verdict_sentence(
+        result, "roc_auc", None, setting.held_out, auc_label(result.names, name))
     alarms = verdicts.classification_alarms(
         table.probability, table.label, table.names, table.threshold, table.positive)
     stages = calibration_rows(table)
@@ -58,33 +56,50 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
             "confusion": result.confusion,
             "n": result.n,
             "sample": splitting.effective_size(table.label, table.groups),
-            "null_ece": calibrating.expected_ece(confidence),
+            "null_ece": calibrating.expected_ece(table.probability.max(1)),
             "calibration": stages,
             "confounds": confounds,
         })
     return judging.close_run(run, setting, judgement)
 
 
+def plot_classes(run, table, confusion):
+    """The plots that the report shows, as files of the run folder."""
+    probability = table.probability
+    is_right = probability.argmax(1) == table.label
+    shown = table.positive if len(table.names) == 2 else None
+    plotting.plot_confusion(confusion, table.names, run.path("confusion.png"))
+    plotting.plot_precision_recall(
+        probability, table.label, table.names, run.path("precision_recall.png"), shown)
+    plotting.plot_risk_coverage(probability.max(1), is_right, run.path("risk_coverage.png"))
+    plotting.plot_reliability(
+        probability, table.label, run.path("reliability.png"), table.uncalibrated)
+
+
 def compare_classes(table):
     """Result of the model, paired with the best baseline, which gives its most probable class."""
     best = best_baseline(table)
     return subject_intervals.bootstrap_classification(
-        table.probability, table.label, table.groups, table.baselines[best], table.names, table.threshold,
-        table.positive, baseline_name=best)
+        table.probability, table.label, table.groups, table.baselines[best], table.names,
+        table.threshold, table.positive, baseline_name=best)
 
 
 def fold_numbers(table):
     """What the fold table says of one fold, and the best baseline's AUC."""
-    found = class_scores.classification_metrics(table.probability, table.label, table.threshold, table.positive).overall
-    wanted = ("roc_auc", "balanced_accuracy", "macro_f1", "accuracy", "loss", "ece")
-    best = auc_of(table, best_baseline(table))
-    return {"rows": len(table.label), **{name: found[name] for name in wanted}, "baseline_roc_auc": best}
+    found = class_scores.classification_metrics(
+        table.probability, table.label, table.threshold, table.positive)
+    numbers = {"rows": len(table.label)}
+    for name in ("roc_auc", "balanced_accuracy", "macro_f1", "accuracy", "loss", "ece"):
+        numbers[name] = found.overall[name]
+    numbers["baseline_roc_auc"] = auc_of(table, best_baseline(table))
+    return numbers
 
 
 def auc_of(table, baseline):
     """AUC of a baseline of the table, by name."""
-    probability = table.baselines[baseline]
-    return class_scores.classification_metrics(probability, table.label, positive=table.positive).overall["roc_auc"]
+    found = class_scores.classification_metrics(
+        table.baselines[baseline], table.label, positive=table.positive)
+    return found.overall["roc_auc"]
 
 
 def best_baseline(table):
@@ -93,13 +108,19 @@ def best_baseline(table):
 
 
 def calibration_rows(table):
-    """A dict of NLL, Brier, ECE and what the decision reaches, before and (where there is one) after calibration."""
-    stages = {"as it is": (table.probability, table.threshold)}
-    if table.uncalibrated is not None:
-        stages = {"before": (table.uncalibrated, None), "after": (table.probability, table.threshold)}
+    """A dict of NLL, Brier, ECE and what the decision reaches, before and after calibration.
+
+    Only one dict where no probabilities before calibration are known.
+    """
+    given = (table.probability, table.threshold)
+    if table.uncalibrated is None:
+        stages = {"as it is": given}
+    else:
+        stages = {"before": (table.uncalibrated, None), "after": given}
     rows = []
     for stage, (probability, threshold) in stages.items():
-        found = class_scores.classification_metrics(probability, table.label, threshold, table.positive)
+        found = class_scores.classification_metrics(
+            probability, table.label, threshold, table.positive)
         row = {
             "stage": stage,
             "nll": found.overall["loss"],
@@ -109,55 +130,72 @@ def calibration_rows(table):
             "ece_of_a_calibrated_model": calibrating.expected_ece(probability.max(1)),
             "accuracy": found.overall["accuracy"],
         }
-        row |= {name: found.per_class[name][table.positive] for name in ("precision", "recall", "f1")}
+        for name in ("precision", "recall", "f1"):
+            row[name] = found.per_class[name][table.positive]
         rows.append(row)
     return rows
 
 
 def calibration_blocks(run, stages, positive):
-    """HTML of the section Calibration; positive: the name of the class that precision and recall are of."""
+    """HTML of the section Calibration; positive: the class that precision and recall are of."""
     note = "Temperature and threshold were fitted on other rows (validation, or the other folds)."
     if len(stages) == 1:
-        note = ("No calibration was applied: in a run, temperature and threshold are fitted on the validation rows and "
-                "kept in best_model.pth, so they are shown for test rows and folds only.")
+        note = ("Only one set of probabilities is known, so there is no comparison. In a run, "
+                "temperature and threshold are fitted on the validation rows, and shown for test "
+                "rows and folds; the members of an ensemble are calibrated before their mean is "
+                "taken.")
     formats = {name: ".3f" for name in stages[0] if name != "stage"}
+    caption = f"Precision, recall and F1 of {positive}"
     return [
         reporting.html_text(note),
-        reporting.html_table(stages, formats=formats, caption=f"Precision, recall and F1 of {positive}"),
-        reporting.html_image(run.path("reliability.png"), "Reliability: how often a confidence is right"),
+        reporting.html_table(stages, formats=formats, caption=caption),
+        reporting.html_image(
+            run.path("reliability.png"), "Reliability: how often a confidence is right"),
     ]
+
+
+def auc_label(names, positive):
+    """What the overall AUC is of: the positive one of two classes, else the mean of all."""
+    return f"AUC of {positive}" if len(names) == 2 else "mean AUC"
 
 
 def key_figures(result, positive):
     """[(label, value, remark)] for the top of the report; positive: index of that class."""
     name = result.names[positive]
     estimates = {
-        f"AUC of {name}": result.overall.model["roc_auc"],
+        auc_label(result.names, name): result.overall.model["roc_auc"],
         "Average precision": result.each.model["average_precision"].at(positive),
         f"Recall of {name}": result.each.model["recall"].at(positive),
         f"AUC of the {result.baseline_label}": result.overall.baseline["roc_auc"],
     }
-    return [reporting.key_figure(label, found, result.method) for label, found in estimates.items()]
+    return [reporting.key_figure(label, found, result.method)
+            for label, found in estimates.items()]
 
 
 def metric_blocks(run, setting, result):
     """HTML of the section Metrics: the tables and plots of the classes."""
     overall = []
     for name, found in result.overall.model.items():
-        baseline = result.overall.baseline[name].value
-        overall.append({"metric": metric_names.METRICS[name].label, **dataclasses.asdict(found), "baseline": baseline})
+        row = {"metric": metric_names.METRICS[name].label, **dataclasses.asdict(found)}
+        row["baseline"] = result.overall.baseline[name].value
+        overall.append(row)
     per_class = []
     for c, name in enumerate(result.names):
-        own = {metric_names.METRICS[metric].label: with_interval(found.at(c)) for metric, found in result.each.model.items()}
-        per_class.append({"class": name, "n": int(result.n[c]), **own})
+        row = {"class": name, "n": int(result.n[c])}
+        for metric, found in result.each.model.items():
+            row[metric_names.METRICS[metric].label] = with_interval(found.at(c))
+        per_class.append(row)
     formats = dict.fromkeys(("value", "low", "high", "baseline"), ".3f")
     caption = f"On the {setting.part} rows; baseline: {result.baseline_label}; {result.method}"
+    plots = {
+        "confusion.png": "Confusion matrix: rows true, columns predicted",
+        "precision_recall.png": "Precision-recall and ROC curves",
+        "risk_coverage.png": "Errors among the most confident",
+    }
     return [
         reporting.html_table(overall, formats=formats, caption=caption),
         reporting.html_table(per_class, caption="Each class against the rest, with 95 % intervals"),
-        reporting.html_image(run.path("confusion.png"), "Confusion matrix: rows true, columns predicted"),
-        reporting.html_image(run.path("precision_recall.png"), "Precision-recall and ROC curves"),
-        reporting.html_image(run.path("risk_coverage.png"), "Errors among the most confident"),
+        *(reporting.html_image(run.path(file), text) for file, text in plots.items()),
     ]
 
 
@@ -170,6 +208,8 @@ def with_interval(found):
 def worst_and_best(table):
     """(order of the rows from the smallest to the largest error, two lines of text on each row)."""
     true = table.probability[np.arange(len(table.label)), table.label]
-    lines = [[f"true {table.names[label]}, predicted {table.names[chosen]}", f"p of the true class {p:.2f}"]
-             for label, chosen, p in zip(table.label, table.chosen, true)]
+    lines = []
+    for label, chosen, p in zip(table.label, table.chosen, true):
+        answer = f"true {table.names[label]}, predicted {table.names[chosen]}"
+        lines.append([answer, f"p of the true class {p:.2f}"])
     return np.argsort(1 - true, kind="stable"), lines

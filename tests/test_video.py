@@ -103,11 +103,13 @@ def test_run_folder_holds_what_the_contract_says(made, behaviours):
     assert not missing
     record = read_json(behaviours / "args.json")
     assert set(record) >= {"flags", "command", "versions", "git", "data", "device", "slurm"}
-    assert record["flags"]["model"] == "cnn_lstm" and record["data"]["clips"] == 40
+    assert record["flags"]["model"] == "cnn_lstm" and record["data"]["rows"] == 40
     splits = read_json(behaviours / "splits.json")
     assert [len(splits[part]) for part in ("train", "val", "test")] == [20, 10, 10]
     assert all(len(read_csv(made.manifests / f"{part}.csv")) == len(splits[part]) for part in ("train", "val", "test"))
-    assert "OpenCV" in (behaviours / "log.txt").read_text(), "the decoder is named"
+    log = (behaviours / "log.txt").read_text()
+    assert "OpenCV" in log, "the decoder is named"
+    assert "colours are normalised with mean (0.485, 0.456, 0.406)" in log
 
 
 def test_history_columns_are_named_by_class(behaviours):
@@ -245,6 +247,30 @@ def test_several_checkpoints_are_averaged(made, scores, tmp_path):
         float(row["Head_low_predicted"]), abs=1e-4) for name, row in ensemble.items())
 
 
+def test_an_ensemble_has_no_numbers_before_calibration(class_folds):
+    """Its outputs are logs of probabilities that are calibrated already."""
+    stages = read_json(class_folds / "test_ensemble" / "metrics.json")["calibration"]
+    assert [row["stage"] for row in stages] == ["as it is"]
+    page = (class_folds / "test_ensemble" / "report.html").read_text(encoding="utf-8")
+    assert "members of an ensemble are calibrated before" in page
+
+
+def test_members_that_read_other_windows_are_read_apart(made, behaviours, tmp_path):
+    """The same network, once with windows of 4 s: the mean of two is the mean of what each gives alone."""
+    content = common.read_checkpoint(behaviours / "best_model.pth")
+    content["architecture"]["min_event_sec"] = 4.0
+    common.save_checkpoint(tmp_path / "wide.pth", content)
+    members = [behaviours / "best_model.pth", tmp_path / "wide.pth"]
+
+    def tail(checkpoints):
+        video("--mode", "predict", "--checkpoint", *checkpoints, "--manifest", made.manifests / "test.csv", *made.look,
+              "--output", tmp_path / "p.csv", "--num_workers", 0)
+        return numbers(read_csv(tmp_path / "p.csv"), "prob_tail")
+    first, second = tail(members[:1]), tail(members[1:])
+    assert np.abs(first - second).max() > 1e-6, "other windows, other pixels"
+    assert tail(members) == pytest.approx((first + second) / 2, abs=1e-6)
+
+
 def test_class_ensemble_of_predict_is_that_of_training(made, class_folds, tmp_path):
     video("--mode", "predict", "--checkpoint", class_folds, *made.everything, "--filter", "group==8", "--output",
           tmp_path / "p.csv", "--num_workers", 0)
@@ -352,7 +378,7 @@ def test_class_folders_and_npy_clips(made, tmp_path):
     text = video("--video_root", tmp_path / "clips", *SMALL, "--dry_run", "--freeze_backbone", "--output_dir",
                  tmp_path / "out", "--test_ratio", 0.2, "--train_ratio", 0.6, "--cache", "none").stdout
     run = only_run(tmp_path / "out")
-    assert all((run / name).exists() for name in [*CONTRACT, *CLASS_PLOTS]) and "21 clips" in text
+    assert all((run / name).exists() for name in [*CONTRACT, *CLASS_PLOTS]) and "21 rows" in text
     assert common.read_checkpoint(run / "best_model.pth")["names"] == ["jump", "rest"]
     assert {len(read_csv(run / "training_history.csv")), read_json(run / "args.json")["flags"]["epochs"]} == {1}
 
@@ -419,11 +445,11 @@ def test_moment_mean_is_the_mean_of_the_other_folds(made, scores):
 
 def test_bounded_scores_stay_in_their_range(scores):
     content = common.read_checkpoint(scores / "fold_0" / "best_model.pth")
-    low, spread = (content["model"][f"head.{name}"].numpy() for name in ("offset", "spread"))
+    low, span = (content["model"][f"head.{name}"].numpy() for name in ("offset", "span"))
     for row in read_csv(scores / "predictions_folds.csv"):
         if row["clip_id"] in read_json(scores / "fold_0" / "splits.json")["val"]:
             values = np.array([float(row[f"{name}_predicted"]) for name in content["names"]])
-            assert (values >= low - 1e-4).all() and (values <= low + spread + 1e-4).all()
+            assert (values >= low - 1e-4).all() and (values <= low + span + 1e-4).all()
 
 
 def test_the_ensemble_judges_the_test_animal(scores):
@@ -487,6 +513,7 @@ def test_a_class_called_baseline_has_its_own_auc(balanced_folds, tmp_path):
     records = [read_json(path)["per_class"] for path in (balanced_folds / "metrics.json", tmp_path / "m.json")]
     assert records[0] == records[1] and [entry["name"] for entry in records[0]] == ["baseline", "ear", "tail"]
     page = (balanced_folds / "report.html").read_text(encoding="utf-8")
+    assert "mean AUC" in read_json(tmp_path / "m.json")["verdict"] and page.count("mean AUC") >= 2
     for entry in records[0]:
         true = [row["true_label"] == entry["name"] for row in rows]
         auc = roc_auc_score(true, numbers(rows, f"prob_{entry['name']}"))
@@ -590,6 +617,7 @@ FLAG_MISTAKES = {
     "two corrections of balance": (["--manifest", "a.csv", "--balance", "sampler", "--focal_alpha", 0.7, "--loss",
                                     "focal"], ["--focal_alpha 0.7", "--force"]),
     "scores by a clip network": (["--manifest", "a.csv", "--task", "regress", "--model", "r3d_18"], ["cnn_lstm"]),
+    "mixup of scores": (["--manifest", "a.csv", "--task", "regress", "--mixup", 0.2], ["--mixup"]),
     "predict without checkpoint": (["--mode", "predict", "--manifest", "a.csv"], ["--checkpoint"]),
     "evaluate without predictions": (["--mode", "evaluate"], ["--predictions"]),
     "unknown flag": (["--manifest", "a.csv", "--clip_per_event", 3], ["--clips_per_event"]),
@@ -636,6 +664,9 @@ DATA_MISTAKES = {
                                               "Head=2"], ["--target_weights", "Head=2"]),
     "a file of folds without folds": (lambda d: ["--task", "regress", "--manifest", d.sequences, "--cv_file",
                                                  d.folder / "ground_truth.json"], ["cv_folds"]),
+    "a fold that the file of folds lacks": (lambda d: ["--task", "regress", "--manifest", d.sequences, "--cv_file",
+                                                       d.folder / "cv_text.json", "--fold", 99],
+                                            ["--fold 99", "4 folds, from 0 to 3"]),
 }
 
 

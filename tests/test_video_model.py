@@ -88,7 +88,7 @@ def test_a_clip_has_one_augmentation_for_all_its_frames():
     study, clips = study_of(args)
     still = np.repeat(clips[0][:1], 40, axis=0)
     study.frames = lambda row: still
-    data = train_video.Clips(study, np.arange(6), args, np.full(6, "heavy", dtype=object))
+    data = train_video.Clips(study, np.arange(6), np.full(6, "heavy", dtype=object))
     drawn = [data[epoch, 0]["input"].numpy() for epoch in range(12)]
     assert all((clip == clip[:1]).all() for clip in drawn)
     assert len({clip.tobytes() for clip in drawn}) == 12
@@ -106,7 +106,7 @@ def test_training_starts_are_random_and_scored_starts_even():
     assert dataclasses.replace(study, args=middle).starts(0) == [16]
     seen, study.frames = set(), lambda row: np.arange(40, dtype=np.uint8)[:, None, None, None].repeat(32, 1).repeat(
         32, 2).repeat(3, 3)
-    data = train_video.Clips(study, np.arange(6), args, np.full(6, "none", dtype=object))
+    data = train_video.Clips(study, np.arange(6), np.full(6, "none", dtype=object))
     for epoch in range(300):
         frames = data[epoch, 1]["input"][:, 0, 0, 0].tolist()
         assert frames == list(range(frames[0], frames[0] + 8))
@@ -117,7 +117,7 @@ def test_training_starts_are_random_and_scored_starts_even():
 def test_short_sequences_are_padded_with_a_mask():
     args = arguments("--image_size", 32, "--n_frames", 8, task="regress")
     study, clips = study_of(args, short=(2,))
-    sample = train_video.Clips(study, np.arange(6), args)[0, 2]
+    sample = train_video.Clips(study, np.arange(6))[0, 2]
     assert sample["mask"].tolist() == [True] * 3 + [False] * 5
     assert (sample["input"][3:] == 0).all()
     assert (sample["input"][:3].numpy() == np.stack([common.eval_crop(frame, 32) for frame in clips[2]])).all()
@@ -129,7 +129,7 @@ def test_augmentation_can_depend_on_the_row():
     study.table.extra["moment"] = ["M0", "M1"] * 3
     presets = train_video.augment_presets(study.table, args.augment_for, args.augment)
     assert presets.tolist() == ["none", "heavy"] * 3
-    data = train_video.Clips(study, np.arange(6), args, presets)
+    data = train_video.Clips(study, np.arange(6), presets)
     plain = {common.eval_crop(frame, 32).tobytes() for frame in clips[0]}
     assert all(data[epoch, 0]["input"][0].numpy().tobytes() in plain for epoch in range(5))
     other = {common.eval_crop(frame, 32).tobytes() for frame in clips[1]}
@@ -144,8 +144,8 @@ def test_outputs_of_several_clips_are_joined_by_row():
         def forward(self, clips, mask):
             return clips
     loader = [{"input": outputs[start:start + 4], "mask": torch.ones(1)} for start in (0, 4)]
-    views = [(row, None) for row in row_of]
-    loader = type("Loader", (list,), {"dataset": SimpleNamespace(views=views)})(loader)
+    row_starts = [(row, None) for row in row_of]
+    loader = type("Loader", (list,), {"dataset": SimpleNamespace(row_starts=row_starts)})(loader)
     compute = common.choose_compute("cpu", "off")
     for aggregation, join in (("mean", np.mean), ("max", np.max)):
         args = arguments("--aggregation", aggregation)
@@ -207,8 +207,17 @@ def test_networks_of_one_input_size(name, width):
         outputs = model(torch.randn(1, 16, 3, 224, 224), torch.ones(1, 16, dtype=torch.bool))
     assert outputs.shape == (1, 2) and model.head.linear.in_features == width
     args.image_size = 112
-    with pytest.raises(common.UserError, match="--n_frames 16 --image_size 224 alone, found 16 and 112"):
+    with pytest.raises(common.UserError, match="needs --n_frames 16 --image_size 224, found 16 and 112"):
         train_video.build_model(args, 2)
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "s3d", "mvit_v2_s", "swin3d_t"])
+def test_colours_are_those_that_the_published_weights_expect(name):
+    transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    batch = {"input": torch.full((1, 2, 32, 32, 3), 255, dtype=torch.uint8), "mask": torch.ones(1, 2) > 0}
+    clips, _ = train_video.to_device(batch, arguments("--model", name), common.choose_compute("cpu", "off"))
+    expected = (1 - torch.tensor(transforms.mean)) / torch.tensor(transforms.std)
+    assert torch.allclose(clips[0, 0, :, 0, 0], expected, atol=1e-5)
 
 
 def test_unknown_networks_are_named():
@@ -377,7 +386,7 @@ def test_boost_repeats_the_rare_class_in_train_rows_up_to_the_share(share):
     labels = [0] * 81 + [1] * 19
     objective = behaviours(arguments("--boost_to", share), table_of(labels))
     train = np.arange(0, 100, 1)
-    rows = objective.rows(train)
+    rows = objective.rows_of_epoch(train)
     own = np.mean(objective.label[rows] == 1)
     assert own == pytest.approx(max(share, 0.19), abs=0.01)
     counts = np.bincount(rows, minlength=100)
@@ -389,8 +398,8 @@ def test_boost_repeats_the_rare_class_in_train_rows_up_to_the_share(share):
 
 def test_rows_repeated_by_the_manifest_are_drawn_as_often():
     objective = behaviours(arguments(), table_of([0, 0, 1, 1], repeats=[1, 1, 3, 1]))
-    assert objective.rows(np.arange(4)).tolist() == [0, 1, 2, 2, 2, 3]
-    shift = objective.prior_shift(objective.rows(np.arange(4)))
+    assert objective.rows_of_epoch(np.arange(4)).tolist() == [0, 1, 2, 2, 2, 3]
+    shift = objective.prior_shift(objective.rows_of_epoch(np.arange(4)))
     assert class_scores.softmax(shift[None])[0] == pytest.approx([2 / 3, 1 / 3]), "seen 1 to 2, in the data 1 to 1"
 
 
@@ -412,14 +421,16 @@ def test_mixup_mixes_clips_and_classes_alike():
     torch.manual_seed(0)
     target = torch.eye(4)
     clips = target[:, :, None, None, None].expand(4, 4, 3, 2, 2).clone()
-    kept = []
+    mask, weight, kept = torch.eye(4) > 0, torch.arange(4.0), []
     for _ in range(200):
-        mixed, shares = train_video.mix_up(clips, target, 0.4)
+        mixed, real, shares, mixed_weight = train_video.mix_up(clips, mask, target, weight, 0.4)
+        assert ((shares > 0) == real).all(), "a frame is real where one of the two clips has it"
+        assert torch.allclose(mixed_weight, shares @ weight)
         assert torch.allclose(mixed[:, :, 0, 0, 0], shares) and torch.allclose(shares.sum(1), torch.ones(4))
         kept.append(shares.diagonal().mean().item())
     # E[share + (1 - share) / 4] of a random partner, itself included
     assert np.mean(kept) == pytest.approx(0.625, abs=0.1) and np.min(kept) < 0.4 < 0.9 < np.max(kept)
-    assert train_video.mix_up(clips, target, 0.0)[0] is clips
+    assert train_video.mix_up(clips, mask, target, weight, 0.0)[0] is clips
 
 
 def test_the_positive_class_is_the_rarest_that_is_there():
@@ -501,8 +512,8 @@ def test_constant_scores_are_refused_by_name():
 
 def test_bounds_are_the_range_of_the_train_rows():
     objective = scores_of("--bounded")
-    centre, low, spread = objective.scale()
-    assert low == pytest.approx(objective.values.min(0)) and low + spread == pytest.approx(objective.values.max(0))
+    centre, low, span = objective.scale()
+    assert low == pytest.approx(objective.values.min(0)) and low + span == pytest.approx(objective.values.max(0))
     assert centre == pytest.approx(objective.values.mean(0))
 
 
@@ -576,7 +587,7 @@ def held_out_auc(moving, kind, n_frames, epochs=20, batch_size=16):
     model = kind(BrightArea(), 4, 2, 32)
     model.head.start_at(*objective.scale())
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    data = train_video.Clips(study, train, args, np.full(len(study.table), "none", dtype=object), objective)
+    data = train_video.Clips(study, train, np.full(len(study.table), "none", dtype=object), objective)
     args.num_workers = 0
     loader = common.make_loader(data, batch_size, args, compute, True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=epochs * len(loader.batch_sampler))
@@ -590,7 +601,7 @@ def held_out_auc(moving, kind, n_frames, epochs=20, batch_size=16):
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-    scoring = common.make_loader(train_video.Clips(study, test, args), 48, args, compute, False)
+    scoring = common.make_loader(train_video.Clips(study, test), 48, args, compute, False)
     logits = train_video.evaluate(model, scoring, args, compute)
     assert objective.names[objective.positive] == "tail" and len(test) == 60
     probability = class_scores.softmax(logits)[:, objective.positive]

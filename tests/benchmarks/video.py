@@ -63,7 +63,7 @@ class ScriptEpochs:
         rows = np.arange(options.clips)
         objective = train_video.Behaviours(self.args, study, rows)
         self.objective, split = objective, {"train": rows, "val": rows[:2], "test": rows[:0]}
-        self.loader, _ = train_video.make_loaders(study, split, objective, self.args, self.run.compute)
+        self.loader, _ = train_video.make_loaders(study, split, objective, self.args, self.run.compute, None)
         self.model = self.run.compute.place(train_video.build_model(self.args, 2))
         optimizer = common.build_optimizer([(self.model, 1.0)], self.args)
         self.training = common.Training(self.run, self.model, optimizer, self.args, "last", dict)
@@ -105,7 +105,7 @@ class PlainFiles(torch.utils.data.Dataset):
             transforms.Resize(128), transforms.RandomResizedCrop(112, (0.6, 1.0)), transforms.RandomHorizontalFlip(),
             transforms.RandomRotation(10), transforms.ColorJitter(0.5, 0.5, 0.3, 0.05), transforms.RandomGrayscale(0.2),
             transforms.RandomApply([transforms.GaussianBlur(5, (0.1, 2.0))], 0.3), transforms.RandomAutocontrast(0.4),
-            transforms.ToTensor(), transforms.Normalize(train_video.KINETICS_MEAN, train_video.KINETICS_STD),
+            transforms.ToTensor(), transforms.Normalize(*train_video.pixel_statistics(options.model)),
             transforms.RandomErasing(0.3, (0.02, 0.15))])
 
     def __len__(self):
