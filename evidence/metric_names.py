@@ -31,7 +31,7 @@ METRICS = {metric.name: metric for metric in (
     Metric("precision", "precision", is_share=True, normal_scale="logit"),
     Metric("recall", "recall", is_share=True, normal_scale="logit"),
     Metric("f1", "F1", is_share=True, normal_scale="logit"),
-    Metric("average_precision", "average precision", is_share=True, inflated_by_resampling=True),
+    Metric("average_precision", "average precision", is_share=True, inflated_by_resampling=True, normal_scale="logit"),
     Metric("map", "mean AP", is_share=True, inflated_by_resampling=True),
     Metric("map50", "mean AP50", is_share=True, inflated_by_resampling=True),
     Metric("map_present", "mean AP without absent parts", is_share=True, inflated_by_resampling=True),
