@@ -10,8 +10,8 @@ import numpy as np
 import common
 from evidence import reporting, splitting, verdicts
 
-NOT_HELD_OUT = ("The epoch was chosen on the rows that are scored here, so the numbers are optimistic; give a test part, "
-                "or --select last with a fixed number of epochs.")
+NOT_HELD_OUT = ("The epoch was chosen on the rows that are scored here, so the numbers are optimistic; give a test "
+                "part, or choose a fixed number of epochs beforehand.")
 NOT_KNOWN = "Whether a model was trained or chosen on these rows is not known to this page; it cannot see that."
 
 

@@ -94,7 +94,8 @@ def join(tables):
     """The rows of several tables of one kind as one table."""
     first = tables[0]
     fields = {}
-    for name in ("groups", "target", "predicted", "spread", "label", "probability", "threshold", "logits", "uncalibrated"):
+    for name in ("groups", "target", "predicted", "spread",
+                 "label", "probability", "threshold", "logits", "uncalibrated"):
         if getattr(first, name, None) is not None:
             fields[name] = np.concatenate([getattr(table, name) for table in tables])
     for name in ("keys", "baselines"):
@@ -224,7 +225,8 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
 def _read_binary(table, path, label_column, baseline, positive_class, shared):
     names = sorted(set(table[label_column]) - {""})
     if len(names) != 2:
-        raise common.UserError(f"{path}: a score needs two classes in {label_column}, found {common.shorten_list(names)}")
+        raise common.UserError(
+            f"{path}: a score needs two classes in {label_column}, found {common.shorten_list(names)}")
     label = np.array([names.index(text) if text else -1 for text in table[label_column]])
     positive_class = positive_class or names[1]
     positive = names.index(_named(positive_class, names, path))
@@ -240,7 +242,7 @@ def _read_binary(table, path, label_column, baseline, positive_class, shared):
 
 
 def _class_table(names, label, probability, others, positive_class, shared, **further):
-    """ClassTable whose positive class is the one named, else the rarest; without a baseline, the shares of these rows."""
+    """ClassTable; the positive class is the one named, else the rarest; the default baseline is the class shares."""
     counts = np.bincount(label[label >= 0], minlength=len(names))
     if not counts.any():
         raise common.UserError("no row has a true label: there is nothing to judge")
