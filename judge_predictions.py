@@ -28,7 +28,7 @@ def parse_args(argv=None):
         "BASELINE_prob_CLASS (default: the best of all there are)")
     add("--positive_class", help="class whose AUC counts (default: the rarest)")
     add("--criteria", default="", help='bars to judge, e.g. "r2>0.15,mae<3.0": PASS, FAIL or NOT RESOLVABLE')
-    add("--held_out", action="store_true", help="no model was trained or chosen on these rows: I know that they are new")
+    add("--held_out", action="store_true", help="state that no model was trained or chosen on these rows")
     add("--output_dir", type=Path, default=Path("outputs"), help="parent of the timestamped run folder")
     # no network runs here
     parser.set_defaults(device="cpu", use_amp="off", deterministic=False, resume=None, tensorboard=False, wandb=False)

@@ -20,7 +20,8 @@ from torch import nn
 
 import common
 from evidence import (
-    baseline_models, judging, plotting, prediction_tables, rater_agreement, reporting, score_judging, splitting, verdicts)
+    baseline_models, judging, plotting, prediction_tables, rater_agreement, reporting, score_judging, splitting,
+    verdicts)
 from readers import file_names, picture_files, rating_tables
 
 HISTORY_METRICS = ("mse", "mae", "r2", "pearson_r")
@@ -36,7 +37,8 @@ def parse_args(argv=None):
          help="table with one row per picture, or one per single rating")
     data("--image_column", help="column that names the picture (default: image, filename, file, stimulus or path)")
     data("--target_columns", nargs="+", metavar="NAME", help="ratings (default: all *_mean, else all numeric columns)")
-    data("--duplicates", choices=("error", "mean"), default="error", help="several rows of one picture: stop with an error, or take their mean")
+    data("--duplicates", choices=("error", "mean"), default="error",
+         help="several rows of one picture: stop with an error, or take their mean")
     data("--normalize_targets", action="store_true", help="train on (rating - mean) / sd of the train rows")
     model = parser.group("model")
     model("--backbone", default="resnet50", help="any torchvision classifier: resnet18, efficientnet_b3, vit_b_16, ...")
@@ -50,11 +52,13 @@ def parse_args(argv=None):
     model("--freeze_backbone", action="store_true", help="train the head alone, on features computed once")
     model("--feature_views", type=common.bounded(int, 1), default=1,
           help="with --freeze_backbone: versions of each picture; 1 = as it is, the others are augmented")
-    model("--freeze_epochs", type=common.bounded(int, 0), default=0, help="epochs at the start that train the head alone")
+    model("--freeze_epochs", type=common.bounded(int, 0), default=0,
+          help="epochs at the start that train the head alone")
     model("--freeze_stages", type=common.bounded(int, 0), default=0,
           help="how many of the backbone's resolutions, from the first (a ResNet has 5), keep their weights")
     model("--freeze_norm", action="store_true", help="keep the BatchNorm statistics: steadier on few pictures")
-    model("--backbone_lr_mult", type=common.bounded(float, 0), default=1.0, help="learning rate of the backbone, as a multiple of --lr")
+    model("--backbone_lr_mult", type=common.bounded(float, 0), default=1.0,
+          help="learning rate of the backbone, as a multiple of --lr")
     model("--loss", choices=("mse", "smooth_l1", "weighted"), default="mse",
           help="weighted: mse in which a rating that its raters agree on counts more (inverse variance)")
     model("--select", choices=("pearson_r", "r2", "loss", "last"), default="pearson_r",

@@ -154,10 +154,12 @@ def metric_blocks(run, setting, result, rows, moment_rows, plot_file):
     """HTML of the section Metrics: the tables and plots of the scores."""
     columns = {"target": "score", "n": "n", "pearson_r": "r", "r2": "R2", "r2_low": "R2 low", "r2_high": "R2 high",
                "mae": "MAE", "rmse": "RMSE", "bias": "bias", "slope": "slope", "baseline_r2": "baseline R2",
-               "baseline_mae": "baseline MAE", "icc_1_1": "ICC(1,1)", "icc_1_k": "ICC(1,k)", "ceiling_r2": "ceiling R2", "share_of_ceiling_r2": "share"}
+               "baseline_mae": "baseline MAE", "icc_1_1": "ICC(1,1)", "icc_1_k": "ICC(1,k)", 
+               "ceiling_r2": "ceiling R2", "share_of_ceiling_r2": "share"}
     columns = {name: heading for name, heading in columns.items() if name in rows[0]}
     formats = {name: ".3f" for name in columns if name not in ("target", "n")}
-    caption = (f"Each score on the {setting.part} rows, in its unit; baseline: {result.baseline_label}; {result.method}")
+    caption = (f"Each score on the {setting.part} rows, in its unit; baseline: {result.baseline_label}; "
+               f"{result.method}")
     blocks = [
         reporting.html_table(rows, columns, formats, caption=caption),
         reporting.html_image(run.path(plot_file), "r and R2 of each score: interval, baseline and ceiling"),
@@ -173,7 +175,8 @@ def metric_blocks(run, setting, result, rows, moment_rows, plot_file):
 def worst_and_best(table):
     """(order of the rows from the smallest to the largest error, two lines of text on each row).
 
-    The error is the root mean square over the scores, each in units of the sd of its truth; rows without truth are left out.
+    The error is the root mean square over the scores, each in units of the sd of its truth; rows without truth are
+    left out.
     """
     scaled = (table.predicted - table.target) / np.nanstd(table.target, axis=0)  # (M, R)
     error = np.sqrt(common.mean_without_nan(scaled ** 2))

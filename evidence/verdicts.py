@@ -27,7 +27,8 @@ def regression_alarms(predicted, target, names):
               "constant output (sd under 5 % of the labels')": spread_p < 0.05 * spread_t,
               "constant prediction, so r has no value and counts as 0": spread_p <= 1e-9 * spread_t,
               "correlation undefined, the labels do not vary": ~(spread_t > 0),
-              "labels almost all equal (95 % or more share one value)": np.array(modal) >= 0.95 * (~np.isnan(target)).sum(0)}
+              "labels almost all equal (95 % or more share one value)":
+                  np.array(modal) >= 0.95 * (~np.isnan(target)).sum(0)}
     alarms = [f"{text}: {', '.join(itertools.compress(names, flags))}" for text, flags in faults.items() if flags.any()]
     repeats = np.unique(predicted, axis=0, return_counts=True)[1].max(initial=0)
     if repeats >= 3:
@@ -167,7 +168,8 @@ def parse_criteria(text, meanings):
                                + "; ".join(bad))
     unknown = [match[1] + common.closest(match[1], meanings) for match in matches if match[1] not in meanings]
     if unknown:
-        raise common.UserError(f"--criteria names no metric of this run: {', '.join(unknown)}. Use METRIC or METRIC_TARGET.")
+        raise common.UserError(
+            f"--criteria names no metric of this run: {', '.join(unknown)}. Use METRIC or METRIC_TARGET.")
     for match in matches:
         read_name("--criteria", match[1], meanings)
     return [{"name": match[1], "relation": match[2], "bar": float(match[3])} for match in matches]

@@ -1,9 +1,9 @@
-"""Golden numbers: fixed predictions tables, judged as at the close of a run, give the metrics that are kept beside them.
+"""Golden numbers: fixed predictions tables, judged as at the close of a run, give the metrics that are kept.
 
     python -m pytest tests/test_golden.py
     python tests/test_golden.py            # write tests/golden/*.json anew, after a change that is meant to change them
 
-What a rebuild must not change without saying so: every metric, interval, baseline, calibration figure, alarm and verdict.
+What a rebuild must not change without saying so: each metric, interval, baseline, calibration, alarm and verdict.
 The tables are small enough to read; no network is trained, so the numbers are the same on every processor.
 """
 import json
