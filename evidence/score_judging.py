@@ -154,7 +154,7 @@ def metric_blocks(run, setting, result, rows, moment_rows, plot_file):
     """HTML of the section Metrics: the tables and plots of the scores."""
     columns = {"target": "score", "n": "n", "pearson_r": "r", "r2": "R2", "r2_low": "R2 low", "r2_high": "R2 high",
                "mae": "MAE", "rmse": "RMSE", "bias": "bias", "slope": "slope", "baseline_r2": "baseline R2",
-               "baseline_mae": "baseline MAE", "icc_1_1": "ICC(1,1)", "icc_1_k": "ICC(1,k)", 
+               "baseline_mae": "baseline MAE", "icc_1_1": "ICC(1,1)", "icc_1_k": "ICC(1,k)",
                "ceiling_r2": "ceiling R2", "share_of_ceiling_r2": "share"}
     columns = {name: heading for name, heading in columns.items() if name in rows[0]}
     formats = {name: ".3f" for name in columns if name not in ("target", "n")}
