@@ -7,7 +7,7 @@
     python make_sample_data.py --task dreamer --output_dir sample_data --motions se3_left
 
 Takes a few seconds. The same flags and package versions give the same files, byte for byte:
-    assessor/images/            drawn faces of 160 to 320 px; a few in awkward formats (rotated by EXIF, grey, palette,
+    assessor/images/            drawn faces of 200 to 320 px; a few in awkward formats (rotated by EXIF, grey, palette,
                                 alpha, 16 bit, .JPG, a name with a space and an umlaut)
     assessor/ratings/per_image_Slider_mean_sd_from_wide.csv    image, subject, and X_mean, X_sd, X_n for 14 ratings
     assessor/ratings/raw_ratings_long.csv                      the single ratings: rating, attribute, stimulus, rater
@@ -15,9 +15,9 @@ Takes a few seconds. The same flags and package versions give the same files, by
     video/videos/               20 s of one animal that nods at another; MPEG-4 .mp4 and MJPEG .avi, odd frame rates
     video/manifests/            events: all.csv; train, val and test.csv with different groups; leaky_*.csv, the same
                                 with planted leaks; label_map.json
-    video/sequences/, sequences.csv and .json, cv_*.json    folders of frames with 7 scores; folds of their animals
-    video/ground_truth.json     counts of the events, of the confound and of the planted leaks; the true scores
-    detector/images/            drawn bicycles with 8 parts, each intact, damaged (rusty, with a zigzag), absent (not
+    video/sequences/, sequences.csv, cv_folds.json    folders of frames with 7 scores; folds of their animals
+    video/ground_truth.json     groups of each part, counts of the planted leaks; the true scores
+    detector/images/            drawn bicycles with 8 parts, each intact, damaged (rusty), absent (not
                                 drawn; its box is where it would be) or occluded (by leaves)
     detector/annotations.json   part annotations with quirks: a key without suffix, states as numbers, missing trust,
                                 control characters, a box of zero size, a box over the edge, a picture without parts
@@ -102,14 +102,10 @@ EXIF_ORIENTATION = 0x0112
 
 
 def draw_background(size, rng):
-    """Picture of `size` (W, H): a random gradient of two dull colours with five blurred discs."""
+    """Picture of `size` (W, H): a dull colour with five blurred discs, lighter or darker."""
     y, x = np.mgrid[0:1:48j, 0:1:48j]
-    angle = rng.uniform(0, 2 * np.pi)
-    first, second = rng.uniform(95, 165, (2, 3))
-    ramp = 0.5 + 0.7 * ((x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle))
-    pixels = second + ramp[..., None] * (first - second)
-    discs = rng.uniform([0, 0, 0.12, -55], [1, 1, 0.35, 55], (5, 4))
-    for cx, cy, radius, lift in discs:
+    pixels = np.full((48, 48, 3), rng.uniform(95, 165, 3))
+    for cx, cy, radius, lift in rng.uniform([0, 0, 0.12, -55], [1, 1, 0.35, 55], (5, 4)):
         distance = np.hypot(x - cx, y - cy) / radius
         pixels += lift * np.exp(-0.5 * distance**2)[..., None]
     return Image.fromarray(to_pixels(pixels)).resize(size, Image.Resampling.BICUBIC)
@@ -128,17 +124,15 @@ def draw_head(draw, face, cx, cy, unit):
 
 
 def draw_eyes(draw, face, cx, cy, unit):
-    """Two eyes with pupils, and brows whose inner ends drop with anger."""
+    """Two eyes, and brows whose inner ends drop with anger."""
     radius = unit * (0.17 + 0.06 * face["eye_size"])
     opening = radius * (0.60 + 0.40 * face["eye_open"])
-    pupil = radius * 0.55
     y = cy - unit * 0.12
     inner = y - unit * (0.32 - 0.13 * face["brow_anger"])
     outer = y - unit * (0.32 + 0.10 * face["brow_anger"])
     for side in (-1, 1):
         x = cx + side * unit * (0.34 + 0.05 * face["face_width"])
         draw_ellipse(draw, x, y, radius, opening, (250, 250, 250))
-        draw_ellipse(draw, x, y, pupil, min(pupil, opening), (40, 34, 46))
         brow = [x - side * unit * 0.18, inner, x + side * unit * 0.20, outer]
         draw.line(brow, fill=(52, 40, 48), width=int(unit * 0.085))
 
@@ -177,8 +171,7 @@ def save_picture(pixels, folder, number, quirk):
     if quirk == "deep":
         import cv2
         deep = pixels[..., ::-1].astype(np.uint16) * 257  # the same picture on 0 to 65535, BGR
-        code = cv2.imencode(".png", deep)[1]
-        (folder / name).write_bytes(code.tobytes())
+        cv2.imwrite(str(folder / name), deep)
         return name
     picture = Image.fromarray(pixels)
     exif = b""
@@ -238,13 +231,6 @@ def sample_properties(n_images, rng):
     return subject, properties
 
 
-def sample_size(rng):
-    """(W, H) in pixels: 200 to 320 wide, between 4:5 and 5:4."""
-    width = int(rng.integers(200, 321))
-    height = int(width * rng.uniform(0.8, 1.25))
-    return width, min(height, 320)
-
-
 def rate(properties, rng):
     """(true ratings (N, R), single ratings (N, A, R) with NaN where a rater did not rate)."""
     weights = np.zeros((len(PROPERTIES), len(FORMULA)))
@@ -298,7 +284,7 @@ def make_assessor(folder, n_images, seed):
     names = []
     for i, values in enumerate(properties):
         own_rng = np.random.default_rng([seed, 1, i])
-        width, height = sample_size(own_rng)
+        width, height = own_rng.integers(200, 321, 2).tolist()
         pixels = draw_face(dict(zip(PROPERTIES, values)), width, height, own_rng)
         names.append(save_picture(pixels, folder / "images", i + 1, quirks.get(i)))
     count = write_tables(folder / "ratings", names, subject, single)
@@ -393,15 +379,12 @@ def plan_events(videos, rng):
         in_pen = [i for i, (video, _) in enumerate(places) if video.group == group]
         n_tails = round(len(in_pen) / 4)
         tails.update(rng.permutation(in_pen)[:n_tails].tolist())
-    draws = rng.random((len(places), 5)).tolist()
     events = []
     for i, (video, slot) in enumerate(places):
-        busy, other, length, period, phase = draws[i]
         behavior = "tail" if i in tails else "ear"
-        pair = OTHER_PAIRS[int(other * len(OTHER_PAIRS))]
-        if busy < BUSY_SHARE[behavior]:
-            pair = BUSY_PAIR
-        duration = 0 if i % 9 == 5 else round(1.5 + 0.9 * length, 2)
+        is_busy = rng.random() < BUSY_SHARE[behavior]
+        pair = BUSY_PAIR if is_busy else OTHER_PAIRS[rng.integers(len(OTHER_PAIRS))]
+        duration = 0 if i % 9 == 5 else round(rng.uniform(1.5, 2.4), 2)
         middle = (slot + 0.5) * SLOT_SEC
         events.append(Event(
             video=video,
@@ -410,8 +393,8 @@ def plan_events(videos, rng):
             duration=duration,
             offset=round(middle - duration / 2, 3),
             pair=tuple(100 * video.group + animal for animal in pair),
-            period_sec=0.8 + 0.3 * period,
-            phase=phase))
+            period_sec=rng.uniform(0.8, 1.1),
+            phase=rng.random()))
     return events
 
 
@@ -472,15 +455,9 @@ SPELLINGS = {
     "ear": ("ear", "Ear", "EAR"),
     "tail": ("tail", "TAIL", "Tail", "tail/teat?", "tailhead")}
 PLANTED = {  # what plant_leaks puts into leaky_*.csv, the only difference from train, val and test.csv
-    "train-val": {
-        "shared_groups": 0, "shared_videos": 0, "shared_events": 0,
-        "duplicates": 2, "overlapping_windows": 0},
-    "train-test": {
-        "shared_groups": 2, "shared_videos": 2, "shared_events": 0,
-        "duplicates": 0, "overlapping_windows": 1},
-    "val-test": {
-        "shared_groups": 1, "shared_videos": 0, "shared_events": 3,
-        "duplicates": 0, "overlapping_windows": 0},
+    "train-val": {"duplicates": 2},
+    "train-test": {"shared_groups": 2, "shared_videos": 2, "overlapping_windows": 1},
+    "val-test": {"shared_groups": 1, "shared_events": 3},
     "train": {"overlapping_windows": 2, "repeated_rows": 2},
     "test": {"windows_past_the_end": 3}}
 
@@ -589,7 +566,7 @@ def plant_leaks(folder, parts, seed):
 
 
 def make_events(folder, n_events, seed):
-    """Videos and manifests; returns the counts of what they hold."""
+    """Videos and manifests; returns the groups of each part and the leaks."""
     rng = np.random.default_rng([seed, 2])
     videos = plan_videos(n_events, rng)
     events = plan_events(videos, rng)
@@ -603,74 +580,40 @@ def make_events(folder, n_events, seed):
         parts[part] = [event for event in events if event.video.group in groups]
     leaky = plant_leaks(folder / "videos", parts, seed)
     write_manifests(folder / "manifests", {"all": events, **parts, **leaky})
-    busy = [event for event in events if tuple(animal % 100 for animal in event.pair) == BUSY_PAIR]
-
-    def count_tails(events):
-        return sum(event.behavior == "tail" for event in events)
-    return {
-        "n_events": len(events),
-        "n_videos": len(videos),
-        "n_tail": count_tails(events),
-        "n_zero_duration": sum(event.duration == 0 for event in events),
-        "groups": PARTS,
-        "confound": {"n_events": len(busy), "n_tail": count_tails(busy)},  # of animals 1 and 2 of each pen
-        "planted_leaks": PLANTED}
+    return {"groups": PARTS, "planted_leaks": PLANTED}
 
 
 # ---------------------------------------------------------------------------
 # Sequences with scores
 # ---------------------------------------------------------------------------
-# Folders of frames of a face whose seven parts show the seven scores; pain depends on the moment and on the animal.
+# Folders of frames of a face that shows seven scores; pain depends on the moment and on the animal.
 
 MOMENT_PAIN = {"M0": 0.15, "M1": 0.40, "M2": 0.75, "M3": 0.55, "M4": 0.25}  # mean, as a share of the greatest pain
-ACTION_UNITS = ("Orbital_tightening", "Brow_tension", "Ears_backward", "Cheek_tension", "Mouth_strain", "Head_low",
-                "Nostril_muzzle")
-DARK = (30, 22, 20)
+ACTION_UNITS = {  # score: the property of the face that falls as it rises
+    "Orbital_tightening": "eye_open",
+    "Brow_tension": "brow_anger",
+    "Ears_backward": "hair_height",
+    "Cheek_tension": "smile",
+    "Mouth_strain": "mouth_open",
+    "Head_low": "face_width",
+    "Nostril_muzzle": "eye_size"}
+UNSCORED = ("hue_warmth", "brightness", "light_warmth")  # properties that tell animals apart
 
 
-def draw_grimace(scores, colours, side, rng):
-    """(side, side, 3) uint8 face; scores: (7,) in 0 to 2; colours of skin, ears and ground."""
-    eye, brow, ear, cheek, mouth, low, nostril = scores / 2  # in the order of ACTION_UNITS
-    skin, ears, ground = colours
-    picture = Image.new("RGB", (192, 192), ground)
-    draw = ImageDraw.Draw(picture)
-    cx, cy = rng.normal(96, 1.5, 2)
-    cy += 34 * (low - 0.5)
-    for s in (-1, 1):
-        top = (cx + s * 28, cy - 44)
-        bottom = (cx + s * 46, cy - 14)
-        tip = (cx + s * 78, cy - 65 + 50 * ear)
-        draw.polygon([top, bottom, tip], fill=ears)
-    draw_ellipse(draw, cx, cy, 48, 64, skin)
-    cheeks = tuple(round(value * (1 - 0.6 * cheek)) for value in skin)
-    nose = 2 + 5 * nostril
-    for s in (-1, 1):
-        draw_ellipse(draw, cx + s * 34, cy + 12, 10, 10, cheeks)
-        draw_ellipse(draw, cx + s * 22, cy - 16, 13, 13 - 11 * eye, DARK)
-        draw_ellipse(draw, cx + s * 9, cy + 28, nose, nose, DARK)
-        inner = (cx + s * 8, cy - 42 + 16 * brow)
-        outer = (cx + s * 36, cy - 38 - 6 * brow)
-        draw.line([inner, outer], fill=DARK, width=5)
-    lips = [cx - 22, cy + 48, cx + 22, cy + 48]
-    draw.line(lips, fill=(150, 40, 50), width=round(3 + 13 * mouth))
-    pixels = np.asarray(picture.resize((side, side), Image.Resampling.BOX), float)
-    return to_pixels(pixels + rng.normal(0, 3, pixels.shape))
-
-
-def render_sequence(folder, scores, colours, rng):
-    """Write 8 to 40 frames as JPEG, numbered without padding; returns their number."""
+def render_sequence(folder, scores, looks, rng):
+    """Write 8 to 40 frames as JPEG, numbered without padding; scores: (7,) in 0 to 2. Returns their number."""
     folder.mkdir(parents=True)
-    side = int(rng.integers(64, 97))
-    n_frames = int(rng.integers(8, 41))
+    side, n_frames, place = rng.integers([64, 8, 0], [97, 41, 2 ** 31]).tolist()
     for i in range(n_frames):
-        shown = scores + rng.normal(0, 0.04, len(scores))
-        pixels = draw_grimace(shown.clip(0, 2), colours, side, rng)
+        shown = (scores + rng.normal(0, 0.04, len(scores))).clip(0, 2)
+        face = looks | dict(zip(ACTION_UNITS.values(), 1 - shown))
+        pixels = draw_face(face, side, side, np.random.default_rng(place))
         Image.fromarray(pixels).save(folder / f"frame {i + 1}.jpg", quality=88)
     return n_frames
 
 
 def score_columns(scores, rng):
-    """{column: score} as in the published study: parts in thirds (a few missing), NRS, VAS and total."""
+    """{column: score} as in a published study: parts in thirds (a few missing), NRS and total."""
     parts = (scores * 3).round() / 3
     total = parts.sum() + rng.choice([-0.5, 0, 0, 0, 0.5])
     total = float(np.clip(total, 0, 14))
@@ -678,67 +621,46 @@ def score_columns(scores, rng):
     for name, part in zip(ACTION_UNITS, parts.round(4).tolist()):
         columns[name] = None if rng.random() < 0.03 else part
     nrs = 1 + 9 * total / 14 + rng.normal(0, 0.5)
-    vas = 100 * total / 14 + rng.normal(0, 6)
     columns["NRS (1-10)"] = round(min(max(nrs, 1), 10))
-    columns["VAS (0-100)"] = round(min(max(vas, 0), 100))
     columns["Total.Facial.scale"] = round(total, 4)
     return columns
 
 
-def write_folds(folder, animals):
-    """Four folds of the animals in three formats: a list, keys fold_0 to fold_3, Python source in a string."""
+def write_folds(path, animals):
+    """Four folds of the animals."""
     folds = []
     for k in range(4):
         held_out = animals[k::4]
         trained = [animal for animal in animals if animal not in held_out]
         folds.append({"fold": k, "train_animals": trained, "val_animals": held_out})
-    common.write_json(folder / "cv_list.json", {"cv_folds": folds})
-    common.write_json(folder / "cv_keys.json", {f"fold_{k}": fold for k, fold in enumerate(folds)})
-    common.write_json(folder / "cv_text.json", {"cv_folds": str(folds)})
-
-
-def write_sequence_tables(folder, rows):
-    """The rows as CSV and, with other names and odd ids, as JSON."""
-    common.write_table(folder / "sequences.csv", rows)
-    renamed = {"animal": "animal_id", "Total.Facial.scale": "Total_Facial_scale"}
-    entries = []
-    for row in rows:
-        entry = {renamed.get(key, key): value for key, value in row.items()}
-        entry["sequence_id"] = f"tensor({row['sequence_id']})"
-        entries.append(entry)
-    common.write_json(folder / "sequences.json", {"sequences": entries})
+    common.write_json(path, {"cv_folds": folds})
 
 
 def make_sequences(folder, n_animals, seed):
     """Frame folders, each animal at each moment, with their scores and folds; returns the true scores."""
-    rng = np.random.default_rng([seed, 5])
-    n_moments = len(MOMENT_PAIN)
-    n_sequences = n_animals * n_moments
-    pain = np.tile(list(MOMENT_PAIN.values()), n_animals)
-    pain += np.repeat(rng.normal(0, 0.10, n_animals), n_moments)
-    pain += rng.normal(0, 0.15, n_sequences)
-    noise = rng.normal(0, 0.18, (n_sequences, len(ACTION_UNITS)))
-    true = 2 * (pain[:, None] + noise).clip(0, 1)  # (N, 7)
-    places = itertools.product(range(1, n_animals + 1), MOMENT_PAIN)
     rows = []
-    for i, (animal, moment) in enumerate(places):
-        animal_rng = np.random.default_rng([seed, 7, animal - 1])
-        tones = animal_rng.integers([140, 90, 40], [230, 170, 120], (3, 3))
-        colours = [tuple(colour) for colour in tones.T.tolist()]
-        own_rng = np.random.default_rng([seed, 6, i])
-        path = f"sequences/Animal {animal} {moment} visit {1 + i % 2}"
-        n_frames = render_sequence(folder / path, true[i], colours, own_rng)
-        rows.append({
-            "sequence_path": path,
-            "animal": animal,
-            "moment": moment,
-            "sequence_id": i + 1,
-            "num_frames": n_frames,
-            **score_columns(true[i], own_rng)})
-    write_sequence_tables(folder, rows)
-    write_folds(folder, list(range(1, n_animals + 1)))
-    paths = [row["sequence_path"] for row in rows]
-    return {"true_scores": dict(zip(paths, true.round(4).tolist()))}
+    true_scores = {}
+    for animal in range(1, n_animals + 1):
+        animal_rng = np.random.default_rng([seed, 5, animal])
+        tendency = animal_rng.normal(0, 0.10)
+        looks = dict(zip(UNSCORED, animal_rng.uniform(-1, 1, len(UNSCORED))))
+        for moment, mean_pain in MOMENT_PAIN.items():
+            number = len(rows) + 1
+            rng = np.random.default_rng([seed, 6, number])
+            pain = mean_pain + tendency + rng.normal(0, 0.15)
+            scores = 2 * (pain + rng.normal(0, 0.18, len(ACTION_UNITS))).clip(0, 1)
+            path = f"sequences/Animal {animal} {moment} visit {2 - number % 2}"
+            true_scores[path] = scores.round(4).tolist()
+            rows.append({
+                "sequence_path": path,
+                "animal": animal,
+                "moment": moment,
+                "sequence_id": number,
+                "num_frames": render_sequence(folder / path, scores, looks, rng),
+                **score_columns(scores, rng)})
+    common.write_table(folder / "sequences.csv", rows)
+    write_folds(folder / "cv_folds.json", list(range(1, n_animals + 1)))
+    return {"true_scores": true_scores}
 
 
 def make_video(folder, n_events, seed):
@@ -774,10 +696,9 @@ PART_COLOURS = {
     "kickstand": (120, 124, 130)}
 PART_STATES = ("intact", "damaged", "absent", "occluded")
 STATE_SHARES = (0.62, 0.14, 0.13, 0.11)
-FRAME_TUBES = (  # polylines
-    ((-1, 0), (-0.5, -0.8), (0.7, -0.8), (1, 0)),
-    ((-1, 0), (-0.1, 0.05), (0.7, -0.8)))
-RUST = (170, 84, 30)
+RINGS = ("back_wheel", "front_wheel", "chain")  # the other parts are discs
+FRAME = ((-1, 0), (-0.5, -0.8), (0.7, -0.8), (1, 0), (-0.1, 0.05), (0.7, -0.8))
+RUST = (235, 125, 40)
 LEAVES = (46, 104, 40)
 ANNOTATION_QUIRKS = {"no_suffix": 3, "untrusted": 5, "no_parts": 9, "zero_box": 11, "over_edge": 13}  # quirk: row
 
@@ -794,21 +715,10 @@ class Bicycle:
 def draw_part(draw, part, box, state, width):
     """One part in its box (x1, y1, x2, y2), rusty where damaged."""
     colour = RUST if state == "damaged" else PART_COLOURS[part]
-    x1, y1, x2, y2 = box
-    if part in ("back_wheel", "front_wheel", "chain"):
+    if part in RINGS:
         draw.ellipse(box, outline=colour, width=2 * width)
-    elif part == "steer":
-        draw.line([x1, y1, (x1 + x2) / 2, y2, x2, y1], fill=colour, width=3 * width)
-    elif part == "kickstand":
-        draw.line([x2, y1, x1, y2], fill=colour, width=2 * width)
     else:
         draw.ellipse(box, fill=colour)
-    if state == "damaged":
-        low = (y1 + 3 * y2) / 4
-        high = (3 * y1 + y2) / 4
-        x = np.linspace(x1, x2, 7)
-        zigzag = list(zip(x, [low, high, low, high, low, high, low]))
-        draw.line(zigzag, fill=(250, 150, 60), width=2 * width)
 
 
 def draw_leaves(draw, box, rng):
@@ -824,18 +734,15 @@ def draw_bicycle(states, background, rng):
     wide, high = background.size
     draw = ImageDraw.Draw(background)
     unit = wide / 4.4 * rng.uniform(0.85, 1.05)
-    shift = rng.uniform(-0.06, 0.06, 2)
-    origin_x = wide * (0.5 + shift[0])
-    origin_y = high * (0.58 + shift[1])
+    origin_x = wide * rng.uniform(0.44, 0.56)
+    origin_y = high * rng.uniform(0.52, 0.64)
     mirror = rng.choice([-1, 1])
-    width = max(2, int(unit / 28))
+    width = int(unit / 28)
 
     def place(x, y):
         return origin_x + mirror * x * unit, origin_y + y * unit
-    rgb = colorsys.hsv_to_rgb(rng.uniform(), 0.6, 0.6)
-    colour = tuple(int(255 * value) for value in rgb)
-    for tube in FRAME_TUBES:
-        draw.line([place(x, y) for x, y in tube], fill=colour, width=3 * width)
+    colour = tuple(rng.integers(60, 160, 3).tolist())
+    draw.line([place(x, y) for x, y in FRAME], fill=colour, width=3 * width)
     boxes = {}
     for part, (x, y, half_x, half_y) in PART_PLACES.items():
         left, top = place(x - mirror * half_x, y - half_y)
@@ -938,8 +845,7 @@ def make_detector(folder, n_images, seed):
         street = row % n_streets
         drawn = rng.choice(PART_STATES, len(parts), p=STATE_SHARES)
         states = dict(zip(parts, drawn.tolist()))
-        width = int(rng.integers(220, 281))
-        height = int(rng.integers(170, 211))
+        width, height = rng.integers([220, 170], [281, 211]).tolist()
         street_rng = np.random.default_rng([seed, 4, street])
         background = draw_background((2 * width, 2 * height), street_rng)
         pixels, boxes = draw_bicycle(states, background, rng)

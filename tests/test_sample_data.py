@@ -168,7 +168,7 @@ def plain_picture(number):
     rng = np.random.default_rng([42, 0])
     _, properties = make_sample_data.sample_properties(120, rng)
     rng = np.random.default_rng([42, 1, number])
-    size = make_sample_data.sample_size(rng)
+    size = rng.integers(200, 321, 2).tolist()
     face = dict(zip(make_sample_data.PROPERTIES, properties[number]))
     return make_sample_data.draw_face(face, *size, rng).astype(float)
 

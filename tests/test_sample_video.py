@@ -2,7 +2,6 @@
 
     python -m pytest tests/test_sample_video.py -q
 """
-import ast
 import hashlib
 import itertools
 import json
@@ -76,16 +75,15 @@ def test_same_flags_same_bytes_and_another_seed_differs(tmp_path):
 
 
 def test_manifests_have_the_published_header_and_its_quirks(made):
-    folder, truth = made
+    folder, _ = made
     table = read_manifest(folder, "all")
     assert list(pd.read_csv(folder / "manifests/all.csv").columns) == HEADER and len(table) == 120
     assert table.label.notna().all() and table.behavior.nunique() >= 6 and set(table.label) == {"ear", "tail"}
-    assert (table.label == "tail").sum() == truth["events"]["n_tail"] and 0.22 < (table.label == "tail").mean() < 0.28
-    assert (table.duration_sec == 0).sum() == truth["events"]["n_zero_duration"] == 13
+    assert 0.22 < (table.label == "tail").mean() < 0.28 and (table.duration_sec == 0).sum() == 13
     assert table.date.isna().sum() > 30 and table.date.dropna().str.endswith(" 0:00").sum() > 30
     assert table.start_time.str.len().nunique() == 2, "6:00:25 and 06:00:25"
     assert table.video_path.str.startswith("E:\\Some study 2024\\Group ").all()
-    assert table.video.nunique() == truth["events"]["n_videos"] == 24 and not table.duplicated(KEY).any()
+    assert table.video.nunique() == 24 and not table.duplicated(KEY).any()
     rates = {round(video_files.probe(path).fps, 3) for path in table.video.unique()}
     assert 14.994 in rates and len(rates) == 5
     assert sorted({path.suffix for path in table.video}) == [".avi", ".mp4"]
@@ -102,9 +100,9 @@ def test_parts_share_no_group_and_make_up_the_whole(made):
 
 
 def test_one_pair_a_pen_is_the_confound(made):
-    table, truth = read_manifest(made[0], "all"), made[1]["events"]["confound"]
+    table = read_manifest(made[0], "all")
     busy = (table.initiator_id == 100 * table.group + 1) & (table.receiver_id == 100 * table.group + 2)
-    assert (busy.sum(), (busy & (table.label == "tail")).sum()) == (truth["n_events"], truth["n_tail"])
+    assert 15 < busy.sum() < 45
     assert roc_auc_score(table.label == "tail", busy) > 0.75, "the pair alone, without a pixel"
 
 
@@ -158,7 +156,7 @@ def test_planted_leaks_are_those_counted(made):
                  "shared_events": len(events_of(a) & events_of(b)),
                  "duplicates": sum(windows[0][k] != windows[1][k] for k in windows[0].keys() & windows[1].keys()),
                  "overlapping_windows": overlaps(a, b, False)}
-        assert found == planted[f"{one}-{other}"], f"{one}-{other}"
+        assert {leak: n for leak, n in found.items() if n} == planted[f"{one}-{other}"], f"{one}-{other}"
     within = {part: overlaps(table, table, True) for part, table in leaky.items()}
     assert within == {"train": planted["train"]["overlapping_windows"], "val": 0, "test": 0}
     repeats = {part: int(table.duplicated(HEADER).sum()) for part, table in leaky.items()}
@@ -187,7 +185,7 @@ def test_scores_are_thirds_with_gaps_and_folders_hold_the_frames(made):
     table = pd.read_csv(folder / "sequences.csv")
     assert list(table.columns[:5]) == ["sequence_path", "animal", "moment", "sequence_id", "num_frames"]
     assert list(table.columns[5:12]) == list(make_sample_data.ACTION_UNITS)
-    assert list(table.columns[12:]) == ["NRS (1-10)", "VAS (0-100)", "Total.Facial.scale"]
+    assert list(table.columns[12:]) == ["NRS (1-10)", "Total.Facial.scale"]
     assert len(table) == 60 and (table.groupby("animal").moment.agg("".join) == "M0M1M2M3M4").all()
     assert table.animal.nunique() == 12
     parts = table[list(make_sample_data.ACTION_UNITS)]
@@ -216,13 +214,9 @@ def test_sequences_are_learnable_beyond_their_moment(made):
     assert r2_score(target, predicted) > r2_score(target, of_moment) + 0.1 and 0.3 < r2_score(target, of_moment) < 0.7
 
 
-def test_json_and_folds_say_the_same_in_other_spellings(made):
+def test_every_animal_is_held_out_in_one_fold(made):
     folder, _ = made
-    table = pd.read_csv(folder / "sequences.csv")
-    rows = json.loads((folder / "sequences.json").read_text())["sequences"]
-    assert [row["animal_id"] for row in rows] == table.animal.tolist() and rows[8]["sequence_id"] == "tensor(9)"
-    assert [row["Total_Facial_scale"] for row in rows] == table["Total.Facial.scale"].tolist()
-    listed, keyed, text = (json.loads((folder / f"cv_{name}.json").read_text()) for name in ("list", "keys", "text"))
-    assert listed["cv_folds"] == list(keyed.values()) == ast.literal_eval(text["cv_folds"])
-    assert sorted(itertools.chain(*(fold["val_animals"] for fold in listed["cv_folds"]))) == sorted(set(table.animal))
-    assert all(not set(fold["val_animals"]) & set(fold["train_animals"]) for fold in listed["cv_folds"])
+    folds = json.loads((folder / "cv_folds.json").read_text())["cv_folds"]
+    animals = set(pd.read_csv(folder / "sequences.csv").animal)
+    assert sorted(itertools.chain(*(fold["val_animals"] for fold in folds))) == sorted(animals)
+    assert all(set(fold["train_animals"]) == animals - set(fold["val_animals"]) for fold in folds)

@@ -280,6 +280,9 @@ def test_class_ensemble_of_predict_is_that_of_training(made, class_folds, tmp_pa
         assert ours[row["clip_id"]]["pred_label"] == row["pred_label"]
 
 
+LEAKS = ("shared_groups", "shared_videos", "shared_events", "duplicates", "overlapping_windows")
+
+
 def test_audit_finds_exactly_what_was_planted(made, tmp_path):
     text = video("--mode", "audit", *made.parts("leaky_"), "--output", tmp_path / "a.json").stdout
     report, planted = read_json(tmp_path / "a.json"), made.truth["events"]["planted_leaks"]
@@ -287,7 +290,8 @@ def test_audit_finds_exactly_what_was_planted(made, tmp_path):
         found = report["between"][pair]
         assert {"shared_groups": found["groups"]["count"], "shared_videos": found["videos"]["count"],
                 "shared_events": found["events"]["count"], "duplicates": found["exact_duplicates"]["count"],
-                "overlapping_windows": found["overlapping_windows"]["count"]} == planted[pair], pair
+                "overlapping_windows": found["overlapping_windows"]["count"]} == dict.fromkeys(
+                    LEAKS, 0) | planted[pair], pair
     assert report["between"]["val-test"]["events_other_camera"]["count"] == 3
     assert report["between"]["train-val"]["renamed_copies"]["count"] == 1
     assert report["within"]["train"]["overlapping_windows"]["count"] == planted["train"]["overlapping_windows"]
@@ -427,11 +431,11 @@ def test_folds_pool_every_row_once_and_leave_the_test_animal_out(made, scores):
         assert animals["test"] == {"4"} and not animals["train"] & animals["val"]
         assert {row["clip_id"] for row in read_csv(folder / "predictions_val.csv")} == set(split["val"])
     metrics = read_json(scores / "metrics.json")
-    true, predicted = numbers(pooled, "VAS (0-100)_true"), numbers(pooled, "VAS (0-100)_predicted")
-    [row] = [row for row in read_csv(scores / "scores.csv") if row["target"] == "VAS (0-100)"]
+    true, predicted = numbers(pooled, "NRS (1-10)_true"), numbers(pooled, "NRS (1-10)_predicted")
+    [row] = [row for row in read_csv(scores / "scores.csv") if row["target"] == "NRS (1-10)"]
     assert float(row["r2"]) == pytest.approx(r2_score(true, predicted)) and metrics["part"] == "folds"
     assert float(row["bias"]) == pytest.approx((predicted - true).mean()) and len(metrics["folds"]) == 3
-    assert "moment_mean_predicted" not in pooled[0] and "VAS (0-100)_moment_mean" in pooled[0]
+    assert "moment_mean_predicted" not in pooled[0] and "NRS (1-10)_moment_mean" in pooled[0]
 
 
 def test_moment_mean_is_the_mean_of_the_other_folds(made, scores):
@@ -456,8 +460,8 @@ def test_the_ensemble_judges_the_test_animal(scores):
     metrics = read_json(scores / "test_ensemble" / "metrics.json")
     members = [read_csv(scores / f"fold_{k}" / "predictions_test.csv") for k in range(3)]
     ensemble = read_csv(scores / "test_ensemble" / "predictions_test.csv")
-    mean = np.mean([numbers(rows, "VAS (0-100)_predicted") for rows in members], axis=0)
-    assert numbers(ensemble, "VAS (0-100)_predicted") == pytest.approx(mean) and len(ensemble) == 5
+    mean = np.mean([numbers(rows, "NRS (1-10)_predicted") for rows in members], axis=0)
+    assert numbers(ensemble, "NRS (1-10)_predicted") == pytest.approx(mean) and len(ensemble) == 5
     assert metrics["held_out"] and metrics["part"] == "test" and metrics["sample"]["subjects"] == 1
     assert metrics["model"]["r2"]["low"] is None, "one subject has no interval"
 
@@ -559,15 +563,19 @@ def test_folds_continue_fold_by_fold(scores):
 
 
 def test_one_fold_alone_and_a_file_of_folds(made, tmp_path):
-    """--fold 1 of --cv_file: that fold's animals, with one weight of 0 and two scores."""
-    video("--task", "regress", "--manifest", made.folder / "sequences.json", *SMALL, "--epochs", 1, "--cv_file",
-          made.folder / "cv_text.json", "--fold", 1, "--folds", 4, "--output_dir", tmp_path, "--target_columns",
-          "Total_Facial_scale", "NRS (1-10)", "--target_weights", "NRS (1-10)=0")
-    run = only_run(tmp_path)
+    """--fold 1 of --cv_file: that fold's animals, with one weight of 0 and two scores; scores and folds in other forms."""
+    folds = read_json(made.folder / "cv_folds.json")["cv_folds"]
+    (tmp_path / "folds.json").write_text(json.dumps({"cv_folds": str(folds)}))
+    rows = [{"animal_id" if name == "animal" else name: value or None for name, value in row.items()}
+            | {"sequence_id": f"tensor({row['sequence_id']})"} for row in read_csv(made.sequences)]
+    (tmp_path / "scores.json").write_text(json.dumps({"sequences": rows}))
+    video("--task", "regress", "--manifest", tmp_path / "scores.json", "--video_root", made.folder, *SMALL, "--epochs", 1,
+          "--cv_file", tmp_path / "folds.json", "--fold", 1, "--folds", 4, "--output_dir", tmp_path / "runs",
+          "--target_columns", "Total.Facial.scale", "NRS (1-10)", "--target_weights", "NRS (1-10)=0")
+    run = only_run(tmp_path / "runs")
     assert [path.name for path in run.glob("fold_*[0-9]")] == ["fold_1"]
     rows = read_csv(run / "predictions_folds.csv")
-    wanted = json.loads((made.folder / "cv_list.json").read_text())["cv_folds"][1]["val_animals"]
-    assert {row["group"] for row in rows} == set(map(str, wanted)) and len(rows) == 5
+    assert {row["group"] for row in rows} == set(map(str, folds[1]["val_animals"])) and len(rows) == 5
 
 
 # --- further flags ---------------------------------------------------------------------------
@@ -665,7 +673,7 @@ DATA_MISTAKES = {
     "a file of folds without folds": (lambda d: ["--task", "regress", "--manifest", d.sequences, "--cv_file",
                                                  d.folder / "ground_truth.json"], ["cv_folds"]),
     "a fold that the file of folds lacks": (lambda d: ["--task", "regress", "--manifest", d.sequences, "--cv_file",
-                                                       d.folder / "cv_text.json", "--fold", 99],
+                                                       d.folder / "cv_folds.json", "--fold", 99],
                                             ["--fold 99", "4 folds, from 0 to 3"]),
 }
 
