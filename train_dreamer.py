@@ -59,20 +59,25 @@ def parse_args(argv=None):
         train_ratio=0.7, val_ratio=0.15, test_ratio=0.15)
     add_data_arguments(parser.group("transitions and patients"))
     add_model_arguments(parser.group("model"))
+    parser.set_defaults(**dependent_defaults(common.parse_arguments(parser, argv)))
     args = common.parse_arguments(parser, argv)
-    if args.folds and "test_ratio" not in args.given:
-        args.test_ratio = 0.0
     common.check_split_flags(parser, args)
     check_flags(parser, args)
-    if args.precision:
-        args.use_amp = "off" if args.precision == "32" else "on"
-    if args.mode == "audit":
-        args.on_bad_file = "skip"  # an audit lists them all
-    if args.mode in ("evaluate", "predict"):
-        if args.checkpoint.is_dir():
-            args.checkpoint = args.checkpoint / "best_model.pth"
-        inherit_data_flags(args)
     return args
+
+
+def dependent_defaults(args):
+    """{flag: default} of flags whose default depends on another flag."""
+    defaults = {}
+    if args.folds:
+        defaults["test_ratio"] = 0.0
+    if args.precision:
+        defaults["use_amp"] = "off" if args.precision == "32" else "on"
+    if args.mode == "audit":
+        defaults["on_bad_file"] = "skip"  # an audit lists them all
+    if args.checkpoint and "data_dir" not in args.given:
+        defaults |= data_flags_of_run(args.checkpoint)
+    return defaults
 
 
 def add_data_arguments(add):
@@ -165,16 +170,16 @@ def check_flags(parser, args):
         parser.error(f"--mode {args.mode} needs --checkpoint FILE")
 
 
-def inherit_data_flags(args):
-    """Without --data_dir, data flags that were not given are those of the run that wrote the checkpoint."""
-    record = args.checkpoint.parent / "args.json"
-    if "data_dir" in args.given or not record.is_file():
-        return
-    flags = common.read_json(record)["flags"]
-    for name in DATA_FLAGS:
-        value = flags.get(name)
-        if name not in args.given and value is not None:
-            setattr(args, name, Path(value) if name in ("data_dir", "patient_map") else value)
+def data_flags_of_run(checkpoint):
+    """The DATA_FLAGS of the run that wrote the checkpoint, where its args.json is still beside it."""
+    record = checkpoint_file(checkpoint).parent / "args.json"
+    flags = common.read_json(record)["flags"] if record.is_file() else {}
+    return {name: flags[name] for name in DATA_FLAGS if flags.get(name) is not None}
+
+
+def checkpoint_file(checkpoint):
+    """--checkpoint FILE, or the best_model.pth of a run folder."""
+    return checkpoint / "best_model.pth" if checkpoint.is_dir() else checkpoint
 
 
 # --- data: row on disk -> table -> sample ---------------------------------------------------
@@ -1084,13 +1089,14 @@ def mean_use(folds):
 
 def load_checkpoint(args, run):
     """--checkpoint -> (its content, model on the device, args with the settings of the model in place of the flags)."""
-    content = common.load_model_file(args.checkpoint, common.script_name())
-    with common.checkpoint_fields(args.checkpoint):
+    path = checkpoint_file(args.checkpoint)
+    content = common.load_model_file(path, common.script_name())
+    with common.checkpoint_fields(path):
         settings = content["settings"]
         args = argparse.Namespace(**{**vars(args), **settings, "pretrained": content["pretrained"]})
         untrained = argparse.Namespace(**{**vars(args), "pretrained": False, "weights": None})
         model = build_model(untrained, content["scaler"], args.compose)
-        common.load_state(model, content["model"], args.checkpoint)
+        common.load_state(model, content["model"], path)
     text = ", ".join(f"{name} {settings[name]}" for name in MODEL_FLAGS)
     run.say(f"checkpoint: epoch {content['epoch']}, {text}")
     return content, run.compute.place(model), args
@@ -1098,7 +1104,7 @@ def load_checkpoint(args, run):
 
 def rows_to_score(args, study):
     """(part, its rows, train rows): of the checkpoint's split where the data are its own, else all rows."""
-    path = args.checkpoint.parent / "splits.json"
+    path = checkpoint_file(args.checkpoint).parent / "splits.json"
     listed = common.read_json(path) if path.is_file() else {}
     split = {part: np.flatnonzero(np.isin(study.names, listed.get(part, []))) for part in PARTS}
     part = args.score_part
