@@ -543,7 +543,7 @@ def judge(run, args, study, split, rows, table, part, alarms, best_epoch=None, f
         alarms=alarms,
         criteria=args.criteria,
         data=data_blocks(study, split, table),
-        cases=case_blocks(study, rows, table),
+        cases=judging.case_blocks(table, study.images[rows], lambda i: study.picture(rows[i])),
         limits=limits(args),
         folds=list(folds))
     ceiling = rater_agreement.measure_ceiling(
@@ -558,20 +558,6 @@ def data_blocks(study, split, table):
     sizes = [{"part": part, "pictures": len(rows)} for part, rows in split.items()]
     left_out = f"{len(study.names)} ratings; {len(study.skipped)} files or rows skipped."
     return [judging.rows_text(table, "pictures"), reporting.html_text(left_out), reporting.html_table(sizes)]
-
-
-def case_blocks(study, rows, table, count=5):
-    """HTML with thumbnails of the pictures with the smallest and the largest error."""
-    order, lines = score_judging.worst_and_best(table)
-
-    def cases(chosen):
-        figures = []
-        for i in chosen:
-            row = rows[i]
-            figures.append({"image": study.picture(row), "title": study.images[row], "lines": lines[i]})
-        return reporting.html_cases(figures)
-    return [reporting.html_text("Best:"), cases(order[:count]),
-            reporting.html_text("Worst:"), cases(order[::-1][:count])]
 
 
 def limits(args):

@@ -33,7 +33,7 @@ from torch import nn
 import common
 from evidence import (
     baseline_models, judging, plotting, pose_audit, pose_judging, pose_plots, pose_scores, prediction_tables,
-    reporting, score_judging, splitting, verdicts)
+    reporting, splitting, verdicts)
 from readers import picture_files, probe_poses
 
 FEATURE_SD_FLOOR = 0.01  # of the RMS sd: a feature that hardly varied in training must not explode on a new frame
@@ -871,7 +871,8 @@ def judge(run, args, study, split, rows, table, part, use, alarms, best_epoch=No
         alarms=pose_scores.use_alarms(use, COLLAPSE_FLOOR) + alarms,
         criteria=args.criteria,
         data=data_blocks(run, study, split, table),
-        cases=case_blocks(args, study, rows, table),
+        cases=judging.case_blocks(
+            table, study.names[rows], lambda i: study.frame(rows[i], 0, args.image_size)),
         limits=limits(args, study),
         folds=list(folds))
     at2 = pose_scores.wrapped(at2_of(study, rows, table.predicted), study.at2[rows])
@@ -908,21 +909,6 @@ def data_blocks(run, study, split, table):
     return blocks
 
 
-def case_blocks(args, study, rows, table, count=5):
-    """HTML with the frames at t1 of the transitions with the smallest and the largest error."""
-    order, lines = score_judging.worst_and_best(table)
-
-    def cases(chosen):
-        figures = []
-        for i in chosen:
-            row = rows[i]
-            frame = study.frame(row, 0, args.image_size)
-            figures.append({"image": frame, "title": study.names[row], "lines": lines[i]})
-        return reporting.html_cases(figures)
-    return [reporting.html_text("Best:"), cases(order[:count]),
-            reporting.html_text("Worst:"), cases(order[::-1][:count])]
-
-
 def limits(args, study):
     """Sentences on what a reader must not conclude from this run."""
     lines = ["Valid for probes, views and patients like these; nothing else was tested."]
@@ -934,11 +920,6 @@ def limits(args, study):
     if study.compose == "additive":
         lines.append("at2 = at1 + motion here: at1 and at2 carry the same information, and the loss on at2 adds none.")
     return lines
-
-
-def criteria_names():
-    """What --criteria may name: mae_x_mm an axis, mae the mean over axes in label sds."""
-    return score_judging.criteria_names(probe_poses.AXES)
 
 
 # --- one run, or one run per fold -------------------------------------------------------------
@@ -1179,7 +1160,7 @@ def audit(run, args):
 def train(run, args):
     """--mode train: one run, or one per fold."""
     study = load_study(args, run)
-    verdicts.parse_criteria(args.criteria, criteria_names())
+    verdicts.parse_criteria(args.criteria, pose_judging.criteria_names())
     if args.folds:
         run_folds(run, args, study)
     else:

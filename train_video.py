@@ -265,6 +265,11 @@ class Study:
         """Grid frames of a row, uint8 (G, H, W, 3)."""
         return self.store[self.stored[row]]
 
+    def middle_frame(self, row):
+        """uint8 (H, W, 3)."""
+        frames = self.frames(row)
+        return np.asarray(frames[len(frames) // 2])
+
     def audit(self, row):
         """ClipAudit of a row."""
         return self.store.audit[self.stored[row]]
@@ -1110,7 +1115,6 @@ def judge(run, args, study, split, held_out, part, alarms, best_epoch=None, fold
     train_rows, held_out_rows = zip(*held_out.trained_on)
     confounds = confounding.level_priors(
         levels, study.truth, list(train_rows), list(held_out_rows), study.groups, study.positive)
-    find_cases = class_judging.worst_and_best if is_classes else score_judging.worst_and_best
     setting = judging.Setting(
         title="Behaviour in clips" if is_classes else "Scores of frame sequences",
         part=part,
@@ -1119,7 +1123,8 @@ def judge(run, args, study, split, held_out, part, alarms, best_epoch=None, fold
         alarms=alarms,
         criteria=args.criteria,
         data=data_blocks(study, split, rows, table),
-        cases=case_blocks(study, rows, *find_cases(table)),
+        cases=judging.case_blocks(
+            table, study.table.clip_ids[rows], lambda i: study.middle_frame(rows[i])),
         limits=limits(args, study),
         folds=list(folds))
     if is_classes:
@@ -1155,23 +1160,6 @@ def data_blocks(study, split, rows, table):
         sizes.append(size)
     events = f"{len(set(study.table.events[rows]))} events; {len(study.skipped)} rows skipped."
     return [judging.rows_text(table), reporting.html_text(events), reporting.html_table(sizes)]
-
-
-def case_blocks(study, rows, order, lines, count=5):
-    """HTML with the middle frames of the rows with the smallest and the largest error.
-
-    order: places in `rows` from the smallest error on; lines: texts on each of `rows`.
-    """
-    def cases(chosen):
-        figures = []
-        for i in chosen:
-            frames = study.frames(rows[i])
-            middle = np.asarray(frames[len(frames) // 2])
-            title = study.table.clip_ids[rows[i]]
-            figures.append({"image": middle, "title": title, "lines": lines[i]})
-        return reporting.html_cases(figures)
-    return [reporting.html_text("Best:"), cases(order[:count]),
-            reporting.html_text("Worst:"), cases(order[::-1][:count])]
 
 
 def limits(args, study):

@@ -203,13 +203,3 @@ def with_interval(found):
     """'0.812 [0.70, 0.89]', or the value alone."""
     ends = "" if math.isnan(found.low) else f" [{found.low:.2f}, {found.high:.2f}]"
     return f"{found.value:.3f}{ends}"
-
-
-def worst_and_best(table):
-    """(order of the rows from the smallest to the largest error, two lines of text on each row)."""
-    true = table.probability[np.arange(len(table.label)), table.label]
-    lines = []
-    for label, chosen, p in zip(table.label, table.chosen, true):
-        answer = f"true {table.names[label]}, predicted {table.names[chosen]}"
-        lines.append([answer, f"p of the true class {p:.2f}"])
-    return np.argsort(1 - true, kind="stable"), lines

@@ -89,6 +89,20 @@ def rows_text(table, unit="rows"):
         f"{size['rows']} {unit} scored, {size['distinct_label_vectors']} distinct label vectors, {groups}.")
 
 
+def case_blocks(table, titles, picture, count=5):
+    """HTML of the section Best and worst cases: the rows with the smallest and the largest error.
+
+    titles: (M,) text; picture: function of a row of the table -> uint8 (H, W, 3).
+    """
+    order, lines = table.rank_rows()
+
+    def cases(rows):
+        return reporting.html_cases(
+            [{"image": picture(row), "title": titles[row], "lines": lines[row]} for row in rows])
+    return [reporting.html_text("Best:"), cases(order[:count]),
+            reporting.html_text("Worst:"), cases(order[::-1][:count])]
+
+
 def write_comparison(run, rows):
     """report.html and metrics.json of several tables on the same rows: which of two is better."""
     sentences = [f"{row['first']} against {row['second']}: {row['better']}"

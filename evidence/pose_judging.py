@@ -3,7 +3,7 @@
 Letters: M transitions scored. Units: errors of an axis in mm or degrees; means over the axes in label sds.
 """
 import common
-from evidence import judging, plotting, pose_plots, pose_scores, reporting, score_judging, splitting, verdicts
+from evidence import judging, plotting, pose_plots, pose_scores, reporting, splitting, verdicts
 from readers import probe_poses
 
 USE_MEANINGS = {
@@ -42,11 +42,13 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, num
     level = verdicts.verdict_level(result.gain("mae"), alarms + setting.alarms)
     if level == "good" and result.unit != "patients":
         level = "caution"
+    meanings = criteria_names()
+    criteria = verdicts.parse_criteria(setting.criteria, meanings)
     judgement = judging.Judgement(
         verdict=pose_scores.verdict(result, patients, has_patients, setting.held_out),
         level=level,
         alarms=alarms,
-        criteria=score_judging.judge_criteria(setting.criteria, result, table, None),
+        criteria=verdicts.judge_criteria(criteria, verdicts.named_estimates(result, meanings)),
         figures=key_figures(result, predictors),
         blocks=metric_blocks(run, setting, result, axes, baselines, predictors, patients),
         sections=[("Does it use the image and the motion?", use_blocks(use))],
@@ -62,6 +64,12 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, num
             **numbers,
         })
     return judging.close_run(run, setting, judgement)
+
+
+def criteria_names():
+    """What --criteria may name: mae_x_mm an axis, mae the mean over axes in label sds."""
+    metrics = common.REGRESSION_METRICS
+    return verdicts.spell_metrics(metrics, metrics, probe_poses.AXES)
 
 
 def say_axes(run, axes, baseline_names):

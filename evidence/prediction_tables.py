@@ -42,6 +42,22 @@ class ScoreTable:
             blocks["sd"] = self.spread
         write_target_table(path, _with_group(self), self.names, blocks)
 
+    def rank_rows(self):
+        """(rows from the smallest to the largest error, two lines of text on each row).
+
+        The error is the root mean square over the scores, each in units of the sd of its truth; rows without truth
+        are left out.
+        """
+        scaled = (self.predicted - self.target) / np.nanstd(self.target, axis=0)  # (M, R)
+        error = np.sqrt(common.mean_without_nan(scaled ** 2))
+        lines = []
+        for row, each in enumerate(scaled):
+            r = np.nan_to_num(np.abs(each)).argmax()
+            lines.append([f"rms error {error[row]:.2f} sd", f"{self.names[r]}: true {self.target[row, r]:.2f}, "
+                          f"predicted {self.predicted[row, r]:.2f}"])
+        order = np.argsort(error, kind="stable")
+        return order[:np.isfinite(error).sum()], lines
+
 
 @dataclasses.dataclass(kw_only=True)
 class ClassTable:
@@ -74,6 +90,15 @@ class ClassTable:
     def labelled(self):
         """The rows with a known label."""
         return self.take(self.label >= 0)
+
+    def rank_rows(self):
+        """(rows from the smallest to the largest error, two lines of text on each row)."""
+        true = self.probability[np.arange(len(self.label)), self.label]
+        lines = []
+        for label, chosen, p in zip(self.label, self.chosen, true):
+            answer = f"true {self.names[label]}, predicted {self.names[chosen]}"
+            lines.append([answer, f"p of the true class {p:.2f}"])
+        return np.argsort(1 - true, kind="stable"), lines
 
     def write(self, path):
         """The CSV, written whole."""

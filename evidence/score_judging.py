@@ -170,20 +170,3 @@ def metric_blocks(run, setting, result, rows, moment_rows, plot_file):
                    "pearson_r": "r"}
         blocks.append(reporting.html_table(moment_rows, columns, formats, caption="The rows of each moment alone"))
     return blocks
-
-
-def worst_and_best(table):
-    """(order of the rows from the smallest to the largest error, two lines of text on each row).
-
-    The error is the root mean square over the scores, each in units of the sd of its truth; rows without truth are
-    left out.
-    """
-    scaled = (table.predicted - table.target) / np.nanstd(table.target, axis=0)  # (M, R)
-    error = np.sqrt(common.mean_without_nan(scaled ** 2))
-    lines = []
-    for row, each in enumerate(scaled):
-        r = np.nan_to_num(np.abs(each)).argmax()
-        lines.append([f"rms error {error[row]:.2f} sd", f"{table.names[r]}: true {table.target[row, r]:.2f}, "
-                      f"predicted {table.predicted[row, r]:.2f}"])
-    order = np.argsort(error, kind="stable")
-    return order[:np.isfinite(error).sum()], lines
