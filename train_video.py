@@ -1416,7 +1416,6 @@ def train(args):
             run.say(f"{args.model}: computed in fp32 on a CPU; mixed precision needs a GPU")
         check_fold_of_file(args)
         study = load_study(args, run.say, run.path("skipped.csv"))
-        say_effective_size(run, study)
         check_flags_of_study(args, study)
         if args.folds or args.cv_file:
             run_folds(run, args, study)
@@ -1432,19 +1431,6 @@ def check_fold_of_file(args):
     if args.fold >= n_folds:
         raise common.UserError(f"--fold {args.fold}: --cv_file {args.cv_file} has {n_folds} folds, "
                                f"from 0 to {n_folds - 1}")
-
-
-def say_effective_size(run, study):
-    """What the data really hold: rows, distinct labels, groups, rows of each class."""
-    table = study.table
-    size = splitting.effective_size(study.truth, study.groups)
-    text = (f"effective sample: {size['rows']} rows, {len(set(table.events))} events, "
-            f"{size['distinct_label_vectors']} distinct label vectors, "
-            f"{size['subjects'] or 'no'} groups or videos")
-    if table.label is not None:
-        counts = np.bincount(table.label, minlength=len(table.names))
-        text += "; " + ", ".join(f"{n} {name}" for n, name in zip(counts, table.names))
-    run.say(text)
 
 
 def check_flags_of_study(args, study):

@@ -83,10 +83,13 @@ def identical_fold_alarms(folds):
 
 def rows_text(table, unit="rows"):
     """HTML: how many rows are judged, how many differ in their labels, and what is resampled."""
-    size = splitting.effective_size(table.truth, table.groups)
-    groups = f"{size['subjects']} groups" if table.groups is not None else "no groups named: each row its own"
-    return reporting.html_text(
-        f"{size['rows']} {unit} scored, {size['distinct_label_vectors']} distinct label vectors, {groups}.")
+    return reporting.html_text(sample_sentence(splitting.effective_size(table.truth, table.groups), unit))
+
+
+def sample_sentence(size, unit="rows"):
+    """The effective sample in words; size: of splitting.effective_size."""
+    groups = "no groups named: each row its own" if size["subjects"] is None else f"{size['subjects']} groups"
+    return f"{size['rows']} {unit} scored, {size['distinct_label_vectors']} distinct label vectors, {groups}."
 
 
 def case_blocks(table, titles, picture, count=5):
@@ -154,5 +157,7 @@ def close_run(run, setting, judgement):
         run.path("report.html"), f"{setting.title}: {run.folder.name}", (judgement.level, judgement.verdict),
         [section for section in sections if section[1]], run.compute.text, judgement.figures)
     common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
+    if "sample" in metrics:
+        run.say(f"effective sample: {sample_sentence(metrics['sample'])}")
     verdicts.say_results(run, metrics)
     return metrics

@@ -58,6 +58,8 @@ def test_scores_of_another_program(tmp_path):
     assert metrics["criteria"][0]["verdict"] == "PASS"
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "Valence" in page and "Learning curves" not in page and "Leakage" not in page
+    sample = "60 rows scored, 60 distinct label vectors, 12 groups."
+    assert sample in page and f"effective sample: {sample}" in (run / "log.txt").read_text()
 
 
 def test_a_named_baseline_is_the_one_to_beat(tmp_path):
