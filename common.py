@@ -1067,7 +1067,8 @@ class EpochBatches(torch.utils.data.Sampler):
     start: int = 0
 
     def __post_init__(self):
-        first, last = 0, self.n_samples
+        first = 0
+        last = self.n_samples
         if not self.train:
             first = self.n_samples * self.rank // self.size
             last = self.n_samples * (self.rank + 1) // self.size
@@ -1559,14 +1560,16 @@ def homography(drawn, window, size):
     """Matrix (3, 3) from picture to output, pixel centres at .5, composed of the steps in torchvision's order."""
     left, top, width, height = window
     half = size / 2
-    zoom_x, zoom_y = size / width, size / height
+    zoom_x = size / width
+    zoom_y = size / height
     to_centre = np.array([
         [zoom_x, 0, -(left * zoom_x + half)],
         [0, zoom_y, -(top * zoom_y + half)],
         [0, 0, 1]])
     mirror = -1 if drawn.flip else 1
     angle = math.radians(drawn.rotation_deg)
-    cos, sin = math.cos(angle), math.sin(angle)
+    cos = math.cos(angle)
+    sin = math.sin(angle)
     turn = np.array([
         [cos * mirror, sin, 0],
         [-sin * mirror, cos, 0],
@@ -1832,7 +1835,8 @@ def _load_backbone_state(model, state, last, source):
 @torch.inference_mode()
 def stage_ends(backbone, example):
     """Paths of the modules that end each resolution, largest first, found by one pass over an example input."""
-    outer, inner = {}, {}  # height of an output -> path of the last module that gives it: children, grandchildren
+    outer = {}  # height of an output -> path of the last module that gives it: children, grandchildren
+    inner = {}
 
     def note(path, ends):
         def hook(module, inputs, output):
@@ -2513,7 +2517,8 @@ class Training:
 
     def _save_epoch(self):
         """Write what is asked for at the end of this epoch, and the checkpoint if there is time."""
-        epoch, args = self.progress.epoch, self.args
+        epoch = self.progress.epoch
+        args = self.args
         is_asked_for = args.save_every > 0 and epoch % args.save_every == 0
         if is_asked_for:
             save_checkpoint(self.run.path(f"checkpoint_epoch_{epoch}.pth"), self._content())

@@ -34,7 +34,8 @@ HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements.txt"
 TASKS = ("assessor", "video", "detector", "dreamer")
 PUBLISHED_TABLE = "per_image_Slider_mean_sd_from_wide.csv"
-SAMPLE_IMAGES, SAMPLE_TABLE = Path("assessor/images"), Path("assessor/ratings") / PUBLISHED_TABLE
+SAMPLE_IMAGES = Path("assessor/images")
+SAMPLE_TABLE = Path("assessor/ratings") / PUBLISHED_TABLE
 # Flags of a dry run; paths are relative to the output folder of make_sample_data.py.
 SAMPLE_EVENTS = {"--manifest": Path("video/manifests/all.csv"), "--video_root": Path("video/videos"),
                  "--label_map": Path("video/manifests/label_map.json")}
@@ -386,7 +387,8 @@ def check_video(args, temporary):
              *(["--group_column", args.group_column] if args.group_column else []),
              "--task", "regress" if args.scores else "classify"]
     yield Check("OK", "data", " ".join(str(path) for path in given.values() if path))
-    output, start = Path(temporary) / "audit.json", time.perf_counter()
+    output = Path(temporary) / "audit.json"
+    start = time.perf_counter()
     run_audit("train_video.py", "--output", output, *flags)
     report = json.loads(output.read_text(encoding="utf-8"))
     [part] = report["parts"].values()

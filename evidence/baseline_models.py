@@ -224,7 +224,8 @@ def fit_logistic(
 
 def _choose_penalty(scores, label, n_classes, folds, lambdas):
     """The lambda of the smallest held-out NLL, from large ones down until three bring no gain."""
-    tried, errors = [], []
+    tried = []
+    errors = []
     for penalty in sorted(lambdas, reverse=True):
         tried.append(penalty)
         errors.append(

@@ -81,7 +81,8 @@ def fit_temperature(logits, label):
     if (own > best_other).all():
         return 1.0
     # bisection of the slope over log(1 / T): the NLL is convex in 1 / T
-    low, high = math.log(1 / 20.0), math.log(1 / 0.05)
+    low = math.log(1 / 20.0)
+    high = math.log(1 / 0.05)
     for _ in range(60):
         middle = (low + high) / 2
         probability = class_scores.softmax(logits * math.exp(middle))

@@ -169,7 +169,8 @@ def within_level_auc(score, label, levels, positive=1):
     score = np.asarray(score, np.float64)
     label = np.asarray(label)
     levels = np.asarray(levels, str)
-    won, pairs = 0.0, 0
+    won = 0.0
+    pairs = 0
     for level in np.unique(levels):
         here = (label >= 0) & (levels == level)
         is_positive = label[here] == positive
@@ -241,7 +242,8 @@ def no_pixel_priors(table, positive=None):
     (default: the rarest). `row order` compares the same places of the manifests.
     """
     if table.label is None:
-        what, target = "scores", table.target
+        what = "scores"
+        target = table.target
         is_known = ~np.isnan(target).all(1)
     else:
         what = positive or _rarest_class(table)

@@ -314,7 +314,8 @@ def stack_draws(draws):
 
 def average_precisions(matchings, pictures):
     """({map, map50, ...: float}, {"ap": (P,)}) of {name: COCO matching}; map50 and ap: of map."""
-    overall, each = {}, {}
+    overall = {}
+    each = {}
     for name, matching in matchings.items():
         ap = average_precision(matching, pictures)  # (T, C)
         overall[name] = mean_of(ap)

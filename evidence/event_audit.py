@@ -56,7 +56,8 @@ def window_pairs(table, file_keys, gap_sec=30.0):
     start = np.where(is_whole, -np.inf, table.windows[:, 0])
     end = np.where(is_whole, np.inf, table.windows[:, 1])
     reach = end + np.where(table.unit == "frame", 0, gap_sec)
-    overlapping, near = [], []
+    overlapping = []
+    near = []
     for rows in map(np.array, rows_of.values()):
         rows = rows[np.lexsort((table.clip_ids[rows], end[rows], start[rows]))]
         stop = np.searchsorted(start[rows], reach[rows])
@@ -172,7 +173,8 @@ def describe_part(table):
     """Rows, repeats, events per video, and videos with one class (pure) or several (mixed)."""
     labels_of_video = collections.defaultdict(set)
     labels_of_event = collections.defaultdict(set)
-    counts, unlabelled = {}, 0
+    counts = {}
+    unlabelled = 0
     if table.label is not None:
         for row in np.flatnonzero(table.label >= 0):
             labels_of_video[table.videos[row]].add(table.label[row])

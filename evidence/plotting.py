@@ -12,9 +12,15 @@ import numpy as np
 import common
 from evidence import calibrating, class_scores, subject_intervals
 
-INK, SOFT, GRID = "#20262d", "#66707a", "#e3e7ea"
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
-PURPLE, SKY, YELLOW = "#CC79A7", "#56B4E9", "#E69F00"
+INK = "#20262d"
+SOFT = "#66707a"
+GRID = "#e3e7ea"
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+PURPLE = "#CC79A7"
+SKY = "#56B4E9"
+YELLOW = "#E69F00"
 MARGINS = (0.55, 0.15, 0.48, 0.32)  # left, right, bottom, top of the axes in a panel
 
 
@@ -66,7 +72,8 @@ def save_figure(figure, path):
     """Write a PNG of 64 colours: a third of the usual size, the same bytes for the same figure."""
     from PIL import Image
 
-    drawn, packed = io.BytesIO(), io.BytesIO()
+    drawn = io.BytesIO()
+    packed = io.BytesIO()
     figure.savefig(drawn, format="png")
     picture = Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE)
     picture.save(packed, "PNG", optimize=True)
@@ -263,7 +270,8 @@ def plot_scatter(predicted, target, names, path):
         edges=(0.2, 0.25),
     )
     for j, axis in enumerate(axes):
-        x, y = target[known[:, j], j], predicted[known[:, j], j]  # (n,)
+        x = target[known[:, j], j]  # (n,)
+        y = predicted[known[:, j], j]
         low, high = (min(*x, *y), max(*x, *y)) if len(x) else (0.0, 1.0)
         margin = 0.05 * (high - low) or 0.5
         axis.plot([low, high], [low, high], color=SOFT, linewidth=1, linestyle="--")
@@ -366,7 +374,8 @@ def _draw_reliability(axis, confidence, correct, colour, name):
     weights = np.stack([np.ones(len(bins)), confidence, correct])
     count, sum_confidence, right = class_scores.sums_by(bins, n_bins, weights)
     used = count > 0
-    count, right = count[used], right[used]
+    count = count[used]
+    right = right[used]
     ends = [subject_intervals.wilson_interval(k, n) for k, n in zip(right, count)]
     low, high = np.array(ends).reshape(-1, 2).T
     x = sum_confidence[used] / count
@@ -387,9 +396,11 @@ def plot_risk_coverage(confidence, correct, path):
     """Risk-coverage curve as PNG: error rate among the most confident share of the rows; (N,) each."""
     coverage, risk = calibrating.risk_coverage(confidence, correct)
     figure, (axis,) = new_figure(1, 1, (4.2, 3.0))
-    overall, half = math.nan, math.nan
+    overall = math.nan
+    half = math.nan
     if len(risk):
-        overall, half = risk[-1], risk[np.searchsorted(coverage, 0.5)]
+        overall = risk[-1]
+        half = risk[np.searchsorted(coverage, 0.5)]
         axis.plot(
             coverage,
             risk,

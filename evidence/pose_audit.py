@@ -106,9 +106,11 @@ def check_ranges(poses):
 def check_chain(sequences, order, frames, at1, at2):
     """Is each sequence one continuous sweep? order: (N,) within it; frames: (N, 2) indices of the frames t1 and t2."""
     rows = np.lexsort((order, sequences))
-    before, after = rows[:-1], rows[1:]
+    before = rows[:-1]
+    after = rows[1:]
     same = sequences[before] == sequences[after]
-    before, after = before[same], after[same]
+    before = before[same]
+    after = after[same]
     if not len(after):
         return []
     linked = frames[before, 1] == frames[after, 0]

@@ -46,9 +46,11 @@ def compare(table, blocks, sd):
 
     Resampled are patients; with fewer than five, `blocks` of time, which say nothing about other patients.
     """
-    units, unit = table.groups, "patients"
+    units = table.groups
+    unit = "patients"
     if len(set(units)) < subject_intervals.FEWEST_FOR_INTERVAL:
-        units, unit = blocks, "time blocks"
+        units = blocks
+        unit = "time blocks"
     return {name: subject_intervals.bootstrap_regression(
         table.predicted / sd, table.target / sd, units, baseline / sd, unit=unit, names=table.names, baseline_name=name)
             for name, baseline in table.baselines.items()}

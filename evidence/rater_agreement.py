@@ -88,7 +88,8 @@ def icc(ratings):
     Negative: NaN.
     """
     values, image, counts = _stack_ratings(ratings, 1)
-    n_images, n_ratings = len(counts), len(values)
+    n_images = len(counts)
+    n_ratings = len(values)
     if n_images < 2 or n_ratings == n_images:
         return math.nan, math.nan
     means = np.bincount(image, values) / counts

@@ -16,7 +16,10 @@ from evidence import splitting
 from readers import picture_files
 
 STYLE = Path(__file__).with_name("report.css")
-PLOT_SIDE, CASE_SIDE, MOST_CASES = 1600, 256, 40  # keep a page under 5 MB
+# keep a page under 5 MB
+PLOT_SIDE = 1600
+CASE_SIDE = 256
+MOST_CASES = 40
 _LEVELS = {  # word and outline: shape and word tell the levels apart without colour
     "good": (
         "Holds",
@@ -220,7 +223,8 @@ def write_report(path, title, verdict, sections, foot="", figures=()):
     """
     level, sentence = verdict
     title = html.escape(title)
-    links, bodies = [], []
+    links = []
+    bodies = []
     for heading, blocks in sections:
         if blocks:
             name = f"s{len(links)}"
@@ -237,7 +241,8 @@ def write_report(path, title, verdict, sections, foot="", figures=()):
         level,
         "note verdict",
     )
-    links, main = "".join(links), "\n".join(bodies)
+    links = "".join(links)
+    main = "\n".join(bodies)
     document = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>

@@ -13,7 +13,9 @@ import numpy as np
 import common
 from evidence import class_scores, metric_names
 
-FEWEST_FOR_INTERVAL, FEWEST_FOR_BOOTSTRAP, MOST_FOR_SIGN_FLIP = 5, 20, 16
+FEWEST_FOR_INTERVAL = 5
+FEWEST_FOR_BOOTSTRAP = 20
+MOST_FOR_SIGN_FLIP = 16
 SIGN_FLIP_METRICS = (*common.REGRESSION_METRICS, "loss", "brier", "accuracy")
 LEVEL = 0.95
 
@@ -118,9 +120,11 @@ def estimate(model, baseline, subjects, unit="subjects", draws=2000, seed=0, blo
     estimates = {place: Estimate(value, value * np.nan, value * np.nan) for place, value in whole.items()}
     method = f"no interval: only {subjects} {unit}"
     if subjects >= FEWEST_FOR_INTERVAL:
-        way, find_ends = "t-interval", _jackknife_ends
+        way = "t-interval"
+        find_ends = _jackknife_ends
         if subjects >= FEWEST_FOR_BOOTSTRAP:
-            way, find_ends = "bootstrap interval", _bootstrap_ends
+            way = "bootstrap interval"
+            find_ends = _bootstrap_ends
         method = f"{LEVEL:.0%} {way} over {subjects} {unit}"
         drawn = [_compare(model, baseline, weights) for weights in draw_subjects(subjects, draws, seed, block)]
         for place, found in estimates.items():

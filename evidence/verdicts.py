@@ -44,7 +44,8 @@ def _spread(values):
 
 def split_gap_alarms(train_metrics, val_metrics, metric="pearson_r"):
     """Sentences where a train and a validation metric (dicts of floats, higher is better) lie far apart; else []."""
-    train, val = train_metrics[metric], val_metrics[metric]
+    train = train_metrics[metric]
+    val = val_metrics[metric]
     numbers = f"({metric} {train:.3f} and {val:.3f})"
     if train < val - 0.15:
         return [f"train far below validation {numbers}: a leak, or a fault in evaluation"]

@@ -14,7 +14,9 @@ import common
 from readers import file_names
 
 STATES = ("intact", "damaged", "absent", "occluded")
-INTACT, ABSENT, UNKNOWN = 0, 2, -1
+INTACT = 0
+ABSENT = 2
+UNKNOWN = -1
 
 
 @dataclasses.dataclass

@@ -19,7 +19,9 @@ import common
 from readers import pixel_cache
 
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "TGA")  # Pillow opens MPO as JPEG
-TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
+TIFF_BITS_PER_SAMPLE = 258
+TIFF_PHOTOMETRIC = 262
+TIFF_SAMPLE_FORMAT = 339
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, EOFError, AttributeError,
                  RuntimeError, MemoryError, struct.error, zlib.error)  # what its parsers raise on damaged files
 
@@ -118,13 +120,15 @@ def _grey_to_8bit(image):
         values = values.view(np.uint32)  # Pillow holds unsigned 32-bit samples as signed
     if not np.isfinite(values).all():
         raise pixel_cache.BadImage(f"has {np.sum(~np.isfinite(values))} NaN or infinite pixels")
-    low, high = float(values.min()), float(values.max())
+    low = float(values.min())
+    high = float(values.max())
     is_float = values.dtype.kind == "f"
     if bits <= 16 and not is_float:
         low = -2.0 ** (bits - 1) if sample_format == 2 else 0.0
         high = low + 2.0**bits - 1
     elif is_float and 0 <= low and high <= 1:
-        low, high = 0.0, 1.0
+        low = 0.0
+        high = 1.0
     grey = np.rint((values - low) * (255 / max(high - low, 1e-30))).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
