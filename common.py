@@ -2607,7 +2607,10 @@ def regression_moments(predicted, target):
     error = p - t
     p = np.where(labelled, p - p.sum(0) / count, 0.0)
     t = np.where(labelled, t - t.sum(0) / count, 0.0)
-    return np.stack([labelled.astype(np.float64), p, t, p * p, t * t, p * t, np.abs(error), error ** 2])  # (8, N, R)
+    return np.stack([
+        labelled.astype(np.float64), p, t,
+        p * p, t * t, p * t,
+        np.abs(error), error ** 2])  # (8, N, R)
 
 
 def metrics_from_sums(sums):
@@ -2616,7 +2619,8 @@ def metrics_from_sums(sums):
     n = 0: all NaN; n < 2 or constant target: r and R2 NaN; constant prediction: r = 0. R2 = 1 - SSE / SST about the
     mean of these same rows.
     """
-    n, p, t, pp, tt, pt, absolute, squared = np.moveaxis(np.asarray(sums, np.float64), -2, 0)
+    sums = np.moveaxis(np.asarray(sums, np.float64), -2, 0)
+    n, p, t, pp, tt, pt, absolute, squared = sums
     with np.errstate(divide="ignore", invalid="ignore"):
         spread_p = pp - p * p / n
         spread_t = tt - t * t / n

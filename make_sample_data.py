@@ -105,7 +105,8 @@ def draw_background(size, rng):
     """Picture of `size` (W, H): a dull colour with five blurred discs, lighter or darker."""
     y, x = np.mgrid[0:1:48j, 0:1:48j]
     pixels = np.full((48, 48, 3), rng.uniform(95, 165, 3))
-    for cx, cy, radius, lift in rng.uniform([0, 0, 0.12, -55], [1, 1, 0.35, 55], (5, 4)):
+    discs = rng.uniform([0, 0, 0.12, -55], [1, 1, 0.35, 55], (5, 4))
+    for cx, cy, radius, lift in discs:
         distance = np.hypot(x - cx, y - cy) / radius
         pixels += lift * np.exp(-0.5 * distance**2)[..., None]
     return Image.fromarray(to_pixels(pixels)).resize(size, Image.Resampling.BICUBIC)
@@ -697,7 +698,9 @@ PART_COLOURS = {
 PART_STATES = ("intact", "damaged", "absent", "occluded")
 STATE_SHARES = (0.62, 0.14, 0.13, 0.11)
 RINGS = ("back_wheel", "front_wheel", "chain")  # the other parts are discs
-FRAME = ((-1, 0), (-0.5, -0.8), (0.7, -0.8), (1, 0), (-0.1, 0.05), (0.7, -0.8))
+FRAME = (
+    (-1, 0), (-0.5, -0.8), (0.7, -0.8),
+    (1, 0), (-0.1, 0.05), (0.7, -0.8))
 RUST = (235, 125, 40)
 LEAVES = (46, 104, 40)
 ANNOTATION_QUIRKS = {"no_suffix": 3, "untrusted": 5, "no_parts": 9, "zero_box": 11, "over_edge": 13}  # quirk: row

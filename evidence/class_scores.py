@@ -70,7 +70,8 @@ def ranking_metrics(score, is_positive, weights=None):
     found = hits.cumsum(1)
     false = misses.cumsum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        auc = 1.0 - (hits * (false - misses / 2)).sum(1) / (found[:, -1] * false[:, -1])
+        pairs = found[:, -1] * false[:, -1]  # of a positive and a negative row
+        auc = 1.0 - (hits * (false - misses / 2)).sum(1) / pairs
         precision = np.where(found > 0, found / (found + false), 0.0)
         return auc, (hits * precision).sum(1) / found[:, -1]
 

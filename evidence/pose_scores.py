@@ -203,7 +203,8 @@ def latent_numbers(rows):
     mean = rows["feature_mean"].double()  # (M, F)
     square = rows["feature_square"].double().mean(0)  # (F,)
     variance = (square - mean.mean(0).square()).mean().clamp(min=1e-8)
-    spread = mean.var(0, correction=0).mean().sqrt() / square.mean().sqrt().clamp(min=1e-6)
+    sd = mean.var(0, correction=0).mean().sqrt()
+    spread = sd / square.mean().sqrt().clamp(min=1e-6)
     return {
         "latent_loss": (error / variance).item(),
         "latent_skill": (error / rows["copy_error"].double().mean()).item(),
