@@ -21,7 +21,7 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
     """
     table = table.labelled()
     result = compare_classes(table)
-    confounds = confounding.flag_confounds(confounds, lowest(result.overall.model["roc_auc"]))
+    confounds = flag_confounds(confounds, result, table.positive)
     for row in confounds:
         if row["name"] in (levels or {}):
             row["model_auc_within_levels"] = confounding.within_level_auc(
@@ -61,6 +61,12 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
             "confounds": confounds,
         })
     return judging.close_run(run, setting, judgement)
+
+
+def flag_confounds(confounds, result, positive):
+    """confounding.flag_confounds, against the model's AUC of the class that the confounds predict."""
+    auc = result.each.model["roc_auc"].at(positive)
+    return confounding.flag_confounds(confounds, lowest(auc))
 
 
 def plot_classes(run, table, confusion):

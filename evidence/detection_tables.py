@@ -2,6 +2,7 @@
 
 Letters: D detections of one picture, P parts, S states.
 """
+import itertools
 import json
 
 import numpy as np
@@ -24,8 +25,11 @@ def best_of_each_part(detected, threshold):
 def coco_results(names, ids, detections, parts, category_ids):
     """COCO results: image_id and category_id as the annotation file writes them.
 
-    category_ids: {part: id} of that file; a part that it lacks gets its place from 1.
+    category_ids: {part: id} of that file; parts that it lacks get the smallest free ids from 1.
     """
+    taken = set(category_ids.values())
+    free = (own for own in itertools.count(1) if own not in taken)
+    own_ids = [category_ids[part] if part in category_ids else next(free) for part in parts]
     results = []
     for name, own, detected in zip(names, ids, detections):
         states = detected.called()
@@ -33,7 +37,7 @@ def coco_results(names, ids, detections, parts, category_ids):
             left, top, right, bottom = detected.boxes[d].tolist()
             entry = {
                 "image_id": own,
-                "category_id": category_ids.get(parts[label], label + 1),
+                "category_id": own_ids[label],
                 "bbox": [left, top, right - left, bottom - top],
                 "score": float(detected.scores[d]),
                 "file_name": str(name),

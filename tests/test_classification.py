@@ -18,7 +18,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
 import common
-from evidence import baseline_models, calibrating, class_scores, confounding, plotting, subject_intervals, verdicts
+from evidence import (
+    baseline_models, calibrating, class_judging, class_scores, confounding, plotting, subject_intervals, verdicts)
 
 NAMES = ["ear", "none", "tail", "wall"]
 
@@ -507,6 +508,19 @@ def test_level_priors_of_scores():
     unsmoothed = common.mean_metrics(common.regression_metrics(means, target[200:]))
     assert abs(rows[0]["r2"] - unsmoothed["r2"]) < 0.01 and abs(rows[0]["mae"] - unsmoothed["mae"]) < 0.01
     assert confounding.flag_confounds(rows, rows[0]["r2"] - 0.01)[0]["red_flag"]
+
+
+def test_a_confound_is_held_against_the_auc_of_the_class_that_it_predicts():
+    """The model tells one of three classes; a column that knows another one better than it is flagged."""
+    label = np.arange(300) % 3
+    known = np.where(label == 0, 0.7, 0.1)
+    guess = 0.2 * np.random.default_rng(0).random(300)
+    result = subject_intervals.bootstrap_classification(
+        np.stack([known, 1 - known - guess, guess], 1), label, baseline=np.full((300, 3), 1 / 3), draws=200)
+    assert result.overall.model["roc_auc"].low > 0.6 and result.each.model["roc_auc"].value[2] < 0.5
+    for positive, auc, is_flagged in ((2, 0.6, True), (0, 0.9, False)):
+        [row] = class_judging.flag_confounds([{"name": "pen", "auc": auc}], result, positive)
+        assert row["red_flag"] == is_flagged
 
 
 def test_within_level_auc_by_hand():

@@ -336,6 +336,12 @@ def test_best_of_each_part_and_absent_where_none_is_over_the_threshold():
         ("bell", "occluded", 0.95), ("saddle", "absent", None)]
 
 
+def test_a_part_that_the_annotation_file_lacks_gets_an_id_of_its_own():
+    detected = detections((0, 0.9, 1, OTHER), (1, 0.3, 0, BOX), (2, 0.4, 0, FAR))
+    results = detection_tables.coco_results(["x.jpg"], [7], [detected], ["bell", "saddle", "lamp"], {"saddle": 1})
+    assert [(row["part"], row["category_id"]) for row in results] == [("bell", 2), ("saddle", 1), ("lamp", 3)]
+
+
 def test_boxes_are_drawn_where_they_are():
     """Two boxes in pixels of a picture on disk of 160 x 80, drawn on its cached half."""
     boxes = np.array([[20.0, 20, 60, 70], [90, 30, 150, 75]])
