@@ -485,15 +485,20 @@ class Run:
         self.path(name).mkdir(exist_ok=True)
         return Run(self.path(name), self.args, self.compute, self.signals, self.resumed)
 
+    @functools.cached_property
+    def tensorboard(self):
+        """The one writer of this run's TensorBoard files."""
+        return optional_package("tensorboard").SummaryWriter(self.folder)
+
     def watch(self, row):
         """Send a history row to TensorBoard and Weights & Biases, where their flags are given."""
         if not self.is_writer:
             return
         numbers = {name: value for name, value in row.items() if name != "epoch"}
         if self.args.tensorboard:
-            with optional_package("tensorboard").SummaryWriter(self.folder) as writer:
-                for name, value in numbers.items():
-                    writer.add_scalar(name, value, row["epoch"])
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, row["epoch"])
+            self.tensorboard.flush()
         if self.args.wandb:
             wandb = optional_package("wandb")
             if wandb.run is None or wandb.run.name != str(self.folder):
@@ -554,7 +559,7 @@ def optional_package(flag):
                         f"pip install {flag}") from None
 
 
-def start_run(args):
+def start_run(args, fp32_on_cpu=False):
     """Processes, device, threads, stop signals and the run folder (new, or the one to resume).
 
     Returns Run. Raises UserError for a missing device or an output folder that cannot be written;
@@ -565,7 +570,7 @@ def start_run(args):
             optional_package(flag)
     signals = StopSignals()
     processes = launched_processes()
-    compute = choose_compute(args.device, args.use_amp, processes)
+    compute = choose_compute(args.device, args.use_amp, processes, fp32_on_cpu)
     processes.join(compute.device)
     if compute.device.type == "cpu":
         keep_freed_memory()
@@ -947,10 +952,11 @@ class Compute:
         return model
 
 
-def choose_compute(device, use_amp, processes=None):
+def choose_compute(device, use_amp, processes=None, fp32_on_cpu=False):
     """--device and --use_amp -> Compute. Raises UserError for a GPU that is asked for and absent.
 
     processes: of a run that works with several; each takes a GPU of its own on its machine.
+    fp32_on_cpu: this model has no mixed precision there, whatever the flags say.
     """
     if processes is None:
         processes = launched_processes()
@@ -958,9 +964,11 @@ def choose_compute(device, use_amp, processes=None):
             raise UserError(f"this command works in one process, started were {processes.size}; "
                             "start it without torchrun, or with srun --ntasks=1")
     device = _choose_device(device, processes)
-    precision = "fp32" if use_amp == "off" else fast_precision(device)
+    precision = fast_precision(device)
     if use_amp == "on" and precision == "fp32":
         precision = "bf16"
+    if use_amp == "off" or (fp32_on_cpu and device.type == "cpu"):
+        precision = "fp32"
     channels_last = device.type in ("cpu", "cuda")
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -1411,9 +1411,7 @@ def judge_ensemble(run, args, study, features, members):
 
 def train(args):
     """--mode train: one split, or all folds."""
-    with common.start_run(args) as run:
-        if args.model != CNN_LSTM and run.compute.device.type == "cpu":
-            run.say(f"{args.model}: computed in fp32 on a CPU; mixed precision needs a GPU")
+    with common.start_run(args, fp32_on_cpu=args.model != CNN_LSTM) as run:
         check_fold_of_file(args)
         study = load_study(args, run.say, run.path("skipped.csv"))
         check_flags_of_study(args, study)

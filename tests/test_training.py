@@ -232,6 +232,24 @@ def test_optional_packages_are_named_where_they_are_missing(tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_has_one_tensorboard_writer(tmp_path, monkeypatch):
+    class Writer(list):
+        def __init__(self, folder):
+            opened.append(folder)
+
+        def add_scalar(self, *scalar):
+            self.append(scalar)
+
+        def flush(self):
+            pass
+    opened = []
+    monkeypatch.setattr(common, "optional_package", lambda flag: SimpleNamespace(SummaryWriter=Writer))
+    with common.start_run(run_arguments(tmp_path, tensorboard=True)) as run:
+        for epoch in (1, 2):
+            run.watch({"epoch": epoch, "val_loss": 0.5 / epoch})
+        assert opened == [run.folder] and run.tensorboard == [("val_loss", 0.5, 1), ("val_loss", 0.25, 2)]
+
+
 def test_a_dead_loader_worker_is_named(capsys):
     def fail():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.")
@@ -242,6 +260,13 @@ def test_a_dead_loader_worker_is_named(capsys):
 
 
 # --- precision --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("use_amp", ["auto", "on"])
+def test_a_model_that_computes_in_fp32_on_cpus_is_recorded_so(monkeypatch, use_amp):
+    monkeypatch.setattr(common, "fast_precision", lambda device: "bf16")
+    compute = common.choose_compute("cpu", use_amp, fp32_on_cpu=True)
+    assert compute.precision == "fp32" and "fp32" in compute.text and "bf16" not in compute.text
+
 
 def test_bf16_with_channels_last_agrees_with_fp32():
     """The fast path of the forward pass: the same ranking of outputs within the rounding of bf16."""
