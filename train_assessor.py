@@ -7,6 +7,10 @@ Writes outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first), best_model.pth
 metrics.json, best_model_per_dimension_performance.csv and its plot, predictions_val.csv, training_history.csv and
 .png, splits.json, leakage_report.json, args.json, log.txt. With --folds K the same in each fold_K/, pooled above them.
 
+Where a score comes from: judge() hands the predictions table to evidence/score_judging.py; r, R2, MAE and RMSE of each
+rating are those of common.regression_metrics, mean R2 is their plain mean, and evidence/subject_intervals.py gives
+each its interval.
+
 Letters: N images, M images scored, B batch, R ratings, F backbone features, V views, S side of the input in pixels.
 Units: every metric and prediction is in the unit of the ratings file; images are uint8 RGB until they reach the device.
 """
