@@ -4,8 +4,8 @@ Sections, in the order in which a run meets them: Constants and user errors; Arg
 Device, seed and loaders; Several processes; Transforms; Backbones and weights; Optimiser and schedule; Early
 stopping; Checkpoints; Training; Metrics.
 
-Letters: N rows, B batch, T frames, R ratings or other targets, F features, H and W height and width in pixels, S side of
-a square input.
+Letters: N rows, B batch, T frames, R ratings or other targets, F features, H and W height and width in pixels, S side
+of a square input.
 """
 import argparse
 import concurrent.futures
@@ -2593,7 +2593,7 @@ def peak_memory(device):
 # ---------------------------------------------------------------------------
 # Metrics
 # ---------------------------------------------------------------------------
-# Of ratings and other numbers, in their unit, on the whole split at once; those of classes are in evidence/class_scores.py.
+# Of ratings and other numbers, in their unit, on the whole split at once; see evidence/class_scores.py for classes.
 
 REGRESSION_METRICS = ("pearson_r", "r2", "mae", "mse", "rmse")
 

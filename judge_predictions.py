@@ -8,7 +8,7 @@ A table of scores has the columns NAME_true and NAME_predicted for each score, a
 A table of classes has true_label (or label) and prob_CLASS for each class, or score for two classes. Writes
 outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first), metrics.json, plots, args.json, log.txt. With several tables
 of the same rows each gets a folder, and comparison.csv says which of two is better, with the paired interval of their
-difference. With --truth the predictions are COCO results, judged against COCO (or part) annotations; no picture is read.
+difference. With --truth the predictions are COCO results, judged against COCO or part annotations; no picture is read.
 
 Units: those of the table.
 """

@@ -169,8 +169,8 @@ def place_alarms(results):
     place = results["frame_index"].overall.baseline["mae"].value
     if place > model.value and not model.low <= place <= model.high:
         return []
-    return [f"the place in the sequence alone predicts as well as the model ({place:.3f} against {model.value:.3f}): it "
-            "may know when, not where"]
+    return [f"the place in the sequence alone predicts as well as the model ({place:.3f} against {model.value:.3f}): "
+            "it may know when, not where"]
 
 
 def use_alarms(use, spread_floor):

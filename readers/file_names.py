@@ -129,7 +129,7 @@ class NameIndex:
 
 
 def compare_paths(one, other):
-    """Parts of two paths of one base name -> (folders in common before it, does no folder differ?, parts in one case)."""
+    """Parts of two paths of one base name -> (folders in common before it, no folder differs?, parts in one case)."""
     pairs = list(zip(reversed(one), reversed(other)))
     same = [a.casefold() == b.casefold() for a, b in pairs]
     n_same = same.index(False) if False in same else len(same)

@@ -210,7 +210,8 @@ def test_a_lost_history_file_is_written_again(tmp_path):
     train(*make_training(tmp_path, False))
     written = (tmp_path / "training_history.csv").read_bytes()
     (tmp_path / "training_history.csv").unlink()
-    assert make_training(tmp_path, True)[0].progress.done and (tmp_path / "training_history.csv").read_bytes() == written
+    assert make_training(tmp_path, True)[0].progress.done
+    assert (tmp_path / "training_history.csv").read_bytes() == written
 
 
 def test_not_a_number_is_never_best(tmp_path):

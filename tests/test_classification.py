@@ -291,7 +291,8 @@ def test_the_interval_is_the_quantiles_of_metrics_of_resampled_rows():
 def test_bootstrap_classification_holds_values_and_pairs_the_baseline():
     _, probability, label = scored_rows(rows=200)
     label[::7] = -1
-    result = subject_intervals.bootstrap_classification(probability, label, baseline=probability, names=NAMES, draws=300)
+    result = subject_intervals.bootstrap_classification(
+        probability, label, baseline=probability, names=NAMES, draws=300)
     direct = class_scores.classification_metrics(probability, label)
     for comparison, values in ((result.overall, direct.overall), (result.each, direct.per_class)):
         for name, value in values.items():
@@ -616,7 +617,8 @@ def test_alarms_name_what_is_wrong():
     found = verdicts.classification_alarms(probability, label, ["none", "tail"])
     assert len(found) == 1 and "3 of 300 rows share 1 values" in found[0]
     probability[9] = np.nan
-    assert verdicts.classification_alarms(probability, label, ["a", "b"])[0] == "not a finite number in the probabilities"
+    alarms = verdicts.classification_alarms(probability, label, ["a", "b"])
+    assert alarms[0] == "not a finite number in the probabilities"
     assert verdicts.classification_alarms(np.zeros((0, 2)), [], ["a", "b"]) == ["no rows to judge"]
 
 

@@ -115,7 +115,8 @@ def test_greyscale_palette_and_bilevel(tmp_path):
     loaded = picture_files.load_image(save(tmp_path, "grey.png", grey))
     assert np.array_equal(loaded, np.repeat(grey[..., None], 3, 2))
     palette = Image.fromarray(pixels).quantize(64)
-    assert np.array_equal(picture_files.load_image(save(tmp_path, "palette.png", palette)), np.asarray(palette.convert("RGB")))
+    pixels = picture_files.load_image(save(tmp_path, "palette.png", palette))
+    assert np.array_equal(pixels, np.asarray(palette.convert("RGB")))
     two = Image.fromarray(grey).convert("1")
     assert set(np.unique(picture_files.load_image(save(tmp_path, "two.png", two)))) == {0, 255}
 

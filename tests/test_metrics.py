@@ -361,7 +361,8 @@ def test_named_estimates_are_means_and_targets():
     found = verdicts.named_estimates(result, known)
     assert set(found) == set(known) and len(known) == 5 * 4
     assert found["r2"].value == pytest.approx(np.mean([found[f"r2_{name}"].value for name in names]))
-    assert found["mae_c"].low == result.each.model["mae"].low[2] and found["mae_c"].value == result.each.model["mae"].value[2]
+    mae = result.each.model["mae"]
+    assert found["mae_c"].low == mae.low[2] and found["mae_c"].value == mae.value[2]
     few = subject_intervals.bootstrap_regression(predicted[:3], target[:3], names=names)
     assert math.isnan(verdicts.named_estimates(few, known)["r2_b"].high)
 

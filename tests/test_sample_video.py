@@ -174,7 +174,8 @@ def test_the_other_camera_saw_the_same_motion(made):
     for row in pairs.itertuples():
         series = []
         for path, offset in ((row.video_1, row.event_offset_sec_1), (row.video_2, row.event_offset_sec_2)):
-            store = video_files.ClipStore([path], [(offset, offset + 1.5)], grid="rate", fps=12, n_frames=18, short_side=64)
+            window = (offset, offset + 1.5)
+            store = video_files.ClipStore([path], [window], grid="rate", fps=12, n_frames=18, short_side=64)
             film = store[0].astype(float)
             series.append(np.abs(film - np.median(film, axis=0)).mean((1, 2, 3)))
         assert np.corrcoef(*map(np.diff, series))[0, 1] > 0.7
@@ -205,8 +206,10 @@ def test_sequences_are_learnable_beyond_their_moment(made):
     folder, _ = made
     table = pd.read_csv(folder / "sequences.csv")
     frames = [file_names.find_images(folder / path) for path in table.sequence_path]
-    thumbs = [np.mean([cv2.resize(picture_files.load_image(f), (24, 24), interpolation=cv2.INTER_AREA) for f in each[::4]], 0)
-              for each in frames]
+
+    def thumb(path):
+        return cv2.resize(picture_files.load_image(path), (24, 24), interpolation=cv2.INTER_AREA)
+    thumbs = [np.mean([thumb(path) for path in each[::4]], 0) for each in frames]
     target = table["Total.Facial.scale"].to_numpy()
     model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(0, 5, 20)))
     predicted = cross_val_predict(model, np.reshape(thumbs, (60, -1)), target, groups=table.animal, cv=GroupKFold(4))

@@ -150,7 +150,8 @@ def test_cells_that_are_no_numbers(tmp_path, cell):
 
 
 def test_numbers_of_a_list():
-    np.testing.assert_array_equal(csv_tables.to_numbers(["1", " 2.5e1 ", "NA", math.nan], "x"), [1, 25, math.nan, math.nan])
+    numbers = csv_tables.to_numbers(["1", " 2.5e1 ", "NA", math.nan], "x")
+    np.testing.assert_array_equal(numbers, [1, 25, math.nan, math.nan])
 
 
 # read_ratings: layouts, columns, faults
@@ -352,7 +353,8 @@ def test_fingerprint_knows_order_type_and_borders():
 
 @needs_omi
 def test_omi_files_agree_with_each_other(tmp_path):
-    fourteen, every = rating_tables.read_ratings(OMI / "ratings_14.csv"), rating_tables.read_ratings(OMI / "attribute_means.csv")
+    fourteen = rating_tables.read_ratings(OMI / "ratings_14.csv")
+    every = rating_tables.read_ratings(OMI / "attribute_means.csv")
     quoted = rating_tables.read_ratings(OMI / "quoted_header_mean_sd.csv")
     raw = rating_tables.read_ratings(OMI / "raw_ratings_14.csv.gz")
     assert (len(every.names), len(fourteen.names), len(raw.names)) == (34, 14, 14) and raw.n.sum() == 458_634

@@ -537,7 +537,8 @@ def test_columns_of_a_class_are_no_baseline(tmp_path):
     common.write_table(tmp_path / "p.csv", rows)
     found = prediction_tables.read_predictions(tmp_path / "p.csv")
     assert found.names == names and list(found.baselines) == ["train_prior"]
-    assert found.probability[1].tolist() == [1, 101, 201] and found.baselines["train_prior"][1].tolist() == [21, 121, 221]
+    assert found.probability[1].tolist() == [1, 101, 201]
+    assert found.baselines["train_prior"][1].tolist() == [21, 121, 221]
     values = {"true": np.ones((2, 2)), "predicted": np.zeros((2, 2))}
     prediction_tables.write_target_table(tmp_path / "t.csv", {"image": ["x", "y"]}, ["pain", "pain_true"], values)
     scores = prediction_tables.read_predictions(tmp_path / "t.csv")
@@ -563,14 +564,14 @@ def test_folds_continue_fold_by_fold(scores):
 
 
 def test_one_fold_alone_and_a_file_of_folds(made, tmp_path):
-    """--fold 1 of --cv_file: that fold's animals, with one weight of 0 and two scores; scores and folds in other forms."""
+    """--fold 1 of --cv_file: that fold's animals, a weight of 0, two scores; scores and folds in other forms."""
     folds = read_json(made.folder / "cv_folds.json")["cv_folds"]
     (tmp_path / "folds.json").write_text(json.dumps({"cv_folds": str(folds)}))
     rows = [{"animal_id" if name == "animal" else name: value or None for name, value in row.items()}
             | {"sequence_id": f"tensor({row['sequence_id']})"} for row in read_csv(made.sequences)]
     (tmp_path / "scores.json").write_text(json.dumps({"sequences": rows}))
-    video("--task", "regress", "--manifest", tmp_path / "scores.json", "--video_root", made.folder, *SMALL, "--epochs", 1,
-          "--cv_file", tmp_path / "folds.json", "--fold", 1, "--folds", 4, "--output_dir", tmp_path / "runs",
+    video("--task", "regress", "--manifest", tmp_path / "scores.json", "--video_root", made.folder, *SMALL,
+          "--epochs", 1, "--cv_file", tmp_path / "folds.json", "--fold", 1, "--folds", 4, "--output_dir", tmp_path / "runs",
           "--target_columns", "Total.Facial.scale", "NRS (1-10)", "--target_weights", "NRS (1-10)=0")
     run = only_run(tmp_path / "runs")
     assert [path.name for path in run.glob("fold_*[0-9]")] == ["fold_1"]

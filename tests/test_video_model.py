@@ -175,7 +175,7 @@ def test_padding_changes_neither_outputs_nor_gradients():
                         model.backbone[1].running_mean.clone()])
     plain, other, longer = results
     assert all(torch.equal(a, b) for a, b in zip(plain, other))
-    for a, b in zip(plain, longer):  # an LSTM over more steps multiplies larger matrices, whose sums may round elsewhere
+    for a, b in zip(plain, longer):  # an LSTM over more steps multiplies larger matrices, which may round otherwise
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -453,7 +453,8 @@ def test_a_class_without_train_rows_and_wrong_class_names():
         behaviours(arguments("--positive_class", "c"), table_of([0, 1]), np.array([0, 1]))
     objective = behaviours(arguments("--positive_class", "A"), table_of([0, 0, 1]))
     assert objective.positive == 0 and train_video.select_column(None, objective) == ("val_a_average_precision", True)
-    assert train_video.select_column("f1_b", objective) == ("val_b_f1", True) and train_video.select_column("loss", objective) == ("val_loss", False)
+    assert train_video.select_column("f1_b", objective) == ("val_b_f1", True)
+    assert train_video.select_column("loss", objective) == ("val_loss", False)
     assert train_video.select_column("last", objective) == ("last", True)
 
 

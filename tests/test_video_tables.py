@@ -242,7 +242,8 @@ def test_ids_do_not_depend_on_the_order_of_the_rows(tmp_path):
     root = put(tmp_path, "a.mp4")
     rows = [event(video_path="a.mp4", initiator_id=i, behavior=label, start_time=f"6:0{t}:00", event_offset_sec=60 * t)
             for i in (3, 5) for t in range(3) for label in ("ear", "tail")]
-    ids = [event_tables.read_events({"": manifest(tmp_path / "m.csv", *order)}, root).clip_ids for order in (rows, rows[::-1])]
+    ids = [event_tables.read_events({"": manifest(tmp_path / "m.csv", *order)}, root).clip_ids
+           for order in (rows, rows[::-1])]
     assert set(ids[0]) == set(ids[1]) and len(set(ids[0])) == 12
 
 
@@ -302,7 +303,8 @@ def test_mistakes_in_a_manifest(tmp_path, text, said):
     put(tmp_path, "a.mp4")
     path = write(tmp_path / "m.csv", text)
     assert said in fails(event_tables.read_events, {"": path}, group_column="group" if "group" in text else None)
-    assert "did you mean" in fails(event_tables.read_events, {"": write(path, "path,label,pen\na.mp4,x,1\n")}, group_column="pem")
+    table = {"": write(path, "path,label,pen\na.mp4,x,1\n")}
+    assert "did you mean" in fails(event_tables.read_events, table, group_column="pem")
 
 
 # --- splits --------------------------------------------------------------------------
