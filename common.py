@@ -776,6 +776,15 @@ def data_fingerprint(items):
     return digest.hexdigest()
 
 
+def data_record(contents, split, **facts):
+    """What args.json says of the data and their split; a resumed run must find the same.
+
+    contents: all that decides a result, as data_fingerprint takes it; facts: numbers for the reader.
+    """
+    parts = itertools.chain.from_iterable(split.items())
+    return {"fingerprint": data_fingerprint(contents), "split": data_fingerprint(parts), **facts}
+
+
 class CannotSave(UserError):
     """A file that cannot be written; the checkpoint before it stays whole. Exit code 1."""
     code = EXIT_CRASH
@@ -2557,6 +2566,12 @@ class Training:
             "format": FORMAT, "script": script_name(), "progress": dataclasses.asdict(self.progress),
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict()})
+
+    def load_best(self):
+        """Give the model the weights of the best epoch; returns all that best_model.pth holds."""
+        best = load_model_file(self.run.path("best_model.pth"), script_name())
+        load_state(self.model, best["model"], "best_model.pth")
+        return best
 
     def _load_last(self):
         content = self.checkpoints.read_last(Path(self.args.resume))

@@ -15,7 +15,6 @@ Letters: N images, M images scored, B batch, R ratings, F backbone features, V v
 Units: every metric and prediction is in the unit of the ratings file; images are uint8 RGB until they reach the device.
 """
 import dataclasses
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -105,16 +104,10 @@ class Study:
         """(N,) mean rating, by which splits are stratified."""
         return np.nanmean(self.ratings, axis=1)
 
-    def record(self, split):
+    def data_record(self, split):
         """What args.json says of the data and their split; resuming refuses a run whose data differ."""
         contents = [*self.names, *self.images, self.ratings, *self.audit("file_sha")]
-        parts = itertools.chain.from_iterable(split.items())
-        return {
-            "fingerprint": common.data_fingerprint(contents),
-            "split": common.data_fingerprint(parts),
-            "pictures": len(self.images),
-            "ratings": self.names,
-        }
+        return common.data_record(contents, split, pictures=len(self.images), ratings=self.names)
 
 
 def load_study(args, run):
@@ -417,13 +410,15 @@ def fit(run, args, study, split, features):
         row |= {f"val_{name}": means[name] for name in HISTORY_METRICS}
         training.end_epoch(row)
 
-    return predict_with_best(run, args, study, split, model, loaders, scaler, loss_function), training
+    return predict_with_best(training, study, split, loaders, scaler, loss_function), training
 
 
-def predict_with_best(run, args, study, split, model, loaders, scaler, loss_function):
+def predict_with_best(training, study, split, loaders, scaler, loss_function):
     """{part: predicted (M, R)} of the best epoch; the ridge head is solved anew for it and saved."""
-    best = common.load_model_file(run.path("best_model.pth"), common.script_name())
-    common.load_state(model, best["model"], "best_model.pth")
+    run = training.run
+    args = training.args
+    model = training.model
+    best = training.load_best()
     if args.head == "ridge":
         solve_head(model, loaders["train"], study, split["train"], scaler, args, run.compute)
     predicted = {part: evaluate(model, loader, loss_function, scaler, run.compute, args.flip_average)[0]
@@ -595,7 +590,7 @@ def run_split(run, args, study, split, features=None):
         split = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
     if features is None:
         features = untuned_features(args, study, run, np.concatenate(list(split.values())))
-    run.write_args(**study.record(split))
+    run.write_args(**study.data_record(split))
     predicted, training = fit(run, args, study, split, features)
     tables = {}
     for part in ("val", "test"):
@@ -620,7 +615,7 @@ def run_folds(run, args, study):
     folds = {f"fold_{k}": np.flatnonzero(fold_of == k) for k in range(args.folds)}
     prepare_split(run, study, folds)
     features = untuned_features(args, study, run, np.arange(len(study.images)))
-    run.write_args(**study.record(folds))
+    run.write_args(**study.data_record(folds))
     chosen = range(args.folds) if args.fold == "all" else [args.fold]
     for k in chosen:
         split = {"train": np.flatnonzero(fold_of != k), "val": folds[f"fold_{k}"], "test": np.array([], dtype=int)}

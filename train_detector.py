@@ -277,20 +277,17 @@ class Study:
         rarest = [min(row, key=lambda cell: (counts[cell], cell), default="none") for row in cells]
         return list(map(str, rarest))
 
-    def record(self, split):
+    def data_record(self, split):
         """What args.json says of the data and their split; a resumed run must find the same."""
         truth = self.truth
         contents = [*truth.parts, *truth.images, *self.audit("file_sha")]
         for row in zip(truth.boxes, truth.labels, truth.states, truth.ignored):
             contents += row
-        listed = itertools.chain.from_iterable(split.items())
-        return {
-            "fingerprint": common.data_fingerprint(contents),
-            "split": common.data_fingerprint(listed),
-            "pictures": len(truth.images),
-            "boxes": sum(map(len, truth.boxes)),
-            "parts": truth.parts,
-        }
+        return common.data_record(
+            contents, split,
+            pictures=len(truth.images),
+            boxes=sum(map(len, truth.boxes)),
+            parts=truth.parts)
 
 
 def load_study(args, files, say, checkpoint=None):
@@ -917,9 +914,7 @@ def fit(run, args, study, split):
             val_truth, detections, args.score_threshold, bool(settings["states"]))
         scores = {f"val_{name}": value for name, value in judged.epoch_metrics().items()}
         training.end_epoch(row | losses | scores)
-
-    best = common.load_model_file(run.path("best_model.pth"), common.script_name())
-    common.load_state(model, best["model"], "best_model.pth")
+    training.load_best()
     return model, loaders, training
 
 
@@ -1067,7 +1062,7 @@ def run_split(run, args, study, split):
     if args.dry_run:
         split = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
     # the validation loss draws by batches, so a resumed run must keep their size
-    run.write_args(**study.record(split), val_batch_size=args.val_batch_size)
+    run.write_args(**study.data_record(split), val_batch_size=args.val_batch_size)
     model, loaders, training = fit(run, args, study, split)
     progress = training.progress
     plotting.plot_history(
@@ -1131,7 +1126,7 @@ def evaluate_checkpoint(args):
         study = load_study(args, {"test": (args.json, args.images_dir)}, run.say, content)
         write_skipped(run, study)
         split = {"test": np.arange(len(study.stored))}
-        run.write_args(**study.record(split))
+        run.write_args(**study.data_record(split))
         check_against_training(run, args, study, content["train_sha"])
         loader = make_loader(study, split["test"], settings, args, run.compute)
         detections, _ = evaluate(model, loader, run.compute, args.seed, args.state_weight)

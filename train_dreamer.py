@@ -20,7 +20,6 @@ at1, at2: the motion asked for at t1 and t2 (at1_6dof, at2_6dof); motion: the kn
 import argparse
 import dataclasses
 import datetime
-import itertools
 import math
 import time
 from pathlib import Path
@@ -230,18 +229,15 @@ class Study:
                 for name in np.unique(self.sequences)}
         return self.order / np.array([last[name] for name in self.sequences])
 
-    def record(self, split):
+    def data_record(self, split):
         """What args.json says of the data and their split; a resumed run must find the same."""
         contents = [*self.names, self.at1, self.motion, self.at2, self.compose,
                     *self.frame_audit("file_sha")]
-        parts = itertools.chain.from_iterable(split.items())
-        return {
-            "fingerprint": common.data_fingerprint(contents),
-            "split": common.data_fingerprint(parts),
-            "transitions": len(self.names),
-            "patients": len(set(self.patients)),
-            "compose": self.compose,
-        }
+        return common.data_record(
+            contents, split,
+            transitions=len(self.names),
+            patients=len(set(self.patients)),
+            compose=self.compose)
 
 
 def load_study(args, run, needs_labels=True):
@@ -717,8 +713,7 @@ def fit(run, args, study, split):
         training.end_epoch(row)
         if not training.progress.done:
             run.say(time_left(time.perf_counter() - started, args.epochs - epoch))
-    best = common.load_model_file(run.path("best_model.pth"), common.script_name())
-    common.load_state(model, best["model"], "best_model.pth")
+    training.load_best()
     return model, loss_function, loaders, training
 
 
@@ -995,7 +990,7 @@ def run_split(run, args, study, split):
         split = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
     if study.features is None:
         study = encode_frames(study, np.concatenate(list(split.values())), args, run.compute)
-    run.write_args(**study.record(split))
+    run.write_args(**study.data_record(split))
     model, loss_function, loaders, training = fit(run, args, study, split)
     predicted = {part: evaluate(model, loader, loss_function, run.compute)[0]
                  for part, loader in loaders.items() if len(split[part])}
@@ -1033,7 +1028,7 @@ def run_folds(run, args, study):
     folds = {f"fold_{k}": np.flatnonzero(fold_of == k) for k in range(args.folds)}
     prepare_split(run, args, study, folds)
     study = encode_frames(study, np.arange(len(study.names)), args, run.compute)
-    run.write_args(**study.record(folds))
+    run.write_args(**study.data_record(folds))
     chosen = range(args.folds) if args.fold == "all" else [args.fold]
     for k in chosen:
         split = {
@@ -1102,7 +1097,7 @@ def score_checkpoint(run, args):
     content, model, args = load_checkpoint(args, run)
     study = load_study(args, run)
     part, rows, train = rows_to_score(args, study)
-    run.write_args(**study.record({part: rows}))
+    run.write_args(**study.data_record({part: rows}))
     if len(train):
         study = encode_frames(study, np.union1d(train, rows), args, run.compute)
     loader, loss_function = prepare_scoring(study, rows, args, content, run.compute)
@@ -1127,7 +1122,7 @@ def predict(run, args):
     content, model, args = load_checkpoint(args, run)
     study = load_study(args, run, needs_labels=False)
     rows = np.arange(len(study.names))
-    run.write_args(**study.record({"all": rows}))
+    run.write_args(**study.data_record({"all": rows}))
     loader, loss_function = prepare_scoring(study, rows, args, content, run.compute)
     predicted, _ = evaluate(model, loader, loss_function, run.compute)
     table = score_table(study, rows, predicted, {"motion": study.motion})

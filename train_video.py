@@ -317,18 +317,12 @@ class Study:
         """(M,) groups of these rows, or None."""
         return None if self.groups is None else self.groups[rows]
 
-    def record(self, split):
+    def data_record(self, split):
         """What args.json says of the data and their split; resuming refuses other data."""
         table = self.table
         shas = [self.audit(row).pixel_sha for row in range(len(table))]
         contents = [*table.names, *table.clip_ids, self.truth, *shas]
-        parts = itertools.chain.from_iterable(split.items())
-        return {
-            "fingerprint": common.data_fingerprint(contents),
-            "split": common.data_fingerprint(parts),
-            "rows": len(table),
-            "names": table.names,
-        }
+        return common.data_record(contents, split, rows=len(table), names=table.names)
 
 
 def read_table(args, names=None, need_labels=True):
@@ -930,8 +924,7 @@ def fit(run, args, study, split, features):
         for name, value in objective.history(outputs, split["val"]).items():
             row[f"val_{name}"] = value
         training.end_epoch(row)
-    best = common.load_model_file(run.path("best_model.pth"), common.script_name())
-    common.load_state(model, best["model"], "best_model.pth")
+    best = training.load_best()
     outputs = {}
     for part, loader in loaders.items():
         outputs[part] = evaluate(model, loader, args, compute) + shift
@@ -1199,7 +1192,7 @@ def run_split(run, args, study, split, features=None):
                  for part, rows in split.items()}
     if features is None:
         features = untuned_features(args, study, run)
-    run.write_args(**study.record(split))
+    run.write_args(**study.data_record(split))
     fitted = fit(run, args, study, split, features)
     results = {}
     for part in ("val", "test"):
@@ -1300,7 +1293,7 @@ def run_folds(run, args, study):
         parts["test"] = test
     prepare_split(run, study, parts)
     features = untuned_features(args, study, run)
-    run.write_args(**study.record(parts))
+    run.write_args(**study.data_record(parts))
     chosen = range(len(folds)) if args.fold == "all" else [args.fold]
     for k in chosen:
         with run.child(f"fold_{k}") as child:
