@@ -131,35 +131,6 @@ def check_imports(modules):
 
 # --- the machine ---------------------------------------------------------------
 
-def supports_capability(capability, arch_list):
-    """Whether a torch build runs on a GPU. capability (major, minor); arch_list like ['sm_80', 'sm_90a', 'compute_90'].
-
-    Machine code sm_XY runs on the same major version from minor Y on, sm_XYa on exactly X.Y, and intermediate code
-    compute_XY on everything newer (CUDA programming guide, compatibility of binaries and PTX).
-    """
-    def runs(arch):
-        found = re.fullmatch(r"(sm|compute)_(\d+)([a-z]?)", arch)
-        if not found:  # a ROCm build lists gfx names
-            return True
-        kind, number, suffix = found.groups()
-        served = divmod(int(number), 10)
-        if suffix == "a":
-            return capability == served
-        if kind == "sm" or suffix == "f":
-            return capability[0] == served[0] and capability[1] >= served[1]
-        return capability >= served
-    return any(map(runs, arch_list))
-
-
-def capability_remedy(capability, arch_list):
-    """Which torch build to install for a GPU that the installed build does not support."""
-    numbers = [int(re.search(r"\d+", arch)[0]) for arch in arch_list]
-    if numbers and capability < divmod(min(numbers), 10):
-        return ("the card is too old for this torch build; use --device cpu, or the build for CUDA 12.6: "
-                "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu126")
-    return "the card is newer than this torch build: pip install --upgrade torch torchvision, or run with --device cpu"
-
-
 def check_processor():
     """Processor, and whether bf16 is fast on it."""
     import common
@@ -183,16 +154,18 @@ def check_gpu():
 
 
 def gpu_row(index):
-    """Name, memory and bf16 of CUDA device number `index`, and whether this torch build supports it."""
+    """Name, memory and bf16 of CUDA device number `index`, and whether this torch build computes on it."""
     import torch
     facts = torch.cuda.get_device_properties(index)
-    capability = torch.cuda.get_device_capability(index)
-    archs = torch.cuda.get_arch_list()
-    found = (f"{facts.name}, {facts.total_memory / GIB:.0f} GiB, {'bf16' if capability >= (8, 0) else 'no bf16'}, "
-             f"compute capability {capability[0]}.{capability[1]}")
-    if not supports_capability(capability, archs):
-        return Check("WARN", f"GPU {index}", f"{found}; torch {torch.__version__} supports only {' '.join(archs)}",
-                     capability_remedy(capability, archs))
+    found = (f"{facts.name}, {facts.total_memory / GIB:.0f} GiB, {'bf16' if facts.major >= 8 else 'no bf16'}, "
+             f"compute capability {facts.major}.{facts.minor}")
+    try:
+        torch.ones(8, 8, device=f"cuda:{index}").sum().item()
+    except RuntimeError as error:  # no kernels for this card
+        reason = str(error).splitlines()[0]
+        return Check("WARN", f"GPU {index}", f"{found}; torch {torch.__version__} cannot compute on it: {reason}",
+                     "a new card: pip install --upgrade torch torchvision; an old one: pip install --force-reinstall "
+                     "torch torchvision --index-url https://download.pytorch.org/whl/cu126; or run with --device cpu")
     return Check("OK", f"GPU {index}", found)
 
 
@@ -524,15 +497,13 @@ def run_check(name, rows, expected_errors=()):
 
 def machine_and_task_checks(args, tasks, temporary):
     """[(name, rows)] of the machine, then of the data and the dry run of each task; skipped checks are named."""
-    present = [task for task in tasks if (HERE / f"train_{task}.py").exists()]
     checks = [("processor", check_processor()), ("GPU", check_gpu()), ("disk", check_space(args.output_dir)),
-              ("model", check_model(present))]
-    for task in present:
+              ("model", check_model(tasks))]
+    for task in tasks:
         checks.append((f"data of {task}", AUDITS[task](args, temporary)))
         left_out = [Check("SKIP", f"dry run {task}", "skipped by --quick")]
         checks.append((f"dry run {task}", left_out if args.quick else check_dry_run(task, temporary)))
-    absent = [task for task in tasks if task not in present]
-    return checks + [(task, [Check("SKIP", task, f"no train_{task}.py in {HERE}")]) for task in absent]
+    return checks
 
 
 def main(argv=None):

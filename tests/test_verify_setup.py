@@ -106,32 +106,21 @@ def test_old_python_fails(monkeypatch):
 
 # --- the machine -----------------------------------------------------------------
 
-@pytest.mark.parametrize("capability, archs, served", [
-    ((8, 6), ["sm_80"], True),  # same major, newer minor
-    ((8, 0), ["sm_86"], False),  # machine code does not run on an older minor
-    ((9, 0), ["sm_80", "sm_86"], False),  # nor on a newer major
-    ((9, 0), ["sm_80", "compute_80"], True),  # but intermediate code does
-    ((6, 1), ["sm_75", "sm_80", "sm_90", "compute_90"], False),  # a GTX 1080 with a build of today
-    ((7, 0), ["sm_75", "sm_80"], False),  # a V100
-    ((9, 0), ["sm_90a"], True), ((9, 1), ["sm_90a"], False),  # "a" is for exactly one
-    ((12, 0), ["sm_100", "sm_120"], True), ((12, 1), ["sm_120f"], True), ((12, 0), ["sm_100", "compute_100"], True),
-    ((8, 0), [], False), ((9, 0), ["gfx90a", "gfx942"], True)])
-def test_supports_capability(capability, archs, served):
-    assert verify_setup.supports_capability(capability, archs) is served
-
-
-@pytest.mark.parametrize("capability, status, words", [((6, 1), "WARN", "cu126"), ((13, 0), "WARN", "--upgrade"),
-                                                       ((8, 6), "OK", "")])
-def test_gpu_that_torch_does_not_serve_is_a_warning(monkeypatch, capability, status, words):
-    facts = SimpleNamespace(name="Test GPU", total_memory=24 << 30)
+@pytest.mark.parametrize("computes, status, words", [(False, "WARN", "--upgrade"), (True, "OK", "")])
+def test_gpu_that_torch_does_not_serve_is_a_warning(monkeypatch, computes, status, words):
+    def ones(*shape, device):
+        if not computes:
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with ...")
+        return torch.zeros(shape)
+    facts = SimpleNamespace(name="Test GPU", total_memory=24 << 30, major=6, minor=1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "sm_120"])
+    monkeypatch.setattr(torch, "ones", ones)
     [check] = verify_setup.check_gpu()
     assert check.status == status and words in check.remedy
-    assert "Test GPU, 24 GiB" in check.found and f"capability {capability[0]}.{capability[1]}" in check.found
+    assert "Test GPU, 24 GiB" in check.found and "capability 6.1" in check.found
+    assert computes or ("no kernel image" in check.found and "cu126" in check.remedy)
 
 
 def test_driver_without_a_usable_gpu_is_a_warning(tmp_path, monkeypatch):
@@ -349,14 +338,11 @@ def test_output_is_ascii_with_the_remedy_under_it(capsys):
 
 
 def test_the_whole_table_on_made_data(tmp_path):
-    """No data here: sample data are made, the train script's dry run succeeds, what is not there yet is named."""
+    """No data here: sample data are made, and the dry runs of all train scripts succeed."""
     result = verify(cwd=tmp_path, TORCH_HOME=str(tmp_path / "cache"))
     assert result.returncode == 0, result.stdout + result.stderr
-    present = [task for task in verify_setup.TASKS if (REPO / f"train_{task}.py").exists()]
-    assert all(f"OK    dry run {task}" in result.stdout for task in present), result.stdout
+    assert all(f"OK    dry run {task}" in result.stdout for task in verify_setup.TASKS), result.stdout
     assert "weights not cached" in result.stdout and "120 of 24 videos" in result.stdout
-    absent = [task for task in verify_setup.TASKS if not (REPO / f"train_{task}.py").exists()]
-    assert all(f"SKIP  {task}" in result.stdout for task in absent), result.stdout
     assert list(tmp_path.iterdir()) == [], "something was written where it was called"
 
 
