@@ -261,14 +261,14 @@ class Study:
     skipped: list  # dicts of row and reason
     positive: int | None = None  # the class that matters; None for scores
 
-    def frames(self, row):
-        """Grid frames of a row, uint8 (G, H, W, 3)."""
-        return self.store[self.stored[row]]
+    def frames(self, row, start=0, stop=None):
+        """Grid frames start to stop of a row, uint8 (T, H, W, 3)."""
+        return self.store.part(self.stored[row], start, stop)
 
     def middle_frame(self, row):
         """uint8 (H, W, 3)."""
-        frames = self.frames(row)
-        return np.asarray(frames[len(frames) // 2])
+        place = self.audit(row).n_grid // 2
+        return np.asarray(self.frames(row, place, place + 1)[0])
 
     def audit(self, row):
         """ClipAudit of a row."""
@@ -341,9 +341,9 @@ def read_table(args, names=None, need_labels=True):
         table = table.take(event_tables.filter_rows(table, args.filter))
     if (table.unit == "sec").all():
         return table
-    rates = {source: video_files.probe(source, args.fps).fps for source in set(table.sources)}
-    fps = [rates[source] or args.fps for source in table.sources]
-    return event_tables.seconds_of(table, fps, args.min_event_sec)
+    counted = {source for source, unit in zip(table.sources, table.unit) if unit == "frame"}
+    infos = {source: video_files.probe(source, args.fps) for source in counted}
+    return event_tables.seconds_of(table, infos, args.min_event_sec)
 
 
 def load_study(args, say, skipped_file=None, names=None, need_labels=True):
@@ -356,10 +356,10 @@ def load_study(args, say, skipped_file=None, names=None, need_labels=True):
         fps=args.fps, n_frames=args.n_frames, short_side=resize_side(args.image_size),
         jitter_sec=args.jitter_sec, cache=args.cache)
     readable = video_files.check_clips(store.audit, args.max_missing, args.on_bad_file)
-    stored = np.array([row for row in readable if not store.audit[row].past_end], dtype=int)
+    stored = np.array([row for row in readable if not store.audit[row].fault], dtype=int)
     skipped = list(table.skipped)
     for row in np.setdiff1d(np.arange(len(table)), stored):
-        reason = store.audit[row].error or "its window starts past the end of the video"
+        reason = store.audit[row].error or store.audit[row].fault
         video = str(table.sources[row])
         skipped.append({"row": table.clip_ids[row], "video": video, "reason": reason})
     if skipped and skipped_file:
@@ -470,14 +470,13 @@ class Clips(common.Samples):
 
     def pixels(self, row, start, generator):
         """Clip at `start` (None: a random one), uint8 (T, S, S, 3); black after its last frame."""
-        frames = self.study.frames(row)
         length = self.args.n_frames
         size = self.args.image_size
         preset = "none" if self.presets is None else self.presets[row]
         if start is None:
             first, last = self.study.start_range(row, self.args.jitter_sec)
             start = first + int(torch.randint(last - first + 1, (), generator=generator))
-        chosen = frames[start:start + length]
+        chosen = self.study.frames(row, start, start + length)
         clip = np.zeros((length, size, size, 3), np.uint8)
         if preset == "none":
             clip[:len(chosen)] = [common.eval_crop(frame, size) for frame in chosen]

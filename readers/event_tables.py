@@ -249,13 +249,35 @@ def _widen(start, end, min_event_sec, can_be_short):
     return np.stack([start, end], axis=1)
 
 
-def seconds_of(table, fps, min_event_sec=1.0):
-    """The table with windows counted in frames turned into seconds, by fps (N,); short ones widened as in seconds."""
+def seconds_of(table, infos, min_event_sec=1.0):
+    """The table with windows counted in frames turned into seconds by the frames' own times; short ones widened.
+
+    infos: {source: VideoInfo} of the rows in frames. A row of a damaged file, whose frames cannot be counted, is
+    skipped; one of a file that cannot be read keeps no window.
+    """
     is_frame = table.unit == "frame"
-    per_second = np.where(is_frame, fps, 1.0)
-    start, end = table.windows.T / per_second
-    windows = _widen(start, end, min_event_sec, is_frame)
-    return dataclasses.replace(table, windows=windows, unit=np.full(len(table), "sec"))
+    windows = table.windows.copy()
+    skipped = list(table.skipped)
+    keep = np.ones(len(table), bool)
+    for row in np.flatnonzero(is_frame):
+        info = infos[table.sources[row]]
+        windows[row] = [time_of_frame(info, frame) for frame in windows[row]]
+        if info.damage:
+            keep[row] = False
+            reason = f"its frames cannot be counted: {info.damage}"
+            skipped.append({"row": table.clip_ids[row], "video": str(table.sources[row]), "reason": reason})
+    windows = _widen(*windows.T, min_event_sec, is_frame)
+    in_seconds = dataclasses.replace(table, windows=windows, unit=np.full(len(table), "sec"), skipped=skipped)
+    return in_seconds.take(keep)
+
+
+def time_of_frame(info, frame):
+    """When a frame is first shown, in seconds; NaN in a file that cannot be read."""
+    if info.error:
+        return math.nan
+    if frame < info.n_frames:
+        return info.times[int(frame)]
+    return info.duration_sec + (frame - info.n_frames) / info.fps
 
 
 # --------------------------------------------------------------------------------------

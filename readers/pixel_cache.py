@@ -129,7 +129,7 @@ class PixelStore:
     def _cache_files(self, rows):
         import cv2
         import PIL
-        versions = [3, cv2.__version__, PIL.__version__]
+        versions = [4, cv2.__version__, PIL.__version__]
         keys = [json.dumps([*versions, key]).encode() for key in self.cache_keys(rows)]
         return [self.folder / f"{self.item}_{hashlib.sha256(key).hexdigest()[:32]}.npy" for key in keys]
 
@@ -149,11 +149,41 @@ class PixelStore:
         return loaded
 
 
+class FrameFile:
+    """uint8 frames that are written one after the other into a temporary .npy file of `shape` (G, H, W, 3)."""
+
+    def __init__(self, folder, shape):
+        with common.explained_write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.handle = tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.handle, header)
+
+    def write(self, frame):
+        with common.explained_write_errors(self.handle.name, frame.nbytes):
+            self.handle.write(frame)
+
+    def finish(self):
+        """The frames as a memory map; write_cache_file gives it its own name."""
+        with common.explained_write_errors(self.handle.name):
+            self.handle.flush()
+            os.fsync(self.handle.fileno())
+            self.handle.close()
+        return np.load(self.handle.name, mmap_mode="r")
+
+    def remove(self):
+        self.handle.close()
+        Path(self.handle.name).unlink(missing_ok=True)
+
+
 def write_cache_file(path, audit, pixels):
     """The pixels as .npy, then what is known of them as .json of the same name."""
-    content = io.BytesIO()
-    np.save(content, pixels)
-    write_under_own_name(path, content.getvalue())
+    if isinstance(pixels, np.memmap):
+        os.replace(pixels.filename, path)  # a FrameFile
+    else:
+        content = io.BytesIO()
+        np.save(content, pixels)
+        write_under_own_name(path, content.getvalue())
     about = {"shape": pixels.shape, "audit": dataclasses.asdict(audit)}
     write_under_own_name(path.with_suffix(".json"), json.dumps(about).encode())
 

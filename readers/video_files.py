@@ -1,10 +1,11 @@
 """Frames of videos at known times, with an audit of what each file really holds, and the cache of clips.
 
-Frames are taken by time stamp. A file is decoded from its first frame on, one thread a file, and only the frames that
-are wanted are converted to RGB and scaled: seeking each frame is ten times slower. One seek, to a window late in a long
-file, counts only where every stamp after it stands in the list of stamps that a whole pass has made.
+PyAV decodes. A file is decoded from its first frame on, one thread a file, and only the frames that are wanted are
+converted to RGB and scaled: seeking each frame is ten times slower. One seek, to a window late in a long file, counts
+only where every stamp after it stands in the list of stamps that a whole pass has made.
 
-Letters: N clips, G frames of the time grid, H, W height and width. Units: seconds from the start of a file.
+Letters: N clips, G frames of the time grid, H, W height and width. Units: seconds from the start of a file, as a player
+shows them: its first picture may come later, after the sound.
 """
 import bisect
 import contextlib
@@ -23,6 +24,9 @@ from readers import file_names, picture_files, pixel_cache
 STAMP_SLACK_SEC, SAME_STAMP_SEC = 1e-3, 1e-4  # Matroska rounds its stamps to milliseconds
 SEEK_FROM_SEC, SEEK_MARGIN_SEC = 30.0, 4.0  # the margin exceeds what a decoder reorders after a key frame
 MOST_GUESSED_FRAMES = 2**20  # what a header may claim before its frames are counted
+# formats that open other files or devices, and text that FFmpeg draws as a picture
+NO_VIDEO_FORMATS = {"hls", "dash", "concat", "imf", "sdp", "rtsp", "rtp", "sap", "webm_dash_manifest", "image2",
+                    "image2pipe", "vapoursynth", "avisynth", "lavfi", "tty"}
 
 
 class BadVideo(pixel_cache.BadImage):
@@ -33,9 +37,9 @@ class BadVideo(pixel_cache.BadImage):
 class VideoInfo:
     """What a whole pass over one video found; `error` is one line, or None for a good one.
 
-    times: (n_frames,) float64 seconds since the first frame, increasing. fps: frames a second by these times.
-    duration_sec: until the last frame has been shown. header_fps, header_frames: what the file claims. origin_sec: the
-    first frame's own stamp. is_exact: the file's stamps increase by themselves, none had to be corrected.
+    times: (n_frames,) float64 of the frames that can be decoded, increasing. damaged: (D,) of those that cannot, NaN
+    where unknown. fps: frames a second by these times. duration_sec: until the last frame has been shown. header_fps,
+    header_frames: what the file claims. is_exact: the file's stamps increase by themselves, none had to be corrected.
     """
     path: str
     error: str | None = None
@@ -45,109 +49,142 @@ class VideoInfo:
     width: int = 0
     height: int = 0
     times: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
+    damaged: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
     header_frames: int = 0
     header_fps: float = 0.0
-    origin_sec: float = 0.0
     is_exact: bool = True
+
+    @property
+    def damage(self):
+        """'71 of 400 frames damaged, between 4.96 and 7.80 s'; '' for a sound file."""
+        if not len(self.damaged):
+            return ""
+        text = f"{len(self.damaged)} of {self.n_frames + len(self.damaged)} frames damaged"
+        known = self.damaged[~np.isnan(self.damaged)]
+        return f"{text}, between {known.min():.2f} and {known.max():.2f} s" if len(known) else text
 
 
 # ----------------------------------------------------------------------------------------
-# Two decoders with one interface
+# The decoder
 
 def decoder_name():
-    """The decoders in the order in which they are tried, with versions, for the log."""
-    cv2, av = _decoders()
-    names = []
-    if cv2.CAP_FFMPEG in cv2.videoio_registry.getStreamBackends():
-        names.append(f"OpenCV {cv2.__version__} (FFmpeg, 1 thread a file)")
-    if av:
-        names.append(f"PyAV {av.__version__}")
-    return ", then ".join(names) or "none (OpenCV without FFmpeg)"
+    """Name and version, for the log."""
+    return f"PyAV {load_pyav().__version__} (FFmpeg, 1 thread a file)"
 
 
-def _decoders():
-    """(cv2, PyAV or None), both silent and with one thread."""
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read by OpenCV when it opens its first file
-    import cv2
-    cv2.setNumThreads(0)
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    try:
-        import av
-    except ImportError:
-        return cv2, None
+def load_pyav():
+    """PyAV without the decoders' own messages."""
+    import av
     av.logging.set_level(None)
-    return cv2, av
+    return av
 
 
-class _CvVideo:
-    """One open file in OpenCV: header values, then frames() from the start or a seek. BadVideo: no frame in it."""
-    can_seek = True
-
-    def __init__(self, path):
-        self.cv2 = cv2 = _decoders()[0]
-        self.errors = cv2.error
-        self.capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-        if not (self.capture.isOpened() and self.capture.grab()):
-            raise BadVideo(f"no video that can be opened and decoded ({os.path.getsize(path)} bytes)")
-        self.fps = self.capture.get(cv2.CAP_PROP_FPS)
-        self.n_frames = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        width = self.capture.get(cv2.CAP_PROP_FRAME_WIDTH)
-        height = self.capture.get(cv2.CAP_PROP_FRAME_HEIGHT)
-        self.size = int(width), int(height)  # upright
-
-    def frames(self, start_sec=0.0):
-        """Yield (the frame's own stamp in seconds, function short_side -> its pixels (H, W, 3) RGB, upright)."""
-        is_grabbed = True
-        if start_sec:
-            self.capture.set(self.cv2.CAP_PROP_POS_MSEC, 1000 * start_sec)
-            is_grabbed = self.capture.grab()
-        while is_grabbed:
-            yield self.capture.get(self.cv2.CAP_PROP_POS_MSEC) / 1000, self._pixels
-            is_grabbed = self.capture.grab()
-
-    def _pixels(self, short_side):
-        found, pixels = self.capture.retrieve()
-        if not found:
-            raise BadVideo(f"a decoded frame of {self.size} pixels cannot be converted")
-        pixels = _shrink(pixels, self.size, short_side)
-        return self.cv2.cvtColor(pixels, self.cv2.COLOR_BGR2RGB)
-
-    def close(self):
-        self.capture.release()
+@functools.cache
+def _video_formats():
+    """The formats of FFmpeg that hold a video in one file, as its option format_whitelist wants them."""
+    names = [name for name in load_pyav().formats_available if not name.endswith("_pipe")]
+    return ",".join(sorted(set(names) - NO_VIDEO_FORMATS))
 
 
-class _AvVideo:
-    """The same in PyAV, for what OpenCV's decoder cannot open."""
-    can_seek = False
+class _Video:
+    """One open file: what its header says, then frames() from the start or a seek. BadVideo: no pictures in it.
+
+    has_stamps: the file says when each frame is shown. start_sec: the stamp at which the file starts; where it has no
+    such stamps, None until the first frame, shown at first_sec, is decoded.
+    """
 
     def __init__(self, path):
-        self.av = _decoders()[1]
-        self.errors = self.av.FFmpegError
+        self.av = av = load_pyav()
+        self.path = str(path)
         try:
-            self.container = self.av.open(os.path.abspath(path))
-            self.stream = self.container.streams.video[0]
-        except (self.av.FFmpegError, IndexError, ValueError) as error:
-            reason = getattr(error, "strerror", "it has no picture track")
-            raise BadVideo(f"no video that can be opened: {reason}") from None
+            self.container = av.open(os.path.abspath(path), options={"format_whitelist": _video_formats()})
+        except (av.FFmpegError, ValueError) as error:
+            reason = getattr(error, "strerror", error)
+            size = os.path.getsize(path)
+            raise BadVideo(f"no video that can be opened ({reason}; {size} bytes)") from None
+        covers = av.stream.Disposition.attached_pic
+        tracks = [track for track in self.container.streams.video if not track.disposition & covers]
+        if not tracks:
+            self.close()
+            raise BadVideo("no video that can be opened: it has no picture track")
+        self.stream = tracks[0]
         self.stream.codec_context.thread_count = 1
-        self.fps = float(self.stream.average_rate or 0)
-        self.n_frames = self.stream.frames
+        self.reformatter = av.video.reformatter.VideoReformatter()
         self.size = self.stream.codec_context.width, self.stream.codec_context.height
+        self.turns = None  # quarter turns that make a frame upright; the first one says it
+        is_reordered_avi = self.container.format.name == "avi" and self.stream.codec_context.has_b_frames
+        self.has_stamps = self.container.start_time is not None and not is_reordered_avi
+        self.start_sec = None
+        self.first_sec = 0.0
+        if self.container.start_time is not None and self.stream.start_time is not None:
+            self.start_sec = self.container.start_time / av.time_base
+            self.first_sec = float(self.stream.start_time * self.stream.time_base) - self.start_sec
+        if not self.has_stamps:
+            self.start_sec = None
 
-    def frames(self):
-        """As _CvVideo.frames, always from the first frame; a file may end in the middle of one."""
-        with contextlib.suppress(self.av.FFmpegError):
-            for frame in self.container.decode(self.stream):
-                turns = round(getattr(frame, "rotation", 0) / 90) % 4
-                self.size = frame.width, frame.height
-                if turns % 2:
-                    self.size = frame.height, frame.width
-                stamp = -1.0 if frame.time is None else frame.time
-                yield stamp, functools.partial(self._pixels, frame, turns)
+    def guess(self):
+        """VideoInfo as the header has it, constant rate and every frame there: for planning, before the pass that tells.
+        """
+        stream = self.stream
+        fps = float(stream.guessed_rate or stream.average_rate or 0)
+        if not 0.01 <= fps <= 1000:
+            fps = 25.0  # the header states none that could be true
+        n_claimed = stream.frames
+        if not n_claimed and self.container.duration:
+            n_claimed = round(fps * (self.container.duration / self.av.time_base - self.first_sec))
+        n_frames = min(max(n_claimed, 1), MOST_GUESSED_FRAMES)
+        return _constant_rate(self.path, fps, n_frames, self.size, n_claimed, self.first_sec)
 
-    def _pixels(self, frame, turns, short_side):
-        pixels = np.rot90(frame.to_ndarray(format="rgb24"), turns)
-        return _shrink(np.ascontiguousarray(pixels), self.size, short_side)
+    def frames(self, from_sec=None):
+        """Yield (time in seconds or NaN, function short_side -> pixels (H, W, 3) RGB, upright), to the end of the file.
+
+        A packet that cannot be decoded yields (its time, None), and so do those after it that build on its picture, up
+        to the next key frame: a decoder makes up what it lacks and does not say so.
+        """
+        if from_sec is not None:
+            stamp = round((from_sec + self.start_sec) / self.stream.time_base)
+            self.container.seek(stamp, stream=self.stream)
+        lost = set()
+        is_broken = False
+        for packet in self._packets():
+            is_broken = is_broken and not packet.is_keyframe
+            decoded = ()
+            try:
+                decoded = packet.decode()
+            except self.av.FFmpegError:
+                is_broken = True
+            if is_broken and packet.size:
+                lost.add(packet.pts)
+                yield self._time(packet), None
+            for frame in decoded:
+                if frame.pts in lost:
+                    continue
+                if self.turns is None:
+                    self.turns = round(frame.rotation / 90) % 4
+                    self.size = frame.width, frame.height
+                    if self.turns % 2:
+                        self.size = frame.height, frame.width
+                yield self._time(frame), functools.partial(self._pixels, frame)
+
+    def _packets(self):
+        with contextlib.suppress(self.av.FFmpegError):  # a file may end in the middle of one
+            yield from self.container.demux(self.stream)
+
+    def _time(self, item):
+        """Seconds of a packet or a frame."""
+        stamp = item.dts if item.pts is None else item.pts
+        if stamp is None:
+            return math.nan
+        stamp_sec = float(stamp * item.time_base)
+        if self.start_sec is None:
+            self.start_sec = stamp_sec - self.first_sec
+        return stamp_sec - self.start_sec
+
+    def _pixels(self, frame, short_side):
+        pixels = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        if self.turns:
+            pixels = np.ascontiguousarray(np.rot90(pixels, self.turns))
+        return _shrink(pixels, self.size, short_side)
 
     def close(self):
         self.container.close()
@@ -160,22 +197,17 @@ def _shrink(pixels, size, short_side):
 
 @contextlib.contextmanager
 def _open_video(path):
-    """The file in the first decoder that finds a frame in it; BadVideo with the bare reason."""
+    """The open file; BadVideo with the bare reason."""
     name = Path(path).name
     if name.startswith("._"):
         raise BadVideo(f"{name} is a macOS resource file, no video")
     picture_files.check_file(path)
-    try:
-        video = _CvVideo(path)
-    except BadVideo:
-        if _decoders()[1] is None:
-            raise
-        video = _AvVideo(path)
+    video = _Video(path)
     try:
         if math.prod(video.size) > pixel_cache.MAX_PIXELS:
             raise BadVideo(f"its header claims {video.size[0]} x {video.size[1]} pixels")
         yield video
-    except video.errors as error:
+    except video.av.FFmpegError as error:
         raise BadVideo(f"damaged: {common.one_line(error)}") from None
     finally:
         video.close()
@@ -184,72 +216,64 @@ def _open_video(path):
 # ----------------------------------------------------------------------------------------
 # Frames of a video file
 
-def _guess(path, video):
-    """VideoInfo as the header has it, constant rate and every frame there: for planning, before the pass that tells."""
-    fps = video.fps
-    if not (math.isfinite(fps) and 0.01 <= fps <= 1000):
-        fps = 25.0  # the header states none that could be true
-    n_frames = min(max(video.n_frames, 1), MOST_GUESSED_FRAMES)
-    return _constant_rate(path, fps, n_frames, video.size, video.n_frames)
-
-
-def _constant_rate(path, fps, n_frames, size, header_frames):
+def _constant_rate(path, fps, n_frames, size, header_frames, first_sec=0.0):
     width, height = size
-    return VideoInfo(path=str(path), duration_sec=n_frames / fps, n_frames=n_frames, fps=fps, width=width,
-                     height=height, times=np.arange(n_frames) / fps, header_frames=header_frames, header_fps=fps)
+    times = first_sec + np.arange(n_frames) / fps
+    return VideoInfo(path=str(path), duration_sec=first_sec + n_frames / fps, n_frames=n_frames, fps=fps, width=width,
+                     height=height, times=times, header_frames=header_frames, header_fps=fps)
 
 
-def _sweep(path, choose, short_side, until_sec=math.inf):
-    """One pass from the first frame: (VideoInfo up to until_sec, {index: pixels uint8 (H, W, 3)} of those wanted).
+def _sweep(path, choose, receive, short_side, until_sec=math.inf):
+    """One pass from the first frame on -> VideoInfo up to until_sec.
 
-    choose: function of the header's VideoInfo that returns the wanted indices. A frame whose stamp does not exceed the
-    one before it (AVI with B-frames has such) follows that one at the header's rate.
+    choose: function of the header's VideoInfo that returns the wanted indices; receive(index, pixels uint8 (H, W, 3))
+    gets these frames in their order. A frame whose stamp does not exceed the one before it (AVI with B-frames has such)
+    follows that one at the header's rate.
     """
-    frames = {}
     times = []
-    origin_sec = 0.0
+    damaged = []
     is_exact = True
     with _open_video(path) as video:
-        guess = _guess(path, video)
+        guess = video.guess()
         wanted = choose(guess)
         step_sec = 1 / guess.header_fps
-        for index, (stamp, pixels) in enumerate(video.frames()):
-            if index == 0:
-                origin_sec = stamp
-            time = stamp - origin_sec
-            if times and time <= times[-1]:
-                time = times[-1] + step_sec
+        last_sec = -math.inf
+        for time, pixels in video.frames():
+            if pixels is None:
+                damaged.append(time)
+                continue
+            if not time > last_sec:  # NaN too
+                time = max(last_sec + step_sec, 0.0)
                 is_exact = False
+            if len(times) in wanted:
+                receive(len(times), pixels(short_side))
             times.append(time)
-            if index in wanted:
-                frames[index] = pixels(short_side)
+            last_sec = time
             if time > until_sec + step_sec:
                 break
         width, height = video.size
+        is_exact = is_exact and video.has_stamps
     if not times:
         raise BadVideo(f"{guess.header_frames} frames by its header, none that can be decoded")
-    last_sec, fps = step_sec, guess.header_fps
+    shown_sec, fps = step_sec, guess.header_fps
     if len(times) > 1:
-        last_sec = float(np.median(np.diff(times)))
-        fps = (len(times) - 1) / times[-1]
-    info = dataclasses.replace(
-        guess, duration_sec=times[-1] + last_sec, n_frames=len(times), fps=fps, width=width, height=height,
-        times=np.array(times), origin_sec=origin_sec, is_exact=is_exact)
-    return info, frames
+        shown_sec = float(np.median(np.diff(times)))
+        fps = (len(times) - 1) / (times[-1] - times[0])
+    return dataclasses.replace(
+        guess, duration_sec=times[-1] + shown_sec, n_frames=len(times), fps=fps, width=width, height=height,
+        times=np.array(times), damaged=np.array(damaged), is_exact=is_exact)
 
 
 def _seek(path, wanted, short_side, info):
     """{index: pixels} by one seek, or None where any stamp after it is not the one that the whole pass saw."""
     frames = {}
     index = None
-    start_sec = info.times[min(wanted)] - SEEK_MARGIN_SEC
-    with _open_video(path) as video:
-        if not video.can_seek:
-            return None
-        for stamp, pixels in video.frames(info.origin_sec + start_sec):
-            time = stamp - info.origin_sec
+    with contextlib.suppress(BadVideo), _open_video(path) as video:
+        for time, pixels in video.frames(info.times[min(wanted)] - SEEK_MARGIN_SEC):
+            if pixels is None:
+                continue
             index = bisect.bisect_left(info.times, time - SAME_STAMP_SEC) if index is None else index + 1
-            if index >= info.n_frames or abs(info.times[index] - time) > SAME_STAMP_SEC:
+            if index >= info.n_frames or not abs(info.times[index] - time) <= SAME_STAMP_SEC:
                 return None
             if index in wanted:
                 frames[index] = pixels(short_side)
@@ -279,31 +303,38 @@ def probe(path, fps=25.0):
     fps: rate of a source that has no clock of its own.
     """
     try:
-        return read_source(path, lambda _: (), None, fps)[0]
+        return read_source(path, lambda _: (), None, None, fps)
     except (common.UserError, OSError) as error:
         return VideoInfo(str(path), common.one_line(error))
 
 
-def read_source(path, choose, short_side, fps):
-    """(VideoInfo of the source, {index: pixels uint8 (H, W, 3) RGB, upright} of the wanted frames) in one pass.
+def read_source(path, choose, receive, short_side, fps):
+    """VideoInfo of the source, in one pass over it, in which receive(index, pixels) gets the wanted frames in order.
 
     choose: function of a VideoInfo that returns the wanted indices. It gets what the header says, which may be wrong:
-    compare with the VideoInfo that is returned. short_side: in pixels, None for the whole size. BadImage: the reason.
+    compare with the VideoInfo that is returned. pixels: uint8 (H, W, 3) RGB, upright, scaled to short_side (in pixels,
+    None for the whole size). BadImage: the reason.
     """
     if not _has_no_clock(path):
-        return _sweep(path, choose, short_side)
+        return _sweep(path, choose, receive, short_side)
     info, source = _open_still(path, fps)
-    return info, _still_frames(source, choose(info), info, short_side)
+    for index in sorted(choose(info)):
+        receive(index, _still_frame(source[index], info, short_side))
+    return info
 
 
 def read_again(path, wanted, short_side, info):
     """{index: pixels} of a source whose frames are known: `info` is what read_source or probe returned."""
+    frames = {}
     if _has_no_clock(path):
-        return read_source(path, lambda _: wanted, short_side, info.fps)[1]
-    frames = None
+        read_source(path, lambda _: wanted, frames.__setitem__, short_side, info.fps)
+        return frames
     if info.is_exact and info.times[min(wanted)] > SEEK_FROM_SEC:
         frames = _seek(path, wanted, short_side, info)
-    return frames or _sweep(path, lambda _: wanted, short_side, info.times[max(wanted)])[1]
+    if not frames:
+        frames = {}
+        _sweep(path, lambda _: wanted, frames.__setitem__, short_side, info.times[max(wanted)])
+    return frames
 
 
 def _has_no_clock(path):
@@ -315,7 +346,7 @@ def _header(path, fps):
     if _has_no_clock(path):
         return _open_still(path, fps)[0]
     with _open_video(path) as video:
-        return _guess(path, video)
+        return video.guess()
 
 
 def _open_still(path, fps):
@@ -341,18 +372,13 @@ def _open_npy(path):
     return clip
 
 
-def _still_frames(source, wanted, info, short_side):
-    """{index: pixels} of a folder or array; all frames must have the size of the first."""
-    frames = {}
-    size = info.width, info.height
-    for index in wanted:
-        frame = source[index]
-        pixels = picture_files.load_image(frame) if isinstance(frame, Path) else np.asarray(frame)
-        height, width = pixels.shape[:2]
-        if (width, height) != size:
-            raise BadVideo(f"its frames differ in size: {info.width} x {info.height} and {width} x {height} pixels")
-        frames[index] = _shrink(pixels, size, short_side)
-    return frames
+def _still_frame(frame, info, short_side):
+    """Pixels of one frame of a folder or array; all must have the size of the first."""
+    pixels = picture_files.load_image(frame) if isinstance(frame, Path) else np.asarray(frame)
+    height, width = pixels.shape[:2]
+    if (width, height) != (info.width, info.height):
+        raise BadVideo(f"its frames differ in size: {info.width} x {info.height} and {width} x {height} pixels")
+    return _shrink(pixels, (width, height), short_side)
 
 
 def files_of(path):
@@ -378,7 +404,7 @@ class GridPlan:
     indices: np.ndarray
     first: int
     usable: int
-    past_end: bool
+    fault: str
 
 
 def plan_grid(info, window, grid, fps, n_frames, jitter_sec=0.0):
@@ -391,23 +417,35 @@ def plan_grid(info, window, grid, fps, n_frames, jitter_sec=0.0):
     start, end = window
     start = 0.0 if math.isnan(start) else start
     end = math.inf if math.isnan(end) else end
-    past_end = start >= info.duration_sec
-    end = min(max(end, 0.0), info.duration_sec)
-    start = min(max(start, 0.0), end)
+    fault = window_fault(info, start, end)
+    begin = info.times[0]
+    end = min(max(end, begin), info.duration_sec)
+    start = min(max(start, begin), end)
     if grid == "even":
         indices = _even_indices(info, start, end, n_frames)
-        return GridPlan(indices, first=0, usable=len(indices), past_end=past_end)
+        return GridPlan(indices, first=0, usable=len(indices), fault=fault)
     length = n_frames / fps
     if end - start < length:
         centred = (start + end - length) / 2
-        start = max(0.0, min(centred, info.duration_sec - length))
+        start = max(begin, min(centred, info.duration_sec - length))
         end = start + length
     usable = max(n_frames, _whole((end - start) * fps))
     reach = _whole(jitter_sec * fps)
-    before = min(reach, _whole(start * fps))
+    before = min(reach, _whole((start - begin) * fps))
     after = min(reach, _whole((info.duration_sec - start) * fps) - usable)
     times_sec = start + np.arange(-before, usable + max(after, 0)) / fps  # (G,)
-    return GridPlan(on_screen(info, times_sec), first=before, usable=usable, past_end=past_end)
+    return GridPlan(on_screen(info, times_sec), first=before, usable=usable, fault=fault)
+
+
+def window_fault(info, start, end):
+    """Why the file has no picture of a window in seconds; '' where it has."""
+    if start >= info.duration_sec:
+        return "its window starts past the end of the video"
+    if end < info.times[0]:
+        return f"its window ends before the first picture, at {info.times[0]:.2f} s"
+    n_damaged = np.count_nonzero((info.damaged >= start) & (info.damaged < end))
+    n_good = np.count_nonzero((info.times >= start) & (info.times < end))
+    return "most frames of its window are damaged" if n_damaged > n_good else ""
 
 
 def _whole(number):
@@ -425,28 +463,74 @@ def _even_indices(info, start, end, n_frames):
 
 @dataclasses.dataclass
 class ClipAudit:
-    """What decoding one row found; `error` is None for a good one, else the reason and all else is empty.
+    """What decoding one row found; `error` is None for a good file, else the reason and all else is empty.
 
-    duration_sec to height: of the whole file, as VideoInfo has them. past_end: the window starts beyond the real end.
-    n_grid: grid frames; first: grid index where the window starts, before it lie frames for jitter; usable: grid frames
-    of the window.
-    file_sha, pixel_sha: SHA-256 of the file (of all frames' files in a folder) and of the decoded grid. phash:
-    perceptual_hash of its middle frame.
+    duration_sec to damage: of the whole file, as VideoInfo has them. fault: why the row cannot be used though its file
+    can. n_grid: grid frames; first: grid index where the window starts, before it lie frames for jitter; usable: grid
+    frames of the window. file_sha, pixel_sha: SHA-256 of the file (of all frames' files in a folder) and of the decoded
+    grid. phash: perceptual_hash of its middle frame.
     """
     path: str
     error: str | None = None
     duration_sec: float = 0.0
     n_frames: int = 0
+    n_damaged: int = 0
+    damage: str = ""
+    first_sec: float = 0.0
     fps: float = 0.0
     width: int = 0
     height: int = 0
-    past_end: bool = False
+    fault: str = ""
     n_grid: int = 0
     first: int = 0
     usable: int = 0
     file_sha: str = ""
     pixel_sha: str = ""
     phash: tuple = (0, 0, 0, 0)
+
+
+class GridFrames:
+    """The grid of one row while its file is decoded: each frame is hashed as it comes, then kept or let go.
+
+    cache: "ram" keeps them in one array, "disk" in a temporary file in `folder`, "none" only counts them.
+    """
+
+    def __init__(self, plan, cache, folder):
+        self.plan = plan
+        self.n_grid = len(plan.indices)
+        self.cache = cache
+        self.folder = folder
+        self.n_added = 0
+        self.digest = hashlib.sha256()
+        self.middle = None  # the frame that the perceptual hash is taken of
+        self.kept = None
+
+    def add(self, pixels):
+        """Take the next frame, uint8 (H, W, 3)."""
+        if self.kept is None:
+            shape = (self.n_grid, *pixels.shape)
+            if self.cache == "ram":
+                self.kept = np.empty(shape, np.uint8)
+            elif self.cache == "disk":
+                self.kept = pixel_cache.FrameFile(self.folder, shape)
+            else:
+                self.kept = np.broadcast_to(np.uint8(0), shape)  # their number and size, without memory
+        self.digest.update(pixels)
+        if self.n_added == self.n_grid // 2:
+            self.middle = pixels
+        if self.cache == "ram":
+            self.kept[self.n_added] = pixels
+        elif self.cache == "disk":
+            self.kept.write(pixels)
+        self.n_added += 1
+
+    def pixels(self):
+        """(G, H, W, 3): in memory, mapped from the temporary file, or a stand-in."""
+        return self.kept.finish() if self.cache == "disk" else self.kept
+
+    def discard(self):
+        if self.cache == "disk" and self.kept is not None:
+            self.kept.remove()
 
 
 class ClipStore(pixel_cache.PixelStore):
@@ -474,24 +558,32 @@ class ClipStore(pixel_cache.PixelStore):
             rows_of.setdefault(path, []).append(row)
         self.load_all(list(rows_of.values()), cache)
 
+    def part(self, row, start, stop):
+        """Grid frames start to stop of a row (T, H, W, 3); without a cache no others are read."""
+        if self.cache == "none" and not self.audit[row].error:
+            return self.decode_again(row, slice(start, stop))
+        return self[row][start:stop]
+
     def decode(self, rows):
         """[(ClipAudit, pixels (G, H, W, 3))] of all rows of one file; pixels has no frames when it is bad."""
         path = self.sources[rows[0]]
         try:
-            info, frames = self._read(path, rows)
+            info, grids = self._read(path, rows)
             file_sha = sha_of(files_of(path))
+        except common.CannotSave:
+            raise
         except (common.UserError, OSError) as error:
             nothing = ClipAudit(path, common.one_line(error)), np.empty((0, 0, 0, 3), np.uint8)
             return [nothing] * len(rows)
         self._infos[path] = info
-        return [self._clip(row, info, frames, file_sha) for row in rows]
+        return [self._clip(row, info, grid, file_sha) for row, grid in zip(rows, grids)]
 
-    def decode_again(self, row):
+    def decode_again(self, row, part=slice(None)):
         path = self.sources[row]
         if path not in self._infos:  # it came from the disk cache
             self._infos[path] = probe(path, self.fps)
         info = self._infos[path]
-        indices = self._plan(row, info).indices.tolist()
+        indices = self._plan(row, info).indices[part].tolist()
         frames = read_again(path, set(indices), self.short_side, info)
         return np.stack([frames[index] for index in indices])
 
@@ -511,39 +603,60 @@ class ClipStore(pixel_cache.PixelStore):
         return plan_grid(info, self.windows[row], self.grid, self.fps, self.n_frames, self.jitter_sec)
 
     def _read(self, path, rows):
-        """(VideoInfo, {index: pixels} of all rows' frames), in one pass where the header tells the truth."""
-        def choose(info):
-            return {index for row in rows for index in self._plan(row, info).indices.tolist()}
-        info, frames = read_source(path, choose, self.short_side, self.fps)
-        missing = choose(info) - frames.keys()
-        if missing:
-            frames |= _sweep(path, lambda _: missing, self.short_side)[1]
-        return info, frames
+        """(VideoInfo, GridFrames of each row), in one pass where the header tells the truth, else in two."""
+        grids = []
+        takers = {}  # frame index -> the grids in which it stands, as often as it does
 
-    def _clip(self, row, info, frames, file_sha):
+        def choose(info):
+            for grid in grids:
+                grid.discard()
+            grids.clear()
+            takers.clear()
+            for row in rows:
+                grid = GridFrames(self._plan(row, info), self.cache, self.folder)
+                grids.append(grid)
+                for index in grid.plan.indices.tolist():
+                    takers.setdefault(index, []).append(grid)
+            return takers
+
+        def receive(index, pixels):
+            for grid in takers[index]:
+                grid.add(pixels)
+        try:
+            info = read_source(path, choose, receive, self.short_side, self.fps)
+            true = [self._plan(row, info).indices for row in rows]
+            if not all(map(np.array_equal, true, [grid.plan.indices for grid in grids])):
+                read_source(path, lambda _: choose(info), receive, self.short_side, self.fps)
+        except BaseException:
+            for grid in grids:
+                grid.discard()
+            raise
+        return info, grids
+
+    def _clip(self, row, info, grid, file_sha):
         plan = self._plan(row, info)
-        pixels = np.stack([frames[index] for index in plan.indices.tolist()])
-        middle = pixels[len(pixels) // 2]
         audit = ClipAudit(
-            path=self.sources[row], duration_sec=info.duration_sec, n_frames=info.n_frames, fps=info.fps,
-            width=info.width, height=info.height, past_end=bool(plan.past_end), n_grid=len(pixels), first=plan.first,
-            usable=plan.usable, file_sha=file_sha, pixel_sha=hashlib.sha256(pixels).hexdigest(),
-            phash=tuple(picture_files.perceptual_hash(middle).tolist()))
-        return audit, pixels
+            path=self.sources[row], duration_sec=info.duration_sec, n_frames=info.n_frames,
+            n_damaged=len(info.damaged), damage=info.damage, first_sec=float(info.times[0]), fps=info.fps,
+            width=info.width, height=info.height, fault=plan.fault, n_grid=grid.n_grid, first=plan.first,
+            usable=plan.usable, file_sha=file_sha, pixel_sha=grid.digest.hexdigest(),
+            phash=tuple(picture_files.perceptual_hash(grid.middle).tolist()))
+        return audit, grid.pixels()
 
 
 def check_clips(audit, max_missing=0.05, on_bad_file="skip"):
     """Indices of the good rows in a list of ClipAudit; the broken videos are named and counted.
 
-    UserError, listing all of them, where their rows are more than max_missing of all rows, with on_bad_file "error"
-    where there is any, and where nothing is left.
+    UserError, listing all of them, where their rows are more than max_missing of all rows, or damaged frames more than
+    that of all frames; with on_bad_file "error" where there is any; and where nothing is left.
     """
     bad = {found.path: found.error for found in audit if found.error}
     good = [row for row, found in enumerate(audit) if not found.error]
+    allowed = 0.0 if on_bad_file == "error" else max_missing
+    check_damage({found.path: found for found in audit}.values(), allowed)
     if not bad:
         return good
     n_lost = len(audit) - len(good)
-    allowed = 0.0 if on_bad_file == "error" else max_missing
     listed = "".join(f"\n  {path}: {error}" for path, error in bad.items())
     if n_lost > allowed * len(audit) or not good:
         raise common.UserError(f"{len(bad)} videos cannot be read, which takes {n_lost} of {len(audit)} rows; at most "
@@ -551,3 +664,17 @@ def check_clips(audit, max_missing=0.05, on_bad_file="skip"):
                                f"them:{listed}")
     print(f"skipped: {len(bad)} videos that cannot be read, {n_lost} of {len(audit)} rows:{listed}", flush=True)
     return good
+
+
+def check_damage(files, allowed):
+    """Name the videos with damaged frames, one ClipAudit a file. UserError where more than this share is damaged."""
+    damaged = [found for found in files if found.n_damaged]
+    if not damaged:
+        return
+    n_damaged = sum(found.n_damaged for found in damaged)
+    n_frames = sum(found.n_frames + found.n_damaged for found in files)
+    listed = "".join(f"\n  {found.path}: {found.damage}" for found in damaged)
+    if n_damaged > allowed * n_frames:
+        raise common.UserError(f"{n_damaged} of {n_frames} frames are damaged; at most {allowed:.0%} may be lost "
+                               f"(--max_missing, --on_bad_file skip). Repair or remove these videos:{listed}")
+    print(f"note: damaged frames are stepped over in {len(damaged)} videos:{listed}", flush=True)

@@ -58,7 +58,7 @@ def clips(made):
     table = read_manifest(made[0], "all")
     windows = [(start, start + length) for start, length in zip(table.event_offset_sec, table.duration_sec)]
     store = video_files.ClipStore(table.video, windows, grid="rate", fps=12, n_frames=16, short_side=64, cache="ram")
-    assert not any(found.error or found.past_end for found in store.audit)
+    assert not any(found.error or found.fault for found in store.audit)
     return (table.label == "tail").to_numpy(), [store[i] for i in range(len(store))]
 
 

@@ -108,7 +108,7 @@ def test_run_folder_holds_what_the_contract_says(made, behaviours):
     assert [len(splits[part]) for part in ("train", "val", "test")] == [20, 10, 10]
     assert all(len(read_csv(made.manifests / f"{part}.csv")) == len(splits[part]) for part in ("train", "val", "test"))
     log = (behaviours / "log.txt").read_text()
-    assert "OpenCV" in log, "the decoder is named"
+    assert "PyAV" in log, "the decoder is named"
     assert "colours are normalised with mean (0.485, 0.456, 0.406)" in log
 
 

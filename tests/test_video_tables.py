@@ -10,7 +10,7 @@ import pytest
 
 import common
 from evidence import confounding, event_audit, rater_agreement, splitting
-from readers import event_tables, file_names, score_tables
+from readers import event_tables, file_names, score_tables, video_files
 import train_video as tv
 
 pytestmark = pytest.mark.fault("tables, COCO, JSON: quirks and mistakes")
@@ -184,9 +184,12 @@ def test_start_and_end_in_seconds_or_frames(tmp_path):
     assert windows(tmp_path, "start_sec,end_sec", "1.5,4", "2,9").windows.tolist() == [[1.5, 4], [2, 9]]
     table = windows(tmp_path, "start_frame,end_frame", "0,29", "60,60")
     assert list(table.unit) == ["frame", "frame"] and table.windows.tolist() == [[0, 30], [60, 61]]
-    seconds = event_tables.seconds_of(table, np.array([15.0, 30.0]))
+    times = np.cumsum(np.tile([0.1, 0.02], 40))
+    info = video_files.VideoInfo("a.mp4", times=times, n_frames=80, duration_sec=5.0, fps=16.0)
+    seconds = event_tables.seconds_of(table, {table.sources[0]: info})
     assert list(seconds.unit) == ["sec", "sec"]
-    np.testing.assert_allclose(seconds.windows, [[0, 2], [60.5 / 30 - 0.5, 60.5 / 30 + 0.5]])
+    middle = (times[60] + times[61]) / 2
+    np.testing.assert_allclose(seconds.windows, [[times[0], times[30]], [middle - 0.5, middle + 0.5]])
 
 
 def test_impossible_windows_are_skipped_by_name(tmp_path):

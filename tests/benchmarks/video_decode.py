@@ -4,12 +4,12 @@
     python tests/benchmarks/video_decode.py --videos ../shared/data/video/fight_surveillance --repeats 5
 
     script        as train_video.py does it: one pass, one thread, only wanted frames converted and scaled
+    opencv        OpenCV decodes every frame in one thread, and converts and scales the wanted ones
     read_all      OpenCV reads, converts and scales every frame, then picks
-    pyav          PyAV decodes every frame and converts the wanted ones (where it is installed)
     seek_each     OpenCV seeks to each wanted frame
     cached        the same clips from a uint8 .npy file
-Without --videos, clips of 4 s at 30 fps are made (H.264 with B-frames by PyAV, else MPEG-4 by OpenCV). Printed: the
-medians over the repeats, the ratio to script with its range, and how many frames differ from those of script.
+Without --videos, clips of 4 s at 30 fps are made (H.264 with B-frames). Printed: the medians over the repeats, the
+ratio to script with its range, and how many frames differ from those of script.
 """
 import argparse
 import statistics
@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 
@@ -26,10 +27,6 @@ sys.path.insert(0, str(ROOT))
 from readers import video_files  # noqa: E402
 
 SHORT_SIDE, N_FRAMES = 112, 16
-try:
-    import av as AV
-except ImportError:
-    AV = None
 
 
 def parse_args():
@@ -46,17 +43,11 @@ def make_clip(path, seed, size=(320, 240), fps=30, seconds=4):
     texture = cv2.resize(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8), (size[0] + 130, size[1] + 40),
                          interpolation=cv2.INTER_CUBIC)
     frames = [np.roll(texture, (i % 30, i), (0, 1))[:size[1], :size[0]] for i in range(fps * seconds)]
-    if AV is None:
-        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
-        for frame in frames:
-            writer.write(frame)
-        writer.release()
-        return path
-    with AV.open(str(path), "w") as container:
+    with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for frame in frames:
-            container.mux(stream.encode(AV.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "bgr24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "bgr24")))
         container.mux(stream.encode(None))
     return path
 
@@ -89,26 +80,27 @@ def seek_each(path, times, indices):
     return np.stack(frames)
 
 
-def read_pyav(path, times, indices):
-    wanted, frames = set(indices.tolist()), {}
-    with AV.open(str(path)) as container:
-        container.streams.video[0].codec_context.thread_count = 1
-        for index, frame in enumerate(container.decode(video=0)):
-            if index in wanted:
-                frames[index] = shrink(frame.to_ndarray(format="bgr24"))
-            if len(frames) == len(wanted):
-                break
+def read_opencv(path, times, indices):
+    wanted = set(indices.tolist())
+    frames = {}
+    capture = open_capture(path)
+    index = 0
+    while capture.grab():
+        if index in wanted:
+            frames[index] = shrink(capture.retrieve()[1])
+        index += 1
     return np.stack([frames[i] for i in indices])
 
 
 def read_as_script(path, times, indices):
-    frames = video_files.read_source(path, lambda _: set(indices.tolist()), SHORT_SIDE, fps=None)[1]
+    frames = {}
+    video_files.read_source(path, lambda _: set(indices.tolist()), frames.__setitem__, SHORT_SIDE, fps=None)
     return np.stack([frames[i] for i in indices])
 
 
 def main():
     options = parse_args()
-    ways = {"script": read_as_script, "read_all": read_all, "seek_each": seek_each} | ({"pyav": read_pyav} if AV else {})
+    ways = {"script": read_as_script, "opencv": read_opencv, "read_all": read_all, "seek_each": seek_each}
     with tempfile.TemporaryDirectory() as folder:
         made = options.videos or Path(folder)
         paths = sorted(path for path in made.rglob("*") if path.suffix in (".mp4", ".avi"))[:options.clips]
