@@ -26,6 +26,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,10 @@ def add_clip_arguments(data):
          help="folder that holds the videos, whatever folders the manifest names")
     data("--label_map", type=Path,
          help="file of spelling -> class (JSON, YAML, CSV); a blank class leaves the row out")
+    data("--path_column", help="column of the videos' paths (default: by its name)")
+    data("--label_column", help="classify: column of the labels (default: by its name)")
+    data("--time_unit", choices=("sec", "ms", "min", "frame"),
+         help="classify: unit of columns of times whose names say none (default: sec)")
     data("--target_columns", nargs="+", metavar="NAME",
          help="scores to learn (default: all numeric columns)")
     data("--split_by", choices=("event", "video", "group"),
@@ -327,7 +332,8 @@ class Study:
 
 def read_table(args, names=None, need_labels=True):
     """EventTable that the flags name, in seconds; names: classes or scores of a trained model."""
-    checks = {"need_labels": need_labels, "max_missing": args.max_missing}
+    checks = {"need_labels": need_labels, "max_missing": args.max_missing,
+              "path_column": args.path_column, "need_files": args.mode != "audit"}
     if args.task == "regress":
         table = score_tables.read_sequences(
             args.manifest, args.video_root, args.group_column, names or args.target_columns,
@@ -336,7 +342,7 @@ def read_table(args, names=None, need_labels=True):
         manifests = manifests_of(args) or {"": args.video_root}
         table = event_tables.read_events(
             manifests, args.video_root, args.label_map, args.min_event_sec, args.group_column,
-            names=names, **checks)
+            names=names, label_column=args.label_column, time_unit=args.time_unit, **checks)
     if args.filter:
         table = table.take(event_tables.filter_rows(table, args.filter))
     if (table.unit == "sec").all():
@@ -1466,8 +1472,8 @@ def predict(args):
     """--mode predict: one row for each row of the manifest; the mean over the checkpoints."""
     compute = common.choose_compute(args.device, args.use_amp)
     members = load_members(args.checkpoint, compute)
-    typed = {name: getattr(args, name) for name in ("clips_per_event", "aggregation")
-             if name in args.given}
+    own = ("clips_per_event", "aggregation", "min_event_sec")
+    typed = {name: getattr(args, name) for name in own if name in args.given}
     study = None
     results = []
     for member in members:
@@ -1533,23 +1539,31 @@ def audit(args):
     table = read_table(args)
     durations = {}
     unreadable = {}
-    for source in dict.fromkeys(table.sources):
+    damaged = {}
+    for source in filter(os.path.exists, dict.fromkeys(table.sources)):
         info = video_files.probe(source, args.fps)
         if info.error:
             unreadable[str(source)] = info.error
         else:
             durations[source] = info.duration_sec
+        if info.damage:
+            damaged[str(source)] = info.damage
     split = {part or "all": np.flatnonzero(table.parts == part) for part in (*PARTS, "")}
     report = event_audit.audit_table(
         table, split, durations=durations, predictions=args.predictions,
         positive=args.positive_class, gap_sec=args.gap_sec)
     report["unreadable"] = unreadable
+    report["damaged"] = damaged
     report["skipped"] = table.skipped
     output = args.output or Path("audit.json")
     common.write_json(output, report)
     print(splitting.leakage_text(report))
+    for note in table.notes:
+        print(f"note: {note}")
     for path, error in unreadable.items():
         print(f"unreadable: {path}: {error}")
+    for path, damage in damaged.items():
+        print(f"damaged: {path}: {damage}")
     print(f"{len(table.skipped)} rows skipped; written to {output}")
 
 

@@ -16,17 +16,18 @@ from readers import csv_tables, video_files
 
 
 def content_keys(sources):
-    """{path: text}, equal for sources of equal bytes.
+    """{path: text}, equal for sources of equal bytes; a source that is not there is like no other.
 
     Files of equal size are read once for their SHA-256; of others the size says enough.
     """
-    files = {source: video_files.files_of(source) for source in dict.fromkeys(sources)}
+    keys = {source: f"not there: {source}" for source in sources}
+    there = filter(os.path.exists, dict.fromkeys(sources))
+    files = {source: video_files.files_of(source) for source in there}
     sizes = {
         source: tuple(map(os.path.getsize, inside)) for source, inside in files.items()
     }
     size_of_file = {os.path.realpath(source): sizes[source] for source in files}
     n_files = collections.Counter(size_of_file.values())
-    keys = {}
     for source in files:
         size = sizes[source]
         must_read = n_files[size] > 1
@@ -123,6 +124,7 @@ def audit_table(
         },
         **leakage,
         "shared_event_rows": {},
+        "seen_events": seen_events(table),
     }
     for pair in report["between"]:
         _add_shared_events(report, table, pair)
@@ -133,6 +135,18 @@ def audit_table(
     report["priors"] = confounding.no_pixel_priors(table, positive)
     report["notes"] = audit_notes(report)
     return report
+
+
+def seen_events(table):
+    """{part: count of its events that are in a part before it, of how many, and in which parts}."""
+    events_of = {part: set(table.events[table.parts == part]) for part in ("train", "val", "test")}
+    seen = {}
+    for part, before in (("val", ["train"]), ("test", ["train", "val"])):
+        known = set().union(*(events_of[each] for each in before))
+        if known and events_of[part]:
+            shared = events_of[part] & known
+            seen[part] = {"count": len(shared), "of": len(events_of[part]), "in": " or ".join(before)}
+    return seen
 
 
 def _renamed_copies(table, file_keys):
@@ -275,6 +289,8 @@ def _prior_note(row):
 def audit_notes(report):
     """Lines of text: what each part holds, shared events, windows, clusters, priors."""
     lines = [_part_note(part, held) for part, held in report["parts"].items()]
+    for part, seen in report["seen_events"].items():
+        lines.append(f"{seen['count']} of {seen['of']} {part} events are in {seen['in']}")
     for pair, shared in report["shared_event_rows"].items():
         a, b = pair.split("-")
         if shared["count"]:

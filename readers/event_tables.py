@@ -1,9 +1,10 @@
-"""Manifests of events -> one EventTable: a row a clip, with its file, window, label and groups.
+"""Manifests of events, BORIS exports and label tables -> one EventTable: a row a clip, with file, window, label, groups.
 
 Letters: N rows, C classes. Units: seconds from the start of a file.
 """
 import collections
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -12,12 +13,18 @@ from pathlib import Path
 import numpy as np
 
 import common
-from readers import csv_tables, file_names
+from readers import csv_tables, file_names, video_files
 
 PATH_COLUMNS = ("video_path", "sequence_path", "clip_path", "path", "file", "filename", "video_filename", "video",
-                "clip", "folder")
+                "clip", "folder", "media_file", "media_file_path", "media_file_name", "video_file", "video_name")
 LABEL_COLUMNS = ("behavior", "behaviour", "label", "class", "category", "action")
-WINDOW_COLUMNS = ("start_sec", "end_sec", "event_offset_sec", "duration_sec", "start_frame", "end_frame")
+FRAME_COLUMNS = ("frame", "frames", "frame_number", "frame_index", "frame_id", "index", "unnamed_0")
+TIME_COLUMN = re.compile(
+    "(?:event|time|clip|image|t)*(?P<index>frame|index)?(?:event|time|image)*"
+    "(?P<role>start|begin(?:ning)?|onset|first|stop|end|last|offset|duration|dur)(?:time)?"
+    "(?P<unit>seconds?|secs?|s|milliseconds?|msecs?|ms|minutes?|mins?|frames?|index)?")
+TIME_WORDS = set("start begin beginning onset stop end offset time times timestamp timecode frame t s sec seconds ms "
+                 "event video clip".split())
 
 
 @dataclasses.dataclass
@@ -88,13 +95,7 @@ def first_column(table, known):
 
 def group_column_of(table, wanted, known, source):
     """Key of the column that --group_column asks for, else the first of `known` that there is, else None."""
-    if not wanted:
-        return first_column(table, known)
-    if column_key(wanted) not in table:
-        raise common.UserError(
-            f"{source}: no column for --group_column {wanted}{common.closest(wanted, table.columns)} "
-            f"(found: {common.shorten_list(table.columns, 40)})")
-    return column_key(wanted)
+    return named_column(table, wanted, known, "--group_column", source)
 
 
 def clock_seconds(text):
@@ -214,19 +215,117 @@ def classes_of(spelled, label_map=None, names=None):
 # Windows in time
 # --------------------------------------------------------------------------------------
 
-def event_windows(rows, source, min_event_sec=1.0):
-    """Window columns of one manifest -> (windows (N, 2), unit (N,), faults (N,) text, '' = none).
+@dataclasses.dataclass
+class TimeColumn:
+    """A column of times: role is start, end or duration; unit sec, ms, min or frame, None where its name says none."""
+    name: str
+    role: str
+    unit: str | None
 
-    start_sec and end_sec, else event_offset_sec and duration_sec, else start_frame and end_frame (both inclusive);
-    nothing: the whole clip. An event shorter than min_event_sec gets a window of that length around it.
+
+def time_columns(rows):
+    """The TimeColumns that a table has, those whose names say their unit first."""
+    found = []
+    for name in rows:
+        match = TIME_COLUMN.fullmatch(name.replace("_", ""))
+        if not match or not looks_like_times(rows[name]):
+            continue
+        unit = "frame" if match["index"] else match["unit"]
+        if unit and unit != "frame":
+            unit = {"m": "ms", "f": "frame", "i": "frame"}.get(unit[0], "sec")
+            unit = "min" if match["unit"].startswith("min") else unit
+        role = {"stop": "end", "last": "end", "end": "end", "offset": "offset", "duration": "duration",
+                "dur": "duration"}.get(match["role"], "start")
+        if match["role"] in ("first", "last") and unit != "frame":
+            continue
+        found.append(TimeColumn(name, role, unit))
+    roles = [column.role for column in found]
+    for column in found:
+        if column.role == "offset":  # onset and offset; but event_offset_sec is where an event starts
+            is_end = "start" in roles and "end" not in roles and not column.name.startswith("event")
+            column.role = "end" if is_end else "start"
+    return sorted(found, key=lambda column: column.unit is None)
+
+
+def used_times(rows):
+    """(TimeColumns of starts, of ends and durations): those that say their unit, else the others.
+
+    Where starts say theirs, an end that is a time of day is no end.
     """
-    def numbers(name):
-        if name not in rows:
-            return np.full(len(rows), np.nan)
-        return csv_tables.to_numbers(rows[name], f"{source}, column {name}")
-    start, end, offset, duration, first, last = map(numbers, WINDOW_COLUMNS)
-    start = np.where(np.isnan(start), offset, start)
-    end = np.where(np.isnan(end), start + np.nan_to_num(duration), end)
+    found = time_columns(rows)
+    starts = [column for column in found if column.role == "start"]
+    ends = [column for column in found if column.role != "start"]
+    starts_in_unit = [column for column in starts if column.unit]
+    ends_in_unit = [column for column in ends if column.unit]
+    if starts_in_unit:
+        ends = [column for column in ends if not rows[column.name].str.contains(":").any()]
+    return starts_in_unit or starts, ends_in_unit or ends
+
+
+def looks_like_times(cells):
+    """True where half of the cells that are not blank are numbers or clock times."""
+    filled = [cell for cell in map(str, cells) if cell]
+    is_time = [bool(csv_tables.NUMBER.fullmatch(cell.replace(",", ".")) or re.fullmatch(r"[\d:.,]+", cell))
+               for cell in filled]
+    return 2 * sum(is_time) >= len(filled) > 0
+
+
+def seconds_in(cells, where):
+    """Column of numbers or of H:MM:SS.s -> (N,) float64, NaN where blank."""
+    clock = re.compile(r"(\d+):(\d{1,2}):(\d{1,2}(?:[.,]\d*)?)")
+    plain = cells.copy()
+    for place, cell in enumerate(cells):
+        if match := clock.fullmatch(str(cell)):
+            second = float(match[3].replace(",", "."))
+            plain.iloc[place] = str(3600 * int(match[1]) + 60 * int(match[2]) + second)
+    return csv_tables.to_numbers(plain, where)
+
+
+def check_times_are_used(rows, source):
+    """UserError for columns that look like times of events and are not read, where a start or an end is missing."""
+    starts, ends = used_times(rows)
+    if starts and ends:
+        return
+    used = [column.name for column in (*starts, *ends) if starts]
+    unused = []
+    for name in rows:
+        is_day_time = bool(starts) and rows[name].str.contains(":").any()
+        if name not in used and set(name.split("_")) <= TIME_WORDS and looks_like_times(rows[name]) and not is_day_time:
+            unused.append(name)
+    if unused:
+        raise common.UserError(
+            f"{source}: columns that look like times of events are not understood: {common.shorten_list(unused)}. "
+            "Rename them to start_sec and end_sec (or start_frame and end_frame), or delete them")
+
+
+def event_windows(rows, source, min_event_sec=1.0, time_unit=None, notes=None):
+    """Time columns of one manifest -> (windows (N, 2), unit (N,), faults (N,) text, '' = none).
+
+    A start and an end or a duration, in seconds or in frames (both inclusive), by the names that TIME_COLUMN knows;
+    nothing: the whole clip. time_unit: of columns whose names say none; seconds by default, which is noted. An event
+    shorter than min_event_sec gets a window of that length around it.
+    """
+    starts, ends = used_times(rows)
+    unsaid = [column.name for column in (*starts, *ends) if column.unit is None]
+    if unsaid and not time_unit and notes is not None:
+        notes.append(f"{Path(source).name}: {', '.join(unsaid)} are read as seconds from the start of the file; "
+                     "--time_unit says otherwise")
+
+    def numbers(columns, *roles, in_frames=False):
+        values = np.full(len(rows), np.nan)
+        for column in columns:
+            unit = column.unit or time_unit or "sec"
+            if column.role in roles and (unit == "frame") == in_frames:
+                scale = {"ms": 0.001, "min": 60}.get(unit, 1)
+                found = scale * seconds_in(rows[column.name], f"{source}, column {column.name}")
+                values = np.where(np.isnan(values), found, values)
+        return values
+    start = numbers(starts, "start")
+    end = numbers(ends, "end")
+    end = np.where(np.isnan(end), start + np.nan_to_num(numbers(ends, "duration")), end)
+    first = numbers(starts, "start", in_frames=True)
+    last = numbers(ends, "end", in_frames=True)
+    last = np.where(np.isnan(last), first + numbers(ends, "duration", in_frames=True) - 1, last)
     is_frame = np.isnan(start) & ~np.isnan(first)
     last = np.where(np.isnan(last), first, last)
     start = np.where(is_frame, first, start)
@@ -284,26 +383,115 @@ def time_of_frame(info, frame):
 # Reading manifests
 # --------------------------------------------------------------------------------------
 
-def folder_table(root):
+def folder_table(root, notes):
     """Class folders root/CLASS/clip.mp4 (or a folder of frames, or .npy) -> DataFrame of path and label, by clip name:
     the folders' order is no order of the rows."""
     import pandas as pd
-    clips = [name for name in file_names.find_videos(root) if "/" in name]
+    videos, others = file_names.find_videos(root)
+    clips = [name for name in videos if "/" in name]
+    others = {name: path for name, path in others.items() if "/" in name}
+    unused = [name for name, path in others.items() if not video_files.has_pictures(path)]
+    clips += [name for name in others if name not in unused]
     if not clips:
         raise common.UserError(f"{root}: expected class folders with clips (CLASS/clip.mp4), found none")
+    if unused:
+        notes.append(f"{len(unused)} files in class folders are no videos: {common.shorten_list(unused, 3)}")
     clips.sort(key=lambda name: (name.split("/")[1:], name))
     labels = [name.split("/")[0] for name in clips]
     rows = range(1, len(clips) + 1)
     return pd.DataFrame({"path": clips, "label": labels}, index=rows, dtype=object)
 
 
-def describe_rows(rows, path, root, written, part="", min_event_sec=1.0):
+def below_header(table):
+    """The table from the row that names paths and labels: BORIS writes lines about the observation above it."""
+    for place, cells in enumerate(table.to_numpy()):
+        keys = [column_key(cell) for cell in cells]
+        if not {*PATH_COLUMNS}.isdisjoint(keys) and not {*LABEL_COLUMNS}.isdisjoint(keys):
+            below = table.iloc[place + 1:].set_axis(cells, axis=1)
+            return below.loc[:, [bool(key) for key in keys]]
+    return table
+
+
+def paired_states(table, path_column, label_column, notes):
+    """BORIS's tabular events: the rows START and STOP of one behaviour become one with start_sec and end_sec."""
+    kind = first_column(table, ("status", "behavior_type"))
+    if kind is None or "time" not in table or not table[kind].str.upper().isin(["START", "STOP"]).any():
+        return table
+    names = ["observation_id", path_column, "subject", label_column]
+    names += [name for name in table if name.startswith("modifier")]
+    same = [name for name in names if name in table]
+    began = {}
+    pairs = []
+    for place, key in enumerate(zip(*(table[name] for name in same))):
+        state = table[kind].iloc[place].upper()
+        if state == "START":
+            began[key] = place
+        elif state == "STOP" and key in began:
+            pairs.append((began.pop(key), place))
+        elif state == "POINT":
+            pairs.append((place, place))
+    n_lost = (table[kind].str.upper() == "START").sum() - sum(first != last for first, last in pairs)
+    notes.append(f"rows START and STOP became {len(pairs)} events; {n_lost} without a STOP are left out")
+    first, last = (table.iloc[[pair[end] for pair in pairs]] for end in (0, 1))
+    return first.drop(columns=["time", kind]).assign(start_sec=first["time"], end_sec=last["time"].to_numpy())
+
+
+def per_frame_events(table, path, path_column, notes):
+    """One row a frame and one column of 0 and 1 a behaviour (DeepEthogram, SimBA, JAABA) -> a row an event.
+
+    Without a column of paths the file is named like its video. Frames without any behaviour become events of the
+    class background, unless a column has that name. None where the table is none of this kind.
+    """
+    import pandas as pd
+    frame_column = first_column(table, FRAME_COLUMNS)
+    names = [name for name in table if name not in (frame_column, path_column)
+             and not re.search("_(x|y|p|probability)$|^probability", name)
+             and not table[name].eq("").all() and table[name].isin(["0", "1", "0.0", "1.0", "-1", ""]).all()]
+    if not names or (frame_column is None and path_column):
+        return None
+    own_name = re.sub("[ _-]*(labels?|annotations?|targets?|scores?|behaviou?rs?)$", "", path.stem, flags=re.I)
+    written = table[path_column] if path_column else pd.Series(own_name, table.index)
+    events = []
+    for video, rows in table.groupby(written.to_numpy(), sort=False):
+        frames = np.arange(len(rows))
+        if frame_column:
+            frames = csv_tables.to_numbers(rows[frame_column], f"{path}, column {frame_column}").astype(int)
+        is_on = {name: rows[name].isin(["1", "1.0"]).to_numpy() for name in names}
+        if "background" not in names:
+            is_off = rows[names].isin(["0", "0.0"]).all(axis=1).to_numpy()
+            is_on["background"] = is_off
+        for name, on in is_on.items():
+            edges = np.flatnonzero(np.diff(on.astype(int), prepend=0, append=0))
+            for start, stop in edges.reshape(-1, 2):
+                events.append((rows.index[start], video, name, frames[start], frames[stop - 1]))
+    notes.append(f"{path.name}: one row a frame, counted from 0; {len(events)} events of {', '.join(is_on)}")
+    lines, *columns = zip(*events)
+    cells = dict(zip(("path", "label", "start_frame", "end_frame"), columns))
+    return pd.DataFrame(cells, index=lines).astype(str)
+
+
+def headless_list(table, root, notes):
+    """'path label' lines without a header -> DataFrame of path and label; None where the first line names no video."""
+    import pandas as pd
+    lines = [list(table.columns), *table.to_numpy().tolist()]
+    if len(lines[0]) == 1:
+        lines = [cell.rsplit(None, 1) for [cell] in lines]
+    if any(len(line) != 2 for line in lines) or not Path(root).is_dir():
+        return None
+    first = lines[0][0]
+    if file_names.match_videos([first], root)[0][first] is None:
+        return None
+    notes.append("no header line: each line is read as a path and a label")
+    return pd.DataFrame(lines, columns=["path", "label"], index=[1, *table.index], dtype=object)
+
+
+def describe_rows(rows, path, root, written, part="", min_event_sec=1.0, time_unit=None, notes=None):
     """Rows of one file -> DataFrame: path as written, root, part, line, window (start, end, unit), fault, place.
 
     place: of the row in its file, 0 to 1, as text: a file sorted by class gives itself away.
     """
     import pandas as pd
-    windows, unit, faults = event_windows(rows, path, min_event_sec)
+    windows, unit, faults = event_windows(rows, path, min_event_sec, time_unit, notes)
     return pd.DataFrame({
         "path": list(written),
         "root": str(root),
@@ -316,44 +504,127 @@ def describe_rows(rows, path, root, written, part="", min_event_sec=1.0):
         "place": [f"{row / len(rows):.6f}" for row in range(len(rows))]})
 
 
-def read_manifest(part, path, video_root, min_event_sec, need_labels):
-    """One manifest file, or folder of class folders -> (rows of describe_rows with label, DataFrame of the other
-    columns). Raises UserError without a column of paths."""
-    path = Path(path)
-    is_folder = path.is_dir()
-    table = keyed_columns(folder_table(path) if is_folder else csv_tables.read_table(path), path)
-    source = first_column(table, PATH_COLUMNS)
-    label = first_column(table, LABEL_COLUMNS)
+def read_manifest_file(path, root, asked, need_labels, notes):
+    """Manifest, list, BORIS export or label table -> (table of text cells, its columns of paths and of labels).
+
+    asked: the columns of paths and labels that flags name, or None. Raises UserError that names what is missing.
+    """
+    raw = csv_tables.read_table(path)
+    keys = {column_key(name) for name in raw}
+    if keys.isdisjoint(PATH_COLUMNS) and keys.isdisjoint(LABEL_COLUMNS) and not any(asked):
+        listed = headless_list(raw, root, notes)
+        raw = below_header(raw) if listed is None else listed
+    table = keyed_columns(raw, path)
+    source = named_column(table, asked[0], PATH_COLUMNS, "--path_column", path)
+    label = named_column(table, asked[1], LABEL_COLUMNS, "--label_column", path)
+    if label is None and need_labels:
+        events = per_frame_events(table, Path(path), source, notes)
+        if events is not None:
+            return events, "path", "label"
     if source is None or (label is None and need_labels):
         raise common.UserError(
-            f"{path}: expected a column of paths ({', '.join(PATH_COLUMNS)}) and one of labels "
-            f"({', '.join(LABEL_COLUMNS)}), found {common.shorten_list(table.columns, 40)}")
+            f"{path}: column of paths: {source or 'none, name it with --path_column'}; column of labels: "
+            f"{label or 'none, name it with --label_column'} (found: {common.shorten_list(table.columns, 40)})")
+    if label:
+        table = paired_states(table, source, label, notes)
+    return table, source, label
+
+
+def named_column(table, wanted, known, flag, path):
+    """Key of the column that a flag asks for, else the first of `known` that there is, else None."""
+    if wanted and column_key(wanted) not in table:
+        raise common.UserError(f"{path}: no column for {flag} {wanted}{common.closest(wanted, table.columns)} "
+                               f"(found: {common.shorten_list(table.columns, 40)})")
+    return column_key(wanted) if wanted else first_column(table, known)
+
+
+def read_manifest(part, path, video_root, min_event_sec, need_labels, asked=(None, None), time_unit=None):
+    """One manifest file, or folder of class folders or of label tables -> (rows of describe_rows with label, DataFrame
+    of the other columns, notes). Raises UserError without a column of paths."""
+    import pandas as pd
+    path = Path(path)
+    notes = []
+    root = video_root or (path if path.is_dir() else path.parent)
+    label_tables = sorted(path.glob("*.csv")) if path.is_dir() else []
+    if label_tables and not any(inside.is_dir() for inside in path.iterdir()):
+        tables = [read_manifest_file(file, root, asked, need_labels, notes)[0] for file in label_tables]
+        table = pd.concat(tables)
+        source, label = "path", "label"
+    elif path.is_dir():
+        table = folder_table(path, notes)
+        source, label = "path", "label"
+    else:
+        table, source, label = read_manifest_file(path, root, asked, need_labels, notes)
     written = table[source]
     if "video_filename" in table:
         written = written.mask(written == "", table["video_filename"])
-    root = video_root or (path if is_folder else path.parent)
-    rows = describe_rows(table, path, root, written, part, min_event_sec)
+    check_times_are_used(table, path)
+    rows = describe_rows(table, path, root, written, part, min_event_sec, time_unit, notes)
     rows["label"] = "" if label is None else list(table[label])
-    used = {source, label, *WINDOW_COLUMNS}
-    return rows, table[[name for name in table if name not in used]]
+    check_whole_clips(rows, table, path)
+    used = {source, label, *(column.name for columns in used_times(table) for column in columns)}
+    return rows, table[[name for name in table if name not in used]], notes
+
+
+def check_whole_clips(rows, table, path):
+    """UserError where rows of one video have different labels and no times."""
+    whole = rows[rows["start"].isna() & (rows["label"] != "")]
+    n_labels = whole.groupby("path")["label"].nunique()
+    several = n_labels.index[n_labels > 1]
+    if len(several):
+        raise common.UserError(
+            f"{path}: {len(several)} videos stand in rows with different labels and without times, such as "
+            f"{several[0]}; found columns {common.shorten_list(table.columns, 40)}. Name the times of the events "
+            "start_sec and end_sec, or start_frame and end_frame")
+
+
+def own_times(rows, extra, sources, notes):
+    """Rows in the times of their own files: a BORIS observation of several files counts on from one to the next.
+
+    It does so where its total length is that of its files together. Raises UserError where that cannot be told.
+    """
+    if not {"observation_id", "total_length"} <= set(extra):
+        return rows
+    rows = rows.copy()
+    for name, places in rows.groupby(extra["observation_id"].to_numpy()).groups.items():
+        files = list(dict.fromkeys(sources[place] for place in places))
+        if len(files) < 2 or None in files:
+            continue
+        lengths = [video_files.probe(file).duration_sec for file in files]
+        total = csv_tables.to_numbers(extra["total_length"].loc[places], "column total_length")[0]
+        if abs(total - lengths[0]) < 0.02 * lengths[0]:
+            continue  # of each file alone
+        if abs(total - sum(lengths)) > 0.02 * total:
+            raise common.UserError(
+                f"observation {name}: total length {total:g} s, but its files with events have {sum(lengths):g} s, so it "
+                "is unknown where each begins. Export every file as an observation of its own")
+        begins = dict(zip(files, np.cumsum([0, *lengths])))
+        shift = [begins[sources[place]] for place in places]
+        for column in ("start", "end"):
+            rows.loc[places, column] -= shift
+        notes.append(f"observation {name}: times count over {len(files)} files and were made times of each")
+    return rows
 
 
 def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, group_column=None, names=None,
-                need_labels=True, max_missing=0.05):
+                need_labels=True, max_missing=0.05, path_column=None, label_column=None, time_unit=None, need_files=True):
     """{part: CSV manifest or folder of class folders} -> EventTable for --task classify.
 
     video_root: where the paths are looked for (default: beside each manifest); names: the classes of a trained model;
     need_labels False: rows without a label stay, label -1. Without group_column a column `group` is the group.
-    Raises UserError: see the functions above; more than the share max_missing of the videos is not there.
+    path_column, label_column, time_unit: for columns whose names do not say it. need_files False: rows of missing videos
+    stay. Raises UserError: see the functions above; more than the share max_missing of the videos is not there.
     """
     import pandas as pd
     found = [
-        read_manifest(part, path, video_root, min_event_sec, need_labels)
+        read_manifest(part, path, video_root, min_event_sec, need_labels, (path_column, label_column), time_unit)
         for part, path in manifests.items()]
-    rows = pd.concat([rows for rows, _ in found], ignore_index=True)
-    extra = pd.concat([others for _, others in found], ignore_index=True).fillna("")
+    rows = pd.concat([rows for rows, _, _ in found], ignore_index=True)
+    extra = pd.concat([others for _, others, _ in found], ignore_index=True).fillna("")
     group = group_column_of(extra, group_column, ["group"], common.shorten_list(manifests.values()))
-    sources, notes = find_sources(rows, video_root is None, max_missing)
+    sources, notes = find_sources(rows, video_root is None, max_missing, need_files)
+    notes = list(itertools.chain.from_iterable(said for _, _, said in found)) + notes
+    rows = own_times(rows, extra, sources, notes)
     known = read_label_map(label_map) if label_map else None
     names, classes = classes_of(rows["label"], known, names)
 
@@ -391,10 +662,11 @@ def groups_of(extra, column, is_wanted, lines, notes):
     return None
 
 
-def find_sources(rows, is_open, max_missing):
+def find_sources(rows, is_open, max_missing, need_files=True):
     """(N paths of the rows' videos, None where there is none; notes). Raises UserError above max_missing.
 
-    is_open: no --video_root was given, so that an absolute path may also name a video elsewhere.
+    is_open: no --video_root was given, so that an absolute path may also name a video elsewhere. need_files False: a
+    missing video has the path at which it would lie.
     """
     found = {}
     notes = []
@@ -410,11 +682,14 @@ def find_sources(rows, is_open, max_missing):
             found[root, name] = path
     missing = [name for (_, name), path in found.items() if path is None]
     counted = f"{len(missing)} of {len(found)} videos"
-    if len(missing) > max_missing * len(found):
+    if missing and not need_files:
+        notes.append(f"{counted} are not there: their bytes, frames and the ends of their windows are not checked")
+        found = {(root, name): path or Path(root, file_names.without_root(name)) for (root, name), path in found.items()}
+    elif len(missing) > max_missing * len(found):
         raise common.UserError(
             f"{counted} are not below --video_root {root}: {common.shorten_list(missing)}; "
             "correct it, or allow a larger share: --max_missing")
-    if missing:
+    elif missing:
         notes.append(f"{counted} are not there: {common.shorten_list(missing)}")
     return [found[key] for key in zip(rows["root"], rows["path"])], notes
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import common
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".tga", ".mpo")
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".mts", ".npy")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".mts", ".npy", ".ts",
+                  ".m2ts", ".h264", ".h265", ".hevc", ".3gp", ".flv", ".vob", ".ogv", ".asf")  # others are opened to see
 
 
 def find_images(folder):
@@ -46,18 +47,24 @@ def natural_key(name):
 
 
 def find_videos(root):
-    """{path below root: Path} of all videos, .npy clips and folders of pictures; hidden and '._' ones ignored."""
+    """({path below root: Path} of all videos, .npy clips and folders of pictures, the same of the other files).
+
+    Pictures, hidden and '._' files are ignored.
+    """
     root = Path(root)
     if not root.is_dir():
         raise common.UserError(f"--video_root {root}: expected a folder of videos, found no such folder")
     found = {}
+    others = {}
     for inside, _, files in walk_visible(root):
         if any(name.lower().endswith(IMAGE_SUFFIXES) for name in files):
             found[inside.as_posix()] = root / inside
         for name in files:
             if name.lower().endswith(VIDEO_SUFFIXES):
                 found[(inside / name).as_posix()] = root / inside / name
-    return found
+            elif not name.lower().endswith(IMAGE_SUFFIXES):
+                others[(inside / name).as_posix()] = root / inside / name
+    return found, others
 
 
 def clean_name(name):
@@ -175,14 +182,19 @@ def match_videos(names, root):
     As match_images, but drives and folders of another machine are cut off, and a file in another folder may fit.
     UserError: a name leaves `root`, fits several files, or several folders mean one file.
     """
-    files = {clean_name(file): path for file, path in find_videos(root).items()}
+    videos, others = ({clean_name(file): path for file, path in files.items()} for files in find_videos(root))
+    files = others | videos
     cleaned = {name: without_root(name) for name in dict.fromkeys(names)}
     leaving = [name for name, below in cleaned.items() if below.split("/")[0] == ".."]
     if leaving:
         raise common.UserError(f"expected videos inside --video_root {root}, found {common.shorten_list(leaving)}; "
                                f"correct these paths")
-    index = NameIndex(files, VIDEO_SUFFIXES)
-    fits = {name: index.find(below, other_folders=True) for name, below in cleaned.items()}
+    index = NameIndex(videos, VIDEO_SUFFIXES)
+    rest = NameIndex(others, ())  # a suffix that is not listed must be written
+    fits = {}
+    for name, below in cleaned.items():
+        fit = index.find(below, other_folders=True)
+        fits[name] = fit if fit.files else rest.find(below, other_folders=True)
     unclear = [f"{name} -> {common.shorten_list(fit.files, 4)}" for name, fit in fits.items() if len(fit.files) > 1]
     folders_of = collections.defaultdict(set)
     for name, fit in fits.items():

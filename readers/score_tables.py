@@ -92,7 +92,8 @@ def score_columns(rows, wanted, path):
     return names
 
 
-def read_sequences(path, root=None, group_column=None, target_columns=None, need_labels=True, max_missing=0.05):
+def read_sequences(path, root=None, group_column=None, target_columns=None, need_labels=True, max_missing=0.05,
+                   path_column=None, need_files=True):
     """Scores of frame sequences (CSV or JSON) -> EventTable for --task regress; names as the file spells them.
 
     Several rows of one sequence (one per rater) become their mean, the single ratings are kept. Groups: group_column,
@@ -107,14 +108,14 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     columns = [csv_tables.to_numbers(raw[name], f"{path}, column {name}") for name in names]
     target = np.stack(columns, axis=1)  # (N, R)
     extra = event_tables.keyed_columns(raw.drop(columns=names), path)
-    source = event_tables.first_column(extra, (*event_tables.PATH_COLUMNS, "sequence_id", "id"))
+    known = (*event_tables.PATH_COLUMNS, "media", "sequence_id", "id")
+    source = event_tables.named_column(extra, path_column, known, "--path_column", path)
     group = event_tables.group_column_of(extra, group_column, GROUP_COLUMNS, path)
     if source is None:
         raise common.UserError(
-            f"{path}: expected a column of folders ({', '.join(event_tables.PATH_COLUMNS)}), found "
-            f"{common.shorten_list(extra.columns, 40)}")
+            f"{path}: no column of folders; name it with --path_column (found: {common.shorten_list(extra.columns, 40)})")
     rows = event_tables.describe_rows(extra, path, root or Path(path).parent, extra[source])
-    sources, notes = event_tables.find_sources(rows, root is None, max_missing)
+    sources, notes = event_tables.find_sources(rows, root is None, max_missing, need_files)
 
     def reason_to_skip(fault, folder, has_score):
         if fault:

@@ -381,6 +381,13 @@ def _still_frame(frame, info, short_side):
     return _shrink(pixels, (width, height), short_side)
 
 
+def has_pictures(path):
+    """True where FFmpeg opens the file as a video; the suffix decides nothing."""
+    with contextlib.suppress(common.UserError, OSError), _open_video(path):
+        return True
+    return False
+
+
 def files_of(path):
     return file_names.find_images(path) if Path(path).is_dir() else [path]
 

@@ -5,6 +5,7 @@
 import json
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -101,7 +102,7 @@ def test_absolute_paths_elsewhere_are_missing_not_opened(tmp_path, name):
 def test_links_into_a_loop_end(tmp_path):
     put(tmp_path, "sub/a.mp4", "b.mp4")
     (tmp_path / "sub" / "again").symlink_to(tmp_path, target_is_directory=True)
-    assert sorted(file_names.find_videos(tmp_path)) == ["b.mp4", "sub/a.mp4"]
+    assert sorted(file_names.find_videos(tmp_path)[0]) == ["b.mp4", "sub/a.mp4"]
 
 
 def test_missing_videos_are_listed_and_stop_above_the_share(tmp_path):
@@ -206,6 +207,149 @@ def test_semicolons_and_decimal_commas(tmp_path):
     assert event_tables.read_events({"": path}).windows.tolist() == [[1.5, 4.25], [5, 6.5]]
 
 
+@pytest.mark.parametrize("header, cells, expected", [
+    ("start,stop", "1,2.5", [1, 2.5]), ("Start (s),Stop (s)", "1,2.5", [1, 2.5]), ("onset,offset", "1,2.5", [1, 2.5]),
+    ("time_start,time_end", "1,3", [1, 3]), ("start_ms,end_ms", "1000,2500", [1, 2.5]), ("BEGIN [s],End [s]", "1,3", [1, 3]),
+    ("begin_time,end_time,duration", "00:00:01.500,00:01:02.750,00:01:01.250", [1.5, 62.75]),
+    ("start_time,end_time", "1,2.5", [1, 2.5]), ("start_sec,end_sec", "00:00:01.500,01:00:02", [1.5, 3602]),
+    ("onset_sec,dur", "2,3", [2, 5]), ("Start (min),End (min)", "1,1.5", [60, 90]), ("tStart,tEnd", "1,3", [1, 3]),
+    ("event_offset_sec,duration_sec,start_time,end_time", "5,2,6:00:25,6:00:27", [5, 7])])
+def test_times_under_every_name_and_unit(tmp_path, header, cells, expected):
+    table = windows(tmp_path, header, cells, cells)
+    assert table.windows.tolist() == [expected] * 2 and set(table.unit) == {"sec"}
+    is_said = any(word in header for word in ("(", "[", "_ms", "start_sec", "event_"))
+    assert any("--time_unit" in note for note in table.notes) != is_said
+
+
+@pytest.mark.parametrize("header, cells", [("Image index start,Image index stop", "10,19"), ("frame_start,frame_end", "10,19"),
+                                           ("first_frame,last_frame", "10,19"), ("start_frame,duration_frames", "10,10")])
+def test_windows_in_frames_under_other_names(tmp_path, header, cells):
+    table = windows(tmp_path, header, cells, cells)
+    assert table.windows.tolist() == [[10, 20]] * 2 and set(table.unit) == {"frame"}
+
+
+def test_the_unit_of_a_column_that_says_none_can_be_given(tmp_path):
+    assert windows(tmp_path, "start,end", "60,120", time_unit="frame").windows.tolist() == [[60, 121]]
+    assert windows(tmp_path, "start,end", "6000,9000", time_unit="ms").windows.tolist() == [[6, 9]]
+
+
+@pytest.mark.parametrize("header, cells", [("time", "1.5"), ("timestamp,t", "1,2"), ("start_sec,timecode", "1,2"),
+                                           ("end", "4")])
+def test_times_that_are_not_understood_stop(tmp_path, header, cells):
+    message = fails(windows, tmp_path, header, cells, cells)
+    assert "look like times" in message and header.split(",")[-1] in message and "start_sec" in message
+
+
+def test_different_labels_of_one_video_without_times_stop(tmp_path):
+    put(tmp_path, "a.mp4")
+    path = write(tmp_path / "m.csv", "path,label,when\na.mp4,x,early\na.mp4,y,late\n")
+    message = fails(event_tables.read_events, {"": path})
+    assert "different labels" in message and "a.mp4" in message and "when" in message
+
+
+# --- exports of other programs -----------------------------------------------------
+
+def boris(tmp_path, text, name="b.tsv", **options):
+    root = put(tmp_path / "v", "s0.mp4", "s1.mp4")
+    return event_tables.read_events({"": write(tmp_path / name, text)}, root, **options)
+
+
+@pytest.mark.parametrize("sep", ["\t", ","])
+def test_boris_aggregated_events(tmp_path, sep):
+    rows = ["Observation id;Media file;FPS;Subject;Behavior;Modifiers;Behavior type;Start (s);Stop (s);Duration (s)",
+            "obs 0;D:/study/s0.mp4;25;m0;groom;;STATE;1.000;2.500;1.500",
+            "obs 0;D:/study/s0.mp4;25;m0;jump;;POINT;7.000;7.000;NA",
+            "obs 1;D:/study/s1.mp4;25;m1;groom;;STATE;4.000;5.500;1.500"]
+    table = boris(tmp_path, "\n".join(rows).replace(";", sep) + "\n")
+    assert table.windows.tolist() == [[1, 2.5], [6.5, 7.5], [4, 5.5]] and table.names == ["groom", "jump"]
+    assert list(table.videos) == ["s0.mp4", "s0.mp4", "s1.mp4"] and list(table.extra["subject"]) == ["m0", "m0", "m1"]
+
+
+@pytest.mark.parametrize("sep", ["\t", ","])
+def test_boris_tabular_events_below_their_lines_of_metadata(tmp_path, sep):
+    rows = ["Observation id;obs 1;;;;;;;", ";;;;;;;;", "Media file(s);;;;;;;;", "Player #1;s0.mp4;;;;;;;",
+            "Time offset (s);0.0;;;;;;;",
+            "Time;Media file path;Total length;FPS;Subject;Behavior;Behavioral category;Comment;Status",
+            "1.0;C:\\s0.mp4;12;25;m1;groom;;;START", "1.5;C:\\s0.mp4;12;25;m2;groom;;;START",
+            "2.5;C:\\s0.mp4;12;25;m1;groom;;;STOP", "3.0;C:\\s0.mp4;12;25;m1;jump;;;POINT",
+            "4.5;C:\\s0.mp4;12;25;m2;groom;;;STOP", "6.0;C:\\s0.mp4;12;25;m1;rear;;;START"]
+    table = boris(tmp_path, "\n".join(rows).replace(";", sep) + "\n", min_event_sec=0)
+    assert table.windows.tolist() == [[1, 2.5], [3, 3], [1.5, 4.5]]
+    assert [table.names[c] for c in table.label] == ["groom", "jump", "groom"]
+    assert list(table.extra["subject"]) == ["m1", "m1", "m2"]
+    assert any("3 events; 1 without a STOP" in note for note in table.notes)
+
+
+@pytest.mark.parametrize("total, expected", [(30, [[1, 2], [5, 6]]), (10, [[1, 2], [15, 16]]), (99, None)])
+def test_boris_observation_of_several_files_counts_on(tmp_path, monkeypatch, total, expected):
+    """The first file has 10 s, the second 20 s."""
+    lengths = {"s0.mp4": 10.0, "s1.mp4": 20.0}
+    monkeypatch.setattr(video_files, "probe", lambda path: video_files.VideoInfo(str(path), duration_sec=lengths[path.name]))
+    text = ("Observation id\tMedia file\tTotal length\tBehavior\tStart (s)\tStop (s)\n"
+            f"o\ts0.mp4\t{total}\tgroom\t1\t2\no\ts1.mp4\t{total}\trear\t15\t16\n")
+    if expected is None:
+        assert "unknown where each begins" in fails(boris, tmp_path, text)
+    else:
+        assert boris(tmp_path, text).windows.tolist() == expected
+
+
+@pytest.mark.parametrize("header, background", [(",background,groom,rear", "background"), ("frame,groom,rear", "background"),
+                                                (",Nose_x,Nose_p,groom,rear", "background")])
+def test_one_row_a_frame_becomes_events(tmp_path, header, background):
+    """Frames 0 to 11: groom 2 to 5, rear 5 to 7, nothing 0, 1 and 8 to 11."""
+    names, lines = header.split(","), []
+    for frame in range(12):
+        groom, rear = 2 <= frame <= 5, 5 <= frame <= 7
+        cells = {"": frame, "frame": frame, "groom": int(groom), "rear": int(rear), "Nose_x": 3.5 + frame, "Nose_p": 1,
+                 "background": int(not (groom or rear))}
+        lines.append(",".join(str(cells[name]) for name in names))
+    root = put(tmp_path, "labels/s0_labels.csv", "v/s0.mp4")
+    write(root / "labels/s0_labels.csv", "\n".join([header, *lines]) + "\n")
+    for source in (root / "labels/s0_labels.csv", root / "labels"):
+        table = event_tables.read_events({"": source}, root / "v")
+        found = {(table.names[c], *window) for c, window in zip(table.label, table.windows.tolist())}
+        assert found == {("groom", 2, 6), ("rear", 5, 8), (background, 0, 2), (background, 8, 12)}
+        assert set(table.unit) == {"frame"} and set(table.videos) == {"s0.mp4"}
+
+
+@pytest.mark.parametrize("text", ["cam 1/s0.mp4 0\ncam 1/s1.mp4 1\ncam 1/s2.mp4 0\n", "s0.mp4,0\ns1.mp4,1\ns2.mp4,0\n",
+                                  "s0.mp4\t0\ns1.mp4\t1\ns2.mp4\t0\n"])
+def test_lists_of_path_and_label_without_a_header(tmp_path, text):
+    root = put(tmp_path, *(f"v/cam 1/s{i}.mp4" for i in range(3)))
+    table = event_tables.read_events({"": write(tmp_path / "list.txt", text)}, root / "v")
+    assert list(table.videos) == [f"cam 1/s{i}.mp4" for i in range(3)]
+    assert table.names == ["0", "1"] and table.label.tolist() == [0, 1, 0]
+    assert any("no header line" in note for note in table.notes)
+
+
+def test_missing_columns_are_named_and_can_be_given(tmp_path):
+    root = put(tmp_path, "s0.mp4")
+    path = write(tmp_path / "m.csv", "clip name,Behavior,start_sec,end_sec\ns0.mp4,groom,1,2\n")
+    message = fails(event_tables.read_events, {"": path}, root)
+    assert "--path_column" in message and "column of labels: behavior" in message
+    assert len(event_tables.read_events({"": path}, root, path_column="Clip name")) == 1
+    assert "no column for --label_column Act " in fails(
+        event_tables.read_events, {"": path}, root, path_column="clip name", label_column="Act")
+    path = write(tmp_path / "m.csv", "path,what\ns0.mp4,groom\n")
+    assert "--label_column" in fails(event_tables.read_events, {"": path}, root)
+    assert event_tables.read_events({"": path}, root, label_column="what").names == ["groom"]
+
+
+def test_suffixes_decide_nothing(tmp_path):
+    put(tmp_path, "a/1.ts", "b/2.h264", "b/notes.txt", "a/4.dat")
+    with av.open(str(tmp_path / "b/3.cam"), "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width = stream.height = 32
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), "rgb24")))
+        container.mux(stream.encode(None))
+    table = event_tables.read_events({"": tmp_path})
+    assert sorted(table.clip_ids) == ["a/1.ts", "b/2.h264", "b/3.cam"]
+    assert any("2 files in class folders are no videos: a/4.dat, b/notes.txt" in note for note in table.notes)
+    path = write(tmp_path / "m.csv", "path,label\nb/3.cam,x\n1,y\n")
+    assert [source.name for source in event_tables.read_events({"": path}).sources] == ["3.cam", "1.ts"]
+
+
 # --- other layouts -----------------------------------------------------------------
 
 def test_minimal_form_folders_of_frames_npy_and_whole_clips(tmp_path):
@@ -296,7 +440,7 @@ def test_blank_labels_are_skipped_in_training_and_unknown_in_prediction(tmp_path
     assert list(event_tables.read_events({"": path}, names=["w", "x"], need_labels=False).label) == [1, -1]
     bare = write(tmp_path / "bare.csv", "path\na.mp4\nb.mp4\n")
     assert list(event_tables.read_events({"": bare}, names=["w", "x"], need_labels=False).label) == [-1, -1]
-    assert "one of labels" in fails(event_tables.read_events, {"": bare})
+    assert "column of labels: none" in fails(event_tables.read_events, {"": bare})
 
 
 @pytest.mark.parametrize("text, said", [
@@ -620,6 +764,21 @@ def test_contents_are_compared_by_bytes_and_read_once(tmp_path, monkeypatch):
     x, y, z, alone, folder, link = (keys[tmp_path / name] for name in names)
     assert x == z != y and alone == link != x and folder not in (x, y, alone)
     assert sorted(Path(name).name for name in opened) == ["x.mp4", "y.mp4", "z.mp4"]
+
+
+def test_a_table_is_audited_without_its_videos(tmp_path):
+    """Every event of the test part is in train or val, and no file is there."""
+    rows = {part: [event(video_path=f"{part}{i}.mp4", start_time=f"6:0{i}:00") for i in range(first, last)]
+            for part, first, last in (("train", 0, 4), ("val", 4, 6), ("test", 2, 6))}
+    for part in rows:
+        manifest(tmp_path / f"{part}.csv", *rows[part])
+    manifests = {part: tmp_path / f"{part}.csv" for part in rows}
+    assert "10 of 10 videos are not below" in fails(event_tables.read_events, manifests)
+    table = event_tables.read_events(manifests, need_files=False)
+    assert len(table) == 10 and any("10 of 10 videos are not there: their bytes" in note for note in table.notes)
+    text = splitting.leakage_text(event_audit.audit_table(table, split_by_parts(table)))
+    assert "4 of 4 test events are in train or val" in text and "0 of 2 val events are in train" in text
+    assert "0 exact duplicates" in text
 
 
 def test_probability_clusters(tmp_path):
