@@ -1779,8 +1779,8 @@ def cached_weights_file(name):
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1], url
 
 
-def published_weights(name):
-    """State dict of torchvision's default weights, from cache or network. UserError where neither has them."""
+def fetch_weights(name):
+    """(path, start of its SHA-256) of torchvision's default weights, from cache or network. UserError: neither has them."""
     path, url = cached_weights_file(name)
     prefix = re.search(r"-([0-9a-f]{8,})\.", path.name)[1]
     if not path.exists():
@@ -1791,6 +1791,12 @@ def published_weights(name):
             raise UserError(f"no pretrained weights for {name}: {path} is missing and the download failed ({error}). "
                             f"Run `python verify_setup.py --download_weights {name}` where there is internet, or give "
                             "--weights FILE; --no_pretrained starts from random weights") from None
+    return path, prefix
+
+
+def published_weights(name):
+    """State dict of torchvision's default weights. Raises UserError as fetch_weights does."""
+    path, prefix = fetch_weights(name)
     if zipfile.is_zipfile(path):
         return load_weights_file(path)
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(prefix):

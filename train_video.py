@@ -1411,12 +1411,22 @@ def train(args):
     """--mode train: one split, or all folds."""
     with common.start_run(args, fp32_on_cpu=args.model != CNN_LSTM) as run:
         check_fold_of_file(args)
+        check_weights(args)
         study = load_study(args, run.say, run.path("skipped.csv"))
         check_flags_of_study(args, study)
         if args.folds or args.cv_file:
             run_folds(run, args, study)
         else:
             run_split(run, args, study, make_split(args, study))
+
+
+def check_weights(args):
+    """UserError for weights that cannot be had, before any video is decoded."""
+    name = args.backbone if args.model == CNN_LSTM else args.model
+    if args.weights:
+        common.load_weights_file(args.weights)
+    elif args.pretrained and name in torchvision.models.list_models():
+        common.fetch_weights(name)
 
 
 def check_fold_of_file(args):

@@ -352,28 +352,31 @@ def seconds_of(table, infos, min_event_sec=1.0):
     """The table with windows counted in frames turned into seconds by the frames' own times; short ones widened.
 
     infos: {source: VideoInfo} of the rows in frames. A row of a damaged file, whose frames cannot be counted, is
-    skipped; one of a file that cannot be read keeps no window.
+    skipped; one of a file that cannot be read stays in frames.
     """
-    is_frame = table.unit == "frame"
     windows = table.windows.copy()
+    unit = table.unit.copy()
+    is_timed = np.zeros(len(table), bool)
     skipped = list(table.skipped)
     keep = np.ones(len(table), bool)
-    for row in np.flatnonzero(is_frame):
+    for row in np.flatnonzero(unit == "frame"):
         info = infos[table.sources[row]]
+        if info.error:
+            continue
         windows[row] = [time_of_frame(info, frame) for frame in windows[row]]
+        unit[row] = "sec"
+        is_timed[row] = True
         if info.damage:
             keep[row] = False
             reason = f"its frames cannot be counted: {info.damage}"
             skipped.append({"row": table.clip_ids[row], "video": str(table.sources[row]), "reason": reason})
-    windows = _widen(*windows.T, min_event_sec, is_frame)
-    in_seconds = dataclasses.replace(table, windows=windows, unit=np.full(len(table), "sec"), skipped=skipped)
+    windows = _widen(*windows.T, min_event_sec, is_timed)
+    in_seconds = dataclasses.replace(table, windows=windows, unit=unit, skipped=skipped)
     return in_seconds.take(keep)
 
 
 def time_of_frame(info, frame):
-    """When a frame is first shown, in seconds; NaN in a file that cannot be read."""
-    if info.error:
-        return math.nan
+    """When a frame is first shown, in seconds."""
     if frame < info.n_frames:
         return info.times[int(frame)]
     return info.duration_sec + (frame - info.n_frames) / info.fps

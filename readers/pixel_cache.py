@@ -16,6 +16,7 @@ import numpy as np
 import common
 
 MAX_PIXELS = 200_000_000  # of a picture or a frame
+LARGE = 1e9  # bytes of decoded pixels that are worth a word before they are decoded
 NPY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError)  # what np.load raises on bad files
 
 
@@ -59,7 +60,12 @@ class PixelStore:
         self.bytes = 0
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         self.folder = Path(home, "small-data-scripts").absolute()
-        self.cache = self._choose_cache(rows_of_files, cache)
+        expected = self._estimate(rows_of_files)
+        self.cache = self._choose_cache(rows_of_files, cache, expected)
+        if expected > LARGE:
+            where = {"ram": "in memory", "disk": f"in {self.folder}", "none": "nowhere, each is decoded when it is used"}
+            print(f"note: {n_items} {self.item}s take about {expected / 1e9:.1f} GB decoded, kept {where[self.cache]} "
+                  "(--cache); a smaller --image_size, a lower --fps or shorter events take less", flush=True)
         for rows, loaded in zip(rows_of_files, in_threads(self._load, rows_of_files)):
             for row, (audit, n_bytes, kept) in zip(rows, loaded):
                 self.audit[row] = audit
@@ -85,8 +91,8 @@ class PixelStore:
         where = f" in {self.folder}" if self.cache == "disk" else ""
         return f"{self.cache} cache{where}: {len(self)} {self.item}s, {self.bytes / 1e6:.0f} MB decoded"
 
-    def _choose_cache(self, rows_of_files, cache):
-        if cache == "auto" and self._estimate(rows_of_files) <= available_memory() / 4:
+    def _choose_cache(self, rows_of_files, cache, expected):
+        if cache == "auto" and expected <= available_memory() / 4:
             return "ram"
         if cache in ("ram", "none"):
             return cache

@@ -255,6 +255,20 @@ def test_an_ensemble_has_no_numbers_before_calibration(class_folds):
     assert "members of an ensemble are calibrated before" in page
 
 
+def test_predict_obeys_min_event_sec(made, behaviours, tmp_path):
+    """The flag as typed counts, not that of the checkpoint: the same as a checkpoint that was trained with it."""
+    content = common.read_checkpoint(behaviours / "best_model.pth")
+    content["architecture"]["min_event_sec"] = 4.0
+    common.save_checkpoint(tmp_path / "wide.pth", content)
+
+    def tail(checkpoint, *flags):
+        video("--mode", "predict", "--checkpoint", checkpoint, "--manifest", made.manifests / "test.csv", *made.look,
+              "--output", tmp_path / "p.csv", "--num_workers", 0, *flags)
+        return numbers(read_csv(tmp_path / "p.csv"), "prob_tail")
+    own = behaviours / "best_model.pth"
+    assert tail(own, "--min_event_sec", 4).tolist() == tail(tmp_path / "wide.pth").tolist() != tail(own).tolist()
+
+
 def test_members_that_read_other_windows_are_read_apart(made, behaviours, tmp_path):
     """The same network, once with windows of 4 s: the mean of two is the mean of what each gives alone."""
     content = common.read_checkpoint(behaviours / "best_model.pth")
@@ -699,6 +713,11 @@ def test_published_weights_that_cannot_be_had(made, tmp_path, monkeypatch):
         text = video(*flags, *val(made), "--model", model, "--split_by", "event", "--output_dir", tmp_path / "out",
                      code=2).stderr
         assert "--weights FILE" in text and "--no_pretrained" in text and text.count("\n") == 1
+    monkeypatch.setattr(video_files.ClipStore, "decode", lambda *a: pytest.fail("decoded before the weights were looked for"))
+    args = train_video.parse_args(list(map(str, [*flags, *val(made), "--split_by", "event", "--output_dir", tmp_path / "out",
+                                                 "--backbone", "resnet18"])))
+    with pytest.raises(common.UserError, match="no pretrained weights for resnet18"):
+        train_video.train(args)
 
 
 def test_broken_videos_are_named_and_counted(made, tmp_path):

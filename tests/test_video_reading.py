@@ -618,6 +618,13 @@ def test_a_long_event_takes_no_more_memory_than_its_cache_keeps(films, cache, mo
     assert store.bytes > 1e8 and peak < most * store.bytes
 
 
+def test_what_many_frames_take_is_said_before_they_are_decoded(films, monkeypatch, capsys):
+    monkeypatch.setattr(pixel_cache, "LARGE", 1e6)
+    monkeypatch.setattr(video_files.ClipStore, "decode", lambda *a: pytest.fail(capsys.readouterr().out))
+    with pytest.raises(pytest.fail.Exception, match=r"note: 1 clips take about 0.4 GB decoded, kept nowhere.*--fps"):
+        open_store([films["bframes.mp4"]], [WHOLE], fps=1600, short_side=96, cache="none")
+
+
 def cache_files():
     return set(Path(os.environ["XDG_CACHE_HOME"], "small-data-scripts").glob("*"))
 
