@@ -39,7 +39,7 @@ from evidence import (
     baseline_models, calibrating, class_judging, class_scores, confounding, event_audit, judging,
     metric_names, plotting, prediction_tables, rater_agreement, reporting, score_judging, splitting,
     table_judging, verdicts)
-from readers import csv_tables, event_tables, score_tables, video_files
+from readers import csv_tables, event_tables, event_times, score_tables, video_files
 
 MODES = ("train", "predict", "evaluate", "audit")
 PARTS = ("train", "val", "test")
@@ -349,7 +349,7 @@ def read_table(args, names=None, need_labels=True):
         return table
     counted = {source for source, unit in zip(table.sources, table.unit) if unit == "frame"}
     infos = {source: video_files.probe(source, args.fps) for source in counted}
-    return event_tables.seconds_of(table, infos, args.min_event_sec)
+    return event_times.seconds_of(table, infos, args.min_event_sec)
 
 
 def load_study(args, say, skipped_file=None, names=None, need_labels=True):

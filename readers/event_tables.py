@@ -13,18 +13,12 @@ from pathlib import Path
 import numpy as np
 
 import common
-from readers import csv_tables, file_names, video_files
+from readers import csv_tables, event_times, file_names, video_files
 
 PATH_COLUMNS = ("video_path", "sequence_path", "clip_path", "path", "file", "filename", "video_filename", "video",
                 "clip", "folder", "media_file", "media_file_path", "media_file_name", "video_file", "video_name")
 LABEL_COLUMNS = ("behavior", "behaviour", "label", "class", "category", "action")
 FRAME_COLUMNS = ("frame", "frames", "frame_number", "frame_index", "frame_id", "index", "unnamed_0")
-TIME_COLUMN = re.compile(
-    "(?:event|time|clip|image|t)*(?P<index>frame|index)?(?:event|time|image)*"
-    "(?P<role>start|begin(?:ning)?|onset|first|stop|end|last|offset|duration|dur)(?:time)?"
-    "(?P<unit>seconds?|secs?|s|milliseconds?|msecs?|ms|minutes?|mins?|frames?|index)?")
-TIME_WORDS = set("start begin beginning onset stop end offset time times timestamp timecode frame t s sec seconds ms "
-                 "event video clip".split())
 
 
 @dataclasses.dataclass
@@ -212,177 +206,6 @@ def classes_of(spelled, label_map=None, names=None):
 
 
 # --------------------------------------------------------------------------------------
-# Windows in time
-# --------------------------------------------------------------------------------------
-
-@dataclasses.dataclass
-class TimeColumn:
-    """A column of times: role is start, end or duration; unit sec, ms, min or frame, None where its name says none."""
-    name: str
-    role: str
-    unit: str | None
-
-
-def time_columns(rows):
-    """The TimeColumns that a table has, those whose names say their unit first."""
-    found = []
-    for name in rows:
-        match = TIME_COLUMN.fullmatch(name.replace("_", ""))
-        if not match or not looks_like_times(rows[name]):
-            continue
-        unit = "frame" if match["index"] else match["unit"]
-        if unit and unit != "frame":
-            unit = {"m": "ms", "f": "frame", "i": "frame"}.get(unit[0], "sec")
-            unit = "min" if match["unit"].startswith("min") else unit
-        role = {"stop": "end", "last": "end", "end": "end", "offset": "offset", "duration": "duration",
-                "dur": "duration"}.get(match["role"], "start")
-        if match["role"] in ("first", "last") and unit != "frame":
-            continue
-        found.append(TimeColumn(name, role, unit))
-    roles = [column.role for column in found]
-    for column in found:
-        if column.role == "offset":  # onset and offset; but event_offset_sec is where an event starts
-            is_end = "start" in roles and "end" not in roles and not column.name.startswith("event")
-            column.role = "end" if is_end else "start"
-    return sorted(found, key=lambda column: column.unit is None)
-
-
-def used_times(rows):
-    """(TimeColumns of starts, of ends and durations): those that say their unit, else the others.
-
-    Where starts say theirs, an end that is a time of day is no end.
-    """
-    found = time_columns(rows)
-    starts = [column for column in found if column.role == "start"]
-    ends = [column for column in found if column.role != "start"]
-    starts_in_unit = [column for column in starts if column.unit]
-    ends_in_unit = [column for column in ends if column.unit]
-    if starts_in_unit:
-        ends = [column for column in ends if not rows[column.name].str.contains(":").any()]
-    return starts_in_unit or starts, ends_in_unit or ends
-
-
-def looks_like_times(cells):
-    """True where half of the cells that are not blank are numbers or clock times."""
-    filled = [cell for cell in map(str, cells) if cell]
-    is_time = [bool(csv_tables.NUMBER.fullmatch(cell.replace(",", ".")) or re.fullmatch(r"[\d:.,]+", cell))
-               for cell in filled]
-    return 2 * sum(is_time) >= len(filled) > 0
-
-
-def seconds_in(cells, where):
-    """Column of numbers or of H:MM:SS.s -> (N,) float64, NaN where blank."""
-    clock = re.compile(r"(\d+):(\d{1,2}):(\d{1,2}(?:[.,]\d*)?)")
-    plain = cells.copy()
-    for place, cell in enumerate(cells):
-        if match := clock.fullmatch(str(cell)):
-            second = float(match[3].replace(",", "."))
-            plain.iloc[place] = str(3600 * int(match[1]) + 60 * int(match[2]) + second)
-    return csv_tables.to_numbers(plain, where)
-
-
-def check_times_are_used(rows, source):
-    """UserError for columns that look like times of events and are not read, where a start or an end is missing."""
-    starts, ends = used_times(rows)
-    if starts and ends:
-        return
-    used = [column.name for column in (*starts, *ends) if starts]
-    unused = []
-    for name in rows:
-        is_day_time = bool(starts) and rows[name].str.contains(":").any()
-        if name not in used and set(name.split("_")) <= TIME_WORDS and looks_like_times(rows[name]) and not is_day_time:
-            unused.append(name)
-    if unused:
-        raise common.UserError(
-            f"{source}: columns that look like times of events are not understood: {common.shorten_list(unused)}. "
-            "Rename them to start_sec and end_sec (or start_frame and end_frame), or delete them")
-
-
-def event_windows(rows, source, min_event_sec=1.0, time_unit=None, notes=None):
-    """Time columns of one manifest -> (windows (N, 2), unit (N,), faults (N,) text, '' = none).
-
-    A start and an end or a duration, in seconds or in frames (both inclusive), by the names that TIME_COLUMN knows;
-    nothing: the whole clip. time_unit: of columns whose names say none; seconds by default, which is noted. An event
-    shorter than min_event_sec gets a window of that length around it.
-    """
-    starts, ends = used_times(rows)
-    unsaid = [column.name for column in (*starts, *ends) if column.unit is None]
-    if unsaid and not time_unit and notes is not None:
-        notes.append(f"{Path(source).name}: {', '.join(unsaid)} are read as seconds from the start of the file; "
-                     "--time_unit says otherwise")
-
-    def numbers(columns, *roles, in_frames=False):
-        values = np.full(len(rows), np.nan)
-        for column in columns:
-            unit = column.unit or time_unit or "sec"
-            if column.role in roles and (unit == "frame") == in_frames:
-                scale = {"ms": 0.001, "min": 60}.get(unit, 1)
-                found = scale * seconds_in(rows[column.name], f"{source}, column {column.name}")
-                values = np.where(np.isnan(values), found, values)
-        return values
-    start = numbers(starts, "start")
-    end = numbers(ends, "end")
-    end = np.where(np.isnan(end), start + np.nan_to_num(numbers(ends, "duration")), end)
-    first = numbers(starts, "start", in_frames=True)
-    last = numbers(ends, "end", in_frames=True)
-    last = np.where(np.isnan(last), first + numbers(ends, "duration", in_frames=True) - 1, last)
-    is_frame = np.isnan(start) & ~np.isnan(first)
-    last = np.where(np.isnan(last), first, last)
-    start = np.where(is_frame, first, start)
-    end = np.where(is_frame, last + 1, end)
-    faults = np.full(len(rows), "", object)
-    faults[start < 0] = "starts before the file"
-    faults[end < start + is_frame] = "ends before it starts"
-    if not np.isnan(start).all():
-        faults[np.isnan(start)] = "no offset, while other rows have one"
-    windows = _widen(start, end, min_event_sec, ~is_frame)
-    return windows, np.where(is_frame, "frame", "sec"), faults
-
-
-def _widen(start, end, min_event_sec, can_be_short):
-    """(N, 2) windows, the short ones widened to min_event_sec around their middle, not before the file."""
-    is_short = can_be_short & (end - start < min_event_sec)
-    widened = np.maximum((start + end - min_event_sec) / 2, 0)
-    start = np.where(is_short, widened, start)
-    end = np.where(is_short, widened + min_event_sec, end)
-    return np.stack([start, end], axis=1)
-
-
-def seconds_of(table, infos, min_event_sec=1.0):
-    """The table with windows counted in frames turned into seconds by the frames' own times; short ones widened.
-
-    infos: {source: VideoInfo} of the rows in frames. A row of a damaged file, whose frames cannot be counted, is
-    skipped; one of a file that cannot be read stays in frames.
-    """
-    windows = table.windows.copy()
-    unit = table.unit.copy()
-    is_timed = np.zeros(len(table), bool)
-    skipped = list(table.skipped)
-    keep = np.ones(len(table), bool)
-    for row in np.flatnonzero(unit == "frame"):
-        info = infos[table.sources[row]]
-        if info.error:
-            continue
-        windows[row] = [time_of_frame(info, frame) for frame in windows[row]]
-        unit[row] = "sec"
-        is_timed[row] = True
-        if info.damage:
-            keep[row] = False
-            reason = f"its frames cannot be counted: {info.damage}"
-            skipped.append({"row": table.clip_ids[row], "video": str(table.sources[row]), "reason": reason})
-    windows = _widen(*windows.T, min_event_sec, is_timed)
-    in_seconds = dataclasses.replace(table, windows=windows, unit=unit, skipped=skipped)
-    return in_seconds.take(keep)
-
-
-def time_of_frame(info, frame):
-    """When a frame is first shown, in seconds."""
-    if frame < info.n_frames:
-        return info.times[int(frame)]
-    return info.duration_sec + (frame - info.n_frames) / info.fps
-
-
-# --------------------------------------------------------------------------------------
 # Reading manifests
 # --------------------------------------------------------------------------------------
 
@@ -494,7 +317,7 @@ def describe_rows(rows, path, root, written, part="", min_event_sec=1.0, time_un
     place: of the row in its file, 0 to 1, as text: a file sorted by class gives itself away.
     """
     import pandas as pd
-    windows, unit, faults = event_windows(rows, path, min_event_sec, time_unit, notes)
+    windows, unit, faults = event_times.event_windows(rows, path, min_event_sec, time_unit, notes)
     return pd.DataFrame({
         "path": list(written),
         "root": str(root),
@@ -561,11 +384,11 @@ def read_manifest(part, path, video_root, min_event_sec, need_labels, asked=(Non
     written = table[source]
     if "video_filename" in table:
         written = written.mask(written == "", table["video_filename"])
-    check_times_are_used(table, path)
+    event_times.check_times_are_used(table, path)
     rows = describe_rows(table, path, root, written, part, min_event_sec, time_unit, notes)
     rows["label"] = "" if label is None else list(table[label])
     check_whole_clips(rows, table, path)
-    used = {source, label, *(column.name for columns in used_times(table) for column in columns)}
+    used = {source, label, *(column.name for columns in event_times.time_columns(table) for column in columns)}
     return rows, table[[name for name in table if name not in used]], notes
 
 

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 import common
-from readers import event_tables, picture_files, pixel_cache, video_files
+from readers import event_tables, event_times, picture_files, pixel_cache, video_files
 
 pytestmark = pytest.mark.fault("pictures and videos: cuts, modes, EXIF, bombs, lying headers")
 
@@ -242,12 +242,12 @@ def test_frame_numbers_are_looked_up_in_the_times_of_an_uneven_film(films, tmp_p
         f"uneven.mp4,{'ab'[i % 2]},{10 * i},{10 * i + 9}\n" for i in range(9)))
     table = event_tables.read_events({"": tmp_path / "m.csv"}, films["uneven.mp4"].parent, min_event_sec=0)
     info = video_files.probe(films["uneven.mp4"])
-    table = event_tables.seconds_of(table, dict.fromkeys(table.sources, info), 0)
+    table = event_times.seconds_of(table, dict.fromkeys(table.sources, info), 0)
     store = open_store(table.sources, table.windows, fps=100, n_frames=4)
     for row in range(9):
         seen = numbers_of(store[row])
         assert seen[0] == 10 * row and set(seen) >= set(range(10 * row, 10 * row + 10)) and seen[-1] <= 10 * row + 10
-    assert event_tables.time_of_frame(info, 95) > info.duration_sec, "beyond the end"
+    assert event_times.time_of_frame(info, 95) > info.duration_sec, "beyond the end"
 
 
 # Suffixes and formats.
@@ -313,7 +313,7 @@ def test_rows_in_frames_of_a_damaged_film_are_skipped(tmp_path):
     damaged_film(tmp_path / "hole.mp4")
     (tmp_path / "m.csv").write_text("path,label,start_frame,end_frame\nhole.mp4,a,0,9\nhole.mp4,b,70,79\n")
     table = event_tables.read_events({"": tmp_path / "m.csv"})
-    table = event_tables.seconds_of(table, {source: video_files.probe(source) for source in table.sources})
+    table = event_times.seconds_of(table, {source: video_files.probe(source) for source in table.sources})
     assert len(table) == 0 and "frames cannot be counted" in table.skipped[0]["reason"]
 
 

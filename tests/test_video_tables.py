@@ -11,7 +11,7 @@ import pytest
 
 import common
 from evidence import confounding, event_audit, rater_agreement, splitting
-from readers import event_tables, file_names, score_tables, video_files
+from readers import event_tables, event_times, file_names, score_tables, video_files
 import train_video as tv
 
 pytestmark = pytest.mark.fault("tables, COCO, JSON: quirks and mistakes")
@@ -187,7 +187,7 @@ def test_start_and_end_in_seconds_or_frames(tmp_path):
     assert list(table.unit) == ["frame", "frame"] and table.windows.tolist() == [[0, 30], [60, 61]]
     times = np.cumsum(np.tile([0.1, 0.02], 40))
     info = video_files.VideoInfo("a.mp4", times=times, n_frames=80, duration_sec=5.0, fps=16.0)
-    seconds = event_tables.seconds_of(table, {table.sources[0]: info})
+    seconds = event_times.seconds_of(table, {table.sources[0]: info})
     assert list(seconds.unit) == ["sec", "sec"]
     middle = (times[60] + times[61]) / 2
     np.testing.assert_allclose(seconds.windows, [[times[0], times[30]], [middle - 0.5, middle + 0.5]])

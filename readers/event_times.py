@@ -1,0 +1,173 @@
+"""Columns of times in tables of events, under the names that people give them -> windows of each row.
+
+Letters: N rows. Units: seconds from the start of a file, or frames counted from 0.
+"""
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+
+import common
+from readers import csv_tables
+
+ROLES = {"start", "end", "offset", "duration"}
+SECONDS = {"sec": 1, "ms": 0.001, "min": 60}
+FILLER = "(?:event|time|clip|image|t)*"
+TIME_COLUMN = re.compile(
+    f"{FILLER}(?P<before>frame|index)?{FILLER}"
+    "(?:(?P<start>start|begin(?:ning)?|onset|first(?=frame))|(?P<end>stop|end|last(?=frame))|"
+    f"(?P<offset>offset)|(?P<duration>duration|dur)){FILLER}"
+    "(?:(?P<sec>s|secs?|seconds?)|(?P<ms>ms|msecs?|milliseconds?)|(?P<min>mins?|minutes?)|(?P<frame>frames?|index))?")
+TIME_WORDS = set("start begin beginning onset stop end offset time times timestamp timecode frame t s sec seconds ms "
+                 "event video clip".split())
+CLOCK = re.compile(r"(\d+):(\d{1,2}):(\d{1,2}(?:[.,]\d*)?)")
+
+
+@dataclasses.dataclass
+class TimeColumn:
+    """A column of times: role is start, end or duration; unit sec, ms, min or frame, None where its name says none."""
+    name: str
+    role: str
+    unit: str | None
+
+
+def time_columns(rows):
+    """(TimeColumns of starts, of ends and durations): those whose names say their unit, else the others."""
+    found = []
+    for name in rows:
+        match = TIME_COLUMN.fullmatch(name.replace("_", ""))
+        if not match or not looks_like_times(rows[name]):
+            continue
+        said = {group for group, text in match.groupdict().items() if text}
+        [role] = said & ROLES
+        if role == "offset":  # with an onset it is the end; event_offset_sec is where an event starts
+            role = "end" if any(other.startswith("onset") for other in rows) else "start"
+        unit = "frame" if said & {"before", "frame"} else next(iter(said & {*SECONDS}), None)
+        found.append(TimeColumn(name, role, unit))
+    starts = [column for column in found if column.role == "start"]
+    ends = [column for column in found if column.role != "start"]
+    starts_in_unit = [column for column in starts if column.unit]
+    ends_in_unit = [column for column in ends if column.unit]
+    if starts_in_unit:  # then an end that is a time of day is no end
+        ends = [column for column in ends if not rows[column.name].str.contains(":").any()]
+    return starts_in_unit or starts, ends_in_unit or ends
+
+
+def looks_like_times(cells):
+    """True where half of the cells that are not blank are numbers or clock times."""
+    filled = [cell for cell in cells if cell]
+    is_time = [bool(re.fullmatch(r"[+-]?[\d:.,]+", cell)) for cell in filled]
+    return 2 * sum(is_time) >= len(filled) > 0
+
+
+def check_times_are_used(rows, source):
+    """UserError for columns that look like times of events and are not read, where a start or an end is missing."""
+    starts, ends = time_columns(rows)
+    if starts and ends:
+        return
+    used = [column.name for column in starts]
+    unused = []
+    for name in rows:
+        is_day_time = bool(starts) and rows[name].str.contains(":").any()
+        is_named_so = set(name.split("_")) <= TIME_WORDS and name not in used
+        if is_named_so and not is_day_time and looks_like_times(rows[name]):
+            unused.append(name)
+    if unused:
+        raise common.UserError(
+            f"{source}: columns that look like times of events are not understood: {common.shorten_list(unused)}. "
+            "Rename them to start_sec and end_sec (or start_frame and end_frame), or delete them")
+
+
+def seconds_in(cells, where):
+    """Column of numbers or of H:MM:SS.s -> (N,) float64, NaN where blank."""
+    def plain(cell):
+        match = CLOCK.fullmatch(cell)
+        if not match:
+            return cell
+        second = float(match[3].replace(",", "."))
+        return str(3600 * int(match[1]) + 60 * int(match[2]) + second)
+    return csv_tables.to_numbers(cells.map(plain), where)
+
+
+def event_windows(rows, source, min_event_sec=1.0, time_unit=None, notes=None):
+    """Time columns of one manifest -> (windows (N, 2), unit (N,), faults (N,) text, '' = none).
+
+    A start and an end or a duration, in seconds or in frames (both inclusive), by the names that TIME_COLUMN knows;
+    nothing: the whole clip. time_unit: of columns whose names say none; seconds by default, which is noted. An event
+    shorter than min_event_sec gets a window of that length around it.
+    """
+    starts, ends = time_columns(rows)
+    unsaid = [column.name for column in (*starts, *ends) if column.unit is None]
+    if unsaid and not time_unit and notes is not None:
+        notes.append(f"{Path(source).name}: {', '.join(unsaid)} are read as seconds from the start of the file; "
+                     "--time_unit says otherwise")
+
+    def numbers(role, in_frames=False):
+        values = np.full(len(rows), np.nan)
+        for column in (*starts, *ends):
+            unit = column.unit or time_unit or "sec"
+            if column.role == role and (unit == "frame") == in_frames:
+                found = seconds_in(rows[column.name], f"{source}, column {column.name}")
+                values = np.where(np.isnan(values), SECONDS.get(unit, 1) * found, values)
+        return values
+    start = numbers("start")
+    end = numbers("end")
+    end = np.where(np.isnan(end), start + np.nan_to_num(numbers("duration")), end)
+    first = numbers("start", in_frames=True)
+    last = numbers("end", in_frames=True)
+    last = np.where(np.isnan(last), first + numbers("duration", in_frames=True) - 1, last)
+    is_frame = np.isnan(start) & ~np.isnan(first)
+    last = np.where(np.isnan(last), first, last)
+    start = np.where(is_frame, first, start)
+    end = np.where(is_frame, last + 1, end)
+    faults = np.full(len(rows), "", object)
+    faults[start < 0] = "starts before the file"
+    faults[end < start + is_frame] = "ends before it starts"
+    if not np.isnan(start).all():
+        faults[np.isnan(start)] = "no offset, while other rows have one"
+    windows = _widen(start, end, min_event_sec, ~is_frame)
+    return windows, np.where(is_frame, "frame", "sec"), faults
+
+
+def _widen(start, end, min_event_sec, can_be_short):
+    """(N, 2) windows, the short ones widened to min_event_sec around their middle, not before the file."""
+    is_short = can_be_short & (end - start < min_event_sec)
+    widened = np.maximum((start + end - min_event_sec) / 2, 0)
+    start = np.where(is_short, widened, start)
+    end = np.where(is_short, widened + min_event_sec, end)
+    return np.stack([start, end], axis=1)
+
+
+def seconds_of(table, infos, min_event_sec=1.0):
+    """The table with windows counted in frames turned into seconds by the frames' own times; short ones widened.
+
+    infos: {source: VideoInfo} of the rows in frames. A row of a damaged file, whose frames cannot be counted, is
+    skipped; one of a file that cannot be read stays in frames.
+    """
+    windows = table.windows.copy()
+    unit = table.unit.copy()
+    is_timed = np.zeros(len(table), bool)
+    skipped = list(table.skipped)
+    keep = np.ones(len(table), bool)
+    for row in np.flatnonzero(unit == "frame"):
+        info = infos[table.sources[row]]
+        if info.error:
+            continue
+        windows[row] = [time_of_frame(info, frame) for frame in windows[row]]
+        unit[row] = "sec"
+        is_timed[row] = True
+        if info.damage:
+            keep[row] = False
+            reason = f"its frames cannot be counted: {info.damage}"
+            skipped.append({"row": table.clip_ids[row], "video": str(table.sources[row]), "reason": reason})
+    windows = _widen(*windows.T, min_event_sec, is_timed)
+    in_seconds = dataclasses.replace(table, windows=windows, unit=unit, skipped=skipped)
+    return in_seconds.take(keep)
+
+
+def time_of_frame(info, frame):
+    """When a frame is first shown, in seconds."""
+    if frame < info.n_frames:
+        return info.times[int(frame)]
+    return info.duration_sec + (frame - info.n_frames) / info.fps
