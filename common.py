@@ -201,6 +201,8 @@ def add_training_arguments(parser):
     add("--min_epochs", type=WHOLE, default=0, help="never stop early before this epoch")
     add("--min_delta", type=AMOUNT, default=0.0,
         help="smallest gain that counts as better, for patience")
+    add("--compile", action="store_true",
+        help="compile the network first (torch.compile, minutes): for long runs on a GPU")
 
 
 def add_data_arguments(parser):
@@ -559,10 +561,11 @@ def optional_package(flag):
                         f"pip install {flag}") from None
 
 
-def start_run(args, fp32_on_cpu=False):
+def start_run(args, fp32_on_cpu=False, fixed_shapes=False):
     """Processes, device, threads, stop signals and the run folder (new, or the one to resume).
 
-    Returns Run. Raises UserError for a missing device or an output folder that cannot be written;
+    fixed_shapes: batches are alike, so that cuDNN may try out what is fastest for them. Returns
+    Run. Raises UserError for a missing device or an output folder that cannot be written;
     SystemExit(0) when the run to resume is finished.
     """
     for flag in OPTIONAL_PACKAGES:
@@ -574,6 +577,9 @@ def start_run(args, fp32_on_cpu=False):
     processes.join(compute.device)
     if compute.device.type == "cpu":
         keep_freed_memory()
+    if compute.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.benchmark = fixed_shapes and not args.deterministic
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -1373,17 +1379,10 @@ class Processes:
         torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
         return numbers.tolist()
 
-    def add_up(self, tensors):
-        """Replace each tensor by its sum over the processes, in one message for each dtype."""
-        if self.size == 1:
-            return
-        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            own = [tensor for tensor in tensors if tensor.dtype == dtype]
-            flat = torch.cat([tensor.reshape(-1) for tensor in own])
-            torch.distributed.all_reduce(flat)
-            pieces = flat.split([tensor.numel() for tensor in own])
-            for tensor, piece in zip(own, pieces):
-                tensor.copy_(piece.view(tensor.shape))
+    def add_up(self, tensor):
+        """Replace a tensor by its sum over the processes."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor)
 
     @torch.no_grad()
     def spread(self, model):
@@ -1406,6 +1405,97 @@ def leave_processes(wait=True):
         if wait:
             torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+BUCKET_BYTES = 25 * 2 ** 20  # as DistributedDataParallel has them
+
+
+@dataclasses.dataclass(eq=False)
+class Bucket:
+    """Parameters whose gradients travel in one message."""
+    parameters: list
+    n_ready: int = 0  # gradients that this backward pass has given
+    message: torch.Tensor | None = None
+    work: object = None  # the message under way
+
+    def send(self):
+        """Send the gradients, 0 for one that is missing, then for each parameter whether it has one."""
+        has_gradient = self.parameters[0].new_ones(len(self.parameters))
+        flat = []
+        for i, parameter in enumerate(self.parameters):
+            if parameter.grad is None:
+                has_gradient[i] = 0
+                flat.append(torch.zeros_like(parameter).flatten())
+            else:
+                flat.append(parameter.grad.flatten())
+        self.message = torch.cat([*flat, has_gradient])
+        self.work = torch.distributed.all_reduce(self.message, async_op=True)
+
+    def receive(self):
+        """Make each gradient the sum over the processes; None stays where it is None in all of them."""
+        self.work.wait()
+        sizes = [parameter.numel() for parameter in self.parameters]
+        *sums, has_gradient = self.message.split([*sizes, len(sizes)])
+        for parameter, total, count in zip(self.parameters, sums, has_gradient):
+            if parameter.grad is None:
+                if not count:
+                    continue
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.copy_(total.view(parameter.shape))
+        self.n_ready = 0
+
+
+class GradientExchange:
+    """Adds up gradients over the processes while the backward pass is still under way.
+
+    All processes send the same buckets in the same order, the last layers first, each bucket once it is full.
+    """
+
+    def __init__(self, processes, model):
+        self.buckets = []
+        self.n_sent = 0
+        self.is_open = False  # True in the last backward pass of an optimiser step
+        self.bucket_of = {}
+        self.hooks = []
+        if processes.size == 1:
+            return
+        trained = [p for p in reversed(list(model.parameters())) if p.requires_grad]
+        for dtype in dict.fromkeys(p.dtype for p in trained):
+            self._fill_buckets([p for p in trained if p.dtype == dtype])
+        self.hooks = [p.register_post_accumulate_grad_hook(self._note) for p in trained]
+
+    def _fill_buckets(self, parameters):
+        n_bytes = math.inf
+        for parameter in parameters:
+            if n_bytes >= BUCKET_BYTES:
+                self.buckets.append(Bucket([]))
+                n_bytes = 0
+            self.buckets[-1].parameters.append(parameter)
+            self.bucket_of[parameter] = self.buckets[-1]
+            n_bytes += parameter.nbytes
+
+    def _note(self, parameter):
+        if not self.is_open:
+            return
+        self.bucket_of[parameter].n_ready += 1
+        for bucket in self.buckets[self.n_sent:]:
+            if bucket.n_ready < len(bucket.parameters):
+                break
+            bucket.send()
+            self.n_sent += 1
+
+    def finish(self):
+        """Send what the backward pass gave no gradient for, and wait for all sums."""
+        for bucket in self.buckets[self.n_sent:]:
+            bucket.send()
+        for bucket in self.buckets:
+            bucket.receive()
+        self.n_sent = 0
+
+    def close(self):
+        """Take the hooks off the parameters."""
+        for hook in self.hooks:
+            hook.remove()
 
 
 def first_process_only(function):
@@ -1718,13 +1808,20 @@ def eval_crop(image, size):
     return image[top:top + size, left:left + size].copy()
 
 
+@functools.lru_cache
+@torch.inference_mode(False)
+def on_device(numbers, device):
+    """A tuple of numbers as a float32 tensor that is copied to the device once, not for every batch."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
 def to_input(batch, device, mean=IMAGENET_MEAN, std=IMAGENET_STD, channels_last=True):
     """Normalise a uint8 tensor (B, H, W, 3) on `device` to float32 (B, 3, H, W); channels_last costs no copy."""
     pixels = batch.to(device, non_blocking=True).to(torch.float32)  # (B, H, W, 3)
     # Rows of W * 3 numbers: a last axis of length 3 would be four times slower.
-    centre = 255 * torch.tensor(mean, device=device).repeat(batch.shape[2])
-    spread = 255 * torch.tensor(std, device=device).repeat(batch.shape[2])
-    pixels.flatten(2).sub_(centre).div_(spread)
+    centre = on_device(tuple(mean), device).repeat(batch.shape[2])
+    spread = on_device(tuple(std), device).repeat(batch.shape[2])
+    pixels.flatten(2).sub_(255 * centre).div_(255 * spread)
     pixels = pixels.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
     return pixels if channels_last else pixels.contiguous()
 
@@ -2015,17 +2112,24 @@ class CheckpointError(UserError):
 
 
 def to_plain_types(value):
-    """Tensors (copied to the CPU), numbers, strings, lists and dicts only: what weights_only loading accepts."""
+    """Copies on the CPU of tensors, numbers, strings, lists and dicts: what weights_only loading accepts."""
+    plain = _plain(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # once: the copies do not wait for one another
+    return plain
+
+
+def _plain(value):
     if isinstance(value, dict):
-        return {key: to_plain_types(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [to_plain_types(item) for item in value]
+        return [_plain(item) for item in value]
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy())
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
+        return value.detach().to("cpu", non_blocking=value.is_cuda, copy=True)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return str(value)
@@ -2209,8 +2313,8 @@ class Checkpoints:
         return 0 < 60 * minutes < time.monotonic() - self.saved_at
 
     def keep_best(self, content):
-        """What best_model.pth will hold: a copy, since training goes on with these very tensors."""
-        self.unwritten_best = copy.deepcopy(content)
+        """What best_model.pth will hold from the next save on."""
+        self.unwritten_best = content
 
     def save(self, content, history):
         """Write all files; the last.pth of before becomes last.pth.prev."""
@@ -2259,8 +2363,33 @@ class Checkpoints:
 # The steps that are easy to get wrong, and a state from which a killed run repeats the same bits.
 
 class NotFinite(UserError):
-    """A loss or gradient that is NaN or infinite: the run stops with exit code 1 before the step is taken."""
+    """A loss or gradient that is NaN or infinite: its step is not taken, and the run stops with exit code 1."""
     code = EXIT_CRASH
+
+
+@dataclasses.dataclass
+class SeenBatch:
+    """A batch whose gradient is part of an optimiser step."""
+    number: int  # in the epoch, from 1
+    names: list  # of its samples in this process
+    loss: torch.Tensor  # of this process
+
+
+@dataclasses.dataclass
+class QueuedStep:
+    """An optimiser step that the device may still be at work on."""
+    batches: list  # of SeenBatch
+    n_samples: int
+    names: list  # of the sums
+    numbers: torch.Tensor  # sums of the losses over its samples, and the norm of the gradient; on the CPU once copied
+    copied: torch.cuda.Event | None
+
+    def read(self):
+        """({name: sum}, norm), waiting for the device where it has not come so far."""
+        if self.copied:
+            self.copied.synchronize()
+        *sums, norm = self.numbers.tolist()
+        return dict(zip(self.names, sums)), norm
 
 
 @dataclasses.dataclass
@@ -2297,12 +2426,13 @@ class EpochState:
     """What is known of the epoch under way and may be forgotten in a kill."""
     sampler: EpochBatches
     n_batches: int
+    exchange: GradientExchange
     started: float = dataclasses.field(default_factory=time.perf_counter)
     samples: int = 0  # of all processes, since it started
     learning_rate: float = 0.0
     names: list = dataclasses.field(default_factory=list)  # of the samples of this batch
-    own_sums: dict = dataclasses.field(default_factory=dict)  # sums of this process since the last optimiser step
-    faults: list = dataclasses.field(default_factory=list)  # sentences about losses that are not finite
+    batches: list = dataclasses.field(default_factory=list)  # SeenBatches since the last optimiser step
+    own_sums: dict = dataclasses.field(default_factory=dict)  # sums of this process since then
 
 
 class Training:
@@ -2320,6 +2450,7 @@ class Training:
     and so the result depends on the number of processes in the last bits alone. Not so with BatchNorm on the CPU, which
     sees a slice of the batch (on GPUs it is made to see all), with dropout, and with losses that sample (detector).
     DistributedDataParallel is not used: it gives every process the same weight, whatever its share of the samples.
+    Nor does a step wait for the device: what one gave is looked at when the next one is queued.
     """
 
     def __init__(self, run, model, optimizer, args, select, describe, higher_is_better=True):
@@ -2336,9 +2467,14 @@ class Training:
             stopping=EarlyStopping(0 if select == "last" else args.patience, args.min_epochs, args.min_delta),
             plateau=EarlyStopping(args.plateau_patience, min_epochs=0, min_delta=0.0))
         self.current = None  # EpochState, from the first batch on
+        self.queued = None  # QueuedStep, the last one until it is looked at
+        # Apple GPUs have no float64
+        self.sum_type = torch.float32 if run.compute.device.type == "mps" else torch.float64
         self.checkpoints = Checkpoints(run)
         if self.processes.size > 1 and run.compute.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if args.compile:
+            model.compile()  # in place: the names in checkpoints stay
         if run.resumed:
             self._load_last()
         self.processes.spread(model)
@@ -2361,7 +2497,7 @@ class Training:
         n_batches = min(2, len(sampler)) if self.args.dry_run else len(sampler)
         if self.current is None:
             self.run.say(f"loader: {loader.num_workers or 'no'} workers, {len(sampler)} batches an epoch")
-        self.current = EpochState(sampler, n_batches)
+        self.current = EpochState(sampler, n_batches, GradientExchange(self.processes, self.model))
         sampler.epoch = progress.epoch
         sampler.start = progress.batch
         self.optimizer.zero_grad(set_to_none=True)
@@ -2373,6 +2509,8 @@ class Training:
             self._set_learning_rate()
             self._seed_dropout()
             yield batch
+        self._check_queued()
+        self.current.exchange.close()
         self.processes.spread(self.model)  # buffers differ, and weights may on unlike processors
 
     def _set_learning_rate(self):
@@ -2398,21 +2536,24 @@ class Training:
     def step(self, loss, **parts):
         """Add a batch's gradient so that every sample of the optimiser step counts the same; step when it is full.
 
-        loss: mean over this process's samples of the batch; parts: further tensors to average into the history. Raises
-        NotFinite before the step when the loss or gradient is not finite: the checkpoint before it stays healthy.
+        loss: mean over this process's samples of the batch; parts: further tensors to average into the history. A step
+        whose loss or gradient is not finite is not taken: the device leaves it out, and the next call, or the end of
+        the epoch, raises NotFinite. So nothing here waits for the device but the look at the step before.
         """
         current = self.current
         batch = self.progress.batch
-        if not torch.isfinite(loss):
-            current.faults.append(self._fault("loss", loss))
         own = _length(current.sampler.own_span(batch))  # 0 in a batch too small for all processes
         whole = _length(current.sampler.step_span(batch, 1))
         step = _length(current.sampler.step_span(batch, self.args.accumulate))
-        self.scaler.scale(loss * (own / step)).backward()
-        for name, value in {"loss": loss, **parts}.items():
-            current.own_sums[name] = current.own_sums.get(name, 0.0) + value.detach().double() * own
-        current.samples += whole
         is_full = (batch + 1) % self.args.accumulate == 0 or batch + 1 == current.n_batches
+        current.exchange.is_open = is_full
+        own_loss = loss.detach()
+        one_or_nan = 1 + 0 * own_loss  # a loss that is not finite makes its gradient NaN
+        self.scaler.scale(loss * one_or_nan * (own / step)).backward()
+        current.batches.append(SeenBatch(batch + 1, current.names, own_loss))
+        for name, value in {"loss": loss, **parts}.items():
+            current.own_sums[name] = current.own_sums.get(name, 0.0) + value.detach().to(self.sum_type) * own
+        current.samples += whole
         if is_full:
             self._step_optimizer(step)
         self.progress.batch += 1
@@ -2421,37 +2562,50 @@ class Training:
             self._save_or_stop(is_due)
 
     def _step_optimizer(self, n_samples):
+        current = self.current
+        sums = torch.stack(list(current.own_sums.values()))
+        current.exchange.finish()
+        self.processes.add_up(sums)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self._add_up_processes(parameters)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or math.inf, foreach=True)
-        if not self.scaler.is_enabled() and not torch.isfinite(norm):
-            raise NotFinite(self._fault("gradient", norm))
+        if not self.scaler.is_enabled():
+            self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # GradScaler's way to leave out a fused step
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        sums = self.progress.sums
-        for name, total in self.current.own_sums.items():
-            sums[name] = sums.get(name, 0.0) + total
-        self.current.own_sums = {}
-        self.progress.samples += n_samples
+        numbers = torch.cat([sums, norm.detach().to(self.sum_type)[None]])
+        copied = None
+        if numbers.is_cuda:
+            numbers = numbers.to("cpu", non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        step = QueuedStep(current.batches, n_samples, list(current.own_sums), numbers, copied)
+        self._check_queued()
+        self.queued = step
+        current.batches = []
+        current.own_sums = {}
 
-    def _add_up_processes(self, parameters):
-        """Make gradients and sums those of all processes, or stop all of them where one has met a fault."""
-        faults = self.current.faults
-        has_gradient = [p.grad is not None for p in parameters]
-        n_faults, *has_gradient = self.processes.largest([len(faults), *has_gradient])
-        if n_faults:
+    def _check_queued(self):
+        """Count the step before into the means; raise NotFinite in all processes where it was not taken."""
+        step = self.queued
+        if step is None:
+            return
+        self.queued = None
+        sums, norm = step.read()
+        if not math.isfinite(sums["loss"]):
+            faults = [self._fault("loss", batch.loss.item(), batch) for batch in step.batches
+                      if not torch.isfinite(batch.loss)]
             raise NotFinite(self.processes.gather(faults)[0])
-        used = [p for p, is_used in zip(parameters, has_gradient) if is_used]
-        for p in used:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        self.processes.add_up([*self.current.own_sums.values(), *(p.grad for p in used)])
+        if not self.scaler.is_enabled() and not math.isfinite(norm):
+            raise NotFinite(self._fault("gradient", norm, step.batches[-1]))
+        for name, total in sums.items():
+            self.progress.sums[name] = self.progress.sums.get(name, 0.0) + total
+        self.progress.samples += step.n_samples
 
-    def _fault(self, what, value):
-        names = ", ".join(map(str, self.current.names))
-        return (f"the {what} is {value.item()} in epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1} "
+    def _fault(self, what, value, batch):
+        names = ", ".join(map(str, batch.names))
+        return (f"the {what} is {value} in epoch {self.progress.epoch + 1}, batch {batch.number} "
                 f"(samples: {names}); the last checkpoint is healthy. Try a smaller --lr, --use_amp off, or look at "
                 "these samples")
 
@@ -2459,6 +2613,7 @@ class Training:
         """Save where it is due or a stop signal has come to any process; leave on the signal."""
         stop, is_due = self.processes.largest([int(self.run.signals.received or 0), is_due])
         if is_due or stop:
+            self._check_queued()
             self.save()
         if not stop:
             return

@@ -15,6 +15,7 @@ Letters: N images, M images scored, B batch, R ratings, F backbone features, V v
 Units: every metric and prediction is in the unit of the ratings file; images are uint8 RGB until they reach the device.
 """
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -244,7 +245,22 @@ class MultiScale(nn.Module):
 
     def forward(self, images):
         maps = self.maps(images).values()  # (B, 3, S, S) -> three of (B, C, H, W)
-        return torch.cat([nn.functional.adaptive_avg_pool2d(m, self.grid).flatten(1) for m in maps], 1)  # (B, F)
+        return torch.cat([pool_over_grid(each, self.grid).flatten(1) for each in maps], 1)  # (B, F)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def pooling_matrix(height, width, grid, device):
+    """(H * W, cells) share of each pixel in the mean of each cell of adaptive_avg_pool2d."""
+    pixels = torch.eye(height * width).view(-1, 1, height, width)
+    return nn.functional.adaptive_avg_pool2d(pixels, grid).flatten(1).to(device)
+
+
+def pool_over_grid(maps, grid):
+    """(B, C, H, W) -> float32 (B, C, cells): adaptive_avg_pool2d, whose own gradient does not repeat exactly on GPUs."""
+    matrix = pooling_matrix(*maps.shape[2:], grid, maps.device)
+    with torch.autocast(maps.device.type, enabled=False):
+        return maps.float().flatten(2) @ matrix  # (B, C, H * W) -> (B, C, cells)
 
 
 def with_head_features(backbone, n_features, head, image_size):
@@ -351,7 +367,7 @@ def to_device(batch, compute):
         inputs = common.to_input(inputs, compute.device, channels_last=compute.channels_last)
     target = batch["target"].to(compute.device, non_blocking=True)
     weight = batch["weight"].to(compute.device, non_blocking=True)
-    return inputs.to(compute.device), target, weight
+    return inputs.to(compute.device, non_blocking=True), target, weight
 
 
 def train_one_epoch(model, loader, loss_function, training, compute):
@@ -636,7 +652,7 @@ def run_folds(run, args, study):
 
 def main():
     args = parse_args()
-    with common.start_run(args) as run:
+    with common.start_run(args, fixed_shapes=True) as run:
         study = load_study(args, run)
         verdicts.parse_criteria(args.criteria, criteria_names(study))
         if args.folds:

@@ -82,6 +82,7 @@ SMALL_HEADS = {
 }
 PADDING = 32  # inputs are padded to multiples of the stride of the coarsest map
 SPLITS = ("train", "val", "test")
+TRUTH = ("boxes", "labels", "states")  # tensors of what is true of a picture
 SHARE = common.bounded(float, 0, 1)
 
 
@@ -514,6 +515,14 @@ def collate(samples):
     return {"pixels": pixels, "sizes": sizes, **others}
 
 
+def collate_truth(samples):
+    """As collate, with the boxes, labels and states of all pictures in one tensor each, counts (B,) of them."""
+    batch = collate(samples)
+    counts = [len(boxes) for boxes in batch["boxes"]]
+    joined = {name: torch.cat(batch[name]) for name in TRUTH}
+    return {**batch, **joined, "counts": counts}
+
+
 # --- model and loss ----------------------------------------------------------------------
 
 class PaddedRoIAlign(MultiScaleRoIAlign):
@@ -817,7 +826,7 @@ def make_loader(study, rows, settings, args, compute, train=False):
     dataset = PartImages(study, rows, settings, args.augment if train else "none", args.seed)
     size = args.batch_size if train else args.val_batch_size or args.batch_size
     is_cached = study.store.cache == "ram"
-    return common.make_loader(dataset, size, args, compute, train, is_cached, collate=collate)
+    return common.make_loader(dataset, size, args, compute, train, is_cached, collate=collate_truth)
 
 
 def to_inputs(batch, compute, settings):
@@ -833,9 +842,9 @@ def to_inputs(batch, compute, settings):
 
 def to_device(batch, compute, settings):
     """Batch -> inputs (B, 3, H, W); sizes; targets: B dicts of boxes (K, 4), labels, states."""
-    names = ("boxes", "labels", "states")
-    targets = [{name: value.to(compute.device) for name, value in zip(names, values)}
-               for values in zip(*(batch[name] for name in names))]
+    parts = [batch[name].to(compute.device, non_blocking=True).split(batch["counts"])
+             for name in TRUTH]
+    targets = [dict(zip(TRUTH, values)) for values in zip(*parts)]
     return to_inputs(batch, compute, settings), batch["sizes"], targets
 
 

@@ -1165,7 +1165,7 @@ def train(run, args):
 def main():
     args = parse_args()
     modes = {"train": train, "evaluate": score_checkpoint, "predict": predict, "audit": audit}
-    with common.start_run(args) as run:
+    with common.start_run(args, fixed_shapes=True) as run:
         modes[args.mode](run, args)
 
 

@@ -550,6 +550,8 @@ class ClipNet(common.BackboneModel):
 
 class FrameLstm(common.BackboneModel):
     """An image backbone frame by frame, then an LSTM: clips (B, T, 3, S, S), mask (B, T) -> (B, K).
+
+    The mask stays on the CPU, where counting its frames waits for no device.
     """
 
     def __init__(self, backbone, n_features, n_outputs, hidden, dropout=0.0, bounded=False,
@@ -561,10 +563,13 @@ class FrameLstm(common.BackboneModel):
 
     def extract(self, clips, mask):
         """Features of the real frames, 0 for the others: (B, T, 3, S, S), (B, T) -> (B, T, F)."""
-        features = torch.zeros(*mask.shape, self.n_features, device=clips.device)
-        frames = clips.movedim(2, -1)[mask]  # (frames, S, S, 3): colours stay the last in memory
-        found = self.backbone(frames.movedim(-1, 1))  # (frames, 3, S, S) -> (frames, F)
-        return features.masked_scatter(mask[..., None], found.float())  # (B, T, F)
+        if mask.all():
+            return self.backbone(clips.flatten(0, 1)).float().unflatten(0, mask.shape)
+        places = mask.flatten().nonzero()[:, 0].to(clips.device, non_blocking=True)
+        frames = clips.movedim(2, -1).flatten(0, 1)  # (B * T, S, S, 3): colours stay the last
+        found = self.backbone(frames[places].movedim(-1, 1))  # (frames, 3, S, S) -> (frames, F)
+        features = torch.zeros(mask.numel(), self.n_features, device=clips.device)
+        return features.index_copy(0, places, found.float()).unflatten(0, mask.shape)  # (B, T, F)
 
     def forward(self, clips, mask):
         # (B, T, 3, S, S) clips, or (B, T, F) features of a frozen backbone
@@ -572,6 +577,7 @@ class FrameLstm(common.BackboneModel):
         with torch.autocast(features.device.type, enabled=False):
             states, _ = self.lstm(features.float())  # (B, T, F) -> (B, T, H)
         last = mask.sum(1).clamp(min=1) - 1  # (B,) index of the last real frame
+        last = last.to(features.device, non_blocking=True)
         rows = torch.arange(len(last), device=last.device)
         return self.head(states[rows, last])  # (B, H) -> (B, K)
 
@@ -654,7 +660,7 @@ class Behaviours:
     def prior_shift(self, rows):
         """(C,) to add to the logits: from the class shares in training to the natural ones."""
         n_classes = len(self.names)
-        seen = np.bincount(self.label[rows], minlength=n_classes) * self.class_weight.numpy()
+        seen = np.bincount(self.label[rows], minlength=n_classes) * self.class_weight
         if self.args.balance == "sampler":
             seen = np.ones(n_classes)
         return calibrating.prior_correction(np.zeros(n_classes), self.prior, seen / seen.sum())
@@ -674,7 +680,8 @@ class Behaviours:
         if self.args.loss == "focal":
             probability = (target * torch.softmax(logits, 1)).sum(1)
             error = error * (1 - probability) ** self.args.focal_gamma
-        class_weight = target @ self.class_weight.to(target.device)  # (B, C) -> (B,)
+        class_weight = common.on_device(self.class_weight, target.device)
+        class_weight = (target * class_weight).sum(1)  # (B, C) -> (B,)
         return (error * weight * class_weight).mean()
 
     def history(self, logits, rows):
@@ -691,14 +698,14 @@ class Behaviours:
 
 
 def class_weights(args, prior, positive):
-    """(C,) float32 weights of the classes in the loss, whose mean over the train rows is 1."""
+    """Tuple of C weights of the classes in the loss, whose mean over the train rows is 1."""
     weights = np.ones(len(prior))
     if args.balance == "weights":
         weights /= prior
     if args.focal_alpha is not None:
         is_positive = np.arange(len(prior)) == positive
         weights *= np.where(is_positive, args.focal_alpha, 1 - args.focal_alpha)
-    return torch.tensor(weights / (weights * prior).sum(), dtype=torch.float32)
+    return tuple(weights / (weights * prior).sum())
 
 
 class Scores:
@@ -754,7 +761,7 @@ class Scores:
         score is NaN in target and does not count. Consistency: squared (total - sum of parts) in sd
         of the total, for every row, labelled or not.
         """
-        sd = torch.as_tensor(self.sd, dtype=torch.float32, device=predicted.device)
+        sd = common.on_device(tuple(self.sd), predicted.device)
         labelled = ~torch.isnan(target)  # (B, R), True = a score is there
         # a missing score is its own target: its error is 0, without a NaN in the gradient
         filled = torch.where(labelled, target, predicted.detach())
@@ -762,11 +769,12 @@ class Scores:
         if self.args.loss == "smooth_l1":
             pointwise = nn.functional.smooth_l1_loss
         error = pointwise(predicted / sd, filled / sd, reduction="none")
-        cell_weight = labelled * self.target_weight.to(predicted.device)
+        cell_weight = labelled * common.on_device(self.target_weight, predicted.device)
         row_error = (error * cell_weight).sum(1) / cell_weight.sum(1).clamp(min=1e-9)
         loss = (row_error * weight).mean()
         if self.parts and self.args.consistency_weight:
-            gap = predicted[:, self.total] - predicted[:, self.parts].sum(1)
+            parts = sum(predicted[:, part] for part in self.parts)
+            gap = predicted[:, self.total] - parts
             loss = loss + self.args.consistency_weight * ((gap / sd[self.total]) ** 2).mean()
         return loss
 
@@ -779,8 +787,8 @@ class Scores:
 
 
 def target_weights(pairs, names):
-    """--target_weights NAME=W ... -> (R,) float32 tensor, 1 where not named. Raises UserError."""
-    weights = torch.ones(len(names))
+    """--target_weights NAME=W ... -> tuple of R weights, 1 where not named. Raises UserError."""
+    weights = [1.0] * len(names)
     keys = [event_tables.column_key(name) for name in names]
     for text in pairs or []:
         name, _, value = text.rpartition("=")
@@ -789,7 +797,7 @@ def target_weights(pairs, names):
             raise common.UserError(f"--target_weights expects NAME=WEIGHT of "
                                    f"{common.shorten_list(names, 40)}, found {text!r}")
         weights[keys.index(key)] = float(value)
-    return weights
+    return tuple(weights)
 
 
 TASKS = {"classify": Behaviours, "regress": Scores}
@@ -826,14 +834,14 @@ def make_loaders(study, split, objective, args, compute, features):
 
 
 def to_device(batch, args, compute):
-    """Batch -> clips (B, T, 3, S, S) normalised, or features; mask (B, T)."""
+    """Batch -> clips (B, T, 3, S, S) normalised, or features; mask (B, T), on the CPU."""
     clips = batch["input"]
     if clips.dtype == torch.uint8:
         # memory stays in the order B, T, S, S, 3: channels_last for pictures and clips alike
         mean, sd = pixel_statistics(args.model)
         frames = common.to_input(clips.flatten(0, 1), compute.device, mean, sd)
         clips = frames.unflatten(0, clips.shape[:2])  # (B * T, 3, S, S) -> (B, T, 3, S, S)
-    return clips.to(compute.device), batch["mask"].to(compute.device, non_blocking=True)
+    return clips.to(compute.device, non_blocking=True), batch["mask"]
 
 
 def mix_up(clips, mask, target, weight, alpha):
@@ -844,10 +852,11 @@ def mix_up(clips, mask, target, weight, alpha):
     if not alpha:
         return clips, mask, target, weight
     share = float(torch.distributions.Beta(alpha, alpha).sample())
-    order = torch.randperm(len(clips)).to(clips.device)
+    order = torch.randperm(len(clips))
+    places = order.to(clips.device, non_blocking=True)
 
     def blend(values):
-        return share * values + (1 - share) * values[order]
+        return share * values + (1 - share) * values[places]
     return blend(clips), mask | mask[order], blend(target), blend(weight)
 
 
@@ -1409,7 +1418,8 @@ def judge_ensemble(run, args, study, features, members):
 
 def train(args):
     """--mode train: one split, or all folds."""
-    with common.start_run(args, fp32_on_cpu=args.model != CNN_LSTM) as run:
+    is_3d = args.model != CNN_LSTM
+    with common.start_run(args, fp32_on_cpu=is_3d, fixed_shapes=is_3d) as run:
         check_fold_of_file(args)
         check_weights(args)
         study = load_study(args, run.say, run.path("skipped.csv"))

@@ -75,25 +75,30 @@ def euler_degrees(rotation):
     return torch.rad2deg(torch.stack(angles, -1))
 
 
+def multiply(left, right):
+    """Matrices (..., 3, 3) and (..., 3, n) -> (..., 3, n); a GPU may round what `@` multiplies to TF32."""
+    return (left[..., None] * right[..., None, :, :]).sum(-2)
+
+
 def compose(first, second):
     """Poses (..., 6) -> the pose of T(first) T(second)."""
     rotation = rotation_matrix(first[..., 3:])
-    shift = (rotation @ second[..., :3, None])[..., 0] + first[..., :3]
-    angles = euler_degrees(rotation @ rotation_matrix(second[..., 3:]))
+    shift = multiply(rotation, second[..., :3, None])[..., 0] + first[..., :3]
+    angles = euler_degrees(multiply(rotation, rotation_matrix(second[..., 3:])))
     return torch.cat([shift, angles], -1)
 
 
 def invert(pose):
     """Pose (..., 6) -> the pose of its inverse."""
     back = rotation_matrix(pose[..., 3:]).transpose(-1, -2)
-    shift = -(back @ pose[..., :3, None])[..., 0]
+    shift = -multiply(back, pose[..., :3, None])[..., 0]
     return torch.cat([shift, euler_degrees(back)], -1)
 
 
 def geodesic_degrees(predicted, target):
     """Poses (..., 6) -> (...) angle in degrees, 0 to 180, of the rotation between their orientations."""
     back = rotation_matrix(predicted[..., 3:]).transpose(-1, -2)
-    between = back @ rotation_matrix(target[..., 3:])
+    between = multiply(back, rotation_matrix(target[..., 3:]))
     skew = between - between.transpose(-1, -2)
     axis = skew[..., [2, 0, 1], [1, 2, 0]]  # (..., 3), 2 sin(angle) long
     trace = between.diagonal(dim1=-2, dim2=-1).sum(-1)  # 1 + 2 cos(angle)

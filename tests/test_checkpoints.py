@@ -61,7 +61,8 @@ def make_training(folder, resumed, **flags):
         seed=1, epochs=2, lr=0.1, weight_decay=0.0, optimizer="adamw", scheduler="step", warmup_epochs=0.5,
         plateau_patience=5, min_lr=0.0, accumulate=1, clip_grad=1.0, patience=0, min_epochs=0, min_delta=0.0,
         dry_run=False, save_minutes=0,
-        save_every=0, save_top_k=0, num_workers=0, resume="auto", tensorboard=False, wandb=False)
+        save_every=0, save_top_k=0, num_workers=0, resume="auto", tensorboard=False, wandb=False,
+        compile=False)
     args = SimpleNamespace(**{**defaults, **flags})
     torch.manual_seed(0)
     model = torch.nn.Linear(1, 1)
