@@ -1088,6 +1088,7 @@ class EpochBatches(torch.utils.data.Sampler):
     size: int = 1
     epoch: int = 0
     start: int = 0
+    goes_on: bool = False  # with the epochs after it, for ever: loader workers need not stop between two
 
     def __post_init__(self):
         first = 0
@@ -1104,7 +1105,14 @@ class EpochBatches(torch.utils.data.Sampler):
         return len(self.edges) - 1
 
     def __iter__(self):
-        generator = generator_for(self.seed, self.epoch)
+        yield from self._batches_of(self.epoch, self.start)
+        for epoch in itertools.count(self.epoch + 1):
+            if not self.goes_on:
+                return
+            yield from self._batches_of(epoch, 0)
+
+    def _batches_of(self, epoch, start):
+        generator = generator_for(self.seed, epoch)
         if not self.train:
             order = range(self.n_samples)
         elif self.weights is None:
@@ -1112,12 +1120,12 @@ class EpochBatches(torch.utils.data.Sampler):
         else:
             weights = torch.as_tensor(self.weights)
             order = torch.multinomial(weights, self.n_samples, True, generator=generator).tolist()
-        for batch in range(self.start, len(self)):
+        for batch in range(start, len(self)):
             first, last = self.own_span(batch)
             if first == last:
                 first = self.edges[batch]
                 last = first + self._least(batch)
-            yield [(self.epoch, index) for index in order[first:last]]
+            yield [(epoch, index) for index in order[first:last]]
 
     def _least(self, batch):
         """Samples that a slice holds at least: 2 where the batch size allows, for BatchNorm."""
@@ -2467,6 +2475,7 @@ class Training:
             stopping=EarlyStopping(0 if select == "last" else args.patience, args.min_epochs, args.min_delta),
             plateau=EarlyStopping(args.plateau_patience, min_epochs=0, min_delta=0.0))
         self.current = None  # EpochState, from the first batch on
+        self.stream = None  # batches of the loader, of this epoch and all after it
         self.queued = None  # QueuedStep, the last one until it is looked at
         # Apple GPUs have no float64
         self.sum_type = torch.float32 if run.compute.device.type == "mps" else torch.float64
@@ -2489,6 +2498,7 @@ class Training:
             yield self.progress.epoch + 1
             self._save_or_stop()
         signals.armed = False
+        self.stream = None  # its loader workers end
 
     def batches(self, loader):
         """The batches that remain in this epoch. Model and sampler are made ready."""
@@ -2498,11 +2508,14 @@ class Training:
         if self.current is None:
             self.run.say(f"loader: {loader.num_workers or 'no'} workers, {len(sampler)} batches an epoch")
         self.current = EpochState(sampler, n_batches, GradientExchange(self.processes, self.model))
-        sampler.epoch = progress.epoch
-        sampler.start = progress.batch
+        if self.stream is None:
+            sampler.epoch = progress.epoch
+            sampler.start = progress.batch
+            sampler.goes_on = True
+            self.stream = iter(loader)
         self.optimizer.zero_grad(set_to_none=True)
         self._set_learning_rate()  # also where the run was stopped after the last batch: the history needs it
-        remaining = itertools.islice(loader, n_batches - progress.batch)
+        remaining = itertools.islice(self.stream, n_batches - progress.batch)
         label = f"epoch {progress.epoch + 1}/{self.args.epochs}"
         for batch in with_progress(self.run, label, remaining, n_batches, progress.batch):
             self.current.names = batch.get("name", [])

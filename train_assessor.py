@@ -449,13 +449,7 @@ def predict_with_best(training, study, split, loaders, scaler, loss_function):
 def solve_head(model, loader, study, rows, scaler, args, compute):
     """Replace the linear head by the ridge regression on the tuned backbone's features of the train rows."""
     model.eval()
-    features = []
-    for batch in loader:
-        inputs, _, _ = to_device(batch, compute)
-        with compute.autocast():
-            output = inputs if inputs.ndim == 2 else mirrored_mean(model.backbone, inputs, args.flip_average)
-        features.append(output.float().cpu())  # (B, F)
-    features = torch.cat(compute.processes.gather(features)).numpy()
+    features = features_of(model.backbone, loader, compute, args.flip_average)
     ridge = baseline_models.fit_ridge(
         features, scaled_ratings(study, scaler)[rows], groups=study.groups_of(rows),
         sd_floor=baseline_models.FEATURE_SD_FLOOR)
@@ -497,29 +491,23 @@ def untuned_features(args, study, run, rows):
         n_views = args.feature_views if has_views else 1
         features[head] = np.full((n_views, len(study.images), n_features), np.nan, np.float32)
         for view in range(n_views):
-            features[head][view, rows] = view_features(backbone, study, rows, view, args, run.compute)
+            pictures = RatedImages(study, rows, study.ratings, study.ratings, args, args.augment if view else "none")
+            loader = common.make_loader(pictures, 64, args, run.compute, False, study.store.cache == "ram")
+            loader.batch_sampler.epoch = view
+            features[head][view, rows] = features_of(backbone, loader, run.compute, args.flip_average)
     return features
 
 
-@torch.inference_mode()
-def view_features(backbone, study, rows, view, args, compute, batch_size=64):
-    """float32 (M, F) features of one view of these rows; each process computes its share."""
-    augment = args.augment if view else "none"
-    processes = compute.processes
-    first = len(rows) * processes.rank // processes.size
-    last = len(rows) * (processes.rank + 1) // processes.size
+@torch.no_grad()
+def features_of(backbone, loader, compute, flip_average):
+    """float32 (M, F) outputs of a backbone in evaluation mode; inputs that are features stay as they are."""
     features = []
-    for start in range(first, last, batch_size):
-        pixels = []
-        for row in rows[start:min(start + batch_size, last)]:
-            generator = common.generator_for(args.seed, view, int(row))
-            pixels.append(picture_input(study, row, args.image_size, augment, generator))
-        batch = torch.from_numpy(np.stack(pixels))  # (B, S, S, 3)
-        inputs = common.to_input(batch, compute.device, channels_last=compute.channels_last)  # (B, 3, S, S)
+    for batch in loader:
+        inputs, _, _ = to_device(batch, compute)
         with compute.autocast():
-            outputs = mirrored_mean(backbone, inputs, args.flip_average)  # (B, 3, S, S) -> (B, F)
-        features.append(outputs.float().cpu())
-    return torch.cat(processes.gather(features)).numpy()
+            outputs = inputs if inputs.ndim == 2 else mirrored_mean(backbone, inputs, flip_average)
+        features.append(outputs.float())  # (B, 3, S, S) -> (B, F)
+    return torch.cat(compute.processes.gather([each.cpu() for each in features])).numpy()
 
 
 def predict_baselines(study, features, train, rows):

@@ -191,6 +191,8 @@ def check_flags(parser, args):
     if args.folds or args.fold != "all":
         parser.error(f"--folds {args.folds} --fold {args.fold}: the detector trains one split; "
                      "leave both out")
+    if args.compile:
+        parser.error("--compile: the detector's inputs vary in size; leave it out")
     if args.augment == "full":
         parser.error(f"--augment {args.augment}: the detector knows none and light (flip, colour, "
                      "size)")

@@ -363,6 +363,23 @@ class ProbeTransitions(common.Samples):
         return to_grey(frames)  # (2, S, S, 3) -> (2, S, S)
 
 
+class GreyFrames(common.Samples):
+    """Frames of the store by number as they are, uint8 (S, S)."""
+
+    def __init__(self, store, numbers, size):
+        self.store = store
+        self.numbers = numbers
+        self.size = size
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, key):
+        _, index = key
+        frame = common.eval_crop(self.store[self.numbers[index]], self.size)
+        return torch.from_numpy(to_grey(frame))  # (S, S, 3) -> (S, S)
+
+
 def to_grey(frames):
     """uint8 (..., 3) RGB -> uint8 (...) luma (ITU-R BT.601), unchanged where the three are equal."""
     import cv2
@@ -782,13 +799,14 @@ def encode_frames(study, rows, args, compute):
     encoder = compute.place(build_encoder(args)).eval()
     wanted = np.unique(study.frames[rows])
     maps = np.zeros((len(study.store), encoder.n_features, encoder.n_cells), np.float32)
-    for part in np.array_split(wanted, math.ceil(len(wanted) / 64)):
-        pixels = np.stack([to_grey(common.eval_crop(study.store[i], args.image_size))
-                           for i in part])  # (B, S, S)
-        frames = normalised(torch.from_numpy(pixels)[:, None].to(compute.device))  # (B, 1, S, S)
+    frames = GreyFrames(study.store, wanted, args.image_size)
+    loader = common.make_loader(frames, 64, args, compute, False, study.store.cache == "ram")
+    parts = []
+    for pixels in loader:  # (B, S, S)
+        inputs = normalised(pixels[:, None].to(compute.device, non_blocking=True))  # (B, 1, S, S)
         with compute.autocast():
-            output = encoder(frames)  # (B, 1, S, S) -> (B, F, G)
-        maps[part] = output.float().cpu().numpy()
+            parts.append(encoder(inputs).float().cpu())  # (B, 1, S, S) -> (B, F, G)
+    maps[wanted] = torch.cat(compute.processes.gather(parts)).numpy()
     is_frozen = args.freeze_layers == 5 and args.augment == "none" and not args.init_from
     return dataclasses.replace(
         study,

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from turns import compare, parser_of  # it puts the repository on the import path
+from turns import compare, more_flags, parser_of  # it puts the repository on the import path
 
 import common
 import train_assessor
@@ -41,9 +41,13 @@ def make_data(folder, options):
     draws = np.random.default_rng(0)
     rows = ["image,first,second"]
     for i in range(options.images):
-        small = draws.integers(0, 256, (24, 24, 3), dtype=np.uint8)
-        picture = cv2.resize(small, (options.side, options.side), interpolation=cv2.INTER_CUBIC)
-        cv2.imwrite(str(folder / f"{i}.jpg"), picture)
+        path = folder / f"{i}.jpg"
+        if i < 256:
+            small = draws.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+            picture = cv2.resize(small, (options.side, options.side), interpolation=cv2.INTER_CUBIC)
+            cv2.imwrite(str(path), picture)
+        else:  # copies: it is their number that counts
+            path.write_bytes((folder / f"{i % 256}.jpg").read_bytes())
         rows.append(f"{i}.jpg,{draws.normal():.4f},{draws.normal():.4f}")
     (folder / "ratings.csv").write_text("\n".join(rows) + "\n")
 
@@ -53,7 +57,7 @@ def script_args(folder, options):
     return train_assessor.parse_args([
         "--images_dir", str(folder), "--ratings_file", str(folder / "ratings.csv"), "--output_dir", str(folder / "out"),
         "--backbone", options.backbone, "--no_pretrained", "--batch_size", str(options.batch_size), "--save_minutes",
-        "0", "--epochs", "1000"])
+        "0", "--epochs", "1000", *more_flags(options)])
 
 
 class ScriptEpochs:
@@ -61,7 +65,7 @@ class ScriptEpochs:
 
     def __init__(self, folder, options):
         args = script_args(folder, options)
-        self.run = common.start_run(args)
+        self.run = common.start_run(args, fixed_shapes=True)
         study = train_assessor.load_study(args, self.run)
         split = {"train": np.arange(options.images), "val": np.arange(2), "test": np.arange(0)}
         scaler = train_assessor.fit_scaler(study.ratings, False)
@@ -81,8 +85,7 @@ class BareEpochs:
 
     def __init__(self, folder, options):
         args = script_args(folder, options)
-        self.compute = common.choose_compute("auto", "auto")
-        common.keep_freed_memory()
+        self.compute = common.start_run(args, fixed_shapes=True).compute
         self.model = self.compute.place(train_assessor.build_model(args, [0.0, 0.0])).train()
         self.optimizer = common.build_optimizer([(self.model, 1.0)], args)
         layout = torch.channels_last if self.compute.channels_last else torch.contiguous_format
@@ -134,13 +137,13 @@ def plain_model(folder, options):
 
 
 class ReferenceEpochs:
-    """fp32, contiguous memory, AdamW as torch makes it, 2 loader workers."""
+    """fp32, contiguous memory, AdamW as torch makes it, loader workers."""
 
     def __init__(self, folder, options):
         self.model, self.device = plain_model(folder, options)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
         self.loader = torch.utils.data.DataLoader(PlainFiles(folder, options), options.batch_size, shuffle=True,
-                                                  num_workers=2, persistent_workers=True)
+                                                  num_workers=options.workers, persistent_workers=True)
 
     def epoch(self):
         for images, target in self.loader:
@@ -161,7 +164,7 @@ class TimmEpochs:
         self.utils, (self.model, self.device) = timm.utils, plain_model(folder, options)
         dataset = PlainFiles(folder, options)
         self.loader = timm.data.create_loader(dataset, (3, 224, 224), options.batch_size, is_training=True,
-                                              num_workers=2, device=self.device, re_prob=0.2, persistent_workers=True)
+                                              num_workers=options.workers, device=self.device, re_prob=0.2, persistent_workers=True)
         dataset.transform = transforms.Compose([*augmentation(), transforms.PILToTensor(), lambda t: t.numpy()])
         self.optimizer = timm.optim.create_optimizer_v2(self.model, "adamw", lr=1e-4, weight_decay=0.01)
 
@@ -197,7 +200,7 @@ class LightningEpochs:
                 return torch.optim.AdamW(self.parameters(), 1e-4)
         self.lightning, self.module = lightning, Module(plain_model(folder, options)[0])
         self.loader = torch.utils.data.DataLoader(PlainFiles(folder, options), options.batch_size, shuffle=True,
-                                                  num_workers=2, persistent_workers=True)
+                                                  num_workers=options.workers, persistent_workers=True)
 
     def run_all(self, turn):
         class Turns(self.lightning.Callback):
@@ -225,7 +228,7 @@ class FastaiEpochs:
         from fastai.data.core import DataLoaders
         from fastai.data.load import DataLoader
         self.callback, (model, device) = learner.Callback, plain_model(folder, options)
-        loader = DataLoader(PlainFiles(folder, options), bs=options.batch_size, shuffle=True, num_workers=2,
+        loader = DataLoader(PlainFiles(folder, options), bs=options.batch_size, shuffle=True, num_workers=options.workers,
                             device=device)
         adamw = functools.partial(optimizer.OptimWrapper, opt=torch.optim.AdamW)
         self.learner = learner.Learner(DataLoaders(loader, loader, device=device), model, torch.nn.MSELoss(), adamw)

@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from turns import compare, parser_of  # it puts the repository on the import path
+from turns import compare, more_flags, parser_of  # it puts the repository on the import path
 
 import common
 import train_detector
@@ -59,7 +59,7 @@ def script_args(folder, options):
         "--train_json", str(folder / "coco.json"), "--train_images", str(folder), "--output_dir", str(folder / "out"),
         "--split_ratio", "0.9", "--model", options.model, "--no_pretrained", "--norm", "frozen", "--save_minutes",
         "0", "--min_size", str(options.min_size), "--max_size", str(2 * options.min_size), "--epochs", "1000",
-        "--batch_size", str(options.batch_size)])
+        "--batch_size", str(options.batch_size), *more_flags(options)])
 
 
 class ScriptEpochs:
@@ -131,7 +131,7 @@ class PlainFiles(torch.utils.data.Dataset):
 
 
 class ReferenceEpochs:
-    """fp32, contiguous memory, AdamW as torch makes it, 2 loader workers."""
+    """fp32, contiguous memory, AdamW as torch makes it, loader workers."""
 
     def __init__(self, folder, options):
         self.device, size = common.choose_compute("auto", "off").device, options.min_size
@@ -141,7 +141,7 @@ class ReferenceEpochs:
         self.model = self.model.to(self.device).train()
         self.transform = GeneralizedRCNNTransform(size, 2 * size, common.IMAGENET_MEAN, common.IMAGENET_STD)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
-        self.loader = torch.utils.data.DataLoader(PlainFiles(folder), options.batch_size, shuffle=True, num_workers=2,
+        self.loader = torch.utils.data.DataLoader(PlainFiles(folder), options.batch_size, shuffle=True, num_workers=options.workers,
                                                   persistent_workers=True, collate_fn=lambda batch: zip(*batch))
 
     def epoch(self):

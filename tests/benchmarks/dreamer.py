@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from turns import compare, parser_of  # it puts the repository on the import path
+from turns import compare, more_flags, parser_of  # it puts the repository on the import path
 
 import common
 from readers import probe_poses
@@ -59,7 +59,7 @@ def script_args(folder, options, *more):
         "--data_dir", str(folder / "sequence"), "--output_dir", str(folder / "out"), "--encoder", options.encoder,
         "--no_pretrained", "--batch_size", str(options.batch_size), "--image_size", str(options.side), "--d_model",
         str(options.d_model), "--n_layers", str(options.n_layers), "--feedforward", str(4 * options.d_model),
-        "--save_minutes", "0", "--epochs", "1000", *more])
+        "--save_minutes", "0", "--epochs", "1000", *more, *more_flags(options)])
 
 
 def unit_scaler():
@@ -71,7 +71,7 @@ class ScriptEpochs:
 
     def __init__(self, folder, options):
         self.args = script_args(folder, options)
-        self.run = common.start_run(self.args)
+        self.run = common.start_run(self.args, fixed_shapes=True)
         study = train_dreamer.load_study(self.args, self.run)
         rows = np.arange(options.transitions)
         self.loader, _ = train_dreamer.make_loaders(study, {"train": rows}, self.args, self.run.compute)
@@ -91,8 +91,7 @@ class BareEpochs:
 
     def __init__(self, folder, options):
         args = script_args(folder, options, "--token_type", self.tokens)
-        self.compute = common.choose_compute("auto", "auto")
-        common.keep_freed_memory()
+        self.compute = common.start_run(args, fixed_shapes=True).compute
         device = self.compute.device
         self.model = self.compute.place(train_dreamer.build_model(args, unit_scaler(), "additive")).train()
         self.optimizer = common.build_optimizer([(self.model, 1.0)], args)
@@ -148,7 +147,7 @@ def as_tutorials_write_it(layer, dropout):
 
 
 class ReferenceEpochs:
-    """fp32, contiguous memory, AdamW as torch makes it, attention with dropout, 2 loader workers."""
+    """fp32, contiguous memory, AdamW as torch makes it, attention with dropout, loader workers."""
 
     def __init__(self, folder, options):
         self.device, args = common.choose_compute("auto", "off").device, script_args(folder, options)
@@ -159,7 +158,7 @@ class ReferenceEpochs:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 2e-4)
         self.loss_function = train_dreamer.DreamLoss(args, unit_scaler(), self.device)
         self.loader = torch.utils.data.DataLoader(
-            PlainFrames(folder, options), options.batch_size, shuffle=True, num_workers=2, persistent_workers=True)
+            PlainFrames(folder, options), options.batch_size, shuffle=True, num_workers=options.workers, persistent_workers=True)
 
     def epoch(self):
         for frames, motion, at1 in self.loader:

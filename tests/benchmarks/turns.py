@@ -26,9 +26,19 @@ def parser_of(description):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="timed epochs of each loop, after one that is not timed")
     parser.add_argument("--loops", nargs="+", help="only these, and script")
+    parser.add_argument("--workers", type=int, default=2, help="loader workers of the loops that are not the script")
+    parser.add_argument("--together", action="store_true",
+                        help="start all loops at once: sooner done, but first steps wait for one another")
+    parser.add_argument("--more", nargs="+", default=[], metavar="FLAG=VALUE",
+                        help="further flags of the script, without their dashes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the figures as one line of JSON")
     parser.add_argument("--child", nargs=3, metavar=("LOOP", "FOLDER", "START"), help=argparse.SUPPRESS)
     return parser
+
+
+def more_flags(options):
+    """--more as the script's own flags."""
+    return [f"--{flag}" for flag in options.more]
 
 
 class Turn:
@@ -114,10 +124,13 @@ def compare(file, options, make_data, loops, title, unit, count, goals):
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder), options)
         children, results = {}, {}
-        for name in wanted:  # each is alone until its first epoch is over: its first step waits for nobody
-            if name not in absent:
+        present = [name for name in wanted if name not in absent]
+        if options.together:
+            children = {name: Child(file, name, folder) for name in present}
+        for name in present:  # each is alone until its first epoch is over: its first step waits for nobody
+            if name not in children:
                 children[name] = Child(file, name, folder)
-                results[name] = [children[name].epoch()]
+            results[name] = [children[name].epoch()]
         for _ in range(options.repeats):
             for name, child in children.items():
                 results[name].append(child.epoch())
