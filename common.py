@@ -1387,11 +1387,6 @@ class Processes:
         torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
         return numbers.tolist()
 
-    def add_up(self, tensor):
-        """Replace a tensor by its sum over the processes."""
-        if self.size > 1:
-            torch.distributed.all_reduce(tensor)
-
     @torch.no_grad()
     def spread(self, model):
         """Give all processes the first one's weights and buffers (running means of BatchNorm)."""
@@ -1418,87 +1413,59 @@ def leave_processes(wait=True):
 BUCKET_BYTES = 25 * 2 ** 20  # as DistributedDataParallel has them
 
 
-@dataclasses.dataclass(eq=False)
-class Bucket:
-    """Parameters whose gradients travel in one message."""
-    parameters: list
-    n_ready: int = 0  # gradients that this backward pass has given
-    message: torch.Tensor | None = None
-    work: object = None  # the message under way
-
-    def send(self):
-        """Send the gradients, 0 for one that is missing, then for each parameter whether it has one."""
-        has_gradient = self.parameters[0].new_ones(len(self.parameters))
-        flat = []
-        for i, parameter in enumerate(self.parameters):
-            if parameter.grad is None:
-                has_gradient[i] = 0
-                flat.append(torch.zeros_like(parameter).flatten())
-            else:
-                flat.append(parameter.grad.flatten())
-        self.message = torch.cat([*flat, has_gradient])
-        self.work = torch.distributed.all_reduce(self.message, async_op=True)
-
-    def receive(self):
-        """Make each gradient the sum over the processes; None stays where it is None in all of them."""
-        self.work.wait()
-        sizes = [parameter.numel() for parameter in self.parameters]
-        *sums, has_gradient = self.message.split([*sizes, len(sizes)])
-        for parameter, total, count in zip(self.parameters, sums, has_gradient):
-            if parameter.grad is None:
-                if not count:
-                    continue
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.copy_(total.view(parameter.shape))
-        self.n_ready = 0
-
-
 class GradientExchange:
     """Adds up gradients over the processes while the backward pass is still under way.
 
-    All processes send the same buckets in the same order, the last layers first, each bucket once it is full.
+    They travel in buckets, the last layers first, each once it is full and those before it are sent, so that all
+    processes send the same in the same order. A layer without a gradient counts as one with the gradient 0.
     """
 
     def __init__(self, processes, model):
-        self.buckets = []
-        self.n_sent = 0
+        self.processes = processes
         self.is_open = False  # True in the last backward pass of an optimiser step
-        self.bucket_of = {}
-        self.hooks = []
-        if processes.size == 1:
-            return
-        trained = [p for p in reversed(list(model.parameters())) if p.requires_grad]
-        for dtype in dict.fromkeys(p.dtype for p in trained):
-            self._fill_buckets([p for p in trained if p.dtype == dtype])
-        self.hooks = [p.register_post_accumulate_grad_hook(self._note) for p in trained]
-
-    def _fill_buckets(self, parameters):
-        n_bytes = math.inf
-        for parameter in parameters:
+        self.buckets = []  # lists of parameters
+        self.messages = []  # (tensor, work) of each bucket that is sent
+        trained = [p for p in reversed(list(model.parameters())) if p.requires_grad and processes.size > 1]
+        n_bytes = BUCKET_BYTES
+        for parameter in trained:
             if n_bytes >= BUCKET_BYTES:
-                self.buckets.append(Bucket([]))
+                self.buckets.append([])
                 n_bytes = 0
-            self.buckets[-1].parameters.append(parameter)
-            self.bucket_of[parameter] = self.buckets[-1]
+            self.buckets[-1].append(parameter)
             n_bytes += parameter.nbytes
+        self.missing = list(map(len, self.buckets))  # gradients that the backward pass has not given yet
+        self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
+        self.hooks = [p.register_post_accumulate_grad_hook(self._note) for p in trained]
 
     def _note(self, parameter):
         if not self.is_open:
             return
-        self.bucket_of[parameter].n_ready += 1
-        for bucket in self.buckets[self.n_sent:]:
-            if bucket.n_ready < len(bucket.parameters):
-                break
-            bucket.send()
-            self.n_sent += 1
+        self.missing[self.bucket_of[parameter]] -= 1
+        while len(self.messages) < len(self.buckets) and not self.missing[len(self.messages)]:
+            self._send()
 
-    def finish(self):
-        """Send what the backward pass gave no gradient for, and wait for all sums."""
-        for bucket in self.buckets[self.n_sent:]:
-            bucket.send()
-        for bucket in self.buckets:
-            bucket.receive()
-        self.n_sent = 0
+    def _send(self):
+        bucket = self.buckets[len(self.messages)]
+        for parameter in bucket:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        message = torch.cat([parameter.grad.flatten() for parameter in bucket])
+        self.messages.append((message, torch.distributed.all_reduce(message, async_op=True)))
+
+    def finish(self, sums):
+        """Wait until each gradient, and the tensor `sums`, is the sum over the processes."""
+        if self.processes.size == 1:
+            return
+        while len(self.messages) < len(self.buckets):
+            self._send()
+        torch.distributed.all_reduce(sums)
+        for bucket, (message, work) in zip(self.buckets, self.messages):
+            work.wait()
+            totals = message.split([parameter.numel() for parameter in bucket])
+            for parameter, total in zip(bucket, totals):
+                parameter.grad.copy_(total.view(parameter.shape))
+        self.messages = []
+        self.missing = list(map(len, self.buckets))
 
     def close(self):
         """Take the hooks off the parameters."""
@@ -2577,8 +2544,7 @@ class Training:
     def _step_optimizer(self, n_samples):
         current = self.current
         sums = torch.stack(list(current.own_sums.values()))
-        current.exchange.finish()
-        self.processes.add_up(sums)
+        current.exchange.finish(sums)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or math.inf, foreach=True)

@@ -106,6 +106,7 @@ def start(device, folder, model, sample, accumulate, collate=None):
     if device.type == "meta":  # it has no fused step
         optimizer = torch.optim.AdamW(model.parameters())
         optimizer.param_groups[0]["factor"] = 1.0
+        optimizer.register_step_pre_hook(lambda each, *_: setattr(each, "found_inf", None))
     else:
         optimizer = common.build_optimizer([(model, 1.0)], args)
     training = common.Training(run, model, optimizer, args, "last", dict)

@@ -68,6 +68,7 @@ def without_fused_step(build_optimizer):
         optimizer = build_optimizer(*args, **options)
         for group in optimizer.param_groups:
             group["fused"] = None
+        optimizer.register_step_pre_hook(lambda each, *_: setattr(each, "found_inf", None))  # a fused step alone reads it
         return optimizer
     return build
 
