@@ -264,7 +264,7 @@ def test_one_picture_can_be_learnt_by_heart():
 def test_validation_changes_nothing_and_repeats():
     """BatchNorm in training before: every buffer and weight is the same afterwards, no gradient, no dropout."""
     model = small_detector().train()
-    loader = [train_detector.collate_truth([sample(), sample((2, 2, 3, 3))]), train_detector.collate([sample()])]
+    loader = [train_detector.collate_truth([sample(), sample((2, 2, 3, 3))]), train_detector.collate_truth([sample()])]
     before = copy.deepcopy(model.state_dict())
     results = [train_detector.evaluate(model, loader, FP32, 5, 0.5)[1] for _ in range(2)]
     for name, value in model.state_dict().items():

@@ -363,7 +363,7 @@ def test_cross_entropy_is_that_of_torch():
     assert objective.weight.tolist() == [2.5, 1.0] * 4
     logits = torch.randn(8, 2)
     rows = nn.functional.cross_entropy(logits, torch.tensor(labels), reduction="none", label_smoothing=0.1)
-    expected = (rows * objective.weight * torch.tensor(objective.class_weight)[torch.tensor(labels)]).mean()
+    expected = (rows * objective.weight * torch.tensor(objective.class_weight).float()[torch.tensor(labels)]).mean()
     assert torch.allclose(objective.loss(logits, objective.target, objective.weight), expected)
 
 

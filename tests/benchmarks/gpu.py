@@ -194,9 +194,12 @@ def run_folder(out):
     return next(Path(out).glob("run_*"))
 
 
-def short(made, options):
-    """Flags for fewer epochs in the small form."""
-    return ["--epochs", 2] if options.small else []
+def short(task, options):
+    """Flags for quick runs in the small form."""
+    if not options.small:
+        return []
+    sides = ["--min_size", 64, "--max_size", 96] if task == "detector" else ["--image_size", 32]
+    return ["--epochs", 2, *sides]
 
 
 def in_parallel(options, jobs):
@@ -224,7 +227,7 @@ def measure_repeats(table, options):
         made = make_tasks(options, table, folder)
         jobs = {}
         for name, task in made.items():
-            flags = ["--deterministic", *short(task, options)]
+            flags = ["--deterministic", *short(name, options)]
             for way in ("first", "second"):
                 jobs[name, way] = lambda task=task, out=folder / f"{name}_{way}", flags=flags: run(
                     command_of(task, out, *flags), table)
@@ -287,7 +290,7 @@ def measure_precision(table, options):
                 wrapper, flags = forced(precision)
                 for seed in seeds:
                     jobs[name, precision, seed] = lambda command=command_of(
-                        task, folder / f"{name}_{precision}_{seed}", *flags, *short(task, options), "--seed", seed,
+                        task, folder / f"{name}_{precision}_{seed}", *flags, *short(name, options), "--seed", seed,
                         wrapper=wrapper): run(command, table)
         found = in_parallel(options, jobs)
         for name, (script, _, column) in made.items():
