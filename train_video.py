@@ -26,7 +26,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -355,6 +354,8 @@ def read_table(args, names=None, need_labels=True):
 def load_study(args, say, skipped_file=None, names=None, need_labels=True):
     """Table and frames, checked; what cannot be used is counted, said and listed in the file."""
     table = read_table(args, names, need_labels)
+    for note in table.notes:
+        say(f"note: {note}")
     say(f"decoding {len(table)} rows of {len(set(table.sources))} videos "
         f"with {video_files.decoder_name()}")
     store = video_files.ClipStore(
@@ -372,8 +373,10 @@ def load_study(args, say, skipped_file=None, names=None, need_labels=True):
         common.write_table(skipped_file, skipped)
     for reason, count in collections.Counter(entry["reason"] for entry in skipped).items():
         say(f"skipped: {count} rows, {reason}")
-    for note in table.notes:
-        say(f"note: {note}")
+    late = {found.path: found.first_sec for found in store.audit if found.first_sec > 0.5}
+    if late:
+        say(f"note: the picture starts {max(late.values()):.2f} s or less after the start of the file in {len(late)} "
+            f"videos ({common.shorten_list(late, 3)}); seconds count from the start of the file, as a player shows them")
     if not len(stored):
         raise common.UserError(f"none of {len(table)} rows can be used "
                                f"(first: {skipped[0]['reason']})")
@@ -1560,7 +1563,7 @@ def audit(args):
     durations = {}
     unreadable = {}
     damaged = {}
-    for source in filter(os.path.exists, dict.fromkeys(table.sources)):
+    for source in dict.fromkeys(table.sources):
         info = video_files.probe(source, args.fps)
         if info.error:
             unreadable[str(source)] = info.error
@@ -1580,10 +1583,10 @@ def audit(args):
     print(splitting.leakage_text(report))
     for note in table.notes:
         print(f"note: {note}")
-    for path, error in unreadable.items():
-        print(f"unreadable: {path}: {error}")
-    for path, damage in damaged.items():
-        print(f"damaged: {path}: {damage}")
+    for what, found in (("unreadable", unreadable), ("damaged", damaged)):
+        if found:
+            lines = [f"{path}: {reason}" for path, reason in found.items()]
+            print(f"{what}, {len(lines)} of {len(set(table.sources))} videos: {common.shorten_list(lines)}")
     print(f"{len(table.skipped)} rows skipped; written to {output}")
 
 

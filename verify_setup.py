@@ -377,6 +377,8 @@ def video_problems(report):
     bad = "".join(f"\n{path}: {error}" for path, error in report["unreadable"].items())
     yield Check("FAIL" if bad else "OK", "unreadable videos", f"{len(report['unreadable'])}{bad}",
                 "fix or remove them, or train with a larger --max_missing" if bad else "")
+    damaged = [f"{path}: {damage}" for path, damage in report["damaged"].items()]
+    yield warn_if_any("damaged videos", damaged, "copy them again; a damaged file stays so, and its rows are used")
     skipped = [f"{row['row']} ({row['reason']})" for row in report["skipped"]]
     yield warn_if_any("rows left out", skipped, "correct them in the manifest")
     [part] = report["parts"].values()

@@ -155,7 +155,8 @@ class _Video:
                 is_broken = True
             if is_broken and packet.size:
                 lost.add(packet.pts)
-                yield self._time(packet), None
+                stamp = packet.dts if packet.pts is None else packet.pts
+                yield self._since_start(None if stamp is None else float(stamp * packet.time_base)), None
             for frame in decoded:
                 if frame.pts in lost:
                     continue
@@ -164,18 +165,15 @@ class _Video:
                     self.size = frame.width, frame.height
                     if self.turns % 2:
                         self.size = frame.height, frame.width
-                yield self._time(frame), functools.partial(self._pixels, frame)
+                yield self._since_start(frame.time), functools.partial(self._pixels, frame)
 
     def _packets(self):
         with contextlib.suppress(self.av.FFmpegError):  # a file may end in the middle of one
             yield from self.container.demux(self.stream)
 
-    def _time(self, item):
-        """Seconds of a packet or a frame."""
-        stamp = item.dts if item.pts is None else item.pts
-        if stamp is None:
+    def _since_start(self, stamp_sec):
+        if stamp_sec is None:
             return math.nan
-        stamp_sec = float(stamp * item.time_base)
         if self.start_sec is None:
             self.start_sec = stamp_sec - self.first_sec
         return stamp_sec - self.start_sec

@@ -279,6 +279,30 @@ def test_a_file_never_opens_another(films, tmp_path):
         assert "no video that can be opened" in video_files.probe(tmp_path / name).error
 
 
+CASES = Path(__file__).resolve().parents[2] / "shared" / "cases" / "video"
+
+
+def barcode(picture):
+    """The number in the ten bars of the cases' pictures, the lowest bit left."""
+    height, width = picture.shape[:2]
+    row = picture[height // 5:height * 45 // 100].mean((0, 2))
+    bars = [row[int((bit + 0.3) * width / 10):int((bit + 0.7) * width / 10) + 1].mean() for bit in range(10)]
+    return sum(int(bar > 128) << bit for bit, bar in enumerate(bars))
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason=f"files of other programs are not at {CASES.name}")
+@pytest.mark.parametrize("name, window, first, n_frames", [
+    ("01_interlaced/clip01.mts", WHOLE, 10, 60), ("03_frame_windows_vfr/vfr.mp4", (15, 17), 200, 400),
+    ("04_video_starts_after_audio/late.mp4", (5, 6.5), 75, 400), ("04_video_starts_after_audio/cut.mp4", (15, 17), 630, 157),
+    ("05_damaged_in_the_middle/hole.mp4", (9, 11), 225, 326), ("06_still_picture_with_sound/rec.mp4", (123.2, 124.7), 80, 150),
+    ("07_suffixes/cage1.h264", (0, 1), 0, 100), ("07_suffixes/dvr.ts", (1, 2), 25, 100)])
+def test_files_of_other_programs(name, window, first, n_frames):
+    store = open_store([CASES / name], [window], fps=25, n_frames=8, short_side=96)
+    seen = [barcode(picture) for picture in store[0]]
+    assert (store.audit[0].error, store.audit[0].fault, store.audit[0].n_frames) == (None, "", n_frames)
+    assert seen[0] == first and (np.diff(seen) >= 0).all() and len(set(seen)) > 0.9 * len(seen)
+
+
 # Files that lie, and broken ones.
 
 
