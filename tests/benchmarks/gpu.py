@@ -7,9 +7,9 @@
 One Markdown table, OUT/gpu.md, is written row by row, so that a run that is cut leaves what it has measured:
 
     speed       training passes of each script against the bare loop, a plain loop and packages (see assessor.py, ...)
+    profile     waits for the device a step, part of the time that the GPU works, and the ten costliest kernels
     repeats     with --deterministic two runs give the same bits, and so does one that was stopped and continued
     precision   bf16 and fp16 against fp32, three seeds each: the validation metric after a fixed last epoch
-    profile     waits for the device a step, part of the time that the GPU works, and the ten costliest kernels
     compile     a training pass with --compile and without, and what compiling takes
 """
 import argparse
@@ -36,7 +36,7 @@ import turns
 import common
 
 HERE = Path(__file__).resolve()
-PARTS = ("speed", "repeats", "precision", "profile", "compile")
+PARTS = ("speed", "profile", "repeats", "precision", "compile")  # in this order
 SIZES = {  # of a training pass: (on a GPU, --small)
     "assessor": ("--backbone resnet50 --images 4096 --side 512 --batch_size 64",
                  "--backbone resnet18 --images 8 --side 256 --batch_size 4"),
@@ -138,7 +138,7 @@ def measure_speed(table, options):
         file.unlink(missing_ok=True)
         command = [sys.executable, HERE.with_name(f"{name}.py"), *sizes(name, options), "--json", file, "--together",
                    "--workers", 1 if options.small else common.resolve_workers("auto", False),
-                   "--repeats", 1 if options.small else 3, "--loops", "bare", "reference"]
+                   "--repeats", n_repeats(options), "--loops", "bare", "reference"]
         if name == "assessor":
             command += ["timm", "lightning", "fastai"]
         try:
@@ -147,6 +147,13 @@ def measure_speed(table, options):
             table.row(f"speed, {name}", reason)
             continue
         write_speed(table, json.loads(file.read_text().splitlines()[-1]))
+
+
+def n_repeats(options):
+    """Timed epochs of each loop."""
+    if options.small:
+        return 1
+    return 2 if options.minutes < 15 else 5
 
 
 def write_speed(table, report):
@@ -209,22 +216,24 @@ def in_parallel(options, jobs):
     return {key: pool.submit(job) for key, job in jobs.items()}
 
 
-def make_tasks(options, table, folder):
-    """{task: (script, flags, column)} with its sample data made."""
-    made = {}
-    for name in TASKS:
-        if name.replace("clips", "video") in options.tasks:
-            place = folder / name
-            place.mkdir()
-            made[name] = getattr(equality, name)(place)
-    return made
+def make_tasks(options):
+    """{task: (script, flags, column)} with its sample data, made once."""
+    def make(name):
+        place = options.folder / name
+        place.mkdir()
+        return getattr(equality, name)(place)
+    if options.made is None:
+        names = [name for name in TASKS if name.replace("clips", "video") in options.tasks]
+        futures = in_parallel(options, {name: lambda name=name: make(name) for name in names})
+        options.made = {name: future.result() for name, future in futures.items()}
+    return options.made
 
 
 def measure_repeats(table, options):
     """With --deterministic: the same run twice, and once more stopped after its first epoch and continued."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        made = make_tasks(options, table, folder)
+        made = make_tasks(options)
         jobs = {}
         for name, task in made.items():
             flags = ["--deterministic", *short(name, options)]
@@ -283,7 +292,7 @@ def measure_precision(table, options):
     seeds = SEEDS[:2] if options.small else SEEDS
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        made = make_tasks(options, table, folder)
+        made = make_tasks(options)
         jobs = {}
         for name, task in made.items():
             for precision in precisions:
@@ -374,7 +383,8 @@ def kernel_costs(profiler):
     for event in profiler.events():
         on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
         if torch.cuda.is_available():
-            value = event.self_device_time_total if on_gpu else 0
+            is_kernel = on_gpu and not getattr(event, "is_user_annotation", False)
+            value = event.time_range.elapsed_us() if is_kernel else 0
         else:
             value = event.self_cpu_time_total
         if value:
@@ -460,8 +470,11 @@ def main():
     options = parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     table = Table(options.out / "gpu.md", options.minutes)
-    for part in options.parts:
-        MEASURES[part](table, options)
+    options.made = None
+    with tempfile.TemporaryDirectory() as folder:
+        options.folder = Path(folder)
+        for part in options.parts:
+            MEASURES[part](table, options)
     print(f"written: {table.path}", flush=True)
 
 

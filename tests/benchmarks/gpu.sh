@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What only a GPU can show, in one command: correct and how fast. No network, one GPU, at most 25 minutes.
-#   tests/benchmarks/gpu.sh [OUT] [--minutes N] [--small] [--parts speed repeats precision profile compile]
+#   tests/benchmarks/gpu.sh [OUT] [--minutes N] [--small] [--parts speed profile repeats precision compile]
 #   OUT        folder of gpu.md (one table, written row by row) and gpu.log (./outputs/gpu)
 #   --minutes  begin nothing new after so many minutes, and cut what still runs (25)
 #   --small    tiny settings, to see on a CPU that it runs

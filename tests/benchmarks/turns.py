@@ -130,7 +130,13 @@ def compare(file, options, make_data, loops, title, unit, count, goals):
         for name in present:  # each is alone until its first epoch is over: its first step waits for nobody
             if name not in children:
                 children[name] = Child(file, name, folder)
-            results[name] = [children[name].epoch()]
+            try:
+                results[name] = [children[name].epoch()]
+            except SystemExit as error:
+                if name == "script":
+                    raise
+                print(f"skipped: {name}: {error}", flush=True)
+                del children[name]
         for _ in range(options.repeats):
             for name, child in children.items():
                 results[name].append(child.epoch())
