@@ -222,6 +222,9 @@ def add_data_arguments(parser):
         help="train although splits share groups or identical pictures")
     add("--on_bad_file", choices=("error", "skip"), default="error",
         help="unreadable files: list and stop, or skip")
+    add("--pixel_range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="pictures of more than 8 bits: values that become black and white (default: one range "
+             "for all, from the data)")
     add("--cache", choices=("auto", "ram", "disk", "none"), default="auto", may_change=True,
         help="where decoded pictures are kept")
     add("--augment", choices=tuple(AUGMENTATIONS), default="full",

@@ -84,10 +84,11 @@ def load_members(files, compute):
     members = [load_member(path, compute) for path in files]
     first = members[0].settings
     for path, member in zip(files, members):
-        if any(member.settings[key] != first[key] for key in ("names", "image_size")):
-            raise common.UserError(
-                f"{path} predicts {member.settings['names']} at {member.settings['image_size']} px, {files[0]} "
-                f"{first['names']} at {first['image_size']} px; members of one mean must agree")
+        for key in ("names", "image_size", "pixel_range"):
+            if member.settings.get(key) != first.get(key):
+                raise common.UserError(
+                    f"{path} has {key} {member.settings.get(key)}, {files[0]} {first.get(key)}; members of one mean "
+                    "must agree")
     epochs = ", ".join(str(member.settings["epoch"]) for member in members)
     print(f"model: {first['backbone']}, head {first['head']}, {first['image_size']} px, {len(first['names'])} ratings, "
           f"flip average {first['flip_average']}, {len(members)} checkpoint(s) of epochs {epochs}", flush=True)
@@ -178,7 +179,8 @@ def main():
     pictures = picture_files.Pictures(
         [path for _, path in inputs],
         resize_side(image_size),
-        lambda pixels, _: common.eval_crop(pixels, image_size))
+        lambda pixels, _: common.eval_crop(pixels, image_size),
+        members[0].settings.get("pixel_range"))
     loader = common.make_loader(pictures, args.predict_batch_size, args, compute, train=False)
     predicted, errors = predict(members, loader, compute)
     widths = half_widths(members, args.interval) if args.interval else None

@@ -41,8 +41,16 @@ def parse_args(argv=None):
          help="table with one row per picture, or one per single rating")
     data("--image_column", help="column that names the picture (default: image, filename, file, stimulus or path)")
     data("--target_columns", nargs="+", metavar="NAME", help="ratings (default: all *_mean, else all numeric columns)")
-    data("--duplicates", choices=("error", "mean"), default="error",
-         help="several rows of one picture: stop with an error, or take their mean")
+    data("--rater_column", help="who rated, where a row is one person's ratings of a picture (default: by its name)")
+    data("--attribute_column", help="what was asked, where a row is a single rating (default: by its name, or the text "
+                                    "that varies within a picture beside one column of numbers)")
+    data("--rating_column", help="the answers, where there is an --attribute_column")
+    data("--missing_codes", type=float, nargs="*", metavar="CODE",
+         help="numbers that stand for a missing rating, such as -99 999; none after the flag: all are ratings "
+              "(default: stop where one of the usual codes lies far from all other values)")
+    data("--duplicates", choices=("error", "mean", "ratings"), default="error",
+         help="several rows of one picture that no column tells apart: stop with an error, take their mean, or take "
+              "each for a single rating")
     data("--normalize_targets", action="store_true", help="train on (rating - mean) / sd of the train rows")
     model = parser.group("model")
     model("--backbone", default="resnet50", help="any torchvision classifier: resnet18, efficientnet_b3, vit_b_16, ...")
@@ -114,15 +122,17 @@ class Study:
 def load_study(args, run):
     """Ratings and pictures, matched and checked; what cannot be used is counted and listed in skipped.csv."""
     table = rating_tables.read_ratings(
-        args.ratings_file, args.image_column, args.target_columns, args.duplicates, args.group_column)
-    paths, without_row = file_names.match_images(table.images, args.images_dir)
+        args.ratings_file, args.image_column, args.target_columns, args.duplicates, args.group_column,
+        args.rater_column, args.attribute_column, args.rating_column, args.missing_codes)
+    paths, without_row, matching = file_names.match_images(table.images, args.images_dir)
     found = np.flatnonzero([path is not None for path in paths])
     if not len(found):
         raise common.UserError(
             f"none of the {len(paths)} pictures named in {args.ratings_file} is in {args.images_dir} "
             f"(first: {table.images[0]!r}); check --images_dir and --image_column")
     run.say(f"decoding {len(found)} pictures")
-    store = picture_files.ImageStore([paths[row] for row in found], resize_side(args.image_size), args.cache)
+    store = picture_files.ImageStore([paths[row] for row in found], resize_side(args.image_size), args.cache,
+                                     args.pixel_range)
     stored = np.array(picture_files.check_bad_files(store.audit, args.on_bad_file), dtype=int)
 
     skipped = [{"image": table.images[row], "reason": "no such picture"}
@@ -137,7 +147,7 @@ def load_study(args, run):
     listed = " (listed in skipped.csv)" if skipped else ""
     run.say(f"data: {len(rows)} rated pictures, {len(table.names)} ratings; {len(skipped)} skipped{listed}; "
             f"{store.description}")
-    for note in table.notes:
+    for note in table.notes + matching:
         run.say(f"note: {note}")
     single = {name: [each[row] for row in rows] for name, each in (table.ratings_by_image or {}).items()}
     return Study(
@@ -471,6 +481,7 @@ def describe(args, study, split, scaler, predicted):
         "scaler": scaler,
         "pixel_mean": list(common.IMAGENET_MEAN),
         "pixel_sd": list(common.IMAGENET_STD),
+        "pixel_range": study.store.pixel_range,
         "label_sd": np.nanstd(study.ratings[split["train"]], axis=0),
         "abs_residuals": np.abs(predicted - study.ratings[split["val"]]),
         "residual_subjects": None if subjects is None else list(subjects),

@@ -123,6 +123,11 @@ def add_data_arguments(data):
          help="JSON to write (predict: default detections.json; convert; audit)")
     data("--min_trust", type=SHARE, default=0.5,
          help="boxes whose annotators trusted them less neither train nor count")
+    data("--box_format", choices=tuple(part_boxes.BOX_FORMATS),
+         help="what the four numbers of a box are: left top width height in pixels (the default), "
+              "corners, centre and size, or left top width height as shares of the picture")
+    data("--state_attribute", metavar="NAME",
+         help="attribute of the boxes that names their state (default: state)")
     data("--drop_empty", action="store_true",
          help="leave out pictures without a box; else they teach the background")
     data("--absent", choices=("keep", "drop"), default="keep",
@@ -298,32 +303,41 @@ def load_study(args, files, say, checkpoint=None):
 
     checkpoint: what load_detector read, whose parts, input size and use of absent parts then hold.
     """
-    read = {origin: part_boxes.read_annotations(path) for origin, (path, _) in files.items()}
+    read = {origin: part_boxes.read_annotations(path, args.box_format, args.state_attribute)
+            for origin, (path, _) in files.items()}
     entries, skipped = match_pictures(read, files)
     found = [entry for entry in entries if entry.path]
     say(f"decoding {len(found)} pictures")
     min_size = input_size(args)
     absent = args.absent
+    pixel_range = args.pixel_range
     known_parts = None
     if checkpoint:
         min_size = checkpoint["settings"]["min_size"]
         absent = checkpoint["absent"]
         known_parts = checkpoint["settings"]["parts"]
-    store = picture_files.ImageStore([entry.path for entry in found], min_size, args.cache)
+        pixel_range = checkpoint["settings"].get("pixel_range")
+    store = picture_files.ImageStore(
+        [entry.path for entry in found], min_size, args.cache, pixel_range)
     stored = check_pictures(store, found, args.on_bad_file)
     skipped += [{"image": entry.image.name, "reason": audit.error}
                 for entry, audit in zip(found, store.audit) if audit.error]
+    skipped += [each for found in read.values() for each in found.skipped]
     used = [found[i] for i in stored]
     parts, notes = used_parts(read, used, known_parts)
+    sizes = [(store.audit[i].width, store.audit[i].height) for i in stored]
     objects = []
     for row, entry in enumerate(used):
         objects += [dataclasses.replace(each, image=row) for each in entry.objects]
+    if args.box_format is None:
+        listed = ", ".join(str(path) for path, _ in files.values())
+        part_boxes.refuse_other_convention(objects, sizes, listed)
     truth, without_area, box_notes = part_boxes.as_truth(
         images=[entry.image for entry in used],
         objects=objects,
         parts=parts,
         names=[entry.name if len(files) > 1 else entry.image.name for entry in used],
-        sizes=[(store.audit[i].width, store.audit[i].height) for i in stored],
+        sizes=sizes,
         min_trust=args.min_trust,
         groups=part_boxes.read_groups([entry.image for entry in used], args.group_column),
         keeps_absent=absent == "keep")
@@ -334,7 +348,7 @@ def load_study(args, files, say, checkpoint=None):
         store=store,
         stored=np.array(stored, int),
         skipped=skipped + without_area,
-        notes=notes + box_notes)
+        notes=[note for found in read.values() for note in found.notes] + notes + box_notes)
     if args.drop_empty:
         study = without_empty(study)
     say_study(study, say)
@@ -352,7 +366,8 @@ def match_pictures(read, files):
     skipped = []
     for origin, (path, folder) in files.items():
         found = read[origin]
-        paths, without_entry = part_boxes.find_pictures(found, folder)
+        paths, without_entry, notes = part_boxes.find_pictures(found, folder)
+        found.notes += notes
         objects = [[] for _ in paths]
         for each in found.objects:
             objects[each.image].append(each)
@@ -904,7 +919,7 @@ def fit(run, args, study, split):
     compute = run.compute
     train_truth = study.truth.take(split["train"])
     val_truth = study.truth.take(split["val"])
-    settings = model_settings(args, train_truth)
+    settings = model_settings(args, train_truth) | {"pixel_range": study.store.pixel_range}
     if args.augment == "light" and has_sides(train_truth.parts):
         run.say("note: part names say left or right, so pictures are not flipped")
     if args.select == "joint_map" and not settings["states"]:
@@ -1180,7 +1195,8 @@ def predict(args):
     for k in good[:args.visualize]:
         folder.mkdir(exist_ok=True)
         written = f"{output}, {table} and {folder}"
-        pixels = picture_files.load_image(paths[k])
+        pixels = picture_files.load_image(
+            paths[k], pixel_range=model.settings.get("pixel_range"))
         drawn = box_pictures.draw_detections(
             pixels, pixels.shape[1::-1], detections[k], parts, args.score_threshold)
         box_pictures.write_picture(folder / f"{k:03d}_{paths[k].stem}.jpg", drawn)
@@ -1196,7 +1212,8 @@ def detect(model, paths, args, compute):
 
     def prepare(pixels, size):
         return resize_picture(pixels, fit_size(*size, settings["min_size"], settings["max_size"]))
-    pictures = picture_files.Pictures(paths, settings["min_size"], prepare)
+    pictures = picture_files.Pictures(
+        paths, settings["min_size"], prepare, settings.get("pixel_range"))
     loader = common.make_loader(pictures, args.batch_size, args, compute, False, collate=collate)
     detections = []
     errors = []
@@ -1213,7 +1230,7 @@ def detect(model, paths, args, compute):
 
 def convert(args):
     """--mode convert: part annotations or COCO -> clean COCO with area, iscrowd, state, trust."""
-    found = part_boxes.read_annotations(args.json)
+    found = part_boxes.read_annotations(args.json, args.box_format, args.state_attribute)
     names = [image.name for image in found.images]
     sizes = [image.size for image in found.images]
     paths = part_boxes.find_pictures(found, args.images_dir)[0] if args.images_dir else []
@@ -1224,8 +1241,14 @@ def convert(args):
         audit, _ = picture_files.audit_image(path, 32)
         if not audit.error:
             sizes[number] = (audit.width, audit.height)
+    if args.box_format is None:
+        part_boxes.refuse_other_convention(found.objects, sizes, args.json)
     coco, dropped = part_boxes.as_coco(found, names, sizes)
     common.write_json(args.output, coco)
+    for note in found.notes:
+        print(f"note: {note}")
+    for each in found.skipped:
+        print(f"skipped: {', '.join(each.values())}")
     for line in dropped:
         print(f"dropped: {line}")
     n_absent = sum(len(image["absent_parts"]) for image in coco["images"])

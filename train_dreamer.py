@@ -252,7 +252,7 @@ def load_study(args, run, needs_labels=True):
     usable = np.flatnonzero([reason is None for reason in reasons])
     paths, frames = probe_poses.different_frames([rows[i] for i in usable])
     run.say(f"decoding {len(paths)} different frames")
-    store = picture_files.ImageStore(paths, args.image_size, args.cache)
+    store = picture_files.ImageStore(paths, args.image_size, args.cache, args.pixel_range)
     good = picture_files.check_bad_files(store.audit, args.on_bad_file)
     is_good = np.isin(frames, [-1, *good]).all(1)
     for i in usable[~is_good]:
@@ -743,7 +743,10 @@ def time_left(seconds, n_epochs):
 def describe(args, study, split, scaler):
     """What evaluate and predict need beside the weights."""
     settings = {name: getattr(args, name) for name in MODEL_FLAGS}
-    settings |= {"compose": study.compose, "angle_unit": study.angle_unit}
+    settings |= {
+        "compose": study.compose,
+        "angle_unit": study.angle_unit,
+        "pixel_range": study.store.pixel_range}
     return {
         "settings": settings,
         "scaler": scaler,

@@ -264,7 +264,7 @@ def check_assessor(args, temporary):
     images_dir, path = find_assessor_data(args, temporary)
     yield Check("OK", "data", f"{images_dir}, {path}")
     ratings = yield from check_table(path, args)
-    paths, without_row = file_names.match_images(ratings.images, images_dir)
+    paths, without_row, _ = file_names.match_images(ratings.images, images_dir)
     without_file = [name for name, image in zip(ratings.images, paths) if image is None]
     for what, names in (("rows without image", without_file), ("images without row", without_row)):
         yield warn_if_any(what, names, "they will be skipped")

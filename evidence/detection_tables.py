@@ -90,9 +90,9 @@ def read_results(path, images, category_ids):
     plain detections.
     """
     entries = read_list(path)
-    place = {own: k for k, own in enumerate(images)}
+    place = {part_boxes.read_id(own): k for k, own in enumerate(images)}
     parts = list(category_ids)
-    part_of = {own: part for part, own in category_ids.items()}
+    part_of = {part_boxes.read_id(own): part for part, own in category_ids.items()}
     found = [[] for _ in images]
     faults = []
     for number, entry in enumerate(entries):
@@ -147,7 +147,7 @@ def read_detection(entry, place, part_of, where, faults):
 
 def find_key(known, key):
     """known[key], None for a key that is unknown or no number or text."""
-    return known.get(key) if isinstance(key, (int, str)) else None
+    return known.get(part_boxes.read_id(key))
 
 
 def read_states(entry, where, faults):

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import math
 import re
 import zlib
@@ -12,14 +13,18 @@ from pathlib import Path
 import numpy as np
 
 import common
+from readers import file_names
 
-MISSING_CELLS = {"", "na", "nan", "n/a", "#n/a", "<na>"}
+MISSING_CELLS = {"", "na", "nan", "n/a", "n.a.", "#n/a", "<na>", "null", ".", "-"}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
-def pick_columns(wanted, options, where):
-    """Names asked for -> those in `options`, in any case, X also for X_mean. UserError lists the unknown ones."""
-    spelled = {name.lower().removesuffix("_mean"): name for name in options}
+def pick_columns(wanted, options, where, short=()):
+    """Names asked for -> those in `options`, in any case. UserError lists the unknown ones.
+
+    short: {other name: the one in `options`}.
+    """
+    spelled = {name.lower(): option for name, option in dict(short).items()}
     spelled |= {name.lower(): name for name in options}
     spelled |= {name: name for name in options}
     picked = {name: spelled.get(name, spelled.get(name.lower())) for name in wanted}
@@ -34,9 +39,9 @@ def pick_columns(wanted, options, where):
 
 
 def looks_numeric(cells):
-    """True where at least half of the cells that are not blank are numbers."""
-    filled = [cell.replace(",", ".", 1) for cell in cells if cell]
-    return 2 * sum(map(bool, map(NUMBER.fullmatch, filled))) >= max(len(filled), 1)
+    """True where at least a quarter of the cells that are not blank are numbers: the others are then errors."""
+    filled = [cell.replace(",", ".", 1).removesuffix("%") for cell in cells if cell]
+    return 4 * sum(map(bool, map(NUMBER.fullmatch, filled))) >= max(len(filled), 1)
 
 
 def _table_text(path):
@@ -62,31 +67,55 @@ def _table_text(path):
 
 
 def _csv_rows(text, delimiter, strict=True):
+    if delimiter == " ":  # columns that stand below one another: many blanks are one
+        text = re.sub("(?m)^ +| +$|(?<= ) +", "", text)
     lines = io.StringIO(text, newline="")
-    return csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=strict)
+    return csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter != " ", strict=strict)
 
 
-def _read_header(text, delimiter):
-    """-> (names, number of fields in the first row below them)."""
+def _split_again(cells, delimiter):
+    """A row that was written as one quoted field -> its cells; others as they are."""
+    if len(cells) > 1:
+        return cells
+    return next(_csv_rows(cells[0], delimiter, strict=False), cells)
+
+
+def _names_file(cell):
+    return cell.strip().lower().endswith(file_names.IMAGE_SUFFIXES + file_names.VIDEO_SUFFIXES)
+
+
+def _is_title(cells, below):
+    """A line above the header: one filled cell, and below it several that are neither numbers nor files."""
+    filled = list(filter(None, below))
+    return sum(map(bool, cells)) == 1 < len(filled) and not any(
+        _names_file(cell) or NUMBER.fullmatch(cell) for cell in filled)
+
+
+def _read_head(text, delimiter):
+    """-> (number of title lines, cells of the header, number of fields in the first row below it)."""
     rows = filter(any, _csv_rows(text[:100_000], delimiter, strict=False))
-    names = next(rows, [])
-    width = len(next(rows, names))
-    if len(names) == 1 < width:  # the whole header stands in one pair of quotes
-        names = next(_csv_rows(names[0], delimiter, strict=False))
-    return names, width
+    rows = [_split_again(cells, delimiter) for cells in itertools.islice(rows, 10)] or [[]]
+    n_titles = 0
+    while len(rows) > n_titles + 1 and _is_title(*rows[n_titles:n_titles + 2]):
+        n_titles += 1
+    header, *below = rows[n_titles:]
+    return n_titles, header, len(below[0] if below else header)
 
 
 def _sniff(text):
-    """-> (header names, delimiter): the one whose header fits its first row, then the one with the most names."""
+    """-> the delimiter whose header fits its first row, then the one with the most names; blanks where no other is."""
     best = (False, 1)
     chosen = ","  # stands for a table of one column too
     for delimiter in ",;\t":
-        names, width = _read_header(text, delimiter)
+        _, names, width = _read_head(text, delimiter)
         fit = (len(names) == width, len(names))
         if len(names) > 1 and fit >= best:
             best = fit
             chosen = delimiter
-    return _read_header(text, chosen)[0], chosen
+    _, names, width = _read_head(text, " ")
+    if best[1] == 1 < len(names) and 0 <= width - len(names) <= 1:
+        return " "
+    return chosen
 
 
 def _clean_cells(values):
@@ -99,22 +128,43 @@ def _clean_cells(values):
 def read_table(path):
     """CSV table -> DataFrame of str cells, '' where blank, NA or NaN; its index holds the line numbers in the file.
 
-    Comma, semicolon or tab; BOM; .gz; CRLF; a header quoted as one field is repaired. attrs: delimiter, notes.
-    Raises UserError: no such file, binary, empty, rows of another width than the header, repeated column names.
+    Comma, semicolon, tab or blanks; BOM; .gz; CRLF; Excel's sep= line, title lines, rows quoted as one field and rows
+    without their last blank cells; R's row names. Without a header the column of files is `path`, the others column_2
+    and so on. attrs: delimiter, notes. Raises UserError: no such file, binary, empty, rows wider than the header,
+    repeated column names.
     """
     import pandas as pd
     text = _table_text(path)
-    header, delimiter = _sniff(text)
+    mark = re.match('"?sep=(.)"?', text)
+    text = text[mark.end():] if mark else text  # what is left of its line keeps the numbers of the others
+    delimiter = mark[1] if mark else _sniff(text)
+    n_titles, header, _ = _read_head(text, delimiter)
     reader = _csv_rows(text, delimiter)
     try:
-        rows = [(reader.line_num, *row) for row in reader if any(row)]
+        rows = [(reader.line_num, row) for row in reader if any(row)][n_titles:]
     except csv.Error as error:
         raise common.UserError(
             f"{path}, line {reader.line_num}: expected CSV, found {error}. Correct the quotes.") from None
-    if len(rows) < 2:
+    notes = [f"{n_titles} line(s) above the header were skipped"] * bool(n_titles)
+    is_file = list(map(_names_file, header))
+    if sum(is_file) == 1:
+        notes.append("the first line holds a file name and is no header: the columns are path, column_2, ...")
+        header = ["path" if own else f"column_{i}" for i, own in enumerate(is_file, start=1)]
+    elif rows:
+        _, first = rows.pop(0)
+        notes += ["the quoted header line was parsed again"] * (len(first) != len(header))
+    if not rows:
         raise common.UserError(
-            f"{path}: expected a header and rows, found {len(rows)} line(s) with content. Check the file.")
-    is_repaired = len(rows.pop(0)) - 1 != len(header)
+            f"{path}: expected a header and rows, found {len(header) and 1} line(s) with content. Check the file.")
+    if len(header) > 1:
+        rows = [(line, _split_again(cells, delimiter)) for line, cells in rows]
+    if _has_row_names(header, rows):
+        header = ["row_names", *header]
+        notes.append("the rows have one cell more than the header: the first one is taken for the name of the row")
+    n_short = sum(len(cells) < len(header) for _, cells in rows)
+    if n_short:
+        notes.append(f"{n_short} rows are shorter than the header: the cells that they lack are blank")
+    rows = [(line, *_fit_width(cells, len(header))) for line, cells in rows]
     wrong = [
         f"line {line} has {len(cells)}"
         for line, *cells in rows if len(cells) != len(header)]
@@ -122,7 +172,7 @@ def read_table(path):
         raise common.UserError(
             f"{path}: expected {len(header)} fields in every row as in the header, but "
             f"{common.shorten_list(wrong, 5)}. "
-            f"Put cells that contain {delimiter!r} in quotes, and fill short rows.")
+            f"Put cells that contain {delimiter!r} in quotes.")
     names = [name.strip() or f"unnamed_{i}" for i, name in enumerate(header)]
     repeated = [name for name, count in collections.Counter(names).items() if count > 1]
     if repeated:
@@ -133,17 +183,31 @@ def read_table(path):
     cells = dict(zip(names, map(_clean_cells, columns)))
     table = pd.DataFrame(cells, index=pd.Index(lines), dtype=object)
     table.attrs["delimiter"] = delimiter
-    table.attrs["notes"] = ["the quoted header line was parsed again"] * is_repaired
+    table.attrs["notes"] = notes
     return table
+
+
+def _has_row_names(header, rows):
+    """R's tables: every row has one cell more than the header, and the first ones differ and are no files."""
+    first = [cells[0] for _, cells in rows if len(cells) == len(header) + 1]
+    return len(set(first)) == len(rows) and not any(map(_names_file, first))
+
+
+def _fit_width(cells, width):
+    """Blank cells at the end of a row added or taken off: spreadsheets write as many as they like."""
+    while len(cells) > width and not cells[-1].strip():
+        cells = cells[:-1]
+    return [*cells, *[""] * (width - len(cells))]
 
 
 def to_numbers(values, where):
     """Column of read_table, or a list -> (N,) float64, NaN where blank. `where`: file and column, for messages.
 
     Decimal commas count where no cell has a point and, in a comma file, not all could be thousands (1,234).
-    Raises UserError listing the cells that are no finite number, with their lines.
+    12% is 12. Raises UserError listing the cells that are no finite number, with their lines.
     """
-    cells = _clean_cells(values)
+    written = _clean_cells(values)
+    cells = [cell.removesuffix("%") for cell in written]
     is_column = hasattr(values, "attrs")
     if not any("." in cell for cell in cells):
         decimals = [
@@ -155,7 +219,7 @@ def to_numbers(values, where):
     lines = values.index if is_column else range(1, len(cells) + 1)
     what = "line" if is_column else "row"
     bad = [
-        f"{cell!r} in {what} {line}" for cell, line in zip(cells, lines)
+        f"{shown!r} in {what} {line}" for shown, cell, line in zip(written, cells, lines)
         if cell and not (NUMBER.fullmatch(cell) and math.isfinite(float(cell)))]
     if bad:
         raise common.UserError(

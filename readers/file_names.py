@@ -5,11 +5,20 @@ import os
 import posixpath
 import re
 import unicodedata
+import urllib.parse
 from pathlib import Path
 
 import common
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".tga", ".mpo")
+UNREAD_FORMATS = {  # pictures that are listed, so that none is passed over in silence, but not read
+    ".heic": "HEIC (iPhone): convert to JPEG",
+    ".heif": "HEIF: convert to JPEG",
+    ".avif": "AVIF: convert to PNG",
+    ".jp2": "JPEG 2000: convert to PNG",
+    ".dcm": "DICOM: export as PNG of 16 bits",
+}
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".tga", ".mpo", *UNREAD_FORMATS)
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".mts", ".npy", ".ts",
                   ".m2ts", ".h264", ".h265", ".hevc", ".3gp", ".flv", ".vob", ".ogv", ".asf")  # others are opened to see
 
@@ -73,19 +82,17 @@ def clean_name(name):
 
 
 def without_root(name):
-    r"""'E:\Some study\Cam 8\a.mp4' -> 'Some study/Cam 8/a.mp4'; what climbs out of its root starts with '..'."""
-    name = clean_name(name)
-    below = re.sub("^[A-Za-z]:", "", name)
-    if below == name and not name.startswith("/"):
-        return posixpath.normpath(name)
-    return posixpath.normpath(f"/{below.lstrip('/')}").lstrip("/")
+    r"""'E:\Some study\Cam 8\a.mp4' -> 'Some study/Cam 8/a.mp4', '../../a.mp4' -> 'a.mp4': what may lie in a folder."""
+    below = re.sub("^[A-Za-z]:", "", clean_name(name))
+    return posixpath.normpath(f"/{below}").lstrip("/")
 
 
 @dataclasses.dataclass
 class Fit:
     """The files that fit a name best: several where the name does not decide between them.
 
-    common_folders: how many folders before the file's own name are the same. agrees: no folder differs.
+    common_folders: how many folders before the file's own name are the same. agrees: no folder differs, and the name
+    was not changed (leading zeros, %20).
     """
     files: list
     common_folders: int = 0
@@ -104,27 +111,44 @@ class NameIndex:
         self.by_stem = collections.defaultdict(list)
         for file in files:
             parts, suffix = self._split(file)
-            self.by_stem[parts[-1].casefold()].append((file, parts, suffix))
+            self.by_stem[loose_stem(parts[-1])].append((file, parts, suffix))
 
-    def find(self, name, other_folders=False):
+    def find(self, name):
         """The Fit of a clean name: the exact path, else the files that have most folders before their name in common.
 
         Of several the one whose folders do not differ comes first, then the same suffix, the same number of folders and
-        the same case. other_folders: a file may fit although its folders differ.
+        the same case.
         """
         if name in self.files:
             return Fit([name], name.count("/"))
         parts, suffix = self._split(name)
         scores = {}
-        for file, file_parts, file_suffix in self.by_stem[parts[-1].casefold()]:
+        for file, file_parts, file_suffix in self.by_stem[loose_stem(parts[-1])]:
             common_folders, agrees, same_case = compare_paths(parts, file_parts)
-            if agrees or other_folders:
-                same_suffix = (suffix.lower() == file_suffix.lower()) + (suffix == file_suffix)
-                scores[file] = common_folders, agrees, same_suffix, len(parts) == len(file_parts), same_case
-        if not scores:
-            return Fit([])
-        best = max(scores.values())
-        return Fit([file for file, score in scores.items() if score == best], *best[:2])
+            same_suffix = (suffix.lower() == file_suffix.lower()) + (suffix == file_suffix)
+            scores[file] = common_folders, agrees, same_suffix, len(parts) == len(file_parts), same_case
+        if scores:
+            best = max(scores.values())
+            return Fit([file for file, score in scores.items() if score == best], *best[:2])
+        decoded = urllib.parse.unquote(name)
+        return Fit([]) if decoded == name else dataclasses.replace(self.find(decoded), agrees=False)
+
+    def match(self, names):
+        """Names as written -> {name: Fit}; a file that does not agree counts only where it is unique on both sides."""
+        below = {name: without_root(name) for name in dict.fromkeys(names)}
+        fits = {name: self.find(own) for name, own in below.items()}
+        tails = collections.defaultdict(set)  # of the names that want a file, with one folder
+        agreeing = set()
+        for name, fit in fits.items():
+            for file in fit.files:
+                tails[file].add("/".join(below[name].casefold().split("/")[-2:]))
+            if fit.agrees:
+                agreeing.update(fit.files)
+        for name, fit in fits.items():
+            is_unique = len(fit.files) == 1 and len(tails[fit.files[0]]) == 1 and fit.files[0] not in agreeing
+            if not (fit.agrees or is_unique):
+                fits[name] = Fit([])
+        return fits
 
     def _split(self, name):
         """'a/B.JPG' -> (['a', 'B'], '.JPG')."""
@@ -143,11 +167,17 @@ def compare_paths(one, other):
     return n_same - 1, n_same == len(pairs), sum(a == b for a, b in pairs)
 
 
-def match_images(names, images_dir):
-    """Names as a table writes them -> (N paths, None where no file fits; names of the files that no row asks for).
+def loose_stem(stem):
+    """Key of a name without suffix: any case, and numbers without the leading zeros that spreadsheets drop."""
+    return (stem.lstrip("0") if stem.isdecimal() else "") or stem.casefold()
 
-    With or without folder and suffix, any case, backslashes, NFC or NFD; a folder in the name must not contradict the
-    one on disk. UserError: a name leaves `images_dir` or fits several files, or several names mean one file.
+
+def match_images(names, images_dir):
+    """Names as a table writes them -> (N paths, None where no file fits; names of the files that no row asks for; notes).
+
+    With or without folder and suffix, any case, backslashes, NFC or NFD. Of a name from elsewhere (C:\\, /data, ..)
+    the end of the path counts; a folder may differ from the one on disk only where the base name is unique on both
+    sides. No file outside `images_dir` is ever meant. UserError: a name fits several files, or several names one.
     """
     folder = Path(images_dir)
     files = {clean_name(path.relative_to(folder).as_posix()): path for path in find_images(folder)}
@@ -155,50 +185,51 @@ def match_images(names, images_dir):
         raise common.UserError(f"--images_dir {folder}: expected images ({' '.join(IMAGE_SUFFIXES)}), found none.")
     root = f"{clean_name(folder.absolute().as_posix())}/"
     written = [clean_name(name).removeprefix(root) for name in names]
-    leaving = [f"row {i + 1} {names[i]!r}" for i, name in enumerate(written)
-               if re.match("/|[A-Za-z]:", name) or ".." in name.split("/")]
-    if leaving:
-        raise common.UserError(f"expected names inside --images_dir {folder}, "
-                               f"found {common.shorten_list(leaving)}. Correct these rows.")
-    index = NameIndex(files, IMAGE_SUFFIXES)
-    hits = []
-    names_of = collections.defaultdict(set)
-    for name in written:
-        hit = tuple(index.find(name).files)
-        hits.append(hit)
-        names_of[hit].add(name)
+    fits = NameIndex(files, IMAGE_SUFFIXES).match(written)
+    names_of = collections.defaultdict(list)
+    for name, fit in fits.items():
+        names_of[tuple(fit.files)].append(name)
     unclear = [f"{common.shorten_list(sorted(meant))} -> {common.shorten_list(hit)}"
                for hit, meant in names_of.items() if len(meant) * len(hit) > 1]
     if unclear:
         raise common.UserError(f"expected one file for one image name, found {common.shorten_list(unclear)}. "
                                f"Write folder and suffix.")
     unused = [file for file in files if (file,) not in names_of]
-    return [files[hit[0]] if hit else None for hit in hits], unused
+    return [files[fits[name].files[0]] if fits[name].files else None for name in written], unused, notes_on(fits, unused)
+
+
+def notes_on(fits, unused):
+    """Lines on the names of {name: Fit} that were matched by a guess, and on many that fit no file."""
+    guessed = [f"{name} -> {fit.files[0]}" for name, fit in fits.items()
+               if fit.files and not (fit.agrees and without_root(name) == posixpath.normpath(name))]
+    notes = []
+    if guessed:
+        notes.append(f"{len(guessed)} of {len(fits)} names are of another folder or spelling; the end of the path, or a "
+                     f"base name that is unique, decided: {common.shorten_list(guessed, 3)}")
+    missing = [name for name, fit in fits.items() if not fit.files]
+    if 10 * len(missing) > len(fits):
+        reason = f"{len(unused)} files have no row: compare the spelling" if unused else "the folder lacks them"
+        if not all(map(str.isascii, missing)):
+            reason = "letters such as umlauts: save the table as UTF-8"
+        notes.append(f"WARNING: {len(missing)} of {len(fits)} names fit no picture ({common.shorten_list(missing, 3)}); "
+                     f"likeliest: {reason}")
+    return notes
 
 
 def match_videos(names, root):
     """Names as a manifest writes them -> ({name: Path or None}, names that were found by base name alone).
 
-    As match_images, but drives and folders of another machine are cut off, and a file in another folder may fit.
-    UserError: a name leaves `root`, fits several files, or several folders mean one file.
+    As match_images. UserError: a name fits several files, or several folders mean one file.
     """
     videos, others = ({clean_name(file): path for file, path in files.items()} for files in find_videos(root))
     files = others | videos
-    cleaned = {name: without_root(name) for name in dict.fromkeys(names)}
-    leaving = [name for name, below in cleaned.items() if below.split("/")[0] == ".."]
-    if leaving:
-        raise common.UserError(f"expected videos inside --video_root {root}, found {common.shorten_list(leaving)}; "
-                               f"correct these paths")
-    index = NameIndex(videos, VIDEO_SUFFIXES)
-    rest = NameIndex(others, ())  # a suffix that is not listed must be written
-    fits = {}
-    for name, below in cleaned.items():
-        fit = index.find(below, other_folders=True)
-        fits[name] = fit if fit.files else rest.find(below, other_folders=True)
+    fits = NameIndex(videos, VIDEO_SUFFIXES).match(names)
+    # a suffix that is not listed must be written
+    fits |= NameIndex(others, ()).match([name for name, fit in fits.items() if not fit.files])
     unclear = [f"{name} -> {common.shorten_list(fit.files, 4)}" for name, fit in fits.items() if len(fit.files) > 1]
     folders_of = collections.defaultdict(set)
     for name, fit in fits.items():
-        *folders, _ = cleaned[name].casefold().split("/")
+        *folders, _ = without_root(name).casefold().split("/")
         if folders and fit.common_folders == 0:
             for file in fit.files:
                 folders_of[file].add(folders[-1])
@@ -209,5 +240,5 @@ def match_videos(names, root):
                                f"{common.shorten_list(unclear)}; write folders into the paths, or keep the folders on "
                                f"disk as the paths have them")
     found = {name: files[fit.files[0]] if fit.files else None for name, fit in fits.items()}
-    by_base_name = [name for name, fit in fits.items() if not (fit.agrees or fit.common_folders)]
+    by_base_name = [name for name, fit in fits.items() if not fit.agrees and fit.common_folders < 1]
     return found, by_base_name

@@ -11,12 +11,20 @@ from pathlib import Path
 import numpy as np
 
 import common
-from readers import file_names
+from readers import csv_tables, file_names
 
 STATES = ("intact", "damaged", "absent", "occluded")
 INTACT = 0
 ABSENT = 2
 UNKNOWN = -1
+NO_STATE = ("", "unknown", "none", "undefined", "__undefined__")  # the last is what CVAT writes
+BOX_FORMATS = {  # four numbers of a file, and the size of its picture -> x1, y1, x2, y2
+    "xywh": lambda x, y, w, h, size: [x, y, x + w, y + h],
+    "xyxy": lambda x1, y1, x2, y2, size: [x1, y1, x2, y2],
+    "cxcywh": lambda x, y, w, h, size: [x - w / 2, y - h / 2, x + w / 2, y + h / 2],
+    "fractions": lambda x, y, w, h, size: [x * size[0], y * size[1], (x + w) * size[0], (y + h) * size[1]],
+}
+OVER_EDGE = 3  # pixels by which a box may leave its picture before its convention is doubted
 
 
 @dataclasses.dataclass
@@ -37,6 +45,8 @@ class PartObject:
     state: int  # index of STATES, or UNKNOWN
     trust: float  # of the annotators, 0 to 1
     crowd: bool
+    area: float | None  # in square pixels, as the file has it
+    attributes: dict  # as the file has them
 
 
 @dataclasses.dataclass
@@ -47,6 +57,16 @@ class Annotations:
     images: list  # of AnnotatedImage
     objects: list  # of PartObject
     category_ids: dict  # part -> id in the COCO file
+    skipped: list  # dicts of image, annotation and reason
+    notes: list
+
+
+@dataclasses.dataclass
+class Findings:
+    """What is noticed while a file is read."""
+    faults: list = dataclasses.field(default_factory=list)  # each stops the run
+    skipped: list = dataclasses.field(default_factory=list)
+    counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # of what was put right
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -92,15 +112,18 @@ class PartTruth:
             groups=None if self.groups is None else self.groups[rows])
 
 
-def read_annotations(path):
-    """Part annotations or a COCO file -> Annotations. UserError that lists what cannot be read, with image and key."""
+def read_annotations(path, box_format=None, state_attribute=None):
+    """Part annotations or a COCO file -> Annotations. UserError that lists what cannot be read, with image and key.
+
+    box_format: a key of BOX_FORMATS, None for xywh; state_attribute: the attribute that names the state, None: state.
+    """
     content = _read_json(path)
-    faults = []
-    coco = content if isinstance(content.get("images"), list) else parts_as_coco(content, faults)
-    found = read_coco(path, coco, faults)
+    findings = Findings()
+    coco = content if isinstance(content.get("images"), list) else parts_as_coco(content, findings.faults)
+    found = read_coco(path, coco, findings, box_format or "xywh", (state_attribute or "state").lower())
     names = collections.Counter(image.name for image in found.images)
-    faults += [f"{name!r} stands there {count} times" for name, count in names.items() if count > 1]
-    refuse(faults, f"{path}: cannot be read:", "Correct these entries.")
+    findings.faults += [f"{name!r} stands there {count} times" for name, count in names.items() if count > 1]
+    refuse(findings.faults, f"{path}: cannot be read:", "Correct these entries.")
     if not found.images:
         raise common.UserError(f"{path}: expected annotated images, found none in {len(content)} entries")
     return found
@@ -189,101 +212,149 @@ def parts_as_coco(content, faults):
 # COCO -> Annotations
 # --------------------------------------------------------------------------------------
 
-def read_coco(path, content, faults):
-    """images, annotations, categories -> Annotations; what cannot be read is appended to faults."""
-    categories = {}
-    for own, category in read_records(content, "categories", faults).items():
-        categories[own] = clean(category.get("name", ""))
-    if len(set(categories.values())) < len(categories) or "" in categories.values():
-        faults.append(f"categories: expected different names, found {', '.join(categories.values())}")
+def read_coco(path, content, findings, box_format, state_attribute):
+    """images, annotations, categories -> Annotations; what cannot be read is appended to findings.faults."""
+    listed = read_records(content, "categories", findings)
+    categories = {own: clean(category.get("name", "")) for own, category in listed.items()}
+    if "" in categories.values():
+        findings.faults.append(f"categories: expected names, found {', '.join(categories.values())}")
+    findings.counts["categories share a name and are one part"] = len(categories) - len(set(categories.values()))
     images = []
     place = {}
-    for own, fields in read_records(content, "images", faults).items():
+    for own, fields in read_records(content, "images", findings).items():
         place[own] = len(images)
-        images.append(read_image(own, fields, faults))
+        images.append(read_image(fields, findings))
     objects = []
-    for own, fields in read_records(content, "annotations", faults).items():
-        found = read_object(own, fields, images, place, categories, faults)
+    used = set()
+    unused_attributes = collections.defaultdict(collections.Counter)
+    for own, fields in read_records(content, "annotations", findings).items():
+        found = read_object(own, fields, images, place, categories, findings, box_format, state_attribute)
         if found is None:
             continue
+        used.add(read_id(fields["category_id"]))
+        for name, value in found.attributes.items():
+            if name.lower() != state_attribute:
+                unused_attributes[name][str(value)] += 1
         if found.state == ABSENT and not has_area(found.box):
             images[found.image].absent.append(found.part)
         else:
             objects.append(found)
+    notes = [f"{count} {text}" for text, count in findings.counts.items() if count]
+    if unused_attributes:
+        told = []
+        for name, counts in unused_attributes.items():
+            values = ", ".join(f"{value} {count}" for value, count in counts.most_common(4))
+            told.append(f"{name} ({values})")
+        notes.append(f"attributes of the boxes that were not used: {'; '.join(told)} (--state_attribute NAME)")
     return Annotations(
         path=path,
         parts=list(dict.fromkeys(categories.values())),
         images=images,
         objects=objects,
-        category_ids={part: own for own, part in categories.items()})
+        # of several ids of one part, one that a box has
+        category_ids={categories[own]: listed[own]["id"] for own in sorted(listed, key=lambda own: own in used)},
+        skipped=findings.skipped,
+        notes=notes)
 
 
-def read_records(content, key, faults):
-    """{id: record} of one list of a COCO file; ids are numbers or text, from 0 or with gaps."""
+def read_id(value):
+    """An id as number or text: 0, '0' and 0.0 are one; None where it is none."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.isdecimal() and value == str(int(value)):
+        return int(value)
+    is_id = isinstance(value, (int, str)) and not isinstance(value, bool)
+    return value if is_id else None
+
+
+def read_records(content, key, findings):
+    """{id: record} of one list of a COCO file; ids are numbers or text, from 0 or with gaps.
+
+    Records that are equal count once; annotations whose ids repeat get new ones.
+    """
     listed = content.get(key)
     if not isinstance(listed, list):
-        faults.append(f"expected a list {key!r}, found {type(listed).__name__}")
+        findings.faults.append(f"expected a list {key!r}, found {type(listed).__name__}")
         return {}
     records = {}
     for place, record in enumerate(listed):
         own = None
         if isinstance(record, dict):
-            own = record.get("id", f"number {place}" if key == "annotations" else None)
-        if isinstance(own, bool) or not isinstance(own, (int, str)):
-            faults.append(f"{key}[{place}]: expected an object with an id, found {str(record)[:60]}")
-        elif own in records:
-            faults.append(f"{key}[{place}]: the id {own!r} is used twice")
-        else:
+            own = read_id(record.get("id", f"number {place}" if key == "annotations" else None))
+        if own is None:
+            findings.faults.append(f"{key}[{place}]: expected an object with an id, found {str(record)[:60]}")
+        elif own not in records:
             records[own] = record
+        elif key == "annotations":
+            records[f"{own} (number {place})"] = record
+            findings.counts["annotations have an id that another one has"] += 1
+        elif records[own] == record:
+            findings.counts[f"{key} stand there more than once"] += 1
+        else:
+            findings.faults.append(f"{key}[{place}]: the id {own!r} is used twice")
     return records
 
 
-def read_image(own, fields, faults):
+def read_image(fields, findings):
     """One entry of images -> AnnotatedImage."""
+    own = fields["id"]
     name = clean(fields.get("file_name", ""))
     if not name:
-        faults.append(f"image {own!r}: no file_name")
+        findings.faults.append(f"image {own!r}: no file_name")
     absent = fields.get("absent_parts")
     return AnnotatedImage(
         name=name,
         id=own,
-        size=read_size(fields, f"image {own!r} ({name})", faults),
+        size=read_size(fields, f"image {own!r} ({name})", findings),
         absent=list(map(clean, absent)) if isinstance(absent, list) else [],
         fields=fields)
 
 
-def read_object(own, fields, images, place, categories, faults):
-    """One entry of annotations -> PartObject, None where it belongs to no image or category.
+def read_object(own, fields, images, place, categories, findings, box_format, state_attribute):
+    """One entry of annotations -> PartObject, None where it belongs to no image or category, or has no box.
 
-    The state stands in state, state_id or attributes.state, or nowhere.
+    The state stands in state, state_id or an attribute, or nowhere.
     """
     key = clean(fields.get("entry", f"annotation {own}"))
-    unknown = []
-    for name, known in (("image_id", place), ("category_id", categories)):
-        value = fields.get(name)
-        if not isinstance(value, (int, str)) or value not in known:
-            unknown.append(f"{name} {value!r}")
+    ids = {name: fields.get(name) for name in ("image_id", "category_id")}
+    known = {"image_id": place, "category_id": categories}
+    unknown = [f"{name} {value!r}" for name, value in ids.items() if read_id(value) not in known[name]]
+    findings.counts["ids are text or have a fraction"] += sum(read_id(value) is not value for value in ids.values())
+    image = place.get(read_id(ids["image_id"]))
+    name = images[image].name if image is not None else ""
     if unknown:
-        faults.append(f"{key}: unknown {' and '.join(unknown)}")
+        if None in ids.values():
+            findings.skipped.append({"image": name, "annotation": key, "reason": f"no {' and '.join(unknown)}"})
+        else:
+            findings.faults.append(f"{key}: unknown {' and '.join(unknown)}")
         return None
-    image = place[fields["image_id"]]
-    where = f"{images[image].name!r}, {key}"
-    attributes = fields.get("attributes")
-    if not isinstance(attributes, dict):
-        attributes = {}
-    states = [fields.get("state"), fields.get("state_id"), attributes.get("state")]
-    state = read_state(states, where, faults)
+    where = f"{name!r}, {key}"
+    part = categories[read_id(ids["category_id"])]
+    attributes = read_attributes(fields.get("attributes"))
+    states = [value for named in (attributes, fields) for name, value in named.items() if name.lower() == state_attribute]
+    states += [fields.get("state_id")] * (state_attribute == "state")
+    state = read_state(states, where, findings.faults)
     box = fields.get("bbox")
-    if box is not None or state != ABSENT:
-        box = read_box(box, where, faults)
+    if not box and "entry" not in fields:
+        box = box_of_polygons(fields.get("segmentation"))
+        findings.counts["boxes are drawn round their polygons"] += box is not None
+    elif box is not None or state != ABSENT:
+        findings.counts["boxes have numbers written as text"] += isinstance(box, list) and any(
+            isinstance(value, str) for value in box)
+        box = read_box(box, where, findings.faults, box_format, images[image].size)
+    if box is None and state != ABSENT:
+        findings.skipped.append({"image": name, "annotation": f"{key} ({part})", "reason": "no box"})
+        return None
     return PartObject(
         image=image,
         key=key,
-        part=categories[fields["category_id"]],
+        part=part,
         box=box,
         state=state,
-        trust=read_trust(fields.get("trust"), where, faults),
-        crowd=fields.get("iscrowd") in (1, "1", "true"))
+        trust=read_trust(fields.get("trust"), where, findings.faults),
+        crowd=fields.get("iscrowd") in (1, "1", "true"),
+        area=read_number(fields.get("area")),
+        attributes=attributes)
 
 
 def has_area(box):
@@ -291,32 +362,57 @@ def has_area(box):
 
 
 def read_number(value):
-    """A finite JSON number as float, else None; true and text are no numbers."""
+    """A finite JSON number, or one written as text, as float, else None; true is no number."""
+    if isinstance(value, str) and csv_tables.NUMBER.fullmatch(value.strip()):
+        value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if abs(value) < 1e9 else None
 
 
-def read_size(fields, where, faults):
-    """(width, height) in pixels, or None where the file does not say."""
+def read_size(fields, where, findings):
+    """(width, height) in pixels, or None where the file does not say, or says 0."""
     written = fields.get("width"), fields.get("height")
     if written == (None, None):
         return None
     size = list(map(read_number, written))
+    if size == [0, 0]:
+        findings.counts["images have the size 0, which is read from the pictures"] += 1
+        return None
     if None in size or min(size) < 1:
-        faults.append(f"{where}: width {written[0]!r}, height {written[1]!r} are no picture size")
+        findings.faults.append(f"{where}: width {written[0]!r}, height {written[1]!r} are no picture size")
         return None
     return round(size[0]), round(size[1])
 
 
-def read_box(values, where, faults):
-    """[x1, y1, x2, y2] of four numbers left, top, width, height; None, and a fault, where they are none."""
+def read_attributes(written):
+    """{name: value} of an object, or of a list of {name, value}."""
+    if isinstance(written, list):
+        written = {str(each.get("name")): each.get("value") for each in written if isinstance(each, dict)}
+    return written if isinstance(written, dict) else {}
+
+
+def box_of_polygons(polygons):
+    """[x1, y1, x2, y2] round polygons [[x, y, x, y, ...], ...]; None where there is none."""
+    values = []
+    for polygon in polygons if isinstance(polygons, list) else []:
+        values += polygon if isinstance(polygon, list) else [None]
+    numbers = list(map(read_number, values))
+    if len(numbers) < 6 or None in numbers:
+        return None
+    return [min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])]
+
+
+def read_box(values, where, faults, box_format="xywh", size=None):
+    """[x1, y1, x2, y2] of four numbers, left, top, width, height; None, and a fault, where they are none."""
     numbers = list(map(read_number, values)) if isinstance(values, list) else []
     if len(numbers) != 4 or None in numbers:
         faults.append(f"{where}: expected a box of four numbers, found {str(values)[:60]}")
         return None
-    left, top, width, height = numbers
-    return [left, top, left + width, top + height]
+    if box_format == "fractions" and size is None:
+        faults.append(f"{where}: a box in fractions needs width and height of its image")
+        return None
+    return BOX_FORMATS[box_format](*numbers, size)
 
 
 def read_state(values, where, faults):
@@ -330,7 +426,7 @@ def read_state(values, where, faults):
             found.add(STATES.index(text))
         elif text in map(str, range(len(STATES))):
             found.add(int(text))
-        elif text not in ("", "unknown", "none"):
+        elif text not in NO_STATE:
             faults.append(
                 f"{where}: state {str(value)[:30]!r} is none of {', '.join(STATES)} or 0 to 3"
                 f"{common.closest(text, STATES)}")
@@ -348,6 +444,44 @@ def read_trust(value, where, faults):
     if trust is None:
         faults.append(f"{where}: trust {value!r} is no number")
     return trust
+
+
+def refuse_other_convention(objects, sizes, path):
+    """UserError where the boxes, read as left, top, width, height, look like those of another of BOX_FORMATS.
+
+    That is where more than a tenth leave their picture and half as many at most would by another convention, where no
+    number is above 1, or where the corners' convention alone gives the areas of the file. sizes: of each image.
+    """
+    kept = [each for each in objects if each.box is not None and sizes[each.image] and max(map(abs, each.box)) > 0]
+    if not kept:
+        return
+    corners = np.array([each.box for each in kept])
+    written = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]).T
+    limits = np.array([sizes[each.image] for each in kept]).T
+    area = np.array([each.area or np.nan for each in kept], float)
+
+    def read_as(box_format):
+        """-> (how many boxes leave their picture, how many have the area that the file tells)."""
+        x1, y1, x2, y2 = BOX_FORMATS[box_format](*written, limits)
+        is_inside = (np.minimum(x1, y1) >= -OVER_EDGE) & (x2 <= limits[0] + OVER_EDGE) & (y2 <= limits[1] + OVER_EDGE)
+        is_inside &= (x2 >= x1) & (y2 >= y1)
+        return np.sum(~is_inside), np.sum(np.isclose((x2 - x1) * (y2 - y1), area, rtol=0.01))
+    n_outside, n_area = read_as("xywh")
+    found = {name: read_as(name) for name in ("xyxy", "cxcywh")}
+    likeliest = min(found, key=lambda name: found[name][0])
+    if np.abs(written).max() <= 1:
+        likeliest = "fractions"
+        why = "no number is above 1"
+    elif n_outside > 0.1 * len(kept) and found[likeliest][0] <= n_outside / 2:
+        why = f"{n_outside} of {len(kept)} boxes leave their picture, read as {likeliest} {found[likeliest][0]}"
+    elif found["xyxy"][1] > 0.9 * len(kept) and n_area < 0.1 * len(kept):
+        likeliest = "xyxy"
+        why = f"the area in the file is that of x1 y1 x2 y2 for {found['xyxy'][1]} of {len(kept)} boxes"
+    else:
+        return
+    raise common.UserError(
+        f"{path}: the boxes look like {likeliest}, not like left, top, width, height (COCO): {why}. "
+        f"Say which: --box_format {likeliest}, or xywh to keep them.")
 
 
 # --------------------------------------------------------------------------------------
@@ -388,6 +522,8 @@ def as_coco(found, names, sizes):
             "trust": each.trust})
         if each.state != UNKNOWN:
             annotations[-1] |= {"state": STATES[each.state], "state_id": each.state}
+        if each.attributes:
+            annotations[-1]["attributes"] = each.attributes
     categories = [{"id": number, "name": part} for number, part in enumerate(found.parts, start=1)]
     return {"images": images, "annotations": annotations, "categories": categories}, dropped
 
@@ -456,12 +592,12 @@ def as_truth(images, objects, parts, names, sizes, min_trust, **others):
 # --------------------------------------------------------------------------------------
 
 def find_pictures(found, folder):
-    """(path of each image or None, names of the files without an entry); names that leave the folder are refused."""
-    paths, unused = file_names.match_images([image.name for image in found.images], folder)
+    """(path of each image or None, names of the files without an entry, notes); links out of the folder are refused."""
+    paths, unused, notes = file_names.match_images([image.name for image in found.images], folder)
     root = Path(folder).resolve()
     leaving = [image.name for image, path in zip(found.images, paths) if path and root not in path.resolve().parents]
     refuse(leaving, f"{found.path}: these links lead out of {folder}:", "Copy the pictures into the folder.")
     if not any(paths):
         raise common.UserError(f"none of the {len(paths)} pictures named in {found.path} is in {folder} (first: "
                                f"{found.images[0].name!r}); check the folder")
-    return paths, unused
+    return paths, unused, notes

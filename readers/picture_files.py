@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 import common
-from readers import pixel_cache
+from readers import file_names, pixel_cache
 
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "TGA")  # Pillow opens MPO as JPEG
 TIFF_BITS_PER_SAMPLE = 258
 TIFF_PHOTOMETRIC = 262
 TIFF_SAMPLE_FORMAT = 339
+SIGNATURES = {b"ftyphe": ".heic", b"ftypmif1": ".heif", b"ftypavi": ".avif", b"jP  ": ".jp2", b"DICM": ".dcm"}
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, EOFError, AttributeError,
                  RuntimeError, MemoryError, struct.error, zlib.error)  # what its parsers raise on damaged files
 
@@ -75,9 +76,20 @@ def _open_picture(path):
         raise pixel_cache.BadImage(f"its header claims more than {pixel_cache.MAX_PIXELS // 10**6} megapixels") from error
     except Image.UnidentifiedImageError as error:
         formats = ", ".join(IMAGE_FORMATS)
-        raise pixel_cache.BadImage(f"no picture, or a damaged header (formats read: {formats})") from error
+        reason = _unread_format(path) or f"no picture, or a damaged header (formats read: {formats})"
+        raise pixel_cache.BadImage(reason) from error
     except PILLOW_ERRORS as error:
         raise pixel_cache.BadImage(f"damaged: {common.one_line(error) or type(error).__name__}") from error
+
+
+def _unread_format(path):
+    """What to do with a picture in a format that is not read, known by its first bytes; None where it is none."""
+    with open(path, "rb") as handle:
+        head = handle.read(140)
+    for signature, suffix in SIGNATURES.items():
+        if signature in head:
+            return file_names.UNREAD_FORMATS[suffix]
+    return file_names.UNREAD_FORMATS.get(Path(path).suffix.lower())
 
 
 def check_file(path):
@@ -106,40 +118,76 @@ def resize(pixels, size):
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
-def _grey_to_8bit(image):
-    """uint8 (H, W) from integers of more than 8 bits or floats, scaled and never clipped.
-
-    Integers up to 16 bits: their whole range becomes 0..255, so signed zero is mid-grey. 32-bit integers and floats
-    declare no white: floats within 0..1 are multiplied by 255, all else is stretched from its minimum to its maximum.
-    """
+def _deep_values(image):
+    """(H, W) integers of more than 8 bits or floats. BadImage where some are not finite."""
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
-    bits = tags.get(TIFF_BITS_PER_SAMPLE, (16,))[0]
-    sample_format = tags.get(TIFF_SAMPLE_FORMAT, (1,))[0]
-    if bits == 32 and sample_format == 1:
+    if tags.get(TIFF_BITS_PER_SAMPLE, (16,))[0] == 32 and tags.get(TIFF_SAMPLE_FORMAT, (1,))[0] == 1:
         values = values.view(np.uint32)  # Pillow holds unsigned 32-bit samples as signed
     if not np.isfinite(values).all():
         raise pixel_cache.BadImage(f"has {np.sum(~np.isfinite(values))} NaN or infinite pixels")
+    return values
+
+
+def _declared_range(image, values):
+    """(low, high) that one picture alone tells: that of its integers up to 16 bits, so that signed zero is mid-grey.
+
+    32-bit integers and floats declare no white: floats within 0..1 have this range, all else that of its values.
+    """
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(TIFF_BITS_PER_SAMPLE, (16,))[0]
     low = float(values.min())
     high = float(values.max())
     is_float = values.dtype.kind == "f"
     if bits <= 16 and not is_float:
-        low = -2.0 ** (bits - 1) if sample_format == 2 else 0.0
+        low = -2.0 ** (bits - 1) if tags.get(TIFF_SAMPLE_FORMAT, (1,))[0] == 2 else 0.0
         high = low + 2.0**bits - 1
     elif is_float and 0 <= low and high <= 1:
-        low = 0.0
-        high = 1.0
-    grey = np.rint((values - low) * (255 / max(high - low, 1e-30))).astype(np.uint8)
+        return 0.0, 1.0
+    return low, high
+
+
+def choose_pixel_range(paths):
+    """(low, high) for all pictures of more than 8 bits, None where there are none.
+
+    From 0 to the smallest power of two above the highest value, less 1: 0 to 4095 for 12 bits in files of 16. Where
+    that would leave little of the range, as for negative values, from the lowest to the highest value.
+    """
+    found = [pair for pair in pixel_cache.in_threads(_deep_range, paths) if pair]
+    if not found:
+        return None
+    lows, highs = zip(*found)
+    low, high = min(lows), max(highs)
+    if 0 <= low <= high / 2:
+        return 0.0, 2.0 ** math.ceil(math.log2(high + 1)) - 1
+    return low, high
+
+
+def _deep_range(path):
+    with contextlib.suppress(pixel_cache.BadImage), _open_picture(path) as image:
+        if image.mode[0] in "IF":
+            values = _deep_values(image)
+            return float(values.min()), float(values.max())
+    return None
+
+
+def _grey_to_8bit(image, pixel_range):
+    """uint8 (H, W) from integers of more than 8 bits or floats; None: the range that the picture declares."""
+    values = _deep_values(image)
+    low, high = pixel_range or _declared_range(image, values)
+    scaled = (values - float(low)) * (255 / max(high - low, 1e-30))
+    grey = np.rint(scaled.clip(0, 255)).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey[values == transparent] = 255
-    return 255 - grey if tags.get(TIFF_PHOTOMETRIC) == 0 else grey
+    is_white_zero = getattr(image, "tag_v2", {}).get(TIFF_PHOTOMETRIC) == 0
+    return 255 - grey if is_white_zero else grey
 
 
-def _to_rgb(image):
+def _to_rgb(image, pixel_range):
     """uint8 (H, W, 3) from any Pillow mode: transparency on white, CMYK by Pillow's formula without a profile."""
     if image.mode[0] in "IF":
-        return np.repeat(_grey_to_8bit(image)[..., None], 3, axis=2)
+        return np.repeat(_grey_to_8bit(image, pixel_range)[..., None], 3, axis=2)
     if "A" in image.mode or "transparency" in image.info:
         Image = load_pillow()
         rgba = image.convert("RGBA")
@@ -147,7 +195,7 @@ def _to_rgb(image):
     return np.asarray(image.convert("RGB"))
 
 
-def _decode(path, short_side):
+def _decode(path, short_side, pixel_range=None):
     """(pixels uint8 (H, W, 3), (width, height) of the whole upright picture); BadImage with the bare reason.
 
     Pillow decodes: OpenCV is a fifth faster, but returns the missing rest of a truncated JPEG as grey.
@@ -165,25 +213,25 @@ def _decode(path, short_side):
             ImageOps.exif_transpose(image, in_place=True)
         if image.size != drafted:
             whole = whole[::-1]
-        return resize(_to_rgb(image), scaled_size(*whole, short_side)), whole
+        return resize(_to_rgb(image, pixel_range), scaled_size(*whole, short_side)), whole
 
 
-def load_image(path, short_side=None):
+def load_image(path, short_side=None, pixel_range=None):
     """Decode one picture to uint8 (H, W, 3) RGB, upright, scaled so that its short side is `short_side` pixels.
 
-    Transparency is put on white, more than 8 bits are scaled to 8, the first frame is taken. JPEGs are decoded at
-    reduced size, at least 1.5 times the target; smaller pictures are enlarged. Raises BadImage: file and reason.
+    Transparency is put on white, more than 8 bits are scaled to 8 (pixel_range: the values that become 0 and 255, those
+    beyond are clipped; None: as the picture declares), the first frame is taken. JPEGs are decoded at reduced size, at least 1.5 times the target; smaller pictures are enlarged. Raises BadImage: file and reason.
     """
     try:
-        return _decode(path, short_side)[0]
+        return _decode(path, short_side, pixel_range)[0]
     except pixel_cache.BadImage as error:
         raise pixel_cache.BadImage(f"{path}: {error}") from error
 
 
-def audit_image(path, short_side):
+def audit_image(path, short_side, pixel_range=None):
     """(ImageAudit, pixels uint8 (H, W, 3)) of one file; pixels has no rows when the file is bad."""
     try:
-        pixels, (width, height) = _decode(path, short_side)
+        pixels, (width, height) = _decode(path, short_side, pixel_range)
     except pixel_cache.BadImage as error:
         return ImageAudit(str(path), str(error)), np.empty((0, 0, 3), np.uint8)
     audit = ImageAudit(
@@ -209,21 +257,32 @@ def check_bad_files(audit, on_bad_file):
 class ImageStore(pixel_cache.PixelStore):
     """N pictures, each decoded once, served as uint8 (H, W, 3) with the given short side in pixels.
 
-    cache: see PixelStore. `audit` is a list of N ImageAudit. Raises BadImage for a bad picture.
+    cache: see PixelStore. pixel_range: as load_image has it; None: one for all of them, by choose_pixel_range. `audit`
+    is a list of N ImageAudit. Raises BadImage for a bad picture.
     """
     item = "picture"
     audit_class = ImageAudit
 
-    def __init__(self, paths, short_side, cache="auto"):
+    def __init__(self, paths, short_side, cache="auto", pixel_range=None):
         self.paths = [Path(path) for path in paths]
         self.short_side = short_side
+        self.pixel_range = pixel_range or choose_pixel_range(self.paths)
         self.load_all([[row] for row in range(len(self.paths))], cache)
 
+    @property
+    def description(self):
+        """As PixelStore's, with the range of pictures of more than 8 bits."""
+        if not self.pixel_range:
+            return super().description
+        low, high = self.pixel_range
+        return (f"{super().description}\nnote: of pictures of more than 8 bits, the values {low:g} to {high:g} became 0 to "
+                "255 (--pixel_range)")
+
     def decode(self, rows):
-        return [audit_image(self.paths[row], self.short_side) for row in rows]
+        return [audit_image(self.paths[row], self.short_side, self.pixel_range) for row in rows]
 
     def decode_again(self, row):
-        return load_image(self.paths[row], self.short_side)
+        return load_image(self.paths[row], self.short_side, self.pixel_range)
 
     def estimate(self, rows):
         path = self.paths[rows[0]]
@@ -232,7 +291,7 @@ class ImageStore(pixel_cache.PixelStore):
         return 0
 
     def cache_keys(self, rows):
-        return [[self.short_side, *pixel_cache.file_stamp(self.paths[row])] for row in rows]
+        return [[self.short_side, self.pixel_range, *pixel_cache.file_stamp(self.paths[row])] for row in rows]
 
 
 class Pictures(common.Samples):
@@ -242,9 +301,10 @@ class Pictures(common.Samples):
     picture) -> the array for the model. scale: width and height of the whole picture over those of this array.
     """
 
-    def __init__(self, paths, short_side, prepare):
+    def __init__(self, paths, short_side, prepare, pixel_range=None):
         self.paths = paths
         self.short_side = short_side
+        self.pixel_range = pixel_range
         self.prepare = prepare
 
     def __len__(self):
@@ -254,7 +314,7 @@ class Pictures(common.Samples):
         _, index = key
         error = ""
         try:
-            pixels, size = _decode(self.paths[index], self.short_side)
+            pixels, size = _decode(self.paths[index], self.short_side, self.pixel_range)
         except pixel_cache.BadImage as reason:
             error = f"{self.paths[index]}: {reason}"
             size = (self.short_side, self.short_side)

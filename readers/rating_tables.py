@@ -2,6 +2,7 @@
 
 Letters: N pictures, R ratings.
 """
+import collections
 import dataclasses
 import re
 
@@ -11,7 +12,18 @@ import common
 from readers import csv_tables, file_names
 
 IMAGE_COLUMNS = ("image", "filename", "file", "stimulus", "path")
-NOT_A_TARGET = re.compile(r"(.*_)?(id|n|sd)|index|unnamed.*", re.IGNORECASE)
+WORD_BORDER = re.compile(r"([\W_]+|(?<=[a-z])(?=[A-Z])|(?<=.)(?=SD$))")
+ROLES = {
+    "mean": "mean", "mn": "mean", "avg": "mean", "m": "mean",
+    "sd": "sd", "std": "sd", "stdev": "sd",
+    "n": "n", "count": "n",
+    "se": "se", "sem": "se"}
+NO_RATING = {"id", "index", "unnamed", "names", "trial", "rt", "latency"}
+RATER = {"rater", "participant", "subject", "respondent", "observer", "judge", "coder", "worker", "user", "pid"}
+ATTRIBUTE = {"attribute", "trait", "question", "scale", "item", "measure", "dimension"}
+ANSWER = {"rating", "response", "score", "value", "answer"}
+# Written for a missing answer: 99, -99, 999 and so on, and -9; a 9 may be an answer.
+MISSING_CODES = [-7, -8, -9, *(sign * int(digit * k) for digit in "789" for k in (2, 3, 4) for sign in (-1, 1))]
 
 
 @dataclasses.dataclass
@@ -22,32 +34,41 @@ class RatingsTable:
     mean: np.ndarray  # (N, R) float64, NaN = missing
     sd: np.ndarray | None  # (N, R) between raters, None where the file has none
     n: np.ndarray | None  # (N, R) number of raters
-    ratings_by_image: dict | None  # name -> N arrays of single ratings, of long tables
+    ratings_by_image: dict | None  # name -> N arrays of single ratings, where each row is one
     extra: object  # DataFrame of the other columns
     notes: list
 
 
-def read_ratings(path, image_column=None, target_columns=None, duplicates="error", group_column=None):
-    """Ratings file -> RatingsTable; layouts: X_mean/X_sd/X_n, one column per rating, or long (rating, attribute).
+def read_ratings(path, image_column=None, target_columns=None, duplicates="error", group_column=None,
+                 rater_column=None, attribute_column=None, rating_column=None, missing_codes=None):
+    """Ratings file -> RatingsTable; layouts: X_mean, X_sd, X_n; one column per rating; one row per single rating.
 
-    duplicates: 'error', or 'mean' (mean and sd of repeated rows averaged, n summed). group_column is never a target.
-    Raises UserError for every fault that would make the training meaningless, naming rows and columns.
+    duplicates, of rows of one image that no rater and no attribute tells apart: 'error'; 'ratings', each is a single
+    rating; 'mean' (mean and sd averaged, n summed). group_column is never a target. missing_codes: numbers that stand
+    for missing; None: what looks like one is an error. Raises UserError for every fault that would make the training
+    meaningless, naming rows and columns.
     """
     table = csv_tables.read_table(path)
     source = f"--ratings_file {path}"
+
+    def named(flag, wanted):
+        return wanted and csv_tables.pick_columns([wanted], table.columns, f"{source} has no {flag}")[0]
     if group_column:
-        where = f"{source} has no --group_column"
-        spelled, = csv_tables.pick_columns([group_column], table.columns, where)
-        table = table.rename(columns={spelled: group_column})
+        table = table.rename(columns={named("--group_column", group_column): group_column})
     image = _image_column(table, source, image_column)
     _refuse_blank(table, source, image)
-    lower = {name.lower(): name for name in table.columns}
-    if "rating" in lower and "attribute" in lower:
-        attribute = lower["attribute"]
-        _refuse_blank(table, source, attribute)
-        ratings = _long_ratings(table, source, image, attribute, lower["rating"], target_columns)
+    columns = Columns(
+        table, source, image, group_column,
+        rater=named("--rater_column", rater_column),
+        attribute=named("--attribute_column", attribute_column),
+        rating=named("--rating_column", rating_column))
+    columns.find_single_ratings(duplicates)
+    if columns.attribute:
+        ratings = _long_ratings(columns, target_columns, missing_codes)
+    elif columns.rows_are_ratings:
+        ratings = _rater_rows(columns, target_columns, missing_codes)
     else:
-        ratings = _wide_ratings(table, source, image, group_column, target_columns)
+        ratings = _wide_ratings(columns, target_columns, missing_codes)
         ratings = _merge_duplicates(ratings, source, duplicates)
     if group_column and group_column not in ratings.extra.columns:
         raise common.UserError(
@@ -58,9 +79,14 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
 
 
 def _image_column(table, source, wanted):
+    """The column asked for, else one of IMAGE_COLUMNS, else the only one that holds names of picture files."""
     if not wanted:
         lower = table.columns.str.lower()
         wanted = next((name for name in IMAGE_COLUMNS if name in lower), None)
+    if not wanted:
+        holding = [name for name in table.columns
+                   if table[name].str.lower().str.endswith(file_names.IMAGE_SUFFIXES).mean() > 0.5]
+        wanted = holding[0] if len(holding) == 1 else None
     if not wanted:
         raise common.UserError(
             f"{source} has no image column (found: {common.shorten_list(table.columns)}). "
@@ -95,85 +121,273 @@ def _refuse_useless(ratings, source):
             f"Leave them out: --target_columns {' '.join(others)}")
 
 
-def _wide_ratings(table, source, image, group_column, wanted):
-    """Targets: the columns asked for, else all *_mean, else those that are no ids and at least half numeric."""
-    options = [name for name in table.columns if name not in (image, group_column)]
-    chosen = [name for name in options if name.lower().endswith("_mean")]
-    if wanted:
-        chosen = csv_tables.pick_columns(wanted, options, f"{source} has no --target_columns")
-    elif not chosen:  # a few cells that are no numbers are errors below
-        chosen = [
-            name for name in options
-            if not NOT_A_TARGET.fullmatch(name) and csv_tables.looks_numeric(table[name])]
-    names = [re.sub("_mean$", "", name, flags=re.IGNORECASE) for name in chosen]
-    if not names or len(set(names)) < len(names):
-        raise common.UserError(
-            f"{source}: expected one numeric column for each rating, took "
-            f"{common.shorten_list(chosen) or 'none'} of {common.shorten_list(options)}. "
-            "Choose with --target_columns.")
-    lower = {name.lower(): name for name in options}
-    sd_columns = [lower.get(f"{name}_sd".lower()) for name in names]
-    n_columns = [lower.get(f"{name}_n".lower(), lower.get("n")) for name in names]
-    extra = table.drop(columns={image, *chosen, *sd_columns, *n_columns} - {None})
-    notes = list(table.attrs["notes"])
+# --------------------------------------------------------------------------------------
+# What the columns are
+# --------------------------------------------------------------------------------------
+
+def role_of(name):
+    """Column -> (mean, sd, n, se or None; the name without that word): Valence_SD_men -> ('sd', 'Valence_men')."""
+    parts = WORD_BORDER.split(name)  # words at the even places
+    for place in reversed(range(0, len(parts), 2)):
+        role = ROLES.get(parts[place].lower())
+        if role:
+            del parts[max(place - 1, 0):place + 1]
+            return role, "".join(parts).strip(" _.-()[]")
+    return None, name
+
+
+def _words(name):
+    return {word.lower() for word in WORD_BORDER.split(name)}
+
+
+class Columns:
+    """What the columns of a table are: by flag, by name, or by what varies within what."""
+
+    def __init__(self, table, source, image, group, rater, attribute, rating):
+        self.table = table
+        self.source = source
+        self.image = image
+        self.rater = rater
+        self.attribute = attribute  # what was asked, where a row is a single rating
+        self.rating = rating  # the answer to it
+        self.rows_are_ratings = False  # each row holds single ratings, one a column
+        self.others = [name for name in table.columns if name not in (image, group)]
+        self.roles = {name: role_of(name) for name in self.others}
+        self.of_rating = collections.defaultdict(dict)  # key of a rating -> {role: column}
+        for name, (role, _) in self.roles.items():
+            self.of_rating[self.key(name)][role] = name
+
+    def key(self, name):
+        """The rating that a column belongs to, in any spelling."""
+        return re.sub(r"[\W_]+", "", self.roles[name][1]).lower()
+
+    def partner(self, name, role):
+        """The column of a role that says more of the rating in a column, or None; n may stand there once for all."""
+        found = self.of_rating[self.key(name)].get(role)
+        return found or (self.of_rating[""].get("n") if role == "n" else None)
+
+    def is_mean(self, name):
+        """Whether a column is a mean by its name: trust_mean, or mean_trust beside sd_trust; not the trait mean."""
+        role, base = self.roles[name]
+        others = self.of_rating[self.key(name)]
+        by_name = base and ("n" in others or name.lower().endswith("mean"))
+        return role == "mean" and bool("sd" in others or by_name)
+
+    def rating_name(self, name):
+        """What the rating in a column is called."""
+        return self.roles[name][1] or name if self.is_mean(name) else name
+
+    def numeric(self):
+        """Columns that may hold ratings: no sd, n, id or rater by name, and numbers in part; other cells are errors."""
+        return [
+            name for name, (role, _) in self.roles.items()
+            if role not in ("sd", "n", "se") and not _words(name) & (NO_RATING | RATER)
+            and csv_tables.looks_numeric(self.table[name])]
+
+    def targets(self, wanted):
+        """The columns asked for, else all means by name, else all that may be ratings. UserError where there are none."""
+        if wanted:
+            short = {base: name for name, (role, base) in self.roles.items() if role == "mean"}
+            chosen = csv_tables.pick_columns(wanted, self.others, f"{self.source} has no --target_columns", short)
+        elif self.rows_are_ratings:
+            chosen = [self.rating] if self.rating else self.numeric()
+            chosen = (self.varying(chosen, [self.rater]) or chosen) if self.rater else chosen
+        else:
+            chosen = list(filter(self.is_mean, self.others)) or self.numeric()
+        names = set(map(self.rating_name, chosen))
+        if not names or len(names) < len(chosen):
+            raise common.UserError(
+                f"{self.source}: expected one numeric column for each rating, took "
+                f"{common.shorten_list(chosen) or 'none'} of {common.shorten_list(self.others)}. "
+                "Choose with --target_columns.")
+        return chosen
+
+    def find_single_ratings(self, duplicates):
+        """Set rater, attribute and rating where the rows of an image are single ratings. UserError where it is unclear.
+
+        An attribute is a text that varies within the image (and the rater) beside one column of numbers.
+        """
+        lower = {name.lower(): name for name in self.others}
+        if "rating" in lower and "attribute" in lower:
+            self.attribute = self.attribute or lower["attribute"]
+            self.rating = self.rating or lower["rating"]
+        if self.attribute and self.rating:
+            return
+        has_spread = any("sd" in roles and len(roles) > 1 for roles in self.of_rating.values())
+        if has_spread or not self.table[self.image].map(file_names.clean_name).duplicated().any():
+            return
+        by_image = self.varying(self.others, [self.image])
+        self.rater = self.rater or next((name for name in by_image if _words(name) & RATER), None)
+        numeric = self.numeric()
+        if self.rater:
+            by_image = self.varying(by_image, [self.image, self.rater])
+            numeric = self.varying(numeric, [self.rater])  # else it describes the rater
+        if not self.attribute:
+            asked = [name for name in by_image if name.lower() in ATTRIBUTE]
+            if not asked and len(numeric) == 1:
+                asked = [name for name in by_image if name not in numeric and self.is_asked_often(name)]
+            if len(asked) > 1:
+                raise common.UserError(
+                    f"{self.source}: {common.shorten_list(asked)} vary within an image; which one says what was "
+                    "asked? --attribute_column")
+            self.attribute = asked[0] if asked else None
+        if self.attribute and not self.rating:
+            answers = [name for name in numeric if name != self.attribute]
+            answers = [name for name in answers if _words(name) & ANSWER] or answers
+            if len(answers) != 1:
+                raise common.UserError(
+                    f"{self.source}: {self.attribute} says what was asked, but which column holds the answers? "
+                    f"--rating_column (found: {common.shorten_list(answers)})")
+            self.rating = answers[0]
+        self.rows_are_ratings = bool(self.rater or duplicates == "ratings")
+
+    def varying(self, names, within):
+        """Those of the columns that have several values for one value of `within`."""
+        if not names:
+            return []
+        n_values = self.table[names].groupby([self.table[name] for name in within]).nunique().max()
+        return [name for name in names if name not in within and n_values[name] > 1]
+
+    def is_asked_often(self, name):
+        """A column of text without blanks, each value of which stands at two images or more; no remarks."""
+        cells = self.table[name]
+        n_images = self.table[self.image].groupby(cells).nunique()
+        return (cells != "").all() and n_images.min() > 1 and not csv_tables.looks_numeric(cells)
+
+
+# --------------------------------------------------------------------------------------
+# Layouts
+# --------------------------------------------------------------------------------------
+
+def _wide_ratings(columns, wanted, codes):
+    """One row per picture."""
+    chosen = columns.targets(wanted)
+    sd_columns = [columns.partner(name, "sd") for name in chosen]
+    n_columns = [columns.partner(name, "n") for name in chosen]
+    extra = columns.table.drop(columns={columns.image, *chosen, *sd_columns, *n_columns} - {None})
+    unused = [name for name in extra.columns if name in columns.roles and columns.roles[name][0]]
+    notes = list(columns.table.attrs["notes"])
     if len(extra.columns):
         notes.append(f"columns that are no ratings: {common.shorten_list(extra.columns)}")
-    return RatingsTable(
-        names=names,
-        images=list(table[image]),
-        mean=_number_columns(table, source, chosen),
-        sd=_number_columns(table, source, sd_columns),
-        n=_number_columns(table, source, n_columns),
+    if unused:
+        notes.append(f"among them look like means, sds, standard errors or numbers of raters: "
+                     f"{common.shorten_list(unused)}")
+    faults = []
+    ratings = RatingsTable(
+        names=list(map(columns.rating_name, chosen)),
+        images=list(columns.table[columns.image]),
+        mean=_number_columns(columns, chosen, codes, faults),
+        sd=_number_columns(columns, sd_columns, codes, faults),
+        n=_number_columns(columns, n_columns, [], faults),
         ratings_by_image=None,
         extra=extra,
         notes=notes)
+    _refuse_codes(columns.source, faults)
+    return ratings
 
 
-def _number_columns(table, source, columns):
+def _number_columns(columns, names, codes, faults):
     """(N, R) of R columns, NaN where one is None; None where all are."""
-    if not any(columns):
+    if not any(names):
         return None
-    values = np.full((len(table), len(columns)), np.nan)
-    for r, column in enumerate(columns):
-        if column:
-            values[:, r] = csv_tables.to_numbers(table[column], f"{source}, column {column}")
+    values = np.full((len(columns.table), len(names)), np.nan)
+    for r, name in enumerate(names):
+        if name:
+            values[:, r] = csv_tables.to_numbers(columns.table[name], f"{columns.source}, column {name}")
+            _mask_codes(values[:, r], columns.table.index, name, codes, faults)
     return values
 
 
-def _long_ratings(table, source, image, attribute, rating, wanted):
-    """One row per single rating -> mean, sd (ddof 1, NaN for one rating), n, and the ratings themselves."""
-    import pandas as pd
-    if wanted:
-        where = f"{source} has no --target_columns"
-        chosen = csv_tables.pick_columns(wanted, table[attribute].unique(), where)
-        table = table[table[attribute].isin(chosen)]
-    value = csv_tables.to_numbers(table[rating], f"{source}, column {rating}")
-    images = table[image].unique()
-    names = table[attribute].unique()
-    filled = pd.Series(value, index=[table[image], table[attribute]]).dropna()
-    cells = filled.groupby(level=[0, 1])
+def _mask_codes(values, lines, name, codes, faults):
+    """Missing codes become NaN, in place; codes None: what looks like one, far from all others, becomes a fault."""
+    if codes is not None:
+        values[np.isin(values, codes)] = np.nan
+        return
+    is_code = np.isin(values, MISSING_CODES)
+    others = values[~is_code & ~np.isnan(values)]
+    if not is_code.any() or not len(others):
+        return
+    low, high = others.min(), others.max()
+    is_negative = (values < 0) & (low >= 0)
+    is_far = is_negative | (values < 2 * low - high) | (values > 2 * high - low)
+    for code in np.unique(values[is_code & is_far]):
+        found = lines[values == code]
+        faults.append(f"{name} is {code:g} in {len(found)} cells (line {common.shorten_list(found, 3)}), the others "
+                      f"{low:g} to {high:g}")
 
-    def pivot(series):
-        return series.unstack().reindex(index=images, columns=names).to_numpy(float)  # (N, R)
-    single = {key: ratings.to_numpy() for key, ratings in cells}
-    others = table.drop(columns=[image, attribute, rating])
-    by_image = others.groupby(table[image])
-    varying = others.columns[(by_image.nunique() > 1).any()]
-    n_blank = len(value) - len(filled)
+
+def _refuse_codes(source, faults):
+    if faults:
+        raise common.UserError(
+            f"{source}: codes for missing answers? {common.shorten_list(faults, 5)}. To take such numbers for missing: "
+            "--missing_codes NUMBERS; to keep all as ratings: --missing_codes without a number.")
+
+
+def _long_ratings(columns, wanted, codes):
+    """One row per single rating, which one says the attribute."""
+    import pandas as pd
+    _refuse_blank(columns.table, columns.source, columns.attribute)
+    asked = columns.table[columns.attribute]
+    if wanted:
+        where = f"{columns.source} has no --target_columns"
+        chosen = csv_tables.pick_columns(wanted, asked.unique(), where)
+        columns.table = columns.table[asked.isin(chosen)]
+    table = columns.table
+    where = f"{columns.source}, column {columns.rating}"
+    values = pd.Series(csv_tables.to_numbers(table[columns.rating], where), index=table.index)
+    faults = []
+    singles = {}
+    for name, own in values.groupby(table[columns.attribute].to_numpy(), sort=False):
+        numbers = own.to_numpy(copy=True)
+        _mask_codes(numbers, own.index, name, codes, faults)
+        singles[name] = pd.Series(numbers, index=table[columns.image].loc[own.index].to_numpy())
+    _refuse_codes(columns.source, faults)
+    return _join_singles(columns, singles, [columns.attribute, columns.rating])
+
+
+def _rater_rows(columns, wanted, codes):
+    """One row per picture and rater, one column per rating."""
+    import pandas as pd
+    chosen = columns.targets(wanted)
+    faults = []
+    values = _number_columns(columns, chosen, codes, faults)
+    _refuse_codes(columns.source, faults)
+    images = columns.table[columns.image].to_numpy()
+    names = map(columns.rating_name, chosen)
+    singles = {name: pd.Series(own, index=images) for name, own in zip(names, values.T)}
+    return _join_singles(columns, singles, chosen)
+
+
+def _join_singles(columns, singles, used):
+    """{rating: its single ratings, indexed by image} -> mean, sd (ddof 1, NaN for one rating), n, and the ratings."""
+    table = columns.table
+    images = table[columns.image].unique()
+    by_image = {name: own.dropna().groupby(level=0) for name, own in singles.items()}
+
+    def stack(series):
+        return np.stack([own.reindex(images).to_numpy(float) for own in series], axis=1)  # (N, R)
+    others = table.drop(columns=[columns.image, *used])
+    varying = columns.varying(list(others.columns), [columns.image])
+    n_rows = sum(map(len, singles.values()))
+    n_filled = sum(int(own.notna().sum()) for own in singles.values())
+    found = {"rater": columns.rater, "attribute": columns.attribute, "rating": columns.rating}
+    told = [f"--{flag}_column {name}" for flag, name in found.items() if name]
     notes = [
         *table.attrs["notes"],
-        f"{len(filled)} single ratings of {len(images)} images ({n_blank} blank ones left out)"]
-    if len(varying):
+        f"{n_filled} single ratings of {len(images)} images ({n_rows - n_filled} blank ones left out): "
+        f"{' '.join(told)} of {common.shorten_list(singles)}"]
+    if varying:
         notes.append(f"columns that vary within an image, left out: {common.shorten_list(varying)}")
+    arrays = {name: {image: own.to_numpy() for image, own in cells} for name, cells in by_image.items()}
     return RatingsTable(
-        names=list(names),
+        names=list(singles),
         images=list(images),
-        mean=pivot(cells.mean()),
-        sd=pivot(cells.std()),
-        n=np.nan_to_num(pivot(cells.count())),
+        mean=stack(cells.mean() for cells in by_image.values()),
+        sd=stack(cells.std() for cells in by_image.values()),
+        n=np.nan_to_num(stack(cells.count() for cells in by_image.values())),
         ratings_by_image={
-            name: [single.get((each, name), np.empty(0)) for each in images] for name in names},
-        extra=others[~table[image].duplicated()].drop(columns=varying),
+            name: [own.get(image, np.empty(0)) for image in images] for name, own in arrays.items()},
+        extra=others[~table[columns.image].duplicated()].drop(columns=varying),
         notes=notes)
 
 
@@ -182,20 +396,20 @@ def _merge_duplicates(ratings, source, duplicates):
     import pandas as pd
     names = [file_names.clean_name(name) for name in ratings.images]
     lines = pd.Series(ratings.extra.index.astype(str)).groupby(names, sort=False)
-    repeated = [
-        f"{name} (lines {', '.join(rows)})"
-        for name, rows in lines if len(rows) > 1]
+    repeated = {name: list(rows) for name, rows in lines if len(rows) > 1}
     if not repeated:
         return ratings
+    examples = [f"{name} (lines {common.shorten_list(rows, 3)})" for name, rows in repeated.items()]
+    counted = (f"{len(repeated)} images stand in {sum(map(len, repeated.values()))} rows: "
+               f"{common.shorten_list(examples, 3)}")
     if duplicates != "mean":
         raise common.UserError(
-            f"{source} lists images twice: {common.shorten_list(repeated)}. "
-            "Delete rows, or average: --duplicates mean.")
+            f"{source}: {counted}. Are these single ratings? Name who rated, --rater_column, or what was asked, "
+            "--attribute_column, or say --duplicates ratings. Else delete rows, or average: --duplicates mean.")
 
     def grouped(values):
         return pd.DataFrame(values).groupby(names, sort=False)
     first = ~pd.Series(names).duplicated().to_numpy()
-    note = f"repeated rows of {len(repeated)} images were averaged: {common.shorten_list(repeated)}"
     return dataclasses.replace(
         ratings,
         images=list(np.array(ratings.images)[first]),
@@ -203,4 +417,4 @@ def _merge_duplicates(ratings, source, duplicates):
         sd=None if ratings.sd is None else grouped(ratings.sd).mean().to_numpy(),
         n=None if ratings.n is None else grouped(ratings.n).sum(min_count=1).to_numpy(),
         extra=ratings.extra[first],
-        notes=[*ratings.notes, note])
+        notes=[*ratings.notes, f"repeated rows were averaged: {counted}"])

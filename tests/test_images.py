@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import common
-from readers import picture_files, pixel_cache
+from readers import file_names, picture_files, pixel_cache
 
 GROUP = "pictures and videos: cuts, modes, EXIF, bombs, lying headers"
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
@@ -214,6 +214,44 @@ def test_float_tiff_with_nan_is_refused(tmp_path):
     assert "NaN" in reason(tmp_path / "nan.tif")
 
 
+# One range for all pictures of more than 8 bits --------------------------------
+
+def deep_pictures(folder, offset=0, n=4):
+    """12-bit pictures in PNGs of 16 bits, which differ by less than one step of 256."""
+    noise = np.random.default_rng(0).integers(0, 4000, (n, 16, 16))
+    pictures = noise + np.arange(n)[:, None, None] * 20 + offset
+    return [save(folder, f"{k}.png", pixels.astype(np.uint16)) for k, pixels in enumerate(pictures)], pictures
+
+
+@pytest.mark.parametrize("offset, expected", [(0, (0, 4095)), (32768, None)])
+def test_12_bits_in_16_keep_their_grey_levels(tmp_path, offset, expected):
+    paths, values = deep_pictures(tmp_path, offset)
+    store = picture_files.ImageStore(paths, 16)
+    low, high = store.pixel_range
+    assert (low, high) == (expected or (values.min(), values.max()))
+    expected = np.rint((values - low) * 255 / (high - low))
+    for k in range(len(paths)):
+        np.testing.assert_array_equal(store[k][..., 0], expected[k])
+        np.testing.assert_array_equal(picture_files.load_image(paths[k], pixel_range=store.pixel_range), store[k])
+    assert f"{low:g} to {high:g}" in store.description and "--pixel_range" in store.description
+    assert len({found.pixel_sha for found in store.audit}) == len(paths)
+
+
+def test_the_range_is_chosen_by_all_pictures_or_by_the_flag_and_clips(tmp_path):
+    paths = [save(tmp_path, f"{k}.png", np.full((8, 8), value, np.uint16)) for k, value in enumerate((100, 1000))]
+    paths.append(save(tmp_path, "8bit.png", np.full((8, 8), 7, np.uint8)))
+    assert picture_files.choose_pixel_range(paths) == (0, 1023)
+    assert picture_files.choose_pixel_range(paths[2:]) is None and "note" not in picture_files.ImageStore(paths[2:], 8).description
+    store = picture_files.ImageStore(paths, 8, pixel_range=[200, 600])
+    assert [store[k][0, 0, 0] for k in range(3)] == [0, 255, 7]
+
+
+def test_the_disk_cache_knows_the_range(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = save(tmp_path, "a.png", np.full((8, 8), 100, np.uint16))
+    assert [picture_files.ImageStore([path], 8, "disk", pixel_range)[0][0, 0, 0] for pixel_range in ([0, 200], [0, 400])] == [128, 64]
+
+
 # Formats, frames, names ---------------------------------------------------
 
 @pytest.mark.parametrize("name, options", [
@@ -279,6 +317,22 @@ def test_reasons_of_bad_files(tmp_path):
     assert "truncated" in reason(tmp_path / "half.jpg")
     assert "no such file" in reason(tmp_path / "absent.jpg")
     assert "not a regular file" in reason(tmp_path)
+
+
+@pytest.mark.parametrize("name, head, word", [
+    ("a.heic", b"\0\0\0\x18ftypheic", "HEIC (iPhone): convert to JPEG"), ("a.jpg", b"\0\0\0\x18ftypheic", "HEIC (iPhone)"),
+    ("a.jpg", b"\0\0\0\x18ftypmif1", "HEIF"), ("b.png", b"\0\0\0\x1cftypavif", "AVIF"),
+    ("c.jp2", b"\0\0\0\x0cjP  \r\n", "JPEG 2000"), ("d.dcm", bytes(128) + b"DICM", "DICOM: export as PNG")])
+def test_formats_that_are_not_read_are_listed_with_the_remedy(tmp_path, name, head, word):
+    (tmp_path / name).write_bytes(head + bytes(200))
+    assert word in reason(tmp_path / name)
+    assert file_names.find_images(tmp_path) == [tmp_path / name]
+
+
+def test_jfif_is_a_jpeg(tmp_path):
+    save(tmp_path, "a.jpg", smooth_picture()).rename(tmp_path / "a.jfif")
+    path, = file_names.find_images(tmp_path)
+    assert picture_files.load_image(path).shape[2] == 3
 
 
 def test_pipe_and_device_are_refused_without_blocking(tmp_path):

@@ -86,7 +86,7 @@ def test_single_column_and_quoted_line_break(tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("image,x\na.jpg,1\nb.jpg,2,3\nc.jpg\n", ["2 fields", "line 3 has 3", "line 4 has 1"]),
+    ("image,x\na.jpg,1\nb.jpg,2,3\nc.jpg\n", ["2 fields", "line 3 has 3"]),
     ("image,x\n" + "a.jpg,1,5\n" * 9, ["2 fields", "line 2 has 3", "4 more"]),
     ("image\na.jpg,1\n", ["1 fields", "line 2 has 2"]),
     ("image,x,x\na.jpg,1,2\n", ["column names", "x"]),
@@ -212,7 +212,8 @@ def test_long_table_with_gaps(tmp_path):
 
 def test_duplicates(tmp_path):
     path = written(tmp_path, "image,x_mean,x_sd,x_n,who\ns/a.jpg,1,1,10,p\nb.jpg,5,1,10,q\ns\\a.jpg,3,3,,r\n")
-    assert "s/a.jpg (lines 2, 4)" in fails(rating_tables.read_ratings, path)
+    message = fails(rating_tables.read_ratings, path)
+    assert "1 images stand in 2 rows: s/a.jpg (lines 2, 4)" in message and "single ratings?" in message
     ratings = rating_tables.read_ratings(path, duplicates="mean")
     assert ratings.images == ["s/a.jpg", "b.jpg"] and ratings.mean[:, 0].tolist() == [2, 5]
     assert ratings.sd[:, 0].tolist() == [2, 1] and ratings.n[:, 0].tolist() == [10, 10]
@@ -246,6 +247,140 @@ def test_image_column_by_name(tmp_path):
     assert ratings.images == ["1", "2"] and ratings.names == ["Valence"]
 
 
+# single ratings: one row per rater
+
+def rated_by(columns, n_images=6, n_raters=4):
+    """A table of single ratings as pandas makes it, in random order; each column is (name, function of i, rater)."""
+    rows = [{"image": f"{i}.png", **{name: make(i, p) for name, make in columns.items()}}
+            for i in range(n_images) for p in range(n_raters)]
+    return pd.DataFrame(rows).sample(frac=1, random_state=0)
+
+
+def spread(i, p):
+    return (3 * i + 2 * p + i * p) % 7 + 1
+
+
+@pytest.mark.parametrize("rater", ["participant", "Rater ID", "subject_nr", "workerId"])
+def test_one_row_per_rater_gives_mean_sd_n_and_the_ratings(tmp_path, rater):
+    frame = rated_by({rater: lambda i, p: p + 1, "age": lambda i, p: 20 + p, "gender": lambda i, p: "fm"[p % 2],
+                      "smart": spread, "calm": lambda i, p: spread(i + 1, p), "trial": lambda i, p: i})
+    frame.to_csv(tmp_path / "raw.csv", index=False)
+    ratings = rating_tables.read_ratings(tmp_path / "raw.csv")
+    assert ratings.names == ["smart", "calm"], "age and gender describe the rater, trial the order"
+    expected = frame.groupby("image")[ratings.names].agg(["mean", "std", "count"]).loc[ratings.images]
+    for mine, what in ((ratings.mean, "mean"), (ratings.sd, "std"), (ratings.n, "count")):
+        np.testing.assert_allclose(mine, expected.xs(what, axis=1, level=1).to_numpy(), rtol=1e-12)
+    assert [len(each) for each in ratings.ratings_by_image["calm"]] == [4] * 6
+    assert any(f"--rater_column {rater}" in note for note in ratings.notes)
+
+
+@pytest.mark.parametrize("attribute", ["trait", "Question", "shown_word"])
+def test_a_text_that_varies_within_an_image_is_the_attribute_and_never_averaged_over(tmp_path, attribute):
+    frames = [rated_by({"participant": lambda i, p: f"p{p}", attribute: lambda i, p, name=name: name, "gender":
+                        lambda i, p: "fm"[p % 2], "answer": lambda i, p, k=k: 10 * k + spread(i, p)})
+              for k, name in enumerate(["smart", "calm"])]
+    pd.concat(frames).to_csv(tmp_path / "long.csv", index=False)
+    for duplicates in ("error", "mean"):
+        ratings = rating_tables.read_ratings(tmp_path / "long.csv", duplicates=duplicates)
+        assert ratings.names == ["smart", "calm"] and (ratings.n == 4).all()
+        np.testing.assert_allclose(ratings.mean[:, 1] - ratings.mean[:, 0], 10)
+
+
+def test_flags_name_what_would_be_a_guess(tmp_path):
+    frame = rated_by({"who": lambda i, p: f"p{p}", "word": lambda i, p: "ab"[p % 2], "x": spread, "y": spread})
+    frame.to_csv(tmp_path / "raw.csv", index=False)
+    read = rating_tables.read_ratings
+    message = fails(read, tmp_path / "raw.csv")
+    assert "6 images stand in 24 rows" in message and len(message) < 500 and "--rater_column" in message
+    assert read(tmp_path / "raw.csv", rater_column="who").names == ["x", "y"]
+    assert (read(tmp_path / "raw.csv", duplicates="ratings").n == 4).all()
+    assert "--rating_column" in fails(read, tmp_path / "raw.csv", attribute_column="word")
+    ratings = read(tmp_path / "raw.csv", attribute_column="word", rating_column="y")
+    assert sorted(ratings.names) == ["a", "b"] and (ratings.n == 2).all()
+    assert read(tmp_path / "raw.csv", rater_column="who", target_columns=["y"]).names == ["y"]
+
+
+# missing codes
+
+@pytest.mark.parametrize("code, scale", [(-9, 7), (-99, 100), (99, 9), (999, 100), (9999, 100), (88, 7), (-7, 5)])
+def test_codes_for_missing_answers_stop_the_run_or_are_missing(tmp_path, code, scale):
+    values = [1 + (scale - 1) * i / 9 for i in range(10)]
+    values[3] = values[7] = code
+    path = written(tmp_path, "image,x\n" + "".join(f"{i},{value:.3f}\n" for i, value in enumerate(values)))
+    message = fails(rating_tables.read_ratings, path)
+    assert f"x is {code} in 2 cells (line 5, 9)" in message and "--missing_codes" in message
+    assert rating_tables.read_ratings(path, missing_codes=[]).mean.tolist() == [[round(value, 3)] for value in values]
+    with pytest.raises(common.UserError, match="all ratings are missing for 3, 7"):
+        rating_tables.read_ratings(path, missing_codes=[code])
+
+
+def test_high_ratings_are_no_codes(tmp_path):
+    for values in ([0, 50, 77, 88, 99, 100], [1, 5, 9, 8, 7], [-40, -9, 3, 80], [300, 999, 700, 880]):
+        text = "image,x,n\n" + "".join(f"{i},{value},{99 if i else 3}\n" for i, value in enumerate(values))
+        assert rating_tables.read_ratings(written(tmp_path, text)).mean[:, 0].tolist() == values
+
+
+def test_codes_of_single_ratings_leave_the_image(tmp_path):
+    frame = rated_by({"rater": lambda i, p: p, "x": lambda i, p: 999 if (i + p) % 4 == 0 else spread(i, p)})
+    frame.to_csv(tmp_path / "raw.csv", index=False)
+    assert "x is 999 in 6 cells" in fails(rating_tables.read_ratings, tmp_path / "raw.csv")
+    assert (rating_tables.read_ratings(tmp_path / "raw.csv", missing_codes=[999]).n == 3).all()
+
+
+# which columns are ratings
+
+@pytest.mark.parametrize("head, names", [
+    ("mean_valence,sd_valence,n_valence", ["valence"]), ("Valence Mean,Valence SD,Valence N", ["Valence"]),
+    ("Valence.Mean,Valence.SD,Valence.N", ["Valence"]), ("valence_mean,valence_std,valence_count", ["valence"]),
+    ("valence,valenceSD,valence count", ["valence"]), ("ValenceMean,ValenceSD,ValenceN", ["Valence"]),
+    ("X,XSD,n", ["X"]), ("V.Mean.Sum,V.SD.Sum,V.N.Sum", ["V.Sum"]), ("Valence_M,Valence_SD,Valence_N", ["Valence"]),
+    ("V_mean_men,V_SD_men,V_N_men,V_mean_women,V_SD_women,V_N_women", ["V_men", "V_women"])])
+def test_mean_sd_and_n_are_words_of_a_name_in_any_place(tmp_path, head, names):
+    rows = "".join(f"{i}.png,{','.join([f'{i},1.{i},2{i}'] * len(names))}\n" for i in range(1, 9))
+    ratings = rating_tables.read_ratings(written(tmp_path, f"image,{head}\n{rows}"))
+    assert ratings.names == names and ratings.mean[:, 0].tolist() == list(range(1, 9))
+    assert ratings.sd[:, -1].tolist() == [1 + i / 10 for i in range(1, 9)] and (ratings.n[:, 0] == np.arange(21, 29)).all()
+
+
+def test_traits_are_no_words_of_that_kind_and_what_is_not_used_is_named(tmp_path):
+    text = "image,kind,mean,smart,n_children,calm_SE\n" + "".join(f"{i},{i},{9 - i},{i},2,1.{i}\n" for i in range(4))
+    ratings = rating_tables.read_ratings(written(tmp_path, text))
+    assert ratings.names == ["kind", "mean", "smart"]
+    assert "n_children, calm_SE" in ratings.notes[-1]
+
+
+def test_damaged_cells_are_missing_percent_or_an_error(tmp_path):
+    path = written(tmp_path, "image,x,y\na,.,12%\nb,NULL,13%\nc,-,n.a.\nd,4,#N/A\ne,5,1\n")
+    ratings = rating_tables.read_ratings(written(tmp_path, path.read_text().replace("c,-,n.a.", "c,-,3%")))
+    np.testing.assert_array_equal(ratings.mean, [[math.nan, 12], [math.nan, 13], [math.nan, 3], [4, math.nan], [5, 1]])
+    path = written(tmp_path, "image,x,y\na,4 !,1\nb,5 ?,2\nc,6,3\nd,ok,4\n")
+    assert "'4 !' in line 2, '5 ?' in line 3, 'ok' in line 5" in fails(rating_tables.read_ratings, path)
+
+
+# what Excel and R write
+
+TWENTY = [(f"face{i:02d}.png", 2 + i / 4, 8 - i / 5) for i in range(20)]
+WRITTEN = {
+    "sep line": ["sep=;", "image;x;y", *(f"{n};{a};{b}".replace(".", ",").replace(",png", ".png") for n, a, b in TWENTY)],
+    "rows quoted": ['"""image"",""x"",""y"""', *(f'"""{n}"",{a},{b}"' for n, a, b in TWENTY)],
+    "title": ["Table 1. Mean ratings", "", "image,x,y", *(f"{n},{a},{b}" for n, a, b in TWENTY)],
+    "title with blank cells": ["Mean ratings,,", "image,x,y", *(f"{n},{a},{b}" for n, a, b in TWENTY)],
+    "row names": ['"image" "x" "y"', *(f'"{i}" "{n}" {a} {b}' for i, (n, a, b) in enumerate(TWENTY))],
+    "columns of blanks": ["image          x     y", *(f"{n}   {a}  {b}" for n, a, b in TWENTY)],
+    "no header": [f"{n},{a},{b}" for n, a, b in TWENTY],
+    "no header, blanks": [f"{n} {a} {b}" for n, a, b in TWENTY],
+    "short and long rows": ["image,x,y,note", *(f"{n},{a},{b}" + "," * (i % 4) for i, (n, a, b) in enumerate(TWENTY))],
+}
+
+
+@pytest.mark.parametrize("layout", WRITTEN)
+def test_tables_as_excel_and_r_write_them(tmp_path, layout):
+    ratings = rating_tables.read_ratings(written(tmp_path, "\r\n".join(WRITTEN[layout]) + "\r\n"))
+    assert ratings.images == [n for n, _, _ in TWENTY] and len(ratings.names) == 2
+    np.testing.assert_allclose(ratings.mean, [[a, b] for _, a, b in TWENTY])
+    assert ratings.notes or layout in ("sep line", "columns of blanks")
+
+
 # find_images, match_images
 
 def touch(folder, *names):
@@ -256,7 +391,7 @@ def touch(folder, *names):
 
 
 def matched(names, folder):
-    paths, unmatched = file_names.match_images(names, folder)
+    paths, unmatched, _ = file_names.match_images(names, folder)
     return [path and path.relative_to(folder).as_posix() for path in paths], unmatched
 
 
@@ -280,7 +415,7 @@ def test_find_images_follows_linked_folders_once(tmp_path):
 @pytest.mark.parametrize("name, file", [
     ("1", "1.jpg"), ("1.jpg", "1.jpg"), ("1.JPG", "1.jpg"), ("1.png", "1.jpg"), ("stimuli/1.jpg", "1.jpg"),
     ("stimuli\\set a\\1.jpg", "1.jpg"), ("./1.jpg", "1.jpg"), ("B", "sub/b.PNG"), ("sub/b.png", "sub/b.PNG"),
-    ("x/sub/b", "sub/b.PNG"), ("other/b.png", None), ("v1.2", "v1.2.jpg"), ("11", None), ("two words.jpg",) * 2,
+    ("01.jpg", "1.jpg"), ("two%20words", "two words.jpg"), ("x/sub/b", "sub/b.PNG"), ("other/b.png", "sub/b.PNG"), ("v1.2", "v1.2.jpg"), ("11", None), ("two words.jpg",) * 2,
     (unicodedata.normalize("NFD", "grün.jpg"), "grün.jpg")])
 def test_spellings_of_one_image(tmp_path, name, file):
     touch(tmp_path, "1.jpg", "sub/b.PNG", "v1.2.jpg", "two words.jpg", "grün.jpg")
@@ -308,10 +443,30 @@ def test_two_names_for_one_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "../../etc/passwd", "/etc/passwd", "C:\\faces\\1.jpg",
                                   "a/../../1.jpg", "..\\secret.jpg", "\\\\server\\share\\1.jpg", "e:1.jpg"])
-def test_names_that_leave_the_folder_are_refused(tmp_path, name):
+def test_names_that_leave_the_folder_mean_a_file_inside_or_none(tmp_path, name):
     touch(tmp_path, "secret.jpg", "images/1.jpg")
-    message = fails(file_names.match_images, ["1.jpg", name], tmp_path / "images")
-    assert "row 2" in message and repr(name) in message
+    paths, unmatched, notes = file_names.match_images([name], tmp_path / "images")
+    is_one = name.endswith("1.jpg")
+    assert paths == [tmp_path / "images" / "1.jpg" if is_one else None] and len(unmatched) == 1 - is_one
+    assert len(notes) == 1 and ("-> 1.jpg" in notes[0] if is_one else "fit no picture" in notes[0])
+
+
+def test_a_base_name_counts_only_where_it_is_unique_on_both_sides(tmp_path):
+    touch(tmp_path, "images/a.jpg", "images/b.jpg", "s1/c.jpg", "s1/007.jpg", "s2/d.jpg", "s3/d.jpg", "8.jpg", "008.jpg")
+    names = ["images\\1/a.jpg", "images/1/b.jpg", "images/2/b.jpg", "s1/c.jpg", "s2/c.jpg", "7", "x/d.jpg", "08"]
+    paths, unmatched, notes = file_names.match_images(names, tmp_path)
+    found = [path and path.relative_to(tmp_path).as_posix() for path in paths]
+    assert found == ["images/a.jpg", None, None, "s1/c.jpg", None, "s1/007.jpg", None, None]
+    assert "2 of 8 names" in notes[0] and "5 of 8 names fit no picture" in notes[1]
+
+
+def test_names_that_fit_nothing_are_loud_with_the_likeliest_reason(tmp_path):
+    touch(tmp_path, *(f"{i}.jpg" for i in range(20)))
+    _, _, notes = file_names.match_images([*map(str, range(18)), "x", "y"], tmp_path)
+    assert notes == []
+    _, _, notes = file_names.match_images([*map(str, range(17)), "x", "y", "z"], tmp_path)
+    assert "3 of 20" in notes[0] and "3 files have no row" in notes[0]
+    assert "UTF-8" in file_names.match_images(["1", "gr\u201en.jpg"], tmp_path)[2][0]
 
 
 def test_absolute_names_inside_and_links(tmp_path):
@@ -361,8 +516,8 @@ def test_omi_files_agree_with_each_other(tmp_path):
     assert quoted.names == [name.capitalize() for name in fourteen.names] and quoted.sd.shape == (804, 14)
     np.testing.assert_array_equal(every.mean[:, [every.names.index(name) for name in fourteen.names]], fourteen.mean)
     for ratings in (every, fourteen, quoted, raw):
-        paths, unmatched = file_names.match_images(ratings.images, OMI / "images")
-        assert unmatched == [] and [path.stem for path in paths] == [Path(name).stem for name in ratings.images]
+        paths, unmatched, notes = file_names.match_images(ratings.images, OMI / "images")
+        assert unmatched == notes == [] and [path.stem for path in paths] == [Path(name).stem for name in ratings.images]
     with gzip.open(OMI / "raw_ratings_14.csv.gz", "rt") as source:
         first_time = [line for line in source if line.split(",")[2] in ("rating_type", "normal")]
     normal = rating_tables.read_ratings(written(tmp_path, "".join(first_time)))
