@@ -35,6 +35,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -449,6 +450,7 @@ class Run:
     compute: "Compute"
     signals: "StopSignals"
     resumed: bool = False
+    wandb: object = None  # the open Weights & Biases run, where it could be opened
 
     def __post_init__(self):
         self.is_writer = self.compute.processes.is_first
@@ -504,11 +506,33 @@ class Run:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, row["epoch"])
             self.tensorboard.flush()
-        if self.args.wandb:
-            wandb = optional_package("wandb")
-            if wandb.run is None or wandb.run.name != str(self.folder):
-                wandb.init(project=script_name(), name=str(self.folder), reinit=True)
-            wandb.log(numbers, step=row["epoch"])
+        if self.wandb is not None:
+            with self._without_wandb_errors():
+                self.wandb.log(numbers, step=row["epoch"])
+
+    def open_wandb(self):
+        """Begin the Weights & Biases run of this folder, or continue it: wandb_id.txt keeps its id."""
+        if not (self.args.wandb and self.is_writer):
+            return
+        wandb = optional_package("wandb")
+        kept = self.path("wandb_id.txt")
+        own = kept.read_text() if kept.exists() else uuid.uuid4().hex
+        with self._without_wandb_errors():
+            if wandb.run is not None:  # that of the fold before
+                wandb.finish()
+            self.wandb = wandb.init(
+                project=script_name(), name=str(self.folder), id=own, resume="allow")
+            write_whole(kept, own.encode())
+
+    @contextlib.contextmanager
+    def _without_wandb_errors(self):
+        """What fails there, whatever it is, must not end a run."""
+        try:
+            yield
+        except Exception as error:
+            self.wandb = None
+            self.say(f"WARNING: the run goes on without Weights & Biases ({one_line(error)}); "
+                     "run `wandb login`, or set WANDB_MODE=offline")
 
     def write_args(self, **data):
         """args.json: what repeats the run. On resume: refuse flags or data unlike the first start's."""
@@ -552,16 +576,16 @@ def with_progress(run, label, batches, total, done=0):
     run.say(f"{label}: {count} batches in {seconds:.1f} s ({rate:.2f} batches/s)", log_only=True)
 
 
-OPTIONAL_PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+OPTIONAL_PACKAGES = {
+    "tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "safetensors": "safetensors.torch"}
 
 
-def optional_package(flag):
-    """The module that only this flag needs. Raises UserError that names both if it is missing."""
+def optional_package(name):
+    """The module that only one flag needs. Raises UserError that names it if it is missing."""
     try:
-        return importlib.import_module(OPTIONAL_PACKAGES[flag])
+        return importlib.import_module(OPTIONAL_PACKAGES[name])
     except ImportError as error:
-        raise UserError(f"--{flag} needs a package that is not installed ({error}): "
-                        f"pip install {flag}") from None
+        raise UserError(f"{name} is needed and not installed ({error}): pip install {name}") from None
 
 
 def start_run(args, fp32_on_cpu=False, fixed_shapes=False):
@@ -571,7 +595,7 @@ def start_run(args, fp32_on_cpu=False, fixed_shapes=False):
     Run. Raises UserError for a missing device or an output folder that cannot be written;
     SystemExit(0) when the run to resume is finished.
     """
-    for flag in OPTIONAL_PACKAGES:
+    for flag in ("tensorboard", "wandb"):
         if getattr(args, flag):
             optional_package(flag)
     signals = StopSignals()
@@ -886,7 +910,7 @@ def run_main(main):
     except SystemExit:  # all of them stop here, as on a signal
         leave_processes(wait=False)
         raise
-    except (UserError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
+    except (UserError, KeyboardInterrupt, MemoryError, RuntimeError, ValueError) as error:
         code, text = _explain(error)
         if code is None:
             raise
@@ -906,6 +930,9 @@ def _explain(error):
         return EXIT_INTERRUPT, "interrupted"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return EXIT_CRASH, f"error: out of memory ({reason})\n{_half_batch()}"
+    if "more than 1 value per channel" in reason:
+        return UserError.code, ("error: BatchNorm got a single value per channel: take a larger "
+                                "--batch_size or picture, or keep its statistics (--freeze_norm)")
     if LOST_PROCESS.search(str(error)) and launched_processes().size > 1:
         return EXIT_CRASH, f"error: another process of this run has ended, see there ({reason})"
     if "DataLoader" in str(error):
@@ -1279,6 +1306,7 @@ class StopSignals:
 
 LOST_PROCESS = re.compile("gloo|nccl|TCPStore|connection (closed|reset)|broken pipe", re.IGNORECASE)
 PROCESS_TIMEOUT = datetime.timedelta(minutes=30)  # how long they wait for one another
+WAITING_IS_TOLD = 30  # seconds
 
 
 def launched_processes(env=os.environ):
@@ -1335,14 +1363,26 @@ class Processes:
         # Imported later, as by the first optimiser, this module would take the group for its default
         # arguments and keep it, and its threads, past leave_processes().
         import torch.distributed.nn.functional
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        told = (f"process {self.rank} of {self.size} waits for the others at {where} (started by "
+                "srun? For one process: srun -n 1, or unset SLURM_STEP_ID)")
+        reminder = threading.Timer(WAITING_IS_TOLD, print, [told], {"flush": True})
+        reminder.daemon = True
+        reminder.start()
+        # There is nothing to save, and torch waits where no handler in Python is called.
+        handlers = {number: signal.signal(number, signal.SIG_DFL)
+                    for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             torch.distributed.init_process_group(backend, rank=self.rank, world_size=self.size,
                                                  timeout=PROCESS_TIMEOUT)
         except (RuntimeError, ValueError) as error:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"process {self.rank} of {self.size} did not meet the others at {where} "
                             f"({one_line(error)}); set MASTER_ADDR to the first node, MASTER_PORT to "
                             "a free port, GLOO_SOCKET_IFNAME to the network between them") from None
+        finally:
+            reminder.cancel()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         if CAN_FORK:
             # A thread of the group that lets go of its last message holds a lock of Python 3.11 for a
             # moment; a loader worker forked in that moment hangs for ever. All messages are waited
@@ -1827,6 +1867,13 @@ def build_backbone(name, pretrained=True, weights=None, image_size=224, family="
         options["image_size"] = image_size
     model = models.get_model(name, weights=None, **options)
     last = _last_linear(model, name)
+    if family == "models":
+        try:
+            with torch.inference_mode():
+                model.eval()(torch.zeros(1, 3, image_size, image_size))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise UserError(f"--image_size {image_size}: {name} takes no pictures of this size "
+                            f"({one_line(error)[:100]}); try 224") from None
     if weights:
         _load_backbone_state(model, load_weights_file(weights), last, weights)
     elif pretrained:
@@ -1886,7 +1933,14 @@ def load_weights_file(path):
     A value that overflowed in a conversion to half precision becomes its largest number, 65504, with a note. Raises
     CheckpointError for other values that are not finite: a run could be trained with them, and never be continued.
     """
-    return _state_dict(read_checkpoint(path), path)
+    if Path(path).suffix != ".safetensors":
+        return _state_dict(read_checkpoint(path), path)
+    module = optional_package("safetensors")
+    try:
+        tensors = module.load_file(path)
+    except Exception as error:  # its own class for damage
+        raise CheckpointError(f"{path} is no usable safetensors file ({one_line(error)})") from None
+    return _state_dict(tensors, path)
 
 
 def _state_dict(state, path):
@@ -1920,14 +1974,36 @@ def _check_weights(state, source):
 
 
 def _load_backbone_state(model, state, last, source):
-    """Load all but the classifier `last`, strictly."""
+    """Load all but the classifier `last`, strictly; a prefix that all layers share (model., encoder_q.) is taken off."""
     own = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{last}.")}
+    first = next(iter(own))
+    prefixes = dict.fromkeys(name.removesuffix(first) for name in state if name.endswith(first))
+    prefix = max(prefixes, key=lambda prefix: sum(prefix + name in state for name in own), default="")
+    n_in_file = len(state)
+    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     wrong = [name for name in own if name in state and state[name].shape != own[name].shape]
     if missing or wrong:
         raise UserError(f"{source}: not the weights of this backbone: {len(missing)} of {len(own)} layers missing, "
                         f"{len(wrong)} of another shape (first: {[*missing, *wrong][0]})")
-    model.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
+    loaded = {name: state[name] for name in own if name in state}
+    model.load_state_dict(_with_versions(loaded, model), strict=False)
+    if prefix or n_in_file - len(loaded) > 2:
+        _say_once(f"note: {source}: {len(loaded)} layers were loaded{f' without the prefix {prefix}' if prefix else ''}, "
+                  f"{n_in_file - len(loaded)} others of the file were not")
+
+
+def _with_versions(state, model):
+    """A state with the versions of a model's layers, which plain types lose and some layers (MNASNet) need."""
+    versioned = collections.OrderedDict(state)
+    versioned._metadata = model.state_dict()._metadata
+    return versioned
+
+
+@functools.cache
+def _say_once(text):
+    """A backbone is built several times in a run."""
+    print(text, flush=True)
 
 
 @torch.inference_mode()
@@ -2081,6 +2157,7 @@ class EarlyStopping:
 # What is written survives a kill at any moment; what is read is checked to the last byte before anything is trusted.
 
 FORMAT = 1
+LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickled magic number
 SAVING_TIME = 0.1  # part of the time between two saves that the saving itself may take
 
 
@@ -2185,6 +2262,9 @@ def _kind_of_file(path, size):
         return "a Git LFS pointer: run `git lfs pull`"
     if head.lstrip().startswith(b"<"):
         return "a web page"
+    if head.startswith(LEGACY_TORCH):
+        return ("a file from before torch 1.6; write it anew: python -c \"import torch; torch.save(torch.load("
+                f"'{path}', weights_only=True), '{path}')\"")
     return f"{size} bytes, no zip archive"
 
 
@@ -2263,7 +2343,7 @@ def load_state(model, state, source):
     """Strict load_state_dict whose refusal is one sentence; NaN weights are refused too."""
     _check_weights(state, source)
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(_with_versions(state, model))
     except (RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{source} does not fit this model: {one_line(error)}") from None
 
@@ -2462,6 +2542,7 @@ class Training:
 
     def epochs(self):
         """Numbers of the epochs that remain, from 1; stop signals are obeyed within."""
+        self.run.open_wandb()
         signals = self.run.signals
         signals.armed = True
         while not self.progress.done:

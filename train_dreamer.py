@@ -40,7 +40,7 @@ COLLAPSE_FLOOR = 0.05  # smallest healthy spread of the features over frames, as
 # What a checkpoint fixes for evaluate and predict, and what they take over from the run beside it.
 MODEL_FLAGS = (
     "encoder", "image_size", "token_type", "imagine", "d_model", "n_layers", "n_heads",
-    "feedforward", "dropout", "compose", "angle_unit")
+    "feedforward", "dropout", "compose", "angle_unit", "euler_order")
 DATA_FLAGS = ("data_dir", "patient_map", "patient_regex", "max_transitions", "split_by")
 PARTS = ("train", "val", "test")
 # What --augment changes in both frames of a transition alike: jitter as a share, noise in grey levels, turn in degrees.
@@ -95,6 +95,9 @@ def add_data_arguments(add):
         help=r"patient = its first group in the folder's name, e.g. '(.*)_\d+$'")
     add("--angle_unit", choices=("auto", "deg", "rad"), default="auto",
         help="unit of the angles in the files")
+    add("--euler_order", choices=("auto", *probe_poses.EULER_ORDERS), default="auto",
+        help="order of the turns in the files' angles, zyx: R = Rz Ry Rx; auto = zyx, unless it fits poorly and another "
+             "one fits")
     add("--compose", choices=("auto", *probe_poses.CONVENTIONS), default="auto",
         help="how at1 and motion give at2: sum, T(motion) T(at1), T(at1) T(motion); auto = what fits the data")
     add("--split_by", choices=("patient", "time"), default="patient",
@@ -196,6 +199,7 @@ class Study:
     at2: np.ndarray  # (N, 6) motion asked for at t2
     compose: str  # a key of probe_poses.CONVENTIONS
     angle_unit: str  # deg or rad, in the files
+    euler_order: str  # in the files
     residuals: list  # a dict per convention
     store: picture_files.ImageStore
     frames: np.ndarray  # (N, 2) index of both frames in the store, -1 = none
@@ -245,8 +249,9 @@ def load_study(args, run, needs_labels=True):
 
     needs_labels False: rows without at1, at2 or a frame at t2 are kept, for prediction.
     """
-    rows = probe_poses.find_transitions(args.data_dir, args.max_transitions)
-    poses, facts = probe_poses.complete_rows(rows, args.angle_unit, args.compose)
+    rows, matching = probe_poses.find_transitions(args.data_dir, args.max_transitions)
+    poses, facts = probe_poses.complete_rows(rows, args.angle_unit, args.compose, args.euler_order)
+    facts["notes"] += matching
     reasons = probe_poses.reasons_to_skip(rows, poses, needs_labels)
     refuse_unusable(args, rows, reasons)
     usable = np.flatnonzero([reason is None for reason in reasons])
@@ -746,6 +751,7 @@ def describe(args, study, split, scaler):
     settings |= {
         "compose": study.compose,
         "angle_unit": study.angle_unit,
+        "euler_order": study.euler_order,
         "pixel_range": study.store.pixel_range}
     return {
         "settings": settings,

@@ -38,7 +38,7 @@ def check_study(study, brightness):
     return [
         Check("OK", "data", size),
         *check_rows(study.skipped),
-        *(Check("OK", "note", note) for note in study.notes),
+        *(check("WARNING" in note, "note", note) for note in study.notes),
         *check_composition(study.residuals, study.compose),
         *check_ranges(study.poses),
         *check_chain(study.sequences, study.order, study.frames, study.at1, study.at2),

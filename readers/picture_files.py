@@ -220,7 +220,8 @@ def load_image(path, short_side=None, pixel_range=None):
     """Decode one picture to uint8 (H, W, 3) RGB, upright, scaled so that its short side is `short_side` pixels.
 
     Transparency is put on white, more than 8 bits are scaled to 8 (pixel_range: the values that become 0 and 255, those
-    beyond are clipped; None: as the picture declares), the first frame is taken. JPEGs are decoded at reduced size, at least 1.5 times the target; smaller pictures are enlarged. Raises BadImage: file and reason.
+    beyond are clipped; None: as the picture declares), the first frame is taken. JPEGs are decoded at reduced size, at
+    least 1.5 times the target; smaller pictures are enlarged. Raises BadImage: file and reason.
     """
     try:
         return _decode(path, short_side, pixel_range)[0]

@@ -20,6 +20,7 @@ AXES = ("x_mm", "y_mm", "z_mm", "roll_deg", "pitch_deg", "yaw_deg")
 FILE_NAME = "transitions_dataset.json"
 FIELDS = {"at1": "at1_6dof", "motion": "action_change_6dof", "at2": "at2_6dof"}
 LARGEST_LABEL = 200.0  # mm or degrees: anything beyond is a fault of the tracker
+EULER_ORDERS = ("zyx", "zxy", "yzx", "yxz", "xzy", "xyz")  # of the factors of R; the first is ours
 
 
 # --------------------------------------------------------------------------------------
@@ -29,8 +30,8 @@ LARGEST_LABEL = 200.0  # mm or degrees: anything beyond is a fault of the tracke
 # Torch throughout, since the composition lies inside the loss; on_arrays runs the same code on numpy in float64.
 
 def on_arrays(function, *arrays):
-    """function(*tensors) on numpy arrays, in float64."""
-    tensors = [torch.from_numpy(np.array(array, np.float64)) for array in arrays]
+    """function(*tensors) on numpy arrays, in float64; text is handed on."""
+    tensors = [each if isinstance(each, str) else torch.from_numpy(np.array(each, np.float64)) for each in arrays]
     return function(*tensors).numpy()
 
 
@@ -60,6 +61,16 @@ def rotation_matrix(angles):
         sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr,
         -sp, cp * sr, cp * cr]
     return torch.stack(rows, -1).unflatten(-1, (3, 3))
+
+
+def from_order(poses, order):
+    """Poses (..., 6) whose R is the product of the three turns in another order -> the same poses in ours."""
+    product = torch.eye(3, dtype=poses.dtype)
+    for axis in order:
+        turn = torch.zeros_like(poses[..., 3:])
+        turn[..., "xyz".index(axis)] = poses[..., 3 + "xyz".index(axis)]
+        product = product @ rotation_matrix(turn)
+    return torch.cat([poses[..., :3], euler_degrees(product)], -1)
 
 
 def euler_degrees(rotation):
@@ -180,33 +191,36 @@ class Transition:
     frame_t2: str
     ft1: str  # pictures as the file names them, ft2 '' where there is none
     ft2: str
-    path_t1: Path | None  # None where there is no such picture
-    path_t2: Path | None
     at1: np.ndarray
     motion: np.ndarray
     at2: np.ndarray
+    path_t1: Path | None = None  # None where there is no such picture
+    path_t2: Path | None = None
 
 
 def find_transitions(data_dir, limit=0):
-    """The Transitions of all sequences below a folder; limit: the first ones of each sequence, 0 for all."""
+    """-> (Transitions of all sequences below a folder, notes); limit: the first ones of each sequence, 0 for all."""
     files = sorted(data_dir.rglob(FILE_NAME)) if data_dir.is_dir() else []
     if not files:
         raise common.UserError(f"--data_dir {data_dir}: expected folders with a {FILE_NAME}, found none")
     transitions = []
+    notes = []
     for file in files:
         sequence = file.parent.relative_to(data_dir).as_posix()
         if sequence == ".":
             sequence = data_dir.resolve().name
-        transitions += read_transitions(file, sequence)[:limit or None]
-    return transitions
+        found, matching = read_transitions(file, sequence)
+        transitions += found[:limit or None]
+        notes += [f"{sequence}: {note}" for note in matching]
+    return transitions, notes
 
 
 def read_transitions(path, sequence):
-    """A transitions_dataset.json -> list of Transition.
+    """A transitions_dataset.json -> (list of Transition, notes).
 
-    A bare list or {"transitions": [...]}; further keys are ignored, null and missing poses are NaN. Case of the
-    pictures' names may differ, and leading folders may be missing on disk. Raises UserError that lists every row that
-    cannot be read, or that names a picture outside the file's folder.
+    A bare list or {"transitions": [...]}; further keys are ignored, null and missing poses are NaN. Pictures lie in the
+    file's folder, and are found as file_names.match_images finds them. Raises UserError that lists every row that
+    cannot be read.
     """
     try:
         listed = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -218,29 +232,35 @@ def read_transitions(path, sequence):
         found = "an empty list" if listed == [] else type(listed).__name__
         raise common.UserError(
             f"{path}: expected a list of transitions, or a dict with one under `transitions`, found {found}")
-    pictures = {}
-    for picture in file_names.find_images(path.parent):
-        pictures[file_names.clean_name(picture.relative_to(path.parent).as_posix())] = picture
-    index = file_names.NameIndex(pictures, file_names.IMAGE_SUFFIXES)
-
-    def find_picture(name):
-        found = index.find(name).files
-        return pictures[found[0]] if len(found) == 1 else None
     rows = []
     faults = []
     for number, entry in enumerate(listed, start=1):
         try:
-            rows.append(_read_row(entry, sequence, number, find_picture))
+            rows.append(_read_row(entry, sequence, number))
         except (ValueError, TypeError, AttributeError) as error:
             faults.append(f"row {number}: {common.one_line(error)}")
     if faults:
         raise common.UserError(
             f"{path}: {len(faults)} of {len(listed)} rows cannot be read: "
             f"{common.shorten_list(faults, 5)}. Correct or delete these rows.")
-    return rows
+    return rows, _find_pictures(rows, path.parent)
 
 
-def _read_row(entry, sequence, number, find_picture):
+def _find_pictures(rows, folder):
+    """Sets path_t1 and path_t2 of Transitions whose pictures lie in a folder; returns notes."""
+    pictures = {}
+    for picture in file_names.find_images(folder):
+        pictures[file_names.clean_name(picture.relative_to(folder).as_posix())] = picture
+    index = file_names.NameIndex(pictures, file_names.IMAGE_SUFFIXES)
+    fits = index.match([name for row in rows for name in (row.ft1, row.ft2) if name])
+    found = {name: pictures[fit.files[0]] for name, fit in fits.items() if len(fit.files) == 1}
+    for row in rows:
+        row.path_t1 = found.get(row.ft1)
+        row.path_t2 = found.get(row.ft2)
+    return file_names.notes_on(fits, set(pictures.values()) - set(found.values()))
+
+
+def _read_row(entry, sequence, number):
     """One entry of a file -> Transition. Raises ValueError."""
     ft1 = _read_name(entry, "ft1_image_path")
     ft2 = _read_name(entry, "ft2_image_path")
@@ -253,8 +273,6 @@ def _read_row(entry, sequence, number, find_picture):
         frame_t2=str(entry.get("frame_t2") or Path(ft2).stem),
         ft1=ft1,
         ft2=ft2,
-        path_t1=find_picture(ft1),
-        path_t2=find_picture(ft2),
         **{name: _read_pose(entry, key) for name, key in FIELDS.items()})
 
 
@@ -265,10 +283,7 @@ def _read_name(entry, key):
         return ""
     if not isinstance(name, str):
         raise ValueError(f"expected the path of a picture under {key}, found {name!r}")
-    name = file_names.clean_name(name)
-    if re.match("/|[A-Za-z]:", name) or ".." in name.split("/"):
-        raise ValueError(f"expected a picture inside the file's folder under {key}, found {name!r}")
-    return name
+    return file_names.clean_name(name)
 
 
 def _read_pose(entry, key):
@@ -322,23 +337,60 @@ def largest_angle(poses):
     return float(known[known <= LARGEST_LABEL].max(initial=0.0))
 
 
-def angle_unit(poses, asked):
-    """'deg' or 'rad': in radians no angle exceeds pi, in degrees a whole study that stays under 3.2 is unheard of."""
+def in_degrees(poses, unit):
+    """{name: (N, 6)} in a unit -> in degrees, NaN for what is no pose: NaN, infinite, beyond 200."""
+    factor = np.ones(6)
+    factor[3:] = 180 / math.pi if unit == "rad" else 1
+    found = {name: values * factor for name, values in poses.items()}
+    return {name: np.where(np.abs(values) <= LARGEST_LABEL, values, np.nan) for name, values in found.items()}
+
+
+def best_miss(poses):
+    """What the best convention misses at2 by, mm and degrees together; None where no row has all three poses."""
+    residuals = composition_residuals(**poses)[:len(CONVENTIONS)]
+    return min((row["mm"] + row["deg"] for row in residuals), default=None)
+
+
+def choose_unit(poses, asked):
+    """(deg or rad, why): beyond pi are degrees; else the unit in which the poses compose, and the size as a last guess."""
     if asked != "auto":
-        return asked
-    return "rad" if 0 < largest_angle(poses) <= math.pi + 1e-6 else "deg"
+        return asked, "asked for"
+    largest = largest_angle(poses)
+    known = f"largest in the files: {largest:.4g}"
+    if not 0 < largest <= math.pi + 1e-6:
+        return "deg", known
+    missed = {unit: best_miss(in_degrees(poses, unit)) for unit in ("deg", "rad")}
+    best = min(missed, key=lambda unit: missed[unit] or 0)
+    other = "rad" if best == "deg" else "deg"
+    if missed[best] is not None and missed[other] > 2 * missed[best] + 0.01:
+        return best, f"{known}; in {best} at2 is missed by {missed[best]:.3g} mm and degrees, in {other} by {missed[other]:.3g}"
+    return "rad", f"WARNING: {known}; guessed from that alone, --angle_unit tells it"
+
+
+def refuse_other_frame(poses):
+    """UserError where most positions of an axis are beyond 200: these are no outliers; returns notes on the unit."""
+    at = np.concatenate([poses["at1"], poses["at2"]])
+    with np.errstate(invalid="ignore"):
+        n_far = np.sum(np.abs(at) > LARGEST_LABEL, axis=0)
+    n_known = np.sum(~np.isnan(at), axis=0)
+    far = [f"{axis} ({count} of {known})" for axis, count, known in zip(AXES, n_far, n_known) if 2 * count > known]
+    if far:
+        raise common.UserError(
+            f"{', '.join(far)} of at1 and at2 are beyond {LARGEST_LABEL:g}: poses in the frame of the tracker? Give them "
+            "relative to the target view, in mm and degrees.")
+    largest = np.abs(at[:, :3])[np.isfinite(at[:, :3])].max(initial=0.0)
+    if 0 < largest < 1:
+        return [f"WARNING: no position is beyond {largest:.3g} mm: metres? Give them in mm"]
+    return []
 
 
 def mask_labels(poses, unit):
     """Turn radians into degrees and take out, in place, what is no pose: NaN, infinite, beyond 200. Returns notes."""
     notes = []
-    for name, values in poses.items():
-        if unit == "rad":
-            values[:, 3:] = np.rad2deg(values[:, 3:])
-        absent = np.isnan(values).all(1)
-        wild = ~(np.abs(values) <= LARGEST_LABEL)
-        wild[absent] = False
-        values[wild] = np.nan
+    for name, values in in_degrees(poses, unit).items():
+        absent = np.isnan(poses[name]).all(1)
+        wild = np.isnan(values) & ~absent[:, None]
+        poses[name][:] = values
         if wild.any():
             notes.append(
                 f"{wild.sum()} values of {FIELDS[name]} in {wild.any(1).sum()} rows masked "
@@ -346,6 +398,32 @@ def mask_labels(poses, unit):
         if absent.any():
             notes.append(f"{absent.sum()} rows have no {FIELDS[name]}")
     return notes
+
+
+def read_order(poses, asked):
+    """Poses whose angles have another Euler order are turned, in place, into ours. Returns (order, notes).
+
+    auto: ours, unless it fits poorly and another one fits far better.
+    """
+    order = asked
+    if asked == "auto":
+        missed = {}
+        for tried in EULER_ORDERS:
+            turned = {name: on_arrays(from_order, values, tried) for name, values in poses.items()}
+            missed[tried] = best_miss(poses if tried == "zyx" else turned)
+            if missed["zyx"] is None or missed["zyx"] < 0.01:
+                break
+        best = min(missed, key=missed.get)
+        order = best if missed["zyx"] is not None and missed[best] < missed["zyx"] / 10 else "zyx"
+    if order == "zyx":
+        return order, []
+    for values in poses.values():
+        values[:] = on_arrays(from_order, values, order)
+    factors = " ".join(f"R{axis}" for axis in order)
+    text = f"angles are read as R = {factors} and turned into R = Rz Ry Rx"
+    if asked == "auto":
+        text = f"WARNING: {text}: at2 is missed by {missed[order]:.3g} mm and degrees instead of {missed['zyx']:.3g} (--euler_order)"
+    return order, [text]
 
 
 def choose_composition(asked, residuals):
@@ -362,7 +440,7 @@ def choose_composition(asked, residuals):
         f"composition {chosen} ({why}): at2 missed by {tried[chosen]['mm']:.3g} mm and "
         f"{tried[chosen]['deg']:.3g} degrees on average")
     if missed[chosen] > 1.0 or missed[chosen] > 2 * missed[best] + 0.01:
-        text += ": a poor fit, look at --mode audit"
+        text += ": a poor fit; check --angle_unit, --euler_order and which way the motion goes"
     return chosen, text
 
 
@@ -381,19 +459,22 @@ def complete_poses(poses, convention):
     return notes
 
 
-def complete_rows(transitions, asked_unit, asked_composition):
+def complete_rows(transitions, asked_unit, asked_composition, asked_order="auto"):
     """({at1, motion, at2: (N, 6)} of N Transitions, checked and completed, what was found on the way).
 
-    Found are angle_unit, compose, residuals (of composition_residuals) and notes.
+    Found are angle_unit, euler_order, compose, residuals (of composition_residuals) and notes.
     """
     poses = {name: np.stack([getattr(row, name) for row in transitions]) for name in FIELDS}
-    unit = angle_unit(poses, asked_unit)
-    notes = [f"angles are read as {unit} (largest in the files: {largest_angle(poses):.4g})"]
-    notes += mask_labels(poses, unit)
+    notes = refuse_other_frame(poses)
+    unit, why = choose_unit(poses, asked_unit)
+    notes += [f"angles are read as {unit} ({why})", *mask_labels(poses, unit)]
+    order, reordered = read_order(poses, asked_order)
+    notes += reordered
     residuals = composition_residuals(**poses)
     convention, text = choose_composition(asked_composition, residuals)
     notes += [text, *complete_poses(poses, convention)]
-    return poses, {"angle_unit": unit, "compose": convention, "residuals": residuals, "notes": notes}
+    facts = {"angle_unit": unit, "euler_order": order, "compose": convention, "residuals": residuals, "notes": notes}
+    return poses, facts
 
 
 def reasons_to_skip(transitions, poses, needs_labels):

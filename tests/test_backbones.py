@@ -27,6 +27,62 @@ def test_weights_files_in_their_known_forms(tmp_path):
         common.build_backbone("resnet50", weights=tmp_path / "bare.pth")
 
 
+@pytest.mark.parametrize("prefix", ["model.", "backbone.", "encoder_q.", "module.encoder_q.", "state.net."])
+def test_a_prefix_that_all_layers_share_is_taken_off_and_said(tmp_path, capsys, prefix):
+    import torchvision
+    common._say_once.cache_clear()
+    model = torchvision.models.resnet18()
+    state = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    state |= {f"module.encoder_k.{name}": torch.zeros_like(value) for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "moco.pth")
+    for _ in range(2):
+        backbone, _ = common.build_backbone("resnet18", weights=tmp_path / "moco.pth")
+        assert torch.equal(backbone.layer4[1].conv2.weight, model.layer4[1].conv2.weight)
+    said = capsys.readouterr().out
+    shown = prefix.removeprefix("module.")
+    assert said.count("note:") == 1 and f"120 layers were loaded without the prefix {shown}" in said and "124 others" in said
+
+
+def test_files_from_before_torch_1_6_and_safetensors(tmp_path):
+    import torchvision
+    model = torchvision.models.resnet18()
+    torch.save(model.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(common.CheckpointError, match="before torch 1.6; write it anew: python -c") as caught:
+        common.load_weights_file(tmp_path / "old.pth")
+    exec(str(caught.value).split('"')[1])  # the remedy is the line to run
+    assert torch.equal(common.load_weights_file(tmp_path / "old.pth")["fc.weight"], model.fc.weight)
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    backbone, _ = common.build_backbone("resnet18", weights=tmp_path / "model.safetensors")
+    assert torch.equal(backbone.conv1.weight, model.conv1.weight)
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(common.CheckpointError, match="no usable safetensors"):
+        common.load_weights_file(tmp_path / "model.safetensors")
+
+
+def test_safetensors_without_the_package_say_what_to_install(tmp_path, monkeypatch):
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+    monkeypatch.setattr(common.importlib, "import_module", missing)
+    with pytest.raises(common.UserError, match="pip install safetensors"):
+        common.load_weights_file(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "maxvit_t"])
+def test_pictures_too_small_for_a_network_are_refused_in_one_line(name):
+    with pytest.raises(common.UserError, match=f"--image_size 64: {name}"):
+        common.build_backbone(name, pretrained=False, image_size=64)
+
+
+def test_versions_of_layers_survive_a_checkpoint():
+    """MNASNet cannot be loaded without the version of its layers."""
+    model, _ = common.build_backbone("mnasnet0_5", pretrained=False)
+    state = common.to_plain_types(model.state_dict())
+    other, _ = common.build_backbone("mnasnet0_5", pretrained=False)
+    common.load_state(other, state, "best_model.pth")
+    assert all(torch.equal(state[name], value) for name, value in other.state_dict().items())
+
+
 def test_half_precision_that_overflowed_becomes_its_largest_number(tmp_path, capsys):
     """A running variance of 1e5 is infinite in fp16 and would silence its channel; NaN is refused."""
     import torchvision

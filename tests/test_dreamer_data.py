@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
 import common
 from evidence import baseline_models, pose_scores, splitting
@@ -154,6 +155,70 @@ def test_radians_are_turned_into_degrees(tmp_path, asked):
     assert study.angle_unit == "rad" and "angles are read as rad" in text
 
 
+def write_poses(rows, poses, unit=1.0, order="zyx", motions="se3_left"):
+    """Sets the poses (N + 1, 6) of a sequence, with angles in another unit or Euler order; returns those of at1."""
+    motion = probe_poses.on_arrays(probe_poses.CONVENTIONS[motions].motion, poses[:-1], poses[1:])
+    for key, values in (("at1_6dof", poses[:-1]), ("action_change_6dof", motion), ("at2_6dof", poses[1:])):
+        angles = np.empty((len(values), 3))  # roll about x, pitch about y, yaw about z
+        turn = Rotation.from_euler("ZYX", values[:, :2:-1], degrees=True)
+        angles[:, ["xyz".index(axis) for axis in order]] = turn.as_euler(order.upper(), degrees=True)
+        for row, place, own in zip(rows, values, angles):
+            row[key] = [*place[:3].tolist(), *(own * unit).tolist()]
+    return poses[:-1]
+
+
+def sweep(count):
+    """Poses of a linear sweep whose angles stay under 3 degrees."""
+    return np.hstack([np.linspace([-10, 5, 30], [40, 8, 60], count), DRAWS.uniform(-2.5, 2.5, (count, 3))])
+
+
+@pytest.mark.parametrize("unit, named", [(1.0, "deg"), (np.pi / 180, "rad")])
+def test_small_angles_are_read_in_the_unit_in_which_the_poses_compose(tmp_path, unit, named):
+    poses = sweep(21)
+    write_sequence(tmp_path / "data" / "a_01", count=20, edit=lambda rows: write_poses(rows, poses, unit))
+    study, text, _ = load(tmp_path / "data")
+    assert study.angle_unit == named and study.compose == "se3_left" and "guessed" not in text
+    np.testing.assert_allclose(study.at1, poses[:-1], atol=1e-9)
+
+
+def test_a_unit_that_only_the_size_tells_is_a_warning(tmp_path):
+    write_sequence(tmp_path / "data" / "a_01", count=20, edit=lambda rows: write_poses(rows, sweep(21),
+                                                                                              motions="additive"))
+    study, text, _ = load(tmp_path / "data")
+    assert study.angle_unit == "rad" and "WARNING" in text and "--angle_unit" in text
+    assert "guessed" not in load(tmp_path / "data", "--angle_unit", "deg")[1]
+
+
+@pytest.mark.parametrize("order", ["xyz", "zxy", "yxz"])
+def test_another_euler_order_is_found_named_and_turned_into_ours(tmp_path, order):
+    poses = np.hstack([DRAWS.uniform(-20, 20, (21, 3)), DRAWS.uniform(-40, 40, (21, 3))])
+    write_sequence(tmp_path / "data" / "a_01", count=20, edit=lambda rows: write_poses(rows, poses, order=order))
+    study, text, _ = load(tmp_path / "data")
+    factors = " ".join(f"R{axis}" for axis in order)
+    assert study.euler_order == order and study.compose == "se3_left" and f"WARNING: angles are read as R = {factors}" in text
+    np.testing.assert_allclose(study.at1, poses[:-1], atol=1e-6)
+    assert load(tmp_path / "data", "--euler_order", "zyx")[0].euler_order == "zyx"
+
+
+def test_poses_in_the_frame_of_a_tracker_are_refused_by_axis_and_not_masked_away(tmp_path):
+    def edit(rows):
+        for row in rows:
+            for key in ("at1_6dof", "at2_6dof"):
+                row[key][2] += 400
+    write_sequence(tmp_path / "data" / "a_01", edit=edit)
+    with pytest.raises(common.UserError, match=r"z_mm \(12 of 12\) of at1 and at2 are beyond 200.*tracker"):
+        load(tmp_path / "data")
+
+
+def test_metres_are_noticed(tmp_path):
+    def edit(rows):
+        for row in rows:
+            for key in ("at1_6dof", "action_change_6dof", "at2_6dof"):
+                row[key][:3] = [value / 1000 for value in row[key][:3]]
+    write_sequence(tmp_path / "data" / "a_01", edit=edit)
+    assert "metres?" in load(tmp_path / "data")[1]
+
+
 def test_a_wrong_unit_can_be_forced_and_spoils_the_composition(tmp_path):
     write_sequence(tmp_path / "data" / "a_01", motions="se3_left", scale=np.pi / 180)
     study, text, _ = load(tmp_path / "data", "--angle_unit", "deg", "--compose", "se3_left")
@@ -172,8 +237,8 @@ MISTAKES = {
     "five numbers": (lambda rows: rows[1]["at1_6dof"].pop(), ["row 2", "6 numbers", "at1_6dof"]),
     "a word": (lambda rows: rows[1].update(at1_6dof=["left"] * 6), ["row 2"]),
     "no path": (lambda rows: rows[0].pop("ft1_image_path"), ["row 1", "ft1_image_path"]),
-    "a path that leaves": (lambda rows: rows[3].update(ft2_image_path="../../etc/passwd.png"), ["row 4", "inside"]),
-    "an absolute path": (lambda rows: rows[3].update(ft1_image_path="C:\\frames\\1.png"), ["row 4", "inside"]),
+    "a path that leaves": (lambda rows: rows[3].update(ft2_image_path="../../etc/passwd.png"), ["row 4", "no file"]),
+    "an absolute path": (lambda rows: rows[3].update(ft1_image_path="C:\\frames\\1.png"), ["row 4", "no file"]),
     "a missing picture": (lambda rows: rows[5].update(ft2_image_path="ft2/gone.png"), ["gone.png", "--on_bad_file"]),
     "a row twice": (lambda rows: rows.append(dict(rows[0])), ["listed twice"]),
     "an empty list": (lambda rows: rows.clear(), ["empty"]),

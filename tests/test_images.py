@@ -249,7 +249,7 @@ def test_the_range_is_chosen_by_all_pictures_or_by_the_flag_and_clips(tmp_path):
 def test_the_disk_cache_knows_the_range(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = save(tmp_path, "a.png", np.full((8, 8), 100, np.uint16))
-    assert [picture_files.ImageStore([path], 8, "disk", pixel_range)[0][0, 0, 0] for pixel_range in ([0, 200], [0, 400])] == [128, 64]
+    assert [picture_files.ImageStore([path], 8, "disk", pixel_range)[0][0, 0, 0] for pixel_range in ([0, 100], [0, 400])] == [255, 64]
 
 
 # Formats, frames, names ---------------------------------------------------
@@ -299,7 +299,7 @@ def test_reduced_decoding_is_close_to_full_decoding(tmp_path):
 def test_decoded_size_stays_above_one_and_a_half_targets(tmp_path, monkeypatch):
     path, seen = save(tmp_path, "large.jpg", smooth_picture(1200, 1600)), []
     to_rgb = picture_files._to_rgb
-    monkeypatch.setattr(picture_files, "_to_rgb", lambda image: (seen.append(min(image.size)), to_rgb(image))[1])
+    monkeypatch.setattr(picture_files, "_to_rgb", lambda image, _: (seen.append(min(image.size)), to_rgb(image, _))[1])
     for short_side in (100, 101, 199, 200, 201, 400, 801, 1300):
         picture_files.load_image(path, short_side)
     assert seen == [150, 300, 300, 300, 600, 600, 1200, 1200]

@@ -5,6 +5,11 @@
 import concurrent.futures
 import json
 import math
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -14,6 +19,7 @@ import pytest
 import torch
 
 import common
+from conftest import ROOT
 from readers import pixel_cache
 
 
@@ -139,6 +145,87 @@ def run_arguments(folder, **more):
     defaults = dict(output_dir=folder, dry_run=False, device="cpu", use_amp="off", deterministic=False, resume=None,
                     config=None, tensorboard=False, wandb=False)
     return SimpleNamespace(**{**defaults, **more})
+
+
+class FakeWandb:
+    """As much of wandb as a run uses; fails where it is told to."""
+
+    def __init__(self, fails=()):
+        self.fails, self.inits, self.logged, self.run = fails, [], [], None
+
+    def init(self, **settings):
+        if "init" in self.fails:
+            raise RuntimeError("No API key configured")
+        self.inits.append(settings)
+        self.run = self
+        return self
+
+    def finish(self):
+        self.run = None
+
+    def log(self, numbers, step):
+        if "log" in self.fails:
+            raise RuntimeError("network is down")
+        self.logged.append(step)
+
+
+@pytest.fixture
+def wandb_run(tmp_path, monkeypatch):
+    """make(fails) -> (FakeWandb, function that opens the run folder and logs an epoch)."""
+    def make(fails=()):
+        fake = FakeWandb(fails)
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        compute = common.choose_compute("cpu", "off")
+
+        def epoch(step):
+            (tmp_path / "run").mkdir(exist_ok=True)
+            args = run_arguments(tmp_path, wandb=True)
+            with common.Run(tmp_path / "run", args, compute, None) as run:
+                run.open_wandb()
+                run.watch({"epoch": step, "val_loss": 1.0})
+        return fake, epoch
+    return make
+
+
+def test_a_resumed_run_continues_the_same_wandb_run(wandb_run):
+    fake, epoch = wandb_run()
+    epoch(1)
+    epoch(2)
+    assert fake.logged == [1, 2] and len(fake.inits) == 2 and fake.inits[0]["resume"] == "allow"
+    assert fake.inits[0]["id"] == fake.inits[1]["id"] and "reinit" not in fake.inits[0]
+
+
+@pytest.mark.parametrize("place", ["init", "log"])
+def test_wandb_that_fails_is_a_warning_and_the_run_goes_on(wandb_run, capsys, place):
+    fake, epoch = wandb_run([place])
+    epoch(1)
+    said = capsys.readouterr().out
+    assert said.count("WARNING: the run goes on without Weights & Biases") == 1 and "wandb login" in said
+
+
+def test_a_process_alone_says_for_whom_it_waits_and_obeys_signals(tmp_path):
+    """What `srun -n 4 --pty bash` and then python gives: three sisters that never come."""
+    code = "import common, torch; common.WAITING_IS_TOLD = 0.1; common.StopSignals();" \
+           "common.Processes(0, 4, 0, 4).join(torch.device('cpu'))"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        started = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                                   env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        line = started.stdout.readline()
+        assert f"process 0 of 4 waits for the others at 127.0.0.1:{port}" in line and "srun -n 1" in line
+        started.send_signal(number)
+        assert started.wait(30) == -number
+
+
+def test_batchnorm_with_one_value_is_one_line(capsys):
+    def fail():
+        torch.nn.BatchNorm1d(3)(torch.zeros(1, 3))
+    with pytest.raises(SystemExit) as caught:
+        common.run_main(fail)
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and "--batch_size" in message and message.count("\n") == 1
 
 
 def test_64_starts_in_one_second_give_64_folders(tmp_path):

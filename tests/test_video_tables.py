@@ -88,9 +88,15 @@ def test_a_video_that_was_converted_is_found_unless_the_original_is_there(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["../secret.mp4", "..\\secret.mp4", "a/../../secret.mp4", "./../videos/../secret.mp4"])
-def test_paths_that_leave_the_video_root_are_refused(tmp_path, name):
+def test_paths_that_leave_the_video_root_are_missing_not_opened(tmp_path, name):
     put(tmp_path, "secret.mp4", "videos/a.mp4")
-    assert "secret.mp4" in fails(file_names.match_videos, [name], tmp_path / "videos")
+    assert file_names.match_videos([name], tmp_path / "videos")[0] == {name: None}
+
+
+def test_the_file_of_another_camera_never_serves_by_its_base_name(tmp_path):
+    root = put(tmp_path, "Cam 8/a.mp4")
+    hits, _ = file_names.match_videos(["D:/x/Cam 8/a.mp4", "D:/x/Cam 9/a.mp4"], root)
+    assert list(hits.values()) == [root / "Cam 8/a.mp4", None]
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "/../etc/passwd", "C:\\..\\..\\etc\\passwd", "//server/share/x.mp4",
