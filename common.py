@@ -1995,8 +1995,9 @@ def _load_backbone_state(model, state, last, source):
 
 def _with_versions(state, model):
     """A state with the versions of a model's layers, which plain types lose and some layers (MNASNet) need."""
-    versioned = collections.OrderedDict(state)
-    versioned._metadata = model.state_dict()._metadata
+    versioned = model.state_dict()
+    versioned.clear()  # which leaves the versions
+    versioned.update(state)
     return versioned
 
 
@@ -2263,8 +2264,8 @@ def _kind_of_file(path, size):
     if head.lstrip().startswith(b"<"):
         return "a web page"
     if head.startswith(LEGACY_TORCH):
-        return ("a file from before torch 1.6; write it anew: python -c \"import torch; torch.save(torch.load("
-                f"'{path}', weights_only=True), '{path}')\"")
+        raise CheckpointError(f"{path} is from before torch 1.6; write it anew: python -c \"import torch; torch.save("
+                              f"torch.load('{path}', weights_only=True), '{path}')\"")
     return f"{size} bytes, no zip archive"
 
 

@@ -156,18 +156,11 @@ def read_table(path):
     if not rows:
         raise common.UserError(
             f"{path}: expected a header and rows, found {len(header) and 1} line(s) with content. Check the file.")
-    if len(header) > 1:
-        rows = [(line, _split_again(cells, delimiter)) for line, cells in rows]
-    if _has_row_names(header, rows):
-        header = ["row_names", *header]
-        notes.append("the rows have one cell more than the header: the first one is taken for the name of the row")
-    n_short = sum(len(cells) < len(header) for _, cells in rows)
-    if n_short:
-        notes.append(f"{n_short} rows are shorter than the header: the cells that they lack are blank")
-    rows = [(line, *_fit_width(cells, len(header))) for line, cells in rows]
+    if any(len(cells) != len(header) for _, cells in rows):
+        header, rows = _fit_header(header, rows, delimiter, notes)
     wrong = [
         f"line {line} has {len(cells)}"
-        for line, *cells in rows if len(cells) != len(header)]
+        for line, cells in rows if len(cells) != len(header)]
     if wrong:
         raise common.UserError(
             f"{path}: expected {len(header)} fields in every row as in the header, but "
@@ -179,25 +172,32 @@ def read_table(path):
         raise common.UserError(
             f"{path}: expected unique column names, found twice: {common.shorten_list(repeated)}. "
             "Rename or delete them.")
-    lines, *columns = zip(*rows)
-    cells = dict(zip(names, map(_clean_cells, columns)))
-    table = pd.DataFrame(cells, index=pd.Index(lines), dtype=object)
+    lines, cells = zip(*rows)
+    columns = dict(zip(names, map(_clean_cells, zip(*cells))))
+    table = pd.DataFrame(columns, index=pd.Index(lines), dtype=object)
     table.attrs["delimiter"] = delimiter
     table.attrs["notes"] = notes
     return table
 
 
-def _has_row_names(header, rows):
-    """R's tables: every row has one cell more than the header, and the first ones differ and are no files."""
+def _fit_header(header, rows, delimiter, notes):
+    """-> (header, rows) where rows have another width: quoted as one field, R's row names, blank cells at the end."""
+    if len(header) > 1:
+        rows = [(line, _split_again(cells, delimiter)) for line, cells in rows]
     first = [cells[0] for _, cells in rows if len(cells) == len(header) + 1]
-    return len(set(first)) == len(rows) and not any(map(_names_file, first))
-
-
-def _fit_width(cells, width):
-    """Blank cells at the end of a row added or taken off: spreadsheets write as many as they like."""
-    while len(cells) > width and not cells[-1].strip():
-        cells = cells[:-1]
-    return [*cells, *[""] * (width - len(cells))]
+    if len(set(first)) == len(rows) and not any(map(_names_file, first)):
+        header = ["row_names", *header]
+        notes.append("the rows have one cell more than the header: the first one is taken for the name of the row")
+    width = len(header)
+    n_short = sum(len(cells) < width for _, cells in rows)
+    if n_short:
+        notes.append(f"{n_short} rows are shorter than the header: the cells that they lack are blank")
+    fitted = []
+    for line, cells in rows:
+        while len(cells) > width and not cells[-1].strip():
+            cells = cells[:-1]
+        fitted.append((line, [*cells, *[""] * (width - len(cells))]))
+    return header, fitted
 
 
 def to_numbers(values, where):

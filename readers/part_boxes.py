@@ -62,8 +62,10 @@ class Annotations:
 
 
 @dataclasses.dataclass
-class Findings:
-    """What is noticed while a file is read."""
+class Reading:
+    """How a file is read, and what is noticed on the way."""
+    box_format: str  # a key of BOX_FORMATS
+    state_attribute: str  # in lower case
     faults: list = dataclasses.field(default_factory=list)  # each stops the run
     skipped: list = dataclasses.field(default_factory=list)
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # of what was put right
@@ -118,12 +120,12 @@ def read_annotations(path, box_format=None, state_attribute=None):
     box_format: a key of BOX_FORMATS, None for xywh; state_attribute: the attribute that names the state, None: state.
     """
     content = _read_json(path)
-    findings = Findings()
-    coco = content if isinstance(content.get("images"), list) else parts_as_coco(content, findings.faults)
-    found = read_coco(path, coco, findings, box_format or "xywh", (state_attribute or "state").lower())
+    reading = Reading(box_format or "xywh", (state_attribute or "state").lower())
+    coco = content if isinstance(content.get("images"), list) else parts_as_coco(content, reading.faults)
+    found = read_coco(path, coco, reading)
     names = collections.Counter(image.name for image in found.images)
-    findings.faults += [f"{name!r} stands there {count} times" for name, count in names.items() if count > 1]
-    refuse(findings.faults, f"{path}: cannot be read:", "Correct these entries.")
+    reading.faults += [f"{name!r} stands there {count} times" for name, count in names.items() if count > 1]
+    refuse(reading.faults, f"{path}: cannot be read:", "Correct these entries.")
     if not found.images:
         raise common.UserError(f"{path}: expected annotated images, found none in {len(content)} entries")
     return found
@@ -212,40 +214,37 @@ def parts_as_coco(content, faults):
 # COCO -> Annotations
 # --------------------------------------------------------------------------------------
 
-def read_coco(path, content, findings, box_format, state_attribute):
-    """images, annotations, categories -> Annotations; what cannot be read is appended to findings.faults."""
-    listed = read_records(content, "categories", findings)
+def read_coco(path, content, reading):
+    """images, annotations, categories -> Annotations; what cannot be read is appended to reading.faults."""
+    listed = read_records(content, "categories", reading)
     categories = {own: clean(category.get("name", "")) for own, category in listed.items()}
     if "" in categories.values():
-        findings.faults.append(f"categories: expected names, found {', '.join(categories.values())}")
-    findings.counts["categories share a name and are one part"] = len(categories) - len(set(categories.values()))
+        reading.faults.append(f"categories: expected names, found {', '.join(categories.values())}")
+    reading.counts["categories share a name and are one part"] = len(categories) - len(set(categories.values()))
     images = []
     place = {}
-    for own, fields in read_records(content, "images", findings).items():
+    for own, fields in read_records(content, "images", reading).items():
         place[own] = len(images)
-        images.append(read_image(fields, findings))
+        images.append(read_image(fields, reading))
     objects = []
     used = set()
-    unused_attributes = collections.defaultdict(collections.Counter)
-    for own, fields in read_records(content, "annotations", findings).items():
-        found = read_object(own, fields, images, place, categories, findings, box_format, state_attribute)
+    unused = collections.defaultdict(collections.Counter)  # attribute -> how often each value
+    for own, fields in read_records(content, "annotations", reading).items():
+        found = read_object(own, fields, images, place, categories, reading)
         if found is None:
             continue
         used.add(read_id(fields["category_id"]))
         for name, value in found.attributes.items():
-            if name.lower() != state_attribute:
-                unused_attributes[name][str(value)] += 1
+            if name.lower() != reading.state_attribute:
+                unused[name][str(value)] += 1
         if found.state == ABSENT and not has_area(found.box):
             images[found.image].absent.append(found.part)
         else:
             objects.append(found)
-    notes = [f"{count} {text}" for text, count in findings.counts.items() if count]
-    if unused_attributes:
-        told = []
-        for name, counts in unused_attributes.items():
-            values = ", ".join(f"{value} {count}" for value, count in counts.most_common(4))
-            told.append(f"{name} ({values})")
-        notes.append(f"attributes of the boxes that were not used: {'; '.join(told)} (--state_attribute NAME)")
+    notes = [f"{count} {text}" for text, count in reading.counts.items() if count]
+    for name, counts in unused.items():
+        values = ", ".join(f"{value} {count}" for value, count in counts.most_common(4))
+        notes.append(f"the attribute {name} of the boxes was not used: {values} (--state_attribute)")
     return Annotations(
         path=path,
         parts=list(dict.fromkeys(categories.values())),
@@ -253,7 +252,7 @@ def read_coco(path, content, findings, box_format, state_attribute):
         objects=objects,
         # of several ids of one part, one that a box has
         category_ids={categories[own]: listed[own]["id"] for own in sorted(listed, key=lambda own: own in used)},
-        skipped=findings.skipped,
+        skipped=reading.skipped,
         notes=notes)
 
 
@@ -267,14 +266,14 @@ def read_id(value):
     return value if is_id else None
 
 
-def read_records(content, key, findings):
+def read_records(content, key, reading):
     """{id: record} of one list of a COCO file; ids are numbers or text, from 0 or with gaps.
 
     Records that are equal count once; annotations whose ids repeat get new ones.
     """
     listed = content.get(key)
     if not isinstance(listed, list):
-        findings.faults.append(f"expected a list {key!r}, found {type(listed).__name__}")
+        reading.faults.append(f"expected a list {key!r}, found {type(listed).__name__}")
         return {}
     records = {}
     for place, record in enumerate(listed):
@@ -282,35 +281,35 @@ def read_records(content, key, findings):
         if isinstance(record, dict):
             own = read_id(record.get("id", f"number {place}" if key == "annotations" else None))
         if own is None:
-            findings.faults.append(f"{key}[{place}]: expected an object with an id, found {str(record)[:60]}")
+            reading.faults.append(f"{key}[{place}]: expected an object with an id, found {str(record)[:60]}")
         elif own not in records:
             records[own] = record
         elif key == "annotations":
             records[f"{own} (number {place})"] = record
-            findings.counts["annotations have an id that another one has"] += 1
-        elif records[own] == record:
-            findings.counts[f"{key} stand there more than once"] += 1
+            reading.counts["annotations have an id that another one has"] += 1
+        elif records[own] == record or (key == "categories" and records[own].get("name") == record.get("name")):
+            reading.counts[f"{key} stand there more than once"] += 1
         else:
-            findings.faults.append(f"{key}[{place}]: the id {own!r} is used twice")
+            reading.faults.append(f"{key}[{place}]: the id {own!r} is used twice")
     return records
 
 
-def read_image(fields, findings):
+def read_image(fields, reading):
     """One entry of images -> AnnotatedImage."""
     own = fields["id"]
     name = clean(fields.get("file_name", ""))
     if not name:
-        findings.faults.append(f"image {own!r}: no file_name")
+        reading.faults.append(f"image {own!r}: no file_name")
     absent = fields.get("absent_parts")
     return AnnotatedImage(
         name=name,
         id=own,
-        size=read_size(fields, f"image {own!r} ({name})", findings),
+        size=read_size(fields, f"image {own!r} ({name})", reading),
         absent=list(map(clean, absent)) if isinstance(absent, list) else [],
         fields=fields)
 
 
-def read_object(own, fields, images, place, categories, findings, box_format, state_attribute):
+def read_object(own, fields, images, place, categories, reading):
     """One entry of annotations -> PartObject, None where it belongs to no image or category, or has no box.
 
     The state stands in state, state_id or an attribute, or nowhere.
@@ -319,31 +318,31 @@ def read_object(own, fields, images, place, categories, findings, box_format, st
     ids = {name: fields.get(name) for name in ("image_id", "category_id")}
     known = {"image_id": place, "category_id": categories}
     unknown = [f"{name} {value!r}" for name, value in ids.items() if read_id(value) not in known[name]]
-    findings.counts["ids are text or have a fraction"] += sum(read_id(value) is not value for value in ids.values())
+    reading.counts["ids are text or have a fraction"] += sum(read_id(value) is not value for value in ids.values())
     image = place.get(read_id(ids["image_id"]))
     name = images[image].name if image is not None else ""
     if unknown:
         if None in ids.values():
-            findings.skipped.append({"image": name, "annotation": key, "reason": f"no {' and '.join(unknown)}"})
+            reading.skipped.append({"image": name, "annotation": key, "reason": f"no {' and '.join(unknown)}"})
         else:
-            findings.faults.append(f"{key}: unknown {' and '.join(unknown)}")
+            reading.faults.append(f"{key}: unknown {' and '.join(unknown)}")
         return None
     where = f"{name!r}, {key}"
     part = categories[read_id(ids["category_id"])]
     attributes = read_attributes(fields.get("attributes"))
-    states = [value for named in (attributes, fields) for name, value in named.items() if name.lower() == state_attribute]
-    states += [fields.get("state_id")] * (state_attribute == "state")
-    state = read_state(states, where, findings.faults)
+    states = [fields.get("state_id")] if reading.state_attribute == "state" else []
+    for named in (attributes, fields):
+        states += [value for key, value in named.items() if key.lower() == reading.state_attribute]
+    state = read_state(states, where, reading.faults)
     box = fields.get("bbox")
     if not box and "entry" not in fields:
-        box = box_of_polygons(fields.get("segmentation"))
-        findings.counts["boxes are drawn round their polygons"] += box is not None
+        box = box_of_polygons(fields.get("segmentation"), reading)
     elif box is not None or state != ABSENT:
-        findings.counts["boxes have numbers written as text"] += isinstance(box, list) and any(
-            isinstance(value, str) for value in box)
-        box = read_box(box, where, findings.faults, box_format, images[image].size)
+        if isinstance(box, list) and str in map(type, box):
+            reading.counts["boxes have numbers written as text"] += 1
+        box = read_box(box, where, reading.faults, reading.box_format, images[image].size)
     if box is None and state != ABSENT:
-        findings.skipped.append({"image": name, "annotation": f"{key} ({part})", "reason": "no box"})
+        reading.skipped.append({"image": name, "annotation": f"{key} ({part})", "reason": "no box"})
         return None
     return PartObject(
         image=image,
@@ -351,7 +350,7 @@ def read_object(own, fields, images, place, categories, findings, box_format, st
         part=part,
         box=box,
         state=state,
-        trust=read_trust(fields.get("trust"), where, findings.faults),
+        trust=read_trust(fields.get("trust"), where, reading.faults),
         crowd=fields.get("iscrowd") in (1, "1", "true"),
         area=read_number(fields.get("area")),
         attributes=attributes)
@@ -370,17 +369,17 @@ def read_number(value):
     return float(value) if abs(value) < 1e9 else None
 
 
-def read_size(fields, where, findings):
+def read_size(fields, where, reading):
     """(width, height) in pixels, or None where the file does not say, or says 0."""
     written = fields.get("width"), fields.get("height")
     if written == (None, None):
         return None
     size = list(map(read_number, written))
     if size == [0, 0]:
-        findings.counts["images have the size 0, which is read from the pictures"] += 1
+        reading.counts["images have the size 0, which is read from the pictures"] += 1
         return None
     if None in size or min(size) < 1:
-        findings.faults.append(f"{where}: width {written[0]!r}, height {written[1]!r} are no picture size")
+        reading.faults.append(f"{where}: width {written[0]!r}, height {written[1]!r} are no picture size")
         return None
     return round(size[0]), round(size[1])
 
@@ -392,7 +391,7 @@ def read_attributes(written):
     return written if isinstance(written, dict) else {}
 
 
-def box_of_polygons(polygons):
+def box_of_polygons(polygons, reading):
     """[x1, y1, x2, y2] round polygons [[x, y, x, y, ...], ...]; None where there is none."""
     values = []
     for polygon in polygons if isinstance(polygons, list) else []:
@@ -400,6 +399,7 @@ def box_of_polygons(polygons):
     numbers = list(map(read_number, values))
     if len(numbers) < 6 or None in numbers:
         return None
+    reading.counts["boxes are drawn round their polygons"] += 1
     return [min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])]
 
 
@@ -457,26 +457,24 @@ def refuse_other_convention(objects, sizes, path):
         return
     corners = np.array([each.box for each in kept])
     written = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]).T
-    limits = np.array([sizes[each.image] for each in kept]).T
+    width, height = np.array([sizes[each.image] for each in kept]).T
     area = np.array([each.area or np.nan for each in kept], float)
-
-    def read_as(box_format):
-        """-> (how many boxes leave their picture, how many have the area that the file tells)."""
-        x1, y1, x2, y2 = BOX_FORMATS[box_format](*written, limits)
-        is_inside = (np.minimum(x1, y1) >= -OVER_EDGE) & (x2 <= limits[0] + OVER_EDGE) & (y2 <= limits[1] + OVER_EDGE)
-        is_inside &= (x2 >= x1) & (y2 >= y1)
-        return np.sum(~is_inside), np.sum(np.isclose((x2 - x1) * (y2 - y1), area, rtol=0.01))
-    n_outside, n_area = read_as("xywh")
-    found = {name: read_as(name) for name in ("xyxy", "cxcywh")}
-    likeliest = min(found, key=lambda name: found[name][0])
+    n_outside = {}
+    n_area = {}
+    for box_format in ("xywh", "xyxy", "cxcywh"):
+        x1, y1, x2, y2 = BOX_FORMATS[box_format](*written, None)
+        is_inside = (np.minimum(x1, y1) >= -OVER_EDGE) & (x2 <= width + OVER_EDGE) & (y2 <= height + OVER_EDGE)
+        n_outside[box_format] = np.sum(~(is_inside & (x2 >= x1) & (y2 >= y1)))
+        n_area[box_format] = np.sum(np.isclose((x2 - x1) * (y2 - y1), area, rtol=0.01))
+    likeliest = min(n_outside, key=n_outside.get)
     if np.abs(written).max() <= 1:
         likeliest = "fractions"
         why = "no number is above 1"
-    elif n_outside > 0.1 * len(kept) and found[likeliest][0] <= n_outside / 2:
-        why = f"{n_outside} of {len(kept)} boxes leave their picture, read as {likeliest} {found[likeliest][0]}"
-    elif found["xyxy"][1] > 0.9 * len(kept) and n_area < 0.1 * len(kept):
+    elif n_outside["xywh"] > 0.1 * len(kept) and n_outside[likeliest] <= n_outside["xywh"] / 2:
+        why = f"{n_outside['xywh']} of {len(kept)} leave their picture, read as {likeliest} {n_outside[likeliest]}"
+    elif n_area["xyxy"] > 0.9 * len(kept) and n_area["xywh"] < 0.1 * len(kept):
         likeliest = "xyxy"
-        why = f"the area in the file is that of x1 y1 x2 y2 for {found['xyxy'][1]} of {len(kept)} boxes"
+        why = f"the area in the file is that of x1 y1 x2 y2 for {n_area['xyxy']} of {len(kept)}"
     else:
         return
     raise common.UserError(

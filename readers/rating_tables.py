@@ -79,14 +79,9 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
 
 
 def _image_column(table, source, wanted):
-    """The column asked for, else one of IMAGE_COLUMNS, else the only one that holds names of picture files."""
     if not wanted:
         lower = table.columns.str.lower()
         wanted = next((name for name in IMAGE_COLUMNS if name in lower), None)
-    if not wanted:
-        holding = [name for name in table.columns
-                   if table[name].str.lower().str.endswith(file_names.IMAGE_SUFFIXES).mean() > 0.5]
-        wanted = holding[0] if len(holding) == 1 else None
     if not wanted:
         raise common.UserError(
             f"{source} has no image column (found: {common.shorten_list(table.columns)}). "
@@ -224,7 +219,7 @@ class Columns:
             numeric = self.varying(numeric, [self.rater])  # else it describes the rater
         if not self.attribute:
             asked = [name for name in by_image if name.lower() in ATTRIBUTE]
-            if not asked and len(numeric) == 1:
+            if not asked and len(numeric) == 1 and duplicates != "ratings":
                 asked = [name for name in by_image if name not in numeric and self.is_asked_often(name)]
             if len(asked) > 1:
                 raise common.UserError(
@@ -404,7 +399,7 @@ def _merge_duplicates(ratings, source, duplicates):
                f"{common.shorten_list(examples, 3)}")
     if duplicates != "mean":
         raise common.UserError(
-            f"{source}: {counted}. Are these single ratings? Name who rated, --rater_column, or what was asked, "
+            f"{source} lists images twice: {counted}. Are these single ratings? Name who rated, --rater_column, or what was asked, "
             "--attribute_column, or say --duplicates ratings. Else delete rows, or average: --duplicates mean.")
 
     def grouped(values):

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import r2_score
 
 import common
@@ -407,6 +408,37 @@ def test_unreadable_pictures_are_all_listed_or_skipped(sample, tmp_path):
         "images/face_0001.jpg",
         "images/face_0002.jpg",
     }
+
+
+def test_single_ratings_of_12_bit_pictures_from_training_to_prediction(tmp_path):
+    """One row per rater, deep pictures and a HEIC file: one range from the data, and a row for every picture."""
+    images = tmp_path / "images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(20):
+        pixels = rng.integers(0, 3000, (32, 32)) + 40 * i
+        Image.fromarray(pixels.astype(np.uint16)).save(images / f"{i:03d}.png")
+        rows += [[f"{i}.png", f"p{p}", 1 + (i + p) % 7] for p in range(3)]
+    (images / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
+    with open(tmp_path / "ratings.csv", "w", newline="") as handle:
+        csv.writer(handle).writerows([["image", "participant", "valence"], *rows, ["phone.heic", "p0", 3]])
+    flags = ["--images_dir", images, "--ratings_file", tmp_path / "ratings.csv", "--output_dir", tmp_path / "out"]
+    small = "--backbone resnet18 --no_pretrained --image_size 32 --epochs 1 --batch_size 8 --num_workers 0".split()
+    assert "phone.heic: HEIC (iPhone): convert to JPEG" in run_here("train_assessor.py", *flags, *small, code=2).stderr
+    said = run_script("train_assessor.py", *flags, *small, "--on_bad_file", "skip").stdout
+    run = only_run(tmp_path / "out")
+    assert "61 single ratings of 21 images" in said and "values 0 to 4095 became 0 to 255" in said
+    assert "20 of 21 names are of another folder or spelling" in said, "Excel dropped their zeros"
+    assert common.load_model_file(run / "best_model.pth", "train_assessor.py")["pixel_range"] == [0, 4095]
+    run_script("predict_assessor.py", "--checkpoint", run, "--image_dir", images, "--output", tmp_path / "p.csv")
+    predicted = read_csv(tmp_path / "p.csv")
+    assert len(predicted) == 21 and "HEIC" in predicted[-1]["error"] and not any(row["error"] for row in predicted[:-1])
+    after = {row["image"]: float(row["valence_predicted"]) for row in read_csv(run / "predictions_val.csv")}
+    for row in predicted[:-1]:
+        name = row["image"].lstrip("0") if row["image"] != "000.png" else "0.png"
+        if name in after:
+            assert float(row["valence"]) == pytest.approx(after[name], abs=1e-4)
 
 
 def test_weights_that_cannot_be_had(sample, tmp_path):
