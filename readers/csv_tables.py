@@ -81,7 +81,7 @@ def _split_again(cells, delimiter):
 
 
 def _names_file(cell):
-    return cell.strip().lower().endswith(file_names.IMAGE_SUFFIXES + file_names.VIDEO_SUFFIXES)
+    return cell.strip().lower().endswith(file_names.IMAGE_SUFFIXES)
 
 
 def _is_title(cells, below):
@@ -112,9 +112,10 @@ def _sniff(text):
         if len(names) > 1 and fit >= best:
             best = fit
             chosen = delimiter
-    _, names, width = _read_head(text, " ")
-    if best[1] == 1 < len(names) and 0 <= width - len(names) <= 1:
-        return " "
+    if best[1] == 1:
+        first, *widths = [len(cells) for cells in _csv_rows(text, " ", strict=False) if any(cells)] or [0]
+        if first > 1 and len(set(widths)) == 1 and widths[0] - first in (0, 1):
+            return " "
     return chosen
 
 

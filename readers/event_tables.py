@@ -300,8 +300,8 @@ def headless_list(table, root, notes):
     """'path label' lines without a header -> DataFrame of path and label; None where the first line names no video."""
     import pandas as pd
     lines = [list(table.columns), *table.to_numpy().tolist()]
-    if len(lines[0]) == 1:
-        lines = [cell.rsplit(None, 1) for [cell] in lines]
+    if len(lines[0]) != 2:  # blanks part them, and may stand in the paths
+        lines = [" ".join(cells).rsplit(None, 1) for cells in lines]
     if any(len(line) != 2 for line in lines) or not Path(root).is_dir():
         return None
     first = lines[0][0]

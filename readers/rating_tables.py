@@ -23,7 +23,8 @@ RATER = {"rater", "participant", "subject", "respondent", "observer", "judge", "
 ATTRIBUTE = {"attribute", "trait", "question", "scale", "item", "measure", "dimension"}
 ANSWER = {"rating", "response", "score", "value", "answer"}
 # Written for a missing answer: 99, -99, 999 and so on, and -9; a 9 may be an answer.
-MISSING_CODES = [-7, -8, -9, *(sign * int(digit * k) for digit in "789" for k in (2, 3, 4) for sign in (-1, 1))]
+MISSING_CODES = [int(digit * count) for digit in "789" for count in (2, 3, 4)]
+MISSING_CODES += [-code for code in (7, 8, 9, *MISSING_CODES)]
 
 
 @dataclasses.dataclass
@@ -52,24 +53,23 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
     source = f"--ratings_file {path}"
 
     def named(flag, wanted):
-        return wanted and csv_tables.pick_columns([wanted], table.columns, f"{source} has no {flag}")[0]
+        return wanted and csv_tables.pick_columns([wanted], table.columns, f"{source} has no --{flag}_column")[0]
     if group_column:
-        table = table.rename(columns={named("--group_column", group_column): group_column})
+        table = table.rename(columns={named("group", group_column): group_column})
     image = _image_column(table, source, image_column)
     _refuse_blank(table, source, image)
     columns = Columns(
-        table, source, image, group_column,
-        rater=named("--rater_column", rater_column),
-        attribute=named("--attribute_column", attribute_column),
-        rating=named("--rating_column", rating_column))
+        table, source, image, group_column, target_columns, missing_codes,
+        rater=named("rater", rater_column),
+        attribute=named("attribute", attribute_column),
+        rating=named("rating", rating_column))
     columns.find_single_ratings(duplicates)
     if columns.attribute:
-        ratings = _long_ratings(columns, target_columns, missing_codes)
+        ratings = _long_ratings(columns)
     elif columns.rows_are_ratings:
-        ratings = _rater_rows(columns, target_columns, missing_codes)
+        ratings = _rater_rows(columns)
     else:
-        ratings = _wide_ratings(columns, target_columns, missing_codes)
-        ratings = _merge_duplicates(ratings, source, duplicates)
+        ratings = _merge_duplicates(_wide_ratings(columns), source, duplicates)
     if group_column and group_column not in ratings.extra.columns:
         raise common.UserError(
             f"{source}: expected one group for each image in --group_column, found {group_column} to be an "
@@ -135,18 +135,23 @@ def _words(name):
     return {word.lower() for word in WORD_BORDER.split(name)}
 
 
+@dataclasses.dataclass
 class Columns:
     """What the columns of a table are: by flag, by name, or by what varies within what."""
+    table: object  # DataFrame of text
+    source: str  # for messages
+    image: str
+    group: str | None
+    wanted: list | None  # ratings
+    codes: list | None  # for missing answers, None = not said
+    rater: str | None
+    attribute: str | None  # what was asked, where a row is a single rating
+    rating: str | None  # the answer to it
+    rows_are_ratings: bool = False  # each row holds single ratings, one a column
+    code_faults: list = dataclasses.field(default_factory=list)
 
-    def __init__(self, table, source, image, group, rater, attribute, rating):
-        self.table = table
-        self.source = source
-        self.image = image
-        self.rater = rater
-        self.attribute = attribute  # what was asked, where a row is a single rating
-        self.rating = rating  # the answer to it
-        self.rows_are_ratings = False  # each row holds single ratings, one a column
-        self.others = [name for name in table.columns if name not in (image, group)]
+    def __post_init__(self):
+        self.others = [name for name in self.table.columns if name not in (self.image, self.group)]
         self.roles = {name: role_of(name) for name in self.others}
         self.of_rating = collections.defaultdict(dict)  # key of a rating -> {role: column}
         for name, (role, _) in self.roles.items():
@@ -179,11 +184,11 @@ class Columns:
             if role not in ("sd", "n", "se") and not _words(name) & (NO_RATING | RATER)
             and csv_tables.looks_numeric(self.table[name])]
 
-    def targets(self, wanted):
+    def targets(self):
         """The columns asked for, else all means by name, else all that may be ratings. UserError where there are none."""
-        if wanted:
+        if self.wanted:
             short = {base: name for name, (role, base) in self.roles.items() if role == "mean"}
-            chosen = csv_tables.pick_columns(wanted, self.others, f"{self.source} has no --target_columns", short)
+            chosen = csv_tables.pick_columns(self.wanted, self.others, f"{self.source} has no --target_columns", short)
         elif self.rows_are_ratings:
             chosen = [self.rating] if self.rating else self.numeric()
             chosen = (self.varying(chosen, [self.rater]) or chosen) if self.rater else chosen
@@ -254,9 +259,9 @@ class Columns:
 # Layouts
 # --------------------------------------------------------------------------------------
 
-def _wide_ratings(columns, wanted, codes):
+def _wide_ratings(columns):
     """One row per picture."""
-    chosen = columns.targets(wanted)
+    chosen = columns.targets()
     sd_columns = [columns.partner(name, "sd") for name in chosen]
     n_columns = [columns.partner(name, "n") for name in chosen]
     extra = columns.table.drop(columns={columns.image, *chosen, *sd_columns, *n_columns} - {None})
@@ -265,38 +270,36 @@ def _wide_ratings(columns, wanted, codes):
     if len(extra.columns):
         notes.append(f"columns that are no ratings: {common.shorten_list(extra.columns)}")
     if unused:
-        notes.append(f"among them look like means, sds, standard errors or numbers of raters: "
-                     f"{common.shorten_list(unused)}")
-    faults = []
-    ratings = RatingsTable(
+        notes.append(f"not used, though by name an sd or a number of raters: {common.shorten_list(unused)}")
+    return RatingsTable(
         names=list(map(columns.rating_name, chosen)),
         images=list(columns.table[columns.image]),
-        mean=_number_columns(columns, chosen, codes, faults),
-        sd=_number_columns(columns, sd_columns, codes, faults),
-        n=_number_columns(columns, n_columns, [], faults),
+        mean=_number_columns(columns, chosen),
+        sd=_number_columns(columns, sd_columns),
+        n=_number_columns(columns, n_columns, may_have_codes=False),
         ratings_by_image=None,
         extra=extra,
         notes=notes)
-    _refuse_codes(columns.source, faults)
-    return ratings
 
 
-def _number_columns(columns, names, codes, faults):
-    """(N, R) of R columns, NaN where one is None; None where all are."""
+def _number_columns(columns, names, may_have_codes=True):
+    """(N, R) of R columns, NaN where one is None; None where all are. UserError for what looks like missing codes."""
     if not any(names):
         return None
     values = np.full((len(columns.table), len(names)), np.nan)
     for r, name in enumerate(names):
         if name:
             values[:, r] = csv_tables.to_numbers(columns.table[name], f"{columns.source}, column {name}")
-            _mask_codes(values[:, r], columns.table.index, name, codes, faults)
+            if may_have_codes:
+                _mask_codes(columns, values[:, r], columns.table.index, name)
+    _refuse_codes(columns)
     return values
 
 
-def _mask_codes(values, lines, name, codes, faults):
-    """Missing codes become NaN, in place; codes None: what looks like one, far from all others, becomes a fault."""
-    if codes is not None:
-        values[np.isin(values, codes)] = np.nan
+def _mask_codes(columns, values, lines, name):
+    """Missing codes become NaN, in place; what looks like one, far from all other values, is a fault if none was said."""
+    if columns.codes is not None:
+        values[np.isin(values, columns.codes)] = np.nan
         return
     is_code = np.isin(values, MISSING_CODES)
     others = values[~is_code & ~np.isnan(values)]
@@ -307,50 +310,44 @@ def _mask_codes(values, lines, name, codes, faults):
     is_far = is_negative | (values < 2 * low - high) | (values > 2 * high - low)
     for code in np.unique(values[is_code & is_far]):
         found = lines[values == code]
-        faults.append(f"{name} is {code:g} in {len(found)} cells (line {common.shorten_list(found, 3)}), the others "
-                      f"{low:g} to {high:g}")
+        columns.code_faults.append(
+            f"{name} is {code:g} in {len(found)} cells (line {common.shorten_list(found, 3)}), the others {low:g} to {high:g}")
 
 
-def _refuse_codes(source, faults):
-    if faults:
+def _refuse_codes(columns):
+    if columns.code_faults:
         raise common.UserError(
-            f"{source}: codes for missing answers? {common.shorten_list(faults, 5)}. To take such numbers for missing: "
-            "--missing_codes NUMBERS; to keep all as ratings: --missing_codes without a number.")
+            f"{columns.source}: codes for missing answers? {common.shorten_list(columns.code_faults, 5)}. To take such "
+            "numbers for missing: --missing_codes NUMBERS; to keep all: --missing_codes without a number.")
 
 
-def _long_ratings(columns, wanted, codes):
+def _long_ratings(columns):
     """One row per single rating, which one says the attribute."""
     import pandas as pd
     _refuse_blank(columns.table, columns.source, columns.attribute)
     asked = columns.table[columns.attribute]
-    if wanted:
+    if columns.wanted:
         where = f"{columns.source} has no --target_columns"
-        chosen = csv_tables.pick_columns(wanted, asked.unique(), where)
+        chosen = csv_tables.pick_columns(columns.wanted, asked.unique(), where)
         columns.table = columns.table[asked.isin(chosen)]
     table = columns.table
     where = f"{columns.source}, column {columns.rating}"
     values = pd.Series(csv_tables.to_numbers(table[columns.rating], where), index=table.index)
-    faults = []
     singles = {}
     for name, own in values.groupby(table[columns.attribute].to_numpy(), sort=False):
         numbers = own.to_numpy(copy=True)
-        _mask_codes(numbers, own.index, name, codes, faults)
+        _mask_codes(columns, numbers, own.index, name)
         singles[name] = pd.Series(numbers, index=table[columns.image].loc[own.index].to_numpy())
-    _refuse_codes(columns.source, faults)
+    _refuse_codes(columns)
     return _join_singles(columns, singles, [columns.attribute, columns.rating])
 
 
-def _rater_rows(columns, wanted, codes):
+def _rater_rows(columns):
     """One row per picture and rater, one column per rating."""
     import pandas as pd
-    chosen = columns.targets(wanted)
-    faults = []
-    values = _number_columns(columns, chosen, codes, faults)
-    _refuse_codes(columns.source, faults)
-    images = columns.table[columns.image].to_numpy()
-    names = map(columns.rating_name, chosen)
-    singles = {name: pd.Series(own, index=images) for name, own in zip(names, values.T)}
-    return _join_singles(columns, singles, chosen)
+    chosen = columns.targets()
+    values = pd.DataFrame(_number_columns(columns, chosen), columns.table[columns.image], chosen)
+    return _join_singles(columns, {columns.rating_name(name): values[name] for name in chosen}, chosen)
 
 
 def _join_singles(columns, singles, used):
