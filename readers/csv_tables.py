@@ -103,16 +103,16 @@ def _read_head(text, delimiter):
 
 
 def _sniff(text):
-    """-> the delimiter whose header fits its first row, then the one with the most names; blanks where no other is."""
-    best = (False, 1)
+    """-> the delimiter whose header fits its first row, needs no titles, has the most names; blanks where no other is."""
+    best = (False, False, 1)
     chosen = ","  # stands for a table of one column too
     for delimiter in ",;\t":
-        _, names, width = _read_head(text, delimiter)
-        fit = (len(names) == width, len(names))
+        n_titles, names, width = _read_head(text, delimiter)
+        fit = (len(names) == width, n_titles == 0, len(names))
         if len(names) > 1 and fit >= best:
             best = fit
             chosen = delimiter
-    if best[1] == 1:
+    if best[2] == 1:
         first, *widths = [len(cells) for cells in _csv_rows(text, " ", strict=False) if any(cells)] or [0]
         if first > 1 and len(set(widths)) == 1 and widths[0] - first in (0, 1):
             return " "

@@ -169,7 +169,7 @@ def compare_paths(one, other):
 
 def loose_stem(stem):
     """Key of a name without suffix: any case, and numbers without the leading zeros that spreadsheets drop."""
-    return (stem.lstrip("0") if stem.isdecimal() else "") or stem.casefold()
+    return stem.lstrip("0") or "0" if stem.isdecimal() else stem.casefold()
 
 
 def match_images(names, images_dir):

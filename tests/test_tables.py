@@ -79,6 +79,11 @@ def test_header_with_commas_in_a_semicolon_file(tmp_path):
     assert list(table.columns) == ["image", "Calm, mean", "Happy (M, SD)"]
 
 
+def test_a_delimiter_that_needs_no_title_above_the_header_wins(tmp_path):
+    table = csv_tables.read_table(written(tmp_path, "image,x\na;b,5\nc;d,6\n"))
+    assert list(table.columns) == ["image", "x"] and table["x"].tolist() == ["5", "6"]
+
+
 def test_single_column_and_quoted_line_break(tmp_path):
     assert csv_tables.read_table(written(tmp_path, "image\na.jpg\n"))["image"].tolist() == ["a.jpg"]
     table = csv_tables.read_table(written(tmp_path, 'image,note\na.jpg,"two\nlines, here"\nb.jpg,x\n'))
@@ -452,11 +457,11 @@ def test_names_that_leave_the_folder_mean_a_file_inside_or_none(tmp_path, name):
 
 
 def test_a_base_name_counts_only_where_it_is_unique_on_both_sides(tmp_path):
-    touch(tmp_path, "images/a.jpg", "images/b.jpg", "s1/c.jpg", "s1/007.jpg", "s2/d.jpg", "s3/d.jpg", "8.jpg", "008.jpg")
-    names = ["images\\1/a.jpg", "images/1/b.jpg", "images/2/b.jpg", "s1/c.jpg", "s2/c.jpg", "7", "x/d.jpg", "08"]
+    touch(tmp_path, "images/a.jpg", "images/b.jpg", "s1/c.jpg", "s1/000.jpg", "s2/d.jpg", "s3/d.jpg", "8.jpg", "008.jpg")
+    names = ["images\\1/a.jpg", "images/1/b.jpg", "images/2/b.jpg", "s1/c.jpg", "s2/c.jpg", "0", "x/d.jpg", "08"]
     paths, unmatched, notes = file_names.match_images(names, tmp_path)
     found = [path and path.relative_to(tmp_path).as_posix() for path in paths]
-    assert found == ["images/a.jpg", None, None, "s1/c.jpg", None, "s1/007.jpg", None, None]
+    assert found == ["images/a.jpg", None, None, "s1/c.jpg", None, "s1/000.jpg", None, None]
     assert "2 of 8 names" in notes[0] and "5 of 8 names fit no picture" in notes[1]
 
 
