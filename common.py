@@ -2090,7 +2090,11 @@ def build_optimizer(modules, args):
             if parameters:
                 groups.append({"params": parameters, "weight_decay": decay, "lr": args.lr * factor, "factor": factor})
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, fused=True)
+        for parameter in itertools.chain(*(group["params"] for group in groups)):
+            # torch makes it without values in the first step, and leaves it so where that step is not taken
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=args.lr, fused=True)
 

@@ -159,6 +159,19 @@ def test_three_resolutions_exist_in_other_families(name):
         assert scales(torch.zeros(1, 3, 64, 64)).shape == (1, scales.n_features)
 
 
+@pytest.mark.parametrize("grid", [1, 3, 4])
+def test_pooling_over_a_grid_equals_torch(grid):
+    maps = torch.randn(2, 5, 7, 6, requires_grad=True)
+    weights = torch.randn(2, 5, grid * grid)
+    found = {}
+    for name, pooled in (("own", train_assessor.pool_over_grid(maps, grid)),
+                         ("torch", torch.nn.functional.adaptive_avg_pool2d(maps, grid).flatten(2))):
+        gradient, = torch.autograd.grad((pooled * weights).sum(), maps)
+        found[name] = pooled, gradient
+    for own, other in zip(found["own"], found["torch"]):
+        assert torch.allclose(own, other, atol=1e-6)
+
+
 def test_a_network_without_maps_is_refused():
     backbone, _ = common.build_backbone("vit_b_16", pretrained=False)
     with pytest.raises(common.UserError, match="--head mlp"):

@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,19 @@ def train(training, loader, stop_after=None, val_loss=lambda epoch: 0.5):
                 training.step((training.model(batch["x"]) - 3).pow(2).mean())
             training.end_epoch({**training.epoch_means(), "val_loss": val_loss(epoch)})
     return training
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (g++)")
+def test_compiled_training_has_the_same_losses_and_names(tmp_path):
+    trained = {}
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        folder.mkdir()
+        trained[compiled] = train(*make_training(folder, False, compile=compiled))
+    losses = [[row["train_loss"] for row in training.progress.history] for training in trained.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert list(common.read_checkpoint(tmp_path / "True" / "best_model.pth")["model"]) == ["weight", "bias"]
 
 
 @pytest.mark.parametrize("stop_after", range(1, 7))

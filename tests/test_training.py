@@ -89,6 +89,25 @@ def test_cosine_equals_torch():
         judge.step()
 
 
+def test_sgd_after_a_first_step_that_was_not_taken():
+    """fp16 often leaves out the first steps, until the loss scale fits."""
+    model = torch.nn.Linear(2, 1)
+    args = SimpleNamespace(optimizer="sgd", lr=0.1, weight_decay=0.0)
+    torch.use_deterministic_algorithms(True)  # fills memory without values with NaN
+    try:
+        optimizer = common.build_optimizer([(model, 1.0)], args)
+        before = model.weight.detach().clone()
+        for found_inf in (1.0, 0.0):
+            model.weight.grad = torch.ones(1, 2)
+            model.bias.grad = torch.ones(1)
+            optimizer.found_inf = torch.tensor(found_inf)
+            optimizer.step()
+            assert all(state["momentum_buffer"].isfinite().all() for state in optimizer.state.values())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.allclose(model.weight, before - 0.1)
+
+
 def test_other_schedules():
     assert [common.schedule_factor("step", epoch, 9, 0) for epoch in (0, 2.9, 3, 6)] == pytest.approx([1, 1, 0.1, 0.01])
     assert common.schedule_factor("none", 7, 9, 0) == 1

@@ -117,6 +117,8 @@ def augmentation():
 class PlainFiles(torch.utils.data.Dataset):
     """Pillow decoding and torchvision transforms at every access: float (3, 224, 224) normalised, target (2,)."""
 
+    target = torch.zeros(2)
+
     def __init__(self, folder, options):
         self.paths = [folder / f"{i}.jpg" for i in range(options.images)]
         self.transform = transforms.Compose([
@@ -127,7 +129,7 @@ class PlainFiles(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        return self.transform(Image.open(self.paths[index]).convert("RGB")), torch.zeros(2)
+        return self.transform(Image.open(self.paths[index]).convert("RGB")), self.target
 
 
 def plain_model(folder, options):
@@ -163,6 +165,7 @@ class TimmEpochs:
         import timm.utils
         self.utils, (self.model, self.device) = timm.utils, plain_model(folder, options)
         dataset = PlainFiles(folder, options)
+        dataset.target = 0  # timm's loader knows class numbers alone
         self.loader = timm.data.create_loader(dataset, (3, 224, 224), options.batch_size, is_training=True,
                                               num_workers=options.workers, device=self.device, re_prob=0.2, persistent_workers=True)
         dataset.transform = transforms.Compose([*augmentation(), transforms.PILToTensor(), lambda t: t.numpy()])
