@@ -244,17 +244,21 @@ class Study:
             compose=self.compose)
 
 
-def load_study(args, run, needs_labels=True):
+def load_study(args, run, needs_labels=True, needs_frames=True):
     """Transitions of every sequence, checked and completed; what cannot be used is counted and listed in skipped.csv.
 
-    needs_labels False: rows without at1, at2 or a frame at t2 are kept, for prediction.
+    needs_labels False: rows without at1, at2 or a frame at t2 are kept, for prediction. needs_frames False: rows whose
+    pictures are missing are listed and kept, for the audit of their poses.
     """
     rows, matching = probe_poses.find_transitions(args.data_dir, args.max_transitions)
     poses, facts = probe_poses.complete_rows(rows, args.angle_unit, args.compose, args.euler_order)
     facts["notes"] += matching
     reasons = probe_poses.reasons_to_skip(rows, poses, needs_labels)
-    refuse_unusable(args, rows, reasons)
-    usable = np.flatnonzero([reason is None for reason in reasons])
+    unusable = reasons
+    if not needs_frames:
+        unusable = probe_poses.reasons_to_skip(rows, poses, needs_labels, needs_frames=False)
+    refuse_unusable(args, rows, unusable)
+    usable = np.flatnonzero([reason is None for reason in unusable])
     paths, frames = probe_poses.different_frames([rows[i] for i in usable])
     run.say(f"decoding {len(paths)} different frames")
     store = picture_files.ImageStore(paths, args.image_size, args.cache, args.pixel_range)
@@ -1161,7 +1165,7 @@ def predict(run, args):
 
 def audit(run, args):
     """--mode audit: audit.json and the terminal, one line a check, with what was found and what to do."""
-    study = load_study(args, run)
+    study = load_study(args, run, needs_frames=False)
     used = np.setdiff1d(study.frames, [-1])
     brightness = [study.store[i].mean() for i in used]
     checks = pose_audit.check_study(study, brightness)

@@ -53,7 +53,7 @@ def check_rows(skipped):
     missing = [f"{row['sequence']} row {row['row']}" for row in skipped if row["reason"].startswith("no file")]
     text = f"{len(missing)} rows name a picture that is not there"
     if missing:
-        text += f": {common.shorten_list(missing, 5)}"
+        text += f": {common.shorten_list(missing, 5)}; their poses are checked all the same"
     n_others = len(skipped) - len(missing)
     return [check(missing, "missing files", text, "add them; all are listed in skipped.csv", "FAIL"),
             check(n_others, "skipped rows", f"{n_others} for other reasons", "see skipped.csv")]
@@ -113,7 +113,7 @@ def check_chain(sequences, order, frames, at1, at2):
     after = after[same]
     if not len(after):
         return []
-    linked = frames[before, 1] == frames[after, 0]
+    linked = (frames[before, 1] == frames[after, 0]) & (frames[after, 0] >= 0)
     text = f"{linked.sum()} of {len(after)} transitions begin with the frame at which the one before ends"
     if linked.mean() > 0.5:
         text += ": a continuous sweep, so a random split would leak"

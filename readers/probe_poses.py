@@ -477,15 +477,15 @@ def complete_rows(transitions, asked_unit, asked_composition, asked_order="auto"
     return poses, facts
 
 
-def reasons_to_skip(transitions, poses, needs_labels):
+def reasons_to_skip(transitions, poses, needs_labels, needs_frames=True):
     """Why each row cannot be used, None where it can."""
     has_motion = ~np.isnan(poses["motion"]).any(1)
     has_label = ~np.isnan(np.hstack([poses["at1"], poses["at2"]])).all(1)
 
     def reason(i, row):
-        if row.path_t1 is None:
+        if needs_frames and row.path_t1 is None:
             return f"no file {row.ft1!r}"
-        if needs_labels and row.path_t2 is None:
+        if needs_frames and needs_labels and row.path_t2 is None:
             return f"no file {row.ft2!r}"
         if not has_motion[i]:
             return f"no usable {FIELDS['motion']}"

@@ -285,6 +285,20 @@ def test_the_audit_lists_what_is_missing_or_broken(tmp_path):
     assert "frame_0004.png" in failed["unreadable frames"]
 
 
+def test_poses_are_audited_without_any_picture(tmp_path):
+    write_sequence(tmp_path / "data" / "a_01")
+    for path in (tmp_path / "data" / "a_01").rglob("*.png"):
+        path.unlink()
+    with pytest.raises(common.UserError, match="pictures that are not there"):
+        load(tmp_path / "data")
+    run_script("train_dreamer.py", "--mode", "audit", "--data_dir", tmp_path / "data", "--image_size", 32,
+               "--output_dir", tmp_path / "out")
+    report = json.loads((only_run(tmp_path / "out") / "audit.json").read_text())
+    found = {check["name"]: check["found"] for check in report["checks"]}
+    assert found["missing files"].startswith("6 rows") and "poses are checked" in found["missing files"]
+    assert found["data"].startswith("6 transitions") and report["residuals"]
+
+
 # --- patients and splits ---------------------------------------------------------------
 
 @pytest.fixture(scope="module")
