@@ -409,7 +409,8 @@ def own_times(rows, extra, sources, notes):
 
     It does so where its total length is that of its files together. Raises UserError where that cannot be told.
     """
-    if not {"observation_id", "total_length"} <= set(extra):
+    length = first_column(extra, ("total_length", "media_duration_s"))
+    if length is None or "observation_id" not in extra:
         return rows
     rows = rows.copy()
     for name, places in rows.groupby(extra["observation_id"].to_numpy()).groups.items():
@@ -417,7 +418,7 @@ def own_times(rows, extra, sources, notes):
         if len(files) < 2 or None in files:
             continue
         lengths = [video_files.probe(file).duration_sec for file in files]
-        total = csv_tables.to_numbers(extra["total_length"].loc[places], "column total_length")[0]
+        total = csv_tables.to_numbers(extra[length].loc[places], f"column {length}")[0]
         if abs(total - lengths[0]) < 0.02 * lengths[0]:
             continue  # of each file alone
         if abs(total - sum(lengths)) > 0.02 * total:

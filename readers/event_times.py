@@ -45,6 +45,7 @@ def time_columns(rows):
             role = "end" if any(other.startswith("onset") for other in rows) else "start"
         unit = "frame" if said & {"before", "frame"} else next(iter(said & {*SECONDS}), None)
         found.append(TimeColumn(name, role, unit))
+    found.sort(key=lambda column: "offset" in column.name)  # a start counts before an offset
     starts = [column for column in found if column.role == "start"]
     ends = [column for column in found if column.role != "start"]
     starts_in_unit = [column for column in starts if column.unit]

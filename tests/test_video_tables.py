@@ -219,6 +219,7 @@ def test_semicolons_and_decimal_commas(tmp_path):
     ("begin_time,end_time,duration", "00:00:01.500,00:01:02.750,00:01:01.250", [1.5, 62.75]),
     ("start_time,end_time", "1,2.5", [1, 2.5]), ("start_sec,end_sec", "00:00:01.500,01:00:02", [1.5, 3602]),
     ("onset_sec,dur", "2,3", [2, 5]), ("Start (min),End (min)", "1,1.5", [60, 90]), ("tStart,tEnd", "1,3", [1, 3]),
+    ("Time offset (s),Start (s),Stop (s)", "0,1,3", [1, 3]),
     ("event_offset_sec,duration_sec,start_time,end_time", "5,2,6:00:25,6:00:27", [5, 7])])
 def test_times_under_every_name_and_unit(tmp_path, header, cells, expected):
     table = windows(tmp_path, header, cells, cells)
