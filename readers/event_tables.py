@@ -511,7 +511,9 @@ def find_sources(rows, is_open, max_missing, need_files=True):
     counted = f"{len(missing)} of {len(found)} videos"
     if missing and not need_files:
         notes.append(f"{counted} are not there: their bytes, frames and the ends of their windows are not checked")
-        found = {(root, name): path or Path(root, file_names.without_root(name)) for (root, name), path in found.items()}
+        for root, name in found:  # never a path outside the root
+            inside = [part for part in file_names.without_root(name).split("/") if part != ".."]
+            found[root, name] = found[root, name] or Path(root, *inside)
     elif len(missing) > max_missing * len(found):
         raise common.UserError(
             f"{counted} are not below --video_root {root}: {common.shorten_list(missing)}; "

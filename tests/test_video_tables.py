@@ -207,9 +207,10 @@ def test_impossible_windows_are_skipped_by_name(tmp_path):
     assert "column start_sec" in fails(windows, tmp_path, "start_sec,end_sec", "1:30,2")
 
 
-def test_semicolons_and_decimal_commas(tmp_path):
+@pytest.mark.parametrize("excel", ["", "sep=;\n"])
+def test_semicolons_and_decimal_commas(tmp_path, excel):
     put(tmp_path, "a.mp4")
-    path = write(tmp_path / "m.csv", "Path;Label;Start Sec;End.Sec\na.mp4;x;1,5;4,25\na.mp4;y;5;6,5\n")
+    path = write(tmp_path / "m.csv", excel + "Path;Label;Start Sec;End.Sec\na.mp4;x;1,5;4,25\na.mp4;y;5;6,5\n")
     assert event_tables.read_events({"": path}).windows.tolist() == [[1.5, 4.25], [5, 6.5]]
 
 
@@ -786,6 +787,13 @@ def test_a_table_is_audited_without_its_videos(tmp_path):
     text = splitting.leakage_text(event_audit.audit_table(table, split_by_parts(table)))
     assert "4 of 4 test events are in train or val" in text and "0 of 2 val events are in train" in text
     assert "0 exact duplicates" in text
+
+
+def test_an_audit_opens_nothing_outside_the_root(tmp_path):
+    put(tmp_path, "secret.mp4", "v/a.mp4")
+    path = write(tmp_path / "m.csv", "path,label\n../secret.mp4,x\na.mp4,y\n")
+    table = event_tables.read_events({"": path}, tmp_path / "v", need_files=False)
+    assert all((tmp_path / "v").resolve() in Path(source).resolve().parents for source in table.sources)
 
 
 def test_probability_clusters(tmp_path):
