@@ -189,10 +189,10 @@ def add_training_arguments(parser):
     add("--scheduler", default="cosine",
         choices=("cosine", "step", "plateau", "warm_restarts", "onecycle", "none"),
         help="cosine: to 0 over the run; step: x0.1 every epochs//3; plateau: x0.5 after epochs "
-             "without a gain; warm_restarts: cosine over 10, 20, 40, ... epochs; onecycle: up over "
+             "without a gain (in the training loss with --select last); warm_restarts: cosine over 10, 20, 40, ... epochs; onecycle: up over "
              "30 %% of the run, then to 0")
     add("--plateau_patience", type=WHOLE, default=5,
-        help="epochs without a gain that plateau waits for")
+        help="epochs without a gain that plateau bears; 0: the first one acts")
     add("--min_lr", type=AMOUNT, default=0.0,
         help="the schedule never goes below this learning rate")
     add("--warmup_epochs", type=AMOUNT, default=0.0, help="epochs of linear warm-up from 0")
@@ -2528,7 +2528,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(run.compute.device.type, enabled=run.compute.precision == "fp16")
         self.progress = Progress(
             stopping=EarlyStopping(0 if select == "last" else args.patience, args.min_epochs, args.min_delta),
-            plateau=EarlyStopping(args.plateau_patience, min_epochs=0, min_delta=0.0))
+            plateau=EarlyStopping(args.plateau_patience + 1, min_epochs=0, min_delta=0.0))
         self.current = None  # EpochState, from the first batch on
         self.stream = None  # batches of the loader, of this epoch and all after it
         self.queued = None  # QueuedStep, the last one until it is looked at
@@ -2733,7 +2733,8 @@ class Training:
     def _count_patience(self, score):
         """Halve the learning rate on a plateau, and find out whether this was the last epoch."""
         progress = self.progress
-        if self.args.scheduler == "plateau" and progress.plateau.update(score, progress.epoch):
+        gain = -progress.history[-1]["train_loss"] if self.select == "last" else score
+        if self.args.scheduler == "plateau" and progress.plateau.update(gain, progress.epoch):
             progress.plateau_factor *= 0.5
             progress.plateau.bad_epochs = 0
         stops_early = progress.stopping.update(score, progress.epoch)

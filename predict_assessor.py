@@ -121,15 +121,21 @@ def predict(members, loader, compute):
 
 
 def half_widths(members, coverage):
-    """(R,) conformal half-widths from the members' residuals on rows they were not trained on; inf where too few."""
+    """(R,) conformal half-widths from the members' residuals on rows they were not trained on; inf where too few.
+
+    A row that several members held out, as those of several seeds on one split do, counts once.
+    """
     residuals = []
     subjects = []
+    rows = []
     for member in members:
         residuals.append(member.settings["abs_residuals"].numpy())
         subjects += member.settings["residual_subjects"] or []
-    columns = np.concatenate(residuals).T  # (R, rows)
-    return np.array([
-        calibrating.conformal_quantile(column, 1 - coverage, subjects or None) for column in columns])
+        rows += member.settings["residual_rows"]
+    once = np.unique(rows, return_index=True)[1]
+    columns = np.concatenate(residuals)[once].T  # (R, rows)
+    subjects = np.array(subjects)[once] if subjects else None
+    return np.array([calibrating.conformal_quantile(column, 1 - coverage, subjects) for column in columns])
 
 
 def output_rows(inputs, predicted, errors, names, widths):

@@ -485,6 +485,7 @@ def describe(args, study, split, scaler, predicted):
         "label_sd": np.nanstd(study.ratings[split["train"]], axis=0),
         "abs_residuals": np.abs(predicted - study.ratings[split["val"]]),
         "residual_subjects": None if subjects is None else list(subjects),
+        "residual_rows": list(study.images[split["val"]]),
     }
 
 

@@ -858,9 +858,10 @@ def baselines(study, train, rows, centre):
 def score_table(study, rows, predicted, others):
     """ScoreTable of at1 for these rows; predicted (M, 6); others {baseline: (M, 6)}.
 
-    Angles are turned to within 180 degrees of the truth, so that whoever subtracts them gets their errors.
+    Angles are turned to within 180 degrees of the truth, and the truth of its circular mean over the study, so that
+    whoever subtracts them gets their errors, and variances are those of the angles.
     """
-    target = study.at1[rows]
+    target = pose_scores.unwrapped(study.at1)[rows]
     at2 = at2_of(study, rows, predicted)
     return prediction_tables.ScoreTable(
         keys={
@@ -904,7 +905,7 @@ def judge(run, args, study, split, rows, table, part, use, alarms, best_epoch=No
     at2 = pose_scores.wrapped(at2_of(study, rows, table.predicted), study.at2[rows])
     pose_judging.judge_poses(
         run, table, setting,
-        blocks=pose_scores.time_blocks(study.sequences[rows], study.order[rows]),
+        blocks=pose_scores.time_blocks(table, study.sequences[rows], study.order[rows]),
         label_sd=study.label_sd,
         has_patients=study.has_patients,
         use=use,
@@ -1078,6 +1079,7 @@ def run_folds(run, args, study):
     row_of = {name: row for row, name in enumerate(study.names)}
     rows = np.array([row_of[name] for name in joined.keys["name"]])
     pooled = score_table(study, rows, joined.predicted, joined.baselines)
+    pooled.keys["fold"] = joined.keys["fold"]
     pooled.write(run.path("predictions_folds.csv"))
     numbers = [pose_scores.fold_numbers(table, study.label_sd) | use for table, use in zip(tables, uses)]
     done = judging.finished_folds(run, chosen, numbers)

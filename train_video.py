@@ -1029,6 +1029,7 @@ class HeldOut:
     baselines: dict  # name -> (M, K) probabilities or scores
     trained_on: list  # (train rows, held-out rows) of each fold, one pair without folds
     spread: np.ndarray | None = None  # (M, R) sd over several models; regress
+    fold: np.ndarray | None = None  # (M,) number of the fold, of pooled folds
     # classify, fitted on other rows:
     temperature: np.ndarray | None = None  # (M,)
     threshold: np.ndarray | None = None  # (M,) of the positive class, after the temperature
@@ -1091,9 +1092,10 @@ def predictions_table(study, held_out):
         "baselines": held_out.baselines,
         "groups": study.groups_of(rows),
     }
+    fold = {} if held_out.fold is None else {"fold": held_out.fold}
     if table.target is not None:
         return prediction_tables.ScoreTable(
-            keys={"clip_id": table.clip_ids[rows]},
+            keys={"clip_id": table.clip_ids[rows], **fold},
             target=table.target[rows],
             predicted=held_out.outputs,
             spread=held_out.spread,
@@ -1105,7 +1107,7 @@ def predictions_table(study, held_out):
         probability = class_scores.softmax(held_out.outputs / held_out.temperature[:, None])
     n_clips = np.array([len(study.starts(row)) for row in rows])
     return prediction_tables.ClassTable(
-        keys={"clip_id": table.clip_ids[rows], "event": table.events[rows], "n_clips": n_clips},
+        keys={"clip_id": table.clip_ids[rows], "event": table.events[rows], "n_clips": n_clips, **fold},
         positive=study.positive,
         label=table.label[rows],
         probability=probability,
@@ -1373,8 +1375,8 @@ def pool(results, study):
     rows = joined("rows")
     outputs = joined("outputs")
     calibration = {}
+    fold_of = np.repeat(np.arange(len(results)), [len(each.rows) for each in results])
     if study.table.target is None and len(results) > 1:
-        fold_of = np.repeat(np.arange(len(results)), [len(each.rows) for each in results])
         found = [calibrate(outputs[fold_of != k], study.table.label[rows[fold_of != k]],
                            study.positive) for k in range(len(results))]
         for name in found[0]:
@@ -1385,6 +1387,7 @@ def pool(results, study):
         baselines={name: np.concatenate([each.baselines[name] for each in results])
                    for name in results[0].baselines},
         trained_on=list(itertools.chain.from_iterable(each.trained_on for each in results)),
+        fold=fold_of,
         **calibration)
 
 

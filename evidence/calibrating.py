@@ -5,28 +5,51 @@ All are fitted on rows that no network was trained on.
 Letters: N rows, C classes.
 """
 
+import dataclasses
 import math
 
 import numpy as np
 
 from evidence import class_scores
 
+ECE_METRICS = {"ece": False, "ece_adaptive": True}  # name -> bins of equal mass
 
-def simulated_ece(confidence, draws=1000, seed=0):
+
+def simulated_ece(confidence, draws=1000, seed=0, adaptive=False):
     """(draws,) ECE of a perfectly calibrated model of these (N,) confidences at this N.
 
     Each draw is a set of answers that are right with the stated probability.
     """
     confidence = np.asarray(confidence, np.float64)
-    bins = class_scores.confidence_bins(confidence, class_scores.ECE_BINS, adaptive=False)
+    bins = class_scores.confidence_bins(confidence, class_scores.ECE_BINS, adaptive)
     correct = np.random.default_rng(seed).random((draws, len(confidence))) < confidence
     gaps = class_scores.sums_by(bins, class_scores.ECE_BINS, confidence - correct)  # (draws, bins)
     return np.abs(gaps).sum(1) / max(len(confidence), 1)
 
 
-def expected_ece(confidence, draws=1000, seed=0):
-    """Mean of simulated_ece: the ECE to expect of a perfectly calibrated model -> float."""
-    return float(simulated_ece(confidence, draws, seed).mean())
+def expected_ece(confidence, draws=1000, seed=0, adaptive=False):
+    """Mean of simulated_ece, the null: the ECE to expect of a perfectly calibrated model -> float."""
+    return float(simulated_ece(confidence, draws, seed, adaptive).mean())
+
+
+def take_null(comparison, confidence):
+    """Add NAME_above_null of the model for both ECEs, with an interval for the true calibration error.
+
+    comparison: subject_intervals.Comparison; confidence: (N,) of the model. Chance adds to an ECE, so the ECE itself
+    loses its intervals. Of a true gap d and noise s, E|N(d, s)| lies between d and d + E|N(0, s)|, and for large d near
+    the root of d^2 + s^2: the null is taken off as it is at the low end, and by squares at the high end.
+    """
+    for name, adaptive in ECE_METRICS.items():
+        found = comparison.model[name]
+        null = expected_ece(confidence, adaptive=adaptive)
+        half = (found.high - found.low) / 2
+        rest = math.sqrt(max(found.value ** 2 - null ** 2, 0.0))
+        above = found.value - null
+        comparison.model[f"{name}_above_null"] = dataclasses.replace(
+            found, value=above, low=above - half, high=rest + half)
+        for estimates in vars(comparison).values():
+            if name in estimates:
+                estimates[name].low = estimates[name].high = math.nan
 
 
 def risk_coverage(confidence, correct):

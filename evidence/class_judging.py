@@ -21,6 +21,7 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
     """
     table = table.labelled()
     result = compare_classes(table)
+    calibrating.take_null(result.overall, table.probability.max(1))
     confounds = flag_confounds(confounds, result, table.positive)
     for row in confounds:
         if row["name"] in (levels or {}):
@@ -37,12 +38,14 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
     stages = calibration_rows(table)
     meanings = verdicts.spell_class_metrics(table.names)
     criteria = verdicts.parse_criteria(setting.criteria, meanings)
+    estimates = verdicts.named_estimates(result, meanings)
+    estimates |= {name: result.overall.model[f"{name}_above_null"] for name in calibrating.ECE_METRICS}
     flagged = confounding.flagged_names(confounds)
     judgement = judging.Judgement(
         verdict=verdict + confounding.flagged_sentence(confounds),
         level=verdicts.verdict_level(result.gain("roc_auc"), alarms + setting.alarms + flagged),
         alarms=alarms,
-        criteria=verdicts.judge_criteria(criteria, verdicts.named_estimates(result, meanings)),
+        criteria=verdicts.judge_criteria(criteria, estimates),
         figures=key_figures(result, table.positive),
         blocks=metric_blocks(run, setting, result),
         sections=[
@@ -87,7 +90,7 @@ def compare_classes(table):
     best = best_baseline(table)
     return subject_intervals.bootstrap_classification(
         table.probability, table.label, table.groups, table.baselines[best], table.names,
-        table.threshold, table.positive, baseline_name=best)
+        table.threshold, table.positive, baseline_name=best, folds=table.n_folds)
 
 
 def fold_numbers(table):
@@ -134,6 +137,7 @@ def calibration_rows(table):
             "ece": found.overall["ece"],
             "ece_adaptive": found.overall["ece_adaptive"],
             "ece_of_a_calibrated_model": calibrating.expected_ece(probability.max(1)),
+            "ece_adaptive_of_a_calibrated_model": calibrating.expected_ece(probability.max(1), adaptive=True),
             "accuracy": found.overall["accuracy"],
         }
         for name in ("precision", "recall", "f1"):
@@ -183,7 +187,8 @@ def metric_blocks(run, setting, result):
     overall = []
     for name, found in result.overall.model.items():
         row = {"metric": metric_names.METRICS[name].label, **dataclasses.asdict(found)}
-        row["baseline"] = result.overall.baseline[name].value
+        if name in result.overall.baseline:  # the nulls of the ECE are the model's alone
+            row["baseline"] = result.overall.baseline[name].value
         overall.append(row)
     per_class = []
     for c, name in enumerate(result.names):

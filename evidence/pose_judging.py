@@ -14,8 +14,9 @@ USE_MEANINGS = {
     "retrieval_rank_copy": "the same when t1 is taken for the imagined frame",
     "feature_spread": "how much the features differ between frames (0 = collapsed)",
 }
-WITHIN_PATIENTS = ("Intervals are over blocks of time, since fewer than five patients were scored: they say how steady "
-                   "the result is within these patients, and nothing about others.")
+WITHIN_PATIENTS = ("Fewer than five patients were scored. Intervals, if any, are over blocks of time ten times as long as "
+                   "the errors are correlated: they say how steady the result is within these patients, and nothing "
+                   "about others.")
 
 
 def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, numbers):

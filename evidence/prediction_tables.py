@@ -1,7 +1,7 @@
 """The predictions table, where a script ends and its judging begins.
 
 A CSV with a row for each picture, clip or transition. Its first column says which, `group` which rows are not
-independent. Scores stand in NAME_true, NAME_predicted and NAME_BASELINE of each score; classes in true_label,
+independent, `fold` which of several models predicted the row. Scores stand in NAME_true, NAME_predicted and NAME_BASELINE of each score; classes in true_label,
 prob_CLASS and BASELINE_prob_CLASS, with threshold where the positive class is given from a threshold on.
 
 Letters: M rows, R scores, C classes.
@@ -15,8 +15,17 @@ from evidence import class_scores
 from readers import csv_tables
 
 
+class Rows:
+    """What tables of scores and of classes have in common."""
+
+    @property
+    def n_folds(self):
+        """How many folds' models predicted the rows, as far as the table says."""
+        return len(set(self.keys.get("fold", ["all"])))
+
+
 @dataclasses.dataclass(kw_only=True)
-class ScoreTable:
+class ScoreTable(Rows):
     """Predicted scores of M rows beside the truth and what the baselines predict."""
     keys: dict  # heading -> (M,) text; the first says which row it is
     names: list  # R
@@ -60,7 +69,7 @@ class ScoreTable:
 
 
 @dataclasses.dataclass(kw_only=True)
-class ClassTable:
+class ClassTable(Rows):
     """Predicted classes of M rows beside the truth and what the baselines predict."""
     keys: dict  # heading -> (M,) text; the first says which row it is
     names: list  # C
@@ -116,7 +125,7 @@ class ClassTable:
 
 
 def join(tables):
-    """The rows of several tables of one kind as one table."""
+    """The rows of the tables of all folds as one table."""
     first = tables[0]
     fields = {}
     for name in ("groups", "target", "predicted", "spread",
@@ -126,6 +135,7 @@ def join(tables):
     for name in ("keys", "baselines"):
         parts = [getattr(table, name) for table in tables]
         fields[name] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    fields["keys"]["fold"] = np.repeat(np.arange(len(tables)), [len(table.truth) for table in tables])
     return dataclasses.replace(first, **fields)
 
 
@@ -203,11 +213,12 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
 
 
 def _keys_of(table):
-    """{heading: (M,) text} of the column that says which row it is; without one the number of the row."""
+    """{heading: (M,) text} of the column that says which row it is, else its number; and of the column `fold`."""
     found = next((column for column in ID_COLUMNS if column in table), None)
-    if found:
-        return {found: table[found].to_numpy(str)}
-    return {"row": np.arange(1, len(table) + 1).astype(str)}
+    keys = {found: table[found].to_numpy(str)} if found else {"row": np.arange(1, len(table) + 1).astype(str)}
+    if "fold" in table:
+        keys["fold"] = table["fold"].to_numpy(str)
+    return keys
 
 
 def _read_scores(table, path, names, baseline, shared):

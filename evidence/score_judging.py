@@ -20,7 +20,7 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, 
     rows are also judged apart, or None; table_file, plot_file: names of the table and of the plot of the scores.
     """
     result = subject_intervals.score_regression(
-        table.predicted, table.target, table.groups, table.baselines, table.names)
+        table.predicted, table.target, table.groups, table.baselines, table.names, table.n_folds)
     rows = score_rows(result, table, ceiling)
     moment_rows = rows_of_moments(table, moments)
     confounds = confounding.flag_confounds(confounds, lowest(result.overall.model["r2"]))
@@ -134,7 +134,8 @@ def judge_criteria(text, result, table, moments):
     for level in levels:
         here = moments == level
         groups = None if table.groups is None else table.groups[here]
-        of_level = subject_intervals.bootstrap_regression(table.predicted[here], table.target[here], groups)
+        of_level = subject_intervals.bootstrap_regression(
+            table.predicted[here], table.target[here], groups, folds=table.n_folds)
         estimates |= {f"{metric}_{level}": each for metric, each in of_level.overall.model.items()}
     return verdicts.judge_criteria(criteria, estimates)
 

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import statistics
 import typing
-import warnings
 
 import numpy as np
 
@@ -14,10 +13,13 @@ import common
 from evidence import class_scores, metric_names
 
 FEWEST_FOR_INTERVAL = 5
-FEWEST_FOR_BOOTSTRAP = 20
+FEWEST_FOR_BOOTSTRAP = 200
 MOST_FOR_SIGN_FLIP = 16
-SIGN_FLIP_METRICS = (*common.REGRESSION_METRICS, "loss", "brier", "accuracy")
+FEWEST_ROWS_FOR_R2 = 9
+WIDEST_LOG_RATIO = math.log(20)  # an R2 whose SSE / SST is less certain than that has no interval
+CLASS_SIGN_FLIP_METRICS = ("roc_auc", "loss", "brier", "accuracy")
 LEVEL = 0.95
+TIME_BLOCKS = "time blocks"  # a unit too few and too alike for a p
 
 
 # --- records -------------------------------------------------------------------------------------
@@ -66,7 +68,7 @@ class Result:
     rows: int
     unit: str  # what is resampled: subjects, rows, ...
     method: str
-    per_subject: dict  # metric -> (S,) differences from the baseline; empty from 20 subjects on
+    per_subject: dict  # metric -> (S,) whose mean is the difference; empty for more than 16 subjects
     sign_flip_p: dict  # metric -> p or None
     baseline_name: str | None = None
     confusion: np.ndarray | None = None  # (C, C) rows, true x predicted
@@ -106,14 +108,16 @@ class Place(typing.NamedTuple):
 
 # --- the engine: a statistic of how often each subject is drawn -> estimates -------------------------
 
-def estimate(model, baseline, subjects, unit="subjects", draws=2000, seed=0, block=1000, support=None, **described):
+def estimate(model, baseline, subjects, unit="subjects", draws=2000, seed=0, block=1000, support=None, folds=1,
+             per_subject=None, **described):
     """Result of statistics of how often each subject is drawn.
 
     model, baseline (None = without): (D, S) times drawn -> ({metric: (D,)}, {metric: (D, R)}), overall and each;
     subjects: S; block: resamples at a time; support: {(scope, metric): how many subjects it rests on}, where those are
-    not all; described: the other fields of the Result. From 20 subjects: percentile bootstrap, its levels widened to
-    the t distribution (Hesterberg 2015, expanded percentile); 5 to 19: t-interval of the jackknife, for a mean over
-    equal clusters that of the subjects' own means; resting on under 5: no interval.
+    not all; folds: how many models predicted the rows; per_subject: {metric: (S,)}, None = pseudo-values of the
+    jackknife; described: the other fields of the Result. An interval is value -+ t x standard error on the scale where
+    the metric is nearest to normal; the error is that of the jackknife, from 200 subjects on that of the bootstrap.
+    Resting on under 5 subjects: no interval.
     """
     everyone = np.ones((1, subjects))
     whole = {place: value[0] for place, value in _compare(model, baseline, everyone).items()}
@@ -121,25 +125,45 @@ def estimate(model, baseline, subjects, unit="subjects", draws=2000, seed=0, blo
     method = f"no interval: only {subjects} {unit}"
     if subjects >= FEWEST_FOR_INTERVAL:
         way = "t-interval"
-        find_ends = _jackknife_ends
+        spread = subjects - 1
         if subjects >= FEWEST_FOR_BOOTSTRAP:
             way = "bootstrap interval"
-            find_ends = _bootstrap_ends
+            spread = subjects / (subjects - 1)
+        reach = t_quantile(LEVEL, subjects - 1) * math.sqrt(spread) * fold_factor(folds)
         method = f"{LEVEL:.0%} {way} over {subjects} {unit}"
+        if folds > 1:
+            method += f", widened x{fold_factor(folds):.2f} for {folds} folds"
         drawn = [_compare(model, baseline, weights) for weights in draw_subjects(subjects, draws, seed, block)]
         for place, found in estimates.items():
             values = np.concatenate([part[place] for part in drawn])
-            ends = find_ends(place, found.value, values, subjects)
             rests_on = (support or {}).get((place.scope, place.metric), subjects)
+            ends = _t_ends(place, found.value, values, reach)
             estimates[place] = Estimate(found.value, *_rare_ends(place, found.value, ends, rests_on))
-    tested = [metric for metric in SIGN_FLIP_METRICS if Place("overall", "difference", metric) in whole]
-    per_subject = {}
-    if tested and subjects < FEWEST_FOR_BOOTSTRAP:
-        own = _compare(model, baseline, np.eye(subjects))
-        per_subject = {metric: own[Place("overall", "difference", metric)] for metric in tested}
-    flips = {metric: sign_flip_p(per_subject.get(metric, ())) for metric in tested}
+        _hold_differences(estimates)
+    if subjects > MOST_FOR_SIGN_FLIP or baseline is None or unit == TIME_BLOCKS:
+        per_subject = {}
+    elif per_subject is None:
+        per_subject = _pseudo_values(model, baseline, whole, subjects)
+    flips = {metric: sign_flip_p(values) for metric, values in per_subject.items()}
     return Result(overall=_comparison(estimates, "overall"), each=_comparison(estimates, "each"), subjects=subjects,
                   unit=unit, method=method, per_subject=per_subject, sign_flip_p=flips, **described)
+
+
+def fold_factor(folds):
+    """How much wider an interval over the pooled rows of several folds is.
+
+    Models that share train rows err alike, and resampled rows do not show it: the variance is multiplied by
+    1 + K n_test / n_train (Nadeau & Bengio 2003). tests/test_estimators.py simulates what that covers.
+    """
+    return math.sqrt(1 + folds / (folds - 1)) if folds > 1 else 1.0
+
+
+def _pseudo_values(model, baseline, whole, subjects):
+    """{metric: (S,)}: what each subject says of the difference; of a mean over equal subjects its own difference."""
+    left_out = _compare(model, baseline, 1.0 - np.eye(subjects))
+    places = {metric: Place("overall", "difference", metric) for metric in CLASS_SIGN_FLIP_METRICS}
+    return {metric: subjects * whole[place] - (subjects - 1) * left_out[place]
+            for metric, place in places.items() if place in whole}
 
 
 def _compare(model, baseline, weights):
@@ -179,41 +203,41 @@ def draw_subjects(subjects, draws, seed, block):
         yield drawn.reshape(size, subjects).astype(np.float64)
 
 
-def _bootstrap_ends(place, whole, drawn, subjects):
-    """(low, high) of the draws (D, ...) by the percentile bootstrap.
-
-    Where resampling inflates a metric, the draws are moved so that their mean is the value of the whole sample.
-    """
-    metric = metric_names.METRICS[place.metric]
-    if metric.inflated_by_resampling:
-        drawn = drawn + whole - common.mean_without_nan(drawn, axis=0)
-        if metric.is_share and place.side != "difference":
-            drawn = np.clip(drawn, 0.0, 1.0)
-    tail = 0.5 * math.erfc(t_quantile(LEVEL, subjects - 1) * math.sqrt(subjects / (subjects - 1) / 2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a target that is undefined in every draw
-        return np.nanquantile(drawn, (tail, 1 - tail), axis=0)
-
-
-def _jackknife_ends(place, whole, left_out, subjects):
-    """(low, high): value -+ t x jackknife standard error on the metric's normal scale; left_out: (S, ...)."""
+def _t_ends(place, whole, drawn, reach):
+    """(low, high): value -+ reach x sd of the draws (D, ...), on the metric's normal scale."""
     scale = None if place.side == "difference" else metric_names.METRICS[place.metric].normal_scale
     forward, backward = NORMAL_SCALES[scale]
-    reach = t_quantile(LEVEL, subjects - 1) * math.sqrt(subjects - 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        half = reach * forward(left_out).std(0)
-        centre = forward(whole)
-        return np.sort([backward(centre - half), backward(centre + half)], axis=0)
+    scaled = forward(drawn)
+    spread = common.mean_without_nan((scaled - common.mean_without_nan(scaled, axis=0)) ** 2, axis=0)
+    half = reach * np.sqrt(spread)
+    if scale == "log1m":
+        half = np.where(half > WIDEST_LOG_RATIO, np.nan, half)
+    centre = forward(whole)
+    low, high = np.sort([backward(centre - half), backward(centre + half)], axis=0)
+    return np.minimum(low, whole), np.maximum(high, whole)
+
+
+def _hold_differences(estimates):
+    """Cut each difference to what the intervals of its two sides allow; none where a side has none."""
+    for place, found in estimates.items():
+        if place.side == "difference":
+            model = estimates[place._replace(side="model")]
+            baseline = estimates[place._replace(side="baseline")]
+            found.low = np.maximum(found.low, model.low - baseline.high)
+            found.high = np.minimum(found.high, model.high - baseline.low)
 
 
 def _rare_ends(place, value, ends, support):
-    """(low, high), NaN for what rests on too few subjects; by Wilson for a share of 0 or 1 that no resample changes."""
+    """(low, high), NaN for what rests on too few subjects; by Wilson where all are right or wrong in every resample."""
     low, high = ends
-    if metric_names.METRICS[place.metric].normal_scale == "logit" and place.side != "difference":
-        is_certain = np.isin(value, (0.0, 1.0)) & (high - low < 1e-9)
-        found = np.where(is_certain, value * support, 0.0)
-        doubted = np.vectorize(wilson_interval, otypes=[float, float])(found, support)
-        low, high = np.where(is_certain, doubted, (low, high))
+    scale = metric_names.METRICS[place.metric].normal_scale
+    if scale in SHARE_RANGES and place.side != "difference":
+        bottom = SHARE_RANGES[scale]
+        share = (value - bottom) / (1 - bottom)
+        is_certain = np.isin(share, (0.0, 1.0)) & (high - low < 1e-3)
+        found = np.where(is_certain, share * support, 0.0)
+        doubted = np.array(np.vectorize(wilson_interval, otypes=[float, float])(found, support))
+        low, high = np.where(is_certain, bottom + (1 - bottom) * doubted, (low, high))
     enough = np.asarray(support) >= FEWEST_FOR_INTERVAL
     return np.where(enough, low, np.nan)[()], np.where(enough, high, np.nan)[()]
 
@@ -224,12 +248,22 @@ def _logit(share):
     return np.log(share / (1 - share))
 
 
+def _expit(logit):
+    return 1.0 / (1.0 + np.exp(-logit))
+
+
+def _log(value):
+    """Natural logarithm, also of the 0 of a perfect model."""
+    return np.log(np.maximum(value, 1e-12))
+
+
 NORMAL_SCALES = {  # to the scale, and back
     None: (np.asarray, np.asarray),
-    "arctanh": (np.arctanh, np.tanh),
-    "log": (np.log, np.exp),
-    "log1m": (lambda value: np.log1p(-value), lambda scaled: -np.expm1(scaled)),
-    "logit": (_logit, lambda logit: 1.0 / (1.0 + np.exp(-logit)))}
+    "log": (_log, np.exp),
+    "log1m": (lambda value: _log(1 - value), lambda scaled: 1 - np.exp(scaled)),
+    "logit": (_logit, _expit),
+    "signed_logit": (lambda value: _logit((1 + value) / 2), lambda scaled: 2 * _expit(scaled) - 1)}
+SHARE_RANGES = {"logit": 0.0, "signed_logit": -1.0}  # scale of what lies between this and 1
 
 
 def t_quantile(level, df):
@@ -267,12 +301,12 @@ def wilson_interval(k, n):
 # --- scores ----------------------------------------------------------------------------------------
 
 def bootstrap_regression(predicted, target, subjects=None, baseline=None, draws=2000, seed=0, unit="subjects",
-                         names=None, baseline_name=None):
+                         names=None, baseline_name=None, folds=1):
     """Result of a whole split of scores: metrics of each target, and their means over the targets.
 
     predicted, target, baseline: (N, R), NaN in target = missing; subjects: (N,) names, None = every row its own;
-    unit: what the subjects are called; names: R targets (None: "0", "1", ...). A target labelled in under 5 subjects
-    has no interval.
+    unit: what the subjects are called; names: R targets (None: "0", "1", ...); folds: how many models predicted the
+    rows. A target labelled in under 5 subjects has no interval, its R2 none under 9 rows.
     """
     target = np.asarray(target, np.float64)
     labelled = ~np.isnan(target).all(1)
@@ -282,13 +316,32 @@ def bootstrap_regression(predicted, target, subjects=None, baseline=None, draws=
     def sums_of(scores):
         return subject_sums(common.regression_moments(np.asarray(scores)[labelled], target[labelled]), owners)
     sums = sums_of(predicted)  # (S, 8, R)
+    of_baseline = None if baseline is None else sums_of(baseline)
     labelled_by = (sums[:, 0] > 0).sum(0)  # (R,) subjects with a label
+    n = (~np.isnan(target)).sum(0)
+    support = {("each", metric): labelled_by for metric in common.REGRESSION_METRICS}
+    support["each", "r2"] = np.where(n < FEWEST_ROWS_FOR_R2, 0, labelled_by)
+    support["overall", "r2"] = support["each", "r2"].max(initial=0)
     return estimate(
-        _regression_statistic(sums), None if baseline is None else _regression_statistic(sums_of(baseline)), len(sums),
+        _regression_statistic(sums), None if baseline is None else _regression_statistic(of_baseline), len(sums),
         "rows" if subjects is None else unit, draws, seed, block=max(1, 2_000_000 // max(1, len(sums))),
-        names=[str(r) for r in range(target.shape[1])] if names is None else list(names),
-        support={("each", metric): labelled_by for metric in common.REGRESSION_METRICS},
-        n=(~np.isnan(target)).sum(0), rows=len(owners), baseline_name=baseline_name)
+        names=[str(r) for r in range(target.shape[1])] if names is None else list(names), support=support, folds=folds,
+        per_subject=None if baseline is None else _parts_of_difference(sums, of_baseline),
+        n=n, rows=len(owners), baseline_name=baseline_name)
+
+
+def _parts_of_difference(sums, of_baseline):
+    """{metric: (S,)} with the difference of mae, mse and r2 as mean, from summed moments (S, 8, R) of both sides.
+
+    Squared errors count in label sds for r2, so that a target's unit does not decide.
+    """
+    n, _, total, _, squares = sums.sum(0)[:5]  # (R,) each
+    with np.errstate(divide="ignore", invalid="ignore"):
+        variance = squares - total ** 2 / n
+        variance = np.where(variance > 1e-12 * squares, variance, np.nan)
+        absolute, squared = len(sums) * (sums - of_baseline)[:, 6:].swapaxes(0, 1)  # (S, R) each
+        parts = {"mae": absolute / n, "mse": squared / n, "r2": -squared / variance}
+    return {metric: common.mean_without_nan(each) for metric, each in parts.items()}
 
 
 def subject_sums(moments, subjects):
@@ -306,7 +359,7 @@ def _regression_statistic(sums):
     return statistic
 
 
-def score_regression(predicted, target, subjects, baselines, names=None):
+def score_regression(predicted, target, subjects, baselines, names=None, folds=1):
     """bootstrap_regression of a model, paired with the best of its baselines by mean R2.
 
     predicted, target: (N, R), NaN in target = missing; baselines: {name: (N, R)}.
@@ -315,7 +368,8 @@ def score_regression(predicted, target, subjects, baselines, names=None):
         value = common.mean_metrics(common.regression_metrics(baselines[name], target))["r2"]
         return np.nan_to_num(value, nan=-np.inf)
     best = max(baselines, key=mean_r2)
-    return bootstrap_regression(predicted, target, subjects, baselines[best], names=names, baseline_name=best)
+    return bootstrap_regression(
+        predicted, target, subjects, baselines[best], names=names, baseline_name=best, folds=folds)
 
 
 def target_rows(result):
@@ -334,14 +388,14 @@ def target_rows(result):
 # --- classes -----------------------------------------------------------------------------------------
 
 def bootstrap_classification(probability, label, groups=None, baseline=None, names=None, threshold=None, positive=None,
-                             draws=2000, seed=0, baseline_name=None):
+                             draws=2000, seed=0, baseline_name=None, folds=1):
     """Result of a whole split of classes: metrics of all of them, and of each against the rest.
 
     probability, baseline: (N, C); label: (N,), below 0 = missing; groups: (N,) names, None = every row its own; names:
     C classes (None: "0", "1", ...); threshold, positive: as in classification_metrics; the baseline gives the most
-    probable class. Intervals of a class seen in (or outside of) under 5 subjects are NaN. Exceptions, by Wilson:
-    accuracy, recall and precision of ungrouped rows; and a share of 0 or 1 that no resample changes, over the subjects
-    of the rarest class that it needs.
+    probable class; folds: how many models predicted the rows. Intervals of a class seen in (or outside of) under 5
+    subjects are NaN. Exceptions, by Wilson: accuracy, recall and precision of ungrouped rows of one model; and a share
+    of 0 or 1 that no resample changes, over the subjects of the rarest class that it needs.
     """
     probability = np.asarray(probability, np.float64)
     label = np.asarray(label, np.int64)
@@ -355,10 +409,10 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, nam
     result = estimate(
         statistic, None if baseline is None else _class_statistic(baseline, label, None, positive, index), len(found),
         "rows" if groups is None else "subjects", draws, seed, block=max(1, 1_000_000 // max(1, len(index))),
-        support=support, rows=len(index), baseline_name=baseline_name,
+        support=support, folds=folds, rows=len(index), baseline_name=baseline_name,
         names=[str(c) for c in range(n_classes)] if names is None else list(names),
         n=confusion.sum(1), confusion=confusion, n_subjects=seen)
-    if groups is None and result.has_intervals:
+    if groups is None and folds == 1 and result.has_intervals:
         _take_wilson_intervals(result.overall.model, result.each.model, confusion)
         if baseline is not None:
             of_baseline = class_scores.classification_metrics(baseline, label).confusion
@@ -374,7 +428,7 @@ def _class_support(label, index, n_classes):
     both = np.minimum(seen, outside)
     # a mean over three classes or more keeps its interval, however rare one of them is
     rarest = both.min() if n_classes == 2 else max(FEWEST_FOR_INTERVAL, min(seen[seen > 0], default=0))
-    support = {("overall", metric): rarest for metric in ("roc_auc", "macro_f1", "balanced_accuracy")}
+    support = {("overall", metric): rarest for metric in ("roc_auc", "macro_f1", "balanced_accuracy", "mcc")}
     support |= {("each", metric): seen for metric in ("precision", "recall", "f1")}
     support |= {("each", metric): both for metric in ("average_precision", "roc_auc")}
     return support, seen

@@ -51,11 +51,13 @@ def compare_tables(tables, names):
         if isinstance(a, prediction_tables.ScoreTable):
             metric = "r2"
             result = subject_intervals.bootstrap_regression(
-                a.predicted, a.target, a.groups, b.predicted, names=a.names, baseline_name=name_b)
+                a.predicted, a.target, a.groups, b.predicted, names=a.names, baseline_name=name_b,
+                folds=a.n_folds)
         else:
             metric = "roc_auc"
             result = subject_intervals.bootstrap_classification(
-                a.probability, a.label, a.groups, b.probability, a.names, a.threshold, a.positive, baseline_name=name_b)
+                a.probability, a.label, a.groups, b.probability, a.names, a.threshold, a.positive, baseline_name=name_b,
+                folds=a.n_folds)
         gain = result.gain(metric)
         better = "not resolvable"
         if gain.low > 0 or gain.high < 0:

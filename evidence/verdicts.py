@@ -225,20 +225,13 @@ def verdict_sentence(result, metric="r2", ceiling=None, held_out=True, label=Non
 
 
 def _sign_flip_text(result, metric):
-    """What the sign-flip test says of the subjects' errors; "" without one.
-
-    R2 within a subject has no meaning, nor has a rank metric: their squared errors stand in.
-    """
-    errors = "mse" if metric == "r2" else metric
-    if errors not in result.sign_flip_p:
-        errors = "brier"
-    p = result.sign_flip_p.get(errors)
+    """What the sign-flip test says of the same difference, subject by subject; "" without one."""
+    p = result.sign_flip_p.get(metric)
     if p is None:
         return ""
-    differences = np.asarray(result.per_subject[errors])  # (S,)
-    better = differences < 0 if metric_names.METRICS[errors].lower_is_better else differences > 0
-    return (f", exact sign-flip p {p:.4f} on the {result.unit}' errors, smaller than the baseline's in {better.sum()} "
-            f"of {np.isfinite(differences).sum()}")
+    differences = np.asarray(result.per_subject[metric])  # (S,)
+    better = differences < 0 if metric_names.METRICS[metric].lower_is_better else differences > 0
+    return f", sign-flip p {p:.4f}, better in {better.sum()} of {np.isfinite(differences).sum()} {result.unit}"
 
 
 def verdict_level(gain, alarms):

@@ -130,6 +130,8 @@ def test_args_json_repeats_the_run(trained, tmp_path):
 def test_folds_pool_every_row_once(folds, sample):
     pooled = read_csv(folds / "predictions_folds.csv")
     assert sorted(row["image"] for row in pooled) == sorted(row["image"] for row in read_csv(sample.ratings))
+    assert {row["fold"] for row in pooled} == {"0", "1", "2"}
+    assert json.loads((folds / "metrics.json").read_text())["method"].endswith("widened x1.58 for 3 folds")
     for k in range(3):
         assert (folds / f"fold_{k}" / "best_model.pth").exists() and (folds / f"fold_{k}" / "report.html").exists()
         own = read_csv(folds / f"fold_{k}" / "predictions_val.csv")
@@ -311,6 +313,9 @@ def test_conformal_interval_is_the_residual_quantile(folds):
     residuals = np.concatenate([member.settings["abs_residuals"].numpy() for member in members])
     assert residuals.shape[0] == 48 and len(widths) == residuals.shape[1]
     assert ((np.nanmin(residuals, axis=0) <= widths) & (widths <= np.nanmax(residuals, axis=0))).all()
+    seeds = [*members, *members, *members]  # as of several seeds on one split: the same rows again
+    assert predict_assessor.half_widths(seeds, 0.95) == pytest.approx(predict_assessor.half_widths(members, 0.95))
+    assert np.isinf(predict_assessor.half_widths(seeds[::3], 0.95)).all(), "16 rows are too few, however often counted"
 
 
 # --- mistakes: message and exit code ---------------------------------------------------

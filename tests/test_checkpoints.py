@@ -55,7 +55,7 @@ def test_a_full_disk_names_file_and_bytes(tmp_path, monkeypatch):
         common.write_whole(tmp_path / "x.json", b"abc")
 
 
-def make_training(folder, resumed, **flags):
+def make_training(folder, resumed, select="val_loss", **flags):
     """A Training of a linear model on 6 numbers in batches of 2, and its loader."""
     compute = common.Compute(torch.device("cpu"), "fp32", False, "cpu")
     defaults = dict(
@@ -69,7 +69,7 @@ def make_training(folder, resumed, **flags):
     model = torch.nn.Linear(1, 1)
     signals = SimpleNamespace(received=None, armed=False, leave=lambda: None)
     run = common.Run(folder, args, compute, signals, resumed)
-    training = common.Training(run, model, common.build_optimizer([(model, 1.0)], args), args, "val_loss", dict, False)
+    training = common.Training(run, model, common.build_optimizer([(model, 1.0)], args), args, select, dict, False)
     return training, common.make_loader(Numbers(), 2, args, compute, train=True)
 
 
@@ -120,6 +120,28 @@ def test_a_stop_after_any_batch_continues_exactly(tmp_path, stop_after):
     assert again.progress.history == whole.progress.history and torch.equal(again.model.weight, whole.model.weight)
     csv = [(tmp_path / name / "training_history.csv").read_bytes() for name in ("whole", "cut")]
     assert csv[0] == csv[1] and len(whole.progress.history) == 2
+
+
+@pytest.mark.parametrize("patience", [0, 1, 3])
+def test_plateau_counts_as_torch_does(tmp_path, patience):
+    losses = [5, 4, 4, 4, 3, 3, 3, 3, 3, 3, 2.5, 2.6, 2.6, 2.6, 2.6, 2.6]
+    training, loader = make_training(
+        tmp_path, False, epochs=len(losses), scheduler="plateau", plateau_patience=patience, warmup_epochs=0)
+    train(training, loader, val_loss=lambda epoch: losses[epoch - 1])
+    judge = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(judge, factor=0.5, patience=patience, threshold=0)
+    rates = []
+    for loss in losses:
+        rates.append(judge.param_groups[0]["lr"])
+        schedule.step(loss)
+    assert [row["learning_rate"] for row in training.progress.history] == pytest.approx(rates)
+
+
+def test_plateau_without_a_chosen_epoch_follows_the_training_loss(tmp_path):
+    training, loader = make_training(
+        tmp_path, False, epochs=12, scheduler="plateau", plateau_patience=1, warmup_epochs=0, select="last", lr=30.0)
+    train(training, loader)
+    assert training.progress.history[-1]["learning_rate"] < 30.0 and training.progress.best_epoch == 12
 
 
 def best_and_last(folder):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics.functional.classification as torch_classification
-from scipy import stats
+from scipy import special, stats
 from sklearn import metrics as judge
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
@@ -268,8 +268,9 @@ def test_copies_of_a_row_add_nothing_where_subjects_are_named():
     np.testing.assert_allclose(np.ptp(ends(rows), axis=1), np.ptp(ends(single), axis=1) / math.sqrt(18), rtol=0.15)
 
 
-def test_the_interval_is_the_quantiles_of_metrics_of_resampled_rows():
-    """Subjects drawn by hand, every metric computed anew on their rows."""
+def test_the_interval_is_t_times_the_sd_of_metrics_of_resampled_rows(monkeypatch):
+    """Subjects drawn by hand, every metric computed anew on their rows; on the scale where it is nearest to normal."""
+    monkeypatch.setattr(subject_intervals, "FEWEST_FOR_BOOTSTRAP", 20)
     _, probability, label = scored_rows(rows=100)
     subjects = np.repeat([f"s{k:02d}" for k in range(25)], 4)
     result = subject_intervals.bootstrap_classification(probability, label, subjects, draws=40, seed=3)
@@ -277,15 +278,20 @@ def test_the_interval_is_the_quantiles_of_metrics_of_resampled_rows():
     for pick in np.random.default_rng(3).integers(0, 25, (40, 25)):
         rows = np.concatenate([np.flatnonzero(subjects == f"s{k:02d}") for k in pick])
         drawn.append(class_scores.classification_metrics(probability[rows], label[rows]))
-    tail = stats.norm.sf(stats.t.ppf(0.975, 24) * math.sqrt(25 / 24))
-    for name in ("loss", "roc_auc", "macro_f1", "mcc"):
-        ends = np.quantile([each.overall[name] for each in drawn], [tail, 1 - tail])
+    reach = stats.t.ppf(0.975, 24) * math.sqrt(25 / 24)
+
+    def ends(values, whole, forward, backward):
+        half = reach * np.std(forward(np.array(values)))
+        return backward(forward(whole) - half), backward(forward(whole) + half)
+    scales = {"loss": (np.log, np.exp), "roc_auc": (special.logit, special.expit), "macro_f1": (special.logit, special.expit),
+              "mcc": (lambda mcc: 2 * np.arctanh(mcc), lambda scaled: np.tanh(scaled / 2))}
+    for name, scale in scales.items():
         found = result.overall.model[name]
-        assert (found.low, found.high) == pytest.approx(ends, rel=1e-4), name
-    values = np.array([each.per_class["average_precision"][2] for each in drawn])
+        judged = ends([each.overall[name] for each in drawn], found.value, *scale)
+        assert (found.low, found.high) == pytest.approx(judged, rel=1e-4), name
     found = result.each.model["average_precision"].at(2)
-    ends = np.quantile(values - values.mean() + found.value, [tail, 1 - tail])  # its bias is taken away
-    assert (found.low, found.high) == pytest.approx(np.clip(ends, 0, 1), rel=1e-4)
+    judged = ends([each.per_class["average_precision"][2] for each in drawn], found.value, special.logit, special.expit)
+    assert (found.low, found.high) == pytest.approx(judged, rel=1e-4)
 
 
 def test_bootstrap_classification_holds_values_and_pairs_the_baseline():
@@ -655,22 +661,25 @@ def test_verdict_of_a_classifier_names_the_metric_and_the_direction():
                                                         baseline_name="pair_prior")
     text = verdicts.verdict_sentence(result, "roc_auc", label="ROC AUC", held_out=False)
     assert text.startswith("The model beats the pair prior baseline: ROC AUC 0.9")
-    assert "95% bootstrap interval over 30 subjects" in text and text.endswith("therefore optimistic.")
+    assert "95% t-interval over 30 subjects" in text and text.endswith("therefore optimistic.")
     assert verdicts.verdict_sentence(result, "loss").startswith("The model beats the pair prior baseline: loss 0.")
     worse = subject_intervals.bootstrap_classification(baseline, label, names, model, baseline_name="prior")
     for metric in ("roc_auc", "brier", "macro_f1"):
         assert verdicts.verdict_sentence(worse, metric).startswith("The model does not beat"), metric
     nine = subject_intervals.bootstrap_classification(model[:162], label[:162], names[:162], baseline[:162],
                                                       baseline_name="prior")
-    text, p = verdicts.verdict_sentence(nine, "roc_auc"), nine.sign_flip_p["brier"]
-    own = [np.mean((model[names == name, 1] - label[names == name]) ** 2) for name in np.unique(names[:162])]
-    other = [np.mean((baseline[names == name, 1] - label[names == name]) ** 2) for name in np.unique(names[:162])]
-    fewer = sum(a < b for a, b in zip(own, other))
-    assert f"exact sign-flip p {p:.4f} on the subjects' errors, smaller than the baseline's in {fewer} of 9." in text
+    text = verdicts.verdict_sentence(nine, "roc_auc")
+
+    def gain(rows):
+        return np.subtract(*(judge.roc_auc_score(label[rows], each[rows, 1]) for each in (model, baseline)))
+    first = np.arange(162)
+    pseudo = [9 * gain(first) - 8 * gain(first[names[:162] != name]) for name in np.unique(names[:162])]
+    p = subject_intervals.sign_flip_p(pseudo)
+    assert f"sign-flip p {p:.4f}, better in {np.sum(np.array(pseudo) > 0)} of 9 subjects." in text
     swapped = subject_intervals.bootstrap_classification(baseline[:162], label[:162], names[:162], model[:162],
                                                          baseline_name="prior")
     right = [((each[:162, 1] > 0.5) == label[:162]).reshape(9, 18).mean(1) for each in (baseline, model)]
-    assert verdicts.verdict_sentence(swapped, "accuracy").endswith(f"in {(right[0] > right[1]).sum()} of 9.")
+    assert verdicts.verdict_sentence(swapped, "accuracy").endswith(f"in {(right[0] > right[1]).sum()} of 9 subjects.")
     nine.overall.difference["roc_auc"].low = np.nan
     assert "[no interval: too few to resolve it]" in verdicts.verdict_sentence(nine, "roc_auc")
 

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 import common
-from evidence import baseline_models, pose_scores, splitting
+from evidence import baseline_models, pose_scores, prediction_tables, splitting
 import train_dreamer
 from conftest import only_run, run_script
 from readers.probe_poses import FIELDS
@@ -421,6 +421,13 @@ def test_nearest_places_prefer_the_own_sequence():
 
 
 def test_time_blocks_cover_every_row_once():
-    sequences = np.array(["a"] * 30 + ["b"] * 5)
-    blocks = pose_scores.time_blocks(sequences, np.r_[np.arange(30), np.arange(5)])
-    assert len(set(blocks)) == 4 and all(np.ptp(np.flatnonzero(blocks == name)) < 10 for name in set(blocks))
+    """Errors without correlation give blocks of about ten rows, those of a slow walk one block."""
+    generator = np.random.default_rng(0)
+    rows, sequences = generator.permutation(90), np.array(["a"] * 60 + ["b"] * 30)
+    order = np.r_[np.arange(60), np.arange(30)]
+    for error, fewest, most in ((generator.normal(size=(90, 6)), 5, 9), (generator.normal(size=(90, 6)).cumsum(0), 1, 2)):
+        table = prediction_tables.ScoreTable(
+            keys={}, names=list("abcdef"), target=np.zeros((90, 6)), predicted=error[rows], baselines={})
+        blocks = pose_scores.time_blocks(table, sequences[rows], order[rows])
+        in_time = blocks[np.argsort(rows)]
+        assert (np.diff(in_time) >= 0).all() and fewest <= len(set(blocks)) <= most
