@@ -36,20 +36,20 @@ def unwrapped(target):
     return target + 360 * turns
 
 
-def correlation_time(signals):
+def correlation_time(errors):
     """How many neighbouring rows say as much as one: 1 + 2 x the autocorrelations before their first zero.
 
-    signals: list of (M, 6) series in the order of time, NaN = missing. The longest time of any of them counts.
+    errors: (P, M, 6) of P predictors in the order of time, NaN = missing. The longest time of any predictor counts.
     """
-    longest = 1.0
-    for signal in signals:
-        centred = signal - common.mean_without_nan(signal, 0)
-        centred = np.nan_to_num(centred / np.sqrt(common.mean_without_nan(centred ** 2, 0)).clip(1e-9))
-        power = np.abs(np.fft.rfft(centred, 2 * len(centred), axis=0)) ** 2
-        shared = np.fft.irfft(power, axis=0)[:len(centred)].sum(1)  # (M,) of each lag
-        after = np.append(shared[1:] > 0, False).argmin()
-        longest = max(longest, 1 + 2 * shared[1:1 + after].sum() / max(shared[0], 1e-9))
-    return longest
+    n_rows = errors.shape[1]
+    centred = errors - common.mean_without_nan(errors, 1)[:, None]
+    spread = np.sqrt(common.mean_without_nan(centred ** 2, 1))[:, None]
+    scaled = np.nan_to_num(centred / spread.clip(1e-9))
+    power = np.abs(np.fft.rfft(scaled, 2 * n_rows, axis=1)) ** 2
+    shared = np.fft.irfft(power, axis=1)[:, :n_rows].sum(2)  # (P, M) of each lag
+    before_zero = np.cumprod(shared > 0, axis=1)
+    times = 2 * (shared * before_zero).sum(1) / shared[:, 0].clip(1e-9) - 1
+    return max(1.0, times.max())
 
 
 def time_blocks(table, sequences, order):
@@ -59,8 +59,8 @@ def time_blocks(table, sequences, order):
     they promise .95. A short sequence makes few blocks or one, and so no interval.
     """
     in_time = np.lexsort((order, sequences))
-    predictors = [table.predicted, *table.baselines.values()]
-    length = 10 * correlation_time([np.abs(each - table.target)[in_time] for each in predictors])
+    predictors = np.stack([table.predicted, *table.baselines.values()])
+    length = 10 * correlation_time(np.abs(predictors - table.target)[:, in_time])
     n_blocks = max(1, int(len(in_time) / length))
     blocks = np.empty(len(in_time), int)
     blocks[in_time] = np.arange(len(in_time)) * n_blocks // len(in_time)

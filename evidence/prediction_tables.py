@@ -1,8 +1,9 @@
 """The predictions table, where a script ends and its judging begins.
 
 A CSV with a row for each picture, clip or transition. Its first column says which, `group` which rows are not
-independent, `fold` which of several models predicted the row. Scores stand in NAME_true, NAME_predicted and NAME_BASELINE of each score; classes in true_label,
-prob_CLASS and BASELINE_prob_CLASS, with threshold where the positive class is given from a threshold on.
+independent, `fold` which of several models predicted the row. Scores stand in NAME_true, NAME_predicted and
+NAME_BASELINE of each score; classes in true_label, prob_CLASS and BASELINE_prob_CLASS, with threshold where the positive
+class is given from a threshold on.
 
 Letters: M rows, R scores, C classes.
 """
@@ -15,8 +16,13 @@ from evidence import class_scores
 from readers import csv_tables
 
 
+@dataclasses.dataclass(kw_only=True)
 class Rows:
-    """What tables of scores and of classes have in common."""
+    """What tables of scores and of classes have in common: M rows, R scores or C classes."""
+    keys: dict  # heading -> (M,) text; the first says which row it is
+    names: list  # R or C
+    baselines: dict  # name -> (M, R) or (M, C)
+    groups: np.ndarray | None = None  # (M,) text
 
     @property
     def n_folds(self):
@@ -27,12 +33,8 @@ class Rows:
 @dataclasses.dataclass(kw_only=True)
 class ScoreTable(Rows):
     """Predicted scores of M rows beside the truth and what the baselines predict."""
-    keys: dict  # heading -> (M,) text; the first says which row it is
-    names: list  # R
     target: np.ndarray  # (M, R), NaN = missing
     predicted: np.ndarray  # (M, R)
-    baselines: dict  # name -> (M, R)
-    groups: np.ndarray | None = None  # (M,) text
     spread: np.ndarray | None = None  # (M, R) sd over the members of an ensemble
 
     @property
@@ -71,13 +73,9 @@ class ScoreTable(Rows):
 @dataclasses.dataclass(kw_only=True)
 class ClassTable(Rows):
     """Predicted classes of M rows beside the truth and what the baselines predict."""
-    keys: dict  # heading -> (M,) text; the first says which row it is
-    names: list  # C
     positive: int  # the class whose AUC counts, and that a threshold gives
     label: np.ndarray  # (M,) class indices, -1 = unknown
     probability: np.ndarray  # (M, C)
-    baselines: dict  # name -> (M, C)
-    groups: np.ndarray | None = None  # (M,) text
     threshold: np.ndarray | None = None  # (M,) of the positive class; None = the most probable class is given
     logits: np.ndarray | None = None  # (M, C) before calibration
     uncalibrated: np.ndarray | None = None  # (M, C), where `probability` is calibrated on other rows

@@ -191,9 +191,10 @@ def _comparison(estimates, scope):
 
 
 def draw_subjects(subjects, draws, seed, block):
-    """Yield blocks (D, S) of how often each subject counts: drawn at random; under 20, each left out once."""
+    """Yield blocks (D, S) of how often each subject counts: drawn at random; under 200, each left out once."""
     if subjects < FEWEST_FOR_BOOTSTRAP:
-        yield 1.0 - np.eye(subjects)
+        for start in range(0, subjects, block):
+            yield 1.0 - np.eye(subjects)[start:start + block]
         return
     generator = np.random.default_rng(seed)
     for start in range(0, draws, block):

@@ -340,8 +340,8 @@ def test_blocks_of_draws_give_the_same_intervals(monkeypatch):
         return lambda weights: shapes.append(weights.shape) or inner(weights)
     monkeypatch.setattr(class_scores, "class_statistic", spy)
     many = np.tile(probability, (200, 1)), np.tile(label, 200)
-    subject_intervals.bootstrap_classification(*many, np.tile(np.arange(120) // 4, 200), draws=50)
-    assert max(rows for rows, _ in shapes) == 41  # 1,000,000 // 24,000 draws at once
+    subject_intervals.bootstrap_classification(*many, np.tile(np.arange(120), 200))
+    assert max(rows for rows, _ in shapes) == 41  # 1,000,000 // 24,000 of 120 at once
     monkeypatch.undo()
     again = subject_intervals.bootstrap_classification(probability, label, draws=50).overall.model["roc_auc"]
     assert (auc.low, auc.high) == (again.low, again.high)
