@@ -253,8 +253,12 @@ def test_intervals_over_subjects_cover_89_to_98_percent(subjects, rows, separati
     assert all(0.89 <= share <= 0.98 for share in shares.values()), shares
 
 
-def test_copies_of_a_row_add_nothing_where_subjects_are_named():
-    """18 copies of each row: over subjects the interval stays that of single rows, over rows it shrinks by root 18."""
+def test_copies_of_a_row_add_nothing_where_subjects_are_named(monkeypatch):
+    """18 copies of each row: over subjects the interval stays that of single rows, over rows it shrinks by root 18.
+
+    By root 18 on the scale of the interval, that of the logit, and where both take their error from the bootstrap.
+    """
+    monkeypatch.setattr(subject_intervals, "FEWEST_FOR_BOOTSTRAP", 20)
     probability, label = two_classes(rows=60)
     copies = [np.repeat(array, 18, axis=0) for array in (probability, label)]
     single, subjects, rows = (subject_intervals.bootstrap_classification(*given) for given in (
@@ -265,7 +269,8 @@ def test_copies_of_a_row_add_nothing_where_subjects_are_named():
         found.append(result.each.model["average_precision"].at(1))
         return np.array([[each.low, each.high] for each in found])
     np.testing.assert_allclose(ends(subjects), ends(single), rtol=1e-9)
-    np.testing.assert_allclose(np.ptp(ends(rows), axis=1), np.ptp(ends(single), axis=1) / math.sqrt(18), rtol=0.15)
+    wide, narrow = (np.ptp(special.logit(ends(result)), axis=1) for result in (single, rows))
+    np.testing.assert_allclose(narrow, wide / math.sqrt(18), rtol=0.15)
 
 
 def test_the_interval_is_t_times_the_sd_of_metrics_of_resampled_rows(monkeypatch):
