@@ -270,9 +270,7 @@ def per_frame_events(table, path, path_column, notes):
     """
     import pandas as pd
     frame_column = first_column(table, FRAME_COLUMNS)
-    names = [name for name in table if name not in (frame_column, path_column)
-             and not re.search("_(x|y|p|probability)$|^probability", name)
-             and not table[name].eq("").all() and table[name].isin(["0", "1", "0.0", "1.0", "-1", ""]).all()]
+    names = behaviour_columns(table.drop(columns=[name for name in (frame_column, path_column) if name]))
     if not names or (frame_column is None and path_column):
         return None
     own_name = re.sub("[ _-]*(labels?|annotations?|targets?|scores?|behaviou?rs?)$", "", path.stem, flags=re.I)
@@ -284,16 +282,25 @@ def per_frame_events(table, path, path_column, notes):
             frames = csv_tables.to_numbers(rows[frame_column], f"{path}, column {frame_column}").astype(int)
         is_on = {name: rows[name].isin(["1", "1.0"]).to_numpy() for name in names}
         if "background" not in names:
-            is_off = rows[names].isin(["0", "0.0"]).all(axis=1).to_numpy()
-            is_on["background"] = is_off
+            is_on["background"] = rows[names].isin(["0", "0.0"]).all(axis=1).to_numpy()
         for name, on in is_on.items():
             edges = np.flatnonzero(np.diff(on.astype(int), prepend=0, append=0))
             for start, stop in edges.reshape(-1, 2):
                 events.append((rows.index[start], video, name, frames[start], frames[stop - 1]))
     notes.append(f"{path.name}: one row a frame, counted from 0; {len(events)} events of {', '.join(is_on)}")
-    lines, *columns = zip(*events)
-    cells = dict(zip(("path", "label", "start_frame", "end_frame"), columns))
-    return pd.DataFrame(cells, index=lines).astype(str)
+    found = pd.DataFrame(events, columns=["line", "path", "label", "start_frame", "end_frame"])
+    return found.set_index("line").astype(str)
+
+
+def behaviour_columns(table):
+    """Names of the columns of 0 and 1 (-1 or blank: unknown), without the coordinates of a tracked body."""
+    names = []
+    for name in table:
+        cells = set(table[name])
+        is_coordinate = re.search("_(x|y|p|probability)$|^probability", name)
+        if cells - {"-1", ""} and cells <= {"0", "1", "0.0", "1.0", "-1", ""} and not is_coordinate:
+            names.append(name)
+    return names
 
 
 def headless_list(table, root, notes):

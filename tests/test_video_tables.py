@@ -301,6 +301,15 @@ def test_boris_observation_of_several_files_counts_on(tmp_path, monkeypatch, tot
         assert boris(tmp_path, text).windows.tolist() == expected
 
 
+def test_frames_without_a_label_are_no_events(tmp_path):
+    """-1 as DeepEthogram writes it; a table of nothing else has no row to use."""
+    put(tmp_path, "s0.mp4")
+    path = write(tmp_path / "s0.csv", "frame,groom\n0,1\n1,0\n2,-1\n3,-1\n4,0\n")
+    table = event_tables.read_events({"": path})
+    assert [(table.names[c], *window) for c, window in zip(table.label, table.windows.tolist())] == [
+        ("groom", 0, 1), ("background", 1, 2), ("background", 4, 5)]
+
+
 @pytest.mark.parametrize("header, background", [(",background,groom,rear", "background"), ("frame,groom,rear", "background"),
                                                 (",Nose_x,Nose_p,groom,rear", "background")])
 def test_one_row_a_frame_becomes_events(tmp_path, header, background):
