@@ -15,6 +15,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -228,8 +229,9 @@ def download_weights(names):
 
 # --- the data ------------------------------------------------------------------
 
+@functools.cache
 def make_sample(task, folder):
-    """Run make_sample_data.py; returns the folder. Raises UserError with the end of its output where it fails."""
+    """Run make_sample_data.py once; returns the folder. Raises UserError with the end of its output where it fails."""
     import common
     command = [sys.executable, HERE / "make_sample_data.py", "--task", task, "--output_dir", folder]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -409,7 +411,7 @@ def warn_if_any(what, names, remedy):
 def check_dry_run(task, temporary):
     """Run the train script on sample data: 2 batches, 1 epoch, the whole run folder."""
     import common
-    sample = make_sample(task, Path(temporary) / "dry_run")
+    sample = make_sample(task, temporary)
     command = [sys.executable, HERE / f"train_{task}.py", "--dry_run", "--output_dir", "outputs", *DRY_RUN_FLAGS[task]]
     start = time.perf_counter()
     result = subprocess.run(command, cwd=sample, capture_output=True, text=True, timeout=900)

@@ -181,7 +181,7 @@ def run_here(script, *flags, code=0):
 
 def small_run(sample, output_dir, *flags):
     """Flags of a training run that takes seconds: a small network, small pictures, random weights."""
-    text = ("--backbone resnet18 --no_pretrained --image_size 32 --epochs 3 --batch_size 8 --num_workers 0 "
+    text = ("--backbone shufflenet_v2_x0_5 --no_pretrained --image_size 32 --epochs 3 --batch_size 8 --num_workers 0 "
             "--group_column subject")
     data = ["--images_dir", sample.images, "--ratings_file", sample.ratings, "--output_dir", output_dir]
     return [*data, *text.split(), *flags]
@@ -198,7 +198,7 @@ def only_run(output_dir):
 
 SCRIPTS = ["train_assessor.py", "train_video.py", "train_detector.py", "train_dreamer.py"]
 # with what makes a resume hard: draws in the loader and in the step, schedules, groups of batches, momentum
-ASSESSOR = "--backbone shufflenet_v2_x0_5 --scheduler plateau --accumulate 2 --save_every 2".split()
+ASSESSOR = "--scheduler plateau --accumulate 2 --save_every 2".split()
 VIDEO = ("--model cnn_lstm --hidden 16 --no_pretrained --image_size 32 --n_frames 4 --fps 4 --epochs 3 --batch_size 8 "
          "--num_workers 0 --augment heavy --mixup 0.3 --jitter_sec 0.3 --balance sampler").split()
 DETECTOR = ("--model fasterrcnn_resnet18_fpn --no_pretrained --min_size 48 --max_size 64 --epochs 3 --batch_size 4 "

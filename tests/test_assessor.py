@@ -170,16 +170,14 @@ def test_single_ratings_give_a_split_half_ceiling(sample, tmp_path):
     "flags",
     [
         ["--freeze_backbone", "--feature_views", 2],
-        ["--freeze_epochs", 1, "--backbone_lr_mult", 0.1],
-        ["--loss", "weighted"],
+        ["--freeze_epochs", 1, "--backbone_lr_mult", 0.1, "--loss", "weighted", "--cache", "none", "--augment", "light"],
         ["--loss", "smooth_l1", "--optimizer", "sgd", "--scheduler", "step", "--warmup_epochs", 1],
-        ["--cache", "none", "--augment", "light"],
         [
             "--head", "ridge", "--flip_average", "--freeze_stages", 2, "--freeze_norm", "--image_size", 64,
             "--normalize_targets",
         ],
-        ["--head", "ridge", "--freeze_backbone", "--image_size", 64],
-        ["--select", "last", "--save_top_k", 1, "--use_amp", "off"],
+        ["--head", "ridge", "--freeze_backbone", "--image_size", 64, "--select", "last", "--save_top_k", 1, "--use_amp",
+         "off"],
     ],
 )
 def test_options_run(sample, tmp_path, flags):

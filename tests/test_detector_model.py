@@ -237,7 +237,7 @@ def test_pictures_without_objects_give_finite_losses():
 def test_one_picture_can_be_learnt_by_heart():
     """All boxes, parts and states of one picture come back: the two heads share the pass and the matching is right."""
     model, n_steps = small_detector(), 100
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     batch = device_batch(sample())
     model.train()
     for step in range(n_steps):

@@ -5,6 +5,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -48,10 +49,29 @@ def flags(sample, folder, *more):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(sample, tmp_path_factory):
+def whole(sample, tmp_path_factory):
+    """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("whole")
     run_script("train_assessor.py", *flags(sample, folder))
-    return fingerprint(only_run(folder))
+    return only_run(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(whole):
+    return fingerprint(whole)
+
+
+@pytest.fixture(scope="module")
+def stopped(sample, tmp_path_factory):
+    """The folder of a run that a signal has stopped."""
+    folder = tmp_path_factory.mktemp("stopped")
+    command = script_command("train_assessor.py", *flags(sample, folder))
+    assert start_and_signal(command, signal.SIGTERM, 0) == 75
+    return only_run(folder)
+
+
+def copy_of(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / folder.name)
 
 
 @pytest.mark.parametrize("workers", SETTINGS)
@@ -99,29 +119,21 @@ def test_a_reader_that_leaves_does_not_end_the_run(sample, tmp_path, undisturbed
     assert "open next" in (only_run(tmp_path) / "log.txt").read_text()
 
 
-def test_resume_from_an_older_checkpoint(sample, tmp_path, undisturbed):
-    run_script("train_assessor.py", *flags(sample, tmp_path))
-    folder = only_run(tmp_path)
+def test_resume_from_an_older_checkpoint(whole, tmp_path, undisturbed):
+    folder = copy_of(whole, tmp_path)
     (folder / "metrics.json").unlink()
     run_script("train_assessor.py", "--resume", folder / "checkpoint_epoch_2.pth")
     assert fingerprint(folder) == undisturbed
 
 
-def test_a_finished_run_says_so(sample, tmp_path):
-    run_script("train_assessor.py", *flags(sample, tmp_path))
-    assert "is finished" in run_script("train_assessor.py", "--resume", only_run(tmp_path)).text
-    assert len(list(tmp_path.iterdir())) == 1
+def test_a_finished_run_says_so(whole):
+    assert "is finished" in run_script("train_assessor.py", "--resume", whole).text
+    assert len(list(whole.parent.iterdir())) == 1
 
 
-def stopped_run(sample, tmp_path):
-    command = script_command("train_assessor.py", *flags(sample, tmp_path))
-    assert start_and_signal(command, signal.SIGTERM, 0) == 75
-    return only_run(tmp_path)
-
-
-def test_damaged_checkpoints(sample, tmp_path):
+def test_damaged_checkpoints(stopped, tmp_path):
     """A damaged last.pth: the one before, loudly. Both damaged: exit 3, never a silent fresh start."""
-    folder = stopped_run(sample, tmp_path)
+    folder = copy_of(stopped, tmp_path)
     last, previous = folder / "last.pth", folder / "last.pth.prev"
     previous.write_bytes(last.read_bytes())
     last.write_bytes(last.read_bytes()[:5000])
@@ -134,26 +146,24 @@ def test_damaged_checkpoints(sample, tmp_path):
     assert text.startswith("error: ") and "no usable checkpoint" in text
 
 
-def test_other_flags_are_refused_with_both_values(sample, tmp_path):
-    folder = stopped_run(sample, tmp_path)
-    text = run_script("train_assessor.py", "--resume", folder, "--lr", "0.5", "--seed", "7", code=2).stderr
+def test_other_flags_are_refused_with_both_values(stopped):
+    text = run_script("train_assessor.py", "--resume", stopped, "--lr", "0.5", "--seed", "7", code=2).stderr
     for word in ("--lr", "0.0001", "0.5", "--seed", "42", "7"):
         assert word in text
-    assert (folder / "last.pth").exists()
+    assert (stopped / "last.pth").exists()
 
 
-def test_other_data_are_refused(sample, tmp_path):
-    folder = stopped_run(sample, tmp_path)
+def test_other_data_are_refused(sample, stopped, tmp_path):
     changed = tmp_path / "changed.csv"
     lines = sample.ratings.read_text().splitlines()
     changed.write_text("\n".join(lines[:-1]) + "\n")
-    text = run_script("train_assessor.py", "--resume", folder, "--ratings_file", changed, code=2).stderr
+    text = run_script("train_assessor.py", "--resume", stopped, "--ratings_file", changed, code=2).stderr
     assert "fingerprint" in text
 
 
-def test_resume_of_something_else(sample, tmp_path):
+def test_resume_of_something_else(stopped, tmp_path):
     assert "no run folder" in run_script("train_assessor.py", "--resume", tmp_path / "none", code=2).stderr
-    folder = stopped_run(sample, tmp_path)
+    folder = copy_of(stopped, tmp_path)
     record = json.loads((folder / "args.json").read_text())
     (folder / "args.json").write_text(json.dumps({**record, "script": "train_video.py"}))
     assert "train_video.py" in run_script("train_assessor.py", "--resume", folder, code=2).stderr
