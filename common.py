@@ -492,6 +492,20 @@ class Run:
         self.path(name).mkdir(exist_ok=True)
         return Run(self.path(name), self.args, self.compute, self.signals, self.resumed)
 
+    def each_fold(self, splits, run_split):
+        """run_split(run, split) in fold_K/ for the folds that --fold asks for, but for finished ones.
+
+        Returns the numbers of the folds asked for.
+        """
+        chosen = range(len(splits)) if self.args.fold == "all" else [self.args.fold]
+        for k in chosen:
+            with self.child(f"fold_{k}") as child:
+                if child.path("metrics.json").exists():
+                    child.say(f"fold {k} is finished")
+                else:
+                    run_split(child, splits[k])
+        return chosen
+
     @functools.cached_property
     def tensorboard(self):
         """The one writer of this run's TensorBoard files."""

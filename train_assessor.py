@@ -626,20 +626,12 @@ def run_split(run, args, study, split, features=None):
 
 def run_folds(run, args, study):
     """One run per fold in fold_K/, then the out-of-fold predictions pooled and judged as one."""
-    fold_of = splitting.make_folds(
-        len(study.images), args.folds, study.strata, study.groups, args.seed, study.images)
-    folds = {f"fold_{k}": np.flatnonzero(fold_of == k) for k in range(args.folds)}
+    splits = splitting.folds_of_flags(args, study.images, study.strata, study.groups)
+    folds = {f"fold_{k}": split["val"] for k, split in enumerate(splits)}
     prepare_split(run, study, folds)
     features = untuned_features(args, study, run, np.arange(len(study.images)))
     run.write_args(**study.data_record(folds))
-    chosen = range(args.folds) if args.fold == "all" else [args.fold]
-    for k in chosen:
-        split = {"train": np.flatnonzero(fold_of != k), "val": folds[f"fold_{k}"], "test": np.array([], dtype=int)}
-        with run.child(f"fold_{k}") as child:
-            if child.path("metrics.json").exists():
-                child.say(f"fold {k} is finished")
-            else:
-                run_split(child, args, study, split, features)
+    chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split, features))
     tables = [prediction_tables.read_predictions(run.path(f"fold_{k}") / "predictions_val.csv") for k in chosen]
     pooled = prediction_tables.join(tables)
     pooled.write(run.path("predictions_folds.csv"))

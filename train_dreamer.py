@@ -1055,24 +1055,12 @@ def plot_training(run, history, best_epoch):
 
 def run_folds(run, args, study):
     """One run per fold in fold_K/, patients left out in turn, then the predictions pooled and judged as one."""
-    fold_of = splitting.make_folds(
-        len(study.names), args.folds, None, study.patients, args.seed, study.names)
-    folds = {f"fold_{k}": np.flatnonzero(fold_of == k) for k in range(args.folds)}
+    splits = splitting.folds_of_flags(args, study.names, None, study.patients)
+    folds = {f"fold_{k}": split["val"] for k, split in enumerate(splits)}
     prepare_split(run, args, study, folds)
     study = encode_frames(study, np.arange(len(study.names)), args, run.compute)
     run.write_args(**study.data_record(folds))
-    chosen = range(args.folds) if args.fold == "all" else [args.fold]
-    for k in chosen:
-        split = {
-            "train": np.flatnonzero(fold_of != k),
-            "val": folds[f"fold_{k}"],
-            "test": np.array([], dtype=int),
-        }
-        with run.child(f"fold_{k}") as child:
-            if child.path("metrics.json").exists():
-                child.say(f"fold {k} is finished")
-            else:
-                run_split(child, args, study, split)
+    chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))
     tables = [prediction_tables.read_predictions(run.path(f"fold_{k}") / "predictions_val.csv") for k in chosen]
     uses = [common.read_json(run.path(f"fold_{k}") / "metrics.json")["use"] for k in chosen]
     joined = prediction_tables.join(tables)

@@ -1313,13 +1313,8 @@ def run_folds(run, args, study):
     prepare_split(run, study, parts)
     features = untuned_features(args, study, run)
     run.write_args(**study.data_record(parts))
-    chosen = range(len(folds)) if args.fold == "all" else [args.fold]
-    for k in chosen:
-        with run.child(f"fold_{k}") as child:
-            if child.path("metrics.json").exists():
-                child.say(f"fold {k} is finished")
-            else:
-                run_split(child, args, study, folds[k], features)
+    chosen = run.each_fold(
+        folds, lambda child, split: run_split(child, args, study, split, features))
     results = [read_fold(run.path(f"fold_{k}"), study, folds[k], "val") for k in chosen]
     tables = [predictions_table(study, result) for result in results]
     if args.task == "regress":

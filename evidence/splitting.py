@@ -207,6 +207,14 @@ def split_of_flags(args, keys, strata=None, groups=None):
     }
 
 
+def folds_of_flags(args, keys, strata=None, groups=None):
+    """{train, val, test: (n,) int rows} for each of --folds; no row is in a test part."""
+    fold_of = make_folds(len(keys), args.folds, strata, groups, args.seed, keys)
+    none = np.array([], dtype=int)
+    return [{"train": np.flatnonzero(fold_of != k), "val": np.flatnonzero(fold_of == k), "test": none}
+            for k in range(args.folds)]
+
+
 def effective_size(target, subjects=None):
     """How much the data hold: {rows, distinct_label_vectors, subjects} of target (N,) or (N, R)."""
     target = np.asarray(target, dtype=float).reshape(len(target), -1)
