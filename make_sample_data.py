@@ -886,12 +886,9 @@ SLICE_QUIRKS = {0: "backslashes", 3: "dict", 4: "no_at2", 6: "bad_labels"}  # se
 
 @dataclasses.dataclass
 class Patient:
-    """A volume: the anatomy that all share, bent and scaled a little, under a speckle of its own."""
+    """A volume: the anatomy that all share, bent a little, and blobs of its own."""
     bend: np.ndarray  # (3, 3) near the identity
-    shift: np.ndarray  # (3,) mm
-    gain: float
     blobs: list  # of (centre (3,) mm, radii (3,) mm, brightness)
-    speckle: int
 
 
 def make_blobs(count, radii, brightness, rng):
@@ -905,26 +902,21 @@ def make_blobs(count, radii, brightness, rng):
 def make_patient(anatomy, rng):
     return Patient(
         bend=np.eye(3) + rng.normal(0, 0.02, (3, 3)),
-        shift=rng.normal(0, 0.5, 3),
-        gain=rng.uniform(0.7, 1.3),
-        blobs=anatomy + make_blobs(N_OWN, (3, 7), (20, 60), rng),
-        speckle=int(rng.integers(2 ** 31)))
+        blobs=anatomy + make_blobs(N_OWN, (3, 7), (20, 60), rng))
 
 
-def cut_slice(pose, patient):
-    """(H, W) uint8 slice at a pose (6,): blobs over tissue that brightens with depth, and speckle."""
+def cut_slice(pose, patient, rng):
+    """(H, W) uint8 slice at a pose (6,): blobs over tissue that brightens with depth, and noise."""
     u = np.arange(FRAME_SIDE) + 0.5 - FRAME_SIDE / 2
     x, y = np.meshgrid(u, u)
     plane = np.stack([x, y, np.zeros_like(x)], -1)  # (H, W, 3) mm, in the probe's frame
     rotation = probe_poses.on_arrays(probe_poses.rotation_matrix, pose[3:])
-    points = (plane @ rotation.T + pose[:3]) @ patient.bend.T + patient.shift
+    points = (plane @ rotation.T + pose[:3]) @ patient.bend.T
     grey = 75 + 0.5 * points[..., 1]
     for centre, radii, brightness in patient.blobs:
         distance = np.square((points - centre) / radii).sum(-1)
         grey += brightness * np.exp(-0.5 * distance)
-    cell = np.floor(points / 2.0).astype(np.int64) @ np.array([73856093, 19349663, 83492791])
-    noise = np.sin((cell + patient.speckle) * 12.9898) * 43758.5453 % 1  # a cell looks the same in every slice
-    return (patient.gain * grey * (0.85 + 0.3 * noise)).clip(0, 255).astype(np.uint8)
+    return to_pixels(grey * rng.normal(1, 0.08, grey.shape))
 
 
 def make_path(n_poses, rng):
@@ -936,10 +928,10 @@ def make_path(n_poses, rng):
     return REACH * waves
 
 
-def write_sequence(folder, poses, patient, motions, quirk):
+def write_sequence(folder, poses, patient, motions, quirk, rng):
     """One folder: its frames, and the N transitions between N + 1 poses, with the quirk named."""
     names = [f"frames_{folder.name.removeprefix('patient_')}_{i:04d}" for i in range(len(poses))]
-    pictures = [Image.fromarray(cut_slice(pose, patient)) for pose in poses]
+    pictures = [Image.fromarray(cut_slice(pose, patient, rng)) for pose in poses]
     for which in ("ft1", "ft2"):
         (folder / which).mkdir(parents=True)
     motion_of = probe_poses.CONVENTIONS[motions].motion
@@ -979,8 +971,9 @@ def make_dreamer(folder, n_transitions, seed, motions):
         name = f"patient_{number + 1:02d}"
         sequence = f"{name}_{k // n_patients + 1:02d}"
         patient = make_patient(anatomy, np.random.default_rng([seed, 2, number]))
-        poses = make_path(len(part) + 1, np.random.default_rng([seed, 1, k]))
-        write_sequence(folder / sequence, poses, patient, motions, SLICE_QUIRKS.get(k))
+        rng = np.random.default_rng([seed, 1, k])
+        poses = make_path(len(part) + 1, rng)
+        write_sequence(folder / sequence, poses, patient, motions, SLICE_QUIRKS.get(k), rng)
         patients[sequence] = name
     common.write_json(folder / "patient_map.json", patients)
     sequences = list(patients)
