@@ -11,7 +11,8 @@ Where a score comes from: judge() hands the predictions table to evidence/score_
 rating are those of common.regression_metrics, mean R2 is their plain mean, and evidence/subject_intervals.py gives
 each its interval.
 
-Letters: N images, M images scored, B batch, R ratings, F backbone features, V views, S side of the input in pixels.
+Letters: N images, M images scored, B batch, R ratings (columns of the table, such as Valence), F backbone features,
+V views, S side of the input in pixels.
 Units: every metric and prediction is in the unit of the ratings file; images are uint8 RGB until they reach the device.
 """
 import dataclasses

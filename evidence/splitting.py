@@ -146,10 +146,10 @@ def make_folds(n_rows, k, strata=None, groups=None, seed=42, keys=None):
     return _assign(np.full(k, 1 / k), strata, unit, seed, keys, n_rows)
 
 
-def write_splits(path, split, keys, extra=None):
-    """JSON {part: [keys in row order]} and, under 'info', whatever else explains the split."""
+def write_splits(path, split, keys):
+    """JSON {part: [keys in row order]}."""
     listed = {part: [str(keys[row]) for row in rows] for part, rows in split.items()}
-    common.write_json(path, {**listed, "info": extra or {}})
+    common.write_json(path, listed)
 
 
 def read_split_file(path, keys):

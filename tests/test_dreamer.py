@@ -13,6 +13,7 @@ from torch import nn
 
 import common
 import train_dreamer
+import verify_setup
 from conftest import only_run, run_here, run_fresh, run_script
 from evidence import pose_scores, prediction_tables
 from readers.probe_poses import AXES
@@ -240,10 +241,13 @@ def test_time_blocks_of_one_patient_prove_nothing(slices, tmp_path):
     assert "train_latent_loss" not in read_csv(run / "training_history.csv")[0]
 
 
-def test_verify_setup_audits_and_dry_runs(slices):
-    text = run_script("verify_setup.py", "--task", "dreamer", "--quick", "--data_dir", slices, "--patient_map",
-                      slices / "patient_map.json").stdout
-    assert "composition additive" in text and "patients" in text and "FAIL" not in text.replace("0 FAIL", "")
+def test_verify_setup_audits_transitions(slices, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify_setup, "run_audit", lambda script, *flags: run_script(script, "--mode", "audit", *flags))
+    args = types.SimpleNamespace(data_dir=slices, patient_map=slices / "patient_map.json")
+    checks = list(verify_setup.check_dreamer(args, tmp_path))
+    text = "\n".join(f"{check.name} {check.found}" for check in checks)
+    assert "composition additive" in text and "patients" in text
+    assert "FAIL" not in [check.status for check in checks]
 
 
 # --- the model --------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from packaging.version import Version
 from PIL import Image
 
 import verify_setup
+from conftest import run_script
 
 REPO = Path(verify_setup.__file__).parent
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
@@ -282,7 +284,13 @@ def audit_video(temporary, **flags):
     """{name: Check} of a manifest of events."""
     args = SimpleNamespace(manifest=None, video_root=None, label_map=None, group_column=None, scores=False)
     vars(args).update(flags)
-    return {check.name: check for check in verify_setup.check_video(args, temporary)}
+    with mock.patch.object(verify_setup, "run_audit", audit_in_server):
+        return {check.name: check for check in verify_setup.check_video(args, temporary)}
+
+
+def audit_in_server(script, *flags):
+    """verify_setup.run_audit without the imports of another process."""
+    run_script(script, "--mode", "audit", *flags)
 
 
 @pytest.fixture
