@@ -138,6 +138,8 @@ WHOLE = bounded(int, 0)
 POSITIVE = bounded(int, 1)
 AMOUNT = bounded(float, 0)
 SHARE = bounded(float, 0, 1)
+DROPOUT = bounded(float, 0, 0.95)
+SIDE = bounded(int, 32)  # of an input, in pixels
 
 
 def add_run_arguments(parser):
@@ -241,6 +243,19 @@ def add_model_arguments(parser):
         help="start from random weights")
     add("--weights", type=Path, metavar="FILE",
         help="state dict for the backbone, instead of the published weights")
+
+
+def add_freezing_arguments(add):
+    """What of a pretrained backbone is trained, and how fast: for scripts with a BackboneModel."""
+    add("--freeze_backbone", action="store_true",
+        help="train only the layers after the backbone, on features computed once")
+    add("--freeze_stages", type=WHOLE, default=0,
+        help="how many of the backbone's resolutions, from the first (a ResNet has 5), keep their "
+             "weights")
+    add("--freeze_norm", action="store_true",
+        help="keep the BatchNorm statistics: more stable with few samples")
+    add("--backbone_lr_mult", type=AMOUNT, default=1.0,
+        help="learning rate of the backbone, as a multiple of --lr")
 
 
 def add_compute_arguments(parser):

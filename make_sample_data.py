@@ -70,7 +70,7 @@ def parse_args(argv=None):
         help="number of pictures, events or transitions (default: depends on the task)")
     add("--motions", choices=probe_poses.CONVENTIONS, default="additive",
         help="dreamer: at2 = at1 + motion, T(motion) T(at1), or T(at1) T(motion)")
-    add("--seed", type=common.bounded(int, 0), default=42, help="another seed gives other data")
+    add("--seed", type=common.WHOLE, default=42, help="another seed gives other data")
     add("--overwrite", action="store_true", help="replace sample data made here earlier")
     return common.parse_arguments(parser, argv)
 

@@ -40,7 +40,7 @@ def parse_args(argv=None):
     add("--images", type=Path, nargs="+", default=[], help="single picture files")
     add("--output", type=Path, default=Path("predictions.csv"), help="CSV to write")
     add("--interval", type=common.bounded(float, 0.01, 0.999), help="coverage of the conformal bounds, such as 0.9")
-    add("--predict_batch_size", type=common.bounded(int, 1), default=32, help="pictures per batch")
+    add("--predict_batch_size", type=common.POSITIVE, default=32, help="pictures per batch")
     common.add_compute_arguments(parser)
     parser.set_defaults(seed=0)  # the loader asks for it, nothing is drawn
     args = common.parse_arguments(parser, argv)

@@ -55,23 +55,18 @@ def parse_args(argv=None):
     data("--normalize_targets", action="store_true", help="train on (rating - mean) / sd of the train rows")
     model = parser.group("model")
     model("--backbone", default="resnet50", help="any torchvision classifier: resnet18, efficientnet_b3, vit_b_16, ...")
-    model("--image_size", type=common.bounded(int, 32), default=224,
+    model("--image_size", type=common.SIDE, default=224,
           help="side of the square input in pixels, cropped from pictures whose short side is 8/7 of it")
     model("--head", choices=("mlp", "ridge"), default="mlp",
           help="mlp: two hidden layers on the last features; ridge: one linear layer on the last three resolutions, "
                "trained with the backbone and at the end replaced by the ridge regression on the train rows")
-    model("--dropout", type=common.bounded(float, 0, 0.95), default=0.5, help="in the hidden layers of the mlp head")
+    model("--dropout", type=common.DROPOUT, default=0.5, help="in the hidden layers of the mlp head")
     model("--flip_average", action="store_true", help="predict the mean over a picture and its mirror image")
-    model("--freeze_backbone", action="store_true", help="train the head alone, on features computed once")
-    model("--feature_views", type=common.bounded(int, 1), default=1,
+    common.add_freezing_arguments(model)
+    model("--feature_views", type=common.POSITIVE, default=1,
           help="with --freeze_backbone: versions of each picture; 1 = as it is, the others are augmented")
-    model("--freeze_epochs", type=common.bounded(int, 0), default=0,
+    model("--freeze_epochs", type=common.WHOLE, default=0,
           help="epochs at the start that train the head alone")
-    model("--freeze_stages", type=common.bounded(int, 0), default=0,
-          help="how many of the backbone's resolutions, from the first (a ResNet has 5), keep their weights")
-    model("--freeze_norm", action="store_true", help="keep the BatchNorm statistics: steadier on few pictures")
-    model("--backbone_lr_mult", type=common.bounded(float, 0), default=1.0,
-          help="learning rate of the backbone, as a multiple of --lr")
     model("--loss", choices=("mse", "smooth_l1", "weighted"), default="mse",
           help="weighted: mse in which a rating that its raters agree on counts more (inverse variance)")
     model("--select", choices=("pearson_r", "r2", "loss", "last"), default="pearson_r",

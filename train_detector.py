@@ -83,7 +83,6 @@ SMALL_HEADS = {
 PADDING = 32  # inputs are padded to multiples of the stride of the coarsest map
 SPLITS = ("train", "val", "test")
 TRUTH = ("boxes", "labels", "states")  # tensors of what is true of a picture
-SHARE = common.bounded(float, 0, 1)
 
 
 def parse_args(argv=None):
@@ -121,7 +120,7 @@ def add_data_arguments(data):
          help="best_model.pth, or its run folder, to predict or evaluate")
     data("--output", type=Path,
          help="JSON to write (predict: default detections.json; convert; audit)")
-    data("--min_trust", type=SHARE, default=0.5,
+    data("--min_trust", type=common.SHARE, default=0.5,
          help="boxes whose annotators trusted them less neither train nor count")
     data("--box_format", choices=tuple(part_boxes.BOX_FORMATS),
          help="what the four numbers of a box are: left top width height in pixels (the default), "
@@ -137,11 +136,10 @@ def add_data_arguments(data):
 
 def add_model_arguments(model):
     """The network, its input and its loss."""
-    size = common.bounded(int, 32)
     model("--model", choices=tuple(MODELS), default="fasterrcnn_resnet50_fpn",
           help="torchvision detector")
-    model("--min_size", type=size, help="short side of the input in pixels (default: the model's)")
-    model("--max_size", type=size, help="longest side of the input in pixels")
+    model("--min_size", type=common.SIDE, help="short side of the input in pixels (default: the model's)")
+    model("--max_size", type=common.SIDE, help="longest side of the input in pixels")
     model("--anchor_sizes", type=common.bounded(int, 2), nargs="+", metavar="PX",
           help=f"sides of the anchors in input pixels, smallest first: five, {RESNET18} four")
     model("--trainable_layers", type=common.bounded(int, 0, 6), default=3,
@@ -150,7 +148,7 @@ def add_model_arguments(model):
     model("--norm", choices=("auto", "frozen", "batch"), default="auto",
           help="BatchNorm statistics: frozen, or those of each batch; auto = frozen with pretrained "
                "weights")
-    model("--state_weight", type=common.bounded(float, 0), default=0.5,
+    model("--state_weight", type=common.AMOUNT, default=0.5,
           help="weight of the state loss in the total")
     model("--state_class_weights", nargs="+", type=class_weight, default=["none"], metavar="W",
           help="none, balanced (inverse frequency in the train boxes), or a number for each of "
@@ -161,12 +159,12 @@ def add_model_arguments(model):
 
 def add_result_arguments(result):
     """What counts as a detection, and what is drawn."""
-    result("--score_threshold", type=SHARE, default=0.5,
+    result("--score_threshold", type=common.SHARE, default=0.5,
            help="score from which a detection counts in precision, recall, hallucinations and "
                 "pictures")
     result("--one_per_part", action="store_true",
            help="keep the best box of each part; absent where none")
-    result("--visualize", type=common.bounded(int, 0), default=8, may_change=True,
+    result("--visualize", type=common.WHOLE, default=8, may_change=True,
            help="pictures to draw with boxes and states")
     result("--bootstrap_draws", type=common.bounded(int, 20), default=200,
            help="resamples of images for intervals")
@@ -174,7 +172,7 @@ def add_result_arguments(result):
 
 def class_weight(text):
     """argparse type of --state_class_weights: one of its words, or a weight of 0 or more."""
-    return text if text in ("none", "balanced") else common.bounded(float, 0)(text)
+    return text if text in ("none", "balanced") else common.AMOUNT(text)
 
 
 def environment_defaults(path=Path(".env")):

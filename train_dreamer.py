@@ -102,46 +102,45 @@ def add_data_arguments(add):
         help="how at1 and motion give at2: sum, T(motion) T(at1), T(at1) T(motion); auto = what fits the data")
     add("--split_by", choices=("patient", "time"), default="patient",
         help="time: blocks of each sequence, for a single one; says nothing across patients")
-    add("--gap", type=common.bounded(int, 1), default=10,
+    add("--gap", type=common.POSITIVE, default=10,
         help="transitions left out between two blocks of time")
     add("--manual_splits", action="store_true",
         help="split by the three lists below")
     for part in PARTS:
         add(f"--{part}_patients", metavar="A,B",
             help=f"patients or folders of the {part} part, separated by commas")
-    add("--max_transitions", type=common.bounded(int, 0), default=0,
+    add("--max_transitions", type=common.WHOLE, default=0,
         help="use only the first transitions of every sequence; 0 = all")
 
 
 def add_model_arguments(add):
     """Encoder, tokens, transformer and losses."""
-    positive = common.bounded(int, 1)
     add("--encoder", default="resnet34",
         help="any torchvision ResNet: resnet18, resnet34, resnet50, ...")
-    add("--image_size", type=common.bounded(int, 32), default=224,
+    add("--image_size", type=common.SIDE, default=224,
         help="side of a frame in pixels")
     add("--freeze_layers", type=common.bounded(int, 0, 5), default=0,
         help="first stages of the encoder (stem, then four) that are not trained; 5 = none is, and without "
              "augmentation its feature maps are computed once")
-    add("--backbone_lr_mult", type=common.bounded(float, 0), default=1.0,
+    add("--backbone_lr_mult", type=common.AMOUNT, default=1.0,
         help="learning rate of the encoder over --lr")
     add("--token_type", choices=("channel", "spatial"), default="channel",
         help="channel: a token per feature channel (512); spatial: a token per cell of the feature map (49), cheaper")
     add("--imagine", choices=("map", "change"), default="map",
         help="what the head gives: the feature map of t2, or its change from that of t1, which starts as a copy of t1")
-    add("--d_model", type=positive, default=768,
+    add("--d_model", type=common.POSITIVE, default=768,
         help="width of a token")
-    add("--n_layers", type=positive, default=6,
+    add("--n_layers", type=common.POSITIVE, default=6,
         help="transformer layers")
-    add("--n_heads", type=positive, default=12,
+    add("--n_heads", type=common.POSITIVE, default=12,
         help="attention heads; they divide d_model")
-    add("--feedforward", type=positive, default=3072,
+    add("--feedforward", type=common.POSITIVE, default=3072,
         help="width of the feed-forward layers")
-    add("--dropout", type=common.bounded(float, 0, 0.95), default=0.1,
+    add("--dropout", type=common.DROPOUT, default=0.1,
         help="on residual and feed-forward paths; inside attention it is 0, which lets the fused kernel run")
-    add("--lambda_t2_action", type=common.bounded(float, 0), default=1.0,
+    add("--lambda_t2_action", type=common.AMOUNT, default=1.0,
         help="weight of the loss on at2")
-    add("--lambda_latent", type=common.bounded(float, 0), default=0.2,
+    add("--lambda_latent", type=common.AMOUNT, default=0.2,
         help="weight of the loss on imagined features")
     add("--primary_task_only", action="store_true",
         help="train on at1 alone: both weights 0")

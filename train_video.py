@@ -69,8 +69,6 @@ TASK_DEFAULTS = {
         "patience": 15, "min_delta": 1e-4, "min_epochs": 5,
     },
 }
-COUNT = common.bounded(int, 1)
-NOT_NEGATIVE = common.bounded(float, 0)
 
 
 def parse_args(argv=None):
@@ -118,11 +116,11 @@ def add_clip_arguments(data):
     data("--split_by", choices=("event", "video", "group"),
          help="what a split keeps whole (default: the coarsest there is)")
     data("--filter", help='rows to use, e.g. "moment==M2 and age>=3"')
-    data("--min_event_sec", type=NOT_NEGATIVE, default=1.0,
+    data("--min_event_sec", type=common.AMOUNT, default=1.0,
          help="a shorter event gets a window of this length around it")
-    data("--max_missing", type=common.bounded(float, 0, 1), default=0.05,
+    data("--max_missing", type=common.SHARE, default=0.05,
          help="share of unreadable videos that is allowed")
-    data("--gap_sec", type=NOT_NEGATIVE, default=30.0,
+    data("--gap_sec", type=common.AMOUNT, default=30.0,
          help="windows of one video that are closer than this are reported")
     data("--cv_file", type=Path,
          help="folds of a study: cv_folds with train_animals and val_animals")
@@ -133,14 +131,14 @@ def add_clip_arguments(data):
               "after surgery; each moment is also judged alone")
     data("--fps", type=common.bounded(float, 0.1, 240), default=12.0,
          help="classify: frames per second of a clip")
-    data("--n_frames", type=COUNT,
+    data("--n_frames", type=common.POSITIVE,
          help="classify: frames in a clip (default 16); regress: at most so many frames of a "
               "sequence are read (default 32)")
-    data("--image_size", type=common.bounded(int, 32), default=112,
+    data("--image_size", type=common.SIDE, default=112,
          help="side of the input in pixels")
-    data("--jitter_sec", type=NOT_NEGATIVE, default=0.0,
+    data("--jitter_sec", type=common.AMOUNT, default=0.0,
          help="training clips may reach this far outside their event")
-    data("--clips_per_event", type=COUNT, default=5,
+    data("--clips_per_event", type=common.POSITIVE, default=5,
          help="classify: clips of each event that are predicted")
     data("--aggregation", choices=("mean", "max"), default="mean",
          help="how the outputs for the clips of an event are combined")
@@ -153,30 +151,22 @@ def add_model_arguments(model):
                f"swin3d_t), which computes in fp32 on CPUs, or {CNN_LSTM}: an image backbone frame "
                "by frame, then an LSTM")
     model("--backbone", default="resnet18", help=f"image network of {CNN_LSTM}")
-    model("--hidden", type=COUNT, default=256, help=f"width of the LSTM of {CNN_LSTM}")
-    model("--dropout", type=common.bounded(float, 0, 0.95), default=0.5,
+    model("--hidden", type=common.POSITIVE, default=256, help=f"width of the LSTM of {CNN_LSTM}")
+    model("--dropout", type=common.DROPOUT, default=0.5,
           help="dropout before the last layer")
     model("--bounded", action="store_true",
           help="regress: keep the predictions within the range of the train rows")
-    model("--freeze_stages", type=common.bounded(int, 0), default=0,
-          help="how many of the backbone's resolutions, from the first (a ResNet has 5), keep "
-               "their weights")
-    model("--freeze_norm", action="store_true",
-          help="keep the BatchNorm statistics: more stable with few events")
-    model("--freeze_backbone", action="store_true",
-          help="train only the layers after the backbone, on features computed once")
-    model("--feature_views", type=COUNT, default=4,
+    common.add_freezing_arguments(model)
+    model("--feature_views", type=common.POSITIVE, default=4,
           help="with --freeze_backbone: random clips of each row that features are computed of")
-    model("--backbone_lr_mult", type=NOT_NEGATIVE, default=1.0,
-          help="learning rate of the backbone, as a multiple of --lr")
 
 
 def add_learning_arguments(learn):
     """Loss, imbalance, weights and the choice of the epoch."""
     learn("--loss", choices=("ce", "focal", "mse", "smooth_l1"),
           help="classify: ce or focal; regress: mse or smooth_l1")
-    learn("--focal_gamma", type=NOT_NEGATIVE, default=2.0, help="focal: weight (1 - p)^gamma")
-    learn("--focal_alpha", type=common.bounded(float, 0, 1),
+    learn("--focal_gamma", type=common.AMOUNT, default=2.0, help="focal: weight (1 - p)^gamma")
+    learn("--focal_alpha", type=common.SHARE,
           help="weight of the positive class; the other classes get 1 minus this")
     learn("--label_smoothing", type=common.bounded(float, 0, 0.9), default=0.0,
           help="share of each label that is spread over all classes")
@@ -186,7 +176,7 @@ def add_learning_arguments(learn):
     learn("--boost_to", type=common.bounded(float, 0, 0.9), default=0.0,
           help="repeat train rows of the positive class up to this share; 0 = off")
     learn("--force", action="store_true", help="allow several corrections of the class balance")
-    learn("--mixup", type=NOT_NEGATIVE, default=0.0, help="alpha of mixup; 0 = off")
+    learn("--mixup", type=common.AMOUNT, default=0.0, help="alpha of mixup; 0 = off")
     learn("--positive_class", help="the class that matters (default: the rarest)")
     learn("--sample_weight", action="append", metavar="COLUMN:LEVEL=W", default=[],
           help="weight in the loss of the rows with this level, e.g. moment:M2=2.5")
@@ -194,7 +184,7 @@ def add_learning_arguments(learn):
           help="augmentation of the rows with this level")
     learn("--target_weights", nargs="+", metavar="NAME=W",
           help="regress: weight of scores in the loss")
-    learn("--consistency_weight", type=NOT_NEGATIVE, default=0.1,
+    learn("--consistency_weight", type=common.AMOUNT, default=0.1,
           help="regress: weight of the penalty on a total that is not the sum of its parts; "
                "0 = off")
     learn("--select",
