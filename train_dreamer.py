@@ -74,7 +74,8 @@ def dependent_defaults(args):
         defaults["use_amp"] = "off" if args.precision == "32" else "on"
     if args.mode == "audit":
         defaults["on_bad_file"] = "skip"  # an audit lists them all
-    if args.checkpoint and "data_dir" not in args.given:
+    reads_checkpoint = args.checkpoint and args.mode in ("evaluate", "predict")
+    if reads_checkpoint and "data_dir" not in args.given:
         defaults |= data_flags_of_run(args.checkpoint)
     return defaults
 
