@@ -68,7 +68,7 @@ BREAKS = [
           replaced_by="None",
           tests="tests/torture/test_damaged.py -k flip"),
     Break(name="16-bit pictures are clipped", file="readers/picture_files.py",
-          code="_grey_to_8bit(image)[..., None]",
+          code="_grey_to_8bit(image, pixel_range)[..., None]",
           replaced_by="np.asarray(image.convert('L'))[..., None]",
           tests="tests/test_images.py -k 16_bit"),
     Break(name="a run folder may be there already", file="common.py",
