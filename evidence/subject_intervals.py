@@ -19,6 +19,7 @@ FEWEST_ROWS_FOR_R2 = 9
 WIDEST_LOG_RATIO = math.log(20)  # an R2 whose SSE / SST is less certain than that has no interval
 CLASS_SIGN_FLIP_METRICS = ("roc_auc", "loss", "brier", "accuracy")
 LEVEL = 0.95
+FOLD_COVERAGE = ".91 to .99"  # by tests/test_estimators.py
 TIME_BLOCKS = "time blocks"  # a unit too few and too alike for a p
 
 
@@ -132,7 +133,7 @@ def estimate(model, baseline, subjects, unit="subjects", draws=2000, seed=0, blo
         reach = t_quantile(LEVEL, subjects - 1) * math.sqrt(spread) * fold_factor(folds)
         method = f"{LEVEL:.0%} {way} over {subjects} {unit}"
         if folds > 1:
-            method += f", widened x{fold_factor(folds):.2f} for {folds} folds"
+            method += f", widened x{fold_factor(folds):.2f} for {folds} folds (simulated coverage {FOLD_COVERAGE})"
         drawn = [_compare(model, baseline, weights) for weights in draw_subjects(subjects, draws, seed, block)]
         for place, found in estimates.items():
             values = np.concatenate([part[place] for part in drawn])
@@ -153,17 +154,18 @@ def fold_factor(folds):
     """How much wider an interval over the pooled rows of several folds is.
 
     Models that share train rows err alike, and resampled rows do not show it: the variance is multiplied by
-    1 + K n_test / n_train (Nadeau & Bengio 2003). tests/test_estimators.py simulates what that covers.
+    1 + K n_test / n_train (Nadeau & Bengio 2003).
     """
     return math.sqrt(1 + folds / (folds - 1)) if folds > 1 else 1.0
 
 
 def _pseudo_values(model, baseline, whole, subjects):
     """{metric: (S,)}: what each subject says of the difference; of a mean over equal subjects its own difference."""
+    places = [Place("overall", "difference", metric) for metric in CLASS_SIGN_FLIP_METRICS]
+    if places[0] not in whole:
+        return {}
     left_out = _compare(model, baseline, 1.0 - np.eye(subjects))
-    places = {metric: Place("overall", "difference", metric) for metric in CLASS_SIGN_FLIP_METRICS}
-    return {metric: subjects * whole[place] - (subjects - 1) * left_out[place]
-            for metric, place in places.items() if place in whole}
+    return {place.metric: subjects * whole[place] - (subjects - 1) * left_out[place] for place in places}
 
 
 def _compare(model, baseline, weights):

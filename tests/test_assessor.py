@@ -131,7 +131,7 @@ def test_folds_pool_every_row_once(folds, sample):
     pooled = read_csv(folds / "predictions_folds.csv")
     assert sorted(row["image"] for row in pooled) == sorted(row["image"] for row in read_csv(sample.ratings))
     assert {row["fold"] for row in pooled} == {"0", "1", "2"}
-    assert json.loads((folds / "metrics.json").read_text())["method"].endswith("widened x1.58 for 3 folds")
+    assert "widened x1.58 for 3 folds" in json.loads((folds / "metrics.json").read_text())["method"]
     for k in range(3):
         assert (folds / f"fold_{k}" / "best_model.pth").exists() and (folds / f"fold_{k}" / "report.html").exists()
         own = read_csv(folds / f"fold_{k}" / "predictions_val.csv")

@@ -328,15 +328,16 @@ TIME_CASES = [(200, 0.0), (200, 0.8), (200, 0.96), (1000, 0.9), (1000, 0.96), (1
 @pytest.mark.parametrize("subjects", [5, 9, 20, 40])
 def test_whole_coverage_over_subjects(subjects):
     held = score_coverage(subjects, repeats=15) | class_coverage(max(subjects, 9), 400)
-    assert all(0.91 <= share <= 0.985 for share in held.values()), held
+    assert all(0.92 <= share <= 0.985 for share in held.values()), held
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", FOLDS_OF)
 def test_whole_coverage_of_pooled_folds(case):
-    """92 % is not reached where the ridge turns from learning nothing to learning; the report states .89."""
+    """R2 misses 92 % by one where the ridge turns from learning nothing to learning; reports state what is covered."""
     held = fold_coverage(*FOLDS_OF[case], repeats=60)
-    assert all(0.88 <= share <= 0.995 for share in held.values()), held
+    lowest, highest = map(float, subject_intervals.FOLD_COVERAGE.split(" to "))
+    assert all(lowest - 0.005 <= share <= highest + 0.005 for share in held.values()), held
 
 
 @pytest.mark.long
@@ -344,27 +345,27 @@ def test_whole_coverage_of_pooled_folds(case):
 def test_whole_coverage_of_time_blocks(rows, correlation):
     """Of all data sets at most 7 % show an interval that misses."""
     given, held = block_coverage(rows, correlation, 300)
-    assert given * (1 - held) <= 0.07, (given, held)
+    assert given * (1 - held) <= 0.07 and (held >= 0.92 or not given), (given, held)
 
 
 def coverage_table():
-    """Markdown lines of all of these."""
-    lines = ["| simulated | coverage of nominal 95 % |", "|---|---|"]
+    """Yield the Markdown lines of all of these."""
+    yield "| simulated | coverage of nominal 95 % |"
+    yield "|---|---|"
 
-    def add(name, held):
+    def line(name, held):
         shown = ", ".join(f"{what} {share:.3f}".replace("0.", ".") for what, share in held.items())
-        lines.append(f"| {name} | {shown} |")
+        return f"| {name} | {shown} |"
     for subjects in (5, 9, 20, 40):
-        add(f"{subjects} subjects, 18 rows each", score_coverage(subjects, repeats=15))
+        yield line(f"{subjects} subjects, 18 rows each", score_coverage(subjects, repeats=15))
     for subjects in (9, 20, 40):
-        add(f"{subjects} subjects, 6 rows each, classes", class_coverage(subjects, 400))
+        yield line(f"{subjects} subjects, 6 rows each", class_coverage(subjects, 400))
     for case, numbers in FOLDS_OF.items():
-        add(f"5 pooled folds, {case}", fold_coverage(*numbers, repeats=60))
+        yield line(f"5 pooled folds, {case}", fold_coverage(*numbers, repeats=60))
     for rows, correlation in TIME_CASES:
         given, held = block_coverage(rows, correlation, 300)
-        lines.append(f"| {rows} rows in time, correlation {correlation:g} | an interval in {given:.2f}, "
-                     f"of these {held:.3f}, misses in {given * (1 - held):.3f} of all |")
-    return lines
+        yield (f"| {rows} rows in time, autocorrelation {correlation:g} | an interval in {given:.2f} of all, "
+               f"one that misses in {given * (1 - held):.3f} of all |")
 
 
 # --- noise ceiling -------------------------------------------------------------------------------
