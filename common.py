@@ -2003,7 +2003,7 @@ def _check_weights(state, source):
 
 
 def _load_backbone_state(model, state, last, source):
-    """Load all but the classifier `last`, strictly; a prefix that all layers share (model., encoder_q.) is taken off."""
+    """Load all but the classifier `last`, strictly; a prefix that all layers share (encoder_q.) is taken off."""
     own = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{last}.")}
     first = next(iter(own))
     prefixes = dict.fromkeys(name.removesuffix(first) for name in state if name.endswith(first))
@@ -2017,9 +2017,10 @@ def _load_backbone_state(model, state, last, source):
                         f"{len(wrong)} of another shape (first: {[*missing, *wrong][0]})")
     loaded = {name: state[name] for name in own if name in state}
     model.load_state_dict(_with_versions(loaded, model), strict=False)
-    if prefix or n_in_file - len(loaded) > 2:
-        _say_once(f"note: {source}: {len(loaded)} layers were loaded{f' without the prefix {prefix}' if prefix else ''}, "
-                  f"{n_in_file - len(loaded)} others of the file were not")
+    n_others = n_in_file - len(loaded)
+    if prefix or n_others > 2:
+        how = f" without the prefix {prefix}" if prefix else ""
+        _say_once(f"note: {source}: {len(loaded)} layers were loaded{how}, {n_others} others of the file were not")
 
 
 def _with_versions(state, model):

@@ -122,7 +122,7 @@ def add_data_arguments(data):
          help="JSON to write (predict: default detections.json; convert; audit)")
     data("--min_trust", type=common.SHARE, default=0.5,
          help="boxes whose annotators trusted them less neither train nor count")
-    data("--box_format", choices=tuple(part_boxes.BOX_FORMATS),
+    data("--box_format", choices=part_boxes.BOX_FORMATS,
          help="what the four numbers of a box are: left top width height in pixels (the default), "
               "corners, centre and size, or left top width height as shares of the picture")
     data("--state_attribute", metavar="NAME",

@@ -97,8 +97,7 @@ def add_data_arguments(add):
     add("--angle_unit", choices=("auto", "deg", "rad"), default="auto",
         help="unit of the angles in the files")
     add("--euler_order", choices=("auto", *probe_poses.EULER_ORDERS), default="auto",
-        help="order of the turns in the files' angles, zyx: R = Rz Ry Rx; auto = zyx, unless it fits poorly and another "
-             "one fits")
+        help="order of the turns in the files' angles, zyx: R = Rz Ry Rx; auto = zyx, unless another one alone fits")
     add("--compose", choices=("auto", *probe_poses.CONVENTIONS), default="auto",
         help="how at1 and motion give at2: sum, T(motion) T(at1), T(at1) T(motion); auto = what fits the data")
     add("--split_by", choices=("patient", "time"), default="patient",
@@ -1094,7 +1093,7 @@ def load_checkpoint(args, run):
         untrained = argparse.Namespace(**{**vars(args), "pretrained": False, "weights": None})
         model = build_model(untrained, content["scaler"], args.compose)
         common.load_state(model, content["model"], path)
-    text = ", ".join(f"{name} {settings[name]}" for name in MODEL_FLAGS)
+    text = ", ".join(f"{name} {getattr(args, name)}" for name in MODEL_FLAGS)
     run.say(f"checkpoint: epoch {content['epoch']}, {text}")
     return content, run.compute.place(model), args
 

@@ -103,7 +103,7 @@ def _read_head(text, delimiter):
 
 
 def _sniff(text):
-    """-> the delimiter whose header fits its first row, needs no titles, has the most names; blanks where no other is."""
+    """-> the delimiter whose header fits its first row, needs no titles, has most names; blanks where no other is."""
     best = (False, False, 1)
     chosen = ","  # stands for a table of one column too
     for delimiter in ",;\t":

@@ -173,7 +173,7 @@ def loose_stem(stem):
 
 
 def match_images(names, images_dir):
-    """Names as a table writes them -> (N paths, None where no file fits; names of the files that no row asks for; notes).
+    """Names as a table writes them -> (N paths, None where no file fits; names of files that no row asks for; notes).
 
     With or without folder and suffix, any case, backslashes, NFC or NFD. Of a name from elsewhere (C:\\, /data, ..)
     the end of the path counts; a folder may differ from the one on disk only where the base name is unique on both
@@ -195,7 +195,8 @@ def match_images(names, images_dir):
         raise common.UserError(f"expected one file for one image name, found {common.shorten_list(unclear)}. "
                                f"Write folder and suffix.")
     unused = [file for file in files if (file,) not in names_of]
-    return [files[fits[name].files[0]] if fits[name].files else None for name in written], unused, notes_on(fits, unused)
+    found = {name: files[fit.files[0]] for name, fit in fits.items() if fit.files}
+    return [found.get(name) for name in written], unused, notes_on(fits, unused)
 
 
 def notes_on(fits, unused):
@@ -204,15 +205,15 @@ def notes_on(fits, unused):
                if fit.files and not (fit.agrees and without_root(name) == posixpath.normpath(name))]
     notes = []
     if guessed:
-        notes.append(f"{len(guessed)} of {len(fits)} names are of another folder or spelling; the end of the path, or a "
-                     f"base name that is unique, decided: {common.shorten_list(guessed, 3)}")
+        notes.append(f"{len(guessed)} of {len(fits)} names are of another folder or spelling; the end of the path, or "
+                     f"a base name that is unique, decided: {common.shorten_list(guessed, 3)}")
     missing = [name for name, fit in fits.items() if not fit.files]
     if 10 * len(missing) > len(fits):
         reason = f"{len(unused)} files have no row: compare the spelling" if unused else "the folder lacks them"
         if not all(map(str.isascii, missing)):
             reason = "letters such as umlauts: save the table as UTF-8"
-        notes.append(f"WARNING: {len(missing)} of {len(fits)} names fit no picture ({common.shorten_list(missing, 3)}); "
-                     f"likeliest: {reason}")
+        notes.append(f"WARNING: {len(missing)} of {len(fits)} names fit no picture "
+                     f"({common.shorten_list(missing, 3)}); likeliest: {reason}")
     return notes
 
 

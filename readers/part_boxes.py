@@ -18,12 +18,7 @@ INTACT = 0
 ABSENT = 2
 UNKNOWN = -1
 NO_STATE = ("", "unknown", "none", "undefined", "__undefined__")  # the last is what CVAT writes
-BOX_FORMATS = {  # four numbers of a file, and the size of its picture -> x1, y1, x2, y2
-    "xywh": lambda x, y, w, h, size: [x, y, x + w, y + h],
-    "xyxy": lambda x1, y1, x2, y2, size: [x1, y1, x2, y2],
-    "cxcywh": lambda x, y, w, h, size: [x - w / 2, y - h / 2, x + w / 2, y + h / 2],
-    "fractions": lambda x, y, w, h, size: [x * size[0], y * size[1], (x + w) * size[0], (y + h) * size[1]],
-}
+BOX_FORMATS = ("xywh", "xyxy", "cxcywh", "fractions")
 OVER_EDGE = 3  # pixels by which a box may leave its picture before its convention is doubted
 
 
@@ -64,7 +59,7 @@ class Annotations:
 @dataclasses.dataclass
 class Reading:
     """How a file is read, and what is noticed on the way."""
-    box_format: str  # a key of BOX_FORMATS
+    box_format: str  # one of BOX_FORMATS
     state_attribute: str  # in lower case
     faults: list = dataclasses.field(default_factory=list)  # each stops the run
     skipped: list = dataclasses.field(default_factory=list)
@@ -117,7 +112,7 @@ class PartTruth:
 def read_annotations(path, box_format=None, state_attribute=None):
     """Part annotations or a COCO file -> Annotations. UserError that lists what cannot be read, with image and key.
 
-    box_format: a key of BOX_FORMATS, None for xywh; state_attribute: the attribute that names the state, None: state.
+    box_format: one of BOX_FORMATS, None for xywh; state_attribute: the attribute that names the state, None: state.
     """
     content = _read_json(path)
     reading = Reading(box_format or "xywh", (state_attribute or "state").lower())
@@ -403,6 +398,20 @@ def box_of_polygons(polygons, reading):
     return [min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])]
 
 
+def to_corners(x, y, third, fourth, box_format, size=None):
+    """Four numbers of a box (or arrays of them) in one of BOX_FORMATS -> [x1, y1, x2, y2]; size: of its picture."""
+    if box_format == "xyxy":
+        return [x, y, third, fourth]
+    if box_format == "cxcywh":
+        x = x - third / 2
+        y = y - fourth / 2
+    corners = [x, y, x + third, y + fourth]
+    if box_format == "fractions":
+        width, height = size
+        return [x * width, y * height, corners[2] * width, corners[3] * height]
+    return corners
+
+
 def read_box(values, where, faults, box_format="xywh", size=None):
     """[x1, y1, x2, y2] of four numbers, left, top, width, height; None, and a fault, where they are none."""
     numbers = list(map(read_number, values)) if isinstance(values, list) else []
@@ -412,7 +421,7 @@ def read_box(values, where, faults, box_format="xywh", size=None):
     if box_format == "fractions" and size is None:
         faults.append(f"{where}: a box in fractions needs width and height of its image")
         return None
-    return BOX_FORMATS[box_format](*numbers, size)
+    return to_corners(*numbers, box_format, size)
 
 
 def read_state(values, where, faults):
@@ -462,8 +471,9 @@ def refuse_other_convention(objects, sizes, path):
     n_outside = {}
     n_area = {}
     for box_format in ("xywh", "xyxy", "cxcywh"):
-        x1, y1, x2, y2 = BOX_FORMATS[box_format](*written, None)
-        is_inside = (np.minimum(x1, y1) >= -OVER_EDGE) & (x2 <= width + OVER_EDGE) & (y2 <= height + OVER_EDGE)
+        x1, y1, x2, y2 = to_corners(*written, box_format)
+        is_inside = np.minimum(x1, y1) >= -OVER_EDGE
+        is_inside &= (x2 <= width + OVER_EDGE) & (y2 <= height + OVER_EDGE)
         n_outside[box_format] = np.sum(~(is_inside & (x2 >= x1) & (y2 >= y1)))
         n_area[box_format] = np.sum(np.isclose((x2 - x1) * (y2 - y1), area, rtol=0.01))
     likeliest = min(n_outside, key=n_outside.get)

@@ -73,7 +73,8 @@ def _open_picture(path):
         with open(path, "rb") as handle:
             yield Image.open(handle, formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
-        raise pixel_cache.BadImage(f"its header claims more than {pixel_cache.MAX_PIXELS // 10**6} megapixels") from error
+        limit = pixel_cache.MAX_PIXELS // 10**6
+        raise pixel_cache.BadImage(f"its header claims more than {limit} megapixels") from error
     except Image.UnidentifiedImageError as error:
         formats = ", ".join(IMAGE_FORMATS)
         reason = _unread_format(path) or f"no picture, or a damaged header (formats read: {formats})"
@@ -276,8 +277,8 @@ class ImageStore(pixel_cache.PixelStore):
         if not self.pixel_range:
             return super().description
         low, high = self.pixel_range
-        return (f"{super().description}\nnote: of pictures of more than 8 bits, the values {low:g} to {high:g} became 0 to "
-                "255 (--pixel_range)")
+        return (f"{super().description}\nnote: of pictures of more than 8 bits, the values {low:g} to {high:g} became 0 "
+                "to 255 (--pixel_range)")
 
     def decode(self, rows):
         return [audit_image(self.paths[row], self.short_side, self.pixel_range) for row in rows]

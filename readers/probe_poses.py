@@ -352,7 +352,7 @@ def best_miss(poses):
 
 
 def choose_unit(poses, asked):
-    """(deg or rad, why): beyond pi are degrees; else the unit in which the poses compose, and the size as a last guess."""
+    """(deg or rad, why): beyond pi are degrees; else the unit in which the poses compose, else a guess by the size."""
     if asked != "auto":
         return asked, "asked for"
     largest = largest_angle(poses)
@@ -363,7 +363,8 @@ def choose_unit(poses, asked):
     best = min(missed, key=lambda unit: missed[unit] or 0)
     other = "rad" if best == "deg" else "deg"
     if missed[best] is not None and missed[other] > 2 * missed[best] + 0.01:
-        return best, f"{known}; in {best} at2 is missed by {missed[best]:.3g} mm and degrees, in {other} by {missed[other]:.3g}"
+        text = f"in {best} at2 is missed by {missed[best]:.3g} mm and degrees, in {other} by {missed[other]:.3g}"
+        return best, f"{known}; {text}"
     return "rad", f"WARNING: {known}; guessed from that alone, --angle_unit tells it"
 
 
@@ -376,8 +377,8 @@ def refuse_other_frame(poses):
     far = [f"{axis} ({count} of {known})" for axis, count, known in zip(AXES, n_far, n_known) if 2 * count > known]
     if far:
         raise common.UserError(
-            f"{', '.join(far)} of at1 and at2 are beyond {LARGEST_LABEL:g}: poses in the frame of the tracker? Give them "
-            "relative to the target view, in mm and degrees.")
+            f"{', '.join(far)} of at1 and at2 are beyond {LARGEST_LABEL:g}: poses in the frame of the tracker? Give "
+            "them relative to the target view, in mm and degrees.")
     largest = np.abs(at[:, :3])[np.isfinite(at[:, :3])].max(initial=0.0)
     if 0 < largest < 1:
         return [f"WARNING: no position is beyond {largest:.3g} mm: metres? Give them in mm"]
@@ -422,7 +423,8 @@ def read_order(poses, asked):
     factors = " ".join(f"R{axis}" for axis in order)
     text = f"angles are read as R = {factors} and turned into R = Rz Ry Rx"
     if asked == "auto":
-        text = f"WARNING: {text}: at2 is missed by {missed[order]:.3g} mm and degrees instead of {missed['zyx']:.3g} (--euler_order)"
+        text = (f"WARNING: {text}: at2 is missed by {missed[order]:.3g} mm and degrees instead of {missed['zyx']:.3g} "
+                "(--euler_order)")
     return order, [text]
 
 

@@ -185,7 +185,7 @@ class Columns:
             and csv_tables.looks_numeric(self.table[name])]
 
     def targets(self):
-        """The columns asked for, else all means by name, else all that may be ratings. UserError where there are none."""
+        """The columns asked for, else all means by name, else all that may be ratings. UserError where none is."""
         if self.wanted:
             short = {base: name for name, (role, base) in self.roles.items() if role == "mean"}
             chosen = csv_tables.pick_columns(self.wanted, self.others, f"{self.source} has no --target_columns", short)
@@ -297,7 +297,7 @@ def _number_columns(columns, names, may_have_codes=True):
 
 
 def _mask_codes(columns, values, lines, name):
-    """Missing codes become NaN, in place; what looks like one, far from all other values, is a fault if none was said."""
+    """Missing codes become NaN, in place; if none was said, what looks like one, far from all others, is a fault."""
     if columns.codes is not None:
         values[np.isin(values, columns.codes)] = np.nan
         return
@@ -310,8 +310,8 @@ def _mask_codes(columns, values, lines, name):
     is_far = is_negative | (values < 2 * low - high) | (values > 2 * high - low)
     for code in np.unique(values[is_code & is_far]):
         found = lines[values == code]
-        columns.code_faults.append(
-            f"{name} is {code:g} in {len(found)} cells (line {common.shorten_list(found, 3)}), the others {low:g} to {high:g}")
+        where = f"in {len(found)} cells (line {common.shorten_list(found, 3)})"
+        columns.code_faults.append(f"{name} is {code:g} {where}, the others {low:g} to {high:g}")
 
 
 def _refuse_codes(columns):
@@ -396,8 +396,8 @@ def _merge_duplicates(ratings, source, duplicates):
                f"{common.shorten_list(examples, 3)}")
     if duplicates != "mean":
         raise common.UserError(
-            f"{source} lists images twice: {counted}. Are these single ratings? Name who rated, --rater_column, or what was asked, "
-            "--attribute_column, or say --duplicates ratings. Else delete rows, or average: --duplicates mean.")
+            f"{source} lists images twice: {counted}. Are these single ratings? Name who rated, --rater_column, or what "
+            "was asked, --attribute_column, or say --duplicates ratings. Else delete rows, or average: --duplicates mean.")
 
     def grouped(values):
         return pd.DataFrame(values).groupby(names, sort=False)

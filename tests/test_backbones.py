@@ -40,7 +40,8 @@ def test_a_prefix_that_all_layers_share_is_taken_off_and_said(tmp_path, capsys, 
         assert torch.equal(backbone.layer4[1].conv2.weight, model.layer4[1].conv2.weight)
     said = capsys.readouterr().out
     shown = prefix.removeprefix("module.")
-    assert said.count("note:") == 1 and f"120 layers were loaded without the prefix {shown}" in said and "124 others" in said
+    assert said.count("note:") == 1
+    assert f"120 layers were loaded without the prefix {shown}" in said and "124 others" in said
 
 
 def test_files_from_before_torch_1_6_and_safetensors(tmp_path):

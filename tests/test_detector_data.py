@@ -251,6 +251,10 @@ def each(key, change):
     return content
 
 
+def triangle(left, top, width, height):
+    return [left, top, left + width, top, left, top + height]
+
+
 def ids_as(kind):
     content = each("annotations", lambda a: {key: kind(a[key]) for key in ("image_id", "category_id")})
     content["images"][1]["id"] = kind(9)
@@ -258,16 +262,15 @@ def ids_as(kind):
 
 
 WRITTEN = {
-    "numbers as text": (each("annotations", lambda a: {"bbox": [f"{v:.4f}" for v in a["bbox"]]}), "4 boxes have numbers"),
+    "numbers as text": (each("annotations", lambda a: {"bbox": [f"{v:.4f}" for v in a["bbox"]]}), "4 boxes have"),
     "ids as text": (ids_as(str), "8 ids are text"),
     "ids with a fraction": (ids_as(float), "8 ids are text or have a fraction"),
     "categories repeated": (coco(categories=coco()["categories"] * 3), "6 categories stand there more than once"),
-    "categories of one name": (coco(categories=[{"id": 99, "name": "bell"}, *coco()["categories"]]), "1 categories share"),
+    "one name twice": (coco(categories=[{"id": 99, "name": "bell"}, *coco()["categories"]]), "1 categories share"),
     "size 0": (each("images", lambda image: {"width": 0, "height": 0}), "2 images have the size 0"),
     "ids repeat": (each("annotations", lambda a: {"id": a["category_id"]}), "2 annotations have an id"),
-    "polygons alone": (each("annotations", lambda a: {"bbox": [], "segmentation": [[
-        a["bbox"][0], a["bbox"][1], a["bbox"][0] + a["bbox"][2], a["bbox"][1], a["bbox"][0], a["bbox"][1] + a["bbox"][3]]]}),
-        "4 boxes are drawn round"),
+    "polygons alone": (each("annotations", lambda a: {"bbox": [], "segmentation": [triangle(*a["bbox"])]}),
+                       "4 boxes are drawn round"),
 }
 
 

@@ -195,7 +195,8 @@ def test_another_euler_order_is_found_named_and_turned_into_ours(tmp_path, order
     write_sequence(tmp_path / "data" / "a_01", count=20, edit=lambda rows: write_poses(rows, poses, order=order))
     study, text, _ = load(tmp_path / "data")
     factors = " ".join(f"R{axis}" for axis in order)
-    assert study.euler_order == order and study.compose == "se3_left" and f"WARNING: angles are read as R = {factors}" in text
+    assert study.euler_order == order and study.compose == "se3_left"
+    assert f"WARNING: angles are read as R = {factors}" in text
     np.testing.assert_allclose(study.at1, poses[:-1], atol=1e-6)
     assert load(tmp_path / "data", "--euler_order", "zyx")[0].euler_order == "zyx"
 

@@ -241,7 +241,8 @@ def test_the_range_is_chosen_by_all_pictures_or_by_the_flag_and_clips(tmp_path):
     paths = [save(tmp_path, f"{k}.png", np.full((8, 8), value, np.uint16)) for k, value in enumerate((100, 1000))]
     paths.append(save(tmp_path, "8bit.png", np.full((8, 8), 7, np.uint8)))
     assert picture_files.choose_pixel_range(paths) == (0, 1023)
-    assert picture_files.choose_pixel_range(paths[2:]) is None and "note" not in picture_files.ImageStore(paths[2:], 8).description
+    assert picture_files.choose_pixel_range(paths[2:]) is None
+    assert "note" not in picture_files.ImageStore(paths[2:], 8).description
     store = picture_files.ImageStore(paths, 8, pixel_range=[200, 600])
     assert [store[k][0, 0, 0] for k in range(3)] == [0, 255, 7]
 
@@ -249,7 +250,8 @@ def test_the_range_is_chosen_by_all_pictures_or_by_the_flag_and_clips(tmp_path):
 def test_the_disk_cache_knows_the_range(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = save(tmp_path, "a.png", np.full((8, 8), 100, np.uint16))
-    assert [picture_files.ImageStore([path], 8, "disk", pixel_range)[0][0, 0, 0] for pixel_range in ([0, 100], [0, 400])] == [255, 64]
+    for pixel_range, expected in (([0, 100], 255), ([0, 400], 64)):
+        assert picture_files.ImageStore([path], 8, "disk", pixel_range)[0][0, 0, 0] == expected
 
 
 # Formats, frames, names ---------------------------------------------------
@@ -320,7 +322,8 @@ def test_reasons_of_bad_files(tmp_path):
 
 
 @pytest.mark.parametrize("name, head, word", [
-    ("a.heic", b"\0\0\0\x18ftypheic", "HEIC (iPhone): convert to JPEG"), ("a.jpg", b"\0\0\0\x18ftypheic", "HEIC (iPhone)"),
+    ("a.heic", b"\0\0\0\x18ftypheic", "HEIC (iPhone): convert to JPEG"),
+    ("a.jpg", b"\0\0\0\x18ftypheic", "HEIC (iPhone)"),
     ("a.jpg", b"\0\0\0\x18ftypmif1", "HEIF"), ("b.png", b"\0\0\0\x1cftypavif", "AVIF"),
     ("c.jp2", b"\0\0\0\x0cjP  \r\n", "JPEG 2000"), ("d.dcm", bytes(128) + b"DICM", "DICOM: export as PNG")])
 def test_formats_that_are_not_read_are_listed_with_the_remedy(tmp_path, name, head, word):

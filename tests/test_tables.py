@@ -344,7 +344,8 @@ def test_mean_sd_and_n_are_words_of_a_name_in_any_place(tmp_path, head, names):
     rows = "".join(f"{i}.png,{','.join([f'{i},1.{i},2{i}'] * len(names))}\n" for i in range(1, 9))
     ratings = rating_tables.read_ratings(written(tmp_path, f"image,{head}\n{rows}"))
     assert ratings.names == names and ratings.mean[:, 0].tolist() == list(range(1, 9))
-    assert ratings.sd[:, -1].tolist() == [1 + i / 10 for i in range(1, 9)] and (ratings.n[:, 0] == np.arange(21, 29)).all()
+    assert ratings.sd[:, -1].tolist() == [1 + i / 10 for i in range(1, 9)]
+    assert ratings.n[:, 0].tolist() == list(range(21, 29))
 
 
 def test_traits_are_no_words_of_that_kind_and_what_is_not_used_is_named(tmp_path):
@@ -366,7 +367,7 @@ def test_damaged_cells_are_missing_percent_or_an_error(tmp_path):
 
 TWENTY = [(f"face{i:02d}.png", 2 + i / 4, 8 - i / 5) for i in range(20)]
 WRITTEN = {
-    "sep line": ["sep=;", "image;x;y", *(f"{n};{a};{b}".replace(".", ",").replace(",png", ".png") for n, a, b in TWENTY)],
+    "sep line": ["sep=;", "image;x;y", *(f"{n};" + f"{a};{b}".replace(".", ",") for n, a, b in TWENTY)],
     "rows quoted": ['"""image"",""x"",""y"""', *(f'"""{n}"",{a},{b}"' for n, a, b in TWENTY)],
     "title": ["Table 1. Mean ratings", "", "image,x,y", *(f"{n},{a},{b}" for n, a, b in TWENTY)],
     "title with blank cells": ["Mean ratings,,", "image,x,y", *(f"{n},{a},{b}" for n, a, b in TWENTY)],
@@ -420,7 +421,8 @@ def test_find_images_follows_linked_folders_once(tmp_path):
 @pytest.mark.parametrize("name, file", [
     ("1", "1.jpg"), ("1.jpg", "1.jpg"), ("1.JPG", "1.jpg"), ("1.png", "1.jpg"), ("stimuli/1.jpg", "1.jpg"),
     ("stimuli\\set a\\1.jpg", "1.jpg"), ("./1.jpg", "1.jpg"), ("B", "sub/b.PNG"), ("sub/b.png", "sub/b.PNG"),
-    ("01.jpg", "1.jpg"), ("two%20words", "two words.jpg"), ("x/sub/b", "sub/b.PNG"), ("other/b.png", "sub/b.PNG"), ("v1.2", "v1.2.jpg"), ("11", None), ("two words.jpg",) * 2,
+    ("01.jpg", "1.jpg"), ("two%20words", "two words.jpg"), ("x/sub/b", "sub/b.PNG"), ("other/b.png", "sub/b.PNG"),
+    ("v1.2", "v1.2.jpg"), ("11", None), ("two words.jpg",) * 2,
     (unicodedata.normalize("NFD", "grün.jpg"), "grün.jpg")])
 def test_spellings_of_one_image(tmp_path, name, file):
     touch(tmp_path, "1.jpg", "sub/b.PNG", "v1.2.jpg", "two words.jpg", "grün.jpg")
@@ -522,7 +524,8 @@ def test_omi_files_agree_with_each_other(tmp_path):
     np.testing.assert_array_equal(every.mean[:, [every.names.index(name) for name in fourteen.names]], fourteen.mean)
     for ratings in (every, fourteen, quoted, raw):
         paths, unmatched, notes = file_names.match_images(ratings.images, OMI / "images")
-        assert unmatched == notes == [] and [path.stem for path in paths] == [Path(name).stem for name in ratings.images]
+        assert unmatched == notes == []
+        assert [path.stem for path in paths] == [Path(name).stem for name in ratings.images]
     with gzip.open(OMI / "raw_ratings_14.csv.gz", "rt") as source:
         first_time = [line for line in source if line.split(",")[2] in ("rating_type", "normal")]
     normal = rating_tables.read_ratings(written(tmp_path, "".join(first_time)))
