@@ -21,15 +21,13 @@ def content_keys(sources):
     Files of equal size are read once for their SHA-256; of others the size says enough.
     """
     keys = {source: f"not there: {source}" for source in sources}
-    there = filter(os.path.exists, dict.fromkeys(sources))
-    files = {source: video_files.files_of(source) for source in there}
+    files = {source: video_files.files_of(source) for source in keys if os.path.exists(source)}
     sizes = {
         source: tuple(map(os.path.getsize, inside)) for source, inside in files.items()
     }
     size_of_file = {os.path.realpath(source): sizes[source] for source in files}
     n_files = collections.Counter(size_of_file.values())
-    for source in files:
-        size = sizes[source]
+    for source, size in sizes.items():
         must_read = n_files[size] > 1
         keys[source] = video_files.sha_of(files[source] if must_read else (), size)
     return keys
@@ -101,9 +99,7 @@ def audit_table(
         part: np.flatnonzero(table.parts == part) for part in split if part in parts
     }
     file_keys = content_keys(table.sources)
-    contents = (
-        clip_contents(table, file_keys) if pixels is None else np.asarray(pixels)[rows]
-    )
+    contents = clip_contents(table, file_keys) if pixels is None else np.asarray(pixels)[rows]
     values = {
         "groups": table.groups,
         "events": table.events,
@@ -139,13 +135,12 @@ def audit_table(
 
 def seen_events(table):
     """{part: count of its events that are in a part before it, of how many, and in which parts}."""
-    events_of = {part: set(table.events[table.parts == part]) for part in ("train", "val", "test")}
     seen = {}
     for part, before in (("val", ["train"]), ("test", ["train", "val"])):
-        known = set().union(*(events_of[each] for each in before))
-        if known and events_of[part]:
-            shared = events_of[part] & known
-            seen[part] = {"count": len(shared), "of": len(events_of[part]), "in": " or ".join(before)}
+        known = set(table.events[np.isin(table.parts, before)])
+        events = set(table.events[table.parts == part])
+        if known and events:
+            seen[part] = {"count": len(events & known), "of": len(events), "in": " or ".join(before)}
     return seen
 
 
@@ -154,114 +149,87 @@ def _renamed_copies(table, file_keys):
     videos = collections.defaultdict(set)
     for source, video in zip(table.sources, table.videos):
         videos[file_keys[source]].add(video)
-    names = {
-        key: " = ".join(sorted(found))
-        for key, found in videos.items()
-        if len(found) > 1
-    }
-    return [names.get(file_keys[source], "") for source in table.sources]
+    copies = [videos[file_keys[source]] for source in table.sources]
+    return [" = ".join(sorted(names)) if len(names) > 1 else "" for names in copies]
 
 
 def _add_shared_events(report, table, pair):
     """Rows of the second part whose event is in the first; shared events that no video shows twice."""
-    a, b = pair.split("-")
-    shown = {
-        part: set(
-            zip(table.events[table.parts == part], table.videos[table.parts == part])
-        )
-        for part in (a, b)
-    }
-    shared = {event for event, _ in shown[a]} & {event for event, _ in shown[b]}
-    in_one_video = {event for event, _ in shown[a] & shown[b]}
-    in_b = table.events[table.parts == b]
+    first, second = (table.take(table.parts == part) for part in pair.split("-"))
+    shared = set(first.events) & set(second.events)
+    shown_twice = set(zip(first.events, first.videos)) & set(zip(second.events, second.videos))
+    in_one_video = {event for event, _ in shown_twice}
     report["between"][pair]["events_other_camera"] = splitting.found_items(
         shared - in_one_video
     )
     report["shared_event_rows"][pair] = {
-        "count": int(np.isin(in_b, list(shared)).sum()),
-        "of": len(in_b),
+        "count": np.isin(second.events, list(shared)).sum(),
+        "of": len(second),
     }
 
 
 def describe_part(table):
     """Rows, repeats, events per video, and videos with one class (pure) or several (mixed)."""
-    labels_of_video = collections.defaultdict(set)
-    labels_of_event = collections.defaultdict(set)
-    counts = {}
-    unlabelled = 0
-    if table.label is not None:
-        for row in np.flatnonzero(table.label >= 0):
-            labels_of_video[table.videos[row]].add(table.label[row])
-            labels_of_event[table.events[row]].add(table.label[row])
-        counts = {
-            name: int((table.label == c).sum()) for c, name in enumerate(table.names)
-        }
-        unlabelled = int((table.label < 0).sum())
-    shown = set(zip(table.videos, table.events))
-    per_video = list(collections.Counter(video for video, _ in shown).values())
-    n_labels = [len(found) for found in labels_of_video.values()]
-    mixed_events = [event for event, found in labels_of_event.items() if len(found) > 1]
+    import pandas as pd
+
+    has_classes = table.label is not None
+    shown = pd.DataFrame({"video": table.videos, "event": table.events})
+    shown["label"] = table.label if has_classes else -1
+    labelled = shown[shown["label"] >= 0]
+    n_labels = labelled.groupby("video")["label"].nunique()
+    n_labels_of_event = labelled.groupby("event")["label"].nunique()
+    events_per_video = shown.groupby("video")["event"].nunique()
+    classes = table.names if has_classes else []
     return {
         "rows": len(table),
-        "repeated_rows": int((table.repeats - 1).sum()),
-        "videos": len(per_video),
-        "events": len(set(table.events)),
+        "repeated_rows": (table.repeats - 1).sum(),
+        "videos": len(events_per_video),
+        "events": shown["event"].nunique(),
         "groups": None if table.groups is None else len(set(table.groups)),
-        "classes": counts,
-        "unlabelled": unlabelled,
+        "classes": {name: (shown["label"] == c).sum() for c, name in enumerate(classes)},
+        "unlabelled": len(shown) - len(labelled) if has_classes else 0,
         "events_per_video": {
-            "min": min(per_video),
-            "median": float(np.median(per_video)),
-            "max": max(per_video),
+            "min": events_per_video.min(),
+            "median": events_per_video.median(),
+            "max": events_per_video.max(),
         },
-        "pure_videos": n_labels.count(1),
-        "mixed_videos": len(n_labels) - n_labels.count(1),
-        "events_with_two_labels": splitting.found_items(mixed_events),
+        "pure_videos": (n_labels == 1).sum(),
+        "mixed_videos": (n_labels > 1).sum(),
+        "events_with_two_labels": splitting.found_items(n_labels_of_event.index[n_labels_of_event > 1]),
     }
 
 
 def past_the_end(table, durations, slack_sec=0.1):
     """Windows that start after their file has ended, and those that it cuts.
 
-    durations: {source path: seconds}.
+    durations: {source: seconds}.
     """
-    known = {str(path): seconds for path, seconds in durations.items()}
-    seconds = np.array([known.get(str(source), math.nan) for source in table.sources])
+    seconds = np.array([durations.get(source, math.nan) for source in table.sources])
     is_seconds = table.unit == "sec"
     past = is_seconds & (table.windows[:, 0] >= seconds)
     cut = is_seconds & ~past & (table.windows[:, 1] > seconds + slack_sec)
     return {
         "past": splitting.found_items(table.clip_ids[past]),
         "cut": splitting.found_items(table.clip_ids[cut]),
-        "unknown_duration": int(np.isnan(seconds).sum()),
+        "unknown_duration": np.isnan(seconds).sum(),
     }
 
 
 def probability_clusters(path, decimals=6):
     """predictions.csv -> how many rows share their probabilities with two or more others."""
-    rows = csv_tables.read_table(path)
-    columns = [name for name in rows if name.startswith("prob_")]
-    if not columns:
-        raise common.UserError(
-            f"--predictions {path}: expected columns prob_CLASS, found "
-            f"{common.shorten_list(rows.columns, 40)}"
-        )
-    values = [
-        csv_tables.to_numbers(rows[name], f"{path}, column {name}") for name in columns
-    ]
-    values = np.round(np.stack(values, axis=1), decimals)
-    counts = collections.Counter(map(tuple, values.tolist()))
-    clusters = [(count, value) for value, count in counts.items() if count >= 3]
-    clusters.sort(reverse=True)
-    examples = [
-        {"count": count, **dict(zip(columns, value))} for count, value in clusters[:5]
-    ]
+    rows = csv_tables.read_table(path).filter(regex="^prob_")
+    if rows.empty:
+        raise common.UserError(f"--predictions {path}: expected rows with columns prob_CLASS, found none")
+    for name in rows:
+        rows[name] = csv_tables.to_numbers(rows[name], f"{path}, column {name}")
+    counts = rows.round(decimals).value_counts()  # the most frequent first
+    clusters = counts[counts >= 3]
     return {
         "rows": len(rows),
         "distinct": len(counts),
         "values": len(clusters),
-        "rows_in_clusters": sum(count for count, _ in clusters),
-        "examples": examples,
+        "rows_in_clusters": clusters.sum(),
+        "examples": clusters.head().reset_index(name="count").to_dict("records"),
     }
 
 
