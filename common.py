@@ -906,9 +906,9 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """A JSON file that this project wrote. Raises UserError where it is damaged."""
+    """The content of a JSON file. Raises UserError where there is none or it is damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
 

@@ -94,19 +94,13 @@ class PartTruth:
 
     def take(self, rows):
         """The PartTruth of chosen pictures."""
-        def of_rows(values):
-            return [values[row] for row in rows]
+        lists = ("ids", "boxes", "labels", "states", "ignored", "absent")
         return dataclasses.replace(
             self,
             images=self.images[rows],
-            ids=of_rows(self.ids),
             sizes=self.sizes[rows],
-            boxes=of_rows(self.boxes),
-            labels=of_rows(self.labels),
-            states=of_rows(self.states),
-            ignored=of_rows(self.ignored),
-            absent=of_rows(self.absent),
-            groups=None if self.groups is None else self.groups[rows])
+            groups=None if self.groups is None else self.groups[rows],
+            **{name: [getattr(self, name)[row] for row in rows] for name in lists})
 
 
 def read_annotations(path, box_format=None, state_attribute=None):
@@ -127,16 +121,14 @@ def read_annotations(path, box_format=None, state_attribute=None):
 
 
 def _read_json(path):
-    if not path.is_file():
-        raise common.UserError(f"{path}: expected a JSON file of annotations, found no such file")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text, strict=False, object_pairs_hook=unique_keys)
     except RecursionError:
         raise common.UserError(f"{path}: nested too deeply for annotations; is it the right file?") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise common.UserError(
-            f"{path}: expected JSON, found {common.one_line(error)}. Export it again.") from None
+            f"{path}: expected JSON, found {common.one_line(error)}. Check the path, or export it again.") from None
     if not isinstance(content, dict):
         raise common.UserError(
             f"{path}: expected {{image: {{parts}}}} or COCO, found a {type(content).__name__}")
@@ -155,8 +147,7 @@ def unique_keys(pairs):
 def refuse(faults, what, remedy):
     """UserError that counts the faults and shows the first ten; nothing where there are none."""
     if faults:
-        more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise common.UserError(f"{what} {'; '.join(map(clean, faults[:10]))}{more}. {remedy}")
+        raise common.UserError(f"{what} {common.shorten_list(map(clean, faults))}. {remedy}")
 
 
 def clean(text):
@@ -310,24 +301,24 @@ def read_object(own, fields, images, place, categories, reading):
     The state stands in state, state_id or an attribute, or nowhere.
     """
     key = clean(fields.get("entry", f"annotation {own}"))
-    ids = {name: fields.get(name) for name in ("image_id", "category_id")}
-    known = {"image_id": place, "category_id": categories}
-    unknown = [f"{name} {value!r}" for name, value in ids.items() if read_id(value) not in known[name]]
-    reading.counts["ids are text or have a fraction"] += sum(read_id(value) is not value for value in ids.values())
-    image = place.get(read_id(ids["image_id"]))
+    ids = fields.get("image_id"), fields.get("category_id")
+    image = place.get(read_id(ids[0]))
+    part = categories.get(read_id(ids[1]))
     name = images[image].name if image is not None else ""
-    if unknown:
-        if None in ids.values():
-            reading.skipped.append({"image": name, "annotation": key, "reason": f"no {' and '.join(unknown)}"})
+    reading.counts["ids are text or have a fraction"] += sum(read_id(value) is not value for value in ids)
+    if image is None or part is None:
+        reason = f"image_id {ids[0]!r} or category_id {ids[1]!r} is unknown"
+        if None in ids:
+            reading.skipped.append({"image": name, "annotation": key, "reason": reason})
         else:
-            reading.faults.append(f"{key}: unknown {' and '.join(unknown)}")
+            reading.faults.append(f"{key}: {reason}")
         return None
     where = f"{name!r}, {key}"
-    part = categories[read_id(ids["category_id"])]
     attributes = read_attributes(fields.get("attributes"))
-    states = [fields.get("state_id")] if reading.state_attribute == "state" else []
-    for named in (attributes, fields):
-        states += [value for key, value in named.items() if key.lower() == reading.state_attribute]
+    named = [*attributes.items(), *fields.items()]
+    states = [value for attribute, value in named if attribute.lower() == reading.state_attribute]
+    if reading.state_attribute == "state":
+        states.append(fields.get("state_id"))
     state = read_state(states, where, reading.faults)
     box = fields.get("bbox")
     if not box and "entry" not in fields:
@@ -392,10 +383,11 @@ def box_of_polygons(polygons, reading):
     for polygon in polygons if isinstance(polygons, list) else []:
         values += polygon if isinstance(polygon, list) else [None]
     numbers = list(map(read_number, values))
-    if len(numbers) < 6 or None in numbers:
+    if len(numbers) < 6 or len(numbers) % 2 or None in numbers:
         return None
     reading.counts["boxes are drawn round their polygons"] += 1
-    return [min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])]
+    points = np.reshape(numbers, (-1, 2))
+    return [*points.min(0).tolist(), *points.max(0).tolist()]
 
 
 def to_corners(x, y, third, fourth, box_format, size=None):
@@ -428,9 +420,7 @@ def read_state(values, where, faults):
     """State number that these fields (text or 0 to 3) agree on, UNKNOWN where all are blank."""
     found = set()
     for value in values:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        text = clean(value).lower()
+        text = clean(value).lower().removesuffix(".0")
         if text in STATES:
             found.add(STATES.index(text))
         elif text in map(str, range(len(STATES))):
@@ -461,7 +451,7 @@ def refuse_other_convention(objects, sizes, path):
     That is where more than a tenth leave their picture and half as many at most would by another convention, where no
     number is above 1, or where the corners' convention alone gives the areas of the file. sizes: of each image.
     """
-    kept = [each for each in objects if each.box is not None and sizes[each.image] and max(map(abs, each.box)) > 0]
+    kept = [each for each in objects if sizes[each.image] and any(each.box)]
     if not kept:
         return
     corners = np.array([each.box for each in kept])
@@ -510,10 +500,10 @@ def as_coco(found, names, sizes):
     annotations = []
     dropped = []
     for each in found.objects:
-        left, top, right, bottom = each.box
+        corners = np.array(each.box, float)
         if sizes[each.image]:
-            left, right = np.clip([left, right], 0, sizes[each.image][0]).tolist()
-            top, bottom = np.clip([top, bottom], 0, sizes[each.image][1]).tolist()
+            corners = corners.clip(0, [*sizes[each.image], *sizes[each.image]])
+        left, top, right, bottom = corners.tolist()
         width = right - left
         height = bottom - top
         if min(width, height) < 0.5:

@@ -30,9 +30,8 @@ EULER_ORDERS = ("zyx", "zxy", "yzx", "yxz", "xzy", "xyz")  # of the factors of R
 # Torch throughout, since the composition lies inside the loss; on_arrays runs the same code on numpy in float64.
 
 def on_arrays(function, *arrays):
-    """function(*tensors) on numpy arrays, in float64; text is handed on."""
-    tensors = [each if isinstance(each, str) else torch.from_numpy(np.array(each, np.float64)) for each in arrays]
-    return function(*tensors).numpy()
+    """function(*tensors) on numpy arrays, in float64."""
+    return function(*[torch.from_numpy(np.array(each, np.float64)) for each in arrays]).numpy()
 
 
 def wrap_degrees(angle):
@@ -64,13 +63,16 @@ def rotation_matrix(angles):
 
 
 def from_order(poses, order):
-    """Poses (..., 6) whose R is the product of the three turns in another order -> the same poses in ours."""
-    product = torch.eye(3, dtype=poses.dtype)
-    for axis in order:
-        turn = torch.zeros_like(poses[..., 3:])
-        turn[..., "xyz".index(axis)] = poses[..., 3 + "xyz".index(axis)]
-        product = product @ rotation_matrix(turn)
-    return torch.cat([poses[..., :3], euler_degrees(product)], -1)
+    """{name: poses (N, 6) whose R is the product of the three turns in another order} -> the same poses in ours."""
+    turned = {}
+    for name, values in poses.items():
+        product = np.eye(3)
+        for axis in map("xyz".index, order):
+            turn = np.zeros_like(values[:, 3:])
+            turn[:, axis] = values[:, 3 + axis]
+            product = product @ on_arrays(rotation_matrix, turn)
+        turned[name] = np.hstack([values[:, :3], on_arrays(euler_degrees, product)])
+    return turned
 
 
 def euler_degrees(rotation):
@@ -222,10 +224,7 @@ def read_transitions(path, sequence):
     file's folder, and are found as file_names.match_images finds them. Raises UserError that lists every row that
     cannot be read.
     """
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise common.UserError(f"{path}: expected JSON, found {common.one_line(error)}") from None
+    listed = common.read_json(path)
     if isinstance(listed, dict):
         listed = listed.get("transitions")
     if not isinstance(listed, list) or not listed:
@@ -346,9 +345,9 @@ def in_degrees(poses, unit):
 
 
 def best_miss(poses):
-    """What the best convention misses at2 by, mm and degrees together; None where no row has all three poses."""
+    """What the best convention misses at2 by, mm and degrees together; infinite where no row has all three poses."""
     residuals = composition_residuals(**poses)[:len(CONVENTIONS)]
-    return min((row["mm"] + row["deg"] for row in residuals), default=None)
+    return min((row["mm"] + row["deg"] for row in residuals), default=math.inf)
 
 
 def choose_unit(poses, asked):
@@ -360,9 +359,8 @@ def choose_unit(poses, asked):
     if not 0 < largest <= math.pi + 1e-6:
         return "deg", known
     missed = {unit: best_miss(in_degrees(poses, unit)) for unit in ("deg", "rad")}
-    best = min(missed, key=lambda unit: missed[unit] or 0)
-    other = "rad" if best == "deg" else "deg"
-    if missed[best] is not None and missed[other] > 2 * missed[best] + 0.01:
+    best, other = sorted(missed, key=missed.get)
+    if missed[other] > 2 * missed[best] + 0.01:
         text = f"in {best} at2 is missed by {missed[best]:.3g} mm and degrees, in {other} by {missed[other]:.3g}"
         return best, f"{known}; {text}"
     return "rad", f"WARNING: {known}; guessed from that alone, --angle_unit tells it"
@@ -407,25 +405,23 @@ def read_order(poses, asked):
     auto: ours, unless it fits poorly and another one fits far better.
     """
     order = asked
+    why = "asked for"
     if asked == "auto":
-        missed = {}
-        for tried in EULER_ORDERS:
-            turned = {name: on_arrays(from_order, values, tried) for name, values in poses.items()}
-            missed[tried] = best_miss(poses if tried == "zyx" else turned)
-            if missed["zyx"] is None or missed["zyx"] < 0.01:
-                break
-        best = min(missed, key=missed.get)
-        order = best if missed["zyx"] is not None and missed[best] < missed["zyx"] / 10 else "zyx"
+        order = "zyx"
+        missed = best_miss(poses)
+        if 0.01 < missed < math.inf:
+            found = {tried: best_miss(from_order(poses, tried)) for tried in EULER_ORDERS}
+            best = min(found, key=found.get)
+            if found[best] < missed / 10:
+                order = best
+                why = f"at2 is missed by {found[best]:.3g} mm and degrees instead of {missed:.3g}: --euler_order"
     if order == "zyx":
         return order, []
-    for values in poses.values():
-        values[:] = on_arrays(from_order, values, order)
+    for name, values in from_order(poses, order).items():
+        poses[name][:] = values
     factors = " ".join(f"R{axis}" for axis in order)
-    text = f"angles are read as R = {factors} and turned into R = Rz Ry Rx"
-    if asked == "auto":
-        text = (f"WARNING: {text}: at2 is missed by {missed[order]:.3g} mm and degrees instead of {missed['zyx']:.3g} "
-                "(--euler_order)")
-    return order, [text]
+    level = "WARNING: " if asked == "auto" else ""
+    return order, [f"{level}angles are read as R = {factors} and turned into R = Rz Ry Rx ({why})"]
 
 
 def choose_composition(asked, residuals):
