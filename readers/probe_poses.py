@@ -5,7 +5,6 @@ Letters: N transitions. Units: a pose is (x, y, z, roll, pitch, yaw), mm and deg
 import collections
 import dataclasses
 import itertools
-import json
 import math
 import re
 from pathlib import Path
