@@ -1,5 +1,4 @@
 """Any CSV table as people have it -> a pandas table of text, and its columns -> numbers."""
-import collections
 import contextlib
 import csv
 import gzip
@@ -121,7 +120,7 @@ def _sniff(text):
 
 def _clean_cells(values):
     """Stripped str cells, '' where missing; each different cell is looked at once (long tables repeat them)."""
-    values = [str(value) for value in values]
+    values = list(map(str, values))
     clean = {value: value.strip() for value in set(values)}
     return ["" if clean[value].lower() in MISSING_CELLS else clean[value] for value in values]
 
@@ -159,17 +158,15 @@ def read_table(path):
             f"{path}: expected a header and rows, found {len(header) and 1} line(s) with content. Check the file.")
     if any(len(cells) != len(header) for _, cells in rows):
         header, rows = _fit_header(header, rows, delimiter, notes)
-    wrong = [
-        f"line {line} has {len(cells)}"
-        for line, cells in rows if len(cells) != len(header)]
+    wrong = [f"line {line} has {len(cells)}" for line, cells in rows if len(cells) != len(header)]
     if wrong:
         raise common.UserError(
             f"{path}: expected {len(header)} fields in every row as in the header, but "
             f"{common.shorten_list(wrong, 5)}. "
             f"Put cells that contain {delimiter!r} in quotes.")
-    names = [name.strip() or f"unnamed_{i}" for i, name in enumerate(header)]
-    repeated = [name for name, count in collections.Counter(names).items() if count > 1]
-    if repeated:
+    names = pd.Index([name.strip() or f"unnamed_{i}" for i, name in enumerate(header)])
+    repeated = names[names.duplicated()].unique()
+    if len(repeated):
         raise common.UserError(
             f"{path}: expected unique column names, found twice: {common.shorten_list(repeated)}. "
             "Rename or delete them.")
@@ -210,13 +207,10 @@ def to_numbers(values, where):
     written = _clean_cells(values)
     cells = [cell.removesuffix("%") for cell in written]
     is_column = hasattr(values, "attrs")
-    if not any("." in cell for cell in cells):
-        decimals = [
-            re.fullmatch(r"[+-]?\d*,(\d+)([eE][+-]?\d+)?", cell)
-            for cell in cells if "," in cell]
-        is_comma_file = not is_column or values.attrs.get("delimiter", ",") == ","
-        if all(decimals) and not (is_comma_file and all(len(match[1]) == 3 for match in decimals)):
-            cells = [cell.replace(",", ".") for cell in cells]
+    is_comma_file = not is_column or values.attrs.get("delimiter", ",") == ","
+    may_be_thousands = is_comma_file and all(re.fullmatch(r"[^,]*,\d{3}", cell) for cell in cells if "," in cell)
+    if not may_be_thousands and not any("." in cell for cell in cells):
+        cells = [cell.replace(",", ".") for cell in cells]
     lines = values.index if is_column else range(1, len(cells) + 1)
     what = "line" if is_column else "row"
     bad = [

@@ -99,21 +99,18 @@ def _refuse_blank(table, source, column):
 
 def _refuse_useless(ratings, source):
     """UserError for images without any rating, and for ratings that are all equal."""
-    is_missing = np.isnan(ratings.mean)
-    empty = [name for name, row in zip(ratings.images, is_missing) if row.all()]
-    if empty:
+    import pandas as pd
+    mean = pd.DataFrame(ratings.mean, ratings.images, ratings.names)
+    empty = mean.index[mean.isna().all(axis=1)]
+    if len(empty):
         raise common.UserError(
             f"{source}: all ratings are missing for {common.shorten_list(empty)}. "
             "Fill or delete these rows.")
-    constant = []
-    for r, name in enumerate(ratings.names):
-        if len(np.unique(ratings.mean[~is_missing[:, r], r])) < 2:
-            constant.append(name)
-    if constant:
-        others = [name for name in ratings.names if name not in constant]
+    is_constant = mean.nunique() < 2
+    if is_constant.any():
         raise common.UserError(
-            f"{source}: constant rating columns (nothing to learn): {common.shorten_list(constant)}. "
-            f"Leave them out: --target_columns {' '.join(others)}")
+            f"{source}: constant rating columns (nothing to learn): {common.shorten_list(mean.columns[is_constant])}. "
+            f"Leave them out: --target_columns {' '.join(mean.columns[~is_constant])}")
 
 
 # --------------------------------------------------------------------------------------
@@ -291,27 +288,27 @@ def _number_columns(columns, names, may_have_codes=True):
         if name:
             values[:, r] = csv_tables.to_numbers(columns.table[name], f"{columns.source}, column {name}")
             if may_have_codes:
-                _mask_codes(columns, values[:, r], columns.table.index, name)
+                values[:, r] = _without_codes(columns, values[:, r], columns.table.index, name)
     _refuse_codes(columns)
     return values
 
 
-def _mask_codes(columns, values, lines, name):
-    """Missing codes become NaN, in place; if none was said, what looks like one, far from all others, is a fault."""
+def _without_codes(columns, values, lines, name):
+    """Numbers with NaN for missing codes; if none was said, what looks like one, far from all others, is a fault."""
     if columns.codes is not None:
-        values[np.isin(values, columns.codes)] = np.nan
-        return
+        return np.where(np.isin(values, columns.codes), np.nan, values)
     is_code = np.isin(values, MISSING_CODES)
     others = values[~is_code & ~np.isnan(values)]
-    if not is_code.any() or not len(others):
-        return
-    low, high = others.min(), others.max()
-    is_negative = (values < 0) & (low >= 0)
-    is_far = is_negative | (values < 2 * low - high) | (values > 2 * high - low)
-    for code in np.unique(values[is_code & is_far]):
-        found = lines[values == code]
-        where = f"in {len(found)} cells (line {common.shorten_list(found, 3)})"
-        columns.code_faults.append(f"{name} is {code:g} {where}, the others {low:g} to {high:g}")
+    if len(others):
+        low, high = others.min(), others.max()
+        is_far = (values < 2 * low - high) | (values > 2 * high - low)
+        if low >= 0:
+            is_far |= values < 0
+        for code in np.unique(values[is_code & is_far]):
+            found = lines[values == code]
+            where = f"in {len(found)} cells (line {common.shorten_list(found, 3)})"
+            columns.code_faults.append(f"{name} is {code:g} {where}, the others {low:g} to {high:g}")
+    return values
 
 
 def _refuse_codes(columns):
@@ -330,14 +327,11 @@ def _long_ratings(columns):
         where = f"{columns.source} has no --target_columns"
         chosen = csv_tables.pick_columns(columns.wanted, asked.unique(), where)
         columns.table = columns.table[asked.isin(chosen)]
-    table = columns.table
-    where = f"{columns.source}, column {columns.rating}"
-    values = pd.Series(csv_tables.to_numbers(table[columns.rating], where), index=table.index)
+    values = _number_columns(columns, [columns.rating], may_have_codes=False)[:, 0]
     singles = {}
-    for name, own in values.groupby(table[columns.attribute].to_numpy(), sort=False):
-        numbers = own.to_numpy(copy=True)
-        _mask_codes(columns, numbers, own.index, name)
-        singles[name] = pd.Series(numbers, index=table[columns.image].loc[own.index].to_numpy())
+    for name, rows in columns.table.groupby(columns.attribute, sort=False).indices.items():
+        own = columns.table.iloc[rows]
+        singles[name] = pd.Series(_without_codes(columns, values[rows], own.index, name), own[columns.image])
     _refuse_codes(columns)
     return _join_singles(columns, singles, [columns.attribute, columns.rating])
 
@@ -362,8 +356,8 @@ def _join_singles(columns, singles, used):
     varying = columns.varying(list(others.columns), [columns.image])
     n_rows = sum(map(len, singles.values()))
     n_filled = sum(int(own.notna().sum()) for own in singles.values())
-    found = {"rater": columns.rater, "attribute": columns.attribute, "rating": columns.rating}
-    told = [f"--{flag}_column {name}" for flag, name in found.items() if name]
+    flags = ("rater", "attribute", "rating")
+    told = [f"--{flag}_column {getattr(columns, flag)}" for flag in flags if getattr(columns, flag)]
     notes = [
         *table.attrs["notes"],
         f"{n_filled} single ratings of {len(images)} images ({n_rows - n_filled} blank ones left out): "
@@ -386,14 +380,13 @@ def _join_singles(columns, singles, used):
 def _merge_duplicates(ratings, source, duplicates):
     """The table with one row an image: means and sds of repeated rows averaged, n summed, where that is asked for."""
     import pandas as pd
-    names = [file_names.clean_name(name) for name in ratings.images]
-    lines = pd.Series(ratings.extra.index.astype(str)).groupby(names, sort=False)
-    repeated = {name: list(rows) for name, rows in lines if len(rows) > 1}
-    if not repeated:
+    names = pd.Series(map(file_names.clean_name, ratings.images))
+    is_repeated = names.duplicated(keep=False)
+    if not is_repeated.any():
         return ratings
-    examples = [f"{name} (lines {common.shorten_list(rows, 3)})" for name, rows in repeated.items()]
-    counted = (f"{len(repeated)} images stand in {sum(map(len, repeated.values()))} rows: "
-               f"{common.shorten_list(examples, 3)}")
+    lines = pd.Series(ratings.extra.index)[is_repeated].groupby(names, sort=False)
+    examples = [f"{name} (lines {common.shorten_list(rows, 3)})" for name, rows in lines]
+    counted = f"{len(examples)} images stand in {is_repeated.sum()} rows: {common.shorten_list(examples, 3)}"
     if duplicates != "mean":
         raise common.UserError(
             f"{source} lists images twice: {counted}. Are these single ratings? Name who rated, --rater_column, or what "
@@ -401,7 +394,7 @@ def _merge_duplicates(ratings, source, duplicates):
 
     def grouped(values):
         return pd.DataFrame(values).groupby(names, sort=False)
-    first = ~pd.Series(names).duplicated().to_numpy()
+    first = ~names.duplicated().to_numpy()
     return dataclasses.replace(
         ratings,
         images=list(np.array(ratings.images)[first]),
