@@ -24,9 +24,7 @@ YELLOW = "#E69F00"
 MARGINS = (0.55, 0.15, 0.48, 0.32)  # left, right, bottom, top of the axes in a panel
 
 
-def new_figure(
-    n_panels, columns, panel_inches, margins=MARGINS, edges=(0, 0), share_y=False
-):
+def new_figure(n_panels, columns, panel_inches, margins=MARGINS, edges=(0, 0), share_y=False):
     """(figure, n_panels axes) in the look of all plots, filled row by row.
 
     panel_inches: (width, height) of a panel with its margins; edges: room at the left and the
@@ -45,19 +43,15 @@ def new_figure(
         row, column = divmod(k, columns)
         x = edges[0] + column * panel_width + left
         y = height - (row + 1) * panel_height + bottom
-        box = (
-            x / width,
-            y / height,
-            (panel_width - left - right) / width,
-            (panel_height - bottom - top) / height,
-        )
+        wide = panel_width - left - right
+        high = panel_height - bottom - top
+        box = (x / width, y / height, wide / width, high / height)
         axis = figure.add_axes(box, sharey=axes[0] if share_y and axes else None)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color(SOFT)
-        axis.tick_params(colors=SOFT, labelsize=8, length=3)
+        axis.tick_params(colors=SOFT, labelsize=8)
         if share_y and column:
-            axis.tick_params(left=False, labelleft=False)
-        axis.grid(color=GRID, linewidth=0.8)
+            axis.tick_params(labelleft=False)
+        axis.grid(color=GRID)
         axis.set_axisbelow(True)
         axes.append(axis)
     return figure, axes
@@ -75,16 +69,13 @@ def save_figure(figure, path):
     drawn = io.BytesIO()
     packed = io.BytesIO()
     figure.savefig(drawn, format="png")
-    picture = Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE)
-    picture.save(packed, "PNG", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(64).save(packed, "PNG")
     common.write_whole(path, packed.getvalue())
 
 
 def set_title(axis, title, note=""):
     """Title at the left in ink, a note at the right in the soft colour."""
-    axis.set_title(
-        title, loc="left", fontsize=9, fontweight="bold", color=INK, parse_math=False
-    )
+    axis.set_title(title, loc="left", fontsize=9, color=INK, parse_math=False)
     axis.set_title(note, loc="right", fontsize=8, color=SOFT, parse_math=False)
 
 
@@ -93,8 +84,8 @@ def _label_axes(axis, x, y):
     axis.set_ylabel(y, fontsize=9, color=SOFT)
 
 
-def _add_legend(axis, place="best"):
-    axis.legend(fontsize=7, frameon=False, labelcolor=INK, loc=place)
+def _add_legend(axis):
+    axis.legend(fontsize=7, frameon=False)
 
 
 def _without_math(names, length):
@@ -111,11 +102,8 @@ def _values(rows, key):
 def _metric_families(history):
     """{family: [columns]}: train_loss and val_loss share a panel, and so do val_mae and val_mae_left."""
     columns = dict.fromkeys(column for row in history for column in row)
-    names = {
-        column: column.split("_", 1)[1]
-        for column in columns
-        if column.startswith(("train_", "val_"))
-    }
+    shown = [column for column in columns if column.startswith(("train_", "val_"))]
+    names = {column: column.split("_", 1)[1] for column in shown}
     families = {}
     for column, name in names.items():
         roots = [root for root in names.values() if f"{name}_".startswith(f"{root}_")]
@@ -124,33 +112,23 @@ def _metric_families(history):
 
 
 def _draw_history_panel(axis, history, family, columns, best_epoch):
-    """One family over the epochs; the note tells its first val_ column at the best epoch."""
+    """One family over the epochs, train_ dashed; a vertical line at the best epoch."""
     epochs = _values(history, "epoch")
     colours = itertools.cycle([BLUE, GREEN, PURPLE, YELLOW, SKY])
     for column in columns:
-        is_train = column.startswith("train_")
-        axis.plot(
-            epochs,
-            _values(history, column),
-            "--" if is_train else "-",
-            label=column,
-            color=ORANGE if is_train else next(colours),
-            marker=".",
-            markersize=3,
-        )
+        values = _values(history, column)
+        if column.startswith("train_"):
+            axis.plot(epochs, values, ".--", label=column, color=ORANGE)
+        else:
+            axis.plot(epochs, values, ".-", label=column, color=next(colours))
     set_title(axis, family)
     axis.set_xlabel("epoch", fontsize=8, color=SOFT)
     axis.locator_params(axis="x", integer=True)
     if len(columns) > 1:
         _add_legend(axis)
-    if best_epoch in epochs:
-        shown = next(
-            (column for column in columns if column.startswith("val_")), columns[0]
-        )
-        value = _values(history, shown)[epochs == best_epoch][0]
+    if best_epoch is not None:
         axis.axvline(best_epoch, color=INK, linewidth=0.9, linestyle=":")
-        axis.plot([best_epoch], [value], "o", color=INK, markersize=4)
-        set_title(axis, family, f"epoch {best_epoch:g}: {value:.3g}")
+        set_title(axis, family, f"best epoch {best_epoch:g}")
 
 
 def plot_history(history, path, best_epoch=None):
@@ -173,45 +151,28 @@ def plot_history(history, path, best_epoch=None):
 
 def _draw_target_bars(axis, rows, metric):
     """Bars of one metric with intervals, baseline and ceiling; the true number beside each."""
-    value, low, high, baseline, ceiling = (
-        _values(rows, key.format(metric))
-        for key in ("{}", "{}_low", "{}_high", "baseline_{}", "ceiling_{}")
-    )
+    value = _values(rows, metric)
+    low = _values(rows, f"{metric}_low")
+    high = _values(rows, f"{metric}_high")
+    baseline = _values(rows, f"baseline_{metric}")
+    ceiling = _values(rows, f"ceiling_{metric}")
     place = np.arange(len(rows))
     axis.barh(place, value, height=0.62, color=SKY, label="model")
     axis.hlines(place, low, high, color=INK, linewidth=1.3, label="interval")
-    axis.plot(
-        baseline,
-        place,
-        "|",
-        color=ORANGE,
-        markersize=11,
-        markeredgewidth=2.4,
-        label="baseline",
-    )
+    mark_baseline(axis, baseline, place, "baseline")
     if np.isfinite(ceiling).any():
-        axis.plot(
-            ceiling,
-            place,
-            "D",
-            color=INK,
-            markersize=4.5,
-            markerfacecolor="none",
-            label="noise ceiling",
-        )
+        axis.plot(ceiling, place, "D", color=INK, markersize=4.5, label="noise ceiling")
     axis.set_xlim(max(-0.5, 1.1 * np.nanmin([0.0, *value, *low, *baseline])), 1.0)
+    beside = axis.get_yaxis_transform()
     for y, number in zip(place, value):
-        axis.annotate(
-            f"{number:.2f}",
-            (1.02, y),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            fontsize=8,
-        )
+        axis.text(1.02, y, f"{number:.2f}", transform=beside, va="center", fontsize=8)
     set_title(axis, metric)
     axis.axvline(0, color=SOFT, linewidth=0.9)
-    axis.grid(visible=False, axis="y")
-    axis.spines["left"].set_visible(False)
+
+
+def mark_baseline(axis, values, place, label):
+    """A thick tick for the baseline on each horizontal bar."""
+    axis.plot(values, place, "|", color=ORANGE, markersize=11, markeredgewidth=2.4, label=label)
 
 
 def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
@@ -223,14 +184,11 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
     first = np.nan_to_num(_values(rows, metrics[0]), nan=-math.inf)
     rows = [rows[place] for place in np.argsort(first, kind="stable")]
     labels = _without_math([row["target"] for row in rows], 28)
+    inches = (4.0, 0.75 + 0.26 * len(rows))
+    margins = (0.15, 0.5, 0.3, 0.3)
+    edges = (label_inches(labels), 0.35)
     figure, axes = new_figure(
-        len(metrics),
-        len(metrics),
-        (4.0, 0.75 + 0.26 * len(rows)),
-        margins=(0.15, 0.5, 0.3, 0.3),
-        edges=(label_inches(labels), 0.35),
-        share_y=True,
-    )
+        len(metrics), len(metrics), inches, margins, edges, share_y=True)
     for axis, metric in zip(axes, metrics):
         _draw_target_bars(axis, rows, metric)
     axes[0].set_yticks(np.arange(len(rows)), labels, color=INK)
@@ -241,13 +199,8 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
 
 def add_figure_legend(figure, axis):
     """The legend of one axis below all panels; needs 0.35 inches at the bottom edge."""
-    figure.legend(
-        *axis.get_legend_handles_labels(),
-        loc="lower center",
-        ncols=4,
-        fontsize=8,
-        frameon=False,
-    )
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=4, fontsize=8, frameon=False)
 
 
 def plot_scatter(predicted, target, names, path):
@@ -260,41 +213,20 @@ def plot_scatter(predicted, target, names, path):
     known = np.isfinite(predicted) & np.isfinite(target)
     masked = np.where(known, target, np.nan)
     pearson_r = common.regression_metrics(predicted, masked)["pearson_r"]  # (R,)
-    is_small = len(names) > 16
-    columns, inches = (7, 1.75) if is_small else (min(len(names), 4), 2.4)
-    figure, axes = new_figure(
-        len(names),
-        columns,
-        (inches, inches),
-        margins=(0.42, 0.1, 0.27, 0.25),
-        edges=(0.2, 0.25),
-    )
+    columns = min(len(names), 6)
+    margins = (0.42, 0.1, 0.27, 0.25)
+    figure, axes = new_figure(len(names), columns, (2.1, 2.1), margins, edges=(0.2, 0.25))
     for j, axis in enumerate(axes):
         x = target[known[:, j], j]  # (n,)
         y = predicted[known[:, j], j]
-        low, high = (min(*x, *y), max(*x, *y)) if len(x) else (0.0, 1.0)
-        margin = 0.05 * (high - low) or 0.5
-        axis.plot([low, high], [low, high], color=SOFT, linewidth=1, linestyle="--")
-        axis.plot(
-            x,
-            y,
-            "o",
-            color=BLUE,
-            markersize=3,
-            alpha=0.5 if len(x) < 300 else 0.2,
-            markeredgewidth=0,
-        )
-        limits = (low - margin, high + margin)
-        axis.set(xlim=limits, ylim=limits, box_aspect=1)
-        axis.locator_params(nbins=2 if is_small else 4)
+        axis.plot(x, y, "o", color=BLUE, markersize=3, alpha=0.4, markeredgewidth=0)
+        ends = [min([*x, *y], default=0), max([*x, *y], default=1)]
+        axis.plot(ends, ends, color=SOFT, linewidth=1, linestyle="--")
+        axis.set(box_aspect=1)
+        axis.locator_params(nbins=4)
         set_title(axis, str(names[j])[:18])
-        axis.annotate(
-            f"r {pearson_r[j]:.2f}\nn {len(x)}",
-            (0.03, 0.97),
-            xycoords="axes fraction",
-            va="top",
-            fontsize=7,
-        )
+        facts = f"r {pearson_r[j]:.2f}\nn {len(x)}"
+        axis.text(0.03, 0.97, facts, transform=axis.transAxes, va="top", fontsize=7)
     figure.supxlabel("true", fontsize=9, color=SOFT, y=0.02, va="bottom")
     figure.supylabel("predicted", fontsize=9, color=SOFT, x=0.02, ha="left")
     save_figure(figure, path)
@@ -307,34 +239,24 @@ def plot_confusion(confusion, names, path):
     labels = _without_math(names, 22)
     side = max(1.4, 0.62 * len(labels))
     room = label_inches(labels)
-    below = 0.45 if len(labels) <= 4 else 0.4 + 0.7 * room
-    margins = (room + 0.35, 0.3, below, 0.32)
-    figure, (axis,) = new_figure(
-        1, 1, (side + room + 0.65, side + below + 0.32), margins
-    )
+    margins = (room + 0.35, 0.3, room + 0.4, 0.32)
+    inches = (side + room + 0.65, side + room + 0.72)
+    figure, (axis,) = new_figure(1, 1, inches, margins)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for i, j in itertools.product(range(len(labels)), repeat=2):
-        axis.text(
-            j,
-            i,
-            f"{confusion[i, j]}\n{shares[i, j]:.0%}",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="white" if shares[i, j] > 0.55 else INK,
-        )
-    turned = {"rotation": 40, "ha": "right"} if len(labels) > 4 else {}
-    axis.set_xticks(range(len(labels)), labels, color=INK, **turned)
+        text = f"{confusion[i, j]}\n{shares[i, j]:.0%}"
+        colour = "white" if shares[i, j] > 0.55 else INK
+        axis.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
+    axis.set_xticks(range(len(labels)), labels, color=INK, rotation=90)
     axis.set_yticks(range(len(labels)), labels, color=INK)
     axis.grid(visible=False)
-    axis.spines[:].set_visible(False)
     _label_axes(axis, "predicted", "true")
     set_title(axis, f"n {confusion.sum()}", f"{np.trace(confusion)} right")
     save_figure(figure, path)
 
 
 def plot_reliability(probability, label, path, before=None):
-    """Reliability diagram as PNG: share of right rows over the confidence, a point's area its rows.
+    """Reliability diagram as PNG: share of right rows over the confidence, with Wilson intervals.
 
     probability, before: (N, C), after and (None: not drawn) before calibration; label: (N,), below
     0 = missing. The title tells the ECE and what a perfectly calibrated model of these confidences
@@ -344,15 +266,14 @@ def plot_reliability(probability, label, path, before=None):
     labelled = label >= 0
     figure, (axis,) = new_figure(1, 1, (4.2, 4.2), margins=(0.55, 0.25, 0.48, 0.45))
     axis.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle="--")
-    for values, colour, name in (
-        (before, ORANGE, "before"),
-        (probability, BLUE, "after"),
-    ):
-        if values is not None:
-            values = np.asarray(values, np.float64)[labelled]
-            is_right = values.argmax(1) == label[labelled]
-            _draw_reliability(axis, values.max(1), is_right, colour, name)
-    confidence = np.asarray(probability, np.float64)[labelled].max(1, initial=0)
+    if before is not None:
+        before = np.asarray(before, np.float64)[labelled]
+        _draw_reliability(axis, before, label[labelled], ORANGE, "before")
+    known = np.asarray(probability, np.float64)[labelled]
+    _draw_reliability(axis, known, label[labelled], BLUE, "after")
+    if before is not None:
+        _add_legend(axis)
+    confidence = known.max(1, initial=0)
     ece = class_scores.classification_metrics(probability, label).overall["ece"]
     calibrated = calibrating.simulated_ece(confidence)
     set_title(
@@ -362,58 +283,37 @@ def plot_reliability(probability, label, path, before=None):
     )
     axis.set(xlim=(0, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
     _label_axes(axis, "confidence", "share of right answers")
-    if before is not None:
-        _add_legend(axis, "upper left")
     save_figure(figure, path)
 
 
-def _draw_reliability(axis, confidence, correct, colour, name):
-    """One model's bins with Wilson intervals."""
+def _draw_reliability(axis, probability, label, colour, name):
+    """One model's bins with Wilson intervals; rows of (N, C) and (N,), all labelled."""
+    confidence = probability.max(1, initial=0)
+    is_right = probability.argmax(1) == label
     n_bins = class_scores.ECE_BINS
     bins = class_scores.confidence_bins(confidence, n_bins, adaptive=False)
-    weights = np.stack([np.ones(len(bins)), confidence, correct])
-    count, sum_confidence, right = class_scores.sums_by(bins, n_bins, weights)
-    used = count > 0
-    count = count[used]
-    right = right[used]
+    weights = np.stack([np.ones(len(bins)), confidence, is_right])
+    sums = class_scores.sums_by(bins, n_bins, weights)
+    count, sum_confidence, right = sums[:, sums[0] > 0]
     ends = [subject_intervals.wilson_interval(k, n) for k, n in zip(right, count)]
     low, high = np.array(ends).reshape(-1, 2).T
-    x = sum_confidence[used] / count
+    x = sum_confidence / count
     axis.vlines(x, low, high, color=colour, linewidth=1.2, alpha=0.6)
-    axis.plot(x, right / count, color=colour, linewidth=1, alpha=0.6)
-    axis.scatter(
-        x,
-        right / count,
-        12 + 150 * count / max(count.sum(), 1),
-        color=colour,
-        label=name,
-        zorder=3,
-        linewidths=0,
-    )
+    axis.plot(x, right / count, "o-", color=colour, label=name)
 
 
 def plot_risk_coverage(confidence, correct, path):
     """Risk-coverage curve as PNG: error rate among the most confident share of the rows; (N,) each."""
     coverage, risk = calibrating.risk_coverage(confidence, correct)
     figure, (axis,) = new_figure(1, 1, (4.2, 3.0))
-    overall = math.nan
-    half = math.nan
+    axis.step(coverage, risk, color=BLUE, where="post")
+    set_title(axis, "risk over coverage")
     if len(risk):
-        overall = risk[-1]
         half = risk[np.searchsorted(coverage, 0.5)]
-        axis.plot(
-            coverage,
-            risk,
-            color=BLUE,
-            drawstyle="steps-post",
-            linewidth=1.4,
-            label="model",
-        )
-        axis.axhline(
-            overall, color=ORANGE, linestyle="--", linewidth=1.2, label="random order"
-        )
+        note = f"all {risk[-1]:.2f}, surest half {half:.2f}"
+        set_title(axis, "risk over coverage", note)
+        axis.axhline(risk[-1], color=ORANGE, linestyle="--", label="random order")
         _add_legend(axis)
-    set_title(axis, "risk over coverage", f"all {overall:.2f}, surest half {half:.2f}")
     axis.set(xlim=(0, 1.02), ylim=(0, max(0.1, 1.15 * risk.max(initial=0))))
     _label_axes(axis, "coverage: share of rows, most confident first", "error rate")
     save_figure(figure, path)
@@ -437,13 +337,11 @@ def plot_precision_recall(probability, label, names, path, positive=None):
     axes[1].plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle="--")
     _label_axes(axes[0], "recall", "precision")
     _label_axes(axes[1], "false positive rate", "recall")
-    for axis, title, place in zip(
-        axes, ("precision-recall", "ROC"), ("lower left", "lower right")
-    ):
+    for axis, title in zip(axes, ("precision-recall", "ROC")):
         set_title(axis, title, f"n {len(label)}")
         axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
         if axis.get_legend_handles_labels()[1]:
-            _add_legend(axis, place)
+            _add_legend(axis)
     save_figure(figure, path)
 
 
@@ -455,18 +353,9 @@ def _draw_curves(axes, score, is_positive, colour, name):
     recall = np.append(0, found / is_positive.sum())
     false_rate = np.append(0, (ends - found) / (~is_positive).sum())
     precision = np.append(found[0] / ends[0], found / ends)
-    auc, average_precision = (
-        float(value[0]) for value in class_scores.ranking_metrics(score, is_positive)
-    )
-    axes[0].plot(
-        recall,
-        precision,
-        color=colour,
-        linewidth=1.4,
-        drawstyle="steps-pre",
-        label=f"{name}: AP {average_precision:.2f}",
-    )
+    auc, average_precision = class_scores.ranking_metrics(score, is_positive)
+    of_recall = f"{name}: AP {average_precision[0]:.2f}"
+    of_rate = f"{name}: AUC {auc[0]:.2f}"
+    axes[0].step(recall, precision, color=colour, where="pre", label=of_recall)
     axes[0].axhline(is_positive.mean(), color=colour, linewidth=1, linestyle=":")
-    axes[1].plot(
-        false_rate, recall, color=colour, linewidth=1.4, label=f"{name}: AUC {auc:.2f}"
-    )
+    axes[1].plot(false_rate, recall, color=colour, label=of_rate)

@@ -6,14 +6,7 @@ import numpy as np
 from evidence import plotting
 from readers import probe_poses
 
-PART_COLOURS = (
-    plotting.BLUE,
-    plotting.YELLOW,
-    plotting.GREEN,
-    plotting.PURPLE,
-    plotting.SKY,
-    plotting.ORANGE,
-)
+PART_COLOURS = (plotting.BLUE, plotting.YELLOW, plotting.GREEN, plotting.PURPLE)
 MOST_PATIENTS = 30
 MARGINS = (0.2, 0.15, 0.3, 0.3)  # of a panel, in inches
 
@@ -36,8 +29,7 @@ def plot_dataset(split, groups, facts, samples, path):
         by_group.barh(places, counts, left=left, color=colour)
         left += counts
     labels = [name[-14:] for name in names]
-    size = 7 if len(names) <= 20 else 4
-    by_group.set_yticks(places, labels, fontsize=size)
+    by_group.set_yticks(places, labels, fontsize=7 if len(names) <= 20 else 4)
     plotting.set_title(parts, "transitions")
     plotting.set_title(by_group, "per patient or folder")
     text.axis("off")
@@ -61,14 +53,7 @@ def plot_per_patient(rows, baseline, path):
         of_model = [row[f"mae_{name}"] for row in rows]
         of_baseline = [row[f"baseline_mae_{name}"] for row in rows]
         axis.barh(place, of_model, color=plotting.SKY, height=0.62, label="model")
-        axis.plot(
-            of_baseline,
-            place,
-            "|",
-            color=plotting.ORANGE,
-            markersize=11,
-            markeredgewidth=2.4,
-            label=baseline)
+        plotting.mark_baseline(axis, of_baseline, place, baseline)
         axis.set_xlim(left=0)
         plotting.set_title(axis, name)
     axes[0].set_yticks(place, labels)

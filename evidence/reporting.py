@@ -87,14 +87,12 @@ def html_table(rows, columns=None, formats=None, caption="", max_rows=300):
     if not isinstance(columns, dict):
         columns = {key: str(key).replace("_", " ") for key in columns}
     formats = formats or {}
-    cells = [
-        [_cell_text(row.get(key), formats.get(key)) for key in columns]
-        for row in rows[:max_rows]
-    ]
+    cells = []
+    for row in rows[:max_rows]:
+        cells.append([_cell_text(row.get(key), formats.get(key)) for key in columns])
     if len(rows) > max_rows:
-        cells.append(
-            [f"and {len(rows) - max_rows:,} more rows"] + [""] * (len(columns) - 1)
-        )
+        more = f"and {len(rows) - max_rows:,} more rows"
+        cells.append([more] + [""] * (len(columns) - 1))
     align = [""] * len(columns)
     for j, column in enumerate(zip(*cells)):
         if j and _is_numeric(column):
@@ -105,9 +103,7 @@ def html_table(rows, columns=None, formats=None, caption="", max_rows=300):
     )
     body = []
     for first, *others in cells:
-        data = "".join(
-            f"<td{mark}>{cell}</td>" for mark, cell in zip(align[1:], others)
-        )
+        data = "".join(f"<td{mark}>{cell}</td>" for mark, cell in zip(align[1:], others))
         body.append(f'<tr><th scope="row">{first}</th>{data}</tr>')
     title = f'<p class="small">{html.escape(caption)}</p>' if caption else ""
     body = "\n".join(body)
@@ -116,7 +112,7 @@ def html_table(rows, columns=None, formats=None, caption="", max_rows=300):
 
 
 def _data_uri(picture, max_side, kind="JPEG"):
-    """Data URI of a PIL picture, its longer side cut to max_side; JPEG for photographs, PNG for plots."""
+    """Data URI of a PIL picture, its longer side cut to max_side; kind: JPEG for photographs, PNG for plots."""
     buffer = io.BytesIO()
     picture = picture.convert("RGB")
     picture.thumbnail((max_side, max_side))
@@ -131,9 +127,7 @@ def html_image(path, caption):
     from PIL import Image
 
     with Image.open(path) as picture:
-        uri = _data_uri(
-            picture, PLOT_SIDE, "PNG" if picture.format == "PNG" else "JPEG"
-        )
+        uri = _data_uri(picture, PLOT_SIDE, picture.format)
     text = html.escape(caption)
     image = f'<div class="scroll"><img src="{uri}" alt="{text}"></div>'
     return f'<figure class="plot">{image}<figcaption>{text}</figcaption></figure>'
@@ -154,13 +148,10 @@ def html_cases(cases):
             pixels = picture_files.load_image(pixels)
         uri = _data_uri(Image.fromarray(pixels), CASE_SIDE)
         title = html.escape(str(case["title"]))
-        lines = "".join(
-            f"<span>{html.escape(str(line))}</span>" for line in case.get("lines", ())
-        )
-        figures.append(
-            f'<figure><img src="{uri}" alt="{title}">'
-            f"<figcaption><b>{title}</b>{lines}</figcaption></figure>"
-        )
+        texts = [html.escape(str(line)) for line in case.get("lines", ())]
+        lines = "".join(f"<span>{text}</span>" for text in texts)
+        caption = f"<figcaption><b>{title}</b>{lines}</figcaption>"
+        figures.append(f'<figure><img src="{uri}" alt="{title}">{caption}</figure>')
     return '<div class="cases">' + "\n".join(figures) + "</div>"
 
 
@@ -182,23 +173,14 @@ def leakage_blocks(run):
 def history_blocks(run):
     """The section on learning curves: those of the run, or of its first fold."""
     curves = sorted(run.folder.glob("**/training_history.png"))
-    return [
-        html_image(path, f"Learning curves, {path.parent.name}") for path in curves[:1]
-    ]
+    return [html_image(path, f"Learning curves, {path.parent.name}") for path in curves[:1]]
 
 
 def command_blocks():
     """The section that repeats the run: the command with public paths, and package versions."""
-    versions = [
-        {"package": name, "version": version}
-        for name, version in common.package_versions().items()
-    ]
-    return [html_code(public_command()), html_table(versions)]
-
-
-def public_command():
-    """The command as it may be published: see public_word."""
-    return shlex.join(["python", *map(public_word, sys.argv)])
+    command = shlex.join(["python", *map(public_word, sys.argv)])
+    versions = [f"- {package} {version}" for package, version in common.package_versions().items()]
+    return [html_code(command), html_text("\n".join(versions))]
 
 
 def public_word(word):
@@ -226,21 +208,18 @@ def write_report(path, title, verdict, sections, foot="", figures=()):
     links = []
     bodies = []
     for heading, blocks in sections:
-        if blocks:
-            name = f"s{len(links)}"
-            links.append(f'<li><a href="#{name}">{html.escape(heading)}</a></li>')
-            body = "\n".join(blocks)
-            bodies.append(
-                f'<section id="{name}"><h2>{html.escape(heading)}</h2>\n{body}\n</section>'
-            )
+        if not blocks:
+            continue
+        name = f"s{len(links)}"
+        heading = html.escape(heading)
+        body = "\n".join(blocks)
+        links.append(f'<li><a href="#{name}">{heading}</a></li>')
+        bodies.append(f'<section id="{name}"><h2>{heading}</h2>\n{body}\n</section>')
     tile = '<div><dt>{}</dt><dd class="big">{}</dd><dd class="small">{}</dd></div>'
     tiles = "".join(tile.format(*map(html.escape, figure)) for figure in figures)
     word = _LEVELS[level][0]
-    banner = _note(
-        f'<div class="word">{word}</div><p>{html.escape(sentence)}</p>',
-        level,
-        "note verdict",
-    )
+    body = f'<div class="word">{word}</div><p>{html.escape(sentence)}</p>'
+    banner = _note(body, level, "note verdict")
     links = "".join(links)
     main = "\n".join(bodies)
     document = f"""<!DOCTYPE html>
