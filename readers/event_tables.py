@@ -4,7 +4,6 @@ Letters: N rows, C classes. Units: seconds from the start of a file.
 """
 import collections
 import dataclasses
-import itertools
 import math
 import os
 import re
@@ -47,11 +46,7 @@ class EventTable:
     def take(self, rows):
         """The table of these rows: (M,) int, or (N,) bool."""
         rows = np.arange(len(self))[rows]
-        changed = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, np.ndarray):
-                changed[field.name] = value[rows]
+        changed = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         if self.single_ratings:
             changed["single_ratings"] = {
                 name: [ratings[row] for row in rows]
@@ -87,11 +82,6 @@ def first_column(table, known):
     return next((name for name in known if name in table), None)
 
 
-def group_column_of(table, wanted, known, source):
-    """Key of the column that --group_column asks for, else the first of `known` that there is, else None."""
-    return named_column(table, wanted, known, "--group_column", source)
-
-
 def clock_seconds(text):
     """Seconds since midnight of '6:00:25', '06:00:25', '7/6/2024 6:00:25' or '6:00:25 pm'; NaN where it is no time."""
     clock = r"(?:.*[ t])?(\d{1,2}):(\d{2})(?::(\d{2}(?:\.\d*)?))?\s*(?:([ap])\.?m\.?)?"
@@ -123,24 +113,19 @@ def event_keys(extra, fallback):
     Where start time, day (or date) or the animals have no column, or the time is blank: fallback (N,), source and
     window.
     """
+    filled = extra.columns[(extra != "").any()]
+
     def levels(*names):
-        for name in names:
-            if name in extra and (extra[name] != "").any():
-                return [plain_level(cell) for cell in extra[name]]
-        return None
-    columns = [
-        levels("day", "date"),
-        levels("initiator_id", "initiator"),
-        levels("receiver_id", "receiver")]
+        name = first_column(filled, names)
+        return None if name is None else [plain_level(cell) for cell in extra[name]]
+    columns = [levels("day", "date"), levels("initiator_id", "initiator"), levels("receiver_id", "receiver")]
     if "start_time" not in extra or None in columns:
         return fallback
-    times = []
-    for cell in extra["start_time"]:
-        seconds = clock_seconds(cell)
-        times.append(plain_level(cell) if math.isnan(seconds) else f"{seconds:g} s")
     groups = levels("group") or [""] * len(extra)
     keys = []
-    for other, group, time, day, *animals in zip(fallback, groups, times, *columns):
+    for other, cell, group, day, *animals in zip(fallback, extra["start_time"], groups, *columns):
+        seconds = clock_seconds(cell)
+        time = plain_level(cell) if math.isnan(seconds) else f"{seconds:g} s"
         keys.append(" | ".join([group, day, time, *animals]) if time else other)
     return np.array(keys, dtype=str)
 
@@ -183,10 +168,9 @@ def classes_of(spelled, label_map=None, names=None):
     known = {}
     if label_map is not None:
         known = {label.strip().casefold(): name for label, name in label_map.items()}
-    elif names is not None:
-        known = {name.casefold(): name for name in names}
     else:
-        for label in sorted(counts, key=lambda label: (-counts[label], label)):
+        by_count = sorted(counts, key=lambda label: (-counts[label], label))
+        for label in by_count if names is None else names:
             known.setdefault(label.casefold(), label)
     allowed = {*known.values()} if names is None else {*names, None}
     unknown = [
@@ -214,10 +198,8 @@ def folder_table(root, notes):
     the folders' order is no order of the rows."""
     import pandas as pd
     videos, others = file_names.find_videos(root)
-    clips = [name for name in videos if "/" in name]
-    others = {name: path for name, path in others.items() if "/" in name}
-    unused = [name for name, path in others.items() if not video_files.has_pictures(path)]
-    clips += [name for name in others if name not in unused]
+    unused = [name for name, path in others.items() if "/" in name and not video_files.has_pictures(path)]
+    clips = [name for name in [*videos, *others] if "/" in name and name not in unused]
     if not clips:
         raise common.UserError(f"{root}: expected class folders with clips (CLASS/clip.mp4), found none")
     if unused:
@@ -379,13 +361,12 @@ def read_manifest(part, path, video_root, min_event_sec, need_labels, asked=(Non
     notes = []
     root = video_root or (path if path.is_dir() else path.parent)
     label_tables = sorted(path.glob("*.csv")) if path.is_dir() else []
+    source, label = "path", "label"
     if label_tables and not any(inside.is_dir() for inside in path.iterdir()):
         tables = [read_manifest_file(file, root, asked, need_labels, notes)[0] for file in label_tables]
         table = pd.concat(tables)
-        source, label = "path", "label"
     elif path.is_dir():
         table = folder_table(path, notes)
-        source, label = "path", "label"
     else:
         table, source, label = read_manifest_file(path, root, asked, need_labels, notes)
     written = table[source]
@@ -395,7 +376,8 @@ def read_manifest(part, path, video_root, min_event_sec, need_labels, asked=(Non
     rows = describe_rows(table, path, root, written, part, min_event_sec, time_unit, notes)
     rows["label"] = "" if label is None else list(table[label])
     check_whole_clips(rows, table, path)
-    used = {source, label, *(column.name for columns in event_times.time_columns(table) for column in columns)}
+    starts, ends = event_times.time_columns(table)
+    used = {source, label, *(column.name for column in starts + ends)}
     return rows, table[[name for name in table if name not in used]], notes
 
 
@@ -434,8 +416,7 @@ def own_times(rows, extra, sources, notes):
                 "is unknown where each begins. Export every file as an observation of its own")
         begins = dict(zip(files, np.cumsum([0, *lengths])))
         shift = [begins[sources[place]] for place in places]
-        for column in ("start", "end"):
-            rows.loc[places, column] -= shift
+        rows.loc[places, ["start", "end"]] -= np.array(shift)[:, None]
         notes.append(f"observation {name}: times count over {len(files)} files and were made times of each")
     return rows
 
@@ -455,25 +436,18 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
         for part, path in manifests.items()]
     rows = pd.concat([rows for rows, _, _ in found], ignore_index=True)
     extra = pd.concat([others for _, others, _ in found], ignore_index=True).fillna("")
-    group = group_column_of(extra, group_column, ["group"], common.shorten_list(manifests.values()))
+    listed = common.shorten_list(manifests.values())
+    group = named_column(extra, group_column, ["group"], "--group_column", listed)
     sources, notes = find_sources(rows, video_root is None, max_missing, need_files)
-    notes = list(itertools.chain.from_iterable(said for _, _, said in found)) + notes
+    notes = sum([said for _, _, said in found], []) + notes
     rows = own_times(rows, extra, sources, notes)
     known = read_label_map(label_map) if label_map else None
     names, classes = classes_of(rows["label"], known, names)
-
-    def reason_to_skip(fault, source, name):
-        if fault:
-            return fault
-        if source is None:
-            return "no such video"
-        if name is None:
-            return "left out by --label_map"
-        return "no label" if need_labels and not name else ""
+    reasons = {None: "left out by --label_map", "": "no label" if need_labels else ""}
     label = [names.index(name) if name else -1 for name in classes]
     table = build_table(
         rows, extra, sources,
-        reasons=list(map(reason_to_skip, rows["fault"], sources, classes)),
+        reasons=[reasons.get(name, "") for name in classes],
         names=names,
         label=np.array(label, np.int64),
         group=group,
@@ -493,7 +467,6 @@ def groups_of(extra, column, is_wanted, lines, notes):
     if is_wanted:
         raise common.UserError(f"--group_column {column} is blank in {common.shorten_list(blank)}: fill")
     notes.append(f"column {column} is blank in {len(blank)} rows and names no groups")
-    return None
 
 
 def find_sources(rows, is_open, max_missing, need_files=True):
@@ -533,13 +506,15 @@ def find_sources(rows, is_open, max_missing, need_files=True):
 def build_table(rows, extra, sources, reasons, names, group, is_group_wanted, notes, label=None, target=None):
     """N rows of describe_rows, and what is known of each -> EventTable of those without a reason to skip.
 
-    Clip ids do not depend on the order of the rows. Raises UserError where no row is left.
+    reasons: what speaks against each row beside its times and its source. Clip ids do not depend on the order of the
+    rows. Raises UserError where no row is left.
     """
-    skipped = []
-    for line, path, reason in zip(rows["line"], rows["path"], reasons):
-        if reason:
-            skipped.append({"row": line, "video": path, "reason": reason})
-    keep = np.flatnonzero([not reason for reason in reasons])
+    missing = ["" if source else "no such video or folder" for source in sources]
+    faults = [fault or absent or other for fault, absent, other in zip(rows["fault"], missing, reasons)]
+    described = rows.assign(row=rows["line"], video=rows["path"], reason=faults)
+    is_good = described["reason"] == ""
+    skipped = described.loc[~is_good, ["row", "video", "reason"]].to_dict("records")
+    keep = np.flatnonzero(is_good)
     if not len(keep):
         first = [f"{row['row']}: {row['reason']}" for row in skipped]
         raise common.UserError(f"no usable row of {len(rows)}: {common.shorten_list(first, 3)}")
@@ -573,10 +548,8 @@ def paths_below_root(sources, roots):
     below = {}
     for source in set(sources):
         path = Path(os.path.realpath(source))
-        if path.is_relative_to(base):
-            path = path.relative_to(base)
-        below[source] = path.as_posix()
-    return np.array([below[source] for source in sources], dtype=str)
+        below[source] = path.relative_to(base) if path.is_relative_to(base) else path
+    return np.array([below[source].as_posix() for source in sources], dtype=str)
 
 
 def clip_name(video, start, end, unit):
@@ -657,17 +630,14 @@ def split_keys(table, split_by=None):
 
 def connected(columns):
     """Columns of (N,) text -> (N,) text: rows linked by an equal value in any column get the same, smallest name."""
-    parent = {}
-
-    def root(node):
-        while parent.setdefault(node, node) != node:
-            parent[node] = node = parent[parent[node]]
-        return node
-    for row in zip(*columns):
-        for level, value in enumerate(row):
-            first, second = sorted((root((0, row[0])), root((level, value))))
-            parent[second] = first
-    return [root((0, value))[1] for value in columns[0]]
+    import pandas as pd
+    units = pd.Series(columns[0])
+    while True:
+        before = units
+        for column in columns:
+            units = units.groupby(column).transform("min")
+        if units.equals(before):
+            return units.tolist()
 
 
 def column_of(table, name, flag):

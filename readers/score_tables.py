@@ -71,14 +71,18 @@ def read_loose_json(path):
         raise common.UserError(f"{path}: expected JSON, found {common.one_line(error)}") from None
 
 
+def unknown_columns(wanted, rows):
+    """The wanted names that the table has in no spelling."""
+    known = {event_tables.column_key(name) for name in rows}
+    return [name for name in wanted if event_tables.column_key(name) not in known]
+
+
 def score_columns(rows, wanted, path):
     """Names of the R score columns: those asked for in any spelling, else the numeric ones that are no ids."""
     spelled = {event_tables.column_key(name): name for name in rows.columns}
     found = common.shorten_list(rows.columns, 40)
     if wanted:
-        unknown = [
-            name + common.closest(name, rows.columns)
-            for name in wanted if event_tables.column_key(name) not in spelled]
+        unknown = unknown_columns(wanted, rows)
         if unknown:
             raise common.UserError(
                 f"{path} has no --target_columns {common.shorten_list(unknown)} (found: {found})")
@@ -101,32 +105,23 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     """
     raw = sequence_rows(path)
     if target_columns and not need_labels:  # new sequences may come without the scores of a trained model
-        known = {event_tables.column_key(name) for name in raw.columns}
-        absent = [name for name in target_columns if event_tables.column_key(name) not in known]
-        raw = raw.assign(**dict.fromkeys(absent, ""))
+        raw = raw.assign(**dict.fromkeys(unknown_columns(target_columns, raw), ""))
     names = score_columns(raw, target_columns, path)
     columns = [csv_tables.to_numbers(raw[name], f"{path}, column {name}") for name in names]
     target = np.stack(columns, axis=1)  # (N, R)
     extra = event_tables.keyed_columns(raw.drop(columns=names), path)
     known = (*event_tables.PATH_COLUMNS, "media", "sequence_id", "id")
     source = event_tables.named_column(extra, path_column, known, "--path_column", path)
-    group = event_tables.group_column_of(extra, group_column, GROUP_COLUMNS, path)
+    group = event_tables.named_column(extra, group_column, GROUP_COLUMNS, "--group_column", path)
     if source is None:
         raise common.UserError(
             f"{path}: no column of folders; name it with --path_column (found: {common.shorten_list(extra.columns, 40)})")
     rows = event_tables.describe_rows(extra, path, root or Path(path).parent, extra[source])
     sources, notes = event_tables.find_sources(rows, root is None, max_missing, need_files)
-
-    def reason_to_skip(fault, folder, has_score):
-        if fault:
-            return fault
-        if folder is None:
-            return "no such folder"
-        return "" if has_score or not need_labels else "no score"
-    has_score = ~np.isnan(target).all(axis=1)
+    is_unknown = np.isnan(target).all(axis=1) & need_labels
     table = event_tables.build_table(
         rows, extra, sources,
-        reasons=list(map(reason_to_skip, rows["fault"], sources, has_score)),
+        reasons=np.where(is_unknown, "no score", ""),
         names=names,
         target=target,
         group=group,
@@ -233,13 +228,10 @@ def as_python(value, path):
 def fold_rows(fold, k, path, table):
     """One fold of a split file -> dict(fold, train, val). Raises UserError, see read_cv_file."""
     fold = fold if isinstance(fold, dict) else {}
-    train = animals_of(fold, "train", path)
-    val = animals_of(fold, "val", path)
-    both = sorted(train & val)
-    unknown = sorted((train | val) - set(table.groups))
-    rows = {
-        "train": np.flatnonzero(np.isin(table.groups, list(train))),
-        "val": np.flatnonzero(np.isin(table.groups, list(val)))}
+    animals = {side: animals_of(fold, side, path) for side in ("train", "val")}
+    both = sorted(animals["train"] & animals["val"])
+    unknown = sorted((animals["train"] | animals["val"]) - set(table.groups))
+    rows = {side: np.flatnonzero(np.isin(table.groups, list(names))) for side, names in animals.items()}
     if both or not len(rows["train"]) or not len(rows["val"]):
         raise common.UserError(
             f"--cv_file {path}, fold {k}: expected train_animals and val_animals that the scores "

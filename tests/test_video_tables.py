@@ -118,7 +118,7 @@ def test_missing_videos_are_listed_and_stop_above_the_share(tmp_path):
     assert "1 of 10" in message and "v9.mp4" in message and "--max_missing" in message
     table = event_tables.read_events({"": path}, max_missing=0.1)
     assert len(table) == 9 and [(row["row"], row["reason"]) for row in table.skipped] == [("m.csv line 11",
-                                                                                          "no such video")]
+                                                                                          "no such video or folder")]
 
 
 # --- identity of events ------------------------------------------------------------
@@ -590,7 +590,7 @@ def test_rows_without_any_score_and_missing_folders(tmp_path):
     path = write(tmp_path / "s.json", json.dumps(records))
     assert "1 of 6" in fails(score_tables.read_sequences, path) and "seq 99" in fails(score_tables.read_sequences, path)
     table = score_tables.read_sequences(path, max_missing=0.2)
-    assert [row["reason"] for row in table.skipped] == ["no score", "no such folder"] and len(table) == 4
+    assert [row["reason"] for row in table.skipped] == ["no score", "no such video or folder"] and len(table) == 4
     assert len(score_tables.read_sequences(path, max_missing=0.2, need_labels=False)) == 5
 
 
