@@ -263,7 +263,7 @@ def _sweep(path, choose, receive, short_side, until_sec=math.inf):
 
 
 def _seek(path, wanted, short_side, info):
-    """{index: pixels} by one seek, or None where any stamp after it is not the one that the whole pass saw."""
+    """{index: pixels} by one seek, or {} where any stamp after it is not the one that the whole pass saw."""
     frames = {}
     index = None
     with contextlib.suppress(BadVideo), _open_video(path) as video:
@@ -272,12 +272,12 @@ def _seek(path, wanted, short_side, info):
                 continue
             index = bisect.bisect_left(info.times, time - SAME_STAMP_SEC) if index is None else index + 1
             if index >= info.n_frames or not abs(info.times[index] - time) <= SAME_STAMP_SEC:
-                return None
+                return {}
             if index in wanted:
                 frames[index] = pixels(short_side)
             if index >= max(wanted):
                 break
-    return frames if len(frames) == len(wanted) else None
+    return frames if len(frames) == len(wanted) else {}
 
 
 def on_screen(info, times_sec):
@@ -330,7 +330,6 @@ def read_again(path, wanted, short_side, info):
     if info.is_exact and info.times[min(wanted)] > SEEK_FROM_SEC:
         frames = _seek(path, wanted, short_side, info)
     if not frames:
-        frames = {}
         _sweep(path, lambda _: wanted, frames.__setitem__, short_side, info.times[max(wanted)])
     return frames
 
@@ -650,36 +649,30 @@ class ClipStore(pixel_cache.PixelStore):
 
 
 def check_clips(audit, max_missing=0.05, on_bad_file="skip"):
-    """Indices of the good rows in a list of ClipAudit; the broken videos are named and counted.
+    """Indices of the good rows in a list of ClipAudit; broken and damaged videos are named and counted.
 
     UserError, listing all of them, where their rows are more than max_missing of all rows, or damaged frames more than
     that of all frames; with on_bad_file "error" where there is any; and where nothing is left.
     """
-    bad = {found.path: found.error for found in audit if found.error}
-    good = [row for row, found in enumerate(audit) if not found.error]
     allowed = 0.0 if on_bad_file == "error" else max_missing
-    check_damage({found.path: found for found in audit}.values(), allowed)
-    if not bad:
-        return good
+    good = [row for row, found in enumerate(audit) if not found.error]
+    files = {found.path: found for found in audit}
+    damaged = {path: found.damage for path, found in files.items() if found.damage}
+    n_damaged = sum(found.n_damaged for found in files.values())
+    n_frames = n_damaged + sum(found.n_frames for found in files.values())
+    name_losses(f"{n_damaged} of {n_frames} frames are damaged", damaged, allowed, n_damaged > allowed * n_frames)
+    bad = {path: found.error for path, found in files.items() if found.error}
     n_lost = len(audit) - len(good)
-    listed = "".join(f"\n  {path}: {error}" for path, error in bad.items())
-    if n_lost > allowed * len(audit) or not good:
-        raise common.UserError(f"{len(bad)} videos cannot be read, which takes {n_lost} of {len(audit)} rows; at most "
-                               f"{allowed:.0%} may be lost (--max_missing, --on_bad_file skip). Repair or remove "
-                               f"them:{listed}")
-    print(f"skipped: {len(bad)} videos that cannot be read, {n_lost} of {len(audit)} rows:{listed}", flush=True)
+    what = f"{len(bad)} videos cannot be read, which takes {n_lost} of {len(audit)} rows"
+    name_losses(what, bad, allowed, n_lost > allowed * len(audit) or not good)
     return good
 
 
-def check_damage(files, allowed):
-    """Name the videos with damaged frames, one ClipAudit a file. UserError where more than this share is damaged."""
-    damaged = [found for found in files if found.n_damaged]
-    if not damaged:
-        return
-    n_damaged = sum(found.n_damaged for found in damaged)
-    n_frames = sum(found.n_frames + found.n_damaged for found in files)
-    listed = "".join(f"\n  {found.path}: {found.damage}" for found in damaged)
-    if n_damaged > allowed * n_frames:
-        raise common.UserError(f"{n_damaged} of {n_frames} frames are damaged; at most {allowed:.0%} may be lost "
-                               f"(--max_missing, --on_bad_file skip). Repair or remove these videos:{listed}")
-    print(f"note: damaged frames are stepped over in {len(damaged)} videos:{listed}", flush=True)
+def name_losses(what, reasons, allowed, is_too_much):
+    """Name the videos that are lost or damaged, {path: reason}. UserError where this is too much."""
+    listed = "".join(f"\n  {path}: {reason}" for path, reason in reasons.items())
+    if reasons and is_too_much:
+        raise common.UserError(f"{what}; at most {allowed:.0%} may be lost (--max_missing, --on_bad_file skip). "
+                               f"Repair or remove these videos:{listed}")
+    if reasons:
+        print(f"note: {what}; left out:{listed}", flush=True)

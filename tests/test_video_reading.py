@@ -176,7 +176,7 @@ def test_a_seek_is_refused_when_a_stamp_is_not_in_the_list(films):
     info = video_files.probe(films["bframes.mp4"])
     for times in (info.times + 0.01, np.delete(info.times, 70)):
         info.times = times
-        assert video_files._seek(films["bframes.mp4"], {75, 76}, 48, info) is None
+        assert video_files._seek(films["bframes.mp4"], {75, 76}, 48, info) == {}
 
 
 @pytest.mark.parametrize("name", FILMS)
@@ -330,7 +330,7 @@ def test_damage_in_the_middle_is_stepped_over_counted_and_named(tmp_path, capsys
     with pytest.raises(common.UserError, match="20 of 90 frames are damaged.*--max_missing[^!]*hole.mp4: 20 of 90"):
         video_files.check_clips(store.audit)
     assert video_files.check_clips(store.audit, max_missing=0.4) == [0, 1, 2]
-    assert "note: damaged frames are stepped over in 1 videos" in capsys.readouterr().out
+    assert "note: 20 of 90 frames are damaged; left out:" in capsys.readouterr().out
 
 
 def test_rows_in_frames_of_a_damaged_film_are_skipped(tmp_path):
