@@ -405,12 +405,12 @@ def sample_weights(table, flags):
     """--sample_weight moment:M2=2.5 (several multiply) -> (N,) weights of the rows in the loss."""
     weights = np.ones(len(table))
     for text in flags:
-        column, level, value = event_tables.parse_level_flag(text, "--sample_weight")
+        rows, value = event_tables.rows_of_level(table, text, "--sample_weight")
         [factor] = csv_tables.to_numbers([value], f"--sample_weight {text}")
         if not factor >= 0:
             raise common.UserError(f"--sample_weight {text}: expected a weight of 0 or more, "
                                    f"found {value}")
-        weights[event_tables.level_mask(table, column, level, "--sample_weight")] *= factor
+        weights[rows] *= factor
     return weights
 
 
@@ -418,11 +418,11 @@ def augment_presets(table, flags, default):
     """--augment_for moment:M2=heavy (the last that fits counts) -> (N,) preset of each row."""
     presets = np.full(len(table), default, dtype=object)
     for text in flags:
-        column, level, preset = event_tables.parse_level_flag(text, "--augment_for")
+        rows, preset = event_tables.rows_of_level(table, text, "--augment_for")
         if preset not in common.AUGMENTATIONS:
             raise common.UserError(f"--augment_for {text}: expected one of "
                                    f"{', '.join(common.AUGMENTATIONS)}, found {preset!r}")
-        presets[event_tables.level_mask(table, column, level, "--augment_for")] = preset
+        presets[rows] = preset
     return presets
 
 

@@ -54,22 +54,19 @@ def window_pairs(table, file_keys, gap_sec=30.0):
     is_whole = np.isnan(table.windows[:, 0])
     start = np.where(is_whole, -np.inf, table.windows[:, 0])
     end = np.where(is_whole, np.inf, table.windows[:, 1])
-    reach = end + np.where(table.unit == "frame", 0, gap_sec)
     overlapping = []
     near = []
     for rows in map(np.array, rows_of.values()):
         rows = rows[np.lexsort((table.clip_ids[rows], end[rows], start[rows]))]
-        stop = np.searchsorted(start[rows], reach[rows])
         for place, i in enumerate(rows):
-            later = rows[place + 1 : stop[place]]
+            later = rows[place + 1 :]
             is_same = (start[later] == start[i]) & (end[later] == end[i])
-            is_same_unit = (
-                (table.unit[later] == table.unit[i]) | is_whole[later] | is_whole[i]
-            )
+            is_same_unit = (table.unit[later] == table.unit[i]) | is_whole[later] | is_whole[i]
             later = later[is_same_unit & ~is_same]
-            overlaps = start[later] < end[i]
-            overlapping += [(i, j) for j in later[overlaps]]
-            near += [(i, j) for j in later[~overlaps]]
+            gap = start[later] - end[i]
+            is_near = (gap >= 0) & (gap < gap_sec) & (table.unit[i] == "sec")
+            overlapping += [(i, j) for j in later[gap < 0]]
+            near += [(i, j) for j in later[is_near]]
     return {"overlapping_windows": overlapping, "near_windows": near}
 
 

@@ -228,20 +228,15 @@ def paired_states(table, path_column, label_column, notes):
     names = ["observation_id", path_column, "subject", label_column]
     names += [name for name in table if name.startswith("modifier")]
     same = [name for name in names if name in table]
-    began = {}
-    pairs = []
-    for place, key in enumerate(zip(*(table[name] for name in same))):
-        state = table[kind].iloc[place].upper()
-        if state == "START":
-            began[key] = place
-        elif state == "STOP" and key in began:
-            pairs.append((began.pop(key), place))
-        elif state == "POINT":
-            pairs.append((place, place))
-    n_lost = (table[kind].str.upper() == "START").sum() - sum(first != last for first, last in pairs)
-    notes.append(f"rows START and STOP became {len(pairs)} events; {n_lost} without a STOP are left out")
-    first, last = (table.iloc[[pair[end] for pair in pairs]] for end in (0, 1))
-    return first.drop(columns=["time", kind]).assign(start_sec=first["time"], end_sec=last["time"].to_numpy())
+    states = table[kind].str.upper()
+    following = table.assign(state=states).groupby(same)[["state", "time"]].shift(-1)
+    is_point = states == "POINT"
+    is_pair = (states == "START") & (following["state"] == "STOP")
+    is_event = is_pair | is_point
+    n_lost = (states == "START").sum() - is_pair.sum()
+    notes.append(f"rows START and STOP became {is_event.sum()} events; {n_lost} without a STOP are left out")
+    ends = following["time"].mask(is_point, table["time"])
+    return table.assign(start_sec=table["time"], end_sec=ends)[is_event].drop(columns=["time", kind])
 
 
 def per_frame_events(table, path, path_column, notes):
@@ -256,19 +251,21 @@ def per_frame_events(table, path, path_column, notes):
     if not names or (frame_column is None and path_column):
         return None
     own_name = re.sub("[ _-]*(labels?|annotations?|targets?|scores?|behaviou?rs?)$", "", path.stem, flags=re.I)
-    written = table[path_column] if path_column else pd.Series(own_name, table.index)
+    videos = table[path_column] if path_column else pd.Series(own_name, table.index)
+    numbers = range(len(table))
+    if frame_column:
+        numbers = csv_tables.to_numbers(table[frame_column], f"{path}, column {frame_column}").astype(int)
+    frames = pd.Series(numbers, table.index)
+    is_on = table[names].isin(["1", "1.0"])
+    if "background" not in names:
+        is_on["background"] = table[names].isin(["0", "0.0"]).all(axis=1)
     events = []
-    for video, rows in table.groupby(written.to_numpy(), sort=False):
-        frames = np.arange(len(rows))
-        if frame_column:
-            frames = csv_tables.to_numbers(rows[frame_column], f"{path}, column {frame_column}").astype(int)
-        is_on = {name: rows[name].isin(["1", "1.0"]).to_numpy() for name in names}
-        if "background" not in names:
-            is_on["background"] = rows[names].isin(["0", "0.0"]).all(axis=1).to_numpy()
-        for name, on in is_on.items():
-            edges = np.flatnonzero(np.diff(on.astype(int), prepend=0, append=0))
+    for video, rows in is_on.groupby(videos, sort=False):
+        for name in rows:
+            edges = np.flatnonzero(np.diff(rows[name].astype(int), prepend=0, append=0))
             for start, stop in edges.reshape(-1, 2):
-                events.append((rows.index[start], video, name, frames[start], frames[stop - 1]))
+                first, last = rows.index[[start, stop - 1]]
+                events.append((first, video, name, frames[first], frames[last]))
     notes.append(f"{path.name}: one row a frame, counted from 0; {len(events)} events of {', '.join(is_on)}")
     found = pd.DataFrame(events, columns=["line", "path", "label", "start_frame", "end_frame"])
     return found.set_index("line").astype(str)
@@ -684,22 +681,18 @@ def is_level(column, level):
     return np.array([plain_level(cell) == plain_level(level) for cell in column], bool)
 
 
-def parse_level_flag(text, flag):
-    """'moment:M2=2.5' -> ('moment', 'M2', '2.5'). Raises UserError."""
+def rows_of_level(table, text, flag):
+    """'moment:M2=2.5' -> ((N,) bool, True = moment M2 in any spelling; '2.5'). Raises UserError where no row has it."""
     match = re.fullmatch(r"\s*([^:=]+?)\s*:\s*(.+?)\s*=\s*([^=]+?)\s*", text)
     if not match:
         raise common.UserError(f"{flag} expects COLUMN:LEVEL=VALUE as in moment:M2=2.5, found {text!r}")
-    return match.groups()
-
-
-def level_mask(table, column, level, flag):
-    """(N,) bool, True = the row has this level. Raises UserError where no row has, listing the levels."""
+    column, level, value = match.groups()
     cells = column_of(table, column, flag)
     mask = is_level(cells, level)
     if not mask.any():
         levels = common.shorten_list(sorted(set(cells)), 30)
         raise common.UserError(f"{flag}: no row has {column} {level!r} (found: {levels})")
-    return mask
+    return mask, value
 
 
 def group_mask(table, text):

@@ -98,35 +98,34 @@ def event_windows(rows, source, min_event_sec=1.0, time_unit=None, notes=None):
     nothing: the whole clip. time_unit: of columns whose names say none; seconds by default, which is noted. An event
     shorter than min_event_sec gets a window of that length around it.
     """
+    import pandas as pd
     starts, ends = time_columns(rows)
-    unsaid = [column.name for column in (*starts, *ends) if column.unit is None]
+    unsaid = [column.name for column in starts + ends if column.unit is None]
     if unsaid and not time_unit and notes is not None:
         notes.append(f"{Path(source).name}: {', '.join(unsaid)} are read as seconds from the start of the file; "
                      "--time_unit says otherwise")
 
     def numbers(role, in_frames=False):
-        values = np.full(len(rows), np.nan)
-        for column in (*starts, *ends):
+        values = pd.Series(np.nan, range(len(rows)))
+        for column in starts + ends:
             unit = column.unit or time_unit or "sec"
             if column.role == role and (unit == "frame") == in_frames:
                 found = seconds_in(rows[column.name], f"{source}, column {column.name}")
-                values = np.where(np.isnan(values), SECONDS.get(unit, 1) * found, values)
+                values = values.fillna(pd.Series(SECONDS.get(unit, 1) * found))
         return values
     start = numbers("start")
-    end = numbers("end")
-    end = np.where(np.isnan(end), start + np.nan_to_num(numbers("duration")), end)
+    end = numbers("end").fillna(start + numbers("duration").fillna(0))
     first = numbers("start", in_frames=True)
     last = numbers("end", in_frames=True)
-    last = np.where(np.isnan(last), first + numbers("duration", in_frames=True) - 1, last)
-    is_frame = np.isnan(start) & ~np.isnan(first)
-    last = np.where(np.isnan(last), first, last)
-    start = np.where(is_frame, first, start)
-    end = np.where(is_frame, last + 1, end)
+    last = last.fillna(first + numbers("duration", in_frames=True) - 1).fillna(first)
+    is_frame = start.isna() & first.notna()
+    start = start.fillna(first)
+    end = end.mask(is_frame, last + 1)
     faults = np.full(len(rows), "", object)
     faults[start < 0] = "starts before the file"
     faults[end < start + is_frame] = "ends before it starts"
-    if not np.isnan(start).all():
-        faults[np.isnan(start)] = "no offset, while other rows have one"
+    if start.notna().any():
+        faults[start.isna()] = "no offset, while other rows have one"
     windows = _widen(start, end, min_event_sec, ~is_frame)
     return windows, np.where(is_frame, "frame", "sec"), faults
 
@@ -147,24 +146,22 @@ def seconds_of(table, infos, min_event_sec=1.0):
     skipped; one of a file that cannot be read stays in frames.
     """
     windows = table.windows.copy()
-    unit = table.unit.copy()
-    is_timed = np.zeros(len(table), bool)
     skipped = list(table.skipped)
+    is_timed = np.zeros(len(table), bool)
     keep = np.ones(len(table), bool)
-    for row in np.flatnonzero(unit == "frame"):
+    for row in np.flatnonzero(table.unit == "frame"):
         info = infos[table.sources[row]]
         if info.error:
             continue
-        windows[row] = [time_of_frame(info, frame) for frame in windows[row]]
-        unit[row] = "sec"
         is_timed[row] = True
+        windows[row] = [time_of_frame(info, frame) for frame in windows[row]]
         if info.damage:
             keep[row] = False
             reason = f"its frames cannot be counted: {info.damage}"
             skipped.append({"row": table.clip_ids[row], "video": str(table.sources[row]), "reason": reason})
     windows = _widen(*windows.T, min_event_sec, is_timed)
-    in_seconds = dataclasses.replace(table, windows=windows, unit=unit, skipped=skipped)
-    return in_seconds.take(keep)
+    unit = np.where(is_timed, "sec", table.unit)
+    return dataclasses.replace(table, windows=windows, unit=unit, skipped=skipped).take(keep)
 
 
 def time_of_frame(info, frame):

@@ -201,10 +201,9 @@ def read_cv_file(path, table):
         content = as_python(content.get("cv_folds", content), path)
     listed = content if isinstance(content, list) else []
     if isinstance(content, dict):
-        by_key = {
-            key: as_python(fold, path)
-            for key, fold in content.items() if str(key).startswith("fold")}
-        listed = [{"fold": key, **fold} for key, fold in by_key.items() if isinstance(fold, dict)]
+        listed = [
+            {"fold": key, **fold}
+            for key, fold in content.items() if str(key).startswith("fold") and isinstance(fold, dict)]
     if not listed:
         found = common.shorten_list(content) if isinstance(content, dict) else type(content).__name__
         raise common.UserError(
@@ -228,7 +227,7 @@ def as_python(value, path):
 def fold_rows(fold, k, path, table):
     """One fold of a split file -> dict(fold, train, val). Raises UserError, see read_cv_file."""
     fold = fold if isinstance(fold, dict) else {}
-    animals = {side: animals_of(fold, side, path) for side in ("train", "val")}
+    animals = {side: animals_of(fold, side) for side in ("train", "val")}
     both = sorted(animals["train"] & animals["val"])
     unknown = sorted((animals["train"] | animals["val"]) - set(table.groups))
     rows = {side: np.flatnonzero(np.isin(table.groups, list(names))) for side, names in animals.items()}
@@ -244,11 +243,9 @@ def fold_rows(fold, k, path, table):
     return {"fold": int(number[0]) if number else k, **rows}
 
 
-def animals_of(fold, side, path):
+def animals_of(fold, side):
     """Set of the animals under train_animals, train or any train_*; the same for val."""
     for key, value in fold.items():
-        if re.match(f"{side}[_a-z]*$", str(key)) and not isinstance(value, (int, float)):
-            value = as_python(value, path)
-            if isinstance(value, (list, tuple, set)):
-                return {event_tables.plain_level(name) for name in value}
+        if re.match(f"{side}[_a-z]*$", str(key)) and isinstance(value, (list, tuple, set)):
+            return {event_tables.plain_level(name) for name in value}
     return set()

@@ -389,8 +389,8 @@ def files_of(path):
     return file_names.find_images(path) if Path(path).is_dir() else [path]
 
 
-def sha_of(files, sizes=""):
-    """SHA-256 (hex) of a text and the bytes of the files, one after the other."""
+def sha_of(files, sizes):
+    """SHA-256 (hex) of the files' sizes and of their bytes, one file after the other."""
     digest = hashlib.sha256(str(sizes).encode())
     for file in files:
         with open(file, "rb") as handle:
@@ -469,26 +469,21 @@ def _even_indices(info, start, end, n_frames):
 class ClipAudit:
     """What decoding one row found; `error` is None for a good file, else the reason and all else is empty.
 
-    duration_sec to damage: of the whole file, as VideoInfo has them. fault: why the row cannot be used though its file
-    can. n_grid: grid frames; first: grid index where the window starts, before it lie frames for jitter; usable: grid
-    frames of the window. file_sha, pixel_sha: SHA-256 of the file (of all frames' files in a folder) and of the decoded
-    grid. phash: perceptual_hash of its middle frame.
+    n_frames to first_sec: of the whole file, whose first picture is shown at first_sec. fault: why the row cannot be
+    used though its file can. n_grid: grid frames; first: grid index where the window starts, before it lie frames for
+    jitter; usable: grid frames of the window. pixel_sha: SHA-256 of the decoded grid. phash: perceptual_hash of its
+    middle frame.
     """
     path: str
     error: str | None = None
-    duration_sec: float = 0.0
     n_frames: int = 0
     n_damaged: int = 0
     damage: str = ""
     first_sec: float = 0.0
-    fps: float = 0.0
-    width: int = 0
-    height: int = 0
     fault: str = ""
     n_grid: int = 0
     first: int = 0
     usable: int = 0
-    file_sha: str = ""
     pixel_sha: str = ""
     phash: tuple = (0, 0, 0, 0)
 
@@ -573,14 +568,13 @@ class ClipStore(pixel_cache.PixelStore):
         path = self.sources[rows[0]]
         try:
             info, grids = self._read(path, rows)
-            file_sha = sha_of(files_of(path))
         except common.CannotSave:
             raise
         except (common.UserError, OSError) as error:
             nothing = ClipAudit(path, common.one_line(error)), np.empty((0, 0, 0, 3), np.uint8)
             return [nothing] * len(rows)
         self._infos[path] = info
-        return [self._clip(row, info, grid, file_sha) for row, grid in zip(rows, grids)]
+        return [self._clip(row, info, grid) for row, grid in zip(rows, grids)]
 
     def decode_again(self, row, part=slice(None)):
         path = self.sources[row]
@@ -637,13 +631,12 @@ class ClipStore(pixel_cache.PixelStore):
             raise
         return info, grids
 
-    def _clip(self, row, info, grid, file_sha):
+    def _clip(self, row, info, grid):
         plan = self._plan(row, info)
         audit = ClipAudit(
-            path=self.sources[row], duration_sec=info.duration_sec, n_frames=info.n_frames,
-            n_damaged=len(info.damaged), damage=info.damage, first_sec=float(info.times[0]), fps=info.fps,
-            width=info.width, height=info.height, fault=plan.fault, n_grid=grid.n_grid, first=plan.first,
-            usable=plan.usable, file_sha=file_sha, pixel_sha=grid.digest.hexdigest(),
+            path=self.sources[row], n_frames=info.n_frames, n_damaged=len(info.damaged), damage=info.damage,
+            first_sec=float(info.times[0]), fault=plan.fault, n_grid=grid.n_grid, first=plan.first,
+            usable=plan.usable, pixel_sha=grid.digest.hexdigest(),
             phash=tuple(picture_files.perceptual_hash(grid.middle).tolist()))
         return audit, grid.pixels()
 

@@ -606,7 +606,7 @@ def test_rows_of_one_honest_file_are_decoded_in_one_pass(films, monkeypatch):
     windows = [(t, t + 1) for t in (0, 4.5, 2, 2.5)]
     store = open_store([films["bframes.mp4"]] * 4, windows, fps=15, n_frames=8)
     assert len(passes) == 1 and [number_of(store[i][0]) for i in range(4)] == [0, 68, 30, 38]
-    assert len({found.file_sha for found in store.audit}) == 1 and len({found.pixel_sha for found in store.audit}) == 4
+    assert len({found.pixel_sha for found in store.audit}) == 4
     open_store([films["uneven.mkv"]], [(1, 2)])
     assert len(passes) == 3, "its header lies: counted first, read then"
 
@@ -614,10 +614,8 @@ def test_rows_of_one_honest_file_are_decoded_in_one_pass(films, monkeypatch):
 def test_audit_of_a_clip(films):
     store = open_store([films["bframes.mp4"]], [(1, 3)], jitter_sec=0.5)
     found = store.audit[0]
-    assert (found.n_frames, found.fps, found.width, found.height) == (N, pytest.approx(FPS), WIDTH, HEIGHT)
-    assert (found.duration_sec, found.first, found.usable, found.fault) == (pytest.approx(N / FPS), 6, 24, "")
+    assert (found.n_frames, found.first, found.usable, found.fault) == (N, 6, 24, "")
     assert store[0].shape == (36, 48, 64, 3) and store[0].dtype == np.uint8
-    assert found.file_sha == hashlib.sha256(films["bframes.mp4"].read_bytes()).hexdigest()
     assert found.pixel_sha == hashlib.sha256(store[0].tobytes()).hexdigest()
     assert found.phash == tuple(picture_files.perceptual_hash(store[0][18]).tolist())
     times = 1 + np.arange(-6, 30) / 12

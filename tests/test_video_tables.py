@@ -282,9 +282,9 @@ def test_boris_tabular_events_below_their_lines_of_metadata(tmp_path, sep):
             "2.5;C:\\s0.mp4;12;25;m1;groom;;;STOP", "3.0;C:\\s0.mp4;12;25;m1;jump;;;POINT",
             "4.5;C:\\s0.mp4;12;25;m2;groom;;;STOP", "6.0;C:\\s0.mp4;12;25;m1;rear;;;START"]
     table = boris(tmp_path, "\n".join(rows).replace(";", sep) + "\n", min_event_sec=0)
-    assert table.windows.tolist() == [[1, 2.5], [3, 3], [1.5, 4.5]]
-    assert [table.names[c] for c in table.label] == ["groom", "jump", "groom"]
-    assert list(table.extra["subject"]) == ["m1", "m1", "m2"]
+    assert table.windows.tolist() == [[1, 2.5], [1.5, 4.5], [3, 3]]
+    assert [table.names[c] for c in table.label] == ["groom", "groom", "jump"]
+    assert list(table.extra["subject"]) == ["m1", "m2", "m1"]
     assert any("3 events; 1 without a STOP" in note for note in table.notes)
 
 
