@@ -2210,6 +2210,8 @@ def to_plain_types(value):
 
 
 def _plain(value):
+    if isinstance(value, SeenRows):
+        value = vars(value)
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -2329,13 +2331,62 @@ def _check_dense(tensor):
 
 
 def load_model_file(path, script):
-    """Checkpoint of `script` -> dict. Raises UserError for another script's file, CheckpointError for damage."""
+    """Checkpoint of `script` -> dict, with SeenRows as `seen`.
+
+    Raises UserError for another script's file, CheckpointError for damage.
+    """
     content = read_checkpoint(path)
     if content.get("format") != FORMAT or "model" not in content:
         raise CheckpointError(f"{path} is no checkpoint of this project (format {content.get('format')!r})")
     if content.get("script") != script:
         raise UserError(f"{path} was written by {content.get('script')}, expected {script}")
-    return content
+    with checkpoint_fields(path):
+        return content | {"seen": SeenRows.of_checkpoint(content)}
+
+
+def content_hashes(*columns):
+    """K columns of N texts, such as digests of files -> (N, K) int64: rows that share a number share their content."""
+    digests = [[hashlib.sha256(text.encode()).hexdigest() for text in column] for column in columns]
+    return np.array([[int(digest[:15], 16) for digest in column] for column in digests], np.int64).T
+
+
+SEEN_WORDS = ("train", "chose", "not known", "new")  # from the worst to the best
+
+
+def worst_seen(words):
+    """The worst of several SEEN_WORDS."""
+    return min(words, key=SEEN_WORDS.index)
+
+
+@dataclasses.dataclass
+class SeenRows:
+    """Which rows made a checkpoint and all that it started from, as content_hashes.
+
+    is_complete False: one of them does not say, so that a row which is not listed may have been seen all the same.
+    """
+    fitted: np.ndarray  # trained on
+    chose: np.ndarray  # chose an epoch, a threshold or a temperature
+    is_complete: bool = True
+
+    def __post_init__(self):
+        self.fitted = np.asarray(self.fitted, np.int64)
+        self.chose = np.asarray(self.chose, np.int64)
+
+    @classmethod
+    def of_checkpoint(cls, content):
+        """What a checkpoint says; one of an older version does not say it."""
+        return cls(**content["seen"]) if "seen" in content else cls([], [], is_complete=False)
+
+    def plus(self, other):
+        """The rows of both."""
+        return SeenRows(np.union1d(self.fitted, other.fitted), np.union1d(self.chose, other.chose),
+                        self.is_complete and other.is_complete)
+
+    def words(self, hashes):
+        """(M, K) content_hashes of rows -> (M,) one of SEEN_WORDS each."""
+        is_fitted = np.isin(hashes, self.fitted).any(1)
+        has_chosen = np.isin(hashes, self.chose).any(1)
+        return np.select([is_fitted, has_chosen], ["train", "chose"], "new" if self.is_complete else "not known")
 
 
 def starting_weights(path, **expected):
@@ -2533,6 +2584,8 @@ class Training:
 
     run, model, optimizer, args: of this run. select: history column that chooses the best epoch, or 'last'.
     describe: function () -> dict of what predict needs beside the weights, stored in best_model.pth.
+    row_hashes: (N, K) content_hashes; split: {part: rows} of train and of val, which chooses the epoch unless select is
+    'last'.
 
     for epoch in training.epochs():              # the epochs still to do
         for batch in training.batches(loader):   # the batches still to do: seeds dropout, sets the learning rate
@@ -2546,7 +2599,8 @@ class Training:
     Nor does a step wait for the device: what one gave is looked at when the next one is queued.
     """
 
-    def __init__(self, run, model, optimizer, args, select, describe, higher_is_better=True):
+    def __init__(self, run, model, optimizer, args, select, describe, higher_is_better=True, row_hashes=None,
+                 split=None):
         self.run = run
         self.model = model
         self.optimizer = optimizer
@@ -2565,6 +2619,9 @@ class Training:
         # Apple GPUs have no float64
         self.sum_type = torch.float32 if run.compute.device.type == "mps" else torch.float64
         self.checkpoints = Checkpoints(run)
+        self.seen = SeenRows.of_checkpoint({})
+        if split:
+            self.seen = self._seen_rows(row_hashes, split)
         if self.processes.size > 1 and run.compute.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if args.compile:
@@ -2572,6 +2629,21 @@ class Training:
         if run.resumed:
             self._load_last()
         self.processes.spread(model)
+
+    def _seen_rows(self, row_hashes, split):
+        """SeenRows of this run and of what it starts from; weights of other programs have seen none of our rows."""
+        choosing = [] if self.select == "last" else split["val"]
+        seen = SeenRows(row_hashes[split["train"]], row_hashes[choosing])
+        given = filter(None, (self.args.init_from, self.args.weights))
+        for path in filter(zipfile.is_zipfile, given):  # no .safetensors
+            content = read_checkpoint(path)
+            if content.get("format") == FORMAT:
+                with checkpoint_fields(path):
+                    seen = seen.plus(SeenRows.of_checkpoint(content))
+        if not seen.is_complete:
+            self.run.say("note: the weights to start from are of an older version, which does not say the rows it was "
+                         "trained on: whether rows are new is not known in this run")
+        return seen
 
     # --- the loop -----------------------------------------------------------
 
@@ -2819,13 +2891,14 @@ class Training:
         """Content of best_model.pth for the epoch that has just ended."""
         return to_plain_types({
             "format": FORMAT, "script": script_name(), "model": self.model.state_dict(), "epoch": self.progress.epoch,
-            "metric": self.select, "history": self.progress.history[-1], **self.describe()})
+            "metric": self.select, "history": self.progress.history[-1], "seen": self.seen,
+            **self.describe()})
 
     def _content(self):
         return to_plain_types({
             "format": FORMAT, "script": script_name(), "progress": dataclasses.asdict(self.progress),
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict()})
+            "scaler": self.scaler.state_dict(), "seen": self.seen})
 
     def load_best(self):
         """Give the model the weights of the best epoch; returns all that best_model.pth holds."""

@@ -12,7 +12,10 @@ difference. With --truth the predictions are COCO results, judged against COCO o
 
 Units: those of the table.
 """
+import dataclasses
 from pathlib import Path
+
+import numpy as np
 
 import common
 from evidence import detection_judging, judging, prediction_tables, reporting, table_judging
@@ -42,16 +45,21 @@ def parse_args(argv=None):
 def judge_coco(args):
     """Judge COCO results against annotations."""
     path = args.predictions[0]
-    truth, detections = detection_judging.read_coco_results(args.truth, path, args.group_column)
+    truth, detections, seen = detection_judging.read_coco_results(args.truth, path, args.group_column)
     scored = f"{len(detections)} pictures scored, {sum(map(len, truth.boxes))} boxes of {len(truth.parts)} parts."
     setting = judging.Setting(
         title=f"Detections of {path.name}",
-        held_out=args.held_out or None,
+        seen=as_stated(seen, args),
         criteria=args.criteria,
         data=[reporting.html_text(scored)])
     with common.start_run(args) as run:
         run.write_args(predictions=[str(path)], truth=str(args.truth))
         detection_judging.judge_detections(run, truth, detections, setting)
+
+
+def as_stated(seen, args):
+    """(M,) common.SEEN_WORDS, with --held_out "new" in place of "not known"."""
+    return np.where(args.held_out & (seen == "not known"), "new", seen)
 
 
 def judge_several(run, args, tables):
@@ -60,7 +68,7 @@ def judge_several(run, args, tables):
     rows = table_judging.compare_tables(table_judging.same_rows(tables, args.predictions), names)
     for name, path, table in zip(names, args.predictions, tables):
         with run.child(name) as child:
-            table_judging.judge_table(child, table, path, args.criteria, args.held_out or None)
+            table_judging.judge_table(child, table, path, args.criteria)
     common.write_table(run.path("comparison.csv"), rows)
     judging.write_comparison(run, rows)
 
@@ -71,10 +79,11 @@ def main():
         return judge_coco(args)
     tables = [prediction_tables.read_predictions(path, args.group_column, args.baseline, args.positive_class)
               for path in args.predictions]
+    tables = [dataclasses.replace(table, seen=as_stated(table.seen, args)) for table in tables]
     with common.start_run(args) as run:
         run.write_args(predictions=[str(path) for path in args.predictions])
         if len(tables) == 1:
-            table_judging.judge_table(run, tables[0], args.predictions[0], args.criteria, args.held_out or None)
+            table_judging.judge_table(run, tables[0], args.predictions[0], args.criteria)
         else:
             judge_several(run, args, tables)
 

@@ -5,7 +5,8 @@
 
 Writes one CSV with a row for every input in input order: image, each rating in the unit that the model was trained on,
 <rating>_sd (standard deviation over the members, where there are several), <rating>_low and <rating>_high (with
---interval), and error (why a picture could not be read; its ratings are then empty).
+--interval), seen (train, chose, new or not known: what the members did with the picture), and error (why a picture could
+not be read; its ratings are then empty).
 
 Letters: N images, B batch, R ratings, M members, S side of the square input in pixels.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 import common
-from evidence import calibrating
+from evidence import calibrating, splitting
 from readers import file_names, picture_files
 from train_assessor import Assessor, mirrored_mean, resize_side, with_head_features
 
@@ -97,9 +98,10 @@ def load_members(files, compute):
 
 @torch.inference_mode()
 def predict(members, loader, compute):
-    """-> (predicted (M, N, R) float64 in the unit of the ratings, errors: N texts)."""
+    """-> (predicted (M, N, R) float64 in the unit of the ratings, (N,) common.SEEN_WORDS, errors: N texts)."""
     first = members[0].settings
     outputs = []
+    hashes = []
     errors = []
     for batch in loader:
         inputs = common.to_input(batch["pixels"], compute.device, first["pixel_mean"], first["pixel_sd"],
@@ -109,6 +111,7 @@ def predict(members, loader, compute):
                 mirrored_mean(member.model, inputs, member.settings["flip_average"])
                 for member in members]
         outputs.append(torch.stack(each).cpu())  # M x (B, R) -> (M, B, R)
+        hashes.append(batch["hashes"])
         errors += batch["error"]
     predicted = torch.cat(outputs, dim=1).double().numpy()  # (M, N, R)
     for values, member in zip(predicted, members):
@@ -117,7 +120,9 @@ def predict(members, loader, compute):
         values += scaler["mean"].numpy()
     is_bad = [bool(error) for error in errors]
     predicted[:, is_bad] = np.nan
-    return predicted, errors
+    hashes = torch.cat(hashes).numpy()  # (N, 2)
+    each = [member.settings["seen"].words(hashes) for member in members]
+    return predicted, np.array(list(map(common.worst_seen, zip(*each)))), errors
 
 
 def half_widths(members, coverage):
@@ -138,7 +143,7 @@ def half_widths(members, coverage):
     return np.array([calibrating.conformal_quantile(column, 1 - coverage, subjects) for column in columns])
 
 
-def output_rows(inputs, predicted, errors, names, widths):
+def output_rows(inputs, predicted, seen, errors, names, widths):
     """One dict per input, in input order; widths: (R,) or None."""
     mean = predicted.mean(axis=0)
     has_sd = len(predicted) > 1
@@ -153,6 +158,7 @@ def output_rows(inputs, predicted, errors, names, widths):
             if widths is not None:
                 row[f"{name}_low"] = mean[i, r] - widths[r]
                 row[f"{name}_high"] = mean[i, r] + widths[r]
+        row["seen"] = seen[i]
         row["error"] = errors[i]
         rows.append(row)
     return rows
@@ -188,10 +194,11 @@ def main():
         lambda pixels, _: common.eval_crop(pixels, image_size),
         members[0].settings.get("pixel_range"))
     loader = common.make_loader(pictures, args.predict_batch_size, args, compute, train=False)
-    predicted, errors = predict(members, loader, compute)
+    predicted, seen, errors = predict(members, loader, compute)
     widths = half_widths(members, args.interval) if args.interval else None
-    common.write_table(args.output, output_rows(inputs, predicted, errors, names, widths))
+    common.write_table(args.output, output_rows(inputs, predicted, seen, errors, names, widths))
     print_summary(predicted, names, members, widths)
+    splitting.say_seen(seen, print)
     failed = sum(map(bool, errors))
     print(f"{len(inputs)} pictures, {failed} could not be read (see the error column); written to {args.output}")
 

@@ -100,6 +100,11 @@ class Study:
         """(N,) one field of the pictures' audit, such as pixel_sha."""
         return [getattr(self.store.audit[i], field) for i in self.stored]
 
+    @property
+    def hashes(self):
+        """(N, 2) content_hashes of the pictures."""
+        return self.store.hashes[self.stored]
+
     def groups_of(self, rows):
         """(M,) groups of these rows, or None."""
         return None if self.groups is None else self.groups[rows]
@@ -421,7 +426,9 @@ def fit(run, args, study, split, features):
         run, model, optimizer, args,
         select="last" if args.select == "last" else f"val_{args.select}",
         describe=lambda: describe(args, study, split, scaler, latest["val"]),
-        higher_is_better=args.select != "loss")
+        higher_is_better=args.select != "loss",
+        row_hashes=study.hashes,
+        split=split)
     for epoch in training.epochs():
         model.freeze_backbone(args.freeze_backbone or epoch <= args.freeze_epochs)
         row = train_one_epoch(model, train_loader, loss_function, training, compute)
@@ -532,15 +539,19 @@ def predict_baselines(study, features, train, rows):
 
 # --- results: predictions table -> judged run folder -------------------------------------------
 
-def score_table(study, rows, predicted, others):
-    """ScoreTable of these rows, in the unit of the ratings file; predicted (M, R); others {baseline: (M, R)}."""
+def score_table(study, rows, predicted, others, seen):
+    """ScoreTable of these rows, in the unit of the ratings file.
+
+    predicted: (M, R); others: {baseline: (M, R)}; seen: (M,) of common.SEEN_WORDS.
+    """
     return prediction_tables.ScoreTable(
         keys={"image": study.images[rows]},
         names=study.names,
         target=study.ratings[rows],
         predicted=predicted,
         baselines=others,
-        groups=study.groups_of(rows))
+        groups=study.groups_of(rows),
+        seen=seen)
 
 
 @common.first_process_only
@@ -549,7 +560,7 @@ def judge(run, args, study, split, rows, table, part, alarms, best_epoch=None, f
     setting = judging.Setting(
         title="Ratings from images",
         part=part,
-        held_out=part == "test" or args.select == "last",
+        seen=table.seen,
         best_epoch=best_epoch,
         alarms=alarms,
         criteria=args.criteria,
@@ -604,12 +615,13 @@ def run_split(run, args, study, split, features=None):
         features = untuned_features(args, study, run, np.concatenate(list(split.values())))
     run.write_args(**study.data_record(split))
     predicted, training = fit(run, args, study, split, features)
+    seen = training.seen.words(study.hashes)  # (N,)
     tables = {}
     for part in ("val", "test"):
         rows = split[part]
         if len(rows):
             others = predict_baselines(study, features, split["train"], rows)
-            tables[part] = score_table(study, rows, predicted[part], others)
+            tables[part] = score_table(study, rows, predicted[part], others, seen[rows])
             tables[part].write(run.path(f"predictions_{part}.csv"))
     best_epoch = training.progress.best_epoch
     plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch)
@@ -634,8 +646,7 @@ def run_folds(run, args, study):
     done = judging.finished_folds(run, chosen, map(score_judging.fold_numbers, tables))
     row_of = {name: row for row, name in enumerate(study.images)}
     rows = np.array([row_of[name] for name in pooled.keys["image"]])
-    alarms = judging.identical_fold_alarms(done)
-    judge(run, args, study, folds, rows, pooled, "folds", alarms, folds=done)
+    judge(run, args, study, folds, rows, pooled, "folds", [], folds=done)
 
 
 def main():

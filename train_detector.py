@@ -97,7 +97,7 @@ def parse_args(argv=None):
     args = common.parse_arguments(parser, argv)
     check_flags(parser, args)
     if args.mode == "train":
-        args = with_split_ratio(args)
+        args = settle_split(args)
         check_split_flags(parser, args)
     return args
 
@@ -213,8 +213,18 @@ def check_flags(parser, args):
                      f"each of {part_boxes.STATES}")
 
 
-def with_split_ratio(args):
-    """--split_ratio as the ratios that all scripts know; it overrides VAL_JSON."""
+def settle_split(args):
+    """--split_ratio as the ratios that all scripts know; it overrides VAL_JSON.
+
+    With --val_json on the command line the split of a configuration gives way, with a note.
+    """
+    typed = args.given
+    given_up = [name for name in ("split_ratio", "split_file", "test_ratio")
+                if "val_json" in typed and name not in typed and getattr(args, name)]
+    if given_up:
+        print("note: --val_json is the split, so the configuration's "
+              f"{' and '.join(given_up)} is not used", flush=True)
+        args = Namespace(**{**vars(args), **dict.fromkeys(given_up)})
     if args.split_ratio is None:
         return args
     ratios = {"train_ratio": args.split_ratio, "val_ratio": 1 - args.split_ratio - args.test_ratio}
@@ -274,6 +284,11 @@ class Study:
     def audit(self, field):
         """(N,) one field of the pictures' audit, such as pixel_sha."""
         return [getattr(self.store.audit[i], field) for i in self.stored]
+
+    @property
+    def hashes(self):
+        """(N, 2) content_hashes of the pictures."""
+        return self.store.hashes[self.stored]
 
     @property
     def strata(self):
@@ -930,7 +945,9 @@ def fit(run, args, study, split):
         run, model, optimizer, args,
         select=args.select if args.select == "val_loss" else f"val_{args.select}",
         describe=lambda: content,
-        higher_is_better=args.select != "val_loss")
+        higher_is_better=args.select != "val_loss",
+        row_hashes=study.hashes,
+        split=split)
     for _ in training.epochs():
         row = train_one_epoch(model, train_loader, training, compute, args.state_weight)
         detections, losses = evaluate(model, loaders["val"], compute, args.seed, args.state_weight)
@@ -943,14 +960,12 @@ def fit(run, args, study, split):
 
 
 def describe(args, study, rows, settings):
-    """What prediction and evaluation need beside the weights; the hashes show leakage later."""
-    hashes = study.audit("pixel_sha")
+    """What prediction and evaluation need beside the weights."""
     return {
         "settings": settings,
         "absent": args.absent,
         "score_threshold": args.score_threshold,
         "baseline": detection_judging.mean_boxes(study.truth.take(rows)),
-        "train_sha": [hashes[row] for row in rows],
     }
 
 
@@ -961,25 +976,26 @@ def load_detector(path, compute):
     with common.checkpoint_fields(path):
         model = PartDetector(content["settings"])
         common.load_state(model, content["model"], path)
-        content["baseline"], content["train_sha"], content["absent"]
+        content["baseline"], content["absent"]
     return compute.place(model).eval(), content
 
 
 # --- results: detections -> whole-split metric -> run folder ------------------------------
 
 @common.first_process_only
-def write_detections(run, args, study, rows, part, detections):
+def write_detections(run, args, study, rows, part, detections, seen):
     """detections_<part>.json (COCO results) and .csv, and pictures with what was detected."""
     truth = study.truth.take(rows)
     written = limit_detections(detections, args)
     category_ids = study.category_ids[study.origin[rows[0]]]
     common.write_json(
         run.path(f"detections_{part}.json"),
-        detection_tables.coco_results(truth.images, truth.ids, written, truth.parts, category_ids))
+        detection_tables.coco_results(
+            truth.images, truth.ids, written, truth.parts, category_ids, seen))
     common.write_table(
         run.path(f"detections_{part}.csv"),
         detection_tables.detection_rows(
-            truth.images, written, truth.parts, lists_absent=args.one_per_part))
+            truth.images, written, truth.parts, seen, lists_absent=args.one_per_part))
     run.path("pictures").mkdir(exist_ok=True)
     for k, name in enumerate(truth.images[:args.visualize]):
         drawn = box_pictures.draw_detections(
@@ -994,14 +1010,18 @@ def limit_detections(detections, args):
     return [detection_tables.best_of_each_part(each, args.score_threshold) for each in detections]
 
 
-def report_results(run, args, study, split, part, detections, baseline, **known):
-    """Tables, pictures, metrics.json and report.html of one part; known: fields of the Setting."""
+def report_results(run, args, study, split, part, detections, baseline, seen, **known):
+    """Tables, pictures, metrics.json and report.html of one part.
+
+    seen: SeenRows of the model; known: further fields of the Setting.
+    """
     rows = split[part]
-    write_detections(run, args, study, rows, part, detections)
+    words = seen.words(study.hashes[rows])
+    write_detections(run, args, study, rows, part, detections, words)
     setting = judging.Setting(
         title="Parts and their states",
         part=part,
-        held_out=part == "test",
+        seen=words,
         criteria=args.criteria,
         data=data_blocks(study, split, part),
         **known)
@@ -1094,7 +1114,7 @@ def run_split(run, args, study, split):
     part = "test" if len(split["test"]) else "val"
     detections, _ = evaluate(model, loaders[part], run.compute, args.seed, args.state_weight)
     report_results(
-        run, args, study, split, part, detections, training.describe()["baseline"],
+        run, args, study, split, part, detections, training.describe()["baseline"], training.seen,
         best_epoch=progress.best_epoch,
         alarms=gap_alarms(progress.history[progress.best_epoch - 1]),
         limits=limits_of(args))
@@ -1138,7 +1158,7 @@ def write_skipped(run, study):
 
 
 def evaluate_checkpoint(args):
-    """--mode evaluate: the same report on pictures that the checkpoint was not trained on."""
+    """--mode evaluate: the same report on other pictures; it says which the checkpoint has seen."""
     with common.start_run(args) as run:
         model, content = load_detector(args.checkpoint, run.compute)
         settings = content["settings"]
@@ -1149,23 +1169,14 @@ def evaluate_checkpoint(args):
                 f"states: {settings['states'] or 'none'}")
         study = load_study(args, {"test": (args.json, args.images_dir)}, run.say, content)
         write_skipped(run, study)
-        split = {"test": np.arange(len(study.stored))}
+        worst = common.worst_seen(content["seen"].words(study.hashes))
+        part = {"train": "train", "chose": "val"}.get(worst, "test")
+        split = {part: np.arange(len(study.stored))}
         run.write_args(**study.data_record(split))
-        check_against_training(run, args, study, content["train_sha"])
-        loader = make_loader(study, split["test"], settings, args, run.compute)
+        loader = make_loader(study, split[part], settings, args, run.compute)
         detections, _ = evaluate(model, loader, run.compute, args.seed, args.state_weight)
-        report_results(run, args, study, split, "test", detections, content["baseline"])
-
-
-def check_against_training(run, args, study, train_sha):
-    """Leakage report of an evaluation; UserError for pictures of the training unless allowed."""
-    seen = np.isin(study.audit("pixel_sha"), train_sha)
-    shared = sorted(study.truth.images[seen].tolist())
-    found = {"exact_duplicates": {"count": len(shared), "examples": shared[:5]}}
-    report = {"between": {"train-test": found}, "within": {}}
-    common.write_json(run.path("leakage_report.json"), report)
-    run.say(splitting.leakage_text(report))
-    splitting.check_leakage(report, args.allow_leakage)
+        report_results(run, args, study, split, part, detections, content["baseline"],
+                       content["seen"])
 
 
 def predict(args):
@@ -1178,15 +1189,17 @@ def predict(args):
     if not paths:
         raise common.UserError(f"--images_dir {args.images_dir}: expected pictures, found none")
     names = [path.relative_to(args.images_dir).as_posix() for path in paths]
-    detections, errors = detect(model, paths, args, compute)
+    detections, hashes, errors = detect(model, paths, args, compute)
+    words = content["seen"].words(hashes)
     detections = limit_detections(detections, args)
 
     output = args.output or Path("detections.json")
     ids = range(1, len(names) + 1)
-    common.write_json(output, detection_tables.coco_results(names, ids, detections, parts, {}))
+    common.write_json(
+        output, detection_tables.coco_results(names, ids, detections, parts, {}, words))
     table = output.with_suffix(".csv")
-    common.write_table(
-        table, detection_tables.detection_rows(names, detections, parts, errors, args.one_per_part))
+    common.write_table(table, detection_tables.detection_rows(
+        names, detections, parts, words, errors, args.one_per_part))
     written = f"{output}, {table}"
     folder = output.with_name(f"{output.stem}_pictures")
     good = [k for k, error in enumerate(errors) if not error]
@@ -1198,6 +1211,7 @@ def predict(args):
         drawn = box_pictures.draw_detections(
             pixels, pixels.shape[1::-1], detections[k], parts, args.score_threshold)
         box_pictures.write_picture(folder / f"{k:03d}_{paths[k].stem}.jpg", drawn)
+    splitting.say_seen(words, print)
     n_sure = sum(int((each.scores >= args.score_threshold).sum()) for each in detections)
     print(f"{len(paths)} pictures, {len(paths) - len(good)} could not be read (see the error "
           f"column); {n_sure} detections from score {args.score_threshold:g}; written to {written}")
@@ -1205,7 +1219,7 @@ def predict(args):
 
 @torch.no_grad()
 def detect(model, paths, args, compute):
-    """Files -> (Detections of each, the reason why it could not be read or "")."""
+    """Files -> (Detections, content_hashes (N, 2), the reason why it could not be read or "")."""
     settings = model.settings
 
     def prepare(pixels, size):
@@ -1214,16 +1228,18 @@ def detect(model, paths, args, compute):
         paths, settings["min_size"], prepare, settings.get("pixel_range"))
     loader = common.make_loader(pictures, args.batch_size, args, compute, False, collate=collate)
     detections = []
+    hashes = []
     errors = []
     for batch in loader:
         inputs = to_inputs(batch, compute, settings)
         with compute.autocast():
             found = model(inputs, batch["sizes"])  # (B, 3, H, W) -> B dicts
         detections += on_disk(found, batch["scale"])
+        hashes += batch["hashes"]
         errors += batch["error"]
     for k in np.flatnonzero([bool(error) for error in errors]):
         detections[k] = detections[k].take(slice(0))
-    return detections, errors
+    return detections, np.stack(hashes), errors
 
 
 def convert(args):

@@ -216,6 +216,12 @@ class Study:
         return [getattr(found, field) for found in self.store.audit]
 
     @property
+    def hashes(self):
+        """(N, 4) content_hashes of the frames of the rows: a row is seen where one of its frames is."""
+        frames = np.where(self.frames < 0, self.frames[:, :1], self.frames)  # without t2: t1 twice
+        return self.store.hashes[frames].reshape(len(frames), -1)
+
+    @property
     def label_sd(self):
         """(6,) sd of at1."""
         return probe_poses.centre_and_spread(self.at1)[1]
@@ -726,7 +732,9 @@ def fit(run, args, study, split):
         run, model, optimizer, args,
         select="last" if args.select == "last" else f"val_{args.select}",
         describe=lambda: describe(args, study, split, scaler),
-        higher_is_better=False)
+        higher_is_better=False,
+        row_hashes=study.hashes,
+        split=split)
     n_weights = sum(weights.numel() for weights in model.parameters())
     run.say(f"model: {n_weights / 1e6:.1f} million weights, {len(model.imagination.position)} tokens of {args.d_model}")
     for epoch in training.epochs():
@@ -854,8 +862,8 @@ def baselines(study, train, rows, centre):
 
 # --- results: predictions table -> judged run folder -------------------------------------------
 
-def score_table(study, rows, predicted, others):
-    """ScoreTable of at1 for these rows; predicted (M, 6); others {baseline: (M, 6)}.
+def score_table(study, rows, predicted, others, seen):
+    """ScoreTable of at1 for these rows; predicted (M, 6); others {baseline: (M, 6)}; seen (M,) of common.SEEN_WORDS.
 
     Angles are turned to within 180 degrees of the truth, and the truth of its circular mean over the study, so that
     whoever subtracts them gets their errors, and variances are those of the angles.
@@ -873,7 +881,8 @@ def score_table(study, rows, predicted, others):
         target=target,
         predicted=pose_scores.wrapped(predicted, target),
         baselines={name: pose_scores.wrapped(block, target) for name, block in others.items()},
-        groups=study.patients[rows])
+        groups=study.patients[rows],
+        seen=seen)
 
 
 def axis_columns(kind, poses):
@@ -892,7 +901,7 @@ def judge(run, args, study, split, rows, table, part, use, alarms, best_epoch=No
     setting = judging.Setting(
         title="Probe guidance",
         part=part,
-        held_out=part in ("test", "all") or args.select == "last",
+        seen=table.seen,
         best_epoch=best_epoch,
         alarms=pose_scores.use_alarms(use, COLLAPSE_FLOOR) + alarms,
         criteria=args.criteria,
@@ -1026,12 +1035,13 @@ def run_split(run, args, study, split):
     predicted = {part: evaluate(model, loader, loss_function, run.compute)[0]
                  for part, loader in loaders.items() if len(split[part])}
     centre = probe_poses.centre_and_spread(study.at1[split["train"]])[0]
-    tables = {"train": score_table(study, split["train"], predicted["train"], {})}
+    seen = training.seen.words(study.hashes)  # (N,)
+    tables = {"train": score_table(study, split["train"], predicted["train"], {}, seen[split["train"]])}
     for part in ("val", "test"):
         rows = split[part]
         if len(rows):
             others = baselines(study, split["train"], rows, centre)
-            tables[part] = score_table(study, rows, predicted[part], others)
+            tables[part] = score_table(study, rows, predicted[part], others, seen[rows])
             tables[part].write(run.path(f"predictions_{part}.csv"))
     best_epoch = training.progress.best_epoch
     plot_training(run, training.progress.history, best_epoch)
@@ -1065,13 +1075,12 @@ def run_folds(run, args, study):
     joined = prediction_tables.join(tables)
     row_of = {name: row for row, name in enumerate(study.names)}
     rows = np.array([row_of[name] for name in joined.keys["name"]])
-    pooled = score_table(study, rows, joined.predicted, joined.baselines)
+    pooled = score_table(study, rows, joined.predicted, joined.baselines, joined.seen)
     pooled.keys["fold"] = joined.keys["fold"]
     pooled.write(run.path("predictions_folds.csv"))
     numbers = [pose_scores.fold_numbers(table, study.label_sd) | use for table, use in zip(tables, uses)]
     done = judging.finished_folds(run, chosen, numbers)
-    alarms = judging.identical_fold_alarms(done)
-    judge(run, args, study, folds, rows, pooled, "folds", mean_use(done), alarms, folds=done)
+    judge(run, args, study, folds, rows, pooled, "folds", mean_use(done), [], folds=done)
 
 
 def mean_use(folds):
@@ -1123,11 +1132,12 @@ def score_checkpoint(run, args):
     loader, loss_function = prepare_scoring(study, rows, args, content, run.compute)
     predicted, _ = evaluate(model, loader, loss_function, run.compute)
     centre = content["scaler"]["at1"]["mean"].numpy()
-    table = score_table(study, rows, predicted, baselines(study, train, rows, centre))
+    words = content["seen"].words(study.hashes[rows])
+    table = score_table(study, rows, predicted, baselines(study, train, rows, centre), words)
     table.write(run.path(f"predictions_{part}.csv"))
     use = use_of_inputs(model, loader, loss_function, run.compute, table.groups)
-    seen = sorted(set(table.groups) & set(content["train_patients"]))
-    alarms = [f"the model was trained on these patients: {common.shorten_list(seen, 5)}"] if seen else []
+    known = sorted(set(table.groups) & set(content["train_patients"]))
+    alarms = [f"the model was trained on these patients: {common.shorten_list(known, 5)}"] if known else []
     judge(run, args, study, {part: rows}, rows, table, part, use, alarms, content["epoch"])
 
 
@@ -1145,10 +1155,12 @@ def predict(run, args):
     run.write_args(**study.data_record({"all": rows}))
     loader, loss_function = prepare_scoring(study, rows, args, content, run.compute)
     predicted, _ = evaluate(model, loader, loss_function, run.compute)
-    table = score_table(study, rows, predicted, {"motion": study.motion})
+    words = content["seen"].words(study.hashes)
+    table = score_table(study, rows, predicted, {"motion": study.motion}, words)
     table.write(run.path("predictions.csv"))
     common.write_json(run.path("metrics.json"),
                       {"part": "predict", "rows": len(rows), "epoch": content["epoch"]})
+    splitting.say_seen(words, run.say)
     run.say(f"{len(rows)} transitions; predicted: the motion asked for at t1. Open next: {run.path('predictions.csv')}")
 
 

@@ -239,7 +239,7 @@ def check_flags(parser, args):
 @dataclasses.dataclass
 class Features:
     """Outputs of the untuned backbone for N rows, computed once for all folds."""
-    pooled: np.ndarray  # (N, F) of the clip in the middle of each row; the baselines read them
+    pooled: np.ndarray  # (N, F) means over the predicted clips of each row; the baselines read them
     # with --freeze_backbone, which trains on them instead of pixels:
     views: np.ndarray | None = None  # (V, N, F) or (V, N, T, F) of random clips
     of_clips: dict | None = None  # (row, start) of a predicted clip -> (F,) or (T, F)
@@ -306,6 +306,11 @@ class Study:
             return self.table.groups
         has_shared = len(set(self.table.videos)) < len(self.table)
         return self.table.videos if has_shared else None
+
+    @property
+    def hashes(self):
+        """(N, 2) content_hashes of the rows."""
+        return self.store.hashes[self.stored]
 
     def groups_of(self, rows):
         """(M,) groups of these rows, or None."""
@@ -877,10 +882,15 @@ def evaluate(model, loader, args, compute):
         with compute.autocast():
             outputs.append(model(clips, mask).float().cpu())  # (B, T, 3, S, S) -> (B, K)
     outputs = torch.cat(compute.processes.gather(outputs)).double().numpy()  # (clips, K)
-    row_of = np.array([row for row, _ in loader.dataset.row_starts])  # (clips,)
+    return combine_clips(outputs, loader.dataset.row_starts, args.aggregation)
+
+
+def combine_clips(outputs, row_starts, aggregation):
+    """Mean or max over the clips of each row: (clips, K), (row, start) of each -> (M, K)."""
+    row_of = np.array([row for row, _ in row_starts])  # (clips,)
     is_first = np.append(True, row_of[1:] != row_of[:-1])
     first = np.flatnonzero(is_first)  # (M,) where the clips of a row begin
-    if args.aggregation == "max":
+    if aggregation == "max":
         return np.maximum.reduceat(outputs, first)
     n_clips = np.diff(first, append=len(outputs))
     return np.add.reduceat(outputs, first) / n_clips[:, None]
@@ -891,9 +901,7 @@ class Fitted:
     """A network at its best epoch."""
     outputs: dict  # part -> (M, K) scores, or logits at the natural class shares
     objective: Behaviours | Scores
-    history: list
-    best_epoch: int
-    calibration: dict | None  # temperature and threshold from the val rows; None for scores
+    training: common.Training
 
 
 def start_model(args, objective, compute):
@@ -924,7 +932,7 @@ def fit(run, args, study, split, features):
     optimizer = common.build_optimizer([(model.backbone, args.backbone_lr_mult), (rest, 1.0)], args)
     training = common.Training(
         run, model, optimizer, args, column, lambda: describe(args, objective, shift),
-        higher_is_better)
+        higher_is_better, study.hashes, split)
     for _ in training.epochs():
         row = train_one_epoch(model, train_loader, objective, training, args, compute)
         outputs = evaluate(model, loaders["val"], args, compute) + shift
@@ -935,15 +943,15 @@ def fit(run, args, study, split, features):
     outputs = {}
     for part, loader in loaders.items():
         outputs[part] = evaluate(model, loader, args, compute) + shift
-    calibration = None
     if args.task == "classify":
         label = objective.label[split["val"]]
         calibration = calibrate(outputs["val"], label, objective.positive)
         best["calibration"] = calibration
+        calibrating_rows = common.SeenRows(fitted=[], chose=study.hashes[split["val"]])
+        best["seen"] = training.seen.plus(calibrating_rows)
         common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
         common.write_json(run.path("calibration.json"), calibration)
-    progress = training.progress
-    return Fitted(outputs, objective, progress.history, progress.best_epoch, calibration)
+    return Fitted(outputs, objective, training)
 
 
 def describe(args, objective, shift):
@@ -990,23 +998,26 @@ def pool_over_time(features, mask):
 
 
 def untuned_features(args, study, run):
-    """Features from the backbone before any tuning: for the baselines, and --freeze_backbone."""
+    """Features from the backbone before any tuning: for the baselines, and --freeze_backbone.
+
+    The baselines see the clips that the model predicts.
+    """
     compute = run.compute
     rows = np.arange(len(study.table))
     model = compute.place(build_model(args, len(study.table.names)))
-    one_clip = argparse.Namespace(**{**vars(args), "clips_per_event": 1})
-    middle = Clips(dataclasses.replace(study, args=one_clip), rows)
-    pooled = extract_features(model, middle, 0, args, compute)
-    if pooled.ndim == 3:
-        pooled = pool_over_time(pooled, np.stack([study.mask(row) for row in rows]))
+    predicted_clips = Clips(study, rows)
+    row_starts = predicted_clips.row_starts
+    found = extract_features(model, predicted_clips, 0, args, compute)
+    of_clips = found  # (clips, F)
+    if found.ndim == 3:
+        of_clips = pool_over_time(found, np.stack([study.mask(row) for row, _ in row_starts]))
+    pooled = combine_clips(of_clips, row_starts, "mean")
     if not args.freeze_backbone:
         return Features(pooled)
     random_clips = Clips(study, rows, augment_presets(study.table, args.augment_for, args.augment))
     views = np.stack([extract_features(model, random_clips, view, args, compute)
                       for view in range(args.feature_views)])
-    predicted_clips = Clips(study, rows)
-    found = extract_features(model, predicted_clips, 0, args, compute)
-    return Features(pooled, views, dict(zip(predicted_clips.row_starts, found)))
+    return Features(pooled, views, dict(zip(row_starts, found)))
 
 
 # --- results: predictions table -> judged run folder -------------------------------------------
@@ -1018,11 +1029,13 @@ class HeldOut:
     outputs: np.ndarray  # (M, K) logits at the natural class shares, or scores
     baselines: dict  # name -> (M, K) probabilities or scores
     trained_on: list  # (train rows, held-out rows) of each fold, one pair without folds
+    seen: np.ndarray  # (M,) of common.SEEN_WORDS
     spread: np.ndarray | None = None  # (M, R) sd over several models; regress
     fold: np.ndarray | None = None  # (M,) number of the fold, of pooled folds
     # classify, fitted on other rows:
     temperature: np.ndarray | None = None  # (M,)
     threshold: np.ndarray | None = None  # (M,) of the positive class, after the temperature
+    baseline_thresholds: dict = dataclasses.field(default_factory=dict)  # name -> (M,)
 
 
 def calibrate(logits, label, positive):
@@ -1031,6 +1044,28 @@ def calibrate(logits, label, positive):
     probability = class_scores.softmax(logits / temperature)
     threshold = calibrating.fit_threshold(probability, label, positive=positive)
     return {"temperature": temperature, "threshold": threshold}
+
+
+def calibrate_on(held_out, others, study):
+    """HeldOut with temperature and threshold from the rows of other HeldOuts, the model's and the baselines' alike."""
+    label = np.concatenate([study.table.label[each.rows] for each in others])
+
+    def fit(of):
+        return calibrate(np.concatenate([of(each) for each in others]), label, study.positive)
+    tuned = {}
+    thresholds = {}
+    for name in held_out.baselines:
+        found = fit(lambda each: log_of(each.baselines[name]))
+        tuned[name] = class_scores.softmax(log_of(held_out.baselines[name]) / found["temperature"])
+        thresholds[name] = np.full(len(held_out.rows), found["threshold"])
+    return dataclasses.replace(
+        held_out, baselines=tuned, baseline_thresholds=thresholds,
+        **calibration_of_rows(fit(lambda each: each.outputs), len(held_out.rows)))
+
+
+def log_of(probability):
+    """Logits of probabilities, finite also for those of 0."""
+    return np.log(np.maximum(probability, 1e-12))
 
 
 def calibration_of_rows(calibration, n_rows):
@@ -1081,6 +1116,7 @@ def predictions_table(study, held_out):
         "names": table.names,
         "baselines": held_out.baselines,
         "groups": study.groups_of(rows),
+        "seen": held_out.seen,
     }
     fold = {} if held_out.fold is None else {"fold": held_out.fold}
     if table.target is not None:
@@ -1102,6 +1138,7 @@ def predictions_table(study, held_out):
         label=table.label[rows],
         probability=probability,
         threshold=held_out.threshold,
+        baseline_thresholds=held_out.baseline_thresholds,
         logits=held_out.outputs,
         uncalibrated=uncalibrated,
         **shared)
@@ -1120,7 +1157,7 @@ def judge(run, args, study, split, held_out, part, alarms, best_epoch=None, fold
     setting = judging.Setting(
         title="Behaviour in clips" if is_classes else "Scores of frame sequences",
         part=part,
-        held_out=part == "test" or args.select == "last",
+        seen=table.seen,
         best_epoch=best_epoch,
         alarms=alarms,
         criteria=args.criteria,
@@ -1207,23 +1244,24 @@ def run_split(run, args, study, split, features=None):
     for part in ("val", "test"):
         rows = split[part]
         if len(rows):
-            calibration = fitted.calibration if part == "test" else None
             results[part] = HeldOut(
                 rows=rows,
                 outputs=fitted.outputs[part],
                 baselines=predict_baselines(study, features, split["train"], rows),
                 trained_on=[(split["train"], rows)],
-                **calibration_of_rows(calibration, len(rows)))
+                seen=fitted.training.seen.words(study.hashes[rows]))
+            if part == "test" and args.task == "classify":
+                results[part] = calibrate_on(results[part], [results["val"]], study)
             table = predictions_table(study, results[part])
             table.write(run.path(f"predictions_{part}.csv"))
-    plotting.plot_history(
-        plotted_history(fitted), run.path("training_history.png"), fitted.best_epoch)
+    best_epoch = fitted.training.progress.best_epoch
+    plotting.plot_history(plotted_history(fitted), run.path("training_history.png"), best_epoch)
     train, val = (fitted.objective.history(fitted.outputs[part], split[part])
                   for part in ("train", "val"))
     metric = "roc_auc" if args.task == "classify" else "pearson_r"
     alarms = verdicts.split_gap_alarms(train, val, metric)
     part = "test" if "test" in results else "val"
-    judge(run, args, study, split, results[part], part, alarms, fitted.best_epoch)
+    judge(run, args, study, split, results[part], part, alarms, best_epoch)
 
 
 def plotted_history(fitted):
@@ -1235,7 +1273,7 @@ def plotted_history(fitted):
         if is_other_class or metric in ("ece_adaptive", "brier", "mcc", "mse"):
             left_out.add(f"val_{column}")
     return [{name: value for name, value in row.items() if name not in left_out}
-            for row in fitted.history]
+            for row in fitted.training.progress.history]
 
 
 def few_rows(table, rows, count):
@@ -1316,12 +1354,11 @@ def run_folds(run, args, study):
     done = judging.finished_folds(run, chosen, numbers)
     pooled = pool(results, study)
     predictions_table(study, pooled).write(run.path("predictions_folds.csv"))
-    alarms = judging.identical_fold_alarms(done)
-    judge(run, args, study, parts, pooled, "folds", alarms, folds=done)
+    judge(run, args, study, parts, pooled, "folds", [], folds=done)
     if len(test):
         members = [read_fold(run.path(f"fold_{k}"), study, folds[k], "test") for k in chosen]
         with run.child("test_ensemble") as child:
-            judge_ensemble(child, args, study, features, members)
+            judge_ensemble(child, args, study, members)
 
 
 def read_fold(folder, study, fold, part):
@@ -1332,15 +1369,15 @@ def read_fold(folder, study, fold, part):
         folder / f"predictions_{part}.csv", positive_class=positive)
     row_of = {name: row for row, name in enumerate(study.table.clip_ids)}
     rows = np.array([row_of[name] for name in table.keys["clip_id"]])
-    calibration = None
-    if is_classes and part == "test":
-        calibration = common.read_json(folder / "calibration.json")
+    shared = {"rows": rows, "baselines": table.baselines, "seen": table.seen,
+              "trained_on": [(fold["train"], rows)]}
+    if not is_classes:
+        return HeldOut(outputs=table.predicted, **shared)
     return HeldOut(
-        rows=rows,
-        outputs=table.logits if is_classes else table.predicted,
-        baselines=table.baselines,
-        trained_on=[(fold["train"], rows)],
-        **calibration_of_rows(calibration, len(rows)))
+        outputs=table.logits if part == "val" else log_of(table.probability),  # test: calibrated
+        threshold=table.threshold,
+        baseline_thresholds=table.baseline_thresholds,
+        **shared)
 
 
 def fold_score_rows(study, chosen, results, tables):
@@ -1355,33 +1392,29 @@ def fold_score_rows(study, chosen, results, tables):
 
 def pool(results, study):
     """HeldOut of all folds as one; each fold's calibration is fitted on the other folds' rows."""
-    def joined(name):
-        return np.concatenate([getattr(each, name) for each in results])
-    rows = joined("rows")
-    outputs = joined("outputs")
-    calibration = {}
-    fold_of = np.repeat(np.arange(len(results)), [len(each.rows) for each in results])
     if study.table.target is None and len(results) > 1:
-        found = [calibrate(outputs[fold_of != k], study.table.label[rows[fold_of != k]],
-                           study.positive) for k in range(len(results))]
-        for name in found[0]:
-            calibration[name] = np.array([each[name] for each in found])[fold_of]
-    return HeldOut(
-        rows=rows,
-        outputs=outputs,
-        baselines={name: np.concatenate([each.baselines[name] for each in results])
-                   for name in results[0].baselines},
+        results = [calibrate_on(own, [each for each in results if each is not own], study)
+                   for own in results]
+    return dataclasses.replace(
+        prediction_tables.combine(results, np.concatenate),
         trained_on=list(itertools.chain.from_iterable(each.trained_on for each in results)),
-        fold=fold_of,
-        **calibration)
+        fold=np.repeat(np.arange(len(results)), [len(each.rows) for each in results]))
 
 
 def mean_of_members(members, study):
     """HeldOut of several models on the same rows as one: their mean, of classes after calibration.
+
+    So with the baselines, each of which has a member for each model.
     """
     first = members[0]
     if len(members) == 1:
         return first
+    seen = zip(*(member.seen for member in members))
+    shared = {"seen": np.array(list(map(common.worst_seen, seen)))}
+    for name in ("baselines", "baseline_thresholds"):
+        parts = [getattr(member, name) for member in members]
+        shared[name] = {key: np.mean([part[key] for part in parts], axis=0) for key in parts[0]}
+    first = dataclasses.replace(first, **shared)
     if study.table.target is not None:
         outputs = np.stack([member.outputs for member in members])  # (members, M, R)
         return dataclasses.replace(first, outputs=outputs.mean(0), spread=outputs.std(0, ddof=1))
@@ -1389,18 +1422,15 @@ def mean_of_members(members, study):
     threshold = None
     if all(table.threshold is not None for table in tables):
         threshold = np.mean([table.threshold for table in tables], axis=0)
-    outputs = np.log(np.mean([table.probability for table in tables], axis=0))
+    outputs = log_of(np.mean([table.probability for table in tables], axis=0))
     return dataclasses.replace(first, outputs=outputs, temperature=None, threshold=threshold)
 
 
-def judge_ensemble(run, args, study, features, members):
+def judge_ensemble(run, args, study, members):
     """Judge the mean of all folds' models on the test groups, which none of them has seen."""
     mean = mean_of_members(members, study)
     train = np.setdiff1d(np.arange(len(study.table)), mean.rows)
-    mean = dataclasses.replace(
-        mean,
-        baselines=predict_baselines(study, features, train, mean.rows),
-        trained_on=[(train, mean.rows)])
+    mean = dataclasses.replace(mean, trained_on=[(train, mean.rows)])
     split = {"train": train, "test": mean.rows}
     prepare_split(run, study, split)
     predictions_table(study, mean).write(run.path("predictions_test.csv"))
@@ -1496,9 +1526,11 @@ def predict(args):
         positive = study.table.names.index(members[0].content["positive"])
         study = dataclasses.replace(study, positive=positive)
     output = args.output or Path("predictions.csv")
-    predictions_table(study, mean_of_members(results, study)).write(output)
+    table = predictions_table(study, mean_of_members(results, study))
+    table.write(output)
     print(f"{len(study.table)} rows predicted by {len(members)} checkpoint(s), "
           f"{len(study.skipped)} rows skipped; written to {output}")
+    splitting.say_seen(table.seen, print)
     for entry in study.skipped:
         print(f"skipped: {entry['row']}: {entry['reason']}")
 
@@ -1531,6 +1563,7 @@ def predict_rows(member, study, compute):
         outputs=outputs + member.content.get("prior_shift", 0.0),
         baselines={},
         trained_on=[],
+        seen=member.content["seen"].words(study.hashes),
         **calibration_of_rows(calibration, len(rows)))
 
 

@@ -8,8 +8,8 @@ import math
 import numpy as np
 
 from evidence import (
-    calibrating, class_scores, confounding, judging, metric_names, plotting, reporting, splitting,
-    subject_intervals, verdicts)
+    calibrating, class_scores, confounding, judging, metric_names, plotting, prediction_tables,
+    reporting, splitting, subject_intervals, verdicts)
 from evidence.score_judging import lowest
 
 
@@ -19,7 +19,7 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
     confounds: of confounding.level_priors; levels: {name of a confound: (M,) its values}.
     Returns the metrics.
     """
-    table = table.labelled()
+    table = prediction_tables.take(table, table.label >= 0)
     result = compare_classes(table)
     calibrating.take_null(result.overall, table.probability.max(1))
     confounds = flag_confounds(confounds, result, table.positive)
@@ -32,7 +32,7 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
 
     name = table.names[table.positive]
     verdict = verdicts.verdict_sentence(
-        result, "roc_auc", None, setting.held_out, auc_label(result.names, name))
+        result, "roc_auc", None, setting.worst_seen, auc_label(result.names, name))
     alarms = verdicts.classification_alarms(
         table.probability, table.label, table.names, table.threshold, table.positive)
     stages = calibration_rows(table)
@@ -40,10 +40,10 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
     criteria = verdicts.parse_criteria(setting.criteria, meanings)
     estimates = verdicts.named_estimates(result, meanings)
     estimates |= {name: result.overall.model[f"{name}_above_null"] for name in calibrating.ECE_METRICS}
-    flagged = confounding.flagged_names(confounds)
     judgement = judging.Judgement(
         verdict=verdict + confounding.flagged_sentence(confounds),
-        level=verdicts.verdict_level(result.gain("roc_auc"), alarms + setting.alarms + flagged),
+        gain=result.gain("roc_auc"),
+        doubts=confounding.flagged_names(confounds),
         alarms=alarms,
         criteria=verdicts.judge_criteria(criteria, estimates),
         figures=key_figures(result, table.positive),
@@ -86,11 +86,12 @@ def plot_classes(run, table, confusion):
 
 
 def compare_classes(table):
-    """Result of the model, paired with the best baseline, which gives its most probable class."""
+    """Result of the model, paired with the best baseline; each decides by its own threshold, where it has one."""
     best = best_baseline(table)
     return subject_intervals.bootstrap_classification(
         table.probability, table.label, table.groups, table.baselines[best], table.names,
-        table.threshold, table.positive, baseline_name=best, folds=table.n_folds)
+        table.threshold, table.positive, baseline_name=best,
+        baseline_threshold=table.baseline_thresholds.get(best), folds=table.n_folds)
 
 
 def fold_numbers(table):

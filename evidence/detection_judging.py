@@ -33,7 +33,7 @@ MEAN_BOX_METRICS = ("map", "map50", "joint_map")
 # --- from COCO files ------------------------------------------------------------------------
 
 def read_coco_results(truth_json, detections_json, group_column=None, min_trust=0.5):
-    """Annotations (COCO or of parts), COCO results of any program -> (PartTruth, M Detections).
+    """Annotations (COCO or of parts), COCO results of any program -> (PartTruth, M Detections, (M,) their seen).
 
     Boxes that annotators trusted less than min_trust are ignored. Raises UserError that lists what
     cannot be read.
@@ -42,7 +42,7 @@ def read_coco_results(truth_json, detections_json, group_column=None, min_trust=
     names = [image.name for image in found.images]
     part_boxes.refuse([image.name for image in found.images if image.size is None],
                       f"{truth_json}: images without width and height:", "Add them.")
-    parts, detections = detection_tables.read_results(
+    parts, detections, seen = detection_tables.read_results(
         detections_json, [image.id for image in found.images], found.category_ids)
     truth, _, _ = part_boxes.as_truth(
         found.images, found.objects, parts, names, [image.size for image in found.images],
@@ -51,7 +51,7 @@ def read_coco_results(truth_json, detections_json, group_column=None, min_trust=
         raise common.UserError(f"{truth_json}: no box to judge detections against")
     if not truth.has_states():
         detections = [dataclasses.replace(detected, states=None) for detected in detections]
-    return truth, detections
+    return truth, detections, seen
 
 
 # --- the baseline ---------------------------------------------------------------------------
@@ -125,8 +125,8 @@ def judge_detections(run, truth, detections, setting, baseline=None, picture=Non
         cases=case_blocks(run, judged, detections, picture, threshold),
         limits=limits + setting.limits)
     judgement = judging.Judgement(
-        verdict=verdicts.verdict_sentence(result, "map", None, setting.held_out),
-        level=verdicts.verdict_level(result.gain("map"), alarms + setting.alarms),
+        verdict=verdicts.verdict_sentence(result, "map", None, setting.worst_seen),
+        gain=result.gain("map"),
         alarms=alarms,
         criteria=verdicts.judge_criteria(criteria, verdicts.named_estimates(result, meanings)),
         figures=key_figures(result),

@@ -22,16 +22,17 @@ def best_of_each_part(detected, threshold):
     return detected.take(np.sort(order[first]))
 
 
-def coco_results(names, ids, detections, parts, category_ids):
+def coco_results(names, ids, detections, parts, category_ids, seen):
     """COCO results: image_id and category_id as the annotation file writes them.
 
-    category_ids: {part: id} of that file; parts that it lacks get the smallest free ids from 1.
+    category_ids: {part: id} of that file; parts that it lacks get the smallest free ids from 1;
+    seen: (M,) of common.SEEN_WORDS.
     """
     taken = set(category_ids.values())
     free = (own for own in itertools.count(1) if own not in taken)
     own_ids = [category_ids[part] if part in category_ids else next(free) for part in parts]
     results = []
-    for name, own, detected in zip(names, ids, detections):
+    for name, own, detected, word in zip(names, ids, detections, seen):
         states = detected.called()
         for d, label in enumerate(detected.labels.tolist()):
             left, top, right, bottom = detected.boxes[d].tolist()
@@ -41,6 +42,7 @@ def coco_results(names, ids, detections, parts, category_ids):
                 "bbox": [left, top, right - left, bottom - top],
                 "score": float(detected.scores[d]),
                 "file_name": str(name),
+                "seen": str(word),
                 "part": parts[label]}
             if detected.states is not None:
                 entry["state"] = part_boxes.STATES[states[d]]
@@ -49,15 +51,16 @@ def coco_results(names, ids, detections, parts, category_ids):
     return results
 
 
-def detection_rows(names, detections, parts, errors=None, lists_absent=False):
-    """[dict] for the CSV: image, part, score, state, its probabilities, x1 y1 x2 y2, error.
+def detection_rows(names, detections, parts, seen, errors=None, lists_absent=False):
+    """[dict] for the CSV: image, part, score, state, its probabilities, x1 y1 x2 y2, seen, error.
 
-    errors: text of each picture that could not be read, else ""; lists_absent: a row for each part
-    not detected.
+    seen: (M,) of common.SEEN_WORDS; errors: text of each picture that could not be read, else "";
+    lists_absent: a row for each part not detected.
     """
     probabilities = [f"p_{state}" for state in part_boxes.STATES]
     rows = []
-    for name, detected, error in zip(names, detections, errors or [""] * len(detections)):
+    errors = errors or [""] * len(detections)
+    for name, detected, word, error in zip(names, detections, seen, errors):
         if error:
             rows.append({"image": name, "error": error})
             continue
@@ -68,14 +71,14 @@ def detection_rows(names, detections, parts, errors=None, lists_absent=False):
                 row["state"] = part_boxes.STATES[states[d]]
                 row |= zip(probabilities, detected.states[d].tolist())
             row |= zip(BOX_COLUMNS, detected.boxes[d].tolist())
-            rows.append(row)
+            rows.append(row | {"seen": word})
         for label, part in enumerate(parts if lists_absent else ()):
             if label not in detected.labels:
                 absent = part_boxes.STATES[part_boxes.ABSENT]
-                rows.append({"image": name, "part": part, "state": absent})
-    always = {"image", "part", "score", *BOX_COLUMNS}
+                rows.append({"image": name, "part": part, "state": absent, "seen": word})
+    always = {"image", "part", "score", *BOX_COLUMNS, "seen"}
     used = always.union(*rows)
-    columns = ("image", "part", "score", "state", *probabilities, *BOX_COLUMNS, "error")
+    columns = ("image", "part", "score", "state", *probabilities, *BOX_COLUMNS, "seen", "error")
     columns = [column for column in columns if column in used]
     if not rows:
         return [dict.fromkeys(columns)]
@@ -83,7 +86,7 @@ def detection_rows(names, detections, parts, errors=None, lists_absent=False):
 
 
 def read_results(path, images, category_ids):
-    """COCO results of any program -> (parts, Detections of each of the image ids `images`).
+    """COCO results of any program -> (parts, Detections and one of common.SEEN_WORDS for each image id of `images`).
 
     parts: those of category_ids {part: id}, then what else the results name as their `part`. The
     state stands in state_probabilities or in state (text or number), or nowhere: then they are
@@ -107,7 +110,8 @@ def read_results(path, images, category_ids):
     if 0 < n_states < len(listed):
         faults.append(f"{len(listed) - n_states} of {len(listed)} results have no state")
     part_boxes.refuse(faults, f"{path}: cannot be read:", "Correct these entries.")
-    return parts, [stack_detections(row, parts, n_states > 0) for row in found]
+    seen = [common.worst_seen([each["seen"] for each in row] or ["not known"]) for row in found]
+    return parts, [stack_detections(row, parts, n_states > 0) for row in found], np.array(seen)
 
 
 def read_list(path):
@@ -124,7 +128,7 @@ def read_list(path):
 
 
 def read_detection(entry, place, part_of, where, faults):
-    """One COCO result -> dict of picture, part, box, score, states; None where it has a fault."""
+    """One COCO result -> dict of picture, part, box, score, states, seen; None where it has a fault."""
     if not isinstance(entry, dict):
         faults.append(f"{where}: expected an object, found {str(entry)[:60]}")
         return None
@@ -134,6 +138,7 @@ def read_detection(entry, place, part_of, where, faults):
     score = part_boxes.read_number(entry.get("score"))
     box = part_boxes.read_box(entry.get("bbox"), where, faults)
     states = read_states(entry, where, faults)
+    seen = entry.get("seen")
     if not isinstance(part, str):
         faults.append(f"{where}: unknown category_id {entry.get('category_id')!r}")
     if picture is None:
@@ -142,7 +147,8 @@ def read_detection(entry, place, part_of, where, faults):
         faults.append(f"{where}: score {entry.get('score')!r} is no number")
     if len(faults) > n_before:
         return None
-    return {"picture": picture, "part": part, "box": box, "score": score, "states": states}
+    return {"picture": picture, "part": part, "box": box, "score": score, "states": states,
+            "seen": seen if seen in common.SEEN_WORDS else "not known"}
 
 
 def find_key(known, key):

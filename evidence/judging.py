@@ -8,11 +8,7 @@ import itertools
 import numpy as np
 
 import common
-from evidence import reporting, splitting, verdicts
-
-NOT_HELD_OUT = ("The epoch was chosen on the rows that are scored here, so the numbers are optimistic; give a test "
-                "part, or choose a fixed number of epochs beforehand.")
-NOT_KNOWN = "Whether a model was trained or chosen on these rows is not known to this page; it cannot see that."
+from evidence import reporting, splitting, subject_intervals, verdicts
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -20,7 +16,7 @@ class Setting:
     """What a run knows beside its predictions table. The defaults are what is known of a table alone."""
     title: str = "Predictions"
     part: str = "table"  # val, test, folds or table
-    held_out: bool | None = None  # False: the rows chose the epoch; None: not known
+    seen: np.ndarray = ("not known",)  # (M,) of common.SEEN_WORDS: what the model has done with the rows
     best_epoch: int | None = None
     alarms: list = dataclasses.field(default_factory=list)  # sentences found before the judging
     criteria: str = ""  # --criteria
@@ -30,24 +26,28 @@ class Setting:
     folds: list = dataclasses.field(default_factory=list)  # a dict of numbers for each fold
 
     @property
-    def epoch_sentence(self):
-        """What the limits say of the choice of the epoch, as a list."""
-        if self.held_out is None:
-            return [NOT_KNOWN]
-        return [] if self.held_out else [NOT_HELD_OUT]
+    def worst_seen(self):
+        """The worst of the words in `seen`."""
+        return common.worst_seen(self.seen)
+
+    @property
+    def held_out(self):
+        """True, False, or None where it is not known."""
+        return {"new": True, "not known": None}.get(self.worst_seen, False)
 
 
 @dataclasses.dataclass(kw_only=True)
 class Judgement:
     """What one predictions table has shown."""
     verdict: str  # one sentence
-    level: str  # good, caution or poor
+    gain: subject_intervals.Estimate  # over the baseline, in the metric of the verdict
     alarms: list
     criteria: list  # of verdicts.judge_criteria
     figures: list  # key figures for the top of the report
     blocks: list  # HTML of the section Metrics
     sections: list  # (title, HTML blocks) of the task's own sections
     numbers: dict  # what metrics.json says
+    doubts: list = dataclasses.field(default_factory=list)  # what beside the alarms keeps the verdict from green
 
 
 def fold_table(folds):
@@ -126,7 +126,13 @@ def write_comparison(run, rows):
 
 def close_run(run, setting, judgement):
     """Write report.html and metrics.json of a run, and say its verdict; returns what metrics.json holds."""
-    alarms = judgement.alarms + setting.alarms
+    seen = splitting.seen_sentences(setting.seen)
+    alarms = judgement.alarms + setting.alarms + identical_fold_alarms(setting.folds)
+    if "train" in seen:
+        alarms.append(seen["train"])
+    level = verdicts.verdict_level(judgement.gain, [*alarms, *judgement.doubts, *seen.values()])
+    passed = verdicts.PASSES[setting.worst_seen]
+    criteria = [bar | {"verdict": bar["verdict"].replace("PASS", passed)} for bar in judgement.criteria]
     metrics = {
         "part": setting.part,
         "best_epoch": setting.best_epoch,
@@ -134,15 +140,15 @@ def close_run(run, setting, judgement):
         "held_out": setting.held_out,
         **judgement.numbers,
         "alarms": alarms,
-        "criteria": judgement.criteria,
+        "criteria": criteria,
         "folds": setting.folds,
     }
     blocks = [reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in alarms] + judgement.blocks
-    if judgement.criteria:
-        blocks.append(reporting.html_table(judgement.criteria, caption="Criteria"))
+    if criteria:
+        blocks.append(reporting.html_table(criteria, caption="Criteria"))
     if setting.folds:
         blocks.append(reporting.html_table(fold_table(setting.folds), caption="Folds"))
-    limits = "\n".join(f"- {line}" for line in setting.limits + setting.epoch_sentence)
+    limits = "\n".join(f"- {line}" for line in [*setting.limits, *seen.values()])
     sections = [
         ("Data and split", setting.data),
         ("Leakage", reporting.leakage_blocks(run)),
@@ -154,7 +160,7 @@ def close_run(run, setting, judgement):
         ("Command and versions", reporting.command_blocks()),
     ]
     reporting.write_report(
-        run.path("report.html"), f"{setting.title}: {run.folder.name}", (judgement.level, judgement.verdict),
+        run.path("report.html"), f"{setting.title}: {run.folder.name}", (level, judgement.verdict),
         [section for section in sections if section[1]], run.compute.text, judgement.figures)
     common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
     if "sample" in metrics:

@@ -40,14 +40,12 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, num
 
     alarms = verdicts.regression_alarms(table.predicted, table.target, table.names)
     alarms += pose_scores.place_alarms(results)
-    level = verdicts.verdict_level(result.gain("mae"), alarms + setting.alarms)
-    if level == "good" and result.unit != "patients":
-        level = "caution"
     meanings = criteria_names()
     criteria = verdicts.parse_criteria(setting.criteria, meanings)
     judgement = judging.Judgement(
-        verdict=pose_scores.verdict(result, patients, has_patients, setting.held_out),
-        level=level,
+        verdict=pose_scores.verdict(result, patients, has_patients, setting.worst_seen),
+        gain=result.gain("mae"),
+        doubts=[] if result.unit == "patients" else [WITHIN_PATIENTS],
         alarms=alarms,
         criteria=verdicts.judge_criteria(criteria, verdicts.named_estimates(result, meanings)),
         figures=key_figures(result, predictors),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import common
-from evidence import subject_intervals, verdicts
+from evidence import prediction_tables, subject_intervals, verdicts
 from readers import probe_poses
 
 BASELINES = {
@@ -123,7 +123,7 @@ def patient_rows(table, baseline_name):
     """One dict per patient: rows, MAE per axis of the model and of that baseline, geodesic angle of the model."""
     rows = []
     for patient in np.unique(table.groups):
-        own = table.take(table.groups == patient)
+        own = prediction_tables.take(table, table.groups == patient)
         model = common.regression_metrics(own.predicted, own.target)["mae"]  # (6,)
         baseline = common.regression_metrics(own.baselines[baseline_name], own.target)["mae"]
         angle = probe_poses.on_arrays(probe_poses.geodesic_degrees, own.predicted, own.target)
@@ -167,12 +167,12 @@ def fold_numbers(table, sd):
     }
 
 
-def verdict(result, per_patient, has_patients, held_out):
+def verdict(result, per_patient, has_patients, seen="new"):
     """One honest sentence: does the model beat its best baseline, over what, and what it proves nothing about.
 
-    per_patient: rows of patient_rows; has_patients False: each folder counted as a patient.
+    per_patient: rows of patient_rows; has_patients False: each folder counted as a patient; seen: see verdict_sentence.
     """
-    text = verdicts.verdict_sentence(result, "mae", held_out=held_out, label="mean error in label sds")
+    text = verdicts.verdict_sentence(result, "mae", seen=seen, label="mean error in label sds")
     if result.unit == "patients":
         return text
     n = len(per_patient)

@@ -1,9 +1,10 @@
 """The predictions table, where a script ends and its judging begins.
 
 A CSV with a row for each picture, clip or transition. Its first column says which, `group` which rows are not
-independent, `fold` which of several models predicted the row. Scores stand in NAME_true, NAME_predicted and
-NAME_BASELINE of each score; classes in true_label, prob_CLASS and BASELINE_prob_CLASS, with threshold where the positive
-class is given from a threshold on.
+independent, `fold` which of several models predicted the row, `seen` what that model has done with it
+(common.SEEN_WORDS). Scores stand in NAME_true, NAME_predicted and NAME_BASELINE of each score; classes in true_label,
+prob_CLASS and BASELINE_prob_CLASS, with threshold and BASELINE_threshold where the positive class is given from a
+threshold on.
 
 Letters: M rows, R scores, C classes.
 """
@@ -23,6 +24,7 @@ class Rows:
     names: list  # R or C
     baselines: dict  # name -> (M, R) or (M, C)
     groups: np.ndarray | None = None  # (M,) text
+    seen: np.ndarray | None = None  # (M,) of common.SEEN_WORDS
 
     @property
     def n_folds(self):
@@ -41,10 +43,6 @@ class ScoreTable(Rows):
     def truth(self):
         """(M, R) true scores."""
         return self.target
-
-    def take(self, rows):
-        """The table of these rows."""
-        return _take(self, rows, ("target", "predicted", "groups", "spread"))
 
     def write(self, path):
         """The CSV, written whole."""
@@ -76,6 +74,7 @@ class ClassTable(Rows):
     positive: int  # the class whose AUC counts, and that a threshold gives
     label: np.ndarray  # (M,) class indices, -1 = unknown
     probability: np.ndarray  # (M, C)
+    baseline_thresholds: dict = dataclasses.field(default_factory=dict)  # name -> (M,), of those that have one
     threshold: np.ndarray | None = None  # (M,) of the positive class; None = the most probable class is given
     logits: np.ndarray | None = None  # (M, C) before calibration
     uncalibrated: np.ndarray | None = None  # (M, C), where `probability` is calibrated on other rows
@@ -89,14 +88,6 @@ class ClassTable(Rows):
     def truth(self):
         """(M,) true class indices."""
         return self.label
-
-    def take(self, rows):
-        """The table of these rows."""
-        return _take(self, rows, ("label", "probability", "groups", "threshold", "logits", "uncalibrated"))
-
-    def labelled(self):
-        """The rows with a known label."""
-        return self.take(self.label >= 0)
 
     def rank_rows(self):
         """(rows from the smallest to the largest error, two lines of text on each row)."""
@@ -119,38 +110,40 @@ class ClassTable(Rows):
             columns |= {f"{kind}_{name}": block[:, c] for c, name in enumerate(self.names)}
         if self.threshold is not None:
             columns["threshold"] = self.threshold
+        columns |= {f"{name}_threshold": values for name, values in self.baseline_thresholds.items()}
         write_columns(path, columns)
 
 
 def join(tables):
     """The rows of the tables of all folds as one table."""
-    first = tables[0]
+    joined = combine(tables, np.concatenate)
+    joined.keys["fold"] = np.repeat(np.arange(len(tables)), [len(table.truth) for table in tables])
+    return joined
+
+
+def take(table, rows):
+    """The table of these rows."""
+    return combine([table], lambda parts: parts[0][rows])
+
+
+def combine(records, function):
+    """Records of one dataclass as one: function(arrays of a field) in place of arrays, of dicts of arrays in place of
+    each of these; all else is that of the first.
+    """
     fields = {}
-    for name in ("groups", "target", "predicted", "spread",
-                 "label", "probability", "threshold", "logits", "uncalibrated"):
-        if getattr(first, name, None) is not None:
-            fields[name] = np.concatenate([getattr(table, name) for table in tables])
-    for name in ("keys", "baselines"):
-        parts = [getattr(table, name) for table in tables]
-        fields[name] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    fields["keys"]["fold"] = np.repeat(np.arange(len(tables)), [len(table.truth) for table in tables])
-    return dataclasses.replace(first, **fields)
-
-
-def _take(table, rows, fields):
-    """A ScoreTable or ClassTable of these rows; fields: those with an entry for each row."""
-    found = {name: getattr(table, name) for name in fields}
-    taken = {name: None if values is None else values[rows] for name, values in found.items()}
-    return dataclasses.replace(
-        table, **taken,
-        keys={heading: np.asarray(values)[rows] for heading, values in table.keys.items()},
-        baselines={name: block[rows] for name, block in table.baselines.items()})
+    for name, first in vars(records[0]).items():
+        parts = [getattr(record, name) for record in records]
+        if isinstance(first, dict):
+            fields[name] = {key: function([np.asarray(part[key]) for part in parts]) for key in first}
+        elif isinstance(first, np.ndarray):
+            fields[name] = function(parts)
+    return dataclasses.replace(records[0], **fields)
 
 
 def _with_group(table):
-    """The keys of a table, and its groups as a column of that name."""
-    keys = {heading: np.asarray(values) for heading, values in table.keys.items()}
-    return keys if table.groups is None else {**keys, "group": table.groups}
+    """The keys of a table, and its groups and what the model has seen as columns."""
+    columns = {**table.keys, "group": table.groups, "seen": table.seen}
+    return {heading: np.asarray(values) for heading, values in columns.items() if values is not None}
 
 
 def write_columns(path, columns):
@@ -177,6 +170,19 @@ def _block(table, columns, path):
     return np.stack([csv_tables.to_numbers(table[column], f"{path}, column {column}") for column in columns], axis=1)
 
 
+def _probabilities(table, columns, path):
+    """(M, len(columns)) numbers from 0 to 1 that add up to 1, as far as two digits behind the point allow."""
+    block = _block(table, columns, path)
+    rounding = 0.005 * len(columns) + 1e-6
+    is_good = (block > -1e-6).all(1) & (np.abs(block.sum(1) - 1) < rounding)
+    if not is_good.all():
+        row = is_good.argmin()
+        raise common.UserError(
+            f"{path}, row {row + 1}: expected probabilities from 0 to 1 with sum 1 in {columns[0]} and its like, found "
+            f"{block[row].tolist()} ({(~is_good).sum()} such rows); turn logits into probabilities (softmax) first")
+    return block
+
+
 # --- a table of any program ------------------------------------------------------------------------
 
 ID_COLUMNS = ("image", "clip_id", "name", "id", "filename", "file")
@@ -195,7 +201,11 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
     if group_column and group_column not in table:
         raise common.UserError(f"--group_column {group_column} is no column of {path}"
                                f"{common.closest(group_column, list(table))} (found: {common.shorten_list(table, 40)})")
-    shared = {"keys": _keys_of(table), "groups": table[group_column].to_numpy(str) if group_column else None}
+    shared = {
+        "keys": _keys_of(table),
+        "groups": table[group_column].to_numpy(str) if group_column else None,
+        "seen": _seen_column(table),
+    }
     names = [column.removesuffix("_predicted") for column in table if column.endswith("_predicted")]
     names = [name for name in names if f"{name}_true" in table]
     if names:
@@ -217,6 +227,12 @@ def _keys_of(table):
     if "fold" in table:
         keys["fold"] = table["fold"].to_numpy(str)
     return keys
+
+
+def _seen_column(table):
+    """(M,) of common.SEEN_WORDS: the column `seen`; "not known" where there is none, or another word."""
+    words = table["seen"].to_numpy(str) if "seen" in table else np.full(len(table), "")
+    return np.where(np.isin(words, common.SEEN_WORDS), words, "not known")
 
 
 def _read_scores(table, path, names, baseline, shared):
@@ -245,14 +261,18 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
         kind = column.removesuffix(f"_prob_{names[0]}")
         columns = [f"{kind}_prob_{name}" for name in names]
         if kind != column and not column.startswith("prob_") and all(each in table for each in columns):
-            others[kind] = _block(table, columns, path)
+            others[kind] = _probabilities(table, columns, path)
     if baseline:
         others = {baseline: others[_named(baseline, others, path)]}
     logits = [f"logit_{name}" for name in names]
+
+    def threshold(column):
+        return csv_tables.to_numbers(table[column], f"{path}, column {column}") if column in table else None
+    thresholds = {kind: threshold(f"{kind}_threshold") for kind in others if f"{kind}_threshold" in table}
     return _class_table(
-        names, label, _block(table, [f"prob_{name}" for name in names], path), others, positive_class, shared,
-        threshold=csv_tables.to_numbers(table["threshold"], f"{path}, column threshold")
-        if "threshold" in table else None,
+        names, label, _probabilities(table, [f"prob_{name}" for name in names], path), others, positive_class, shared,
+        threshold=threshold("threshold"),
+        baseline_thresholds=thresholds,
         logits=_block(table, logits, path) if all(each in table for each in logits) else None)
 
 

@@ -29,12 +29,16 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, 
     plotting.plot_scatter(table.predicted, table.target, table.names, run.path("predicted_against_true.png"))
 
     best_r2 = ceiling.mean_r2 if ceiling else None
-    verdict = verdicts.verdict_sentence(result, "r2", best_r2, setting.held_out, "mean R2")
+    # a ridge head on a frozen backbone is the ridge regression on its features
+    tolerance = 1e-3 * np.nanstd(table.target, axis=0)  # (R,)
+    is_same = np.isclose(table.predicted, table.baselines[result.baseline_name], 0, tolerance).all()
+    verdict = verdicts.verdict_sentence(
+        result, "r2", best_r2, setting.worst_seen, "mean R2", is_same)
     alarms = verdicts.regression_alarms(table.predicted, table.target, table.names) + slope_alarms(rows)
-    flagged = confounding.flagged_names(confounds)
     judgement = judging.Judgement(
         verdict=verdict + confounding.flagged_sentence(confounds),
-        level=verdicts.verdict_level(result.gain("r2"), alarms + setting.alarms + flagged),
+        gain=result.gain("r2"),
+        doubts=confounding.flagged_names(confounds),
         alarms=alarms,
         criteria=judge_criteria(setting.criteria, result, table, moments),
         figures=key_figures(result, best_r2),

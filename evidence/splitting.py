@@ -16,6 +16,12 @@ import common
 # in at most 34 of 256 bits, different faces in at least 58.
 NEAR_DUPLICATE_BITS = 40
 STOPPING_LEAKS = ("groups", "events", "exact_duplicates")
+SEEN_SENTENCES = {  # what follows from the words of common.SEEN_WORDS but "new"
+    "train": "trained the model, or one that it started from: the result is not held out",
+    "chose": "chose the epoch, the threshold or the temperature: the result is selected on these rows, therefore "
+             "optimistic; give a test part, or fix the number of epochs beforehand (--select last)",
+    "not known": "may have been seen in training: their table or the checkpoint does not say it",
+}
 
 
 def _quantile_bins(values):
@@ -348,6 +354,22 @@ def record_split(run, split, keys, report, stopping=STOPPING_LEAKS):
     common.write_json(run.path("leakage_report.json"), report)
     run.say(leakage_text(report))
     check_leakage(report, run.args.allow_leakage, stopping)
+
+
+def seen_sentences(seen):
+    """{word: sentence} on the rows that are not new: (M,) of common.SEEN_WORDS."""
+    counts = collections.Counter(map(str, seen))
+    return {
+        word: f"{counts[word]} of {len(seen)} rows {text}"
+        for word, text in SEEN_SENTENCES.items()
+        if counts[word]
+    }
+
+
+def say_seen(seen, say):
+    """Say seen_sentences of predictions as notes."""
+    for sentence in seen_sentences(seen).values():
+        say(f"note: {sentence}")
 
 
 def split_by_time(sequences, order, ratios, gap):

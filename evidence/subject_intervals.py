@@ -391,12 +391,12 @@ def target_rows(result):
 # --- classes -----------------------------------------------------------------------------------------
 
 def bootstrap_classification(probability, label, groups=None, baseline=None, names=None, threshold=None, positive=None,
-                             draws=2000, seed=0, baseline_name=None, folds=1):
+                             draws=2000, seed=0, baseline_name=None, baseline_threshold=None, folds=1):
     """Result of a whole split of classes: metrics of all of them, and of each against the rest.
 
     probability, baseline: (N, C); label: (N,), below 0 = missing; groups: (N,) names, None = every row its own; names:
-    C classes (None: "0", "1", ...); threshold, positive: as in classification_metrics; the baseline gives the most
-    probable class; folds: how many models predicted the rows. Intervals of a class seen in (or outside of) under 5
+    C classes (None: "0", "1", ...); threshold, positive: as in classification_metrics; baseline_threshold: the same for
+    the baseline; folds: how many models predicted the rows. Intervals of a class seen in (or outside of) under 5
     subjects are NaN. Exceptions, by Wilson: accuracy, recall and precision of ungrouped rows of one model; and a share
     of 0 or 1 that no resample changes, over the subjects of the rarest class that it needs.
     """
@@ -410,7 +410,8 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, nam
     statistic = _class_statistic(probability, label, threshold, positive, index)
     confusion = class_scores.classification_metrics(probability, label, threshold, positive).confusion
     result = estimate(
-        statistic, None if baseline is None else _class_statistic(baseline, label, None, positive, index), len(found),
+        statistic, None if baseline is None else _class_statistic(baseline, label, baseline_threshold, positive, index),
+        len(found),
         "rows" if groups is None else "subjects", draws, seed, block=max(1, 1_000_000 // max(1, len(index))),
         support=support, folds=folds, rows=len(index), baseline_name=baseline_name,
         names=[str(c) for c in range(n_classes)] if names is None else list(names),
@@ -418,7 +419,7 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, nam
     if groups is None and folds == 1 and result.has_intervals:
         _take_wilson_intervals(result.overall.model, result.each.model, confusion)
         if baseline is not None:
-            of_baseline = class_scores.classification_metrics(baseline, label).confusion
+            of_baseline = class_scores.classification_metrics(baseline, label, baseline_threshold, positive).confusion
             _take_wilson_intervals(result.overall.baseline, result.each.baseline, of_baseline)
     return result
 

@@ -10,15 +10,14 @@ import common
 from evidence import class_judging, judging, metric_names, prediction_tables, score_judging, subject_intervals
 
 
-def judge_table(run, table, path, criteria="", held_out=None):
-    """Judge one table in a run folder of its own; returns its metrics. held_out: None = not known."""
+def judge_table(run, table, path, criteria=""):
+    """Judge one table in a run folder of its own; returns its metrics."""
     setting = judging.Setting(
         title=f"Predictions of {path.name}",
-        held_out=held_out,
+        seen=table.seen,
         criteria=criteria,
         data=[judging.rows_text(table)],
-        limits=["Judged from the table alone: which rows the model was trained on, and what they share with these, "
-                "is not known here."])
+        limits=["Judged from the table alone: what train rows share with these is not known here."])
     if isinstance(table, prediction_tables.ScoreTable):
         return score_judging.judge_scores(run, table, setting)
     return class_judging.judge_classes(run, table, setting)
@@ -37,7 +36,7 @@ def same_rows(tables, paths):
                 f"{path} and {paths[0]} must judge the same rows and targets; {len(lacking)} rows of the first are "
                 f"missing ({common.shorten_list(lacking, 3) or 'none'}), {len(place)} and {len(wanted)} rows, "
                 f"targets {common.shorten_list(table.names, 5)} and {common.shorten_list(first.names, 5)}")
-        other = table.take(np.array([place[name] for name in wanted]))
+        other = prediction_tables.take(table, np.array([place[name] for name in wanted]))
         if not np.array_equal(other.truth, first.truth, equal_nan=True):
             raise common.UserError(f"{path} and {paths[0]} have other true values in the same rows; compare one truth")
         aligned.append(other)
@@ -57,7 +56,7 @@ def compare_tables(tables, names):
             metric = "roc_auc"
             result = subject_intervals.bootstrap_classification(
                 a.probability, a.label, a.groups, b.probability, a.names, a.threshold, a.positive, baseline_name=name_b,
-                folds=a.n_folds)
+                baseline_threshold=b.threshold, folds=a.n_folds)
         gain = result.gain(metric)
         better = "not resolvable"
         if gain.low > 0 or gain.high < 0:

@@ -196,17 +196,30 @@ def judge_criteria(criteria, estimates):
 
 # --- verdict -----------------------------------------------------------------------------------------
 
-def verdict_sentence(result, metric="r2", ceiling=None, held_out=True, label=None):
+# how the sentence ends, and how a bar that is passed is called, by the worst of common.SEEN_WORDS
+ENDINGS = {
+    "train": "; the model was trained on rows that are scored here: nothing is said about new ones.",
+    "chose": "; selected on these rows, therefore optimistic.",
+    "not known": "; whether these rows are new to the model is not known here.",
+    "new": ".",
+}
+PASSES = {"train": "PASS on train rows", "chose": "PASS on validation", "not known": "PASS", "new": "PASS"}
+
+
+def verdict_sentence(result, metric="r2", ceiling=None, seen="new", label=None, is_same=False):
     """One honest sentence: does the model beat its baseline, by how much, and what could be reached at best.
 
-    result: a Result with a baseline; ceiling: what `metric` could reach, or None; held_out False: the rows
-    chose the epoch, None: not known; label: the metric's name in the sentence.
+    result: a Result with a baseline; ceiling: what `metric` could reach, or None; seen: the worst of
+    common.SEEN_WORDS among the rows; label: the metric's name in the sentence; is_same: model and baseline predict the
+    same.
     """
     difference = result.overall.difference[metric]
     gain = result.gain(metric)
     is_known = np.isfinite(gain.low + gain.high)
     verdict = "Not resolvable whether the model beats"
-    if is_known and min(gain.value, gain.low) > 0:
+    if is_same:
+        verdict = "The model is the same predictor as"
+    elif is_known and min(gain.value, gain.low) > 0:
         verdict = "The model beats"
     elif is_known and gain.value <= 0:
         verdict = "The model does not beat"
@@ -219,9 +232,7 @@ def verdict_sentence(result, metric="r2", ceiling=None, held_out=True, label=Non
             f"difference {difference.value:+.3f} [{how}]{_sign_flip_text(result, metric)}")
     if ceiling is not None and np.isfinite(ceiling):
         text += f"; the raters' agreement allows {ceiling:.3f}"
-    endings = {True: ".", False: "; selected on validation, therefore optimistic.",
-               None: "; whether these rows are new to the model is not known here."}
-    return text + endings[held_out]
+    return text + ENDINGS[seen]
 
 
 def _sign_flip_text(result, metric):
@@ -234,11 +245,13 @@ def _sign_flip_text(result, metric):
     return f", sign-flip p {p:.4f}, better in {better.sum()} of {np.isfinite(differences).sum()} {result.unit}"
 
 
-def verdict_level(gain, alarms):
-    """Level of a verdict: good only where the whole interval of the gain is above 0 and no alarm is raised."""
+def verdict_level(gain, doubts):
+    """Level of a verdict: good only where the whole interval of the gain is above 0 and nothing is in doubt: no alarm
+    is raised, and the rows are held out for certain.
+    """
     if not gain.value > 0:
         return "poor"
-    return "good" if gain.low > 0 and not alarms else "caution"
+    return "good" if gain.low > 0 and not doubts else "caution"
 
 
 def say_results(run, metrics):

@@ -301,6 +301,7 @@ class Pictures(common.Samples):
 
     short_side: of the decoded pictures, in pixels; prepare(pixels uint8 (H, W, 3), (width, height) of the whole
     picture) -> the array for the model. scale: width and height of the whole picture over those of this array.
+    hashes (2,): the picture's common.content_hashes.
     """
 
     def __init__(self, paths, short_side, prepare, pixel_range=None):
@@ -314,13 +315,14 @@ class Pictures(common.Samples):
 
     def __getitem__(self, key):
         _, index = key
+        audit, pixels = audit_image(self.paths[index], self.short_side, self.pixel_range)
+        size = audit.width, audit.height
         error = ""
-        try:
-            pixels, size = _decode(self.paths[index], self.short_side, self.pixel_range)
-        except pixel_cache.BadImage as reason:
-            error = f"{self.paths[index]}: {reason}"
+        if audit.error:
+            error = f"{audit.path}: {audit.error}"
             size = (self.short_side, self.short_side)
             pixels = np.zeros((*size, 3), np.uint8)
         prepared = np.ascontiguousarray(self.prepare(pixels, size))
         scale = np.array(size) / prepared.shape[1::-1]
-        return {"pixels": torch.from_numpy(prepared), "scale": scale, "error": error}
+        [hashes] = common.content_hashes([audit.file_sha], [audit.pixel_sha])
+        return {"pixels": torch.from_numpy(prepared), "scale": scale, "hashes": hashes, "error": error}

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -52,6 +53,8 @@ class PixelStore:
     cache_keys(rows) -> [JSON types that decide the pixels of each row]; decode_again(row) -> pixels.
     """
 
+    windows = itertools.repeat("")  # a clip has one in its file, a picture has none
+
     def load_all(self, rows_of_files, cache):
         """Choose the cache, then take every item from it or decode it."""
         n_items = sum(map(len, rows_of_files))
@@ -84,6 +87,12 @@ class PixelStore:
             with contextlib.suppress(*NPY_ERRORS):  # the cache folder was emptied during the run
                 return np.load(self._kept[row], mmap_mode="r")
         return self.decode_again(row)
+
+    @property
+    def hashes(self):
+        """(N, 2) content_hashes of the items: of their files and windows, and of their pixels at this size."""
+        pieces = [f"{audit.file_sha}{window}" for audit, window in zip(self.audit, self.windows)]
+        return common.content_hashes(pieces, [audit.pixel_sha for audit in self.audit])
 
     @property
     def description(self):

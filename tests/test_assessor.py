@@ -183,6 +183,14 @@ def test_single_ratings_give_a_split_half_ceiling(sample, tmp_path):
 def test_options_run(sample, tmp_path, flags):
     train(sample, tmp_path, *flags, "--epochs", 2)
     assert len(read_csv(only_run(tmp_path) / "training_history.csv")) == 2
+    metrics = json.loads((only_run(tmp_path) / "metrics.json").read_text())
+    is_frozen_ridge = {"ridge", "--freeze_backbone"} <= set(flags)
+    is_same = is_frozen_ridge and metrics["baseline_name"] == "ridge_multiscale"
+    assert metrics["verdict"].startswith("The model is the same predictor as the ridge multiscale baseline") == is_same
+    if is_frozen_ridge:
+        rows = read_csv(only_run(tmp_path) / "predictions_val.csv")
+        pairs = [[float(row[f"Valence_{kind}"]) for row in rows] for kind in ("predicted", "ridge_multiscale")]
+        assert pairs[0] == pytest.approx(pairs[1], rel=1e-3)
 
 
 def test_fine_tuning_starts_from_the_other_weights(sample, trained, tmp_path):

@@ -155,6 +155,20 @@ def test_threshold_gives_the_positive_class_from_the_threshold_on():
     assert ours.overall["roc_auc"] == class_scores.classification_metrics(low, label).overall["roc_auc"]
 
 
+def test_the_same_probabilities_under_the_same_threshold_make_no_difference():
+    probability, label = two_classes()
+    groups = np.arange(len(label)) % 25
+
+    def compared(baseline_threshold):
+        return subject_intervals.bootstrap_classification(
+            probability, label, groups, probability, threshold=np.full(len(label), 0.25), positive=1, draws=50,
+            baseline_threshold=baseline_threshold)
+    alike = compared(np.full(len(label), 0.25))
+    assert all(found.value == found.low == found.high == 0 for found in alike.overall.difference.values())
+    assert not np.any(alike.each.difference["f1"].value)
+    assert compared(None).overall.difference["macro_f1"].value != 0
+
+
 def test_row_weights_equal_repeated_rows():
     _, probability, label = scored_rows(rows=80, digits=1)
     times = np.random.default_rng(1).integers(0, 4, (5, 80))
@@ -664,7 +678,7 @@ def test_verdict_of_a_classifier_names_the_metric_and_the_direction():
     model, baseline, label, names = clustered_scores(30, 18, np.random.default_rng(0), 2.5)
     result = subject_intervals.bootstrap_classification(model, label, names, baseline, ["ear", "tail"],
                                                         baseline_name="pair_prior")
-    text = verdicts.verdict_sentence(result, "roc_auc", label="ROC AUC", held_out=False)
+    text = verdicts.verdict_sentence(result, "roc_auc", label="ROC AUC", seen="chose")
     assert text.startswith("The model beats the pair prior baseline: ROC AUC 0.9")
     assert "95% t-interval over 30 subjects" in text and text.endswith("therefore optimistic.")
     assert verdicts.verdict_sentence(result, "loss").startswith("The model beats the pair prior baseline: loss 0.")

@@ -182,7 +182,7 @@ def as_files(folder, truth, found):
 
 def judge_files(folder, **options):
     """metrics.json of results.json against truth.json in a folder."""
-    truth, found = detection_judging.read_coco_results(folder / "truth.json", folder / "results.json")
+    truth, found, _ = detection_judging.read_coco_results(folder / "truth.json", folder / "results.json")
     args = train_detector.parse_args(["--mode", "audit", "--json", "x", "--images_dir", "y", "--output_dir",
                                       str(folder / "out")])
     with common.start_run(args) as run:
@@ -240,7 +240,7 @@ def test_states_of_results_may_be_text_or_numbers(tmp_path):
     content["annotations"][1]["state"] = "damaged"
     common.write_json(tmp_path / "truth.json", content)
     common.write_json(tmp_path / "results.json", [{**RESULT, "state": "Damaged"}, {**RESULT, "state": 3}])
-    _, found = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json")
+    _, found, _ = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json")
     assert found[0].called().tolist() == [1, 3] and found[1].states.shape == (0, 4)
 
 
@@ -331,14 +331,14 @@ def test_best_of_each_part_and_absent_where_none_is_over_the_threshold():
     best = detection_tables.best_of_each_part(detected, 0.35)
     assert best.labels.tolist() == [0, 1] and best.scores.tolist() == [0.95, 0.4]
     best = detection_tables.best_of_each_part(detected, 0.5)
-    rows = detection_tables.detection_rows(["x.jpg"], [best], ["bell", "saddle"], lists_absent=True)
+    rows = detection_tables.detection_rows(["x.jpg"], [best], ["bell", "saddle"], ["new"], lists_absent=True)
     assert [(row["part"], row["state"], row["score"]) for row in rows] == [
         ("bell", "occluded", 0.95), ("saddle", "absent", None)]
 
 
 def test_a_part_that_the_annotation_file_lacks_gets_an_id_of_its_own():
     detected = detections((0, 0.9, 1, OTHER), (1, 0.3, 0, BOX), (2, 0.4, 0, FAR))
-    results = detection_tables.coco_results(["x.jpg"], [7], [detected], ["bell", "saddle", "lamp"], {"saddle": 1})
+    results = detection_tables.coco_results(["x.jpg"], [7], [detected], ["bell", "saddle", "lamp"], {"saddle": 1}, ["new"])
     assert [(row["part"], row["category_id"]) for row in results] == [("bell", 2), ("saddle", 1), ("lamp", 3)]
 
 
@@ -440,10 +440,31 @@ def test_evaluation_repeats_the_test_numbers(bicycles, trained, tmp_path):
         coco = COCO(str(tmp_path / "test.json"))
         if results:
             coco.loadRes(str(folder / "detections_test.json"))
-    (tmp_path / "part.json").write_text(json.dumps({splits["train"][0]: truth[splits["train"][0]]}))
-    text = run_script("train_detector.py", *flags[:4], "--json", tmp_path / "part.json", *flags[6:], "--output_dir",
-                      tmp_path / "leak", code=2).stderr
-    assert "train-test share 1 exact duplicates" in text and splits["train"][0] in text
+    assert {each["seen"] for each in results} <= {"new"} and ours["held_out"] is True and ours["part"] == "test"
+
+
+@pytest.mark.parametrize("part, word", [("train", "train"), ("val", "chose")])
+def test_evaluation_on_pictures_of_the_run_is_not_held_out(bicycles, trained, tmp_path, part, word):
+    """Those that were trained on raise an alarm, those that chose the epoch are called optimistic; so in the files."""
+    splits, truth = (json.loads(path.read_text(), strict=False)
+                     for path in (trained / "splits.json", bicycles / "annotations.json"))
+    names = splits[part][:3]
+    (tmp_path / "part.json").write_text(json.dumps({name: truth[name] for name in names}))
+    run_script("train_detector.py", "--mode", "evaluate", "--checkpoint", trained, "--json", tmp_path / "part.json",
+               "--images_dir", bicycles / "images", "--num_workers", 0, "--bootstrap_draws", 20, "--output_dir",
+               tmp_path / "out")
+    folder = only_run(tmp_path / "out")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["part"] == part and metrics["held_out"] is False
+    assert any("3 of 3 rows trained the model" in alarm for alarm in metrics["alarms"]) == (part == "train")
+    assert ("selected on these rows" in metrics["verdict"]) == (part == "val")
+    rows = read_csv(folder / f"detections_{part}.csv")
+    assert {row["seen"] for row in rows} <= {word}
+    run_script("train_detector.py", "--mode", "convert", "--json", tmp_path / "part.json", "--output",
+               tmp_path / "coco.json")
+    _, _, seen = detection_judging.read_coco_results(tmp_path / "coco.json", folder / f"detections_{part}.json")
+    named = {row["image"] for row in rows if row["part"]}
+    assert len(seen) == 3 and (seen == word).sum() == len(named) and set(seen) <= {word, "not known"}
 
 
 def test_the_written_detections_give_the_same_numbers_again(bicycles, trained, tmp_path):

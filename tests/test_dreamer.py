@@ -163,6 +163,19 @@ def test_evaluate_repeats_the_test_metrics(trained, tmp_path):
     assert again["use"] == pytest.approx(first["use"], rel=1e-3)
 
 
+def test_scoring_all_rows_is_not_held_out(trained, tmp_path):
+    run_script("train_dreamer.py", "--mode", "evaluate", "--score_part", "all", "--checkpoint", trained, "--output_dir",
+               tmp_path)
+    metrics = json.loads((only_run(tmp_path) / "metrics.json").read_text())
+    splits = json.loads((trained / "splits.json").read_text())
+    words = {"train": "train", "val": "chose", "test": "new"}
+    seen = {row["name"]: row["seen"] for row in read_csv(only_run(tmp_path) / "predictions_all.csv")}
+    assert seen == {name: words[part] for part in words for name in splits[part]}
+    n_train = len(splits["train"])
+    assert metrics["held_out"] is False
+    assert any(alarm.startswith(f"{n_train} of {len(seen)} rows trained the model") for alarm in metrics["alarms"])
+
+
 def test_evaluate_on_data_it_never_saw(trained, slices, tmp_path):
     """Other folders: all rows, only the baselines that need no train rows; a trained patient raises an alarm."""
     run_script("make_sample_data.py", "--task", "dreamer", "--output_dir", tmp_path, "--n_samples", 30, "--seed", 9)
@@ -176,6 +189,7 @@ def test_evaluate_on_data_it_never_saw(trained, slices, tmp_path):
     assert metrics["part"] == "all"
     assert {row["baseline"] for row in metrics["baselines"]} == {"zero", "copy", "train_mean"}
     assert not any("trained on these patients" in alarm for alarm in metrics["alarms"])
+    assert metrics["held_out"] is True
 
 
 def test_predict_repeats_the_predictions_without_labels(trained, slices, tmp_path):
@@ -463,13 +477,13 @@ def small_result(patients=6, gain=0.3, seed=3):
 def test_the_verdict_says_over_what_it_holds(patients, words):
     table, result, _ = small_result(patients)
     per_patient = pose_scores.patient_rows(table, "zero")
-    text = pose_scores.verdict(result, per_patient, has_patients=True, held_out=True)
+    text = pose_scores.verdict(result, per_patient, has_patients=True)
     assert all(word in text for word in words), text
 
 
 def test_no_gain_is_not_called_one():
     result = small_result(gain=0.0)[1]
-    assert "The model beats" not in pose_scores.verdict(result, [], has_patients=True, held_out=True)
+    assert "The model beats" not in pose_scores.verdict(result, [], has_patients=True)
 
 
 def test_angles_of_a_patient_leave_out_rows_with_a_missing_label():

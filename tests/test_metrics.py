@@ -381,9 +381,9 @@ def test_verdict_beats_does_not_beat_and_not_resolvable():
         result = subject_intervals.bootstrap_regression(model, target, baseline=baseline, baseline_name="ridge")
         return verdicts.verdict_sentence(result, **options)
 
-    better = say(near, far, ceiling=0.912, held_out=False, label="mean R2")
+    better = say(near, far, ceiling=0.912, seen="chose", label="mean R2")
     assert better.startswith("The model beats the ridge baseline: mean R2 0.7")
-    assert better.endswith("; the raters' agreement allows 0.912; selected on validation, therefore optimistic.")
+    assert better.endswith("; the raters' agreement allows 0.912; selected on these rows, therefore optimistic.")
     assert "95% bootstrap interval over 300 rows" in better
     assert say(near, far, metric="mae").startswith("The model beats")
     assert say(far, near).startswith("The model does not beat the ridge baseline")

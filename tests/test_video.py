@@ -294,6 +294,41 @@ def test_class_ensemble_of_predict_is_that_of_training(made, class_folds, tmp_pa
         assert ours[row["clip_id"]]["pred_label"] == row["pred_label"]
 
 
+def test_predictions_of_the_folds_own_rows_are_not_held_out(made, class_folds, tmp_path):
+    """Every event outside the test pen trained two of the three models; the table says it, and who evaluates it too."""
+    text = video("--mode", "predict", "--checkpoint", class_folds, *made.everything, "--output", tmp_path / "p.csv",
+                 "--num_workers", 0).stdout
+    rows = read_csv(tmp_path / "p.csv")
+    tested = {row["clip_id"] for row in read_csv(class_folds / "test_ensemble" / "predictions_test.csv")}
+    assert all(row["seen"] == ("new" if row["clip_id"] in tested else "train") for row in rows) and tested
+    assert f"note: {len(rows) - len(tested)} of {len(rows)} rows trained the model" in text
+    video("--mode", "evaluate", "--predictions", tmp_path / "p.csv", "--output", tmp_path / "m.json", "--output_dir",
+          tmp_path / "out")
+    metrics = read_json(tmp_path / "m.json")
+    assert metrics["held_out"] is False and any("rows trained the model" in alarm for alarm in metrics["alarms"])
+    assert {row["seen"] for row in read_csv(class_folds / "predictions_folds.csv")} == {"chose"}
+    assert read_json(class_folds / "test_ensemble" / "metrics.json")["held_out"] is True
+
+
+def test_baselines_decide_by_thresholds_from_the_same_rows(made, class_folds):
+    """Temperature and threshold of the logistic regression, fitted anew on the other folds' rows, as the model's are."""
+    pooled = {row["clip_id"]: row for row in read_csv(class_folds / "predictions_folds.csv")}
+    own = [read_csv(class_folds / f"fold_{k}" / "predictions_val.csv") for k in range(3)]
+    assert "logistic_threshold" not in own[0][0], "validation rows: the most probable class, as the model's"
+    names = ("ear", "tail")
+    others = [row for rows in own[1:] for row in rows]
+    p = np.stack([numbers(others, f"logistic_prob_{name}") for name in names], 1)
+    label = np.array([names.index(row["true_label"]) for row in others])
+    temperature = calibrating.fit_temperature(np.log(p), label)
+    threshold = calibrating.fit_threshold(softmax(np.log(p) / temperature, axis=1), label)
+    for row in own[0]:
+        expected = softmax(np.log([float(row[f"logistic_prob_{name}"]) for name in names]) / temperature)[1]
+        found = pooled[row["clip_id"]]
+        assert float(found["logistic_prob_tail"]) == pytest.approx(expected, abs=1e-9)
+        assert float(found["logistic_threshold"]) == pytest.approx(threshold, abs=1e-9)
+    assert "logistic_threshold" in read_csv(class_folds / "test_ensemble" / "predictions_test.csv")[0]
+
+
 LEAKS = ("shared_groups", "shared_videos", "shared_events", "duplicates", "overlapping_windows")
 
 
@@ -484,7 +519,7 @@ def test_class_folds_judge_criteria_and_pool_calibration(class_folds):
     """Seven pens give intervals: PASS, FAIL and NOT RESOLVABLE; each fold is calibrated on the others."""
     metrics = read_json(class_folds / "metrics.json")
     verdicts = {f"{entry['name']}{entry['relation']}": entry["verdict"] for entry in metrics["criteria"]}
-    assert verdicts == {"accuracy<=": "PASS", "accuracy>": "FAIL", "auc>": "NOT RESOLVABLE"}
+    assert verdicts == {"accuracy<=": "PASS on validation", "accuracy>": "FAIL", "auc>": "NOT RESOLVABLE"}
     auc = metrics["model"]["roc_auc"]
     assert auc["low"] < 0.5 < auc["high"], "random features"
     pooled = {row["clip_id"]: row for row in read_csv(class_folds / "predictions_folds.csv")}
@@ -546,13 +581,13 @@ def test_columns_of_a_class_are_no_baseline(tmp_path):
     """Classes a, prob_a and x_prob_a beside a baseline: each column is read for what it is."""
     names, blocks = ["a", "prob_a", "x_prob_a"], ("prob", "logit", "train_prior_prob")
     rows = [{"clip_id": f"c{i}", "true_label": names[i % 3],
-             **{f"{kind}_{name}": float(i + 10 * k + 100 * c) for k, kind in enumerate(blocks)
+             **{f"{kind}_{name}": (1 + i + 10 * k + 100 * c) / (3 * (101 + i + 10 * k)) for k, kind in enumerate(blocks)
                 for c, name in enumerate(names)}} for i in range(6)]
     common.write_table(tmp_path / "p.csv", rows)
     found = prediction_tables.read_predictions(tmp_path / "p.csv")
     assert found.names == names and list(found.baselines) == ["train_prior"]
-    assert found.probability[1].tolist() == [1, 101, 201]
-    assert found.baselines["train_prior"][1].tolist() == [21, 121, 221]
+    assert found.probability[1] == pytest.approx(np.array([2, 102, 202]) / 306)
+    assert found.baselines["train_prior"][1] == pytest.approx(np.array([22, 122, 222]) / 366)
     values = {"true": np.ones((2, 2)), "predicted": np.zeros((2, 2))}
     prediction_tables.write_target_table(tmp_path / "t.csv", {"image": ["x", "y"]}, ["pain", "pain_true"], values)
     scores = prediction_tables.read_predictions(tmp_path / "t.csv")
@@ -756,6 +791,9 @@ def test_checkpoints_that_do_not_fit(made, behaviours, scores, tmp_path):
 def test_predictions_that_cannot_be_evaluated(tmp_path):
     for text, words in (("clip_id,a\n1,2\n", "NAME_predicted"), ("clip_id,prob_a\n1,1\n", "true_label"),
                         ("clip_id,true_label,prob_a\n1,b,1\n", "no column prob_"),
+                        ("clip_id,true_label,prob_a,prob_b\n1,a,.7,.6\n", "sum 1"),
+                        ("clip_id,true_label,prob_a,prob_b\n1,a,.7,.3\n2,b,1.4,-.4\n", "row 2: expected probabilities"),
+                        ("clip_id,true_label,prob_a,prob_b,x_prob_a,x_prob_b\n1,a,1,0,3,4\n", "x_prob_a"),
                         ("clip_id,true_label,prob_a,prob_b\n1,,1,0\n", "no row has a true label")):
         (tmp_path / "p.csv").write_text(text)
         found = video("--mode", "evaluate", "--predictions", tmp_path / "p.csv", "--output_dir", tmp_path,

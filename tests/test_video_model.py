@@ -114,6 +114,28 @@ def test_training_starts_are_random_and_scored_starts_even():
     assert seen == set(range(2, 31))
 
 
+def test_baselines_see_the_clips_that_are_predicted():
+    """Mean over the clips of a row of their features, each pooled over its frames, one clip at a time."""
+    args = arguments("--image_size", 32, "--n_frames", 8, "--clips_per_event", 3, "--fps", 4, "--model", "cnn_lstm",
+                     "--no_pretrained", "--num_workers", 0, "--use_amp", "off")
+    study, clips = study_of(args, size=32, n_clips=2)
+    study.frames = lambda row, start, stop: clips[row][start:stop]
+    compute = common.choose_compute("cpu", "off")
+    pooled = train_video.untuned_features(args, study, SimpleNamespace(compute=compute)).pooled
+    model = train_video.build_model(args, 2).eval()
+    for row, frames in enumerate(clips):
+        assert study.starts(row) == [0, 16, 32]
+        each = []
+        for start in study.starts(row):
+            inputs = torch.from_numpy(frames[start:start + 8]).movedim(-1, 1) / 255
+            inputs = (inputs - torch.tensor(common.IMAGENET_MEAN)[:, None, None]) / torch.tensor(
+                common.IMAGENET_STD)[:, None, None]
+            with torch.no_grad():
+                features = model.backbone(inputs).numpy()  # (T, F)
+            each.append(np.concatenate([features.mean(0), features.std(0)]))
+        assert pooled[row] == pytest.approx(np.mean(each, axis=0), rel=1e-3, abs=1e-4)
+
+
 def test_short_sequences_are_padded_with_a_mask():
     args = arguments("--image_size", 32, "--n_frames", 8, task="regress")
     study, clips = study_of(args, short=(2,))
