@@ -136,7 +136,8 @@ def half_widths(members, coverage):
     for member in members:
         residuals.append(member.settings["abs_residuals"].numpy())
         subjects += member.settings["residual_subjects"] or []
-        rows += member.settings["residual_rows"]
+        with common.checkpoint_fields("the checkpoint of an older version"):
+            rows += member.settings["residual_rows"]
     once = np.unique(rows, return_index=True)[1]
     columns = np.concatenate(residuals)[once].T  # (R, rows)
     subjects = np.array(subjects)[once] if subjects else None

@@ -65,7 +65,7 @@ def study_of(args, n_frames=40, size=64, n_clips=6, short=()):
                                    for i, clip in enumerate(clips)], cache="ram", __getitem__=None)
     table = table_of([i % 2 for i in range(n_clips)])
     study = train_video.Study(table, store, np.arange(n_clips), args, [], positive=1)
-    study.frames = lambda row: clips[row]
+    study.frames = lambda row, start, stop: clips[row][start:stop]
     return study, clips
 
 
@@ -87,7 +87,7 @@ def test_a_clip_has_one_augmentation_for_all_its_frames():
     args = arguments("--image_size", 48, "--n_frames", 5)
     study, clips = study_of(args)
     still = np.repeat(clips[0][:1], 40, axis=0)
-    study.frames = lambda row: still
+    study.frames = lambda row, start, stop: still[start:stop]
     data = train_video.Clips(study, np.arange(6), np.full(6, "heavy", dtype=object))
     drawn = [data[epoch, 0]["input"].numpy() for epoch in range(12)]
     assert all((clip == clip[:1]).all() for clip in drawn)
@@ -104,8 +104,9 @@ def test_training_starts_are_random_and_scored_starts_even():
     assert study.start_range(0, args.jitter_sec) == (2, 30)
     middle = argparse.Namespace(**{**vars(args), "clips_per_event": 1})
     assert dataclasses.replace(study, args=middle).starts(0) == [16]
-    seen, study.frames = set(), lambda row: np.arange(40, dtype=np.uint8)[:, None, None, None].repeat(32, 1).repeat(
-        32, 2).repeat(3, 3)
+    seen = set()
+    numbered = np.broadcast_to(np.arange(40, dtype=np.uint8)[:, None, None, None], (40, 32, 32, 3))
+    study.frames = lambda row, start, stop: numbered[start:stop]
     data = train_video.Clips(study, np.arange(6), np.full(6, "none", dtype=object))
     for epoch in range(300):
         frames = data[epoch, 1]["input"][:, 0, 0, 0].tolist()
