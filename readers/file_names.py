@@ -35,6 +35,11 @@ def find_images(folder):
     return [folder / name for name in sorted(names, key=natural_key)]
 
 
+def images_by_name(folder):
+    """{clean name below the folder: Path} of find_images."""
+    return {clean_name(path.relative_to(folder).as_posix()): path for path in find_images(folder)}
+
+
 def walk_visible(root):
     """(folder below root, its folders, its files) of each folder, by name; without hidden ones, links followed once."""
     seen = set()
@@ -66,13 +71,14 @@ def find_videos(root):
     found = {}
     others = {}
     for inside, _, files in walk_visible(root):
-        if any(name.lower().endswith(IMAGE_SUFFIXES) for name in files):
-            found[inside.as_posix()] = root / inside
-        for name in files:
-            if name.lower().endswith(VIDEO_SUFFIXES):
-                found[(inside / name).as_posix()] = root / inside / name
-            elif not name.lower().endswith(IMAGE_SUFFIXES):
-                others[(inside / name).as_posix()] = root / inside / name
+        for file in map(inside.joinpath, files):
+            suffix = file.suffix.lower()
+            if suffix in IMAGE_SUFFIXES:
+                found[inside.as_posix()] = root / inside
+            elif suffix in VIDEO_SUFFIXES:
+                found[file.as_posix()] = root / file
+            else:
+                others[file.as_posix()] = root / file
     return found, others
 
 
@@ -153,9 +159,9 @@ class NameIndex:
     def _split(self, name):
         """'a/B.JPG' -> (['a', 'B'], '.JPG')."""
         *folders, last = name.split("/")
-        stem, dot, suffix = last.rpartition(".")
-        if dot + suffix.lower() in self.suffixes:
-            return [*folders, stem], dot + suffix
+        stem, suffix = posixpath.splitext(last)
+        if suffix.lower() in self.suffixes:
+            return [*folders, stem], suffix
         return [*folders, last], ""
 
 
@@ -180,7 +186,7 @@ def match_images(names, images_dir):
     sides. No file outside `images_dir` is ever meant. UserError: a name fits several files, or several names one.
     """
     folder = Path(images_dir)
-    files = {clean_name(path.relative_to(folder).as_posix()): path for path in find_images(folder)}
+    files = images_by_name(folder)
     if not files:
         raise common.UserError(f"--images_dir {folder}: expected images ({' '.join(IMAGE_SUFFIXES)}), found none.")
     root = f"{clean_name(folder.absolute().as_posix())}/"

@@ -4,6 +4,7 @@ Letters: H, W height and width in pixels.
 """
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import os
@@ -55,12 +56,12 @@ def perceptual_hash(image):
     return np.packbits(low > np.median(low) + 0.01).view(np.uint64)
 
 
+@functools.cache
 def load_pillow():
     """Pillow's Image module with our limit on the size of pictures."""
     from PIL import Image
-    if Image.MAX_IMAGE_PIXELS != pixel_cache.MAX_PIXELS // 2:  # it raises above twice its limit, from the header alone
-        Image.MAX_IMAGE_PIXELS = pixel_cache.MAX_PIXELS // 2
-        warnings.filterwarnings("ignore", module=r"PIL\.")
+    Image.MAX_IMAGE_PIXELS = pixel_cache.MAX_PIXELS // 2  # it raises above twice its limit, from the header alone
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     return Image
 
 
@@ -119,11 +120,16 @@ def resize(pixels, size):
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
+def _sample_type(image):
+    """(bits of a sample, whether it has a sign) as a TIFF says; other formats have 16 bits without one."""
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(TIFF_BITS_PER_SAMPLE, (16,))[0], tags.get(TIFF_SAMPLE_FORMAT, (1,))[0] == 2
+
+
 def _deep_values(image):
     """(H, W) integers of more than 8 bits or floats. BadImage where some are not finite."""
     values = np.asarray(image)
-    tags = getattr(image, "tag_v2", {})
-    if tags.get(TIFF_BITS_PER_SAMPLE, (16,))[0] == 32 and tags.get(TIFF_SAMPLE_FORMAT, (1,))[0] == 1:
+    if _sample_type(image) == (32, False) and values.dtype.kind == "i":
         values = values.view(np.uint32)  # Pillow holds unsigned 32-bit samples as signed
     if not np.isfinite(values).all():
         raise pixel_cache.BadImage(f"has {np.sum(~np.isfinite(values))} NaN or infinite pixels")
@@ -135,15 +141,13 @@ def _declared_range(image, values):
 
     32-bit integers and floats declare no white: floats within 0..1 have this range, all else that of its values.
     """
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(TIFF_BITS_PER_SAMPLE, (16,))[0]
-    low = float(values.min())
-    high = float(values.max())
+    bits, is_signed = _sample_type(image)
     is_float = values.dtype.kind == "f"
     if bits <= 16 and not is_float:
-        low = -2.0 ** (bits - 1) if tags.get(TIFF_SAMPLE_FORMAT, (1,))[0] == 2 else 0.0
-        high = low + 2.0**bits - 1
-    elif is_float and 0 <= low and high <= 1:
+        low = -2.0 ** (bits - 1) if is_signed else 0.0
+        return low, low + 2.0**bits - 1
+    low, high = float(values.min()), float(values.max())
+    if is_float and 0 <= low and high <= 1:
         return 0.0, 1.0
     return low, high
 

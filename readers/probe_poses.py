@@ -246,9 +246,7 @@ def read_transitions(path, sequence):
 
 def _find_pictures(rows, folder):
     """Sets path_t1 and path_t2 of Transitions whose pictures lie in a folder; returns notes."""
-    pictures = {}
-    for picture in file_names.find_images(folder):
-        pictures[file_names.clean_name(picture.relative_to(folder).as_posix())] = picture
+    pictures = file_names.images_by_name(folder)
     index = file_names.NameIndex(pictures, file_names.IMAGE_SUFFIXES)
     fits = index.match([name for row in rows for name in (row.ft1, row.ft2) if name])
     found = {name: pictures[fit.files[0]] for name, fit in fits.items() if len(fit.files) == 1}
