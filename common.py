@@ -873,19 +873,23 @@ def write_whole(path, content):
     if not launched_processes().is_first:
         return
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     with explained_write_errors(path, len(content)):
-        try:
-            with open(temporary, "wb") as handle:
-                handle.write(content)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+        replace_file(path, content, path.with_name(f".{path.name}.tmp"))
         _sync_folder(path.parent)
+
+
+def replace_file(path, content, temporary):
+    """Write bytes into a temporary file, which then takes the path; an OSError leaves nothing of it."""
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _sync_folder(folder):
@@ -905,12 +909,18 @@ def write_json(path, value):
     write_whole(path, f"{text}\n".encode())
 
 
-def read_json(path):
-    """The content of a JSON file. Raises UserError where there is none or it is damaged."""
+def read_json(path, as_object=None):
+    """The content of a JSON file of any origin: control characters in texts are allowed.
+
+    as_object: [(key, value)] of an object -> what stands for it; None: a dict. Raises UserError.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+        text = Path(path).read_text(encoding="utf-8-sig")
+        return json.loads(text, strict=False, object_pairs_hook=as_object)
+    except RecursionError:
+        raise UserError(f"{path}: JSON that is nested too deeply; is it the right file?") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: expected JSON, found {one_line(error)}") from None
 
 
 def write_table(path, rows):

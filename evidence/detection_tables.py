@@ -3,7 +3,6 @@
 Letters: D detections of one picture, P parts, S states.
 """
 import itertools
-import json
 
 import numpy as np
 
@@ -116,11 +115,7 @@ def read_results(path, images, category_ids):
 
 def read_list(path):
     """The entries of a file of COCO results."""
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise common.UserError(
-            f"{path}: expected COCO results, found {common.one_line(error)}") from None
+    entries = common.read_json(path)
     if not isinstance(entries, list):
         kind = type(entries).__name__
         raise common.UserError(f"{path}: expected a list of COCO results, found a {kind}")

@@ -5,7 +5,6 @@ upright picture; in a file left, top, width, height.
 """
 import collections
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +107,9 @@ def read_annotations(path, box_format=None, state_attribute=None):
 
     box_format: one of BOX_FORMATS, None for xywh; state_attribute: the attribute that names the state, None: state.
     """
-    content = _read_json(path)
+    content = common.read_json(path, unique_keys)
+    if not isinstance(content, dict):
+        raise common.UserError(f"{path}: expected {{image: {{parts}}}} or COCO, found a {type(content).__name__}")
     reading = Reading(box_format or "xywh", (state_attribute or "state").lower())
     coco = content if isinstance(content.get("images"), list) else parts_as_coco(content, reading.faults)
     found = read_coco(path, coco, reading)
@@ -120,19 +121,6 @@ def read_annotations(path, box_format=None, state_attribute=None):
     return found
 
 
-def _read_json(path):
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text, strict=False, object_pairs_hook=unique_keys)
-    except RecursionError:
-        raise common.UserError(f"{path}: nested too deeply for annotations; is it the right file?") from None
-    except (OSError, ValueError) as error:
-        raise common.UserError(
-            f"{path}: expected JSON, found {common.one_line(error)}. Check the path, or export it again.") from None
-    if not isinstance(content, dict):
-        raise common.UserError(
-            f"{path}: expected {{image: {{parts}}}} or COCO, found a {type(content).__name__}")
-    return content
 
 
 def unique_keys(pairs):
@@ -213,13 +201,13 @@ def read_coco(path, content, reading):
         place[own] = len(images)
         images.append(read_image(fields, reading))
     objects = []
-    used = set()
+    used = []
     unused = collections.defaultdict(collections.Counter)  # attribute -> how often each value
     for own, fields in read_records(content, "annotations", reading).items():
         found = read_object(own, fields, images, place, categories, reading)
         if found is None:
             continue
-        used.add(read_id(fields["category_id"]))
+        used.append(read_id(fields["category_id"]))
         for name, value in found.attributes.items():
             if name.lower() != reading.state_attribute:
                 unused[name][str(value)] += 1
@@ -236,8 +224,7 @@ def read_coco(path, content, reading):
         parts=list(dict.fromkeys(categories.values())),
         images=images,
         objects=objects,
-        # of several ids of one part, one that a box has
-        category_ids={categories[own]: listed[own]["id"] for own in sorted(listed, key=lambda own: own in used)},
+        category_ids={categories[own]: listed[own]["id"] for own in [*listed, *used]},  # of several, one of a box
         skipped=reading.skipped,
         notes=notes)
 

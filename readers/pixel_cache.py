@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -157,8 +158,8 @@ class PixelStore:
                 pixels = np.load(file, mmap_mode="r")
                 if about["shape"] != list(pixels.shape) or pixels.dtype != np.uint8:
                     return None
-                audit = self.audit_class(**about["audit"])
-                loaded.append((dataclasses.replace(audit, phash=tuple(audit.phash)), pixels))
+                about["audit"]["phash"] = tuple(about["audit"]["phash"])
+                loaded.append((self.audit_class(**about["audit"]), pixels))
         except (*NPY_ERRORS, KeyError):
             return None
         return loaded
@@ -207,15 +208,7 @@ def write_under_own_name(path, content):
     """Write a file whole or not at all; several runs may write the same one at once."""
     with common.explained_write_errors(path, len(content)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False)
-        try:
-            with handle:
-                handle.write(content)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(handle.name, path)
-        finally:
-            Path(handle.name).unlink(missing_ok=True)
+        common.replace_file(path, content, path.with_name(f".{uuid.uuid4()}.tmp"))
 
 
 def in_threads(work, items):

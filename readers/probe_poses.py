@@ -366,8 +366,7 @@ def choose_unit(poses, asked):
 def refuse_other_frame(poses):
     """UserError where most positions of an axis are beyond 200: these are no outliers; returns notes on the unit."""
     at = np.concatenate([poses["at1"], poses["at2"]])
-    with np.errstate(invalid="ignore"):
-        n_far = np.sum(np.abs(at) > LARGEST_LABEL, axis=0)
+    n_far = np.sum(np.abs(at) > LARGEST_LABEL, axis=0)
     n_known = np.sum(~np.isnan(at), axis=0)
     far = [f"{axis} ({count} of {known})" for axis, count, known in zip(AXES, n_far, n_known) if 2 * count > known]
     if far:
@@ -559,19 +558,18 @@ def similar_sequences(sequences, at1, most=5):
             lines.append(
                 f"names alike: {common.shorten_list(alike, 6)}; one patient? "
                 r"--patient_regex '(.*)_\d+$'")
-    whole = ~np.isnan(at1).any(1)
-    if not whole.any():
+    if np.isnan(at1).any(1).all():
         return lines
-    scaled = at1 / centre_and_spread(at1)[1]
-    tracks = {folder: scaled[(sequences == folder) & whole][:400] for folder in folders}
+    import pandas as pd
+    scaled = pd.DataFrame(at1 / centre_and_spread(at1)[1]).dropna()
+    tracks = {folder: track[:400].to_numpy() for folder, track in scaled.groupby(sequences[scaled.index])}
 
     def distance(one, other):
         apart = np.linalg.norm(one[:, None] - other[None], axis=-1)  # (poses of one, poses of other)
         return max(np.median(apart.min(0)), np.median(apart.min(1)))
     pairs = [
         (distance(tracks[one], tracks[other]), one, other)
-        for one, other in itertools.combinations(folders, 2)
-        if len(tracks[one]) and len(tracks[other])]
+        for one, other in itertools.combinations(tracks, 2)]
     for apart, one, other in sorted(pairs)[:most]:
         lines.append(f"tracks alike: {one} and {other}, {apart:.2f} sd apart")
     return lines

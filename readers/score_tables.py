@@ -4,7 +4,6 @@ Letters: N rows, R scores.
 """
 import ast
 import dataclasses
-import json
 import re
 from pathlib import Path
 
@@ -42,7 +41,7 @@ def sequence_rows(path):
 
 def sequence_entries(path):
     """The dicts of a JSON file of sequences, with the key of a dict as their sequence_id."""
-    content = read_loose_json(path)
+    content = common.read_json(path)
     if isinstance(content, dict):
         content = content.get("sequences", content)
     listed = content if isinstance(content, list) else []
@@ -63,12 +62,6 @@ def without_tensor(cell):
     return re.sub(r"^tensor\(\s*\[?([^,()\]]*).*\)$", r"\1", str(cell).strip()).strip()
 
 
-def read_loose_json(path):
-    """JSON of any origin, control characters in strings allowed. Raises UserError naming the place."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"), strict=False)
-    except (OSError, ValueError, RecursionError) as error:
-        raise common.UserError(f"{path}: expected JSON, found {common.one_line(error)}") from None
 
 
 def unknown_columns(wanted, rows):
@@ -196,7 +189,7 @@ def read_cv_file(path, table):
     """
     if table.groups is None:
         raise common.UserError(f"--cv_file {path} names animals: it needs --group_column")
-    content = as_python(read_loose_json(path), path)
+    content = as_python(common.read_json(path), path)
     if isinstance(content, dict):
         content = as_python(content.get("cv_folds", content), path)
     listed = content if isinstance(content, list) else []
