@@ -228,11 +228,9 @@ def match_videos(names, root):
 
     As match_images. UserError: a name fits several files, or several folders mean one file.
     """
-    videos, others = ({clean_name(file): path for file, path in files.items()} for files in find_videos(root))
-    files = others | videos
-    fits = NameIndex(videos, VIDEO_SUFFIXES).match(names)
-    # a suffix that is not listed must be written
-    fits |= NameIndex(others, ()).match([name for name, fit in fits.items() if not fit.files])
+    videos, others = find_videos(root)
+    files = {clean_name(file): path for file, path in (others | videos).items()}
+    fits = NameIndex(files, VIDEO_SUFFIXES).match(names)  # of another suffix the whole name must be written
     unclear = [f"{name} -> {common.shorten_list(fit.files, 4)}" for name, fit in fits.items() if len(fit.files) > 1]
     folders_of = collections.defaultdict(set)
     for name, fit in fits.items():

@@ -469,6 +469,14 @@ def refuse_other_convention(objects, sizes, path):
         f"Say which: --box_format {likeliest}, or xywh to keep them.")
 
 
+def cut_box(box, size):
+    """(4,) x1, y1, x2, y2 within a picture of this (width, height), None = unknown; None where no area is left."""
+    corners = np.array(box, float)
+    if size is not None:
+        corners = corners.clip(0, [*size, *size])
+    return corners if (corners[2:] - corners[:2]).min() >= 0.5 else None
+
+
 # --------------------------------------------------------------------------------------
 # Annotations -> COCO
 # --------------------------------------------------------------------------------------
@@ -487,16 +495,14 @@ def as_coco(found, names, sizes):
     annotations = []
     dropped = []
     for each in found.objects:
-        corners = np.array(each.box, float)
-        if sizes[each.image]:
-            corners = corners.clip(0, [*sizes[each.image], *sizes[each.image]])
-        left, top, right, bottom = corners.tolist()
-        width = right - left
-        height = bottom - top
-        if min(width, height) < 0.5:
+        box = cut_box(each.box, sizes[each.image])
+        if box is None:
             name = found.images[each.image].name
             dropped.append(f"{name}, {each.key} ({each.part}): box {each.box} has no area")
             continue
+        left, top, right, bottom = box.tolist()
+        width = right - left
+        height = bottom - top
         annotations.append({
             "id": len(annotations) + 1,
             "image_id": each.image,
@@ -539,17 +545,16 @@ def as_truth(images, objects, parts, names, sizes, min_trust, **others):
     skipped = []
     n_cut = 0
     for each in objects:
-        width, height = sizes[each.image]
-        box = np.clip(each.box, 0, [width, height, width, height])
-        n_cut += not np.allclose(box, each.box, atol=1)
-        if (box[2:] - box[:2]).min() >= 0.5:
+        size = sizes[each.image]
+        box = cut_box(each.box, size)
+        if box is not None:
+            n_cut += not np.allclose(box, each.box, atol=1)
             kept[each.image].append(dataclasses.replace(each, box=box))
             continue
-        shown = " ".join(f"{value:g}" for value in each.box)
         skipped.append({
             "image": names[each.image],
             "annotation": f"{each.key} ({each.part})",
-            "reason": f"box {shown} has no area in {width} x {height} pixels"})
+            "reason": f"box {each.box} has no area in {size[0]} x {size[1]} pixels"})
     truth = PartTruth(
         parts=parts,
         images=np.array(names, str),

@@ -297,18 +297,13 @@ def different_frames(transitions):
     A picture that a sequence holds twice, as ft2 of one transition and ft1 of the next, stands there once.
     """
     index = np.full((len(transitions), 2), -1)
-    paths = []
-    held = {}
+    first = {}  # (sequence, content) -> (place, path)
     for i, row in enumerate(transitions):
         for which, path in enumerate((row.path_t1, row.path_t2)):
-            if path is None:
-                continue
-            key = row.sequence, common.data_fingerprint([path.read_bytes()])
-            if key not in held:
-                held[key] = len(paths)
-                paths.append(path)
-            index[i, which] = held[key]
-    return paths, index
+            if path is not None:
+                key = row.sequence, common.data_fingerprint([path.read_bytes()])
+                index[i, which], _ = first.setdefault(key, (len(first), path))
+    return [path for _, path in first.values()], index
 
 
 def unique_names(names):

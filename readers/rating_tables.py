@@ -56,7 +56,7 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
         return wanted and csv_tables.pick_columns([wanted], table.columns, f"{source} has no --{flag}_column")[0]
     if group_column:
         table = table.rename(columns={named("group", group_column): group_column})
-    image = _image_column(table, source, image_column)
+    image = named("image", image_column or _guess_image_column(table, source))
     _refuse_blank(table, source, image)
     columns = Columns(
         table, source, image, group_column, target_columns, missing_codes,
@@ -78,15 +78,12 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
     return ratings
 
 
-def _image_column(table, source, wanted):
-    if not wanted:
-        lower = table.columns.str.lower()
-        wanted = next((name for name in IMAGE_COLUMNS if name in lower), None)
-    if not wanted:
-        raise common.UserError(
-            f"{source} has no image column (found: {common.shorten_list(table.columns)}). "
-            "Name it with --image_column.")
-    return csv_tables.pick_columns([wanted], table.columns, f"{source} has no --image_column")[0]
+def _guess_image_column(table, source):
+    for name in IMAGE_COLUMNS:
+        if name in table.columns.str.lower():
+            return name
+    raise common.UserError(
+        f"{source} has no image column (found: {common.shorten_list(table.columns)}). Name it with --image_column.")
 
 
 def _refuse_blank(table, source, column):
