@@ -551,10 +551,11 @@ def as_truth(images, objects, parts, names, sizes, min_trust, **others):
             n_cut += not np.allclose(box, each.box, atol=1)
             kept[each.image].append(dataclasses.replace(each, box=box))
             continue
+        shown = " ".join(f"{value:g}" for value in each.box)
         skipped.append({
             "image": names[each.image],
             "annotation": f"{each.key} ({each.part})",
-            "reason": f"box {each.box} has no area in {size[0]} x {size[1]} pixels"})
+            "reason": f"box {shown} has no area in {size[0]} x {size[1]} pixels"})
     truth = PartTruth(
         parts=parts,
         images=np.array(names, str),
