@@ -389,8 +389,8 @@ def files_of(path):
     return file_names.find_images(path) if Path(path).is_dir() else [path]
 
 
-def sha_of(files, sizes):
-    """SHA-256 (hex) of the files' sizes and of their bytes, one file after the other."""
+def sha_of(files, sizes=""):
+    """SHA-256 (hex) of a text and the bytes of the files, one after the other."""
     digest = hashlib.sha256(str(sizes).encode())
     for file in files:
         with open(file, "rb") as handle:
@@ -471,8 +471,8 @@ class ClipAudit:
 
     n_frames to first_sec: of the whole file, whose first picture is shown at first_sec. fault: why the row cannot be
     used though its file can. n_grid: grid frames; first: grid index where the window starts, before it lie frames for
-    jitter; usable: grid frames of the window. pixel_sha: SHA-256 of the decoded grid. phash: perceptual_hash of its
-    middle frame.
+    jitter; usable: grid frames of the window. file_sha, pixel_sha: SHA-256 of the file (of all frames' files in a
+    folder) and of the decoded grid. phash: perceptual_hash of its middle frame.
     """
     path: str
     error: str | None = None
@@ -484,6 +484,7 @@ class ClipAudit:
     n_grid: int = 0
     first: int = 0
     usable: int = 0
+    file_sha: str = ""
     pixel_sha: str = ""
     phash: tuple = (0, 0, 0, 0)
 
@@ -568,13 +569,14 @@ class ClipStore(pixel_cache.PixelStore):
         path = self.sources[rows[0]]
         try:
             info, grids = self._read(path, rows)
+            file_sha = sha_of(files_of(path))
         except common.CannotSave:
             raise
         except (common.UserError, OSError) as error:
             nothing = ClipAudit(path, common.one_line(error)), np.empty((0, 0, 0, 3), np.uint8)
             return [nothing] * len(rows)
         self._infos[path] = info
-        return [self._clip(row, info, grid) for row, grid in zip(rows, grids)]
+        return [self._clip(row, info, grid, file_sha) for row, grid in zip(rows, grids)]
 
     def decode_again(self, row, part=slice(None)):
         path = self.sources[row]
@@ -631,12 +633,12 @@ class ClipStore(pixel_cache.PixelStore):
             raise
         return info, grids
 
-    def _clip(self, row, info, grid):
+    def _clip(self, row, info, grid, file_sha):
         plan = self._plan(row, info)
         audit = ClipAudit(
             path=self.sources[row], n_frames=info.n_frames, n_damaged=len(info.damaged), damage=info.damage,
             first_sec=float(info.times[0]), fault=plan.fault, n_grid=grid.n_grid, first=plan.first,
-            usable=plan.usable, pixel_sha=grid.digest.hexdigest(),
+            usable=plan.usable, file_sha=file_sha, pixel_sha=grid.digest.hexdigest(),
             phash=tuple(picture_files.perceptual_hash(grid.middle).tolist()))
         return audit, grid.pixels()
 
