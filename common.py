@@ -1906,10 +1906,11 @@ def build_backbone(name, pretrained=True, weights=None, image_size=224, family="
         options["image_size"] = image_size
     model = models.get_model(name, weights=None, **options)
     last = _last_linear(model, name)
-    if family == "models":
+    if family == "models" and image_size != 224:  # which they all take
         try:
             with torch.inference_mode():
                 model.eval()(torch.zeros(1, 3, image_size, image_size))
+            model.train()
         except (RuntimeError, ValueError, AssertionError) as error:
             raise UserError(f"--image_size {image_size}: {name} takes no pictures of this size "
                             f"({one_line(error)[:100]}); try 224") from None

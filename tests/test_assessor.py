@@ -247,7 +247,7 @@ def test_accumulated_gradients_equal_one_large_batch(sample, tmp_path):
 
 
 def test_frozen_backbone_does_not_change(sample, tmp_path):
-    train(sample, tmp_path, "--freeze_backbone", "--epochs", 2)
+    train(sample, tmp_path, "--freeze_backbone", "--epochs", 2, "--backbone", "resnet18")
     weights = common.read_checkpoint(only_run(tmp_path) / "best_model.pth")["model"]
     torch.manual_seed(common.hash_seed(42))  # as the script seeds its random weights
     backbone, _ = common.build_backbone("resnet18", pretrained=False)
