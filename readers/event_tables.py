@@ -248,7 +248,7 @@ def per_frame_events(table, path, path_column, notes):
     import pandas as pd
     frame_column = first_column(table, FRAME_COLUMNS)
     names = behaviour_columns(table.drop(columns=[name for name in (frame_column, path_column) if name]))
-    if not names or (frame_column is None and path_column):
+    if not names or (frame_column is None and (path_column or len(table) == 1)):  # else a list of videos
         return None
     own_name = re.sub("[ _-]*(labels?|annotations?|targets?|scores?|behaviou?rs?)$", "", path.stem, flags=re.I)
     videos = table[path_column] if path_column else pd.Series(own_name, table.index)

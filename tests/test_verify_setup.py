@@ -329,7 +329,7 @@ def test_a_manifest_that_cannot_be_read_is_a_fail_row(clips, capsys):
     clips.manifest.write_text("clip_number,what\n1,a\n")
     assert verify_setup.main(["--quick", "--task", "video", "--manifest", str(clips.manifest)]) == 1
     printed = capsys.readouterr().out
-    assert "FAIL  data of video" in printed and "expected a column of paths" in printed, printed
+    assert "FAIL  data of video" in printed and "column of paths: none" in printed, printed
 
 
 # --- the table -------------------------------------------------------------------
