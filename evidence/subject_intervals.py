@@ -133,7 +133,8 @@ def estimate(model, baseline, subjects, unit="subjects", draws=2000, seed=0, blo
         reach = t_quantile(LEVEL, subjects - 1) * math.sqrt(spread) * fold_factor(folds)
         method = f"{LEVEL:.0%} {way} over {subjects} {unit}"
         if folds > 1:
-            method += f", widened x{fold_factor(folds):.2f} for {folds} folds (simulated coverage {FOLD_COVERAGE})"
+            method += f", widened x{fold_factor(folds):.2f} for {folds} folds "
+            method += f"(simulated coverage at five folds: {FOLD_COVERAGE})"
         drawn = [_compare(model, baseline, weights) for weights in draw_subjects(subjects, draws, seed, block)]
         for place, found in estimates.items():
             values = np.concatenate([part[place] for part in drawn])
