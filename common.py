@@ -2594,7 +2594,7 @@ class Training:
     """The training of one model: optimiser steps, learning rate, history, best epoch, early stopping, saving, stopping.
 
     run, model, optimizer, args: of this run. select: history column that chooses the best epoch, or 'last'.
-    describe: function () -> dict of what predict needs beside the weights, stored in best_model.pth.
+    metadata: function () -> dict of what predict needs beside the weights, stored in best_model.pth.
     row_hashes: (N, K) content_hashes; split: {part: rows} of train and of val, which chooses the epoch unless select is
     'last'.
 
@@ -2610,14 +2610,14 @@ class Training:
     Nor does a step wait for the device: what one gave is looked at when the next one is queued.
     """
 
-    def __init__(self, run, model, optimizer, args, select, describe, higher_is_better=True, row_hashes=None,
+    def __init__(self, run, model, optimizer, args, select, metadata, higher_is_better=True, row_hashes=None,
                  split=None):
         self.run = run
         self.model = model
         self.optimizer = optimizer
         self.args = args
         self.select = select
-        self.describe = describe
+        self.metadata = metadata
         self.higher_is_better = higher_is_better
         self.processes = run.compute.processes
         self.scaler = torch.amp.GradScaler(run.compute.device.type, enabled=run.compute.precision == "fp16")
@@ -2903,7 +2903,7 @@ class Training:
         return to_plain_types({
             "format": FORMAT, "script": script_name(), "model": self.model.state_dict(), "epoch": self.progress.epoch,
             "metric": self.select, "history": self.progress.history[-1], "seen": self.seen,
-            **self.describe()})
+            **self.metadata()})
 
     def _content(self):
         return to_plain_types({

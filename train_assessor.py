@@ -421,11 +421,11 @@ def fit(run, args, study, split, features):
     model.freeze_backbone(args.freeze_backbone)
     optimizer = common.build_optimizer([(model.backbone, args.backbone_lr_mult), (model.head, 1.0)], args)
 
-    latest = {}  # validation predictions of this epoch; end_epoch calls describe() where it is the best so far
+    latest = {}  # validation predictions of this epoch; end_epoch calls metadata() where it is the best so far
     training = common.Training(
         run, model, optimizer, args,
         select="last" if args.select == "last" else f"val_{args.select}",
-        describe=lambda: describe(args, study, split, scaler, latest["val"]),
+        metadata=lambda: model_metadata(args, study, split, scaler, latest["val"]),
         higher_is_better=args.select != "loss",
         row_hashes=study.hashes,
         split=split)
@@ -453,7 +453,7 @@ def predict_with_best(training, study, split, loaders, scaler, loss_function):
     predicted = {part: evaluate(model, loader, loss_function, scaler, run.compute, args.flip_average)[0]
                  for part, loader in loaders.items() if len(split[part])}
     if args.head == "ridge":
-        best |= {"model": model.state_dict(), **describe(args, study, split, scaler, predicted["val"])}
+        best |= {"model": model.state_dict(), **model_metadata(args, study, split, scaler, predicted["val"])}
         common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
     return predicted
 
@@ -471,7 +471,7 @@ def solve_head(model, loader, study, rows, scaler, args, compute):
     model.head[-1].bias.copy_(torch.from_numpy(ridge.intercept - ridge.feature_mean @ weights))
 
 
-def describe(args, study, split, scaler, predicted):
+def model_metadata(args, study, split, scaler, predicted):
     """What predict_assessor.py needs beside the weights: architecture, names, scaling, validation residuals."""
     subjects = study.groups_of(split["val"])
     return {
@@ -599,8 +599,8 @@ def criteria_names(study):
 
 # --- one run, or one run per fold -------------------------------------------------------------
 
-def prepare_split(run, study, split):
-    """Write splits.json and the leakage report; refuse a split that leaks."""
+def check_split(run, study, split):
+    """Refuse a split that leaks; write splits.json and the leakage report."""
     phash = np.array(study.audit("phash"), dtype=np.uint64)
     report = splitting.leakage_report(split, study.images, study.audit("pixel_sha"), phash, {"groups": study.groups})
     splitting.record_split(run, split, study.images, report)
@@ -608,7 +608,7 @@ def prepare_split(run, study, split):
 
 def run_split(run, args, study, split, features=None):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
-    prepare_split(run, study, split)
+    check_split(run, study, split)
     if args.dry_run:
         split = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
     if features is None:
@@ -636,7 +636,7 @@ def run_folds(run, args, study):
     """One run per fold in fold_K/, then the out-of-fold predictions pooled and judged as one."""
     splits = splitting.folds_of_flags(args, study.images, study.strata, study.groups)
     folds = {f"fold_{k}": split["val"] for k, split in enumerate(splits)}
-    prepare_split(run, study, folds)
+    check_split(run, study, folds)
     features = untuned_features(args, study, run, np.arange(len(study.images)))
     run.write_args(**study.data_record(folds))
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split, features))

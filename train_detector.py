@@ -940,11 +940,11 @@ def fit(run, args, study, split):
     model = compute.place(build_model(args, settings, state_weights(args, train_truth)))
     train_loader, loaders = make_loaders(study, split, settings, args, compute)
     optimizer = common.build_optimizer([(model, 1.0)], args)
-    content = describe(args, study, split["train"], settings)
+    content = model_metadata(args, study, split["train"], settings)
     training = common.Training(
         run, model, optimizer, args,
         select=args.select if args.select == "val_loss" else f"val_{args.select}",
-        describe=lambda: content,
+        metadata=lambda: content,
         higher_is_better=args.select != "val_loss",
         row_hashes=study.hashes,
         split=split)
@@ -959,7 +959,7 @@ def fit(run, args, study, split):
     return model, loaders, training
 
 
-def describe(args, study, rows, settings):
+def model_metadata(args, study, rows, settings):
     """What prediction and evaluation need beside the weights."""
     return {
         "settings": settings,
@@ -1085,8 +1085,8 @@ def make_split(args, study):
     return splitting.split_of_flags(args, study.truth.images, study.strata, study.truth.groups)
 
 
-def prepare_split(run, study, split):
-    """splits.json and the leakage report; refuses a split that leaks or teaches nothing."""
+def check_split(run, study, split):
+    """Refuse a split that leaks or teaches nothing; write splits.json and the leakage report."""
     truth = study.truth
     for part in ("train", "val"):
         if not any(truth.judged(row).any() for row in split[part]):
@@ -1102,7 +1102,7 @@ def prepare_split(run, study, split):
 
 def run_split(run, args, study, split):
     """Train and score one split: test where there is one, else val."""
-    prepare_split(run, study, split)
+    check_split(run, study, split)
     if args.dry_run:
         split = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
     # the validation loss draws by batches, so a resumed run must keep their size
@@ -1114,7 +1114,7 @@ def run_split(run, args, study, split):
     part = "test" if len(split["test"]) else "val"
     detections, _ = evaluate(model, loaders[part], run.compute, args.seed, args.state_weight)
     report_results(
-        run, args, study, split, part, detections, training.describe()["baseline"], training.seen,
+        run, args, study, split, part, detections, training.metadata()["baseline"], training.seen,
         best_epoch=progress.best_epoch,
         alarms=gap_alarms(progress.history[progress.best_epoch - 1]),
         limits=limits_of(args))

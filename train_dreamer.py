@@ -731,7 +731,7 @@ def fit(run, args, study, split):
     training = common.Training(
         run, model, optimizer, args,
         select="last" if args.select == "last" else f"val_{args.select}",
-        describe=lambda: describe(args, study, split, scaler),
+        metadata=lambda: model_metadata(args, study, split, scaler),
         higher_is_better=False,
         row_hashes=study.hashes,
         split=split)
@@ -756,7 +756,7 @@ def time_left(seconds, n_epochs):
     return f"  {seconds:.1f} s per epoch; at most {left} to the end (h:mm:ss)"
 
 
-def describe(args, study, split, scaler):
+def model_metadata(args, study, split, scaler):
     """What evaluate and predict need beside the weights."""
     settings = {name: getattr(args, name) for name in MODEL_FLAGS}
     settings |= {
@@ -982,8 +982,8 @@ def make_split(args, study):
     return splitting.split_of_flags(args, study.names, None, study.patients)
 
 
-def prepare_split(run, args, study, split):
-    """Write splits.json, the leakage report over the frames, and the statistics; refuse a split that leaks."""
+def check_split(run, args, study, split):
+    """Refuse a split that leaks; write splits.json, the leakage report over the frames, and the statistics."""
     by_time = args.split_by == "time"
     if by_time:
         run.say(f"split by time, {args.gap} transitions between blocks: every patient stands in every part, so nothing "
@@ -1025,7 +1025,7 @@ def write_statistics(run, args, study, split):
 
 def run_split(run, args, study, split):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
-    prepare_split(run, args, study, split)
+    check_split(run, args, study, split)
     if args.dry_run:
         split = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
     if study.features is None:
@@ -1066,7 +1066,7 @@ def run_folds(run, args, study):
     """One run per fold in fold_K/, patients left out in turn, then the predictions pooled and judged as one."""
     splits = splitting.folds_of_flags(args, study.names, None, study.patients)
     folds = {f"fold_{k}": split["val"] for k, split in enumerate(splits)}
-    prepare_split(run, args, study, folds)
+    check_split(run, args, study, folds)
     study = encode_frames(study, np.arange(len(study.names)), args, run.compute)
     run.write_args(**study.data_record(folds))
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))

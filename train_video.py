@@ -931,7 +931,7 @@ def fit(run, args, study, split, features):
         [module for name, module in model.named_children() if name != "backbone"])
     optimizer = common.build_optimizer([(model.backbone, args.backbone_lr_mult), (rest, 1.0)], args)
     training = common.Training(
-        run, model, optimizer, args, column, lambda: describe(args, objective, shift),
+        run, model, optimizer, args, column, lambda: model_metadata(args, objective, shift),
         higher_is_better, study.hashes, split)
     for _ in training.epochs():
         row = train_one_epoch(model, train_loader, objective, training, args, compute)
@@ -954,7 +954,7 @@ def fit(run, args, study, split, features):
     return Fitted(outputs, objective, training)
 
 
-def describe(args, objective, shift):
+def model_metadata(args, objective, shift):
     """What predict needs beside the weights: architecture, names, pixel scale, prior shift."""
     mean, sd = pixel_statistics(args.model)
     content = {
@@ -1218,8 +1218,8 @@ def limits(args, study):
 
 # --- one run, or one run per fold -------------------------------------------------------------
 
-def prepare_split(run, study, split):
-    """Write splits.json and the leakage report; refuse a split that leaks."""
+def check_split(run, study, split):
+    """Refuse a split that leaks; write splits.json and the leakage report."""
     args = study.args
     audits = [study.audit(row) for row in range(len(study.table))]
     shas = [audit.pixel_sha for audit in audits]
@@ -1232,7 +1232,7 @@ def prepare_split(run, study, split):
 
 def run_split(run, args, study, split, features=None):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
-    prepare_split(run, study, split)
+    check_split(run, study, split)
     if args.dry_run:
         split = {part: few_rows(study.table, rows, 2 * args.batch_size)
                  for part, rows in split.items()}
@@ -1338,7 +1338,7 @@ def run_folds(run, args, study):
     parts = {f"fold_{k}": fold["val"] for k, fold in enumerate(folds)}
     if len(test):
         parts["test"] = test
-    prepare_split(run, study, parts)
+    check_split(run, study, parts)
     features = untuned_features(args, study, run)
     run.write_args(**study.data_record(parts))
     chosen = run.each_fold(
@@ -1432,7 +1432,7 @@ def judge_ensemble(run, args, study, members):
     train = np.setdiff1d(np.arange(len(study.table)), mean.rows)
     mean = dataclasses.replace(mean, trained_on=[(train, mean.rows)])
     split = {"train": train, "test": mean.rows}
-    prepare_split(run, study, split)
+    check_split(run, study, split)
     predictions_table(study, mean).write(run.path("predictions_test.csv"))
     judge(run, args, study, split, mean, "test", [])
 
