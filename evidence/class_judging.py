@@ -40,9 +40,11 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
     criteria = verdicts.parse_criteria(setting.criteria, meanings)
     estimates = verdicts.named_estimates(result, meanings)
     estimates |= {name: result.overall.model[f"{name}_above_null"] for name in calibrating.ECE_METRICS}
-    judgement = judging.Judgement(
+    return judging.close_run(
+        run, setting,
         verdict=verdict + confounding.flagged_sentence(confounds),
-        gain=result.gain("roc_auc"),
+        result=result,
+        metric="roc_auc",
         doubts=confounding.flagged_names(confounds),
         alarms=alarms,
         criteria=verdicts.judge_criteria(criteria, estimates),
@@ -63,7 +65,6 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
             "calibration": stages,
             "confounds": confounds,
         })
-    return judging.close_run(run, setting, judgement)
 
 
 def flag_confounds(confounds, result, positive):

@@ -124,9 +124,11 @@ def judge_detections(run, truth, detections, setting, baseline=None, picture=Non
         setting,
         cases=case_blocks(run, judged, detections, picture, threshold),
         limits=limits + setting.limits)
-    judgement = judging.Judgement(
+    return judging.close_run(
+        run, setting,
         verdict=verdicts.verdict_sentence(result, "map", None, setting.worst_seen),
-        gain=result.gain("map"),
+        result=result,
+        metric="map",
         alarms=alarms,
         criteria=verdicts.judge_criteria(criteria, verdicts.named_estimates(result, meanings)),
         figures=key_figures(result),
@@ -140,7 +142,6 @@ def judge_detections(run, truth, detections, setting, baseline=None, picture=Non
             "per_part": part_rows,
             "per_state": state_rows,
         })
-    return judging.close_run(run, setting, judgement)
 
 
 def criteria_names(parts, has_states):

@@ -1,6 +1,6 @@
 """From a judged predictions table to metrics.json and report.html: the end of every run, and of any program's table.
 
-A task's own judging (score_judging, class_judging, detection_judging) makes a Judgement; close_run writes it down.
+A task's own judging (score_judging, class_judging, detection_judging, pose_judging) gives what it found to close_run.
 """
 import dataclasses
 import itertools
@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 
 import common
-from evidence import reporting, splitting, subject_intervals, verdicts
+from evidence import reporting, splitting, verdicts
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -34,20 +34,6 @@ class Setting:
     def held_out(self):
         """True, False, or None where it is not known."""
         return {"new": True, "not known": None}.get(self.worst_seen, False)
-
-
-@dataclasses.dataclass(kw_only=True)
-class Judgement:
-    """What one predictions table has shown."""
-    verdict: str  # one sentence
-    gain: subject_intervals.Estimate  # over the baseline, in the metric of the verdict
-    alarms: list
-    criteria: list  # of verdicts.judge_criteria
-    figures: list  # key figures for the top of the report
-    blocks: list  # HTML of the section Metrics
-    sections: list  # (title, HTML blocks) of the task's own sections
-    numbers: dict  # what metrics.json says
-    doubts: list = dataclasses.field(default_factory=list)  # what beside the alarms keeps the verdict from green
 
 
 def fold_table(folds):
@@ -124,26 +110,33 @@ def write_comparison(run, rows):
     run.say(f"open next: {run.path('report.html')}")
 
 
-def close_run(run, setting, judgement):
-    """Write report.html and metrics.json of a run, and say its verdict; returns what metrics.json holds."""
+def close_run(run, setting, *, result, metric, verdict, alarms, criteria, figures, blocks, sections, numbers,
+              doubts=()):
+    """Write report.html and metrics.json of a run, and say its verdict; returns what metrics.json holds.
+
+    result: subject_intervals.Result; metric, verdict: of the verdict, and its sentence; criteria: of
+    verdicts.judge_criteria; figures: key figures for the top of the report; blocks: HTML of the section Metrics;
+    sections: (title, HTML blocks) of the task's own sections; numbers: what else metrics.json says; doubts: what beside
+    the alarms keeps the verdict from green.
+    """
     seen = splitting.seen_sentences(setting.seen)
-    alarms = judgement.alarms + setting.alarms + identical_fold_alarms(setting.folds)
+    alarms = alarms + setting.alarms + identical_fold_alarms(setting.folds)
     if "train" in seen:
         alarms.append(seen["train"])
-    level = verdicts.verdict_level(judgement.gain, [*alarms, *judgement.doubts, *seen.values()])
+    level = verdicts.verdict_level(result.gain(metric), [*alarms, *doubts, *seen.values()])
     passed = verdicts.PASSES[setting.worst_seen]
-    criteria = [bar | {"verdict": bar["verdict"].replace("PASS", passed)} for bar in judgement.criteria]
+    criteria = [bar | {"verdict": bar["verdict"].replace("PASS", passed)} for bar in criteria]
     metrics = {
         "part": setting.part,
         "best_epoch": setting.best_epoch,
-        "verdict": judgement.verdict,
+        "verdict": verdict,
         "held_out": setting.held_out,
-        **judgement.numbers,
+        **numbers,
         "alarms": alarms,
         "criteria": criteria,
         "folds": setting.folds,
     }
-    blocks = [reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in alarms] + judgement.blocks
+    blocks = [reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in alarms] + blocks
     if criteria:
         blocks.append(reporting.html_table(criteria, caption="Criteria"))
     if setting.folds:
@@ -153,15 +146,15 @@ def close_run(run, setting, judgement):
         ("Data and split", setting.data),
         ("Leakage", reporting.leakage_blocks(run)),
         ("Metrics", blocks),
-        *judgement.sections,
+        *sections,
         ("Learning curves", reporting.history_blocks(run)),
         ("Best and worst cases", setting.cases),
         ("Limits", [reporting.html_text(limits)] if limits else []),
         ("Command and versions", reporting.command_blocks()),
     ]
     reporting.write_report(
-        run.path("report.html"), f"{setting.title}: {run.folder.name}", (level, judgement.verdict),
-        [section for section in sections if section[1]], run.compute.text, judgement.figures)
+        run.path("report.html"), f"{setting.title}: {run.folder.name}", (level, verdict),
+        sections, run.compute.text, figures)
     common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
     if "sample" in metrics:
         run.say(f"effective sample: {sample_sentence(metrics['sample'])}")

@@ -42,9 +42,11 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, num
     alarms += pose_scores.place_alarms(results)
     meanings = criteria_names()
     criteria = verdicts.parse_criteria(setting.criteria, meanings)
-    judgement = judging.Judgement(
+    return judging.close_run(
+        run, setting,
         verdict=pose_scores.verdict(result, patients, has_patients, setting.worst_seen),
-        gain=result.gain("mae"),
+        result=result,
+        metric="mae",
         doubts=[] if result.unit == "patients" else [WITHIN_PATIENTS],
         alarms=alarms,
         criteria=verdicts.judge_criteria(criteria, verdicts.named_estimates(result, meanings)),
@@ -62,7 +64,6 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, num
             "per_patient": patients,
             **numbers,
         })
-    return judging.close_run(run, setting, judgement)
 
 
 def criteria_names():

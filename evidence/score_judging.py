@@ -35,9 +35,11 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, 
     verdict = verdicts.verdict_sentence(
         result, "r2", best_r2, setting.worst_seen, "mean R2", is_same)
     alarms = verdicts.regression_alarms(table.predicted, table.target, table.names) + slope_alarms(rows)
-    judgement = judging.Judgement(
+    return judging.close_run(
+        run, setting,
         verdict=verdict + confounding.flagged_sentence(confounds),
-        gain=result.gain("r2"),
+        result=result,
+        metric="r2",
         doubts=confounding.flagged_names(confounds),
         alarms=alarms,
         criteria=judge_criteria(setting.criteria, result, table, moments),
@@ -54,7 +56,6 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, 
             "per_moment": moment_rows,
             "confounds": confounds,
         })
-    return judging.close_run(run, setting, judgement)
 
 
 def lowest(estimate):
