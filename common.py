@@ -242,7 +242,8 @@ def add_model_arguments(parser):
     add("--no_pretrained", dest="pretrained", action="store_false",
         help="start from random weights")
     add("--weights", type=Path, metavar="FILE",
-        help="state dict for the backbone, instead of the published weights")
+        help="state dict for the backbone instead of the published weights, or the name of another published "
+             "set, such as IMAGENET1K_V1")
 
 
 def add_freezing_arguments(add):
@@ -606,7 +607,9 @@ def with_progress(run, label, batches, total, done=0):
 
 
 OPTIONAL_PACKAGES = {
-    "tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "safetensors": "safetensors.torch"}
+    "tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "safetensors": "safetensors.torch",
+    "timm": "timm"}
+TIMM = "timm:"  # what the names of its networks begin with here
 
 
 def optional_package(name):
@@ -1889,11 +1892,14 @@ def to_input(batch, device, mean=IMAGENET_MEAN, std=IMAGENET_STD, channels_last=
 # Any torchvision classifier without its last layer; its weights come from a file, the cache or the network.
 
 def build_backbone(name, pretrained=True, weights=None, image_size=224, family="models"):
-    """torchvision classifier -> (module: (B, 3, H, W) -> (B, F), feature width F).
+    """Classifier without its last layer -> (module: (B, 3, H, W) -> (B, F), feature width F).
 
-    weights: state dict file; family: "models", or "video" for networks (B, 3, T, H, W) -> (B, F). Raises UserError for
-    an unknown name, weights that cannot be had (both ways out named), or a file whose layers are others.
+    name: of a torchvision classifier, or timm:NAME. weights: state dict file, or the name of a set of published weights;
+    family: "models", or "video" for networks (B, 3, T, H, W) -> (B, F). Raises UserError for an unknown name, weights
+    that cannot be had (both ways out named), or a file whose layers are others.
     """
+    if name.startswith(TIMM):
+        return _timm_backbone(name, pretrained, weights, image_size)
     from torchvision import models
     classifiers = models.list_models(module=getattr(models, family, models))
     if name not in classifiers:
@@ -1907,20 +1913,80 @@ def build_backbone(name, pretrained=True, weights=None, image_size=224, family="
     model = models.get_model(name, weights=None, **options)
     last = _last_linear(model, name)
     if family == "models" and image_size != 224:  # which they all take
-        try:
-            with torch.inference_mode():
-                model.eval()(torch.zeros(1, 3, image_size, image_size))
-            model.train()
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise UserError(f"--image_size {image_size}: {name} takes no pictures of this size "
-                            f"({one_line(error)[:100]}); try 224") from None
-    if weights:
-        _load_backbone_state(model, load_weights_file(weights), last, weights)
-    elif pretrained:
-        _load_backbone_state(model, published_weights(name), last, name)
+        _pass_one_picture(model, name, image_size)
+    source = None
+    if weights and Path(weights).exists():
+        source = weights
+        state = load_weights_file(weights)
+    elif weights or pretrained:
+        source = f"{name} {weights or ''}".strip()
+        state = published_weights(name, weights)
+    if source:
+        _load_backbone_state(model, state, last, source)
     n_features = model.get_submodule(last).weight.shape[1]
     model.set_submodule(last, nn.Identity())
     return model, n_features
+
+
+def _pass_one_picture(model, name, image_size):
+    """The output for a black picture. UserError where the network takes no pictures of this size."""
+    try:
+        with torch.inference_mode():
+            output = model.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(f"--image_size {image_size}: {name} takes no pictures of this size "
+                        f"({one_line(error)[:100]}); try 224") from None
+    model.train()
+    return output
+
+
+def _timm_backbone(name, pretrained, weights, image_size):
+    """A network of the package timm for pictures of this size -> (module, F), as build_backbone."""
+    timm = optional_package("timm")
+    own_name = name.removeprefix(TIMM)
+    if not timm.is_model(own_name):
+        raise UserError(f"timm has no {own_name}{closest(own_name, timm.list_models())}")
+    options = {"pretrained": pretrained or weights is not None, "num_classes": 0}
+    if weights:
+        load_weights_file(weights)  # which refuses what is damaged or hostile
+        options["pretrained_cfg_overlay"] = {"file": str(weights)}
+    try:
+        try:
+            model = timm.create_model(own_name, img_size=image_size, **options)
+        except TypeError:  # a network that takes any size
+            model = timm.create_model(own_name, **options)
+    except (OSError, RuntimeError, ImportError) as error:
+        raise UserError(f"no weights for {name} ({one_line(error)[:200]}). Give --weights FILE, or run once where there "
+                        "is internet; --no_pretrained starts from random weights") from None
+    return model, _pass_one_picture(model, name, image_size).shape[1]
+
+
+def published_set(name, weights=None):
+    """torchvision's default set of published weights of a network, or the one of the name `weights`."""
+    from torchvision import models
+    sets = models.get_model_weights(name)
+    if weights is None:
+        return sets.DEFAULT
+    if str(weights) not in sets.__members__:
+        raise UserError(f"--weights {weights}: no such file, and the published weights of {name} are "
+                        f"{', '.join(sets.__members__)}")
+    return sets[str(weights)]
+
+
+@functools.cache
+def pixel_statistics(name, weights=None):
+    """(mean, sd) of the three colours, from 0 to 1, that the published weights of a network expect.
+
+    A weights file does not say what it expects: it is taken to be what the network's published weights do.
+    """
+    if name.startswith(TIMM):
+        published = optional_package("timm").get_pretrained_cfg(name.removeprefix(TIMM))
+        return published.mean, published.std
+    if name in ("googlenet", "inception_v3"):  # with weights they bring the usual statistics to these by themselves
+        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    is_file = weights is not None and Path(weights).exists()
+    expected = published_set(name, None if is_file else weights).transforms()
+    return tuple(expected.mean), tuple(expected.std)
 
 
 def _last_linear(model, name):
@@ -1934,16 +2000,15 @@ def _last_linear(model, name):
     return paths[-1]
 
 
-def cached_weights_file(name):
+def cached_weights_file(name, weights=None):
     """(path, url) of torchvision's published weights of a model; the path in the hub cache may not exist yet."""
-    import torchvision
-    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    url = published_set(name, weights).url
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1], url
 
 
-def fetch_weights(name):
-    """(path, start of its SHA-256) of torchvision's default weights, from cache or network. UserError: neither has them."""
-    path, url = cached_weights_file(name)
+def fetch_weights(name, weights=None):
+    """(path, start of its SHA-256) of torchvision's published weights, from cache or network. UserError: in neither."""
+    path, url = cached_weights_file(name, weights)
     prefix = re.search(r"-([0-9a-f]{8,})\.", path.name)[1]
     if not path.exists():
         try:
@@ -1956,9 +2021,9 @@ def fetch_weights(name):
     return path, prefix
 
 
-def published_weights(name):
-    """State dict of torchvision's default weights. Raises UserError as fetch_weights does."""
-    path, prefix = fetch_weights(name)
+def published_weights(name, weights=None):
+    """State dict of torchvision's default weights, or the set of that name. Raises UserError as fetch_weights does."""
+    path, prefix = fetch_weights(name, weights)
     if zipfile.is_zipfile(path):
         return load_weights_file(path)
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(prefix):
@@ -2021,6 +2086,9 @@ def _load_backbone_state(model, state, last, source):
     prefix = max(prefixes, key=lambda prefix: sum(prefix + name in state for name in own), default="")
     n_in_file = len(state)
     state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if "encoder.pos_embedding" in own and "encoder.pos_embedding" in state:  # a ViT's, which fits one size of pictures
+        from torchvision.models.vision_transformer import interpolate_embeddings
+        state = interpolate_embeddings(model.image_size, model.patch_size, state)
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     wrong = [name for name in own if name in state and state[name].shape != own[name].shape]
     if missing or wrong:
@@ -2048,27 +2116,84 @@ def _say_once(text):
     print(text, flush=True)
 
 
-@torch.inference_mode()
+def feature_maps(output):
+    """Output of a layer -> maps (B, C, H, W) or (B, C, T, H, W) of equal height and width; None: it has no such form.
+
+    The channels of Swin come last; the tokens (B, N, C) of a ViT lie on a square grid, after those of no place.
+    """
+    if not isinstance(output, torch.Tensor) or output.ndim < 3:
+        return None
+    if output.ndim == 3:
+        side = math.isqrt(output.shape[1])
+        return output[:, -side * side:].transpose(1, 2).unflatten(2, (side, side))  # (B, N, C) -> (B, C, H, W)
+    if output.shape[-1] == output.shape[-2]:
+        return output
+    if output.shape[-2] == output.shape[-3]:
+        return output.movedim(-1, 1)  # (B, H, W, C) -> (B, C, H, W)
+    return None
+
+
 def stage_ends(backbone, example):
-    """Paths of the modules that end each resolution, largest first, found by one pass over an example input."""
+    """Paths of the modules that end each resolution, largest first; where there is but one, each quarter of the blocks.
+
+    Found by one pass over an example input.
+    """
     outer = {}  # height of an output -> path of the last module that gives it: children, grandchildren
     inner = {}
 
     def note(path, ends):
         def hook(module, inputs, output):
-            is_map = isinstance(output, torch.Tensor) and output.ndim == example.ndim
-            if is_map and output.shape[-2] == output.shape[-1] > 1:
-                ends[output.shape[-1]] = path
+            maps = feature_maps(output)
+            if maps is not None and output.ndim == example.ndim and maps.shape[-1] > 1:
+                ends[maps.shape[-1]] = path
         return hook
     hooks = []
     for path, module in backbone.named_modules():
         if path and path.count(".") < 2:
             hooks.append(module.register_forward_hook(note(path, inner if "." in path else outer)))
-    backbone.eval()(example)
+    with torch.inference_mode():
+        backbone.eval()(example)
     for hook in hooks:
         hook.remove()
     ends = outer if len(outer) >= 3 else inner
-    return [ends[height] for height in sorted(ends, reverse=True)]
+    if len(ends) >= 3:
+        return [ends[height] for height in sorted(ends, reverse=True)]
+    chains = [(path, len(module)) for path, module in backbone.named_modules()
+              if isinstance(module, (nn.Sequential, nn.ModuleList))]
+    path, length = max(chains, key=lambda chain: chain[1], default=("", 0))
+    if length < 4:
+        return []
+    blocks = [f"{path}.{name}" for name, _ in backbone.get_submodule(path).named_children()]
+    return [blocks[length * quarter // 4 - 1] for quarter in (1, 2, 3, 4)]
+
+
+class FeatureMaps(nn.Module):
+    """A backbone's maps of its last three resolutions: (B, 3, S, S) -> three of (B, C, H, W).
+
+    Raises UserError for a backbone that has none.
+    """
+
+    def __init__(self, backbone, image_size):
+        super().__init__()
+        self.network = backbone
+        example = torch.zeros(1, 3, image_size, image_size)
+        self.ends = stage_ends(backbone, example)[-3:]
+        with torch.inference_mode():
+            maps = self(example)
+        if len(maps) < 3 or any(each is None for each in maps):
+            raise UserError(f"this backbone has no feature maps of 3 resolutions (found {len(maps)}); use --head mlp")
+        self.n_channels = [each.shape[1] for each in maps]
+
+    def forward(self, images):
+        maps = []
+
+        def keep(module, inputs, output):
+            maps.append(feature_maps(output))
+        hooks = [self.network.get_submodule(path).register_forward_hook(keep) for path in self.ends]
+        self.network(images)
+        for hook in hooks:
+            hook.remove()
+        return maps
 
 
 def freeze_stages(backbone, n_stages, example):
@@ -2081,7 +2206,7 @@ def freeze_stages(backbone, n_stages, example):
     end = ends[n_stages - 1]
     modules = list(backbone.named_modules())
     last = max(i for i, (path, _) in enumerate(modules) if path == end or path.startswith(f"{end}."))
-    for _, module in modules[1:last + 1]:  # a stage may end in a layer without weights
+    for _, module in modules[:last + 1]:  # a stage may end in a layer without weights
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(False)
 

@@ -30,6 +30,13 @@ class Member:
     model: nn.Module  # in eval mode
     settings: dict  # content of its checkpoint
 
+    def outputs(self, pixels, compute):
+        """Outputs in the unit of training: uint8 (B, S, S, 3) -> (B, R)."""
+        inputs = common.to_input(pixels, compute.device, self.settings["pixel_mean"], self.settings["pixel_sd"],
+                                 compute.channels_last)  # (B, S, S, 3) -> (B, 3, S, S)
+        with compute.autocast():
+            return mirrored_mean(self.model, inputs, self.settings["flip_average"])
+
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
@@ -99,17 +106,11 @@ def load_members(files, compute):
 @torch.inference_mode()
 def predict(members, loader, compute):
     """-> (predicted (M, N, R) float64 in the unit of the ratings, (N,) common.SEEN_WORDS, errors: N texts)."""
-    first = members[0].settings
     outputs = []
     hashes = []
     errors = []
     for batch in loader:
-        inputs = common.to_input(batch["pixels"], compute.device, first["pixel_mean"], first["pixel_sd"],
-                                 compute.channels_last)  # (B, S, S, 3) -> (B, 3, S, S)
-        with compute.autocast():
-            each = [
-                mirrored_mean(member.model, inputs, member.settings["flip_average"])
-                for member in members]
+        each = [member.outputs(batch["pixels"], compute) for member in members]
         outputs.append(torch.stack(each).cpu())  # M x (B, R) -> (M, B, R)
         hashes.append(batch["hashes"])
         errors += batch["error"]

@@ -244,18 +244,12 @@ class MultiScale(nn.Module):
 
     def __init__(self, backbone, image_size, grid=4):
         super().__init__()
-        from torchvision.models.feature_extraction import create_feature_extractor
-        example = torch.zeros(1, 3, image_size, image_size)
-        ends = common.stage_ends(backbone, example)[-3:]
-        if len(ends) < 3:
-            raise common.UserError(f"--head ridge needs a backbone with feature maps of 3 resolutions, found {len(ends)}; "
-                            "use --head mlp")
-        self.maps = create_feature_extractor(backbone, ends)
+        self.maps = common.FeatureMaps(backbone, image_size)
         self.grid = grid
-        self.n_features = self(example).shape[1]
+        self.n_features = sum(self.maps.n_channels) * grid ** 2
 
     def forward(self, images):
-        maps = self.maps(images).values()  # (B, 3, S, S) -> three of (B, C, H, W)
+        maps = self.maps(images)  # (B, 3, S, S) -> three of (B, C, H, W)
         return torch.cat([pool_over_grid(each, self.grid).flatten(1) for each in maps], 1)  # (B, F)
 
 
@@ -371,11 +365,12 @@ def make_loaders(study, split, scaler, args, compute, features):
     return loader("train", True), {part: loader(part, False) for part in ("train", "val", "test")}
 
 
-def to_device(batch, compute):
+def to_device(batch, args, compute):
     """Batch -> inputs (B, 3, S, S) normalised, or features (B, F); target (B, R); weight (B, R)."""
     inputs = batch["input"]
     if inputs.dtype == torch.uint8:
-        inputs = common.to_input(inputs, compute.device, channels_last=compute.channels_last)
+        statistics = common.pixel_statistics(args.backbone, args.weights)
+        inputs = common.to_input(inputs, compute.device, *statistics, channels_last=compute.channels_last)
     target = batch["target"].to(compute.device, non_blocking=True)
     weight = batch["weight"].to(compute.device, non_blocking=True)
     return inputs.to(compute.device, non_blocking=True), target, weight
@@ -385,7 +380,7 @@ def train_one_epoch(model, loader, loss_function, training, compute):
     """One pass over the train rows; returns {'train_loss': mean over the rows}."""
     model.train()
     for batch in training.batches(loader):
-        inputs, target, weight = to_device(batch, compute)
+        inputs, target, weight = to_device(batch, training.args, compute)
         with compute.autocast():
             predicted = model(inputs)  # (B, 3, S, S) -> (B, R)
         training.step(loss_function(predicted, target, weight))
@@ -393,14 +388,14 @@ def train_one_epoch(model, loader, loss_function, training, compute):
 
 
 @torch.no_grad()
-def evaluate(model, loader, loss_function, scaler, compute, flip_average):
+def evaluate(model, loader, loss_function, scaler, args, compute):
     """Whole split at once -> (predicted (M, R) float64 in the unit of the ratings, loss in the unit of training)."""
     model.eval()
     parts = []
     for batch in loader:
-        inputs, target, weight = to_device(batch, compute)
+        inputs, target, weight = to_device(batch, args, compute)
         with compute.autocast():
-            output = mirrored_mean(model, inputs, flip_average)  # (B, 3, S, S) -> (B, R)
+            output = mirrored_mean(model, inputs, args.flip_average)  # (B, 3, S, S) -> (B, R)
         parts.append((output.cpu(), target.cpu(), weight.cpu()))
     output, target, weight = map(torch.cat, zip(*compute.processes.gather(parts)))  # (M, R) each
     loss = loss_function(output, target, weight).item()
@@ -432,8 +427,7 @@ def fit(run, args, study, split, features):
     for epoch in training.epochs():
         model.freeze_backbone(args.freeze_backbone or epoch <= args.freeze_epochs)
         row = train_one_epoch(model, train_loader, loss_function, training, compute)
-        predicted, row["val_loss"] = evaluate(
-            model, loaders["val"], loss_function, scaler, compute, args.flip_average)
+        predicted, row["val_loss"] = evaluate(model, loaders["val"], loss_function, scaler, args, compute)
         latest["val"] = predicted
         means = common.mean_metrics(common.regression_metrics(predicted, study.ratings[split["val"]]))
         row |= {f"val_{name}": means[name] for name in HISTORY_METRICS}
@@ -450,7 +444,7 @@ def predict_with_best(training, study, split, loaders, scaler, loss_function):
     best = training.load_best()
     if args.head == "ridge":
         solve_head(model, loaders["train"], study, split["train"], scaler, args, run.compute)
-    predicted = {part: evaluate(model, loader, loss_function, scaler, run.compute, args.flip_average)[0]
+    predicted = {part: evaluate(model, loader, loss_function, scaler, args, run.compute)[0]
                  for part, loader in loaders.items() if len(split[part])}
     if args.head == "ridge":
         best |= {"model": model.state_dict(), **model_metadata(args, study, split, scaler, predicted["val"])}
@@ -462,7 +456,7 @@ def predict_with_best(training, study, split, loaders, scaler, loss_function):
 def solve_head(model, loader, study, rows, scaler, args, compute):
     """Replace the linear head by the ridge regression on the tuned backbone's features of the train rows."""
     model.eval()
-    features = features_of(model.backbone, loader, compute, args.flip_average)
+    features = features_of(model.backbone, loader, args, compute)
     ridge = baseline_models.fit_ridge(
         features, scaled_ratings(study, scaler)[rows], groups=study.groups_of(rows),
         sd_floor=baseline_models.FEATURE_SD_FLOOR)
@@ -474,6 +468,7 @@ def solve_head(model, loader, study, rows, scaler, args, compute):
 def model_metadata(args, study, split, scaler, predicted):
     """What predict_assessor.py needs beside the weights: architecture, names, scaling, validation residuals."""
     subjects = study.groups_of(split["val"])
+    pixel_mean, pixel_sd = common.pixel_statistics(args.backbone, args.weights)
     return {
         "backbone": args.backbone,
         "head": args.head,
@@ -482,8 +477,8 @@ def model_metadata(args, study, split, scaler, predicted):
         "flip_average": args.flip_average,
         "names": study.names,
         "scaler": scaler,
-        "pixel_mean": list(common.IMAGENET_MEAN),
-        "pixel_sd": list(common.IMAGENET_STD),
+        "pixel_mean": list(pixel_mean),
+        "pixel_sd": list(pixel_sd),
         "pixel_range": study.store.pixel_range,
         "label_sd": np.nanstd(study.ratings[split["train"]], axis=0),
         "abs_residuals": np.abs(predicted - study.ratings[split["val"]]),
@@ -509,18 +504,18 @@ def untuned_features(args, study, run, rows):
             pictures = RatedImages(study, rows, study.ratings, study.ratings, args, args.augment if view else "none")
             loader = common.make_loader(pictures, 64, args, run.compute, False, study.store.cache == "ram")
             loader.batch_sampler.epoch = view
-            features[head][view, rows] = features_of(backbone, loader, run.compute, args.flip_average)
+            features[head][view, rows] = features_of(backbone, loader, args, run.compute)
     return features
 
 
 @torch.no_grad()
-def features_of(backbone, loader, compute, flip_average):
+def features_of(backbone, loader, args, compute):
     """float32 (M, F) outputs of a backbone in evaluation mode; inputs that are features stay as they are."""
     features = []
     for batch in loader:
-        inputs, _, _ = to_device(batch, compute)
+        inputs, _, _ = to_device(batch, args, compute)
         with compute.autocast():
-            outputs = inputs if inputs.ndim == 2 else mirrored_mean(backbone, inputs, flip_average)
+            outputs = inputs if inputs.ndim == 2 else mirrored_mean(backbone, inputs, args.flip_average)
         features.append(outputs.float())  # (B, 3, S, S) -> (B, F)
     return torch.cat(compute.processes.gather([each.cpu() for each in features])).numpy()
 

@@ -173,10 +173,137 @@ def test_pooling_over_a_grid_equals_torch(grid):
         assert torch.allclose(own, other, atol=1e-6)
 
 
+def test_channels_that_come_last_and_tokens_become_maps():
+    """Swin gives (B, H, W, C); a ViT tokens after a class token: both as their own modules give them."""
+    swin, _ = common.build_backbone("swin_t", pretrained=False, image_size=64)
+    images = torch.randn(2, 3, 64, 64)
+    found = common.FeatureMaps(swin, 64)
+    with torch.inference_mode():
+        maps = found(images)
+        expected = swin.features[:6](images).permute(0, 3, 1, 2)
+    assert [tuple(each.shape[1:]) for each in maps] == [(192, 8, 8), (384, 4, 4), (768, 2, 2)]
+    assert torch.allclose(maps[1], expected, atol=1e-5)
+
+    vit, _ = common.build_backbone("vit_b_16", pretrained=False, image_size=32)
+    found = common.FeatureMaps(vit, 32)
+    with torch.inference_mode():
+        maps = found(torch.randn(2, 3, 32, 32))
+        tokens = torch.arange(2 * 5 * 3.0).view(2, 5, 3)
+    assert [tuple(each.shape) for each in maps] == [(2, 768, 2, 2)] * 3
+    assert torch.equal(common.feature_maps(tokens)[1, :, 1, 0], tokens[1, 3])  # the class token and two more come first
+
+
+@pytest.mark.parametrize("name, trained", [("swin_t", "features.7"), ("vit_b_16", "encoder.layers.encoder_layer_9")])
+def test_three_stages_of_a_transformer_are_frozen(name, trained):
+    backbone, _ = common.build_backbone(name, pretrained=False, image_size=64)
+    common.freeze_stages(backbone, 3, torch.zeros(1, 3, 64, 64))
+    kept = [path for path, p in backbone.named_parameters() if p.requires_grad]
+    frozen = [path for path, p in backbone.named_parameters() if not p.requires_grad]
+    assert any(path.startswith(trained) for path in kept) and not any(path.startswith(trained) for path in frozen)
+    assert {"class_token", "encoder.pos_embedding"} & {*frozen, *kept} <= set(frozen)
+
+
 def test_a_network_without_maps_is_refused():
-    backbone, _ = common.build_backbone("vit_b_16", pretrained=False)
+    class Flat(torch.nn.Module):
+        """Pictures -> features, at once."""
+
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 4))
+
+        def forward(self, images):
+            return self.layers(images)
     with pytest.raises(common.UserError, match="--head mlp"):
-        train_assessor.MultiScale(backbone, 224)
+        train_assessor.MultiScale(Flat(), 32)
+
+
+# --- published weights ------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, half", [("resnet50", False), ("efficientnet_v2_l", True), ("inception_v3", True),
+                                        ("googlenet", True)])
+def test_pixels_are_scaled_as_the_published_weights_expect(name, half, tmp_path):
+    usual = common.IMAGENET_MEAN, common.IMAGENET_STD
+    assert common.pixel_statistics(name) == (((0.5,) * 3, (0.5,) * 3) if half else usual)
+    (tmp_path / "weights.pth").touch()
+    assert common.pixel_statistics(name, tmp_path / "weights.pth") == common.pixel_statistics(name)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_networks_with_their_own_input_transform_see_the_same_pixels(name):
+    """Built with its weights, torchvision's network turns usual pixels into those that ours is given."""
+    import torchvision
+    judge = torchvision.models.get_model(name, weights=None, init_weights=False, transform_input=True)
+    pixels = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    device = torch.device("cpu")
+    seen = judge._transform_input(common.to_input(pixels.clone(), device))
+    assert torch.allclose(common.to_input(pixels, device, *common.pixel_statistics(name)), seen, atol=1e-5)
+
+
+def test_a_published_set_is_taken_by_its_name(tmp_path, monkeypatch):
+    import torchvision
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    state = torchvision.models.resnet18().state_dict()
+    path, _ = common.cached_weights_file("resnet18", "IMAGENET1K_V1")
+    path.parent.mkdir()
+    torch.save(state, path)
+    backbone, _ = common.build_backbone("resnet18", weights="IMAGENET1K_V1")
+    assert torch.equal(backbone.conv1.weight, state["conv1.weight"])
+    with pytest.raises(common.UserError, match="IMAGENET1K_V7: no such file.*resnet50 are IMAGENET1K_V1, IMAGENET1K_V2"):
+        common.build_backbone("resnet50", weights="IMAGENET1K_V7")
+
+
+def test_position_embeddings_are_interpolated_to_the_size_of_the_pictures(tmp_path):
+    import torchvision
+    published = torchvision.models.vit_b_32(image_size=64).state_dict()
+    torch.save(published, tmp_path / "vit.pth")
+    same, _ = common.build_backbone("vit_b_32", weights=tmp_path / "vit.pth", image_size=64)
+    larger, _ = common.build_backbone("vit_b_32", weights=tmp_path / "vit.pth", image_size=128)
+    assert torch.equal(same.encoder.pos_embedding, published["encoder.pos_embedding"])
+    own = larger.encoder.pos_embedding  # (1, 1 + 4 * 4, 768)
+    assert own.shape == (1, 17, 768) and torch.equal(own[:, 0], published["encoder.pos_embedding"][:, 0])
+    corners = own[0, 1:].view(4, 4, -1)[[0, 0, 3, 3], [0, 3, 0, 3]]
+    assert torch.allclose(corners, published["encoder.pos_embedding"][0, 1:], atol=1e-5)  # corners are aligned
+
+
+# --- timm -------------------------------------------------------------------------------
+
+def test_without_timm_its_networks_say_what_to_install(monkeypatch):
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+    monkeypatch.setattr(common.importlib, "import_module", missing)
+    with pytest.raises(common.UserError, match="pip install timm"):
+        common.build_backbone("timm:resnet10t", pretrained=False)
+
+
+@pytest.mark.parametrize("name, size", [
+    ("vit_tiny_patch16_224", 64), ("vit_small_patch14_dinov2", 56), ("swin_tiny_patch4_window7_224", 224),
+    ("convnext_atto", 64), ("efficientnet_lite0", 64), ("resnet10t", 64), ("mobilenetv4_conv_small", 64),
+    ("eva02_tiny_patch14_224", 56)])
+def test_networks_of_timm(name, size):
+    """Features of one and of three resolutions, three frozen stages, pixels as its own data configuration has them."""
+    timm = pytest.importorskip("timm")
+    backbone, width = common.build_backbone(f"timm:{name}", pretrained=False, image_size=size)
+    images = torch.randn(1, 3, size, size)
+    with torch.inference_mode():
+        assert backbone.eval()(images).shape == (1, width)
+    scales = train_assessor.MultiScale(backbone, size)
+    assert scales.eval()(images).shape == (1, scales.n_features)
+    common.freeze_stages(backbone, 3, images)
+    assert any(p.requires_grad for p in backbone.parameters())
+    assert not all(p.requires_grad for p in backbone.parameters())
+    config = timm.data.resolve_data_config({}, model=backbone)
+    assert common.pixel_statistics(f"timm:{name}") == (config["mean"], config["std"])
+
+
+def test_weights_of_timm_come_from_a_file(tmp_path):
+    timm = pytest.importorskip("timm")
+    state = timm.create_model("vit_tiny_patch16_224", img_size=32).state_dict()
+    torch.save(state, tmp_path / "vit.pth")
+    backbone, _ = common.build_backbone("timm:vit_tiny_patch16_224", weights=tmp_path / "vit.pth", image_size=64)
+    assert torch.equal(backbone.blocks[0].attn.qkv.weight, state["blocks.0.attn.qkv.weight"])
+    assert backbone.pos_embed.shape == (1, 17, 192)
+    with pytest.raises(common.UserError, match="timm has no resnet10x"):
+        common.build_backbone("timm:resnet10x", pretrained=False)
 
 
 def test_frozen_stages_are_the_first_ones():
