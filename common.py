@@ -1061,6 +1061,8 @@ def choose_compute(device, use_amp, processes=None, fp32_on_cpu=False):
         name = torch.cuda.get_device_name(device)
     else:
         name = _cpuinfo("model name") or platform.processor() or platform.machine()
+        if torch.backends.mps.is_available():
+            name += "; its GPU is untested here: --device mps tries it"
     layout = " with channels_last" if channels_last else ""
     text = f"{device} ({name}), {precision}{layout}"
     return Compute(device, precision, channels_last, text, processes)
@@ -1070,9 +1072,7 @@ def _choose_device(name, processes):
     n_gpus = torch.cuda.device_count()
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
-        name = "mps" if has_mps else "cpu"
-        if torch.cuda.is_available():
-            name = "cuda"
+        name = "cuda" if torch.cuda.is_available() else "cpu"  # not mps: nobody has run these scripts there yet
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -2874,7 +2874,9 @@ class Training:
         current.exchange.finish(sums)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or math.inf, foreach=True)
+        has_foreach = self.run.compute.device.type != "mps"
+        norm = nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or math.inf,
+                                         foreach=has_foreach)
         if not self.scaler.is_enabled():
             self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # GradScaler's way to leave out a fused step
         self.scaler.step(self.optimizer)

@@ -693,7 +693,7 @@ class PartDetector(nn.Module):
         super().train(mode)
         if self.settings["frozen_norm"]:
             for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):  # also the one of several GPUs
                     module.eval()
         return self
 

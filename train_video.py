@@ -23,7 +23,6 @@ until they reach the device.
 import argparse
 import collections
 import dataclasses
-import functools
 import itertools
 import math
 from pathlib import Path
@@ -600,13 +599,9 @@ def build_model(args, n_outputs):
     return ClipNet(backbone, n_features, n_outputs, **shared)
 
 
-@functools.cache
-def pixel_statistics(model_name):
-    """(mean, sd) of the three colours that the published weights of a network expect."""
-    if model_name == CNN_LSTM:
-        return common.IMAGENET_MEAN, common.IMAGENET_STD
-    transforms = torchvision.models.get_model_weights(model_name).DEFAULT.transforms()
-    return tuple(transforms.mean), tuple(transforms.std)
+def pixel_statistics(args):
+    """(mean, sd) of the three colours that the published weights of the flags' network expect."""
+    return common.pixel_statistics(args.backbone if args.model == CNN_LSTM else args.model, args.weights)
 
 
 class Behaviours:
@@ -836,7 +831,7 @@ def to_device(batch, args, compute):
     clips = batch["input"]
     if clips.dtype == torch.uint8:
         # memory stays in the order B, T, S, S, 3: channels_last for pictures and clips alike
-        mean, sd = pixel_statistics(args.model)
+        mean, sd = pixel_statistics(args)
         frames = common.to_input(clips.flatten(0, 1), compute.device, mean, sd)
         clips = frames.unflatten(0, clips.shape[:2])  # (B * T, 3, S, S) -> (B, T, 3, S, S)
     return clips.to(compute.device, non_blocking=True), batch["mask"]
@@ -924,7 +919,7 @@ def fit(run, args, study, split, features):
     train_loader, loaders = make_loaders(study, split, objective, args, compute, features)
     shift = objective.prior_shift(objective.rows_of_epoch(split["train"]))
     model = start_model(args, objective, compute)
-    mean, sd = pixel_statistics(args.model)
+    mean, sd = pixel_statistics(args)
     run.say(f"{args.model}: colours are normalised with mean {mean} and SD {sd}, "
             "as its published weights expect")
     rest = nn.ModuleList(
@@ -956,7 +951,7 @@ def fit(run, args, study, split, features):
 
 def model_metadata(args, objective, shift):
     """What predict needs beside the weights: architecture, names, pixel scale, prior shift."""
-    mean, sd = pixel_statistics(args.model)
+    mean, sd = pixel_statistics(args)
     content = {
         "architecture": {name: getattr(args, name) for name in ARCHITECTURE},
         "names": objective.names,

@@ -151,7 +151,8 @@ def check_gpu():
                     f"check that it lists a card and CUDA {torch.version.cuda} or newer; SLURM: --gres=gpu:1")
     else:
         apple = torch.backends.mps.is_available()
-        yield Check("OK", "GPU", "Apple GPU (mps)" if apple else "none: everything runs on the CPU")
+        yield Check("OK", "GPU", "Apple GPU (mps), untested: the CPU is used unless --device mps" if apple
+                    else "none: everything runs on the CPU")
 
 
 def gpu_row(index):

@@ -113,6 +113,9 @@ def test_frozen_norm_is_not_trained_and_keeps_its_statistics():
     train_detector.freeze_layers(model.backbone.body, 5, frozen_norm=True)
     norms = [module for module in model.train().modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms and not any(norm.training or norm.weight.requires_grad for norm in norms)
+    spread = nn.SyncBatchNorm.convert_sync_batchnorm(model).train()  # as with several GPUs
+    norms = [module for module in spread.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert norms and not any(norm.training for norm in norms)
 
 
 # --- the state head ---------------------------------------------------------------------
