@@ -47,8 +47,9 @@ def make_data(folder, options):
         content["images"].append({"id": i, "file_name": f"{i}.jpg"})
         for k in range(BOXES):
             left, top, side = (float(value) for value in draws.uniform(0.05, 0.6, 3) * height)
+            width = 0.05 * height + side / 2  # which ends within the picture
             content["annotations"].append({"id": i * BOXES + k, "image_id": i, "state": int(draws.integers(4)),
-                                           "bbox": [left, top, 40 + side / 2, 40 + side / 2],
+                                           "bbox": [left, top, width, width],
                                            "category_id": int(draws.integers(PARTS))})
     common.write_json(folder / "coco.json", content)
 
