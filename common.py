@@ -608,7 +608,7 @@ def with_progress(run, label, batches, total, done=0):
 
 OPTIONAL_PACKAGES = {
     "tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "safetensors": "safetensors.torch",
-    "timm": "timm"}
+    "timm": "timm", "onnx": "onnx", "onnxruntime": "onnxruntime"}
 TIMM = "timm:"  # what the names of its networks begin with here
 
 

@@ -2,6 +2,7 @@
 
     python predict_assessor.py --checkpoint outputs/run_X/best_model.pth --image_dir my_images --output predictions.csv
     python predict_assessor.py --checkpoint outputs/run_of_folds --image_dir path/to/images --interval 0.9
+    python predict_assessor.py --checkpoint outputs/run_X --image_dir my_images --export model.pt2
 
 Writes one CSV with a row for every input in input order: image, each rating in the unit that the model was trained on,
 <rating>_sd (standard deviation over the members, where there are several), <rating>_low and <rating>_high (with
@@ -11,6 +12,7 @@ not be read; its ratings are then empty).
 Letters: N images, B batch, R ratings, M members, S side of the square input in pixels.
 """
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +50,17 @@ def parse_args(argv=None):
     add("--images", type=Path, nargs="+", default=[], help="single picture files")
     add("--output", type=Path, default=Path("predictions.csv"), help="CSV to write")
     add("--interval", type=common.bounded(float, 0.01, 0.999), help="coverage of the conformal bounds, such as 0.9")
+    add("--export", type=Path, metavar="FILE",
+        help="also write the model, or the mean of several, as one file that needs nothing of this repository: .pt2 "
+             "(torch.export) or .onnx (packages onnx, onnxscript, onnxruntime); checked on the first ten pictures")
     add("--predict_batch_size", type=common.POSITIVE, default=32, help="pictures per batch")
     common.add_compute_arguments(parser)
     parser.set_defaults(seed=0)  # the loader asks for it, nothing is drawn
     args = common.parse_arguments(parser, argv)
     if not (args.image_dir or args.image_list or args.images):
         parser.error("no pictures given; name them with --image_dir, --image_list or --images")
+    if args.export and args.export.suffix not in (".pt2", ".onnx"):
+        parser.error(f"--export {args.export}: expected a name that ends in .pt2 or .onnx")
     return args
 
 
@@ -166,6 +173,63 @@ def output_rows(inputs, predicted, seen, errors, names, widths):
     return rows
 
 
+class CroppedToRatings(nn.Module):
+    """Members with all that they need: uint8 (B, S, S, 3) cropped pictures -> float32 (B, R) in the unit of the ratings."""
+
+    def __init__(self, members):
+        super().__init__()
+        self.models = nn.ModuleList(member.model.float().cpu() for member in members)
+        self.flip_average = [member.settings["flip_average"] for member in members]
+        for name in ("pixel_mean", "pixel_sd"):
+            each = torch.tensor([member.settings[name] for member in members])  # (M, 3)
+            self.register_buffer(name, each[:, :, None, None])
+        for name in ("mean", "sd"):
+            each = torch.stack([torch.as_tensor(member.settings["scaler"][name]) for member in members])
+            self.register_buffer(f"rating_{name}", each.float())  # (M, R)
+
+    def forward(self, pixels):
+        colours = pixels.permute(0, 3, 1, 2).float() / 255  # (B, S, S, 3) -> (B, 3, S, S)
+        ratings = 0
+        for i, model in enumerate(self.models):
+            outputs = mirrored_mean(model, (colours - self.pixel_mean[i]) / self.pixel_sd[i], self.flip_average[i])
+            ratings = ratings + outputs * self.rating_sd[i] + self.rating_mean[i]  # (B, R)
+        return ratings / len(self.models)
+
+
+def export(path, members, pixels):
+    """Write the model as one file and compare it with this script's on `pixels` (B, S, S, 3); returns the difference.
+
+    about.json within it says how pictures are resized and cropped, and the names. UserError: more than 1e-4 of a label
+    sd apart, or a package is missing.
+    """
+    model = CroppedToRatings(members).eval()
+    first = members[0].settings
+    about = {"names": first["names"], "short_side": resize_side(first["image_size"]), "crop": first["image_size"],
+             "resize": "area where it shrinks, cubic where it grows", "pixel_range": first["pixel_range"]}
+    shapes = {"pixels": {0: torch.export.Dim("pictures")}}
+    with torch.no_grad():
+        expected = model(pixels)  # (B, R)
+        if path.suffix == ".pt2":
+            program = torch.export.export(model, (pixels,), dynamic_shapes=shapes, strict=False)
+            torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
+            found = torch.export.load(path).module()(pixels)
+        else:
+            onnx = common.optional_package("onnx")
+            runtime = common.optional_package("onnxruntime")
+            torch.onnx.export(model, (pixels,), path, dynamo=True, dynamic_shapes=shapes, external_data=False,
+                              input_names=["pixels"], output_names=["ratings"])
+            written = onnx.load(path)
+            onnx.helper.set_model_props(written, {"about.json": json.dumps(about)})
+            onnx.save(written, path)
+            found = torch.from_numpy(runtime.InferenceSession(path).run(None, {"pixels": pixels.numpy()})[0])
+    label_sd = torch.as_tensor(first["label_sd"])
+    worst = ((found - expected) / label_sd).abs().max().item()
+    if worst > 1e-4:
+        raise common.UserError(f"--export {path}: its ratings differ from this script's by {worst:.1g} label sds on "
+                               f"{len(pixels)} pictures; do not use the file, and report this with the backbone's name")
+    return worst
+
+
 def print_summary(predicted, names, members, widths):
     """Mean, sd and range of each rating; one that is nearly constant beside the training labels is flagged."""
     label_sd = np.mean([member.settings["label_sd"].numpy() for member in members], axis=0)
@@ -201,6 +265,12 @@ def main():
     common.write_table(args.output, output_rows(inputs, predicted, seen, errors, names, widths))
     print_summary(predicted, names, members, widths)
     splitting.say_seen(seen, print)
+    if args.export:
+        readable = [i for i, error in enumerate(errors) if not error][:10]
+        pixels = torch.stack([pictures[0, i]["pixels"] for i in readable])  # (B, S, S, 3)
+        worst = export(args.export, members, pixels)
+        print(f"{args.export}: uint8 pictures (B, {image_size}, {image_size}, 3) -> {len(names)} ratings; on "
+              f"{len(readable)} pictures within {worst:.1g} label sds of this script")
     failed = sum(map(bool, errors))
     print(f"{len(inputs)} pictures, {failed} could not be read (see the error column); written to {args.output}")
 

@@ -5,6 +5,9 @@
 import csv
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -289,6 +292,24 @@ def test_every_input_keeps_its_row(sample, folds, tmp_path):
     assert float(rows[0]["Valence_low"]) < float(rows[0]["Valence"]) < float(rows[0]["Valence_high"])
     assert not rows[1]["Valence"] and "broken.jpg" in rows[1]["error"] and "missing.png" in rows[3]["error"]
     assert "2 could not be read" in text and "3 checkpoint(s)" in text
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_an_exported_model_gives_the_same_ratings_without_this_repository(sample, folds, tmp_path, suffix):
+    """In a fresh process that knows nothing of ours, from pictures resized and cropped as about.json says."""
+    if suffix == ".onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    run_script("predict_assessor.py", "--checkpoint", folds, "--image_dir", sample.images, "--use_amp", "off",
+               "--output", tmp_path / "p.csv", "--export", tmp_path / f"model{suffix}")
+    code = Path(__file__).with_name("exported_model.py")
+    done = subprocess.run([sys.executable, code, tmp_path / f"model{suffix}", sample.images], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for row in read_csv(tmp_path / "p.csv"):
+        for name, value in found[row["image"]].items():
+            assert value == pytest.approx(float(row[name]), rel=1e-4, abs=1e-4)
 
 
 def test_an_ensemble_is_the_mean_of_its_members(sample, folds, tmp_path):

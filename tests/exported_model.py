@@ -1,0 +1,33 @@
+"""What a program that has an exported model and nothing of this repository does: python exported_model.py MODEL FOLDER"""
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+model_file, folder = map(Path, sys.argv[1:])
+if model_file.suffix == ".pt2":
+    import torch
+    files = {"about.json": ""}
+    model = torch.export.load(model_file, extra_files=files).module()
+    about = json.loads(files["about.json"])
+else:
+    import onnxruntime
+    session = onnxruntime.InferenceSession(model_file)
+    about = json.loads(session.get_modelmeta().custom_metadata_map["about.json"])
+
+ratings = {}
+for path in sorted(folder.iterdir()):
+    picture = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+    scale = about["short_side"] / min(picture.shape[:2])
+    size = [round(side * scale) for side in picture.shape[1::-1]]
+    picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale <= 1 else cv2.INTER_CUBIC)
+    top, left = ((side - about["crop"]) // 2 for side in picture.shape[:2])
+    pixels = np.ascontiguousarray(picture[None, top:top + about["crop"], left:left + about["crop"]])  # (1, S, S, 3)
+    if model_file.suffix == ".pt2":
+        found = model(torch.from_numpy(pixels)).tolist()[0]
+    else:
+        found = session.run(None, {"pixels": pixels})[0][0].tolist()
+    ratings[path.name] = dict(zip(about["names"], found))
+print(json.dumps(ratings))
