@@ -48,7 +48,7 @@ FIXED_INPUT = {  # frames, pixels
     "mvit_v2_s": (16, 224),
 }
 # flags that decide which pixels are read
-READING = ("image_size", "n_frames", "fps", "min_event_sec")
+READING = ("image_size", "n_frames", "fps", "min_event_sec", "pixel_range")
 # flags that a checkpoint keeps: how clips are read and combined, and what the network looks like
 ARCHITECTURE = ("task", "model", "backbone", "hidden", "dropout", "bounded", *READING,
                 "clips_per_event", "aggregation")
@@ -355,7 +355,7 @@ def load_study(args, say, skipped_file=None, names=None, need_labels=True):
     store = video_files.ClipStore(
         table.sources, table.windows, grid="even" if args.task == "regress" else "rate",
         fps=args.fps, n_frames=args.n_frames, short_side=resize_side(args.image_size),
-        jitter_sec=args.jitter_sec, cache=args.cache)
+        jitter_sec=args.jitter_sec, cache=args.cache, pixel_range=args.pixel_range)
     readable = video_files.check_clips(store.audit, args.max_missing, args.on_bad_file)
     stored = np.array([row for row in readable if not store.audit[row].fault], dtype=int)
     skipped = list(table.skipped)
@@ -926,7 +926,7 @@ def fit(run, args, study, split, features):
         [module for name, module in model.named_children() if name != "backbone"])
     optimizer = common.build_optimizer([(model.backbone, args.backbone_lr_mult), (rest, 1.0)], args)
     training = common.Training(
-        run, model, optimizer, args, column, lambda: model_metadata(args, objective, shift),
+        run, model, optimizer, args, column, lambda: model_metadata(args, study, objective, shift),
         higher_is_better, study.hashes, split)
     for _ in training.epochs():
         row = train_one_epoch(model, train_loader, objective, training, args, compute)
@@ -949,11 +949,13 @@ def fit(run, args, study, split, features):
     return Fitted(outputs, objective, training)
 
 
-def model_metadata(args, objective, shift):
+def model_metadata(args, study, objective, shift):
     """What predict needs beside the weights: architecture, names, pixel scale, prior shift."""
     mean, sd = pixel_statistics(args)
     content = {
-        "architecture": {name: getattr(args, name) for name in ARCHITECTURE},
+        "architecture": {
+            **{name: getattr(args, name) for name in ARCHITECTURE},
+            "pixel_range": study.store.pixel_range},
         "names": objective.names,
         "pixel_mean": list(mean),
         "pixel_sd": list(sd),

@@ -275,15 +275,6 @@ class ImageStore(pixel_cache.PixelStore):
         self.pixel_range = pixel_range or choose_pixel_range(self.paths)
         self.load_all([[row] for row in range(len(self.paths))], cache)
 
-    @property
-    def description(self):
-        """As PixelStore's, with the range of pictures of more than 8 bits."""
-        if not self.pixel_range:
-            return super().description
-        low, high = self.pixel_range
-        return (f"{super().description}\nnote: of pictures of more than 8 bits, the values {low:g} to {high:g} became 0 "
-                "to 255 (--pixel_range)")
-
     def decode(self, rows):
         return [audit_image(self.paths[row], self.short_side, self.pixel_range) for row in rows]
 

@@ -55,6 +55,7 @@ class PixelStore:
     """
 
     windows = itertools.repeat("")  # a clip has one in its file, a picture has none
+    pixel_range = None  # values that become 0 and 255, of pictures of more than 8 bits
 
     def load_all(self, rows_of_files, cache):
         """Choose the cache, then take every item from it or decode it."""
@@ -97,9 +98,14 @@ class PixelStore:
 
     @property
     def description(self):
-        """Which cache, how many items and how many MB, for the log."""
+        """Which cache, how many items and how many MB, and the pixel_range, for the log."""
         where = f" in {self.folder}" if self.cache == "disk" else ""
-        return f"{self.cache} cache{where}: {len(self)} {self.item}s, {self.bytes / 1e6:.0f} MB decoded"
+        text = f"{self.cache} cache{where}: {len(self)} {self.item}s, {self.bytes / 1e6:.0f} MB decoded"
+        if not self.pixel_range:
+            return text
+        low, high = self.pixel_range
+        return (f"{text}\nnote: of pictures of more than 8 bits, the values {low:g} to {high:g} became 0 to 255 "
+                "(--pixel_range)")
 
     def _choose_cache(self, rows_of_files, cache, expected):
         if cache == "auto" and expected <= available_memory() / 4:

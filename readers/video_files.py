@@ -306,26 +306,27 @@ def probe(path, fps=25.0):
         return VideoInfo(str(path), common.one_line(error))
 
 
-def read_source(path, choose, receive, short_side, fps):
+def read_source(path, choose, receive, short_side, fps, pixel_range=None):
     """VideoInfo of the source, in one pass over it, in which receive(index, pixels) gets the wanted frames in order.
 
     choose: function of a VideoInfo that returns the wanted indices. It gets what the header says, which may be wrong:
     compare with the VideoInfo that is returned. pixels: uint8 (H, W, 3) RGB, upright, scaled to short_side (in pixels,
-    None for the whole size). BadImage: the reason.
+    None for the whole size); pixel_range: of the pictures of a folder, as picture_files.load_image has it. BadImage: the
+    reason.
     """
     if not _has_no_clock(path):
         return _sweep(path, choose, receive, short_side)
     info, source = _open_still(path, fps)
     for index in sorted(choose(info)):
-        receive(index, _still_frame(source[index], info, short_side))
+        receive(index, _still_frame(source[index], info, short_side, pixel_range))
     return info
 
 
-def read_again(path, wanted, short_side, info):
+def read_again(path, wanted, short_side, info, pixel_range=None):
     """{index: pixels} of a source whose frames are known: `info` is what read_source or probe returned."""
     frames = {}
     if _has_no_clock(path):
-        read_source(path, lambda _: wanted, frames.__setitem__, short_side, info.fps)
+        read_source(path, lambda _: wanted, frames.__setitem__, short_side, info.fps, pixel_range)
         return frames
     if info.is_exact and info.times[min(wanted)] > SEEK_FROM_SEC:
         frames = _seek(path, wanted, short_side, info)
@@ -369,13 +370,22 @@ def _open_npy(path):
     return clip
 
 
-def _still_frame(frame, info, short_side):
+def _still_frame(frame, info, short_side, pixel_range):
     """Pixels of one frame of a folder or array; all must have the size of the first."""
-    pixels = picture_files.load_image(frame) if isinstance(frame, Path) else np.asarray(frame)
+    pixels = np.asarray(frame)
+    if isinstance(frame, Path):
+        pixels = picture_files.load_image(frame, pixel_range=pixel_range)
     height, width = pixels.shape[:2]
     if (width, height) != (info.width, info.height):
         raise BadVideo(f"its frames differ in size: {info.width} x {info.height} and {width} x {height} pixels")
     return _shrink(pixels, (width, height), short_side)
+
+
+def choose_pixel_range(sources):
+    """picture_files.choose_pixel_range of all frames of the folders whose first one has more than 8 bits."""
+    folders = [file_names.find_images(path) for path in set(sources) if Path(path).is_dir()]
+    deep = [frames for frames in folders if picture_files.choose_pixel_range(frames[:1])]
+    return picture_files.choose_pixel_range(sum(deep, []))
 
 
 def has_pictures(path):
@@ -538,13 +548,15 @@ class ClipStore(pixel_cache.PixelStore):
 
     sources: N paths of video files, folders of frames or .npy clips (T, H, W, 3) uint8; windows: N pairs (start_sec,
     end_sec), NaN = the whole; grid, fps, n_frames, jitter_sec: see plan_grid; short_side in pixels. A source without a
-    clock has fps frames a second. cache: see PixelStore. `audit` is a list of N ClipAudit; a row with an error raises
-    BadImage when it is asked for. Every file is read once, whatever its number of rows.
+    clock has fps frames a second. cache: see PixelStore. pixel_range: of folders of pictures of more than 8 bits; None:
+    one for all, by choose_pixel_range. `audit` is a list of N ClipAudit; a row with an error raises BadImage when it is
+    asked for. Every file is read once, whatever its number of rows.
     """
     item = "clip"
     audit_class = ClipAudit
 
-    def __init__(self, sources, windows, *, grid, fps, n_frames, short_side, jitter_sec=0.0, cache="auto"):
+    def __init__(self, sources, windows, *, grid, fps, n_frames, short_side, jitter_sec=0.0, cache="auto",
+                 pixel_range=None):
         self.sources = [str(path) for path in sources]
         self.windows = [tuple(map(float, window)) for window in windows]
         self.grid = grid
@@ -552,6 +564,7 @@ class ClipStore(pixel_cache.PixelStore):
         self.n_frames = n_frames
         self.jitter_sec = jitter_sec
         self.short_side = short_side
+        self.pixel_range = pixel_range or choose_pixel_range(self.sources)
         self._infos = {}  # of the files that were decoded
         rows_of = {}
         for row, path in enumerate(self.sources):
@@ -584,7 +597,7 @@ class ClipStore(pixel_cache.PixelStore):
             self._infos[path] = probe(path, self.fps)
         info = self._infos[path]
         indices = self._plan(row, info).indices[part].tolist()
-        frames = read_again(path, set(indices), self.short_side, info)
+        frames = read_again(path, set(indices), self.short_side, info, self.pixel_range)
         return np.stack([frames[index] for index in indices])
 
     def estimate(self, rows):
@@ -595,7 +608,8 @@ class ClipStore(pixel_cache.PixelStore):
         return 0
 
     def cache_keys(self, rows):
-        settings = [self.grid, self.fps, self.n_frames, self.jitter_sec, self.short_side, decoder_name()]
+        settings = [self.grid, self.fps, self.n_frames, self.jitter_sec, self.short_side, self.pixel_range,
+                    decoder_name()]
         stamps = [pixel_cache.file_stamp(file) for file in files_of(self.sources[rows[0]])]
         return [[settings, self.windows[row], stamps] for row in rows]
 
@@ -623,10 +637,10 @@ class ClipStore(pixel_cache.PixelStore):
             for grid in takers[index]:
                 grid.add(pixels)
         try:
-            info = read_source(path, choose, receive, self.short_side, self.fps)
+            info = read_source(path, choose, receive, self.short_side, self.fps, self.pixel_range)
             true = [self._plan(row, info).indices for row in rows]
             if not all(map(np.array_equal, true, [grid.plan.indices for grid in grids])):
-                read_source(path, lambda _: choose(info), receive, self.short_side, self.fps)
+                read_source(path, lambda _: choose(info), receive, self.short_side, self.fps, self.pixel_range)
         except BaseException:
             for grid in grids:
                 grid.discard()

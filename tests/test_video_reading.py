@@ -483,6 +483,24 @@ def test_frame_folder_with_a_bad_or_odd_frame(tmp_path):
     assert "frame 3.png" in store.audit[0].error and "128 x 96 and 128 x 64" in store.audit[1].error
 
 
+@pytest.mark.parametrize("pixel_range, expected", [(None, (0, 1023)), ([100, 900], (100, 900))])
+@pytest.mark.parametrize("cache", ["ram", "none"])
+def test_folders_of_deep_frames_share_one_range(tmp_path, pixel_range, expected, cache):
+    values = np.random.default_rng(0).integers(0, [[[[400]]], [[[1000]]]], (2, 5, 16, 16))
+    for folder, frames in zip("ab", values):
+        (tmp_path / folder).mkdir()
+        for i, frame in enumerate(frames):
+            Image.fromarray(frame.astype(np.uint16)).save(tmp_path / folder / f"{i}.png")
+    sources = [tmp_path / "a", tmp_path / "b", frame_folder(tmp_path / "c", 3)]
+    store = open_store(sources, [WHOLE] * 3, grid="even", short_side=16, cache=cache, pixel_range=pixel_range)
+    low, high = expected
+    scaled = np.rint(((values - low) * (255 / (high - low))).clip(0, 255))
+    for row in range(2):
+        np.testing.assert_array_equal(store[row][..., 0], scaled[row])
+    assert f"{low} to {high} became 0 to 255" in store.description
+    assert open_store(sources[2:], [WHOLE], grid="even").pixel_range is None
+
+
 class Bomb:
     """Pickled, it would write a file when it is loaded."""
     def __init__(self, path):
