@@ -225,6 +225,8 @@ def add_data_arguments(parser):
         help="train although splits share groups or identical pictures")
     add("--on_bad_file", choices=("error", "skip"), default="error",
         help="unreadable files: list and stop, or skip")
+    add("--exact_names", action="store_true",
+        help="no guess at the file that a name of another folder or spelling means")
     add("--pixel_range", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="pictures of more than 8 bits: values that become black and white (default: one range "
              "for all, from the data)")

@@ -15,6 +15,7 @@ Letters: N images, M images scored, B batch, R ratings (columns of the table, su
 V views, S side of the input in pixels.
 Units: every metric and prediction is in the unit of the ratings file; images are uint8 RGB until they reach the device.
 """
+import copy
 import dataclasses
 import functools
 from pathlib import Path
@@ -125,7 +126,7 @@ def load_study(args, run):
     table = rating_tables.read_ratings(
         args.ratings_file, args.image_column, args.target_columns, args.duplicates, args.group_column,
         args.rater_column, args.attribute_column, args.rating_column, args.missing_codes)
-    paths, without_row, matching = file_names.match_images(table.images, args.images_dir)
+    paths, without_row, matching = file_names.match_images(table.images, args.images_dir, args.exact_names)
     found = np.flatnonzero([path is not None for path in paths])
     if not len(found):
         raise common.UserError(
@@ -414,6 +415,9 @@ def fit(run, args, study, split, features):
         common.load_state(model, common.starting_weights(args.init_from, names=study.names), args.init_from)
     model = compute.place(model)
     model.freeze_backbone(args.freeze_backbone)
+    if args.batch_size < 2 * compute.processes.size:  # BatchNorm refuses a single value: tried before any epoch
+        example = torch.zeros(1, 3, args.image_size, args.image_size, device=compute.device)
+        copy.deepcopy(model)(example)
     optimizer = common.build_optimizer([(model.backbone, args.backbone_lr_mult), (model.head, 1.0)], args)
 
     latest = {}  # validation predictions of this epoch; end_epoch calls metadata() where it is the best so far

@@ -318,7 +318,7 @@ def load_study(args, files, say, checkpoint=None):
     """
     read = {origin: part_boxes.read_annotations(path, args.box_format, args.state_attribute)
             for origin, (path, _) in files.items()}
-    entries, skipped = match_pictures(read, files)
+    entries, skipped = match_pictures(read, files, args.exact_names)
     found = [entry for entry in entries if entry.path]
     say(f"decoding {len(found)} pictures")
     min_size = input_size(args)
@@ -373,13 +373,13 @@ def input_size(args):
     return args.min_size or MODELS[args.model].min_size
 
 
-def match_pictures(read, files):
+def match_pictures(read, files, exact_names):
     """{split: Annotations} -> (Entries, dicts of the images and of the pictures that are alone)."""
     entries = []
     skipped = []
     for origin, (path, folder) in files.items():
         found = read[origin]
-        paths, without_entry, notes = part_boxes.find_pictures(found, folder)
+        paths, without_entry, notes = part_boxes.find_pictures(found, folder, exact_names)
         found.notes += notes
         objects = [[] for _ in paths]
         for each in found.objects:
@@ -1247,7 +1247,7 @@ def convert(args):
     found = part_boxes.read_annotations(args.json, args.box_format, args.state_attribute)
     names = [image.name for image in found.images]
     sizes = [image.size for image in found.images]
-    paths = part_boxes.find_pictures(found, args.images_dir)[0] if args.images_dir else []
+    paths = part_boxes.find_pictures(found, args.images_dir, args.exact_names)[0] if args.images_dir else []
     for number, path in enumerate(paths):
         if path is None:
             continue

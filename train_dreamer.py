@@ -255,7 +255,7 @@ def load_study(args, run, needs_labels=True, needs_frames=True):
     needs_labels False: rows without at1, at2 or a frame at t2 are kept, for prediction. needs_frames False: rows whose
     pictures are missing are listed and kept, for the audit of their poses.
     """
-    rows, matching = probe_poses.find_transitions(args.data_dir, args.max_transitions)
+    rows, matching = probe_poses.find_transitions(args.data_dir, args.max_transitions, args.exact_names)
     poses, facts = probe_poses.complete_rows(rows, args.angle_unit, args.compose, args.euler_order)
     facts["notes"] += matching
     reasons = probe_poses.reasons_to_skip(rows, poses, needs_labels)

@@ -326,7 +326,8 @@ class Study:
 def read_table(args, names=None, need_labels=True):
     """EventTable that the flags name, in seconds; names: classes or scores of a trained model."""
     checks = {"need_labels": need_labels, "max_missing": args.max_missing,
-              "path_column": args.path_column, "need_files": args.mode != "audit"}
+              "path_column": args.path_column, "need_files": args.mode != "audit",
+              "exact_names": args.exact_names}
     if args.task == "regress":
         table = score_tables.read_sequences(
             args.manifest, args.video_root, args.group_column, names or args.target_columns,

@@ -61,8 +61,10 @@ def _table_text(path):
             text = data.decode(encoding)
             if "\0" not in text:
                 return text
-    raise common.UserError(
-        f"{path}: expected a CSV table, found binary data ({len(data)} bytes). Save it as CSV (UTF-8).")
+    remedy = "Save it as CSV (UTF-8)"
+    if data.startswith(b"MATLAB"):
+        remedy = "In MATLAB: writetable, with one row an event (path, label, start_frame, end_frame) or a picture"
+    raise common.UserError(f"{path}: expected a CSV table, found binary data ({len(data)} bytes). {remedy}.")
 
 
 def _csv_rows(text, delimiter, strict=True):

@@ -283,18 +283,24 @@ def behaviour_columns(table):
 
 
 def headless_list(table, root, notes):
-    """'path label' lines without a header -> DataFrame of path and label; None where the first line names no video."""
+    """Lines without a header, of a path, or a path and its number of frames, and a label -> DataFrame of path and label.
+
+    None where the first line names no video.
+    """
     import pandas as pd
     lines = [list(table.columns), *table.to_numpy().tolist()]
+    ways = [lines]
     if len(lines[0]) != 2:  # blanks part them, and may stand in the paths
-        lines = [" ".join(cells).rsplit(None, 1) for cells in lines]
-    if any(len(line) != 2 for line in lines) or not Path(root).is_dir():
-        return None
-    first = lines[0][0]
-    if file_names.match_videos([first], root)[0][first] is None:
-        return None
-    notes.append("no header line: each line is read as a path and a label")
-    return pd.DataFrame(lines, columns=["path", "label"], index=[1, *table.index], dtype=object)
+        ways = [[" ".join(cells).rsplit(None, n_others) for cells in lines] for n_others in (1, 2)]
+    for rows in ways:
+        first = rows[0][0]
+        is_even = len(set(map(len, rows))) == 1 < len(rows[0])
+        if is_even and Path(root).is_dir() and file_names.match_videos([first], root)[0][first]:
+            frames = ", a number of frames" if len(rows[0]) == 3 else ""
+            notes.append(f"no header line: each line is read as a path{frames} and a label")
+            pairs = [(path, label) for path, *_, label in rows]
+            return pd.DataFrame(pairs, columns=["path", "label"], index=[1, *table.index], dtype=object)
+    return None
 
 
 def describe_rows(rows, path, root, written, part="", min_event_sec=1.0, time_unit=None, notes=None):
@@ -419,13 +425,15 @@ def own_times(rows, extra, sources, notes):
 
 
 def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, group_column=None, names=None,
-                need_labels=True, max_missing=0.05, path_column=None, label_column=None, time_unit=None, need_files=True):
+                need_labels=True, max_missing=0.05, path_column=None, label_column=None, time_unit=None, need_files=True,
+                exact_names=False):
     """{part: CSV manifest or folder of class folders} -> EventTable for --task classify.
 
     video_root: where the paths are looked for (default: beside each manifest); names: the classes of a trained model;
     need_labels False: rows without a label stay, label -1. Without group_column a column `group` is the group.
     path_column, label_column, time_unit: for columns whose names do not say it. need_files False: rows of missing videos
-    stay. Raises UserError: see the functions above; more than the share max_missing of the videos is not there.
+    stay. exact_names: as match_images has it. Raises UserError: see the functions above; more than the share max_missing
+    of the videos is not there.
     """
     import pandas as pd
     found = [
@@ -435,7 +443,7 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
     extra = pd.concat([others for _, others, _ in found], ignore_index=True).fillna("")
     listed = common.shorten_list(manifests.values())
     group = named_column(extra, group_column, ["group"], "--group_column", listed)
-    sources, notes = find_sources(rows, video_root is None, max_missing, need_files)
+    sources, notes = find_sources(rows, video_root is None, max_missing, need_files, exact_names)
     notes = sum([said for _, _, said in found], []) + notes
     rows = own_times(rows, extra, sources, notes)
     known = read_label_map(label_map) if label_map else None
@@ -466,7 +474,7 @@ def groups_of(extra, column, is_wanted, lines, notes):
     notes.append(f"column {column} is blank in {len(blank)} rows and names no groups")
 
 
-def find_sources(rows, is_open, max_missing, need_files=True):
+def find_sources(rows, is_open, max_missing, need_files=True, exact_names=False):
     """(N paths of the rows' videos, None where there is none; notes). Raises UserError above max_missing.
 
     is_open: no --video_root was given, so that an absolute path may also name a video elsewhere. need_files False: a
@@ -475,11 +483,8 @@ def find_sources(rows, is_open, max_missing, need_files=True):
     found = {}
     notes = []
     for root, names in rows.groupby("root")["path"]:
-        hits, by_base = file_names.match_videos(names, root)
-        if by_base:
-            notes.append(
-                f"{len(by_base)} videos found by base name alone, other folder on disk: "
-                f"{common.shorten_list(by_base, 3)}")
+        hits, matching = file_names.match_videos(names, root, exact_names)
+        notes += matching
         for name, path in hits.items():
             if path is None and is_open and os.path.isabs(name) and os.path.exists(name):
                 path = Path(name)

@@ -98,11 +98,12 @@ class Fit:
     """The files that fit a name best: several where the name does not decide between them.
 
     common_folders: how many folders before the file's own name are the same. agrees: no folder differs, and the name
-    was not changed (leading zeros, %20).
+    was not changed (leading zeros, %20). is_guess: the end of the path, or a base name that is unique, decided.
     """
     files: list
     common_folders: int = 0
     agrees: bool = True
+    is_guess: bool = False
 
 
 class NameIndex:
@@ -139,20 +140,24 @@ class NameIndex:
         decoded = urllib.parse.unquote(name)
         return Fit([]) if decoded == name else dataclasses.replace(self.find(decoded), agrees=False)
 
-    def match(self, names):
-        """Names as written -> {name: Fit}; a file that does not agree counts only where it is unique on both sides."""
+    def match(self, names, exact=False):
+        """Clean names -> {name: Fit}; a file that does not agree counts only where it is unique on both sides.
+
+        exact: no guess counts.
+        """
         below = {name: without_root(name) for name in dict.fromkeys(names)}
         fits = {name: self.find(own) for name, own in below.items()}
         tails = collections.defaultdict(set)  # of the names that want a file, with one folder
         agreeing = set()
         for name, fit in fits.items():
+            fit.is_guess = not fit.agrees or below[name] != posixpath.normpath(name)
             for file in fit.files:
                 tails[file].add("/".join(below[name].casefold().split("/")[-2:]))
             if fit.agrees:
                 agreeing.update(fit.files)
         for name, fit in fits.items():
             is_unique = len(fit.files) == 1 and len(tails[fit.files[0]]) == 1 and fit.files[0] not in agreeing
-            if not (fit.agrees or is_unique):
+            if not (fit.agrees or is_unique) or (exact and fit.is_guess):
                 fits[name] = Fit([])
         return fits
 
@@ -178,20 +183,26 @@ def loose_stem(stem):
     return stem.lstrip("0") or "0" if stem.isdecimal() else stem.casefold()
 
 
-def match_images(names, images_dir):
+def below_folder(names, folder):
+    """{name as written: its clean spelling, an absolute one inside the folder as a path below it}."""
+    root = f"{clean_name(Path(folder).absolute().as_posix())}/"
+    return {name: clean_name(name).removeprefix(root) for name in names}
+
+
+def match_images(names, images_dir, exact=False):
     """Names as a table writes them -> (N paths, None where no file fits; names of files that no row asks for; notes).
 
     With or without folder and suffix, any case, backslashes, NFC or NFD. Of a name from elsewhere (C:\\, /data, ..)
     the end of the path counts; a folder may differ from the one on disk only where the base name is unique on both
-    sides. No file outside `images_dir` is ever meant. UserError: a name fits several files, or several names one.
+    sides; exact: neither counts. No file outside `images_dir` is ever meant. UserError: a name fits several files, or
+    several names one.
     """
     folder = Path(images_dir)
     files = images_by_name(folder)
     if not files:
         raise common.UserError(f"--images_dir {folder}: expected images ({' '.join(IMAGE_SUFFIXES)}), found none.")
-    root = f"{clean_name(folder.absolute().as_posix())}/"
-    written = [clean_name(name).removeprefix(root) for name in names]
-    fits = NameIndex(files, IMAGE_SUFFIXES).match(written)
+    written = below_folder(names, folder)
+    fits = NameIndex(files, IMAGE_SUFFIXES).match(written.values(), exact)
     names_of = collections.defaultdict(list)
     for name, fit in fits.items():
         names_of[tuple(fit.files)].append(name)
@@ -202,17 +213,21 @@ def match_images(names, images_dir):
                                f"Write folder and suffix.")
     unused = [file for file in files if (file,) not in names_of]
     found = {name: files[fit.files[0]] for name, fit in fits.items() if fit.files}
-    return [found.get(name) for name in written], unused, notes_on(fits, unused)
+    return [found.get(written[name]) for name in names], unused, notes_on(fits, unused)
+
+
+def notes_on_guesses(fits):
+    """A line on the names of {name: Fit} that were matched by a guess, where there are any."""
+    guessed = [f"{name} -> {fit.files[0]}" for name, fit in fits.items() if fit.files and fit.is_guess]
+    if not guessed:
+        return []
+    return [f"{len(guessed)} of {len(fits)} names are of another folder or spelling; the end of the path, or a base name "
+            f"that is unique, decided (not with --exact_names): {common.shorten_list(guessed, 3)}"]
 
 
 def notes_on(fits, unused):
     """Lines on the names of {name: Fit} that were matched by a guess, and on many that fit no file."""
-    guessed = [f"{name} -> {fit.files[0]}" for name, fit in fits.items()
-               if fit.files and not (fit.agrees and without_root(name) == posixpath.normpath(name))]
-    notes = []
-    if guessed:
-        notes.append(f"{len(guessed)} of {len(fits)} names are of another folder or spelling; the end of the path, or "
-                     f"a base name that is unique, decided: {common.shorten_list(guessed, 3)}")
+    notes = notes_on_guesses(fits)
     missing = [name for name, fit in fits.items() if not fit.files]
     if 10 * len(missing) > len(fits):
         reason = f"{len(unused)} files have no row: compare the spelling" if unused else "the folder lacks them"
@@ -223,14 +238,15 @@ def notes_on(fits, unused):
     return notes
 
 
-def match_videos(names, root):
-    """Names as a manifest writes them -> ({name: Path or None}, names that were found by base name alone).
+def match_videos(names, root, exact=False):
+    """Names as a manifest writes them -> ({name: Path or None}, notes on guesses and on videos without a row).
 
     As match_images. UserError: a name fits several files, or several folders mean one file.
     """
     videos, others = find_videos(root)
     files = {clean_name(file): path for file, path in (others | videos).items()}
-    fits = NameIndex(files, VIDEO_SUFFIXES).match(names)  # of another suffix the whole name must be written
+    written = below_folder(names, root)
+    fits = NameIndex(files, VIDEO_SUFFIXES).match(written.values(), exact)  # other suffixes: only whole names
     unclear = [f"{name} -> {common.shorten_list(fit.files, 4)}" for name, fit in fits.items() if len(fit.files) > 1]
     folders_of = collections.defaultdict(set)
     for name, fit in fits.items():
@@ -244,6 +260,11 @@ def match_videos(names, root):
         raise common.UserError(f"expected one file below --video_root {root} for a name, found "
                                f"{common.shorten_list(unclear)}; write folders into the paths, or keep the folders on "
                                f"disk as the paths have them")
-    found = {name: files[fit.files[0]] if fit.files else None for name, fit in fits.items()}
-    by_base_name = [name for name, fit in fits.items() if not fit.agrees and fit.common_folders < 1]
-    return found, by_base_name
+    found = {name: files[fits[own].files[0]] if fits[own].files else None for name, own in written.items()}
+    notes = notes_on_guesses(fits)
+    used = {Path(root), *found.values()}
+    unused = sorted(name for name, path in videos.items() if path not in used)
+    if unused:
+        notes.append(f"{len(unused)} videos or folders of pictures below {root} have no row and are not used: "
+                     f"{common.shorten_list(unused, 3)}")
+    return found, notes

@@ -582,9 +582,9 @@ def as_truth(images, objects, parts, names, sizes, min_trust, **others):
 # Annotations -> pictures
 # --------------------------------------------------------------------------------------
 
-def find_pictures(found, folder):
+def find_pictures(found, folder, exact_names=False):
     """(path of each image or None, names of the files without an entry, notes); links out of the folder are refused."""
-    paths, unused, notes = file_names.match_images([image.name for image in found.images], folder)
+    paths, unused, notes = file_names.match_images([image.name for image in found.images], folder, exact_names)
     root = Path(folder).resolve()
     leaving = [image.name for image, path in zip(found.images, paths) if path and root not in path.resolve().parents]
     refuse(leaving, f"{found.path}: these links lead out of {folder}:", "Copy the pictures into the folder.")

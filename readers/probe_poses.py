@@ -199,7 +199,7 @@ class Transition:
     path_t2: Path | None = None
 
 
-def find_transitions(data_dir, limit=0):
+def find_transitions(data_dir, limit=0, exact_names=False):
     """-> (Transitions of all sequences below a folder, notes); limit: the first ones of each sequence, 0 for all."""
     files = sorted(data_dir.rglob(FILE_NAME)) if data_dir.is_dir() else []
     if not files:
@@ -210,13 +210,13 @@ def find_transitions(data_dir, limit=0):
         sequence = file.parent.relative_to(data_dir).as_posix()
         if sequence == ".":
             sequence = data_dir.resolve().name
-        found, matching = read_transitions(file, sequence)
+        found, matching = read_transitions(file, sequence, exact_names)
         transitions += found[:limit or None]
         notes += [f"{sequence}: {note}" for note in matching]
     return transitions, notes
 
 
-def read_transitions(path, sequence):
+def read_transitions(path, sequence, exact_names=False):
     """A transitions_dataset.json -> (list of Transition, notes).
 
     A bare list or {"transitions": [...]}; further keys are ignored, null and missing poses are NaN. Pictures lie in the
@@ -241,14 +241,14 @@ def read_transitions(path, sequence):
         raise common.UserError(
             f"{path}: {len(faults)} of {len(listed)} rows cannot be read: "
             f"{common.shorten_list(faults, 5)}. Correct or delete these rows.")
-    return rows, _find_pictures(rows, path.parent)
+    return rows, _find_pictures(rows, path.parent, exact_names)
 
 
-def _find_pictures(rows, folder):
+def _find_pictures(rows, folder, exact_names):
     """Sets path_t1 and path_t2 of Transitions whose pictures lie in a folder; returns notes."""
     pictures = file_names.images_by_name(folder)
     index = file_names.NameIndex(pictures, file_names.IMAGE_SUFFIXES)
-    fits = index.match([name for row in rows for name in (row.ft1, row.ft2) if name])
+    fits = index.match([name for row in rows for name in (row.ft1, row.ft2) if name], exact_names)
     found = {name: pictures[fit.files[0]] for name, fit in fits.items() if len(fit.files) == 1}
     for row in rows:
         row.path_t1 = found.get(row.ft1)

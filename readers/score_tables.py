@@ -90,7 +90,7 @@ def score_columns(rows, wanted, path):
 
 
 def read_sequences(path, root=None, group_column=None, target_columns=None, need_labels=True, max_missing=0.05,
-                   path_column=None, need_files=True):
+                   path_column=None, need_files=True, exact_names=False):
     """Scores of frame sequences (CSV or JSON) -> EventTable for --task regress; names as the file spells them.
 
     Several rows of one sequence (one per rater) become their mean, the single ratings are kept. Groups: group_column,
@@ -110,7 +110,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
         raise common.UserError(
             f"{path}: no column of folders; name it with --path_column (found: {common.shorten_list(extra.columns, 40)})")
     rows = event_tables.describe_rows(extra, path, root or Path(path).parent, extra[source])
-    sources, notes = event_tables.find_sources(rows, root is None, max_missing, need_files)
+    sources, notes = event_tables.find_sources(rows, root is None, max_missing, need_files, exact_names)
     is_unknown = np.isnan(target).all(axis=1) & need_labels
     table = event_tables.build_table(
         rows, extra, sources,

@@ -160,6 +160,12 @@ def test_dry_run_writes_the_whole_run_folder(sample, tmp_path):
     assert len(read_csv(only_run(tmp_path) / "training_history.csv")) == 1
 
 
+def test_a_single_value_for_batchnorm_is_said_before_the_first_epoch(sample, tmp_path):
+    flags = small_run(sample, tmp_path, "--backbone", "resnet18", "--batch_size", 1, "--freeze_epochs", 1, "--epochs", 2)
+    text = run_script("train_assessor.py", *flags, code=2).text
+    assert "BatchNorm got a single value" in text and not list(tmp_path.rglob("*.pth"))
+
+
 def test_single_ratings_give_a_split_half_ceiling(sample, tmp_path):
     run_script(
         "train_assessor.py", "--images_dir", sample.images, "--ratings_file", sample.raw, "--output_dir", tmp_path,

@@ -97,7 +97,8 @@ def test_single_column_and_quoted_line_break(tmp_path):
     ("image,x,x\na.jpg,1,2\n", ["column names", "x"]),
     ("", ["header", "0 line"]), ("\n\n", ["0 line"]), ("image,x\n", ["1 line"]),
     ('image,x\n"a.jpg,1\nb.jpg,2\n', ["line 3", "quotes"]),
-    (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", ["binary"]), (b"PK\x03\x04\x14\0\x06\0", ["binary"])])
+    (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", ["binary"]), (b"PK\x03\x04\x14\0\x06\0", ["binary"]),
+    (b"MATLAB 5.0 MAT-file\0", ["binary", "writetable"])])
 def test_faulty_files_say_what_and_where(tmp_path, text, words):
     message = fails(csv_tables.read_table, written(tmp_path, text))
     assert "ratings.csv" in message and all(word in message for word in words), message
@@ -464,7 +465,9 @@ def test_a_base_name_counts_only_where_it_is_unique_on_both_sides(tmp_path):
     paths, unmatched, notes = file_names.match_images(names, tmp_path)
     found = [path and path.relative_to(tmp_path).as_posix() for path in paths]
     assert found == ["images/a.jpg", None, None, "s1/c.jpg", None, "s1/000.jpg", None, None]
-    assert "2 of 8 names" in notes[0] and "5 of 8 names fit no picture" in notes[1]
+    assert "2 of 8 names" in notes[0] and "5 of 8 names fit no picture" in notes[1] and "--exact_names" in notes[0]
+    paths, _, notes = file_names.match_images(names, tmp_path, exact=True)
+    assert [name for name, path in zip(names, paths) if path] == ["s1/c.jpg"] and "7 of 8 names fit no" in notes[0]
 
 
 def test_names_that_fit_nothing_are_loud_with_the_likeliest_reason(tmp_path):

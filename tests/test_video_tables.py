@@ -60,11 +60,14 @@ def test_windows_paths_resolve_by_suffix_then_base_name_in_any_case(tmp_path):
                "elsewhere/N900.mp4", "Group 1 Day 1/Cam 8/._N884_ch8_main.mp4", ".hidden/N901.mp4")
     study = "E:\\Some study 2024\\Group 1 Day 1\\Cam 8\\"
     wanted = [study + "N884_ch8_main.mp4", study + "n900.mp4", "cam 9/N884_ch8_main", study + "N901.mp4"]
-    hits, by_base = file_names.match_videos(wanted, root)
+    hits, notes = file_names.match_videos(wanted, root)
     found = [path and path.relative_to(root).as_posix() for path in hits.values()]
     assert found == ["Group 1 Day 1/Cam 8/N884_CH8_main.MP4", "elsewhere/N900.mp4",
                      "Group 1 Day 1/Cam 9/n884_ch8_main.mp4", None]
-    assert by_base == [study + "n900.mp4"]
+    assert notes[0].startswith("3 of 4 names") and "--exact_names" in notes[0] and len(notes) == 1
+    hits, notes = file_names.match_videos(wanted, root, exact=True)
+    assert list(map(bool, hits.values())) == [False, False, True, False]
+    assert notes[0].startswith("2 videos or folders of pictures below") and "elsewhere/N900.mp4" in notes[0]
 
 
 def test_a_name_that_fits_several_files_is_an_error_that_lists_them(tmp_path):
@@ -83,8 +86,8 @@ def test_two_folders_of_a_manifest_never_mean_one_file(tmp_path):
 
 def test_a_video_that_was_converted_is_found_unless_the_original_is_there(tmp_path):
     root = put(tmp_path, "Cam 8/a.avi", "Cam 9/b.avi", "Cam 9/b.mp4")
-    hits, by_base = file_names.match_videos(["D:/x/Cam 8/a.mp4", "Cam 9/b.mp4"], root)
-    assert list(hits.values()) == [root / "Cam 8/a.avi", root / "Cam 9/b.mp4"] and by_base == []
+    hits, _ = file_names.match_videos(["D:/x/Cam 8/a.mp4", "Cam 9/b.mp4"], root)
+    assert list(hits.values()) == [root / "Cam 8/a.avi", root / "Cam 9/b.mp4"]
 
 
 @pytest.mark.parametrize("name", ["../secret.mp4", "..\\secret.mp4", "a/../../secret.mp4", "./../videos/../secret.mp4"])
@@ -330,13 +333,22 @@ def test_one_row_a_frame_becomes_events(tmp_path, header, background):
 
 
 @pytest.mark.parametrize("text", ["cam 1/s0.mp4 0\ncam 1/s1.mp4 1\ncam 1/s2.mp4 0\n", "s0.mp4,0\ns1.mp4,1\ns2.mp4,0\n",
-                                  "s0.mp4\t0\ns1.mp4\t1\ns2.mp4\t0\n"])
+                                  "s0.mp4\t0\ns1.mp4\t1\ns2.mp4\t0\n",
+                                  "cam 1/s0.mp4 120 0\ncam 1/s1.mp4 99 1\ncam 1/s2.mp4 120 0\n",
+                                  "s0 120 0\ns1 99 1\ns2 120 0\n", "s0.mp4,120,0\ns1.mp4,99,1\ns2.mp4,120,0\n"])
 def test_lists_of_path_and_label_without_a_header(tmp_path, text):
     root = put(tmp_path, *(f"v/cam 1/s{i}.mp4" for i in range(3)))
     table = event_tables.read_events({"": write(tmp_path / "list.txt", text)}, root / "v")
     assert list(table.videos) == [f"cam 1/s{i}.mp4" for i in range(3)]
-    assert table.names == ["0", "1"] and table.label.tolist() == [0, 1, 0]
+    assert table.names == ["0", "1"] and table.label.tolist() == [0, 1, 0] and np.isnan(table.windows).all()
     assert any("no header line" in note for note in table.notes)
+
+
+def test_videos_without_a_row_are_named(tmp_path):
+    put(tmp_path, "a.mp4", "b.mp4", "c/1.png", "c/2.png", "d.npy", "notes.txt", "plot.png")
+    path = write(tmp_path / "m.csv", "path,label\nb.mp4,x\n")
+    [note] = event_tables.read_events({"": path}).notes
+    assert note.startswith("3 videos or folders of pictures below") and note.endswith("not used: a.mp4, c, d.npy")
 
 
 def test_missing_columns_are_named_and_can_be_given(tmp_path):
