@@ -783,10 +783,10 @@ class Scores:
 def target_weights(pairs, names):
     """--target_weights NAME=W ... -> tuple of R weights, 1 where not named. Raises UserError."""
     weights = [1.0] * len(names)
-    keys = [event_tables.column_key(name) for name in names]
+    keys = [csv_tables.column_key(name) for name in names]
     for text in pairs or []:
         name, _, value = text.rpartition("=")
-        key = event_tables.column_key(name)
+        key = csv_tables.column_key(name)
         if key not in keys or not csv_tables.NUMBER.fullmatch(value) or float(value) < 0:
             raise common.UserError(f"--target_weights expects NAME=WEIGHT of "
                                    f"{common.shorten_list(names, 40)}, found {text!r}")
@@ -1102,7 +1102,7 @@ def predict_baselines(study, features, train, rows):
 
 def moment_levels(study):
     """(N,) levels of --moment_column, or None where the table has no such column."""
-    key = event_tables.column_key(study.args.moment_column)
+    key = csv_tables.column_key(study.args.moment_column)
     return study.table.extra[key].to_numpy(str) if key in study.table.extra else None
 
 

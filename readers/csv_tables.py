@@ -18,15 +18,20 @@ MISSING_CELLS = {"", "na", "nan", "n/a", "n.a.", "#n/a", "<na>", "null", ".", "-
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
+def column_key(name):
+    """'Total.Facial.scale' = 'Total_Facial_scale' = 'total_facial_scale'."""
+    return re.sub(r"\W+", "_", str(name).casefold()).strip("_")
+
+
 def pick_columns(wanted, options, where, short=()):
-    """Names asked for -> those in `options`, in any case. UserError lists the unknown ones.
+    """Names asked for -> those in `options`, in any spelling. UserError lists the unknown ones.
 
     short: {other name: the one in `options`}.
     """
-    spelled = {name.lower(): option for name, option in dict(short).items()}
-    spelled |= {name.lower(): name for name in options}
+    spelled = {column_key(name): option for name, option in dict(short).items()}
+    spelled |= {column_key(name): name for name in options}
     spelled |= {name: name for name in options}
-    picked = {name: spelled.get(name, spelled.get(name.lower())) for name in wanted}
+    picked = {name: spelled.get(name, spelled.get(column_key(name))) for name in wanted}
     unknown = [
         name + common.closest(name, options)
         for name, column in picked.items() if column is None]
@@ -178,6 +183,22 @@ def read_table(path):
     table.attrs["delimiter"] = delimiter
     table.attrs["notes"] = notes
     return table
+
+
+def read_pairs(path, flag, columns):
+    """[(key, value)] of JSON or YAML, {key: value} or {value: [keys]}, or of a CSV table with these two columns."""
+    if Path(path).suffix.lower() in (".csv", ".tsv", ".txt"):
+        table = read_table(path)
+        if len(table.columns) != 2:
+            table = table[pick_columns(columns, table.columns, f"{flag} {path} has no column")]
+        return table.to_numpy().tolist()
+    pairs = []
+    for key, value in common.read_config(path).items():
+        if isinstance(value, list):
+            pairs += [(each, key) for each in value]
+        else:
+            pairs.append((key, value))
+    return pairs
 
 
 def _fit_header(header, rows, delimiter, notes):

@@ -62,16 +62,11 @@ class EventTable:
 # Cells and columns in one spelling
 # --------------------------------------------------------------------------------------
 
-def column_key(name):
-    """'Total.Facial.scale' = 'Total_Facial_scale' = 'total_facial_scale'."""
-    return re.sub(r"\W+", "_", str(name).casefold()).strip("_")
-
-
 def keyed_columns(table, source):
     """The table with its columns named by column_key. Raises UserError where two names become one."""
-    keys = [column_key(name) for name in table.columns]
-    twice = [name for name, key in zip(table.columns, keys) if keys.count(key) > 1]
-    if twice:
+    keys = table.columns.map(csv_tables.column_key)
+    twice = table.columns[keys.duplicated(keep=False)]
+    if len(twice):
         raise common.UserError(
             f"{source}: columns that differ only in spelling: {common.shorten_list(twice)}. Delete one")
     return table.set_axis(keys, axis=1)
@@ -136,21 +131,8 @@ def event_keys(extra, fallback):
 
 def read_label_map(path):
     """JSON, YAML or CSV -> {spelling: class, or None = left out}; also {class: [spellings]}. A class spells itself."""
-    if Path(path).suffix.lower() in (".csv", ".tsv", ".txt"):
-        rows = csv_tables.read_table(path).to_numpy()
-        if rows.shape[1] != 2:
-            raise common.UserError(
-                f"--label_map {path}: expected 2 columns, spelling and class; found {rows.shape[1]}")
-        pairs = list(rows)
-    else:
-        pairs = []
-        for key, value in common.read_config(path).items():
-            if isinstance(value, list):
-                pairs += [(spelling, key) for spelling in value]
-            else:
-                pairs.append((key, value))
     classes = {}
-    for spelling, name in pairs:
+    for spelling, name in csv_tables.read_pairs(path, "--label_map", ("spelling", "class")):
         classes[str(spelling)] = None if name in (None, "") else str(name)
     for name in filter(None, list(classes.values())):
         classes.setdefault(name, name)
@@ -165,26 +147,25 @@ def classes_of(spelled, label_map=None, names=None):
     """
     spelled = [str(label).strip() for label in spelled]
     counts = collections.Counter(filter(None, spelled))
-    known = {}
-    if label_map is not None:
-        known = {label.strip().casefold(): name for label, name in label_map.items()}
-    else:
+    is_mapped = label_map is not None
+    if not is_mapped:
         by_count = sorted(counts, key=lambda label: (-counts[label], label))
-        for label in by_count if names is None else names:
-            known.setdefault(label.casefold(), label)
-    allowed = {*known.values()} if names is None else {*names, None}
+        label_map = {label: label for label in reversed(names or by_count)}  # the last one of a spelling counts
+    known = {label.strip().casefold(): name for label, name in label_map.items()}
+    if names is not None:
+        known = {label: name for label, name in known.items() if name in {*names, None}}
     unknown = [
-        f"{label!r} ({count} rows)" for label, count in sorted(counts.items())
-        if label.casefold() not in known or known[label.casefold()] not in allowed]
+        f"{label!r} ({count} rows)" for label, count in sorted(counts.items()) if label.casefold() not in known]
     if unknown:
         raise common.UserError(
             f"labels without a class: {common.shorten_list(unknown, 30)}; "
             f"known: {common.shorten_list(known, 30)}. "
             "Write --label_map FILE (JSON, YAML or CSV: spelling -> class, blank = leave out)")
-    chosen = [known[label.casefold()] if label else "" for label in spelled]
+    known[""] = ""
+    chosen = [known[label.casefold()] for label in spelled]
     if names is None:
         names = [name for name in dict.fromkeys(known.values()) if name and name in chosen]
-        if label_map is None:
+        if not is_mapped:
             names.sort()
     return list(names), chosen
 
@@ -213,7 +194,7 @@ def folder_table(root, notes):
 def below_header(table):
     """The table from the row that names paths and labels: BORIS writes lines about the observation above it."""
     for place, cells in enumerate(table.to_numpy()):
-        keys = [column_key(cell) for cell in cells]
+        keys = list(map(csv_tables.column_key, cells))
         if not {*PATH_COLUMNS}.isdisjoint(keys) and not {*LABEL_COLUMNS}.isdisjoint(keys):
             below = table.iloc[place + 1:].set_axis(cells, axis=1)
             return below.loc[:, [bool(key) for key in keys]]
@@ -223,12 +204,13 @@ def below_header(table):
 def paired_states(table, path_column, label_column, notes):
     """BORIS's tabular events: the rows START and STOP of one behaviour become one with start_sec and end_sec."""
     kind = first_column(table, ("status", "behavior_type"))
-    if kind is None or "time" not in table or not table[kind].str.upper().isin(["START", "STOP"]).any():
+    if kind is None or "time" not in table:
         return table
-    names = ["observation_id", path_column, "subject", label_column]
-    names += [name for name in table if name.startswith("modifier")]
-    same = [name for name in names if name in table]
     states = table[kind].str.upper()
+    if not states.isin(["START", "STOP"]).any():
+        return table
+    known = ("observation_id", path_column, "subject", label_column)
+    same = [name for name in table if name in known or name.startswith("modifier")]
     following = table.assign(state=states).groupby(same)[["state", "time"]].shift(-1)
     is_point = states == "POINT"
     is_pair = (states == "START") & (following["state"] == "STOP")
@@ -247,7 +229,7 @@ def per_frame_events(table, path, path_column, notes):
     """
     import pandas as pd
     frame_column = first_column(table, FRAME_COLUMNS)
-    names = behaviour_columns(table.drop(columns=[name for name in (frame_column, path_column) if name]))
+    names = [name for name in behaviour_columns(table) if name not in (frame_column, path_column)]
     if not names or (frame_column is None and (path_column or len(table) == 1)):  # else a list of videos
         return None
     own_name = re.sub("[ _-]*(labels?|annotations?|targets?|scores?|behaviou?rs?)$", "", path.stem, flags=re.I)
@@ -328,7 +310,7 @@ def read_manifest_file(path, root, asked, need_labels, notes):
     asked: the columns of paths and labels that flags name, or None. Raises UserError that names what is missing.
     """
     raw = csv_tables.read_table(path)
-    keys = {column_key(name) for name in raw}
+    keys = set(map(csv_tables.column_key, raw))
     if keys.isdisjoint(PATH_COLUMNS) and keys.isdisjoint(LABEL_COLUMNS) and not any(asked):
         listed = headless_list(raw, root, notes)
         raw = below_header(raw) if listed is None else listed
@@ -350,10 +332,9 @@ def read_manifest_file(path, root, asked, need_labels, notes):
 
 def named_column(table, wanted, known, flag, path):
     """Key of the column that a flag asks for, else the first of `known` that there is, else None."""
-    if wanted and column_key(wanted) not in table:
-        raise common.UserError(f"{path}: no column for {flag} {wanted}{common.closest(wanted, table.columns)} "
-                               f"(found: {common.shorten_list(table.columns, 40)})")
-    return column_key(wanted) if wanted else first_column(table, known)
+    if not wanted:
+        return first_column(table, known)
+    return csv_tables.pick_columns([wanted], table.columns, f"{path} has no column for {flag}")[0]
 
 
 def read_manifest(part, path, video_root, min_event_sec, need_labels, asked=(None, None), time_unit=None):
@@ -644,16 +625,11 @@ def connected(columns):
 
 def column_of(table, name, flag):
     """(N,) text of a column of the table by name in any spelling. Raises UserError where there is none."""
-    key = column_key(name)
+    targets = {} if table.target is None else dict(zip(table.names, table.target.T.tolist()))
+    [key] = csv_tables.pick_columns([name], [*targets, *table.extra], f"{flag}: no column")
     if key in table.extra:
         return table.extra[key].to_numpy(str)
-    targets = [column_key(target) for target in table.names]
-    if table.target is not None and key in targets:
-        values = table.target[:, targets.index(key)].tolist()
-        return np.array(["" if math.isnan(value) else repr(value) for value in values])
-    raise common.UserError(
-        f"{flag}: no column {name!r}{common.closest(key, table.extra.columns)} "
-        f"(found: {common.shorten_list(table.extra.columns, 40)})")
+    return np.array(["" if math.isnan(value) else repr(value) for value in targets[key]])
 
 
 def filter_rows(table, text):

@@ -261,7 +261,7 @@ def read_records(content, key, reading):
             records[f"{own} (number {place})"] = record
             reading.counts["annotations have an id that another one has"] += 1
         elif records[own] == record or (key == "categories" and records[own].get("name") == record.get("name")):
-            reading.counts[f"{key} stand there more than once"] += 1
+            reading.counts[f"{key} are listed more than once"] += 1
         else:
             reading.faults.append(f"{key}[{place}]: the id {own!r} is used twice")
     return records

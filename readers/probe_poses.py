@@ -508,30 +508,12 @@ def patients_of(sequences, patient_map=None, patient_regex=None):
 
 
 def read_patient_map(path, folders):
-    """JSON {folder: patient} or {patient: [folders]}, or CSV with the columns folder and patient -> {folder: patient}.
+    """File of csv_tables.read_pairs, of folder and patient -> {folder: patient}.
 
     A folder may be named with or without the folders above it.
     """
-    patients = {}
-    if path.suffix.lower() == ".json":
-        listed = common.read_json(path)
-        if not isinstance(listed, dict):
-            raise common.UserError(
-                f"--patient_map {path}: expected {{folder: patient}} or {{patient: [folders]}}, found a "
-                f"{type(listed).__name__}")
-        for key, value in listed.items():
-            if isinstance(value, list):
-                patients |= {str(folder): key for folder in value}
-            else:
-                patients[key] = str(value)
-    else:
-        table = csv_tables.read_table(path)
-        table.columns = table.columns.str.lower()
-        if not {"folder", "patient"} <= set(table.columns):
-            raise common.UserError(
-                f"--patient_map {path}: expected the columns folder and patient, found "
-                f"{common.shorten_list(table.columns)}")
-        patients = dict(zip(table["folder"], table["patient"]))
+    pairs = csv_tables.read_pairs(path, "--patient_map", ("folder", "patient"))
+    patients = {str(folder): str(patient) for folder, patient in pairs}
     for folder in folders:
         patients.setdefault(folder, patients.get(folder.rsplit("/", 1)[-1]))
     return patients

@@ -330,46 +330,43 @@ def _long_ratings(columns):
         own = columns.table.iloc[rows]
         singles[name] = pd.Series(_without_codes(columns, values[rows], own.index, name), own[columns.image])
     _refuse_codes(columns)
-    return _join_singles(columns, singles, [columns.attribute, columns.rating])
+    return _join_singles(columns, pd.concat(singles), [columns.attribute, columns.rating])
 
 
 def _rater_rows(columns):
     """One row per picture and rater, one column per rating."""
     import pandas as pd
     chosen = columns.targets()
-    values = pd.DataFrame(_number_columns(columns, chosen), columns.table[columns.image], chosen)
-    return _join_singles(columns, {columns.rating_name(name): values[name] for name in chosen}, chosen)
+    names = map(columns.rating_name, chosen)
+    values = pd.DataFrame(_number_columns(columns, chosen), columns.table[columns.image], names)
+    return _join_singles(columns, pd.concat(dict(values.items())), chosen)
 
 
 def _join_singles(columns, singles, used):
-    """{rating: its single ratings, indexed by image} -> mean, sd (ddof 1, NaN for one rating), n, and the ratings."""
+    """Single ratings, indexed by rating and image -> mean, sd (ddof 1, NaN for one rating), n, and the ratings."""
     table = columns.table
     images = table[columns.image].unique()
-    by_image = {name: own.dropna().groupby(level=0) for name, own in singles.items()}
-
-    def stack(series):
-        return np.stack([own.reindex(images).to_numpy(float) for own in series], axis=1)  # (N, R)
-    others = table.drop(columns=[columns.image, *used])
+    names = singles.index.unique(0)
+    grouped = singles.dropna().groupby(level=[0, 1])
+    found = grouped.agg(["mean", "std", "count"]).unstack(0).reindex(images)  # columns: (statistic, rating)
+    others = table.drop(columns={columns.image, columns.rater, *used} - {None})
     varying = columns.varying(list(others.columns), [columns.image])
-    n_rows = sum(map(len, singles.values()))
-    n_filled = sum(int(own.notna().sum()) for own in singles.values())
     flags = ("rater", "attribute", "rating")
     told = [f"--{flag}_column {getattr(columns, flag)}" for flag in flags if getattr(columns, flag)]
     notes = [
         *table.attrs["notes"],
-        f"{n_filled} single ratings of {len(images)} images ({n_rows - n_filled} blank ones left out): "
-        f"{' '.join(told)} of {common.shorten_list(singles)}"]
+        f"{singles.count()} single ratings of {len(images)} images ({singles.isna().sum()} blank ones left out): "
+        f"{' '.join(told)} of {common.shorten_list(names)}"]
     if varying:
         notes.append(f"columns that vary within an image, left out: {common.shorten_list(varying)}")
-    arrays = {name: {image: own.to_numpy() for image, own in cells} for name, cells in by_image.items()}
+    arrays = {key: own.to_numpy() for key, own in grouped}
     return RatingsTable(
-        names=list(singles),
+        names=list(names),
         images=list(images),
-        mean=stack(cells.mean() for cells in by_image.values()),
-        sd=stack(cells.std() for cells in by_image.values()),
-        n=np.nan_to_num(stack(cells.count() for cells in by_image.values())),
-        ratings_by_image={
-            name: [own.get(image, np.empty(0)) for image in images] for name, own in arrays.items()},
+        mean=found["mean"].reindex(columns=names).to_numpy(),
+        sd=found["std"].reindex(columns=names).to_numpy(),
+        n=found["count"].reindex(columns=names).fillna(0).to_numpy(float),
+        ratings_by_image={name: [arrays.get((name, image), np.empty(0)) for image in images] for name in names},
         extra=others[~table[columns.image].duplicated()].drop(columns=varying),
         notes=notes)
 

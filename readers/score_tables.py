@@ -64,28 +64,17 @@ def without_tensor(cell):
 
 
 
-def unknown_columns(wanted, rows):
-    """The wanted names that the table has in no spelling."""
-    known = {event_tables.column_key(name) for name in rows}
-    return [name for name in wanted if event_tables.column_key(name) not in known]
-
-
 def score_columns(rows, wanted, path):
     """Names of the R score columns: those asked for in any spelling, else the numeric ones that are no ids."""
-    spelled = {event_tables.column_key(name): name for name in rows.columns}
-    found = common.shorten_list(rows.columns, 40)
     if wanted:
-        unknown = unknown_columns(wanted, rows)
-        if unknown:
-            raise common.UserError(
-                f"{path} has no --target_columns {common.shorten_list(unknown)} (found: {found})")
-        return [spelled[event_tables.column_key(name)] for name in wanted]
+        return csv_tables.pick_columns(wanted, rows.columns, f"{path} has no --target_columns")
     names = [
-        name for key, name in spelled.items()
-        if not NO_SCORE.fullmatch(key) and csv_tables.looks_numeric(rows[name])]
+        name for name in rows
+        if not NO_SCORE.fullmatch(csv_tables.column_key(name)) and csv_tables.looks_numeric(rows[name])]
     if not names:
         raise common.UserError(
-            f"{path}: expected columns of scores, found none among {found}; name them with --target_columns")
+            f"{path}: expected columns of scores, found none among {common.shorten_list(rows.columns, 40)}; "
+            "name them with --target_columns")
     return names
 
 
@@ -98,7 +87,8 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     """
     raw = sequence_rows(path)
     if target_columns and not need_labels:  # new sequences may come without the scores of a trained model
-        raw = raw.assign(**dict.fromkeys(unknown_columns(target_columns, raw), ""))
+        known = set(map(csv_tables.column_key, raw))
+        raw = raw.assign(**{name: "" for name in target_columns if csv_tables.column_key(name) not in known})
     names = score_columns(raw, target_columns, path)
     columns = [csv_tables.to_numbers(raw[name], f"{path}, column {name}") for name in names]
     target = np.stack(columns, axis=1)  # (N, R)
@@ -156,7 +146,7 @@ def merge_raters(table):
 
 def total_and_parts(names):
     """R target names -> (index of the total or None, indices of the parts that it sums)."""
-    keys = [event_tables.column_key(name) for name in names]
+    keys = [csv_tables.column_key(name) for name in names]
     totals = [r for r, key in enumerate(keys) if "total" in key]
     if not totals:
         return None, []
