@@ -265,7 +265,7 @@ WRITTEN = {
     "numbers as text": (each("annotations", lambda a: {"bbox": [f"{v:.4f}" for v in a["bbox"]]}), "4 boxes have"),
     "ids as text": (ids_as(str), "8 ids are text"),
     "ids with a fraction": (ids_as(float), "8 ids are text or have a fraction"),
-    "categories repeated": (coco(categories=coco()["categories"] * 3), "6 categories stand there more than once"),
+    "categories repeated": (coco(categories=coco()["categories"] * 3), "6 categories are listed more than once"),
     "one name twice": (coco(categories=[{"id": 99, "name": "bell"}, *coco()["categories"]]), "1 categories share"),
     "size 0": (each("images", lambda image: {"width": 0, "height": 0}), "2 images have the size 0"),
     "ids repeat": (each("annotations", lambda a: {"id": a["category_id"]}), "2 annotations have an id"),

@@ -346,7 +346,7 @@ def test_an_incomplete_map_names_what_it_lacks(clinic, tmp_path):
     with pytest.raises(common.UserError, match="p1_01, p1_02"):
         load(clinic, "--patient_map", tmp_path / "map.json")
     (tmp_path / "map.json").write_text('["p0_01"]')
-    with pytest.raises(common.UserError, match="found a list"):
+    with pytest.raises(common.UserError, match="found list"):
         load(clinic, "--patient_map", tmp_path / "map.json")
 
 
