@@ -1261,10 +1261,8 @@ def convert(args):
     common.write_json(args.output, coco)
     for note in found.notes:
         print(f"note: {note}")
-    for each in found.skipped:
+    for each in found.skipped + dropped:
         print(f"skipped: {', '.join(each.values())}")
-    for line in dropped:
-        print(f"dropped: {line}")
     n_absent = sum(len(image["absent_parts"]) for image in coco["images"])
     print(f"{args.output}: {len(names)} images, {len(coco['annotations'])} boxes of "
           f"{len(found.parts)} parts, {n_absent} absent parts without a box (absent_parts of their "

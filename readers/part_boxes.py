@@ -114,7 +114,7 @@ def read_annotations(path, box_format=None, state_attribute=None):
     coco = content if isinstance(content.get("images"), list) else parts_as_coco(content, reading.faults)
     found = read_coco(path, coco, reading)
     names = collections.Counter(image.name for image in found.images)
-    reading.faults += [f"{name!r} stands there {count} times" for name, count in names.items() if count > 1]
+    reading.faults += [f"{name!r} is listed {count} times" for name, count in names.items() if count > 1]
     refuse(reading.faults, f"{path}: cannot be read:", "Correct these entries.")
     if not found.images:
         raise common.UserError(f"{path}: expected annotated images, found none in {len(content)} entries")
@@ -125,11 +125,11 @@ def read_annotations(path, box_format=None, state_attribute=None):
 
 def unique_keys(pairs):
     """JSON object whose keys are all different: the second of two equal ones would be lost without a word."""
-    counts = collections.Counter(key for key, _ in pairs)
-    for key, count in counts.items():
-        if count > 1:
-            raise ValueError(f"the key {key!r} twice in one object")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(key, _)] = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} twice in one object")
+    return found
 
 
 def refuse(faults, what, remedy):
@@ -211,7 +211,7 @@ def read_coco(path, content, reading):
         for name, value in found.attributes.items():
             if name.lower() != reading.state_attribute:
                 unused[name][str(value)] += 1
-        if found.state == ABSENT and not has_area(found.box):
+        if found.state == ABSENT and (found.box is None or cut_box(found.box, None) is None):
             images[found.image].absent.append(found.part)
         else:
             objects.append(found)
@@ -329,10 +329,6 @@ def read_object(own, fields, images, place, categories, reading):
         attributes=attributes)
 
 
-def has_area(box):
-    return box is not None and box[0] < box[2] and box[1] < box[3]
-
-
 def read_number(value):
     """A finite JSON number, or one written as text, as float, else None; true is no number."""
     if isinstance(value, str) and csv_tables.NUMBER.fullmatch(value.strip()):
@@ -443,16 +439,15 @@ def refuse_other_convention(objects, sizes, path):
         return
     corners = np.array([each.box for each in kept])
     written = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]).T
-    width, height = np.array([sizes[each.image] for each in kept]).T
+    size = np.array([sizes[each.image] for each in kept]).T  # (2, K)
     area = np.array([each.area or np.nan for each in kept], float)
     n_outside = {}
     n_area = {}
     for box_format in ("xywh", "xyxy", "cxcywh"):
-        x1, y1, x2, y2 = to_corners(*written, box_format)
-        is_inside = np.minimum(x1, y1) >= -OVER_EDGE
-        is_inside &= (x2 <= width + OVER_EDGE) & (y2 <= height + OVER_EDGE)
-        n_outside[box_format] = np.sum(~(is_inside & (x2 >= x1) & (y2 >= y1)))
-        n_area[box_format] = np.sum(np.isclose((x2 - x1) * (y2 - y1), area, rtol=0.01))
+        first, last = np.reshape(to_corners(*written, box_format), (2, 2, -1))  # (2, K) x and y of two corners
+        is_inside = (first >= -OVER_EDGE) & (last <= size + OVER_EDGE) & (last >= first)
+        n_outside[box_format] = np.sum(~is_inside.all(0))
+        n_area[box_format] = np.sum(np.isclose((last - first).prod(0), area, rtol=0.01))
     likeliest = min(n_outside, key=n_outside.get)
     if np.abs(written).max() <= 1:
         likeliest = "fractions"
@@ -477,14 +472,36 @@ def cut_box(box, size):
     return corners if (corners[2:] - corners[:2]).min() >= 0.5 else None
 
 
+def cut_boxes(objects, names, sizes):
+    """PartObjects -> (those with area in their picture, cut to it; dicts of the others; how many were cut).
+
+    names, sizes: of each image, its file and (width, height), or None where the size is unknown.
+    """
+    kept = []
+    skipped = []
+    n_cut = 0
+    for each in objects:
+        box = cut_box(each.box, sizes[each.image])
+        if box is None:
+            shown = " ".join(f"{value:g}" for value in each.box)
+            skipped.append({
+                "image": names[each.image],
+                "annotation": f"{each.key} ({each.part})",
+                "reason": f"box {shown} has no area in its picture"})
+            continue
+        n_cut += not np.allclose(box, each.box, atol=1)
+        kept.append(dataclasses.replace(each, box=box))
+    return kept, skipped, n_cut
+
+
 # --------------------------------------------------------------------------------------
 # Annotations -> COCO
 # --------------------------------------------------------------------------------------
 
 def as_coco(found, names, sizes):
-    """Annotations -> (clean COCO with area, iscrowd, state and trust; lines on the boxes without area, left out).
+    """Annotations -> (clean COCO with area, iscrowd, state and trust; dicts of the boxes without area, left out).
 
-    names, sizes: of each image, the file and (width, height) or None.
+    names, sizes: as cut_boxes has them.
     """
     images = []
     for number, (image, name, size) in enumerate(zip(found.images, names, sizes)):
@@ -493,14 +510,9 @@ def as_coco(found, names, sizes):
         if size:
             images[-1]["width"], images[-1]["height"] = size
     annotations = []
-    dropped = []
-    for each in found.objects:
-        box = cut_box(each.box, sizes[each.image])
-        if box is None:
-            name = found.images[each.image].name
-            dropped.append(f"{name}, {each.key} ({each.part}): box {each.box} has no area")
-            continue
-        left, top, right, bottom = box.tolist()
+    kept, dropped, _ = cut_boxes(found.objects, names, sizes)
+    for each in kept:
+        left, top, right, bottom = each.box.tolist()
         width = right - left
         height = bottom - top
         annotations.append({
@@ -541,21 +553,10 @@ def as_truth(images, objects, parts, names, sizes, min_trust, **others):
     to their picture; those without area there are skipped by name, those that annotators trusted
     less than min_trust are ignored.
     """
+    used, skipped, n_cut = cut_boxes(objects, names, sizes)
     kept = [[] for _ in images]
-    skipped = []
-    n_cut = 0
-    for each in objects:
-        size = sizes[each.image]
-        box = cut_box(each.box, size)
-        if box is not None:
-            n_cut += not np.allclose(box, each.box, atol=1)
-            kept[each.image].append(dataclasses.replace(each, box=box))
-            continue
-        shown = " ".join(f"{value:g}" for value in each.box)
-        skipped.append({
-            "image": names[each.image],
-            "annotation": f"{each.key} ({each.part})",
-            "reason": f"box {shown} has no area in {size[0]} x {size[1]} pixels"})
+    for each in used:
+        kept[each.image].append(each)
     truth = PartTruth(
         parts=parts,
         images=np.array(names, str),
@@ -569,7 +570,6 @@ def as_truth(images, objects, parts, names, sizes, min_trust, **others):
         absent=[np.array([parts.index(part) for part in image.absent if part in parts], int)
                 for image in images],
         **others)
-    used = [each for row in kept for each in row]
     counts = {
         "boxes reached over the edge and were cut": n_cut,
         "crowd boxes are ignored": sum(each.crowd for each in used),

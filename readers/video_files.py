@@ -383,8 +383,8 @@ def _still_frame(frame, info, short_side, pixel_range):
 
 def choose_pixel_range(sources):
     """picture_files.choose_pixel_range of all frames of the folders whose first one has more than 8 bits."""
-    folders = [file_names.find_images(path) for path in set(sources) if Path(path).is_dir()]
-    deep = [frames for frames in folders if picture_files.choose_pixel_range(frames[:1])]
+    files = [files_of(path) for path in set(sources) if _has_no_clock(path)]
+    deep = [frames for frames in files if picture_files.choose_pixel_range(frames[:1])]
     return picture_files.choose_pixel_range(sum(deep, []))
 
 
