@@ -110,19 +110,16 @@ def _read_head(text, delimiter):
 
 def _sniff(text):
     """-> the delimiter whose header fits its first row, needs no titles, has most names; blanks where no other is."""
-    best = (False, False, 1)
-    chosen = ","  # stands for a table of one column too
-    for delimiter in ",;\t":
+    fits = {}
+    for delimiter in "\t;,":
         n_titles, names, width = _read_head(text, delimiter)
-        fit = (len(names) == width, n_titles == 0, len(names))
-        if len(names) > 1 and fit >= best:
-            best = fit
-            chosen = delimiter
-    if best[2] == 1:
-        first, *widths = [len(cells) for cells in _csv_rows(text, " ", strict=False) if any(cells)] or [0]
-        if first > 1 and len(set(widths)) == 1 and widths[0] - first in (0, 1):
-            return " "
-    return chosen
+        if len(names) > 1:
+            fits[delimiter] = len(names) == width, n_titles == 0, len(names)
+    if fits:
+        return max(fits, key=fits.get)
+    first, *widths = [len(cells) for cells in _csv_rows(text, " ", strict=False) if any(cells)] or [0]
+    are_columns = first > 1 and len(set(widths)) == 1 and widths[0] - first in (0, 1)
+    return " " if are_columns else ","  # a table of one column too
 
 
 def _clean_cells(values):
@@ -213,12 +210,11 @@ def _fit_header(header, rows, delimiter, notes):
     n_short = sum(len(cells) < width for _, cells in rows)
     if n_short:
         notes.append(f"{n_short} rows are shorter than the header: the cells that they lack are blank")
-    fitted = []
-    for line, cells in rows:
+    for _, cells in rows:
         while len(cells) > width and not cells[-1].strip():
-            cells = cells[:-1]
-        fitted.append((line, [*cells, *[""] * (width - len(cells))]))
-    return header, fitted
+            cells.pop()
+        cells += [""] * (width - len(cells))
+    return header, rows
 
 
 def to_numbers(values, where):

@@ -370,7 +370,7 @@ def _open_npy(path):
     return clip
 
 
-def _still_frame(frame, info, short_side, pixel_range):
+def _still_frame(frame, info, short_side, pixel_range=None):
     """Pixels of one frame of a folder or array; all must have the size of the first."""
     pixels = np.asarray(frame)
     if isinstance(frame, Path):
