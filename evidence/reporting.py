@@ -13,7 +13,6 @@ import numpy as np
 
 import common
 from evidence import splitting
-from readers import picture_files
 
 STYLE = Path(__file__).with_name("report.css")
 # keep a page under 5 MB
@@ -136,17 +135,14 @@ def html_image(path, caption):
 def html_cases(cases):
     """Grid of thumbnails with a title and lines of text below each, for the best and the worst cases.
 
-    cases: dicts with image (uint8 (H, W, 3) or (H, W), or the path of a picture), title, and lines
-    (list of text); at most MOST_CASES are shown.
+    cases: dicts with image (uint8 (H, W, 3) or (H, W)), title, and lines (list of text); at most
+    MOST_CASES are shown.
     """
     from PIL import Image
 
     figures = []
     for case in cases[:MOST_CASES]:
-        pixels = case["image"]
-        if not isinstance(pixels, np.ndarray):
-            pixels = picture_files.load_image(pixels)
-        uri = _data_uri(Image.fromarray(pixels), CASE_SIDE)
+        uri = _data_uri(Image.fromarray(case["image"]), CASE_SIDE)
         title = html.escape(str(case["title"]))
         texts = [html.escape(str(line)) for line in case.get("lines", ())]
         lines = "".join(f"<span>{text}</span>" for text in texts)

@@ -89,11 +89,15 @@ def clock_seconds(text):
     return 3600 * hour + 60 * int(match[2]) + float(match[3] or 0)
 
 
+def without_tensor(cell):
+    """'tensor(9)' -> '9': as scripts print ids that they forgot to unpack."""
+    return re.sub(r"^tensor\(\s*\[?([^,()\]]*).*\)$", r"\1", str(cell).strip()).strip()
+
+
 def plain_level(cell):
     """One spelling of a cell that names something: case and spaces, '07' = '7' = '7.0' = 'Group 7' = tensor(7), and
     '7/6/2024 0:00' = '07/06/2024'."""
-    text = " ".join(str(cell).casefold().split())
-    text = re.sub(r"tensor\(\s*([^,()]*).*\)", r"\1", text).strip()
+    text = without_tensor(" ".join(str(cell).casefold().split()))
     text = re.sub(r"^(group|day|animal|subject)[ _-]*(?=\d+$)", "", text)
     text = re.sub(r"(?<=\d)[ t]0?0:00(:00)?(\.0+)?$", "", text)  # spreadsheets add midnight to a date
     text = re.sub(r"^(\d+)\.0+$", r"\1", text)
@@ -197,7 +201,7 @@ def below_header(table):
         keys = list(map(csv_tables.column_key, cells))
         if not {*PATH_COLUMNS}.isdisjoint(keys) and not {*LABEL_COLUMNS}.isdisjoint(keys):
             below = table.iloc[place + 1:].set_axis(cells, axis=1)
-            return below.loc[:, [bool(key) for key in keys]]
+            return below.loc[:, cells != ""]
     return table
 
 
@@ -337,12 +341,11 @@ def named_column(table, wanted, known, flag, path):
     return csv_tables.pick_columns([wanted], table.columns, f"{path} has no column for {flag}")[0]
 
 
-def read_manifest(part, path, video_root, min_event_sec, need_labels, asked=(None, None), time_unit=None):
+def read_manifest(part, path, video_root, min_event_sec, need_labels, asked, time_unit, notes):
     """One manifest file, or folder of class folders or of label tables -> (rows of describe_rows with label, DataFrame
-    of the other columns, notes). Raises UserError without a column of paths."""
+    of the other columns). Raises UserError without a column of paths."""
     import pandas as pd
     path = Path(path)
-    notes = []
     root = video_root or (path if path.is_dir() else path.parent)
     label_tables = sorted(path.glob("*.csv")) if path.is_dir() else []
     source, label = "path", "label"
@@ -362,7 +365,7 @@ def read_manifest(part, path, video_root, min_event_sec, need_labels, asked=(Non
     check_whole_clips(rows, table, path)
     starts, ends = event_times.time_columns(table)
     used = {source, label, *(column.name for column in starts + ends)}
-    return rows, table[[name for name in table if name not in used]], notes
+    return rows, table[[name for name in table if name not in used]]
 
 
 def check_whole_clips(rows, table, path):
@@ -417,15 +420,17 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
     of the videos is not there.
     """
     import pandas as pd
+    notes = []
+    asked = (path_column, label_column)
     found = [
-        read_manifest(part, path, video_root, min_event_sec, need_labels, (path_column, label_column), time_unit)
+        read_manifest(part, path, video_root, min_event_sec, need_labels, asked, time_unit, notes)
         for part, path in manifests.items()]
-    rows = pd.concat([rows for rows, _, _ in found], ignore_index=True)
-    extra = pd.concat([others for _, others, _ in found], ignore_index=True).fillna("")
+    rows, extra = [pd.concat(tables, ignore_index=True) for tables in zip(*found)]
+    extra = extra.fillna("")
     listed = common.shorten_list(manifests.values())
     group = named_column(extra, group_column, ["group"], "--group_column", listed)
-    sources, notes = find_sources(rows, video_root is None, max_missing, need_files, exact_names)
-    notes = sum([said for _, _, said in found], []) + notes
+    sources, matching = find_sources(rows, video_root is None, max_missing, need_files, exact_names)
+    notes += matching
     rows = own_times(rows, extra, sources, notes)
     known = read_label_map(label_map) if label_map else None
     names, classes = classes_of(rows["label"], known, names)
@@ -596,13 +601,11 @@ def split_keys(table, split_by=None):
     split_by None: the coarsest that there is more than one of. Units that share an event or a video are one.
     """
     levels = {"group": table.groups, "video": table.videos, "event": table.events}
-    if table.groups is None:
-        levels.pop("group")
-    if split_by and split_by not in levels:
+    names = [name for name, units in levels.items() if units is not None]
+    if split_by and split_by not in names:
         raise common.UserError(
             f"--split_by {split_by} needs --group_column "
             f"(found: {common.shorten_list(table.extra.columns, 40)})")
-    names = list(levels)
     for name in [split_by] if split_by else names:
         finer = names[names.index(name):]
         units = connected([levels[other] for other in finer])

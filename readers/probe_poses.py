@@ -487,7 +487,10 @@ def reasons_to_skip(transitions, poses, needs_labels, needs_frames=True):
 # --------------------------------------------------------------------------------------
 
 def patients_of(sequences, patient_map=None, patient_regex=None):
-    """{sequence: patient} from --patient_map or --patient_regex; without both the folder's own name."""
+    """{sequence: patient} from --patient_map or --patient_regex; without both the folder's own name.
+
+    patient_map: file of csv_tables.read_pairs, folder and patient; a folder may stand without the folders above it.
+    """
     folders = sorted(set(sequences))
     if patient_regex:
         patients = {}
@@ -496,7 +499,9 @@ def patients_of(sequences, patient_map=None, patient_regex=None):
             if match:
                 patients[folder] = match[min(1, match.re.groups)]
     elif patient_map:
-        patients = read_patient_map(patient_map, folders)
+        pairs = csv_tables.read_pairs(patient_map, "--patient_map", ("folder", "patient"))
+        named = {str(folder): str(patient) for folder, patient in pairs}
+        patients = {folder: named.get(folder, named.get(folder.rsplit("/", 1)[-1])) for folder in folders}
     else:
         patients = {folder: folder for folder in folders}
     unknown = [folder for folder in folders if not patients.get(folder)]
@@ -504,18 +509,6 @@ def patients_of(sequences, patient_map=None, patient_regex=None):
         raise common.UserError(
             f"--patient_map or --patient_regex names no patient for {common.shorten_list(unknown)}; "
             "every folder needs one")
-    return patients
-
-
-def read_patient_map(path, folders):
-    """File of csv_tables.read_pairs, of folder and patient -> {folder: patient}.
-
-    A folder may be named with or without the folders above it.
-    """
-    pairs = csv_tables.read_pairs(path, "--patient_map", ("folder", "patient"))
-    patients = {str(folder): str(patient) for folder, patient in pairs}
-    for folder in folders:
-        patients.setdefault(folder, patients.get(folder.rsplit("/", 1)[-1]))
     return patients
 
 

@@ -26,7 +26,7 @@ def sequence_rows(path):
     """
     import pandas as pd
     if Path(path).suffix.lower() != ".json":
-        return csv_tables.read_table(path).map(without_tensor)
+        return csv_tables.read_table(path).map(event_tables.without_tensor)
     rows = []
     for entry in sequence_entries(path):
         row = dict(entry)
@@ -36,7 +36,7 @@ def sequence_rows(path):
                 row |= value
         rows.append(row)
     table = pd.DataFrame(rows, index=range(1, len(rows) + 1), dtype=object)
-    return table.map(lambda cell: "" if cell is None or cell != cell else without_tensor(cell))
+    return table.map(lambda cell: "" if cell is None or cell != cell else event_tables.without_tensor(cell))
 
 
 def sequence_entries(path):
@@ -55,13 +55,6 @@ def sequence_entries(path):
             f"{path}: expected a list of sequences, a dict of them by id, or one under 'sequences'; "
             f"found {type(content).__name__} without any")
     return entries
-
-
-def without_tensor(cell):
-    """'tensor(9)' -> '9': as scripts print ids that they forgot to unpack."""
-    return re.sub(r"^tensor\(\s*\[?([^,()\]]*).*\)$", r"\1", str(cell).strip()).strip()
-
-
 
 
 def score_columns(rows, wanted, path):
