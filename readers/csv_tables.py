@@ -173,7 +173,7 @@ def read_table(path):
     if len(repeated):
         raise common.UserError(
             f"{path}: expected unique column names, found twice: {common.shorten_list(repeated)}. "
-            "Rename or delete them.")
+            "Rename or delete them, or write a header line.")
     lines, cells = zip(*rows)
     columns = dict(zip(names, map(_clean_cells, zip(*cells))))
     table = pd.DataFrame(columns, index=pd.Index(lines), dtype=object)

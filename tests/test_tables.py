@@ -98,7 +98,7 @@ def test_single_column_and_quoted_line_break(tmp_path):
     ("", ["header", "0 line"]), ("\n\n", ["0 line"]), ("image,x\n", ["1 line"]),
     ('image,x\n"a.jpg,1\nb.jpg,2\n', ["line 3", "quotes"]),
     (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", ["binary"]), (b"PK\x03\x04\x14\0\x06\0", ["binary"]),
-    (b"MATLAB 5.0 MAT-file\0", ["binary", "writetable"])])
+    ("0,30,0\n1,31,1\n", ["twice: 0", "header line"]), (b"MATLAB 5.0 MAT-file\0", ["binary", "writetable"])])
 def test_faulty_files_say_what_and_where(tmp_path, text, words):
     message = fails(csv_tables.read_table, written(tmp_path, text))
     assert "ratings.csv" in message and all(word in message for word in words), message
