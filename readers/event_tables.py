@@ -269,7 +269,7 @@ def behaviour_columns(table):
 
 
 def headless_list(table, root, notes):
-    """Lines without a header, of a path, or a path and its number of frames, and a label -> DataFrame of path and label.
+    """Lines without a header, path and label, or path, number of frames and label -> DataFrame of path and label.
 
     None where the first line names no video.
     """
@@ -409,15 +409,15 @@ def own_times(rows, extra, sources, notes):
 
 
 def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, group_column=None, names=None,
-                need_labels=True, max_missing=0.05, path_column=None, label_column=None, time_unit=None, need_files=True,
-                exact_names=False):
+                need_labels=True, max_missing=0.05, path_column=None, label_column=None, time_unit=None,
+                need_files=True, exact_names=False):
     """{part: CSV manifest or folder of class folders} -> EventTable for --task classify.
 
     video_root: where the paths are looked for (default: beside each manifest); names: the classes of a trained model;
     need_labels False: rows without a label stay, label -1. Without group_column a column `group` is the group.
-    path_column, label_column, time_unit: for columns whose names do not say it. need_files False: rows of missing videos
-    stay. exact_names: as match_images has it. Raises UserError: see the functions above; more than the share max_missing
-    of the videos is not there.
+    path_column, label_column, time_unit: for columns whose names do not say it. need_files False: rows of missing
+    videos stay. exact_names: as match_images has it. Raises UserError: see the functions above; more than the share
+    max_missing of the videos is not there.
     """
     import pandas as pd
     notes = []

@@ -221,8 +221,8 @@ def notes_on_guesses(fits):
     guessed = [f"{name} -> {fit.files[0]}" for name, fit in fits.items() if fit.files and fit.is_guess]
     if not guessed:
         return []
-    return [f"{len(guessed)} of {len(fits)} names are of another folder or spelling; the end of the path, or a base name "
-            f"that is unique, decided (not with --exact_names): {common.shorten_list(guessed, 3)}"]
+    return [f"{len(guessed)} of {len(fits)} names are of another folder or spelling; the end of the path, or a base "
+            f"name that is unique, decided (not with --exact_names): {common.shorten_list(guessed, 3)}"]
 
 
 def notes_on(fits, unused):

@@ -311,8 +311,8 @@ def read_source(path, choose, receive, short_side, fps, pixel_range=None):
 
     choose: function of a VideoInfo that returns the wanted indices. It gets what the header says, which may be wrong:
     compare with the VideoInfo that is returned. pixels: uint8 (H, W, 3) RGB, upright, scaled to short_side (in pixels,
-    None for the whole size); pixel_range: of the pictures of a folder, as picture_files.load_image has it. BadImage: the
-    reason.
+    None for the whole size); pixel_range: of the pictures of a folder, as picture_files.load_image has it. BadImage:
+    the reason.
     """
     if not _has_no_clock(path):
         return _sweep(path, choose, receive, short_side)
