@@ -799,3 +799,10 @@ def test_predictions_that_cannot_be_evaluated(tmp_path):
         found = video("--mode", "evaluate", "--predictions", tmp_path / "p.csv", "--output_dir", tmp_path,
                       code=2).stderr
         assert words in found and found.count("\n") == 1
+
+
+def test_a_checkpoint_keeps_the_pixel_range():
+    args = train_video.parse_args(["--task", "regress", "--manifest", "m.csv"])
+    study = SimpleNamespace(store=SimpleNamespace(pixel_range=(0.0, 1023.0)))
+    content = train_video.model_metadata(args, study, SimpleNamespace(names=["pain"]), None)
+    assert content["architecture"]["pixel_range"] == (0, 1023) and "pixel_range" in train_video.READING
