@@ -4,21 +4,19 @@
     python verify_setup.py --quick --task assessor --images_dir ./images --ratings_file ./ratings/table.csv
     python verify_setup.py --quick --task detector --images_dir ./images --json annotations.json
     python verify_setup.py --quick --task video --manifest events.csv --video_root videos
+    python verify_setup.py --quick --task dreamer --data_dir data/processed --patient_map patients.json
     python verify_setup.py --download_weights resnet50 vit_b_16      # on a machine with internet
 
-Without --images_dir and --ratings_file the data are ./images with the table in ./ratings, else ./sample_data, else
-temporary sample data; without --manifest ./sample_data, else temporary sample data. Writes only to a temporary folder
-and, with --download_weights, to the weights cache.
+With --task video, detector or dreamer further flags name the data: those of the train script's --mode audit. Without
+any, the data are those in ./sample_data, else temporary sample data; for the assessor first ./images with the table in
+./ratings. Writes only to a temporary folder and, with --download_weights, to the weights cache.
 Exit code 1 if any row says FAIL, else 0. Packages are imported where used, so the table appears without torch too.
 """
 import argparse
 import collections
-import concurrent.futures
 import contextlib
 import functools
 import importlib
-import itertools
-import json
 import math
 import os
 import re
@@ -37,23 +35,23 @@ TASKS = ("assessor", "video", "detector", "dreamer")
 PUBLISHED_TABLE = "per_image_Slider_mean_sd_from_wide.csv"
 SAMPLE_IMAGES = Path("assessor/images")
 SAMPLE_TABLE = Path("assessor/ratings") / PUBLISHED_TABLE
-# Flags of a dry run; paths are relative to the output folder of make_sample_data.py.
-SAMPLE_EVENTS = {"--manifest": Path("video/manifests/all.csv"), "--video_root": Path("video/videos"),
-                 "--label_map": Path("video/manifests/label_map.json")}
-DRY_RUN_FLAGS = {"assessor": ["--images_dir", SAMPLE_IMAGES, "--ratings_file", SAMPLE_TABLE, "--no_pretrained",
-                              "--backbone", "resnet18", "--image_size", "64"],
-                 "detector": ["--train_json", "detector/annotations.json", "--train_images", "detector/images",
-                              "--split_ratio", "0.7", "--group_column", "street", "--no_pretrained", "--min_size",
-                              "64", "--max_size", "96", "--num_workers", "0", "--model", "fasterrcnn_resnet18_fpn"],
-                 "dreamer": ["--data_dir", "dreamer", "--patient_map", "dreamer/patient_map.json", "--no_pretrained",
-                             "--encoder", "resnet18", "--image_size", "64", "--token_type", "spatial",
-                             "--d_model", "48"],
-                 "video": [*itertools.chain(*SAMPLE_EVENTS.items()), "--model", "cnn_lstm", "--no_pretrained",
-                           "--image_size", "32", "--n_frames", "4"]}
-WEIGHTS = {"assessor": "resnet18 resnet34 resnet50 resnet101 efficientnet_b0 efficientnet_b3 vit_b_16".split(),
-           "detector": ["resnet18", "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2",
-                        "fasterrcnn_mobilenet_v3_large_320_fpn"], "dreamer": ["resnet34", "resnet18"],
-           "video": ["r3d_18", "resnet18"]}
+# Flags that name the data of an audit and of a dry run; paths are relative to the folder of make_sample_data.py.
+SMALL_PICTURES = "--min_size 128"  # quicker, and enough to see what is damaged or there twice
+AUDIT_FLAGS = {
+    "detector": f"--json detector/annotations.json --images_dir detector/images {SMALL_PICTURES}",
+    "dreamer": "--data_dir dreamer --patient_map dreamer/patient_map.json",
+    "video": "--manifest video/manifests/all.csv --video_root video/videos --label_map video/manifests/label_map.json"}
+DRY_RUN_FLAGS = {
+    "assessor": f"--images_dir {SAMPLE_IMAGES} --ratings_file {SAMPLE_TABLE} --backbone resnet18 --image_size 64",
+    "detector": "--train_json detector/annotations.json --train_images detector/images --split_ratio 0.7 "
+                "--group_column street --min_size 64 --max_size 96 --num_workers 0 --model fasterrcnn_resnet18_fpn",
+    "dreamer": f"{AUDIT_FLAGS['dreamer']} --encoder resnet18 --image_size 64 --token_type spatial --d_model 48",
+    "video": f"{AUDIT_FLAGS['video']} --model cnn_lstm --image_size 32 --n_frames 4"}
+WEIGHTS = {
+    "assessor": "resnet18 resnet34 resnet50 resnet101 efficientnet_b0 efficientnet_b3 vit_b_16",
+    "detector": "resnet18 fasterrcnn_resnet50_fpn fasterrcnn_resnet50_fpn_v2 fasterrcnn_mobilenet_v3_large_320_fpn",
+    "dreamer": "resnet34 resnet18",
+    "video": "r3d_18 resnet18"}
 OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
 MODULES = {"pillow": "PIL", "opencv-python": "cv2", "PyYAML": "yaml"}  # packages whose module has another name
 IMPORT_REMEDIES = {
@@ -72,15 +70,12 @@ def version_numbers(text):
 
 
 def read_requirements(path):
-    """requirements file -> {package: lowest version, '' for any}. Raises ValueError for any other line."""
+    """requirements file with lines `package` or `package>=version` -> {package: lowest version, '' for any}."""
     required = {}
     for line in Path(path).read_text(encoding="utf-8").splitlines():
-        line = line.split("#")[0].strip()
-        found = re.fullmatch(r"([A-Za-z0-9][\w.-]*)\s*(?:>=\s*([\d.]+))?", line)
-        if line and not found:
-            raise ValueError(f"{path}: expected `package` or `package>=version`, found {line!r}")
-        if found:
-            required[found[1]] = found[2] or ""
+        package, _, lowest = line.split("#")[0].replace(" ", "").partition(">=")
+        if package:
+            required[package] = lowest
     return required
 
 
@@ -95,7 +90,10 @@ def installed_version(package):
 def unmet_requirements(paths):
     """['torch 2.9.1 (needs 2.10 or newer)', 'tqdm is missing', ...] for requirements files; nothing is imported."""
     unmet = []
-    for package, lowest in (item for path in paths for item in read_requirements(path).items()):
+    required = {}
+    for path in paths:
+        required |= read_requirements(path)
+    for package, lowest in required.items():
         name, version = installed_version(package)
         if version is None:
             unmet.append(f"{name} is missing")
@@ -199,13 +197,17 @@ def check_model(tasks):
     """Run a small backbone with random weights once; list the published weights that are not in the cache."""
     import common
     import torch
-    backbone, width = common.build_backbone("resnet18", pretrained=False)
+    backbone, _ = common.build_backbone("resnet18", pretrained=False)
     shape = tuple(backbone.eval()(torch.zeros(1, 3, 224, 224)).shape)
-    yield Check("OK" if shape == (1, width) else "FAIL", "model", f"resnet18 returns features of shape {shape}")
-    names = dict.fromkeys(name for task in tasks for name in WEIGHTS.get(task, ()))
-    missing = [name for name in names if not common.cached_weights_file(name)[0].exists()]
+    yield Check("OK", "model", f"resnet18 returns features of shape {shape}")
+    missing = [name for name in weights_of(tasks) if not common.cached_weights_file(name)[0].exists()]
     yield warn_if_any("weights not cached", missing, "downloaded at first use; without internet, first run on a "
                       "machine with it: python verify_setup.py --download_weights NAME")
+
+
+def weights_of(tasks):
+    """Names of the published weights that these tasks start from, each once."""
+    return dict.fromkeys(" ".join(WEIGHTS[task] for task in tasks).split())
 
 
 def download_weights(names):
@@ -230,15 +232,23 @@ def download_weights(names):
 
 # --- the data ------------------------------------------------------------------
 
-@functools.cache
-def make_sample(task, folder):
-    """Run make_sample_data.py once; returns the folder. Raises UserError with the end of its output where it fails."""
+def run_script(script, *flags, folder=None):
+    """Run a script of this repository in a folder. Raises UserError with the end of its complaint where it fails."""
     import common
-    command = [sys.executable, HERE / "make_sample_data.py", "--task", task, "--output_dir", folder]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, HERE / script, *flags]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
     if result.returncode:
-        raise common.UserError(f"make_sample_data.py --task {task} failed: {result.stderr.strip()[-300:]}")
-    return Path(folder)
+        raise common.UserError(f"{script} ended with exit code {result.returncode}: {result.stderr.strip()[-1000:]}")
+
+
+@functools.cache
+def find_sample(task, temporary):
+    """Folder of the sample data: ./sample_data where it has the task, else the temporary one, where they are made."""
+    folder = Path("sample_data")
+    if not (folder / task).is_dir():
+        folder = Path(temporary)
+        run_script("make_sample_data.py", "--task", task, "--output_dir", folder)
+    return folder
 
 
 def find_assessor_data(args, temporary):
@@ -255,9 +265,8 @@ def find_assessor_data(args, temporary):
             f"{len(tables)} tables in ./ratings: {common.shorten_list(tables)}; name one with --ratings_file")
     if tables:
         return Path("images"), tables[0]
-    made = Path("sample_data")
-    made = made if (made / SAMPLE_TABLE).exists() else make_sample("assessor", temporary)
-    return made / SAMPLE_IMAGES, made / SAMPLE_TABLE
+    sample = find_sample("assessor", temporary)
+    return sample / SAMPLE_IMAGES, sample / SAMPLE_TABLE
 
 
 def check_assessor(args, temporary):
@@ -277,12 +286,11 @@ def check_assessor(args, temporary):
 
 
 def check_table(path, args):
-    """Rows, targets, missing cells and repeated images; returns the RatingsTable."""
-    import common
+    """Rows, targets and missing cells; returns the RatingsTable."""
     import numpy as np
 
     from readers import rating_tables
-    ratings = rating_tables.read_ratings(path, args.image_column, args.target_columns, duplicates="mean")
+    ratings = rating_tables.read_ratings(path, args.image_column, args.target_columns, args.duplicates)
     also = " and ".join(name for name in ("sd", "n") if getattr(ratings, name) is not None) or "neither sd nor n"
     yield Check("OK", "ratings", f"{len(ratings.images)} images; {len(ratings.names)} ratings with {also}, means "
                 f"{np.nanmin(ratings.mean):g} to {np.nanmax(ratings.mean):g}: {', '.join(ratings.names)}")
@@ -291,12 +299,6 @@ def check_table(path, args):
     counts = np.isnan(ratings.mean).sum(axis=0)
     gaps = [f"{name} lacks {count} of {len(ratings.images)}" for name, count in zip(ratings.names, counts) if count]
     yield warn_if_any("missing cells", gaps, "the loss ignores them")
-    if args.duplicates == "error":
-        try:
-            rating_tables.read_ratings(path, args.image_column, args.target_columns)
-            yield Check("OK", "repeated rows", "none")
-        except common.UserError as error:
-            yield Check("FAIL", "repeated rows", str(error))
     return ratings
 
 
@@ -304,14 +306,11 @@ def check_images(paths):
     """Decode every picture: the speed, unreadable ones by name and reason, identical ones."""
     from readers import picture_files
     start = time.perf_counter()
-    first = [picture_files.audit_image(path, 256)[0] for path in paths[:32]]
-    speed = len(first) / (time.perf_counter() - start)
-    yield Check("OK", "loading", f"{len(first)} pictures to a short side of 256 px: {speed:.0f} a second")
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        audits = first + list(pool.map(lambda path: picture_files.audit_image(path, 256)[0], paths[32:]))
-    bad = "".join(f"\n{audit.path}: {audit.error}" for audit in audits if audit.error)
-    yield Check("FAIL" if bad else "OK", "unreadable images", f"{bad.count(chr(10))} of {len(paths)}{bad}",
-                "fix or remove them, or train with --on_bad_file skip" if bad else "")
+    audits = picture_files.ImageStore(paths, 256, cache="none").audit
+    speed = len(audits) / (time.perf_counter() - start)
+    yield Check("OK", "loading", f"{len(audits)} pictures to a short side of 256 px: {speed:.0f} a second")
+    bad = [f"{audit.path}: {audit.error}" for audit in audits if audit.error]
+    yield fail_if_any("unreadable images", bad, len(audits), "fix or remove them, or train with --on_bad_file skip")
     same = collections.defaultdict(list)
     for audit in audits:
         same[audit.pixel_sha or audit.path].append(Path(audit.path).name)
@@ -319,119 +318,33 @@ def check_images(paths):
     yield warn_if_any("identical images", twins, "a split between them would leak: keep one of each")
 
 
-def find_dreamer_data(args, temporary):
-    """(folder of transitions, patient map or None): the flags, else ./data/processed, else sample data."""
-    if args.data_dir or Path("data/processed").is_dir():
-        return args.data_dir or Path("data/processed"), args.patient_map
-    made = Path("sample_data/dreamer")
-    made = made if made.is_dir() else make_sample("dreamer", temporary) / "dreamer"
-    return made, made / "patient_map.json"
+def audit_by_script(task, flags, temporary, output_flag="--output"):
+    """A row that names the data, then --mode audit of the train script, which knows its formats; returns its JSON.
 
-
-def run_audit(script, *flags):
-    """Run --mode audit of a script, which knows its formats. Raises UserError with what it could not read."""
+    flags: where the data are; none for sample data. Raises UserError with what could not be read.
+    """
     import common
-    result = subprocess.run([sys.executable, HERE / script, "--mode", "audit", *flags], capture_output=True, text=True,
-                            timeout=900)
-    if result.returncode:
-        raise common.UserError(f"{result.stderr.strip()[-1000:].removeprefix('error: ')}")
+    folder = None if flags else find_sample(task, temporary)
+    flags = [str(flag) for flag in flags or AUDIT_FLAGS[task].split()]
+    yield Check("OK", "data", f"{'' if folder is None else f'in {folder}: '}{' '.join(flags)}")
+    output = Path(temporary) / f"audit_{task}"
+    run_script(f"train_{task}.py", "--mode", "audit", output_flag, output, *flags, folder=folder)
+    return common.read_json(next(output.glob("run_*/audit.json"), output))
 
 
 def check_dreamer(args, temporary):
-    """Audit of transitions, by train_dreamer.py --mode audit."""
-    import common
-    folder, patient_map = find_dreamer_data(args, temporary)
-    yield Check("OK", "data", str(folder))
-    output = Path(temporary) / "audit"
-    run_audit("train_dreamer.py", "--data_dir", folder, "--output_dir", output,
-              *(["--patient_map", patient_map] if patient_map else []))
-    for check in common.read_json(next(output.glob("run_*")) / "audit.json")["checks"]:
+    """Audit of transitions."""
+    audit = yield from audit_by_script("dreamer", args.audit_flags, temporary, "--output_dir")
+    for check in audit["checks"]:
         yield Check(**check)
 
 
-def check_video(args, temporary):
-    """Audit of a manifest and its videos, by train_video.py --mode audit: each file is decoded to its end."""
-    import common
-    given = {f"--{name}": getattr(args, name) for name in ("manifest", "video_root", "label_map")}
-    if given["--label_map"] and not given["--manifest"]:
-        raise common.UserError(f"--label_map {args.label_map} needs --manifest")
-    if not (given["--manifest"] or given["--video_root"]):
-        made = Path("sample_data")
-        made = made if (made / SAMPLE_EVENTS["--manifest"]).exists() else make_sample("video", temporary)
-        given = {flag: made / path for flag, path in SAMPLE_EVENTS.items()}
-    flags = [*itertools.chain(*((flag, path) for flag, path in given.items() if path)),
-             *(["--group_column", args.group_column] if args.group_column else []),
-             "--task", "regress" if args.scores else "classify"]
-    yield Check("OK", "data", " ".join(str(path) for path in given.values() if path))
-    output = Path(temporary) / "audit.json"
-    start = time.perf_counter()
-    run_audit("train_video.py", "--output", output, *flags)
-    report = json.loads(output.read_text(encoding="utf-8"))
-    [part] = report["parts"].values()
-    yield Check("OK", "clips", f"{part['rows']} of {part['videos']} videos, {part['events']} events, "
-                f"{'no' if part['groups'] is None else part['groups']} groups; "
-                f"{', '.join(f'{name} {n}' for name, n in part['classes'].items()) or 'scores'}; read in "
-                f"{time.perf_counter() - start:.0f} s")
-    yield from video_problems(report)
-
-
-def video_problems(report):
-    """One row for each kind of problem that the audit found in videos and windows."""
-    bad = "".join(f"\n{path}: {error}" for path, error in report["unreadable"].items())
-    yield Check("FAIL" if bad else "OK", "unreadable videos", f"{len(report['unreadable'])}{bad}",
-                "fix or remove them, or train with a larger --max_missing" if bad else "")
-    damaged = [f"{path}: {damage}" for path, damage in report["damaged"].items()]
-    yield warn_if_any("damaged videos", damaged, "copy them again; a damaged file stays so, and its rows are used")
-    skipped = [f"{row['row']} ({row['reason']})" for row in report["skipped"]]
-    yield warn_if_any("rows left out", skipped, "correct them in the manifest")
-    [part] = report["parts"].values()
-    [within] = report["within"].values()
-    problems = (
-        ("windows past the end", report["windows_past_the_end"]["past"], "correct their offsets"),
-        ("identical clips", within["exact_duplicates"], "a split between them would leak: keep one of each"),
-        ("overlapping windows", within["overlapping_windows"], "split by video or group"),
-        ("events of two labels", part["events_with_two_labels"], "one of the labels is wrong"))
-    for what, found, remedy in problems:
-        count = found["count"]
-        examples = found["examples"]
-        if not count:
-            yield Check("OK", what, "none")
-            continue
-        more = f" and {count - len(examples)} more" if count > len(examples) else ""
-        yield Check("WARN", what, f"{count}: {', '.join(examples)}{more}", remedy)
-
-
-def warn_if_any(what, names, remedy):
-    """WARN with the number and the first of `names`, OK where there are none."""
-    import common
-    if not names:
-        return Check("OK", what, "none")
-    return Check("WARN", what, f"{len(names)}: {common.shorten_list(names, 10)}", remedy)
-
-
-def check_dry_run(task, temporary):
-    """Run the train script on sample data: 2 batches, 1 epoch, the whole run folder."""
-    import common
-    sample = make_sample(task, temporary)
-    command = [sys.executable, HERE / f"train_{task}.py", "--dry_run", "--output_dir", "outputs", *DRY_RUN_FLAGS[task]]
-    start = time.perf_counter()
-    result = subprocess.run(command, cwd=sample, capture_output=True, text=True, timeout=900)
-    if result.returncode:
-        raise common.UserError(f"exit code {result.returncode} on sample data: {result.stderr.strip()[-300:]}")
-    yield Check("OK", f"dry run {task}", f"on sample data, {time.perf_counter() - start:.0f} s")
-
-
 def check_detector(args, temporary):
-    """Audit of part annotations and their pictures, by train_detector.py --mode audit."""
-    import common
-    if bool(args.json) != bool(args.images_dir):
-        raise common.UserError(f"--json needs --images_dir; found {args.json or args.images_dir} alone")
-    made = None if args.json else make_sample("detector", temporary) / "detector"
-    path, images_dir = (args.json, args.images_dir) if args.json else (made / "annotations.json", made / "images")
-    yield Check("OK", "data", f"{images_dir}, {path}")
-    found = Path(temporary) / "audit.json"
-    run_audit("train_detector.py", "--json", path, "--images_dir", images_dir, "--min_size", "128", "--output", found)
-    audit = common.read_json(found)
+    """Audit of part annotations and their pictures."""
+    flags = args.audit_flags
+    if args.images_dir:
+        flags = ["--images_dir", args.images_dir, *SMALL_PICTURES.split(), *flags]
+    audit = yield from audit_by_script("detector", flags, temporary)
     parts = audit["parts"]
     totals = [f"{sum(row[name] for row in parts)} {name}" for name in parts[0] if name != "part"]
     yield Check("OK", "annotations", f"{audit['pictures']} pictures, {len(parts)} parts; {', '.join(totals)}")
@@ -439,8 +352,59 @@ def check_detector(args, temporary):
         yield Check("OK", "note", note)
     skipped = [": ".join(each.values()) for each in audit["skipped"]]
     yield warn_if_any("skipped", skipped, "they are left out of training and listed in skipped.csv of the run")
-    yield Check("WARN" if audit["copies"]["exact_duplicates"] else "OK", "identical images",
-                f"{audit['copies']['exact_duplicates']}, and {audit['copies']['near_duplicates']} near duplicates")
+    copies = audit["copies"]
+    yield Check("WARN" if copies["exact_duplicates"] else "OK", "identical images",
+                f"{copies['exact_duplicates']}, and {copies['near_duplicates']} near duplicates")
+
+
+def check_video(args, temporary):
+    """Audit of a manifest and its videos: each file is decoded to its end."""
+    start = time.perf_counter()
+    flags = ["--task", "regress", *args.audit_flags] if args.scores else args.audit_flags
+    report = yield from audit_by_script("video", flags, temporary)
+    [part] = report["parts"].values()
+    groups = "no" if part["groups"] is None else part["groups"]
+    classes = ", ".join(f"{name} {n}" for name, n in part["classes"].items()) or "scores"
+    yield Check("OK", "clips", f"{part['rows']} of {part['videos']} videos, {part['events']} events, {groups} groups; "
+                f"{classes}; read in {time.perf_counter() - start:.0f} s")
+    bad = [f"{path}: {error}" for path, error in report["unreadable"].items()]
+    yield fail_if_any("unreadable videos", bad, part["videos"],
+                      "fix or remove them, or train with a larger --max_missing")
+    damaged = [f"{path}: {damage}" for path, damage in report["damaged"].items()]
+    yield warn_if_any("damaged videos", damaged, "copy them again; a damaged file stays so, and its rows are used")
+    skipped = [f"{row['row']} ({row['reason']})" for row in report["skipped"]]
+    yield warn_if_any("rows left out", skipped, "correct them in the manifest")
+    [within] = report["within"].values()
+    problems = (
+        ("windows past the end", report["windows_past_the_end"]["past"], "correct their offsets"),
+        ("identical clips", within["exact_duplicates"], "a split between them would leak: keep one of each"),
+        ("overlapping windows", within["overlapping_windows"], "split by video or group"),
+        ("events of two labels", part["events_with_two_labels"], "one of the labels is wrong"))
+    for what, found, remedy in problems:
+        yield warn_if_any(what, found["examples"], remedy, found["count"])
+
+
+def warn_if_any(what, examples, remedy, count=None):
+    """WARN with the number and the first of the examples, OK where there are none; count: where they are not all."""
+    import common
+    if not examples:
+        return Check("OK", what, "none")
+    return Check("WARN", what, f"{count or len(examples)}: {common.shorten_list(examples)}", remedy)
+
+
+def fail_if_any(what, faults, n_files, remedy):
+    """FAIL with a line for each fault, OK where there are none."""
+    if not faults:
+        return Check("OK", what, "none")
+    return Check("FAIL", what, "\n".join([f"{len(faults)} of {n_files}", *faults]), remedy)
+
+
+def check_dry_run(task, temporary):
+    """Run the train script on sample data: 2 batches, 1 epoch, the whole run folder."""
+    start = time.perf_counter()
+    run_script(f"train_{task}.py", "--dry_run", "--no_pretrained", "--output_dir", Path(temporary) / "outputs",
+               *DRY_RUN_FLAGS[task].split(), folder=find_sample(task, temporary))
+    yield Check("OK", f"dry run {task}", f"on sample data, {time.perf_counter() - start:.0f} s")
 
 
 AUDITS = {"assessor": check_assessor, "video": check_video, "detector": check_detector, "dreamer": check_dreamer}
@@ -449,85 +413,77 @@ AUDITS = {"assessor": check_assessor, "video": check_video, "detector": check_de
 # --- the table -----------------------------------------------------------------
 
 def parse_args(argv=None):
-    """Command line; dashes within a flag are read as underscores."""
+    """Command line; dashes within a flag are read as underscores. audit_flags: words for the audit of the task."""
     words = []
     for word in sys.argv[1:] if argv is None else argv:
         flag, equals, value = word.partition("=")
         if word.startswith("--"):
             flag = re.sub(r"(?<=\w)-", "_", flag)
         words.append(flag + equals + value)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     add = parser.add_argument
     add("--task", choices=(*TASKS, "all"), default="all", help="whose data, dry run and weights are checked")
     add("--quick", action="store_true", help="skip the dry runs: seconds instead of minutes")
-    add("--images_dir", type=Path, help="folder of images (assessor: default ./images)")
-    add("--json", type=Path, help="detector: part annotations or COCO of the pictures in --images_dir")
+    add("--images_dir", type=Path, help="assessor, detector: folder of images (assessor: default ./images)")
     add("--ratings_file", type=Path, help="assessor: ratings table (default: the one in ./ratings)")
     add("--image_column", help="assessor: column of the image names, where it is not recognised")
     add("--target_columns", nargs="+", metavar="NAME", help="assessor: ratings to predict (default: all)")
     add("--duplicates", choices=("error", "mean"), default="error", help="assessor: repeated rows fail or are averaged")
-    add("--data_dir", type=Path, help="dreamer: folder of transitions (default: ./data/processed)")
-    add("--patient_map", type=Path, help="dreamer: JSON or CSV of the patient of each folder")
-    add("--manifest", type=Path, help="video: table of events or sequences (default: sample data)")
-    add("--video_root", type=Path, help="video: folder of the videos, or of class folders without a manifest")
-    add("--label_map", type=Path, help="video: file of spelling -> class")
-    add("--group_column", help="video: column of the groups that a split keeps whole")
     add("--scores", action="store_true", help="video: the manifest holds scores of sequences (--task regress)")
     add("--output_dir", type=Path, default=Path("outputs"), help="where runs will be written: its disk is checked")
     add("--download_weights", nargs="*", metavar="NAME", help="only fill the weights cache (no name: all)")
-    return parser.parse_args(words)
+    args, further = parser.parse_known_args(words)
+    if further and args.task not in AUDIT_FLAGS:
+        parser.error(f"unknown: {' '.join(further)}; flags for the audit of video, detector or dreamer need --task")
+    return argparse.Namespace(**vars(args), audit_flags=further)
 
 
 def show(check):
-    """Print one row, its further lines, and below it what to do."""
+    """Print one row, its further lines, and below it what to do; returns its status."""
     indent = "\n" + " " * 27
     text = f"{check.status:<5} {check.name:<20} {check.found}".replace("\n", indent)
     if check.remedy:
         text += f"{indent}-> {check.remedy}"
     print(text.encode("ascii", "backslashreplace").decode(), flush=True)
+    return check.status
 
 
-def run_check(name, rows, expected_errors=()):
-    """Print the rows of one check as they come, one of `expected_errors` as the last; returns their statuses."""
-    statuses = []
+def run_check(name, rows):
+    """Print the rows of one check as they come, what stops it as the last; yields their statuses."""
+    import common
     try:
-        for check in rows:
-            show(check)
-            statuses.append(check.status)
-    except expected_errors as error:
-        show(Check("FAIL", name, str(error)))
-        statuses.append("FAIL")
-    return statuses
+        yield from map(show, rows)
+    except (common.UserError, subprocess.TimeoutExpired) as error:
+        yield show(Check("FAIL", name, str(error)))
 
 
 def machine_and_task_checks(args, tasks, temporary):
-    """[(name, rows)] of the machine, then of the data and the dry run of each task; skipped checks are named."""
-    checks = [("processor", check_processor()), ("GPU", check_gpu()), ("disk", check_space(args.output_dir)),
-              ("model", check_model(tasks))]
+    """(name, rows) of the machine, then of the data and the dry run of each task; skipped checks are named."""
+    yield "processor", check_processor()
+    yield "GPU", check_gpu()
+    yield "disk", check_space(args.output_dir)
+    yield "model", check_model(tasks)
     for task in tasks:
-        checks.append((f"data of {task}", AUDITS[task](args, temporary)))
+        yield f"data of {task}", AUDITS[task](args, temporary)
         left_out = [Check("SKIP", f"dry run {task}", "skipped by --quick")]
-        checks.append((f"dry run {task}", left_out if args.quick else check_dry_run(task, temporary)))
-    return checks
+        yield f"dry run {task}", left_out if args.quick else check_dry_run(task, temporary)
 
 
 def main(argv=None):
     """Print the table; returns the exit code."""
     args = parse_args(argv)
-    statuses = run_check("installation", check_installation())
+    statuses = list(map(show, check_installation()))
     if "FAIL" in statuses:
         print("Fix these first; the other checks need them.")
         return 1
-    import common
     tasks = TASKS if args.task == "all" else (args.task,)
     with tempfile.TemporaryDirectory(prefix="verify_setup_") as temporary:
+        checks = machine_and_task_checks(args, tasks, temporary)
         if args.download_weights is not None:
-            names = args.download_weights or [name for task in tasks for name in WEIGHTS.get(task, ())]
-            checks = [("--download_weights", download_weights(names))]
-        else:
-            checks = machine_and_task_checks(args, tasks, temporary)
+            checks = [("--download_weights", download_weights(args.download_weights or weights_of(tasks)))]
         for name, rows in checks:
-            statuses += run_check(name, rows, (common.UserError, subprocess.TimeoutExpired))
+            statuses += run_check(name, rows)
     print(", ".join(f"{statuses.count(status)} {status}" for status in ("OK", "WARN", "FAIL", "SKIP")))
     return int("FAIL" in statuses)
 

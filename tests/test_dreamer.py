@@ -256,8 +256,9 @@ def test_time_blocks_of_one_patient_prove_nothing(slices, tmp_path):
 
 
 def test_verify_setup_audits_transitions(slices, tmp_path, monkeypatch):
-    monkeypatch.setattr(verify_setup, "run_audit", lambda script, *flags: run_script(script, "--mode", "audit", *flags))
-    args = types.SimpleNamespace(data_dir=slices, patient_map=slices / "patient_map.json")
+    monkeypatch.setattr(verify_setup, "run_script", run_script)
+    data = ["--data_dir", slices, "--patient_map", slices / "patient_map.json"]
+    args = types.SimpleNamespace(audit_flags=data)
     checks = list(verify_setup.check_dreamer(args, tmp_path))
     text = "\n".join(f"{check.name} {check.found}" for check in checks)
     assert "composition additive" in text and "patients" in text
