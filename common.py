@@ -813,19 +813,14 @@ def _git_commit():
 
 def json_safe(value):
     """Plain JSON types: paths become text, arrays lists, and a number that is not finite null."""
-    if isinstance(value, dict):
-        return {str(key): json_safe(item) for key, item in value.items()}
-    if isinstance(value, set):
-        value = sorted(value)
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [json_safe(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
+    text = json.dumps(value, default=_json_type)
+    return json.loads(text, parse_constant=lambda _: None)
+
+
+def _json_type(value):
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def data_fingerprint(items):
@@ -929,20 +924,10 @@ def read_json(path, as_object=None):
 
 
 def write_table(path, rows):
-    """CSV with the columns of all rows in order of appearance; NaN and None are empty. Written whole."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow([_cell(row.get(name)) for name in columns])
-    write_whole(path, text.getvalue().encode())
-
-
-def _cell(value):
-    if isinstance(value, np.generic):
-        value = value.item()
-    return "" if value is None or value != value else value
+    """CSV of a list of {column: value}, or of {column: values}; NaN and None are empty. Written whole."""
+    import pandas as pd
+    table = pd.DataFrame(rows, dtype=object)  # whole numbers stay whole beside empty cells
+    write_whole(path, table.to_csv(index=False, lineterminator="\n").encode())
 
 
 def run_main(main):
