@@ -10,8 +10,6 @@ of a square input.
 import argparse
 import concurrent.futures
 import contextlib
-import copy
-import csv
 import ctypes
 import dataclasses
 import datetime
@@ -119,16 +117,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USER, f"error: {message}\n")
 
 
-def bounded(kind, low=-math.inf, high=math.inf, open_low=False, word=None):
-    """argparse type: a finite `kind` (int, float) in [low, high], without `low` if open_low; or this word."""
+def bounded(kind, low=-math.inf, high=math.inf, word=None):
+    """argparse type: a finite `kind` (int, float) in [low, high], or this word."""
     def parse(text):
         if text == word:
             return text
         value = kind(text)
-        is_inside = low <= value <= high and math.isfinite(value)
-        if not is_inside or (open_low and value == low):
-            bracket = "(" if open_low else "["
-            raise argparse.ArgumentTypeError(f"{text} is outside {bracket}{low:g}, {high:g}]")
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is outside [{low:g}, {high:g}]")
         return value
     parse.__name__ = f"{word} or {kind.__name__}" if word else kind.__name__
     return parse
@@ -185,14 +181,14 @@ def add_training_arguments(parser):
         help="batches per optimiser step")
     add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw",
         help="sgd has momentum 0.9")
-    add("--lr", type=bounded(float, 0, open_low=True), default=1e-4, help="peak learning rate")
+    add("--lr", type=bounded(float, 1e-12), default=1e-4, help="peak learning rate")
     add("--weight_decay", type=AMOUNT, default=0.01,
         help="not applied to biases and normalisation layers")
     add("--scheduler", default="cosine",
         choices=("cosine", "step", "plateau", "warm_restarts", "onecycle", "none"),
         help="cosine: to 0 over the run; step: x0.1 every epochs//3; plateau: x0.5 after epochs "
-             "without a gain (in the training loss with --select last); warm_restarts: cosine over 10, 20, 40, ... epochs; onecycle: up over "
-             "30 %% of the run, then to 0")
+             "without a gain (in the training loss with --select last); warm_restarts: cosine over "
+             "10, 20, 40, ... epochs; onecycle: up over 30 %% of the run, then to 0")
     add("--plateau_patience", type=WHOLE, default=5,
         help="epochs without a gain that plateau bears; 0: the first one acts")
     add("--min_lr", type=AMOUNT, default=0.0,
@@ -295,7 +291,7 @@ def parse_arguments(parser, argv=None):
     first = Parser(add_help=False)
     for name in ("--config", "--resume"):
         if name in declared:
-            first._add_action(copy.copy(declared[name]))
+            first._add_action(declared[name])
     named = vars(first.parse_known_args(words)[0])
     typed = [word.split("=", 1)[0] for word in words]
     given = {declared[name].dest for name in typed if name in declared}
@@ -354,7 +350,7 @@ def _config_values(parser, path):
             near = closest(key, [name[2:] for name in declared])
             raise UserError(f"{path}: unknown key {key!r}{near}; a key is a flag of this script "
                             "without its dashes")
-        if value not in (None, []):
+        if value not in (None, "", "~", "null", []):
             values[action.dest] = _flag_value(parser, action, key, value, path)
     return values
 
@@ -362,19 +358,17 @@ def _config_values(parser, path):
 def _flag_value(parser, action, key, value, path):
     """The value of a key as the flag itself would read it from the command line."""
     if action.nargs == 0:
-        if not isinstance(value, bool):
+        is_true = {"true": True, "false": False}.get(str(value).lower())
+        if is_true is None:
             raise UserError(f"{path}: {key} is a switch: expected true or false, found {value!r}")
-        return value == action.const  # `no_pretrained: true` and `pretrained: false` are the same
-    if isinstance(value, bool) and "on" in (action.choices or ()):
-        value = "on" if value else "off"  # YAML 1.1 reads a bare `on` as true
-    is_list = action.nargs == "+" or isinstance(action, argparse._AppendAction)
+        return is_true == action.const  # `no_pretrained: true` and `pretrained: false` are the same
+    is_list = action.nargs not in (None, "?") or isinstance(action, argparse._AppendAction)
     items = value if is_list and isinstance(value, list) else [value]
-    for item in items:
-        if isinstance(item, (bool, dict, list)):
-            kind = getattr(action.type, "__name__", "text")
-            raise UserError(f"{path}: {key} expected {kind}, found {item!r}")
+    if not all(isinstance(item, str) for item in items):
+        kind = getattr(action.type, "__name__", "text")
+        raise UserError(f"{path}: {key} expected {kind}, found {value!r}")
     try:
-        found = [parser._get_value(action, str(item)) for item in items]
+        found = [parser._get_value(action, item) for item in items]
         for item in found:
             parser._check_value(action, item)
     except argparse.ArgumentError as error:
@@ -385,18 +379,18 @@ def _flag_value(parser, action, key, value, path):
 def read_config(path):
     """Flat {flag name: value} of a YAML or JSON file, its sections dropped; an args.json gives its flags.
 
-    Raises UserError for files that are missing, over 1 MB, not a mapping, or that hold duplicate
-    keys, anchors, NaN or nesting deeper than the parser can follow.
+    Values are the texts that stand there, and lists of them: a flag's own type reads them. Raises
+    UserError for files that are missing, not a mapping, or that hold duplicate keys, anchors or
+    nesting deeper than the parser can follow.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such file: {path} (expected a YAML or JSON file of flags)")
-    if path.stat().st_size > 1_000_000:
-        raise UserError(f"{path} has {path.stat().st_size} bytes: a config file stays under 1 MB")
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     try:
         if path.suffix.lower() == ".json":
-            values = json.loads(text, object_pairs_hook=_unique)
+            values = json.loads(text, object_pairs_hook=_unique, parse_int=str, parse_float=str,
+                                parse_constant=str)
         else:
             values = _parse_yaml(text)
         if isinstance(values, dict) and {"command", "flags"} <= set(values):
@@ -422,8 +416,8 @@ def _unique(pairs):
 def _parse_yaml(text):
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        """SafeLoader that refuses duplicate keys."""
+    class Loader(yaml.BaseLoader):
+        """Loader of plain texts that refuses duplicate keys."""
 
         def construct_mapping(self, node, deep=False):
             return _unique(self.construct_pairs(node, deep=True))
@@ -444,8 +438,6 @@ def _leaves(values):
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _leaves(value)
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key} is {value} (NaN or infinite): not a value")
         else:
             yield key, value
 

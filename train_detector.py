@@ -110,7 +110,7 @@ def add_data_arguments(data):
              help=f"part annotations or COCO file of the {part} split")
         data(f"--{part}_images", type=Path, may_change=True,
              help="folder of its pictures, searched with its subfolders")
-    data("--split_ratio", type=common.bounded(float, 0, 1, open_low=True),
+    data("--split_ratio", type=common.bounded(float, 1e-6, 1),
          help="without --val_json: share of --train_json that trains; --test_ratio is tested, the "
               "rest validates")
     data("--json", type=Path, help="annotations to convert, evaluate or audit")
