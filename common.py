@@ -460,7 +460,7 @@ class Run:
     compute: "Compute"
     signals: "StopSignals"
     resumed: bool = False
-    wandb: object = None  # the open Weights & Biases run, where it could be opened
+    wandb_works: bool = True  # False from its first failure on
 
     def __post_init__(self):
         self.is_writer = self.compute.processes.is_first
@@ -485,10 +485,10 @@ class Run:
         """Path of a file in the run folder."""
         return self.folder / name
 
-    def say(self, text="", log_only=False):
-        """Print a line (ASCII) and keep it in log.txt; log_only leaves the terminal alone."""
+    def say(self, text=""):
+        """Print a line (ASCII) and keep it in log.txt."""
         text = str(text).encode("ascii", "backslashreplace").decode()
-        if self.is_writer and not log_only:
+        if self.is_writer:
             try:
                 print(text, flush=True)
             except OSError:  # the reader (| head, a terminal) has gone; the run and its log go on
@@ -521,6 +521,18 @@ class Run:
         """The one writer of this run's TensorBoard files."""
         return optional_package("tensorboard").SummaryWriter(self.folder)
 
+    @functools.cached_property
+    def wandb(self):
+        """The Weights & Biases run of this folder, begun or continued: wandb_id.txt keeps its id."""
+        wandb = optional_package("wandb")
+        kept = self.path("wandb_id.txt")
+        own = kept.read_text() if kept.exists() else uuid.uuid4().hex
+        if wandb.run is not None:  # that of the fold before
+            wandb.finish()
+        opened = wandb.init(project=script_name(), name=str(self.folder), id=own, resume="allow")
+        write_whole(kept, own.encode())
+        return opened
+
     def watch(self, row):
         """Send a history row to TensorBoard and Weights & Biases, where their flags are given."""
         if not self.is_writer:
@@ -530,33 +542,13 @@ class Run:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, row["epoch"])
             self.tensorboard.flush()
-        if self.wandb is not None:
-            with self._without_wandb_errors():
+        if self.args.wandb and self.wandb_works:
+            try:
                 self.wandb.log(numbers, step=row["epoch"])
-
-    def open_wandb(self):
-        """Begin the Weights & Biases run of this folder, or continue it: wandb_id.txt keeps its id."""
-        if not (self.args.wandb and self.is_writer):
-            return
-        wandb = optional_package("wandb")
-        kept = self.path("wandb_id.txt")
-        own = kept.read_text() if kept.exists() else uuid.uuid4().hex
-        with self._without_wandb_errors():
-            if wandb.run is not None:  # that of the fold before
-                wandb.finish()
-            self.wandb = wandb.init(
-                project=script_name(), name=str(self.folder), id=own, resume="allow")
-            write_whole(kept, own.encode())
-
-    @contextlib.contextmanager
-    def _without_wandb_errors(self):
-        """What fails there, whatever it is, must not end a run."""
-        try:
-            yield
-        except Exception as error:
-            self.wandb = None
-            self.say(f"WARNING: the run goes on without Weights & Biases ({one_line(error)}); "
-                     "run `wandb login`, or set WANDB_MODE=offline")
+            except Exception as error:  # whatever fails there must not end a run
+                self.wandb_works = False
+                self.say(f"WARNING: the run goes on without Weights & Biases ({one_line(error)}); "
+                         "run `wandb login`, or set WANDB_MODE=offline")
 
     def write_args(self, **data):
         """args.json: what repeats the run. On resume: refuse flags or data unlike the first start's."""
@@ -565,8 +557,9 @@ class Run:
         if not path.exists():
             write_json(path, record)
             return
-        before = _lasting(read_json(path), self.args.may_change)
-        now = _lasting(record, self.args.may_change)
+        before, now = (
+            {"precision": each["device"]["precision"], **each["data"], **_lasting_flags(each, self.args)}
+            for each in (read_json(path), record))
         lines = []
         for name in now:
             if now[name] != before.get(name):
@@ -577,27 +570,16 @@ class Run:
                             f"start a new run or restore them{''.join(lines)}")
 
 
-def _lasting(record, may_change):
-    """{name: value} of what a resumed run must keep of its args.json: flags, data and precision."""
-    lasting = {"precision": record["device"]["precision"], **record["data"]}
-    for name, value in record["flags"].items():
-        if name not in may_change:
-            lasting[f"--{name}"] = value
-    return lasting
+def _lasting_flags(record, args):
+    """{--name: value} of the flags in an args.json that a resumed run must keep."""
+    return {f"--{name}": value for name, value in record["flags"].items() if name not in args.may_change}
 
 
 def with_progress(run, label, batches, total, done=0):
-    """The batches, with a tqdm bar (rate, time left) on a terminal; a plain line in the log after them."""
+    """The batches, with a tqdm bar (rate, time left) on a terminal."""
     from tqdm import tqdm
-    start = time.perf_counter()
-    count = 0
     is_hidden = not run.is_writer or not sys.stderr.isatty()
-    bar = tqdm(batches, label, total, initial=done, leave=False, ascii=True, disable=is_hidden)
-    for count, batch in enumerate(bar, start=1):
-        yield batch
-    seconds = max(time.perf_counter() - start, 1e-9)
-    rate = count / seconds
-    run.say(f"{label}: {count} batches in {seconds:.1f} s ({rate:.2f} batches/s)", log_only=True)
+    return tqdm(batches, label, total, initial=done, leave=False, ascii=True, disable=is_hidden)
 
 
 OPTIONAL_PACKAGES = {
@@ -735,18 +717,15 @@ def _folder_to_resume(args):
 
 
 def _same_run(record, args):
-    flags = json_safe(flags_of(args))
-    lasting = flags.keys() - args.may_change
+    now = json_safe({"flags": flags_of(args)})
     is_own = record.get("script") == script_name()
-    return is_own and all(record["flags"].get(name) == flags[name] for name in lasting)
+    return is_own and _lasting_flags(record, args) == _lasting_flags(now, args)
 
 
 def is_finished(folder, args):
     """True where a run folder holds its metrics and so does every fold that is asked for."""
     folds = range(args.folds) if args.fold == "all" else [args.fold]
-    parts = [folder]
-    if args.folds:
-        parts += [folder / f"fold_{k}" for k in folds]
+    parts = [folder, *(folder / f"fold_{k}" for k in folds)]
     return all((part / "metrics.json").exists() for part in parts)
 
 
@@ -931,7 +910,7 @@ def run_main(main):
     except SystemExit:  # all of them stop here, as on a signal
         leave_processes(wait=False)
         raise
-    except (UserError, KeyboardInterrupt, MemoryError, RuntimeError, ValueError) as error:
+    except (Exception, KeyboardInterrupt) as error:
         code, text = _explain(error)
         if code is None:
             raise
@@ -2764,7 +2743,6 @@ class Training:
 
     def epochs(self):
         """Numbers of the epochs that remain, from 1; stop signals are obeyed within."""
-        self.run.open_wandb()
         signals = self.run.signals
         signals.armed = True
         while not self.progress.done:

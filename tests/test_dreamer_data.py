@@ -46,7 +46,7 @@ class QuietRun:
     def __init__(self, folder):
         self.folder, self.lines = Path(folder), []
 
-    def say(self, text="", log_only=False):
+    def say(self, text=""):
         self.lines.append(str(text))
 
     def path(self, name):

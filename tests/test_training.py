@@ -200,7 +200,6 @@ def wandb_run(tmp_path, monkeypatch):
             (tmp_path / "run").mkdir(exist_ok=True)
             args = run_arguments(tmp_path, wandb=True)
             with common.Run(tmp_path / "run", args, compute, None) as run:
-                run.open_wandb()
                 run.watch({"epoch": step, "val_loss": 1.0})
         return fake, epoch
     return make
