@@ -39,6 +39,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 # ---------------------------------------------------------------------------
@@ -606,10 +607,10 @@ def start_run(args, fp32_on_cpu=False, fixed_shapes=False):
     for flag in ("tensorboard", "wandb"):
         if getattr(args, flag):
             optional_package(flag)
-    signals = StopSignals()
     processes = launched_processes()
     compute = choose_compute(args.device, args.use_amp, processes, fp32_on_cpu)
     processes.join(compute.device)
+    signals = StopSignals()  # from here on; until then there is nothing to save
     if compute.device.type == "cpu":
         keep_freed_memory()
     if compute.device.type == "cuda":
@@ -1344,7 +1345,7 @@ class Processes:
         return self.rank == 0
 
     def join(self, device):
-        """Meet the other processes at MASTER_ADDR and MASTER_PORT.
+        """Meet the other processes at MASTER_ADDR and MASTER_PORT; stop signals end the waiting at once.
 
         torchrun and train_assessor.sh set both; on one machine they may be left out. Raises
         UserError where the processes do not come together.
@@ -1362,27 +1363,23 @@ class Processes:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # Imported later, as by the first optimiser, this module would take the group for its default
         # arguments and keep it, and its threads, past leave_processes().
-        import torch.distributed.nn.functional
+        importlib.import_module("torch.distributed.nn.functional")
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         told = (f"process {self.rank} of {self.size} waits for the others at {where} (started by "
                 "srun? For one process: srun -n 1, or unset SLURM_STEP_ID)")
         reminder = threading.Timer(WAITING_IS_TOLD, print, [told], {"flush": True})
         reminder.daemon = True
         reminder.start()
-        # There is nothing to save, and torch waits where no handler in Python is called.
-        handlers = {number: signal.signal(number, signal.SIG_DFL)
-                    for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM):  # torch waits where no handler in Python is called
+            signal.signal(number, signal.SIG_DFL)
         try:
-            torch.distributed.init_process_group(backend, rank=self.rank, world_size=self.size,
-                                                 timeout=PROCESS_TIMEOUT)
+            dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=PROCESS_TIMEOUT)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"process {self.rank} of {self.size} did not meet the others at {where} "
                             f"({one_line(error)}); set MASTER_ADDR to the first node, MASTER_PORT to "
                             "a free port, GLOO_SOCKET_IFNAME to the network between them") from None
         finally:
             reminder.cancel()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         if CAN_FORK:
             # A thread of the group that lets go of its last message holds a lock of Python 3.11 for a
             # moment; a loader worker forked in that moment hangs for ever. All messages are waited
@@ -1391,8 +1388,6 @@ class Processes:
 
     def on_first(self, function):
         """function() of the first process, given to all; a user error or exit there ends all alike."""
-        if self.size == 1:
-            return function()
         result = error = None
         if self.is_first:
             try:
@@ -1408,18 +1403,14 @@ class Processes:
 
     def from_first(self, value):
         """The first process's value, for all."""
-        if self.size == 1:
-            return value
-        box = [value]
-        torch.distributed.broadcast_object_list(box, 0)
-        return box[0]
+        return self.gather([value])[0]
 
     def gather(self, parts):
         """Lists of parts (CPU tensors, arrays, dicts of them, ...) of all processes, joined in their order."""
         if self.size == 1:
             return parts
         boxes = [None] * self.size
-        torch.distributed.all_gather_object(boxes, parts)
+        dist.all_gather_object(boxes, parts)
         return [part for box in boxes for part in box]
 
     def largest(self, numbers):
@@ -1427,7 +1418,7 @@ class Processes:
         if self.size == 1:
             return numbers
         numbers = torch.tensor(numbers)
-        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return numbers.tolist()
 
     @torch.no_grad()
@@ -1437,7 +1428,7 @@ class Processes:
             return
         for tensor in model.state_dict().values():
             whole = tensor.detach().contiguous()
-            torch.distributed.broadcast(whole, 0)
+            dist.broadcast(whole, 0)
             tensor.copy_(whole)
 
 
@@ -1447,10 +1438,10 @@ def leave_processes(wait=True):
     It ends the threads of the group: one that lets go of a tensor while the interpreter ends would
     abort the process, with exit code 134 in place of its own.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         if wait:
-            torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+            dist.barrier()
+        dist.destroy_process_group()
 
 
 BUCKET_BYTES = 25 * 2 ** 20  # as DistributedDataParallel has them
@@ -1468,23 +1459,24 @@ class GradientExchange:
         self.is_open = False  # True in the last backward pass of an optimiser step
         self.buckets = []  # lists of parameters
         self.messages = []  # (tensor, work) of each bucket that is sent
-        trained = [p for p in reversed(list(model.parameters())) if p.requires_grad and processes.size > 1]
+        self.ready = set()  # parameters whose gradient the backward pass has given
+        self.hooks = []
+        if processes.size == 1:
+            return
         n_bytes = BUCKET_BYTES
-        for parameter in trained:
+        for parameter in reversed([p for p in model.parameters() if p.requires_grad]):
             if n_bytes >= BUCKET_BYTES:
                 self.buckets.append([])
                 n_bytes = 0
             self.buckets[-1].append(parameter)
             n_bytes += parameter.nbytes
-        self.missing = list(map(len, self.buckets))  # gradients that the backward pass has not given yet
-        self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
-        self.hooks = [p.register_post_accumulate_grad_hook(self._note) for p in trained]
+            self.hooks.append(parameter.register_post_accumulate_grad_hook(self._note))
 
     def _note(self, parameter):
         if not self.is_open:
             return
-        self.missing[self.bucket_of[parameter]] -= 1
-        while len(self.messages) < len(self.buckets) and not self.missing[len(self.messages)]:
+        self.ready.add(parameter)
+        while len(self.messages) < len(self.buckets) and self.ready.issuperset(self.buckets[len(self.messages)]):
             self._send()
 
     def _send(self):
@@ -1493,7 +1485,7 @@ class GradientExchange:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         message = torch.cat([parameter.grad.flatten() for parameter in bucket])
-        self.messages.append((message, torch.distributed.all_reduce(message, async_op=True)))
+        self.messages.append((message, dist.all_reduce(message, async_op=True)))
 
     def finish(self, sums):
         """Wait until each gradient, and the tensor `sums`, is the sum over the processes."""
@@ -1501,14 +1493,14 @@ class GradientExchange:
             return
         while len(self.messages) < len(self.buckets):
             self._send()
-        torch.distributed.all_reduce(sums)
+        dist.all_reduce(sums)
         for bucket, (message, work) in zip(self.buckets, self.messages):
             work.wait()
             totals = message.split([parameter.numel() for parameter in bucket])
             for parameter, total in zip(bucket, totals):
                 parameter.grad.copy_(total.view(parameter.shape))
         self.messages = []
-        self.missing = list(map(len, self.buckets))
+        self.ready.clear()
 
     def close(self):
         """Take the hooks off the parameters."""
