@@ -1152,11 +1152,9 @@ class EpochBatches(torch.utils.data.Sampler):
             weights = torch.as_tensor(self.weights)
             order = torch.multinomial(weights, self.n_samples, True, generator=generator).tolist()
         for batch in range(start, len(self)):
-            first, last = self.own_span(batch)
-            if first == last:
-                first = self.edges[batch]
-                last = first + self._least(batch)
-            yield [(epoch, index) for index in order[first:last]]
+            first = self.edges[batch]
+            span = self.own_span(batch) or range(first, first + self._least(batch))
+            yield [(epoch, order[position]) for position in span]
 
     def _least(self, batch):
         """Samples that a slice holds at least: 2 where the batch size allows, for BatchNorm."""
@@ -1164,24 +1162,24 @@ class EpochBatches(torch.utils.data.Sampler):
         return min(wanted, self.edges[batch + 1] - self.edges[batch])
 
     def own_span(self, batch):
-        """(first, last) sample positions of this process's slice of a batch.
+        """range of sample positions of this process's slice of a batch.
 
-        Where none is left for it the span is empty, and the iteration gives samples that must count
+        Where none is left for it the range is empty, and the iteration gives samples that must count
         for nothing, so that every process takes every step.
         """
         first, last = self.edges[batch:batch + 2]
-        if not self.train or self.size == 1:
-            return first, last
+        if not self.train:
+            return range(first, last)
         n = last - first
         takers = min(self.size, n // self._least(batch))
         begin = min(self.rank, takers)
         end = min(self.rank + 1, takers)
-        return first + n * begin // takers, first + n * end // takers
+        return range(first + n * begin // takers, first + n * end // takers)
 
     def step_span(self, batch, accumulate):
-        """(first, last) sample positions of the optimiser step that a batch belongs to."""
+        """range of sample positions of the optimiser step that a batch belongs to."""
         first = batch // accumulate * accumulate
-        return self.edges[first], self.edges[min(first + accumulate, len(self))]
+        return range(self.edges[first], self.edges[min(first + accumulate, len(self))])
 
 
 class Samples(torch.utils.data.Dataset):
@@ -2534,17 +2532,10 @@ class Checkpoints:
         self.saving_seconds = 0.0  # what the last save took
         self.unwritten_best = None  # content of a best_model.pth that waits for the next save
 
-    def has_time(self):
-        """True where another save would take no more than its part of the time."""
-        return self.saving_seconds <= SAVING_TIME * (time.monotonic() - self.saved_at)
-
-    def is_older_than(self, minutes):
-        """True where the last save is longer ago than that; 0 = never."""
-        return 0 < 60 * minutes < time.monotonic() - self.saved_at
-
-    def keep_best(self, content):
-        """What best_model.pth will hold from the next save on."""
-        self.unwritten_best = content
+    @property
+    def age(self):
+        """Seconds since the last save."""
+        return time.monotonic() - self.saved_at
 
     def save(self, content, history):
         """Write all files; the last.pth of before becomes last.pth.prev."""
@@ -2614,13 +2605,6 @@ class QueuedStep:
     numbers: torch.Tensor  # sums of the losses over its samples, and the norm of the gradient; on the CPU once copied
     copied: torch.cuda.Event | None
 
-    def read(self):
-        """({name: sum}, norm), waiting for the device where it has not come so far."""
-        if self.copied:
-            self.copied.synchronize()
-        *sums, norm = self.numbers.tolist()
-        return dict(zip(self.names, sums)), norm
-
 
 @dataclasses.dataclass
 class Progress:
@@ -2662,7 +2646,8 @@ class EpochState:
     learning_rate: float = 0.0
     names: list = dataclasses.field(default_factory=list)  # of the samples of this batch
     batches: list = dataclasses.field(default_factory=list)  # SeenBatches since the last optimiser step
-    own_sums: dict = dataclasses.field(default_factory=dict)  # sums of this process since then
+    own_sums: torch.Tensor | float = 0.0  # (P,) sums of the losses over this process's samples since then
+    parts: list = dataclasses.field(default_factory=list)  # their P names
 
 
 class Training:
@@ -2698,7 +2683,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(run.compute.device.type, enabled=run.compute.precision == "fp16")
         self.progress = Progress(
             stopping=EarlyStopping(0 if select == "last" else args.patience, args.min_epochs, args.min_delta),
-            plateau=EarlyStopping(args.plateau_patience + 1, min_epochs=0, min_delta=0.0))
+            plateau=EarlyStopping(args.plateau_patience + 1))
         self.current = None  # EpochState, from the first batch on
         self.stream = None  # batches of the loader, of this epoch and all after it
         self.queued = None  # QueuedStep, the last one until it is looked at
@@ -2772,7 +2757,7 @@ class Training:
     def _set_learning_rate(self):
         sampler = self.current.sampler
         batch = min(self.progress.batch, self.current.n_batches - 1)
-        first, _ = sampler.step_span(batch, self.args.accumulate)
+        first = sampler.step_span(batch, self.args.accumulate).start
         # in samples: any cut into batches gives the same rate
         epochs = self.progress.epoch + first / sampler.n_samples
         factor = schedule_factor(self.args.scheduler, epochs, self.args.epochs, self.args.warmup_epochs)
@@ -2798,28 +2783,28 @@ class Training:
         """
         current = self.current
         batch = self.progress.batch
-        own = _length(current.sampler.own_span(batch))  # 0 in a batch too small for all processes
-        whole = _length(current.sampler.step_span(batch, 1))
-        step = _length(current.sampler.step_span(batch, self.args.accumulate))
+        own = len(current.sampler.own_span(batch))  # 0 in a batch too small for all processes
+        step = len(current.sampler.step_span(batch, self.args.accumulate))
         is_full = (batch + 1) % self.args.accumulate == 0 or batch + 1 == current.n_batches
         current.exchange.is_open = is_full
         own_loss = loss.detach()
         one_or_nan = 1 + 0 * own_loss  # a loss that is not finite makes its gradient NaN
         self.scaler.scale(loss * one_or_nan * (own / step)).backward()
         current.batches.append(SeenBatch(batch + 1, current.names, own_loss))
-        for name, value in {"loss": loss, **parts}.items():
-            current.own_sums[name] = current.own_sums.get(name, 0.0) + value.detach().to(self.sum_type) * own
-        current.samples += whole
+        values = torch.stack([own_loss, *(value.detach() for value in parts.values())]).to(self.sum_type)
+        current.own_sums = current.own_sums + values * own
+        current.parts = ["loss", *parts]
+        current.samples += len(current.sampler.step_span(batch, 1))
         if is_full:
             self._step_optimizer(step)
         self.progress.batch += 1
         if is_full:
-            is_due = self.processes.is_first and self.checkpoints.is_older_than(self.args.save_minutes)
+            is_due = self.processes.is_first and 0 < 60 * self.args.save_minutes < self.checkpoints.age
             self._save_or_stop(is_due)
 
     def _step_optimizer(self, n_samples):
         current = self.current
-        sums = torch.stack(list(current.own_sums.values()))
+        sums = current.own_sums
         current.exchange.finish(sums)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler.unscale_(self.optimizer)
@@ -2837,11 +2822,11 @@ class Training:
             numbers = numbers.to("cpu", non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        step = QueuedStep(current.batches, n_samples, list(current.own_sums), numbers, copied)
+        step = QueuedStep(current.batches, n_samples, current.parts, numbers, copied)
         self._check_queued()
         self.queued = step
         current.batches = []
-        current.own_sums = {}
+        current.own_sums = 0.0
 
     def _check_queued(self):
         """Count the step before into the means; raise NotFinite in all processes where it was not taken."""
@@ -2849,7 +2834,10 @@ class Training:
         if step is None:
             return
         self.queued = None
-        sums, norm = step.read()
+        if step.copied:
+            step.copied.synchronize()
+        *sums, norm = step.numbers.tolist()
+        sums = dict(zip(step.names, sums))
         if not math.isfinite(sums["loss"]):
             faults = [self._fault("loss", batch.loss.item(), batch) for batch in step.batches
                       if not torch.isfinite(batch.loss)]
@@ -2904,7 +2892,7 @@ class Training:
         self.run.watch(progress.history[-1])
         if self.processes.is_first:
             if is_best:
-                self.checkpoints.keep_best(self._model_file())
+                self.checkpoints.unwritten_best = self._model_file()
             self._save_epoch()
         self._report(numbers, is_best)
 
@@ -2930,12 +2918,10 @@ class Training:
         progress.done = stops_early or progress.epoch >= self.args.epochs
 
     def _report(self, numbers, is_best):
-        """The epoch on one line; where it is too long for that, the rest is in training_history.csv."""
+        """The epoch on one line: the first numbers and the one that chooses; training_history.csv has all."""
         progress = self.progress
-        names = list(numbers)
-        if len(names) > 10:
-            names = [name for name in names if name in names[:6] or name == self.select]
-        shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in names)
+        names = dict.fromkeys([*list(numbers)[:6], self.select])
+        shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in names if name in numbers)
         seconds = time.perf_counter() - self.current.started
         memory = peak_memory(self.run.compute.device) / 2 ** 30
         self.run.say(f"epoch {progress.epoch}/{self.args.epochs}  {shown}  ({seconds:.2f} s, "
@@ -2960,7 +2946,8 @@ class Training:
             save_checkpoint(self.run.path(f"checkpoint_epoch_{epoch}.pth"), self._content())
         if args.save_top_k:
             self._save_top()
-        if is_asked_for or args.save_top_k or self.progress.done or self.checkpoints.has_time():
+        has_time = self.checkpoints.saving_seconds <= SAVING_TIME * self.checkpoints.age
+        if is_asked_for or args.save_top_k or self.progress.done or has_time:
             self.save()
 
     def _save_top(self):
@@ -3004,13 +2991,7 @@ class Training:
             self.progress = Progress.from_dict(content["progress"])
         progress = self.progress
         self.checkpoints.write_history(progress.history)  # a kill after the last save may have cost its last row
-        where = f"epoch {progress.epoch + 1}, batch {progress.batch}" if progress.batch else f"after epoch {progress.epoch}"
-        self.run.say(f"continuing {where}")
-
-
-def _length(span):
-    first, last = span
-    return last - first
+        self.run.say(f"continuing after epoch {progress.epoch} and {progress.batch} batches")
 
 
 def peak_memory(device):

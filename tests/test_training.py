@@ -53,7 +53,7 @@ def test_a_resumed_epoch_is_the_rest_of_the_same_epoch():
 def test_step_spans_cover_the_epoch(accumulate):
     sampler = common.EpochBatches(29, 4, 0, True)
     spans = list(dict.fromkeys(sampler.step_span(batch, accumulate) for batch in range(len(sampler))))
-    assert spans[0][0] == 0 and spans[-1][1] == 29 and all(a[1] == b[0] for a, b in zip(spans, spans[1:]))
+    assert spans[0].start == 0 and spans[-1].stop == 29 and all(a.stop == b.start for a, b in zip(spans, spans[1:]))
 
 
 def test_a_weighted_sampler_draws_in_proportion():
