@@ -988,11 +988,8 @@ class Compute:
 
     def place(self, model):
         """Model on the device, convolutions in the memory layout that the device is fast at."""
-        model = model.to(self.device)
-        if not self.channels_last:
-            return model
-        layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
-        for parameter in model.parameters():
+        layouts = {4: torch.channels_last, 5: torch.channels_last_3d} if self.channels_last else {}
+        for parameter in model.to(self.device).parameters():
             if parameter.ndim in layouts:
                 parameter.data = parameter.data.to(memory_format=layouts[parameter.ndim])
         return model
@@ -1207,14 +1204,11 @@ def make_loader(dataset, batch_size, args, compute, train, cached=False, weights
     processes = compute.processes
     batches = EpochBatches(len(dataset), batch_size, args.seed, train, weights,
                            rank=processes.rank, size=processes.size)
-    options = {}
-    if workers:
-        options = {"persistent_workers": True, "worker_init_fn": _guard_worker, "timeout": 600}
-    if workers and CAN_FORK:
-        options["multiprocessing_context"] = "fork"
-    pin_memory = compute.device.type == "cuda"
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                                       collate_fn=collate, pin_memory=pin_memory, **options)
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+        pin_memory=compute.device.type == "cuda", worker_init_fn=_guard_worker,
+        persistent_workers=workers > 0, timeout=600 if workers else 0,
+        multiprocessing_context="fork" if workers and CAN_FORK else None)
 
 
 def count_cores():
@@ -1792,11 +1786,9 @@ def _stretch_contrast(pixels):
     """Each colour of uint8 (H, W, 3) stretched to 0..255, a constant one left alone; as torchvision's autocontrast."""
     cv2 = load_opencv()
     low, high = np.float32([cv2.minMaxLoc(colour)[:2] for colour in cv2.split(pixels)]).T
-    is_constant = high == low
-    low = np.where(is_constant, 0, low)
-    high = np.where(is_constant, 255, high)
     levels = np.arange(256, dtype=np.float32)[:, None]
-    table = (levels - low) * (255 / (high - low))  # (256, 3): a new level for each
+    stretched = (levels - low) * (255 / np.maximum(high - low, 1))
+    table = np.where(high > low, stretched, levels)  # (256, 3): a new level for each
     return cv2.LUT(pixels, table.clip(0, 255).round().astype(np.uint8)[None])
 
 
@@ -2037,12 +2029,12 @@ def _load_backbone_state(model, state, last, source):
     if "encoder.pos_embedding" in own and "encoder.pos_embedding" in state:  # a ViT's, which fits one size of pictures
         from torchvision.models.vision_transformer import interpolate_embeddings
         state = interpolate_embeddings(model.image_size, model.patch_size, state)
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    wrong = [name for name in own if name in state and state[name].shape != own[name].shape]
+    loaded = {name: state[name] for name in own if name in state}
+    missing = [name for name in own if name not in loaded and not name.endswith("num_batches_tracked")]
+    wrong = [name for name in loaded if loaded[name].shape != own[name].shape]
     if missing or wrong:
         raise UserError(f"{source}: not the weights of this backbone: {len(missing)} of {len(own)} layers missing, "
                         f"{len(wrong)} of another shape (first: {[*missing, *wrong][0]})")
-    loaded = {name: state[name] for name in own if name in state}
     model.load_state_dict(_with_versions(loaded, model), strict=False)
     n_others = n_in_file - len(loaded)
     if prefix or n_others > 2:
@@ -2089,16 +2081,13 @@ def stage_ends(backbone, example):
     outer = {}  # height of an output -> path of the last module that gives it: children, grandchildren
     inner = {}
 
-    def note(path, ends):
-        def hook(module, inputs, output):
-            maps = feature_maps(output)
-            if maps is not None and output.ndim == example.ndim and maps.shape[-1] > 1:
-                ends[maps.shape[-1]] = path
-        return hook
-    hooks = []
-    for path, module in backbone.named_modules():
-        if path and path.count(".") < 2:
-            hooks.append(module.register_forward_hook(note(path, inner if "." in path else outer)))
+    def note(path, module, inputs, output):
+        maps = feature_maps(output)
+        if maps is not None and output.ndim == example.ndim and maps.shape[-1] > 1:
+            ends = inner if "." in path else outer
+            ends[maps.shape[-1]] = path
+    hooks = [module.register_forward_hook(functools.partial(note, path))
+             for path, module in backbone.named_modules() if path and path.count(".") < 2]
     with torch.inference_mode():
         backbone.eval()(example)
     for hook in hooks:
@@ -2197,10 +2186,8 @@ def build_optimizer(modules, args):
     """Optimiser over [(module, learning-rate factor)]; biases and normalisation layers (ndim < 2) are not decayed."""
     groups = []
     for module, factor in modules:
-        trained = [p for p in module.parameters() if p.requires_grad]
-        decayed = [p for p in trained if p.ndim > 1]
-        others = [p for p in trained if p.ndim <= 1]
-        for parameters, decay in ((decayed, args.weight_decay), (others, 0.0)):
+        for is_decayed, decay in ((True, args.weight_decay), (False, 0.0)):
+            parameters = [p for p in module.parameters() if p.requires_grad and (p.ndim > 1) == is_decayed]
             if parameters:
                 groups.append({"params": parameters, "weight_decay": decay, "lr": args.lr * factor, "factor": factor})
     if args.optimizer == "sgd":
@@ -2224,11 +2211,10 @@ def schedule_factor(scheduler, progress, epochs, warmup_epochs):
     if scheduler == "step":
         return 0.1 ** (int(progress) // max(1, epochs // 3))
     passed = progress - warmup_epochs
-    length = max(epochs - warmup_epochs, 1e-9)
+    part = passed / max(epochs - warmup_epochs, 1e-9)
     if scheduler == "cosine":
-        return _cosine(passed / length)
+        return _cosine(part)
     if scheduler == "onecycle":
-        part = passed / length
         if part < 0.3:
             return 1 - (1 - 1 / 25) * _cosine(part / 0.3)
         return _cosine((part - 0.3) / 0.7)
@@ -2255,8 +2241,8 @@ def _cosine(part):
 class EarlyStopping:
     """Stop after `patience` epochs that beat the best score by no more than min_delta; 0 = never. Larger is better."""
     patience: int
-    min_epochs: int
-    min_delta: float
+    min_epochs: int = 0
+    min_delta: float = 0.0
     reference: float = -math.inf  # the score to beat
     bad_epochs: int = 0
 
@@ -2353,8 +2339,9 @@ def read_checkpoint(path):
     except pickle.UnpicklingError:  # torch's own text advises to load with weights_only=False
         raise CheckpointError(f"{path} is no usable checkpoint (it holds more than tensors, numbers and texts: objects "
                               "whose loading could run code)") from None
-    except (OSError, zipfile.BadZipFile, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError,
-            AssertionError, MemoryError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch and zipfile raise nearly every kind for a damaged file
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise CheckpointError(f"{path} is no usable checkpoint ({reason})") from None
     if not isinstance(content, dict):
@@ -2487,15 +2474,13 @@ def checkpoint_files(paths):
     """Files and run folders -> checkpoint files: a folder's own best_model.pth, or those of its folds."""
     files = []
     for path in map(Path, paths):
-        if not path.is_dir():
-            files.append(path)
-        elif (path / "best_model.pth").is_file():
-            files.append(path / "best_model.pth")
-        else:
-            folds = list(path.glob("fold_*/best_model.pth"))
-            if not folds:
-                raise UserError(f"--checkpoint {path} holds no best_model.pth and no fold_K/best_model.pth")
-            files += sorted(folds, key=lambda file: int(file.parent.name.removeprefix("fold_")))
+        found = [path]
+        if path.is_dir():
+            found = [*path.glob("best_model.pth")] or sorted(
+                path.glob("fold_*/best_model.pth"), key=lambda file: int(file.parent.name.removeprefix("fold_")))
+        if not found:
+            raise UserError(f"--checkpoint {path} holds no best_model.pth and no fold_K/best_model.pth")
+        files += found
     return files
 
 

@@ -48,7 +48,7 @@ BREAKS = [
           replaced_by="manual_seed(hash_seed(*integers, time.time_ns()))",
           tests="tests/torture/test_signals.py -k assessor.py-0"),
     Break(name="loader workers are not guarded from signals", file="common.py",  # one TERM may be lucky, five are not
-          code='"worker_init_fn": _guard_worker,',
+          code="worker_init_fn=_guard_worker,",
           replaced_by="",
           tests="tests/torture/test_signals.py --all_cases -k assessor.py-2"),
     Break(name="an evaluation is padded to equal shares", file="common.py",
