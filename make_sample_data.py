@@ -234,10 +234,7 @@ def sample_properties(n_images, rng):
 
 def rate(properties, rng):
     """(true ratings (N, R), single ratings (N, A, R) with NaN where a rater did not rate)."""
-    weights = np.zeros((len(PROPERTIES), len(FORMULA)))
-    for j, terms in enumerate(FORMULA.values()):
-        for name, weight in terms.items():
-            weights[PROPERTIES.index(name), j] = weight
+    weights = np.array([[terms.get(name, 0) for terms in FORMULA.values()] for name in PROPERTIES])  # (P, R)
     largest_noise = math.sqrt(3) * NOISE_SD
     true = 5 + (4 - largest_noise) * np.tanh(properties @ weights)  # (N, R)
     shape = (len(true), N_RATERS, len(FORMULA))
@@ -254,14 +251,11 @@ def write_tables(folder, names, subject, single):
     count = np.isfinite(single).sum(axis=1)  # (N, R)
     mean = np.nanmean(single, axis=1).round(4)
     sd = np.nanstd(single, axis=1, ddof=1).round(4)
-    wide = []
-    for i, name in enumerate(names):
-        row = {"image": f"images/{name}", "subject": f"S{subject[i] + 1:03d}"}
-        for j, rating in enumerate(FORMULA):
-            row[f"{rating}_mean"] = mean[i, j]
-            row[f"{rating}_sd"] = sd[i, j]
-            row[f"{rating}_n"] = count[i, j]
-        wide.append(row)
+    wide = {
+        "image": [f"images/{name}" for name in names],
+        "subject": [f"S{number + 1:03d}" for number in subject]}
+    for j, rating in enumerate(FORMULA):
+        wide |= {f"{rating}_mean": mean[:, j], f"{rating}_sd": sd[:, j], f"{rating}_n": count[:, j]}
     attributes = list(FORMULA)
     long = [
         {"rating": single[i, a, j],
@@ -325,6 +319,7 @@ class Video:
     size: tuple  # (W, H)
     start: float  # seconds since midnight
     slots: list  # those with an event
+    seed: list  # of looks and places
     camera: int = 8
     delay: float = 0.0  # seconds by which the camera started earlier
 
@@ -351,7 +346,7 @@ def nearness(phase, behavior):
     return (1 - phase) / (1 - SLOW_SHARE)
 
 
-def plan_videos(n_events, rng):
+def plan_videos(n_events, seed, rng):
     """Each pen is filmed in turn; the events are spread evenly over the videos."""
     n_videos = max(N_GROUPS, math.ceil(n_events / N_SLOTS))
     videos = []
@@ -368,7 +363,8 @@ def plan_videos(n_events, rng):
             fps=FRAME_RATES[v % len(FRAME_RATES)],
             size=VIDEO_SIZES[v % len(VIDEO_SIZES)],
             start=6 * 3600 + 600 * (turn % 2) + 5,
-            slots=sorted(rng.permutation(N_SLOTS)[:n_filled].tolist())))
+            slots=sorted(rng.permutation(N_SLOTS)[:n_filled].tolist()),
+            seed=[seed, 3, v]))
     return videos
 
 
@@ -399,10 +395,10 @@ def plan_events(videos, rng):
     return events
 
 
-def render_video(folder, video, events, seed):
-    """Write one video with the events that it holds; `seed` decides looks and places, never the rhythm."""
+def render_video(folder, video, events):
+    """Write one video with the events that it holds."""
     import cv2
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(video.seed)
     background = np.asarray(draw_background(video.size, rng), float)
     pen = to_pixels(background * 0.8 + rng.normal(0, 9, background.shape))
     colours = rng.integers([150, 30], [256, 90], (3, 2)).T.tolist()
@@ -502,10 +498,7 @@ def write_manifests(folder, manifests):
     folder.mkdir()
     numbers = {}
     for name, events in manifests.items():
-        rows = []
-        for event in events:
-            number = numbers.setdefault(event, len(numbers) + 1)
-            rows.append(manifest_row(number, event))
+        rows = [manifest_row(numbers.setdefault(event, len(numbers) + 1), event) for event in events]
         common.write_table(folder / f"{name}.csv", rows)
     labels = {text: label for label, texts in SPELLINGS.items() for text in texts}
     common.write_json(folder / "label_map.json", labels)
@@ -523,25 +516,12 @@ def change_event(event, delay=0, **changes):
     return dataclasses.replace(event, offset=round(event.offset + delay, 3), **changes)
 
 
-def film_from_side(folder, events, seed):
-    """Write the video of these events as camera 3 saw it, which started 1.5 s earlier; returns its events."""
+def film_again(folder, events, file, delay=0, **changes):
+    """Write the video of these events once more, from `delay` seconds earlier on; returns its events."""
     main = events[0].video
-    name = Path(main.file).stem.replace("ch8_main", "ch3_side")
-    file = f"Group {main.group} Day {main.day}/Cam 3/{name}.avi"
-    start = main.start - 1.5
-    side = dataclasses.replace(main, camera=3, delay=1.5, start=start, file=file)
-    render_video(folder, side, events, seed)
-    return [change_event(event, delay=1.5, video=side) for event in events]
-
-
-def copy_video(folder, events):
-    """Copy the video of these events to group 6 under another name; returns its events."""
-    main = events[0].video
-    file = f"Group 6 Day 9/Cam 8/N899_ch8_main{Path(main.file).suffix}"
-    copy = dataclasses.replace(main, group=6, day=9, file=file)
-    (folder / file).parent.mkdir(parents=True)
-    shutil.copyfile(folder / main.file, folder / file)
-    return [change_event(event, video=copy, pair=(603, 604)) for event in events]
+    video = dataclasses.replace(main, file=file, delay=delay, start=main.start - delay, **changes)
+    render_video(folder, video, events)
+    return [change_event(event, delay=delay, video=video) for event in events]
 
 
 def plant_leaks(folder, parts, seed):
@@ -558,9 +538,11 @@ def plant_leaks(folder, parts, seed):
         train.append(change_event(event, delay=1))  # overlaps the original
     train += first_video_events(parts["train"], 3)[:2]  # repeated rows
     seen = first_video_events(parts["val"], 5)
-    test += film_from_side(folder, seen, [seed, 4])[:3]
+    side_file = "Group 5 Day 1/Cam 3/N864_ch3_side.avi"
+    test += film_again(folder, seen, side_file, delay=1.5, camera=3, seed=[seed, 4])[:3]
     source = first_video_events(parts["train"], 4)
-    val += copy_video(folder, source)[:2]
+    copies = film_again(folder, source, "Group 6 Day 9/Cam 8/N899_ch8_main.avi", group=6, day=9)
+    val += [change_event(event, pair=(603, 604)) for event in copies[:2]]
     late = first_video_events(parts["test"], 8)[:3]
     test += [change_event(event, delay=1000) for event in late]  # past the end
     return {"leaky_train": train, "leaky_val": val, "leaky_test": test}
@@ -569,16 +551,13 @@ def plant_leaks(folder, parts, seed):
 def make_events(folder, n_events, seed):
     """Videos and manifests; returns the groups of each part and the leaks."""
     rng = np.random.default_rng([seed, 2])
-    videos = plan_videos(n_events, rng)
+    videos = plan_videos(n_events, seed, rng)
     events = plan_events(videos, rng)
-    for v, video in enumerate(videos):
-        own = [event for event in events if event.video is video]
-        render_video(folder / "videos", video, own, [seed, 3, v])
+    for video in videos:
+        render_video(folder / "videos", video, [event for event in events if event.video is video])
     junk = folder / "videos" / videos[0].file
     junk.with_name(f"._{junk.name}").write_bytes(b"Mac OS X")
-    parts = {}
-    for part, groups in PARTS.items():
-        parts[part] = [event for event in events if event.video.group in groups]
+    parts = {part: [event for event in events if event.video.group in groups] for part, groups in PARTS.items()}
     leaky = plant_leaks(folder / "videos", parts, seed)
     write_manifests(folder / "manifests", {"all": events, **parts, **leaky})
     return {"groups": PARTS, "planted_leaks": PLANTED}
@@ -748,9 +727,7 @@ def draw_bicycle(states, background, rng):
     draw.line([place(x, y) for x, y in FRAME], fill=colour, width=3 * width)
     boxes = {}
     for part, (x, y, half_x, half_y) in PART_PLACES.items():
-        left, top = place(x - mirror * half_x, y - half_y)
-        right, bottom = place(x + mirror * half_x, y + half_y)
-        boxes[part] = [left, top, right, bottom]
+        boxes[part] = [*place(x - mirror * half_x, y - half_y), *place(x + mirror * half_x, y + half_y)]
         if states[part] != "absent":
             draw_part(draw, part, boxes[part], states[part], width)
     for part, state in states.items():
@@ -783,9 +760,7 @@ def part_annotations(bicycles, rng):
     """{image: {image, street, note, parts}} of these bicycles, with ANNOTATION_QUIRKS."""
     content = {}
     for row, bicycle in enumerate(bicycles):
-        parts = {}
-        for part, box in bicycle.boxes.items():
-            parts[part] = part_entry(row, box, bicycle.states[part], rng)
+        parts = {part: part_entry(row, box, bicycle.states[part], rng) for part, box in bicycle.boxes.items()}
         name = bicycle.name
         if row == ANNOTATION_QUIRKS["no_suffix"]:
             name = Path(name).stem
@@ -856,9 +831,7 @@ def make_detector(folder, n_images, seed):
         Image.fromarray(pixels).save(folder / "images" / name, quality=90)
         bicycles.append(Bicycle(
             name=name, size=(width, height), street=street, states=states, boxes=boxes))
-        truth[name] = {}
-        for part, box in boxes.items():
-            truth[name][part] = [states[part], *np.round(box, 1).tolist()]
+        truth[name] = {part: [states[part], *np.round(box, 1).tolist()] for part, box in boxes.items()}
     content = part_annotations(bicycles, np.random.default_rng([seed, 2]))
     text = json.dumps(content, indent=1).replace("CONTROL", "seen\tat\x07 dusk")
     (folder / "annotations.json").write_text(text, encoding="utf-8")
@@ -897,12 +870,6 @@ def make_blobs(count, radii, brightness, rng):
     centres = rng.uniform(-34, 34, (count, 3))
     sizes = rng.uniform(*radii, (count, 3))
     return list(zip(centres, sizes, signs * rng.uniform(*brightness, count)))
-
-
-def make_patient(anatomy, rng):
-    return Patient(
-        bend=np.eye(3) + rng.normal(0, 0.02, (3, 3)),
-        blobs=anatomy + make_blobs(N_OWN, (3, 7), (20, 60), rng))
 
 
 def cut_slice(pose, patient, rng):
@@ -970,7 +937,10 @@ def make_dreamer(folder, n_transitions, seed, motions):
         number = k % n_patients
         name = f"patient_{number + 1:02d}"
         sequence = f"{name}_{k // n_patients + 1:02d}"
-        patient = make_patient(anatomy, np.random.default_rng([seed, 2, number]))
+        own_rng = np.random.default_rng([seed, 2, number])
+        patient = Patient(
+            bend=np.eye(3) + own_rng.normal(0, 0.02, (3, 3)),
+            blobs=anatomy + make_blobs(N_OWN, (3, 7), (20, 60), own_rng))
         rng = np.random.default_rng([seed, 1, k])
         poses = make_path(len(part) + 1, rng)
         write_sequence(folder / sequence, poses, patient, motions, SLICE_QUIRKS.get(k), rng)
@@ -1002,9 +972,9 @@ def check_folder(folder, settings, overwrite):
     if is_empty or not folder.exists():
         return False
     try:
-        made = json.loads((folder / TRUTH_FILE).read_text(encoding="utf-8"))
+        made = common.read_json(folder / TRUTH_FILE)
         strangers = set(list_files(folder)) - {*made["files"], TRUTH_FILE}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (common.UserError, KeyError, TypeError):
         raise common.UserError(
             f"{folder} is not empty and holds no sample data made by this script (no readable {TRUTH_FILE}): "
             "nothing was written. Choose another --output_dir.") from None
