@@ -88,6 +88,15 @@ def shorten_list(items, limit=10):
 # A flag is declared once; config file, flags of a resumed run and command line all pass through
 # its own type.
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of each flag that has one and does not tell it itself."""
+
+    def _get_help_string(self, action):
+        text = action.help or ""
+        says_none = action.default in (None, False, "", argparse.SUPPRESS) or action.nargs == 0
+        return text if says_none or "default" in text else f"{text} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """ArgumentParser whose error is one line that names the closest flag, with exit code 2.
 
@@ -96,8 +105,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description=None, **options):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=Help, **options)
         self.may_change = set()
 
     def group(self, title):
@@ -182,7 +190,7 @@ def add_training_arguments(parser):
         help="batches per optimiser step")
     add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw",
         help="sgd has momentum 0.9")
-    add("--lr", type=bounded(float, 1e-12), default=1e-4, help="peak learning rate")
+    add("--lr", "--learning_rate", type=bounded(float, 1e-12), default=1e-4, help="peak learning rate")
     add("--weight_decay", type=AMOUNT, default=0.01,
         help="not applied to biases and normalisation layers")
     add("--scheduler", default="cosine",
@@ -208,7 +216,8 @@ def add_training_arguments(parser):
 def add_data_arguments(parser):
     """Splits, folds, leakage and bad files."""
     add = parser.group("data")
-    add("--train_ratio", type=SHARE, default=0.8, help="share of the rows (or groups) for training")
+    add("--train_ratio", type=SHARE,
+        help="share of the rows (or groups) for training (default: what val_ratio and test_ratio leave)")
     add("--val_ratio", type=SHARE, default=0.2, help="share for validation: selects the epoch")
     add("--test_ratio", type=SHARE, default=0.0, help="share for the test, scored once at the end")
     add("--folds", type=WHOLE, default=0, help="K-fold cross-validation; 0 = one split")
@@ -331,6 +340,17 @@ def check_split_flags(parser, args):
     if not args.folds and not args.split_file and args.val_ratio == 0:
         parser.error(f"--val_ratio {args.val_ratio:g}: the validation part must not be empty, "
                      "it chooses the epoch")
+    shares = split_ratios(args)
+    if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
+        parser.error(f"split ratios must be 0 or more and add up to 1, found {shares} (sum {sum(shares.values()):g}); "
+                     "without --train_ratio the training takes what the others leave")
+
+
+def split_ratios(args):
+    """{train, val, test: share}; train takes what the others leave, unless --train_ratio says its own."""
+    rest = 1 - args.val_ratio - args.test_ratio
+    train = rest if args.train_ratio is None else args.train_ratio
+    return {"train": train, "val": args.val_ratio, "test": args.test_ratio}
 
 
 def _snake_case(word):
@@ -462,6 +482,7 @@ class Run:
     signals: "StopSignals"
     resumed: bool = False
     wandb_works: bool = True  # False from its first failure on
+    folds_after: int = 0  # how many folds are to be trained after this one
 
     def __post_init__(self):
         self.is_writer = self.compute.processes.is_first
@@ -511,9 +532,11 @@ class Run:
         chosen = range(len(splits)) if self.args.fold == "all" else [self.args.fold]
         for k in chosen:
             with self.child(f"fold_{k}") as child:
+                child.folds_after = chosen[-1] - k
                 if child.path("metrics.json").exists():
                     child.say(f"fold {k} is finished")
                 else:
+                    child.say(f"fold {k + 1} of {len(splits)} (in {child.folder.name})")
                     run_split(child, splits[k])
         return chosen
 
@@ -896,10 +919,14 @@ def read_json(path, as_object=None):
 
 
 def write_table(path, rows):
-    """CSV of a list of {column: value}, or of {column: values}; NaN and None are empty. Written whole."""
+    """CSV of a list of {column: value}, or of {column: values}; NaN and None are empty. Written whole.
+
+    What is not ASCII begins with a byte-order mark, by which spreadsheets know UTF-8.
+    """
     import pandas as pd
     table = pd.DataFrame(rows, dtype=object)  # whole numbers stay whole beside empty cells
-    write_whole(path, table.to_csv(index=False, lineterminator="\n").encode())
+    content = table.to_csv(index=False, lineterminator="\n")
+    write_whole(path, content.encode("utf-8" if content.isascii() else "utf-8-sig"))
 
 
 def run_main(main):
@@ -2903,14 +2930,20 @@ class Training:
         progress.done = stops_early or progress.epoch >= self.args.epochs
 
     def _report(self, numbers, is_best):
-        """The epoch on one line: the first numbers and the one that chooses; training_history.csv has all."""
+        """The epoch on a line of up to 120 columns: what it has no room for is in training_history.csv."""
         progress = self.progress
-        names = dict.fromkeys([*list(numbers)[:6], self.select])
-        shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in names if name in numbers)
         seconds = time.perf_counter() - self.current.started
         memory = peak_memory(self.run.compute.device) / 2 ** 30
-        self.run.say(f"epoch {progress.epoch}/{self.args.epochs}  {shown}  ({seconds:.2f} s, "
-                     f"{self.current.samples / seconds:.1f} samples/s, peak {memory:.2f} GB){' *' if is_best else ''}")
+        left = seconds * (self.args.epochs * (1 + self.run.folds_after) - progress.epoch)
+        start = f"epoch {progress.epoch}/{self.args.epochs}"
+        end = (f"({seconds:.2f} s, {self.current.samples / seconds:.1f} samples/s, peak {memory:.2f} GB, "
+               f"{left / 60:.0f} min left){' *' if is_best else ''}")
+        names = [name for name in numbers if name in list(numbers)[:6] or name == self.select]
+        shown = {name: f"{name} {numbers[name]:.4g}" for name in names}
+        spare = [name for name in names if name != self.select][2:]
+        while len("  ".join([start, *shown.values(), end])) > 120 and spare:
+            shown.pop(spare.pop(0))
+        self.run.say("  ".join([start, *shown.values(), end]))
         if progress.done and progress.epoch < self.args.epochs:
             self.run.say(f"stopped early after epoch {progress.epoch}: no better {self.select} for "
                          f"{progress.stopping.bad_epochs} epochs")

@@ -211,6 +211,6 @@ images=$sample/assessor/images table=$sample/assessor/ratings/$published
 verify --images_dir "$images" --ratings_file "$table"
 # takes about two minutes on two cores, with random weights too
 set -- --images_dir "$images" --ratings_file "$table" --group_column subject --backbone resnet18 --image_size 96 \
-    --epochs 20 --batch_size 8 --lr 5e-4 --dropout 0 --augment none --normalize_targets "$@"
+    --epochs 20 --batch_size 8 --lr 5e-4 --dropout 0 --augment none "$@"
 ! needs_random_weights "$@" || set -- --no_pretrained "$@"
 run_script "$@"

@@ -31,9 +31,14 @@ from evidence import (
 from readers import file_names, picture_files, rating_tables
 
 HISTORY_METRICS = ("mse", "mae", "r2", "pearson_r")
+SMALL_DATA = Path(__file__).with_name("configs") / "assessor_small_data.yaml"
+SMALL_DATA_BELOW = 3000  # pictures
+OVERFITTING_REMEDY = "Fewer trained layers (--freeze_stages 3 --freeze_norm), --head ridge, more pictures"
+MODEL_FLAGS = {"config", "backbone", "head", "pretrained", "weights", "init_from"}  # of who has chosen a model
 
 
-def parse_args(argv=None):
+def parse_args(argv=None, recipe="plain"):
+    """The flags; recipe: small_data or plain, whose settings stand in for flags that are not given."""
     parser = common.Parser(__doc__)
     common.add_shared_arguments(parser)
     data = parser.group("images and ratings")
@@ -53,10 +58,16 @@ def parse_args(argv=None):
     data("--duplicates", choices=("error", "mean", "ratings"), default="error",
          help="several rows of one picture that no column tells apart: stop with an error, take their mean, or take "
               "each for a single rating")
-    data("--normalize_targets", action="store_true", help="train on (rating - mean) / sd of the train rows")
+    data("--normalize_targets", action="store_true", default=True,
+         help="train on (rating - mean) / sd of the train rows (default)")
+    data("--no_normalize_targets", dest="normalize_targets", action="store_false",
+         help="train in the unit of the ratings file")
     model = parser.group("model")
-    model("--backbone", default="resnet50", help="any torchvision classifier: resnet18, efficientnet_b3, vit_b_16, ...")
-    model("--image_size", type=common.SIDE, default=224,
+    model("--recipe", choices=("auto", "small_data", "plain"), default="auto", may_change=True,
+          help="defaults of the flags: small_data = those of configs/assessor_small_data.yaml; plain = those listed "
+               f"here; auto = small_data under {SMALL_DATA_BELOW} pictures, where no flag names a model")
+    model("--backbone", "--model", "--encoder", default="resnet50", help="any torchvision classifier: resnet18, efficientnet_b3, vit_b_16, ...")
+    model("--image_size", "--img_size", type=common.SIDE, default=224,
           help="side of the square input in pixels, cropped from pictures whose short side is 8/7 of it")
     model("--head", choices=("mlp", "ridge"), default="mlp",
           help="mlp: two hidden layers on the last features; ridge: one linear layer on the last three resolutions, "
@@ -72,9 +83,18 @@ def parse_args(argv=None):
           help="weighted: mse in which a rating that its raters agree on counts more (inverse variance)")
     model("--select", choices=("pearson_r", "r2", "loss", "last"), default="pearson_r",
           help="validation metric that chooses the epoch; last = the last one, so that validation rows choose nothing")
+    if recipe == "small_data":
+        parser.set_defaults(**common.read_config(SMALL_DATA))
     args = common.parse_arguments(parser, argv)
     common.check_split_flags(parser, args)
     return args
+
+
+def choose_recipe(args, pictures):
+    """small_data or plain: what --recipe says, or for auto what suits the number of pictures."""
+    if args.recipe != "auto":
+        return args.recipe
+    return "plain" if pictures >= SMALL_DATA_BELOW or args.given & MODEL_FLAGS else "small_data"
 
 
 # --- data: row on disk -> table -> sample ---------------------------------------------
@@ -89,6 +109,7 @@ class Study:
     n: np.ndarray | None  # (N, R) number of raters
     single_ratings: dict | None  # rating -> N arrays, where the table has one row per single rating
     groups: np.ndarray | None  # (N,) text
+    columns: dict  # the table's other columns: name -> (N,) text
     store: picture_files.ImageStore
     stored: np.ndarray  # (N,) index of each picture in the store
     skipped: list  # dicts of image and reason
@@ -121,11 +142,20 @@ class Study:
         return common.data_record(contents, split, pictures=len(self.images), ratings=self.names)
 
 
-def load_study(args, run):
-    """Ratings and pictures, matched and checked; what cannot be used is counted and listed in skipped.csv."""
+def read_table(args):
+    """The rating_tables.RatingsTable of --ratings_file; raises UserError where it does not suit the flags."""
     table = rating_tables.read_ratings(
         args.ratings_file, args.image_column, args.target_columns, args.duplicates, args.group_column,
         args.rater_column, args.attribute_column, args.rating_column, args.missing_codes)
+    verdicts.parse_criteria(args.criteria, score_judging.criteria_names(table.names))
+    if args.loss == "weighted" and table.sd is None:
+        raise common.UserError("--loss weighted needs rater sds: expected X_sd columns or single ratings, "
+                               f"found means alone for {len(table.names)} ratings; use --loss mse")
+    return table
+
+
+def load_study(args, run, table):
+    """Ratings and pictures, matched and checked; what cannot be used is counted and listed in skipped.csv."""
     paths, without_row, matching = file_names.match_images(table.images, args.images_dir, args.exact_names)
     found = np.flatnonzero([path is not None for path in paths])
     if not len(found):
@@ -160,6 +190,7 @@ def load_study(args, run):
         n=None if table.n is None else table.n[rows],
         single_ratings=single or None,
         groups=table.extra[args.group_column].to_numpy(str)[rows] if args.group_column else None,
+        columns={name: cells.to_numpy(str)[rows] for name, cells in table.extra.items()},
         store=store,
         stored=stored,
         skipped=skipped,
@@ -327,9 +358,6 @@ def rating_weights(study, rows, loss):
     """
     if loss != "weighted":
         return np.ones_like(study.ratings)
-    if study.sd is None:
-        raise common.UserError("--loss weighted needs rater sds: expected X_sd columns or single ratings, "
-                               f"found means alone for {len(study.names)} ratings; use --loss mse")
     raters = 1 if study.n is None else np.maximum(study.n, 1)
     noise = study.sd ** 2 / raters
     weights = 1 / (1 + noise / np.nanvar(study.ratings[rows], axis=0))
@@ -338,7 +366,7 @@ def rating_weights(study, rows, loss):
 
 
 def fit_scaler(ratings, normalize):
-    """Train-row mean and sd (R,) that targets are scaled by; without --normalize_targets 0 and 1: no change."""
+    """Train-row mean and sd (R,) that targets are scaled by; with --no_normalize_targets 0 and 1: no change."""
     if not normalize:
         return {"mean": np.zeros(ratings.shape[1]), "sd": np.ones(ratings.shape[1])}
     return {"mean": np.nanmean(ratings, axis=0), "sd": np.maximum(np.nanstd(ratings, axis=0), 1e-8)}
@@ -451,6 +479,9 @@ def predict_with_best(training, study, split, loaders, scaler, loss_function):
     predicted = {part: evaluate(model, loader, loss_function, scaler, args, run.compute)[0]
                  for part, loader in loaders.items() if len(split[part])}
     if args.head == "ridge":
+        solved = common.mean_metrics(common.regression_metrics(predicted["val"], study.ratings[split["val"]]))
+        run.say(f"the readout is solved anew after the last epoch: val R2 {best['history']['val_r2']:.2f} -> "
+                f"{solved['r2']:.2f}")
         best |= {"model": model.state_dict(), **model_metadata(args, study, split, scaler, predicted["val"])}
         common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
     return predicted
@@ -586,28 +617,26 @@ def limits(args):
     lines = ["Valid for pictures like these, rated by people like these; nothing else was tested."]
     if not args.group_column:
         lines.append("No --group_column: pictures of one person or session may stand on both sides of the split.")
+    if args.head == "ridge":
+        lines.append("The readout is solved anew after the last epoch: the curves show it before (points) and after "
+                     "(diamond).")
     if not args.pretrained and not args.weights:
         lines.append("Started from random weights; published weights usually do far better on data of this size.")
     return lines
 
 
-def criteria_names(study):
-    """What --criteria may name: r2 is the mean over ratings, r2_Valence one rating."""
-    return score_judging.criteria_names(study.names)
-
-
 # --- one run, or one run per fold -------------------------------------------------------------
 
 def check_split(run, study, split):
-    """Refuse a split that leaks; write splits.json and the leakage report."""
+    """Refuse a split that leaks; write splits.json and the leakage report. Returns alarms on what it parts."""
     phash = np.array(study.audit("phash"), dtype=np.uint64)
     report = splitting.leakage_report(split, study.images, study.audit("pixel_sha"), phash, {"groups": study.groups})
-    splitting.record_split(run, split, study.images, report)
+    return splitting.record_split(run, split, study.images, report, columns=study.columns, groups=study.groups)
 
 
 def run_split(run, args, study, split, features=None):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
-    check_split(run, study, split)
+    alarms = check_split(run, study, split)
     if args.dry_run:
         split = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
     if features is None:
@@ -623,11 +652,12 @@ def run_split(run, args, study, split, features=None):
             tables[part] = score_table(study, rows, predicted[part], others, seen[rows])
             tables[part].write(run.path(f"predictions_{part}.csv"))
     best_epoch = training.progress.best_epoch
-    plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch)
     train, val = (common.mean_metrics(common.regression_metrics(predicted[part], study.ratings[split[part]]))
                   for part in ("train", "val"))
+    solved = {f"val_{name}": val[name] for name in HISTORY_METRICS} if args.head == "ridge" else {}
+    plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch, solved)
     part = "test" if "test" in tables else "val"
-    alarms = verdicts.split_gap_alarms(train, val)
+    alarms += verdicts.split_gap_alarms(train, val, remedy=OVERFITTING_REMEDY)
     judge(run, args, study, split, split[part], tables[part], part, alarms, best_epoch)
 
 
@@ -635,7 +665,7 @@ def run_folds(run, args, study):
     """One run per fold in fold_K/, then the out-of-fold predictions pooled and judged as one."""
     splits = splitting.folds_of_flags(args, study.images, study.strata, study.groups)
     folds = {f"fold_{k}": split["val"] for k, split in enumerate(splits)}
-    check_split(run, study, folds)
+    alarms = check_split(run, study, folds)
     features = untuned_features(args, study, run, np.arange(len(study.images)))
     run.write_args(**study.data_record(folds))
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split, features))
@@ -645,14 +675,20 @@ def run_folds(run, args, study):
     done = judging.finished_folds(run, chosen, map(score_judging.fold_numbers, tables))
     row_of = {name: row for row, name in enumerate(study.images)}
     rows = np.array([row_of[name] for name in pooled.keys["image"]])
-    judge(run, args, study, folds, rows, pooled, "folds", [], folds=done)
+    judge(run, args, study, folds, rows, pooled, "folds", alarms, folds=done)
 
 
 def main():
     args = parse_args()
+    table = read_table(args)
+    recipe = choose_recipe(args, len(table.images))
+    args = parse_args(recipe=recipe)
     with common.start_run(args, fixed_shapes=True) as run:
-        study = load_study(args, run)
-        verdicts.parse_criteria(args.criteria, criteria_names(study))
+        if not run.resumed:
+            run.say(f"note: recipe {recipe} for {len(table.images)} pictures, unless --recipe says another: --backbone "
+                    f"{args.backbone} --head {args.head} --epochs {args.epochs} --select {args.select} ...")
+        build_backbone(args, args.head)  # a wrong name or file of weights stops here, before pictures are decoded
+        study = load_study(args, run, table)
         if args.folds:
             run_folds(run, args, study)
         else:

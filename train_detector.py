@@ -136,9 +136,9 @@ def add_data_arguments(data):
 
 def add_model_arguments(model):
     """The network, its input and its loss."""
-    model("--model", choices=tuple(MODELS), default="fasterrcnn_resnet50_fpn",
+    model("--model", "--backbone", "--encoder", choices=tuple(MODELS), default="fasterrcnn_resnet50_fpn",
           help="torchvision detector")
-    model("--min_size", type=common.SIDE, help="short side of the input in pixels (default: the model's)")
+    model("--min_size", "--image_size", "--img_size", type=common.SIDE, help="short side of the input in pixels (default: the model's)")
     model("--max_size", type=common.SIDE, help="longest side of the input in pixels")
     model("--anchor_sizes", type=common.bounded(int, 2), nargs="+", metavar="PX",
           help=f"sides of the anchors in input pixels, smallest first: five, {RESNET18} four")
@@ -1132,7 +1132,7 @@ def gap_alarms(row):
     if row["val_loss"] <= 2 * row["train_loss"]:
         return []
     return [f"validation loss {row['val_loss']:.3f} far above train loss {row['train_loss']:.3f}: "
-            "overfitting"]
+            "overfitting. Fewer trained layers (--trainable_layers), --augment light, more pictures"]
 
 
 def train(args):

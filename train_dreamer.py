@@ -55,7 +55,7 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__)
     common.add_shared_arguments(
         parser, epochs=150, batch_size=16, lr=2e-4, patience=20, save_top_k=3, augment="none",
-        train_ratio=0.7, val_ratio=0.15, test_ratio=0.15)
+        val_ratio=0.15, test_ratio=0.15)
     add_data_arguments(parser.group("transitions and patients"))
     add_model_arguments(parser.group("model"))
     parser.set_defaults(**dependent_defaults(common.parse_arguments(parser, argv)))
@@ -115,9 +115,9 @@ def add_data_arguments(add):
 
 def add_model_arguments(add):
     """Encoder, tokens, transformer and losses."""
-    add("--encoder", default="resnet34",
+    add("--encoder", "--backbone", "--model", default="resnet34",
         help="any torchvision ResNet: resnet18, resnet34, resnet50, ...")
-    add("--image_size", type=common.SIDE, default=224,
+    add("--image_size", "--img_size", type=common.SIDE, default=224,
         help="side of a frame in pixels")
     add("--freeze_layers", type=common.bounded(int, 0, 5), default=0,
         help="first stages of the encoder (stem, then four) that are not trained; 5 = none is, and without "
@@ -961,7 +961,7 @@ def limits(args, study):
 
 def make_split(args, study):
     """The split of the flags: {train, val, test: (n,) rows}."""
-    ratios = {"train": args.train_ratio, "val": args.val_ratio, "test": args.test_ratio}
+    ratios = common.split_ratios(args)
     if args.manual_splits:
         listed = {part: getattr(args, f"{part}_patients") or "" for part in PARTS}
         listed = {part: [name.strip() for name in text.split(",") if name.strip()]
@@ -1049,7 +1049,8 @@ def run_split(run, args, study, split):
                   for part in ("train", "val"))
     part = "test" if "test" in tables else "val"
     use = use_of_inputs(model, loaders[part], loss_function, run.compute, tables[part].groups)
-    alarms = verdicts.split_gap_alarms(train, val)
+    alarms = verdicts.split_gap_alarms(
+        train, val, remedy="Fewer trained layers (--freeze_layers), --augment full, more patients")
     judge(run, args, study, split, split[part], tables[part], part, use, alarms, best_epoch)
 
 

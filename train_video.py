@@ -41,6 +41,7 @@ from readers import csv_tables, event_tables, event_times, score_tables, video_f
 
 MODES = ("train", "predict", "evaluate", "audit")
 PARTS = ("train", "val", "test")
+OVERFITTING_REMEDY = "Fewer trained layers (--freeze_stages 3 --freeze_norm, --freeze_backbone), more clips"
 CNN_LSTM = "cnn_lstm"  # the one --model that reads frames one by one
 FIXED_INPUT = {  # frames, pixels
     "s3d": (16, 224),
@@ -133,7 +134,7 @@ def add_clip_arguments(data):
     data("--n_frames", type=common.POSITIVE,
          help="classify: frames in a clip (default 16); regress: at most so many frames of a "
               "sequence are read (default 32)")
-    data("--image_size", type=common.SIDE, default=112,
+    data("--image_size", "--img_size", type=common.SIDE, default=112,
          help="side of the input in pixels")
     data("--jitter_sec", type=common.AMOUNT, default=0.0,
          help="training clips may reach this far outside their event")
@@ -149,7 +150,7 @@ def add_model_arguments(model):
           help="a torchvision video network (r3d_18, mc3_18, r2plus1d_18, s3d, mvit_v2_s, "
                f"swin3d_t), which computes in fp32 on CPUs, or {CNN_LSTM}: an image backbone frame "
                "by frame, then an LSTM")
-    model("--backbone", default="resnet18", help=f"image network of {CNN_LSTM}")
+    model("--backbone", "--encoder", default="resnet18", help=f"image network of {CNN_LSTM}")
     model("--hidden", type=common.POSITIVE, default=256, help=f"width of the LSTM of {CNN_LSTM}")
     model("--dropout", type=common.DROPOUT, default=0.5,
           help="dropout before the last layer")
@@ -1095,8 +1096,8 @@ def predict_baselines(study, features, train, rows):
     }
     moments = moment_levels(study)
     if moments is not None:
-        predicted["moment_mean"] = baseline_models.level_mean_baseline(
-            target, moments[train], moments[rows])
+        codes = np.unique(moments, return_inverse=True)[1]
+        predicted["moment_mean"] = confounding.smoothed_means(codes, table.target, train, rows)
     return predicted
 
 
@@ -1217,20 +1218,27 @@ def limits(args, study):
 # --- one run, or one run per fold -------------------------------------------------------------
 
 def check_split(run, study, split):
-    """Refuse a split that leaks; write splits.json and the leakage report."""
+    """Refuse a split that leaks; write splits.json and the leakage report. Returns alarms on what it parts."""
     args = study.args
     audits = [study.audit(row) for row in range(len(study.table))]
     shas = [audit.pixel_sha for audit in audits]
     phash = np.array([audit.phash for audit in audits], dtype=np.uint64)
-    report = event_audit.audit_table(study.table, split, shas, phash, gap_sec=args.gap_sec)
+    report = event_audit.audit_table(study.table, split, shas, phash, gap_sec=args.gap_sec,
+                                     judges_priors=False)
     keeps_groups = args.group_column and args.split_by in (None, "group")
     stopping = splitting.STOPPING_LEAKS if keeps_groups else ("events", "exact_duplicates")
-    splitting.record_split(run, split, study.table.clip_ids, report, stopping)
+    columns = {}
+    if args.split_by in (None, "group"):  # else what repeats stands on both sides on purpose
+        columns = confounding.prior_levels(study.table)
+    for made in ("video", "pair", "hour"):  # no columns of the manifest
+        columns.pop(made, None)
+    groups = study.table.groups if keeps_groups else None
+    return splitting.record_split(run, split, study.table.clip_ids, report, stopping, columns, groups)
 
 
 def run_split(run, args, study, split, features=None):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
-    check_split(run, study, split)
+    alarms = check_split(run, study, split)
     if args.dry_run:
         split = {part: few_rows(study.table, rows, 2 * args.batch_size)
                  for part, rows in split.items()}
@@ -1257,7 +1265,7 @@ def run_split(run, args, study, split, features=None):
     train, val = (fitted.objective.history(fitted.outputs[part], split[part])
                   for part in ("train", "val"))
     metric = "roc_auc" if args.task == "classify" else "pearson_r"
-    alarms = verdicts.split_gap_alarms(train, val, metric)
+    alarms += verdicts.split_gap_alarms(train, val, metric, OVERFITTING_REMEDY)
     part = "test" if "test" in results else "val"
     judge(run, args, study, split, results[part], part, alarms, best_epoch)
 
@@ -1300,7 +1308,8 @@ def make_split(args, study):
 
 def part_of_train(args, table, rows):
     """train and val cut from these rows by their ratios."""
-    val_ratio = args.val_ratio / (args.train_ratio + args.val_ratio)
+    shares = common.split_ratios(args)
+    val_ratio = shares["val"] / (shares["train"] + shares["val"])
     kept_whole = event_tables.split_keys(table, args.split_by)
     made = splitting.make_split(
         len(rows), {"train": 1 - val_ratio, "val": val_ratio}, event_tables.strata_of(table)[rows],
@@ -1336,7 +1345,7 @@ def run_folds(run, args, study):
     parts = {f"fold_{k}": fold["val"] for k, fold in enumerate(folds)}
     if len(test):
         parts["test"] = test
-    check_split(run, study, parts)
+    alarms = check_split(run, study, parts)
     features = untuned_features(args, study, run)
     run.write_args(**study.data_record(parts))
     chosen = run.each_fold(
@@ -1352,7 +1361,7 @@ def run_folds(run, args, study):
     done = judging.finished_folds(run, chosen, numbers)
     pooled = pool(results, study)
     predictions_table(study, pooled).write(run.path("predictions_folds.csv"))
-    judge(run, args, study, parts, pooled, "folds", [], folds=done)
+    judge(run, args, study, parts, pooled, "folds", alarms, folds=done)
     if len(test):
         members = [read_fold(run.path(f"fold_{k}"), study, folds[k], "test") for k in chosen]
         with run.child("test_ensemble") as child:

@@ -23,16 +23,6 @@ def train_mean_baseline(train_target, n_rows):
     return np.tile(common.mean_without_nan(train_target, axis=0), (n_rows, 1))
 
 
-def level_mean_baseline(train_target, train_levels, levels):
-    """(m, R) mean of each row's level over the train rows (n, R), of all where a level has none."""
-    everywhere = common.mean_without_nan(train_target, axis=0)
-    predicted = []
-    for level in levels:
-        own = common.mean_without_nan(train_target[train_levels == level], axis=0)
-        predicted.append(np.where(np.isnan(own), everywhere, own))
-    return np.stack(predicted)
-
-
 def prior_baseline(train_label, n_rows, n_classes):
     """Share of each class among the train labels, below 0 = missing -> (n_rows, C)."""
     train_label = np.asarray(train_label, np.int64)

@@ -42,10 +42,10 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
     estimates |= {name: result.overall.model[f"{name}_above_null"] for name in calibrating.ECE_METRICS}
     return judging.close_run(
         run, setting,
-        verdict=verdict + confounding.flagged_sentence(confounds),
+        verdict=verdict,
         result=result,
         metric="roc_auc",
-        doubts=confounding.flagged_names(confounds),
+        doubts=verdicts.baseline_doubts(table.baselines) + confounding.flagged_doubts(confounds),
         alarms=alarms,
         criteria=verdicts.judge_criteria(criteria, estimates),
         figures=key_figures(result, table.positive),
@@ -76,12 +76,13 @@ def flag_confounds(confounds, result, positive):
 def plot_classes(run, table, confusion):
     """The plots that the report shows, as files of the run folder."""
     probability = table.probability
-    is_right = probability.argmax(1) == table.label
+    chosen = table.chosen
+    confidence = probability[np.arange(len(chosen)), chosen]
     shown = table.positive if len(table.names) == 2 else None
     plotting.plot_confusion(confusion, table.names, run.path("confusion.png"))
     plotting.plot_precision_recall(
         probability, table.label, table.names, run.path("precision_recall.png"), shown)
-    plotting.plot_risk_coverage(probability.max(1), is_right, run.path("risk_coverage.png"))
+    plotting.plot_risk_coverage(confidence, chosen == table.label, run.path("risk_coverage.png"))
     plotting.plot_reliability(
         probability, table.label, run.path("reliability.png"), table.uncalibrated)
 
@@ -203,16 +204,16 @@ def metric_blocks(run, setting, result):
     plots = {
         "confusion.png": "Confusion matrix: rows true, columns predicted",
         "precision_recall.png": "Precision-recall and ROC curves",
-        "risk_coverage.png": "Errors among the most confident",
+        "risk_coverage.png": "Wrong answers among the most confident ones",
     }
     return [
+        *(reporting.html_image(run.path(file), text) for file, text in plots.items()),
         reporting.html_table(overall, formats=formats, caption=caption),
         reporting.html_table(per_class, caption="Each class against the rest, with 95 % intervals"),
-        *(reporting.html_image(run.path(file), text) for file, text in plots.items()),
     ]
 
 
 def with_interval(found):
     """'0.812 [0.70, 0.89]', or the value alone."""
-    ends = "" if math.isnan(found.low) else f" [{found.low:.2f}, {found.high:.2f}]"
-    return f"{found.value:.3f}{ends}"
+    ends = "" if math.isnan(found.low + found.value) else f" [{found.low:.2f}, {found.high:.2f}]"
+    return metric_names.number_text(found.value) + ends

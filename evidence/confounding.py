@@ -137,28 +137,24 @@ def flagged_names(rows):
     return [row["name"] for row in rows if row["red_flag"] and row["name"] != "row order"]
 
 
-def flagged_sentence(rows):
-    """What the verdict says of flagged columns, "" without any."""
+def flagged_doubts(rows):
+    """A sentence on flagged columns in a list, [] without any."""
     names = flagged_names(rows)
-    return f" No pixel is needed to come as far: {common.shorten_list(names, 3)}." if names else ""
+    if not names:
+        return []
+    return [f"Known without looking at the input, and as good as the model's interval allows: "
+            f"{common.shorten_list(names, 3)}. Judge the model within the levels (the section Without a pixel)"]
 
 
 def confound_blocks(rows):
     """HTML of the section Without a pixel: what metadata alone predict, beside the model."""
     if not rows:
         return []
-    blocks = []
-    names = flagged_names(rows)
-    if names:
-        blocks.append(reporting.html_text(
-            f"{common.shorten_list(names)}: known without looking at any picture, and as good as the "
-            "model's interval allows. Judge the model within the levels.", "caution"))
     formats = {name: ".3f" for name in rows[0] if name not in ("name", "n_levels", "red_flag")}
     shown = [{**row, "red_flag": "reaches the model" if row["red_flag"] else ""} for row in rows]
-    blocks.append(reporting.html_table(
+    return [reporting.html_table(
         shown, formats=formats,
-        caption="The train rate (or mean) of each level of a column as the prediction"))
-    return blocks
+        caption="The train rate (or mean) of each level of a column as the prediction")]
 
 
 def within_level_auc(score, label, levels, positive=1):

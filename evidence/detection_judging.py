@@ -129,6 +129,7 @@ def judge_detections(run, truth, detections, setting, baseline=None, picture=Non
         verdict=verdicts.verdict_sentence(result, "map", None, setting.worst_seen),
         result=result,
         metric="map",
+        doubts=verdicts.baseline_doubts(["mean box"]),
         alarms=alarms,
         criteria=verdicts.judge_criteria(criteria, verdicts.named_estimates(result, meanings)),
         figures=key_figures(result),

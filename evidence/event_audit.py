@@ -79,13 +79,15 @@ def audit_table(
     predictions=None,
     positive=None,
     gap_sec=30.0,
+    judges_priors=True,
 ):
     """The leakage report of events, split {part: rows}, with all that their times and files tell.
 
     Besides splitting.leakage_report: parts, shared_event_rows, windows_past_the_end and
     probability_clusters (where they can be judged), priors, and notes that say it in text.
     pixels, phash: as there (default: content of file and window); durations: {source: seconds};
-    predictions: predictions.csv; positive: class whose priors are judged (default: the rarest).
+    predictions: predictions.csv; positive: class whose priors are judged (default: the rarest);
+    judges_priors False: a run judges them itself, on its own folds.
     """
     rows = np.concatenate(list(split.values()))
     parts = np.repeat(list(split), [len(each) for each in split.values()])
@@ -125,7 +127,8 @@ def audit_table(
         report["windows_past_the_end"] = past_the_end(table, durations)
     if predictions is not None:
         report["probability_clusters"] = probability_clusters(predictions)
-    report["priors"] = confounding.no_pixel_priors(table, positive)
+    if judges_priors:
+        report["priors"] = confounding.no_pixel_priors(table, positive)
     report["notes"] = audit_notes(report)
     return report
 
@@ -278,8 +281,7 @@ def audit_notes(report):
             f"probabilities: {clusters['rows_in_clusters']} of {clusters['rows']} rows "
             f"share theirs with two or more others ({clusters['values']} values)"
         )
-    if not report["priors"]:
-        lines.append(
-            "no-pixel priors: too few labelled clips on both sides to judge any"
-        )
-    return lines + [_prior_note(row) for row in report["priors"]]
+    priors = report.get("priors")
+    if priors == []:
+        lines.append("no-pixel priors: too few labelled clips on both sides to judge any")
+    return lines + [_prior_note(row) for row in priors or []]

@@ -11,6 +11,9 @@ import common
 from evidence import reporting, splitting, verdicts
 
 
+METRICS_SCHEMA = 1  # of metrics.json; docs/judging.md
+
+
 @dataclasses.dataclass(kw_only=True)
 class Setting:
     """What a run knows beside its predictions table. The defaults are what is known of a table alone."""
@@ -75,7 +78,7 @@ def rows_text(table, unit="rows"):
 def sample_sentence(size, unit="rows"):
     """The effective sample in words; size: of splitting.effective_size."""
     groups = "no groups named: each row its own" if size["subjects"] is None else f"{size['subjects']} groups"
-    return f"{size['rows']} {unit} scored, {size['distinct_label_vectors']} distinct label vectors, {groups}."
+    return f"{size['rows']} {unit} scored, {size['distinct_label_vectors']} different sets of labels, {groups}."
 
 
 def case_blocks(table, titles, picture, count=5):
@@ -103,11 +106,26 @@ def write_comparison(run, rows):
     sections = [("Comparison", [reporting.html_table(rows, formats=formats, caption=caption)]),
                 ("Command and versions", reporting.command_blocks())]
     reporting.write_report(run.path("report.html"), f"Comparison: {run.folder.name}",
-                           ("caution", ". ".join(sentences) + "."), sections, run.compute.text, [])
+                           verdicts.Verdict("caution", "Comparison", ". ".join(sentences) + "."), sections, run.compute.text, [])
     common.write_json(run.path("metrics.json"), {"comparisons": rows})
     for sentence in sentences:
         run.say(sentence)
     run.say(f"open next: {run.path('report.html')}")
+
+
+def headline(result, metric, level):
+    """What metrics.json of every script says first: the metric of the verdict, beside the strongest baseline."""
+    model = result.overall.model[metric]
+    difference = result.overall.difference[metric]
+    return {
+        "metric": metric,
+        "value": model.value,
+        "interval": [model.low, model.high],
+        "baseline": {"name": result.baseline_name, "value": result.overall.baseline[metric].value},
+        "difference": {"value": difference.value, "interval": [difference.low, difference.high]},
+        "verdict": verdicts.outcome_of(result.gain(metric)),
+        "level": level,
+    }
 
 
 def close_run(run, setting, *, result, metric, verdict, alarms, criteria, figures, blocks, sections, numbers,
@@ -116,33 +134,39 @@ def close_run(run, setting, *, result, metric, verdict, alarms, criteria, figure
 
     result: subject_intervals.Result; metric, verdict: of the verdict, and its sentence; criteria: of
     verdicts.judge_criteria; figures: key figures for the top of the report; blocks: HTML of the section Metrics;
-    sections: (title, HTML blocks) of the task's own sections; numbers: what else metrics.json says; doubts: what beside
-    the alarms keeps the verdict from green.
+    sections: (title, HTML blocks) of the task's own sections; numbers: what else metrics.json says; doubts: sentences on
+    what beside the alarms keeps the verdict from green.
     """
     seen = splitting.seen_sentences(setting.seen)
     alarms = alarms + setting.alarms + identical_fold_alarms(setting.folds)
     if "train" in seen:
         alarms.append(seen["train"])
-    level = verdicts.verdict_level(result.gain(metric), [*alarms, *doubts, *seen.values()])
+    doubts = list(doubts) + [text for word, text in seen.items() if word != "train"]
+    reached = verdicts.reach_verdict(result.gain(metric), alarms + doubts, verdict)
     passed = verdicts.PASSES[setting.worst_seen]
     criteria = [bar | {"verdict": bar["verdict"].replace("PASS", passed)} for bar in criteria]
     metrics = {
+        "schema": METRICS_SCHEMA,
+        "headline": headline(result, metric, reached.level),
         "part": setting.part,
         "best_epoch": setting.best_epoch,
         "verdict": verdict,
         "held_out": setting.held_out,
         **numbers,
         "alarms": alarms,
+        "doubts": doubts,
         "criteria": criteria,
         "folds": setting.folds,
     }
-    blocks = [reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in alarms] + blocks
+    marked = [reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in alarms]
+    marked += [reporting.html_text(doubt, "caution") for doubt in doubts]
     if criteria:
         blocks.append(reporting.html_table(criteria, caption="Criteria"))
     if setting.folds:
         blocks.append(reporting.html_table(fold_table(setting.folds), caption="Folds"))
-    limits = "\n".join(f"- {line}" for line in [*setting.limits, *seen.values()])
+    limits = "\n".join(f"- {line}" for line in setting.limits)
     sections = [
+        ("Alarms and doubts", marked),
         ("Data and split", setting.data),
         ("Leakage", reporting.leakage_blocks(run)),
         ("Metrics", blocks),
@@ -153,7 +177,7 @@ def close_run(run, setting, *, result, metric, verdict, alarms, criteria, figure
         ("Command and versions", reporting.command_blocks()),
     ]
     reporting.write_report(
-        run.path("report.html"), f"{setting.title}: {run.folder.name}", (level, verdict),
+        run.path("report.html"), f"{setting.title}: {run.folder.name}", reached,
         sections, run.compute.text, figures)
     common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
     if "sample" in metrics:

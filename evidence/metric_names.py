@@ -37,7 +37,21 @@ METRICS = {metric.name: metric for metric in (
     Metric("map_present", "mean AP without absent parts", normal_scale="logit"),
     Metric("joint_map", "mean joint AP", normal_scale="logit"),
     Metric("ap", "AP", normal_scale="logit"),
+    Metric("ap50", "AP50", normal_scale="logit"),
     Metric("state_accuracy", "state accuracy", normal_scale="logit"),
     Metric("hallucination_rate", "hallucination rate", lower_is_better=True, normal_scale="logit"),
     Metric("hallucination_rate_anywhere", "hallucination rate anywhere", lower_is_better=True, normal_scale="logit"),
     Metric("absent_box_detected", "absent boxes detected", normal_scale="logit"))}
+
+BASELINES = {  # as sentences write them
+    "ridge": "ridge regression",
+    "ridge_multiscale": "ridge regression on three feature scales",
+    "logistic": "logistic regression",
+    "image_ridge": "ridge regression on images and motion",
+    "motion_ridge": "ridge regression on the motion",
+}
+
+
+def number_text(value, spec=".3f"):
+    """A number as reports write it; NaN is "undefined"."""
+    return "undefined" if value != value else format(value, spec)

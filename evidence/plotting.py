@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 import common
-from evidence import calibrating, class_scores, subject_intervals
+from evidence import calibrating, class_scores, metric_names, subject_intervals
 
 INK = "#20262d"
 SOFT = "#66707a"
@@ -49,6 +49,7 @@ def new_figure(n_panels, columns, panel_inches, margins=MARGINS, edges=(0, 0), s
         axis = figure.add_axes(box, sharey=axes[0] if share_y and axes else None)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(colors=SOFT, labelsize=8)
+        axis.ticklabel_format(useOffset=False)
         if share_y and column:
             axis.tick_params(labelleft=False)
         axis.grid(color=GRID)
@@ -111,8 +112,8 @@ def _metric_families(history):
     return families
 
 
-def _draw_history_panel(axis, history, family, columns, best_epoch):
-    """One family over the epochs, train_ dashed; a vertical line at the best epoch."""
+def _draw_history_panel(axis, history, family, columns, best_epoch, solved):
+    """One family over the epochs, train_ dashed; a vertical line at the best epoch; solved: as in plot_history."""
     epochs = _values(history, "epoch")
     colours = itertools.cycle([BLUE, GREEN, PURPLE, YELLOW, SKY])
     for column in columns:
@@ -121,29 +122,34 @@ def _draw_history_panel(axis, history, family, columns, best_epoch):
             axis.plot(epochs, values, ".--", label=column, color=ORANGE)
         else:
             axis.plot(epochs, values, ".-", label=column, color=next(colours))
+        if column in solved:
+            axis.plot(epochs[-1], solved[column], "D", label="readout solved anew", color=INK)
     set_title(axis, family)
     axis.set_xlabel("epoch", fontsize=8, color=SOFT)
     axis.locator_params(axis="x", integer=True)
-    if len(columns) > 1:
+    if len(columns) > 1 or solved.keys() & set(columns):
         _add_legend(axis)
     if best_epoch is not None:
         axis.axvline(best_epoch, color=INK, linewidth=0.9, linestyle=":")
         set_title(axis, family, f"best epoch {best_epoch:g}")
 
 
-def plot_history(history, path, best_epoch=None):
+def plot_history(history, path, best_epoch=None, solved=None):
     """Learning curves as PNG: a panel per family of train_ and val_ columns, then the learning rate.
 
     history: dicts with epoch and any train_*, val_* and learning_rate (None or "" leaves a gap).
-    best_epoch is marked in every panel. It takes a good part of a second, so it belongs at the end
+    best_epoch is marked in every panel; solved: {column: value} after a readout was solved anew. It takes a good part of a second, so it belongs at the end
     of a run, not into each epoch.
     """
-    families = _metric_families(history)
+    families = {}
+    for family, columns in _metric_families(history).items():
+        if any(np.isfinite(_values(history, column)).any() for column in columns):
+            families[family] = columns
     if np.nanmax([0.0, *_values(history, "learning_rate")]) > 0:
         families["learning_rate"] = ["learning_rate"]
     figure, axes = new_figure(len(families), min(3, len(families)), (3.5, 2.5))
     for axis, (family, members) in zip(axes, families.items()):
-        _draw_history_panel(axis, history, family, members, best_epoch)
+        _draw_history_panel(axis, history, family, members, best_epoch, solved or {})
         if family == "learning_rate":
             axis.set_yscale("log")
     save_figure(figure, path)
@@ -166,7 +172,7 @@ def _draw_target_bars(axis, rows, metric):
     beside = axis.get_yaxis_transform()
     for y, number in zip(place, value):
         axis.text(1.02, y, f"{number:.2f}", transform=beside, va="center", fontsize=8)
-    set_title(axis, metric)
+    set_title(axis, metric_names.METRICS[metric].label)
     axis.axvline(0, color=SOFT, linewidth=0.9)
 
 
@@ -295,7 +301,7 @@ def _draw_reliability(axis, probability, label, colour, name):
     weights = np.stack([np.ones(len(bins)), confidence, is_right])
     sums = class_scores.sums_by(bins, n_bins, weights)
     count, sum_confidence, right = sums[:, sums[0] > 0]
-    ends = [subject_intervals.wilson_interval(k, n) for k, n in zip(right, count)]
+    ends = [subject_intervals.share_interval(k, n) for k, n in zip(right, count)]
     low, high = np.array(ends).reshape(-1, 2).T
     x = sum_confidence / count
     axis.vlines(x, low, high, color=colour, linewidth=1.2, alpha=0.6)

@@ -47,7 +47,7 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, num
         verdict=pose_scores.verdict(result, patients, has_patients, setting.worst_seen),
         result=result,
         metric="mae",
-        doubts=[] if result.unit == "patients" else [WITHIN_PATIENTS],
+        doubts=verdicts.baseline_doubts(results) + ([] if result.unit == "patients" else [WITHIN_PATIENTS]),
         alarms=alarms,
         criteria=verdicts.judge_criteria(criteria, verdicts.named_estimates(result, meanings)),
         figures=key_figures(result, predictors),
@@ -104,7 +104,7 @@ def metric_blocks(run, setting, result, axes, baselines, predictors, patients):
     two_digits = dict.fromkeys([*columns, *of_predictor, *of_patient], ".2f")
     two_digits |= {"n": "d", "transitions": "d"}
     three_digits = dict.fromkeys(("error", "difference", "low", "high"), ".3f")
-    blocks = [
+    return [
         reporting.html_table(
             axes, columns, two_digits,
             f"MAE of each axis on the {setting.part} rows in mm or degrees, beside the baselines'; {result.method}"),
@@ -116,9 +116,6 @@ def metric_blocks(run, setting, result, axes, baselines, predictors, patients):
         reporting.html_table(patients, of_patient, two_digits),
         reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true, at t1"),
     ]
-    if result.unit != "patients":
-        blocks.append(reporting.html_text(WITHIN_PATIENTS))
-    return blocks
 
 
 def use_blocks(use):

@@ -220,6 +220,24 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
         f"prob_CLASS or score (classes); found {common.shorten_list(table, 40)}")
 
 
+def refuse_useless(table, path):
+    """UserError for a table of read_predictions that nothing can be said of: no prediction, or labels that do not vary."""
+    if isinstance(table, ScoreTable):
+        lacking = ~np.isnan(table.target) & np.isnan(table.predicted)
+        kinds = [len(set(column[~np.isnan(column)])) for column in table.target.T]
+        flat = [f"{name}_true" for name, count in zip(table.names, kinds) if count < 2]
+    else:
+        lacking = (table.label >= 0)[:, None] & np.isnan(table.probability)
+        flat = ["the true label"] if len(set(table.label[table.label >= 0])) < 2 else []
+    rows = np.flatnonzero(lacking.any(1)) + 1
+    if len(rows):
+        raise common.UserError(f"{path}: {len(rows)} of {len(lacking)} rows have a true value and no prediction (rows "
+                               f"{common.shorten_list(rows, 5)}); fill them in, or leave these rows out")
+    if flat:
+        raise common.UserError(f"{path}: {common.shorten_list(flat, 5)} has the same value in every row, so nothing can "
+                               "be said of how well it is predicted; add rows, or leave it out")
+
+
 def _keys_of(table):
     """{heading: (M,) text} of the column that says which row it is, else its number; and of the column `fold`."""
     found = next((column for column in ID_COLUMNS if column in table), None)

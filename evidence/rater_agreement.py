@@ -32,11 +32,6 @@ def noise_ceiling(mean, sd, n):
     return np.where((valid.sum(0) >= 2) & (r2 >= 0), r2, np.nan)
 
 
-def ceiling_table(mean, sd):
-    """{n: (R,) R2 ceilings} for 2 to 30 raters, where their number is not known: mean, sd (N, R)."""
-    return {n: noise_ceiling(mean, sd, n) for n in range(2, 31)}
-
-
 def _stack_ratings(ratings, fewest):
     """N 1-D arrays -> (values (M,), image (M,) sorted indices, counts (N,)) without NaN.
 
@@ -143,11 +138,8 @@ def measure_ceiling(names, mean, sd=None, n=None, single_ratings=None):
         return Ceiling(source="not measurable: the table has means alone, no rater sd")
     if n is not None:
         return Ceiling(source="1 - mean(sd^2 / n) / var(mean)", r2=noise_ceiling(mean, sd, n))
-    table = ceiling_table(mean, sd)
-    possible = []
-    for r, name in enumerate(names):
-        of_n = {f"n = {raters}": table[raters][r] for raters in (2, 4, 6, 10, 15, 20, 30)}
-        possible.append({"target": name, **of_n})
+    tables = {f"n = {raters}": noise_ceiling(mean, sd, raters) for raters in (2, 4, 6, 10, 15, 20, 30)}
+    possible = [{"target": name, **{label: r2[r] for label, r2 in tables.items()}} for r, name in enumerate(names)]
     return Ceiling(source="not measurable: the table has rater sds but no number of raters n, on which the ceiling "
                           "depends", possible=possible)
 

@@ -12,24 +12,34 @@ from pathlib import Path
 import numpy as np
 
 import common
-from evidence import splitting
+from evidence import metric_names, splitting
 
 STYLE = Path(__file__).with_name("report.css")
 # keep a page under 5 MB
 PLOT_SIDE = 1600
 CASE_SIDE = 256
 MOST_CASES = 40
+EXPLANATIONS = {  # of a section's words, under its head
+    "Leakage": "What stands on both sides of the split: a model that knows it already looks better than it is.",
+    "Metrics": "R2: share of the variance explained, 0 = as good as the mean, below 0 = worse. r: correlation. AUC: how "
+               "often a row of the class is ranked above another, .5 = by chance. AP: mean precision over all recalls.",
+    "Noise ceiling": "The R2 that a perfect model would reach, given how far the raters disagree.",
+    "Without a pixel": "What columns of the table predict without looking at the input. A model must do better.",
+    "Calibration": "Whether a confidence of 80 % is right in 80 % of the rows. ECE: the mean gap, in shares of 1; "
+                   "NLL and Brier: error of the probabilities, smaller is better.",
+    "Best and worst cases": "By the error of the prediction.",
+}
 _LEVELS = {  # word and outline: shape and word tell the levels apart without colour
     "good": (
-        "Holds",
+        "good",
         '<circle cx="12" cy="12" r="11"/><path d="M6.8 12.4l3.6 3.7 6.9-7.6"/>',
     ),
     "caution": (
-        "With caution",
+        "caution",
         '<path class="f" d="M12 1.8L23.3 21.6H.7z"/><path d="M12 9v6M12 18.1v.4"/>',
     ),
     "poor": (
-        "Does not hold",
+        "alarm",
         '<path class="f" d="M7.6 1.5h8.8l6.1 6.1v8.8l-6.1 6.1H7.6l-6.1-6.1V7.6z"/>'
         '<path d="M8.3 8.3l7.4 7.4M15.7 8.3l-7.4 7.4"/>',
     ),
@@ -154,22 +164,28 @@ def html_cases(cases):
 def key_figure(label, estimate, remark):
     """(label, value, remark) texts of an Estimate for the top of the report; its interval stands for the remark."""
     interval = f"95 % interval {estimate.low:.3f} to {estimate.high:.3f}"
-    return label, f"{estimate.value:.3f}", remark if math.isnan(estimate.low) else interval
+    return label, metric_names.number_text(estimate.value), remark if math.isnan(estimate.low) else interval
 
 
 def leakage_blocks(run):
-    """The section on leakage, from leakage_report.json where there is one."""
+    """The section on leakage, from leakage_report.json where there is one: what was found, or that nothing was."""
     path = run.path("leakage_report.json")
     if not path.exists():
         return []
-    lines = splitting.leakage_text(common.read_json(path)).splitlines()
-    return [html_text("\n".join(f"- {line}" for line in lines))]
+    report = common.read_json(path)
+    found = splitting.found_leakage(report)
+    notes = "\n".join(f"- {note}" for note in report.get("notes", []))
+    if found:
+        blocks = [html_text("\n".join(f"- {line}" for line in found), "caution")]
+    else:
+        blocks = [html_text("The parts of the split share nothing: no group, no copy, no near-duplicate.", "good")]
+    return blocks + ([html_text(notes)] if notes else [])
 
 
 def history_blocks(run):
-    """The section on learning curves: those of the run, or of its first fold."""
+    """The section on learning curves: those of the run, and of each of its folds."""
     curves = sorted(run.folder.glob("**/training_history.png"))
-    return [html_image(path, f"Learning curves, {path.parent.name}") for path in curves[:1]]
+    return [html_image(path, f"Learning curves, {path.parent.name}") for path in curves]
 
 
 def command_blocks():
@@ -195,11 +211,10 @@ def public_word(word):
 def write_report(path, title, verdict, sections, foot="", figures=()):
     """Write one self-contained HTML page: ASCII, no script, no network, under 5 MB, light and dark, phone and print.
 
-    verdict: (level good, caution or poor, sentence); figures: the key figures as (label, value, remark) texts;
+    verdict: a verdicts.Verdict; figures: the key figures as (label, value, remark) texts;
     sections: (heading, blocks from the html_ builders), without blocks left out. The order of every train script: Data
     and split, Leakage, Metrics, Calibration, Learning curves, Best and worst cases, Limits, Command and versions.
     """
-    level, sentence = verdict
     title = html.escape(title)
     links = []
     bodies = []
@@ -208,14 +223,15 @@ def write_report(path, title, verdict, sections, foot="", figures=()):
             continue
         name = f"s{len(links)}"
         heading = html.escape(heading)
+        if heading in EXPLANATIONS:
+            blocks = [f'<p class="small">{html.escape(EXPLANATIONS[heading])}</p>', *blocks]
         body = "\n".join(blocks)
         links.append(f'<li><a href="#{name}">{heading}</a></li>')
         bodies.append(f'<section id="{name}"><h2>{heading}</h2>\n{body}\n</section>')
     tile = '<div><dt>{}</dt><dd class="big">{}</dd><dd class="small">{}</dd></div>'
     tiles = "".join(tile.format(*map(html.escape, figure)) for figure in figures)
-    word = _LEVELS[level][0]
-    body = f'<div class="word">{word}</div><p>{html.escape(sentence)}</p>'
-    banner = _note(body, level, "note verdict")
+    body = f'<div class="word">{html.escape(verdict.word)}</div><p>{html.escape(verdict.sentence)}</p>'
+    banner = _note(body, verdict.level, "note verdict")
     links = "".join(links)
     main = "\n".join(bodies)
     document = f"""<!DOCTYPE html>

@@ -9,7 +9,8 @@ import math
 import numpy as np
 
 import common
-from evidence import confounding, judging, plotting, rater_agreement, reporting, splitting, subject_intervals, verdicts
+from evidence import (
+    confounding, judging, metric_names, plotting, rater_agreement, reporting, splitting, subject_intervals, verdicts)
 
 
 def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, table_file="scores.csv",
@@ -37,13 +38,13 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, 
     alarms = verdicts.regression_alarms(table.predicted, table.target, table.names) + slope_alarms(rows)
     return judging.close_run(
         run, setting,
-        verdict=verdict + confounding.flagged_sentence(confounds),
+        verdict=verdict,
         result=result,
         metric="r2",
-        doubts=confounding.flagged_names(confounds),
+        doubts=verdicts.baseline_doubts(table.baselines) + confounding.flagged_doubts(confounds),
         alarms=alarms,
         criteria=judge_criteria(setting.criteria, result, table, moments),
-        figures=key_figures(result, best_r2),
+        figures=key_figures(result, table.target, best_r2),
         blocks=metric_blocks(run, setting, result, rows, moment_rows, plot_file),
         sections=[
             ("Noise ceiling", rater_agreement.ceiling_blocks(ceiling)),
@@ -145,12 +146,15 @@ def judge_criteria(text, result, table, moments):
     return verdicts.judge_criteria(criteria, estimates)
 
 
-def key_figures(result, best_r2):
-    """[(label, value, remark)] for the top of the report."""
+def key_figures(result, target, best_r2):
+    """[(label, value, remark)] for the top of the report; target: (M, R)."""
     model = result.overall.model
-    estimates = {"Mean R2": model["r2"], "Mean r": model["pearson_r"], "Mean MAE": model["mae"],
-                 f"R2 of the {result.baseline_label}": result.overall.baseline["r2"]}
+    estimates = {"Mean R2": model["r2"], "Mean r": model["pearson_r"],
+                 f"R2 of {result.baseline_label}": result.overall.baseline["r2"]}
     figures = [reporting.key_figure(label, found, result.method) for label, found in estimates.items()]
+    sd = np.nanstd(target, axis=0)
+    error = common.mean_without_nan(result.each.model["mae"].value / np.where(sd > 0, sd, np.nan))
+    figures.append(("Mean absolute error", f"{metric_names.number_text(error)} sd", "in sds of the labels, as scores differ in scale"))
     if best_r2 is not None:
         figures.append(("R2 ceiling", f"{best_r2:.3f}", "what the raters allow"))
     return figures
@@ -166,10 +170,15 @@ def metric_blocks(run, setting, result, rows, moment_rows, plot_file):
     formats = {name: ".3f" for name in columns if name not in ("target", "n")}
     caption = (f"Each score on the {setting.part} rows, in its unit; baseline: {result.baseline_label}; "
                f"{result.method}")
+    drawn = ["baseline"]
+    if np.isfinite([row["r2_low"] for row in rows]).any():
+        drawn.append("interval")
+    if np.isfinite([row.get("ceiling_r2", math.nan) for row in rows]).any():
+        drawn.append("noise ceiling")
     blocks = [
-        reporting.html_table(rows, columns, formats, caption=caption),
-        reporting.html_image(run.path(plot_file), "r and R2 of each score: interval, baseline and ceiling"),
+        reporting.html_image(run.path(plot_file), f"r and R2 of each score, with {' and '.join(drawn)}"),
         reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true"),
+        reporting.html_table(rows, columns, formats, caption=caption),
     ]
     if moment_rows:
         columns = {"moment": "moment", "target": "score", "n": "n", "mae": "MAE", "rmse": "RMSE", "r2": "R2",

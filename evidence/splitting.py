@@ -6,6 +6,7 @@ Letters: N rows.
 import collections
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import common
 # Measured on 804 aligned faces: copies (64 to 512 px, JPEG 30 to 90, brighter, darker) differ
 # in at most 34 of 256 bits, different faces in at least 58.
 NEAR_DUPLICATE_BITS = 40
+# in the names of columns that say who or what was recorded
+GROUP_WORDS = re.compile(r"subject|participant|person|patient|animal|scene|group|session|site")
 STOPPING_LEAKS = ("groups", "events", "exact_duplicates")
 SEEN_SENTENCES = {  # what follows from the words of common.SEEN_WORDS but "new"
     "train": "trained the model, or one that it started from: the result is not held out",
@@ -196,12 +199,7 @@ def read_split_file(path, keys):
 def split_of_flags(args, keys, strata=None, groups=None):
     """{train, val, test: sorted (n,) int rows} by the ratios or from --split_file."""
     if not args.split_file:
-        ratios = {
-            "train": args.train_ratio,
-            "val": args.val_ratio,
-            "test": args.test_ratio,
-        }
-        return make_split(len(keys), ratios, strata, groups, args.seed, keys)
+        return make_split(len(keys), common.split_ratios(args), strata, groups, args.seed, keys)
     split = read_split_file(args.split_file, keys)
     if not len(split.get("val", ())):
         raise common.UserError(
@@ -321,13 +319,22 @@ def _leakage_line(where, found):
     return f"leakage {where}: {', '.join(counts)}"
 
 
+def found_leakage(report, with_zeros=False):
+    """A line per two parts that share anything (with_zeros: per any two), one per part that holds copies."""
+    lines = []
+    inside = {f"inside {part}": found for part, found in report["within"].items()}
+    for place, found in {**report["between"], **inside}.items():
+        shared = {what: item for what, item in found.items() if item["count"]}
+        if with_zeros and (shared or place not in inside):
+            shared = found
+        if shared:
+            lines.append(_leakage_line(place, shared))
+    return lines
+
+
 def leakage_text(report):
-    """A line per two parts, one per part that holds copies, then the notes of the report."""
-    lines = [_leakage_line(pair, found) for pair, found in report["between"].items()]
-    for part, found in report["within"].items():
-        if any(item["count"] for item in found.values()):
-            lines.append(_leakage_line(f"inside {part}", found))
-    return "\n".join(lines + report.get("notes", []))
+    """found_leakage with its zeros, then the notes of the report."""
+    return "\n".join(found_leakage(report, with_zeros=True) + report.get("notes", []))
 
 
 def check_leakage(report, allow_leakage=False, stopping=STOPPING_LEAKS):
@@ -348,12 +355,41 @@ def check_leakage(report, allow_leakage=False, stopping=STOPPING_LEAKS):
         )
 
 
-def record_split(run, split, keys, report, stopping=STOPPING_LEAKS):
-    """splits.json, leakage_report.json and its text in the log. UserError for a split that leaks."""
+def record_split(run, split, keys, report, stopping=STOPPING_LEAKS, columns=None, groups=None):
+    """splits.json, leakage_report.json and its text in the log. UserError for a split that leaks.
+
+    Returns the alarms of unused_groups on these columns, said before anything is trained.
+    """
     write_splits(run.path("splits.json"), split, keys)
     common.write_json(run.path("leakage_report.json"), report)
     run.say(leakage_text(report))
     check_leakage(report, run.args.allow_leakage, stopping)
+    alarms = unused_groups(columns or {}, split, groups)
+    for alarm in alarms:
+        run.say(f"ALARM: {alarm}")
+    return alarms
+
+
+def unused_groups(columns, split, groups=None):
+    """Sentences on columns that repeat as subjects do and of which a split parts the rows; else [].
+
+    columns: {name: (N,) text}; split: {part: rows}; groups: (N,) of --group_column, or None. A column that each group
+    has one value of, such as the site of a subject, is none.
+    """
+    sentences = []
+    for name, cells in columns.items():
+        cells = np.asarray(cells, dtype=str)
+        levels = set(cells) - {""}
+        is_coarser = groups is not None and len(set(zip(groups, cells))) == len(set(groups))
+        if is_coarser or not GROUP_WORDS.search(name.lower()) or not 5 <= len(levels) <= len(cells) / 2:
+            continue
+        held = collections.Counter(itertools.chain(*(set(cells[rows]) - {""} for rows in split.values())))
+        parted = sum(count > 1 for count in held.values())
+        if parted:
+            sentences.append(
+                f"the column {name} repeats ({len(levels)} values in {len(cells)} rows), and {parted} of its values "
+                f"stand on two sides of the split. If it says who or what was recorded: --group_column {name}")
+    return sentences
 
 
 def seen_sentences(seen):

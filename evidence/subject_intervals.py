@@ -20,7 +20,7 @@ WIDEST_LOG_RATIO = math.log(20)  # an R2 whose SSE / SST is less certain than th
 CLASS_SIGN_FLIP_METRICS = ("roc_auc", "loss", "brier", "accuracy")
 LEVEL = 0.95
 FOLD_COVERAGE = ".91 to .99"  # by tests/test_estimators.py
-TIME_BLOCKS = "time blocks"  # a unit too few and too alike for a p
+TIME_BLOCKS = "time blocks"  # a unit too few and too alike for a p; nor does a p know that folds share train rows
 
 
 # --- records -------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ class Result:
     @property
     def baseline_label(self):
         """The baseline's name as sentences write it."""
-        return self.baseline_name.replace("_", " ")
+        return metric_names.BASELINES.get(self.baseline_name, self.baseline_name.replace("_", " "))
 
     @property
     def has_intervals(self):
@@ -142,7 +142,7 @@ def estimate(model, baseline, subjects, unit="subjects", draws=2000, seed=0, blo
             ends = _t_ends(place, found.value, values, reach)
             estimates[place] = Estimate(found.value, *_rare_ends(place, found.value, ends, rests_on))
         _hold_differences(estimates)
-    if subjects > MOST_FOR_SIGN_FLIP or baseline is None or unit == TIME_BLOCKS:
+    if subjects > MOST_FOR_SIGN_FLIP or baseline is None or unit == TIME_BLOCKS or folds > 1:
         per_subject = {}
     elif per_subject is None:
         per_subject = _pseudo_values(model, baseline, whole, subjects)
@@ -232,7 +232,7 @@ def _hold_differences(estimates):
 
 
 def _rare_ends(place, value, ends, support):
-    """(low, high), NaN for what rests on too few subjects; by Wilson where all are right or wrong in every resample."""
+    """(low, high), NaN for what rests on too few subjects; exact where all are right or wrong in every resample."""
     low, high = ends
     scale = metric_names.METRICS[place.metric].normal_scale
     if scale in SHARE_RANGES and place.side != "difference":
@@ -240,7 +240,7 @@ def _rare_ends(place, value, ends, support):
         share = (value - bottom) / (1 - bottom)
         is_certain = np.isin(share, (0.0, 1.0)) & (high - low < 1e-3)
         found = np.where(is_certain, share * support, 0.0)
-        doubted = np.array(np.vectorize(wilson_interval, otypes=[float, float])(found, support))
+        doubted = np.array(np.vectorize(share_interval, otypes=[float, float])(found, support))
         low, high = np.where(is_certain, bottom + (1 - bottom) * doubted, (low, high))
     enough = np.asarray(support) >= FEWEST_FOR_INTERVAL
     return np.where(enough, low, np.nan)[()], np.where(enough, high, np.nan)[()]
@@ -300,6 +300,14 @@ def wilson_interval(k, n):
     low = (centre - half) / (n + z * z)
     high = (centre + half) / (n + z * z)
     return max(low, 0.0), min(high, 1.0)
+
+
+def share_interval(k, n):
+    """Interval of k of n independent rows: Wilson; exact (Clopper & Pearson 1934) where all rows are alike."""
+    if 0 < k < n or n == 0:
+        return wilson_interval(k, n)
+    furthest = (0.5 - LEVEL / 2) ** (1 / n)
+    return (0.0, 1 - furthest) if k == 0 else (furthest, 1.0)
 
 
 # --- scores ----------------------------------------------------------------------------------------
@@ -398,8 +406,8 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, nam
     probability, baseline: (N, C); label: (N,), below 0 = missing; groups: (N,) names, None = every row its own; names:
     C classes (None: "0", "1", ...); threshold, positive: as in classification_metrics; baseline_threshold: the same for
     the baseline; folds: how many models predicted the rows. Intervals of a class seen in (or outside of) under 5
-    subjects are NaN. Exceptions, by Wilson: accuracy, recall and precision of ungrouped rows of one model; and a share
-    of 0 or 1 that no resample changes, over the subjects of the rarest class that it needs.
+    subjects are NaN. Exceptions: accuracy, recall and precision of ungrouped rows of one model, by Wilson; and a share
+    of 0 or 1 that no resample changes, exact over the subjects of the rarest class that it needs.
     """
     probability = np.asarray(probability, np.float64)
     label = np.asarray(label, np.int64)
@@ -453,7 +461,7 @@ def _take_wilson_intervals(overall, each, confusion):
     """Intervals of accuracy, recall and precision of independent rows; confusion: (C, C)."""
     right = np.diag(confusion)
     accuracy = overall["accuracy"]
-    accuracy.low, accuracy.high = wilson_interval(right.sum(), confusion.sum())
+    accuracy.low, accuracy.high = share_interval(right.sum(), confusion.sum())
     for metric, counts in (("recall", confusion.sum(1)), ("precision", confusion.sum(0))):
-        for c, ends in enumerate(map(wilson_interval, right, counts)):
+        for c, ends in enumerate(map(share_interval, right, counts)):
             each[metric].low[c], each[metric].high[c] = ends

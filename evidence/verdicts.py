@@ -1,5 +1,6 @@
 """What must be said before any number: signs of a broken model, bars set beforehand, the one-sentence verdict.
 """
+import dataclasses
 import itertools
 import math
 import re
@@ -13,6 +14,11 @@ from evidence import class_scores, metric_names
 
 # --- alarms ------------------------------------------------------------------------------------------
 
+CONSTANT_REMEDY = "The network has learnt nothing: more --epochs, a higher --lr, published weights"
+NOT_FINITE_REMEDY = "Lower --lr, or --use_amp off"
+LABELS_REMEDY = "Add rows with other labels, or leave it out"
+OVERFITTING_REMEDY = "More rows, a smaller --lr, fewer --epochs, fewer trained layers"
+
 def regression_alarms(predicted, target, names):
     """Sentences on signs of a broken model or of data that cannot judge it, for (N, R), (N, R) and R names; else []."""
     predicted = np.asarray(predicted, np.float64)
@@ -23,16 +29,19 @@ def regression_alarms(predicted, target, names):
     for column in target.T:
         _, counts = np.unique(column[~np.isnan(column)], return_counts=True)
         modal.append(counts.max(initial=0))
+    is_constant = spread_p <= 1e-9 * spread_t
     faults = {"not a finite number in the predictions": ~np.isfinite(predicted).all(0),
-              "constant output (sd under 5 % of the labels')": spread_p < 0.05 * spread_t,
-              "constant prediction, so r has no value and counts as 0": spread_p <= 1e-9 * spread_t,
+              "constant output (sd under 5 % of the labels')": (spread_p < 0.05 * spread_t) & ~is_constant,
+              "constant prediction, so r has no value and counts as 0": is_constant,
               "correlation undefined, the labels do not vary": ~(spread_t > 0),
               "labels almost all equal (95 % or more share one value)":
                   np.array(modal) >= 0.95 * (~np.isnan(target)).sum(0)}
-    alarms = [f"{text}: {', '.join(itertools.compress(names, flags))}" for text, flags in faults.items() if flags.any()]
+    remedies = [NOT_FINITE_REMEDY, CONSTANT_REMEDY, CONSTANT_REMEDY, LABELS_REMEDY, LABELS_REMEDY]
+    alarms = [f"{text}: {', '.join(itertools.compress(names, flags))}. {remedy}"
+              for (text, flags), remedy in zip(faults.items(), remedies) if flags.any()]
     repeats = np.unique(predicted, axis=0, return_counts=True)[1].max(initial=0)
-    if repeats >= 3:
-        alarms.append(f"the same prediction for {repeats} of {len(predicted)} rows")
+    if repeats >= 3 and not is_constant.all():
+        alarms.append(f"the same prediction for {repeats} of {len(predicted)} rows. {CONSTANT_REMEDY}")
     return alarms
 
 
@@ -42,14 +51,18 @@ def _spread(values):
     return np.sqrt(common.mean_without_nan(centred ** 2, 0))
 
 
-def split_gap_alarms(train_metrics, val_metrics, metric="pearson_r"):
-    """Sentences where a train and a validation metric (dicts of floats, higher is better) lie far apart; else []."""
+def split_gap_alarms(train_metrics, val_metrics, metric="pearson_r", remedy=OVERFITTING_REMEDY):
+    """Sentences where a train and a validation metric (dicts of floats, higher is better) lie far apart; else [].
+
+    remedy: the sentence on what helps against overfitting, with the script's flags.
+    """
     train = train_metrics[metric]
     val = val_metrics[metric]
     numbers = f"({metric} {train:.3f} and {val:.3f})"
     if train < val - 0.15:
-        return [f"train far below validation {numbers}: a leak, or a fault in evaluation"]
-    return [f"train far above validation {numbers}: overfitting"] if train > val + 0.3 else []
+        return [f"train far below validation {numbers}: a leak, or a fault in evaluation. Look for copies in the "
+                "section Leakage, and name who or what repeats with --group_column"]
+    return [f"train far above validation {numbers}: overfitting. {remedy}"] if train > val + 0.3 else []
 
 
 def classification_alarms(probability, label, names, threshold=None, positive=None):
@@ -64,10 +77,11 @@ def classification_alarms(probability, label, names, threshold=None, positive=No
         return ["no rows to judge"]
     alarms = []
     if not np.isfinite(probability).all():
-        alarms.append("not a finite number in the probabilities")
+        alarms.append(f"not a finite number in the probabilities. {NOT_FINITE_REMEDY}")
     given = np.unique(class_scores.predicted_class(probability, threshold, positive))
     if len(given) == 1 and not alarms:
-        alarms.append(f"one class only: {names[given[0]]} is given to all {rows} rows")
+        alarms.append(f"one class only: {names[given[0]]} is given to all {rows} rows. Balance the classes "
+                      "(--balance sampler), or train longer (--epochs)")
     labelled = label[label >= 0]
     wanted = np.zeros(len(names))  # (C,) sd of the labels of each class
     if len(labelled):
@@ -75,16 +89,17 @@ def classification_alarms(probability, label, names, threshold=None, positive=No
     flat = probability.std(0) < 0.05 * wanted
     if flat.any():
         alarms.append("constant output (sd of the probability under 5 % of the labels'): "
-                      + ", ".join(itertools.compress(names, flat)))
+                      + f"{', '.join(itertools.compress(names, flat))}. {CONSTANT_REMEDY}")
     values, repeats = np.unique(np.round(probability, 6), axis=0, return_counts=True)
     if repeats.max() >= 3:
         last = min(1, len(names) - 1) if positive is None else positive
         alarms.append(f"the same probability 3 times or more: {repeats[repeats >= 3].sum()} of {rows} rows share "
                       f"{(repeats >= 3).sum()} values, {repeats.max()} of them {names[last]} "
-                      f"{values[repeats.argmax(), last]:.6f}")
+                      f"{values[repeats.argmax(), last]:.6f}. Look for rows with the same input")
     counts = np.bincount(labelled, minlength=len(names))
     if len(labelled) and counts.max() >= 0.95 * len(labelled):
-        alarms.append(f"labels almost all equal: {names[counts.argmax()]} in {counts.max()} of {len(labelled)} rows")
+        alarms.append(f"labels almost all equal: {names[counts.argmax()]} in {counts.max()} of {len(labelled)} rows. "
+                      f"{LABELS_REMEDY}")
     return alarms
 
 
@@ -206,6 +221,50 @@ ENDINGS = {
 PASSES = {"train": "PASS on train rows", "chose": "PASS on validation", "not known": "PASS", "new": "PASS"}
 
 
+OUTCOMES = {  # how the sentence begins
+    "better": "The model beats",
+    "worse": "The model does worse than",
+    "not resolvable": "Not resolvable whether the model beats",
+}
+OUTCOME_WORDS = {
+    "better": "Better, with doubts", "worse": "Worse than the baseline", "not resolvable": "Not resolvable"}
+# they look at no input
+TRIVIAL_BASELINES = {"train_mean", "train_prior", "zero", "mean box", "mean_of_these_rows", "shares_of_these_rows"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What stands at the top of a page."""
+    level: str  # good, caution or poor: its colour
+    word: str
+    sentence: str
+
+
+def outcome_of(gain):
+    """better, worse or not resolvable: by the interval of the gain alone, without one not resolvable."""
+    if gain.low > 0:
+        return "better"
+    return "worse" if gain.high < 0 else "not resolvable"
+
+
+def reach_verdict(gain, doubts, sentence):
+    """Verdict; good only where the whole interval of the gain is above 0 and nothing is in doubt."""
+    outcome = outcome_of(gain)
+    if outcome == "better" and not doubts:
+        return Verdict("good", "Holds", sentence)
+    level = "poor" if outcome == "worse" else "caution"
+    return Verdict(level, OUTCOME_WORDS[outcome], sentence)
+
+
+def baseline_doubts(names):
+    """Sentences on baselines, by name, that are too weak for a result to hold; else []."""
+    if not set(names) <= TRIVIAL_BASELINES:
+        return []
+    shown = ", ".join(sorted(names)).replace("_", " ")
+    return [f"Only baselines that look at no input were there to beat ({shown}). A result holds where it beats a "
+            "simple model too, such as ridge or logistic regression on published features"]
+
+
 def verdict_sentence(result, metric="r2", ceiling=None, seen="new", label=None, is_same=False):
     """One honest sentence: does the model beat its baseline, by how much, and what could be reached at best.
 
@@ -214,22 +273,16 @@ def verdict_sentence(result, metric="r2", ceiling=None, seen="new", label=None, 
     same.
     """
     difference = result.overall.difference[metric]
-    gain = result.gain(metric)
-    is_known = np.isfinite(gain.low + gain.high)
-    verdict = "Not resolvable whether the model beats"
-    if is_same:
-        verdict = "The model is the same predictor as"
-    elif is_known and min(gain.value, gain.low) > 0:
-        verdict = "The model beats"
-    elif is_known and gain.value <= 0:
-        verdict = "The model does not beat"
+    start = "The model is the same predictor as" if is_same else OUTCOMES[outcome_of(result.gain(metric))]
     how = result.method
     if result.has_intervals:
         ends = f"{difference.low:+.3f} to {difference.high:+.3f}, {how}"
-        how = ends if is_known else "no interval: too few to resolve it"
-    text = (f"{verdict} the {result.baseline_label} baseline: {label or metric_names.METRICS[metric].label} "
-            f"{result.overall.model[metric].value:.3f} against {result.overall.baseline[metric].value:.3f}, "
-            f"difference {difference.value:+.3f} [{how}]{_sign_flip_text(result, metric)}")
+        how = ends if np.isfinite(difference.low + difference.high) else "no interval: too few to resolve it"
+    model = metric_names.number_text(result.overall.model[metric].value)
+    baseline = metric_names.number_text(result.overall.baseline[metric].value)
+    text = (f"{start} the baseline ({result.baseline_label}): {label or metric_names.METRICS[metric].label} "
+            f"{model} against {baseline}, difference {metric_names.number_text(difference.value, '+.3f')} [{how}]"
+            f"{_sign_flip_text(result, metric)}")
     if ceiling is not None and np.isfinite(ceiling):
         text += f"; the raters' agreement allows {ceiling:.3f}"
     return text + ENDINGS[seen]
@@ -242,16 +295,8 @@ def _sign_flip_text(result, metric):
         return ""
     differences = np.asarray(result.per_subject[metric])  # (S,)
     better = differences < 0 if metric_names.METRICS[metric].lower_is_better else differences > 0
-    return f", sign-flip p {p:.4f}, better in {better.sum()} of {np.isfinite(differences).sum()} {result.unit}"
-
-
-def verdict_level(gain, doubts):
-    """Level of a verdict: good only where the whole interval of the gain is above 0 and nothing is in doubt: no alarm
-    is raised, and the rows are held out for certain.
-    """
-    if not gain.value > 0:
-        return "poor"
-    return "good" if gain.low > 0 and not doubts else "caution"
+    return (f", sign-flip p of this difference {p:.4f}, better in {better.sum()} of {np.isfinite(differences).sum()} "
+            f"{result.unit}")
 
 
 def say_results(run, metrics):

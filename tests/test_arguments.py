@@ -44,6 +44,41 @@ def test_dashes_and_underscores_are_the_same(spelled):
 def test_aliases():
     args = parse("--max_epochs", "3", "--early_stop_patience", "4", "--accumulate_grad_batches", "2")
     assert (args.epochs, args.patience, args.accumulate) == (3, 4, 2)
+    assert parse("--learning_rate", "1e-3").lr == 1e-3
+
+
+def test_names_of_the_network_and_of_the_picture_size_are_understood_in_all_scripts():
+    import train_assessor
+    import train_dreamer
+    import train_video
+    data = {train_assessor: ["--images_dir", "a", "--ratings_file", "b"], train_dreamer: ["--data_dir", "a"],
+            train_video: ["--manifest", "m.csv"]}
+    for script, flags in data.items():
+        for name in ("--backbone", "--encoder"):
+            args = vars(script.parse_args([*flags, name, "resnet18", "--img_size", "96"]))
+            assert args["image_size"] == 96 and "resnet18" in (args.get("backbone"), args.get("encoder"))
+
+
+def test_help_shows_every_default():
+    text = " ".join(make_parser().format_help().split())
+    assert "peak learning rate (default: 5e-05)" in text and "width (default: 768)" in text
+    assert "(default: None)" not in text and "start from random weights (default" not in text
+
+
+@pytest.mark.parametrize("given, expected", [
+    ([], (0.8, 0.2, 0.0)), (["--test_ratio", "0.15"], (0.65, 0.2, 0.15)),
+    (["--train_ratio", "0.5", "--val_ratio", "0.25", "--test_ratio", "0.25"], (0.5, 0.25, 0.25))])
+def test_the_training_takes_what_the_other_parts_leave(given, expected):
+    args = parse(*given)
+    common.check_split_flags(make_parser(), args)
+    assert list(common.split_ratios(args).values()) == pytest.approx(expected)
+
+
+def test_shares_that_cannot_be_are_refused_before_any_file_is_read(capsys):
+    for given in (["--train_ratio", "0.5"], ["--val_ratio", "0.6", "--test_ratio", "0.5"]):
+        with pytest.raises(SystemExit):
+            common.check_split_flags(make_parser(), parse(*given))
+        assert "add up to 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, expected", [([], "auto"), (["--use_amp"], "on"), (["--use_amp", "off"], "off")])

@@ -195,7 +195,7 @@ def test_options_run(sample, tmp_path, flags):
     metrics = json.loads((only_run(tmp_path) / "metrics.json").read_text())
     is_frozen_ridge = {"ridge", "--freeze_backbone"} <= set(flags)
     is_same = is_frozen_ridge and metrics["baseline_name"] == "ridge_multiscale"
-    assert metrics["verdict"].startswith("The model is the same predictor as the ridge multiscale baseline") == is_same
+    assert metrics["verdict"].startswith("The model is the same predictor as the baseline (ridge regression on three feature scales)") == is_same
     if is_frozen_ridge:
         rows = read_csv(only_run(tmp_path) / "predictions_val.csv")
         pairs = [[float(row[f"Valence_{kind}"]) for row in rows] for kind in ("predicted", "ridge_multiscale")]
@@ -262,6 +262,40 @@ def test_frozen_backbone_does_not_change(sample, tmp_path):
     backbone, _ = common.build_backbone("resnet18", pretrained=False)
     for name, value in backbone.state_dict().items():
         assert torch.equal(value, weights[f"backbone.{name}"]), name
+
+
+def test_the_unit_of_the_ratings_does_not_decide_what_is_learnt(sample, tmp_path):
+    """Ratings from 0 to 100 and the same divided by 20: the same R2 in every epoch."""
+    rows = read_csv(sample.ratings)
+    histories = []
+    for factor in (1, 20):
+        table = tmp_path / f"{factor}.csv"
+        with open(table, "w", newline="") as handle:
+            writer = csv.writer(handle)
+            writer.writerow(["image", "Valence_mean"])
+            writer.writerows([row["image"], float(row["Valence_mean"]) * factor] for row in rows if row["Valence_mean"])
+        flags = small_run(sample, tmp_path / f"out{factor}", "--dropout", 0, "--augment", "none", "--epochs", 2)
+        flags[3] = table
+        flags = [flag for flag in flags if flag not in ("--group_column", "subject")]
+        run_script("train_assessor.py", *flags)
+        histories.append([float(row["val_r2"]) for row in read_csv(only_run(tmp_path / f"out{factor}") /
+                                                                    "training_history.csv")])
+    assert histories[0] == pytest.approx(histories[1], abs=1e-3)
+
+
+def test_recipe_for_small_data():
+    """Chosen by the number of pictures where no flag names a model; what is typed wins over it."""
+    needed = ["--images_dir", "a", "--ratings_file", "b"]
+    plain = train_assessor.parse_args(needed)
+    chosen = [train_assessor.choose_recipe(train_assessor.parse_args([*needed, *more]), pictures)
+              for more, pictures in (([], 804), ([], 3000), (["--backbone", "resnet50"], 804),
+                                     (["--recipe", "plain"], 804), (["--recipe", "small_data"], 9000))]
+    assert chosen == ["small_data", "plain", "plain", "plain", "small_data"]
+    small = train_assessor.parse_args([*needed, "--epochs", "9"], "small_data")
+    as_config = train_assessor.parse_args([*needed, "--epochs", "9", "--config", str(train_assessor.SMALL_DATA)])
+    differ = {name for name, value in vars(small).items() if value != vars(as_config)[name]}
+    assert differ == {"given", "config"} and small.epochs == 9 and small.head == "ridge" and small.select == "last"
+    assert plain.head == "mlp" and plain.normalize_targets and plain.epochs == 50
 
 
 # --- prediction --------------------------------------------------------------------

@@ -6,6 +6,7 @@ Judges are scikit-learn and torchmetrics; estimators are held against a truth th
 """
 import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
 import common
 from evidence import (
-    baseline_models, calibrating, class_judging, class_scores, confounding, plotting, subject_intervals, verdicts)
+    baseline_models, calibrating, class_judging, class_scores, confounding, plotting, prediction_tables,
+    subject_intervals, verdicts)
 
 NAMES = ["ear", "none", "tail", "wall"]
 
@@ -227,6 +229,10 @@ def test_wilson_interval_of_7_of_19_and_against_statsmodels_formula():
         theirs = stats.binomtest(k, n).proportion_ci(0.95, "wilson")
         assert subject_intervals.wilson_interval(k, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
     assert all(math.isnan(end) for end in subject_intervals.wilson_interval(0, 0))
+    for k in (0, 10):
+        exact = stats.binomtest(k, 10).proportion_ci(0.95)
+        assert subject_intervals.share_interval(k, 10) == pytest.approx((exact.low, exact.high))
+    assert subject_intervals.share_interval(7, 19) == subject_intervals.wilson_interval(7, 19)
 
 
 def clustered_scores(subjects, rows, generator, separation=1.2, icc=0.3, rate=0.4):
@@ -387,7 +393,8 @@ def test_a_class_in_few_subjects_has_no_interval_and_a_perfect_one_is_not_beyond
     perfect = np.stack([1 - label, label], 1) * 0.8 + 0.1
     found = subject_intervals.bootstrap_classification(perfect, label, subjects, names=["a", "b"])
     for estimate in (found.overall.model["roc_auc"], found.each.model["recall"].at(1)):
-        assert (estimate.low, estimate.high) == subject_intervals.wilson_interval(24, 24)
+        exact = stats.binomtest(24, 24).proportion_ci(0.95)
+        assert (estimate.low, estimate.high) == pytest.approx((exact.low, exact.high))
     rare = np.where(subjects < 4, label, 0)
     found = subject_intervals.bootstrap_classification(perfect, rare, subjects, names=["a", "b"])
     assert math.isnan(found.overall.model["roc_auc"].low) and math.isnan(found.each.model["recall"].at(1).high)
@@ -679,12 +686,12 @@ def test_verdict_of_a_classifier_names_the_metric_and_the_direction():
     result = subject_intervals.bootstrap_classification(model, label, names, baseline, ["ear", "tail"],
                                                         baseline_name="pair_prior")
     text = verdicts.verdict_sentence(result, "roc_auc", label="ROC AUC", seen="chose")
-    assert text.startswith("The model beats the pair prior baseline: ROC AUC 0.9")
+    assert text.startswith("The model beats the baseline (pair prior): ROC AUC 0.9")
     assert "95% t-interval over 30 subjects" in text and text.endswith("therefore optimistic.")
-    assert verdicts.verdict_sentence(result, "loss").startswith("The model beats the pair prior baseline: loss 0.")
+    assert verdicts.verdict_sentence(result, "loss").startswith("The model beats the baseline (pair prior): loss 0.")
     worse = subject_intervals.bootstrap_classification(baseline, label, names, model, baseline_name="prior")
     for metric in ("roc_auc", "brier", "macro_f1"):
-        assert verdicts.verdict_sentence(worse, metric).startswith("The model does not beat"), metric
+        assert verdicts.verdict_sentence(worse, metric).startswith("The model does worse than"), metric
     nine = subject_intervals.bootstrap_classification(model[:162], label[:162], names[:162], baseline[:162],
                                                       baseline_name="prior")
     text = verdicts.verdict_sentence(nine, "roc_auc")
@@ -694,13 +701,29 @@ def test_verdict_of_a_classifier_names_the_metric_and_the_direction():
     first = np.arange(162)
     pseudo = [9 * gain(first) - 8 * gain(first[names[:162] != name]) for name in np.unique(names[:162])]
     p = subject_intervals.sign_flip_p(pseudo)
-    assert f"sign-flip p {p:.4f}, better in {np.sum(np.array(pseudo) > 0)} of 9 subjects." in text
+    assert f"sign-flip p of this difference {p:.4f}, better in {np.sum(np.array(pseudo) > 0)} of 9 subjects." in text
     swapped = subject_intervals.bootstrap_classification(baseline[:162], label[:162], names[:162], model[:162],
                                                          baseline_name="prior")
     right = [((each[:162, 1] > 0.5) == label[:162]).reshape(9, 18).mean(1) for each in (baseline, model)]
     assert verdicts.verdict_sentence(swapped, "accuracy").endswith(f"in {(right[0] > right[1]).sum()} of 9 subjects.")
     nine.overall.difference["roc_auc"].low = np.nan
     assert "[no interval: too few to resolve it]" in verdicts.verdict_sentence(nine, "roc_auc")
+
+
+def test_risk_over_coverage_ends_at_the_errors_of_the_confusion_matrix(tmp_path, monkeypatch):
+    """The decision is by the threshold in both."""
+    draw = np.random.default_rng(0)
+    label = draw.integers(0, 2, 200)
+    p = np.clip(0.2 + 0.3 * label + 0.15 * draw.normal(size=200), 0.01, 0.99)
+    table = prediction_tables.ClassTable(
+        keys={"id": np.arange(200)}, names=["ear", "tail"], baselines={}, positive=1, label=label,
+        probability=np.stack([1 - p, p], 1), threshold=np.full(200, 0.35))
+    confusion = class_scores.classification_metrics(table.probability, label, table.threshold, 1).confusion
+    drawn = []
+    monkeypatch.setattr(plotting, "plot_risk_coverage", lambda confidence, correct, path: drawn.append(correct))
+    class_judging.plot_classes(SimpleNamespace(path=lambda name: tmp_path / name), table, confusion)
+    assert (~drawn[0]).sum() == confusion.sum() - np.trace(confusion)
+    assert (~drawn[0]).sum() != (table.probability.argmax(1) != label).sum()
 
 
 # --- plots ---------------------------------------------------------------------------------------

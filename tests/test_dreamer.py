@@ -471,7 +471,7 @@ def small_result(patients=6, gain=0.3, seed=3):
 
 
 @pytest.mark.parametrize("patients, words", [
-    (6, ["The model beats the zero baseline", "t-interval over 6 patients", "sign-flip p 0.03"]),
+    (6, ["The model beats the baseline (zero)", "t-interval over 6 patients", "sign-flip p of this difference 0.03"]),
     (3, ["3 patients are too few", "better in 3 of 3", "over blocks of time: "]),
     (1, ["One patient proves nothing across patients", "over blocks of time: "]),
 ])

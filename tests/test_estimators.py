@@ -175,7 +175,7 @@ def test_mcc_of_a_perfect_classifier_is_not_beyond_doubt():
     label = np.tile([0, 1], 20)
     perfect = np.stack([1 - label, label], 1) * 0.8 + 0.1
     mcc = subject_intervals.bootstrap_classification(perfect, label, np.repeat(np.arange(10), 4)).overall.model["mcc"]
-    lowest = subject_intervals.wilson_interval(10, 10)[0]
+    lowest = stats.binomtest(10, 10).proportion_ci(0.95).low
     assert (mcc.value, mcc.high) == pytest.approx((1, 1)) and mcc.low == pytest.approx(2 * lowest - 1)
 
 
@@ -461,14 +461,14 @@ def test_rows_with_zero_sd_or_gaps_do_not_count():
     assert math.isnan(rater_agreement.noise_ceiling(mean[:1], sd[:1], 3)[0])
 
 
-def test_ceiling_table_holds_every_number_of_raters_where_none_is_known():
+def test_ceilings_for_2_to_30_raters_where_their_number_is_not_known():
     ratings = simulated_ratings(10, 0)
     mean, sd = ratings.mean(1, keepdims=True), ratings.std(1, ddof=1, keepdims=True)
-    table = rater_agreement.ceiling_table(mean, sd)
-    assert list(table) == list(range(2, 31))
-    assert table[10][0] == rater_agreement.noise_ceiling(mean, sd, 10)[0]
-    known = [value[0] for value in table.values() if np.isfinite(value[0])]
-    assert known == sorted(known) and np.isnan(table[2][0])  # 10 raters' means are too alike for 2 raters' noise
+    (row,) = rater_agreement.measure_ceiling(["Valence"], mean, sd).possible
+    assert row.pop("target") == "Valence" and list(row)[0] == "n = 2" and list(row)[-1] == "n = 30"
+    assert row["n = 10"] == rater_agreement.noise_ceiling(mean, sd, 10)[0]
+    known = [value for value in row.values() if np.isfinite(value)]
+    assert known == sorted(known) and np.isnan(row["n = 2"])  # 10 raters' means are too alike for 2 raters' noise
 
 
 def test_missing_ratings_and_lone_images_do_not_break_the_rater_estimators():

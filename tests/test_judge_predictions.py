@@ -4,6 +4,7 @@
 """
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_scores_of_another_program(tmp_path):
     assert metrics["criteria"][0]["verdict"] == "PASS"
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "Valence" in page and "Learning curves" not in page and "Leakage" not in page
-    sample = "60 rows scored, 60 distinct label vectors, 12 groups."
+    sample = "60 rows scored, 60 different sets of labels, 12 groups."
     assert sample in page and f"effective sample: {sample}" in (run / "log.txt").read_text()
 
 
@@ -142,3 +143,24 @@ def test_a_run_judges_itself_and_is_judged_alike(sample, tmp_path):
     first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (trained, again))
     for name in ("model", "baseline", "difference", "per_target", "baseline_name", "method"):
         assert first[name] == second[name], name
+
+
+@pytest.mark.parametrize("head, cells, words", [
+    (["A_true", "A_predicted"], lambda i: [i, "" if i == 4 else i + 1], ["1 of 20 rows", "rows 5"]),
+    (["A_true", "A_predicted"], lambda i: [3, i], ["A_true has the same value"]),
+    (["A_true", "A_predicted"], lambda i: ["", i], ["A_true has the same value"]),
+    (["true_label", "prob_a", "prob_b"], lambda i: ["a", 0.3, 0.7], ["the true label has the same value"]),
+    (["label", "score"], lambda i: ["ear" if i % 2 else "tail", "" if i == 4 else i / 20], ["1 of 20 rows"])])
+def test_tables_that_nothing_can_be_said_of_are_one_sentence(tmp_path, head, cells, words):
+    common.write_table(tmp_path / "p.csv", [dict(zip(head, cells(i))) for i in range(20)])
+    text = run_here("judge_predictions.py", "--predictions", tmp_path / "p.csv", "--output_dir", tmp_path / "o", code=2)
+    assert text.stderr.startswith("error: ") and text.stderr.count("\n") == 1
+    assert all(word in text.stderr for word in words), text.stderr
+
+
+def test_no_page_says_nan(tmp_path):
+    common.write_table(tmp_path / "p.csv", [{"true_label": "ab"[i % 2], "prob_a": 0.5, "prob_b": 0.5} for i in range(20)])
+    common.write_table(tmp_path / "q.csv", [{"A_true": i, "A_predicted": 2} for i in range(20)])
+    for name in ("p", "q"):
+        page = (judge(tmp_path / name, "--predictions", tmp_path / f"{name}.csv") / "report.html").read_text()
+        assert not re.search(r"\bnan\b", re.sub(r"base64,[^\"]+", "", page))

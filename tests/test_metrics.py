@@ -382,14 +382,38 @@ def test_verdict_beats_does_not_beat_and_not_resolvable():
         return verdicts.verdict_sentence(result, **options)
 
     better = say(near, far, ceiling=0.912, seen="chose", label="mean R2")
-    assert better.startswith("The model beats the ridge baseline: mean R2 0.7")
+    assert better.startswith("The model beats the baseline (ridge regression): mean R2 0.7")
     assert better.endswith("; the raters' agreement allows 0.912; selected on these rows, therefore optimistic.")
     assert "95% bootstrap interval over 300 rows" in better
     assert say(near, far, metric="mae").startswith("The model beats")
-    assert say(far, near).startswith("The model does not beat the ridge baseline")
-    assert say(far, near, metric="mse", ceiling=math.nan).startswith("The model does not beat")
-    pairs = {say(near, like_near).split(" the ridge")[0], say(like_near, near).split(" the ridge")[0]}
-    assert pairs == {"Not resolvable whether the model beats", "The model does not beat"}
+    assert say(far, near).startswith("The model does worse than the baseline (ridge regression)")
+    assert say(far, near, metric="mse", ceiling=math.nan).startswith("The model does worse than")
+    pairs = {say(near, like_near).split(" the baseline")[0], say(like_near, near).split(" the baseline")[0]}
+    assert pairs == {"Not resolvable whether the model beats"}
+
+
+@pytest.mark.parametrize("interval, doubts, level, word", [
+    ((0.01, 0.02), [], "good", "Holds"), ((0.01, 0.02), ["an alarm"], "caution", "Better, with doubts"),
+    ((-0.053, 0.051), [], "caution", "Not resolvable"), ((-0.012, 0.012), ["an alarm"], "caution", "Not resolvable"),
+    ((math.nan, math.nan), [], "caution", "Not resolvable"), ((-0.02, -0.01), [], "poor", "Worse than the baseline")])
+def test_the_interval_alone_decides_between_better_worse_and_not_resolvable(interval, doubts, level, word):
+    gain = subject_intervals.Estimate(-0.001, *interval)
+    assert verdicts.reach_verdict(gain, doubts, "s") == verdicts.Verdict(level, word, "s")
+
+
+def test_baselines_that_look_at_no_input_cannot_make_a_result_hold():
+    assert "mean box" in verdicts.baseline_doubts(["mean box"])[0] and verdicts.baseline_doubts(["train_mean", "zero"])
+    assert verdicts.baseline_doubts(["train_mean", "ridge"]) == []
+
+
+def test_alarms_name_a_remedy():
+    rows = np.arange(40.0)[:, None]
+    alarms = verdicts.regression_alarms(np.full((40, 1), 3.0), rows, ["Valence"])
+    alarms += verdicts.regression_alarms(np.full((40, 1), np.nan), rows, ["Valence"])
+    alarms += verdicts.split_gap_alarms({"pearson_r": 0.9}, {"pearson_r": 0.1}, remedy="--head ridge")
+    alarms += verdicts.split_gap_alarms({"pearson_r": 0.1}, {"pearson_r": 0.9})
+    alarms += verdicts.classification_alarms(np.tile([0.9, 0.1], (40, 1)), np.arange(40) % 2, ["ear", "tail"])[:2]
+    assert len(alarms) >= 7 and all("--" in alarm for alarm in alarms), alarms
 
 
 def test_verdict_with_two_subjects_resolves_nothing_and_with_nine_gives_p():
@@ -400,8 +424,10 @@ def test_verdict_with_two_subjects_resolves_nothing_and_with_nine_gives_p():
     text = say(predicted, np.repeat([1, 2], 45), target * 0)
     assert text.startswith("Not resolvable") and "no interval: only 2 subjects" in text and "sign-flip" not in text
     text = say(predicted, np.repeat(np.arange(9), 10), predicted + 20, "mse")
-    assert text.startswith("The model beats the train mean") and "95% t-interval over 9 subjects" in text
+    assert text.startswith("The model beats the baseline (train mean)") and "95% t-interval over 9 subjects" in text
     # 2 of 2^9 signs
-    said = ", sign-flip p 0.0039, better in %d of 9 subjects."
+    said = ", sign-flip p of this difference 0.0039, better in %d of 9 subjects."
     assert text.endswith(said % 9)
     assert say(predicted + 20, np.repeat(np.arange(9), 10), predicted).endswith(said % 0)
+    folds = subject_intervals.bootstrap_regression(predicted, target, np.repeat(np.arange(9), 10), target * 0, folds=5)
+    assert not folds.sign_flip_p, "it does not know that the models of folds share train rows"

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 
 import common
 from evidence import plotting, reporting
+from evidence.verdicts import Verdict
 
 VOID = {"meta", "img", "br", "hr", "link"}
 EVIL = '<script>alert("x")</script> & \'quoted\' "name"'
@@ -66,7 +68,7 @@ def report(tmp_path):
                 ("Metrics", [table, reporting.html_image(tmp_path / "plot.png", EVIL)]),
                 ("Cases", [reporting.html_cases([case]), reporting.html_code(EVIL)])]
     path = tmp_path / "report.html"
-    reporting.write_report(path, EVIL, ("good", EVIL), sections, EVIL, [(EVIL, EVIL, EVIL)])
+    reporting.write_report(path, EVIL, Verdict("good", EVIL, EVIL), sections, EVIL, [(EVIL, EVIL, EVIL)])
     return path
 
 
@@ -83,9 +85,9 @@ def test_report_is_well_formed_and_self_contained(report):
 def test_report_escapes_all_text(report):
     page = Page(report)
     assert "<script" not in report.read_text()
-    # title, h1, verdict, 3 in the key figure, contents, h2, list item, note, caption, column, 2 cells, figcaption, case
+    # title, h1, word and sentence of the verdict, 3 in the key figure, contents, h2, list item, note, caption, column, 2 cells, figcaption, case
     # title and line, code, footer; the first paragraph holds it after a word
-    assert sum(EVIL in data for data in page.text) == 20
+    assert sum(EVIL in data for data in page.text) == 21
     assert page.values("alt").count(EVIL) == 2
 
 
@@ -101,20 +103,31 @@ def test_report_contents_and_headings(report):
     assert "prefers-color-scheme:dark" in css and "@media print" in css and "overflow-x:auto" in css
 
 
-@pytest.mark.parametrize("level, word", [("good", "Holds"), ("caution", "With caution"), ("poor", "Does not hold")])
-def test_verdict_is_told_by_word_and_shape(tmp_path, level, word):
-    reporting.write_report(tmp_path / "r.html", "t", (level, "a sentence"), [])
+@pytest.mark.parametrize("level, mark", [("good", "good"), ("caution", "caution"), ("poor", "alarm")])
+def test_verdict_is_told_by_word_and_shape(tmp_path, level, mark):
+    reporting.write_report(tmp_path / "r.html", "t", Verdict(level, "a word", "a sentence"), [])
     page = Page(tmp_path / "r.html")
-    assert page.values("aria-label")[0] == word and word in page.text and "a sentence" in page.text
+    assert page.values("aria-label")[0] == mark and "a word" in page.text and "a sentence" in page.text
     shapes = {value[1] for value in reporting._LEVELS.values()}
     assert len(shapes) == 3, "the three marks differ in outline"
 
 
 def test_unknown_level_is_a_programming_mistake(tmp_path):
-    with pytest.raises((AssertionError, KeyError)):
-        reporting.write_report(tmp_path / "r.html", "t", ("great", "s"), [])
     with pytest.raises(AssertionError, match="great"):
         reporting.html_text("a", "great")
+
+
+def test_leakage_is_one_line_where_nothing_leaks(tmp_path):
+    run = SimpleNamespace(path=lambda name: tmp_path / name)
+    nothing, copies = {"count": 0, "examples": []}, {"count": 2, "examples": ["a = b"]}
+    clean = {"between": {"train-val": {"groups": nothing, "near_duplicates": nothing}}, "within": {}}
+    common.write_json(tmp_path / "leakage_report.json", clean)
+    (block,) = reporting.leakage_blocks(run)
+    assert "note good" in block and "share nothing" in block
+    clean["between"]["train-val"]["near_duplicates"] = copies
+    common.write_json(tmp_path / "leakage_report.json", clean)
+    (block,) = reporting.leakage_blocks(run)
+    assert "note caution" in block and "2 near duplicates (a = b)" in block and "groups" not in block
 
 
 def test_report_stays_under_its_size_with_many_pictures(tmp_path):
@@ -123,7 +136,7 @@ def test_report_stays_under_its_size_with_many_pictures(tmp_path):
     Image.fromarray(noise_picture(rng, 900, 1000)).save(tmp_path / "big.jpg", quality=95)
     cases = [{"image": noise_picture(rng, 256, 256), "title": f"case {i}", "lines": []} for i in range(130)]
     sections = [("A", [reporting.html_image(tmp_path / "big.jpg", "big")] * 3), ("B", [reporting.html_cases(cases)])]
-    reporting.write_report(tmp_path / "r.html", "t", ("poor", "s"), sections)
+    reporting.write_report(tmp_path / "r.html", "t", Verdict("poor", "w", "s"), sections)
     assert (tmp_path / "r.html").stat().st_size < 5_000_000
     sources = Page(tmp_path / "r.html").values("src")
     assert len(sources) == 3 + reporting.MOST_CASES
@@ -152,7 +165,7 @@ def test_text_paragraphs_and_lists():
 
 
 def test_non_ascii_names_survive_in_an_ascii_file(tmp_path):
-    reporting.write_report(tmp_path / "r.html", "H\u00c4NDE gr\u00fcn", ("good", "\u732b"), [])
+    reporting.write_report(tmp_path / "r.html", "H\u00c4NDE gr\u00fcn", Verdict("good", "w", "\u732b"), [])
     assert "H\u00c4NDE gr\u00fcn" in Page(tmp_path / "r.html").text
 
 

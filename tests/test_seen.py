@@ -186,7 +186,7 @@ def test_a_model_that_is_its_baseline_is_called_so(tmp_path):
     common.write_table(tmp_path / "same.csv", rows)
     run_here("judge_predictions.py", "--predictions", tmp_path / "same.csv", "--output_dir", tmp_path / "out")
     verdict = read_json(only_run(tmp_path / "out") / "metrics.json")["verdict"]
-    assert verdict.startswith("The model is the same predictor as the ridge baseline: ")
+    assert verdict.startswith("The model is the same predictor as the baseline (ridge regression): ")
 
 
 def test_another_meaning_of_the_column_says_nothing(tmp_path):

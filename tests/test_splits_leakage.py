@@ -341,3 +341,17 @@ def test_aligned_faces_are_told_apart():
     report = splitting.leakage_report(split, names, names, np.concatenate([phash, copies]))
     assert report["within"]["train"]["near_duplicates"]["count"] == 0
     assert report["between"]["train-val"]["near_duplicates"]["count"] == 100
+def test_a_column_that_repeats_and_is_parted_is_an_alarm_with_its_flag():
+    rng = np.random.default_rng(0)
+    rows = np.arange(120)
+    scene = np.array([f"scene {n}" for n in rows // 3])
+    columns = {"scene_group": scene, "age": (20 + rows % 30).astype(str), "camera": np.where(rows % 2, "a", "b"),
+               "note": rows.astype(str), "farm site": np.array([f"farm {n}" for n in rows // 15]), "emotion": rows % 7}
+    halves = {"train": rows[rng.permutation(120) < 90], "val": rows[:0]}
+    halves["val"] = np.setdiff1d(rows, halves["train"])
+    found = splitting.unused_groups(columns, halves)
+    assert len(found) == 2 and "--group_column scene_group" in found[0] and "40 values in 120 rows" in found[0]
+    whole = splitting.make_split(120, {"train": 0.75, "val": 0.25}, groups=scene)
+    assert splitting.unused_groups(columns, whole, scene) == []
+
+

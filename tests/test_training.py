@@ -307,6 +307,8 @@ def test_json_is_strict_and_tables_keep_every_digit(tmp_path):
     }
     common.write_table(tmp_path / "t.csv", [{"a": 1 / 3, "b": "x,y"}, {"b": None, "c": math.nan, "a": np.float64(0.1)}])
     assert (tmp_path / "t.csv").read_text() == 'a,b,c\n0.3333333333333333,"x,y",\n0.1,,\n'
+    common.write_table(tmp_path / "u.csv", [{"Größe": 1}])
+    assert (tmp_path / "u.csv").read_bytes().startswith(b"\xef\xbb\xbf"), "or a spreadsheet shows GrÃ¶ÃŸe"
 
 
 def test_out_of_memory_prints_the_command_with_half_the_batch(monkeypatch, capsys):

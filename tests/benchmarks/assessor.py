@@ -66,7 +66,7 @@ class ScriptEpochs:
     def __init__(self, folder, options):
         args = script_args(folder, options)
         self.run = common.start_run(args, fixed_shapes=True)
-        study = train_assessor.load_study(args, self.run)
+        study = train_assessor.load_study(args, self.run, train_assessor.read_table(args))
         split = {"train": np.arange(options.images), "val": np.arange(2), "test": np.arange(0)}
         scaler = train_assessor.fit_scaler(study.ratings, False)
         self.loader, _ = train_assessor.make_loaders(study, split, scaler, args, self.run.compute, None)
