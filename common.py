@@ -723,9 +723,11 @@ def _folder_to_resume(args):
     """The folder that --resume names; for auto that of this job or the newest unfinished one, or None."""
     if args.resume != "auto":
         folder = run_folder_of(args.resume)
-        script = read_json(folder / "args.json")["script"]
-        if script != script_name():
-            raise UserError(f"{folder} is a run of {script}, not of {script_name()}")
+        record = read_json(folder / "args.json")
+        if record["script"] != script_name():
+            raise UserError(f"{folder} is a run of {record['script']}, not of {script_name()}")
+        if is_finished(folder, args) and args.epochs > record["flags"]["epochs"]:
+            _open_for_more_epochs(folder, args, record)
         return _unfinished_or_exit(folder, args)
     records = list(args.output_dir.glob("run_*/args.json"))
     records.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
@@ -738,6 +740,18 @@ def _folder_to_resume(args):
         if not is_finished(folder, args) and not _is_being_written(folder):
             return folder
     return None
+
+
+def _open_for_more_epochs(folder, args, record):
+    """Let a finished run go on to --epochs. UserError where its learning rate would have been another all along."""
+    if args.scheduler not in ("none", "plateau", "warm_restarts"):
+        raise UserError(f"{folder} is finished: its --scheduler {args.scheduler} is made for {record['flags']['epochs']} "
+                        f"epochs, not for {args.epochs}. Go on from its weights in a new run: --init_from "
+                        f"{folder / 'best_model.pth'}, or train with --scheduler plateau or none")
+    record["flags"]["epochs"] = args.epochs
+    write_json(folder / "args.json", record)
+    for metrics in folder.glob("**/metrics.json"):
+        metrics.unlink()
 
 
 def _same_run(record, args):
@@ -3008,6 +3022,8 @@ class Training:
             self.scaler.load_state_dict(content["scaler"])
             self.progress = Progress.from_dict(content["progress"])
         progress = self.progress
+        has_stopped = 0 < progress.stopping.patience <= progress.stopping.bad_epochs
+        progress.done = progress.done and (has_stopped or progress.epoch >= self.args.epochs)
         self.checkpoints.write_history(progress.history)  # a kill after the last save may have cost its last row
         self.run.say(f"continuing after epoch {progress.epoch} and {progress.batch} batches")
 

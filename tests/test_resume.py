@@ -131,6 +131,19 @@ def test_a_finished_run_says_so(whole):
     assert len(list(whole.parent.iterdir())) == 1
 
 
+def test_a_finished_run_goes_on_for_more_epochs(sample, tmp_path, undisturbed):
+    """Where the schedule does not depend on their number: 2 epochs and one more are 3 epochs, bit by bit."""
+    run_script("train_assessor.py", *flags(sample, tmp_path, "--epochs", 2))
+    folder = only_run(tmp_path)
+    run_script("train_assessor.py", "--resume", folder, "--epochs", 3)
+    assert fingerprint(folder) == undisturbed and (folder / "metrics.json").exists()
+    record = common.read_json(folder / "args.json")
+    assert record["flags"]["epochs"] == 3
+    common.write_json(folder / "args.json", record | {"flags": record["flags"] | {"scheduler": "cosine"}})
+    text = run_script("train_assessor.py", "--resume", folder, "--epochs", 4, code=2).stderr
+    assert "--init_from" in text and "made for 3 epochs" in text
+
+
 def test_damaged_checkpoints(stopped, tmp_path):
     """A damaged last.pth: the one before, loudly. Both damaged: exit 3, never a silent fresh start."""
     folder = copy_of(stopped, tmp_path)
