@@ -745,8 +745,8 @@ def _folder_to_resume(args):
 def _open_for_more_epochs(folder, args, record):
     """Let a finished run go on to --epochs. UserError where its learning rate would have been another all along."""
     if args.scheduler not in ("none", "plateau", "warm_restarts"):
-        raise UserError(f"{folder} is finished: its --scheduler {args.scheduler} is made for {record['flags']['epochs']} "
-                        f"epochs, not for {args.epochs}. Go on from its weights in a new run: --init_from "
+        raise UserError(f"{folder} is finished: its --scheduler {args.scheduler} is made for "
+                        f"{record['flags']['epochs']} epochs, not for {args.epochs}. Go on from its weights in a new run: --init_from "
                         f"{folder / 'best_model.pth'}, or train with --scheduler plateau or none")
     record["flags"]["epochs"] = args.epochs
     write_json(folder / "args.json", record)

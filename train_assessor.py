@@ -66,7 +66,8 @@ def parse_args(argv=None, recipe="plain"):
     model("--recipe", choices=("auto", "small_data", "plain"), default="auto", may_change=True,
           help="defaults of the flags: small_data = those of configs/assessor_small_data.yaml; plain = those listed "
                f"here; auto = small_data under {SMALL_DATA_BELOW} pictures, where no flag names a model")
-    model("--backbone", "--model", "--encoder", default="resnet50", help="any torchvision classifier: resnet18, efficientnet_b3, vit_b_16, ...")
+    model("--backbone", "--model", "--encoder", default="resnet50",
+          help="any torchvision classifier: resnet18, efficientnet_b3, vit_b_16, ...")
     model("--image_size", "--img_size", type=common.SIDE, default=224,
           help="side of the square input in pixels, cropped from pictures whose short side is 8/7 of it")
     model("--head", choices=("mlp", "ridge"), default="mlp",

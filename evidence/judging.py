@@ -105,8 +105,9 @@ def write_comparison(run, rows):
     caption = "Pairs of tables on the same rows; the interval is of the paired difference"
     sections = [("Comparison", [reporting.html_table(rows, formats=formats, caption=caption)]),
                 ("Command and versions", reporting.command_blocks())]
+    verdict = verdicts.Verdict("caution", "Comparison", ". ".join(sentences) + ".")
     reporting.write_report(run.path("report.html"), f"Comparison: {run.folder.name}",
-                           verdicts.Verdict("caution", "Comparison", ". ".join(sentences) + "."), sections, run.compute.text, [])
+                           verdict, sections, run.compute.text, [])
     common.write_json(run.path("metrics.json"), {"comparisons": rows})
     for sentence in sentences:
         run.say(sentence)
@@ -134,8 +135,8 @@ def close_run(run, setting, *, result, metric, verdict, alarms, criteria, figure
 
     result: subject_intervals.Result; metric, verdict: of the verdict, and its sentence; criteria: of
     verdicts.judge_criteria; figures: key figures for the top of the report; blocks: HTML of the section Metrics;
-    sections: (title, HTML blocks) of the task's own sections; numbers: what else metrics.json says; doubts: sentences on
-    what beside the alarms keeps the verdict from green.
+    sections: (title, HTML blocks) of the task's own sections; numbers: what else metrics.json says; doubts: sentences
+    on what beside the alarms keeps the verdict from green.
     """
     seen = splitting.seen_sentences(setting.seen)
     alarms = alarms + setting.alarms + identical_fold_alarms(setting.folds)

@@ -138,8 +138,8 @@ def plot_history(history, path, best_epoch=None, solved=None):
     """Learning curves as PNG: a panel per family of train_ and val_ columns, then the learning rate.
 
     history: dicts with epoch and any train_*, val_* and learning_rate (None or "" leaves a gap).
-    best_epoch is marked in every panel; solved: {column: value} after a readout was solved anew. It takes a good part of a second, so it belongs at the end
-    of a run, not into each epoch.
+    best_epoch is marked in every panel; solved: {column: value} after a readout was solved anew. It takes a good part
+    of a second, so it belongs at the end of a run, not into each epoch.
     """
     families = {}
     for family, columns in _metric_families(history).items():

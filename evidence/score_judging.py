@@ -154,7 +154,8 @@ def key_figures(result, target, best_r2):
     figures = [reporting.key_figure(label, found, result.method) for label, found in estimates.items()]
     sd = np.nanstd(target, axis=0)
     error = common.mean_without_nan(result.each.model["mae"].value / np.where(sd > 0, sd, np.nan))
-    figures.append(("Mean absolute error", f"{metric_names.number_text(error)} sd", "in sds of the labels, as scores differ in scale"))
+    figures.append(("Mean absolute error", f"{metric_names.number_text(error)} sd",
+                    "in sds of the labels, as scores differ in scale"))
     if best_r2 is not None:
         figures.append(("R2 ceiling", f"{best_r2:.3f}", "what the raters allow"))
     return figures
