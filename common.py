@@ -746,8 +746,8 @@ def _open_for_more_epochs(folder, args, record):
     """Let a finished run go on to --epochs. UserError where its learning rate would have been another all along."""
     if args.scheduler not in ("none", "plateau", "warm_restarts"):
         raise UserError(f"{folder} is finished: its --scheduler {args.scheduler} is made for "
-                        f"{record['flags']['epochs']} epochs, not for {args.epochs}. Go on from its weights in a new run: --init_from "
-                        f"{folder / 'best_model.pth'}, or train with --scheduler plateau or none")
+                        f"{record['flags']['epochs']} epochs, not for {args.epochs}. Go on from its weights in a "
+                        f"new run: --init_from {folder / 'best_model.pth'}, or train with --scheduler plateau or none")
     record["flags"]["epochs"] = args.epochs
     write_json(folder / "args.json", record)
     for metrics in folder.glob("**/metrics.json"):

@@ -221,7 +221,7 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
 
 
 def refuse_useless(table, path):
-    """UserError for a table of read_predictions that nothing can be said of: no prediction, or labels that do not vary."""
+    """UserError for a table of read_predictions without predictions, or with labels that do not vary."""
     if isinstance(table, ScoreTable):
         lacking = ~np.isnan(table.target) & np.isnan(table.predicted)
         kinds = [len(set(column[~np.isnan(column)])) for column in table.target.T]
@@ -234,8 +234,8 @@ def refuse_useless(table, path):
         raise common.UserError(f"{path}: {len(rows)} of {len(lacking)} rows have a true value and no prediction (rows "
                                f"{common.shorten_list(rows, 5)}); fill them in, or leave these rows out")
     if flat:
-        raise common.UserError(f"{path}: {common.shorten_list(flat, 5)} has the same value in every row, so nothing can "
-                               "be said of how well it is predicted; add rows, or leave it out")
+        raise common.UserError(f"{path}: {common.shorten_list(flat, 5)} has the same value in every row, so nothing "
+                               "can be said of how well it is predicted; add rows, or leave it out")
 
 
 def _keys_of(table):

@@ -22,7 +22,7 @@ MOST_CASES = 40
 EXPLANATIONS = {  # of a section's words, under its head
     "Leakage": "What stands on both sides of the split: a model that knows it already looks better than it is.",
     "Metrics": "R2: share of the variance explained, 0 = as good as the mean, below 0 = worse. r: correlation. AUC: "
-               "how often a row of the class is ranked above another, .5 = by chance. AP: mean precision over all recalls.",
+               "how often a row of the class is ranked above another, .5 = by chance. AP: mean precision over recalls.",
     "Noise ceiling": "The R2 that a perfect model would reach, given how far the raters disagree.",
     "Without a pixel": "What columns of the table predict without looking at the input. A model must do better.",
     "Calibration": "Whether a confidence of 80 % is right in 80 % of the rows. ECE: the mean gap, in shares of 1; "
