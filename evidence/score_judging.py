@@ -35,13 +35,16 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, 
     is_same = np.isclose(table.predicted, table.baselines[result.baseline_name], 0, tolerance).all()
     verdict = verdicts.verdict_sentence(
         result, "r2", best_r2, setting.worst_seen, "mean R2", is_same)
+    doubts = verdicts.baseline_doubts(table.baselines) + confounding.flagged_doubts(confounds)
+    if is_same:
+        doubts.append("A model that predicts what its baseline predicts adds nothing to it")
     alarms = verdicts.regression_alarms(table.predicted, table.target, table.names) + slope_alarms(rows)
     return judging.close_run(
         run, setting,
         verdict=verdict,
         result=result,
         metric="r2",
-        doubts=verdicts.baseline_doubts(table.baselines) + confounding.flagged_doubts(confounds),
+        doubts=doubts,
         alarms=alarms,
         criteria=judge_criteria(setting.criteria, result, table, moments),
         figures=key_figures(result, table.target, best_r2),
