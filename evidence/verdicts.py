@@ -16,6 +16,7 @@ from evidence import class_scores, metric_names
 
 CONSTANT_REMEDY = "The network has learnt nothing: more --epochs, a higher --lr, published weights"
 NOT_FINITE_REMEDY = "Lower --lr, or --use_amp off"
+REPEATS_REMEDY = "Look for rows with the same input"
 LABELS_REMEDY = "Add rows with other labels, or leave it out"
 OVERFITTING_REMEDY = "More rows, a smaller --lr, fewer --epochs, fewer trained layers"
 
@@ -41,7 +42,7 @@ def regression_alarms(predicted, target, names):
               for (text, flags), remedy in zip(faults.items(), remedies) if flags.any()]
     repeats = np.unique(predicted, axis=0, return_counts=True)[1].max(initial=0)
     if repeats >= 3 and not is_constant.all():
-        alarms.append(f"the same prediction for {repeats} of {len(predicted)} rows. {CONSTANT_REMEDY}")
+        alarms.append(f"the same prediction for {repeats} of {len(predicted)} rows. {REPEATS_REMEDY}")
     return alarms
 
 
@@ -95,7 +96,7 @@ def classification_alarms(probability, label, names, threshold=None, positive=No
         last = min(1, len(names) - 1) if positive is None else positive
         alarms.append(f"the same probability 3 times or more: {repeats[repeats >= 3].sum()} of {rows} rows share "
                       f"{(repeats >= 3).sum()} values, {repeats.max()} of them {names[last]} "
-                      f"{values[repeats.argmax(), last]:.6f}. Look for rows with the same input")
+                      f"{values[repeats.argmax(), last]:.6f}. {REPEATS_REMEDY}")
     counts = np.bincount(labelled, minlength=len(names))
     if len(labelled) and counts.max() >= 0.95 * len(labelled):
         alarms.append(f"labels almost all equal: {names[counts.argmax()]} in {counts.max()} of {len(labelled)} rows. "

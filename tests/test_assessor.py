@@ -28,7 +28,7 @@ CONTRACT = [
 
 
 def read_csv(path):
-    with open(path, newline="") as handle:
+    with open(path, newline="", encoding="utf-8-sig") as handle:
         return list(csv.DictReader(handle))
 
 
@@ -389,7 +389,7 @@ def test_conformal_interval_is_the_residual_quantile(folds):
 
 def edited(sample, tmp_path, edit):
     """A copy of the ratings file after edit(header: list, rows: list of lists)."""
-    with open(sample.ratings, newline="") as handle:
+    with open(sample.ratings, newline="", encoding="utf-8-sig") as handle:
         header, *rows = list(csv.reader(handle))
     edit(header, rows)
     path = tmp_path / "ratings.csv"

@@ -357,7 +357,7 @@ def test_boxes_are_drawn_where_they_are():
 # --- end to end ---------------------------------------------------------------------------
 
 def read_csv(path):
-    with open(path, newline="") as handle:
+    with open(path, newline="", encoding="utf-8-sig") as handle:
         return list(csv.DictReader(handle))
 
 

@@ -33,7 +33,7 @@ TINY = ("--encoder resnet18 --no_pretrained --image_size 32 --token_type spatial
 
 
 def read_csv(path):
-    with open(path, newline="") as handle:
+    with open(path, newline="", encoding="utf-8-sig") as handle:
         return list(csv.DictReader(handle))
 
 

@@ -42,7 +42,7 @@ def judge(tmp_path, *flags, code=0):
 
 def read(path):
     """The rows of a CSV."""
-    with open(path, encoding="utf-8", newline="") as handle:
+    with open(path, encoding="utf-8-sig", newline="") as handle:
         return list(csv.DictReader(handle))
 
 

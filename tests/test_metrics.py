@@ -285,6 +285,11 @@ def test_inner_folds_keep_groups_whole_and_are_balanced():
 
 # --- alarms --------------------------------------------------------------------------------------
 
+def faults(alarms):
+    """What is wrong, without what to do."""
+    return [alarm.split(". ")[0] for alarm in alarms]
+
+
 def test_a_healthy_model_raises_no_alarm():
     predicted, target = noisy_pair(missing=0.1)
     assert verdicts.regression_alarms(predicted, target, ["a", "b", "c"]) == []
@@ -296,24 +301,23 @@ def test_alarms_name_the_fault_and_the_targets():
     predicted[5, 2] = np.nan
     target[:, 1] = 3.0
     alarms = verdicts.regression_alarms(predicted, target, ["Valence", "Arousal", "Trust"])
-    assert alarms == ["not a finite number in the predictions: Trust",
-                      "constant output (sd under 5 % of the labels'): Valence",
-                      "constant prediction, so r has no value and counts as 0: Valence",
-                      "correlation undefined, the labels do not vary: Arousal",
-                      "labels almost all equal (95 % or more share one value): Arousal"]
+    assert faults(alarms) == ["not a finite number in the predictions: Trust",
+                              "constant prediction, so r has no value and counts as 0: Valence",
+                              "correlation undefined, the labels do not vary: Arousal",
+                              "labels almost all equal (95 % or more share one value): Arousal"]
 
 
 def test_constant_output_begins_at_five_percent_of_the_labels_spread():
     target = np.random.default_rng(0).normal(size=(300, 2))
     alarms = verdicts.regression_alarms(target * [0.049, 0.051], target, ["near", "far"])
-    assert alarms == ["constant output (sd under 5 % of the labels'): near"]
+    assert faults(alarms) == ["constant output (sd under 5 % of the labels'): near"]
 
 
 def test_alarms_on_repeated_predictions_gaps_and_identical_folds():
     predicted, target = noisy_pair()
     predicted[:4] = predicted[0]
-    assert verdicts.regression_alarms(predicted, target, list("abc")) == [
-        "the same prediction for 4 of 200 rows"]
+    alarms = verdicts.regression_alarms(predicted, target, list("abc"))
+    assert faults(alarms) == ["the same prediction for 4 of 200 rows"]
     gap = verdicts.split_gap_alarms({"pearson_r": 0.2}, {"pearson_r": 0.6})
     assert len(gap) == 1 and gap[0].startswith("train far below validation (pearson_r 0.200 and 0.600)")
     assert "train far above" in verdicts.split_gap_alarms({"pearson_r": 0.99}, {"pearson_r": 0.3})[0]
@@ -413,7 +417,7 @@ def test_alarms_name_a_remedy():
     alarms += verdicts.split_gap_alarms({"pearson_r": 0.9}, {"pearson_r": 0.1}, remedy="--head ridge")
     alarms += verdicts.split_gap_alarms({"pearson_r": 0.1}, {"pearson_r": 0.9})
     alarms += verdicts.classification_alarms(np.tile([0.9, 0.1], (40, 1)), np.arange(40) % 2, ["ear", "tail"])[:2]
-    assert len(alarms) >= 7 and all("--" in alarm for alarm in alarms), alarms
+    assert len(alarms) == 6 and all("--" in alarm for alarm in alarms), alarms
 
 
 def test_verdict_with_two_subjects_resolves_nothing_and_with_nine_gives_p():

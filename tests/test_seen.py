@@ -16,7 +16,7 @@ from evidence import judging, prediction_tables, splitting
 
 
 def read_csv(path):
-    with open(path, newline="", encoding="utf-8") as handle:
+    with open(path, newline="", encoding="utf-8-sig") as handle:
         return list(csv.DictReader(handle))
 
 
@@ -151,11 +151,12 @@ def test_weights_of_an_older_version_are_said_once(sample, tmp_path):
 # --- tables of predictions --------------------------------------------------------------------
 
 def table(tmp_path, words):
-    """A table of 30 good predictions whose column `seen` repeats these words; None = no such column."""
+    """30 good predictions beside a weaker model's; the column `seen` repeats these words, None = no such column."""
     draw = np.random.default_rng(0)
     rows = []
     for i, value in enumerate(draw.normal(size=30)):
-        row = {"image": f"{i}.jpg", "Valence_true": value, "Valence_predicted": value + 0.1 * draw.normal()}
+        row = {"image": f"{i}.jpg", "Valence_true": value, "Valence_predicted": value + 0.1 * draw.normal(),
+               "Valence_ridge": value + draw.normal()}
         rows.append(row | ({"seen": words[i % len(words)]} if words else {}))
     common.write_table(tmp_path / "p.csv", rows)
     return tmp_path / "p.csv"

@@ -36,7 +36,7 @@ def video(*flags, code=0):
 
 
 def read_csv(path):
-    with open(path, newline="", encoding="utf-8") as handle:
+    with open(path, newline="", encoding="utf-8-sig") as handle:
         return list(csv.DictReader(handle))
 
 
