@@ -41,16 +41,9 @@ class Setting:
 
 def fold_table(folds):
     """One dict of numbers for each fold -> the same with two more rows, the mean and the SD over the folds."""
-    numbers = [name for name in folds[0] if name not in ("fold", "rows", "best_epoch")]
-    values = np.array([[fold[name] for name in numbers] for fold in folds], float)  # (folds, numbers)
-    mean = common.mean_without_nan(values, 0)
-    spread = common.mean_without_nan((values - mean) ** 2, 0)
-    count = np.isfinite(values).sum(0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        sd = np.where(count > 1, np.sqrt(spread * count / (count - 1)), np.nan)
-    mean_row = {"fold": "mean", **dict(zip(numbers, mean))}
-    sd_row = {"fold": "SD", **dict(zip(numbers, sd))}
-    return [*folds, mean_row, sd_row]
+    import pandas as pd
+    numbers = pd.DataFrame(folds).drop(columns=["fold", "rows", "best_epoch"], errors="ignore").astype(float)
+    return [*folds, {"fold": "mean", **numbers.mean()}, {"fold": "SD", **numbers.std()}]
 
 
 def finished_folds(run, chosen, numbers):

@@ -8,7 +8,7 @@ class Metric:
     name: str
     label: str
     lower_is_better: bool = False
-    normal_scale: str | None = None  # where its estimates are closest to a normal distribution
+    normal_scale: str | None = "logit"  # where its estimates are closest to a normal distribution
 
 
 METRICS = {metric.name: metric for metric in (
@@ -18,30 +18,30 @@ METRICS = {metric.name: metric for metric in (
     Metric("mse", "MSE", lower_is_better=True, normal_scale="log"),
     Metric("rmse", "RMSE", lower_is_better=True, normal_scale="log"),
     Metric("loss", "loss", lower_is_better=True, normal_scale="log"),
-    Metric("accuracy", "accuracy", normal_scale="logit"),
-    Metric("balanced_accuracy", "balanced accuracy", normal_scale="logit"),
-    Metric("macro_f1", "macro F1", normal_scale="logit"),
-    Metric("roc_auc", "AUC", normal_scale="logit"),
+    Metric("accuracy", "accuracy"),
+    Metric("balanced_accuracy", "balanced accuracy"),
+    Metric("macro_f1", "macro F1"),
+    Metric("roc_auc", "AUC"),
     Metric("mcc", "MCC", normal_scale="signed_logit"),
-    Metric("ece", "ECE", lower_is_better=True),
-    Metric("ece_adaptive", "adaptive ECE", lower_is_better=True),
-    Metric("ece_above_null", "ECE above its null", lower_is_better=True),
-    Metric("ece_adaptive_above_null", "adaptive ECE above its null", lower_is_better=True),
+    Metric("ece", "ECE", lower_is_better=True, normal_scale=None),
+    Metric("ece_adaptive", "adaptive ECE", lower_is_better=True, normal_scale=None),
+    Metric("ece_above_null", "ECE above its null", lower_is_better=True, normal_scale=None),
+    Metric("ece_adaptive_above_null", "adaptive ECE above its null", lower_is_better=True, normal_scale=None),
     Metric("brier", "Brier score", lower_is_better=True, normal_scale="log"),
-    Metric("precision", "precision", normal_scale="logit"),
-    Metric("recall", "recall", normal_scale="logit"),
-    Metric("f1", "F1", normal_scale="logit"),
-    Metric("average_precision", "average precision", normal_scale="logit"),
-    Metric("map", "mean AP", normal_scale="logit"),
-    Metric("map50", "mean AP50", normal_scale="logit"),
-    Metric("map_present", "mean AP without absent parts", normal_scale="logit"),
-    Metric("joint_map", "mean joint AP", normal_scale="logit"),
-    Metric("ap", "AP", normal_scale="logit"),
-    Metric("ap50", "AP50", normal_scale="logit"),
-    Metric("state_accuracy", "state accuracy", normal_scale="logit"),
-    Metric("hallucination_rate", "hallucination rate", lower_is_better=True, normal_scale="logit"),
-    Metric("hallucination_rate_anywhere", "hallucination rate anywhere", lower_is_better=True, normal_scale="logit"),
-    Metric("absent_box_detected", "absent boxes detected", normal_scale="logit"))}
+    Metric("precision", "precision"),
+    Metric("recall", "recall"),
+    Metric("f1", "F1"),
+    Metric("average_precision", "average precision"),
+    Metric("map", "mean AP"),
+    Metric("map50", "mean AP50"),
+    Metric("map_present", "mean AP without absent parts"),
+    Metric("joint_map", "mean joint AP"),
+    Metric("ap", "AP"),
+    Metric("ap50", "AP50"),
+    Metric("state_accuracy", "state accuracy"),
+    Metric("hallucination_rate", "hallucination rate", lower_is_better=True),
+    Metric("hallucination_rate_anywhere", "hallucination rate anywhere", lower_is_better=True),
+    Metric("absent_box_detected", "absent boxes detected"))}
 
 BASELINES = {  # as sentences write them
     "ridge": "ridge regression",
