@@ -307,9 +307,9 @@ def parse_arguments(parser, argv=None):
     given = {declared[name].dest for name in typed if name in declared}
     values = {}
     if named.get("resume") not in (None, "auto"):
-        values |= _config_values(parser, run_folder_of(named["resume"]) / "args.json")
+        values |= config_values(parser, run_folder_of(named["resume"]) / "args.json")
     if named.get("config"):
-        values |= _config_values(parser, named["config"])
+        values |= config_values(parser, named["config"])
     for action in parser._actions:
         if action.dest in values and action.dest not in given | {"config", "resume"}:
             action.default = values[action.dest]
@@ -361,7 +361,7 @@ def _snake_case(word):
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _config_values(parser, path):
+def config_values(parser, path):
     """Config file -> {flag: value}, checked here, so that an error names the file."""
     values = {}
     declared = parser._option_string_actions

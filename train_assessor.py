@@ -85,7 +85,7 @@ def parse_args(argv=None, recipe="plain"):
     model("--select", choices=("pearson_r", "r2", "loss", "last"), default="pearson_r",
           help="validation metric that chooses the epoch; last = the last one, so that validation rows choose nothing")
     if recipe == "small_data":
-        parser.set_defaults(**common.read_config(SMALL_DATA))
+        parser.set_defaults(**common.config_values(parser, SMALL_DATA))
     args = common.parse_arguments(parser, argv)
     common.check_split_flags(parser, args)
     return args
