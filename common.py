@@ -2923,9 +2923,7 @@ class Training:
         self._report(numbers, is_best)
 
     def _score_of(self, epoch):
-        """Larger is better: the epoch's number for 'last', -inf for NaN or an epoch that is not in the history."""
-        if epoch > len(self.progress.history):
-            return -math.inf
+        """Larger is better: the epoch's number for 'last', -inf for NaN."""
         if self.select == "last":
             return float(epoch)
         score = self.progress.history[epoch - 1][self.select]
@@ -2984,14 +2982,15 @@ class Training:
 
     def _save_top(self):
         """Keep top_epoch_N.pth of the save_top_k best epochs."""
-        epoch = self.progress.epoch
-        kept = {int(path.stem.rsplit("_", 1)[1]) for path in self.run.folder.glob("top_epoch_*.pth")}
-        ranked = sorted(kept | {epoch}, key=self._score_of, reverse=True)
-        best = ranked[:self.args.save_top_k]
-        if epoch in best:
-            save_checkpoint(self.run.path(f"top_epoch_{epoch}.pth"), self._model_file())
-        for other in kept.difference(best):
-            self.run.path(f"top_epoch_{other}.pth").unlink(missing_ok=True)
+        epochs = range(1, self.progress.epoch + 1)
+        ranked = sorted(epochs, key=self._score_of, reverse=True)
+        best = [self.run.path(f"top_epoch_{epoch}.pth") for epoch in ranked[:self.args.save_top_k]]
+        newest = self.run.path(f"top_epoch_{self.progress.epoch}.pth")
+        if newest in best:
+            save_checkpoint(newest, self._model_file())
+        for path in self.run.folder.glob("top_epoch_*.pth"):
+            if path not in best:
+                path.unlink()
 
     def _model_file(self):
         """Content of best_model.pth for the epoch that has just ended."""
