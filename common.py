@@ -2059,12 +2059,17 @@ def _check_weights(state, source):
         raise CheckpointError(f"{source} holds weights that are not finite ({shorten_list(bad, 1)})")
 
 
-def _load_backbone_state(model, state, last, source):
-    """Load all but the classifier `last`, strictly; a prefix that all layers share (encoder_q.) is taken off."""
-    own = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{last}.")}
+def shared_prefix(state, own):
+    """What a state dict writes before the names of a model's own layers, such as encoder_q.; else ""."""
     first = next(iter(own))
     prefixes = dict.fromkeys(name.removesuffix(first) for name in state if name.endswith(first))
-    prefix = max(prefixes, key=lambda prefix: sum(prefix + name in state for name in own), default="")
+    return max(prefixes, key=lambda prefix: sum(prefix + name in state for name in own), default="")
+
+
+def _load_backbone_state(model, state, last, source):
+    """Load all but the classifier `last`, strictly; a prefix that all layers share is taken off."""
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{last}.")}
+    prefix = shared_prefix(state, own)
     n_in_file = len(state)
     state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     if "encoder.pos_embedding" in own and "encoder.pos_embedding" in state:  # a ViT's, which fits one size of pictures

@@ -19,6 +19,7 @@ import numpy as np
 
 import common
 from evidence import detection_judging, judging, prediction_tables, reporting, table_judging
+from readers import part_boxes
 
 
 def parse_args(argv=None):
@@ -26,6 +27,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("predictions").add_argument
     add("--predictions", type=Path, nargs="+", required=True, help="CSV of predictions, or COCO results with --truth")
     add("--truth", type=Path, help="annotations that detections are judged against")
+    add("--box_format", choices=part_boxes.BOX_FORMATS,
+        help="with --truth: what the four numbers of a detected box are (default: left top width height in pixels)")
     add("--group_column", help="column whose rows are not independent, such as subject (default: group, if there)")
     add("--baseline", metavar="COLUMN", help="what the model must beat: a column, or BASELINE of NAME_BASELINE or "
         "BASELINE_prob_CLASS (default: the best of all there are)")
@@ -45,7 +48,7 @@ def parse_args(argv=None):
 def judge_coco(args):
     """Judge COCO results against annotations."""
     path = args.predictions[0]
-    truth, detections, seen = detection_judging.read_coco_results(args.truth, path, args.group_column)
+    truth, detections, seen = detection_judging.read_coco_results(args.truth, path, args.group_column, args.box_format)
     scored = f"{len(detections)} pictures scored, {sum(map(len, truth.boxes))} boxes of {len(truth.parts)} parts."
     setting = judging.Setting(
         title=f"Detections of {path.name}",

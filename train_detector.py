@@ -257,7 +257,6 @@ class Entry:
     """One image of an annotation file."""
     origin: str  # train, val or test: the part that the file is given for
     image: part_boxes.AnnotatedImage
-    objects: list  # of PartObject
     path: Path | None  # of its picture
 
     @property
@@ -339,20 +338,16 @@ def load_study(args, files, say, checkpoint=None):
     used = [found[i] for i in stored]
     parts, notes = used_parts(read, used, known_parts)
     sizes = [(store.audit[i].width, store.audit[i].height) for i in stored]
-    objects = []
-    for row, entry in enumerate(used):
-        objects += [dataclasses.replace(each, image=row) for each in entry.objects]
-    if args.box_format is None:
-        listed = ", ".join(str(path) for path, _ in files.values())
-        part_boxes.refuse_other_convention(objects, sizes, listed)
+    images = [entry.image for entry in used]
+    listed = ", ".join(str(path) for path, _ in files.values())
+    part_boxes.refuse_other_convention([image.objects for image in images], sizes, listed, args.box_format)
     truth, without_area, box_notes = part_boxes.as_truth(
-        images=[entry.image for entry in used],
-        objects=objects,
+        images=images,
         parts=parts,
         names=[entry.name if len(files) > 1 else entry.image.name for entry in used],
         sizes=sizes,
         min_trust=args.min_trust,
-        groups=part_boxes.read_groups([entry.image for entry in used], args.group_column),
+        groups=part_boxes.read_groups(images, args.group_column),
         keeps_absent=absent == "keep")
     study = Study(
         truth=truth,
@@ -381,10 +376,7 @@ def match_pictures(read, files, exact_names):
         found = read[origin]
         paths, without_entry, notes = part_boxes.find_pictures(found, folder, exact_names)
         found.notes += notes
-        objects = [[] for _ in paths]
-        for each in found.objects:
-            objects[each.image].append(each)
-        entries += [Entry(origin, *fields) for fields in zip(found.images, objects, paths)]
+        entries += [Entry(origin, image, path) for image, path in zip(found.images, paths)]
         skipped += [{"image": name, "reason": f"no entry in {path.name}"} for name in without_entry]
     skipped += [{"image": entry.image.name, "reason": "no such picture"}
                 for entry in entries if not entry.path]
@@ -408,7 +400,7 @@ def check_pictures(store, entries, on_bad_file):
 
 def used_parts(read, entries, known=None):
     """(parts, notes): those a checkpoint knows, else those with a box, in order of appearance."""
-    used = {each.part for entry in entries for each in entry.objects}
+    used = {each.part for entry in entries for each in entry.image.objects}
     if known:
         unknown = [name + common.closest(name, known) for name in sorted(used - set(known))]
         part_boxes.refuse(unknown, "the checkpoint does not know these parts:",
@@ -784,15 +776,24 @@ def start_from(model, path, settings):
 
 
 def load_pretrained(model, state, source):
-    """Weights of a detector without its predictors, or of the classifier the backbone was."""
-    expected = ("backbone.", "rpn.", "roi_heads.box_head.")
-    if any(name.startswith("backbone.body.") for name in state):
+    """Weights of a detector without its predictors, or of the classifier the backbone was.
+
+    A prefix that all layers share (model.) is taken off.
+    """
+    body = "backbone.body."
+    own = model.backbone.body.state_dict()
+    prefix = common.shared_prefix(state, own)
+    is_detector = prefix.endswith(body)
+    prefix = prefix.removesuffix(body)
+    if prefix:
+        print(f"note: {source}: the layers are loaded without the prefix {prefix}", flush=True)
+    state = {name.removeprefix(prefix): value for name, value in state.items()}
+    if is_detector:
+        expected = ("backbone.", "rpn.", "roi_heads.box_head.")
         state = {name: value for name, value in state.items() if name.startswith(expected)}
     else:
-        expected = ("backbone.body.",)
-        own = model.backbone.body.state_dict()
-        named = {name.removeprefix("features."): value for name, value in state.items()}
-        state = {f"backbone.body.{name}": value for name, value in named.items() if name in own}
+        expected = (body,)
+        state = {body + name: value for name, value in state.items() if name in own}
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -1255,8 +1256,8 @@ def convert(args):
         audit, _ = picture_files.audit_image(path, 32)
         if not audit.error:
             sizes[number] = (audit.width, audit.height)
-    if args.box_format is None:
-        part_boxes.refuse_other_convention(found.objects, sizes, args.json)
+    objects = [image.objects for image in found.images]
+    part_boxes.refuse_other_convention(objects, sizes, args.json, args.box_format)
     coco, dropped = part_boxes.as_coco(found, names, sizes)
     common.write_json(args.output, coco)
     for note in found.notes:

@@ -32,21 +32,22 @@ MEAN_BOX_METRICS = ("map", "map50", "joint_map")
 
 # --- from COCO files ------------------------------------------------------------------------
 
-def read_coco_results(truth_json, detections_json, group_column=None, min_trust=0.5):
+def read_coco_results(truth_json, detections_json, group_column=None, box_format=None):
     """Annotations (COCO or of parts), COCO results of any program -> (PartTruth, M Detections, (M,) their seen).
 
-    Boxes that annotators trusted less than min_trust are ignored. Raises UserError that lists what
-    cannot be read.
+    box_format: of the results, see part_boxes.BOX_FORMATS. Boxes that annotators trusted less than
+    .5 are ignored. Raises UserError that lists what cannot be read.
     """
     found = part_boxes.read_annotations(truth_json)
-    names = [image.name for image in found.images]
-    part_boxes.refuse([image.name for image in found.images if image.size is None],
+    images = found.images
+    names = [image.name for image in images]
+    part_boxes.refuse([image.name for image in images if image.size is None],
                       f"{truth_json}: images without width and height:", "Add them.")
     parts, detections, seen = detection_tables.read_results(
-        detections_json, [image.id for image in found.images], found.category_ids)
+        detections_json, images, found.category_ids, box_format)
     truth, _, _ = part_boxes.as_truth(
-        found.images, found.objects, parts, names, [image.size for image in found.images],
-        min_trust, groups=part_boxes.read_groups(found.images, group_column))
+        images, parts, names, [image.size for image in images], min_trust=0.5,
+        groups=part_boxes.read_groups(images, group_column))
     if not any(truth.judged(row).any() for row in range(len(names))):
         raise common.UserError(f"{truth_json}: no box to judge detections against")
     if not truth.has_states():

@@ -2,6 +2,7 @@
 
 Letters: D detections of one picture, P parts, S states.
 """
+import dataclasses
 import itertools
 
 import numpy as np
@@ -11,6 +12,7 @@ from evidence import detection_scores
 from readers import part_boxes
 
 BOX_COLUMNS = ("x1", "y1", "x2", "y2")
+ROUNDING = 0.02  # probabilities with two digits add up to 1 up to this
 
 
 def best_of_each_part(detected, threshold):
@@ -84,96 +86,92 @@ def detection_rows(names, detections, parts, seen, errors=None, lists_absent=Fal
     return [{column: row.get(column) for column in columns} for row in rows]
 
 
-def read_results(path, images, category_ids):
-    """COCO results of any program -> (parts, Detections and one of common.SEEN_WORDS for each image id of `images`).
+@dataclasses.dataclass
+class FoundBox:
+    """One COCO result."""
+    part: str
+    box: list  # x1, y1, x2, y2
+    area: float | None  # as the file has it
+    score: float
+    states: np.ndarray | None  # (S,) probabilities, None where it names no state
+    seen: str  # of common.SEEN_WORDS
+
+
+def read_results(path, images, category_ids, box_format=None):
+    """COCO results of any program -> (parts, Detections and one of common.SEEN_WORDS for each AnnotatedImage).
 
     parts: those of category_ids {part: id}, then what else the results name as their `part`. The
     state stands in state_probabilities or in state (text or number), or nowhere: then they are
-    plain detections.
+    plain detections. box_format: one of part_boxes.BOX_FORMATS, None for xywh.
     """
-    entries = read_list(path)
-    place = {part_boxes.read_id(own): k for k, own in enumerate(images)}
-    parts = list(category_ids)
+    entries = common.read_json(path)
+    if not isinstance(entries, list):
+        raise common.UserError(f"{path}: expected a list of COCO results, found a {type(entries).__name__}")
+    place = {part_boxes.read_id(image.id): k for k, image in enumerate(images)}
     part_of = {part_boxes.read_id(own): part for part, own in category_ids.items()}
     found = [[] for _ in images]
     faults = []
     for number, entry in enumerate(entries):
-        detected = read_detection(entry, place, part_of, f"result {number}", faults)
-        if detected is None:
+        where = f"result {number}"
+        if not isinstance(entry, dict):
+            faults.append(f"{where}: expected an object, found {str(entry)[:60]}")
             continue
-        if detected["part"] not in parts:
-            parts.append(detected["part"])
-        found[detected["picture"]].append(detected)
-    listed = [detected for row in found for detected in row]
-    n_states = sum(detected["states"] is not None for detected in listed)
+        picture = place.get(part_boxes.read_id(entry.get("image_id")))
+        if picture is None:
+            faults.append(f"{where}: unknown image_id {entry.get('image_id')!r}")
+            continue
+        found[picture].append(read_result(entry, part_of, images[picture].size, box_format or "xywh", where, faults))
+    listed = [each for row in found for each in row]
+    n_states = sum(each.states is not None for each in listed)
     if 0 < n_states < len(listed):
         faults.append(f"{len(listed) - n_states} of {len(listed)} results have no state")
     part_boxes.refuse(faults, f"{path}: cannot be read:", "Correct these entries.")
-    seen = [common.worst_seen([each["seen"] for each in row] or ["not known"]) for row in found]
+    part_boxes.refuse_other_convention(found, [image.size for image in images], path, box_format)
+    parts = list(dict.fromkeys([*category_ids, *(each.part for each in listed)]))
+    seen = [common.worst_seen([each.seen for each in row] or ["not known"]) for row in found]
     return parts, [stack_detections(row, parts, n_states > 0) for row in found], np.array(seen)
 
 
-def read_list(path):
-    """The entries of a file of COCO results."""
-    entries = common.read_json(path)
-    if not isinstance(entries, list):
-        kind = type(entries).__name__
-        raise common.UserError(f"{path}: expected a list of COCO results, found a {kind}")
-    return entries
-
-
-def read_detection(entry, place, part_of, where, faults):
-    """One COCO result -> dict of picture, part, box, score, states, seen; None where it has a fault."""
-    if not isinstance(entry, dict):
-        faults.append(f"{where}: expected an object, found {str(entry)[:60]}")
-        return None
-    n_before = len(faults)
-    part = entry.get("part", find_key(part_of, entry.get("category_id")))
-    picture = find_key(place, entry.get("image_id"))
+def read_result(entry, part_of, size, box_format, where, faults):
+    """One COCO result -> FoundBox; what is wrong with it is appended to the faults."""
+    part = entry.get("part", part_of.get(part_boxes.read_id(entry.get("category_id"))))
     score = part_boxes.read_number(entry.get("score"))
-    box = part_boxes.read_box(entry.get("bbox"), where, faults)
-    states = read_states(entry, where, faults)
-    seen = entry.get("seen")
     if not isinstance(part, str):
         faults.append(f"{where}: unknown category_id {entry.get('category_id')!r}")
-    if picture is None:
-        faults.append(f"{where}: unknown image_id {entry.get('image_id')!r}")
     if score is None:
         faults.append(f"{where}: score {entry.get('score')!r} is no number")
-    if len(faults) > n_before:
-        return None
-    return {"picture": picture, "part": part, "box": box, "score": score, "states": states,
-            "seen": seen if seen in common.SEEN_WORDS else "not known"}
-
-
-def find_key(known, key):
-    """known[key], None for a key that is unknown or no number or text."""
-    return known.get(part_boxes.read_id(key))
+    seen = entry.get("seen")
+    return FoundBox(
+        part=part,
+        box=part_boxes.read_box(entry.get("bbox"), where, faults, box_format, size),
+        area=part_boxes.read_number(entry.get("area")),
+        score=score,
+        states=read_states(entry, where, faults),
+        seen=seen if seen in common.SEEN_WORDS else "not known")
 
 
 def read_states(entry, where, faults):
     """(S,) probabilities of a result, from state_probabilities or state; None where it names none."""
     n_states = detection_scores.N_STATES
     given = entry.get("state_probabilities")
-    if given is not None:
-        numbers = list(map(part_boxes.read_number, given)) if isinstance(given, list) else []
-        if len(numbers) != n_states or None in numbers:
-            found = str(given)[:60]
-            faults.append(f"{where}: expected {n_states} state_probabilities, found {found}")
-            return None
-        return np.array(numbers)
-    state = part_boxes.read_state([entry.get("state")], where, faults)
-    return None if state == part_boxes.UNKNOWN else np.eye(n_states)[state]
+    if given is None:
+        state = part_boxes.read_state([entry.get("state")], where, faults)
+        return None if state == part_boxes.UNKNOWN else np.eye(n_states)[state]
+    numbers = list(map(part_boxes.read_number, given)) if isinstance(given, list) else []
+    is_whole = len(numbers) == n_states and None not in numbers
+    if not is_whole or min(numbers) < 0 or abs(sum(numbers) - 1) > ROUNDING:
+        faults.append(f"{where}: expected {n_states} state_probabilities from 0 to 1 with sum 1, found "
+                      f"{str(given)[:60]}")
+    return np.array(numbers)
 
 
 def stack_detections(listed, parts, has_states):
-    """Results of one picture, as read_detection gives them -> Detections."""
+    """FoundBoxes of one picture -> Detections."""
     states = None
     if has_states:
-        states = np.array([each["states"] for each in listed])
-        states = states.reshape(-1, detection_scores.N_STATES)
+        states = np.array([each.states for each in listed]).reshape(-1, detection_scores.N_STATES)
     return detection_scores.Detections(
-        boxes=np.array([each["box"] for each in listed], float).reshape(-1, 4),
-        labels=np.array([parts.index(each["part"]) for each in listed], int),
-        scores=np.array([each["score"] for each in listed], float),
+        boxes=np.array([each.box for each in listed], float).reshape(-1, 4),
+        labels=np.array([parts.index(each.part) for each in listed], int),
+        scores=np.array([each.score for each in listed], float),
         states=states)

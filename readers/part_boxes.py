@@ -28,11 +28,11 @@ class AnnotatedImage:
     size: tuple | None  # (width, height) in pixels, None where the file does not say
     absent: list  # parts that are absent and have no box
     fields: dict  # all that the file says of the image
+    objects: list = dataclasses.field(default_factory=list)  # of PartObject
 
 
 @dataclasses.dataclass
 class PartObject:
-    image: int  # index of its image
     key: str  # what a message calls it: the part's name, or its annotation in a COCO file
     part: str
     box: list  # x1, y1, x2, y2
@@ -49,7 +49,6 @@ class Annotations:
     path: Path
     parts: list  # every part name of the file
     images: list  # of AnnotatedImage
-    objects: list  # of PartObject
     category_ids: dict  # part -> id in the COCO file
     skipped: list  # dicts of image, annotation and reason
     notes: list
@@ -195,26 +194,22 @@ def read_coco(path, content, reading):
     if "" in categories.values():
         reading.faults.append(f"categories: expected names, found {', '.join(categories.values())}")
     reading.counts["categories share a name and are one part"] = len(categories) - len(set(categories.values()))
-    images = []
-    place = {}
-    for own, fields in read_records(content, "images", reading).items():
-        place[own] = len(images)
-        images.append(read_image(fields, reading))
-    objects = []
+    images = {own: read_image(fields, reading) for own, fields in read_records(content, "images", reading).items()}
     used = []
     unused = collections.defaultdict(collections.Counter)  # attribute -> how often each value
     for own, fields in read_records(content, "annotations", reading).items():
-        found = read_object(own, fields, images, place, categories, reading)
+        found = read_object(own, fields, images, categories, reading)
         if found is None:
             continue
         used.append(read_id(fields["category_id"]))
         for name, value in found.attributes.items():
             if name.lower() != reading.state_attribute:
                 unused[name][str(value)] += 1
+        image = images[read_id(fields["image_id"])]
         if found.state == ABSENT and (found.box is None or cut_box(found.box, None) is None):
-            images[found.image].absent.append(found.part)
+            image.absent.append(found.part)
         else:
-            objects.append(found)
+            image.objects.append(found)
     notes = [f"{count} {text}" for text, count in reading.counts.items() if count]
     for name, counts in unused.items():
         values = ", ".join(f"{value} {count}" for value, count in counts.most_common(4))
@@ -222,8 +217,7 @@ def read_coco(path, content, reading):
     return Annotations(
         path=path,
         parts=list(dict.fromkeys(categories.values())),
-        images=images,
-        objects=objects,
+        images=list(images.values()),
         category_ids={categories[own]: listed[own]["id"] for own in [*listed, *used]},  # of several, one of a box
         skipped=reading.skipped,
         notes=notes)
@@ -282,16 +276,16 @@ def read_image(fields, reading):
         fields=fields)
 
 
-def read_object(own, fields, images, place, categories, reading):
+def read_object(own, fields, images, categories, reading):
     """One entry of annotations -> PartObject, None where it belongs to no image or category, or has no box.
 
     The state stands in state, state_id or an attribute, or nowhere.
     """
     key = clean(fields.get("entry", f"annotation {own}"))
     ids = fields.get("image_id"), fields.get("category_id")
-    image = place.get(read_id(ids[0]))
+    image = images.get(read_id(ids[0]))
     part = categories.get(read_id(ids[1]))
-    name = images[image].name if image is not None else ""
+    name = image.name if image else ""
     reading.counts["ids are text or have a fraction"] += sum(read_id(value) is not value for value in ids)
     if image is None or part is None:
         reason = f"image_id {ids[0]!r} or category_id {ids[1]!r} is unknown"
@@ -313,12 +307,11 @@ def read_object(own, fields, images, place, categories, reading):
     elif box is not None or state != ABSENT:
         if isinstance(box, list) and str in map(type, box):
             reading.counts["boxes have numbers written as text"] += 1
-        box = read_box(box, where, reading.faults, reading.box_format, images[image].size)
+        box = read_box(box, where, reading.faults, reading.box_format, image.size)
     if box is None and state != ABSENT:
         reading.skipped.append({"image": name, "annotation": f"{key} ({part})", "reason": "no box"})
         return None
     return PartObject(
-        image=image,
         key=key,
         part=part,
         box=box,
@@ -428,26 +421,29 @@ def read_trust(value, where, faults):
     return trust
 
 
-def refuse_other_convention(objects, sizes, path):
-    """UserError where the boxes, read as left, top, width, height, look like those of another of BOX_FORMATS.
+def refuse_other_convention(objects, sizes, path, box_format=None):
+    """UserError where boxes, read as left, top, width, height, look like those of another of BOX_FORMATS.
 
-    That is where more than a tenth leave their picture and half as many at most would by another convention, where no
-    number is above 1, or where the corners' convention alone gives the areas of the file. sizes: of each image.
+    objects: of each picture, a list of what has a box x1, y1, x2, y2 and the area in the file or None; sizes: (width,
+    height) of each picture or None; box_format: where it is given, nothing is refused. More than a tenth leave their
+    picture and half as many at most would by another convention, or no number is above 1, or the corners' convention
+    alone gives the areas.
     """
-    kept = [each for each in objects if sizes[each.image] and any(each.box)]
-    if not kept:
+    kept = [(each.box, size, each.area) for own, size in zip(objects, sizes) if size for each in own if any(each.box)]
+    if box_format or not kept:
         return
-    corners = np.array([each.box for each in kept])
-    written = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]).T
-    size = np.array([sizes[each.image] for each in kept]).T  # (2, K)
-    area = np.array([each.area or np.nan for each in kept], float)
+    corners, sizes, areas = zip(*kept)
+    x1, y1, x2, y2 = np.array(corners).T
+    written = np.array([x1, y1, x2 - x1, y2 - y1])
+    size = np.array(sizes).T  # (2, K)
+    area = np.array([each or np.nan for each in areas], float)
     n_outside = {}
     n_area = {}
-    for box_format in ("xywh", "xyxy", "cxcywh"):
-        first, last = np.reshape(to_corners(*written, box_format), (2, 2, -1))  # (2, K) x and y of two corners
+    for tried in ("xywh", "xyxy", "cxcywh"):
+        first, last = np.reshape(to_corners(*written, tried), (2, 2, -1))  # (2, K) x and y of two corners
         is_inside = (first >= -OVER_EDGE) & (last <= size + OVER_EDGE) & (last >= first)
-        n_outside[box_format] = np.sum(~is_inside.all(0))
-        n_area[box_format] = np.sum(np.isclose((last - first).prod(0), area, rtol=0.01))
+        n_outside[tried] = np.sum(~is_inside.all(0))
+        n_area[tried] = np.sum(np.isclose((last - first).prod(0), area, rtol=0.01))
     likeliest = min(n_outside, key=n_outside.get)
     if np.abs(written).max() <= 1:
         likeliest = "fractions"
@@ -472,25 +468,28 @@ def cut_box(box, size):
     return corners if (corners[2:] - corners[:2]).min() >= 0.5 else None
 
 
-def cut_boxes(objects, names, sizes):
-    """PartObjects -> (those with area in their picture, cut to it; dicts of the others; how many were cut).
+def cut_boxes(images, names, sizes):
+    """AnnotatedImages -> (of each the PartObjects with area in the picture, cut to it; dicts of the others; how many were
+    cut).
 
     names, sizes: of each image, its file and (width, height), or None where the size is unknown.
     """
     kept = []
     skipped = []
     n_cut = 0
-    for each in objects:
-        box = cut_box(each.box, sizes[each.image])
-        if box is None:
-            shown = " ".join(f"{value:g}" for value in each.box)
-            skipped.append({
-                "image": names[each.image],
-                "annotation": f"{each.key} ({each.part})",
-                "reason": f"box {shown} has no area in its picture"})
-            continue
-        n_cut += not np.allclose(box, each.box, atol=1)
-        kept.append(dataclasses.replace(each, box=box))
+    for image, name, size in zip(images, names, sizes):
+        kept.append([])
+        for each in image.objects:
+            box = cut_box(each.box, size)
+            if box is None:
+                shown = " ".join(f"{value:g}" for value in each.box)
+                skipped.append({
+                    "image": name,
+                    "annotation": f"{each.key} ({each.part})",
+                    "reason": f"box {shown} has no area in its picture"})
+                continue
+            n_cut += not np.allclose(box, each.box, atol=1)
+            kept[-1].append(dataclasses.replace(each, box=box))
     return kept, skipped, n_cut
 
 
@@ -504,29 +503,29 @@ def as_coco(found, names, sizes):
     names, sizes: as cut_boxes has them.
     """
     images = []
-    for number, (image, name, size) in enumerate(zip(found.images, names, sizes)):
+    annotations = []
+    kept, dropped, _ = cut_boxes(found.images, names, sizes)
+    for number, (image, name, size, objects) in enumerate(zip(found.images, names, sizes, kept)):
         absent = sorted(set(image.absent))
         images.append({**image.fields, "id": number, "file_name": name, "absent_parts": absent})
         if size:
             images[-1]["width"], images[-1]["height"] = size
-    annotations = []
-    kept, dropped, _ = cut_boxes(found.objects, names, sizes)
-    for each in kept:
-        left, top, right, bottom = each.box.tolist()
-        width = right - left
-        height = bottom - top
-        annotations.append({
-            "id": len(annotations) + 1,
-            "image_id": each.image,
-            "category_id": found.parts.index(each.part) + 1,
-            "bbox": [left, top, width, height],
-            "area": width * height,
-            "iscrowd": int(each.crowd),
-            "trust": each.trust})
-        if each.state != UNKNOWN:
-            annotations[-1] |= {"state": STATES[each.state], "state_id": each.state}
-        if each.attributes:
-            annotations[-1]["attributes"] = each.attributes
+        for each in objects:
+            left, top, right, bottom = each.box.tolist()
+            width = right - left
+            height = bottom - top
+            annotations.append({
+                "id": len(annotations) + 1,
+                "image_id": number,
+                "category_id": found.parts.index(each.part) + 1,
+                "bbox": [left, top, width, height],
+                "area": width * height,
+                "iscrowd": int(each.crowd),
+                "trust": each.trust})
+            if each.state != UNKNOWN:
+                annotations[-1] |= {"state": STATES[each.state], "state_id": each.state}
+            if each.attributes:
+                annotations[-1]["attributes"] = each.attributes
     categories = [{"id": number, "name": part} for number, part in enumerate(found.parts, start=1)]
     return {"images": images, "annotations": annotations, "categories": categories}, dropped
 
@@ -546,17 +545,14 @@ def read_groups(images, column):
     return np.array(list(map(str, values)), str)
 
 
-def as_truth(images, objects, parts, names, sizes, min_trust, **others):
-    """AnnotatedImages and PartObjects -> (PartTruth, dicts of the boxes that were skipped, notes).
+def as_truth(images, parts, names, sizes, min_trust, **others):
+    """AnnotatedImages -> (PartTruth, dicts of the boxes that were skipped, notes).
 
     parts, names, sizes: as PartTruth has them; others: its groups and keeps_absent. Boxes are cut
     to their picture; those without area there are skipped by name, those that annotators trusted
     less than min_trust are ignored.
     """
-    used, skipped, n_cut = cut_boxes(objects, names, sizes)
-    kept = [[] for _ in images]
-    for each in used:
-        kept[each.image].append(each)
+    kept, skipped, n_cut = cut_boxes(images, names, sizes)
     truth = PartTruth(
         parts=parts,
         images=np.array(names, str),

@@ -218,6 +218,9 @@ RESULT_FAULTS = {
     "state": ([{**RESULT, "state": "intakt"}], ["result 0", "intakt"]),
     "one state": ([RESULT, {**RESULT, "state": "intact"}], ["1 of 2 results have no state"]),
     "probabilities": ([{**RESULT, "state_probabilities": [1]}], ["result 0", "state_probabilities"]),
+    "logits": ([{**RESULT, "state_probabilities": [2.5, -1, 0.2, -0.7]}], ["result 0", "from 0 to 1", "2.5"]),
+    "percent": ([{**RESULT, "state_probabilities": [70, 10, 10, 10]}], ["result 0", "sum 1"]),
+    "sum": ([{**RESULT, "state_probabilities": [0.7, 0.7, 0.1, 0.1]}], ["result 0", "sum 1"]),
     "no object": ([3], ["result 0", "expected an object"]),
     "no list": ({"a": 1}, ["expected a list"])}
 
@@ -232,6 +235,26 @@ def test_faults_of_results_are_named(tmp_path, name):
         detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json")
     for word in ("results.json", *words):
         assert word in str(error.value)
+
+
+@pytest.mark.fault("tables, COCO, JSON: quirks and mistakes")
+@pytest.mark.parametrize("box_format", ["xyxy", "cxcywh", "fractions"])
+def test_results_in_another_convention_stop_and_are_read_when_it_is_named(tmp_path, box_format):
+    truth, found = random_case(3)
+    as_files(tmp_path, truth, found)
+    files = tmp_path / "truth.json", tmp_path / "results.json"
+    wanted = detection_judging.read_coco_results(*files)[1]
+    content = json.loads(files[1].read_text())
+    for result in content:
+        left, top, width, height = result["bbox"]
+        result["bbox"] = {"xyxy": [left, top, left + width, top + height],
+                          "cxcywh": [left + width / 2, top + height / 2, width, height],
+                          "fractions": [number / 100 for number in result["bbox"]]}[box_format]
+    common.write_json(files[1], content)
+    with pytest.raises(common.UserError, match=f"results.json: .* look like {box_format}.*--box_format {box_format}"):
+        detection_judging.read_coco_results(*files)
+    for one, other in zip(wanted, detection_judging.read_coco_results(*files, box_format=box_format)[1]):
+        np.testing.assert_allclose(other.boxes, one.boxes, atol=1e-9)
 
 
 def test_states_of_results_may_be_text_or_numbers(tmp_path):

@@ -218,7 +218,7 @@ def test_anything_in_any_place_is_read_or_refused(tmp_path, place, value, as_coc
         found = part_boxes.read_annotations(tmp_path / "h.json")
     except common.UserError:
         return
-    assert all(np.isfinite(each.box).all() for each in found.objects)
+    assert all(np.isfinite(each.box).all() for image in found.images for each in image.objects)
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..\\..\\secret.jpg", "C:\\0.jpg"])

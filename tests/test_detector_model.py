@@ -334,6 +334,20 @@ def test_weights_of_a_classifier_and_of_a_whole_detector(tmp_path):
     assert other.roi_heads.box_predictor.cls_score.out_features == 3
 
 
+@pytest.mark.parametrize("prefix", ["model.", "module.", "detector.net."])
+def test_a_prefix_of_all_layers_is_taken_off(tmp_path, capsys, prefix):
+    model, other = small_detector(), small_detector()
+    nn.init.ones_(model.rpn.head.cls_logits.weight)
+    for whole in (model, model.backbone.body):
+        torch.save({prefix + name: value for name, value in whole.state_dict().items()}, tmp_path / "w.pth")
+        nn.init.zeros_(other.backbone.body.conv1.weight)
+        train_detector.load_pretrained(other, common.load_weights_file(tmp_path / "w.pth"), "w.pth")
+        torch.testing.assert_close(other.backbone.body.conv1.weight, model.backbone.body.conv1.weight)
+        said = capsys.readouterr().out
+        assert said.count("\n") == (prefix != "module.") and (f"without the prefix {prefix}" in said) == bool(said)
+    torch.testing.assert_close(other.rpn.head.cls_logits.weight, model.rpn.head.cls_logits.weight)
+
+
 def test_names_of_older_torchvision_files_are_understood():
     """COCO weights of 2019 name the pyramid's and the RPN's layers one level higher."""
     model = small_detector(model="fasterrcnn_mobilenet_v3_large_320_fpn", anchor_sizes=[32, 64, 128, 256, 512])
