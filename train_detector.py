@@ -317,26 +317,21 @@ def load_study(args, files, say, checkpoint=None):
     """
     read = {origin: part_boxes.read_annotations(path, args.box_format, args.state_attribute)
             for origin, (path, _) in files.items()}
-    entries, skipped = match_pictures(read, files, args.exact_names)
+    entries, skipped, notes = match_pictures(read, files, args.exact_names)
     found = [entry for entry in entries if entry.path]
     say(f"decoding {len(found)} pictures")
-    min_size = input_size(args)
+    settings = {"min_size": input_size(args), "pixel_range": args.pixel_range}
     absent = args.absent
-    pixel_range = args.pixel_range
-    known_parts = None
     if checkpoint:
-        min_size = checkpoint["settings"]["min_size"]
+        settings = checkpoint["settings"]
         absent = checkpoint["absent"]
-        known_parts = checkpoint["settings"]["parts"]
-        pixel_range = checkpoint["settings"].get("pixel_range")
     store = picture_files.ImageStore(
-        [entry.path for entry in found], min_size, args.cache, pixel_range)
+        [entry.path for entry in found], settings["min_size"], args.cache, settings.get("pixel_range"))
     stored = check_pictures(store, found, args.on_bad_file)
     skipped += [{"image": entry.image.name, "reason": audit.error}
                 for entry, audit in zip(found, store.audit) if audit.error]
-    skipped += [each for found in read.values() for each in found.skipped]
     used = [found[i] for i in stored]
-    parts, notes = used_parts(read, used, known_parts)
+    parts, part_notes = used_parts(read, used, settings.get("parts"))
     sizes = [(store.audit[i].width, store.audit[i].height) for i in stored]
     images = [entry.image for entry in used]
     listed = ", ".join(str(path) for path, _ in files.values())
@@ -356,7 +351,7 @@ def load_study(args, files, say, checkpoint=None):
         store=store,
         stored=np.array(stored, int),
         skipped=skipped + without_area,
-        notes=[note for found in read.values() for note in found.notes] + notes + box_notes)
+        notes=notes + part_notes + box_notes)
     if args.drop_empty:
         study = without_empty(study)
     say_study(study, say)
@@ -369,18 +364,20 @@ def input_size(args):
 
 
 def match_pictures(read, files, exact_names):
-    """{split: Annotations} -> (Entries, dicts of the images and of the pictures that are alone)."""
+    """{split: Annotations} -> (Entries, dicts of what is skipped, notes)."""
     entries = []
     skipped = []
+    notes = []
     for origin, (path, folder) in files.items():
         found = read[origin]
-        paths, without_entry, notes = part_boxes.find_pictures(found, folder, exact_names)
-        found.notes += notes
+        paths, without_entry, matching = part_boxes.find_pictures(found, folder, exact_names)
+        notes += found.notes + matching
+        skipped += found.skipped
         entries += [Entry(origin, image, path) for image, path in zip(found.images, paths)]
         skipped += [{"image": name, "reason": f"no entry in {path.name}"} for name in without_entry]
     skipped += [{"image": entry.image.name, "reason": "no such picture"}
                 for entry in entries if not entry.path]
-    return entries, skipped
+    return entries, skipped, notes
 
 
 def check_pictures(store, entries, on_bad_file):
@@ -475,19 +472,18 @@ def mirror(pixels, boxes):
     return pixels[:, ::-1], np.stack([1 - right, top, 1 - left, bottom], axis=1)
 
 
+@dataclasses.dataclass(eq=False)
 class PartImages(common.Samples):
     """Samples of chosen rows; a key is (epoch, index), which seeds flip, colours and size.
 
     Each sample: pixels uint8 (H, W, 3); boxes (K, 4) in its pixels; labels (K,) from 1; states
     (K,), -1 unknown; scale (2,) pixels of the picture on disk per input pixel.
     """
-
-    def __init__(self, study, rows, settings, augment, seed):
-        self.study = study
-        self.rows = rows
-        self.settings = settings
-        self.augment = augment
-        self.seed = seed
+    study: Study
+    rows: np.ndarray  # (M,)
+    settings: dict  # of model_settings
+    augment: str  # none or light
+    seed: int
 
     def __len__(self):
         return len(self.rows)
@@ -498,18 +494,18 @@ class PartImages(common.Samples):
         truth = self.study.truth
         judged = truth.judged(row)
         boxes = truth.boxes[row][judged] / np.tile(truth.sizes[row], 2)  # (K, 4) in 0..1
-        pixels = self.study.picture(row)
-        if self.augment == "none":
-            pixels = self.resized(pixels, row)
-        else:
-            generator = common.generator_for(self.seed, epoch, row)
-            drawn = common.sample_augmentation("light", generator)
+        generator = common.generator_for(self.seed, epoch, row)
+        drawn = common.sample_augmentation(self.augment, generator)
+        factor = 1.0
+        if self.augment != "none":
             factor = 0.8 + 0.4 * torch.rand((), generator=generator).item()
-            pixels = self.resized(pixels, row, factor)
-            if drawn.flip and not has_sides(truth.parts):
-                pixels, boxes = mirror(pixels, boxes)
+        limits = self.settings["min_size"], self.settings["max_size"]
+        size = fit_size(*truth.sizes[row], *limits, factor)
+        pixels = resize_picture(self.study.picture(row), size)
+        if drawn.flip and not has_sides(truth.parts):
+            pixels, boxes = mirror(pixels, boxes)
+        if self.augment != "none":
             pixels = common.jitter_colours(np.ascontiguousarray(pixels), drawn)
-        size = np.array(pixels.shape[1::-1])
         return {
             "pixels": torch.from_numpy(np.array(pixels)),
             "boxes": torch.from_numpy((boxes * np.tile(size, 2)).astype(np.float32)),
@@ -517,13 +513,6 @@ class PartImages(common.Samples):
             "states": torch.from_numpy(truth.states[row][judged]),
             "scale": truth.sizes[row] / size,
         }
-
-    def resized(self, pixels, row, factor=1.0):
-        """The picture of a row in the size of the input times a factor."""
-        width, height = self.study.truth.sizes[row]
-        min_size = self.settings["min_size"]
-        max_size = self.settings["max_size"]
-        return resize_picture(pixels, fit_size(width, height, min_size, max_size, factor))
 
 
 def collate(samples):
@@ -847,9 +836,8 @@ def total_loss(losses, state_weight):
 def make_loaders(study, split, settings, args, compute):
     """Loader of the augmented train rows, and {part: loader} of the val and test rows."""
     train_loader = make_loader(study, split["train"], settings, args, compute, train=True)
-    others = ("val", "test")
-    return train_loader, {
-        part: make_loader(study, split[part], settings, args, compute) for part in others}
+    return train_loader, {part: make_loader(study, split[part], settings, args, compute)
+                          for part in ("val", "test")}
 
 
 def make_loader(study, rows, settings, args, compute, train=False):
@@ -983,25 +971,24 @@ def load_detector(path, compute):
 
 # --- results: detections -> whole-split metric -> run folder ------------------------------
 
-@common.first_process_only
-def write_detections(run, args, study, rows, part, detections, seen):
-    """detections_<part>.json (COCO results) and .csv, and pictures with what was detected."""
-    truth = study.truth.take(rows)
-    written = limit_detections(detections, args)
-    category_ids = study.category_ids[study.origin[rows[0]]]
-    common.write_json(
-        run.path(f"detections_{part}.json"),
-        detection_tables.coco_results(
-            truth.images, truth.ids, written, truth.parts, category_ids, seen))
-    common.write_table(
-        run.path(f"detections_{part}.csv"),
-        detection_tables.detection_rows(
-            truth.images, written, truth.parts, seen, lists_absent=args.one_per_part))
-    run.path("pictures").mkdir(exist_ok=True)
-    for k, name in enumerate(truth.images[:args.visualize]):
+def write_detections(path, folder, args, ids, detections, parts, category_ids, seen, picture, errors=None):
+    """`path` (COCO results), the same as CSV beside it, and in `folder` the first pictures with what was detected.
+
+    ids: {name of each of M pictures: its id}; category_ids: see detection_tables.coco_results; seen: (M,); picture:
+    function of its number -> (uint8 (H, W, 3), (width, height) on disk); errors: see detection_tables.detection_rows.
+    """
+    names = list(ids)
+    common.write_json(path, detection_tables.coco_results(
+        names, ids.values(), detections, parts, category_ids, seen))
+    common.write_table(path.with_suffix(".csv"), detection_tables.detection_rows(
+        names, detections, parts, seen, errors, args.one_per_part))
+    good = [k for k in range(len(names)) if not (errors and errors[k])]
+    for k in good[:args.visualize]:
+        folder.mkdir(exist_ok=True)
+        pixels, size = picture(k)
         drawn = box_pictures.draw_detections(
-            study.picture(rows[k]), truth.sizes[k], written[k], truth.parts, args.score_threshold)
-        box_pictures.write_picture(run.path("pictures") / f"{k:03d}_{Path(name).stem}.jpg", drawn)
+            pixels, size, detections[k], parts, args.score_threshold)
+        box_pictures.write_picture(folder / f"{k:03d}_{Path(names[k]).stem}.jpg", drawn)
 
 
 def limit_detections(detections, args):
@@ -1018,7 +1005,12 @@ def report_results(run, args, study, split, part, detections, baseline, seen, **
     """
     rows = split[part]
     words = seen.words(study.hashes[rows])
-    write_detections(run, args, study, rows, part, detections, words)
+    truth = study.truth.take(rows)
+    write_detections(
+        run.path(f"detections_{part}.json"), run.path("pictures"), args,
+        dict(zip(truth.images, truth.ids)), limit_detections(detections, args), truth.parts,
+        study.category_ids[study.origin[rows[0]]], words,
+        lambda k: (study.picture(rows[k]), truth.sizes[k]))
     setting = judging.Setting(
         title="Parts and their states",
         part=part,
@@ -1027,7 +1019,7 @@ def report_results(run, args, study, split, part, detections, baseline, seen, **
         data=data_blocks(study, split, part),
         **known)
     detection_judging.judge_detections(
-        run, study.truth.take(rows), detections, setting, baseline,
+        run, truth, detections, setting, baseline,
         picture=lambda k: study.picture(rows[k]),
         threshold=args.score_threshold,
         draws=args.bootstrap_draws,
@@ -1194,28 +1186,20 @@ def predict(args):
     words = content["seen"].words(hashes)
     detections = limit_detections(detections, args)
 
-    output = args.output or Path("detections.json")
-    ids = range(1, len(names) + 1)
-    common.write_json(
-        output, detection_tables.coco_results(names, ids, detections, parts, {}, words))
-    table = output.with_suffix(".csv")
-    common.write_table(table, detection_tables.detection_rows(
-        names, detections, parts, words, errors, args.one_per_part))
-    written = f"{output}, {table}"
-    folder = output.with_name(f"{output.stem}_pictures")
-    good = [k for k, error in enumerate(errors) if not error]
-    for k in good[:args.visualize]:
-        folder.mkdir(exist_ok=True)
-        written = f"{output}, {table} and {folder}"
+    def picture(k):
         pixels = picture_files.load_image(
             paths[k], pixel_range=model.settings.get("pixel_range"))
-        drawn = box_pictures.draw_detections(
-            pixels, pixels.shape[1::-1], detections[k], parts, args.score_threshold)
-        box_pictures.write_picture(folder / f"{k:03d}_{paths[k].stem}.jpg", drawn)
+        return pixels, pixels.shape[1::-1]
+    output = args.output or Path("detections.json")
+    folder = output.with_name(f"{output.stem}_pictures")
+    write_detections(output, folder, args, dict(zip(names, itertools.count(1))), detections, parts,
+                     {}, words, picture, errors)
     splitting.say_seen(words, print)
+    n_bad = np.count_nonzero(errors)
     n_sure = sum(int((each.scores >= args.score_threshold).sum()) for each in detections)
-    print(f"{len(paths)} pictures, {len(paths) - len(good)} could not be read (see the error "
-          f"column); {n_sure} detections from score {args.score_threshold:g}; written to {written}")
+    print(f"{len(paths)} pictures, {n_bad} could not be read (see the error column); {n_sure} "
+          f"detections from score {args.score_threshold:g}; written to {output}, "
+          f"{output.with_suffix('.csv')} and, with --visualize, {folder}")
 
 
 @torch.no_grad()

@@ -43,12 +43,10 @@ MODEL_FLAGS = (
     "feedforward", "dropout", "compose", "angle_unit", "euler_order")
 DATA_FLAGS = ("data_dir", "patient_map", "patient_regex", "max_transitions", "split_by")
 PARTS = ("train", "val", "test")
-# What --augment changes in both frames of a transition alike: jitter as a share, noise in grey levels, turn in degrees.
-AUGMENTATIONS = {
-    "none": None,
-    "light": {"jitter": 0.1, "noise": 2.55, "turn": 0.0},
-    "full": {"jitter": 0.1, "noise": 2.55, "turn": 5.0},
-}
+# What --augment changes in both frames of a transition alike:
+LARGEST_TURN = {"light": 0.0, "full": 5.0}  # degrees
+JITTER = 0.1  # of brightness and contrast, as a share
+NOISE_SD = 2.55  # grey levels
 
 
 def parse_args(argv=None):
@@ -161,8 +159,8 @@ def check_flags(parser, args):
         parser.error(f"--patient_map {args.patient_map} and --patient_regex {args.patient_regex!r}: give one")
     if args.group_column:
         parser.error(f"--group_column {args.group_column}: transitions have no columns; see --patient_map")
-    if args.augment not in AUGMENTATIONS:
-        parser.error(f"--augment {args.augment}: expected one of {', '.join(AUGMENTATIONS)}")
+    if args.augment not in ("none", *LARGEST_TURN):
+        parser.error(f"--augment {args.augment}: expected one of none, {', '.join(LARGEST_TURN)}")
     if args.d_model % (2 * args.n_heads):
         parser.error(f"--d_model {args.d_model} is no multiple of 2 x --n_heads {args.n_heads}")
     if args.precision and "use_amp" in args.given:
@@ -259,9 +257,7 @@ def load_study(args, run, needs_labels=True, needs_frames=True):
     poses, facts = probe_poses.complete_rows(rows, args.angle_unit, args.compose, args.euler_order)
     facts["notes"] += matching
     reasons = probe_poses.reasons_to_skip(rows, poses, needs_labels)
-    unusable = reasons
-    if not needs_frames:
-        unusable = probe_poses.reasons_to_skip(rows, poses, needs_labels, needs_frames=False)
+    unusable = probe_poses.reasons_to_skip(rows, poses, needs_labels, needs_frames)
     refuse_unusable(args, rows, unusable)
     usable = np.flatnonzero([reason is None for reason in unusable])
     paths, frames = probe_poses.different_frames([rows[i] for i in usable])
@@ -324,14 +320,13 @@ def say_study(run, study):
 
 
 def draw_augmentation(preset, generator):
-    """common.Augmentation of a preset of AUGMENTATIONS but "none", from four numbers of a torch.Generator."""
-    ranges = AUGMENTATIONS[preset]
+    """common.Augmentation of a preset of LARGEST_TURN, from four numbers of a torch.Generator."""
     turn, brightness, contrast, seed = torch.rand(4, generator=generator).tolist()
     return common.Augmentation(
-        rotation_deg=ranges["turn"] * (2 * turn - 1),
-        brightness=1 + ranges["jitter"] * (2 * brightness - 1),
-        contrast=1 + ranges["jitter"] * (2 * contrast - 1),
-        noise=(ranges["noise"], int(seed * 2 ** 31)))
+        rotation_deg=LARGEST_TURN[preset] * (2 * turn - 1),
+        brightness=1 + JITTER * (2 * brightness - 1),
+        contrast=1 + JITTER * (2 * contrast - 1),
+        noise=(NOISE_SD, int(seed * 2 ** 31)))
 
 
 class ProbeTransitions(common.Samples):
@@ -377,13 +372,12 @@ class ProbeTransitions(common.Samples):
         return to_grey(frames)  # (2, S, S, 3) -> (2, S, S)
 
 
+@dataclasses.dataclass(eq=False)
 class GreyFrames(common.Samples):
     """Frames of the store by number as they are, uint8 (S, S)."""
-
-    def __init__(self, store, numbers, size):
-        self.store = store
-        self.numbers = numbers
-        self.size = size
+    store: picture_files.ImageStore
+    numbers: np.ndarray
+    size: int
 
     def __len__(self):
         return len(self.numbers)
@@ -640,16 +634,11 @@ class DreamLoss:
 
 # --- training ---------------------------------------------------------------------------
 
-def make_loaders(study, split, args, compute):
-    """Loader of the augmented train rows, and {part: loader} of the rows of every part as they are."""
-    is_cached = study.store.cache == "ram"
-
-    def loader(part, train):
-        augment = args.augment if train else "none"
-        size = args.batch_size if train else args.val_batch_size or args.batch_size
-        dataset = ProbeTransitions(study, split[part], args, augment)
-        return common.make_loader(dataset, size, args, compute, train, is_cached)
-    return loader("train", True), {part: loader(part, False) for part in split}
+def make_loader(study, rows, args, compute, train=False):
+    """Loader of these rows, augmented and shuffled for training."""
+    dataset = ProbeTransitions(study, rows, args, args.augment if train else "none")
+    size = args.batch_size if train else args.val_batch_size or args.batch_size
+    return common.make_loader(dataset, size, args, compute, train, study.store.cache == "ram")
 
 
 def to_device(batch, compute):
@@ -719,7 +708,8 @@ def fit(run, args, study, split):
     """Train on split['train'], choose the epoch on split['val'] -> (model, DreamLoss, {part: loader}, Training)."""
     compute = run.compute
     scaler = fit_scaler(study, split["train"])
-    train_loader, loaders = make_loaders(study, split, args, compute)
+    train_loader = make_loader(study, split["train"], args, compute, train=True)
+    loaders = {part: make_loader(study, rows, args, compute) for part, rows in split.items()}
     model = build_model(args, scaler, study.compose)
     if args.init_from:
         common.load_state(model, common.starting_weights(args.init_from), args.init_from)
@@ -1130,7 +1120,8 @@ def score_checkpoint(run, args):
     run.write_args(**study.data_record({part: rows}))
     if len(train):
         study = encode_frames(study, np.union1d(train, rows), args, run.compute)
-    loader, loss_function = prepare_scoring(study, rows, args, content, run.compute)
+    loader = make_loader(study, rows, args, run.compute)
+    loss_function = DreamLoss(args, content["scaler"], run.compute.device)
     predicted, _ = evaluate(model, loader, loss_function, run.compute)
     centre = content["scaler"]["at1"]["mean"].numpy()
     words = content["seen"].words(study.hashes[rows])
@@ -1142,19 +1133,14 @@ def score_checkpoint(run, args):
     judge(run, args, study, {part: rows}, rows, table, part, use, alarms, content["epoch"])
 
 
-def prepare_scoring(study, rows, args, content, compute):
-    """(loader of these rows, DreamLoss in the units of a checkpoint)."""
-    _, loaders = make_loaders(study, {"train": rows}, args, compute)
-    return loaders["train"], DreamLoss(args, content["scaler"], compute.device)
-
-
 def predict(run, args):
     """--mode predict: predictions.csv with at1 and at2 for every transition; labels are not needed."""
     content, model, args = load_checkpoint(args, run)
     study = load_study(args, run, needs_labels=False)
     rows = np.arange(len(study.names))
     run.write_args(**study.data_record({"all": rows}))
-    loader, loss_function = prepare_scoring(study, rows, args, content, run.compute)
+    loss_function = DreamLoss(args, content["scaler"], run.compute.device)
+    loader = make_loader(study, rows, args, run.compute)
     predicted, _ = evaluate(model, loader, loss_function, run.compute)
     words = content["seen"].words(study.hashes)
     table = score_table(study, rows, predicted, {"motion": study.motion}, words)

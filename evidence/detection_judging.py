@@ -234,9 +234,8 @@ def summary_rows(result):
     for name, label in OVERALL_LABELS.items():
         if name not in result.overall.model:
             continue
-        found = result.overall.model[name]
-        row = {"metric": label, "value": found.value, "low": found.low, "high": found.high}
-        row |= {"baseline": None, "which": ""}
+        found = dataclasses.asdict(result.overall.model[name])
+        row = {"metric": label, **found, "baseline": None, "which": ""}
         if name in result.overall.baseline:
             row["baseline"] = result.overall.baseline[name].value
             row["which"] = "mean box" if name in MEAN_BOX_METRICS else "always intact"

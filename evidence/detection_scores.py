@@ -203,9 +203,8 @@ def overlaps(boxes, others):
 def state_scores(confusion):
     """(S, S) true x predicted -> accuracy, macro F1 of states that occur, mean recall of true ones."""
     found, _ = class_scores.confusion_metrics(confusion[None])
-    return {"state_accuracy": float(found["accuracy"][0]),
-            "macro_f1": float(found["macro_f1"][0]),
-            "balanced_accuracy": float(found["balanced_accuracy"][0])}
+    names = {"state_accuracy": "accuracy", "macro_f1": "macro_f1", "balanced_accuracy": "balanced_accuracy"}
+    return {name: float(found[metric][0]) for name, metric in names.items()}
 
 
 def share(part, whole):
@@ -230,23 +229,21 @@ class Judged:
         self.every = np.arange(len(detections))
         kinds = {"map": "parts"}
         if has_states:
-            kinds |= {"joint_map": "joint", "map_present": "present"}
-        self.matching = {name: coco_match(truth, detections, kind) for name, kind in kinds.items()}
+            kinds["joint_map"] = "joint"
         self.of_baseline = {}
-        for name in kinds if baseline is not None else ():
-            if name != "map_present":
-                self.of_baseline[name] = coco_match(truth, baseline, kinds[name])
+        if baseline is not None:
+            self.of_baseline = {name: coco_match(truth, baseline, kind) for name, kind in kinds.items()}
+        if has_states:
+            kinds["map_present"] = "present"
+        self.matching = {name: coco_match(truth, detections, kind) for name, kind in kinds.items()}
         matched, self.confusions = count_matches(self.matching["map"], len(truth.parts), threshold)
         self.counts = matched | count_hallucinations(truth, detections, threshold)
 
     def epoch_metrics(self):
         """The columns of an epoch: map, map50, and with states joint_map and state_accuracy."""
-        ap = average_precision(self.matching["map"], self.every)
-        values = {"map": mean_of(ap), "map50": mean_of(ap[0])}
-        if self.has_states:
-            values["joint_map"] = mean_of(average_precision(self.matching["joint_map"], self.every))
-            values["state_accuracy"] = state_scores(self.confusion())["state_accuracy"]
-        return values
+        overall, _ = self.values(self.every)
+        columns = ("map", "map50", "joint_map", "state_accuracy")
+        return {name: overall[name] for name in columns if name in overall}
 
     def confusion(self, pictures=slice(None)):
         """(S, S) true x predicted states of the boxes found in these pictures."""

@@ -74,7 +74,7 @@ class ScriptEpochs:
         self.run = common.start_run(self.args, fixed_shapes=True)
         study = train_dreamer.load_study(self.args, self.run)
         rows = np.arange(options.transitions)
-        self.loader, _ = train_dreamer.make_loaders(study, {"train": rows}, self.args, self.run.compute)
+        self.loader = train_dreamer.make_loader(study, rows, self.args, self.run.compute, train=True)
         self.model = self.run.compute.place(train_dreamer.build_model(self.args, unit_scaler(), "additive"))
         optimizer = common.build_optimizer([(self.model, 1.0)], self.args)
         self.training = common.Training(self.run, self.model, optimizer, self.args, "last", dict)
