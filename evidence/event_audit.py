@@ -22,9 +22,7 @@ def content_keys(sources):
     """
     keys = {source: f"not there: {source}" for source in sources}
     files = {source: video_files.files_of(source) for source in keys if os.path.exists(source)}
-    sizes = {
-        source: tuple(map(os.path.getsize, inside)) for source, inside in files.items()
-    }
+    sizes = {source: tuple(map(os.path.getsize, inside)) for source, inside in files.items()}
     size_of_file = {os.path.realpath(source): sizes[source] for source in files}
     n_files = collections.Counter(size_of_file.values())
     for source, size in sizes.items():
@@ -35,11 +33,8 @@ def content_keys(sources):
 
 def clip_contents(table, file_keys):
     """(N,) text, equal where the same pixels are meant: content of the file and window."""
-    contents = []
-    for source, window, unit in zip(table.sources, table.windows, table.unit):
-        span = (*np.round(window, 3).tolist(), unit)
-        contents.append(f"{file_keys[source]} {span}")
-    return np.array(contents, dtype=str)
+    spans = zip(table.sources, np.round(table.windows, 3).tolist(), table.unit)
+    return np.array([f"{file_keys[source]} {window} {unit}" for source, window, unit in spans])
 
 
 def window_pairs(table, file_keys, gap_sec=30.0):
@@ -59,7 +54,7 @@ def window_pairs(table, file_keys, gap_sec=30.0):
     for rows in map(np.array, rows_of.values()):
         rows = rows[np.lexsort((table.clip_ids[rows], end[rows], start[rows]))]
         for place, i in enumerate(rows):
-            later = rows[place + 1 :]
+            later = rows[place + 1:]
             is_same = (start[later] == start[i]) & (end[later] == end[i])
             is_same_unit = (table.unit[later] == table.unit[i]) | is_whole[later] | is_whole[i]
             later = later[is_same_unit & ~is_same]
@@ -70,17 +65,8 @@ def window_pairs(table, file_keys, gap_sec=30.0):
     return {"overlapping_windows": overlapping, "near_windows": near}
 
 
-def audit_table(
-    table,
-    split,
-    pixels=None,
-    phash=None,
-    durations=None,
-    predictions=None,
-    positive=None,
-    gap_sec=30.0,
-    judges_priors=True,
-):
+def audit_table(table, split, pixels=None, phash=None, durations=None, predictions=None, positive=None, gap_sec=30.0,
+                judges_priors=True):
     """The leakage report of events, split {part: rows}, with all that their times and files tell.
 
     Besides splitting.leakage_report: parts, shared_event_rows, windows_past_the_end and
@@ -94,33 +80,22 @@ def audit_table(
     order = np.lexsort((table.clip_ids[rows], parts))
     rows = rows[order]
     table = dataclasses.replace(table.take(rows), parts=parts[order])
-    split = {
-        part: np.flatnonzero(table.parts == part) for part in split if part in parts
-    }
+    split = {part: np.flatnonzero(table.parts == part) for part in split if part in parts}
     file_keys = content_keys(table.sources)
     contents = clip_contents(table, file_keys) if pixels is None else np.asarray(pixels)[rows]
     values = {
         "groups": table.groups,
         "events": table.events,
         "videos": table.videos,
-        "renamed_copies": _renamed_copies(table, file_keys),
-    }
+        "renamed_copies": _renamed_copies(table, file_keys)}
     leakage = splitting.leakage_report(
-        split,
-        table.clip_ids,
-        contents,
-        None if phash is None else phash[rows],
-        values,
-        window_pairs(table, file_keys, gap_sec),
-    )
+        split, table.clip_ids, contents, None if phash is None else phash[rows], values,
+        window_pairs(table, file_keys, gap_sec))
     report = {
-        "parts": {
-            part: describe_part(table.take(held)) for part, held in split.items()
-        },
+        "parts": {part: describe_part(table.take(held)) for part, held in split.items()},
         **leakage,
         "shared_event_rows": {},
-        "seen_events": seen_events(table),
-    }
+        "seen_events": seen_events(table)}
     for pair in report["between"]:
         _add_shared_events(report, table, pair)
     if durations is not None:
@@ -159,13 +134,9 @@ def _add_shared_events(report, table, pair):
     shared = set(first.events) & set(second.events)
     shown_twice = set(zip(first.events, first.videos)) & set(zip(second.events, second.videos))
     in_one_video = {event for event, _ in shown_twice}
-    report["between"][pair]["events_other_camera"] = splitting.found_items(
-        shared - in_one_video
-    )
-    report["shared_event_rows"][pair] = {
-        "count": np.isin(second.events, list(shared)).sum(),
-        "of": len(second),
-    }
+    report["between"][pair]["events_other_camera"] = splitting.found_items(shared - in_one_video)
+    n_shared = np.isin(second.events, list(shared)).sum()
+    report["shared_event_rows"][pair] = {"count": n_shared, "of": len(second)}
 
 
 def describe_part(table):
@@ -173,30 +144,24 @@ def describe_part(table):
     import pandas as pd
 
     has_classes = table.label is not None
-    shown = pd.DataFrame({"video": table.videos, "event": table.events})
-    shown["label"] = table.label if has_classes else -1
-    labelled = shown[shown["label"] >= 0]
+    label = table.label if has_classes else np.full(len(table), -1)
+    shown = pd.DataFrame({"video": table.videos, "event": table.events, "label": label})
+    labelled = shown[label >= 0]
     n_labels = labelled.groupby("video")["label"].nunique()
     n_labels_of_event = labelled.groupby("event")["label"].nunique()
     events_per_video = shown.groupby("video")["event"].nunique()
-    classes = table.names if has_classes else []
     return {
         "rows": len(table),
         "repeated_rows": (table.repeats - 1).sum(),
         "videos": len(events_per_video),
         "events": shown["event"].nunique(),
         "groups": None if table.groups is None else len(set(table.groups)),
-        "classes": {name: (shown["label"] == c).sum() for c, name in enumerate(classes)},
-        "unlabelled": len(shown) - len(labelled) if has_classes else 0,
-        "events_per_video": {
-            "min": events_per_video.min(),
-            "median": events_per_video.median(),
-            "max": events_per_video.max(),
-        },
+        "classes": {name: (label == c).sum() for c, name in enumerate(table.names)} if has_classes else {},
+        "unlabelled": (label < 0).sum() if has_classes else 0,
+        "events_per_video": events_per_video.agg(["min", "median", "max"]).to_dict(),
         "pure_videos": (n_labels == 1).sum(),
         "mixed_videos": (n_labels > 1).sum(),
-        "events_with_two_labels": splitting.found_items(n_labels_of_event.index[n_labels_of_event > 1]),
-    }
+        "events_with_two_labels": splitting.found_items(n_labels_of_event.index[n_labels_of_event > 1])}
 
 
 def past_the_end(table, durations, slack_sec=0.1):
@@ -211,8 +176,7 @@ def past_the_end(table, durations, slack_sec=0.1):
     return {
         "past": splitting.found_items(table.clip_ids[past]),
         "cut": splitting.found_items(table.clip_ids[cut]),
-        "unknown_duration": np.isnan(seconds).sum(),
-    }
+        "unknown_duration": np.isnan(seconds).sum()}
 
 
 def probability_clusters(path, decimals=6):
@@ -229,8 +193,7 @@ def probability_clusters(path, decimals=6):
         "distinct": len(counts),
         "values": len(clusters),
         "rows_in_clusters": clusters.sum(),
-        "examples": clusters.head().reset_index(name="count").to_dict("records"),
-    }
+        "examples": clusters.head().reset_index(name="count").to_dict("records")}
 
 
 def _part_note(part, held):
@@ -240,18 +203,16 @@ def _part_note(part, held):
     return (
         f"{part}: {held['rows']} clips ({held['repeated_rows']} rows more repeat them), "
         f"{held['events']} events ({mixed['count']} with two labels), {held['videos']} videos "
-        f"with {per_video['min']} to {per_video['max']} events (median "
+        f"with {per_video['min']:g} to {per_video['max']:g} events (median "
         f"{per_video['median']:g}), {held['pure_videos']} with one class, "
-        f"{held['mixed_videos']} mixed; {classes or 'no classes'}"
-    )
+        f"{held['mixed_videos']} mixed; {classes or 'no classes'}")
 
 
 def _prior_note(row):
     metric, value = ("AUC", row["auc"]) if "auc" in row else ("R2", row["r2"])
     return (
         f"no-pixel prior on {row['name']} across {row['across']}: {metric} of {row['what']} "
-        f"{value:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-    )
+        f"{value:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
 
 
 def audit_notes(report):
@@ -264,8 +225,7 @@ def audit_notes(report):
         if shared["count"]:
             lines.append(
                 f"SHARED EVENTS: {shared['count']} of {shared['of']} rows of {b} show an "
-                f"event that is also in {a}"
-            )
+                f"event that is also in {a}")
     if "windows_past_the_end" in report:
         windows = report["windows_past_the_end"]
         past = windows["past"]
@@ -273,14 +233,12 @@ def audit_notes(report):
             f"windows: {past['count']} start past the end of their file "
             f"({common.shorten_list(past['examples'], 3) or 'none'}), "
             f"{windows['cut']['count']} are cut by it; "
-            f"{windows['unknown_duration']} files of unknown length"
-        )
+            f"{windows['unknown_duration']} files of unknown length")
     if "probability_clusters" in report:
         clusters = report["probability_clusters"]
         lines.append(
             f"probabilities: {clusters['rows_in_clusters']} of {clusters['rows']} rows "
-            f"share theirs with two or more others ({clusters['values']} values)"
-        )
+            f"share theirs with two or more others ({clusters['values']} values)")
     priors = report.get("priors")
     if priors == []:
         lines.append("no-pixel priors: too few labelled clips on both sides to judge any")

@@ -241,7 +241,9 @@ def refuse_useless(table, path):
 def _keys_of(table):
     """{heading: (M,) text} of the column that says which row it is, else its number; and of the column `fold`."""
     found = next((column for column in ID_COLUMNS if column in table), None)
-    keys = {found: table[found].to_numpy(str)} if found else {"row": np.arange(1, len(table) + 1).astype(str)}
+    keys = {"row": np.arange(1, len(table) + 1).astype(str)}
+    if found:
+        keys = {found: table[found].to_numpy(str)}
     if "fold" in table:
         keys["fold"] = table["fold"].to_numpy(str)
     return keys

@@ -109,14 +109,14 @@ class Place(typing.NamedTuple):
 
 # --- the engine: a statistic of how often each subject is drawn -> estimates -------------------------
 
-def estimate(model, baseline, subjects, unit="subjects", draws=2000, seed=0, block=1000, support=None, folds=1,
-             per_subject=None, **described):
+def estimate(model, baseline, subjects, unit, draws, seed, *, names, n, rows, support=None, folds=1, per_subject=None,
+             **described):
     """Result of statistics of how often each subject is drawn.
 
     model, baseline (None = without): (D, S) times drawn -> ({metric: (D,)}, {metric: (D, R)}), overall and each;
-    subjects: S; block: resamples at a time; support: {(scope, metric): how many subjects it rests on}, where those are
+    subjects: S; names: None = "0", "1", ...; support: {(scope, metric): how many subjects it rests on}, where those are
     not all; folds: how many models predicted the rows; per_subject: {metric: (S,)}, None = pseudo-values of the
-    jackknife; described: the other fields of the Result. An interval is value -+ t x standard error on the scale where
+    jackknife; n, rows, described: the other fields of the Result. An interval is value -+ t x standard error on the scale where
     the metric is nearest to normal; the error is that of the jackknife, from 200 subjects on that of the bootstrap.
     Resting on under 5 subjects: no interval.
     """
@@ -135,6 +135,7 @@ def estimate(model, baseline, subjects, unit="subjects", draws=2000, seed=0, blo
         if folds > 1:
             method += f", widened x{fold_factor(folds):.2f} for {folds} folds "
             method += f"(simulated coverage at five folds: {FOLD_COVERAGE})"
+        block = max(1, 1_000_000 // rows)  # resamples at a time
         drawn = [_compare(model, baseline, weights) for weights in draw_subjects(subjects, draws, seed, block)]
         for place, found in estimates.items():
             values = np.concatenate([part[place] for part in drawn])
@@ -147,8 +148,11 @@ def estimate(model, baseline, subjects, unit="subjects", draws=2000, seed=0, blo
     elif per_subject is None:
         per_subject = _pseudo_values(model, baseline, whole, subjects)
     flips = {metric: sign_flip_p(values) for metric, values in per_subject.items()}
-    return Result(overall=_comparison(estimates, "overall"), each=_comparison(estimates, "each"), subjects=subjects,
-                  unit=unit, method=method, per_subject=per_subject, sign_flip_p=flips, **described)
+    if names is None:
+        names = map(str, range(len(n)))
+    return Result(names=list(names), n=n, overall=_comparison(estimates, "overall"), each=_comparison(estimates, "each"),
+                  subjects=subjects, rows=rows, unit=unit, method=method, per_subject=per_subject, sign_flip_p=flips,
+                  **described)
 
 
 def fold_factor(folds):
@@ -328,18 +332,20 @@ def bootstrap_regression(predicted, target, subjects=None, baseline=None, draws=
     def sums_of(scores):
         return subject_sums(common.regression_moments(np.asarray(scores)[labelled], target[labelled]), owners)
     sums = sums_of(predicted)  # (S, 8, R)
-    of_baseline = None if baseline is None else sums_of(baseline)
+    of_baseline = parts = None
+    if baseline is not None:
+        baseline_sums = sums_of(baseline)
+        of_baseline = _regression_statistic(baseline_sums)
+        parts = _parts_of_difference(sums, baseline_sums)
     labelled_by = (sums[:, 0] > 0).sum(0)  # (R,) subjects with a label
     n = (~np.isnan(target)).sum(0)
     support = {("each", metric): labelled_by for metric in common.REGRESSION_METRICS}
     support["each", "r2"] = np.where(n < FEWEST_ROWS_FOR_R2, 0, labelled_by)
     support["overall", "r2"] = support["each", "r2"].max(initial=0)
     return estimate(
-        _regression_statistic(sums), None if baseline is None else _regression_statistic(of_baseline), len(sums),
-        "rows" if subjects is None else unit, draws, seed, block=max(1, 2_000_000 // max(1, len(sums))),
-        names=[str(r) for r in range(target.shape[1])] if names is None else list(names), support=support, folds=folds,
-        per_subject=None if baseline is None else _parts_of_difference(sums, of_baseline),
-        n=n, rows=len(owners), baseline_name=baseline_name)
+        _regression_statistic(sums), of_baseline, len(sums), "rows" if subjects is None else unit, draws, seed,
+        names=names, n=n, rows=len(owners), support=support, folds=folds, per_subject=parts,
+        baseline_name=baseline_name)
 
 
 def _parts_of_difference(sums, of_baseline):
@@ -418,18 +424,18 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, nam
     support, seen = _class_support(label[labelled], index, n_classes)
     statistic = _class_statistic(probability, label, threshold, positive, index)
     confusion = class_scores.classification_metrics(probability, label, threshold, positive).confusion
+    of_baseline = None
+    if baseline is not None:
+        of_baseline = _class_statistic(baseline, label, baseline_threshold, positive, index)
     result = estimate(
-        statistic, None if baseline is None else _class_statistic(baseline, label, baseline_threshold, positive, index),
-        len(found),
-        "rows" if groups is None else "subjects", draws, seed, block=max(1, 1_000_000 // max(1, len(index))),
-        support=support, folds=folds, rows=len(index), baseline_name=baseline_name,
-        names=[str(c) for c in range(n_classes)] if names is None else list(names),
-        n=confusion.sum(1), confusion=confusion, n_subjects=seen)
+        statistic, of_baseline, len(found), "rows" if groups is None else "subjects", draws, seed, names=names,
+        n=confusion.sum(1), rows=len(index), support=support, folds=folds, baseline_name=baseline_name,
+        confusion=confusion, n_subjects=seen)
     if groups is None and folds == 1 and result.has_intervals:
         _take_wilson_intervals(result.overall.model, result.each.model, confusion)
         if baseline is not None:
-            of_baseline = class_scores.classification_metrics(baseline, label, baseline_threshold, positive).confusion
-            _take_wilson_intervals(result.overall.baseline, result.each.baseline, of_baseline)
+            confusion = class_scores.classification_metrics(baseline, label, baseline_threshold, positive).confusion
+            _take_wilson_intervals(result.overall.baseline, result.each.baseline, confusion)
     return result
 
 
