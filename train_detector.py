@@ -1256,6 +1256,7 @@ def convert(args):
 
 def audit(args):
     """--mode audit: what annotations and pictures hold and what is wrong with them."""
+    import pandas as pd
     study = load_study(args, {"train": (args.json, args.images_dir)}, print)
     truth = study.truth
     labels = np.concatenate(truth.labels)
@@ -1266,9 +1267,7 @@ def audit(args):
         own = labels == label
         rows.append({"part": part, "boxes": int(own.sum()), **count_states(states[own]),
                      "absent without a box": int((absent == label).sum())})
-    for values in [list(rows[0]), *(row.values() for row in rows)]:
-        part, *others = map(str, values)
-        print(f"{part[:23]:24}" + "".join(f"{text:>22}" for text in others))
+    print(pd.DataFrame(rows).to_string(index=False))
     phash = np.array(study.audit("phash"), np.uint64)
     everyone = {"all": np.arange(len(study.stored))}
     report = splitting.leakage_report(everyone, truth.images, study.audit("pixel_sha"), phash)

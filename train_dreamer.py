@@ -232,9 +232,9 @@ class Study:
     @property
     def place(self):
         """(N,) position within its sequence, 0 for its first row to 1 for its last."""
-        last = {name: max(self.order[self.sequences == name].max(), 1)
-                for name in np.unique(self.sequences)}
-        return self.order / np.array([last[name] for name in self.sequences])
+        import pandas as pd
+        last = pd.Series(self.order).groupby(self.sequences).transform("max")
+        return self.order / last.clip(lower=1).to_numpy()
 
     def data_record(self, split):
         """What args.json says of the data and their split; a resumed run must find the same."""
@@ -1026,12 +1026,12 @@ def run_split(run, args, study, split):
                  for part, loader in loaders.items() if len(split[part])}
     centre = probe_poses.centre_and_spread(study.at1[split["train"]])[0]
     seen = training.seen.words(study.hashes)  # (N,)
-    tables = {"train": score_table(study, split["train"], predicted["train"], {}, seen[split["train"]])}
-    for part in ("val", "test"):
+    tables = {}
+    for part in predicted:
         rows = split[part]
-        if len(rows):
-            others = baselines(study, split["train"], rows, centre)
-            tables[part] = score_table(study, rows, predicted[part], others, seen[rows])
+        others = baselines(study, split["train"], rows, centre)
+        tables[part] = score_table(study, rows, predicted[part], others, seen[rows])
+        if part != "train":
             tables[part].write(run.path(f"predictions_{part}.csv"))
     best_epoch = training.progress.best_epoch
     plot_training(run, training.progress.history, best_epoch)

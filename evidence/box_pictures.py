@@ -19,7 +19,6 @@ STATE_COLOURS = (
 LEGEND = "Green intact, orange damaged, pink absent, blue occluded, grey no state"
 LONG_SIDE = 640  # of a drawn picture, in pixels
 FRAME = 2
-FONT_SIZE = 12
 GAP = 12  # between the pictures of a sheet
 
 
@@ -29,35 +28,20 @@ def draw_boxes(pixels, size, boxes, texts, states):
 
     size: (width, height) of the picture in the pixels that the boxes (K, 4) are given in.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    import torch
+    from PIL import Image
+    from torchvision.utils import draw_bounding_boxes
     height, width = pixels.shape[:2]
     scale = LONG_SIDE / max(height, width)
     picture = Image.fromarray(pixels).resize((round(width * scale), round(height * scale)))
+    picture = np.array(picture)
+    if not len(boxes):
+        return picture
     scaled = boxes * (width * scale / size[0])
-    draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(FONT_SIZE)
-    placed = []
-    for k in np.argsort(scaled[:, 1], kind="stable"):
-        left, top, right, bottom = scaled[k].tolist()
-        colour = STATE_COLOURS[states[k]]
-        frame = [left, top, max(left, right), max(top, bottom)]
-        draw.rectangle(frame, outline=colour, width=FRAME)
-        text_width, text_height = draw.textbbox((0, 0), texts[k], font=font)[2:]
-        x = min(left, picture.width - text_width - 4)
-        y = max(0, top - text_height - 4)
-        y = free_height(x, y, text_width, text_height, placed, picture.height)
-        placed.append((x, y, text_width))
-        draw.rectangle([x, y, x + text_width + 4, y + text_height + 3], fill=colour)
-        draw.text((x + 2, y), texts[k], fill="white", font=font)
-    return np.asarray(picture)
-
-
-def free_height(x, y, width, height, placed, picture_height):
-    """The first y from here on at which a label hides none of those placed: (x, y, width) each."""
-    below = [other_y for other_x, other_y, other in placed if abs(x - other_x) < max(width, other)]
-    while y + 2 * height < picture_height and any(abs(y - other) < height + 3 for other in below):
-        y += height + 4
-    return y
+    drawn = draw_bounding_boxes(
+        torch.from_numpy(picture).permute(2, 0, 1), torch.from_numpy(scaled), texts,
+        [STATE_COLOURS[state] for state in states], width=FRAME, label_colors="white", fill_labels=True)
+    return drawn.permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
 
 
 def draw_detections(pixels, size, detected, parts, threshold):
@@ -106,10 +90,8 @@ def write_sheet(path, truth, detections, picture, rows, threshold):
         left = draw_truth(pixels, truth, row)
         right = draw_detections(pixels, truth.sizes[row], detections[row], truth.parts, threshold)
         gap = np.full((len(left), GAP, 3), 255, np.uint8)
-        lines.append(np.concatenate([left, gap, right], axis=1))
+        lines.append(np.hstack([left, gap, right]))
     width = max(line.shape[1] for line in lines)
-    padded = []
-    for line in lines:
-        margins = ((0, GAP), (0, width - line.shape[1]), (0, 0))
-        padded.append(np.pad(line, margins, constant_values=255))
+    padded = [np.pad(line, ((0, GAP), (0, width - line.shape[1]), (0, 0)), constant_values=255)
+              for line in lines]
     write_picture(path, np.concatenate(padded))

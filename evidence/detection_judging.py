@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 import common
-from evidence import (box_pictures, detection_scores, detection_tables, judging, plotting, reporting,
+from evidence import (box_pictures, class_scores, detection_scores, detection_tables, judging, plotting, reporting,
                       verdicts)
 from readers import part_boxes
 
@@ -208,22 +208,18 @@ def per_state_rows(judged):
     if not judged.has_states:
         return []
     confusion = judged.confusion()
+    _, each = class_scores.confusion_metrics(confusion[None])  # {metric: (1, S)}
     matching = judged.matching["joint_map"]
     ap = detection_scores.average_precision(matching, judged.every)  # (T, C)
     state_of = (np.array(matching.params.catIds, int) - 1) % detection_scores.N_STATES  # (C,)
     rows = []
     for k, state in enumerate(part_boxes.STATES):
-        true = confusion[k].sum()
-        predicted = confusion[:, k].sum()
-        right = confusion[k, k]
         called = zip(part_boxes.STATES, confusion[k])
         rows.append({
             "state": state,
-            "found": int(true),
+            "found": int(confusion[k].sum()),
             **{f"called {other}": int(count) for other, count in called},
-            "recall": detection_scores.share(right, true),
-            "precision": detection_scores.share(right, predicted),
-            "f1": detection_scores.share(2 * right, true + predicted),
+            **{name: float(each[name][0, k]) for name in ("recall", "precision", "f1")},
             "joint_ap": detection_scores.mean_of(ap[:, state_of == k])})
     return rows
 

@@ -10,6 +10,7 @@ import io
 import math
 
 import numpy as np
+import torch
 
 import common
 from evidence import class_scores, subject_intervals
@@ -192,12 +193,9 @@ def count_hallucinations(truth, detections, threshold):
 
 def overlaps(boxes, others):
     """(D,) True where a box (D, 4) overlaps one of the others (K, 4) with IoU .5 or more."""
-    corner = np.maximum(boxes[:, None, :2], others[:, :2])
-    end = np.minimum(boxes[:, None, 2:], others[:, 2:])
-    shared = np.clip(end - corner, 0, None).prod(2)  # (D, K)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    other_area = (others[:, 2:] - others[:, :2]).prod(1)
-    return (shared / (area[:, None] + other_area - shared) >= FOUND_IOU).any(1)
+    from torchvision.ops import box_iou
+    iou = box_iou(torch.from_numpy(boxes), torch.from_numpy(others))  # (D, K)
+    return (iou >= FOUND_IOU).any(1).numpy()
 
 
 def state_scores(confusion):

@@ -59,8 +59,13 @@ def detection_rows(names, detections, parts, seen, errors=None, lists_absent=Fal
     lists_absent: a row for each part not detected.
     """
     probabilities = [f"p_{state}" for state in part_boxes.STATES]
-    rows = []
     errors = errors or [""] * len(detections)
+    columns = ["image", "part", "score", *BOX_COLUMNS, "seen"]
+    if lists_absent or any(detected.states is not None for detected in detections):
+        columns[3:3] = ["state", *probabilities]
+    if any(errors):
+        columns.append("error")
+    rows = []
     for name, detected, word, error in zip(names, detections, seen, errors):
         if error:
             rows.append({"image": name, "error": error})
@@ -77,13 +82,7 @@ def detection_rows(names, detections, parts, seen, errors=None, lists_absent=Fal
             if label not in detected.labels:
                 absent = part_boxes.STATES[part_boxes.ABSENT]
                 rows.append({"image": name, "part": part, "state": absent, "seen": word})
-    always = {"image", "part", "score", *BOX_COLUMNS, "seen"}
-    used = always.union(*rows)
-    columns = ("image", "part", "score", "state", *probabilities, *BOX_COLUMNS, "seen", "error")
-    columns = [column for column in columns if column in used]
-    if not rows:
-        return [dict.fromkeys(columns)]
-    return [{column: row.get(column) for column in columns} for row in rows]
+    return [{column: row.get(column) for column in columns} for row in rows or [{}]]
 
 
 @dataclasses.dataclass

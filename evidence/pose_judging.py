@@ -74,10 +74,9 @@ def criteria_names():
 
 def say_axes(run, axes, baseline_names):
     """The MAE of model and baselines on the terminal, one line an axis."""
-    run.say("MAE       " + " ".join(f"{name:>12}" for name in ["model", *baseline_names]))
-    for row in axes:
-        errors = [row["mae"], *(row[f"mae_{name}"] for name in baseline_names)]
-        run.say(f"{row['target']:10}" + " ".join(f"{error:12.2f}" for error in errors))
+    import pandas as pd
+    columns = ["target", "mae", *(f"mae_{name}" for name in baseline_names)]
+    run.say(pd.DataFrame(axes)[columns].round(2).to_string(index=False))
 
 
 def key_figures(result, predictors):

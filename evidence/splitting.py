@@ -85,9 +85,7 @@ def _assign_groups(shares, stratum, unit, seed):
 
     def misfit(part):
         held = np.stack([rows[part == p].sum(axis=0) for p in range(len(shares))])
-        by_stratum = ((held - shares[:, None] * in_stratum) ** 2 / in_stratum).mean(
-            axis=1
-        )
+        by_stratum = ((held - shares[:, None] * in_stratum) ** 2 / in_stratum).mean(axis=1)
         by_size = (held.sum(axis=1) - shares * len(unit)) ** 2 / len(unit)
         return (by_stratum + by_size).sum()
 
@@ -101,6 +99,7 @@ def _assign_groups(shares, stratum, unit, seed):
 
 
 def _assign(shares, strata, unit, seed, keys, n_rows):
+    """-> (N,) part."""
     stratum = _strata_codes(strata, n_rows)
     if unit is None:
         return _assign_rows(shares, stratum, seed, keys)
@@ -114,10 +113,16 @@ def _units(n_rows, groups):
     labels, unit = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     if "" in labels:
         blank = np.sum(unit == 0)
-        raise common.UserError(
-            f"expected a group in every row, found {blank} blank. Fill the group column."
-        )
+        raise common.UserError(f"expected a group in every row, found {blank} blank. Fill the group column.")
     return unit, len(labels), "groups"
+
+
+def check_ratios(ratios):
+    """UserError for {part: share} that do not add up to 1."""
+    shares = list(ratios.values())
+    if not abs(sum(shares) - 1) < 1e-6 or min(shares) < 0:
+        raise common.UserError(
+            f"split ratios must be 0 or more and add up to 1, found {ratios} (sum {sum(shares):g}).")
 
 
 def make_split(n_rows, ratios, strata=None, groups=None, seed=42, keys=None):
@@ -127,19 +132,13 @@ def make_split(n_rows, ratios, strata=None, groups=None, seed=42, keys=None):
     With keys (N unique str) the same rows get the same parts in any row order.
     Raises UserError: ratios do not add up to 1, a part would be empty, a blank group.
     """
-    shares = np.array(list(ratios.values()), dtype=float)
+    check_ratios(ratios)
+    shares = np.array(list(ratios.values()))
     unit, n_units, what = _units(n_rows, groups)
-    if not abs(shares.sum() - 1) < 1e-6 or shares.min() < 0:
-        raise common.UserError(
-            f"split ratios must be 0 or more and add up to 1, found {ratios} "
-            f"(sum {shares.sum():g})."
-        )
     wanted = shares > 0
     if n_units < wanted.sum() or np.any(shares[wanted] * n_rows < 0.5):
         raise common.UserError(
-            f"empty split: {n_rows} rows ({n_units} {what}) are too few for "
-            f"{ratios}. Change the ratios."
-        )
+            f"empty split: {n_rows} rows ({n_units} {what}) are too few for {ratios}. Change the ratios.")
     part = _assign(shares, strata, unit, seed, keys, n_rows)
     return {name: np.flatnonzero(part == p) for p, name in enumerate(ratios)}
 
@@ -149,9 +148,7 @@ def make_folds(n_rows, k, strata=None, groups=None, seed=42, keys=None):
     unit, n_units, what = _units(n_rows, groups)
     if not 2 <= k <= n_units:
         raise common.UserError(
-            f"--folds {k}: expected 2 or more and at most the number of {what}, "
-            f"found {n_units} {what}."
-        )
+            f"--folds {k}: expected 2 or more and at most the number of {what}, found {n_units} {what}.")
     return _assign(np.full(k, 1 / k), strata, unit, seed, keys, n_rows)
 
 
@@ -168,15 +165,9 @@ def read_split_file(path, keys):
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        parts = {
-            part: list(map(str, listed))
-            for part, listed in content.items()
-            if isinstance(listed, list)
-        }
+        parts = {part: list(map(str, listed)) for part, listed in content.items() if isinstance(listed, list)}
     except (OSError, ValueError, AttributeError) as error:
-        raise common.UserError(
-            f"--split_file {path}: expected JSON with a list train, found {error}"
-        ) from None
+        raise common.UserError(f"--split_file {path}: expected JSON with a list train, found {error}") from None
     row_of = {str(key): row for row, key in enumerate(keys)}
     counts = collections.Counter(itertools.chain(*parts.values()))
     faults = []
@@ -187,28 +178,19 @@ def read_split_file(path, keys):
     if faults or not parts.get("train"):
         found = common.shorten_list(faults or parts) or "no lists"
         raise common.UserError(
-            f"--split_file {path}: expected each image name once and a part "
-            f"train, found {found}."
-        )
-    return {
-        part: np.array(sorted(row_of[key] for key in listed), dtype=int)
-        for part, listed in parts.items()
-    }
+            f"--split_file {path}: expected each image name once and a part train, found {found}.")
+    return {part: np.array(sorted(row_of[key] for key in listed), dtype=int) for part, listed in parts.items()}
 
 
 def split_of_flags(args, keys, strata=None, groups=None):
     """{train, val, test: sorted (n,) int rows} by the ratios or from --split_file."""
     if not args.split_file:
         return make_split(len(keys), common.split_ratios(args), strata, groups, args.seed, keys)
-    split = read_split_file(args.split_file, keys)
-    if not len(split.get("val", ())):
-        raise common.UserError(
-            f"--split_file {args.split_file} has no val part; it chooses the epoch"
-        )
-    return {
-        part: split.get(part, np.array([], dtype=int))
-        for part in ("train", "val", "test")
-    }
+    listed = read_split_file(args.split_file, keys)
+    split = {part: listed.get(part, np.array([], dtype=int)) for part in ("train", "val", "test")}
+    if not len(split["val"]):
+        raise common.UserError(f"--split_file {args.split_file} has no val part; it chooses the epoch")
+    return split
 
 
 def folds_of_flags(args, keys, strata=None, groups=None):
@@ -232,15 +214,13 @@ def effective_size(target, subjects=None):
 
 def _near_duplicates(rows, pixels, phash):
     """Pairs (i, j) of the rows that differ in 1 to NEAR_DUPLICATE_BITS bits or in pixels alone."""
-    bits = np.unpackbits(
-        np.ascontiguousarray(np.asarray(phash)[rows]).view(np.uint8), axis=1
-    )
+    bits = np.unpackbits(np.ascontiguousarray(np.asarray(phash)[rows]).view(np.uint8), axis=1)
     signs = 2 * bits.astype(np.float32) - 1  # (n, 256)
     least = max(1, signs.shape[1] - 2 * NEAR_DUPLICATE_BITS)
     pairs = []
     for start in range(0, len(signs), 1024):
         # (B, n): number of bits - 2 x Hamming distance
-        agreement = signs[start : start + 1024] @ signs[start:].T
+        agreement = signs[start:start + 1024] @ signs[start:].T
         for i, j in np.argwhere(np.triu(agreement, 1) >= least) + start:
             if pixels[rows[i]] != pixels[rows[j]]:
                 pairs.append((rows[i], rows[j]))
@@ -274,15 +254,11 @@ def leakage_report(split, keys, pixels, phash=None, values=None, pairs=None):
     """
     part_of = {row: part for part, rows in split.items() for row in rows}
     readable = [row for row in part_of if pixels[row]]
-    columns = {
-        what: column for what, column in (values or {}).items() if column is not None
-    }
+    columns = {what: column for what, column in (values or {}).items() if column is not None}
     copies = collections.defaultdict(list)
     for row in readable:
         copies[pixels[row]].append(str(keys[row]))
-    columns["exact_duplicates"] = [
-        " = ".join(sorted(copies[content])) for content in pixels
-    ]
+    columns["exact_duplicates"] = [" = ".join(sorted(copies[content])) for content in pixels]
     pairs = dict(pairs or {})
     if phash is not None:
         pairs["near_duplicates"] = _near_duplicates(readable, pixels, phash)
@@ -299,12 +275,8 @@ def leakage_report(split, keys, pixels, phash=None, values=None, pairs=None):
             found[what] = found_items(named_pairs[what, frozenset((a, b))])
         report["between"][f"{a}-{b}"] = found
     for part in parts:
-        repeated = held["exact_duplicates", part] - collections.Counter(
-            set(columns["exact_duplicates"])
-        )
-        found = {
-            "exact_duplicates": {**found_items(repeated), "count": repeated.total()}
-        }
+        repeated = held["exact_duplicates", part] - collections.Counter(set(columns["exact_duplicates"]))
+        found = {"exact_duplicates": {**found_items(repeated), "count": repeated.total()}}
         for what in pairs:
             found[what] = found_items(named_pairs[what, frozenset((part,))])
         report["within"][part] = found
@@ -345,14 +317,11 @@ def check_leakage(report, allow_leakage=False, stopping=STOPPING_LEAKS):
             item = found.get(what, {"count": 0})
             if item["count"]:
                 examples = common.shorten_list(item["examples"], 3)
-                faults.append(
-                    f"{pair} share {item['count']} {what.replace('_', ' ')} ({examples})"
-                )
+                faults.append(f"{pair} share {item['count']} {what.replace('_', ' ')} ({examples})")
     if faults and not allow_leakage:
         raise common.UserError(
             f"leakage between the splits: {'; '.join(faults)}. Split by --group_column, remove the "
-            "copies, or go on with --allow_leakage."
-        )
+            "copies, or go on with --allow_leakage.")
 
 
 def record_split(run, split, keys, report, stopping=STOPPING_LEAKS, columns=None, groups=None):
@@ -395,11 +364,8 @@ def unused_groups(columns, split, groups=None):
 def seen_sentences(seen):
     """{word: sentence} on the rows that are not new: (M,) of common.SEEN_WORDS."""
     counts = collections.Counter(map(str, seen))
-    return {
-        word: f"{counts[word]} of {len(seen)} rows {text}"
-        for word, text in SEEN_SENTENCES.items()
-        if counts[word]
-    }
+    return {word: f"{counts[word]} of {len(seen)} rows {text}"
+            for word, text in SEEN_SENTENCES.items() if counts[word]}
 
 
 def say_seen(seen, say):
@@ -413,10 +379,7 @@ def split_by_time(sequences, order, ratios, gap):
 
     sequences: (N,) names; order: (N,) place within the sequence. Raises UserError where a part would be empty.
     """
-    if abs(sum(ratios.values()) - 1) > 1e-6:
-        raise common.UserError(
-            f"split ratios must add up to 1, found {ratios} (sum {sum(ratios.values()):g})"
-        )
+    check_ratios(ratios)
     used = [part for part, ratio in ratios.items() if ratio > 0]
     split = {part: [] for part in ratios}
     for sequence in np.unique(sequences):
@@ -432,8 +395,7 @@ def split_by_time(sequences, order, ratios, gap):
     if empty:
         raise common.UserError(
             f"the sequences are too short for blocks of time with --gap {gap}; empty: "
-            f"{', '.join(empty)}. Use a smaller --gap"
-        )
+            f"{', '.join(empty)}. Use a smaller --gap")
     return {part: np.array(sorted(rows), dtype=int) for part, rows in split.items()}
 
 
@@ -442,30 +404,14 @@ def split_by_names(listed, groups, aliases):
 
     Raises UserError for an unknown name, and for a group in two parts.
     """
-    group_of = {**aliases, **{group: group for group in groups}}
-    unknown = [
-        name + common.closest(name, group_of)
-        for names in listed.values()
-        for name in names
-        if name not in group_of
-    ]
+    group_of = {**aliases, **dict(zip(groups, groups))}
+    unknown = [name + common.closest(name, group_of)
+               for name in itertools.chain(*listed.values()) if name not in group_of]
     if unknown:
-        raise common.UserError(
-            f"the lists of the split name no such group: {', '.join(unknown)}"
-        )
-    owners = {
-        part: {group_of[name] for name in names} for part, names in listed.items()
-    }
-    twice = [
-        f"{sorted(owners[a] & owners[b])} in {a} and {b}"
-        for a, b in itertools.combinations(owners, 2)
-        if owners[a] & owners[b]
-    ]
+        raise common.UserError(f"the lists of the split name no such group: {', '.join(unknown)}")
+    owners = {part: {group_of[name] for name in names} for part, names in listed.items()}
+    twice = [f"{sorted(owners[a] & owners[b])} in {a} and {b}"
+             for a, b in itertools.combinations(owners, 2) if owners[a] & owners[b]]
     if twice:
-        raise common.UserError(
-            f"a group stands on one side of a split; {'; '.join(twice)}"
-        )
-    return {
-        part: np.flatnonzero(np.isin(groups, sorted(names)))
-        for part, names in owners.items()
-    }
+        raise common.UserError(f"a group stands on one side of a split; {'; '.join(twice)}")
+    return {part: np.flatnonzero(np.isin(groups, list(names))) for part, names in owners.items()}

@@ -5,7 +5,6 @@ Letters: N rows, R scores, C classes, S subjects, D resamples.
 import dataclasses
 import math
 import statistics
-import typing
 
 import numpy as np
 
@@ -100,13 +99,6 @@ class Result:
                 "rows": self.rows, "unit": self.unit, "method": self.method}
 
 
-class Place(typing.NamedTuple):
-    """Where an estimate belongs in a Result."""
-    scope: str  # overall, each
-    side: str  # model, baseline, difference
-    metric: str
-
-
 # --- the engine: a statistic of how often each subject is drawn -> estimates -------------------------
 
 def estimate(model, baseline, subjects, unit, draws, seed, *, names, n, rows, support=None, folds=1, per_subject=None,
@@ -116,13 +108,15 @@ def estimate(model, baseline, subjects, unit, draws, seed, *, names, n, rows, su
     model, baseline (None = without): (D, S) times drawn -> ({metric: (D,)}, {metric: (D, R)}), overall and each;
     subjects: S; names: None = "0", "1", ...; support: {(scope, metric): how many subjects it rests on}, where those are
     not all; folds: how many models predicted the rows; per_subject: {metric: (S,)}, None = pseudo-values of the
-    jackknife; n, rows, described: the other fields of the Result. An interval is value -+ t x standard error on the scale where
-    the metric is nearest to normal; the error is that of the jackknife, from 200 subjects on that of the bootstrap.
-    Resting on under 5 subjects: no interval.
+    jackknife; n, rows, described: the other fields of the Result. An interval is value -+ t x standard error on the
+    scale where the metric is nearest to normal; the error is that of the jackknife, from 200 subjects on that of the
+    bootstrap. Resting on under 5 subjects: no interval.
     """
-    everyone = np.ones((1, subjects))
-    whole = {place: value[0] for place, value in _compare(model, baseline, everyone).items()}
-    estimates = {place: Estimate(value, value * np.nan, value * np.nan) for place, value in whole.items()}
+    whole = _compare(model, baseline, np.ones((1, subjects)))
+    estimates = {}
+    for side, places in whole.items():
+        estimates[side] = {place: Estimate(value[0], value[0] * np.nan, value[0] * np.nan)
+                           for place, value in places.items()}
     method = f"no interval: only {subjects} {unit}"
     if subjects >= FEWEST_FOR_INTERVAL:
         way = "t-interval"
@@ -137,16 +131,19 @@ def estimate(model, baseline, subjects, unit, draws, seed, *, names, n, rows, su
             method += f"(simulated coverage at five folds: {FOLD_COVERAGE})"
         block = max(1, 1_000_000 // rows)  # resamples at a time
         drawn = [_compare(model, baseline, weights) for weights in draw_subjects(subjects, draws, seed, block)]
-        for place, found in estimates.items():
-            values = np.concatenate([part[place] for part in drawn])
-            rests_on = (support or {}).get((place.scope, place.metric), subjects)
-            ends = _t_ends(place, found.value, values, reach)
-            estimates[place] = Estimate(found.value, *_rare_ends(place, found.value, ends, rests_on))
-        _hold_differences(estimates)
+        for side, places in estimates.items():
+            for place, found in places.items():
+                values = np.concatenate([part[side][place] for part in drawn])
+                scale = None if side == "difference" else metric_names.METRICS[place[1]].normal_scale
+                ends = _t_ends(found.value, values, reach, scale)
+                rests_on = (support or {}).get(place, subjects)
+                found.low, found.high = _rare_ends(found.value, ends, rests_on, scale)
+        if baseline:
+            _hold_differences(estimates)
     if subjects > MOST_FOR_SIGN_FLIP or baseline is None or unit == TIME_BLOCKS or folds > 1:
         per_subject = {}
     elif per_subject is None:
-        per_subject = _pseudo_values(model, baseline, whole, subjects)
+        per_subject = _pseudo_values(model, baseline, subjects)
     flips = {metric: sign_flip_p(values) for metric, values in per_subject.items()}
     if names is None:
         names = map(str, range(len(n)))
@@ -164,36 +161,32 @@ def fold_factor(folds):
     return math.sqrt(1 + folds / (folds - 1)) if folds > 1 else 1.0
 
 
-def _pseudo_values(model, baseline, whole, subjects):
+def _pseudo_values(model, baseline, subjects):
     """{metric: (S,)}: what each subject says of the difference; of a mean over equal subjects its own difference."""
-    places = [Place("overall", "difference", metric) for metric in CLASS_SIGN_FLIP_METRICS]
-    if places[0] not in whole:
-        return {}
-    left_out = _compare(model, baseline, 1.0 - np.eye(subjects))
-    return {place.metric: subjects * whole[place] - (subjects - 1) * left_out[place] for place in places}
+    whole = _compare(model, baseline, np.ones((1, subjects)))["difference"]
+    left_out = _compare(model, baseline, 1.0 - np.eye(subjects))["difference"]
+    return {metric: subjects * whole["overall", metric] - (subjects - 1) * left_out["overall", metric]
+            for metric in CLASS_SIGN_FLIP_METRICS if ("overall", metric) in whole}
 
 
 def _compare(model, baseline, weights):
-    """{Place: (D, ...)} of both statistics under the same weights (D, S), and of their difference."""
-    sides = {"model": model(weights)}
+    """{side: {(scope, metric): (D, ...)}} of both statistics under the same weights (D, S), and of their difference."""
+    sides = {}
+    for side, statistic in (("model", model), ("baseline", baseline)):
+        if statistic:
+            overall, each = statistic(weights)
+            sides[side] = {("overall", metric): values for metric, values in overall.items()}
+            sides[side] |= {("each", metric): values for metric, values in each.items()}
     if baseline:
-        sides["baseline"] = baseline(weights)
-    found = {}
-    for side, (overall, each) in sides.items():
-        found |= {Place("overall", side, metric): values for metric, values in overall.items()}
-        found |= {Place("each", side, metric): values for metric, values in each.items()}
-    for place in [place for place in found if place.side == "baseline"]:
-        of_model = found[place._replace(side="model")]
-        found[place._replace(side="difference")] = of_model - found[place]
-    return found
+        sides["difference"] = {place: sides["model"][place] - values for place, values in sides["baseline"].items()}
+    return sides
 
 
 def _comparison(estimates, scope):
     """The Comparison of one scope: overall or each."""
     sides = {"model": {}, "baseline": {}, "difference": {}}
-    for place, found in estimates.items():
-        if place.scope == scope:
-            sides[place.side][place.metric] = found
+    for side, places in estimates.items():
+        sides[side] = {metric: found for (own, metric), found in places.items() if own == scope}
     return Comparison(**sides)
 
 
@@ -211,9 +204,8 @@ def draw_subjects(subjects, draws, seed, block):
         yield drawn.reshape(size, subjects).astype(np.float64)
 
 
-def _t_ends(place, whole, drawn, reach):
+def _t_ends(whole, drawn, reach, scale):
     """(low, high): value -+ reach x sd of the draws (D, ...), on the metric's normal scale."""
-    scale = None if place.side == "difference" else metric_names.METRICS[place.metric].normal_scale
     forward, backward = NORMAL_SCALES[scale]
     scaled = forward(drawn)
     spread = common.mean_without_nan((scaled - common.mean_without_nan(scaled, axis=0)) ** 2, axis=0)
@@ -227,19 +219,17 @@ def _t_ends(place, whole, drawn, reach):
 
 def _hold_differences(estimates):
     """Cut each difference to what the intervals of its two sides allow; none where a side has none."""
-    for place, found in estimates.items():
-        if place.side == "difference":
-            model = estimates[place._replace(side="model")]
-            baseline = estimates[place._replace(side="baseline")]
-            found.low = np.maximum(found.low, model.low - baseline.high)
-            found.high = np.minimum(found.high, model.high - baseline.low)
+    for place, found in estimates["difference"].items():
+        model = estimates["model"][place]
+        baseline = estimates["baseline"][place]
+        found.low = np.maximum(found.low, model.low - baseline.high)
+        found.high = np.minimum(found.high, model.high - baseline.low)
 
 
-def _rare_ends(place, value, ends, support):
+def _rare_ends(value, ends, support, scale):
     """(low, high), NaN for what rests on too few subjects; exact where all are right or wrong in every resample."""
     low, high = ends
-    scale = metric_names.METRICS[place.metric].normal_scale
-    if scale in SHARE_RANGES and place.side != "difference":
+    if scale in SHARE_RANGES:
         bottom = SHARE_RANGES[scale]
         share = (value - bottom) / (1 - bottom)
         is_certain = np.isin(share, (0.0, 1.0)) & (high - low < 1e-3)
