@@ -221,16 +221,16 @@ def settle_split(args):
     typed = args.given
     given_up = [name for name in ("split_ratio", "split_file", "test_ratio")
                 if "val_json" in typed and name not in typed and getattr(args, name)]
+    settled = dict.fromkeys(given_up)
     if given_up:
         print("note: --val_json is the split, so the configuration's "
               f"{' and '.join(given_up)} is not used", flush=True)
-        args = Namespace(**{**vars(args), **dict.fromkeys(given_up)})
-    if args.split_ratio is None:
-        return args
-    ratios = {"train_ratio": args.split_ratio, "val_ratio": 1 - args.split_ratio - args.test_ratio}
-    if "val_json" not in args.given:
-        ratios["val_json"] = None
-    return Namespace(**{**vars(args), **ratios})
+    elif args.split_ratio is not None:
+        settled["train_ratio"] = args.split_ratio
+        settled["val_ratio"] = 1 - args.split_ratio - args.test_ratio
+        if "val_json" not in typed:
+            settled["val_json"] = None
+    return Namespace(**{**vars(args), **settled})
 
 
 def check_split_flags(parser, args):
@@ -258,11 +258,6 @@ class Entry:
     origin: str  # train, val or test: the part that the file is given for
     image: part_boxes.AnnotatedImage
     path: Path | None  # of its picture
-
-    @property
-    def name(self):
-        """Name that is unique over several files."""
-        return f"{self.origin}/{self.image.name}"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -339,7 +334,8 @@ def load_study(args, files, say, checkpoint=None):
     truth, without_area, box_notes = part_boxes.as_truth(
         images=images,
         parts=parts,
-        names=[entry.name if len(files) > 1 else entry.image.name for entry in used],
+        names=[f"{entry.origin}/{entry.image.name}" if len(files) > 1 else entry.image.name
+               for entry in used],
         sizes=sizes,
         min_trust=args.min_trust,
         groups=part_boxes.read_groups(images, args.group_column),
