@@ -1025,12 +1025,13 @@ def report_results(run, args, study, split, part, detections, baseline, seen, **
 def data_blocks(study, split, part):
     """HTML of the section Data and split."""
     absent = "keep" if study.truth.keeps_absent else "drop"
-    blocks = [reporting.html_text(
-        f"{len(split[part])} pictures scored, {len(study.truth.parts)} parts; "
-        f"{len(study.skipped)} files or boxes skipped. Absent parts that have a box: {absent}.")]
-    if study.notes:
-        blocks.append(reporting.html_text("\n".join(f"- {note}" for note in study.notes)))
-    return [*blocks, reporting.html_table(split_rows(study.truth, split))]
+    scored = (f"{len(split[part])} pictures scored, {len(study.truth.parts)} parts; "
+              f"{len(study.skipped)} files or boxes skipped. Absent parts that have a box: {absent}.")
+    return [
+        reporting.html_text(scored),
+        reporting.html_list(study.notes),
+        reporting.html_table(split_rows(study.truth, split)),
+    ]
 
 
 def split_rows(truth, split):

@@ -926,7 +926,7 @@ def data_blocks(run, study, split, table):
         judging.rows_text(table, "transitions"),
         reporting.html_text(f"Groups are {groups}; {len(study.skipped)} rows skipped."),
         reporting.html_table(sizes),
-        reporting.html_text("\n".join(f"- {note}" for note in study.notes)),
+        reporting.html_list(study.notes),
     ]
     plot = run.path("dataset_statistics.png")
     if plot.exists():  # not where a checkpoint is evaluated

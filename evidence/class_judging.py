@@ -157,11 +157,10 @@ def calibration_blocks(run, stages, positive):
                 "temperature and threshold are fitted on the validation rows, and shown for test "
                 "rows and folds; the members of an ensemble are calibrated before their mean is "
                 "taken.")
-    formats = {name: ".3f" for name in stages[0] if name != "stage"}
     caption = f"Precision, recall and F1 of {positive}"
     return [
         reporting.html_text(note),
-        reporting.html_table(stages, formats=formats, caption=caption),
+        reporting.html_table(stages, caption=caption),
         reporting.html_image(
             run.path("reliability.png"), "Reliability: how often a confidence is right"),
     ]
@@ -199,7 +198,6 @@ def metric_blocks(run, setting, result):
         for metric, found in result.each.model.items():
             row[metric_names.METRICS[metric].label] = with_interval(found.at(c))
         per_class.append(row)
-    formats = dict.fromkeys(("value", "low", "high", "baseline"), ".3f")
     caption = f"On the {setting.part} rows; baseline: {result.baseline_label}; {result.method}"
     plots = {
         "confusion.png": "Confusion matrix: rows true, columns predicted",
@@ -208,7 +206,7 @@ def metric_blocks(run, setting, result):
     }
     return [
         *(reporting.html_image(run.path(file), text) for file, text in plots.items()),
-        reporting.html_table(overall, formats=formats, caption=caption),
+        reporting.html_table(overall, caption=caption),
         reporting.html_table(per_class, caption="Each class against the rest, with 95 % intervals"),
     ]
 

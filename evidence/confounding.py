@@ -150,11 +150,9 @@ def confound_blocks(rows):
     """HTML of the section Without a pixel: what metadata alone predict, beside the model."""
     if not rows:
         return []
-    formats = {name: ".3f" for name in rows[0] if name not in ("name", "n_levels", "red_flag")}
     shown = [{**row, "red_flag": "reaches the model" if row["red_flag"] else ""} for row in rows]
     return [reporting.html_table(
-        shown, formats=formats,
-        caption="The train rate (or mean) of each level of a column as the prediction")]
+        shown, caption="The train rate (or mean) of each level of a column as the prediction")]
 
 
 def within_level_auc(score, label, levels, positive=1):

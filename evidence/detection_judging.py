@@ -295,17 +295,15 @@ def metric_blocks(run, setting, result, part_rows, threshold):
     columns = {"target": "part", "boxes": "n", "ap": "AP", "ap_low": "low", "ap_high": "high",
                "ap50": "AP50", "baseline_ap": "mean box", "precision": "precision",
                "recall": "recall", "absent": "absent", "hallucinated": "claimed"}
-    whole = ("target", "boxes", "absent", "hallucinated")
     return [
         reporting.html_table(
             summary_rows(result),
-            formats=dict.fromkeys(("value", "low", "high", "baseline"), ".3f"),
             caption=f"On the {setting.part} pictures; precision, recall and hallucinations at score "
                     f"{threshold:g}; {result.method}"),
         reporting.html_table(
-            part_rows, columns, {name: ".3f" for name in columns if name not in whole},
-            "Each part: n boxes, COCO AP over IoU .50 to .95 with its interval, AP of the mean box; "
-            "claimed: found, though absent in that picture"),
+            part_rows, columns,
+            caption="Each part: n boxes, COCO AP over IoU .50 to .95 with its interval, AP of the mean box; "
+                    "claimed: found, though absent in that picture"),
         reporting.html_image(
             run.path("per_part.png"), "AP and AP50 of each part, interval, mean-box baseline"),
     ]
@@ -316,10 +314,9 @@ def state_blocks(rows):
     if not rows:
         return []
     columns = {name: name.removeprefix("called ").replace("_", " ") for name in rows[0]}
-    formats = dict.fromkeys(("recall", "precision", "f1", "joint_ap"), ".3f")
     caption = ("True state (rows) of the boxes found at IoU .5 and any score, and what the model "
                "calls them (columns)")
-    return [reporting.html_table(rows, columns, formats, caption)]
+    return [reporting.html_table(rows, columns, caption=caption)]
 
 
 def case_blocks(run, judged, detections, picture, threshold):

@@ -94,9 +94,8 @@ def write_comparison(run, rows):
                  f"{'' if row['better'] == 'not resolvable' else ' is better'}, {row['metric']} "
                  f"{row['value_of_first']:.3f} and {row['value_of_second']:.3f}, difference {row['difference']:+.3f} "
                  f"[{row['low']:+.3f} to {row['high']:+.3f}, {row['method']}]" for row in rows]
-    formats = dict.fromkeys(("value_of_first", "value_of_second", "difference", "low", "high"), ".3f")
     caption = "Pairs of tables on the same rows; the interval is of the paired difference"
-    sections = [("Comparison", [reporting.html_table(rows, formats=formats, caption=caption)]),
+    sections = [("Comparison", [reporting.html_table(rows, caption=caption)]),
                 ("Command and versions", reporting.command_blocks())]
     verdict = verdicts.Verdict("caution", "Comparison", ". ".join(sentences) + ".")
     reporting.write_report(run.path("report.html"), f"Comparison: {run.folder.name}",
@@ -155,10 +154,9 @@ def close_run(run, setting, *, result, metric, verdict, alarms, criteria, figure
     marked = [reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in alarms]
     marked += [reporting.html_text(doubt, "caution") for doubt in doubts]
     if criteria:
-        blocks.append(reporting.html_table(criteria, caption="Criteria"))
+        blocks.append(reporting.html_table(criteria, digits=".4g", caption="Criteria"))
     if setting.folds:
-        blocks.append(reporting.html_table(fold_table(setting.folds), caption="Folds"))
-    limits = "\n".join(f"- {line}" for line in setting.limits)
+        blocks.append(reporting.html_table(fold_table(setting.folds), digits=".4g", caption="Folds"))
     sections = [
         ("Alarms and doubts", marked),
         ("Data and split", setting.data),
@@ -167,7 +165,7 @@ def close_run(run, setting, *, result, metric, verdict, alarms, criteria, figure
         *sections,
         ("Learning curves", reporting.history_blocks(run)),
         ("Best and worst cases", setting.cases),
-        ("Limits", [reporting.html_text(limits)] if limits else []),
+        ("Limits", [reporting.html_list(setting.limits)] if setting.limits else []),
         ("Command and versions", reporting.command_blocks()),
     ]
     reporting.write_report(

@@ -100,19 +100,16 @@ def metric_blocks(run, setting, result, axes, baselines, predictors, patients):
     of_predictor = ["predictor", "mae_mm", "mae_deg", "distance_mm", "geodesic_deg"]
     of_patient = {"patient": "patient", "transitions": "n", "geodesic_deg": "geodesic"}
     of_patient |= {f"mae_{axis}": axis for axis in probe_poses.AXES}
-    two_digits = dict.fromkeys([*columns, *of_predictor, *of_patient], ".2f")
-    two_digits |= {"n": "d", "transitions": "d"}
-    three_digits = dict.fromkeys(("error", "difference", "low", "high"), ".3f")
     return [
         reporting.html_table(
-            axes, columns, two_digits,
+            axes, columns, ".2f",
             f"MAE of each axis on the {setting.part} rows in mm or degrees, beside the baselines'; {result.method}"),
         reporting.html_table(
-            baselines, None, three_digits,
-            "Mean over the axes of MAE in label sds: each baseline, and model - baseline"),
-        reporting.html_table(predictors, of_predictor, two_digits, "In mm and degrees"),
+            baselines,
+            caption="Mean over the axes of MAE in label sds: each baseline, and model - baseline"),
+        reporting.html_table(predictors, of_predictor, ".2f", "In mm and degrees"),
         reporting.html_image(run.path("per_patient_error.png"), "MAE per axis and patient, and the baseline's"),
-        reporting.html_table(patients, of_patient, two_digits),
+        reporting.html_table(patients, of_patient, ".2f"),
         reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true, at t1"),
     ]
 
@@ -120,4 +117,4 @@ def metric_blocks(run, setting, result, axes, baselines, predictors, patients):
 def use_blocks(use):
     """HTML of the section on the use of the inputs."""
     rows = [{"measure": name, "value": use[name], "meaning": text} for name, text in USE_MEANINGS.items()]
-    return [reporting.html_table(rows, formats={"value": ".3f"})]
+    return [reporting.html_table(rows)]

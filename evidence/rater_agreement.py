@@ -150,6 +150,5 @@ def ceiling_blocks(ceiling):
         return []
     blocks = [reporting.html_text(f"Source: {ceiling.source}.")]
     if ceiling.possible:
-        formats = {name: ".3f" for name in ceiling.possible[0] if name != "target"}
-        blocks.append(reporting.html_table(ceiling.possible, formats=formats, caption="R2 ceiling by number of raters"))
+        blocks.append(reporting.html_table(ceiling.possible, caption="R2 ceiling by number of raters"))
     return blocks

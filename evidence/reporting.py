@@ -54,17 +54,16 @@ def _note(body, level, kind="note"):
 
 
 def html_text(text, level=None):
-    """Paragraphs, split at blank lines; lines that begin with "- " make a list; a level: a marked note."""
-    blocks = []
-    for part in re.split(r"\n\s*\n", str(text).strip()):
-        lines = [html.escape(line.strip()) for line in part.splitlines()]
-        if all(line.startswith("- ") for line in lines):
-            items = "".join(f"<li>{line[2:]}</li>" for line in lines)
-            blocks.append(f"<ul>{items}</ul>")
-        else:
-            blocks.append(f"<p>{' '.join(lines)}</p>")
-    body = "\n".join(blocks)
+    """Paragraphs, split at blank lines; a level: a marked note."""
+    parts = re.split(r"\n\s*\n", str(text).strip())
+    body = "\n".join(f"<p>{html.escape(' '.join(part.split()))}</p>" for part in parts)
     return _note(body, level) if level else body
+
+
+def html_list(lines):
+    """A list with a point before each line; "" without lines."""
+    items = "".join(f"<li>{html.escape(str(line))}</li>" for line in lines)
+    return f"<ul>{items}</ul>" if items else ""
 
 
 def html_code(text):
@@ -72,33 +71,28 @@ def html_code(text):
     return f"<pre><code>{html.escape(str(text))}</code></pre>"
 
 
-def _cell_text(value, spec):
-    """Escaped text of a table cell; a missing value is a dash, `spec` formats numbers only."""
+def _cell_text(value, digits):
+    """Escaped text of a table cell; a missing value is a dash."""
     if value is None or value != value:
         return "&ndash;"
-    if isinstance(value, str):
-        return html.escape(value)
     is_float = isinstance(value, (float, np.floating))
-    return html.escape(format(value, spec or (".4g" if is_float else "")))
+    return html.escape(format(value, digits) if is_float else str(value))
 
 
 def _is_numeric(cells):
     return all(re.match(r"[-+]?(\.?\d|inf)|&ndash;|$", cell) for cell in cells)
 
 
-def html_table(rows, columns=None, formats=None, caption="", max_rows=300):
+def html_table(rows, columns=None, digits=".3f", caption="", max_rows=300):
     """Table that scrolls sideways on a narrow screen, numbers right aligned.
 
     rows: dicts, those beyond max_rows are only counted; columns: {key: heading} or keys (default:
-    those of the first row); formats: {key: spec such as ".3f"}.
+    those of the first row); digits: format of the numbers that are not whole.
     """
     columns = columns or list(rows[0] if rows else ["empty"])
     if not isinstance(columns, dict):
         columns = {key: str(key).replace("_", " ") for key in columns}
-    formats = formats or {}
-    cells = []
-    for row in rows[:max_rows]:
-        cells.append([_cell_text(row.get(key), formats.get(key)) for key in columns])
+    cells = [[_cell_text(row.get(key), digits) for key in columns] for row in rows[:max_rows]]
     if len(rows) > max_rows:
         more = f"and {len(rows) - max_rows:,} more rows"
         cells.append([more] + [""] * (len(columns) - 1))
@@ -174,12 +168,10 @@ def leakage_blocks(run):
         return []
     report = common.read_json(path)
     found = splitting.found_leakage(report)
-    notes = "\n".join(f"- {note}" for note in report.get("notes", []))
+    blocks = [html_text("The parts of the split share nothing: no group, no copy, no near-duplicate.", "good")]
     if found:
-        blocks = [html_text("\n".join(f"- {line}" for line in found), "caution")]
-    else:
-        blocks = [html_text("The parts of the split share nothing: no group, no copy, no near-duplicate.", "good")]
-    return blocks + ([html_text(notes)] if notes else [])
+        blocks = [_note(html_list(found), "caution")]
+    return [*blocks, html_list(report.get("notes", []))]
 
 
 def history_blocks(run):
@@ -191,8 +183,8 @@ def history_blocks(run):
 def command_blocks():
     """The section that repeats the run: the command with public paths, and package versions."""
     command = shlex.join(["python", *map(public_word, sys.argv)])
-    versions = [f"- {package} {version}" for package, version in common.package_versions().items()]
-    return [html_code(command), html_text("\n".join(versions))]
+    versions = [" ".join(each) for each in common.package_versions().items()]
+    return [html_code(command), html_list(versions)]
 
 
 def public_word(word):

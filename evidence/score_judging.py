@@ -171,7 +171,6 @@ def metric_blocks(run, setting, result, rows, moment_rows, plot_file):
                "baseline_mae": "baseline MAE", "icc_1_1": "ICC(1,1)", "icc_1_k": "ICC(1,k)",
                "ceiling_r2": "ceiling R2", "share_of_ceiling_r2": "share"}
     columns = {name: heading for name, heading in columns.items() if name in rows[0]}
-    formats = {name: ".3f" for name in columns if name not in ("target", "n")}
     caption = (f"Each score on the {setting.part} rows, in its unit; baseline: {result.baseline_label}; "
                f"{result.method}")
     drawn = ["baseline"]
@@ -182,10 +181,10 @@ def metric_blocks(run, setting, result, rows, moment_rows, plot_file):
     blocks = [
         reporting.html_image(run.path(plot_file), f"r and R2 of each score, with {' and '.join(drawn)}"),
         reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true"),
-        reporting.html_table(rows, columns, formats, caption=caption),
+        reporting.html_table(rows, columns, caption=caption),
     ]
     if moment_rows:
         columns = {"moment": "moment", "target": "score", "n": "n", "mae": "MAE", "rmse": "RMSE", "r2": "R2",
                    "pearson_r": "r"}
-        blocks.append(reporting.html_table(moment_rows, columns, formats, caption="The rows of each moment alone"))
+        blocks.append(reporting.html_table(moment_rows, columns, caption="The rows of each moment alone"))
     return blocks

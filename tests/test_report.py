@@ -61,9 +61,10 @@ def report(tmp_path):
     rng = np.random.default_rng(0)
     Image.fromarray(noise_picture(rng)).save(tmp_path / "plot.png")
     rows = [{"target": EVIL, "r": 0.51234, "note": EVIL}, {"target": "b", "r": float("nan"), "note": None}]
-    table = reporting.html_table(rows, {"target": "Target", "r": EVIL, "note": "note"}, {"r": ".3f"}, EVIL)
+    table = reporting.html_table(rows, {"target": "Target", "r": EVIL, "note": "note"}, caption=EVIL)
     case = {"image": noise_picture(rng), "title": EVIL, "lines": [EVIL, "true 5.1"]}
-    sections = [(EVIL, [reporting.html_text(f"one {EVIL}\n\n- a\n- {EVIL}"), reporting.html_text(EVIL, "caution")]),
+    texts = [reporting.html_text(f"one {EVIL}"), reporting.html_list(["a", EVIL]), reporting.html_text(EVIL, "caution")]
+    sections = [(EVIL, texts),
                 ("Empty", []),
                 ("Metrics", [table, reporting.html_image(tmp_path / "plot.png", EVIL)]),
                 ("Cases", [reporting.html_cases([case]), reporting.html_code(EVIL)])]
@@ -145,10 +146,10 @@ def test_report_stays_under_its_size_with_many_pictures(tmp_path):
 def test_table_formats_alignment_and_missing_cells():
     rows = [{"name": "a", "r": 0.51239, "n": 7, "text": "x", "ci": "0.41 to 0.60", "v": np.float32(0.25)},
             {"name": "007", "r": None, "n": np.int64(12000), "text": "7 of 9 x", "v": float("-inf")}]
-    table = reporting.html_table(rows, formats={"r": ".3f", "n": ",d"})
+    table = reporting.html_table(rows, digits=".2f")
     cells = re.findall(r"<td( class=\"num\")?>([^<]*)</td>", table)
-    assert [text for _, text in cells[:5]] == ["0.512", "7", "x", "0.41 to 0.60", "0.25"]
-    assert [text for _, text in cells[5:]] == ["&ndash;", "12,000", "7 of 9 x", "&ndash;", "-inf"]
+    assert [text for _, text in cells[:5]] == ["0.51", "7", "x", "0.41 to 0.60", "0.25"]
+    assert [text for _, text in cells[5:]] == ["&ndash;", "12000", "7 of 9 x", "&ndash;", "-inf"]
     assert [bool(numeric) for numeric, _ in cells[:5]] == [True, True, False, True, True]
     assert '<th scope="row">007</th>' in table and '<th scope="col">name</th>' in table
 
@@ -161,7 +162,7 @@ def test_table_counts_the_rows_it_leaves_out():
 
 def test_text_paragraphs_and_lists():
     assert reporting.html_text("a\nb\n\nc") == "<p>a b</p>\n<p>c</p>"
-    assert reporting.html_text("- a\n- b") == "<ul><li>a</li><li>b</li></ul>"
+    assert reporting.html_list(["a", "b"]) == "<ul><li>a</li><li>b</li></ul>" and reporting.html_list([]) == ""
 
 
 def test_non_ascii_names_survive_in_an_ascii_file(tmp_path):
