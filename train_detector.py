@@ -290,7 +290,7 @@ class Study:
         cells = [list(zip(*row)) for row in zip(self.truth.labels, self.truth.states)]
         counts = collections.Counter(itertools.chain.from_iterable(cells))
         rarest = [min(row, key=lambda cell: (counts[cell], cell), default="none") for row in cells]
-        return list(map(str, rarest))
+        return np.array(list(map(str, rarest)))
 
     def data_record(self, split):
         """What args.json says of the data and their split; a resumed run must find the same."""

@@ -95,9 +95,8 @@ def _without_math(names, length):
 
 
 def _values(rows, key):
-    """One column of a list of dicts as floats (len(rows),); an empty or missing cell is NaN."""
-    cells = [row.get(key) for row in rows]
-    return np.array([math.nan if cell in (None, "") else float(cell) for cell in cells])
+    """One column of a list of dicts as floats (len(rows),); a missing cell is NaN."""
+    return np.array([row.get(key) for row in rows], float)
 
 
 def _metric_families(history):
@@ -137,7 +136,7 @@ def _draw_history_panel(axis, history, family, columns, best_epoch, solved):
 def plot_history(history, path, best_epoch=None, solved=None):
     """Learning curves as PNG: a panel per family of train_ and val_ columns, then the learning rate.
 
-    history: dicts with epoch and any train_*, val_* and learning_rate (None or "" leaves a gap).
+    history: dicts with epoch and any train_*, val_* and learning_rate (None leaves a gap).
     best_epoch is marked in every panel; solved: {column: value} after a readout was solved anew. It takes a good part
     of a second, so it belongs at the end of a run, not into each epoch.
     """
@@ -214,8 +213,6 @@ def plot_scatter(predicted, target, names, path):
 
     predicted, target: (N, R) in the original unit, NaN = missing; names: R labels.
     """
-    predicted = np.asarray(predicted, float)
-    target = np.asarray(target, float)
     known = np.isfinite(predicted) & np.isfinite(target)
     masked = np.where(known, target, np.nan)
     pearson_r = common.regression_metrics(predicted, masked)["pearson_r"]  # (R,)
@@ -240,7 +237,6 @@ def plot_scatter(predicted, target, names, path):
 
 def plot_confusion(confusion, names, path):
     """Confusion matrix as PNG: (C, C) counts, rows true, columns predicted; shade: share of the row."""
-    confusion = np.asarray(confusion, np.int64)
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     labels = _without_math(names, 22)
     side = max(1.4, 0.62 * len(labels))
@@ -268,14 +264,12 @@ def plot_reliability(probability, label, path, before=None):
     0 = missing. The title tells the ECE and what a perfectly calibrated model of these confidences
     shows at this n: mean, 95th percent.
     """
-    label = np.asarray(label, np.int64)
     labelled = label >= 0
     figure, (axis,) = new_figure(1, 1, (4.2, 4.2), margins=(0.55, 0.25, 0.48, 0.45))
     axis.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle="--")
     if before is not None:
-        before = np.asarray(before, np.float64)[labelled]
-        _draw_reliability(axis, before, label[labelled], ORANGE, "before")
-    known = np.asarray(probability, np.float64)[labelled]
+        _draw_reliability(axis, before[labelled], label[labelled], ORANGE, "before")
+    known = probability[labelled]
     _draw_reliability(axis, known, label[labelled], BLUE, "after")
     if before is not None:
         _add_legend(axis)
@@ -331,8 +325,7 @@ def plot_precision_recall(probability, label, names, path, positive=None):
     probability: (N, C); label: (N,), below 0 = missing; a class without rows, or without others, is
     left out.
     """
-    label = np.asarray(label, np.int64)
-    probability = np.asarray(probability, np.float64)[label >= 0]
+    probability = probability[label >= 0]
     label = label[label >= 0]
     figure, axes = new_figure(2, 2, (3.9, 3.9))
     colours = itertools.cycle([BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY])

@@ -40,10 +40,9 @@ def _strata_codes(strata, n_rows):
     """Labels, or floats to be binned -> (N,) int code of each row; None -> zeros."""
     if strata is None:
         return np.zeros(n_rows, int)
-    strata = np.asarray(strata)
     if strata.dtype.kind == "f":
         strata = _quantile_bins(strata)
-    return np.unique(strata.astype(str), return_inverse=True)[1]
+    return np.unique(strata, return_inverse=True)[1]
 
 
 def _deal_out_units(sizes, order, shares):
@@ -69,7 +68,7 @@ def _assign_rows(shares, stratum, seed, keys):
     n_rows = len(stratum)
     order = np.arange(n_rows)
     if keys is not None:
-        order = np.argsort(np.asarray(keys, dtype=str), kind="stable")
+        order = np.argsort(keys, kind="stable")
     order = order[np.random.default_rng(seed).permutation(n_rows)]
     order = order[np.argsort(stratum[order], kind="stable")]
     return _deal_out_units(np.ones(n_rows), order, shares)
@@ -110,7 +109,7 @@ def _units(n_rows, groups):
     """-> group number of each row (None without groups), how many units there are, their name."""
     if groups is None:
         return None, n_rows, "rows"
-    labels, unit = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    labels, unit = np.unique(groups, return_inverse=True)
     if "" in labels:
         blank = np.sum(unit == 0)
         raise common.UserError(f"expected a group in every row, found {blank} blank. Fill the group column.")
@@ -214,7 +213,7 @@ def effective_size(target, subjects=None):
 
 def _near_duplicates(rows, pixels, phash):
     """Pairs (i, j) of the rows that differ in 1 to NEAR_DUPLICATE_BITS bits or in pixels alone."""
-    bits = np.unpackbits(np.ascontiguousarray(np.asarray(phash)[rows]).view(np.uint8), axis=1)
+    bits = np.unpackbits(np.ascontiguousarray(phash[rows]).view(np.uint8), axis=1)
     signs = 2 * bits.astype(np.float32) - 1  # (n, 256)
     least = max(1, signs.shape[1] - 2 * NEAR_DUPLICATE_BITS)
     pairs = []

@@ -314,13 +314,11 @@ def bootstrap_regression(predicted, target, subjects=None, baseline=None, draws=
     unit: what the subjects are called; names: R targets (None: "0", "1", ...); folds: how many models predicted the
     rows. A target labelled in under 5 subjects has no interval, its R2 none under 9 rows.
     """
-    target = np.asarray(target, np.float64)
     labelled = ~np.isnan(target).all(1)
-    owners = np.arange(len(target)) if subjects is None else np.asarray(subjects, str)
-    owners = owners[labelled]
+    owners = (np.arange(len(target)) if subjects is None else subjects)[labelled]
 
     def sums_of(scores):
-        return subject_sums(common.regression_moments(np.asarray(scores)[labelled], target[labelled]), owners)
+        return subject_sums(common.regression_moments(scores[labelled], target[labelled]), owners)
     sums = sums_of(predicted)  # (S, 8, R)
     of_baseline = parts = None
     if baseline is not None:
@@ -355,7 +353,7 @@ def _parts_of_difference(sums, of_baseline):
 def subject_sums(moments, subjects):
     """Sum the rows of each subject: (M, N, R) and (N,) names -> (S, M, R), subjects in sorted order."""
     order = np.argsort(subjects, kind="stable")
-    first = np.unique(np.asarray(subjects)[order], return_index=True)[1]
+    first = np.unique(subjects[order], return_index=True)[1]
     return np.add.reduceat(moments[:, order], first, axis=1).swapaxes(0, 1)
 
 
@@ -405,11 +403,9 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, nam
     subjects are NaN. Exceptions: accuracy, recall and precision of ungrouped rows of one model, by Wilson; and a share
     of 0 or 1 that no resample changes, exact over the subjects of the rarest class that it needs.
     """
-    probability = np.asarray(probability, np.float64)
-    label = np.asarray(label, np.int64)
     n_classes = probability.shape[1]
     labelled = label >= 0
-    owners = np.arange(len(label)) if groups is None else np.asarray(groups, str)
+    owners = np.arange(len(label)) if groups is None else groups
     found, index = np.unique(owners[labelled], return_inverse=True)
     support, seen = _class_support(label[labelled], index, n_classes)
     statistic = _class_statistic(probability, label, threshold, positive, index)
