@@ -3075,6 +3075,11 @@ def regression_moments(predicted, target):
         np.abs(error), error ** 2])  # (8, N, R)
 
 
+def undefined_is_nan():
+    """Context in which 0 / 0 is NaN, without a warning."""
+    return np.errstate(divide="ignore", invalid="ignore")
+
+
 def metrics_from_sums(sums):
     """Metrics from summed regression_moments: (..., 8, R) -> dict of name -> (..., R) float64.
 
@@ -3083,7 +3088,7 @@ def metrics_from_sums(sums):
     """
     sums = np.moveaxis(np.asarray(sums, np.float64), -2, 0)
     n, p, t, pp, tt, pt, absolute, squared = sums
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with undefined_is_nan():
         spread_p = pp - p * p / n
         spread_t = tt - t * t / n
         joint = pt - p * t / n

@@ -69,7 +69,7 @@ def ranking_metrics(score, is_positive, weights=None):
     misses = drawn - hits  # (D, distinct scores), highest score first
     found = hits.cumsum(1)
     false = misses.cumsum(1)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with common.undefined_is_nan():
         pairs = found[:, -1] * false[:, -1]  # of a positive and a negative row
         auc = 1.0 - (hits * (false - misses / 2)).sum(1) / pairs
         precision = np.where(found > 0, found / (found + false), 0.0)
@@ -110,7 +110,7 @@ def class_statistic(probability, label, threshold=None, positive=None):
         ranks = [ranking_metrics(probability[:, c], label == c, weights) for c in range(count)]
         auc, average_precision = np.moveaxis(np.array(ranks), 0, -1)  # (D, C) each
         per_class |= {"average_precision": average_precision, "roc_auc": auc}
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with common.undefined_is_nan():
             overall["loss"], overall["brier"] = (weights @ row_terms.T / total[:, None]).T
             for name, bins in (("ece", equal_width), ("ece_adaptive", equal_mass)):
                 overall[name] = np.abs(sums_by(bins, ECE_BINS, weights * gap)).sum(1) / total
@@ -152,7 +152,7 @@ def confusion_metrics(confusion):
     given = confusion.sum(1)
     total = true.sum(1)
     hit = right.sum(1)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with common.undefined_is_nan():
         per_class = {"precision": right / given, "recall": right / true, "f1": 2 * right / (true + given)}
         spread_true = total ** 2 - (true ** 2).sum(1)
         spread_given = total ** 2 - (given ** 2).sum(1)

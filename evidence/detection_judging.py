@@ -9,24 +9,11 @@ import math
 import numpy as np
 
 import common
-from evidence import (box_pictures, class_scores, detection_scores, detection_tables, judging, plotting, reporting,
+from evidence import (box_pictures, class_scores, detection_scores, detection_tables, judging, metric_names, plotting, reporting,
                       verdicts)
 from readers import part_boxes
 
 MOST_PARTS_PLOTTED = 40
-OVERALL_LABELS = {
-    "map": "AP",
-    "map50": "AP50",
-    "map_present": "AP without absent parts",
-    "joint_map": "joint AP (part and state)",
-    "precision": "precision",
-    "recall": "recall",
-    "state_accuracy": "state accuracy",
-    "macro_f1": "state macro F1",
-    "balanced_accuracy": "state balanced accuracy",
-    "hallucination_rate": "hallucinations: absent part claimed at its box",
-    "hallucination_rate_anywhere": "hallucinations: absent part claimed anywhere",
-    "absent_box_detected": "box of an absent part detected, under any state"}
 MEAN_BOX_METRICS = ("map", "map50", "joint_map")
 
 
@@ -227,11 +214,9 @@ def per_state_rows(judged):
 def summary_rows(result):
     """[{metric, value, low, high, baseline, which}] of the numbers over all parts."""
     rows = []
-    for name, label in OVERALL_LABELS.items():
-        if name not in result.overall.model:
-            continue
-        found = dataclasses.asdict(result.overall.model[name])
-        row = {"metric": label, **found, "baseline": None, "which": ""}
+    for name, found in result.overall.model.items():
+        row = {"metric": metric_names.METRICS[name].label, **dataclasses.asdict(found)}
+        row |= {"baseline": None, "which": ""}
         if name in result.overall.baseline:
             row["baseline"] = result.overall.baseline[name].value
             row["which"] = "mean box" if name in MEAN_BOX_METRICS else "always intact"

@@ -8,7 +8,7 @@ class Metric:
     name: str
     label: str
     lower_is_better: bool = False
-    normal_scale: str | None = "logit"  # where its estimates are closest to a normal distribution
+    normal_scale: str | None = "logit"  # where its estimates are closest to a normal distribution: that of shares
 
 
 METRICS = {metric.name: metric for metric in (
@@ -35,13 +35,13 @@ METRICS = {metric.name: metric for metric in (
     Metric("map", "mean AP"),
     Metric("map50", "mean AP50"),
     Metric("map_present", "mean AP without absent parts"),
-    Metric("joint_map", "mean joint AP"),
+    Metric("joint_map", "mean joint AP of part and state"),
     Metric("ap", "AP"),
     Metric("ap50", "AP50"),
     Metric("state_accuracy", "state accuracy"),
-    Metric("hallucination_rate", "hallucination rate", lower_is_better=True),
-    Metric("hallucination_rate_anywhere", "hallucination rate anywhere", lower_is_better=True),
-    Metric("absent_box_detected", "absent boxes detected"))}
+    Metric("hallucination_rate", "hallucinations: absent part claimed at its box", lower_is_better=True),
+    Metric("hallucination_rate_anywhere", "hallucinations: absent part claimed anywhere", lower_is_better=True),
+    Metric("absent_box_detected", "box of an absent part detected, under any state"))}
 
 BASELINES = {  # as sentences write them
     "ridge": "ridge regression",

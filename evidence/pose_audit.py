@@ -131,7 +131,7 @@ def check_time(place, at1):
     known = ~np.isnan(at1).any(1)
     if known.sum() < 3 or not place[known].std():
         return []
-    with np.errstate(invalid="ignore", divide="ignore"):  # an axis that never varies has no r
+    with common.undefined_is_nan():  # an axis that never varies has no r
         r = np.corrcoef(place[known], at1[known], rowvar=False)[0, 1:]
     r = np.nan_to_num(r)
     named = ", ".join(f"{axis} {value:+.2f}" for axis, value in zip(probe_poses.AXES, r))

@@ -24,7 +24,7 @@ def noise_ceiling(mean, sd, n):
     sd = np.asarray(sd, np.float64)
     n = np.broadcast_to(np.asarray(n, np.float64), mean.shape)
     valid = np.isfinite(mean) & (sd > 0) & (n > 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with common.undefined_is_nan():
         noise = common.mean_without_nan(np.where(valid, sd**2 / n, np.nan), axis=0)
         centred = mean - common.mean_without_nan(np.where(valid, mean, np.nan), axis=0)
         variance = np.where(valid, centred**2, 0.0).sum(0) / (valid.sum(0) - 1)

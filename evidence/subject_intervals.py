@@ -342,7 +342,7 @@ def _parts_of_difference(sums, of_baseline):
     Squared errors count in label sds for r2, so that a target's unit does not decide.
     """
     n, _, total, _, squares = sums.sum(0)[:5]  # (R,) each
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with common.undefined_is_nan():
         variance = squares - total ** 2 / n
         variance = np.where(variance > 1e-12 * squares, variance, np.nan)
         absolute, squared = len(sums) * (sums - of_baseline)[:, 6:].swapaxes(0, 1)  # (S, R) each
