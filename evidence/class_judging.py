@@ -2,7 +2,6 @@
 
 Letters: M rows, C classes.
 """
-import dataclasses
 import math
 
 import numpy as np
@@ -186,12 +185,6 @@ def key_figures(result, positive):
 
 def metric_blocks(run, setting, result):
     """HTML of the section Metrics: the tables and plots of the classes."""
-    overall = []
-    for name, found in result.overall.model.items():
-        row = {"metric": metric_names.METRICS[name].label, **dataclasses.asdict(found)}
-        if name in result.overall.baseline:  # the nulls of the ECE are the model's alone
-            row["baseline"] = result.overall.baseline[name].value
-        overall.append(row)
     per_class = []
     for c, name in enumerate(result.names):
         row = {"class": name, "n": int(result.n[c])}
@@ -206,7 +199,7 @@ def metric_blocks(run, setting, result):
     }
     return [
         *(reporting.html_image(run.path(file), text) for file, text in plots.items()),
-        reporting.html_table(overall, caption=caption),
+        reporting.html_table(subject_intervals.overall_rows(result), caption=caption),
         reporting.html_table(per_class, caption="Each class against the rest, with 95 % intervals"),
     ]
 

@@ -9,12 +9,11 @@ import math
 import numpy as np
 
 import common
-from evidence import (box_pictures, class_scores, detection_scores, detection_tables, judging, metric_names, plotting, reporting,
-                      verdicts)
+from evidence import (box_pictures, class_scores, detection_scores, detection_tables, judging, plotting,
+                      reporting, subject_intervals, verdicts)
 from readers import part_boxes
 
 MOST_PARTS_PLOTTED = 40
-MEAN_BOX_METRICS = ("map", "map50", "joint_map")
 
 
 # --- from COCO files ------------------------------------------------------------------------
@@ -211,19 +210,6 @@ def per_state_rows(judged):
     return rows
 
 
-def summary_rows(result):
-    """[{metric, value, low, high, baseline, which}] of the numbers over all parts."""
-    rows = []
-    for name, found in result.overall.model.items():
-        row = {"metric": metric_names.METRICS[name].label, **dataclasses.asdict(found)}
-        row |= {"baseline": None, "which": ""}
-        if name in result.overall.baseline:
-            row["baseline"] = result.overall.baseline[name].value
-            row["which"] = "mean box" if name in MEAN_BOX_METRICS else "always intact"
-        rows.append(row)
-    return rows
-
-
 # --- signs of a broken model ----------------------------------------------------------------
 
 def find_alarms(judged, detections, threshold):
@@ -282,9 +268,9 @@ def metric_blocks(run, setting, result, part_rows, threshold):
                "recall": "recall", "absent": "absent", "hallucinated": "claimed"}
     return [
         reporting.html_table(
-            summary_rows(result),
+            subject_intervals.overall_rows(result),
             caption=f"On the {setting.part} pictures; precision, recall and hallucinations at score "
-                    f"{threshold:g}; {result.method}"),
+                    f"{threshold:g}; baseline of AP: the mean boxes, of states: always intact; {result.method}"),
         reporting.html_table(
             part_rows, columns,
             caption="Each part: n boxes, COCO AP over IoU .50 to .95 with its interval, AP of the mean box; "

@@ -378,6 +378,18 @@ def score_regression(predicted, target, subjects, baselines, names=None, folds=1
         predicted, target, subjects, baselines[best], names=names, baseline_name=best, folds=folds)
 
 
+def overall_rows(result):
+    """One dict per metric over all targets or classes: its label, value and interval, and the baseline's value."""
+    rows = []
+    for name, found in result.overall.model.items():
+        baseline = result.overall.baseline.get(name)  # some are the model's alone
+        rows.append({
+            "metric": metric_names.METRICS[name].label,
+            **dataclasses.asdict(found),
+            "baseline": baseline.value if baseline else None})
+    return rows
+
+
 def target_rows(result):
     """One dict per target for a table: its name, n, each metric with its interval, and the baseline's."""
     rows = []
