@@ -1221,12 +1221,15 @@ class EpochBatches(torch.utils.data.Sampler):
 
 
 class Samples(torch.utils.data.Dataset):
-    """Base of the scripts' datasets: without loader workers a thread for each core prepares samples.
+    """Base of the scripts' datasets, with a sample for each of their `rows`.
 
-    A sample depends on its key alone, so the batch is the same; decoding and warping do not hold
-    Python's lock.
+    Without loader workers a thread for each core prepares samples. A sample depends on its key
+    alone, so the batch is the same; decoding and warping do not hold Python's lock.
     """
     _threads = None
+
+    def __len__(self):
+        return len(self.rows)
 
     def __getitems__(self, keys):
         """Samples of a batch, for the loader."""

@@ -227,9 +227,6 @@ class RatedImages(common.Samples):
         self.target = torch.tensor(target[rows], dtype=torch.float32)
         self.weight = torch.tensor(weight[rows], dtype=torch.float32)
 
-    def __len__(self):
-        return len(self.rows)
-
     def __getitem__(self, key):
         epoch, index = key
         row = int(self.rows[index])
@@ -630,8 +627,8 @@ def limits(args):
 
 def check_split(run, study, split):
     """Refuse a split that leaks; write splits.json and the leakage report. Returns alarms on what it parts."""
-    phash = np.array(study.audit("phash"), dtype=np.uint64)
-    report = splitting.leakage_report(split, study.images, study.audit("pixel_sha"), phash, {"groups": study.groups})
+    report = splitting.leakage_report(
+        split, study.images, study.audit("pixel_sha"), study.audit("phash"), {"groups": study.groups})
     return splitting.record_split(run, split, study.images, report, columns=study.columns, groups=study.groups)
 
 

@@ -481,9 +481,6 @@ class PartImages(common.Samples):
     augment: str  # none or light
     seed: int
 
-    def __len__(self):
-        return len(self.rows)
-
     def __getitem__(self, key):
         epoch, index = key
         row = int(self.rows[index])
@@ -1082,9 +1079,8 @@ def check_split(run, study, split):
         if not any(truth.judged(row).any() for row in split[part]):
             raise common.UserError(
                 f"no box in the {part} part: nothing to learn or judge; change the split")
-    phash = np.array(study.audit("phash"), dtype=np.uint64)
     report = splitting.leakage_report(
-        split, truth.images, study.audit("pixel_sha"), phash, {"groups": truth.groups})
+        split, truth.images, study.audit("pixel_sha"), study.audit("phash"), {"groups": truth.groups})
     splitting.record_split(run, split, truth.images, report)
     for row in split_rows(truth, split):
         run.say(", ".join(f"{name} {value}" for name, value in row.items()))
@@ -1265,9 +1261,8 @@ def audit(args):
         rows.append({"part": part, "boxes": int(own.sum()), **count_states(states[own]),
                      "absent without a box": int((absent == label).sum())})
     print(pd.DataFrame(rows).to_string(index=False))
-    phash = np.array(study.audit("phash"), np.uint64)
     everyone = {"all": np.arange(len(study.stored))}
-    report = splitting.leakage_report(everyone, truth.images, study.audit("pixel_sha"), phash)
+    report = splitting.leakage_report(everyone, truth.images, study.audit("pixel_sha"), study.audit("phash"))
     print(splitting.leakage_text(report) or "no picture stands there twice")
     if args.output:
         common.write_json(args.output, {

@@ -347,9 +347,6 @@ class ProbeTransitions(common.Samples):
         self.poses["other_motion"] = torch.empty_like(self.poses["motion"])
         self.poses["other_motion"][shuffled] = self.poses["motion"][np.roll(shuffled, 1)]  # no row keeps its own
 
-    def __len__(self):
-        return len(self.rows)
-
     def __getitem__(self, key):
         epoch, index = key
         row = int(self.rows[index])
@@ -374,17 +371,14 @@ class ProbeTransitions(common.Samples):
 
 @dataclasses.dataclass(eq=False)
 class GreyFrames(common.Samples):
-    """Frames of the store by number as they are, uint8 (S, S)."""
+    """Frames of the store as they are, uint8 (S, S)."""
     store: picture_files.ImageStore
-    numbers: np.ndarray
+    rows: np.ndarray  # of the store
     size: int
-
-    def __len__(self):
-        return len(self.numbers)
 
     def __getitem__(self, key):
         _, index = key
-        frame = common.eval_crop(self.store[self.numbers[index]], self.size)
+        frame = common.eval_crop(self.store[self.rows[index]], self.size)
         return torch.from_numpy(to_grey(frame))  # (S, S, 3) -> (S, S)
 
 
@@ -985,9 +979,9 @@ def check_split(run, args, study, split):
             owner[i] = study.patients[row]
             key[i] = f"{study.sequences[row]}/{study.store.paths[i].name}"
     frames = {part: np.setdiff1d(study.frames[rows], [-1]) for part, rows in split.items()}
-    phash = np.array(study.frame_audit("phash"), dtype=np.uint64)
     report = splitting.leakage_report(
-        frames, key, study.frame_audit("pixel_sha"), phash, {"groups": None if by_time else owner})
+        frames, key, study.frame_audit("pixel_sha"), study.frame_audit("phash"),
+        {"groups": None if by_time else owner})
     splitting.record_split(run, split, study.names, report)
     write_statistics(run, args, study, split)
 

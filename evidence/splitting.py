@@ -213,7 +213,7 @@ def effective_size(target, subjects=None):
 
 def _near_duplicates(rows, pixels, phash):
     """Pairs (i, j) of the rows that differ in 1 to NEAR_DUPLICATE_BITS bits or in pixels alone."""
-    bits = np.unpackbits(np.ascontiguousarray(phash[rows]).view(np.uint8), axis=1)
+    bits = np.unpackbits(np.ascontiguousarray(np.array(phash, np.uint64)[rows]).view(np.uint8), axis=1)
     signs = 2 * bits.astype(np.float32) - 1  # (n, 256)
     least = max(1, signs.shape[1] - 2 * NEAR_DUPLICATE_BITS)
     pairs = []
@@ -246,7 +246,7 @@ def leakage_report(split, keys, pixels, phash=None, values=None, pairs=None):
     """What every two parts share and what each holds twice, whatever the order of the rows.
 
     split: {part: rows}; keys: N unique names; pixels: N texts, equal for equal pixels, '' =
-    unreadable; phash: (N, 4) uint64; values: {what: N texts or None}, '' = none, such as groups and
+    unreadable; phash: N perceptual_hash; values: {what: N texts or None}, '' = none, such as groups and
     events; pairs: {what: list of two rows}. Returns {between: {a-b: {what: {count, examples}}},
     within: {part: {what: {count, examples}}}}: distinct values for values and exact duplicates
     (within a part: copies beyond the first), pairs for pairs and near duplicates.
