@@ -252,14 +252,6 @@ def check_split_flags(parser, args):
 
 # --- data: annotations on disk -> boxes -> sample -----------------------------------------
 
-@dataclasses.dataclass
-class Entry:
-    """One image of an annotation file."""
-    origin: str  # train, val or test: the part that the file is given for
-    image: part_boxes.AnnotatedImage
-    path: Path | None  # of its picture
-
-
 @dataclasses.dataclass(kw_only=True)
 class Study:
     """N pictures with their boxes, cleaned."""
@@ -312,8 +304,8 @@ def load_study(args, files, say, checkpoint=None):
     """
     read = {origin: part_boxes.read_annotations(path, args.box_format, args.state_attribute)
             for origin, (path, _) in files.items()}
-    entries, skipped, notes = match_pictures(read, files, args.exact_names)
-    found = [entry for entry in entries if entry.path]
+    images, skipped, notes = match_pictures(read, files, args.exact_names)
+    found = [image for image in images if image.path]
     say(f"decoding {len(found)} pictures")
     settings = {"min_size": input_size(args), "pixel_range": args.pixel_range}
     absent = args.absent
@@ -321,28 +313,27 @@ def load_study(args, files, say, checkpoint=None):
         settings = checkpoint["settings"]
         absent = checkpoint["absent"]
     store = picture_files.ImageStore(
-        [entry.path for entry in found], settings["min_size"], args.cache, settings.get("pixel_range"))
+        [image.path for image in found], settings["min_size"], args.cache, settings.get("pixel_range"))
     stored = check_pictures(store, found, args.on_bad_file)
-    skipped += [{"image": entry.image.name, "reason": audit.error}
-                for entry, audit in zip(found, store.audit) if audit.error]
+    skipped += [{"image": image.name, "reason": audit.error}
+                for image, audit in zip(found, store.audit) if audit.error]
     used = [found[i] for i in stored]
     parts, part_notes = used_parts(read, used, settings.get("parts"))
     sizes = [(store.audit[i].width, store.audit[i].height) for i in stored]
-    images = [entry.image for entry in used]
     listed = ", ".join(str(path) for path, _ in files.values())
-    part_boxes.refuse_other_convention([image.objects for image in images], sizes, listed, args.box_format)
+    objects = [image.objects for image in used]
+    part_boxes.refuse_other_convention(objects, sizes, listed, args.box_format)
     truth, without_area, box_notes = part_boxes.as_truth(
-        images=images,
+        images=used,
         parts=parts,
-        names=[f"{entry.origin}/{entry.image.name}" if len(files) > 1 else entry.image.name
-               for entry in used],
+        names=[f"{image.origin}/{image.name}" if len(files) > 1 else image.name for image in used],
         sizes=sizes,
         min_trust=args.min_trust,
-        groups=part_boxes.read_groups(images, args.group_column),
+        groups=part_boxes.read_groups(used, args.group_column),
         keeps_absent=absent == "keep")
     study = Study(
         truth=truth,
-        origin=np.array([entry.origin for entry in used], str),
+        origin=np.array([image.origin for image in used], str),
         category_ids={origin: found.category_ids for origin, found in read.items()},
         store=store,
         stored=np.array(stored, int),
@@ -360,40 +351,40 @@ def input_size(args):
 
 
 def match_pictures(read, files, exact_names):
-    """{split: Annotations} -> (Entries, dicts of what is skipped, notes)."""
-    entries = []
+    """{split: Annotations} -> (AnnotatedImages, dicts of what is skipped, notes)."""
+    images = []
     skipped = []
     notes = []
     for origin, (path, folder) in files.items():
         found = read[origin]
-        paths, without_entry, matching = part_boxes.find_pictures(found, folder, exact_names)
+        without_entry, matching = part_boxes.find_pictures(found, folder, exact_names)
         notes += found.notes + matching
         skipped += found.skipped
-        entries += [Entry(origin, image, path) for image, path in zip(found.images, paths)]
+        images += [dataclasses.replace(image, origin=origin) for image in found.images]
         skipped += [{"image": name, "reason": f"no entry in {path.name}"} for name in without_entry]
-    skipped += [{"image": entry.image.name, "reason": "no such picture"}
-                for entry in entries if not entry.path]
-    return entries, skipped, notes
+    skipped += [{"image": image.name, "reason": "no such picture"}
+                for image in images if not image.path]
+    return images, skipped, notes
 
 
-def check_pictures(store, entries, on_bad_file):
+def check_pictures(store, images, on_bad_file):
     """Places of the usable pictures; in another size than annotated, the boxes would not fit."""
-    for found, entry in zip(store.audit, entries):
-        if found.error or entry.image.size is None:
+    for found, image in zip(store.audit, images):
+        if found.error or image.size is None:
             continue
-        width, height = entry.image.size
+        width, height = image.size
         if max(abs(found.width - width), abs(found.height - height)) > 1:
             found.error = (f"is {found.width} x {found.height} pixels, "
                            f"annotated as {width} x {height}")
     good = picture_files.check_bad_files(store.audit, on_bad_file)
     if not good:
-        raise common.UserError(f"none of the {len(entries)} pictures can be used")
+        raise common.UserError(f"none of the {len(images)} pictures can be used")
     return good
 
 
-def used_parts(read, entries, known=None):
+def used_parts(read, images, known=None):
     """(parts, notes): those a checkpoint knows, else those with a box, in order of appearance."""
-    used = {each.part for entry in entries for each in entry.image.objects}
+    used = {each.part for image in images for each in image.objects}
     if known:
         unknown = [name + common.closest(name, known) for name in sorted(used - set(known))]
         part_boxes.refuse(unknown, "the checkpoint does not know these parts:",
@@ -428,7 +419,7 @@ def say_study(study, say):
     n_boxes = [len(boxes) for boxes in truth.boxes]
     groups = "" if truth.groups is None else f" in {len(set(truth.groups))} groups"
     states = collections.Counter(itertools.chain.from_iterable(truth.states))
-    names = {**dict(enumerate(part_boxes.STATES)), part_boxes.UNKNOWN: "without a state"}
+    names = [*part_boxes.STATES, "without a state"]  # the last is that of UNKNOWN, -1
     listed = ", ".join(f"{count} {names[state]}" for state, count in sorted(states.items()))
     say(f"data: {len(n_boxes)} pictures{groups} ({n_boxes.count(0)} without a box), "
         f"{len(truth.parts)} parts, {sum(n_boxes)} boxes ({listed}), "
@@ -1225,12 +1216,13 @@ def convert(args):
     found = part_boxes.read_annotations(args.json, args.box_format, args.state_attribute)
     names = [image.name for image in found.images]
     sizes = [image.size for image in found.images]
-    paths = part_boxes.find_pictures(found, args.images_dir, args.exact_names)[0] if args.images_dir else []
-    for number, path in enumerate(paths):
-        if path is None:
+    if args.images_dir:
+        part_boxes.find_pictures(found, args.images_dir, args.exact_names)
+    for number, image in enumerate(found.images):
+        if image.path is None:
             continue
-        names[number] = path.relative_to(args.images_dir).as_posix()
-        audit, _ = picture_files.audit_image(path, 32)
+        names[number] = image.path.relative_to(args.images_dir).as_posix()
+        audit, _ = picture_files.audit_image(image.path, 32)
         if not audit.error:
             sizes[number] = (audit.width, audit.height)
     objects = [image.objects for image in found.images]

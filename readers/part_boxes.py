@@ -29,6 +29,8 @@ class AnnotatedImage:
     absent: list  # parts that are absent and have no box
     fields: dict  # all that the file says of the image
     objects: list = dataclasses.field(default_factory=list)  # of PartObject
+    origin: str = ""  # train, val or test: the part that its file is given for
+    path: Path | None = None  # of its picture, once it is found
 
 
 @dataclasses.dataclass
@@ -579,12 +581,14 @@ def as_truth(images, parts, names, sizes, min_trust, **others):
 # --------------------------------------------------------------------------------------
 
 def find_pictures(found, folder, exact_names=False):
-    """(path of each image or None, names of the files without an entry, notes); links out of the folder are refused."""
+    """Set the path of each image; (names of the files without an entry, notes). Links out of the folder are refused."""
     paths, unused, notes = file_names.match_images([image.name for image in found.images], folder, exact_names)
     root = Path(folder).resolve()
-    leaving = [image.name for image, path in zip(found.images, paths) if path and root not in path.resolve().parents]
+    for image, path in zip(found.images, paths):
+        image.path = path
+    leaving = [image.name for image in found.images if image.path and root not in image.path.resolve().parents]
     refuse(leaving, f"{found.path}: these links lead out of {folder}:", "Copy the pictures into the folder.")
     if not any(paths):
         raise common.UserError(f"none of the {len(paths)} pictures named in {found.path} is in {folder} (first: "
                                f"{found.images[0].name!r}); check the folder")
-    return paths, unused, notes
+    return unused, notes
