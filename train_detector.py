@@ -782,14 +782,14 @@ def load_pretrained(model, state, source):
 
 def freeze_layers(body, n_trainable, frozen_norm):
     """Train the last n_trainable stages, as torchvision counts them: ResNets 5, MobileNets 6."""
-    blocks = [name for name, _ in body.named_children()]
-    if "layer4" in blocks:
-        n_blocks = 6 if n_trainable >= 5 else n_trainable  # the fifth stage is conv1 with its norm
-        trained = ["layer4", "layer3", "layer2", "layer1", "conv1", "bn1"][:n_blocks]
-    else:
-        strided = [i for i, block in enumerate(body.children()) if getattr(block, "_is_cn", False)]
-        first_of_stage = [0, *strided, len(blocks) - 1]
-        trained = blocks[first_of_stage[-n_trainable]:] if n_trainable else []
+    blocks = dict(body.named_children())
+    begins_stage = [name.startswith("layer") or getattr(block, "_is_cn", False)
+                    for name, block in blocks.items()]
+    begins_stage[0] = True
+    if "layer4" not in blocks:
+        begins_stage[-1] = True
+    stage = np.cumsum(begins_stage)  # (blocks,) from 1
+    trained = [name for name, own in zip(blocks, stage) if own > stage[-1] - n_trainable]
     for name, parameter in body.named_parameters():
         is_norm = isinstance(body.get_submodule(name.rpartition(".")[0]), nn.BatchNorm2d)
         is_trained = name.split(".")[0] in trained and not (is_norm and frozen_norm)
@@ -1086,8 +1086,7 @@ def run_split(run, args, study, split):
     run.write_args(**study.data_record(split), val_batch_size=args.val_batch_size)
     model, loaders, training = fit(run, args, study, split)
     progress = training.progress
-    plotting.plot_history(
-        loss_panels(progress.history), run.path("training_history.png"), progress.best_epoch)
+    plotting.plot_history(progress.history, run.path("training_history.png"), progress.best_epoch)
     part = "test" if len(split["test"]) else "val"
     detections, _ = evaluate(model, loaders[part], run.compute, args.seed, args.state_weight)
     report_results(
@@ -1095,13 +1094,6 @@ def run_split(run, args, study, split):
         best_epoch=progress.best_epoch,
         alarms=gap_alarms(progress.history[progress.best_epoch - 1]),
         limits=limits_of(args))
-
-
-def loss_panels(history):
-    """The history with names by which the plot gives each loss a panel of its own."""
-    def own(name):
-        return re.sub(r"(train|val)_loss_(\w+)", r"\1_\2_loss", name)
-    return [{own(name): value for name, value in row.items()} for row in history]
 
 
 def gap_alarms(row):

@@ -100,14 +100,17 @@ def _values(rows, key):
 
 
 def _metric_families(history):
-    """{family: [columns]}: train_loss and val_loss share a panel, and so do val_mae and val_mae_left."""
+    """{family: [columns]}: train_loss and val_loss share a panel, and so do val_mae and val_mae_left.
+
+    Each part of a loss has its own.
+    """
     columns = dict.fromkeys(column for row in history for column in row)
     shown = [column for column in columns if column.startswith(("train_", "val_"))]
     names = {column: column.split("_", 1)[1] for column in shown}
     families = {}
     for column, name in names.items():
-        roots = [root for root in names.values() if f"{name}_".startswith(f"{root}_")]
-        families.setdefault(min(roots, key=len), []).append(column)
+        roots = [root for root in names.values() if f"{name}_".startswith(f"{root}_") and root != "loss"]
+        families.setdefault(min([name, *roots], key=len), []).append(column)
     return families
 
 
