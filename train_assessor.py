@@ -595,7 +595,7 @@ def judge(run, args, study, split, rows, table, part, alarms, best_epoch=None, f
         data=data_blocks(study, split, table),
         cases=judging.case_blocks(table, study.images[rows], lambda i: study.picture(rows[i])),
         limits=limits(args),
-        folds=list(folds))
+        folds=folds)
     ceiling = rater_agreement.measure_ceiling(
         study.names, study.ratings, study.sd, study.n, study.single_ratings)
     score_judging.judge_scores(

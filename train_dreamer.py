@@ -893,7 +893,7 @@ def judge(run, args, study, split, rows, table, part, use, alarms, best_epoch=No
         cases=judging.case_blocks(
             table, study.names[rows], lambda i: study.frame(rows[i], 0, args.image_size)),
         limits=limits(args, study),
-        folds=list(folds))
+        folds=folds)
     at2 = pose_scores.wrapped(at2_of(study, rows, table.predicted), study.at2[rows])
     pose_judging.judge_poses(
         run, table, setting,

@@ -1164,7 +1164,7 @@ def judge(run, args, study, split, held_out, part, alarms, best_epoch=None, fold
         cases=judging.case_blocks(
             table, study.table.clip_ids[rows], lambda i: study.middle_frame(rows[i])),
         limits=limits(args, study),
-        folds=list(folds))
+        folds=folds)
     if is_classes:
         of_rows = {name: values[rows] for name, values in levels.items()}
         class_judging.judge_classes(run, table, setting, confounds, of_rows)

@@ -110,7 +110,7 @@ def judge_detections(run, truth, detections, setting, baseline=None, picture=Non
     setting = dataclasses.replace(
         setting,
         cases=case_blocks(run, judged, detections, picture, threshold),
-        limits=limits + setting.limits)
+        limits=[*limits, *setting.limits])
     return judging.close_run(
         run, setting,
         verdict=verdicts.verdict_sentence(result, "map", None, setting.worst_seen),

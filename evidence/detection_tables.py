@@ -90,10 +90,10 @@ class FoundBox:
     """One COCO result."""
     part: str
     box: list  # x1, y1, x2, y2
-    area: float | None  # as the file has it
     score: float
     states: np.ndarray | None  # (S,) probabilities, None where it names no state
     seen: str  # of common.SEEN_WORDS
+    area: None = None  # not known, see part_boxes.refuse_other_convention
 
 
 def read_results(path, images, category_ids, box_format=None):
@@ -143,7 +143,6 @@ def read_result(entry, part_of, size, box_format, where, faults):
     return FoundBox(
         part=part,
         box=part_boxes.read_box(entry.get("bbox"), where, faults, box_format, size),
-        area=part_boxes.read_number(entry.get("area")),
         score=score,
         states=read_states(entry, where, faults),
         seen=seen if seen in common.SEEN_WORDS else "not known")

@@ -21,12 +21,12 @@ class Setting:
     part: str = "table"  # val, test, folds or table
     seen: np.ndarray = ("not known",)  # (M,) of common.SEEN_WORDS: what the model has done with the rows
     best_epoch: int | None = None
-    alarms: list = dataclasses.field(default_factory=list)  # sentences found before the judging
+    alarms: tuple = ()  # sentences found before the judging
     criteria: str = ""  # --criteria
-    data: list = dataclasses.field(default_factory=list)  # HTML of the section Data and split
-    cases: list = dataclasses.field(default_factory=list)  # HTML of the section Best and worst cases
-    limits: list = dataclasses.field(default_factory=list)  # sentences on what must not be concluded
-    folds: list = dataclasses.field(default_factory=list)  # a dict of numbers for each fold
+    data: tuple = ()  # HTML of the section Data and split
+    cases: tuple = ()  # HTML of the section Best and worst cases
+    limits: tuple = ()  # sentences on what must not be concluded
+    folds: tuple = ()  # a dict of numbers for each fold
 
     @property
     def worst_seen(self):
@@ -131,7 +131,7 @@ def close_run(run, setting, *, result, metric, verdict, alarms, criteria, figure
     on what beside the alarms keeps the verdict from green.
     """
     seen = splitting.seen_sentences(setting.seen)
-    alarms = alarms + setting.alarms + identical_fold_alarms(setting.folds)
+    alarms = [*alarms, *setting.alarms, *identical_fold_alarms(setting.folds)]
     if "train" in seen:
         alarms.append(seen["train"])
     doubts = list(doubts) + [text for word, text in seen.items() if word != "train"]
