@@ -166,11 +166,13 @@ def _draw_target_bars(axis, rows, metric):
     ceiling = _values(rows, f"ceiling_{metric}")
     place = np.arange(len(rows))
     axis.barh(place, value, height=0.62, color=SKY, label="model")
-    axis.hlines(place, low, high, color=INK, linewidth=1.3, label="interval")
-    mark_baseline(axis, baseline, place, "baseline")
+    if np.isfinite(low).any():
+        axis.hlines(place, low, high, color=INK, linewidth=1.3, label="interval")
+    axis.plot(baseline, place, "|", color=ORANGE, markersize=11, markeredgewidth=2.4, label="baseline")
     if np.isfinite(ceiling).any():
         axis.plot(ceiling, place, "D", color=INK, markersize=4.5, label="noise ceiling")
-    axis.set_xlim(max(-0.5, 1.1 * np.nanmin([0.0, *value, *low, *baseline])), 1.0)
+    left = max(-0.5, 1.1 * np.nanmin([0.0, *value, *low, *baseline]))
+    axis.set_xlim(left, 1.0 if np.nanmax([0.0, *value]) <= 1 else None)
     beside = axis.get_yaxis_transform()
     for y, number in zip(place, value):
         axis.text(1.02, y, f"{number:.2f}", transform=beside, va="center", fontsize=8)
@@ -178,16 +180,12 @@ def _draw_target_bars(axis, rows, metric):
     axis.axvline(0, color=SOFT, linewidth=0.9)
 
 
-def mark_baseline(axis, values, place, label):
-    """A thick tick for the baseline on each horizontal bar."""
-    axis.plot(values, place, "|", color=ORANGE, markersize=11, markeredgewidth=2.4, label=label)
-
-
 def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
-    """Horizontal bars per target (1 to 40), best on top, as PNG; one panel per metric.
+    """Horizontal bars per target (1 to 40), the largest on top, as PNG; one panel per metric.
 
     rows: dicts with target and, for each metric m, m, m_low and m_high (interval), baseline_m and
-    ceiling_m; all but target and m may be missing. The axis ends at -0.5.
+    ceiling_m; all but target and m may be missing. The axis ends at -0.5, and at 1 where nothing is
+    larger.
     """
     first = np.nan_to_num(_values(rows, metrics[0]), nan=-math.inf)
     rows = [rows[place] for place in np.argsort(first, kind="stable")]
@@ -196,19 +194,14 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
     margins = (0.15, 0.5, 0.3, 0.3)
     edges = (label_inches(labels), 0.35)
     figure, axes = new_figure(
-        len(metrics), len(metrics), inches, margins, edges, share_y=True)
+        len(metrics), min(3, len(metrics)), inches, margins, edges, share_y=True)
     for axis, metric in zip(axes, metrics):
         _draw_target_bars(axis, rows, metric)
     axes[0].set_yticks(np.arange(len(rows)), labels, color=INK)
     axes[0].set_ylim(-0.6, len(rows) - 0.4)
-    add_figure_legend(figure, axes[0])
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="lower center", ncols=4, fontsize=8, frameon=False)
     save_figure(figure, path)
-
-
-def add_figure_legend(figure, axis):
-    """The legend of one axis below all panels; needs 0.35 inches at the bottom edge."""
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=4, fontsize=8, frameon=False)
 
 
 def plot_scatter(predicted, target, names, path):

@@ -3,9 +3,10 @@
 Letters: M transitions scored. Units: errors of an axis in mm or degrees; means over the axes in label sds.
 """
 import common
-from evidence import judging, plotting, pose_plots, pose_scores, reporting, splitting, verdicts
+from evidence import judging, plotting, pose_scores, reporting, splitting, verdicts
 from readers import probe_poses
 
+MOST_PATIENTS = 30  # drawn
 USE_MEANINGS = {
     "action_shuffle_ratio": "loss with false motions over loss (1 = the motion is ignored)",
     "action_shuffle_ratio_latent": "the same for the imagined features",
@@ -34,7 +35,8 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, num
     baselines = pose_scores.baseline_rows(results)
     common.write_table(run.path("per_axis_error.csv"), axes)
     common.write_table(run.path("per_patient_error.csv"), patients)
-    pose_plots.plot_per_patient(patients, result.baseline_label, run.path("per_patient_error.png"))
+    bars = [{**row, "target": row["patient"]} for row in patients[:MOST_PATIENTS]]
+    plotting.plot_per_target(bars, run.path("per_patient_error.png"), [f"mae_{axis}" for axis in probe_poses.AXES])
     plotting.plot_scatter(table.predicted, table.target, table.names, run.path("predicted_against_true.png"))
     say_axes(run, axes, list(results))
 
