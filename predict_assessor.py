@@ -232,16 +232,11 @@ def export(path, members, pixels):
 
 def print_summary(predicted, names, members, widths):
     """Mean, sd and range of each rating; one that is nearly constant beside the training labels is flagged."""
+    import pandas as pd
     label_sd = np.mean([member.settings["label_sd"].numpy() for member in members], axis=0)
-    print(f"{'rating':24}{'mean':>10}{'sd':>10}{'min':>10}{'max':>10}")
-    for name, column, expected_sd in zip(names, predicted.mean(axis=0).T, label_sd):
-        values = column[~np.isnan(column)]
-        if not len(values):
-            continue
-        is_flat = len(values) > 1 and values.std() < 0.05 * expected_sd
-        numbers = (values.mean(), values.std(), values.min(), values.max())
-        row = "".join(f"{number:10.3f}" for number in numbers)
-        print(f"{name[:23]:24}{row}{'  NEARLY CONSTANT' if is_flat else ''}")
+    table = pd.DataFrame(predicted.mean(axis=0), columns=names).agg(["mean", "std", "min", "max"]).T
+    table[""] = np.where(table["std"] < 0.05 * label_sd, "NEARLY CONSTANT", "")
+    print(table.round(3).to_string())
     if widths is not None and np.isinf(widths).any():
         print(f"interval: infinite for {np.isinf(widths).sum()} ratings, too few residuals in the checkpoint")
 

@@ -671,8 +671,7 @@ def run_folds(run, args, study):
     pooled = prediction_tables.join(tables)
     pooled.write(run.path("predictions_folds.csv"))
     done = judging.finished_folds(run, chosen, map(score_judging.fold_numbers, tables))
-    row_of = {name: row for row, name in enumerate(study.images)}
-    rows = np.array([row_of[name] for name in pooled.keys["image"]])
+    rows = prediction_tables.rows_of(pooled, study.images)
     judge(run, args, study, folds, rows, pooled, "folds", alarms, folds=done)
 
 

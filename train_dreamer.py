@@ -1058,8 +1058,7 @@ def run_folds(run, args, study):
     tables = [prediction_tables.read_predictions(run.path(f"fold_{k}") / "predictions_val.csv") for k in chosen]
     uses = [common.read_json(run.path(f"fold_{k}") / "metrics.json")["use"] for k in chosen]
     joined = prediction_tables.join(tables)
-    row_of = {name: row for row, name in enumerate(study.names)}
-    rows = np.array([row_of[name] for name in joined.keys["name"]])
+    rows = prediction_tables.rows_of(joined, study.names)
     pooled = score_table(study, rows, joined.predicted, joined.baselines, joined.seen)
     pooled.keys["fold"] = joined.keys["fold"]
     pooled.write(run.path("predictions_folds.csv"))

@@ -1374,8 +1374,7 @@ def read_fold(folder, study, fold, part):
     positive = study.table.names[study.positive] if is_classes else None
     table = prediction_tables.read_predictions(
         folder / f"predictions_{part}.csv", positive_class=positive)
-    row_of = {name: row for row, name in enumerate(study.table.clip_ids)}
-    rows = np.array([row_of[name] for name in table.keys["clip_id"]])
+    rows = prediction_tables.rows_of(table, study.table.clip_ids)
     shared = {"rows": rows, "baselines": table.baselines, "seen": table.seen,
               "trained_on": [(fold["train"], rows)]}
     if not is_classes:

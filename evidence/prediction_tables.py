@@ -121,6 +121,12 @@ def join(tables):
     return joined
 
 
+def rows_of(table, names):
+    """(M,) places of the rows of a table in a list of names."""
+    place = {name: row for row, name in enumerate(names)}
+    return np.array([place[name] for name in next(iter(table.keys.values()))])
+
+
 def take(table, rows):
     """The table of these rows."""
     return combine([table], lambda parts: parts[0][rows])
