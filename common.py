@@ -410,13 +410,13 @@ def read_config(path):
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     try:
         if path.suffix.lower() == ".json":
-            values = json.loads(text, object_pairs_hook=_unique, parse_int=str, parse_float=str,
+            values = json.loads(text, object_pairs_hook=unique_keys, parse_int=str, parse_float=str,
                                 parse_constant=str)
         else:
             values = _parse_yaml(text)
         if isinstance(values, dict) and {"command", "flags"} <= set(values):
             values = values["flags"]
-        return _unique(_leaves({} if values is None else values))
+        return unique_keys(_leaves({} if values is None else values))
     except RecursionError:
         message = f"{path} is nested too deeply to be a config file ({len(text)} characters)"
         raise UserError(message) from None
@@ -424,14 +424,15 @@ def read_config(path):
         raise UserError(f"{path} cannot be read as a config file: {one_line(error)}") from None
 
 
-def _unique(pairs):
-    flags = {}
+def unique_keys(pairs):
+    """{key: value} of pairs, such as those of a JSON object. ValueError for two equal keys: one would be lost."""
+    found = {}
     for key, value in pairs:
         name = str(key)
-        if name in flags:
+        if name in found:
             raise ValueError(f"the key {name!r} stands there twice, in one or in two sections")
-        flags[name] = value
-    return flags
+        found[name] = value
+    return found
 
 
 def _parse_yaml(text):
@@ -441,7 +442,7 @@ def _parse_yaml(text):
         """Loader of plain texts that refuses duplicate keys."""
 
         def construct_mapping(self, node, deep=False):
-            return _unique(self.construct_pairs(node, deep=True))
+            return unique_keys(self.construct_pairs(node, deep=True))
     try:
         for event in yaml.parse(text, Loader):
             if getattr(event, "anchor", None):

@@ -108,7 +108,7 @@ def read_annotations(path, box_format=None, state_attribute=None):
 
     box_format: one of BOX_FORMATS, None for xywh; state_attribute: the attribute that names the state, None: state.
     """
-    content = common.read_json(path, unique_keys)
+    content = common.read_json(path, common.unique_keys)
     if not isinstance(content, dict):
         raise common.UserError(f"{path}: expected {{image: {{parts}}}} or COCO, found a {type(content).__name__}")
     reading = Reading(box_format or "xywh", (state_attribute or "state").lower())
@@ -119,17 +119,6 @@ def read_annotations(path, box_format=None, state_attribute=None):
     refuse(reading.faults, f"{path}: cannot be read:", "Correct these entries.")
     if not found.images:
         raise common.UserError(f"{path}: expected annotated images, found none in {len(content)} entries")
-    return found
-
-
-
-
-def unique_keys(pairs):
-    """JSON object whose keys are all different: the second of two equal ones would be lost without a word."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        [(key, _)] = collections.Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {key!r} twice in one object")
     return found
 
 

@@ -291,6 +291,7 @@ class ImageStore(pixel_cache.PixelStore):
         return [[self.short_side, self.pixel_range, *pixel_cache.file_stamp(self.paths[row])] for row in rows]
 
 
+@dataclasses.dataclass(eq=False)
 class Pictures(common.Samples):
     """Pictures by path for prediction; one that cannot be read is black and its `error` says why.
 
@@ -298,19 +299,14 @@ class Pictures(common.Samples):
     picture) -> the array for the model. scale: width and height of the whole picture over those of this array.
     hashes (2,): the picture's common.content_hashes.
     """
-
-    def __init__(self, paths, short_side, prepare, pixel_range=None):
-        self.paths = paths
-        self.short_side = short_side
-        self.pixel_range = pixel_range
-        self.prepare = prepare
-
-    def __len__(self):
-        return len(self.paths)
+    rows: list  # paths
+    short_side: int
+    prepare: object
+    pixel_range: tuple | None = None
 
     def __getitem__(self, key):
         _, index = key
-        audit, pixels = audit_image(self.paths[index], self.short_side, self.pixel_range)
+        audit, pixels = audit_image(self.rows[index], self.short_side, self.pixel_range)
         size = audit.width, audit.height
         error = ""
         if audit.error:
