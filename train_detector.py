@@ -1039,7 +1039,7 @@ def split_rows(truth, split):
 
 def count_states(states):
     """{state: how often it is in (K,) states}."""
-    return {name: int((states == k).sum()) for k, name in enumerate(part_boxes.STATES)}
+    return {name: (states == k).sum() for k, name in enumerate(part_boxes.STATES)}
 
 
 def limits_of(args):
@@ -1172,7 +1172,7 @@ def predict(args):
                      {}, words, picture, errors)
     splitting.say_seen(words, print)
     n_bad = np.count_nonzero(errors)
-    n_sure = sum(int((each.scores >= args.score_threshold).sum()) for each in detections)
+    n_sure = sum((each.scores >= args.score_threshold).sum() for each in detections)
     print(f"{len(paths)} pictures, {n_bad} could not be read (see the error column); {n_sure} "
           f"detections from score {args.score_threshold:g}; written to {output}, "
           f"{output.with_suffix('.csv')} and, with --visualize, {folder}")
@@ -1242,8 +1242,8 @@ def audit(args):
     rows = []
     for label, part in enumerate(truth.parts):
         own = labels == label
-        rows.append({"part": part, "boxes": int(own.sum()), **count_states(states[own]),
-                     "absent without a box": int((absent == label).sum())})
+        rows.append({"part": part, "boxes": own.sum(), **count_states(states[own]),
+                     "absent without a box": (absent == label).sum()})
     print(pd.DataFrame(rows).to_string(index=False))
     everyone = {"all": np.arange(len(study.stored))}
     report = splitting.leakage_report(everyone, truth.images, study.audit("pixel_sha"), study.audit("phash"))

@@ -1071,7 +1071,7 @@ def mean_use(folds):
     """Numbers of use over all folds: their means over the rows."""
     n_rows = [fold["rows"] for fold in folds]
     values = {name: np.array([fold[name] for fold in folds], float) for name in pose_judging.USE_MEANINGS}
-    return {name: float(np.average(each, weights=n_rows)) for name, each in values.items()}
+    return {name: np.average(each, weights=n_rows) for name, each in values.items()}
 
 
 # --- the other modes -------------------------------------------------------------------------

@@ -200,12 +200,12 @@ def per_state_rows(judged):
     state_of = (np.array(matching.params.catIds, int) - 1) % detection_scores.N_STATES  # (C,)
     rows = []
     for k, state in enumerate(part_boxes.STATES):
-        called = zip(part_boxes.STATES, confusion[k])
+        called = zip(part_boxes.STATES, confusion[k].astype(int))
         rows.append({
             "state": state,
-            "found": int(confusion[k].sum()),
-            **{f"called {other}": int(count) for other, count in called},
-            **{name: float(each[name][0, k]) for name in ("recall", "precision", "f1")},
+            "found": confusion[k].sum().astype(int),
+            **{f"called {other}": count for other, count in called},
+            **{name: each[name][0, k] for name in ("recall", "precision", "f1")},
             "joint_ap": detection_scores.mean_of(ap[:, state_of == k])})
     return rows
 

@@ -73,7 +73,7 @@ def coco_match(truth, detections, kind):
                 continue
             entries = coco_entries(
                 picture, detected.boxes[k], detected.labels[k], states[k], kind, ignored=False)
-            found += [{**entry, "score": float(score)} for entry in entries]
+            found += [{**entry, "score": score} for entry in entries]
     categories = list(range(1, len(truth.parts) + 1))
     if kind == "joint":
         categories = sorted({entry["category_id"] for entry in annotated if not entry["iscrowd"]})
@@ -97,7 +97,7 @@ def true_entries(truth, picture, kind):
         state = truth.states[picture][k]
         if state != part_boxes.ABSENT or keeps_absent:
             label = truth.labels[picture][k]
-            ignored = bool(truth.ignored[picture][k])
+            ignored = truth.ignored[picture][k]
             entries += coco_entries(picture, box, label, state, kind, ignored)
     return entries
 
@@ -109,13 +109,13 @@ def coco_entries(picture, box, label, state, kind, ignored):
         "image_id": picture,
         "bbox": [left, top, right - left, bottom - top],
         "area": (right - left) * (bottom - top),
-        "iscrowd": int(ignored),
-        "state": int(state)}
+        "iscrowd": ignored,
+        "state": state}
     if kind != "joint":
-        return [{**entry, "category_id": int(label) + 1}]
-    first = int(label) * N_STATES + 1
+        return [{**entry, "category_id": label + 1}]
+    first = label * N_STATES + 1
     if state >= 0:
-        return [{**entry, "category_id": first + int(state)}]
+        return [{**entry, "category_id": first + state}]
     return [{**entry, "category_id": first + each, "iscrowd": 1} for each in range(N_STATES)]
 
 
@@ -202,17 +202,17 @@ def state_scores(confusion):
     """(S, S) true x predicted -> accuracy, macro F1 of states that occur, mean recall of true ones."""
     found, _ = class_scores.confusion_metrics(confusion[None])
     names = {"state_accuracy": "accuracy", "macro_f1": "macro_f1", "balanced_accuracy": "balanced_accuracy"}
-    return {name: float(found[metric][0]) for name, metric in names.items()}
+    return {name: found[metric][0] for name, metric in names.items()}
 
 
 def share(part, whole):
-    """part / whole as float, NaN for an empty whole."""
-    return float(part / whole) if whole else math.nan
+    """part / whole, NaN for an empty whole."""
+    return part / whole if whole else math.nan
 
 
 def mean_of(values):
     """Mean of the finite values, NaN where there are none."""
-    return float(common.mean_without_nan(np.ravel(values)))
+    return common.mean_without_nan(np.ravel(values))
 
 
 class Judged:

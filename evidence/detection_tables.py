@@ -35,19 +35,19 @@ def coco_results(names, ids, detections, parts, category_ids, seen):
     results = []
     for name, own, detected, word in zip(names, ids, detections, seen):
         states = detected.called()
-        for d, label in enumerate(detected.labels.tolist()):
-            left, top, right, bottom = detected.boxes[d].tolist()
+        for d, label in enumerate(detected.labels):
+            left, top, right, bottom = detected.boxes[d]
             entry = {
                 "image_id": own,
                 "category_id": own_ids[label],
                 "bbox": [left, top, right - left, bottom - top],
-                "score": float(detected.scores[d]),
-                "file_name": str(name),
-                "seen": str(word),
+                "score": detected.scores[d],
+                "file_name": name,
+                "seen": word,
                 "part": parts[label]}
             if detected.states is not None:
                 entry["state"] = part_boxes.STATES[states[d]]
-                entry["state_probabilities"] = detected.states[d].tolist()
+                entry["state_probabilities"] = detected.states[d]
             results.append(entry)
     return results
 
@@ -72,11 +72,11 @@ def detection_rows(names, detections, parts, seen, errors=None, lists_absent=Fal
             continue
         states = detected.called()
         for d, label in enumerate(detected.labels):
-            row = {"image": name, "part": parts[label], "score": float(detected.scores[d])}
+            row = {"image": name, "part": parts[label], "score": detected.scores[d]}
             if detected.states is not None:
                 row["state"] = part_boxes.STATES[states[d]]
-                row |= zip(probabilities, detected.states[d].tolist())
-            row |= zip(BOX_COLUMNS, detected.boxes[d].tolist())
+                row |= zip(probabilities, detected.states[d])
+            row |= zip(BOX_COLUMNS, detected.boxes[d])
             rows.append(row | {"seen": word})
         for label, part in enumerate(parts if lists_absent else ()):
             if label not in detected.labels:

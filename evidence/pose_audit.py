@@ -97,7 +97,7 @@ def check_ranges(poses):
     for name, axes in pose_ranges(poses).items():
         text = ", ".join(f"{axis} {row['low']:.1f} to {row['high']:.1f}" for axis, row in axes.items())
         checks.append(Check("OK", f"range {name}", text))
-    n_far = int(np.nansum(np.abs(poses["at1"][:, 3:]) > 170))
+    n_far = np.sum(np.abs(poses["at1"][:, 3:]) > 170)
     checks.append(check(n_far, "wrap", f"{n_far} angles of at1 within 10 degrees of the wrap at 180",
                         "losses and errors are wrapped; the mean baseline is circular"))
     return checks
@@ -157,7 +157,7 @@ def check_frames(audit, brightness, frames, patients):
     audit: one ImageAudit a picture; brightness: mean grey level of those in use; frames: (N, 2) indices, -1 = none.
     """
     bad = [f"{found.path}: {found.error}" for found in audit if found.error]
-    n_dark = int(np.sum(np.array(brightness) < DARK_MEAN))
+    n_dark = np.sum(np.array(brightness) < DARK_MEAN)
     owners = collections.defaultdict(set)
     for patient, pair in zip(patients, frames):
         for index in pair[pair >= 0]:
@@ -173,13 +173,13 @@ def check_frames(audit, brightness, frames, patients):
 def split_facts(split, patients):
     """{part: rows} and (N,) patients -> dict: transitions and patients of each part, and what stands in none or in two.
     """
-    parts = {part: {"transitions": len(rows), "patients": sorted(set(patients[rows].tolist()))}
+    parts = {part: {"transitions": len(rows), "patients": sorted(set(patients[rows]))}
              for part, rows in split.items()}
     n_parts = collections.Counter(name for part in parts.values() for name in part["patients"])
     return {
         "transitions": len(patients),
         "parts": parts,
-        "transitions_of_patient": dict(collections.Counter(patients.tolist())),
+        "transitions_of_patient": collections.Counter(patients),
         "patients_in_two_parts": sorted(name for name, count in n_parts.items() if count > 1),
         "left_out": len(patients) - sum(map(len, split.values())),
     }

@@ -153,7 +153,7 @@ def make_folds(n_rows, k, strata=None, groups=None, seed=42, keys=None):
 
 def write_splits(path, split, keys):
     """JSON {part: [keys in row order]}."""
-    listed = {part: [str(keys[row]) for row in rows] for part, rows in split.items()}
+    listed = {part: [keys[row] for row in rows] for part, rows in split.items()}
     common.write_json(path, listed)
 
 
@@ -167,7 +167,7 @@ def read_split_file(path, keys):
         parts = {part: list(map(str, listed)) for part, listed in content.items() if isinstance(listed, list)}
     except (OSError, ValueError, AttributeError) as error:
         raise common.UserError(f"--split_file {path}: expected JSON with a list train, found {error}") from None
-    row_of = {str(key): row for row, key in enumerate(keys)}
+    row_of = {key: row for row, key in enumerate(keys)}
     counts = collections.Counter(itertools.chain(*parts.values()))
     faults = []
     for key, count in counts.items():
@@ -207,7 +207,7 @@ def effective_size(target, subjects=None):
     return {
         "rows": len(target),
         "distinct_label_vectors": len(np.unique(target, axis=0)),
-        "subjects": None if subjects is None else len(set(map(str, subjects))),
+        "subjects": None if subjects is None else len(set(subjects)),
     }
 
 
@@ -237,7 +237,7 @@ def _named_pairs(pairs, keys, part_of):
     named = collections.defaultdict(list)
     for what, found in pairs.items():
         for i, j in found:
-            names = sorted((str(keys[i]), str(keys[j])))
+            names = sorted((keys[i], keys[j]))
             named[what, frozenset((part_of[i], part_of[j]))].append(" = ".join(names))
     return named
 
@@ -256,7 +256,7 @@ def leakage_report(split, keys, pixels, phash=None, values=None, pairs=None):
     columns = {what: column for what, column in (values or {}).items() if column is not None}
     copies = collections.defaultdict(list)
     for row in readable:
-        copies[pixels[row]].append(str(keys[row]))
+        copies[pixels[row]].append(keys[row])
     columns["exact_duplicates"] = [" = ".join(sorted(copies[content])) for content in pixels]
     pairs = dict(pairs or {})
     if phash is not None:
@@ -265,7 +265,7 @@ def leakage_report(split, keys, pixels, phash=None, values=None, pairs=None):
     parts = [part for part in split if len(split[part])]
     held = {}
     for what, part in itertools.product(columns, parts):
-        cells = (str(columns[what][row]) for row in split[part])
+        cells = (columns[what][row] for row in split[part])
         held[what, part] = collections.Counter(cell for cell in cells if cell)
     report = {"near_duplicate_bits": NEAR_DUPLICATE_BITS, "between": {}, "within": {}}
     for a, b in itertools.combinations(parts, 2):
@@ -362,7 +362,7 @@ def unused_groups(columns, split, groups=None):
 
 def seen_sentences(seen):
     """{word: sentence} on the rows that are not new: (M,) of common.SEEN_WORDS."""
-    counts = collections.Counter(map(str, seen))
+    counts = collections.Counter(seen)
     return {word: f"{counts[word]} of {len(seen)} rows {text}"
             for word, text in SEEN_SENTENCES.items() if counts[word]}
 

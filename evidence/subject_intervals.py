@@ -269,7 +269,7 @@ def t_quantile(level, df):
     angle = np.linspace(0.0, math.pi / 2, 20001)  # with t = sqrt(df) tan(a) the density is cos(a)^(df - 1)
     density = np.cos(angle) ** (df - 1)
     mass = np.append(0.0, np.cumsum(density[1:] + density[:-1]))
-    return float(math.sqrt(df) * math.tan(np.interp(level, mass / mass[-1], angle)))
+    return math.sqrt(df) * math.tan(np.interp(level, mass / mass[-1], angle))
 
 
 def sign_flip_p(differences):
@@ -281,7 +281,7 @@ def sign_flip_p(differences):
     bits = (np.arange(2 ** len(differences))[:, None] >> np.arange(len(differences))) & 1
     flipped = np.abs((1 - 2 * bits) @ differences)  # (2^S,)
     rounding = 1e-12 * np.abs(differences).sum()
-    return float(np.mean(flipped >= abs(differences.sum()) - rounding))
+    return np.mean(flipped >= abs(differences.sum()) - rounding)
 
 
 def wilson_interval(k, n):
