@@ -101,7 +101,7 @@ def choose_recipe(args, pictures):
 # --- data: row on disk -> table -> sample ---------------------------------------------
 
 @dataclasses.dataclass(kw_only=True)
-class Study:
+class Study(picture_files.StoredPictures):
     """N rated pictures: ratings, what is known of the raters, pixels and groups."""
     names: list  # R names of ratings
     images: np.ndarray  # (N,) text, as the table writes them
@@ -111,22 +111,7 @@ class Study:
     single_ratings: dict | None  # rating -> N arrays, where the table has one row per single rating
     groups: np.ndarray | None  # (N,) text
     columns: dict  # the table's other columns: name -> (N,) text
-    store: picture_files.ImageStore
-    stored: np.ndarray  # (N,) index of each picture in the store
     skipped: list  # dicts of image and reason
-
-    def picture(self, row):
-        """Decoded picture of a row, uint8 (H, W, 3)."""
-        return self.store[self.stored[row]]
-
-    def audit(self, field):
-        """(N,) one field of the pictures' audit, such as pixel_sha."""
-        return [getattr(self.store.audit[i], field) for i in self.stored]
-
-    @property
-    def hashes(self):
-        """(N, 2) content_hashes of the pictures."""
-        return self.store.hashes[self.stored]
 
     def groups_of(self, rows):
         """(M,) groups of these rows, or None."""

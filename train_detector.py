@@ -253,28 +253,13 @@ def check_split_flags(parser, args):
 # --- data: annotations on disk -> boxes -> sample -----------------------------------------
 
 @dataclasses.dataclass(kw_only=True)
-class Study:
+class Study(picture_files.StoredPictures):
     """N pictures with their boxes, cleaned."""
     truth: part_boxes.PartTruth
     origin: np.ndarray  # (N,) text: train, val or test, the file that names the picture
     category_ids: dict  # that file -> {part: id as it writes them}
-    store: picture_files.ImageStore
-    stored: np.ndarray  # (N,) index of each picture in the store
     skipped: list  # dicts of image, annotation and reason
     notes: list
-
-    def picture(self, row):
-        """Decoded picture of a row, uint8 (H, W, 3)."""
-        return self.store[self.stored[row]]
-
-    def audit(self, field):
-        """(N,) one field of the pictures' audit, such as pixel_sha."""
-        return [getattr(self.store.audit[i], field) for i in self.stored]
-
-    @property
-    def hashes(self):
-        """(N, 2) content_hashes of the pictures."""
-        return self.store.hashes[self.stored]
 
     @property
     def strata(self):

@@ -267,18 +267,18 @@ def leakage_report(split, keys, pixels, phash=None, values=None, pairs=None):
     for what, part in itertools.product(columns, parts):
         cells = (columns[what][row] for row in split[part])
         held[what, part] = collections.Counter(cell for cell in cells if cell)
+
+    def pairs_of(*chosen):
+        """Those with a row in each of the parts, or with both in one."""
+        return {what: found_items(named_pairs[what, frozenset(chosen)]) for what in pairs}
     report = {"near_duplicate_bits": NEAR_DUPLICATE_BITS, "between": {}, "within": {}}
     for a, b in itertools.combinations(parts, 2):
-        found = {what: found_items(held[what, a] & held[what, b]) for what in columns}
-        for what in pairs:
-            found[what] = found_items(named_pairs[what, frozenset((a, b))])
-        report["between"][f"{a}-{b}"] = found
+        shared = {what: found_items(held[what, a] & held[what, b]) for what in columns}
+        report["between"][f"{a}-{b}"] = shared | pairs_of(a, b)
     for part in parts:
         repeated = held["exact_duplicates", part] - collections.Counter(set(columns["exact_duplicates"]))
-        found = {"exact_duplicates": {**found_items(repeated), "count": repeated.total()}}
-        for what in pairs:
-            found[what] = found_items(named_pairs[what, frozenset((part,))])
-        report["within"][part] = found
+        copied = {**found_items(repeated), "count": repeated.total()}
+        report["within"][part] = {"exact_duplicates": copied, **pairs_of(part)}
     return report
 
 

@@ -291,6 +291,26 @@ class ImageStore(pixel_cache.PixelStore):
         return [[self.short_side, self.pixel_range, *pixel_cache.file_stamp(self.paths[row])] for row in rows]
 
 
+@dataclasses.dataclass(kw_only=True)
+class StoredPictures:
+    """Base of what is known of N rows with a picture each."""
+    store: ImageStore
+    stored: np.ndarray  # (N,) index of each picture in the store
+
+    def picture(self, row):
+        """Decoded picture of a row, uint8 (H, W, 3)."""
+        return self.store[self.stored[row]]
+
+    def audit(self, field):
+        """(N,) one field of the pictures' audit, such as pixel_sha."""
+        return [getattr(self.store.audit[i], field) for i in self.stored]
+
+    @property
+    def hashes(self):
+        """(N, 2) content_hashes of the pictures."""
+        return self.store.hashes[self.stored]
+
+
 @dataclasses.dataclass(eq=False)
 class Pictures(common.Samples):
     """Pictures by path for prediction; one that cannot be read is black and its `error` says why.
