@@ -1242,6 +1242,13 @@ class Samples(torch.utils.data.Dataset):
         return list(self._threads.map(self.__getitem__, keys))
 
 
+def rows_to_try(split, args):
+    """{part: rows} as it is; in a dry run two batches of each part."""
+    if not args.dry_run:
+        return split
+    return {part: rows[:2 * args.batch_size] for part, rows in split.items()}
+
+
 def make_loader(dataset, batch_size, args, compute, train, cached=False, weights=None,
                 collate=None):
     """DataLoader over EpochBatches; `cached`: samples cost little, so `auto` takes fewer workers."""

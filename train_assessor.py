@@ -620,8 +620,7 @@ def check_split(run, study, split):
 def run_split(run, args, study, split, features=None):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
     alarms = check_split(run, study, split)
-    if args.dry_run:
-        split = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
+    split = common.rows_to_try(split, args)
     if features is None:
         features = untuned_features(args, study, run, np.concatenate(list(split.values())))
     run.write_args(**study.data_record(split))

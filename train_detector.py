@@ -1065,8 +1065,7 @@ def check_split(run, study, split):
 def run_split(run, args, study, split):
     """Train and score one split: test where there is one, else val."""
     check_split(run, study, split)
-    if args.dry_run:
-        split = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
+    split = common.rows_to_try(split, args)
     # the validation loss draws by batches, so a resumed run must keep their size
     run.write_args(**study.data_record(split), val_batch_size=args.val_batch_size)
     model, loaders, training = fit(run, args, study, split)

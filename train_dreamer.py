@@ -1010,8 +1010,7 @@ def write_statistics(run, args, study, split):
 def run_split(run, args, study, split):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
     check_split(run, args, study, split)
-    if args.dry_run:
-        split = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
+    split = common.rows_to_try(split, args)
     if study.features is None:
         study = encode_frames(study, np.concatenate(list(split.values())), args, run.compute)
     run.write_args(**study.data_record(split))
