@@ -284,10 +284,9 @@ def state_blocks(rows):
     """HTML of the section States: the confusion, and how well each state is told."""
     if not rows:
         return []
-    columns = {name: name.removeprefix("called ").replace("_", " ") for name in rows[0]}
     caption = ("True state (rows) of the boxes found at IoU .5 and any score, and what the model "
                "calls them (columns)")
-    return [reporting.html_table(rows, columns, caption=caption)]
+    return [reporting.html_table(rows, caption=caption)]
 
 
 def case_blocks(run, judged, detections, picture, threshold):

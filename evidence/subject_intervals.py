@@ -72,7 +72,6 @@ class Result:
     sign_flip_p: dict  # metric -> p or None
     baseline_name: str | None = None
     confusion: np.ndarray | None = None  # (C, C) rows, true x predicted
-    n_subjects: np.ndarray | None = None  # (C,) subjects with rows of each class
 
     @property
     def baseline_label(self):
@@ -419,7 +418,7 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, nam
     labelled = label >= 0
     owners = np.arange(len(label)) if groups is None else groups
     found, index = np.unique(owners[labelled], return_inverse=True)
-    support, seen = _class_support(label[labelled], index, n_classes)
+    support = _class_support(label[labelled], index, n_classes)
     statistic = _class_statistic(probability, label, threshold, positive, index)
     confusion = class_scores.classification_metrics(probability, label, threshold, positive).confusion
     of_baseline = None
@@ -428,7 +427,7 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, nam
     result = estimate(
         statistic, of_baseline, len(found), "rows" if groups is None else "subjects", draws, seed, names=names,
         n=confusion.sum(1), rows=len(index), support=support, folds=folds, baseline_name=baseline_name,
-        confusion=confusion, n_subjects=seen)
+        confusion=confusion)
     if groups is None and folds == 1 and result.has_intervals:
         _take_wilson_intervals(result.overall.model, result.each.model, confusion)
         if baseline is not None:
@@ -438,7 +437,7 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, nam
 
 
 def _class_support(label, index, n_classes):
-    """(support for `estimate`, (C,) subjects with rows of each class): (N,) labels, (N,) number of each row's subject."""
+    """Support for `estimate`: (N,) labels, (N,) number of each row's subject."""
     of_class = label[:, None] == np.arange(n_classes)  # (N, C)
     seen = np.array([len(np.unique(index[own])) for own in of_class.T])
     outside = np.array([len(np.unique(index[~own])) for own in of_class.T])
@@ -448,7 +447,7 @@ def _class_support(label, index, n_classes):
     support = {("overall", metric): rarest for metric in ("roc_auc", "macro_f1", "balanced_accuracy", "mcc")}
     support |= {("each", metric): seen for metric in ("precision", "recall", "f1")}
     support |= {("each", metric): both for metric in ("average_precision", "roc_auc")}
-    return support, seen
+    return support
 
 
 def _class_statistic(probability, label, threshold, positive, index):
