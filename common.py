@@ -1249,9 +1249,14 @@ def rows_to_try(split, args):
     return {part: rows[:2 * args.batch_size] for part, rows in split.items()}
 
 
-def make_loader(dataset, batch_size, args, compute, train, cached=False, weights=None,
-                collate=None):
-    """DataLoader over EpochBatches; `cached`: samples cost little, so `auto` takes fewer workers."""
+def make_loader(dataset, args, compute, train, cached=False, weights=None, collate=None,
+                batch_size=None):
+    """DataLoader over EpochBatches; `cached`: samples cost little, so `auto` takes fewer workers.
+
+    batch_size: None = --batch_size in training, else --val_batch_size.
+    """
+    if batch_size is None:
+        batch_size = args.batch_size if train else args.val_batch_size or args.batch_size
     workers = resolve_workers(args.num_workers, cached)
     processes = compute.processes
     batches = EpochBatches(len(dataset), batch_size, args.seed, train, weights,

@@ -254,7 +254,8 @@ def main():
         resize_side(image_size),
         lambda pixels, _: common.eval_crop(pixels, image_size),
         members[0].settings.get("pixel_range"))
-    loader = common.make_loader(pictures, args.predict_batch_size, args, compute, train=False)
+    loader = common.make_loader(
+        pictures, args, compute, train=False, batch_size=args.predict_batch_size)
     predicted, seen, errors = predict(members, loader, compute)
     widths = half_widths(members, args.interval) if args.interval else None
     common.write_table(args.output, output_rows(inputs, predicted, seen, errors, names, widths))

@@ -371,9 +371,8 @@ def make_loaders(study, split, scaler, args, compute, features):
 
     def loader(part, train):
         augment = args.augment if train else "none"
-        size = args.batch_size if train else args.val_batch_size or args.batch_size
         dataset = RatedImages(study, split[part], target, weight, args, augment, views)
-        return common.make_loader(dataset, size, args, compute, train, is_cached)
+        return common.make_loader(dataset, args, compute, train, is_cached)
     return loader("train", True), {part: loader(part, False) for part in ("train", "val", "test")}
 
 
@@ -520,7 +519,8 @@ def untuned_features(args, study, run, rows):
         features[head] = np.full((n_views, len(study.images), n_features), np.nan, np.float32)
         for view in range(n_views):
             pictures = RatedImages(study, rows, study.ratings, study.ratings, args, args.augment if view else "none")
-            loader = common.make_loader(pictures, 64, args, run.compute, False, study.store.cache == "ram")
+            loader = common.make_loader(
+                pictures, args, run.compute, False, study.store.cache == "ram", batch_size=64)
             loader.batch_sampler.epoch = view
             features[head][view, rows] = features_of(backbone, loader, args, run.compute)
     return features

@@ -812,9 +812,8 @@ def make_loaders(study, split, settings, args, compute):
 def make_loader(study, rows, settings, args, compute, train=False):
     """Loader of these rows, augmented and shuffled for training."""
     dataset = PartImages(study, rows, settings, args.augment if train else "none", args.seed)
-    size = args.batch_size if train else args.val_batch_size or args.batch_size
     is_cached = study.store.cache == "ram"
-    return common.make_loader(dataset, size, args, compute, train, is_cached, collate=collate_truth)
+    return common.make_loader(dataset, args, compute, train, is_cached, collate=collate_truth)
 
 
 def to_inputs(batch, compute, settings):
@@ -1171,7 +1170,7 @@ def detect(model, paths, args, compute):
         return resize_picture(pixels, fit_size(*size, settings["min_size"], settings["max_size"]))
     pictures = picture_files.Pictures(
         paths, settings["min_size"], prepare, settings.get("pixel_range"))
-    loader = common.make_loader(pictures, args.batch_size, args, compute, False, collate=collate)
+    loader = common.make_loader(pictures, args, compute, False, collate=collate)
     detections = []
     hashes = []
     errors = []

@@ -631,8 +631,7 @@ class DreamLoss:
 def make_loader(study, rows, args, compute, train=False):
     """Loader of these rows, augmented and shuffled for training."""
     dataset = ProbeTransitions(study, rows, args, args.augment if train else "none")
-    size = args.batch_size if train else args.val_batch_size or args.batch_size
-    return common.make_loader(dataset, size, args, compute, train, study.store.cache == "ram")
+    return common.make_loader(dataset, args, compute, train, study.store.cache == "ram")
 
 
 def to_device(batch, compute):
@@ -804,7 +803,8 @@ def encode_frames(study, rows, args, compute):
     wanted = np.unique(study.frames[rows])
     maps = np.zeros((len(study.store), encoder.n_features, encoder.n_cells), np.float32)
     frames = GreyFrames(study.store, wanted, args.image_size)
-    loader = common.make_loader(frames, 64, args, compute, False, study.store.cache == "ram")
+    loader = common.make_loader(
+        frames, args, compute, False, study.store.cache == "ram", batch_size=64)
     parts = []
     for pixels in loader:  # (B, S, S)
         inputs = normalised(pixels[:, None].to(compute.device, non_blocking=True))  # (B, 1, S, S)

@@ -817,14 +817,14 @@ def make_loaders(study, split, objective, args, compute, features):
     given = features if args.freeze_backbone else None  # else pixels
     rows = objective.rows_of_epoch(split["train"])
     train_loader = common.make_loader(
-        Clips(study, rows, presets, objective, given), args.batch_size, args, compute, True,
+        Clips(study, rows, presets, objective, given), args, compute, True,
         is_cached, objective.sampler_weights(rows))
     loaders = {}
     for part, rows in split.items():
         if len(rows):
             clips = Clips(study, rows, features=given)
             loaders[part] = common.make_loader(
-                clips, args.val_batch_size, args, compute, False, is_cached)
+                clips, args, compute, False, is_cached)
     return train_loader, loaders
 
 
@@ -973,7 +973,7 @@ def model_metadata(args, study, objective, shift):
 def extract_features(model, clips, epoch, args, compute):
     """float32 features of every clip through an untuned backbone: (clips, F) or (clips, T, F)."""
     model.eval()
-    loader = common.make_loader(clips, 16, args, compute, False)
+    loader = common.make_loader(clips, args, compute, False, batch_size=16)
     loader.batch_sampler.epoch = epoch
     features = []
     for batch in loader:
@@ -1561,7 +1561,7 @@ def predict_rows(member, study, compute):
     args = study.args
     rows = np.arange(len(study.table))
     loader = common.make_loader(
-        Clips(study, rows), args.val_batch_size, args, compute, False, study.store.cache == "ram")
+        Clips(study, rows), args, compute, False, study.store.cache == "ram")
     outputs = evaluate(member.model, loader, args, compute)
     calibration = member.content.get("calibration")  # a top_epoch_N.pth has none
     return HeldOut(

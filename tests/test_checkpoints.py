@@ -70,7 +70,7 @@ def make_training(folder, resumed, select="val_loss", **flags):
     signals = SimpleNamespace(received=None, armed=False, leave=lambda: None)
     run = common.Run(folder, args, compute, signals, resumed)
     training = common.Training(run, model, common.build_optimizer([(model, 1.0)], args), args, select, dict, False)
-    return training, common.make_loader(Numbers(), 2, args, compute, train=True)
+    return training, common.make_loader(Numbers(), args, compute, train=True, batch_size=2)
 
 
 class Numbers(torch.utils.data.Dataset):

@@ -613,7 +613,7 @@ def held_out_auc(moving, kind, n_frames, epochs=20, batch_size=16):
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     data = train_video.Clips(study, train, np.full(len(study.table), "none", dtype=object), objective)
     args.num_workers = 0
-    loader = common.make_loader(data, batch_size, args, compute, True)
+    loader = common.make_loader(data, args, compute, True, batch_size=batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=epochs * len(loader.batch_sampler))
     for epoch in range(epochs):
         loader.batch_sampler.epoch = epoch
@@ -625,7 +625,7 @@ def held_out_auc(moving, kind, n_frames, epochs=20, batch_size=16):
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-    scoring = common.make_loader(train_video.Clips(study, test), 48, args, compute, False)
+    scoring = common.make_loader(train_video.Clips(study, test), args, compute, False, batch_size=48)
     logits = train_video.evaluate(model, scoring, args, compute)
     assert objective.names[objective.positive] == "tail" and len(test) == 60
     probability = class_scores.softmax(logits)[:, objective.positive]

@@ -110,7 +110,8 @@ def start(device, folder, model, sample, accumulate, collate=None):
     else:
         optimizer = common.build_optimizer([(model, 1.0)], args)
     training = common.Training(run, model, optimizer, args, "last", dict)
-    return training, common.make_loader(Repeated(sample), 4, args, compute, True, collate=collate), compute
+    return training, common.make_loader(
+        Repeated(sample), args, compute, True, collate=collate, batch_size=4), compute
 
 
 def backbone(channels=3):

@@ -57,8 +57,8 @@ def run_case(case, processes):
     folder, resumed = Path(case["folder"]), (Path(case["folder"]) / "last.pth").exists()
     processes.on_first(lambda: folder.mkdir(exist_ok=True))
     model, dataset = build_model(), Samples(case["n"], case.get("bad"))
-    loader = common.make_loader(dataset, args.batch_size, args, compute, train=True)
-    scoring = common.make_loader(Samples(case["n"]), args.batch_size, args, compute, train=False)
+    loader = common.make_loader(dataset, args, compute, train=True)
+    scoring = common.make_loader(Samples(case["n"]), args, compute, train=False, batch_size=args.batch_size)
     signals = common.StopSignals()  # anew in each case: a run that stops leaves its process deaf to them
     with common.Run(folder, args, compute, signals, resumed) as run:
         common.write_json(run.path("args.json"), {})  # without it an error removes the folder
