@@ -1028,6 +1028,10 @@ class Compute:
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
+    def send(self, tensor):
+        """Tensor on the device; the copy from pinned memory is not waited for."""
+        return tensor.to(self.device, non_blocking=True)
+
     def place(self, model):
         """Model on the device, convolutions in the memory layout that the device is fast at."""
         layouts = {4: torch.channels_last, 5: torch.channels_last_3d} if self.channels_last else {}

@@ -382,9 +382,9 @@ def to_device(batch, args, compute):
     if inputs.dtype == torch.uint8:
         statistics = common.pixel_statistics(args.backbone, args.weights)
         inputs = common.to_input(inputs, compute.device, *statistics, channels_last=compute.channels_last)
-    target = batch["target"].to(compute.device, non_blocking=True)
-    weight = batch["weight"].to(compute.device, non_blocking=True)
-    return inputs.to(compute.device, non_blocking=True), target, weight
+    target = compute.send(batch["target"])
+    weight = compute.send(batch["weight"])
+    return compute.send(inputs), target, weight
 
 
 def train_one_epoch(model, loader, loss_function, training, compute):

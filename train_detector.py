@@ -829,7 +829,7 @@ def to_inputs(batch, compute, settings):
 
 def to_device(batch, compute, settings):
     """Batch -> inputs (B, 3, H, W); sizes; targets: B dicts of boxes (K, 4), labels, states."""
-    parts = [batch[name].to(compute.device, non_blocking=True).split(batch["counts"])
+    parts = [compute.send(batch[name]).split(batch["counts"])
              for name in TRUTH]
     targets = [dict(zip(TRUTH, values)) for values in zip(*parts)]
     return to_inputs(batch, compute, settings), batch["sizes"], targets

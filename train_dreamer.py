@@ -636,9 +636,9 @@ def make_loader(study, rows, args, compute, train=False):
 
 def to_device(batch, compute):
     """Batch -> both frames (B, 1, S, S) with mean .5 and sd .5, or maps (B, F, G); {motion, at1, ...: (B, 6)}."""
-    poses = {name: batch[name].to(compute.device, non_blocking=True)
+    poses = {name: compute.send(batch[name])
              for name in ("motion", "other_motion", "at1", "at2")}
-    frames = batch["frames"].to(compute.device, non_blocking=True)
+    frames = compute.send(batch["frames"])
     if frames.dtype != torch.uint8:
         return frames[:, 0], frames[:, 1], poses  # (B, 2, F, G) -> two of (B, F, G)
     frames = normalised(frames)
@@ -807,7 +807,7 @@ def encode_frames(study, rows, args, compute):
         frames, args, compute, False, study.store.cache == "ram", batch_size=64)
     parts = []
     for pixels in loader:  # (B, S, S)
-        inputs = normalised(pixels[:, None].to(compute.device, non_blocking=True))  # (B, 1, S, S)
+        inputs = normalised(compute.send(pixels[:, None]))  # (B, 1, S, S)
         with compute.autocast():
             parts.append(encoder(inputs).float().cpu())  # (B, 1, S, S) -> (B, F, G)
     maps[wanted] = torch.cat(compute.processes.gather(parts)).numpy()

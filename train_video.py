@@ -836,7 +836,7 @@ def to_device(batch, args, compute):
         mean, sd = pixel_statistics(args)
         frames = common.to_input(clips.flatten(0, 1), compute.device, mean, sd)
         clips = frames.unflatten(0, clips.shape[:2])  # (B * T, 3, S, S) -> (B, T, 3, S, S)
-    return clips.to(compute.device, non_blocking=True), batch["mask"]
+    return compute.send(clips), batch["mask"]
 
 
 def mix_up(clips, mask, target, weight, alpha):
@@ -860,8 +860,8 @@ def train_one_epoch(model, loader, objective, training, args, compute):
     model.train()
     for batch in training.batches(loader):
         clips, mask = to_device(batch, args, compute)
-        target = batch["target"].to(compute.device, non_blocking=True)
-        weight = batch["weight"].to(compute.device, non_blocking=True)
+        target = compute.send(batch["target"])
+        weight = compute.send(batch["weight"])
         clips, mask, target, weight = mix_up(clips, mask, target, weight, args.mixup)
         with compute.autocast():
             outputs = model(clips, mask)  # (B, T, 3, S, S) -> (B, K)
