@@ -337,7 +337,7 @@ def check_split_flags(parser, args):
     if args.folds and args.test_ratio:
         parser.error(f"--folds {args.folds} scores every row once: "
                      f"--test_ratio {args.test_ratio:g} has none")
-    if not args.folds and not args.split_file and args.val_ratio == 0:
+    if not args.folds and not args.split_file and args.val_ratio < 1e-9:
         parser.error(f"--val_ratio {args.val_ratio:g}: the validation part must not be empty, "
                      "it chooses the epoch")
     shares = split_ratios(args)

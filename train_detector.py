@@ -245,9 +245,8 @@ def check_split_flags(parser, args):
     if args.test_json and not args.val_json:
         parser.error(f"--test_json {args.test_json} needs --val_json: without it --train_json is "
                      "split")
-    if not args.val_json and not args.split_file and args.val_ratio < 1e-9:
-        parser.error(f"--val_ratio {args.val_ratio:g}: the validation part must not be empty, it "
-                     "chooses the epoch")
+    if not args.val_json:
+        common.check_split_flags(parser, args)
 
 
 # --- data: annotations on disk -> boxes -> sample -----------------------------------------
