@@ -240,8 +240,8 @@ def test_faults_of_results_are_named(tmp_path, name):
 @pytest.mark.fault("tables, COCO, JSON: quirks and mistakes")
 @pytest.mark.parametrize("box_format", ["xyxy", "cxcywh", "fractions"])
 def test_results_in_another_convention_stop_and_are_read_when_it_is_named(tmp_path, box_format):
-    truth, found = random_case(3)
-    as_files(tmp_path, truth, found)
+    boxes = [[45 + k, 50 + k, 85 + k, 95 + k] for k in range(4)]
+    as_files(tmp_path, annotated(*([(0, 0, box)] for box in boxes)), [detections((0, 0.9, 0, box)) for box in boxes])
     files = tmp_path / "truth.json", tmp_path / "results.json"
     wanted = detection_judging.read_coco_results(*files)[1]
     content = json.loads(files[1].read_text())

@@ -188,7 +188,7 @@ def test_words_of_the_command_as_they_are_published(tmp_path, monkeypatch, word,
 
 def history(n_epochs):
     rng = np.random.default_rng(3)
-    return [{"epoch": e, "learning_rate": 1e-4 / e, "train_loss": 1 / e, "val_loss": 1.2 / e, "val_mae": "",
+    return [{"epoch": e, "learning_rate": 1e-4 / e, "train_loss": 1 / e, "val_loss": 1.2 / e, "val_mae": None,
              "val_r2": None if e == 2 else rng.random(), "val_mae_left": 1.0} for e in range(1, n_epochs + 1)]
 
 
