@@ -411,10 +411,9 @@ def say_study(study, say):
         f"{study.store.description}")
     for note in study.notes:
         say(f"note: {note}")
-    for each in study.skipped[:10]:
-        say(f"skipped: {', '.join(map(str, each.values()))}")
-    if len(study.skipped) > 10:
-        say(f"skipped: and {len(study.skipped) - 10} more")
+    if study.skipped:
+        lines = [": ".join(map(str, each.values())) for each in study.skipped]
+        say(f"skipped: {common.shorten_list(lines)}")
 
 
 def fit_size(width, height, min_size, max_size, factor=1.0):

@@ -28,13 +28,12 @@ def draw_boxes(pixels, size, boxes, texts, states):
 
     size: (width, height) of the picture in the pixels that the boxes (K, 4) are given in.
     """
+    import cv2
     import torch
-    from PIL import Image
     from torchvision.utils import draw_bounding_boxes
     height, width = pixels.shape[:2]
     scale = LONG_SIDE / max(height, width)
-    picture = Image.fromarray(pixels).resize((round(width * scale), round(height * scale)))
-    picture = np.array(picture)
+    picture = cv2.resize(pixels, (round(width * scale), round(height * scale)))
     if not len(boxes):
         return picture
     scaled = boxes * (width * scale / size[0])

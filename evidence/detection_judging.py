@@ -13,7 +13,6 @@ from evidence import (box_pictures, class_scores, detection_scores, detection_ta
                       reporting, subject_intervals, verdicts)
 from readers import part_boxes
 
-MOST_PARTS_PLOTTED = 40
 
 
 # --- from COCO files ------------------------------------------------------------------------
@@ -104,7 +103,7 @@ def judge_detections(run, truth, detections, setting, baseline=None, picture=Non
     if state_rows:
         common.write_table(run.path("per_state.csv"), state_rows)
     plotting.plot_per_target(
-        part_rows[:MOST_PARTS_PLOTTED], run.path("per_part.png"), ("ap", "ap50"))
+        part_rows, run.path("per_part.png"), ("ap", "ap50"))
 
     alarms = find_alarms(judged, detections, threshold)
     setting = dataclasses.replace(

@@ -21,6 +21,7 @@ GREEN = "#009E73"
 PURPLE = "#CC79A7"
 SKY = "#56B4E9"
 YELLOW = "#E69F00"
+MOST_TARGETS = 40  # of one plot of bars
 MARGINS = (0.55, 0.15, 0.48, 0.32)  # left, right, bottom, top of the axes in a panel
 
 
@@ -181,12 +182,13 @@ def _draw_target_bars(axis, rows, metric):
 
 
 def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
-    """Horizontal bars per target (1 to 40), the largest on top, as PNG; one panel per metric.
+    """Horizontal bars per target (the first 40), the largest on top, as PNG; one panel per metric.
 
     rows: dicts with target and, for each metric m, m, m_low and m_high (interval), baseline_m and
     ceiling_m; all but target and m may be missing. The axis ends at -0.5, and at 1 where nothing is
     larger.
     """
+    rows = rows[:MOST_TARGETS]
     first = np.nan_to_num(_values(rows, metrics[0]), nan=-math.inf)
     rows = [rows[place] for place in np.argsort(first, kind="stable")]
     labels = _without_math([row["target"] for row in rows], 28)

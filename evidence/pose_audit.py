@@ -163,7 +163,7 @@ def check_frames(audit, brightness, frames, patients):
         for index in pair[pair >= 0]:
             owners[audit[index].pixel_sha].add(patient)
     n_shared = sum(len(names) > 1 for names in owners.values())
-    unreadable = f"{len(bad)} of {len(audit)}" + (f": {common.shorten_list(bad, 5)}" if bad else "")
+    unreadable = f"{len(bad)} of {len(audit)} {common.shorten_list(bad, 5)}"
     return [check(bad, "unreadable frames", unreadable, "replace or remove them", "FAIL"),
             check(n_dark, "dark frames", f"{n_dark} of {len(brightness)} are nearly black (mean under 1 %)"),
             check(n_shared, "shared frames", f"{n_shared} pictures belong to two patients",

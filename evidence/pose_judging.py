@@ -6,7 +6,6 @@ import common
 from evidence import judging, plotting, pose_scores, reporting, splitting, verdicts
 from readers import probe_poses
 
-MOST_PATIENTS = 30  # drawn
 USE_MEANINGS = {
     "action_shuffle_ratio": "loss with false motions over loss (1 = the motion is ignored)",
     "action_shuffle_ratio_latent": "the same for the imagined features",
@@ -35,7 +34,7 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, num
     baselines = pose_scores.baseline_rows(results)
     common.write_table(run.path("per_axis_error.csv"), axes)
     common.write_table(run.path("per_patient_error.csv"), patients)
-    bars = [{**row, "target": row["patient"]} for row in patients[:MOST_PATIENTS]]
+    bars = [{**row, "target": row["patient"]} for row in patients]
     plotting.plot_per_target(bars, run.path("per_patient_error.png"), [f"mae_{axis}" for axis in probe_poses.AXES])
     plotting.plot_scatter(table.predicted, table.target, table.names, run.path("predicted_against_true.png"))
     say_axes(run, axes, list(results))
