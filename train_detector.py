@@ -873,10 +873,10 @@ def on_disk(found, scales):
     """B dicts of detections in input pixels -> B Detections in pixels of the pictures on disk."""
     detections = []
     for each, scale in zip(found, scales):
-        values = {name: value.float().cpu().numpy() for name, value in each.items()}
+        values = {name: value.cpu().numpy() for name, value in each.items()}
         detections.append(detection_scores.Detections(
             boxes=values["boxes"] * np.tile(scale, 2),
-            labels=values["labels"].astype(int) - 1,
+            labels=values["labels"] - 1,
             scores=values["scores"].astype(float),
             states=values["states"] if values["states"].shape[1] else None))
     return detections

@@ -49,8 +49,7 @@ def coco_set(annotations, n_pictures, categories):
         "images": [{"id": k} for k in range(n_pictures)],
         "categories": [{"id": c} for c in categories],
         "annotations": [{**each, "id": k} for k, each in enumerate(annotations, start=1)]}
-    with contextlib.redirect_stdout(io.StringIO()):
-        made.createIndex()
+    made.createIndex()
     return made
 
 
@@ -77,14 +76,14 @@ def coco_match(truth, detections, kind):
     categories = list(range(1, len(truth.parts) + 1))
     if kind == "joint":
         categories = sorted({entry["category_id"] for entry in annotated if not entry["iscrowd"]})
-    matching = COCOeval(
-        coco_set(annotated, n_pictures, categories), coco_set(found, n_pictures, categories), "bbox")
-    matching.params.imgIds = list(range(n_pictures))
-    matching.params.catIds = categories
-    matching.params.areaRng = [[0, 1e10]]
-    matching.params.areaRngLbl = ["all"]
-    matching.params.maxDets = [100]
     with contextlib.redirect_stdout(io.StringIO()):
+        sets = (coco_set(each, n_pictures, categories) for each in (annotated, found))
+        matching = COCOeval(*sets, "bbox")
+        matching.params.imgIds = list(range(n_pictures))
+        matching.params.catIds = categories
+        matching.params.areaRng = [[0, 1e10]]
+        matching.params.areaRngLbl = ["all"]
+        matching.params.maxDets = [100]
         matching.evaluate()
     return matching
 

@@ -11,23 +11,25 @@ class Metric:
     normal_scale: str | None = "logit"  # where its estimates are closest to a normal distribution: that of shares
 
 
+ERROR = {"lower_is_better": True, "normal_scale": "log"}
+CALIBRATION_ERROR = {"lower_is_better": True, "normal_scale": None}
 METRICS = {metric.name: metric for metric in (
     Metric("pearson_r", "r", normal_scale="signed_logit"),
     Metric("r2", "R2", normal_scale="log1m"),
-    Metric("mae", "MAE", lower_is_better=True, normal_scale="log"),
-    Metric("mse", "MSE", lower_is_better=True, normal_scale="log"),
-    Metric("rmse", "RMSE", lower_is_better=True, normal_scale="log"),
-    Metric("loss", "loss", lower_is_better=True, normal_scale="log"),
+    Metric("mae", "MAE", **ERROR),
+    Metric("mse", "MSE", **ERROR),
+    Metric("rmse", "RMSE", **ERROR),
+    Metric("loss", "loss", **ERROR),
     Metric("accuracy", "accuracy"),
     Metric("balanced_accuracy", "balanced accuracy"),
     Metric("macro_f1", "macro F1"),
     Metric("roc_auc", "AUC"),
     Metric("mcc", "MCC", normal_scale="signed_logit"),
-    Metric("ece", "ECE", lower_is_better=True, normal_scale=None),
-    Metric("ece_adaptive", "adaptive ECE", lower_is_better=True, normal_scale=None),
-    Metric("ece_above_null", "ECE above its null", lower_is_better=True, normal_scale=None),
-    Metric("ece_adaptive_above_null", "adaptive ECE above its null", lower_is_better=True, normal_scale=None),
-    Metric("brier", "Brier score", lower_is_better=True, normal_scale="log"),
+    Metric("ece", "ECE", **CALIBRATION_ERROR),
+    Metric("ece_adaptive", "adaptive ECE", **CALIBRATION_ERROR),
+    Metric("ece_above_null", "ECE above its null", **CALIBRATION_ERROR),
+    Metric("ece_adaptive_above_null", "adaptive ECE above its null", **CALIBRATION_ERROR),
+    Metric("brier", "Brier score", **ERROR),
     Metric("precision", "precision"),
     Metric("recall", "recall"),
     Metric("f1", "F1"),

@@ -37,7 +37,6 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, num
     bars = [{**row, "target": row["patient"]} for row in patients]
     plotting.plot_per_target(bars, run.path("per_patient_error.png"), [f"mae_{axis}" for axis in probe_poses.AXES])
     plotting.plot_scatter(table.predicted, table.target, table.names, run.path("predicted_against_true.png"))
-    say_axes(run, axes, list(results))
 
     alarms = verdicts.regression_alarms(table.predicted, table.target, table.names)
     alarms += pose_scores.place_alarms(results)
@@ -71,13 +70,6 @@ def criteria_names():
     """What --criteria may name: mae_x_mm an axis, mae the mean over axes in label sds."""
     metrics = common.REGRESSION_METRICS
     return verdicts.spell_metrics(metrics, metrics, probe_poses.AXES)
-
-
-def say_axes(run, axes, baseline_names):
-    """The MAE of model and baselines on the terminal, one line an axis."""
-    import pandas as pd
-    columns = ["target", "mae", *(f"mae_{name}" for name in baseline_names)]
-    run.say(pd.DataFrame(axes)[columns].round(2).to_string(index=False))
 
 
 def key_figures(result, predictors):
