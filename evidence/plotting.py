@@ -258,20 +258,18 @@ def plot_confusion(confusion, names, path):
 def plot_reliability(probability, label, path, before=None):
     """Reliability diagram as PNG: share of right rows over the confidence, with Wilson intervals.
 
-    probability, before: (N, C), after and (None: not drawn) before calibration; label: (N,), below
-    0 = missing. The title tells the ECE and what a perfectly calibrated model of these confidences
-    shows at this n: mean, 95th percent.
+    probability, before: (N, C), after and (None: not drawn) before calibration; label: (N,). The
+    title tells the ECE and what a perfectly calibrated model of these confidences shows at this n:
+    mean, 95th percent.
     """
-    labelled = label >= 0
     figure, (axis,) = new_figure(1, 1, (4.2, 4.2), margins=(0.55, 0.25, 0.48, 0.45))
     axis.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle="--")
     if before is not None:
-        _draw_reliability(axis, before[labelled], label[labelled], ORANGE, "before")
-    known = probability[labelled]
-    _draw_reliability(axis, known, label[labelled], BLUE, "after")
+        _draw_reliability(axis, before, label, ORANGE, "before")
+    _draw_reliability(axis, probability, label, BLUE, "after")
     if before is not None:
         _add_legend(axis)
-    confidence = known.max(1, initial=0)
+    confidence = probability.max(1, initial=0)
     ece = class_scores.classification_metrics(probability, label).overall["ece"]
     calibrated = calibrating.simulated_ece(confidence)
     set_title(
@@ -285,7 +283,7 @@ def plot_reliability(probability, label, path, before=None):
 
 
 def _draw_reliability(axis, probability, label, colour, name):
-    """One model's bins with Wilson intervals; rows of (N, C) and (N,), all labelled."""
+    """One model's bins with Wilson intervals; rows of (N, C) and (N,)."""
     confidence = probability.max(1, initial=0)
     is_right = probability.argmax(1) == label
     n_bins = class_scores.ECE_BINS
@@ -320,11 +318,8 @@ def plot_risk_coverage(confidence, correct, path):
 def plot_precision_recall(probability, label, names, path, positive=None):
     """Precision-recall and ROC curves as PNG, each class against the rest (or `positive` alone).
 
-    probability: (N, C); label: (N,), below 0 = missing; a class without rows, or without others, is
-    left out.
+    probability: (N, C); label: (N,); a class without rows, or without others, is left out.
     """
-    probability = probability[label >= 0]
-    label = label[label >= 0]
     figure, axes = new_figure(2, 2, (3.9, 3.9))
     colours = itertools.cycle([BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY])
     labels = _without_math(names, 18)
