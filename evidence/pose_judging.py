@@ -98,7 +98,7 @@ def metric_blocks(run, setting, result, axes, baselines, predictors, patients):
             axes, columns, ".2f",
             f"MAE of each axis on the {setting.part} rows in mm or degrees, beside the baselines'; {result.method}"),
         reporting.html_table(
-            baselines,
+            baselines, digits=".3g",
             caption="Mean over the axes of MAE in label sds: each baseline, and model - baseline"),
         reporting.html_table(predictors, of_predictor, ".2f", "In mm and degrees"),
         reporting.html_image(run.path("per_patient_error.png"), "MAE per axis and patient, and the baseline's"),
