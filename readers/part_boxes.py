@@ -557,6 +557,7 @@ def as_truth(images, parts, names, sizes, min_trust, **others):
         absent=[np.array([parts.index(part) for part in image.absent if part in parts], int)
                 for image in images],
         **others)
+    used = [each for row in kept for each in row]
     counts = {
         "boxes reached over the edge and were cut": n_cut,
         "crowd boxes are ignored": sum(each.crowd for each in used),
