@@ -265,8 +265,8 @@ class Study(picture_files.StoredPictures):
         """(N,) rarest part and state of each picture, so that a split deals those out evenly."""
         cells = [list(zip(*row)) for row in zip(self.truth.labels, self.truth.states)]
         counts = collections.Counter(itertools.chain.from_iterable(cells))
-        rarest = [min(row, key=lambda cell: (counts[cell], cell), default="none") for row in cells]
-        return np.array(list(map(str, rarest)))
+        return np.array([str(min(row, key=lambda cell: (counts[cell], cell), default="none"))
+                         for row in cells])
 
     def data_record(self, split):
         """What args.json says of the data and their split; a resumed run must find the same."""
@@ -344,7 +344,9 @@ def match_pictures(read, files, exact_names):
         without_entry, matching = part_boxes.find_pictures(found, folder, exact_names)
         notes += found.notes + matching
         skipped += found.skipped
-        images += [dataclasses.replace(image, origin=origin) for image in found.images]
+        images += found.images
+        for image in found.images:
+            image.origin = origin
         skipped += [{"image": name, "reason": f"no entry in {path.name}"} for name in without_entry]
     skipped += [{"image": image.name, "reason": "no such picture"}
                 for image in images if not image.path]
@@ -1179,8 +1181,8 @@ def detect(model, paths, args, compute):
         detections += on_disk(found, batch["scale"])
         hashes += batch["hashes"]
         errors += batch["error"]
-    for k in np.flatnonzero([bool(error) for error in errors]):
-        detections[k] = detections[k].take(slice(0))
+    detections = [found.take(slice(0)) if error else found
+                  for found, error in zip(detections, errors)]
     return detections, np.stack(hashes), errors
 
 

@@ -303,13 +303,13 @@ def plot_risk_coverage(confidence, correct, path):
     coverage, risk = calibrating.risk_coverage(confidence, correct)
     figure, (axis,) = new_figure(1, 1, (4.2, 3.0))
     axis.step(coverage, risk, color=BLUE, where="post")
-    set_title(axis, "risk over coverage")
+    note = ""
     if len(risk):
         half = risk[np.searchsorted(coverage, 0.5)]
         note = f"all {risk[-1]:.2f}, surest half {half:.2f}"
-        set_title(axis, "risk over coverage", note)
         axis.axhline(risk[-1], color=ORANGE, linestyle="--", label="random order")
         _add_legend(axis)
+    set_title(axis, "risk over coverage", note)
     axis.set(xlim=(0, 1.02), ylim=(0, max(0.1, 1.15 * risk.max(initial=0))))
     _label_axes(axis, "coverage: share of rows, most confident first", "error rate")
     save_figure(figure, path)

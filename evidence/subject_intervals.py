@@ -142,7 +142,7 @@ def estimate(model, baseline, subjects, unit, draws, seed, *, names, n, rows, su
     if subjects > MOST_FOR_SIGN_FLIP or baseline is None or unit == TIME_BLOCKS or folds > 1:
         per_subject = {}
     elif per_subject is None:
-        per_subject = _pseudo_values(model, baseline, subjects)
+        per_subject = _pseudo_values(model, baseline, whole["difference"], subjects)
     flips = {metric: sign_flip_p(values) for metric, values in per_subject.items()}
     if names is None:
         names = map(str, range(len(n)))
@@ -160,9 +160,8 @@ def fold_factor(folds):
     return math.sqrt(1 + folds / (folds - 1)) if folds > 1 else 1.0
 
 
-def _pseudo_values(model, baseline, subjects):
+def _pseudo_values(model, baseline, whole, subjects):
     """{metric: (S,)}: what each subject says of the difference; of a mean over equal subjects its own difference."""
-    whole = _compare(model, baseline, np.ones((1, subjects)))["difference"]
     left_out = _compare(model, baseline, 1.0 - np.eye(subjects))["difference"]
     return {metric: subjects * whole["overall", metric] - (subjects - 1) * left_out["overall", metric]
             for metric in CLASS_SIGN_FLIP_METRICS if ("overall", metric) in whole}
