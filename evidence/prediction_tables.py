@@ -111,7 +111,7 @@ class ClassTable(Rows):
         if self.threshold is not None:
             columns["threshold"] = self.threshold
         columns |= {f"{name}_threshold": values for name, values in self.baseline_thresholds.items()}
-        write_columns(path, columns)
+        common.write_table(path, columns)
 
 
 def join(tables):
@@ -149,18 +149,13 @@ def combine(records, function):
 def _with_group(table):
     """The keys of a table, and its groups and what the model has seen as columns."""
     columns = {**table.keys, "group": table.groups, "seen": table.seen}
-    return {heading: np.asarray(values) for heading, values in columns.items() if values is not None}
-
-
-def write_columns(path, columns):
-    """CSV of {heading: (M,) values}."""
-    common.write_table(path, [dict(zip(columns, row)) for row in zip(*columns.values())])
+    return {heading: values for heading, values in columns.items() if values is not None}
 
 
 def write_target_table(path, keys, names, values):
     """CSV of predictions: columns `keys` {heading: M texts}, then NAME_KIND of each target; values {kind: (M, R)}."""
     columns = keys | {f"{name}_{kind}": block[:, r] for r, name in enumerate(names) for kind, block in values.items()}
-    write_columns(path, columns)
+    common.write_table(path, columns)
 
 
 def _target_blocks(table, names, path):
