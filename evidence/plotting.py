@@ -177,7 +177,8 @@ def _draw_target_bars(axis, rows, metric):
     beside = axis.get_yaxis_transform()
     for y, number in zip(place, value):
         axis.text(1.02, y, f"{number:.2f}", transform=beside, va="center", fontsize=8)
-    set_title(axis, metric_names.METRICS[metric].label)
+    known = metric_names.METRICS.get(metric)
+    set_title(axis, known.label if known else metric)
     axis.axvline(0, color=SOFT, linewidth=0.9)
 
 

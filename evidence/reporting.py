@@ -168,10 +168,11 @@ def leakage_blocks(run):
         return []
     report = common.read_json(path)
     found = splitting.found_leakage(report)
-    blocks = [html_text("The parts of the split share nothing: no group, no copy, no near-duplicate.", "good")]
+    block = html_text("The parts of the split share nothing: no group, no copy, no near-duplicate.", "good")
     if found:
-        blocks = [_note(html_list(found), "caution")]
-    return [*blocks, html_list(report.get("notes", []))]
+        block = _note(html_list(found), "caution")
+    notes = report.get("notes")
+    return [block, html_list(notes)] if notes else [block]
 
 
 def history_blocks(run):
