@@ -1241,7 +1241,7 @@ def audit(args):
 
 
 class Mode(typing.NamedTuple):
-    run: typing.Callable
+    run: object  # function of the flags
     needs: tuple  # flags
 
 

@@ -117,11 +117,12 @@ def _units(n_rows, groups):
 
 
 def check_ratios(ratios):
-    """UserError for {part: share} that do not add up to 1."""
-    shares = list(ratios.values())
-    if not abs(sum(shares) - 1) < 1e-6 or min(shares) < 0:
+    """Shares (P,) of {part: share}. UserError where they do not add up to 1."""
+    shares = np.array(list(ratios.values()))
+    if not abs(shares.sum() - 1) < 1e-6 or shares.min() < 0:
         raise common.UserError(
-            f"split ratios must be 0 or more and add up to 1, found {ratios} (sum {sum(shares):g}).")
+            f"split ratios must be 0 or more and add up to 1, found {ratios} (sum {shares.sum():g}).")
+    return shares
 
 
 def make_split(n_rows, ratios, strata=None, groups=None, seed=42, keys=None):
@@ -131,8 +132,7 @@ def make_split(n_rows, ratios, strata=None, groups=None, seed=42, keys=None):
     With keys (N unique str) the same rows get the same parts in any row order.
     Raises UserError: ratios do not add up to 1, a part would be empty, a blank group.
     """
-    check_ratios(ratios)
-    shares = np.array(list(ratios.values()))
+    shares = check_ratios(ratios)
     unit, n_units, what = _units(n_rows, groups)
     wanted = shares > 0
     if n_units < wanted.sum() or np.any(shares[wanted] * n_rows < 0.5):
