@@ -18,7 +18,7 @@ STATE_COLOURS = (
 )
 LEGEND = "Green intact, orange damaged, pink absent, blue occluded, grey no state"
 LONG_SIDE = 640  # of a drawn picture, in pixels
-FRAME = 2
+FRAME = 2  # width in pixels
 GAP = 12  # between the pictures of a sheet
 
 

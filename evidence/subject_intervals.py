@@ -143,12 +143,20 @@ def estimate(model, baseline, subjects, unit, draws, seed, *, names, n, rows, su
         per_subject = {}
     elif per_subject is None:
         per_subject = _pseudo_values(model, baseline, whole["difference"], subjects)
-    flips = {metric: sign_flip_p(values) for metric, values in per_subject.items()}
     if names is None:
         names = map(str, range(len(n)))
-    return Result(names=list(names), n=n, overall=_comparison(estimates, "overall"), each=_comparison(estimates, "each"),
-                  subjects=subjects, rows=rows, unit=unit, method=method, per_subject=per_subject, sign_flip_p=flips,
-                  **described)
+    return Result(
+        names=list(names),
+        n=n,
+        rows=rows,
+        overall=_comparison(estimates, "overall"),
+        each=_comparison(estimates, "each"),
+        subjects=subjects,
+        unit=unit,
+        method=method,
+        per_subject=per_subject,
+        sign_flip_p={metric: sign_flip_p(values) for metric, values in per_subject.items()},
+        **described)
 
 
 def fold_factor(folds):
