@@ -91,6 +91,8 @@ def write_sheet(path, truth, detections, picture, rows, threshold):
         gap = np.full((len(left), GAP, 3), 255, np.uint8)
         lines.append(np.hstack([left, gap, right]))
     width = max(line.shape[1] for line in lines)
-    padded = [np.pad(line, ((0, GAP), (0, width - line.shape[1]), (0, 0)), constant_values=255)
-              for line in lines]
+    padded = []
+    for line in lines:
+        margins = ((0, GAP), (0, width - line.shape[1]), (0, 0))
+        padded.append(np.pad(line, margins, constant_values=255))
     write_picture(path, np.concatenate(padded))

@@ -213,7 +213,7 @@ def effective_size(target, subjects=None):
 
 def _near_duplicates(rows, pixels, phash):
     """Pairs (i, j) of the rows that differ in 1 to NEAR_DUPLICATE_BITS bits or in pixels alone."""
-    bits = np.unpackbits(np.ascontiguousarray(np.array(phash, np.uint64)[rows]).view(np.uint8), axis=1)
+    bits = np.unpackbits(np.array(phash, np.uint64)[rows].view(np.uint8), axis=1)
     signs = 2 * bits.astype(np.float32) - 1  # (n, 256)
     least = max(1, signs.shape[1] - 2 * NEAR_DUPLICATE_BITS)
     pairs = []

@@ -420,7 +420,9 @@ def refuse_other_convention(objects, sizes, path, box_format=None):
     picture and half as many at most would by another convention, or no number is above 1, or the corners' convention
     alone gives the areas.
     """
-    kept = [(each.box, size, each.area) for own, size in zip(objects, sizes) if size for each in own if any(each.box)]
+    kept = [(each.box, size, each.area)
+            for own, size in zip(objects, sizes) if size
+            for each in own if any(each.box)]
     if box_format or not kept:
         return
     corners, sizes, areas = zip(*kept)
