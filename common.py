@@ -1248,9 +1248,8 @@ class Samples(torch.utils.data.Dataset):
 
 def rows_to_try(split, args):
     """{part: rows} as it is; in a dry run two batches of each part."""
-    if not args.dry_run:
-        return split
-    return {part: rows[:2 * args.batch_size] for part, rows in split.items()}
+    most = 2 * args.batch_size
+    return {part: rows[:most] for part, rows in split.items()} if args.dry_run else split
 
 
 def make_loader(dataset, args, compute, train, cached=False, weights=None, collate=None,

@@ -96,7 +96,7 @@ class FoundBox:
     area: None = None  # not known, see part_boxes.refuse_other_convention
 
 
-def read_results(path, images, category_ids, box_format=None):
+def read_results(path, images, category_ids, box_format):
     """COCO results of any program -> (parts, Detections and one of common.SEEN_WORDS for each AnnotatedImage).
 
     parts: those of category_ids {part: id}, then what else the results name as their `part`. The

@@ -34,8 +34,10 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, num
     baselines = pose_scores.baseline_rows(results)
     common.write_table(run.path("per_axis_error.csv"), axes)
     common.write_table(run.path("per_patient_error.csv"), patients)
-    bars = [{**row, "target": row["patient"]} for row in patients]
-    plotting.plot_per_target(bars, run.path("per_patient_error.png"), [f"mae_{axis}" for axis in probe_poses.AXES])
+    plotting.plot_per_target(
+        [{**row, "target": row["patient"]} for row in patients],
+        run.path("per_patient_error.png"),
+        [f"mae_{axis}" for axis in probe_poses.AXES])
     plotting.plot_scatter(table.predicted, table.target, table.names, run.path("predicted_against_true.png"))
 
     alarms = verdicts.regression_alarms(table.predicted, table.target, table.names)

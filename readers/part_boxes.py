@@ -412,7 +412,7 @@ def read_trust(value, where, faults):
     return trust
 
 
-def refuse_other_convention(objects, sizes, path, box_format=None):
+def refuse_other_convention(objects, sizes, path, box_format):
     """UserError where boxes, read as left, top, width, height, look like those of another of BOX_FORMATS.
 
     objects: of each picture, a list of what has a box x1, y1, x2, y2 and the area in the file or None; sizes: (width,
