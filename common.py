@@ -2183,7 +2183,8 @@ class FeatureMaps(nn.Module):
         with torch.inference_mode():
             maps = self(example)
         if len(maps) < 3 or any(each is None for each in maps):
-            raise UserError(f"this backbone has no feature maps of 3 resolutions (found {len(maps)}); use --head mlp")
+            raise UserError(f"this backbone has no feature maps of 3 resolutions (found {len(maps)}), which "
+                            "--head ridge and --model motion_readout read; use --head mlp, or another such as resnet18")
         self.n_channels = [each.shape[1] for each in maps]
 
     def forward(self, images):
@@ -2734,7 +2735,7 @@ class Training:
         self.progress = Progress(
             stopping=EarlyStopping(0 if select == "last" else args.patience, args.min_epochs, args.min_delta),
             plateau=EarlyStopping(args.plateau_patience + 1))
-        self.current = None  # EpochState, from the first batch on
+        self.current = EpochState(sampler=None, n_batches=0, exchange=None)
         self.stream = None  # batches of the loader, of this epoch and all after it
         self.queued = None  # QueuedStep, the last one until it is looked at
         # Apple GPUs have no float64
@@ -2783,14 +2784,13 @@ class Training:
         progress = self.progress
         sampler = loader.batch_sampler
         n_batches = min(2, len(sampler)) if self.args.dry_run else len(sampler)
-        if self.current is None:
-            self.run.say(f"loader: {loader.num_workers or 'no'} workers, {len(sampler)} batches an epoch")
-        self.current = EpochState(sampler, n_batches, GradientExchange(self.processes, self.model))
         if self.stream is None:
+            self.run.say(f"loader: {loader.num_workers or 'no'} workers, {len(sampler)} batches an epoch")
             sampler.epoch = progress.epoch
             sampler.start = progress.batch
             sampler.goes_on = True
             self.stream = iter(loader)
+        self.current = EpochState(sampler, n_batches, GradientExchange(self.processes, self.model))
         self.optimizer.zero_grad(set_to_none=True)
         self._set_learning_rate()  # also where the run was stopped after the last batch: the history needs it
         remaining = itertools.islice(self.stream, n_batches - progress.batch)

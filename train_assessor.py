@@ -474,12 +474,8 @@ def solve_head(model, loader, study, rows, scaler, args, compute):
     """Replace the linear head by the ridge regression on the tuned backbone's features of the train rows."""
     model.eval()
     features = features_of(model.backbone, loader, args, compute)
-    ridge = baseline_models.fit_ridge(
-        features, scaled_ratings(study, scaler)[rows], groups=study.groups_of(rows),
-        sd_floor=baseline_models.FEATURE_SD_FLOOR)
-    weights = ridge.weights / ridge.feature_sd[:, None]  # (F, R), for features that are not standardised
-    model.head[-1].weight.copy_(torch.from_numpy(weights.T))
-    model.head[-1].bias.copy_(torch.from_numpy(ridge.intercept - ridge.feature_mean @ weights))
+    target = scaled_ratings(study, scaler)[rows]
+    baseline_models.fit_readout(features, target, study.groups_of(rows)).write_into(model.head[-1])
 
 
 def model_metadata(args, study, split, scaler, predicted):
@@ -542,9 +538,7 @@ def predict_baselines(study, features, train, rows):
     """{name: (M, R)} predictions without training a network: the train mean, and ridge on the untuned features."""
     predicted = {"train_mean": baseline_models.train_mean_baseline(study.ratings[train], len(rows))}
     for head, views in features.items():
-        ridge = baseline_models.fit_ridge(
-            views[0, train], study.ratings[train], groups=study.groups_of(train),
-            sd_floor=baseline_models.FEATURE_SD_FLOOR)
+        ridge = baseline_models.fit_readout(views[0, train], study.ratings[train], study.groups_of(train))
         name = "ridge" if head == "mlp" else "ridge_multiscale"
         predicted[name] = ridge.predict(views[0, rows])
     return predicted

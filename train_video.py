@@ -3,6 +3,8 @@
     python train_video.py --config configs/video_intravideo.yaml --video_root videos
     python train_video.py --manifest events.csv --video_root videos --dry_run
     python train_video.py --mode predict --checkpoint outputs/run_X --manifest new.csv
+    python train_video.py --mode predict --checkpoint outputs/run_X --video recordings --every 0.5
+    python train_video.py --mode judge_bouts --predictions outputs/run_Y --manifest events.csv
     python train_video.py --mode evaluate --predictions predictions.csv --output metrics.json
     python train_video.py --mode audit --train_manifest a.csv --val_manifest b.csv
     python train_video.py --task regress --config configs/pain_scores.yaml --folds 9
@@ -34,15 +36,24 @@ from torch import nn
 
 import common
 from evidence import (
-    baseline_models, calibrating, class_judging, class_scores, confounding, event_audit, judging,
+    baseline_models, calibrating, class_judging, class_scores, confounding, ethograms, event_audit,
+    judging,
     metric_names, plotting, prediction_tables, rater_agreement, reporting, score_judging, splitting,
     table_judging, verdicts)
-from readers import csv_tables, event_tables, event_times, score_tables, video_files
+from readers import csv_tables, event_tables, event_times, file_names, score_tables, video_files
 
-MODES = ("train", "predict", "evaluate", "audit")
+MODES = ("train", "predict", "evaluate", "audit", "judge_bouts")
 PARTS = ("train", "val", "test")
 OVERFITTING_REMEDY = "Fewer trained layers (--freeze_stages 3 --freeze_norm, --freeze_backbone), more clips"
-CNN_LSTM = "cnn_lstm"  # the one --model that reads frames one by one
+CNN_LSTM = "cnn_lstm"
+MOTION_READOUT = "motion_readout"
+FRAME_MODELS = (CNN_LSTM, MOTION_READOUT)  # what reads frames one by one, with an image network
+# flags of training as they are for a model that is solved, not trained
+SOLVED = {
+    "epochs": 1, "freeze_backbone": True, "select": "last", "augment": "none", "balance": "none",
+    "boost_to": 0.0, "mixup": 0.0, "label_smoothing": 0.0, "focal_alpha": None, "sample_weight": [],
+    "augment_for": [], "target_weights": None, "bounded": False, "init_from": None,
+}
 FIXED_INPUT = {  # frames, pixels
     "s3d": (16, 224),
     "mvit_v1_b": (16, 224),
@@ -78,22 +89,41 @@ def parse_args(argv=None):
     job("--task", choices=tuple(TASK_DEFAULTS), default="classify",
         help="a class for each event, or scores for each sequence; sets the defaults of training")
     job("--mode", choices=MODES, default="train",
-        help="train a network, predict with trained ones, evaluate a table of predictions, "
-             "or audit manifests and videos")
+        help="train a network, predict with trained ones, evaluate a table of predictions, audit "
+             "manifests and videos, or judge the bouts of recordings by a table of events")
     job("--checkpoint", type=Path, nargs="+",
         help="predict: best_model.pth files or run folders; several are averaged")
-    job("--predictions", type=Path, help="evaluate, audit: a predictions CSV of this script")
+    job("--predictions", type=Path,
+        help="evaluate, audit: a predictions CSV of this script; judge_bouts: the run folder of "
+             "predict --video")
     job("--output", type=Path,
         help="file that predict (.csv), evaluate or audit (.json) writes")
+    add_recording_arguments(parser.group("whole recordings"))
     add_clip_arguments(parser.group("clips and labels"))
     add_model_arguments(parser.group("model"))
     add_learning_arguments(parser.group("learning"))
     parser.set_defaults(**TASK_DEFAULTS["classify"])
-    task = common.parse_arguments(parser, argv).task  # the configuration may name it
-    parser.set_defaults(**TASK_DEFAULTS[task])
+    asked = common.parse_arguments(parser, argv)  # the configuration may name task and model
+    parser.set_defaults(**TASK_DEFAULTS[asked.task])
+    if asked.model == MOTION_READOUT:
+        parser.set_defaults(**SOLVED)
     args = common.parse_arguments(parser, argv)
     check_flags(parser, args)
     return args
+
+
+def add_recording_arguments(add):
+    """What predict does with recordings that have no table of events."""
+    add("--video", type=Path, metavar="FILE_OR_FOLDER",
+        help="predict: recordings instead of a manifest; the trained window slides over each")
+    add("--every", type=common.bounded(float, 1e-3), default=0.5,
+        help="seconds from one window to the next")
+    add("--min_bout_sec", type=common.AMOUNT, default=0.0,
+        help="a shorter bout is left out, after close ones have been joined")
+    add("--merge_gap_sec", type=common.AMOUNT, default=0.0,
+        help="bouts of one class that are at most so far apart are one")
+    add("--annotate", action="store_true",
+        help="also write a copy of each video with class and probability drawn in (without sound)")
 
 
 def add_clip_arguments(data):
@@ -147,10 +177,14 @@ def add_clip_arguments(data):
 def add_model_arguments(model):
     """The network and which parts of it are trained."""
     model("--model",
-          help="a torchvision video network (r3d_18, mc3_18, r2plus1d_18, s3d, mvit_v2_s, "
-               f"swin3d_t), which computes in fp32 on CPUs, or {CNN_LSTM}: an image backbone frame "
-               "by frame, then an LSTM")
-    model("--backbone", "--encoder", default="resnet18", help=f"image network of {CNN_LSTM}")
+          help=f"{MOTION_READOUT}, for small data: a linear model, solved in closed form, on what an "
+               "untuned image backbone sees in the frames and how it changes from frame to frame; "
+               f"{CNN_LSTM}: an image backbone frame by frame, then an LSTM; or a torchvision video "
+               "network (r3d_18, mc3_18, r2plus1d_18, s3d, mvit_v2_s, swin3d_t), which computes in "
+               "fp32 on CPUs")
+    model("--backbone", "--encoder", default="resnet18",
+          help=f"image network of {' and '.join(FRAME_MODELS)}, and of the motion readout that "
+               "every other model is compared with")
     model("--hidden", type=common.POSITIVE, default=256, help=f"width of the LSTM of {CNN_LSTM}")
     model("--dropout", type=common.DROPOUT, default=0.5,
           help="dropout before the last layer")
@@ -202,8 +236,10 @@ def manifests_of(args):
 def check_flags(parser, args):
     """parser.error for what a mode lacks, and for flags that contradict each other."""
     manifests = manifests_of(args)
-    if args.mode == "predict" and not (args.checkpoint and args.manifest):
-        parser.error("--mode predict needs --checkpoint and --manifest")
+    if args.mode == "predict" and not (args.checkpoint and bool(args.manifest) != bool(args.video)):
+        parser.error("--mode predict needs --checkpoint, and either --manifest or --video")
+    if args.mode == "judge_bouts" and not (args.predictions and args.manifest):
+        parser.error("--mode judge_bouts needs --predictions and --manifest")
     if args.mode == "evaluate" and not args.predictions:
         parser.error("--mode evaluate needs --predictions")
     if args.mode in ("train", "audit") and not (manifests or args.video_root):
@@ -227,9 +263,14 @@ def check_flags(parser, args):
                      "the class balance; drop one, or give --force")
     if args.mixup and args.task == "regress":
         parser.error("--mixup blends the classes of --task classify; scores may be missing")
-    if args.task == "regress" and args.model != CNN_LSTM:
-        parser.error(f"--task regress reads sequences of any length: --model {CNN_LSTM}, "
-                     f"found {args.model}")
+    if args.task == "regress" and args.model not in FRAME_MODELS:
+        parser.error("--task regress reads sequences of any length: --model "
+                     f"{' or '.join(FRAME_MODELS)}, found {args.model}")
+    if args.model == MOTION_READOUT:
+        idle = [f"--{name}" for name, value in SOLVED.items() if getattr(args, name) != value]
+        if idle:
+            parser.error(f"--model {MOTION_READOUT} is solved in closed form, not trained; without "
+                         f"meaning for it: {', '.join(idle)}")
     if not is_parted and not args.cv_file:
         common.check_split_flags(parser, args)
 
@@ -238,8 +279,13 @@ def check_flags(parser, args):
 
 @dataclasses.dataclass
 class Features:
-    """Outputs of the untuned backbone for N rows, computed once for all folds."""
-    pooled: np.ndarray  # (N, F) means over the predicted clips of each row; the baselines read them
+    """What untuned networks see in N rows, computed once for all folds.
+
+    Of each row the mean over its predicted clips.
+    """
+    last: np.ndarray  # (N, F) of the model's last stage, for the first baseline
+    motion: np.ndarray | None = None  # (N, F) of a MotionReadout, where there is an image network
+    blocks: dict | None = None  # name -> columns of these that a readout may choose
     # with --freeze_backbone, which trains on them instead of pixels:
     views: np.ndarray | None = None  # (V, N, F) or (V, N, T, F) of random clips
     of_clips: dict | None = None  # (row, start) of a predicted clip -> (F,) or (T, F)
@@ -268,9 +314,18 @@ class Study:
         """ClipAudit of a row."""
         return self.store.audit[self.stored[row]]
 
-    def mask(self, row):
-        """(T,) bool, True = a real frame of a row's clip."""
-        return np.arange(self.args.n_frames) < self.audit(row).n_grid
+    def mask(self, row, start):
+        """(T,) bool, True = a frame of the clip at `start` that the model is to read.
+
+        None after the row's last frame, and no frame again for MOTION_READOUT, which compares
+        neighbours.
+        """
+        found = self.audit(row)
+        places = start + np.arange(self.args.n_frames)
+        mask = places < found.n_grid
+        if self.args.model == MOTION_READOUT:
+            mask[1:] &= ~np.isin(places[1:], found.repeats)
+        return mask
 
     def start_range(self, row, jitter_sec=0.0):
         """(first, last) grid frame at which a clip may start, jitter_sec outside the event."""
@@ -373,6 +428,10 @@ def load_study(args, say, skipped_file=None, names=None, need_labels=True):
     if late:
         say(f"note: the picture starts {max(late.values()):.2f} s or less after the start of the file in {len(late)} "
             f"videos ({common.shorten_list(late, 3)}); seconds count from the start of the file, as a player shows them")
+    slow = {found.path for found in store.audit if found.repeats and found.n_frames > 1}
+    if slow:
+        say(f"note: {len(slow)} videos have fewer than {args.fps:g} frames a second (--fps), and show some twice "
+            f"({common.shorten_list(sorted(slow), 3)})")
     if not len(stored):
         raise common.UserError(f"none of {len(table)} rows can be used "
                                f"(first: {skipped[0]['reason']})")
@@ -459,28 +518,32 @@ class Clips(common.Samples):
         epoch, index = key
         row, start = self.row_starts[index]
         generator = common.generator_for(self.args.seed, epoch, index)
-        if self.features is None:
-            inputs = self.pixels(row, start, generator)
-        elif start is None:
+        if self.features and start is None:
             view = torch.randint(len(self.features.views), (), generator=generator)
             inputs = self.features.views[view, row]
-        else:
+            start = 0
+        elif self.features:
             inputs = self.features.of_clips[row, start]
-        mask = torch.from_numpy(self.study.mask(row))
+        else:
+            start = self.random_start(row, generator) if start is None else start
+            inputs = self.pixels(row, start, generator)
+        mask = torch.from_numpy(self.study.mask(row, start))
         sample = {"input": torch.from_numpy(inputs), "mask": mask}
         if self.objective:
             sample["target"] = self.objective.target[row]
             sample["weight"] = self.objective.weight[row]
         return sample
 
+    def random_start(self, row, generator):
+        """Grid frame at which a train clip of the row starts."""
+        first, last = self.study.start_range(row, self.args.jitter_sec)
+        return first + int(torch.randint(last - first + 1, (), generator=generator))
+
     def pixels(self, row, start, generator):
-        """Clip at `start` (None: a random one), uint8 (T, S, S, 3); black after its last frame."""
+        """Clip at `start`, uint8 (T, S, S, 3); black after its last frame."""
         length = self.args.n_frames
         size = self.args.image_size
         preset = "none" if self.presets is None else self.presets[row]
-        if start is None:
-            first, last = self.study.start_range(row, self.args.jitter_sec)
-            start = first + int(torch.randint(last - first + 1, (), generator=generator))
         chosen = self.study.frames(row, start, start + length)
         clip = np.zeros((length, size, size, 3), np.uint8)
         if preset == "none":
@@ -547,6 +610,95 @@ class ClipNet(common.BackboneModel):
         return self.head(features)  # (B, F) -> (B, K)
 
 
+def places_of(mask, device):
+    """(frames,) indices into the B * T frames of a batch that the mask marks."""
+    return mask.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+
+
+def real_frames(clips, mask):
+    """The frames that the mask marks: (B, T, 3, S, S), (B, T) -> (frames, 3, S, S)."""
+    if mask.all():
+        return clips.flatten(0, 1)
+    frames = clips.movedim(2, -1).flatten(0, 1)  # (B * T, S, S, 3): colours stay the last
+    return frames[places_of(mask, clips.device)].movedim(-1, 1)
+
+
+def in_places(values, mask):
+    """What is known of those frames, 0 for the others: (frames, ...), (B, T) -> (B, T, ...)."""
+    if mask.all():
+        return values.unflatten(0, mask.shape)
+    everywhere = values.new_zeros(mask.numel(), *values.shape[1:])
+    everywhere = everywhere.index_copy(0, places_of(mask, values.device), values)
+    return everywhere.unflatten(0, mask.shape)
+
+
+def mean_and_sd(features, mask):
+    """(B, T, F) features and (B, T), True = counts -> (B, 2 F) over time; the SD tells motion."""
+    mask = mask[..., None].to(features.device)  # (B, T, 1)
+    count = mask.sum(1).clamp(min=1)
+    mean = (features * mask).sum(1) / count
+    deviation = (features - mean[:, None]) * mask
+    return torch.cat([mean, ((deviation ** 2).sum(1) / count).sqrt()], 1)
+
+
+class MotionReadout(ClipNet):
+    """A linear layer on the maps of an image backbone: clips (B, T, 3, S, S), mask (B, T) -> (B, K).
+
+    It reads, of each channel (C of the last three resolutions together), appearance: mean and SD
+    over time of its mean over the picture; and motion: how far it rises, and how far it falls, from
+    one frame to the next, at the place where it does so most, as the root mean square over time.
+    The mask tells real frames that are not the frame before again.
+    """
+
+    def __init__(self, backbone, n_outputs, image_size):
+        maps = common.FeatureMaps(backbone, image_size)
+        self.n_channels = sum(maps.n_channels)
+        super().__init__(maps, 4 * self.n_channels, n_outputs)
+
+    def blocks(self):
+        """{name: columns of the features} that the readout may choose from."""
+        appearance, motion = np.arange(4 * self.n_channels).reshape(2, -1)
+        return {"appearance": appearance, "motion": motion, "both": np.append(appearance, motion)}
+
+    def last_stage(self, features):
+        """(N, F) features -> those of appearance of the last resolution alone."""
+        means, sds = features[:, :2 * self.n_channels].reshape(-1, 2, self.n_channels).swapaxes(0, 1)
+        n_last = self.backbone.n_channels[-1]
+        return np.append(means[:, -n_last:], sds[:, -n_last:], axis=1)
+
+    def see(self, frames):
+        """(n, 3, S, S) -> (n, 3, C): mean, largest rise and largest fall since the frame before.
+
+        The first frame has none before it and gets 0. In fp32: bf16 would round changes away.
+        """
+        with torch.autocast(frames.device.type, enabled=False):
+            maps = self.backbone(frames)  # three of (n, C, H, W)
+        means = [each.mean((2, 3)) for each in maps]
+        changes = [torch.diff(each.flatten(2), dim=0) for each in maps]  # (n - 1, C, H * W)
+        rises = torch.cat([each.amax(2).clamp(min=0) for each in changes], 1)
+        falls = torch.cat([each.amin(2).clamp(max=0) for each in changes], 1)
+        since_before = torch.stack([rises, falls], 1)  # (n - 1, 2, C)
+        since_before = nn.functional.pad(since_before, (0, 0, 0, 0, 1, 0))
+        return torch.cat([torch.cat(means, 1)[:, None], since_before], 1)
+
+    def pool(self, seen, mask):
+        """What is seen in the frames of clips, (B, T, 3, C), and their mask (B, T) -> (B, 4 C)."""
+        mask = mask.to(seen.device)
+        # not the first frame of a clip: its change is from another clip
+        is_pair = (mask & (mask.cumsum(1) > 1))[..., None, None]  # (B, T, 1, 1)
+        squares = (seen[:, :, 1:] ** 2 * is_pair).sum(1)  # (B, 2, C)
+        motion = (squares / is_pair.sum(1).clamp(min=1)).sqrt()
+        return torch.cat([mean_and_sd(seen[:, :, 0], mask), motion.flatten(1)], 1)
+
+    def extract(self, clips, mask):
+        """(B, T, 3, S, S), (B, T) -> (B, 4 C)."""
+        return self.pool(in_places(self.see(real_frames(clips, mask)), mask), mask)
+
+    def forward(self, clips, mask):
+        # clips, (B, T, 3, C) seen in their frames, or (B, F) features
+        return super().forward(self.pool(clips, mask) if clips.ndim == 4 else clips, mask)
+
+
 class FrameLstm(common.BackboneModel):
     """An image backbone frame by frame, then an LSTM: clips (B, T, 3, S, S), mask (B, T) -> (B, K).
 
@@ -556,19 +708,12 @@ class FrameLstm(common.BackboneModel):
     def __init__(self, backbone, n_features, n_outputs, hidden, dropout=0.0, bounded=False,
                  freeze_norm=False):
         super().__init__(backbone, freeze_norm)
-        self.n_features = n_features
         self.lstm = nn.LSTM(n_features, hidden, batch_first=True)
         self.head = Head(hidden, n_outputs, dropout, bounded)
 
     def extract(self, clips, mask):
         """Features of the real frames, 0 for the others: (B, T, 3, S, S), (B, T) -> (B, T, F)."""
-        if mask.all():
-            return self.backbone(clips.flatten(0, 1)).float().unflatten(0, mask.shape)
-        places = mask.flatten().nonzero()[:, 0].to(clips.device, non_blocking=True)
-        frames = clips.movedim(2, -1).flatten(0, 1)  # (B * T, S, S, 3): colours stay the last
-        found = self.backbone(frames[places].movedim(-1, 1))  # (frames, 3, S, S) -> (frames, F)
-        features = torch.zeros(mask.numel(), self.n_features, device=clips.device)
-        return features.index_copy(0, places, found.float()).unflatten(0, mask.shape)  # (B, T, F)
+        return in_places(self.backbone(real_frames(clips, mask)).float(), mask)
 
     def forward(self, clips, mask):
         # (B, T, 3, S, S) clips, or (B, T, F) features of a frozen backbone
@@ -589,21 +734,29 @@ def build_model(args, n_outputs):
         raise common.UserError(
             f"--model {args.model} needs --n_frames {n_frames} --image_size {size}, "
             f"found {args.n_frames} and {args.image_size}")
-    is_lstm = args.model == CNN_LSTM
+    if args.model in FRAME_MODELS:
+        name, family, example = args.backbone, "models", torch.zeros(1, 3, size, size)
+    else:
+        name, family, example = args.model, "video", torch.zeros(1, 3, n_frames, size, size)
     backbone, n_features = common.build_backbone(
-        args.backbone if is_lstm else args.model, args.pretrained, args.weights, size,
-        family="models" if is_lstm else "video")
-    example = torch.zeros(1, 3, size, size) if is_lstm else torch.zeros(1, 3, n_frames, size, size)
+        name, args.pretrained, args.weights, size, family)
+    if args.model == MOTION_READOUT:
+        return MotionReadout(backbone, n_outputs, size)
     common.freeze_stages(backbone, args.freeze_stages, example)
     shared = {"dropout": args.dropout, "bounded": args.bounded, "freeze_norm": args.freeze_norm}
-    if is_lstm:
+    if args.model == CNN_LSTM:
         return FrameLstm(backbone, n_features, n_outputs, args.hidden, **shared)
     return ClipNet(backbone, n_features, n_outputs, **shared)
 
 
 def pixel_statistics(args):
     """(mean, sd) of the three colours that the published weights of the flags' network expect."""
-    return common.pixel_statistics(args.backbone if args.model == CNN_LSTM else args.model, args.weights)
+    return common.pixel_statistics(network_name(args), args.weights)
+
+
+def network_name(args):
+    """The network whose weights --weights or torchvision has."""
+    return args.backbone if args.model in FRAME_MODELS else args.model
 
 
 class Behaviours:
@@ -916,10 +1069,12 @@ def start_model(args, objective, compute):
 def fit(run, args, study, split, features):
     """Train on split['train'], choose the epoch on split['val']; returns Fitted."""
     compute = run.compute
-    objective = TASKS[args.task](args, study, split["train"])
+    train = split["train"]
+    objective = TASKS[args.task](args, study, train)
     column, higher_is_better = select_column(args.select, objective)
     train_loader, loaders = make_loaders(study, split, objective, args, compute, features)
-    shift = objective.prior_shift(objective.rows_of_epoch(split["train"]))
+    is_solved = args.model == MOTION_READOUT  # from each row once, at the natural class shares
+    shift = objective.prior_shift(train if is_solved else objective.rows_of_epoch(train))
     model = start_model(args, objective, compute)
     mean, sd = pixel_statistics(args)
     run.say(f"{args.model}: colours are normalised with mean {mean} and SD {sd}, "
@@ -931,24 +1086,55 @@ def fit(run, args, study, split, features):
         run, model, optimizer, args, column, lambda: model_metadata(args, study, objective, shift),
         higher_is_better, study.hashes, split)
     for _ in training.epochs():
-        row = train_one_epoch(model, train_loader, objective, training, args, compute)
+        if is_solved:
+            solve_head(model, study, train, features, run.say)
+            outputs = evaluate(model, loaders["train"], args, compute)
+            row = {"train_loss": objective.history(outputs, train)["loss"]}
+        else:
+            row = train_one_epoch(model, train_loader, objective, training, args, compute)
         outputs = evaluate(model, loaders["val"], args, compute) + shift
         for name, value in objective.history(outputs, split["val"]).items():
             row[f"val_{name}"] = value
         training.end_epoch(row)
+    outputs = predict_with_best(training, study, split, loaders, objective, shift)
+    return Fitted(outputs, objective, training)
+
+
+def predict_with_best(training, study, split, loaders, objective, shift):
+    """{part: outputs (M, K)} of the best epoch; of classes the calibration on val is saved with it."""
+    run = training.run
     best = training.load_best()
     outputs = {}
     for part, loader in loaders.items():
-        outputs[part] = evaluate(model, loader, args, compute) + shift
-    if args.task == "classify":
-        label = objective.label[split["val"]]
-        calibration = calibrate(outputs["val"], label, objective.positive)
-        best["calibration"] = calibration
-        calibrating_rows = common.SeenRows(fitted=[], chose=study.hashes[split["val"]])
-        best["seen"] = training.seen.plus(calibrating_rows)
-        common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
-        common.write_json(run.path("calibration.json"), calibration)
-    return Fitted(outputs, objective, training)
+        outputs[part] = evaluate(training.model, loader, training.args, run.compute) + shift
+    if study.table.label is None:
+        return outputs
+    val = split["val"]
+    calibration = calibrate(outputs["val"], objective.label[val], objective.positive)
+    best["calibration"] = calibration
+    best["seen"] = training.seen.plus(common.SeenRows(fitted=[], chose=study.hashes[val]))
+    common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
+    common.write_json(run.path("calibration.json"), calibration)
+    return outputs
+
+
+def fit_motion_readout(study, rows, features):
+    """baseline_models.Readout of these rows on features.motion."""
+    n_classes = None if study.table.label is None else len(study.table.names)
+    return baseline_models.fit_readout(
+        features.motion[rows], study.truth[rows], study.groups_of(rows), n_classes, features.blocks)
+
+
+def solve_head(model, study, rows, features, say):
+    """Put the readout that these rows give into the linear layer of a MotionReadout."""
+    readout = fit_motion_readout(study, rows, features)
+    named = ", ".join(map(" ".join, zip(study.table.names, readout.blocks)))
+    say(f"features by the inner folds: {named if study.table.label is None else readout.blocks[0]}")
+    span = model.head.span.cpu().double().numpy()
+    offset = model.head.offset.cpu().double().numpy()
+    dataclasses.replace(
+        readout, weights=readout.weights / span, intercept=(readout.intercept - offset) / span,
+    ).write_into(model.head.linear)
 
 
 def model_metadata(args, study, objective, shift):
@@ -983,40 +1169,50 @@ def extract_features(model, clips, epoch, args, compute):
     return torch.cat(compute.processes.gather(features)).numpy()
 
 
-def pool_over_time(features, mask):
-    """Mean and SD over the real frames, which tells still clips from moving ones.
-
-    features: (N, T, F), mask: (N, T), True = a real frame; returns (N, 2 F).
-    """
-    mask = mask[..., None]  # (N, T, 1)
-    count = mask.sum(1)
-    mean = (features * mask).sum(1) / count
-    deviation = (features - mean[:, None]) * mask
-    sd = np.sqrt((deviation ** 2).sum(1) / count)
-    return np.concatenate([mean, sd], axis=1)
-
-
 def untuned_features(args, study, run):
-    """Features from the backbone before any tuning: for the baselines, and --freeze_backbone.
+    """Features from networks before any tuning: for the baselines, and --freeze_backbone.
 
     The baselines see the clips that the model predicts.
     """
     compute = run.compute
     rows = np.arange(len(study.table))
     model = compute.place(build_model(args, len(study.table.names)))
-    predicted_clips = Clips(study, rows)
-    row_starts = predicted_clips.row_starts
-    found = extract_features(model, predicted_clips, 0, args, compute)
+    clips = Clips(study, rows)
+    found = extract_features(model, clips, 0, args, compute)
     of_clips = found  # (clips, F)
     if found.ndim == 3:
-        of_clips = pool_over_time(found, np.stack([study.mask(row) for row, _ in row_starts]))
-    pooled = combine_clips(of_clips, row_starts, "mean")
-    if not args.freeze_backbone:
-        return Features(pooled)
-    random_clips = Clips(study, rows, augment_presets(study.table, args.augment_for, args.augment))
-    views = np.stack([extract_features(model, random_clips, view, args, compute)
-                      for view in range(args.feature_views)])
-    return Features(pooled, views, dict(zip(row_starts, found)))
+        masks = np.stack([study.mask(row, start) for row, start in clips.row_starts])
+        of_clips = mean_and_sd(torch.from_numpy(found), torch.from_numpy(masks)).numpy()
+    pooled = combine_clips(of_clips, clips.row_starts, "mean")
+    if args.model == MOTION_READOUT:
+        return Features(
+            last=model.last_stage(pooled), motion=pooled, blocks=model.blocks(),
+            of_clips=dict(zip(clips.row_starts, found)))
+    features = Features(last=pooled)
+    motion = features_of_motion_readout(args, study, run)
+    if motion:
+        features.motion, features.blocks = motion.motion, motion.blocks
+    if args.freeze_backbone:
+        presets = augment_presets(study.table, args.augment_for, args.augment)
+        views = [extract_features(model, Clips(study, rows, presets), view, args, compute)
+                 for view in range(args.feature_views)]
+        features.views = np.stack(views)
+        features.of_clips = dict(zip(clips.row_starts, found))
+    return features
+
+
+def features_of_motion_readout(args, study, run):
+    """Features of the MotionReadout that any other model is compared with.
+
+    None, with a note, where its image network or the weights of that cannot be had.
+    """
+    weights = args.weights if args.model == CNN_LSTM else None
+    own = argparse.Namespace(**{**vars(args), "model": MOTION_READOUT, "weights": weights})
+    try:
+        return untuned_features(own, dataclasses.replace(study, args=own), run)
+    except common.UserError as error:
+        run.say(f"note: no motion readout to compare with: {error}")
+        return None
 
 
 # --- results: predictions table -> judged run folder -------------------------------------------
@@ -1075,25 +1271,25 @@ def calibration_of_rows(calibration, n_rows):
 def predict_baselines(study, features, train, rows):
     """{name: (M, K)} predictions without training a network.
 
-    The class shares or means of the train rows, and a linear model on the untuned features.
+    The class shares or means of the train rows, and linear models on untuned features: of the
+    model's last stage, and for other models the motion readout.
     """
     table = study.table
-    known = features.pooled[train]
-    asked = features.pooled[rows]
-    shared = {"groups": study.groups_of(train), "sd_floor": baseline_models.FEATURE_SD_FLOOR}
-    if table.target is None:
-        label = table.label[train]
-        n_classes = len(table.names)
-        logistic = baseline_models.fit_logistic(known, label, n_classes, **shared)
-        return {
-            "train_prior": baseline_models.prior_baseline(label, len(rows), n_classes),
-            "logistic": logistic.predict(asked),
-        }
+    groups = study.groups_of(train)
+    n_classes = None if table.label is None else len(table.names)
+    readouts = {}
+    last = baseline_models.fit_readout(features.last[train], study.truth[train], groups, n_classes)
+    readouts["logistic" if n_classes else "ridge"] = last.predict(features.last[rows])
+    if features.motion is not None and study.args.model != MOTION_READOUT:
+        motion = fit_motion_readout(study, train, features)
+        readouts[MOTION_READOUT] = motion.predict(features.motion[rows])
+    if n_classes:
+        prior = baseline_models.prior_baseline(table.label[train], len(rows), n_classes)
+        return {"train_prior": prior} | {
+            name: class_scores.softmax(logits) for name, logits in readouts.items()}
     target = table.target[train]
     predicted = {
-        "train_mean": baseline_models.train_mean_baseline(target, len(rows)),
-        "ridge": baseline_models.fit_ridge(known, target, **shared).predict(asked),
-    }
+        "train_mean": baseline_models.train_mean_baseline(target, len(rows)), **readouts}
     moments = moment_levels(study)
     if moments is not None:
         codes = np.unique(moments, return_inverse=True)[1]
@@ -1117,10 +1313,17 @@ def predictions_table(study, held_out):
         "groups": study.groups_of(rows),
         "seen": held_out.seen,
     }
-    fold = {} if held_out.fold is None else {"fold": held_out.fold}
+    start_sec, end_sec = table.windows[rows].T
+    where = {
+        "video": np.array([str(table.sources[row]) for row in rows]),
+        "start_sec": start_sec,
+        "end_sec": end_sec,
+    }
+    if held_out.fold is not None:
+        where["fold"] = held_out.fold
     if table.target is not None:
         return prediction_tables.ScoreTable(
-            keys={"clip_id": table.clip_ids[rows], **fold},
+            keys={"clip_id": table.clip_ids[rows], **where},
             target=table.target[rows],
             predicted=held_out.outputs,
             spread=held_out.spread,
@@ -1132,7 +1335,8 @@ def predictions_table(study, held_out):
         probability = class_scores.softmax(held_out.outputs / held_out.temperature[:, None])
     n_clips = np.array([len(study.starts(row)) for row in rows])
     return prediction_tables.ClassTable(
-        keys={"clip_id": table.clip_ids[rows], "event": table.events[rows], "n_clips": n_clips, **fold},
+        keys={"clip_id": table.clip_ids[rows], "event": table.events[rows], "n_clips": n_clips,
+              **where},
         positive=study.positive,
         label=table.label[rows],
         probability=probability,
@@ -1445,8 +1649,8 @@ def judge_ensemble(run, args, study, members):
 
 def train(args):
     """--mode train: one split, or all folds."""
-    is_3d = args.model != CNN_LSTM
-    with common.start_run(args, fp32_on_cpu=is_3d, fixed_shapes=is_3d) as run:
+    is_lstm = args.model == CNN_LSTM
+    with common.start_run(args, fp32_on_cpu=not is_lstm, fixed_shapes=not is_lstm) as run:
         check_fold_of_file(args)
         check_weights(args)
         study = load_study(args, run.say, run.path("skipped.csv"))
@@ -1459,7 +1663,7 @@ def train(args):
 
 def check_weights(args):
     """UserError for weights that cannot be had, before any video is decoded."""
-    name = args.backbone if args.model == CNN_LSTM else args.model
+    name = network_name(args)
     if args.weights:
         common.load_weights_file(args.weights)
     elif args.pretrained and name in torchvision.models.list_models():
@@ -1506,7 +1710,10 @@ def load_members(paths, compute):
             flags = argparse.Namespace(**content["architecture"], **untrained)
             model = build_model(flags, len(content["names"]))
         common.load_state(model, content["model"], path)
-        members.append(Member(compute.place(model).eval(), content))
+        model = compute.place(model).eval()
+        if members and has_same_weights(model.backbone, members[0].model.backbone):
+            model.backbone = members[0].model.backbone  # of frozen folds: what it sees counts for all
+        members.append(Member(model, content))
         first = members[0].content
         if (flags.task, content["names"]) != (first["architecture"]["task"], first["names"]):
             raise common.UserError(
@@ -1515,8 +1722,18 @@ def load_members(paths, compute):
     return members
 
 
+def has_same_weights(one, other):
+    """Whether two modules are the same."""
+    states = one.state_dict(), other.state_dict()
+    is_alike = states[0].keys() == states[1].keys()
+    return is_alike and all(map(torch.equal, states[0].values(), states[1].values()))
+
+
 def predict(args):
     """--mode predict: one row for each row of the manifest; the mean over the checkpoints."""
+    if args.video:
+        predict_recordings(args)
+        return
     compute = common.choose_compute(args.device, args.use_amp)
     members = load_members(args.checkpoint, compute)
     own = ("clips_per_event", "aggregation", "min_event_sec")
@@ -1573,6 +1790,237 @@ def predict_rows(member, study, compute):
         **calibration_of_rows(calibration, len(rows)))
 
 
+# --- whole recordings --------------------------------------------------------------------------
+
+def predict_recordings(args):
+    """--mode predict --video: windows, bouts and ethogram of each recording, in a run folder."""
+    videos = recordings_in(args.video)
+    with common.start_run(args) as run:
+        members = load_members(args.checkpoint, run.compute)
+        check_window(members)
+        run.write_args(videos=list(videos))
+        tables = {"windows": [], "bouts": []}
+        failed = []
+        for name, path in videos.items():
+            try:
+                recording = open_recording(path, members)
+                windows = read_windows(recording, members, args, run, name)
+            except common.UserError as error:
+                failed.append(f"{name}: {common.one_line(error)}")
+                continue
+            say_losses(recording, run.say)
+            folder = run.path(name.replace(".", "_"))
+            folder.mkdir(parents=True, exist_ok=True)
+            for kind, rows in describe_recording(recording, windows, members, args, folder).items():
+                common.write_table(folder / f"{kind}.csv", rows)
+                tables[kind] += rows
+                common.write_table(run.path(f"{kind}.csv"), tables[kind])
+        for line in failed:
+            run.say(f"skipped: {line}")
+        run.say(f"{len(videos) - len(failed)} of {len(videos)} recordings read, "
+                f"{len(tables['bouts'])} bouts; open next: {run.folder}")
+    if len(failed) == len(videos):
+        raise common.UserError(f"no recording in {args.video} could be read; see {run.path('log.txt')}")
+
+
+def recordings_in(path):
+    """{name below the folder: path} of the recordings that --video names."""
+    if path.is_file():
+        return {path.name: path}
+    videos, others = file_names.find_videos(path)
+    videos |= {name: file for name, file in others.items() if video_files.has_pictures(file)}
+    if not videos:
+        raise common.UserError(f"--video {path}: found no video in it")
+    return videos
+
+
+def check_window(members):
+    """UserError where the checkpoints give no classes, or read other windows."""
+    first, *others = [member.content["architecture"] for member in members]
+    if first["task"] != "classify":
+        raise common.UserError("--video needs checkpoints of --task classify: a sequence of scores "
+                               "has no window of its own")
+    window = ("image_size", "n_frames", "fps")
+    if any(flags[name] != first[name] for flags in others for name in window):
+        raise common.UserError(f"--video: the checkpoints differ in {', '.join(window)}; "
+                               "predict with each alone")
+
+
+def open_recording(path, members):
+    """The Recording on the grid of the trained window."""
+    flags = members[0].content["architecture"]
+    return video_files.Recording(
+        path, flags["fps"], resize_side(flags["image_size"]), flags["pixel_range"])
+
+
+def say_losses(recording, say):
+    """Name what of a recording could not be read."""
+    if recording.fault or recording.read_sec < 0.98 * recording.expected_sec - 1:
+        say(f"note: {recording.path}: read up to {recording.read_sec:.1f} of "
+            f"{recording.expected_sec:.1f} s by its header {recording.fault}")
+    if recording.damaged:
+        say(f"note: {recording.path}: {len(recording.damaged)} frames are damaged, the first at "
+            f"{recording.damaged[0]:.2f} s; windows there show the frames before them")
+
+
+class SlidingWindow:
+    """Windows of one clip over the frames of a recording, of which no more than needed are kept.
+
+    Of a MotionReadout what it sees in a frame, computed once; of other networks the pixels.
+    """
+
+    def __init__(self, members, args, compute):
+        self.members = members
+        self.compute = compute
+        self.args = [argparse.Namespace(**{**vars(args), **member.content["architecture"]})
+                     for member in members]
+        self.length = self.args[0].n_frames
+        self.kept = {}  # backbone -> values of the latest frames, (n, S, S, 3) or (n, 3, C)
+        self.is_new = np.zeros(0, bool)  # of these frames, see GridFrame
+        self.last_crop = None
+        self.n_frames = 0  # of the grid so far
+
+    def take(self, frames):
+        """The next GridFrames."""
+        size = self.args[0].image_size
+        crops = torch.from_numpy(np.stack([common.eval_crop(frame.pixels, size) for frame in frames]))
+        is_new = np.array([frame.is_new for frame in frames])
+        n_kept = len(frames) + self.length
+        before = crops[:1] if self.last_crop is None else self.last_crop
+        networks = {member.model.backbone: k for k, member in enumerate(self.members)}
+        for backbone, k in networks.items():
+            values = crops
+            if self.args[k].model == MOTION_READOUT:
+                values = self.see(k, torch.cat([before, crops[is_new]]))
+                values = values[is_new.cumsum()]  # a frame that is shown again, as it was seen before
+            kept = self.kept.get(backbone, values[:0])
+            self.kept[backbone] = torch.cat([kept, values])[-n_kept:]
+        self.last_crop = crops[-1:]
+        self.is_new = np.append(self.is_new, is_new)[-n_kept:]
+        self.n_frames += len(frames)
+
+    def see(self, k, crops):
+        """(n, 3, C) that member k sees in crops (n, S, S, 3)."""
+        clips, _ = to_device({"input": crops[None], "mask": None}, self.args[k], self.compute)
+        return self.members[k].model.see(clips[0])
+
+    def probability(self, starts):
+        """(B, C) mean over the members, after calibration, for windows that start at these places."""
+        first = self.n_frames - len(self.is_new)
+        places = torch.as_tensor(starts)[:, None] + torch.arange(self.length) - first  # (B, T)
+        found = []
+        for member, args in zip(self.members, self.args):
+            mask = torch.ones(places.shape, dtype=torch.bool)
+            if args.model == MOTION_READOUT:
+                mask[:, 1:] = torch.from_numpy(self.is_new)[places[:, 1:]]
+            batch = {"input": self.kept[member.model.backbone][places], "mask": mask}
+            clips, mask = to_device(batch, args, self.compute)
+            with self.compute.autocast():
+                logits = member.model(clips, mask).cpu().double().numpy()
+            temperature = member.content.get("calibration", {}).get("temperature", 1.0)
+            shift = member.content.get("prior_shift", 0.0)
+            found.append(class_scores.softmax((logits + shift) / temperature))
+        return np.mean(found, axis=0)
+
+
+@torch.no_grad()
+def read_windows(recording, members, args, run, label):
+    """ethograms.Windows of a recording: one every --every seconds, on its grid, the last at its end.
+
+    What is shorter than a window is one, in which the last frame is shown on.
+    """
+    fps = recording.fps
+    step = max(round(args.every * fps), 1)
+    n_frames = step * args.val_batch_size  # at a time
+    window = SlidingWindow(members, args, run.compute)
+    starts = []  # places on the grid
+    found = []
+    grid = recording.grid()
+    batches = iter(lambda: list(itertools.islice(grid, n_frames)), [])
+    total = math.ceil(recording.expected_sec * fps / n_frames)
+    frames = []
+    for frames in common.with_progress(run, label, batches, total):
+        window.take(frames)
+        first = starts[-1] + step if starts else 0
+        complete = range(first, window.n_frames - window.length + 1, step)
+        if complete:
+            starts += complete
+            found.append(window.probability(complete))
+    if not frames:
+        raise common.UserError(recording.fault or "no frame can be decoded")
+    begin_sec = frames[-1].time_sec - (window.n_frames - 1) / fps
+    if window.n_frames < window.length:
+        again = dataclasses.replace(frames[-1], is_new=False)
+        window.take([again] * (window.length - window.n_frames))
+    last = window.n_frames - window.length
+    if last not in starts[-1:]:
+        starts.append(last)
+        found.append(window.probability([last]))
+    probability = np.concatenate(found)
+    start_sec = begin_sec + np.array(starts) / fps
+    end_sec = np.minimum(start_sec + window.length / fps, recording.read_sec)
+    return ethograms.Windows(
+        np.stack([start_sec, end_sec], 1), probability, choose_classes(probability, members))
+
+
+def choose_classes(probability, members):
+    """(W,) classes by the threshold of the checkpoints, or the most probable ones."""
+    content = members[0].content
+    calibrations = [member.content.get("calibration") for member in members]
+    if not all(calibrations):
+        return class_scores.predicted_class(probability)
+    threshold = np.mean([calibration["threshold"] for calibration in calibrations])
+    positive = content["names"].index(content["positive"])
+    return class_scores.predicted_class(probability, threshold, positive)
+
+
+def describe_recording(recording, windows, members, args, folder):
+    """Draw a recording's ethogram, and with --annotate its copy; returns rows of windows and bouts."""
+    names = members[0].content["names"]
+    bouts = ethograms.bouts_of(windows, names, args.min_bout_sec, args.merge_gap_sec)
+    ethograms.plot_ethogram(windows, bouts, names, folder / "ethogram.png")
+    if args.annotate:
+        again = open_recording(recording.path, members)
+        ethograms.annotate(again, windows, names, folder / "annotated.mp4")
+    video = str(recording.path.resolve())
+    rows = []
+    for (start_sec, end_sec), probability, c in zip(
+            windows.spans, windows.probability, windows.chosen):
+        each = {f"prob_{name}": p for name, p in zip(names, probability)}
+        rows.append({"video": video, "start_sec": start_sec, "end_sec": end_sec,
+                     "pred_label": names[c], **each})
+    return {"windows": rows, "bouts": [{"video": video, **vars(bout)} for bout in bouts]}
+
+
+def judge_bouts(args):
+    """--mode judge_bouts: the bouts of predict --video against a table of events."""
+    windows, bouts = (csv_tables.read_table(args.predictions / f"{kind}.csv").assign(
+        start_sec=lambda table: table["start_sec"].astype(float),
+        end_sec=lambda table: table["end_sec"].astype(float)) for kind in ("windows", "bouts"))
+    names = [name.removeprefix("prob_") for name in windows if name.startswith("prob_")]
+    as_they_are = argparse.Namespace(**{**vars(args), "min_event_sec": 0.0})
+    table = read_table(as_they_are, names)
+    events = table.extra.assign(
+        video=[str(Path(source).resolve()) for source in table.sources],
+        label=np.array(names)[table.label],
+        start_sec=np.nan_to_num(table.windows[:, 0]),  # without times: from the start to the end
+        end_sec=np.nan_to_num(table.windows[:, 1], nan=math.inf))
+    is_watched = events["video"].isin(windows["video"])
+    print(f"{is_watched.sum()} of {len(events)} events are in the recordings")
+    if not is_watched.any():
+        raise common.UserError(f"no event is in a recording of {args.predictions}: expected "
+                               f"{common.shorten_list(set(windows['video']), 3)}, "
+                               f"found {common.shorten_list(set(events['video']), 3)}")
+    rows, method = ethograms.judge_bouts(windows, bouts, events, names)
+    output = args.output or args.predictions / "bout_scores.csv"
+    common.write_table(output, rows)
+    for row in rows:
+        print(f"{row['label']}: {row['bouts']} bouts, {row['events']} events; F1 at IoU .25 "
+              f"{row['f1_at_0.25']:.3f}, at .5 {row['f1_at_0.5']:.3f}; kappa {row['kappa']:.3f} "
+              f"[{row['kappa_low']:.3f}, {row['kappa_high']:.3f}]")
+    print(f"{method}; written to {output}")
+
+
 def judge_predictions(args):
     """--mode evaluate: a short way to judge_predictions.py, for one table of predictions."""
     table = prediction_tables.read_predictions(
@@ -1620,7 +2068,7 @@ def audit(args):
 def main():
     args = parse_args()
     modes = {"train": train, "predict": predict, "evaluate": judge_predictions,
-             "audit": audit}
+             "audit": audit, "judge_bouts": judge_bouts}
     modes[args.mode](args)
 
 

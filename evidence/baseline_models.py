@@ -36,13 +36,14 @@ def standardisation(features, sd_floor=0.0):
     """(mean, sd), both (F,), of (N, F) features; the sd of a constant one is 1.
 
     sd_floor: features of one network share a unit, so one that hardly varied here must not count
-    as many sds when it does later; this share of the RMS sd is added in quadrature.
+    as many sds when it does later; this share of the RMS sd of those that vary is added in quadrature.
     """
     mean = features.mean(0)
     sd = features.std(0)
     is_constant = sd <= 1e-10 * (np.abs(mean) + 1e-300)
+    varied = sd[~is_constant] if not is_constant.all() else np.ones(1)
     sd = np.where(is_constant, 1.0, sd)
-    return mean, np.hypot(sd, sd_floor * math.sqrt(np.mean(sd**2)))
+    return mean, np.hypot(sd, sd_floor * math.sqrt(np.mean(varied**2)))
 
 
 def inner_folds(groups, folds, seed):
@@ -61,23 +62,32 @@ def inner_folds(groups, folds, seed):
     return [np.flatnonzero(fold_of[index] == fold) for fold in range(len(filled))]
 
 
-# --- ridge regression ----------------------------------------------------------------------------
-
-
 @dataclasses.dataclass
-class Ridge:
-    """A linear model on standardised features, made by fit_ridge."""
+class Standardised:
+    """A linear model on standardised features, K outputs."""
 
     feature_mean: np.ndarray  # (F,)
     feature_sd: np.ndarray  # (F,)
-    weights: np.ndarray  # (F, R)
-    intercept: np.ndarray  # (R,)
-    penalty: np.ndarray  # (R,) the chosen lambda of each target
+    weights: np.ndarray  # (F, K)
+    intercept: np.ndarray  # (K,), -inf for a class without a train row
+    penalty: float | np.ndarray  # the chosen lambda
+    inner_error: float | np.ndarray  # its summed error on the left-out inner folds, NaN without any
+
+    def outputs(self, features):
+        """(N, F) features -> (N, K) float64."""
+        x = (np.asarray(features, np.float64) - self.feature_mean) / self.feature_sd
+        return x @ self.weights + self.intercept
+
+
+# --- ridge regression ----------------------------------------------------------------------------
+
+
+class Ridge(Standardised):
+    """A linear model of R targets, made by fit_ridge; penalty and inner_error are (R,)."""
 
     def predict(self, features):
         """(N, F) features -> (N, R) float64 in the unit of the labels."""
-        x = (np.asarray(features, np.float64) - self.feature_mean) / self.feature_sd
-        return x @ self.weights + self.intercept
+        return self.outputs(features)
 
 
 def fit_ridge(
@@ -102,13 +112,14 @@ def fit_ridge(
         weights=np.zeros((x.shape[1], n_targets)),
         intercept=common.mean_without_nan(target, axis=0),
         penalty=np.full(n_targets, np.nan),
+        inner_error=np.full(n_targets, np.nan),
     )
     labelled = ~np.isnan(target)
     for rows in np.unique(labelled, axis=1).T:
         if rows.sum() < 3:
             continue
         columns = np.flatnonzero((labelled == rows[:, None]).all(0))
-        weights, penalty = _solve_ridge(
+        weights, penalty, error = _solve_ridge(
             x[rows],
             target[np.ix_(rows, columns)],
             np.array(lambdas),
@@ -116,12 +127,13 @@ def fit_ridge(
         )
         model.weights[:, columns] = weights
         model.penalty[columns] = penalty
+        model.inner_error[columns] = error
         model.intercept[columns] -= x[rows].mean(0) @ weights
     return model
 
 
 def _solve_ridge(x, y, lambdas, folds):
-    """Weights (F, R) and lambda (R,) of the smallest held-out squared error."""
+    """Weights (F, R), lambda (R,) of the smallest held-out squared error, and that error (R,)."""
     x = x - x.mean(0)
     y = y - y.mean(0)
     is_primal = x.shape[1] <= len(x)
@@ -130,16 +142,17 @@ def _solve_ridge(x, y, lambdas, folds):
     # (N, K): orthogonal columns of squared length `power`
     scores = x @ basis if is_primal else basis * np.sqrt(power)
     projected = scores.T @ y  # (K, R)
-    errors = [
+    errors = np.array([
         held_out_error(scores, y, projected, power + penalty, folds)
         for penalty in lambdas
-    ]
-    penalty = lambdas[np.argmin(errors, axis=0)]
+    ])  # (lambdas, R)
+    penalty = lambdas[errors.argmin(0)]
+    error = errors.min(0)
     coefficients = projected / (power[:, None] + penalty)  # (K, R)
     if is_primal:
-        return basis @ coefficients, penalty
+        return basis @ coefficients, penalty, error
     dual = coefficients / np.sqrt(np.maximum(power, 1e-300))[:, None]
-    return x.T @ (basis @ dual), penalty
+    return x.T @ (basis @ dual), penalty, error
 
 
 def held_out_error(scores, y, projected, damped, folds):
@@ -160,20 +173,12 @@ def held_out_error(scores, y, projected, damped, folds):
 # --- logistic regression -------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Logistic:
-    """A multinomial logistic model on standardised features, made by fit_logistic."""
-
-    feature_mean: np.ndarray  # (F,)
-    feature_sd: np.ndarray  # (F,)
-    weights: np.ndarray  # (F, C)
-    intercept: np.ndarray  # (C,), -inf for a class without a train row
-    penalty: float  # the chosen lambda
+class Logistic(Standardised):
+    """A multinomial logistic model of C classes, made by fit_logistic."""
 
     def predict(self, features):
         """(M, F) features -> (M, C) probabilities."""
-        x = (np.asarray(features, np.float64) - self.feature_mean) / self.feature_sd
-        return class_scores.softmax(x @ self.weights + self.intercept)
+        return class_scores.softmax(self.outputs(features))
 
 
 def fit_logistic(
@@ -199,9 +204,10 @@ def fit_logistic(
     left, length, basis = np.linalg.svd((features - mean) / sd, full_matrices=False)
     scores = left * length  # (N, K)
     penalty = max(lambdas)
+    error = math.nan
     folds = inner_folds(groups[kept], folds=5, seed=0)
     if len(lambdas) > 1 and len(folds) > 1:
-        penalty = _choose_penalty(scores, label, n_classes, folds, lambdas)
+        penalty, error = _choose_penalty(scores, label, n_classes, folds, lambdas)
     weights, intercept = _solve_logistic(scores, label, n_classes, penalty)
     return Logistic(
         feature_mean=mean,
@@ -209,11 +215,12 @@ def fit_logistic(
         weights=basis.T @ weights,
         intercept=intercept,
         penalty=float(penalty),
+        inner_error=error,
     )
 
 
 def _choose_penalty(scores, label, n_classes, folds, lambdas):
-    """The lambda of the smallest held-out NLL, from large ones down until three bring no gain."""
+    """(lambda of the smallest held-out NLL, that NLL), from large ones down until three bring no gain."""
     tried = []
     errors = []
     for penalty in sorted(lambdas, reverse=True):
@@ -225,7 +232,7 @@ def _choose_penalty(scores, label, n_classes, folds, lambdas):
         )
         if len(errors) - np.argmin(errors) > 3:
             break
-    return tried[np.argmin(errors)]
+    return tried[np.argmin(errors)], min(errors)
 
 
 def _held_out_nll(scores, label, n_classes, rows, penalty):
@@ -281,6 +288,57 @@ def _solve_logistic(scores, label, n_classes, penalty):
     every_intercept = np.full(n_classes, -np.inf)
     every_intercept[present] = intercept.detach().numpy()
     return every_weight, every_intercept
+
+
+# --- a readout of an untuned network -------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Readout:
+    """A linear model on features as they are, made by fit_readout."""
+
+    weights: np.ndarray  # (F, K), 0 for features of other blocks than the chosen one
+    intercept: np.ndarray  # (K,)
+    blocks: list  # the chosen block of each target, one for all classes
+
+    def predict(self, features):
+        """(N, F) features -> (N, K) float64: scores, or logits."""
+        return np.asarray(features, np.float64) @ self.weights + self.intercept
+
+    def write_into(self, layer):
+        """Give an nn.Linear these weights."""
+        with torch.no_grad():
+            layer.weight.copy_(torch.from_numpy(self.weights.T))
+            layer.bias.copy_(torch.from_numpy(self.intercept))
+
+
+def fit_readout(features, truth, groups=None, n_classes=None, blocks=None):
+    """Linear model on (N, F) features of one untuned network -> Readout.
+
+    truth: (N, R) scores, NaN = missing (fit_ridge), or with n_classes (N,) labels (fit_logistic).
+    blocks: {name: indices of columns}, of which each target takes the one whose error on the inner
+    folds is the smallest, as it takes its penalty; None = all columns. groups: as in fit_ridge.
+    """
+    features = np.asarray(features, np.float64)
+    blocks = blocks or {"all": np.arange(features.shape[1])}
+    models = {}
+    for name, columns in blocks.items():
+        shared = {"groups": groups, "sd_floor": FEATURE_SD_FLOOR}
+        if n_classes:
+            models[name] = fit_logistic(features[:, columns], truth, n_classes, **shared)
+        else:
+            models[name] = fit_ridge(features[:, columns], truth, **shared)
+    errors = np.stack([np.atleast_1d(model.inner_error) for model in models.values()])
+    ratios = (errors / errors.min(axis=0)).round(9)  # equal ones are not told apart by rounding
+    chosen = [list(blocks)[best] for best in ratios.argmin(axis=0)]
+    n_outputs = next(iter(models.values())).weights.shape[1]
+    readout = Readout(np.zeros((features.shape[1], n_outputs)), np.zeros(n_outputs), chosen)
+    for k, name in enumerate(np.resize(chosen, n_outputs)):
+        model = models[name]
+        weights = model.weights[:, k] / model.feature_sd  # of features that are not standardised
+        readout.weights[blocks[name], k] = weights
+        readout.intercept[k] = model.intercept[k] - model.feature_mean @ weights
+    return readout
 
 
 def place_weights(place, sequences, train, rows, width=0.05):

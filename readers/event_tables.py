@@ -186,6 +186,9 @@ def folder_table(root, notes):
     unused = [name for name, path in others.items() if "/" in name and not video_files.has_pictures(path)]
     clips = [name for name in [*videos, *others] if "/" in name and name not in unused]
     if not clips:
+        clips = [name for name in file_names.images_by_name(root) if "/" in name]
+        notes.append(f"class folders of {len(clips)} pictures: each is a clip of one frame")
+    if not clips:
         raise common.UserError(f"{root}: expected class folders with clips (CLASS/clip.mp4), found none")
     if unused:
         notes.append(f"{len(unused)} files in class folders are no videos: {common.shorten_list(unused, 3)}")

@@ -241,12 +241,19 @@ def notes_on(fits, unused):
 def match_videos(names, root, exact=False):
     """Names as a manifest writes them -> ({name: Path or None}, notes on guesses and on videos without a row).
 
-    As match_images. UserError: a name fits several files, or several folders mean one file.
+    A name with the suffix of a picture means a picture, a clip of one frame. As match_images. UserError: a name fits
+    several files, or several folders mean one file.
     """
     videos, others = find_videos(root)
     files = {clean_name(file): path for file, path in (others | videos).items()}
     written = below_folder(names, root)
-    fits = NameIndex(files, VIDEO_SUFFIXES).match(written.values(), exact)  # other suffixes: only whole names
+    pictures = [own for own in written.values() if own.lower().endswith(IMAGE_SUFFIXES)]
+    others = [own for own in written.values() if own not in pictures]
+    fits = NameIndex(files, VIDEO_SUFFIXES).match(others, exact)  # other suffixes: only whole names
+    if pictures:
+        images = images_by_name(root)
+        fits |= NameIndex(images, IMAGE_SUFFIXES).match(pictures, exact)
+        files |= images
     unclear = [f"{name} -> {common.shorten_list(fit.files, 4)}" for name, fit in fits.items() if len(fit.files) > 1]
     folders_of = collections.defaultdict(set)
     for name, fit in fits.items():
@@ -262,7 +269,7 @@ def match_videos(names, root, exact=False):
                                f"disk as the paths have them")
     found = {name: files[fits[own].files[0]] if fits[own].files else None for name, own in written.items()}
     notes = notes_on_guesses(fits)
-    used = {Path(root), *found.values()}
+    used = {Path(root), *found.values()} | {path.parent for path in found.values() if path}
     unused = sorted(name for name, path in videos.items() if path not in used)
     if unused:
         notes.append(f"{len(unused)} videos or folders of pictures below {root} have no row and are not used: "

@@ -39,7 +39,8 @@ class VideoInfo:
 
     times: (n_frames,) float64 of the frames that can be decoded, increasing. damaged: (D,) of those that cannot, NaN
     where unknown. fps: frames a second by these times. duration_sec: until the last frame has been shown. header_fps,
-    header_frames: what the file claims. is_exact: the file's stamps increase by themselves, none had to be corrected.
+    header_frames, header_sec: what the file claims, 0 for nothing. is_exact: the file's stamps increase by themselves,
+    none had to be corrected.
     """
     path: str
     error: str | None = None
@@ -52,6 +53,7 @@ class VideoInfo:
     damaged: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
     header_frames: int = 0
     header_fps: float = 0.0
+    header_sec: float = 0.0
     is_exact: bool = True
 
     @property
@@ -114,6 +116,7 @@ class _Video:
         self.turns = None  # quarter turns that make a frame upright; the first one says it
         is_reordered_avi = self.container.format.name == "avi" and self.stream.codec_context.has_b_frames
         self.has_stamps = self.container.start_time is not None and not is_reordered_avi
+        self.is_exact = self.has_stamps
         self.start_sec = None
         self.first_sec = 0.0
         if self.container.start_time is not None and self.stream.start_time is not None:
@@ -133,7 +136,9 @@ class _Video:
         if not n_claimed and self.container.duration:
             n_claimed = round(fps * (self.container.duration / self.av.time_base - self.first_sec))
         n_frames = min(max(n_claimed, 1), MOST_GUESSED_FRAMES)
-        return _constant_rate(self.path, fps, n_frames, self.size, n_claimed, self.first_sec)
+        info = _constant_rate(self.path, fps, n_frames, self.size, n_claimed, self.first_sec)
+        info.header_sec = (self.container.duration or 0) / self.av.time_base
+        return info
 
     def frames(self, from_sec=None):
         """Yield (time in seconds or NaN, function short_side -> pixels (H, W, 3) RGB, upright), to the end of the file.
@@ -166,6 +171,21 @@ class _Video:
                     if self.turns % 2:
                         self.size = frame.height, frame.width
                 yield self._since_start(frame.time), functools.partial(self._pixels, frame)
+
+    def rising_frames(self, step_sec):
+        """frames(), each good one later than the one before it.
+
+        A stamp that does not exceed the one before (AVI with B-frames has such, NaN too) becomes that one and step_sec,
+        and the file is_exact no more.
+        """
+        last_sec = -math.inf
+        for time, pixels in self.frames():
+            if pixels is not None:
+                if not time > last_sec:
+                    time = max(last_sec + step_sec, 0.0)
+                    self.is_exact = False
+                last_sec = time
+            yield time, pixels
 
     def _packets(self):
         with contextlib.suppress(self.av.FFmpegError):  # a file may end in the middle of one
@@ -225,32 +245,25 @@ def _sweep(path, choose, receive, short_side, until_sec=math.inf):
     """One pass from the first frame on -> VideoInfo up to until_sec.
 
     choose: function of the header's VideoInfo that returns the wanted indices; receive(index, pixels uint8 (H, W, 3))
-    gets these frames in their order. A frame whose stamp does not exceed the one before it (AVI with B-frames has such)
-    follows that one at the header's rate.
+    gets these frames in their order.
     """
     times = []
     damaged = []
-    is_exact = True
     with _open_video(path) as video:
         guess = video.guess()
         wanted = choose(guess)
         step_sec = 1 / guess.header_fps
-        last_sec = -math.inf
-        for time, pixels in video.frames():
+        for time, pixels in video.rising_frames(step_sec):
             if pixels is None:
                 damaged.append(time)
                 continue
-            if not time > last_sec:  # NaN too
-                time = max(last_sec + step_sec, 0.0)
-                is_exact = False
             if len(times) in wanted:
                 receive(len(times), pixels(short_side))
             times.append(time)
-            last_sec = time
             if time > until_sec + step_sec:
                 break
         width, height = video.size
-        is_exact = is_exact and video.has_stamps
+        is_exact = video.is_exact
     if not times:
         raise BadVideo(f"{guess.header_frames} frames by its header, none that can be decoded")
     shown_sec, fps = step_sec, guess.header_fps
@@ -296,7 +309,7 @@ def on_screen(info, times_sec):
 # Videos, folders of frames and .npy clips alike
 
 def probe(path, fps=25.0):
-    """VideoInfo of a video file, a folder of frames or a .npy clip, read to its real end; never raises for bad files.
+    """VideoInfo of a video file, a folder of frames, a picture or a .npy clip, read to its real end; never raises for bad files.
 
     fps: rate of a source that has no clock of its own.
     """
@@ -336,7 +349,7 @@ def read_again(path, wanted, short_side, info, pixel_range=None):
 
 
 def _has_no_clock(path):
-    return Path(path).is_dir() or Path(path).suffix.lower() == ".npy"
+    return Path(path).is_dir() or Path(path).suffix.lower() in (".npy", *file_names.IMAGE_SUFFIXES)
 
 
 def _header(path, fps):
@@ -348,15 +361,17 @@ def _header(path, fps):
 
 
 def _open_still(path, fps):
-    """(VideoInfo, the frames as a sequence: paths, or a memory-mapped array (T, H, W, 3)); BadVideo: the reason."""
+    """(VideoInfo, the frames of a folder, a picture or a .npy: paths, or a memory-mapped array (T, H, W, 3))."""
     if Path(path).is_dir():
         frames = file_names.find_images(path)
         if not frames:
             raise BadVideo(f"a folder without pictures ({' '.join(file_names.IMAGE_SUFFIXES)})")
-        height, width = picture_files.load_image(frames[0]).shape[:2]
+    elif Path(path).suffix.lower() in file_names.IMAGE_SUFFIXES:
+        frames = [Path(path)]
     else:
         frames = _open_npy(path)
-        height, width = frames.shape[1:3]
+    first = frames[0] if isinstance(frames, np.ndarray) else picture_files.load_image(frames[0])
+    height, width = first.shape[:2]
     return _constant_rate(path, fps, len(frames), (width, height), len(frames)), frames
 
 
@@ -481,7 +496,8 @@ class ClipAudit:
 
     n_frames to first_sec: of the whole file, whose first picture is shown at first_sec. fault: why the row cannot be
     used though its file can. n_grid: grid frames; first: grid index where the window starts, before it lie frames for
-    jitter; usable: grid frames of the window. file_sha, pixel_sha: SHA-256 of the file (of all frames' files in a
+    jitter; usable: grid frames of the window; repeats: grid frames that show the frame before them again, where the
+    source is slower than the grid. file_sha, pixel_sha: SHA-256 of the file (of all frames' files in a
     folder) and of the decoded grid. phash: perceptual_hash of its middle frame.
     """
     path: str
@@ -494,6 +510,7 @@ class ClipAudit:
     n_grid: int = 0
     first: int = 0
     usable: int = 0
+    repeats: list = dataclasses.field(default_factory=list)
     file_sha: str = ""
     pixel_sha: str = ""
     phash: tuple = (0, 0, 0, 0)
@@ -649,10 +666,11 @@ class ClipStore(pixel_cache.PixelStore):
 
     def _clip(self, row, info, grid, file_sha):
         plan = self._plan(row, info)
+        is_repeat = np.diff(plan.indices, prepend=-1) == 0
         audit = ClipAudit(
             path=self.sources[row], n_frames=info.n_frames, n_damaged=len(info.damaged), damage=info.damage,
             first_sec=float(info.times[0]), fault=plan.fault, n_grid=grid.n_grid, first=plan.first,
-            usable=plan.usable, file_sha=file_sha, pixel_sha=grid.digest.hexdigest(),
+            usable=plan.usable, repeats=np.flatnonzero(is_repeat).tolist(), file_sha=file_sha, pixel_sha=grid.digest.hexdigest(),
             phash=tuple(picture_files.perceptual_hash(grid.middle).tolist()))
         return audit, grid.pixels()
 
@@ -685,3 +703,79 @@ def name_losses(what, reasons, allowed, is_too_much):
                                f"Repair or remove these videos:{listed}")
     if reasons:
         print(f"note: {what}; left out:{listed}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------
+# Whole recordings: every frame once, none kept
+
+@dataclasses.dataclass
+class GridFrame:
+    """What a recording shows at one time of its grid."""
+    time_sec: float
+    pixels: np.ndarray  # uint8 (H, W, 3)
+    is_new: bool  # False: the frame before again, as the source is slower than the grid
+
+
+class Recording:
+    """A source read from its start to its end, or to where it breaks, without keeping a frame.
+
+    fps: of the grid, and of a source without a clock; pixel_range: see ClipStore. What the pass has found so far: read_sec, the end of the last
+    frame; damaged, the times of frames that cannot be decoded; fault, the reason where the source broke off.
+    expected_sec: the length by the header. BadVideo: it cannot be opened.
+    """
+
+    def __init__(self, path, fps, short_side, pixel_range=None):
+        self.path = path
+        self.fps = fps
+        self.short_side = short_side
+        self.pixel_range = pixel_range
+        self.info = _header(path, fps)
+        self.expected_sec = self.info.header_sec or self.info.duration_sec
+        self.read_sec = 0.0
+        self.damaged = []
+        self.fault = ""
+
+    def frames(self):
+        """Yield (time in seconds, function short_side -> pixels) of each frame."""
+        try:
+            if _has_no_clock(self.path):
+                info, source = _open_still(self.path, self.fps)
+                for time, frame in zip(info.times, source):
+                    yield time, functools.partial(_still_frame, frame, info, pixel_range=self.pixel_range)
+                return
+            with _open_video(self.path) as video:
+                for time, pixels in video.rising_frames(1 / self.info.header_fps):
+                    if pixels is None:
+                        self.damaged.append(time)
+                    else:
+                        yield time, pixels
+        except common.UserError as error:
+            self.fault = common.one_line(error)
+
+    def grid(self):
+        """Yield the GridFrame of every 1 / fps s from the first frame on; on_screen says which frame that is."""
+        step_sec = 1 / self.info.header_fps
+        n_shown = 0
+        begin = before = convert = None
+        for time, pixels in self.frames():
+            if before is None:
+                begin = time
+            else:
+                until = time - min(time - before, step_sec) / 2
+                n_shown = yield from self._show(convert, begin, n_shown, until - STAMP_SLACK_SEC)
+            self.read_sec = time + (step_sec if before is None else min(step_sec, time - before))
+            before, convert = time, pixels
+        if before is not None:
+            end = begin + _whole((self.read_sec - begin) * self.fps) / self.fps
+            yield from self._show(convert, begin, n_shown, end - STAMP_SLACK_SEC)
+
+    def _show(self, convert, begin, n_shown, until):
+        """Yield one frame for every time of the grid before `until`; returns how many times have been shown."""
+        pixels = None
+        while begin + n_shown / self.fps < until:
+            is_new = pixels is None
+            if is_new:
+                pixels = convert(self.short_side)
+            yield GridFrame(begin + n_shown / self.fps, pixels, is_new)
+            n_shown += 1
+        return n_shown

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
-from sklearn.linear_model import Ridge, RidgeCV
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.pipeline import make_pipeline
@@ -245,6 +245,38 @@ def test_left_out_residuals_equal_refitting(features):
     error = baseline_models.held_out_error(scores, centred, scores.T @ centred, size ** 2 + 10.0,
                                    [np.flatnonzero(fold_of == f) for f in range(5)])
     np.testing.assert_allclose(error, [_refit_error(z, y[:, k], fold_of, 10.0) for k in range(3)], rtol=1e-8)
+
+
+def test_a_readout_takes_for_each_target_the_block_with_the_smallest_error_of_the_inner_folds():
+    """Two blocks tell a target each, a third needs both. Judge: scikit-learn's search over the same folds and blocks."""
+    draws = np.random.default_rng(3)
+    x = draws.normal(size=(120, 30)) * draws.uniform(0.5, 2, 30)
+    y = np.stack([x[:, :10].sum(1), x[:, 10:].sum(1), x.sum(1)], 1) + draws.normal(size=(120, 3))
+    blocks = {"left": np.arange(10), "right": np.arange(10, 30), "both": np.arange(30)}
+    groups = np.arange(120) // 4
+    readout = baseline_models.fit_readout(x, y, groups, blocks=blocks)
+    assert readout.blocks == ["left", "right", "both"]
+    for k, name in enumerate(readout.blocks):
+        own = baseline_models.fit_ridge(x[:, blocks[name]], y[:, [k]], groups=groups.astype(str), sd_floor=0.01)
+        np.testing.assert_allclose(readout.predict(x)[:, k], own.predict(x[:, blocks[name]])[:, 0], rtol=1e-7)
+        outside = np.setdiff1d(np.arange(30), blocks[name])
+        assert (readout.weights[outside, k] == 0).all()
+    label = (x[:, :10].sum(1) + draws.normal(size=120) > 0).astype(int)
+    fold_of = np.zeros(120, int)
+    for number, members in enumerate(baseline_models.inner_folds(groups.astype(str), 5, 0)):
+        fold_of[members] = number
+    classes = baseline_models.fit_readout(x, label, groups, n_classes=2, blocks=blocks)
+    losses = {}
+    for name, columns in blocks.items():
+        grid = {"C": [1 / penalty for penalty in baseline_models.LOGISTIC_LAMBDAS]}
+        search = GridSearchCV(LogisticRegression(max_iter=5000), grid, scoring="neg_log_loss",
+                              cv=PredefinedSplit(fold_of))
+        losses[name] = -search.fit(StandardScaler().fit_transform(x[:, columns]), label).best_score_
+    assert classes.blocks == [min(losses, key=losses.get)]
+    layer = torch.nn.Linear(30, 2)
+    classes.write_into(layer)
+    with torch.inference_mode():
+        np.testing.assert_allclose(layer(torch.from_numpy(x).float()).numpy(), classes.predict(x), atol=1e-4)
 
 
 def test_ridge_with_one_row_per_fold_equals_ridgecv():

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.special import softmax
 from sklearn.metrics import (accuracy_score, average_precision_score, brier_score_loss, confusion_matrix, f1_score,
                              log_loss, matthews_corrcoef, r2_score, recall_score, roc_auc_score)
@@ -92,6 +93,18 @@ def class_folds(made, tmp_path_factory):
     folder = tmp_path_factory.mktemp("class_folds")
     video(*made.everything, *SMALL, "--folds", 3, "--freeze_backbone", "--feature_views", 2, "--output_dir", folder,
           "--test_groups", "8", "--criteria", "accuracy<=1,accuracy>1.5,auc>0.5")
+    return only_run(folder)
+
+
+SOLVED = ("--model motion_readout --no_pretrained --image_size 32 --n_frames 4 --fps 4 --clips_per_event 2 "
+          "--num_workers 0").split()
+
+
+@pytest.fixture(scope="module")
+def solved(made, tmp_path_factory):
+    """The run folder of the motion readout in 3 folds, with a pen as the test."""
+    folder = tmp_path_factory.mktemp("solved")
+    video(*made.everything, *SOLVED, "--folds", 3, "--test_groups", "8", "--output_dir", folder)
     return only_run(folder)
 
 
@@ -179,6 +192,48 @@ def test_report_begins_with_the_verdict(behaviours):
     assert "http://" not in page and "https://" not in page and len(page) < 5e6
     assert {row["name"] for row in metrics["confounds"]} >= {"pair", "group"} or metrics["confounds"]
     assert {entry["verdict"] for entry in metrics["criteria"]} == {"NOT RESOLVABLE"}, "two groups give no interval"
+
+
+# --- the motion readout ----------------------------------------------------------------------
+
+def test_a_solved_model_is_a_run_like_any_other(made, solved, tmp_path):
+    """Contract, one row of history, validation rows that chose nothing; predict repeats what training wrote."""
+    for k in range(3):
+        assert all((solved / f"fold_{k}" / name).is_file() for name in CONTRACT)
+        [row] = read_csv(solved / f"fold_{k}" / "training_history.csv")
+        assert 0 < float(row["train_loss"]) < 2 and float(row["learning_rate"]) == 0
+    content = common.read_checkpoint(solved / "fold_0" / "best_model.pth")
+    assert content["architecture"]["fps"] == 4 and content["prior_shift"] == [0, 0]
+    assert {row["seen"] for row in read_csv(solved / "predictions_folds.csv")} == {"new"}, "no epoch was chosen"
+    assert "motion_readout_prob_tail" not in read_csv(solved / "predictions_folds.csv")[0]
+    assert "features by the inner folds: " in (solved / "fold_0" / "log.txt").read_text()
+    video("--mode", "predict", "--checkpoint", solved, *made.everything, "--filter", "group==8", "--output",
+          tmp_path / "p.csv", "--num_workers", 0)
+    ours = {row["clip_id"]: row for row in read_csv(tmp_path / "p.csv")}
+    for row in read_csv(solved / "test_ensemble" / "predictions_test.csv"):
+        assert float(ours[row["clip_id"]]["prob_tail"]) == pytest.approx(float(row["prob_tail"]), abs=1e-4)
+
+
+def test_a_solved_model_continues_fold_by_fold(made, solved):
+    before = (solved / "predictions_folds.csv").read_bytes()
+    (solved / "metrics.json").unlink()
+    (solved / "fold_1" / "metrics.json").unlink()
+    text = video("--resume", solved).stdout
+    assert "fold 0 is finished" in text and "fold 1 is finished" not in text
+    assert (solved / "predictions_folds.csv").read_bytes() == before
+
+
+def test_the_motion_readout_of_scores_is_its_baseline_in_another_run(made, scores, tmp_path):
+    """As a model and as the second baseline of another one it predicts the same, fold by fold."""
+    video("--task", "regress", "--manifest", made.sequences, *SOLVED, "--folds", 3, "--test_groups", "4",
+          "--group_column", "animal", "--output_dir", tmp_path)
+    for k in range(3):
+        own = read_csv(only_run(tmp_path) / f"fold_{k}" / "predictions_val.csv")
+        other = read_csv(scores / f"fold_{k}" / "predictions_val.csv")
+        for name in ("Head_low", "Total.Facial.scale"):
+            assert numbers(own, f"{name}_predicted") == pytest.approx(
+                numbers(other, f"{name}_motion_readout"), abs=1e-3)
+    assert "Head_low_motion_readout" not in own[0] and "Head_low_ridge" in own[0]
 
 
 # --- the other modes -------------------------------------------------------------------------
@@ -436,6 +491,21 @@ def test_class_folders_and_npy_clips(made, tmp_path):
     assert {len(read_csv(run / "training_history.csv")), read_json(run / "args.json")["flags"]["epochs"]} == {1}
 
 
+def test_photographs_are_classified_by_what_they_show(tmp_path):
+    """Class folders of pictures: the readout takes appearance, as one frame has no motion."""
+    draws = np.random.default_rng(0)
+    for c, name in enumerate(("dark", "light")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(14):
+            pixels = draws.integers(60 * c, 120 + 60 * c, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    video("--video_root", tmp_path / "photos", *SOLVED, "--n_frames", 1, "--output_dir", tmp_path / "out",
+          "--train_ratio", 0.5, "--val_ratio", 0.5)
+    run = only_run(tmp_path / "out")
+    assert "features by the inner folds: appearance" in (run / "log.txt").read_text()
+    assert read_json(run / "metrics.json")["model"]["roc_auc"]["value"] > 0.95
+
+
 def test_a_table_of_frames_becomes_seconds(made, tmp_path):
     """start_frame and end_frame, both inclusive, at 15 frames a second, in the minimal table path,label."""
     name = sorted((made.folder / "videos").rglob("N*.mp4"))[0]
@@ -678,6 +748,8 @@ FLAG_MISTAKES = {
                                     "focal"], ["--focal_alpha 0.7", "--force"]),
     "scores by a clip network": (["--manifest", "a.csv", "--task", "regress", "--model", "r3d_18"], ["cnn_lstm"]),
     "mixup of scores": (["--manifest", "a.csv", "--task", "regress", "--mixup", 0.2], ["--mixup"]),
+    "training of a solved model": (["--manifest", "a.csv", "--model", "motion_readout", "--balance", "sampler",
+                                    "--epochs", 5], ["closed form", "--epochs", "--balance"]),
     "predict without checkpoint": (["--mode", "predict", "--manifest", "a.csv"], ["--checkpoint"]),
     "evaluate without predictions": (["--mode", "evaluate"], ["--predictions"]),
     "unknown flag": (["--manifest", "a.csv", "--clip_per_event", 3], ["--clips_per_event"]),

@@ -62,10 +62,10 @@ def study_of(args, n_frames=40, size=64, n_clips=6, short=()):
     clips = [np.random.default_rng(i).integers(0, 256, (3 if i in short else n_frames, size, size, 3), dtype=np.uint8)
              for i in range(n_clips)]
     store = SimpleNamespace(audit=[video_files.ClipAudit(str(i), n_grid=len(clip), usable=len(clip))
-                                   for i, clip in enumerate(clips)], cache="ram", __getitem__=None)
+                                   for i, clip in enumerate(clips)], cache="ram",
+                            part=lambda row, start, stop: clips[row][start:stop])
     table = table_of([i % 2 for i in range(n_clips)])
     study = train_video.Study(table, store, np.arange(n_clips), args, [], positive=1)
-    study.frames = lambda row, start, stop: clips[row][start:stop]
     return study, clips
 
 
@@ -120,9 +120,10 @@ def test_baselines_see_the_clips_that_are_predicted():
     args = arguments("--image_size", 32, "--n_frames", 8, "--clips_per_event", 3, "--fps", 4, "--model", "cnn_lstm",
                      "--no_pretrained", "--num_workers", 0, "--use_amp", "off")
     study, clips = study_of(args, size=32, n_clips=2)
-    study.frames = lambda row, start, stop: clips[row][start:stop]
     compute = common.choose_compute("cpu", "off")
-    pooled = train_video.untuned_features(args, study, SimpleNamespace(compute=compute)).pooled
+    features = train_video.untuned_features(args, study, SimpleNamespace(compute=compute, say=print))
+    pooled = features.last
+    assert features.motion.shape == (2, 4 * (64 + 128 + 256)), "three resolutions at 32 pixels"
     model = train_video.build_model(args, 2).eval()
     for row, frames in enumerate(clips):
         assert study.starts(row) == [0, 16, 32]
@@ -209,6 +210,61 @@ def test_the_last_real_frame_decides():
     masked = model(clips, torch.arange(6).expand(2, 6) < 3)
     assert torch.allclose(cut, masked, atol=1e-6)
     assert not torch.allclose(cut, model(clips, torch.ones(2, 6, dtype=torch.bool)), atol=1e-3)
+
+
+def motion_by_loops(maps, is_new):
+    """The definition, a clip and a channel at a time: maps (T, C, H, W) of its real frames; is_new (T,)."""
+    kept = [t for t in range(len(maps)) if is_new[t]]
+    means = np.array([maps[t].mean((1, 2)) for t in kept])
+    rises, falls = [], []
+    for t in kept[1:]:
+        change = (maps[t] - maps[t - 1]).reshape(len(maps[0]), -1)
+        rises.append(np.maximum(change.max(1), 0))
+        falls.append(np.maximum(-change.min(1), 0))
+    motion = [np.sqrt(np.mean(np.square(each), axis=0)) if each else np.zeros(len(maps[0])) for each in (rises, falls)]
+    return [means.mean(0), means.std(0), *motion]
+
+
+@pytest.mark.parametrize("n_real, repeats", [(7, ()), (4, ()), (7, (1, 2, 5)), (6, (1, 3, 5)), (1, ())])
+def test_motion_features_are_those_of_their_definition(n_real, repeats):
+    """Padding and frames that show the one before again count neither as frames nor as pairs; one frame has no motion."""
+    args = arguments("--model", "motion_readout", "--image_size", 64, "--n_frames", 7, "--use_amp", "off")
+    model = train_video.build_model(args, 2).eval()
+    clips = torch.rand(2, 7, 3, 64, 64)
+    is_new = np.array([t not in repeats for t in range(7)])
+    for t in repeats:
+        clips[0, t] = clips[0, t - 1]
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0] = torch.from_numpy(is_new) & (torch.arange(7) < n_real)
+    with torch.inference_mode():
+        found = model.extract(clips, mask).numpy()
+        every_map = [each.numpy() for each in model.backbone(clips.flatten(0, 1))]
+    for row, (length, new) in enumerate([(n_real, is_new), (7, np.ones(7, bool))]):
+        stages = [motion_by_loops(each[7 * row:7 * row + length], new) for each in every_map]
+        expected = np.concatenate([np.concatenate(kind) for kind in zip(*stages)])
+        np.testing.assert_allclose(found[row], expected, rtol=1e-3, atol=1e-4)
+    blocks = model.blocks()
+    assert {name: len(columns) for name, columns in blocks.items()} == {
+        "appearance": 2 * model.n_channels, "motion": 2 * model.n_channels, "both": 4 * model.n_channels}
+    last = every_map[-1].mean((2, 3)).reshape(2, 7, -1)[1]
+    np.testing.assert_allclose(model.last_stage(found)[1], np.append(last.mean(0), last.std(0)), rtol=1e-3, atol=1e-4)
+
+
+def test_frames_that_a_slow_source_shows_twice_are_left_out(tmp_path):
+    """A source of 4 frames a second read at 8: every other grid frame is masked, but never the first of a clip."""
+    np.save(tmp_path / "slow.npy", np.random.default_rng(0).integers(0, 256, (20, 40, 40, 3), dtype=np.uint8))
+    args = arguments("--model", "motion_readout", "--n_frames", 6, "--fps", 8)
+    plan = video_files.plan_grid(video_files.probe(tmp_path / "slow.npy", 4), (0, 2), "rate", 8, 6)
+    repeats = tuple(np.flatnonzero(np.diff(plan.indices, prepend=-1) == 0).tolist())
+    assert len(repeats) == 7
+    audit = video_files.ClipAudit("slow", n_grid=16, usable=16, repeats=repeats)
+    study = SimpleNamespace(args=args, audit=lambda row: audit)
+    for start in range(4):
+        shown = plan.indices[start:start + 6]
+        expected = [t == 0 or shown[t] != shown[t - 1] for t in range(6)]
+        assert train_video.Study.mask(study, 0, start).tolist() == expected
+    study.args = arguments("--model", "cnn_lstm", "--n_frames", 6)
+    assert train_video.Study.mask(study, 0, 1).all(), "an LSTM reads every frame of the grid"
 
 
 @pytest.mark.parametrize("name, size", [("r3d_18", 32), ("mc3_18", 32), ("r2plus1d_18", 32),

@@ -501,6 +501,14 @@ def test_folders_of_deep_frames_share_one_range(tmp_path, pixel_range, expected,
     assert open_store(sources[2:], [WHOLE], grid="even").pixel_range is None
 
 
+def test_a_picture_is_a_clip_of_one_frame(tmp_path):
+    Image.fromarray(numbered(7)).save(tmp_path / "a.png")
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    store = open_store([tmp_path / "a.png", tmp_path / "broken.jpg"], [WHOLE] * 2, n_frames=4)
+    assert numbers_of(store[0]) == [7] * 4 and store.audit[0].repeats == [1, 2, 3] and store.audit[0].n_frames == 1
+    assert store.audit[1].error
+
+
 class Bomb:
     """Pickled, it would write a file when it is loaded."""
     def __init__(self, path):
@@ -638,6 +646,60 @@ def test_audit_of_a_clip(films):
     assert found.phash == tuple(picture_files.perceptual_hash(store[0][18]).tolist())
     times = 1 + np.arange(-6, 30) / 12
     assert np.array_equal(store[0], frames_at(films["bframes.mp4"], times, 48))
+
+
+def test_grid_frames_of_a_slow_source_are_marked_as_shown_before(films):
+    store = open_store([films["bframes.mp4"]], [(1, 3)], fps=2 * FPS)
+    again = [place for place in range(1, len(store[0])) if (store[0][place] == store[0][place - 1]).all()]
+    assert store.audit[0].repeats == again and len(again) == 29
+
+
+# --- whole recordings ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("fps", [4, 12, 2 * FPS])
+@pytest.mark.parametrize("name", FILMS)
+def test_a_recording_shows_what_stands_on_the_grid_of_a_clip(films, name, fps):
+    """Frame by frame in one pass, with the times and the repeats of the grid; judge: the grid that clips are cut from."""
+    info = video_files.probe(films[name])
+    plan = video_files.plan_grid(info, WHOLE, "rate", fps, 1)
+    recording = video_files.Recording(films[name], fps, 48)
+    shown = list(recording.grid())
+    n = min(len(shown), len(plan.indices))
+    assert abs(len(shown) - len(plan.indices)) <= 1, "how long the last frame is shown is a guess"
+    assert [frame.time_sec for frame in shown[:n]] == pytest.approx(info.times[0] + np.arange(n) / fps)
+    assert numbers_of([frame.pixels for frame in shown[:n]]) == plan.indices[:n].tolist()
+    assert [frame.is_new for frame in shown[:n]] == (np.diff(plan.indices[:n], prepend=-1) > 0).tolist()
+    assert recording.read_sec == pytest.approx(info.duration_sec, abs=0.5) and not recording.fault
+
+
+def test_a_recording_of_frames_without_a_clock(tmp_path):
+    np.save(tmp_path / "clip.npy", np.stack([numbered(i) for i in range(7)]))
+    recording = video_files.Recording(tmp_path / "clip.npy", 5, 48)
+    assert numbers_of([frame.pixels for frame in recording.grid()]) == list(range(7))
+    assert recording.read_sec == pytest.approx(7 / 5)
+
+
+def test_a_recording_that_breaks_is_read_up_to_there(films, tmp_path):
+    whole = Path(films["mpeg4.mp4"].with_name("open_gop.ts")).read_bytes()
+    cut = tmp_path / "cut.ts"
+    cut.write_bytes(whole[:len(whole) // 2])
+    recording = video_files.Recording(cut, 12, 48)
+    shown = list(recording.grid())
+    assert 20 < len(shown) < 60 and numbers_of([shown[10].pixels]) == [13]
+    assert recording.read_sec < 4.5
+    (tmp_path / "no.mp4").write_bytes(b"nothing")
+    with pytest.raises(video_files.BadVideo, match="no video that can be opened"):
+        video_files.Recording(tmp_path / "no.mp4", 12, 48)
+
+
+def test_a_long_recording_takes_no_more_memory(tmp_path):
+    film = write_film(tmp_path / "long.mp4", n=1200)
+    tracemalloc.start()
+    for _ in video_files.Recording(film, 12, 48).grid():
+        pass
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1e6, "each of 960 frames takes 9 kB"
 
 
 def test_without_a_cache_only_the_frames_in_use_are_read(films, monkeypatch):

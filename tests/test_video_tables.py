@@ -400,6 +400,17 @@ def test_class_folders_and_apple_files(tmp_path):
     assert len(set(table.events)) == 3, "equal base names in two class folders are two clips"
 
 
+def test_pictures_are_clips_of_one_frame(tmp_path):
+    """Rows that name pictures, and class folders of nothing else; a folder of frames stays one sequence."""
+    put(tmp_path, "rows/a 1.jpg", "rows/b.png", "rows/b.mp4", "folders/ear/1.jpg", "folders/tail/2.png", "folders/tail/3.jpg")
+    (tmp_path / "m.csv").write_text("path,label\nrows/a 1.jpg,ear\nb.png,tail\nrows/b,tail\n")
+    found = event_tables.read_events({"": tmp_path / "m.csv"}, tmp_path)
+    assert [path.name for path in found.sources] == ["a 1.jpg", "b.png", "b.mp4"]
+    folders = event_tables.read_events({"": tmp_path / "folders"})
+    assert sorted(zip(folders.videos, folders.label)) == [("ear/1.jpg", 0), ("tail/2.png", 1), ("tail/3.jpg", 1)]
+    assert any("clip of one frame" in note for note in folders.notes)
+
+
 def test_absolute_paths_without_a_video_root(tmp_path):
     video = put(tmp_path / "far", "a.mp4") / "a.mp4"
     path = write(tmp_path / "m.csv", f"path,label\n{video},x\n")

@@ -1,0 +1,239 @@
+"""Whole recordings: bouts of windows, their picture and copy, and how they are judged; train_video.py on recordings.
+
+    python -m pytest tests/test_recordings.py
+"""
+import csv
+import shutil
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from sklearn.metrics import cohen_kappa_score
+
+import common
+from evidence import ethograms
+from readers import video_files
+import train_video
+from conftest import only_run, run_here, run_script
+
+NAMES = ["rest", "walk", "bite"]
+SMALL = ("--no_pretrained --image_size 32 --n_frames 4 --fps 4 --clips_per_event 1 --num_workers 0 "
+         "--min_event_sec 0.5").split()
+
+
+def video(*flags, code=0):
+    return run_here("train_video.py", *flags, code=code)
+
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def windows_of(classes, every=0.5, length=2.0):
+    """Windows whose most probable class is this one, at .8."""
+    starts = every * np.arange(len(classes))
+    probability = np.full((len(classes), len(NAMES)), 0.1)
+    probability[np.arange(len(classes)), classes] = 0.8
+    return ethograms.Windows(np.stack([starts, starts + length], 1), probability, np.array(classes))
+
+
+def spelled(bouts):
+    return [(bout.label, bout.start_sec, bout.end_sec) for bout in bouts]
+
+
+# --- bouts --------------------------------------------------------------------------------------
+
+def test_windows_become_bouts():
+    """Each window decides around its middle, the first and the last up to the ends of the recording."""
+    windows = windows_of([0, 0, 1, 1, 1, 0, 1, 2, 2])
+    bouts = ethograms.bouts_of(windows, NAMES)
+    assert spelled(bouts) == [("rest", 0, 1.75), ("walk", 1.75, 3.25), ("rest", 3.25, 3.75), ("walk", 3.75, 4.25),
+                              ("bite", 4.25, 6)]
+    assert [bout.mean_probability for bout in bouts] == pytest.approx([0.8] * 5)
+    joined = ethograms.bouts_of(windows, NAMES, merge_gap_sec=0.5)
+    assert ("walk", 1.75, 4.25) in spelled(joined) and ("rest", 3.25, 3.75) in spelled(joined)
+    [walk] = [bout for bout in joined if bout.label == "walk"]
+    assert walk.mean_probability == pytest.approx((4 * 0.8 + 0.1) / 5)
+    long = ethograms.bouts_of(windows, NAMES, min_bout_sec=1, merge_gap_sec=0.5)
+    assert spelled(long) == [("rest", 0, 1.75), ("walk", 1.75, 4.25), ("bite", 4.25, 6)]
+    assert [windows.at(time) for time in (-1, 0, 1.3, 1.8, 99)] == [0, 0, 1, 2, 8]
+
+
+def test_one_window_is_one_bout():
+    assert spelled(ethograms.bouts_of(windows_of([2]), NAMES)) == [("bite", 0, 2)]
+
+
+def test_an_ethogram_has_a_row_a_class(tmp_path):
+    windows = windows_of([0, 0, 1, 1, 2, 2, 0])
+    ethograms.plot_ethogram(windows, ethograms.bouts_of(windows, NAMES), NAMES, tmp_path / "e.png")
+    with Image.open(tmp_path / "e.png") as picture:
+        assert picture.width > 800 and len(set(picture.convert("RGB").getdata())) > 10
+
+
+# --- against a table of events ------------------------------------------------------------------
+
+def test_spans_are_paired_one_to_one():
+    true = np.array([[0, 10], [20, 30], [40, 44]], float)
+    found = np.array([[1, 10], [2, 9], [24, 34], [60, 61]], float)
+    assert ethograms.count_pairs(found, true, 0.25) == 2, "9 of 10 s, and 6 of 14 s"
+    assert ethograms.count_pairs(found, true, 0.5) == 1
+    assert ethograms.count_pairs(found[:0], true, 0.25) == ethograms.count_pairs(found, true[:0], 0.25) == 0
+    assert ethograms.covered(found) == pytest.approx(9 + 10 + 1)
+
+
+def table_of(spans):
+    """{video: {class: (n, 2)}} -> DataFrame of video, label, start_sec, end_sec."""
+    rows = [(video, label, start, end) for video, own in spans.items() for label, each in own.items()
+            for start, end in each]
+    return pd.DataFrame(rows, columns=["video", "label", "start_sec", "end_sec"])
+
+
+def test_bouts_are_judged_as_short_frames_are():
+    """Kappa against scikit-learn on frames of 10 ms; precision, recall and F1 of all videos together by hand."""
+    draws = np.random.default_rng(0)
+    found, true, watched = {}, {}, {}
+    for v in range(8):
+        edges = np.sort(draws.choice(np.arange(1, 5900), 40, replace=False) / 100)
+        true[f"v{v}"] = {"bite": edges[:20].reshape(-1, 2), "walk": edges[20:].reshape(-1, 2)}
+        moved = edges[:20].reshape(-1, 2) + draws.integers(0, 60, (10, 1)) / 100
+        found[f"v{v}"] = {"bite": moved[draws.random(10) < 0.8]}
+        watched[f"v{v}"] = {"": [(0.0, 30.0), (20.0, 60.0)]}
+    (bite, walk), method = ethograms.judge_bouts(table_of(watched), table_of(found), table_of(true), ["bite", "walk"])
+    middles = np.arange(6000) / 100 + 0.005
+    frames = [[], []]
+    n_pairs = n_found = 0
+    for v in watched:
+        for each, spans in zip(frames, (found[v]["bite"], true[v]["bite"])):
+            each.append(((middles[:, None] > spans[:, 0]) & (middles[:, None] < spans[:, 1])).any(1))
+        n_pairs += ethograms.count_pairs(found[v]["bite"], true[v]["bite"], 0.25)
+        n_found += len(found[v]["bite"])
+    assert bite["kappa"] == pytest.approx(cohen_kappa_score(*map(np.concatenate, frames)), abs=1e-6)
+    assert (bite["bouts"], bite["events"]) == (n_found, 80)
+    assert bite["precision_at_0.25"] == pytest.approx(n_pairs / n_found)
+    assert bite["recall_at_0.25"] == pytest.approx(n_pairs / 80)
+    assert bite["f1_at_0.25"] == pytest.approx(2 * n_pairs / (n_found + 80))
+    assert bite["kappa_low"] < bite["kappa"] < bite["kappa_high"] and "8 videos" in method
+    assert walk["recall_at_0.5"] == 0 and walk["kappa"] == pytest.approx(0) and np.isnan(walk["precision_at_0.5"])
+
+
+def test_events_past_what_was_watched_are_cut():
+    events = table_of({"v": {"bite": [(0, 4), (8, 14), (12, 13)]}})
+    [row], _ = ethograms.judge_bouts(
+        table_of({"v": {"": [(0, 10)]}}), table_of({"v": {"bite": [(8, 10)]}}), events, ["bite"])
+    assert (row["events"], row["bouts"], row["recall_at_0.5"]) == (2, 1, 0.5)
+    assert np.isnan(row["recall_at_0.5_low"]), "one video gives no interval"
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """40 events in 8 videos, and runs of two models on them: the motion readout in 2 folds, an LSTM alone."""
+    folder = tmp_path_factory.mktemp("made")
+    run_here("make_sample_data.py", "--task", "video", "--output_dir", folder, "--n_samples", 40)
+    data = folder / "video"
+    table = ["--manifest", data / "manifests" / "all.csv", "--label_map", data / "manifests" / "label_map.json",
+             "--video_root", data / "videos"]
+    run_script("train_video.py", *table, *SMALL, "--model", "motion_readout", "--folds", 2, "--output_dir",
+               folder / "motion")
+    run_script("train_video.py", *table, *SMALL, "--model", "cnn_lstm", "--hidden", 8, "--epochs", 1, "--dry_run",
+               "--output_dir", folder / "lstm")
+    films = sorted((data / "videos").rglob("*.mp4"))
+    (folder / "two").mkdir()
+    for k, film in enumerate([path for path in films if not path.name.startswith("._")][:2]):
+        shutil.copy(film, folder / "two" / f"cam {k}.mp4")
+    folder.joinpath("events.csv").write_text(data.joinpath("manifests", "all.csv").read_text())
+    return folder
+
+
+@pytest.mark.parametrize("model", ["motion", "lstm"])
+def test_windows_are_what_predict_says_of_their_rows(made, model, tmp_path):
+    """A table of the same windows, read by the other way through the script, gives the same probabilities."""
+    run = only_run(made / model)
+    checkpoint = next(run.glob("fold_0/best_model.pth"), run / "best_model.pth")
+    video("--mode", "predict", "--checkpoint", checkpoint, "--video", made / "two", "--every", 0.7, "--output_dir",
+          tmp_path / "out", "--num_workers", 0, "--val_batch_size", 3, "--use_amp", "off")
+    rows = read_csv(only_run(tmp_path / "out") / "windows.csv")
+    first = [row for row in rows if row["video"].endswith("cam 0.mp4")][:-1]  # the last is cut by the video's end
+    starts = np.array([float(row["start_sec"]) for row in first])
+    assert len(starts) > 10 and np.diff(starts) == pytest.approx(0.75), "0.7 s, on the grid of 4 a second"
+    with open(tmp_path / "m.csv", "w", newline="") as handle:
+        csv.writer(handle).writerows([("video", "start_sec", "end_sec")] + [
+            (row["video"], row["start_sec"], row["end_sec"]) for row in first])
+    video("--mode", "predict", "--checkpoint", checkpoint, "--manifest", tmp_path / "m.csv", "--video_root",
+          made / "two", "--output", tmp_path / "p.csv", "--num_workers", 0, "--use_amp", "off")
+    judge = read_csv(tmp_path / "p.csv")
+    assert [row["video"] for row in judge] == [row["video"] for row in first]
+    assert [float(row["start_sec"]) for row in judge] == pytest.approx(starts)
+    for name in ("ear", "tail"):
+        expected = [float(row[f"prob_{name}"]) for row in judge]
+        assert [float(row[f"prob_{name}"]) for row in first] == pytest.approx(expected, abs=2e-4)
+    assert [row["pred_label"] for row in first] == [row["pred_label"] for row in judge]
+
+
+def test_recordings_get_their_tables_pictures_and_copies(made, tmp_path):
+    """The mean of two folds, whose backbone is used once a frame; a broken file beside them is named."""
+    folder = tmp_path / "videos"
+    shutil.copytree(made / "two", folder)
+    (folder / "broken.mp4").write_bytes(b"nothing")
+    text = video("--mode", "predict", "--checkpoint", only_run(made / "motion"), "--video", folder, "--output_dir",
+                 tmp_path / "out", "--num_workers", 0, "--annotate", "--min_bout_sec", 0.5, "--merge_gap_sec", 0.5).stdout
+    assert "skipped: broken.mp4: no video that can be opened" in text and "2 of 3 recordings read" in text
+    run = only_run(tmp_path / "out")
+    for k in range(2):
+        own = run / f"cam {k}_mp4"
+        assert {path.name for path in own.iterdir()} == {"windows.csv", "bouts.csv", "ethogram.png", "annotated.mp4"}
+        source, copy = video_files.probe(folder / f"cam {k}.mp4"), video_files.probe(own / "annotated.mp4")
+        assert copy.n_frames == source.n_frames and np.allclose(copy.times, source.times, atol=2e-3)
+        windows = read_csv(own / "windows.csv")
+        assert float(windows[-1]["end_sec"]) == pytest.approx(source.duration_sec, abs=0.3)
+        bouts = read_csv(own / "bouts.csv")
+        assert bouts and all(float(row["end_sec"]) - float(row["start_sec"]) >= 0.5 for row in bouts)
+    assert len(read_csv(run / "windows.csv")) > len(windows)
+    # its own bouts as a table of events: all is found
+    text = video("--mode", "judge_bouts", "--predictions", run, "--manifest", run / "bouts.csv", "--video_root", folder,
+                 "--output", tmp_path / "b.csv").stdout
+    assert "2 videos" in text
+    for row in read_csv(tmp_path / "b.csv"):
+        if int(row["bouts"]):
+            assert float(row["f1_at_0.5"]) == 1 and float(row["kappa"]) == pytest.approx(1)
+
+
+def test_one_backbone_serves_the_folds_of_a_motion_readout(made, monkeypatch):
+    """Every frame goes once through the backbone, whatever the number of windows and of folds."""
+    monkeypatch.setattr(sys, "argv", ["train_video.py"])
+    folds = common.checkpoint_files([only_run(made / "motion")])
+    members = train_video.load_members(folds, common.choose_compute("cpu", "off"))
+    assert len(members) == 2 and members[0].model.backbone is members[1].model.backbone
+    n_seen = []
+    see = train_video.MotionReadout.see
+    monkeypatch.setattr(train_video.MotionReadout, "see", lambda self, frames: n_seen.append(len(frames)) or see(self, frames))
+    args = train_video.parse_args(["--manifest", "m.csv"])
+    window = train_video.SlidingWindow(members, args, common.choose_compute("cpu", "off"))
+    grid = list(train_video.open_recording(made / "two" / "cam 0.mp4", members).grid())
+    for first in range(0, len(grid), 10):
+        window.take(grid[first:first + 10])
+    assert sum(n_seen) == len(grid) + len(n_seen), "with the frame before each batch"
+
+
+def test_a_recording_shorter_than_a_window(made, tmp_path):
+    np.save(tmp_path / "short.npy", np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3), dtype=np.uint8))
+    video("--mode", "predict", "--checkpoint", only_run(made / "motion"), "--video", tmp_path / "short.npy",
+          "--output_dir", tmp_path / "out", "--num_workers", 0)
+    [row] = read_csv(only_run(tmp_path / "out") / "windows.csv")
+    assert (float(row["start_sec"]), float(row["end_sec"])) == (0, 0.75)
+
+
+def test_recordings_that_cannot_be_read(made, tmp_path):
+    flags = ["--mode", "predict", "--checkpoint", only_run(made / "motion"), "--output_dir", tmp_path / "out", "--video"]
+    (tmp_path / "empty").mkdir()
+    assert "found no video" in video(*flags, tmp_path / "empty", code=2).stderr
+    assert "nowhere" in video(*flags, tmp_path / "nowhere", code=2).stderr
+    (tmp_path / "bad.mp4").write_bytes(b"nothing")
+    assert "no recording" in video(*flags, tmp_path / "bad.mp4", code=2).stderr
+    assert "either --manifest or --video" in video(*flags[:4], code=2).stderr
+    text = video("--mode", "judge_bouts", "--predictions", tmp_path, "--manifest", made / "events.csv", code=2).stderr
+    assert "windows.csv" in text and "Traceback" not in text
