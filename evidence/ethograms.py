@@ -206,7 +206,7 @@ def judge_bouts(windows, bouts, events, names):
         return {}, bout_metrics({key: weights @ values for key, values in numbers.items()})  # (D, C) each
     n_events = numbers["events"].sum(0)
     result = subject_intervals.estimate(
-        statistic, None, len(counts), unit="videos", names=names, n=n_events, rows=len(counts))
+        statistic, None, len(counts), "videos", draws=2000, seed=0, names=names, n=n_events, rows=len(counts))
     table = []
     for c, name in enumerate(names):
         row = {"label": name}
