@@ -831,7 +831,8 @@ def make_detector(folder, n_images, seed):
         Image.fromarray(pixels).save(folder / "images" / name, quality=90)
         bicycles.append(Bicycle(
             name=name, size=(width, height), street=street, states=states, boxes=boxes))
-        truth[name] = {part: [states[part], *np.round(box, 1).tolist()] for part, box in boxes.items()}
+        rounded = {part: np.round(box, 1).tolist() for part, box in boxes.items()}
+        truth[name] = {part: [states[part], *box] for part, box in rounded.items()}
     content = part_annotations(bicycles, np.random.default_rng([seed, 2]))
     text = json.dumps(content, indent=1).replace("CONTROL", "seen\tat\x07 dusk")
     (folder / "annotations.json").write_text(text, encoding="utf-8")

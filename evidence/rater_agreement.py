@@ -139,7 +139,8 @@ def measure_ceiling(names, mean, sd=None, n=None, single_ratings=None):
     if n is not None:
         return Ceiling(source="1 - mean(sd^2 / n) / var(mean)", r2=noise_ceiling(mean, sd, n))
     tables = {f"n = {raters}": noise_ceiling(mean, sd, raters) for raters in (2, 4, 6, 10, 15, 20, 30)}
-    possible = [{"target": name, **{label: r2[r] for label, r2 in tables.items()}} for r, name in enumerate(names)]
+    by_target = zip(*tables.values())
+    possible = [{"target": name, **dict(zip(tables, r2))} for name, r2 in zip(names, by_target)]
     return Ceiling(source="not measurable: the table has rater sds but no number of raters n, on which the ceiling "
                           "depends", possible=possible)
 

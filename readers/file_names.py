@@ -267,9 +267,10 @@ def match_videos(names, root, exact=False):
         raise common.UserError(f"expected one file below --video_root {root} for a name, found "
                                f"{common.shorten_list(unclear)}; write folders into the paths, or keep the folders on "
                                f"disk as the paths have them")
-    found = {name: files[fits[own].files[0]] if fits[own].files else None for name, own in written.items()}
+    path_of = {name: files[fit.files[0]] for name, fit in fits.items() if fit.files}
+    found = {name: path_of.get(own) for name, own in written.items()}
     notes = notes_on_guesses(fits)
-    used = {Path(root), *found.values()} | {path.parent for path in found.values() if path}
+    used = {Path(root), *path_of.values(), *(path.parent for path in path_of.values())}
     unused = sorted(name for name, path in videos.items() if path not in used)
     if unused:
         notes.append(f"{len(unused)} videos or folders of pictures below {root} have no row and are not used: "
