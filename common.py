@@ -2536,6 +2536,19 @@ def starting_weights(path, **expected):
     return content["model"]
 
 
+def start_from(model, path, is_frozen, **expected):
+    """--init_from: give a model the weights of another run of this script. UserError where a field is not as expected.
+
+    is_frozen: features were computed with the model's own backbone, so that another one is refused too.
+    """
+    state = starting_weights(path, **expected)
+    own = {name: value for name, value in model.state_dict().items() if name.startswith("backbone.")}
+    if is_frozen and any(name in state and not torch.equal(value, state[name]) for name, value in own.items()):
+        raise UserError(f"--init_from {path}: its backbone was trained, and with --freeze_backbone the features are those "
+                        "of --weights or the published weights. Leave out one of the two; --freeze_stages can freeze it")
+    load_state(model, state, path)
+
+
 def checkpoint_files(paths):
     """Files and run folders -> checkpoint files: a folder's own best_model.pth, or those of its folds."""
     files = []

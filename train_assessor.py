@@ -422,7 +422,7 @@ def fit(run, args, study, split, features):
     train_loader, loaders = make_loaders(study, split, scaler, args, compute, features)
     model = build_model(args, np.nanmean(scaled_ratings(study, scaler)[split["train"]], axis=0))
     if args.init_from:
-        common.load_state(model, common.starting_weights(args.init_from, names=study.names), args.init_from)
+        common.start_from(model, args.init_from, args.freeze_backbone, names=study.names)
     model = compute.place(model)
     model.freeze_backbone(args.freeze_backbone)
     if args.batch_size < 2 * compute.processes.size:  # BatchNorm refuses a single value: tried before any epoch

@@ -705,7 +705,7 @@ def fit(run, args, study, split):
     loaders = {part: make_loader(study, rows, args, compute) for part, rows in split.items()}
     model = build_model(args, scaler, study.compose)
     if args.init_from:
-        common.load_state(model, common.starting_weights(args.init_from), args.init_from)
+        common.start_from(model, args.init_from, is_frozen=False)
     model = compute.place(model)
     loss_function = DreamLoss(args, scaler, compute.device)
     optimizer = common.build_optimizer(

@@ -1059,8 +1059,7 @@ def start_model(args, objective, compute):
     model = build_model(args, len(objective.names))
     model.head.start_at(*objective.scale())
     if args.init_from:
-        state = common.starting_weights(args.init_from, names=objective.names)
-        common.load_state(model, state, args.init_from)
+        common.start_from(model, args.init_from, args.freeze_backbone, names=objective.names)
     model = compute.place(model)
     model.freeze_backbone(args.freeze_backbone)
     return model

@@ -315,6 +315,23 @@ def test_frozen_stages_are_the_first_ones():
         common.freeze_stages(backbone, 9, torch.zeros(1, 3, 64, 64))
 
 
+def test_features_of_another_backbone_are_refused(tmp_path, monkeypatch):
+    """--freeze_backbone computes features before --init_from gives the model its weights."""
+    monkeypatch.setattr(common, "script_name", lambda: "train_assessor.py")
+    model = train_assessor.Assessor(torch.nn.Linear(3, 4), 4, 2, "ridge", 0.0)
+    content = {"format": common.FORMAT, "script": "train_assessor.py", "model": model.state_dict(), "names": ["a", "b"]}
+    common.save_checkpoint(tmp_path / "same.pth", content)
+    weight = model.backbone.weight.detach().clone()
+    content["model"] = {name: value + 1 for name, value in model.state_dict().items()}
+    common.save_checkpoint(tmp_path / "other.pth", content)
+    common.start_from(model, tmp_path / "same.pth", is_frozen=True, names=["a", "b"])
+    with pytest.raises(common.UserError, match="Leave out one of the two"):
+        common.start_from(model, tmp_path / "other.pth", is_frozen=True)
+    assert torch.equal(model.backbone.weight, weight)
+    common.start_from(model, tmp_path / "other.pth", is_frozen=False)
+    assert torch.equal(model.backbone.weight, weight + 1)
+
+
 def test_frozen_parts_keep_weights_and_statistics_in_training():
     backbone, width = common.build_backbone("resnet18", pretrained=False)
     common.freeze_stages(backbone, 3, torch.zeros(1, 3, 64, 64))
