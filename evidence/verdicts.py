@@ -91,8 +91,10 @@ def classification_alarms(probability, label, names, threshold=None, positive=No
     if flat.any():
         alarms.append("constant output (sd of the probability under 5 % of the labels'): "
                       + f"{', '.join(itertools.compress(names, flat))}. {CONSTANT_REMEDY}")
-    values, repeats = np.unique(np.round(probability, 6), axis=0, return_counts=True)
-    if repeats.max() >= 3:
+    rounded = np.round(probability, 6)
+    unsure = rounded[rounded.max(1) < 1]  # of rows that are told apart with ease many are 0 and 1
+    values, repeats = np.unique(unsure, axis=0, return_counts=True)
+    if repeats.max(initial=0) >= 3:
         last = min(1, len(names) - 1) if positive is None else positive
         alarms.append(f"the same probability 3 times or more: {repeats[repeats >= 3].sum()} of {rows} rows share "
                       f"{(repeats >= 3).sum()} values, {repeats.max()} of them {names[last]} "

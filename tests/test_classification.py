@@ -633,6 +633,7 @@ def test_threshold_edge_cases():
 def test_a_healthy_classifier_raises_no_alarm():
     _, probability, label = scored_rows()
     assert verdicts.classification_alarms(probability, label, NAMES) == []
+    assert verdicts.classification_alarms(np.eye(len(NAMES))[label], label, NAMES) == []  # told apart with ease
 
 
 def test_alarms_name_what_is_wrong():
