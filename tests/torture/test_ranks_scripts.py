@@ -82,7 +82,7 @@ def test_a_mistake_is_said_by_each_and_leaves_nothing(tiny_flags, tmp_path):
                                                 "--output_dir", tmp_path / "out"], 2).finish()
     assert first.code == second.code == 2
     assert first.text.splitlines()[-1].startswith("error: ") and second.text.startswith("[process 1] error: ")
-    assert not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_commands_for_one_process_say_so(sample, tmp_path):
