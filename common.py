@@ -1,8 +1,8 @@
 """The shared shelf of the train scripts: what a run needs whatever it predicts. Imports no script.
 
 Sections, in the order in which a run meets them: Constants and user errors; Arguments and config; Run folder and log;
-Device, seed and loaders; Several processes; Transforms; Backbones and weights; Optimiser and schedule; Early
-stopping; Checkpoints; Training; Metrics.
+Device, seed and loaders; Several processes; Transforms; Optimiser and schedule; Early stopping; Checkpoints; Training;
+Metrics.
 
 Letters: N rows, B batch, T frames, R ratings or other targets, F features, H and W height and width in pixels, S side
 of a square input.
@@ -610,7 +610,6 @@ def with_progress(run, label, batches, total, done=0):
 OPTIONAL_PACKAGES = {
     "tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "safetensors": "safetensors.torch",
     "timm": "timm", "onnx": "onnx", "onnxruntime": "onnxruntime"}
-TIMM = "timm:"  # what the names of its networks begin with here
 
 
 def optional_package(name):
@@ -1887,363 +1886,6 @@ def to_input(batch, device, mean=IMAGENET_MEAN, std=IMAGENET_STD, channels_last=
 
 
 # ---------------------------------------------------------------------------
-# Backbones and weights
-# ---------------------------------------------------------------------------
-# Any torchvision classifier without its last layer; its weights come from a file, the cache or the network.
-
-def build_backbone(name, pretrained=True, weights=None, image_size=224, family="models"):
-    """Classifier without its last layer -> (module: (B, 3, H, W) -> (B, F), feature width F).
-
-    name: of a torchvision classifier, or timm:NAME. weights: state dict file, or the name of a set of published weights;
-    family: "models", or "video" for networks (B, 3, T, H, W) -> (B, F). Raises UserError for an unknown name, weights
-    that cannot be had (both ways out named), or a file whose layers are others.
-    """
-    if name.startswith(TIMM):
-        return _timm_backbone(name, pretrained, weights, image_size)
-    from torchvision import models
-    classifiers = models.list_models(module=getattr(models, family, models))
-    if name not in classifiers:
-        raise UserError(f"{name} is no torchvision classifier of {family}{closest(name, classifiers)}")
-    options = {}
-    if name.startswith("vit_"):
-        patch = int(name.rsplit("_", 1)[1])
-        if image_size % patch:
-            raise UserError(f"--image_size {image_size}: {name} needs a multiple of {patch}")
-        options["image_size"] = image_size
-    model = models.get_model(name, weights=None, **options)
-    last = _last_linear(model, name)
-    if family == "models" and image_size != 224:  # which they all take
-        _pass_one_picture(model, name, image_size)
-    source = None
-    if weights and Path(weights).exists():
-        source = weights
-        state = load_weights_file(weights)
-    elif weights or pretrained:
-        source = f"{name} {weights or ''}".strip()
-        state = published_weights(name, weights)
-    if source:
-        _load_backbone_state(model, state, last, source)
-    n_features = model.get_submodule(last).weight.shape[1]
-    model.set_submodule(last, nn.Identity())
-    return model, n_features
-
-
-def _pass_one_picture(model, name, image_size):
-    """The output for a black picture. UserError where the network takes no pictures of this size."""
-    try:
-        with torch.inference_mode():
-            output = model.eval()(torch.zeros(1, 3, image_size, image_size))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(f"--image_size {image_size}: {name} takes no pictures of this size "
-                        f"({one_line(error)[:100]}); try 224") from None
-    model.train()
-    return output
-
-
-def _timm_backbone(name, pretrained, weights, image_size):
-    """A network of the package timm for pictures of this size -> (module, F), as build_backbone."""
-    timm = optional_package("timm")
-    own_name = name.removeprefix(TIMM)
-    if not timm.is_model(own_name):
-        raise UserError(f"timm has no {own_name}{closest(own_name, timm.list_models())}")
-    options = {"pretrained": pretrained or weights is not None, "num_classes": 0}
-    if weights:
-        load_weights_file(weights)  # which refuses what is damaged or hostile
-        options["pretrained_cfg_overlay"] = {"file": str(weights)}
-    try:
-        try:
-            model = timm.create_model(own_name, img_size=image_size, **options)
-        except TypeError:  # a network that takes any size
-            model = timm.create_model(own_name, **options)
-    except (OSError, RuntimeError, ImportError) as error:
-        raise UserError(f"no weights for {name} ({one_line(error)[:200]}). Give --weights FILE, or run once where there "
-                        "is internet; --no_pretrained starts from random weights") from None
-    return model, _pass_one_picture(model, name, image_size).shape[1]
-
-
-def published_set(name, weights=None):
-    """torchvision's default set of published weights of a network, or the one of the name `weights`."""
-    from torchvision import models
-    sets = models.get_model_weights(name)
-    if weights is None:
-        return sets.DEFAULT
-    if str(weights) not in sets.__members__:
-        raise UserError(f"--weights {weights}: no such file, and the published weights of {name} are "
-                        f"{', '.join(sets.__members__)}")
-    return sets[str(weights)]
-
-
-@functools.cache
-def pixel_statistics(name, weights=None):
-    """(mean, sd) of the three colours, from 0 to 1, that the published weights of a network expect.
-
-    A weights file does not say what it expects: it is taken to be what the network's published weights do.
-    """
-    if name.startswith(TIMM):
-        published = optional_package("timm").get_pretrained_cfg(name.removeprefix(TIMM))
-        return published.mean, published.std
-    if name in ("googlenet", "inception_v3"):  # with weights they bring the usual statistics to these by themselves
-        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    is_file = weights is not None and Path(weights).exists()
-    expected = published_set(name, None if is_file else weights).transforms()
-    return tuple(expected.mean), tuple(expected.std)
-
-
-def _last_linear(model, name):
-    """Path of the classifier's last layer, linear or a convolution. UserError where it ends in something else."""
-    if hasattr(model, "aux_logits"):  # the side heads of GoogLeNet and Inception serve only their own training
-        model.aux_logits = False
-        model.AuxLogits = model.aux1 = model.aux2 = None
-    paths = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv3d))]
-    if not paths or len(model.get_submodule(paths[-1]).weight) not in (1000, 400):  # classes of ImageNet, Kinetics
-        raise UserError(f"--backbone {name} does not end in a linear layer; choose another, such as resnet50")
-    return paths[-1]
-
-
-def cached_weights_file(name, weights=None):
-    """(path, url) of torchvision's published weights of a model; the path in the hub cache may not exist yet."""
-    url = published_set(name, weights).url
-    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1], url
-
-
-def fetch_weights(name, weights=None):
-    """(path, start of its SHA-256) of torchvision's published weights, from cache or network. UserError: in neither."""
-    path, url = cached_weights_file(name, weights)
-    prefix = re.search(r"-([0-9a-f]{8,})\.", path.name)[1]
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"no pretrained weights for {name}: {path} is missing and the download failed ({error}). "
-                            f"Run `python verify_setup.py --download_weights {name}` where there is internet, or give "
-                            "--weights FILE; --no_pretrained starts from random weights") from None
-    return path, prefix
-
-
-def published_weights(name, weights=None):
-    """State dict of torchvision's default weights, or the set of that name. Raises UserError as fetch_weights does."""
-    path, prefix = fetch_weights(name, weights)
-    if zipfile.is_zipfile(path):
-        return load_weights_file(path)
-    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(prefix):
-        raise CheckpointError(f"{path} is damaged (its SHA-256 does not begin with {prefix}); delete it")
-    # an older file without a checked archive, but the hash proves it
-    return _state_dict(torch.load(path, map_location="cpu", weights_only=True), path)
-
-
-def load_weights_file(path):
-    """Weights file -> {name: float tensor}; bare, under state_dict or model, prefixed by module., half precision.
-
-    A value that overflowed in a conversion to half precision becomes its largest number, 65504, with a note. Raises
-    CheckpointError for other values that are not finite: a run could be trained with them, and never be continued.
-    """
-    if Path(path).suffix != ".safetensors":
-        return _state_dict(read_checkpoint(path), path)
-    module = optional_package("safetensors")
-    try:
-        tensors = module.load_file(path)
-    except Exception as error:  # its own class for damage
-        raise CheckpointError(f"{path} is no usable safetensors file ({one_line(error)})") from None
-    return _state_dict(tensors, path)
-
-
-def _state_dict(state, path):
-    for key in ("state_dict", "model", "model_state"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    tensors = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
-        raise UserError(f"{path} holds no tensors: expected a state dict, found {list(state)[:5]}")
-    _replace_overflow(tensors, path)
-    _check_weights(tensors, path)
-    return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-
-
-def _replace_overflow(tensors, path):
-    """Infinite half-precision numbers become the largest: an infinite running variance would silence its channel."""
-    overflowed = [name for name, value in tensors.items() if value.dtype == torch.float16 and value.isinf().any()]
-    if not overflowed:
-        return
-    largest = torch.finfo(torch.float16).max
-    for name in overflowed:
-        tensors[name] = tensors[name].clamp(-largest, largest)
-    print(f"note: {path}: numbers too large for half precision in {shorten_list(overflowed, 3)}; {largest:.0f} is used "
-          "in their place", flush=True)
-
-
-def _check_weights(state, source):
-    bad = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
-    if bad:
-        raise CheckpointError(f"{source} holds weights that are not finite ({shorten_list(bad, 1)})")
-
-
-def shared_prefix(state, own):
-    """What a state dict writes before the names of a model's own layers, such as encoder_q.; else ""."""
-    first = next(iter(own))
-    prefixes = dict.fromkeys(name.removesuffix(first) for name in state if name.endswith(first))
-    return max(prefixes, key=lambda prefix: sum(prefix + name in state for name in own), default="")
-
-
-def _load_backbone_state(model, state, last, source):
-    """Load all but the classifier `last`, strictly; a prefix that all layers share is taken off."""
-    own = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{last}.")}
-    prefix = shared_prefix(state, own)
-    n_in_file = len(state)
-    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    if "encoder.pos_embedding" in own and "encoder.pos_embedding" in state:  # a ViT's, which fits one size of pictures
-        from torchvision.models.vision_transformer import interpolate_embeddings
-        state = interpolate_embeddings(model.image_size, model.patch_size, state)
-    loaded = {name: state[name] for name in own if name in state}
-    missing = [name for name in own if name not in loaded and not name.endswith("num_batches_tracked")]
-    wrong = [name for name in loaded if loaded[name].shape != own[name].shape]
-    if missing or wrong:
-        raise UserError(f"{source}: not the weights of this backbone: {len(missing)} of {len(own)} layers missing, "
-                        f"{len(wrong)} of another shape (first: {[*missing, *wrong][0]})")
-    model.load_state_dict(_with_versions(loaded, model), strict=False)
-    n_others = n_in_file - len(loaded)
-    if prefix or n_others > 2:
-        how = f" without the prefix {prefix}" if prefix else ""
-        _say_once(f"note: {source}: {len(loaded)} layers were loaded{how}, {n_others} others of the file were not")
-
-
-def _with_versions(state, model):
-    """A state with the versions of a model's layers, which plain types lose and some layers (MNASNet) need."""
-    versioned = model.state_dict()
-    versioned.clear()  # which leaves the versions
-    versioned.update(state)
-    return versioned
-
-
-@functools.cache
-def _say_once(text):
-    """A backbone is built several times in a run."""
-    print(text, flush=True)
-
-
-def feature_maps(output):
-    """Output of a layer -> maps (B, C, H, W) or (B, C, T, H, W) of equal height and width; None: it has no such form.
-
-    The channels of Swin come last; the tokens (B, N, C) of a ViT lie on a square grid, after those of no place.
-    """
-    if not isinstance(output, torch.Tensor) or output.ndim < 3:
-        return None
-    if output.ndim == 3:
-        side = math.isqrt(output.shape[1])
-        return output[:, -side * side:].transpose(1, 2).unflatten(2, (side, side))  # (B, N, C) -> (B, C, H, W)
-    if output.shape[-1] == output.shape[-2]:
-        return output
-    if output.shape[-2] == output.shape[-3]:
-        return output.movedim(-1, 1)  # (B, H, W, C) -> (B, C, H, W)
-    return None
-
-
-def stage_ends(backbone, example):
-    """Paths of the modules that end each resolution, largest first; where there is but one, each quarter of the blocks.
-
-    Found by one pass over an example input.
-    """
-    outer = {}  # height of an output -> path of the last module that gives it: children, grandchildren
-    inner = {}
-
-    def note(path, module, inputs, output):
-        maps = feature_maps(output)
-        if maps is not None and output.ndim == example.ndim and maps.shape[-1] > 1:
-            ends = inner if "." in path else outer
-            ends[maps.shape[-1]] = path
-    hooks = [module.register_forward_hook(functools.partial(note, path))
-             for path, module in backbone.named_modules() if path and path.count(".") < 2]
-    with torch.inference_mode():
-        backbone.eval()(example)
-    for hook in hooks:
-        hook.remove()
-    ends = outer if len(outer) >= 3 else inner
-    if len(ends) >= 3:
-        return [ends[height] for height in sorted(ends, reverse=True)]
-    chains = [(path, len(module)) for path, module in backbone.named_modules()
-              if isinstance(module, (nn.Sequential, nn.ModuleList))]
-    path, length = max(chains, key=lambda chain: chain[1], default=("", 0))
-    if length < 4:
-        return []
-    blocks = [f"{path}.{name}" for name, _ in backbone.get_submodule(path).named_children()]
-    return [blocks[length * quarter // 4 - 1] for quarter in (1, 2, 3, 4)]
-
-
-class FeatureMaps(nn.Module):
-    """A backbone's maps of its last three resolutions: (B, 3, S, S) -> three of (B, C, H, W).
-
-    Raises UserError for a backbone that has none.
-    """
-
-    def __init__(self, backbone, image_size):
-        super().__init__()
-        self.network = backbone
-        example = torch.zeros(1, 3, image_size, image_size)
-        self.ends = stage_ends(backbone, example)[-3:]
-        with torch.inference_mode():
-            maps = self(example)
-        if len(maps) < 3 or any(each is None for each in maps):
-            raise UserError(f"this backbone has no feature maps of 3 resolutions (found {len(maps)}), which "
-                            "--head ridge and --model motion_readout read; use --head mlp, or another such as resnet18")
-        self.n_channels = [each.shape[1] for each in maps]
-
-    def forward(self, images):
-        maps = []
-
-        def keep(module, inputs, output):
-            maps.append(feature_maps(output))
-        hooks = [self.network.get_submodule(path).register_forward_hook(keep) for path in self.ends]
-        self.network(images)
-        for hook in hooks:
-            hook.remove()
-        return maps
-
-
-def freeze_stages(backbone, n_stages, example):
-    """Take the layers of the first n_stages resolutions out of training. Raises UserError where there are fewer."""
-    if n_stages == 0:
-        return
-    ends = stage_ends(backbone, example)
-    if n_stages > len(ends):
-        raise UserError(f"--freeze_stages {n_stages}: this backbone has {len(ends)} resolutions: {', '.join(ends)}")
-    end = ends[n_stages - 1]
-    modules = list(backbone.named_modules())
-    last = max(i for i, (path, _) in enumerate(modules) if path == end or path.startswith(f"{end}."))
-    for _, module in modules[:last + 1]:  # a stage may end in a layer without weights
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(False)
-
-
-class BackboneModel(nn.Module):
-    """A `backbone` that may be frozen, and what a script puts on top of it.
-
-    Layers that are not trained stay in evaluation mode, and with freeze_norm every BatchNorm does.
-    """
-
-    def __init__(self, backbone, freeze_norm=False):
-        super().__init__()
-        self.backbone = backbone
-        self.freeze_norm = freeze_norm
-        self.trainable = [p for p in backbone.parameters() if p.requires_grad]
-
-    def freeze_backbone(self, frozen):
-        """Take the backbone out of training, or put back what was trainable at first."""
-        for parameter in self.trainable:
-            parameter.requires_grad_(not frozen)
-        self.train(self.training)
-
-    def train(self, mode=True):
-        super().train(mode)
-        if not any(p.requires_grad for p in self.trainable):
-            self.backbone.eval()
-        for module in self.backbone.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                if self.freeze_norm or not module.weight.requires_grad:
-                    module.eval()
-        return self
-
-
-# ---------------------------------------------------------------------------
 # Optimiser and schedule
 # ---------------------------------------------------------------------------
 # The learning rate is a pure function of the progress of the run; only `plateau` remembers anything.
@@ -2573,11 +2215,26 @@ def checkpoint_fields(path):
         raise CheckpointError(f"{path} lacks what this script stores in a checkpoint ({fault})") from None
 
 
+def check_weights(state, source):
+    """Raises CheckpointError where a state dict holds numbers that are not finite."""
+    bad = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(f"{source} holds weights that are not finite ({shorten_list(bad, 1)})")
+
+
+def with_versions(state, model):
+    """A state with the versions of a model's layers, which plain types lose and some layers (MNASNet) need."""
+    versioned = model.state_dict()
+    versioned.clear()  # which leaves the versions
+    versioned.update(state)
+    return versioned
+
+
 def load_state(model, state, source):
     """Strict load_state_dict whose refusal is one sentence; NaN weights are refused too."""
-    _check_weights(state, source)
+    check_weights(state, source)
     try:
-        model.load_state_dict(_with_versions(state, model))
+        model.load_state_dict(with_versions(state, model))
     except (RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{source} does not fit this model: {one_line(error)}") from None
 

@@ -21,7 +21,7 @@ from torch import nn
 
 import common
 from evidence import calibrating, splitting
-from readers import file_names, picture_files
+from readers import backbones, file_names, picture_files
 from train_assessor import Assessor, mirrored_mean, resize_side, with_head_features
 
 SCRIPT = "train_assessor.py"
@@ -86,7 +86,7 @@ def load_member(path, compute):
     image_size = settings["image_size"]
     head = settings["head"]
     with common.checkpoint_fields(path):
-        backbone, n_features = common.build_backbone(
+        backbone, n_features = backbones.build_backbone(
             settings["backbone"], pretrained=False, image_size=image_size)
         features = with_head_features(backbone, n_features, head, image_size)
         model = Assessor(*features, len(settings["names"]), head, settings["dropout"])

@@ -28,7 +28,7 @@ import common
 from evidence import (
     baseline_models, judging, plotting, prediction_tables, rater_agreement, reporting, score_judging, splitting,
     verdicts)
-from readers import file_names, picture_files, rating_tables
+from readers import backbones, file_names, picture_files, rating_tables
 
 HISTORY_METRICS = ("mse", "mae", "r2", "pearson_r")
 SMALL_DATA = Path(__file__).with_name("configs") / "assessor_small_data.yaml"
@@ -231,7 +231,7 @@ class RatedImages(common.Samples):
 
 # --- model and loss ----------------------------------------------------------------------
 
-class Assessor(common.BackboneModel):
+class Assessor(backbones.BackboneModel):
     """Backbone and head: pictures -> ratings. The head has two hidden layers (mlp) or none (ridge)."""
 
     def __init__(self, backbone, n_features, n_ratings, head, dropout, freeze_norm=False):
@@ -259,7 +259,7 @@ class MultiScale(nn.Module):
 
     def __init__(self, backbone, image_size, grid=4):
         super().__init__()
-        self.maps = common.FeatureMaps(backbone, image_size)
+        self.maps = backbones.FeatureMaps(backbone, image_size)
         self.grid = grid
         self.n_features = sum(self.maps.n_channels) * grid ** 2
 
@@ -294,8 +294,8 @@ def with_head_features(backbone, n_features, head, image_size):
 def build_backbone(args, head):
     """The flags' backbone with the features for `head` -> (module, F); the seed decides the random part."""
     torch.manual_seed(common.hash_seed(args.seed))
-    backbone, n_features = common.build_backbone(args.backbone, args.pretrained, args.weights, args.image_size)
-    common.freeze_stages(backbone, args.freeze_stages, torch.zeros(1, 3, args.image_size, args.image_size))
+    backbone, n_features = backbones.build_backbone(args.backbone, args.pretrained, args.weights, args.image_size)
+    backbones.freeze_stages(backbone, args.freeze_stages, torch.zeros(1, 3, args.image_size, args.image_size))
     return with_head_features(backbone, n_features, head, args.image_size)
 
 
@@ -380,7 +380,7 @@ def to_device(batch, args, compute):
     """Batch -> inputs (B, 3, S, S) normalised, or features (B, F); target (B, R); weight (B, R)."""
     inputs = batch["input"]
     if inputs.dtype == torch.uint8:
-        statistics = common.pixel_statistics(args.backbone, args.weights)
+        statistics = backbones.pixel_statistics(args.backbone, args.weights)
         inputs = common.to_input(inputs, compute.device, *statistics, channels_last=compute.channels_last)
     target = compute.send(batch["target"])
     weight = compute.send(batch["weight"])
@@ -481,7 +481,7 @@ def solve_head(model, loader, study, rows, scaler, args, compute):
 def model_metadata(args, study, split, scaler, predicted):
     """What predict_assessor.py needs beside the weights: architecture, names, scaling, validation residuals."""
     subjects = study.groups_of(split["val"])
-    pixel_mean, pixel_sd = common.pixel_statistics(args.backbone, args.weights)
+    pixel_mean, pixel_sd = backbones.pixel_statistics(args.backbone, args.weights)
     return {
         "backbone": args.backbone,
         "head": args.head,

@@ -45,7 +45,7 @@ from torchvision.ops.poolers import initLevelMapper
 import common
 from evidence import (box_pictures, detection_judging, detection_scores, detection_tables, judging,
                       plotting, reporting, splitting)
-from readers import file_names, part_boxes, picture_files
+from readers import backbones, file_names, part_boxes, picture_files
 
 ENVIRONMENT = {
     "TRAIN_JSON": "train_json",
@@ -711,10 +711,10 @@ def build_model(args, settings, class_weights):
     if args.init_from:
         start_from(model, args.init_from, settings)
     elif args.weights:
-        load_pretrained(model, common.load_weights_file(args.weights), args.weights)
+        load_pretrained(model, backbones.load_weights_file(args.weights), args.weights)
     elif args.pretrained:
         source = "resnet18" if args.model == RESNET18 else args.model
-        load_pretrained(model, common.published_weights(source), source)
+        load_pretrained(model, backbones.published_weights(source), source)
     if starts_trained(args):
         freeze_layers(model.backbone.body, args.trainable_layers, settings["frozen_norm"])
     return model
@@ -740,7 +740,7 @@ def load_pretrained(model, state, source):
     """
     body = "backbone.body."
     own = model.backbone.body.state_dict()
-    prefix = common.shared_prefix(state, own)
+    prefix = backbones.shared_prefix(state, own)
     is_detector = prefix.endswith(body)
     prefix = prefix.removesuffix(body)
     if prefix:

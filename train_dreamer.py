@@ -33,7 +33,7 @@ import common
 from evidence import (
     baseline_models, judging, plotting, pose_audit, pose_judging, pose_plots, pose_scores, prediction_tables,
     reporting, splitting, verdicts)
-from readers import picture_files, probe_poses
+from readers import backbones, picture_files, probe_poses
 
 FEATURE_SD_FLOOR = 0.01  # of the RMS sd: a feature that hardly varied in training must not explode on a new frame
 COLLAPSE_FLOOR = 0.05  # smallest healthy spread of the features over frames, as a share of their rms
@@ -542,7 +542,7 @@ def set_to_zero(linear):
 def build_encoder(args):
     """Encoder as the flags describe it; the seed decides the random part. UserError for what is no ResNet."""
     torch.manual_seed(common.hash_seed(args.seed))
-    resnet, n_features = common.build_backbone(args.encoder, args.pretrained, args.weights,
+    resnet, n_features = backbones.build_backbone(args.encoder, args.pretrained, args.weights,
                                                args.image_size)
     if not hasattr(resnet, "layer4"):
         raise common.UserError(f"--encoder {args.encoder}: expected a torchvision ResNet such as resnet34")

@@ -40,7 +40,8 @@ from evidence import (
     judging,
     metric_names, plotting, prediction_tables, rater_agreement, reporting, score_judging, splitting,
     table_judging, verdicts)
-from readers import csv_tables, event_tables, event_times, file_names, score_tables, video_files
+from readers import (
+    backbones, csv_tables, event_tables, event_times, file_names, score_tables, video_files)
 
 MODES = ("train", "predict", "evaluate", "audit", "judge_bouts")
 PARTS = ("train", "val", "test")
@@ -587,7 +588,7 @@ class Head(nn.Module):
             return self.offset + self.span * outputs
 
 
-class ClipNet(common.BackboneModel):
+class ClipNet(backbones.BackboneModel):
     """A torchvision video network over all frames at once: clips (B, T, 3, S, S) -> (B, K)."""
 
     def __init__(self, backbone, n_features, n_outputs, dropout=0.0, bounded=False,
@@ -651,7 +652,7 @@ class MotionReadout(ClipNet):
     """
 
     def __init__(self, backbone, n_outputs, image_size):
-        maps = common.FeatureMaps(backbone, image_size)
+        maps = backbones.FeatureMaps(backbone, image_size)
         self.n_channels = sum(maps.n_channels)
         super().__init__(maps, 4 * self.n_channels, n_outputs)
 
@@ -699,7 +700,7 @@ class MotionReadout(ClipNet):
         return super().forward(self.pool(clips, mask) if clips.ndim == 4 else clips, mask)
 
 
-class FrameLstm(common.BackboneModel):
+class FrameLstm(backbones.BackboneModel):
     """An image backbone frame by frame, then an LSTM: clips (B, T, 3, S, S), mask (B, T) -> (B, K).
 
     The mask stays on the CPU, where counting its frames waits for no device.
@@ -738,11 +739,11 @@ def build_model(args, n_outputs):
         name, family, example = args.backbone, "models", torch.zeros(1, 3, size, size)
     else:
         name, family, example = args.model, "video", torch.zeros(1, 3, n_frames, size, size)
-    backbone, n_features = common.build_backbone(
+    backbone, n_features = backbones.build_backbone(
         name, args.pretrained, args.weights, size, family)
     if args.model == MOTION_READOUT:
         return MotionReadout(backbone, n_outputs, size)
-    common.freeze_stages(backbone, args.freeze_stages, example)
+    backbones.freeze_stages(backbone, args.freeze_stages, example)
     shared = {"dropout": args.dropout, "bounded": args.bounded, "freeze_norm": args.freeze_norm}
     if args.model == CNN_LSTM:
         return FrameLstm(backbone, n_features, n_outputs, args.hidden, **shared)
@@ -751,7 +752,7 @@ def build_model(args, n_outputs):
 
 def pixel_statistics(args):
     """(mean, sd) of the three colours that the published weights of the flags' network expect."""
-    return common.pixel_statistics(network_name(args), args.weights)
+    return backbones.pixel_statistics(network_name(args), args.weights)
 
 
 def network_name(args):
@@ -1664,9 +1665,9 @@ def check_weights(args):
     """UserError for weights that cannot be had, before any video is decoded."""
     name = network_name(args)
     if args.weights:
-        common.load_weights_file(args.weights)
+        backbones.load_weights_file(args.weights)
     elif args.pretrained and name in torchvision.models.list_models():
-        common.fetch_weights(name)
+        backbones.fetch_weights(name)
 
 
 def check_fold_of_file(args):

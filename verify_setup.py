@@ -195,12 +195,12 @@ def check_space(output_dir):
 
 def check_model(tasks):
     """Run a small backbone with random weights once; list the published weights that are not in the cache."""
-    import common
     import torch
-    backbone, _ = common.build_backbone("resnet18", pretrained=False)
+    from readers import backbones
+    backbone, _ = backbones.build_backbone("resnet18", pretrained=False)
     shape = tuple(backbone.eval()(torch.zeros(1, 3, 224, 224)).shape)
     yield Check("OK", "model", f"resnet18 returns features of shape {shape}")
-    missing = [name for name in weights_of(tasks) if not common.cached_weights_file(name)[0].exists()]
+    missing = [name for name in weights_of(tasks) if not backbones.cached_weights_file(name)[0].exists()]
     yield warn_if_any("weights not cached", missing, "downloaded at first use; without internet, first run on a "
                       "machine with it: python verify_setup.py --download_weights NAME")
 
@@ -214,15 +214,16 @@ def download_weights(names):
     """Fill the weights cache: a line before and a row after each file, which is loaded once as a check."""
     import common
     import torchvision
+    from readers import backbones
     unknown = [name for name in names if name not in torchvision.models.list_models()]
     if unknown:
         raise common.UserError(f"torchvision has no model {', '.join(unknown)}")
     socket.setdefaulttimeout(30)  # fail instead of waiting behind a firewall that drops requests
     for name in names:
-        path, url = common.cached_weights_file(name)
+        path, url = backbones.cached_weights_file(name)
         print(f"{'reading' if path.exists() else f'downloading {url} to'} {path}", flush=True)
         try:
-            common.published_weights(name)
+            backbones.published_weights(name)
         except common.UserError as error:
             remedy = f"remove {path}" if path.exists() else f"download {url} on another machine and copy it to {path}"
             yield Check("FAIL", name, str(error), remedy)

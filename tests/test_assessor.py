@@ -19,6 +19,7 @@ import common
 import predict_assessor
 import train_assessor
 from conftest import only_run, run_here, run_fresh, run_script, small_run
+from readers import backbones
 
 CONTRACT = [
     "args.json", "log.txt", "splits.json", "leakage_report.json", "training_history.csv", "training_history.png",
@@ -215,7 +216,7 @@ def test_fine_tuning_starts_from_the_other_weights(sample, trained, tmp_path):
 def test_one_batch_can_be_learnt_by_heart():
     """The training step, the loss mask and the model together: 8 random pictures are reproduced."""
     torch.manual_seed(0)
-    backbone, width = common.build_backbone("shufflenet_v2_x0_5", pretrained=False)
+    backbone, width = backbones.build_backbone("shufflenet_v2_x0_5", pretrained=False)
     model = train_assessor.Assessor(backbone, width, 3, "mlp", 0.0)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, fused=True)
     images, target = torch.randn(8, 3, 32, 32), torch.rand(8, 3) * 8 + 1
@@ -259,7 +260,7 @@ def test_frozen_backbone_does_not_change(sample, tmp_path):
     train(sample, tmp_path, "--freeze_backbone", "--epochs", 2, "--backbone", "resnet18")
     weights = common.read_checkpoint(only_run(tmp_path) / "best_model.pth")["model"]
     torch.manual_seed(common.hash_seed(42))  # as the script seeds its random weights
-    backbone, _ = common.build_backbone("resnet18", pretrained=False)
+    backbone, _ = backbones.build_backbone("resnet18", pretrained=False)
     for name, value in backbone.state_dict().items():
         assert torch.equal(value, weights[f"backbone.{name}"]), name
 

@@ -8,6 +8,7 @@ import torch
 
 import common
 from evidence import baseline_models
+from readers import backbones
 import train_assessor
 
 
@@ -20,23 +21,23 @@ def test_weights_files_in_their_known_forms(tmp_path):
              "half": {name: value.half() if value.is_floating_point() else value for name, value in state.items()}}
     for name, form in forms.items():
         torch.save(form, tmp_path / f"{name}.pth")
-        backbone, width = common.build_backbone("resnet18", weights=tmp_path / f"{name}.pth")
+        backbone, width = backbones.build_backbone("resnet18", weights=tmp_path / f"{name}.pth")
         difference = (backbone.conv1.weight - model.conv1.weight).abs().max()
         assert width == 512 and difference < (1e-3 if name == "half" else 1e-12)
     with pytest.raises(common.UserError, match="not the weights of this backbone"):
-        common.build_backbone("resnet50", weights=tmp_path / "bare.pth")
+        backbones.build_backbone("resnet50", weights=tmp_path / "bare.pth")
 
 
 @pytest.mark.parametrize("prefix", ["model.", "backbone.", "encoder_q.", "module.encoder_q.", "state.net."])
 def test_a_prefix_that_all_layers_share_is_taken_off_and_said(tmp_path, capsys, prefix):
     import torchvision
-    common._say_once.cache_clear()
+    backbones._say_once.cache_clear()
     model = torchvision.models.resnet18()
     state = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
     state |= {f"module.encoder_k.{name}": torch.zeros_like(value) for name, value in model.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "moco.pth")
     for _ in range(2):
-        backbone, _ = common.build_backbone("resnet18", weights=tmp_path / "moco.pth")
+        backbone, _ = backbones.build_backbone("resnet18", weights=tmp_path / "moco.pth")
         assert torch.equal(backbone.layer4[1].conv2.weight, model.layer4[1].conv2.weight)
     said = capsys.readouterr().out
     shown = prefix.removeprefix("module.")
@@ -49,16 +50,16 @@ def test_files_from_before_torch_1_6_and_safetensors(tmp_path):
     model = torchvision.models.resnet18()
     torch.save(model.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     with pytest.raises(common.CheckpointError, match="before torch 1.6; write it anew: python -c") as caught:
-        common.load_weights_file(tmp_path / "old.pth")
+        backbones.load_weights_file(tmp_path / "old.pth")
     exec(str(caught.value).split('"')[1])  # the remedy is the line to run
-    assert torch.equal(common.load_weights_file(tmp_path / "old.pth")["fc.weight"], model.fc.weight)
+    assert torch.equal(backbones.load_weights_file(tmp_path / "old.pth")["fc.weight"], model.fc.weight)
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
-    backbone, _ = common.build_backbone("resnet18", weights=tmp_path / "model.safetensors")
+    backbone, _ = backbones.build_backbone("resnet18", weights=tmp_path / "model.safetensors")
     assert torch.equal(backbone.conv1.weight, model.conv1.weight)
     (tmp_path / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(common.CheckpointError, match="no usable safetensors"):
-        common.load_weights_file(tmp_path / "model.safetensors")
+        backbones.load_weights_file(tmp_path / "model.safetensors")
 
 
 def test_safetensors_without_the_package_say_what_to_install(tmp_path, monkeypatch):
@@ -66,20 +67,20 @@ def test_safetensors_without_the_package_say_what_to_install(tmp_path, monkeypat
         raise ImportError(f"No module named {name!r}")
     monkeypatch.setattr(common.importlib, "import_module", missing)
     with pytest.raises(common.UserError, match="pip install safetensors"):
-        common.load_weights_file(tmp_path / "model.safetensors")
+        backbones.load_weights_file(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", ["inception_v3", "maxvit_t"])
 def test_pictures_too_small_for_a_network_are_refused_in_one_line(name):
     with pytest.raises(common.UserError, match=f"--image_size 64: {name}"):
-        common.build_backbone(name, pretrained=False, image_size=64)
+        backbones.build_backbone(name, pretrained=False, image_size=64)
 
 
 def test_versions_of_layers_survive_a_checkpoint():
     """MNASNet cannot be loaded without the version of its layers."""
-    model, _ = common.build_backbone("mnasnet0_5", pretrained=False)
+    model, _ = backbones.build_backbone("mnasnet0_5", pretrained=False)
     state = common.to_plain_types(model.state_dict())
-    other, _ = common.build_backbone("mnasnet0_5", pretrained=False)
+    other, _ = backbones.build_backbone("mnasnet0_5", pretrained=False)
     common.load_state(other, state, "best_model.pth")
     assert all(torch.equal(state[name], value) for name, value in other.state_dict().items())
 
@@ -92,18 +93,18 @@ def test_half_precision_that_overflowed_becomes_its_largest_number(tmp_path, cap
     half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
     assert half["bn1.running_var"][3].isinf()
     torch.save(half, tmp_path / "half.pth")
-    loaded = common.load_weights_file(tmp_path / "half.pth")["bn1.running_var"]
+    loaded = backbones.load_weights_file(tmp_path / "half.pth")["bn1.running_var"]
     assert loaded.dtype == torch.float32 and loaded[3] == 65504 and (loaded[:3] == 1).all()
     said = capsys.readouterr().out
     assert said.startswith("note: ") and "half.pth" in said and "bn1.running_var" in said and "65504" in said
     half["conv1.weight"][0] = float("nan")
     torch.save(half, tmp_path / "nan.pth")
     with pytest.raises(common.CheckpointError, match=r"not finite \(conv1.weight\)"):
-        common.load_weights_file(tmp_path / "nan.pth")
+        backbones.load_weights_file(tmp_path / "nan.pth")
     state["bn1.running_var"][3] = float("inf")  # nothing was converted here
     torch.save(state, tmp_path / "single.pth")
     with pytest.raises(common.CheckpointError, match=r"not finite \(bn1.running_var\)"):
-        common.load_weights_file(tmp_path / "single.pth")
+        backbones.load_weights_file(tmp_path / "single.pth")
 
 
 def test_weights_that_cannot_be_had_name_both_ways_out(tmp_path, monkeypatch):
@@ -113,7 +114,7 @@ def test_weights_that_cannot_be_had_name_both_ways_out(tmp_path, monkeypatch):
         raise OSError("no route to host")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(common.UserError) as caught:
-        common.build_backbone("resnet18")
+        backbones.build_backbone("resnet18")
     assert "--weights FILE" in str(caught.value) and "verify_setup.py --download_weights resnet18" in str(caught.value)
 
 
@@ -121,7 +122,7 @@ def test_weights_that_cannot_be_had_name_both_ways_out(tmp_path, monkeypatch):
     ("resnet18", 512), ("resnet50", 2048), ("efficientnet_b0", 1280), ("vit_b_16", 768), ("mobilenet_v3_small", 1024),
     ("densenet121", 1024), ("convnext_tiny", 768), ("googlenet", 1024)])
 def test_backbones_give_their_feature_width(name, width):
-    backbone, n_features = common.build_backbone(name, pretrained=False)
+    backbone, n_features = backbones.build_backbone(name, pretrained=False)
     assert n_features == width
     with torch.inference_mode():
         assert backbone.eval()(torch.zeros(1, 3, 224, 224)).shape == (1, width)
@@ -129,16 +130,16 @@ def test_backbones_give_their_feature_width(name, width):
 
 def test_unknown_backbones_are_named(tmp_path):
     with pytest.raises(common.UserError, match="resnet50"):
-        common.build_backbone("resnet5O", pretrained=False)
+        backbones.build_backbone("resnet5O", pretrained=False)
     with pytest.raises(common.UserError, match="linear layer"):
-        common.build_backbone("squeezenet1_0", pretrained=False)
+        backbones.build_backbone("squeezenet1_0", pretrained=False)
 
 
 # --- the head on three resolutions ------------------------------------------------------
 
 def test_three_resolutions_are_those_of_the_network():
     """The features are the grid averages of layer2, layer3 and layer4, as the network itself computes them."""
-    backbone, _ = common.build_backbone("resnet18", pretrained=False)
+    backbone, _ = backbones.build_backbone("resnet18", pretrained=False)
     scales = train_assessor.MultiScale(backbone, 64).eval()
     images, maps = torch.randn(2, 3, 64, 64), []
     hooks = [getattr(backbone, name).register_forward_hook(lambda m, i, output: maps.append(output))
@@ -154,7 +155,7 @@ def test_three_resolutions_are_those_of_the_network():
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_small", "convnext_tiny"])
 def test_three_resolutions_exist_in_other_families(name):
-    backbone, _ = common.build_backbone(name, pretrained=False)
+    backbone, _ = backbones.build_backbone(name, pretrained=False)
     scales = train_assessor.MultiScale(backbone, 64).eval()
     with torch.inference_mode():
         assert scales(torch.zeros(1, 3, 64, 64)).shape == (1, scales.n_features)
@@ -175,28 +176,28 @@ def test_pooling_over_a_grid_equals_torch(grid):
 
 def test_channels_that_come_last_and_tokens_become_maps():
     """Swin gives (B, H, W, C); a ViT tokens after a class token: both as their own modules give them."""
-    swin, _ = common.build_backbone("swin_t", pretrained=False, image_size=64)
+    swin, _ = backbones.build_backbone("swin_t", pretrained=False, image_size=64)
     images = torch.randn(2, 3, 64, 64)
-    found = common.FeatureMaps(swin, 64)
+    found = backbones.FeatureMaps(swin, 64)
     with torch.inference_mode():
         maps = found(images)
         expected = swin.features[:6](images).permute(0, 3, 1, 2)
     assert [tuple(each.shape[1:]) for each in maps] == [(192, 8, 8), (384, 4, 4), (768, 2, 2)]
     assert torch.allclose(maps[1], expected, atol=1e-5)
 
-    vit, _ = common.build_backbone("vit_b_16", pretrained=False, image_size=32)
-    found = common.FeatureMaps(vit, 32)
+    vit, _ = backbones.build_backbone("vit_b_16", pretrained=False, image_size=32)
+    found = backbones.FeatureMaps(vit, 32)
     with torch.inference_mode():
         maps = found(torch.randn(2, 3, 32, 32))
         tokens = torch.arange(2 * 5 * 3.0).view(2, 5, 3)
     assert [tuple(each.shape) for each in maps] == [(2, 768, 2, 2)] * 3
-    assert torch.equal(common.feature_maps(tokens)[1, :, 1, 0], tokens[1, 3])  # the class token and two more come first
+    assert torch.equal(backbones.feature_maps(tokens)[1, :, 1, 0], tokens[1, 3])  # the class token and two more come first
 
 
 @pytest.mark.parametrize("name, trained", [("swin_t", "features.7"), ("vit_b_16", "encoder.layers.encoder_layer_9")])
 def test_three_stages_of_a_transformer_are_frozen(name, trained):
-    backbone, _ = common.build_backbone(name, pretrained=False, image_size=64)
-    common.freeze_stages(backbone, 3, torch.zeros(1, 3, 64, 64))
+    backbone, _ = backbones.build_backbone(name, pretrained=False, image_size=64)
+    backbones.freeze_stages(backbone, 3, torch.zeros(1, 3, 64, 64))
     kept = [path for path, p in backbone.named_parameters() if p.requires_grad]
     frozen = [path for path, p in backbone.named_parameters() if not p.requires_grad]
     assert any(path.startswith(trained) for path in kept) and not any(path.startswith(trained) for path in frozen)
@@ -223,9 +224,9 @@ def test_a_network_without_maps_is_refused():
                                         ("googlenet", True)])
 def test_pixels_are_scaled_as_the_published_weights_expect(name, half, tmp_path):
     usual = common.IMAGENET_MEAN, common.IMAGENET_STD
-    assert common.pixel_statistics(name) == (((0.5,) * 3, (0.5,) * 3) if half else usual)
+    assert backbones.pixel_statistics(name) == (((0.5,) * 3, (0.5,) * 3) if half else usual)
     (tmp_path / "weights.pth").touch()
-    assert common.pixel_statistics(name, tmp_path / "weights.pth") == common.pixel_statistics(name)
+    assert backbones.pixel_statistics(name, tmp_path / "weights.pth") == backbones.pixel_statistics(name)
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
@@ -236,28 +237,28 @@ def test_networks_with_their_own_input_transform_see_the_same_pixels(name):
     pixels = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
     device = torch.device("cpu")
     seen = judge._transform_input(common.to_input(pixels.clone(), device))
-    assert torch.allclose(common.to_input(pixels, device, *common.pixel_statistics(name)), seen, atol=1e-5)
+    assert torch.allclose(common.to_input(pixels, device, *backbones.pixel_statistics(name)), seen, atol=1e-5)
 
 
 def test_a_published_set_is_taken_by_its_name(tmp_path, monkeypatch):
     import torchvision
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     state = torchvision.models.resnet18().state_dict()
-    path, _ = common.cached_weights_file("resnet18", "IMAGENET1K_V1")
+    path, _ = backbones.cached_weights_file("resnet18", "IMAGENET1K_V1")
     path.parent.mkdir()
     torch.save(state, path)
-    backbone, _ = common.build_backbone("resnet18", weights="IMAGENET1K_V1")
+    backbone, _ = backbones.build_backbone("resnet18", weights="IMAGENET1K_V1")
     assert torch.equal(backbone.conv1.weight, state["conv1.weight"])
     with pytest.raises(common.UserError, match="IMAGENET1K_V7: no such file.*resnet50 are IMAGENET1K_V1, IMAGENET1K_V2"):
-        common.build_backbone("resnet50", weights="IMAGENET1K_V7")
+        backbones.build_backbone("resnet50", weights="IMAGENET1K_V7")
 
 
 def test_position_embeddings_are_interpolated_to_the_size_of_the_pictures(tmp_path):
     import torchvision
     published = torchvision.models.vit_b_32(image_size=64).state_dict()
     torch.save(published, tmp_path / "vit.pth")
-    same, _ = common.build_backbone("vit_b_32", weights=tmp_path / "vit.pth", image_size=64)
-    larger, _ = common.build_backbone("vit_b_32", weights=tmp_path / "vit.pth", image_size=128)
+    same, _ = backbones.build_backbone("vit_b_32", weights=tmp_path / "vit.pth", image_size=64)
+    larger, _ = backbones.build_backbone("vit_b_32", weights=tmp_path / "vit.pth", image_size=128)
     assert torch.equal(same.encoder.pos_embedding, published["encoder.pos_embedding"])
     own = larger.encoder.pos_embedding  # (1, 1 + 4 * 4, 768)
     assert own.shape == (1, 17, 768) and torch.equal(own[:, 0], published["encoder.pos_embedding"][:, 0])
@@ -272,7 +273,7 @@ def test_without_timm_its_networks_say_what_to_install(monkeypatch):
         raise ImportError(f"No module named {name!r}")
     monkeypatch.setattr(common.importlib, "import_module", missing)
     with pytest.raises(common.UserError, match="pip install timm"):
-        common.build_backbone("timm:resnet10t", pretrained=False)
+        backbones.build_backbone("timm:resnet10t", pretrained=False)
 
 
 @pytest.mark.parametrize("name, size", [
@@ -282,37 +283,37 @@ def test_without_timm_its_networks_say_what_to_install(monkeypatch):
 def test_networks_of_timm(name, size):
     """Features of one and of three resolutions, three frozen stages, pixels as its own data configuration has them."""
     timm = pytest.importorskip("timm")
-    backbone, width = common.build_backbone(f"timm:{name}", pretrained=False, image_size=size)
+    backbone, width = backbones.build_backbone(f"timm:{name}", pretrained=False, image_size=size)
     images = torch.randn(1, 3, size, size)
     with torch.inference_mode():
         assert backbone.eval()(images).shape == (1, width)
     scales = train_assessor.MultiScale(backbone, size)
     assert scales.eval()(images).shape == (1, scales.n_features)
-    common.freeze_stages(backbone, 3, images)
+    backbones.freeze_stages(backbone, 3, images)
     assert any(p.requires_grad for p in backbone.parameters())
     assert not all(p.requires_grad for p in backbone.parameters())
     config = timm.data.resolve_data_config({}, model=backbone)
-    assert common.pixel_statistics(f"timm:{name}") == (config["mean"], config["std"])
+    assert backbones.pixel_statistics(f"timm:{name}") == (config["mean"], config["std"])
 
 
 def test_weights_of_timm_come_from_a_file(tmp_path):
     timm = pytest.importorskip("timm")
     state = timm.create_model("vit_tiny_patch16_224", img_size=32).state_dict()
     torch.save(state, tmp_path / "vit.pth")
-    backbone, _ = common.build_backbone("timm:vit_tiny_patch16_224", weights=tmp_path / "vit.pth", image_size=64)
+    backbone, _ = backbones.build_backbone("timm:vit_tiny_patch16_224", weights=tmp_path / "vit.pth", image_size=64)
     assert torch.equal(backbone.blocks[0].attn.qkv.weight, state["blocks.0.attn.qkv.weight"])
     assert backbone.pos_embed.shape == (1, 17, 192)
     with pytest.raises(common.UserError, match="timm has no resnet10x"):
-        common.build_backbone("timm:resnet10x", pretrained=False)
+        backbones.build_backbone("timm:resnet10x", pretrained=False)
 
 
 def test_frozen_stages_are_the_first_ones():
-    backbone, _ = common.build_backbone("resnet18", pretrained=False)
-    common.freeze_stages(backbone, 3, torch.zeros(1, 3, 64, 64))
+    backbone, _ = backbones.build_backbone("resnet18", pretrained=False)
+    backbones.freeze_stages(backbone, 3, torch.zeros(1, 3, 64, 64))
     frozen = {name.split(".")[0] for name, p in backbone.named_parameters() if not p.requires_grad}
     assert frozen == {"conv1", "bn1", "layer1", "layer2"}
     with pytest.raises(common.UserError, match="--freeze_stages 9"):
-        common.freeze_stages(backbone, 9, torch.zeros(1, 3, 64, 64))
+        backbones.freeze_stages(backbone, 9, torch.zeros(1, 3, 64, 64))
 
 
 def test_features_of_another_backbone_are_refused(tmp_path, monkeypatch):
@@ -333,8 +334,8 @@ def test_features_of_another_backbone_are_refused(tmp_path, monkeypatch):
 
 
 def test_frozen_parts_keep_weights_and_statistics_in_training():
-    backbone, width = common.build_backbone("resnet18", pretrained=False)
-    common.freeze_stages(backbone, 3, torch.zeros(1, 3, 64, 64))
+    backbone, width = backbones.build_backbone("resnet18", pretrained=False)
+    backbones.freeze_stages(backbone, 3, torch.zeros(1, 3, 64, 64))
     model = train_assessor.Assessor(backbone, width, 2, "mlp", 0.0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)

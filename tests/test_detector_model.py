@@ -15,6 +15,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import common
 import train_detector
+from readers import backbones
 from readers.part_boxes import STATES, UNKNOWN
 
 FP32 = common.choose_compute("cpu", "off")
@@ -341,7 +342,7 @@ def test_a_prefix_of_all_layers_is_taken_off(tmp_path, capsys, prefix):
     for whole in (model, model.backbone.body):
         torch.save({prefix + name: value for name, value in whole.state_dict().items()}, tmp_path / "w.pth")
         nn.init.zeros_(other.backbone.body.conv1.weight)
-        train_detector.load_pretrained(other, common.load_weights_file(tmp_path / "w.pth"), "w.pth")
+        train_detector.load_pretrained(other, backbones.load_weights_file(tmp_path / "w.pth"), "w.pth")
         torch.testing.assert_close(other.backbone.body.conv1.weight, model.backbone.body.conv1.weight)
         said = capsys.readouterr().out
         assert said.count("\n") == (prefix != "module.") and (f"without the prefix {prefix}" in said) == bool(said)

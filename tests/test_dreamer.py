@@ -17,7 +17,7 @@ import verify_setup
 from conftest import only_run, run_here, run_fresh, run_script
 from evidence import pose_scores, prediction_tables
 from readers.probe_poses import AXES
-from readers import probe_poses
+from readers import backbones, probe_poses
 
 CONTRACT = [
     "args.json", "log.txt", "splits.json", "leakage_report.json", "training_history.csv", "training_history.png",
@@ -289,7 +289,7 @@ def test_shapes_are_as_written(token_type, tokens):
 
 def test_a_grey_frame_gives_what_it_gave_as_colour():
     torch.manual_seed(0)
-    resnet, width = common.build_backbone("resnet18", pretrained=False)
+    resnet, width = backbones.build_backbone("resnet18", pretrained=False)
     features = nn.Sequential(*list(resnet.children())[:-2]).eval()
     grey = torch.randn(2, 1, 64, 64)
     wanted = features(grey.repeat(1, 3, 1, 1)).flatten(2)

@@ -20,7 +20,7 @@ import torch
 
 import common
 from conftest import ROOT
-from readers import pixel_cache
+from readers import backbones, pixel_cache
 
 
 # --- batches ------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_a_model_that_computes_in_fp32_on_cpus_is_recorded_so(monkeypatch, use_a
 def test_bf16_with_channels_last_agrees_with_fp32():
     """The fast path of the forward pass: the same ranking of outputs within the rounding of bf16."""
     torch.manual_seed(0)
-    backbone, _ = common.build_backbone("resnet18", pretrained=False)
+    backbone, _ = backbones.build_backbone("resnet18", pretrained=False)
     images = torch.randint(0, 256, (8, 96, 96, 3), dtype=torch.uint8)
     outputs = []
     for use_amp in ("off", "on"):

@@ -21,7 +21,7 @@ from sklearn.metrics import (accuracy_score, average_precision_score, brier_scor
 
 import common
 from evidence import calibrating, prediction_tables
-from readers import video_files
+from readers import backbones, video_files
 import train_video
 from conftest import ROOT, only_run, run_here, run_fresh, run_script
 
@@ -669,7 +669,7 @@ def test_columns_of_a_class_are_no_baseline(tmp_path):
 def test_frozen_backbone_does_not_change(class_folds):
     weights = common.read_checkpoint(class_folds / "fold_1" / "best_model.pth")["model"]
     torch.manual_seed(common.hash_seed(42))  # as the script seeds its random weights
-    backbone, _ = common.build_backbone("resnet18", pretrained=False)
+    backbone, _ = backbones.build_backbone("resnet18", pretrained=False)
     for name, value in backbone.state_dict().items():
         assert torch.equal(value, weights[f"backbone.{name}"]), name
 

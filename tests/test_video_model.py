@@ -19,7 +19,7 @@ from torch import nn
 
 import common
 from evidence import class_scores
-from readers import event_tables, video_files
+from readers import backbones, event_tables, video_files
 import make_sample_data
 import train_video
 
@@ -346,7 +346,7 @@ def test_clips_keep_the_memory_layout_of_the_convolutions():
     clips, mask = train_video.to_device(batch, args, compute)
     assert clips.shape == (2, 4, 3, 32, 32)
     assert clips.transpose(1, 2).is_contiguous(memory_format=torch.channels_last_3d)
-    mean, sd = (torch.tensor(values)[:, None, None] for values in common.pixel_statistics("r3d_18"))
+    mean, sd = (torch.tensor(values)[:, None, None] for values in backbones.pixel_statistics("r3d_18"))
     expected = (batch["input"][1, 2].permute(2, 0, 1) / 255 - mean) / sd
     assert torch.allclose(clips[1, 2], expected, atol=1e-5)
     seen, model = [], frame_lstm()

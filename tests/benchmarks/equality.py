@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
+from readers import backbones  # noqa: E402
 
 PLAIN_TRAINING = ROOT / "tests/benchmarks/plain_training.py"
 WRAPPERS = {"fast": [], "plain": [PLAIN_TRAINING], "one_warp": [PLAIN_TRAINING, "--keep_one_warp"]}
@@ -111,7 +112,7 @@ TASKS = {"assessor": assessor, "clips": clips, "scores": scores, "detector": det
 
 def weights():
     """Flags of published weights where they are cached, else of random ones."""
-    return [] if common.cached_weights_file("resnet18")[0].exists() else ["--no_pretrained"]
+    return [] if backbones.cached_weights_file("resnet18")[0].exists() else ["--no_pretrained"]
 
 
 # --- one run ---------------------------------------------------------------------------
