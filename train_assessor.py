@@ -17,7 +17,6 @@ Units: every metric and prediction is in the unit of the ratings file; images ar
 """
 import copy
 import dataclasses
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -251,43 +250,11 @@ class Assessor(backbones.BackboneModel):
             return self.head(features.float())  # (B, F) -> (B, R)
 
 
-class MultiScale(nn.Module):
-    """Feature maps of a backbone's last three resolutions, each averaged over a grid: (B, 3, S, S) -> (B, F).
-
-    What is predicted may depend on small things or large ones; the last layer alone keeps little of the small.
-    """
-
-    def __init__(self, backbone, image_size, grid=4):
-        super().__init__()
-        self.maps = backbones.FeatureMaps(backbone, image_size)
-        self.grid = grid
-        self.n_features = sum(self.maps.n_channels) * grid ** 2
-
-    def forward(self, images):
-        maps = self.maps(images)  # (B, 3, S, S) -> three of (B, C, H, W)
-        return torch.cat([pool_over_grid(each, self.grid).flatten(1) for each in maps], 1)  # (B, F)
-
-
-@functools.cache
-@torch.inference_mode(False)
-def pooling_matrix(height, width, grid, device):
-    """(H * W, cells) share of each pixel in the mean of each cell of adaptive_avg_pool2d."""
-    pixels = torch.eye(height * width).view(-1, 1, height, width)
-    return nn.functional.adaptive_avg_pool2d(pixels, grid).flatten(1).to(device)
-
-
-def pool_over_grid(maps, grid):
-    """(B, C, H, W) -> float32 (B, C, cells): adaptive_avg_pool2d, whose own gradient does not repeat exactly on GPUs."""
-    matrix = pooling_matrix(*maps.shape[2:], grid, maps.device)
-    with torch.autocast(maps.device.type, enabled=False):
-        return maps.float().flatten(2) @ matrix  # (B, C, H * W) -> (B, C, cells)
-
-
 def with_head_features(backbone, n_features, head, image_size):
     """The input of a head -> (module: (B, 3, S, S) -> (B, F), F): the last features, or three resolutions."""
     if head == "mlp":
         return backbone, n_features
-    backbone = MultiScale(backbone, image_size)
+    backbone = backbones.MultiScale(backbone, image_size)
     return backbone, backbone.n_features
 
 

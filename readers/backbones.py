@@ -9,6 +9,7 @@ import re
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -311,6 +312,45 @@ class FeatureMaps(nn.Module):
         for hook in hooks:
             hook.remove()
         return maps
+
+
+class MultiScale(nn.Module):
+    """Feature maps of a backbone's last three resolutions, each averaged over grids: (B, 3, S, S) -> (B, F).
+
+    What is predicted may depend on small things or large ones; the last layer alone keeps little of the small.
+    """
+
+    def __init__(self, backbone, image_size, grids=(4,)):
+        super().__init__()
+        self.maps = FeatureMaps(backbone, image_size)
+        self.grids = grids  # cells on each side
+        self.blocks = {}  # name -> columns of the features
+        self.n_features = 0
+        for stage, n_channels in enumerate(self.maps.n_channels, start=1):
+            for grid in grids:
+                columns = self.n_features + np.arange(n_channels * grid ** 2)
+                self.blocks[f"resolution {stage}, {grid} x {grid}"] = columns
+                self.n_features += len(columns)
+
+    def forward(self, images):
+        maps = self.maps(images)  # (B, 3, S, S) -> three of (B, C, H, W)
+        pooled = [pool_over_grid(each, grid).flatten(1) for each in maps for grid in self.grids]
+        return torch.cat(pooled, 1)  # (B, F)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def pooling_matrix(height, width, grid, device):
+    """(H * W, cells) share of each pixel in the mean of each cell of adaptive_avg_pool2d."""
+    pixels = torch.eye(height * width).view(-1, 1, height, width)
+    return nn.functional.adaptive_avg_pool2d(pixels, grid).flatten(1).to(device)
+
+
+def pool_over_grid(maps, grid):
+    """(B, C, H, W) -> float32 (B, C, cells): adaptive_avg_pool2d, whose own gradient does not repeat exactly on GPUs."""
+    matrix = pooling_matrix(*maps.shape[2:], grid, maps.device)
+    with torch.autocast(maps.device.type, enabled=False):
+        return maps.float().flatten(2) @ matrix  # (B, C, H * W) -> (B, C, cells)
 
 
 def freeze_stages(backbone, n_stages, example):

@@ -140,7 +140,7 @@ def test_unknown_backbones_are_named(tmp_path):
 def test_three_resolutions_are_those_of_the_network():
     """The features are the grid averages of layer2, layer3 and layer4, as the network itself computes them."""
     backbone, _ = backbones.build_backbone("resnet18", pretrained=False)
-    scales = train_assessor.MultiScale(backbone, 64).eval()
+    scales = backbones.MultiScale(backbone, 64).eval()
     images, maps = torch.randn(2, 3, 64, 64), []
     hooks = [getattr(backbone, name).register_forward_hook(lambda m, i, output: maps.append(output))
              for name in ("layer2", "layer3", "layer4")]
@@ -153,10 +153,23 @@ def test_three_resolutions_are_those_of_the_network():
         hook.remove()
 
 
+def test_each_grid_has_its_columns():
+    """Means over 4 cells of a fine grid are the coarse grid, and each block has the channels of its resolution."""
+    backbone, _ = backbones.build_backbone("resnet18", pretrained=False)
+    scales = backbones.MultiScale(backbone, 64, grids=(2, 4)).eval()
+    with torch.inference_mode():
+        features = scales(torch.randn(2, 3, 64, 64)).numpy()
+    assert np.array_equal(np.concatenate(list(scales.blocks.values())), np.arange(scales.n_features))
+    for stage, n_channels in enumerate((128, 256), start=1):  # 8 x 8 and 4 x 4 cells: no grid is finer than its map
+        coarse, fine = (features[:, scales.blocks[f"resolution {stage}, {grid} x {grid}"]] for grid in (2, 4))
+        cells = fine.reshape(2, n_channels, 2, 2, 2, 2).mean((3, 5))
+        assert np.allclose(coarse, cells.reshape(2, -1), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_small", "convnext_tiny"])
 def test_three_resolutions_exist_in_other_families(name):
     backbone, _ = backbones.build_backbone(name, pretrained=False)
-    scales = train_assessor.MultiScale(backbone, 64).eval()
+    scales = backbones.MultiScale(backbone, 64).eval()
     with torch.inference_mode():
         assert scales(torch.zeros(1, 3, 64, 64)).shape == (1, scales.n_features)
 
@@ -166,7 +179,7 @@ def test_pooling_over_a_grid_equals_torch(grid):
     maps = torch.randn(2, 5, 7, 6, requires_grad=True)
     weights = torch.randn(2, 5, grid * grid)
     found = {}
-    for name, pooled in (("own", train_assessor.pool_over_grid(maps, grid)),
+    for name, pooled in (("own", backbones.pool_over_grid(maps, grid)),
                          ("torch", torch.nn.functional.adaptive_avg_pool2d(maps, grid).flatten(2))):
         gradient, = torch.autograd.grad((pooled * weights).sum(), maps)
         found[name] = pooled, gradient
@@ -215,7 +228,7 @@ def test_a_network_without_maps_is_refused():
         def forward(self, images):
             return self.layers(images)
     with pytest.raises(common.UserError, match="--head mlp"):
-        train_assessor.MultiScale(Flat(), 32)
+        backbones.MultiScale(Flat(), 32)
 
 
 # --- published weights ------------------------------------------------------------------
@@ -287,7 +300,7 @@ def test_networks_of_timm(name, size):
     images = torch.randn(1, 3, size, size)
     with torch.inference_mode():
         assert backbone.eval()(images).shape == (1, width)
-    scales = train_assessor.MultiScale(backbone, size)
+    scales = backbones.MultiScale(backbone, size)
     assert scales.eval()(images).shape == (1, scales.n_features)
     backbones.freeze_stages(backbone, 3, images)
     assert any(p.requires_grad for p in backbone.parameters())
