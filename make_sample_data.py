@@ -310,7 +310,17 @@ BUSY_SHARE = {"tail": 0.8, "ear": 0.1}  # of the events, that are theirs
 OTHER_PAIRS = [pair for pair in itertools.permutations((1, 2, 3, 4), 2) if pair != BUSY_PAIR]
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass
+class Event:
+    behavior: str | None  # None: the idle rhythm, the same in both directions
+    duration: float = 0  # seconds
+    offset: float = 0  # seconds from the start of the video
+    pair: tuple = ()  # (initiator, receiver)
+    period_sec: float = 1.0
+    phase: float = 0.0  # in periods
+
+
+@dataclasses.dataclass
 class Video:
     group: int
     day: int
@@ -318,22 +328,8 @@ class Video:
     fps: float
     size: tuple  # (W, H)
     start: float  # seconds since midnight
-    slots: list  # those with an event
+    events: dict  # {slot: Event}; the other slots are idle
     seed: list  # of looks and places
-    camera: int = 8
-    delay: float = 0.0  # seconds by which the camera started earlier
-
-
-@dataclasses.dataclass(eq=False)
-class Event:
-    video: Video
-    slot: int
-    behavior: str | None  # None: the idle rhythm, the same in both directions
-    duration: float = 0  # seconds
-    offset: float = 0  # seconds from the start of the video
-    pair: tuple = ()  # (initiator, receiver)
-    period_sec: float = 1.0
-    phase: float = 0.0  # in periods
 
 
 def nearness(phase, behavior):
@@ -347,7 +343,7 @@ def nearness(phase, behavior):
 
 
 def plan_videos(n_events, seed, rng):
-    """Each pen is filmed in turn; the events are spread evenly over the videos."""
+    """Each pen is filmed in turn; the events are spread evenly over the videos, which are returned without them."""
     n_videos = max(N_GROUPS, math.ceil(n_events / N_SLOTS))
     videos = []
     for v in range(n_videos):
@@ -363,60 +359,53 @@ def plan_videos(n_events, seed, rng):
             fps=FRAME_RATES[v % len(FRAME_RATES)],
             size=VIDEO_SIZES[v % len(VIDEO_SIZES)],
             start=6 * 3600 + 600 * (turn % 2) + 5,
-            slots=sorted(rng.permutation(N_SLOTS)[:n_filled].tolist()),
+            events=dict.fromkeys(sorted(rng.permutation(N_SLOTS)[:n_filled].tolist())),
             seed=[seed, 3, v]))
     return videos
 
 
 def plan_events(videos, rng):
-    """Events, video by video: in each pen a quarter are tail events, most of them of one pair of animals."""
-    places = [(video, slot) for video in videos for slot in video.slots]
+    """Fill the videos: in each pen a quarter are tail events, most of them of one pair of animals."""
+    places = [(video, slot) for video in videos for slot in video.events]
     tails = set()
     for group in range(1, N_GROUPS + 1):
         in_pen = [i for i, (video, _) in enumerate(places) if video.group == group]
         n_tails = round(len(in_pen) / 4)
         tails.update(rng.permutation(in_pen)[:n_tails].tolist())
-    events = []
     for i, (video, slot) in enumerate(places):
         behavior = "tail" if i in tails else "ear"
         is_busy = rng.random() < BUSY_SHARE[behavior]
         pair = BUSY_PAIR if is_busy else OTHER_PAIRS[rng.integers(len(OTHER_PAIRS))]
         duration = 0 if i % 9 == 5 else round(rng.uniform(1.5, 2.4), 2)
         middle = (slot + 0.5) * SLOT_SEC
-        events.append(Event(
-            video=video,
-            slot=slot,
+        video.events[slot] = Event(
             behavior=behavior,
             duration=duration,
             offset=round(middle - duration / 2, 3),
             pair=tuple(100 * video.group + animal for animal in pair),
             period_sec=rng.uniform(0.8, 1.1),
-            phase=rng.random()))
-    return events
+            phase=rng.random())
 
 
-def render_video(folder, video, events):
-    """Write one video with the events that it holds."""
+def render_video(folder, video):
+    """Write one video with its events."""
     import cv2
     rng = np.random.default_rng(video.seed)
     background = np.asarray(draw_background(video.size, rng), float)
     pen = to_pixels(background * 0.8 + rng.normal(0, 9, background.shape))
     colours = rng.integers([150, 30], [256, 90], (3, 2)).T.tolist()
     places = rng.uniform([0.35, 0.4, 0], [0.65, 0.6, 2 * np.pi], (N_SLOTS, 3))
-    by_slot = {event.slot: event for event in events}
     path = folder / video.file
     path.parent.mkdir(parents=True, exist_ok=True)
     code = cv2.VideoWriter_fourcc(*("mp4v" if path.suffix == ".mp4" else "MJPG"))
     writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, code, video.fps, video.size)
     if not writer.isOpened():
         raise common.UserError(f"OpenCV {cv2.__version__} cannot write {path}: it was built without FFmpeg")
-    for i in range(math.floor((N_SLOTS * SLOT_SEC + video.delay) * video.fps)):
-        time_sec = i / video.fps - video.delay
-        slot = min(max(int(time_sec / SLOT_SEC), 0), N_SLOTS - 1)
-        event = by_slot.get(slot) or Event(video, slot, None)
-        phase = (time_sec - slot * SLOT_SEC) / event.period_sec + event.phase
-        near = nearness(phase, event.behavior)
-        writer.write(draw_nod(pen.copy(), places[slot], near, colours))
+    for i in range(math.floor(N_SLOTS * SLOT_SEC * video.fps)):
+        slot, time_sec = divmod(i / video.fps, SLOT_SEC)
+        event = video.events.get(slot, Event(behavior=None))
+        near = nearness(time_sec / event.period_sec + event.phase, event.behavior)
+        writer.write(draw_nod(pen.copy(), places[int(slot)], near, colours))
     writer.release()
 
 
@@ -433,12 +422,10 @@ def draw_nod(picture, place, near, colours):
     reach = side * (0.16 + 0.20 * (1 - near))
     head_x = x + reach * math.cos(place[2])
     head_y = y + reach * math.sin(place[2])
-
-    def draw_disc(x, y, radius, colour):  # cv2 takes sixteenths of a pixel
-        centre = (round(16 * x), round(16 * y))
+    for disc_x, disc_y, radius, colour in (
+            (x, y, side * 0.10, colours[1]), (head_x, head_y, side * (0.09 + 0.07 * near), colours[0])):
+        centre = (round(16 * disc_x), round(16 * disc_y))  # cv2 takes sixteenths of a pixel
         cv2.circle(picture, centre, round(16 * radius), colour, -1, cv2.LINE_AA, 4)
-    draw_disc(x, y, side * 0.10, colours[1])
-    draw_disc(head_x, head_y, side * (0.09 + 0.07 * near), colours[0])
     return picture
 
 
@@ -451,12 +438,6 @@ PARTS = {"train": (1, 2, 3, 4), "val": (5, 6), "test": (7, 8)}  # groups
 SPELLINGS = {
     "ear": ("ear", "Ear", "EAR"),
     "tail": ("tail", "TAIL", "Tail", "tail/teat?", "tailhead")}
-PLANTED = {  # what plant_leaks puts into leaky_*.csv, the only difference from train, val and test.csv
-    "train-val": {"duplicates": 2},
-    "train-test": {"shared_groups": 2, "shared_videos": 2, "overlapping_windows": 1},
-    "val-test": {"shared_groups": 1, "shared_events": 3},
-    "train": {"overlapping_windows": 2, "repeated_rows": 2},
-    "test": {"windows_past_the_end": 3}}
 
 
 def clock(seconds, is_padded):
@@ -465,9 +446,8 @@ def clock(seconds, is_padded):
     return text if is_padded else text.removeprefix("0")
 
 
-def manifest_row(number, event):
+def manifest_row(number, video, event):
     """One row with the header of the published studies; the number decides the spelling."""
-    video = event.video
     path = Path(video.file)
     name = path.name.upper() if number % 10 == 7 else path.name
     spellings = SPELLINGS[event.behavior]
@@ -487,80 +467,31 @@ def manifest_row(number, event):
         "ended_by": ("initiator", "receiver", "")[number % 3],
         "pen_location": ("trough", "bedding")[number % 2],
         "linked": "no",
-        "camera_id": video.camera,
+        "camera_id": 8,
         "video_filename": name,
         "video_path": "\\".join(["E:", "Some study 2024", *path.parent.parts, name]),
         "event_offset_sec": event.offset}
 
 
-def write_manifests(folder, manifests):
-    """Write {name: events} as CSV; the same event has the same row in each."""
-    folder.mkdir()
-    numbers = {}
-    for name, events in manifests.items():
-        rows = [manifest_row(numbers.setdefault(event, len(numbers) + 1), event) for event in events]
-        common.write_table(folder / f"{name}.csv", rows)
-    labels = {text: label for label, texts in SPELLINGS.items() for text in texts}
-    common.write_json(folder / "label_map.json", labels)
-
-
-def first_video_events(events, group):
-    """Events of the first video of a group, those with a duration first."""
-    of_group = [event for event in events if event.video.group == group]
-    of_video = [event for event in of_group if event.video is of_group[0].video]
-    return sorted(of_video, key=lambda event: (event.duration == 0, event.slot))
-
-
-def change_event(event, delay=0, **changes):
-    """A copy of an event, `delay` seconds later in its video."""
-    return dataclasses.replace(event, offset=round(event.offset + delay, 3), **changes)
-
-
-def film_again(folder, events, file, delay=0, **changes):
-    """Write the video of these events once more, from `delay` seconds earlier on; returns its events."""
-    main = events[0].video
-    video = dataclasses.replace(main, file=file, delay=delay, start=main.start - delay, **changes)
-    render_video(folder, video, events)
-    return [change_event(event, delay=delay, video=video) for event in events]
-
-
-def plant_leaks(folder, parts, seed):
-    """{part: its events with leaks}; writes the two more videos that this needs. Counts: PLANTED."""
-    train = list(parts["train"])
-    val = list(parts["val"])
-    test = list(parts["test"])
-    for group in (7, 8):  # one event of each of two test videos is trained on
-        moved = first_video_events(parts["test"], group)[-1]
-        test.remove(moved)
-        train.append(moved)
-    for part, group in (("test", 7), ("train", 1), ("train", 2)):
-        event = first_video_events(parts[part], group)[0]
-        train.append(change_event(event, delay=1))  # overlaps the original
-    train += first_video_events(parts["train"], 3)[:2]  # repeated rows
-    seen = first_video_events(parts["val"], 5)
-    side_file = "Group 5 Day 1/Cam 3/N864_ch3_side.avi"
-    test += film_again(folder, seen, side_file, delay=1.5, camera=3, seed=[seed, 4])[:3]
-    source = first_video_events(parts["train"], 4)
-    copies = film_again(folder, source, "Group 6 Day 9/Cam 8/N899_ch8_main.avi", group=6, day=9)
-    val += [change_event(event, pair=(603, 604)) for event in copies[:2]]
-    late = first_video_events(parts["test"], 8)[:3]
-    test += [change_event(event, delay=1000) for event in late]  # past the end
-    return {"leaky_train": train, "leaky_val": val, "leaky_test": test}
-
-
 def make_events(folder, n_events, seed):
-    """Videos and manifests; returns the groups of each part and the leaks."""
+    """Videos and manifests; returns the groups of each part."""
     rng = np.random.default_rng([seed, 2])
     videos = plan_videos(n_events, seed, rng)
-    events = plan_events(videos, rng)
+    plan_events(videos, rng)
+    rows = []
     for video in videos:
-        render_video(folder / "videos", video, [event for event in events if event.video is video])
+        render_video(folder / "videos", video)
+        for event in video.events.values():
+            rows.append(manifest_row(len(rows) + 1, video, event))
     junk = folder / "videos" / videos[0].file
     junk.with_name(f"._{junk.name}").write_bytes(b"Mac OS X")
-    parts = {part: [event for event in events if event.video.group in groups] for part, groups in PARTS.items()}
-    leaky = plant_leaks(folder / "videos", parts, seed)
-    write_manifests(folder / "manifests", {"all": events, **parts, **leaky})
-    return {"groups": PARTS, "planted_leaks": PLANTED}
+    manifests = folder / "manifests"
+    manifests.mkdir()
+    for name, groups in {"all": range(1, N_GROUPS + 1), **PARTS}.items():
+        common.write_table(manifests / f"{name}.csv", [row for row in rows if row["group"] in groups])
+    labels = {text: label for label, texts in SPELLINGS.items() for text in texts}
+    common.write_json(manifests / "label_map.json", labels)
+    return {"groups": PARTS}
 
 
 # ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""make_sample_data.py --task video: repeatable, motion alone tells the class, planted leaks counted, scores learnable.
+"""make_sample_data.py --task video: repeatable, motion alone tells the class, scores learnable; the leaks planted in it.
 
     python -m pytest tests/test_sample_video.py -q
 """
@@ -19,6 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 import make_sample_data
 
+from planted_leaks import PLANTED, plant_leaks
 from readers import file_names, picture_files, video_files
 
 HEADER = ("event_idx,group,day,date,start_time,end_time,duration_sec,behavior,initiator_id,receiver_id,ended_by,"
@@ -143,9 +144,15 @@ def overlaps(one, other, is_same):
                > max(a.event_offset_sec, b.event_offset_sec) for a, b in pairs)
 
 
-def test_planted_leaks_are_those_counted(made):
-    folder, truth = made
-    planted = truth["events"]["planted_leaks"]
+@pytest.fixture(scope="module")
+def planted(made):
+    """The folder of the data, with the manifests of planted_leaks.py."""
+    plant_leaks(made[0])
+    return made[0]
+
+
+def test_planted_leaks_are_those_counted(planted):
+    folder = planted
     leaky = {part: read_manifest(folder, f"leaky_{part}") for part in ("train", "val", "test")}
     content = {path: hashlib.sha256(path.read_bytes()).hexdigest() for table in leaky.values() for path in table.video}
     for one, other in itertools.combinations(leaky, 2):
@@ -156,19 +163,18 @@ def test_planted_leaks_are_those_counted(made):
                  "shared_events": len(events_of(a) & events_of(b)),
                  "duplicates": sum(windows[0][k] != windows[1][k] for k in windows[0].keys() & windows[1].keys()),
                  "overlapping_windows": overlaps(a, b, False)}
-        assert {leak: n for leak, n in found.items() if n} == planted[f"{one}-{other}"], f"{one}-{other}"
+        assert {leak: n for leak, n in found.items() if n} == PLANTED[f"{one}-{other}"], f"{one}-{other}"
     within = {part: overlaps(table, table, True) for part, table in leaky.items()}
-    assert within == {"train": planted["train"]["overlapping_windows"], "val": 0, "test": 0}
+    assert within == {"train": PLANTED["train"]["overlapping_windows"], "val": 0, "test": 0}
     repeats = {part: int(table.duplicated(HEADER).sum()) for part, table in leaky.items()}
-    assert repeats == {"train": planted["train"]["repeated_rows"], "val": 0, "test": 0}
+    assert repeats == {"train": PLANTED["train"]["repeated_rows"], "val": 0, "test": 0}
     ends = {path: video_files.probe(path).duration_sec for path in content}
     late = {part: sum(t.event_offset_sec >= [ends[path] for path in t.video]) for part, t in leaky.items()}
-    assert late == {"train": 0, "val": 0, "test": planted["test"]["windows_past_the_end"]}
+    assert late == {"train": 0, "val": 0, "test": PLANTED["test"]["windows_past_the_end"]}
 
 
-def test_the_other_camera_saw_the_same_motion(made):
-    folder, _ = made
-    val, test = read_manifest(folder, "leaky_val"), read_manifest(folder, "leaky_test")
+def test_the_other_camera_saw_the_same_motion(planted):
+    val, test = read_manifest(planted, "leaky_val"), read_manifest(planted, "leaky_test")
     pairs = val.merge(test, on=KEY, suffixes=("_1", "_2"))
     assert len(pairs) == 3 and (pairs.camera_id_1 != pairs.camera_id_2).all() and (pairs.label_1 == pairs.label_2).all()
     for row in pairs.itertuples():
