@@ -537,16 +537,6 @@ def score_columns(scores, rng):
     return columns
 
 
-def write_folds(path, animals):
-    """Four folds of the animals."""
-    folds = []
-    for k in range(4):
-        held_out = animals[k::4]
-        trained = [animal for animal in animals if animal not in held_out]
-        folds.append({"fold": k, "train_animals": trained, "val_animals": held_out})
-    common.write_json(path, {"cv_folds": folds})
-
-
 def make_sequences(folder, n_animals, seed):
     """Frame folders, each animal at each moment, with their scores and folds; returns the true scores."""
     rows = []
@@ -570,7 +560,11 @@ def make_sequences(folder, n_animals, seed):
                 "num_frames": render_sequence(folder / path, scores, looks, rng),
                 **score_columns(scores, rng)})
     common.write_table(folder / "sequences.csv", rows)
-    write_folds(folder / "cv_folds.json", list(range(1, n_animals + 1)))
+    animals = set(range(1, n_animals + 1))
+    held_out = [set(range(k, n_animals + 1, 4)) for k in range(1, 5)]
+    folds = [{"fold": k, "train_animals": sorted(animals - held), "val_animals": sorted(held)}
+             for k, held in enumerate(held_out)]
+    common.write_json(folder / "cv_folds.json", {"cv_folds": folds})
     return {"true_scores": true_scores}
 
 
@@ -621,8 +615,7 @@ class Bicycle:
     name: str  # of its picture
     size: tuple  # (W, H)
     street: int
-    states: dict  # {part: state}
-    boxes: dict  # {part: [x1, y1, x2, y2]}
+    parts: dict  # {part: (state, [x1, y1, x2, y2])}
 
 
 def draw_part(draw, part, box, state, width):
@@ -643,7 +636,7 @@ def draw_leaves(draw, box, rng):
 
 
 def draw_bicycle(states, background, rng):
-    """((H, W, 3) uint8, {part: box}) of a bicycle; background: picture of twice the size. Half of them are mirrored."""
+    """((H, W, 3) uint8, {part: (state, box)}) of a bicycle; background: of twice the size. Half of them are mirrored."""
     wide, high = background.size
     draw = ImageDraw.Draw(background)
     unit = wide / 4.4 * rng.uniform(0.85, 1.05)
@@ -656,28 +649,32 @@ def draw_bicycle(states, background, rng):
         return origin_x + mirror * x * unit, origin_y + y * unit
     colour = tuple(rng.integers(60, 160, 3).tolist())
     draw.line([place(x, y) for x, y in FRAME], fill=colour, width=3 * width)
-    boxes = {}
-    for part, (x, y, half_x, half_y) in PART_PLACES.items():
-        boxes[part] = [*place(x - mirror * half_x, y - half_y), *place(x + mirror * half_x, y + half_y)]
-        if states[part] != "absent":
-            draw_part(draw, part, boxes[part], states[part], width)
-    for part, state in states.items():
+    boxes = [[*place(x - mirror * half_x, y - half_y), *place(x + mirror * half_x, y + half_y)]
+             for x, y, half_x, half_y in PART_PLACES.values()]
+    for part, box, state in zip(PART_PLACES, boxes, states):
+        if state != "absent":
+            draw_part(draw, part, box, state, width)
+    for box, state in zip(boxes, states):
         if state == "occluded":
-            draw_leaves(draw, boxes[part], rng)
+            draw_leaves(draw, box, rng)
     picture = background.resize((wide // 2, high // 2), Image.Resampling.LANCZOS)
     pixels = np.asarray(picture, float)
-    halved = {part: [value / 2 for value in box] for part, box in boxes.items()}
-    return to_pixels(pixels + rng.normal(0, 2.5, pixels.shape)), halved
+    halved = (np.array(boxes) / 2).tolist()
+    return to_pixels(pixels + rng.normal(0, 2.5, pixels.shape)), dict(zip(PART_PLACES, zip(states, halved)))
 
 
-def box_entry(left, top, width, height):
-    return {"absolute_bounding_box": {"left": left, "top": top, "width": width, "height": height}}
+def box_entry(x1, y1, x2, y2):
+    """A box as part annotations write it."""
+    return {"absolute_bounding_box": {
+        "left": x1,
+        "top": y1,
+        "width": round(x2 - x1, 1),
+        "height": round(y2 - y1, 1)}}
 
 
-def part_entry(row, box, state, rng):
+def part_entry(row, state, box, rng):
     """One part as part annotations write it; every third row gives the state as a number, every fourth no trust."""
-    x1, y1, x2, y2 = (round(value, 1) for value in box)
-    entry = box_entry(x1, y1, round(x2 - x1, 1), round(y2 - y1, 1))
+    entry = box_entry(*(round(value, 1) for value in box))
     if row % 3 == 2:
         entry["object_state_class"] = PART_STATES.index(state)
     else:
@@ -691,16 +688,16 @@ def part_annotations(bicycles, rng):
     """{image: {image, street, note, parts}} of these bicycles, with ANNOTATION_QUIRKS."""
     content = {}
     for row, bicycle in enumerate(bicycles):
-        parts = {part: part_entry(row, box, bicycle.states[part], rng) for part, box in bicycle.boxes.items()}
+        parts = {part: part_entry(row, *seen, rng) for part, seen in bicycle.parts.items()}
         name = bicycle.name
         if row == ANNOTATION_QUIRKS["no_suffix"]:
             name = Path(name).stem
         elif row == ANNOTATION_QUIRKS["untrusted"]:
-            parts["saddle"] |= {**box_entry(2, 2, 9, 9), "trust": 0.2}
+            parts["saddle"] |= {**box_entry(2, 2, 11, 11), "trust": 0.2}
         elif row == ANNOTATION_QUIRKS["no_parts"]:
             parts = {}
         elif row == ANNOTATION_QUIRKS["zero_box"]:
-            parts["chain"] |= {**box_entry(30, 40, 0, 12), "object_state_class": 0}
+            parts["chain"] |= {**box_entry(30, 40, 30, 52), "object_state_class": 0}
         elif row == ANNOTATION_QUIRKS["over_edge"]:
             parts["back_wheel"]["absolute_bounding_box"]["height"] += 400
         width, height = bicycle.size
@@ -726,8 +723,7 @@ def coco_annotations(bicycles, part_names):
             "width": width,
             "height": height})
         for category in categories:
-            x1, y1, x2, y2 = bicycle.boxes[category["name"]]
-            state = bicycle.states[category["name"]]
+            state, (x1, y1, x2, y2) = bicycle.parts[category["name"]]
             spellings = (
                 {"state": state},
                 {"state_id": PART_STATES.index(state), "iscrowd": False},
@@ -744,7 +740,6 @@ def coco_annotations(bicycles, part_names):
 
 def make_detector(folder, n_images, seed):
     """Bicycles, their annotations in both formats and what was drawn, in `folder`; returns the ground truth."""
-    parts = list(PART_PLACES)
     n_streets = max(5, n_images // 6)
     (folder / "images").mkdir()
     bicycles = []
@@ -752,24 +747,22 @@ def make_detector(folder, n_images, seed):
     for row in range(n_images):
         rng = np.random.default_rng([seed, 3, row])
         street = row % n_streets
-        drawn = rng.choice(PART_STATES, len(parts), p=STATE_SHARES)
-        states = dict(zip(parts, drawn.tolist()))
+        states = rng.choice(PART_STATES, len(PART_PLACES), p=STATE_SHARES).tolist()
         width, height = rng.integers([220, 170], [281, 211]).tolist()
         street_rng = np.random.default_rng([seed, 4, street])
         background = draw_background((2 * width, 2 * height), street_rng)
-        pixels, boxes = draw_bicycle(states, background, rng)
+        pixels, parts = draw_bicycle(states, background, rng)
         name = f"{row}.jpg"
         Image.fromarray(pixels).save(folder / "images" / name, quality=90)
-        bicycles.append(Bicycle(
-            name=name, size=(width, height), street=street, states=states, boxes=boxes))
-        rounded = {part: np.round(box, 1).tolist() for part, box in boxes.items()}
-        truth[name] = {part: [states[part], *box] for part, box in rounded.items()}
+        bicycles.append(Bicycle(name=name, size=(width, height), street=street, parts=parts))
+        truth[name] = {part: [state, *np.round(box, 1).tolist()] for part, (state, box) in parts.items()}
     content = part_annotations(bicycles, np.random.default_rng([seed, 2]))
     text = json.dumps(content, indent=1).replace("CONTROL", "seen\tat\x07 dusk")
     (folder / "annotations.json").write_text(text, encoding="utf-8")
     first_held_out = n_streets - n_streets // 5
     train = [bicycle for bicycle in bicycles if bicycle.street < first_held_out]
     val = [bicycle for bicycle in bicycles if bicycle.street >= first_held_out]
+    parts = list(PART_PLACES)
     common.write_json(folder / "train_coco.json", coco_annotations(train, parts))
     common.write_json(folder / "val_coco.json", coco_annotations(val, parts[:-1]))  # no kickstand
     quirks = {quirk: f"{row}.jpg" for quirk, row in ANNOTATION_QUIRKS.items()}
