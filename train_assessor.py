@@ -615,7 +615,7 @@ def run_folds(run, args, study):
     tables = [prediction_tables.read_predictions(run.path(f"fold_{k}") / "predictions_val.csv") for k in chosen]
     pooled = prediction_tables.join(tables)
     pooled.write(run.path("predictions_folds.csv"))
-    done = judging.finished_folds(run, chosen, map(score_judging.fold_numbers, tables))
+    done = judging.finished_folds(run, chosen, [table.fold_numbers() for table in tables])
     rows = prediction_tables.rows_of(pooled, study.images)
     judge(run, args, study, folds, rows, pooled, "folds", alarms, folds=done)
 

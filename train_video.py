@@ -957,7 +957,11 @@ def select_column(wanted, objective):
     name = (wanted or objective.default_select).removeprefix("val_")
     if name == "last":
         return "last", True
-    meaning = verdicts.read_name("--select", name, objective.meanings | {"last": set()})
+    if name not in objective.meanings:
+        names = [*objective.meanings, "last"]
+        raise common.UserError(f"--select {name} is no metric of this run{common.closest(name, names)}; "
+                               f"metrics: {common.shorten_list(names, 40)}")
+    meaning = objective.meanings[name]
     column_of = {own: column for column, own in objective.columns.items()}
     return f"val_{column_of[meaning]}", not metric_names.METRICS[meaning.metric].lower_is_better
 
@@ -1557,12 +1561,9 @@ def run_folds(run, args, study):
     results = [read_fold(run.path(f"fold_{k}"), study, folds[k], "val") for k in chosen]
     tables = [predictions_table(study, result) for result in results]
     if args.task == "regress":
-        numbers = map(score_judging.fold_numbers, tables)
         rows = fold_score_rows(study, chosen, results, tables)
         common.write_table(run.path("fold_scores.csv"), rows)
-    else:
-        numbers = map(class_judging.fold_numbers, tables)
-    done = judging.finished_folds(run, chosen, numbers)
+    done = judging.finished_folds(run, chosen, [table.fold_numbers() for table in tables])
     pooled = pool(results, study)
     predictions_table(study, pooled).write(run.path("predictions_folds.csv"))
     judge(run, args, study, parts, pooled, "folds", alarms, folds=done)

@@ -7,9 +7,8 @@ import math
 import numpy as np
 
 from evidence import (
-    calibrating, class_scores, confounding, judging, metric_names, plotting, prediction_tables,
+    calibrating, confounding, judging, metric_names, plotting, prediction_tables,
     reporting, splitting, subject_intervals, verdicts)
-from evidence.score_judging import lowest
 
 
 def judge_classes(run, table, setting, confounds=(), levels=None):
@@ -19,9 +18,9 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
     Returns the metrics.
     """
     table = prediction_tables.take(table, table.label >= 0)
-    result = compare_classes(table)
+    result = table.compare()
     calibrating.take_null(result.overall, table.probability.max(1))
-    confounds = flag_confounds(confounds, result, table.positive)
+    confounds = confounding.flag_confounds(confounds, result.each.model["roc_auc"].at(table.positive))
     for row in confounds:
         if row["name"] in (levels or {}):
             row["model_auc_within_levels"] = confounding.within_level_auc(
@@ -35,10 +34,6 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
     alarms = verdicts.classification_alarms(
         table.probability, table.label, table.names, table.threshold, table.positive)
     stages = calibration_rows(table)
-    meanings = verdicts.spell_class_metrics(table.names)
-    criteria = verdicts.parse_criteria(setting.criteria, meanings)
-    estimates = verdicts.named_estimates(result, meanings)
-    estimates |= {name: result.overall.model[f"{name}_above_null"] for name in calibrating.ECE_METRICS}
     return judging.close_run(
         run, setting,
         verdict=verdict,
@@ -46,7 +41,8 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
         metric="roc_auc",
         doubts=verdicts.baseline_doubts(table.baselines) + confounding.flagged_doubts(confounds),
         alarms=alarms,
-        criteria=verdicts.judge_criteria(criteria, estimates),
+        meanings=verdicts.spell_class_metrics(table.names) | {
+            name: verdicts.MetricOf(f"{name}_above_null") for name in calibrating.ECE_METRICS},
         figures=key_figures(result, table.positive),
         blocks=metric_blocks(run, setting, result),
         sections=[
@@ -66,12 +62,6 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
         })
 
 
-def flag_confounds(confounds, result, positive):
-    """confounding.flag_confounds, against the model's AUC of the class that the confounds predict."""
-    auc = result.each.model["roc_auc"].at(positive)
-    return confounding.flag_confounds(confounds, lowest(auc))
-
-
 def plot_classes(run, table, confusion):
     """The plots that the report shows, as files of the run folder."""
     probability = table.probability
@@ -86,38 +76,6 @@ def plot_classes(run, table, confusion):
         probability, table.label, run.path("reliability.png"), table.uncalibrated)
 
 
-def compare_classes(table):
-    """Result of the model, paired with the best baseline; each decides by its own threshold, where it has one."""
-    best = best_baseline(table)
-    return subject_intervals.bootstrap_classification(
-        table.probability, table.label, table.groups, table.baselines[best], table.names,
-        table.threshold, table.positive, baseline_name=best,
-        baseline_threshold=table.baseline_thresholds.get(best), folds=table.n_folds)
-
-
-def fold_numbers(table):
-    """What the fold table says of one fold, and the best baseline's AUC."""
-    found = class_scores.classification_metrics(
-        table.probability, table.label, table.threshold, table.positive)
-    numbers = {"rows": len(table.label)}
-    for name in ("roc_auc", "balanced_accuracy", "macro_f1", "accuracy", "loss", "ece"):
-        numbers[name] = found.overall[name]
-    numbers["baseline_roc_auc"] = auc_of(table, best_baseline(table))
-    return numbers
-
-
-def auc_of(table, baseline):
-    """AUC of a baseline of the table, by name."""
-    found = class_scores.classification_metrics(
-        table.baselines[baseline], table.label, positive=table.positive)
-    return found.overall["roc_auc"]
-
-
-def best_baseline(table):
-    """Name of the baseline of the highest AUC."""
-    return max(table.baselines, key=lambda name: np.nan_to_num(auc_of(table, name), nan=-1))
-
-
 def calibration_rows(table):
     """A dict of NLL, Brier, ECE and what the decision reaches, before and after calibration.
 
@@ -130,21 +88,19 @@ def calibration_rows(table):
         stages = {"before": (table.uncalibrated, None), "after": given}
     rows = []
     for stage, (probability, threshold) in stages.items():
-        found = class_scores.classification_metrics(
-            probability, table.label, threshold, table.positive)
-        row = {
+        found = table.scores_of(probability, threshold)
+        overall = found.overall
+        rows.append({
             "stage": stage,
-            "nll": found.overall["loss"],
-            "brier": found.overall["brier"],
-            "ece": found.overall["ece"],
-            "ece_adaptive": found.overall["ece_adaptive"],
+            "nll": overall["loss"],
+            "brier": overall["brier"],
+            "ece": overall["ece"],
+            "ece_adaptive": overall["ece_adaptive"],
             "ece_of_a_calibrated_model": calibrating.expected_ece(probability.max(1)),
             "ece_adaptive_of_a_calibrated_model": calibrating.expected_ece(probability.max(1), adaptive=True),
-            "accuracy": found.overall["accuracy"],
-        }
-        for name in ("precision", "recall", "f1"):
-            row[name] = found.per_class[name][table.positive]
-        rows.append(row)
+            "accuracy": overall["accuracy"],
+            **{name: found.per_class[name][table.positive] for name in ("precision", "recall", "f1")},
+        })
     return rows
 
 

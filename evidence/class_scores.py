@@ -50,6 +50,12 @@ def predicted_class(probability, threshold=None, positive=None):
     return np.where(probability[:, positive] >= threshold, positive, rest.argmax(1))
 
 
+def rarest_class(label, n_classes):
+    """Index of the class with fewest rows, of those that have any; (N,) labels, below 0 = missing."""
+    counts = np.bincount(label[label >= 0], minlength=n_classes)
+    return int(np.argmin(np.where(counts, counts, len(label) + 1)))
+
+
 def ranking_metrics(score, is_positive, weights=None):
     """ROC AUC and average precision of (N,) scores under (D, N) row weights (None: ones) -> two (D,), NaN = undefined.
 

@@ -46,17 +46,7 @@ def _level_codes(levels, n_rows, n_train, position):
     return codes
 
 
-def level_priors(
-    levels,
-    target,
-    train,
-    test,
-    groups=None,
-    positive=1,
-    position=None,
-    draws=2000,
-    seed=0,
-):
+def level_priors(levels, target, train, test, groups=None, positive=1, position=None, draws=2000):
     """What metadata alone predict, without a pixel: a list of dicts, best column first.
 
     levels: {name: (N,) values}; target: (N,) class indices, below 0 = missing, or (N, R) scores,
@@ -64,82 +54,63 @@ def level_priors(
     as one; groups: (N,) names for the interval. A column predicts the smoothed train rate of the
     `positive` class, or the smoothed train mean, in the row's level; `row order` does the same
     with blocks of neighbouring rows (position: (N,) row number of each in its own file; None = its
-    index). dict(name, n_levels, auc or r2, low, high, red_flag False), for scores also mae, mae_low
-    and mae_high; low and high are NaN where there is no interval.
+    index). dict(name, n_levels, auc or r2, low, high), for scores also mae, mae_low and mae_high;
+    low and high are NaN where there is no interval.
     """
     target = np.asarray(target)
     is_classes = target.ndim == 1
     if is_classes:
-        target = np.where(target < 0, np.nan, target == positive)[:, None].astype(
-            np.float64
-        )
+        target = np.where(target < 0, np.nan, target == positive)[:, None]
     held_out = np.concatenate(test)
     subjects = None if groups is None else np.asarray(groups)[held_out]
-    judge = _judge_rates if is_classes else _judge_means
     found = []
-    for name, codes in _level_codes(
-        levels, len(target), len(train[0]), position
-    ).items():
-        predicted = [smoothed_means(codes, target, *fold) for fold in zip(train, test)]
-        if is_classes:
-            # A fold's overall rate is high where its held-out rows are negative: it must not count.
-            predicted = [
-                rates - common.mean_without_nan(target[rows], axis=0)
-                for rates, rows in zip(predicted, train)
-            ]
-        result = judge(
-            np.concatenate(predicted), target[held_out], subjects, draws, seed
-        )
-        found.append(
-            {
-                "name": name,
-                "n_levels": int(codes.max()) + 1,
-                **result,
-                "red_flag": False,
-            }
-        )
+    for name, codes in _level_codes(levels, len(target), len(train[0]), position).items():
+        predicted = []
+        for rows, judged in zip(train, test):
+            means = smoothed_means(codes, target, rows, judged)
+            if is_classes:
+                # A fold's overall rate is high where its held-out rows are negative: it must not count.
+                means -= common.mean_without_nan(target[rows], axis=0)
+            predicted.append(means)
+        judge = _judge_rates if is_classes else _judge_means
+        numbers = judge(np.concatenate(predicted), target[held_out], subjects, draws)
+        found.append({"name": name, "n_levels": codes.max() + 1, **numbers})
     metric = "auc" if is_classes else "r2"
     return sorted(found, key=lambda row: -np.nan_to_num(row[metric], nan=-math.inf))
 
 
-def _judge_rates(rate, target, subjects, draws, seed):
+def _judge_rates(rate, target, subjects, draws):
     label = np.where(np.isnan(target), -1, target)[:, 0]
     result = subject_intervals.bootstrap_classification(
-        np.concatenate([-rate, rate], 1), label, subjects, draws=draws, seed=seed)
+        np.concatenate([-rate, rate], 1), label, subjects, draws=draws)
     auc = result.overall.model["roc_auc"]
-    return {"auc": float(auc.value), "low": float(auc.low), "high": float(auc.high)}
+    return {"auc": auc.value, "low": auc.low, "high": auc.high}
 
 
-def _judge_means(means, target, subjects, draws, seed):
-    result = subject_intervals.bootstrap_regression(means, target, subjects, None, draws, seed)
+def _judge_means(means, target, subjects, draws):
+    result = subject_intervals.bootstrap_regression(means, target, subjects, draws=draws)
     r2 = result.overall.model["r2"]
     mae = result.overall.model["mae"]
-    return {"r2": float(r2.value), "low": float(r2.low), "high": float(r2.high),
-            "mae": float(mae.value), "mae_low": float(mae.low), "mae_high": float(mae.high)}
+    return {"r2": r2.value, "low": r2.low, "high": r2.high, "mae": mae.value, "mae_low": mae.low, "mae_high": mae.high}
 
 
-def flag_confounds(rows, model_low):
-    """The rows of level_priors with red_flag set where the prior reaches the model's interval.
+def flag_confounds(rows, model):
+    """The rows of level_priors with red_flag, True where the prior reaches the model's interval.
 
-    model_low: the lower end of the interval of the model's AUC or R2 (its value where there is no
-    interval); NaN flags nothing, and neither does a prior that knows nothing (AUC up to .5, R2 up
-    to 0).
+    model: Estimate of its AUC or R2; NaN flags nothing, and neither does a prior that knows nothing
+    (AUC up to .5, R2 up to 0).
     """
+    bar = model.value if math.isnan(model.low) else model.low
     flagged = []
     for row in rows:
         value, chance = (row["auc"], 0.5) if "auc" in row else (row["r2"], 0.0)
-        flagged.append({**row, "red_flag": bool(value > chance and value >= model_low)})
+        flagged.append({**row, "red_flag": bool(value > chance and value >= bar)})
     return flagged
 
 
-def flagged_names(rows):
-    """Names of the flagged columns; row order is none."""
-    return [row["name"] for row in rows if row["red_flag"] and row["name"] != "row order"]
-
-
 def flagged_doubts(rows):
-    """A sentence on flagged columns in a list, [] without any."""
-    names = flagged_names(rows)
+    """A sentence on flagged columns in a list, [] without any; row order is none."""
+    names = [row["name"] for row in rows if row["red_flag"] and row["name"] != "row order"]
     if not names:
         return []
     return [f"Known without looking at the input, and as good as the model's interval allows: "
@@ -160,9 +131,6 @@ def within_level_auc(score, label, levels, positive=1):
 
     What is left of an AUC once a level can no longer tell the class; NaN without such a pair.
     """
-    score = np.asarray(score, np.float64)
-    label = np.asarray(label)
-    levels = np.asarray(levels, str)
     won = 0.0
     pairs = 0
     for level in np.unique(levels):
@@ -172,7 +140,7 @@ def within_level_auc(score, label, levels, positive=1):
         if count:
             won += count * class_scores.ranking_metrics(score[here], is_positive)[0][0]
             pairs += count
-    return float(won / pairs) if pairs else math.nan
+    return won / pairs if pairs else math.nan
 
 
 def prior_levels(table):
@@ -189,23 +157,15 @@ def prior_levels(table):
 def judged_rows(table, is_known):
     """{what a split keeps whole: (train rows, judged rows), lists with an entry a fold}.
 
-    With parts: from train to test, else val. Without: five folds that keep events whole, so that a
+    With parts (train, val, test, or all where there is none): from the first to the last. Without: five folds that keep events whole, so that a
     prior may know the animals and places it is judged on, and, where there are groups or videos,
     five that keep those whole.
     """
     rows = np.flatnonzero(is_known)
-    parts = sorted(set(table.parts))
+    parts = [part for part in ("train", "all", "val", "test") if part in table.parts]
     if len(parts) > 1:
-        judged_part = next(
-            part
-            for part in ("test", "val", *parts)
-            if part in parts and part != "train"
-        )
-        train_part = next(
-            part for part in ("train", *parts) if part in parts and part != judged_part
-        )
-        train = rows[table.parts[rows] == train_part]
-        judged = rows[table.parts[rows] == judged_part]
+        train = rows[table.parts[rows] == parts[0]]
+        judged = rows[table.parts[rows] == parts[-1]]
         return {"parts": ([train], [judged])} if len(train) and len(judged) else {}
     ways = {}
     strata = event_tables.strata_of(table)[rows]
@@ -213,20 +173,11 @@ def judged_rows(table, is_known):
         units = event_tables.split_keys(table, split_by)[rows]
         if len(set(units)) < 5:
             continue
-        fold_of = splitting.make_folds(
-            len(rows), 5, strata, units, keys=table.clip_ids[rows]
-        )
+        fold_of = splitting.make_folds(len(rows), 5, strata, units, keys=table.clip_ids[rows])
         kind = units[0].split()[0]
-        ways[f"{kind}s"] = (
-            [rows[fold_of != k] for k in range(5)],
-            [rows[fold_of == k] for k in range(5)],
-        )
+        folds = range(5)
+        ways[f"{kind}s"] = ([rows[fold_of != k] for k in folds], [rows[fold_of == k] for k in folds])
     return ways
-
-
-def _rarest_class(table):
-    counts = [(table.label == c).sum() or len(table) for c in range(len(table.names))]
-    return table.names[int(np.argmin(counts))]
 
 
 def no_pixel_priors(table, positive=None):
@@ -240,7 +191,7 @@ def no_pixel_priors(table, positive=None):
         target = table.target
         is_known = ~np.isnan(target).all(1)
     else:
-        what = positive or _rarest_class(table)
+        what = positive or table.names[class_scores.rarest_class(table.label, len(table.names))]
         target = np.where(table.label < 0, -1, table.label == table.names.index(what))
         is_known = target >= 0
     levels = prior_levels(table)
@@ -249,8 +200,6 @@ def no_pixel_priors(table, positive=None):
     for across, (train, judged) in judged_rows(table, is_known).items():
         if target.ndim == 1 and len(set(target[np.concatenate(judged)])) < 2:
             continue
-        rows = level_priors(
-            levels, target, train, judged, table.groups, position=position
-        )
+        rows = level_priors(levels, target, train, judged, table.groups, position=position)
         found += [{"what": what, "across": across, **row} for row in rows]
     return found

@@ -87,8 +87,6 @@ def judge_detections(run, truth, detections, setting, baseline=None, picture=Non
     of pictures. Returns the metrics.
     """
     has_states = detections[0].states is not None
-    meanings = criteria_names(truth.parts, has_states)
-    criteria = verdicts.parse_criteria(setting.criteria, meanings)
     limits = general_limits(truth)
     if baseline is None:
         baseline = mean_boxes(truth)
@@ -117,7 +115,7 @@ def judge_detections(run, truth, detections, setting, baseline=None, picture=Non
         metric="map",
         doubts=verdicts.baseline_doubts(["mean box"]),
         alarms=alarms,
-        criteria=verdicts.judge_criteria(criteria, verdicts.named_estimates(result, meanings)),
+        meanings=criteria_names(truth.parts, has_states),
         figures=key_figures(result),
         blocks=metric_blocks(run, setting, result, part_rows, threshold),
         sections=[("States", state_blocks(state_rows))],

@@ -121,14 +121,15 @@ def headline(result, metric, level):
     }
 
 
-def close_run(run, setting, *, result, metric, verdict, alarms, criteria, figures, blocks, sections, numbers,
-              doubts=()):
+def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figures, blocks, sections, numbers,
+              doubts=(), further_estimates=None):
     """Write report.html and metrics.json of a run, and say its verdict; returns what metrics.json holds.
 
-    result: subject_intervals.Result; metric, verdict: of the verdict, and its sentence; criteria: of
-    verdicts.judge_criteria; figures: key figures for the top of the report; blocks: HTML of the section Metrics;
-    sections: (title, HTML blocks) of the task's own sections; numbers: what else metrics.json says; doubts: sentences
-    on what beside the alarms keeps the verdict from green.
+    result: subject_intervals.Result; metric, verdict: of the verdict, and its sentence; meanings: of the names that
+    --criteria may use; figures: key figures for the top of the report; blocks: HTML of the section Metrics; sections:
+    (title, HTML blocks) of the task's own sections; numbers: what else metrics.json says; doubts: sentences on what
+    beside the alarms keeps the verdict from green; further_estimates: {name: Estimate} of names that mean no metric of
+    the result.
     """
     seen = splitting.seen_sentences(setting.seen)
     alarms = [*alarms, *setting.alarms, *identical_fold_alarms(setting.folds)]
@@ -136,8 +137,10 @@ def close_run(run, setting, *, result, metric, verdict, alarms, criteria, figure
         alarms.append(seen["train"])
     doubts = list(doubts) + [text for word, text in seen.items() if word != "train"]
     reached = verdicts.reach_verdict(result.gain(metric), alarms + doubts, verdict)
+    estimates = (further_estimates or {}) | verdicts.named_estimates(result, meanings)
+    bars = verdicts.judge_criteria(verdicts.parse_criteria(setting.criteria, meanings), estimates)
     passed = verdicts.PASSES[setting.worst_seen]
-    criteria = [bar | {"verdict": bar["verdict"].replace("PASS", passed)} for bar in criteria]
+    criteria = [bar | {"verdict": bar["verdict"].replace("PASS", passed)} for bar in bars]
     metrics = {
         "schema": METRICS_SCHEMA,
         "headline": headline(result, metric, reached.level),

@@ -42,8 +42,6 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, num
 
     alarms = verdicts.regression_alarms(table.predicted, table.target, table.names)
     alarms += pose_scores.place_alarms(results)
-    meanings = criteria_names()
-    criteria = verdicts.parse_criteria(setting.criteria, meanings)
     return judging.close_run(
         run, setting,
         verdict=pose_scores.verdict(result, patients, has_patients, setting.worst_seen),
@@ -51,7 +49,7 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, num
         metric="mae",
         doubts=verdicts.baseline_doubts(results) + ([] if result.unit == "patients" else [WITHIN_PATIENTS]),
         alarms=alarms,
-        criteria=verdicts.judge_criteria(criteria, verdicts.named_estimates(result, meanings)),
+        meanings=criteria_names(),
         figures=key_figures(result, predictors),
         blocks=metric_blocks(run, setting, result, axes, baselines, predictors, patients),
         sections=[("Does it use the image and the motion?", use_blocks(use))],

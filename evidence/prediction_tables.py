@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 
 import common
-from evidence import class_scores
+from evidence import class_scores, subject_intervals
 from readers import csv_tables
 
 
@@ -27,9 +27,20 @@ class Rows:
     seen: np.ndarray | None = None  # (M,) of common.SEEN_WORDS
 
     @property
+    def row_names(self):
+        """(M,) text that says which row it is."""
+        return next(iter(self.keys.values()))
+
+    @property
     def n_folds(self):
         """How many folds' models predicted the rows, as far as the table says."""
         return len(set(self.keys.get("fold", ["all"])))
+
+    @property
+    def best_baseline(self):
+        """Name of the baseline of the highest R2 or AUC."""
+        qualities = {name: self.quality(block) for name, block in self.baselines.items()}
+        return max(qualities, key=lambda name: np.nan_to_num(qualities[name], nan=-np.inf))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -38,11 +49,33 @@ class ScoreTable(Rows):
     target: np.ndarray  # (M, R), NaN = missing
     predicted: np.ndarray  # (M, R)
     spread: np.ndarray | None = None  # (M, R) sd over the members of an ensemble
+    metric = "r2"  # of the verdict
 
     @property
     def truth(self):
         """(M, R) true scores."""
         return self.target
+
+    def quality(self, predicted):
+        """Mean R2 of predictions (M, R)."""
+        return common.mean_metrics(common.regression_metrics(predicted, self.target))["r2"]
+
+    def compare(self):
+        """subject_intervals.Result of the model, paired with the best baseline."""
+        best = self.best_baseline
+        return subject_intervals.bootstrap_regression(
+            self.predicted, self.target, self.groups, self.baselines[best], names=self.names, baseline_name=best,
+            folds=self.n_folds)
+
+    def against(self, other, name):
+        """The table with the predictions of another one of the same rows as its only baseline."""
+        return dataclasses.replace(self, baselines={name: other.predicted})
+
+    def fold_numbers(self):
+        """What the fold table says of one fold: means over the scores, and the best baseline's R2."""
+        means = common.mean_metrics(common.regression_metrics(self.predicted, self.target))
+        baseline = self.quality(self.baselines[self.best_baseline])
+        return {"rows": len(self.target), **means, "baseline_r2": baseline}
 
     def write(self, path):
         """The CSV, written whole."""
@@ -78,6 +111,7 @@ class ClassTable(Rows):
     threshold: np.ndarray | None = None  # (M,) of the positive class; None = the most probable class is given
     logits: np.ndarray | None = None  # (M, C) before calibration
     uncalibrated: np.ndarray | None = None  # (M, C), where `probability` is calibrated on other rows
+    metric = "roc_auc"  # of the verdict
 
     @property
     def chosen(self):
@@ -88,6 +122,33 @@ class ClassTable(Rows):
     def truth(self):
         """(M,) true class indices."""
         return self.label
+
+    def scores_of(self, probability, threshold=None):
+        """class_scores.ClassMetrics of probabilities (M, C)."""
+        return class_scores.classification_metrics(probability, self.label, threshold, self.positive)
+
+    def quality(self, probability):
+        """AUC of probabilities (M, C)."""
+        return self.scores_of(probability).overall["roc_auc"]
+
+    def compare(self):
+        """subject_intervals.Result, paired with the best baseline; each decides by its own threshold, if any."""
+        best = self.best_baseline
+        return subject_intervals.bootstrap_classification(
+            self.probability, self.label, self.groups, self.baselines[best], self.names, self.threshold, self.positive,
+            baseline_name=best, baseline_threshold=self.baseline_thresholds.get(best), folds=self.n_folds)
+
+    def against(self, other, name):
+        """The table with the predictions of another one of the same rows as its only baseline."""
+        return dataclasses.replace(
+            self, baselines={name: other.probability}, baseline_thresholds={name: other.threshold})
+
+    def fold_numbers(self):
+        """What the fold table says of one fold, and the best baseline's AUC."""
+        overall = self.scores_of(self.probability, self.threshold).overall
+        shown = ("roc_auc", "balanced_accuracy", "macro_f1", "accuracy", "loss", "ece")
+        baseline = self.quality(self.baselines[self.best_baseline])
+        return {"rows": len(self.label), **{name: overall[name] for name in shown}, "baseline_roc_auc": baseline}
 
     def rank_rows(self):
         """(rows from the smallest to the largest error, two lines of text on each row)."""
@@ -124,7 +185,7 @@ def join(tables):
 def rows_of(table, names):
     """(M,) places of the rows of a table in a list of names."""
     place = {name: row for row, name in enumerate(names)}
-    return np.array([place[name] for name in next(iter(table.keys.values()))])
+    return np.array([place[name] for name in table.row_names])
 
 
 def take(table, rows):
@@ -321,7 +382,7 @@ def _class_table(names, label, probability, others, positive_class, shared, **fu
     counts = np.bincount(label[label >= 0], minlength=len(names))
     if not counts.any():
         raise common.UserError("no row has a true label: there is nothing to judge")
-    positive = int(np.argmin(np.where(counts, counts, len(label) + 1)))
+    positive = class_scores.rarest_class(label, len(names))
     if positive_class:
         positive = names.index(_named(positive_class, names, "--positive_class"))
     if not others:

@@ -20,11 +20,11 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, 
     ceiling: rater_agreement.Ceiling, or None; confounds: of confounding.level_priors; moments: (M,) levels whose
     rows are also judged apart, or None; table_file, plot_file: names of the table and of the plot of the scores.
     """
-    result = subject_intervals.score_regression(
-        table.predicted, table.target, table.groups, table.baselines, table.names, table.n_folds)
+    result = table.compare()
     rows = score_rows(result, table, ceiling)
     moment_rows = rows_of_moments(table, moments)
-    confounds = confounding.flag_confounds(confounds, lowest(result.overall.model["r2"]))
+    levels = {row["moment"] for row in moment_rows}
+    confounds = confounding.flag_confounds(confounds, result.overall.model["r2"])
     common.write_table(run.path(table_file), rows)
     plotting.plot_per_target(rows, run.path(plot_file))
     plotting.plot_scatter(table.predicted, table.target, table.names, run.path("predicted_against_true.png"))
@@ -46,7 +46,8 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, 
         metric="r2",
         doubts=doubts,
         alarms=alarms,
-        criteria=judge_criteria(setting.criteria, result, table, moments),
+        meanings=criteria_names(table.names, levels),
+        further_estimates=estimates_of_moments(table, moments, levels) if setting.criteria else {},
         figures=key_figures(result, table.target, best_r2),
         blocks=metric_blocks(run, setting, result, rows, moment_rows, plot_file),
         sections=[
@@ -60,11 +61,6 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, 
             "per_moment": moment_rows,
             "confounds": confounds,
         })
-
-
-def lowest(estimate):
-    """The low end of an interval, the value where there is none."""
-    return estimate.value if math.isnan(estimate.low) else estimate.low
 
 
 def score_rows(result, table, ceiling):
@@ -98,14 +94,6 @@ def slope_alarms(rows):
             for row in rows if row["r2"] < 0 and row["pearson_r"] > 0.1]
 
 
-def fold_numbers(table):
-    """What the fold table says of one fold: means over the scores, and the best baseline's R2."""
-    def means(predicted):
-        return common.mean_metrics(common.regression_metrics(predicted, table.target))
-    best = max(np.nan_to_num(means(block)["r2"], nan=-np.inf) for block in table.baselines.values())
-    return {"rows": len(table.target), **means(table.predicted), "baseline_r2": best}
-
-
 def rows_of_scores(table, moments):
     """Dicts of moment, target, n and the model's metrics: of all rows, and of those of each moment."""
     everything = rows_of_moments(table, np.full(len(table.target), "all"))
@@ -126,27 +114,22 @@ def rows_of_moments(table, moments):
 
 def criteria_names(names, levels=()):
     """What --criteria may name: a metric, METRIC_SCORE of one score, METRIC_LEVEL of the rows of one moment."""
-    meanings = verdicts.spell_metrics(common.REGRESSION_METRICS, common.REGRESSION_METRICS, names)
-    for metric, level in itertools.product(common.REGRESSION_METRICS, levels):
-        meanings.setdefault(f"{metric}_{level}", set()).add(verdicts.MetricOf(metric, f"moment {level}"))
-    return meanings
+    metrics = common.REGRESSION_METRICS
+    meanings = {f"{metric}_{level}": verdicts.MetricOf(metric, f"moment {level}")
+                for metric, level in itertools.product(metrics, levels)}
+    return meanings | verdicts.spell_metrics(metrics, metrics, names)
 
 
-def judge_criteria(text, result, table, moments):
-    """--criteria judged: verdicts.judge_criteria on the metrics of all rows and of those of each moment."""
-    levels = [] if moments is None else sorted(set(moments))
-    meanings = criteria_names(table.names, levels)
-    criteria = verdicts.parse_criteria(text, meanings)
-    if not criteria:
-        return []
-    estimates = verdicts.named_estimates(result, meanings)
+def estimates_of_moments(table, moments, levels):
+    """{METRIC_LEVEL: Estimate} on the rows of each of these levels of (M,) moments."""
+    estimates = {}
     for level in levels:
         here = moments == level
         groups = None if table.groups is None else table.groups[here]
         of_level = subject_intervals.bootstrap_regression(
             table.predicted[here], table.target[here], groups, folds=table.n_folds)
         estimates |= {f"{metric}_{level}": each for metric, each in of_level.overall.model.items()}
-    return verdicts.judge_criteria(criteria, estimates)
+    return estimates
 
 
 def key_figures(result, target, best_r2):

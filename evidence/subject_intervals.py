@@ -371,19 +371,6 @@ def _regression_statistic(sums):
     return statistic
 
 
-def score_regression(predicted, target, subjects, baselines, names=None, folds=1):
-    """bootstrap_regression of a model, paired with the best of its baselines by mean R2.
-
-    predicted, target: (N, R), NaN in target = missing; baselines: {name: (N, R)}.
-    """
-    def mean_r2(name):
-        value = common.mean_metrics(common.regression_metrics(baselines[name], target))["r2"]
-        return np.nan_to_num(value, nan=-np.inf)
-    best = max(baselines, key=mean_r2)
-    return bootstrap_regression(
-        predicted, target, subjects, baselines[best], names=names, baseline_name=best, folds=folds)
-
-
 def overall_rows(result):
     """One dict per metric over all targets or classes: its label, value and interval, and the baseline's value."""
     rows = []

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 
 import common
-from evidence import class_judging, judging, metric_names, prediction_tables, score_judging, subject_intervals
+from evidence import class_judging, judging, metric_names, prediction_tables, score_judging
 
 
 def judge_table(run, table, path, criteria=""):
@@ -26,17 +26,17 @@ def judge_table(run, table, path, criteria=""):
 def same_rows(tables, paths):
     """The tables with the rows of the first, in its order. Raises UserError where rows or truth differ."""
     first = tables[0]
-    wanted = next(iter(first.keys.values()))
+    names = first.row_names
     aligned = [first]
     for table, path in zip(tables[1:], paths[1:]):
-        place = {name: row for row, name in enumerate(next(iter(table.keys.values())))}
-        lacking = [name for name in wanted if name not in place]
-        if lacking or len(place) != len(wanted) or table.names != first.names:
+        others = table.row_names
+        lacking = sorted(set(names) - set(others))
+        if lacking or len(others) != len(names) or table.names != first.names:
             raise common.UserError(
                 f"{path} and {paths[0]} must judge the same rows and targets; {len(lacking)} rows of the first are "
-                f"missing ({common.shorten_list(lacking, 3) or 'none'}), {len(place)} and {len(wanted)} rows, "
+                f"missing ({common.shorten_list(lacking, 3) or 'none'}), {len(others)} and {len(names)} rows, "
                 f"targets {common.shorten_list(table.names, 5)} and {common.shorten_list(first.names, 5)}")
-        other = prediction_tables.take(table, np.array([place[name] for name in wanted]))
+        other = prediction_tables.take(table, prediction_tables.rows_of(first, others))
         if not np.array_equal(other.truth, first.truth, equal_nan=True):
             raise common.UserError(f"{path} and {paths[0]} have other true values in the same rows; compare one truth")
         aligned.append(other)
@@ -47,16 +47,8 @@ def compare_tables(tables, names):
     """A dict for each pair: which is better, by the paired interval of the difference over the same resamples."""
     rows = []
     for (a, name_a), (b, name_b) in itertools.combinations(zip(tables, names), 2):
-        if isinstance(a, prediction_tables.ScoreTable):
-            metric = "r2"
-            result = subject_intervals.bootstrap_regression(
-                a.predicted, a.target, a.groups, b.predicted, names=a.names, baseline_name=name_b,
-                folds=a.n_folds)
-        else:
-            metric = "roc_auc"
-            result = subject_intervals.bootstrap_classification(
-                a.probability, a.label, a.groups, b.probability, a.names, a.threshold, a.positive, baseline_name=name_b,
-                baseline_threshold=b.threshold, folds=a.n_folds)
+        result = a.against(b, name_b).compare()
+        metric = a.metric
         gain = result.gain(metric)
         better = "not resolvable"
         if gain.low > 0 or gain.high < 0:

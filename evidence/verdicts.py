@@ -22,24 +22,22 @@ OVERFITTING_REMEDY = "More rows, a smaller --lr, fewer --epochs, fewer trained l
 
 def regression_alarms(predicted, target, names):
     """Sentences on signs of a broken model or of data that cannot judge it, for (N, R), (N, R) and R names; else []."""
-    predicted = np.asarray(predicted, np.float64)
-    target = np.asarray(target, np.float64)
-    spread_p = _spread(np.where(np.isnan(target) | ~np.isfinite(predicted), np.nan, predicted))  # (R,)
+    is_finite = np.isfinite(predicted)
+    labelled = ~np.isnan(target)
+    spread_p = _spread(np.where(labelled & is_finite, predicted, np.nan))  # (R,)
     spread_t = _spread(target)
-    modal = []  # how many rows share the most frequent label of a target
-    for column in target.T:
-        _, counts = np.unique(column[~np.isnan(column)], return_counts=True)
-        modal.append(counts.max(initial=0))
+    modal = [np.unique(column[known], return_counts=True)[1].max(initial=0)
+             for column, known in zip(target.T, labelled.T)]  # how many rows share the most frequent label
     is_constant = spread_p <= 1e-9 * spread_t
-    faults = {"not a finite number in the predictions": ~np.isfinite(predicted).all(0),
-              "constant output (sd under 5 % of the labels')": (spread_p < 0.05 * spread_t) & ~is_constant,
-              "constant prediction, so r has no value and counts as 0": is_constant,
-              "correlation undefined, the labels do not vary": ~(spread_t > 0),
-              "labels almost all equal (95 % or more share one value)":
-                  np.array(modal) >= 0.95 * (~np.isnan(target)).sum(0)}
-    remedies = [NOT_FINITE_REMEDY, CONSTANT_REMEDY, CONSTANT_REMEDY, LABELS_REMEDY, LABELS_REMEDY]
-    alarms = [f"{text}: {', '.join(itertools.compress(names, flags))}. {remedy}"
-              for (text, flags), remedy in zip(faults.items(), remedies) if flags.any()]
+    faults = [
+        ("not a finite number in the predictions", ~is_finite.all(0), NOT_FINITE_REMEDY),
+        ("constant output (sd under 5 % of the labels')", (spread_p < 0.05 * spread_t) & ~is_constant, CONSTANT_REMEDY),
+        ("constant prediction, so r has no value and counts as 0", is_constant, CONSTANT_REMEDY),
+        ("correlation undefined, the labels do not vary", ~(spread_t > 0), LABELS_REMEDY),
+        ("labels almost all equal (95 % or more share one value)", modal >= 0.95 * labelled.sum(0), LABELS_REMEDY),
+    ]
+    alarms = [f"{fault}: {', '.join(itertools.compress(names, flags))}. {remedy}"
+              for fault, flags, remedy in faults if flags.any()]
     repeats = np.unique(predicted, axis=0, return_counts=True)[1].max(initial=0)
     if repeats >= 3 and not is_constant.all():
         alarms.append(f"the same prediction for {repeats} of {len(predicted)} rows. {REPEATS_REMEDY}")
@@ -113,69 +111,53 @@ class MetricOf(typing.NamedTuple):
     metric: str
     of: str | None = None
 
-    def __str__(self):
-        return self.metric if self.of is None else f"{self.metric} of {self.of}"
-
 
 def spell_metrics(overall, each, names):
-    """{name: what it may mean, a set of MetricOf}: METRIC of all, METRIC_NAME of each of the names."""
-    meanings = {metric: {MetricOf(metric)} for metric in overall}
-    for metric, name in itertools.product(each, names):
-        meanings.setdefault(f"{metric}_{name}", set()).add(MetricOf(metric, name))
-    return meanings
+    """{name: MetricOf}: METRIC of all, METRIC_NAME of each of the names."""
+    meanings = {f"{metric}_{name}": MetricOf(metric, name) for metric, name in itertools.product(each, names)}
+    return meanings | {metric: MetricOf(metric) for metric in overall}
 
 
 def spell_class_metrics(names):
-    """{name: what it may mean, a set of MetricOf} for C classes: beside spell_metrics CLASS_METRIC, auc, nll and ap.
+    """{name: MetricOf} for C classes: beside spell_metrics CLASS_METRIC, auc, nll and ap.
 
-    The set has several entries where a class is called such that two meanings read alike, as macro_f1 for `macro`.
+    METRIC_CLASS always means the class; of a class called `macro`, macro_f1 is the metric of all, f1_macro its own.
     """
-    meanings = spell_metrics(class_scores.CLASSIFICATION_METRICS, class_scores.CLASS_METRICS, names)
-    meanings |= {"auc": {MetricOf("roc_auc")}, "nll": {MetricOf("loss")}}
     short = {metric: metric for metric in class_scores.CLASS_METRICS} | {"ap": "average_precision", "auc": "roc_auc"}
+    meanings = {}
     for (spelled, metric), name in itertools.product(short.items(), names):
-        for whole in (f"{name}_{spelled}", f"{spelled}_{name}"):
-            meanings.setdefault(whole, set()).add(MetricOf(metric, name))
-    return meanings
+        meanings[f"{spelled}_{name}"] = MetricOf(metric, name)
+        meanings.setdefault(f"{name}_{spelled}", MetricOf(metric, name))
+    meanings |= spell_metrics(class_scores.CLASSIFICATION_METRICS, (), ())
+    return meanings | {"auc": MetricOf("roc_auc"), "nll": MetricOf("loss")}
 
 
 def class_columns(names):
-    """{column of the history: MetricOf}: METRIC and CLASS_METRIC; METRIC_CLASS where that means something else too."""
+    """{column of the history: MetricOf}: METRIC and CLASS_METRIC; METRIC_CLASS where that means something else."""
     meanings = spell_class_metrics(names)
-    columns = {metric: MetricOf(metric) for metric in class_scores.CLASSIFICATION_METRICS}
+    columns = spell_metrics(class_scores.CLASSIFICATION_METRICS, (), ())
     for name, metric in itertools.product(names, class_scores.CLASS_METRICS):
+        own = MetricOf(metric, name)
         usual = f"{name}_{metric}"
-        columns[usual if len(meanings[usual]) == 1 else f"{metric}_{name}"] = MetricOf(metric, name)
+        columns[usual if meanings[usual] == own else f"{metric}_{name}"] = own
     return columns
 
 
-def read_name(flag, name, meanings):
-    """The MetricOf that a name means. Raises UserError for an unknown name, with the closest, and for two meanings."""
-    if name not in meanings:
-        raise common.UserError(f"{flag} {name} is no metric of this run{common.closest(name, meanings)}; "
-                               f"metrics: {common.shorten_list(meanings, 40)}")
-    if len(meanings[name]) > 1:
-        raise common.UserError(f"{flag} {name} may mean {' or '.join(sorted(map(str, meanings[name])))}: "
-                               "rename that class or target")
-    return next(iter(meanings[name]))
-
-
 def named_estimates(result, meanings):
-    """{name: Estimate of the model} for every name with one meaning in a Result."""
+    """{name: Estimate of the model} for every name of a Result's metrics."""
     found = {}
-    for name, each in meanings.items():
-        meaning = next(iter(each))
-        if len(each) == 1 and meaning.of is None:
-            found[name] = result.overall.model[meaning.metric]
-        elif len(each) == 1 and meaning.of in result.names:
-            found[name] = result.each.model[meaning.metric].at(result.names.index(meaning.of))
+    for name, (metric, of) in meanings.items():
+        if of is None:
+            found[name] = result.overall.model[metric]
+        elif of in result.names:
+            found[name] = result.each.model[metric].at(result.names.index(of))
     return found
 
 
 # --- criteria ----------------------------------------------------------------------------------------
 
 def parse_criteria(text, meanings):
-    """`"r2>0.15,mae_M2<3.0"` -> list of dict(name, relation, bar); meanings: as spell_metrics gives.
+    """`"r2>0.15,mae_M2<3.0"` -> list of dict(name, relation, bar); meanings: of the names that there are, as spell_metrics gives.
 
     Raises UserError that lists every part that cannot be read, or every unknown name with the closest known one.
     """
@@ -189,8 +171,6 @@ def parse_criteria(text, meanings):
     if unknown:
         raise common.UserError(
             f"--criteria names no metric of this run: {', '.join(unknown)}. Use METRIC or METRIC_TARGET.")
-    for match in matches:
-        read_name("--criteria", match[1], meanings)
     return [{"name": match[1], "relation": match[2], "bar": float(match[3])} for match in matches]
 
 
