@@ -80,11 +80,11 @@ def main():
     args = parse_args()
     if args.truth:
         return judge_coco(args)
-    tables = [prediction_tables.read_predictions(path, args.group_column, args.baseline, args.positive_class)
-              for path in args.predictions]
-    for table, path in zip(tables, args.predictions):
+    tables = []
+    for path in args.predictions:
+        table = prediction_tables.read_predictions(path, args.group_column, args.baseline, args.positive_class)
         prediction_tables.refuse_useless(table, path)
-    tables = [dataclasses.replace(table, seen=as_stated(table.seen, args)) for table in tables]
+        tables.append(dataclasses.replace(table, seen=as_stated(table.seen, args)))
     with common.start_run(args) as run:
         run.write_args(predictions=[str(path) for path in args.predictions])
         if len(tables) == 1:

@@ -52,7 +52,6 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
         numbers={
             "positive_class": name,
             "names": table.names,
-            **result.record("per_class"),
             "confusion": result.confusion,
             "n": result.n,
             "sample": splitting.effective_size(table.label, table.groups),

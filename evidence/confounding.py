@@ -91,7 +91,7 @@ def _judge_means(means, target, subjects, draws):
     result = subject_intervals.bootstrap_regression(means, target, subjects, draws=draws)
     r2 = result.overall.model["r2"]
     mae = result.overall.model["mae"]
-    return {"r2": r2.value, "low": r2.low, "high": r2.high, "mae": mae.value, "mae_low": mae.low, "mae_high": mae.high}
+    return {"r2": r2.value, "low": r2.low, "high": r2.high, **mae.columns("mae")}
 
 
 def flag_confounds(rows, model):

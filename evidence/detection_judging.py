@@ -123,7 +123,6 @@ def judge_detections(run, truth, detections, setting, baseline=None, picture=Non
             "pictures": len(detections),
             "score_threshold": threshold,
             "absent": "keep" if truth.keeps_absent else "drop",
-            **result.record("per_target"),
             "per_part": part_rows,
             "per_state": state_rows,
         })
@@ -171,9 +170,7 @@ def per_part_rows(judged, result):
         rows.append({
             "target": part,
             "boxes": counts["truth"][label],
-            "ap": ap.value,
-            "ap_low": ap.low,
-            "ap_high": ap.high,
+            **ap.columns("ap"),
             "ap50": ap50[label],
             "baseline_ap": result.each.baseline["ap"].value[label],
             "baseline_ap50": baseline_ap50[label],

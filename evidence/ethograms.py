@@ -212,7 +212,6 @@ def judge_bouts(windows, bouts, events, names):
         row = {"label": name}
         row |= {key: int(numbers[key][:, c].sum()) for key in ("bouts", "events")}
         for metric, found in result.each.model.items():
-            own = found.at(c)
-            row |= {metric: own.value, f"{metric}_low": own.low, f"{metric}_high": own.high}
+            row |= found.at(c).columns(metric)
         table.append(row)
     return table, result.method

@@ -148,6 +148,7 @@ def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figure
         "best_epoch": setting.best_epoch,
         "verdict": verdict,
         "held_out": setting.held_out,
+        **result.record(),
         **numbers,
         "alarms": alarms,
         "doubts": doubts,

@@ -54,7 +54,6 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, num
         blocks=metric_blocks(run, setting, result, axes, baselines, predictors, patients),
         sections=[("Does it use the image and the motion?", use_blocks(use))],
         numbers={
-            **result.record("per_target"),
             "sample": splitting.effective_size(table.target, table.groups),
             "label_sd": label_sd,
             "baselines": baselines,

@@ -36,6 +36,11 @@ class Rows:
         """How many folds' models predicted the rows, as far as the table says."""
         return len(set(self.keys.get("fold", ["all"])))
 
+    def row_columns(self):
+        """{heading: (M,)} of what is known of the rows."""
+        columns = {**self.keys, "group": self.groups, "seen": self.seen}
+        return {heading: values for heading, values in columns.items() if values is not None}
+
     @property
     def best_baseline(self):
         """Name of the baseline of the highest R2 or AUC."""
@@ -82,7 +87,10 @@ class ScoreTable(Rows):
         blocks = {"true": self.target, "predicted": self.predicted, **self.baselines}
         if self.spread is not None:
             blocks["sd"] = self.spread
-        write_target_table(path, _with_group(self), self.names, blocks)
+        columns = self.row_columns()
+        for r, name in enumerate(self.names):
+            columns |= {f"{name}_{kind}": block[:, r] for kind, block in blocks.items()}
+        common.write_table(path, columns)
 
     def rank_rows(self):
         """(rows from the smallest to the largest error, two lines of text on each row).
@@ -162,7 +170,7 @@ class ClassTable(Rows):
     def write(self, path):
         """The CSV, written whole."""
         spelled = np.array([*self.names, ""])  # label -1 = unknown
-        columns = {**_with_group(self), "true_label": spelled[self.label], "pred_label": spelled[self.chosen]}
+        columns = self.row_columns() | {"true_label": spelled[self.label], "pred_label": spelled[self.chosen]}
         blocks = {"prob": self.probability}
         if self.logits is not None:
             blocks["logit"] = self.logits
@@ -207,34 +215,18 @@ def combine(records, function):
     return dataclasses.replace(records[0], **fields)
 
 
-def _with_group(table):
-    """The keys of a table, and its groups and what the model has seen as columns."""
-    columns = {**table.keys, "group": table.groups, "seen": table.seen}
-    return {heading: values for heading, values in columns.items() if values is not None}
-
-
-def write_target_table(path, keys, names, values):
-    """CSV of predictions: columns `keys` {heading: M texts}, then NAME_KIND of each target; values {kind: (M, R)}."""
-    columns = keys | {f"{name}_{kind}": block[:, r] for r, name in enumerate(names) for kind, block in values.items()}
-    common.write_table(path, columns)
-
-
-def _target_blocks(table, names, path):
-    """{kind: (M, R)} of the columns NAME_KIND that every name has."""
-    first = f"{names[0]}_"
-    kinds = [column.removeprefix(first) for column in table if column.startswith(first)]
-    kinds = [kind for kind in kinds if all(f"{name}_{kind}" in table for name in names)]  # not of a longer name
-    return {kind: _block(table, [f"{name}_{kind}" for name in names], path) for kind in kinds}
-
-
 def _block(table, columns, path):
-    """(M, len(columns)) numbers."""
+    """(M, len(columns)) numbers; None where the table lacks one."""
+    if not set(columns) <= set(table):
+        return None
     return np.stack([csv_tables.to_numbers(table[column], f"{path}, column {column}") for column in columns], axis=1)
 
 
 def _probabilities(table, columns, path):
     """(M, len(columns)) numbers from 0 to 1 that add up to 1, as far as two digits behind the point allow."""
     block = _block(table, columns, path)
+    if block is None:
+        return None
     rounding = 0.005 * len(columns) + 1e-6
     is_good = (block > -1e-6).all(1) & (np.abs(block.sum(1) - 1) < rounding)
     if not is_good.all():
@@ -318,14 +310,18 @@ def _seen_column(table):
 
 
 def _read_scores(table, path, names, baseline, shared):
-    blocks = _target_blocks(table, names, path)
+    first = f"{names[0]}_"
+    kinds = [column.removeprefix(first) for column in table if column.startswith(first)]
+    blocks = {kind: _block(table, [f"{name}_{kind}" for name in names], path) for kind in kinds}
+    blocks = {kind: block for kind, block in blocks.items() if block is not None}  # not of a longer name
     target = blocks.pop("true")
     predicted = blocks.pop("predicted")
     spread = blocks.pop("sd", None)
     if baseline in table and len(names) == 1:
         blocks = {baseline: _block(table, [baseline], path)}
     elif baseline:
-        blocks = {baseline: blocks[_named(baseline, blocks, path)]}
+        baseline = _named(baseline, blocks, path)
+        blocks = {baseline: blocks[baseline]}
     if not blocks:
         blocks = {"mean_of_these_rows": np.tile(common.mean_without_nan(target, 0), (len(target), 1))}
     return ScoreTable(names=names, target=target, predicted=predicted, baselines=blocks, spread=spread, **shared)
@@ -336,26 +332,24 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
     unknown = sorted(set(table[label_column]) - {*names, ""})
     if unknown:
         raise common.UserError(f"{path}: {label_column} {common.shorten_list(unknown)} has no column prob_CLASS")
-    index = {name: c for c, name in enumerate(names)}
-    label = np.array([index.get(name, -1) for name in table[label_column]])
-    others = {}
-    for column in table:
-        kind = column.removesuffix(f"_prob_{names[0]}")
-        columns = [f"{kind}_prob_{name}" for name in names]
-        if kind != column and not column.startswith("prob_") and all(each in table for each in columns):
-            others[kind] = _probabilities(table, columns, path)
+    first = f"_prob_{names[0]}"
+    kinds = [column.removesuffix(first) for column in table if column.endswith(first)]
     if baseline:
-        others = {baseline: others[_named(baseline, others, path)]}
-    logits = [f"logit_{name}" for name in names]
-
-    def threshold(column):
-        return csv_tables.to_numbers(table[column], f"{path}, column {column}") if column in table else None
-    thresholds = {kind: threshold(f"{kind}_threshold") for kind in others if f"{kind}_threshold" in table}
+        kinds = [_named(baseline, kinds, path)]
+    blocks = {kind: _probabilities(table, [f"{kind}_prob_{name}" for name in names], path) for kind in kinds}
+    thresholds = {kind: _threshold(table, f"{kind}_threshold", path) for kind in kinds}
     return _class_table(
-        names, label, _probabilities(table, [f"prob_{name}" for name in names], path), others, positive_class, shared,
-        threshold=threshold("threshold"),
-        baseline_thresholds=thresholds,
-        logits=_block(table, logits, path) if all(each in table for each in logits) else None)
+        names, table[label_column], _probabilities(table, [f"prob_{name}" for name in names], path),
+        {kind: block for kind, block in blocks.items() if block is not None}, positive_class, shared,
+        threshold=_threshold(table, "threshold", path),
+        baseline_thresholds={kind: values for kind, values in thresholds.items() if values is not None},
+        logits=_block(table, [f"logit_{name}" for name in names], path))
+
+
+def _threshold(table, column, path):
+    """(M,) numbers of a column, None without it."""
+    block = _block(table, [column], path)
+    return None if block is None else block[:, 0]
 
 
 def _read_binary(table, path, label_column, baseline, positive_class, shared):
@@ -363,22 +357,23 @@ def _read_binary(table, path, label_column, baseline, positive_class, shared):
     if len(names) != 2:
         raise common.UserError(
             f"{path}: a score needs two classes in {label_column}, found {common.shorten_list(names)}")
-    label = np.array([names.index(text) if text else -1 for text in table[label_column]])
-    positive_class = positive_class or names[1]
-    positive = names.index(_named(positive_class, names, path))
+    positive_class = _named(positive_class or names[1], names, path)
 
     def both(column):
-        score = _block(table, [column], path)[:, 0]
+        score = _block(table, [column], path)
         if score.min() < 0 or score.max() > 1:
             score = 1 / (1 + np.exp(-score))
-        probability = np.stack([1 - score, score], axis=1)
-        return probability if positive == 1 else probability[:, ::-1]
+        columns = [1 - score, score] if positive_class == names[1] else [score, 1 - score]
+        return np.concatenate(columns, axis=1)
     others = {baseline: both(_named(baseline, list(table), path))} if baseline else {}
-    return _class_table(names, label, both("score"), others, positive_class, shared)
+    return _class_table(names, table[label_column], both("score"), others, positive_class, shared)
 
 
-def _class_table(names, label, probability, others, positive_class, shared, **further):
+def _class_table(names, labels, probability, others, positive_class, shared, **further):
     """ClassTable; the positive class is the one named, else the rarest; the default baseline is the class shares."""
+    import pandas as pd
+
+    label = pd.Index(names).get_indexer(labels)
     counts = np.bincount(label[label >= 0], minlength=len(names))
     if not counts.any():
         raise common.UserError("no row has a true label: there is nothing to judge")
@@ -386,8 +381,7 @@ def _class_table(names, label, probability, others, positive_class, shared, **fu
     if positive_class:
         positive = names.index(_named(positive_class, names, "--positive_class"))
     if not others:
-        shares = counts / max(counts.sum(), 1)
-        others = {"shares_of_these_rows": np.tile(shares, (len(label), 1))}
+        others = {"shares_of_these_rows": np.tile(counts / counts.sum(), (len(label), 1))}
     return ClassTable(names=names, label=label, probability=probability, baselines=others, positive=positive,
                       **further, **shared)
 

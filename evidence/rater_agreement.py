@@ -20,10 +20,7 @@ def noise_ceiling(mean, sd, n):
     1 - mean(sd^2 / n) / var(mean), the reliability of a mean in classical test theory; its root is
     the ceiling of r. Rows with sd = 0 or anything missing do not count. NaN: not measurable.
     """
-    mean = np.asarray(mean, np.float64)
-    sd = np.asarray(sd, np.float64)
-    n = np.broadcast_to(np.asarray(n, np.float64), mean.shape)
-    valid = np.isfinite(mean) & (sd > 0) & (n > 0)
+    valid = np.isfinite(mean) & (sd > 0) & (np.asarray(n) > 0)
     with common.undefined_is_nan():
         noise = common.mean_without_nan(np.where(valid, sd**2 / n, np.nan), axis=0)
         centred = mean - common.mean_without_nan(np.where(valid, mean, np.nan), axis=0)
@@ -37,12 +34,8 @@ def _stack_ratings(ratings, fewest):
 
     Images with fewer than `fewest` ratings are left out.
     """
-    parts = []
-    for part in ratings:
-        values = np.asarray(part, np.float64)
-        values = values[~np.isnan(values)]
-        if len(values) >= fewest:
-            parts.append(values)
+    parts = [part[~np.isnan(part)] for part in map(np.asarray, ratings)]
+    parts = [part for part in parts if len(part) >= fewest]
     counts = np.array([len(part) for part in parts], np.int64)
     values = np.concatenate([np.empty(0), *parts])
     return values, np.repeat(np.arange(len(counts)), counts), counts
@@ -65,9 +58,7 @@ def split_half(ratings, halves=100, seed=0):
     total = np.bincount(image, values)
     reliability = []
     for _ in range(halves):
-        order = np.argsort(
-            image + generator.random(len(values))
-        )  # shuffled within each image
+        order = np.argsort(image + generator.random(len(values)))  # shuffled within each image
         first = np.bincount(image[is_first], values[order[is_first]])
         second = total - first
         r = np.corrcoef(first / n_first, second / (counts - n_first))[0, 1]
@@ -108,11 +99,6 @@ class Ceiling:
     possible: list = dataclasses.field(default_factory=list)  # dicts of R2 ceilings for numbers of raters
 
     @property
-    def pearson_r(self):
-        """(R,) ceiling of r."""
-        return np.sqrt(self.r2)
-
-    @property
     def mean_r2(self):
         """Mean over the targets, None where it is not known."""
         return None if self.r2 is None else float(np.nanmean(self.r2))
@@ -121,7 +107,7 @@ class Ceiling:
         """Columns for the table of the targets."""
         if self.r2 is None:
             return {}
-        columns = {"ceiling_r2": self.r2[r], "ceiling_pearson_r": self.pearson_r[r]}
+        columns = {"ceiling_r2": self.r2[r], "ceiling_pearson_r": np.sqrt(self.r2[r])}
         if self.icc is not None:
             columns |= {"icc_1_1": self.icc[r, 0], "icc_1_k": self.icc[r, 1]}
         return columns

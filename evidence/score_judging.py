@@ -55,7 +55,6 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, 
             ("Without a pixel", confounding.confound_blocks(confounds)),
         ],
         numbers={
-            **result.record("per_target"),
             "sample": splitting.effective_size(table.target, table.groups),
             "ceiling": dataclasses.asdict(ceiling) if ceiling else None,
             "per_moment": moment_rows,
@@ -66,8 +65,9 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, 
 def score_rows(result, table, ceiling):
     """One dict a score: metrics with intervals, baseline, bias and slope, and the share of the ceiling reached."""
     rows = subject_intervals.target_rows(result)
+    bias, slope = bias_and_slope(table.predicted, table.target)
     for r, row in enumerate(rows):
-        row |= bias_and_slope(table.predicted[:, r], table.target[:, r])
+        row |= {"bias": bias[r], "slope": slope[r]}
         if ceiling and ceiling.r2 is not None:
             row |= ceiling.of_target(r)
             row["share_of_ceiling_r2"] = row["r2"] / ceiling.r2[r]
@@ -75,16 +75,14 @@ def score_rows(result, table, ceiling):
 
 
 def bias_and_slope(predicted, target):
-    """Mean error and the slope of target on prediction (1 = no correction needed) of (M,), (M,), NaN = missing."""
-    known = ~np.isnan(target)
-    if not known.any():
-        return {"bias": math.nan, "slope": math.nan}
-    p = predicted[known]
-    t = target[known]
-    spread = p.var()
-    joint = ((p - p.mean()) * (t - t.mean())).mean()
-    slope = joint / spread if spread > 1e-12 else math.nan
-    return {"bias": float((p - t).mean()), "slope": float(slope)}
+    """(R,) mean errors, (R,) slopes of target on prediction (1 = no correction needed) of (M, R) each."""
+    def centred(values):
+        return values - common.mean_without_nan(values, 0)
+    spread = centred(np.where(np.isnan(target), np.nan, predicted))
+    joint = common.mean_without_nan(spread * centred(target), 0)
+    variance = common.mean_without_nan(spread ** 2, 0)
+    slope = joint / np.where(variance > 1e-12, variance, np.nan)
+    return common.mean_without_nan(predicted - target, 0), slope
 
 
 def slope_alarms(rows):

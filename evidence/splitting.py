@@ -97,14 +97,6 @@ def _assign_groups(shares, stratum, unit, seed):
     return min(deals, key=misfit)[unit]
 
 
-def _assign(shares, strata, unit, seed, keys, n_rows):
-    """-> (N,) part."""
-    stratum = _strata_codes(strata, n_rows)
-    if unit is None:
-        return _assign_rows(shares, stratum, seed, keys)
-    return _assign_groups(shares, stratum, unit, seed)
-
-
 def _units(n_rows, groups):
     """-> group number of each row (None without groups), how many units there are, their name."""
     if groups is None:
@@ -138,17 +130,25 @@ def make_split(n_rows, ratios, strata=None, groups=None, seed=42, keys=None):
     if n_units < wanted.sum() or np.any(shares[wanted] * n_rows < 0.5):
         raise common.UserError(
             f"empty split: {n_rows} rows ({n_units} {what}) are too few for {ratios}. Change the ratios.")
-    part = _assign(shares, strata, unit, seed, keys, n_rows)
+    stratum = _strata_codes(strata, n_rows)
+    if unit is None:
+        part = _assign_rows(shares, stratum, seed, keys)
+    else:
+        part = _assign_groups(shares, stratum, unit, seed)
     return {name: np.flatnonzero(part == p) for p, name in enumerate(ratios)}
 
 
 def make_folds(n_rows, k, strata=None, groups=None, seed=42, keys=None):
     """-> (N,) int fold 0 to k-1 of each row, as in make_split. UserError: fewer units than folds."""
-    unit, n_units, what = _units(n_rows, groups)
+    _, n_units, what = _units(n_rows, groups)
     if not 2 <= k <= n_units:
         raise common.UserError(
             f"--folds {k}: expected 2 or more and at most the number of {what}, found {n_units} {what}.")
-    return _assign(np.full(k, 1 / k), strata, unit, seed, keys, n_rows)
+    split = make_split(n_rows, dict.fromkeys(range(k), 1 / k), strata, groups, seed, keys)
+    fold_of = np.empty(n_rows, int)
+    for fold, rows in split.items():
+        fold_of[rows] = fold
+    return fold_of
 
 
 def write_splits(path, split, keys):

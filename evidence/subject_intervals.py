@@ -35,6 +35,10 @@ class Estimate:
         """The Estimate of one target or class."""
         return Estimate(self.value[index], self.low[index], self.high[index])
 
+    def columns(self, name):
+        """Its columns in a table: NAME, NAME_low and NAME_high."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
     def times(self, factor):
         """The Estimate in another unit; a negative factor turns the interval round."""
         ends = np.sort([self.low * factor, self.high * factor], axis=0)
@@ -50,11 +54,8 @@ class Comparison:
 
     def record(self, index=None):
         """What metrics.json says of it, or of one target or class of it."""
-        found = {}
-        for side, estimates in vars(self).items():
-            chosen = {name: each if index is None else each.at(index) for name, each in estimates.items()}
-            found[side] = {name: dataclasses.asdict(each) for name, each in chosen.items()}
-        return found
+        return {side: {name: vars(each if index is None else each.at(index)) for name, each in estimates.items()}
+                for side, estimates in vars(self).items()}
 
 
 @dataclasses.dataclass
@@ -88,8 +89,9 @@ class Result:
         difference = self.overall.difference[metric]
         return difference.times(-1.0) if metric_names.METRICS[metric].lower_is_better else difference
 
-    def record(self, kind):
-        """What metrics.json says of it; kind: per_target or per_class, the name of the list of them."""
+    def record(self):
+        """What metrics.json says of it."""
+        kind = "per_target" if self.confusion is None else "per_class"
         each = []
         for k, name in enumerate(self.names):
             each.append({"name": name, "n": self.n[k], **self.each.record(k)})
@@ -112,10 +114,7 @@ def estimate(model, baseline, subjects, unit, draws, seed, *, names, n, rows, su
     bootstrap. Resting on under 5 subjects: no interval.
     """
     whole = _compare(model, baseline, np.ones((1, subjects)))
-    estimates = {}
-    for side, places in whole.items():
-        estimates[side] = {place: Estimate(value[0], value[0] * np.nan, value[0] * np.nan)
-                           for place, value in places.items()}
+    estimates = {place: Estimate(value[0], value[0] * np.nan, value[0] * np.nan) for place, value in whole.items()}
     method = f"no interval: only {subjects} {unit}"
     if subjects >= FEWEST_FOR_INTERVAL:
         way = "t-interval"
@@ -130,23 +129,20 @@ def estimate(model, baseline, subjects, unit, draws, seed, *, names, n, rows, su
             method += f"(simulated coverage at five folds: {FOLD_COVERAGE})"
         block = max(1, 1_000_000 // rows)  # resamples at a time
         drawn = [_compare(model, baseline, weights) for weights in draw_subjects(subjects, draws, seed, block)]
-        for side, places in estimates.items():
-            for place, found in places.items():
-                values = np.concatenate([part[side][place] for part in drawn])
-                scale = None if side == "difference" else metric_names.METRICS[place[1]].normal_scale
-                ends = _t_ends(found.value, values, reach, scale)
-                rests_on = (support or {}).get(place, subjects)
-                found.low, found.high = _rare_ends(found.value, ends, rests_on, scale)
-        if baseline:
-            _hold_differences(estimates)
+        for place, found in estimates.items():
+            side, scope, metric = place
+            values = np.concatenate([part[place] for part in drawn])
+            scale = None if side == "difference" else metric_names.METRICS[metric].normal_scale
+            ends = _t_ends(found.value, values, reach, scale)
+            rests_on = (support or {}).get((scope, metric), subjects)
+            found.low, found.high = _rare_ends(found.value, ends, rests_on, scale)
+        _hold_differences(estimates)
     if subjects > MOST_FOR_SIGN_FLIP or baseline is None or unit == TIME_BLOCKS or folds > 1:
         per_subject = {}
     elif per_subject is None:
-        per_subject = _pseudo_values(model, baseline, whole["difference"], subjects)
-    if names is None:
-        names = map(str, range(len(n)))
+        per_subject = _pseudo_values(model, baseline, whole, subjects)
     return Result(
-        names=list(names),
+        names=list(map(str, range(len(n))) if names is None else names),
         n=n,
         rows=rows,
         overall=_comparison(estimates, "overall"),
@@ -170,30 +166,32 @@ def fold_factor(folds):
 
 def _pseudo_values(model, baseline, whole, subjects):
     """{metric: (S,)}: what each subject says of the difference; of a mean over equal subjects its own difference."""
-    left_out = _compare(model, baseline, 1.0 - np.eye(subjects))["difference"]
-    return {metric: subjects * whole["overall", metric] - (subjects - 1) * left_out["overall", metric]
-            for metric in CLASS_SIGN_FLIP_METRICS if ("overall", metric) in whole}
+    left_out = _compare(model, baseline, 1.0 - np.eye(subjects))
+    places = {metric: ("difference", "overall", metric) for metric in CLASS_SIGN_FLIP_METRICS}
+    return {metric: subjects * whole[place] - (subjects - 1) * left_out[place]
+            for metric, place in places.items() if place in whole}
 
 
 def _compare(model, baseline, weights):
-    """{side: {(scope, metric): (D, ...)}} of both statistics under the same weights (D, S), and of their difference."""
-    sides = {}
+    """{(side, scope, metric): (D, ...)} of both statistics under the same weights (D, S), and of their difference."""
+    values = {}
     for side, statistic in (("model", model), ("baseline", baseline)):
         if statistic:
-            overall, each = statistic(weights)
-            sides[side] = {("overall", metric): values for metric, values in overall.items()}
-            sides[side] |= {("each", metric): values for metric, values in each.items()}
-    if baseline:
-        sides["difference"] = {place: sides["model"][place] - values for place, values in sides["baseline"].items()}
-    return sides
+            for scope, metrics in zip(("overall", "each"), statistic(weights)):
+                values |= {(side, scope, metric): each for metric, each in metrics.items()}
+    for side, *place in list(values):
+        if side == "baseline":
+            values["difference", *place] = values["model", *place] - values["baseline", *place]
+    return values
 
 
 def _comparison(estimates, scope):
     """The Comparison of one scope: overall or each."""
-    sides = {"model": {}, "baseline": {}, "difference": {}}
-    for side, places in estimates.items():
-        sides[side] = {metric: found for (own, metric), found in places.items() if own == scope}
-    return Comparison(**sides)
+    comparison = Comparison(model={}, baseline={}, difference={})
+    for (side, own, metric), found in estimates.items():
+        if own == scope:
+            getattr(comparison, side)[metric] = found
+    return comparison
 
 
 def draw_subjects(subjects, draws, seed, block):
@@ -225,11 +223,12 @@ def _t_ends(whole, drawn, reach, scale):
 
 def _hold_differences(estimates):
     """Cut each difference to what the intervals of its two sides allow; none where a side has none."""
-    for place, found in estimates["difference"].items():
-        model = estimates["model"][place]
-        baseline = estimates["baseline"][place]
-        found.low = np.maximum(found.low, model.low - baseline.high)
-        found.high = np.minimum(found.high, model.high - baseline.low)
+    for (side, *place), found in estimates.items():
+        if side == "difference":
+            model = estimates["model", *place]
+            baseline = estimates["baseline", *place]
+            found.low = np.maximum(found.low, model.low - baseline.high)
+            found.high = np.minimum(found.high, model.high - baseline.low)
 
 
 def _rare_ends(value, ends, support, scale):
@@ -389,9 +388,8 @@ def target_rows(result):
     for r, name in enumerate(result.names):
         row = {"target": name, "n": result.n[r]}
         for metric in common.REGRESSION_METRICS:
-            found = result.each.model[metric].at(r)
-            row |= {metric: found.value, f"{metric}_low": found.low, f"{metric}_high": found.high,
-                    f"baseline_{metric}": result.each.baseline[metric].value[r]}
+            row |= result.each.model[metric].at(r).columns(metric)
+            row[f"baseline_{metric}"] = result.each.baseline[metric].value[r]
         rows.append(row)
     return rows
 

@@ -81,11 +81,8 @@ def classification_alarms(probability, label, names, threshold=None, positive=No
     if len(given) == 1 and not alarms:
         alarms.append(f"one class only: {names[given[0]]} is given to all {rows} rows. Balance the classes "
                       "(--balance sampler), or train longer (--epochs)")
-    labelled = label[label >= 0]
-    wanted = np.zeros(len(names))  # (C,) sd of the labels of each class
-    if len(labelled):
-        wanted = (labelled[:, None] == np.arange(len(names))).std(0)
-    flat = probability.std(0) < 0.05 * wanted
+    of_class = label[:, None] == np.arange(len(names))  # (N, C)
+    flat = probability.std(0) < 0.05 * of_class.std(0)
     if flat.any():
         alarms.append("constant output (sd of the probability under 5 % of the labels'): "
                       + f"{', '.join(itertools.compress(names, flat))}. {CONSTANT_REMEDY}")
@@ -93,13 +90,13 @@ def classification_alarms(probability, label, names, threshold=None, positive=No
     unsure = rounded[rounded.max(1) < 1]  # of rows that are told apart with ease many are 0 and 1
     values, repeats = np.unique(unsure, axis=0, return_counts=True)
     if repeats.max(initial=0) >= 3:
-        last = min(1, len(names) - 1) if positive is None else positive
+        last = 1 if positive is None else positive
         alarms.append(f"the same probability 3 times or more: {repeats[repeats >= 3].sum()} of {rows} rows share "
                       f"{(repeats >= 3).sum()} values, {repeats.max()} of them {names[last]} "
                       f"{values[repeats.argmax(), last]:.6f}. {REPEATS_REMEDY}")
-    counts = np.bincount(labelled, minlength=len(names))
-    if len(labelled) and counts.max() >= 0.95 * len(labelled):
-        alarms.append(f"labels almost all equal: {names[counts.argmax()]} in {counts.max()} of {len(labelled)} rows. "
+    counts = of_class.sum(0)
+    if counts.max() >= 0.95 * counts.sum() > 0:
+        alarms.append(f"labels almost all equal: {names[counts.argmax()]} in {counts.max()} of {counts.sum()} rows. "
                       f"{LABELS_REMEDY}")
     return alarms
 

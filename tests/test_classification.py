@@ -344,7 +344,7 @@ def test_classes_may_be_called_as_anything():
     names = ["baseline", "difference_a", "mean", "roc_auc"]
     flat = np.tile(np.bincount(label) / len(label), (len(label), 1))
     result = subject_intervals.bootstrap_classification(probability, label, baseline=flat, names=names, draws=50)
-    record = result.record("per_class")
+    record = result.record()
     meanings = verdicts.spell_class_metrics(names)
     estimates = verdicts.named_estimates(result, meanings)
     for c, (name, entry) in enumerate(zip(names, record["per_class"])):

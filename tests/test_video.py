@@ -661,8 +661,10 @@ def test_columns_of_a_class_are_no_baseline(tmp_path):
     assert found.names == names and list(found.baselines) == ["train_prior"]
     assert found.probability[1] == pytest.approx(np.array([2, 102, 202]) / 306)
     assert found.baselines["train_prior"][1] == pytest.approx(np.array([22, 122, 222]) / 366)
-    values = {"true": np.ones((2, 2)), "predicted": np.zeros((2, 2))}
-    prediction_tables.write_target_table(tmp_path / "t.csv", {"image": ["x", "y"]}, ["pain", "pain_true"], values)
+    table = prediction_tables.ScoreTable(
+        keys={"image": ["x", "y"]}, names=["pain", "pain_true"], target=np.ones((2, 2)), predicted=np.zeros((2, 2)),
+        baselines={})
+    table.write(tmp_path / "t.csv")
     scores = prediction_tables.read_predictions(tmp_path / "t.csv")
     assert scores.names == ["pain", "pain_true"] and scores.target.all() and not scores.predicted.any()
 
