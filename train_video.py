@@ -456,9 +456,7 @@ def positive_class(wanted, names, label):
     Raises UserError for a name that is no class.
     """
     if not wanted:
-        counts = np.bincount(label[label >= 0], minlength=len(names))
-        counts[counts == 0] = len(label)  # a class that is not there is not the rarest
-        return int(np.argmin(counts))
+        return class_scores.rarest_class(label, len(names))
     spelled = [name.casefold() for name in names]
     if wanted.casefold() not in spelled:
         raise common.UserError(f"--positive_class {wanted} is no class"

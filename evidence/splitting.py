@@ -5,9 +5,7 @@ Letters: N rows.
 
 import collections
 import itertools
-import json
 import re
-from pathlib import Path
 
 import numpy as np
 
@@ -163,9 +161,9 @@ def read_split_file(path, keys):
     UserError lists the keys that are unknown or listed twice.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        parts = {part: list(map(str, listed)) for part, listed in content.items() if isinstance(listed, list)}
-    except (OSError, ValueError, AttributeError) as error:
+        parts = {part: list(map(str, listed)) for part, listed in common.read_json(path).items()
+                 if isinstance(listed, list)}
+    except (common.UserError, AttributeError) as error:
         raise common.UserError(f"--split_file {path}: expected JSON with a list train, found {error}") from None
     row_of = {key: row for row, key in enumerate(keys)}
     counts = collections.Counter(itertools.chain(*parts.values()))
@@ -232,16 +230,6 @@ def found_items(items):
     return {"count": len(items), "examples": items[:5]}
 
 
-def _named_pairs(pairs, keys, part_of):
-    """{(what, parts that the two rows are in): [names of the two rows]}"""
-    named = collections.defaultdict(list)
-    for what, found in pairs.items():
-        for i, j in found:
-            names = sorted((keys[i], keys[j]))
-            named[what, frozenset((part_of[i], part_of[j]))].append(" = ".join(names))
-    return named
-
-
 def leakage_report(split, keys, pixels, phash=None, values=None, pairs=None):
     """What every two parts share and what each holds twice, whatever the order of the rows.
 
@@ -253,33 +241,36 @@ def leakage_report(split, keys, pixels, phash=None, values=None, pairs=None):
     """
     part_of = {row: part for part, rows in split.items() for row in rows}
     readable = [row for row in part_of if pixels[row]]
-    columns = {what: column for what, column in (values or {}).items() if column is not None}
-    copies = collections.defaultdict(list)
-    for row in readable:
-        copies[pixels[row]].append(keys[row])
-    columns["exact_duplicates"] = [" = ".join(sorted(copies[content])) for content in pixels]
-    pairs = dict(pairs or {})
+    alike = {"exact_duplicates": _rows_by_value(pixels, readable).values(), **(pairs or {})}
     if phash is not None:
-        pairs["near_duplicates"] = _near_duplicates(readable, pixels, phash)
-    named_pairs = _named_pairs(pairs, keys, part_of)
-    parts = [part for part in split if len(split[part])]
-    held = {}
-    for what, part in itertools.product(columns, parts):
-        cells = (columns[what][row] for row in split[part])
-        held[what, part] = collections.Counter(cell for cell in cells if cell)
+        alike["near_duplicates"] = _near_duplicates(readable, pixels, phash)
+    held = {what: _rows_by_value(column, part_of) for what, column in (values or {}).items() if column is not None}
+    for what, sets in alike.items():
+        held[what] = {" = ".join(sorted(keys[row] for row in rows)): rows for rows in sets}
+    counts = {what: {text: collections.Counter(part_of[row] for row in rows) for text, rows in found.items()}
+              for what, found in held.items()}  # in which parts each of them stands how often
 
-    def pairs_of(*chosen):
-        """Those with a row in each of the parts, or with both in one."""
-        return {what: found_items(named_pairs[what, frozenset(chosen)]) for what in pairs}
+    parts = [part for part in split if len(split[part])]
     report = {"near_duplicate_bits": NEAR_DUPLICATE_BITS, "between": {}, "within": {}}
     for a, b in itertools.combinations(parts, 2):
-        shared = {what: found_items(held[what, a] & held[what, b]) for what in columns}
-        report["between"][f"{a}-{b}"] = shared | pairs_of(a, b)
+        report["between"][f"{a}-{b}"] = {
+            what: found_items(text for text, times in found.items() if times[a] and times[b])
+            for what, found in counts.items()}
     for part in parts:
-        repeated = held["exact_duplicates", part] - collections.Counter(set(columns["exact_duplicates"]))
-        copied = {**found_items(repeated), "count": repeated.total()}
-        report["within"][part] = {"exact_duplicates": copied, **pairs_of(part)}
+        report["within"][part] = {}
+        for what in alike:
+            repeats = {text: times[part] - 1 for text, times in counts[what].items() if times[part] > 1}
+            report["within"][part][what] = {**found_items(repeats), "count": sum(repeats.values())}
     return report
+
+
+def _rows_by_value(values, rows):
+    """{value: list of the rows that have it}, without ''."""
+    found = collections.defaultdict(list)
+    for row in rows:
+        if values[row]:
+            found[values[row]].append(row)
+    return found
 
 
 def _leakage_line(where, found):
