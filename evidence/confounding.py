@@ -114,7 +114,7 @@ def flagged_doubts(rows):
     if not names:
         return []
     return [f"Known without looking at the input, and as good as the model's interval allows: "
-            f"{common.shorten_list(names, 3)}. Judge the model within the levels (the section Without a pixel)"]
+            f"{common.shorten_list(names, 3)}. Judge the model within the levels (the section Without a pixel), and across them: --group_column"]
 
 
 def confound_blocks(rows):

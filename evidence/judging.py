@@ -24,6 +24,7 @@ class Setting:
     alarms: tuple = ()  # sentences found before the judging
     criteria: str = ""  # --criteria
     data: tuple = ()  # HTML of the section Data and split
+    similar: tuple = ()  # HTML of the section Leakage: pictures of two parts that look alike
     cases: tuple = ()  # HTML of the section Best and worst cases
     limits: tuple = ()  # sentences on what must not be concluded
     folds: tuple = ()  # a dict of numbers for each fold
@@ -60,7 +61,7 @@ def identical_fold_alarms(folds):
     """Sentences on folds with the same numbers to the last digit."""
     numbers = [tuple(value for name, value in fold.items() if name != "fold") for fold in folds]
     return [f"folds {folds[a]['fold']} and {folds[b]['fold']} have identical results: were they trained and judged on "
-            "the same rows?" for a, b in itertools.combinations(range(len(folds)), 2) if numbers[a] == numbers[b]]
+            "the same rows? Compare their splits.json, and deal the rows out anew (--seed)" for a, b in itertools.combinations(range(len(folds)), 2) if numbers[a] == numbers[b]]
 
 
 def rows_text(table, unit="rows"):
@@ -86,6 +87,15 @@ def case_blocks(table, titles, picture, count=5):
             [{"image": picture(row), "title": titles[row], "lines": lines[row]} for row in rows])
     return [reporting.html_text("Best:"), cases(order[:count]),
             reporting.html_text("Worst:"), cases(order[::-1][:count])]
+
+
+def similar_blocks(pairs, titles, picture, count=6):
+    """HTML of splitting.similar_pairs, the nearest first; titles, picture: as in case_blocks, by row of the study."""
+    cases = [{"image": picture(row), "title": f"pair {number}: {titles[row]}"}
+             for number, pair in enumerate(pairs[:count], 1) for row in pair]
+    return [reporting.html_text("Pictures of two parts that look alike to the untuned network. If they are copies or "
+                                "one scene, keep them together with --group_column:", "caution"),
+            reporting.html_cases(cases)] if pairs else []
 
 
 def write_comparison(run, rows):
@@ -164,7 +174,7 @@ def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figure
     sections = [
         ("Alarms and doubts", marked),
         ("Data and split", setting.data),
-        ("Leakage", reporting.leakage_blocks(run)),
+        ("Leakage", [*reporting.leakage_blocks(run), *setting.similar]),
         ("Metrics", blocks),
         *sections,
         ("Learning curves", reporting.history_blocks(run)),

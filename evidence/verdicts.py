@@ -16,9 +16,10 @@ from evidence import class_scores, metric_names
 
 CONSTANT_REMEDY = "The network has learnt nothing: more --epochs, a higher --lr, published weights"
 NOT_FINITE_REMEDY = "Lower --lr, or --use_amp off"
-REPEATS_REMEDY = "Look for rows with the same input"
-LABELS_REMEDY = "Add rows with other labels, or leave it out"
+REPEATS_REMEDY = "Look for rows with the same input (the section Leakage), and keep them together: --group_column"
+LABELS_REMEDY = "Add rows with other labels, or leave it out (--target_columns)"
 OVERFITTING_REMEDY = "More rows, a smaller --lr, fewer --epochs, fewer trained layers"
+
 
 def regression_alarms(predicted, target, names):
     """Sentences on signs of a broken model or of data that cannot judge it, for (N, R), (N, R) and R names; else []."""

@@ -47,13 +47,21 @@ class ImageAudit:
 def perceptual_hash(image):
     """(H, W, 3) uint8 RGB -> (4,) uint64: 256 bits, which of the 16 x 16 lowest DCT frequencies exceed their median.
 
-    Robust to resizing, recompression and brightness; not to mirroring or cropping. After pHash (Zauner 2010).
+    Robust to resizing, recompression and brightness; not to cropping. After pHash (Zauner 2010).
     """
     import cv2
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     grey = cv2.resize(grey, (64, 64), interpolation=cv2.INTER_AREA)
     low = cv2.dct(grey.astype(np.float32))[1:17, 1:17].ravel()
     return np.packbits(low > np.median(low) + 0.01).view(np.uint64)
+
+
+def mirrored_hash(phash):
+    """perceptual_hash (..., 4) of pictures -> those of their mirror images, but for frequencies near the median.
+
+    Mirroring changes the sign of the odd horizontal frequencies, every other bit from the first on.
+    """
+    return phash ^ np.packbits(np.tile([1, 0], 128)).view(np.uint64)
 
 
 @functools.cache

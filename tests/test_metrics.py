@@ -19,7 +19,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import common
-from evidence import baseline_models, judging, subject_intervals, verdicts
+from evidence import (
+    baseline_models, confounding, judging, score_judging, splitting, subject_intervals, verdicts)
 
 
 def noisy_pair(rows=200, targets=3, seed=0, offset=0.0, missing=0.0):
@@ -448,8 +449,14 @@ def test_alarms_name_a_remedy():
     alarms += verdicts.regression_alarms(np.full((40, 1), np.nan), rows, ["Valence"])
     alarms += verdicts.split_gap_alarms({"pearson_r": 0.9}, {"pearson_r": 0.1}, remedy="--head ridge")
     alarms += verdicts.split_gap_alarms({"pearson_r": 0.1}, {"pearson_r": 0.9})
-    alarms += verdicts.classification_alarms(np.tile([0.9, 0.1], (40, 1)), np.arange(40) % 2, ["ear", "tail"])[:2]
-    assert len(alarms) == 6 and all("--" in alarm for alarm in alarms), alarms
+    alarms += verdicts.classification_alarms(np.tile([0.9, 0.1], (40, 1)), np.arange(40) % 2, ["ear", "tail"])
+    alarms += verdicts.regression_alarms(rows % 7, np.where(rows < 39, 3.0, 4.0), ["Valence"])
+    alarms += judging.identical_fold_alarms([{"fold": 0, "r2": 0.1}, {"fold": 1, "r2": 0.1}])
+    alarms += score_judging.slope_alarms(
+        [{"target": "Valence", "r2": -0.5, "pearson_r": 0.6, "bias": 2.0, "slope": 0.3}])
+    alarms.append(splitting.seen_sentences(["train"])["train"])
+    alarms += confounding.flagged_doubts([{"name": "camera", "red_flag": True}])
+    assert len(alarms) == 13 and all("--" in alarm for alarm in alarms), alarms
 
 
 def test_verdict_with_two_subjects_resolves_nothing_and_with_nine_gives_p():

@@ -238,6 +238,29 @@ def test_copies_are_near_and_others_far():
     assert min(others) > splitting.NEAR_DUPLICATE_BITS
 
 
+def test_a_mirrored_copy_is_near_and_others_are_not():
+    images = [scene(seed) for seed in range(20)]
+    mirrored = [saved_again(np.ascontiguousarray(image[:, ::-1]), 128, 70) for image in images]
+    phash = [picture_files.perceptual_hash(image) for image in images + mirrored]
+    names = [f"{i:02d}" for i in range(40)]
+    report = splitting.leakage_report({"train": np.arange(20), "val": np.arange(20, 40)}, names, names, phash)
+    assert report["between"]["train-val"]["near_duplicates"]["count"] == 20
+    assert report["within"]["train"]["near_duplicates"]["count"] == 0
+
+
+def test_similar_pairs_are_the_planted_ones_whatever_the_part_and_unit():
+    """90 random directions, four of them nearly repeated in a later part; one repeated within its part is no pair."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(90, 64))
+    for copy, row in ((60, 3), (75, 9), (89, 61), (20, 4)):
+        features[copy] = features[row] + 0.2 * rng.normal(size=64)
+    split = {"train": np.arange(60), "val": np.arange(60, 75), "test": np.arange(75, 90)}
+    for scale, shift in ((1, 0), (100, 7)):
+        found = splitting.similar_pairs(scale * features + shift, split)
+        assert set(found) == {(3, 60), (9, 75), (61, 89)}
+    assert splitting.similar_pairs(features[:12], {"train": np.arange(6), "val": np.arange(6, 12)}) == []
+
+
 def leaky_data(n_rows=60):
     rng = np.random.default_rng(5)
     phash = rng.integers(0, 2 ** 63, (n_rows, 4), dtype=np.uint64)
@@ -341,6 +364,8 @@ def test_aligned_faces_are_told_apart():
     report = splitting.leakage_report(split, names, names, np.concatenate([phash, copies]))
     assert report["within"]["train"]["near_duplicates"]["count"] == 0
     assert report["between"]["train-val"]["near_duplicates"]["count"] == 100
+
+
 def test_a_column_that_repeats_and_is_parted_is_an_alarm_with_its_flag():
     rng = np.random.default_rng(0)
     rows = np.arange(120)
