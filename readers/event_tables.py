@@ -77,18 +77,6 @@ def first_column(table, known):
     return next((name for name in known if name in table), None)
 
 
-def clock_seconds(text):
-    """Seconds since midnight of '6:00:25', '06:00:25', '7/6/2024 6:00:25' or '6:00:25 pm'; NaN where it is no time."""
-    clock = r"(?:.*[ t])?(\d{1,2}):(\d{2})(?::(\d{2}(?:\.\d*)?))?\s*(?:([ap])\.?m\.?)?"
-    match = re.fullmatch(clock, str(text).strip().casefold())
-    if not match:
-        return math.nan
-    hour = int(match[1])
-    if match[4]:
-        hour = hour % 12 + 12 * (match[4] == "p")
-    return 3600 * hour + 60 * int(match[2]) + float(match[3] or 0)
-
-
 def without_tensor(cell):
     """'tensor(9)' -> '9': as scripts print ids that they forgot to unpack."""
     return re.sub(r"^tensor\(\s*\[?([^,()\]]*).*\)$", r"\1", str(cell).strip()).strip()
@@ -113,20 +101,15 @@ def event_keys(extra, fallback):
     window.
     """
     filled = extra.columns[(extra != "").any()]
-
-    def levels(*names):
-        name = first_column(filled, names)
-        return None if name is None else [plain_level(cell) for cell in extra[name]]
-    columns = [levels("day", "date"), levels("initiator_id", "initiator"), levels("receiver_id", "receiver")]
-    if "start_time" not in extra or None in columns:
+    known = [("day", "date"), ("initiator_id", "initiator"), ("receiver_id", "receiver")]
+    day, *animals = [first_column(filled, names) for names in known]
+    if "start_time" not in extra or None in (day, *animals):
         return fallback
-    groups = levels("group") or [""] * len(extra)
-    keys = []
-    for other, cell, group, day, *animals in zip(fallback, extra["start_time"], groups, *columns):
-        seconds = clock_seconds(cell)
-        time = plain_level(cell) if math.isnan(seconds) else f"{seconds:g} s"
-        keys.append(" | ".join([group, day, time, *animals]) if time else other)
-    return np.array(keys, dtype=str)
+    levels = extra.reindex(columns=["group", day, "start_time", *animals], fill_value="").map(plain_level)
+    seconds = extra["start_time"].map(event_times.clock_seconds)
+    levels["start_time"] = levels["start_time"].where(seconds.isna(), seconds.map("{:g} s".format))
+    is_blank = extra["start_time"] == ""
+    return np.where(is_blank, fallback, levels.agg(" | ".join, axis=1)).astype(str)
 
 
 # --------------------------------------------------------------------------------------
@@ -135,12 +118,9 @@ def event_keys(extra, fallback):
 
 def read_label_map(path):
     """JSON, YAML or CSV -> {spelling: class, or None = left out}; also {class: [spellings]}. A class spells itself."""
-    classes = {}
-    for spelling, name in csv_tables.read_pairs(path, "--label_map", ("spelling", "class")):
-        classes[str(spelling)] = None if name in (None, "") else str(name)
-    for name in filter(None, list(classes.values())):
-        classes.setdefault(name, name)
-    return classes
+    pairs = csv_tables.read_pairs(path, "--label_map", ("spelling", "class"))
+    classes = {str(spelling): None if name in (None, "") else str(name) for spelling, name in pairs}
+    return {name: name for name in classes.values() if name} | classes
 
 
 def classes_of(spelled, label_map=None, names=None):
@@ -201,11 +181,15 @@ def folder_table(root, notes):
 def below_header(table):
     """The table from the row that names paths and labels: BORIS writes lines about the observation above it."""
     for place, cells in enumerate(table.to_numpy()):
-        keys = list(map(csv_tables.column_key, cells))
-        if not {*PATH_COLUMNS}.isdisjoint(keys) and not {*LABEL_COLUMNS}.isdisjoint(keys):
+        if has_columns(cells, PATH_COLUMNS) and has_columns(cells, LABEL_COLUMNS):
             below = table.iloc[place + 1:].set_axis(cells, axis=1)
             return below.loc[:, cells != ""]
     return table
+
+
+def has_columns(names, known):
+    """Whether one of the names, in any spelling, is one of the known columns."""
+    return not set(map(csv_tables.column_key, names)).isdisjoint(known)
 
 
 def paired_states(table, path_column, label_column, notes):
@@ -241,10 +225,7 @@ def per_frame_events(table, path, path_column, notes):
         return None
     own_name = re.sub("[ _-]*(labels?|annotations?|targets?|scores?|behaviou?rs?)$", "", path.stem, flags=re.I)
     videos = table[path_column] if path_column else pd.Series(own_name, table.index)
-    numbers = range(len(table))
-    if frame_column:
-        numbers = csv_tables.to_numbers(table[frame_column], f"{path}, column {frame_column}").astype(int)
-    frames = pd.Series(numbers, table.index)
+    frames = table[frame_column] if frame_column else pd.Series(range(len(table)), table.index)
     is_on = table[names].isin(["1", "1.0"])
     if "background" not in names:
         is_on["background"] = table[names].isin(["0", "0.0"]).all(axis=1)
@@ -278,37 +259,36 @@ def headless_list(table, root, notes):
     """
     import pandas as pd
     lines = [list(table.columns), *table.to_numpy().tolist()]
-    ways = [lines]
-    if len(lines[0]) != 2:  # blanks part them, and may stand in the paths
-        ways = [[" ".join(cells).rsplit(None, n_others) for cells in lines] for n_others in (1, 2)]
-    for rows in ways:
+    parted = [lines] if len(lines[0]) == 2 else [
+        [" ".join(cells).rsplit(None, n_others) for cells in lines] for n_others in (1, 2)]  # blanks in the paths
+    for rows in parted:
         first = rows[0][0]
         is_even = len(set(map(len, rows))) == 1 < len(rows[0])
         if is_even and Path(root).is_dir() and file_names.match_videos([first], root)[0][first]:
             frames = ", a number of frames" if len(rows[0]) == 3 else ""
             notes.append(f"no header line: each line is read as a path{frames} and a label")
-            pairs = [(path, label) for path, *_, label in rows]
-            return pd.DataFrame(pairs, columns=["path", "label"], index=[1, *table.index], dtype=object)
+            listed = pd.DataFrame(rows, index=[1, *table.index], dtype=object)
+            return listed.iloc[:, [0, -1]].set_axis(["path", "label"], axis=1)
     return None
 
 
-def describe_rows(rows, path, root, written, part="", min_event_sec=1.0, time_unit=None, notes=None):
+def describe_rows(table, path, root, written, part="", min_event_sec=1.0, time_unit=None, notes=None):
     """Rows of one file -> DataFrame: path as written, root, part, line, window (start, end, unit), fault, place.
 
     place: of the row in its file, 0 to 1, as text: a file sorted by class gives itself away.
     """
     import pandas as pd
-    windows, unit, faults = event_times.event_windows(rows, path, min_event_sec, time_unit, notes)
+    windows, unit, faults = event_times.event_windows(table, path, min_event_sec, time_unit, notes)
     return pd.DataFrame({
         "path": list(written),
         "root": str(root),
         "part": part,
-        "line": [f"{Path(path).name} line {line}" for line in rows.index],
+        "line": [f"{Path(path).name} line {line}" for line in table.index],
         "start": windows[:, 0],
         "end": windows[:, 1],
         "unit": unit,
         "fault": faults,
-        "place": [f"{row / len(rows):.6f}" for row in range(len(rows))]})
+        "place": [f"{row / len(table):.6f}" for row in range(len(table))]})
 
 
 def read_manifest_file(path, root, asked, need_labels, notes):
@@ -317,8 +297,8 @@ def read_manifest_file(path, root, asked, need_labels, notes):
     asked: the columns of paths and labels that flags name, or None. Raises UserError that names what is missing.
     """
     raw = csv_tables.read_table(path)
-    keys = set(map(csv_tables.column_key, raw))
-    if keys.isdisjoint(PATH_COLUMNS) and keys.isdisjoint(LABEL_COLUMNS) and not any(asked):
+    notes += raw.attrs["notes"]
+    if not (has_columns(raw, PATH_COLUMNS) or has_columns(raw, LABEL_COLUMNS) or any(asked)):
         listed = headless_list(raw, root, notes)
         raw = below_header(raw) if listed is None else listed
     table = keyed_columns(raw, path)
@@ -383,7 +363,7 @@ def check_whole_clips(rows, table, path):
             "start_sec and end_sec, or start_frame and end_frame")
 
 
-def own_times(rows, extra, sources, notes):
+def own_times(rows, extra, notes):
     """Rows in the times of their own files: a BORIS observation of several files counts on from one to the next.
 
     It does so where its total length is that of its files together. Raises UserError where that cannot be told.
@@ -392,12 +372,12 @@ def own_times(rows, extra, sources, notes):
     if length is None or "observation_id" not in extra:
         return rows
     rows = rows.copy()
-    for name, places in rows.groupby(extra["observation_id"].to_numpy()).groups.items():
-        files = list(dict.fromkeys(sources[place] for place in places))
+    for name, own in rows.groupby(extra["observation_id"]):
+        files = list(dict.fromkeys(own["source"]))
         if len(files) < 2 or None in files:
             continue
         lengths = [video_files.probe(file).duration_sec for file in files]
-        total = csv_tables.to_numbers(extra[length].loc[places], f"column {length}")[0]
+        total = csv_tables.to_numbers(extra[length].loc[own.index], f"column {length}")[0]
         if abs(total - lengths[0]) < 0.02 * lengths[0]:
             continue  # of each file alone
         if abs(total - sum(lengths)) > 0.02 * total:
@@ -405,8 +385,7 @@ def own_times(rows, extra, sources, notes):
                 f"observation {name}: total length {total:g} s, but its files with events have {sum(lengths):g} s, so it "
                 "is unknown where each begins. Export every file as an observation of its own")
         begins = dict(zip(files, np.cumsum([0, *lengths])))
-        shift = [begins[sources[place]] for place in places]
-        rows.loc[places, ["start", "end"]] -= np.array(shift)[:, None]
+        rows.loc[own.index, ["start", "end"]] -= own["source"].map(begins).to_numpy()[:, None]
         notes.append(f"observation {name}: times count over {len(files)} files and were made times of each")
     return rows
 
@@ -432,35 +411,26 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
     extra = extra.fillna("")
     listed = common.shorten_list(manifests.values())
     group = named_column(extra, group_column, ["group"], "--group_column", listed)
-    sources, matching = find_sources(rows, video_root is None, max_missing, need_files, exact_names)
+    rows["source"], matching = find_sources(rows, video_root is None, max_missing, need_files, exact_names)
     notes += matching
-    rows = own_times(rows, extra, sources, notes)
+    rows = own_times(rows, extra, notes)
     known = read_label_map(label_map) if label_map else None
     names, classes = classes_of(rows["label"], known, names)
     reasons = {None: "left out by --label_map", "": "no label" if need_labels else ""}
-    label = [names.index(name) if name else -1 for name in classes]
-    table = build_table(
-        rows, extra, sources,
-        reasons=[reasons.get(name, "") for name in classes],
-        names=names,
-        label=np.array(label, np.int64),
-        group=group,
-        is_group_wanted=group_column is not None,
-        notes=notes)
-    return merge_repeats(table)
+    rows["reason"] = [reasons.get(name, "") for name in classes]
+    rows["label"] = [names.index(name) if name else -1 for name in classes]
+    return merge_repeats(build_table(rows, extra, names, notes, group, group_column is not None))
 
 
-def groups_of(extra, column, is_wanted, lines, notes):
+def groups_of(cells, is_wanted, lines, notes):
     """(N,) groups in one spelling, or None. Blank ones: a UserError where the column was asked for, else no groups."""
-    if column is None:
-        return None
-    groups = np.array([plain_level(cell) for cell in extra[column]], dtype=str)
+    groups = cells.map(plain_level).to_numpy(str)
     blank = lines[groups == ""]
     if not len(blank):
         return groups
     if is_wanted:
-        raise common.UserError(f"--group_column {column} is blank in {common.shorten_list(blank)}: fill")
-    notes.append(f"column {column} is blank in {len(blank)} rows and names no groups")
+        raise common.UserError(f"--group_column {cells.name} is blank in {common.shorten_list(blank)}: fill")
+    notes.append(f"column {cells.name} is blank in {len(blank)} rows and names no groups")
 
 
 def find_sources(rows, is_open, max_missing, need_files=True, exact_names=False):
@@ -494,31 +464,29 @@ def find_sources(rows, is_open, max_missing, need_files=True, exact_names=False)
     return [found[key] for key in zip(rows["root"], rows["path"])], notes
 
 
-def build_table(rows, extra, sources, reasons, names, group, is_group_wanted, notes, label=None, target=None):
+def build_table(rows, extra, names, notes, group, is_group_wanted, target=None):
     """N rows of describe_rows, and what is known of each -> EventTable of those without a reason to skip.
 
-    reasons: what speaks against each row beside its times and its source. Clip ids do not depend on the order of the
-    rows. Raises UserError where no row is left.
+    rows: also with source, reason (to skip it) and, for classes, label as int. extra: the other columns; group: the one
+    of the groups, or None. Clip ids do not depend on the order of the rows. Raises UserError where no row is left.
     """
-    missing = ["" if source else "no such video or folder" for source in sources]
-    faults = [fault or absent or other for fault, absent, other in zip(rows["fault"], missing, reasons)]
-    described = rows.assign(row=rows["line"], video=rows["path"], reason=faults)
-    is_good = described["reason"] == ""
-    skipped = described.loc[~is_good, ["row", "video", "reason"]].to_dict("records")
-    keep = np.flatnonzero(is_good)
-    if not len(keep):
+    import pandas as pd
+    absent = np.where(rows["source"].isna(), "no such video or folder", rows["reason"])
+    reasons = rows["fault"].mask(rows["fault"] == "", absent)
+    keep = (reasons == "").to_numpy()
+    skipped = pd.DataFrame({"row": rows["line"], "video": rows["path"], "reason": reasons})[~keep].to_dict("records")
+    if not keep.any():
         first = [f"{row['row']}: {row['reason']}" for row in skipped]
         raise common.UserError(f"no usable row of {len(rows)}: {common.shorten_list(first, 3)}")
-    rows = rows.iloc[keep]
-    extra = with_own_columns(extra.iloc[keep].reset_index(drop=True), rows["place"])
-    sources = [sources[i] for i in keep]
-    videos = paths_below_root(sources, rows["root"])
+    rows = rows[keep]
+    extra = with_own_columns(extra[keep].reset_index(drop=True), rows["place"])
+    videos = paths_below_root(rows["source"], rows["root"])
     names_of_clips = map(clip_name, videos, rows["start"], rows["end"], rows["unit"])
     clip_ids = np.array(list(names_of_clips), dtype=str)
     return EventTable(
         names=names,
         clip_ids=clip_ids,
-        sources=sources,
+        sources=list(rows["source"]),
         windows=rows[["start", "end"]].to_numpy(float),
         unit=rows["unit"].to_numpy(str),
         events=event_keys(extra, clip_ids),
@@ -526,9 +494,9 @@ def build_table(rows, extra, sources, reasons, names, group, is_group_wanted, no
         parts=rows["part"].to_numpy(str),
         repeats=np.ones(len(rows), np.int64),
         extra=extra,
-        label=None if label is None else label[keep],
+        label=rows["label"].to_numpy() if "label" in rows else None,
         target=None if target is None else target[keep],
-        groups=groups_of(extra, group, is_group_wanted, rows["line"], notes),
+        groups=groups_of(extra[group], is_group_wanted, rows["line"], notes) if group else None,
         skipped=skipped,
         notes=notes)
 
@@ -554,11 +522,11 @@ def with_own_columns(extra, places):
     """The other columns, and what is derived from them: row_order, the pair of animals, the hour."""
     extra = extra.assign(row_order=list(places))
     if "initiator_id" in extra and "receiver_id" in extra:
-        animals = zip(extra["initiator_id"], extra["receiver_id"])
-        extra["pair"] = [f"{plain_level(a)} > {plain_level(b)}" for a, b in animals]
+        animals = extra[["initiator_id", "receiver_id"]].map(plain_level)
+        extra["pair"] = animals.agg(" > ".join, axis=1)
     if "start_time" in extra:
-        hours = [clock_seconds(cell) // 3600 for cell in extra["start_time"]]
-        extra["hour"] = ["" if math.isnan(hour) else f"{hour:.0f}" for hour in hours]
+        hours = extra["start_time"].map(event_times.clock_seconds) // 3600
+        extra["hour"] = hours.map("{:.0f}".format).replace("nan", "")
     return extra
 
 

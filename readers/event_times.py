@@ -3,6 +3,7 @@
 Letters: N rows. Units: seconds from the start of a file, or frames counted from 0.
 """
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -22,7 +23,7 @@ TIME_COLUMN = re.compile(
     "(?P<frame>frames?|index))?")
 TIME_WORDS = set("start begin beginning onset stop end offset time times timestamp timecode frame t s sec seconds ms "
                  "event video clip recording relative absolute sf f hms hmsf from to in out till until t0 t1 t2".split())
-CLOCK = re.compile(r"(\d+):(\d{1,2}):(\d{1,2}(?:[.,]\d*)?)")
+CLOCK = re.compile(r"(?:.*[ t])?(\d+):(\d{1,2})(?::(\d{1,2}(?:[.,]\d*)?))?\s*(?:([ap])\.?m\.?)?")
 
 
 @dataclasses.dataclass
@@ -81,14 +82,26 @@ def check_times_are_used(rows, source):
             "Rename them to start_sec and end_sec (or start_frame and end_frame), or delete them")
 
 
+def clock_seconds(text):
+    """Seconds since midnight, or of a length, of '6:00:25', '06:00:25', '7/6/2024 6:00:25', '6:00:25 pm' or '6:00'.
+
+    NaN where it is no time.
+    """
+    match = CLOCK.fullmatch(str(text).strip().casefold())
+    if not match:
+        return math.nan
+    hour = int(match[1])
+    if match[4]:
+        hour = hour % 12 + 12 * (match[4] == "p")
+    second = (match[3] or "0").replace(",", ".")
+    return 3600 * hour + 60 * int(match[2]) + float(second)
+
+
 def seconds_in(cells, where):
     """Column of numbers or of H:MM:SS.s -> (N,) float64, NaN where blank."""
     def plain(cell):
-        match = CLOCK.fullmatch(cell)
-        if not match:
-            return cell
-        second = float(match[3].replace(",", "."))
-        return str(3600 * int(match[1]) + 60 * int(match[2]) + second)
+        seconds = clock_seconds(cell)
+        return cell if math.isnan(seconds) or cell.count(":") != 2 else str(seconds)
     return csv_tables.to_numbers(cells.map(plain), where)
 
 

@@ -118,7 +118,7 @@ class NameIndex:
         self.by_stem = collections.defaultdict(list)
         for file in files:
             parts, suffix = self._split(file)
-            self.by_stem[loose_stem(parts[-1])].append((file, parts, suffix))
+            self.by_stem[loose_stem(parts[0])].append((file, parts, suffix))
 
     def find(self, name):
         """The Fit of a clean name: the exact path, else the files that have most folders before their name in common.
@@ -130,10 +130,13 @@ class NameIndex:
             return Fit([name], name.count("/"))
         parts, suffix = self._split(name)
         scores = {}
-        for file, file_parts, file_suffix in self.by_stem[loose_stem(parts[-1])]:
-            common_folders, agrees, same_case = compare_paths(parts, file_parts)
+        for file, file_parts, file_suffix in self.by_stem[loose_stem(parts[0])]:
+            either_case = [list(map(str.casefold, path)) for path in (parts, file_parts)]
+            n_common = len(os.path.commonprefix(either_case))
+            agrees = n_common == min(map(len, either_case))
             same_suffix = (suffix.lower() == file_suffix.lower()) + (suffix == file_suffix)
-            scores[file] = common_folders, agrees, same_suffix, len(parts) == len(file_parts), same_case
+            same_case = sum(map(str.__eq__, parts, file_parts))
+            scores[file] = n_common - 1, agrees, same_suffix, len(parts) == len(file_parts), same_case
         if scores:
             best = max(scores.values())
             return Fit([file for file, score in scores.items() if score == best], *best[:2])
@@ -162,20 +165,11 @@ class NameIndex:
         return fits
 
     def _split(self, name):
-        """'a/B.JPG' -> (['a', 'B'], '.JPG')."""
-        *folders, last = name.split("/")
-        stem, suffix = posixpath.splitext(last)
-        if suffix.lower() in self.suffixes:
-            return [*folders, stem], suffix
-        return [*folders, last], ""
-
-
-def compare_paths(one, other):
-    """Parts of two paths of one base name -> (folders in common before it, no folder differs?, parts in one case)."""
-    pairs = list(zip(reversed(one), reversed(other)))
-    same = [a.casefold() == b.casefold() for a, b in pairs]
-    n_same = same.index(False) if False in same else len(same)
-    return n_same - 1, n_same == len(pairs), sum(a == b for a, b in pairs)
+        """'a/B.JPG' -> (['B', 'a'], '.JPG'): from the name of the file outwards."""
+        stem, suffix = posixpath.splitext(name)
+        if suffix.lower() not in self.suffixes:
+            stem, suffix = name, ""
+        return stem.split("/")[::-1], suffix
 
 
 def loose_stem(stem):
@@ -197,11 +191,10 @@ def match_images(names, images_dir, exact=False):
     sides; exact: neither counts. No file outside `images_dir` is ever meant. UserError: a name fits several files, or
     several names one.
     """
-    folder = Path(images_dir)
-    files = images_by_name(folder)
+    files = images_by_name(images_dir)
     if not files:
-        raise common.UserError(f"--images_dir {folder}: expected images ({' '.join(IMAGE_SUFFIXES)}), found none.")
-    written = below_folder(names, folder)
+        raise common.UserError(f"--images_dir {images_dir}: expected images ({' '.join(IMAGE_SUFFIXES)}), found none.")
+    written = below_folder(names, images_dir)
     fits = NameIndex(files, IMAGE_SUFFIXES).match(written.values(), exact)
     names_of = collections.defaultdict(list)
     for name, fit in fits.items():
@@ -212,8 +205,13 @@ def match_images(names, images_dir, exact=False):
         raise common.UserError(f"expected one file for one image name, found {common.shorten_list(unclear)}. "
                                f"Write folder and suffix.")
     unused = [file for file in files if (file,) not in names_of]
-    found = {name: files[fit.files[0]] for name, fit in fits.items() if fit.files}
-    return [found.get(written[name]) for name in names], unused, notes_on(fits, unused)
+    found = chosen_paths(fits, files)
+    return [found.get(own) for own in written.values()], unused, notes_on(fits, unused)
+
+
+def chosen_paths(fits, files):
+    """{name: Path} of the names that fit a file; fits: {name: Fit}, files: {clean name: Path}."""
+    return {name: files[fit.files[0]] for name, fit in fits.items() if fit.files}
 
 
 def notes_on_guesses(fits):
@@ -248,8 +246,8 @@ def match_videos(names, root, exact=False):
     files = {clean_name(file): path for file, path in (others | videos).items()}
     written = below_folder(names, root)
     pictures = [own for own in written.values() if own.lower().endswith(IMAGE_SUFFIXES)]
-    others = [own for own in written.values() if own not in pictures]
-    fits = NameIndex(files, VIDEO_SUFFIXES).match(others, exact)  # other suffixes: only whole names
+    videos_named = [own for own in written.values() if own not in pictures]
+    fits = NameIndex(files, VIDEO_SUFFIXES).match(videos_named, exact)  # other suffixes: only whole names
     if pictures:
         images = images_by_name(root)
         fits |= NameIndex(images, IMAGE_SUFFIXES).match(pictures, exact)
@@ -267,7 +265,7 @@ def match_videos(names, root, exact=False):
         raise common.UserError(f"expected one file below --video_root {root} for a name, found "
                                f"{common.shorten_list(unclear)}; write folders into the paths, or keep the folders on "
                                f"disk as the paths have them")
-    path_of = {name: files[fit.files[0]] for name, fit in fits.items() if fit.files}
+    path_of = chosen_paths(fits, files)
     found = {name: path_of.get(own) for name, own in written.items()}
     notes = notes_on_guesses(fits)
     used = {Path(root), *path_of.values(), *(path.parent for path in path_of.values())}

@@ -93,16 +93,9 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
         raise common.UserError(
             f"{path}: no column of folders; name it with --path_column (found: {common.shorten_list(extra.columns, 40)})")
     rows = event_tables.describe_rows(extra, path, root or Path(path).parent, extra[source])
-    sources, notes = event_tables.find_sources(rows, root is None, max_missing, need_files, exact_names)
-    is_unknown = np.isnan(target).all(axis=1) & need_labels
-    table = event_tables.build_table(
-        rows, extra, sources,
-        reasons=np.where(is_unknown, "no score", ""),
-        names=names,
-        target=target,
-        group=group,
-        is_group_wanted=group_column is not None,
-        notes=notes)
+    rows["source"], notes = event_tables.find_sources(rows, root is None, max_missing, need_files, exact_names)
+    rows["reason"] = np.where(np.isnan(target).all(axis=1) & need_labels, "no score", "")
+    table = event_tables.build_table(rows, extra, names, notes, group, group_column is not None, target)
     table = merge_raters(table)
     table.notes.extend(total_notes(table))
     return table

@@ -8,6 +8,7 @@ Letters: N clips, G frames of the time grid, H, W height and width. Units: secon
 shows them: its first picture may come later, after the sound.
 """
 import bisect
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -39,8 +40,8 @@ class VideoInfo:
 
     times: (n_frames,) float64 of the frames that can be decoded, increasing. damaged: (D,) of those that cannot, NaN
     where unknown. fps: frames a second by these times. duration_sec: until the last frame has been shown. header_fps,
-    header_frames, header_sec: what the file claims, 0 for nothing. is_exact: the file's stamps increase by themselves,
-    none had to be corrected.
+    header_frames, header_sec: what the file claims, 0 for nothing. is_exact: the file has stamps that increase by
+    themselves, none had to be corrected.
     """
     path: str
     error: str | None = None
@@ -54,7 +55,7 @@ class VideoInfo:
     header_frames: int = 0
     header_fps: float = 0.0
     header_sec: float = 0.0
-    is_exact: bool = True
+    is_exact: bool = False
 
     @property
     def damage(self):
@@ -88,11 +89,18 @@ def _video_formats():
     return ",".join(sorted(set(names) - NO_VIDEO_FORMATS))
 
 
+def _constant_rate(path, fps, n_frames, size, header_frames, first_sec=0.0):
+    width, height = size
+    times = first_sec + np.arange(n_frames) / fps
+    return VideoInfo(path=str(path), duration_sec=first_sec + n_frames / fps, n_frames=n_frames, fps=fps, width=width,
+                     height=height, times=times, header_frames=header_frames, header_fps=fps)
+
+
 class _Video:
     """One open file: what its header says, then frames() from the start or a seek. BadVideo: no pictures in it.
 
-    has_stamps: the file says when each frame is shown. start_sec: the stamp at which the file starts; where it has no
-    such stamps, None until the first frame, shown at first_sec, is decoded.
+    is_exact: the file says when each frame is shown. start_sec: the stamp at which the file starts; where it has no such
+    stamps, None until the first frame, shown at first_sec, is decoded.
     """
 
     def __init__(self, path):
@@ -107,7 +115,7 @@ class _Video:
         covers = av.stream.Disposition.attached_pic
         tracks = [track for track in self.container.streams.video if not track.disposition & covers]
         if not tracks:
-            self.close()
+            self.container.close()
             raise BadVideo("no video that can be opened: it has no picture track")
         self.stream = tracks[0]
         self.stream.codec_context.thread_count = 1
@@ -115,15 +123,14 @@ class _Video:
         self.size = self.stream.codec_context.width, self.stream.codec_context.height
         self.turns = None  # quarter turns that make a frame upright; the first one says it
         is_reordered_avi = self.container.format.name == "avi" and self.stream.codec_context.has_b_frames
-        self.has_stamps = self.container.start_time is not None and not is_reordered_avi
-        self.is_exact = self.has_stamps
+        self.is_exact = self.container.start_time is not None and not is_reordered_avi
         self.start_sec = None
         self.first_sec = 0.0
         if self.container.start_time is not None and self.stream.start_time is not None:
-            self.start_sec = self.container.start_time / av.time_base
-            self.first_sec = float(self.stream.start_time * self.stream.time_base) - self.start_sec
-        if not self.has_stamps:
-            self.start_sec = None
+            begin_sec = self.container.start_time / av.time_base
+            self.first_sec = float(self.stream.start_time * self.stream.time_base) - begin_sec
+            if self.is_exact:
+                self.start_sec = begin_sec
 
     def guess(self):
         """VideoInfo as the header has it, constant rate and every frame there: for planning, before the pass that tells.
@@ -202,20 +209,62 @@ class _Video:
         pixels = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
         if self.turns:
             pixels = np.ascontiguousarray(np.rot90(pixels, self.turns))
-        return _shrink(pixels, self.size, short_side)
-
-    def close(self):
-        self.container.close()
+        return picture_files.resize(pixels, picture_files.scaled_size(*self.size, short_side))
 
 
-def _shrink(pixels, size, short_side):
-    """Pixels of a frame that is shown with `size` (width, height), scaled to the short side."""
-    return picture_files.resize(pixels, picture_files.scaled_size(*size, short_side))
+class _Stills:
+    """Frames without a clock, all of one size, fps of them a second: a folder of pictures, a picture or a .npy clip.
+
+    As _Video: guess() is all that there is to know, rising_frames() reads a picture when its pixels are asked for.
+    """
+    is_exact = False
+
+    def __init__(self, path, fps, pixel_range):
+        self.path = path
+        self.fps = fps
+        self.pixel_range = pixel_range
+        self.frames = _open_npy(path) if Path(path).suffix.lower() == ".npy" else files_of(path)
+        if not len(self.frames):
+            raise BadVideo(f"a folder without pictures ({' '.join(file_names.IMAGE_SUFFIXES)})")
+        height, width = self._load(self.frames[0]).shape[:2]
+        self.size = width, height
+
+    def guess(self):
+        n_frames = len(self.frames)
+        return _constant_rate(self.path, self.fps, n_frames, self.size, n_frames)
+
+    def rising_frames(self, _):
+        for index, frame in enumerate(self.frames):
+            yield index / self.fps, functools.partial(self._pixels, frame)
+
+    def _load(self, frame):
+        return frame if isinstance(frame, np.ndarray) else picture_files.load_image(frame, pixel_range=self.pixel_range)
+
+    def _pixels(self, frame, short_side):
+        pixels = self._load(frame)
+        height, width = pixels.shape[:2]
+        if (width, height) != self.size:
+            found = f"{self.size[0]} x {self.size[1]} and {width} x {height}"
+            raise BadVideo(f"its frames differ in size: {found} pixels")
+        return picture_files.resize(pixels, picture_files.scaled_size(width, height, short_side))
+
+
+def _open_npy(path):
+    try:
+        clip = np.load(path, mmap_mode="r", allow_pickle=False)
+    except pixel_cache.NPY_ERRORS as error:
+        raise BadVideo(f"no .npy array of plain numbers: {common.one_line(error)}") from None
+    if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or 0 in clip.shape:
+        raise BadVideo(f"expected uint8 (T, H, W, 3), found {clip.dtype} {clip.shape}")
+    return clip
 
 
 @contextlib.contextmanager
-def _open_video(path):
-    """The open file; BadVideo with the bare reason."""
+def _open_source(path, fps, pixel_range=None):
+    """The open _Video or _Stills; BadVideo with the bare reason."""
+    if _has_no_clock(path):
+        yield _Stills(path, fps, pixel_range)
+        return
     name = Path(path).name
     if name.startswith("._"):
         raise BadVideo(f"{name} is a macOS resource file, no video")
@@ -228,32 +277,36 @@ def _open_video(path):
     except video.av.FFmpegError as error:
         raise BadVideo(f"damaged: {common.one_line(error)}") from None
     finally:
-        video.close()
+        video.container.close()
 
 
 # ----------------------------------------------------------------------------------------
-# Frames of a video file
+# Frames of a source: a video file, a folder of frames, a picture or a .npy clip
 
-def _constant_rate(path, fps, n_frames, size, header_frames, first_sec=0.0):
-    width, height = size
-    times = first_sec + np.arange(n_frames) / fps
-    return VideoInfo(path=str(path), duration_sec=first_sec + n_frames / fps, n_frames=n_frames, fps=fps, width=width,
-                     height=height, times=times, header_frames=header_frames, header_fps=fps)
+def probe(path, fps=25.0):
+    """VideoInfo of a source, read to its real end; never raises for bad files.
+
+    fps: rate of a source that has no clock of its own.
+    """
+    try:
+        return read_source(path, (), None, None, fps)
+    except (common.UserError, OSError) as error:
+        return VideoInfo(str(path), common.one_line(error))
 
 
-def _sweep(path, choose, receive, short_side, until_sec=math.inf):
-    """One pass from the first frame on -> VideoInfo up to until_sec.
+def read_source(path, wanted, receive, short_side, fps, pixel_range=None, until_sec=math.inf):
+    """VideoInfo of the source up to until_sec, in one pass in which receive(index, pixels) gets the wanted frames.
 
-    choose: function of the header's VideoInfo that returns the wanted indices; receive(index, pixels uint8 (H, W, 3))
-    gets these frames in their order.
+    wanted: collection of indices; pixels: uint8 (H, W, 3) RGB, upright, scaled to short_side (in pixels, None for the
+    whole size), in the order of the file; pixel_range: of the pictures of a folder, as picture_files.load_image has
+    it. BadImage: the reason.
     """
     times = []
     damaged = []
-    with _open_video(path) as video:
-        guess = video.guess()
-        wanted = choose(guess)
+    with _open_source(path, fps, pixel_range) as source:
+        guess = source.guess()
         step_sec = 1 / guess.header_fps
-        for time, pixels in video.rising_frames(step_sec):
+        for time, pixels in source.rising_frames(step_sec):
             if pixels is None:
                 damaged.append(time)
                 continue
@@ -262,24 +315,36 @@ def _sweep(path, choose, receive, short_side, until_sec=math.inf):
             times.append(time)
             if time > until_sec + step_sec:
                 break
-        width, height = video.size
-        is_exact = video.is_exact
+    if _has_no_clock(path):
+        return guess
     if not times:
         raise BadVideo(f"{guess.header_frames} frames by its header, none that can be decoded")
     shown_sec, fps = step_sec, guess.header_fps
     if len(times) > 1:
         shown_sec = float(np.median(np.diff(times)))
         fps = (len(times) - 1) / (times[-1] - times[0])
+    width, height = source.size
     return dataclasses.replace(
         guess, duration_sec=times[-1] + shown_sec, n_frames=len(times), fps=fps, width=width, height=height,
-        times=np.array(times), damaged=np.array(damaged), is_exact=is_exact)
+        times=np.array(times), damaged=np.array(damaged), is_exact=source.is_exact)
+
+
+def read_again(path, wanted, short_side, info, pixel_range=None):
+    """{index: pixels} of a source whose frames are known: `info` is what read_source or probe returned."""
+    frames = {}
+    if info.is_exact and info.times[min(wanted)] > SEEK_FROM_SEC:
+        frames = _seek(path, wanted, short_side, info)
+    if not frames:
+        last_sec = info.times[max(wanted)]
+        read_source(path, wanted, frames.__setitem__, short_side, info.fps, pixel_range, last_sec)
+    return frames
 
 
 def _seek(path, wanted, short_side, info):
     """{index: pixels} by one seek, or {} where any stamp after it is not the one that the whole pass saw."""
     frames = {}
     index = None
-    with contextlib.suppress(BadVideo), _open_video(path) as video:
+    with contextlib.suppress(BadVideo), _open_source(path, info.fps) as video:
         for time, pixels in video.frames(info.times[min(wanted)] - SEEK_MARGIN_SEC):
             if pixels is None:
                 continue
@@ -305,95 +370,14 @@ def on_screen(info, times_sec):
     return np.clip(index, 0, info.n_frames - 1)
 
 
-# ----------------------------------------------------------------------------------------
-# Videos, folders of frames and .npy clips alike
-
-def probe(path, fps=25.0):
-    """VideoInfo of a video file, a folder of frames, a picture or a .npy clip, read to its real end; never raises for bad files.
-
-    fps: rate of a source that has no clock of its own.
-    """
-    try:
-        return read_source(path, lambda _: (), None, None, fps)
-    except (common.UserError, OSError) as error:
-        return VideoInfo(str(path), common.one_line(error))
-
-
-def read_source(path, choose, receive, short_side, fps, pixel_range=None):
-    """VideoInfo of the source, in one pass over it, in which receive(index, pixels) gets the wanted frames in order.
-
-    choose: function of a VideoInfo that returns the wanted indices. It gets what the header says, which may be wrong:
-    compare with the VideoInfo that is returned. pixels: uint8 (H, W, 3) RGB, upright, scaled to short_side (in pixels,
-    None for the whole size); pixel_range: of the pictures of a folder, as picture_files.load_image has it. BadImage:
-    the reason.
-    """
-    if not _has_no_clock(path):
-        return _sweep(path, choose, receive, short_side)
-    info, source = _open_still(path, fps)
-    for index in sorted(choose(info)):
-        receive(index, _still_frame(source[index], info, short_side, pixel_range))
-    return info
-
-
-def read_again(path, wanted, short_side, info, pixel_range=None):
-    """{index: pixels} of a source whose frames are known: `info` is what read_source or probe returned."""
-    frames = {}
-    if _has_no_clock(path):
-        read_source(path, lambda _: wanted, frames.__setitem__, short_side, info.fps, pixel_range)
-        return frames
-    if info.is_exact and info.times[min(wanted)] > SEEK_FROM_SEC:
-        frames = _seek(path, wanted, short_side, info)
-    if not frames:
-        _sweep(path, lambda _: wanted, frames.__setitem__, short_side, info.times[max(wanted)])
-    return frames
-
-
 def _has_no_clock(path):
     return Path(path).is_dir() or Path(path).suffix.lower() in (".npy", *file_names.IMAGE_SUFFIXES)
 
 
 def _header(path, fps):
     """VideoInfo without a pass over the file."""
-    if _has_no_clock(path):
-        return _open_still(path, fps)[0]
-    with _open_video(path) as video:
-        return video.guess()
-
-
-def _open_still(path, fps):
-    """(VideoInfo, the frames of a folder, a picture or a .npy: paths, or a memory-mapped array (T, H, W, 3))."""
-    if Path(path).is_dir():
-        frames = file_names.find_images(path)
-        if not frames:
-            raise BadVideo(f"a folder without pictures ({' '.join(file_names.IMAGE_SUFFIXES)})")
-    elif Path(path).suffix.lower() in file_names.IMAGE_SUFFIXES:
-        frames = [Path(path)]
-    else:
-        frames = _open_npy(path)
-    first = frames[0] if isinstance(frames, np.ndarray) else picture_files.load_image(frames[0])
-    height, width = first.shape[:2]
-    return _constant_rate(path, fps, len(frames), (width, height), len(frames)), frames
-
-
-def _open_npy(path):
-    try:
-        clip = np.load(path, mmap_mode="r", allow_pickle=False)
-    except pixel_cache.NPY_ERRORS as error:
-        raise BadVideo(f"no .npy array of plain numbers: {common.one_line(error)}") from None
-    if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or 0 in clip.shape:
-        raise BadVideo(f"expected uint8 (T, H, W, 3), found {clip.dtype} {clip.shape}")
-    return clip
-
-
-def _still_frame(frame, info, short_side, pixel_range=None):
-    """Pixels of one frame of a folder or array; all must have the size of the first."""
-    pixels = np.asarray(frame)
-    if isinstance(frame, Path):
-        pixels = picture_files.load_image(frame, pixel_range=pixel_range)
-    height, width = pixels.shape[:2]
-    if (width, height) != (info.width, info.height):
-        raise BadVideo(f"its frames differ in size: {info.width} x {info.height} and {width} x {height} pixels")
-    return _shrink(pixels, (width, height), short_side)
+    with _open_source(path, fps) as source:
+        return source.guess()
 
 
 def choose_pixel_range(sources):
@@ -405,12 +389,13 @@ def choose_pixel_range(sources):
 
 def has_pictures(path):
     """True where FFmpeg opens the file as a video; the suffix decides nothing."""
-    with contextlib.suppress(common.UserError, OSError), _open_video(path):
+    with contextlib.suppress(common.UserError, OSError), _open_source(path, fps=1):
         return True
     return False
 
 
 def files_of(path):
+    """The files of a source: the pictures of a folder, else the file itself."""
     return file_names.find_images(path) if Path(path).is_dir() else [path]
 
 
@@ -558,6 +543,7 @@ class GridFrames:
     def discard(self):
         if self.cache == "disk" and self.kept is not None:
             self.kept.remove()
+        self.kept = None
 
 
 class ClipStore(pixel_cache.PixelStore):
@@ -635,34 +621,31 @@ class ClipStore(pixel_cache.PixelStore):
 
     def _read(self, path, rows):
         """(VideoInfo, GridFrames of each row), in one pass where the header tells the truth, else in two."""
-        grids = []
-        takers = {}  # frame index -> the grids in which it stands, as often as it does
-
-        def choose(info):
+        info, grids = self._fill(path, rows, _header(path, self.fps))
+        true = [self._plan(row, info).indices for row in rows]
+        if not all(map(np.array_equal, true, [grid.plan.indices for grid in grids])):
             for grid in grids:
                 grid.discard()
-            grids.clear()
-            takers.clear()
-            for row in rows:
-                grid = GridFrames(self._plan(row, info), self.cache, self.folder)
-                grids.append(grid)
-                for index in grid.plan.indices.tolist():
-                    takers.setdefault(index, []).append(grid)
-            return takers
+            info, grids = self._fill(path, rows, info)
+        return info, grids
+
+    def _fill(self, path, rows, known):
+        """(VideoInfo, GridFrames of each row) of one pass, planned by the VideoInfo that is known before it."""
+        grids = [GridFrames(self._plan(row, known), self.cache, self.folder) for row in rows]
+        takers = collections.defaultdict(list)  # frame index -> the grids in which it stands, as often as it does
+        for grid in grids:
+            for index in grid.plan.indices.tolist():
+                takers[index].append(grid)
 
         def receive(index, pixels):
             for grid in takers[index]:
                 grid.add(pixels)
         try:
-            info = read_source(path, choose, receive, self.short_side, self.fps, self.pixel_range)
-            true = [self._plan(row, info).indices for row in rows]
-            if not all(map(np.array_equal, true, [grid.plan.indices for grid in grids])):
-                read_source(path, lambda _: choose(info), receive, self.short_side, self.fps, self.pixel_range)
+            return read_source(path, takers, receive, self.short_side, self.fps, self.pixel_range), grids
         except BaseException:
             for grid in grids:
                 grid.discard()
             raise
-        return info, grids
 
     def _clip(self, row, info, grid, file_sha):
         plan = self._plan(row, info)
@@ -738,13 +721,8 @@ class Recording:
     def frames(self):
         """Yield (time in seconds, function short_side -> pixels) of each frame."""
         try:
-            if _has_no_clock(self.path):
-                info, source = _open_still(self.path, self.fps)
-                for time, frame in zip(info.times, source):
-                    yield time, functools.partial(_still_frame, frame, info, pixel_range=self.pixel_range)
-                return
-            with _open_video(self.path) as video:
-                for time, pixels in video.rising_frames(1 / self.info.header_fps):
+            with _open_source(self.path, self.fps, self.pixel_range) as source:
+                for time, pixels in source.rising_frames(1 / self.info.header_fps):
                     if pixels is None:
                         self.damaged.append(time)
                     else:

@@ -627,8 +627,8 @@ def test_forked_workers_read_clips(mixed, cache):
 
 
 def test_rows_of_one_honest_file_are_decoded_in_one_pass(films, monkeypatch):
-    passes, sweep = [], video_files._sweep
-    monkeypatch.setattr(video_files, "_sweep", lambda path, *a, **k: passes.append(path) or sweep(path, *a, **k))
+    passes, read = [], video_files.read_source
+    monkeypatch.setattr(video_files, "read_source", lambda path, *a, **k: passes.append(path) or read(path, *a, **k))
     windows = [(t, t + 1) for t in (0, 4.5, 2, 2.5)]
     store = open_store([films["bframes.mp4"]] * 4, windows, fps=15, n_frames=8)
     assert len(passes) == 1 and [number_of(store[i][0]) for i in range(4)] == [0, 68, 30, 38]
@@ -741,8 +741,8 @@ def test_second_run_takes_up_the_disk_cache_unless_it_is_damaged(mixed, damage, 
             data = path.read_bytes()
             path.unlink()  # the first run still has it open
             path.write_bytes(data[:-100] if damage == "cut" else b"")
-    passes, sweep = [], video_files._sweep
-    monkeypatch.setattr(video_files, "_sweep", lambda path, *a, **k: passes.append(path) or sweep(path, *a, **k))
+    passes, read = [], video_files.read_source
+    monkeypatch.setattr(video_files, "read_source", lambda path, *a, **k: passes.append(path) or read(path, *a, **k))
     second = open_store(*mixed, cache="disk")
     decoded = {Path(path).name for path in passes} - {"zero.mp4"}  # what was broken is looked at again
     assert bool(decoded) == bool(damage) and second.audit == first.audit and sorted(cache_files()) == files

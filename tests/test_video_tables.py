@@ -130,7 +130,7 @@ def test_missing_videos_are_listed_and_stop_above_the_share(tmp_path):
     ("6:00:25", "06:00:25"), ("6:00:25", "7/6/2024 6:00:25"), ("18:00:05", "6:00:05 PM"), ("0:30:00", "12:30 am"),
     ("06:00", "6:00:00.0")])
 def test_clock_times_in_different_spellings(one, other):
-    assert event_tables.clock_seconds(one) == event_tables.clock_seconds(other)
+    assert event_times.clock_seconds(one) == event_times.clock_seconds(other)
 
 
 @pytest.mark.parametrize("one, other", [
@@ -143,7 +143,7 @@ def test_levels_in_different_spellings(one, other):
 def test_levels_that_differ_stay_different():
     cells = ["1", "10", "100", "1.5", "1.05", "A7", "A07", "7/6/2024", "6/7/2024", "calf 1", "calf 11", "20:00", "2:00"]
     assert len({event_tables.plain_level(cell) for cell in cells}) == len(cells)
-    assert np.isnan([event_tables.clock_seconds(text) for text in ("", "7", "7/6/2024", "ab:cd")]).all()
+    assert np.isnan([event_times.clock_seconds(text) for text in ("", "7", "7/6/2024", "ab:cd")]).all()
 
 
 def test_the_same_event_under_another_camera_path_and_row(tmp_path):
