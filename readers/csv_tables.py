@@ -3,7 +3,6 @@ import contextlib
 import csv
 import gzip
 import io
-import itertools
 import math
 import re
 import zlib
@@ -72,18 +71,25 @@ def _table_text(path):
     raise common.UserError(f"{path}: expected a CSV table, found binary data ({len(data)} bytes). {remedy}.")
 
 
-def _csv_rows(text, delimiter, strict=True):
+def _parse(path, text, delimiter, strict=True):
+    """[(number of its line in the file, cells)] of the rows with content."""
     if delimiter == " ":  # columns that stand below one another: many blanks are one
         text = re.sub("(?m)^ +| +$|(?<= ) +", "", text)
     lines = io.StringIO(text, newline="")
-    return csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter != " ", strict=strict)
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter != " ", strict=strict)
+    try:
+        return [(reader.line_num, cells) for cells in reader if any(cells)]
+    except csv.Error as error:
+        raise common.UserError(
+            f"{path}, line {reader.line_num}: expected CSV, found {error}. Correct the quotes.") from None
 
 
 def _split_again(cells, delimiter):
     """A row that was written as one quoted field -> its cells; others as they are."""
     if len(cells) > 1:
         return cells
-    return next(_csv_rows(cells[0], delimiter, strict=False), cells)
+    again = csv.reader(io.StringIO(cells[0], newline=""), delimiter=delimiter, skipinitialspace=True)
+    return next(again)
 
 
 def _names_file(cell):
@@ -91,16 +97,18 @@ def _names_file(cell):
 
 
 def _is_title(cells, below):
-    """A line above the header: one filled cell, and below it several that are neither numbers nor files."""
+    """A line above the header: a # comment or one filled cell, and below it several that are neither numbers nor files.
+    """
     filled = list(filter(None, below))
-    return sum(map(bool, cells)) == 1 < len(filled) and not any(
-        _names_file(cell) or NUMBER.fullmatch(cell) for cell in filled)
+    is_header = not any(_names_file(cell) or NUMBER.fullmatch(cell) for cell in filled)
+    if cells[0].startswith("#"):
+        return below[0].startswith("#") or is_header
+    return sum(map(bool, cells)) == 1 < len(filled) and is_header
 
 
-def _read_head(text, delimiter):
+def _read_head(rows, delimiter):
     """-> (number of title lines, cells of the header, number of fields in the first row below it)."""
-    rows = filter(any, _csv_rows(text[:100_000], delimiter, strict=False))
-    rows = [_split_again(cells, delimiter) for cells in itertools.islice(rows, 10)] or [[]]
+    rows = [_split_again(cells, delimiter) for _, cells in rows[:100]] or [[]]
     n_titles = 0
     while len(rows) > n_titles + 1 and _is_title(*rows[n_titles:n_titles + 2]):
         n_titles += 1
@@ -108,18 +116,17 @@ def _read_head(text, delimiter):
     return n_titles, header, len(below[0] if below else header)
 
 
-def _sniff(text):
+def _sniff(path, text):
     """-> the delimiter whose header fits its first row, needs no titles, has most names; blanks where no other is."""
     fits = {}
-    for delimiter in "\t;,":
-        n_titles, names, width = _read_head(text, delimiter)
-        if len(names) > 1:
-            fits[delimiter] = len(names) == width, n_titles == 0, len(names)
-    if fits:
-        return max(fits, key=fits.get)
-    first, *widths = [len(cells) for cells in _csv_rows(text, " ", strict=False) if any(cells)] or [0]
-    are_columns = first > 1 and len(set(widths)) == 1 and widths[0] - first in (0, 1)
-    return " " if are_columns else ","  # a table of one column too
+    for delimiter in "\t;, ":
+        rows = _parse(path, text[:100_000], delimiter, strict=False)
+        n_titles, names, width = _read_head(rows, delimiter)
+        is_blank = delimiter == " "
+        stand_below = {len(cells) for _, cells in rows[1:100]} == {width} and width - len(names) in (0, 1)
+        if len(names) > 1 and (stand_below or not is_blank):
+            fits[delimiter] = not is_blank, len(names) == width, n_titles == 0, len(names)
+    return max(fits, key=fits.get, default=",")  # a table of one column too
 
 
 def _clean_cells(values):
@@ -133,7 +140,7 @@ def read_table(path):
     """CSV table -> DataFrame of str cells, '' where blank, NA or NaN; its index holds the line numbers in the file.
 
     Comma, semicolon, tab or blanks; BOM; .gz; CRLF; Excel's sep= line, title lines, rows quoted as one field and rows
-    without their last blank cells; R's row names. Without a header the column of files is `path`, the others column_2
+    without their last blank cells; # comments above the header; R's row names. Without a header the column of files is `path`, the others column_2
     and so on. attrs: delimiter, notes. Raises UserError: no such file, binary, empty, rows wider than the header,
     repeated column names.
     """
@@ -141,14 +148,10 @@ def read_table(path):
     text = _table_text(path)
     mark = re.match('"?sep=(.)"?', text)
     text = text[mark.end():] if mark else text  # what is left of its line keeps the numbers of the others
-    delimiter = mark[1] if mark else _sniff(text)
-    n_titles, header, _ = _read_head(text, delimiter)
-    reader = _csv_rows(text, delimiter)
-    try:
-        rows = [(reader.line_num, row) for row in reader if any(row)][n_titles:]
-    except csv.Error as error:
-        raise common.UserError(
-            f"{path}, line {reader.line_num}: expected CSV, found {error}. Correct the quotes.") from None
+    delimiter = mark[1] if mark else _sniff(path, text)
+    rows = _parse(path, text, delimiter)
+    n_titles, header, _ = _read_head(rows, delimiter)
+    rows = rows[n_titles:]
     notes = [f"{n_titles} line(s) above the header were skipped"] * bool(n_titles)
     is_file = list(map(_names_file, header))
     if sum(is_file) == 1:

@@ -231,11 +231,11 @@ def per_frame_events(table, path, path_column, notes):
         is_on["background"] = table[names].isin(["0", "0.0"]).all(axis=1)
     events = []
     for video, rows in is_on.groupby(videos, sort=False):
-        for name in rows:
-            edges = np.flatnonzero(np.diff(rows[name].astype(int), prepend=0, append=0))
-            for start, stop in edges.reshape(-1, 2):
-                first, last = rows.index[[start, stop - 1]]
-                events.append((first, video, name, frames[first], frames[last]))
+        for name, cells in rows.items():
+            edges = np.flatnonzero(np.diff(cells.astype(int), prepend=0, append=0))
+            for first, stop in edges.reshape(-1, 2):
+                own = frames[rows.index[first:stop]]
+                events.append((own.index[0], video, name, own.iloc[0], own.iloc[-1]))
     notes.append(f"{path.name}: one row a frame, counted from 0; {len(events)} events of {', '.join(is_on)}")
     found = pd.DataFrame(events, columns=["line", "path", "label", "start_frame", "end_frame"])
     return found.set_index("line").astype(str)
@@ -530,25 +530,25 @@ def with_own_columns(extra, places):
     return extra
 
 
-def rows_by_key(keys):
-    """Lists of the rows whose keys are equal, in the order of their first rows."""
+def rows_by_key(*keys):
+    """Lists of the rows whose keys, arrays of (N,), are all equal, in the order of their first rows."""
     rows_of = collections.defaultdict(list)
-    for row, key in enumerate(keys):
+    for row, key in enumerate(zip(*keys)):
         rows_of[key].append(row)
     return list(rows_of.values())
 
 
 def merge_repeats(table):
     """Rows of one part with the same clip, event and label become one that counts them; then clip_ids are unique."""
-    same = rows_by_key(zip(table.clip_ids, table.parts, table.events, table.label))
+    same = rows_by_key(table.clip_ids, table.parts, table.events, table.label)
     kept = table.take([rows[0] for rows in same])
-    repeats = np.array([len(rows) for rows in same], np.int64)
-    notes = list(table.notes)
+    kept.repeats = np.array([len(rows) for rows in same], np.int64)
+    kept.clip_ids = unique_ids(kept)
     if len(kept) < len(table):
-        notes.append(
-            f"{len(table) - len(kept)} rows repeat another one ({(repeats > 1).sum()} events were "
+        kept.notes.append(
+            f"{len(table) - len(kept)} rows repeat another one ({(kept.repeats > 1).sum()} events were "
             "repeated on purpose): each is counted once in every evaluation")
-    return dataclasses.replace(kept, repeats=repeats, clip_ids=unique_ids(kept), notes=notes)
+    return kept
 
 
 def unique_ids(table):
@@ -599,11 +599,11 @@ def connected(columns):
 
 def column_of(table, name, flag):
     """(N,) text of a column of the table by name in any spelling. Raises UserError where there is none."""
-    targets = {} if table.target is None else dict(zip(table.names, table.target.T.tolist()))
+    targets = {} if table.target is None else dict(zip(table.names, table.target.T))
     [key] = csv_tables.pick_columns([name], [*targets, *table.extra], f"{flag}: no column")
     if key in table.extra:
         return table.extra[key].to_numpy(str)
-    return np.array(["" if math.isnan(value) else repr(value) for value in targets[key]])
+    return np.where(np.isnan(targets[key]), "", targets[key].astype(str))
 
 
 def filter_rows(table, text):

@@ -150,16 +150,14 @@ class NameIndex:
         """
         below = {name: without_root(name) for name in dict.fromkeys(names)}
         fits = {name: self.find(own) for name, own in below.items()}
-        tails = collections.defaultdict(set)  # of the names that want a file, with one folder
-        agreeing = set()
+        wanted_as = collections.defaultdict(set)  # file -> ends of the names that do not agree; '' for those that do
         for name, fit in fits.items():
             fit.is_guess = not fit.agrees or below[name] != posixpath.normpath(name)
+            end = "" if fit.agrees else "/".join(below[name].casefold().split("/")[-2:])
             for file in fit.files:
-                tails[file].add("/".join(below[name].casefold().split("/")[-2:]))
-            if fit.agrees:
-                agreeing.update(fit.files)
+                wanted_as[file].add(end)
         for name, fit in fits.items():
-            is_unique = len(fit.files) == 1 and len(tails[fit.files[0]]) == 1 and fit.files[0] not in agreeing
+            is_unique = len(fit.files) == 1 == len(wanted_as[fit.files[0]])
             if not (fit.agrees or is_unique) or (exact and fit.is_guess):
                 fits[name] = Fit([])
         return fits

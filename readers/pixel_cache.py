@@ -6,10 +6,10 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
-import tempfile
 import uuid
 from pathlib import Path
 
@@ -171,37 +171,31 @@ class PixelStore:
         return loaded
 
 
-class FrameFile:
-    """uint8 frames that are written one after the other into a temporary .npy file of `shape` (G, H, W, 3)."""
+def frames_on_disk(folder, shape):
+    """uint8 frames of `shape` (G, H, W, 3), mapped from a temporary .npy file; write_cache_file gives it its own name.
 
-    def __init__(self, folder, shape):
-        with common.explained_write_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self.handle = tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False)
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self.handle, header)
-
-    def write(self, frame):
-        with common.explained_write_errors(self.handle.name, frame.nbytes):
-            self.handle.write(frame)
-
-    def finish(self):
-        """The frames as a memory map; write_cache_file gives it its own name."""
-        with common.explained_write_errors(self.handle.name):
-            self.handle.flush()
-            os.fsync(self.handle.fileno())
-            self.handle.close()
-        return np.load(self.handle.name, mmap_mode="r")
-
-    def remove(self):
-        self.handle.close()
-        Path(self.handle.name).unlink(missing_ok=True)
+    Its room is reserved first, so that a full disk is CannotSave here: in the middle of a mapped file it would be a crash.
+    """
+    path = folder / f".{uuid.uuid4()}.tmp"
+    with common.explained_write_errors(folder, math.prod(shape)):
+        folder.mkdir(parents=True, exist_ok=True)
+        frames = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        try:
+            if hasattr(os, "posix_fallocate"):  # elsewhere the file system reserves it
+                with open(path, "r+b") as handle:
+                    os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
+        except OSError:
+            path.unlink()
+            raise
+    return frames
 
 
 def write_cache_file(path, audit, pixels):
     """The pixels as .npy, then what is known of them as .json of the same name."""
-    if isinstance(pixels, np.memmap):
-        os.replace(pixels.filename, path)  # a FrameFile
+    if isinstance(pixels, np.memmap):  # frames_on_disk
+        with common.explained_write_errors(path, pixels.nbytes):
+            pixels.flush()
+            os.replace(pixels.filename, path)
     else:
         content = io.BytesIO()
         np.save(content, pixels)

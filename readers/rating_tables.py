@@ -64,10 +64,8 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
         attribute=named("attribute", attribute_column),
         rating=named("rating", rating_column))
     columns.find_single_ratings(duplicates)
-    if columns.attribute:
-        ratings = _long_ratings(columns)
-    elif columns.rows_are_ratings:
-        ratings = _rater_rows(columns)
+    if columns.attribute or columns.rows_are_ratings:
+        ratings = _single_ratings(columns)
     else:
         ratings = _merge_duplicates(_wide_ratings(columns), source, duplicates)
     if group_column and group_column not in ratings.extra.columns:
@@ -142,7 +140,6 @@ class Columns:
     attribute: str | None  # what was asked, where a row is a single rating
     rating: str | None  # the answer to it
     rows_are_ratings: bool = False  # each row holds single ratings, one a column
-    code_faults: list = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
         self.others = [name for name in self.table.columns if name not in (self.image, self.group)]
@@ -170,6 +167,12 @@ class Columns:
     def rating_name(self, name):
         """What the rating in a column is called."""
         return self.roles[name][1] or name if self.is_mean(name) else name
+
+    def numbers(self, name):
+        """(N,) float64 Series by line, NaN where blank. UserError lists the cells that are none."""
+        import pandas as pd
+        cells = self.table[name]
+        return pd.Series(csv_tables.to_numbers(cells, f"{self.source}, column {name}"), cells.index)
 
     def numeric(self):
         """Columns that may hold ratings: no sd, n, id or rater by name, and numbers in part; other cells are errors."""
@@ -208,7 +211,8 @@ class Columns:
         if self.attribute and self.rating:
             return
         has_spread = any("sd" in roles and len(roles) > 1 for roles in self.of_rating.values())
-        if has_spread or not self.table[self.image].map(file_names.clean_name).duplicated().any():
+        is_repeated = self.table[self.image].map(file_names.clean_name).duplicated().any()
+        if not self.attribute and (has_spread or not is_repeated):
             return
         by_image = self.varying(self.others, [self.image])
         self.rater = self.rater or next((name for name in by_image if _words(name) & RATER), None)
@@ -280,75 +284,70 @@ def _number_columns(columns, names, may_have_codes=True):
     """(N, R) of R columns, NaN where one is None; None where all are. UserError for what looks like missing codes."""
     if not any(names):
         return None
-    values = np.full((len(columns.table), len(names)), np.nan)
-    for r, name in enumerate(names):
-        if name:
-            values[:, r] = csv_tables.to_numbers(columns.table[name], f"{columns.source}, column {name}")
-            if may_have_codes:
-                values[:, r] = _without_codes(columns, values[:, r], columns.table.index, name)
-    _refuse_codes(columns)
-    return values
+    found = {name: columns.numbers(name) for name in names if name}
+    if may_have_codes:
+        found = _without_codes(columns, found)
+    blank = np.full(len(columns.table), np.nan)
+    return np.stack([found.get(name, blank) for name in names], axis=1)
 
 
-def _without_codes(columns, values, lines, name):
-    """Numbers with NaN for missing codes; if none was said, what looks like one, far from all others, is a fault."""
+def _without_codes(columns, found):
+    """{name: numbers by line} with NaN for missing codes. UserError, where none was said, for what looks like one."""
     if columns.codes is not None:
-        return np.where(np.isin(values, columns.codes), np.nan, values)
-    is_code = np.isin(values, MISSING_CODES)
-    others = values[~is_code & ~np.isnan(values)]
-    if len(others):
-        low, high = others.min(), others.max()
-        is_far = (values < 2 * low - high) | (values > 2 * high - low)
-        if low >= 0:
-            is_far |= values < 0
-        for code in np.unique(values[is_code & is_far]):
-            found = lines[values == code]
-            where = f"in {len(found)} cells (line {common.shorten_list(found, 3)})"
-            columns.code_faults.append(f"{name} is {code:g} {where}, the others {low:g} to {high:g}")
-    return values
-
-
-def _refuse_codes(columns):
-    if columns.code_faults:
+        return {name: values.mask(values.isin(columns.codes)) for name, values in found.items()}
+    faults = []
+    for name, values in found.items():
+        faults += _code_faults(name, values)
+    if faults:
         raise common.UserError(
-            f"{columns.source}: codes for missing answers? {common.shorten_list(columns.code_faults, 5)}. To take such "
+            f"{columns.source}: codes for missing answers? {common.shorten_list(faults, 5)}. To take such "
             "numbers for missing: --missing_codes NUMBERS; to keep all: --missing_codes without a number.")
+    return found
 
 
-def _long_ratings(columns):
-    """One row per single rating, which one says the attribute."""
+def _code_faults(name, values):
+    """A line for each number that is written for a missing answer and far from all the others."""
+    is_code = values.isin(MISSING_CODES)
+    others = values[~is_code]
+    low, high = others.min(), others.max()
+    is_far = (values < 2 * low - high) | (values > 2 * high - low)
+    if low >= 0:
+        is_far |= values < 0
+    faults = []
+    for code, cells in values[is_code & is_far].groupby(values):
+        where = f"in {len(cells)} cells (line {common.shorten_list(cells.index, 3)})"
+        faults.append(f"{name} is {code:g} {where}, the others {low:g} to {high:g}")
+    return faults
+
+
+def _single_ratings(columns):
+    """One rating a row, where a column says which attribute it is of; else one row a picture and rater."""
+    if columns.attribute:
+        _refuse_blank(columns.table, columns.source, columns.attribute)
+        asked = columns.table[columns.attribute]
+        if columns.wanted:
+            where = f"{columns.source} has no --target_columns"
+            chosen = csv_tables.pick_columns(columns.wanted, asked.unique(), where)
+            columns.table = columns.table[asked.isin(chosen)]
+        used = [columns.attribute, columns.rating]
+        found = _without_codes(columns, dict(iter(columns.numbers(columns.rating).groupby(asked, sort=False))))
+    else:
+        used = columns.targets()
+        found = _without_codes(columns, {name: columns.numbers(name) for name in used})
+        found = {columns.rating_name(name): values for name, values in found.items()}
+    return _summarise_singles(columns, found, used)
+
+
+def _summarise_singles(columns, found, used):
+    """{rating: single ones by line} -> mean, sd (ddof 1, NaN for one rating) and n of each image, and the ratings."""
     import pandas as pd
-    _refuse_blank(columns.table, columns.source, columns.attribute)
-    asked = columns.table[columns.attribute]
-    if columns.wanted:
-        where = f"{columns.source} has no --target_columns"
-        chosen = csv_tables.pick_columns(columns.wanted, asked.unique(), where)
-        columns.table = columns.table[asked.isin(chosen)]
-    values = _number_columns(columns, [columns.rating], may_have_codes=False)[:, 0]
-    singles = {}
-    for name, rows in columns.table.groupby(columns.attribute, sort=False).indices.items():
-        own = columns.table.iloc[rows]
-        singles[name] = pd.Series(_without_codes(columns, values[rows], own.index, name), own[columns.image])
-    _refuse_codes(columns)
-    return _join_singles(columns, pd.concat(singles), [columns.attribute, columns.rating])
-
-
-def _rater_rows(columns):
-    """One row per picture and rater, one column per rating."""
-    import pandas as pd
-    chosen = columns.targets()
-    names = map(columns.rating_name, chosen)
-    values = pd.DataFrame(_number_columns(columns, chosen), columns.table[columns.image], names)
-    return _join_singles(columns, pd.concat(dict(values.items())), chosen)
-
-
-def _join_singles(columns, singles, used):
-    """Single ratings, indexed by rating and image -> mean, sd (ddof 1, NaN for one rating), n, and the ratings."""
+    names = list(found)
     table = columns.table
-    images = table[columns.image].unique()
-    names = singles.index.unique(0)
+    image_of = table[columns.image]
+    images = image_of.unique()
+    singles = pd.concat({name: values.set_axis(image_of[values.index]) for name, values in found.items()})
     grouped = singles.dropna().groupby(level=[0, 1])
-    found = grouped.agg(["mean", "std", "count"]).unstack(0).reindex(images)  # columns: (statistic, rating)
+    moments = grouped.agg(["mean", "std", "count"]).unstack(0).reindex(images)  # columns: (statistic, rating)
     others = table.drop(columns={columns.image, columns.rater, *used} - {None})
     varying = columns.varying(list(others.columns), [columns.image])
     flags = ("rater", "attribute", "rating")
@@ -361,13 +360,13 @@ def _join_singles(columns, singles, used):
         notes.append(f"columns that vary within an image, left out: {common.shorten_list(varying)}")
     arrays = {key: own.to_numpy() for key, own in grouped}
     return RatingsTable(
-        names=list(names),
+        names=names,
         images=list(images),
-        mean=found["mean"].reindex(columns=names).to_numpy(),
-        sd=found["std"].reindex(columns=names).to_numpy(),
-        n=found["count"].reindex(columns=names).fillna(0).to_numpy(float),
+        mean=moments["mean"].reindex(columns=names).to_numpy(),
+        sd=moments["std"].reindex(columns=names).to_numpy(),
+        n=moments["count"].reindex(columns=names).fillna(0).to_numpy(float),
         ratings_by_image={name: [arrays.get((name, image), np.empty(0)) for image in images] for name in names},
-        extra=others[~table[columns.image].duplicated()].drop(columns=varying),
+        extra=others[~image_of.duplicated()].drop(columns=varying),
         notes=notes)
 
 
@@ -386,14 +385,16 @@ def _merge_duplicates(ratings, source, duplicates):
             f"{source} lists images twice: {counted}. Are these single ratings? Name who rated, --rater_column, or what "
             "was asked, --attribute_column, or say --duplicates ratings. Else delete rows, or average: --duplicates mean.")
 
-    def grouped(values):
-        return pd.DataFrame(values).groupby(names, sort=False)
+    def merged(values, how, **options):
+        if values is None:
+            return None
+        return pd.DataFrame(values).groupby(names, sort=False).agg(how, **options).to_numpy()
     first = ~names.duplicated().to_numpy()
     return dataclasses.replace(
         ratings,
         images=list(np.array(ratings.images)[first]),
-        mean=grouped(ratings.mean).mean().to_numpy(),
-        sd=None if ratings.sd is None else grouped(ratings.sd).mean().to_numpy(),
-        n=None if ratings.n is None else grouped(ratings.n).sum(min_count=1).to_numpy(),
+        mean=merged(ratings.mean, "mean"),
+        sd=merged(ratings.sd, "mean"),
+        n=merged(ratings.n, "sum", min_count=1),
         extra=ratings.extra[first],
         notes=[*ratings.notes, f"repeated rows were averaged: {counted}"])

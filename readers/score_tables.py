@@ -44,17 +44,21 @@ def sequence_entries(path):
     content = common.read_json(path)
     if isinstance(content, dict):
         content = content.get("sequences", content)
-    listed = content if isinstance(content, list) else []
-    if isinstance(content, dict):
-        listed = [
-            {"sequence_id": key, **entry}
-            for key, entry in content.items() if isinstance(entry, dict)]
-    entries = [entry for entry in listed if isinstance(entry, dict)]
+    entries = [entry for entry in as_list(content, "sequence_id") if isinstance(entry, dict)]
     if not entries:
         raise common.UserError(
             f"{path}: expected a list of sequences, a dict of them by id, or one under 'sequences'; "
             f"found {type(content).__name__} without any")
     return entries
+
+
+def as_list(content, key_name, prefix=""):
+    """A list as it is; of a dict those entries that are dicts and whose keys begin with the prefix, with their keys."""
+    if isinstance(content, dict):
+        return [
+            {key_name: key, **entry}
+            for key, entry in content.items() if isinstance(entry, dict) and str(key).startswith(prefix)]
+    return content if isinstance(content, list) else []
 
 
 def score_columns(rows, wanted, path):
@@ -168,11 +172,7 @@ def read_cv_file(path, table):
     content = as_python(common.read_json(path), path)
     if isinstance(content, dict):
         content = as_python(content.get("cv_folds", content), path)
-    listed = content if isinstance(content, list) else []
-    if isinstance(content, dict):
-        listed = [
-            {"fold": key, **fold}
-            for key, fold in content.items() if str(key).startswith("fold") and isinstance(fold, dict)]
+    listed = as_list(content, "fold", prefix="fold")
     if not listed:
         found = common.shorten_list(content) if isinstance(content, dict) else type(content).__name__
         raise common.UserError(

@@ -121,6 +121,7 @@ class _Video:
         self.stream.codec_context.thread_count = 1
         self.reformatter = av.video.reformatter.VideoReformatter()
         self.size = self.stream.codec_context.width, self.stream.codec_context.height
+        self.damaged = []
         self.turns = None  # quarter turns that make a frame upright; the first one says it
         is_reordered_avi = self.container.format.name == "avi" and self.stream.codec_context.has_b_frames
         self.is_exact = self.container.start_time is not None and not is_reordered_avi
@@ -180,18 +181,20 @@ class _Video:
                 yield self._since_start(frame.time), functools.partial(self._pixels, frame)
 
     def rising_frames(self, step_sec):
-        """frames(), each good one later than the one before it.
+        """frames() without the damaged ones, which `damaged` keeps the times of, each later than the one before it.
 
         A stamp that does not exceed the one before (AVI with B-frames has such, NaN too) becomes that one and step_sec,
         and the file is_exact no more.
         """
         last_sec = -math.inf
         for time, pixels in self.frames():
-            if pixels is not None:
-                if not time > last_sec:
-                    time = max(last_sec + step_sec, 0.0)
-                    self.is_exact = False
-                last_sec = time
+            if pixels is None:
+                self.damaged.append(time)
+                continue
+            if not time > last_sec:
+                time = max(last_sec + step_sec, 0.0)
+                self.is_exact = False
+            last_sec = time
             yield time, pixels
 
     def _packets(self):
@@ -218,6 +221,7 @@ class _Stills:
     As _Video: guess() is all that there is to know, rising_frames() reads a picture when its pixels are asked for.
     """
     is_exact = False
+    damaged = ()
 
     def __init__(self, path, fps, pixel_range):
         self.path = path
@@ -302,14 +306,10 @@ def read_source(path, wanted, receive, short_side, fps, pixel_range=None, until_
     it. BadImage: the reason.
     """
     times = []
-    damaged = []
     with _open_source(path, fps, pixel_range) as source:
         guess = source.guess()
         step_sec = 1 / guess.header_fps
         for time, pixels in source.rising_frames(step_sec):
-            if pixels is None:
-                damaged.append(time)
-                continue
             if len(times) in wanted:
                 receive(len(times), pixels(short_side))
             times.append(time)
@@ -326,7 +326,7 @@ def read_source(path, wanted, receive, short_side, fps, pixel_range=None, until_
     width, height = source.size
     return dataclasses.replace(
         guess, duration_sec=times[-1] + shown_sec, n_frames=len(times), fps=fps, width=width, height=height,
-        times=np.array(times), damaged=np.array(damaged), is_exact=source.is_exact)
+        times=np.array(times), damaged=np.array(source.damaged), is_exact=source.is_exact)
 
 
 def read_again(path, wanted, short_side, info, pixel_range=None):
@@ -428,13 +428,10 @@ def plan_grid(info, window, grid, fps, n_frames, jitter_sec=0.0):
     into the file, whose last frame is repeated where it is shorter still; up to jitter_sec more on either side.
     "even": up to n_frames evenly from the first to the last frame of the window, all of them where it has fewer.
     """
-    start, end = window
-    start = 0.0 if math.isnan(start) else start
-    end = math.inf if math.isnan(end) else end
+    start, end = np.where(np.isnan(window), (0, math.inf), window)
     fault = window_fault(info, start, end)
     begin = info.times[0]
-    end = min(max(end, begin), info.duration_sec)
-    start = min(max(start, begin), end)
+    start, end = np.clip((start, end), begin, info.duration_sec)
     if grid == "even":
         indices = _even_indices(info, start, end, n_frames)
         return GridPlan(indices, first=0, usable=len(indices), fault=fault)
@@ -515,7 +512,7 @@ class GridFrames:
         self.n_added = 0
         self.digest = hashlib.sha256()
         self.middle = None  # the frame that the perceptual hash is taken of
-        self.kept = None
+        self.kept = None  # (G, H, W, 3)
 
     def add(self, pixels):
         """Take the next frame, uint8 (H, W, 3)."""
@@ -524,25 +521,19 @@ class GridFrames:
             if self.cache == "ram":
                 self.kept = np.empty(shape, np.uint8)
             elif self.cache == "disk":
-                self.kept = pixel_cache.FrameFile(self.folder, shape)
+                self.kept = pixel_cache.frames_on_disk(self.folder, shape)
             else:
                 self.kept = np.broadcast_to(np.uint8(0), shape)  # their number and size, without memory
         self.digest.update(pixels)
         if self.n_added == self.n_grid // 2:
             self.middle = pixels
-        if self.cache == "ram":
+        if self.cache != "none":
             self.kept[self.n_added] = pixels
-        elif self.cache == "disk":
-            self.kept.write(pixels)
         self.n_added += 1
 
-    def pixels(self):
-        """(G, H, W, 3): in memory, mapped from the temporary file, or a stand-in."""
-        return self.kept.finish() if self.cache == "disk" else self.kept
-
     def discard(self):
-        if self.cache == "disk" and self.kept is not None:
-            self.kept.remove()
+        if isinstance(self.kept, np.memmap):
+            Path(self.kept.filename).unlink()
         self.kept = None
 
 
@@ -655,7 +646,7 @@ class ClipStore(pixel_cache.PixelStore):
             first_sec=float(info.times[0]), fault=plan.fault, n_grid=grid.n_grid, first=plan.first,
             usable=plan.usable, repeats=np.flatnonzero(is_repeat).tolist(), file_sha=file_sha, pixel_sha=grid.digest.hexdigest(),
             phash=tuple(picture_files.perceptual_hash(grid.middle).tolist()))
-        return audit, grid.pixels()
+        return audit, grid.kept
 
 
 def check_clips(audit, max_missing=0.05, on_bad_file="skip"):
@@ -715,18 +706,15 @@ class Recording:
         self.info = _header(path, fps)
         self.expected_sec = self.info.header_sec or self.info.duration_sec
         self.read_sec = 0.0
-        self.damaged = []
+        self.damaged = ()
         self.fault = ""
 
     def frames(self):
         """Yield (time in seconds, function short_side -> pixels) of each frame."""
         try:
             with _open_source(self.path, self.fps, self.pixel_range) as source:
-                for time, pixels in source.rising_frames(1 / self.info.header_fps):
-                    if pixels is None:
-                        self.damaged.append(time)
-                    else:
-                        yield time, pixels
+                self.damaged = source.damaged
+                yield from source.rising_frames(1 / self.info.header_fps)
         except common.UserError as error:
             self.fault = common.one_line(error)
 
