@@ -122,10 +122,10 @@ def _sniff(path, text):
     for delimiter in "\t;, ":
         rows = _parse(path, text[:100_000], delimiter, strict=False)
         n_titles, names, width = _read_head(rows, delimiter)
-        is_blank = delimiter == " "
-        stand_below = {len(cells) for _, cells in rows[1:100]} == {width} and width - len(names) in (0, 1)
-        if len(names) > 1 and (stand_below or not is_blank):
-            fits[delimiter] = not is_blank, len(names) == width, n_titles == 0, len(names)
+        widths = {len(cells) for _, cells in rows[1:100]}
+        stand_below = not n_titles and widths in ({len(names)}, {len(names) + 1})
+        if len(names) > 1 and (delimiter != " " or stand_below):
+            fits[delimiter] = delimiter != " ", len(names) == width, n_titles == 0, len(names)
     return max(fits, key=fits.get, default=",")  # a table of one column too
 
 

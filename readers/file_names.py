@@ -204,7 +204,7 @@ def match_images(names, images_dir, exact=False):
                                f"Write folder and suffix.")
     unused = [file for file in files if (file,) not in names_of]
     found = chosen_paths(fits, files)
-    return [found.get(own) for own in written.values()], unused, notes_on(fits, unused)
+    return [found.get(written[name]) for name in names], unused, notes_on(fits, unused)
 
 
 def chosen_paths(fits, files):

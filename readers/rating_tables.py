@@ -63,6 +63,10 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
         rater=named("rater", rater_column),
         attribute=named("attribute", attribute_column),
         rating=named("rating", rating_column))
+    if image in (columns.rater, columns.attribute, columns.rating):
+        raise common.UserError(
+            f"{source}: {image} is the column of the images, and cannot be that of --rater_column, --attribute_column "
+            "or --rating_column. Name another column.")
     columns.find_single_ratings(duplicates)
     if columns.attribute or columns.rows_are_ratings:
         ratings = _single_ratings(columns)

@@ -583,7 +583,7 @@ class ClipStore(pixel_cache.PixelStore):
             nothing = ClipAudit(path, common.one_line(error)), np.empty((0, 0, 0, 3), np.uint8)
             return [nothing] * len(rows)
         self._infos[path] = info
-        return [self._clip(row, info, grid, file_sha) for row, grid in zip(rows, grids)]
+        return [self._clip(path, info, grid, file_sha) for grid in grids]
 
     def decode_again(self, row, part=slice(None)):
         path = self.sources[row]
@@ -612,17 +612,21 @@ class ClipStore(pixel_cache.PixelStore):
 
     def _read(self, path, rows):
         """(VideoInfo, GridFrames of each row), in one pass where the header tells the truth, else in two."""
-        info, grids = self._fill(path, rows, _header(path, self.fps))
-        true = [self._plan(row, info).indices for row in rows]
-        if not all(map(np.array_equal, true, [grid.plan.indices for grid in grids])):
+        header = _header(path, self.fps)
+        info, grids = self._fill(path, [self._plan(row, header) for row in rows])
+        planned = [grid.plan.indices for grid in grids]
+        plans = [self._plan(row, info) for row in rows]
+        if not all(map(np.array_equal, planned, [plan.indices for plan in plans])):
             for grid in grids:
                 grid.discard()
-            info, grids = self._fill(path, rows, info)
+            info, grids = self._fill(path, plans)
+        for grid, plan in zip(grids, plans):
+            grid.plan = plan
         return info, grids
 
-    def _fill(self, path, rows, known):
-        """(VideoInfo, GridFrames of each row) of one pass, planned by the VideoInfo that is known before it."""
-        grids = [GridFrames(self._plan(row, known), self.cache, self.folder) for row in rows]
+    def _fill(self, path, plans):
+        """(VideoInfo, GridFrames of each plan) of one pass over a file."""
+        grids = [GridFrames(plan, self.cache, self.folder) for plan in plans]
         takers = collections.defaultdict(list)  # frame index -> the grids in which it stands, as often as it does
         for grid in grids:
             for index in grid.plan.indices.tolist():
@@ -638,14 +642,14 @@ class ClipStore(pixel_cache.PixelStore):
                 grid.discard()
             raise
 
-    def _clip(self, row, info, grid, file_sha):
-        plan = self._plan(row, info)
+    def _clip(self, path, info, grid, file_sha):
+        plan = grid.plan
         is_repeat = np.diff(plan.indices, prepend=-1) == 0
         audit = ClipAudit(
-            path=self.sources[row], n_frames=info.n_frames, n_damaged=len(info.damaged), damage=info.damage,
+            path=path, n_frames=info.n_frames, n_damaged=len(info.damaged), damage=info.damage,
             first_sec=float(info.times[0]), fault=plan.fault, n_grid=grid.n_grid, first=plan.first,
-            usable=plan.usable, repeats=np.flatnonzero(is_repeat).tolist(), file_sha=file_sha, pixel_sha=grid.digest.hexdigest(),
-            phash=tuple(picture_files.perceptual_hash(grid.middle).tolist()))
+            usable=plan.usable, repeats=np.flatnonzero(is_repeat).tolist(), file_sha=file_sha,
+            pixel_sha=grid.digest.hexdigest(), phash=tuple(picture_files.perceptual_hash(grid.middle).tolist()))
         return audit, grid.kept
 
 

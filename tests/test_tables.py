@@ -306,6 +306,20 @@ def test_flags_name_what_would_be_a_guess(tmp_path):
     assert read(tmp_path / "raw.csv", rater_column="who", target_columns=["y"]).names == ["y"]
 
 
+@pytest.mark.parametrize("flag", ["attribute_column", "rater_column", "rating_column", "group_column"])
+def test_a_flag_that_names_an_unfit_column_is_one_line(tmp_path, flag):
+    path = written(tmp_path, "image,x,y,trait\na,1,2,kind\nb,2,4,calm\nc,3,5,kind\n")
+    assert "--rating_column" in fails(rating_tables.read_ratings, path, attribute_column="trait")
+    assert f"--{flag}" in fails(rating_tables.read_ratings, path, **{flag: "image"})
+
+
+def test_an_attribute_by_flag_needs_no_repeated_image(tmp_path):
+    path = written(tmp_path, "image,x,trait\na,1,kind\nb,2,calm\nc,3,kind\nd,4,calm\n")
+    ratings = rating_tables.read_ratings(path, attribute_column="trait")
+    assert ratings.names == ["kind", "calm"] and ratings.images == ["a", "b", "c", "d"]
+    np.testing.assert_array_equal(ratings.n, [[1, 0], [0, 1], [1, 0], [0, 1]])
+
+
 # missing codes
 
 @pytest.mark.parametrize("code, scale", [(-9, 7), (-99, 100), (99, 9), (999, 100), (9999, 100), (88, 7), (-7, 5)])
@@ -372,6 +386,7 @@ WRITTEN = {
     "rows quoted": ['"""image"",""x"",""y"""', *(f'"""{n}"",{a},{b}"' for n, a, b in TWENTY)],
     "title": ["Table 1. Mean ratings", "", "image,x,y", *(f"{n},{a},{b}" for n, a, b in TWENTY)],
     "title with blank cells": ["Mean ratings,,", "image,x,y", *(f"{n},{a},{b}" for n, a, b in TWENTY)],
+    "comments": ["# Ratings of 2024", "# scale, 1 to 9", "image,x,y", *(f"{n},{a},{b}" for n, a, b in TWENTY)],
     "row names": ['"image" "x" "y"', *(f'"{i}" "{n}" {a} {b}' for i, (n, a, b) in enumerate(TWENTY))],
     "columns of blanks": ["image          x     y", *(f"{n}   {a}  {b}" for n, a, b in TWENTY)],
     "no header": [f"{n},{a},{b}" for n, a, b in TWENTY],
