@@ -13,7 +13,7 @@ import numpy as np
 import common
 from readers import file_names
 
-MISSING_CELLS = {"", "na", "nan", "n/a", "n.a.", "#n/a", "<na>", "null", ".", "-"}
+MISSING_CELLS = {"", *"na nan n/a n.a. #n/a <na> null . -".split()}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
@@ -39,6 +39,17 @@ def pick_columns(wanted, options, where, short=()):
             f"{where} {common.shorten_list(unknown)} (found: {common.shorten_list(options, 40)}). "
             "Correct the name.")
     return list(dict.fromkeys(picked.values()))
+
+
+def find_column(columns, known, wanted=None, where=""):
+    """The column that is asked for, else the first of the `known` keys that there is, in any spelling; None for none.
+
+    UserError, after the words `where`, for one that is asked for and is not there.
+    """
+    if wanted:
+        return pick_columns([wanted], columns, where)[0]
+    spelled = {column_key(name): name for name in columns}
+    return next((spelled[key] for key in known if key in spelled), None)
 
 
 def looks_numeric(cells):

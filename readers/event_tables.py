@@ -14,10 +14,10 @@ import numpy as np
 import common
 from readers import csv_tables, event_times, file_names, video_files
 
-PATH_COLUMNS = ("video_path", "sequence_path", "clip_path", "path", "file", "filename", "video_filename", "video",
-                "clip", "folder", "media_file", "media_file_path", "media_file_name", "video_file", "video_name")
-LABEL_COLUMNS = ("behavior", "behaviour", "label", "class", "category", "action")
-FRAME_COLUMNS = ("frame", "frames", "frame_number", "frame_index", "frame_id", "index", "unnamed_0")
+PATH_COLUMNS = ("video_path sequence_path clip_path path file filename video_filename video clip folder media_file "
+                "media_file_path media_file_name video_file video_name").split()
+LABEL_COLUMNS = "behavior behaviour label class category action".split()
+FRAME_COLUMNS = "frame frames frame_number frame_index frame_id index unnamed_0".split()
 
 
 @dataclasses.dataclass
@@ -72,11 +72,6 @@ def keyed_columns(table, source):
     return table.set_axis(keys, axis=1)
 
 
-def first_column(table, known):
-    """The first of the `known` columns that the table has, else None."""
-    return next((name for name in known if name in table), None)
-
-
 def without_tensor(cell):
     """'tensor(9)' -> '9': as scripts print ids that they forgot to unpack."""
     return re.sub(r"^tensor\(\s*\[?([^,()\]]*).*\)$", r"\1", str(cell).strip()).strip()
@@ -102,7 +97,7 @@ def event_keys(extra, fallback):
     """
     filled = extra.columns[(extra != "").any()]
     known = [("day", "date"), ("initiator_id", "initiator"), ("receiver_id", "receiver")]
-    day, *animals = [first_column(filled, names) for names in known]
+    day, *animals = [csv_tables.find_column(filled, names) for names in known]
     if "start_time" not in extra or None in (day, *animals):
         return fallback
     levels = extra.reindex(columns=["group", day, "start_time", *animals], fill_value="").map(plain_level)
@@ -181,20 +176,15 @@ def folder_table(root, notes):
 def below_header(table):
     """The table from the row that names paths and labels: BORIS writes lines about the observation above it."""
     for place, cells in enumerate(table.to_numpy()):
-        if has_columns(cells, PATH_COLUMNS) and has_columns(cells, LABEL_COLUMNS):
+        if csv_tables.find_column(cells, PATH_COLUMNS) and csv_tables.find_column(cells, LABEL_COLUMNS):
             below = table.iloc[place + 1:].set_axis(cells, axis=1)
             return below.loc[:, cells != ""]
     return table
 
 
-def has_columns(names, known):
-    """Whether one of the names, in any spelling, is one of the known columns."""
-    return not set(map(csv_tables.column_key, names)).isdisjoint(known)
-
-
 def paired_states(table, path_column, label_column, notes):
     """BORIS's tabular events: the rows START and STOP of one behaviour become one with start_sec and end_sec."""
-    kind = first_column(table, ("status", "behavior_type"))
+    kind = csv_tables.find_column(table, ("status", "behavior_type"))
     if kind is None or "time" not in table:
         return table
     states = table[kind].str.upper()
@@ -219,7 +209,7 @@ def per_frame_events(table, path, path_column, notes):
     class background, unless a column has that name. None where the table is none of this kind.
     """
     import pandas as pd
-    frame_column = first_column(table, FRAME_COLUMNS)
+    frame_column = csv_tables.find_column(table, FRAME_COLUMNS)
     names = [name for name in behaviour_columns(table) if name not in (frame_column, path_column)]
     if not names or (frame_column is None and (path_column or len(table) == 1)):  # else a list of videos
         return None
@@ -297,13 +287,14 @@ def read_manifest_file(path, root, asked, need_labels, notes):
     asked: the columns of paths and labels that flags name, or None. Raises UserError that names what is missing.
     """
     raw = csv_tables.read_table(path)
-    notes += raw.attrs["notes"]
-    if not (has_columns(raw, PATH_COLUMNS) or has_columns(raw, LABEL_COLUMNS) or any(asked)):
+    notes += [f"{Path(path).name}: {note}" for note in raw.attrs["notes"]]
+    if not any(asked) and csv_tables.find_column(raw, [*PATH_COLUMNS, *LABEL_COLUMNS]) is None:
         listed = headless_list(raw, root, notes)
         raw = below_header(raw) if listed is None else listed
     table = keyed_columns(raw, path)
-    source = named_column(table, asked[0], PATH_COLUMNS, "--path_column", path)
-    label = named_column(table, asked[1], LABEL_COLUMNS, "--label_column", path)
+    where = f"{path} has no column for"
+    source = csv_tables.find_column(table.columns, PATH_COLUMNS, asked[0], f"{where} --path_column")
+    label = csv_tables.find_column(table.columns, LABEL_COLUMNS, asked[1], f"{where} --label_column")
     if label is None and need_labels:
         events = per_frame_events(table, Path(path), source, notes)
         if events is not None:
@@ -317,13 +308,6 @@ def read_manifest_file(path, root, asked, need_labels, notes):
     return table, source, label
 
 
-def named_column(table, wanted, known, flag, path):
-    """Key of the column that a flag asks for, else the first of `known` that there is, else None."""
-    if not wanted:
-        return first_column(table, known)
-    return csv_tables.pick_columns([wanted], table.columns, f"{path} has no column for {flag}")[0]
-
-
 def read_manifest(part, path, video_root, min_event_sec, need_labels, asked, time_unit, notes):
     """One manifest file, or folder of class folders or of label tables -> (rows of describe_rows with label, DataFrame
     of the other columns). Raises UserError without a column of paths."""
@@ -333,8 +317,11 @@ def read_manifest(part, path, video_root, min_event_sec, need_labels, asked, tim
     label_tables = sorted(path.glob("*.csv")) if path.is_dir() else []
     source, label = "path", "label"
     if label_tables and not any(inside.is_dir() for inside in path.iterdir()):
-        tables = [read_manifest_file(file, root, asked, need_labels, notes)[0] for file in label_tables]
-        table = pd.concat(tables)
+        tables = []
+        for file in label_tables:
+            table, *own_names = read_manifest_file(file, root, asked, need_labels, notes)
+            tables.append(table.rename(columns=dict(zip(own_names, (source, label)))))
+        table = pd.concat(tables).fillna("")
     elif path.is_dir():
         table = folder_table(path, notes)
     else:
@@ -368,7 +355,7 @@ def own_times(rows, extra, notes):
 
     It does so where its total length is that of its files together. Raises UserError where that cannot be told.
     """
-    length = first_column(extra, ("total_length", "media_duration_s"))
+    length = csv_tables.find_column(extra, ("total_length", "media_duration_s"))
     if length is None or "observation_id" not in extra:
         return rows
     rows = rows.copy()
@@ -409,8 +396,8 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
         for part, path in manifests.items()]
     rows, extra = [pd.concat(tables, ignore_index=True) for tables in zip(*found)]
     extra = extra.fillna("")
-    listed = common.shorten_list(manifests.values())
-    group = named_column(extra, group_column, ["group"], "--group_column", listed)
+    where = f"{common.shorten_list(manifests.values())} has no column for --group_column"
+    group = csv_tables.find_column(extra.columns, ["group"], group_column, where)
     rows["source"], matching = find_sources(rows, video_root is None, max_missing, need_files, exact_names)
     notes += matching
     rows = own_times(rows, extra, notes)

@@ -119,22 +119,22 @@ def event_windows(rows, source, min_event_sec=1.0, time_unit=None, notes=None):
         notes.append(f"{Path(source).name}: {', '.join(unsaid)} are read as seconds from the start of the file; "
                      "--time_unit says otherwise")
 
-    def numbers(role, in_frames=False):
-        values = pd.Series(np.nan, range(len(rows)))
+    def read_windows(in_frames):
+        """(N,) starts and ends of the columns in frames, or of the others; the last frame of a window is in it."""
+        found = {role: pd.Series(np.nan, range(len(rows))) for role in ("start", "end", "duration")}
         for column in starts + ends:
             unit = column.unit or time_unit or "sec"
-            if column.role == role and (unit == "frame") == in_frames:
-                found = seconds_in(rows[column.name], f"{source}, column {column.name}")
-                values = values.fillna(pd.Series(SECONDS.get(unit, 1) * found))
-        return values
-    start = numbers("start")
-    end = numbers("end").fillna(start + numbers("duration").fillna(0))
-    first = numbers("start", in_frames=True)
-    last = numbers("end", in_frames=True)
-    last = last.fillna(first + numbers("duration", in_frames=True) - 1).fillna(first)
+            if (unit == "frame") == in_frames:
+                numbers = SECONDS.get(unit, 1) * seconds_in(rows[column.name], f"{source}, column {column.name}")
+                found[column.role] = found[column.role].fillna(pd.Series(numbers))
+        start = found["start"]
+        end = found["end"].fillna(start + found["duration"] - in_frames).fillna(start)
+        return start, end + in_frames
+    start, end = read_windows(in_frames=False)
+    first, stop = read_windows(in_frames=True)
     is_frame = start.isna() & first.notna()
     start = start.fillna(first)
-    end = end.mask(is_frame, last + 1)
+    end = end.mask(is_frame, stop)
     faults = np.full(len(rows), "", object)
     faults[start < 0] = "starts before the file"
     faults[end < start + is_frame] = "ends before it starts"

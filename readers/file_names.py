@@ -17,10 +17,9 @@ UNREAD_FORMATS = {  # pictures that are listed, so that none is passed over in s
     ".jp2": "JPEG 2000: convert to PNG",
     ".dcm": "DICOM: export as PNG of 16 bits",
 }
-IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".tga", ".mpo", *UNREAD_FORMATS)
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".mts", ".npy", ".ts",
-                  ".m2ts", ".h264", ".h265", ".hevc", ".3gp", ".flv", ".vob", ".ogv", ".asf")  # others are opened to see
+IMAGE_SUFFIXES = (*".jpg .jpeg .jfif .png .bmp .gif .tif .tiff .webp .tga .mpo".split(), *UNREAD_FORMATS)
+VIDEO_SUFFIXES = (".mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg .wmv .mts .npy .ts .m2ts .h264 .h265 .hevc .3gp .flv .vob "
+                  ".ogv .asf").split()  # others are opened to see
 
 
 def find_images(folder):

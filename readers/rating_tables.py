@@ -11,17 +11,17 @@ import numpy as np
 import common
 from readers import csv_tables, file_names
 
-IMAGE_COLUMNS = ("image", "filename", "file", "stimulus", "path")
+IMAGE_COLUMNS = "image filename file stimulus path".split()
 WORD_BORDER = re.compile(r"([\W_]+|(?<=[a-z])(?=[A-Z])|(?<=.)(?=SD$))")
 ROLES = {
     "mean": "mean", "mn": "mean", "avg": "mean", "m": "mean",
     "sd": "sd", "std": "sd", "stdev": "sd",
     "n": "n", "count": "n",
     "se": "se", "sem": "se"}
-NO_RATING = {"id", "index", "unnamed", "names", "trial", "rt", "latency"}
-RATER = {"rater", "participant", "subject", "respondent", "observer", "judge", "coder", "worker", "user", "pid"}
-ATTRIBUTE = {"attribute", "trait", "question", "scale", "item", "measure", "dimension"}
-ANSWER = {"rating", "response", "score", "value", "answer"}
+NO_RATING = set("id index unnamed names trial rt latency".split())
+RATER = set("rater participant subject respondent observer judge coder worker user pid".split())
+ATTRIBUTE = set("attribute trait question scale item measure dimension".split())
+ANSWER = set("rating response score value answer".split())
 # Written for a missing answer: 99, -99, 999 and so on, and -9; a 9 may be an answer.
 MISSING_CODES = [int(digit * count) for digit in "789" for count in (2, 3, 4)]
 MISSING_CODES += [-code for code in (7, 8, 9, *MISSING_CODES)]
@@ -52,11 +52,14 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
     table = csv_tables.read_table(path)
     source = f"--ratings_file {path}"
 
-    def named(flag, wanted):
-        return wanted and csv_tables.pick_columns([wanted], table.columns, f"{source} has no --{flag}_column")[0]
+    def named(flag, wanted, known=()):
+        return csv_tables.find_column(table.columns, known, wanted, f"{source} has no --{flag}_column")
     if group_column:
         table = table.rename(columns={named("group", group_column): group_column})
-    image = named("image", image_column or _guess_image_column(table, source))
+    image = named("image", image_column, IMAGE_COLUMNS)
+    if image is None:
+        raise common.UserError(
+            f"{source} has no image column (found: {common.shorten_list(table.columns)}). Name it with --image_column.")
     _refuse_blank(table, source, image)
     columns = Columns(
         table, source, image, group_column, target_columns, missing_codes,
@@ -78,14 +81,6 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
             "image, rating, sd or n column, or to vary within an image. Name another column.")
     _refuse_useless(ratings, source)
     return ratings
-
-
-def _guess_image_column(table, source):
-    for name in IMAGE_COLUMNS:
-        if name in table.columns.str.lower():
-            return name
-    raise common.UserError(
-        f"{source} has no image column (found: {common.shorten_list(table.columns)}). Name it with --image_column.")
 
 
 def _refuse_blank(table, source, column):
@@ -208,10 +203,11 @@ class Columns:
 
         An attribute is a text that varies within the image (and the rater) beside one column of numbers.
         """
-        lower = {name.lower(): name for name in self.others}
-        if "rating" in lower and "attribute" in lower:
-            self.attribute = self.attribute or lower["attribute"]
-            self.rating = self.rating or lower["rating"]
+        rating = csv_tables.find_column(self.others, ["rating"])
+        attribute = csv_tables.find_column(self.others, ["attribute"])
+        if rating and attribute:
+            self.attribute = self.attribute or attribute
+            self.rating = self.rating or rating
         if self.attribute and self.rating:
             return
         has_spread = any("sd" in roles and len(roles) > 1 for roles in self.of_rating.values())

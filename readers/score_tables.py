@@ -29,11 +29,9 @@ def sequence_rows(path):
         return csv_tables.read_table(path).map(event_tables.without_tensor)
     rows = []
     for entry in sequence_entries(path):
-        row = dict(entry)
+        row = {}
         for name, value in entry.items():
-            if isinstance(value, dict):
-                del row[name]
-                row |= value
+            row |= value if isinstance(value, dict) else {name: value}
         rows.append(row)
     table = pd.DataFrame(rows, index=range(1, len(rows) + 1), dtype=object)
     return table.map(lambda cell: "" if cell is None or cell != cell else event_tables.without_tensor(cell))
@@ -91,8 +89,9 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     target = np.stack(columns, axis=1)  # (N, R)
     extra = event_tables.keyed_columns(raw.drop(columns=names), path)
     known = (*event_tables.PATH_COLUMNS, "media", "sequence_id", "id")
-    source = event_tables.named_column(extra, path_column, known, "--path_column", path)
-    group = event_tables.named_column(extra, group_column, GROUP_COLUMNS, "--group_column", path)
+    where = f"{path} has no column for"
+    source = csv_tables.find_column(extra.columns, known, path_column, f"{where} --path_column")
+    group = csv_tables.find_column(extra.columns, GROUP_COLUMNS, group_column, f"{where} --group_column")
     if source is None:
         raise common.UserError(
             f"{path}: no column of folders; name it with --path_column (found: {common.shorten_list(extra.columns, 40)})")

@@ -26,8 +26,8 @@ STAMP_SLACK_SEC, SAME_STAMP_SEC = 1e-3, 1e-4  # Matroska rounds its stamps to mi
 SEEK_FROM_SEC, SEEK_MARGIN_SEC = 30.0, 4.0  # the margin exceeds what a decoder reorders after a key frame
 MOST_GUESSED_FRAMES = 2**20  # what a header may claim before its frames are counted
 # formats that open other files or devices, and text that FFmpeg draws as a picture
-NO_VIDEO_FORMATS = {"hls", "dash", "concat", "imf", "sdp", "rtsp", "rtp", "sap", "webm_dash_manifest", "image2",
-                    "image2pipe", "vapoursynth", "avisynth", "lavfi", "tty"}
+NO_VIDEO_FORMATS = set("hls dash concat imf sdp rtsp rtp sap webm_dash_manifest image2 image2pipe vapoursynth avisynth "
+                       "lavfi tty".split())
 
 
 class BadVideo(pixel_cache.BadImage):
@@ -40,7 +40,7 @@ class VideoInfo:
 
     times: (n_frames,) float64 of the frames that can be decoded, increasing. damaged: (D,) of those that cannot, NaN
     where unknown. fps: frames a second by these times. duration_sec: until the last frame has been shown. header_fps,
-    header_frames, header_sec: what the file claims, 0 for nothing. is_exact: the file has stamps that increase by
+    header_frames: what the file claims, 0 for nothing. is_exact: the file has stamps that increase by
     themselves, none had to be corrected.
     """
     path: str
@@ -54,7 +54,6 @@ class VideoInfo:
     damaged: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
     header_frames: int = 0
     header_fps: float = 0.0
-    header_sec: float = 0.0
     is_exact: bool = False
 
     @property
@@ -144,9 +143,7 @@ class _Video:
         if not n_claimed and self.container.duration:
             n_claimed = round(fps * (self.container.duration / self.av.time_base - self.first_sec))
         n_frames = min(max(n_claimed, 1), MOST_GUESSED_FRAMES)
-        info = _constant_rate(self.path, fps, n_frames, self.size, n_claimed, self.first_sec)
-        info.header_sec = (self.container.duration or 0) / self.av.time_base
-        return info
+        return _constant_rate(self.path, fps, n_frames, self.size, n_claimed, self.first_sec)
 
     def frames(self, from_sec=None):
         """Yield (time in seconds or NaN, function short_side -> pixels (H, W, 3) RGB, upright), to the end of the file.
@@ -708,7 +705,7 @@ class Recording:
         self.short_side = short_side
         self.pixel_range = pixel_range
         self.info = _header(path, fps)
-        self.expected_sec = self.info.header_sec or self.info.duration_sec
+        self.expected_sec = self.info.duration_sec
         self.read_sec = 0.0
         self.damaged = ()
         self.fault = ""
@@ -728,12 +725,12 @@ class Recording:
         n_shown = 0
         begin = before = convert = None
         for time, pixels in self.frames():
+            gap = step_sec if before is None else min(step_sec, time - before)
             if before is None:
                 begin = time
             else:
-                until = time - min(time - before, step_sec) / 2
-                n_shown = yield from self._show(convert, begin, n_shown, until - STAMP_SLACK_SEC)
-            self.read_sec = time + (step_sec if before is None else min(step_sec, time - before))
+                n_shown = yield from self._show(convert, begin, n_shown, time - gap / 2 - STAMP_SLACK_SEC)
+            self.read_sec = time + gap
             before, convert = time, pixels
         if before is not None:
             end = begin + _whole((self.read_sec - begin) * self.fps) / self.fps

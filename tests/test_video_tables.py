@@ -335,6 +335,15 @@ def test_one_row_a_frame_becomes_events(tmp_path, header, background):
         assert set(table.unit) == {"frame"} and set(table.videos) == {"s0.mp4"}
 
 
+def test_a_folder_of_manifests_is_one_table(tmp_path):
+    root = put(tmp_path, "v/a.mp4", "v/b.mp4", "tables/one.csv", "tables/two.csv")
+    write(root / "tables/one.csv", "# made by hand\nvideo_path,behavior,pen\na.mp4,ear,3\n")
+    write(root / "tables/two.csv", "file,label\nb.mp4,tail\n")
+    table = event_tables.read_events({"": root / "tables"}, root / "v")
+    assert list(table.videos) == ["a.mp4", "b.mp4"] and table.names == ["ear", "tail"]
+    assert list(table.extra["pen"]) == ["3", ""] and "one.csv: 1 line(s) above the header" in table.notes[0]
+
+
 @pytest.mark.parametrize("text", ["cam 1/s0.mp4 0\ncam 1/s1.mp4 1\ncam 1/s2.mp4 0\n", "s0.mp4,0\ns1.mp4,1\ns2.mp4,0\n",
                                   "s0.mp4\t0\ns1.mp4\t1\ns2.mp4\t0\n",
                                   "cam 1/s0.mp4 120 0\ncam 1/s1.mp4 99 1\ncam 1/s2.mp4 120 0\n",
