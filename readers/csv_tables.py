@@ -240,7 +240,7 @@ def to_numbers(values, where):
     written = _clean_cells(values)
     cells = [cell.removesuffix("%") for cell in written]
     is_column = hasattr(values, "attrs")
-    is_comma_file = not is_column or values.attrs.get("delimiter", ",") == ","
+    is_comma_file = getattr(values, "attrs", {}).get("delimiter", ",") == ","
     may_be_thousands = is_comma_file and all(re.fullmatch(r"[^,]*,\d{3}", cell) for cell in cells if "," in cell)
     if not may_be_thousands and not any("." in cell for cell in cells):
         cells = [cell.replace(",", ".") for cell in cells]
