@@ -2171,8 +2171,10 @@ class SeenRows:
 def starting_weights(path, **expected):
     """--init_from -> state dict of another run of this script. UserError where a field differs from `expected`."""
     content = load_model_file(path, script_name())
-    wrong = [f"{name} {content.get(name)}, expected {value}" for name, value in expected.items()
-             if content.get(name) != value]
+    with checkpoint_fields(path):
+        found = content | content.get("settings", {})
+    wrong = [f"{name} {found.get(name)}, expected {value}" for name, value in expected.items()
+             if found.get(name) != value]
     if wrong:
         raise UserError(f"--init_from {path} was trained for something else: {'; '.join(wrong)}")
     return content["model"]

@@ -145,9 +145,6 @@ def add_model_arguments(model):
     model("--trainable_layers", type=common.bounded(int, 0, 6), default=3,
           help="last stages of the backbone that are trained: 0 to 5, MobileNet to 6; with random "
                "weights all are")
-    model("--norm", choices=("auto", "frozen", "batch"), default="auto",
-          help="BatchNorm statistics: frozen, or those of each batch; auto = frozen with pretrained "
-               "weights")
     model("--state_weight", type=common.AMOUNT, default=0.5,
           help="weight of the state loss in the total")
     model("--state_class_weights", nargs="+", type=class_weight, default=["none"], metavar="W",
@@ -303,15 +300,14 @@ def load_study(args, files, say, checkpoint=None):
                 for image, audit in zip(found, store.audit) if audit.error]
     used = [found[i] for i in stored]
     parts, part_notes = used_parts(read, used, settings.get("parts"))
-    sizes = [(store.audit[i].width, store.audit[i].height) for i in stored]
     listed = ", ".join(str(path) for path, _ in files.values())
-    objects = [image.objects for image in used]
-    part_boxes.refuse_other_convention(objects, sizes, listed, args.box_format)
+    part_boxes.refuse_other_convention(used, listed, args.box_format)
+    if len(files) > 1:
+        for image in used:
+            image.name = f"{image.origin}/{image.name}"
     truth, without_area, box_notes = part_boxes.as_truth(
         images=used,
         parts=parts,
-        names=[f"{image.origin}/{image.name}" if len(files) > 1 else image.name for image in used],
-        sizes=sizes,
         min_trust=args.min_trust,
         groups=part_boxes.read_groups(used, args.group_column),
         keeps_absent=absent == "keep")
@@ -354,14 +350,16 @@ def match_pictures(read, files, exact_names):
 
 
 def check_pictures(store, images, on_bad_file):
-    """Places of the usable pictures; in another size than annotated, the boxes would not fit."""
+    """Places of the usable pictures, whose images get their size.
+
+    Where a picture has another size than annotated, the boxes would not fit.
+    """
     for found, image in zip(store.audit, images):
-        if found.error or image.size is None:
-            continue
-        width, height = image.size
-        if max(abs(found.width - width), abs(found.height - height)) > 1:
-            found.error = (f"is {found.width} x {found.height} pixels, "
-                           f"annotated as {width} x {height}")
+        size = found.width, found.height
+        annotated = image.size or size
+        if not found.error and np.abs(np.subtract(size, annotated)).max() > 1:
+            found.error = "is {} x {} pixels, annotated as {} x {}".format(*size, *annotated)
+        image.size = size
     good = picture_files.check_bad_files(store.audit, on_bad_file)
     if not good:
         raise common.UserError(f"none of the {len(images)} pictures can be used")
@@ -493,14 +491,6 @@ def collate(samples):
         place[:own_height, :own_width] = sample["pixels"]
     others = {name: [sample[name] for sample in samples] for name in samples[0] if name != "pixels"}
     return {"pixels": pixels, "sizes": sizes, **others}
-
-
-def collate_truth(samples):
-    """As collate, with the boxes, labels and states of all pictures in one tensor each, counts (B,) of them."""
-    batch = collate(samples)
-    counts = [len(boxes) for boxes in batch["boxes"]]
-    joined = {name: torch.cat(batch[name]) for name in TRUTH}
-    return {**batch, **joined, "counts": counts}
 
 
 # --- model and loss ----------------------------------------------------------------------
@@ -693,7 +683,7 @@ def model_settings(args, truth):
         "anchor_sizes": anchors,
         "parts": truth.parts,
         "states": list(part_boxes.STATES) if truth.has_states() else [],
-        "frozen_norm": args.norm == "frozen" or (args.norm == "auto" and starts_trained(args)),
+        "frozen_norm": starts_trained(args),  # statistics of small batches are worse
         "pixel_mean": list(common.IMAGENET_MEAN),
         "pixel_sd": list(common.IMAGENET_STD),
     }
@@ -709,7 +699,8 @@ def build_model(args, settings, class_weights):
     torch.manual_seed(common.hash_seed(args.seed))
     model = PartDetector(settings, class_weights)
     if args.init_from:
-        start_from(model, args.init_from, settings)
+        own = {name: settings[name] for name in ("model", "parts", "states")}
+        common.start_from(model, args.init_from, is_frozen=False, **own)
     elif args.weights:
         load_pretrained(model, backbones.load_weights_file(args.weights), args.weights)
     elif args.pretrained:
@@ -718,19 +709,6 @@ def build_model(args, settings, class_weights):
     if starts_trained(args):
         freeze_layers(model.backbone.body, args.trainable_layers, settings["frozen_norm"])
     return model
-
-
-def start_from(model, path, settings):
-    """--init_from: the weights of another run, for the same model, parts and states."""
-    content = common.load_model_file(path, common.script_name())
-    with common.checkpoint_fields(path):
-        other = content["settings"]
-        differs = any(other[name] != settings[name] for name in ("model", "parts", "states"))
-    if differs:
-        raise common.UserError(
-            f"--init_from {path} is a {other['model']} for {other['parts']} with states "
-            f"{other['states']}; expected the model, parts and states of this run")
-    common.load_state(model, content["model"], path)
 
 
 def load_pretrained(model, state, source):
@@ -813,7 +791,7 @@ def make_loader(study, rows, settings, args, compute, train=False):
     """Loader of these rows, augmented and shuffled for training."""
     dataset = PartImages(study, rows, settings, args.augment if train else "none", args.seed)
     is_cached = study.store.cache == "ram"
-    return common.make_loader(dataset, args, compute, train, is_cached, collate=collate_truth)
+    return common.make_loader(dataset, args, compute, train, is_cached, collate=collate)
 
 
 def to_inputs(batch, compute, settings):
@@ -829,9 +807,7 @@ def to_inputs(batch, compute, settings):
 
 def to_device(batch, compute, settings):
     """Batch -> inputs (B, 3, H, W); sizes; targets: B dicts of boxes (K, 4), labels, states."""
-    parts = [compute.send(batch[name]).split(batch["counts"])
-             for name in TRUTH]
-    targets = [dict(zip(TRUTH, values)) for values in zip(*parts)]
+    targets = [{name: compute.send(batch[name][k]) for name in TRUTH} for k in range(len(batch["sizes"]))]
     return to_inputs(batch, compute, settings), batch["sizes"], targets
 
 
@@ -1189,27 +1165,24 @@ def detect(model, paths, args, compute):
 def convert(args):
     """--mode convert: part annotations or COCO -> clean COCO with area, iscrowd, state, trust."""
     found = part_boxes.read_annotations(args.json, args.box_format, args.state_attribute)
-    names = [image.name for image in found.images]
-    sizes = [image.size for image in found.images]
     if args.images_dir:
         part_boxes.find_pictures(found, args.images_dir, args.exact_names)
-    for number, image in enumerate(found.images):
+    for image in found.images:
         if image.path is None:
             continue
-        names[number] = image.path.relative_to(args.images_dir).as_posix()
+        image.name = image.path.relative_to(args.images_dir).as_posix()
         audit, _ = picture_files.audit_image(image.path, 32)
         if not audit.error:
-            sizes[number] = (audit.width, audit.height)
-    objects = [image.objects for image in found.images]
-    part_boxes.refuse_other_convention(objects, sizes, args.json, args.box_format)
-    coco, dropped = part_boxes.as_coco(found, names, sizes)
+            image.size = (audit.width, audit.height)
+    part_boxes.refuse_other_convention(found.images, args.json, args.box_format)
+    coco, dropped = part_boxes.as_coco(found)
     common.write_json(args.output, coco)
     for note in found.notes:
         print(f"note: {note}")
     for each in found.skipped + dropped:
         print(f"skipped: {', '.join(each.values())}")
     n_absent = sum(len(image["absent_parts"]) for image in coco["images"])
-    print(f"{args.output}: {len(names)} images, {len(coco['annotations'])} boxes of "
+    print(f"{args.output}: {len(found.images)} images, {len(coco['annotations'])} boxes of "
           f"{len(found.parts)} parts, {n_absent} absent parts without a box (absent_parts of their "
           f"image), {len(dropped)} boxes dropped")
 

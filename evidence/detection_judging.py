@@ -25,15 +25,12 @@ def read_coco_results(truth_json, detections_json, group_column=None, box_format
     """
     found = part_boxes.read_annotations(truth_json)
     images = found.images
-    names = [image.name for image in images]
     part_boxes.refuse([image.name for image in images if image.size is None],
                       f"{truth_json}: images without width and height:", "Add them.")
-    parts, detections, seen = detection_tables.read_results(
-        detections_json, images, found.category_ids, box_format)
+    parts, detections, seen = detection_tables.read_results(detections_json, found, box_format)
     truth, _, _ = part_boxes.as_truth(
-        images, parts, names, [image.size for image in images], min_trust=0.5,
-        groups=part_boxes.read_groups(images, group_column))
-    if not any(truth.judged(row).any() for row in range(len(names))):
+        images, parts, min_trust=0.5, groups=part_boxes.read_groups(images, group_column))
+    if not any(truth.judged(row).any() for row in range(len(images))):
         raise common.UserError(f"{truth_json}: no box to judge detections against")
     if not truth.has_states():
         detections = [dataclasses.replace(detected, states=None) for detected in detections]

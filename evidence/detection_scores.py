@@ -65,14 +65,13 @@ def coco_match(truth, detections, kind):
     annotated = []
     found = []
     for picture, detected in enumerate(detections):
-        annotated += true_entries(truth, picture, kind)
-        states = detected.called()
-        for k, score in enumerate(detected.scores):
-            if kind == "present" and states[k] == part_boxes.ABSENT:
-                continue
-            entries = coco_entries(
-                picture, detected.boxes[k], detected.labels[k], states[k], kind, ignored=False)
-            found += [{**entry, "score": score} for entry in entries]
+        states = truth.states[picture]
+        kept = truth.keeps_absent | (states != part_boxes.ABSENT)
+        annotated += coco_entries(
+            picture, truth.boxes[picture][kept], truth.labels[picture][kept], states[kept], kind,
+            iscrowd=truth.ignored[picture][kept])
+        found += coco_entries(
+            picture, detected.boxes, detected.labels, detected.called(), kind, score=detected.scores)
     categories = list(range(1, len(truth.parts) + 1))
     if kind == "joint":
         categories = sorted({entry["category_id"] for entry in annotated if not entry["iscrowd"]})
@@ -88,34 +87,31 @@ def coco_match(truth, detections, kind):
     return matching
 
 
-def true_entries(truth, picture, kind):
-    """COCO annotations of the true boxes of a picture."""
+def coco_entries(picture, boxes, labels, states, kind, **fields):
+    """COCO annotations of the K boxes of a picture; kind: of coco_match; fields: {name: (K,)}.
+
+    A box without a state, kind joint: a crowd box in each state.
+    """
     entries = []
-    keeps_absent = truth.keeps_absent and kind != "present"
-    for k, box in enumerate(truth.boxes[picture]):
-        state = truth.states[picture][k]
-        if state != part_boxes.ABSENT or keeps_absent:
-            label = truth.labels[picture][k]
-            ignored = truth.ignored[picture][k]
-            entries += coco_entries(picture, box, label, state, kind, ignored)
+    for k, (left, top, right, bottom) in enumerate(boxes.tolist()):
+        if kind == "present" and states[k] == part_boxes.ABSENT:
+            continue
+        entry = {
+            "image_id": picture,
+            "category_id": labels[k] + 1,
+            "bbox": [left, top, right - left, bottom - top],
+            "area": (right - left) * (bottom - top),
+            "iscrowd": 0,
+            "state": states[k]}
+        entry |= {name: values[k] for name, values in fields.items()}
+        first = labels[k] * N_STATES + 1
+        if kind != "joint":
+            entries.append(entry)
+        elif states[k] >= 0:
+            entries.append({**entry, "category_id": first + states[k]})
+        else:
+            entries += [{**entry, "category_id": first + each, "iscrowd": 1} for each in range(N_STATES)]
     return entries
-
-
-def coco_entries(picture, box, label, state, kind, ignored):
-    """COCO annotations of one box; without a state, kind joint: a crowd box in each state."""
-    left, top, right, bottom = map(float, box)
-    entry = {
-        "image_id": picture,
-        "bbox": [left, top, right - left, bottom - top],
-        "area": (right - left) * (bottom - top),
-        "iscrowd": ignored,
-        "state": state}
-    if kind != "joint":
-        return [{**entry, "category_id": label + 1}]
-    first = label * N_STATES + 1
-    if state >= 0:
-        return [{**entry, "category_id": first + state}]
-    return [{**entry, "category_id": first + each, "iscrowd": 1} for each in range(N_STATES)]
 
 
 def average_precision(matching, pictures):

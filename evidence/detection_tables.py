@@ -2,7 +2,6 @@
 
 Letters: D detections of one picture, P parts, S states.
 """
-import dataclasses
 import itertools
 
 import numpy as np
@@ -11,7 +10,10 @@ import common
 from evidence import detection_scores
 from readers import part_boxes
 
+N_STATES = len(part_boxes.STATES)
 BOX_COLUMNS = ("x1", "y1", "x2", "y2")
+PROBABILITY_COLUMNS = tuple(f"p_{state}" for state in part_boxes.STATES)
+COLUMNS = ("image", "part", "score", "state", *PROBABILITY_COLUMNS, *BOX_COLUMNS, "seen", "error")
 ROUNDING = 0.02  # probabilities with two digits add up to 1 up to this
 
 
@@ -58,13 +60,7 @@ def detection_rows(names, detections, parts, seen, errors=None, lists_absent=Fal
     seen: (M,) of common.SEEN_WORDS; errors: text of each picture that could not be read, else "";
     lists_absent: a row for each part not detected.
     """
-    probabilities = [f"p_{state}" for state in part_boxes.STATES]
     errors = errors or [""] * len(detections)
-    columns = ["image", "part", "score", *BOX_COLUMNS, "seen"]
-    if lists_absent or any(detected.states is not None for detected in detections):
-        columns[3:3] = ["state", *probabilities]
-    if any(errors):
-        columns.append("error")
     rows = []
     for name, detected, word, error in zip(names, detections, seen, errors):
         if error:
@@ -75,101 +71,87 @@ def detection_rows(names, detections, parts, seen, errors=None, lists_absent=Fal
             row = {"image": name, "part": parts[label], "score": detected.scores[d]}
             if detected.states is not None:
                 row["state"] = part_boxes.STATES[states[d]]
-                row |= zip(probabilities, detected.states[d])
+                row |= zip(PROBABILITY_COLUMNS, detected.states[d])
             row |= zip(BOX_COLUMNS, detected.boxes[d])
             rows.append(row | {"seen": word})
         for label, part in enumerate(parts if lists_absent else ()):
             if label not in detected.labels:
                 absent = part_boxes.STATES[part_boxes.ABSENT]
                 rows.append({"image": name, "part": part, "state": absent, "seen": word})
-    return [{column: row.get(column) for column in columns} for row in rows or [{}]]
+    used = [column for column in COLUMNS if any(column in row for row in rows)]
+    return [{column: row.get(column) for column in used or COLUMNS} for row in rows or [{}]]
 
 
-@dataclasses.dataclass
-class FoundBox:
-    """One COCO result."""
-    part: str
-    box: list  # x1, y1, x2, y2
-    score: float
-    states: np.ndarray | None  # (S,) probabilities, None where it names no state
-    seen: str  # of common.SEEN_WORDS
-    area: None = None  # not known, see part_boxes.refuse_other_convention
+def read_results(path, annotated, box_format=None):
+    """COCO results of any program -> (parts, Detections and one of common.SEEN_WORDS for each image of the Annotations).
 
-
-def read_results(path, images, category_ids, box_format):
-    """COCO results of any program -> (parts, Detections and one of common.SEEN_WORDS for each AnnotatedImage).
-
-    parts: those of category_ids {part: id}, then what else the results name as their `part`. The
-    state stands in state_probabilities or in state (text or number), or nowhere: then they are
-    plain detections. box_format: one of part_boxes.BOX_FORMATS, None for xywh.
+    parts: those of the Annotations, then what else the results name as their `part`. The state stands in
+    state_probabilities or in state (text or number), or nowhere: then they are plain detections. box_format: one of
+    part_boxes.BOX_FORMATS, None for xywh. UserError that lists what cannot be read.
     """
     entries = common.read_json(path)
     if not isinstance(entries, list):
         raise common.UserError(f"{path}: expected a list of COCO results, found a {type(entries).__name__}")
-    place = {part_boxes.read_id(image.id): k for k, image in enumerate(images)}
-    part_of = {part_boxes.read_id(own): part for part, own in category_ids.items()}
-    found = [[] for _ in images]
-    faults = []
+    reading = part_boxes.Reading(box_format or "xywh", "state")
+    found = part_boxes.read_coco(path, results_as_coco(entries, annotated, reading.faults), reading)
+    listed = [each for image in found.images for each in image.objects]
+    scores = {each.key: read_score(each, reading.faults) for each in listed}
+    states = {each.key: read_states(each, reading.faults) for each in listed}
+    n_without = list(states.values()).count(None)
+    if 0 < n_without < len(listed):
+        reading.faults.append(f"{n_without} of {len(listed)} results have no state")
+    part_boxes.refuse(reading.faults, f"{path}: cannot be read:", "Correct these entries.")
+    part_boxes.refuse_other_convention(found.images, path, box_format)
+    detections = []
+    seen = []
+    for image in found.images:
+        own = image.objects
+        detections.append(detection_scores.Detections(
+            boxes=np.array([each.box for each in own], float).reshape(-1, 4),
+            labels=np.array([found.parts.index(each.part) for each in own], int),
+            scores=np.array([scores[each.key] for each in own], float),
+            states=None if n_without else np.reshape([states[each.key] for each in own], (-1, N_STATES))))
+        words = [each.fields.get("seen") for each in own]
+        seen.append(common.worst_seen([word for word in words if word in common.SEEN_WORDS] or ["not known"]))
+    return found.parts, detections, np.array(seen)
+
+
+def results_as_coco(entries, annotated, faults):
+    """COCO results, and the images and categories of Annotations -> COCO."""
+    ids = dict(annotated.category_ids)
+    annotations = []
     for number, entry in enumerate(entries):
-        where = f"result {number}"
+        name = f"result {number}"
         if not isinstance(entry, dict):
-            faults.append(f"{where}: expected an object, found {str(entry)[:60]}")
+            faults.append(f"{name}: expected an object, found {str(entry)[:60]}")
             continue
-        picture = place.get(part_boxes.read_id(entry.get("image_id")))
-        if picture is None:
-            faults.append(f"{where}: unknown image_id {entry.get('image_id')!r}")
-            continue
-        found[picture].append(read_result(entry, part_of, images[picture].size, box_format or "xywh", where, faults))
-    listed = [each for row in found for each in row]
-    n_states = sum(each.states is not None for each in listed)
-    if 0 < n_states < len(listed):
-        faults.append(f"{len(listed) - n_states} of {len(listed)} results have no state")
-    part_boxes.refuse(faults, f"{path}: cannot be read:", "Correct these entries.")
-    part_boxes.refuse_other_convention(found, [image.size for image in images], path, box_format)
-    parts = list(dict.fromkeys([*category_ids, *(each.part for each in listed)]))
-    seen = [common.worst_seen([each.seen for each in row] or ["not known"]) for row in found]
-    return parts, [stack_detections(row, parts, n_states > 0) for row in found], np.array(seen)
+        category = entry.get("category_id")
+        part = entry.get("part")
+        if isinstance(part, str):
+            category = ids.setdefault(part, f"part {part}")
+        annotations.append({**entry, "id": number, "entry": name, "category_id": category})
+    return {
+        "images": [image.fields for image in annotated.images],
+        "annotations": annotations,
+        "categories": [{"id": own, "name": part} for part, own in ids.items()]}
 
 
-def read_result(entry, part_of, size, box_format, where, faults):
-    """One COCO result -> FoundBox; what is wrong with it is appended to the faults."""
-    part = entry.get("part", part_of.get(part_boxes.read_id(entry.get("category_id"))))
-    score = part_boxes.read_number(entry.get("score"))
-    if not isinstance(part, str):
-        faults.append(f"{where}: unknown category_id {entry.get('category_id')!r}")
+def read_score(found, faults):
+    """Score of a result."""
+    score = part_boxes.read_number(found.fields.get("score"))
     if score is None:
-        faults.append(f"{where}: score {entry.get('score')!r} is no number")
-    seen = entry.get("seen")
-    return FoundBox(
-        part=part,
-        box=part_boxes.read_box(entry.get("bbox"), where, faults, box_format, size),
-        score=score,
-        states=read_states(entry, where, faults),
-        seen=seen if seen in common.SEEN_WORDS else "not known")
+        faults.append(f"{found.key}: score {found.fields.get('score')!r} is no number")
+    return score
 
 
-def read_states(entry, where, faults):
-    """(S,) probabilities of a result, from state_probabilities or state; None where it names none."""
-    n_states = detection_scores.N_STATES
-    given = entry.get("state_probabilities")
+def read_states(found, faults):
+    """(S,) probabilities of a result, from state_probabilities or its state; None where it names none."""
+    given = found.fields.get("state_probabilities")
     if given is None:
-        state = part_boxes.read_state([entry.get("state")], where, faults)
-        return None if state == part_boxes.UNKNOWN else np.eye(n_states)[state]
+        return None if found.state == part_boxes.UNKNOWN else np.eye(N_STATES)[found.state]
     numbers = list(map(part_boxes.read_number, given)) if isinstance(given, list) else []
-    is_whole = len(numbers) == n_states and None not in numbers
+    is_whole = len(numbers) == N_STATES and None not in numbers
     if not is_whole or min(numbers) < 0 or abs(sum(numbers) - 1) > ROUNDING:
-        faults.append(f"{where}: expected {n_states} state_probabilities from 0 to 1 with sum 1, found "
+        faults.append(f"{found.key}: expected {N_STATES} state_probabilities from 0 to 1 with sum 1, found "
                       f"{str(given)[:60]}")
-    return np.array(numbers)
-
-
-def stack_detections(listed, parts, has_states):
-    """FoundBoxes of one picture -> Detections."""
-    states = None
-    if has_states:
-        states = np.array([each.states for each in listed]).reshape(-1, detection_scores.N_STATES)
-    return detection_scores.Detections(
-        boxes=np.array([each.box for each in listed], float).reshape(-1, 4),
-        labels=np.array([parts.index(each.part) for each in listed], int),
-        scores=np.array([each.score for each in listed], float),
-        states=states)
+    return numbers

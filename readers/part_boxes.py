@@ -25,7 +25,7 @@ OVER_EDGE = 3  # pixels by which a box may leave its picture before its conventi
 class AnnotatedImage:
     name: str
     id: object  # number or text, as the file writes it
-    size: tuple | None  # (width, height) in pixels, None where the file does not say
+    size: tuple | None  # (width, height) in pixels, None where neither file nor picture says
     absent: list  # parts that are absent and have no box
     fields: dict  # all that the file says of the image
     objects: list = dataclasses.field(default_factory=list)  # of PartObject
@@ -41,8 +41,8 @@ class PartObject:
     state: int  # index of STATES, or UNKNOWN
     trust: float  # of the annotators, 0 to 1
     crowd: bool
-    area: float | None  # in square pixels, as the file has it
     attributes: dict  # as the file has them
+    fields: dict  # all that the file says of it
 
 
 @dataclasses.dataclass
@@ -280,7 +280,7 @@ def read_object(own, fields, images, categories, reading):
     reading.counts["ids are text or have a fraction"] += sum(read_id(value) is not value for value in ids)
     if image is None or part is None:
         reason = f"image_id {ids[0]!r} or category_id {ids[1]!r} is unknown"
-        if None in ids:
+        if None in ids and "entry" not in fields:
             reading.skipped.append({"image": name, "annotation": key, "reason": reason})
         else:
             reading.faults.append(f"{key}: {reason}")
@@ -309,8 +309,8 @@ def read_object(own, fields, images, categories, reading):
         state=state,
         trust=read_trust(fields.get("trust"), where, reading.faults),
         crowd=fields.get("iscrowd") in (1, "1", "true"),
-        area=read_number(fields.get("area")),
-        attributes=attributes)
+        attributes=attributes,
+        fields=fields)
 
 
 def read_number(value):
@@ -412,24 +412,20 @@ def read_trust(value, where, faults):
     return trust
 
 
-def refuse_other_convention(objects, sizes, path, box_format):
+def refuse_other_convention(images, path, box_format):
     """UserError where boxes, read as left, top, width, height, look like those of another of BOX_FORMATS.
 
-    objects: of each picture, a list of what has a box x1, y1, x2, y2 and the area in the file or None; sizes: (width,
-    height) of each picture or None; box_format: where it is given, nothing is refused. More than a tenth leave their
-    picture and half as many at most would by another convention, or no number is above 1, or the corners' convention
-    alone gives the areas.
+    images: AnnotatedImages; box_format: where it is given, nothing is refused. More than a tenth leave their picture
+    and half as many at most would by another convention, or no number is above 1, or the corners' convention alone
+    gives the areas that the file has.
     """
-    kept = [(each.box, size, each.area)
-            for own, size in zip(objects, sizes) if size
-            for each in own if any(each.box)]
+    kept = [(each, image.size) for image in images if image.size for each in image.objects if any(each.box)]
     if box_format or not kept:
         return
-    corners, sizes, areas = zip(*kept)
-    x1, y1, x2, y2 = np.array(corners).T
+    x1, y1, x2, y2 = np.array([each.box for each, _ in kept]).T
     written = np.array([x1, y1, x2 - x1, y2 - y1])
-    size = np.array(sizes).T  # (2, K)
-    area = np.array([each or np.nan for each in areas], float)
+    size = np.array([size for _, size in kept]).T  # (2, K)
+    area = np.array([read_number(each.fields.get("area")) for each, _ in kept], float)
     n_outside = {}
     n_area = {}
     for tried in ("xywh", "xyxy", "cxcywh"):
@@ -461,23 +457,21 @@ def cut_box(box, size):
     return corners if (corners[2:] - corners[:2]).min() >= 0.5 else None
 
 
-def cut_boxes(images, names, sizes):
-    """AnnotatedImages -> (of each the PartObjects with area in the picture, cut to it; dicts of the others; how many were
-    cut).
-
-    names, sizes: of each image, its file and (width, height), or None where the size is unknown.
+def cut_boxes(images):
+    """AnnotatedImages -> (of each the PartObjects with area in the picture, cut to it; dicts of the others; how many
+    were cut).
     """
     kept = []
     skipped = []
     n_cut = 0
-    for image, name, size in zip(images, names, sizes):
+    for image in images:
         kept.append([])
         for each in image.objects:
-            box = cut_box(each.box, size)
+            box = cut_box(each.box, image.size)
             if box is None:
                 shown = " ".join(f"{value:g}" for value in each.box)
                 skipped.append({
-                    "image": name,
+                    "image": image.name,
                     "annotation": f"{each.key} ({each.part})",
                     "reason": f"box {shown} has no area in its picture"})
                 continue
@@ -490,19 +484,16 @@ def cut_boxes(images, names, sizes):
 # Annotations -> COCO
 # --------------------------------------------------------------------------------------
 
-def as_coco(found, names, sizes):
-    """Annotations -> (clean COCO with area, iscrowd, state and trust; dicts of the boxes without area, left out).
-
-    names, sizes: as cut_boxes has them.
-    """
+def as_coco(found):
+    """Annotations -> (clean COCO with area, iscrowd, state and trust; dicts of the boxes without area, left out)."""
     images = []
     annotations = []
-    kept, dropped, _ = cut_boxes(found.images, names, sizes)
-    for number, (image, name, size, objects) in enumerate(zip(found.images, names, sizes, kept)):
+    kept, dropped, _ = cut_boxes(found.images)
+    for number, (image, objects) in enumerate(zip(found.images, kept)):
         absent = sorted(set(image.absent))
-        images.append({**image.fields, "id": number, "file_name": name, "absent_parts": absent})
-        if size:
-            images[-1]["width"], images[-1]["height"] = size
+        images.append({**image.fields, "id": number, "file_name": image.name, "absent_parts": absent})
+        if image.size:
+            images[-1] |= zip(("width", "height"), image.size)
         for each in objects:
             left, top, right, bottom = each.box.tolist()
             width = right - left
@@ -538,19 +529,18 @@ def read_groups(images, column):
     return np.array(list(map(str, values)), str)
 
 
-def as_truth(images, parts, names, sizes, min_trust, **others):
-    """AnnotatedImages -> (PartTruth, dicts of the boxes that were skipped, notes).
+def as_truth(images, parts, min_trust, **others):
+    """AnnotatedImages with a size -> (PartTruth, dicts of the boxes that were skipped, notes).
 
-    parts, names, sizes: as PartTruth has them; others: its groups and keeps_absent. Boxes are cut
-    to their picture; those without area there are skipped by name, those that annotators trusted
-    less than min_trust are ignored.
+    others: groups and keeps_absent of the PartTruth. Boxes are cut to their picture; those without area there are
+    skipped by name, those that annotators trusted less than min_trust are ignored.
     """
-    kept, skipped, n_cut = cut_boxes(images, names, sizes)
+    kept, skipped, n_cut = cut_boxes(images)
     truth = PartTruth(
         parts=parts,
-        images=np.array(names, str),
+        images=np.array([image.name for image in images], str),
         ids=[image.id for image in images],
-        sizes=np.array(sizes),
+        sizes=np.array([image.size for image in images]),
         boxes=[np.array([each.box for each in row], np.float32).reshape(-1, 4) for row in kept],
         labels=[np.array([parts.index(each.part) for each in row], np.int64) for row in kept],
         states=[np.array([each.state for each in row], np.int64) for row in kept],

@@ -471,7 +471,7 @@ def test_batches_are_padded_with_zeros_after_normalisation(tmp_path, flags):
     args, study = marked(tmp_path, flags)
     data = train_detector.PartImages(study, np.array([0]), {"min_size": 40, "max_size": 80}, "none", args.seed)
     small = {**data[0, 0], "pixels": torch.full((20, 30, 3), 7, dtype=torch.uint8)}
-    batch = train_detector.collate_truth([data[0, 0], small])
+    batch = train_detector.collate([data[0, 0], small])
     assert batch["pixels"].shape == (2, 64, 64, 3) and batch["sizes"] == [(40, 60), (20, 30)]
     compute = common.choose_compute("cpu", "off")
     inputs, sizes, targets = train_detector.to_device(batch, compute, {"pixel_mean": common.IMAGENET_MEAN,

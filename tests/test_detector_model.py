@@ -49,7 +49,7 @@ def sample(labels=(1, 2, 3, 1), states=(0, 1, 2, 3), boxes=BOXES, name="0.jpg"):
 
 
 def device_batch(*samples, settings=None):
-    return train_detector.to_device(train_detector.collate_truth(samples), FP32, settings or small_settings())
+    return train_detector.to_device(train_detector.collate(samples), FP32, settings or small_settings())
 
 
 # --- the same as torchvision ----------------------------------------------------------
@@ -268,7 +268,7 @@ def test_one_picture_can_be_learnt_by_heart():
 def test_validation_changes_nothing_and_repeats():
     """BatchNorm in training before: every buffer and weight is the same afterwards, no gradient, no dropout."""
     model = small_detector().train()
-    loader = [train_detector.collate_truth([sample(), sample((2, 2, 3, 3))]), train_detector.collate_truth([sample()])]
+    loader = [train_detector.collate([sample(), sample((2, 2, 3, 3))]), train_detector.collate([sample()])]
     before = copy.deepcopy(model.state_dict())
     results = [train_detector.evaluate(model, loader, FP32, 5, 0.5)[1] for _ in range(2)]
     for name, value in model.state_dict().items():
@@ -284,7 +284,7 @@ def test_validation_changes_nothing_and_repeats():
 
 def test_the_validation_loss_is_the_training_loss_without_dropout():
     model = small_detector().eval()
-    batch = train_detector.collate_truth([sample()])
+    batch = train_detector.collate([sample()])
     loss = train_detector.evaluate(model, [batch], FP32, 5, 0.5)[1]["val_loss"]
     torch.manual_seed(common.hash_seed(5, 1, 0))
     assert loss == pytest.approx(train_detector.total_loss(model(*device_batch(sample())), 0.5).item(), rel=1e-5)
@@ -296,7 +296,7 @@ BF16 = common.Compute(torch.device("cpu"), "bf16", True, "")
 @pytest.mark.skipif(common.fast_precision(torch.device("cpu")) != "bf16", reason="this processor has no bf16")
 def test_bf16_gives_the_same_losses_within_its_precision():
     model = small_detector().eval()
-    batch = train_detector.collate_truth([sample()])
+    batch = train_detector.collate([sample()])
     exact, rounded = (train_detector.evaluate(model, [batch], compute, 5, 0.5)[1] for compute in (FP32, BF16))
     for name, value in exact.items():
         assert rounded[name] == pytest.approx(value, rel=0.05, abs=0.02), name

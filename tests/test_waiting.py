@@ -171,7 +171,7 @@ def detector_epoch(device, folder, accumulate):
     sample = {"pixels": picture(40, 60, 3), "boxes": torch.ones(2, 4), "labels": torch.ones(2, dtype=torch.long),
               "states": torch.zeros(2, dtype=torch.long)}
     model = DetectorStub()
-    training, loader, compute = start(device, folder, model, sample, accumulate, train_detector.collate_truth)
+    training, loader, compute = start(device, folder, model, sample, accumulate, train_detector.collate)
     return training, lambda: train_detector.train_one_epoch(model, loader, training, compute, 0.5)
 
 

@@ -58,8 +58,8 @@ def script_args(folder, options):
     """Flags of the script for these data."""
     return train_detector.parse_args([
         "--train_json", str(folder / "coco.json"), "--train_images", str(folder), "--output_dir", str(folder / "out"),
-        "--split_ratio", "0.9", "--model", options.model, "--no_pretrained", "--norm", "frozen", "--save_minutes",
-        "0", "--min_size", str(options.min_size), "--max_size", str(2 * options.min_size), "--epochs", "1000",
+        "--split_ratio", "0.9", "--model", options.model, "--no_pretrained", "--save_minutes", "0",
+        "--min_size", str(options.min_size), "--max_size", str(2 * options.min_size), "--epochs", "1000",
         "--batch_size", str(options.batch_size), *more_flags(options)])
 
 
@@ -71,7 +71,7 @@ class ScriptEpochs:
         self.run = common.start_run(self.args)
         study = train_detector.load_study(self.args, {"train": (folder / "coco.json", folder)}, self.run.say)
         split = {"train": np.arange(options.images), "val": np.arange(2), "test": np.arange(0)}
-        self.settings = train_detector.model_settings(self.args, study.truth)
+        self.settings = train_detector.model_settings(self.args, study.truth) | {"frozen_norm": True}
         self.loader, _ = train_detector.make_loaders(study, split, self.settings, self.args, self.run.compute)
         self.model = self.run.compute.place(train_detector.build_model(self.args, self.settings, None))
         optimizer = common.build_optimizer([(self.model, 1.0)], self.args)
@@ -138,7 +138,8 @@ class ReferenceEpochs:
         self.device, size = common.choose_compute("auto", "off").device, options.min_size
         args = script_args(folder, options)
         truth = SimpleNamespace(parts=[f"part_{k}" for k in range(PARTS)], has_states=lambda: True)
-        self.model = train_detector.build_model(args, train_detector.model_settings(args, truth), None)
+        settings = train_detector.model_settings(args, truth) | {"frozen_norm": True}
+        self.model = train_detector.build_model(args, settings, None)
         self.model = self.model.to(self.device).train()
         self.transform = GeneralizedRCNNTransform(size, 2 * size, common.IMAGENET_MEAN, common.IMAGENET_STD)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
