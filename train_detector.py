@@ -60,17 +60,20 @@ class InputDefaults(typing.NamedTuple):
     """Input of a model, in pixels."""
     min_size: int  # short side
     max_size: int  # longest side
-    anchors: tuple  # sides of the square ones
 
 
 RESNET18 = "fasterrcnn_resnet18_fpn"
-COCO_ANCHORS = (32, 64, 128, 256, 512)
+COCO_ANCHORS = (32, 64, 128, 256, 512)  # sides of the square ones, in input pixels
+LEVEL_STRIDES = (8, 16, 32, 64)  # input pixels of a cell on each level of RESNET18's pyramid
+N_LEVELS = len(LEVEL_STRIDES)
 MODELS = {
-    "fasterrcnn_resnet50_fpn": InputDefaults(800, 1333, COCO_ANCHORS),
-    "fasterrcnn_resnet50_fpn_v2": InputDefaults(800, 1333, COCO_ANCHORS),
-    "fasterrcnn_mobilenet_v3_large_320_fpn": InputDefaults(320, 640, COCO_ANCHORS),
-    RESNET18: InputDefaults(384, 640, (16, 40, 96, 224)),
+    "fasterrcnn_resnet50_fpn": InputDefaults(800, 1333),
+    "fasterrcnn_resnet50_fpn_v2": InputDefaults(800, 1333),
+    "fasterrcnn_mobilenet_v3_large_320_fpn": InputDefaults(320, 640),
+    RESNET18: InputDefaults(384, 640),
 }
+SIDES = {"left": "right", "right": "left"}
+SIDE_WORD = re.compile("(?<![a-z])(left|right)(?![a-z])")
 # For a CPU: no level of stride 4, and a quarter of torchvision's proposals, plenty for twenty parts.
 SMALL_HEADS = {
     "box_batch_size_per_image": 128,
@@ -141,7 +144,8 @@ def add_model_arguments(model):
     model("--min_size", "--image_size", "--img_size", type=common.SIDE, help="short side of the input in pixels (default: the model's)")
     model("--max_size", type=common.SIDE, help="longest side of the input in pixels")
     model("--anchor_sizes", type=common.bounded(int, 2), nargs="+", metavar="PX",
-          help=f"sides of the anchors in input pixels, smallest first: five, {RESNET18} four")
+          help="sides of the anchors in input pixels, smallest first: five, or for "
+               f"{RESNET18} four, eight, ... (default: the published five, or eight that fit the train boxes)")
     model("--trainable_layers", type=common.bounded(int, 0, 6), default=3,
           help="last stages of the backbone that are trained: 0 to 5, MobileNet to 6; with random "
                "weights all are")
@@ -196,11 +200,12 @@ def check_flags(parser, args):
     if args.augment == "full":
         parser.error(f"--augment {args.augment}: the detector knows none and light (flip, colour, "
                      "size)")
-    n_anchors = len(MODELS[args.model].anchors)
     anchors = args.anchor_sizes or []
-    if anchors and (len(anchors) != n_anchors or anchors != sorted(anchors)):
-        parser.error(f"--anchor_sizes {anchors}: {args.model} takes {n_anchors} sides, smallest "
-                     "first")
+    is_small = args.model == RESNET18
+    fits = len(anchors) % N_LEVELS == 0 if is_small else len(anchors) in (0, len(COCO_ANCHORS))
+    if not fits or anchors != sorted(anchors):
+        number = f"{N_LEVELS}, {2 * N_LEVELS}, ..." if is_small else len(COCO_ANCHORS)
+        parser.error(f"--anchor_sizes {anchors}: {args.model} takes {number} sides, smallest first")
     weights = args.state_class_weights
     if weights in (["none"], ["balanced"]):
         return
@@ -431,9 +436,11 @@ def resize_picture(pixels, size):
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
-def has_sides(parts):
-    """True where a part name says left or right: mirrored pictures would teach wrong names."""
-    return any({"left", "right"} & set(re.split("[^a-z]+", part.lower())) for part in parts)
+def mirrored_labels(parts):
+    """(P,) label of each part in a mirrored picture, where left is right. None: a part with a side has no counterpart."""
+    labels = {part.lower(): label for label, part in enumerate(parts)}
+    mirrored = [labels.get(SIDE_WORD.sub(lambda word: SIDES[word[0]], part.lower())) for part in parts]
+    return None if None in mirrored else np.array(mirrored)
 
 
 def mirror(pixels, boxes):
@@ -455,11 +462,15 @@ class PartImages(common.Samples):
     augment: str  # none or light
     seed: int
 
+    def __post_init__(self):
+        self.mirrored = mirrored_labels(self.study.truth.parts)
+
     def __getitem__(self, key):
         epoch, index = key
         row = int(self.rows[index])
         truth = self.study.truth
         judged = truth.judged(row)
+        labels = truth.labels[row][judged]
         boxes = truth.boxes[row][judged] / np.tile(truth.sizes[row], 2)  # (K, 4) in 0..1
         generator = common.generator_for(self.seed, epoch, row)
         drawn = common.sample_augmentation(self.augment, generator)
@@ -469,14 +480,15 @@ class PartImages(common.Samples):
         limits = self.settings["min_size"], self.settings["max_size"]
         size = fit_size(*truth.sizes[row], *limits, factor)
         pixels = resize_picture(self.study.picture(row), size)
-        if drawn.flip and not has_sides(truth.parts):
+        if drawn.flip and self.mirrored is not None:
             pixels, boxes = mirror(pixels, boxes)
+            labels = self.mirrored[labels]
         if self.augment != "none":
             pixels = common.jitter_colours(np.ascontiguousarray(pixels), drawn)
         return {
             "pixels": torch.from_numpy(np.array(pixels)),
             "boxes": torch.from_numpy((boxes * np.tile(size, 2)).astype(np.float32)),
-            "labels": torch.from_numpy(truth.labels[row][judged] + 1),
+            "labels": torch.from_numpy(labels + 1),
             "states": torch.from_numpy(truth.states[row][judged]),
             "scale": truth.sizes[row] / size,
         }
@@ -651,7 +663,8 @@ def build_rcnn(settings):
     if "mobilenet" in name:
         sizes = [tuple(settings["anchor_sizes"])] * 3  # its three levels share all sizes
     else:
-        sizes = [(side,) for side in settings["anchor_sizes"]]
+        n_levels = N_LEVELS if name == RESNET18 else len(COCO_ANCHORS)
+        sizes = [tuple(sides) for sides in np.reshape(settings["anchor_sizes"], (n_levels, -1)).tolist()]
     anchors = detection.anchor_utils.AnchorGenerator(tuple(sizes), ((0.5, 1.0, 2.0),) * len(sizes))
     if name != RESNET18:
         rcnn = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=2)
@@ -669,18 +682,64 @@ def build_rcnn(settings):
         **SMALL_HEADS)
 
 
+def fit_anchors(truth, min_size, max_size):
+    """Sides of anchors in input pixels, two for each level of RESNET18's pyramid, smallest first.
+
+    A level whose cells are s pixels wide serves boxes with a side (root of the area) from 3 s to 6 s, the finest the
+    smaller ones too and the coarsest the larger ones: then some anchor lies close to any box. Its sides are the k-means
+    of the log sides of its boxes; where it has few boxes, 3 s and 1.41 times that.
+    """
+    logs = [np.zeros(0)]
+    for row, (width, height) in enumerate(truth.sizes):
+        scale = fit_size(width, height, min_size, max_size)[0] / width
+        boxes = truth.boxes[row][truth.judged(row)]
+        logs.append(np.log((boxes[:, 2:] - boxes[:, :2]).prod(1) * scale ** 2) / 2)
+    logs = np.concatenate(logs)  # (boxes,)
+    first = np.log([3 * stride for stride in LEVEL_STRIDES])  # smallest side of each level
+    level = np.clip(np.searchsorted(first, logs, side="right") - 1, 0, None)
+    sides = []
+    for number, smallest in enumerate(first):
+        centres = smallest + np.log(2) * np.array([0, 0.5])
+        own = logs[level == number]
+        if len(own) >= 20:
+            centres = two_means(own)
+        sides += [max(2, round(side)) for side in np.exp(centres).tolist()]
+    return sides
+
+
+def two_means(values):
+    """Centres (2,) of two clusters of values, smallest first: k-means from the quartiles on."""
+    centres = np.quantile(values, [0.25, 0.75])
+    for _ in range(100):
+        is_upper = values > centres.mean()
+        if is_upper.all() or not is_upper.any():
+            break
+        centres = np.array([values[~is_upper].mean(), values[is_upper].mean()])
+    return centres
+
+
+def choose_anchors(args, truth, min_size, max_size):
+    """The flag's anchors, those of the run to start from, or those that fit the boxes; published weights have their own."""
+    if args.anchor_sizes:
+        return args.anchor_sizes
+    if args.model != RESNET18:
+        return list(COCO_ANCHORS)
+    if args.init_from:
+        content = common.load_model_file(args.init_from, common.script_name())
+        with common.checkpoint_fields(args.init_from):
+            return content["settings"]["anchor_sizes"]
+    return fit_anchors(truth, min_size, max_size)
+
+
 def model_settings(args, truth):
     """What describes the network, kept in the checkpoint; truth: of the train pictures."""
-    defaults = MODELS[args.model]
     min_size = input_size(args)
-    anchors = args.anchor_sizes or list(defaults.anchors)
-    if args.model == RESNET18 and not args.anchor_sizes:  # the others' belong to published weights
-        anchors = [round(side * min_size / defaults.min_size) for side in anchors]
+    max_size = max(args.max_size or MODELS[args.model].max_size, min_size)
     return {
         "model": args.model,
         "min_size": min_size,
-        "max_size": max(args.max_size or defaults.max_size, min_size),
-        "anchor_sizes": anchors,
+        "max_size": max_size,
+        "anchor_sizes": choose_anchors(args, truth, min_size, max_size),
         "parts": truth.parts,
         "states": list(part_boxes.STATES) if truth.has_states() else [],
         "frozen_norm": starts_trained(args),  # statistics of small batches are worse
@@ -866,8 +925,11 @@ def fit(run, args, study, split):
     train_truth = study.truth.take(split["train"])
     val_truth = study.truth.take(split["val"])
     settings = model_settings(args, train_truth) | {"pixel_range": study.store.pixel_range}
-    if args.augment == "light" and has_sides(train_truth.parts):
-        run.say("note: part names say left or right, so pictures are not flipped")
+    if args.augment == "light" and mirrored_labels(train_truth.parts) is None:
+        run.say("note: a part is called left or right and its counterpart is missing, so pictures are not mirrored")
+    if args.model == RESNET18 and not (args.anchor_sizes or args.init_from):
+        sides = " ".join(map(str, settings["anchor_sizes"]))
+        run.say(f"note: anchors of {sides} pixels, chosen to fit the train boxes (--anchor_sizes)")
     if args.select == "joint_map" and not settings["states"]:
         raise common.UserError(f"--select {args.select}: no box has a state; use --select map")
     model = compute.place(build_model(args, settings, state_weights(args, train_truth)))

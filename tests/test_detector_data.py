@@ -6,11 +6,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -427,15 +429,15 @@ def test_groups_come_from_the_entries(tmp_path, flags):
 
 # --- samples ----------------------------------------------------------------------------
 
-def marked(tmp_path, flags, *more):
-    """A study of one picture of 60 x 40 with a white front wheel on its left."""
+def marked(tmp_path, flags, *more, parts=("back_wheel", "front_wheel")):
+    """A study of one picture of 60 x 40 with a white front wheel, or the last of these parts, on its left."""
     (tmp_path / "images").mkdir()
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[10:30, 5:25] = 255
     cv2.imwrite(str(tmp_path / "images" / "0.png"), pixels)
     (tmp_path / "a.json").write_text(json.dumps({"0.png": {"parts": {
-        "back_wheel": part([35, 10, 20, 20], object_state="damaged"),
-        "front_wheel": part([5, 10, 20, 20], object_state="occluded")}}}))
+        parts[0]: part([35, 10, 20, 20], object_state="damaged"),
+        parts[1]: part([5, 10, 20, 20], object_state="occluded")}}}))
     args = flags(*more)
     files = {"train": (tmp_path / "a.json", tmp_path / "images")}
     return args, train_detector.load_study(args, files, lambda text: None)
@@ -457,6 +459,71 @@ def test_a_flip_keeps_names_and_boxes_follow_the_pixels(tmp_path, flags):
         sides.add(front[0] < back[0])
         widths.add(sample["pixels"].shape[1])
     assert sides == {True, False} and len(widths) > 8 and min(widths) >= 48 and max(widths) <= 72
+
+
+def test_left_and_right_change_places_in_a_flip(tmp_path, flags):
+    """In a mirrored picture the white box, on the right now, is called the right one; its state goes with it."""
+    args, study = marked(tmp_path, flags, parts=("Right light", "left light"))
+    data = train_detector.PartImages(study, np.array([0]), {"min_size": 40, "max_size": 80}, "light", args.seed)
+    sides = set()
+    for epoch in range(12):
+        sample = data[epoch, 0]
+        names = [study.truth.parts[label - 1] for label in sample["labels"]]
+        centre = sample["pixels"].shape[1] / 2
+        for name, box, state in zip(names, sample["boxes"].tolist(), sample["states"].tolist()):
+            is_white = sample["pixels"][int(box[1] + box[3]) // 2, int(box[0] + box[2]) // 2].min() > 100
+            assert name == ("left light" if (box[0] + box[2]) / 2 < centre else "Right light")
+            assert state == (3 if is_white else 1)
+        sides.add(sample["boxes"][0][0].item() < centre)
+    assert sides == {True, False}
+
+
+@pytest.mark.parametrize("parts, expected", [
+    (["bell", "front wheel"], [0, 1]), (["left_door", "hood", "RIGHT_door"], [2, 1, 0]),
+    (["front-left-light", "front-right-light", "leftover"], [1, 0, 2]), (["left eye", "nose"], None)])
+def test_labels_of_a_mirrored_picture(parts, expected):
+    found = train_detector.mirrored_labels(parts)
+    assert found is expected is None or list(found) == expected
+
+
+def drawn_truth(sides):
+    """Boxes of these sides (pictures, boxes), twice as wide as the square and half as high, in pictures of 800 px."""
+    boxes = np.zeros((*sides.shape, 4), np.float32)
+    boxes[:, :, 2:] = sides[:, :, None] * [2, 0.5]
+    return SimpleNamespace(sizes=np.full((len(sides), 2), 800), boxes=list(boxes),
+                           judged=lambda row: np.ones(sides.shape[1], bool))
+
+
+def test_anchors_fit_the_train_boxes_in_input_pixels():
+    """Two of each level are scikit-learn's two means of the sides that it serves, where there are enough."""
+    from sklearn.cluster import KMeans
+    draws = np.random.default_rng(0)
+    sides = np.exp(draws.uniform(np.log(20), np.log(150), (60, 3)))  # half of it in the input: 10 to 75
+    found = train_detector.fit_anchors(drawn_truth(sides), 400, 800)
+    logs = np.log(sides.ravel() / 2)[:, None]
+    expected = [np.sort(KMeans(2, n_init=10, random_state=0).fit(own).cluster_centers_.ravel())
+                for own in (logs[logs[:, 0] < np.log(48)], logs[logs[:, 0] >= np.log(48)])]
+    assert np.allclose(found[:4], np.exp(np.concatenate(expected)), rtol=0.08, atol=0.6)
+    assert found[4:] == [96, 136, 192, 272] and found == sorted(found)
+
+
+def test_anchors_come_close_to_more_boxes_than_one_fixed_size_a_level():
+    """Share of boxes, anywhere in the picture, that an anchor of torchvision's generator overlaps by IoU .7."""
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.image_list import ImageList
+    draws = np.random.default_rng(1)
+    sides = np.exp(draws.normal(np.log(50), 0.6, (100, 3)))
+    centres = draws.uniform(120, 280, (300, 2))
+    boxes = np.hstack([centres - sides.reshape(-1, 1) / 2, centres + sides.reshape(-1, 1) / 2])
+    maps = [torch.zeros(1, 1, 448 // stride, 448 // stride) for stride in train_detector.LEVEL_STRIDES]
+    shares = []
+    for sizes in ([16, 40, 96, 224], train_detector.fit_anchors(drawn_truth(sides), 800, 800)):
+        levels = tuple(map(tuple, np.reshape(sizes, (4, -1)).tolist()))
+        generator = AnchorGenerator(levels, ((0.5, 1.0, 2.0),) * 4)
+        anchors = generator(ImageList(torch.zeros(1, 3, 448, 448), [(448, 448)]), maps)[0]
+        best = torchvision.ops.box_iou(torch.from_numpy(boxes).float(), anchors).max(1).values
+        shares.append((best >= 0.7).float().mean().item())
+    assert shares[1] > 2 * shares[0], shares
 
 
 def test_a_sample_depends_on_seed_epoch_and_row_alone(tmp_path, flags):
@@ -524,6 +591,8 @@ MISTAKES = {
     "test alone": ([*DATA, "--test_json", "t", "--test_images", "u"], ["--val_json"]),
     "weights": ([*DATA, "--state_class_weights", "1", "2"], ["a number for each"]),
     "anchors": ([*DATA, "--anchor_sizes", "8", "16"], ["takes 5"]),
+    "anchors of the small one": ([*DATA, "--model", "fasterrcnn_resnet18_fpn", "--anchor_sizes", "8", "16"],
+                                 ["takes 4, 8, ... sides"]),
     "model": ([*DATA, "--model", "fasterrcnn"], ["fasterrcnn_resnet50_fpn"])}
 
 

@@ -373,7 +373,7 @@ def test_published_weights_that_cannot_be_had(tmp_path, monkeypatch, name, publi
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for variable in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")
-    sizes = list(train_detector.MODELS[name].anchors)
+    sizes = [8, 16, 32, 64] if name == train_detector.RESNET18 else list(train_detector.COCO_ANCHORS)
     with pytest.raises(common.UserError) as error:
         train_detector.build_model(Online, small_settings(model=name, anchor_sizes=sizes), None)
     for word in (f"--download_weights {published}", "--weights FILE", "--no_pretrained"):
@@ -382,7 +382,10 @@ def test_published_weights_that_cannot_be_had(tmp_path, monkeypatch, name, publi
 
 @pytest.mark.parametrize("name", train_detector.MODELS)
 def test_every_model_can_be_built(name):
-    made = train_detector.build_rcnn({"model": name, "anchor_sizes": list(train_detector.MODELS[name].anchors)})
+    sizes = range(8, 72, 8) if name == train_detector.RESNET18 else train_detector.COCO_ANCHORS
+    made = train_detector.build_rcnn({"model": name, "anchor_sizes": list(sizes)})
+    per_place = {"fasterrcnn_resnet18_fpn": 6, "fasterrcnn_mobilenet_v3_large_320_fpn": 15}.get(name, 3)
+    assert set(made.rpn.anchor_generator.num_anchors_per_location()) == {per_place}
     heads = train_detector.StateRoIHeads(made.roi_heads, 22, 4)
     width = 512 if name == "fasterrcnn_resnet18_fpn" else 1024
     shapes = [tuple(module.weight.shape) for module in heads.state_head if isinstance(module, nn.Linear)]

@@ -55,12 +55,14 @@ def make_data(folder, options):
 
 
 def script_args(folder, options):
-    """Flags of the script for these data."""
+    """Flags of the script for these data; all loops have the same anchors."""
+    is_small = options.model == train_detector.RESNET18
+    anchors = ["--anchor_sizes", "16", "23", "36", "51", "76", "107", "152", "215"] if is_small else []
     return train_detector.parse_args([
         "--train_json", str(folder / "coco.json"), "--train_images", str(folder), "--output_dir", str(folder / "out"),
         "--split_ratio", "0.9", "--model", options.model, "--no_pretrained", "--save_minutes", "0",
         "--min_size", str(options.min_size), "--max_size", str(2 * options.min_size), "--epochs", "1000",
-        "--batch_size", str(options.batch_size), *more_flags(options)])
+        "--batch_size", str(options.batch_size), *anchors, *more_flags(options)])
 
 
 class ScriptEpochs:
