@@ -31,7 +31,7 @@ def parse_args(argv=None):
         help="with --truth: what the four numbers of a detected box are (default: left top width height in pixels)")
     add("--group_column", help="column whose rows are not independent, such as subject (default: group, if there)")
     add("--baseline", metavar="COLUMN", help="what the model must beat: a column, or BASELINE of NAME_BASELINE or "
-        "BASELINE_prob_CLASS (default: the best of all there are)")
+        "BASELINE_prob_CLASS (default: the best of all there are); with --truth: COCO results of another detector")
     add("--positive_class", help="class whose AUC counts (default: the rarest)")
     add("--criteria", default="", help='bars to judge, e.g. "r2>0.15,mae<3.0": PASS, FAIL or NOT RESOLVABLE')
     add("--held_out", action="store_true", help="state that no model was trained or chosen on these rows")
@@ -39,9 +39,8 @@ def parse_args(argv=None):
     # no network runs here
     parser.set_defaults(device="cpu", use_amp="off", deterministic=False, resume=None, tensorboard=False, wandb=False)
     args = common.parse_arguments(parser, argv)
-    if args.truth and (len(args.predictions) > 1 or args.baseline or args.positive_class):
-        parser.error("--truth judges one file of detections against the mean box of each part: give one file to "
-                     "--predictions, no --baseline and no --positive_class")
+    if args.truth and (len(args.predictions) > 1 or args.positive_class):
+        parser.error("--truth judges one file of detections: give one file to --predictions and no --positive_class")
     return args
 
 
@@ -55,9 +54,14 @@ def judge_coco(args):
         seen=as_stated(seen, args),
         criteria=args.criteria,
         data=[reporting.html_text(scored)])
+    trained = {}
+    if args.baseline:
+        _, other, _ = detection_judging.read_coco_results(
+            args.truth, args.baseline, args.group_column, args.box_format)
+        trained[Path(args.baseline).stem] = other
     with common.start_run(args) as run:
         run.write_args(predictions=[str(path)], truth=str(args.truth))
-        detection_judging.judge_detections(run, truth, detections, setting)
+        detection_judging.judge_detections(run, truth, detections, setting, trained=trained)
 
 
 def as_stated(seen, args):

@@ -10,8 +10,9 @@
 Training and evaluation write outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first),
 metrics.json, per_part.csv, per_state.csv, detections_<part>.json (COCO results) and .csv,
 failures.jpg, pictures/, args.json, log.txt; training also best_model.pth, last.pth,
-training_history.csv and .png, splits.json, leakage_report.json. Prediction writes --output (COCO
-results), the same as CSV beside it, and --visualize pictures.
+training_history.csv and .png, splits.json, leakage_report.json, <part>_coco.json, and with
+--baseline heads baseline/. Prediction writes --output (COCO results), the same as CSV beside it,
+and --visualize pictures.
 
 TRAIN_JSON, VAL_JSON, TRAIN_CLEANED and VAL_CLEANED (the folders of pictures) and OUTPUT_DIR, from
 the environment or lines NAME=VALUE of ./.env, are the defaults of --train_json, --val_json,
@@ -40,10 +41,9 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign
-from torchvision.ops.poolers import initLevelMapper
 
 import common
-from evidence import (box_pictures, detection_judging, detection_scores, detection_tables, judging,
+from evidence import (box_pictures, calibrating, detection_judging, detection_scores, detection_tables, judging,
                       plotting, reporting, splitting)
 from readers import backbones, file_names, part_boxes, picture_files
 
@@ -141,7 +141,8 @@ def add_model_arguments(model):
     """The network, its input and its loss."""
     model("--model", "--backbone", "--encoder", choices=tuple(MODELS), default="fasterrcnn_resnet50_fpn",
           help="torchvision detector")
-    model("--min_size", "--image_size", "--img_size", type=common.SIDE, help="short side of the input in pixels (default: the model's)")
+    model("--min_size", "--image_size", "--img_size", type=common.SIDE,
+          help="short side of the input in pixels (default: the model's)")
     model("--max_size", type=common.SIDE, help="longest side of the input in pixels")
     model("--anchor_sizes", type=common.bounded(int, 2), nargs="+", metavar="PX",
           help="sides of the anchors in input pixels, smallest first: five, or for "
@@ -163,8 +164,15 @@ def add_result_arguments(result):
     result("--score_threshold", type=common.SHARE, default=0.5,
            help="score from which a detection counts in precision, recall, hallucinations and "
                 "pictures")
+    result("--nms_iou", type=common.SHARE, default=0.5,
+           help="of two boxes of one part that overlap more, the better is kept; lower it where "
+                "boxes come twice")
     result("--one_per_part", action="store_true",
-           help="keep the best box of each part; absent where none")
+           help="keep the best box of each part; absent where none; metrics are of what is kept")
+    result("--baseline", choices=("boxes", "heads"), default="boxes",
+           help="what the detector must beat: boxes = the mean box of each part, which alone never "
+                "makes a page green; heads = also the same detector with only its heads trained, "
+                "which takes about as long again")
     result("--visualize", type=common.WHOLE, default=8, may_change=True,
            help="pictures to draw with boxes and states")
     result("--bootstrap_draws", type=common.bounded(int, 20), default=200,
@@ -178,11 +186,9 @@ def class_weight(text):
 
 def environment_defaults(path=Path(".env")):
     """{flag: text} of ENVIRONMENT, from the environment or else lines NAME=VALUE of `path`."""
-    values = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
-            name, _, value = line.strip().removeprefix("export ").partition("=")
-            values[name.strip()] = value.strip().strip("\"'")
+    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
+    pairs = [line.strip().removeprefix("export ").partition("=") for line in text.splitlines()]
+    values = {name.strip(): value.strip().strip("\"'") for name, _, value in pairs}
     values |= os.environ
     return {flag: values[name] for name, flag in ENVIRONMENT.items() if values.get(name)}
 
@@ -206,6 +212,9 @@ def check_flags(parser, args):
     if not fits or anchors != sorted(anchors):
         number = f"{N_LEVELS}, {2 * N_LEVELS}, ..." if is_small else len(COCO_ANCHORS)
         parser.error(f"--anchor_sizes {anchors}: {args.model} takes {number} sides, smallest first")
+    if args.baseline == "heads" and not (starts_trained(args) and args.trainable_layers):
+        parser.error("--baseline heads needs trained weights to start from and --trainable_layers over 0: "
+                     "else it is the model itself, or one on random features")
     weights = args.state_class_weights
     if weights in (["none"], ["balanced"]):
         return
@@ -257,10 +266,15 @@ def check_split_flags(parser, args):
 class Study(picture_files.StoredPictures):
     """N pictures with their boxes, cleaned."""
     truth: part_boxes.PartTruth
-    origin: np.ndarray  # (N,) text: train, val or test, the file that names the picture
-    category_ids: dict  # that file -> {part: id as it writes them}
+    images: list  # N AnnotatedImages
+    category_ids: dict  # train, val or test -> {part: id as its file writes them}
     skipped: list  # dicts of image, annotation and reason
     notes: list
+
+    @property
+    def origin(self):
+        """(N,) text: train, val or test, the file that names the picture."""
+        return np.array([image.origin for image in self.images], str)
 
     @property
     def strata(self):
@@ -318,7 +332,7 @@ def load_study(args, files, say, checkpoint=None):
         keeps_absent=absent == "keep")
     study = Study(
         truth=truth,
-        origin=np.array([image.origin for image in used], str),
+        images=used,
         category_ids={origin: found.category_ids for origin, found in read.items()},
         store=store,
         stored=np.array(stored, int),
@@ -397,7 +411,7 @@ def without_empty(study):
     return dataclasses.replace(
         study,
         truth=study.truth.take(kept),
-        origin=study.origin[kept],
+        images=[study.images[row] for row in kept],
         stored=study.stored[kept],
         skipped=study.skipped + empty)
 
@@ -427,17 +441,11 @@ def fit_size(width, height, min_size, max_size, factor=1.0):
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def resize_picture(pixels, size):
-    """uint8 (H, W, 3) scaled to `size` (width, height)."""
-    import cv2
-    if pixels.shape[1::-1] == size:
-        return pixels
-    shrinks = size[0] < pixels.shape[1]
-    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-
-
 def mirrored_labels(parts):
-    """(P,) label of each part in a mirrored picture, where left is right. None: a part with a side has no counterpart."""
+    """(P,) label of each part in a mirrored picture, where left is right.
+
+    None: a part with a side has no counterpart.
+    """
     labels = {part.lower(): label for label, part in enumerate(parts)}
     mirrored = [labels.get(SIDE_WORD.sub(lambda word: SIDES[word[0]], part.lower())) for part in parts]
     return None if None in mirrored else np.array(mirrored)
@@ -479,7 +487,7 @@ class PartImages(common.Samples):
             factor = 0.8 + 0.4 * torch.rand((), generator=generator).item()
         limits = self.settings["min_size"], self.settings["max_size"]
         size = fit_size(*truth.sizes[row], *limits, factor)
-        pixels = resize_picture(self.study.picture(row), size)
+        pixels = picture_files.resize(self.study.picture(row), size)
         if drawn.flip and self.mirrored is not None:
             pixels, boxes = mirror(pixels, boxes)
             labels = self.mirrored[labels]
@@ -516,13 +524,9 @@ class PaddedRoIAlign(MultiScaleRoIAlign):
 
     def forward(self, x, boxes, image_shapes):
         # maps (B, C, H, W); boxes: B of (Q, 4) in input pixels -> (Q of all, C, bins, bins)
-        padded = PADDING * math.ceil(max(height for height, _ in image_shapes) / PADDING)
-        heights = [each.shape[2] for name, each in x.items() if name in self.featmap_names]
-        levels = [round(math.log2(padded / height)) for height in heights]  # 3: 1 / 8 of the input
-        self.scales = [2.0 ** -level for level in levels]
-        self.map_levels = initLevelMapper(
-            levels[0], levels[-1], self.canonical_scale, self.canonical_level)
-        return super().forward(x, boxes, image_shapes)
+        self.scales = None
+        padded = tuple(PADDING * math.ceil(max(sides) / PADDING) for sides in zip(*image_shapes))
+        return super().forward(x, boxes, [padded])
 
 
 class StateRoIHeads(RoIHeads):
@@ -535,21 +539,15 @@ class StateRoIHeads(RoIHeads):
     """
 
     def __init__(self, heads, n_parts, n_states, class_weights=None):
+        nn.Module.__init__(self)
+        vars(self).update(vars(heads))  # all that torchvision has built
         n_features = heads.box_predictor.cls_score.in_features
         pool = heads.box_roi_pool
-        super().__init__(
-            box_roi_pool=PaddedRoIAlign(pool.featmap_names, pool.output_size, pool.sampling_ratio),
-            box_head=heads.box_head,
-            box_predictor=FastRCNNPredictor(n_features, n_parts + 1),
-            fg_iou_thresh=heads.proposal_matcher.high_threshold,
-            bg_iou_thresh=heads.proposal_matcher.low_threshold,
-            batch_size_per_image=heads.fg_bg_sampler.batch_size_per_image,
-            positive_fraction=heads.fg_bg_sampler.positive_fraction,
-            bbox_reg_weights=heads.box_coder.weights,
-            score_thresh=detection_scores.LOWEST_SCORE,
-            nms_thresh=heads.nms_thresh,
-            detections_per_img=heads.detections_per_img)
+        self.box_roi_pool = PaddedRoIAlign(pool.featmap_names, pool.output_size, pool.sampling_ratio)
+        self.box_predictor = FastRCNNPredictor(n_features, n_parts + 1)
+        self.score_thresh = detection_scores.LOWEST_SCORE
         self.n_states = n_states
+        self.temperature = 1.0  # of the states' probabilities, see fit_temperature
         self.state_head = None
         if n_states:
             self.state_head = nn.Sequential(
@@ -597,7 +595,8 @@ class StateRoIHeads(RoIHeads):
         if self.state_head is None or not sum(counts):
             return [each.new_zeros(len(each), self.n_states) for each in boxes]
         pooled = self.pool(features, boxes, image_shapes)  # (D of all pictures, F)
-        return self.state_head(pooled).float().softmax(1).split(counts)  # (D, F) -> B of (D, S)
+        logits = self.state_head(pooled).float() / self.temperature  # (D, F) -> (D, S)
+        return logits.softmax(1).split(counts)  # B of (D, S)
 
 
 def target_states(states, matched):
@@ -693,7 +692,8 @@ def fit_anchors(truth, min_size, max_size):
     for row, (width, height) in enumerate(truth.sizes):
         scale = fit_size(width, height, min_size, max_size)[0] / width
         boxes = truth.boxes[row][truth.judged(row)]
-        logs.append(np.log((boxes[:, 2:] - boxes[:, :2]).prod(1) * scale ** 2) / 2)
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        logs.append(np.log(area * scale ** 2) / 2)
     logs = np.concatenate(logs)  # (boxes,)
     first = np.log([3 * stride for stride in LEVEL_STRIDES])  # smallest side of each level
     level = np.clip(np.searchsorted(first, logs, side="right") - 1, 0, None)
@@ -718,28 +718,18 @@ def two_means(values):
     return centres
 
 
-def choose_anchors(args, truth, min_size, max_size):
-    """The flag's anchors, those of the run to start from, or those that fit the boxes; published weights have their own."""
-    if args.anchor_sizes:
-        return args.anchor_sizes
-    if args.model != RESNET18:
-        return list(COCO_ANCHORS)
-    if args.init_from:
-        content = common.load_model_file(args.init_from, common.script_name())
-        with common.checkpoint_fields(args.init_from):
-            return content["settings"]["anchor_sizes"]
-    return fit_anchors(truth, min_size, max_size)
-
-
 def model_settings(args, truth):
     """What describes the network, kept in the checkpoint; truth: of the train pictures."""
     min_size = input_size(args)
     max_size = max(args.max_size or MODELS[args.model].max_size, min_size)
+    anchors = args.anchor_sizes
+    if not anchors:  # published weights have their own
+        anchors = fit_anchors(truth, min_size, max_size) if args.model == RESNET18 else list(COCO_ANCHORS)
     return {
         "model": args.model,
         "min_size": min_size,
         "max_size": max_size,
-        "anchor_sizes": choose_anchors(args, truth, min_size, max_size),
+        "anchor_sizes": anchors,
         "parts": truth.parts,
         "states": list(part_boxes.STATES) if truth.has_states() else [],
         "frozen_norm": starts_trained(args),  # statistics of small batches are worse
@@ -804,18 +794,18 @@ def load_pretrained(model, state, source):
 
 def freeze_layers(body, n_trainable, frozen_norm):
     """Train the last n_trainable stages, as torchvision counts them: ResNets 5, MobileNets 6."""
-    blocks = dict(body.named_children())
-    begins_stage = [name.startswith("layer") or getattr(block, "_is_cn", False)
-                    for name, block in blocks.items()]
-    begins_stage[0] = True
-    if "layer4" not in blocks:
-        begins_stage[-1] = True
-    stage = np.cumsum(begins_stage)  # (blocks,) from 1
-    trained = [name for name, own in zip(blocks, stage) if own > stage[-1] - n_trainable]
-    for name, parameter in body.named_parameters():
-        is_norm = isinstance(body.get_submodule(name.rpartition(".")[0]), nn.BatchNorm2d)
-        is_trained = name.split(".")[0] in trained and not (is_norm and frozen_norm)
-        parameter.requires_grad_(is_trained)
+    names, blocks = zip(*body.named_children())
+    starts = [0]
+    starts += [k for k, (name, block) in enumerate(zip(names, blocks))
+               if name.startswith("layer") or getattr(block, "_is_cn", False)]
+    if names[-1] != "layer4":
+        starts.append(len(blocks) - 1)
+    first_trained = [*starts, len(blocks)][max(len(starts) - n_trainable, 0)]
+    frozen = list(blocks[:first_trained])
+    if frozen_norm:
+        frozen += [module for module in body.modules() if isinstance(module, nn.BatchNorm2d)]
+    for module in frozen:
+        module.requires_grad_(False)
 
 
 def state_weights(args, truth):
@@ -824,7 +814,7 @@ def state_weights(args, truth):
         return None
     if args.state_class_weights != ["balanced"]:
         return args.state_class_weights
-    states = np.concatenate([states[truth.judged(row)] for row, states in enumerate(truth.states)])
+    states = truth.judged_states()
     counts = np.bincount(states[states >= 0], minlength=len(part_boxes.STATES))
     occurs = counts > 0
     weights = counts.sum() / np.maximum(counts, 1) / max(occurs.sum(), 1)
@@ -866,7 +856,9 @@ def to_inputs(batch, compute, settings):
 
 def to_device(batch, compute, settings):
     """Batch -> inputs (B, 3, H, W); sizes; targets: B dicts of boxes (K, 4), labels, states."""
-    targets = [{name: compute.send(batch[name][k]) for name in TRUTH} for k in range(len(batch["sizes"]))]
+    targets = []
+    for k in range(len(batch["sizes"])):
+        targets.append({name: compute.send(batch[name][k]) for name in TRUTH})
     return to_inputs(batch, compute, settings), batch["sizes"], targets
 
 
@@ -927,15 +919,19 @@ def fit(run, args, study, split):
     settings = model_settings(args, train_truth) | {"pixel_range": study.store.pixel_range}
     if args.augment == "light" and mirrored_labels(train_truth.parts) is None:
         run.say("note: a part is called left or right and its counterpart is missing, so pictures are not mirrored")
-    if args.model == RESNET18 and not (args.anchor_sizes or args.init_from):
+    if args.model == RESNET18 and not args.anchor_sizes:
         sides = " ".join(map(str, settings["anchor_sizes"]))
         run.say(f"note: anchors of {sides} pixels, chosen to fit the train boxes (--anchor_sizes)")
     if args.select == "joint_map" and not settings["states"]:
         raise common.UserError(f"--select {args.select}: no box has a state; use --select map")
     model = compute.place(build_model(args, settings, state_weights(args, train_truth)))
+    model.roi_heads.nms_thresh = args.nms_iou
     train_loader, loaders = make_loaders(study, split, settings, args, compute)
     optimizer = common.build_optimizer([(model, 1.0)], args)
-    content = model_metadata(args, study, split["train"], settings)
+    content = {
+        "settings": settings,
+        "absent": args.absent,
+        "baseline": detection_judging.mean_boxes(train_truth)}
     training = common.Training(
         run, model, optimizer, args,
         select=args.select if args.select == "val_loss" else f"val_{args.select}",
@@ -950,28 +946,20 @@ def fit(run, args, study, split):
             val_truth, detections, args.score_threshold, bool(settings["states"]))
         scores = {f"val_{name}": value for name, value in judged.epoch_metrics().items()}
         training.end_epoch(row | losses | scores)
-    training.load_best()
+    fit_temperature(training, study, split, loaders["val"])
     return model, loaders, training
 
 
-def model_metadata(args, study, rows, settings):
-    """What prediction and evaluation need beside the weights."""
-    return {
-        "settings": settings,
-        "absent": args.absent,
-        "score_threshold": args.score_threshold,
-        "baseline": detection_judging.mean_boxes(study.truth.take(rows)),
-    }
-
-
-def load_detector(path, compute):
+def load_detector(path, compute, nms_iou=0.5):
     """Checkpoint, or run folder -> (PartDetector on the device, all that the file holds)."""
     path = common.checkpoint_files([path])[0]
     content = common.load_model_file(path, common.script_name())
     with common.checkpoint_fields(path):
         model = PartDetector(content["settings"])
         common.load_state(model, content["model"], path)
-        content["baseline"], content["absent"]
+        content["absent"], content["baseline"]["states"]
+        model.roi_heads.temperature = content.get("temperature", 1.0)
+        model.roi_heads.nms_thresh = nms_iou
     return compute.place(model).eval(), content
 
 
@@ -998,7 +986,7 @@ def write_detections(path, folder, args, ids, detections, parts, category_ids, s
 
 
 def limit_detections(detections, args):
-    """The detections that are written: all, or with --one_per_part the best of each part."""
+    """The detections that are written and judged: all, or with --one_per_part the best of each part."""
     if not args.one_per_part:
         return detections
     return [detection_tables.best_of_each_part(each, args.score_threshold) for each in detections]
@@ -1007,14 +995,17 @@ def limit_detections(detections, args):
 def report_results(run, args, study, split, part, detections, baseline, seen, **known):
     """Tables, pictures, metrics.json and report.html of one part.
 
-    seen: SeenRows of the model; known: further fields of the Setting.
+    detections: {"model": M Detections, and a name: those of each trained baseline}; seen: SeenRows of the model; known:
+    further fields of the Setting.
     """
     rows = split[part]
+    trained = {name: limit_detections(each, args) for name, each in detections.items()}
+    own = trained.pop("model")
     words = seen.words(study.hashes[rows])
     truth = study.truth.take(rows)
     write_detections(
         run.path(f"detections_{part}.json"), run.path("pictures"), args,
-        dict(zip(truth.images, truth.ids)), limit_detections(detections, args), truth.parts,
+        dict(zip(truth.images, truth.ids)), own, truth.parts,
         study.category_ids[study.origin[rows[0]]], words,
         lambda k: (study.picture(rows[k]), truth.sizes[k]))
     setting = judging.Setting(
@@ -1025,7 +1016,8 @@ def report_results(run, args, study, split, part, detections, baseline, seen, **
         data=data_blocks(study, split, part),
         **known)
     detection_judging.judge_detections(
-        run, truth, detections, setting, baseline,
+        run, truth, own, setting, baseline,
+        trained=trained,
         picture=lambda k: study.picture(rows[k]),
         threshold=args.score_threshold,
         draws=args.bootstrap_draws,
@@ -1086,7 +1078,7 @@ def make_split(args, study):
 
 
 def check_split(run, study, split):
-    """Refuse a split that leaks or teaches nothing; write splits.json and the leakage report."""
+    """Refuse a split that leaks or teaches nothing; write splits.json and the leakage report; returns alarms."""
     truth = study.truth
     for part in ("train", "val"):
         if not any(truth.judged(row).any() for row in split[part]):
@@ -1094,26 +1086,76 @@ def check_split(run, study, split):
                 f"no box in the {part} part: nothing to learn or judge; change the split")
     report = splitting.leakage_report(
         split, truth.images, study.audit("pixel_sha"), study.audit("phash"), {"groups": truth.groups})
-    splitting.record_split(run, split, truth.images, report)
+    fields = dict.fromkeys(name for image in study.images for name in image.fields)
+    columns = {name: [str(image.fields.get(name, "")) for image in study.images] for name in fields}
+    alarms = splitting.record_split(
+        run, split, truth.images, report, columns=columns, groups=truth.groups)
     for row in split_rows(truth, split):
         run.say(", ".join(f"{name} {value}" for name, value in row.items()))
+    return alarms
+
+
+def write_annotations(run, args, study, split):
+    """train_coco.json and so on: the pictures and boxes of each part, with the ids that detections have."""
+    for part, rows in split.items():
+        if len(rows):
+            images = [study.images[row] for row in rows]
+            origin = images[0].origin
+            ids = part_boxes.number_parts(study.truth.parts, study.category_ids[origin])
+            coco, _ = part_boxes.as_coco(images, ids, getattr(args, f"{origin}_images"))
+            common.write_json(run.path(f"{part}_coco.json"), coco)
+
+
+def fit_temperature(training, study, split, loader):
+    """Calibrate the states of the boxes found in the validation pictures; best_model.pth keeps the temperature."""
+    model = training.model
+    run = training.run
+    best = training.load_best()
+    if not model.settings["states"]:
+        return
+    detections, _ = evaluate(model, loader, run.compute, run.args.seed, run.args.state_weight)
+    matching = detection_scores.coco_match(study.truth.take(split["val"]), detections, "map")
+    found = detection_scores.found_states(matching, detections)
+    temperature = calibrating.fit_temperature(np.log(found.probabilities), found.true)
+    run.say(f"temperature of the states: {temperature:.3g}, from {len(found.true)} boxes found in the val pictures")
+    model.roi_heads.temperature = temperature
+    best["temperature"] = temperature
+    common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
+
+
+def train_heads(run, args, study, split):
+    """The baseline of --baseline heads, trained in baseline/ -> (model, loaders)."""
+    own = Namespace(**{**vars(args), "trainable_layers": 0})
+    with run.child("baseline") as child:
+        child.say(f"baseline: the same detector with only its heads trained (in {child.folder.name})")
+        model, loaders, _ = fit(child, own, study, split)
+    return model, loaders
 
 
 def run_split(run, args, study, split):
     """Train and score one split: test where there is one, else val."""
-    check_split(run, study, split)
+    alarms = check_split(run, study, split)
     split = common.rows_to_try(split, args)
+    write_annotations(run, args, study, split)
     # the validation loss draws by batches, so a resumed run must keep their size
     run.write_args(**study.data_record(split), val_batch_size=args.val_batch_size)
+    run.folds_after = int(args.baseline == "heads")
+    if args.baseline == "boxes":
+        run.say("note: only the mean box of each part is there to beat, so the report is amber at "
+                "best; --baseline heads trains a baseline, in about the same time again")
     model, loaders, training = fit(run, args, study, split)
     progress = training.progress
     plotting.plot_history(progress.history, run.path("training_history.png"), progress.best_epoch)
     part = "test" if len(split["test"]) else "val"
-    detections, _ = evaluate(model, loaders[part], run.compute, args.seed, args.state_weight)
+    models = {"model": (model, loaders)}
+    if args.baseline == "heads":
+        models["heads"] = train_heads(run, args, study, split)
+    detections = {name: evaluate(each, own[part], run.compute, args.seed, args.state_weight)[0]
+                  for name, (each, own) in models.items()}
     report_results(
         run, args, study, split, part, detections, training.metadata()["baseline"], training.seen,
         best_epoch=progress.best_epoch,
-        alarms=gap_alarms(progress.history[progress.best_epoch - 1]),
+        alarms=alarms + gap_alarms(progress.history[progress.best_epoch - 1]),
         limits=limits_of(args))
 
 
@@ -1127,11 +1169,7 @@ def gap_alarms(row):
 
 def train(args):
     """--mode train."""
-    files = {
-        "train": (args.train_json, args.train_images),
-        "val": (args.val_json, args.val_images),
-        "test": (args.test_json, args.test_images),
-    }
+    files = {part: (getattr(args, f"{part}_json"), getattr(args, f"{part}_images")) for part in SPLITS}
     with common.start_run(args) as run:
         study = load_study(args, {part: pair for part, pair in files.items() if pair[0]}, run.say)
         write_skipped(run, study)
@@ -1150,7 +1188,7 @@ def write_skipped(run, study):
 def evaluate_checkpoint(args):
     """--mode evaluate: the same report on other pictures; it says which the checkpoint has seen."""
     with common.start_run(args) as run:
-        model, content = load_detector(args.checkpoint, run.compute)
+        model, content = load_detector(args.checkpoint, run.compute, args.nms_iou)
         settings = content["settings"]
         parts = settings["parts"]
         detection_judging.check_criteria(args.criteria, parts, bool(settings["states"]))
@@ -1164,7 +1202,12 @@ def evaluate_checkpoint(args):
         split = {part: np.arange(len(study.stored))}
         run.write_args(**study.data_record(split))
         loader = make_loader(study, split[part], settings, args, run.compute)
-        detections, _ = evaluate(model, loader, run.compute, args.seed, args.state_weight)
+        models = {"model": model}
+        if args.baseline == "heads":
+            folder = common.checkpoint_files([args.checkpoint])[0].parent
+            models["heads"], _ = load_detector(folder / "baseline", run.compute, args.nms_iou)
+        detections = {name: evaluate(each, loader, run.compute, args.seed, args.state_weight)[0]
+                      for name, each in models.items()}
         report_results(run, args, study, split, part, detections, content["baseline"],
                        content["seen"])
 
@@ -1173,7 +1216,7 @@ def predict(args):
     """--mode predict: detections of every picture; an unreadable one keeps a row with its error."""
     compute = common.choose_compute(args.device, args.use_amp)
     print(f"device: {compute.text}", flush=True)
-    model, content = load_detector(args.checkpoint, compute)
+    model, content = load_detector(args.checkpoint, compute, args.nms_iou)
     parts = content["settings"]["parts"]
     paths = file_names.find_images(args.images_dir)
     if not paths:
@@ -1205,7 +1248,7 @@ def detect(model, paths, args, compute):
     settings = model.settings
 
     def prepare(pixels, size):
-        return resize_picture(pixels, fit_size(*size, settings["min_size"], settings["max_size"]))
+        return picture_files.resize(pixels, fit_size(*size, settings["min_size"], settings["max_size"]))
     pictures = picture_files.Pictures(
         paths, settings["min_size"], prepare, settings.get("pixel_range"))
     loader = common.make_loader(pictures, args, compute, False, collate=collate)
@@ -1229,15 +1272,12 @@ def convert(args):
     found = part_boxes.read_annotations(args.json, args.box_format, args.state_attribute)
     if args.images_dir:
         part_boxes.find_pictures(found, args.images_dir, args.exact_names)
-    for image in found.images:
-        if image.path is None:
-            continue
-        image.name = image.path.relative_to(args.images_dir).as_posix()
+    for image in filter(lambda image: image.path, found.images):
         audit, _ = picture_files.audit_image(image.path, 32)
         if not audit.error:
             image.size = (audit.width, audit.height)
     part_boxes.refuse_other_convention(found.images, args.json, args.box_format)
-    coco, dropped = part_boxes.as_coco(found)
+    coco, dropped = part_boxes.as_coco(found.images, found.category_ids, args.images_dir)
     common.write_json(args.output, coco)
     for note in found.notes:
         print(f"note: {note}")

@@ -2,6 +2,7 @@
 
 Letters: H, W height and width in pixels, K boxes.
 """
+import colorsys
 import io
 
 import numpy as np
@@ -16,15 +17,28 @@ STATE_COLOURS = (
     (0, 114, 178),  # occluded
     (110, 110, 110),  # no state
 )
-LEGEND = "Green intact, orange damaged, pink absent, blue occluded, grey no state"
 LONG_SIDE = 640  # of a drawn picture, in pixels
 FRAME = 2  # width in pixels
 GAP = 12  # between the pictures of a sheet
 
 
-def draw_boxes(pixels, size, boxes, texts, states):
-    """Picture (H, W, 3) scaled to LONG_SIDE, with a frame in the colour of its state and a text at
-    every box.
+def legend(has_states):
+    """What the colours mean."""
+    if has_states:
+        return "Green intact, orange damaged, pink absent, blue occluded, grey no state"
+    return "Each part has a colour"
+
+
+def choose_colours(labels, states):
+    """(K,) labels and states -> K colours: of the states, or of the parts where no box has a state."""
+    if (states >= 0).any():
+        return [STATE_COLOURS[state] for state in states]
+    hues = labels * 0.618 % 1  # the golden section keeps neighbours apart
+    return [tuple(round(255 * value) for value in colorsys.hsv_to_rgb(hue, 1, 0.75)) for hue in hues]
+
+
+def draw_boxes(pixels, size, boxes, texts, colours):
+    """Picture (H, W, 3) scaled to LONG_SIDE, with a frame in its colour and a text at every box.
 
     size: (width, height) of the picture in the pixels that the boxes (K, 4) are given in.
     """
@@ -38,8 +52,8 @@ def draw_boxes(pixels, size, boxes, texts, states):
         return picture
     scaled = boxes * (width * scale / size[0])
     drawn = draw_bounding_boxes(
-        torch.from_numpy(picture).permute(2, 0, 1), torch.from_numpy(scaled), texts,
-        [STATE_COLOURS[state] for state in states], width=FRAME, label_colors="white", fill_labels=True)
+        torch.from_numpy(picture).permute(2, 0, 1), torch.from_numpy(scaled), texts, colours,
+        width=FRAME, label_colors="white", fill_labels=True)
     return drawn.permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
 
 
@@ -50,7 +64,7 @@ def draw_detections(pixels, size, detected, parts, threshold):
     states = detected.called()
     texts = [f"{label_text(parts[label], state)} {score:.2f}"
              for label, state, score in zip(detected.labels, states, detected.scores)]
-    return draw_boxes(pixels, size, detected.boxes, texts, states)
+    return draw_boxes(pixels, size, detected.boxes, texts, choose_colours(detected.labels, states))
 
 
 def draw_truth(pixels, truth, row):
@@ -61,7 +75,7 @@ def draw_truth(pixels, truth, row):
     labels = truth.labels[row][keep]
     states = truth.states[row][keep]
     texts = [label_text(truth.parts[label], state) for label, state in zip(labels, states)]
-    return draw_boxes(pixels, truth.sizes[row], truth.boxes[row][keep], texts, states)
+    return draw_boxes(pixels, truth.sizes[row], truth.boxes[row][keep], texts, choose_colours(labels, states))
 
 
 def label_text(part, state):

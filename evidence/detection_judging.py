@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 import common
-from evidence import (box_pictures, class_scores, detection_scores, detection_tables, judging, plotting,
+from evidence import (box_pictures, calibrating, class_scores, detection_scores, detection_tables, judging, plotting,
                       reporting, subject_intervals, verdicts)
 from readers import part_boxes
 
@@ -40,34 +40,37 @@ def read_coco_results(truth_json, detections_json, group_column=None, box_format
 # --- the baseline ---------------------------------------------------------------------------
 
 def mean_boxes(truth):
-    """Baseline without pixels: of each part the mean box in 0..1, its frequency, its usual state."""
+    """Baseline without pixels: of each part the mean box in 0..1, its frequency, and the rates of its states (P, S).
+
+    Of each state one box more is counted than there is, so that no rate is 0.
+    """
     n_parts = len(truth.parts)
+    n_pictures = len(truth.images)
     boxes = np.zeros((n_parts, 4))
-    score = np.zeros(n_parts)
-    state = np.zeros(n_parts, int)
-    for label in range(n_parts):
-        relative = []
-        states = []
-        for row in range(len(truth.images)):
-            own = (truth.labels[row] == label) & truth.judged(row)
-            relative.append(truth.boxes[row][own] / np.tile(truth.sizes[row], 2))
-            states.append(truth.states[row][own])
-        relative = np.concatenate(relative)
-        if len(relative):
-            counts = np.bincount(np.concatenate(states) + 1, minlength=2)  # of UNKNOWN, then the states
-            boxes[label] = relative.mean(0)
-            score[label] = np.mean([len(each) > 0 for each in states])
-            state[label] = counts[1:].argmax()
-    return {"boxes": boxes, "score": score, "state": state}
+    n_boxes = np.zeros((n_parts, 1))
+    is_shown = np.zeros((n_pictures, n_parts))
+    states = np.ones((n_parts, detection_scores.N_STATES))
+    for row in range(n_pictures):
+        judged = truth.judged(row)
+        labels = truth.labels[row][judged]
+        known = truth.states[row][judged]
+        is_shown[row, labels] = 1
+        np.add.at(boxes, labels, truth.boxes[row][judged] / np.tile(truth.sizes[row], 2))
+        np.add.at(n_boxes, labels, 1)
+        np.add.at(states, (labels[known >= 0], known[known >= 0]), 1)
+    return {
+        "boxes": boxes / np.maximum(n_boxes, 1),
+        "score": is_shown.mean(0),
+        "states": states / states.sum(1, keepdims=True)}
 
 
 def baseline_detections(baseline, sizes, has_states):
     """The mean boxes on M pictures of sizes (M, 2) -> M Detections."""
-    boxes, score, state = (np.asarray(baseline[name]) for name in ("boxes", "score", "state"))
+    boxes, score, states = (np.asarray(baseline[name]) for name in ("boxes", "score", "states"))
     labels = np.flatnonzero(score > 0)
-    states = np.eye(detection_scores.N_STATES)[state[labels]] if has_states else None
     return [
-        detection_scores.Detections(boxes[labels] * np.tile(size, 2), labels, score[labels], states)
+        detection_scores.Detections(
+            boxes[labels] * np.tile(size, 2), labels, score[labels], states[labels] if has_states else None)
         for size in sizes]
 
 
@@ -75,13 +78,14 @@ def baseline_detections(baseline, sizes, has_states):
 
 @common.first_process_only
 def judge_detections(run, truth, detections, setting, baseline=None, picture=None, threshold=0.5,
-                     draws=200, seed=0):
+                     draws=200, seed=0, trained=None):
     """Judge the Detections of M pictures; write tables, plots, sheets, report.html and metrics.json.
 
     truth: PartTruth of the pictures; baseline: of mean_boxes on the train pictures, None: on these
     very pictures; picture: function of a row -> uint8 (H, W, 3), without it no sheets; threshold:
     score from which a detection counts in precision, recall and hallucinations; draws: resamples
-    of pictures. Returns the metrics.
+    of pictures; trained: {name: M Detections} of baselines that look at pixels. The model is
+    compared with the baseline of the highest AP. Returns the metrics.
     """
     has_states = detections[0].states is not None
     limits = general_limits(truth)
@@ -89,12 +93,16 @@ def judge_detections(run, truth, detections, setting, baseline=None, picture=Non
         baseline = mean_boxes(truth)
         limits.append("The mean boxes are those of these very pictures, which favours the baseline "
                       "slightly.")
-    others = baseline_detections(baseline, truth.sizes, has_states)
-    judged = detection_scores.Judged(truth, detections, threshold, has_states, others)
-    result = judged.result(draws, seed)
+    others = {"mean box": baseline_detections(baseline, truth.sizes, has_states), **(trained or {})}
+    baselines = {name: detection_scores.mean_ap(truth, each) for name, each in others.items()}
+    strongest = max(baselines, key=baselines.get)
+    judged = detection_scores.Judged(
+        truth, detections, threshold, has_states, others[strongest], np.asarray(baseline["states"]))
+    result = judged.result(draws, seed, strongest)
     part_rows = per_part_rows(judged, result)
     state_rows = per_state_rows(judged)
     common.write_table(run.path("per_part.csv"), part_rows)
+    calibration = calibration_rows(judged)
     if state_rows:
         common.write_table(run.path("per_state.csv"), state_rows)
     plotting.plot_per_target(
@@ -110,18 +118,21 @@ def judge_detections(run, truth, detections, setting, baseline=None, picture=Non
         verdict=verdicts.verdict_sentence(result, "map", None, setting.worst_seen),
         result=result,
         metric="map",
-        doubts=verdicts.baseline_doubts(["mean box"]),
+        doubts=verdicts.baseline_doubts(
+            others, "the same detector with only its heads trained (--baseline)"),
         alarms=alarms,
         meanings=criteria_names(truth.parts, has_states),
         figures=key_figures(result),
         blocks=metric_blocks(run, setting, result, part_rows, threshold),
-        sections=[("States", state_blocks(state_rows))],
+        sections=[("States", state_blocks(run, judged, state_rows, calibration))],
         numbers={
             "pictures": len(detections),
             "score_threshold": threshold,
             "absent": "keep" if truth.keeps_absent else "drop",
+            "baselines": baselines,
             "per_part": part_rows,
             "per_state": state_rows,
+            "state_calibration": calibration,
         })
 
 
@@ -164,6 +175,9 @@ def per_part_rows(judged, result):
     for label, part in enumerate(result.names):
         ap = result.each.model["ap"].at(label)
         rates = judged.rates(parts=label)
+        hallucination = subject_intervals.Estimate(
+            rates["hallucination_rate_anywhere"],
+            *subject_intervals.share_interval(counts["claimed"][label], counts["absent"][label]))
         rows.append({
             "target": part,
             "boxes": counts["truth"][label],
@@ -175,6 +189,7 @@ def per_part_rows(judged, result):
             "recall": rates["recall"],
             "absent": counts["absent"][label],
             "hallucinated": counts["claimed"][label],
+            **hallucination.columns("hallucination_rate"),
             "absent_boxes": counts["absent_boxes"][label],
             "hallucinated_there": counts["claimed_there"][label]})
     return rows
@@ -201,6 +216,24 @@ def per_state_rows(judged):
     return rows
 
 
+def calibration_rows(judged):
+    """NLL, Brier score and ECE of the states of the boxes found: of the model, and of the rates of each part."""
+    found = judged.found
+    rows = []
+    if not judged.has_states:
+        return rows
+    for name, probability in (("model", found.probabilities), ("rates of the part", judged.state_rates[found.labels])):
+        scores = class_scores.classification_metrics(probability, found.true).overall
+        rows.append({
+            "states of": name,
+            "boxes": len(found.true),
+            "nll": scores["loss"],
+            "brier": scores["brier"],
+            "ece": scores["ece"],
+            "ece_of_a_calibrated_model": calibrating.expected_ece(probability.max(1))})
+    return rows
+
+
 # --- signs of a broken model ----------------------------------------------------------------
 
 def find_alarms(judged, detections, threshold):
@@ -208,16 +241,19 @@ def find_alarms(judged, detections, threshold):
     alarms = []
     sure = [detected.take(detected.scores >= threshold) for detected in detections]
     if not any(len(detected.scores) for detected in sure):
-        alarms.append(f"no detection reaches the score {threshold:g}")
+        highest = max((detected.scores.max(initial=0) for detected in detections), default=0)
+        alarms.append(f"no detection reaches the score {threshold:g}, the highest is {highest:.2f}. Train longer "
+                      "(--epochs), start from published weights, or lower --score_threshold")
     n_boxes = judged.counts["truth"].sum(0)
     unseen = [part for part, n in zip(judged.truth.parts, n_boxes) if not n]
     if unseen:
-        alarms.append(f"parts without a box here, so not judged: {', '.join(unseen)}")
+        alarms.append(f"parts without a box here, so not judged: {', '.join(unseen)}. Score more pictures (a lower "
+                      "--split_ratio, a higher --test_ratio), or take these parts out of the annotations")
     repeats = collections.Counter(np.round(each.boxes, 1).tobytes() for each in sure)
     repeats.pop(b"", None)
     most = max(repeats.values(), default=0)
     if most >= 3:
-        alarms.append(f"exactly the same boxes in {most} of {len(detections)} pictures")
+        alarms.append(f"exactly the same boxes in {most} of {len(detections)} pictures. {verdicts.CONSTANT_REMEDY}")
     return alarms + state_alarms(judged.confusion())
 
 
@@ -229,10 +265,12 @@ def state_alarms(confusion):
     true = confusion.sum(1)
     predicted = confusion.sum(0)
     if (predicted > 0).sum() == 1 and (true > 0).sum() > 1:
-        alarms.append(f"one state only is ever predicted: {part_boxes.STATES[predicted.argmax()]}")
+        alarms.append(f"one state only is ever predicted: {part_boxes.STATES[predicted.argmax()]}. Train longer "
+                      "(--epochs), or --state_class_weights balanced")
     if true.max() >= 0.95 * confusion.sum():
         alarms.append(f"95 % or more of the found parts are {part_boxes.STATES[true.argmax()]}: "
-                      "their state accuracy says little")
+                      "their state accuracy says little. Look at the balanced accuracy, and annotate more of the "
+                      "other states")
     return alarms
 
 
@@ -243,10 +281,10 @@ def key_figures(result):
     model = result.overall.model
     baseline = result.overall.baseline
     figures = {"AP": model["map"], "Joint AP": model.get("joint_map")}
-    intact = baseline.get("balanced_accuracy")
-    if intact and intact.value != 1:  # with one state nothing to tell
+    usual = baseline.get("balanced_accuracy")
+    if usual and usual.value != 1:  # with one state nothing to tell
         figures["State balanced accuracy"] = model["balanced_accuracy"]
-    figures["AP of the mean box"] = baseline["map"]
+    figures[f"AP of the {result.baseline_label}"] = baseline["map"]
     figures["Hallucination rate"] = model["hallucination_rate_anywhere"]
     return [reporting.key_figure(label, found, result.method) for label, found in figures.items()
             if found is not None and math.isfinite(found.value)]
@@ -255,29 +293,39 @@ def key_figures(result):
 def metric_blocks(run, setting, result, part_rows, threshold):
     """HTML of the section Metrics: numbers over all parts, and of each part."""
     columns = {"target": "part", "boxes": "n", "ap": "AP", "ap_low": "low", "ap_high": "high",
-               "ap50": "AP50", "baseline_ap": "mean box", "precision": "precision",
-               "recall": "recall", "absent": "absent", "hallucinated": "claimed"}
+               "ap50": "AP50", "baseline_ap": "baseline", "precision": "precision",
+               "recall": "recall", "absent": "absent", "hallucinated": "claimed",
+               "hallucination_rate_low": "from", "hallucination_rate_high": "to"}
     return [
         reporting.html_table(
             subject_intervals.overall_rows(result),
             caption=f"On the {setting.part} pictures; precision, recall and hallucinations at score "
-                    f"{threshold:g}; baseline of AP: the mean boxes, of states: always intact; {result.method}"),
+                    f"{threshold:g}; baseline of AP: the {result.baseline_label}, of states: that which the part "
+                    f"has most often in training; {result.method}"),
         reporting.html_table(
             part_rows, columns,
-            caption="Each part: n boxes, COCO AP over IoU .50 to .95 with its interval, AP of the mean box; "
-                    "claimed: found, though absent in that picture"),
+            caption="Each part: n boxes, COCO AP over IoU .50 to .95 with its interval, AP of the baseline; "
+                    "claimed: found, though absent in that picture, and the binomial interval of their share"),
         reporting.html_image(
-            run.path("per_part.png"), "AP and AP50 of each part, interval, mean-box baseline"),
+            run.path("per_part.png"), "AP and AP50 of each part, interval, baseline"),
     ]
 
 
-def state_blocks(rows):
-    """HTML of the section States: the confusion, and how well each state is told."""
+def state_blocks(run, judged, rows, calibration):
+    """HTML of the section States: the confusion, how well each state is told, and whether probabilities hold."""
     if not rows:
         return []
+    plotting.plot_reliability(judged.found.probabilities, judged.found.true, run.path("state_reliability.png"))
     caption = ("True state (rows) of the boxes found at IoU .5 and any score, and what the model "
                "calls them (columns)")
-    return [reporting.html_table(rows, caption=caption)]
+    return [
+        reporting.html_table(rows, caption=caption),
+        reporting.html_table(
+            calibration, caption="State probabilities of the boxes found, after the temperature that the validation "
+                                 "pictures gave, beside the rates of each part in training, without a pixel"),
+        reporting.html_image(
+            run.path("state_reliability.png"), "Reliability: how often a state of that confidence is right"),
+    ]
 
 
 def case_blocks(run, judged, detections, picture, threshold):
@@ -292,7 +340,7 @@ def case_blocks(run, judged, detections, picture, threshold):
     return [
         reporting.html_image(
             worst, f"The pictures with most errors: annotated (left), detected from score "
-                   f"{threshold:g} (right). {box_pictures.LEGEND}"),
+                   f"{threshold:g} (right). {box_pictures.legend(judged.has_states)}"),
         reporting.html_image(best, "The pictures with fewest errors"),
     ]
 
@@ -300,6 +348,6 @@ def case_blocks(run, judged, detections, picture, threshold):
 def count_errors(judged):
     """(M,) missed boxes, wrong detections and wrong states of each picture."""
     missed = (judged.counts["truth"] - judged.counts["right"]).sum(1)
-    right_state = np.trace(judged.confusions, axis1=1, axis2=2)
-    wrong_state = judged.confusions.sum((1, 2)) - right_state
+    confusions = judged.confusions.sum(1)  # (M, S, S)
+    wrong_state = confusions.sum((1, 2)) - np.trace(confusions, axis1=1, axis2=2)
     return missed + judged.counts["wrong"].sum(1) + wrong_state

@@ -56,9 +56,9 @@ def coco_set(annotations, n_pictures, categories):
 def coco_match(truth, detections, kind):
     """Detections of M pictures matched with their boxes at IoU .5 to .95 -> pycocotools' COCOeval.
 
-    kind: parts; joint, where part and state together are the category; present, without boxes of
-    absent parts and without detections called absent. Ignored boxes, and in joint those without a
-    state, count neither way.
+    kind: map; joint_map, where part and state together are the category; map_present, without boxes
+    of absent parts and without detections called absent. Ignored boxes, and in joint_map those
+    without a state, count neither way.
     """
     from pycocotools.cocoeval import COCOeval
     n_pictures = len(detections)
@@ -71,9 +71,10 @@ def coco_match(truth, detections, kind):
             picture, truth.boxes[picture][kept], truth.labels[picture][kept], states[kept], kind,
             iscrowd=truth.ignored[picture][kept])
         found += coco_entries(
-            picture, detected.boxes, detected.labels, detected.called(), kind, score=detected.scores)
+            picture, detected.boxes, detected.labels, detected.called(), kind,
+            score=detected.scores, place=range(len(detected.scores)))
     categories = list(range(1, len(truth.parts) + 1))
-    if kind == "joint":
+    if kind == "joint_map":
         categories = sorted({entry["category_id"] for entry in annotated if not entry["iscrowd"]})
     with contextlib.redirect_stdout(io.StringIO()):
         sets = (coco_set(each, n_pictures, categories) for each in (annotated, found))
@@ -90,11 +91,11 @@ def coco_match(truth, detections, kind):
 def coco_entries(picture, boxes, labels, states, kind, **fields):
     """COCO annotations of the K boxes of a picture; kind: of coco_match; fields: {name: (K,)}.
 
-    A box without a state, kind joint: a crowd box in each state.
+    A box without a state, kind joint_map: a crowd box in each state.
     """
     entries = []
     for k, (left, top, right, bottom) in enumerate(boxes.tolist()):
-        if kind == "present" and states[k] == part_boxes.ABSENT:
+        if kind == "map_present" and states[k] == part_boxes.ABSENT:
             continue
         entry = {
             "image_id": picture,
@@ -105,7 +106,7 @@ def coco_entries(picture, boxes, labels, states, kind, **fields):
             "state": states[k]}
         entry |= {name: values[k] for name, values in fields.items()}
         first = labels[k] * N_STATES + 1
-        if kind != "joint":
+        if kind != "joint_map":
             entries.append(entry)
         elif states[k] >= 0:
             entries.append({**entry, "category_id": first + states[k]})
@@ -132,18 +133,34 @@ def average_precision(matching, pictures):
     return np.where((precision < 0).any(1), np.nan, precision.mean(1))
 
 
-def count_matches(matching, n_parts, threshold):
-    """Counts of each picture at IoU .5: ({truth, right, wrong: (M, P)}, confusion (M, S, S)).
+@dataclasses.dataclass
+class FoundStates:
+    """The n boxes with a state that were found at IoU .5 and any score."""
+    pictures: np.ndarray  # (n,)
+    labels: np.ndarray  # (n,)
+    true: np.ndarray  # (n,) states
+    probabilities: np.ndarray  # (n, S)
 
-    right and wrong: detections from `threshold`; confusion: true x predicted state of every box
-    found at any score.
-    """
+
+def found_states(matching, detections):
+    """FoundStates of matched detections with states; a plain detector has none."""
+    rows = []
+    for cell in filter(None, matching.evalImgs):
+        states = detections[cell["image_id"]].states
+        for box, match, is_ignored in zip(cell["gtIds"], cell["gtMatches"][0], cell["gtIgnore"]):
+            true = matching.cocoGt.anns[box]["state"]
+            if match and not is_ignored and true >= 0 and states is not None:
+                place = matching.cocoDt.anns[int(match)]["place"]
+                rows.append((cell["image_id"], cell["category_id"] - 1, true, *states[place]))
+    rows = np.reshape(rows, (-1, 3 + N_STATES))
+    return FoundStates(*rows[:, :3].astype(int).T, probabilities=rows[:, 3:])
+
+
+def count_matches(matching, n_parts, threshold):
+    """Counts (M, P) of each picture at IoU .5: truth, and right and wrong detections from `threshold`."""
     n_pictures = len(matching.params.imgIds)
     counts = {name: np.zeros((n_pictures, n_parts)) for name in ("truth", "right", "wrong")}
-    confusion = np.zeros((n_pictures, N_STATES, N_STATES))
-    for cell in matching.evalImgs:
-        if cell is None:
-            continue
+    for cell in filter(None, matching.evalImgs):
         picture = cell["image_id"]
         part = cell["category_id"] - 1
         hit = cell["dtMatches"][0] > 0
@@ -152,37 +169,27 @@ def count_matches(matching, n_parts, threshold):
         counts["truth"][picture, part] += np.sum(np.asarray(cell["gtIgnore"]) == 0)
         counts["right"][picture, part] += np.sum(hit & judged & sure)
         counts["wrong"][picture, part] += np.sum(~hit & judged & sure)
-        found = np.array(cell["dtIds"])[hit & judged]
-        for own, other in zip(found, cell["dtMatches"][0][hit & judged]):
-            true = matching.cocoGt.anns[int(other)]["state"]
-            predicted = matching.cocoDt.anns[int(own)]["state"]
-            if true >= 0 and predicted >= 0:
-                confusion[picture, true, predicted] += 1
-    return counts, confusion
+    return counts
 
 
 def count_hallucinations(truth, detections, threshold):
     """Counts (M, P) of absent parts: absent, claimed (a detection not called absent) anywhere.
 
-    And of those with a box: absent_boxes, claimed_there, detected_there (under any state).
+    And of those with a box: absent_boxes, claimed_there.
     """
-    names = ("absent", "claimed", "absent_boxes", "claimed_there", "detected_there")
+    names = ("absent", "claimed", "absent_boxes", "claimed_there")
     counts = {name: np.zeros((len(detections), len(truth.parts))) for name in names}
     for picture, detected in enumerate(detections):
         is_absent = truth.states[picture] == part_boxes.ABSENT
-        sure = detected.scores >= threshold
-        claimed = sure & (detected.called() != part_boxes.ABSENT)
-        boxed = set(truth.labels[picture][is_absent].tolist())
-        for label in boxed | set(truth.absent[picture].tolist()):
-            own = detected.labels == label
+        labels = truth.labels[picture]
+        claimed = detected.take((detected.scores >= threshold) & (detected.called() != part_boxes.ABSENT))
+        for label in np.union1d(labels[is_absent], truth.absent[picture]).astype(int):
+            boxes = claimed.boxes[claimed.labels == label]
+            places = truth.boxes[picture][is_absent & (labels == label)]
             counts["absent"][picture, label] = 1
-            counts["claimed"][picture, label] = (own & claimed).any()
-            if label in boxed:
-                places = truth.boxes[picture][is_absent & (truth.labels[picture] == label)]
-                there = own & overlaps(detected.boxes, places)
-                counts["absent_boxes"][picture, label] = 1
-                counts["claimed_there"][picture, label] = (claimed & there).any()
-                counts["detected_there"][picture, label] = (sure & there).any()
+            counts["claimed"][picture, label] = len(boxes) > 0
+            counts["absent_boxes"][picture, label] = len(places) > 0
+            counts["claimed_there"][picture, label] = overlaps(boxes, places).any()
     return counts
 
 
@@ -191,6 +198,12 @@ def overlaps(boxes, others):
     from torchvision.ops import box_iou
     iou = box_iou(torch.from_numpy(boxes), torch.from_numpy(others))  # (D, K)
     return (iou >= FOUND_IOU).any(1).numpy()
+
+
+def mean_ap(truth, detections):
+    """Mean AP of M Detections over all pictures."""
+    matching = coco_match(truth, detections, "map")
+    return mean_of(average_precision(matching, np.arange(len(detections))))
 
 
 def state_scores(confusion):
@@ -213,23 +226,27 @@ def mean_of(values):
 class Judged:
     """Detections of M pictures against their boxes: every number over any of them, and intervals.
 
-    has_states: judge states too; baseline: M Detections to compare with, or None.
+    has_states: judge states too; baseline: M Detections to compare with, or None; state_rates (P, S): how often each
+    part has each state, the baseline of the states (None: all are intact).
     """
 
-    def __init__(self, truth, detections, threshold, has_states, baseline=None):
+    def __init__(self, truth, detections, threshold, has_states, baseline=None, state_rates=None):
         self.truth = truth
         self.has_states = has_states
         self.every = np.arange(len(detections))
-        kinds = {"map": "parts"}
-        if has_states:
-            kinds["joint_map"] = "joint"
+        kinds = ["map", "joint_map", "map_present"] if has_states else ["map"]
+        self.matching = {kind: coco_match(truth, detections, kind) for kind in kinds}
         self.of_baseline = {}
         if baseline is not None:
-            self.of_baseline = {name: coco_match(truth, baseline, kind) for name, kind in kinds.items()}
-        if has_states:
-            kinds["map_present"] = "present"
-        self.matching = {name: coco_match(truth, detections, kind) for name, kind in kinds.items()}
-        matched, self.confusions = count_matches(self.matching["map"], len(truth.parts), threshold)
+            shared = kinds[:2] if baseline[0].states is not None else ["map"]
+            self.of_baseline = {kind: coco_match(truth, baseline, kind) for kind in shared}
+        n_parts = len(truth.parts)
+        self.state_rates = np.eye(N_STATES)[[part_boxes.INTACT] * n_parts] if state_rates is None else state_rates
+        self.found = found_states(self.matching["map"], detections)
+        self.confusions = np.zeros((len(detections), n_parts, N_STATES, N_STATES))  # true x predicted
+        called = self.found.probabilities.argmax(1)
+        np.add.at(self.confusions, (self.found.pictures, self.found.labels, self.found.true, called), 1)
+        matched = count_matches(self.matching["map"], n_parts, threshold)
         self.counts = matched | count_hallucinations(truth, detections, threshold)
 
     def epoch_metrics(self):
@@ -240,7 +257,7 @@ class Judged:
 
     def confusion(self, pictures=slice(None)):
         """(S, S) true x predicted states of the boxes found in these pictures."""
-        return self.confusions[pictures].sum(0)
+        return self.confusions[pictures].sum((0, 1))
 
     def rates(self, pictures=slice(None), parts=slice(None)):
         """Precision, recall and the rates of hallucination over these pictures and parts."""
@@ -249,8 +266,7 @@ class Judged:
             "precision": share(sums["right"], sums["right"] + sums["wrong"]),
             "recall": share(sums["right"], sums["truth"]),
             "hallucination_rate": share(sums["claimed_there"], sums["absent_boxes"]),
-            "hallucination_rate_anywhere": share(sums["claimed"], sums["absent"]),
-            "absent_box_detected": share(sums["detected_there"], sums["absent_boxes"])}
+            "hallucination_rate_anywhere": share(sums["claimed"], sums["absent"])}
 
     def values(self, pictures):
         """({metric: float}, {"ap": (P,)}) of the model over these pictures, repeats count."""
@@ -261,16 +277,15 @@ class Judged:
         return overall, each
 
     def baseline_values(self, pictures):
-        """As values, of the baseline; its states: the model's boxes where all are called intact."""
+        """As values, of the baseline; its states: the model's boxes, each called as its part is most often."""
         overall, each = average_precisions(self.of_baseline, pictures)
         if self.has_states:
-            confusion = self.confusion(pictures)
-            intact = np.zeros_like(confusion)
-            intact[:, part_boxes.INTACT] = confusion.sum(1)
-            overall |= state_scores(intact)
+            true = self.confusions[pictures].sum((0, 3))  # (P, S)
+            usual = np.eye(N_STATES)[self.state_rates.argmax(1)]  # (P, S)
+            overall |= state_scores(true.T @ usual)
         return overall, each
 
-    def result(self, draws, seed):
+    def result(self, draws, seed, baseline_name="mean box"):
         """The subject_intervals.Result over all pictures; resampled are groups, else images."""
         groups = self.truth.groups
         owners = self.every
@@ -292,7 +307,7 @@ class Judged:
             names=self.truth.parts,
             n=self.counts["truth"].sum(0).astype(int),
             rows=len(self.every),
-            baseline_name="mean box")
+            baseline_name=baseline_name)
 
 
 def stack_draws(draws):

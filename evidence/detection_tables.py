@@ -2,8 +2,6 @@
 
 Letters: D detections of one picture, P parts, S states.
 """
-import itertools
-
 import numpy as np
 
 import common
@@ -28,12 +26,9 @@ def best_of_each_part(detected, threshold):
 def coco_results(names, ids, detections, parts, category_ids, seen):
     """COCO results: image_id and category_id as the annotation file writes them.
 
-    category_ids: {part: id} of that file; parts that it lacks get the smallest free ids from 1;
-    seen: (M,) of common.SEEN_WORDS.
+    category_ids: {part: id} of that file, see part_boxes.number_parts; seen: (M,) of common.SEEN_WORDS.
     """
-    taken = set(category_ids.values())
-    free = (own for own in itertools.count(1) if own not in taken)
-    own_ids = [category_ids[part] if part in category_ids else next(free) for part in parts]
+    own_ids = part_boxes.number_parts(parts, category_ids)
     results = []
     for name, own, detected, word in zip(names, ids, detections, seen):
         states = detected.called()
@@ -41,7 +36,7 @@ def coco_results(names, ids, detections, parts, category_ids, seen):
             left, top, right, bottom = detected.boxes[d]
             entry = {
                 "image_id": own,
-                "category_id": own_ids[label],
+                "category_id": own_ids[parts[label]],
                 "bbox": [left, top, right - left, bottom - top],
                 "score": detected.scores[d],
                 "file_name": name,
@@ -83,11 +78,11 @@ def detection_rows(names, detections, parts, seen, errors=None, lists_absent=Fal
 
 
 def read_results(path, annotated, box_format=None):
-    """COCO results of any program -> (parts, Detections and one of common.SEEN_WORDS for each image of the Annotations).
+    """COCO results of any program -> (parts, Detections and one of common.SEEN_WORDS for each image).
 
-    parts: those of the Annotations, then what else the results name as their `part`. The state stands in
-    state_probabilities or in state (text or number), or nowhere: then they are plain detections. box_format: one of
-    part_boxes.BOX_FORMATS, None for xywh. UserError that lists what cannot be read.
+    annotated: Annotations of these images; parts: theirs, then what else the results name as their `part`. The state
+    stands in state_probabilities or in state (text or number), or nowhere: then they are plain detections. box_format:
+    one of part_boxes.BOX_FORMATS, None for xywh. UserError that lists what cannot be read.
     """
     entries = common.read_json(path)
     if not isinstance(entries, list):

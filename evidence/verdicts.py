@@ -237,13 +237,13 @@ def reach_verdict(gain, doubts, sentence):
     return Verdict(level, OUTCOME_WORDS[outcome], sentence)
 
 
-def baseline_doubts(names):
-    """Sentences on baselines, by name, that are too weak for a result to hold; else []."""
+def baseline_doubts(names, model="ridge or logistic regression on published features"):
+    """Sentences on baselines, by name, that are too weak for a result to hold; else []. model: what would be one."""
     if not set(names) <= TRIVIAL_BASELINES:
         return []
     shown = ", ".join(sorted(names)).replace("_", " ")
     return [f"Only baselines that look at no input were there to beat ({shown}). A result holds where it beats a "
-            "simple model too, such as ridge or logistic regression on published features"]
+            f"simple model too, such as {model}"]
 
 
 def verdict_sentence(result, metric="r2", ceiling=None, seen="new", label=None, is_same=False):

@@ -5,6 +5,7 @@ upright picture; in a file left, top, width, height.
 """
 import collections
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -87,10 +88,13 @@ class PartTruth:
             return ~self.ignored[row]
         return ~self.ignored[row] & (self.states[row] != ABSENT)
 
+    def judged_states(self):
+        """States of all judged boxes, UNKNOWN where there is none."""
+        return np.concatenate([states[self.judged(row)] for row, states in enumerate(self.states)])
+
     def has_states(self):
         """Whether any judged box has a state; else this is plain detection."""
-        judged = [self.judged(row) for row in range(len(self.images))]
-        return any((states[own] >= 0).any() for states, own in zip(self.states, judged))
+        return (self.judged_states() >= 0).any()
 
     def take(self, rows):
         """The PartTruth of chosen pictures."""
@@ -484,14 +488,24 @@ def cut_boxes(images):
 # Annotations -> COCO
 # --------------------------------------------------------------------------------------
 
-def as_coco(found):
-    """Annotations -> (clean COCO with area, iscrowd, state and trust; dicts of the boxes without area, left out)."""
+def number_parts(parts, category_ids):
+    """{part: its id} as a COCO file has it; parts that it lacks get the smallest free ids from 1."""
+    taken = set(category_ids.values())
+    free = (own for own in itertools.count(1) if own not in taken)
+    return {part: category_ids[part] if part in category_ids else next(free) for part in parts}
+
+
+def as_coco(found_images, category_ids, folder=None):
+    """AnnotatedImages -> (clean COCO with area, iscrowd, state and trust; dicts of the boxes without area, left out).
+
+    category_ids: {part: its id}; folder: of the pictures, whose paths within it are then the names.
+    """
     images = []
     annotations = []
-    kept, dropped, _ = cut_boxes(found.images)
-    for number, (image, objects) in enumerate(zip(found.images, kept)):
-        absent = sorted(set(image.absent))
-        images.append({**image.fields, "id": number, "file_name": image.name, "absent_parts": absent})
+    kept, dropped, _ = cut_boxes(found_images)
+    for image, objects in zip(found_images, kept):
+        name = image.path.relative_to(folder).as_posix() if image.path else image.name
+        images.append({**image.fields, "file_name": name, "absent_parts": sorted(set(image.absent))})
         if image.size:
             images[-1] |= zip(("width", "height"), image.size)
         for each in objects:
@@ -500,8 +514,8 @@ def as_coco(found):
             height = bottom - top
             annotations.append({
                 "id": len(annotations) + 1,
-                "image_id": number,
-                "category_id": found.parts.index(each.part) + 1,
+                "image_id": image.id,
+                "category_id": category_ids[each.part],
                 "bbox": [left, top, width, height],
                 "area": width * height,
                 "iscrowd": int(each.crowd),
@@ -510,7 +524,7 @@ def as_coco(found):
                 annotations[-1] |= {"state": STATES[each.state], "state_id": each.state}
             if each.attributes:
                 annotations[-1]["attributes"] = each.attributes
-    categories = [{"id": number, "name": part} for number, part in enumerate(found.parts, start=1)]
+    categories = [{"id": own, "name": part} for part, own in category_ids.items()]
     return {"images": images, "annotations": annotations, "categories": categories}, dropped
 
 

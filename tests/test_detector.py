@@ -14,10 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score
+from scipy.stats import binomtest
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, log_loss
 
 import common
 import train_detector
@@ -296,6 +299,18 @@ def test_confusion_counts_matched_boxes_and_the_intact_baseline_stands_beside():
     assert rows[1]["called occluded"] == 1 and rows[1]["recall"] == 0.5
 
 
+def test_states_are_held_against_those_that_their_parts_usually_have():
+    """Bells are mostly damaged, saddles intact: of four boxes found the rates of the parts call three right."""
+    truth = annotated([(0, 1, BOX), (1, 0, OTHER)], [(0, 1, BOX), (1, 3, OTHER)])
+    found = [detections((0, 0.9, 0, BOX), (1, 0.9, 0, OTHER)) for _ in range(2)]
+    rates = np.array([[0.2, 0.6, 0.1, 0.1], [0.7, 0.1, 0.1, 0.1]])
+    judged = detection_scores.Judged(truth, found, 0.5, True, found, rates)
+    assert judged.baseline_values(judged.every)[0]["state_accuracy"] == pytest.approx(3 / 4)
+    model, prior = detection_judging.calibration_rows(judged)
+    assert prior["nll"] == pytest.approx(log_loss([1, 0, 1, 3], rates[[0, 1, 0, 1]], labels=range(4)))
+    assert model["boxes"] == 4 and model["nll"] > prior["nll"], "the model is sure and wrong"
+
+
 def test_hallucinations_by_hand():
     """Four absent parts, two with a box: one is claimed at its box, one detected there and rightly called absent;
     of those without a box one is claimed elsewhere, one only below the threshold."""
@@ -303,8 +318,14 @@ def test_hallucinations_by_hand():
     found = [detections((0, 0.9, 0, BOX)), detections((0, 0.9, ABSENT, BOX)), detections((1, 0.6, 1, FAR)),
              detections((1, 0.4, 0, FAR))]
     values = values_of(truth, found)
-    assert values["hallucination_rate"] == pytest.approx(1 / 2) and values["absent_box_detected"] == pytest.approx(1)
+    assert values["hallucination_rate"] == pytest.approx(1 / 2)
     assert values["hallucination_rate_anywhere"] == pytest.approx(2 / 4)
+    judged = judge(truth, found, baseline=found)
+    rows = detection_judging.per_part_rows(judged, judged.result(20, 0))
+    for row, k in zip(rows, (1, 1)):
+        low, high = binomtest(k, 2).proportion_ci(method="wilson")
+        assert row["hallucination_rate"] == k / 2 and row["absent"] == 2
+        assert (row["hallucination_rate_low"], row["hallucination_rate_high"]) == pytest.approx((low, high))
     elsewhere = values_of(truth, [detections((0, 0.9, 0, OTHER)), *found[1:]])
     assert elsewhere["hallucination_rate"] == 0 and elsewhere["hallucination_rate_anywhere"] == pytest.approx(2 / 4)
 
@@ -314,7 +335,8 @@ def test_mean_boxes_by_hand():
                   [])
     baseline = detection_judging.mean_boxes(truth)
     np.testing.assert_allclose(baseline["boxes"][0], [0.1, 0.1, 0.3, 0.4])
-    assert baseline["score"].tolist() == [0.75, 0] and baseline["state"][0] == 1
+    assert baseline["score"].tolist() == [0.75, 0]
+    np.testing.assert_allclose(baseline["states"], [[2 / 7, 3 / 7, 1 / 7, 1 / 7], [0.25] * 4], err_msg="one more of each")
     found = detection_judging.baseline_detections(baseline, np.array([[200, 100]]), True)[0]
     np.testing.assert_allclose(found.boxes, [[20, 10, 60, 40]])
     assert found.labels.tolist() == [0] and found.called().tolist() == [1]
@@ -368,13 +390,27 @@ def test_a_part_that_the_annotation_file_lacks_gets_an_id_of_its_own():
 def test_boxes_are_drawn_where_they_are():
     """Two boxes in pixels of a picture on disk of 160 x 80, drawn on its cached half."""
     boxes = np.array([[20.0, 20, 60, 70], [90, 30, 150, 75]])
-    drawn = box_pictures.draw_boxes(np.zeros((40, 80, 3), np.uint8), (160, 80), boxes, ["a", "b"], np.array([0, 1]))
-    assert drawn.shape == (320, 640, 3)
-    for box, colour in zip(4 * boxes.astype(int), box_pictures.STATE_COLOURS):
+    colours = box_pictures.choose_colours(np.array([0, 0]), np.array([0, 1]))
+    drawn = box_pictures.draw_boxes(np.zeros((40, 80, 3), np.uint8), (160, 80), boxes, ["a", "b"], colours)
+    assert drawn.shape == (320, 640, 3) and colours == list(box_pictures.STATE_COLOURS[:2])
+    for box, colour in zip(4 * boxes.astype(int), colours):
         left, top, right, bottom = box
         is_frame = (drawn == colour).all(2)
         assert is_frame[bottom, left:right].all() and is_frame[top:bottom, right].all()
         assert not is_frame[bottom - 4, left + 4:right - 4].any()
+
+
+def test_parts_without_states_have_colours_of_their_own():
+    colours = box_pictures.choose_colours(np.arange(22), np.full(22, UNKNOWN))
+    apart = np.abs(np.subtract.outer(np.array(colours), np.array(colours)).diagonal(axis1=1, axis2=3)).max(2)
+    assert apart[~np.eye(22, dtype=bool)].min() > 20 and box_pictures.legend(False) != box_pictures.legend(True)
+
+
+def test_alarms_name_their_remedy():
+    judged = judge(annotated([(0, 0, BOX)]), [detections((0, 0.3, 0, BOX))])
+    alarms = detection_judging.find_alarms(judged, [detections((0, 0.3, 0, BOX))], 0.5)
+    for said, remedy in (("highest is 0.30", "--score_threshold"), ("saddle", "--test_ratio"), ("are intact", "annotate")):
+        assert any(said in alarm and remedy in alarm for alarm in alarms), said
 
 
 # --- end to end ---------------------------------------------------------------------------
@@ -404,7 +440,7 @@ def trained(bicycles, tmp_path_factory):
     return only_run(folder)
 
 
-CONTRACT = """args.json log.txt splits.json leakage_report.json skipped.csv training_history.csv training_history.png
+CONTRACT = """args.json log.txt train_coco.json val_coco.json test_coco.json state_reliability.png splits.json leakage_report.json skipped.csv training_history.csv training_history.png
 last.pth best_model.pth metrics.json detections_test.csv detections_test.json per_part.csv per_part.png per_state.csv
 failures.jpg best_pictures.jpg report.html""".split()
 PARTS_OF_LOSS = ["loss", "loss_classifier", "loss_box_reg", "loss_state", "loss_objectness", "loss_rpn_box_reg"]
@@ -423,6 +459,8 @@ def test_a_start_from_random_weights_leaves_the_whole_run_folder(trained):
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["part"] == "test" and len(metrics["per_part"]) == 8
     assert {bar["name"]: bar["verdict"] for bar in metrics["criteria"]}["map"] != "PASS"
+    assert content["temperature"] > 0 and [row["states of"] for row in metrics["state_calibration"]][0] == "model"
+    assert any("--baseline" in doubt for doubt in metrics["doubts"]) and list(metrics["baselines"]) == ["mean box"]
     skipped = read_csv(trained / "skipped.csv")
     assert skipped == [{"image": "11.jpg", "annotation": "chain (chain)", "reason": skipped[0]["reason"]}]
 
@@ -566,3 +604,51 @@ def test_configurations_are_read():
     for path in (ROOT / "configs").glob("detector_*.yaml"):
         args = train_detector.parse_args(["--config", str(path), "--train_json", "a", "--train_images", "b"])
         assert args.model in train_detector.MODELS
+        if "bicycle" in path.name:
+            published = args.augment, args.state_class_weights, args.patience, args.clip_grad
+            assert published == ("none", ["none"], 0, 0)
+
+
+def test_a_trained_baseline(bicycles, tmp_path):
+    """--baseline heads: the same steps on the frozen backbone; evaluation and the written files compare with it too."""
+    torch.manual_seed(1)
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
+    flags = train_flags(bicycles, tmp_path / "out", "--weights", tmp_path / "weights.pth", "--dry_run")
+    flags.remove("--no_pretrained")
+    run_script("train_detector.py", *flags, "--baseline", "heads")
+    folder = only_run(tmp_path / "out")
+    start = torch.load(tmp_path / "weights.pth", weights_only=True)["layer4.0.conv1.weight"]
+    moved = [(common.load_model_file(path, "train_detector.py")["model"]["backbone.body.layer4.0.conv1.weight"]
+              != start).any().item() for path in (folder / "best_model.pth", folder / "baseline" / "best_model.pth")]
+    assert moved == [True, False]
+    steps = [len(read_csv(path / "training_history.csv")) for path in (folder, folder / "baseline")]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert steps[0] == steps[1] and set(metrics["baselines"]) == {"mean box", "heads"}
+    strongest = max(metrics["baselines"], key=metrics["baselines"].get)
+    assert metrics["headline"]["baseline"]["name"] == strongest
+    assert not any("no input" in doubt for doubt in metrics["doubts"])
+    run_script("train_detector.py", "--mode", "evaluate", "--checkpoint", folder, "--baseline", "heads", "--json",
+               folder / "test_coco.json", "--images_dir", bicycles / "images", "--num_workers", 0, "--bootstrap_draws",
+               20, "--output_dir", tmp_path / "evaluated")
+    run_script("judge_predictions.py", "--predictions", folder / "detections_test.json", "--truth",
+               folder / "test_coco.json", "--baseline", folder / "detections_test.json", "--output_dir",
+               tmp_path / "judged")
+    again, judged = (json.loads((only_run(tmp_path / name) / "metrics.json").read_text())
+                     for name in ("evaluated", "judged"))
+    assert again["baselines"] == pytest.approx(metrics["baselines"], abs=1e-6)
+    assert judged["model"]["map"]["value"] == pytest.approx(metrics["model"]["map"]["value"], abs=1e-6)
+    assert judged["baselines"]["detections_test"] == pytest.approx(judged["model"]["map"]["value"])
+
+
+def test_metrics_are_of_the_boxes_that_one_per_part_keeps(trained, bicycles, tmp_path):
+    flags = ["--mode", "evaluate", "--checkpoint", trained, "--json", trained / "test_coco.json", "--images_dir",
+             bicycles / "images", "--num_workers", 0, "--bootstrap_draws", 20, "--score_threshold", 0.06]
+    for name, more in (("all", []), ("one", ["--one_per_part"])):
+        run_script("train_detector.py", *flags, *more, "--output_dir", tmp_path / name)
+    every, one = (only_run(tmp_path / name) for name in ("all", "one"))
+    truth, found, _ = detection_judging.read_coco_results(
+        trained / "test_coco.json", every / "detections_test.json", "street")
+    kept = [detection_tables.best_of_each_part(each, 0.06) for each in found]
+    metrics = json.loads((one / "metrics.json").read_text())
+    assert metrics["model"]["map"]["value"] == pytest.approx(values_of(truth, kept)["map"], abs=1e-6)
+    assert sum(len(each.scores) for each in kept) == len(json.loads((one / "detections_test.json").read_text()))

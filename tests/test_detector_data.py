@@ -418,6 +418,15 @@ def test_missing_and_surplus_pictures_are_listed(tmp_path, flags):
         ("1", "no such picture"), ("7.jpg", "no entry in a.json")}
 
 
+def test_a_field_that_repeats_and_is_not_used_is_an_alarm_before_training(tmp_path, flags):
+    content = {f"{k}.jpg": {"subject": k // 2, "parts": {"bell": part([5, 5, 10, 10])}} for k in range(12)}
+    study = study_of(tmp_path, flags, content, names=list(content))
+    run = SimpleNamespace(path=lambda name: tmp_path / name, say=lambda text: None, args=flags())
+    alarms = train_detector.check_split(run, study, {"train": np.arange(0, 12, 2), "val": np.arange(1, 12, 2),
+                                                     "test": np.arange(0)})
+    assert len(alarms) == 1 and "--group_column subject" in alarms[0]
+
+
 def test_groups_come_from_the_entries(tmp_path, flags):
     content = json.loads(json.dumps(PARTS))
     for k, entry in enumerate(content.values()):

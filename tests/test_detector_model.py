@@ -208,6 +208,26 @@ def test_each_final_detection_carries_its_own_state():
     torch.testing.assert_close(states[0].sum(1), torch.ones(3))
 
 
+def test_the_temperature_softens_the_states():
+    heads, _ = heads_that_know(ORDERS)
+    heads.temperature = 50.0
+    states, = heads.state_probabilities({}, [BOXES[[1]]], [(64, 64)])
+    torch.testing.assert_close(states, torch.eye(4)[[1]].softmax(1))
+
+
+def test_of_two_boxes_of_a_part_the_better_is_kept():
+    model = small_detector(states=[]).eval()
+    inputs, sizes, _ = device_batch(sample())
+    most = []
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.bias[1] += 2
+        for model.roi_heads.nms_thresh in (0.5, 0.1):
+            found = model(inputs, sizes)[0]
+            overlap = torchvision.ops.box_iou(found["boxes"], found["boxes"]).fill_diagonal_(0)
+            most.append(overlap[found["labels"][:, None] == found["labels"]].max().item())
+    assert most[0] > 0.1 >= most[1]
+
+
 def test_class_weights_scale_the_state_loss():
     loss = {}
     for weights in (None, [1.0, 0.0, 1.0, 1.0]):
