@@ -140,10 +140,10 @@ def read_score(found, faults):
 
 
 def read_states(found, faults):
-    """(S,) probabilities of a result, from state_probabilities or its state; None where it names none."""
+    """S probabilities of a result, from state_probabilities or its state; None where it names none."""
     given = found.fields.get("state_probabilities")
     if given is None:
-        return None if found.state == part_boxes.UNKNOWN else np.eye(N_STATES)[found.state]
+        return None if found.state == part_boxes.UNKNOWN else np.eye(N_STATES)[found.state].tolist()
     numbers = list(map(part_boxes.read_number, given)) if isinstance(given, list) else []
     is_whole = len(numbers) == N_STATES and None not in numbers
     if not is_whole or min(numbers) < 0 or abs(sum(numbers) - 1) > ROUNDING:

@@ -167,11 +167,12 @@ def leakage_blocks(run):
     if not path.exists():
         return []
     report = common.read_json(path)
-    found = splitting.found_leakage(report)
+    found = splitting.found_leakage(report | {"within": {}})
     block = html_text("The parts of the split share nothing: no group, no copy, no near-duplicate.", "good")
     if found:
         block = _note(html_list(found), "caution")
-    notes = report.get("notes")
+    notes = splitting.found_leakage(report | {"between": {}})  # repeats inside a part are no leaks
+    notes += report.get("notes", [])
     return [block, html_list(notes)] if notes else [block]
 
 

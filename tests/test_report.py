@@ -125,6 +125,11 @@ def test_leakage_is_one_line_where_nothing_leaks(tmp_path):
     common.write_json(tmp_path / "leakage_report.json", clean)
     (block,) = reporting.leakage_blocks(run)
     assert "note good" in block and "share nothing" in block
+    clean["within"] = {"train": {"near_duplicates": copies}}
+    common.write_json(tmp_path / "leakage_report.json", clean)
+    block, notes = reporting.leakage_blocks(run)
+    assert "note good" in block and "inside train" in notes, "repeats inside a part are no leak"
+    clean["within"] = {}
     clean["between"]["train-val"]["near_duplicates"] = copies
     common.write_json(tmp_path / "leakage_report.json", clean)
     (block,) = reporting.leakage_blocks(run)
