@@ -31,20 +31,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from torch import nn
 
 import common
 from evidence import (
     baseline_models, calibrating, class_judging, class_scores, confounding, ethograms, event_audit,
-    judging,
-    metric_names, plotting, prediction_tables, rater_agreement, reporting, score_judging, splitting,
-    table_judging, verdicts)
+    event_splits, judging, metric_names, plotting, prediction_tables, rater_agreement, reporting,
+    score_judging, splitting, table_judging, verdicts)
 from readers import (
-    backbones, csv_tables, event_tables, event_times, file_names, score_tables, video_files)
+    backbones, csv_tables, event_tables, event_times, score_tables, sliding_windows,
+    video_files)
 
 MODES = ("train", "predict", "evaluate", "audit", "judge_bouts")
-PARTS = ("train", "val", "test")
 OVERFITTING_REMEDY = "Fewer trained layers (--freeze_stages 3 --freeze_norm, --freeze_backbone), more clips"
 CNN_LSTM = "cnn_lstm"
 MOTION_READOUT = "motion_readout"
@@ -55,6 +53,8 @@ SOLVED = {
     "boost_to": 0.0, "mixup": 0.0, "label_smoothing": 0.0, "focal_alpha": None, "sample_weight": [],
     "augment_for": [], "target_weights": None, "bounded": False, "init_from": None,
 }
+# flags of predict that count as typed, not as in the checkpoint
+OWN_OF_PREDICT = ("clips_per_event", "aggregation", "min_event_sec")
 FIXED_INPUT = {  # frames, pixels
     "s3d": (16, 224),
     "mvit_v1_b": (16, 224),
@@ -69,9 +69,7 @@ TASK_DEFAULTS = {
     "classify": {
         "model": "r3d_18", "n_frames": 16, "loss": "ce", "augment": "heavy",
         "epochs": 30, "batch_size": 4, "val_batch_size": 8,
-        "lr": 5e-5, "weight_decay": 0.05, "clip_grad": 1.0,
-        "scheduler": "cosine", "warmup_epochs": 2.0, "min_lr": 1e-6,
-        "patience": 10, "min_delta": 0.0, "min_epochs": 0,
+        "lr": 5e-5, "weight_decay": 0.05, "warmup_epochs": 2.0, "min_lr": 1e-6, "patience": 10,
     },
     "regress": {
         "model": CNN_LSTM, "n_frames": 32, "loss": "mse", "augment": "basic", "select": "loss",
@@ -108,6 +106,8 @@ def parse_args(argv=None):
     parser.set_defaults(**TASK_DEFAULTS[asked.task])
     if asked.model == MOTION_READOUT:
         parser.set_defaults(**SOLVED)
+    if asked.mode == "judge_bouts":
+        parser.set_defaults(min_event_sec=0.0)  # bouts are compared with events as they are
     args = common.parse_arguments(parser, argv)
     check_flags(parser, args)
     return args
@@ -122,7 +122,8 @@ def add_recording_arguments(add):
     add("--min_bout_sec", type=common.AMOUNT, default=0.0,
         help="a shorter bout is left out, after close ones have been joined")
     add("--merge_gap_sec", type=common.AMOUNT, default=0.0,
-        help="bouts of one class that are at most so far apart are one")
+        help="bouts of one class that are at most so far apart are one, which takes what lies "
+             "between")
     add("--annotate", action="store_true",
         help="also write a copy of each video with class and probability drawn in (without sound)")
 
@@ -131,7 +132,7 @@ def add_clip_arguments(data):
     """Where the events are, what is asked of them, and how clips are cut from their videos."""
     data("--manifest", type=Path, may_change=True,
          help="table of events or sequences (CSV, JSON), or a folder of class folders")
-    for part in PARTS:
+    for part in event_splits.PARTS:
         data(f"--{part}_manifest", type=Path, may_change=True,
              help=f"events of the {part} part, instead of a split made here")
     data("--video_root", type=Path, may_change=True,
@@ -229,28 +230,31 @@ def add_learning_arguments(learn):
 
 def manifests_of(args):
     """{part: manifest} as given; the part '' is one manifest for all."""
-    given = {"": args.manifest, "train": args.train_manifest,
-             "val": args.val_manifest, "test": args.test_manifest}
+    given = {part: getattr(args, f"{part}_manifest") for part in event_splits.PARTS} | {"": args.manifest}
     return {part: path for part, path in given.items() if path}
 
 
 def check_flags(parser, args):
     """parser.error for what a mode lacks, and for flags that contradict each other."""
     manifests = manifests_of(args)
-    if args.mode == "predict" and not (args.checkpoint and bool(args.manifest) != bool(args.video)):
-        parser.error("--mode predict needs --checkpoint, and either --manifest or --video")
-    if args.mode == "judge_bouts" and not (args.predictions and args.manifest):
-        parser.error("--mode judge_bouts needs --predictions and --manifest")
-    if args.mode == "evaluate" and not args.predictions:
-        parser.error("--mode evaluate needs --predictions")
-    if args.mode in ("train", "audit") and not (manifests or args.video_root):
-        parser.error(f"--mode {args.mode} needs --manifest, or --train_manifest")
+    is_parted = bool(manifests) and not args.manifest
+    has_events = manifests or args.video_root, "--manifest, or --train_manifest"
+    needs = {
+        "train": has_events,
+        "audit": has_events,
+        "predict": (args.checkpoint and bool(args.manifest) != bool(args.video),
+                    "--checkpoint, and either --manifest or --video"),
+        "judge_bouts": (args.predictions and args.manifest, "--predictions and --manifest"),
+        "evaluate": (args.predictions, "--predictions"),
+    }
+    is_given, needed = needs[args.mode]
+    if not is_given:
+        parser.error(f"--mode {args.mode} needs {needed}")
     if args.mode != "evaluate" and args.task == "regress" and not args.manifest:
         parser.error("--task regress needs --manifest")
     if args.manifest and len(manifests) > 1:
         parser.error(f"--manifest {args.manifest} is split here; give it alone, "
                      "or the manifests of the parts")
-    is_parted = bool(manifests) and not args.manifest
     if is_parted and (args.folds or args.cv_file):
         parser.error("manifests of parts go without folds; give one --manifest")
     if args.mode != "train":
@@ -279,14 +283,16 @@ def check_flags(parser, args):
 # --- data: row on disk -> table -> sample ---------------------------------------------------
 
 @dataclasses.dataclass
-class Features:
-    """What untuned networks see in N rows, computed once for all folds.
+class Untuned:
+    """What an untuned network sees in N rows: of each the mean over its predicted clips."""
+    values: np.ndarray  # (N, F)
+    blocks: dict | None = None  # name -> columns that a readout may choose; None: it takes all
 
-    Of each row the mean over its predicted clips.
-    """
-    last: np.ndarray  # (N, F) of the model's last stage, for the first baseline
-    motion: np.ndarray | None = None  # (N, F) of a MotionReadout, where there is an image network
-    blocks: dict | None = None  # name -> columns of these that a readout may choose
+
+@dataclasses.dataclass
+class Features:
+    """What untuned networks see, computed once for all folds."""
+    of_rows: dict  # name of the linear model on it -> Untuned
     # with --freeze_backbone, which trains on them instead of pixels:
     views: np.ndarray | None = None  # (V, N, F) or (V, N, T, F) of random clips
     of_clips: dict | None = None  # (row, start) of a predicted clip -> (F,) or (T, F)
@@ -396,16 +402,13 @@ def read_table(args, names=None, need_labels=True):
             names=names, label_column=args.label_column, time_unit=args.time_unit, **checks)
     if args.filter:
         table = table.take(event_tables.filter_rows(table, args.filter))
-    if (table.unit == "sec").all():
-        return table
     counted = {source for source, unit in zip(table.sources, table.unit) if unit == "frame"}
     infos = {source: video_files.probe(source, args.fps) for source in counted}
     return event_times.seconds_of(table, infos, args.min_event_sec)
 
 
-def load_study(args, say, skipped_file=None, names=None, need_labels=True):
+def load_study(args, table, say, skipped_file=None):
     """Table and frames, checked; what cannot be used is counted, said and listed in the file."""
-    table = read_table(args, names, need_labels)
     for note in table.notes:
         say(f"note: {note}")
     say(f"decoding {len(table)} rows of {len(set(table.sources))} videos "
@@ -414,13 +417,12 @@ def load_study(args, say, skipped_file=None, names=None, need_labels=True):
         table.sources, table.windows, grid="even" if args.task == "regress" else "rate",
         fps=args.fps, n_frames=args.n_frames, short_side=resize_side(args.image_size),
         jitter_sec=args.jitter_sec, cache=args.cache, pixel_range=args.pixel_range)
-    readable = video_files.check_clips(store.audit, args.max_missing, args.on_bad_file)
-    stored = np.array([row for row in readable if not store.audit[row].fault], dtype=int)
-    skipped = list(table.skipped)
-    for row in np.setdiff1d(np.arange(len(table)), stored):
-        reason = store.audit[row].error or store.audit[row].fault
-        video = str(table.sources[row])
-        skipped.append({"row": table.clip_ids[row], "video": video, "reason": reason})
+    video_files.check_clips(store.audit, args.max_missing, args.on_bad_file)
+    reasons = [found.error or found.fault for found in store.audit]
+    stored = np.flatnonzero([not reason for reason in reasons])
+    skipped = table.skipped + [
+        {"row": table.clip_ids[row], "video": str(table.sources[row]), "reason": reason}
+        for row, reason in enumerate(reasons) if reason]
     if skipped and skipped_file:
         common.write_table(skipped_file, skipped)
     for reason, count in collections.Counter(entry["reason"] for entry in skipped).items():
@@ -440,29 +442,14 @@ def load_study(args, say, skipped_file=None, names=None, need_labels=True):
         f"{len(skipped)} rows skipped; {store.description}")
     table = table.take(stored)
     positive = None
-    if need_labels and table.target is None:
-        positive = positive_class(args.positive_class, table.names, table.label)
+    if table.target is None:
+        positive = prediction_tables.choose_positive(args.positive_class, table.names, table.label)
     return Study(table, store, stored, args, skipped, positive)
 
 
 def resize_side(image_size):
     """Short side that frames are scaled to before the crop: 128 for 112."""
     return round(image_size * 8 / 7)
-
-
-def positive_class(wanted, names, label):
-    """Index of the class that matters: the wanted one, whatever its case, else the rarest label.
-
-    Raises UserError for a name that is no class.
-    """
-    if not wanted:
-        return class_scores.rarest_class(label, len(names))
-    spelled = [name.casefold() for name in names]
-    if wanted.casefold() not in spelled:
-        raise common.UserError(f"--positive_class {wanted} is no class"
-                               f"{common.closest(wanted, names)} "
-                               f"(found: {common.shorten_list(names)})")
-    return spelled.index(wanted.casefold())
 
 
 def sample_weights(table, flags):
@@ -543,13 +530,14 @@ class Clips(common.Samples):
         length = self.args.n_frames
         size = self.args.image_size
         preset = "none" if self.presets is None else self.presets[row]
-        chosen = self.study.frames(row, start, start + length)
-        clip = np.zeros((length, size, size, 3), np.uint8)
+        frames = self.study.frames(row, start, start + length)
         if preset == "none":
-            clip[:len(chosen)] = [common.eval_crop(frame, size) for frame in chosen]
+            crops = [common.eval_crop(frame, size) for frame in frames]
         else:
             drawn = common.sample_augmentation(preset, generator)
-            clip[:len(chosen)] = common.augment_clip(chosen, drawn, size)
+            crops = common.augment_clip(frames, drawn, size)
+        clip = np.zeros((length, size, size, 3), np.uint8)
+        clip[:len(frames)] = crops
         return clip
 
 
@@ -616,16 +604,12 @@ def places_of(mask, device):
 
 def real_frames(clips, mask):
     """The frames that the mask marks: (B, T, 3, S, S), (B, T) -> (frames, 3, S, S)."""
-    if mask.all():
-        return clips.flatten(0, 1)
     frames = clips.movedim(2, -1).flatten(0, 1)  # (B * T, S, S, 3): colours stay the last
     return frames[places_of(mask, clips.device)].movedim(-1, 1)
 
 
 def in_places(values, mask):
     """What is known of those frames, 0 for the others: (frames, ...), (B, T) -> (B, T, ...)."""
-    if mask.all():
-        return values.unflatten(0, mask.shape)
     everywhere = values.new_zeros(mask.numel(), *values.shape[1:])
     everywhere = everywhere.index_copy(0, places_of(mask, values.device), values)
     return everywhere.unflatten(0, mask.shape)
@@ -659,11 +643,10 @@ class MotionReadout(ClipNet):
         appearance, motion = np.arange(4 * self.n_channels).reshape(2, -1)
         return {"appearance": appearance, "motion": motion, "both": np.append(appearance, motion)}
 
-    def last_stage(self, features):
-        """(N, F) features -> those of appearance of the last resolution alone."""
-        means, sds = features[:, :2 * self.n_channels].reshape(-1, 2, self.n_channels).swapaxes(0, 1)
-        n_last = self.backbone.n_channels[-1]
-        return np.append(means[:, -n_last:], sds[:, -n_last:], axis=1)
+    def last_stage(self):
+        """(2 C,) columns of appearance of the last resolution alone, C its channels."""
+        means_and_sds = np.arange(2 * self.n_channels).reshape(2, -1)
+        return means_and_sds[:, -self.backbone.n_channels[-1]:].ravel()
 
     def see(self, frames):
         """(n, 3, S, S) -> (n, 3, C): mean, largest rise and largest fall since the frame before.
@@ -672,13 +655,14 @@ class MotionReadout(ClipNet):
         """
         with torch.autocast(frames.device.type, enabled=False):
             maps = self.backbone(frames)  # three of (n, C, H, W)
-        means = [each.mean((2, 3)) for each in maps]
-        changes = [torch.diff(each.flatten(2), dim=0) for each in maps]  # (n - 1, C, H * W)
-        rises = torch.cat([each.amax(2).clamp(min=0) for each in changes], 1)
-        falls = torch.cat([each.amin(2).clamp(max=0) for each in changes], 1)
-        since_before = torch.stack([rises, falls], 1)  # (n - 1, 2, C)
-        since_before = nn.functional.pad(since_before, (0, 0, 0, 0, 1, 0))
-        return torch.cat([torch.cat(means, 1)[:, None], since_before], 1)
+        seen = []
+        for each in maps:
+            places = each.flatten(2)  # (n, C, H * W)
+            change = torch.diff(places, dim=0, prepend=places[:1])
+            rise = change.amax(2).clamp(min=0)
+            fall = change.amin(2).clamp(max=0)
+            seen.append(torch.stack([places.mean(2), rise, fall], 1))
+        return torch.cat(seen, 2)  # three of (n, 3, C) -> (n, 3, C)
 
     def pool(self, seen, mask):
         """What is seen in the frames of clips, (B, T, 3, C), and their mask (B, T) -> (B, 4 C)."""
@@ -710,9 +694,13 @@ class FrameLstm(backbones.BackboneModel):
         self.lstm = nn.LSTM(n_features, hidden, batch_first=True)
         self.head = Head(hidden, n_outputs, dropout, bounded)
 
+    def see(self, frames):
+        """(n, 3, S, S) -> (n, F)."""
+        return self.backbone(frames).float()
+
     def extract(self, clips, mask):
         """Features of the real frames, 0 for the others: (B, T, 3, S, S), (B, T) -> (B, T, F)."""
-        return in_places(self.backbone(real_frames(clips, mask)).float(), mask)
+        return in_places(self.see(real_frames(clips, mask)), mask)
 
     def forward(self, clips, mask):
         # (B, T, 3, S, S) clips, or (B, T, F) features of a frozen backbone
@@ -750,55 +738,68 @@ def build_model(args, n_outputs):
 
 def pixel_statistics(args):
     """(mean, sd) of the three colours that the published weights of the flags' network expect."""
-    return backbones.pixel_statistics(network_name(args), args.weights)
+    name = args.backbone if args.model in FRAME_MODELS else args.model
+    return backbones.pixel_statistics(name, args.weights)
 
 
-def network_name(args):
-    """The network whose weights --weights or torchvision has."""
-    return args.backbone if args.model in FRAME_MODELS else args.model
+class Objective:
+    """What a task asks of the network: targets, loss and metrics, fitted to the train rows."""
+
+    def __init__(self, args, study):
+        self.args = args
+        self.names = study.table.names
+        self.positive = study.positive
+        self.other_names = [name for c, name in enumerate(self.names) if c != self.positive]
+        self.repeats = study.table.repeats
+        weight = sample_weights(study.table, args.sample_weight)
+        self.weight = torch.from_numpy(weight).float()  # (N,) in the loss
+
+    def rows_of_epoch(self, train):
+        """Train rows -> the same, each as often as the manifest repeats it."""
+        return np.repeat(train, self.repeats[train])
+
+    def sampler_weights(self, rows):
+        """A chance of being drawn for each of these rows; None: all alike."""
+        return None
+
+    def prior_shift(self, rows):
+        """What is to be added to the outputs of a network that was trained on these rows."""
+        return 0.0
 
 
-class Behaviours:
-    """--task classify: targets, loss and metrics of C classes, fitted to the train rows.
+class Behaviours(Objective):
+    """--task classify: C classes.
 
     The natural class shares are those of the train rows, each counted once. Rows that are repeated,
     sampled or weighted change the shares that training sees; prior_shift takes that back.
     """
 
     def __init__(self, args, study, train):
-        table = study.table
-        counts = np.bincount(table.label[train], minlength=len(table.names))
+        super().__init__(args, study)
+        self.label = study.table.label
+        counts = np.bincount(self.label[train], minlength=len(self.names))
         if (counts == 0).any():
-            lacking = common.shorten_list(itertools.compress(table.names, counts == 0))
+            lacking = common.shorten_list(itertools.compress(self.names, counts == 0))
             raise common.UserError(f"no train row of class {lacking}; "
                                    "change the split or the label map")
-        self.args = args
-        self.names = table.names
-        self.positive = study.positive
-        self.label = table.label
-        self.repeats = table.repeats
         self.prior = counts / counts.sum()  # (C,) natural class shares
-        self.class_weight = class_weights(args, self.prior, study.positive)
-        known = torch.tensor(np.maximum(table.label, 0))
+        self.class_weight = class_weights(args, self.prior, self.positive)
+        known = torch.tensor(np.maximum(self.label, 0))
         self.target = nn.functional.one_hot(known, len(counts)).float()  # (N, C)
-        self.weight = torch.from_numpy(sample_weights(table, args.sample_weight)).float()  # (N,)
-        self.columns = verdicts.class_columns(table.names)  # of the history: {column: MetricOf}
-        self.meanings = verdicts.spell_class_metrics(table.names)  # names of --select
-        self.default_select = f"average_precision_{table.names[study.positive]}"
+        self.columns = verdicts.class_columns(self.names)  # of the history: {column: MetricOf}
+        self.meanings = verdicts.spell_class_metrics(self.names)  # names of --select
+        self.default_select = f"average_precision_{self.names[self.positive]}"
 
     def rows_of_epoch(self, train):
-        """Train rows -> the same, each as often as an epoch shows it.
-
-        Rows that the manifest repeats are repeated, then the positive class up to --boost_to.
-        """
-        train = np.repeat(train, self.repeats[train])
+        """As the manifest repeats them, then the positive class up to --boost_to."""
+        train = super().rows_of_epoch(train)
         rare = train[self.label[train] == self.positive]
         n_others = len(train) - len(rare)
         wanted = round(self.args.boost_to * n_others / (1 - self.args.boost_to))
         return np.concatenate([train, np.resize(rare, max(0, wanted - len(rare)))])
 
     def sampler_weights(self, rows):
-        """A chance for each of these rows that draws all classes equally often, or None."""
+        """With --balance sampler all classes are drawn equally often."""
         if self.args.balance != "sampler":
             return None
         label = self.label[rows]
@@ -813,8 +814,8 @@ class Behaviours:
         return calibrating.prior_correction(np.zeros(n_classes), self.prior, seen / seen.sum())
 
     def scale(self):
-        """(centre, offset, span) of the head, (C,) each: the first output is the log prior."""
-        return np.log(self.prior), np.zeros(len(self.prior)), np.ones(len(self.prior))
+        """(centre (C,), offset, span) of the head: the first output is the log prior."""
+        return np.log(self.prior), 0, 1
 
     def loss(self, logits, target, weight):
         """Mean over the batch: logits and class shares (B, C), weights (B,) -> float tensor.
@@ -835,13 +836,12 @@ class Behaviours:
         """{column: value} of the history for logits (M, C) of these rows."""
         found = class_scores.classification_metrics(
             class_scores.softmax(logits), self.label[rows], positive=self.positive)
-        values = {}
-        for column, (metric, name) in self.columns.items():
+
+        def value(metric, name):
             if name is None:
-                values[column] = found.overall[metric]
-            else:
-                values[column] = found.per_class[metric][self.names.index(name)]
-        return values
+                return found.overall[metric]
+            return found.per_class[metric][self.names.index(name)]
+        return {column: value(*meaning) for column, meaning in self.columns.items()}
 
 
 def class_weights(args, prior, positive):
@@ -855,45 +855,29 @@ def class_weights(args, prior, positive):
     return tuple(weights / (weights * prior).sum())
 
 
-class Scores:
-    """--task regress: targets, loss and metrics of R scores, on the scale of the train rows."""
+class Scores(Objective):
+    """--task regress: R scores, on the scale of the train rows."""
     columns = {name: verdicts.MetricOf(name) for name in ("loss", "mse", "mae", "r2", "pearson_r")}
     meanings = verdicts.spell_metrics(columns, (), ())
     default_select = "loss"
-    positive = None
 
     def __init__(self, args, study, train):
-        table = study.table
-        self.args = args
-        self.names = table.names
-        self.repeats = table.repeats
-        self.values = table.target
-        self.mean = np.nanmean(table.target[train], axis=0)
-        self.sd = np.nanstd(table.target[train], axis=0)
-        self.low = np.nanmin(table.target[train], axis=0)
-        self.high = np.nanmax(table.target[train], axis=0)
+        super().__init__(args, study)
+        self.values = study.table.target
+        known = self.values[train]
+        self.mean = np.nanmean(known, axis=0)
+        self.sd = np.nanstd(known, axis=0)
+        self.low = np.nanmin(known, axis=0)
+        self.high = np.nanmax(known, axis=0)
         varies = self.sd >= 1e-9  # False for NaN: no train row has the score
         if not varies.all():
             raise common.UserError(
                 "the same score in every train row, or none, is nothing to learn: "
-                f"{common.shorten_list(itertools.compress(table.names, ~varies))}; "
+                f"{common.shorten_list(itertools.compress(self.names, ~varies))}; "
                 "leave it out with --target_columns")
-        self.target = torch.tensor(table.target, dtype=torch.float32)  # (N, R), NaN = missing
-        self.weight = torch.from_numpy(sample_weights(table, args.sample_weight)).float()  # (N,)
-        self.target_weight = target_weights(args.target_weights, table.names)
-        self.total, self.parts = score_tables.total_and_parts(table.names)
-
-    def rows_of_epoch(self, train):
-        """Train rows -> the same, each as often as the manifest repeats it."""
-        return np.repeat(train, self.repeats[train])
-
-    def sampler_weights(self, rows):
-        """No weighted sampling of scores."""
-        return None
-
-    def prior_shift(self, rows):
-        """Nothing to correct in scores."""
-        return 0.0
+        self.target = torch.tensor(self.values, dtype=torch.float32)  # (N, R), NaN = missing
+        self.target_weight = target_weights(args.target_weights, self.names)
+        self.total, self.parts = score_tables.total_and_parts(self.names)
 
     def scale(self):
         """(centre, offset, span) of the head, (R,) each: the first output is the train mean."""
@@ -935,16 +919,15 @@ class Scores:
 
 def target_weights(pairs, names):
     """--target_weights NAME=W ... -> tuple of R weights, 1 where not named. Raises UserError."""
-    weights = [1.0] * len(names)
-    keys = [csv_tables.column_key(name) for name in names]
+    weights = dict.fromkeys(map(csv_tables.column_key, names), 1.0)
     for text in pairs or []:
         name, _, value = text.rpartition("=")
         key = csv_tables.column_key(name)
-        if key not in keys or not csv_tables.NUMBER.fullmatch(value) or float(value) < 0:
+        if key not in weights or not csv_tables.NUMBER.fullmatch(value) or float(value) < 0:
             raise common.UserError(f"--target_weights expects NAME=WEIGHT of "
                                    f"{common.shorten_list(names, 40)}, found {text!r}")
-        weights[keys.index(key)] = float(value)
-    return tuple(weights)
+        weights[key] = float(value)
+    return tuple(weights.values())
 
 
 TASKS = {"classify": Behaviours, "regress": Scores}
@@ -975,12 +958,9 @@ def make_loaders(study, split, objective, args, compute, features):
     train_loader = common.make_loader(
         Clips(study, rows, presets, objective, given), args, compute, True,
         is_cached, objective.sampler_weights(rows))
-    loaders = {}
-    for part, rows in split.items():
-        if len(rows):
-            clips = Clips(study, rows, features=given)
-            loaders[part] = common.make_loader(
-                clips, args, compute, False, is_cached)
+    loaders = {
+        part: common.make_loader(Clips(study, rows, features=given), args, compute, False, is_cached)
+        for part, rows in split.items() if len(rows)}
     return train_loader, loaders
 
 
@@ -1040,21 +1020,10 @@ def evaluate(model, loader, args, compute):
 
 def combine_clips(outputs, row_starts, aggregation):
     """Mean or max over the clips of each row: (clips, K), (row, start) of each -> (M, K)."""
-    row_of = np.array([row for row, _ in row_starts])  # (clips,)
-    is_first = np.append(True, row_of[1:] != row_of[:-1])
-    first = np.flatnonzero(is_first)  # (M,) where the clips of a row begin
-    if aggregation == "max":
-        return np.maximum.reduceat(outputs, first)
-    n_clips = np.diff(first, append=len(outputs))
-    return np.add.reduceat(outputs, first) / n_clips[:, None]
-
-
-@dataclasses.dataclass
-class Fitted:
-    """A network at its best epoch."""
-    outputs: dict  # part -> (M, K) scores, or logits at the natural class shares
-    objective: Behaviours | Scores
-    training: common.Training
+    rows = [row for row, _ in row_starts]  # of the clips
+    first = np.flatnonzero(np.diff(rows, prepend=-1))  # (M,) where the clips of a row begin
+    combine = {"mean": np.mean, "max": np.max}[aggregation]
+    return np.stack([combine(clips, axis=0) for clips in np.split(outputs, first[1:])])
 
 
 def start_model(args, objective, compute):
@@ -1069,7 +1038,11 @@ def start_model(args, objective, compute):
 
 
 def fit(run, args, study, split, features):
-    """Train on split['train'], choose the epoch on split['val']; returns Fitted."""
+    """Train on split['train'], choose the epoch on split['val'].
+
+    Returns {part: outputs (M, K)} of the best epoch, logits at the natural class shares or scores;
+    the objective; the common.Training.
+    """
     compute = run.compute
     train = split["train"]
     objective = TASKS[args.task](args, study, train)
@@ -1099,20 +1072,19 @@ def fit(run, args, study, split, features):
             row[f"val_{name}"] = value
         training.end_epoch(row)
     outputs = predict_with_best(training, study, split, loaders, objective, shift)
-    return Fitted(outputs, objective, training)
+    return outputs, objective, training
 
 
 def predict_with_best(training, study, split, loaders, objective, shift):
     """{part: outputs (M, K)} of the best epoch; of classes the calibration on val is saved with it."""
     run = training.run
     best = training.load_best()
-    outputs = {}
-    for part, loader in loaders.items():
-        outputs[part] = evaluate(training.model, loader, training.args, run.compute) + shift
+    outputs = {part: evaluate(training.model, loader, training.args, run.compute) + shift
+               for part, loader in loaders.items()}
     if study.table.label is None:
         return outputs
     val = split["val"]
-    calibration = calibrate(outputs["val"], objective.label[val], objective.positive)
+    calibration = calibrating.calibrate(outputs["val"], objective.label[val], objective.positive)
     best["calibration"] = calibration
     best["seen"] = training.seen.plus(common.SeenRows(fitted=[], chose=study.hashes[val]))
     common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
@@ -1120,23 +1092,20 @@ def predict_with_best(training, study, split, loaders, objective, shift):
     return outputs
 
 
-def fit_motion_readout(study, rows, features):
-    """baseline_models.Readout of these rows on features.motion."""
+def fit_readout(study, rows, untuned):
+    """baseline_models.Readout of these rows on what an untuned network sees in them."""
     n_classes = None if study.table.label is None else len(study.table.names)
     return baseline_models.fit_readout(
-        features.motion[rows], study.truth[rows], study.groups_of(rows), n_classes, features.blocks)
+        untuned.values[rows], study.truth[rows], study.groups_of(rows), n_classes, untuned.blocks)
 
 
 def solve_head(model, study, rows, features, say):
     """Put the readout that these rows give into the linear layer of a MotionReadout."""
-    readout = fit_motion_readout(study, rows, features)
+    readout = fit_readout(study, rows, features.of_rows[MOTION_READOUT])
     named = ", ".join(map(" ".join, zip(study.table.names, readout.blocks)))
     say(f"features by the inner folds: {named if study.table.label is None else readout.blocks[0]}")
-    span = model.head.span.cpu().double().numpy()
-    offset = model.head.offset.cpu().double().numpy()
-    dataclasses.replace(
-        readout, weights=readout.weights / span, intercept=(readout.intercept - offset) / span,
-    ).write_into(model.head.linear)
+    model.head.start_at(centre=0, offset=0, span=1)  # the readout is in the unit of the task
+    readout.write_into(model.head.linear)
 
 
 def model_metadata(args, study, objective, shift):
@@ -1158,17 +1127,17 @@ def model_metadata(args, study, objective, shift):
 
 
 @torch.no_grad()
-def extract_features(model, clips, epoch, args, compute):
-    """float32 features of every clip through an untuned backbone: (clips, F) or (clips, T, F)."""
+def extract_features(model, clips, epoch, compute):
+    """What an untuned backbone sees in every clip: float32 (clips, F) or (clips, T, F), mask (clips, T)."""
     model.eval()
-    loader = common.make_loader(clips, args, compute, False, batch_size=16)
+    loader = common.make_loader(clips, clips.args, compute, False, batch_size=16)
     loader.batch_sampler.epoch = epoch
-    features = []
+    found = []
     for batch in loader:
-        inputs, mask = to_device(batch, args, compute)
+        inputs, mask = to_device(batch, clips.args, compute)
         with compute.autocast():
-            features.append(model.extract(inputs, mask).float().cpu())
-    return torch.cat(compute.processes.gather(features)).numpy()
+            found.append((model.extract(inputs, mask).float().cpu(), mask))
+    return list(map(torch.cat, zip(*compute.processes.gather(found))))
 
 
 def untuned_features(args, study, run):
@@ -1180,95 +1149,43 @@ def untuned_features(args, study, run):
     rows = np.arange(len(study.table))
     model = compute.place(build_model(args, len(study.table.names)))
     clips = Clips(study, rows)
-    found = extract_features(model, clips, 0, args, compute)
-    of_clips = found  # (clips, F)
-    if found.ndim == 3:
-        masks = np.stack([study.mask(row, start) for row, start in clips.row_starts])
-        of_clips = mean_and_sd(torch.from_numpy(found), torch.from_numpy(masks)).numpy()
-    pooled = combine_clips(of_clips, clips.row_starts, "mean")
+    found, mask = extract_features(model, clips, 0, compute)
+    of_clips = mean_and_sd(found, mask) if found.ndim == 3 else found  # (clips, F)
+    pooled = combine_clips(of_clips.numpy(), clips.row_starts, "mean")
+    features = Features({})
+    if args.freeze_backbone:
+        features.of_clips = dict(zip(clips.row_starts, found.numpy()))
+    linear_model = "ridge" if study.table.label is None else "logistic"
     if args.model == MOTION_READOUT:
-        return Features(
-            last=model.last_stage(pooled), motion=pooled, blocks=model.blocks(),
-            of_clips=dict(zip(clips.row_starts, found)))
-    features = Features(last=pooled)
-    motion = features_of_motion_readout(args, study, run)
-    if motion:
-        features.motion, features.blocks = motion.motion, motion.blocks
+        features.of_rows[linear_model] = Untuned(pooled[:, model.last_stage()])
+        features.of_rows[MOTION_READOUT] = Untuned(pooled, model.blocks())
+        return features
+    features.of_rows = {linear_model: Untuned(pooled)} | motion_features(args, study, run)
     if args.freeze_backbone:
         presets = augment_presets(study.table, args.augment_for, args.augment)
-        views = [extract_features(model, Clips(study, rows, presets), view, args, compute)
+        random_clips = Clips(study, rows, presets)
+        views = [extract_features(model, random_clips, view, compute)[0]
                  for view in range(args.feature_views)]
-        features.views = np.stack(views)
-        features.of_clips = dict(zip(clips.row_starts, found))
+        features.views = torch.stack(views).numpy()
     return features
 
 
-def features_of_motion_readout(args, study, run):
-    """Features of the MotionReadout that any other model is compared with.
+def motion_features(args, study, run):
+    """{MOTION_READOUT: Untuned}, which any other model is compared with.
 
-    None, with a note, where its image network or the weights of that cannot be had.
+    {}, with a note, where its image network or the weights of that cannot be had.
     """
     weights = args.weights if args.model == CNN_LSTM else None
     own = argparse.Namespace(**{**vars(args), "model": MOTION_READOUT, "weights": weights})
     try:
-        return untuned_features(own, dataclasses.replace(study, args=own), run)
+        features = untuned_features(own, dataclasses.replace(study, args=own), run)
     except common.UserError as error:
         run.say(f"note: no motion readout to compare with: {error}")
-        return None
+        return {}
+    return {MOTION_READOUT: features.of_rows[MOTION_READOUT]}
 
 
 # --- results: predictions table -> judged run folder -------------------------------------------
-
-@dataclasses.dataclass(kw_only=True)
-class HeldOut:
-    """Outputs for rows that the model was not trained on, and the baselines' for the same rows."""
-    rows: np.ndarray  # (M,) rows of the study
-    outputs: np.ndarray  # (M, K) logits at the natural class shares, or scores
-    baselines: dict  # name -> (M, K) probabilities or scores
-    trained_on: list  # (train rows, held-out rows) of each fold, one pair without folds
-    seen: np.ndarray  # (M,) of common.SEEN_WORDS
-    spread: np.ndarray | None = None  # (M, R) sd over several models; regress
-    fold: np.ndarray | None = None  # (M,) number of the fold, of pooled folds
-    # classify, fitted on other rows:
-    temperature: np.ndarray | None = None  # (M,)
-    threshold: np.ndarray | None = None  # (M,) of the positive class, after the temperature
-    baseline_thresholds: dict = dataclasses.field(default_factory=dict)  # name -> (M,)
-
-
-def calibrate(logits, label, positive):
-    """Temperature, and threshold of the positive class after it: logits (M, C), labels (M,)."""
-    temperature = calibrating.fit_temperature(logits, label)
-    probability = class_scores.softmax(logits / temperature)
-    threshold = calibrating.fit_threshold(probability, label, positive=positive)
-    return {"temperature": temperature, "threshold": threshold}
-
-
-def calibrate_on(held_out, others, study):
-    """HeldOut with temperature and threshold from the rows of other HeldOuts, the model's and the baselines' alike."""
-    label = np.concatenate([study.table.label[each.rows] for each in others])
-
-    def fit(of):
-        return calibrate(np.concatenate([of(each) for each in others]), label, study.positive)
-    tuned = {}
-    thresholds = {}
-    for name in held_out.baselines:
-        found = fit(lambda each: log_of(each.baselines[name]))
-        tuned[name] = class_scores.softmax(log_of(held_out.baselines[name]) / found["temperature"])
-        thresholds[name] = np.full(len(held_out.rows), found["threshold"])
-    return dataclasses.replace(
-        held_out, baselines=tuned, baseline_thresholds=thresholds,
-        **calibration_of_rows(fit(lambda each: each.outputs), len(held_out.rows)))
-
-
-def log_of(probability):
-    """Logits of probabilities, finite also for those of 0."""
-    return np.log(np.maximum(probability, 1e-12))
-
-
-def calibration_of_rows(calibration, n_rows):
-    """What calibrate gave -> those fields of HeldOut for so many rows; None -> no fields."""
-    return {name: np.full(n_rows, value) for name, value in (calibration or {}).items()}
-
 
 def predict_baselines(study, features, train, rows):
     """{name: (M, K)} predictions without training a network.
@@ -1277,21 +1194,17 @@ def predict_baselines(study, features, train, rows):
     model's last stage, and for other models the motion readout.
     """
     table = study.table
-    groups = study.groups_of(train)
-    n_classes = None if table.label is None else len(table.names)
-    readouts = {}
-    last = baseline_models.fit_readout(features.last[train], study.truth[train], groups, n_classes)
-    readouts["logistic" if n_classes else "ridge"] = last.predict(features.last[rows])
-    if features.motion is not None and study.args.model != MOTION_READOUT:
-        motion = fit_motion_readout(study, train, features)
-        readouts[MOTION_READOUT] = motion.predict(features.motion[rows])
-    if n_classes:
+    readouts = {
+        name: fit_readout(study, train, untuned).predict(untuned.values[rows])
+        for name, untuned in features.of_rows.items() if name != study.args.model}
+    if table.label is not None:
+        n_classes = len(table.names)
         prior = baseline_models.prior_baseline(table.label[train], len(rows), n_classes)
         return {"train_prior": prior} | {
             name: class_scores.softmax(logits) for name, logits in readouts.items()}
-    target = table.target[train]
     predicted = {
-        "train_mean": baseline_models.train_mean_baseline(target, len(rows)), **readouts}
+        "train_mean": baseline_models.train_mean_baseline(table.target[train], len(rows)),
+        **readouts}
     moments = moment_levels(study)
     if moments is not None:
         codes = np.unique(moments, return_inverse=True)[1]
@@ -1299,66 +1212,62 @@ def predict_baselines(study, features, train, rows):
     return predicted
 
 
-def moment_levels(study):
-    """(N,) levels of --moment_column, or None where the table has no such column."""
+def moment_levels(study, rows=slice(None)):
+    """(M,) levels of --moment_column in these rows, or None where the table has no such column."""
     key = csv_tables.column_key(study.args.moment_column)
-    return study.table.extra[key].to_numpy(str) if key in study.table.extra else None
+    extra = study.table.extra
+    return extra[key].to_numpy(str)[rows] if key in extra else None
 
 
-def predictions_table(study, held_out):
-    """HeldOut -> ScoreTable, or ClassTable with the probabilities after calibration."""
+def keys_of(study, rows):
+    """{heading: (M,) values} by which a predictions table names these rows."""
     table = study.table
-    rows = held_out.rows
-    shared = {
-        "names": table.names,
-        "baselines": held_out.baselines,
-        "groups": study.groups_of(rows),
-        "seen": held_out.seen,
-    }
+    keys = {"clip_id": table.clip_ids[rows]}
+    if table.target is None:
+        n_clips = [len(study.starts(row)) for row in rows]
+        keys |= {"event": table.events[rows], "n_clips": np.array(n_clips)}
     start_sec, end_sec = table.windows[rows].T
-    where = {
-        "video": np.array([str(table.sources[row]) for row in rows]),
-        "start_sec": start_sec,
-        "end_sec": end_sec,
+    videos = np.array(table.sources, dtype=str)
+    return keys | {"video": videos[rows], "start_sec": start_sec, "end_sec": end_sec}
+
+
+def predictions_table(study, rows, outputs, baselines, seen):
+    """ScoreTable of scores (M, R), or ClassTable of logits (M, C) at the natural class shares.
+
+    baselines: {name: (M, K) scores or probabilities}; seen: (M,) of common.SEEN_WORDS.
+    """
+    table = study.table
+    shared = {
+        "keys": keys_of(study, rows),
+        "names": table.names,
+        "baselines": baselines,
+        "groups": study.groups_of(rows),
+        "seen": seen,
     }
-    if held_out.fold is not None:
-        where["fold"] = held_out.fold
     if table.target is not None:
         return prediction_tables.ScoreTable(
-            keys={"clip_id": table.clip_ids[rows], **where},
-            target=table.target[rows],
-            predicted=held_out.outputs,
-            spread=held_out.spread,
-            **shared)
-    probability = class_scores.softmax(held_out.outputs)
-    uncalibrated = None
-    if held_out.temperature is not None:
-        uncalibrated = probability
-        probability = class_scores.softmax(held_out.outputs / held_out.temperature[:, None])
-    n_clips = np.array([len(study.starts(row)) for row in rows])
+            target=table.target[rows], predicted=outputs, **shared)
     return prediction_tables.ClassTable(
-        keys={"clip_id": table.clip_ids[rows], "event": table.events[rows], "n_clips": n_clips,
-              **where},
         positive=study.positive,
         label=table.label[rows],
-        probability=probability,
-        threshold=held_out.threshold,
-        baseline_thresholds=held_out.baseline_thresholds,
-        logits=held_out.outputs,
-        uncalibrated=uncalibrated,
+        probability=class_scores.softmax(outputs),
+        logits=outputs,
         **shared)
 
 
 @common.first_process_only
-def judge(run, args, study, split, held_out, part, alarms, best_epoch=None, folds=()):
-    """Judge the outputs for held-out rows; split: {name: rows}; part: val, test or folds."""
-    table = predictions_table(study, held_out)
-    rows = held_out.rows
+def judge(run, args, study, split, table, part, alarms, trained_on, best_epoch=None, folds=()):
+    """Judge a predictions table of held-out rows.
+
+    split: {name: rows}; part: val, test or folds; trained_on: (train rows, held-out rows) of each
+    model that made the table.
+    """
+    rows = prediction_tables.rows_of(table, study.table.clip_ids)
     is_classes = study.table.target is None
     levels = confounding.prior_levels(study.table)
-    train_rows, held_out_rows = zip(*held_out.trained_on)
+    train_rows, held_out_rows = zip(*trained_on)
     confounds = confounding.level_priors(
-        levels, study.truth, list(train_rows), list(held_out_rows), study.groups, study.positive)
+        levels, study.truth, train_rows, held_out_rows, study.groups, study.positive)
     setting = judging.Setting(
         title="Behaviour in clips" if is_classes else "Scores of frame sequences",
         part=part,
@@ -1379,29 +1288,16 @@ def judge(run, args, study, split, held_out, part, alarms, best_epoch=None, fold
     if study.table.single_ratings:
         ceiling = rater_agreement.measure_ceiling(
             study.table.names, study.table.target, single_ratings=study.table.single_ratings)
-    moments = moment_levels(study)
-    of_rows = None if moments is None else moments[rows]
-    score_judging.judge_scores(run, table, setting, ceiling, confounds, of_rows)
-
-
-def criteria_names(study):
-    """What --criteria may name: metrics of all, of one class or score, and of one moment."""
-    if study.table.target is None:
-        return verdicts.spell_class_metrics(study.table.names)
-    moments = moment_levels(study)
-    levels = () if moments is None else sorted(set(moments))
-    return score_judging.criteria_names(study.table.names, levels)
+    score_judging.judge_scores(
+        run, table, setting, ceiling, confounds, moment_levels(study, rows))
 
 
 def data_blocks(study, split, rows, table):
     """HTML of the section Data and split."""
     sizes = []
     for part, part_rows in split.items():
-        size = {"part": part, "rows": len(part_rows)}
-        if study.table.target is None:
-            counts = np.bincount(study.table.label[part_rows], minlength=len(study.table.names))
-            size |= dict(zip(study.table.names, counts.tolist()))
-        sizes.append(size)
+        classes = event_audit.describe_part(study.table.take(part_rows))["classes"]
+        sizes.append({"part": part, "rows": len(part_rows), **classes})
     events = f"{len(set(study.table.events[rows]))} events; {len(study.skipped)} rows skipped."
     return [judging.rows_text(table), reporting.html_text(events), reporting.html_table(sizes)]
 
@@ -1435,9 +1331,8 @@ def check_split(run, study, split):
     stopping = splitting.STOPPING_LEAKS if keeps_groups else ("events", "exact_duplicates")
     columns = {}
     if args.split_by in (None, "group"):  # else what repeats stands on both sides on purpose
-        columns = confounding.prior_levels(study.table)
-    for made in ("video", "pair", "hour"):  # no columns of the manifest
-        columns.pop(made, None)
+        columns = {name: levels for name, levels in confounding.prior_levels(study.table).items()
+                   if name not in ("video", "pair", "hour")}  # no columns of the manifest
     groups = study.table.groups if keeps_groups else None
     return splitting.record_split(run, split, study.table.clip_ids, report, stopping, columns, groups)
 
@@ -1446,107 +1341,48 @@ def run_split(run, args, study, split, features=None):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
     alarms = check_split(run, study, split)
     if args.dry_run:
-        split = {part: few_rows(study.table, rows, 2 * args.batch_size)
+        split = {part: event_splits.few_rows(study.table, rows, 2 * args.batch_size)
                  for part, rows in split.items()}
     if features is None:
         features = untuned_features(args, study, run)
     run.write_args(**study.data_record(split))
-    fitted = fit(run, args, study, split, features)
-    results = {}
+    outputs, objective, training = fit(run, args, study, split, features)
+    seen = training.seen.words(study.hashes)  # (N,)
+    tables = {}
     for part in ("val", "test"):
         rows = split[part]
         if len(rows):
-            results[part] = HeldOut(
-                rows=rows,
-                outputs=fitted.outputs[part],
-                baselines=predict_baselines(study, features, split["train"], rows),
-                trained_on=[(split["train"], rows)],
-                seen=fitted.training.seen.words(study.hashes[rows]))
+            baselines = predict_baselines(study, features, split["train"], rows)
+            table = predictions_table(study, rows, outputs[part], baselines, seen[rows])
             if part == "test" and args.task == "classify":
-                results[part] = calibrate_on(results[part], [results["val"]], study)
-            table = predictions_table(study, results[part])
+                table = calibrating.calibrate_on(table, [tables["val"]])
             table.write(run.path(f"predictions_{part}.csv"))
-    best_epoch = fitted.training.progress.best_epoch
-    plotting.plot_history(plotted_history(fitted), run.path("training_history.png"), best_epoch)
-    train, val = (fitted.objective.history(fitted.outputs[part], split[part])
-                  for part in ("train", "val"))
+            tables[part] = table
+    best_epoch = training.progress.best_epoch
+    history = plotted_history(objective, training.progress.history)
+    plotting.plot_history(history, run.path("training_history.png"), best_epoch)
+    train, val = (objective.history(outputs[part], split[part]) for part in ("train", "val"))
     metric = "roc_auc" if args.task == "classify" else "pearson_r"
     alarms += verdicts.split_gap_alarms(train, val, metric, OVERFITTING_REMEDY)
-    part = "test" if "test" in results else "val"
-    judge(run, args, study, split, results[part], part, alarms, best_epoch)
+    *_, part = tables
+    trained_on = [(split["train"], split[part])]
+    judge(run, args, study, split, tables[part], part, alarms, trained_on, best_epoch)
 
 
-def plotted_history(fitted):
+def plotted_history(objective, history):
     """The history for its plot: no class but the positive one, and one of several like metrics."""
-    objective = fitted.objective
-    left_out = set()
-    for column, (metric, name) in objective.columns.items():
-        is_other_class = name is not None and name != objective.names[objective.positive]
-        if is_other_class or metric in ("ece_adaptive", "brier", "mcc", "mse"):
-            left_out.add(f"val_{column}")
-    return [{name: value for name, value in row.items() if name not in left_out}
-            for row in fitted.training.progress.history]
-
-
-def few_rows(table, rows, count):
-    """About `count` of the rows for a dry run, some of every class."""
-    if table.label is None:
-        return rows[:count]
-    classes = [rows[table.label[rows] == c] for c in range(len(table.names))]
-    per_class = math.ceil(count / len(classes))
-    return np.sort(np.concatenate([of_class[:per_class] for of_class in classes]))
-
-
-def make_split(args, study):
-    """The split of the flags: by the manifests' parts, --test_groups, ratios or --split_file."""
-    table = study.table
-    if (table.parts != "").any():
-        split = {part: np.flatnonzero(table.parts == part) for part in PARTS}
-        return split if len(split["val"]) else split | part_of_train(args, table, split["train"])
-    if args.test_groups:
-        is_test = event_tables.group_mask(table, args.test_groups)
-        test = np.flatnonzero(is_test)
-        return part_of_train(args, table, np.flatnonzero(~is_test)) | {"test": test}
-    kept_whole = event_tables.split_keys(table, args.split_by)
-    return splitting.split_of_flags(
-        args, table.clip_ids, event_tables.strata_of(table), kept_whole)
-
-
-def part_of_train(args, table, rows):
-    """train and val cut from these rows by their ratios."""
-    shares = common.split_ratios(args)
-    val_ratio = shares["val"] / (shares["train"] + shares["val"])
-    kept_whole = event_tables.split_keys(table, args.split_by)
-    made = splitting.make_split(
-        len(rows), {"train": 1 - val_ratio, "val": val_ratio}, event_tables.strata_of(table)[rows],
-        kept_whole[rows], args.seed, table.clip_ids[rows])
-    return {part: rows[chosen] for part, chosen in made.items()}  # chosen: indices into `rows`
-
-
-def make_folds(args, study):
-    """List of {train, val, test} rows: of --cv_file or of --folds; test groups are in no fold."""
-    table = study.table
-    is_test = np.zeros(len(table), bool)
-    if args.test_groups:
-        is_test = event_tables.group_mask(table, args.test_groups)
-    test = np.flatnonzero(is_test)
-    if args.cv_file:
-        return [{"train": np.setdiff1d(fold["train"], test),
-                 "val": np.setdiff1d(fold["val"], test),
-                 "test": test} for fold in score_tables.read_cv_file(args.cv_file, table)]
-    rest = np.flatnonzero(~is_test)
-    kept_whole = event_tables.split_keys(table, args.split_by)
-    fold_of = np.full(len(table), -1)  # (N,) -1 = test
-    fold_of[rest] = splitting.make_folds(
-        len(rest), args.folds, event_tables.strata_of(table)[rest], kept_whole[rest], args.seed,
-        table.clip_ids[rest])
-    return [{"train": rest[fold_of[rest] != k], "val": np.flatnonzero(fold_of == k), "test": test}
-            for k in range(args.folds)]
+    left_out = {
+        f"val_{column}" for column, (metric, name) in objective.columns.items()
+        if name in objective.other_names or metric in ("ece_adaptive", "brier", "mcc", "mse")}
+    return [{name: value for name, value in row.items() if name not in left_out} for row in history]
 
 
 def run_folds(run, args, study):
     """One run per fold in fold_K/, all judged as one; their mean on the test groups."""
-    folds = make_folds(args, study)
+    folds = event_splits.make_folds(args, study.table)
+    if args.fold != "all" and args.fold >= len(folds):
+        raise common.UserError(f"--fold {args.fold}: --cv_file {args.cv_file} has {len(folds)} folds, "
+                               f"from 0 to {len(folds) - 1}")
     test = folds[0]["test"]
     parts = {f"fold_{k}": fold["val"] for k, fold in enumerate(folds)}
     if len(test):
@@ -1556,136 +1392,77 @@ def run_folds(run, args, study):
     run.write_args(**study.data_record(parts))
     chosen = run.each_fold(
         folds, lambda child, split: run_split(child, args, study, split, features))
-    results = [read_fold(run.path(f"fold_{k}"), study, folds[k], "val") for k in chosen]
-    tables = [predictions_table(study, result) for result in results]
+    tables = [read_fold(run.path(f"fold_{k}"), study, "val") for k in chosen]
     if args.task == "regress":
-        rows = fold_score_rows(study, chosen, results, tables)
-        common.write_table(run.path("fold_scores.csv"), rows)
+        common.write_table(run.path("fold_scores.csv"), fold_score_rows(study, chosen, tables))
     done = judging.finished_folds(run, chosen, [table.fold_numbers() for table in tables])
-    pooled = pool(results, study)
-    predictions_table(study, pooled).write(run.path("predictions_folds.csv"))
-    judge(run, args, study, parts, pooled, "folds", alarms, folds=done)
+    if args.task == "classify" and len(tables) > 1:  # calibration from the other folds' rows
+        tables = [calibrating.calibrate_on(own, [each for each in tables if each is not own])
+                  for own in tables]
+    pooled = prediction_tables.join(tables)
+    pooled.write(run.path("predictions_folds.csv"))
+    trained_on = [(folds[k]["train"], folds[k]["val"]) for k in chosen]
+    judge(run, args, study, parts, pooled, "folds", alarms, trained_on, folds=done)
     if len(test):
-        members = [read_fold(run.path(f"fold_{k}"), study, folds[k], "test") for k in chosen]
+        members = [read_fold(run.path(f"fold_{k}"), study, "test") for k in chosen]
         with run.child("test_ensemble") as child:
-            judge_ensemble(child, args, study, members)
+            judge_ensemble(child, args, study, test, prediction_tables.mean(members))
 
 
-def read_fold(folder, study, fold, part):
-    """HeldOut of one part of a finished fold, from its files."""
-    is_classes = study.table.target is None
-    positive = study.table.names[study.positive] if is_classes else None
+def read_fold(folder, study, part):
+    """The predictions table of one part of a finished fold."""
+    positive = study.table.names[study.positive or 0]  # of classes alone
     table = prediction_tables.read_predictions(
         folder / f"predictions_{part}.csv", positive_class=positive)
     rows = prediction_tables.rows_of(table, study.table.clip_ids)
-    shared = {"rows": rows, "baselines": table.baselines, "seen": table.seen,
-              "trained_on": [(fold["train"], rows)]}
-    if not is_classes:
-        return HeldOut(outputs=table.predicted, **shared)
-    return HeldOut(
-        outputs=table.logits if part == "val" else log_of(table.probability),  # test: calibrated
-        threshold=table.threshold,
-        baseline_thresholds=table.baseline_thresholds,
-        **shared)
+    return dataclasses.replace(table, keys=keys_of(study, rows))
 
 
-def fold_score_rows(study, chosen, results, tables):
+def fold_score_rows(study, chosen, tables):
     """Dicts of n and the metrics of every fold, score and moment ('all' and each)."""
-    moments = moment_levels(study)
     rows = []
-    for k, result, table in zip(chosen, results, tables):
-        own = None if moments is None else moments[result.rows]
-        rows += [{"fold": k, **row} for row in score_judging.rows_of_scores(table, own)]
+    for k, table in zip(chosen, tables):
+        own = prediction_tables.rows_of(table, study.table.clip_ids)
+        of_fold = score_judging.rows_of_scores(table, moment_levels(study, own))
+        rows += [{"fold": k, **row} for row in of_fold]
     return rows
 
 
-def pool(results, study):
-    """HeldOut of all folds as one; each fold's calibration is fitted on the other folds' rows."""
-    if study.table.target is None and len(results) > 1:
-        results = [calibrate_on(own, [each for each in results if each is not own], study)
-                   for own in results]
-    return dataclasses.replace(
-        prediction_tables.combine(results, np.concatenate),
-        trained_on=list(itertools.chain.from_iterable(each.trained_on for each in results)),
-        fold=np.repeat(np.arange(len(results)), [len(each.rows) for each in results]))
-
-
-def mean_of_members(members, study):
-    """HeldOut of several models on the same rows as one: their mean, of classes after calibration.
-
-    So with the baselines, each of which has a member for each model.
-    """
-    first = members[0]
-    if len(members) == 1:
-        return first
-    seen = zip(*(member.seen for member in members))
-    shared = {"seen": np.array(list(map(common.worst_seen, seen)))}
-    for name in ("baselines", "baseline_thresholds"):
-        parts = [getattr(member, name) for member in members]
-        shared[name] = {key: np.mean([part[key] for part in parts], axis=0) for key in parts[0]}
-    first = dataclasses.replace(first, **shared)
-    if study.table.target is not None:
-        outputs = np.stack([member.outputs for member in members])  # (members, M, R)
-        return dataclasses.replace(first, outputs=outputs.mean(0), spread=outputs.std(0, ddof=1))
-    tables = [predictions_table(study, member) for member in members]
-    threshold = None
-    if all(table.threshold is not None for table in tables):
-        threshold = np.mean([table.threshold for table in tables], axis=0)
-    outputs = log_of(np.mean([table.probability for table in tables], axis=0))
-    return dataclasses.replace(first, outputs=outputs, temperature=None, threshold=threshold)
-
-
-def judge_ensemble(run, args, study, members):
+def judge_ensemble(run, args, study, test, table):
     """Judge the mean of all folds' models on the test groups, which none of them has seen."""
-    mean = mean_of_members(members, study)
-    train = np.setdiff1d(np.arange(len(study.table)), mean.rows)
-    mean = dataclasses.replace(mean, trained_on=[(train, mean.rows)])
-    split = {"train": train, "test": mean.rows}
+    train = np.setdiff1d(np.arange(len(study.table)), test)
+    split = {"train": train, "test": test}
     check_split(run, study, split)
-    predictions_table(study, mean).write(run.path("predictions_test.csv"))
-    judge(run, args, study, split, mean, "test", [])
+    table.write(run.path("predictions_test.csv"))
+    judge(run, args, study, split, table, "test", [], [(train, test)])
 
 
 def train(args):
     """--mode train: one split, or all folds."""
     is_lstm = args.model == CNN_LSTM
     with common.start_run(args, fp32_on_cpu=not is_lstm, fixed_shapes=not is_lstm) as run:
-        check_fold_of_file(args)
-        check_weights(args)
-        study = load_study(args, run.say, run.path("skipped.csv"))
+        table = read_table(args)
+        build_model(args, len(table.names))  # wrong weights stop here, before videos are decoded
+        study = load_study(args, table, run.say, run.path("skipped.csv"))
         check_flags_of_study(args, study)
         if args.folds or args.cv_file:
             run_folds(run, args, study)
         else:
-            run_split(run, args, study, make_split(args, study))
-
-
-def check_weights(args):
-    """UserError for weights that cannot be had, before any video is decoded."""
-    name = network_name(args)
-    if args.weights:
-        backbones.load_weights_file(args.weights)
-    elif args.pretrained and name in torchvision.models.list_models():
-        backbones.fetch_weights(name)
-
-
-def check_fold_of_file(args):
-    """UserError for a --fold that --cv_file does not have, before any video is decoded."""
-    if not args.cv_file or args.fold == "all":
-        return
-    n_folds = len(score_tables.read_cv_file(args.cv_file, read_table(args)))
-    if args.fold >= n_folds:
-        raise common.UserError(f"--fold {args.fold}: --cv_file {args.cv_file} has {n_folds} folds, "
-                               f"from 0 to {n_folds - 1}")
+            run_split(run, args, study, event_splits.make_split(args, study.table))
 
 
 def check_flags_of_study(args, study):
     """UserError for flags that name what these data do not have, before anything is computed."""
-    verdicts.parse_criteria(args.criteria, criteria_names(study))
+    names = study.table.names
+    meanings = verdicts.spell_class_metrics(names)
+    if args.task == "regress":
+        moments = moment_levels(study)
+        meanings = score_judging.criteria_names(names, [] if moments is None else set(moments))
+    verdicts.parse_criteria(args.criteria, meanings)
     select_column(args.select, TASKS[args.task](args, study, np.arange(len(study.table))))
     augment_presets(study.table, args.augment_for, args.augment)
     if args.init_from:
-        common.starting_weights(args.init_from, names=study.table.names)
+        common.starting_weights(args.init_from, names=names)
 
 
 # --- the other modes -------------------------------------------------------------------------
@@ -1695,29 +1472,43 @@ class Member:
     """One of the trained networks whose mean is predicted."""
     model: nn.Module  # in evaluation mode
     content: dict  # of its checkpoint
+    args: argparse.Namespace  # as typed, with its architecture
+
+    def calibrated(self, table):
+        """Its predictions table of classes after its calibration; a top_epoch_N.pth has none."""
+        calibration = self.content.get("calibration")
+        return calibrating.apply_calibration(table, calibration) if calibration else table
+
+    @property
+    def shift(self):
+        """What is to be added to its outputs."""
+        return self.content.get("prior_shift", 0.0)
 
 
-def load_members(paths, compute):
-    """Checkpoints or run folders -> list of Member. Raises UserError where they differ."""
+def load_members(args, compute):
+    """--checkpoint -> list of Member. Raises UserError where they differ."""
     members = []
-    files = common.checkpoint_files(paths)
-    untrained = {"seed": 0, "pretrained": False, "weights": None, "freeze_stages": 0,
-                 "freeze_norm": False}
+    files = common.checkpoint_files(args.checkpoint)
+    typed = {name: getattr(args, name) for name in OWN_OF_PREDICT if name in args.given}
     for path in files:
         content = common.load_model_file(path, common.script_name())
         with common.checkpoint_fields(path):
-            flags = argparse.Namespace(**content["architecture"], **untrained)
-            model = build_model(flags, len(content["names"]))
+            own = argparse.Namespace(**{
+                **vars(args), **content["architecture"], **typed,
+                "pretrained": False, "positive_class": content.get("positive")})
+            model = build_model(own, len(content["names"]))
         common.load_state(model, content["model"], path)
-        model = compute.place(model).eval()
-        if members and has_same_weights(model.backbone, members[0].model.backbone):
-            model.backbone = members[0].model.backbone  # of frozen folds: what it sees counts for all
-        members.append(Member(model, content))
-        first = members[0].content
-        if (flags.task, content["names"]) != (first["architecture"]["task"], first["names"]):
+        member = Member(compute.place(model).eval(), content, own)
+        members.append(member)
+        first = members[0]
+        agreed = ("task", "image_size", "n_frames", "fps") if args.video else ("task",)
+        differs = [name for name in agreed if getattr(own, name) != getattr(first.args, name)]
+        if differs or content["names"] != first.content["names"]:
             raise common.UserError(
-                f"{path} predicts {content['names']}, {files[0]} {first['names']}; "
-                "members of one mean must agree")
+                f"{path} predicts {content['names']}, {files[0]} {first.content['names']}; "
+                f"members of one mean must agree, in {', '.join(agreed)} too")
+        if has_same_weights(model.backbone, first.model.backbone):
+            model.backbone = first.model.backbone  # of frozen folds: what it sees counts for all
     return members
 
 
@@ -1734,21 +1525,22 @@ def predict(args):
         predict_recordings(args)
         return
     compute = common.choose_compute(args.device, args.use_amp)
-    members = load_members(args.checkpoint, compute)
-    own = ("clips_per_event", "aggregation", "min_event_sec")
-    typed = {name: getattr(args, name) for name in own if name in args.given}
-    study = None
-    results = []
+    members = load_members(args, compute)
+    studies = {}  # of the members, by what decides which pixels are read
+    tables = []
     for member in members:
-        flags = member.content["architecture"]
-        own_args = argparse.Namespace(**{**vars(args), **flags, **typed, "jitter_sec": 0.0})
-        study = study_of_member(study, own_args, member.content["names"])
-        results.append(predict_rows(member, study, compute))
-    if "positive" in members[0].content:
-        positive = study.table.names.index(members[0].content["positive"])
-        study = dataclasses.replace(study, positive=positive)
+        own = member.args
+        reading = str([getattr(own, name) for name in READING])
+        if reading not in studies:
+            table = read_table(own, member.content["names"], need_labels=False)
+            studies[reading] = load_study(own, table, print)
+        study = dataclasses.replace(studies[reading], args=own)
+        tables.append(predict_rows(member, study, compute))
+    if len({tuple(each.table.extra["row_order"]) for each in studies.values()}) > 1:
+        raise common.UserError("the checkpoints can read different rows of the manifest, because "
+                               f"they differ in {', '.join(READING)}; predict with each alone")
+    table = prediction_tables.mean(tables)
     output = args.output or Path("predictions.csv")
-    table = predictions_table(study, mean_of_members(results, study))
     table.write(output)
     print(f"{len(study.table)} rows predicted by {len(members)} checkpoint(s), "
           f"{len(study.skipped)} rows skipped; written to {output}")
@@ -1757,267 +1549,112 @@ def predict(args):
         print(f"skipped: {entry['row']}: {entry['reason']}")
 
 
-def study_of_member(study, args, names):
-    """The study as these flags read it; `study`, of the member before or None, where they agree.
-
-    Raises UserError where they can read other rows.
-    """
-    if study and all(getattr(study.args, name) == getattr(args, name) for name in READING):
-        return dataclasses.replace(study, args=args)
-    found = load_study(args, print, names=names, need_labels=False)
-    order = found.table.extra["row_order"]  # the place of each row in the manifest
-    if study and not np.array_equal(order, study.table.extra["row_order"]):
-        raise common.UserError("the checkpoints can read different rows of the manifest, because "
-                               f"they differ in {', '.join(READING)}; predict with each alone")
-    return found
-
-
 def predict_rows(member, study, compute):
-    """HeldOut of all rows of the study by one trained network."""
+    """Predictions table of all rows of the study by one trained network."""
     args = study.args
     rows = np.arange(len(study.table))
     loader = common.make_loader(
         Clips(study, rows), args, compute, False, study.store.cache == "ram")
-    outputs = evaluate(member.model, loader, args, compute)
-    calibration = member.content.get("calibration")  # a top_epoch_N.pth has none
-    return HeldOut(
-        rows=rows,
-        outputs=outputs + member.content.get("prior_shift", 0.0),
-        baselines={},
-        trained_on=[],
-        seen=member.content["seen"].words(study.hashes),
-        **calibration_of_rows(calibration, len(rows)))
+    outputs = evaluate(member.model, loader, args, compute) + member.shift
+    seen = member.content["seen"].words(study.hashes)
+    return member.calibrated(predictions_table(study, rows, outputs, {}, seen))
 
 
 # --- whole recordings --------------------------------------------------------------------------
 
 def predict_recordings(args):
     """--mode predict --video: windows, bouts and ethogram of each recording, in a run folder."""
-    videos = recordings_in(args.video)
+    videos = video_files.find_recordings(args.video)
     with common.start_run(args) as run:
-        members = load_members(args.checkpoint, run.compute)
-        check_window(members)
+        members = load_members(args, run.compute)
+        own = members[0].args
+        if own.task != "classify":
+            raise common.UserError("--video needs checkpoints of --task classify: a sequence of "
+                                   "scores has no window of its own")
         run.write_args(videos=list(videos))
-        tables = {"windows": [], "bouts": []}
-        failed = []
+        read = []
         for name, path in videos.items():
             try:
-                recording = open_recording(path, members)
+                recording = video_files.Recording(
+                    path, own.fps, resize_side(own.image_size), own.pixel_range)
                 windows = read_windows(recording, members, args, run, name)
             except common.UserError as error:
-                failed.append(f"{name}: {common.one_line(error)}")
+                run.say(f"skipped: {name}: {common.one_line(error)}")
                 continue
-            say_losses(recording, run.say)
+            for loss in recording.losses():
+                run.say(f"note: {loss}")
             folder = run.path(name.replace(".", "_"))
-            folder.mkdir(parents=True, exist_ok=True)
-            for kind, rows in describe_recording(recording, windows, members, args, folder).items():
-                common.write_table(folder / f"{kind}.csv", rows)
-                tables[kind] += rows
-                common.write_table(run.path(f"{kind}.csv"), tables[kind])
-        for line in failed:
-            run.say(f"skipped: {line}")
-        run.say(f"{len(videos) - len(failed)} of {len(videos)} recordings read, "
-                f"{len(tables['bouts'])} bouts; open next: {run.folder}")
-    if len(failed) == len(videos):
+            names = members[0].content["names"]
+            read.append(ethograms.describe(recording, windows, names, args, folder))
+            ethograms.write_all(run.folder, read)
+        n_bouts = sum(len(tables["bouts"]) for tables in read)
+        run.say(f"{len(read)} of {len(videos)} recordings read, {n_bouts} bouts; "
+                f"open next: {run.folder}")
+    if not read:
         raise common.UserError(f"no recording in {args.video} could be read; see {run.path('log.txt')}")
-
-
-def recordings_in(path):
-    """{name below the folder: path} of the recordings that --video names."""
-    if path.is_file():
-        return {path.name: path}
-    videos, others = file_names.find_videos(path)
-    videos |= {name: file for name, file in others.items() if video_files.has_pictures(file)}
-    if not videos:
-        raise common.UserError(f"--video {path}: found no video in it")
-    return videos
-
-
-def check_window(members):
-    """UserError where the checkpoints give no classes, or read other windows."""
-    first, *others = [member.content["architecture"] for member in members]
-    if first["task"] != "classify":
-        raise common.UserError("--video needs checkpoints of --task classify: a sequence of scores "
-                               "has no window of its own")
-    window = ("image_size", "n_frames", "fps")
-    if any(flags[name] != first[name] for flags in others for name in window):
-        raise common.UserError(f"--video: the checkpoints differ in {', '.join(window)}; "
-                               "predict with each alone")
-
-
-def open_recording(path, members):
-    """The Recording on the grid of the trained window."""
-    flags = members[0].content["architecture"]
-    return video_files.Recording(
-        path, flags["fps"], resize_side(flags["image_size"]), flags["pixel_range"])
-
-
-def say_losses(recording, say):
-    """Name what of a recording could not be read."""
-    if recording.fault or recording.read_sec < 0.98 * recording.expected_sec - 1:
-        say(f"note: {recording.path}: read up to {recording.read_sec:.1f} of "
-            f"{recording.expected_sec:.1f} s by its header {recording.fault}")
-    if recording.damaged:
-        say(f"note: {recording.path}: {len(recording.damaged)} frames are damaged, the first at "
-            f"{recording.damaged[0]:.2f} s; windows there show the frames before them")
-
-
-class SlidingWindow:
-    """Windows of one clip over the frames of a recording, of which no more than needed are kept.
-
-    Of a MotionReadout what it sees in a frame, computed once; of other networks the pixels.
-    """
-
-    def __init__(self, members, args, compute):
-        self.members = members
-        self.compute = compute
-        self.args = [argparse.Namespace(**{**vars(args), **member.content["architecture"]})
-                     for member in members]
-        self.length = self.args[0].n_frames
-        self.kept = {}  # backbone -> values of the latest frames, (n, S, S, 3) or (n, 3, C)
-        self.is_new = np.zeros(0, bool)  # of these frames, see GridFrame
-        self.last_crop = None
-        self.n_frames = 0  # of the grid so far
-
-    def take(self, frames):
-        """The next GridFrames."""
-        size = self.args[0].image_size
-        crops = torch.from_numpy(np.stack([common.eval_crop(frame.pixels, size) for frame in frames]))
-        is_new = np.array([frame.is_new for frame in frames])
-        n_kept = len(frames) + self.length
-        before = crops[:1] if self.last_crop is None else self.last_crop
-        networks = {member.model.backbone: k for k, member in enumerate(self.members)}
-        for backbone, k in networks.items():
-            values = crops
-            if self.args[k].model == MOTION_READOUT:
-                values = self.see(k, torch.cat([before, crops[is_new]]))
-                values = values[is_new.cumsum()]  # a frame that is shown again, as it was seen before
-            kept = self.kept.get(backbone, values[:0])
-            self.kept[backbone] = torch.cat([kept, values])[-n_kept:]
-        self.last_crop = crops[-1:]
-        self.is_new = np.append(self.is_new, is_new)[-n_kept:]
-        self.n_frames += len(frames)
-
-    def see(self, k, crops):
-        """(n, 3, C) that member k sees in crops (n, S, S, 3)."""
-        clips, _ = to_device({"input": crops[None], "mask": None}, self.args[k], self.compute)
-        return self.members[k].model.see(clips[0])
-
-    def probability(self, starts):
-        """(B, C) mean over the members, after calibration, for windows that start at these places."""
-        first = self.n_frames - len(self.is_new)
-        places = torch.as_tensor(starts)[:, None] + torch.arange(self.length) - first  # (B, T)
-        found = []
-        for member, args in zip(self.members, self.args):
-            mask = torch.ones(places.shape, dtype=torch.bool)
-            if args.model == MOTION_READOUT:
-                mask[:, 1:] = torch.from_numpy(self.is_new)[places[:, 1:]]
-            batch = {"input": self.kept[member.model.backbone][places], "mask": mask}
-            clips, mask = to_device(batch, args, self.compute)
-            with self.compute.autocast():
-                logits = member.model(clips, mask).cpu().double().numpy()
-            temperature = member.content.get("calibration", {}).get("temperature", 1.0)
-            shift = member.content.get("prior_shift", 0.0)
-            found.append(class_scores.softmax((logits + shift) / temperature))
-        return np.mean(found, axis=0)
 
 
 @torch.no_grad()
 def read_windows(recording, members, args, run, label):
-    """ethograms.Windows of a recording: one every --every seconds, on its grid, the last at its end.
+    """ethograms.Windows of a recording: one every --every seconds, on its grid, the last at its end."""
+    compute = run.compute
+    own = members[0].args
+    step = max(round(args.every * own.fps), 1)
 
-    What is shorter than a window is one, in which the last frame is shown on.
-    """
-    fps = recording.fps
-    step = max(round(args.every * fps), 1)
-    n_frames = step * args.val_batch_size  # at a time
-    window = SlidingWindow(members, args, run.compute)
-    starts = []  # places on the grid
+    def look(crops):
+        """{backbone: what it sees in all frames but the first}, of networks that read frames one by one."""
+        seen = {}
+        for member in members:
+            backbone = member.model.backbone
+            if member.args.model in FRAME_MODELS and backbone not in seen:
+                clips, _ = to_device({"input": crops[None], "mask": None}, member.args, compute)
+                with compute.autocast():
+                    seen[backbone] = member.model.see(clips[0])[1:]
+        return seen
+    batches = sliding_windows.slide(
+        recording, own.n_frames, step, args.val_batch_size, own.image_size, look)
+    total = math.ceil(recording.expected_sec * own.fps / step / args.val_batch_size)
+    starts = []
     found = []
-    grid = recording.grid()
-    batches = iter(lambda: list(itertools.islice(grid, n_frames)), [])
-    total = math.ceil(recording.expected_sec * fps / n_frames)
-    frames = []
-    for frames in common.with_progress(run, label, batches, total):
-        window.take(frames)
-        first = starts[-1] + step if starts else 0
-        complete = range(first, window.n_frames - window.length + 1, step)
-        if complete:
-            starts += complete
-            found.append(window.probability(complete))
-    if not frames:
-        raise common.UserError(recording.fault or "no frame can be decoded")
-    begin_sec = frames[-1].time_sec - (window.n_frames - 1) / fps
-    if window.n_frames < window.length:
-        again = dataclasses.replace(frames[-1], is_new=False)
-        window.take([again] * (window.length - window.n_frames))
-    last = window.n_frames - window.length
-    if last not in starts[-1:]:
-        starts.append(last)
-        found.append(window.probability([last]))
-    probability = np.concatenate(found)
-    start_sec = begin_sec + np.array(starts) / fps
-    end_sec = np.minimum(start_sec + window.length / fps, recording.read_sec)
-    return ethograms.Windows(
-        np.stack([start_sec, end_sec], 1), probability, choose_classes(probability, members))
+    for places, frames in common.with_progress(run, label, batches, total):
+        starts += places
+        found.append([window_logits(member, frames, compute) for member in members])
+    tables = [windows_table(member, np.concatenate(logits))
+              for member, logits in zip(members, zip(*found))]
+    table = prediction_tables.mean(tables)
+    spans = recording.spans(starts, own.n_frames)
+    return ethograms.Windows(spans, table.probability, table.chosen)
 
 
-def choose_classes(probability, members):
-    """(W,) classes by the threshold of the checkpoints, or the most probable ones."""
-    content = members[0].content
-    calibrations = [member.content.get("calibration") for member in members]
-    if not all(calibrations):
-        return class_scores.predicted_class(probability)
-    threshold = np.mean([calibration["threshold"] for calibration in calibrations])
-    positive = content["names"].index(content["positive"])
-    return class_scores.predicted_class(probability, threshold, positive)
+def window_logits(member, frames, compute):
+    """(B, C) of B windows; frames: {pixels, is_new or a backbone: (B, T, ...)} of sliding_windows.slide."""
+    mask = torch.ones(frames["is_new"].shape, dtype=torch.bool)
+    if member.args.model == MOTION_READOUT:
+        mask[:, 1:] = frames["is_new"][:, 1:]
+    clips = frames.get(member.model.backbone, frames["pixels"])
+    clips, mask = to_device({"input": clips, "mask": mask}, member.args, compute)
+    with compute.autocast():
+        return member.model(clips, mask).cpu().double().numpy() + member.shift
 
 
-def describe_recording(recording, windows, members, args, folder):
-    """Draw a recording's ethogram, and with --annotate its copy; returns rows of windows and bouts."""
-    names = members[0].content["names"]
-    bouts = ethograms.bouts_of(windows, names, args.min_bout_sec, args.merge_gap_sec)
-    ethograms.plot_ethogram(windows, bouts, names, folder / "ethogram.png")
-    if args.annotate:
-        again = open_recording(recording.path, members)
-        ethograms.annotate(again, windows, names, folder / "annotated.mp4")
-    video = str(recording.path.resolve())
-    rows = []
-    for (start_sec, end_sec), probability, c in zip(
-            windows.spans, windows.probability, windows.chosen):
-        each = {f"prob_{name}": p for name, p in zip(names, probability)}
-        rows.append({"video": video, "start_sec": start_sec, "end_sec": end_sec,
-                     "pred_label": names[c], **each})
-    return {"windows": rows, "bouts": [{"video": video, **vars(bout)} for bout in bouts]}
+def windows_table(member, logits):
+    """ClassTable, calibrated, of one member's logits (W, C) for windows."""
+    names = member.content["names"]
+    return member.calibrated(prediction_tables.ClassTable(
+        keys={},
+        names=names,
+        baselines={},
+        seen=np.full(len(logits), "not known"),
+        positive=names.index(member.content["positive"]),
+        label=np.full(len(logits), -1),
+        probability=class_scores.softmax(logits),
+        logits=logits))
 
 
 def judge_bouts(args):
     """--mode judge_bouts: the bouts of predict --video against a table of events."""
-    windows, bouts = (csv_tables.read_table(args.predictions / f"{kind}.csv").assign(
-        start_sec=lambda table: table["start_sec"].astype(float),
-        end_sec=lambda table: table["end_sec"].astype(float)) for kind in ("windows", "bouts"))
-    names = [name.removeprefix("prob_") for name in windows if name.startswith("prob_")]
-    as_they_are = argparse.Namespace(**{**vars(args), "min_event_sec": 0.0})
-    table = read_table(as_they_are, names)
-    events = table.extra.assign(
-        video=[str(Path(source).resolve()) for source in table.sources],
-        label=np.array(names)[table.label],
-        start_sec=np.nan_to_num(table.windows[:, 0]),  # without times: from the start to the end
-        end_sec=np.nan_to_num(table.windows[:, 1], nan=math.inf))
-    is_watched = events["video"].isin(windows["video"])
-    print(f"{is_watched.sum()} of {len(events)} events are in the recordings")
-    if not is_watched.any():
-        raise common.UserError(f"no event is in a recording of {args.predictions}: expected "
-                               f"{common.shorten_list(set(windows['video']), 3)}, "
-                               f"found {common.shorten_list(set(events['video']), 3)}")
-    rows, method = ethograms.judge_bouts(windows, bouts, events, names)
-    output = args.output or args.predictions / "bout_scores.csv"
-    common.write_table(output, rows)
-    for row in rows:
-        print(f"{row['label']}: {row['bouts']} bouts, {row['events']} events; F1 at IoU .25 "
-              f"{row['f1_at_0.25']:.3f}, at .5 {row['f1_at_0.5']:.3f}; kappa {row['kappa']:.3f} "
-              f"[{row['kappa_low']:.3f}, {row['kappa_high']:.3f}]")
-    print(f"{method}; written to {output}")
+    names = ethograms.class_names(args.predictions)
+    ethograms.judge_folder(args.predictions, read_table(args, names), args.output)
 
 
 def judge_predictions(args):
@@ -2034,33 +1671,12 @@ def judge_predictions(args):
 def audit(args):
     """--mode audit: what the parts share, bad windows, and labels that metadata predict."""
     table = read_table(args)
-    durations = {}
-    unreadable = {}
-    damaged = {}
-    for source in dict.fromkeys(table.sources):
-        info = video_files.probe(source, args.fps)
-        if info.error:
-            unreadable[str(source)] = info.error
-        else:
-            durations[source] = info.duration_sec
-        if info.damage:
-            damaged[str(source)] = info.damage
-    split = {part or "all": np.flatnonzero(table.parts == part) for part in (*PARTS, "")}
-    report = event_audit.audit_table(
-        table, split, durations=durations, predictions=args.predictions,
-        positive=args.positive_class, gap_sec=args.gap_sec)
-    report["unreadable"] = unreadable
-    report["damaged"] = damaged
-    report["skipped"] = table.skipped
+    report = event_audit.audit_videos(
+        table, args.fps, predictions=args.predictions, positive=args.positive_class,
+        gap_sec=args.gap_sec)
     output = args.output or Path("audit.json")
     common.write_json(output, report)
     print(splitting.leakage_text(report))
-    for note in table.notes:
-        print(f"note: {note}")
-    for what, found in (("unreadable", unreadable), ("damaged", damaged)):
-        if found:
-            lines = [f"{path}: {reason}" for path, reason in found.items()]
-            print(f"{what}, {len(lines)} of {len(set(table.sources))} videos: {common.shorten_list(lines)}")
     print(f"{len(table.skipped)} rows skipped; written to {output}")
 
 

@@ -149,3 +149,44 @@ def fit_threshold(probability, label, positive=1):
     cuts = (edges[:-1] + edges[1:]) / 2
     best = cuts[f1 >= f1.max() - 1e-12]
     return float(best[np.abs(best - 0.5).argmin()])
+
+
+# --- predictions tables of classes ---------------------------------------------------------------
+
+
+def calibrate(logits, label, positive):
+    """Temperature, and threshold of the positive class after it: logits (N, C), labels (N,)."""
+    temperature = fit_temperature(logits, label)
+    probability = class_scores.softmax(logits / temperature)
+    return {
+        "temperature": temperature,
+        "threshold": fit_threshold(probability, label, positive),
+    }
+
+
+def apply_calibration(table, calibration):
+    """A prediction_tables.ClassTable after what calibrate gave; its logits stay as they are."""
+    return dataclasses.replace(
+        table,
+        probability=class_scores.softmax(table.logits / calibration["temperature"]),
+        uncalibrated=table.probability,
+        threshold=np.full(len(table.label), calibration["threshold"]))
+
+
+def calibrate_on(table, others):
+    """A ClassTable, its baselines too, with temperature and threshold from the rows of other ones."""
+    label = np.concatenate([each.label for each in others])
+
+    def fit(logits_of):
+        logits = np.concatenate([logits_of(each) for each in others])
+        return calibrate(logits, label, table.positive)
+    baselines = {}
+    thresholds = {}
+    for name, probability in table.baselines.items():
+        found = fit(lambda each: class_scores.log_of(each.baselines[name]))
+        baselines[name] = class_scores.softmax(
+            class_scores.log_of(probability) / found["temperature"])
+        thresholds[name] = np.full(len(probability), found["threshold"])
+    calibrated = apply_calibration(table, fit(lambda each: each.logits))
+    return dataclasses.replace(
+        calibrated, baselines=baselines, baseline_thresholds=thresholds)

@@ -175,3 +175,8 @@ def softmax(logits):
     """(..., C) -> probabilities over the last axis; a logit of -inf gives 0."""
     grown = np.exp(logits - np.max(logits, -1, keepdims=True))
     return grown / grown.sum(-1, keepdims=True)
+
+
+def log_of(probability):
+    """Logits of probabilities, finite also for those of 0."""
+    return np.log(np.maximum(probability, 1e-12))

@@ -4,12 +4,13 @@ Letters: W windows, C classes, V videos, D resamples. Units: seconds from the st
 """
 import dataclasses
 import fractions
+from pathlib import Path
 
 import numpy as np
 
 import common
 from evidence import plotting, subject_intervals
-from readers import video_files
+from readers import csv_tables, video_files
 
 IOUS = (0.25, 0.5)
 COLOURS = (plotting.BLUE, plotting.ORANGE, plotting.GREEN, plotting.PURPLE, plotting.SKY, plotting.YELLOW)
@@ -44,27 +45,73 @@ class Bout:
     mean_probability: float
 
 
-def bouts_of(windows, names, min_bout_sec=0.0, merge_gap_sec=0.0):
-    """Bouts of one recording by their start: runs of windows with one class.
+BOUT_COLUMNS = [field.name for field in dataclasses.fields(Bout)]
 
-    Two of one class with a gap of at most merge_gap_sec become one; then what is shorter than min_bout_sec is left out.
+
+def join_close(windows, merge_gap_sec):
+    """(W,) classes in which what parts two bouts of one class by at most merge_gap_sec belongs to them.
+
+    The closest bouts come first; what they have taken is no bout of its own any more.
     """
     edges = windows.edges
+    joined = windows.chosen.copy()
+    gaps = []
+    for c in set(joined.tolist()):
+        own = np.flatnonzero(joined == c)
+        for before, after in zip(own[:-1], own[1:]):
+            gaps.append((edges[after] - edges[before + 1], before, after))
+    for gap, before, after in sorted(gaps):
+        if gap <= merge_gap_sec and joined[before] == joined[after]:
+            joined[before:after] = joined[before]
+    return joined
+
+
+def bouts_of(windows, names, min_bout_sec=0.0, merge_gap_sec=0.0):
+    """Bouts of one recording by their start: runs of windows with one class; none overlaps another.
+
+    Two of one class with a gap of at most merge_gap_sec become one, which takes the gap; then what is shorter than
+    min_bout_sec is left out.
+    """
+    edges = windows.edges
+    classes = join_close(windows, merge_gap_sec)
+    first = np.flatnonzero(np.diff(classes, prepend=-1))
     bouts = []
-    for c, name in enumerate(names):
-        borders = np.flatnonzero(np.diff(windows.chosen == c, prepend=False, append=False))
-        runs = borders.reshape(-1, 2).tolist()  # first window, and the one after the last
-        joined = runs[:1]
-        for first, last in runs[1:]:
-            if edges[first] - edges[joined[-1][1]] <= merge_gap_sec:
-                joined[-1][1] = last
-            else:
-                joined.append([first, last])
-        for first, last in joined:
-            if edges[last] - edges[first] >= min_bout_sec:
-                mean = windows.probability[first:last, c].mean()
-                bouts.append(Bout(name, float(edges[first]), float(edges[last]), float(mean)))
-    return sorted(bouts, key=lambda bout: bout.start_sec)
+    for begin, end in zip(first, np.append(first[1:], len(classes))):
+        start_sec, end_sec = edges[[begin, end]].tolist()
+        if end_sec - start_sec >= min_bout_sec:
+            c = classes[begin]
+            mean = windows.probability[begin:end, c].mean()
+            bouts.append(Bout(names[c], start_sec, end_sec, float(mean)))
+    return bouts
+
+
+def describe(recording, windows, names, args, folder):
+    """Tables and ethogram of a recording, and with --annotate its copy; returns {table: DataFrame}."""
+    import pandas as pd
+    folder.mkdir(parents=True, exist_ok=True)
+    bouts = bouts_of(windows, names, args.min_bout_sec, args.merge_gap_sec)
+    plot_ethogram(windows, bouts, names, folder / "ethogram.png")
+    if args.annotate:
+        annotate(recording, windows, names, folder / "annotated.mp4")
+    columns = {
+        "video": str(recording.path.resolve()),
+        "start_sec": windows.spans[:, 0],
+        "end_sec": windows.spans[:, 1],
+        "pred_label": np.array(names)[windows.chosen]}
+    columns |= {f"prob_{name}": p for name, p in zip(names, windows.probability.T)}
+    tables = {"windows": pd.DataFrame(columns), "bouts": pd.DataFrame(bouts, columns=BOUT_COLUMNS)}
+    tables["bouts"].insert(0, "video", columns["video"])
+    for kind, table in tables.items():
+        common.write_table(folder / f"{kind}.csv", table)
+    return tables
+
+
+def write_all(folder, recordings):
+    """windows.csv and bouts.csv of all recordings; each a dict of describe."""
+    import pandas as pd
+    for kind in recordings[0]:
+        table = pd.concat([tables[kind] for tables in recordings])
+        common.write_table(folder / f"{kind}.csv", table)
 
 
 def plot_ethogram(windows, bouts, names, path):
@@ -121,12 +168,10 @@ def annotate(recording, windows, names, path):
 
 def count_pairs(found, true, iou):
     """How many of the spans (n, 2) and (m, 2) are pairs, one to one, the best first, that overlap by at least iou."""
-    found = found[:, None]  # (n, 1, 2)
-    starts = np.maximum(found[..., 0], true[:, 0])
-    ends = np.minimum(found[..., 1], true[:, 1])
-    both = np.maximum(ends - starts, 0.0)  # (n, m)
-    lengths = np.diff(found)[..., 0] + np.diff(true)[:, 0]
-    overlap = both / np.maximum(lengths - both, 1e-9)
+    starts, ends = np.moveaxis(found[:, None], -1, 0)  # (n, 1) each
+    both = np.minimum(ends, true[:, 1]) - np.maximum(starts, true[:, 0])  # (n, m), below 0: apart
+    hull = np.maximum(ends, true[:, 1]) - np.minimum(starts, true[:, 0])
+    overlap = both / np.maximum(hull, 1e-9)
     count = 0
     while overlap.size and overlap.max() >= iou:
         row, column = np.unravel_index(overlap.argmax(), overlap.shape)
@@ -144,6 +189,53 @@ def covered(spans):
         total += max(end - max(start, reached), 0.0)
         reached = max(reached, end)
     return total
+
+
+def read_spans(path):
+    """windows.csv or bouts.csv -> DataFrame whose start_sec and end_sec are numbers."""
+    return csv_tables.read_table(path).astype({"start_sec": float, "end_sec": float})
+
+
+def class_names(folder):
+    """The classes of a run folder of predict --video."""
+    windows = read_spans(folder / "windows.csv")
+    return [name.removeprefix("prob_") for name in windows if name.startswith("prob_")]
+
+
+def events_in(windows, table):
+    """DataFrame of the events of an EventTable, as judge_bouts takes them. UserError: none is in the recordings."""
+    import pandas as pd
+    start_sec, end_sec = table.windows.T
+    events = pd.DataFrame({
+        "video": [str(Path(source).resolve()) for source in table.sources],
+        "label": np.array(table.names)[table.label],
+        "start_sec": np.nan_to_num(start_sec),  # without times: from the start to the end
+        "end_sec": np.nan_to_num(end_sec, nan=np.inf)})
+    is_watched = events["video"].isin(windows["video"])
+    print(f"{is_watched.sum()} of {len(events)} events are in the recordings")
+    if not is_watched.any():
+        raise common.UserError(f"no event is in one of the recordings: expected "
+                               f"{common.shorten_list(set(windows['video']), 3)}, "
+                               f"found {common.shorten_list(set(events['video']), 3)}")
+    return events
+
+
+def judge_folder(folder, table, output=None):
+    """Judge the bouts in a run folder of predict --video by an EventTable, whose classes are class_names of the folder.
+
+    Says it and writes it: output, else bout_scores.csv in the folder.
+    """
+    windows = read_spans(folder / "windows.csv")
+    bouts = read_spans(folder / "bouts.csv")
+    rows, method = judge_bouts(windows, bouts, events_in(windows, table), table.names)
+    output = output or folder / "bout_scores.csv"
+    common.write_table(output, rows)
+    for row in rows:
+        counts = f"{row['label']}: {row['bouts']} bouts, {row['events']} events"
+        f1 = f"F1 at IoU .25 {row['f1_at_0.25']:.3f}, at .5 {row['f1_at_0.5']:.3f}"
+        kappa = f"kappa {row['kappa']:.3f} [{row['kappa_low']:.3f}, {row['kappa_high']:.3f}]"
+        print(f"{counts}; {f1}; {kappa}")
+    print(f"{method}; written to {output}")
 
 
 def spans_of(table, video, label):
@@ -196,17 +288,15 @@ def judge_bouts(windows, bouts, events, names):
     counts = []
     for video, rows in windows.groupby("video", sort=False):
         watched = rows["start_sec"].min(), rows["end_sec"].max()
-        counts.append([
-            compare_spans(spans_of(bouts, video, name), spans_of(events, video, name), watched)
-            for name in names])
-    numbers = {key: np.array([[each[key] for each in of_video] for of_video in counts], float)
-               for key in counts[0][0]}  # (V, C) each
+        counts += [compare_spans(spans_of(bouts, video, name), spans_of(events, video, name), watched) for name in names]
+    numbers = {key: np.array([each[key] for each in counts], float).reshape(-1, len(names))
+               for key in counts[0]}  # (V, C) each
+    n_videos = windows["video"].nunique()
 
     def statistic(weights):
         return {}, bout_metrics({key: weights @ values for key, values in numbers.items()})  # (D, C) each
-    n_events = numbers["events"].sum(0)
     result = subject_intervals.estimate(
-        statistic, None, len(counts), "videos", draws=2000, seed=0, names=names, n=n_events, rows=len(counts))
+        statistic, None, n_videos, "videos", draws=2000, seed=0, names=names, n=numbers["events"].sum(0), rows=n_videos)
     table = []
     for c, name in enumerate(names):
         row = {"label": name}

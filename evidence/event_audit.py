@@ -23,12 +23,10 @@ def content_keys(sources):
     keys = {source: f"not there: {source}" for source in sources}
     files = {source: video_files.files_of(source) for source in keys if os.path.exists(source)}
     sizes = {source: tuple(map(os.path.getsize, inside)) for source, inside in files.items()}
-    size_of_file = {os.path.realpath(source): sizes[source] for source in files}
+    size_of_file = {os.path.realpath(source): size for source, size in sizes.items()}
     n_files = collections.Counter(size_of_file.values())
-    for source, size in sizes.items():
-        must_read = n_files[size] > 1
-        keys[source] = video_files.sha_of(files[source] if must_read else (), size)
-    return keys
+    return keys | {
+        source: video_files.sha_of(files[source] if n_files[size] > 1 else (), size) for source, size in sizes.items()}
 
 
 def clip_contents(table, file_keys):
@@ -43,16 +41,15 @@ def window_pairs(table, file_keys, gap_sec=30.0):
     Near windows do not overlap and are closer than gap_sec. Pairs with the same window are exact
     duplicates and in neither; a whole clip overlaps with each of its windows.
     """
-    rows_of = collections.defaultdict(list)
-    for row, source in enumerate(table.sources):
-        rows_of[file_keys[source]].append(row)
     is_whole = np.isnan(table.windows[:, 0])
     start = np.where(is_whole, -np.inf, table.windows[:, 0])
     end = np.where(is_whole, np.inf, table.windows[:, 1])
+    rows_of = collections.defaultdict(list)  # by their start
+    for row in np.lexsort((table.clip_ids, end, start)):
+        rows_of[file_keys[table.sources[row]]].append(row)
     overlapping = []
     near = []
     for rows in map(np.array, rows_of.values()):
-        rows = rows[np.lexsort((table.clip_ids[rows], end[rows], start[rows]))]
         for place, i in enumerate(rows):
             later = rows[place + 1:]
             is_same = (start[later] == start[i]) & (end[later] == end[i])
@@ -105,6 +102,23 @@ def audit_table(table, split, pixels=None, phash=None, durations=None, predictio
     if judges_priors:
         report["priors"] = confounding.no_pixel_priors(table, positive)
     report["notes"] = audit_notes(report)
+    return report
+
+
+def audit_videos(table, fps, **options):
+    """audit_table of the parts of a table, with what a whole pass over each video finds; options: of audit_table."""
+    infos = {source: video_files.probe(source, fps) for source in set(table.sources)}
+    split = {part or "all": np.flatnonzero(table.parts == part) for part in ("train", "val", "test", "")}
+    durations = {source: info.duration_sec for source, info in infos.items() if not info.error}
+    report = audit_table(table, split, durations=durations, **options)
+    report["skipped"] = table.skipped
+    report["unreadable"] = {str(source): info.error for source, info in infos.items() if info.error}
+    report["damaged"] = {str(source): info.damage for source, info in infos.items() if info.damage}
+    report["notes"] += [f"note: {note}" for note in table.notes]
+    for what in ("unreadable", "damaged"):
+        lines = [f"{path}: {reason}" for path, reason in report[what].items()]
+        if lines:
+            report["notes"].append(f"{what}, {len(lines)} of {len(infos)} videos: {common.shorten_list(lines)}")
     return report
 
 

@@ -190,6 +190,42 @@ def join(tables):
     return joined
 
 
+def mean(tables):
+    """Several models' tables of the same rows as one: their means, those of the baselines too.
+
+    Probabilities are averaged after calibration; scores get the sd over the models beside them.
+    """
+    first = tables[0]
+    if len(tables) == 1:
+        return first
+    seen = zip(*(table.seen for table in tables))
+    shared = {
+        "seen": np.array(list(map(common.worst_seen, seen))),
+        "baselines": _means([table.baselines for table in tables]),
+    }
+    if isinstance(first, ScoreTable):
+        predicted = np.stack([table.predicted for table in tables])  # (models, M, R)
+        spread = predicted.std(0, ddof=1)
+        return dataclasses.replace(first, predicted=predicted.mean(0), spread=spread, **shared)
+    probability = np.mean([table.probability for table in tables], axis=0)
+    threshold = None
+    if all(table.threshold is not None for table in tables):
+        threshold = np.mean([table.threshold for table in tables], axis=0)
+    return dataclasses.replace(
+        first,
+        probability=probability,
+        logits=class_scores.log_of(probability),
+        uncalibrated=None,
+        threshold=threshold,
+        baseline_thresholds=_means([table.baseline_thresholds for table in tables]),
+        **shared)
+
+
+def _means(blocks):
+    """Dicts of arrays -> one of their means."""
+    return {name: np.mean([block[name] for block in blocks], axis=0) for name in blocks[0]}
+
+
 def rows_of(table, names):
     """(M,) places of the rows of a table in a list of names."""
     place = {name: row for row, name in enumerate(names)}
@@ -377,13 +413,18 @@ def _class_table(names, labels, probability, others, positive_class, shared, **f
     counts = np.bincount(label[label >= 0], minlength=len(names))
     if not counts.any():
         raise common.UserError("no row has a true label: there is nothing to judge")
-    positive = class_scores.rarest_class(label, len(names))
-    if positive_class:
-        positive = names.index(_named(positive_class, names, "--positive_class"))
+    positive = choose_positive(positive_class, names, label)
     if not others:
         others = {"shares_of_these_rows": np.tile(counts / counts.sum(), (len(label), 1))}
     return ClassTable(names=names, label=label, probability=probability, baselines=others, positive=positive,
                       **further, **shared)
+
+
+def choose_positive(wanted, names, label):
+    """Index of the class that matters: the one of this name, in any case, else the rarest of the labels (N,)."""
+    if wanted:
+        return names.index(_named(wanted, names, "--positive_class"))
+    return class_scores.rarest_class(label, len(names))
 
 
 def _named(name, known, source):

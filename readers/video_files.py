@@ -683,6 +683,17 @@ def name_losses(what, reasons, allowed, is_too_much):
 # ----------------------------------------------------------------------------------------
 # Whole recordings: every frame once, none kept
 
+def find_recordings(path):
+    """{name below the folder: path} of the recordings that --video names, a file or a folder."""
+    if path.is_file():
+        return {path.name: path}
+    videos, others = file_names.find_videos(path)
+    videos |= {name: file for name, file in others.items() if has_pictures(file)}
+    if not videos:
+        raise common.UserError(f"--video {path}: found no video in it")
+    return videos
+
+
 @dataclasses.dataclass
 class GridFrame:
     """What a recording shows at one time of its grid."""
@@ -694,9 +705,10 @@ class GridFrame:
 class Recording:
     """A source read from its start to its end, or to where it breaks, without keeping a frame.
 
-    fps: of the grid, and of a source without a clock; pixel_range: see ClipStore. What the pass has found so far: read_sec, the end of the last
-    frame; damaged, the times of frames that cannot be decoded; fault, the reason where the source broke off.
-    expected_sec: the length by the header. BadVideo: it cannot be opened.
+    fps: of the grid, and of a source without a clock; pixel_range: see ClipStore. expected_sec: the length by the
+    header. What the pass has found so far: begin_sec and read_sec, where the first frame starts and the last one ends;
+    damaged, the times of frames that cannot be decoded; fault, the reason where the source broke off. BadVideo: it
+    cannot be opened.
     """
 
     def __init__(self, path, fps, short_side, pixel_range=None):
@@ -706,9 +718,26 @@ class Recording:
         self.pixel_range = pixel_range
         self.info = _header(path, fps)
         self.expected_sec = self.info.duration_sec
+        self.begin_sec = None
         self.read_sec = 0.0
         self.damaged = ()
         self.fault = ""
+
+    def losses(self):
+        """Sentences on what could not be read."""
+        found = []
+        if self.fault or self.read_sec < 0.98 * self.expected_sec - 1:
+            found.append(f"{self.path}: read up to {self.read_sec:.1f} of {self.expected_sec:.1f} s by its header "
+                         f"{self.fault}")
+        if self.damaged:
+            found.append(f"{self.path}: {len(self.damaged)} frames are damaged, the first at {self.damaged[0]:.2f} s; "
+                         "windows there show the frames before them")
+        return found
+
+    def spans(self, places, length):
+        """(W, 2) start and end of windows of `length` frames from these places of the grid on, once that is read."""
+        starts = self.begin_sec + np.array(places) / self.fps
+        return np.stack([starts, np.minimum(starts + length / self.fps, self.read_sec)], 1)
 
     def frames(self):
         """Yield (time in seconds, function short_side -> pixels) of each frame."""
@@ -719,30 +748,34 @@ class Recording:
         except common.UserError as error:
             self.fault = common.one_line(error)
 
-    def grid(self):
-        """Yield the GridFrame of every 1 / fps s from the first frame on; on_screen says which frame that is."""
+    def grid(self, at_least=0):
+        """Yield the GridFrame of every 1 / fps s from the first frame on; on_screen says which frame that is.
+
+        A recording of fewer frames than at_least shows its last one on. BadVideo: it has none.
+        """
         step_sec = 1 / self.info.header_fps
         n_shown = 0
-        begin = before = convert = None
+        before = convert = None
         for time, pixels in self.frames():
             gap = step_sec if before is None else min(step_sec, time - before)
             if before is None:
-                begin = time
+                self.begin_sec = time
             else:
-                n_shown = yield from self._show(convert, begin, n_shown, time - gap / 2 - STAMP_SLACK_SEC)
+                n_shown = yield from self._show(convert, n_shown, time - gap / 2)
             self.read_sec = time + gap
             before, convert = time, pixels
-        if before is not None:
-            end = begin + _whole((self.read_sec - begin) * self.fps) / self.fps
-            yield from self._show(convert, begin, n_shown, end - STAMP_SLACK_SEC)
+        if before is None:
+            raise BadVideo(self.fault or "no frame can be decoded")
+        n_frames = max(_whole((self.read_sec - self.begin_sec) * self.fps), at_least)
+        yield from self._show(convert, n_shown, self.begin_sec + n_frames / self.fps)
 
-    def _show(self, convert, begin, n_shown, until):
+    def _show(self, convert, n_shown, until):
         """Yield one frame for every time of the grid before `until`; returns how many times have been shown."""
         pixels = None
-        while begin + n_shown / self.fps < until:
+        while (time := self.begin_sec + n_shown / self.fps) < until - STAMP_SLACK_SEC:
             is_new = pixels is None
             if is_new:
                 pixels = convert(self.short_side)
-            yield GridFrame(begin + n_shown / self.fps, pixels, is_new)
+            yield GridFrame(time, pixels, is_new)
             n_shown += 1
         return n_shown

@@ -5,6 +5,7 @@
 import csv
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -54,12 +55,29 @@ def test_windows_become_bouts():
                               ("bite", 4.25, 6)]
     assert [bout.mean_probability for bout in bouts] == pytest.approx([0.8] * 5)
     joined = ethograms.bouts_of(windows, NAMES, merge_gap_sec=0.5)
-    assert ("walk", 1.75, 4.25) in spelled(joined) and ("rest", 3.25, 3.75) in spelled(joined)
+    assert spelled(joined) == [("rest", 0, 1.75), ("walk", 1.75, 4.25), ("bite", 4.25, 6)], "what lay between is no bout"
     [walk] = [bout for bout in joined if bout.label == "walk"]
     assert walk.mean_probability == pytest.approx((4 * 0.8 + 0.1) / 5)
     long = ethograms.bouts_of(windows, NAMES, min_bout_sec=1, merge_gap_sec=0.5)
     assert spelled(long) == [("rest", 0, 1.75), ("walk", 1.75, 4.25), ("bite", 4.25, 6)]
     assert [windows.at(time) for time in (-1, 0, 1.3, 1.8, 99)] == [0, 0, 1, 2, 8]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_joined_bouts_never_overlap(seed):
+    """Every time belongs to one class: the bouts of random windows follow each other without a gap; by any gap."""
+    draws = np.random.default_rng(seed)
+    windows = windows_of(draws.integers(0, 3, 60))
+    for merge_gap_sec in (0.0, 0.5, 1.2, 5.0):
+        bouts = ethograms.bouts_of(windows, NAMES, merge_gap_sec=merge_gap_sec)
+        starts, ends = ([getattr(bout, name) for bout in bouts] for name in ("start_sec", "end_sec"))
+        assert starts[1:] == ends[:-1] and (starts[0], ends[-1]) == (0, windows.spans[-1, 1])
+        for label in NAMES:
+            own = [bout for bout in bouts if bout.label == label]
+            gaps = [later.start_sec - bout.end_sec for bout, later in zip(own, own[1:])]
+            assert all(gap > 0 for gap in gaps)
+        if merge_gap_sec == 5.0:
+            assert len(bouts) < 8, "most of 60 windows are joined"
 
 
 def test_one_window_is_one_bout():
@@ -205,18 +223,18 @@ def test_recordings_get_their_tables_pictures_and_copies(made, tmp_path):
 def test_one_backbone_serves_the_folds_of_a_motion_readout(made, monkeypatch):
     """Every frame goes once through the backbone, whatever the number of windows and of folds."""
     monkeypatch.setattr(sys, "argv", ["train_video.py"])
-    folds = common.checkpoint_files([only_run(made / "motion")])
-    members = train_video.load_members(folds, common.choose_compute("cpu", "off"))
+    args = train_video.parse_args(["--mode", "predict", "--checkpoint", str(only_run(made / "motion")), "--manifest", "m.csv"])
+    compute = common.choose_compute("cpu", "off")
+    members = train_video.load_members(args, compute)
     assert len(members) == 2 and members[0].model.backbone is members[1].model.backbone
     n_seen = []
     see = train_video.MotionReadout.see
     monkeypatch.setattr(train_video.MotionReadout, "see", lambda self, frames: n_seen.append(len(frames)) or see(self, frames))
-    args = train_video.parse_args(["--manifest", "m.csv"])
-    window = train_video.SlidingWindow(members, args, common.choose_compute("cpu", "off"))
-    grid = list(train_video.open_recording(made / "two" / "cam 0.mp4", members).grid())
-    for first in range(0, len(grid), 10):
-        window.take(grid[first:first + 10])
-    assert sum(n_seen) == len(grid) + len(n_seen), "with the frame before each batch"
+    recording = video_files.Recording(made / "two" / "cam 0.mp4", 4, 37)
+    run = SimpleNamespace(compute=compute, is_writer=False)
+    windows = train_video.read_windows(recording, members, args, run, "cam 0")
+    assert len(windows.chosen) > 10
+    assert sum(n_seen) == len(list(recording.grid())) + len(n_seen), "with the frame before each batch"
 
 
 def test_a_recording_shorter_than_a_window(made, tmp_path):

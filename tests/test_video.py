@@ -20,7 +20,7 @@ from sklearn.metrics import (accuracy_score, average_precision_score, brier_scor
                              log_loss, matthews_corrcoef, r2_score, recall_score, roc_auc_score)
 
 import common
-from evidence import calibrating, prediction_tables
+from evidence import calibrating, event_splits, prediction_tables
 from readers import backbones, video_files
 import train_video
 from conftest import ROOT, only_run, run_here, run_fresh, run_script
@@ -466,7 +466,7 @@ def test_one_manifest_is_split_by(made, split_by):
     args = train_video.parse_args(list(map(str, [*made.everything, "--split_by", split_by, "--train_ratio", 0.6,
                                                  "--val_ratio", 0.2, "--test_ratio", 0.2])))
     table = train_video.read_table(args)
-    split = train_video.make_split(args, SimpleNamespace(table=table))
+    split = event_splits.make_split(args, table)
     levels = {"event": table.events, "video": table.videos, "group": table.groups}
 
     def n_shared(level):
@@ -514,7 +514,7 @@ def test_a_table_of_frames_becomes_seconds(made, tmp_path):
                                     f"{name},a,0,29\n{name},b,30,59\n{name},a,60,60\n")
     args = train_video.parse_args(["--manifest", str(tmp_path / "m.csv"), "--video_root", str(made.folder / "videos"),
                                    *SMALL, "--no_pretrained"])
-    study = train_video.load_study(args, lambda text: None)
+    study = train_video.load_study(args, train_video.read_table(args), lambda text: None)
     fps = video_files.probe(name).fps
     assert study.table.windows[:2] == pytest.approx(np.array([[0, 30], [30, 60]]) / fps)
     assert np.ptp(study.table.windows[2]) == pytest.approx(1.0) and study.table.unit.tolist() == ["sec"] * 3

@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import common
-from evidence import class_scores
+from evidence import class_scores, prediction_tables
 from readers import backbones, event_tables, video_files
 import make_sample_data
 import train_video
@@ -48,13 +48,13 @@ def scored_table(target, names, moments=None):
 
 def behaviours(args, table, rows=None):
     """Behaviours of a table as the script makes them, all rows for training unless others are named."""
-    positive = train_video.positive_class(args.positive_class, table.names, table.label)
+    positive = prediction_tables.choose_positive(args.positive_class, table.names, table.label)
     study = SimpleNamespace(table=table, positive=positive)
     return train_video.Behaviours(args, study, np.arange(len(table)) if rows is None else rows)
 
 
 def scores(args, table):
-    return train_video.Scores(args, SimpleNamespace(table=table), np.arange(len(table)))
+    return train_video.Scores(args, SimpleNamespace(table=table, positive=None), np.arange(len(table)))
 
 
 def study_of(args, n_frames=40, size=64, n_clips=6, short=()):
@@ -122,8 +122,8 @@ def test_baselines_see_the_clips_that_are_predicted():
     study, clips = study_of(args, size=32, n_clips=2)
     compute = common.choose_compute("cpu", "off")
     features = train_video.untuned_features(args, study, SimpleNamespace(compute=compute, say=print))
-    pooled = features.last
-    assert features.motion.shape == (2, 4 * (64 + 128 + 256)), "three resolutions at 32 pixels"
+    pooled = features.of_rows["logistic"].values
+    assert features.of_rows["motion_readout"].values.shape == (2, 4 * (64 + 128 + 256)), "three resolutions at 32 pixels"
     model = train_video.build_model(args, 2).eval()
     for row, frames in enumerate(clips):
         assert study.starts(row) == [0, 16, 32]
@@ -247,7 +247,7 @@ def test_motion_features_are_those_of_their_definition(n_real, repeats):
     assert {name: len(columns) for name, columns in blocks.items()} == {
         "appearance": 2 * model.n_channels, "motion": 2 * model.n_channels, "both": 4 * model.n_channels}
     last = every_map[-1].mean((2, 3)).reshape(2, 7, -1)[1]
-    np.testing.assert_allclose(model.last_stage(found)[1], np.append(last.mean(0), last.std(0)), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found[1, model.last_stage()], np.append(last.mean(0), last.std(0)), rtol=1e-3, atol=1e-4)
 
 
 def test_frames_that_a_slow_source_shows_twice_are_left_out(tmp_path):
@@ -514,8 +514,8 @@ def test_mixup_mixes_clips_and_classes_alike():
 
 def test_the_positive_class_is_the_rarest_that_is_there():
     """Of all rows, unlabelled ones (-1) aside; a class without rows is none to look for."""
-    assert train_video.positive_class(None, ["a", "b", "c"], np.array([0] * 21 + [1] * 19 + [-1] * 5)) == 1
-    assert train_video.positive_class("A", ["a", "b"], np.array([0, 0, 1])) == 0
+    assert prediction_tables.choose_positive(None, ["a", "b", "c"], np.array([0] * 21 + [1] * 19 + [-1] * 5)) == 1
+    assert prediction_tables.choose_positive("A", ["a", "b"], np.array([0, 0, 1])) == 0
 
 
 def test_the_positive_class_is_the_rarest_of_all_rows_in_every_fold():
@@ -528,7 +528,7 @@ def test_the_positive_class_is_the_rarest_of_all_rows_in_every_fold():
 def test_a_class_without_train_rows_and_wrong_class_names():
     with pytest.raises(common.UserError, match="no train row of class b"):
         behaviours(arguments(), table_of([0, 0, 1]), np.array([0, 1]))
-    with pytest.raises(common.UserError, match="--positive_class c is no class"):
+    with pytest.raises(common.UserError, match="--positive_class: found no c"):
         behaviours(arguments("--positive_class", "c"), table_of([0, 1]), np.array([0, 1]))
     objective = behaviours(arguments("--positive_class", "A"), table_of([0, 0, 1]))
     assert objective.positive == 0 and train_video.select_column(None, objective) == ("val_a_average_precision", True)
@@ -652,7 +652,7 @@ def moving(tmp_path_factory):
         args = arguments("--manifest", manifests / "all.csv", "--label_map", manifests / "label_map.json",
                          "--video_root", folder / "video" / "videos", "--image_size", 32, "--fps", 12, "--n_frames",
                          n_frames, "--model", "cnn_lstm", "--clips_per_event", 3, "--balance", "weights")
-        found = train_video.load_study(args, lambda text: None)
+        found = train_video.load_study(args, train_video.read_table(args), lambda text: None)
         is_train = found.table.groups.astype(int) <= 6
         return found, np.flatnonzero(is_train), np.flatnonzero(~is_train)
     return study

@@ -63,7 +63,7 @@ class ScriptEpochs:
     def __init__(self, folder, options):
         self.args = script_args(folder, options)
         self.run = common.start_run(self.args, fixed_shapes=True)
-        study = train_video.load_study(self.args, self.run.say)
+        study = train_video.load_study(self.args, train_video.read_table(self.args), self.run.say)
         rows = np.arange(options.clips)
         objective = train_video.Behaviours(self.args, study, rows)
         self.objective, split = objective, {"train": rows, "val": rows[:2], "test": rows[:0]}

@@ -1,0 +1,56 @@
+"""Windows that slide over a whole recording, each frame of which is decoded once and forgotten when no window needs it.
+
+Letters: B windows, T frames of a window, n frames, S side of the input in pixels.
+"""
+import concurrent.futures
+import itertools
+
+import numpy as np
+import torch
+
+import common
+
+
+def ahead(read):
+    """Yield what calls of read() give until that is empty; a thread reads the next while the last one is in use."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(read)
+        while found := coming.result():
+            coming = pool.submit(read)
+            yield found
+
+
+def slide(recording, length, step, batch_size, side, look):
+    """Yield (places on the grid, {name: (B, T, ...)}) of up to batch_size windows at a time, of a video_files.Recording.
+
+    length, step: frames of a window, and from one window to the next; the last one ends with the recording, and what is
+    shorter is one window, in which the last frame is shown on. names: pixels uint8 (S, S, 3), is_new (GridFrame), and
+    those that look(pixels (n + 1, S, S, 3)) gives for all frames but the first, which it has seen before.
+    """
+    kept = {}  # name -> (n, ...) of the latest frames
+    n_frames = 0
+    next_place = 0
+    grid = recording.grid(length)
+    for frames in ahead(lambda: list(itertools.islice(grid, step * batch_size))):
+        crops = [common.eval_crop(frame.pixels, side) for frame in frames]
+        pixels = torch.from_numpy(np.stack(crops))
+        before = kept.get("pixels", pixels[:1])[-1:]
+        new = {"pixels": pixels, "is_new": torch.tensor([frame.is_new for frame in frames])}
+        new |= look(torch.cat([before, pixels]))
+        for name, values in new.items():
+            before = kept.get(name, values[:0])
+            kept[name] = torch.cat([before, values])[-len(frames) - length:]
+        n_frames += len(frames)
+        places = list(range(next_place, n_frames - length + 1, step))
+        if places:
+            next_place = places[-1] + step
+            yield places, _windows(kept, places, n_frames, length)
+    last = n_frames - length
+    if last > next_place - step:
+        yield [last], _windows(kept, [last], n_frames, length)
+
+
+def _windows(kept, places, n_frames, length):
+    """{name: (B, T, ...)}; kept ends with frame n_frames - 1 of the grid."""
+    from_end = torch.tensor(places)[:, None] + torch.arange(length) - n_frames  # (B, T), below 0
+    return {name: values[from_end] for name, values in kept.items()}
