@@ -152,9 +152,8 @@ def add_model_arguments(model):
                "weights all are")
     model("--state_weight", type=common.AMOUNT, default=0.5,
           help="weight of the state loss in the total")
-    model("--state_class_weights", nargs="+", type=class_weight, default=["none"], metavar="W",
-          help="none, balanced (inverse frequency in the train boxes), or a number for each of "
-               + " ".join(part_boxes.STATES))
+    model("--state_class_weights", choices=("none", "balanced"), default="none",
+          help="weights of the states in their loss: balanced = inverse frequency in the train boxes")
     model("--select", choices=("val_loss", "map", "joint_map"), default="val_loss",
           help="validation column that chooses the epoch and drives --scheduler plateau")
 
@@ -177,11 +176,6 @@ def add_result_arguments(result):
            help="pictures to draw with boxes and states")
     result("--bootstrap_draws", type=common.bounded(int, 20), default=200,
            help="resamples of images for intervals")
-
-
-def class_weight(text):
-    """argparse type of --state_class_weights: one of its words, or a weight of 0 or more."""
-    return text if text in ("none", "balanced") else common.AMOUNT(text)
 
 
 def environment_defaults(path=Path(".env")):
@@ -215,13 +209,6 @@ def check_flags(parser, args):
     if args.baseline == "heads" and not (starts_trained(args) and args.trainable_layers):
         parser.error("--baseline heads needs trained weights to start from and --trainable_layers over 0: "
                      "else it is the model itself, or one on random features")
-    weights = args.state_class_weights
-    if weights in (["none"], ["balanced"]):
-        return
-    are_numbers = all(isinstance(weight, float) for weight in weights)
-    if len(weights) != len(part_boxes.STATES) or not are_numbers or not sum(weights):
-        parser.error(f"--state_class_weights {weights}: expected none, balanced, or a number for "
-                     f"each of {part_boxes.STATES}")
 
 
 def settle_split(args):
@@ -809,11 +796,9 @@ def freeze_layers(body, n_trainable, frozen_norm):
 
 
 def state_weights(args, truth):
-    """Weights of the states in the loss, mean 1 over the train boxes where balanced, or None."""
-    if args.state_class_weights == ["none"]:
+    """Weights of the states in the loss, mean 1 over the train boxes, or None for equal ones."""
+    if args.state_class_weights == "none":
         return None
-    if args.state_class_weights != ["balanced"]:
-        return args.state_class_weights
     states = truth.judged_states()
     counts = np.bincount(states[states >= 0], minlength=len(part_boxes.STATES))
     occurs = counts > 0
@@ -828,13 +813,6 @@ def total_loss(losses, state_weight):
 
 
 # --- training ---------------------------------------------------------------------------
-
-def make_loaders(study, split, settings, args, compute):
-    """Loader of the augmented train rows, and {part: loader} of the val and test rows."""
-    train_loader = make_loader(study, split["train"], settings, args, compute, train=True)
-    return train_loader, {part: make_loader(study, split[part], settings, args, compute)
-                          for part in ("val", "test")}
-
 
 def make_loader(study, rows, settings, args, compute, train=False):
     """Loader of these rows, augmented and shuffled for training."""
@@ -912,7 +890,7 @@ def on_disk(found, scales):
 
 
 def fit(run, args, study, split):
-    """Train on split['train'], choose the epoch on split['val'] -> (model, loaders, Training)."""
+    """Train on split['train'], choose the epoch on split['val'] -> Training with the best model."""
     compute = run.compute
     train_truth = study.truth.take(split["train"])
     val_truth = study.truth.take(split["val"])
@@ -926,7 +904,8 @@ def fit(run, args, study, split):
         raise common.UserError(f"--select {args.select}: no box has a state; use --select map")
     model = compute.place(build_model(args, settings, state_weights(args, train_truth)))
     model.roi_heads.nms_thresh = args.nms_iou
-    train_loader, loaders = make_loaders(study, split, settings, args, compute)
+    train_loader = make_loader(study, split["train"], settings, args, compute, train=True)
+    val_loader = make_loader(study, split["val"], settings, args, compute)
     optimizer = common.build_optimizer([(model, 1.0)], args)
     content = {
         "settings": settings,
@@ -941,13 +920,13 @@ def fit(run, args, study, split):
         split=split)
     for _ in training.epochs():
         row = train_one_epoch(model, train_loader, training, compute, args.state_weight)
-        detections, losses = evaluate(model, loaders["val"], compute, args.seed, args.state_weight)
+        detections, losses = evaluate(model, val_loader, compute, args.seed, args.state_weight)
         judged = detection_scores.Judged(
             val_truth, detections, args.score_threshold, bool(settings["states"]))
         scores = {f"val_{name}": value for name, value in judged.epoch_metrics().items()}
         training.end_epoch(row | losses | scores)
-    fit_temperature(training, study, split, loaders["val"])
-    return model, loaders, training
+    fit_temperature(training, val_truth, val_loader)
+    return training
 
 
 def load_detector(path, compute, nms_iou=0.5):
@@ -992,14 +971,18 @@ def limit_detections(detections, args):
     return [detection_tables.best_of_each_part(each, args.score_threshold) for each in detections]
 
 
-def report_results(run, args, study, split, part, detections, baseline, seen, **known):
+def report_results(run, args, study, split, part, models, baseline, seen, **known):
     """Tables, pictures, metrics.json and report.html of one part.
 
-    detections: {"model": M Detections, and a name: those of each trained baseline}; seen: SeenRows of the model; known:
-    further fields of the Setting.
+    models: {"model": PartDetector, and by its name each trained baseline}; baseline: of
+    detection_judging.mean_boxes; seen: SeenRows of the model; known: further fields of the Setting.
     """
     rows = split[part]
-    trained = {name: limit_detections(each, args) for name, each in detections.items()}
+    loader = make_loader(study, rows, models["model"].settings, args, run.compute)
+    trained = {}
+    for name, model in models.items():
+        found, _ = evaluate(model, loader, run.compute, args.seed, args.state_weight)
+        trained[name] = limit_detections(found, args)
     own = trained.pop("model")
     words = seen.words(study.hashes[rows])
     truth = study.truth.take(rows)
@@ -1106,15 +1089,18 @@ def write_annotations(run, args, study, split):
             common.write_json(run.path(f"{part}_coco.json"), coco)
 
 
-def fit_temperature(training, study, split, loader):
-    """Calibrate the states of the boxes found in the validation pictures; best_model.pth keeps the temperature."""
+def fit_temperature(training, truth, loader):
+    """Calibrate the states of the boxes found in the validation pictures; best_model.pth keeps the temperature.
+
+    truth, loader: of the validation pictures. Gives the model the weights of the best epoch.
+    """
     model = training.model
     run = training.run
     best = training.load_best()
     if not model.settings["states"]:
         return
     detections, _ = evaluate(model, loader, run.compute, run.args.seed, run.args.state_weight)
-    matching = detection_scores.coco_match(study.truth.take(split["val"]), detections, "map")
+    matching = detection_scores.coco_match(truth, detections, "map")
     found = detection_scores.found_states(matching, detections)
     temperature = calibrating.fit_temperature(np.log(found.probabilities), found.true)
     run.say(f"temperature of the states: {temperature:.3g}, from {len(found.true)} boxes found in the val pictures")
@@ -1124,12 +1110,11 @@ def fit_temperature(training, study, split, loader):
 
 
 def train_heads(run, args, study, split):
-    """The baseline of --baseline heads, trained in baseline/ -> (model, loaders)."""
+    """The baseline of --baseline heads, trained in baseline/ -> PartDetector."""
     own = Namespace(**{**vars(args), "trainable_layers": 0})
     with run.child("baseline") as child:
         child.say(f"baseline: the same detector with only its heads trained (in {child.folder.name})")
-        model, loaders, _ = fit(child, own, study, split)
-    return model, loaders
+        return fit(child, own, study, split).model
 
 
 def run_split(run, args, study, split):
@@ -1143,17 +1128,15 @@ def run_split(run, args, study, split):
     if args.baseline == "boxes":
         run.say("note: only the mean box of each part is there to beat, so the report is amber at "
                 "best; --baseline heads trains a baseline, in about the same time again")
-    model, loaders, training = fit(run, args, study, split)
+    training = fit(run, args, study, split)
     progress = training.progress
     plotting.plot_history(progress.history, run.path("training_history.png"), progress.best_epoch)
     part = "test" if len(split["test"]) else "val"
-    models = {"model": (model, loaders)}
+    models = {"model": training.model}
     if args.baseline == "heads":
         models["heads"] = train_heads(run, args, study, split)
-    detections = {name: evaluate(each, own[part], run.compute, args.seed, args.state_weight)[0]
-                  for name, (each, own) in models.items()}
     report_results(
-        run, args, study, split, part, detections, training.metadata()["baseline"], training.seen,
+        run, args, study, split, part, models, training.metadata()["baseline"], training.seen,
         best_epoch=progress.best_epoch,
         alarms=alarms + gap_alarms(progress.history[progress.best_epoch - 1]),
         limits=limits_of(args))
@@ -1201,15 +1184,11 @@ def evaluate_checkpoint(args):
         part = {"train": "train", "chose": "val"}.get(worst, "test")
         split = {part: np.arange(len(study.stored))}
         run.write_args(**study.data_record(split))
-        loader = make_loader(study, split[part], settings, args, run.compute)
         models = {"model": model}
         if args.baseline == "heads":
             folder = common.checkpoint_files([args.checkpoint])[0].parent
             models["heads"], _ = load_detector(folder / "baseline", run.compute, args.nms_iou)
-        detections = {name: evaluate(each, loader, run.compute, args.seed, args.state_weight)[0]
-                      for name, each in models.items()}
-        report_results(run, args, study, split, part, detections, content["baseline"],
-                       content["seen"])
+        report_results(run, args, study, split, part, models, content["baseline"], content["seen"])
 
 
 def predict(args):

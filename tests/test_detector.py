@@ -606,7 +606,7 @@ def test_configurations_are_read():
         assert args.model in train_detector.MODELS
         if "bicycle" in path.name:
             published = args.augment, args.state_class_weights, args.patience, args.clip_grad
-            assert published == ("none", ["none"], 0, 0)
+            assert published == ("none", "none", 0, 0)
 
 
 def test_a_trained_baseline(bicycles, tmp_path):

@@ -598,7 +598,7 @@ MISTAKES = {
     "no folder": ([*DATA, "--val_json", "v"], ["--val_images"]),
     "no validation": ([*DATA, "--split_ratio", "0.9", "--test_ratio", "0.1"], ["must not be empty"]),
     "test alone": ([*DATA, "--test_json", "t", "--test_images", "u"], ["--val_json"]),
-    "weights": ([*DATA, "--state_class_weights", "1", "2"], ["a number for each"]),
+    "weights": ([*DATA, "--state_class_weights", "1", "2"], ["invalid choice"]),
     "anchors": ([*DATA, "--anchor_sizes", "8", "16"], ["takes 5"]),
     "anchors of the small one": ([*DATA, "--model", "fasterrcnn_resnet18_fpn", "--anchor_sizes", "8", "16"],
                                  ["takes 4, 8, ... sides"]),

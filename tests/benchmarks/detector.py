@@ -72,9 +72,10 @@ class ScriptEpochs:
         self.args = script_args(folder, options)
         self.run = common.start_run(self.args)
         study = train_detector.load_study(self.args, {"train": (folder / "coco.json", folder)}, self.run.say)
-        split = {"train": np.arange(options.images), "val": np.arange(2), "test": np.arange(0)}
+        rows = np.arange(options.images)
         self.settings = train_detector.model_settings(self.args, study.truth) | {"frozen_norm": True}
-        self.loader, _ = train_detector.make_loaders(study, split, self.settings, self.args, self.run.compute)
+        self.loader = train_detector.make_loader(
+            study, rows, self.settings, self.args, self.run.compute, train=True)
         self.model = self.run.compute.place(train_detector.build_model(self.args, self.settings, None))
         optimizer = common.build_optimizer([(self.model, 1.0)], self.args)
         self.training = common.Training(self.run, self.model, optimizer, self.args, "val_loss", dict)
