@@ -37,8 +37,8 @@ def choose_colours(labels, states):
     return [tuple(round(255 * value) for value in colorsys.hsv_to_rgb(hue, 1, 0.75)) for hue in hues]
 
 
-def draw_boxes(pixels, size, boxes, texts, colours):
-    """Picture (H, W, 3) scaled to LONG_SIDE, with a frame in its colour and a text at every box.
+def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
+    """Picture (H, W, 3) scaled to LONG_SIDE, with a frame, part, state and score at each of K boxes.
 
     size: (width, height) of the picture in the pixels that the boxes (K, 4) are given in.
     """
@@ -50,10 +50,15 @@ def draw_boxes(pixels, size, boxes, texts, colours):
     picture = cv2.resize(pixels, (round(width * scale), round(height * scale)))
     if not len(boxes):
         return picture
+    texts = [parts[label] for label in labels]
+    for k in np.flatnonzero(states != part_boxes.UNKNOWN):
+        texts[k] += f" {part_boxes.STATES[states[k]]}"
+    if scores is not None:
+        texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores)]
     scaled = boxes * (width * scale / size[0])
     drawn = draw_bounding_boxes(
-        torch.from_numpy(picture).permute(2, 0, 1), torch.from_numpy(scaled), texts, colours,
-        width=FRAME, label_colors="white", fill_labels=True)
+        torch.from_numpy(picture).permute(2, 0, 1), torch.from_numpy(scaled), texts,
+        choose_colours(labels, states), width=FRAME, label_colors="white", fill_labels=True)
     return drawn.permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
 
 
@@ -61,10 +66,8 @@ def draw_detections(pixels, size, detected, parts, threshold):
     """The Detections from `threshold` on a picture (H, W, 3) of `size`, with part, state and score.
     """
     detected = detected.take(detected.scores >= threshold)
-    states = detected.called()
-    texts = [f"{label_text(parts[label], state)} {score:.2f}"
-             for label, state, score in zip(detected.labels, states, detected.scores)]
-    return draw_boxes(pixels, size, detected.boxes, texts, choose_colours(detected.labels, states))
+    return draw_boxes(
+        pixels, size, detected.boxes, detected.labels, detected.called(), parts, detected.scores)
 
 
 def draw_truth(pixels, truth, row):
@@ -72,15 +75,9 @@ def draw_truth(pixels, truth, row):
     out.
     """
     keep = ~truth.ignored[row]
-    labels = truth.labels[row][keep]
-    states = truth.states[row][keep]
-    texts = [label_text(truth.parts[label], state) for label, state in zip(labels, states)]
-    return draw_boxes(pixels, truth.sizes[row], truth.boxes[row][keep], texts, choose_colours(labels, states))
-
-
-def label_text(part, state):
-    """Name of a part, and its state where it has one."""
-    return part if state == part_boxes.UNKNOWN else f"{part} {part_boxes.STATES[state]}"
+    return draw_boxes(
+        pixels, truth.sizes[row], truth.boxes[row][keep], truth.labels[row][keep],
+        truth.states[row][keep], truth.parts)
 
 
 def write_picture(path, pixels):

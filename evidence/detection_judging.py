@@ -300,8 +300,8 @@ def metric_blocks(run, setting, result, part_rows, threshold):
         reporting.html_table(
             subject_intervals.overall_rows(result),
             caption=f"On the {setting.part} pictures; precision, recall and hallucinations at score "
-                    f"{threshold:g}; baseline of AP: the {result.baseline_label}, of states: that which the part "
-                    f"has most often in training; {result.method}"),
+                    f"{threshold:g}; baseline of AP: the {result.baseline_label}, of states: the usual one "
+                    f"of the part; {result.method}"),
         reporting.html_table(
             part_rows, columns,
             caption="Each part: n boxes, COCO AP over IoU .50 to .95 with its interval, AP of the baseline; "
@@ -321,8 +321,8 @@ def state_blocks(run, judged, rows, calibration):
     return [
         reporting.html_table(rows, caption=caption),
         reporting.html_table(
-            calibration, caption="State probabilities of the boxes found, after the temperature that the validation "
-                                 "pictures gave, beside the rates of each part in training, without a pixel"),
+            calibration, caption="State probabilities of the boxes found, beside the rates of the states in their "
+                                 "parts, which look at no pixel"),
         reporting.html_image(
             run.path("state_reliability.png"), "Reliability: how often a state of that confidence is right"),
     ]
