@@ -99,19 +99,17 @@ def coco_entries(picture, boxes, labels, states, kind, **fields):
             continue
         entry = {
             "image_id": picture,
-            "category_id": labels[k] + 1,
             "bbox": [left, top, right - left, bottom - top],
             "area": (right - left) * (bottom - top),
             "iscrowd": 0,
             "state": states[k]}
         entry |= {name: values[k] for name, values in fields.items()}
-        first = labels[k] * N_STATES + 1
-        if kind != "joint_map":
-            entries.append(entry)
-        elif states[k] >= 0:
-            entries.append({**entry, "category_id": first + states[k]})
-        else:
-            entries += [{**entry, "category_id": first + each, "iscrowd": 1} for each in range(N_STATES)]
+        categories = [labels[k] + 1]
+        if kind == "joint_map":
+            first = labels[k] * N_STATES + 1
+            categories = [first + states[k]] if states[k] >= 0 else range(first, first + N_STATES)
+            entry["iscrowd"] |= states[k] < 0
+        entries += [{**entry, "category_id": each} for each in categories]
     return entries
 
 
