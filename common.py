@@ -33,6 +33,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 import uuid
 import zipfile
 from pathlib import Path
@@ -548,15 +549,12 @@ class Run:
 
     @functools.cached_property
     def wandb(self):
-        """The Weights & Biases run of this folder, begun or continued: wandb_id.txt keeps its id."""
+        """The Weights & Biases run of this folder, begun or continued: its id is made of the folder's path."""
         wandb = optional_package("wandb")
-        kept = self.path("wandb_id.txt")
-        own = kept.read_text() if kept.exists() else uuid.uuid4().hex
         if wandb.run is not None:  # that of the fold before
             wandb.finish()
-        opened = wandb.init(project=script_name(), name=str(self.folder), id=own, resume="allow")
-        write_whole(kept, own.encode())
-        return opened
+        own = uuid.uuid5(uuid.NAMESPACE_URL, self.folder.resolve().as_uri()).hex
+        return wandb.init(project=script_name(), name=str(self.folder), id=own, resume="allow")
 
     def watch(self, row):
         """Send a history row to TensorBoard and Weights & Biases, where their flags are given."""
@@ -642,9 +640,7 @@ def start_run(args, fp32_on_cpu=False, fixed_shapes=False):
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    folder = None
-    if args.resume:
-        folder = processes.on_first(lambda: _folder_to_resume(args))
+    folder = processes.on_first(lambda: _folder_to_resume(args)) if args.resume else None
     resumed = folder is not None
     if resumed:  # the number of threads decides the last bits of every sum
         torch.set_num_threads(read_json(folder / "args.json")["device"]["threads"])
@@ -720,22 +716,33 @@ def run_folder_of(target):
 
 
 def _folder_to_resume(args):
-    """The folder that --resume names; for auto that of this job or the newest unfinished one, or None."""
-    if args.resume != "auto":
-        folder = run_folder_of(args.resume)
-        record = read_json(folder / "args.json")
-        if record["script"] != script_name():
-            raise UserError(f"{folder} is a run of {record['script']}, not of {script_name()}")
-        if is_finished(folder, args) and args.epochs > record["flags"]["epochs"]:
-            _open_for_more_epochs(folder, args, record)
-        return _unfinished_or_exit(folder, args)
+    """The folder that --resume names, or None. Where its run is finished there is nothing to do: SystemExit."""
+    folder = _newest_folder(args) if args.resume == "auto" else _named_folder(args)
+    if folder and is_finished(folder, args):
+        print(f"{folder} is finished: nothing to continue; its report is {folder / 'report.html'}", flush=True)
+        sys.exit(EXIT_OK)
+    return folder
+
+
+def _named_folder(args):
+    folder = run_folder_of(args.resume)
+    record = read_json(folder / "args.json")
+    if record["script"] != script_name():
+        raise UserError(f"{folder} is a run of {record['script']}, not of {script_name()}")
+    if args.epochs > record["flags"]["epochs"] and is_finished(folder, args):
+        _open_for_more_epochs(folder, args, record)
+    return folder
+
+
+def _newest_folder(args):
+    """Of the runs with these flags: that of this SLURM job, or the newest one that is neither finished nor running."""
     records = list(args.output_dir.glob("run_*/args.json"))
     records.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
     folders = [path.parent for path in records if _same_run(read_json(path), args)]
     job = slurm_job_id()
     for folder in folders:
         if job and re.search(rf"_job{job}(_\d+)?$", folder.name):
-            return _unfinished_or_exit(folder, args)
+            return folder
     for folder in folders:
         if not is_finished(folder, args) and not _is_being_written(folder):
             return folder
@@ -756,8 +763,7 @@ def _open_for_more_epochs(folder, args, record):
 
 def _same_run(record, args):
     now = json_safe({"flags": flags_of(args)})
-    is_own = record.get("script") == script_name()
-    return is_own and _lasting_flags(record, args) == _lasting_flags(now, args)
+    return record.get("script") == script_name() and _lasting_flags(record, args) == _lasting_flags(now, args)
 
 
 def is_finished(folder, args):
@@ -765,14 +771,6 @@ def is_finished(folder, args):
     folds = range(args.folds) if args.fold == "all" else [args.fold]
     parts = [folder, *(folder / f"fold_{k}" for k in folds)]
     return all((part / "metrics.json").exists() for part in parts)
-
-
-def _unfinished_or_exit(folder, args):
-    if is_finished(folder, args):
-        report = folder / "report.html"
-        print(f"{folder} is finished: nothing to continue; its report is {report}", flush=True)
-        sys.exit(EXIT_OK)
-    return folder
 
 
 def script_name():
@@ -812,11 +810,10 @@ def package_versions():
 
 def _git_commit():
     """The commit of this repository, ending in -dirty where a file was changed; None without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40",
+               "--exclude=*"]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
-        return found.stdout.strip() or None
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
     return None
 
 
@@ -1178,11 +1175,12 @@ class EpochBatches(torch.utils.data.Sampler):
         return len(self.edges) - 1
 
     def __iter__(self):
-        yield from self._batches_of(self.epoch, self.start)
-        for epoch in itertools.count(self.epoch + 1):
+        start = self.start
+        for epoch in itertools.count(self.epoch):
+            yield from self._batches_of(epoch, start)
             if not self.goes_on:
                 return
-            yield from self._batches_of(epoch, 0)
+            start = 0
 
     def _batches_of(self, epoch, start):
         generator = generator_for(self.seed, epoch)
@@ -1194,26 +1192,23 @@ class EpochBatches(torch.utils.data.Sampler):
             weights = torch.as_tensor(self.weights)
             order = torch.multinomial(weights, self.n_samples, True, generator=generator).tolist()
         for batch in range(start, len(self)):
-            first = self.edges[batch]
-            span = self.own_span(batch) or range(first, first + self._least(batch))
+            first, last = self.edges[batch:batch + 2]
+            span = self.own_span(batch) or range(first, min(first + 2, last))
             yield [(epoch, order[position]) for position in span]
-
-    def _least(self, batch):
-        """Samples that a slice holds at least: 2 where the batch size allows, for BatchNorm."""
-        wanted = 2 if self.batch_size >= 2 * self.size else 1
-        return min(wanted, self.edges[batch + 1] - self.edges[batch])
 
     def own_span(self, batch):
         """range of sample positions of this process's slice of a batch.
 
-        Where none is left for it the range is empty, and the iteration gives samples that must count
-        for nothing, so that every process takes every step.
+        A slice holds 2 samples or more where the batch size allows, for BatchNorm. Where none is left for this process
+        the range is empty, and the iteration gives samples that must count for nothing, so that every process takes
+        every step.
         """
         first, last = self.edges[batch:batch + 2]
         if not self.train:
             return range(first, last)
+        least = 2 if self.batch_size >= 2 * self.size else 1
         n = last - first
-        takers = min(self.size, n // self._least(batch))
+        takers = min(self.size, max(n // least, 1))
         begin = min(self.rank, takers)
         end = min(self.rank + 1, takers)
         return range(first + n * begin // takers, first + n * end // takers)
@@ -1370,13 +1365,14 @@ def launched_processes(env=os.environ):
                  "SLURM_STEP_TASKS_PER_NODE")
     else:
         return Processes()
-    digits = [re.match(r"\d+", env.get(name, "")) for name in names]  # 2(x3),1 tasks on the nodes
-    rank, size, local_rank, local_size = (int(found[0]) if found else None for found in digits)
-    if rank is None or size is None or rank >= size:
-        given = " and ".join(f"{name}={env.get(name)}" for name in names[:2])
-        raise UserError(f"{given} are no rank of a number of processes; start with torchrun or srun, "
+    given = [env.get(name, "0") for name in names]
+    digits = [re.match(r"\d+", text) for text in given]  # 2(x3),1 tasks on the nodes
+    if not all(digits) or int(digits[0][0]) >= int(digits[1][0]):
+        said = " and ".join(f"{name}={text}" for name, text in zip(names[:2], given))
+        raise UserError(f"{said} are no rank of a number of processes; start with torchrun or srun, "
                         "or unset them")
-    return Processes(rank, size, local_rank or 0, local_size or 1)
+    rank, size, local_rank, local_size = (int(found[0]) for found in digits)
+    return Processes(rank, size, local_rank, max(local_size, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1407,15 +1403,11 @@ class Processes:
             job = int(os.environ.get("SLURM_JOB_ID", 0))
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
             os.environ.setdefault("MASTER_PORT", str(20000 + job % 20000))
-        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-            raise UserError(f"{self.size} processes on several machines do not know where to meet: "
-                            "set MASTER_ADDR to the first of the machines and MASTER_PORT to a free "
-                            "port, as train_assessor.sh does")
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # Imported later, as by the first optimiser, this module would take the group for its default
         # arguments and keep it, and its threads, past leave_processes().
         importlib.import_module("torch.distributed.nn.functional")
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        where = ":".join(os.environ.get(name, f"(no {name})") for name in ("MASTER_ADDR", "MASTER_PORT"))
         told = (f"process {self.rank} of {self.size} waits for the others at {where} (started by "
                 "srun? For one process: srun -n 1, or unset SLURM_STEP_ID)")
         reminder = threading.Timer(WAITING_IS_TOLD, print, [told], {"flush": True})
@@ -1428,7 +1420,8 @@ class Processes:
         except (RuntimeError, ValueError) as error:
             raise UserError(f"process {self.rank} of {self.size} did not meet the others at {where} "
                             f"({one_line(error)}); set MASTER_ADDR to the first node, MASTER_PORT to "
-                            "a free port, GLOO_SOCKET_IFNAME to the network between them") from None
+                            "a free port (as train_assessor.sh does), GLOO_SOCKET_IFNAME to the network between them"
+                            ) from None
         finally:
             reminder.cancel()
         if CAN_FORK:
@@ -1844,7 +1837,8 @@ def warp_clip(frames, drawn, size):
 def _stretch_contrast(pixels):
     """Each colour of uint8 (H, W, 3) stretched to 0..255, a constant one left alone; as torchvision's autocontrast."""
     cv2 = load_opencv()
-    low, high = np.float32([cv2.minMaxLoc(colour)[:2] for colour in cv2.split(pixels)]).T
+    column = pixels.reshape(-1, 1, 3)
+    low, high = (np.float32(cv2.reduce(column, 0, kind)[0]) for kind in (cv2.REDUCE_MIN, cv2.REDUCE_MAX))
     levels = np.arange(256, dtype=np.float32)[:, None]
     stretched = (levels - low) * (255 / np.maximum(high - low, 1))
     table = np.where(high > low, stretched, levels)  # (256, 3): a new level for each
@@ -1961,6 +1955,10 @@ class EarlyStopping:
             self.bad_epochs = 0
         else:
             self.bad_epochs += 1
+        return self.is_over(epoch)
+
+    def is_over(self, epoch):
+        """True where the epochs up to this one are enough."""
         return 0 < self.patience <= self.bad_epochs and epoch >= self.min_epochs
 
 
@@ -1988,21 +1986,19 @@ def to_plain_types(value):
 
 
 def _plain(value):
-    if isinstance(value, SeenRows):
+    if dataclasses.is_dataclass(value):
         value = vars(value)
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy())
+        return torch.tensor(value)
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", non_blocking=value.is_cuda, copy=True)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def save_checkpoint(path, content, keep_previous=False):
@@ -2125,8 +2121,9 @@ def load_model_file(path, script):
 
 def content_hashes(*columns):
     """K columns of N texts, such as digests of files -> (N, K) int64: rows that share a number share their content."""
-    digests = [[hashlib.sha256(text.encode()).hexdigest() for text in column] for column in columns]
-    return np.array([[int(digest[:15], 16) for digest in column] for column in digests], np.int64).T
+    def number(text):
+        return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
+    return np.array([[number(text) for text in column] for column in columns], np.int64).T
 
 
 SEEN_WORDS = ("train", "chose", "not known", "new")  # from the worst to the best
@@ -2320,13 +2317,14 @@ class SeenBatch:
 
 
 @dataclasses.dataclass
-class QueuedStep:
-    """An optimiser step that the device may still be at work on."""
-    batches: list  # of SeenBatch
-    n_samples: int
-    names: list  # of the sums
-    numbers: torch.Tensor  # sums of the losses over its samples, and the norm of the gradient; on the CPU once copied
-    copied: torch.cuda.Event | None
+class OptimizerStep:
+    """What is known of an optimiser step; the device may still be at work on it."""
+    batches: list = dataclasses.field(default_factory=list)  # of SeenBatch
+    n_samples: int = 0  # of all processes
+    names: list = dataclasses.field(default_factory=list)  # of the losses
+    sums: torch.Tensor | float = 0.0  # of each loss over the samples: of this process, of all once they are exchanged
+    numbers: torch.Tensor | None = None  # the sums, and the norm of the gradient; on the CPU once copied
+    copied: torch.cuda.Event | None = None
 
 
 @dataclasses.dataclass
@@ -2368,11 +2366,10 @@ class EpochState:
     samples: int = 0  # of all processes, since it started
     learning_rate: float = 0.0
     names: list = dataclasses.field(default_factory=list)  # of the samples of this batch
-    batches: list = dataclasses.field(default_factory=list)  # SeenBatches since the last optimiser step
-    own_sums: torch.Tensor | float = 0.0  # (P,) sums of the losses over this process's samples since then
-    parts: list = dataclasses.field(default_factory=list)  # their P names
+    step: OptimizerStep = dataclasses.field(default_factory=OptimizerStep)  # that this batch is a part of
 
 
+@dataclasses.dataclass(eq=False)
 class Training:
     """The training of one model: optimiser steps, learning rate, history, best epoch, early stopping, saving, stopping.
 
@@ -2392,42 +2389,45 @@ class Training:
     DistributedDataParallel is not used: it gives every process the same weight, whatever its share of the samples.
     Nor does a step wait for the device: what one gave is looked at when the next one is queued.
     """
+    run: Run
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    args: argparse.Namespace
+    select: str
+    metadata: typing.Callable
+    higher_is_better: bool = True
+    row_hashes: np.ndarray | None = None
+    split: dict | None = None
 
-    def __init__(self, run, model, optimizer, args, select, metadata, higher_is_better=True, row_hashes=None,
-                 split=None):
-        self.run = run
-        self.model = model
-        self.optimizer = optimizer
-        self.args = args
-        self.select = select
-        self.metadata = metadata
-        self.higher_is_better = higher_is_better
+    def __post_init__(self):
+        run = self.run
+        args = self.args
         self.processes = run.compute.processes
         self.scaler = torch.amp.GradScaler(run.compute.device.type, enabled=run.compute.precision == "fp16")
         self.progress = Progress(
-            stopping=EarlyStopping(0 if select == "last" else args.patience, args.min_epochs, args.min_delta),
+            stopping=EarlyStopping(0 if self.select == "last" else args.patience, args.min_epochs, args.min_delta),
             plateau=EarlyStopping(args.plateau_patience + 1))
         self.current = EpochState(sampler=None, n_batches=0, exchange=None)
         self.stream = None  # batches of the loader, of this epoch and all after it
-        self.queued = None  # QueuedStep, the last one until it is looked at
+        self.queued = None  # OptimizerStep, the last one until it is looked at
         # Apple GPUs have no float64
         self.sum_type = torch.float32 if run.compute.device.type == "mps" else torch.float64
         self.checkpoints = Checkpoints(run)
-        self.seen = SeenRows.of_checkpoint({})
-        if split:
-            self.seen = self._seen_rows(row_hashes, split)
+        self.seen = self._seen_rows()
         if self.processes.size > 1 and run.compute.device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if args.compile:
-            model.compile()  # in place: the names in checkpoints stay
+            self.model.compile()  # in place: the names in checkpoints stay
         if run.resumed:
             self._load_last()
-        self.processes.spread(model)
+        self.processes.spread(self.model)
 
-    def _seen_rows(self, row_hashes, split):
+    def _seen_rows(self):
         """SeenRows of this run and of what it starts from; weights of other programs have seen none of our rows."""
-        choosing = [] if self.select == "last" else split["val"]
-        seen = SeenRows(row_hashes[split["train"]], row_hashes[choosing])
+        if not self.split:
+            return SeenRows.of_checkpoint({})
+        choosing = [] if self.select == "last" else self.split["val"]
+        seen = SeenRows(self.row_hashes[self.split["train"]], self.row_hashes[choosing])
         given = filter(None, (self.args.init_from, self.args.weights))
         for path in filter(zipfile.is_zipfile, given):  # no .safetensors
             content = read_checkpoint(path)
@@ -2504,51 +2504,44 @@ class Training:
         the epoch, raises NotFinite. So nothing here waits for the device but the look at the step before.
         """
         current = self.current
+        sampler = current.sampler
+        step = current.step
         batch = self.progress.batch
-        own = len(current.sampler.own_span(batch))  # 0 in a batch too small for all processes
-        step = len(current.sampler.step_span(batch, self.args.accumulate))
         is_full = (batch + 1) % self.args.accumulate == 0 or batch + 1 == current.n_batches
+        own = len(sampler.own_span(batch))  # 0 in a batch too small for all processes
+        step.n_samples = len(sampler.step_span(batch, self.args.accumulate))
         current.exchange.is_open = is_full
         own_loss = loss.detach()
         one_or_nan = 1 + 0 * own_loss  # a loss that is not finite makes its gradient NaN
-        self.scaler.scale(loss * one_or_nan * (own / step)).backward()
-        current.batches.append(SeenBatch(batch + 1, current.names, own_loss))
-        values = torch.stack([own_loss, *(value.detach() for value in parts.values())]).to(self.sum_type)
-        current.own_sums = current.own_sums + values * own
-        current.parts = ["loss", *parts]
-        current.samples += len(current.sampler.step_span(batch, 1))
-        if is_full:
-            self._step_optimizer(step)
+        self.scaler.scale(loss * one_or_nan * (own / step.n_samples)).backward()
+        step.batches.append(SeenBatch(batch + 1, current.names, own_loss))
+        step.names = ["loss", *parts]
+        values = torch.stack([own_loss, *(value.detach() for value in parts.values())])
+        step.sums = step.sums + values.to(self.sum_type) * own
+        current.samples += len(sampler.step_span(batch, 1))
         self.progress.batch += 1
         if is_full:
-            is_due = self.processes.is_first and 0 < 60 * self.args.save_minutes < self.checkpoints.age
-            self._save_or_stop(is_due)
+            self._step_optimizer(step)
+            self._save_or_stop()
 
-    def _step_optimizer(self, n_samples):
-        current = self.current
-        sums = current.own_sums
-        current.exchange.finish(sums)
+    def _step_optimizer(self, step):
+        self.current.step = OptimizerStep()
+        self.current.exchange.finish(step.sums)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler.unscale_(self.optimizer)
-        has_foreach = self.run.compute.device.type != "mps"
-        norm = nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or math.inf,
-                                         foreach=has_foreach)
+        norm = nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or math.inf)
         if not self.scaler.is_enabled():
             self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # GradScaler's way to leave out a fused step
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        numbers = torch.cat([sums, norm.detach().to(self.sum_type)[None]])
-        copied = None
-        if numbers.is_cuda:
-            numbers = numbers.to("cpu", non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-        step = QueuedStep(current.batches, n_samples, current.parts, numbers, copied)
+        step.numbers = torch.cat([step.sums, norm.detach().to(self.sum_type)[None]])
+        if norm.is_cuda:
+            step.numbers = step.numbers.to("cpu", non_blocking=True)
+            step.copied = torch.cuda.Event()
+            step.copied.record()
         self._check_queued()
         self.queued = step
-        current.batches = []
-        current.own_sums = 0.0
 
     def _check_queued(self):
         """Count the step before into the means; raise NotFinite in all processes where it was not taken."""
@@ -2559,14 +2552,13 @@ class Training:
         if step.copied:
             step.copied.synchronize()
         *sums, norm = step.numbers.tolist()
-        sums = dict(zip(step.names, sums))
-        if not math.isfinite(sums["loss"]):
+        if not math.isfinite(sums[0]):
             faults = [self._fault("loss", batch.loss.item(), batch) for batch in step.batches
                       if not torch.isfinite(batch.loss)]
             raise NotFinite(self.processes.gather(faults)[0])
         if not self.scaler.is_enabled() and not math.isfinite(norm):
             raise NotFinite(self._fault("gradient", norm, step.batches[-1]))
-        for name, total in sums.items():
+        for name, total in zip(step.names, sums):
             self.progress.sums[name] = self.progress.sums.get(name, 0.0) + total
         self.progress.samples += step.n_samples
 
@@ -2576,8 +2568,9 @@ class Training:
                 f"(samples: {names}); the last checkpoint is healthy. Try a smaller --lr, --use_amp off, or look at "
                 "these samples")
 
-    def _save_or_stop(self, is_due=False):
+    def _save_or_stop(self):
         """Save where it is due or a stop signal has come to any process; leave on the signal."""
+        is_due = self.processes.is_first and 0 < 60 * self.args.save_minutes < self.checkpoints.age
         stop, is_due = self.processes.largest([int(self.run.signals.received or 0), is_due])
         if is_due or stop:
             self._check_queued()
@@ -2638,20 +2631,16 @@ class Training:
         progress.done = stops_early or progress.epoch >= self.args.epochs
 
     def _report(self, numbers, is_best):
-        """The epoch on a line of up to 120 columns: what it has no room for is in training_history.csv."""
+        """The epoch on a line: the first numbers and the one that chooses; all are in training_history.csv."""
         progress = self.progress
         seconds = time.perf_counter() - self.current.started
         memory = peak_memory(self.run.compute.device) / 2 ** 30
         left = seconds * (self.args.epochs * (1 + self.run.folds_after) - progress.epoch)
-        start = f"epoch {progress.epoch}/{self.args.epochs}"
-        end = (f"({seconds:.2f} s, {self.current.samples / seconds:.1f} samples/s, peak {memory:.2f} GB, "
-               f"{left / 60:.0f} min left){' *' if is_best else ''}")
-        names = [name for name in numbers if name in list(numbers)[:6] or name == self.select]
-        shown = {name: f"{name} {numbers[name]:.4g}" for name in names}
-        spare = [name for name in names if name != self.select][2:]
-        while len("  ".join([start, *shown.values(), end])) > 120 and spare:
-            shown.pop(spare.pop(0))
-        self.run.say("  ".join([start, *shown.values(), end]))
+        shown = "  ".join(f"{name} {value:.4g}" for place, (name, value) in enumerate(numbers.items())
+                          if place < 3 or name == self.select)
+        self.run.say(f"epoch {progress.epoch}/{self.args.epochs}  {shown}  ({seconds:.2f} s, "
+                     f"{self.current.samples / seconds:.1f} samples/s, peak {memory:.2f} GB, "
+                     f"{left / 60:.0f} min left){' *' if is_best else ''}")
         if progress.done and progress.epoch < self.args.epochs:
             self.run.say(f"stopped early after epoch {progress.epoch}: no better {self.select} for "
                          f"{progress.stopping.bad_epochs} epochs")
@@ -2661,7 +2650,12 @@ class Training:
     def save(self):
         """Write the checkpoint of this moment, by the first process."""
         if self.processes.is_first:
-            self.checkpoints.save(self._content(), self.progress.history)
+            self.checkpoints.save(self._last_file(), self.progress.history)
+
+    def _last_file(self):
+        """Content of last.pth at this moment."""
+        return self._file(
+            progress=self.progress, optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
 
     def _save_epoch(self):
         """Write what is asked for at the end of this epoch, and the checkpoint if there is time."""
@@ -2669,7 +2663,7 @@ class Training:
         args = self.args
         is_asked_for = args.save_every > 0 and epoch % args.save_every == 0
         if is_asked_for:
-            save_checkpoint(self.run.path(f"checkpoint_epoch_{epoch}.pth"), self._content())
+            save_checkpoint(self.run.path(f"checkpoint_epoch_{epoch}.pth"), self._last_file())
         if args.save_top_k:
             self._save_top()
         has_time = self.checkpoints.saving_seconds <= SAVING_TIME * self.checkpoints.age
@@ -2690,16 +2684,13 @@ class Training:
 
     def _model_file(self):
         """Content of best_model.pth for the epoch that has just ended."""
-        return to_plain_types({
-            "format": FORMAT, "script": script_name(), "model": self.model.state_dict(), "epoch": self.progress.epoch,
-            "metric": self.select, "history": self.progress.history[-1], "seen": self.seen,
-            **self.metadata()})
+        progress = self.progress
+        return self._file(epoch=progress.epoch, metric=self.select, history=progress.history[-1], **self.metadata())
 
-    def _content(self):
-        return to_plain_types({
-            "format": FORMAT, "script": script_name(), "progress": dataclasses.asdict(self.progress),
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(), "seen": self.seen})
+    def _file(self, **fields):
+        """Content of a checkpoint with these fields."""
+        return to_plain_types({"format": FORMAT, "script": script_name(), "model": self.model.state_dict(),
+                               "seen": self.seen, **fields})
 
     def load_best(self):
         """Give the model the weights of the best epoch; returns all that best_model.pth holds."""
@@ -2717,8 +2708,7 @@ class Training:
             self.scaler.load_state_dict(content["scaler"])
             self.progress = Progress.from_dict(content["progress"])
         progress = self.progress
-        has_stopped = 0 < progress.stopping.patience <= progress.stopping.bad_epochs
-        progress.done = progress.done and (has_stopped or progress.epoch >= self.args.epochs)
+        progress.done = progress.stopping.is_over(progress.epoch) or progress.epoch >= self.args.epochs
         self.checkpoints.write_history(progress.history)  # a kill after the last save may have cost its last row
         self.run.say(f"continuing after epoch {progress.epoch} and {progress.batch} batches")
 
