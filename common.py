@@ -1499,10 +1499,9 @@ class GradientExchange:
     """
 
     def __init__(self, processes, model):
-        self.processes = processes
         self.is_open = False  # True in the last backward pass of an optimiser step
-        self.buckets = []  # lists of parameters
-        self.messages = []  # (tensor, work) of each bucket that is sent
+        self.waiting = []  # buckets that are not sent yet: lists of parameters; none where a process is alone
+        self.sent = []  # (bucket, tensor, work) of the others
         self.ready = set()  # parameters whose gradient the backward pass has given
         self.hooks = []
         if processes.size == 1:
@@ -1510,9 +1509,9 @@ class GradientExchange:
         n_bytes = BUCKET_BYTES
         for parameter in reversed([p for p in model.parameters() if p.requires_grad]):
             if n_bytes >= BUCKET_BYTES:
-                self.buckets.append([])
+                self.waiting.append([])
                 n_bytes = 0
-            self.buckets[-1].append(parameter)
+            self.waiting[-1].append(parameter)
             n_bytes += parameter.nbytes
             self.hooks.append(parameter.register_post_accumulate_grad_hook(self._note))
 
@@ -1520,30 +1519,31 @@ class GradientExchange:
         if not self.is_open:
             return
         self.ready.add(parameter)
-        while len(self.messages) < len(self.buckets) and self.ready.issuperset(self.buckets[len(self.messages)]):
+        while self.waiting and self.ready.issuperset(self.waiting[0]):
             self._send()
 
     def _send(self):
-        bucket = self.buckets[len(self.messages)]
+        bucket = self.waiting.pop(0)
         for parameter in bucket:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         message = torch.cat([parameter.grad.flatten() for parameter in bucket])
-        self.messages.append((message, dist.all_reduce(message, async_op=True)))
+        self.sent.append((bucket, message, dist.all_reduce(message, async_op=True)))
 
     def finish(self, sums):
         """Wait until each gradient, and the tensor `sums`, is the sum over the processes."""
-        if self.processes.size == 1:
+        if not self.hooks:
             return
-        while len(self.messages) < len(self.buckets):
+        while self.waiting:
             self._send()
         dist.all_reduce(sums)
-        for bucket, (message, work) in zip(self.buckets, self.messages):
+        for bucket, message, work in self.sent:
             work.wait()
             totals = message.split([parameter.numel() for parameter in bucket])
             for parameter, total in zip(bucket, totals):
                 parameter.grad.copy_(total.view(parameter.shape))
-        self.messages = []
+            self.waiting.append(bucket)
+        self.sent.clear()
         self.ready.clear()
 
     def close(self):

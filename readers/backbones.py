@@ -31,28 +31,26 @@ def build_backbone(name, pretrained=True, weights=None, image_size=224, family="
     classifiers = models.list_models(module=getattr(models, family, models))
     if name not in classifiers:
         raise common.UserError(f"{name} is no torchvision classifier of {family}{common.closest(name, classifiers)}")
-    options = {}
-    if name.startswith("vit_"):
-        patch = int(name.rsplit("_", 1)[1])
-        if image_size % patch:
-            raise common.UserError(f"--image_size {image_size}: {name} needs a multiple of {patch}")
-        options["image_size"] = image_size
-    model = models.get_model(name, weights=None, **options)
+    options = {"image_size": image_size} if name.startswith("vit_") else {}
+    try:
+        model = models.get_model(name, weights=None, **options)
+    except AssertionError:
+        raise common.UserError(f"--image_size {image_size}: {name} needs a multiple of {name.rsplit('_', 1)[1]}") from None
     last = _last_linear(model, name)
     if family == "models" and image_size != 224:  # which they all take
         _pass_one_picture(model, name, image_size)
-    source = None
-    if weights and Path(weights).exists():
-        source = weights
-        state = load_weights_file(weights)
-    elif weights or pretrained:
-        source = f"{name} {weights or ''}".strip()
-        state = published_weights(name, weights)
-    if source:
-        _load_backbone_state(model, state, last, source)
+    if weights or pretrained:
+        _load_backbone_state(model, load_weights(name, weights), last, weights or name)
     n_features = model.get_submodule(last).weight.shape[1]
     model.set_submodule(last, nn.Identity())
     return model, n_features
+
+
+def load_weights(name, weights=None):
+    """State dict for a torchvision network: of the file `weights`, or of its published set of that name."""
+    if weights and Path(weights).exists():
+        return load_weights_file(weights)
+    return published_weights(name, weights)
 
 
 def _pass_one_picture(model, name, image_size):
@@ -209,7 +207,8 @@ def shared_prefix(state, own):
 
 def _load_backbone_state(model, state, last, source):
     """Load all but the classifier `last`, strictly; a prefix that all layers share is taken off."""
-    own = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{last}.")}
+    whole = model.state_dict()
+    own = [name for name in whole if not name.startswith(f"{last}.")]
     prefix = shared_prefix(state, own)
     n_in_file = len(state)
     state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -218,11 +217,12 @@ def _load_backbone_state(model, state, last, source):
         state = interpolate_embeddings(model.image_size, model.patch_size, state)
     loaded = {name: state[name] for name in own if name in state}
     missing = [name for name in own if name not in loaded and not name.endswith("num_batches_tracked")]
-    wrong = [name for name in loaded if loaded[name].shape != own[name].shape]
+    wrong = [name for name in loaded if loaded[name].shape != whole[name].shape]
     if missing or wrong:
         raise common.UserError(f"{source}: not the weights of this backbone: {len(missing)} of {len(own)} layers "
                                f"missing, {len(wrong)} of another shape (first: {[*missing, *wrong][0]})")
-    model.load_state_dict(common.with_versions(loaded, model), strict=False)
+    whole.update(loaded)  # which keeps the versions of the layers, without which MNASNet cannot be loaded
+    model.load_state_dict(whole)
     n_others = n_in_file - len(loaded)
     if prefix or n_others > 2:
         how = f" without the prefix {prefix}" if prefix else ""
@@ -252,6 +252,19 @@ def feature_maps(output):
     return None
 
 
+def outputs_of(network, paths, images):
+    """What the modules at these paths give in one pass of images: [(path, output)] in the order in which they end."""
+    outputs = []
+
+    def keep(path, module, inputs, output):
+        outputs.append((path, output))
+    hooks = [network.get_submodule(path).register_forward_hook(functools.partial(keep, path)) for path in paths]
+    network(images)
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
 def stage_ends(backbone, example):
     """Paths of the modules that end each resolution, largest first; where there is but one, each quarter of the blocks.
 
@@ -259,28 +272,23 @@ def stage_ends(backbone, example):
     """
     outer = {}  # height of an output -> path of the last module that gives it: children, grandchildren
     inner = {}
-
-    def note(path, module, inputs, output):
-        maps = feature_maps(output)
-        if maps is not None and output.ndim == example.ndim and maps.shape[-1] > 1:
-            ends = inner if "." in path else outer
-            ends[maps.shape[-1]] = path
-    hooks = [module.register_forward_hook(functools.partial(note, path))
-             for path, module in backbone.named_modules() if path and path.count(".") < 2]
+    paths = [path for path, _ in backbone.named_modules() if path and path.count(".") < 2]
     with torch.inference_mode():
-        backbone.eval()(example)
-    for hook in hooks:
-        hook.remove()
+        for path, output in outputs_of(backbone.eval(), paths, example):
+            maps = feature_maps(output)
+            if maps is not None and output.ndim == example.ndim and maps.shape[-1] > 1:
+                ends = inner if "." in path else outer
+                ends[maps.shape[-1]] = path
     ends = outer if len(outer) >= 3 else inner
     if len(ends) >= 3:
         return [ends[height] for height in sorted(ends, reverse=True)]
-    chains = [(path, len(module)) for path, module in backbone.named_modules()
-              if isinstance(module, (nn.Sequential, nn.ModuleList))]
-    path, length = max(chains, key=lambda chain: chain[1], default=("", 0))
-    if length < 4:
+    chains = [(path, module) for path, module in backbone.named_modules()
+              if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module) >= 4]
+    if not chains:
         return []
-    blocks = [f"{path}.{name}" for name, _ in backbone.get_submodule(path).named_children()]
-    return [blocks[length * quarter // 4 - 1] for quarter in (1, 2, 3, 4)]
+    path, longest = max(chains, key=lambda chain: len(chain[1]))
+    blocks = [f"{path}.{name}" for name, _ in longest.named_children()]
+    return [blocks[len(blocks) * quarter // 4 - 1] for quarter in (1, 2, 3, 4)]
 
 
 class FeatureMaps(nn.Module):
@@ -303,15 +311,7 @@ class FeatureMaps(nn.Module):
         self.n_channels = [each.shape[1] for each in maps]
 
     def forward(self, images):
-        maps = []
-
-        def keep(module, inputs, output):
-            maps.append(feature_maps(output))
-        hooks = [self.network.get_submodule(path).register_forward_hook(keep) for path in self.ends]
-        self.network(images)
-        for hook in hooks:
-            hook.remove()
-        return maps
+        return [feature_maps(output) for _, output in outputs_of(self.network, self.ends, images)]
 
 
 class MultiScale(nn.Module):
