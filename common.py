@@ -10,6 +10,7 @@ of a square input.
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import datetime
@@ -298,33 +299,38 @@ def parse_arguments(parser, argv=None):
     refuses.
     """
     words = [_snake_case(word) for word in (sys.argv[1:] if argv is None else argv)]
-    declared = parser._option_string_actions
-    first = Parser(add_help=False)
-    for name in ("--config", "--resume"):
-        if name in declared:
-            first._add_action(declared[name])
-    named = vars(first.parse_known_args(words)[0])
-    typed = [word.split("=", 1)[0] for word in words]
-    given = {declared[name].dest for name in typed if name in declared}
+    typed, _ = _read_flags(parser, words)
     values = {}
-    if named.get("resume") not in (None, "auto"):
-        values |= config_values(parser, run_folder_of(named["resume"]) / "args.json")
-    if named.get("config"):
-        values |= config_values(parser, named["config"])
+    if typed.get("resume", "auto") != "auto":
+        values |= config_values(parser, run_folder_of(typed["resume"]) / "args.json")
+    if "config" in typed:
+        values |= config_values(parser, typed["config"])
     for action in parser._actions:
-        if action.dest in values and action.dest not in given | {"config", "resume"}:
+        if action.dest in values and action.dest not in {*typed, "config", "resume"}:
             action.default = values[action.dest]
             action.required = False
     flags = vars(parser.parse_args(words))
     if flags.get("dry_run"):  # one epoch without extra checkpoints, whatever else is given
         flags |= {"epochs": 1, "patience": 0, "save_every": 0}
-    return argparse.Namespace(**flags, given=given, may_change=parser.may_change)
+    return argparse.Namespace(**flags, given=set(typed), may_change=parser.may_change)
+
+
+def _read_flags(parser, words, **options):
+    """({flag: value} of the flags among these words, each read by its own type; list of the other words)."""
+    reader = Parser(add_help=False, **options)
+    for action in parser._actions:
+        if action.dest != "help":
+            reader._add_action(copy.copy(action))
+    for action in reader._actions:
+        action.required = False
+        action.default = argparse.SUPPRESS
+    found, others = reader.parse_known_args(words)
+    return vars(found), others
 
 
 def flags_of(args):
     """{flag: value} of what parse_arguments returns."""
-    beside = ("given", "may_change")
-    return {name: value for name, value in vars(args).items() if name not in beside}
+    return {name: value for name, value in vars(args).items() if name not in ("given", "may_change")}
 
 
 def check_split_flags(parser, args):
@@ -364,38 +370,45 @@ def _snake_case(word):
 
 def config_values(parser, path):
     """Config file -> {flag: value}, checked here, so that an error names the file."""
-    values = {}
+    switches = {}
+    words = []
     declared = parser._option_string_actions
     for key, value in read_config(path).items():
-        action = declared.get("--" + key.replace("-", "_"))
-        if action is None:
-            near = closest(key, [name[2:] for name in declared])
+        name = "--" + key.replace("-", "_")
+        if name not in declared:
+            near = closest(key, [other[2:] for other in declared])
             raise UserError(f"{path}: unknown key {key!r}{near}; a key is a flag of this script "
                             "without its dashes")
-        if value not in (None, "", "~", "null", []):
-            values[action.dest] = _flag_value(parser, action, key, value, path)
-    return values
-
-
-def _flag_value(parser, action, key, value, path):
-    """The value of a key as the flag itself would read it from the command line."""
-    if action.nargs == 0:
-        is_true = {"true": True, "false": False}.get(str(value).lower())
-        if is_true is None:
-            raise UserError(f"{path}: {key} is a switch: expected true or false, found {value!r}")
-        return is_true == action.const  # `no_pretrained: true` and `pretrained: false` are the same
-    is_list = action.nargs not in (None, "?") or isinstance(action, argparse._AppendAction)
-    items = value if is_list and isinstance(value, list) else [value]
-    if not all(isinstance(item, str) for item in items):
-        kind = getattr(action.type, "__name__", "text")
-        raise UserError(f"{path}: {key} expected {kind}, found {value!r}")
+        if value in (None, "", "~", "null", []):
+            continue
+        action = declared[name]
+        if action.nargs == 0:
+            is_true = {"true": True, "false": False}.get(str(value).lower())
+            if is_true is None:
+                raise UserError(f"{path}: {key} is a switch: expected true or false, found {value!r}")
+            switches[action.dest] = is_true == action.const  # `no_pretrained: true` is `pretrained: false`
+        else:
+            words += _words_of(action, name, value, f"{path}: {key}")
     try:
-        found = [parser._get_value(action, item) for item in items]
-        for item in found:
-            parser._check_value(action, item)
+        values, others = _read_flags(parser, words, exit_on_error=False)
     except argparse.ArgumentError as error:
         raise UserError(f"{path}: {error}") from None
-    return found if is_list else found[0]
+    if others:
+        raise UserError(f"{path}: more values than a flag takes: {shorten_list(others)}")
+    return switches | values
+
+
+def _words_of(action, name, value, where):
+    """The words of a command line that give a flag this value of a config file."""
+    is_repeated = isinstance(action, argparse._AppendAction)
+    is_list = isinstance(value, list) and (is_repeated or action.nargs not in (None, "?"))
+    items = value if is_list else [value]
+    if not all(isinstance(item, str) for item in items):
+        kind = getattr(action.type, "__name__", "text")
+        raise UserError(f"{where} expected {kind}, found {value!r}")
+    if is_list and not is_repeated:
+        return [name, *items]
+    return [f"{name}={item}" for item in items]
 
 
 def read_config(path):
@@ -2339,7 +2352,6 @@ class Progress:
     samples: int = 0  # that these sums are made of
     history: list = dataclasses.field(default_factory=list)  # a dict for each finished epoch
     best_epoch: int | None = None
-    best_score: float | None = None
     done: bool = False
 
     @classmethod
@@ -2598,18 +2610,19 @@ class Training:
         progress.history.append(
             {"epoch": progress.epoch + 1, "learning_rate": self.current.learning_rate, **numbers})
         progress.next_epoch()
-        score = self._score_of(progress.epoch)
-        is_best = progress.best_epoch is None or score > progress.best_score
-        if is_best:
-            progress.best_epoch = progress.epoch
-            progress.best_score = score
-        self._count_patience(score)
+        progress.best_epoch = self._best_epochs()[0]
+        is_best = progress.best_epoch == progress.epoch
+        self._count_patience()
         self.run.watch(progress.history[-1])
         if self.processes.is_first:
             if is_best:
                 self.checkpoints.unwritten_best = self._model_file()
             self._save_epoch()
         self._report(numbers, is_best)
+
+    def _best_epochs(self):
+        """Numbers of all epochs so far, the best first and the first of equals before the others."""
+        return sorted(range(1, self.progress.epoch + 1), key=self._score_of, reverse=True)
 
     def _score_of(self, epoch):
         """Larger is better: the epoch's number for 'last', -inf for NaN."""
@@ -2620,9 +2633,10 @@ class Training:
             return -math.inf
         return score if self.higher_is_better else -score
 
-    def _count_patience(self, score):
+    def _count_patience(self):
         """Halve the learning rate on a plateau, and find out whether this was the last epoch."""
         progress = self.progress
+        score = self._score_of(progress.epoch)
         gain = -progress.history[-1]["train_loss"] if self.select == "last" else score
         if self.args.scheduler == "plateau" and progress.plateau.update(gain, progress.epoch):
             progress.plateau_factor *= 0.5
@@ -2672,9 +2686,7 @@ class Training:
 
     def _save_top(self):
         """Keep top_epoch_N.pth of the save_top_k best epochs."""
-        epochs = range(1, self.progress.epoch + 1)
-        ranked = sorted(epochs, key=self._score_of, reverse=True)
-        best = [self.run.path(f"top_epoch_{epoch}.pth") for epoch in ranked[:self.args.save_top_k]]
+        best = [self.run.path(f"top_epoch_{epoch}.pth") for epoch in self._best_epochs()[:self.args.save_top_k]]
         newest = self.run.path(f"top_epoch_{self.progress.epoch}.pth")
         if newest in best:
             save_checkpoint(newest, self._model_file())

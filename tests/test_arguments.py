@@ -168,6 +168,7 @@ def test_config_values_are_read_as_if_they_were_typed(tmp_path, name, text):
     ("a: {epochs: 1}\nb: {epochs: 2}", ["epochs", "two sections"]), ("a: &x {epochs: 1}\nb: *x", ["anchors"]),
     ("- epochs", ["list"]), ("a: [", ["cannot be read"]), ("scheduler: cosin", ["scheduler", "cosine"]),
     ("deterministic: 3", ["deterministic", "true or false"]), ("lr: [1e-4, 1e-3]", ["lr", "expected float", "1e-3"]),
+    ("pixel_range: [0]", ["pixel_range", "expected 2"]), ("pixel_range: [0, 1, 27]", ["more values", "27"]),
     ("? [a]\n: 1", ["unknown key"]), ("lr: {a: {b: " + "{c: " * 5000, []),
     ("!!python/object/apply:os.system ['true']", ["cannot be read"]),
 ])
