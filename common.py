@@ -537,7 +537,7 @@ class Run:
     def child(self, name):
         """The run of one fold: a run folder inside this one, opened again where it exists."""
         self.path(name).mkdir(exist_ok=True)
-        return Run(self.path(name), self.args, self.compute, self.signals, self.resumed)
+        return dataclasses.replace(self, folder=self.path(name))
 
     def each_fold(self, splits, run_split):
         """run_split(run, split) in fold_K/ for the folds that --fold asks for, but for finished ones.
@@ -596,11 +596,8 @@ class Run:
         before, now = (
             {"precision": each["device"]["precision"], **each["data"], **_lasting_flags(each, self.args)}
             for each in (read_json(path), record))
-        lines = []
-        for name in now:
-            if now[name] != before.get(name):
-                then = json.dumps(before.get(name))[:30]
-                lines.append(f"\n  {name:24} {then:32} {json.dumps(now[name])[:30]}")
+        lines = [f"\n  {name:24} {json.dumps(before.get(name))[:30]:32} {json.dumps(value)[:30]}"
+                 for name, value in now.items() if value != before.get(name)]
         if lines:
             raise UserError(f"{self.folder} cannot be continued exactly: these differ (then, now); "
                             f"start a new run or restore them{''.join(lines)}")
