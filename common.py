@@ -502,7 +502,7 @@ class Run:
     def __post_init__(self):
         self.is_writer = self.compute.processes.is_first
         with explained_write_errors(self.folder):
-            self._lock = _lock_folder(self.folder) if self.is_writer else contextlib.nullcontext()
+            self._lock = lock_folder(self.folder) if self.is_writer else contextlib.nullcontext()
             log = self.path("log.txt") if self.is_writer else os.devnull
             self._log = open(log, "a", encoding="utf-8")
 
@@ -655,7 +655,7 @@ def start_run(args, fp32_on_cpu=False, fixed_shapes=False):
     if resumed:  # the number of threads decides the last bits of every sum
         torch.set_num_threads(read_json(folder / "args.json")["device"]["threads"])
     else:
-        folder = processes.on_first(lambda: _new_folder(args.output_dir))
+        folder = processes.on_first(lambda: new_folder(args.output_dir))
     run = Run(folder, args, compute, signals, resumed)
     run.say(f"run folder: {folder}{' (continued)' if resumed else ''}")
     run.say(f"command: {command_line()}")
@@ -666,7 +666,8 @@ def start_run(args, fp32_on_cpu=False, fixed_shapes=False):
     return run
 
 
-def _new_folder(parent):
+def new_folder(parent):
+    """Make run_YYYYMMDD_HHMMSS[_jobN][_2], which no other run has. UserError where `parent` cannot be written."""
     name = datetime.datetime.now().strftime("run_%Y%m%d_%H%M%S")
     job = slurm_job_id()
     if job:
@@ -691,7 +692,8 @@ def slurm_job_id():
     return os.environ.get("SLURM_JOB_ID")
 
 
-def _lock_folder(folder):
+def lock_folder(folder):
+    """Open file whose lock says that this process writes the folder. Raises UserError where another one does."""
     handle = open(folder / ".lock", "w")
     try:
         import fcntl
@@ -706,9 +708,10 @@ def _lock_folder(folder):
     return handle
 
 
-def _is_being_written(folder):
+def is_being_written(folder):
+    """True where another process has the lock of a run folder."""
     try:
-        _lock_folder(folder).close()
+        lock_folder(folder).close()
     except UserError:
         return True
     return False
@@ -754,7 +757,7 @@ def _newest_folder(args):
         if job and re.search(rf"_job{job}(_\d+)?$", folder.name):
             return folder
     for folder in folders:
-        if not is_finished(folder, args) and not _is_being_written(folder):
+        if not is_finished(folder, args) and not is_being_written(folder):
             return folder
     return None
 
@@ -2195,8 +2198,9 @@ def start_from(model, path, is_frozen, **expected):
     state = starting_weights(path, **expected)
     own = {name: value for name, value in model.state_dict().items() if name.startswith("backbone.")}
     if is_frozen and any(name in state and not torch.equal(value, state[name]) for name, value in own.items()):
-        raise UserError(f"--init_from {path}: its backbone was trained, and with --freeze_backbone the features are those "
-                        "of --weights or the published weights. Leave out one of the two; --freeze_stages can freeze it")
+        raise UserError(f"--init_from {path}: its backbone was trained, and with --freeze_backbone the features are "
+                        "those of --weights or the published weights. Leave out one of the two; --freeze_stages can "
+                        "freeze it")
     load_state(model, state, path)
 
 
@@ -2395,7 +2399,7 @@ class Training:
     Several processes take every step together: gradients, means, stop signals and non-finite losses are those of all,
     and so the result depends on the number of processes in the last bits alone. Not so with BatchNorm on the CPU, which
     sees a slice of the batch (on GPUs it is made to see all), with dropout, and with losses that sample (detector).
-    DistributedDataParallel is not used: it gives every process the same weight, whatever its share of the samples.
+    DistributedDataParallel is not used: it would have to be called in the model's place, whose methods scripts call.
     Nor does a step wait for the device: what one gave is looked at when the next one is queued.
     """
     run: Run

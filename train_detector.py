@@ -737,11 +737,9 @@ def build_model(args, settings, class_weights):
     if args.init_from:
         own = {name: settings[name] for name in ("model", "parts", "states")}
         common.start_from(model, args.init_from, is_frozen=False, **own)
-    elif args.weights:
-        load_pretrained(model, backbones.load_weights_file(args.weights), args.weights)
-    elif args.pretrained:
-        source = "resnet18" if args.model == RESNET18 else args.model
-        load_pretrained(model, backbones.published_weights(source), source)
+    elif args.weights or args.pretrained:
+        source = "resnet18" if settings["model"] == RESNET18 else settings["model"]
+        load_pretrained(model, backbones.load_weights(source, args.weights), args.weights or source)
     if starts_trained(args):
         freeze_layers(model.backbone.body, args.trainable_layers, settings["frozen_norm"])
     return model

@@ -2,6 +2,9 @@
 
     python -m pytest tests/test_backbones.py
 """
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -255,6 +258,7 @@ def test_networks_with_their_own_input_transform_see_the_same_pixels(name):
 
 def test_a_published_set_is_taken_by_its_name(tmp_path, monkeypatch):
     import torchvision
+    import train_detector
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     state = torchvision.models.resnet18().state_dict()
     path, _ = backbones.cached_weights_file("resnet18", "IMAGENET1K_V1")
@@ -262,6 +266,11 @@ def test_a_published_set_is_taken_by_its_name(tmp_path, monkeypatch):
     torch.save(state, path)
     backbone, _ = backbones.build_backbone("resnet18", weights="IMAGENET1K_V1")
     assert torch.equal(backbone.conv1.weight, state["conv1.weight"])
+    args = SimpleNamespace(seed=0, init_from=None, weights=Path("IMAGENET1K_V1"), pretrained=True, trainable_layers=3)
+    settings = {"model": "fasterrcnn_resnet18_fpn", "min_size": 64, "max_size": 64, "anchor_sizes": [12, 20, 32, 48],
+                "parts": ["bell"], "states": [], "frozen_norm": False, "pixel_mean": [0.5] * 3, "pixel_sd": [0.5] * 3}
+    detector = train_detector.build_model(args, settings, None)
+    assert torch.equal(detector.backbone.body.conv1.weight, state["conv1.weight"])
     with pytest.raises(common.UserError, match="IMAGENET1K_V7: no such file.*resnet50 are IMAGENET1K_V1, IMAGENET1K_V2"):
         backbones.build_backbone("resnet50", weights="IMAGENET1K_V7")
 

@@ -274,7 +274,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
 def test_the_lock_dies_with_its_process_and_not_with_the_workers(tmp_path):
     """A worker that outlives a killed run must not keep the folder closed."""
     code = ("import os, sys, time; sys.path.insert(0, sys.argv[2]); import common; from pathlib import Path\n"
-            "lock = common._lock_folder(Path(sys.argv[1]))\n"
+            "lock = common.lock_folder(Path(sys.argv[1]))\n"
             "if os.fork() == 0: time.sleep(60)\n"
             "print('locked', flush=True); time.sleep(60)")
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(Path(common.__file__).parent)],
@@ -282,10 +282,10 @@ def test_the_lock_dies_with_its_process_and_not_with_the_workers(tmp_path):
     try:
         process.stdout.readline()
         with pytest.raises(common.UserError, match="another process"):
-            common._lock_folder(tmp_path)
+            common.lock_folder(tmp_path)
         process.kill()
         process.wait()
-        common._lock_folder(tmp_path).close()
+        common.lock_folder(tmp_path).close()
     finally:
         os.killpg(process.pid, signal.SIGKILL)
 

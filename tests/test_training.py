@@ -248,16 +248,16 @@ def test_batchnorm_with_one_value_is_one_line(capsys):
 
 def test_64_starts_in_one_second_give_64_folders(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        folders = list(pool.map(lambda _: common._new_folder(tmp_path), range(64)))
+        folders = list(pool.map(lambda _: common.new_folder(tmp_path), range(64)))
     assert len(set(folders)) == 64 and all(folder.is_dir() for folder in folders)
 
 
 def test_the_folder_of_a_slurm_job_holds_its_number(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    assert common._new_folder(tmp_path).name.endswith("_job77")
+    assert common.new_folder(tmp_path).name.endswith("_job77")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "80")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    assert common._new_folder(tmp_path).name.endswith("_job80_3")
+    assert common.new_folder(tmp_path).name.endswith("_job80_3")
 
 
 def test_one_fold_alone_is_no_finished_run(tmp_path):

@@ -18,7 +18,7 @@ GROUP = "concurrency: starts in one second, a second writer"
 def make_folder(parent, barrier, found):
     """One start: waits for the others, then makes its run folder."""
     barrier.wait()
-    found.put(str(common._new_folder(parent)))
+    found.put(str(common.new_folder(parent)))
 
 
 def test_starts_in_one_second(tmp_path, cases, monkeypatch):
@@ -48,7 +48,7 @@ def test_second_writer(tmp_path, cases, who):
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        handle = common._lock_folder(tmp_path)
+        handle = common.lock_folder(tmp_path)
         os.write(writer, b"locked")
         if who == "holds it":
             time.sleep(60)
@@ -60,9 +60,9 @@ def test_second_writer(tmp_path, cases, who):
         if who == "holds it":
             with pytest.raises(common.UserError, match="being written by another process"):
                 common.Run(tmp_path, SimpleNamespace(), compute, None, resumed=True)
-            assert common._is_being_written(tmp_path)
+            assert common.is_being_written(tmp_path)
         os.kill(child, 9)
         os.waitpid(child, 0)
-        assert not common._is_being_written(tmp_path)
+        assert not common.is_being_written(tmp_path)
         with common.Run(tmp_path, SimpleNamespace(), compute, None, resumed=True) as run:
             assert run.path("log.txt").exists()

@@ -95,5 +95,5 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path, cases):
     taken = tmp_path / "outputs"
     taken.write_text("notes")
     with cases.case(GROUP), pytest.raises(common.UserError, match="cannot be written"):
-        common._new_folder(taken)
+        common.new_folder(taken)
     assert taken.read_text() == "notes"
