@@ -2118,16 +2118,17 @@ def _check_dense(tensor):
         raise ValueError(f"a tensor is not dense ({tensor.layout}, shape {tuple(tensor.shape)})")
 
 
-def load_model_file(path, script):
-    """Checkpoint of `script` -> dict, with SeenRows as `seen`.
+def load_model_file(path, script=None):
+    """Checkpoint of `script`, None: of the running one -> dict, with SeenRows as `seen`.
 
     Raises UserError for another script's file, CheckpointError for damage.
     """
     content = read_checkpoint(path)
     if content.get("format") != FORMAT or "model" not in content:
         raise CheckpointError(f"{path} is no checkpoint of this project (format {content.get('format')!r})")
-    if content.get("script") != script:
-        raise UserError(f"{path} was written by {content.get('script')}, expected {script}")
+    expected = script or script_name()
+    if content.get("script") != expected:
+        raise UserError(f"{path} was written by {content.get('script')}, expected {expected}")
     with checkpoint_fields(path):
         return content | {"seen": SeenRows.of_checkpoint(content)}
 
@@ -2180,7 +2181,7 @@ class SeenRows:
 
 def starting_weights(path, **expected):
     """--init_from -> state dict of another run of this script. UserError where a field differs from `expected`."""
-    content = load_model_file(path, script_name())
+    content = load_model_file(path)
     with checkpoint_fields(path):
         found = content | content.get("settings", {})
     wrong = [f"{name} {found.get(name)}, expected {value}" for name, value in expected.items()
@@ -2299,7 +2300,7 @@ class Checkpoints:
         faults = []
         for path in filter(Path.exists, paths):
             try:
-                content = load_model_file(path, script_name())
+                content = load_model_file(path)
             except UserError as error:
                 faults.append(str(error))
                 self.run.say(f"WARNING: {error}")
@@ -2707,7 +2708,7 @@ class Training:
 
     def load_best(self):
         """Give the model the weights of the best epoch; returns all that best_model.pth holds."""
-        best = load_model_file(self.run.path("best_model.pth"), script_name())
+        best = load_model_file(self.run.path("best_model.pth"))
         load_state(self.model, best["model"], "best_model.pth")
         return best
 

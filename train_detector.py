@@ -930,7 +930,7 @@ def fit(run, args, study, split):
 def load_detector(path, compute, nms_iou=0.5):
     """Checkpoint, or run folder -> (PartDetector on the device, all that the file holds)."""
     path = common.checkpoint_files([path])[0]
-    content = common.load_model_file(path, common.script_name())
+    content = common.load_model_file(path)
     with common.checkpoint_fields(path):
         model = PartDetector(content["settings"])
         common.load_state(model, content["model"], path)

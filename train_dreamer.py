@@ -1078,7 +1078,7 @@ def mean_use(folds):
 def load_checkpoint(args, run):
     """--checkpoint -> (its content, model on the device, args with the settings of the model in place of the flags)."""
     path = checkpoint_file(args.checkpoint)
-    content = common.load_model_file(path, common.script_name())
+    content = common.load_model_file(path)
     with common.checkpoint_fields(path):
         settings = content["settings"]
         args = argparse.Namespace(**{**vars(args), **settings, "pretrained": content["pretrained"]})

@@ -1491,7 +1491,7 @@ def load_members(args, compute):
     files = common.checkpoint_files(args.checkpoint)
     typed = {name: getattr(args, name) for name in OWN_OF_PREDICT if name in args.given}
     for path in files:
-        content = common.load_model_file(path, common.script_name())
+        content = common.load_model_file(path)
         with common.checkpoint_fields(path):
             own = argparse.Namespace(**{
                 **vars(args), **content["architecture"], **typed,
