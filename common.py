@@ -2647,16 +2647,19 @@ class Training:
         progress.done = stops_early or progress.epoch >= self.args.epochs
 
     def _report(self, numbers, is_best):
-        """The epoch on a line: the first numbers and the one that chooses; all are in training_history.csv."""
+        """The epoch on a line of up to 120 columns: the number that chooses, and of the others what has room."""
         progress = self.progress
         seconds = time.perf_counter() - self.current.started
         memory = peak_memory(self.run.compute.device) / 2 ** 30
         left = seconds * (self.args.epochs * (1 + self.run.folds_after) - progress.epoch)
-        shown = "  ".join(f"{name} {value:.4g}" for place, (name, value) in enumerate(numbers.items())
-                          if place < 3 or name == self.select)
-        self.run.say(f"epoch {progress.epoch}/{self.args.epochs}  {shown}  ({seconds:.2f} s, "
-                     f"{self.current.samples / seconds:.1f} samples/s, peak {memory:.2f} GB, "
-                     f"{left / 60:.0f} min left){' *' if is_best else ''}")
+        end = (f"({seconds:.2f} s, {self.current.samples / seconds:.1f} samples/s, peak {memory:.2f} GB, "
+               f"{left / 60:.0f} min left){' *' if is_best else ''}")
+        line = f"epoch {progress.epoch}/{self.args.epochs}"
+        for name in sorted(numbers, key=lambda name: name != self.select):
+            longer = f"{line}  {name} {numbers[name]:.4g}"
+            if len(longer) + len(end) <= 118:
+                line = longer
+        self.run.say(f"{line}  {end}")
         if progress.done and progress.epoch < self.args.epochs:
             self.run.say(f"stopped early after epoch {progress.epoch}: no better {self.select} for "
                          f"{progress.stopping.bad_epochs} epochs")

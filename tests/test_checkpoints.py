@@ -262,6 +262,15 @@ def test_not_a_number_is_never_best(tmp_path):
     assert common.read_checkpoint(tmp_path / "best_model.pth")["epoch"] == 3
 
 
+def test_an_epoch_is_a_line_with_the_number_that_chooses(tmp_path, capsys):
+    training, loader = make_training(tmp_path, False, epochs=1)
+    for batch in training.batches(loader):
+        training.step(training.model(batch["x"]).pow(2).mean())
+    training.end_epoch({f"val_of_something_{number}": 1 / 3 for number in range(9)} | {"val_loss": 0.125})
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1/1"))
+    assert len(line) <= 120 and "val_loss 0.125" in line and "samples/s" in line and line.endswith("*")
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
     training, loader = make_training(tmp_path, False)
     before = training.model.weight.clone()
