@@ -32,8 +32,7 @@ class Windows:
 
     def at(self, time_sec):
         """Index of the window that decides at a time."""
-        place = np.searchsorted(self.edges, time_sec, "right") - 1
-        return int(np.clip(place, 0, len(self.chosen) - 1))
+        return int(np.searchsorted(self.edges[1:-1], time_sec, "right"))
 
 
 @dataclasses.dataclass
@@ -299,8 +298,7 @@ def judge_bouts(windows, bouts, events, names):
         statistic, None, n_videos, "videos", draws=2000, seed=0, names=names, n=numbers["events"].sum(0), rows=n_videos)
     table = []
     for c, name in enumerate(names):
-        row = {"label": name}
-        row |= {key: int(numbers[key][:, c].sum()) for key in ("bouts", "events")}
+        row = {"label": name} | {key: int(numbers[key][:, c].sum()) for key in ("bouts", "events")}
         for metric, found in result.each.model.items():
             row |= found.at(c).columns(metric)
         table.append(row)
