@@ -220,16 +220,18 @@ def test_recordings_get_their_tables_pictures_and_copies(made, tmp_path):
             assert float(row["f1_at_0.5"]) == 1 and float(row["kappa"]) == pytest.approx(1)
 
 
-def test_one_backbone_serves_the_folds_of_a_motion_readout(made, monkeypatch):
-    """Every frame goes once through the backbone, whatever the number of windows and of folds."""
+@pytest.mark.parametrize("name, kind, n_members", [
+    ("motion", train_video.MotionReadout, 2), ("lstm", train_video.FrameLstm, 1)])
+def test_every_frame_goes_once_through_the_backbone(made, monkeypatch, name, kind, n_members):
+    """Whatever the number of windows, and of folds of a motion readout, which share it."""
     monkeypatch.setattr(sys, "argv", ["train_video.py"])
-    args = train_video.parse_args(["--mode", "predict", "--checkpoint", str(only_run(made / "motion")), "--manifest", "m.csv"])
+    args = train_video.parse_args(["--mode", "predict", "--checkpoint", str(only_run(made / name)), "--manifest", "m.csv"])
     compute = common.choose_compute("cpu", "off")
     members = train_video.load_members(args, compute)
-    assert len(members) == 2 and members[0].model.backbone is members[1].model.backbone
+    assert len(members) == n_members and len({member.model.backbone for member in members}) == 1
     n_seen = []
-    see = train_video.MotionReadout.see
-    monkeypatch.setattr(train_video.MotionReadout, "see", lambda self, frames: n_seen.append(len(frames)) or see(self, frames))
+    see = kind.see
+    monkeypatch.setattr(kind, "see", lambda self, frames: n_seen.append(len(frames)) or see(self, frames))
     recording = video_files.Recording(made / "two" / "cam 0.mp4", 4, 37)
     run = SimpleNamespace(compute=compute, is_writer=False)
     windows = train_video.read_windows(recording, members, args, run, "cam 0")
