@@ -1005,15 +1005,18 @@ def train_one_epoch(model, loader, objective, training, args, compute):
     return training.epoch_means()
 
 
+def predict_batch(model, batch, args, compute):
+    """Outputs (B, K) on the CPU for the clips or features of a batch and their mask."""
+    clips, mask = to_device(batch, args, compute)
+    with compute.autocast():
+        return model(clips, mask).float().cpu()  # (B, T, 3, S, S) -> (B, K)
+
+
 @torch.no_grad()
 def evaluate(model, loader, args, compute):
     """Predict a whole split -> (M, K) float64; the clips of a row are combined by --aggregation."""
     model.eval()
-    outputs = []
-    for batch in loader:
-        clips, mask = to_device(batch, args, compute)
-        with compute.autocast():
-            outputs.append(model(clips, mask).float().cpu())  # (B, T, 3, S, S) -> (B, K)
+    outputs = [predict_batch(model, batch, args, compute) for batch in loader]
     outputs = torch.cat(compute.processes.gather(outputs)).double().numpy()  # (clips, K)
     return combine_clips(outputs, loader.dataset.row_starts, args.aggregation)
 
@@ -1632,9 +1635,8 @@ def window_logits(member, frames, compute):
     if member.args.model == MOTION_READOUT:
         mask[:, 1:] = frames["is_new"][:, 1:]
     clips = frames.get(member.model.backbone, frames["pixels"])
-    clips, mask = to_device({"input": clips, "mask": mask}, member.args, compute)
-    with compute.autocast():
-        return member.model(clips, mask).cpu().double().numpy() + member.shift
+    logits = predict_batch(member.model, {"input": clips, "mask": mask}, member.args, compute)
+    return logits.double().numpy() + member.shift
 
 
 def windows_table(member, logits):
