@@ -42,7 +42,6 @@ from readers import (
     backbones, csv_tables, event_tables, event_times, score_tables, sliding_windows,
     video_files)
 
-MODES = ("train", "predict", "evaluate", "audit", "judge_bouts")
 OVERFITTING_REMEDY = "Fewer trained layers (--freeze_stages 3 --freeze_norm, --freeze_backbone), more clips"
 CNN_LSTM = "cnn_lstm"
 MOTION_READOUT = "motion_readout"
@@ -87,7 +86,7 @@ def parse_args(argv=None):
     job = parser.group("job")
     job("--task", choices=tuple(TASK_DEFAULTS), default="classify",
         help="a class for each event, or scores for each sequence; sets the defaults of training")
-    job("--mode", choices=MODES, default="train",
+    job("--mode", choices=tuple(MODES), default="train",
         help="train a network, predict with trained ones, evaluate a table of predictions, audit "
              "manifests and videos, or judge the bouts of recordings by a table of events")
     job("--checkpoint", type=Path, nargs="+",
@@ -1682,11 +1681,13 @@ def audit(args):
     print(f"{len(table.skipped)} rows skipped; written to {output}")
 
 
+MODES = {"train": train, "predict": predict, "evaluate": judge_predictions, "audit": audit,
+         "judge_bouts": judge_bouts}
+
+
 def main():
     args = parse_args()
-    modes = {"train": train, "predict": predict, "evaluate": judge_predictions,
-             "audit": audit, "judge_bouts": judge_bouts}
-    modes[args.mode](args)
+    MODES[args.mode](args)
 
 
 if __name__ == "__main__":
