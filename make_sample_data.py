@@ -9,25 +9,21 @@
 Takes a few seconds. The same flags and package versions give the same files, byte for byte:
     assessor/images/            drawn faces of 200 to 320 px; a few in awkward formats (rotated by EXIF, grey, palette,
                                 alpha, 16 bit, .JPG, a name with a space and an umlaut)
-    assessor/ratings/per_image_Slider_mean_sd_from_wide.csv    image, subject, and X_mean, X_sd, X_n for 14 ratings
-    assessor/ratings/raw_ratings_long.csv                      the single ratings: rating, attribute, stimulus, rater
-    assessor/ground_truth.json  the formula, the raters' noise, the noise ceiling and every true rating
+    assessor/ratings/           per_image_Slider_mean_sd_from_wide.csv: image, subject, X_mean, X_sd, X_n of 14 ratings;
+                                raw_ratings_long.csv, the single ratings: rating, attribute, stimulus, rater
     video/videos/               20 s of one animal that nods at another; MPEG-4 .mp4 and MJPEG .avi, odd frame rates
-    video/manifests/            events: all.csv; train, val and test.csv with different groups; leaky_*.csv, the same
-                                with planted leaks; label_map.json
+    video/manifests/            events: all.csv; train, val and test.csv with different groups; label_map.json
     video/sequences/, sequences.csv, cv_folds.json    folders of frames with 7 scores; folds of their animals
-    video/ground_truth.json     groups of each part, counts of the planted leaks; the true scores
     detector/images/            drawn bicycles with 8 parts, each intact, damaged (rusty), absent (not
                                 drawn; its box is where it would be) or occluded (by leaves)
     detector/annotations.json   part annotations with quirks: a key without suffix, states as numbers, missing trust,
                                 control characters, a box of zero size, a box over the edge, a picture without parts
     detector/train_coco.json, val_coco.json    the same as COCO, other streets in val: image ids from 0 with gaps, a
                                 category missing in val, boolean iscrowd, no area, the state under three names
-    detector/ground_truth.json  every state and box as drawn
     dreamer/patient_PP_QQ/      sequence QQ of patient PP: transitions_dataset.json, and grey frames of 64 px in ft1/
                                 and ft2/; a few with quirks (backslashes, a dict for a list, no at2, NaN, an outlier)
     dreamer/patient_map.json    {folder: patient}
-    dreamer/ground_truth.json   the convention of the motions, and the quirks
+    TASK/ground_truth.json      what is true of the data: quirks, true ratings, noise ceiling, scores, states as drawn
 
 Rating j of picture i, on a scale from 1 to 9:
     true[i, j] = 5 + (4 - sqrt(3) * noise_sd[j]) * tanh(sum over properties p of FORMULA[j][p] * property[i, p])
@@ -95,9 +91,7 @@ STATES = ("smile", "brow_anger", "eye_open", "mouth_open", "brightness", "light_
 PROPERTIES = LOOKS + STATES
 QUIRKS = {"exif": 3, "grey": 7, "palette": 11, "alpha": 15, "deep": 19, "upper_case": 23, "name": 27}  # quirk: row
 ENDINGS = {
-    "grey": ".png", "palette": ".png", "alpha": ".png", "deep": ".png",
-    "upper_case": ".JPG",
-    "name": " gr\u00fcn.jpg"}
+    "grey": ".png", "palette": ".png", "alpha": ".png", "deep": ".png", "upper_case": ".JPG", "name": " gr\u00fcn.jpg"}
 EXIF_ORIENTATION = 0x0112
 
 
@@ -258,10 +252,7 @@ def write_tables(folder, names, subject, single):
         wide |= {f"{rating}_mean": mean[:, j], f"{rating}_sd": sd[:, j], f"{rating}_n": count[:, j]}
     attributes = list(FORMULA)
     long = [
-        {"rating": single[i, a, j],
-         "attribute": attributes[j],
-         "stimulus": names[i],
-         "rater": f"R{a + 1:02d}"}
+        {"rating": single[i, a, j], "attribute": attributes[j], "stimulus": names[i], "rater": f"R{a + 1:02d}"}
         for i, a, j in np.argwhere(np.isfinite(single))]
     folder.mkdir()
     common.write_table(folder / "per_image_Slider_mean_sd_from_wide.csv", wide)
@@ -353,11 +344,9 @@ def plan_videos(n_events, seed, rng):
         suffix = ("mp4", "avi")[(v + turn) % 2]
         n_filled = (n_events + n_videos - 1 - v) // n_videos
         videos.append(Video(
-            group=group,
-            day=day,
+            group=group, day=day,
             file=f"Group {group} Day {day}/Cam 8/N{860 + v}_ch8_main.{suffix}",
-            fps=FRAME_RATES[v % len(FRAME_RATES)],
-            size=VIDEO_SIZES[v % len(VIDEO_SIZES)],
+            fps=FRAME_RATES[v % len(FRAME_RATES)], size=VIDEO_SIZES[v % len(VIDEO_SIZES)],
             start=6 * 3600 + 600 * (turn % 2) + 5,
             events=dict.fromkeys(sorted(rng.permutation(N_SLOTS)[:n_filled].tolist())),
             seed=[seed, 3, v]))
@@ -379,12 +368,9 @@ def plan_events(videos, rng):
         duration = 0 if i % 9 == 5 else round(rng.uniform(1.5, 2.4), 2)
         middle = (slot + 0.5) * SLOT_SEC
         video.events[slot] = Event(
-            behavior=behavior,
-            duration=duration,
-            offset=round(middle - duration / 2, 3),
+            behavior=behavior, duration=duration, offset=round(middle - duration / 2, 3),
             pair=tuple(100 * video.group + animal for animal in pair),
-            period_sec=rng.uniform(0.8, 1.1),
-            phase=rng.random())
+            period_sec=rng.uniform(0.8, 1.1), phase=rng.random())
 
 
 def render_video(folder, video):
@@ -435,9 +421,7 @@ def draw_nod(picture, place, near, colours):
 # Tables with the quirks of real ones: Windows paths, several spellings of times, dates and labels, durations of 0.
 
 PARTS = {"train": (1, 2, 3, 4), "val": (5, 6), "test": (7, 8)}  # groups
-SPELLINGS = {
-    "ear": ("ear", "Ear", "EAR"),
-    "tail": ("tail", "TAIL", "Tail", "tail/teat?", "tailhead")}
+SPELLINGS = {"ear": ("ear", "Ear", "EAR"), "tail": ("tail", "TAIL", "Tail", "tail/teat?", "tailhead")}
 
 
 def clock(seconds, is_padded):
@@ -454,21 +438,16 @@ def manifest_row(number, video, event):
     start = video.start + event.offset
     date = f"7/{video.day + 5}/2024"
     return {
-        "event_idx": number,
-        "group": video.group,
-        "day": video.day,
+        "event_idx": number, "group": video.group, "day": video.day,
         "date": (f"{date} 0:00", "", date)[number % 3],
         "start_time": clock(start, number % 2 == 0),
         "end_time": clock(start + event.duration, number % 4 < 2),
         "duration_sec": event.duration,
         "behavior": spellings[number % 7 % len(spellings)],
-        "initiator_id": event.pair[0],
-        "receiver_id": event.pair[1],
+        "initiator_id": event.pair[0], "receiver_id": event.pair[1],
         "ended_by": ("initiator", "receiver", "")[number % 3],
         "pen_location": ("trough", "bedding")[number % 2],
-        "linked": "no",
-        "camera_id": 8,
-        "video_filename": name,
+        "linked": "no", "camera_id": 8, "video_filename": name,
         "video_path": "\\".join(["E:", "Some study 2024", *path.parent.parts, name]),
         "event_offset_sec": event.offset}
 
@@ -553,10 +532,7 @@ def make_sequences(folder, n_animals, seed):
             path = f"sequences/Animal {animal} {moment} visit {2 - number % 2}"
             true_scores[path] = scores.round(4).tolist()
             rows.append({
-                "sequence_path": path,
-                "animal": animal,
-                "moment": moment,
-                "sequence_id": number,
+                "sequence_path": path, "animal": animal, "moment": moment, "sequence_id": number,
                 "num_frames": render_sequence(folder / path, scores, looks, rng),
                 **score_columns(scores, rng)})
     common.write_table(folder / "sequences.csv", rows)
@@ -602,9 +578,7 @@ PART_COLOURS = {
 PART_STATES = ("intact", "damaged", "absent", "occluded")
 STATE_SHARES = (0.62, 0.14, 0.13, 0.11)
 RINGS = ("back_wheel", "front_wheel", "chain")  # the other parts are discs
-FRAME = (
-    (-1, 0), (-0.5, -0.8), (0.7, -0.8),
-    (1, 0), (-0.1, 0.05), (0.7, -0.8))
+FRAME = ((-1, 0), (-0.5, -0.8), (0.7, -0.8), (1, 0), (-0.1, 0.05), (0.7, -0.8))
 RUST = (235, 125, 40)
 LEAVES = (46, 104, 40)
 ANNOTATION_QUIRKS = {"no_suffix": 3, "untrusted": 5, "no_parts": 9, "zero_box": 11, "over_edge": 13}  # quirk: row
@@ -666,10 +640,7 @@ def draw_bicycle(states, background, rng):
 def box_entry(x1, y1, x2, y2):
     """A box as part annotations write it."""
     return {"absolute_bounding_box": {
-        "left": x1,
-        "top": y1,
-        "width": round(x2 - x1, 1),
-        "height": round(y2 - y1, 1)}}
+        "left": x1, "top": y1, "width": round(x2 - x1, 1), "height": round(y2 - y1, 1)}}
 
 
 def part_entry(row, state, box, rng):
@@ -702,9 +673,7 @@ def part_annotations(bicycles, rng):
             parts["back_wheel"]["absolute_bounding_box"]["height"] += 400
         width, height = bicycle.size
         content[name] = {
-            "image": {"height": height, "width": width},
-            "street": f"street {bicycle.street}",
-            "note": "CONTROL",
+            "image": {"height": height, "width": width}, "street": f"street {bicycle.street}", "note": "CONTROL",
             "parts": parts}
     return content
 
@@ -717,22 +686,15 @@ def coco_annotations(bicycles, part_names):
     for row, bicycle in enumerate(bicycles):
         width, height = bicycle.size
         images.append({
-            "id": 7 * row,
-            "file_name": bicycle.name,
-            "street": f"street {bicycle.street}",
-            "width": width,
+            "id": 7 * row, "file_name": bicycle.name, "street": f"street {bicycle.street}", "width": width,
             "height": height})
         for category in categories:
             state, (x1, y1, x2, y2) = bicycle.parts[category["name"]]
-            spellings = (
-                {"state": state},
-                {"state_id": PART_STATES.index(state), "iscrowd": False},
-                {"attributes": {"state": state}})
+            spellings = ({"state": state}, {"state_id": PART_STATES.index(state), "iscrowd": False},
+                         {"attributes": {"state": state}})
             box = (x1, y1, x2 - x1, y2 - y1)
             annotations.append({
-                "id": len(annotations),
-                "image_id": 7 * row,
-                "category_id": category["id"],
+                "id": len(annotations), "image_id": 7 * row, "category_id": category["id"],
                 "bbox": [round(value, 1) for value in box],
                 **spellings[row % 3]})
     return {"images": images, "annotations": annotations, "categories": categories}
@@ -834,8 +796,7 @@ def write_sequence(folder, poses, patient, motions, quirk, rng):
         pictures[i].save(folder / "ft1" / f"{names[i]}.png")
         pictures[i + 1].save(folder / "ft2" / f"{names[i + 1]}.png")
         rows.append({
-            "frame_t1": names[i],
-            "frame_t2": names[i + 1],
+            "frame_t1": names[i], "frame_t2": names[i + 1],
             "ft1_image_path": f"ft1{slash}{names[i]}.png",
             "ft2_image_path": f"ft2{slash}{names[i + 1]}.png",
             "at1_6dof": poses[i].tolist(),

@@ -152,25 +152,18 @@ def half_widths(members, coverage):
     return np.array([calibrating.conformal_quantile(column, 1 - coverage, subjects) for column in columns])
 
 
-def output_rows(inputs, predicted, seen, errors, names, widths):
-    """One dict per input, in input order; widths: (R,) or None."""
-    mean = predicted.mean(axis=0)
-    has_sd = len(predicted) > 1
-    sd = predicted.std(axis=0, ddof=1) if has_sd else None
-    rows = []
-    for i, (image, _) in enumerate(inputs):
-        row = {"image": image}
-        for r, name in enumerate(names):
-            row[name] = mean[i, r]
-            if has_sd:
-                row[f"{name}_sd"] = sd[i, r]
-            if widths is not None:
-                row[f"{name}_low"] = mean[i, r] - widths[r]
-                row[f"{name}_high"] = mean[i, r] + widths[r]
-        row["seen"] = seen[i]
-        row["error"] = errors[i]
-        rows.append(row)
-    return rows
+def output_columns(inputs, predicted, seen, errors, names, widths):
+    """{column: N values} of the CSV, in input order; predicted: (M, N, R); widths: (R,) or None."""
+    columns = {"image": [image for image, _ in inputs]}
+    for r, name in enumerate(names):
+        mean = predicted[:, :, r].mean(axis=0)
+        columns[name] = mean
+        if len(predicted) > 1:
+            columns[f"{name}_sd"] = predicted[:, :, r].std(axis=0, ddof=1)
+        if widths is not None:
+            columns[f"{name}_low"] = mean - widths[r]
+            columns[f"{name}_high"] = mean + widths[r]
+    return columns | {"seen": seen, "error": errors}
 
 
 class CroppedToRatings(nn.Module):
@@ -258,7 +251,7 @@ def main():
         pictures, args, compute, train=False, batch_size=args.predict_batch_size)
     predicted, seen, errors = predict(members, loader, compute)
     widths = half_widths(members, args.interval) if args.interval else None
-    common.write_table(args.output, output_rows(inputs, predicted, seen, errors, names, widths))
+    common.write_table(args.output, output_columns(inputs, predicted, seen, errors, names, widths))
     print_summary(predicted, names, members, widths)
     splitting.say_seen(seen, print)
     if args.export:

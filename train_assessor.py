@@ -75,8 +75,6 @@ def parse_args(argv=None, recipe="plain"):
     model("--dropout", type=common.DROPOUT, default=0.5, help="in the hidden layers of the mlp head")
     model("--flip_average", action="store_true", help="predict the mean over a picture and its mirror image")
     common.add_freezing_arguments(model)
-    model("--feature_views", type=common.POSITIVE, default=1,
-          help="with --freeze_backbone: versions of each picture; 1 = as it is, the others are augmented")
     model("--freeze_epochs", type=common.WHOLE, default=0,
           help="epochs at the start that train the head alone")
     model("--loss", choices=("mse", "smooth_l1", "weighted"), default="mse",
@@ -111,6 +109,10 @@ class Study(picture_files.StoredPictures):
     groups: np.ndarray | None  # (N,) text
     columns: dict  # the table's other columns: name -> (N,) text
     skipped: list  # dicts of image and reason
+
+    def mean_metrics(self, rows, predicted):
+        """Means over the ratings of the metrics of predicted (M, R) for these rows."""
+        return common.mean_metrics(common.regression_metrics(predicted, self.ratings[rows]))
 
     def groups_of(self, rows):
         """(M,) groups of these rows, or None."""
@@ -187,45 +189,40 @@ def resize_side(image_size):
     return round(image_size * 8 / 7)
 
 
-def picture_input(study, row, image_size, augment, generator):
-    """One picture ready for a batch, uint8 (S, S, 3): the centre crop, or a random draw of `augment`."""
-    if augment == "none":
-        return common.eval_crop(study.picture(row), image_size)
-    drawn = common.sample_augmentation(augment, generator)
-    return common.apply_augmentation(study.picture(row), drawn, image_size)
-
-
 class RatedImages(common.Samples):
     """Samples of chosen rows; a key is (epoch, index), which seeds the augmentation.
 
-    Each sample: input uint8 (S, S, 3), or (F,) where `views` (V, N, F) of a frozen backbone are given;
+    Each sample: input uint8 (S, S, 3), or (F,) where `features` (N, F) of a frozen backbone are given;
     target (R,) scaled, NaN = missing; weight (R,); name.
     """
 
-    def __init__(self, study, rows, target, weight, args, augment, views=None):
+    def __init__(self, study, rows, target, weight, args, augment, features=None):
         self.study = study
         self.rows = rows
         self.args = args
         self.augment = augment
-        self.views = views
+        self.features = features
         self.target = torch.tensor(target[rows], dtype=torch.float32)
         self.weight = torch.tensor(weight[rows], dtype=torch.float32)
 
     def __getitem__(self, key):
         epoch, index = key
         row = int(self.rows[index])
-        generator = common.generator_for(self.args.seed, epoch, row)
-        if self.views is None:
-            pixels = picture_input(self.study, row, self.args.image_size, self.augment, generator)
-        else:
-            count = 1 if self.augment == "none" else len(self.views)
-            pixels = self.views[torch.randint(count, (), generator=generator), row]
         return {
-            "input": torch.from_numpy(pixels),
+            "input": torch.from_numpy(self.input_of(epoch, row)),
             "target": self.target[index],
             "weight": self.weight[index],
             "name": self.study.images[row],
         }
+
+    def input_of(self, epoch, row):
+        """Features (F,), or one picture uint8 (S, S, 3): the centre crop, or a random draw of the augmentation."""
+        if self.features is not None:
+            return self.features[row]
+        if self.augment == "none":
+            return common.eval_crop(self.study.picture(row), self.args.image_size)
+        drawn = common.sample_augmentation(self.augment, common.generator_for(self.args.seed, epoch, row))
+        return common.apply_augmentation(self.study.picture(row), drawn, self.args.image_size)
 
 
 # --- model and loss ----------------------------------------------------------------------
@@ -333,12 +330,12 @@ def make_loaders(study, split, scaler, args, compute, features):
     """Loader of the augmented train rows, and {part: loader} of the train, val and test rows as they are."""
     target = scaled_ratings(study, scaler)
     weight = rating_weights(study, split["train"], args.loss)
-    views = features[args.head] if args.freeze_backbone else None
+    own_features = features[args.head] if args.freeze_backbone else None
     is_cached = study.store.cache == "ram" or args.freeze_backbone
 
     def loader(part, train):
         augment = args.augment if train else "none"
-        dataset = RatedImages(study, split[part], target, weight, args, augment, views)
+        dataset = RatedImages(study, split[part], target, weight, args, augment, own_features)
         return common.make_loader(dataset, args, compute, train, is_cached)
     return loader("train", True), {part: loader(part, False) for part in ("train", "val", "test")}
 
@@ -410,7 +407,7 @@ def fit(run, args, study, split, features):
         row = train_one_epoch(model, train_loader, loss_function, training, compute)
         predicted, row["val_loss"] = evaluate(model, loaders["val"], loss_function, scaler, args, compute)
         latest["val"] = predicted
-        means = common.mean_metrics(common.regression_metrics(predicted, study.ratings[split["val"]]))
+        means = study.mean_metrics(split["val"], predicted)
         row |= {f"val_{name}": means[name] for name in HISTORY_METRICS}
         training.end_epoch(row)
 
@@ -428,7 +425,7 @@ def predict_with_best(training, study, split, loaders, scaler, loss_function):
     predicted = {part: evaluate(model, loader, loss_function, scaler, args, run.compute)[0]
                  for part, loader in loaders.items() if len(split[part])}
     if args.head == "ridge":
-        solved = common.mean_metrics(common.regression_metrics(predicted["val"], study.ratings[split["val"]]))
+        solved = study.mean_metrics(split["val"], predicted["val"])
         run.say(f"the readout is solved anew after the last epoch: val R2 {best['history']['val_r2']:.2f} -> "
                 f"{solved['r2']:.2f}")
         best |= {"model": model.state_dict(), **model_metadata(args, study, split, scaler, predicted["val"])}
@@ -468,24 +465,18 @@ def model_metadata(args, study, split, scaler, predicted):
 
 
 def untuned_features(args, study, run, rows):
-    """{head: (V, N, F)} features of these rows from the backbone before any tuning, NaN elsewhere.
+    """{head: (N, F)} features of these rows' centre crops from the backbone before any tuning, NaN elsewhere.
 
     They serve the ridge baselines and --freeze_backbone: "mlp" the last features, "ridge" three resolutions.
-    View 0 is the plain centre crop.
     """
+    pictures = RatedImages(study, rows, study.ratings, study.ratings, args, "none")
+    loader = common.make_loader(pictures, args, run.compute, False, study.store.cache == "ram", batch_size=64)
     features = {}
     for head in dict.fromkeys(["mlp", args.head]):
         backbone, n_features = build_backbone(args, head)
         backbone = run.compute.place(backbone).eval()
-        has_views = args.freeze_backbone and args.augment != "none" and head == args.head
-        n_views = args.feature_views if has_views else 1
-        features[head] = np.full((n_views, len(study.images), n_features), np.nan, np.float32)
-        for view in range(n_views):
-            pictures = RatedImages(study, rows, study.ratings, study.ratings, args, args.augment if view else "none")
-            loader = common.make_loader(
-                pictures, args, run.compute, False, study.store.cache == "ram", batch_size=64)
-            loader.batch_sampler.epoch = view
-            features[head][view, rows] = features_of(backbone, loader, args, run.compute)
+        features[head] = np.full((len(study.images), n_features), np.nan, np.float32)
+        features[head][rows] = features_of(backbone, loader, args, run.compute)
     return features
 
 
@@ -504,10 +495,10 @@ def features_of(backbone, loader, args, compute):
 def predict_baselines(study, features, train, rows):
     """{name: (M, R)} predictions without training a network: the train mean, and ridge on the untuned features."""
     predicted = {"train_mean": baseline_models.train_mean_baseline(study.ratings[train], len(rows))}
-    for head, views in features.items():
-        ridge = baseline_models.fit_readout(views[0, train], study.ratings[train], study.groups_of(train))
+    for head, known in features.items():
+        ridge = baseline_models.fit_readout(known[train], study.ratings[train], study.groups_of(train))
         name = "ridge" if head == "mlp" else "ridge_multiscale"
-        predicted[name] = ridge.predict(views[0, rows])
+        predicted[name] = ridge.predict(known[rows])
     return predicted
 
 
@@ -595,8 +586,7 @@ def run_split(run, args, study, split, features=None):
             tables[part] = score_table(study, rows, predicted[part], others, seen[rows])
             tables[part].write(run.path(f"predictions_{part}.csv"))
     best_epoch = training.progress.best_epoch
-    train, val = (common.mean_metrics(common.regression_metrics(predicted[part], study.ratings[split[part]]))
-                  for part in ("train", "val"))
+    train, val = (study.mean_metrics(split[part], predicted[part]) for part in ("train", "val"))
     solved = {f"val_{name}": val[name] for name in HISTORY_METRICS} if args.head == "ridge" else {}
     plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch, solved)
     part = "test" if "test" in tables else "val"

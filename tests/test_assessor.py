@@ -179,7 +179,7 @@ def test_single_ratings_give_a_split_half_ceiling(sample, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--freeze_backbone", "--feature_views", 2],
+        ["--freeze_backbone"],
         ["--freeze_epochs", 1, "--backbone_lr_mult", 0.1, "--loss", "weighted", "--cache", "none", "--augment", "light"],
         ["--loss", "smooth_l1", "--optimizer", "sgd", "--scheduler", "step", "--warmup_epochs", 1],
         [
