@@ -6,13 +6,17 @@
 
 Writes one CSV with a row for every input in input order: image, each rating in the unit that the model was trained on,
 <rating>_sd (standard deviation over the members, where there are several), <rating>_low and <rating>_high (with
---interval), seen (train, chose, new or not known: what the members did with the picture), and error (why a picture could
-not be read; its ratings are then empty).
+--interval), seen (train, chose, new or not known: what the members did with the picture), warning (trained on; outside
+the training labels; unlike the training pictures: farther from them than every held-out one), and error (why a picture
+could not be read; its ratings are then empty).
 
 Letters: N images, B batch, R ratings, M members, S side of the square input in pixels.
 """
+import collections
 import dataclasses
+import functools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +24,13 @@ import torch
 from torch import nn
 
 import common
-from evidence import calibrating, splitting
+from evidence import calibrating, prediction_tables, splitting
 from readers import backbones, file_names, picture_files
 from train_assessor import Assessor, mirrored_mean, resize_side, with_head_features
 
 SCRIPT = "train_assessor.py"
+NOTHING_KNOWN = {  # of a checkpoint whose run did not come to its end: no warning
+    "mean": 0.0, "sd": 1.0, "farthest": math.inf, "label_range": torch.tensor([[-math.inf], [math.inf]])}
 
 
 @dataclasses.dataclass
@@ -33,11 +39,20 @@ class Member:
     settings: dict  # content of its checkpoint
 
     def outputs(self, pixels, compute):
-        """Outputs in the unit of training: uint8 (B, S, S, 3) -> (B, R)."""
+        """uint8 (B, S, S, 3) -> outputs in the unit of training (B, R), float32 features (B, F)."""
         inputs = common.to_input(pixels, compute.device, self.settings["pixel_mean"], self.settings["pixel_sd"],
                                  compute.channels_last)  # (B, S, S, 3) -> (B, 3, S, S)
+        views = [inputs, inputs.flip(-1)] if self.settings["flip_average"] else [inputs]
         with compute.autocast():
-            return mirrored_mean(self.model, inputs, self.settings["flip_average"])
+            features = [self.model.backbone(view) for view in views]  # (B, 3, S, S) -> (B, F) each
+            outputs = sum(self.model(each) for each in features) / len(views)  # (B, F) -> (B, R)
+        return outputs, sum(features).float() / len(views)
+
+    def is_unlike(self, features):
+        """(B,) True where features (B, F) are farther from the training pictures than those of every held-out one."""
+        known = self.settings["known_data"]
+        distance = calibrating.distance_from_train(features.cpu(), known)
+        return distance > 1.01 * known["farthest"]  # another device or precision rounds otherwise
 
 
 def parse_args(argv=None):
@@ -91,6 +106,9 @@ def load_member(path, compute):
         features = with_head_features(backbone, n_features, head, image_size)
         model = Assessor(*features, len(settings["names"]), head, settings["dropout"])
     common.load_state(model, settings["model"], path)
+    if "known_data" not in settings:
+        print(f"note: {path} does not say what its training pictures are like; the column warning is without it")
+        settings["known_data"] = NOTHING_KNOWN
     return Member(model=compute.place(model).eval(), settings=settings)
 
 
@@ -112,13 +130,19 @@ def load_members(files, compute):
 
 @torch.inference_mode()
 def predict(members, loader, compute):
-    """-> (predicted (M, N, R) float64 in the unit of the ratings, (N,) common.SEEN_WORDS, errors: N texts)."""
+    """-> (predicted (M, N, R) float64 in the unit of the ratings, (N,) common.SEEN_WORDS, errors: N texts, (N,) unlike).
+
+    unlike: True where all members say that the picture is unlike those that they were trained on.
+    """
     outputs = []
+    is_unlike = []
     hashes = []
     errors = []
     for batch in loader:
-        each = [member.outputs(batch["pixels"], compute) for member in members]
+        each, features = zip(*(member.outputs(batch["pixels"], compute) for member in members))
         outputs.append(torch.stack(each).cpu())  # M x (B, R) -> (M, B, R)
+        unlike = [member.is_unlike(own) for member, own in zip(members, features)]
+        is_unlike.append(torch.stack(unlike).all(0))  # M x (B,) -> (B,)
         hashes.append(batch["hashes"])
         errors += batch["error"]
     predicted = torch.cat(outputs, dim=1).double().numpy()  # (M, N, R)
@@ -130,7 +154,22 @@ def predict(members, loader, compute):
     predicted[:, is_bad] = np.nan
     hashes = torch.cat(hashes).numpy()  # (N, 2)
     each = [member.settings["seen"].words(hashes) for member in members]
-    return predicted, np.array(list(map(common.worst_seen, zip(*each)))), errors
+    seen = np.array(list(map(common.worst_seen, zip(*each))))
+    return predicted, seen, errors, torch.cat(is_unlike).numpy() & ~np.array(is_bad)
+
+
+def find_warnings(members, predicted, seen, is_unlike):
+    """(N,) text on what makes a picture's mean prediction doubtful, '' = nothing; counted in print."""
+    lows, highs = zip(*(member.settings["known_data"]["label_range"].numpy() for member in members))
+    label_range = [functools.reduce(np.minimum, lows), functools.reduce(np.maximum, highs)]
+    found = [
+        np.where(seen == "train", "trained on", ""),
+        prediction_tables.range_warnings(predicted.mean(0), label_range, members[0].settings["names"]),
+        np.where(is_unlike, "unlike the training pictures", "")]
+    kinds = collections.Counter(each.split(":")[0] for column in found for each in column if each)
+    for kind, count in kinds.items():
+        print(f"warning: {count} of {len(seen)} pictures {kind} (column warning)")
+    return ["; ".join(filter(None, each)) for each in zip(*found)]
 
 
 def half_widths(members, coverage):
@@ -152,7 +191,7 @@ def half_widths(members, coverage):
     return np.array([calibrating.conformal_quantile(column, 1 - coverage, subjects) for column in columns])
 
 
-def output_columns(inputs, predicted, seen, errors, names, widths):
+def output_columns(inputs, predicted, names, widths):
     """{column: N values} of the CSV, in input order; predicted: (M, N, R); widths: (R,) or None."""
     columns = {"image": [image for image, _ in inputs]}
     for r, name in enumerate(names):
@@ -163,7 +202,7 @@ def output_columns(inputs, predicted, seen, errors, names, widths):
         if widths is not None:
             columns[f"{name}_low"] = mean - widths[r]
             columns[f"{name}_high"] = mean + widths[r]
-    return columns | {"seen": seen, "error": errors}
+    return columns
 
 
 class CroppedToRatings(nn.Module):
@@ -249,9 +288,11 @@ def main():
         members[0].settings.get("pixel_range"))
     loader = common.make_loader(
         pictures, args, compute, train=False, batch_size=args.predict_batch_size)
-    predicted, seen, errors = predict(members, loader, compute)
+    predicted, seen, errors, is_unlike = predict(members, loader, compute)
     widths = half_widths(members, args.interval) if args.interval else None
-    common.write_table(args.output, output_columns(inputs, predicted, seen, errors, names, widths))
+    warnings = find_warnings(members, predicted, seen, is_unlike)
+    columns = output_columns(inputs, predicted, names, widths)
+    common.write_table(args.output, columns | {"seen": seen, "warning": warnings, "error": errors})
     print_summary(predicted, names, members, widths)
     splitting.say_seen(seen, print)
     if args.export:

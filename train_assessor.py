@@ -25,8 +25,8 @@ from torch import nn
 
 import common
 from evidence import (
-    baseline_models, judging, plotting, prediction_tables, rater_agreement, reporting, score_judging, splitting,
-    verdicts)
+    baseline_models, calibrating, judging, plotting, prediction_tables, rater_agreement, reporting, score_judging,
+    splitting, verdicts)
 from readers import backbones, file_names, picture_files, rating_tables
 
 HISTORY_METRICS = ("mse", "mae", "r2", "pearson_r")
@@ -415,13 +415,15 @@ def fit(run, args, study, split, features):
 
 
 def predict_with_best(training, study, split, loaders, scaler, loss_function):
-    """{part: predicted (M, R)} of the best epoch; the ridge head is solved anew for it and saved."""
+    """{part: predicted (M, R)} of the best epoch; best_model.pth gets its solved ridge head and what data it knows."""
     run = training.run
     args = training.args
     model = training.model
     best = training.load_best()
+    model.eval()
+    features = {part: features_of(model.backbone, loaders[part], args, run.compute) for part in ("train", "val")}
     if args.head == "ridge":
-        solve_head(model, loaders["train"], study, split["train"], scaler, args, run.compute)
+        solve_head(model, features["train"], study, split["train"], scaler)
     predicted = {part: evaluate(model, loader, loss_function, scaler, args, run.compute)[0]
                  for part, loader in loaders.items() if len(split[part])}
     if args.head == "ridge":
@@ -429,15 +431,21 @@ def predict_with_best(training, study, split, loaders, scaler, loss_function):
         run.say(f"the readout is solved anew after the last epoch: val R2 {best['history']['val_r2']:.2f} -> "
                 f"{solved['r2']:.2f}")
         best |= {"model": model.state_dict(), **model_metadata(args, study, split, scaler, predicted["val"])}
-        common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
+    best["known_data"] = {**calibrating.fit_distance(features["train"], features["val"]),
+                          "label_range": label_range(study, split)}
+    common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
     return predicted
 
 
+def label_range(study, split):
+    """(2, R) lowest and highest rating of the train rows."""
+    ratings = study.ratings[split["train"]]
+    return np.stack([np.nanmin(ratings, axis=0), np.nanmax(ratings, axis=0)])
+
+
 @torch.no_grad()
-def solve_head(model, loader, study, rows, scaler, args, compute):
-    """Replace the linear head by the ridge regression on the tuned backbone's features of the train rows."""
-    model.eval()
-    features = features_of(model.backbone, loader, args, compute)
+def solve_head(model, features, study, rows, scaler):
+    """Replace the linear head by the ridge regression on the tuned backbone's features (M, F) of the train rows."""
     target = scaled_ratings(study, scaler)[rows]
     baseline_models.fit_readout(features, target, study.groups_of(rows)).write_into(model.head[-1])
 
@@ -504,7 +512,7 @@ def predict_baselines(study, features, train, rows):
 
 # --- results: predictions table -> judged run folder -------------------------------------------
 
-def score_table(study, rows, predicted, others, seen):
+def score_table(study, split, rows, predicted, others, seen):
     """ScoreTable of these rows, in the unit of the ratings file.
 
     predicted: (M, R); others: {baseline: (M, R)}; seen: (M,) of common.SEEN_WORDS.
@@ -516,12 +524,16 @@ def score_table(study, rows, predicted, others, seen):
         predicted=predicted,
         baselines=others,
         groups=study.groups_of(rows),
-        seen=seen)
+        seen=seen,
+        warning=prediction_tables.range_warnings(predicted, label_range(study, split), study.names))
 
 
 @common.first_process_only
-def judge(run, args, study, split, rows, table, part, alarms, best_epoch=None, folds=()):
-    """Judge the predictions for these rows of the study; split: {name: rows}; part: val, test or folds."""
+def judge(run, args, study, split, rows, table, part, alarms, similar, best_epoch=None, folds=()):
+    """Judge the predictions for these rows of the study; split: {name: rows}; part: val, test or folds.
+
+    similar: of splitting.note_similar.
+    """
     setting = judging.Setting(
         title="Ratings from images",
         part=part,
@@ -530,6 +542,7 @@ def judge(run, args, study, split, rows, table, part, alarms, best_epoch=None, f
         alarms=alarms,
         criteria=args.criteria,
         data=data_blocks(study, split, table),
+        similar=judging.similar_blocks(similar, study.images, study.picture),
         cases=judging.case_blocks(table, study.images[rows], lambda i: study.picture(rows[i])),
         limits=limits(args),
         folds=folds)
@@ -575,6 +588,7 @@ def run_split(run, args, study, split, features=None):
     split = common.rows_to_try(split, args)
     if features is None:
         features = untuned_features(args, study, run, np.concatenate(list(split.values())))
+    similar = splitting.note_similar(run, split, study.images, features["mlp"])
     run.write_args(**study.data_record(split))
     predicted, training = fit(run, args, study, split, features)
     seen = training.seen.words(study.hashes)  # (N,)
@@ -583,7 +597,7 @@ def run_split(run, args, study, split, features=None):
         rows = split[part]
         if len(rows):
             others = predict_baselines(study, features, split["train"], rows)
-            tables[part] = score_table(study, rows, predicted[part], others, seen[rows])
+            tables[part] = score_table(study, split, rows, predicted[part], others, seen[rows])
             tables[part].write(run.path(f"predictions_{part}.csv"))
     best_epoch = training.progress.best_epoch
     train, val = (study.mean_metrics(split[part], predicted[part]) for part in ("train", "val"))
@@ -591,7 +605,7 @@ def run_split(run, args, study, split, features=None):
     plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch, solved)
     part = "test" if "test" in tables else "val"
     alarms += verdicts.split_gap_alarms(train, val, remedy=OVERFITTING_REMEDY)
-    judge(run, args, study, split, split[part], tables[part], part, alarms, best_epoch)
+    judge(run, args, study, split, split[part], tables[part], part, alarms, similar, best_epoch)
 
 
 def run_folds(run, args, study):
@@ -600,6 +614,7 @@ def run_folds(run, args, study):
     folds = {f"fold_{k}": split["val"] for k, split in enumerate(splits)}
     alarms = check_split(run, study, folds)
     features = untuned_features(args, study, run, np.arange(len(study.images)))
+    similar = splitting.note_similar(run, folds, study.images, features["mlp"])
     run.write_args(**study.data_record(folds))
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split, features))
     tables = [prediction_tables.read_predictions(run.path(f"fold_{k}") / "predictions_val.csv") for k in chosen]
@@ -607,7 +622,7 @@ def run_folds(run, args, study):
     pooled.write(run.path("predictions_folds.csv"))
     done = judging.finished_folds(run, chosen, [table.fold_numbers() for table in tables])
     rows = prediction_tables.rows_of(pooled, study.images)
-    judge(run, args, study, folds, rows, pooled, "folds", alarms, folds=done)
+    judge(run, args, study, folds, rows, pooled, "folds", alarms, similar, folds=done)
 
 
 def main():

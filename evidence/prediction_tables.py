@@ -9,6 +9,7 @@ threshold on.
 Letters: M rows, R scores, C classes.
 """
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -25,6 +26,7 @@ class Rows:
     baselines: dict  # name -> (M, R) or (M, C)
     groups: np.ndarray | None = None  # (M,) text
     seen: np.ndarray | None = None  # (M,) of common.SEEN_WORDS
+    warning: np.ndarray | None = None  # (M,) text, of range_warnings
 
     @property
     def row_names(self):
@@ -38,7 +40,7 @@ class Rows:
 
     def row_columns(self):
         """{heading: (M,)} of what is known of the rows."""
-        columns = {**self.keys, "group": self.groups, "seen": self.seen}
+        columns = {**self.keys, "group": self.groups, "seen": self.seen, "warning": self.warning}
         return {heading: values for heading, values in columns.items() if values is not None}
 
     @property
@@ -183,6 +185,13 @@ class ClassTable(Rows):
         common.write_table(path, columns)
 
 
+def range_warnings(predicted, label_range, names):
+    """(M,) text: which of the predictions (M, R) lie outside the range (2, R) of the training labels; '' = none."""
+    outside = (predicted < label_range[0]) | (predicted > label_range[1])
+    named = [", ".join(itertools.compress(names, row)) for row in outside]
+    return np.array([f"outside the training labels: {each}" if each else "" for each in named], dtype=str)
+
+
 def join(tables):
     """The rows of the tables of all folds as one table."""
     joined = combine(tables, np.concatenate)
@@ -295,6 +304,7 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
         "keys": _keys_of(table),
         "groups": table[group_column].to_numpy(str) if group_column else None,
         "seen": _seen_column(table),
+        "warning": table["warning"].to_numpy(str) if "warning" in table else None,
     }
     names = [column.removesuffix("_predicted") for column in table if column.endswith("_predicted")]
     names = [name for name in names if f"{name}_true" in table]

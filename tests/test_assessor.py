@@ -335,6 +335,34 @@ def test_every_input_keeps_its_row(sample, folds, tmp_path):
     assert "2 could not be read" in text and "3 checkpoint(s)" in text
 
 
+def test_predictions_say_what_makes_them_doubtful(sample, trained, tmp_path):
+    """Noise is unlike the pictures, which are not; what was trained on, and what lies beyond the labels, is said."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    (tmp_path / "broken.png").write_text("no picture")
+    pictures = [tmp_path / "noise.png", tmp_path / "broken.png", *sorted(sample.images.iterdir())]
+    flags = ["predict_assessor.py", "--images", *pictures, "--output", tmp_path / "p.csv", "--checkpoint"]
+    text = run_script(*flags, trained / "best_model.pth").text
+    noisy, broken, *rows = read_csv(tmp_path / "p.csv")
+    assert "unlike the training pictures" in noisy["warning"] and not broken["warning"]
+    assert not any("unlike" in row["warning"] for row in rows if row["seen"] == "chose"), "they set the limit"
+    assert all(("trained on" in row["warning"]) == (row["seen"] == "train") for row in rows)
+    n_trained = sum(row["seen"] == "train" for row in rows)
+    assert n_trained and f"warning: {n_trained} of {len(pictures)} pictures trained on" in text
+
+    content = common.read_checkpoint(trained / "best_model.pth")
+    valence = content["names"].index("Valence")
+    content["known_data"]["label_range"][:, valence] = -1.0
+    common.save_checkpoint(tmp_path / "narrow.pth", content)
+    run_script(*flags, tmp_path / "narrow.pth")
+    assert all("outside the training labels: Valence" in row["warning"] for row in read_csv(tmp_path / "p.csv")[2:])
+    del content["known_data"]
+    common.save_checkpoint(tmp_path / "unfinished.pth", content)
+    text = run_script(*flags, tmp_path / "unfinished.pth").text
+    assert "does not say what its training pictures are like" in text
+    assert {row["warning"] for row in read_csv(tmp_path / "p.csv")} == {"", "trained on"}
+
+
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_an_exported_model_gives_the_same_ratings_without_this_repository(sample, folds, tmp_path, suffix):
     """In a fresh process that knows nothing of ours, from pictures resized and cropped as about.json says."""

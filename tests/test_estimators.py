@@ -513,6 +513,20 @@ def test_conformal_quantile_is_the_stated_rank_and_infinite_where_too_few():
     assert each == 18  # one row a subject: the same as without subjects
 
 
+# --- unlike the training pictures ------------------------------------------------------------------
+
+def test_a_new_row_is_farther_than_19_held_out_ones_in_one_of_20_cases_and_a_strange_one_always():
+    draws = np.random.default_rng(0)
+    flagged = []
+    for _ in range(300):
+        unit = draws.uniform(0.1, 10, 12)
+        rows = unit * draws.normal(size=(79, 12))  # 40 train, 19 held out, 20 new
+        known = calibrating.fit_distance(rows[:40], rows[40:59])
+        flagged.append(calibrating.distance_from_train(rows[59:], known) > known["farthest"])
+        assert calibrating.distance_from_train(rows[:1] + 10 * unit, known) > known["farthest"]
+    assert abs(np.mean(flagged) - 1 / 20) < 0.012
+
+
 if __name__ == "__main__":
     for line in coverage_table():
         print(line, flush=True)
