@@ -12,9 +12,7 @@ could not be read; its ratings are then empty).
 
 Letters: N images, B batch, R ratings, M members, S side of the square input in pixels.
 """
-import collections
 import dataclasses
-import functools
 import json
 import math
 from pathlib import Path
@@ -29,8 +27,6 @@ from readers import backbones, file_names, picture_files
 from train_assessor import Assessor, mirrored_mean, resize_side, with_head_features
 
 SCRIPT = "train_assessor.py"
-NOTHING_KNOWN = {  # of a checkpoint whose run did not come to its end: no warning
-    "mean": 0.0, "sd": 1.0, "farthest": math.inf, "label_range": torch.tensor([[-math.inf], [math.inf]])}
 
 
 @dataclasses.dataclass
@@ -39,20 +35,19 @@ class Member:
     settings: dict  # content of its checkpoint
 
     def outputs(self, pixels, compute):
-        """uint8 (B, S, S, 3) -> outputs in the unit of training (B, R), float32 features (B, F)."""
+        """uint8 (B, S, S, 3) -> outputs in the unit of training (B, R), (B,) True where unlike the training pictures.
+
+        Unlike: its features are farther from those of the training pictures than any held-out picture's.
+        """
         inputs = common.to_input(pixels, compute.device, self.settings["pixel_mean"], self.settings["pixel_sd"],
                                  compute.channels_last)  # (B, S, S, 3) -> (B, 3, S, S)
         views = [inputs, inputs.flip(-1)] if self.settings["flip_average"] else [inputs]
         with compute.autocast():
             features = [self.model.backbone(view) for view in views]  # (B, 3, S, S) -> (B, F) each
             outputs = sum(self.model(each) for each in features) / len(views)  # (B, F) -> (B, R)
-        return outputs, sum(features).float() / len(views)
-
-    def is_unlike(self, features):
-        """(B,) True where features (B, F) are farther from the training pictures than those of every held-out one."""
         known = self.settings["known_data"]
-        distance = calibrating.distance_from_train(features.cpu(), known)
-        return distance > 1.01 * known["farthest"]  # another device or precision rounds otherwise
+        distance = calibrating.distance_from_train(sum(features).float().cpu() / len(views), known)
+        return outputs, distance > 1.01 * known["farthest"]  # another device or precision rounds otherwise
 
 
 def parse_args(argv=None):
@@ -108,7 +103,8 @@ def load_member(path, compute):
     common.load_state(model, settings["model"], path)
     if "known_data" not in settings:
         print(f"note: {path} does not say what its training pictures are like; the column warning is without it")
-        settings["known_data"] = NOTHING_KNOWN
+        everything = torch.tensor([[-math.inf], [math.inf]]).expand(2, len(settings["names"]))
+        settings["known_data"] = {"mean": 0.0, "sd": 1.0, "farthest": math.inf, "label_range": everything}
     return Member(model=compute.place(model).eval(), settings=settings)
 
 
@@ -139,9 +135,8 @@ def predict(members, loader, compute):
     hashes = []
     errors = []
     for batch in loader:
-        each, features = zip(*(member.outputs(batch["pixels"], compute) for member in members))
+        each, unlike = zip(*(member.outputs(batch["pixels"], compute) for member in members))
         outputs.append(torch.stack(each).cpu())  # M x (B, R) -> (M, B, R)
-        unlike = [member.is_unlike(own) for member, own in zip(members, features)]
         is_unlike.append(torch.stack(unlike).all(0))  # M x (B,) -> (B,)
         hashes.append(batch["hashes"])
         errors += batch["error"]
@@ -160,16 +155,15 @@ def predict(members, loader, compute):
 
 def find_warnings(members, predicted, seen, is_unlike):
     """(N,) text on what makes a picture's mean prediction doubtful, '' = nothing; counted in print."""
-    lows, highs = zip(*(member.settings["known_data"]["label_range"].numpy() for member in members))
-    label_range = [functools.reduce(np.minimum, lows), functools.reduce(np.maximum, highs)]
-    found = [
-        np.where(seen == "train", "trained on", ""),
-        prediction_tables.range_warnings(predicted.mean(0), label_range, members[0].settings["names"]),
-        np.where(is_unlike, "unlike the training pictures", "")]
-    kinds = collections.Counter(each.split(":")[0] for column in found for each in column if each)
-    for kind, count in kinds.items():
-        print(f"warning: {count} of {len(seen)} pictures {kind} (column warning)")
-    return ["; ".join(filter(None, each)) for each in zip(*found)]
+    ranges = torch.stack([member.settings["known_data"]["label_range"] for member in members]).numpy()  # (M, 2, R)
+    label_range = ranges[:, 0].min(0), ranges[:, 1].max(0)
+    names = members[0].settings["names"]
+    flags = {"trained on": seen == "train", "unlike the training pictures": is_unlike}
+    flags |= prediction_tables.outside_labels(predicted.mean(0), label_range, names)
+    for what, is_so in flags.items():
+        if is_so.any():
+            print(f"warning: {is_so.sum()} of {len(seen)} pictures: {what}")
+    return prediction_tables.warning_texts(flags)
 
 
 def half_widths(members, coverage):

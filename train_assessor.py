@@ -525,14 +525,15 @@ def score_table(study, split, rows, predicted, others, seen):
         baselines=others,
         groups=study.groups_of(rows),
         seen=seen,
-        warning=prediction_tables.range_warnings(predicted, label_range(study, split), study.names))
+        warning=prediction_tables.warning_texts(
+            prediction_tables.outside_labels(predicted, label_range(study, split), study.names)))
 
 
 @common.first_process_only
 def judge(run, args, study, split, rows, table, part, alarms, similar, best_epoch=None, folds=()):
     """Judge the predictions for these rows of the study; split: {name: rows}; part: val, test or folds.
 
-    similar: of splitting.note_similar.
+    similar: of splitting.similar_pairs.
     """
     setting = judging.Setting(
         title="Ratings from images",
@@ -575,20 +576,25 @@ def limits(args):
 
 # --- one run, or one run per fold -------------------------------------------------------------
 
-def check_split(run, study, split):
-    """Refuse a split that leaks; write splits.json and the leakage report. Returns alarms on what it parts."""
+def check_split(run, study, split, similar):
+    """Refuse a split that leaks; write splits.json and the leakage report. Returns alarms on what it parts.
+
+    similar: of splitting.similar_pairs.
+    """
     report = splitting.leakage_report(
-        split, study.images, study.audit("pixel_sha"), study.audit("phash"), {"groups": study.groups})
+        split, study.images, study.audit("pixel_sha"), study.audit("phash"), {"groups": study.groups},
+        {"similar_pictures": similar})
     return splitting.record_split(run, split, study.images, report, columns=study.columns, groups=study.groups)
 
 
 def run_split(run, args, study, split, features=None):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
-    alarms = check_split(run, study, split)
-    split = common.rows_to_try(split, args)
+    tried = common.rows_to_try(split, args)
     if features is None:
-        features = untuned_features(args, study, run, np.concatenate(list(split.values())))
-    similar = splitting.note_similar(run, split, study.images, features["mlp"])
+        features = untuned_features(args, study, run, np.concatenate(list(tried.values())))
+    similar = splitting.similar_pairs(features["mlp"], tried)
+    alarms = check_split(run, study, split, similar)
+    split = tried
     run.write_args(**study.data_record(split))
     predicted, training = fit(run, args, study, split, features)
     seen = training.seen.words(study.hashes)  # (N,)
@@ -612,9 +618,9 @@ def run_folds(run, args, study):
     """One run per fold in fold_K/, then the out-of-fold predictions pooled and judged as one."""
     splits = splitting.folds_of_flags(args, study.images, study.strata, study.groups)
     folds = {f"fold_{k}": split["val"] for k, split in enumerate(splits)}
-    alarms = check_split(run, study, folds)
     features = untuned_features(args, study, run, np.arange(len(study.images)))
-    similar = splitting.note_similar(run, folds, study.images, features["mlp"])
+    similar = splitting.similar_pairs(features["mlp"], folds)
+    alarms = check_split(run, study, folds, similar)
     run.write_args(**study.data_record(folds))
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split, features))
     tables = [prediction_tables.read_predictions(run.path(f"fold_{k}") / "predictions_val.csv") for k in chosen]

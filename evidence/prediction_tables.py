@@ -9,7 +9,6 @@ threshold on.
 Letters: M rows, R scores, C classes.
 """
 import dataclasses
-import itertools
 
 import numpy as np
 
@@ -26,7 +25,7 @@ class Rows:
     baselines: dict  # name -> (M, R) or (M, C)
     groups: np.ndarray | None = None  # (M,) text
     seen: np.ndarray | None = None  # (M,) of common.SEEN_WORDS
-    warning: np.ndarray | None = None  # (M,) text, of range_warnings
+    warning: np.ndarray | None = None  # (M,) text, of warning_texts
 
     @property
     def row_names(self):
@@ -185,11 +184,16 @@ class ClassTable(Rows):
         common.write_table(path, columns)
 
 
-def range_warnings(predicted, label_range, names):
-    """(M,) text: which of the predictions (M, R) lie outside the range (2, R) of the training labels; '' = none."""
+def outside_labels(predicted, label_range, names):
+    """{what: (M,) bool} of predictions (M, R): which lie outside the range (2, R) of the training labels."""
     outside = (predicted < label_range[0]) | (predicted > label_range[1])
-    named = [", ".join(itertools.compress(names, row)) for row in outside]
-    return np.array([f"outside the training labels: {each}" if each else "" for each in named], dtype=str)
+    return {f"{name} outside the training labels": outside[:, r] for r, name in enumerate(names)}
+
+
+def warning_texts(flags):
+    """{what: (M,) bool} -> (M,) text: what is true of each row, '' = nothing."""
+    columns = [np.where(is_so, what, "") for what, is_so in flags.items()]
+    return np.array(["; ".join(filter(None, row)) for row in zip(*columns)], dtype=str)
 
 
 def join(tables):

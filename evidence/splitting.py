@@ -260,23 +260,6 @@ def similar_pairs(features, split):
     return [(rows[other[k]], rows[k]) for k in np.argsort(apart, kind="stable") if apart[k] < limit]
 
 
-def note_similar(run, split, keys, features):
-    """Add similar_pairs to leakage_report.json, said as a note; returns them. They warn and do not stop."""
-    path = run.path("leakage_report.json")
-    report = common.read_json(path)
-    pairs = similar_pairs(features, split)
-    part_of = {row: part for part, rows in split.items() for row in rows}
-    for pair, found in report["between"].items():
-        named = [f"{keys[i]} = {keys[j]}" for i, j in pairs if f"{part_of[i]}-{part_of[j]}" == pair]
-        found["similar_pictures"] = found_items(named)
-    common.write_json(path, report)
-    if pairs:
-        run.say(f"note: {len(pairs)} pictures look much like one in another part of the split, such as "
-                f"{keys[pairs[0][0]]} = {keys[pairs[0][1]]}: copies, or one scene? See the section Leakage; remedy: "
-                "--group_column")
-    return pairs
-
-
 def found_items(items):
     """Distinct texts -> {count, examples: the first five}."""
     items = sorted(set(items))

@@ -348,14 +348,14 @@ def test_predictions_say_what_makes_them_doubtful(sample, trained, tmp_path):
     assert not any("unlike" in row["warning"] for row in rows if row["seen"] == "chose"), "they set the limit"
     assert all(("trained on" in row["warning"]) == (row["seen"] == "train") for row in rows)
     n_trained = sum(row["seen"] == "train" for row in rows)
-    assert n_trained and f"warning: {n_trained} of {len(pictures)} pictures trained on" in text
+    assert n_trained and f"warning: {n_trained} of {len(pictures)} pictures: trained on" in text
 
     content = common.read_checkpoint(trained / "best_model.pth")
     valence = content["names"].index("Valence")
     content["known_data"]["label_range"][:, valence] = -1.0
     common.save_checkpoint(tmp_path / "narrow.pth", content)
     run_script(*flags, tmp_path / "narrow.pth")
-    assert all("outside the training labels: Valence" in row["warning"] for row in read_csv(tmp_path / "p.csv")[2:])
+    assert all("Valence outside the training labels" in row["warning"] for row in read_csv(tmp_path / "p.csv")[2:])
     del content["known_data"]
     common.save_checkpoint(tmp_path / "unfinished.pth", content)
     text = run_script(*flags, tmp_path / "unfinished.pth").text

@@ -5,6 +5,7 @@
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn.model_selection import GroupKFold, StratifiedKFold
 
 import common
-from evidence import splitting
+from evidence import judging, reporting, splitting
 from readers import file_names, picture_files
 
 OMI = Path(__file__).resolve().parents[2] / "shared" / "data" / "ratings" / "omi"
@@ -259,6 +260,23 @@ def test_similar_pairs_are_the_planted_ones_whatever_the_part_and_unit():
         found = splitting.similar_pairs(scale * features + shift, split)
         assert set(found) == {(3, 60), (9, 75), (61, 89)}
     assert splitting.similar_pairs(features[:12], {"train": np.arange(6), "val": np.arange(6, 12)}) == []
+
+
+def test_similar_pictures_are_counted_and_shown_and_do_not_stop(tmp_path):
+    features = np.random.default_rng(0).normal(size=(40, 64))
+    features[[30, 35]] = features[[2, 4]] + 0.1
+    keys = np.array([f"{i}.jpg" for i in range(40)])
+    split = {"train": np.arange(30), "val": np.arange(30, 40)}
+    pairs = splitting.similar_pairs(features, split)
+    assert sorted(pairs) == [(2, 30), (4, 35)]
+    report = splitting.leakage_report(split, keys, keys, pairs={"similar_pictures": pairs})
+    splitting.check_leakage(report)
+    common.write_json(tmp_path / "leakage_report.json", report)
+    block, *_ = reporting.leakage_blocks(SimpleNamespace(path=lambda name: tmp_path / name))
+    assert "note caution" in block and "2 similar pictures (2.jpg = 30.jpg)" in block
+    text, shown = judging.similar_blocks(pairs, keys, lambda row: np.full((8, 8, 3), row, np.uint8))
+    assert "--group_column" in text and shown.count("<img") == 4 and "pair 2: " in shown
+    assert judging.similar_blocks([], keys, None) == []
 
 
 def leaky_data(n_rows=60):
