@@ -43,7 +43,7 @@ class PartObject:
     trust: float  # of the annotators, 0 to 1
     crowd: bool
     attributes: dict  # as the file has them
-    fields: dict  # all that the file says of it
+    fields: dict = dataclasses.field(compare=False)  # all that the file says of it
 
 
 @dataclasses.dataclass

@@ -627,6 +627,10 @@ def test_a_trained_baseline(bicycles, tmp_path):
     strongest = max(metrics["baselines"], key=metrics["baselines"].get)
     assert metrics["headline"]["baseline"]["name"] == strongest
     assert not any("no input" in doubt for doubt in metrics["doubts"])
+    (folder / "metrics.json").unlink()  # as if it had been killed while it judged
+    run_script("train_detector.py", *flags, "--baseline", "heads", "--resume", folder)
+    resumed = json.loads((folder / "metrics.json").read_text())
+    assert resumed["baselines"] == metrics["baselines"] and resumed["model"] == metrics["model"]
     run_script("train_detector.py", "--mode", "evaluate", "--checkpoint", folder, "--baseline", "heads", "--json",
                folder / "test_coco.json", "--images_dir", bicycles / "images", "--num_workers", 0, "--bootstrap_draws",
                20, "--output_dir", tmp_path / "evaluated")
