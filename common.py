@@ -84,6 +84,14 @@ def shorten_list(items, limit=10):
     return f"{shown} and {hidden} more" if hidden > 0 else shown
 
 
+def rows_by_key(keys):
+    """{key: the rows that have it}, in the order of the first rows."""
+    rows_of = {}
+    for row, key in enumerate(keys):
+        rows_of.setdefault(key, []).append(row)
+    return rows_of
+
+
 # ---------------------------------------------------------------------------
 # Arguments and config
 # ---------------------------------------------------------------------------

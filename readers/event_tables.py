@@ -287,7 +287,7 @@ def read_manifest_file(path, root, asked, need_labels, notes):
     asked: the columns of paths and labels that flags name, or None. Raises UserError that names what is missing.
     """
     raw = csv_tables.read_table(path)
-    notes += [f"{Path(path).name}: {note}" for note in raw.attrs["notes"]]
+    notes += [f"{path.name}: {note}" for note in raw.attrs["notes"]]
     if not any(asked) and csv_tables.find_column(raw, [*PATH_COLUMNS, *LABEL_COLUMNS]) is None:
         listed = headless_list(raw, root, notes)
         raw = below_header(raw) if listed is None else listed
@@ -296,7 +296,7 @@ def read_manifest_file(path, root, asked, need_labels, notes):
     source = csv_tables.find_column(table.columns, PATH_COLUMNS, asked[0], f"{where} --path_column")
     label = csv_tables.find_column(table.columns, LABEL_COLUMNS, asked[1], f"{where} --label_column")
     if label is None and need_labels:
-        events = per_frame_events(table, Path(path), source, notes)
+        events = per_frame_events(table, path, source, notes)
         if events is not None:
             return events, "path", "label"
     if source is None or (label is None and need_labels):
@@ -308,23 +308,24 @@ def read_manifest_file(path, root, asked, need_labels, notes):
     return table, source, label
 
 
-def read_manifest(part, path, video_root, min_event_sec, need_labels, asked, time_unit, notes):
-    """One manifest file, or folder of class folders or of label tables -> (rows of describe_rows with label, DataFrame
-    of the other columns). Raises UserError without a column of paths."""
-    import pandas as pd
+def manifest_files(path):
+    """The label tables of a folder that holds them and no folders; else the manifest, or folder of class folders, itself.
+    """
     path = Path(path)
-    root = video_root or (path if path.is_dir() else path.parent)
-    label_tables = sorted(path.glob("*.csv")) if path.is_dir() else []
-    source, label = "path", "label"
-    if label_tables and not any(inside.is_dir() for inside in path.iterdir()):
-        tables = []
-        for file in label_tables:
-            table, *own_names = read_manifest_file(file, root, asked, need_labels, notes)
-            tables.append(table.rename(columns=dict(zip(own_names, (source, label)))))
-        table = pd.concat(tables).fillna("")
-    elif path.is_dir():
-        table = folder_table(path, notes)
+    inside = list(path.iterdir()) if path.is_dir() else []
+    if any(each.is_dir() for each in inside):
+        return [path]
+    return sorted(each for each in inside if each.suffix == ".csv") or [path]
+
+
+def read_manifest(part, path, video_root, min_event_sec, need_labels, asked, time_unit, notes):
+    """One manifest file, or folder of class folders -> (rows of describe_rows with label, DataFrame of the other columns).
+    Raises UserError without a column of paths."""
+    if path.is_dir():
+        root = video_root or path
+        table, source, label = folder_table(path, notes), "path", "label"
     else:
+        root = video_root or path.parent
         table, source, label = read_manifest_file(path, root, asked, need_labels, notes)
     written = table[source]
     if "video_filename" in table:
@@ -392,8 +393,8 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
     notes = []
     asked = (path_column, label_column)
     found = [
-        read_manifest(part, path, video_root, min_event_sec, need_labels, asked, time_unit, notes)
-        for part, path in manifests.items()]
+        read_manifest(part, file, video_root, min_event_sec, need_labels, asked, time_unit, notes)
+        for part, path in manifests.items() for file in manifest_files(path)]
     rows, extra = [pd.concat(tables, ignore_index=True) for tables in zip(*found)]
     extra = extra.fillna("")
     where = f"{common.shorten_list(manifests.values())} has no column for --group_column"
@@ -517,17 +518,9 @@ def with_own_columns(extra, places):
     return extra
 
 
-def rows_by_key(*keys):
-    """Lists of the rows whose keys, arrays of (N,), are all equal, in the order of their first rows."""
-    rows_of = collections.defaultdict(list)
-    for row, key in enumerate(zip(*keys)):
-        rows_of[key].append(row)
-    return list(rows_of.values())
-
-
 def merge_repeats(table):
     """Rows of one part with the same clip, event and label become one that counts them; then clip_ids are unique."""
-    same = rows_by_key(table.clip_ids, table.parts, table.events, table.label)
+    same = common.rows_by_key(zip(table.clip_ids, table.parts, table.events, table.label)).values()
     kept = table.take([rows[0] for rows in same])
     kept.repeats = np.array([len(rows) for rows in same], np.int64)
     kept.clip_ids = unique_ids(kept)

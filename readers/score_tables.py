@@ -106,7 +106,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
 
 def merge_raters(table):
     """Rows of one sequence: equal scores without a rater column are repeats, others are raters and are averaged."""
-    rows_of = event_tables.rows_by_key(table.clip_ids)
+    rows_of = common.rows_by_key(table.clip_ids).values()
     has_raters = any(name in table.extra for name in RATER_COLUMNS)
     repeats = []
     ratings = []  # of each sequence (raters, R)

@@ -178,7 +178,7 @@ class _Video:
                 yield self._since_start(frame.time), functools.partial(self._pixels, frame)
 
     def rising_frames(self, step_sec):
-        """frames() without the damaged ones, which `damaged` keeps the times of, each later than the one before it.
+        """The good ones of frames(), each later than the one before it; the times of the others go to `damaged`.
 
         A stamp that does not exceed the one before (AVI with B-frames has such, NaN too) becomes that one and step_sec,
         and the file is_exact no more.
@@ -557,10 +557,7 @@ class ClipStore(pixel_cache.PixelStore):
         self.short_side = short_side
         self.pixel_range = pixel_range or choose_pixel_range(self.sources)
         self._infos = {}  # of the files that were decoded
-        rows_of = {}
-        for row, path in enumerate(self.sources):
-            rows_of.setdefault(path, []).append(row)
-        self.load_all(list(rows_of.values()), cache)
+        self.load_all(list(common.rows_by_key(self.sources).values()), cache)
 
     def part(self, row, start, stop):
         """Grid frames start to stop of a row (T, H, W, 3); without a cache no others are read."""
