@@ -556,7 +556,8 @@ class ClipStore(pixel_cache.PixelStore):
         self.jitter_sec = jitter_sec
         self.short_side = short_side
         self.pixel_range = pixel_range or choose_pixel_range(self.sources)
-        self._infos = {}  # of the files that were decoded
+        self._headers = {}  # VideoInfo of the files that can be opened
+        self._infos = {}  # of those that were decoded
         self.load_all(list(common.rows_by_key(self.sources).values()), cache)
 
     def part(self, row, start, stop):
@@ -589,8 +590,9 @@ class ClipStore(pixel_cache.PixelStore):
         return np.stack([frames[index] for index in indices])
 
     def estimate(self, rows):
+        path = self.sources[rows[0]]
         with contextlib.suppress(common.UserError, OSError):
-            info = _header(self.sources[rows[0]], self.fps)
+            info = self._headers[path] = _header(path, self.fps)
             n_frames = sum(len(self._plan(row, info).indices) for row in rows)
             return 3 * n_frames * math.prod(picture_files.scaled_size(info.width, info.height, self.short_side))
         return 0
@@ -606,7 +608,7 @@ class ClipStore(pixel_cache.PixelStore):
 
     def _read(self, path, rows):
         """(VideoInfo, GridFrames of each row), in one pass where the header tells the truth, else in two."""
-        header = _header(path, self.fps)
+        header = self._headers.pop(path, None) or _header(path, self.fps)
         info, grids = self._fill(path, [self._plan(row, header) for row in rows])
         planned = [grid.plan.indices for grid in grids]
         plans = [self._plan(row, info) for row in rows]
