@@ -4,6 +4,7 @@
 
 The films are written with PyAV from drawn pictures; these, their numbers and the stamps that were given are the judges.
 """
+import errno
 import functools
 import hashlib
 import math
@@ -756,6 +757,15 @@ def test_a_cache_that_is_emptied_during_the_run_does_not_stop_it(mixed):
     for path in cache_files():
         path.unlink()
     assert all(np.array_equal(store[i], reference[i]) for i in range(5))
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(films, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(common.CannotSave, match=r"no space to write .*: \d+ bytes needed, \d+ free"):
+        open_store([films["mjpeg.avi"]], [WHOLE], cache="disk")
+    assert not cache_files()
 
 
 def test_another_window_or_file_makes_another_cache_file(mixed):
