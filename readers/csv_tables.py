@@ -150,10 +150,10 @@ def _clean_cells(values):
 def read_table(path):
     """CSV table -> DataFrame of str cells, '' where blank, NA or NaN; its index holds the line numbers in the file.
 
-    Comma, semicolon, tab or blanks; BOM; .gz; CRLF; Excel's sep= line, title lines, rows quoted as one field and rows
-    without their last blank cells; # comments above the header; R's row names. Without a header the column of files is `path`, the others column_2
-    and so on. attrs: delimiter, notes. Raises UserError: no such file, binary, empty, rows wider than the header,
-    repeated column names.
+    Comma, semicolon, tab or blanks; BOM; .gz; CRLF; Excel's sep= line, titles and # comments above the header, rows
+    quoted as one field and rows without their last blank cells; R's row names. Without a header the column of files is
+    `path`, the others column_2 and so on. attrs: delimiter, notes. Raises UserError: no such file, binary, empty, rows
+    wider than the header, repeated column names.
     """
     import pandas as pd
     text = _table_text(path)
@@ -163,14 +163,17 @@ def read_table(path):
     rows = _parse(path, text, delimiter)
     n_titles, header, _ = _read_head(rows, delimiter)
     rows = rows[n_titles:]
-    notes = [f"{n_titles} line(s) above the header were skipped"] * bool(n_titles)
+    notes = []
+    if n_titles:
+        notes.append(f"{n_titles} line(s) above the header were skipped")
     is_file = list(map(_names_file, header))
     if sum(is_file) == 1:
         notes.append("the first line holds a file name and is no header: the columns are path, column_2, ...")
         header = ["path" if own else f"column_{i}" for i, own in enumerate(is_file, start=1)]
     elif rows:
         _, first = rows.pop(0)
-        notes += ["the quoted header line was parsed again"] * (len(first) != len(header))
+        if len(first) != len(header):
+            notes.append("the quoted header line was parsed again")
     if not rows:
         raise common.UserError(
             f"{path}: expected a header and rows, found {len(header) and 1} line(s) with content. Check the file.")
@@ -191,8 +194,7 @@ def read_table(path):
     lines, cells = zip(*rows)
     columns = dict(zip(names, map(_clean_cells, zip(*cells))))
     table = pd.DataFrame(columns, index=pd.Index(lines), dtype=object)
-    table.attrs["delimiter"] = delimiter
-    table.attrs["notes"] = notes
+    table.attrs.update(delimiter=delimiter, notes=notes)
     return table
 
 
