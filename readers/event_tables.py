@@ -1,4 +1,4 @@
-"""Manifests of events, BORIS exports and label tables -> one EventTable: a row a clip, with file, window, label, groups.
+"""Manifests of events, BORIS exports, label tables -> one EventTable: a row a clip, with file, window, label, groups.
 
 Letters: N rows, C classes. Units: seconds from the start of a file.
 """
@@ -309,8 +309,7 @@ def read_manifest_file(path, root, asked, need_labels, notes):
 
 
 def manifest_files(path):
-    """The label tables of a folder that holds them and no folders; else the manifest, or folder of class folders, itself.
-    """
+    """The label tables of a folder that holds no folders; else the manifest, or the folder of class folders, itself."""
     path = Path(path)
     inside = list(path.iterdir()) if path.is_dir() else []
     if any(each.is_dir() for each in inside):
@@ -319,8 +318,10 @@ def manifest_files(path):
 
 
 def read_manifest(part, path, video_root, min_event_sec, need_labels, asked, time_unit, notes):
-    """One manifest file, or folder of class folders -> (rows of describe_rows with label, DataFrame of the other columns).
-    Raises UserError without a column of paths."""
+    """One manifest file or folder of class folders -> (rows of describe_rows with label, DataFrame of other columns).
+
+    Raises UserError without a column of paths.
+    """
     if path.is_dir():
         root = video_root or path
         table, source, label = folder_table(path, notes), "path", "label"
@@ -370,8 +371,8 @@ def own_times(rows, extra, notes):
             continue  # of each file alone
         if abs(total - sum(lengths)) > 0.02 * total:
             raise common.UserError(
-                f"observation {name}: total length {total:g} s, but its files with events have {sum(lengths):g} s, so it "
-                "is unknown where each begins. Export every file as an observation of its own")
+                f"observation {name}: total length {total:g} s, but its files with events have {sum(lengths):g} s, so "
+                "it is unknown where each begins. Export every file as an observation of its own")
         begins = dict(zip(files, np.cumsum([0, *lengths])))
         rows.loc[own.index, ["start", "end"]] -= own["source"].map(begins).to_numpy()[:, None]
         notes.append(f"observation {name}: times count over {len(files)} files and were made times of each")

@@ -22,7 +22,8 @@ TIME_COLUMN = re.compile(
     "(?:(?P<sec>s|secs?|seconds?|ssmsec|hhmmss(?:ms)?)|(?P<ms>ms|msecs?|milliseconds?)|(?P<min>mins?|minutes?)|"
     "(?P<frame>frames?|index))?")
 TIME_WORDS = set("start begin beginning onset stop end offset time times timestamp timecode frame t s sec seconds ms "
-                 "event video clip recording relative absolute sf f hms hmsf from to in out till until t0 t1 t2".split())
+                 "event video clip recording relative absolute sf f hms hmsf from to in out till until t0 t1 "
+                 "t2".split())
 CLOCK = re.compile(r"(?:.*[ t])?(\d+):(\d{1,2})(?::(\d{1,2}(?:[.,]\d*)?))?\s*(?:([ap])\.?m\.?)?")
 
 

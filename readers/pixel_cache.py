@@ -174,7 +174,7 @@ class PixelStore:
 def frames_on_disk(folder, shape):
     """uint8 frames of `shape` (G, H, W, 3), mapped from a temporary .npy file; write_cache_file gives it its own name.
 
-    Its room is reserved first, so that a full disk is CannotSave here: in the middle of a mapped file it would be a crash.
+    Its room is reserved first, so that a full disk is CannotSave here: within a mapped file it would be a crash.
     """
     path = folder / f".{uuid.uuid4()}.tmp"
     with common.explained_write_errors(folder, math.prod(shape)):

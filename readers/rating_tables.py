@@ -382,8 +382,9 @@ def _merge_duplicates(ratings, source, duplicates):
     counted = f"{len(examples)} images stand in {is_repeated.sum()} rows: {common.shorten_list(examples, 3)}"
     if duplicates != "mean":
         raise common.UserError(
-            f"{source} lists images twice: {counted}. Are these single ratings? Name who rated, --rater_column, or what "
-            "was asked, --attribute_column, or say --duplicates ratings. Else delete rows, or average: --duplicates mean.")
+            f"{source} lists images twice: {counted}. Are these single ratings? Name who rated, --rater_column, or "
+            "what was asked, --attribute_column, or say --duplicates ratings. Else delete rows, or average: "
+            "--duplicates mean.")
 
     def merged(values, how, **options):
         if values is None:

@@ -94,7 +94,8 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     group = csv_tables.find_column(extra.columns, GROUP_COLUMNS, group_column, f"{where} --group_column")
     if source is None:
         raise common.UserError(
-            f"{path}: no column of folders; name it with --path_column (found: {common.shorten_list(extra.columns, 40)})")
+            f"{path}: no column of folders; name it with --path_column "
+            f"(found: {common.shorten_list(extra.columns, 40)})")
     rows = event_tables.describe_rows(extra, path, root or Path(path).parent, extra[source])
     rows["source"], notes = event_tables.find_sources(rows, root is None, max_missing, need_files, exact_names)
     rows["reason"] = np.where(np.isnan(target).all(axis=1) & need_labels, "no score", "")

@@ -98,8 +98,8 @@ def _constant_rate(path, fps, n_frames, size, header_frames, first_sec=0.0):
 class _Video:
     """One open file: what its header says, then frames() from the start or a seek. BadVideo: no pictures in it.
 
-    is_exact: the file says when each frame is shown. start_sec: the stamp at which the file starts; where it has no such
-    stamps, None until the first frame, shown at first_sec, is decoded.
+    is_exact: the file says when each frame is shown. start_sec: the stamp at which the file starts; where it has no
+    such stamps, None until the first frame, shown at first_sec, is decoded.
     """
 
     def __init__(self, path):
@@ -133,8 +133,7 @@ class _Video:
                 self.start_sec = begin_sec
 
     def guess(self):
-        """VideoInfo as the header has it, constant rate and every frame there: for planning, before the pass that tells.
-        """
+        """VideoInfo as the header has it, constant rate and every frame there: to plan before the pass that tells."""
         stream = self.stream
         fps = float(stream.guessed_rate or stream.average_rate or 0)
         if not 0.01 <= fps <= 1000:
