@@ -114,10 +114,10 @@ class NameIndex:
     def __init__(self, files, suffixes):
         self.files = set(files)
         self.suffixes = suffixes
-        self.by_stem = collections.defaultdict(list)
+        self.by_tail = collections.defaultdict(list)
         for file in files:
-            parts, suffix = self._split(file)
-            self.by_stem[loose_stem(parts[0])].append((file, parts, suffix))
+            for tail in self._tails(file):
+                self.by_tail[tail].append(file)
 
     def find(self, name):
         """The Fit of a clean name: the exact path, else the files that have most folders before their name in common.
@@ -127,20 +127,22 @@ class NameIndex:
         """
         if name in self.files:
             return Fit([name], name.count("/"))
+        tail = next((tail for tail in self._tails(name) if tail in self.by_tail), None)
+        if tail is None:
+            decoded = urllib.parse.unquote(name)
+            return Fit([]) if decoded == name else dataclasses.replace(self.find(decoded), agrees=False)
+        is_loose = isinstance(tail, str)
         parts, suffix = self._split(name)
         scores = {}
-        for file, file_parts, file_suffix in self.by_stem[loose_stem(parts[0])]:
-            either_case = [list(map(str.casefold, path)) for path in (parts, file_parts)]
-            n_common = len(os.path.commonprefix(either_case))
-            agrees = n_common == min(map(len, either_case))
+        for file in self.by_tail[tail]:
+            file_parts, file_suffix = self._split(file)
+            agrees = not is_loose and len(tail) in (len(parts), len(file_parts))
             same_suffix = (suffix.lower() == file_suffix.lower()) + (suffix == file_suffix)
             same_case = sum(map(str.__eq__, parts, file_parts))
-            scores[file] = n_common - 1, agrees, same_suffix, len(parts) == len(file_parts), same_case
-        if scores:
-            best = max(scores.values())
-            return Fit([file for file, score in scores.items() if score == best], *best[:2])
-        decoded = urllib.parse.unquote(name)
-        return Fit([]) if decoded == name else dataclasses.replace(self.find(decoded), agrees=False)
+            scores[file] = agrees, same_suffix, len(parts) == len(file_parts), same_case
+        best = max(scores.values())
+        n_folders = 0 if is_loose else len(tail) - 1
+        return Fit([file for file, score in scores.items() if score == best], n_folders, agrees=best[0])
 
     def match(self, names, exact=False):
         """Clean names -> {name: Fit}; a file that does not agree counts only where it is unique on both sides.
@@ -167,6 +169,13 @@ class NameIndex:
         if suffix.lower() not in self.suffixes:
             stem, suffix = name, ""
         return stem.split("/")[::-1], suffix
+
+    def _tails(self, name):
+        """Keys of a path, the most telling first: all of it, without its first folder, ..., its base name; loose_stem."""
+        parts, _ = self._split(name)
+        keys = list(map(str.casefold, parts))
+        tails = [tuple(keys[:n]) for n in range(len(keys), 0, -1)]
+        return [*tails, loose_stem(parts[0])]
 
 
 def loose_stem(stem):
