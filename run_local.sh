@@ -129,7 +129,7 @@ find_table() {  # the table in the ratings folder: the published name, or the on
 }
 
 verify() {
-    "$python" "$here/verify_setup.py" --quick --task "$task" "$@"
+    "$python" "$here/verify_setup.py" --task "$task" "$@"
 }
 
 has_flag() {  # "NAME NAME ..." FLAGS...: is one of them given, written with - or _?

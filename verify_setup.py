@@ -1,15 +1,17 @@
-"""Check that this machine and these data are ready. One row per check: OK, WARN, FAIL or SKIP, then what to do.
+"""Check that this machine and these data are ready. One row per check: OK, WARN or FAIL, then what to do.
 
-    python verify_setup.py
-    python verify_setup.py --quick --task assessor --images_dir ./images --ratings_file ./ratings/table.csv
-    python verify_setup.py --quick --task detector --images_dir ./images --json annotations.json
-    python verify_setup.py --quick --task video --manifest events.csv --video_root videos
-    python verify_setup.py --quick --task dreamer --data_dir data/processed --patient_map patients.json
+    python verify_setup.py                                           # this machine, in seconds
+    python verify_setup.py --task assessor --images_dir ./images --ratings_file ./ratings/table.csv
+    python verify_setup.py --task detector --images_dir ./images --json annotations.json
+    python verify_setup.py --task video --manifest events.csv --video_root videos
+    python verify_setup.py --task dreamer --data_dir data/processed --patient_map patients.json
+    python verify_setup.py --full                                    # minutes: also tries every train script
     python verify_setup.py --download_weights resnet50 vit_b_16      # on a machine with internet
 
-With --task video, detector or dreamer further flags name the data: those of the train script's --mode audit. Without
-any, the data are those in ./sample_data, else temporary sample data; for the assessor first ./images with the table in
-./ratings. Writes only to a temporary folder and, with --download_weights, to the weights cache.
+With --task video, detector or dreamer further flags name the data: those of the train script's --mode audit. For the
+assessor, ./images with the table in ./ratings need no flag. Where no data are named, --full checks those in
+./sample_data, else temporary sample data. Writes only to a temporary folder and, with --download_weights, to the
+weights cache.
 Exit code 1 if any row says FAIL, else 0. Packages are imported where used, so the table appears without torch too.
 """
 import argparse
@@ -33,6 +35,7 @@ HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements.txt"
 TASKS = ("assessor", "video", "detector", "dreamer")
 PUBLISHED_TABLE = "per_image_Slider_mean_sd_from_wide.csv"
+QUICK_PICTURES = 300  # decoded without --full
 SAMPLE_IMAGES = Path("assessor/images")
 SAMPLE_TABLE = Path("assessor/ratings") / PUBLISHED_TABLE
 # Flags that name the data of an audit and of a dry run; paths are relative to the folder of make_sample_data.py.
@@ -201,7 +204,7 @@ def check_model(tasks):
     shape = tuple(backbone.eval()(torch.zeros(1, 3, 224, 224)).shape)
     yield Check("OK", "model", f"resnet18 returns features of shape {shape}")
     missing = [name for name in weights_of(tasks) if not backbones.cached_weights_file(name)[0].exists()]
-    yield warn_if_any("weights not cached", missing, "downloaded at first use; without internet, first run on a "
+    yield listing("WARN", "weights not cached", missing, "downloaded at first use; without internet, first run on a "
                       "machine with it: python verify_setup.py --download_weights NAME")
 
 
@@ -234,12 +237,13 @@ def download_weights(names):
 # --- the data ------------------------------------------------------------------
 
 def run_script(script, *flags, folder=None):
-    """Run a script of this repository in a folder. Raises UserError with the end of its complaint where it fails."""
+    """Run a script of this repository in a folder; returns the process. UserError with its complaint where it fails."""
     import common
     command = [sys.executable, HERE / script, *flags]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
     if result.returncode:
         raise common.UserError(f"{script} ended with exit code {result.returncode}: {result.stderr.strip()[-1000:]}")
+    return result
 
 
 @functools.cache
@@ -252,8 +256,8 @@ def find_sample(task, temporary):
     return folder
 
 
-def find_assessor_data(args, temporary):
-    """(images folder, ratings table): the flags, else ./images with the table in ./ratings, else sample data."""
+def find_assessor_data(args):
+    """(images folder, ratings table): the flags, else ./images with the table in ./ratings, else None."""
     import common
     if bool(args.images_dir) != bool(args.ratings_file):
         raise common.UserError(f"--images_dir needs --ratings_file; found {args.images_dir or args.ratings_file} alone")
@@ -264,26 +268,25 @@ def find_assessor_data(args, temporary):
     if len(tables) > 1:
         raise common.UserError(
             f"{len(tables)} tables in ./ratings: {common.shorten_list(tables)}; name one with --ratings_file")
-    if tables:
-        return Path("images"), tables[0]
-    sample = find_sample("assessor", temporary)
-    return sample / SAMPLE_IMAGES, sample / SAMPLE_TABLE
+    return (Path("images"), tables[0]) if tables else None
 
 
 def check_assessor(args, temporary):
     """Audit of a ratings table and its images: rows without image, images without row."""
     import common
     from readers import file_names
-    images_dir, path = find_assessor_data(args, temporary)
+    named = find_assessor_data(args)
+    images_dir, path = named or [find_sample("assessor", temporary) / part for part in (SAMPLE_IMAGES, SAMPLE_TABLE)]
     yield Check("OK", "data", f"{images_dir}, {path}")
     ratings = yield from check_table(path, args)
-    paths, without_row, _ = file_names.match_images(ratings.images, images_dir)
+    paths, without_row, notes = file_names.match_images(ratings.images, images_dir)
+    yield from (Check("OK", "note", note) for note in notes)
     without_file = [name for name, image in zip(ratings.images, paths) if image is None]
     for what, names in (("rows without image", without_file), ("images without row", without_row)):
-        yield warn_if_any(what, names, "they will be skipped")
+        yield listing("WARN", what, names, "they will be skipped")
     if len(without_file) == len(paths):
         raise common.UserError(f"no row of {path} has an image in {images_dir}; check --image_column")
-    yield from check_images([image for image in paths if image is not None])
+    yield from check_images([image for image in paths if image is not None], args.full)
 
 
 def check_table(path, args):
@@ -295,32 +298,34 @@ def check_table(path, args):
     also = " and ".join(name for name in ("sd", "n") if getattr(ratings, name) is not None) or "neither sd nor n"
     yield Check("OK", "ratings", f"{len(ratings.images)} images; {len(ratings.names)} ratings with {also}, means "
                 f"{np.nanmin(ratings.mean):g} to {np.nanmax(ratings.mean):g}: {', '.join(ratings.names)}")
-    for note in ratings.notes:
-        yield Check("OK", "note", note)
+    yield from (Check("OK", "note", note) for note in ratings.notes)
     counts = np.isnan(ratings.mean).sum(axis=0)
     gaps = [f"{name} lacks {count} of {len(ratings.images)}" for name, count in zip(ratings.names, counts) if count]
-    yield warn_if_any("missing cells", gaps, "the loss ignores them")
+    yield listing("WARN", "missing cells", gaps, "the loss ignores them")
     return ratings
 
 
-def check_images(paths):
-    """Decode every picture: the speed, unreadable ones by name and reason, identical ones."""
+def check_images(paths, is_full):
+    """Decode the pictures, some of many unless is_full: the speed, unreadable ones by reason, identical ones."""
     from readers import picture_files
     start = time.perf_counter()
-    audits = picture_files.ImageStore(paths, 256, cache="none").audit
+    step = 1 if is_full else math.ceil(len(paths) / QUICK_PICTURES)
+    audits = picture_files.ImageStore(paths[::step], 256, cache="none").audit
     speed = len(audits) / (time.perf_counter() - start)
-    yield Check("OK", "loading", f"{len(audits)} pictures to a short side of 256 px: {speed:.0f} a second")
+    yield Check("OK", "loading", f"{len(audits)} of {len(paths)} pictures{'' if step == 1 else ' (--full: all)'} to a "
+                f"short side of 256 px: {speed:.0f} a second")
     bad = [f"{audit.path}: {audit.error}" for audit in audits if audit.error]
-    yield fail_if_any("unreadable images", bad, len(audits), "fix or remove them, or train with --on_bad_file skip")
+    yield listing("FAIL", "unreadable images", bad, "fix or remove them, or train with --on_bad_file skip",
+                  f"{len(bad)} of {len(audits)}")
     same = collections.defaultdict(list)
     for audit in audits:
         same[audit.pixel_sha or audit.path].append(Path(audit.path).name)
     twins = [" = ".join(names) for names in same.values() if len(names) > 1]
-    yield warn_if_any("identical images", twins, "a split between them would leak: keep one of each")
+    yield listing("WARN", "identical images", twins, "a split between them would leak: keep one of each")
 
 
 def audit_by_script(task, flags, temporary, output_flag="--output"):
-    """A row that names the data, then --mode audit of the train script, which knows its formats; returns its JSON.
+    """A row that names the data, --mode audit of the train script, which knows its formats, its notes; returns its JSON.
 
     flags: where the data are; none for sample data. Raises UserError with what could not be read.
     """
@@ -329,7 +334,10 @@ def audit_by_script(task, flags, temporary, output_flag="--output"):
     flags = [str(flag) for flag in flags or AUDIT_FLAGS[task].split()]
     yield Check("OK", "data", f"{'' if folder is None else f'in {folder}: '}{' '.join(flags)}")
     output = Path(temporary) / f"audit_{task}"
-    run_script(f"train_{task}.py", "--mode", "audit", output_flag, output, *flags, folder=folder)
+    done = run_script(f"train_{task}.py", "--mode", "audit", output_flag, output, *flags, folder=folder)
+    for line in done.stdout.splitlines():
+        if line.startswith("note: "):
+            yield Check("OK", "note", line.removeprefix("note: "))
     return common.read_json(next(output.glob("run_*/audit.json"), output))
 
 
@@ -349,10 +357,8 @@ def check_detector(args, temporary):
     parts = audit["parts"]
     totals = [f"{sum(row[name] for row in parts)} {name}" for name in parts[0] if name != "part"]
     yield Check("OK", "annotations", f"{audit['pictures']} pictures, {len(parts)} parts; {', '.join(totals)}")
-    for note in audit["notes"]:
-        yield Check("OK", "note", note)
     skipped = [": ".join(each.values()) for each in audit["skipped"]]
-    yield warn_if_any("skipped", skipped, "they are left out of training and listed in skipped.csv of the run")
+    yield listing("WARN", "skipped", skipped, "they are left out of training and listed in skipped.csv of the run")
     copies = audit["copies"]
     yield Check("WARN" if copies["exact_duplicates"] else "OK", "identical images",
                 f"{copies['exact_duplicates']}, and {copies['near_duplicates']} near duplicates")
@@ -369,12 +375,12 @@ def check_video(args, temporary):
     yield Check("OK", "clips", f"{part['rows']} of {part['videos']} videos, {part['events']} events, {groups} groups; "
                 f"{classes}; read in {time.perf_counter() - start:.0f} s")
     bad = [f"{path}: {error}" for path, error in report["unreadable"].items()]
-    yield fail_if_any("unreadable videos", bad, part["videos"],
-                      "fix or remove them, or train with a larger --max_missing")
+    yield listing("FAIL", "unreadable videos", bad, "fix or remove them, or train with a larger --max_missing",
+                  f"{len(bad)} of {part['videos']}")
     damaged = [f"{path}: {damage}" for path, damage in report["damaged"].items()]
-    yield warn_if_any("damaged videos", damaged, "copy them again; a damaged file stays so, and its rows are used")
+    yield listing("WARN", "damaged videos", damaged, "copy them again; a damaged file stays so, and its rows are used")
     skipped = [f"{row['row']} ({row['reason']})" for row in report["skipped"]]
-    yield warn_if_any("rows left out", skipped, "correct them in the manifest")
+    yield listing("WARN", "rows left out", skipped, "correct them in the manifest")
     [within] = report["within"].values()
     problems = (
         ("windows past the end", report["windows_past_the_end"]["past"], "correct their offsets"),
@@ -382,22 +388,16 @@ def check_video(args, temporary):
         ("overlapping windows", within["overlapping_windows"], "split by video or group"),
         ("events of two labels", part["events_with_two_labels"], "one of the labels is wrong"))
     for what, found, remedy in problems:
-        yield warn_if_any(what, found["examples"], remedy, found["count"])
+        yield listing("WARN", what, found["examples"], remedy, found["count"])
 
 
-def warn_if_any(what, examples, remedy, count=None):
-    """WARN with the number and the first of the examples, OK where there are none; count: where they are not all."""
+def listing(status, what, examples, remedy, count=None):
+    """A row of this status with the count and the first of the examples (FAIL: all), OK where there are none."""
     import common
     if not examples:
         return Check("OK", what, "none")
-    return Check("WARN", what, f"{count or len(examples)}: {common.shorten_list(examples)}", remedy)
-
-
-def fail_if_any(what, faults, n_files, remedy):
-    """FAIL with a line for each fault, OK where there are none."""
-    if not faults:
-        return Check("OK", what, "none")
-    return Check("FAIL", what, "\n".join([f"{len(faults)} of {n_files}", *faults]), remedy)
+    shown = "\n".join(["", *examples]) if status == "FAIL" else f" {common.shorten_list(examples)}"
+    return Check(status, what, f"{count or len(examples)}:{shown}", remedy)
 
 
 def check_dry_run(task, temporary):
@@ -411,21 +411,25 @@ def check_dry_run(task, temporary):
 AUDITS = {"assessor": check_assessor, "video": check_video, "detector": check_detector, "dreamer": check_dreamer}
 
 
+def check_data(task, args, temporary):
+    """The audit of the data that are named, with --full else of sample data."""
+    is_named = find_assessor_data(args) if task == "assessor" else args.audit_flags or args.images_dir
+    if is_named or args.full:
+        yield from AUDITS[task](args, temporary)
+
+
 # --- the table -----------------------------------------------------------------
 
 def parse_args(argv=None):
     """Command line; dashes within a flag are read as underscores. audit_flags: words for the audit of the task."""
-    words = []
-    for word in sys.argv[1:] if argv is None else argv:
-        flag, equals, value = word.partition("=")
-        if word.startswith("--"):
-            flag = re.sub(r"(?<=\w)-", "_", flag)
-        words.append(flag + equals + value)
+    given = sys.argv[1:] if argv is None else argv
+    words = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in given]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     add = parser.add_argument
     add("--task", choices=(*TASKS, "all"), default="all", help="whose data, dry run and weights are checked")
-    add("--quick", action="store_true", help="skip the dry runs: seconds instead of minutes")
+    add("--full", action="store_true", help="decode all pictures, check sample data where none are named, and run each "
+                                            "train script on them: minutes instead of seconds")
     add("--images_dir", type=Path, help="assessor, detector: folder of images (assessor: default ./images)")
     add("--ratings_file", type=Path, help="assessor: ratings table (default: the one in ./ratings)")
     add("--image_column", help="assessor: column of the image names, where it is not recognised")
@@ -460,15 +464,15 @@ def run_check(name, rows):
 
 
 def machine_and_task_checks(args, tasks, temporary):
-    """(name, rows) of the machine, then of the data and the dry run of each task; skipped checks are named."""
+    """(name, rows) of the machine, then of the data and, with --full, the dry run of each task."""
     yield "processor", check_processor()
     yield "GPU", check_gpu()
     yield "disk", check_space(args.output_dir)
     yield "model", check_model(tasks)
     for task in tasks:
-        yield f"data of {task}", AUDITS[task](args, temporary)
-        left_out = [Check("SKIP", f"dry run {task}", "skipped by --quick")]
-        yield f"dry run {task}", left_out if args.quick else check_dry_run(task, temporary)
+        yield f"data of {task}", check_data(task, args, temporary)
+        if args.full:
+            yield f"dry run {task}", check_dry_run(task, temporary)
 
 
 def main(argv=None):
@@ -485,7 +489,9 @@ def main(argv=None):
             checks = [("--download_weights", download_weights(args.download_weights or weights_of(tasks)))]
         for name, rows in checks:
             statuses += run_check(name, rows)
-    print(", ".join(f"{statuses.count(status)} {status}" for status in ("OK", "WARN", "FAIL", "SKIP")))
+    print(", ".join(f"{statuses.count(status)} {status}" for status in ("OK", "WARN", "FAIL")))
+    if not args.full:
+        print("--full also checks sample data and tries every train script; it takes minutes")
     return int("FAIL" in statuses)
 
 

@@ -113,7 +113,7 @@ def test_own_data_in_the_current_folder(repo, tmp_path, tables, chosen):
     result = run([repo / "run_local.sh"], tmp_path)
     flags = ["--images_dir", "./images", "--ratings_file", f"./ratings/{chosen}"]
     assert calls(result, "train_assessor.py") == [flags], result.stderr
-    assert calls(result, "verify_setup.py") == [["--quick", "--task", "assessor", *flags]], result.stderr
+    assert calls(result, "verify_setup.py") == [["--task", "assessor", *flags]], result.stderr
     assert not calls(result, "make_sample_data.py")
 
 
@@ -137,7 +137,7 @@ def test_named_data_pass_through(repo, tmp_path, flags):
     set_verify(repo, code=1)  # a fault of the audit must not stop a script whose own flags may mend it
     result = run([repo / "run_local.sh", *flags], tmp_path)
     assert calls(result, "train_assessor.py") == [flags], result.stderr
-    assert calls(result, "verify_setup.py")[0][3:] == ["--images_dir", "a b", "--ratings_file", "t.csv"]
+    assert calls(result, "verify_setup.py")[0][2:] == ["--images_dir", "a b", "--ratings_file", "t.csv"]
 
 
 def test_config_switches_the_search_off(repo, tmp_path):
@@ -156,7 +156,7 @@ def test_first_argument_names_another_script(repo, tmp_path):
     flags = ["--manifest=a b.csv", "--video-root", "v", "--task", "regress"]
     result = run([repo / "run_local.sh", "train_video.py", *flags], tmp_path)
     assert calls(result, "train_video.py") == [flags], result.stderr
-    assert calls(result, "verify_setup.py") == [["--quick", "--task", "video", "--manifest", "a b.csv", "--video_root",
+    assert calls(result, "verify_setup.py") == [["--task", "video", "--manifest", "a b.csv", "--video_root",
                                                  "v", "--scores"]]
     missing = run([repo / "run_local.sh", "train_nothing.py"], tmp_path)
     assert missing.returncode == 1 and "train_nothing.py" in missing.stderr and "train_assessor.py" in missing.stderr

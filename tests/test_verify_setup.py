@@ -41,7 +41,7 @@ def install_fake(folder, package, version):
 def audit(images_dir, ratings_file, **flags):
     """{name: Check} of the assessor's data."""
     args = SimpleNamespace(images_dir=images_dir, ratings_file=ratings_file, image_column=None, target_columns=None,
-                           duplicates="error")
+                           duplicates="error", full=False)
     vars(args).update(flags)
     return {check.name: check for check in verify_setup.check_assessor(args, None)}
 
@@ -89,7 +89,7 @@ def test_old_torch_fails_before_anything_is_imported(tmp_path):
 
 def test_cv2_without_system_libraries_names_the_remedy(tmp_path):
     (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
-    result = verify("--quick", cwd=tmp_path, python_path=tmp_path)
+    result = verify(cwd=tmp_path, python_path=tmp_path)
     assert result.returncode == 1, result.stdout
     for words in ("FAIL  import cv2", "libGL.so.1", "libgl1 libglib2.0-0", "opencv-python-headless"):
         assert words in result.stdout, f"{words} not in {result.stdout}"
@@ -238,7 +238,7 @@ def test_repeated_rows_fail_unless_averaged(study, capsys):
     study.rows.append("3.png,9,9")
     write_rows(study)
     data = ["--images_dir", str(study.images), "--ratings_file", str(study.table)]
-    assert verify_setup.main(["--quick", "--task", "assessor", *data]) == 1
+    assert verify_setup.main(["--task", "assessor", *data]) == 1
     printed = capsys.readouterr().out
     assert "FAIL  data of assessor" in printed and "3.png" in printed and "--duplicates mean" in printed, printed
     assert {check.status for check in audit(study.images, study.table, duplicates="mean").values()} == {"OK"}
@@ -249,7 +249,7 @@ def test_repeated_rows_fail_unless_averaged(study, capsys):
 def test_unreadable_table_is_a_fail_row_and_exit_code_1(study, capsys, header, words):
     study.table.write_text(header + "\n0.png,a\n1.png,3\n")
     data = ["--images_dir", str(study.images), "--ratings_file", str(study.table)]
-    assert verify_setup.main(["--quick", "--task", "assessor", *data]) == 1
+    assert verify_setup.main(["--task", "assessor", *data]) == 1
     printed = capsys.readouterr().out
     assert words in printed and "FAIL  data of assessor" in printed, printed
 
@@ -258,25 +258,24 @@ def test_no_image_of_the_table_is_there(study, capsys, monkeypatch):
     study.rows = [f"other{row}" for row in study.rows]
     write_rows(study)
     monkeypatch.chdir(study.folder)
-    assert verify_setup.main(["--quick", "--task", "assessor"]) == 1
+    assert verify_setup.main(["--task", "assessor"]) == 1
     assert "no row of ratings/mine.csv has an image in images" in capsys.readouterr().out
 
 
 def test_data_are_looked_for_in_the_stated_order(study, monkeypatch):
     monkeypatch.chdir(study.folder)
     args = SimpleNamespace(images_dir=None, ratings_file=None)
-    monkeypatch.setattr(verify_setup, "find_sample", lambda task, folder: Path("made") / task)
-    assert str(verify_setup.find_assessor_data(args, "t")[0]).startswith("made"), "no table yet"
+    assert verify_setup.find_assessor_data(args) is None, "no table yet"
     write_rows(study)
-    assert verify_setup.find_assessor_data(args, "t") == (Path("images"), Path("ratings/mine.csv"))
+    assert verify_setup.find_assessor_data(args) == (Path("images"), Path("ratings/mine.csv"))
     (study.table.parent / "second.csv").write_text("")
     with pytest.raises(Exception, match="2 tables in ./ratings.*--ratings_file"):
-        verify_setup.find_assessor_data(args, "t")
+        verify_setup.find_assessor_data(args)
     (study.table.parent / verify_setup.PUBLISHED_TABLE).write_text("")
-    assert verify_setup.find_assessor_data(args, "t")[1].name == verify_setup.PUBLISHED_TABLE
+    assert verify_setup.find_assessor_data(args)[1].name == verify_setup.PUBLISHED_TABLE
     args.images_dir = Path("elsewhere")
     with pytest.raises(Exception, match="elsewhere alone"):
-        verify_setup.find_assessor_data(args, "t")
+        verify_setup.find_assessor_data(args)
 
 
 # --- videos ----------------------------------------------------------------------
@@ -323,7 +322,7 @@ def test_every_fault_of_videos_has_its_row(clips):
 
 def test_a_manifest_that_cannot_be_read_is_a_fail_row(clips, capsys):
     clips.manifest.write_text("clip_number,what\n1,a\n")
-    assert verify_setup.main(["--quick", "--task", "video", "--manifest", str(clips.manifest)]) == 1
+    assert verify_setup.main(["--task", "video", "--manifest", str(clips.manifest)]) == 1
     printed = capsys.readouterr().out
     assert "FAIL  data of video" in printed and "column of paths: none" in printed, printed
 
@@ -336,9 +335,9 @@ def test_dashes_are_accepted_within_flags_only():
 
 
 def test_further_flags_go_to_the_audit_of_the_task_that_is_named(capsys):
-    words = ["--label-map", "a.json", "--quick", "--fps=6", "--output-dir", "o"]
+    words = ["--label-map", "a.json", "--full", "--fps=6", "--output-dir", "o"]
     args = verify_setup.parse_args(["--task", "video", *words])
-    assert args.audit_flags == ["--label_map", "a.json", "--fps=6"] and args.quick and str(args.output_dir) == "o"
+    assert args.audit_flags == ["--label_map", "a.json", "--fps=6"] and args.full and str(args.output_dir) == "o"
     for words in (["--label_map", "a.json"], ["--task", "assessor", "--image_dir", "here"]):
         with pytest.raises(SystemExit) as stopped:
             verify_setup.parse_args(words)
@@ -353,15 +352,33 @@ def test_output_is_ascii_with_the_remedy_under_it(capsys):
 
 def test_the_whole_table_on_made_data(tmp_path):
     """No data here: sample data are made, and the dry runs of all train scripts succeed."""
-    result = verify(cwd=tmp_path, TORCH_HOME=str(tmp_path / "cache"))
+    result = verify("--full", cwd=tmp_path, TORCH_HOME=str(tmp_path / "cache"))
     assert result.returncode == 0, result.stdout + result.stderr
     assert all(f"OK    dry run {task}" in result.stdout for task in verify_setup.TASKS), result.stdout
     assert "weights not cached" in result.stdout and "120 of 24 videos" in result.stdout
     assert list(tmp_path.iterdir()) == [], "something was written where it was called"
 
 
-def test_quick_says_what_it_leaves_out(study, capsys, monkeypatch):
+def test_without_full_nothing_is_made_or_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(verify_setup, "run_script", lambda *_, **__: pytest.fail("a script was started"))
+    assert verify_setup.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "OK    processor" in printed and "OK    model" in printed and "data" not in printed.split("--full")[0]
+    assert printed.splitlines()[-1].startswith("--full also checks sample data and tries every train script")
+
+
+def test_of_many_pictures_some_are_decoded(study, monkeypatch):
     write_rows(study)
-    monkeypatch.chdir(study.folder)
-    assert verify_setup.main(["--quick", "--task", "assessor"]) == 0
-    assert "SKIP  dry run assessor     skipped by --quick" in capsys.readouterr().out
+    monkeypatch.setattr(verify_setup, "QUICK_PICTURES", 5)
+    assert "4 of 12 pictures (--full: all)" in audit(study.images, study.table)["loading"].found
+    assert "12 of 12 pictures to" in audit(study.images, study.table, full=True)["loading"].found
+
+
+def test_what_the_matcher_guesses_is_a_row(study):
+    study.rows = [f"C:\\mine\\0{row.split('.')[0]}.jpg,{row.split(',', 1)[1]}" for row in study.rows]
+    write_rows(study)
+    args = SimpleNamespace(images_dir=study.images, ratings_file=study.table, image_column=None, target_columns=None,
+                           duplicates="error", full=False)
+    notes = [check.found for check in verify_setup.check_assessor(args, None) if check.name == "note"]
+    assert any("12" in note and "--exact_names" in note for note in notes), notes
