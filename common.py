@@ -56,6 +56,7 @@ EXIT_USER = 2
 EXIT_CHECKPOINT = 3
 EXIT_SAVED = 75
 EXIT_INTERRUPT = 130
+OPEN_SCHEDULES = ("none", "plateau", "warm_restarts")  # whose learning rate does not depend on the number of epochs
 
 
 class UserError(Exception):
@@ -179,6 +180,9 @@ def add_run_arguments(parser):
         help="minutes between saves within an epoch; 0 = none")
     add("--save_top_k", type=WHOLE, default=0, may_change=True,
         help="keep the k best epochs as top_epoch_N.pth; 0 = none")
+    add("--keep_last", action="store_true", may_change=True,
+        help="keep last.pth and .prev of a finished run (default: only last.pth, and only where the "
+             "schedule allows more epochs)")
     add("--dry_run", action="store_true",
         help="2 batches, 1 epoch, the whole run folder: does everything work?")
     add("--criteria", default="", may_change=True,
@@ -522,9 +526,19 @@ class Run:
         with contextlib.suppress(OSError), self._lock, self._log:
             if error is not None and not isinstance(error, SystemExit):
                 self._log.write(f"{kind.__name__}: {error}\n")
+        if error is None and self.is_writer and self.path("metrics.json").exists():
+            self._drop_checkpoints()
         was_refused = isinstance(error, UserError) and not self.path("args.json").exists()
         if was_refused and self.is_writer and not self.resumed:
             shutil.rmtree(self.folder, ignore_errors=True)  # the disk it is on may be what was lost
+
+    def _drop_checkpoints(self):
+        """Remove what a finished run needs no more: last.pth is for more epochs, where the schedule allows them."""
+        last = self.path("last.pth")
+        if last.exists() and not self.args.keep_last:
+            self.path("last.pth.prev").unlink(missing_ok=True)
+            if self.args.scheduler not in OPEN_SCHEDULES:
+                last.unlink()
 
     def path(self, name):
         """Path of a file in the run folder."""
@@ -772,8 +786,9 @@ def _newest_folder(args):
 
 def _open_for_more_epochs(folder, args, record):
     """Let a finished run go on to --epochs. UserError where its learning rate would have been another all along."""
-    if args.scheduler not in ("none", "plateau", "warm_restarts"):
-        raise UserError(f"{folder} is finished: its --scheduler {args.scheduler} is made for "
+    scheduler = record["flags"]["scheduler"]
+    if scheduler not in OPEN_SCHEDULES:
+        raise UserError(f"{folder} is finished: its --scheduler {scheduler} is made for "
                         f"{record['flags']['epochs']} epochs, not for {args.epochs}. Go on from its weights in a "
                         f"new run: --init_from {folder / 'best_model.pth'}, or train with --scheduler plateau or none")
     record["flags"]["epochs"] = args.epochs

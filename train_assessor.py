@@ -114,6 +114,14 @@ class Study(picture_files.StoredPictures):
         """Means over the ratings of the metrics of predicted (M, R) for these rows."""
         return common.mean_metrics(common.regression_metrics(predicted, self.ratings[rows]))
 
+    def labels(self, rows):
+        """A text for each of these rows: the picture's name, and its first ratings."""
+        texts = []
+        for row in rows:
+            shown = [f"{name} {rating:.3g}" for name, rating in zip(self.names[:2], self.ratings[row])]
+            texts.append("\n".join([self.images[row], *shown]))
+        return texts
+
     def groups_of(self, rows):
         """(M,) groups of these rows, or None."""
         return None if self.groups is None else self.groups[rows]
@@ -384,6 +392,7 @@ def fit(run, args, study, split, features):
     scaler = fit_scaler(study.ratings[split["train"]], args.normalize_targets)
     common.write_json(run.path("target_scaler.json"), {"names": study.names, **scaler})
     train_loader, loaders = make_loaders(study, split, scaler, args, compute, features)
+    plotting.plot_batch(run, train_loader.dataset, study.labels(split["train"]))
     model = build_model(args, np.nanmean(scaled_ratings(study, scaler)[split["train"]], axis=0))
     if args.init_from:
         common.start_from(model, args.init_from, args.freeze_backbone, names=study.names)

@@ -519,6 +519,18 @@ class Clips(common.Samples):
             sample["weight"] = self.objective.weight[row]
         return sample
 
+    def labels(self):
+        """A text for each sample: its class, or its first scores, and its clip."""
+        table = self.study.table
+        texts = []
+        for row, _ in self.row_starts:
+            if table.label is None:
+                known = [f"{name} {score:.3g}" for name, score in zip(table.names[:2], table.target[row])]
+            else:
+                known = [table.names[table.label[row]]]
+            texts.append("\n".join([*known, table.clip_ids[row]]))
+        return texts
+
     def random_start(self, row, generator):
         """Grid frame at which a train clip of the row starts."""
         first, last = self.study.start_range(row, self.args.jitter_sec)
@@ -1050,6 +1062,7 @@ def fit(run, args, study, split, features):
     objective = TASKS[args.task](args, study, train)
     column, higher_is_better = select_column(args.select, objective)
     train_loader, loaders = make_loaders(study, split, objective, args, compute, features)
+    plotting.plot_batch(run, train_loader.dataset, train_loader.dataset.labels())
     is_solved = args.model == MOTION_READOUT  # from each row once, at the natural class shares
     shift = objective.prior_shift(train if is_solved else objective.rows_of_epoch(train))
     model = start_model(args, objective, compute)

@@ -179,7 +179,10 @@ def leakage_blocks(run):
 def history_blocks(run):
     """The section on learning curves: those of the run, and of each of its folds."""
     curves = sorted(run.folder.glob("**/training_history.png"))
-    return [html_image(path, f"Learning curves, {path.parent.name}") for path in curves]
+    blocks = [html_image(path, f"Learning curves, {path.parent.name}") for path in curves]
+    batches = sorted(run.folder.glob("**/training_batch.jpg"))[:1]
+    caption = "Some of what the model was trained on, augmented, with its labels"
+    return blocks + [html_image(path, caption) for path in batches]
 
 
 def command_blocks():

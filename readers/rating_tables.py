@@ -269,6 +269,11 @@ def _wide_ratings(columns):
         notes.append(f"columns that are no ratings: {common.shorten_list(extra.columns)}")
     if unused:
         notes.append(f"not used, though by name an sd or a number of raters: {common.shorten_list(unused)}")
+    raters = [name for name in chosen if name.rstrip("0123456789 _").lower() in RATER | {"r", "p"}]
+    if len(raters) > 1:
+        notes.append(f"{common.shorten_list(raters)} are learnt as {len(raters)} ratings. If they are people who answered "
+                     "one question, give each answer a row (columns image, rater, rating): then their mean is learnt, "
+                     "and how far they agree tells what a model can reach")
     return RatingsTable(
         names=list(map(columns.rating_name, chosen)),
         images=list(columns.table[columns.image]),

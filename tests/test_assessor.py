@@ -23,7 +23,7 @@ from readers import backbones
 
 CONTRACT = [
     "args.json", "log.txt", "splits.json", "leakage_report.json", "training_history.csv", "training_history.png",
-    "best_model.pth", "last.pth", "metrics.json", "predictions_val.csv", "report.html", "target_scaler.json",
+    "best_model.pth", "training_batch.jpg", "metrics.json", "predictions_val.csv", "report.html", "target_scaler.json",
     "per_dimension_performance.png", "best_model_per_dimension_performance.csv",
 ]
 

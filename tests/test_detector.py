@@ -440,8 +440,9 @@ def trained(bicycles, tmp_path_factory):
     return only_run(folder)
 
 
-CONTRACT = """args.json log.txt train_coco.json val_coco.json test_coco.json state_reliability.png splits.json leakage_report.json skipped.csv training_history.csv training_history.png
-last.pth best_model.pth metrics.json detections_test.csv detections_test.json per_part.csv per_part.png per_state.csv
+CONTRACT = """args.json log.txt train_coco.json val_coco.json test_coco.json state_reliability.png splits.json
+leakage_report.json skipped.csv training_history.csv training_history.png
+best_model.pth metrics.json detections_test.csv detections_test.json per_part.csv per_part.png per_state.csv
 failures.jpg best_pictures.jpg report.html""".split()
 PARTS_OF_LOSS = ["loss", "loss_classifier", "loss_box_reg", "loss_state", "loss_objectness", "loss_rpn_box_reg"]
 

@@ -21,7 +21,7 @@ from readers import backbones, probe_poses
 
 CONTRACT = [
     "args.json", "log.txt", "splits.json", "leakage_report.json", "training_history.csv", "training_history.png",
-    "best_model.pth", "last.pth", "metrics.json", "predictions_val.csv", "report.html", "dataset_stats.json",
+    "best_model.pth", "metrics.json", "predictions_val.csv", "report.html", "dataset_stats.json",
     "dataset_statistics.png", "training_summary.png", "per_patient_error.csv", "per_patient_error.png",
     "per_axis_error.csv",
 ]

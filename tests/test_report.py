@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import common
@@ -256,3 +257,28 @@ assert "matplotlib.pyplot" not in sys.modules, "no pyplot, no global state"
 """
     folder = Path(common.__file__).parent
     subprocess.run([sys.executable, "-c", program], cwd=folder, check=True)
+
+
+@pytest.mark.parametrize("shape", [(40, 40, 3), (6, 30, 30, 3), (7,)])
+def test_a_training_batch_is_drawn_with_its_labels(tmp_path, shape):
+    """Pictures, strips of five frames of clips, nothing of features; the report shows the first fold's."""
+    rng = np.random.default_rng(0)
+    kind = np.float32 if len(shape) == 1 else np.uint8
+    samples = {(0, i): {"input": torch.from_numpy(rng.integers(0, 256, shape).astype(kind))} for i in range(20)}
+
+    class Dataset:
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, key):
+            return samples[key]
+    processes = SimpleNamespace(on_first=lambda function: function())
+    run = SimpleNamespace(compute=SimpleNamespace(processes=processes), folder=tmp_path / "run", path=(tmp_path / "fold_0").joinpath)
+    (tmp_path / "fold_0").mkdir()
+    plotting.plot_batch(run, Dataset(), [f"{i}.png\nwarm {i}" for i in range(20)])
+    drawn = tmp_path / "fold_0" / "training_batch.jpg"
+    assert drawn.exists() == (kind == np.uint8)
+    blocks = reporting.history_blocks(SimpleNamespace(folder=tmp_path))
+    assert len(blocks) == drawn.exists()
+    if blocks:
+        assert "augmented" in blocks[0] and min(Image.open(drawn).size) > 300

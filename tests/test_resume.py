@@ -131,6 +131,18 @@ def test_a_finished_run_says_so(whole):
     assert len(list(whole.parent.iterdir())) == 1
 
 
+def test_a_finished_run_keeps_what_more_epochs_need(whole, sample, tmp_path):
+    """plateau can go on; cosine is made for its number of epochs, and says what to do without last.pth."""
+    assert (whole / "last.pth").exists() and not (whole / "last.pth.prev").exists()
+    run_script("train_assessor.py", *small_run(sample, tmp_path / "a", "--epochs", 2))
+    folder = only_run(tmp_path / "a")
+    assert not list(folder.glob("last.pth*")) and (folder / "best_model.pth").exists()
+    text = run_script("train_assessor.py", "--resume", folder, "--epochs", 3, "--scheduler", "none", code=2).stderr
+    assert "--init_from" in text and "made for 2 epochs" in text and (folder / "metrics.json").exists()
+    run_script("train_assessor.py", *small_run(sample, tmp_path / "b", "--epochs", 2, "--keep_last"))
+    assert len(list(only_run(tmp_path / "b").glob("last.pth*"))) == 2
+
+
 def test_a_finished_run_goes_on_for_more_epochs(sample, tmp_path, undisturbed):
     """Where the schedule does not depend on their number: 2 epochs and one more are 3 epochs, bit by bit."""
     run_script("train_assessor.py", *flags(sample, tmp_path, "--epochs", 2))

@@ -280,6 +280,17 @@ def test_one_row_per_rater_gives_mean_sd_n_and_the_ratings(tmp_path, rater):
     assert any(f"--rater_column {rater}" in note for note in ratings.notes)
 
 
+@pytest.mark.parametrize("names, is_said", [(["rater1", "rater2", "Rater3"], True), (["P1", "P2", "P3"], True),
+                                            (["warm1", "warm2", "rater1"], False)])
+def test_a_column_for_each_rater_is_said_to_be_learnt_as_a_rating(tmp_path, names, is_said):
+    frame = pd.DataFrame({"image": [f"{i}.png" for i in range(9)], **{name: np.arange(9.0) for name in names}})
+    frame.to_csv(tmp_path / "wide.csv", index=False)
+    ratings = rating_tables.read_ratings(tmp_path / "wide.csv")
+    said = [note for note in ratings.notes if "learnt as 3 ratings" in note]
+    assert ratings.names == names and len(said) == is_said
+    assert all("image, rater, rating" in note and names[1] in note for note in said)
+
+
 @pytest.mark.parametrize("attribute", ["trait", "Question", "shown_word"])
 def test_a_text_that_varies_within_an_image_is_the_attribute_and_never_averaged_over(tmp_path, attribute):
     frames = [rated_by({"participant": lambda i, p: f"p{p}", attribute: lambda i, p, name=name: name, "gender":

@@ -27,7 +27,7 @@ from conftest import ROOT, only_run, run_here, run_fresh, run_script
 from planted_leaks import PLANTED, plant_leaks
 
 CONTRACT = ["args.json", "log.txt", "splits.json", "leakage_report.json", "training_history.csv",
-            "training_history.png", "best_model.pth", "last.pth", "metrics.json", "predictions_val.csv", "report.html"]
+            "training_history.png", "best_model.pth", "metrics.json", "predictions_val.csv", "report.html"]
 CLASS_PLOTS = ["confusion.png", "precision_recall.png", "risk_coverage.png", "reliability.png", "calibration.json"]
 SMALL = ("--model cnn_lstm --hidden 16 --no_pretrained --image_size 32 --n_frames 4 --fps 4 --clips_per_event 2 "
          "--epochs 2 --batch_size 8 --num_workers 0 --save_every 0 --augment light").split()
@@ -112,7 +112,7 @@ def solved(made, tmp_path_factory):
 # --- the run folder of a classification ------------------------------------------------------
 
 def test_run_folder_holds_what_the_contract_says(made, behaviours):
-    missing = [name for name in [*CONTRACT, *CLASS_PLOTS, "predictions_test.csv"]
+    missing = [name for name in [*CONTRACT, *CLASS_PLOTS, "training_batch.jpg", "predictions_test.csv"]
                if not (behaviours / name).is_file() or not (behaviours / name).stat().st_size]
     assert not missing
     record = read_json(behaviours / "args.json")
