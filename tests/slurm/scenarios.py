@@ -21,10 +21,10 @@ from test_ranks import rank_environments  # noqa: E402
 from test_resume import fingerprint  # noqa: E402
 
 FLAGS = ("--backbone shufflenet_v2_x0_5 --no_pretrained --image_size 32 --batch_size 8 --group_column subject "
-         "--save_minutes 0.01 --epochs 40 --patience 0").split()
+         "--save_minutes 0.01 --epochs 40 --patience 0 --keep_last").split()
 ROOM = "--gres=none --mem=1G --cpus-per-task=2".split()  # what these nodes have, instead of a GPU
 DREAMER = ("--encoder resnet18 --no_pretrained --image_size 32 --token_type spatial --d_model 32 --n_layers 1 "
-           "--n_heads 2 --feedforward 32 --batch_size 8 --optimizer sgd --save_minutes 0.01 --epochs 8").split()
+           "--n_heads 2 --feedforward 32 --batch_size 8 --optimizer sgd --save_minutes 0.01 --epochs 8 --keep_last").split()
 
 
 def shell(*words):
