@@ -165,6 +165,7 @@ def add_run_arguments(parser):
         help="parent of the timestamped run folders")
     add("--config", type=Path, may_change=True,
         help="YAML or JSON file of flags, a run's args.json too; the command line wins")
+    add("--name", may_change=True, help="what runs.csv calls this run")
     add("--seed", type=WHOLE, default=42, help="seed of every draw")
     add("--deterministic", action="store_true",
         help="refuse operations that may not repeat exactly (GPU: slower)")

@@ -3,12 +3,15 @@
     python judge_predictions.py --predictions predictions.csv --group_column subject
     python judge_predictions.py --predictions mine.csv theirs.csv --group_column subject
     python judge_predictions.py --predictions detections.json --truth coco.json
+    python judge_predictions.py --runs outputs
 
 A table of scores has the columns NAME_true and NAME_predicted for each score, and NAME_BASELINE where there is one.
 A table of classes has true_label (or label) and prob_CLASS for each class, or score for two classes. Writes
 outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first), metrics.json, plots, args.json, log.txt. With several tables
 of the same rows each gets a folder, and comparison.csv says which of two is better, with the paired interval of their
-difference. With --truth the predictions are COCO results, judged against COCO or part annotations; no picture is read.
+difference. With --truth the predictions are COCO results, judged against COCO or part annotations; no picture is read. With --runs
+report.html lists the finished runs in a folder, as its runs.csv does, with the flags that differ, and holds any two of
+the newest against each other on the rows that both have predicted.
 
 Units: those of the table.
 """
@@ -21,11 +24,14 @@ import common
 from evidence import detection_judging, judging, prediction_tables, reporting, table_judging
 from readers import part_boxes
 
+MOST_COMPARED = 6  # runs of a script, the newest
+
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     add = parser.add_argument_group("predictions").add_argument
-    add("--predictions", type=Path, nargs="+", required=True, help="CSV of predictions, or COCO results with --truth")
+    add("--predictions", type=Path, nargs="+", help="CSV of predictions, or COCO results with --truth")
+    add("--runs", type=Path, metavar="FOLDER", help="instead of --predictions: compare the runs in a folder")
     add("--truth", type=Path, help="annotations that detections are judged against")
     add("--box_format", choices=part_boxes.BOX_FORMATS,
         help="with --truth: what the four numbers of a detected box are (default: left top width height in pixels)")
@@ -39,6 +45,8 @@ def parse_args(argv=None):
     # no network runs here
     parser.set_defaults(device="cpu", use_amp="off", deterministic=False, resume=None, tensorboard=False, wandb=False)
     args = common.parse_arguments(parser, argv)
+    if bool(args.predictions) == bool(args.runs):
+        parser.error("give either --predictions or --runs")
     if args.truth and (len(args.predictions) > 1 or args.positive_class):
         parser.error("--truth judges one file of detections: give one file to --predictions and no --positive_class")
     return args
@@ -80,8 +88,35 @@ def judge_several(run, args, tables):
     judging.write_comparison(run, rows)
 
 
+def judge_runs(args):
+    """One page of the runs in a folder, by script: what each found, flags that differ, and any two of the newest."""
+    runs = judging.list_runs(args.runs)
+    if not runs:
+        raise common.UserError(f"--runs {args.runs} holds no finished run (run_*/metrics.json)")
+    sections = []
+    compared = []
+    for script in dict.fromkeys(row["script"] for row in runs):
+        own = [row for row in runs if row["script"] == script]
+        folders = [args.runs / row["folder"] for row in own]
+        sections.append((script, [reporting.html_table(own), reporting.html_table(flags_that_differ(folders))]))
+        compared += table_judging.compare_runs(folders[-MOST_COMPARED:])
+    with common.start_run(args) as run:
+        run.write_args(runs=str(args.runs))
+        common.write_table(run.path("comparison.csv"), compared)
+        judging.write_comparison(run, compared, sections)
+
+
+def flags_that_differ(folders):
+    """A dict for each run folder, of the flags that are not the same in all."""
+    import pandas as pd
+    flags = pd.DataFrame({folder.name: common.read_json(folder / "args.json")["flags"] for folder in folders}).astype(str)
+    return flags[flags.nunique(axis=1) > 1].T.reset_index(names="folder").to_dict("records")
+
+
 def main():
     args = parse_args()
+    if args.runs:
+        return judge_runs(args)
     if args.truth:
         return judge_coco(args)
     tables = []

@@ -520,16 +520,13 @@ class Clips(common.Samples):
         return sample
 
     def labels(self):
-        """A text for each sample: its class, or its first scores, and its clip."""
+        """A text for each sample: its clip, and its class or its first score."""
         table = self.study.table
-        texts = []
-        for row, _ in self.row_starts:
-            if table.label is None:
-                known = [f"{name} {score:.3g}" for name, score in zip(table.names[:2], table.target[row])]
-            else:
-                known = [table.names[table.label[row]]]
-            texts.append("\n".join([*known, table.clip_ids[row]]))
-        return texts
+        if table.label is None:
+            known = [f"{table.names[0]} {score:.3g}" for score in table.target[:, 0]]
+        else:
+            known = np.array(table.names)[table.label]
+        return [f"{table.clip_ids[row]}\n{known[row]}" for row, _ in self.row_starts]
 
     def random_start(self, row, generator):
         """Grid frame at which a train clip of the row starts."""

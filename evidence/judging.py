@@ -2,8 +2,10 @@
 
 A task's own judging (score_judging, class_judging, detection_judging, pose_judging) gives what it found to close_run.
 """
+import contextlib
 import dataclasses
 import itertools
+import time
 
 import numpy as np
 
@@ -98,16 +100,42 @@ def similar_blocks(pairs, titles, picture, count=6):
             reporting.html_cases(cases)] if pairs else []
 
 
-def write_comparison(run, rows):
-    """report.html and metrics.json of several tables on the same rows: which of two is better."""
+def list_runs(output_dir):
+    """A dict for each finished run in a folder, by the time of its start: what it was, and what its verdict rests on."""
+    rows = []
+    for path in sorted(output_dir.glob("run_*/metrics.json")):
+        with contextlib.suppress(common.UserError, KeyError, TypeError):  # comparisons, and what is not of this version
+            record = common.read_json(path.with_name("args.json"))
+            found = common.read_json(path)["headline"]
+            rows.append({
+                "finished": time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)),
+                "script": record["script"],
+                "name": record["flags"].get("name"),
+                "data": record["data"].get("fingerprint", "")[:8],
+                "metric": found["metric"],
+                "value": found["value"],
+                "low": found["interval"][0],
+                "high": found["interval"][1],
+                "baseline": found["baseline"]["name"],
+                "baseline_value": found["baseline"]["value"],
+                "verdict": found["verdict"],
+                "folder": path.parent.name})
+    return rows
+
+
+def write_comparison(run, rows, sections=()):
+    """report.html and metrics.json of several tables on the same rows: which of two is better.
+
+    sections: (title, HTML blocks) that stand above it.
+    """
     sentences = [f"{row['first']} against {row['second']}: {row['better']}"
                  f"{'' if row['better'] == 'not resolvable' else ' is better'}, {row['metric']} "
                  f"{row['value_of_first']:.3f} and {row['value_of_second']:.3f}, difference {row['difference']:+.3f} "
                  f"[{row['low']:+.3f} to {row['high']:+.3f}, {row['method']}]" for row in rows]
     caption = "Pairs of tables on the same rows; the interval is of the paired difference"
-    sections = [("Comparison", [reporting.html_table(rows, caption=caption)]),
+    sections = [*sections, ("Comparison", [reporting.html_table(rows, caption=caption)]),
                 ("Command and versions", reporting.command_blocks())]
-    verdict = verdicts.Verdict("caution", "Comparison", ". ".join(sentences) + ".")
+    verdict = verdicts.Verdict("caution", "Comparison", ". ".join(sentences[:3] or ["No two share rows"]) + ".")
     reporting.write_report(run.path("report.html"), f"Comparison: {run.folder.name}",
                            verdict, sections, run.compute.text, [])
     common.write_json(run.path("metrics.json"), {"comparisons": rows})
@@ -189,4 +217,6 @@ def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figure
     if "sample" in metrics:
         run.say(f"effective sample: {sample_sentence(metrics['sample'])}")
     verdicts.say_results(run, metrics)
+    if run.folder.name.startswith("run_"):  # no fold
+        common.write_table(run.folder.parent / "runs.csv", list_runs(run.folder.parent))
     return metrics

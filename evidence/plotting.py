@@ -208,25 +208,24 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
 
 
 @common.first_process_only
-def plot_batch(run, dataset, labels, count=12):
-    """training_batch.jpg: samples spread over a train set, augmented as in the first epoch, with their labels.
+def plot_batch(run, dataset, labels):
+    """training_batch.jpg: twelve samples spread over a train set, augmented as in the first epoch, with their labels.
 
     dataset: of samples with the key "input", uint8 (S, S, 3), or (T, S, S, 3), of which five frames are shown; of
     features nothing is. labels: a text for each sample.
     """
-    chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
+    chosen = np.linspace(0, len(dataset) - 1, 12).astype(int)
     inputs = [dataset[0, int(index)]["input"].numpy() for index in chosen]
     if inputs[0].dtype != np.uint8:
         return
     if inputs[0].ndim == 4:
         inputs = [np.hstack(clip[np.linspace(0, len(clip) - 1, 5).astype(int)]) for clip in inputs]
-    height, width = inputs[0].shape[:2]
-    columns = max(1, 6 * height // width)
-    figure, axes = new_figure(len(inputs), columns, (1.8 * width / height, 2.3), (0.05, 0.05, 0.05, 0.55))
+    aspect = inputs[0].shape[1] // inputs[0].shape[0]
+    figure, axes = new_figure(12, 6 // aspect, (1.8 * aspect, 2.3), margins=(0.05, 0.05, 0.05, 0.55))
     for axis, picture, index in zip(axes, inputs, chosen):
         axis.imshow(picture)
         axis.axis("off")
-        set_title(axis, "\n".join(line[-24 * width // height:] for line in labels[index].splitlines()))
+        set_title(axis, "\n".join(line[-24 * aspect:] for line in labels[index].splitlines()))
     figure.savefig(run.path("training_batch.jpg"))
 
 

@@ -3,11 +3,14 @@
 Letters: M rows.
 """
 import itertools
+from pathlib import Path
 
 import numpy as np
 
 import common
 from evidence import class_judging, judging, metric_names, prediction_tables, score_judging
+
+FEWEST_SHARED = 5  # rows of two runs that are compared
 
 
 def judge_table(run, table, path, criteria=""):
@@ -41,6 +44,22 @@ def same_rows(tables, paths):
             raise common.UserError(f"{path} and {paths[0]} have other true values in the same rows; compare one truth")
         aligned.append(other)
     return aligned
+
+
+def compare_runs(folders):
+    """compare_tables of any two run folders, on the rows that both have predicted and for the same targets."""
+    files = ("predictions_folds.csv", "predictions_test.csv", "predictions_val.csv")
+    found = [next(filter(Path.exists, map(folder.joinpath, files)), None) for folder in folders]
+    tables = {path: prediction_tables.read_predictions(path) for path in found if path}
+    rows = []
+    for paths in itertools.combinations(tables, 2):
+        pair = [tables[path] for path in paths]
+        shared = np.intersect1d(pair[0].row_names, pair[1].row_names)
+        if len(shared) < FEWEST_SHARED or pair[0].names != pair[1].names:
+            continue
+        pair = [prediction_tables.take(table, np.isin(table.row_names, shared)) for table in pair]
+        rows += compare_tables(same_rows(pair, paths), [path.parent.name for path in paths])
+    return rows
 
 
 def compare_tables(tables, names):

@@ -5,6 +5,7 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -164,3 +165,32 @@ def test_no_page_says_nan(tmp_path):
     for name in ("p", "q"):
         page = (judge(tmp_path / name, "--predictions", tmp_path / f"{name}.csv") / "report.html").read_text()
         assert not re.search(r"\bnan\b", re.sub(r"base64,[^\"]+", "", page))
+
+
+def test_all_runs_at_a_glance(tmp_path):
+    """runs.csv has a row for each finished run; --runs compares them on the rows that both predicted. Judge: scikit-learn."""
+    tables = [scores(noise=0.3), scores(noise=1.2)[:40]]
+    for number, rows in enumerate(tables):
+        common.write_table(tmp_path / f"{number}.csv", rows)
+        run_here("judge_predictions.py", "--predictions", tmp_path / f"{number}.csv", "--output_dir", tmp_path / "out")
+    folders = sorted((tmp_path / "out").glob("run_*"))
+    for folder, number in zip(folders, (0, 1)):
+        shutil.copy(tmp_path / f"{number}.csv", folder / "predictions_val.csv")  # as a train script leaves it
+    (tmp_path / "out" / "run_broken").mkdir()
+    (tmp_path / "out" / "run_broken" / "metrics.json").write_text("[1, 2")
+    run_here("judge_predictions.py", "--runs", tmp_path / "out", "--output_dir", tmp_path / "page")
+    listed = read(tmp_path / "out" / "runs.csv")
+    assert [row["folder"] for row in listed] == [folder.name for folder in folders]
+    for row, folder in zip(listed, folders):
+        headline = json.loads((folder / "metrics.json").read_text())["headline"]
+        assert float(row["value"]) == headline["value"] and row["verdict"] == headline["verdict"]
+        assert [float(row["low"]), float(row["high"])] == headline["interval"] and row["script"] == "judge_predictions.py"
+    page = only_run(tmp_path / "page")
+    [pair] = read(page / "comparison.csv")
+    r2 = [np.mean([r2_score([row[f"{name}_true"] for row in rows[:40]], [row[f"{name}_predicted"] for row in rows[:40]])
+                   for name in ("Valence", "Arousal")]) for rows in tables]
+    assert float(pair["difference"]) == pytest.approx(r2[0] - r2[1]) and pair["better"] == folders[0].name
+    text = (page / "report.html").read_text(encoding="utf-8")
+    assert folders[1].name in text and "0.csv" in text, "the flag --predictions differs"
+    assert "no finished run" in run_here("judge_predictions.py", "--runs", tmp_path / "none", code=2).text
+    assert "either --predictions or --runs" in run_here("judge_predictions.py", code=2).text

@@ -128,7 +128,7 @@ def test_resume_from_an_older_checkpoint(whole, tmp_path, undisturbed):
 
 def test_a_finished_run_says_so(whole):
     assert "is finished" in run_script("train_assessor.py", "--resume", whole).text
-    assert len(list(whole.parent.iterdir())) == 1
+    assert len(list(whole.parent.glob("run_*"))) == 1
 
 
 def test_a_finished_run_keeps_what_more_epochs_need(whole, sample, tmp_path):
