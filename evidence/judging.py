@@ -218,5 +218,6 @@ def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figure
         run.say(f"effective sample: {sample_sentence(metrics['sample'])}")
     verdicts.say_results(run, metrics)
     if run.folder.name.startswith("run_"):  # no fold
-        common.write_table(run.folder.parent / "runs.csv", list_runs(run.folder.parent))
+        with contextlib.suppress(common.UserError):  # the next run that is finished lists this one too
+            common.write_table(run.folder.parent / "runs.csv", list_runs(run.folder.parent))
     return metrics
