@@ -408,8 +408,10 @@ def draw_nod(picture, place, near, colours):
     reach = side * (0.16 + 0.20 * (1 - near))
     head_x = x + reach * math.cos(place[2])
     head_y = y + reach * math.sin(place[2])
-    for disc_x, disc_y, radius, colour in (
-            (x, y, side * 0.10, colours[1]), (head_x, head_y, side * (0.09 + 0.07 * near), colours[0])):
+    discs = (
+        (x, y, side * 0.10, colours[1]),
+        (head_x, head_y, side * (0.09 + 0.07 * near), colours[0]))
+    for disc_x, disc_y, radius, colour in discs:
         centre = (round(16 * disc_x), round(16 * disc_y))  # cv2 takes sixteenths of a pixel
         cv2.circle(picture, centre, round(16 * radius), colour, -1, cv2.LINE_AA, 4)
     return picture
@@ -480,13 +482,9 @@ def make_events(folder, n_events, seed):
 
 MOMENT_PAIN = {"M0": 0.15, "M1": 0.40, "M2": 0.75, "M3": 0.55, "M4": 0.25}  # mean, as a share of the greatest pain
 ACTION_UNITS = {  # score: the property of the face that falls as it rises
-    "Orbital_tightening": "eye_open",
-    "Brow_tension": "brow_anger",
-    "Ears_backward": "hair_height",
-    "Cheek_tension": "smile",
-    "Mouth_strain": "mouth_open",
-    "Head_low": "face_width",
-    "Nostril_muzzle": "eye_size"}
+    "Orbital_tightening": "eye_open", "Brow_tension": "brow_anger",
+    "Ears_backward": "hair_height", "Cheek_tension": "smile",
+    "Mouth_strain": "mouth_open", "Head_low": "face_width", "Nostril_muzzle": "eye_size"}
 UNSCORED = ("hue_warmth", "brightness", "light_warmth")  # properties that tell animals apart
 
 
@@ -558,27 +556,20 @@ def make_video(folder, n_events, seed):
 
 # part: (x, y, half width, half height), the wheels at -1 and 1, y downwards
 PART_PLACES = {
-    "back_wheel": (-1.0, 0.0, 0.62, 0.62),
-    "front_wheel": (1.0, 0.0, 0.62, 0.62),
-    "chain": (-0.45, 0.04, 0.50, 0.13),
-    "saddle": (-0.55, -1.02, 0.30, 0.13),
-    "steer": (0.70, -1.12, 0.30, 0.20),
-    "front_light": (1.12, -0.72, 0.14, 0.14),
-    "back_light": (-1.60, -0.55, 0.13, 0.13),
-    "kickstand": (-0.15, 0.52, 0.13, 0.30)}
+    "back_wheel": (-1.0, 0.0, 0.62, 0.62), "front_wheel": (1.0, 0.0, 0.62, 0.62),
+    "chain": (-0.45, 0.04, 0.50, 0.13), "saddle": (-0.55, -1.02, 0.30, 0.13),
+    "steer": (0.70, -1.12, 0.30, 0.20), "front_light": (1.12, -0.72, 0.14, 0.14),
+    "back_light": (-1.60, -0.55, 0.13, 0.13), "kickstand": (-0.15, 0.52, 0.13, 0.30)}
 PART_COLOURS = {
-    "back_wheel": (30, 30, 34),
-    "front_wheel": (30, 30, 34),
-    "chain": (70, 72, 78),
-    "saddle": (60, 34, 22),
-    "steer": (150, 155, 165),
-    "front_light": (250, 240, 170),
-    "back_light": (210, 20, 30),
-    "kickstand": (120, 124, 130)}
+    "back_wheel": (30, 30, 34), "front_wheel": (30, 30, 34),
+    "chain": (70, 72, 78), "saddle": (60, 34, 22),
+    "steer": (150, 155, 165), "front_light": (250, 240, 170),
+    "back_light": (210, 20, 30), "kickstand": (120, 124, 130)}
 PART_STATES = ("intact", "damaged", "absent", "occluded")
 STATE_SHARES = (0.62, 0.14, 0.13, 0.11)
 RINGS = ("back_wheel", "front_wheel", "chain")  # the other parts are discs
-FRAME = ((-1, 0), (-0.5, -0.8), (0.7, -0.8), (1, 0), (-0.1, 0.05), (0.7, -0.8))
+FRAME = ((-1, 0), (-0.5, -0.8), (0.7, -0.8),
+         (1, 0), (-0.1, 0.05), (0.7, -0.8))
 RUST = (235, 125, 40)
 LEAVES = (46, 104, 40)
 ANNOTATION_QUIRKS = {"no_suffix": 3, "untrusted": 5, "no_parts": 9, "zero_box": 11, "over_edge": 13}  # quirk: row
@@ -717,7 +708,9 @@ def make_detector(folder, n_images, seed):
         name = f"{row}.jpg"
         Image.fromarray(pixels).save(folder / "images" / name, quality=90)
         bicycles.append(Bicycle(name=name, size=(width, height), street=street, parts=parts))
-        truth[name] = {part: [state, *np.round(box, 1).tolist()] for part, (state, box) in parts.items()}
+        truth[name] = {}
+        for part, (state, box) in parts.items():
+            truth[name][part] = [state, *np.round(box, 1).tolist()]
     content = part_annotations(bicycles, np.random.default_rng([seed, 2]))
     text = json.dumps(content, indent=1).replace("CONTROL", "seen\tat\x07 dusk")
     (folder / "annotations.json").write_text(text, encoding="utf-8")

@@ -423,7 +423,10 @@ def check_data(task, args, temporary):
 def parse_args(argv=None):
     """Command line; dashes within a flag are read as underscores. audit_flags: words for the audit of the task."""
     given = sys.argv[1:] if argv is None else argv
-    words = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in given]
+
+    def with_underscores(flag):
+        return "--" + flag[0][2:].replace("-", "_")
+    words = [re.sub(r"^--[^=]+", with_underscores, word) for word in given]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     add = parser.add_argument

@@ -219,7 +219,8 @@ def plot_batch(run, dataset, labels):
     if inputs[0].dtype != np.uint8:
         return
     if inputs[0].ndim == 4:
-        inputs = [np.hstack(clip[np.linspace(0, len(clip) - 1, 5).astype(int)]) for clip in inputs]
+        five = np.linspace(0, len(inputs[0]) - 1, 5).astype(int)
+        inputs = [np.hstack(clip[five]) for clip in inputs]
     aspect = inputs[0].shape[1] // inputs[0].shape[0]
     figure, axes = new_figure(12, 6 // aspect, (1.8 * aspect, 2.3), margins=(0.05, 0.05, 0.05, 0.55))
     for axis, picture, index in zip(axes, inputs, chosen):
