@@ -109,7 +109,7 @@ class PlainFiles(torch.utils.data.Dataset):
             transforms.Resize(128), transforms.RandomResizedCrop(112, (0.6, 1.0)), transforms.RandomHorizontalFlip(),
             transforms.RandomRotation(10), transforms.ColorJitter(0.5, 0.5, 0.3, 0.05), transforms.RandomGrayscale(0.2),
             transforms.RandomApply([transforms.GaussianBlur(5, (0.1, 2.0))], 0.3), transforms.RandomAutocontrast(0.4),
-            transforms.ToTensor(), transforms.Normalize(*train_video.pixel_statistics(options.model)),
+            transforms.ToTensor(), transforms.Normalize(*train_video.pixel_statistics(args)),
             transforms.RandomErasing(0.3, (0.02, 0.15))])
 
     def __len__(self):
