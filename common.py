@@ -1875,7 +1875,8 @@ def _stretch_contrast(pixels):
     """Each colour of uint8 (H, W, 3) stretched to 0..255, a constant one left alone; as torchvision's autocontrast."""
     cv2 = load_opencv()
     column = pixels.reshape(-1, 1, 3)
-    low, high = (np.float32(cv2.reduce(column, 0, kind)[0]) for kind in (cv2.REDUCE_MIN, cv2.REDUCE_MAX))
+    low = np.float32(cv2.reduce(column, 0, cv2.REDUCE_MIN)[0])
+    high = np.float32(cv2.reduce(column, 0, cv2.REDUCE_MAX)[0])
     levels = np.arange(256, dtype=np.float32)[:, None]
     stretched = (levels - low) * (255 / np.maximum(high - low, 1))
     table = np.where(high > low, stretched, levels)  # (256, 3): a new level for each
@@ -2260,19 +2261,14 @@ def check_weights(state, source):
         raise CheckpointError(f"{source} holds weights that are not finite ({shorten_list(bad, 1)})")
 
 
-def with_versions(state, model):
-    """A state with the versions of a model's layers, which plain types lose and some layers (MNASNet) need."""
-    versioned = model.state_dict()
-    versioned.clear()  # which leaves the versions
-    versioned.update(state)
-    return versioned
-
-
 def load_state(model, state, source):
     """Strict load_state_dict whose refusal is one sentence; NaN weights are refused too."""
     check_weights(state, source)
+    versioned = model.state_dict()  # has the versions of the layers, which plain types lose and some (MNASNet) need
+    versioned.clear()
     try:
-        model.load_state_dict(with_versions(state, model))
+        versioned.update(state)
+        model.load_state_dict(versioned)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{source} does not fit this model: {one_line(error)}") from None
 

@@ -131,10 +131,13 @@ def cached_weights_file(name, weights=None):
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1], url
 
 
-def fetch_weights(name, weights=None):
-    """(path, start of its SHA-256) of torchvision's published weights, from cache or network. UserError: in neither."""
+def published_weights(name, weights=None):
+    """State dict of torchvision's default weights, or the set of that name, from cache or network.
+
+    Raises UserError where they are in neither, CheckpointError where the file in the cache is damaged.
+    """
     path, url = cached_weights_file(name, weights)
-    prefix = re.search(r"-([0-9a-f]{8,})\.", path.name)[1]
+    prefix = re.search(r"-([0-9a-f]{8,})\.", path.name)[1]  # of the SHA-256
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,12 +147,6 @@ def fetch_weights(name, weights=None):
                                    f"({error}). Run `python verify_setup.py --download_weights {name}` where there is "
                                    "internet, or give --weights FILE; --no_pretrained starts from random weights"
                                    ) from None
-    return path, prefix
-
-
-def published_weights(name, weights=None):
-    """State dict of torchvision's default weights, or the set of that name. Raises UserError as fetch_weights does."""
-    path, prefix = fetch_weights(name, weights)
     if zipfile.is_zipfile(path):
         return load_weights_file(path)
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(prefix):
