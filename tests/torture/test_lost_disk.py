@@ -43,7 +43,7 @@ def strike(fault, disk, run):
         for options in (["--bind"], ["-o", "remount,ro,bind"]):
             subprocess.run(["mount", *options, run, run], check=True)
         return lambda: subprocess.run(["umount", run], check=True)
-    shutil.rmtree(run)
+    shutil.rmtree(run.rename(run.with_name("gone")))  # at once: the run goes on writing
     return lambda: None
 
 
