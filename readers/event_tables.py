@@ -215,7 +215,10 @@ def per_frame_events(table, path, path_column, notes):
         return None
     own_name = re.sub("[ _-]*(labels?|annotations?|targets?|scores?|behaviou?rs?)$", "", path.stem, flags=re.I)
     videos = table[path_column] if path_column else pd.Series(own_name, table.index)
-    frames = table[frame_column] if frame_column else pd.Series(range(len(table)), table.index)
+    numbers = range(len(table))
+    if frame_column:
+        numbers = csv_tables.to_numbers(table[frame_column], f"{path}, column {frame_column}").astype(int)
+    frames = pd.Series(numbers, table.index)
     is_on = table[names].isin(["1", "1.0"])
     if "background" not in names:
         is_on["background"] = table[names].isin(["0", "0.0"]).all(axis=1)

@@ -40,7 +40,7 @@ class VideoInfo:
 
     times: (n_frames,) float64 of the frames that can be decoded, increasing. damaged: (D,) of those that cannot, NaN
     where unknown. fps: frames a second by these times. duration_sec: until the last frame has been shown. header_fps,
-    header_frames: what the file claims, 0 for nothing. is_exact: the file has stamps that increase by themselves, none
+    header_frames, header_sec: what the file claims, 0 for nothing. is_exact: the file has stamps that increase by themselves, none
     had to be corrected.
     """
     path: str
@@ -54,6 +54,7 @@ class VideoInfo:
     damaged: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
     header_frames: int = 0
     header_fps: float = 0.0
+    header_sec: float = 0.0
     is_exact: bool = False
 
     @property
@@ -142,7 +143,9 @@ class _Video:
         if not n_claimed and self.container.duration:
             n_claimed = round(fps * (self.container.duration / self.av.time_base - self.first_sec))
         n_frames = min(max(n_claimed, 1), MOST_GUESSED_FRAMES)
-        return _constant_rate(self.path, fps, n_frames, self.size, n_claimed, self.first_sec)
+        info = _constant_rate(self.path, fps, n_frames, self.size, n_claimed, self.first_sec)
+        info.header_sec = (self.container.duration or 0) / self.av.time_base
+        return info
 
     def frames(self, from_sec=None):
         """Yield (time in seconds or NaN, function short_side -> pixels (H, W, 3) RGB, upright), to the end of the file.
@@ -715,7 +718,7 @@ class Recording:
         self.short_side = short_side
         self.pixel_range = pixel_range
         self.info = _header(path, fps)
-        self.expected_sec = self.info.duration_sec
+        self.expected_sec = self.info.header_sec or self.info.duration_sec
         self.begin_sec = None
         self.read_sec = 0.0
         self.damaged = ()
