@@ -40,8 +40,8 @@ class VideoInfo:
 
     times: (n_frames,) float64 of the frames that can be decoded, increasing. damaged: (D,) of those that cannot, NaN
     where unknown. fps: frames a second by these times. duration_sec: until the last frame has been shown. header_fps,
-    header_frames, header_sec: what the file claims, 0 for nothing. is_exact: the file has stamps that increase by themselves, none
-    had to be corrected.
+    header_frames, header_sec (which sound and variable rates make differ from frames / fps): what the file claims, 0
+    for nothing. is_exact: the file has stamps that increase by themselves, none had to be corrected.
     """
     path: str
     error: str | None = None
