@@ -39,8 +39,7 @@ from evidence import (
     event_splits, judging, metric_names, plotting, prediction_tables, rater_agreement, reporting,
     score_judging, splitting, table_judging, verdicts)
 from readers import (
-    backbones, csv_tables, event_tables, event_times, score_tables, sliding_windows,
-    video_files)
+    backbones, csv_tables, event_tables, event_times, score_tables, sliding_windows, video_files)
 
 OVERFITTING_REMEDY = "Fewer trained layers (--freeze_stages 3 --freeze_norm, --freeze_backbone), more clips"
 CNN_LSTM = "cnn_lstm"
@@ -54,11 +53,8 @@ SOLVED = {
 }
 # flags of predict that count as typed, not as in the checkpoint
 OWN_OF_PREDICT = ("clips_per_event", "aggregation", "min_event_sec")
-FIXED_INPUT = {  # frames, pixels
-    "s3d": (16, 224),
-    "mvit_v1_b": (16, 224),
-    "mvit_v2_s": (16, 224),
-}
+# frames and pixels of networks that take no others
+FIXED_INPUT = {"s3d": (16, 224), "mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224)}
 # flags that decide which pixels are read
 READING = ("image_size", "n_frames", "fps", "min_event_sec", "pixel_range")
 # flags that a checkpoint keeps: how clips are read and combined, and what the network looks like
