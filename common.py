@@ -180,7 +180,7 @@ def add_run_arguments(parser):
     add("--save_minutes", type=AMOUNT, default=10.0, may_change=True,
         help="minutes between saves within an epoch; 0 = none")
     add("--save_top_k", type=WHOLE, default=0, may_change=True,
-        help="keep the k best epochs as top_epoch_N.pth; 0 = none")
+        help="keep the k best epochs as top_epoch_N_SCORE.pth; 0 = none")
     add("--keep_last", action="store_true", may_change=True,
         help="keep last.pth and .prev of a finished run (default: only last.pth, and only where the "
              "schedule allows more epochs)")
@@ -2638,7 +2638,7 @@ class Training:
         self.run.watch(progress.history[-1])
         if self.processes.is_first:
             if is_best:
-                self.checkpoints.unwritten_best = self._model_file()
+                self.checkpoints.unwritten_best = self.model_file()
             self._save_epoch()
         self._report(numbers, is_best)
 
@@ -2710,16 +2710,20 @@ class Training:
             self.save()
 
     def _save_top(self):
-        """Keep top_epoch_N.pth of the save_top_k best epochs."""
-        best = [self.run.path(f"top_epoch_{epoch}.pth") for epoch in self._best_epochs()[:self.args.save_top_k]]
-        newest = self.run.path(f"top_epoch_{self.progress.epoch}.pth")
+        """Keep top_epoch_N_NAME_SCORE.pth of the save_top_k best epochs."""
+        best = [self._top_file(epoch) for epoch in self._best_epochs()[:self.args.save_top_k]]
+        newest = self._top_file(self.progress.epoch)
         if newest in best:
-            save_checkpoint(newest, self._model_file())
+            save_checkpoint(newest, self.model_file())
         for path in self.run.folder.glob("top_epoch_*.pth"):
             if path not in best:
                 path.unlink()
 
-    def _model_file(self):
+    def _top_file(self, epoch):
+        score = "" if self.select == "last" else f"_{self.select}_{self.progress.history[epoch - 1][self.select]:.4g}"
+        return self.run.path(f"top_epoch_{epoch}{score}.pth")
+
+    def model_file(self):
         """Content of best_model.pth for the epoch that has just ended."""
         progress = self.progress
         return self._file(epoch=progress.epoch, metric=self.select, history=progress.history[-1], **self.metadata())

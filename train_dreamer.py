@@ -1,5 +1,5 @@
-"""Train a world model that guides a probe: from a frame and a motion it imagines the next frame, and reads off it the
-motion that is still missing to the target view.
+"""Guide a probe: read the motion that is still missing to the target view off a frame, or (--token_type channel) off the
+frame that a world model imagines after a known motion.
 
     python train_dreamer.py --data_dir data/processed --output_dir outputs
     python train_dreamer.py --data_dir data/processed --dry_run
@@ -13,15 +13,14 @@ dataset_stats.json, dataset_statistics.png, training_summary.png, training_histo
 leakage_report.json, args.json, log.txt. With --folds K the same in each fold_K/, patients left out in turn.
 
 Letters: N transitions, M transitions scored, B batch, F channels of the encoder, G cells of its feature map, K tokens,
-D width of a token, S side of a frame in pixels. Units: a pose or motion is (x, y, z, roll, pitch, yaw), mm and degrees,
-everywhere; frames are uint8 grey until they reach the device.
+P features of a frame on grids, D width of a token, S side of a frame in pixels. Units: a pose or motion is (x, y, z,
+roll, pitch, yaw), mm and degrees, everywhere; frames are uint8 grey until they reach the model.
 at1, at2: the motion asked for at t1 and t2 (at1_6dof, at2_6dof); motion: the known one from t1 to t2.
 """
 import argparse
 import dataclasses
-import datetime
 import math
-import time
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,8 +34,8 @@ from evidence import (
     reporting, splitting, verdicts)
 from readers import backbones, picture_files, probe_poses
 
-FEATURE_SD_FLOOR = 0.01  # of the RMS sd: a feature that hardly varied in training must not explode on a new frame
-COLLAPSE_FLOOR = 0.05  # smallest healthy spread of the features over frames, as a share of their rms
+GRIDS = (2, 4)  # cells a side over which the readout averages feature maps
+TIME_BLOCKS = 10  # of each sequence, for the inner folds of a single patient
 # What a checkpoint fixes for evaluate and predict, and what they take over from the run beside it.
 MODEL_FLAGS = (
     "encoder", "image_size", "token_type", "imagine", "d_model", "n_layers", "n_heads",
@@ -118,24 +117,28 @@ def add_model_arguments(add):
     add("--image_size", "--img_size", type=common.SIDE, default=224,
         help="side of a frame in pixels")
     add("--freeze_layers", type=common.bounded(int, 0, 5), default=0,
-        help="first stages of the encoder (stem, then four) that are not trained; 5 = none is, and without "
-             "augmentation its feature maps are computed once")
+        help="world model: first stages of the encoder (stem, then four) that are not trained; 5 = none is, and "
+             "without augmentation its feature maps are computed once")
     add("--backbone_lr_mult", type=common.AMOUNT, default=1.0,
         help="learning rate of the encoder over --lr")
-    add("--token_type", choices=("channel", "spatial"), default="channel",
-        help="channel: a token per feature channel (512); spatial: a token per cell of the feature map (49), cheaper")
+    add("--token_type", choices=("none", "channel", "spatial"), default="none",
+        help="none: at1 is read off the frame at t1, by a solved readout of a frozen encoder and what training adds; "
+             "else the world model, channel: with a token per feature channel (512), as published; spatial: with one "
+             "per cell of the feature map (49), cheaper")
     add("--imagine", choices=("map", "change"), default="map",
         help="what the head gives: the feature map of t2, or its change from that of t1, which starts as a copy of t1")
     add("--d_model", type=common.POSITIVE, default=768,
         help="width of a token")
-    add("--n_layers", type=common.POSITIVE, default=6,
+    add("--n_layers", "--num_layers", type=common.POSITIVE, default=6,
         help="transformer layers")
-    add("--n_heads", type=common.POSITIVE, default=12,
+    add("--n_heads", "--num_heads", type=common.POSITIVE, default=12,
         help="attention heads; they divide d_model")
     add("--feedforward", type=common.POSITIVE, default=3072,
         help="width of the feed-forward layers")
     add("--dropout", type=common.DROPOUT, default=0.1,
         help="on residual and feed-forward paths; inside attention it is 0, which lets the fused kernel run")
+    add("--smooth_l1_beta", type=common.AMOUNT, default=1.0,
+        help="error, in label sds, from which the loss on a pose grows linearly")
     add("--lambda_t2_action", type=common.AMOUNT, default=1.0,
         help="weight of the loss on at2")
     add("--lambda_latent", type=common.AMOUNT, default=0.2,
@@ -153,8 +156,13 @@ def check_flags(parser, args):
     lists = [args.train_patients, args.val_patients, args.test_patients]
     if args.manual_splits != any(lists) or (args.manual_splits and not all(lists[:2])):
         parser.error(f"--manual_splits needs --train_patients and --val_patients, and they need it; found {lists}")
-    if args.folds and (args.manual_splits or args.split_by == "time"):
-        parser.error(f"--folds {args.folds} leaves patients out: no --manual_splits, no --split_by time")
+    if args.folds and args.manual_splits:
+        parser.error(f"--folds {args.folds} makes its own split: no --manual_splits")
+    if args.folds and args.select != "last" and not args.val_ratio:
+        parser.error(f"--folds {args.folds} --val_ratio 0: rows of the train part choose the epoch, or --select last")
+    if args.token_type != "none" and not re.search("resnex?t", args.encoder):
+        parser.error(f"--encoder {args.encoder}: --token_type {args.token_type} needs a torchvision ResNet such as "
+                     "resnet34")
     if args.patient_map and args.patient_regex:
         parser.error(f"--patient_map {args.patient_map} and --patient_regex {args.patient_regex!r}: give one")
     if args.group_column:
@@ -202,8 +210,9 @@ class Study:
     frames: np.ndarray  # (N, 2) index of both frames in the store, -1 = none
     skipped: list  # dicts of sequence, row and reason
     notes: list
-    features: np.ndarray | None = None  # (N, F) of frame t1 through the untuned encoder, mean over its cells
-    maps: np.ndarray | None = None  # (frames in the store, F, G) float32, where the encoder is frozen as a whole
+    grids: np.ndarray | None = None  # (frames in the store, P) of the untuned encoder
+    blocks: dict | None = None  # {name: columns of the grids}
+    maps: np.ndarray | None = None  # (frames in the store, ...) of the model's encoder, where that stays as it is
 
     def frame(self, row, which, size):
         """uint8 (S, S, 3) of one frame, `which` 0 for t1 and 1 for t2, cut square from the middle."""
@@ -228,6 +237,18 @@ class Study:
     def poses(self):
         """{at1, motion, at2: (N, 6)}"""
         return {name: getattr(self, name) for name in probe_poses.FIELDS}
+
+    def inner_groups(self, rows):
+        """(n,) names of what an inner fold never cuts: patients, or blocks of time where there is but one."""
+        patients = self.patients[rows]
+        if len(set(patients)) > 1:
+            return patients
+        blocks = (TIME_BLOCKS * self.place[rows]).astype(int)
+        return np.char.add(self.sequences[rows].astype(str), blocks.astype(str))
+
+    def grids_at_t1(self, rows):
+        """(n, P) of the frames at t1."""
+        return self.grids[self.frames[rows, 0]]
 
     @property
     def place(self):
@@ -332,7 +353,7 @@ def draw_augmentation(preset, generator):
 class ProbeTransitions(common.Samples):
     """Samples of chosen rows; a key is (epoch, index), which seeds the augmentation.
 
-    Each sample: frames uint8 (2, S, S), or their maps float32 (2, F, G) from a frozen encoder; motion, other_motion
+    Each sample: frames uint8 (2, S, S), or what a frozen encoder made of them, float32 (2, ...); motion, other_motion
     (that of another row), at1, at2 (6,) float32 in mm and degrees, NaN = missing; name.
     """
 
@@ -353,7 +374,7 @@ class ProbeTransitions(common.Samples):
         if self.study.maps is None:
             frames = self.pixels(epoch, row)
         else:
-            frames = self.study.maps[self.study.frames[row]]  # (2, F, G)
+            frames = self.study.maps[self.study.frames[row]]  # (2, ...)
         poses = {name: values[index] for name, values in self.poses.items()}
         return {"frames": torch.from_numpy(frames), "name": self.study.names[row], **poses}
 
@@ -369,19 +390,6 @@ class ProbeTransitions(common.Samples):
         return to_grey(frames)  # (2, S, S, 3) -> (2, S, S)
 
 
-@dataclasses.dataclass(eq=False)
-class GreyFrames(common.Samples):
-    """Frames of the store as they are, uint8 (S, S)."""
-    store: picture_files.ImageStore
-    rows: np.ndarray  # of the store
-    size: int
-
-    def __getitem__(self, key):
-        _, index = key
-        frame = common.eval_crop(self.store[self.rows[index]], self.size)
-        return torch.from_numpy(to_grey(frame))  # (S, S, 3) -> (S, S)
-
-
 def to_grey(frames):
     """uint8 (..., 3) RGB -> uint8 (...) luma (ITU-R BT.601), unchanged where the three are equal."""
     import cv2
@@ -392,20 +400,95 @@ def to_grey(frames):
 # --- model and loss ----------------------------------------------------------------------
 
 class Imagined(NamedTuple):
-    """What one pass gives: feature maps (B, F, G) of t1 and, imagined, of t2; poses (B, 6) in mm and degrees."""
-    features_t1: torch.Tensor
-    features_t2: torch.Tensor
+    """What one pass gives: poses (B, 6) in mm and degrees; feature maps (B, F, G) of t1 and, imagined, of t2."""
     at1: torch.Tensor
     at2: torch.Tensor
+    features_t1: torch.Tensor | None = None
+    features_t2: torch.Tensor | None = None
+
+
+def pixel_scale(args):
+    """(2,) mean and sd of a grey picture, 0 to 255, that the encoder's weights expect; the middle without weights."""
+    mean, sd = 0.5, 0.5
+    if args.pretrained or args.weights:
+        mean, sd = backbones.pixel_statistics(args.encoder, args.weights)
+    return torch.tensor([255 * np.mean(mean), 255 * np.mean(sd)], dtype=torch.float32)
+
+
+def scaled(frames, scale):
+    """uint8 grey frames -> float32, by a pixel_scale."""
+    return frames.float().sub_(scale[0]).div_(scale[1])
+
+
+class GridEncoder(nn.Module):
+    """Untuned backbone: uint8 grey frames (B, 1, S, S) -> (B, P), its maps averaged over grids, always in fp32."""
+
+    def __init__(self, backbone, args):
+        super().__init__()
+        self.scales = backbones.MultiScale(backbone, args.image_size, GRIDS).requires_grad_(False)
+        self.register_buffer("pixel_scale", pixel_scale(args))
+
+    def train(self, mode=True):
+        return super().train(False)  # BatchNorm keeps its statistics
+
+    def forward(self, frames):
+        # uint8 (B, 1, S, S), or (B, P) that was computed before
+        if frames.ndim == 2:
+            return frames
+        with torch.autocast(frames.device.type, enabled=False):
+            return self.scales(scaled(frames, self.pixel_scale).expand(-1, 3, -1, -1))  # (B, P)
+
+
+class FrameReadout(nn.Module):
+    """The motion asked for at t1, off the frame at t1: a solved linear layer on its grids, and what training adds to it.
+
+    The correction begins at 0, so that the untrained model is the solved readout.
+    """
+    imagines = False
+
+    def __init__(self, encoder, args, scaler, convention):
+        super().__init__()
+        self.encoder = encoder
+        n_features = encoder.scales.n_features
+        self.solved = nn.Linear(n_features, 6).requires_grad_(False)
+        self.correction = nn.Sequential(
+            nn.Linear(n_features, 256), nn.GELU(), nn.Dropout(args.dropout),
+            nn.Linear(256, 6))
+        set_to_zero(self.correction[-1])
+        self.at2_from = probe_poses.CONVENTIONS[convention].at2
+        self.register_buffer("grid_mean", torch.zeros(n_features))
+        self.register_buffer("grid_sd", torch.ones(n_features))
+        self.register_buffer("at1_sd", torch.as_tensor(scaler["at1"]["sd"], dtype=torch.float32))
+
+    def scale_grids(self, grids):
+        """Give the correction the scale of these grids (N, P)."""
+        mean, sd = baseline_models.standardisation(grids, baseline_models.FEATURE_SD_FLOOR)
+        self.grid_mean.copy_(torch.from_numpy(mean))
+        self.grid_sd.copy_(torch.from_numpy(sd))
+
+    def trained_parts(self, args):
+        """[(module, its learning rate over --lr)]"""
+        return [(self.correction, 1.0)]
+
+    def look(self, frames):
+        """Nothing is imagined, so that there is nothing to compare it with."""
+
+    def forward(self, frame_t1, motion):
+        # uint8 (B, 1, S, S) or (B, P) of a frame, (B, 6) motion in mm and degrees
+        grids = self.encoder(frame_t1)  # (B, P)
+        with torch.autocast(grids.device.type, enabled=False):
+            correction = self.correction((grids - self.grid_mean) / self.grid_sd)  # (B, P) -> (B, 6)
+            at1 = self.solved(grids) + self.at1_sd * correction
+            return Imagined(at1, self.at2_from(at1, motion))
 
 
 class Encoder(nn.Module):
-    """ResNet without its pooling and classifier, for one input channel: (B, 1, S, S) -> (B, F, G), G = (S / 32)^2.
+    """ResNet without its pooling and classifier: uint8 grey frames (B, 1, S, S) -> (B, F, G), G = (S / 32)^2.
 
     The kernel of the first layer is the sum of its RGB kernels, so that a grey picture gives what it gave as RGB.
     """
 
-    def __init__(self, resnet, n_features, image_size, freeze_layers=0):
+    def __init__(self, resnet, n_features, args):
         super().__init__()
         colour = resnet.conv1
         stem = nn.Conv2d(1, colour.out_channels, colour.kernel_size, colour.stride, colour.padding,
@@ -415,13 +498,16 @@ class Encoder(nn.Module):
             nn.Sequential(stem, resnet.bn1, resnet.relu, resnet.maxpool),
             resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)
         self.n_features = n_features
-        self.n_cells = math.ceil(image_size / 32) ** 2
-        self.freeze_layers = freeze_layers
-        self.stages[:freeze_layers].requires_grad_(False)
+        self.n_cells = math.ceil(args.image_size / 32) ** 2
+        self.freeze_layers = args.freeze_layers
+        self.stages[:self.freeze_layers].requires_grad_(False)
+        self.register_buffer("pixel_scale", pixel_scale(args))
 
     def forward(self, frames):
-        # (B, 1, S, S) frames, or (B, F, G) maps that a frozen encoder made before
-        return frames if frames.ndim == 3 else self.stages(frames).flatten(2)  # (B, 1, S, S) -> (B, F, G)
+        # uint8 (B, 1, S, S), or (B, F, G) that was computed before
+        if frames.ndim == 3:
+            return frames
+        return self.stages(scaled(frames, self.pixel_scale)).flatten(2)  # (B, F, G)
 
     def train(self, mode=True):
         super().train(mode)
@@ -429,29 +515,12 @@ class Encoder(nn.Module):
         return self
 
 
-class Layer(nn.Module):
-    """Transformer layer on (B, K, D), normalised before each half; attention runs as one fused kernel."""
-
-    def __init__(self, d_model, n_heads, feedforward, dropout):
-        super().__init__()
-        self.n_heads = n_heads
-        self.norm_attention = nn.LayerNorm(d_model)
-        self.norm_feedforward = nn.LayerNorm(d_model)
-        self.query_key_value = nn.Linear(d_model, 3 * d_model)
-        self.output = nn.Linear(d_model, d_model)
-        self.feedforward = nn.Sequential(
-            nn.Linear(d_model, feedforward), nn.GELU(), nn.Dropout(dropout),
-            nn.Linear(feedforward, d_model))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, tokens):
-        heads = self.query_key_value(self.norm_attention(tokens))  # (B, K, D) -> (B, K, 3 D)
-        heads = heads.unflatten(-1, (3, self.n_heads, -1))  # (B, K, 3, heads, D / heads)
-        query, key, value = heads.permute(2, 0, 3, 1, 4)  # 3 of (B, heads, K, D / heads)
-        attended = nn.functional.scaled_dot_product_attention(query, key, value)  # no dropout in here
-        attended = self.output(attended.transpose(1, 2).flatten(2))  # (B, heads, K, D / heads) -> (B, K, D)
-        tokens = tokens + self.dropout(attended)  # (B, K, D)
-        return tokens + self.dropout(self.feedforward(self.norm_feedforward(tokens)))  # (B, K, D)
+def transformer_layer(args):
+    """Layer on (B, K, D), normalised before each half, without dropout inside attention: one fused kernel."""
+    layer = nn.TransformerEncoderLayer(
+        args.d_model, args.n_heads, args.feedforward, args.dropout, "gelu", batch_first=True, norm_first=True)
+    layer.self_attn.dropout = 0.0
+    return layer
 
 
 def sine_cosine(n_tokens, d_model):
@@ -477,8 +546,7 @@ class Imagination(nn.Module):
             nn.Linear(256, width))
         self.register_buffer("position", sine_cosine(n_tokens + 1, width), persistent=False)
         self.norm = nn.LayerNorm(width)
-        layers = [Layer(width, args.n_heads, args.feedforward, args.dropout)
-                  for _ in range(args.n_layers)]
+        layers = [transformer_layer(args) for _ in range(args.n_layers)]
         self.layers = nn.Sequential(*layers, nn.LayerNorm(width))
         self.head = nn.Linear(width, token_size)
         if self.by_change:
@@ -497,6 +565,7 @@ class Imagination(nn.Module):
 
 class Dreamer(nn.Module):
     """Encoder, imagination and readout; the motion asked for at t1 follows from that at t2 and the known motion."""
+    imagines = True
 
     def __init__(self, encoder, args, scaler, convention):
         super().__init__()
@@ -506,14 +575,19 @@ class Dreamer(nn.Module):
             nn.Linear(encoder.n_features, 1024), nn.GELU(), nn.Dropout(args.dropout),
             nn.Linear(1024, 512), nn.GELU(), nn.Dropout(args.dropout),
             nn.Linear(512, 6))
+        set_to_zero(self.readout[-1])  # the first guess of at2 is the train mean
         self.at1_from = probe_poses.CONVENTIONS[convention].at1
         for name in ("motion", "at2"):
             for what, values in scaler[name].items():
                 values = torch.as_tensor(values, dtype=torch.float32)
                 self.register_buffer(f"{name}_{what}", values, persistent=False)
 
+    def trained_parts(self, args):
+        """[(module, its learning rate over --lr)]"""
+        return [(self.encoder, args.backbone_lr_mult), (self.imagination, 1.0), (self.readout, 1.0)]
+
     def forward(self, frame_t1, motion):
-        # (B, 1, S, S) normalised frame, (B, 6) motion in mm and degrees
+        # uint8 (B, 1, S, S) frame, (B, 6) motion in mm and degrees
         return self.imagine(self.encoder(frame_t1), motion)
 
     @torch.no_grad()
@@ -530,7 +604,7 @@ class Dreamer(nn.Module):
         with torch.autocast(features.device.type, enabled=False):  # bf16 has steps of half a degree at 100 degrees
             at2 = self.at2_mean + self.at2_sd * self.readout(imagined.mean(2))  # (B, F, G) -> (B, F) -> (B, 6)
             at1 = self.at1_from(at2, known_motion)  # (B, 6)
-        return Imagined(features.float(), imagined, at1, at2)
+        return Imagined(at1, at2, features.float(), imagined)
 
 
 def set_to_zero(linear):
@@ -539,21 +613,18 @@ def set_to_zero(linear):
     nn.init.zeros_(linear.bias)
 
 
-def build_encoder(args):
-    """Encoder as the flags describe it; the seed decides the random part. UserError for what is no ResNet."""
+def build_encoder(args, kind):
+    """GridEncoder, or the Encoder of a world model, as the flags describe it; the seed decides the random part."""
     torch.manual_seed(common.hash_seed(args.seed))
-    resnet, n_features = backbones.build_backbone(args.encoder, args.pretrained, args.weights,
-                                               args.image_size)
-    if not hasattr(resnet, "layer4"):
-        raise common.UserError(f"--encoder {args.encoder}: expected a torchvision ResNet such as resnet34")
-    return Encoder(resnet, n_features, args.image_size, args.freeze_layers)
+    backbone, n_features = backbones.build_backbone(args.encoder, args.pretrained, args.weights, args.image_size)
+    return GridEncoder(backbone, args) if kind is GridEncoder else Encoder(backbone, n_features, args)
 
 
 def build_model(args, scaler, convention):
-    """Dreamer as the flags describe it; its first guess of at2 is the train mean."""
-    model = Dreamer(build_encoder(args), args, scaler, convention)
-    set_to_zero(model.readout[-1])
-    return model
+    """FrameReadout or Dreamer as the flags describe it."""
+    if args.token_type == "none":
+        return FrameReadout(build_encoder(args, GridEncoder), args, scaler, convention)
+    return Dreamer(build_encoder(args, Encoder), args, scaler, convention)
 
 
 def fit_scaler(study, rows):
@@ -565,13 +636,12 @@ def fit_scaler(study, rows):
     return scaler
 
 
-def pose_loss(predicted, target, sd):
-    """SmoothL1 (beta 1) in units of sd, angles wrapped: (B, 6), (B, 6) with NaN = missing -> (B,)."""
+def pose_loss(predicted, target, sd, beta=1.0):
+    """SmoothL1 in units of sd, angles wrapped: (B, 6), (B, 6) with NaN = missing -> (B,)."""
     labelled = ~torch.isnan(target)  # (B, 6), True = a label is there
     error = probe_poses.pose_error(predicted,
                                    torch.where(labelled, target, predicted.detach())) / sd
-    losses = nn.functional.smooth_l1_loss(error, torch.zeros_like(error), reduction="none",
-                                          beta=1.0)
+    losses = nn.functional.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=beta)
     return (losses * labelled).sum(1) / labelled.sum(1).clamp(min=1)  # (B, 6) -> (B,)
 
 
@@ -596,14 +666,15 @@ def collapse_guard(features_t1):
     """0 while frames stay apart, up to 1 as their features become the same, which would make t2 easy to imagine."""
     if len(features_t1) < 2:
         return features_t1.new_zeros(())
-    return nn.functional.relu(1 - feature_spread(features_t1) / COLLAPSE_FLOOR)
+    return nn.functional.relu(1 - feature_spread(features_t1) / pose_scores.COLLAPSE_FLOOR)
 
 
 class DreamLoss:
     """Weighted sum of the losses on at1 (main task), at2 and the imagined features; sds (6,) of train rows."""
 
     def __init__(self, args, scaler, device):
-        self.uses_t2 = not args.primary_task_only
+        self.beta = args.smooth_l1_beta
+        self.uses_t2 = args.token_type != "none" and not args.primary_task_only
         self.weights = {
             "main_task_loss": 1.0,
             "t2_loss": args.lambda_t2_action * self.uses_t2,
@@ -612,15 +683,19 @@ class DreamLoss:
         self.sd = {name: torch.as_tensor(scaler[name]["sd"], dtype=torch.float32, device=device)
                    for name in ("at1", "at2")}
 
+    def of_pose(self, name, predicted, target):
+        """pose_loss (B,) of at1 or at2."""
+        return pose_loss(predicted, target, self.sd[name].to(predicted.device), self.beta)
+
     def total(self, parts):
         """Weighted sum of the parts that are there."""
         return sum(self.weights[name] * value for name, value in parts.items())
 
     def __call__(self, imagined, batch, features_t2):
         """Imagined, targets {at1, at2: (B, 6)}, true features at t2 (B, F, G) or None -> (total, {part: tensor})."""
-        parts = {"main_task_loss": pose_loss(imagined.at1, batch["at1"], self.sd["at1"]).mean()}
+        parts = {"main_task_loss": self.of_pose("at1", imagined.at1, batch["at1"]).mean()}
         if features_t2 is not None:
-            parts["t2_loss"] = pose_loss(imagined.at2, batch["at2"], self.sd["at2"]).mean()
+            parts["t2_loss"] = self.of_pose("at2", imagined.at2, batch["at2"]).mean()
             parts["latent_loss"] = latent_loss(imagined.features_t2, features_t2)
             parts["latent_loss"] = parts["latent_loss"] + collapse_guard(imagined.features_t1)
         return self.total(parts), parts
@@ -635,19 +710,13 @@ def make_loader(study, rows, args, compute, train=False):
 
 
 def to_device(batch, compute):
-    """Batch -> both frames (B, 1, S, S) with mean .5 and sd .5, or maps (B, F, G); {motion, at1, ...: (B, 6)}."""
+    """Batch -> both frames, uint8 (B, 1, S, S), or (B, ...) that was computed before; {motion, at1, ...: (B, 6)}."""
     poses = {name: compute.send(batch[name])
              for name in ("motion", "other_motion", "at1", "at2")}
     frames = compute.send(batch["frames"])
     if frames.dtype != torch.uint8:
-        return frames[:, 0], frames[:, 1], poses  # (B, 2, F, G) -> two of (B, F, G)
-    frames = normalised(frames)
+        return frames[:, 0], frames[:, 1], poses  # (B, 2, ...) -> two of (B, ...)
     return frames[:, :1].contiguous(), frames[:, 1:].contiguous(), poses  # (B, 2, S, S) -> two of (B, 1, S, S)
-
-
-def normalised(frames):
-    """uint8 grey tensor -> float32 with mean .5 and sd .5 of the range: -1 to 1."""
-    return frames.float().div_(127.5).sub_(1.0)
 
 
 def train_one_epoch(model, loader, loss_function, training, compute):
@@ -676,15 +745,16 @@ def evaluate(model, loader, loss_function, compute):
         batches.append({
             "at1": imagined.at1,
             "true_at1": poses["at1"],
-            "at2": imagined.at2,
-            "true_at2": poses["at2"],
-            **pose_scores.latent_terms(imagined.features_t1, imagined.features_t2, features_t2)})
+            "main_task_loss": loss_function.of_pose("at1", imagined.at1, poses["at1"]),  # (B,)
+            "t2_loss": loss_function.of_pose("at2", imagined.at2, poses["at2"])})
+        if model.imagines:
+            batches[-1] |= pose_scores.latent_terms(imagined.features_t1, imagined.features_t2, features_t2)
     rows = join_batches(batches, compute)  # {name: (M, ...)}
-    latent = pose_scores.latent_numbers(rows)
-    parts = {"latent_loss": latent["latent_loss"]}
-    for name, part in (("at1", "main_task_loss"), ("at2", "t2_loss")):
-        losses = pose_loss(rows[name], rows[f"true_{name}"], loss_function.sd[name].cpu())  # (M,)
-        parts[part] = losses.mean().item()
+    parts = {name: rows[name].mean().item() for name in ("main_task_loss", "t2_loss")}
+    latent = {}
+    if model.imagines:
+        latent = pose_scores.latent_numbers(rows)
+        parts["latent_loss"] = latent["latent_loss"]
     error = probe_poses.pose_error(rows["at1"].double(), rows["true_at1"].double()).abs()  # (M, 6)
     mae = {f"mae_{axis}": value for axis, value in zip(probe_poses.AXES, error.nanmean(0).tolist())}
     return rows["at1"].double().numpy(), {"loss": loss_function.total(parts), **parts, **latent, **mae}
@@ -697,8 +767,11 @@ def join_batches(batches, compute):
     return {name: torch.cat([batch[name] for batch in joined]) for name in joined[0]}
 
 
-def fit(run, args, study, split):
-    """Train on split['train'], choose the epoch on split['val'] -> (model, DreamLoss, {part: loader}, Training)."""
+def fit(run, args, study, split, readout):
+    """Train on split['train'], choose the epoch on split['val'] -> (model, DreamLoss, {part: loader}, Training).
+
+    readout: of solve_readout on the train rows, with which a FrameReadout starts.
+    """
     compute = run.compute
     scaler = fit_scaler(study, split["train"])
     train_loader = make_loader(study, split["train"], args, compute, train=True)
@@ -706,37 +779,54 @@ def fit(run, args, study, split):
     model = build_model(args, scaler, study.compose)
     if args.init_from:
         common.start_from(model, args.init_from, is_frozen=False)
+    if not model.imagines:
+        readout.write_into(model.solved)
+        model.scale_grids(study.grids_at_t1(split["train"]))
     model = compute.place(model)
     loss_function = DreamLoss(args, scaler, compute.device)
-    optimizer = common.build_optimizer(
-        [(model.encoder, args.backbone_lr_mult), (model.imagination, 1.0), (model.readout, 1.0)],
-        args)
     training = common.Training(
-        run, model, optimizer, args,
+        run, model, common.build_optimizer(model.trained_parts(args), args), args,
         select="last" if args.select == "last" else f"val_{args.select}",
         metadata=lambda: model_metadata(args, study, split, scaler),
         higher_is_better=False,
         row_hashes=study.hashes,
         split=split)
     n_weights = sum(weights.numel() for weights in model.parameters())
-    run.say(f"model: {n_weights / 1e6:.1f} million weights, {len(model.imagination.position)} tokens of {args.d_model}")
-    for epoch in training.epochs():
-        started = time.perf_counter()
+    run.say(f"model: {n_weights / 1e6:.1f} million weights, token type {args.token_type}")
+    for _ in training.epochs():
         row = train_one_epoch(model, train_loader, loss_function, training, compute)
         _, numbers = evaluate(model, loaders["val"], loss_function, compute)
         row["train_total_loss"] = row["train_loss"]
         row |= {f"val_{name}": value for name, value in numbers.items()}
         training.end_epoch(row)
-        if not training.progress.done:
-            run.say(time_left(time.perf_counter() - started, args.epochs - epoch))
-    training.load_best()
+    save_model(run, training.model_file(), "final_model.pth")
     return model, loss_function, loaders, training
 
 
-def time_left(seconds, n_epochs):
-    """How long the last epoch took, and how long the remaining ones may take."""
-    left = datetime.timedelta(seconds=round(seconds * n_epochs))
-    return f"  {seconds:.1f} s per epoch; at most {left} to the end (h:mm:ss)"
+@common.first_process_only
+def save_model(run, content, name):
+    """Write a model file."""
+    common.save_checkpoint(run.path(name), common.to_plain_types(content))
+
+
+def keep_if_better(training, study, rows, readout, loss_function):
+    """Give a FrameReadout its best epoch, or epoch 0 where none beats the solved readout on these rows.
+
+    Returns the content of best_model.pth.
+    """
+    best = training.load_best()
+    if training.model.imagines or training.select == "last":
+        return best
+    readout.write_into(training.model.solved)  # a run that was killed may have solved it anew already
+    start = torch.from_numpy(readout.predict(study.grids_at_t1(rows)))
+    start_loss = loss_function.of_pose("at1", start, torch.from_numpy(study.at1[rows])).mean().item()
+    best_loss = best["history"][training.select]
+    training.run.say(f"validation loss of the solved readout {start_loss:.4f}, of epoch {best['epoch']} {best_loss:.4f}")
+    if best_loss >= start_loss:
+        training.run.say("note: no epoch is better than the solved readout, so nothing is added to it (epoch 0)")
+        set_to_zero(training.model.correction[-1])
+        best["epoch"] = 0
+    return best
 
 
 def model_metadata(args, study, split, scaler):
@@ -760,68 +850,84 @@ def use_of_inputs(model, loader, loss_function, compute, patients):
     """Does the model use the motion and the imagined frame? {name of pose_judging.USE_MEANINGS: number} of a split.
 
     False motions are those of other rows of the split; they enter the imagination only, while the composition keeps
-    the true one: otherwise a model that adds and subtracts the same motion would look as if it ignored it.
+    the true one: otherwise a model that adds and subtracts the same motion would look as if it ignored it. A
+    FrameReadout imagines nothing: {}.
     """
+    if not model.imagines:
+        return {}
     model.eval()
-    sd = loss_function.sd["at1"]
     batches = []
     for batch in loader:
         frame_t1, frame_t2, poses = to_device(batch, compute)
         with compute.autocast():
-            features_t1 = model.look(frame_t1)  # (B, F, G)
-            features_t2 = model.look(frame_t2)
-            true = model.imagine(features_t1, poses["motion"])
-            false = model.imagine(features_t1, poses["other_motion"], known_motion=poses["motion"])
+            features_t2 = model.look(frame_t2)  # (B, F, G)
+            true = model(frame_t1, poses["motion"])
+            false = model.imagine(true.features_t1, poses["other_motion"], known_motion=poses["motion"])
         batches.append({
-            "loss": pose_loss(true.at1, poses["at1"], sd),  # (B,)
-            "false_loss": pose_loss(false.at1, poses["at1"], sd),
-            "false_error": (false.features_t2 - features_t2).square().mean((1, 2)),
-            "map_t1": features_t1.flatten(1).half(),  # (B, F * G)
-            "map_imagined": true.features_t2.flatten(1).half(),
+            "loss": loss_function.of_pose("at1", true.at1, poses["at1"]),  # (B,)
+            "false_loss": loss_function.of_pose("at1", false.at1, poses["at1"]),
+            "map_imagined": true.features_t2.flatten(1).half(),  # (B, F * G)
             "map_t2": features_t2.flatten(1).half(),
-            **pose_scores.latent_terms(features_t1, true.features_t2, features_t2)})
+            **pose_scores.latent_terms(true.features_t1, true.features_t2, features_t2)})
     rows = join_batches(batches, compute)  # {name: (M, ...)}
     latent = pose_scores.latent_numbers(rows)
-    of_imagined = pose_scores.retrieval_rank(rows["map_imagined"], rows["map_t2"], patients)
-    of_copy = pose_scores.retrieval_rank(rows["map_t1"], rows["map_t2"], patients)
     ratio = rows["false_loss"].sum() / rows["loss"].sum()
-    latent_ratio = rows["false_error"].sum() / rows["latent_error"].sum()
     return {
         "action_shuffle_ratio": ratio.item(),
-        "action_shuffle_ratio_latent": latent_ratio.item(),
         "latent_skill": latent["latent_skill"],
         "feature_spread": latent["feature_spread"],
-        "retrieval_rank": of_imagined,
-        "retrieval_rank_copy": of_copy,
+        "retrieval_rank": pose_scores.retrieval_rank(rows["map_imagined"], rows["map_t2"], patients),
     }
 
 
 @torch.no_grad()
-def encode_frames(study, rows, args, compute):
-    """The Study with features of the untuned encoder for the frames of these rows, and maps where it stays frozen."""
-    encoder = compute.place(build_encoder(args)).eval()
+def look_at(study, rows, encoder, args, compute):
+    """float32 (frames in the store, ...): what an encoder makes of the frames of these rows, 0 for the others."""
+    encoder = compute.place(encoder).eval()
     wanted = np.unique(study.frames[rows])
-    maps = np.zeros((len(study.store), encoder.n_features, encoder.n_cells), np.float32)
-    frames = GreyFrames(study.store, wanted, args.image_size)
-    loader = common.make_loader(
-        frames, args, compute, False, study.store.cache == "ram", batch_size=64)
-    parts = []
-    for pixels in loader:  # (B, S, S)
-        inputs = normalised(compute.send(pixels[:, None]))  # (B, 1, S, S)
+    outputs = []
+    for chunk in np.array_split(wanted, math.ceil(len(wanted) / 64)):
+        frames = np.stack([common.eval_crop(study.store[i], args.image_size) for i in chunk])
+        frames = torch.from_numpy(to_grey(frames))[:, None]  # (64, S, S, 3) -> (64, 1, S, S)
         with compute.autocast():
-            parts.append(encoder(inputs).float().cpu())  # (B, 1, S, S) -> (B, F, G)
-    maps[wanted] = torch.cat(compute.processes.gather(parts)).numpy()
-    is_frozen = args.freeze_layers == 5 and args.augment == "none" and not args.init_from
-    return dataclasses.replace(
-        study,
-        features=maps[study.frames[:, 0]].mean(2),  # (N, F, G) -> (N, F)
-        maps=maps if args.mode == "train" and is_frozen else None)
+            outputs.append(encoder(compute.send(frames)).float().cpu().numpy())
+    outputs = np.concatenate(outputs)
+    everywhere = np.zeros((len(study.store), *outputs.shape[1:]), np.float32)
+    everywhere[wanted] = outputs
+    return everywhere
 
 
-def baselines(study, train, rows, centre):
+def see_frames(study, rows, args, compute):
+    """The Study with the grids of the frames of these rows, and their maps where the model's encoder is frozen."""
+    encoder = build_encoder(args, GridEncoder)
+    grids = look_at(study, rows, encoder, args, compute)
+    maps = None
+    if args.mode == "train" and args.augment == "none" and not args.init_from:
+        if args.token_type == "none":
+            maps = grids
+        elif args.freeze_layers == 5:
+            maps = look_at(study, rows, build_encoder(args, Encoder), args, compute)
+    return dataclasses.replace(study, grids=grids, blocks=encoder.scales.blocks, maps=maps)
+
+
+def apart_from(centre, poses):
+    """Poses (n, 6) as their differences from one (6,), the angles wrapped."""
+    return probe_poses.on_arrays(probe_poses.pose_error, poses, np.broadcast_to(centre, poses.shape))
+
+
+def solve_readout(study, rows):
+    """baseline_models.Readout of at1 in mm and degrees on the grids of the frames at t1 of these rows."""
+    centre = probe_poses.centre_and_spread(study.at1[rows])[0]
+    readout = baseline_models.fit_readout(
+        study.grids_at_t1(rows), apart_from(centre, study.at1[rows]), study.inner_groups(rows), blocks=study.blocks)
+    return dataclasses.replace(readout, intercept=readout.intercept + centre)
+
+
+def baselines(study, train, rows, centre, readout=None):
     """{name: (M, 6)} of what trains no network; without train rows (other data) only those that need none.
 
-    centre: (6,) mean of at1 over the train rows; what is fitted, is fitted to the errors of it.
+    centre: (6,) mean of at1 over the train rows; what is fitted, is fitted to the errors of it. readout: of
+    solve_readout on the train rows.
     """
     predicted = {
         "zero": np.zeros((len(rows), 6)),
@@ -830,17 +936,18 @@ def baselines(study, train, rows, centre):
     }
     if not len(train):
         return predicted
-    centred = np.broadcast_to(centre, (len(train), 6))
-    apart = probe_poses.on_arrays(probe_poses.pose_error, study.at1[train], centred)  # (N_train, 6)
+    apart = apart_from(centre, study.at1)  # (N, 6)
     near = baseline_models.place_weights(study.place, study.sequences, train, rows)  # (M, N_train)
-    predicted["frame_index"] = centre + near @ np.nan_to_num(apart)
-    inputs = {"motion_ridge": study.motion}
-    if study.features is not None:
-        inputs["image_ridge"] = np.hstack([study.features, study.motion])
-    for name, features in inputs.items():
-        ridge = baseline_models.fit_ridge(
-            features[train], apart, groups=study.patients[train], sd_floor=FEATURE_SD_FLOOR)
-        predicted[name] = centre + ridge.predict(features[rows])
+    motion_ridge = baseline_models.fit_readout(study.motion[train], apart[train], study.inner_groups(train))
+    found = {
+        "frame_index": near @ np.nan_to_num(apart[train]),
+        "motion_ridge": motion_ridge.predict(study.motion[rows]),
+        **baseline_models.time_baselines(apart, study.order, study.sequences, train, rows),
+        **baseline_models.group_mean_baseline(apart, study.patients, train, rows),
+    }
+    predicted |= {name: centre + values for name, values in found.items()}
+    if readout:
+        predicted["grid_readout"] = readout.predict(study.grids_at_t1(rows))
     return predicted
 
 
@@ -882,12 +989,13 @@ def at2_of(study, rows, at1):
 @common.first_process_only
 def judge(run, args, study, split, rows, table, part, use, alarms, best_epoch=None, folds=()):
     """Judge the predictions for these rows of the study; `part` is val, test, folds, or what evaluate scores."""
+    motion = np.nanmean(np.abs(study.motion[rows]) / study.label_sd)
     setting = judging.Setting(
         title="Probe guidance",
         part=part,
         seen=table.seen,
         best_epoch=best_epoch,
-        alarms=pose_scores.use_alarms(use, COLLAPSE_FLOOR) + alarms,
+        alarms=pose_scores.use_alarms(use, motion) + alarms,
         criteria=args.criteria,
         data=data_blocks(run, study, split, table),
         cases=judging.case_blocks(
@@ -966,6 +1074,31 @@ def make_split(args, study):
     return splitting.split_of_flags(args, study.names, None, study.patients)
 
 
+def make_folds(args, study):
+    """[{train, val, test}]: what a fold leaves out is its test part, and rows of the others choose the epoch: patients,
+    or where those are fewer than three, blocks of time.
+
+    With --select last nothing is chosen, and what is left out is the val part.
+    """
+    if args.split_by == "time":
+        splits = splitting.folds_by_time(study.sequences, study.order, args.folds, args.gap)
+    else:
+        splits = splitting.folds_of_flags(args, study.names, None, study.patients)
+    if args.select == "last":
+        return splits
+    ratios = {"train": 1 - args.val_ratio, "val": args.val_ratio}
+    nested = []
+    for split in splits:
+        rows = split["train"]
+        if args.split_by == "time" or len(set(study.patients[rows])) < 3:
+            parts = splitting.split_by_time(study.sequences[rows], study.order[rows], ratios, args.gap)
+        else:
+            parts = splitting.make_split(
+                len(rows), ratios, groups=study.patients[rows], seed=args.seed, keys=study.names[rows])
+        nested.append({"train": rows[parts["train"]], "val": rows[parts["val"]], "test": split["val"]})
+    return nested
+
+
 def check_split(run, args, study, split):
     """Refuse a split that leaks; write splits.json, the leakage report over the frames, and the statistics."""
     by_time = args.split_by == "time"
@@ -973,16 +1106,19 @@ def check_split(run, args, study, split):
         run.say(f"split by time, {args.gap} transitions between blocks: every patient stands in every part, so nothing "
                 "is said across patients")
     owner = np.full(len(study.store), "", dtype=object)  # of every picture in the store
-    key = owner.copy()
-    for row, pair in enumerate(study.frames):
-        for i in pair[pair >= 0]:
-            owner[i] = study.patients[row]
-            key[i] = f"{study.sequences[row]}/{study.store.paths[i].name}"
-    frames = {part: np.setdiff1d(study.frames[rows], [-1]) for part, rows in split.items()}
+    owner[study.frames] = study.patients[:, None]
+    sequence = owner.copy()
+    sequence[study.frames] = study.sequences[:, None]
+    key = [f"{folder}/{path.name}" for folder, path in zip(sequence, study.store.paths)]
+    frames = {part: np.unique(study.frames[rows]) for part, rows in split.items()}
+    in_fold = args.folds and "train" in split  # patients are whole, but a few lend blocks of time that choose the epoch
+    stopping = splitting.STOPPING_LEAKS
+    if by_time and args.folds and not in_fold:
+        stopping = ()  # blocks meet; each fold leaves the gap between its own parts
     report = splitting.leakage_report(
         frames, key, study.frame_audit("pixel_sha"), study.frame_audit("phash"),
-        {"groups": None if by_time else owner})
-    splitting.record_split(run, split, study.names, report)
+        {"groups": None if by_time or in_fold else owner})
+    splitting.record_split(run, split, study.names, report, stopping)
     write_statistics(run, args, study, split)
 
 
@@ -1011,30 +1147,44 @@ def run_split(run, args, study, split):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
     check_split(run, args, study, split)
     split = common.rows_to_try(split, args)
-    if study.features is None:
-        study = encode_frames(study, np.concatenate(list(split.values())), args, run.compute)
+    if study.grids is None:
+        study = see_frames(study, np.concatenate(list(split.values())), args, run.compute)
     run.write_args(**study.data_record(split))
-    model, loss_function, loaders, training = fit(run, args, study, split)
-    predicted = {part: evaluate(model, loader, loss_function, run.compute)[0]
-                 for part, loader in loaders.items() if len(split[part])}
-    centre = probe_poses.centre_and_spread(study.at1[split["train"]])[0]
-    seen = training.seen.words(study.hashes)  # (N,)
+    fitted = split["train"]
+    readout = solve_readout(study, fitted)
+    run.say(f"solved readout: {', '.join(dict.fromkeys(readout.blocks))} of the encoder, by the inner folds")
+    model, loss_function, loaders, training = fit(run, args, study, split, readout)
+    best = keep_if_better(training, study, split["val"], readout, loss_function)
     tables = {}
-    for part in predicted:
+    for part, loader in loaders.items():  # train, val, test
         rows = split[part]
-        others = baselines(study, split["train"], rows, centre)
-        tables[part] = score_table(study, rows, predicted[part], others, seen[rows])
+        if not len(rows):
+            continue
+        if part == "test":
+            fitted = np.union1d(split["train"], split["val"])  # validation has done its work
+            readout = solve_readout(study, fitted)
+            if not model.imagines:
+                readout.write_into(model.solved)
+                best["seen"] = best["seen"].plus(common.SeenRows(fitted=study.hashes[fitted], chose=[]))
+        predicted, _ = evaluate(model, loader, loss_function, run.compute)
+        centre = probe_poses.centre_and_spread(study.at1[fitted])[0]
+        others = baselines(study, fitted, rows, centre, readout)
+        words = training.seen.words(study.hashes[rows])
+        tables[part] = score_table(study, rows, predicted, others, words)
         if part != "train":
             tables[part].write(run.path(f"predictions_{part}.csv"))
-    best_epoch = training.progress.best_epoch
-    plot_training(run, training.progress.history, best_epoch)
+    save_model(run, best | {"model": model.state_dict()}, "best_model.pth")
+    plot_training(run, training.progress.history, best["epoch"])
     train, val = (common.mean_metrics(common.regression_metrics(tables[part].predicted, tables[part].target))
                   for part in ("train", "val"))
     part = "test" if "test" in tables else "val"
     use = use_of_inputs(model, loaders[part], loss_function, run.compute, tables[part].groups)
-    alarms = verdicts.split_gap_alarms(
-        train, val, remedy="Fewer trained layers (--freeze_layers), --augment full, more patients")
-    judge(run, args, study, split, split[part], tables[part], part, use, alarms, best_epoch)
+    use |= pose_scores.outside_share(study.at1, fitted, split[part])
+    alarms = []
+    if model.imagines:  # a readout that is solved always fits its own rows better
+        alarms = verdicts.split_gap_alarms(
+            train, val, remedy="Fewer trained layers (--freeze_layers), --augment full, more patients")
+    judge(run, args, study, split, split[part], tables[part], part, use, alarms, best["epoch"])
 
 
 def plot_training(run, history, best_epoch):
@@ -1047,14 +1197,15 @@ def plot_training(run, history, best_epoch):
 
 
 def run_folds(run, args, study):
-    """One run per fold in fold_K/, patients left out in turn, then the predictions pooled and judged as one."""
-    splits = splitting.folds_of_flags(args, study.names, None, study.patients)
-    folds = {f"fold_{k}": split["val"] for k, split in enumerate(splits)}
+    """One run per fold in fold_K/, patients or blocks of time left out in turn, then the predictions pooled and judged as one."""
+    splits = make_folds(args, study)
+    left_out = "val" if args.select == "last" else "test"
+    folds = {f"fold_{k}": split[left_out] for k, split in enumerate(splits)}
     check_split(run, args, study, folds)
-    study = encode_frames(study, np.arange(len(study.names)), args, run.compute)
+    study = see_frames(study, np.arange(len(study.names)), args, run.compute)
     run.write_args(**study.data_record(folds))
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))
-    tables = [prediction_tables.read_predictions(run.path(f"fold_{k}") / "predictions_val.csv") for k in chosen]
+    tables = [prediction_tables.read_predictions(run.path(f"fold_{k}") / f"predictions_{left_out}.csv") for k in chosen]
     uses = [common.read_json(run.path(f"fold_{k}") / "metrics.json")["use"] for k in chosen]
     joined = prediction_tables.join(tables)
     rows = prediction_tables.rows_of(joined, study.names)
@@ -1069,8 +1220,8 @@ def run_folds(run, args, study):
 def mean_use(folds):
     """Numbers of use over all folds: their means over the rows."""
     n_rows = [fold["rows"] for fold in folds]
-    values = {name: np.array([fold[name] for fold in folds], float) for name in pose_judging.USE_MEANINGS}
-    return {name: np.average(each, weights=n_rows) for name, each in values.items()}
+    names = [name for name in pose_judging.USE_MEANINGS if name in folds[0]]
+    return {name: np.average([float(fold[name]) for fold in folds], weights=n_rows) for name in names}
 
 
 # --- the other modes -------------------------------------------------------------------------
@@ -1091,7 +1242,7 @@ def load_checkpoint(args, run):
 
 
 def rows_to_score(args, study):
-    """(part, its rows, train rows): of the checkpoint's split where the data are its own, else all rows."""
+    """(part, its rows, rows to fit): of the checkpoint's split where the data are its own, else all rows."""
     path = checkpoint_file(args.checkpoint).parent / "splits.json"
     listed = common.read_json(path) if path.is_file() else {}
     split = {part: np.flatnonzero(np.isin(study.names, listed.get(part, []))) for part in PARTS}
@@ -1101,25 +1252,30 @@ def rows_to_score(args, study):
     rows = np.arange(len(study.names)) if part == "all" else split[part]
     if not len(rows):
         raise common.UserError(f"--score_part {part}: no rows of it in {args.data_dir}; --score_part all takes all")
-    return part, rows, split["train"]
+    fitted = ("train", "val") if part == "test" else ("train",)
+    return part, rows, np.concatenate([split[name] for name in fitted])
 
 
 def score_checkpoint(run, args):
     """--mode evaluate: judge a trained model on rows it was not trained on."""
     content, model, args = load_checkpoint(args, run)
     study = load_study(args, run)
-    part, rows, train = rows_to_score(args, study)
+    part, rows, fitted = rows_to_score(args, study)
     run.write_args(**study.data_record({part: rows}))
-    if len(train):
-        study = encode_frames(study, np.union1d(train, rows), args, run.compute)
+    readout = None
+    if len(fitted):
+        study = see_frames(study, np.union1d(fitted, rows), args, run.compute)
+        readout = solve_readout(study, fitted)
     loader = make_loader(study, rows, args, run.compute)
     loss_function = DreamLoss(args, content["scaler"], run.compute.device)
     predicted, _ = evaluate(model, loader, loss_function, run.compute)
     centre = content["scaler"]["at1"]["mean"].numpy()
     words = content["seen"].words(study.hashes[rows])
-    table = score_table(study, rows, predicted, baselines(study, train, rows, centre), words)
+    others = baselines(study, fitted, rows, centre, readout)
+    table = score_table(study, rows, predicted, others, words)
     table.write(run.path(f"predictions_{part}.csv"))
     use = use_of_inputs(model, loader, loss_function, run.compute, table.groups)
+    use |= pose_scores.outside_share(study.at1, fitted, rows)
     known = sorted(set(table.groups) & set(content["train_patients"]))
     alarms = [f"the model was trained on these patients: {common.shorten_list(known, 5)}"] if known else []
     judge(run, args, study, {part: rows}, rows, table, part, use, alarms, content["epoch"])

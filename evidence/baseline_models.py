@@ -341,6 +341,37 @@ def fit_readout(features, truth, groups=None, n_classes=None, blocks=None):
     return readout
 
 
+def time_baselines(values, times, sequences, train, rows):
+    """{interpolated, nearest_in_time: (M, K)} from the train rows of the same sequence, on both sides of a gap.
+
+    values: (N, K), NaN = missing; times: (N,). {} where a sequence has no train row.
+    """
+    found = {name: np.zeros((len(rows), values.shape[1])) for name in ("interpolated", "nearest_in_time")}
+    for sequence in np.unique(sequences[rows]):
+        own = sequences[rows] == sequence
+        asked = times[rows[own]]
+        of_sequence = train[sequences[train] == sequence]
+        of_sequence = of_sequence[np.argsort(times[of_sequence])]
+        for k, column in enumerate(values.T):
+            known = of_sequence[~np.isnan(column[of_sequence])]
+            if not len(known):
+                return {}
+            nearest = np.abs(asked[:, None] - times[known]).argmin(1)
+            found["interpolated"][own, k] = np.interp(asked, times[known], column[known])
+            found["nearest_in_time"][own, k] = column[known[nearest]]
+    return found
+
+
+def group_mean_baseline(values, groups, train, rows):
+    """{group_mean: (M, K)}, the train rows' mean of the same group; {} where a group has no train row, or there is one.
+    """
+    known = set(groups[train])
+    if len(known) == 1 or not known.issuperset(groups[rows]):
+        return {}
+    means = {name: common.mean_without_nan(values[train[groups[train] == name]], axis=0) for name in known}
+    return {"group_mean": np.nan_to_num([means[name] for name in groups[rows]])}
+
+
 def place_weights(place, sequences, train, rows, width=0.05):
     """(M, N_train) weights, rows adding up to 1, by nearness of place (0 to 1) in a sequence; the own one's, if any."""
     apart = (place[rows][:, None] - place[train][None]) / width

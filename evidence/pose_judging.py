@@ -8,11 +8,10 @@ from readers import probe_poses
 
 USE_MEANINGS = {
     "action_shuffle_ratio": "loss with false motions over loss (1 = the motion is ignored)",
-    "action_shuffle_ratio_latent": "the same for the imagined features",
     "latent_skill": "error of the imagined features over that of a copy of t1 (under 1 is better)",
     "retrieval_rank": "share of the patient's frames nearer to the imagined one than the true (chance .5)",
-    "retrieval_rank_copy": "the same when t1 is taken for the imagined frame",
     "feature_spread": "how much the features differ between frames (0 = collapsed)",
+    "outside_training_range": "share of the scored poses outside the range of the training poses",
 }
 WITHIN_PATIENTS = ("Fewer than five patients were scored. Intervals, if any, are over blocks of time ten times as long as "
                    "the errors are correlated: they say how steady the result is within these patients, and nothing "
@@ -108,5 +107,9 @@ def metric_blocks(run, setting, result, axes, baselines, predictors, patients):
 
 def use_blocks(use):
     """HTML of the section on the use of the inputs."""
-    rows = [{"measure": name, "value": use[name], "meaning": text} for name, text in USE_MEANINGS.items()]
-    return [reporting.html_table(rows)]
+    rows = [{"measure": name, "value": value, "meaning": USE_MEANINGS[name]} for name, value in use.items()]
+    blocks = [reporting.html_table(rows)] if rows else []
+    if "latent_skill" not in use:
+        blocks.append(reporting.html_text("at1 is read off the frame at t1 alone, and nothing is imagined; the known "
+                                          "motion leads from at1 to at2."))
+    return blocks

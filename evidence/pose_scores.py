@@ -19,8 +19,14 @@ BASELINES = {
     "copy": "the known motion taken for the answer",
     "motion_ridge": "ridge on the known motion alone",
     "frame_index": "mean of the train rows at the same place in a sequence",
-    "image_ridge": "ridge on the untuned encoder's features and the known motion",
+    "interpolated": "the poses before and after in the same sequence, without a pixel",
+    "nearest_in_time": "the nearest pose in time in the same sequence, without a pixel",
+    "group_mean": "mean of the patient's train rows",
+    "grid_readout": "linear readout, solved on two grids of three resolutions of the untuned encoder",
 }
+LARGE_OUTSIDE = 0.1  # share of the rows
+COLLAPSE_FLOOR = 0.05  # smallest healthy spread of the features over frames, as a share of their rms
+SMALL_MOTION = 0.1  # in label sds: a model may as well ignore it
 
 
 def wrapped(predicted, target):
@@ -199,14 +205,36 @@ def place_alarms(results):
             "it may know when, not where"]
 
 
-def use_alarms(use, spread_floor):
-    """Sentences on inputs that a model does not use; spread_floor: smallest healthy feature_spread."""
+def outside_share(poses, train, rows):
+    """{outside_training_range: share of the rows whose pose (N, 6) is beyond all train rows on an axis}"""
+    if not len(train):
+        return {}
+    poses = unwrapped(poses)
+    low = np.nanmin(poses[train], axis=0)
+    high = np.nanmax(poses[train], axis=0)
+    return {"outside_training_range": ((poses[rows] < low) | (poses[rows] > high)).any(1).mean()}
+
+
+def use_alarms(use, motion):
+    """Sentences on poses that training did not show, and on inputs that a world model does not use.
+
+    motion: mean size of the known motion in label sds, with which a world model composes at1: a large one is needed.
+    """
     alarms = []
-    if abs(use["action_shuffle_ratio"] - 1) < 0.02:
-        alarms.append(f"the known motion is ignored: action-shuffle ratio {use['action_shuffle_ratio']:.3f}")
+    outside = use.get("outside_training_range", 0)
+    if outside > LARGE_OUTSIDE:
+        alarms.append(f"{outside:.0%} of the scored poses lie outside the range of the training poses, where a model "
+                      "can only extrapolate. More sequences, or each block of time left out in turn: --split_by time "
+                      "--folds 5")
+    if "latent_skill" not in use:
+        return alarms
+    if abs(use["action_shuffle_ratio"] - 1) < 0.02 and motion > SMALL_MOTION:
+        alarms.append(f"the known motion is ignored: action-shuffle ratio {use['action_shuffle_ratio']:.3f}. "
+                      "--token_type none reads at1 off the frame at t1, without it")
     if use["latent_skill"] > 1:
-        alarms.append(f"the imagined frame is worse than a copy of t1: latent skill {use['latent_skill']:.2f}")
-    if use["feature_spread"] < spread_floor / 2:
+        alarms.append(f"the imagined frame is worse than a copy of t1: latent skill {use['latent_skill']:.2f}. "
+                      "More epochs, a larger --lambda_latent, or --token_type none, which imagines nothing")
+    if use["feature_spread"] < COLLAPSE_FLOOR / 2:
         alarms.append(f"the features hardly differ between frames (spread {use['feature_spread']:.4f}): collapsed")
     return alarms
 

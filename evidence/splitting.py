@@ -425,6 +425,26 @@ def split_by_time(sequences, order, ratios, gap):
     return {part: np.array(sorted(rows), dtype=int) for part, rows in split.items()}
 
 
+def folds_by_time(sequences, order, n_folds, gap):
+    """[{train, val, test: rows}]: each sequence cut into n_folds blocks, left out in turn with `gap` rows on both sides.
+
+    sequences: (N,) names; order: (N,) place within the sequence. The test parts are empty. Raises UserError for
+    sequences that are too short.
+    """
+    folds = [{"train": [], "val": [], "test": []} for _ in range(n_folds)]
+    for sequence in np.unique(sequences):
+        rows = np.flatnonzero(sequences == sequence)
+        rows = rows[np.argsort(order[rows])]
+        edges = np.arange(n_folds + 1) * len(rows) // n_folds
+        for fold, start, stop in zip(folds, edges, edges[1:]):
+            fold["val"] += rows[start:stop].tolist()
+            fold["train"] += rows[:max(start - gap, 0)].tolist() + rows[stop + gap:].tolist()
+    if not all(fold["train"] and fold["val"] for fold in folds):
+        raise common.UserError(
+            f"--folds {n_folds}: the sequences are too short for so many blocks of time with --gap {gap}")
+    return [{part: np.array(sorted(rows), dtype=int) for part, rows in fold.items()} for fold in folds]
+
+
 def split_by_names(listed, groups, aliases):
     """{part: names of groups} -> {part: sorted rows}. groups: (N,) names; aliases: {other name: group}.
 

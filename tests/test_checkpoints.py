@@ -224,10 +224,10 @@ def test_a_kill_repeats_the_epochs_that_were_not_written(tmp_path, whole, writte
 
 @pytest.mark.parametrize("flags, expected", [
     ({"save_every": 3}, ["checkpoint_epoch_3.pth", *SAVE, "checkpoint_epoch_6.pth", "last.pth"]),
-    ({"save_top_k": 1}, ["top_epoch_2.pth", *SAVE, *["last.pth"] * 4])], ids=["save_every", "save_top_k"])
+    ({"save_top_k": 1}, ["top_epoch_2_val_loss_0.pth", *SAVE, *["last.pth"] * 4])], ids=["save_every", "save_top_k"])
 def test_what_is_asked_for_is_always_written(tmp_path, written, flags, expected):
     train(*make_training(tmp_path, False, epochs=6, **flags), val_loss=best_is_second)
-    first = SAVE if "save_every" in flags else ["top_epoch_1.pth", *SAVE]
+    first = SAVE if "save_every" in flags else ["top_epoch_1_val_loss_1.pth", *SAVE]
     assert written == first + expected
 
 
@@ -258,7 +258,7 @@ def test_not_a_number_is_never_best(tmp_path):
             training.step(training.model(batch["x"]).pow(2).mean())
         training.end_epoch({"val_loss": val_loss})
         assert training.progress.best_epoch == (3 if val_loss == 0.4 else 1)
-    assert [path.name for path in tmp_path.glob("top_epoch_*")] == ["top_epoch_3.pth"]
+    assert [path.name for path in tmp_path.glob("top_epoch_*")] == ["top_epoch_3_val_loss_0.4.pth"]
     assert common.read_checkpoint(tmp_path / "best_model.pth")["epoch"] == 3
 
 

@@ -15,13 +15,13 @@ import common
 import train_dreamer
 import verify_setup
 from conftest import only_run, run_here, run_fresh, run_script
-from evidence import pose_scores, prediction_tables
+from evidence import baseline_models, pose_scores, prediction_tables
 from readers.probe_poses import AXES
 from readers import backbones, probe_poses
 
 CONTRACT = [
     "args.json", "log.txt", "splits.json", "leakage_report.json", "training_history.csv", "training_history.png",
-    "best_model.pth", "metrics.json", "predictions_val.csv", "report.html", "dataset_stats.json",
+    "best_model.pth", "final_model.pth", "metrics.json", "predictions_val.csv", "report.html", "dataset_stats.json",
     "dataset_statistics.png", "training_summary.png", "per_patient_error.csv", "per_patient_error.png",
     "per_axis_error.csv",
 ]
@@ -61,6 +61,17 @@ def trained(slices, tmp_path_factory):
     return only_run(folder)
 
 
+READOUT = ["--token_type", "none", "--image_size", 64]
+
+
+@pytest.fixture(scope="module")
+def read_off(slices, tmp_path_factory):
+    """A run without a world model: at1 is read off the frame."""
+    folder = tmp_path_factory.mktemp("read_off")
+    train(slices, folder, *READOUT)
+    return only_run(folder)
+
+
 @pytest.fixture(scope="module")
 def folds(slices, tmp_path_factory):
     folder = tmp_path_factory.mktemp("folds")
@@ -74,14 +85,14 @@ def test_run_folder_holds_what_the_contract_says(trained):
     assert not [name for name in [*CONTRACT, "predictions_test.csv"] if not (trained / name).stat().st_size]
     rows = read_csv(trained / "training_history.csv")
     assert HISTORY <= set(rows[0]) and [row["epoch"] for row in rows] == ["1", "2", "3"]
-    assert "s per epoch" in (trained / "log.txt").read_text() and "to the end" in (trained / "log.txt").read_text()
+    assert "samples/s" in (trained / "log.txt").read_text() and "min left" in (trained / "log.txt").read_text()
     assert "http" not in (trained / "report.html").read_text().replace("http-equiv", "")
 
 
 def test_the_best_epochs_by_the_main_task_are_kept(trained):
     losses = [float(row["val_main_task_loss"]) for row in read_csv(trained / "training_history.csv")]
-    kept = {int(path.stem.rsplit("_", 1)[1]) for path in trained.glob("top_epoch_*.pth")}
-    assert kept == {int(epoch) + 1 for epoch in np.argsort(losses)[:2]}
+    kept = {path.name for path in trained.glob("top_epoch_*.pth")}
+    assert kept == {f"top_epoch_{epoch + 1}_val_main_task_loss_{losses[epoch]:.4g}.pth" for epoch in np.argsort(losses)[:2]}
     assert common.read_checkpoint(trained / "best_model.pth")["epoch"] == int(np.argmin(losses)) + 1
 
 
@@ -98,7 +109,8 @@ def test_metrics_are_those_of_the_predictions_file(trained):
     verdicts = {entry["name"]: entry["verdict"] for entry in metrics["criteria"]}
     assert metrics["part"] == "test" and set(verdicts) == {"mae", "mae_x_mm"}
     assert set(verdicts.values()) == {"NOT RESOLVABLE"}, "two blocks of time give no interval"
-    assert set(pose_scores.BASELINES) == {row["baseline"] for row in metrics["baselines"]}
+    without_time = set(pose_scores.BASELINES) - {"interpolated", "nearest_in_time", "group_mean"}
+    assert without_time == {row["baseline"] for row in metrics["baselines"]}
 
 
 def test_another_program_judges_the_predictions_alike(trained, tmp_path):
@@ -265,6 +277,71 @@ def test_verify_setup_audits_transitions(slices, tmp_path, monkeypatch):
     assert "FAIL" not in [check.status for check in checks]
 
 
+# --- at1 read off the frame ---------------------------------------------------------------
+
+def test_a_readout_that_training_does_not_improve_is_the_baseline(slices, tmp_path):
+    """The correction begins at 0, and steps this long make every epoch worse on the validation rows."""
+    train(slices, tmp_path, *READOUT, "--lr", 1)
+    run = only_run(tmp_path)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["best_epoch"] == 0 and "no epoch is better than the solved readout" in (run / "log.txt").read_text()
+    assert metrics["difference"]["mae"]["value"] == pytest.approx(0, abs=1e-4)
+    for row in read_csv(run / "predictions_test.csv"):
+        for axis in AXES:
+            assert float(row[f"{axis}_predicted"]) == pytest.approx(float(row[f"{axis}_grid_readout"]), abs=1e-2)
+
+
+def test_an_epoch_is_kept_where_it_is_better_on_validation_rows(read_off):
+    losses = [float(row["val_main_task_loss"]) for row in read_csv(read_off / "training_history.csv")]
+    text = next(line for line in (read_off / "log.txt").read_text().splitlines() if line.startswith("validation loss of"))
+    start = float(text.split()[6].rstrip(","))
+    epoch = json.loads((read_off / "metrics.json").read_text())["best_epoch"]
+    assert epoch == (int(np.argmin(losses)) + 1 if min(losses) < start else 0)
+
+
+def test_readout_run_says_that_nothing_is_imagined(read_off):
+    metrics = json.loads((read_off / "metrics.json").read_text())
+    assert set(metrics["use"]) == {"outside_training_range"} and not [alarm for alarm in metrics["alarms"] if "motion" in alarm]
+    assert "nothing is imagined" in (read_off / "report.html").read_text()
+    assert "val_latent_loss" not in read_csv(read_off / "training_history.csv")[0]
+
+
+@pytest.mark.parametrize("name", ["best_model.pth", "final_model.pth"])
+def test_both_models_of_a_run_can_be_evaluated(read_off, slices, tmp_path, name):
+    run_script("train_dreamer.py", "--mode", "evaluate", "--checkpoint", read_off / name, "--output_dir", tmp_path)
+    metrics = json.loads((only_run(tmp_path) / "metrics.json").read_text())
+    assert metrics["part"] == "test" and metrics["best_epoch"] in (0, 1, 2, 3)
+    if name == "best_model.pth":
+        assert metrics["model"]["mae"]["value"] == pytest.approx(
+            json.loads((read_off / "metrics.json").read_text())["model"]["mae"]["value"], rel=1e-3)
+    else:
+        assert metrics["best_epoch"] == 3
+
+
+def test_folds_in_time_leave_a_gap_on_both_sides(slices, tmp_path):
+    """Poses before and after in the same sequence are a baseline that sees no pixel."""
+    train(slices, tmp_path, *READOUT, "--split_by", "time", "--folds", 2, "--gap", 1, "--epochs", 1)
+    run = only_run(tmp_path)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {"interpolated", "nearest_in_time", "group_mean"} <= {row["baseline"] for row in metrics["baselines"]}
+    assert len(read_csv(run / "predictions_folds.csv")) == 48
+    splits = json.loads((run / "fold_0" / "splits.json").read_text())
+    places = {part: {name.split("/")[1] for name in names if name.startswith(splits["test"][0].split("/")[0])}
+              for part, names in splits.items()}
+    assert places["test"].isdisjoint(places["train"] | places["val"]) and places["train"]
+
+
+def test_inner_folds_never_cut_what_belongs_together(slices):
+    args = train_dreamer.parse_args(["--data_dir", str(slices), *TINY])
+    run = types.SimpleNamespace(say=lambda text: None, path=slices.joinpath)
+    study = train_dreamer.load_study(args, run)
+    rows = np.arange(len(study.names))
+    assert set(study.inner_groups(rows)) == set(study.patients)
+    own = rows[study.sequences == study.sequences[0]]
+    blocks = study.inner_groups(own)
+    assert 2 <= len(set(blocks)) <= 11 and np.array_equal(blocks, blocks[np.argsort(study.order[own], kind="stable")])
+
+
 # --- the model --------------------------------------------------------------------------
 
 def tiny_args(*more):
@@ -281,8 +358,8 @@ def test_shapes_are_as_written(token_type, tokens):
     seen = []
     model.imagination.layers.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
     with torch.no_grad():
-        found = model(torch.zeros(2, 1, 224, 224), torch.ones(2, 6))
-    assert model.encoder(torch.zeros(1, 1, 224, 224)).shape == (1, 512, 49) and seen == [(2, tokens, 32)]
+        found = model(torch.zeros(2, 1, 224, 224, dtype=torch.uint8), torch.ones(2, 6))
+    assert model.encoder(torch.zeros(1, 1, 224, 224, dtype=torch.uint8)).shape == (1, 512, 49) and seen == [(2, tokens, 32)]
     assert found.features_t2.shape == (2, 512, 49) and found.at1.shape == found.at2.shape == (2, 6)
     assert torch.allclose(found.at2, torch.zeros(2, 6)) and torch.allclose(found.at1, -torch.ones(2, 6))
 
@@ -291,16 +368,16 @@ def test_a_grey_frame_gives_what_it_gave_as_colour():
     torch.manual_seed(0)
     resnet, width = backbones.build_backbone("resnet18", pretrained=False)
     features = nn.Sequential(*list(resnet.children())[:-2]).eval()
-    grey = torch.randn(2, 1, 64, 64)
-    wanted = features(grey.repeat(1, 3, 1, 1)).flatten(2)
-    encoder = train_dreamer.Encoder(resnet, width, 64).eval()
+    grey = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)
+    wanted = features(((grey / 255 - 0.5) / 0.5).repeat(1, 3, 1, 1)).flatten(2)
+    encoder = train_dreamer.Encoder(resnet, width, tiny_args("--image_size", 64)).eval()
     assert torch.allclose(encoder(grey), wanted, atol=1e-5) and wanted.shape == (2, 512, encoder.n_cells)
 
 
 def test_frozen_layers_stay_as_they_are():
-    encoder = train_dreamer.build_encoder(tiny_args("--freeze_layers", 3)).train()
+    encoder = train_dreamer.build_encoder(tiny_args("--freeze_layers", 3), train_dreamer.Encoder).train()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    encoder(torch.randn(4, 1, 32, 32)).square().mean().backward()
+    encoder(torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)).square().mean().backward()
     assert all((p.grad is None) == name.startswith(("stages.0", "stages.1", "stages.2"))
                for name, p in encoder.named_parameters())
     changed = [name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])]
@@ -309,19 +386,18 @@ def test_frozen_layers_stay_as_they_are():
 
 def test_nothing_is_dropped_inside_attention():
     """With the dropout of the other paths at 0 a layer in training gives what it gives in evaluation."""
-    layer, tokens = train_dreamer.Layer(32, 4, 64, 0.0).train(), torch.randn(2, 9, 32)
-    assert torch.equal(layer(tokens), layer(tokens)) and torch.equal(layer(tokens), layer.eval()(tokens))
+    layer, tokens = train_dreamer.transformer_layer(tiny_args("--dropout", 0.5)).train(), torch.randn(2, 9, 32)
+    assert torch.equal(layer.self_attn(tokens, tokens, tokens)[0], layer.self_attn(tokens, tokens, tokens)[0])
+    assert not torch.equal(layer(tokens), layer(tokens))
 
 
-def test_attention_is_that_of_torch():
-    """Against nn.MultiheadAttention with the same weights."""
-    layer, tokens = train_dreamer.Layer(32, 4, 64, 0.0), torch.randn(2, 9, 32)
-    judge = nn.MultiheadAttention(32, 4, batch_first=True)
-    judge.load_state_dict({"in_proj_weight": layer.query_key_value.weight, "in_proj_bias": layer.query_key_value.bias,
-                           "out_proj.weight": layer.output.weight, "out_proj.bias": layer.output.bias})
-    normed = layer.norm_attention(tokens)
-    middle = tokens + judge(normed, normed, normed)[0]
-    assert torch.allclose(layer(tokens), middle + layer.feedforward(layer.norm_feedforward(middle)), atol=1e-5)
+def test_a_layer_normalises_before_each_half():
+    """Written out: attention and feed-forward are each added to what they were given."""
+    layer, tokens = train_dreamer.transformer_layer(tiny_args("--dropout", 0)), torch.randn(2, 9, 32)
+    normed = layer.norm1(tokens)
+    middle = tokens + layer.self_attn(normed, normed, normed)[0]
+    wanted = middle + layer.linear2(nn.functional.gelu(layer.linear1(layer.norm2(middle))))
+    assert torch.allclose(layer(tokens), wanted, atol=1e-5) and torch.allclose(layer.eval()(tokens), wanted, atol=1e-5)
 
 
 def test_missing_labels_change_neither_loss_nor_gradient():
@@ -364,13 +440,31 @@ def shrink_towards_collapse(guarded, steps=600):
 
 def test_the_guard_keeps_features_from_collapsing():
     spreads = [shrink_towards_collapse(guarded) for guarded in (0.0, 1.0)]
-    assert spreads[0] < train_dreamer.COLLAPSE_FLOOR / 2, "without the guard this encoder collapses"
-    assert spreads[1] > 0.8 * train_dreamer.COLLAPSE_FLOOR
+    assert spreads[0] < pose_scores.COLLAPSE_FLOOR / 2, "without the guard this encoder collapses"
+    assert spreads[1] > 0.8 * pose_scores.COLLAPSE_FLOOR
+
+
+def test_a_motion_that_is_ignored_matters_where_it_is_large():
+    use = {"feature_spread": 0.5, "action_shuffle_ratio": 1.0, "latent_skill": 0.5}
+    assert not pose_scores.use_alarms(use, motion=0.05)
+    alarm, = pose_scores.use_alarms(use, motion=0.5)
+    assert "the known motion is ignored" in alarm and "--token_type none" in alarm
+    assert not pose_scores.use_alarms({}, motion=0.5)
+
+
+def test_poses_outside_the_training_range_raise_an_alarm():
+    poses = np.zeros((10, 6))
+    poses[:, 0], poses[:, 5] = np.arange(10), 179 + np.arange(10)
+    poses[:, 5] -= 360 * (poses[:, 5] > 180)  # about the wrap
+    share = pose_scores.outside_share(poses, np.arange(2, 8), np.arange(10))
+    assert share == {"outside_training_range": 0.4}
+    assert "40% of the scored poses" in pose_scores.use_alarms(share, motion=0.5)[0]
+    assert pose_scores.outside_share(poses, np.arange(10), np.arange(10))["outside_training_range"] == 0
 
 
 def test_collapsed_features_raise_an_alarm():
     use = {"feature_spread": 0.001, "action_shuffle_ratio": 1.3, "latent_skill": 0.5}
-    alarms = pose_scores.use_alarms(use, train_dreamer.COLLAPSE_FLOOR)
+    alarms = pose_scores.use_alarms(use, motion=1.0)
     assert len(alarms) == 1 and "collapsed" in alarms[0]
 
 
@@ -385,7 +479,7 @@ def banded_batches(count, seed, model):
     for axis, (top, left) in enumerate(((0, 0), (0, 16), (16, 0), (16, 16))):
         pixels[:, top:top + 16, left:left + 16] += (100 + 3 * at1[:, axis]).clamp(0, 220)[:, None, None]
     frames = pixels.to(torch.uint8)[:, None]  # t2 looks like t1
-    maps = model.eval().look(train_dreamer.normalised(frames))[:, None].expand(-1, 2, -1, -1)
+    maps = model.eval().look(frames)[:, None].expand(-1, 2, -1, -1)
     other = motion.roll(1, 0)
     return [{"frames": maps[i:i + 32], "motion": motion[i:i + 32], "other_motion": other[i:i + 32],
              "at1": at1[i:i + 32], "at2": at1[i:i + 32] + motion[i:i + 32]} for i in range(0, count, 32)]
@@ -447,7 +541,8 @@ def test_latent_numbers_do_not_depend_on_the_batches():
     found = pose_scores.latent_numbers(train_dreamer.join_batches(batches, compute))
     assert found["latent_skill"] == pytest.approx((((imagined - t2) ** 2).sum() / ((t1 - t2) ** 2).sum()).item())
     assert found["latent_loss"] == pytest.approx(train_dreamer.latent_loss(imagined, t2).item(), rel=1e-4)
-    assert found["feature_spread"] == pytest.approx(train_dreamer.feature_spread(t2).item(), rel=1e-4)
+    spread = t2.mean(2).var(0, correction=0).mean().sqrt() / t2.square().mean().sqrt()
+    assert found["feature_spread"] == pytest.approx(spread.item(), rel=1e-4)
 
 
 # --- baselines and verdict --------------------------------------------------------------------------
@@ -499,14 +594,35 @@ def test_baselines_find_what_they_can_know():
     """at1 made of the motion: the ridge on it is exact; the copy is the motion itself."""
     motion = np.random.default_rng(3).normal(0, 1, (120, 6))
     names = np.repeat([f"p{i}" for i in range(6)], 20)
-    study = types.SimpleNamespace(at1=2 * motion + 5, motion=motion, sequences=names, patients=names, features=None,
-                                  place=np.tile(np.arange(20) / 19, 6))
+    study = types.SimpleNamespace(at1=2 * motion + 5, motion=motion, sequences=names, patients=names,
+                                  order=np.tile(np.arange(20), 6), place=np.tile(np.arange(20) / 19, 6),
+                                  inner_groups=lambda rows: names[rows])
     train, rows = np.arange(80), np.arange(80, 120)
     found = train_dreamer.baselines(study, train, rows, study.at1[train].mean(0))
     assert np.abs(found["motion_ridge"] - study.at1[rows]).max() < 0.1
     assert np.allclose(found["train_mean"], study.at1[train].mean(0))
     assert np.array_equal(found["copy"], motion[rows])
     assert np.abs(found["frame_index"]).max() < np.abs(study.at1).max() + 1
+
+
+def test_poses_in_time_are_interpolated_on_both_sides_of_a_gap():
+    """Against numpy: a line between the neighbours, the last one beyond the ends, and nothing across sequences."""
+    times = np.array([0.0, 1, 2, 3, 4, 5, 6, 7, 0, 9])
+    sequences = np.array(["a"] * 8 + ["b"] * 2)
+    values = np.array([[0.0, 5], [10, 5], [0, 0], [0, 0], [40, np.nan], [60, 5], [0, 0], [0, 0], [1, 1], [0, 0]])
+    train, rows = np.array([5, 0, 1, 4, 8]), np.array([2, 3, 6, 7, 9])
+    found = baseline_models.time_baselines(values, times, sequences, train, rows)
+    assert found["interpolated"].tolist() == [[20, 5], [30, 5], [60, 5], [60, 5], [1, 1]]
+    assert found["nearest_in_time"].tolist() == [[10, 5], [40, 5], [60, 5], [60, 5], [1, 1]]
+    assert baseline_models.time_baselines(values, times, sequences, train[:4], rows) == {}
+
+
+def test_a_patient_mean_needs_rows_of_the_patient():
+    groups, values = np.array(["p", "p", "q", "q", "r"]), np.array([[1.0], [3], [np.nan], [8], [5]])
+    found = baseline_models.group_mean_baseline(values, groups, np.array([0, 1, 2, 3]), np.array([3, 0]))
+    assert found["group_mean"].tolist() == [[8], [2]]
+    assert baseline_models.group_mean_baseline(values, groups, np.array([0, 2, 3]), np.array([4])) == {}
+    assert baseline_models.group_mean_baseline(values, groups, np.array([0]), np.array([1])) == {}
 
 
 def test_results_are_back_in_mm_and_degrees():
@@ -524,7 +640,8 @@ def test_one_batch_can_be_overfitted():
     model = train_dreamer.build_model(args, UNIT, "se3_left")
     loss_function = train_dreamer.DreamLoss(args, UNIT, "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-    frames, motion, at1 = torch.randn(8, 1, 32, 32), torch.randn(8, 6), torch.randn(8, 6) * 3
+    frames = 255 * torch.randint(0, 2, (8, 1, 32, 32), dtype=torch.uint8)
+    motion, at1 = torch.randn(8, 6), torch.randn(8, 6) * 3
     poses = {"at1": at1, "at2": probe_poses.CONVENTIONS["se3_left"].at2(at1, motion)}
     poses["at1"][0, 1] = torch.nan
     for _ in range(50):
@@ -543,12 +660,32 @@ def test_schedules_pass_through_their_points(scheduler, points):
         assert common.schedule_factor(scheduler, progress, 10, 0) == pytest.approx(factor, abs=1e-12)
 
 
+@pytest.mark.parametrize("beta", [0.3, 1.0, 2.0])
+def test_smooth_l1_beta_is_that_of_torch(beta):
+    args = tiny_args("--smooth_l1_beta", beta)
+    predicted, target = torch.randn(2, 5, 6)
+    found = train_dreamer.DreamLoss(args, UNIT, "cpu").of_pose("at1", predicted, target)
+    assert torch.allclose(found, nn.functional.smooth_l1_loss(predicted, target, reduction="none", beta=beta).mean(1))
+
+
+def test_keys_of_the_published_study_are_read(tmp_path):
+    (tmp_path / "study.yaml").write_text(
+        "model:\n  token_type: channel\n  d_model: 64\n  num_heads: 4\n  num_layers: 3\n"
+        "loss: {smooth_l1_beta: 0.5, lambda_latent: 0.3}\n"
+        "training:\n  max_epochs: 7\n  accumulate_grad_batches: 4\n  precision: 16\n  early_stop_patience: 9\n")
+    args = train_dreamer.parse_args(["--config", str(tmp_path / "study.yaml")])
+    assert (args.n_heads, args.n_layers, args.epochs, args.accumulate, args.patience) == (4, 3, 7, 4, 9)
+    assert (args.smooth_l1_beta, args.lambda_latent, args.use_amp, args.token_type) == (0.5, 0.3, "on", "channel")
+
+
 # --- mistakes -----------------------------------------------------------------------------------
 
 FLAG_MISTAKES = {
     "no data": (["--data_dir", "nowhere"], ["nowhere", probe_poses.FILE_NAME]),
     "heads": (["--d_model", 30, "--n_heads", 4], ["--d_model 30"]),
-    "folds in time": (["--folds", 3, "--split_by", "time"], ["--split_by time"]),
+    "folds in time": (["--folds", 3, "--split_by", "time"], ["too short", "--gap 10"]),
+    "folds of lists": (["--folds", 3, "--manual_splits", "--train_patients", "a", "--val_patients", "b"], ["own split"]),
+    "folds without a choice": (["--folds", 3, "--val_ratio", 0], ["--select last"]),
     "lists without the switch": (["--train_patients", "a"], ["--manual_splits"]),
     "two maps": (["--patient_regex", "x"], ["give one"]),
     "two precisions": (["--precision", "32", "--use_amp", "on"], ["give one"]),

@@ -176,12 +176,14 @@ def detector_epoch(device, folder, accumulate):
 
 
 def dreamer_epoch(device, folder, accumulate):
-    args = train_dreamer.parse_args(["--d_model", "16", "--n_heads", "2", "--n_layers", "1", "--feedforward", "16"])
+    flags = "--token_type channel --d_model 16 --n_heads 2 --n_layers 1 --feedforward 16"
+    args = train_dreamer.parse_args(flags.split())
     scaler = {name: {"mean": torch.zeros(6), "sd": torch.ones(6)} for name in ("motion", "at1", "at2")}
     stages = nn.Sequential(nn.Conv2d(1, 4, 3, 16, 1), nn.ReLU())
     encoder = train_dreamer.Encoder.__new__(train_dreamer.Encoder)
     nn.Module.__init__(encoder)
     encoder.stages, encoder.n_features, encoder.n_cells, encoder.freeze_layers = stages, 4, 4, 0
+    encoder.pixel_scale = torch.tensor([127.5, 127.5])
     model = train_dreamer.Dreamer(encoder, args, scaler, "se3_left")
     sample = {"frames": picture(2, 32, 32), **{name: torch.ones(6) for name in ("motion", "other_motion", "at1", "at2")}}
     training, loader, compute = start(device, folder, model, sample, accumulate)

@@ -59,7 +59,7 @@ def script_args(folder, options, *more):
         "--data_dir", str(folder / "sequence"), "--output_dir", str(folder / "out"), "--encoder", options.encoder,
         "--no_pretrained", "--batch_size", str(options.batch_size), "--image_size", str(options.side), "--d_model",
         str(options.d_model), "--n_layers", str(options.n_layers), "--feedforward", str(4 * options.d_model),
-        "--save_minutes", "0", "--epochs", "1000", *more, *more_flags(options)])
+        "--save_minutes", "0", "--epochs", "1000", "--token_type", "channel", *more, *more_flags(options)])
 
 
 def unit_scaler():
@@ -86,7 +86,7 @@ class ScriptEpochs:
 
 
 class BareEpochs:
-    """Nothing but the arithmetic: normalised batches in memory."""
+    """Nothing but the arithmetic: batches in memory."""
     tokens = "channel"
 
     def __init__(self, folder, options):
@@ -99,7 +99,7 @@ class BareEpochs:
         self.batches = []
         for start in range(0, options.transitions, options.batch_size):
             size = min(options.batch_size, options.transitions - start)
-            frames = torch.randn(2, size, 1, options.side, options.side).to(device)
+            frames = torch.randint(0, 256, (2, size, 1, options.side, options.side), dtype=torch.uint8).to(device)
             motion, at1 = (10 * torch.randn(2, size, 6)).to(device)
             self.batches.append((frames, motion, {"at1": at1, "at2": at1 + motion}))
 
@@ -131,19 +131,7 @@ class PlainFrames(torch.utils.data.Dataset):
     def __getitem__(self, index):
         paths = self.folder / "ft1" / f"{index}.png", self.folder / "ft2" / f"{index + 1}.png"
         frames = np.stack([np.asarray(Image.open(path).convert("L"), np.float32) for path in paths])
-        return torch.from_numpy(frames / 127.5 - 1), torch.randn(6) * 10, torch.randn(6) * 10
-
-
-def as_tutorials_write_it(layer, dropout):
-    """Give the layer torch's own attention module with dropout inside it."""
-    width = layer.output.in_features
-    attention = nn.MultiheadAttention(width, layer.n_heads, dropout, batch_first=True)
-
-    def forward(tokens):
-        normed = layer.norm_attention(tokens)
-        tokens = tokens + layer.dropout(attention(normed, normed, normed, need_weights=False)[0])
-        return tokens + layer.dropout(layer.feedforward(layer.norm_feedforward(tokens)))
-    layer.attention, layer.forward = attention, forward
+        return torch.from_numpy(frames), torch.randn(6) * 10, torch.randn(6) * 10
 
 
 class ReferenceEpochs:
@@ -153,7 +141,7 @@ class ReferenceEpochs:
         self.device, args = common.choose_compute("auto", "off").device, script_args(folder, options)
         self.model = train_dreamer.build_model(args, unit_scaler(), "additive")
         for layer in self.model.imagination.layers[:-1]:
-            as_tutorials_write_it(layer, 0.1)
+            layer.self_attn.dropout = 0.1
         self.model = self.model.to(self.device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 2e-4)
         self.loss_function = train_dreamer.DreamLoss(args, unit_scaler(), self.device)
