@@ -466,10 +466,6 @@ class FrameReadout(nn.Module):
         self.grid_mean.copy_(torch.from_numpy(mean))
         self.grid_sd.copy_(torch.from_numpy(sd))
 
-    def trained_parts(self, args):
-        """[(module, its learning rate over --lr)]"""
-        return [(self.correction, 1.0)]
-
     def look(self, frames):
         """Nothing is imagined, so that there is nothing to compare it with."""
 
@@ -581,10 +577,6 @@ class Dreamer(nn.Module):
             for what, values in scaler[name].items():
                 values = torch.as_tensor(values, dtype=torch.float32)
                 self.register_buffer(f"{name}_{what}", values, persistent=False)
-
-    def trained_parts(self, args):
-        """[(module, its learning rate over --lr)]"""
-        return [(self.encoder, args.backbone_lr_mult), (self.imagination, 1.0), (self.readout, 1.0)]
 
     def forward(self, frame_t1, motion):
         # uint8 (B, 1, S, S) frame, (B, 6) motion in mm and degrees
@@ -784,8 +776,9 @@ def fit(run, args, study, split, readout):
         model.scale_grids(study.grids_at_t1(split["train"]))
     model = compute.place(model)
     loss_function = DreamLoss(args, scaler, compute.device)
+    parts = [(module, args.backbone_lr_mult if module is model.encoder else 1.0) for module in model.children()]
     training = common.Training(
-        run, model, common.build_optimizer(model.trained_parts(args), args), args,
+        run, model, common.build_optimizer(parts, args), args,
         select="last" if args.select == "last" else f"val_{args.select}",
         metadata=lambda: model_metadata(args, study, split, scaler),
         higher_is_better=False,
@@ -943,8 +936,10 @@ def baselines(study, train, rows, centre, readout=None):
         "frame_index": near @ np.nan_to_num(apart[train]),
         "motion_ridge": motion_ridge.predict(study.motion[rows]),
         **baseline_models.time_baselines(apart, study.order, study.sequences, train, rows),
-        **baseline_models.group_mean_baseline(apart, study.patients, train, rows),
     }
+    same = study.patients[rows][:, None] == study.patients[train]  # (M, N_train), one patient
+    if same.any(1).all() and not same.all():
+        found["patient_mean"] = same / same.sum(1, keepdims=True) @ np.nan_to_num(apart[train])
     predicted |= {name: centre + values for name, values in found.items()}
     if readout:
         predicted["grid_readout"] = readout.predict(study.grids_at_t1(rows))

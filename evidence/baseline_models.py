@@ -362,16 +362,6 @@ def time_baselines(values, times, sequences, train, rows):
     return found
 
 
-def group_mean_baseline(values, groups, train, rows):
-    """{group_mean: (M, K)}, the train rows' mean of the same group; {} where a group has no train row, or there is one.
-    """
-    known = set(groups[train])
-    if len(known) == 1 or not known.issuperset(groups[rows]):
-        return {}
-    means = {name: common.mean_without_nan(values[train[groups[train] == name]], axis=0) for name in known}
-    return {"group_mean": np.nan_to_num([means[name] for name in groups[rows]])}
-
-
 def place_weights(place, sequences, train, rows, width=0.05):
     """(M, N_train) weights, rows adding up to 1, by nearness of place (0 to 1) in a sequence; the own one's, if any."""
     apart = (place[rows][:, None] - place[train][None]) / width

@@ -21,7 +21,7 @@ BASELINES = {
     "frame_index": "mean of the train rows at the same place in a sequence",
     "interpolated": "the poses before and after in the same sequence, without a pixel",
     "nearest_in_time": "the nearest pose in time in the same sequence, without a pixel",
-    "group_mean": "mean of the patient's train rows",
+    "patient_mean": "mean of the patient's train rows",
     "grid_readout": "linear readout, solved on two grids of three resolutions of the untuned encoder",
 }
 LARGE_OUTSIDE = 0.1  # share of the rows

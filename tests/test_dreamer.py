@@ -109,7 +109,7 @@ def test_metrics_are_those_of_the_predictions_file(trained):
     verdicts = {entry["name"]: entry["verdict"] for entry in metrics["criteria"]}
     assert metrics["part"] == "test" and set(verdicts) == {"mae", "mae_x_mm"}
     assert set(verdicts.values()) == {"NOT RESOLVABLE"}, "two blocks of time give no interval"
-    without_time = set(pose_scores.BASELINES) - {"interpolated", "nearest_in_time", "group_mean"}
+    without_time = set(pose_scores.BASELINES) - {"interpolated", "nearest_in_time", "patient_mean"}
     assert without_time == {row["baseline"] for row in metrics["baselines"]}
 
 
@@ -323,7 +323,7 @@ def test_folds_in_time_leave_a_gap_on_both_sides(slices, tmp_path):
     train(slices, tmp_path, *READOUT, "--split_by", "time", "--folds", 2, "--gap", 1, "--epochs", 1)
     run = only_run(tmp_path)
     metrics = json.loads((run / "metrics.json").read_text())
-    assert {"interpolated", "nearest_in_time", "group_mean"} <= {row["baseline"] for row in metrics["baselines"]}
+    assert {"interpolated", "nearest_in_time", "patient_mean"} <= {row["baseline"] for row in metrics["baselines"]}
     assert len(read_csv(run / "predictions_folds.csv")) == 48
     splits = json.loads((run / "fold_0" / "splits.json").read_text())
     places = {part: {name.split("/")[1] for name in names if name.startswith(splits["test"][0].split("/")[0])}
@@ -617,12 +617,18 @@ def test_poses_in_time_are_interpolated_on_both_sides_of_a_gap():
     assert baseline_models.time_baselines(values, times, sequences, train[:4], rows) == {}
 
 
-def test_a_patient_mean_needs_rows_of_the_patient():
-    groups, values = np.array(["p", "p", "q", "q", "r"]), np.array([[1.0], [3], [np.nan], [8], [5]])
-    found = baseline_models.group_mean_baseline(values, groups, np.array([0, 1, 2, 3]), np.array([3, 0]))
-    assert found["group_mean"].tolist() == [[8], [2]]
-    assert baseline_models.group_mean_baseline(values, groups, np.array([0, 2, 3]), np.array([4])) == {}
-    assert baseline_models.group_mean_baseline(values, groups, np.array([0]), np.array([1])) == {}
+def test_a_patient_mean_needs_train_rows_of_each_patient():
+    motion = np.random.default_rng(3).normal(0, 1, (60, 6))
+    names = np.repeat(["p", "q", "r"], 20)
+    study = types.SimpleNamespace(at1=motion + 5, motion=motion, sequences=names, patients=names,
+                                  order=np.tile(np.arange(20), 3), place=np.tile(np.arange(20) / 19, 3),
+                                  inner_groups=lambda rows: names[rows])
+    train = np.r_[0:15, 20:35]
+    centre = study.at1[train].mean(0)
+    found = train_dreamer.baselines(study, train, np.array([38, 17]), centre)["patient_mean"]
+    assert np.allclose(found, [study.at1[20:35].mean(0), study.at1[0:15].mean(0)])
+    assert "patient_mean" not in train_dreamer.baselines(study, train, np.array([38, 50]), centre)
+    assert "patient_mean" not in train_dreamer.baselines(study, train[:15], np.array([16, 17]), centre), "one patient"
 
 
 def test_results_are_back_in_mm_and_degrees():
