@@ -1086,7 +1086,9 @@ def make_folds(args, study):
     for split in splits:
         rows = split["train"]
         if args.split_by == "time" or len(set(study.patients[rows])) < 3:
-            parts = splitting.split_by_time(study.sequences[rows], study.order[rows], ratios, args.gap)
+            _, lengths = np.unique(study.sequences[rows], return_counts=True)
+            gap = min(args.gap, lengths.min() // 4)  # what chooses the epoch may stand nearer than what is scored
+            parts = splitting.split_by_time(study.sequences[rows], study.order[rows], ratios, gap)
         else:
             parts = splitting.make_split(
                 len(rows), ratios, groups=study.patients[rows], seed=args.seed, keys=study.names[rows])
@@ -1248,7 +1250,7 @@ def rows_to_score(args, study):
     if not len(rows):
         raise common.UserError(f"--score_part {part}: no rows of it in {args.data_dir}; --score_part all takes all")
     fitted = ("train", "val") if part == "test" else ("train",)
-    return part, rows, np.concatenate([split[name] for name in fitted])
+    return part, rows, np.sort(np.concatenate([split[name] for name in fitted]))
 
 
 def score_checkpoint(run, args):
@@ -1258,13 +1260,14 @@ def score_checkpoint(run, args):
     part, rows, fitted = rows_to_score(args, study)
     run.write_args(**study.data_record({part: rows}))
     readout = None
+    centre = content["scaler"]["at1"]["mean"].numpy()
     if len(fitted):
         study = see_frames(study, np.union1d(fitted, rows), args, run.compute)
         readout = solve_readout(study, fitted)
+        centre = probe_poses.centre_and_spread(study.at1[fitted])[0]
     loader = make_loader(study, rows, args, run.compute)
     loss_function = DreamLoss(args, content["scaler"], run.compute.device)
     predicted, _ = evaluate(model, loader, loss_function, run.compute)
-    centre = content["scaler"]["at1"]["mean"].numpy()
     words = content["seen"].words(study.hashes[rows])
     others = baselines(study, fitted, rows, centre, readout)
     table = score_table(study, rows, predicted, others, words)

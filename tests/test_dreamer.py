@@ -320,7 +320,7 @@ def test_both_models_of_a_run_can_be_evaluated(read_off, slices, tmp_path, name)
 
 def test_folds_in_time_leave_a_gap_on_both_sides(slices, tmp_path):
     """Poses before and after in the same sequence are a baseline that sees no pixel."""
-    train(slices, tmp_path, *READOUT, "--split_by", "time", "--folds", 2, "--gap", 1, "--epochs", 1)
+    train(slices, tmp_path, *READOUT, "--split_by", "time", "--folds", 2, "--gap", 1, "--epochs", 1, "--val_ratio", 0.3)
     run = only_run(tmp_path)
     metrics = json.loads((run / "metrics.json").read_text())
     assert {"interpolated", "nearest_in_time", "patient_mean"} <= {row["baseline"] for row in metrics["baselines"]}
@@ -650,7 +650,7 @@ def test_one_batch_can_be_overfitted():
     motion, at1 = torch.randn(8, 6), torch.randn(8, 6) * 3
     poses = {"at1": at1, "at2": probe_poses.CONVENTIONS["se3_left"].at2(at1, motion)}
     poses["at1"][0, 1] = torch.nan
-    for _ in range(50):
+    for _ in range(100):
         loss, parts = loss_function(model(frames, motion), poses, None)
         optimizer.zero_grad()
         loss.backward()
