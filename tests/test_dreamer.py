@@ -230,8 +230,9 @@ def test_folds_leave_each_patient_out_once(folds, slices):
     assert len({row["name"] for row in pooled}) == len(pooled) == 48
     for k in range(3):
         splits = json.loads((folds / f"fold_{k}" / "splits.json").read_text())
-        owners = [{name[:10] for name in splits[part]} for part in ("train", "val")]
-        assert len(owners[1]) == 1 and owners[0].isdisjoint(owners[1])
+        owners = [{name[:10] for name in splits[part]} for part in ("train", "val", "test")]
+        assert len(owners[2]) == 1 and owners[2].isdisjoint(owners[0] | owners[1])
+        assert set(splits["train"]).isdisjoint(splits["val"]), "other blocks of time, since two patients are few"
     table = read_csv(folds / "fold_table.csv")
     assert [row["fold"] for row in table] == ["0", "1", "2", "mean", "SD"]
     for row in table[:3]:
