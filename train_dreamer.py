@@ -1160,9 +1160,7 @@ def run_split(run, args, study, split):
         if part == "test":
             fitted = np.union1d(split["train"], split["val"])  # validation has done its work
             readout = solve_readout(study, fitted)
-            if not model.imagines:
-                readout.write_into(model.solved)
-                best["seen"] = best["seen"].plus(common.SeenRows(fitted=study.hashes[fitted], chose=[]))
+            best["seen"] = use_readout(model, study, fitted, readout, best["seen"])
         predicted, _ = evaluate(model, loader, loss_function, run.compute)
         centre = probe_poses.centre_and_spread(study.at1[fitted])[0]
         others = baselines(study, fitted, rows, centre, readout)
@@ -1172,16 +1170,27 @@ def run_split(run, args, study, split):
             tables[part].write(run.path(f"predictions_{part}.csv"))
     save_model(run, best | {"model": model.state_dict()}, "best_model.pth")
     plot_training(run, training.progress.history, best["epoch"])
-    train, val = (common.mean_metrics(common.regression_metrics(tables[part].predicted, tables[part].target))
-                  for part in ("train", "val"))
     part = "test" if "test" in tables else "val"
     use = use_of_inputs(model, loaders[part], loss_function, run.compute, tables[part].groups)
     use |= pose_scores.outside_share(study.at1, fitted, split[part])
-    alarms = []
-    if model.imagines:  # a readout that is solved always fits its own rows better
-        alarms = verdicts.split_gap_alarms(
-            train, val, remedy="Fewer trained layers (--freeze_layers), --augment full, more patients")
+    alarms = overfitting_alarms(tables) if model.imagines else []  # a solved readout always fits its own rows better
     judge(run, args, study, split, split[part], tables[part], part, use, alarms, best["epoch"])
+
+
+def use_readout(model, study, rows, readout, seen):
+    """Put a readout of these rows into a FrameReadout; returns the SeenRows of the model."""
+    if model.imagines:
+        return seen
+    readout.write_into(model.solved)
+    return seen.plus(common.SeenRows(fitted=study.hashes[rows], chose=[]))
+
+
+def overfitting_alarms(tables):
+    """Is the train part predicted far better than the validation part? Sentences."""
+    train, val = (common.mean_metrics(common.regression_metrics(tables[part].predicted, tables[part].target))
+                  for part in ("train", "val"))
+    return verdicts.split_gap_alarms(
+        train, val, remedy="Fewer trained layers (--freeze_layers), --augment full, more patients")
 
 
 def plot_training(run, history, best_epoch):
