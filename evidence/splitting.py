@@ -283,8 +283,9 @@ def leakage_report(split, keys, pixels, phash=None, values=None, pairs=None):
     held = {what: _rows_by_value(column, part_of) for what, column in (values or {}).items() if column is not None}
     for what, sets in alike.items():
         held[what] = {" = ".join(sorted(keys[row] for row in rows)): rows for rows in sets}
-    counts = {what: {text: collections.Counter(part_of[row] for row in rows) for text, rows in found.items()}
-              for what, found in held.items()}  # in which parts each of them stands how often
+    counts = {}  # in which parts each of them stands how often
+    for what, found in held.items():
+        counts[what] = {text: collections.Counter(part_of[row] for row in rows) for text, rows in found.items()}
 
     parts = [part for part in split if len(split[part])]
     report = {"near_duplicate_bits": NEAR_DUPLICATE_BITS, "between": {}, "within": {}}

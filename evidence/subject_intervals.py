@@ -114,7 +114,9 @@ def estimate(model, baseline, subjects, unit, draws, seed, *, names, n, rows, su
     bootstrap. Resting on under 5 subjects: no interval.
     """
     whole = _compare(model, baseline, np.ones((1, subjects)))
-    estimates = {place: Estimate(value[0], value[0] * np.nan, value[0] * np.nan) for place, value in whole.items()}
+    estimates = {}
+    for place, (value,) in whole.items():
+        estimates[place] = Estimate(value, value * np.nan, value * np.nan)
     method = f"no interval: only {subjects} {unit}"
     if subjects >= FEWEST_FOR_INTERVAL:
         way = "t-interval"
