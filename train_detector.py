@@ -705,18 +705,28 @@ def two_means(values):
     return centres
 
 
+def choose_anchors(args, truth, min_size, max_size):
+    """Sides by the flag; of the detector or the published weights to start from; or those that fit the train boxes."""
+    if args.anchor_sizes:
+        return args.anchor_sizes
+    if args.init_from:
+        content = common.load_model_file(args.init_from)
+        with common.checkpoint_fields(args.init_from):
+            return content["settings"]["anchor_sizes"]
+    if args.model != RESNET18:
+        return list(COCO_ANCHORS)
+    return fit_anchors(truth, min_size, max_size)
+
+
 def model_settings(args, truth):
     """What describes the network, kept in the checkpoint; truth: of the train pictures."""
     min_size = input_size(args)
     max_size = max(args.max_size or MODELS[args.model].max_size, min_size)
-    anchors = args.anchor_sizes
-    if not anchors:  # published weights have their own
-        anchors = fit_anchors(truth, min_size, max_size) if args.model == RESNET18 else list(COCO_ANCHORS)
     return {
         "model": args.model,
         "min_size": min_size,
         "max_size": max_size,
-        "anchor_sizes": anchors,
+        "anchor_sizes": choose_anchors(args, truth, min_size, max_size),
         "parts": truth.parts,
         "states": list(part_boxes.STATES) if truth.has_states() else [],
         "frozen_norm": starts_trained(args),  # statistics of small batches are worse
@@ -895,7 +905,7 @@ def fit(run, args, study, split):
     settings = model_settings(args, train_truth) | {"pixel_range": study.store.pixel_range}
     if args.augment == "light" and mirrored_labels(train_truth.parts) is None:
         run.say("note: a part is called left or right and its counterpart is missing, so pictures are not mirrored")
-    if args.model == RESNET18 and not args.anchor_sizes:
+    if args.model == RESNET18 and not (args.anchor_sizes or args.init_from):
         sides = " ".join(map(str, settings["anchor_sizes"]))
         run.say(f"note: anchors of {sides} pixels, chosen to fit the train boxes (--anchor_sizes)")
     if args.select == "joint_map" and not settings["states"]:

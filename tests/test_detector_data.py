@@ -516,6 +516,18 @@ def test_anchors_fit_the_train_boxes_in_input_pixels():
     assert found[4:] == [96, 136, 192, 272] and found == sorted(found)
 
 
+def test_a_detector_to_start_from_keeps_its_anchors(tmp_path):
+    """Its proposals were learnt for them, whatever the new boxes are."""
+    path = tmp_path / "best_model.pth"
+    learnt = [16, 24, 40, 56, 90, 130, 190, 260]
+    common.save_checkpoint(path, {"format": common.FORMAT, "script": common.script_name(), "model": {},
+                                  "settings": {"anchor_sizes": learnt}})
+    flags = SimpleNamespace(model=train_detector.RESNET18, anchor_sizes=None, init_from=path)
+    assert train_detector.choose_anchors(flags, drawn_truth(np.full((4, 3), 300.0)), 400, 800) == learnt
+    flags.init_from = None
+    assert train_detector.choose_anchors(flags, drawn_truth(np.full((4, 3), 300.0)), 400, 800) != learnt
+
+
 def test_anchors_come_close_to_more_boxes_than_one_fixed_size_a_level():
     """Share of boxes, anywhere in the picture, that an anchor of torchvision's generator overlaps by IoU .7."""
     from torchvision.models.detection.anchor_utils import AnchorGenerator
