@@ -53,8 +53,7 @@ SOLVED = {
 }
 # flags of predict that count as typed, not as in the checkpoint
 OWN_OF_PREDICT = ("clips_per_event", "aggregation", "min_event_sec")
-# frames and pixels of networks that take no others
-FIXED_INPUT = {"s3d": (16, 224), "mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224)}
+FIXED_INPUT = {"s3d": (16, 224), "mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224)}  # frames, pixels
 # flags that decide which pixels are read
 READING = ("image_size", "n_frames", "fps", "min_event_sec", "pixel_range")
 # flags that a checkpoint keeps: how clips are read and combined, and what the network looks like
@@ -1055,7 +1054,8 @@ def fit(run, args, study, split, features):
     objective = TASKS[args.task](args, study, train)
     column, higher_is_better = select_column(args.select, objective)
     train_loader, loaders = make_loaders(study, split, objective, args, compute, features)
-    plotting.plot_batch(run, train_loader.dataset, train_loader.dataset.labels())
+    if not args.freeze_backbone:  # else it trains on features, which are no pictures
+        plotting.plot_batch(run, train_loader.dataset, train_loader.dataset.labels())
     is_solved = args.model == MOTION_READOUT  # from each row once, at the natural class shares
     shift = objective.prior_shift(train if is_solved else objective.rows_of_epoch(train))
     model = start_model(args, objective, compute)
