@@ -40,6 +40,9 @@ TIME_BLOCKS = 10  # of each sequence, for the inner folds of a single patient
 MODEL_FLAGS = (
     "encoder", "image_size", "token_type", "imagine", "d_model", "n_layers", "n_heads",
     "feedforward", "dropout", "compose", "angle_unit", "euler_order")
+WORLD_MODEL_FLAGS = (
+    "imagine", "d_model", "n_layers", "n_heads", "feedforward", "freeze_layers", "lambda_t2_action", "lambda_latent",
+    "primary_task_only")
 DATA_FLAGS = ("data_dir", "patient_map", "patient_regex", "max_transitions", "split_by")
 PARTS = ("train", "val", "test")
 # What --augment changes in both frames of a transition alike:
@@ -60,6 +63,14 @@ def parse_args(argv=None):
     common.check_split_flags(parser, args)
     check_flags(parser, args)
     return args
+
+
+def flags_without_effect(args):
+    """Flags of the world model that are set although --token_type none has none."""
+    parser = common.Parser()
+    add_model_arguments(parser.group("model"))
+    names = WORLD_MODEL_FLAGS if args.token_type == "none" else ()
+    return [f"--{name} {getattr(args, name)}" for name in names if getattr(args, name) != parser.get_default(name)]
 
 
 def dependent_defaults(args):
@@ -786,6 +797,10 @@ def fit(run, args, study, split, readout):
         split=split)
     n_weights = sum(weights.numel() for weights in model.parameters())
     run.say(f"model: {n_weights / 1e6:.1f} million weights, token type {args.token_type}")
+    unused = flags_without_effect(args)
+    if unused:
+        run.say(f"note: {' '.join(unused)} belong to the world model and change nothing; --token_type channel is the "
+                "published one")
     for _ in training.epochs():
         row = train_one_epoch(model, train_loader, loss_function, training, compute)
         _, numbers = evaluate(model, loaders["val"], loss_function, compute)

@@ -10,7 +10,7 @@ import numpy as np
 
 import common
 from evidence import plotting, subject_intervals
-from readers import csv_tables, video_files
+from readers import video_files
 
 IOUS = (0.25, 0.5)
 COLOURS = (plotting.BLUE, plotting.ORANGE, plotting.GREEN, plotting.PURPLE, plotting.SKY, plotting.YELLOW)
@@ -192,7 +192,11 @@ def covered(spans):
 
 def read_spans(path):
     """windows.csv or bouts.csv -> DataFrame whose start_sec and end_sec are numbers."""
-    return csv_tables.read_table(path).astype({"start_sec": float, "end_sec": float})
+    import pandas as pd
+    if not path.is_file():
+        raise common.UserError(f"no such file: {path} (expected the run folder of --mode predict --video)")
+    words = dict.fromkeys(["video", "label", "pred_label"], str)
+    return pd.read_csv(path, dtype=words, keep_default_na=False)
 
 
 def class_names(folder):

@@ -2,22 +2,12 @@
 
 Letters: B windows, T frames of a window, n frames, S side of the input in pixels.
 """
-import concurrent.futures
 import itertools
 
 import numpy as np
 import torch
 
 import common
-
-
-def ahead(read):
-    """Yield what calls of read() give until that is empty; a thread reads the next while the last one is in use."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(read)
-        while found := coming.result():
-            coming = pool.submit(read)
-            yield found
 
 
 def slide(recording, length, step, batch_size, side, look):
@@ -31,7 +21,7 @@ def slide(recording, length, step, batch_size, side, look):
     n_frames = 0
     next_place = 0
     grid = recording.grid(length)
-    for frames in ahead(lambda: list(itertools.islice(grid, step * batch_size))):
+    while frames := list(itertools.islice(grid, step * batch_size)):
         crops = [common.eval_crop(frame.pixels, side) for frame in frames]
         pixels = torch.from_numpy(np.stack(crops))
         before = kept.get("pixels", pixels[:1])[-1:]

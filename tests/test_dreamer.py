@@ -685,6 +685,13 @@ def test_keys_of_the_published_study_are_read(tmp_path):
     assert (args.smooth_l1_beta, args.lambda_latent, args.use_amp, args.token_type) == (0.5, 0.3, "on", "channel")
 
 
+def test_flags_of_the_world_model_without_one_are_said():
+    args = train_dreamer.parse_args(["--num_layers", "3", "--primary_task_only"])
+    assert train_dreamer.flags_without_effect(args) == ["--n_layers 3", "--primary_task_only True"]
+    args = train_dreamer.parse_args(["--num_layers", "3", "--token_type", "channel"])
+    assert not train_dreamer.flags_without_effect(args)
+
+
 # --- mistakes -----------------------------------------------------------------------------------
 
 FLAG_MISTAKES = {
