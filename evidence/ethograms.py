@@ -298,11 +298,13 @@ def judge_bouts(windows, bouts, events, names):
 
     def statistic(weights):
         return {}, bout_metrics({key: weights @ values for key, values in numbers.items()})  # (D, C) each
+    n_bouts = numbers["bouts"].sum(0).astype(int)  # (C,)
+    n_events = numbers["events"].sum(0).astype(int)
     result = subject_intervals.estimate(
-        statistic, None, n_videos, "videos", draws=2000, seed=0, names=names, n=numbers["events"].sum(0), rows=n_videos)
+        statistic, None, n_videos, "videos", draws=2000, seed=0, names=names, n=n_events, rows=n_videos)
     table = []
     for c, name in enumerate(names):
-        row = {"label": name} | {key: int(numbers[key][:, c].sum()) for key in ("bouts", "events")}
+        row = {"label": name, "bouts": n_bouts[c], "events": n_events[c]}
         for metric, found in result.each.model.items():
             row |= found.at(c).columns(metric)
         table.append(row)

@@ -257,7 +257,8 @@ def similar_pairs(features, split):
     nearest = np.log(nearest.clip(1e-9))
     spread = 1.4826 * np.median(np.abs(nearest - np.median(nearest)))
     limit = math.exp(np.median(nearest) - 3 * spread)
-    return [(rows[other[k]], rows[k]) for k in np.argsort(apart, kind="stable") if apart[k] < limit]
+    closest_first = np.argsort(apart, kind="stable")
+    return [(rows[other[k]], rows[k]) for k in closest_first if apart[k] < limit]
 
 
 def found_items(items):
