@@ -2216,7 +2216,7 @@ def starting_weights(path, **expected):
     return content["model"]
 
 
-def start_from(model, path, is_frozen, **expected):
+def start_from(model, path, /, is_frozen, **expected):
     """--init_from: give a model the weights of another run of this script. UserError where a field is not as expected.
 
     is_frozen: features were computed with the model's own backbone, so that another one is refused too.

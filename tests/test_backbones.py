@@ -373,17 +373,13 @@ def test_the_solved_head_is_ridge_on_the_tuned_features():
     draws = np.random.default_rng(0)
     features, ratings = draws.normal(size=(40, 12)).astype(np.float32), draws.normal(5, 2, (40, 3))
     ratings[3, 1] = np.nan
-    args = train_assessor.parse_args(
-        ["--images_dir", ".", "--ratings_file", ".", "--head", "ridge", "--freeze_backbone"]
-    )
     model = train_assessor.Assessor(torch.nn.Identity(), 12, 3, "ridge", 0.0)
 
     class Data:
         groups_of = staticmethod(lambda rows: None)
     Data.ratings = ratings
-    batch = {"input": torch.from_numpy(features), "target": torch.zeros(40, 3), "weight": torch.ones(40, 3)}
     scaler = {"mean": np.zeros(3), "sd": np.ones(3)}
-    train_assessor.solve_head(model, [batch], Data, np.arange(40), scaler, args, common.choose_compute("cpu", "off"))
+    train_assessor.solve_head(model, features, Data, np.arange(40), scaler)
     expected = baseline_models.fit_ridge(features, ratings, sd_floor=baseline_models.FEATURE_SD_FLOOR).predict(features)
     with torch.inference_mode():
         assert np.allclose(model(torch.from_numpy(features)).numpy(), expected, atol=1e-4)
