@@ -98,7 +98,11 @@ def judge_runs(args):
     for script in dict.fromkeys(row["script"] for row in runs):
         own = [row for row in runs if row["script"] == script]
         folders = [args.runs / row["folder"] for row in own]
-        sections.append((script, [reporting.html_table(own), reporting.html_table(flags_that_differ(folders))]))
+        found = [{column: value for column, value in row.items() if column != "script"} for row in own]
+        tables = [reporting.html_table(found)]
+        if len(own) > 1:
+            tables.append(reporting.html_table(flags_that_differ(folders), caption="Flags that differ"))
+        sections.append((script, tables))
         compared += table_judging.compare_runs(folders[-MOST_COMPARED:])
     with common.start_run(args) as run:
         run.write_args(runs=str(args.runs))

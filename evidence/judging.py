@@ -111,14 +111,14 @@ def list_runs(output_dir):
                 "finished": time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)),
                 "script": record["script"],
                 "name": record["flags"].get("name"),
-                "data": record["data"].get("fingerprint", "")[:8],
+                "verdict": found["verdict"],
                 "metric": found["metric"],
                 "value": found["value"],
                 "low": found["interval"][0],
                 "high": found["interval"][1],
                 "baseline": found["baseline"]["name"],
                 "baseline_value": found["baseline"]["value"],
-                "verdict": found["verdict"],
+                "data": record["data"].get("fingerprint", "")[:8],
                 "folder": path.parent.name})
     return rows
 
@@ -133,9 +133,12 @@ def write_comparison(run, rows, sections=()):
                  f"{row['value_of_first']:.3f} and {row['value_of_second']:.3f}, difference {row['difference']:+.3f} "
                  f"[{row['low']:+.3f} to {row['high']:+.3f}, {row['method']}]" for row in rows]
     caption = "Pairs of tables on the same rows; the interval is of the paired difference"
-    sections = [*sections, ("Comparison", [reporting.html_table(rows, caption=caption)]),
-                ("Command and versions", reporting.command_blocks())]
-    verdict = verdicts.Verdict("caution", "Comparison", ". ".join(sentences[:3] or ["No two share rows"]) + ".")
+    sections = list(sections)
+    if rows:
+        sections.append(("Comparison", [reporting.html_table(rows, caption=caption)]))
+    sections.append(("Command and versions", reporting.command_blocks()))
+    nothing = "No two of them have predicted the same rows, so none are compared"
+    verdict = verdicts.Verdict("caution", "Comparison", ". ".join(sentences[:3] or [nothing]) + ".")
     reporting.write_report(run.path("report.html"), f"Comparison: {run.folder.name}",
                            verdict, sections, run.compute.text, [])
     common.write_json(run.path("metrics.json"), {"comparisons": rows})
