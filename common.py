@@ -590,7 +590,8 @@ class Run:
         if wandb.run is not None:  # that of the fold before
             wandb.finish()
         own = uuid.uuid5(uuid.NAMESPACE_URL, self.folder.resolve().as_uri()).hex
-        return wandb.init(project=script_name(), name=str(self.folder), id=own, resume="allow")
+        return wandb.init(project=script_name(), name=str(self.folder), id=own, resume="allow",
+                          config=json_safe(flags_of(self.args)))
 
     def watch(self, row):
         """Send a history row to TensorBoard and Weights & Biases, where their flags are given."""
@@ -2667,7 +2668,7 @@ class Training:
         progress.done = stops_early or progress.epoch >= self.args.epochs
 
     def _report(self, numbers, is_best):
-        """The epoch on a line of up to 120 columns: the number that chooses, and of the others what has room."""
+        """The epoch on a line of about 120 columns: the number that chooses, and of the others those that have room."""
         progress = self.progress
         seconds = time.perf_counter() - self.current.started
         memory = peak_memory(self.run.compute.device) / 2 ** 30
@@ -2675,10 +2676,12 @@ class Training:
         end = (f"({seconds:.2f} s, {self.current.samples / seconds:.1f} samples/s, peak {memory:.2f} GB, "
                f"{left / 60:.0f} min left){' *' if is_best else ''}")
         line = f"epoch {progress.epoch}/{self.args.epochs}"
+        room = 120 - len("epoch 100/100") - len("  (123.45 s, 1234.5 samples/s, peak 12.34 GB, 123 min left) *")
         for name in sorted(numbers, key=lambda name: name != self.select):
-            longer = f"{line}  {name} {numbers[name]:.4g}"
-            if len(longer) + len(end) <= 118:
-                line = longer
+            width = len(f"  {name} -0.12345")
+            if width <= room:  # by the names alone, so that every line shows the same numbers
+                room -= width
+                line += f"  {name} {numbers[name]:.4g}"
         self.run.say(f"{line}  {end}")
         if progress.done and progress.epoch < self.args.epochs:
             self.run.say(f"stopped early after epoch {progress.epoch}: no better {self.select} for "

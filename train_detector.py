@@ -526,13 +526,20 @@ class StateRoIHeads(RoIHeads):
     """
 
     def __init__(self, heads, n_parts, n_states, class_weights=None):
-        nn.Module.__init__(self)
-        vars(self).update(vars(heads))  # all that torchvision has built
         n_features = heads.box_predictor.cls_score.in_features
         pool = heads.box_roi_pool
-        self.box_roi_pool = PaddedRoIAlign(pool.featmap_names, pool.output_size, pool.sampling_ratio)
-        self.box_predictor = FastRCNNPredictor(n_features, n_parts + 1)
-        self.score_thresh = detection_scores.LOWEST_SCORE
+        super().__init__(
+            box_roi_pool=PaddedRoIAlign(pool.featmap_names, pool.output_size, pool.sampling_ratio),
+            box_head=heads.box_head,
+            box_predictor=FastRCNNPredictor(n_features, n_parts + 1),
+            fg_iou_thresh=heads.proposal_matcher.high_threshold,
+            bg_iou_thresh=heads.proposal_matcher.low_threshold,
+            batch_size_per_image=heads.fg_bg_sampler.batch_size_per_image,
+            positive_fraction=heads.fg_bg_sampler.positive_fraction,
+            bbox_reg_weights=heads.box_coder.weights,
+            score_thresh=detection_scores.LOWEST_SCORE,
+            nms_thresh=heads.nms_thresh,
+            detections_per_img=heads.detections_per_img)
         self.n_states = n_states
         self.temperature = 1.0  # of the states' probabilities, see fit_temperature
         self.state_head = None

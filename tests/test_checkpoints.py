@@ -4,6 +4,7 @@
 """
 import errno
 import math
+import re
 import os
 import random
 import shutil
@@ -262,13 +263,16 @@ def test_not_a_number_is_never_best(tmp_path):
     assert common.read_checkpoint(tmp_path / "best_model.pth")["epoch"] == 3
 
 
-def test_an_epoch_is_a_line_with_the_number_that_chooses(tmp_path, capsys):
-    training, loader = make_training(tmp_path, False, epochs=1)
-    for batch in training.batches(loader):
-        training.step(training.model(batch["x"]).pow(2).mean())
-    training.end_epoch({f"val_of_something_{number}": 1 / 3 for number in range(9)} | {"val_loss": 0.125})
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1/1"))
-    assert len(line) <= 120 and "val_loss 0.125" in line and "samples/s" in line and line.endswith("*")
+def test_the_line_of_an_epoch_shows_the_same_numbers_in_every_epoch(tmp_path, capsys):
+    training, loader = make_training(tmp_path, False, epochs=2)
+    for val_loss in (0.5, 0.12345678):
+        for batch in training.batches(loader):
+            training.step(training.model(batch["x"]).pow(2).mean())
+        others = {f"val_of_something_{number}": val_loss / 3 for number in range(9)}
+        training.end_epoch({"val_r2": val_loss, **others, "val_loss": val_loss})
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert [re.findall(r"  (\w+) [\d.]+", line) for line in lines] == [["val_loss", "val_r2"]] * 2
+    assert all(len(line) <= 120 and "samples/s" in line and line.endswith("*") for line in lines)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):

@@ -211,6 +211,7 @@ def test_a_resumed_run_continues_the_same_wandb_run(wandb_run):
     epoch(2)
     assert fake.logged == [1, 2] and len(fake.inits) == 2 and fake.inits[0]["resume"] == "allow"
     assert fake.inits[0]["id"] == fake.inits[1]["id"] and "reinit" not in fake.inits[0]
+    assert fake.inits[0]["config"]["device"] == "cpu" and "given" not in fake.inits[0]["config"]
 
 
 @pytest.mark.parametrize("place", ["init", "log"])
