@@ -130,7 +130,7 @@ class PlainFrames(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         paths = self.folder / "ft1" / f"{index}.png", self.folder / "ft2" / f"{index + 1}.png"
-        frames = np.stack([np.asarray(Image.open(path).convert("L"), np.float32) for path in paths])
+        frames = np.stack([np.asarray(Image.open(path).convert("L")) for path in paths])
         return torch.from_numpy(frames), torch.randn(6) * 10, torch.randn(6) * 10
 
 
