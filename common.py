@@ -557,10 +557,10 @@ class Run:
             self._log.write(text + "\n")
             self._log.flush()
 
-    def child(self, name):
-        """The run of one fold: a run folder inside this one, opened again where it exists."""
+    def child(self, name, args=None):
+        """The run of one fold, or of flags of its own: a run folder inside this one, opened again where it exists."""
         self.path(name).mkdir(exist_ok=True)
-        return dataclasses.replace(self, folder=self.path(name))
+        return dataclasses.replace(self, folder=self.path(name), args=args or self.args)
 
     def each_fold(self, splits, run_split):
         """run_split(run, split) in fold_K/ for the folds that --fold asks for, but for finished ones.

@@ -24,8 +24,6 @@ import common
 from evidence import detection_judging, judging, prediction_tables, reporting, table_judging
 from readers import part_boxes
 
-MOST_COMPARED = 6  # runs of a script, the newest
-
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
@@ -89,32 +87,13 @@ def judge_several(run, args, tables):
 
 
 def judge_runs(args):
-    """One page of the runs in a folder, by script: what each found, flags that differ, and any two of the newest."""
+    """One page of the runs in a folder."""
     runs = judging.list_runs(args.runs)
     if not runs:
         raise common.UserError(f"--runs {args.runs} holds no finished run (run_*/metrics.json)")
-    sections = []
-    compared = []
-    for script in dict.fromkeys(row["script"] for row in runs):
-        own = [row for row in runs if row["script"] == script]
-        folders = [args.runs / row["folder"] for row in own]
-        found = [{column: value for column, value in row.items() if column != "script"} for row in own]
-        tables = [reporting.html_table(found)]
-        if len(own) > 1:
-            tables.append(reporting.html_table(flags_that_differ(folders), caption="Flags that differ"))
-        sections.append((script, tables))
-        compared += table_judging.compare_runs(folders[-MOST_COMPARED:])
     with common.start_run(args) as run:
         run.write_args(runs=str(args.runs))
-        common.write_table(run.path("comparison.csv"), compared)
-        judging.write_comparison(run, compared, sections)
-
-
-def flags_that_differ(folders):
-    """A dict for each run folder, of the flags that are not the same in all."""
-    import pandas as pd
-    flags = pd.DataFrame({folder.name: common.read_json(folder / "args.json")["flags"] for folder in folders}).astype(str)
-    return flags[flags.nunique(axis=1) > 1].T.reset_index(names="folder").to_dict("records")
+        table_judging.write_runs_page(run, args.runs, runs, most_compared=6)
 
 
 def main():

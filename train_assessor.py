@@ -15,8 +15,10 @@ Letters: N images, M images scored, B batch, R ratings (columns of the table, su
 V views, S side of the input in pixels.
 Units: every metric and prediction is in the unit of the ratings file; images are uint8 RGB until they reach the device.
 """
+import argparse
 import copy
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from torch import nn
 import common
 from evidence import (
     baseline_models, calibrating, judging, plotting, prediction_tables, rater_agreement, reporting, score_judging,
-    splitting, verdicts)
+    splitting, table_judging, verdicts)
 from readers import backbones, file_names, picture_files, rating_tables
 
 HISTORY_METRICS = ("mse", "mae", "r2", "pearson_r")
@@ -65,8 +67,9 @@ def parse_args(argv=None, recipe="plain"):
     model("--recipe", choices=("auto", "small_data", "plain"), default="auto", may_change=True,
           help="defaults of the flags: small_data = those of configs/assessor_small_data.yaml; plain = those listed "
                f"here; auto = small_data under {SMALL_DATA_BELOW} pictures, where no flag names a model")
-    model("--backbone", "--model", "--encoder", default="resnet50",
-          help="any torchvision classifier: resnet18, efficientnet_b3, vit_b_16, ...")
+    model("--backbone", "--model", "--encoder", nargs="+", action=OneOrSeveral, default="resnet50", metavar="NAME",
+          help="any torchvision classifier: resnet18, efficientnet_b3, vit_b_16, ..., or timm:NAME; NAME=FILE or "
+               "NAME=SET has weights of its own. Several are compared on one split, with --freeze_backbone")
     model("--image_size", "--img_size", type=common.SIDE, default=224,
           help="side of the square input in pixels, cropped from pictures whose short side is 8/7 of it")
     model("--head", choices=("mlp", "ridge"), default="mlp",
@@ -85,7 +88,17 @@ def parse_args(argv=None, recipe="plain"):
         parser.set_defaults(**common.config_values(parser, SMALL_DATA))
     args = common.parse_arguments(parser, argv)
     common.check_split_flags(parser, args)
+    if isinstance(args.backbone, list) and not args.freeze_backbone:
+        parser.error(f"--backbone {' '.join(args.backbone)}: several are compared on features that stay as published; "
+                     "add --freeze_backbone, or --config configs/assessor_backbones.yaml")
     return args
+
+
+class OneOrSeveral(argparse.Action):
+    """One value as it is, several as a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
 def choose_recipe(args, pictures):
@@ -640,6 +653,38 @@ def run_folds(run, args, study):
     judge(run, args, study, folds, rows, pooled, "folds", alarms, similar, folds=done)
 
 
+def run_study(run, args, study):
+    """One run per fold, or one run."""
+    if args.folds:
+        return run_folds(run, args, study)
+    run_split(run, args, study, splitting.split_of_flags(args, study.images, study.strata, study.groups))
+
+
+def flags_of_backbones(args):
+    """The flags for each network that --backbone names; one that is written NAME=WEIGHTS has weights of its own."""
+    several = []
+    for text in np.atleast_1d(args.backbone):
+        name, _, weights = str(text).partition("=")
+        own = {"backbone": name, "weights": Path(weights) if weights else args.weights}
+        several.append(argparse.Namespace(**{**vars(args), **own}))
+    return several
+
+
+def compare_backbones(run, several, study):
+    """A run for each backbone in a folder of its own, on the same split; above them which of any two is better.
+
+    several: of flags_of_backbones.
+    """
+    run.write_args(**study.data_record({}))
+    for args in several:
+        name = f"{args.backbone} {args.weights.stem}" if args.weights else args.backbone
+        with run.child("run_" + re.sub(r"\W+", "_", name), args) as child:
+            if not child.path("metrics.json").exists():
+                run_study(child, args, study)
+    runs = sorted(judging.list_runs(run.folder), key=lambda row: row["value"], reverse=True)
+    table_judging.write_runs_page(run, run.folder, runs, most_compared=len(runs))
+
+
 def main():
     args = parse_args()
     table = read_table(args)
@@ -649,13 +694,14 @@ def main():
         if not run.resumed:
             run.say(f"note: recipe {recipe} for {len(table.images)} pictures, unless --recipe says another: --backbone "
                     f"{args.backbone} --head {args.head} --epochs {args.epochs} --select {args.select} ...")
-        build_backbone(args, args.head)  # a wrong name or file of weights stops here, before pictures are decoded
+        several = flags_of_backbones(args)
+        for own in several:  # a wrong name or file of weights stops here, before pictures are decoded
+            build_backbone(own, args.head)
         study = load_study(args, run, table)
-        if args.folds:
-            run_folds(run, args, study)
+        if len(several) > 1:
+            compare_backbones(run, several, study)
         else:
-            split = splitting.split_of_flags(args, study.images, study.strata, study.groups)
-            run_split(run, args, study, split)
+            run_study(run, several[0], study)
 
 
 if __name__ == "__main__":

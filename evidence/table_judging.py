@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 import common
-from evidence import class_judging, judging, metric_names, prediction_tables, score_judging
+from evidence import class_judging, judging, metric_names, prediction_tables, reporting, score_judging
 
 FEWEST_SHARED = 5  # rows of two runs that are compared
 
@@ -85,3 +85,32 @@ def compare_tables(tables, names):
             "method": result.method,
         })
     return rows
+
+
+@common.first_process_only
+def write_runs_page(run, parent, listed, most_compared):
+    """comparison.csv and report.html of runs, by script: what each found, flags that differ, and any two held together.
+
+    listed: of judging.list_runs(parent), in the order of the page; of a script's runs the last `most_compared` are
+    held against each other.
+    """
+    sections = []
+    compared = []
+    for script in dict.fromkeys(row["script"] for row in listed):
+        own = [row for row in listed if row["script"] == script]
+        folders = [parent / row["folder"] for row in own]
+        found = [{column: value for column, value in row.items() if column != "script"} for row in own]
+        tables = [reporting.html_table(found)]
+        if len(own) > 1:
+            tables.append(reporting.html_table(flags_that_differ(folders), caption="Flags that differ"))
+        sections.append((script, tables))
+        compared += compare_runs(folders[-most_compared:])
+    common.write_table(run.path("comparison.csv"), compared)
+    judging.write_comparison(run, compared, sections)
+
+
+def flags_that_differ(folders):
+    """A dict for each run folder, of the flags that are not the same in all."""
+    import pandas as pd
+    flags = pd.DataFrame({folder.name: common.read_json(folder / "args.json")["flags"] for folder in folders}).astype(str)
+    return flags[flags.nunique(axis=1) > 1].T.reset_index(names="folder").to_dict("records")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from sklearn.metrics import r2_score
 
@@ -153,6 +154,37 @@ def test_folds_continue_fold_by_fold(folds):
     text = run_script("train_assessor.py", "--resume", folds).text
     assert "fold 0 is finished" in text and "fold 2 is finished" not in text
     assert (folds / "predictions_folds.csv").read_bytes() == before
+
+
+def test_several_frozen_backbones_are_compared_on_the_same_folds(sample, tmp_path):
+    """One command, one table of pairs; NAME=FILE has weights of its own. Judge of the difference: scikit-learn."""
+    torch.save(torchvision.models.get_model("shufflenet_v2_x0_5", weights=None).state_dict(), tmp_path / "own.pth")
+    flags = ["--backbone", "shufflenet_v2_x0_5", f"shufflenet_v2_x0_5={tmp_path / 'own.pth'}", "--head", "ridge",
+             "--freeze_backbone", "--folds", 2, "--epochs", 1]
+    train(sample, tmp_path, *flags)
+    run = only_run(tmp_path)
+    names = ["run_shufflenet_v2_x0_5", "run_shufflenet_v2_x0_5_own"]
+    tables = [read_csv(run / name / "predictions_folds.csv") for name in names]
+    assert [row["image"] for row in tables[0]] == [row["image"] for row in tables[1]]
+    assert [row["fold"] for row in tables[0]] == [row["fold"] for row in tables[1]]
+    scores = [name.removesuffix("_true") for name in tables[0][0] if name.endswith("_true")]
+    r2 = {}
+    for name, rows in zip(names, tables):
+        pairs = [np.array([[float(row[f"{score}_{part}"]) for part in ("true", "predicted")] for row in rows if
+                           row[f"{score}_true"]]).T for score in scores]
+        r2[name] = np.mean([r2_score(*pair) for pair in pairs])
+    assert r2[names[0]] != r2[names[1]]
+    better, worse = sorted(names, key=r2.get, reverse=True)
+    [pair] = read_csv(run / "comparison.csv")
+    assert (pair["first"], pair["second"]) == (better, worse)
+    assert float(pair["difference"]) == pytest.approx(r2[better] - r2[worse])
+    assert float(pair["low"]) < float(pair["difference"]) < float(pair["high"])
+    assert [row["folder"] for row in read_csv(run / "runs.csv")] == names
+    (run / names[1] / "metrics.json").unlink()
+    again = run_script("train_assessor.py", "--resume", run).text
+    assert again.count("is finished") == 2 and "fold 1 of 2" not in again, "nothing is trained twice"
+    assert "own.pth" in json.loads((run / names[1] / "args.json").read_text())["flags"]["weights"]
+    assert "add --freeze_backbone" in train(sample, tmp_path, *flags[:3], code=2).text
 
 
 def test_dry_run_writes_the_whole_run_folder(sample, tmp_path):
