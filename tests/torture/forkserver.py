@@ -63,7 +63,7 @@ class Trial:
                 return code
             time.sleep(0.005)
 
-    def finish(self, seconds=120):
+    def finish(self, seconds=600):
         """Exit code at the end of the run; AssertionError with the end of its log where it hangs."""
         code = self.wait(seconds)
         if code is None:

@@ -80,7 +80,7 @@ class Pair:
         for trial in self.moments.choice([self.trials, self.trials[:1], self.trials[1:]]):
             trial.signal(number)
 
-    def finish(self, seconds=120):
+    def finish(self, seconds=600):
         """SIGKILL where one was killed; the other then ends by itself with 1 and a word, unless it was done."""
         end = time.monotonic() + seconds
         while None in (codes := [trial.wait(0) for trial in self.trials]):
@@ -163,6 +163,7 @@ def hold_through_kills(group, what, script, flags, servers, folder, cases):
                 assert found == expected, f"{what} after {kills} kills"
 
 
+@pytest.mark.timeout(3600)  # a hundred kills, with --all_cases
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_kills(script, workers, servers, tiny_flags, quick_folder, cases):
@@ -170,6 +171,7 @@ def test_kills(script, workers, servers, tiny_flags, quick_folder, cases):
     hold_through_kills(GROUP, f"{script} {workers}", script, flags, servers, quick_folder, cases)
 
 
+@pytest.mark.timeout(3600)
 def test_kills_of_quick_epochs(servers, tiny_flags, quick_folder, cases):
     flags = [*tiny_flags["train_assessor.py"], "--freeze_backbone", "--epochs", 60, "--patience", 0, "--save_every", 0,
              "--save_minutes", 0]
