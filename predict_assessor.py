@@ -14,7 +14,6 @@ Letters: N images, B batch, R ratings, M members, S side of the square input in 
 """
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 import common
-from evidence import calibrating, prediction_tables, splitting
+from evidence import calibrating, row_warnings, splitting
 from readers import backbones, file_names, picture_files
 from train_assessor import Assessor, mirrored_mean, resize_side, with_head_features
 
@@ -35,19 +34,14 @@ class Member:
     settings: dict  # content of its checkpoint
 
     def outputs(self, pixels, compute):
-        """uint8 (B, S, S, 3) -> outputs in the unit of training (B, R), (B,) True where unlike the training pictures.
-
-        Unlike: its features are farther from those of the training pictures than any held-out picture's.
-        """
+        """uint8 (B, S, S, 3) -> outputs in the unit of training (B, R), features (B, F)."""
         inputs = common.to_input(pixels, compute.device, self.settings["pixel_mean"], self.settings["pixel_sd"],
                                  compute.channels_last)  # (B, S, S, 3) -> (B, 3, S, S)
         views = [inputs, inputs.flip(-1)] if self.settings["flip_average"] else [inputs]
         with compute.autocast():
             features = [self.model.backbone(view) for view in views]  # (B, 3, S, S) -> (B, F) each
             outputs = sum(self.model(each) for each in features) / len(views)  # (B, F) -> (B, R)
-        known = self.settings["known_data"]
-        distance = calibrating.distance_from_train(sum(features).float().cpu() / len(views), known)
-        return outputs, distance > 1.01 * known["farthest"]  # another device or precision rounds otherwise
+        return outputs.cpu(), sum(features).float().cpu() / len(views)
 
 
 def parse_args(argv=None):
@@ -101,10 +95,6 @@ def load_member(path, compute):
         features = with_head_features(backbone, n_features, head, image_size)
         model = Assessor(*features, len(settings["names"]), head, settings["dropout"])
     common.load_state(model, settings["model"], path)
-    if "known_data" not in settings:
-        print(f"note: {path} does not say what its training pictures are like; the column warning is without it")
-        everything = torch.tensor([[-math.inf], [math.inf]]).expand(2, len(settings["names"]))
-        settings["known_data"] = {"mean": 0.0, "sd": 1.0, "farthest": math.inf, "label_range": everything}
     return Member(model=compute.place(model).eval(), settings=settings)
 
 
@@ -126,18 +116,15 @@ def load_members(files, compute):
 
 @torch.inference_mode()
 def predict(members, loader, compute):
-    """-> (predicted (M, N, R) float64 in the unit of the ratings, (N,) common.SEEN_WORDS, errors: N texts, (N,) unlike).
-
-    unlike: True where all members say that the picture is unlike those that they were trained on.
-    """
+    """-> (predicted (M, N, R) float64 in the unit of the ratings, (N,) seen, errors: N texts, (N,) warnings)."""
     outputs = []
-    is_unlike = []
+    features = []
     hashes = []
     errors = []
     for batch in loader:
-        each, unlike = zip(*(member.outputs(batch["pixels"], compute) for member in members))
-        outputs.append(torch.stack(each).cpu())  # M x (B, R) -> (M, B, R)
-        is_unlike.append(torch.stack(unlike).all(0))  # M x (B,) -> (B,)
+        each, looks = zip(*(member.outputs(batch["pixels"], compute) for member in members))
+        outputs.append(torch.stack(each))  # M x (B, R) -> (M, B, R)
+        features.append(looks)
         hashes.append(batch["hashes"])
         errors += batch["error"]
     predicted = torch.cat(outputs, dim=1).double().numpy()  # (M, N, R)
@@ -150,20 +137,12 @@ def predict(members, loader, compute):
     hashes = torch.cat(hashes).numpy()  # (N, 2)
     each = [member.settings["seen"].words(hashes) for member in members]
     seen = np.array(list(map(common.worst_seen, zip(*each))))
-    return predicted, seen, errors, torch.cat(is_unlike).numpy() & ~np.array(is_bad)
-
-
-def find_warnings(members, predicted, seen, is_unlike):
-    """(N,) text on what makes a picture's mean prediction doubtful, '' = nothing; counted in print."""
-    ranges = torch.stack([member.settings["known_data"]["label_range"] for member in members]).numpy()  # (M, 2, R)
-    label_range = ranges[:, 0].min(0), ranges[:, 1].max(0)
-    names = members[0].settings["names"]
-    flags = {"trained on": seen == "train", "unlike the training pictures": is_unlike}
-    flags |= prediction_tables.outside_labels(predicted.mean(0), label_range, names)
-    for what, is_so in flags.items():
-        if is_so.any():
-            print(f"warning: {is_so.sum()} of {len(seen)} pictures: {what}")
-    return prediction_tables.warning_texts(flags)
+    flags = []
+    for member, own, values in zip(members, zip(*features), predicted):
+        looks = torch.cat(own).numpy()  # (N, F)
+        looks[is_bad] = np.nan
+        flags.append(row_warnings.find(member.settings, looks, "pictures", print, values))
+    return predicted, seen, errors, row_warnings.texts(flags, seen, "pictures", print)
 
 
 def half_widths(members, coverage):
@@ -282,9 +261,8 @@ def main():
         members[0].settings.get("pixel_range"))
     loader = common.make_loader(
         pictures, args, compute, train=False, batch_size=args.predict_batch_size)
-    predicted, seen, errors, is_unlike = predict(members, loader, compute)
+    predicted, seen, errors, warnings = predict(members, loader, compute)
     widths = half_widths(members, args.interval) if args.interval else None
-    warnings = find_warnings(members, predicted, seen, is_unlike)
     columns = output_columns(inputs, predicted, names, widths)
     common.write_table(args.output, columns | {"seen": seen, "warning": warnings, "error": errors})
     print_summary(predicted, names, members, widths)

@@ -27,7 +27,7 @@ from torch import nn
 
 import common
 from evidence import (
-    baseline_models, calibrating, judging, plotting, prediction_tables, rater_agreement, reporting, score_judging,
+    baseline_models, judging, plotting, prediction_tables, rater_agreement, reporting, row_warnings, score_judging,
     splitting, table_judging, verdicts)
 from readers import backbones, file_names, picture_files, rating_tables
 
@@ -399,7 +399,7 @@ def evaluate(model, loader, loss_function, scaler, args, compute):
 
 
 def fit(run, args, study, split, features):
-    """Train on split['train'], choose the epoch on split['val']; returns ({part: predicted (M, R)}, Training)."""
+    """Train on split['train'], choose the epoch on split['val']; returns what predict_with_best does, and Training."""
     compute = run.compute
     loss_function = rating_loss(args.loss)
     scaler = fit_scaler(study.ratings[split["train"]], args.normalize_targets)
@@ -433,36 +433,35 @@ def fit(run, args, study, split, features):
         row |= {f"val_{name}": means[name] for name in HISTORY_METRICS}
         training.end_epoch(row)
 
-    return predict_with_best(training, study, split, loaders, scaler, loss_function), training
+    return *predict_with_best(training, study, split, loaders, scaler, loss_function), training
 
 
 def predict_with_best(training, study, split, loaders, scaler, loss_function):
-    """{part: predicted (M, R)} of the best epoch; best_model.pth gets its solved ridge head and what data it knows."""
+    """Of the best epoch {part: predicted (M, R)}, and {part: what row_warnings.find says of it}.
+
+    best_model.pth gets its solved ridge head and what data it knows.
+    """
     run = training.run
     args = training.args
     model = training.model
     best = training.load_best()
     model.eval()
-    features = {part: features_of(model.backbone, loaders[part], args, run.compute) for part in ("train", "val")}
+    used = {part: loader for part, loader in loaders.items() if len(split[part])}
+    features = {part: features_of(model.backbone, loader, args, run.compute) for part, loader in used.items()}
     if args.head == "ridge":
         solve_head(model, features["train"], study, split["train"], scaler)
     predicted = {part: evaluate(model, loader, loss_function, scaler, args, run.compute)[0]
-                 for part, loader in loaders.items() if len(split[part])}
+                 for part, loader in used.items()}
     if args.head == "ridge":
         solved = study.mean_metrics(split["val"], predicted["val"])
         run.say(f"the readout is solved anew after the last epoch: val R2 {best['history']['val_r2']:.2f} -> "
                 f"{solved['r2']:.2f}")
         best |= {"model": model.state_dict(), **model_metadata(args, study, split, scaler, predicted["val"])}
-    best["known_data"] = {**calibrating.fit_distance(features["train"], features["val"]),
-                          "label_range": label_range(study, split)}
+    best["known_data"] = row_warnings.known_data(
+        features["train"], features["val"], study.ratings[split["train"]])
     common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
-    return predicted
-
-
-def label_range(study, split):
-    """(2, R) lowest and highest rating of the train rows."""
-    ratings = study.ratings[split["train"]]
-    return np.stack([np.nanmin(ratings, axis=0), np.nanmax(ratings, axis=0)])
+    doubts = {part: row_warnings.find(best, features[part], "pictures", run.say, predicted[part]) for part in used}
+    return predicted, doubts
 
 
 @torch.no_grad()
@@ -534,10 +533,10 @@ def predict_baselines(study, features, train, rows):
 
 # --- results: predictions table -> judged run folder -------------------------------------------
 
-def score_table(study, split, rows, predicted, others, seen):
+def score_table(study, rows, predicted, others, seen, warning):
     """ScoreTable of these rows, in the unit of the ratings file.
 
-    predicted: (M, R); others: {baseline: (M, R)}; seen: (M,) of common.SEEN_WORDS.
+    predicted: (M, R); others: {baseline: (M, R)}; seen: (M,) of common.SEEN_WORDS; warning: (M,) of row_warnings.texts.
     """
     return prediction_tables.ScoreTable(
         keys={"image": study.images[rows]},
@@ -547,8 +546,7 @@ def score_table(study, split, rows, predicted, others, seen):
         baselines=others,
         groups=study.groups_of(rows),
         seen=seen,
-        warning=prediction_tables.warning_texts(
-            prediction_tables.outside_labels(predicted, label_range(study, split), study.names)))
+        warning=warning)
 
 
 @common.first_process_only
@@ -598,34 +596,30 @@ def limits(args):
 
 # --- one run, or one run per fold -------------------------------------------------------------
 
-def check_split(run, study, split, similar):
-    """Refuse a split that leaks; write splits.json and the leakage report. Returns alarms on what it parts.
-
-    similar: of splitting.similar_pairs.
-    """
+def check_split(run, study, split):
+    """Refuse a split that leaks; write splits.json and the leakage report. Returns alarms on what it parts."""
     report = splitting.leakage_report(
-        split, study.images, study.audit("pixel_sha"), study.audit("phash"), {"groups": study.groups},
-        {"similar_pictures": similar})
+        split, study.images, study.audit("pixel_sha"), study.audit("phash"), {"groups": study.groups})
     return splitting.record_split(run, split, study.images, report, columns=study.columns, groups=study.groups)
 
 
 def run_split(run, args, study, split, features=None):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
-    tried = common.rows_to_try(split, args)
+    alarms = check_split(run, study, split)
+    split = common.rows_to_try(split, args)
     if features is None:
-        features = untuned_features(args, study, run, np.concatenate(list(tried.values())))
-    similar = splitting.similar_pairs(features["mlp"], tried)
-    alarms = check_split(run, study, split, similar)
-    split = tried
+        features = untuned_features(args, study, run, np.concatenate(list(split.values())))
+    similar = splitting.add_similar(run, features["mlp"], split, study.images)
     run.write_args(**study.data_record(split))
-    predicted, training = fit(run, args, study, split, features)
+    predicted, doubts, training = fit(run, args, study, split, features)
     seen = training.seen.words(study.hashes)  # (N,)
     tables = {}
     for part in ("val", "test"):
         rows = split[part]
         if len(rows):
             others = predict_baselines(study, features, split["train"], rows)
-            tables[part] = score_table(study, split, rows, predicted[part], others, seen[rows])
+            warning = row_warnings.texts([doubts[part]], seen[rows], "pictures", run.say, f"{part} ")
+            tables[part] = score_table(study, rows, predicted[part], others, seen[rows], warning)
             tables[part].write(run.path(f"predictions_{part}.csv"))
     best_epoch = training.progress.best_epoch
     train, val = (study.mean_metrics(split[part], predicted[part]) for part in ("train", "val"))
@@ -640,9 +634,9 @@ def run_folds(run, args, study):
     """One run per fold in fold_K/, then the out-of-fold predictions pooled and judged as one."""
     splits = splitting.folds_of_flags(args, study.images, study.strata, study.groups)
     folds = {f"fold_{k}": split["val"] for k, split in enumerate(splits)}
+    alarms = check_split(run, study, folds)
     features = untuned_features(args, study, run, np.arange(len(study.images)))
-    similar = splitting.similar_pairs(features["mlp"], folds)
-    alarms = check_split(run, study, folds, similar)
+    similar = splitting.add_similar(run, features["mlp"], folds, study.images)
     run.write_args(**study.data_record(folds))
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split, features))
     tables = [prediction_tables.read_predictions(run.path(f"fold_{k}") / "predictions_val.csv") for k in chosen]

@@ -44,7 +44,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 import common
 from evidence import (box_pictures, calibrating, detection_judging, detection_scores, detection_tables, judging,
-                      plotting, reporting, splitting)
+                      plotting, reporting, row_warnings, splitting)
 from readers import backbones, file_names, part_boxes, picture_files
 
 ENVIRONMENT = {
@@ -891,6 +891,31 @@ def evaluate(model, loader, compute, seed, state_weight):
     return detections, {f"val_{name}": total / len(detections) for name, total in totals.items()}
 
 
+@torch.no_grad()
+def see_pictures(model, loader, compute):
+    """(M, F) mean features of the pictures of a loader."""
+    model.eval()
+    found = []
+    for batch in loader:
+        inputs = to_inputs(batch, compute, model.settings)
+        with compute.autocast():
+            found.append(pool_maps(model.features(inputs), inputs, batch["sizes"]))
+    return torch.cat(compute.processes.gather(found)).numpy()
+
+
+def pool_maps(features, inputs, sizes):
+    """Maps of inputs (B, 3, H, W) -> (B, F) on the CPU: their means over each picture, without what is padded."""
+    pooled = []
+    for k, size in enumerate(sizes):
+        means = []
+        for maps in features.values():
+            height, width = (math.ceil(side * cells / whole)
+                             for side, cells, whole in zip(size, maps.shape[2:], inputs.shape[2:]))
+            means.append(maps[k, :, :height, :width].mean((1, 2)))
+        pooled.append(torch.cat(means))
+    return torch.stack(pooled).cpu()
+
+
 def on_disk(found, scales):
     """B dicts of detections in input pixels -> B Detections in pixels of the pictures on disk."""
     detections = []
@@ -940,7 +965,8 @@ def fit(run, args, study, split):
             val_truth, detections, args.score_threshold, bool(settings["states"]))
         scores = {f"val_{name}": value for name, value in judged.epoch_metrics().items()}
         training.end_epoch(row | losses | scores)
-    fit_temperature(training, val_truth, val_loader)
+    train_loader = make_loader(study, split["train"], settings, args, compute)
+    complete_best(training, val_truth, {"train": train_loader, "val": val_loader})
     return training
 
 
@@ -959,17 +985,19 @@ def load_detector(path, compute, nms_iou=0.5):
 
 # --- results: detections -> whole-split metric -> run folder ------------------------------
 
-def write_detections(path, folder, args, ids, detections, parts, category_ids, seen, picture, errors=None):
+def write_detections(path, folder, args, ids, detections, parts, category_ids, seen, picture, errors=None,
+                     warnings=None):
     """`path` (COCO results), the same as CSV beside it, and in `folder` the first pictures with what was detected.
 
     ids: {name of each of M pictures: its id}; category_ids: see detection_tables.coco_results; seen: (M,); picture:
-    function of its number -> (uint8 (H, W, 3), (width, height) on disk); errors: see detection_tables.detection_rows.
+    function of its number -> (uint8 (H, W, 3), (width, height) on disk); errors, warnings: see
+    detection_tables.detection_rows.
     """
     names = list(ids)
     common.write_json(path, detection_tables.coco_results(
         names, ids.values(), detections, parts, category_ids, seen))
     common.write_table(path.with_suffix(".csv"), detection_tables.detection_rows(
-        names, detections, parts, seen, errors, args.one_per_part))
+        names, detections, parts, seen, errors, args.one_per_part, warnings))
     good = [k for k in range(len(names)) if not (errors and errors[k])]
     for k in good[:args.visualize]:
         folder.mkdir(exist_ok=True)
@@ -1104,23 +1132,24 @@ def write_annotations(run, args, study, split):
             common.write_json(run.path(f"{part}_coco.json"), coco)
 
 
-def fit_temperature(training, truth, loader):
-    """Calibrate the states of the boxes found in the validation pictures; best_model.pth keeps the temperature.
+def complete_best(training, truth, loaders):
+    """Give the model its best epoch; best_model.pth gets what its training pictures are like.
 
-    truth, loader: of the validation pictures. Gives the model the weights of the best epoch.
+    Also the temperature of the states of the boxes found in the val pictures. truth: of these; loaders: {train, val}.
     """
     model = training.model
     run = training.run
     best = training.load_best()
-    if not model.settings["states"]:
-        return
-    detections, _ = evaluate(model, loader, run.compute, run.args.seed, run.args.state_weight)
-    matching = detection_scores.coco_match(truth, detections, "map")
-    found = detection_scores.found_states(matching, detections)
-    temperature = calibrating.fit_temperature(np.log(found.probabilities), found.true)
-    run.say(f"temperature of the states: {temperature:.3g}, from {len(found.true)} boxes found in the val pictures")
-    model.roi_heads.temperature = temperature
-    best["temperature"] = temperature
+    features = {part: see_pictures(model, loader, run.compute) for part, loader in loaders.items()}
+    best["known_data"] = row_warnings.known_data(features["train"], features["val"])
+    if model.settings["states"]:
+        detections, _ = evaluate(model, loaders["val"], run.compute, run.args.seed, run.args.state_weight)
+        matching = detection_scores.coco_match(truth, detections, "map")
+        found = detection_scores.found_states(matching, detections)
+        temperature = calibrating.fit_temperature(np.log(found.probabilities), found.true)
+        run.say(f"temperature of the states: {temperature:.3g}, from {len(found.true)} boxes found in the val pictures")
+        model.roi_heads.temperature = temperature
+        best["temperature"] = temperature
     common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
 
 
@@ -1216,8 +1245,10 @@ def predict(args):
     if not paths:
         raise common.UserError(f"--images_dir {args.images_dir}: expected pictures, found none")
     names = [path.relative_to(args.images_dir).as_posix() for path in paths]
-    detections, hashes, errors = detect(model, paths, args, compute)
+    detections, features, hashes, errors = detect(model, paths, args, compute)
     words = content["seen"].words(hashes)
+    doubts = row_warnings.find(content, features, "pictures", print)
+    warnings = row_warnings.texts([doubts], words, "pictures", print)
     detections = limit_detections(detections, args)
 
     def picture(k):
@@ -1227,7 +1258,7 @@ def predict(args):
     output = args.output or Path("detections.json")
     folder = output.with_name(f"{output.stem}_pictures")
     write_detections(output, folder, args, dict(zip(names, itertools.count(1))), detections, parts,
-                     {}, words, picture, errors)
+                     {}, words, picture, errors, warnings)
     splitting.say_seen(words, print)
     n_bad = np.count_nonzero(errors)
     n_sure = sum((each.scores >= args.score_threshold).sum() for each in detections)
@@ -1238,7 +1269,7 @@ def predict(args):
 
 @torch.no_grad()
 def detect(model, paths, args, compute):
-    """Files -> (Detections, content_hashes (N, 2), the reason why it could not be read or "")."""
+    """Files -> (Detections, mean features (N, F), content_hashes (N, 2), the reason why it could not be read or "")."""
     settings = model.settings
 
     def prepare(pixels, size):
@@ -1247,18 +1278,23 @@ def detect(model, paths, args, compute):
         paths, settings["min_size"], prepare, settings.get("pixel_range"))
     loader = common.make_loader(pictures, args, compute, False, collate=collate)
     detections = []
+    looks = []
     hashes = []
     errors = []
     for batch in loader:
         inputs = to_inputs(batch, compute, settings)
         with compute.autocast():
-            found = model(inputs, batch["sizes"])  # (B, 3, H, W) -> B dicts
+            maps = model.features(inputs)
+            found = model.heads(maps, inputs, batch["sizes"])  # (B, 3, H, W) -> B dicts
+        looks.append(pool_maps(maps, inputs, batch["sizes"]))
         detections += on_disk(found, batch["scale"])
         hashes += batch["hashes"]
         errors += batch["error"]
     detections = [found.take(slice(0)) if error else found
                   for found, error in zip(detections, errors)]
-    return detections, np.stack(hashes), errors
+    features = torch.cat(looks).numpy()
+    features[[bool(error) for error in errors]] = np.nan
+    return detections, features, np.stack(hashes), errors
 
 
 def convert(args):

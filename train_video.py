@@ -37,7 +37,7 @@ import common
 from evidence import (
     baseline_models, calibrating, class_judging, class_scores, confounding, ethograms, event_audit,
     event_splits, judging, metric_names, plotting, prediction_tables, rater_agreement, reporting,
-    score_judging, splitting, table_judging, verdicts)
+    row_warnings, score_judging, splitting, table_judging, verdicts)
 from readers import (
     backbones, csv_tables, event_tables, event_times, score_tables, sliding_windows, video_files)
 
@@ -306,10 +306,10 @@ class Study:
         """Grid frames start to stop of a row, uint8 (T, H, W, 3)."""
         return self.store.part(self.stored[row], start, stop)
 
-    def middle_frame(self, row):
-        """uint8 (H, W, 3)."""
-        place = self.audit(row).n_grid // 2
-        return np.asarray(self.frames(row, place, place + 1)[0])
+    def strip(self, row, count=5):
+        """`count` frames of a row side by side, evenly from its first to its last: uint8 (H, count * W, 3)."""
+        frames = self.frames(row, 0, self.audit(row).n_grid)
+        return np.hstack(frames[np.linspace(0, len(frames) - 1, count).astype(int)])
 
     def audit(self, row):
         """ClipAudit of a row."""
@@ -594,10 +594,12 @@ class ClipNet(backbones.BackboneModel):
         with torch.autocast("cpu", enabled=False):
             return self.backbone(clips.transpose(1, 2))  # (B, 3, T, S, S) -> (B, F)
 
+    def features_of(self, clips, mask):
+        """(B, F) of clips (B, T, 3, S, S); features of a frozen backbone stay as they are."""
+        return clips if clips.ndim == 2 else self.extract(clips, mask)
+
     def forward(self, clips, mask):
-        # (B, T, 3, S, S) clips, or (B, F) features of a frozen backbone
-        features = clips if clips.ndim == 2 else self.extract(clips, mask)
-        return self.head(features)  # (B, F) -> (B, K)
+        return self.head(self.features_of(clips, mask))  # (B, F) -> (B, K)
 
 
 def places_of(mask, device):
@@ -625,6 +627,11 @@ def mean_and_sd(features, mask):
     mean = (features * mask).sum(1) / count
     deviation = (features - mean[:, None]) * mask
     return torch.cat([mean, ((deviation ** 2).sum(1) / count).sqrt()], 1)
+
+
+def over_time(features, mask):
+    """Features of clips (B, F) as they are, those of their frames (B, T, F) as mean_and_sd."""
+    return mean_and_sd(features, mask) if features.ndim == 3 else features
 
 
 class MotionReadout(ClipNet):
@@ -680,9 +687,9 @@ class MotionReadout(ClipNet):
         """(B, T, 3, S, S), (B, T) -> (B, 4 C)."""
         return self.pool(in_places(self.see(real_frames(clips, mask)), mask), mask)
 
-    def forward(self, clips, mask):
-        # clips, (B, T, 3, C) seen in their frames, or (B, F) features
-        return super().forward(self.pool(clips, mask) if clips.ndim == 4 else clips, mask)
+    def features_of(self, clips, mask):
+        """(B, F) of clips, of what is seen in their frames (B, T, 3, C), or of features."""
+        return self.pool(clips, mask) if clips.ndim == 4 else super().features_of(clips, mask)
 
 
 class FrameLstm(backbones.BackboneModel):
@@ -705,9 +712,12 @@ class FrameLstm(backbones.BackboneModel):
         """Features of the real frames, 0 for the others: (B, T, 3, S, S), (B, T) -> (B, T, F)."""
         return in_places(self.see(real_frames(clips, mask)), mask)
 
+    def features_of(self, clips, mask):
+        """(B, T, F) of clips (B, T, 3, S, S); features of a frozen backbone stay as they are."""
+        return clips if clips.ndim == 3 else self.extract(clips, mask)
+
     def forward(self, clips, mask):
-        # (B, T, 3, S, S) clips, or (B, T, F) features of a frozen backbone
-        features = clips if clips.ndim == 3 else self.extract(clips, mask)
+        features = self.features_of(clips, mask)
         with torch.autocast(features.device.type, enabled=False):
             states, _ = self.lstm(features.float())  # (B, T, F) -> (B, T, H)
         last = mask.sum(1).clamp(min=1) - 1  # (B,) index of the last real frame
@@ -1009,19 +1019,26 @@ def train_one_epoch(model, loader, objective, training, args, compute):
 
 
 def predict_batch(model, batch, args, compute):
-    """Outputs (B, K) on the CPU for the clips or features of a batch and their mask."""
+    """Outputs (B, K) and features (B, F) on the CPU for the clips or features of a batch and their mask."""
     clips, mask = to_device(batch, args, compute)
     with compute.autocast():
-        return model(clips, mask).float().cpu()  # (B, T, 3, S, S) -> (B, K)
+        features = model.features_of(clips, mask)  # (B, T, 3, S, S) -> (B, F) or (B, T, F)
+        outputs = model(features, mask)  # -> (B, K)
+    return outputs.float().cpu(), over_time(features, mask).float().cpu()
 
 
 @torch.no_grad()
 def evaluate(model, loader, args, compute):
-    """Predict a whole split -> (M, K) float64; the clips of a row are combined by --aggregation."""
+    """Predict a whole split -> outputs (M, K) float64 and features (M, F).
+
+    The outputs for the clips of a row are combined by --aggregation; of its features this is the mean.
+    """
     model.eval()
-    outputs = [predict_batch(model, batch, args, compute) for batch in loader]
-    outputs = torch.cat(compute.processes.gather(outputs)).double().numpy()  # (clips, K)
-    return combine_clips(outputs, loader.dataset.row_starts, args.aggregation)
+    found = [predict_batch(model, batch, args, compute) for batch in loader]
+    outputs, features = map(torch.cat, zip(*compute.processes.gather(found)))  # (clips, K), (clips, F)
+    row_starts = loader.dataset.row_starts
+    return (combine_clips(outputs.double().numpy(), row_starts, args.aggregation),
+            combine_clips(features.numpy(), row_starts, "mean"))
 
 
 def combine_clips(outputs, row_starts, aggregation):
@@ -1071,33 +1088,40 @@ def fit(run, args, study, split, features):
     for _ in training.epochs():
         if is_solved:
             solve_head(model, study, train, features, run.say)
-            outputs = evaluate(model, loaders["train"], args, compute)
+            outputs, _ = evaluate(model, loaders["train"], args, compute)
             row = {"train_loss": objective.history(outputs, train)["loss"]}
         else:
             row = train_one_epoch(model, train_loader, objective, training, args, compute)
-        outputs = evaluate(model, loaders["val"], args, compute) + shift
-        for name, value in objective.history(outputs, split["val"]).items():
+        outputs, _ = evaluate(model, loaders["val"], args, compute)
+        for name, value in objective.history(outputs + shift, split["val"]).items():
             row[f"val_{name}"] = value
         training.end_epoch(row)
-    outputs = predict_with_best(training, study, split, loaders, objective, shift)
-    return outputs, objective, training
+    outputs, doubts = predict_with_best(training, study, split, loaders, objective, shift)
+    return outputs, doubts, objective, training
 
 
 def predict_with_best(training, study, split, loaders, objective, shift):
-    """{part: outputs (M, K)} of the best epoch; of classes the calibration on val is saved with it."""
+    """Of the best epoch {part: outputs (M, K)}, and {part: what row_warnings.find says of it}.
+
+    best_model.pth gets what training data it knows, and of classes the calibration on val.
+    """
     run = training.run
     best = training.load_best()
-    outputs = {part: evaluate(training.model, loader, training.args, run.compute) + shift
-               for part, loader in loaders.items()}
-    if study.table.label is None:
-        return outputs
-    val = split["val"]
-    calibration = calibrating.calibrate(outputs["val"], objective.label[val], objective.positive)
-    best["calibration"] = calibration
-    best["seen"] = training.seen.plus(common.SeenRows(fitted=[], chose=study.hashes[val]))
+    outputs = {}
+    features = {}
+    for part, loader in loaders.items():
+        found, features[part] = evaluate(training.model, loader, training.args, run.compute)
+        outputs[part] = found + shift
+    target = None if study.table.target is None else study.table.target[split["train"]]
+    best["known_data"] = row_warnings.known_data(features["train"], features["val"], target)
+    if study.table.label is not None:
+        val = split["val"]
+        best["calibration"] = calibrating.calibrate(outputs["val"], objective.label[val], objective.positive)
+        best["seen"] = training.seen.plus(common.SeenRows(fitted=[], chose=study.hashes[val]))
+        common.write_json(run.path("calibration.json"), best["calibration"])
     common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
-    common.write_json(run.path("calibration.json"), calibration)
-    return outputs
+    doubts = {part: row_warnings.find(best, features[part], "clips", run.say, outputs[part]) for part in loaders}
+    return outputs, doubts
 
 
 def fit_readout(study, rows, untuned):
@@ -1158,8 +1182,7 @@ def untuned_features(args, study, run):
     model = compute.place(build_model(args, len(study.table.names)))
     clips = Clips(study, rows)
     found, mask = extract_features(model, clips, 0, compute)
-    of_clips = mean_and_sd(found, mask) if found.ndim == 3 else found  # (clips, F)
-    pooled = combine_clips(of_clips.numpy(), clips.row_starts, "mean")
+    pooled = combine_clips(over_time(found, mask).numpy(), clips.row_starts, "mean")
     features = Features({})
     if args.freeze_backbone:
         features.of_clips = dict(zip(clips.row_starts, found.numpy()))
@@ -1239,10 +1262,11 @@ def keys_of(study, rows):
     return keys | {"video": videos[rows], "start_sec": start_sec, "end_sec": end_sec}
 
 
-def predictions_table(study, rows, outputs, baselines, seen):
+def predictions_table(study, rows, outputs, baselines, seen, warning=None):
     """ScoreTable of scores (M, R), or ClassTable of logits (M, C) at the natural class shares.
 
-    baselines: {name: (M, K) scores or probabilities}; seen: (M,) of common.SEEN_WORDS.
+    baselines: {name: (M, K) scores or probabilities}; seen: (M,) of common.SEEN_WORDS; warning:
+    (M,) of row_warnings.texts.
     """
     table = study.table
     shared = {
@@ -1251,6 +1275,7 @@ def predictions_table(study, rows, outputs, baselines, seen):
         "baselines": baselines,
         "groups": study.groups_of(rows),
         "seen": seen,
+        "warning": warning,
     }
     if table.target is not None:
         return prediction_tables.ScoreTable(
@@ -1264,11 +1289,11 @@ def predictions_table(study, rows, outputs, baselines, seen):
 
 
 @common.first_process_only
-def judge(run, args, study, split, table, part, alarms, trained_on, best_epoch=None, folds=()):
+def judge(run, args, study, split, table, part, alarms, trained_on, best_epoch=None, folds=(), similar=()):
     """Judge a predictions table of held-out rows.
 
     split: {name: rows}; part: val, test or folds; trained_on: (train rows, held-out rows) of each
-    model that made the table.
+    model that made the table; similar: of splitting.similar_pairs.
     """
     rows = prediction_tables.rows_of(table, study.table.clip_ids)
     is_classes = study.table.target is None
@@ -1284,8 +1309,8 @@ def judge(run, args, study, split, table, part, alarms, trained_on, best_epoch=N
         alarms=alarms,
         criteria=args.criteria,
         data=data_blocks(study, split, rows, table),
-        cases=judging.case_blocks(
-            table, study.table.clip_ids[rows], lambda i: study.middle_frame(rows[i])),
+        similar=judging.similar_blocks(similar, study.table.clip_ids, study.strip),
+        cases=judging.case_blocks(table, study.table.clip_ids[rows], lambda i: study.strip(rows[i])),
         limits=limits(args, study),
         folds=folds)
     if is_classes:
@@ -1353,15 +1378,17 @@ def run_split(run, args, study, split, features=None):
                  for part, rows in split.items()}
     if features is None:
         features = untuned_features(args, study, run)
+    similar = find_similar(run, study, split, features)
     run.write_args(**study.data_record(split))
-    outputs, objective, training = fit(run, args, study, split, features)
+    outputs, doubts, objective, training = fit(run, args, study, split, features)
     seen = training.seen.words(study.hashes)  # (N,)
     tables = {}
     for part in ("val", "test"):
         rows = split[part]
         if len(rows):
             baselines = predict_baselines(study, features, split["train"], rows)
-            table = predictions_table(study, rows, outputs[part], baselines, seen[rows])
+            warning = row_warnings.texts([doubts[part]], seen[rows], "clips", run.say, f"{part} ")
+            table = predictions_table(study, rows, outputs[part], baselines, seen[rows], warning)
             if part == "test" and args.task == "classify":
                 table = calibrating.calibrate_on(table, [tables["val"]])
             table.write(run.path(f"predictions_{part}.csv"))
@@ -1374,7 +1401,13 @@ def run_split(run, args, study, split, features=None):
     alarms += verdicts.split_gap_alarms(train, val, metric, OVERFITTING_REMEDY)
     *_, part = tables
     trained_on = [(split["train"], split[part])]
-    judge(run, args, study, split, tables[part], part, alarms, trained_on, best_epoch)
+    judge(run, args, study, split, tables[part], part, alarms, trained_on, best_epoch, similar=similar)
+
+
+def find_similar(run, study, split, features):
+    """splitting.add_similar on what the untuned network sees in the clips."""
+    untuned = next(iter(features.of_rows.values()))
+    return splitting.add_similar(run, untuned.values, split, study.table.clip_ids)
 
 
 def plotted_history(objective, history):
@@ -1397,6 +1430,7 @@ def run_folds(run, args, study):
         parts["test"] = test
     alarms = check_split(run, study, parts)
     features = untuned_features(args, study, run)
+    similar = find_similar(run, study, parts, features)
     run.write_args(**study.data_record(parts))
     chosen = run.each_fold(
         folds, lambda child, split: run_split(child, args, study, split, features))
@@ -1410,7 +1444,7 @@ def run_folds(run, args, study):
     pooled = prediction_tables.join(tables)
     pooled.write(run.path("predictions_folds.csv"))
     trained_on = [(folds[k]["train"], folds[k]["val"]) for k in chosen]
-    judge(run, args, study, parts, pooled, "folds", alarms, trained_on, folds=done)
+    judge(run, args, study, parts, pooled, "folds", alarms, trained_on, folds=done, similar=similar)
     if len(test):
         members = [read_fold(run.path(f"fold_{k}"), study, "test") for k in chosen]
         with run.child("test_ensemble") as child:
@@ -1536,6 +1570,7 @@ def predict(args):
     members = load_members(args, compute)
     studies = {}  # of the members, by what decides which pixels are read
     tables = []
+    doubts = []
     for member in members:
         own = member.args
         reading = str([getattr(own, name) for name in READING])
@@ -1543,11 +1578,14 @@ def predict(args):
             table = read_table(own, member.content["names"], need_labels=False)
             studies[reading] = load_study(own, table, print)
         study = dataclasses.replace(studies[reading], args=own)
-        tables.append(predict_rows(member, study, compute))
+        table, found = predict_rows(member, study, compute)
+        tables.append(table)
+        doubts.append(found)
     if len({tuple(each.table.extra["row_order"]) for each in studies.values()}) > 1:
         raise common.UserError("the checkpoints can read different rows of the manifest, because "
                                f"they differ in {', '.join(READING)}; predict with each alone")
     table = prediction_tables.mean(tables)
+    table.warning = row_warnings.texts(doubts, table.seen, "clips", print)
     output = args.output or Path("predictions.csv")
     table.write(output)
     print(f"{len(study.table)} rows predicted by {len(members)} checkpoint(s), "
@@ -1558,14 +1596,16 @@ def predict(args):
 
 
 def predict_rows(member, study, compute):
-    """Predictions table of all rows of the study by one trained network."""
+    """(predictions table of all rows of the study by one trained network, what row_warnings.find says of it)."""
     args = study.args
     rows = np.arange(len(study.table))
     loader = common.make_loader(
         Clips(study, rows), args, compute, False, study.store.cache == "ram")
-    outputs = evaluate(member.model, loader, args, compute) + member.shift
+    outputs, features = evaluate(member.model, loader, args, compute)
+    outputs += member.shift
     seen = member.content["seen"].words(study.hashes)
-    return member.calibrated(predictions_table(study, rows, outputs, {}, seen))
+    doubts = row_warnings.find(member.content, features, "clips", print, outputs)
+    return member.calibrated(predictions_table(study, rows, outputs, {}, seen)), doubts
 
 
 # --- whole recordings --------------------------------------------------------------------------
@@ -1640,7 +1680,7 @@ def window_logits(member, frames, compute):
     if member.args.model == MOTION_READOUT:
         mask[:, 1:] = frames["is_new"][:, 1:]
     clips = frames.get(member.model.backbone, frames["pixels"])
-    logits = predict_batch(member.model, {"input": clips, "mask": mask}, member.args, compute)
+    logits, _ = predict_batch(member.model, {"input": clips, "mask": mask}, member.args, compute)
     return logits.double().numpy() + member.shift
 
 

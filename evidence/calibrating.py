@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from evidence import baseline_models, class_scores
+from evidence import class_scores
 
 ECE_METRICS = {"ece": False, "ece_adaptive": True}  # name -> bins of equal mass
 
@@ -86,21 +86,6 @@ def conformal_quantile(abs_residuals, alpha, subjects=None, seed=0):
     if rank > len(values):
         return math.inf
     return float(np.sort(values)[rank - 1])
-
-
-def fit_distance(train, held_out):
-    """What distance_from_train needs: mean and sd (F,) of train features (N, F); and the distance of the farthest other.
-
-    held_out: (M, F) of rows that no network was trained on. A new row like them is farther in one of M + 1 cases.
-    """
-    mean, sd = baseline_models.standardisation(train, sd_floor=0.1)
-    known = {"mean": mean, "sd": sd}
-    return {**known, "farthest": distance_from_train(held_out, known).max()}
-
-
-def distance_from_train(features, known):
-    """(M,) root mean square over features (M, F), arrays or tensors, of the distance from the train mean in train sds."""
-    return (((features - known["mean"]) / known["sd"]) ** 2).mean(1) ** 0.5
 
 
 def fit_temperature(logits, label):

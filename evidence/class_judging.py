@@ -153,7 +153,7 @@ def metric_blocks(run, setting, result):
         "risk_coverage.png": "Wrong answers among the most confident ones",
     }
     return [
-        *(reporting.html_image(run.path(file), text) for file, text in plots.items()),
+        *(reporting.html_image(run.path(file), text) for file, text in plots.items() if run.path(file).exists()),
         reporting.html_table(subject_intervals.overall_rows(result), caption=caption),
         reporting.html_table(per_class, caption="Each class against the rest, with 95 % intervals"),
     ]

@@ -105,8 +105,8 @@ def judge_detections(run, truth, detections, setting, baseline=None, picture=Non
     calibration = calibration_rows(judged)
     if state_rows:
         common.write_table(run.path("per_state.csv"), state_rows)
-    plotting.plot_per_target(
-        part_rows, run.path("per_part.png"), ("ap", "ap50"))
+    with_boxes = [row for row in part_rows if row["boxes"]]
+    plotting.plot_per_target(with_boxes, run.path("per_part.png"), ("ap", "ap50"))
 
     alarms = find_alarms(judged, detections, threshold)
     setting = dataclasses.replace(
@@ -119,7 +119,7 @@ def judge_detections(run, truth, detections, setting, baseline=None, picture=Non
         result=result,
         metric="map",
         doubts=verdicts.baseline_doubts(
-            others, "the same detector with only its heads trained (--baseline)"),
+            others, "the same detector with only its heads trained (--baseline heads)"),
         alarms=alarms,
         meanings=criteria_names(truth.parts, has_states),
         figures=key_figures(result),
@@ -307,7 +307,7 @@ def metric_blocks(run, setting, result, part_rows, threshold):
             caption="Each part: n boxes, COCO AP over IoU .50 to .95 with its interval, AP of the baseline; "
                     "claimed: found, though absent in that picture, and the binomial interval of their share"),
         reporting.html_image(
-            run.path("per_part.png"), "AP and AP50 of each part, interval, baseline"),
+            run.path("per_part.png"), "AP and AP50 of each part that has boxes here, and the baseline's"),
     ]
 
 
@@ -315,7 +315,11 @@ def state_blocks(run, judged, rows, calibration):
     """HTML of the section States: the confusion, how well each state is told, and whether probabilities hold."""
     if not rows:
         return []
-    plotting.plot_reliability(judged.found.probabilities, judged.found.true, run.path("state_reliability.png"))
+    plot = run.path("state_reliability.png")
+    plotting.plot_reliability(judged.found.probabilities, judged.found.true, plot)
+    drawn = []
+    if len(judged.found.true):
+        drawn.append(reporting.html_image(plot, "Reliability: how often a state of that confidence is right"))
     caption = ("True state (rows) of the boxes found at IoU .5 and any score, and what the model "
                "calls them (columns)")
     return [
@@ -323,8 +327,7 @@ def state_blocks(run, judged, rows, calibration):
         reporting.html_table(
             calibration, caption="State probabilities of the boxes found, beside the rates of the states in their "
                                  "parts, which look at no pixel"),
-        reporting.html_image(
-            run.path("state_reliability.png"), "Reliability: how often a state of that confidence is right"),
+        *drawn,
     ]
 
 

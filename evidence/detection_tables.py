@@ -11,7 +11,7 @@ from readers import part_boxes
 N_STATES = len(part_boxes.STATES)
 BOX_COLUMNS = ("x1", "y1", "x2", "y2")
 PROBABILITY_COLUMNS = tuple(f"p_{state}" for state in part_boxes.STATES)
-COLUMNS = ("image", "part", "score", "state", *PROBABILITY_COLUMNS, *BOX_COLUMNS, "seen", "error")
+COLUMNS = ("image", "part", "score", "state", *PROBABILITY_COLUMNS, *BOX_COLUMNS, "seen", "warning", "error")
 ROUNDING = 0.02  # probabilities with two digits add up to 1 up to this
 
 
@@ -49,15 +49,18 @@ def coco_results(names, ids, detections, parts, category_ids, seen):
     return results
 
 
-def detection_rows(names, detections, parts, seen, errors=None, lists_absent=False):
-    """[dict] for the CSV: image, part, score, state, its probabilities, x1 y1 x2 y2, seen, error.
+def detection_rows(names, detections, parts, seen, errors=None, lists_absent=False, warnings=None):
+    """[dict] for the CSV: image, part, score, state, its probabilities, x1 y1 x2 y2, seen, warning, error.
 
     seen: (M,) of common.SEEN_WORDS; errors: text of each picture that could not be read, else "";
-    lists_absent: a row for each part not detected.
+    lists_absent: a row for each part not detected; warnings: (M,) of row_warnings.texts.
     """
     errors = errors or [""] * len(detections)
     rows = []
-    for name, detected, word, error in zip(names, detections, seen, errors):
+    for k, (name, detected, word, error) in enumerate(zip(names, detections, seen, errors)):
+        known = {"seen": word}
+        if warnings is not None:
+            known["warning"] = warnings[k]
         if error:
             rows.append({"image": name, "error": error})
             continue
@@ -68,11 +71,11 @@ def detection_rows(names, detections, parts, seen, errors=None, lists_absent=Fal
                 row["state"] = part_boxes.STATES[states[d]]
                 row |= zip(PROBABILITY_COLUMNS, detected.states[d])
             row |= zip(BOX_COLUMNS, detected.boxes[d])
-            rows.append(row | {"seen": word})
+            rows.append(row | known)
         for label, part in enumerate(parts if lists_absent else ()):
             if label not in detected.labels:
                 absent = part_boxes.STATES[part_boxes.ABSENT]
-                rows.append({"image": name, "part": part, "state": absent, "seen": word})
+                rows.append({"image": name, "part": part, "state": absent, **known})
     used = [column for column in COLUMNS if any(column in row for row in rows)]
     return [{column: row.get(column) for column in used or COLUMNS} for row in rows or [{}]]
 

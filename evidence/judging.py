@@ -67,8 +67,11 @@ def identical_fold_alarms(folds):
 
 
 def rows_text(table, unit="rows"):
-    """HTML: how many rows are judged, how many differ in their labels, and what is resampled."""
-    return reporting.html_text(sample_sentence(splitting.effective_size(table.truth, table.groups), unit))
+    """HTML: how many rows are judged, how many differ in their labels, what is resampled, how many are doubtful."""
+    text = sample_sentence(splitting.effective_size(table.truth, table.groups), unit)
+    if table.warning is not None:
+        text += f" {np.count_nonzero(table.warning != '')} have a word of doubt in the column warning."
+    return reporting.html_text(text)
 
 
 def sample_sentence(size, unit="rows"):

@@ -340,25 +340,28 @@ def plot_risk_coverage(confidence, correct, path):
 
 
 def plot_precision_recall(probability, label, names, path, positive=None):
-    """Precision-recall and ROC curves as PNG, each class against the rest (or `positive` alone).
+    """Precision-recall and ROC curves as PNG, each class against the rest (or `positive` alone) -> is there one?
 
     probability: (N, C); label: (N,); a class without rows, or without others, is left out.
     """
+    shown = range(len(names)) if positive is None else [positive]
+    shown = [c for c in shown if 0 < (label == c).sum() < len(label)]
+    if not shown:
+        return False
     figure, axes = new_figure(2, 2, (3.9, 3.9))
     colours = itertools.cycle([BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY])
     labels = _without_math(names, 18)
-    for c in range(len(names)) if positive is None else [positive]:
-        if 0 < (label == c).sum() < len(label):
-            _draw_curves(axes, probability[:, c], label == c, next(colours), labels[c])
+    for c in shown:
+        _draw_curves(axes, probability[:, c], label == c, next(colours), labels[c])
     axes[1].plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle="--")
     _label_axes(axes[0], "recall", "precision")
     _label_axes(axes[1], "false positive rate", "recall")
     for axis, title in zip(axes, ("precision-recall", "ROC")):
         set_title(axis, title, f"n {len(label)}")
         axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
-        if axis.get_legend_handles_labels()[1]:
-            _add_legend(axis)
+        _add_legend(axis)
     save_figure(figure, path)
+    return True
 
 
 def _draw_curves(axes, score, is_positive, colour, name):

@@ -202,7 +202,7 @@ def place_alarms(results):
     if place > model.value and not model.low <= place <= model.high:
         return []
     return [f"the place in the sequence alone predicts as well as the model ({place:.3f} against {model.value:.3f}): "
-            "it may know when, not where"]
+            "it may know when, not where. Score sweeps that begin and end elsewhere, or look at --split_by time"]
 
 
 def outside_share(poses, train, rows):
@@ -235,7 +235,8 @@ def use_alarms(use, motion):
         alarms.append(f"the imagined frame is worse than a copy of t1: latent skill {use['latent_skill']:.2f}. "
                       "More epochs, a larger --lambda_latent, or --token_type none, which imagines nothing")
     if use["feature_spread"] < COLLAPSE_FLOOR / 2:
-        alarms.append(f"the features hardly differ between frames (spread {use['feature_spread']:.4f}): collapsed")
+        alarms.append(f"the features hardly differ between frames (spread {use['feature_spread']:.4f}): collapsed. "
+                      "A larger --lambda_latent, a smaller --lr, or --token_type none")
     return alarms
 
 

@@ -25,7 +25,7 @@ class Rows:
     baselines: dict  # name -> (M, R) or (M, C)
     groups: np.ndarray | None = None  # (M,) text
     seen: np.ndarray | None = None  # (M,) of common.SEEN_WORDS
-    warning: np.ndarray | None = None  # (M,) text, of warning_texts
+    warning: np.ndarray | None = None  # (M,) text, of row_warnings.texts
 
     @property
     def row_names(self):
@@ -184,18 +184,6 @@ class ClassTable(Rows):
         common.write_table(path, columns)
 
 
-def outside_labels(predicted, label_range, names):
-    """{what: (M,) bool} of predictions (M, R): which lie outside the range (2, R) of the training labels."""
-    outside = (predicted < label_range[0]) | (predicted > label_range[1])
-    return {f"{name} outside the training labels": outside[:, r] for r, name in enumerate(names)}
-
-
-def warning_texts(flags):
-    """{what: (M,) bool} -> (M,) text: what is true of each row, '' = nothing."""
-    columns = [np.where(is_so, what, "") for what, is_so in flags.items()]
-    return np.array(["; ".join(filter(None, row)) for row in zip(*columns)], dtype=str)
-
-
 def join(tables):
     """The rows of the tables of all folds as one table."""
     joined = combine(tables, np.concatenate)
@@ -215,6 +203,7 @@ def mean(tables):
     shared = {
         "seen": np.array(list(map(common.worst_seen, seen))),
         "baselines": _means([table.baselines for table in tables]),
+        "warning": None,
     }
     if isinstance(first, ScoreTable):
         predicted = np.stack([table.predicted for table in tables])  # (models, M, R)

@@ -27,7 +27,7 @@ EXPLANATIONS = {  # of a section's words, under its head
     "Without a pixel": "What columns of the table predict without looking at the input. A model must do better.",
     "Calibration": "Whether a confidence of 80 % is right in 80 % of the rows. ECE: the mean gap, in shares of 1; "
                    "NLL and Brier: error of the probabilities, smaller is better.",
-    "Best and worst cases": "By the error of the prediction.",
+    "Best and worst cases": "By the error of the prediction; of a clip five frames, evenly from its first to its last.",
 }
 _LEVELS = {  # word and outline: shape and word tell the levels apart without colour
     "good": (
@@ -140,18 +140,21 @@ def html_cases(cases):
     """Grid of thumbnails with a title and lines of text below each, for the best and the worst cases.
 
     cases: dicts with image (uint8 (H, W, 3) or (H, W)), title, and lines (list of text); at most
-    MOST_CASES are shown.
+    MOST_CASES are shown, one that is wide, such as frames side by side, over the whole width.
     """
     from PIL import Image
 
     figures = []
     for case in cases[:MOST_CASES]:
-        uri = _data_uri(Image.fromarray(case["image"]), CASE_SIDE)
+        height, width = case["image"].shape[:2]
+        is_wide = width > 2.5 * height
+        uri = _data_uri(Image.fromarray(case["image"]), 3 * CASE_SIDE if is_wide else CASE_SIDE)
         title = html.escape(str(case["title"]))
         texts = [html.escape(str(line)) for line in case.get("lines", ())]
         lines = "".join(f"<span>{text}</span>" for text in texts)
         caption = f"<figcaption><b>{title}</b>{lines}</figcaption>"
-        figures.append(f'<figure><img src="{uri}" alt="{title}">{caption}</figure>')
+        kind = ' class="wide"' if is_wide else ""
+        figures.append(f'<figure{kind}><img src="{uri}" alt="{title}">{caption}</figure>')
     return '<div class="cases">' + "\n".join(figures) + "</div>"
 
 

@@ -16,8 +16,14 @@ from readers import picture_files
 # Measured on 804 aligned faces: copies (64 to 512 px, JPEG 30 to 90, brighter, darker) differ
 # in at most 34 of 256 bits, different faces in at least 58. Mirrored: 34 and 64 of 250 faces.
 NEAR_DUPLICATE_BITS = 40
-# in the names of columns that say who or what was recorded
-GROUP_WORDS = re.compile(r"subject|participant|person|patient|animal|scene|group|session|site")
+# in the names of columns that say who, what or where was recorded, and in those that measure or describe it
+GROUP_WORDS = re.compile(
+    r"(?<![a-z])(subject|participant|person|patient|individual|family|household|animal|pen|cage|tank|barn|farm|herd|"
+    r"flock|litter|nest|colony|scene|group|session|video|recording|site|street|clinic|hospital)"
+    r"(s|id|nr|no|name|code)?(?![a-z])")
+MEASURE_WORDS = re.compile(
+    r"^n[^a-z]|(?<![a-z])(age|area|body|anatom|count|date|duration|length|mean|score|sd|sex|share|size|species|type|"
+    r"weight)")
 FEWEST_FOR_SIMILAR = 20  # rows
 STOPPING_LEAKS = ("groups", "events", "exact_duplicates")
 SEEN_SENTENCES = {  # what follows from the words of common.SEEN_WORDS but "new"
@@ -261,6 +267,21 @@ def similar_pairs(features, split):
     return [(rows[other[k]], rows[k]) for k in closest_first if apart[k] < limit]
 
 
+def add_similar(run, features, split, keys):
+    """similar_pairs, which are said and counted in leakage_report.json; keys: (N,) names."""
+    pairs = similar_pairs(features, split)
+    part_of = {row: part for part, rows in split.items() for row in rows}
+    report = common.read_json(run.path("leakage_report.json"))
+    for place, found in report["between"].items():
+        own = [" = ".join(sorted(keys[[i, j]])) for i, j in pairs if f"{part_of[i]}-{part_of[j]}" == place]
+        item = found_items(own)
+        found["similar_pictures"] = item
+        if own:
+            run.say(_leakage_line(place, {"similar_pictures": item}))
+    common.write_json(run.path("leakage_report.json"), report)
+    return pairs
+
+
 def found_items(items):
     """Distinct texts -> {count, examples: the first five}."""
     items = sorted(set(items))
@@ -378,7 +399,8 @@ def unused_groups(columns, split, groups=None):
         cells = np.asarray(cells, dtype=str)
         levels = set(cells) - {""}
         is_coarser = groups is not None and len(set(zip(groups, cells))) == len(set(groups))
-        if is_coarser or not GROUP_WORDS.search(name.lower()) or not 5 <= len(levels) <= len(cells) / 2:
+        is_named = GROUP_WORDS.search(name.lower()) and not MEASURE_WORDS.search(name.lower())
+        if is_coarser or not is_named or not 5 <= len(levels) <= len(cells) / 2:
             continue
         held = collections.Counter(itertools.chain(*(set(cells[rows]) - {""} for rows in split.values())))
         parted = sum(count > 1 for count in held.values())

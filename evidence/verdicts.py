@@ -18,6 +18,7 @@ CONSTANT_REMEDY = "The network has learnt nothing: more --epochs, a higher --lr,
 NOT_FINITE_REMEDY = "Lower --lr, or --use_amp off"
 REPEATS_REMEDY = "Look for rows with the same input (the section Leakage), and keep them together: --group_column"
 LABELS_REMEDY = "Add rows with other labels, or leave it out (--target_columns)"
+NO_ROWS = "no rows to judge. Give this part labelled rows: a higher --test_ratio, or another --split_file"
 OVERFITTING_REMEDY = "More rows, a smaller --lr, fewer --epochs, fewer trained layers"
 
 
@@ -74,7 +75,7 @@ def classification_alarms(probability, label, names, threshold=None, positive=No
     label = np.asarray(label, np.int64)
     rows = len(probability)
     if not rows:
-        return ["no rows to judge"]
+        return [NO_ROWS]
     alarms = []
     if not np.isfinite(probability).all():
         alarms.append(f"not a finite number in the probabilities. {NOT_FINITE_REMEDY}")
@@ -237,8 +238,9 @@ def reach_verdict(gain, doubts, sentence):
     return Verdict(level, OUTCOME_WORDS[outcome], sentence)
 
 
-def baseline_doubts(names, model="ridge or logistic regression on published features"):
-    """Sentences on baselines, by name, that are too weak for a result to hold; else []. model: what would be one."""
+def baseline_doubts(names, model="ridge or logistic regression on published features, whose predictions stand in "
+                                 "the table as a baseline's (judge_predictions.py --baseline)"):
+    """Sentences on baselines, by name, that are too weak for a result to hold; else []. model: what would help."""
     if not set(names) <= TRIVIAL_BASELINES:
         return []
     shown = ", ".join(sorted(names)).replace("_", " ")

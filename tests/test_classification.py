@@ -658,7 +658,7 @@ def test_alarms_name_what_is_wrong():
     probability[9] = np.nan
     alarms = verdicts.classification_alarms(probability, label, ["a", "b"])
     assert alarms[0].startswith("not a finite number in the probabilities. ")
-    assert verdicts.classification_alarms(np.zeros((0, 2)), [], ["a", "b"]) == ["no rows to judge"]
+    assert verdicts.classification_alarms(np.zeros((0, 2)), [], ["a", "b"]) == [verdicts.NO_ROWS]
 
 
 def test_criteria_give_pass_fail_and_not_resolvable():
@@ -741,9 +741,10 @@ def test_plots_are_written_and_survive_absent_classes_and_empty_splits(tmp_path)
         plotting.plot_confusion(confusion, NAMES, tmp_path / f"confusion_{number}.png")
         plotting.plot_reliability(p, t, tmp_path / f"reliability_{number}.png", before=p)
         plotting.plot_risk_coverage(p.max(1, initial=0), correct, tmp_path / f"risk_{number}.png")
-        plotting.plot_precision_recall(p, t, NAMES, tmp_path / f"curves_{number}.png", positive=2)
-    sizes = [path.stat().st_size for path in tmp_path.glob("*.png")]
-    assert len(sizes) == 8 and min(sizes) > 500
+        assert not plotting.plot_precision_recall(p, t, NAMES, tmp_path / "none.png", positive=2), "no curve to draw"
+    assert plotting.plot_precision_recall(probability, absent, NAMES, tmp_path / "curves.png")
+    sizes = {path.name: path.stat().st_size for path in tmp_path.glob("*.png")}
+    assert len(sizes) == 7 and "none.png" not in sizes and min(sizes.values()) > 500
 
 
 def test_the_reliability_title_tells_the_ece_of_a_calibrated_model(tmp_path, monkeypatch):

@@ -560,12 +560,17 @@ def test_prediction_lists_every_picture(bicycles, trained, tmp_path, monkeypatch
     for k in range(3):
         (images / f"{k}.jpg").write_bytes((bicycles / "images" / f"{k}.jpg").read_bytes())
     (images / "broken.jpg").write_bytes(b"no picture")
+    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(images / "noise.png")
     flags = ["--mode", "predict", "--checkpoint", trained, "--images_dir", images, "--output", tmp_path / "d.json",
              "--num_workers", 0, "--one_per_part", "--visualize", 1, "--score_threshold", 0.06]
     monkeypatch.setattr(sys, "argv", ["train_detector.py", *map(str, flags)])
     train_detector.main()
-    assert "4 pictures, 1 could not be read" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "5 pictures, 1 could not be read" in text and "1 of 5 pictures: unlike the training pictures" in text
     rows = read_csv(tmp_path / "d.csv")
+    assert {row["warning"] for row in rows if row["image"] == "noise.png"} == {"unlike the training pictures"}
+    assert all((row["warning"] == "trained on") == (row["seen"] == "train") for row in rows if row["image"] != "noise.png")
     assert [row["image"] for row in rows if row["error"]] == ["broken.jpg"]
     for name in ("0.jpg", "1.jpg", "2.jpg"):
         own = [row for row in rows if row["image"] == name]

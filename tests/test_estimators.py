@@ -15,7 +15,7 @@ from scipy import signal, stats
 
 import common
 from evidence import baseline_models, calibrating, class_scores, pose_scores, prediction_tables, rater_agreement
-from evidence import subject_intervals
+from evidence import row_warnings, subject_intervals
 
 ROWS_PER_SUBJECT, ICC = 18, 0.3
 
@@ -521,9 +521,9 @@ def test_a_new_row_is_farther_than_19_held_out_ones_in_one_of_20_cases_and_a_str
     for _ in range(300):
         unit = draws.uniform(0.1, 10, 12)
         rows = unit * draws.normal(size=(79, 12))  # 40 train, 19 held out, 20 new
-        known = calibrating.fit_distance(rows[:40], rows[40:59])
-        flagged.append(calibrating.distance_from_train(rows[59:], known) > known["farthest"])
-        assert calibrating.distance_from_train(rows[:1] + 10 * unit, known) > known["farthest"]
+        known = row_warnings.known_data(rows[:40], rows[40:59])
+        flagged.append(row_warnings.distance(rows[59:], known) > known["farthest"])
+        assert row_warnings.distance(rows[:1] + 10 * unit, known) > known["farthest"]
     assert abs(np.mean(flagged) - 1 / 20) < 0.012
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import common
 from conftest import only_run, run_here, run_script, small_run
-from evidence import judging, prediction_tables, splitting
+from evidence import judging, prediction_tables, row_warnings, splitting
 
 
 def read_csv(path):
@@ -73,6 +73,21 @@ def test_every_word_but_new_has_its_sentence():
     found = splitting.seen_sentences(["train", "new", "chose", "train", "not known"])
     assert list(found) == ["train", "chose", "not known"] and found["train"].startswith("2 of 5 rows trained the model")
     assert splitting.seen_sentences(["new"]) == {}
+
+
+def test_warnings_of_several_models_are_what_all_find_and_what_one_was_trained_on():
+    draws = np.random.default_rng(0)
+    train, held_out = draws.normal(size=(2, 50, 4))
+    known = row_warnings.known_data(train, held_out, target=np.array([[1.0, 5], [3, 9]]))
+    content = common.to_plain_types({"known_data": known, "names": ["calm", "bold"]})
+    said = []
+    features = np.array([[0.0] * 4, [99.0] * 4, [np.nan] * 4])
+    one = row_warnings.find(content, features, "clips", said.append, np.array([[2.0, 9.5], [2, 6], [np.nan, np.nan]]))
+    other = row_warnings.find(content, features[[1, 1, 1]], "clips", said.append, np.array([[0.0, 10], [2, 6], [2, 6]]))
+    assert row_warnings.texts([one, other], ["new", "train", "new"], "clips", said.append, "val ").tolist() == [
+        "bold outside the training labels", "trained on; unlike the training clips", ""]
+    assert said[0] == "warning: 1 of 3 val clips: trained on" and len(said) == 3
+    assert row_warnings.find({}, features, "clips", said.append) == {} and "does not say" in said[-1]
 
 
 # --- the scripts ------------------------------------------------------------------------------

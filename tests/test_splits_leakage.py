@@ -267,12 +267,13 @@ def test_similar_pictures_are_counted_and_shown_and_do_not_stop(tmp_path):
     features[[30, 35]] = features[[2, 4]] + 0.1
     keys = np.array([f"{i}.jpg" for i in range(40)])
     split = {"train": np.arange(30), "val": np.arange(30, 40)}
-    pairs = splitting.similar_pairs(features, split)
-    assert sorted(pairs) == [(2, 30), (4, 35)]
-    report = splitting.leakage_report(split, keys, keys, pairs={"similar_pictures": pairs})
-    splitting.check_leakage(report)
-    common.write_json(tmp_path / "leakage_report.json", report)
-    block, *_ = reporting.leakage_blocks(SimpleNamespace(path=lambda name: tmp_path / name))
+    said = []
+    run = SimpleNamespace(path=lambda name: tmp_path / name, say=said.append)
+    common.write_json(tmp_path / "leakage_report.json", splitting.leakage_report(split, keys, keys))
+    pairs = splitting.add_similar(run, features, split, keys)
+    assert sorted(pairs) == [(2, 30), (4, 35)] and said == ["leakage train-val: 2 similar pictures (2.jpg = 30.jpg)"]
+    splitting.check_leakage(common.read_json(tmp_path / "leakage_report.json"))
+    block, *_ = reporting.leakage_blocks(run)
     assert "note caution" in block and "2 similar pictures (2.jpg = 30.jpg)" in block
     text, shown = judging.similar_blocks(pairs, keys, lambda row: np.full((8, 8, 3), row, np.uint8))
     assert "--group_column" in text and shown.count("<img") == 4 and "pair 2: " in shown
@@ -396,5 +397,16 @@ def test_a_column_that_repeats_and_is_parted_is_an_alarm_with_its_flag():
     assert len(found) == 2 and "--group_column scene_group" in found[0] and "40 values in 120 rows" in found[0]
     whole = splitting.make_split(120, {"train": 0.75, "val": 0.25}, groups=scene)
     assert splitting.unused_groups(columns, whole, scene) == []
+
+
+@pytest.mark.parametrize("name, is_group", [
+    ("pen", True), ("Street", True), ("farm_no", True), ("home cage", True), ("litter ID", True), ("clinics", True),
+    ("video_file", True), ("PatientID", True), ("animal.name", True), ("open", False), ("pencil", False),
+    ("herd_size", False), ("n_animals", False), ("personality", False), ("video_length", False), ("opposite", False),
+    ("anatom_site_general", False), ("familiar", False), ("group_mean", False), ("patient_age", False)])
+def test_names_of_columns_that_say_who_or_where_and_their_false_friends(name, is_group):
+    rows = np.arange(60)
+    found = splitting.unused_groups({name: rows % 12}, {"train": rows[:40], "val": rows[40:]})
+    assert bool(found) is is_group
 
 

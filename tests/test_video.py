@@ -252,6 +252,18 @@ def test_predict_repeats_the_test_predictions(made, behaviours, tmp_path):
             row[name] for name in ("event", "true_label", "pred_label", "n_clips")]
         assert float(own["prob_tail"]) == pytest.approx(float(row["prob_tail"]), abs=1e-6)
         assert float(own["logit_tail"]) == pytest.approx(float(row["logit_tail"]), abs=1e-5)
+        assert own["warning"] == row["warning"]
+
+
+def test_predict_says_which_clips_were_trained_on_and_which_are_unlike_them(made, behaviours, tmp_path):
+    content = common.read_checkpoint(behaviours / "best_model.pth")
+    content["known_data"]["farthest"] *= 0.01
+    common.save_checkpoint(tmp_path / "narrow.pth", content)
+    text = video("--mode", "predict", "--checkpoint", tmp_path / "narrow.pth", "--manifest", made.manifests / "train.csv",
+                 *made.look, "--output", tmp_path / "p.csv", "--num_workers", 0).text
+    rows = read_csv(tmp_path / "p.csv")
+    assert {row["warning"] for row in rows} == {"trained on; unlike the training clips"}
+    assert f"warning: {len(rows)} of {len(rows)} clips: unlike the training clips" in text
 
 
 def test_predict_needs_no_labels(made, behaviours, tmp_path):

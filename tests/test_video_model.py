@@ -165,16 +165,20 @@ def test_outputs_of_several_clips_are_joined_by_row():
     row_of, outputs = np.array([4, 4, 1, 2, 2, 2]), torch.randn(6, 3)
 
     class Model(nn.Module):
-        def forward(self, clips, mask):
+        def features_of(self, clips, mask):
             return clips
+
+        def forward(self, features, mask):
+            return features
     loader = [{"input": outputs[start:start + 4], "mask": torch.ones(1)} for start in (0, 4)]
     row_starts = [(row, None) for row in row_of]
     loader = type("Loader", (list,), {"dataset": SimpleNamespace(row_starts=row_starts)})(loader)
     compute = common.choose_compute("cpu", "off")
     for aggregation, join in (("mean", np.mean), ("max", np.max)):
         args = arguments("--aggregation", aggregation)
-        found = train_video.evaluate(Model(), loader, args, compute)
+        found, features = train_video.evaluate(Model(), loader, args, compute)
         assert found == pytest.approx(np.stack([join(outputs.numpy()[row_of == row], axis=0) for row in (4, 1, 2)]))
+        assert features[1] == pytest.approx(outputs[2].numpy())
 
 
 # --- networks -----------------------------------------------------------------------------------
@@ -634,7 +638,7 @@ class BagOfFrames(train_video.FrameLstm):
     """The same layers on the mean over the frames, which knows everything but their order."""
 
     def forward(self, clips, mask):
-        features = (self.extract(clips, mask).sum(1) / mask.sum(1, keepdim=True))[:, None]  # (B, 1, F)
+        features = (self.features_of(clips, mask).sum(1) / mask.sum(1, keepdim=True))[:, None]  # (B, 1, F)
         return self.head(self.lstm(features)[0][:, -1])
 
 
@@ -682,7 +686,7 @@ def held_out_auc(moving, kind, n_frames, epochs=20, batch_size=16):
             optimizer.step()
             schedule.step()
     scoring = common.make_loader(train_video.Clips(study, test), args, compute, False, batch_size=48)
-    logits = train_video.evaluate(model, scoring, args, compute)
+    logits, _ = train_video.evaluate(model, scoring, args, compute)
     assert objective.names[objective.positive] == "tail" and len(test) == 60
     probability = class_scores.softmax(logits)[:, objective.positive]
     return roc_auc_score(objective.label[test] == objective.positive, probability)
