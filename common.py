@@ -632,10 +632,10 @@ def _lasting_flags(record, args):
     return {f"--{name}": value for name, value in record["flags"].items() if name not in args.may_change}
 
 
-def with_progress(run, label, batches, total, done=0):
+def with_progress(label, batches, total, done=0):
     """The batches, with a tqdm bar (rate, time left) on a terminal."""
     from tqdm import tqdm
-    is_hidden = not run.is_writer or not sys.stderr.isatty()
+    is_hidden = not launched_processes().is_first or not sys.stderr.isatty()
     return tqdm(batches, label, total, initial=done, leave=False, ascii=True, disable=is_hidden)
 
 
@@ -1284,6 +1284,13 @@ def rows_to_try(split, args):
     return {part: rows[:most] for part, rows in split.items()} if args.dry_run else split
 
 
+class WatchedLoader(torch.utils.data.DataLoader):
+    """A loader with a progress bar."""
+
+    def __iter__(self):
+        return iter(with_progress(f"looking at {len(self.dataset)}", super().__iter__(), len(self)))
+
+
 def make_loader(dataset, args, compute, train, cached=False, weights=None, collate=None,
                 batch_size=None):
     """DataLoader over EpochBatches; `cached`: samples cost little, so `auto` takes fewer workers.
@@ -1296,7 +1303,8 @@ def make_loader(dataset, args, compute, train, cached=False, weights=None, colla
     processes = compute.processes
     batches = EpochBatches(len(dataset), batch_size, args.seed, train, weights,
                            rank=processes.rank, size=processes.size)
-    return torch.utils.data.DataLoader(
+    kind = torch.utils.data.DataLoader if train else WatchedLoader  # the bar of training names the epoch
+    return kind(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
         pin_memory=compute.device.type == "cuda", worker_init_fn=_guard_worker,
         persistent_workers=workers > 0, timeout=600 if workers else 0,
@@ -2502,7 +2510,7 @@ class Training:
         self._set_learning_rate()  # also where the run was stopped after the last batch: the history needs it
         remaining = itertools.islice(self.stream, n_batches - progress.batch)
         label = f"epoch {progress.epoch + 1}/{self.args.epochs}"
-        for batch in with_progress(self.run, label, remaining, n_batches, progress.batch):
+        for batch in with_progress(label, remaining, n_batches, progress.batch):
             self.current.names = batch.get("name", [])
             self._set_learning_rate()
             self._seed_dropout()

@@ -625,6 +625,11 @@ class PartDetector(nn.Module):
         """Maps of the pyramid in float32: anchors take their precision, and bf16 rounds them."""
         return {name: each.float() for name, each in self.backbone(inputs).items()}
 
+    def look(self, features, sizes):
+        """(B, 256) on the CPU: the maps as the boxes see them, in a box around each picture, on average."""
+        whole = [maps.new_tensor([[0, 0, width, height]]) for maps, (height, width) in zip(features["0"], sizes)]
+        return self.roi_heads.box_roi_pool(features, whole, sizes).mean((2, 3)).cpu()
+
     def heads(self, features, inputs, sizes, targets=None):
         """Losses where there are targets, else detections; eval() is for dropout and BatchNorm."""
         is_training = targets is not None
@@ -899,21 +904,8 @@ def see_pictures(model, loader, compute):
     for batch in loader:
         inputs = to_inputs(batch, compute, model.settings)
         with compute.autocast():
-            found.append(pool_maps(model.features(inputs), inputs, batch["sizes"]))
+            found.append(model.look(model.features(inputs), batch["sizes"]))
     return torch.cat(compute.processes.gather(found)).numpy()
-
-
-def pool_maps(features, inputs, sizes):
-    """Maps of inputs (B, 3, H, W) -> (B, F) on the CPU: their means over each picture, without what is padded."""
-    pooled = []
-    for k, size in enumerate(sizes):
-        means = []
-        for maps in features.values():
-            height, width = (math.ceil(side * cells / whole)
-                             for side, cells, whole in zip(size, maps.shape[2:], inputs.shape[2:]))
-            means.append(maps[k, :, :height, :width].mean((1, 2)))
-        pooled.append(torch.cat(means))
-    return torch.stack(pooled).cpu()
 
 
 def on_disk(found, scales):
@@ -1286,7 +1278,7 @@ def detect(model, paths, args, compute):
         with compute.autocast():
             maps = model.features(inputs)
             found = model.heads(maps, inputs, batch["sizes"])  # (B, 3, H, W) -> B dicts
-        looks.append(pool_maps(maps, inputs, batch["sizes"]))
+        looks.append(model.look(maps, batch["sizes"]))
         detections += on_disk(found, batch["scale"])
         hashes += batch["hashes"]
         errors += batch["error"]

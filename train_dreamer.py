@@ -999,11 +999,8 @@ def at2_of(study, rows, at1):
 
 
 @common.first_process_only
-def judge(run, args, study, split, rows, table, part, use, alarms, best_epoch=None, folds=(), similar=()):
-    """Judge the predictions for these rows of the study; `part` is val, test, folds, or what evaluate scores.
-
-    similar: of find_similar.
-    """
+def judge(run, args, study, split, rows, table, part, use, alarms, best_epoch=None, folds=()):
+    """Judge the predictions for these rows of the study; `part` is val, test, folds, or what evaluate scores."""
     motion = np.nanmean(np.abs(study.motion[rows]) / study.label_sd)
     setting = judging.Setting(
         title="Probe guidance",
@@ -1013,7 +1010,6 @@ def judge(run, args, study, split, rows, table, part, use, alarms, best_epoch=No
         alarms=pose_scores.use_alarms(use, motion) + alarms,
         criteria=args.criteria,
         data=data_blocks(run, study, split, table),
-        similar=judging.similar_blocks(similar, study.names, lambda row: study.frame(row, 0, args.image_size)),
         cases=judging.case_blocks(
             table, study.names[rows], lambda i: study.frame(rows[i], 0, args.image_size)),
         limits=limits(args, study),
@@ -1140,13 +1136,6 @@ def check_split(run, args, study, split):
     write_statistics(run, args, study, split)
 
 
-def find_similar(run, study, split):
-    """Pairs of splitting.add_similar; none where a patient is in two parts, whose frames are alike anyway."""
-    if pose_audit.split_facts(split, study.patients)["patients_in_two_parts"]:
-        return []
-    return splitting.add_similar(run, study.grids_at_t1(slice(None)), split, study.names)
-
-
 def write_statistics(run, args, study, split):
     """dataset_stats.json and dataset_statistics.png."""
     stats = {
@@ -1174,58 +1163,36 @@ def run_split(run, args, study, split):
     split = common.rows_to_try(split, args)
     if study.grids is None:
         study = see_frames(study, np.concatenate(list(split.values())), args, run.compute)
-    similar = find_similar(run, study, split)
     run.write_args(**study.data_record(split))
-    readout = solve_readout(study, split["train"])
+    fitted = split["train"]
+    readout = solve_readout(study, fitted)
     run.say(f"solved readout: {', '.join(dict.fromkeys(readout.blocks))} of the encoder, by the inner folds")
     model, loss_function, loaders, training = fit(run, args, study, split, readout)
     best = keep_if_better(training, study, split["val"], readout, loss_function)
-    tables = predict_parts(training, study, split, loaders, loss_function, readout, best)
-    save_model(run, best | {"model": model.state_dict()}, "best_model.pth")
-    plot_training(run, training.progress.history, best["epoch"])
-    part = "test" if "test" in tables else "val"
-    use = use_of_inputs(model, loaders[part], loss_function, run.compute, tables[part].groups)
-    use |= pose_scores.outside_share(study.at1, fitted_rows(split, part), split[part])
-    alarms = overfitting_alarms(tables) if model.imagines else []  # a solved readout always fits its own rows better
-    judge(run, args, study, split, split[part], tables[part], part, use, alarms, best["epoch"], similar=similar)
-
-
-def fitted_rows(split, part):
-    """(n,) rows that the readout of this part is solved on: before the test, validation has done its work."""
-    return np.union1d(split["train"], split["val"]) if part == "test" else split["train"]
-
-
-def predict_parts(training, study, split, loaders, loss_function, readout, best):
-    """{part: ScoreTable}; readout: of the train rows; best, for best_model.pth, gets what training data it knows."""
-    run = training.run
     tables = {}
     features = {}
-    for part, loader in loaders.items():
+    for part, loader in loaders.items():  # train, val, test
         rows = split[part]
         if not len(rows):
             continue
-        fitted = fitted_rows(split, part)
         if part == "test":
+            fitted = np.union1d(split["train"], split["val"])  # validation has done its work
             readout = solve_readout(study, fitted)
-            best["seen"] = use_readout(training.model, study, fitted, readout, best["seen"])
-        predicted, features[part], _ = evaluate(training.model, loader, loss_function, run.compute)
+            best["seen"] = use_readout(model, study, fitted, readout, best["seen"])
+        predicted, features[part], _ = evaluate(model, loader, loss_function, run.compute)
         centre = probe_poses.centre_and_spread(study.at1[fitted])[0]
         others = baselines(study, fitted, rows, centre, readout)
-        words = training.seen.words(study.hashes[rows])
-        tables[part] = score_table(study, rows, predicted, others, words)
-        if part == "train":
-            continue
-        if part == "val":
-            best["known_data"] = row_warnings.known_data(features["train"], features["val"])
-        tables[part].warning = find_warnings(best, features[part], words, run.say, f"{part} ")
-        tables[part].write(run.path(f"predictions_{part}.csv"))
-    return tables
-
-
-def find_warnings(content, features, words, say, part=""):
-    """(M,) of row_warnings.texts on frames with these features (M, F) at t1; content: of the checkpoint."""
-    doubts = row_warnings.find(content, features, "frames", say)
-    return row_warnings.texts([doubts], words, "frames", say, part)
+        tables[part] = score_table(study, rows, predicted, others, training.seen.words(study.hashes[rows]))
+        if part != "train":
+            tables[part].write(run.path(f"predictions_{part}.csv"))
+    best["known_data"] = row_warnings.known_data(features["train"], features["val"])
+    save_model(run, best | {"model": model.state_dict()}, "best_model.pth")
+    plot_training(run, training.progress.history, best["epoch"])
+    *_, part = tables
+    use = use_of_inputs(model, loaders[part], loss_function, run.compute, tables[part].groups)
+    use |= pose_scores.outside_share(study.at1, fitted, split[part])
+    alarms = overfitting_alarms(tables) if model.imagines else []  # a solved readout always fits its own rows better
+    judge(run, args, study, split, split[part], tables[part], part, use, alarms, best["epoch"])
 
 
 def use_readout(model, study, rows, readout, seen):
@@ -1260,7 +1227,6 @@ def run_folds(run, args, study):
     folds = {f"fold_{k}": split[left_out] for k, split in enumerate(splits)}
     check_split(run, args, study, folds)
     study = see_frames(study, np.arange(len(study.names)), args, run.compute)
-    similar = find_similar(run, study, folds)
     run.write_args(**study.data_record(folds))
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))
     tables = [prediction_tables.read_predictions(run.path(f"fold_{k}") / f"predictions_{left_out}.csv") for k in chosen]
@@ -1269,11 +1235,10 @@ def run_folds(run, args, study):
     rows = prediction_tables.rows_of(joined, study.names)
     pooled = score_table(study, rows, joined.predicted, joined.baselines, joined.seen)
     pooled.keys["fold"] = joined.keys["fold"]
-    pooled.warning = joined.warning
     pooled.write(run.path("predictions_folds.csv"))
     numbers = [pose_scores.fold_numbers(table, study.label_sd) | use for table, use in zip(tables, uses)]
     done = judging.finished_folds(run, chosen, numbers)
-    judge(run, args, study, folds, rows, pooled, "folds", mean_use(done), [], folds=done, similar=similar)
+    judge(run, args, study, folds, rows, pooled, "folds", mean_use(done), [], folds=done)
 
 
 def mean_use(folds):
@@ -1329,11 +1294,10 @@ def score_checkpoint(run, args):
         centre = probe_poses.centre_and_spread(study.at1[fitted])[0]
     loader = make_loader(study, rows, args, run.compute)
     loss_function = DreamLoss(args, content["scaler"], run.compute.device)
-    predicted, features, _ = evaluate(model, loader, loss_function, run.compute)
+    predicted, *_ = evaluate(model, loader, loss_function, run.compute)
     words = content["seen"].words(study.hashes[rows])
     others = baselines(study, fitted, rows, centre, readout)
     table = score_table(study, rows, predicted, others, words)
-    table.warning = find_warnings(content, features, words, run.say)
     table.write(run.path(f"predictions_{part}.csv"))
     use = use_of_inputs(model, loader, loss_function, run.compute, table.groups)
     use |= pose_scores.outside_share(study.at1, fitted, rows)
@@ -1353,7 +1317,8 @@ def predict(run, args):
     predicted, features, _ = evaluate(model, loader, loss_function, run.compute)
     words = content["seen"].words(study.hashes)
     table = score_table(study, rows, predicted, {"motion": study.motion}, words)
-    table.warning = find_warnings(content, features, words, run.say)
+    doubts = row_warnings.find(content, features, "frames", run.say)
+    table.warning = row_warnings.texts([doubts], words, "frames", run.say)
     table.write(run.path("predictions.csv"))
     common.write_json(run.path("metrics.json"),
                       {"part": "predict", "rows": len(rows), "epoch": content["epoch"]})

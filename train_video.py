@@ -306,10 +306,10 @@ class Study:
         """Grid frames start to stop of a row, uint8 (T, H, W, 3)."""
         return self.store.part(self.stored[row], start, stop)
 
-    def strip(self, row, count=5):
-        """`count` frames of a row side by side, evenly from its first to its last: uint8 (H, count * W, 3)."""
+    def strip(self, row):
+        """Five frames of a row side by side, evenly from its first to its last: uint8 (H, 5 W, 3)."""
         frames = self.frames(row, 0, self.audit(row).n_grid)
-        return np.hstack(frames[np.linspace(0, len(frames) - 1, count).astype(int)])
+        return np.hstack(frames[np.linspace(0, len(frames) - 1, 5).astype(int)])
 
     def audit(self, row):
         """ClipAudit of a row."""
@@ -586,20 +586,19 @@ class ClipNet(backbones.BackboneModel):
         self.head = Head(n_features, n_outputs, dropout, bounded)
 
     def extract(self, clips, mask):
-        """Features of the backbone: (B, T, 3, S, S) -> (B, F), on a CPU in fp32.
+        """Features of the backbone: (B, T, 3, S, S) -> (B, F), on a CPU in fp32; (B, F) stays as it is.
 
         In bf16 oneDNN's weight gradients of small 3-D convolutions read memory that was never
         written (torch 2.14).
         """
+        if clips.ndim == 2:
+            return clips
         with torch.autocast("cpu", enabled=False):
             return self.backbone(clips.transpose(1, 2))  # (B, 3, T, S, S) -> (B, F)
 
-    def features_of(self, clips, mask):
-        """(B, F) of clips (B, T, 3, S, S); features of a frozen backbone stay as they are."""
-        return clips if clips.ndim == 2 else self.extract(clips, mask)
-
     def forward(self, clips, mask):
-        return self.head(self.features_of(clips, mask))  # (B, F) -> (B, K)
+        # (B, T, 3, S, S) clips, or their features
+        return self.head(self.extract(clips, mask))  # (B, F) -> (B, K)
 
 
 def places_of(mask, device):
@@ -684,12 +683,12 @@ class MotionReadout(ClipNet):
         return torch.cat([mean_and_sd(seen[:, :, 0], mask), motion.flatten(1)], 1)
 
     def extract(self, clips, mask):
-        """(B, T, 3, S, S), (B, T) -> (B, 4 C)."""
-        return self.pool(in_places(self.see(real_frames(clips, mask)), mask), mask)
-
-    def features_of(self, clips, mask):
-        """(B, F) of clips, of what is seen in their frames (B, T, 3, C), or of features."""
-        return self.pool(clips, mask) if clips.ndim == 4 else super().features_of(clips, mask)
+        """Clips (B, T, 3, S, S), what is seen in their frames (B, T, 3, C), or features -> (B, 4 C)."""
+        if clips.ndim == 2:
+            return clips
+        if clips.ndim == 5:
+            clips = in_places(self.see(real_frames(clips, mask)), mask)
+        return self.pool(clips, mask)
 
 
 class FrameLstm(backbones.BackboneModel):
@@ -709,15 +708,12 @@ class FrameLstm(backbones.BackboneModel):
         return self.backbone(frames).float()
 
     def extract(self, clips, mask):
-        """Features of the real frames, 0 for the others: (B, T, 3, S, S), (B, T) -> (B, T, F)."""
-        return in_places(self.see(real_frames(clips, mask)), mask)
-
-    def features_of(self, clips, mask):
-        """(B, T, F) of clips (B, T, 3, S, S); features of a frozen backbone stay as they are."""
-        return clips if clips.ndim == 3 else self.extract(clips, mask)
+        """Features of the real frames, 0 for the others: (B, T, 3, S, S), (B, T) -> (B, T, F), which stay as they are."""
+        return clips if clips.ndim == 3 else in_places(self.see(real_frames(clips, mask)), mask)
 
     def forward(self, clips, mask):
-        features = self.features_of(clips, mask)
+        # (B, T, 3, S, S) clips, or (B, T, F) features of a frozen backbone
+        features = self.extract(clips, mask)
         with torch.autocast(features.device.type, enabled=False):
             states, _ = self.lstm(features.float())  # (B, T, F) -> (B, T, H)
         last = mask.sum(1).clamp(min=1) - 1  # (B,) index of the last real frame
@@ -1022,7 +1018,7 @@ def predict_batch(model, batch, args, compute):
     """Outputs (B, K) and features (B, F) on the CPU for the clips or features of a batch and their mask."""
     clips, mask = to_device(batch, args, compute)
     with compute.autocast():
-        features = model.features_of(clips, mask)  # (B, T, 3, S, S) -> (B, F) or (B, T, F)
+        features = model.extract(clips, mask)  # (B, T, 3, S, S) -> (B, F) or (B, T, F)
         outputs = model(features, mask)  # -> (B, K)
     return outputs.float().cpu(), over_time(features, mask).float().cpu()
 
@@ -1664,7 +1660,7 @@ def read_windows(recording, members, args, run, label):
     total = math.ceil(recording.expected_sec * own.fps / step / args.val_batch_size)
     starts = []
     found = []
-    for places, frames in common.with_progress(run, label, batches, total):
+    for places, frames in common.with_progress(label, batches, total):
         starts += places
         found.append([window_logits(member, frames, compute) for member in members])
     tables = [windows_table(member, np.concatenate(logits))

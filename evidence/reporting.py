@@ -18,6 +18,7 @@ STYLE = Path(__file__).with_name("report.css")
 # keep a page under 5 MB
 PLOT_SIDE = 1600
 CASE_SIDE = 256
+SCREEN_WIDTH = 800  # of a plot of more than two panels
 MOST_CASES = 40
 EXPLANATIONS = {  # of a section's words, under its head
     "Leakage": "What stands on both sides of the split: a model that knows it already looks better than it is.",
@@ -131,8 +132,9 @@ def html_image(path, caption):
 
     with Image.open(path) as picture:
         uri = _data_uri(picture, PLOT_SIDE, picture.format)
+        kind = "scroll wide" if picture.width > SCREEN_WIDTH else "scroll"  # on a phone the others are made to fit
     text = html.escape(caption)
-    image = f'<div class="scroll"><img src="{uri}" alt="{text}"></div>'
+    image = f'<div class="{kind}"><img src="{uri}" alt="{text}"></div>'
     return f'<figure class="plot">{image}<figcaption>{text}</figcaption></figure>'
 
 

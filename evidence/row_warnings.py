@@ -4,6 +4,8 @@ What a model knows of its training data for this stands in its checkpoint as kno
 
 Letters: N train rows, M rows, F features, R scores.
 """
+import itertools
+
 import numpy as np
 
 from evidence import baseline_models
@@ -53,9 +55,8 @@ def texts(members, seen, unit, say, part=""):
     members: of `find`, one each; seen: (M,) of common.SEEN_WORDS.
     """
     flags = {"trained on": np.asarray(seen) == "train"}
-    for what in members[0]:
-        if all(what in each for each in members):
-            flags[what] = np.all([each[what] for each in members], axis=0)
+    for what, is_so in itertools.chain(*(each.items() for each in members)):
+        flags[what] = flags.get(what, True) & is_so
     for what, is_so in flags.items():
         if is_so.any():
             say(f"warning: {is_so.sum()} of {len(is_so)} {part}{unit}: {what}")

@@ -71,7 +71,8 @@ class PixelStore:
             where = {"ram": "in memory", "disk": f"in {self.folder}", "none": "nowhere, each is decoded when it is used"}
             print(f"note: {n_items} {self.item}s take about {expected / 1e9:.1f} GB decoded, kept {where[self.cache]} "
                   "(--cache); a smaller --image_size, a lower --fps or shorter events take less", flush=True)
-        for rows, loaded in zip(rows_of_files, in_threads(self._load, rows_of_files)):
+        files = common.with_progress("decoding", in_threads(self._load, rows_of_files), len(rows_of_files))
+        for loaded, rows in zip(files, rows_of_files):
             for row, (audit, n_bytes, kept) in zip(rows, loaded):
                 self.audit[row] = audit
                 self.bytes += n_bytes

@@ -219,7 +219,7 @@ def test_predict_repeats_the_predictions_without_labels(trained, slices, tmp_pat
     found = {row["name"]: row for row in read_csv(only_run(tmp_path / "out") / "predictions.csv")}
     assert all(("trained on" in row["warning"]) == (row["seen"] == "train") for row in found.values())
     wanted = [row for row in read_csv(trained / "predictions_test.csv") if row["name"] in found]
-    assert len(wanted) >= 8 and "warning" in wanted[0]
+    assert len(wanted) >= 8
     for row in wanted:  # other batches: bf16 rounds elsewhere
         for axis in AXES:
             assert float(found[row["name"]][f"{axis}_predicted"]) == pytest.approx(

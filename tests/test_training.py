@@ -358,6 +358,17 @@ def test_a_run_has_one_tensorboard_writer(tmp_path, monkeypatch):
         assert opened == [run.folder] and run.tensorboard == [("val_loss", 0.5, 1), ("val_loss", 0.25, 2)]
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_validation_and_prediction_have_a_bar_on_a_terminal_alone(monkeypatch, capsys, is_terminal):
+    args = SimpleNamespace(batch_size=4, val_batch_size=None, num_workers=0, seed=0)
+    compute = common.choose_compute("cpu", "off")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
+    ten = {(0, k): torch.tensor(k) for k in range(10)}
+    batches = list(common.make_loader(ten, args, compute, train=False))
+    assert torch.cat(batches).tolist() == list(range(10))
+    assert ("looking at 10" in capsys.readouterr().err) is is_terminal
+
+
 def test_a_dead_loader_worker_is_named(capsys):
     def fail():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.")

@@ -165,7 +165,7 @@ def test_outputs_of_several_clips_are_joined_by_row():
     row_of, outputs = np.array([4, 4, 1, 2, 2, 2]), torch.randn(6, 3)
 
     class Model(nn.Module):
-        def features_of(self, clips, mask):
+        def extract(self, clips, mask):
             return clips
 
         def forward(self, features, mask):
@@ -638,7 +638,7 @@ class BagOfFrames(train_video.FrameLstm):
     """The same layers on the mean over the frames, which knows everything but their order."""
 
     def forward(self, clips, mask):
-        features = (self.features_of(clips, mask).sum(1) / mask.sum(1, keepdim=True))[:, None]  # (B, 1, F)
+        features = (self.extract(clips, mask).sum(1) / mask.sum(1, keepdim=True))[:, None]  # (B, 1, F)
         return self.head(self.lstm(features)[0][:, -1])
 
 
