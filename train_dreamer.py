@@ -1302,7 +1302,8 @@ def score_checkpoint(run, args):
     use = use_of_inputs(model, loader, loss_function, run.compute, table.groups)
     use |= pose_scores.outside_share(study.at1, fitted, rows)
     known = sorted(set(table.groups) & set(content["train_patients"]))
-    alarms = [f"the model was trained on these patients: {common.shorten_list(known, 5)}"] if known else []
+    alarms = [f"the model was trained on these patients: {common.shorten_list(known, 5)}. Score others (--data_dir, "
+              "--score_part)"] if known else []
     judge(run, args, study, {part: rows}, rows, table, part, use, alarms, content["epoch"])
 
 
