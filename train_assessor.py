@@ -8,12 +8,13 @@ metrics.json, best_model_per_dimension_performance.csv and its plot, predictions
 .png, splits.json, leakage_report.json, args.json, log.txt. With --folds K the same in each fold_K/, pooled above them.
 
 Where a score comes from: judge() hands the predictions table to evidence/score_judging.py; r, R2, MAE and RMSE of each
-rating are those of common.regression_metrics, mean R2 is their plain mean, and evidence/subject_intervals.py gives
-each its interval.
+rating are those of common.metrics_from_sums, mean R2 is their mean (of those that are defined), and
+evidence/subject_intervals.py gives each its interval.
 
 Letters: N images, M images scored, B batch, R ratings (columns of the table, such as Valence), F backbone features,
-V views, S side of the input in pixels.
-Units: every metric and prediction is in the unit of the ratings file; images are uint8 RGB until they reach the device.
+S side of the input in pixels.
+Units: predictions and their metrics are in the unit of the ratings file, losses in squared sds of the training ratings;
+images are uint8 RGB until they reach the device.
 """
 import argparse
 import copy
@@ -35,7 +36,7 @@ HISTORY_METRICS = ("mse", "mae", "r2", "pearson_r")
 SMALL_DATA = Path(__file__).with_name("configs") / "assessor_small_data.yaml"
 SMALL_DATA_BELOW = 3000  # pictures
 OVERFITTING_REMEDY = "Fewer trained layers (--freeze_stages 3 --freeze_norm), --head ridge, more pictures"
-MODEL_FLAGS = {"config", "backbone", "head", "pretrained", "weights", "init_from"}  # of who has chosen a model
+MODEL_FLAGS = {"config", "backbone", "pretrained", "weights", "init_from"}  # whoever gives one has chosen a model
 
 
 def parse_args(argv=None, recipe="plain"):
@@ -105,7 +106,8 @@ def choose_recipe(args, pictures):
     """small_data or plain: what --recipe says, or for auto what suits the number of pictures."""
     if args.recipe != "auto":
         return args.recipe
-    return "plain" if pictures >= SMALL_DATA_BELOW or args.given & MODEL_FLAGS else "small_data"
+    has_chosen = bool(args.given & MODEL_FLAGS) or ("head" in args.given and args.head != "ridge")
+    return "plain" if pictures >= SMALL_DATA_BELOW or has_chosen else "small_data"
 
 
 # --- data: row on disk -> table -> sample ---------------------------------------------
@@ -285,7 +287,7 @@ def build_backbone(args, head):
 
 
 def build_model(args, train_mean):
-    """Assessor as the flags describe it. It starts by predicting `train_mean` (R,), so that it needs not learn that."""
+    """Assessor as the flags describe it, which begins by predicting `train_mean` (R,), in the scale of training."""
     backbone, n_features = build_backbone(args, args.head)
     model = Assessor(backbone, n_features, len(train_mean), args.head, args.dropout, args.freeze_norm)
     nn.init.zeros_(model.head[-1].weight)
@@ -454,8 +456,9 @@ def predict_with_best(training, study, split, loaders, scaler, loss_function):
                  for part, loader in used.items()}
     if args.head == "ridge":
         solved = study.mean_metrics(split["val"], predicted["val"])
+        weighting = ", every rating counts the same in it" if args.loss == "weighted" else ""
         run.say(f"the readout is solved anew after the last epoch: val R2 {best['history']['val_r2']:.2f} -> "
-                f"{solved['r2']:.2f}")
+                f"{solved['r2']:.2f}{weighting}")
         best |= {"model": model.state_dict(), **model_metadata(args, study, split, scaler, predicted["val"])}
     best["known_data"] = row_warnings.known_data(
         features["train"], features["val"], study.ratings[split["train"]])
@@ -597,7 +600,7 @@ def limits(args):
 # --- one run, or one run per fold -------------------------------------------------------------
 
 def check_split(run, study, split):
-    """Refuse a split that leaks; write splits.json and the leakage report. Returns alarms on what it parts."""
+    """Refuse a split that leaks; write splits.json and the leakage report. Returns alarms on columns that it cuts."""
     report = splitting.leakage_report(
         split, study.images, study.audit("pixel_sha"), study.audit("phash"), {"groups": study.groups})
     return splitting.record_split(run, split, study.images, report, columns=study.columns, groups=study.groups)
@@ -640,7 +643,7 @@ def run_folds(run, args, study):
     run.write_args(**study.data_record(folds))
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split, features))
     tables = [prediction_tables.read_predictions(run.path(f"fold_{k}") / "predictions_val.csv") for k in chosen]
-    pooled = prediction_tables.join(tables)
+    pooled = prediction_tables.join(tables, chosen)
     pooled.write(run.path("predictions_folds.csv"))
     done = judging.finished_folds(run, chosen, [table.fold_numbers() for table in tables])
     rows = prediction_tables.rows_of(pooled, study.images)
@@ -648,7 +651,7 @@ def run_folds(run, args, study):
 
 
 def run_study(run, args, study):
-    """One run per fold, or one run."""
+    """Train one model, or one for each fold, as the flags say."""
     if args.folds:
         return run_folds(run, args, study)
     run_split(run, args, study, splitting.split_of_flags(args, study.images, study.strata, study.groups))
@@ -671,9 +674,9 @@ def compare_backbones(run, several, study):
     """
     run.write_args(**study.data_record({}))
     for args in several:
-        name = f"{args.backbone} {args.weights.stem}" if args.weights else args.backbone
+        name = f"{args.backbone} {args.weights}" if args.weights else args.backbone
         with run.child("run_" + re.sub(r"\W+", "_", name), args) as child:
-            if not child.path("metrics.json").exists():
+            if not common.is_finished(child.folder, args):
                 run_study(child, args, study)
     runs = sorted(judging.list_runs(run.folder), key=lambda row: row["value"], reverse=True)
     table_judging.write_runs_page(run, run.folder, runs, most_compared=len(runs))

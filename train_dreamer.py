@@ -1231,7 +1231,7 @@ def run_folds(run, args, study):
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))
     tables = [prediction_tables.read_predictions(run.path(f"fold_{k}") / f"predictions_{left_out}.csv") for k in chosen]
     uses = [common.read_json(run.path(f"fold_{k}") / "metrics.json")["use"] for k in chosen]
-    joined = prediction_tables.join(tables)
+    joined = prediction_tables.join(tables, chosen)
     rows = prediction_tables.rows_of(joined, study.names)
     pooled = score_table(study, rows, joined.predicted, joined.baselines, joined.seen)
     pooled.keys["fold"] = joined.keys["fold"]

@@ -44,13 +44,14 @@ from readers import (
 OVERFITTING_REMEDY = "Fewer trained layers (--freeze_stages 3 --freeze_norm, --freeze_backbone), more clips"
 CNN_LSTM = "cnn_lstm"
 MOTION_READOUT = "motion_readout"
-FRAME_MODELS = (CNN_LSTM, MOTION_READOUT)  # what reads frames one by one, with an image network
+FRAME_MODELS = (CNN_LSTM, MOTION_READOUT)  # what reads frames with an image network
 # flags of training as they are for a model that is solved, not trained
 SOLVED = {
     "epochs": 1, "freeze_backbone": True, "select": "last", "augment": "none", "balance": "none",
     "boost_to": 0.0, "mixup": 0.0, "label_smoothing": 0.0, "focal_alpha": None, "sample_weight": [],
     "augment_for": [], "target_weights": None, "bounded": False, "init_from": None,
 }
+UNUSED_BY_SOLVED = {"loss", "focal_gamma", "consistency_weight", "lr", "hidden", "dropout"}
 # flags of predict that count as typed, not as in the checkpoint
 OWN_OF_PREDICT = ("clips_per_event", "aggregation", "min_event_sec")
 FIXED_INPUT = {"s3d": (16, 224), "mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224)}  # frames, pixels
@@ -173,7 +174,7 @@ def add_clip_arguments(data):
 def add_model_arguments(model):
     """The network and which parts of it are trained."""
     model("--model",
-          help=f"{MOTION_READOUT}, for small data: a linear model, solved in closed form, on what an "
+          help=f"{MOTION_READOUT}, for small data: a linear model, solved and not trained, on what an "
                "untuned image backbone sees in the frames and how it changes from frame to frame; "
                f"{CNN_LSTM}: an image backbone frame by frame, then an LSTM; or a torchvision video "
                "network (r3d_18, mc3_18, r2plus1d_18, s3d, mvit_v2_s, swin3d_t), which computes in "
@@ -267,8 +268,9 @@ def check_flags(parser, args):
                      f"{' or '.join(FRAME_MODELS)}, found {args.model}")
     if args.model == MOTION_READOUT:
         idle = [f"--{name}" for name, value in SOLVED.items() if getattr(args, name) != value]
+        idle += [f"--{name}" for name in sorted(UNUSED_BY_SOLVED & args.given)]
         if idle:
-            parser.error(f"--model {MOTION_READOUT} is solved in closed form, not trained; without "
+            parser.error(f"--model {MOTION_READOUT} is solved, not trained; without "
                          f"meaning for it: {', '.join(idle)}")
     if not is_parted and not args.cv_file:
         common.check_split_flags(parser, args)
@@ -620,7 +622,7 @@ def in_places(values, mask):
 
 
 def mean_and_sd(features, mask):
-    """(B, T, F) features and (B, T), True = counts -> (B, 2 F) over time; the SD tells motion."""
+    """(B, T, F) features and (B, T), True = counts -> (B, 2 F): mean and SD over time."""
     mask = mask[..., None].to(features.device)  # (B, T, 1)
     count = mask.sum(1).clamp(min=1)
     mean = (features * mask).sum(1) / count
@@ -1349,7 +1351,7 @@ def limits(args, study):
 # --- one run, or one run per fold -------------------------------------------------------------
 
 def check_split(run, study, split):
-    """Refuse a split that leaks; write splits.json and the leakage report. Returns alarms on what it parts."""
+    """Refuse a split that leaks; write splits.json and the leakage report. Returns alarms on columns that it cuts."""
     args = study.args
     audits = [study.audit(row) for row in range(len(study.table))]
     shas = [audit.pixel_sha for audit in audits]
@@ -1392,9 +1394,10 @@ def run_split(run, args, study, split, features=None):
     best_epoch = training.progress.best_epoch
     history = plotted_history(objective, training.progress.history)
     plotting.plot_history(history, run.path("training_history.png"), best_epoch)
-    train, val = (objective.history(outputs[part], split[part]) for part in ("train", "val"))
-    metric = "roc_auc" if args.task == "classify" else "pearson_r"
-    alarms += verdicts.split_gap_alarms(train, val, metric, OVERFITTING_REMEDY)
+    if args.model != MOTION_READOUT:  # a solved readout always fits its own rows better
+        train, val = (objective.history(outputs[part], split[part]) for part in ("train", "val"))
+        metric = "roc_auc" if args.task == "classify" else "pearson_r"
+        alarms += verdicts.split_gap_alarms(train, val, metric, OVERFITTING_REMEDY)
     *_, part = tables
     trained_on = [(split["train"], split[part])]
     judge(run, args, study, split, tables[part], part, alarms, trained_on, best_epoch, similar=similar)
@@ -1437,7 +1440,7 @@ def run_folds(run, args, study):
     if args.task == "classify" and len(tables) > 1:  # calibration from the other folds' rows
         tables = [calibrating.calibrate_on(own, [each for each in tables if each is not own])
                   for own in tables]
-    pooled = prediction_tables.join(tables)
+    pooled = prediction_tables.join(tables, chosen)
     pooled.write(run.path("predictions_folds.csv"))
     trained_on = [(folds[k]["train"], folds[k]["val"]) for k in chosen]
     judge(run, args, study, parts, pooled, "folds", alarms, trained_on, folds=done, similar=similar)

@@ -184,10 +184,10 @@ class ClassTable(Rows):
         common.write_table(path, columns)
 
 
-def join(tables):
-    """The rows of the tables of all folds as one table."""
+def join(tables, folds):
+    """The rows of the tables of these folds, by their numbers, as one table."""
     joined = combine(tables, np.concatenate)
-    joined.keys["fold"] = np.repeat(np.arange(len(tables)), [len(table.truth) for table in tables])
+    joined.keys["fold"] = np.repeat(folds, [len(table.truth) for table in tables])
     return joined
 
 

@@ -376,10 +376,12 @@ def check_leakage(report, allow_leakage=False, stopping=STOPPING_LEAKS):
 def record_split(run, split, keys, report, stopping=STOPPING_LEAKS, columns=None, groups=None):
     """splits.json, leakage_report.json and its text in the log. UserError for a split that leaks.
 
+    A resumed run keeps its files: whether the split is still the same is checked by write_args.
     Returns the alarms of unused_groups on these columns, said before anything is trained.
     """
-    write_splits(run.path("splits.json"), split, keys)
-    common.write_json(run.path("leakage_report.json"), report)
+    if not (run.resumed and run.path("splits.json").exists()):
+        write_splits(run.path("splits.json"), split, keys)
+        common.write_json(run.path("leakage_report.json"), report)
     run.say(leakage_text(report))
     check_leakage(report, run.args.allow_leakage, stopping)
     alarms = unused_groups(columns or {}, split, groups)

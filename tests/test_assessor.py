@@ -163,7 +163,8 @@ def test_several_frozen_backbones_are_compared_on_the_same_folds(sample, tmp_pat
              "--freeze_backbone", "--folds", 2, "--epochs", 1]
     train(sample, tmp_path, *flags)
     run = only_run(tmp_path)
-    names = ["run_shufflenet_v2_x0_5", "run_shufflenet_v2_x0_5_own"]
+    names = sorted(path.name for path in run.glob("run_*"))
+    assert names[0] == "run_shufflenet_v2_x0_5" and names[1].endswith("_own_pth")
     tables = [read_csv(run / name / "predictions_folds.csv") for name in names]
     assert [row["image"] for row in tables[0]] == [row["image"] for row in tables[1]]
     assert [row["fold"] for row in tables[0]] == [row["fold"] for row in tables[1]]
@@ -322,8 +323,9 @@ def test_recipe_for_small_data():
     plain = train_assessor.parse_args(needed)
     chosen = [train_assessor.choose_recipe(train_assessor.parse_args([*needed, *more]), pictures)
               for more, pictures in (([], 804), ([], 3000), (["--backbone", "resnet50"], 804),
-                                     (["--recipe", "plain"], 804), (["--recipe", "small_data"], 9000))]
-    assert chosen == ["small_data", "plain", "plain", "plain", "small_data"]
+                                     (["--recipe", "plain"], 804), (["--recipe", "small_data"], 9000),
+                                     (["--head", "mlp"], 804), (["--head", "ridge"], 804))]
+    assert chosen == ["small_data", "plain", "plain", "plain", "small_data", "plain", "small_data"]
     small = train_assessor.parse_args([*needed, "--epochs", "9"], "small_data")
     as_config = train_assessor.parse_args([*needed, "--epochs", "9", "--config", str(train_assessor.SMALL_DATA)])
     differ = {name for name, value in vars(small).items() if value != vars(as_config)[name]}

@@ -172,10 +172,11 @@ def test_damaged_checkpoints(stopped, tmp_path):
 
 
 def test_other_flags_are_refused_with_both_values(stopped):
+    split = (stopped / "splits.json").read_bytes()
     text = run_script("train_assessor.py", "--resume", stopped, "--lr", "0.5", "--seed", "7", code=2).stderr
     for word in ("--lr", "0.0001", "0.5", "--seed", "42", "7"):
         assert word in text
-    assert (stopped / "last.pth").exists()
+    assert (stopped / "last.pth").exists() and (stopped / "splits.json").read_bytes() == split
 
 
 def test_other_data_are_refused(sample, stopped, tmp_path):

@@ -713,6 +713,7 @@ def test_one_fold_alone_and_a_file_of_folds(made, tmp_path):
     assert [path.name for path in run.glob("fold_*[0-9]")] == ["fold_1"]
     rows = read_csv(run / "predictions_folds.csv")
     assert {row["group"] for row in rows} == set(map(str, folds[1]["val_animals"])) and len(rows) == 5
+    assert {row["fold"] for row in rows} == {"1"}
 
 
 # --- further flags ---------------------------------------------------------------------------
@@ -764,7 +765,7 @@ FLAG_MISTAKES = {
     "scores by a clip network": (["--manifest", "a.csv", "--task", "regress", "--model", "r3d_18"], ["cnn_lstm"]),
     "mixup of scores": (["--manifest", "a.csv", "--task", "regress", "--mixup", 0.2], ["--mixup"]),
     "training of a solved model": (["--manifest", "a.csv", "--model", "motion_readout", "--balance", "sampler",
-                                    "--epochs", 5], ["closed form", "--epochs", "--balance"]),
+                                    "--epochs", 5, "--loss", "focal"], ["solved, not trained", "--epochs", "--balance", "--loss"]),
     "predict without checkpoint": (["--mode", "predict", "--manifest", "a.csv"], ["--checkpoint"]),
     "evaluate without predictions": (["--mode", "evaluate"], ["--predictions"]),
     "unknown flag": (["--manifest", "a.csv", "--clip_per_event", 3], ["--clips_per_event"]),
