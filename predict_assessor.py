@@ -21,11 +21,9 @@ import torch
 from torch import nn
 
 import common
-from evidence import calibrating, row_warnings, splitting
-from readers import backbones, file_names, picture_files
-from train_assessor import Assessor, mirrored_mean, resize_side, with_head_features
-
-SCRIPT = "train_assessor.py"
+from evidence import calibrating, heat_maps, prediction_tables, reporting, row_warnings, splitting
+from readers import file_names, picture_files
+from train_assessor import explain, load_assessor, mirrored_mean, resize_side
 
 
 @dataclasses.dataclass
@@ -57,6 +55,10 @@ def parse_args(argv=None):
     add("--export", type=Path, metavar="FILE",
         help="also write the model, or the mean of several, as one file that needs nothing of this repository: .pt2 "
              "(torch.export) or .onnx (packages onnx, onnxscript, onnxruntime); checked on the first ten pictures")
+    add("--explain", type=common.bounded(int, 1, 20), metavar="N",
+        help="also write a page of heat maps of the first N pictures (up to 20): where the model looks, beside the same "
+             "with random weights; its name is that of --output with .html")
+    add("--explain_rating", metavar="NAME", help="with --explain: the rating (default: the mean over all)")
     add("--predict_batch_size", type=common.POSITIVE, default=32, help="pictures per batch")
     common.add_compute_arguments(parser)
     parser.set_defaults(seed=0)  # the loader asks for it, nothing is drawn
@@ -85,22 +87,9 @@ def find_inputs(args):
     return inputs
 
 
-def load_member(path, compute):
-    settings = common.load_model_file(path, SCRIPT)
-    image_size = settings["image_size"]
-    head = settings["head"]
-    with common.checkpoint_fields(path):
-        backbone, n_features = backbones.build_backbone(
-            settings["backbone"], pretrained=False, image_size=image_size)
-        features = with_head_features(backbone, n_features, head, image_size)
-        model = Assessor(*features, len(settings["names"]), head, settings["dropout"])
-    common.load_state(model, settings["model"], path)
-    return Member(model=compute.place(model).eval(), settings=settings)
-
-
 def load_members(files, compute):
     """Checkpoint files -> list of Member. UserError where ratings or input sizes differ."""
-    members = [load_member(path, compute) for path in files]
+    members = [Member(*load_assessor(path, compute)) for path in files]
     first = members[0].settings
     for path, member in zip(files, members):
         for key in ("names", "image_size", "pixel_range"):
@@ -235,6 +224,17 @@ def export(path, members, pixels):
     return worst
 
 
+def write_heat_maps(args, members, chosen, titles, pixels, compute):
+    """Page of heat maps of pictures uint8 (B, S, S, 3), the mean over the members; chosen: which of the ratings count."""
+    maps = np.mean([explain(member.model, member.settings, pixels, compute, chosen) for member in members], axis=0)
+    cases = [{"image": picture, "title": title} for picture, title in zip(pixels, titles)]
+    grids, verdict = heat_maps.show(cases, pixels, maps)
+    heading = f"Places on which the prediction rests: {args.explain_rating or 'mean over the ratings'}"
+    sections = [(heading, grids), ("Command and versions", reporting.command_blocks())]
+    reporting.write_report(args.output.with_suffix(".html"), "Where the model looks", verdict, sections, compute.text)
+    print(verdict.sentence)
+
+
 def print_summary(predicted, names, members, widths):
     """Mean, sd and range of each rating; one that is nearly constant beside the training labels is flagged."""
     import pandas as pd
@@ -254,6 +254,9 @@ def main():
     members = load_members(common.checkpoint_files(args.checkpoint), compute)
     names = members[0].settings["names"]
     image_size = members[0].settings["image_size"]
+    chosen = slice(None)
+    if args.explain_rating:
+        chosen = [names.index(prediction_tables.known_name(args.explain_rating, names, "--explain_rating"))]
     pictures = picture_files.Pictures(
         [path for _, path in inputs],
         resize_side(image_size),
@@ -267,9 +270,12 @@ def main():
     common.write_table(args.output, columns | {"seen": seen, "warning": warnings, "error": errors})
     print_summary(predicted, names, members, widths)
     splitting.say_seen(seen, print)
-    if args.export:
-        readable = [i for i, error in enumerate(errors) if not error][:10]
+    readable = [i for i, error in enumerate(errors) if not error][:args.explain or 10]
+    if readable and (args.explain or args.export):
         pixels = torch.stack([pictures[0, i]["pixels"] for i in readable])  # (B, S, S, 3)
+    if readable and args.explain:
+        write_heat_maps(args, members, chosen, [inputs[i][0] for i in readable], pixels.numpy(), compute)
+    if readable and args.export:
         worst = export(args.export, members, pixels)
         print(f"{args.export}: uint8 pictures (B, {image_size}, {image_size}, 3) -> {len(names)} ratings; on "
               f"{len(readable)} pictures within {worst:.1g} label sds of this script")

@@ -28,8 +28,8 @@ from torch import nn
 
 import common
 from evidence import (
-    baseline_models, judging, plotting, prediction_tables, rater_agreement, reporting, row_warnings, score_judging,
-    splitting, table_judging, verdicts)
+    baseline_models, heat_maps, judging, plotting, prediction_tables, rater_agreement, reporting, row_warnings,
+    score_judging, splitting, table_judging, verdicts)
 from readers import backbones, file_names, picture_files, rating_tables
 
 HISTORY_METRICS = ("mse", "mae", "r2", "pearson_r")
@@ -534,6 +534,39 @@ def predict_baselines(study, features, train, rows):
     return predicted
 
 
+# --- where a trained model looks -------------------------------------------------------------
+
+def load_assessor(path, compute):
+    """File of a trained model -> (Assessor in evaluation mode, what the file holds)."""
+    settings = common.load_model_file(path, "train_assessor.py")
+    image_size = settings["image_size"]
+    head = settings["head"]
+    with common.checkpoint_fields(path):
+        backbone, n_features = backbones.build_backbone(
+            settings["backbone"], pretrained=False, image_size=image_size)
+        features = with_head_features(backbone, n_features, head, image_size)
+        model = Assessor(*features, len(settings["names"]), head, settings["dropout"])
+    common.load_state(model, settings["model"], path)
+    return compute.place(model).eval(), settings
+
+
+def explain(model, settings, pixels, compute, ratings=slice(None)):
+    """Heat maps (2, B, S, S) of heat_maps.explain for uint8 (B, S, S, 3); settings: of load_assessor."""
+    inputs = common.to_input(torch.from_numpy(pixels), compute.device, settings["pixel_mean"], settings["pixel_sd"])
+    paths = [f"backbone.{path}" for path in backbones.map_paths(model.backbone, inputs[:1])]
+    return heat_maps.explain(model, paths, inputs, ratings)
+
+
+def heat_map_blocks(study, rows, files, cases, args, compute):
+    """HTML of a case for each of these rows of the study, beside the heat maps of the model in its file (text)."""
+    pixels = np.stack([common.eval_crop(study.picture(row), args.image_size) for row in rows])
+    maps = np.zeros((2, *pixels.shape[:3]))
+    for file in set(files):
+        maps[:, files == file] = explain(*load_assessor(file, compute), pixels[files == file], compute)
+    grids, verdict = heat_maps.show(cases, pixels, maps)
+    return [reporting.html_text(verdict.sentence, verdict.level), *grids]
+
+
 # --- results: predictions table -> judged run folder -------------------------------------------
 
 def score_table(study, rows, predicted, others, seen, warning):
@@ -558,6 +591,12 @@ def judge(run, args, study, split, rows, table, part, alarms, similar, best_epoc
 
     similar: of splitting.similar_pairs.
     """
+    files = np.full(len(rows), str(run.path("best_model.pth")))
+    if folds:
+        files = np.array([str(run.path(f"fold_{k}") / "best_model.pth") for k in table.keys["fold"]])
+
+    def blocks_of(shown, cases):
+        return heat_map_blocks(study, rows[shown], files[shown], cases, args, run.compute)
     setting = judging.Setting(
         title="Ratings from images",
         part=part,
@@ -567,7 +606,8 @@ def judge(run, args, study, split, rows, table, part, alarms, similar, best_epoc
         criteria=args.criteria,
         data=data_blocks(study, split, table),
         similar=judging.similar_blocks(similar, study.images, study.picture),
-        cases=judging.case_blocks(table, study.images[rows], lambda i: study.picture(rows[i])),
+        cases=judging.case_blocks(table, study.images[rows], lambda i: study.picture(rows[i]),
+                                  blocks_of=blocks_of),
         limits=limits(args),
         folds=folds)
     ceiling = rater_agreement.measure_ceiling(
@@ -690,7 +730,7 @@ def main():
     with common.start_run(args, fixed_shapes=True) as run:
         if not run.resumed:
             run.say(f"note: recipe {recipe} for {len(table.images)} pictures, unless --recipe says another: --backbone "
-                    f"{args.backbone} --head {args.head} --epochs {args.epochs} --select {args.select} ...")
+                    f"{' '.join(np.atleast_1d(args.backbone))} --head {args.head} --epochs {args.epochs} --select {args.select} ...")
         several = flags_of_backbones(args)
         for own in several:  # a wrong name or file of weights stops here, before pictures are decoded
             build_backbone(own, args.head)

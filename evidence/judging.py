@@ -80,18 +80,19 @@ def sample_sentence(size, unit="rows"):
     return f"{size['rows']} {unit} scored, {size['distinct_label_vectors']} different sets of labels, {groups}."
 
 
-def case_blocks(table, titles, picture, count=5):
+def case_blocks(table, titles, picture, count=5, blocks_of=None):
     """HTML of the section Best and worst cases: the rows with the smallest and the largest error.
 
-    titles: (M,) text; picture: function of a row of the table -> uint8 (H, W, 3).
+    titles: (M,) text; picture: function of a row of the table -> uint8 (H, W, 3); blocks_of: function (rows, a case for
+    each) -> HTML, where it is more than the cases.
     """
     order, lines = table.rank_rows()
-
-    def cases(rows):
-        return reporting.html_cases(
-            [{"image": picture(row), "title": titles[row], "lines": lines[row]} for row in rows])
-    return [reporting.html_text("Best:"), cases(order[:count]),
-            reporting.html_text("Worst:"), cases(order[::-1][:count])]
+    blocks = []
+    for word, rows in (("Best:", order[:count]), ("Worst:", order[::-1][:count])):
+        cases = [{"image": picture(row), "title": titles[row], "lines": lines[row]} for row in rows]
+        blocks.append(reporting.html_text(word))
+        blocks += blocks_of(rows, cases) if blocks_of else [reporting.html_cases(cases)]
+    return blocks
 
 
 def similar_blocks(pairs, titles, picture, count=6):

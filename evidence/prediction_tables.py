@@ -359,7 +359,7 @@ def _read_scores(table, path, names, baseline, shared):
     if baseline in table and len(names) == 1:
         blocks = {baseline: _block(table, [baseline], path)}
     elif baseline:
-        baseline = _named(baseline, blocks, path)
+        baseline = known_name(baseline, blocks, path)
         blocks = {baseline: blocks[baseline]}
     if not blocks:
         blocks = {"mean_of_these_rows": np.tile(common.mean_without_nan(target, 0), (len(target), 1))}
@@ -374,7 +374,7 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
     first = f"_prob_{names[0]}"
     kinds = [column.removesuffix(first) for column in table if column.endswith(first)]
     if baseline:
-        kinds = [_named(baseline, kinds, path)]
+        kinds = [known_name(baseline, kinds, path)]
     blocks = {kind: _probabilities(table, [f"{kind}_prob_{name}" for name in names], path) for kind in kinds}
     thresholds = {kind: _threshold(table, f"{kind}_threshold", path) for kind in kinds}
     return _class_table(
@@ -396,7 +396,7 @@ def _read_binary(table, path, label_column, baseline, positive_class, shared):
     if len(names) != 2:
         raise common.UserError(
             f"{path}: a score needs two classes in {label_column}, found {common.shorten_list(names)}")
-    positive_class = _named(positive_class or names[1], names, path)
+    positive_class = known_name(positive_class or names[1], names, path)
 
     def both(column):
         score = _block(table, [column], path)
@@ -404,7 +404,7 @@ def _read_binary(table, path, label_column, baseline, positive_class, shared):
             score = 1 / (1 + np.exp(-score))
         columns = [1 - score, score] if positive_class == names[1] else [score, 1 - score]
         return np.concatenate(columns, axis=1)
-    others = {baseline: both(_named(baseline, list(table), path))} if baseline else {}
+    others = {baseline: both(known_name(baseline, list(table), path))} if baseline else {}
     return _class_table(names, table[label_column], both("score"), others, positive_class, shared)
 
 
@@ -426,11 +426,11 @@ def _class_table(names, labels, probability, others, positive_class, shared, **f
 def choose_positive(wanted, names, label):
     """Index of the class that matters: the one of this name, in any case, else the rarest of the labels (N,)."""
     if wanted:
-        return names.index(_named(wanted, names, "--positive_class"))
+        return names.index(known_name(wanted, names, "--positive_class"))
     return class_scores.rarest_class(label, len(names))
 
 
-def _named(name, known, source):
+def known_name(name, known, source):
     """The known name that is spelled so, in any case. Raises UserError with the closest one."""
     spelled = {other.casefold(): other for other in known}
     if name in known:

@@ -40,6 +40,7 @@ def build_backbone(name, pretrained=True, weights=None, image_size=224, family="
     if family == "models" and image_size != 224:  # which they all take
         _pass_one_picture(model, name, image_size)
     if weights or pretrained:
+        _say_size(name, weights, image_size)
         _load_backbone_state(model, load_weights(name, weights), last, weights or name)
     n_features = model.get_submodule(last).weight.shape[1]
     model.set_submodule(last, nn.Identity())
@@ -83,7 +84,16 @@ def _timm_backbone(name, pretrained, weights, image_size):
     except (OSError, RuntimeError, ImportError) as error:
         raise common.UserError(f"no weights for {name} ({common.one_line(error)}). Give --weights FILE, or run once "
                                "where there is internet; --no_pretrained starts from random weights") from None
+    if options["pretrained"]:
+        _say_size(name, weights, image_size)
     return model, _pass_one_picture(model, name, image_size).shape[1]
+
+
+def _say_size(name, weights, image_size):
+    """A note where published weights expect pictures of another size."""
+    side = expected_pixels(name, weights)[0]
+    if side != image_size:
+        _say_once(f"note: the published weights of {name} expect pictures of {side} px, --image_size is {image_size}")
 
 
 def published_set(name, weights=None):
@@ -98,20 +108,26 @@ def published_set(name, weights=None):
     return sets[str(weights)]
 
 
-@functools.cache
 def pixel_statistics(name, weights=None):
-    """(mean, sd) of the three colours, from 0 to 1, that the published weights of a network expect.
+    """(mean, sd) of the three colours, from 0 to 1, that the published weights of a network expect."""
+    return expected_pixels(name, weights)[1:]
+
+
+@functools.cache
+def expected_pixels(name, weights=None):
+    """(side in pixels, mean, sd) that the published weights of a network expect.
 
     A weights file does not say what it expects: it is taken to be what the network's published weights do.
     """
     if name.startswith(TIMM):
         published = common.optional_package("timm").get_pretrained_cfg(name.removeprefix(TIMM))
-        return published.mean, published.std
-    if name in ("googlenet", "inception_v3"):  # with weights they bring the usual statistics to these by themselves
-        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+        return published.input_size[-1], published.mean, published.std
     is_file = weights is not None and Path(weights).exists()
     expected = published_set(name, None if is_file else weights).transforms()
-    return tuple(expected.mean), tuple(expected.std)
+    side = expected.crop_size[0]
+    if name in ("googlenet", "inception_v3"):  # with weights they bring the usual statistics to these by themselves
+        return side, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    return side, tuple(expected.mean), tuple(expected.std)
 
 
 def _last_linear(model, name):
@@ -348,6 +364,13 @@ def pool_over_grid(maps, grid):
     matrix = pooling_matrix(*maps.shape[2:], grid, maps.device)
     with torch.autocast(maps.device.type, enabled=False):
         return maps.float().flatten(2) @ matrix  # (B, C, H * W) -> (B, C, cells)
+
+
+def map_paths(backbone, example):
+    """Paths of the modules of a backbone, or of its MultiScale, that end each resolution."""
+    if isinstance(backbone, MultiScale):
+        return [f"maps.network.{path}" for path in backbone.maps.ends]
+    return stage_ends(backbone, example)
 
 
 def freeze_stages(backbone, n_stages, example):

@@ -397,6 +397,18 @@ def test_predictions_say_what_makes_them_doubtful(sample, trained, tmp_path):
     assert {row["warning"] for row in read_csv(tmp_path / "p.csv")} == {"", "trained on"}
 
 
+def test_a_page_shows_where_the_model_looks(sample, folds, tmp_path):
+    """Three pictures, each beside two maps of the mean over three members; the report shows maps beside its cases."""
+    flags = ["--checkpoint", folds, "--image_dir", sample.images, "--output", tmp_path / "p.csv", "--explain", 3]
+    said = run_script("predict_assessor.py", *flags, "--explain_rating", "valence").text
+    page = (tmp_path / "p.html").read_text()
+    assert page.count("<figure>") == 9 and page.count("rank correlation") == 4 and "mean rank correlation" in said
+    text = run_script("predict_assessor.py", *flags, "--explain_rating", "Valense", code=2).stderr
+    assert text.startswith("error: --explain_rating: found no Valense") and "Valence" in text
+    report = (folds / "report.html").read_text()
+    assert report.count("<b>where it looks</b>") == report.count("<b>with random weights</b>") == 10
+
+
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_an_exported_model_gives_the_same_ratings_without_this_repository(sample, folds, tmp_path, suffix):
     """In a fresh process that knows nothing of ours, from pictures resized and cropped as about.json says."""

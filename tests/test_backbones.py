@@ -8,15 +8,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 import common
 from evidence import baseline_models
 from readers import backbones
 import train_assessor
+import train_video
 
 
 def test_weights_files_in_their_known_forms(tmp_path):
-    import torchvision
     model = torchvision.models.resnet18()
     state = model.state_dict()
     forms = {"bare": state, "nested": {"state_dict": state, "epoch": 3},
@@ -33,7 +34,6 @@ def test_weights_files_in_their_known_forms(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["model.", "backbone.", "encoder_q.", "module.encoder_q.", "state.net."])
 def test_a_prefix_that_all_layers_share_is_taken_off_and_said(tmp_path, capsys, prefix):
-    import torchvision
     backbones._say_once.cache_clear()
     model = torchvision.models.resnet18()
     state = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
@@ -49,7 +49,6 @@ def test_a_prefix_that_all_layers_share_is_taken_off_and_said(tmp_path, capsys, 
 
 
 def test_files_from_before_torch_1_6_and_safetensors(tmp_path):
-    import torchvision
     model = torchvision.models.resnet18()
     torch.save(model.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     with pytest.raises(common.CheckpointError, match="before torch 1.6; write it anew: python -c") as caught:
@@ -90,7 +89,6 @@ def test_versions_of_layers_survive_a_checkpoint():
 
 def test_half_precision_that_overflowed_becomes_its_largest_number(tmp_path, capsys):
     """A running variance of 1e5 is infinite in fp16 and would silence its channel; NaN is refused."""
-    import torchvision
     state = torchvision.models.resnet18().state_dict()
     state["bn1.running_var"][3] = 1e5
     half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
@@ -245,10 +243,22 @@ def test_pixels_are_scaled_as_the_published_weights_expect(name, half, tmp_path)
     assert backbones.pixel_statistics(name, tmp_path / "weights.pth") == backbones.pixel_statistics(name)
 
 
+@pytest.mark.parametrize("name, side", [("efficientnet_b1", 240), ("timm:test_vit", 160)])
+def test_weights_for_another_size_say_so(name, side, tmp_path, capsys):
+    if name.startswith("timm:"):
+        model = pytest.importorskip("timm").create_model(name.removeprefix("timm:"))
+    else:
+        model = torchvision.models.get_model(name, weights=None)
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    for image_size, weights in ((side, tmp_path / "own.pth"), (64, None), (64, tmp_path / "own.pth")):
+        assert "expect pictures" not in capsys.readouterr().out
+        backbones.build_backbone(name, pretrained=False, weights=weights, image_size=image_size)
+    assert f"weights of {name} expect pictures of {side} px, --image_size is 64" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_networks_with_their_own_input_transform_see_the_same_pixels(name):
     """Built with its weights, torchvision's network turns usual pixels into those that ours is given."""
-    import torchvision
     judge = torchvision.models.get_model(name, weights=None, init_weights=False, transform_input=True)
     pixels = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
     device = torch.device("cpu")
@@ -257,7 +267,6 @@ def test_networks_with_their_own_input_transform_see_the_same_pixels(name):
 
 
 def test_a_published_set_is_taken_by_its_name(tmp_path, monkeypatch):
-    import torchvision
     import train_detector
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     state = torchvision.models.resnet18().state_dict()
@@ -276,7 +285,6 @@ def test_a_published_set_is_taken_by_its_name(tmp_path, monkeypatch):
 
 
 def test_position_embeddings_are_interpolated_to_the_size_of_the_pictures(tmp_path):
-    import torchvision
     published = torchvision.models.vit_b_32(image_size=64).state_dict()
     torch.save(published, tmp_path / "vit.pth")
     same, _ = backbones.build_backbone("vit_b_32", weights=tmp_path / "vit.pth", image_size=64)
@@ -286,6 +294,48 @@ def test_position_embeddings_are_interpolated_to_the_size_of_the_pictures(tmp_pa
     assert own.shape == (1, 17, 768) and torch.equal(own[:, 0], published["encoder.pos_embedding"][:, 0])
     corners = own[0, 1:].view(4, 4, -1)[[0, 0, 3, 3], [0, 3, 0, 3]]
     assert torch.allclose(corners, published["encoder.pos_embedding"][0, 1:], atol=1e-5)  # corners are aligned
+
+
+# --- every network of torchvision -------------------------------------------------------
+
+CLASSIFIERS = torchvision.models.list_models(module=torchvision.models)
+CLIP_NETWORKS = torchvision.models.list_models(module=torchvision.models.video)
+NO_LINEAR_END = {"squeezenet1_0", "squeezenet1_1"}
+SIDES = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 56}  # pixels; the others 64
+
+
+def take_a_step(name, family, example):
+    """Build with random weights, freeze what three resolutions allow (memory), step once on two ratings."""
+    backbone, width = backbones.build_backbone(
+        name, pretrained=False, image_size=example.shape[-1], family=family)
+    backbones.freeze_stages(backbone, min(3, len(backbones.stage_ends(backbone, example))), example)
+    model = train_assessor.Assessor(backbone, width, 2, "ridge", 0.0).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = model.head[0].weight.detach().clone()
+    loss = (model(example) - 1).square().mean()
+    loss.backward()
+    torch.optim.SGD(trained, lr=0.01).step()
+    assert torch.isfinite(loss) and width >= 64
+    assert not torch.equal(model.head[0].weight, before)
+    assert any(p.grad is not None and p.grad.any() for p in backbone.parameters())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_every_classifier_takes_a_step(name):
+    side = SIDES.get(name, 64)
+    if name in NO_LINEAR_END:
+        with pytest.raises(common.UserError, match="linear layer"):
+            backbones.build_backbone(name, pretrained=False)
+    else:
+        take_a_step(name, "models", torch.randn(2, 3, side, side))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CLIP_NETWORKS)
+def test_every_clip_network_takes_a_step(name):
+    n_frames, side = train_video.FIXED_INPUT.get(name, (8, 64))
+    take_a_step(name, "video", torch.randn(1, 3, n_frames, side, side))
 
 
 # --- timm -------------------------------------------------------------------------------
