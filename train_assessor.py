@@ -89,9 +89,6 @@ def parse_args(argv=None, recipe="plain"):
         parser.set_defaults(**common.config_values(parser, SMALL_DATA))
     args = common.parse_arguments(parser, argv)
     common.check_split_flags(parser, args)
-    if isinstance(args.backbone, list) and not args.freeze_backbone:
-        parser.error(f"--backbone {' '.join(args.backbone)}: several are compared on features that stay as published; "
-                     "add --freeze_backbone, or --config configs/assessor_backbones.yaml")
     return args
 
 
@@ -704,6 +701,9 @@ def flags_of_backbones(args):
         name, _, weights = str(text).partition("=")
         own = {"backbone": name, "weights": Path(weights) if weights else args.weights}
         several.append(argparse.Namespace(**{**vars(args), **own}))
+    if len(several) > 1 and not args.freeze_backbone:
+        raise common.UserError(f"--backbone {' '.join(args.backbone)}: several are compared on features that stay as "
+                               "published; add --freeze_backbone, or --config configs/assessor_backbones.yaml")
     return several
 
 
