@@ -627,7 +627,7 @@ class PartDetector(nn.Module):
 
     def look(self, features, sizes):
         """(B, 256) on the CPU: the maps as the boxes see them, in a box around each picture, on average."""
-        whole = [maps.new_tensor([[0, 0, width, height]]) for maps, (height, width) in zip(features["0"], sizes)]
+        whole = [features["0"].new_tensor([[0, 0, width, height]]) for height, width in sizes]
         return self.roi_heads.box_roi_pool(features, whole, sizes).mean((2, 3)).cpu()
 
     def heads(self, features, inputs, sizes, targets=None):

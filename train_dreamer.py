@@ -780,7 +780,7 @@ def fit(run, args, study, split, readout):
     compute = run.compute
     scaler = fit_scaler(study, split["train"])
     train_loader = make_loader(study, split["train"], args, compute, train=True)
-    loaders = {part: make_loader(study, rows, args, compute) for part, rows in split.items()}
+    loaders = {part: make_loader(study, rows, args, compute) for part, rows in split.items() if len(rows)}
     model = build_model(args, scaler, study.compose)
     if args.init_from:
         common.start_from(model, args.init_from, is_frozen=False)
@@ -1173,14 +1173,12 @@ def run_split(run, args, study, split):
     features = {}
     for part, loader in loaders.items():  # train, val, test
         rows = split[part]
-        if not len(rows):
-            continue
         if part == "test":
             fitted = np.union1d(split["train"], split["val"])  # validation has done its work
             readout = solve_readout(study, fitted)
             best["seen"] = use_readout(model, study, fitted, readout, best["seen"])
         predicted, features[part], _ = evaluate(model, loader, loss_function, run.compute)
-        centre = probe_poses.centre_and_spread(study.at1[fitted])[0]
+        centre, _ = probe_poses.centre_and_spread(study.at1[fitted])
         others = baselines(study, fitted, rows, centre, readout)
         tables[part] = score_table(study, rows, predicted, others, training.seen.words(study.hashes[rows]))
         if part != "train":
@@ -1189,10 +1187,12 @@ def run_split(run, args, study, split):
     save_model(run, best | {"model": model.state_dict()}, "best_model.pth")
     plot_training(run, training.progress.history, best["epoch"])
     *_, part = tables
-    use = use_of_inputs(model, loaders[part], loss_function, run.compute, tables[part].groups)
-    use |= pose_scores.outside_share(study.at1, fitted, split[part])
+    table = tables[part]
+    rows = split[part]
+    use = use_of_inputs(model, loaders[part], loss_function, run.compute, table.groups)
+    use |= pose_scores.outside_share(study.at1, fitted, rows)
     alarms = overfitting_alarms(tables) if model.imagines else []  # a solved readout always fits its own rows better
-    judge(run, args, study, split, split[part], tables[part], part, use, alarms, best["epoch"])
+    judge(run, args, study, split, rows, table, part, use, alarms, best["epoch"])
 
 
 def use_readout(model, study, rows, readout, seen):

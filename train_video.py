@@ -309,9 +309,8 @@ class Study:
         return self.store.part(self.stored[row], start, stop)
 
     def strip(self, row):
-        """Five frames of a row side by side, evenly from its first to its last: uint8 (H, 5 W, 3)."""
-        frames = self.frames(row, 0, self.audit(row).n_grid)
-        return np.hstack(frames[np.linspace(0, len(frames) - 1, 5).astype(int)])
+        """Five frames of a row side by side: uint8 (H, 5 W, 3)."""
+        return plotting.strip_of(self.frames(row, 0, self.audit(row).n_grid))
 
     def audit(self, row):
         """ClipAudit of a row."""
@@ -1139,19 +1138,15 @@ def solve_head(model, study, rows, features, say):
 
 
 def model_metadata(args, study, objective, shift):
-    """What predict needs beside the weights: architecture, names, pixel scale, prior shift."""
-    mean, sd = pixel_statistics(args)
+    """What predict needs beside the weights: architecture, names, prior shift."""
     content = {
         "architecture": {
             **{name: getattr(args, name) for name in ARCHITECTURE},
             "pixel_range": study.store.pixel_range},
         "names": objective.names,
-        "pixel_mean": list(mean),
-        "pixel_sd": list(sd),
     }
     if args.task == "classify":
         content["positive"] = objective.names[objective.positive]
-        content["prior"] = list(objective.prior)
         content["prior_shift"] = list(shift)  # to be added to the logits
     return content
 

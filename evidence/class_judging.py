@@ -152,8 +152,9 @@ def metric_blocks(run, setting, result):
         "precision_recall.png": "Precision-recall and ROC curves",
         "risk_coverage.png": "Wrong answers among the most confident ones",
     }
+    drawn = [file for file in plots if run.path(file).exists()]
     return [
-        *(reporting.html_image(run.path(file), text) for file, text in plots.items() if run.path(file).exists()),
+        *(reporting.html_image(run.path(file), plots[file]) for file in drawn),
         reporting.html_table(subject_intervals.overall_rows(result), caption=caption),
         reporting.html_table(per_class, caption="Each class against the rest, with 95 % intervals"),
     ]

@@ -207,6 +207,11 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
     save_figure(figure, path)
 
 
+def strip_of(clip):
+    """Five frames of a clip (T, H, W, 3) side by side, evenly from its first to its last: (H, 5 W, 3)."""
+    return np.hstack(clip[np.linspace(0, len(clip) - 1, 5).astype(int)])
+
+
 @common.first_process_only
 def plot_batch(run, dataset, labels):
     """training_batch.jpg: twelve samples spread over a train set, augmented as in the first epoch, with their labels.
@@ -219,8 +224,7 @@ def plot_batch(run, dataset, labels):
     if inputs[0].dtype != np.uint8:
         return
     if inputs[0].ndim == 4:
-        five = np.linspace(0, len(inputs[0]) - 1, 5).astype(int)
-        inputs = [np.hstack(clip[five]) for clip in inputs]
+        inputs = list(map(strip_of, inputs))
     aspect = inputs[0].shape[1] // inputs[0].shape[0]
     figure, axes = new_figure(12, 6 // aspect, (1.8 * aspect, 2.3), margins=(0.05, 0.05, 0.05, 0.55))
     for axis, picture, index in zip(axes, inputs, chosen):
