@@ -202,6 +202,8 @@ def test_a_solved_model_is_a_run_like_any_other(made, solved, tmp_path):
         assert all((solved / f"fold_{k}" / name).is_file() for name in CONTRACT)
         [row] = read_csv(solved / f"fold_{k}" / "training_history.csv")
         assert 0 < float(row["train_loss"]) < 2 and float(row["learning_rate"]) == 0
+        alarms = read_json(solved / f"fold_{k}" / "metrics.json")["alarms"]
+        assert not any("overfitting" in alarm for alarm in alarms), "what is solved fits its own rows always"
     content = common.read_checkpoint(solved / "fold_0" / "best_model.pth")
     assert content["architecture"]["fps"] == 4 and content["prior_shift"] == [0, 0]
     assert {row["seen"] for row in read_csv(solved / "predictions_folds.csv")} == {"new"}, "no epoch was chosen"
