@@ -166,6 +166,13 @@ def headline(result, metric, level):
     }
 
 
+def judge_criteria(setting, estimates, meanings):
+    """A dict for each bar of --criteria; PASS says so where the rows had been seen."""
+    bars = verdicts.judge_criteria(verdicts.parse_criteria(setting.criteria, meanings), estimates)
+    passed = verdicts.PASSES[setting.worst_seen]
+    return [bar | {"verdict": bar["verdict"].replace("PASS", passed)} for bar in bars]
+
+
 def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figures, blocks, sections, numbers,
               doubts=(), further_estimates=None):
     """Write report.html and metrics.json of a run, and say its verdict; returns what metrics.json holds.
@@ -183,9 +190,7 @@ def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figure
     doubts = list(doubts) + [text for word, text in seen.items() if word != "train"]
     reached = verdicts.reach_verdict(result.gain(metric), alarms + doubts, verdict)
     estimates = (further_estimates or {}) | verdicts.named_estimates(result, meanings)
-    bars = verdicts.judge_criteria(verdicts.parse_criteria(setting.criteria, meanings), estimates)
-    passed = verdicts.PASSES[setting.worst_seen]
-    criteria = [bar | {"verdict": bar["verdict"].replace("PASS", passed)} for bar in bars]
+    criteria = judge_criteria(setting, estimates, meanings)
     metrics = {
         "schema": METRICS_SCHEMA,
         "headline": headline(result, metric, reached.level),
