@@ -704,7 +704,16 @@ def flags_of_backbones(args):
     if len(several) > 1 and not args.freeze_backbone:
         raise common.UserError(f"--backbone {' '.join(args.backbone)}: several are compared on features that stay as "
                                "published; add --freeze_backbone, or --config configs/assessor_backbones.yaml")
+    if len(set(map(comparison_folder, several))) < len(several):
+        raise common.UserError(f"--backbone {' '.join(args.backbone)}: two of them would have the same name; name their "
+                               "files of weights differently")
     return several
+
+
+def comparison_folder(args):
+    """Name of the folder of one of several networks: that of the network, and of the file of its weights."""
+    name = f"{args.backbone} {args.weights.stem}" if args.weights else args.backbone
+    return "run_" + re.sub(r"\W+", "_", name)
 
 
 def compare_backbones(run, several, study):
@@ -714,8 +723,7 @@ def compare_backbones(run, several, study):
     """
     run.write_args(**study.data_record({}))
     for args in several:
-        name = f"{args.backbone} {args.weights}" if args.weights else args.backbone
-        with run.child("run_" + re.sub(r"\W+", "_", name), args) as child:
+        with run.child(comparison_folder(args), args) as child:
             if not common.is_finished(child.folder, args):
                 run_study(child, args, study)
     runs = sorted(judging.list_runs(run.folder), key=lambda row: row["value"], reverse=True)
@@ -729,8 +737,9 @@ def main():
     args = parse_args(recipe=recipe)
     with common.start_run(args, fixed_shapes=True) as run:
         if not run.resumed:
+            named = " ".join(np.atleast_1d(args.backbone))
             run.say(f"note: recipe {recipe} for {len(table.images)} pictures, unless --recipe says another: --backbone "
-                    f"{' '.join(np.atleast_1d(args.backbone))} --head {args.head} --epochs {args.epochs} --select {args.select} ...")
+                    f"{named} --head {args.head} --epochs {args.epochs} --select {args.select} ...")
         several = flags_of_backbones(args)
         for own in several:  # a wrong name or file of weights stops here, before pictures are decoded
             build_backbone(own, args.head)

@@ -163,8 +163,7 @@ def test_several_frozen_backbones_are_compared_on_the_same_folds(sample, tmp_pat
              "--freeze_backbone", "--folds", 2, "--epochs", 1]
     train(sample, tmp_path, *flags)
     run = only_run(tmp_path)
-    names = sorted(path.name for path in run.glob("run_*"))
-    assert names[0] == "run_shufflenet_v2_x0_5" and names[1].endswith("_own_pth")
+    names = ["run_shufflenet_v2_x0_5", "run_shufflenet_v2_x0_5_own"]
     tables = [read_csv(run / name / "predictions_folds.csv") for name in names]
     assert [row["image"] for row in tables[0]] == [row["image"] for row in tables[1]]
     assert [row["fold"] for row in tables[0]] == [row["fold"] for row in tables[1]]
@@ -186,6 +185,8 @@ def test_several_frozen_backbones_are_compared_on_the_same_folds(sample, tmp_pat
     assert again.count("is finished") == 2 and "fold 1 of 2" not in again, "nothing is trained twice"
     assert "own.pth" in json.loads((run / names[1] / "args.json").read_text())["flags"]["weights"]
     assert "add --freeze_backbone" in train(sample, tmp_path, *flags[:3], code=2).text
+    again = train(sample, tmp_path, flags[0], flags[1], flags[1], *flags[3:], code=2).text
+    assert "would have the same name" in again
 
 
 def test_dry_run_writes_the_whole_run_folder(sample, tmp_path):
