@@ -228,9 +228,9 @@ def write_heat_maps(args, members, chosen, titles, pixels, compute):
     """Page of heat maps of pictures uint8 (B, S, S, 3), the mean over the members; chosen: which of the ratings count."""
     maps = np.mean([explain(member.model, member.settings, pixels, compute, chosen) for member in members], axis=0)
     cases = [{"image": picture, "title": title} for picture, title in zip(pixels, titles)]
-    grids, verdict = heat_maps.show(cases, pixels, maps)
-    heading = f"Places on which the prediction rests: {args.explain_rating or 'mean over the ratings'}"
-    sections = [(heading, grids), ("Command and versions", reporting.command_blocks())]
+    shown = args.explain_rating or "the mean over the ratings"
+    grids, verdict = heat_maps.show(cases, pixels, maps, shown)
+    sections = [(f"Places on which the prediction rests: {shown}", grids), ("Command and versions", reporting.command_blocks())]
     reporting.write_report(args.output.with_suffix(".html"), "Where the model looks", verdict, sections, compute.text)
     print(verdict.sentence)
 

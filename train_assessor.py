@@ -560,7 +560,7 @@ def heat_map_blocks(study, rows, files, cases, args, compute):
     maps = np.zeros((2, *pixels.shape[:3]))
     for file in set(files):
         maps[:, files == file] = explain(*load_assessor(file, compute), pixels[files == file], compute)
-    grids, verdict = heat_maps.show(cases, pixels, maps)
+    grids, verdict = heat_maps.show(cases, pixels, maps, "the mean over the ratings")
     return [reporting.html_text(verdict.sentence, verdict.level), *grids]
 
 
@@ -626,6 +626,8 @@ def limits(args):
     lines = ["Valid for pictures like these, rated by people like these; nothing else was tested."]
     if not args.group_column:
         lines.append("No --group_column: pictures of one person or session may stand on both sides of the split.")
+    if args.select == "last":
+        lines.append("The number of epochs was fixed beforehand: no validation row has chosen anything.")
     if args.head == "ridge":
         lines.append("The readout is solved anew after the last epoch: the curves show it before (points) and after "
                      "(diamond).")

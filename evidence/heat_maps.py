@@ -78,10 +78,10 @@ def rank_correlations(maps):
     return learnt.corrwith(random).fillna(0).to_numpy()
 
 
-def show(cases, pixels, maps):
+def show(cases, pixels, maps, shown):
     """Grids of each picture with its two maps (2, B, S, S), and in words what the maps are worth -> (HTML, Verdict).
 
-    cases: dict for reporting.html_cases of each picture; pixels: uint8 (B, S, S, 3).
+    cases: dict for reporting.html_cases of each picture; pixels: uint8 (B, S, S, 3); shown: text, whose maps they are.
     """
     correlations = rank_correlations(maps)
     grey = pixels.mean(-1, keepdims=True) * 0.8
@@ -98,5 +98,6 @@ def show(cases, pixels, maps):
         level, meaning = "caution", "they change in part: what was learnt does not alone decide them"
     if mean > 0.6:
         meaning = "they hardly change: they show the picture and its edges, not what was learnt"
-    return grids, verdicts.Verdict(level, "Where it looks", f"Heat maps beside the same with random weights: mean rank "
-                                   f"correlation {mean:.2f}; {meaning}.")
+    sentence = (f"Heat maps of {shown}, each beside that of the network with random weights: mean rank correlation "
+                f"{mean:.2f}; {meaning}.")
+    return grids, verdicts.Verdict(level, "Where it looks", sentence)

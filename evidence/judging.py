@@ -70,7 +70,7 @@ def rows_text(table, unit="rows"):
     """HTML: how many rows are judged, how many differ in their labels, what is resampled, how many are doubtful."""
     text = sample_sentence(splitting.effective_size(table.truth, table.groups), unit)
     if table.warning is not None:
-        text += f" {np.count_nonzero(table.warning != '')} have a word of doubt in the column warning."
+        text += f" {np.count_nonzero(table.warning != '')} have a remark in the column warning of the table of predictions."
     return reporting.html_text(text)
 
 
@@ -220,7 +220,7 @@ def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figure
         ("Learning curves", reporting.history_blocks(run)),
         ("Best and worst cases", setting.cases),
         ("Limits", [reporting.html_list(setting.limits)] if setting.limits else []),
-        ("Command and versions", reporting.command_blocks()),
+        ("Command and versions", reporting.command_blocks(run.args)),
     ]
     reporting.write_report(
         run.path("report.html"), f"{setting.title}: {run.folder.name}", reached,

@@ -104,7 +104,7 @@ class ScoreTable(Rows):
         lines = []
         for row, each in enumerate(scaled):
             r = np.nan_to_num(np.abs(each)).argmax()
-            lines.append([f"rms error {error[row]:.2f} sd", f"{self.names[r]}: true {self.target[row, r]:.2f}, "
+            lines.append([f"rms error {error[row]:.2f} sd", f"largest in {self.names[r]}: true {self.target[row, r]:.2f}, "
                           f"predicted {self.predicted[row, r]:.2f}"])
         order = np.argsort(error, kind="stable")
         return order[:np.isfinite(error).sum()], lines

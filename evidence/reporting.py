@@ -173,7 +173,10 @@ def leakage_blocks(run):
         return []
     report = common.read_json(path)
     found = splitting.found_leakage(report | {"within": {}})
-    block = html_text("The parts of the split share nothing: no group, no copy, no near-duplicate.", "good")
+    names_groups = any("groups" in pair for pair in report["between"].values())
+    groups = "no group, " if names_groups else ""
+    unchecked = "" if names_groups else " Which rows belong together was not said, so it was not checked."
+    block = html_text(f"The parts of the split share nothing: {groups}no copy, no near-duplicate.{unchecked}", "good")
     if found:
         block = _note(html_list(found), "caution")
     notes = splitting.found_leakage(report | {"between": {}})  # repeats inside a part are no leaks
@@ -191,11 +194,15 @@ def history_blocks(run):
     return blocks + [html_image(path, caption) for path in batches]
 
 
-def command_blocks():
-    """The section that repeats the run: the command with public paths, and package versions."""
+def command_blocks(args=None):
+    """The section that repeats the run: the command with public paths, all flags in force, and package versions."""
     command = shlex.join(["python", *map(public_word, sys.argv)])
     versions = [" ".join(each) for each in common.package_versions().items()]
-    return [html_code(command), html_list(versions)]
+    blocks = [html_code(command)]
+    if args:
+        flags = [f"--{name} {public_word(str(value))}" for name, value in common.flags_of(args).items()]
+        blocks += [html_text("With all flags:"), html_code(" ".join(flags))]
+    return [*blocks, html_list(versions)]
 
 
 def public_word(word):

@@ -421,7 +421,7 @@ def test_missing_and_surplus_pictures_are_listed(tmp_path, flags):
 def test_a_field_that_repeats_and_is_not_used_is_an_alarm_before_training(tmp_path, flags):
     content = {f"{k}.jpg": {"subject": k // 2, "parts": {"bell": part([5, 5, 10, 10])}} for k in range(12)}
     study = study_of(tmp_path, flags, content, names=list(content))
-    run = SimpleNamespace(path=lambda name: tmp_path / name, say=lambda text: None, args=flags())
+    run = SimpleNamespace(path=lambda name: tmp_path / name, say=lambda text: None, args=flags(), resumed=False)
     alarms = train_detector.check_split(run, study, {"train": np.arange(0, 12, 2), "val": np.arange(1, 12, 2),
                                                      "test": np.arange(0)})
     assert len(alarms) == 1 and "--group_column subject" in alarms[0]

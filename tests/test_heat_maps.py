@@ -35,7 +35,7 @@ def images():
 
 def show(maps):
     pixels = np.zeros((3, 64, 64, 3), np.uint8)
-    return heat_maps.show([{"image": picture, "title": "a picture"} for picture in pixels], pixels, maps)
+    return heat_maps.show([{"image": picture, "title": "a picture"} for picture in pixels], pixels, maps, "Valence")
 
 
 @pytest.mark.parametrize("paths", [["maps"], []], ids=["gradient", "occlusion"])

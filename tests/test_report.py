@@ -125,7 +125,10 @@ def test_leakage_is_one_line_where_nothing_leaks(tmp_path):
     clean = {"between": {"train-val": {"groups": nothing, "near_duplicates": nothing}}, "within": {}}
     common.write_json(tmp_path / "leakage_report.json", clean)
     (block,) = reporting.leakage_blocks(run)
-    assert "note good" in block and "share nothing" in block
+    assert "note good" in block and "share nothing: no group, no copy" in block
+    common.write_json(tmp_path / "leakage_report.json", {"between": {"train-val": {"near_duplicates": nothing}}, "within": {}})
+    (block,) = reporting.leakage_blocks(run)
+    assert "no group" not in block and "was not checked" in block
     clean["within"] = {"train": {"near_duplicates": copies}}
     common.write_json(tmp_path / "leakage_report.json", clean)
     block, notes = reporting.leakage_blocks(run)
