@@ -230,7 +230,9 @@ def write_heat_maps(args, members, chosen, titles, pixels, compute):
     cases = [{"image": picture, "title": title} for picture, title in zip(pixels, titles)]
     shown = args.explain_rating or "the mean over the ratings"
     grids, verdict = heat_maps.show(cases, pixels, maps, shown)
-    sections = [(f"Places on which the prediction rests: {shown}", grids), ("Command and versions", reporting.command_blocks())]
+    sections = [
+        (f"Places on which the prediction rests: {shown}", grids),
+        ("Command and versions", reporting.command_blocks())]
     reporting.write_report(args.output.with_suffix(".html"), "Where the model looks", verdict, sections, compute.text)
     print(verdict.sentence)
 

@@ -1221,7 +1221,7 @@ def plot_training(run, history, best_epoch):
 
 
 def run_folds(run, args, study):
-    """One run per fold in fold_K/, patients or blocks of time left out in turn, then the predictions pooled and judged as one."""
+    """One run per fold in fold_K/, patients or blocks of time left out in turn; their predictions are judged as one."""
     splits = make_folds(args, study)
     left_out = "val" if args.select == "last" else "test"
     folds = {f"fold_{k}": split[left_out] for k, split in enumerate(splits)}

@@ -114,7 +114,8 @@ def flagged_doubts(rows):
     if not names:
         return []
     return [f"Known without looking at the input, and as good as the model's interval allows: "
-            f"{common.shorten_list(names, 3)}. Judge the model within the levels (the section Without a pixel), and across them: --group_column"]
+            f"{common.shorten_list(names, 3)}. Judge the model within the levels (the section Without a pixel), and "
+            "across them: --group_column"]
 
 
 def confound_blocks(rows):
@@ -157,8 +158,8 @@ def prior_levels(table):
 def judged_rows(table, is_known):
     """{what a split keeps whole: (train rows, judged rows), lists with an entry a fold}.
 
-    With parts (train, val, test, or all where there is none): from the first to the last. Without: five folds that keep events whole, so that a
-    prior may know the animals and places it is judged on, and, where there are groups or videos,
+    With parts (train, val, test, or all where there is none): from the first to the last. Without: five folds that keep
+    events whole, so that a prior may know the animals and places it is judged on, and, where there are groups or videos,
     five that keep those whole.
     """
     rows = np.flatnonzero(is_known)

@@ -62,15 +62,18 @@ def finished_folds(run, chosen, numbers):
 def identical_fold_alarms(folds):
     """Sentences on folds with the same numbers to the last digit."""
     numbers = [tuple(value for name, value in fold.items() if name != "fold") for fold in folds]
+    pairs = itertools.combinations(range(len(folds)), 2)
     return [f"folds {folds[a]['fold']} and {folds[b]['fold']} have identical results: were they trained and judged on "
-            "the same rows? Compare their splits.json, and deal the rows out anew (--seed)" for a, b in itertools.combinations(range(len(folds)), 2) if numbers[a] == numbers[b]]
+            "the same rows? Compare their splits.json, and deal the rows out anew (--seed)"
+            for a, b in pairs if numbers[a] == numbers[b]]
 
 
 def rows_text(table, unit="rows"):
     """HTML: how many rows are judged, how many differ in their labels, what is resampled, how many are doubtful."""
     text = sample_sentence(splitting.effective_size(table.truth, table.groups), unit)
     if table.warning is not None:
-        text += f" {np.count_nonzero(table.warning != '')} have a remark in the column warning of the table of predictions."
+        n_doubtful = np.count_nonzero(table.warning != "")
+        text += f" Rows with a remark in the column warning of the predictions table: {n_doubtful}."
     return reporting.html_text(text)
 
 

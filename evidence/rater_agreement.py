@@ -121,8 +121,8 @@ def measure_ceiling(names, mean, sd=None, n=None, single_ratings=None):
                        r2=np.array([split_half(each) for each in ratings]),
                        icc=np.array([icc(each) for each in ratings]))
     if sd is None:
-        return Ceiling(source="not measurable: the table has means alone. Columns of the raters' sd and number (Valence_sd, "
-                              "Valence_n), or a row for every single rating, would give one")
+        return Ceiling(source="not measurable: the table has means alone. Columns of the raters' sd and number "
+                              "(Valence_sd, Valence_n), or a row for every single rating, would give one")
     if n is not None:
         return Ceiling(source="1 - mean(sd^2 / n) / var(mean)", r2=noise_ceiling(mean, sd, n))
     tables = {f"n = {raters}": noise_ceiling(mean, sd, raters) for raters in (2, 4, 6, 10, 15, 20, 30)}

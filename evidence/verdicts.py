@@ -156,7 +156,7 @@ def named_estimates(result, meanings):
 # --- criteria ----------------------------------------------------------------------------------------
 
 def parse_criteria(text, meanings):
-    """`"r2>0.15,mae_M2<3.0"` -> list of dict(name, relation, bar); meanings: of the names that there are, as spell_metrics gives.
+    """`"r2>0.15,mae_M2<3.0"` -> list of dict(name, relation, bar); meanings: of the names that there are.
 
     Raises UserError that lists every part that cannot be read, or every unknown name with the closest known one.
     """
