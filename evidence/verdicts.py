@@ -89,7 +89,7 @@ def classification_alarms(probability, label, names, threshold=None, positive=No
         alarms.append("constant output (sd of the probability under 5 % of the labels'): "
                       + f"{', '.join(itertools.compress(names, flat))}. {CONSTANT_REMEDY}")
     rounded = np.round(probability, 6)
-    unsure = rounded[rounded.max(1) < 1]  # of rows that are told apart with ease many are 0 and 1
+    unsure = rounded[rounded.max(1) < 0.999]  # rows that are told apart with ease have nearly 0 and 1
     values, repeats = np.unique(unsure, axis=0, return_counts=True)
     if repeats.max(initial=0) >= 3:
         last = 1 if positive is None else positive
