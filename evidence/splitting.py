@@ -277,7 +277,7 @@ def add_similar(run, features, split, keys):
         item = found_items(own)
         found["similar_pictures"] = item
         if own:
-            run.say(_leakage_line(place, {"similar_pictures": item}))
+            run.say(_leakage_line(f"leakage {place}", {"similar_pictures": item}))
     common.write_json(run.path("leakage_report.json"), report)
     return pairs
 
@@ -337,14 +337,15 @@ def _leakage_line(where, found):
     for what, item in found.items():
         example = f" ({item['examples'][0]})" if item["count"] else ""
         counts.append(f"{item['count']} {what.replace('_', ' ')}{example}")
-    return f"leakage {where}: {', '.join(counts)}"
+    return f"{where}: {', '.join(counts)}"
 
 
 def found_leakage(report, with_zeros=False):
     """A line per two parts that share anything (with_zeros: per any two), one per part that holds copies."""
     lines = []
     inside = {f"inside {part}": found for part, found in report["within"].items()}
-    for place, found in {**report["between"], **inside}.items():
+    between = {f"leakage {pair}": found for pair, found in report["between"].items()}
+    for place, found in {**between, **inside}.items():
         shared = {what: item for what, item in found.items() if item["count"]}
         if with_zeros and (shared or place not in inside):
             shared = found
