@@ -747,7 +747,9 @@ def build_model(args, n_outputs):
 
 
 def pixel_statistics(args):
-    """(mean, sd) of the three colours that the published weights of the flags' network expect."""
+    """(mean, sd) of the three colours: of the checkpoint, or what the published weights of the network expect."""
+    if "pixel_mean" in args:
+        return args.pixel_mean, args.pixel_sd
     name = args.backbone if args.model in FRAME_MODELS else args.model
     return backbones.pixel_statistics(name, args.weights)
 
@@ -1139,9 +1141,12 @@ def solve_head(model, study, rows, features, say):
 
 def model_metadata(args, study, objective, shift):
     """What predict needs beside the weights: architecture, names, prior shift."""
+    mean, sd = pixel_statistics(args)
     content = {
         "architecture": {
             **{name: getattr(args, name) for name in ARCHITECTURE},
+            "pixel_mean": list(mean),
+            "pixel_sd": list(sd),
             "pixel_range": study.store.pixel_range},
         "names": objective.names,
     }

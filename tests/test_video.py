@@ -4,6 +4,7 @@
 
 One run of each task and the killed ones are subprocesses; the rest calls main() in this process, which is quicker.
 """
+import argparse
 import csv
 import itertools
 import json
@@ -205,6 +206,9 @@ def test_a_solved_model_is_a_run_like_any_other(made, solved, tmp_path):
         alarms = read_json(solved / f"fold_{k}" / "metrics.json")["alarms"]
         assert not any("overfitting" in alarm for alarm in alarms), "what is solved fits its own rows always"
     content = common.read_checkpoint(solved / "fold_0" / "best_model.pth")
+    assert content["architecture"]["pixel_mean"] == list(common.IMAGENET_MEAN)
+    own = argparse.Namespace(model="motion_readout", backbone="googlenet", weights=None, pixel_mean=[0.1] * 3, pixel_sd=[0.2] * 3)
+    assert train_video.pixel_statistics(own) == ([0.1] * 3, [0.2] * 3), "predict normalises as the checkpoint says"
     assert content["architecture"]["fps"] == 4 and content["prior_shift"] == [0, 0]
     assert {row["seen"] for row in read_csv(solved / "predictions_folds.csv")} == {"new"}, "no epoch was chosen"
     assert "motion_readout_prob_tail" not in read_csv(solved / "predictions_folds.csv")[0]
