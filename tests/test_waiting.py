@@ -8,7 +8,7 @@ detector chooses proposals by their number, so in train_detector.py the network 
 """
 import contextlib
 import warnings
-from types import SimpleNamespace
+from argparse import Namespace
 
 import pytest
 import torch
@@ -96,12 +96,12 @@ class Repeated(torch.utils.data.Dataset):
 def start(device, folder, model, sample, accumulate, collate=None):
     """(Training, loader, Compute) of a network on the device and batches of four equal samples."""
     compute = common.Compute(device, "fp32", True, "")
-    args = SimpleNamespace(
+    args = Namespace(
         seed=1, epochs=9, lr=0.01, weight_decay=0.0, scheduler="none", warmup_epochs=0.0, plateau_patience=5, min_lr=0.0,
         accumulate=accumulate, clip_grad=1.0, patience=0, min_epochs=0, min_delta=0.0, dry_run=False, save_minutes=0,
         save_every=0, save_top_k=0, num_workers=0, resume=None, tensorboard=False, wandb=False, compile=False,
         optimizer="adamw", mixup=0.4, model="cnn_lstm", backbone="resnet18", weights=None)
-    run = common.Run(folder, args, compute, SimpleNamespace(received=None, armed=False))
+    run = common.Run(folder, args, compute, Namespace(received=None, armed=False))
     model = model.to(device)
     if device.type == "meta":  # it has no fused step
         optimizer = torch.optim.AdamW(model.parameters())
@@ -137,7 +137,7 @@ def video_epoch(device, folder, accumulate, mask):
               "weight": torch.tensor(1.0)}
     training, loader, compute = start(device, folder, model, sample, accumulate)
     scores = train_video.Scores.__new__(train_video.Scores)
-    scores.args = SimpleNamespace(loss="mse", consistency_weight=0.1)
+    scores.args = Namespace(loss="mse", consistency_weight=0.1)
     scores.sd, scores.target_weight, scores.total, scores.parts = (1.0, 1.0, 2.0), (1.0, 2.0, 1.0), 2, [0, 1]
     return training, lambda: train_video.train_one_epoch(model, loader, scores, training, training.args, compute)
 
@@ -149,7 +149,7 @@ def behaviour_epoch(device, folder, accumulate):
               "target": torch.tensor([0.0, 1.0]), "weight": torch.tensor(1.0)}
     training, loader, compute = start(device, folder, model, sample, accumulate)
     behaviours = train_video.Behaviours.__new__(train_video.Behaviours)
-    behaviours.args = SimpleNamespace(loss="focal", label_smoothing=0.1, focal_gamma=2.0)
+    behaviours.args = Namespace(loss="focal", label_smoothing=0.1, focal_gamma=2.0)
     behaviours.class_weight = (1.0, 2.0)
     return training, lambda: train_video.train_one_epoch(model, loader, behaviours, training, training.args, compute)
 
