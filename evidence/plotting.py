@@ -66,19 +66,20 @@ def label_inches(labels):
 
 def save_figure(figure, path):
     """Write a PNG of 64 colours: a third of the usual size, the same bytes for the same figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    drawn = io.BytesIO()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
     packed = io.BytesIO()
-    figure.savefig(drawn, format="png")
-    Image.open(drawn).convert("RGB").quantize(64).save(packed, "PNG")
+    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(64).save(packed, "PNG")
     common.write_whole(path, packed.getvalue())
 
 
 def set_title(axis, title, note=""):
-    """Title at the left in ink, a note at the right in the soft colour."""
-    axis.set_title(title, loc="left", fontsize=9, color=INK, parse_math=False)
-    axis.set_title(note, loc="right", fontsize=8, color=SOFT, parse_math=False)
+    """Title at the left in ink, a note at the right in the soft colour; y: nothing above it is looked for."""
+    axis.set_title(title, loc="left", y=1, fontsize=9, color=INK, parse_math=False)
+    axis.set_title(note, loc="right", y=1, fontsize=8, color=SOFT, parse_math=False)
 
 
 def _label_axes(axis, x, y):
