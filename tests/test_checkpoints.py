@@ -6,13 +6,10 @@ import errno
 import math
 import re
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import textwrap
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -310,31 +307,6 @@ def test_a_full_disk_under_the_log_is_one_sentence(tmp_path):
     with pytest.raises(common.CannotSave, match="no space to write .*log.txt"):
         with common.Run(tmp_path, None, common.choose_compute("cpu", "off"), None, resumed=True) as run:
             run.say("a line")
-
-
-WRITER = textwrap.dedent("""
-    import sys; sys.path.insert(0, sys.argv[2])
-    import torch, common
-    value = 0.0
-    while True:
-        value += 1
-        common.save_checkpoint(sys.argv[1], {"w": torch.full((200_000,), value)}, keep_previous=True)
-        print(value, flush=True)
-""")
-
-
-def test_kill_9_while_writing_leaves_a_whole_file(tmp_path):
-    """6 kills at random moments: the file always loads and holds one value throughout."""
-    path, root = tmp_path / "last.pth", str(Path(common.__file__).parent)
-    moments = random.Random(0)
-    for _ in range(6):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path), root], stdout=subprocess.PIPE)
-        process.stdout.readline()  # it writes without a pause from here on
-        time.sleep(moments.uniform(0.005, 0.2))
-        process.kill()
-        process.wait()
-        weights = common.read_checkpoint(path)["w"]
-        assert (weights == weights[0]).all()
 
 
 def test_other_scripts_and_other_shapes(tmp_path):

@@ -75,7 +75,7 @@ def read_off(slices, tmp_path_factory):
 @pytest.fixture(scope="module")
 def folds(slices, tmp_path_factory):
     folder = tmp_path_factory.mktemp("folds")
-    train(slices, folder, "--folds", 3, "--epochs", 2)
+    train(slices, folder, "--folds", 3, "--epochs", 1)
     return only_run(folder)
 
 
@@ -648,8 +648,8 @@ def test_one_batch_can_be_overfitted():
     model = train_dreamer.build_model(args, UNIT, "se3_left")
     loss_function = train_dreamer.DreamLoss(args, UNIT, "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-    frames = 255 * torch.randint(0, 2, (8, 1, 32, 32), dtype=torch.uint8)
-    motion, at1 = torch.randn(8, 6), torch.randn(8, 6) * 3
+    frames = 255 * torch.randint(0, 2, (4, 1, 32, 32), dtype=torch.uint8)
+    motion, at1 = torch.randn(4, 6), torch.randn(4, 6) * 3
     poses = {"at1": at1, "at2": probe_poses.CONVENTIONS["se3_left"].at2(at1, motion)}
     poses["at1"][0, 1] = torch.nan
     for _ in range(100):

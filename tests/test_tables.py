@@ -542,6 +542,7 @@ def test_fingerprint_knows_order_type_and_borders():
     assert common.data_fingerprint(items) == common.data_fingerprint(list(items))
 
 
+@pytest.mark.long
 @needs_omi
 def test_omi_files_agree_with_each_other(tmp_path):
     fourteen = rating_tables.read_ratings(OMI / "ratings_14.csv")
