@@ -99,7 +99,7 @@ def write_runs_page(run, parent, listed, most_compared):
     for script in dict.fromkeys(row["script"] for row in listed):
         own = [row for row in listed if row["script"] == script]
         folders = [parent / row["folder"] for row in own]
-        found = [{column: value for column, value in row.items() if column != "script"} for row in own]
+        found = [{"folder": row["folder"]} | {name: row[name] for name in row if name != "script"} for row in own]
         tables = [reporting.html_table(found)]
         if len(own) > 1:
             tables.append(reporting.html_table(flags_that_differ(folders), caption="Flags that differ"))
