@@ -23,6 +23,7 @@ if IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > 16 << 30:  # check
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))
 
 
+SLOW_FILES = "test_video test_dreamer test_assessor test_readme test_detector test_seen test_resume test_shell".split()
 SESSION_FOLDER = "session"  # made once, for all modules
 FORK_SERVERS = []  # at most one
 FAULTS = {}  # group of the fault table -> (cases that held, cases that were to be run)
@@ -31,6 +32,14 @@ FAULTS = {}  # group of the fault table -> (cases that held, cases that were to 
 def pytest_addoption(parser):
     parser.addoption("--all_cases", action="store_true", help="all cases of the torture groups, not the short part")
     parser.addoption("--fault_table", metavar="FILE", help="append the lines fault, cases and result (Markdown)")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that the two workers of tests/run.sh end together."""
+    def place(item):
+        name = item.path.stem
+        return SLOW_FILES.index(name) if name in SLOW_FILES else len(SLOW_FILES)
+    items.sort(key=place)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -135,19 +144,25 @@ def script_command(script, *flags):
     return [sys.executable, str(ROOT / script), *map(str, flags)]
 
 
+def fork_server():
+    """The server that runs are forked from; started at the first call."""
+    from torture import forkserver
+    if not FORK_SERVERS:
+        FORK_SERVERS.append(forkserver.ForkServer())
+    return FORK_SERVERS[0]
+
+
 def run_script(script, *flags, code=0, env=None, folder=None):
     """Run a script to its end; the exit code must be as expected. Returns stdout, stderr and both together as text.
 
-    The run is forked from a server, which is started at the first call, so that it does not pay for its imports.
+    The run is forked from fork_server(), so that it does not pay for its imports.
     """
     from torture import forkserver
     if Path(script).stem not in forkserver.SCRIPTS:
         return run_fresh(script, *flags, code=code, env=env, folder=folder)
-    if not FORK_SERVERS:
-        FORK_SERVERS.append(forkserver.ForkServer())
     with tempfile.TemporaryDirectory() as kept:
         out, err = Path(kept, "out"), Path(kept, "err")
-        found = FORK_SERVERS[0].start(script, flags, out, env, err, folder).finish(600)
+        found = fork_server().start(script, flags, out, env, err, folder).finish(600)
         stdout, stderr = (file.read_text(errors="replace") for file in (out, err))
     assert found == code, f"exit code {found}, expected {code}:\n{(stdout + stderr)[-3000:]}"
     return SimpleNamespace(stdout=stdout, stderr=stderr, text=stdout + stderr)
@@ -183,9 +198,9 @@ def run_here(script, *flags, code=0):
 
 
 def small_run(sample, output_dir, *flags):
-    """Flags of a training run that takes seconds: a small network, small pictures, random weights."""
+    """Flags of a training run that takes seconds: a small network, small pictures, random weights, two of the ratings."""
     text = ("--backbone shufflenet_v2_x0_5 --no_pretrained --image_size 32 --epochs 3 --batch_size 8 --num_workers 0 "
-            "--group_column subject")
+            "--group_column subject --target_columns Valence_mean Anger_mean")
     data = ["--images_dir", sample.images, "--ratings_file", sample.ratings, "--output_dir", output_dir]
     return [*data, *text.split(), *flags]
 

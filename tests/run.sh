@@ -27,8 +27,9 @@ else
     echo "tests marked 'long' and most cases of the fault table are left out; tests/run.sh --all runs them"
 fi
 failed=0
-# two at a time; those of tests/torture use both cores by themselves
-OMP_NUM_THREADS=1 "${pytest[@]}" --numprocesses 2 --dist loadfile --ignore tests/torture "$@" || failed=$?
+# two at a time, in the order of tests/conftest.py; those of tests/torture use both cores by themselves
+OMP_NUM_THREADS=1 "${pytest[@]}" --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/torture "$@" ||
+    failed=$?
 "${pytest[@]}" tests/torture "$@" || failed=$?
 "$slurm" ${FAULT_TABLE:+--fault_table "$FAULT_TABLE"} || failed=$?
 exit "$failed"

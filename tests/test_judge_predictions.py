@@ -12,7 +12,7 @@ import pytest
 from sklearn.metrics import r2_score, roc_auc_score
 
 import common
-from conftest import only_run, run_here, run_script
+from conftest import only_run, run_here, run_script, small_run
 from evidence import prediction_tables, table_judging
 
 
@@ -136,9 +136,7 @@ def test_mistakes_are_one_line(tmp_path):
 
 def test_a_run_judges_itself_and_is_judged_alike(sample, tmp_path):
     """The predictions of a trained model give the same numbers in the run folder and by judge_predictions.py."""
-    run_script("train_assessor.py", "--images_dir", sample.images, "--ratings_file", sample.ratings, "--backbone",
-               "resnet18", "--no_pretrained", "--image_size", 32, "--epochs", 1, "--batch_size", 8, "--num_workers", 0,
-               "--group_column", "subject", "--output_dir", tmp_path / "run")
+    run_script("train_assessor.py", *small_run(sample, tmp_path / "run", "--epochs", 1))
     trained = only_run(tmp_path / "run")
     again = judge(tmp_path, "--predictions", trained / "predictions_val.csv")
     first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (trained, again))
