@@ -5,18 +5,16 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
 import torch
 
 import common
-from conftest import only_run, run_script, script_command, small_run
-
-SETTINGS = {"workers 0": ["--num_workers", 0], "workers 2": ["--num_workers", 2]}
+from conftest import fork_server, only_run, run_here, run_script, small_run
 
 
 def fingerprint(folder):
@@ -65,8 +63,7 @@ def undisturbed(whole):
 def stopped(sample, tmp_path_factory):
     """The folder of a run that a signal has stopped."""
     folder = tmp_path_factory.mktemp("stopped")
-    command = script_command("train_assessor.py", *flags(sample, folder))
-    assert start_and_signal(command, signal.SIGTERM, 0) == 75
+    assert start_and_signal(flags(sample, folder), folder / "said", signal.SIGTERM, 0) == 75
     return only_run(folder)
 
 
@@ -74,31 +71,26 @@ def copy_of(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / folder.name)
 
 
-@pytest.mark.parametrize("workers", SETTINGS)
-def test_any_number_of_workers_gives_the_same_bits(sample, tmp_path, undisturbed, workers):
-    run_script("train_assessor.py", *flags(sample, tmp_path, *SETTINGS[workers]))
+def test_any_number_of_workers_gives_the_same_bits(sample, tmp_path, undisturbed):
+    run_script("train_assessor.py", *flags(sample, tmp_path, "--num_workers", 2))
     assert fingerprint(only_run(tmp_path)) == undisturbed
 
 
-def start_and_signal(command, signal_number, wait, group=False):
-    """Start the script, wait until it trains and `wait` seconds longer, then signal it; returns its exit code."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    for line in process.stdout:
-        if line.startswith("epoch ") or line.startswith("continuing"):
-            break
+def start_and_signal(flags, log, signal_number, wait):
+    """Start the script, wait until it trains and `wait` seconds longer, then signal its group; returns its exit code."""
+    trial = fork_server().start("train_assessor.py", flags, log)
+    while not re.search("^epoch ", trial.text(), re.MULTILINE):
+        assert trial.wait(0) is None, trial.text()
+        time.sleep(0.01)
     time.sleep(wait)
-    if process.poll() is None:
-        os.killpg(process.pid, signal_number) if group else process.send_signal(signal_number)
-    process.stdout.read()
-    return process.wait(120)
+    trial.signal(signal_number)
+    return trial.finish(120)
 
 
 def test_a_signal_saves_and_the_run_can_be_named(sample, tmp_path, undisturbed):
     """The whole process group is signalled, loader workers too, as a scheduler does."""
-    command = script_command("train_assessor.py", *flags(sample, tmp_path, "--num_workers", 2))
-    assert start_and_signal(command, signal.SIGUSR2, 0.2, group=True) == 75
+    command = flags(sample, tmp_path, "--num_workers", 2)
+    assert start_and_signal(command, tmp_path / "said", signal.SIGUSR2, 0.1) == 75
     folder = only_run(tmp_path)
     saved = common.read_checkpoint(folder / "last.pth")
     assert saved["progress"]["done"] is False
@@ -109,12 +101,14 @@ def test_a_signal_saves_and_the_run_can_be_named(sample, tmp_path, undisturbed):
 
 def test_a_reader_that_leaves_does_not_end_the_run(sample, tmp_path, undisturbed):
     """python train_assessor.py ... | head -1"""
-    process = subprocess.Popen(script_command("train_assessor.py", *flags(sample, tmp_path)),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline().startswith("run folder: ")
-    process.stdout.close()
-    said = process.stderr.read()
-    assert process.wait(300) == 0, said
+    os.mkfifo(tmp_path / "pipe")
+    trial = fork_server().start("train_assessor.py", flags(sample, tmp_path), tmp_path / "pipe",
+                                errors=tmp_path / "errors")
+    with open(tmp_path / "pipe") as pipe:
+        assert pipe.readline().startswith("run folder: ")
+    code = trial.wait(300)
+    said = (tmp_path / "errors").read_text()
+    assert code == 0, said
     assert "Error" not in said and fingerprint(only_run(tmp_path)) == undisturbed
     assert "open next" in (only_run(tmp_path) / "log.txt").read_text()
 
@@ -127,7 +121,7 @@ def test_resume_from_an_older_checkpoint(whole, tmp_path, undisturbed):
 
 
 def test_a_finished_run_says_so(whole):
-    assert "is finished" in run_script("train_assessor.py", "--resume", whole).text
+    assert "is finished" in run_here("train_assessor.py", "--resume", whole).text
     assert len(list(whole.parent.glob("run_*"))) == 1
 
 
@@ -137,7 +131,7 @@ def test_a_finished_run_keeps_what_more_epochs_need(whole, sample, tmp_path):
     run_script("train_assessor.py", *small_run(sample, tmp_path / "a", "--epochs", 2))
     folder = only_run(tmp_path / "a")
     assert not list(folder.glob("last.pth*")) and (folder / "best_model.pth").exists()
-    text = run_script("train_assessor.py", "--resume", folder, "--epochs", 3, "--scheduler", "none", code=2).stderr
+    text = run_here("train_assessor.py", "--resume", folder, "--epochs", 3, "--scheduler", "none", code=2).stderr
     assert "--init_from" in text and "made for 2 epochs" in text and (folder / "metrics.json").exists()
     run_script("train_assessor.py", *small_run(sample, tmp_path / "b", "--epochs", 2, "--keep_last"))
     assert len(list(only_run(tmp_path / "b").glob("last.pth*"))) == 2
@@ -152,7 +146,7 @@ def test_a_finished_run_goes_on_for_more_epochs(sample, tmp_path, undisturbed):
     record = common.read_json(folder / "args.json")
     assert record["flags"]["epochs"] == 3
     common.write_json(folder / "args.json", record | {"flags": record["flags"] | {"scheduler": "cosine"}})
-    text = run_script("train_assessor.py", "--resume", folder, "--epochs", 4, code=2).stderr
+    text = run_here("train_assessor.py", "--resume", folder, "--epochs", 4, code=2).stderr
     assert "--init_from" in text and "made for 3 epochs" in text
 
 
@@ -167,13 +161,13 @@ def test_damaged_checkpoints(stopped, tmp_path):
     (folder / "metrics.json").unlink()
     for path in (last, previous):
         path.write_bytes(b"nothing")
-    text = run_script("train_assessor.py", "--resume", folder, code=3).stderr
+    text = run_here("train_assessor.py", "--resume", folder, code=3).stderr
     assert text.startswith("error: ") and "no usable checkpoint" in text
 
 
 def test_other_flags_are_refused_with_both_values(stopped):
     split = (stopped / "splits.json").read_bytes()
-    text = run_script("train_assessor.py", "--resume", stopped, "--lr", "0.5", "--seed", "7", code=2).stderr
+    text = run_here("train_assessor.py", "--resume", stopped, "--lr", "0.5", "--seed", "7", code=2).stderr
     for word in ("--lr", "0.0001", "0.5", "--seed", "42", "7"):
         assert word in text
     assert (stopped / "last.pth").exists() and (stopped / "splits.json").read_bytes() == split
@@ -183,13 +177,13 @@ def test_other_data_are_refused(sample, stopped, tmp_path):
     changed = tmp_path / "changed.csv"
     lines = sample.ratings.read_text().splitlines()
     changed.write_text("\n".join(lines[:-1]) + "\n")
-    text = run_script("train_assessor.py", "--resume", stopped, "--ratings_file", changed, code=2).stderr
+    text = run_here("train_assessor.py", "--resume", stopped, "--ratings_file", changed, code=2).stderr
     assert "fingerprint" in text
 
 
 def test_resume_of_something_else(stopped, tmp_path):
-    assert "no run folder" in run_script("train_assessor.py", "--resume", tmp_path / "none", code=2).stderr
+    assert "no run folder" in run_here("train_assessor.py", "--resume", tmp_path / "none", code=2).stderr
     folder = copy_of(stopped, tmp_path)
     record = json.loads((folder / "args.json").read_text())
     (folder / "args.json").write_text(json.dumps({**record, "script": "train_video.py"}))
-    assert "train_video.py" in run_script("train_assessor.py", "--resume", folder, code=2).stderr
+    assert "train_video.py" in run_here("train_assessor.py", "--resume", folder, code=2).stderr
