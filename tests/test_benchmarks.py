@@ -85,16 +85,17 @@ def test_plain_training_applies_the_same_draws_step_by_step(monkeypatch, preset)
     assert not common.choose_compute("cpu", "off").channels_last
 
 
-def test_the_summary_is_a_table_and_a_picture(report, tmp_path):
+def test_the_summary_is_a_table_and_a_picture(report, tmp_path, monkeypatch, capsys):
     file = tmp_path / "speed.jsonl"
     result = {"task": "made", "metric": "val_r2", "values": {"fast": [0.5, 0.6], "plain": [0.5, 0.7]}, "agree": "yes",
               "difference": -0.05, "sd_of_differences": 0.07, "spread": 0.1, "seconds": {"fast": 1.0, "plain": 3.0}}
     file.write_text("".join(f"{json.dumps(line)}\n" for line in (report, {"part": "images", "rows": ROWS}, result)))
-    done = subprocess.run([sys.executable, summary.__file__, file], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "3.00 s, 4.0 pictures/s | 1.50 (0.75 to 2.00) | 2.00 (1.50 to 3.00) |  |  |  | 2.00 |" in done.stdout
-    assert "| 400 | ram | 5.00 | 1.00 |" in done.stdout and "| made | val_r2 | 0.500 0.600 |" in done.stdout
-    assert (tmp_path / "speed.md").read_text().strip() in done.stdout
+    monkeypatch.setattr(sys, "argv", ["summary.py", str(file)])
+    summary.main()
+    printed = capsys.readouterr().out
+    assert "3.00 s, 4.0 pictures/s | 1.50 (0.75 to 2.00) | 2.00 (1.50 to 3.00) |  |  |  | 2.00 |" in printed
+    assert "| 400 | ram | 5.00 | 1.00 |" in printed and "| made | val_r2 | 0.500 0.600 |" in printed
+    assert (tmp_path / "speed.md").read_text().strip() in printed
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 

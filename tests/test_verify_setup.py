@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_verify_setup.py
 """
+import importlib
 import os
 import subprocess
 import sys
@@ -87,12 +88,14 @@ def test_old_torch_fails_before_anything_is_imported(tmp_path):
     assert "imported" not in result.stderr
 
 
-def test_cv2_without_system_libraries_names_the_remedy(tmp_path):
+def test_cv2_without_system_libraries_names_the_remedy(tmp_path, monkeypatch, capsys):
     (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
-    result = verify(cwd=tmp_path, python_path=tmp_path)
-    assert result.returncode == 1, result.stdout
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cv2", raising=False)
+    assert verify_setup.main([]) == 1
+    printed = capsys.readouterr().out
     for words in ("FAIL  import cv2", "libGL.so.1", "libgl1 libglib2.0-0", "opencv-python-headless"):
-        assert words in result.stdout, f"{words} not in {result.stdout}"
+        assert words in printed, f"{words} not in {printed}"
 
 
 def test_installation_is_complete_here():
@@ -350,8 +353,34 @@ def test_output_is_ascii_with_the_remedy_under_it(capsys):
     assert first.startswith("WARN  data") and first.isascii() and second.strip() == "-> do this"
 
 
+def test_the_whole_table_of_one_task_on_few_made_data(tmp_path, capsys, monkeypatch):
+    """No data here: sample data are made, and the dry run of the train script succeeds."""
+    def make_few(script, *flags, folder=None):
+        few = ["--n_samples", 48] if script == "make_sample_data.py" else []
+        return run_script(script, *flags, *few, folder=folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(verify_setup, "run_script", make_few)
+    code = verify_setup.main(["--full", "--task", "dreamer"])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    for words in ("weights not cached", "OK    data ", "48 transitions", "OK    dry run dreamer"):
+        assert words in printed, printed
+    assert list(tmp_path.iterdir()) == [], "something was written where it was called"
+
+
+@pytest.mark.parametrize("task", verify_setup.TASKS)
+def test_flags_of_audits_and_dry_runs_are_known_to_the_train_scripts(task, monkeypatch):
+    parse = importlib.import_module(f"train_{task}").parse_args
+    monkeypatch.chdir(REPO)
+    parse(["--dry_run", "--no_pretrained", *verify_setup.DRY_RUN_FLAGS[task].split()])
+    if task in verify_setup.AUDIT_FLAGS:
+        parse(["--mode", "audit", *verify_setup.AUDIT_FLAGS[task].split()])
+
+
+@pytest.mark.long
 def test_the_whole_table_on_made_data(tmp_path):
-    """No data here: sample data are made, and the dry runs of all train scripts succeed."""
+    """All tasks, by processes of their own, as a user starts it."""
     result = verify("--full", cwd=tmp_path, TORCH_HOME=str(tmp_path / "cache"))
     assert result.returncode == 0, result.stdout + result.stderr
     assert all(f"OK    dry run {task}" in result.stdout for task in verify_setup.TASKS), result.stdout
