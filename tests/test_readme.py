@@ -1,7 +1,11 @@
 """Every command of the README and of docs/ runs as it is written, in a folder that holds ./images and ./ratings.
 
+Of the commands that train with one configuration the first runs, the others only by tests/run.sh --all; the flags of
+all of them are read.
+
     python -m pytest tests/test_readme.py
 """
+import importlib
 import re
 import shlex
 import shutil
@@ -32,16 +36,22 @@ ELSEWHERE = {
     "python tests/benchmarks": "takes minutes",
     "python tests/breaks.py": "takes minutes",
     "python verify_setup.py": "run by test_verify_setup.py",
+    "python predict_assessor.py --checkpoint outputs/run_YYYYMMDD_HHMMSS --image_dir ./images --export": "run by "
+    "test_assessor.py",
     "python train_dreamer.py --config configs/dreamer_production.yaml": "the production size wants a GPU",
 }
-SMALL = {  # added to the commands that train, so that each takes seconds
+SMALL = {  # added to the commands that train or make data, so that each takes seconds
+    "make_sample_data.py": ["--n_samples", "40"],
     "train_assessor.py": [
-        "--backbone", "resnet18", "--no_pretrained", "--image_size", "64", "--dry_run", "--folds", "0",
+        "--backbone", "shufflenet_v2_x0_5", "--no_pretrained", "--image_size", "64", "--dry_run", "--folds", "0",
+        "--target_columns", "Valence_mean", "Anger_mean",
     ],
     "train_video.py": [
         "--no_pretrained", "--image_size", "32", "--n_frames", "4", "--num_workers", "0", "--dry_run", "--folds", "0",
     ],
-    "train_detector.py": ["--no_pretrained", "--min_size", "64", "--max_size", "96", "--num_workers", "0", "--dry_run"],
+    "train_detector.py": [
+        "--no_pretrained", "--min_size", "64", "--max_size", "96", "--num_workers", "0", "--dry_run",
+    ],
     "train_dreamer.py": [
         "--no_pretrained", "--image_size", "32", "--n_layers", "1", "--num_workers", "0", "--dry_run", "--folds", "0",
     ],
@@ -67,7 +77,9 @@ def run_command(folder, command):
     program, *words = shlex.split(command)
     launcher = {"python": [], "torchrun": ["-m", "torch.distributed.run", *words[:2]]}[program]
     script, *flags = words[2:] if launcher else words
-    if script in SMALL and "--mode" not in flags:
+    if script == "make_sample_data.py" and "video" not in flags:  # a command names a folder of the last day
+        flags += SMALL[script]
+    elif script in SMALL and "--mode" not in flags:
         flags += [*SMALL[script], "--output_dir", f"outputs/{script}"]
     else:
         flags = [flag.replace("outputs/run_YYYYMMDD_HHMMSS", newest_run(folder, script)) for flag in flags]
@@ -99,12 +111,40 @@ def test_the_pages_have_commands():
     assert len(COMMANDS) >= 8 and any(command.startswith("python predict_assessor.py") for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def training_of(command):
+    """(script, configuration) of a command that trains, and its flags; None of others."""
+    found = re.match(r"(?:python|torchrun --nproc_per_node 2) (train_\w+)\.py (.*)", command)
+    if not found or "--mode" in command or "production" in command:
+        return None
+    script, flags = found[1], shlex.split(found[2])
+    config = flags[flags.index("--config") + 1] if "--config" in flags else None
+    return (script, config), flags
+
+
+def repeats_a_training(k):
+    """Whether a command before number k trains with the same script and configuration."""
+    trainings = [training_of(command) for command in COMMANDS[:k + 1]]
+    known = [training[0] for training in trainings[:-1] if training]
+    return trainings[-1] is not None and trainings[-1][0] in known
+
+
+@pytest.mark.parametrize("command", [
+    pytest.param(command, marks=pytest.mark.long if repeats_a_training(k) else ())
+    for k, command in enumerate(COMMANDS)])
 def test_command(folder, command):
     for start, reason in ELSEWHERE.items():
         if command.startswith(start):
             pytest.skip(f"{command}: {reason}")
     run_command(folder, command)
+
+
+@pytest.mark.parametrize("command", filter(training_of, COMMANDS))
+def test_flags_of_all_that_train_are_read(monkeypatch, command):
+    """Those too whose run repeats another's: as they are written, without SMALL."""
+    monkeypatch.chdir(ROOT)
+    (script, config), flags = training_of(command)
+    args = importlib.import_module(script).parse_args(flags)
+    assert args.given and (config is None or config in str(args.config))
 
 
 def test_every_flag_named_in_the_pages_exists():

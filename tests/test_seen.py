@@ -158,8 +158,8 @@ def test_weights_of_an_older_version_are_said_once(sample, tmp_path):
     assert text.count("note: the weights to start from are of an older version") == 1
     metrics = read_json(only_run(tmp_path / "second") / "metrics.json")
     assert metrics["held_out"] is None and "not known" in metrics["verdict"]
-    text = run_script("predict_assessor.py", "--checkpoint", path, "--image_dir", sample.images, "--output",
-                      tmp_path / "p.csv").text
+    text = run_here("predict_assessor.py", "--checkpoint", path, "--image_dir", sample.images, "--output",
+                    tmp_path / "p.csv").text
     assert text.count("may have been seen") == 1 and seen_in(tmp_path / "p.csv") == {"not known"}
 
 
