@@ -23,7 +23,7 @@ from sklearn.metrics import (accuracy_score, average_precision_score, brier_scor
 
 import common
 from evidence import calibrating, event_splits, prediction_tables
-from readers import backbones, video_files
+from readers import video_files
 import train_video
 from conftest import ROOT, only_run, run_here, run_fresh, run_script
 from planted_leaks import PLANTED, plant_leaks
