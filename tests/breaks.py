@@ -50,7 +50,7 @@ BREAKS = [
     Break(name="loader workers are not guarded from signals", file="common.py",  # one TERM may be lucky, five are not
           code="worker_init_fn=_guard_worker,",
           replaced_by="",
-          tests="tests/torture/test_signals.py --all_cases -k assessor.py-2"),
+          tests="tests/torture/test_signals.py --all_cases -m long -k assessor.py-2"),
     Break(name="an evaluation is padded to equal shares", file="common.py",
           code="self.n_samples * (self.rank + 1) // self.size",
           replaced_by="self.n_samples * self.rank // self.size + -(-self.n_samples // self.size)",

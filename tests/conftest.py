@@ -215,11 +215,15 @@ def only_run(output_dir):
 # --- for tests/torture ---------------------------------------------------------------------
 
 SCRIPTS = ["train_assessor.py", "train_video.py", "train_detector.py", "train_dreamer.py"]
+# half of them are for --all
+SCRIPTS_AND_WORKERS = [
+    pytest.param(script, workers, marks=pytest.mark.long if (k + workers // 2) % 2 else ())
+    for k, script in enumerate(SCRIPTS) for workers in (0, 2)]
 # with what makes a resume hard: draws in the loader and in the step, schedules, groups of batches, momentum
 ASSESSOR = "--scheduler plateau --accumulate 2 --save_every 2 --keep_last".split()
-VIDEO = ("--model cnn_lstm --hidden 16 --no_pretrained --image_size 32 --n_frames 4 --fps 4 --epochs 3 --batch_size 8 "
+VIDEO = ("--model cnn_lstm --backbone shufflenet_v2_x0_5 --hidden 16 --no_pretrained --image_size 32 --n_frames 4 --fps 4 --epochs 3 --batch_size 8 "
          "--num_workers 0 --augment heavy --mixup 0.3 --jitter_sec 0.3 --balance sampler --keep_last").split()
-DETECTOR = ("--model fasterrcnn_resnet18_fpn --no_pretrained --min_size 48 --max_size 64 --epochs 3 --batch_size 4 "
+DETECTOR = ("--model fasterrcnn_resnet18_fpn --no_pretrained --min_size 48 --max_size 64 --epochs 3 --batch_size 2 "
             "--num_workers 0 --bootstrap_draws 20 --visualize 1 --optimizer sgd --keep_last").split()
 DREAMER = ("--encoder resnet18 --no_pretrained --image_size 32 --token_type spatial --d_model 32 --n_layers 1 "
            "--n_heads 2 --feedforward 32 --epochs 3 --batch_size 8 --num_workers 0 --optimizer sgd --augment full "
@@ -233,7 +237,7 @@ def tiny_flags(sample, tmp_path_factory):
     for task, n in (("video", 40), ("detector", 30), ("dreamer", 48)):
         run_script("make_sample_data.py", "--task", task, "--output_dir", made, "--n_samples", n)
     manifests, parts = made / "video" / "manifests", made / "detector"
-    for part, n in (("train", 8), ("val", 4)):  # its heads take a second a batch
+    for part, n in (("train", 4), ("val", 2)):  # its heads take a second a batch
         content = json.loads((parts / f"{part}_coco.json").read_text())
         content["images"] = content["images"][:n]
         kept = {image["id"] for image in content["images"]}
@@ -266,10 +270,9 @@ def quick_folder(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def servers():
-    """Two fork servers, for two runs side by side."""
+def server(cases):
+    """A fork server other than that of run_script, so with another hash seed: it repeats what that one has run."""
     from torture.forkserver import ForkServer
-    both = [ForkServer(), ForkServer()]
-    yield both
-    for server in both:
-        server.close()
+    own = ForkServer({} if cases.all_cases else {"BLANK_PLOTS": "1"})
+    yield own
+    own.close()

@@ -1,7 +1,7 @@
 """Runs of the train scripts without the seconds that imports take: a server imports everything once and forks per run.
 
-Started as a program it is the server: a JSON line a request on its input, one a response on its output. A run is a
-process group of its own, with the signals, exit code and interpreter exit of `python train_x.py`; it differs in that
+Started as a program it is the server: a JSON line a request on its input, one a response on its output. Where BLANK_PLOTS
+is set, its runs save plots that are blank, which is a third of a short run's time. A run is a process group of its own, with the signals, exit code and interpreter exit of `python train_x.py`; it differs in that
 the modules are loaded and that runs of one server share a hash seed, so references come from fresh interpreters.
 """
 import gc
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("judge_predictions", "make_sample_data", "predict_assessor", "train_assessor", "train_video",
-           "train_detector", "train_dreamer")
+           "train_detector", "train_dreamer", "rank_worker")
 HEAVY = ("cv2", "pandas", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image", "torchvision.models",
          "torchvision.models.detection", "pycocotools.cocoeval", "tqdm", "yaml")
 
@@ -25,9 +25,9 @@ HEAVY = ("cv2", "pandas", "matplotlib.backends.backend_agg", "matplotlib.figure"
 class ForkServer:
     """The tests' side. start() gives a Trial; close() ends the server."""
 
-    def __init__(self):
+    def __init__(self, env=None):
         self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                                         text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
         assert self._ask({"do": "hello"}) == "ready"
 
     def _ask(self, request):
@@ -62,6 +62,11 @@ class Trial:
             if code is not None or time.monotonic() > end:
                 return code
             time.sleep(0.005)
+
+    def wait_for(self, text):
+        """Return once the run has printed that; AssertionError where it ends before."""
+        while text not in self.text():
+            assert self.wait(0.01) is None or text in self.text(), self.text()[-2000:]
 
     def finish(self, seconds=600):
         """Exit code at the end of the run; AssertionError with the end of its log where it hangs."""
@@ -131,14 +136,24 @@ def become(request):
     if "ADDRESS_SPACE_LEFT" in os.environ:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + int(os.environ["ADDRESS_SPACE_LEFT"]),) * 2)
+    if "CPU_SECONDS" in os.environ:
+        resource.setrlimit(resource.RLIMIT_CPU, (int(os.environ["CPU_SECONDS"]),) * 2)
     import common
     common.run_main(sys.modules[Path(sys.argv[0]).stem].main)
+
+
+def save_blank(_, target, format=None):
+    """Figure.savefig without drawing."""
+    from PIL import Image
+    Image.new("RGB", (64, 64)).save(target, format)
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     for name in (*HEAVY, *SCRIPTS):
         importlib.import_module(name)
+    if "BLANK_PLOTS" in os.environ:
+        sys.modules["matplotlib.figure"].Figure.savefig = save_blank
     gc.freeze()  # what is loaded is not searched for garbage again at the exit of every run
     asked = serve()
     if asked is None:

@@ -1,8 +1,6 @@
 """One process of a group that trains a small network in float64 through common.Training, for test_ranks.py.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 python tests/torture/rank_worker.py CASES.json
-
-CASES.json holds a list of cases: folder, n (samples), batch_size, accumulate, and what is to go wrong: `stop` (a signal
+It is forked from a server, with RANK and the like in its environment and the file of its cases as its argument. CASES.json holds a list of cases: folder, n (samples), batch_size, accumulate, and what is to go wrong: `stop` (a signal
 reaches the last process alone in this step) or `bad` (the sample whose loss is not a number). The first process writes
 outcome.json with the exit or error, the history and the evaluation, beside the run folder's own files.
 """
@@ -14,8 +12,7 @@ from types import SimpleNamespace
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import common  # noqa: E402
+import common
 
 FLAGS = dict(seed=1, epochs=2, lr=0.01, weight_decay=0.01, optimizer="adamw", scheduler="cosine", warmup_epochs=0.5,
              plateau_patience=5, min_lr=0.0, clip_grad=1.0, patience=0, min_epochs=0, min_delta=0.0, dry_run=False,
@@ -38,9 +35,6 @@ class Samples(torch.utils.data.Dataset):
         target = torch.tensor([float("nan") if index == self.bad else index / self.n], dtype=torch.float64)
         pixels = torch.randn(3, 4, 4, generator=generator, dtype=torch.float64)
         return {"x": pixels, "target": target, "name": str(index)}
-
-
-common.BUCKET_BYTES = 100  # several messages a step, although the network is small
 
 
 def build_model():
@@ -79,6 +73,8 @@ def run_case(case, processes):
 
 
 def main():
+    """All cases, one after the other."""
+    common.BUCKET_BYTES = 100  # several messages a step, although the network is small
     processes = common.launched_processes()
     processes.join(torch.device("cpu"))
     for case in json.loads(Path(sys.argv[1]).read_text()):
@@ -90,8 +86,3 @@ def main():
         if processes.is_first:
             outcome["of_others"] = [{name: other.get(name) for name in ("error", "kind")} for other in outcomes[1:]]
             (Path(case["folder"]) / "outcome.json").write_text(json.dumps(outcome))
-    common.leave_processes()
-
-
-if __name__ == "__main__":
-    main()

@@ -34,7 +34,7 @@ class Import:
 
 
 def zip_bomb(path, _):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         with archive.open("x/data.pkl", "w", force_zip64=True) as entry:
             for _ in range(2048):
                 entry.write(bytes(1 << 20))
@@ -105,36 +105,37 @@ HOSTILE = {
 
 
 @pytest.fixture(scope="module")
-def good(servers, tiny_flags, tmp_path_factory):
+def good(server, tiny_flags, tmp_path_factory):
     """best_model.pth of a trained run."""
     folder = tmp_path_factory.mktemp("good")
     flags = [*tiny_flags["train_assessor.py"], "--epochs", 1, "--output_dir", folder / "out"]
-    trial = servers[0].start("train_assessor.py", flags, folder / "log")
+    trial = server.start("train_assessor.py", flags, folder / "log")
     assert trial.finish() == 0, trial.text()
     return only_run(folder / "out") / "best_model.pth"
 
 
-def predict(servers, sample, checkpoint, folder):
-    """Exit code and output of a prediction that may take 1 GB more than it has after its imports."""
+def predict(server, sample, checkpoint, folder):
+    """Exit code and output of a prediction that may take 60 CPU seconds, and 1 GB more than it has after its imports.
+    """
     flags = ["--checkpoint", checkpoint, "--image_dir", sample.images, "--output", folder / "predictions.csv",
              "--num_workers", 0]
-    trial = servers[0].start("predict_assessor.py", flags, folder / "log",
-                             env={"BOMB": str(folder / "executed"), "ADDRESS_SPACE_LEFT": str(GIB)})
-    return trial.finish(60), trial.text()
+    trial = server.start("predict_assessor.py", flags, folder / "log",
+                         env={"BOMB": str(folder / "executed"), "ADDRESS_SPACE_LEFT": str(GIB), "CPU_SECONDS": "60"})
+    return trial.finish(), trial.text()
 
 
-def test_the_good_file_predicts_within_the_limits(servers, sample, good, tmp_path):
-    code, text = predict(servers, sample, good, tmp_path)
+def test_the_good_file_predicts_within_the_limits(server, sample, good, tmp_path):
+    code, text = predict(server, sample, good, tmp_path)
     assert code == 0, text
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile(servers, sample, good, tmp_path, monkeypatch, cases, kind):
+def test_hostile(server, sample, good, tmp_path, monkeypatch, cases, kind):
     monkeypatch.setenv("BOMB", str(tmp_path / "executed"))
     path = tmp_path / "bad.pth"
     HOSTILE[kind](path, common.read_checkpoint(good))
     with cases.case(GROUP):
-        code, text = predict(servers, sample, path, tmp_path)
+        code, text = predict(server, sample, path, tmp_path)
         assert not (tmp_path / "executed").exists()
         said = [line for line in text.splitlines() if line.startswith("error: ")]
         assert code == 3 and len(said) == 1 and "bad.pth" in said[0] and "Traceback" not in text, f"{code}: {text}"

@@ -2,14 +2,13 @@
 
     python -m pytest tests/torture/test_kills.py [--all_cases]
 """
-import concurrent.futures
 import random
 import signal
 import time
 
 import pytest
 
-from conftest import SCRIPTS
+from conftest import SCRIPTS, SCRIPTS_AND_WORKERS, fork_server
 from test_ranks import rank_environments
 from test_resume import fingerprint
 
@@ -67,18 +66,18 @@ class Killer:
 
 
 class Pair:
-    """Two processes of one run with the methods of one Trial; a signal reaches both, or one of them alone."""
+    """Two processes of one run with the methods of one Trial; a signal reaches those of `targets`."""
 
-    def __init__(self, trials, moments):
-        self.trials, self.moments = trials, moments
+    def __init__(self, trials, targets):
+        self.trials, self.targets = trials, targets
 
     def wait(self, seconds):
         """Exit code of the run, None while its first process lives."""
         return None if self.trials[0].wait(seconds) is None else self.finish()
 
     def signal(self, number):
-        for trial in self.moments.choice([self.trials, self.trials[:1], self.trials[1:]]):
-            trial.signal(number)
+        for rank in self.targets:
+            self.trials[rank].signal(number)
 
     def finish(self, seconds=600):
         """SIGKILL where one was killed; the other then ends by itself with 1 and a word, unless it was done."""
@@ -86,7 +85,7 @@ class Pair:
         while None in (codes := [trial.wait(0) for trial in self.trials]):
             if -signal.SIGKILL in codes:
                 has_met = "processes: 2" in self.text()  # then it ends at its next exchange, a step later
-                end = min(end, time.monotonic() + (120 if has_met else 20))
+                end = min(end, time.monotonic() + (300 if has_met else 20))
             if time.monotonic() > end:
                 for trial in self.trials:
                     trial.signal(signal.SIGKILL)
@@ -106,74 +105,63 @@ class Pair:
 
 
 class PairKiller(Killer):
-    """Killer of runs that two processes share."""
+    """Killer of runs that two processes share: both of them, the first and the second in turn."""
 
     def start(self):
-        log = self.folder / f"log_{len(list(self.folder.glob('log_*')))}"
-        return Pair([self.server.start(self.script, self.flags, log, env=env) for env in rank_environments(2)],
-                    self.moments)
+        n_starts = len(list(self.folder.glob("log_*")))
+        log = self.folder / f"log_{n_starts}"
+        trials = [self.server.start(self.script, self.flags, log, env=env) for env in rank_environments(2)]
+        return Pair(trials, [(0, 1), (0,), (1,)][n_starts % 3])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_kills_of_two_processes(script, servers, tiny_flags, quick_folder, cases):
-    flags = [*tiny_flags[script], "--num_workers", 0]
-    start = time.monotonic()
-    whole = PairKiller(servers[0], script, flags, quick_folder / "whole", 0)
+def hold_through_kills(cases, group, make_killer, wanted, at_most):
+    """Kill runs until so many kills are done, `at_most` of them in one; each run ends with the bits of one left alone.
+
+    make_killer(server, name) gives the killer of a new run. The one left alone has another hash seed.
+    """
+    start, done = time.monotonic(), 0
+    whole = make_killer(fork_server(), "whole")
     undisturbed = whole.start()
     assert undisturbed.finish() == 0, undisturbed.text()[-2000:]
-    seconds, expected = time.monotonic() - start, final_bits(whole.folder / "out")
-    wanted, done = cases.number(1 + (script in SCRIPTS[:2]), 10), 0
+    longest, expected = 0.6 * (time.monotonic() - start), final_bits(whole.folder / "out")
     for number in range(100):
-        killer = PairKiller(servers[0], script, flags, quick_folder / str(number), f"{script} {number}")
-        kills = killer.kills_of_one_run(min(5, wanted - done), 0.6 * seconds)
+        killer = make_killer(None, str(number))
+        kills = killer.kills_of_one_run(min(at_most, wanted - done), longest)
         found = final_bits(killer.folder / "out")
         for _ in range(kills):
-            with cases.case(PAIRS):
-                assert found == expected, f"{script}, two processes, after {kills} kills"
+            with cases.case(group):
+                assert found == expected, f"run {number} after {kills} kills"
         done += kills
         if done == wanted:
             return
     raise AssertionError(f"{done} kills of {wanted} in {number + 1} runs")
 
 
-def hold_through_kills(group, what, script, flags, servers, folder, cases):
-    """Run on both servers until all kills of this session are done; each must end with the bits of a run left alone."""
-    start = time.monotonic()
-    whole = Killer(servers[0], script, flags, folder / "whole", 0)
-    assert whole.start().finish() == 0, whole.log.read_text()[-2000:]
-    seconds, expected = time.monotonic() - start, final_bits(whole.folder / "out")
-    wanted = cases.number(9, 100)
-
-    def lane(number, server, most):
-        """Kill runs on one server until its share of kills is done; [(kills, fingerprint)] of them."""
-        done, n_kills = [], 0
-        share = wanted // 2 + (number < wanted % 2)
-        while n_kills < share:
-            name = f"{number}_{len(done)}"
-            killer = Killer(server, script, flags, folder / name, f"{what} {name}")
-            kills = killer.kills_of_one_run(min(most, share - n_kills), 0.6 * seconds)
-            done.append((kills, final_bits(killer.folder / "out")))
-            n_kills += kills
-        return done
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        lanes = [pool.submit(lane, number, server, 12) for number, server in enumerate(servers)]
-        results = [result for each in lanes for result in each.result()]
-    for kills, found in results:
-        for _ in range(kills):
-            with cases.case(group):
-                assert found == expected, f"{what} after {kills} kills"
-
-
 @pytest.mark.timeout(3600)  # a hundred kills, with --all_cases
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_kills(script, workers, servers, tiny_flags, quick_folder, cases):
+@pytest.mark.parametrize("script, workers", SCRIPTS_AND_WORKERS)
+def test_kills(script, workers, server, tiny_flags, quick_folder, cases):
     flags = [*tiny_flags[script], "--num_workers", workers]
-    hold_through_kills(GROUP, f"{script} {workers}", script, flags, servers, quick_folder, cases)
+
+    def make_killer(other, name):
+        return Killer(other or server, script, flags, quick_folder / name, f"{script} {workers} {name}")
+    hold_through_kills(cases, GROUP, make_killer, cases.number(3, 100), 12)
 
 
 @pytest.mark.timeout(3600)
-def test_kills_of_quick_epochs(servers, tiny_flags, quick_folder, cases):
+def test_kills_of_quick_epochs(server, tiny_flags, quick_folder, cases):
     flags = [*tiny_flags["train_assessor.py"], "--freeze_backbone", "--epochs", 60, "--patience", 0, "--save_every", 0,
              "--save_minutes", 0]
-    hold_through_kills(QUICK, "quick epochs", "train_assessor.py", flags, servers, quick_folder, cases)
+
+    def make_killer(other, name):
+        return Killer(other or server, "train_assessor.py", flags, quick_folder / name, f"quick epochs {name}")
+    hold_through_kills(cases, QUICK, make_killer, cases.number(5, 100), 12)
+
+
+@pytest.mark.parametrize("script", [pytest.param(script, marks=pytest.mark.long if script in SCRIPTS[1:] else ())
+                                    for script in SCRIPTS])
+def test_kills_of_two_processes(script, server, tiny_flags, quick_folder, cases):
+    flags = [*tiny_flags[script], "--num_workers", 0]
+
+    def make_killer(other, name):
+        return PairKiller(other or server, script, flags, quick_folder / name, f"{script} {name}")
+    hold_through_kills(cases, PAIRS, make_killer, cases.number(3, 10), 5)

@@ -17,7 +17,6 @@ import torch
 
 import common
 
-WORKER = Path(__file__).with_name("rank_worker.py")
 GROUP = "1, 2 and 3 processes: odd sizes, elastic resume, stops, NaN"
 
 
@@ -35,15 +34,18 @@ def rank_environments(size):
              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in range(size)]
 
 
-def run_group(size, listed, folder):
+def start_ranks(server, script, flags, size, folder):
+    """Fork `size` processes of one run of the script, each with a log of its own in the folder."""
+    return [server.start(script, flags, folder / f"log_{rank}", env=env)
+            for rank, env in enumerate(rank_environments(size))]
+
+
+def run_group(server, size, listed, folder):
     """Run the cases in a group of processes; returns their outcomes."""
     file = folder / f"cases_{size}_{len(list(folder.glob('cases_*')))}.json"
     file.write_text(json.dumps(listed))
-    members = [subprocess.Popen([sys.executable, str(WORKER), str(file)], stdout=subprocess.PIPE, text=True,
-                                stderr=subprocess.STDOUT, env={**os.environ, **env}) for env in rank_environments(size)]
-    for member in members:
-        text, _ = member.communicate(timeout=300)
-        assert member.returncode == 0, text[-2000:]
+    for member in start_ranks(server, "tests/torture/rank_worker.py", [file], size, folder):
+        assert member.finish() == 0, member.text()[-2000:]
     return [json.loads((Path(case["folder"]) / "outcome.json").read_text()) for case in listed]
 
 
@@ -56,52 +58,52 @@ def distance(one, other):
     return max(abs(a - b) for a, b in pairs)
 
 
-def test_any_number_of_processes_trains_the_same_model(tmp_path, cases):
+def test_any_number_of_processes_trains_the_same_model(server, tmp_path, cases):
     """Float64, so that a sample counted twice, or not, or with a wrong weight cannot hide in the rounding."""
     grid = list(itertools.product((5, 7, 16, 23), (1, 3, 8), (1, 3)))
 
     def listed(size):
         return [{"folder": str(tmp_path / f"{size}_{n}_{batch}_{accumulate}"), "n": n, "batch_size": batch,
                  "accumulate": accumulate} for n, batch, accumulate in grid]
-    alone = run_group(1, listed(1), tmp_path)
+    alone = run_group(server, 1, listed(1), tmp_path)
     for size in (2, 3):
-        for setting, one, several in zip(grid, alone, run_group(size, listed(size), tmp_path)):
+        for setting, one, several in zip(grid, alone, run_group(server, size, listed(size), tmp_path)):
             with cases.case(GROUP):
                 assert distance(one, several) < 1e-11, setting
 
 
-def test_resume_with_another_number_of_processes(tmp_path, cases):
+def test_resume_with_another_number_of_processes(server, tmp_path, cases):
     """Stopped in the middle by a signal that reaches one process alone, and continued by 2, then 1, then 3."""
     setting = {"n": 11, "batch_size": 4, "accumulate": 1}  # 3 batches an epoch
-    whole, = run_group(1, [{**setting, "folder": str(tmp_path / "whole")}], tmp_path)
+    whole, = run_group(server, 1, [{**setting, "folder": str(tmp_path / "whole")}], tmp_path)
     stops = list(itertools.product(range(1, 4), range(1, 3)))
     listed = [{**setting, "folder": str(tmp_path / f"stopped_{first}_{second}"), "stop": first, "second": second}
               for first, second in stops]
-    for outcome in run_group(2, listed, tmp_path):
+    for outcome in run_group(server, 2, listed, tmp_path):
         with cases.case(GROUP):
             assert outcome["error"] == "75" and outcome["of_others"] == [{"error": "75", "kind": "SystemExit"}]
-    for outcome in run_group(1, [{**case, "stop": case["second"]} for case in listed], tmp_path):
+    for outcome in run_group(server, 1, [{**case, "stop": case["second"]} for case in listed], tmp_path):
         with cases.case(GROUP):
             assert outcome["error"] == "75"
-    for outcome in run_group(3, [{**case, "stop": None} for case in listed], tmp_path):
+    for outcome in run_group(server, 3, [{**case, "stop": None} for case in listed], tmp_path):
         with cases.case(GROUP):
             assert distance(whole, outcome) < 1e-11
 
 
-def test_a_group_that_is_stopped_repeats_its_own_bits(tmp_path, cases):
+def test_a_group_that_is_stopped_repeats_its_own_bits(server, tmp_path, cases):
     setting = {"n": 13, "batch_size": 4, "accumulate": 2}
-    whole, *stopped = run_group(2, [{**setting, "folder": str(tmp_path / str(stop)), "stop": stop}
+    whole, *stopped = run_group(server, 2, [{**setting, "folder": str(tmp_path / str(stop)), "stop": stop}
                                     for stop in (None, 2, 4)], tmp_path)
     assert all(outcome["error"] == "75" for outcome in stopped)
-    for outcome in run_group(2, [{**setting, "folder": str(tmp_path / str(stop))} for stop in (2, 4)], tmp_path):
+    for outcome in run_group(server, 2, [{**setting, "folder": str(tmp_path / str(stop))} for stop in (2, 4)], tmp_path):
         with cases.case(GROUP):
             assert distance(whole, outcome) == 0.0
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_bad_sample_of_one_process_stops_all_before_the_step(tmp_path, cases, size):
+def test_a_bad_sample_of_one_process_stops_all_before_the_step(server, tmp_path, cases, size):
     case = {"n": 12, "batch_size": 6, "accumulate": 1, "bad": 7, "folder": str(tmp_path / "run")}
-    outcome, = run_group(size, [case], tmp_path)
+    outcome, = run_group(server, size, [case], tmp_path)
     with cases.case(GROUP):
         assert outcome["kind"] == "NotFinite" and "the loss is nan" in outcome["error"]
         assert "7" in outcome["error"].split("samples:")[1].split(")")[0]

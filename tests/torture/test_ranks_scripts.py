@@ -4,36 +4,18 @@
 """
 import csv
 import json
-import os
-import re
 import signal
-import subprocess
 from types import SimpleNamespace
 
 import pytest
 
-from conftest import SCRIPTS, only_run, run_script, script_command
-from test_ranks import rank_environments
+from conftest import SCRIPTS, only_run, run_script
+from test_ranks import start_ranks
 
 
-class Group:
-    """Processes of one run, started as torchrun starts them."""
-
-    def __init__(self, script, flags, size):
-        self.members = [subprocess.Popen(script_command(script, *flags), stdout=subprocess.PIPE, text=True,
-                                         stderr=subprocess.STDOUT, env={**os.environ, **env}, start_new_session=True)
-                        for env in rank_environments(size)]
-
-    def wait_for(self, pattern):
-        """Read the first process's output up to a line that matches."""
-        for line in self.members[0].stdout:
-            if re.match(pattern, line):
-                return
-
-    def finish(self):
-        """[(exit code, text)] of all processes."""
-        texts = [member.communicate(timeout=300)[0] for member in self.members]
-        return [SimpleNamespace(code=member.returncode, text=text) for member, text in zip(self.members, texts)]
+def ends(members):
+    """The exit code and the text of each process."""
+    return [SimpleNamespace(code=member.finish(), text=member.text()) for member in members]
 
 
 def predicted_rows(run, script):
@@ -46,12 +28,11 @@ def predicted_rows(run, script):
 
 @pytest.mark.parametrize("script", [pytest.param(script, marks=pytest.mark.long if script in SCRIPTS[1:] else ())
                                     for script in SCRIPTS])
-def test_a_run_of_two_processes_is_stopped_and_continued_by_one(tiny_flags, tmp_path, cases, script):
-    command = [*tiny_flags[script], "--output_dir", tmp_path]
-    group = Group(script, command, 2)
-    group.wait_for("epoch 1")
-    group.members[1].send_signal(signal.SIGTERM)  # the scheduler may reach one node first
-    first, second = group.finish()
+def test_a_run_of_two_processes_is_stopped_and_continued_by_one(server, tiny_flags, tmp_path, cases, script):
+    members = start_ranks(server, script, [*tiny_flags[script], "--output_dir", tmp_path], 2, tmp_path)
+    members[0].wait_for("epoch 1")
+    members[1].signal(signal.SIGTERM)  # the scheduler may reach one node first
+    first, second = ends(members)
     with cases.case("1, 2 and 3 processes: odd sizes, elastic resume, stops, NaN"):
         assert (first.code, second.code) == (75, 75), first.text + second.text
         assert "SIGTERM received: saved" in first.text and "epoch" not in second.text
@@ -66,9 +47,10 @@ def test_a_run_of_two_processes_is_stopped_and_continued_by_one(tiny_flags, tmp_
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_to_the_end(tiny_flags, tmp_path, cases, script):
+def test_two_processes_to_the_end(server, tiny_flags, tmp_path, cases, script):
     """One run folder with everything in it, said and written once; nothing on the other process's output."""
-    first, second = Group(script, [*tiny_flags[script], "--output_dir", tmp_path, "--epochs", "1"], 2).finish()
+    flags = [*tiny_flags[script], "--output_dir", tmp_path, "--epochs", 1]
+    first, second = ends(start_ranks(server, script, flags, 2, tmp_path))
     with cases.case("1, 2 and 3 processes: odd sizes, elastic resume, stops, NaN"):
         assert first.code == second.code == 0, first.text + second.text
         run = only_run(tmp_path)
@@ -77,15 +59,15 @@ def test_two_processes_to_the_end(tiny_flags, tmp_path, cases, script):
         assert not list(run.glob("**/*.tmp")) and (run / "report.html").exists()
 
 
-def test_a_mistake_is_said_by_each_and_leaves_nothing(tiny_flags, tmp_path):
-    first, second = Group("train_assessor.py", ["--images_dir", tmp_path, "--ratings_file", tmp_path / "none.csv",
-                                                "--output_dir", tmp_path / "out"], 2).finish()
+def test_a_mistake_is_said_by_each_and_leaves_nothing(server, tmp_path):
+    flags = ["--images_dir", tmp_path, "--ratings_file", tmp_path / "none.csv", "--output_dir", tmp_path / "out"]
+    first, second = ends(start_ranks(server, "train_assessor.py", flags, 2, tmp_path))
     assert first.code == second.code == 2
     assert first.text.splitlines()[-1].startswith("error: ") and second.text.startswith("[process 1] error: ")
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_commands_for_one_process_say_so(sample, tmp_path):
-    first, second = Group("predict_assessor.py", ["--checkpoint", tmp_path, "--image_dir", sample.images, "--output",
-                                                  tmp_path / "p.csv"], 2).finish()
+def test_commands_for_one_process_say_so(server, sample, tmp_path):
+    flags = ["--checkpoint", tmp_path, "--image_dir", sample.images, "--output", tmp_path / "p.csv"]
+    first, second = ends(start_ranks(server, "predict_assessor.py", flags, 2, tmp_path))
     assert first.code == second.code == 2 and "works in one process" in first.text

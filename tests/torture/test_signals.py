@@ -2,16 +2,15 @@
 
     python -m pytest tests/torture/test_signals.py [--all_cases]
 """
-import concurrent.futures
+import itertools
 import random
 import signal
-import threading
 import time
 
 import pytest
 
 import common
-from conftest import SCRIPTS, only_run
+from conftest import SCRIPTS, SCRIPTS_AND_WORKERS, fork_server, only_run
 from test_resume import fingerprint
 
 GROUP = "TERM, USR1, INT to the process group"
@@ -33,9 +32,7 @@ class Run:
         """Start, wait until it trains and `wait` seconds more, signal the group; returns the ended trial and its code.
         """
         trial = self.start()
-        end = time.monotonic() + 60
-        while "epoch 1" not in trial.text() and time.monotonic() < end:
-            time.sleep(0.01)
+        trial.wait_for("epoch 1")
         time.sleep(wait)
         trial.signal(number)
         return trial, trial.finish()
@@ -56,17 +53,17 @@ def stop_and_continue(run, number, wait, expected):
     return True
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_signals_that_come_again_until_the_end(workers, number, servers, tiny_flags, quick_folder, cases):
+@pytest.mark.parametrize("workers, number", [
+    (0, signal.SIGTERM), pytest.param(2, signal.SIGTERM, marks=pytest.mark.long),
+    pytest.param(0, signal.SIGUSR1, marks=pytest.mark.long), (2, signal.SIGUSR1)])
+def test_signals_that_come_again_until_the_end(workers, number, server, tiny_flags, quick_folder, cases):
     """srun sends TERM to the tasks of a step that are still on their way out: the exit code must not change."""
     flags = [*tiny_flags["train_assessor.py"], "--num_workers", workers, "--epochs", 60]
     for attempt in range(cases.number(2, 5)):
-        run = Run(servers[0], "train_assessor.py", flags, quick_folder / str(attempt))
+        run = Run(server, "train_assessor.py", flags, quick_folder / str(attempt))
         with cases.case(GROUP):
             trial = run.start()
-            while "epoch 1" not in trial.text():
-                assert trial.wait(0.01) is None, trial.text()[-2000:]
+            trial.wait_for("epoch 1")
             while (code := trial.wait(0)) is None:
                 trial.signal(number)
                 time.sleep(0.002)
@@ -74,31 +71,23 @@ def test_signals_that_come_again_until_the_end(workers, number, servers, tiny_fl
             assert not common.read_checkpoint(only_run(run.out) / "last.pth")["progress"]["done"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_signals(script, workers, servers, tiny_flags, quick_folder, cases):
-    flags = [*tiny_flags[script], "--num_workers", workers, "--epochs", 6]
-    whole = Run(servers[0], script, flags, quick_folder / "whole")
+@pytest.mark.timeout(3600)  # fifteen stops, with --all_cases
+@pytest.mark.parametrize("script, workers", SCRIPTS_AND_WORKERS)
+def test_signals(script, workers, server, tiny_flags, quick_folder, cases):
+    """Compared with a run of another hash seed. A signal that came too late is sent again, earlier, to a new run."""
+    flags = [*tiny_flags[script], "--num_workers", workers, "--epochs", cases.number(4, 6)]
+    whole = Run(fork_server(), script, flags, quick_folder / "whole")
     trial = whole.start()
     assert trial.finish() == 0, trial.text()[-2000:]
-    expected, moments, lock = fingerprint(only_run(whole.out)), random.Random(f"{script} {workers}"), threading.Lock()
-    to_do = [number for number in CODES for _ in range(cases.number(1, 5))]
-
-    def lane(server):
-        """Take cases until none is left; a signal that came too late is sent again, earlier, to a new run."""
-        while True:
-            with lock:
-                if not to_do:
-                    return
-                number, wait = to_do.pop(), moments.uniform(0, 0.4)
-                name = f"{len(to_do)}"
-            with cases.case(GROUP):
-                for attempt in range(4):
-                    run = Run(server, script, flags, quick_folder / f"{name}_{attempt}")
-                    if stop_and_continue(run, number, wait / 2 ** attempt, expected):
-                        break
-                else:
-                    raise AssertionError("the run was always over before the signal came")
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for each in [pool.submit(lane, server) for server in servers]:
-            each.result()
+    expected, moments = fingerprint(only_run(whole.out)), random.Random(f"{script} {workers}")
+    first = SCRIPTS.index(script)  # the short part has one signal a script, each another
+    signals = itertools.islice(itertools.cycle(CODES), first, first + cases.number(1, 15))
+    for turn, number in enumerate(signals):
+        wait = moments.uniform(0, 0.4)
+        with cases.case(GROUP):
+            for attempt in range(4):
+                run = Run(server, script, flags, quick_folder / f"{turn}_{attempt}")
+                if stop_and_continue(run, number, wait / 2 ** attempt, expected):
+                    break
+            else:
+                raise AssertionError("the run was always over before the signal came")
