@@ -23,7 +23,8 @@ if IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > 16 << 30:  # check
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))
 
 
-SLOW_FILES = "test_video test_dreamer test_assessor test_readme test_detector test_seen test_resume test_shell".split()
+SLOW_FILES = ("test_video test_kills test_dreamer test_signals test_assessor test_readme test_detector test_seen test_ranks "
+              "test_ranks_scripts test_hostile test_lost_disk test_resume test_shell").split()
 SESSION_FOLDER = "session"  # made once, for all modules
 FORK_SERVERS = []  # at most one
 FAULTS = {}  # group of the fault table -> (cases that held, cases that were to be run)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests on a bare machine with only Python 3.10+ and pip: about half an hour on 2 cores, no GPU.
+# Run the tests on a bare machine with only Python 3.10+ and pip: about ten minutes on 2 cores, no GPU.
 #   tests/run.sh                        all tests but the long ones, and the short part of the fault table
 #   tests/run.sh --all                  the long ones too, every case of every fault, and jobs on a real SLURM (2 hours)
 #   tests/run.sh pytest-arguments       only these, as in: tests/run.sh tests/test_tables.py -k header
@@ -27,9 +27,7 @@ else
     echo "tests marked 'long' and most cases of the fault table are left out; tests/run.sh --all runs them"
 fi
 failed=0
-# two at a time, in the order of tests/conftest.py; those of tests/torture use both cores by themselves
-OMP_NUM_THREADS=1 "${pytest[@]}" --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/torture "$@" ||
-    failed=$?
-"${pytest[@]}" tests/torture "$@" || failed=$?
+# two files at a time, in the order of tests/conftest.py
+OMP_NUM_THREADS=1 "${pytest[@]}" --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@" || failed=$?
 "$slurm" ${FAULT_TABLE:+--fault_table "$FAULT_TABLE"} || failed=$?
 exit "$failed"

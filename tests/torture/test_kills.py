@@ -144,17 +144,17 @@ def test_kills(script, workers, server, tiny_flags, quick_folder, cases):
 
     def make_killer(other, name):
         return Killer(other or server, script, flags, quick_folder / name, f"{script} {workers} {name}")
-    hold_through_kills(cases, GROUP, make_killer, cases.number(3, 100), 12)
+    hold_through_kills(cases, GROUP, make_killer, cases.number(2, 100), 12)
 
 
 @pytest.mark.timeout(3600)
 def test_kills_of_quick_epochs(server, tiny_flags, quick_folder, cases):
-    flags = [*tiny_flags["train_assessor.py"], "--freeze_backbone", "--epochs", 60, "--patience", 0, "--save_every", 0,
-             "--save_minutes", 0]
+    flags = [*tiny_flags["train_assessor.py"], "--freeze_backbone", "--epochs", cases.number(30, 60), "--patience", 0,
+             "--save_every", 0, "--save_minutes", 0]
 
     def make_killer(other, name):
         return Killer(other or server, "train_assessor.py", flags, quick_folder / name, f"quick epochs {name}")
-    hold_through_kills(cases, QUICK, make_killer, cases.number(5, 100), 12)
+    hold_through_kills(cases, QUICK, make_killer, cases.number(3, 100), 12)
 
 
 @pytest.mark.parametrize("script", [pytest.param(script, marks=pytest.mark.long if script in SCRIPTS[1:] else ())

@@ -50,8 +50,8 @@ def strike(fault, disk, run):
     pytest.param(script, fault, marks=() if list(SAID)[k % 3] == fault else pytest.mark.long)
     for k, script in enumerate(SCRIPTS) for fault in SAID])  # in the short part one fault a script
 def test_lost_disk(script, fault, server, tiny_flags, small_disk, tmp_path, cases):
-    flags = [*tiny_flags[script], "--epochs", 8, "--patience", 0, "--save_minutes", 1e-9, "--resume", "auto",
-             "--output_dir", small_disk / "out"]
+    flags = [*tiny_flags[script], "--epochs", cases.number(5, 8), "--patience", 0, "--save_minutes", 1e-9,
+             "--resume", "auto", "--output_dir", small_disk / "out"]
     trial = server.start(script, flags, tmp_path / "log")
     trial.wait_for("\nepoch 1")
     run, = (small_disk / "out").glob("run_*")

@@ -132,7 +132,7 @@ common.run_main(main)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc, which only Linux has")
-@pytest.mark.parametrize("code", [0, 75])
+@pytest.mark.parametrize("code", [pytest.param(0, marks=pytest.mark.long), 75])
 def test_no_thread_of_the_group_is_left_at_the_end(code):
     """One that lets go of a tensor while the interpreter ends aborts the process, on a busy machine 1 in 100."""
     members = [subprocess.Popen([sys.executable, "-c", END.replace("CODE", str(code))], stdout=subprocess.PIPE,
