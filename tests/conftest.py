@@ -216,14 +216,14 @@ def only_run(output_dir):
 # --- for tests/torture ---------------------------------------------------------------------
 
 SCRIPTS = ["train_assessor.py", "train_video.py", "train_detector.py", "train_dreamer.py"]
-# half of them are for --all
+# each script with one number of workers in the short part, the next script with the other
 SCRIPTS_AND_WORKERS = [
     pytest.param(script, workers, marks=pytest.mark.long if (k + workers // 2) % 2 else ())
     for k, script in enumerate(SCRIPTS) for workers in (0, 2)]
 # with what makes a resume hard: draws in the loader and in the step, schedules, groups of batches, momentum
 ASSESSOR = "--scheduler plateau --accumulate 2 --save_every 2 --keep_last".split()
-VIDEO = ("--model cnn_lstm --backbone shufflenet_v2_x0_5 --hidden 16 --no_pretrained --image_size 32 --n_frames 4 --fps 4 --epochs 3 --batch_size 8 "
-         "--num_workers 0 --augment heavy --mixup 0.3 --jitter_sec 0.3 --balance sampler --keep_last").split()
+VIDEO = ("--model cnn_lstm --backbone shufflenet_v2_x0_5 --hidden 16 --no_pretrained --image_size 32 --n_frames 4 "
+         "--fps 4 --epochs 3 --batch_size 8 --num_workers 0 --augment heavy --mixup 0.3 --jitter_sec 0.3 --balance sampler --keep_last").split()
 DETECTOR = ("--model fasterrcnn_resnet18_fpn --no_pretrained --min_size 48 --max_size 64 --epochs 3 --batch_size 2 "
             "--num_workers 0 --bootstrap_draws 20 --visualize 1 --optimizer sgd --keep_last").split()
 DREAMER = ("--encoder resnet18 --no_pretrained --image_size 32 --token_type spatial --d_model 32 --n_layers 1 "

@@ -1,8 +1,9 @@
 """Runs of the train scripts without the seconds that imports take: a server imports everything once and forks per run.
 
-Started as a program it is the server: a JSON line a request on its input, one a response on its output. Where BLANK_PLOTS
-is set, its runs save plots that are blank, which is a third of a short run's time. A run is a process group of its own, with the signals, exit code and interpreter exit of `python train_x.py`; it differs in that
-the modules are loaded and that runs of one server share a hash seed, so references come from fresh interpreters.
+Started as a program it is the server: a JSON line a request on its input, one a response on its output. A run is a
+process group of its own, with the signals, exit code and interpreter exit of `python train_x.py`; it differs in that
+the modules are loaded and that runs of one server share a hash seed, so references come from another server. Where
+BLANK_PLOTS is set, all plots are saved blank: drawing them takes a third of a short run.
 """
 import gc
 import importlib

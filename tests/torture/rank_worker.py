@@ -1,7 +1,8 @@
 """One process of a group that trains a small network in float64 through common.Training, for test_ranks.py.
 
-It is forked from a server, with RANK and the like in its environment and the file of its cases as its argument. CASES.json holds a list of cases: folder, n (samples), batch_size, accumulate, and what is to go wrong: `stop` (a signal
-reaches the last process alone in this step) or `bad` (the sample whose loss is not a number). The first process writes
+It is forked from a server, with RANK and the like in its environment and one argument: a JSON file with a list of
+cases. A case has folder, n (samples), batch_size, accumulate, and what is to go wrong: `stop` (a signal reaches the
+last process alone in this step) or `bad` (the sample whose loss is not a number). The first process writes
 outcome.json with the exit or error, the history and the evaluation, beside the run folder's own files.
 """
 import json

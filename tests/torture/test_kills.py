@@ -81,11 +81,12 @@ class Pair:
 
     def finish(self, seconds=600):
         """SIGKILL where one was killed; the other then ends by itself with 1 and a word, unless it was done."""
-        end = time.monotonic() + seconds
+        end, killed_at = time.monotonic() + seconds, None
         while None in (codes := [trial.wait(0) for trial in self.trials]):
             if -signal.SIGKILL in codes:
+                killed_at = killed_at or time.monotonic()
                 has_met = "processes: 2" in self.text()  # then it ends at its next exchange, a step later
-                end = min(end, time.monotonic() + (300 if has_met else 20))
+                end = killed_at + (300 if has_met else 20)
             if time.monotonic() > end:
                 for trial in self.trials:
                     trial.signal(signal.SIGKILL)

@@ -95,7 +95,8 @@ def test_a_group_that_is_stopped_repeats_its_own_bits(server, tmp_path, cases):
     whole, *stopped = run_group(server, 2, [{**setting, "folder": str(tmp_path / str(stop)), "stop": stop}
                                     for stop in (None, 2, 4)], tmp_path)
     assert all(outcome["error"] == "75" for outcome in stopped)
-    for outcome in run_group(server, 2, [{**setting, "folder": str(tmp_path / str(stop))} for stop in (2, 4)], tmp_path):
+    again = [{**setting, "folder": str(tmp_path / str(stop))} for stop in (2, 4)]
+    for outcome in run_group(server, 2, again, tmp_path):
         with cases.case(GROUP):
             assert distance(whole, outcome) == 0.0
 
