@@ -29,7 +29,7 @@ from evidence import box_pictures, detection_judging, detection_scores, detectio
 from readers.part_boxes import ABSENT, UNKNOWN, PartTruth
 
 BOX, OTHER, FAR = [10, 10, 30, 30], [50, 10, 90, 40], [5, 60, 25, 95]
-SMALL = ("--model fasterrcnn_resnet18_fpn --no_pretrained --min_size 48 --max_size 64 --epochs 2 --batch_size 4 "
+SMALL = ("--model fasterrcnn_resnet18_fpn --no_pretrained --min_size 48 --max_size 64 --epochs 1 --batch_size 4 "
          "--num_workers 0 --bootstrap_draws 20 --visualize 2").split()
 
 
@@ -451,7 +451,7 @@ def test_a_start_from_random_weights_leaves_the_whole_run_folder(trained):
     assert [name for name in CONTRACT if not (trained / name).stat().st_size] == []
     assert len(list((trained / "pictures").glob("*.jpg"))) == 2
     content = common.load_model_file(trained / "best_model.pth", "train_detector.py")
-    assert content["epoch"] in (1, 2) and len(content["settings"]["parts"]) == 8
+    assert content["epoch"] == 1 and len(content["settings"]["parts"]) == 8
     rows = read_csv(trained / "training_history.csv")
     columns = {f"{split}_{name}" for split in ("train", "val") for name in PARTS_OF_LOSS}
     assert set(rows[0]) == columns | {"epoch", "learning_rate", "val_map", "val_map50", "val_joint_map",
@@ -588,7 +588,7 @@ def test_plain_detection_without_any_state(bicycles, tmp_path):
             annotation.pop(name, None)
     (tmp_path / "plain.json").write_text(json.dumps(content))
     run_script("train_detector.py", "--train_json", tmp_path / "plain.json", "--train_images", bicycles / "images",
-               "--output_dir", tmp_path / "out", *SMALL, "--dry_run", "--select", "map")
+               "--output_dir", tmp_path / "out", *SMALL, "--dry_run", "--batch_size", 2, "--select", "map")
     folder = only_run(tmp_path / "out")
     columns = set(read_csv(folder / "training_history.csv")[0])
     assert "train_loss_state" not in columns and "val_state_accuracy" not in columns and "val_map" in columns
@@ -619,7 +619,7 @@ def test_a_trained_baseline(bicycles, tmp_path):
     """--baseline heads: the same steps on the frozen backbone; evaluation and the written files compare with it too."""
     torch.manual_seed(1)
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
-    flags = train_flags(bicycles, tmp_path / "out", "--weights", tmp_path / "weights.pth", "--dry_run")
+    flags = train_flags(bicycles, tmp_path / "out", "--weights", tmp_path / "weights.pth", "--dry_run", "--batch_size", 2)
     flags.remove("--no_pretrained")
     run_script("train_detector.py", *flags, "--baseline", "heads")
     folder = only_run(tmp_path / "out")

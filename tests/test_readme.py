@@ -50,7 +50,7 @@ SMALL = {  # added to the commands that train or make data, so that each takes s
         "--no_pretrained", "--image_size", "32", "--n_frames", "4", "--num_workers", "0", "--dry_run", "--folds", "0",
     ],
     "train_detector.py": [
-        "--no_pretrained", "--min_size", "64", "--max_size", "96", "--num_workers", "0", "--dry_run",
+        "--no_pretrained", "--min_size", "64", "--max_size", "96", "--batch_size", "2", "--num_workers", "0", "--dry_run",
     ],
     "train_dreamer.py": [
         "--no_pretrained", "--image_size", "32", "--n_layers", "1", "--num_workers", "0", "--dry_run", "--folds", "0",

@@ -138,6 +138,7 @@ def test_a_start_from_weights_that_saw_the_validation_rows(script, tiny_flags, t
     else:
         kind = "manifest" if script == "train_video.py" else "json"
         paths = [flags[flags.index(f"--{part}_{kind}") + 1] for part in ("val", "train")]
+        flags += ["--batch_size", 2] if kind == "json" else []
         swapped = {f"--train_{kind}": paths[0], f"--val_{kind}": paths[1]}
     run_script(script, *flags, "--output_dir", tmp_path / "first")
     first = only_run(tmp_path / "first")
