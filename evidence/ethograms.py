@@ -13,6 +13,7 @@ from evidence import plotting, subject_intervals
 from readers import video_files
 
 IOUS = (0.25, 0.5)
+STRIP_SEC, MOST_STRIPS, LINE_POINTS = 600, 12, 400  # of an ethogram: seconds of a strip, strips, points of its lines
 COLOURS = (plotting.BLUE, plotting.ORANGE, plotting.GREEN, plotting.PURPLE, plotting.SKY, plotting.YELLOW)
 
 
@@ -114,23 +115,42 @@ def write_all(folder, recordings):
 
 
 def plot_ethogram(windows, bouts, names, path):
-    """A row a class over the time of one recording: its bouts as bars, its probability as a line."""
-    size = (9, 1.0 + 0.45 * len(names))
-    margins = (plotting.label_inches(names) + 0.2, 0.15, 0.48, 0.2)
-    figure, [axis] = plotting.new_figure(1, 1, size, margins)
-    is_long = windows.spans[-1, 1] > 300
+    """The time of one recording in strips, a row a class: its bouts as bars, its probability as a line.
+
+    A strip is some 10 minutes, so that bouts of seconds are seen, but there are 12 at most. The line is the mean of
+    neighbouring windows where there are more than can be told apart.
+    """
+    begin, end = windows.spans[0, 0], windows.spans[-1, 1]
+    n_strips = min(max(round((end - begin) / STRIP_SEC), 1), MOST_STRIPS)
+    strip_sec = (end - begin) / n_strips
+    is_long = end - begin > 300
     unit = 60 if is_long else 1
-    middles = windows.spans.mean(1) / unit
-    for c, name in enumerate(names):
-        own = [bout for bout in bouts if bout.label == name]
-        bars = [(bout.start_sec / unit, (bout.end_sec - bout.start_sec) / unit) for bout in own]
-        axis.broken_barh(bars, (c - 0.4, 0.8), color=COLOURS[c % len(COLOURS)], alpha=0.6, linewidth=0)
-        axis.plot(middles, c + 0.4 - 0.8 * windows.probability[:, c], color=plotting.INK, linewidth=0.7)
-    axis.set_ylim(len(names) - 0.5, -0.5)
-    axis.set_yticks(range(len(names)), names)
-    axis.set_xlim(windows.spans[0, 0] / unit, windows.spans[-1, 1] / unit)
-    axis.set_xlabel("minutes" if is_long else "seconds", color=plotting.SOFT, fontsize=8)
+    joined = max(len(windows.spans) // (n_strips * LINE_POINTS), 1)
+    size = (9, 0.7 + 0.45 * len(names))
+    margins = (plotting.label_inches(names) + 0.2, 0.15, 0.25, 0.12)
+    figure, axes = plotting.new_figure(n_strips, 1, size, margins, edges=(0, 0.23))
+    middles = _means_of(joined, windows.spans.mean(1)) / unit
+    lines = _means_of(joined, windows.probability)
+    for k, axis in enumerate(axes):
+        first = begin + k * strip_sec
+        last = first + strip_sec
+        for c, name in enumerate(names):
+            bars = [(bout.start_sec / unit, (bout.end_sec - bout.start_sec) / unit) for bout in bouts
+                    if bout.label == name and bout.start_sec < last and bout.end_sec > first]
+            axis.broken_barh(bars, (c - 0.4, 0.8), color=COLOURS[c % len(COLOURS)], alpha=0.6, linewidth=0)
+            axis.plot(middles, c + 0.4 - 0.8 * lines[:, c], color=plotting.INK, linewidth=0.7)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_xlim(first / unit, last / unit)
+    axes[-1].set_xlabel("minutes" if is_long else "seconds", color=plotting.SOFT, fontsize=8)
     plotting.save_figure(figure, path)
+
+
+def _means_of(count, values):
+    """(W, ...) values -> means of `count` neighbours each."""
+    first = np.arange(0, len(values), count)
+    sizes = np.diff(np.append(first, len(values)))
+    return (np.add.reduceat(values, first).T / sizes).T
 
 
 def annotate(recording, windows, names, path):

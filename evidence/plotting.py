@@ -65,14 +65,18 @@ def label_inches(labels):
 
 
 def save_figure(figure, path):
-    """Write a PNG of 64 colours: a third of the usual size, the same bytes for the same figure."""
+    """Write a PNG of 256 colours: half the usual size, the same bytes for the same figure.
+
+    They are chosen by an octree, which keeps rare ones: Pillow's median cut would paint the only bar of a class in the
+    colour of another.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     packed = io.BytesIO()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(64).save(packed, "PNG")
+    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(256, Image.Quantize.FASTOCTREE).save(packed, "PNG")
     common.write_whole(path, packed.getvalue())
 
 

@@ -117,11 +117,13 @@ def html_table(rows, columns=None, digits=".3f", caption="", max_rows=300):
 
 def _data_uri(picture, max_side, kind="JPEG"):
     """Data URI of a PIL picture, its longer side cut to max_side; kind: JPEG for photographs, PNG for plots."""
+    from PIL import Image
+
     buffer = io.BytesIO()
     picture = picture.convert("RGB")
     picture.thumbnail((max_side, max_side))
     if kind == "PNG":
-        picture = picture.quantize(64)
+        picture = picture.quantize(256, Image.Quantize.FASTOCTREE)  # as in plotting.save_figure
     picture.save(buffer, kind, quality=80, optimize=True)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 

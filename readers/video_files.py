@@ -144,7 +144,9 @@ class _Video:
             n_claimed = round(fps * (self.container.duration / self.av.time_base - self.first_sec))
         n_frames = min(max(n_claimed, 1), MOST_GUESSED_FRAMES)
         info = _constant_rate(self.path, fps, n_frames, self.size, n_claimed, self.first_sec)
-        info.header_sec = (self.container.duration or 0) / self.av.time_base
+        # FFmpeg guesses the duration of a file that was cut from its size
+        claimed_sec = float(stream.frames / stream.average_rate) if stream.average_rate else 0.0
+        info.header_sec = max((self.container.duration or 0) / self.av.time_base, claimed_sec)
         return info
 
     def frames(self, from_sec=None):
@@ -220,9 +222,9 @@ class _Stills:
     As _Video: guess() is all that there is to know, rising_frames() reads a picture when its pixels are asked for.
     """
     is_exact = False
-    damaged = ()
 
     def __init__(self, path, fps, pixel_range):
+        self.damaged = []
         self.path = path
         self.fps = fps
         self.pixel_range = pixel_range
@@ -708,8 +710,8 @@ class Recording:
 
     fps: of the grid, and of a source without a clock; pixel_range: see ClipStore. expected_sec: the length by the
     header. What the pass has found so far: begin_sec and read_sec, where the first frame starts and the last one ends;
-    damaged, the times of frames that cannot be decoded; fault, the reason where the source broke off. BadVideo: it
-    cannot be opened.
+    n_read, its number of frames; damaged, the times of frames that cannot be decoded; fault, the reason where the
+    source broke off. BadVideo: it cannot be opened.
     """
 
     def __init__(self, path, fps, short_side, pixel_range=None):
@@ -721,11 +723,13 @@ class Recording:
         self.expected_sec = self.info.header_sec or self.info.duration_sec
         self.begin_sec = None
         self.read_sec = 0.0
+        self.n_read = 0
+        self.latest = None  # the pixels that were shown last
         self.damaged = ()
         self.fault = ""
 
     def losses(self):
-        """Sentences on what could not be read."""
+        """Sentences on what could not be read, and on too low a rate."""
         found = []
         if self.fault or self.read_sec < 0.98 * self.expected_sec - 1:
             found.append(f"{self.path}: read up to {self.read_sec:.1f} of {self.expected_sec:.1f} s by its header "
@@ -733,6 +737,10 @@ class Recording:
         if self.damaged:
             found.append(f"{self.path}: {len(self.damaged)} frames are damaged, the first at {self.damaged[0]:.2f} s; "
                          "windows there show the frames before them")
+        rate = self.n_read / (self.read_sec - self.begin_sec)
+        if rate < 0.98 * self.fps:
+            found.append(f"{self.path}: it has {rate:.1f} frames a second, fewer than the {self.fps:g} of a window, "
+                         "which shows some twice")
         return found
 
     def spans(self, places, length):
@@ -742,12 +750,24 @@ class Recording:
 
     def frames(self):
         """Yield (time in seconds, function short_side -> pixels) of each frame."""
+        self.latest = None
         try:
             with _open_source(self.path, self.fps, self.pixel_range) as source:
                 self.damaged = source.damaged
-                yield from source.rising_frames(1 / self.info.header_fps)
+                for time, convert in source.rising_frames(1 / self.info.header_fps):
+                    yield time, functools.partial(self._convert, time, convert)
         except common.UserError as error:
             self.fault = common.one_line(error)
+
+    def _convert(self, time, convert, short_side):
+        """Pixels of a frame; of a picture that is damaged, those shown last. BadImage: it is the first."""
+        try:
+            self.latest = convert(short_side)
+        except pixel_cache.BadImage:
+            if self.latest is None:
+                raise
+            self.damaged.append(time)
+        return self.latest
 
     def grid(self, at_least=0):
         """Yield the GridFrame of every 1 / fps s from the first frame on; on_screen says which frame that is.
@@ -764,6 +784,7 @@ class Recording:
             else:
                 n_shown = yield from self._show(convert, n_shown, time - gap / 2)
             self.read_sec = time + gap
+            self.n_read += 1
             before, convert = time, pixels
         if before is None:
             raise BadVideo(self.fault or "no frame can be decoded")
@@ -774,9 +795,9 @@ class Recording:
         """Yield one frame for every time of the grid before `until`; returns how many times have been shown."""
         pixels = None
         while (time := self.begin_sec + n_shown / self.fps) < until - STAMP_SLACK_SEC:
-            is_new = pixels is None
-            if is_new:
+            before = self.latest
+            if pixels is None:
                 pixels = convert(self.short_side)
-            yield GridFrame(time, pixels, is_new)
+            yield GridFrame(time, pixels, is_new=pixels is not before)
             n_shown += 1
         return n_shown

@@ -5,11 +5,13 @@
 import csv
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 from PIL import Image
 from sklearn.metrics import cohen_kappa_score
 
@@ -89,6 +91,21 @@ def test_an_ethogram_has_a_row_a_class(tmp_path):
     ethograms.plot_ethogram(windows, ethograms.bouts_of(windows, NAMES), NAMES, tmp_path / "e.png")
     with Image.open(tmp_path / "e.png") as picture:
         assert picture.width > 800 and len(picture.convert("RGB").getcolors(2 ** 24)) > 10
+
+
+def test_a_bout_of_seconds_is_seen_in_the_ethogram_of_an_hour(tmp_path):
+    """6 s of one class in minute 35, and the line of the others does not hide their bars."""
+    classes = np.arange(7200) // 12 % 2
+    classes[4200:4212] = 2
+    windows = windows_of(classes)
+    ethograms.plot_ethogram(windows, ethograms.bouts_of(windows, NAMES), NAMES, tmp_path / "hour.png")
+    pixels = np.asarray(Image.open(tmp_path / "hour.png").convert("RGB")).astype(int)
+    n_of = {}
+    for name, colour in zip(NAMES, ethograms.COLOURS):
+        bar = 255 - 0.6 * (255 - 255 * np.array(to_rgb(colour)))  # on white
+        n_of[name] = (np.abs(pixels - bar).max(2) < 20).sum(1)  # of each line of pixels
+    assert 6 <= n_of["bite"].max() <= 12, "6 of 600 s on some 900 pixels"
+    assert n_of["rest"].max() > 350 and n_of["walk"].max() > 350, "each half of the time"
 
 
 # --- against a table of events ------------------------------------------------------------------
@@ -239,12 +256,24 @@ def test_every_frame_goes_once_through_the_backbone(made, monkeypatch, name, kin
     assert sum(n_seen) == len(list(recording.grid())) + len(n_seen), "with the frame before each batch"
 
 
-def test_a_recording_shorter_than_a_window(made, tmp_path):
-    np.save(tmp_path / "short.npy", np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3), dtype=np.uint8))
-    video("--mode", "predict", "--checkpoint", only_run(made / "motion"), "--video", tmp_path / "short.npy",
-          "--output_dir", tmp_path / "out", "--num_workers", 0)
-    [row] = read_csv(only_run(tmp_path / "out") / "windows.csv")
-    assert (float(row["start_sec"]), float(row["end_sec"])) == (0, 0.75)
+def test_recordings_shorter_than_a_window_and_broken_in_the_middle(made, tmp_path):
+    """One frame is a window, and so are three; of a folder of pictures what can be read is written, the rest named."""
+    frames = np.random.default_rng(0).integers(0, 256, (12, 40, 40, 3), dtype=np.uint8)
+    for n in (1, 3):
+        np.save(tmp_path / f"{n}.npy", frames[:n])
+    (tmp_path / "pictures").mkdir()
+    for i, pixels in enumerate(frames):
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i:02}.png")
+    (tmp_path / "pictures" / "08.png").write_bytes(b"no picture")
+    text = video("--mode", "predict", "--checkpoint", only_run(made / "motion"), "--video", tmp_path,
+                 "--output_dir", tmp_path / "out", "--num_workers", 0, "--annotate").stdout
+    assert "3 of 3 recordings read" in text and "1 frames are damaged, the first at 2.00 s" in text
+    spans = {}
+    for row in read_csv(only_run(tmp_path / "out") / "windows.csv"):
+        span = float(row["start_sec"]), float(row["end_sec"])
+        spans.setdefault(Path(row["video"]).name, []).append(span)
+    assert spans["1.npy"] == [(0, 0.25)] and spans["3.npy"] == [(0, 0.75)]
+    assert spans["pictures"] == [(k / 2, k / 2 + 1) for k in range(5)]
 
 
 def test_a_run_without_a_bout_finds_no_event(tmp_path, capsys):

@@ -251,6 +251,21 @@ def test_plots_are_repeatable(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_a_rare_colour_is_kept(tmp_path):
+    """One small green bar beside hundreds of blue and orange ones, in the file and in the report."""
+    figure, [axis] = plotting.new_figure(1, 1, (9, 9))
+    for place, colour in enumerate((plotting.BLUE, plotting.ORANGE)):
+        axis.broken_barh([(k, 0.5) for k in range(300)], (2 * place, 1), color=colour, alpha=0.6, linewidth=0)
+    axis.plot(np.arange(300), np.arange(300) % 7 / 2, color=plotting.INK, linewidth=0.7)
+    axis.broken_barh([(150, 2)], (3.5, 0.3), color=plotting.GREEN, linewidth=0)
+    plotting.save_figure(figure, tmp_path / "bars.png")
+    check_png(tmp_path / "bars.png")
+    packed = re.search("base64,([^\"]+)", reporting.html_image(tmp_path / "bars.png", "bars"))[1]
+    for source in (tmp_path / "bars.png", io.BytesIO(base64.b64decode(packed))):
+        pixels = np.asarray(Image.open(source).convert("RGB")).astype(int)
+        assert (np.abs(pixels - (0, 158, 115)).max(2) < 20).sum() > 100
+
+
 def test_plots_leave_pyplot_alone(tmp_path):
     program = f"""import sys
 from evidence import plotting

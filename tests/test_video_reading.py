@@ -680,6 +680,29 @@ def test_a_recording_of_frames_without_a_clock(tmp_path):
     assert recording.read_sec == pytest.approx(7 / 5)
 
 
+def test_a_recording_of_pictures_steps_over_the_bad_ones(tmp_path):
+    """Each shows the frame before it and is no frame of its own, in the copy of --annotate too."""
+    for i in range(8):
+        Image.fromarray(numbered(i)).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    Image.fromarray(numbered(4)[:40]).save(tmp_path / "4.png")
+    recording = video_files.Recording(tmp_path, 5, 48)
+    shown = list(recording.grid())
+    assert numbers_of([frame.pixels for frame in shown]) == [0, 1, 2, 2, 2, 5, 6, 7]
+    assert [frame.is_new for frame in shown] == [True] * 3 + [False] * 2 + [True] * 3
+    [loss] = recording.losses()
+    assert "2 frames are damaged, the first at 0.60 s" in loss
+    assert numbers_of([convert(48) for _, convert in recording.frames()]) == [0, 1, 2, 2, 2, 5, 6, 7]
+
+
+def test_a_recording_slower_than_its_grid_says_so(films):
+    for fps, notes in ((FPS, []), (2 * FPS, [f"has {FPS:.1f} frames a second, fewer than the {2 * FPS} of a window"])):
+        recording = video_files.Recording(films["bframes.mp4"], fps, 48)
+        list(recording.grid())
+        assert len(recording.losses()) == len(notes)
+        assert all(note in loss for note, loss in zip(notes, recording.losses()))
+
+
 def test_a_recording_that_breaks_is_read_up_to_there(films, tmp_path):
     whole = Path(films["mpeg4.mp4"].with_name("open_gop.ts")).read_bytes()
     cut = tmp_path / "cut.ts"
@@ -688,6 +711,12 @@ def test_a_recording_that_breaks_is_read_up_to_there(films, tmp_path):
     shown = list(recording.grid())
     assert 20 < len(shown) < 60 and numbers_of([shown[10].pixels]) == [13]
     assert recording.read_sec < 4.5
+    half = tmp_path / "half.avi"
+    data = avi_of(tmp_path).read_bytes()
+    half.write_bytes(data[:len(data) // 2])
+    recording = video_files.Recording(half, FPS, 48)
+    n_shown = len(list(recording.grid()))
+    assert 25 < n_shown < 32 and f"read up to {n_shown / FPS:.1f} of 4.0 s" in " ".join(recording.losses())
     (tmp_path / "no.mp4").write_bytes(b"nothing")
     with pytest.raises(video_files.BadVideo, match="no video that can be opened"):
         video_files.Recording(tmp_path / "no.mp4", 12, 48)
