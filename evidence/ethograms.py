@@ -13,7 +13,9 @@ from evidence import plotting, subject_intervals
 from readers import video_files
 
 IOUS = (0.25, 0.5)
-STRIP_SEC, MOST_STRIPS, LINE_POINTS = 600, 12, 400  # of an ethogram: seconds of a strip, strips, points of its lines
+STRIP_SEC = 600  # of an ethogram, as the next two
+MOST_STRIPS = 12
+LINE_POINTS = 400  # of a strip
 COLOURS = (plotting.BLUE, plotting.ORANGE, plotting.GREEN, plotting.PURPLE, plotting.SKY, plotting.YELLOW)
 
 
@@ -120,10 +122,11 @@ def plot_ethogram(windows, bouts, names, path):
     A strip is some 10 minutes, so that bouts of seconds are seen, but there are 12 at most. The line is the mean of
     neighbouring windows where there are more than can be told apart.
     """
-    begin, end = windows.spans[0, 0], windows.spans[-1, 1]
-    n_strips = min(max(round((end - begin) / STRIP_SEC), 1), MOST_STRIPS)
-    strip_sec = (end - begin) / n_strips
-    is_long = end - begin > 300
+    begin = windows.spans[0, 0]
+    length = windows.spans[-1, 1] - begin
+    n_strips = min(max(round(length / STRIP_SEC), 1), MOST_STRIPS)
+    strip_sec = length / n_strips
+    is_long = length > 300
     unit = 60 if is_long else 1
     joined = max(len(windows.spans) // (n_strips * LINE_POINTS), 1)
     size = (9, 0.7 + 0.45 * len(names))
@@ -132,16 +135,15 @@ def plot_ethogram(windows, bouts, names, path):
     middles = _means_of(joined, windows.spans.mean(1)) / unit
     lines = _means_of(joined, windows.probability)
     for k, axis in enumerate(axes):
-        first = begin + k * strip_sec
-        last = first + strip_sec
         for c, name in enumerate(names):
-            bars = [(bout.start_sec / unit, (bout.end_sec - bout.start_sec) / unit) for bout in bouts
-                    if bout.label == name and bout.start_sec < last and bout.end_sec > first]
+            own = [bout for bout in bouts if bout.label == name]
+            bars = [(bout.start_sec / unit, (bout.end_sec - bout.start_sec) / unit) for bout in own]
             axis.broken_barh(bars, (c - 0.4, 0.8), color=COLOURS[c % len(COLOURS)], alpha=0.6, linewidth=0)
             axis.plot(middles, c + 0.4 - 0.8 * lines[:, c], color=plotting.INK, linewidth=0.7)
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_yticks(range(len(names)), names)
-        axis.set_xlim(first / unit, last / unit)
+        start_sec = begin + k * strip_sec
+        axis.set_xlim(start_sec / unit, (start_sec + strip_sec) / unit)
     axes[-1].set_xlabel("minutes" if is_long else "seconds", color=plotting.SOFT, fontsize=8)
     plotting.save_figure(figure, path)
 

@@ -76,7 +76,8 @@ def save_figure(figure, path):
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     packed = io.BytesIO()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(256, Image.Quantize.FASTOCTREE).save(packed, "PNG")
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    picture.quantize(256, Image.Quantize.FASTOCTREE).save(packed, "PNG")
     common.write_whole(path, packed.getvalue())
 
 

@@ -694,6 +694,11 @@ def find_recordings(path):
     videos |= {name: file for name, file in others.items() if has_pictures(file)}
     if not videos:
         raise common.UserError(f"--video {path}: found no video in it")
+    pictures = videos.pop(".", None)
+    if not videos:
+        return {path.resolve().name: pictures}
+    if pictures:
+        print(f"note: the pictures in {path} are not read as a recording, as there are videos beside them")
     return videos
 
 

@@ -265,9 +265,12 @@ def test_recordings_shorter_than_a_window_and_broken_in_the_middle(made, tmp_pat
     for i, pixels in enumerate(frames):
         Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i:02}.png")
     (tmp_path / "pictures" / "08.png").write_bytes(b"no picture")
+    assert list(video_files.find_recordings(tmp_path / "pictures")) == ["pictures"]
+    Image.fromarray(frames[0]).save(tmp_path / "stray.png")
     text = video("--mode", "predict", "--checkpoint", only_run(made / "motion"), "--video", tmp_path,
                  "--output_dir", tmp_path / "out", "--num_workers", 0, "--annotate").stdout
-    assert "3 of 3 recordings read" in text and "1 frames are damaged, the first at 2.00 s" in text
+    assert "note: the pictures in" in text and "3 of 3 recordings read" in text
+    assert "1 frames are damaged, the first at 2.00 s" in text
     spans = {}
     for row in read_csv(only_run(tmp_path / "out") / "windows.csv"):
         span = float(row["start_sec"]), float(row["end_sec"])
