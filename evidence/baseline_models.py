@@ -63,37 +63,32 @@ def inner_folds(groups, folds, seed):
 
 
 @dataclasses.dataclass
-class Standardised:
-    """A linear model on standardised features, K outputs."""
+class LinearModel:
+    """A linear model on features as they are, K outputs: scores, or logits of classes."""
 
-    feature_mean: np.ndarray  # (F,)
-    feature_sd: np.ndarray  # (F,)
     weights: np.ndarray  # (F, K)
     intercept: np.ndarray  # (K,), -inf for a class without a train row
+
+    def predict(self, features):
+        """(N, F) features -> (N, K) float64."""
+        return np.asarray(features, np.float64) @ self.weights + self.intercept
+
+
+@dataclasses.dataclass
+class Fitted(LinearModel):
+    """A linear model whose penalty was chosen, by fit_ridge for each target, by fit_logistic for all classes."""
+
     penalty: float | np.ndarray  # the chosen lambda
     inner_error: float | np.ndarray  # its summed error on the left-out inner folds, NaN without any
-
-    def outputs(self, features):
-        """(N, F) features -> (N, K) float64."""
-        x = (np.asarray(features, np.float64) - self.feature_mean) / self.feature_sd
-        return x @ self.weights + self.intercept
 
 
 # --- ridge regression ----------------------------------------------------------------------------
 
 
-class Ridge(Standardised):
-    """A linear model of R targets, made by fit_ridge; penalty and inner_error are (R,)."""
-
-    def predict(self, features):
-        """(N, F) features -> (N, R) float64 in the unit of the labels."""
-        return self.outputs(features)
-
-
 def fit_ridge(
     features, target, lambdas=RIDGE_LAMBDAS, groups=None, folds=5, seed=0, sd_floor=0.0
 ):
-    """Ridge regression in closed form, lambda > 0 per target by inner cross-validation -> Ridge.
+    """Ridge regression in closed form, lambda > 0 per target by inner cross-validation -> Fitted.
 
     features: (N, F), standardised here; target: (N, R), NaN = missing; groups: (N,) names, never
     cut by an inner fold; sd_floor: see standardisation. Minimises |y - Xw - b|^2 + lambda |w|^2.
@@ -106,9 +101,7 @@ def fit_ridge(
     mean, sd = standardisation(features, sd_floor)
     x = (features - mean) / sd
     n_targets = target.shape[1]
-    model = Ridge(
-        feature_mean=mean,
-        feature_sd=sd,
+    model = Fitted(
         weights=np.zeros((x.shape[1], n_targets)),
         intercept=common.mean_without_nan(target, axis=0),
         penalty=np.full(n_targets, np.nan),
@@ -125,10 +118,11 @@ def fit_ridge(
             np.array(lambdas),
             inner_folds(groups[rows], folds, seed),
         )
+        weights = weights / sd[:, None]  # of features as they are
         model.weights[:, columns] = weights
         model.penalty[columns] = penalty
         model.inner_error[columns] = error
-        model.intercept[columns] -= x[rows].mean(0) @ weights
+        model.intercept[columns] -= features[rows].mean(0) @ weights
     return model
 
 
@@ -173,18 +167,10 @@ def held_out_error(scores, y, projected, damped, folds):
 # --- logistic regression -------------------------------------------------------------------------
 
 
-class Logistic(Standardised):
-    """A multinomial logistic model of C classes, made by fit_logistic."""
-
-    def predict(self, features):
-        """(M, F) features -> (M, C) probabilities."""
-        return class_scores.softmax(self.outputs(features))
-
-
 def fit_logistic(
     features, label, n_classes, lambdas=LOGISTIC_LAMBDAS, groups=None, sd_floor=0.0
 ):
-    """Multinomial logistic regression, lambda > 0 by inner cross-validation -> Logistic.
+    """Multinomial logistic regression, lambda > 0 by inner cross-validation -> Fitted.
 
     features: (N, F), standardised here; label: (N,) class indices, below 0 = missing (row left
     out); groups, sd_floor: as in fit_ridge. Minimises the summed NLL + lambda / 2 |W|^2, with two
@@ -209,11 +195,10 @@ def fit_logistic(
     if len(lambdas) > 1 and len(folds) > 1:
         penalty, error = _choose_penalty(scores, label, n_classes, folds, lambdas)
     weights, intercept = _solve_logistic(scores, label, n_classes, penalty)
-    return Logistic(
-        feature_mean=mean,
-        feature_sd=sd,
-        weights=basis.T @ weights,
-        intercept=intercept,
+    weights = basis.T @ weights / sd[:, None]  # of features as they are
+    return Fitted(
+        weights=weights,
+        intercept=intercept - mean @ weights,
         penalty=float(penalty),
         inner_error=error,
     )
@@ -294,16 +279,10 @@ def _solve_logistic(scores, label, n_classes, penalty):
 
 
 @dataclasses.dataclass
-class Readout:
-    """A linear model on features as they are, made by fit_readout."""
+class Readout(LinearModel):
+    """A linear model whose weights are 0 for features of other blocks than the chosen one, made by fit_readout."""
 
-    weights: np.ndarray  # (F, K), 0 for features of other blocks than the chosen one
-    intercept: np.ndarray  # (K,)
     blocks: list  # the chosen block of each target, one for all classes
-
-    def predict(self, features):
-        """(N, F) features -> (N, K) float64: scores, or logits."""
-        return np.asarray(features, np.float64) @ self.weights + self.intercept
 
     def write_into(self, layer):
         """Give an nn.Linear these weights."""
@@ -334,10 +313,8 @@ def fit_readout(features, truth, groups=None, n_classes=None, blocks=None):
     n_outputs = next(iter(models.values())).weights.shape[1]
     readout = Readout(np.zeros((features.shape[1], n_outputs)), np.zeros(n_outputs), chosen)
     for k, name in enumerate(np.resize(chosen, n_outputs)):
-        model = models[name]
-        weights = model.weights[:, k] / model.feature_sd  # of features that are not standardised
-        readout.weights[blocks[name], k] = weights
-        readout.intercept[k] = model.intercept[k] - model.feature_mean @ weights
+        readout.weights[blocks[name], k] = models[name].weights[:, k]
+        readout.intercept[k] = models[name].intercept[k]
     return readout
 
 

@@ -414,16 +414,22 @@ def features_of_classes(rows, features, classes, seed=0):
     return x, z, (z[:, :classes] + generator.normal(size=(rows, classes))).argmax(1)
 
 
+def probabilities(model, features):
+    """(M, C) of a logistic model."""
+    return class_scores.softmax(model.predict(features))
+
+
 @pytest.mark.parametrize("rows, features, classes", [(120, 12, 2), (120, 12, 4), (50, 150, 2), (60, 200, 3)])
 @pytest.mark.parametrize("penalty", [0.1, 30.0])
 def test_logistic_equals_sklearn_at_equal_lambda(rows, features, classes, penalty):
     x, z, label = features_of_classes(rows, features, classes)
     ours = baseline_models.fit_logistic(x, label, classes, lambdas=[penalty])
     theirs = LogisticRegression(C=1 / penalty, tol=1e-10, max_iter=20000).fit(z, label)
-    np.testing.assert_allclose(ours.predict(x), theirs.predict_proba(z), atol=1e-4)
-    weights = ours.weights.T if classes > 2 else ours.weights[:, 1:].T - ours.weights[:, :1].T
-    np.testing.assert_allclose(weights, theirs.coef_, atol=1e-4)
-    intercept = ours.intercept - ours.intercept.mean() if classes > 2 else np.diff(ours.intercept)
+    np.testing.assert_allclose(probabilities(ours, x), theirs.predict_proba(z), atol=1e-4)
+    weights = (ours.weights * x.std(0)[:, None]).T  # of standardised features
+    np.testing.assert_allclose(weights if classes > 2 else np.diff(weights, axis=0), theirs.coef_, atol=1e-4)
+    intercept = ours.predict(x.mean(0))
+    intercept = intercept - intercept.mean() if classes > 2 else np.diff(intercept)
     theirs_centred = theirs.intercept_ - theirs.intercept_.mean() if classes > 2 else theirs.intercept_
     np.testing.assert_allclose(intercept, theirs_centred, atol=1e-4)
     assert ours.penalty == penalty
@@ -447,13 +453,14 @@ def test_logistic_survives_absent_and_lone_classes_and_missing_labels():
     x, _, label = features_of_classes(80, 5, 3)
     label[label == 1] = 0
     label[3], label[10:20] = 1, -1  # a class with one row, ten rows without a label, class 3 and 4 unseen
-    predicted = baseline_models.fit_logistic(x, label, n_classes=5).predict(x)
+    predicted = probabilities(baseline_models.fit_logistic(x, label, n_classes=5), x)
     assert predicted.shape == (80, 5) and np.isfinite(predicted).all() and (predicted[:, 3:] == 0).all()
     np.testing.assert_allclose(predicted.sum(1), 1.0)
     kept = label >= 0
     alone = baseline_models.fit_logistic(x[kept], label[kept], n_classes=5, groups=np.arange(80)[kept])
-    np.testing.assert_allclose(alone.predict(x), predicted, rtol=1e-9)
-    assert (baseline_models.fit_logistic(x, np.zeros(80, int), n_classes=2).predict(x)[:, 0] == 1).all()
+    np.testing.assert_allclose(probabilities(alone, x), predicted, rtol=1e-9)
+    lone = baseline_models.fit_logistic(x, np.zeros(80, int), n_classes=2)
+    assert (probabilities(lone, x)[:, 0] == 1).all()
     with pytest.raises(common.UserError, match="needs labelled rows, found none among 80"):
         baseline_models.fit_logistic(x, np.full(80, -1), 2)
 
@@ -461,7 +468,7 @@ def test_logistic_survives_absent_and_lone_classes_and_missing_labels():
 def test_logistic_on_noise_comes_back_to_the_prior():
     generator = np.random.default_rng(0)
     x, label = generator.normal(size=(100, 300)), (generator.random(100) < 0.3).astype(int)
-    predicted = baseline_models.fit_logistic(x, label, 2).predict(generator.normal(size=(100, 300)))
+    predicted = probabilities(baseline_models.fit_logistic(x, label, 2), generator.normal(size=(100, 300)))
     assert predicted[:, 1].std() < 0.15 and abs(predicted[:, 1].mean() - label.mean()) < 0.05
 
 
@@ -611,10 +618,10 @@ def test_prior_correction_undoes_a_balanced_sampler():
     x = (label + generator.normal(size=40000))[:, None]
     positives, others = np.flatnonzero(label == 1), np.flatnonzero(label == 0)
     rows = np.concatenate([generator.choice(positives, 5000), generator.choice(others, 5000)])
-    balanced = baseline_models.fit_logistic(x[rows], label[rows], 2, lambdas=[1.0]).predict(x)
+    balanced = probabilities(baseline_models.fit_logistic(x[rows], label[rows], 2, lambdas=[1.0]), x)
     corrected = class_scores.softmax(calibrating.prior_correction(np.log(balanced), [0.9, 0.1], [0.5, 0.5]))
     assert balanced[:, 1].mean() > 0.25 and corrected[:, 1].mean() == pytest.approx(label.mean(), abs=0.005)
-    natural = baseline_models.fit_logistic(x, label, 2, lambdas=[1.0]).predict(x)
+    natural = probabilities(baseline_models.fit_logistic(x, label, 2, lambdas=[1.0]), x)
     np.testing.assert_allclose(corrected, natural, atol=0.02)
     loss = [class_scores.classification_metrics(each, label).overall["loss"] for each in (corrected, natural, balanced)]
     assert loss[0] == pytest.approx(loss[1], abs=1e-3) and loss[2] > loss[0] + 0.1

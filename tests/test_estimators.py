@@ -265,8 +265,7 @@ def pooled_folds(rows, subjects, best_r2, generator, targets=8, features=64, fol
         train = fold_of != k
         model = baseline_models.fit_ridge(x[train], target[train], groups=names[train])
         predicted[~train], means[~train] = model.predict(x[~train]), target[train].mean(0)
-        found = model.weights / model.feature_sd[:, None]
-        bias = model.intercept - model.feature_mean @ found
+        found, bias = model.weights, model.intercept
         mse = ((found - weights) ** 2 * variance[:, None]).sum(0) + bias ** 2 + 1 - best_r2
         true.append(mse * np.mean(~train))
     return predicted, target, means, names, sum(true)
