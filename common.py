@@ -641,7 +641,7 @@ def with_progress(label, batches, total, done=0):
 
 OPTIONAL_PACKAGES = {
     "tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "safetensors": "safetensors.torch",
-    "timm": "timm", "onnx": "onnx", "onnxruntime": "onnxruntime"}
+    "timm": "timm", "onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"}
 
 
 def optional_package(name):
@@ -1850,6 +1850,8 @@ def augment_clip(frames, drawn, size):
 
     Means and extremes that colour operations need are those of the whole clip, so that nothing flickers.
     """
+    if drawn == Augmentation():
+        return eval_crop(frames, size)
     cv2 = load_opencv()
     clip = warp_clip(frames, drawn, size)
     tall = clip.reshape(-1, size, 3)  # (T * size, size, 3): one call for the colours of all frames
@@ -1902,10 +1904,15 @@ def _erase(clip, area, ratio, x, y):
     clip[:, top:top + height, left:left + width] = [round(255 * mean) for mean in IMAGENET_MEAN]
 
 
+def resize_side(image_size):
+    """Short side that pictures and frames are scaled to before the crop: 256 for 224."""
+    return round(image_size * 8 / 7)
+
+
 def eval_crop(image, size):
-    """Centre crop of uint8 (H, W, 3) to uint8 (size, size, 3), a copy; H and W at least `size`."""
-    left, top, _, _ = crop_window(image.shape, Augmentation(), size)
-    return image[top:top + size, left:left + size].copy()
+    """Centre crop of uint8 (..., H, W, 3) to uint8 (..., size, size, 3), a copy; H and W at least `size`."""
+    left, top, _, _ = crop_window(image.shape[-3:], Augmentation(), size)
+    return image[..., top:top + size, left:left + size, :].copy()
 
 
 @functools.lru_cache

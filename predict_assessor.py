@@ -13,7 +13,6 @@ could not be read; its ratings are then empty).
 Letters: N images, B batch, R ratings, M members, S side of the square input in pixels.
 """
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,10 @@ import torch
 from torch import nn
 
 import common
+import exporting
 from evidence import calibrating, heat_maps, prediction_tables, reporting, row_warnings, splitting
 from readers import file_names, picture_files
-from train_assessor import explain, load_assessor, mirrored_mean, resize_side
+from train_assessor import explain, load_assessor, mirrored_mean
 
 
 @dataclasses.dataclass
@@ -41,6 +41,16 @@ class Member:
             outputs = sum(self.model(each) for each in features) / len(views)  # (B, F) -> (B, R)
         return outputs.cpu(), sum(features).float().cpu() / len(views)
 
+    def in_unit(self, outputs):
+        """Outputs (..., R) in the unit of the ratings."""
+        scaler = self.settings["scaler"]
+        return outputs * scaler["sd"] + scaler["mean"]
+
+    def predict_pixels(self, pixels):
+        """uint8 (B, S, S, 3) -> float32 (B, R) in the unit of the ratings, for a file of its own."""
+        inputs = exporting.normalise(pixels, self.settings["pixel_mean"], self.settings["pixel_sd"])
+        return self.in_unit(mirrored_mean(self.model, inputs, self.settings["flip_average"])).float()
+
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
@@ -52,9 +62,7 @@ def parse_args(argv=None):
     add("--images", type=Path, nargs="+", default=[], help="single picture files")
     add("--output", type=Path, default=Path("predictions.csv"), help="CSV to write")
     add("--interval", type=common.bounded(float, 0.01, 0.999), help="coverage of the conformal bounds, such as 0.9")
-    add("--export", type=Path, metavar="FILE",
-        help="also write the model, or the mean of several, as one file that needs nothing of this repository: .pt2 "
-             "(torch.export) or .onnx (packages onnx, onnxscript, onnxruntime); checked on the first ten pictures")
+    exporting.add_argument(add, "the model")
     add("--explain", type=common.bounded(int, 1, 20), metavar="N",
         help="also write a page of heat maps of the first N pictures (up to 20): where the model looks, beside the same "
              "with random weights; its name is that of --output with .html")
@@ -65,8 +73,6 @@ def parse_args(argv=None):
     args = common.parse_arguments(parser, argv)
     if not (args.image_dir or args.image_list or args.images):
         parser.error("no pictures given; name them with --image_dir, --image_list or --images")
-    if args.export and args.export.suffix not in (".pt2", ".onnx"):
-        parser.error(f"--export {args.export}: expected a name that ends in .pt2 or .onnx")
     return args
 
 
@@ -116,11 +122,8 @@ def predict(members, loader, compute):
         features.append(looks)
         hashes.append(batch["hashes"])
         errors += batch["error"]
-    predicted = torch.cat(outputs, dim=1).double().numpy()  # (M, N, R)
-    for values, member in zip(predicted, members):
-        scaler = member.settings["scaler"]
-        values *= scaler["sd"].numpy()
-        values += scaler["mean"].numpy()
+    outputs = torch.cat(outputs, dim=1).double()  # (M, N, R)
+    predicted = torch.stack([member.in_unit(own) for member, own in zip(members, outputs)]).numpy()
     is_bad = [bool(error) for error in errors]
     predicted[:, is_bad] = np.nan
     hashes = torch.cat(hashes).numpy()  # (N, 2)
@@ -167,61 +170,18 @@ def output_columns(inputs, predicted, names, widths):
     return columns
 
 
-class CroppedToRatings(nn.Module):
-    """Members with all that they need: uint8 (B, S, S, 3) cropped pictures -> float32 (B, R) in the unit of the ratings."""
-
-    def __init__(self, members):
-        super().__init__()
-        self.models = nn.ModuleList(member.model.float().cpu() for member in members)
-        self.flip_average = [member.settings["flip_average"] for member in members]
-        for name in ("pixel_mean", "pixel_sd"):
-            each = torch.tensor([member.settings[name] for member in members])  # (M, 3)
-            self.register_buffer(name, each[:, :, None, None])
-        for name in ("mean", "sd"):
-            each = torch.stack([torch.as_tensor(member.settings["scaler"][name]) for member in members])
-            self.register_buffer(f"rating_{name}", each.float())  # (M, R)
-
-    def forward(self, pixels):
-        colours = pixels.permute(0, 3, 1, 2).float() / 255  # (B, S, S, 3) -> (B, 3, S, S)
-        ratings = 0
-        for i, model in enumerate(self.models):
-            outputs = mirrored_mean(model, (colours - self.pixel_mean[i]) / self.pixel_sd[i], self.flip_average[i])
-            ratings = ratings + outputs * self.rating_sd[i] + self.rating_mean[i]  # (B, R)
-        return ratings / len(self.models)
-
-
+@torch.no_grad()
 def export(path, members, pixels):
-    """Write the model as one file and compare it with this script's on `pixels` (B, S, S, 3); returns the difference.
-
-    about.json within it says how pictures are resized and cropped, and the names. UserError: more than 1e-4 of a label
-    sd apart, or a package is missing.
-    """
-    model = CroppedToRatings(members).eval()
-    first = members[0].settings
-    about = {"names": first["names"], "short_side": resize_side(first["image_size"]), "crop": first["image_size"],
-             "resize": "area where it shrinks, cubic where it grows", "pixel_range": first["pixel_range"]}
-    shapes = {"pixels": {0: torch.export.Dim("pictures")}}
-    with torch.no_grad():
-        expected = model(pixels)  # (B, R)
-        if path.suffix == ".pt2":
-            program = torch.export.export(model, (pixels,), dynamic_shapes=shapes, strict=False)
-            torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
-            found = torch.export.load(path).module()(pixels)
-        else:
-            onnx = common.optional_package("onnx")
-            runtime = common.optional_package("onnxruntime")
-            torch.onnx.export(model, (pixels,), path, dynamo=True, dynamic_shapes=shapes, external_data=False,
-                              input_names=["pixels"], output_names=["ratings"])
-            written = onnx.load(path)
-            onnx.helper.set_model_props(written, {"about.json": json.dumps(about)})
-            onnx.save(written, path)
-            found = torch.from_numpy(runtime.InferenceSession(path).run(None, {"pixels": pixels.numpy()})[0])
-    label_sd = torch.as_tensor(first["label_sd"])
-    worst = ((found - expected) / label_sd).abs().max().item()
-    if worst > 1e-4:
-        raise common.UserError(f"--export {path}: its ratings differ from this script's by {worst:.1g} label sds on "
-                               f"{len(pixels)} pictures; do not use the file, and report this with the backbone's name")
-    return worst
+    """Write the mean of the members as one file, compared with this script on uint8 pictures (B, S, S, 3)."""
+    model = exporting.MeanOutput(members)
+    compute = common.choose_compute("cpu", "off")
+    expected = [member.in_unit(member.outputs(pixels, compute)[0]) for member in members]
+    settings = members[0].settings
+    exporting.export(
+        path, model, {"pixels": pixels},
+        about=exporting.about_pictures(settings["names"], settings["image_size"], settings["pixel_range"]),
+        expected=torch.stack(expected).mean(0),  # (B, R)
+        unit=settings["label_sd"])
 
 
 def write_heat_maps(args, members, chosen, titles, pixels, compute):
@@ -261,7 +221,7 @@ def main():
         chosen = [names.index(prediction_tables.known_name(args.explain_rating, names, "--explain_rating"))]
     pictures = picture_files.Pictures(
         [path for _, path in inputs],
-        resize_side(image_size),
+        common.resize_side(image_size),
         lambda pixels, _: common.eval_crop(pixels, image_size),
         members[0].settings.get("pixel_range"))
     loader = common.make_loader(
@@ -278,9 +238,7 @@ def main():
     if readable and args.explain:
         write_heat_maps(args, members, chosen, [inputs[i][0] for i in readable], pixels.numpy(), compute)
     if readable and args.export:
-        worst = export(args.export, members, pixels)
-        print(f"{args.export}: uint8 pictures (B, {image_size}, {image_size}, 3) -> {len(names)} ratings; on "
-              f"{len(readable)} pictures within {worst:.1g} label sds of this script")
+        export(args.export, members, pixels)
     failed = sum(map(bool, errors))
     print(f"{len(inputs)} pictures, {failed} could not be read (see the error column); written to {args.output}")
 

@@ -170,7 +170,7 @@ def load_study(args, run, table):
             f"none of the {len(paths)} pictures named in {args.ratings_file} is in {args.images_dir} "
             f"(first: {table.images[0]!r}); check --images_dir and --image_column")
     run.say(f"decoding {len(found)} pictures")
-    store = picture_files.ImageStore([paths[row] for row in found], resize_side(args.image_size), args.cache,
+    store = picture_files.ImageStore([paths[row] for row in found], common.resize_side(args.image_size), args.cache,
                                      args.pixel_range)
     stored = np.array(picture_files.check_bad_files(store.audit, args.on_bad_file), dtype=int)
 
@@ -204,11 +204,6 @@ def load_study(args, run, table):
     )
 
 
-def resize_side(image_size):
-    """Short side that pictures are scaled to before the crop: 256 for 224."""
-    return round(image_size * 8 / 7)
-
-
 class RatedImages(common.Samples):
     """Samples of chosen rows; a key is (epoch, index), which seeds the augmentation.
 
@@ -239,8 +234,6 @@ class RatedImages(common.Samples):
         """Features (F,), or one picture uint8 (S, S, 3): the centre crop, or a random draw of the augmentation."""
         if self.features is not None:
             return self.features[row]
-        if self.augment == "none":
-            return common.eval_crop(self.study.picture(row), self.args.image_size)
         drawn = common.sample_augmentation(self.augment, common.generator_for(self.args.seed, epoch, row))
         return common.apply_augmentation(self.study.picture(row), drawn, self.args.image_size)
 
@@ -398,7 +391,7 @@ def evaluate(model, loader, loss_function, scaler, args, compute):
 
 
 def fit(run, args, study, split, features):
-    """Train on split['train'], choose the epoch on split['val']; returns what predict_with_best does, and Training."""
+    """Train on split['train'], choose the epoch on split['val']; returns what finish_best_model does, and Training."""
     compute = run.compute
     loss_function = rating_loss(args.loss)
     scaler = fit_scaler(study.ratings[split["train"]], args.normalize_targets)
@@ -432,10 +425,10 @@ def fit(run, args, study, split, features):
         row |= {f"val_{name}": means[name] for name in HISTORY_METRICS}
         training.end_epoch(row)
 
-    return *predict_with_best(training, study, split, loaders, scaler, loss_function), training
+    return *finish_best_model(training, study, split, loaders, scaler, loss_function), training
 
 
-def predict_with_best(training, study, split, loaders, scaler, loss_function):
+def finish_best_model(training, study, split, loaders, scaler, loss_function):
     """Of the best epoch {part: predicted (M, R)}, and {part: what row_warnings.find says of it}.
 
     best_model.pth gets its solved ridge head and what data it knows.
@@ -681,7 +674,7 @@ def run_folds(run, args, study):
     similar = splitting.add_similar(run, features["mlp"], folds, study.images)
     run.write_args(**study.data_record(folds))
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split, features))
-    tables = [prediction_tables.read_predictions(run.path(f"fold_{k}") / "predictions_val.csv") for k in chosen]
+    tables = prediction_tables.read_folds(run, chosen, "val")
     pooled = prediction_tables.join(tables, chosen)
     pooled.write(run.path("predictions_folds.csv"))
     done = judging.finished_folds(run, chosen, [table.fold_numbers() for table in tables])

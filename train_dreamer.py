@@ -1229,7 +1229,7 @@ def run_folds(run, args, study):
     study = see_frames(study, np.arange(len(study.names)), args, run.compute)
     run.write_args(**study.data_record(folds))
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))
-    tables = [prediction_tables.read_predictions(run.path(f"fold_{k}") / f"predictions_{left_out}.csv") for k in chosen]
+    tables = prediction_tables.read_folds(run, chosen, left_out)
     uses = [common.read_json(run.path(f"fold_{k}") / "metrics.json")["use"] for k in chosen]
     joined = prediction_tables.join(tables, chosen)
     rows = prediction_tables.rows_of(joined, study.names)

@@ -25,6 +25,7 @@ until they reach the device.
 import argparse
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -34,9 +35,10 @@ import torch
 from torch import nn
 
 import common
+import exporting
 from evidence import (
     baseline_models, calibrating, class_judging, class_scores, confounding, ethograms, event_audit,
-    event_splits, judging, metric_names, plotting, prediction_tables, rater_agreement, reporting,
+    event_splits, judging, plotting, prediction_tables, rater_agreement, reporting,
     row_warnings, score_judging, splitting, table_judging, verdicts)
 from readers import (
     backbones, csv_tables, event_tables, event_times, score_tables, sliding_windows, video_files)
@@ -92,6 +94,7 @@ def parse_args(argv=None):
              "predict --video")
     job("--output", type=Path,
         help="file that predict (.csv), evaluate or audit (.json) writes")
+    exporting.add_argument(job, "the model of one clip")
     add_recording_arguments(parser.group("whole recordings"))
     add_clip_arguments(parser.group("clips and labels"))
     add_model_arguments(parser.group("model"))
@@ -175,7 +178,7 @@ def add_model_arguments(model):
     """The network and which parts of it are trained."""
     model("--model",
           help=f"{MOTION_READOUT}, for small data: a linear model, solved and not trained, on what an "
-               "untuned image backbone sees in the frames and how it changes from frame to frame; "
+               "untuned image backbone makes of the frames and how it changes from frame to frame; "
                f"{CNN_LSTM}: an image backbone frame by frame, then an LSTM; or a torchvision video "
                "network (r3d_18, mc3_18, r2plus1d_18, s3d, mvit_v2_s, swin3d_t), which computes in "
                "fp32 on CPUs")
@@ -223,17 +226,13 @@ def add_learning_arguments(learn):
                "(default: average precision of the positive class; regress: loss)")
 
 
-def manifests_of(args):
-    """{part: manifest} as given; the part '' is one manifest for all."""
-    given = {part: getattr(args, f"{part}_manifest") for part in event_splits.PARTS} | {"": args.manifest}
-    return {part: path for part, path in given.items() if path}
-
-
 def check_flags(parser, args):
     """parser.error for what a mode lacks, and for flags that contradict each other."""
-    manifests = manifests_of(args)
+    manifests = event_splits.manifests_of(args)
     is_parted = bool(manifests) and not args.manifest
     has_events = manifests or args.video_root, "--manifest, or --train_manifest"
+    if args.task == "regress":
+        has_events = args.manifest, "--manifest where --task is regress"
     needs = {
         "train": has_events,
         "audit": has_events,
@@ -245,8 +244,8 @@ def check_flags(parser, args):
     is_given, needed = needs[args.mode]
     if not is_given:
         parser.error(f"--mode {args.mode} needs {needed}")
-    if args.mode != "evaluate" and args.task == "regress" and not args.manifest:
-        parser.error("--task regress needs --manifest")
+    if args.export and not (args.mode == "predict" and args.manifest):
+        parser.error("--export belongs to --mode predict with --manifest, whose clips it is checked on")
     if args.manifest and len(manifests) > 1:
         parser.error(f"--manifest {args.manifest} is split here; give it alone, "
                      "or the manifests of the parts")
@@ -280,14 +279,14 @@ def check_flags(parser, args):
 
 @dataclasses.dataclass
 class Untuned:
-    """What an untuned network sees in N rows: of each the mean over its predicted clips."""
+    """Features of N rows from an untuned network: of each the mean over its predicted clips."""
     values: np.ndarray  # (N, F)
     blocks: dict | None = None  # name -> columns that a readout may choose; None: it takes all
 
 
 @dataclasses.dataclass
 class Features:
-    """What untuned networks see, computed once for all folds."""
+    """Features from untuned networks, computed once for all folds."""
     of_rows: dict  # name of the linear model on it -> Untuned
     # with --freeze_backbone, which trains on them instead of pixels:
     views: np.ndarray | None = None  # (V, N, F) or (V, N, T, F) of random clips
@@ -296,12 +295,11 @@ class Features:
 
 @dataclasses.dataclass
 class Study:
-    """N rows that can be read: their table, their frames, and what was left out."""
+    """N rows that can be read: their table and their frames."""
     table: event_tables.EventTable
     store: video_files.ClipStore
     stored: np.ndarray  # (N,) index of each row in the store
     args: argparse.Namespace
-    skipped: list  # dicts of row and reason
     positive: int | None = None  # the class that matters; None for scores
 
     def frames(self, row, start=0, stop=None):
@@ -310,11 +308,12 @@ class Study:
 
     def strip(self, row):
         """Five frames of a row side by side: uint8 (H, 5 W, 3)."""
-        return plotting.strip_of(self.frames(row, 0, self.audit(row).n_grid))
+        return plotting.strip_of(self.frames(row, 0, self.audits[row].n_grid))
 
-    def audit(self, row):
-        """ClipAudit of a row."""
-        return self.store.audit[self.stored[row]]
+    @functools.cached_property
+    def audits(self):
+        """video_files.ClipAudit of each row."""
+        return [self.store.audit[row] for row in self.stored]
 
     def mask(self, row, start):
         """(T,) bool, True = a frame of the clip at `start` that the model is to read.
@@ -322,62 +321,27 @@ class Study:
         None after the row's last frame, and no frame again for MOTION_READOUT, which compares
         neighbours.
         """
-        found = self.audit(row)
+        found = self.audits[row]
         places = start + np.arange(self.args.n_frames)
         mask = places < found.n_grid
         if self.args.model == MOTION_READOUT:
             mask[1:] &= ~np.isin(places[1:], found.repeats)
         return mask
 
-    def start_range(self, row, jitter_sec=0.0):
-        """(first, last) grid frame at which a clip may start, jitter_sec outside the event."""
-        if self.args.task == "regress":
-            return 0, 0
-        found = self.audit(row)
-        length = self.args.n_frames
-        reach = round(jitter_sec * self.args.fps)
-        last = found.first + max(found.usable - length, 0)
-        frames_after = max(found.n_grid - length - last, 0)
-        return max(found.first - reach, 0), last + min(reach, frames_after)
-
     def starts(self, row):
-        """Grid frames where the predicted clips start: evenly over the row; one in its middle."""
-        first, last = self.start_range(row)
-        if self.args.clips_per_event == 1:
-            return [round((first + last) / 2)]
-        even = np.linspace(first, last, self.args.clips_per_event).round().astype(int)
-        return sorted(set(even.tolist()))
-
-    @property
-    def truth(self):
-        """(N,) labels or (N, R) scores."""
-        return self.table.label if self.table.target is None else self.table.target
-
-    @property
-    def groups(self):
-        """(N,) text, rows that are not independent: groups of the table, else rows of one video.
-
-        None where every row has a video of its own.
-        """
-        if self.table.groups is not None:
-            return self.table.groups
-        has_shared = len(set(self.table.videos)) < len(self.table)
-        return self.table.videos if has_shared else None
+        """Grid frames where the predicted clips start."""
+        return self.audits[row].even_starts(self.args.n_frames, self.args.clips_per_event)
 
     @property
     def hashes(self):
         """(N, 2) content_hashes of the rows."""
         return self.store.hashes[self.stored]
 
-    def groups_of(self, rows):
-        """(M,) groups of these rows, or None."""
-        return None if self.groups is None else self.groups[rows]
-
     def data_record(self, split):
         """What args.json says of the data and their split; resuming refuses other data."""
         table = self.table
-        shas = [self.audit(row).pixel_sha for row in range(len(table))]
-        contents = [*table.names, *table.clip_ids, self.truth, *shas]
+        shas = [audit.pixel_sha for audit in self.audits]
+        contents = [*table.names, *table.clip_ids, table.truth, *shas]
         return common.data_record(contents, split, rows=len(table), names=table.names)
 
 
@@ -391,7 +355,7 @@ def read_table(args, names=None, need_labels=True):
             args.manifest, args.video_root, args.group_column, names or args.target_columns,
             **checks)
     else:
-        manifests = manifests_of(args) or {"": args.video_root}
+        manifests = event_splits.manifests_of(args) or {"": args.video_root}
         table = event_tables.read_events(
             manifests, args.video_root, args.label_map, args.min_event_sec, args.group_column,
             names=names, label_column=args.label_column, time_unit=args.time_unit, **checks)
@@ -410,66 +374,26 @@ def load_study(args, table, say, skipped_file=None):
         f"with {video_files.decoder_name()}")
     store = video_files.ClipStore(
         table.sources, table.windows, grid="even" if args.task == "regress" else "rate",
-        fps=args.fps, n_frames=args.n_frames, short_side=resize_side(args.image_size),
+        fps=args.fps, n_frames=args.n_frames, short_side=common.resize_side(args.image_size),
         jitter_sec=args.jitter_sec, cache=args.cache, pixel_range=args.pixel_range)
     video_files.check_clips(store.audit, args.max_missing, args.on_bad_file)
+    for note in video_files.time_notes(store.audit, args.fps):
+        say(f"note: {note}")
     reasons = [found.error or found.fault for found in store.audit]
-    stored = np.flatnonzero([not reason for reason in reasons])
-    skipped = table.skipped + [
-        {"row": table.clip_ids[row], "video": str(table.sources[row]), "reason": reason}
-        for row, reason in enumerate(reasons) if reason]
-    if skipped and skipped_file:
-        common.write_table(skipped_file, skipped)
-    for reason, count in collections.Counter(entry["reason"] for entry in skipped).items():
+    usable = table.without(reasons)
+    if usable.skipped and skipped_file:
+        common.write_table(skipped_file, usable.skipped)
+    for reason, count in collections.Counter(row["reason"] for row in usable.skipped).items():
         say(f"skipped: {count} rows, {reason}")
-    late = {found.path: found.first_sec for found in store.audit if found.first_sec > 0.5}
-    if late:
-        say(f"note: the picture starts {max(late.values()):.2f} s or less after the start of the file in {len(late)} "
-            f"videos ({common.shorten_list(late, 3)}); seconds count from the start of the file, as a player shows them")
-    slow = {found.path for found in store.audit if found.repeats and found.n_frames > 1}
-    if slow:
-        say(f"note: {len(slow)} videos have fewer than {args.fps:g} frames a second (--fps), and show some twice "
-            f"({common.shorten_list(sorted(slow), 3)})")
-    if not len(stored):
-        raise common.UserError(f"none of {len(table)} rows can be used "
-                               f"(first: {skipped[0]['reason']})")
-    say(f"data: {len(stored)} rows, {len(set(table.events))} events; "
-        f"{len(skipped)} rows skipped; {store.description}")
-    table = table.take(stored)
+    if not len(usable):
+        raise common.UserError(f"none of {len(table)} rows can be used (first: {usable.skipped[0]['reason']})")
+    say(f"data: {len(usable)} rows, {len(set(usable.events))} events; {len(usable.skipped)} rows skipped; "
+        f"{store.description}")
     positive = None
     if table.target is None:
-        positive = prediction_tables.choose_positive(args.positive_class, table.names, table.label)
-    return Study(table, store, stored, args, skipped, positive)
-
-
-def resize_side(image_size):
-    """Short side that frames are scaled to before the crop: 128 for 112."""
-    return round(image_size * 8 / 7)
-
-
-def sample_weights(table, flags):
-    """--sample_weight moment:M2=2.5 (several multiply) -> (N,) weights of the rows in the loss."""
-    weights = np.ones(len(table))
-    for text in flags:
-        rows, value = event_tables.rows_of_level(table, text, "--sample_weight")
-        [factor] = csv_tables.to_numbers([value], f"--sample_weight {text}")
-        if not factor >= 0:
-            raise common.UserError(f"--sample_weight {text}: expected a weight of 0 or more, "
-                                   f"found {value}")
-        weights[rows] *= factor
-    return weights
-
-
-def augment_presets(table, flags, default):
-    """--augment_for moment:M2=heavy (the last that fits counts) -> (N,) preset of each row."""
-    presets = np.full(len(table), default, dtype=object)
-    for text in flags:
-        rows, preset = event_tables.rows_of_level(table, text, "--augment_for")
-        if preset not in common.AUGMENTATIONS:
-            raise common.UserError(f"--augment_for {text}: expected one of "
-                                   f"{', '.join(common.AUGMENTATIONS)}, found {preset!r}")
-        presets[rows] = preset
-    return presets
+        positive = prediction_tables.choose_positive(args.positive_class, table.names, usable.label)
+    stored = np.flatnonzero([not reason for reason in reasons])
+    return Study(usable, store, stored, args, positive)
 
 
 class Clips(common.Samples):
@@ -526,7 +450,8 @@ class Clips(common.Samples):
 
     def random_start(self, row, generator):
         """Grid frame at which a train clip of the row starts."""
-        first, last = self.study.start_range(row, self.args.jitter_sec)
+        reach = round(self.args.jitter_sec * self.args.fps)
+        first, last = self.study.audits[row].start_range(self.args.n_frames, reach)
         return first + int(torch.randint(last - first + 1, (), generator=generator))
 
     def pixels(self, row, start, generator):
@@ -534,14 +459,10 @@ class Clips(common.Samples):
         length = self.args.n_frames
         size = self.args.image_size
         preset = "none" if self.presets is None else self.presets[row]
+        drawn = common.sample_augmentation(preset, generator)
         frames = self.study.frames(row, start, start + length)
-        if preset == "none":
-            crops = [common.eval_crop(frame, size) for frame in frames]
-        else:
-            drawn = common.sample_augmentation(preset, generator)
-            crops = common.augment_clip(frames, drawn, size)
         clip = np.zeros((length, size, size, 3), np.uint8)
-        clip[:len(frames)] = crops
+        clip[:len(frames)] = common.augment_clip(frames, drawn, size)
         return clip
 
 
@@ -550,7 +471,8 @@ class Clips(common.Samples):
 class Head(nn.Module):
     """(B, F) -> (B, K): dropout and a linear layer, whose outputs are put on the scale of the task.
 
-    bounded: a sigmoid over the range from `offset` to `offset + span`.
+    bounded: a sigmoid over the range from `offset` to `offset + span`. prior_shift, (K,): what evaluation adds, where
+    training saw other class shares than the natural ones.
     """
 
     def __init__(self, n_features, n_outputs, dropout=0.0, bounded=False):
@@ -560,6 +482,7 @@ class Head(nn.Module):
         self.bounded = bounded
         self.register_buffer("offset", torch.zeros(n_outputs))
         self.register_buffer("span", torch.ones(n_outputs))
+        self.register_buffer("prior_shift", torch.zeros(n_outputs), persistent=False)
 
     def start_at(self, centre, offset, span):
         """Set the scale (K,) and a bias that gives `centre` (K,) where all features are 0."""
@@ -575,7 +498,8 @@ class Head(nn.Module):
             outputs = self.linear(self.dropout(features.float()))  # (B, F) -> (B, K)
             if self.bounded:
                 outputs = torch.sigmoid(outputs)
-            return self.offset + self.span * outputs
+            outputs = self.offset + self.span * outputs
+            return outputs if self.training else outputs + self.prior_shift
 
 
 class ClipNet(backbones.BackboneModel):
@@ -602,94 +526,26 @@ class ClipNet(backbones.BackboneModel):
         return self.head(self.extract(clips, mask))  # (B, F) -> (B, K)
 
 
-def places_of(mask, device):
-    """(frames,) indices into the B * T frames of a batch that the mask marks."""
-    return mask.flatten().nonzero()[:, 0].to(device, non_blocking=True)
-
-
-def real_frames(clips, mask):
-    """The frames that the mask marks: (B, T, 3, S, S), (B, T) -> (frames, 3, S, S)."""
-    frames = clips.movedim(2, -1).flatten(0, 1)  # (B * T, S, S, 3): colours stay the last
-    return frames[places_of(mask, clips.device)].movedim(-1, 1)
-
-
-def in_places(values, mask):
-    """What is known of those frames, 0 for the others: (frames, ...), (B, T) -> (B, T, ...)."""
-    everywhere = values.new_zeros(mask.numel(), *values.shape[1:])
-    everywhere = everywhere.index_copy(0, places_of(mask, values.device), values)
-    return everywhere.unflatten(0, mask.shape)
-
-
-def mean_and_sd(features, mask):
-    """(B, T, F) features and (B, T), True = counts -> (B, 2 F): mean and SD over time."""
-    mask = mask[..., None].to(features.device)  # (B, T, 1)
-    count = mask.sum(1).clamp(min=1)
-    mean = (features * mask).sum(1) / count
-    deviation = (features - mean[:, None]) * mask
-    return torch.cat([mean, ((deviation ** 2).sum(1) / count).sqrt()], 1)
-
-
-def over_time(features, mask):
-    """Features of clips (B, F) as they are, those of their frames (B, T, F) as mean_and_sd."""
-    return mean_and_sd(features, mask) if features.ndim == 3 else features
-
-
 class MotionReadout(ClipNet):
-    """A linear layer on the maps of an image backbone: clips (B, T, 3, S, S), mask (B, T) -> (B, K).
+    """A linear layer on backbones.MotionFeatures: clips (B, T, 3, S, S), mask (B, T) -> (B, K).
 
-    It reads, of each channel (C of the last three resolutions together), appearance: mean and SD
-    over time of its mean over the picture; and motion: how far it rises, and how far it falls, from
-    one frame to the next, at the place where it does so most, as the root mean square over time.
     The mask tells real frames that are not the frame before again.
     """
 
     def __init__(self, backbone, n_outputs, image_size):
-        maps = backbones.FeatureMaps(backbone, image_size)
-        self.n_channels = sum(maps.n_channels)
-        super().__init__(maps, 4 * self.n_channels, n_outputs)
+        features = backbones.MotionFeatures(backbone, image_size)
+        super().__init__(features, features.n_features, n_outputs)
 
-    def blocks(self):
-        """{name: columns of the features} that the readout may choose from."""
-        appearance, motion = np.arange(4 * self.n_channels).reshape(2, -1)
-        return {"appearance": appearance, "motion": motion, "both": np.append(appearance, motion)}
-
-    def last_stage(self):
-        """(2 C,) columns of appearance of the last resolution alone, C its channels."""
-        means_and_sds = np.arange(2 * self.n_channels).reshape(2, -1)
-        return means_and_sds[:, -self.backbone.n_channels[-1]:].ravel()
-
-    def see(self, frames):
-        """(n, 3, S, S) -> (n, 3, C): mean, largest rise and largest fall since the frame before.
-
-        The first frame has none before it and gets 0. In fp32: bf16 would round changes away.
-        """
-        with torch.autocast(frames.device.type, enabled=False):
-            maps = self.backbone(frames)  # three of (n, C, H, W)
-        seen = []
-        for each in maps:
-            places = each.flatten(2)  # (n, C, H * W)
-            change = torch.diff(places, dim=0, prepend=places[:1])
-            rise = change.amax(2).clamp(min=0)
-            fall = change.amin(2).clamp(max=0)
-            seen.append(torch.stack([places.mean(2), rise, fall], 1))
-        return torch.cat(seen, 2)  # three of (n, 3, C) -> (n, 3, C)
-
-    def pool(self, seen, mask):
-        """What is seen in the frames of clips, (B, T, 3, C), and their mask (B, T) -> (B, 4 C)."""
-        mask = mask.to(seen.device)
-        # not the first frame of a clip: its change is from another clip
-        is_pair = (mask & (mask.cumsum(1) > 1))[..., None, None]  # (B, T, 1, 1)
-        squares = (seen[:, :, 1:] ** 2 * is_pair).sum(1)  # (B, 2, C)
-        motion = (squares / is_pair.sum(1).clamp(min=1)).sqrt()
-        return torch.cat([mean_and_sd(seen[:, :, 0], mask), motion.flatten(1)], 1)
+    def frame_features(self, clips):
+        """(B, T, 3, S, S) -> (B, T, 3, C)."""
+        return self.backbone.frame_features(clips)
 
     def extract(self, clips, mask):
-        """Clips (B, T, 3, S, S), what is seen in their frames (B, T, 3, C), or features -> (B, 4 C)."""
+        """Clips (B, T, 3, S, S), their frame_features, or features (B, F) as they are -> (B, F)."""
         if clips.ndim == 2:
             return clips
-        if clips.ndim == 5:
-            clips = in_places(self.see(real_frames(clips, mask)), mask)
-        return self.pool(clips, mask)
+        features = self.frame_features(clips) if clips.ndim == 5 else clips
+        return self.backbone.pool(features, mask)
 
 
 class FrameLstm(backbones.BackboneModel):
@@ -704,13 +560,22 @@ class FrameLstm(backbones.BackboneModel):
         self.lstm = nn.LSTM(n_features, hidden, batch_first=True)
         self.head = Head(hidden, n_outputs, dropout, bounded)
 
-    def see(self, frames):
-        """(n, 3, S, S) -> (n, F)."""
-        return self.backbone(frames).float()
+    def frame_features(self, clips):
+        """(B, T, 3, S, S) -> (B, T, F)."""
+        return self.backbone(clips.flatten(0, 1)).float().unflatten(0, clips.shape[:2])
 
     def extract(self, clips, mask):
-        """Features of the real frames, 0 for the others: (B, T, 3, S, S), (B, T) -> (B, T, F), which stay as they are."""
-        return clips if clips.ndim == 3 else in_places(self.see(real_frames(clips, mask)), mask)
+        """frame_features of the real frames alone, 0 for the others: (B, T, 3, S, S) -> (B, T, F), which stay as they are.
+
+        What fills a clip up would change the statistics of a BatchNorm that is trained.
+        """
+        if clips.ndim == 3:
+            return clips
+        real = mask.flatten().nonzero()[:, 0].to(clips.device, non_blocking=True)
+        pixels = clips.movedim(2, -1).flatten(0, 1)  # (B * T, S, S, 3): colours stay the last in memory
+        features = self.frame_features(pixels[real].movedim(-1, 1)[None])[0]  # (frames, F)
+        everywhere = features.new_zeros(mask.numel(), features.shape[1])
+        return everywhere.index_copy(0, real, features).unflatten(0, mask.shape)
 
     def forward(self, clips, mask):
         # (B, T, 3, S, S) clips, or (B, T, F) features of a frozen backbone
@@ -719,7 +584,7 @@ class FrameLstm(backbones.BackboneModel):
             states, _ = self.lstm(features.float())  # (B, T, F) -> (B, T, H)
         last = mask.sum(1).clamp(min=1) - 1  # (B,) index of the last real frame
         last = last.to(features.device, non_blocking=True)
-        rows = torch.arange(len(last), device=last.device)
+        rows = torch.arange(states.shape[0], device=last.device)
         return self.head(states[rows, last])  # (B, H) -> (B, K)
 
 
@@ -761,9 +626,8 @@ class Objective:
         self.args = args
         self.names = study.table.names
         self.positive = study.positive
-        self.other_names = [name for c, name in enumerate(self.names) if c != self.positive]
         self.repeats = study.table.repeats
-        weight = sample_weights(study.table, args.sample_weight)
+        weight = event_tables.sample_weights(study.table, args.sample_weight)
         self.weight = torch.from_numpy(weight).float()  # (N,) in the loss
 
     def rows_of_epoch(self, train):
@@ -778,12 +642,16 @@ class Objective:
         """What is to be added to the outputs of a network that was trained on these rows."""
         return 0.0
 
+    def select(self):
+        """(column of the history that chooses the epoch, whether higher is better). Raises UserError."""
+        return verdicts.select_column(self.args.select or self.default_select, self.columns, self.meanings)
+
 
 class Behaviours(Objective):
     """--task classify: C classes.
 
     The natural class shares are those of the train rows, each counted once. Rows that are repeated,
-    sampled or weighted change the shares that training sees; prior_shift takes that back.
+    sampled or weighted change the shares in training; prior_shift takes that back.
     """
 
     def __init__(self, args, study, train):
@@ -820,10 +688,10 @@ class Behaviours(Objective):
     def prior_shift(self, rows):
         """(C,) to add to the logits: from the class shares in training to the natural ones."""
         n_classes = len(self.names)
-        seen = np.bincount(self.label[rows], minlength=n_classes) * self.class_weight
+        shares = np.bincount(self.label[rows], minlength=n_classes) * self.class_weight
         if self.args.balance == "sampler":
-            seen = np.ones(n_classes)
-        return calibrating.prior_correction(np.zeros(n_classes), self.prior, seen / seen.sum())
+            shares = np.ones(n_classes)
+        return calibrating.prior_correction(np.zeros(n_classes), self.prior, shares / shares.sum())
 
     def scale(self):
         """(centre (C,), offset, span) of the head: the first output is the log prior."""
@@ -888,7 +756,7 @@ class Scores(Objective):
                 f"{common.shorten_list(itertools.compress(self.names, ~varies))}; "
                 "leave it out with --target_columns")
         self.target = torch.tensor(self.values, dtype=torch.float32)  # (N, R), NaN = missing
-        self.target_weight = target_weights(args.target_weights, self.names)
+        self.target_weight = score_tables.target_weights(args.target_weights, self.names)
         self.total, self.parts = score_tables.total_and_parts(self.names)
 
     def scale(self):
@@ -929,41 +797,14 @@ class Scores(Objective):
         return {"loss": float(loss)} | {name: means[name] for name in self.columns if name in means}
 
 
-def target_weights(pairs, names):
-    """--target_weights NAME=W ... -> tuple of R weights, 1 where not named. Raises UserError."""
-    weights = dict.fromkeys(map(csv_tables.column_key, names), 1.0)
-    for text in pairs or []:
-        name, _, value = text.rpartition("=")
-        key = csv_tables.column_key(name)
-        if key not in weights or not csv_tables.NUMBER.fullmatch(value) or float(value) < 0:
-            raise common.UserError(f"--target_weights expects NAME=WEIGHT of "
-                                   f"{common.shorten_list(names, 40)}, found {text!r}")
-        weights[key] = float(value)
-    return tuple(weights.values())
-
-
 TASKS = {"classify": Behaviours, "regress": Scores}
-
-
-def select_column(wanted, objective):
-    """--select as typed -> (val_ column or 'last', higher is better). Raises UserError."""
-    name = (wanted or objective.default_select).removeprefix("val_")
-    if name == "last":
-        return "last", True
-    if name not in objective.meanings:
-        names = [*objective.meanings, "last"]
-        raise common.UserError(f"--select {name} is no metric of this run{common.closest(name, names)}; "
-                               f"metrics: {common.shorten_list(names, 40)}")
-    meaning = objective.meanings[name]
-    column_of = {own: column for column, own in objective.columns.items()}
-    return f"val_{column_of[meaning]}", not metric_names.METRICS[meaning.metric].lower_is_better
 
 
 # --- training ---------------------------------------------------------------------------
 
 def make_loaders(study, split, objective, args, compute, features):
     """Loader of random train clips, and {part: loader} of the clips that are predicted."""
-    presets = augment_presets(study.table, args.augment_for, args.augment)
+    presets = event_tables.augment_presets(study.table, args.augment_for, args.augment)
     is_cached = study.store.cache == "ram" or args.freeze_backbone
     given = features if args.freeze_backbone else None  # else pixels
     rows = objective.rows_of_epoch(split["train"])
@@ -1023,7 +864,7 @@ def predict_batch(model, batch, args, compute):
     with compute.autocast():
         features = model.extract(clips, mask)  # (B, T, 3, S, S) -> (B, F) or (B, T, F)
         outputs = model(features, mask)  # -> (B, K)
-    return outputs.float().cpu(), over_time(features, mask).float().cpu()
+    return outputs.float().cpu(), backbones.over_time(features, mask).float().cpu()
 
 
 @torch.no_grad()
@@ -1042,16 +883,17 @@ def evaluate(model, loader, args, compute):
 
 def combine_clips(outputs, row_starts, aggregation):
     """Mean or max over the clips of each row: (clips, K), (row, start) of each -> (M, K)."""
-    rows = [row for row, _ in row_starts]  # of the clips
-    first = np.flatnonzero(np.diff(rows, prepend=-1))  # (M,) where the clips of a row begin
-    combine = {"mean": np.mean, "max": np.max}[aggregation]
-    return np.stack([combine(clips, axis=0) for clips in np.split(outputs, first[1:])])
+    import pandas as pd
+    rows = np.array([row for row, _ in row_starts])  # of the clips
+    return pd.DataFrame(outputs).groupby(rows, sort=False).agg(aggregation).to_numpy()
 
 
-def start_model(args, objective, compute):
-    """The network before its first step, on the device, with the frozen parts out of training."""
+def start_model(args, objective, train, compute):
+    """The network before its first step, on the device, with the frozen parts out of training; train: its rows."""
     model = build_model(args, len(objective.names))
     model.head.start_at(*objective.scale())
+    if args.model != MOTION_READOUT:  # which is solved from each row once, at the natural class shares
+        model.head.prior_shift.copy_(torch.as_tensor(objective.prior_shift(objective.rows_of_epoch(train))))
     if args.init_from:
         common.start_from(model, args.init_from, args.freeze_backbone, names=objective.names)
     model = compute.place(model)
@@ -1068,49 +910,45 @@ def fit(run, args, study, split, features):
     compute = run.compute
     train = split["train"]
     objective = TASKS[args.task](args, study, train)
-    column, higher_is_better = select_column(args.select, objective)
+    column, higher_is_better = objective.select()
     train_loader, loaders = make_loaders(study, split, objective, args, compute, features)
     if not args.freeze_backbone:  # else it trains on features, which are no pictures
         plotting.plot_batch(run, train_loader.dataset, train_loader.dataset.labels())
-    is_solved = args.model == MOTION_READOUT  # from each row once, at the natural class shares
-    shift = objective.prior_shift(train if is_solved else objective.rows_of_epoch(train))
-    model = start_model(args, objective, compute)
+    model = start_model(args, objective, train, compute)
     mean, sd = pixel_statistics(args)
     run.say(f"{args.model}: colours are normalised with mean {mean} and SD {sd}, "
             "as its published weights expect")
-    rest = nn.ModuleList(
-        [module for name, module in model.named_children() if name != "backbone"])
-    optimizer = common.build_optimizer([(model.backbone, args.backbone_lr_mult), (rest, 1.0)], args)
+    parts = [(module, args.backbone_lr_mult if module is model.backbone else 1.0) for module in model.children()]
     training = common.Training(
-        run, model, optimizer, args, column, lambda: model_metadata(args, study, objective, shift),
+        run, model, common.build_optimizer(parts, args), args, column, lambda: model_metadata(args, study, objective, model),
         higher_is_better, study.hashes, split)
     for _ in training.epochs():
-        if is_solved:
+        if args.model == MOTION_READOUT:
             solve_head(model, study, train, features, run.say)
             outputs, _ = evaluate(model, loaders["train"], args, compute)
             row = {"train_loss": objective.history(outputs, train)["loss"]}
         else:
             row = train_one_epoch(model, train_loader, objective, training, args, compute)
         outputs, _ = evaluate(model, loaders["val"], args, compute)
-        for name, value in objective.history(outputs + shift, split["val"]).items():
-            row[f"val_{name}"] = value
+        found = objective.history(outputs, split["val"])
+        row |= {f"val_{name}": value for name, value in found.items()}
         training.end_epoch(row)
-    outputs, doubts = predict_with_best(training, study, split, loaders, objective, shift)
+    outputs, doubts = finish_best_model(training, study, split, loaders, objective)
     return outputs, doubts, objective, training
 
 
-def predict_with_best(training, study, split, loaders, objective, shift):
-    """Of the best epoch {part: outputs (M, K)}, and {part: what row_warnings.find says of it}.
+def finish_best_model(training, study, split, loaders, objective):
+    """Predict each part with the best epoch, and complete best_model.pth by what is known only then.
 
-    best_model.pth gets what training data it knows, and of classes the calibration on val.
+    That is what its training data are like, and of classes the calibration on val. Returns {part: outputs (M, K)}, and
+    {part: what row_warnings.find says of it}.
     """
     run = training.run
     best = training.load_best()
     outputs = {}
     features = {}
     for part, loader in loaders.items():
-        found, features[part] = evaluate(training.model, loader, training.args, run.compute)
-        outputs[part] = found + shift
+        outputs[part], features[part] = evaluate(training.model, loader, training.args, run.compute)
     target = None if study.table.target is None else study.table.target[split["train"]]
     best["known_data"] = row_warnings.known_data(features["train"], features["val"], target)
     if study.table.label is not None:
@@ -1124,10 +962,10 @@ def predict_with_best(training, study, split, loaders, objective, shift):
 
 
 def fit_readout(study, rows, untuned):
-    """baseline_models.Readout of these rows on what an untuned network sees in them."""
+    """baseline_models.Readout of these rows on their features from an untuned network."""
     n_classes = None if study.table.label is None else len(study.table.names)
     return baseline_models.fit_readout(
-        untuned.values[rows], study.truth[rows], study.groups_of(rows), n_classes, untuned.blocks)
+        untuned.values[rows], study.table.truth[rows], study.table.groups_of(rows), n_classes, untuned.blocks)
 
 
 def solve_head(model, study, rows, features, say):
@@ -1139,7 +977,7 @@ def solve_head(model, study, rows, features, say):
     readout.write_into(model.head.linear)
 
 
-def model_metadata(args, study, objective, shift):
+def model_metadata(args, study, objective, model):
     """What predict needs beside the weights: architecture, names, prior shift."""
     mean, sd = pixel_statistics(args)
     content = {
@@ -1152,66 +990,63 @@ def model_metadata(args, study, objective, shift):
     }
     if args.task == "classify":
         content["positive"] = objective.names[objective.positive]
-        content["prior_shift"] = list(shift)  # to be added to the logits
+        content["prior_shift"] = model.head.prior_shift.tolist()
     return content
 
 
 @torch.no_grad()
-def extract_features(model, clips, epoch, compute):
-    """What an untuned backbone sees in every clip: float32 (clips, F) or (clips, T, F), mask (clips, T)."""
-    model.eval()
+def extract_features(network, clips, epoch, compute):
+    """What an untuned backbone makes of every clip: float32 (clips, F) or (clips, T, F)."""
+    network.eval()
     loader = common.make_loader(clips, clips.args, compute, False, batch_size=16)
     loader.batch_sampler.epoch = epoch
     found = []
     for batch in loader:
         inputs, mask = to_device(batch, clips.args, compute)
         with compute.autocast():
-            found.append((model.extract(inputs, mask).float().cpu(), mask))
-    return list(map(torch.cat, zip(*compute.processes.gather(found))))
+            found.append(network.extract(inputs, mask).float().cpu())
+    return torch.cat(compute.processes.gather(found)).numpy()
+
+
+def features_of_rows(network, clips, compute):
+    """(N, F): the mean over the clips of each row that are predicted, as evaluate gives it."""
+    loader = common.make_loader(clips, clips.args, compute, False, batch_size=16)
+    return evaluate(network, loader, clips.args, compute)[1]
 
 
 def untuned_features(args, study, run):
-    """Features from networks before any tuning: for the baselines, and --freeze_backbone.
-
-    The baselines see the clips that the model predicts.
-    """
+    """Features from networks before any tuning: for the baselines, and where the backbone is frozen."""
     compute = run.compute
+    names = study.table.names
     rows = np.arange(len(study.table))
-    model = compute.place(build_model(args, len(study.table.names)))
+    network = compute.place(build_model(args, len(names)))
     clips = Clips(study, rows)
-    found, mask = extract_features(model, clips, 0, compute)
-    pooled = combine_clips(over_time(found, mask).numpy(), clips.row_starts, "mean")
     features = Features({})
     if args.freeze_backbone:
-        features.of_clips = dict(zip(clips.row_starts, found.numpy()))
+        features.of_clips = dict(zip(clips.row_starts, extract_features(network, clips, 0, compute)))
+        clips = Clips(study, rows, features=features)
+    of_rows = features_of_rows(network, clips, compute)
     linear_model = "ridge" if study.table.label is None else "logistic"
     if args.model == MOTION_READOUT:
-        features.of_rows[linear_model] = Untuned(pooled[:, model.last_stage()])
-        features.of_rows[MOTION_READOUT] = Untuned(pooled, model.blocks())
+        features.of_rows[linear_model] = Untuned(of_rows[:, network.backbone.last_resolution()])
+        features.of_rows[MOTION_READOUT] = Untuned(of_rows, network.backbone.blocks())
         return features
-    features.of_rows = {linear_model: Untuned(pooled)} | motion_features(args, study, run)
-    if args.freeze_backbone:
-        presets = augment_presets(study.table, args.augment_for, args.augment)
-        random_clips = Clips(study, rows, presets)
-        views = [extract_features(model, random_clips, view, compute)[0]
-                 for view in range(args.feature_views)]
-        features.views = torch.stack(views).numpy()
-    return features
-
-
-def motion_features(args, study, run):
-    """{MOTION_READOUT: Untuned}, which any other model is compared with.
-
-    {}, with a note, where its image network or the weights of that cannot be had.
-    """
-    weights = args.weights if args.model == CNN_LSTM else None
-    own = argparse.Namespace(**{**vars(args), "model": MOTION_READOUT, "weights": weights})
+    features.of_rows[linear_model] = Untuned(of_rows)
+    weights = args.weights if args.model == CNN_LSTM else None  # other models have another backbone
+    motion_args = argparse.Namespace(**{**vars(args), "model": MOTION_READOUT, "weights": weights})
+    motion_clips = Clips(dataclasses.replace(study, args=motion_args), rows)
     try:
-        features = untuned_features(own, dataclasses.replace(study, args=own), run)
-    except common.UserError as error:
+        readout = compute.place(build_model(motion_args, len(names)))
+        features.of_rows[MOTION_READOUT] = Untuned(
+            features_of_rows(readout, motion_clips, compute), readout.backbone.blocks())
+    except common.UserError as error:  # its image network, or the weights of that, cannot be had
         run.say(f"note: no motion readout to compare with: {error}")
-        return {}
-    return {MOTION_READOUT: features.of_rows[MOTION_READOUT]}
+    if args.freeze_backbone:
+        presets = event_tables.augment_presets(study.table, args.augment_for, args.augment)
+        random_clips = Clips(study, rows, presets)
+        features.views = np.stack([extract_features(network, random_clips, view, compute)
+                                   for view in range(args.feature_views)])
+    return features
 
 
 # --- results: predictions table -> judged run folder -------------------------------------------
@@ -1220,7 +1055,7 @@ def predict_baselines(study, features, train, rows):
     """{name: (M, K)} predictions without training a network.
 
     The class shares or means of the train rows, and linear models on untuned features: of the
-    model's last stage, and for other models the motion readout.
+    model's last resolution, and for other models the motion readout.
     """
     table = study.table
     readouts = {
@@ -1271,7 +1106,7 @@ def predictions_table(study, rows, outputs, baselines, seen, warning=None):
         "keys": keys_of(study, rows),
         "names": table.names,
         "baselines": baselines,
-        "groups": study.groups_of(rows),
+        "groups": study.table.groups_of(rows),
         "seen": seen,
         "warning": warning,
     }
@@ -1298,7 +1133,7 @@ def judge(run, args, study, split, table, part, alarms, trained_on, best_epoch=N
     levels = confounding.prior_levels(study.table)
     train_rows, held_out_rows = zip(*trained_on)
     confounds = confounding.level_priors(
-        levels, study.truth, train_rows, held_out_rows, study.groups, study.positive)
+        levels, study.table.truth, train_rows, held_out_rows, study.table.groups_of(), study.positive)
     setting = judging.Setting(
         title="Behaviour in clips" if is_classes else "Scores of frame sequences",
         part=part,
@@ -1329,7 +1164,7 @@ def data_blocks(study, split, rows, table):
     for part, part_rows in split.items():
         classes = event_audit.describe_part(study.table.take(part_rows))["classes"]
         sizes.append({"part": part, "rows": len(part_rows), **classes})
-    events = f"{len(set(study.table.events[rows]))} events; {len(study.skipped)} rows skipped."
+    events = f"{len(set(study.table.events[rows]))} events; {len(study.table.skipped)} rows skipped."
     return [judging.rows_text(table), reporting.html_text(events), reporting.html_table(sizes)]
 
 
@@ -1350,27 +1185,9 @@ def limits(args, study):
 
 # --- one run, or one run per fold -------------------------------------------------------------
 
-def check_split(run, study, split):
-    """Refuse a split that leaks; write splits.json and the leakage report. Returns alarms on columns that it cuts."""
-    args = study.args
-    audits = [study.audit(row) for row in range(len(study.table))]
-    shas = [audit.pixel_sha for audit in audits]
-    phash = np.array([audit.phash for audit in audits], dtype=np.uint64)
-    report = event_audit.audit_table(study.table, split, shas, phash, gap_sec=args.gap_sec,
-                                     judges_priors=False)
-    keeps_groups = args.group_column and args.split_by in (None, "group")
-    stopping = splitting.STOPPING_LEAKS if keeps_groups else ("events", "exact_duplicates")
-    columns = {}
-    if args.split_by in (None, "group"):  # else what repeats stands on both sides on purpose
-        columns = {name: levels for name, levels in confounding.prior_levels(study.table).items()
-                   if name not in ("video", "pair", "hour")}  # no columns of the manifest
-    groups = study.table.groups if keeps_groups else None
-    return splitting.record_split(run, split, study.table.clip_ids, report, stopping, columns, groups)
-
-
 def run_split(run, args, study, split, features=None):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
-    alarms = check_split(run, study, split)
+    alarms = event_audit.record_split(run, study.table, study.audits, split)
     if args.dry_run:
         split = {part: event_splits.few_rows(study.table, rows, 2 * args.batch_size)
                  for part, rows in split.items()}
@@ -1392,7 +1209,8 @@ def run_split(run, args, study, split, features=None):
             table.write(run.path(f"predictions_{part}.csv"))
             tables[part] = table
     best_epoch = training.progress.best_epoch
-    history = plotted_history(objective, training.progress.history)
+    history = verdicts.history_to_plot(
+        training.progress.history, objective.columns, objective.names, objective.positive)
     plotting.plot_history(history, run.path("training_history.png"), best_epoch)
     if args.model != MOTION_READOUT:  # a solved readout always fits its own rows better
         train, val = (objective.history(outputs[part], split[part]) for part in ("train", "val"))
@@ -1404,59 +1222,39 @@ def run_split(run, args, study, split, features=None):
 
 
 def find_similar(run, study, split, features):
-    """splitting.add_similar on what the untuned network sees in the clips."""
+    """splitting.add_similar on the features of the untuned network."""
     untuned = next(iter(features.of_rows.values()))
     return splitting.add_similar(run, untuned.values, split, study.table.clip_ids)
-
-
-def plotted_history(objective, history):
-    """The history for its plot: no class but the positive one, and one of several like metrics."""
-    left_out = {
-        f"val_{column}" for column, (metric, name) in objective.columns.items()
-        if name in objective.other_names or metric in ("ece_adaptive", "brier", "mcc", "mse")}
-    return [{name: value for name, value in row.items() if name not in left_out} for row in history]
 
 
 def run_folds(run, args, study):
     """One run per fold in fold_K/, all judged as one; their mean on the test groups."""
     folds = event_splits.make_folds(args, study.table)
-    if args.fold != "all" and args.fold >= len(folds):
-        raise common.UserError(f"--fold {args.fold}: --cv_file {args.cv_file} has {len(folds)} folds, "
-                               f"from 0 to {len(folds) - 1}")
     test = folds[0]["test"]
     parts = {f"fold_{k}": fold["val"] for k, fold in enumerate(folds)}
     if len(test):
         parts["test"] = test
-    alarms = check_split(run, study, parts)
+    alarms = event_audit.record_split(run, study.table, study.audits, parts)
     features = untuned_features(args, study, run)
     similar = find_similar(run, study, parts, features)
     run.write_args(**study.data_record(parts))
     chosen = run.each_fold(
         folds, lambda child, split: run_split(child, args, study, split, features))
-    tables = [read_fold(run.path(f"fold_{k}"), study, "val") for k in chosen]
+    positive = study.table.names[study.positive or 0]  # of classes alone
+    tables = prediction_tables.read_folds(run, chosen, "val", positive)
     if args.task == "regress":
         common.write_table(run.path("fold_scores.csv"), fold_score_rows(study, chosen, tables))
     done = judging.finished_folds(run, chosen, [table.fold_numbers() for table in tables])
-    if args.task == "classify" and len(tables) > 1:  # calibration from the other folds' rows
-        tables = [calibrating.calibrate_on(own, [each for each in tables if each is not own])
-                  for own in tables]
+    if args.task == "classify" and len(tables) > 1:
+        tables = calibrating.calibrate_folds(tables)
     pooled = prediction_tables.join(tables, chosen)
     pooled.write(run.path("predictions_folds.csv"))
     trained_on = [(folds[k]["train"], folds[k]["val"]) for k in chosen]
     judge(run, args, study, parts, pooled, "folds", alarms, trained_on, folds=done, similar=similar)
     if len(test):
-        members = [read_fold(run.path(f"fold_{k}"), study, "test") for k in chosen]
+        members = prediction_tables.read_folds(run, chosen, "test", positive)
         with run.child("test_ensemble") as child:
             judge_ensemble(child, args, study, test, prediction_tables.mean(members))
-
-
-def read_fold(folder, study, part):
-    """The predictions table of one part of a finished fold."""
-    positive = study.table.names[study.positive or 0]  # of classes alone
-    table = prediction_tables.read_predictions(
-        folder / f"predictions_{part}.csv", positive_class=positive)
-    rows = prediction_tables.rows_of(table, study.table.clip_ids)
-    return dataclasses.replace(table, keys=keys_of(study, rows))
 
 
 def fold_score_rows(study, chosen, tables):
@@ -1473,7 +1271,7 @@ def judge_ensemble(run, args, study, test, table):
     """Judge the mean of all folds' models on the test groups, which none of them has seen."""
     train = np.setdiff1d(np.arange(len(study.table)), test)
     split = {"train": train, "test": test}
-    check_split(run, study, split)
+    event_audit.record_split(run, study.table, study.audits, split)
     table.write(run.path("predictions_test.csv"))
     judge(run, args, study, split, table, "test", [], [(train, test)])
 
@@ -1500,8 +1298,8 @@ def check_flags_of_study(args, study):
         moments = moment_levels(study)
         meanings = score_judging.criteria_names(names, [] if moments is None else set(moments))
     verdicts.parse_criteria(args.criteria, meanings)
-    select_column(args.select, TASKS[args.task](args, study, np.arange(len(study.table))))
-    augment_presets(study.table, args.augment_for, args.augment)
+    TASKS[args.task](args, study, np.arange(len(study.table))).select()
+    event_tables.augment_presets(study.table, args.augment_for, args.augment)
     if args.init_from:
         common.starting_weights(args.init_from, names=names)
 
@@ -1515,15 +1313,31 @@ class Member:
     content: dict  # of its checkpoint
     args: argparse.Namespace  # as typed, with its architecture
 
-    def calibrated(self, table):
-        """Its predictions table of classes after its calibration; a top_epoch_N.pth has none."""
-        calibration = self.content.get("calibration")
-        return calibrating.apply_calibration(table, calibration) if calibration else table
-
     @property
-    def shift(self):
-        """What is to be added to its outputs."""
-        return self.content.get("prior_shift", 0.0)
+    def calibration(self):
+        """{temperature, threshold} of classes; {}: a top_epoch_N.pth has none."""
+        return self.content.get("calibration", {})
+
+    def finish(self, outputs):
+        """What the network gives (B, K) -> probabilities after its calibration, or scores."""
+        if self.args.task == "regress":
+            return outputs
+        return torch.softmax(outputs / self.calibration.get("temperature", 1.0), 1)
+
+    def predict_pixels(self, pixels, mask=None):
+        """uint8 clips (B, T, S, S, 3) -> finished (B, K), for a file of its own.
+
+        mask: (B, T), of networks that read frames one by one.
+        """
+        clips = exporting.normalise(pixels, *pixel_statistics(self.args))  # (B, T, 3, S, S)
+        if mask is not None:
+            clips = self.model.frame_features(clips)
+        return self.finish(self.model(clips, mask))
+
+    def predict(self, batch, compute):
+        """Finished (B, K), float64, for the clips or features of a batch and their mask."""
+        outputs, _ = predict_batch(self.model, batch, self.args, compute)
+        return self.finish(outputs.double()).numpy()
 
 
 def load_members(args, compute):
@@ -1539,72 +1353,75 @@ def load_members(args, compute):
                 "pretrained": False, "positive_class": content.get("positive")})
             model = build_model(own, len(content["names"]))
         common.load_state(model, content["model"], path)
+        model.head.prior_shift.copy_(torch.tensor(content.get("prior_shift", 0.0)))
         member = Member(compute.place(model).eval(), content, own)
         members.append(member)
         first = members[0]
-        agreed = ("task", "image_size", "n_frames", "fps") if args.video else ("task",)
-        differs = [name for name in agreed if getattr(own, name) != getattr(first.args, name)]
+        differs = [name for name in ("task", *READING) if getattr(own, name) != getattr(first.args, name)]
         if differs or content["names"] != first.content["names"]:
             raise common.UserError(
-                f"{path} predicts {content['names']}, {files[0]} {first.content['names']}; "
-                f"members of one mean must agree, in {', '.join(agreed)} too")
-        if has_same_weights(model.backbone, first.model.backbone):
-            model.backbone = first.model.backbone  # of frozen folds: what it sees counts for all
+                f"{path} predicts {content['names']}, {files[0]} {first.content['names']}; members of one mean must "
+                f"agree in their names and in {', '.join(('task', *READING))} (other here: {', '.join(differs)})")
+        if backbones.is_same(model.backbone, first.model.backbone):
+            model.backbone = first.model.backbone  # of frozen folds: its features count for all
     return members
-
-
-def has_same_weights(one, other):
-    """Whether two modules are the same."""
-    states = one.state_dict(), other.state_dict()
-    is_alike = states[0].keys() == states[1].keys()
-    return is_alike and all(map(torch.equal, states[0].values(), states[1].values()))
 
 
 def predict(args):
     """--mode predict: one row for each row of the manifest; the mean over the checkpoints."""
     if args.video:
-        predict_recordings(args)
-        return
+        return predict_recordings(args)
     compute = common.choose_compute(args.device, args.use_amp)
     members = load_members(args, compute)
-    studies = {}  # of the members, by what decides which pixels are read
-    tables = []
-    doubts = []
-    for member in members:
-        own = member.args
-        reading = str([getattr(own, name) for name in READING])
-        if reading not in studies:
-            table = read_table(own, member.content["names"], need_labels=False)
-            studies[reading] = load_study(own, table, print)
-        study = dataclasses.replace(studies[reading], args=own)
-        table, found = predict_rows(member, study, compute)
-        tables.append(table)
-        doubts.append(found)
-    if len({tuple(each.table.extra["row_order"]) for each in studies.values()}) > 1:
-        raise common.UserError("the checkpoints can read different rows of the manifest, because "
-                               f"they differ in {', '.join(READING)}; predict with each alone")
+    first = members[0]
+    table = read_table(first.args, first.content["names"], need_labels=False)
+    study = load_study(first.args, table, print)
+    tables, doubts = zip(*(predict_rows(member, study, compute) for member in members))
     table = prediction_tables.mean(tables)
     table.warning = row_warnings.texts(doubts, table.seen, "clips", print)
     output = args.output or Path("predictions.csv")
     table.write(output)
     print(f"{len(study.table)} rows predicted by {len(members)} checkpoint(s), "
-          f"{len(study.skipped)} rows skipped; written to {output}")
+          f"{len(study.table.skipped)} rows skipped; written to {output}")
     splitting.say_seen(table.seen, print)
-    for entry in study.skipped:
+    for entry in study.table.skipped:
         print(f"skipped: {entry['row']}: {entry['reason']}")
+    if args.export:
+        export(args.export, members, study)
 
 
 def predict_rows(member, study, compute):
     """(predictions table of all rows of the study by one trained network, what row_warnings.find says of it)."""
-    args = study.args
+    study = dataclasses.replace(study, args=member.args)
     rows = np.arange(len(study.table))
     loader = common.make_loader(
-        Clips(study, rows), args, compute, False, study.store.cache == "ram")
-    outputs, features = evaluate(member.model, loader, args, compute)
-    outputs += member.shift
+        Clips(study, rows), study.args, compute, False, study.store.cache == "ram")
+    outputs, features = evaluate(member.model, loader, study.args, compute)
     seen = member.content["seen"].words(study.hashes)
     doubts = row_warnings.find(member.content, features, "clips", print, outputs)
-    return member.calibrated(predictions_table(study, rows, outputs, {}, seen)), doubts
+    table = predictions_table(study, rows, outputs, {}, seen)
+    if member.calibration:
+        table = calibrating.apply_calibration(table, member.calibration)
+    return table, doubts
+
+
+@torch.no_grad()
+def export(path, members, study):
+    """Write the mean of the members as one file, compared with this script on the first ten clips of the study."""
+    args = members[0].args
+    clips = Clips(study, np.arange(len(study.table)))
+    batch = torch.utils.data.default_collate([clips[0, i] for i in range(min(len(clips), 10))])
+    inputs = {"clips": batch["input"]}
+    if args.model in FRAME_MODELS:
+        inputs["mask"] = batch["mask"]
+    model = exporting.MeanOutput(members)
+    compute = common.choose_compute("cpu", "off")
+    expected = np.mean([member.predict(batch, compute) for member in members], axis=0)
+    about = exporting.about_pictures(members[0].content["names"], args.image_size, args.pixel_range)
+    about |= {"task": args.task, "frames": args.n_frames}
+    if args.task == "classify":
+        about |= {"frames_per_sec": args.fps, "clip_sec": args.n_frames / args.fps}
+    exporting.export(path, model, inputs, about, torch.from_numpy(expected))
 
 
 # --- whole recordings --------------------------------------------------------------------------
@@ -1623,7 +1440,7 @@ def predict_recordings(args):
         for name, path in videos.items():
             try:
                 recording = video_files.Recording(
-                    path, own.fps, resize_side(own.image_size), own.pixel_range)
+                    path, own.fps, common.resize_side(own.image_size), own.pixel_range)
                 windows = read_windows(recording, members, args, run, name)
             except common.UserError as error:
                 run.say(f"skipped: {name}: {common.one_line(error)}")
@@ -1648,53 +1465,40 @@ def read_windows(recording, members, args, run, label):
     own = members[0].args
     step = max(round(args.every * own.fps), 1)
 
-    def look(crops):
-        """{backbone: what it sees in all frames but the first}, of networks that read frames one by one."""
-        seen = {}
+    def frame_features(crops):
+        """{backbone: its features of all frames but the first}, of networks that read frames one by one."""
+        features = {}
         for member in members:
             backbone = member.model.backbone
-            if member.args.model in FRAME_MODELS and backbone not in seen:
+            if member.args.model in FRAME_MODELS and backbone not in features:
                 clips, _ = to_device({"input": crops[None], "mask": None}, member.args, compute)
                 with compute.autocast():
-                    seen[backbone] = member.model.see(clips[0])[1:]
-        return seen
+                    features[backbone] = member.model.frame_features(clips)[0, 1:]
+        return features
     batches = sliding_windows.slide(
-        recording, own.n_frames, step, args.val_batch_size, own.image_size, look)
+        recording, own.n_frames, step, args.val_batch_size, own.image_size, frame_features)
     total = math.ceil(recording.expected_sec * own.fps / step / args.val_batch_size)
     starts = []
     found = []
     for places, frames in common.with_progress(label, batches, total):
         starts += places
-        found.append([window_logits(member, frames, compute) for member in members])
-    tables = [windows_table(member, np.concatenate(logits))
-              for member, logits in zip(members, zip(*found))]
-    table = prediction_tables.mean(tables)
-    spans = recording.spans(starts, own.n_frames)
-    return ethograms.Windows(spans, table.probability, table.chosen)
+        found.append(np.mean([predict_windows(member, frames, compute) for member in members], axis=0))
+    probability = np.concatenate(found)  # (W, C)
+    thresholds = [member.calibration["threshold"] for member in members if member.calibration]
+    threshold = np.mean(thresholds) if len(thresholds) == len(members) else None
+    positive = members[0].content["names"].index(own.positive_class)
+    return ethograms.Windows(
+        recording.spans(starts, own.n_frames), probability,
+        class_scores.predicted_class(probability, threshold, positive))
 
 
-def window_logits(member, frames, compute):
-    """(B, C) of B windows; frames: {pixels, is_new or a backbone: (B, T, ...)} of sliding_windows.slide."""
+def predict_windows(member, frames, compute):
+    """Probabilities (B, C) of B windows; frames: {pixels, is_new or a backbone: (B, T, ...)} of sliding_windows.slide."""
     mask = torch.ones(frames["is_new"].shape, dtype=torch.bool)
     if member.args.model == MOTION_READOUT:
         mask[:, 1:] = frames["is_new"][:, 1:]
     clips = frames.get(member.model.backbone, frames["pixels"])
-    logits, _ = predict_batch(member.model, {"input": clips, "mask": mask}, member.args, compute)
-    return logits.double().numpy() + member.shift
-
-
-def windows_table(member, logits):
-    """ClassTable, calibrated, of one member's logits (W, C) for windows."""
-    names = member.content["names"]
-    return member.calibrated(prediction_tables.ClassTable(
-        keys={},
-        names=names,
-        baselines={},
-        seen=np.full(len(logits), "not known"),
-        positive=names.index(member.content["positive"]),
-        label=np.full(len(logits), -1),
-        probability=class_scores.softmax(logits),
-        logits=logits))
+    return member.predict({"input": clips, "mask": mask}, compute)
 
 
 def judge_bouts(args):

@@ -190,3 +190,8 @@ def calibrate_on(table, others):
     calibrated = apply_calibration(table, fit(lambda each: each.logits))
     return dataclasses.replace(
         calibrated, baselines=baselines, baseline_thresholds=thresholds)
+
+
+def calibrate_folds(tables):
+    """The tables of several folds, each calibrated on the rows of the others."""
+    return [calibrate_on(own, [each for each in tables if each is not own]) for own in tables]

@@ -14,6 +14,8 @@ import common
 from evidence import confounding, splitting
 from readers import csv_tables, video_files
 
+SAME_EVENT = ("events", "exact_duplicates")  # leaks that stop a run which keeps no groups apart
+
 
 def content_keys(sources):
     """{path: text}, equal for sources of equal bytes; a source that is not there is like no other.
@@ -103,6 +105,25 @@ def audit_table(table, split, pixels=None, phash=None, durations=None, predictio
         report["priors"] = confounding.no_pixel_priors(table, positive)
     report["notes"] = audit_notes(report)
     return report
+
+
+def record_split(run, table, audits, split):
+    """splitting.record_split of a run whose N rows have these video_files.ClipAudit; returns its alarms.
+
+    Where another column than that of the groups is to be kept whole, what repeats stands on both sides on purpose.
+    """
+    args = run.args
+    phash = np.array([audit.phash for audit in audits], dtype=np.uint64)
+    report = audit_table(table, split, [audit.pixel_sha for audit in audits], phash, gap_sec=args.gap_sec,
+                         judges_priors=False)
+    if args.split_by not in (None, "group"):
+        return splitting.record_split(run, split, table.clip_ids, report, SAME_EVENT)
+    columns = confounding.prior_levels(table)
+    for name in {"video", "pair", "hour"} & columns.keys():  # which are no columns of the manifest
+        del columns[name]
+    stopping = splitting.STOPPING_LEAKS if args.group_column else SAME_EVENT
+    groups = table.groups if args.group_column else None
+    return splitting.record_split(run, split, table.clip_ids, report, stopping, columns, groups)
 
 
 def audit_videos(table, fps, **options):

@@ -11,6 +11,12 @@ from readers import event_tables, score_tables
 PARTS = ("train", "val", "test")
 
 
+def manifests_of(args):
+    """{part: manifest} as given; the part '' is one manifest for all."""
+    given = {part: getattr(args, f"{part}_manifest") for part in PARTS} | {"": args.manifest}
+    return {part: path for part, path in given.items() if path}
+
+
 def make_split(args, table):
     """{train, val, test: rows} by the manifests' parts, --test_groups, ratios or --split_file."""
     if (table.parts != "").any():
@@ -27,6 +33,9 @@ def make_folds(args, table):
     test, rest = kept_for_test(args, table)
     if args.cv_file:
         folds = score_tables.read_cv_file(args.cv_file, table)
+        if args.fold != "all" and args.fold >= len(folds):
+            raise common.UserError(f"--fold {args.fold}: --cv_file {args.cv_file} has {len(folds)} folds, from 0 to "
+                                   f"{len(folds) - 1}")
         return [{"train": np.setdiff1d(fold["train"], test), "val": np.setdiff1d(fold["val"], test), "test": test}
                 for fold in folds]
     folds = splitting.folds_of_flags(args, *split_columns(args, table, rest))

@@ -278,6 +278,7 @@ def _probabilities(table, columns, path):
 # --- a table of any program ------------------------------------------------------------------------
 
 ID_COLUMNS = ("image", "clip_id", "name", "id", "filename", "file")
+FURTHER_KEYS = ("event", "n_clips", "video", "start_sec", "end_sec", "fold")
 LABEL_COLUMNS = ("true_label", "label", "true", "target")
 
 
@@ -313,6 +314,12 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
         f"prob_CLASS or score (classes); found {common.shorten_list(table, 40)}")
 
 
+def read_folds(run, chosen, part, positive_class=None):
+    """The tables of one part of these folds of a run."""
+    files = [run.path(f"fold_{k}") / f"predictions_{part}.csv" for k in chosen]
+    return [read_predictions(file, positive_class=positive_class) for file in files]
+
+
 def refuse_useless(table, path):
     """UserError for a table of read_predictions without predictions, or with labels that do not vary."""
     if isinstance(table, ScoreTable):
@@ -332,14 +339,12 @@ def refuse_useless(table, path):
 
 
 def _keys_of(table):
-    """{heading: (M,) text} of the column that says which row it is, else its number; and of the column `fold`."""
+    """{heading: (M,) text} of the column that says which row it is, else its number; and of FURTHER_KEYS."""
     found = next((column for column in ID_COLUMNS if column in table), None)
     keys = {"row": np.arange(1, len(table) + 1).astype(str)}
     if found:
         keys = {found: table[found].to_numpy(str)}
-    if "fold" in table:
-        keys["fold"] = table["fold"].to_numpy(str)
-    return keys
+    return keys | {heading: table[heading].to_numpy(str) for heading in FURTHER_KEYS if heading in table}
 
 
 def _seen_column(table):

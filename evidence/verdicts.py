@@ -142,6 +142,34 @@ def class_columns(names):
     return columns
 
 
+def select_column(name, columns, meanings):
+    """What --select names -> (val_ column of the history or 'last', higher is better). Raises UserError.
+
+    columns, meanings: {column, or name that may be used: MetricOf}.
+    """
+    name = name.removeprefix("val_")
+    if name == "last":
+        return "last", True
+    if name not in meanings:
+        names = [*meanings, "last"]
+        raise common.UserError(f"--select {name} is no metric of this run{common.closest(name, names)}; "
+                               f"metrics: {common.shorten_list(names, 40)}")
+    column_of = {own: column for column, own in columns.items()}
+    meaning = meanings[name]
+    return f"val_{column_of[meaning]}", not metric_names.METRICS[meaning.metric].lower_is_better
+
+
+def history_to_plot(history, columns, names, positive):
+    """The history of C classes without what no one looks at: of other classes than the positive one, like metrics.
+
+    columns: {column: MetricOf}; positive: index of the class, or None for scores.
+    """
+    others = [name for c, name in enumerate(names) if c != positive]
+    left_out = {f"val_{column}" for column, (metric, name) in columns.items()
+                if name in others or metric in ("ece_adaptive", "brier", "mcc", "mse")}
+    return [{name: value for name, value in row.items() if name not in left_out} for row in history]
+
+
 def named_estimates(result, meanings):
     """{name: Estimate of the model} for every name of a Result's metrics."""
     found = {}

@@ -327,6 +327,69 @@ class FeatureMaps(nn.Module):
         return [feature_maps(output) for _, output in outputs_of(self.network, self.ends, images)]
 
 
+class MotionFeatures(FeatureMaps):
+    """What those maps, of C channels together, say of a clip: F = 4 C features, by frame_features and then pool.
+
+    Of each channel appearance, mean and SD over time of its mean over the picture; and motion, how far it rises, and
+    how far it falls, from one frame to the next, at the place where it does so most, as the root mean square over time.
+    """
+
+    def __init__(self, backbone, image_size):
+        super().__init__(backbone, image_size)
+        self.n_features = 4 * sum(self.n_channels)
+
+    def blocks(self):
+        """{name: columns of the features} that a readout may choose from."""
+        appearance, motion = np.arange(self.n_features).reshape(2, -1)
+        return {"appearance": appearance, "motion": motion, "both": np.append(appearance, motion)}
+
+    def last_resolution(self):
+        """Columns of appearance of the last resolution alone."""
+        means_and_sds = np.arange(self.n_features // 2).reshape(2, -1)
+        return means_and_sds[:, -self.n_channels[-1]:].ravel()
+
+    def frame_features(self, clips):
+        """(B, T, 3, S, S) -> (B, T, 3, C): mean, largest rise and largest fall since the frame before.
+
+        The first frame has none before it and gets 0. In fp32: bf16 would round changes away.
+        """
+        with torch.autocast(clips.device.type, enabled=False):
+            maps = self(clips.flatten(0, 1))  # three of (B * T, C, H, W)
+        features = []
+        for each in maps:
+            places = each.flatten(2).unflatten(0, clips.shape[:2])  # (B, T, C, H * W)
+            change = torch.diff(places, dim=1, prepend=places[:, :1])
+            rise = change.amax(3).clamp(min=0)
+            fall = change.amin(3).clamp(max=0)
+            features.append(torch.stack([places.mean(3), rise, fall], 2))
+        return torch.cat(features, 3)  # three of (B, T, 3, C) -> (B, T, 3, C)
+
+    def pool(self, features, mask):
+        """frame_features (B, T, 3, C), mask (B, T), True = a frame to read -> (B, F).
+
+        The change of the first frame does not count: in a window of a recording it is from before the window.
+        """
+        mask = mask.to(features.device)
+        is_pair = mask[:, 1:, None, None]
+        squares = (features[:, 1:, 1:] ** 2 * is_pair).sum(1)  # (B, 2, C)
+        motion = (squares / is_pair.sum(1).clamp(min=1)).sqrt()
+        return torch.cat([over_time(features[:, :, 0], mask), motion.flatten(1)], 1)
+
+
+def over_time(features, mask):
+    """Mean and SD over time of features of frames, (B, T, F) -> (B, 2 F); those of clips (B, F) stay as they are.
+
+    mask: (B, T), True = counts.
+    """
+    if features.ndim == 2:
+        return features
+    mask = mask[..., None].to(features.device)  # (B, T, 1)
+    count = mask.sum(1).clamp(min=1)
+    mean = (features * mask).sum(1) / count
+    deviation = (features - mean[:, None]) * mask
+    return torch.cat([mean, ((deviation ** 2).sum(1) / count).sqrt()], 1)
+
+
 class MultiScale(nn.Module):
     """Feature maps of a backbone's last three resolutions, each averaged over grids: (B, 3, S, S) -> (B, F).
 
@@ -416,3 +479,10 @@ class BackboneModel(nn.Module):
                 if self.freeze_norm or not module.weight.requires_grad:
                     module.eval()
         return self
+
+
+def is_same(one, other):
+    """Whether two networks have the same layers and weights."""
+    states = one.state_dict(), other.state_dict()
+    is_alike = states[0].keys() == states[1].keys()
+    return is_alike and all(map(torch.equal, states[0].values(), states[1].values()))

@@ -43,6 +43,21 @@ class EventTable:
     def __len__(self):
         return len(self.clip_ids)
 
+    @property
+    def truth(self):
+        """(N,) labels or (N, R) scores."""
+        return self.label if self.target is None else self.target
+
+    def groups_of(self, rows=slice(None)):
+        """(M,) text of these rows, equal for those that are not independent: the groups, else rows of one video.
+
+        None where every row of the table has a video of its own.
+        """
+        if self.groups is not None:
+            return self.groups[rows]
+        has_shared = len(set(self.videos)) < len(self)
+        return self.videos[rows] if has_shared else None
+
     def take(self, rows):
         """The table of these rows: (M,) int, or (N,) bool."""
         rows = np.arange(len(self))[rows]
@@ -56,6 +71,13 @@ class EventTable:
             sources=[self.sources[row] for row in rows],
             extra=self.extra.iloc[rows].reset_index(drop=True),
             **changed)
+
+    def without(self, reasons):
+        """The table of the rows without a reason (N texts, '' = none); the others are added to `skipped`."""
+        bad = [{"row": self.clip_ids[row], "video": str(self.sources[row]), "reason": reason}
+               for row, reason in enumerate(reasons) if reason]
+        kept = self.take([not reason for reason in reasons])
+        return dataclasses.replace(kept, skipped=self.skipped + bad)
 
 
 # --------------------------------------------------------------------------------------
@@ -632,6 +654,31 @@ def rows_of_level(table, text, flag):
         levels = common.shorten_list(sorted(set(cells)), 30)
         raise common.UserError(f"{flag}: no row has {column} {level!r} (found: {levels})")
     return mask, value
+
+
+def sample_weights(table, flags):
+    """--sample_weight moment:M2=2.5 (several multiply) -> (N,) weights of the rows in the loss."""
+    weights = np.ones(len(table))
+    for text in flags:
+        rows, value = rows_of_level(table, text, "--sample_weight")
+        [factor] = csv_tables.to_numbers([value], f"--sample_weight {text}")
+        if not factor >= 0:
+            raise common.UserError(f"--sample_weight {text}: expected a weight of 0 or more, "
+                                   f"found {value}")
+        weights[rows] *= factor
+    return weights
+
+
+def augment_presets(table, flags, default):
+    """--augment_for moment:M2=heavy (the last that fits counts) -> (N,) preset of each row."""
+    presets = np.full(len(table), default, dtype=object)
+    for text in flags:
+        rows, preset = rows_of_level(table, text, "--augment_for")
+        if preset not in common.AUGMENTATIONS:
+            raise common.UserError(f"--augment_for {text}: expected one of "
+                                   f"{', '.join(common.AUGMENTATIONS)}, found {preset!r}")
+        presets[rows] = preset
+    return presets
 
 
 def group_mask(table, text):

@@ -161,9 +161,8 @@ def seconds_of(table, infos, min_event_sec=1.0):
     skipped; one of a file that cannot be read stays in frames.
     """
     windows = table.windows.copy()
-    skipped = list(table.skipped)
     is_timed = np.zeros(len(table), bool)
-    keep = np.ones(len(table), bool)
+    reasons = [""] * len(table)
     for row in np.flatnonzero(table.unit == "frame"):
         info = infos[table.sources[row]]
         if info.error:
@@ -171,12 +170,10 @@ def seconds_of(table, infos, min_event_sec=1.0):
         is_timed[row] = True
         windows[row] = [time_of_frame(info, frame) for frame in windows[row]]
         if info.damage:
-            keep[row] = False
-            reason = f"its frames cannot be counted: {info.damage}"
-            skipped.append({"row": table.clip_ids[row], "video": str(table.sources[row]), "reason": reason})
+            reasons[row] = f"its frames cannot be counted: {info.damage}"
     windows = _widen(*windows.T, min_event_sec, is_timed)
     unit = np.where(is_timed, "sec", table.unit)
-    return dataclasses.replace(table, windows=windows, unit=unit, skipped=skipped).take(keep)
+    return dataclasses.replace(table, windows=windows, unit=unit).without(reasons)
 
 
 def time_of_frame(info, frame):

@@ -145,6 +145,19 @@ def total_and_parts(names):
     return totals[0], [r for r in parts if r != totals[0]]
 
 
+def target_weights(pairs, names):
+    """--target_weights NAME=W ... -> tuple of R weights, 1 where not named. Raises UserError."""
+    weights = dict.fromkeys(map(csv_tables.column_key, names), 1.0)
+    for text in pairs or []:
+        name, _, value = text.rpartition("=")
+        key = csv_tables.column_key(name)
+        if key not in weights or not csv_tables.NUMBER.fullmatch(value) or float(value) < 0:
+            raise common.UserError(f"--target_weights expects NAME=WEIGHT of "
+                                   f"{common.shorten_list(names, 40)}, found {text!r}")
+        weights[key] = float(value)
+    return tuple(weights.values())
+
+
 def total_notes(table):
     """A note that counts the rows whose total differs from the sum of its parts, where there are any."""
     total, parts = total_and_parts(table.names)

@@ -10,12 +10,12 @@ import torch
 import common
 
 
-def slide(recording, length, step, batch_size, side, look):
+def slide(recording, length, step, batch_size, side, frame_features):
     """Yield (places on the grid, {name: (B, T, ...)}) of up to batch_size windows at a time, of a video_files.Recording.
 
     length, step: frames of a window, and from one window to the next; the last one ends with the recording, and what is
     shorter is one window, in which the last frame is shown on. names: pixels uint8 (S, S, 3), is_new (GridFrame), and
-    those that look(pixels (n + 1, S, S, 3)) gives for all frames but the first, which it has seen before.
+    those that frame_features(pixels (n + 1, S, S, 3)) gives for all frames but the first, which it was given before.
     """
     kept = {}  # name -> (n, ...) of the latest frames
     n_frames = 0
@@ -26,7 +26,7 @@ def slide(recording, length, step, batch_size, side, look):
         pixels = torch.from_numpy(np.stack(crops))
         before = kept.get("pixels", pixels[:1])[-1:]
         new = {"pixels": pixels, "is_new": torch.tensor([frame.is_new for frame in frames])}
-        new |= look(torch.cat([before, pixels]))
+        new |= frame_features(torch.cat([before, pixels]))
         for name, values in new.items():
             before = kept.get(name, values[:0])
             kept[name] = torch.cat([before, values])[-len(frames) - length:]

@@ -498,6 +498,20 @@ class ClipAudit:
     pixel_sha: str = ""
     phash: tuple = (0, 0, 0, 0)
 
+    def start_range(self, length, reach=0):
+        """(first, last) grid frame at which a clip of `length` frames may start, `reach` frames outside the window."""
+        last = self.first + max(self.usable - length, 0)
+        frames_after = max(self.n_grid - length - last, 0)
+        return max(self.first - reach, 0), last + min(reach, frames_after)
+
+    def even_starts(self, length, count):
+        """Grid frames where `count` clips start, evenly over the window; one in its middle."""
+        first, last = self.start_range(length)
+        if count == 1:
+            return [round((first + last) / 2)]
+        even = np.linspace(first, last, count).round().astype(int)
+        return sorted(set(even.tolist()))
+
 
 class GridFrames:
     """The grid of one row while its file is decoded: each frame is hashed as it comes, then kept or let go.
@@ -671,6 +685,21 @@ def check_clips(audit, max_missing=0.05, on_bad_file="skip"):
     what = f"{len(bad)} videos cannot be read, which takes {n_lost} of {len(audit)} rows"
     name_losses(what, bad, allowed, n_lost > allowed * len(audit) or not good)
     return good
+
+
+def time_notes(audit, fps):
+    """Sentences on the time of these rows' videos: pictures that start late, frames shown twice at `fps`."""
+    notes = []
+    late = {found.path: found.first_sec for found in audit if found.first_sec > 0.5}
+    if late:
+        notes.append(
+            f"the picture starts {max(late.values()):.2f} s or less after the start of the file in {len(late)} videos "
+            f"({common.shorten_list(late, 3)}); seconds count from the start of the file, as a player shows them")
+    slow = {found.path for found in audit if found.repeats and found.n_frames > 1}
+    if slow:
+        notes.append(f"{len(slow)} videos have fewer than {fps:g} frames a second (--fps), and show some twice "
+                     f"({common.shorten_list(sorted(slow), 3)})")
+    return notes
 
 
 def name_losses(what, reasons, allowed, is_too_much):

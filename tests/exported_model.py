@@ -23,7 +23,7 @@ for path in sorted(folder.iterdir()):
     scale = about["short_side"] / min(picture.shape[:2])
     size = [round(side * scale) for side in picture.shape[1::-1]]
     picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale <= 1 else cv2.INTER_CUBIC)
-    top, left = ((side - about["crop"]) // 2 for side in picture.shape[:2])
+    top, left = ((side - about["crop"] + 1) // 2 for side in picture.shape[:2])
     pixels = np.ascontiguousarray(picture[None, top:top + about["crop"], left:left + about["crop"]])  # (1, S, S, 3)
     if model_file.suffix == ".pt2":
         found = model(torch.from_numpy(pixels)).tolist()[0]

@@ -247,8 +247,8 @@ def test_every_frame_goes_once_through_the_backbone(made, monkeypatch, name, kin
     members = train_video.load_members(args, compute)
     assert len(members) == n_members and len({member.model.backbone for member in members}) == 1
     n_seen = []
-    see = kind.see
-    monkeypatch.setattr(kind, "see", lambda self, frames: n_seen.append(len(frames)) or see(self, frames))
+    look = kind.frame_features
+    monkeypatch.setattr(kind, "frame_features", lambda self, clips: n_seen.append(clips.shape[1]) or look(self, clips))
     recording = video_files.Recording(made / "two" / "cam 0.mp4", 4, 37)
     run = SimpleNamespace(compute=compute, is_writer=False)
     windows = train_video.read_windows(recording, members, args, run, "cam 0")

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import json
 import sys
 from types import SimpleNamespace
 
@@ -18,7 +19,8 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import common
-from evidence import class_scores, prediction_tables
+import exporting
+from evidence import class_scores, prediction_tables, verdicts
 from readers import backbones, event_tables, video_files
 import make_sample_data
 import train_video
@@ -65,7 +67,7 @@ def study_of(args, n_frames=40, size=64, n_clips=6, short=()):
                                    for i, clip in enumerate(clips)], cache="ram",
                             part=lambda row, start, stop: clips[row][start:stop])
     table = table_of([i % 2 for i in range(n_clips)])
-    study = train_video.Study(table, store, np.arange(n_clips), args, [], positive=1)
+    study = train_video.Study(table, store, np.arange(n_clips), args, positive=1)
     return study, clips
 
 
@@ -100,8 +102,8 @@ def test_training_starts_are_random_and_scored_starts_even():
     study, _ = study_of(args, n_frames=40)
     for found in study.store.audit:
         found.first, found.usable = 4, 32  # 4 grid frames before and after the window, for jitter
-    assert study.start_range(0) == (4, 28) and study.starts(0) == [4, 10, 16, 22, 28]
-    assert study.start_range(0, args.jitter_sec) == (2, 30)
+    assert study.audits[0].start_range(8) == (4, 28) and study.starts(0) == [4, 10, 16, 22, 28]
+    assert study.audits[0].start_range(8, reach=2) == (2, 30)
     middle = argparse.Namespace(**{**vars(args), "clips_per_event": 1})
     assert dataclasses.replace(study, args=middle).starts(0) == [16]
     seen = set()
@@ -140,7 +142,7 @@ def test_baselines_see_the_clips_that_are_predicted():
 
 def test_short_sequences_are_padded_with_a_mask():
     args = arguments("--image_size", 32, "--n_frames", 8, task="regress")
-    study, clips = study_of(args, short=(2,))
+    study, clips = study_of(args, n_frames=8, short=(2,))
     sample = train_video.Clips(study, np.arange(6))[0, 2]
     assert sample["mask"].tolist() == [True] * 3 + [False] * 5
     assert (sample["input"][3:] == 0).all()
@@ -151,7 +153,7 @@ def test_augmentation_can_depend_on_the_row():
     args = arguments("--image_size", 32, "--n_frames", 4, "--augment", "none", "--augment_for", "moment:M1=heavy")
     study, clips = study_of(args)
     study.table.extra["moment"] = ["M0", "M1"] * 3
-    presets = train_video.augment_presets(study.table, args.augment_for, args.augment)
+    presets = event_tables.augment_presets(study.table, args.augment_for, args.augment)
     assert presets.tolist() == ["none", "heavy"] * 3
     data = train_video.Clips(study, np.arange(6), presets)
     plain = {common.eval_crop(frame, 32).tobytes() for frame in clips[0]}
@@ -247,11 +249,12 @@ def test_motion_features_are_those_of_their_definition(n_real, repeats):
         stages = [motion_by_loops(each[7 * row:7 * row + length], new) for each in every_map]
         expected = np.concatenate([np.concatenate(kind) for kind in zip(*stages)])
         np.testing.assert_allclose(found[row], expected, rtol=1e-3, atol=1e-4)
-    blocks = model.blocks()
-    assert {name: len(columns) for name, columns in blocks.items()} == {
-        "appearance": 2 * model.n_channels, "motion": 2 * model.n_channels, "both": 4 * model.n_channels}
+    n_features = model.backbone.n_features
+    assert {name: len(columns) for name, columns in model.backbone.blocks().items()} == {
+        "appearance": n_features // 2, "motion": n_features // 2, "both": n_features}
     last = every_map[-1].mean((2, 3)).reshape(2, 7, -1)[1]
-    np.testing.assert_allclose(found[1, model.last_stage()], np.append(last.mean(0), last.std(0)), rtol=1e-3, atol=1e-4)
+    columns = model.backbone.last_resolution()
+    np.testing.assert_allclose(found[1, columns], np.append(last.mean(0), last.std(0)), rtol=1e-3, atol=1e-4)
 
 
 def test_frames_that_a_slow_source_shows_twice_are_left_out(tmp_path):
@@ -262,7 +265,7 @@ def test_frames_that_a_slow_source_shows_twice_are_left_out(tmp_path):
     repeats = tuple(np.flatnonzero(np.diff(plan.indices, prepend=-1) == 0).tolist())
     assert len(repeats) == 7
     audit = video_files.ClipAudit("slow", n_grid=16, usable=16, repeats=repeats)
-    study = SimpleNamespace(args=args, audit=lambda row: audit)
+    study = SimpleNamespace(args=args, audits=[audit])
     for start in range(4):
         shown = plan.indices[start:start + 6]
         expected = [t == 0 or shown[t] != shown[t - 1] for t in range(6)]
@@ -434,6 +437,88 @@ def test_one_batch_can_be_learnt_by_heart(task):
     assert loss.item() < 0.02
 
 
+# --- export -------------------------------------------------------------------------------------------
+
+def tiny_network(model):
+    """A network of each kind on a backbone of three resolutions, with drawn weights, in evaluation mode."""
+    torch.manual_seed(1)
+    if model == "mc3_18":  # a clip network
+        backbone = nn.Sequential(nn.Conv3d(3, 6, 3), nn.BatchNorm3d(6), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+        return train_video.ClipNet(backbone, 6, 2).eval()
+    if model == "cnn_lstm":
+        return frame_lstm().eval()
+    layers = [nn.Sequential(nn.Conv2d(n, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU()) for n in (3, 6, 6)]
+    return train_video.MotionReadout(nn.Sequential(*layers), 2, 32).eval()
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("model, task", [("motion_readout", "classify"), ("cnn_lstm", "regress"), ("mc3_18", "classify")])
+def test_an_exported_network_gives_what_the_script_gives(model, task, suffix, tmp_path, capsys):
+    """Normalisation, class shares and temperature lie within; as many clips as one likes, padded ones too."""
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+        runtime = pytest.importorskip("onnxruntime")
+    args = arguments("--model", model, "--image_size", 32, "--n_frames", 6, "--clips_per_event", 2,
+                     *(["--fps", 4] if task == "classify" else []), task=task)
+    args.pixel_mean, args.pixel_sd = [0.3, 0.4, 0.5], [0.2, 0.3, 0.4]
+    network = tiny_network(model)
+    network.head.prior_shift.copy_(torch.tensor([0.5, -0.25]))
+    calibration = {"calibration": {"temperature": 1.7, "threshold": 0.5}} if task == "classify" else {}
+    member = train_video.Member(network, {"names": ["a", "b"], "positive": "b", **calibration}, args)
+    study, clips = study_of(args, size=32, short=(2,))
+    if task == "regress":
+        study.table = scored_table(np.zeros((6, 2)), ["a", "b"])
+    file = tmp_path / f"model{suffix}"
+    train_video.export(file, [member, member], study)
+    assert f"{file}: clips (B, 6, 32, 32, 3)" in capsys.readouterr().out
+
+    mask = torch.ones(6, 6, dtype=torch.bool)
+    mask[2, 3:] = False
+    pixels = np.zeros((6, 6, 32, 32, 3), np.uint8)
+    for own, clip in zip(pixels, clips):
+        own[:len(clip[:6])] = clip[:6]
+    colours = (torch.from_numpy(pixels) / 255 - torch.tensor(args.pixel_mean)) / torch.tensor(args.pixel_sd)
+    with torch.inference_mode():
+        expected = network(colours.movedim(-1, 2), mask)
+    if task == "classify":
+        expected = torch.softmax(expected / 1.7, 1)
+    inputs = {"clips": pixels} if model == "mc3_18" else {"clips": pixels, "mask": mask.numpy()}
+    if suffix == ".onnx":
+        session = runtime.InferenceSession(file)
+        about = json.loads(session.get_modelmeta().custom_metadata_map["about.json"])
+        found = session.run(None, inputs)[0]
+    else:
+        files = {"about.json": ""}
+        found = torch.export.load(file, extra_files=files).module()(*map(torch.from_numpy, inputs.values()))
+        about = json.loads(files["about.json"])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert (about["names"], about["frames"], about["short_side"], about["crop"]) == (["a", "b"], 6, 37, 32)
+    assert (about.get("frames_per_sec"), about.get("clip_sec")) == ((4, 1.5) if task == "classify" else (None, None))
+
+
+class Branching(train_video.ClipNet):
+    """A network whose steps depend on its numbers, which cannot be written as one graph."""
+
+    def forward(self, clips, mask):
+        return super().forward(clips if clips.max().item() > 1 else clips.sqrt(), mask)
+
+
+def test_models_that_cannot_leave_are_named(tmp_path):
+    args = arguments("--model", "mc3_18", "--image_size", 32, "--n_frames", 6)
+    args.pixel_mean, args.pixel_sd = [0.5] * 3, [0.5] * 3
+    network = Branching(tiny_network("mc3_18").backbone, 6, 2).eval()
+    content = {"names": ["a", "b"], "positive": "b"}
+    study, _ = study_of(args, size=32)
+    with pytest.raises(common.UserError, match="cannot be exported to .pt2 .*try another --model"):
+        train_video.export(tmp_path / "m.pt2", [train_video.Member(network, content, args)], study)
+    with pytest.raises(common.UserError, match=r"differ from this script's by .* on 6 rows"):
+        pixels = torch.zeros(6, 6, 32, 32, 3, dtype=torch.uint8)
+        member = train_video.Member(tiny_network("mc3_18"), content, args)
+        exporting.export(tmp_path / "m.pt2", exporting.MeanOutput([member]), {"clips": pixels},
+                         exporting.about_pictures(["a", "b"], 32, None), torch.ones(6, 2))
+    assert not (tmp_path / "m.pt2").exists()
+
+
 # --- classes: loss, weights, sampler, boost ----------------------------------------------------------
 
 def test_cross_entropy_is_that_of_torch():
@@ -535,10 +620,10 @@ def test_a_class_without_train_rows_and_wrong_class_names():
     with pytest.raises(common.UserError, match="--positive_class: found no c"):
         behaviours(arguments("--positive_class", "c"), table_of([0, 1]), np.array([0, 1]))
     objective = behaviours(arguments("--positive_class", "A"), table_of([0, 0, 1]))
-    assert objective.positive == 0 and train_video.select_column(None, objective) == ("val_a_average_precision", True)
-    assert train_video.select_column("f1_b", objective) == ("val_b_f1", True)
-    assert train_video.select_column("loss", objective) == ("val_loss", False)
-    assert train_video.select_column("last", objective) == ("last", True)
+    assert objective.positive == 0
+    for name, column in ((objective.default_select, ("val_a_average_precision", True)), ("f1_b", ("val_b_f1", True)),
+                         ("loss", ("val_loss", False)), ("val_last", ("last", True))):
+        assert verdicts.select_column(name, objective.columns, objective.meanings) == column
 
 
 # --- scores: masks, weights, consistency ---------------------------------------------------------------

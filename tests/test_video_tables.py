@@ -12,7 +12,6 @@ import pytest
 import common
 from evidence import confounding, event_audit, rater_agreement, splitting
 from readers import event_tables, event_times, file_names, score_tables, video_files
-import train_video as tv
 
 pytestmark = pytest.mark.fault("tables, COCO, JSON: quirks and mistakes")
 
@@ -654,15 +653,15 @@ def test_filter(scores):
 
 
 def test_weights_and_presets_of_levels(scores):
-    assert tv.sample_weights(scores, ["moment:M1=2.5", "animal:2=2"]).tolist() == [1, 2.5, 1, 2.5, 2, 5]
-    assert tv.sample_weights(scores, []).tolist() == [1] * 6
-    presets = tv.augment_presets(scores, ["moment:m1=heavy"], "light")
+    assert event_tables.sample_weights(scores, ["moment:M1=2.5", "animal:2=2"]).tolist() == [1, 2.5, 1, 2.5, 2, 5]
+    assert event_tables.sample_weights(scores, []).tolist() == [1] * 6
+    presets = event_tables.augment_presets(scores, ["moment:m1=heavy"], "light")
     assert list(presets) == ["light", "heavy"] * 3
-    assert "M0, M1" in fails(tv.sample_weights, scores, ["moment:M7=2"])
-    assert "COLUMN:LEVEL=VALUE" in fails(tv.sample_weights, scores, ["moment=2"])
-    assert "expected numbers" in fails(tv.sample_weights, scores, ["moment:M1=two"])
-    assert "0 or more" in fails(tv.sample_weights, scores, ["moment:M1=-1"])
-    assert "one of none" in fails(tv.augment_presets, scores, ["moment:M1=wild"], "light")
+    assert "M0, M1" in fails(event_tables.sample_weights, scores, ["moment:M7=2"])
+    assert "COLUMN:LEVEL=VALUE" in fails(event_tables.sample_weights, scores, ["moment=2"])
+    assert "expected numbers" in fails(event_tables.sample_weights, scores, ["moment:M1=two"])
+    assert "0 or more" in fails(event_tables.sample_weights, scores, ["moment:M1=-1"])
+    assert "one of none" in fails(event_tables.augment_presets, scores, ["moment:M1=wild"], "light")
 
 
 def test_test_groups(scores):

@@ -1,0 +1,107 @@
+"""A trained model as one file that other programs load: torch.export (.pt2) or ONNX (.onnx), compared with its script.
+
+Beside the model the file holds about.json: the names of the outputs, and how pictures are made into its input.
+
+Letters: B pictures or clips, K outputs, S side of the square input in pixels.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import common
+
+ABOUT = "about.json"
+TOLERANCE = 1e-4
+
+
+def add_argument(add, what):
+    """Declare --export in a group of flags; what: what the file is a model of, and what it is checked on."""
+    add("--export", type=_model_file, metavar="FILE",
+        help=f"also write {what}, or the mean of several, as one file that needs nothing of this repository: .pt2 "
+             "(torch.export) or .onnx (packages onnx, onnxscript, onnxruntime); checked on the first ten")
+
+
+def _model_file(text):
+    path = Path(text)
+    if path.suffix not in (".pt2", ".onnx"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .pt2 or .onnx")
+    return path
+
+
+def normalise(pixels, mean, sd):
+    """uint8 (..., S, S, 3) -> (..., 3, S, S) on the scale that a network expects; mean, sd: of the three colours."""
+    colours = (pixels.float() / 255 - torch.tensor(mean)) / torch.tensor(sd)
+    return colours.movedim(-1, -3)
+
+
+class MeanOutput(nn.Module):
+    """The mean of several members' outputs (B, K) for the same pixels and what else they need.
+
+    members: each with `model`, and predict_pixels(uint8 (B, ..., S, S, 3), ...), which calls it.
+    """
+
+    def __init__(self, members):
+        super().__init__()
+        self.members = members
+        self.models = nn.ModuleList(member.model.float().cpu() for member in members)
+
+    def forward(self, *inputs):
+        return sum(member.predict_pixels(*inputs) for member in self.members) / len(self.members)
+
+
+def about_pictures(names, image_size, pixel_range):
+    """What about.json says of every model: the names of its outputs, and how its pictures are resized and cropped."""
+    return {
+        "names": names,
+        "short_side": common.resize_side(image_size),
+        "crop": image_size,
+        "resize": "area where it shrinks, cubic where it grows; the crop begins at (side - crop + 1) // 2",
+        "pixel_range": pixel_range,
+    }
+
+
+def export(path, model, inputs, about, expected, unit=1.0):
+    """Write a MeanOutput as one file, load it, and say how far it is from what the script predicts.
+
+    inputs: {name: (B, ...)} of up to ten rows; about: content of about.json; expected: (B, K) of the script; unit: (K,)
+    or a number, of which a difference may be TOLERANCE. UserError: it is more, the network cannot be exported, or a
+    package is missing.
+    """
+    if path.suffix == ".onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            common.optional_package(package)
+    model.eval().requires_grad_(False)
+    two = [torch.cat([each, each]) for each in inputs.values()]  # a batch of one would be taken for a fixed size
+    sizes = tuple({0: torch.export.Dim("batch")} for _ in two)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, tuple(two), dynamic_shapes=(sizes,), strict=False)
+            found = _write(path, program, inputs, about)
+    except Exception as error:  # of torch.export and the converter, of many classes
+        raise common.UserError(f"--export {path}: this network cannot be exported to {path.suffix} "
+                               f"({common.one_line(error)}); try another --model or --backbone") from None
+    worst = ((found - expected).abs() / unit).max().item()
+    if not worst <= TOLERANCE:
+        path.unlink()
+        raise common.UserError(f"--export {path}: its outputs differ from this script's by {worst:.1g} on "
+                               f"{len(expected)} rows, so it was deleted; please report this with the network's name")
+    shapes = ", ".join(f"{name} (B, {', '.join(map(str, each.shape[1:]))})" for name, each in inputs.items())
+    print(f"{path}: {shapes} -> {common.shorten_list(about['names'])}; on {len(expected)} rows within {worst:.1g} of "
+          "this script")
+
+
+def _write(path, program, inputs, about):
+    """Write an exported program to its file -> outputs (B, K) of the file."""
+    text = json.dumps(about)
+    if path.suffix == ".pt2":
+        torch.export.save(program, path, extra_files={ABOUT: text})
+        return torch.export.load(path).module()(*inputs.values())
+    import onnxruntime
+    written = torch.onnx.export(program, input_names=list(inputs), output_names=["outputs"], verbose=False)
+    written.model.metadata_props[ABOUT] = text
+    written.save(path)
+    values = {name: each.numpy() for name, each in inputs.items()}
+    return torch.from_numpy(onnxruntime.InferenceSession(path).run(None, values)[0])
