@@ -58,7 +58,6 @@ def judge_coco(args):
     setting = judging.Setting(
         title=f"Detections of {path.name}",
         seen=as_stated(seen, args),
-        criteria=args.criteria,
         data=[reporting.html_text(scored)])
     trained = {}
     if args.baseline:
@@ -81,7 +80,7 @@ def judge_several(run, args, tables):
     rows = table_judging.compare_tables(table_judging.same_rows(tables, args.predictions), names)
     for name, path, table in zip(names, args.predictions, tables):
         with run.child(name) as child:
-            table_judging.judge_table(child, table, path, args.criteria)
+            table_judging.judge_table(child, table, path)
     common.write_table(run.path("comparison.csv"), rows)
     judging.write_comparison(run, rows)
 
@@ -110,7 +109,7 @@ def main():
     with common.start_run(args) as run:
         run.write_args(predictions=[str(path) for path in args.predictions])
         if len(tables) == 1:
-            table_judging.judge_table(run, tables[0], args.predictions[0], args.criteria)
+            table_judging.judge_table(run, tables[0], args.predictions[0])
         else:
             judge_several(run, args, tables)
 

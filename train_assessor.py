@@ -593,7 +593,6 @@ def judge(run, args, study, split, rows, table, part, alarms, similar, best_epoc
         seen=table.seen,
         best_epoch=best_epoch,
         alarms=alarms,
-        criteria=args.criteria,
         data=data_blocks(study, split, table),
         similar=judging.similar_blocks(similar, study.images, study.picture),
         cases=judging.case_blocks(table, study.images[rows], lambda i: study.picture(rows[i]),

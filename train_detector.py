@@ -1030,7 +1030,6 @@ def report_results(run, args, study, split, part, models, baseline, seen, **know
         title="Parts and their states",
         part=part,
         seen=words,
-        criteria=args.criteria,
         data=data_blocks(study, split, part),
         **known)
     detection_judging.judge_detections(

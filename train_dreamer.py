@@ -1008,7 +1008,6 @@ def judge(run, args, study, split, rows, table, part, use, alarms, best_epoch=No
         seen=table.seen,
         best_epoch=best_epoch,
         alarms=pose_scores.use_alarms(use, motion) + alarms,
-        criteria=args.criteria,
         data=data_blocks(run, study, split, table),
         cases=judging.case_blocks(
             table, study.names[rows], lambda i: study.frame(rows[i], 0, args.image_size)),

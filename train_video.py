@@ -1017,9 +1017,8 @@ def features_of_rows(network, clips, compute):
 def untuned_features(args, study, run):
     """Features from networks before any tuning: for the baselines, and where the backbone is frozen."""
     compute = run.compute
-    names = study.table.names
     rows = np.arange(len(study.table))
-    network = compute.place(build_model(args, len(names)))
+    network = compute.place(build_model(args, len(study.table.names)))
     clips = Clips(study, rows)
     features = Features({})
     if args.freeze_backbone:
@@ -1032,13 +1031,8 @@ def untuned_features(args, study, run):
         features.of_rows[MOTION_READOUT] = Untuned(of_rows, network.backbone.blocks())
         return features
     features.of_rows[linear_model] = Untuned(of_rows)
-    weights = args.weights if args.model == CNN_LSTM else None  # other models have another backbone
-    motion_args = argparse.Namespace(**{**vars(args), "model": MOTION_READOUT, "weights": weights})
-    motion_clips = Clips(dataclasses.replace(study, args=motion_args), rows)
     try:
-        readout = compute.place(build_model(motion_args, len(names)))
-        features.of_rows[MOTION_READOUT] = Untuned(
-            features_of_rows(readout, motion_clips, compute), readout.backbone.blocks())
+        features.of_rows[MOTION_READOUT] = motion_features(args, study, compute)
     except common.UserError as error:  # its image network, or the weights of that, cannot be had
         run.say(f"note: no motion readout to compare with: {error}")
     if args.freeze_backbone:
@@ -1047,6 +1041,15 @@ def untuned_features(args, study, run):
         features.views = np.stack([extract_features(network, random_clips, view, compute)
                                    for view in range(args.feature_views)])
     return features
+
+
+def motion_features(args, study, compute):
+    """Untuned of a motion readout, which any other model is compared with."""
+    weights = args.weights if args.model == CNN_LSTM else None  # of other models they fit another backbone
+    args = argparse.Namespace(**{**vars(args), "model": MOTION_READOUT, "weights": weights})
+    network = compute.place(build_model(args, len(study.table.names)))
+    clips = Clips(dataclasses.replace(study, args=args), np.arange(len(study.table)))
+    return Untuned(features_of_rows(network, clips, compute), network.backbone.blocks())
 
 
 # --- results: predictions table -> judged run folder -------------------------------------------
@@ -1083,18 +1086,6 @@ def moment_levels(study, rows=slice(None)):
     return extra[key].to_numpy(str)[rows] if key in extra else None
 
 
-def keys_of(study, rows):
-    """{heading: (M,) values} by which a predictions table names these rows."""
-    table = study.table
-    keys = {"clip_id": table.clip_ids[rows]}
-    if table.target is None:
-        n_clips = [len(study.starts(row)) for row in rows]
-        keys |= {"event": table.events[rows], "n_clips": np.array(n_clips)}
-    start_sec, end_sec = table.windows[rows].T
-    videos = np.array(table.sources, dtype=str)
-    return keys | {"video": videos[rows], "start_sec": start_sec, "end_sec": end_sec}
-
-
 def predictions_table(study, rows, outputs, baselines, seen, warning=None):
     """ScoreTable of scores (M, R), or ClassTable of logits (M, C) at the natural class shares.
 
@@ -1102,8 +1093,14 @@ def predictions_table(study, rows, outputs, baselines, seen, warning=None):
     (M,) of row_warnings.texts.
     """
     table = study.table
+    keys = {"clip_id": table.clip_ids[rows]}
+    if table.target is None:
+        n_clips = [len(study.starts(row)) for row in rows]
+        keys |= {"event": table.events[rows], "n_clips": np.array(n_clips)}
+    start_sec, end_sec = table.windows[rows].T
+    videos = np.array(table.sources, dtype=str)[rows]
     shared = {
-        "keys": keys_of(study, rows),
+        "keys": keys | {"video": videos, "start_sec": start_sec, "end_sec": end_sec},
         "names": table.names,
         "baselines": baselines,
         "groups": study.table.groups_of(rows),
@@ -1140,7 +1137,6 @@ def judge(run, args, study, split, table, part, alarms, trained_on, best_epoch=N
         seen=table.seen,
         best_epoch=best_epoch,
         alarms=alarms,
-        criteria=args.criteria,
         data=data_blocks(study, split, rows, table),
         similar=judging.similar_blocks(similar, study.table.clip_ids, study.strip),
         cases=judging.case_blocks(table, study.table.clip_ids[rows], lambda i: study.strip(rows[i])),
@@ -1513,7 +1509,7 @@ def judge_predictions(args):
         args.predictions, args.group_column, positive_class=args.positive_class)
     with common.start_run(args) as run:
         run.write_args(predictions=str(args.predictions))
-        metrics = table_judging.judge_table(run, table, args.predictions, args.criteria)
+        metrics = table_judging.judge_table(run, table, args.predictions)
         if args.output:
             common.write_json(args.output, metrics)
 

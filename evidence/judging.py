@@ -24,7 +24,6 @@ class Setting:
     seen: np.ndarray = ("not known",)  # (M,) of common.SEEN_WORDS: what the model has done with the rows
     best_epoch: int | None = None
     alarms: tuple = ()  # sentences found before the judging
-    criteria: str = ""  # --criteria
     data: tuple = ()  # HTML of the section Data and split
     similar: tuple = ()  # HTML of the section Leakage: pictures of two parts that look alike
     cases: tuple = ()  # HTML of the section Best and worst cases
@@ -169,10 +168,10 @@ def headline(result, metric, level):
     }
 
 
-def judge_criteria(setting, estimates, meanings):
+def judge_criteria(criteria, worst_seen, estimates, meanings):
     """A dict for each bar of --criteria; PASS says so where the rows had been seen."""
-    bars = verdicts.judge_criteria(verdicts.parse_criteria(setting.criteria, meanings), estimates)
-    passed = verdicts.PASSES[setting.worst_seen]
+    bars = verdicts.judge_criteria(verdicts.parse_criteria(criteria, meanings), estimates)
+    passed = verdicts.PASSES[worst_seen]
     return [bar | {"verdict": bar["verdict"].replace("PASS", passed)} for bar in bars]
 
 
@@ -193,7 +192,7 @@ def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figure
     doubts = list(doubts) + [text for word, text in seen.items() if word != "train"]
     reached = verdicts.reach_verdict(result.gain(metric), alarms + doubts, verdict)
     estimates = (further_estimates or {}) | verdicts.named_estimates(result, meanings)
-    criteria = judge_criteria(setting, estimates, meanings)
+    criteria = judge_criteria(run.args.criteria, setting.worst_seen, estimates, meanings)
     metrics = {
         "schema": METRICS_SCHEMA,
         "headline": headline(result, metric, reached.level),

@@ -47,7 +47,7 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, 
         doubts=doubts,
         alarms=alarms,
         meanings=criteria_names(table.names, levels),
-        further_estimates=estimates_of_moments(table, moments, levels) if setting.criteria else {},
+        further_estimates=estimates_of_moments(table, moments, levels) if run.args.criteria else {},
         figures=key_figures(result, table.target, best_r2),
         blocks=metric_blocks(run, setting, result, rows, moment_rows, plot_file),
         sections=[

@@ -13,12 +13,11 @@ from evidence import class_judging, judging, metric_names, prediction_tables, re
 FEWEST_SHARED = 5  # rows of two runs that are compared
 
 
-def judge_table(run, table, path, criteria=""):
+def judge_table(run, table, path):
     """Judge one table in a run folder of its own; returns its metrics."""
     setting = judging.Setting(
         title=f"Predictions of {path.name}",
         seen=table.seen,
-        criteria=criteria,
         data=[judging.rows_text(table)],
         limits=["Judged from the table alone: what train rows share with these is not known here."])
     if isinstance(table, prediction_tables.ScoreTable):
