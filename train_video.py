@@ -308,7 +308,7 @@ class Study:
 
     def strip(self, row):
         """Five frames of a row side by side: uint8 (H, 5 W, 3)."""
-        return plotting.strip_of(self.frames(row, 0, self.audits[row].n_grid))
+        return plotting.strip_of(self.frames(row))
 
     @functools.cached_property
     def audits(self):

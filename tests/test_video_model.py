@@ -451,8 +451,10 @@ def tiny_network(model):
     return train_video.MotionReadout(nn.Sequential(*layers), 2, 32).eval()
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
-@pytest.mark.parametrize("model, task", [("motion_readout", "classify"), ("cnn_lstm", "regress"), ("mc3_18", "classify")])
+@pytest.mark.parametrize("model, task, suffix", [
+    ("motion_readout", "classify", ".pt2"), ("motion_readout", "classify", ".onnx"), ("cnn_lstm", "regress", ".pt2"),
+    pytest.param("cnn_lstm", "regress", ".onnx", marks=pytest.mark.long), ("mc3_18", "classify", ".pt2"),
+    pytest.param("mc3_18", "classify", ".onnx", marks=pytest.mark.long)])
 def test_an_exported_network_gives_what_the_script_gives(model, task, suffix, tmp_path, capsys):
     """Normalisation, class shares and temperature lie within; as many clips as one likes, padded ones too."""
     if suffix == ".onnx":
