@@ -17,6 +17,7 @@ from PIL import Image
 from sklearn.metrics import r2_score
 
 import common
+import exporting
 import predict_assessor
 import train_assessor
 from conftest import only_run, run_here, run_fresh, run_script, small_run
@@ -421,7 +422,7 @@ def test_what_is_exported_of_several_models_is_their_mean(folds):
     members = predict_assessor.load_members(common.checkpoint_files([folds]), common.choose_compute("cpu", "off"))
     pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        together, *each = (predict_assessor.CroppedToRatings(some).eval()(pixels)
+        together, *each = (exporting.MeanOutput(some).eval()(pixels)
                            for some in (members, *([member] for member in members)))
     assert len(each) == 3 and torch.allclose(together, torch.stack(each).mean(0), rtol=1e-5)
 
