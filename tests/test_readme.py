@@ -77,8 +77,8 @@ def run_command(folder, command):
     program, *words = shlex.split(command)
     launcher = {"python": [], "torchrun": ["-m", "torch.distributed.run", *words[:2]]}[program]
     script, *flags = words[2:] if launcher else words
-    if script == "make_sample_data.py" and "video" not in flags:  # a command names a folder of the last day
-        flags += SMALL[script]
+    if script == "make_sample_data.py":
+        flags += [] if "video" in flags else SMALL[script]  # a command names the folder of the last video
     elif script in SMALL and "--mode" not in flags:
         flags += [*SMALL[script], "--output_dir", f"outputs/{script}"]
     else:
