@@ -138,7 +138,7 @@ def test_command(folder, command):
     run_command(folder, command)
 
 
-@pytest.mark.parametrize("command", filter(training_of, COMMANDS))
+@pytest.mark.parametrize("command", list(filter(training_of, COMMANDS)))
 def test_flags_of_all_that_train_are_read(monkeypatch, command):
     """Those too whose run repeats another's: as they are written, without SMALL."""
     monkeypatch.chdir(ROOT)
