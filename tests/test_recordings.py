@@ -3,7 +3,10 @@
     python -m pytest tests/test_recordings.py
 """
 import csv
+import json
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +22,7 @@ import common
 from evidence import ethograms
 from readers import video_files
 import train_video
-from conftest import only_run, run_here, run_script
+from conftest import ROOT, only_run, run_here, run_script
 
 NAMES = ["rest", "walk", "bite"]
 SMALL = ("--no_pretrained --image_size 32 --n_frames 4 --fps 4 --clips_per_event 1 --num_workers 0 "
@@ -299,3 +302,25 @@ def test_recordings_that_cannot_be_read(made, tmp_path):
     assert "either --manifest or --video" in video(*flags[:4], code=2).stderr
     text = video("--mode", "judge_bouts", "--predictions", tmp_path, "--manifest", made / "events.csv", code=2).stderr
     assert "windows.csv" in text and "Traceback" not in text
+
+
+# --- the model in other programs -------------------------------------------------------------
+
+def test_an_exported_model_predicts_by_the_five_lines_of_its_page(made, tmp_path):
+    """In a fresh process that knows nothing of ours, on clips that need no resizing."""
+    draws = np.random.default_rng(0)
+    for k in range(3):
+        np.save(tmp_path / f"{k}.npy", draws.integers(0, 256, (4, 37, 37, 3), dtype=np.uint8))
+    (tmp_path / "m.csv").write_text("path\n0.npy\n1.npy\n2.npy\n")
+    flags = ["--mode", "predict", "--checkpoint", only_run(made / "motion") / "fold_0", "--manifest", tmp_path / "m.csv",
+             "--video_root", tmp_path, "--output", tmp_path / "p.csv", "--num_workers", 0, "--use_amp", "off"]
+    text = run_script("train_video.py", *flags, "--export", tmp_path / "model.pt2").stdout
+    assert "model.pt2: clips (B, 4, 32, 32, 3), mask (B, 4) -> ear, tail; on 3 rows within" in text
+    lines = re.search(r"```python\n(files = .+?)```", (ROOT / "docs" / "video.md").read_text(), re.S)[1]
+    program = (f"import json, sys, numpy as np, torch\nclip = np.load('1.npy')[:, 3:35, 3:35]\n{lines}\n"
+               "print(json.dumps(predicted))\nassert 'common' not in sys.modules and about['frames_per_sec'] == 4")
+    done = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    row = read_csv(tmp_path / "p.csv")[1]
+    expected = {name: float(row[f"prob_{name}"]) for name in ("ear", "tail")}
+    assert json.loads(done.stdout) == pytest.approx(expected, abs=1e-4)

@@ -9,11 +9,7 @@ import csv
 import itertools
 import json
 import math
-import re
 import shutil
-import subprocess
-import sys
-import textwrap
 from types import SimpleNamespace
 
 import numpy as np
@@ -234,26 +230,6 @@ def test_a_solved_model_is_a_run_like_any_other(made, solved, tmp_path):
     ours = {row["clip_id"]: row for row in read_csv(tmp_path / "p.csv")}
     for row in read_csv(solved / "test_ensemble" / "predictions_test.csv"):
         assert float(ours[row["clip_id"]]["prob_tail"]) == pytest.approx(float(row["prob_tail"]), abs=1e-4)
-
-
-def test_an_exported_model_predicts_by_the_five_lines_of_its_page(solved, tmp_path):
-    """In a fresh process that knows nothing of ours: the mean of three folds, on clips that need no resizing."""
-    draws = np.random.default_rng(0)
-    for k in range(3):
-        np.save(tmp_path / f"{k}.npy", draws.integers(0, 256, (4, 37, 37, 3), dtype=np.uint8))
-    (tmp_path / "m.csv").write_text("path\n0.npy\n1.npy\n2.npy\n")
-    flags = ["--mode", "predict", "--checkpoint", solved, "--manifest", tmp_path / "m.csv", "--video_root", tmp_path,
-             "--output", tmp_path / "p.csv", "--num_workers", 0, "--use_amp", "off"]
-    text = run_script("train_video.py", *flags, "--export", tmp_path / "model.pt2").stdout
-    assert "model.pt2: clips (B, 4, 32, 32, 3), mask (B, 4) -> ear, tail; on 3 rows within" in text
-    lines = re.search(r"```python\n(files = .+?)```", (ROOT / "docs" / "video.md").read_text(), re.S)[1]
-    program = ("import json, sys, numpy as np, torch\n"
-               f"for k in range(3):\n    clip = np.load(f'{{k}}.npy')[:, 3:35, 3:35]\n{textwrap.indent(lines, '    ')}\n"
-               "    print(json.dumps(predicted))\nassert 'common' not in sys.modules and about['frames_per_sec'] == 4")
-    done = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for row, found in zip(read_csv(tmp_path / "p.csv"), map(json.loads, done.stdout.splitlines()), strict=True):
-        assert found == pytest.approx({name: float(row[f"prob_{name}"]) for name in ("ear", "tail")}, abs=1e-4)
 
 
 @pytest.mark.parametrize("flags, message", [
