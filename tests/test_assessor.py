@@ -136,7 +136,7 @@ def test_a_split_and_weights_can_be_used_again(sample, trained, tmp_path):
 
 def test_args_json_repeats_the_run(trained, tmp_path):
     """The config of a run, in another folder: the same history, byte for byte."""
-    run_fresh("train_assessor.py", "--config", trained / "args.json", "--output_dir", tmp_path)
+    run_script("train_assessor.py", "--config", trained / "args.json", "--output_dir", tmp_path)
     assert (only_run(tmp_path) / "training_history.csv").read_bytes() == (trained / "training_history.csv").read_bytes()
 
 

@@ -257,7 +257,8 @@ def covered_estimates(result):
 
 
 @pytest.mark.parametrize("subjects, rows, separation", [
-    (6, 18, 1.2), pytest.param(12, 18, 2.0, marks=pytest.mark.long), (40, 9, 1.2)])
+    (6, 18, 1.2), pytest.param(12, 18, 2.0, marks=pytest.mark.long),
+    pytest.param(40, 9, 1.2, marks=pytest.mark.long)])
 def test_intervals_over_subjects_cover_89_to_98_percent(subjects, rows, separation):
     """The truth is that of 4,000 subjects; labels, scores of the model and those of the baseline all cluster.
 

@@ -107,9 +107,9 @@ def scores(made, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def class_folds(made, tmp_path_factory):
-    """The run folder of a classification in 3 folds of one manifest, on features of a frozen backbone."""
+    """The run folder of a classification in 2 folds of one manifest, on features of a frozen backbone."""
     folder = tmp_path_factory.mktemp("class_folds")
-    video(*made.everything, *made.small, "--folds", 3, "--freeze_backbone", "--feature_views", 2, "--output_dir", folder,
+    video(*made.everything, *made.small, "--folds", 2, "--freeze_backbone", "--feature_views", 2, "--output_dir", folder,
           "--test_groups", "8", "--criteria", "accuracy<=1,accuracy>1.5,auc>0.5")
     return only_run(folder)
 
@@ -386,7 +386,7 @@ def test_class_ensemble_of_predict_is_that_of_training(made, class_folds, tmp_pa
 
 
 def test_predictions_of_the_folds_own_rows_are_not_held_out(made, class_folds, tmp_path):
-    """Every event outside the test pen trained two of the three models; the table says it, and who evaluates it too."""
+    """Every event outside the test pen trained one of the two models; the table says it, and who evaluates it too."""
     text = video("--mode", "predict", "--checkpoint", class_folds, *made.everything, "--output", tmp_path / "p.csv",
                  "--num_workers", 0).stdout
     rows = read_csv(tmp_path / "p.csv")
@@ -404,7 +404,7 @@ def test_predictions_of_the_folds_own_rows_are_not_held_out(made, class_folds, t
 def test_baselines_decide_by_thresholds_from_the_same_rows(made, class_folds):
     """Temperature and threshold of the logistic regression, fitted anew on the other folds' rows, as the model's are."""
     pooled = {row["clip_id"]: row for row in read_csv(class_folds / "predictions_folds.csv")}
-    own = [read_csv(class_folds / f"fold_{k}" / "predictions_val.csv") for k in range(3)]
+    own = [read_csv(class_folds / f"fold_{k}" / "predictions_val.csv") for k in range(2)]
     assert "logistic_threshold" not in own[0][0], "validation rows: the most probable class, as the model's"
     names = ("ear", "tail")
     others = [row for rows in own[1:] for row in rows]
@@ -631,7 +631,7 @@ def test_class_folds_judge_criteria_and_pool_calibration(class_folds):
     auc = metrics["model"]["roc_auc"]
     assert auc["low"] < 0.5 < auc["high"], "random features"
     pooled = {row["clip_id"]: row for row in read_csv(class_folds / "predictions_folds.csv")}
-    own = [read_csv(class_folds / f"fold_{k}" / "predictions_val.csv") for k in range(3)]
+    own = [read_csv(class_folds / f"fold_{k}" / "predictions_val.csv") for k in range(2)]
     assert len(pooled) == sum(map(len, own)) == 35
     logits, label = (np.concatenate(each) for each in zip(*(
         (np.stack([numbers(rows, f"logit_{name}") for name in ("ear", "tail")], 1),
@@ -640,7 +640,7 @@ def test_class_folds_judge_criteria_and_pool_calibration(class_folds):
     for row in own[0]:
         p = softmax([float(row["logit_ear"]) / temperature, float(row["logit_tail"]) / temperature])
         assert float(pooled[row["clip_id"]]["prob_tail"]) == pytest.approx(p[1], abs=1e-9)
-    assert [row["fold"] for row in read_csv(class_folds / "fold_table.csv")] == ["0", "1", "2", "mean", "SD"]
+    assert [row["fold"] for row in read_csv(class_folds / "fold_table.csv")] == ["0", "1", "mean", "SD"]
 
 
 @pytest.fixture(scope="module")

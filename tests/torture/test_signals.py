@@ -59,7 +59,7 @@ def stop_and_continue(run, number, wait, expected):
 def test_signals_that_come_again_until_the_end(workers, number, server, tiny_flags, quick_folder, cases):
     """srun sends TERM to the tasks of a step that are still on their way out: the exit code must not change."""
     flags = [*tiny_flags["train_assessor.py"], "--num_workers", workers, "--epochs", 60]
-    for attempt in range(cases.number(2, 5)):
+    for attempt in range(cases.number(1, 5)):
         run = Run(server, "train_assessor.py", flags, quick_folder / str(attempt))
         with cases.case(GROUP):
             trial = run.start()
