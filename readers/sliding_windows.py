@@ -3,7 +3,6 @@
 Letters: B windows, T frames of a window, n frames, S side of the input in pixels.
 """
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -21,7 +20,8 @@ def slide(recording, length, step, batch_size, side, frame_features):
     kept = {}  # name -> (n, ...) of the latest frames
     n_frames = 0
     next_place = 0
-    for frames in _read_ahead(recording.grid(length), step * batch_size):
+    grid = recording.grid(length)
+    while frames := list(itertools.islice(grid, step * batch_size)):
         crops = [common.eval_crop(frame.pixels, side) for frame in frames]
         pixels = torch.from_numpy(np.stack(crops))
         before = kept.get("pixels", pixels[:1])[-1:]
@@ -38,17 +38,6 @@ def slide(recording, length, step, batch_size, side, frame_features):
     last = n_frames - length
     if last > next_place - step:
         yield [last], _windows(kept, [last], n_frames, length)
-
-
-def _read_ahead(items, count):
-    """Yield lists of `count` items; a thread makes the next one meanwhile, as decoding needs no network."""
-    def read():
-        return list(itertools.islice(items, count))
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(read)
-        while found := coming.result():
-            coming = thread.submit(read)
-            yield found
 
 
 def _windows(kept, places, n_frames, length):
