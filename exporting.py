@@ -28,6 +28,8 @@ def _model_file(text):
     path = Path(text)
     if path.suffix not in (".pt2", ".onnx"):
         raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .pt2 or .onnx")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: the folder {path.parent} does not exist")
     return path
 
 

@@ -544,8 +544,10 @@ class MotionReadout(ClipNet):
         """Clips (B, T, 3, S, S), their frame_features, or features (B, F) as they are -> (B, F)."""
         if clips.ndim == 2:
             return clips
-        features = self.frame_features(clips) if clips.ndim == 5 else clips
-        return self.backbone.pool(features, mask)
+        if clips.ndim == 5:
+            n_frames = int(mask.any(0).nonzero().max()) + 1  # short clips are filled up at their end
+            clips, mask = self.frame_features(clips[:, :n_frames]), mask[:, :n_frames]
+        return self.backbone.pool(clips, mask)
 
 
 class FrameLstm(backbones.BackboneModel):
@@ -883,9 +885,9 @@ def evaluate(model, loader, args, compute):
 
 def combine_clips(outputs, row_starts, aggregation):
     """Mean or max over the clips of each row: (clips, K), (row, start) of each -> (M, K)."""
-    import pandas as pd
     rows = np.array([row for row, _ in row_starts])  # of the clips
-    return pd.DataFrame(outputs).groupby(rows, sort=False).agg(aggregation).to_numpy()
+    combine = {"mean": np.mean, "max": np.max}[aggregation]
+    return np.stack([combine(outputs[rows == row], axis=0) for row in dict.fromkeys(rows)])
 
 
 def start_model(args, objective, train, compute):
@@ -1353,14 +1355,19 @@ def load_members(args, compute):
         member = Member(compute.place(model).eval(), content, own)
         members.append(member)
         first = members[0]
-        differs = [name for name in ("task", *READING) if getattr(own, name) != getattr(first.args, name)]
-        if differs or content["names"] != first.content["names"]:
-            raise common.UserError(
-                f"{path} predicts {content['names']}, {files[0]} {first.content['names']}; members of one mean must "
-                f"agree in their names and in {', '.join(('task', *READING))} (other here: {', '.join(differs)})")
+        for name in ("task", "names", "positive_class", *READING):
+            this, that = (getattr(member.args, name, member.content["names"]) for member in (members[-1], first))
+            if this != that:
+                raise common.UserError(f"members of one mean must agree: {path} has {name} {this}, {files[0]} {that}")
         if backbones.is_same(model.backbone, first.model.backbone):
             model.backbone = first.model.backbone  # of frozen folds: its features count for all
     return members
+
+
+def mean_threshold(members):
+    """Threshold of the positive class, None where a member has none: then the most probable class is predicted."""
+    thresholds = [member.calibration.get("threshold") for member in members]
+    return None if None in thresholds else float(np.mean(thresholds))
 
 
 def predict(args):
@@ -1405,6 +1412,9 @@ def predict_rows(member, study, compute):
 def export(path, members, study):
     """Write the mean of the members as one file, compared with this script on the first ten clips of the study."""
     args = members[0].args
+    content = members[0].content
+    if len({member.args.model for member in members}) > 1:
+        raise common.UserError(f"--export {path}: the checkpoints are of different --model; export those of one")
     clips = Clips(study, np.arange(len(study.table)))
     batch = torch.utils.data.default_collate([clips[0, i] for i in range(min(len(clips), 10))])
     inputs = {"clips": batch["input"]}
@@ -1413,11 +1423,12 @@ def export(path, members, study):
     model = exporting.MeanOutput(members)
     compute = common.choose_compute("cpu", "off")
     expected = np.mean([member.predict(batch, compute) for member in members], axis=0)
-    about = exporting.about_pictures(members[0].content["names"], args.image_size, args.pixel_range)
+    about = exporting.about_pictures(content["names"], args.image_size, args.pixel_range)
     about |= {"task": args.task, "frames": args.n_frames}
     if args.task == "classify":
-        about |= {"frames_per_sec": args.fps, "clip_sec": args.n_frames / args.fps}
-    exporting.export(path, model, inputs, about, torch.from_numpy(expected))
+        about |= {"frames_per_sec": args.fps, "clip_sec": args.n_frames / args.fps,
+                  "positive_class": args.positive_class, "threshold": mean_threshold(members)}
+    exporting.export(path, model, inputs, about, torch.from_numpy(expected), unit=members[0].model.head.span.cpu())
 
 
 # --- whole recordings --------------------------------------------------------------------------
@@ -1480,8 +1491,7 @@ def read_windows(recording, members, args, run, label):
         starts += places
         found.append(np.mean([predict_windows(member, frames, compute) for member in members], axis=0))
     probability = np.concatenate(found)  # (W, C)
-    thresholds = [member.calibration["threshold"] for member in members if member.calibration]
-    threshold = np.mean(thresholds) if len(thresholds) == len(members) else None
+    threshold = mean_threshold(members)
     positive = members[0].content["names"].index(own.positive_class)
     return ethograms.Windows(
         recording.spans(starts, own.n_frames), probability,

@@ -164,7 +164,7 @@ def annotate(recording, windows, names, path):
         stream = None
         for time, convert in recording.frames():
             pixels = convert(None)
-            pixels = np.ascontiguousarray(pixels[:len(pixels) // 2 * 2, :pixels.shape[1] // 2 * 2])  # even, for the codec
+            pixels = pixels[:len(pixels) // 2 * 2, :pixels.shape[1] // 2 * 2].copy()  # even, for the codec
             if stream is None:
                 height, width = pixels.shape[:2]
                 stream = container.add_stream(codec, options={"g": "50"})

@@ -521,6 +521,32 @@ def test_models_that_cannot_leave_are_named(tmp_path):
     assert not (tmp_path / "m.pt2").exists()
 
 
+def test_models_of_two_kinds_are_no_file(tmp_path):
+    """Each kind reads the frames that its own mask tells."""
+    members = [train_video.Member(None, {"names": ["a"]}, arguments("--model", model)) for model in ("cnn_lstm", "r3d_18")]
+    with pytest.raises(common.UserError, match="different --model"):
+        train_video.export(tmp_path / "m.pt2", members, None)
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "max"])
+def test_a_clip_without_a_number_is_not_passed_over(aggregation):
+    outputs = np.array([[1.0], [np.nan], [3.0]])
+    found = train_video.combine_clips(outputs, [(4, 0), (4, 8), (2, 0)], aggregation)
+    assert np.isnan(found[0]) and found[1] == 3
+
+
+def test_frames_that_fill_up_short_clips_are_not_read():
+    model = train_video.MotionReadout(torchvision.models.resnet18(), 2, 32).eval()
+    clips = torch.rand(2, 6, 3, 32, 32)
+    mask = torch.tensor([[True] * 2 + [False] * 4, [True] * 3 + [False] * 3])
+    counts = []
+    model.backbone.network.register_forward_pre_hook(lambda network, inputs: counts.append(len(inputs[0])))
+    features = model.backbone.frame_features(clips)
+    with torch.no_grad():
+        torch.testing.assert_close(model.extract(clips, mask), model.extract(features, mask), rtol=1e-4, atol=1e-5)
+    assert counts == [12, 6]
+
+
 # --- classes: loss, weights, sampler, boost ----------------------------------------------------------
 
 def test_cross_entropy_is_that_of_torch():
