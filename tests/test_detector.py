@@ -619,7 +619,8 @@ def test_a_trained_baseline(bicycles, tmp_path):
     """--baseline heads: the same steps on the frozen backbone; evaluation and the written files compare with it too."""
     torch.manual_seed(1)
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
-    flags = train_flags(bicycles, tmp_path / "out", "--weights", tmp_path / "weights.pth", "--dry_run", "--batch_size", 2)
+    flags = train_flags(bicycles, tmp_path / "out", "--weights", tmp_path / "weights.pth", "--dry_run", "--batch_size", 2,
+                        "--min_size", 32, "--max_size", 40)
     flags.remove("--no_pretrained")
     run_script("train_detector.py", *flags, "--baseline", "heads")
     folder = only_run(tmp_path / "out")

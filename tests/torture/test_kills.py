@@ -145,7 +145,7 @@ def test_kills(script, workers, server, tiny_flags, quick_folder, cases):
 
     def make_killer(other, name):
         return Killer(other or server, script, flags, quick_folder / name, f"{script} {workers} {name}")
-    hold_through_kills(cases, GROUP, make_killer, cases.number(2, 100), 12)
+    hold_through_kills(cases, GROUP, make_killer, cases.number(1, 100), 12)
 
 
 @pytest.mark.timeout(3600)
@@ -165,4 +165,4 @@ def test_kills_of_two_processes(script, server, tiny_flags, quick_folder, cases)
 
     def make_killer(other, name):
         return PairKiller(other or server, script, flags, quick_folder / name, f"{script} {name}")
-    hold_through_kills(cases, PAIRS, make_killer, cases.number(3, 10), 5)
+    hold_through_kills(cases, PAIRS, make_killer, cases.number(2, 10), 5)

@@ -10,10 +10,13 @@ import time
 import pytest
 
 import common
-from conftest import SCRIPTS, SCRIPTS_AND_WORKERS, fork_server, only_run
+from conftest import SCRIPTS, fork_server, only_run
 from test_resume import fingerprint
 
 GROUP = "TERM, USR1, INT to the process group"
+IN_SHORT = [("train_assessor.py", 0), ("train_dreamer.py", 2)]
+SCRIPTS_AND_WORKERS = [pytest.param(*each, marks=() if each in IN_SHORT else pytest.mark.long)
+                       for each in itertools.product(SCRIPTS, (0, 2))]
 CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
 
 
@@ -80,7 +83,7 @@ def test_signals(script, workers, server, tiny_flags, quick_folder, cases):
     trial = whole.start()
     assert trial.finish() == 0, trial.text()[-2000:]
     expected, moments = fingerprint(only_run(whole.out)), random.Random(f"{script} {workers}")
-    first = SCRIPTS.index(script)  # the short part has one signal a script, each another
+    first = SCRIPTS.index(script)  # the short part has one signal a run, each another
     signals = itertools.islice(itertools.cycle(CODES), first, first + cases.number(1, 15))
     for turn, number in enumerate(signals):
         wait = moments.uniform(0, 0.4)
