@@ -20,7 +20,7 @@ import common
 import exporting
 import predict_assessor
 import train_assessor
-from conftest import only_run, run_here, run_fresh, run_script, small_run
+from conftest import only_run, run_here, run_script, small_run
 from readers import backbones
 
 CONTRACT = [
