@@ -1348,7 +1348,7 @@ def load_members(args, compute):
         with common.checkpoint_fields(path):
             own = argparse.Namespace(**{
                 **vars(args), **content["architecture"], **typed,
-                "pretrained": False, "positive_class": content.get("positive")})
+                "pretrained": False, "names": content["names"], "positive_class": content.get("positive")})
             model = build_model(own, len(content["names"]))
         common.load_state(model, content["model"], path)
         model.head.prior_shift.copy_(torch.tensor(content.get("prior_shift", 0.0)))
@@ -1356,18 +1356,13 @@ def load_members(args, compute):
         members.append(member)
         first = members[0]
         for name in ("task", "names", "positive_class", *READING):
-            this, that = (getattr(member.args, name, member.content["names"]) for member in (members[-1], first))
-            if this != that:
-                raise common.UserError(f"members of one mean must agree: {path} has {name} {this}, {files[0]} {that}")
+            found = getattr(own, name)
+            wanted = getattr(first.args, name)
+            if found != wanted:
+                raise common.UserError(f"members of one mean must agree: {path} has {name} {found}, {files[0]} {wanted}")
         if backbones.is_same(model.backbone, first.model.backbone):
             model.backbone = first.model.backbone  # of frozen folds: its features count for all
     return members
-
-
-def mean_threshold(members):
-    """Threshold of the positive class, None where a member has none: then the most probable class is predicted."""
-    thresholds = [member.calibration.get("threshold") for member in members]
-    return None if None in thresholds else float(np.mean(thresholds))
 
 
 def predict(args):
@@ -1426,9 +1421,11 @@ def export(path, members, study):
     about = exporting.about_pictures(content["names"], args.image_size, args.pixel_range)
     about |= {"task": args.task, "frames": args.n_frames}
     if args.task == "classify":
-        about |= {"frames_per_sec": args.fps, "clip_sec": args.n_frames / args.fps,
-                  "positive_class": args.positive_class, "threshold": mean_threshold(members)}
-    exporting.export(path, model, inputs, about, torch.from_numpy(expected), unit=members[0].model.head.span.cpu())
+        threshold = calibrating.mean_threshold(member.calibration for member in members)
+        about |= {"frames_per_sec": args.fps, "clip_sec": args.n_frames / args.fps, "threshold": threshold}
+        about["positive_class"] = args.positive_class
+    unit = members[0].model.head.span.cpu()
+    exporting.export(path, model, inputs, about, torch.from_numpy(expected), unit)
 
 
 # --- whole recordings --------------------------------------------------------------------------
@@ -1491,7 +1488,7 @@ def read_windows(recording, members, args, run, label):
         starts += places
         found.append(np.mean([predict_windows(member, frames, compute) for member in members], axis=0))
     probability = np.concatenate(found)  # (W, C)
-    threshold = mean_threshold(members)
+    threshold = calibrating.mean_threshold(member.calibration for member in members)
     positive = members[0].content["names"].index(own.positive_class)
     return ethograms.Windows(
         recording.spans(starts, own.n_frames), probability,

@@ -164,6 +164,12 @@ def calibrate(logits, label, positive):
     }
 
 
+def mean_threshold(calibrations):
+    """Threshold of the mean of several models; None where one of them has none: the most probable class counts."""
+    thresholds = [calibration.get("threshold") for calibration in calibrations]
+    return None if None in thresholds else float(np.mean(thresholds))
+
+
 def apply_calibration(table, calibration):
     """A prediction_tables.ClassTable after what calibrate gave; its logits stay as they are."""
     return dataclasses.replace(
