@@ -546,7 +546,8 @@ class MotionReadout(ClipNet):
             return clips
         if clips.ndim == 5:
             n_frames = int(mask.any(0).nonzero().max()) + 1  # short clips are filled up at their end
-            clips, mask = self.frame_features(clips[:, :n_frames]), mask[:, :n_frames]
+            clips = self.frame_features(clips[:, :n_frames])
+            mask = mask[:, :n_frames]
         return self.backbone.pool(clips, mask)
 
 
