@@ -286,7 +286,7 @@ def key_figures(result):
         figures["State balanced accuracy"] = model["balanced_accuracy"]
     figures[f"AP of the {result.baseline_label}"] = baseline["map"]
     figures["Hallucination rate"] = model["hallucination_rate_anywhere"]
-    return [reporting.key_figure(label, found, result.method) for label, found in figures.items()
+    return [reporting.key_figure(label, found, result) for label, found in figures.items()
             if found is not None and math.isfinite(found.value)]
 
 

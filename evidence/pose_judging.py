@@ -77,8 +77,8 @@ def key_figures(result, predictors):
     baseline = of_name[result.baseline_name]
     shown = result.baseline_label
     return [
-        reporting.key_figure("Error in label sds", result.overall.model["mae"], result.method),
-        reporting.key_figure(f"The same of {shown}", result.overall.baseline["mae"], result.method),
+        reporting.key_figure("Error in label sds", result.overall.model["mae"], result),
+        reporting.key_figure(f"The same of {shown}", result.overall.baseline["mae"], result),
         ("MAE, translations", f"{model['mae_mm']:.2f} mm", f"{shown}: {baseline['mae_mm']:.2f} mm"),
         ("MAE, angles", f"{model['mae_deg']:.2f} deg", f"{shown}: {baseline['mae_deg']:.2f} deg"),
     ]

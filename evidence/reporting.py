@@ -162,10 +162,12 @@ def html_cases(cases):
     return '<div class="cases">' + "\n".join(figures) + "</div>"
 
 
-def key_figure(label, estimate, remark):
-    """(label, value, remark) texts of an Estimate for the top of the report; its interval stands for the remark."""
-    interval = f"95 % interval {estimate.low:.3f} to {estimate.high:.3f}"
-    return label, metric_names.number_text(estimate.value), remark if math.isnan(estimate.low) else interval
+def key_figure(label, estimate, result):
+    """(label, value, remark) texts of an Estimate of this Result, for the top of the report."""
+    remark = f"95 % interval {estimate.low:.3f} to {estimate.high:.3f}"
+    if math.isnan(estimate.low):
+        remark = f"no interval: it rests on too few of the {result.subjects} {result.unit}"
+    return label, metric_names.number_text(estimate.value), remark
 
 
 def leakage_blocks(run):

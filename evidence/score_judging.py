@@ -135,7 +135,7 @@ def key_figures(result, target, best_r2):
     model = result.overall.model
     estimates = {"Mean R2": model["r2"], "Mean r": model["pearson_r"],
                  f"R2 of {result.baseline_label}": result.overall.baseline["r2"]}
-    figures = [reporting.key_figure(label, found, result.method) for label, found in estimates.items()]
+    figures = [reporting.key_figure(label, found, result) for label, found in estimates.items()]
     sd = np.nanstd(target, axis=0)
     error = common.mean_without_nan(result.each.model["mae"].value / np.where(sd > 0, sd, np.nan))
     figures.append(("Mean absolute error", f"{metric_names.number_text(error)} sd",

@@ -332,11 +332,16 @@ def _rows_by_value(values, rows):
     return found
 
 
+def _count_text(what, item):
+    words = what.replace("_", " ")
+    return f"{item['count']} {words.removesuffix('s') if item['count'] == 1 else words}"
+
+
 def _leakage_line(where, found):
     counts = []
     for what, item in found.items():
         example = f" ({item['examples'][0]})" if item["count"] else ""
-        counts.append(f"{item['count']} {what.replace('_', ' ')}{example}")
+        counts.append(_count_text(what, item) + example)
     return f"{where}: {', '.join(counts)}"
 
 
@@ -367,7 +372,7 @@ def check_leakage(report, allow_leakage=False, stopping=STOPPING_LEAKS):
             item = found.get(what, {"count": 0})
             if item["count"]:
                 examples = common.shorten_list(item["examples"], 3)
-                faults.append(f"{pair} share {item['count']} {what.replace('_', ' ')} ({examples})")
+                faults.append(f"{pair} share {_count_text(what, item)} ({examples})")
     if faults and not allow_leakage:
         raise common.UserError(
             f"leakage between the splits: {'; '.join(faults)}. Split by --group_column, remove the "

@@ -21,7 +21,7 @@ from sklearn.model_selection import GridSearchCV, PredefinedSplit
 import common
 from evidence import (
     baseline_models, calibrating, class_judging, class_scores, confounding, plotting, prediction_tables,
-    subject_intervals, verdicts)
+    reporting, subject_intervals, verdicts)
 
 NAMES = ["ear", "none", "tail", "wall"]
 
@@ -724,6 +724,10 @@ def test_verdict_of_a_classifier_names_the_metric_and_the_direction():
     assert verdicts.verdict_sentence(swapped, "accuracy").endswith(f"in {(right[0] > right[1]).sum()} of 9 subjects.")
     nine.overall.difference["roc_auc"].low = np.nan
     assert "[no interval: too few to resolve it]" in verdicts.verdict_sentence(nine, "roc_auc")
+    figure = reporting.key_figure("ROC AUC", subject_intervals.Estimate(0.9, np.nan, np.nan), nine)
+    assert figure == ("ROC AUC", "0.900", "no interval: it rests on too few of the 9 subjects")
+    assert reporting.key_figure("ROC AUC", subject_intervals.Estimate(0.9, 0.8, 1.0), nine)[2] == (
+        "95 % interval 0.800 to 1.000")
 
 
 def test_risk_over_coverage_ends_at_the_errors_of_the_confusion_matrix(tmp_path, monkeypatch):

@@ -328,7 +328,7 @@ def test_planted_leaks_are_counted_and_named():
                                          "near_duplicates": {"count": 0, "examples": []}}
     assert json.loads(json.dumps(report)) == report
     assert splitting.leakage_text(report).splitlines()[0] == (
-        "leakage train-val: 1 groups (shared), 1 exact duplicates (003.jpg = 041.jpg), 0 near duplicates")
+        "leakage train-val: 1 group (shared), 1 exact duplicate (003.jpg = 041.jpg), 0 near duplicates")
 
 
 def test_report_does_not_depend_on_row_order():
@@ -344,14 +344,14 @@ def test_what_stops_the_run_and_what_only_warns():
     split, sha, phash, keys, groups = planted()
     report = splitting.leakage_report(split, keys, sha, phash, {"groups": groups})
     message = fails(splitting.check_leakage, report)
-    assert "groups (shared)" in message and "exact duplicates (003.jpg = 041.jpg)" in message
+    assert "1 group (shared)" in message and "1 exact duplicate (003.jpg = 041.jpg)" in message
     assert "--allow_leakage" in message and "near" not in message
     splitting.check_leakage(report, allow_leakage=True)
     splitting.check_leakage(splitting.leakage_report(split, keys, [""] * 60, values={"groups": groups}),
                             stopping=("events", "exact_duplicates"))
     clean, sha, _, _ = leaky_data()
     events = splitting.leakage_report(clean, keys, sha, values={"events": ["e1"] * 60})
-    assert "events" in fails(splitting.check_leakage, events)
+    assert "1 event (e1)" in fails(splitting.check_leakage, events)
     phash[55] = phash[41]
     clean_but_near = splitting.leakage_report(split, keys, [f"s{i}" for i in range(60)], phash)
     assert clean_but_near["between"]["val-test"]["near_duplicates"]["count"] == 1

@@ -921,7 +921,7 @@ def test_an_audit_of_scores_needs_no_classes(scores):
     assert found["videos"] == found["events"] == found["groups"] == 1
     assert found["exact_duplicates"] == 1
     assert "no-pixel prior on moment across parts: R2 of scores" in splitting.leakage_text(report)
-    assert "leakage train-test: 1 groups" in splitting.leakage_text(report)
+    assert "leakage train-test: 1 group (" in splitting.leakage_text(report)
 
 
 @pytest.mark.skipif(not FIGHT.is_dir(), reason=f"real clips are not at {FIGHT.name}")
