@@ -64,20 +64,26 @@ def label_inches(labels):
     return 0.1 + 0.07 * max(map(len, labels), default=0)
 
 
+def draw_figure(figure):
+    """The figure as a Pillow picture; savefig would draw it twice."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
 def save_figure(figure, path):
     """Write a PNG of 256 colours: half the usual size, the same bytes for the same figure.
 
     They are chosen by an octree, which keeps rare ones: Pillow's median cut would paint the only bar of a class in the
     colour of another.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
     packed = io.BytesIO()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
-    picture.quantize(256, Image.Quantize.FASTOCTREE).save(packed, "PNG")
+    draw_figure(figure).quantize(256, Image.Quantize.FASTOCTREE).save(packed, "PNG")
     common.write_whole(path, packed.getvalue())
 
 
@@ -237,7 +243,7 @@ def plot_batch(run, dataset, labels):
         axis.imshow(picture)
         axis.axis("off")
         set_title(axis, "\n".join(line[-24 * aspect:] for line in labels[index].splitlines()))
-    figure.savefig(run.path("training_batch.jpg"))
+    draw_figure(figure).save(run.path("training_batch.jpg"))
 
 
 def plot_scatter(predicted, target, names, path):

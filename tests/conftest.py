@@ -1,6 +1,7 @@
 """What the tests share: the import path, sample data made once, and a way to run a script as a user would."""
 
 import contextlib
+import fcntl
 import importlib
 import io
 import json
@@ -27,12 +28,19 @@ SLOW_FILES = ("test_video test_kills test_dreamer test_signals test_assessor tes
               "test_ranks_scripts test_hostile test_lost_disk test_resume test_shell").split()
 SESSION_FOLDER = "session"  # made once, for all modules
 FORK_SERVERS = []  # at most one
+DRAW = {"BLANK_PLOTS": ""}  # environment of a run whose plots are drawn
 FAULTS = {}  # group of the fault table -> (cases that held, cases that were to be run)
 
 
 def pytest_addoption(parser):
     parser.addoption("--all_cases", action="store_true", help="all cases of the torture groups, not the short part")
     parser.addoption("--fault_table", metavar="FILE", help="append the lines fault, cases and result (Markdown)")
+
+
+def pytest_configure(config):
+    """Of the forked runs only those with DRAW draw their plots; tests/test_report.py and others draw each kind."""
+    if not config.getoption("all_cases"):
+        os.environ["BLANK_PLOTS"] = "1"
 
 
 def pytest_collection_modifyitems(items):
@@ -131,11 +139,26 @@ def _keep_signal_handlers():
 
 
 @pytest.fixture(scope="session")
-def sample(tmp_path_factory):
+def made_data(tmp_path_factory):
+    """made_data(task, n): folder of sample data, made once for the tests of all workers, which only read it."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / SESSION_FOLDER
+    folder.mkdir(exist_ok=True)
+
+    def make(task, n):
+        made = folder / str(n) / task
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                run_script("make_sample_data.py", "--task", task, "--output_dir", made.parent, "--n_samples", n)
+        return made
+    return make
+
+
+@pytest.fixture(scope="session")
+def sample(made_data):
     """Sample data of the assessor: .images, .ratings (mean, sd, n), .raw (single ratings), 48 pictures."""
-    folder = tmp_path_factory.mktemp(SESSION_FOLDER, numbered=False)
-    run_script("make_sample_data.py", "--task", "assessor", "--output_dir", folder / "data", "--n_images", 48)
-    made = folder / "data" / "assessor"
+    made = made_data("assessor", 48)
     return SimpleNamespace(images=made / "images", ratings=made / "ratings" / "per_image_Slider_mean_sd_from_wide.csv",
                            raw=made / "ratings" / "raw_ratings_long.csv")
 
@@ -224,7 +247,7 @@ SCRIPTS_AND_WORKERS = [
 ASSESSOR = "--scheduler plateau --accumulate 2 --save_every 2 --keep_last".split()
 VIDEO = ("--model cnn_lstm --backbone shufflenet_v2_x0_5 --hidden 16 --no_pretrained --image_size 32 --n_frames 4 "
          "--fps 4 --epochs 3 --batch_size 8 --num_workers 0 --augment heavy --mixup 0.3 --jitter_sec 0.3 --balance sampler --keep_last").split()
-DETECTOR = ("--model fasterrcnn_resnet18_fpn --no_pretrained --min_size 48 --max_size 64 --epochs 3 --batch_size 2 "
+DETECTOR = ("--model fasterrcnn_resnet18_fpn --no_pretrained --min_size 32 --max_size 40 --epochs 3 --batch_size 2 "
             "--num_workers 0 --bootstrap_draws 20 --visualize 1 --optimizer sgd --keep_last").split()
 DREAMER = ("--encoder resnet18 --no_pretrained --image_size 32 --token_type spatial --d_model 32 --n_layers 1 "
            "--n_heads 2 --feedforward 32 --epochs 3 --batch_size 8 --num_workers 0 --optimizer sgd --augment full "
@@ -232,30 +255,29 @@ DREAMER = ("--encoder resnet18 --no_pretrained --image_size 32 --token_type spat
 
 
 @pytest.fixture(scope="session")
-def tiny_flags(sample, tmp_path_factory):
+def tiny_flags(sample, made_data, tmp_path_factory):
     """{script: flags of a training run on made data that takes seconds}, without --output_dir."""
-    made = sample.images.parent.parent
-    for task, n in (("video", 40), ("detector", 30), ("dreamer", 48)):
-        run_script("make_sample_data.py", "--task", task, "--output_dir", made, "--n_samples", n)
-    manifests, parts = made / "video" / "manifests", made / "detector"
+    videos, parts, slices = made_data("video", 40), made_data("detector", 36), made_data("dreamer", 48)
+    manifests = videos / "manifests"
+    few = tmp_path_factory.getbasetemp() / SESSION_FOLDER / "few"
+    few.mkdir(parents=True)
     for part, n in (("train", 4), ("val", 2)):  # its heads take a second a batch
         content = json.loads((parts / f"{part}_coco.json").read_text())
         content["images"] = content["images"][:n]
         kept = {image["id"] for image in content["images"]}
         content["annotations"] = [each for each in content["annotations"] if each["image_id"] in kept]
-        (parts / f"{part}_few.json").write_text(json.dumps(content))
+        (few / f"{part}.json").write_text(json.dumps(content))
     assessor = small_run(sample, "unused", *ASSESSOR)
     assert assessor[4] == "--output_dir"
     return {
         "train_assessor.py": assessor[:4] + assessor[6:],
-        "train_video.py": [*VIDEO, "--video_root", made / "video" / "videos", "--label_map",
+        "train_video.py": [*VIDEO, "--video_root", videos / "videos", "--label_map",
                            manifests / "label_map.json", "--train_manifest", manifests / "train.csv",
                            "--val_manifest", manifests / "val.csv"],
-        "train_detector.py": [*DETECTOR, "--train_json", parts / "train_few.json", "--val_json",
-                              parts / "val_few.json", "--train_images", parts / "images", "--val_images",
+        "train_detector.py": [*DETECTOR, "--train_json", few / "train.json", "--val_json",
+                              few / "val.json", "--train_images", parts / "images", "--val_images",
                               parts / "images"],
-        "train_dreamer.py": [*DREAMER, "--data_dir", made / "dreamer", "--patient_map",
-                             made / "dreamer" / "patient_map.json"]}
+        "train_dreamer.py": [*DREAMER, "--data_dir", slices, "--patient_map", slices / "patient_map.json"]}
 
 
 @pytest.fixture
@@ -271,9 +293,9 @@ def quick_folder(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def server(cases):
+def server():
     """A fork server other than that of run_script, so with another hash seed: it repeats what that one has run."""
     from torture.forkserver import ForkServer
-    own = ForkServer({} if cases.all_cases else {"BLANK_PLOTS": "1"})
+    own = ForkServer()
     yield own
     own.close()

@@ -20,7 +20,7 @@ import common
 import exporting
 import predict_assessor
 import train_assessor
-from conftest import only_run, run_here, run_script, small_run
+from conftest import DRAW, only_run, run_here, run_script, small_run
 from readers import backbones
 
 CONTRACT = [
@@ -35,8 +35,8 @@ def read_csv(path):
         return list(csv.DictReader(handle))
 
 
-def train(sample, output_dir, *flags, code=0):
-    return run_script("train_assessor.py", *small_run(sample, output_dir, *flags), code=code)
+def train(sample, output_dir, *flags, **options):
+    return run_script("train_assessor.py", *small_run(sample, output_dir, *flags), **options)
 
 
 def without_groups(flags):
@@ -48,7 +48,7 @@ def trained(sample, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     train(
         sample, folder, "--test_ratio", 0.2, "--train_ratio", 0.6, "--normalize_targets", "--criteria",
-        "r2>0.9,mae_Valence<100",
+        "r2>0.9,mae_Valence<100", env=DRAW,
     )
     return only_run(folder)
 

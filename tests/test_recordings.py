@@ -30,7 +30,8 @@ SMALL = ("--no_pretrained --image_size 32 --n_frames 4 --fps 4 --clips_per_event
 
 
 def video(*flags, code=0):
-    return run_here("train_video.py", *flags, code=code)
+    run = run_here if code else run_script
+    return run("train_video.py", *flags, code=code)
 
 
 def read_csv(path):
@@ -168,11 +169,10 @@ def test_events_past_what_was_watched_are_cut():
 # --- the script -----------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(made_data, tmp_path_factory):
     """40 events in 8 videos, and runs of two models on them: the motion readout in 2 folds, an LSTM alone."""
     folder = tmp_path_factory.mktemp("made")
-    run_here("make_sample_data.py", "--task", "video", "--output_dir", folder, "--n_samples", 40)
-    data = folder / "video"
+    data = made_data("video", 40)
     table = ["--manifest", data / "manifests" / "all.csv", "--label_map", data / "manifests" / "label_map.json",
              "--video_root", data / "videos"]
     run_script("train_video.py", *table, *SMALL, "--model", "motion_readout", "--folds", 2, "--output_dir",

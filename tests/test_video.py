@@ -48,7 +48,8 @@ def save_small_weights(path):
 
 
 def video(*flags, code=0):
-    return run_here("train_video.py", *flags, code=code)
+    run = run_here if code else run_script
+    return run("train_video.py", *flags, code=code)
 
 
 def read_csv(path):
@@ -65,10 +66,10 @@ def numbers(rows, column):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(made_data, tmp_path_factory):
     """40 events in 8 videos of 8 pens, 20 sequences of 4 animals; flags that name them."""
     folder = tmp_path_factory.mktemp("sample")
-    run_here("make_sample_data.py", "--task", "video", "--output_dir", folder, "--n_samples", 40)
+    shutil.copytree(made_data("video", 40), folder / "video")
     save_small_weights(folder / "weights.pth")
     network = ["--backbone", "shufflenet_v2_x0_5", "--weights", folder / "weights.pth"]
     data = folder / "video"
