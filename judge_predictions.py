@@ -33,6 +33,7 @@ def parse_args(argv=None):
     add("--truth", type=Path, help="annotations that detections are judged against")
     add("--box_format", choices=part_boxes.BOX_FORMATS,
         help="with --truth: what the four numbers of a detected box are (default: left top width height in pixels)")
+    add("--truth_format", choices=part_boxes.BOX_FORMATS, help="the same of an annotated box")
     add("--group_column", help="column whose rows are not independent, such as subject (default: group, if there)")
     add("--baseline", metavar="COLUMN", help="what the model must beat: a column, or BASELINE of NAME_BASELINE or "
         "BASELINE_prob_CLASS (default: the best of all there are); with --truth: COCO results of another detector")
@@ -53,7 +54,8 @@ def parse_args(argv=None):
 def judge_coco(args):
     """Judge COCO results against annotations."""
     path = args.predictions[0]
-    truth, detections, seen = detection_judging.read_coco_results(args.truth, path, args.group_column, args.box_format)
+    formats = args.group_column, args.box_format, args.truth_format
+    truth, detections, seen = detection_judging.read_coco_results(args.truth, path, *formats)
     scored = f"{len(detections)} pictures scored, {sum(map(len, truth.boxes))} boxes of {len(truth.parts)} parts."
     setting = judging.Setting(
         title=f"Detections of {path.name}",
@@ -61,8 +63,7 @@ def judge_coco(args):
         data=[reporting.html_text(scored)])
     trained = {}
     if args.baseline:
-        _, other, _ = detection_judging.read_coco_results(
-            args.truth, args.baseline, args.group_column, args.box_format)
+        _, other, _ = detection_judging.read_coco_results(args.truth, args.baseline, *formats)
         trained[Path(args.baseline).stem] = other
     with common.start_run(args) as run:
         run.write_args(predictions=[str(path)], truth=str(args.truth))

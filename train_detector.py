@@ -85,7 +85,7 @@ SMALL_HEADS = {
 }
 PADDING = 32  # inputs are padded to multiples of the stride of the coarsest map
 SPLITS = ("train", "val", "test")
-TRUTH = ("boxes", "labels", "states")  # tensors of what is true of a picture
+CHECKPOINT_FLAGS = ("model", "min_size", "max_size", "anchor_sizes", "pixel_range", "absent")  # it decides them
 
 
 def parse_args(argv=None):
@@ -163,11 +163,11 @@ def add_result_arguments(result):
     result("--score_threshold", type=common.SHARE, default=0.5,
            help="score from which a detection counts in precision, recall, hallucinations and "
                 "pictures")
-    result("--nms_iou", type=common.SHARE, default=0.5,
+    result("--nms_iou", type=common.SHARE,
            help="of two boxes of one part that overlap more, the better is kept; lower it where "
-                "boxes come twice")
+                "boxes come twice (default: the checkpoint's, else 0.5)")
     result("--one_per_part", action="store_true",
-           help="keep the best box of each part; absent where none; metrics are of what is kept")
+           help="keep the best box of each part; absent where none; the report is of what is kept")
     result("--baseline", choices=("boxes", "heads"), default="boxes",
            help="what the detector must beat: boxes = the mean box of each part, which alone never "
                 "makes a page green; heads = also the same detector with only its heads trained, "
@@ -175,7 +175,7 @@ def add_result_arguments(result):
     result("--visualize", type=common.WHOLE, default=8, may_change=True,
            help="pictures to draw with boxes and states")
     result("--bootstrap_draws", type=common.bounded(int, 20), default=200,
-           help="resamples of images for intervals")
+           help="resamples for intervals, from 200 images or groups on")
 
 
 def environment_defaults(path=Path(".env")):
@@ -192,6 +192,9 @@ def check_flags(parser, args):
     missing = [f"--{name}" for name in MODES[args.mode].needs if getattr(args, name) is None]
     if missing:
         parser.error(f"--mode {args.mode} needs {' and '.join(missing)}")
+    fixed = [f"--{name}" for name in CHECKPOINT_FLAGS if name in args.given]
+    if fixed and "checkpoint" in MODES[args.mode].needs:
+        parser.error(f"--mode {args.mode} takes {' and '.join(fixed)} from the checkpoint; leave it out")
     if args.folds or args.fold != "all":
         parser.error(f"--folds {args.folds} --fold {args.fold}: the detector trains one split; "
                      "leave both out")
@@ -219,7 +222,7 @@ def settle_split(args):
     typed = args.given
     given_up = [name for name in ("split_ratio", "split_file", "test_ratio")
                 if "val_json" in typed and name not in typed and getattr(args, name)]
-    settled = dict.fromkeys(given_up)
+    settled = {name: None for name in given_up}
     if given_up:
         print("note: --val_json is the split, so the configuration's "
               f"{' and '.join(given_up)} is not used", flush=True)
@@ -240,6 +243,8 @@ def check_split_flags(parser, args):
     if args.val_json and (args.split_file or args.split_ratio is not None or args.test_ratio):
         parser.error(f"--val_json {args.val_json} is the split: give no --split_file, "
                      "--split_ratio, --test_ratio")
+    if "split_ratio" in args.given and (args.split_file or args.given & {"train_ratio", "val_ratio"}):
+        parser.error(f"--split_ratio {args.split_ratio:g} is the split: give no --split_file, --train_ratio, --val_ratio")
     if args.test_json and not args.val_json:
         parser.error(f"--test_json {args.test_json} needs --val_json: without it --train_json is "
                      "split")
@@ -266,7 +271,7 @@ class Study(picture_files.StoredPictures):
     @property
     def strata(self):
         """(N,) rarest part and state of each picture, so that a split deals those out evenly."""
-        cells = [list(zip(*row)) for row in zip(self.truth.labels, self.truth.states)]
+        cells = [list(zip(labels, states)) for labels, states in zip(self.truth.labels, self.truth.states)]
         counts = collections.Counter(itertools.chain.from_iterable(cells))
         return np.array([str(min(row, key=lambda cell: (counts[cell], cell), default="none"))
                          for row in cells])
@@ -274,8 +279,8 @@ class Study(picture_files.StoredPictures):
     def data_record(self, split):
         """What args.json says of the data and their split; a resumed run must find the same."""
         truth = self.truth
-        contents = [*truth.parts, *truth.images, *self.audit("file_sha")]
-        for row in zip(truth.boxes, truth.labels, truth.states, truth.ignored):
+        contents = [*truth.parts, *truth.images, *truth.ids, truth.groups, *self.audit("file_sha")]
+        for row in zip(truth.boxes, truth.labels, truth.states, truth.ignored, truth.absent):
             contents += row
         return common.data_record(
             contents, split,
@@ -291,19 +296,15 @@ def load_study(args, files, say, checkpoint=None):
     """
     read = {origin: part_boxes.read_annotations(path, args.box_format, args.state_attribute)
             for origin, (path, _) in files.items()}
-    images, skipped, notes = match_pictures(read, files, args.exact_names)
-    found = [image for image in images if image.path]
+    found, skipped, notes = match_pictures(read, files, args.exact_names)
     say(f"decoding {len(found)} pictures")
-    settings = {"min_size": input_size(args), "pixel_range": args.pixel_range}
-    absent = args.absent
-    if checkpoint:
-        settings = checkpoint["settings"]
-        absent = checkpoint["absent"]
+    own = {"min_size": input_size(args), "pixel_range": args.pixel_range}
+    checkpoint = checkpoint or {"settings": own, "absent": args.absent}
+    settings = checkpoint["settings"]
     store = picture_files.ImageStore(
         [image.path for image in found], settings["min_size"], args.cache, settings.get("pixel_range"))
-    stored = check_pictures(store, found, args.on_bad_file)
-    skipped += [{"image": image.name, "reason": audit.error}
-                for image, audit in zip(found, store.audit) if audit.error]
+    stored, bad = check_pictures(store.audit, found, args.on_bad_file)
+    skipped += bad
     used = [found[i] for i in stored]
     parts, part_notes = used_parts(read, used, settings.get("parts"))
     listed = ", ".join(str(path) for path, _ in files.values())
@@ -316,7 +317,7 @@ def load_study(args, files, say, checkpoint=None):
         parts=parts,
         min_trust=args.min_trust,
         groups=part_boxes.read_groups(used, args.group_column),
-        keeps_absent=absent == "keep")
+        keeps_absent=checkpoint["absent"] == "keep")
     study = Study(
         truth=truth,
         images=used,
@@ -337,7 +338,7 @@ def input_size(args):
 
 
 def match_pictures(read, files, exact_names):
-    """{split: Annotations} -> (AnnotatedImages, dicts of what is skipped, notes)."""
+    """{split: Annotations} -> (AnnotatedImages with a picture, dicts of what is skipped, notes)."""
     images = []
     skipped = []
     notes = []
@@ -352,24 +353,25 @@ def match_pictures(read, files, exact_names):
         skipped += [{"image": name, "reason": f"no entry in {path.name}"} for name in without_entry]
     skipped += [{"image": image.name, "reason": "no such picture"}
                 for image in images if not image.path]
-    return images, skipped, notes
+    return [image for image in images if image.path], skipped, notes
 
 
-def check_pictures(store, images, on_bad_file):
-    """Places of the usable pictures, whose images get their size.
+def check_pictures(audits, images, on_bad_file):
+    """Places of the usable pictures, whose images get their size; dicts of the others.
 
     Where a picture has another size than annotated, the boxes would not fit.
     """
-    for found, image in zip(store.audit, images):
+    for found, image in zip(audits, images):
         size = found.width, found.height
         annotated = image.size or size
         if not found.error and np.abs(np.subtract(size, annotated)).max() > 1:
             found.error = "is {} x {} pixels, annotated as {} x {}".format(*size, *annotated)
         image.size = size
-    good = picture_files.check_bad_files(store.audit, on_bad_file)
+    good = picture_files.check_bad_files(audits, on_bad_file)
     if not good:
         raise common.UserError(f"none of the {len(images)} pictures can be used")
-    return good
+    bad = [{"image": image.name, "reason": found.error} for found, image in zip(audits, images) if found.error]
+    return good, bad
 
 
 def used_parts(read, images, known=None):
@@ -393,6 +395,8 @@ def without_empty(study):
     """The study without the pictures that have no box to learn."""
     has_box = np.array([study.truth.judged(row).any() for row in range(len(study.stored))])
     kept = np.flatnonzero(has_box)
+    if not len(kept):
+        raise common.UserError("no picture has a box that is trusted (--min_trust, --absent): --drop_empty leaves none")
     empty = [{"image": name, "reason": "no box (--drop_empty)"}
              for name in study.truth.images[~has_box]]
     return dataclasses.replace(
@@ -433,8 +437,12 @@ def mirrored_labels(parts):
 
     None: a part with a side has no counterpart.
     """
-    labels = {part.lower(): label for label, part in enumerate(parts)}
-    mirrored = [labels.get(SIDE_WORD.sub(lambda word: SIDES[word[0]], part.lower())) for part in parts]
+    spelled = [re.sub("(?<=[a-z])(?=[A-Z])", "_", part).lower() for part in parts]  # leftWheel: left_wheel
+    labels = {name: label for label, name in enumerate(spelled)}
+    mirrored = []
+    for label, name in enumerate(spelled):
+        other = SIDE_WORD.sub(lambda word: SIDES[word[0]], name)
+        mirrored.append(label if other == name else labels.get(other))
     return None if None in mirrored else np.array(mirrored)
 
 
@@ -486,13 +494,19 @@ class PartImages(common.Samples):
             "labels": torch.from_numpy(labels + 1),
             "states": torch.from_numpy(truth.states[row][judged]),
             "scale": truth.sizes[row] / size,
+            "name": truth.images[row],
         }
+
+
+def padded_size(sizes):
+    """(height, width) of a batch of pictures of these (height, width)."""
+    return tuple(PADDING * math.ceil(max(sides) / PADDING) for sides in zip(*sizes))
 
 
 def collate(samples):
     """Samples -> batch: pixels (B, H, W, 3) padded by 0, sizes (height, width), else lists."""
     sizes = [tuple(sample["pixels"].shape[:2]) for sample in samples]
-    height, width = (PADDING * math.ceil(max(sides) / PADDING) for sides in zip(*sizes))
+    height, width = padded_size(sizes)
     pixels = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8)
     for place, sample, (own_height, own_width) in zip(pixels, samples, sizes):
         place[:own_height, :own_width] = sample["pixels"]
@@ -512,8 +526,7 @@ class PaddedRoIAlign(MultiScaleRoIAlign):
     def forward(self, x, boxes, image_shapes):
         # maps (B, C, H, W); boxes: B of (Q, 4) in input pixels -> (Q of all, C, bins, bins)
         self.scales = None
-        padded = tuple(PADDING * math.ceil(max(sides) / PADDING) for sides in zip(*image_shapes))
-        return super().forward(x, boxes, [padded])
+        return super().forward(x, boxes, [padded_size(image_shapes)])
 
 
 class StateRoIHeads(RoIHeads):
@@ -614,6 +627,7 @@ class PartDetector(nn.Module):
         self.rpn = rcnn.rpn
         self.roi_heads = StateRoIHeads(
             rcnn.roi_heads, len(settings["parts"]), len(settings["states"]), class_weights)
+        self.roi_heads.nms_thresh = settings.get("nms_iou", 0.5)  # older files lack it
         for head in (self.rpn.head, self.roi_heads.box_predictor):
             head.register_forward_hook(in_float32)
 
@@ -741,6 +755,7 @@ def model_settings(args, truth):
         "anchor_sizes": choose_anchors(args, truth, min_size, max_size),
         "parts": truth.parts,
         "states": list(part_boxes.STATES) if truth.has_states() else [],
+        "nms_iou": 0.5 if args.nms_iou is None else args.nms_iou,
         "frozen_norm": starts_trained(args),  # statistics of small batches are worse
         "pixel_mean": list(common.IMAGENET_MEAN),
         "pixel_sd": list(common.IMAGENET_STD),
@@ -807,7 +822,8 @@ def freeze_layers(body, n_trainable, frozen_norm):
                if name.startswith("layer") or getattr(block, "_is_cn", False)]
     if names[-1] != "layer4":
         starts.append(len(blocks) - 1)
-    first_trained = [*starts, len(blocks)][max(len(starts) - n_trainable, 0)]
+    starts.append(len(blocks))  # of none
+    first_trained = starts[max(len(starts) - 1 - n_trainable, 0)]
     frozen = list(blocks[:first_trained])
     if frozen_norm:
         frozen += [module for module in body.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -816,14 +832,17 @@ def freeze_layers(body, n_trainable, frozen_norm):
 
 
 def state_weights(args, truth):
-    """Weights of the states in the loss, mean 1 over the train boxes, or None for equal ones."""
+    """Weights of the states in the loss, mean 1 over the train boxes, or None for equal ones.
+
+    A state that no train box has weighs 1, so that a validation batch of such boxes alone has a loss.
+    """
     if args.state_class_weights == "none":
         return None
     states = truth.judged_states()
     counts = np.bincount(states[states >= 0], minlength=len(part_boxes.STATES))
     occurs = counts > 0
     weights = counts.sum() / np.maximum(counts, 1) / max(occurs.sum(), 1)
-    return (weights * occurs).tolist()
+    return np.where(occurs, weights, 1.0).tolist()
 
 
 def total_loss(losses, state_weight):
@@ -856,7 +875,7 @@ def to_device(batch, compute, settings):
     """Batch -> inputs (B, 3, H, W); sizes; targets: B dicts of boxes (K, 4), labels, states."""
     targets = []
     for k in range(len(batch["sizes"])):
-        targets.append({name: compute.send(batch[name][k]) for name in TRUTH})
+        targets.append({name: compute.send(batch[name][k]) for name in ("boxes", "labels", "states")})
     return to_inputs(batch, compute, settings), batch["sizes"], targets
 
 
@@ -934,8 +953,9 @@ def fit(run, args, study, split):
         run.say(f"note: anchors of {sides} pixels, chosen to fit the train boxes (--anchor_sizes)")
     if args.select == "joint_map" and not settings["states"]:
         raise common.UserError(f"--select {args.select}: no box has a state; use --select map")
+    if args.state_class_weights != "none" and not settings["states"]:
+        run.say(f"note: no box has a state, so --state_class_weights {args.state_class_weights} does nothing")
     model = compute.place(build_model(args, settings, state_weights(args, train_truth)))
-    model.roi_heads.nms_thresh = args.nms_iou
     train_loader = make_loader(study, split["train"], settings, args, compute, train=True)
     val_loader = make_loader(study, split["val"], settings, args, compute)
     optimizer = common.build_optimizer([(model, 1.0)], args)
@@ -962,7 +982,7 @@ def fit(run, args, study, split):
     return training
 
 
-def load_detector(path, compute, nms_iou=0.5):
+def load_detector(path, compute, nms_iou=None):
     """Checkpoint, or run folder -> (PartDetector on the device, all that the file holds)."""
     path = common.checkpoint_files([path])[0]
     content = common.load_model_file(path)
@@ -971,7 +991,8 @@ def load_detector(path, compute, nms_iou=0.5):
         common.load_state(model, content["model"], path)
         content["absent"], content["baseline"]["states"]
         model.roi_heads.temperature = content.get("temperature", 1.0)
-        model.roi_heads.nms_thresh = nms_iou
+        if nms_iou is not None:
+            model.roi_heads.nms_thresh = nms_iou
     return compute.place(model).eval(), content
 
 
@@ -1147,7 +1168,8 @@ def complete_best(training, truth, loaders):
 def train_heads(run, args, study, split):
     """The baseline of --baseline heads, trained in baseline/ -> PartDetector."""
     own = Namespace(**{**vars(args), "trainable_layers": 0})
-    with run.child("baseline") as child:
+    with run.child("baseline", own) as child:
+        child.write_args(**study.data_record(split))
         child.say(f"baseline: the same detector with only its heads trained (in {child.folder.name})")
         return fit(child, own, study, split).model
 
@@ -1155,10 +1177,13 @@ def train_heads(run, args, study, split):
 def run_split(run, args, study, split):
     """Train and score one split: test where there is one, else val."""
     alarms = check_split(run, study, split)
+    has_states = study.truth.take(split["train"]).has_states()
+    detection_judging.check_criteria(args.criteria, study.truth.parts, has_states)
     split = common.rows_to_try(split, args)
-    write_annotations(run, args, study, split)
     # the validation loss draws by batches, so a resumed run must keep their size
     run.write_args(**study.data_record(split), val_batch_size=args.val_batch_size)
+    write_skipped(run, study)
+    write_annotations(run, args, study, split)
     run.folds_after = int(args.baseline == "heads")
     if args.baseline == "boxes":
         run.say("note: only the mean box of each part is there to beat, so the report is amber at "
@@ -1187,14 +1212,11 @@ def gap_alarms(row):
 
 def train(args):
     """--mode train."""
-    files = {part: (getattr(args, f"{part}_json"), getattr(args, f"{part}_images")) for part in SPLITS}
+    files = {part: (getattr(args, f"{part}_json"), getattr(args, f"{part}_images"))
+             for part in SPLITS if getattr(args, f"{part}_json")}
     with common.start_run(args) as run:
-        study = load_study(args, {part: pair for part, pair in files.items() if pair[0]}, run.say)
-        write_skipped(run, study)
-        split = make_split(args, study)
-        has_states = study.truth.take(split["train"]).has_states()
-        detection_judging.check_criteria(args.criteria, study.truth.parts, has_states)
-        run_split(run, args, study, split)
+        study = load_study(args, files, run.say)
+        run_split(run, args, study, make_split(args, study))
 
 
 def write_skipped(run, study):
@@ -1214,11 +1236,12 @@ def evaluate_checkpoint(args):
                 f"{settings['min_size']} to {settings['max_size']} px, {len(parts)} parts, "
                 f"states: {settings['states'] or 'none'}")
         study = load_study(args, {"test": (args.json, args.images_dir)}, run.say, content)
-        write_skipped(run, study)
+        detection_judging.refuse_without_boxes(study.truth, args.json)
         worst = common.worst_seen(content["seen"].words(study.hashes))
         part = {"train": "train", "chose": "val"}.get(worst, "test")
         split = {part: np.arange(len(study.stored))}
         run.write_args(**study.data_record(split))
+        write_skipped(run, study)
         models = {"model": model}
         if args.baseline == "heads":
             folder = common.checkpoint_files([args.checkpoint])[0].parent
@@ -1247,6 +1270,8 @@ def predict(args):
             paths[k], pixel_range=model.settings.get("pixel_range"))
         return pixels, pixels.shape[1::-1]
     output = args.output or Path("detections.json")
+    if output.suffix.lower() == ".csv":  # that is written beside it
+        output = output.with_suffix(".json")
     folder = output.with_name(f"{output.stem}_pictures")
     write_detections(output, folder, args, dict(zip(names, itertools.count(1))), detections, parts,
                      {}, words, picture, errors, warnings)
@@ -1291,21 +1316,25 @@ def detect(model, paths, args, compute):
 def convert(args):
     """--mode convert: part annotations or COCO -> clean COCO with area, iscrowd, state, trust."""
     found = part_boxes.read_annotations(args.json, args.box_format, args.state_attribute)
+    images = found.images
+    skipped = found.skipped
+    notes = found.notes
     if args.images_dir:
-        part_boxes.find_pictures(found, args.images_dir, args.exact_names)
-    for image in filter(lambda image: image.path, found.images):
-        audit, _ = picture_files.audit_image(image.path, 32)
-        if not audit.error:
-            image.size = (audit.width, audit.height)
-    part_boxes.refuse_other_convention(found.images, args.json, args.box_format)
-    coco, dropped = part_boxes.as_coco(found.images, found.category_ids, args.images_dir)
+        files = {"json": (args.json, args.images_dir)}
+        images, skipped, notes = match_pictures({"json": found}, files, args.exact_names)
+        audits = [picture_files.audit_image(image.path, 32)[0] for image in images]
+        good, bad = check_pictures(audits, images, args.on_bad_file)
+        skipped += bad
+        images = [images[k] for k in good]
+    part_boxes.refuse_other_convention(images, args.json, args.box_format)
+    coco, dropped = part_boxes.as_coco(images, found.category_ids, args.images_dir)
     common.write_json(args.output, coco)
-    for note in found.notes:
+    for note in notes:
         print(f"note: {note}")
-    for each in found.skipped + dropped:
+    for each in skipped + dropped:
         print(f"skipped: {', '.join(each.values())}")
     n_absent = sum(len(image["absent_parts"]) for image in coco["images"])
-    print(f"{args.output}: {len(found.images)} images, {len(coco['annotations'])} boxes of "
+    print(f"{args.output}: {len(images)} images, {len(coco['annotations'])} boxes of "
           f"{len(found.parts)} parts, {n_absent} absent parts without a box (absent_parts of their "
           f"image), {len(dropped)} boxes dropped")
 

@@ -15,7 +15,7 @@ STATE_COLOURS = (
     (213, 94, 0),  # damaged
     (204, 121, 167),  # absent
     (0, 114, 178),  # occluded
-    (110, 110, 110),  # no state
+    (110, 110, 110),  # no state: UNKNOWN is -1, the last
 )
 LONG_SIDE = 640  # of a drawn picture, in pixels
 FRAME = 2  # width in pixels
@@ -63,17 +63,14 @@ def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
 
 
 def draw_detections(pixels, size, detected, parts, threshold):
-    """The Detections from `threshold` on a picture (H, W, 3) of `size`, with part, state and score.
-    """
+    """The Detections from `threshold` on a picture (H, W, 3) of `size`, with part, state and score."""
     detected = detected.take(detected.scores >= threshold)
     return draw_boxes(
         pixels, size, detected.boxes, detected.labels, detected.called(), parts, detected.scores)
 
 
 def draw_truth(pixels, truth, row):
-    """The annotated boxes on the picture (H, W, 3) of a row of a PartTruth; ignored ones are left
-    out.
-    """
+    """The annotated boxes, but for ignored ones, on the picture (H, W, 3) of a row of a PartTruth."""
     keep = ~truth.ignored[row]
     return draw_boxes(
         pixels, truth.sizes[row], truth.boxes[row][keep], truth.labels[row][keep],
@@ -89,8 +86,7 @@ def write_picture(path, pixels):
 
 
 def write_sheet(path, truth, detections, picture, rows, threshold):
-    """Contact sheet: in each line a picture with its annotated boxes (left) and what was detected
-    (right).
+    """Contact sheet: in each line a picture with its annotated boxes (left) and what was detected (right).
 
     picture: function of a row -> uint8 (H, W, 3).
     """

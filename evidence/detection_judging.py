@@ -14,27 +14,32 @@ from evidence import (box_pictures, calibrating, class_scores, detection_scores,
 from readers import part_boxes
 
 
-
 # --- from COCO files ------------------------------------------------------------------------
 
-def read_coco_results(truth_json, detections_json, group_column=None, box_format=None):
+def read_coco_results(truth_json, detections_json, group_column=None, box_format=None, truth_format=None):
     """Annotations (COCO or of parts), COCO results of any program -> (PartTruth, M Detections, (M,) their seen).
 
-    box_format: of the results, see part_boxes.BOX_FORMATS. Boxes that annotators trusted less than
-    .5 are ignored. Raises UserError that lists what cannot be read.
+    box_format, truth_format: of the results and of the annotations, see part_boxes.BOX_FORMATS. Boxes that annotators
+    trusted less than .5 are ignored. Raises UserError that lists what cannot be read.
     """
-    found = part_boxes.read_annotations(truth_json)
+    found = part_boxes.read_annotations(truth_json, truth_format)
     images = found.images
     part_boxes.refuse([image.name for image in images if image.size is None],
                       f"{truth_json}: images without width and height:", "Add them.")
+    part_boxes.refuse_other_convention(images, truth_json, truth_format, "--truth_format")
     parts, detections, seen = detection_tables.read_results(detections_json, found, box_format)
     truth, _, _ = part_boxes.as_truth(
         images, parts, min_trust=0.5, groups=part_boxes.read_groups(images, group_column))
-    if not any(truth.judged(row).any() for row in range(len(images))):
-        raise common.UserError(f"{truth_json}: no box to judge detections against")
+    refuse_without_boxes(truth, truth_json)
     if not truth.has_states():
         detections = [dataclasses.replace(detected, states=None) for detected in detections]
     return truth, detections, seen
+
+
+def refuse_without_boxes(truth, path):
+    """UserError where no box of a PartTruth, read from `path`, is judged."""
+    if not len(truth.judged_states()):
+        raise common.UserError(f"{path}: no box to judge detections against")
 
 
 # --- the baseline ---------------------------------------------------------------------------
@@ -88,11 +93,10 @@ def judge_detections(run, truth, detections, setting, baseline=None, picture=Non
     compared with the baseline of the highest AP. Returns the metrics.
     """
     has_states = detections[0].states is not None
-    limits = general_limits(truth)
+    limits = []
     if baseline is None:
         baseline = mean_boxes(truth)
-        limits.append("The mean boxes are those of these very pictures, which favours the baseline "
-                      "slightly.")
+        limits = ["The mean boxes are those of these very pictures, which favours the baseline slightly."]
     others = {"mean box": baseline_detections(baseline, truth.sizes, has_states), **(trained or {})}
     baselines = {name: detection_scores.mean_ap(truth, each) for name, each in others.items()}
     strongest = max(baselines, key=baselines.get)
@@ -112,7 +116,7 @@ def judge_detections(run, truth, detections, setting, baseline=None, picture=Non
     setting = dataclasses.replace(
         setting,
         cases=case_blocks(run, judged, detections, picture, threshold),
-        limits=[*limits, *setting.limits])
+        limits=[*general_limits(judged), *limits, *setting.limits])
     return judging.close_run(
         run, setting,
         verdict=verdicts.verdict_sentence(result, "map", None, setting.worst_seen),
@@ -150,15 +154,14 @@ def check_criteria(text, parts, has_states):
     verdicts.parse_criteria(text, criteria_names(parts, has_states))
 
 
-def general_limits(truth):
+def general_limits(judged):
     """What a reader must not conclude from detections of these pictures."""
     limits = ["Valid for pictures like these, taken and annotated by people like these; nothing "
               "else was tested."]
-    if truth.has_states():
+    if judged.has_states:
         limits.append("States are judged on the parts that were found; one that is missed counts "
                       "in recall and joint AP only.")
-    is_absent = [np.any(states == part_boxes.ABSENT) for states in truth.states]
-    if not any(is_absent) and not any(map(len, truth.absent)):
+    if not (judged.counts["absent"] + judged.counts["absent_boxes"]).any():
         limits.append("No part is annotated as absent: hallucinations were not measured.")
     return limits
 
@@ -167,13 +170,10 @@ def general_limits(truth):
 
 def per_part_rows(judged, result):
     """One dict per part: boxes, AP with interval and baseline, precision, recall, hallucinations."""
-    ap50 = detection_scores.average_precision(judged.matching["map"], judged.every)[0]  # (P,)
-    of_baseline = judged.of_baseline["map"]
-    baseline_ap50 = detection_scores.average_precision(of_baseline, judged.every)[0]
     counts = {name: values.sum(0).astype(int) for name, values in judged.counts.items()}
     rows = []
     for label, part in enumerate(result.names):
-        ap = result.each.model["ap"].at(label)
+        model = {name: each.at(label) for name, each in result.each.model.items()}
         rates = judged.rates(parts=label)
         hallucination = subject_intervals.Estimate(
             rates["hallucination_rate_anywhere"],
@@ -181,15 +181,15 @@ def per_part_rows(judged, result):
         rows.append({
             "target": part,
             "boxes": counts["truth"][label],
-            **ap.columns("ap"),
-            "ap50": ap50[label],
+            **model["ap"].columns("ap"),
+            "ap50": model["ap50"].value,
             "baseline_ap": result.each.baseline["ap"].value[label],
-            "baseline_ap50": baseline_ap50[label],
+            "baseline_ap50": result.each.baseline["ap50"].value[label],
             "precision": rates["precision"],
             "recall": rates["recall"],
             "absent": counts["absent"][label],
             "hallucinated": counts["claimed"][label],
-            **hallucination.columns("hallucination_rate"),
+            **hallucination.columns("hallucination_rate_anywhere"),
             "absent_boxes": counts["absent_boxes"][label],
             "hallucinated_there": counts["claimed_there"][label]})
     return rows
@@ -212,7 +212,7 @@ def per_state_rows(judged):
             "found": confusion[k].sum().astype(int),
             **{f"called {other}": count for other, count in called},
             **{name: each[name][0, k] for name in ("recall", "precision", "f1")},
-            "joint_ap": detection_scores.mean_of(ap[:, state_of == k])})
+            "joint_ap": common.mean_without_nan(ap[:, state_of == k], axis=None)})
     return rows
 
 
@@ -243,12 +243,12 @@ def find_alarms(judged, detections, threshold):
     if not any(len(detected.scores) for detected in sure):
         highest = max((detected.scores.max(initial=0) for detected in detections), default=0)
         alarms.append(f"no detection reaches the score {threshold:g}, the highest is {highest:.2f}. Train longer "
-                      "(--epochs), start from published weights, or lower --score_threshold")
+                      "(--epochs), start from published weights, or let train_detector.py count lower scores (--score_threshold)")
     n_boxes = judged.counts["truth"].sum(0)
     unseen = [part for part, n in zip(judged.truth.parts, n_boxes) if not n]
     if unseen:
-        alarms.append(f"parts without a box here, so not judged: {', '.join(unseen)}. Score more pictures (a lower "
-                      "--split_ratio, a higher --test_ratio), or take these parts out of the annotations")
+        alarms.append(f"parts without a box here, so not judged: {', '.join(unseen)}. Score more pictures "
+                      "(train_detector.py: a higher --test_ratio), or take these parts out of the annotations")
     repeats = collections.Counter(np.round(each.boxes, 1).tobytes() for each in sure)
     repeats.pop(b"", None)
     most = max(repeats.values(), default=0)
@@ -285,7 +285,7 @@ def key_figures(result):
     if usual and usual.value != 1:  # with one state nothing to tell
         figures["State balanced accuracy"] = model["balanced_accuracy"]
     figures[f"AP of the {result.baseline_label}"] = baseline["map"]
-    figures["Hallucination rate"] = model["hallucination_rate_anywhere"]
+    figures["Hallucination rate anywhere"] = model["hallucination_rate_anywhere"]
     return [reporting.key_figure(label, found, result) for label, found in figures.items()
             if found is not None and math.isfinite(found.value)]
 
@@ -295,7 +295,7 @@ def metric_blocks(run, setting, result, part_rows, threshold):
     columns = {"target": "part", "boxes": "n", "ap": "AP", "ap_low": "low", "ap_high": "high",
                "ap50": "AP50", "baseline_ap": "baseline", "precision": "precision",
                "recall": "recall", "absent": "absent", "hallucinated": "claimed",
-               "hallucination_rate_low": "from", "hallucination_rate_high": "to"}
+               "hallucination_rate_anywhere_low": "from", "hallucination_rate_anywhere_high": "to"}
     return [
         reporting.html_table(
             subject_intervals.overall_rows(result),

@@ -66,7 +66,7 @@ def coco_match(truth, detections, kind):
     found = []
     for picture, detected in enumerate(detections):
         states = truth.states[picture]
-        kept = truth.keeps_absent | (states != part_boxes.ABSENT)
+        kept = truth.shown(picture)
         annotated += coco_entries(
             picture, truth.boxes[picture][kept], truth.labels[picture][kept], states[kept], kind,
             iscrowd=truth.ignored[picture][kept])
@@ -159,14 +159,13 @@ def count_matches(matching, n_parts, threshold):
     n_pictures = len(matching.params.imgIds)
     counts = {name: np.zeros((n_pictures, n_parts)) for name in ("truth", "right", "wrong")}
     for cell in filter(None, matching.evalImgs):
-        picture = cell["image_id"]
-        part = cell["category_id"] - 1
+        place = cell["image_id"], cell["category_id"] - 1
         hit = cell["dtMatches"][0] > 0
         judged = ~np.asarray(cell["dtIgnore"][0], bool)
-        sure = np.array(cell["dtScores"]) >= threshold
-        counts["truth"][picture, part] += np.sum(np.asarray(cell["gtIgnore"]) == 0)
-        counts["right"][picture, part] += np.sum(hit & judged & sure)
-        counts["wrong"][picture, part] += np.sum(~hit & judged & sure)
+        judged &= np.array(cell["dtScores"]) >= threshold
+        counts["truth"][place] += np.sum(np.asarray(cell["gtIgnore"]) == 0)
+        counts["right"][place] += np.sum(hit & judged)
+        counts["wrong"][place] += np.sum(~hit & judged)
     return counts
 
 
@@ -178,15 +177,19 @@ def count_hallucinations(truth, detections, threshold):
     names = ("absent", "claimed", "absent_boxes", "claimed_there")
     counts = {name: np.zeros((len(detections), len(truth.parts))) for name in names}
     for picture, detected in enumerate(detections):
-        is_absent = truth.states[picture] == part_boxes.ABSENT
         labels = truth.labels[picture]
+        is_absent = truth.states[picture] == part_boxes.ABSENT
+        present = labels[~is_absent]
+        is_absent &= ~truth.ignored[picture]
         claimed = detected.take((detected.scores >= threshold) & (detected.called() != part_boxes.ABSENT))
-        for label in np.union1d(labels[is_absent], truth.absent[picture]).astype(int):
+        absent = np.union1d(labels[is_absent], truth.absent[picture])
+        absent = np.setdiff1d(absent, present).astype(int)  # a part annotated in another place is there
+        counts["absent"][picture, absent] = 1
+        counts["claimed"][picture, np.intersect1d(absent, claimed.labels)] = 1
+        for label in labels[is_absent]:
             boxes = claimed.boxes[claimed.labels == label]
             places = truth.boxes[picture][is_absent & (labels == label)]
-            counts["absent"][picture, label] = 1
-            counts["claimed"][picture, label] = len(boxes) > 0
-            counts["absent_boxes"][picture, label] = len(places) > 0
+            counts["absent_boxes"][picture, label] = 1
             counts["claimed_there"][picture, label] = overlaps(boxes, places).any()
     return counts
 
@@ -201,7 +204,7 @@ def overlaps(boxes, others):
 def mean_ap(truth, detections):
     """Mean AP of M Detections over all pictures."""
     matching = coco_match(truth, detections, "map")
-    return mean_of(average_precision(matching, np.arange(len(detections))))
+    return common.mean_without_nan(average_precision(matching, np.arange(len(detections))), axis=None)
 
 
 def state_scores(confusion):
@@ -216,16 +219,11 @@ def share(part, whole):
     return part / whole if whole else math.nan
 
 
-def mean_of(values):
-    """Mean of the finite values, NaN where there are none."""
-    return common.mean_without_nan(np.ravel(values))
-
-
 class Judged:
     """Detections of M pictures against their boxes: every number over any of them, and intervals.
 
     has_states: judge states too; baseline: M Detections to compare with, or None; state_rates (P, S): how often each
-    part has each state, the baseline of the states (None: all are intact).
+    part has each state, the baseline of the states.
     """
 
     def __init__(self, truth, detections, threshold, has_states, baseline=None, state_rates=None):
@@ -236,10 +234,10 @@ class Judged:
         self.matching = {kind: coco_match(truth, detections, kind) for kind in kinds}
         self.of_baseline = {}
         if baseline is not None:
-            shared = kinds[:2] if baseline[0].states is not None else ["map"]
+            shared = kinds[:2] if baseline[0].states is not None else ["map"]  # without map_present
             self.of_baseline = {kind: coco_match(truth, baseline, kind) for kind in shared}
         n_parts = len(truth.parts)
-        self.state_rates = np.eye(N_STATES)[[part_boxes.INTACT] * n_parts] if state_rates is None else state_rates
+        self.state_rates = state_rates
         self.found = found_states(self.matching["map"], detections)
         self.confusions = np.zeros((len(detections), n_parts, N_STATES, N_STATES))  # true x predicted
         called = self.found.probabilities.argmax(1)
@@ -257,17 +255,22 @@ class Judged:
         """(S, S) true x predicted states of the boxes found in these pictures."""
         return self.confusions[pictures].sum((0, 1))
 
+    def ratios(self):
+        """{metric: (counted, of how many)}, each (M, P)."""
+        counts = self.counts
+        return {
+            "precision": (counts["right"], counts["right"] + counts["wrong"]),
+            "recall": (counts["right"], counts["truth"]),
+            "hallucination_rate": (counts["claimed_there"], counts["absent_boxes"]),
+            "hallucination_rate_anywhere": (counts["claimed"], counts["absent"])}
+
     def rates(self, pictures=slice(None), parts=slice(None)):
         """Precision, recall and the rates of hallucination over these pictures and parts."""
-        sums = {name: counts[pictures][:, parts].sum() for name, counts in self.counts.items()}
-        return {
-            "precision": share(sums["right"], sums["right"] + sums["wrong"]),
-            "recall": share(sums["right"], sums["truth"]),
-            "hallucination_rate": share(sums["claimed_there"], sums["absent_boxes"]),
-            "hallucination_rate_anywhere": share(sums["claimed"], sums["absent"])}
+        return {metric: share(counted[pictures][:, parts].sum(), whole[pictures][:, parts].sum())
+                for metric, (counted, whole) in self.ratios().items()}
 
     def values(self, pictures):
-        """({metric: float}, {"ap": (P,)}) of the model over these pictures, repeats count."""
+        """({metric: float}, {ap, ap50: (P,)}) of the model over these pictures, repeats count."""
         overall, each = average_precisions(self.matching, pictures)
         overall |= self.rates(pictures)
         if self.has_states:
@@ -282,6 +285,22 @@ class Judged:
             usual = np.eye(N_STATES)[self.state_rates.argmax(1)]  # (P, S)
             overall |= state_scores(true.T @ usual)
         return overall, each
+
+    def support(self, owners):
+        """{(scope, metric): how many groups or pictures it rests on}, for subject_intervals.estimate; owners: (M,)."""
+        is_owner = np.unique(owners)[:, None] == owners  # (groups or pictures, M)
+
+        def units_with(counts):  # (M, ...) -> (...)
+            return (np.tensordot(is_owner, counts, 1) > 0).sum(0)
+        overall = {metric: units_with(whole.sum(1)) for metric, (_, whole) in self.ratios().items()}
+        overall |= dict.fromkeys(("map", "map50", "map_present", "joint_map"), overall["recall"])
+        overall["state_accuracy"] = units_with(self.confusions.sum((1, 2, 3)))
+        states = units_with(self.confusions.sum((1, 3)))  # (S,)
+        # a mean over the states needs two of them; the others may be rare
+        overall |= dict.fromkeys(("balanced_accuracy", "macro_f1"), sorted(states)[-2])
+        parts = units_with(self.counts["truth"])  # (P,)
+        of_all = {("overall", metric): units for metric, units in overall.items()}
+        return of_all | {("each", "ap"): parts, ("each", "ap50"): parts}
 
     def result(self, draws, seed, baseline_name="mean box"):
         """The subject_intervals.Result over all pictures; resampled are groups, else images."""
@@ -303,6 +322,7 @@ class Judged:
             draws,
             seed,
             names=self.truth.parts,
+            support=self.support(owners),
             n=self.counts["truth"].sum(0).astype(int),
             rows=len(self.every),
             baseline_name=baseline_name)
@@ -316,13 +336,14 @@ def stack_draws(draws):
 
 
 def average_precisions(matchings, pictures):
-    """({map, map50, ...: float}, {"ap": (P,)}) of {name: COCO matching}; map50 and ap: of map."""
+    """({map, map50, ...: float}, {ap, ap50: (P,)}) of {name: COCO matching}; map50, ap and ap50: of map."""
     overall = {}
     each = {}
     for name, matching in matchings.items():
         ap = average_precision(matching, pictures)  # (T, C)
-        overall[name] = mean_of(ap)
+        overall[name] = common.mean_without_nan(ap, axis=None)
         if name == "map":
-            overall["map50"] = mean_of(ap[0])
+            overall["map50"] = common.mean_without_nan(ap[0])
             each["ap"] = common.mean_without_nan(ap, axis=0)
+            each["ap50"] = ap[0]
     return overall, each

@@ -8,10 +8,11 @@ import common
 from evidence import detection_scores
 from readers import part_boxes
 
-N_STATES = len(part_boxes.STATES)
+N_STATES = detection_scores.N_STATES
 BOX_COLUMNS = ("x1", "y1", "x2", "y2")
 PROBABILITY_COLUMNS = tuple(f"p_{state}" for state in part_boxes.STATES)
 COLUMNS = ("image", "part", "score", "state", *PROBABILITY_COLUMNS, *BOX_COLUMNS, "seen", "warning", "error")
+MAY_LACK = ("state", *PROBABILITY_COLUMNS, "warning", "error")  # columns that are left out where they are empty
 ROUNDING = 0.02  # probabilities with two digits add up to 1 up to this
 
 
@@ -53,12 +54,13 @@ def detection_rows(names, detections, parts, seen, errors=None, lists_absent=Fal
     """[dict] for the CSV: image, part, score, state, its probabilities, x1 y1 x2 y2, seen, warning, error.
 
     seen: (M,) of common.SEEN_WORDS; errors: text of each picture that could not be read, else "";
-    lists_absent: a row for each part not detected; warnings: (M,) of row_warnings.texts.
+    lists_absent: a row for each part not detected; warnings: (M,) of row_warnings.texts. A picture without any
+    detection has a row without a part.
     """
     errors = errors or [""] * len(detections)
     rows = []
     for k, (name, detected, word, error) in enumerate(zip(names, detections, seen, errors)):
-        known = {"seen": word}
+        known = {"image": name, "seen": word}
         if warnings is not None:
             known["warning"] = warnings[k]
         if error:
@@ -66,18 +68,18 @@ def detection_rows(names, detections, parts, seen, errors=None, lists_absent=Fal
             continue
         states = detected.called()
         for d, label in enumerate(detected.labels):
-            row = {"image": name, "part": parts[label], "score": detected.scores[d]}
+            row = {**known, "part": parts[label], "score": detected.scores[d]}
             if detected.states is not None:
                 row["state"] = part_boxes.STATES[states[d]]
                 row |= zip(PROBABILITY_COLUMNS, detected.states[d])
-            row |= zip(BOX_COLUMNS, detected.boxes[d])
-            rows.append(row | known)
-        for label, part in enumerate(parts if lists_absent else ()):
-            if label not in detected.labels:
-                absent = part_boxes.STATES[part_boxes.ABSENT]
-                rows.append({"image": name, "part": part, "state": absent, **known})
-    used = [column for column in COLUMNS if any(column in row for row in rows)]
-    return [{column: row.get(column) for column in used or COLUMNS} for row in rows or [{}]]
+            rows.append(row | dict(zip(BOX_COLUMNS, detected.boxes[d])))
+        missing = [part for label, part in enumerate(parts) if label not in detected.labels]
+        if lists_absent:
+            rows += [{**known, "part": part, "state": part_boxes.STATES[part_boxes.ABSENT]} for part in missing]
+        elif not len(states):
+            rows.append(known)
+    used = [column for column in COLUMNS if column not in MAY_LACK or any(column in row for row in rows)]
+    return [{column: row.get(column) for column in used} for row in rows]
 
 
 def read_results(path, annotated, box_format=None):

@@ -27,7 +27,7 @@ class AnnotatedImage:
     name: str
     id: object  # number or text, as the file writes it
     size: tuple | None  # (width, height) in pixels, None where neither file nor picture says
-    absent: list  # parts that are absent and have no box
+    absent: dict  # part that is absent and has no box -> trust of the annotators
     fields: dict  # all that the file says of the image
     objects: list = dataclasses.field(default_factory=list)  # of PartObject
     origin: str = ""  # train, val or test: the part that its file is given for
@@ -62,6 +62,7 @@ class Reading:
     """How a file is read, and what is noticed on the way."""
     box_format: str  # one of BOX_FORMATS
     state_attribute: str  # in lower case
+    has_states: bool = False  # whether any box has it
     faults: list = dataclasses.field(default_factory=list)  # each stops the run
     skipped: list = dataclasses.field(default_factory=list)
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # of what was put right
@@ -82,11 +83,13 @@ class PartTruth:
     groups: np.ndarray | None  # (N,) text
     keeps_absent: bool = True  # False: boxes of absent parts are background
 
+    def shown(self, row):
+        """(K,) bool, False = a box of an absent part that is background."""
+        return self.keeps_absent | (self.states[row] != ABSENT)
+
     def judged(self, row):
         """(K,) bool, True = trained on and judged."""
-        if self.keeps_absent:
-            return ~self.ignored[row]
-        return ~self.ignored[row] & (self.states[row] != ABSENT)
+        return self.shown(row) & ~self.ignored[row]
 
     def judged_states(self):
         """States of all judged boxes, UNKNOWN where there is none."""
@@ -123,6 +126,8 @@ def read_annotations(path, box_format=None, state_attribute=None):
     refuse(reading.faults, f"{path}: cannot be read:", "Correct these entries.")
     if not found.images:
         raise common.UserError(f"{path}: expected annotated images, found none in {len(content)} entries")
+    if state_attribute and not reading.has_states:
+        raise common.UserError(f"--state_attribute {state_attribute}: no box in {path} has it. {' '.join(found.notes)}")
     return found
 
 
@@ -160,20 +165,20 @@ def parts_as_coco(content, faults):
             fields |= entry["image"]
         number = len(images)
         images.append({**fields, "id": number, "file_name": name})
-        for part, fields in parts.items():
+        for part, written in parts.items():
             part = clean(part)
-            box = fields.get("absolute_bounding_box")
+            box = written.get("absolute_bounding_box")
             if isinstance(box, dict):
                 box = [box.get(side) for side in ("left", "top", "width", "height")]
             annotations.append({
+                **written,
                 "id": len(annotations) + 1,
                 "entry": part,
                 "image_id": number,
                 "category_id": category_ids.setdefault(part, len(category_ids) + 1),
                 "bbox": box,
-                "state": fields.get("object_state"),
-                "state_id": fields.get("object_state_class"),
-                "trust": fields.get("trust")})
+                "state": written.get("object_state"),
+                "state_id": written.get("object_state_class")})
     categories = [{"id": own, "name": part} for part, own in category_ids.items()]
     return {"images": images, "annotations": annotations, "categories": categories}
 
@@ -202,7 +207,7 @@ def read_coco(path, content, reading):
                 unused[name][str(value)] += 1
         image = images[read_id(fields["image_id"])]
         if found.state == ABSENT and (found.box is None or cut_box(found.box, None) is None):
-            image.absent.append(found.part)
+            image.absent[found.part] = found.trust
         else:
             image.objects.append(found)
     notes = [f"{count} {text}" for text, count in reading.counts.items() if count]
@@ -213,7 +218,8 @@ def read_coco(path, content, reading):
         path=path,
         parts=list(dict.fromkeys(categories.values())),
         images=list(images.values()),
-        category_ids={categories[own]: listed[own]["id"] for own in [*listed, *used]},  # of several, one of a box
+        # where categories share a name: an id that a box uses
+        category_ids={categories[own]: listed[own]["id"] for own in [*listed, *used]},
         skipped=reading.skipped,
         notes=notes)
 
@@ -262,12 +268,16 @@ def read_image(fields, reading):
     name = clean(fields.get("file_name", ""))
     if not name:
         reading.faults.append(f"image {own!r}: no file_name")
+    where = f"image {own!r} ({name})"
     absent = fields.get("absent_parts")
+    if isinstance(absent, list):
+        absent = dict.fromkeys(map(clean, absent))
+    absent = read_attributes(absent)
     return AnnotatedImage(
         name=name,
         id=own,
-        size=read_size(fields, f"image {own!r} ({name})", reading),
-        absent=list(map(clean, absent)) if isinstance(absent, list) else [],
+        size=read_size(fields, where, reading),
+        absent={clean(part): read_trust(trust, where, reading.faults) for part, trust in absent.items()},
         fields=fields)
 
 
@@ -276,6 +286,7 @@ def read_object(own, fields, images, categories, reading):
 
     The state stands in state, state_id or an attribute, or nowhere.
     """
+    is_coco = "entry" not in fields
     key = clean(fields.get("entry", f"annotation {own}"))
     ids = fields.get("image_id"), fields.get("category_id")
     image = images.get(read_id(ids[0]))
@@ -284,7 +295,7 @@ def read_object(own, fields, images, categories, reading):
     reading.counts["ids are text or have a fraction"] += sum(read_id(value) is not value for value in ids)
     if image is None or part is None:
         reason = f"image_id {ids[0]!r} or category_id {ids[1]!r} is unknown"
-        if None in ids and "entry" not in fields:
+        if None in ids and is_coco:
             reading.skipped.append({"image": name, "annotation": key, "reason": reason})
         else:
             reading.faults.append(f"{key}: {reason}")
@@ -293,13 +304,14 @@ def read_object(own, fields, images, categories, reading):
     attributes = read_attributes(fields.get("attributes"))
     named = [*attributes.items(), *fields.items()]
     states = [value for attribute, value in named if attribute.lower() == reading.state_attribute]
+    reading.has_states |= bool(states)
     if reading.state_attribute == "state":
         states.append(fields.get("state_id"))
     state = read_state(states, where, reading.faults)
     box = fields.get("bbox")
-    if not box and "entry" not in fields:
+    if not box and is_coco:
         box = box_of_polygons(fields.get("segmentation"), reading)
-    elif box is not None or state != ABSENT:
+    elif box is not None or state != ABSENT:  # an absent part may lack its box
         if isinstance(box, list) and str in map(type, box):
             reading.counts["boxes have numbers written as text"] += 1
         box = read_box(box, where, reading.faults, reading.box_format, image.size)
@@ -411,15 +423,15 @@ def read_trust(value, where, faults):
     if value is None:
         return 1.0
     trust = read_number(value)
-    if trust is None:
-        faults.append(f"{where}: trust {value!r} is no number")
+    if trust is None or not 0 <= trust <= 1:
+        faults.append(f"{where}: trust {value!r} is no number from 0 to 1")
     return trust
 
 
-def refuse_other_convention(images, path, box_format):
+def refuse_other_convention(images, path, box_format, flag="--box_format"):
     """UserError where boxes, read as left, top, width, height, look like those of another of BOX_FORMATS.
 
-    images: AnnotatedImages; box_format: where it is given, nothing is refused. More than a tenth leave their picture
+    images: AnnotatedImages; box_format, of the flag: where it is given, nothing is refused. More than a tenth leave their picture
     and half as many at most would by another convention, or no number is above 1, or the corners' convention alone
     gives the areas that the file has.
     """
@@ -450,7 +462,7 @@ def refuse_other_convention(images, path, box_format):
         return
     raise common.UserError(
         f"{path}: the boxes look like {likeliest}, not like left, top, width, height (COCO): {why}. "
-        f"Say which: --box_format {likeliest}, or xywh to keep them.")
+        f"Say which: {flag} {likeliest}, or xywh to keep them.")
 
 
 def cut_box(box, size):
@@ -505,7 +517,7 @@ def as_coco(found_images, category_ids, folder=None):
     kept, dropped, _ = cut_boxes(found_images)
     for image, objects in zip(found_images, kept):
         name = image.path.relative_to(folder).as_posix() if image.path else image.name
-        images.append({**image.fields, "file_name": name, "absent_parts": sorted(set(image.absent))})
+        images.append({**image.fields, "file_name": name, "absent_parts": image.absent})
         if image.size:
             images[-1] |= zip(("width", "height"), image.size)
         for each in objects:
@@ -560,7 +572,8 @@ def as_truth(images, parts, min_trust, **others):
         states=[np.array([each.state for each in row], np.int64) for row in kept],
         ignored=[np.array([each.crowd or each.trust < min_trust for each in row], bool)
                  for row in kept],
-        absent=[np.array([parts.index(part) for part in image.absent if part in parts], int)
+        absent=[np.array([parts.index(part) for part, trust in image.absent.items()
+                          if part in parts and trust >= min_trust], int)
                 for image in images],
         **others)
     used = [each for row in kept for each in row]

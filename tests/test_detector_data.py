@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_detector_data.py
 """
+import dataclasses
 import json
 import os
 import sys
@@ -138,12 +139,69 @@ def test_convert_keeps_everything(tmp_path, flags, monkeypatch):
     monkeypatch.setattr(sys, "argv", command.split())
     train_detector.main()
     made = json.loads((tmp_path / "c.json").read_text())
-    assert made["images"][1]["file_name"] == "1.jpg" and made["images"][1]["absent_parts"] == ["bell"]
+    assert made["images"][1]["file_name"] == "1.jpg" and made["images"][1]["absent_parts"] == {"bell": 1}
     again = study_of(tmp_path, flags, made, "--group_column", "street")
     assert again.truth.parts == first.truth.parts and list(again.truth.groups) == ["0", "1", "2"]
     for name in ("boxes", "labels", "states", "ignored", "absent"):
         for one, other in zip(getattr(first.truth, name), getattr(again.truth, name)):
             np.testing.assert_array_equal(one, other)
+
+
+def convert(tmp_path, monkeypatch, *more):
+    """c.json made of a.json and the pictures."""
+    command = f"train_detector.py --mode convert --json {tmp_path}/a.json --images_dir {tmp_path}/images --output " \
+              f"{tmp_path}/c.json"
+    monkeypatch.setattr(sys, "argv", [*command.split(), *more])
+    train_detector.main()
+    return json.loads((tmp_path / "c.json").read_text())
+
+
+def test_a_conversion_names_pictures_that_do_not_fit(tmp_path, monkeypatch, capsys):
+    """Its boxes would be wrong: annotated in another size; and pictures that are missing or cannot be read."""
+    content = json.loads(json.dumps(PARTS))
+    content["0.jpg"]["image"] = {"height": 80, "width": 120}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    write_pictures(tmp_path / "images", ("0.jpg", "1.jpg", "7.jpg"))
+    with pytest.raises(common.UserError, match="60 x 40 pixels, annotated as 120 x 80"):
+        convert(tmp_path, monkeypatch)
+    made = convert(tmp_path, monkeypatch, "--on_bad_file", "skip")
+    assert [image["file_name"] for image in made["images"]] == ["1.jpg"]
+    said = capsys.readouterr().out
+    for line in ("skipped: 2.jpg, no such picture", "skipped: 7.jpg, no entry in a.json", "skipped: 0.jpg, is 60 x 40"):
+        assert line in said
+
+
+def test_an_absent_part_that_no_one_trusts_is_not_counted(tmp_path, flags, monkeypatch):
+    content = {"0.jpg": {"parts": {"saddle": part([1, 1, 9, 9]), "bell": part([0, 0, 0, 0], object_state="absent",
+                                                                             trust=0.2)}}}
+    assert study_of(tmp_path, flags, content, names=("0.jpg",)).truth.absent[0].tolist() == []
+    study = study_of(tmp_path, flags, content | {"1.jpg": {"parts": {"bell": part([1, 1, 9, 9])}}}, "--min_trust", 0,
+                     names=("0.jpg", "1.jpg"))
+    assert study.truth.absent[0].tolist() == [1]
+    assert convert(tmp_path, monkeypatch)["images"][0]["absent_parts"] == {"bell": 0.2}
+
+
+def test_a_resumed_run_notices_other_absent_parts_groups_and_ids(tmp_path, flags):
+    found = study_of(tmp_path, flags, PARTS)
+    split = {"train": [0], "val": [1]}
+    before = found.data_record(split)["fingerprint"]
+    others = {"ids": [3, 4, 5], "groups": np.array(["a", "b", "c"]), "absent": [np.array([1])] * 3}
+    for name, value in others.items():
+        study = dataclasses.replace(found, truth=dataclasses.replace(found.truth, **{name: value}))
+        assert study.data_record(split)["fingerprint"] != before, name
+
+
+def test_a_refused_resume_leaves_the_written_annotations(tmp_path, flags):
+    study = study_of(tmp_path, flags, PARTS)
+
+    def refuse(**data):
+        raise common.UserError("cannot be continued exactly")
+    run = SimpleNamespace(path=lambda name: tmp_path / name, say=lambda text: None, args=flags(), resumed=True,
+                          write_args=refuse)
+    with pytest.raises(common.UserError, match="continued"):
+        train_detector.run_split(run, flags(), study, {part: np.array([k]) for k, part in enumerate(("train", "val"))}
+                                 | {"test": np.arange(0)})
+    assert not (tmp_path / "train_coco.json").exists()
 
 
 def changed(place, **fields):
@@ -163,6 +221,9 @@ FAULTS = {
     "text in the box": (changed(3, bbox=[1, 2, "3 px", 4]), ["annotation 8"]),
     "true in the box": (changed(3, bbox=[1, 2, True, 4]), ["annotation 8"]),
     "trust": (changed(3, trust="much"), ["annotation 8", "trust"]),
+    "trust in percent": (changed(3, trust=85), ["annotation 8", "trust 85"]),
+    "trust of an absent part": (coco(images=[{"id": 0, "file_name": "0.jpg", "absent_parts": {"bell": 20}},
+                                             {"id": 9, "file_name": "1.jpg"}]), ["0.jpg", "trust 20"]),
     "id twice": (coco(images=[{"id": 0, "file_name": name} for name in ("0.jpg", "1.jpg")]), ["images[1]", "twice"]),
     "name twice": (coco(images=[{"id": k, "file_name": "0.jpg"} for k in (0, 9)]), ["0.jpg", "2 times"]),
     "no name": (coco(images=[{"id": 0}, {"id": 9, "file_name": "1.jpg"}]), ["image 0", "no file_name"]),
@@ -318,6 +379,12 @@ def test_states_stand_in_an_attribute_of_any_name(tmp_path, flags, form):
     assert [row.tolist() for row in study.truth.states] == [[0, 1], [0, 1]]
 
 
+def test_a_state_attribute_that_no_box_has_is_refused(tmp_path, flags):
+    content = with_states(lambda state: {"Condition": state})
+    with pytest.raises(common.UserError, match="--state_attribute conditoin: no box in .*a.json has it.*Condition"):
+        study_of(tmp_path, flags, content, "--state_attribute", "conditoin", names=("0.jpg", "1.jpg"))
+
+
 def test_attributes_that_are_not_used_are_named_and_survive_a_conversion(tmp_path, flags, monkeypatch):
     content = with_states(lambda state: {"condition": state, "view": "side"})
     study = study_of(tmp_path, flags, content, names=("0.jpg", "1.jpg"))
@@ -394,6 +461,12 @@ def test_images_without_objects_stay_or_go(tmp_path, flags):
     study = study_of(tmp_path, flags, PARTS, "--drop_empty")
     assert list(study.truth.images) == ["0.jpg", "1"] and study.skipped[-1]["image"] == "2.jpg"
     assert len(study.truth.boxes) == len(study.truth.sizes) == len(study.stored) == 2
+
+
+def test_dropping_every_picture_is_refused(tmp_path, flags):
+    content = {"0.jpg": {"parts": {"bell": part([5, 5, 10, 10], trust=0.1)}}}
+    with pytest.raises(common.UserError, match="--drop_empty"):
+        study_of(tmp_path, flags, content, "--drop_empty", names=("0.jpg",))
 
 
 def test_absent_parts_are_kept_or_dropped(tmp_path, flags):
@@ -489,7 +562,9 @@ def test_left_and_right_change_places_in_a_flip(tmp_path, flags):
 
 @pytest.mark.parametrize("parts, expected", [
     (["bell", "front wheel"], [0, 1]), (["left_door", "hood", "RIGHT_door"], [2, 1, 0]),
-    (["front-left-light", "front-right-light", "leftover"], [1, 0, 2]), (["left eye", "nose"], None)])
+    (["front-left-light", "front-right-light", "leftover"], [1, 0, 2]), (["left eye", "nose"], None),
+    (["leftWheel", "rightWheel", "DoorLeft", "DoorRight"], [1, 0, 3, 2]), (["Wheel", "wheel", "bell"], [0, 1, 2]),
+    (["LEFT_EYE", "RIGHT_EYE", "copyright", "BRIGHT lamp"], [1, 0, 2, 3])])
 def test_labels_of_a_mirrored_picture(parts, expected):
     found = train_detector.mirrored_labels(parts)
     assert found is expected is None or list(found) == expected
@@ -551,6 +626,7 @@ def test_a_sample_depends_on_seed_epoch_and_row_alone(tmp_path, flags):
     args, study = marked(tmp_path, flags)
     data = train_detector.PartImages(study, np.array([0]), {"min_size": 40, "max_size": 80}, "light", args.seed)
     first, again, other = data[3, 0], data[3, 0], data[4, 0]
+    assert first["name"] == "0.png", "what a loss that is not finite is said to come from"
     assert torch.equal(first["pixels"], again["pixels"])
     assert first["pixels"].shape != other["pixels"].shape or not torch.equal(first["pixels"], other["pixels"])
 
@@ -599,14 +675,20 @@ def test_the_split_of_a_configuration_gives_way_to_files(tmp_path, capsys):
     assert said.startswith("note: ") and "split_ratio and test_ratio" in said and said.count("\n") == 1
     train_detector.parse_args(["--config", str(tmp_path / "c.yaml"), *data])
     assert not capsys.readouterr().out
+    args = train_detector.parse_args(["--config", str(tmp_path / "c.yaml"), *data, "--split_file", "s.json"])
+    assert args.split_file == Path("s.json")
 
 
 DATA = ["--train_json", "a.json", "--train_images", "i"]
+EVALUATE = ["--mode", "evaluate", "--checkpoint", "c", "--json", "j", "--images_dir", "i"]
 MISTAKES = {
     "nothing given": ([], ["--train_json and --train_images"]),
     "evaluate": (["--mode", "evaluate"], ["--checkpoint and --json and --images_dir"]),
     "folds": ([*DATA, "--folds", "3"], ["one split"]), "full": ([*DATA, "--augment", "full"], ["light"]),
     "two splits": ([*DATA, "--val_json", "v", "--val_images", "w", "--split_ratio", "0.5"], ["--split_ratio"]),
+    "file and share": ([*DATA, "--split_file", "s.json", "--split_ratio", "0.5"], ["--split_ratio", "--split_file"]),
+    "two shares": ([*DATA, "--split_ratio", "0.8", "--val_ratio", "0.3"], ["--split_ratio", "--val_ratio"]),
+    "what the checkpoint decides": ([*EVALUATE, "--absent", "drop", "--min_size", "99"], ["--min_size and --absent"]),
     "no folder": ([*DATA, "--val_json", "v"], ["--val_images"]),
     "no validation": ([*DATA, "--split_ratio", "0.9", "--test_ratio", "0.1"], ["must not be empty"]),
     "test alone": ([*DATA, "--test_json", "t", "--test_images", "u"], ["--val_json"]),

@@ -4,6 +4,7 @@
 """
 import copy
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -226,6 +227,31 @@ def test_of_two_boxes_of_a_part_the_better_is_kept():
             overlap = torchvision.ops.box_iou(found["boxes"], found["boxes"]).fill_diagonal_(0)
             most.append(overlap[found["labels"][:, None] == found["labels"]].max().item())
     assert most[0] > 0.1 >= most[1]
+
+
+def test_the_overlap_of_a_run_stays_with_its_checkpoint(monkeypatch, tmp_path):
+    """One that is older has torchvision's .5; a flag overrules both."""
+    (tmp_path / "best_model.pth").touch()
+    model = small_detector()
+    for kept, flag, expected in ((0.3, None, 0.3), (None, None, 0.5), (0.3, 0.7, 0.7)):
+        settings = small_settings() if kept is None else small_settings(nms_iou=kept)
+        content = {"settings": settings, "model": model.state_dict(), "absent": "keep", "baseline": {"states": []}}
+        monkeypatch.setattr(common, "load_model_file", lambda path: content)
+        found, _ = train_detector.load_detector(tmp_path / "best_model.pth", FP32, flag)
+        assert found.roi_heads.nms_thresh == expected
+
+
+def test_states_that_no_train_box_has_still_have_a_loss():
+    """Balanced weights: a validation batch of such states alone would else have 0 / 0, which no epoch survives."""
+    truth = SimpleNamespace(judged_states=lambda: np.array([0, 0, 0, 1, UNKNOWN]))
+    weights = train_detector.state_weights(SimpleNamespace(state_class_weights="balanced"), truth)
+    assert weights == pytest.approx([4 / 3 / 2, 4 / 2, 1, 1])
+    heads = train_detector.StateRoIHeads(train_detector.build_rcnn(small_settings()).roi_heads, 3, 4, weights)
+    heads.state_head = nn.Identity()
+    logits = torch.tensor([[2.0, 0, 0, 0], [0, 0, 1.0, 0]])
+    targets, matched = [{"states": torch.tensor([2, 3])}], [torch.tensor([0, 1])]
+    expected = nn.functional.cross_entropy(logits, torch.tensor([2, 3])).item()
+    assert heads.state_loss(logits, matched, [torch.tensor([1, 2])], targets).item() == pytest.approx(expected)
 
 
 def test_class_weights_scale_the_state_loss():
