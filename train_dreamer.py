@@ -18,7 +18,9 @@ roll, pitch, yaw), mm and degrees, everywhere; frames are uint8 grey until they 
 at1, at2: the motion asked for at t1 and t2 (at1_6dof, at2_6dof); motion: the known one from t1 to t2.
 """
 import argparse
+import copy
 import dataclasses
+import itertools
 import math
 import re
 from pathlib import Path
@@ -36,14 +38,17 @@ from readers import backbones, picture_files, probe_poses
 
 GRIDS = (2, 4)  # cells a side over which the readout averages feature maps
 TIME_BLOCKS = 10  # of each sequence, for the inner folds of a single patient
-# What a checkpoint fixes for evaluate and predict, and what they take over from the run beside it.
+# What a checkpoint fixes for evaluate and predict, and what they take over from the run beside it: always, and where
+# they are given no data of their own.
 MODEL_FLAGS = (
     "encoder", "image_size", "token_type", "imagine", "d_model", "n_layers", "n_heads",
-    "feedforward", "dropout", "compose", "angle_unit", "euler_order")
+    "feedforward", "dropout", "compose")
+ENCODER_FLAGS = ("seed", "weights")
+DATA_FLAGS = (
+    "data_dir", "patient_map", "patient_regex", "max_transitions", "split_by", "angle_unit", "euler_order")
 WORLD_MODEL_FLAGS = (
-    "imagine", "d_model", "n_layers", "n_heads", "feedforward", "freeze_layers", "lambda_t2_action", "lambda_latent",
-    "primary_task_only")
-DATA_FLAGS = ("data_dir", "patient_map", "patient_regex", "max_transitions", "split_by")
+    "imagine", "d_model", "n_layers", "n_heads", "feedforward", "freeze_layers", "backbone_lr_mult",
+    "lambda_t2_action", "lambda_latent", "primary_task_only")
 PARTS = ("train", "val", "test")
 # What --augment changes in both frames of a transition alike:
 LARGEST_TURN = {"light": 0.0, "full": 5.0}  # degrees
@@ -82,9 +87,8 @@ def dependent_defaults(args):
         defaults["use_amp"] = "off" if args.precision == "32" else "on"
     if args.mode == "audit":
         defaults["on_bad_file"] = "skip"  # an audit lists them all
-    reads_checkpoint = args.checkpoint and args.mode in ("evaluate", "predict")
-    if reads_checkpoint and "data_dir" not in args.given:
-        defaults |= data_flags_of_run(args.checkpoint)
+    if args.checkpoint:
+        defaults |= flags_of_run(args)
     return defaults
 
 
@@ -94,7 +98,7 @@ def add_data_arguments(add):
         help="evaluate: score a checkpoint; predict: no labels needed; audit: examine the data")
     add("--data_dir", type=Path, default=Path("data/processed"), may_change=True,
         help=f"folder with a {probe_poses.FILE_NAME} in each sequence")
-    add("--checkpoint", type=Path, metavar="FILE",
+    add("--checkpoint", type=checkpoint_file, metavar="FILE",
         help="best_model.pth (or its run folder) for evaluate and predict")
     add("--score_part", choices=("auto", *PARTS, "all"), default="auto",
         help="evaluate: part of the checkpoint's split; auto = test, else val, and every row of data it never saw")
@@ -167,8 +171,8 @@ def check_flags(parser, args):
     lists = [args.train_patients, args.val_patients, args.test_patients]
     if args.manual_splits != any(lists) or (args.manual_splits and not all(lists[:2])):
         parser.error(f"--manual_splits needs --train_patients and --val_patients, and they need it; found {lists}")
-    if args.folds and args.manual_splits:
-        parser.error(f"--folds {args.folds} makes its own split: no --manual_splits")
+    if args.manual_splits and (args.folds or args.split_file or args.split_by == "time"):
+        parser.error("--manual_splits makes its own split: no --folds, --split_file or --split_by time")
     if args.folds and args.select != "last" and not args.val_ratio:
         parser.error(f"--folds {args.folds} --val_ratio 0: rows of the train part choose the epoch, or --select last")
     if args.token_type != "none" and not re.search("resnex?t", args.encoder):
@@ -184,20 +188,41 @@ def check_flags(parser, args):
         parser.error(f"--d_model {args.d_model} is no multiple of 2 x --n_heads {args.n_heads}")
     if args.precision and "use_amp" in args.given:
         parser.error(f"--precision {args.precision} is another name for --use_amp {args.use_amp}; give one")
-    if args.mode in ("evaluate", "predict") and not args.checkpoint:
-        parser.error(f"--mode {args.mode} needs --checkpoint FILE")
+    if bool(args.checkpoint) != (args.mode in ("evaluate", "predict")):
+        parser.error(f"--mode {args.mode}: evaluate and predict need --checkpoint FILE, the others take none (training "
+                     "starts from its weights with --init_from)")
+    if args.score_part != "auto" and args.mode != "evaluate":
+        parser.error("--score_part chooses what --mode evaluate scores, and changes nothing here")
+    if "gap" in args.given and args.split_by != "time" and not args.folds:
+        parser.error("--gap is for blocks of time: give --split_by time or --folds")
+    try:
+        re.compile(args.patient_regex or "")
+    except re.error as error:
+        parser.error(f"--patient_regex {args.patient_regex!r} is no regular expression: {error}")
 
 
-def data_flags_of_run(checkpoint):
-    """The DATA_FLAGS of the run that wrote the checkpoint, where its args.json is still beside it."""
-    record = checkpoint_file(checkpoint).parent / "args.json"
-    flags = common.read_json(record)["flags"] if record.is_file() else {}
-    return {name: flags[name] for name in DATA_FLAGS if flags.get(name) is not None}
-
-
-def checkpoint_file(checkpoint):
+def checkpoint_file(text):
     """--checkpoint FILE, or the best_model.pth of a run folder."""
-    return checkpoint / "best_model.pth" if checkpoint.is_dir() else checkpoint
+    path = Path(text)
+    return path / "best_model.pth" if path.is_dir() else path
+
+
+def flags_of_run(args):
+    """Flags that evaluate and predict take over from the run of the checkpoint."""
+    flags = read_beside(args.checkpoint, "args.json").get("flags", {})
+    names = set(ENCODER_FLAGS)
+    if "data_dir" not in args.given:
+        names |= set(DATA_FLAGS)
+    patients = {"patient_map", "patient_regex"}
+    if patients & args.given:
+        names -= patients
+    return {name: flags[name] for name in names if flags.get(name) is not None}
+
+
+def read_beside(checkpoint, name):
+    """A JSON file of the run folder that a checkpoint still lies in, {} elsewhere."""
+    path = checkpoint.parent / name
+    return common.read_json(path) if path.is_file() else {}
 
 
 # --- data: row on disk -> table -> sample ---------------------------------------------------
@@ -255,7 +280,7 @@ class Study:
         if len(set(patients)) > 1:
             return patients
         blocks = (TIME_BLOCKS * self.place[rows]).astype(int)
-        return np.char.add(self.sequences[rows].astype(str), blocks.astype(str))
+        return np.char.add(self.sequences[rows], blocks.astype(str))
 
     def grids_at_t1(self, rows):
         """(n, P) of the frames at t1."""
@@ -270,8 +295,7 @@ class Study:
 
     def data_record(self, split):
         """What args.json says of the data and their split; a resumed run must find the same."""
-        contents = [*self.names, self.at1, self.motion, self.at2, self.compose,
-                    *self.frame_audit("file_sha")]
+        contents = [*self.names, *self.poses.values(), self.compose, *self.frame_audit("file_sha")]
         return common.data_record(
             contents, split,
             transitions=len(self.names),
@@ -279,26 +303,28 @@ class Study:
             compose=self.compose)
 
 
-def load_study(args, run, needs_labels=True, needs_frames=True):
+def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
     """Transitions of every sequence, checked and completed; what cannot be used is counted and listed in skipped.csv.
 
-    needs_labels False: rows without at1, at2 or a frame at t2 are kept, for prediction. needs_frames False: rows whose
-    pictures are missing are listed and kept, for the audit of their poses.
+    needs_labels False: rows without at1, at2, a frame at t2 or a motion that nothing is imagined from are kept, for
+    prediction. needs_frames False: rows whose pictures are missing are listed and kept, for the audit of their poses.
+    usual: angle_unit and euler_order of the data that a model was trained on.
     """
     rows, matching = probe_poses.find_transitions(args.data_dir, args.max_transitions, args.exact_names)
-    poses, facts = probe_poses.complete_rows(rows, args.angle_unit, args.compose, args.euler_order)
+    poses, facts = probe_poses.complete_rows(rows, args.angle_unit, args.compose, args.euler_order, usual)
     facts["notes"] += matching
-    reasons = probe_poses.reasons_to_skip(rows, poses, needs_labels)
-    unusable = probe_poses.reasons_to_skip(rows, poses, needs_labels, needs_frames)
-    refuse_unusable(args, rows, unusable)
-    usable = np.flatnonzero([reason is None for reason in unusable])
+    needs_motion = needs_labels or args.token_type != "none"
+    reasons_listed = probe_poses.reasons_to_skip(rows, poses, needs_labels, needs_motion)
+    reasons_dropped = probe_poses.reasons_to_skip(rows, poses, needs_labels, needs_motion, needs_frames)
+    refuse_unusable(args, rows, reasons_dropped)
+    usable = np.flatnonzero([reason is None for reason in reasons_dropped])
     paths, frames = probe_poses.different_frames([rows[i] for i in usable])
     run.say(f"decoding {len(paths)} different frames")
     store = picture_files.ImageStore(paths, args.image_size, args.cache, args.pixel_range)
     good = picture_files.check_bad_files(store.audit, args.on_bad_file)
     is_good = np.isin(frames, [-1, *good]).all(1)
     for i in usable[~is_good]:
-        reasons[i] = "unreadable picture"
+        reasons_listed[i] = "unreadable picture"
 
     kept = [rows[i] for i in usable[is_good]]
     sequences = np.array([row.sequence for row in kept])
@@ -312,7 +338,7 @@ def load_study(args, run, needs_labels=True, needs_frames=True):
         store=store,
         frames=frames[is_good],
         skipped=[{"sequence": row.sequence, "row": row.number, "reason": reason}
-                 for row, reason in zip(rows, reasons) if reason],
+                 for row, reason in zip(rows, reasons_listed) if reason],
         **{name: values[usable[is_good]] for name, values in poses.items()},
         **facts)
     say_study(run, study)
@@ -347,7 +373,7 @@ def say_study(run, study):
     if not study.has_patients:
         run.say("WARNING: a folder is not a patient. Without --patient_map or --patient_regex each folder counts as "
                 "one, and two folders of one patient may stand on two sides of a split.")
-        for line in probe_poses.similar_sequences(study.sequences, study.at1):
+        for line in probe_poses.similar_names(study.sequences):
             run.say(f"  {line}")
 
 
@@ -602,8 +628,8 @@ class Dreamer(nn.Module):
         """(B, F, G), (B, 6) -> Imagined; known_motion: the one that at1 is composed with, where `motion` is false."""
         if known_motion is None:
             known_motion = motion
-        scaled = probe_poses.pose_error(motion, self.motion_mean) / self.motion_sd  # (B, 6)
-        imagined = self.imagination(features, scaled).float()  # (B, F, G)
+        entering = probe_poses.pose_error(motion, self.motion_mean) / self.motion_sd  # (B, 6)
+        imagined = self.imagination(features, entering).float()  # (B, F, G)
         with torch.autocast(features.device.type, enabled=False):  # bf16 has steps of half a degree at 100 degrees
             at2 = self.at2_mean + self.at2_sd * self.readout(imagined.mean(2))  # (B, F, G) -> (B, F) -> (B, 6)
             at1 = self.at1_from(at2, known_motion)  # (B, 6)
@@ -631,10 +657,17 @@ def build_model(args, scaler, convention):
 
 
 def fit_scaler(study, rows):
-    """{motion, at1, at2: {mean (6,), sd (6,)}} over these rows, which are train rows only."""
+    """{motion, at1, at2: {mean (6,), sd (6,)}} over these rows, which are train rows only.
+
+    UserError for an axis that none of them has a label of.
+    """
     scaler = {}
     for name, values in study.poses.items():
         mean, sd = probe_poses.centre_and_spread(values[rows])
+        lacking = ", ".join(itertools.compress(probe_poses.AXES, np.isnan(mean)))
+        if lacking:
+            raise common.UserError(f"no train row has a usable {lacking} in {probe_poses.FIELDS[name]}: label it, or "
+                                   "write 0 throughout where the probe does not move along it")
         scaler[name] = {"mean": mean, "sd": sd}
     return scaler
 
@@ -654,22 +687,16 @@ def latent_loss(imagined, features_t2):
     1 = no better than a constant map. The target is a constant here: no gradient reaches the encoder through it.
     """
     target = features_t2.detach()
-    variance = target.var((0, 2), correction=0).mean().clamp(min=1e-8)
+    variance, _ = pose_scores.variance_and_spread(target.mean(2), target.square().mean(2))  # (B, F, G) -> (B, F)
     return (imagined - target).square().mean() / variance
-
-
-def feature_spread(features):
-    """(B, F, G) -> how much frames differ: sd over the batch of the channels' means, over the rms of the features."""
-    rms = features.square().mean().sqrt()
-    variance = features.mean(2).var(0, correction=0).mean()  # (B, F, G) -> (B, F) -> (F,) -> scalar
-    return variance.clamp(min=1e-12).sqrt() / rms.clamp(min=1e-6)
 
 
 def collapse_guard(features_t1):
     """0 while frames stay apart, up to 1 as their features become the same, which would make t2 easy to imagine."""
     if len(features_t1) < 2:
         return features_t1.new_zeros(())
-    return nn.functional.relu(1 - feature_spread(features_t1) / pose_scores.COLLAPSE_FLOOR)
+    _, spread = pose_scores.variance_and_spread(features_t1.mean(2), features_t1.square().mean(2))
+    return nn.functional.relu(1 - spread / pose_scores.COLLAPSE_FLOOR)
 
 
 class DreamLoss:
@@ -783,7 +810,11 @@ def fit(run, args, study, split, readout):
     loaders = {part: make_loader(study, rows, args, compute) for part, rows in split.items() if len(rows)}
     model = build_model(args, scaler, study.compose)
     if args.init_from:
-        common.start_from(model, args.init_from, is_frozen=False)
+        untrained = copy.deepcopy(model.encoder)
+        common.start_from(model, args.init_from, is_frozen=False, token_type=args.token_type, encoder=args.encoder)
+        if not model.imagines and not backbones.is_same(untrained, model.encoder):
+            raise common.UserError(f"--init_from {args.init_from} reads poses off an encoder with other weights than "
+                                   "this run's: give the same --weights, or --no_pretrained and --seed")
     if not model.imagines:
         readout.write_into(model.solved)
         model.scale_grids(study.grids_at_t1(split["train"]))
@@ -825,9 +856,11 @@ def keep_if_better(training, study, rows, readout, loss_function):
     Returns the content of best_model.pth.
     """
     best = training.load_best()
-    if training.model.imagines or training.select == "last":
+    if training.model.imagines:
         return best
     readout.write_into(training.model.solved)  # a run that was killed may have solved it anew already
+    if training.select == "last":
+        return best
     start = torch.from_numpy(readout.predict(study.grids_at_t1(rows)))
     start_loss = loss_function.of_pose("at1", start, torch.from_numpy(study.at1[rows])).mean().item()
     best_loss = best["history"][training.select]
@@ -851,20 +884,21 @@ def model_metadata(args, study, split, scaler):
         "settings": settings,
         "scaler": scaler,
         "pretrained": args.pretrained,
-        "train_patients": sorted(set(study.patients[split["train"]].tolist())),
+        "train_patients": np.unique(study.patients[split["train"]]).tolist(),
     }
 
 
 @torch.no_grad()
-def use_of_inputs(model, loader, loss_function, compute, patients):
-    """Does the model use the motion and the imagined frame? {name of pose_judging.USE_MEANINGS: number} of a split.
+def use_of_inputs(model, loader, loss_function, compute, study, fitted, rows):
+    """Does the model use the motion and the imagined frame? {name of pose_judging.USE_MEANINGS: number} of these rows.
 
     False motions are those of other rows of the split; they enter the imagination only, while the composition keeps
     the true one: otherwise a model that adds and subtracts the same motion would look as if it ignored it. A
-    FrameReadout imagines nothing: {}.
+    FrameReadout imagines nothing, and only the share of rows outside the range of the fitted ones is said.
     """
+    use = pose_scores.outside_share(study.at1, fitted, rows)
     if not model.imagines:
-        return {}
+        return use
     model.eval()
     batches = []
     for batch in loader:
@@ -879,14 +913,14 @@ def use_of_inputs(model, loader, loss_function, compute, patients):
             "map_imagined": true.features_t2.flatten(1).half(),  # (B, F * G)
             "map_t2": features_t2.flatten(1).half(),
             **pose_scores.latent_terms(true.features_t1, true.features_t2, features_t2)})
-    rows = join_batches(batches, compute)  # {name: (M, ...)}
-    latent = pose_scores.latent_numbers(rows)
-    ratio = rows["false_loss"].sum() / rows["loss"].sum()
-    return {
+    joined = join_batches(batches, compute)  # {name: (M, ...)}
+    latent = pose_scores.latent_numbers(joined)
+    ratio = joined["false_loss"].sum() / joined["loss"].sum()
+    return use | {
         "action_shuffle_ratio": ratio.item(),
         "latent_skill": latent["latent_skill"],
         "feature_spread": latent["feature_spread"],
-        "retrieval_rank": pose_scores.retrieval_rank(rows["map_imagined"], rows["map_t2"], patients),
+        "retrieval_rank": pose_scores.retrieval_rank(joined["map_imagined"], joined["map_t2"], study.patients[rows]),
     }
 
 
@@ -907,9 +941,12 @@ def look_at(study, rows, encoder, args, compute):
     return everywhere
 
 
-def see_frames(study, rows, args, compute):
-    """The Study with the grids of the frames of these rows, and their maps where the model's encoder is frozen."""
-    encoder = build_encoder(args, GridEncoder)
+def see_frames(study, rows, args, compute, encoder=None):
+    """The Study with the grids of the frames of these rows, and their maps where the model's encoder is frozen.
+
+    encoder: the GridEncoder of a trained model, rather than a new one.
+    """
+    encoder = encoder or build_encoder(args, GridEncoder)
     grids = look_at(study, rows, encoder, args, compute)
     maps = None
     if args.mode == "train" and args.augment == "none" and not args.init_from:
@@ -933,12 +970,14 @@ def solve_readout(study, rows):
     return dataclasses.replace(readout, intercept=readout.intercept + centre)
 
 
-def baselines(study, train, rows, centre, readout=None):
+def baselines(study, train, rows, readout=None, centre=None):
     """{name: (M, 6)} of what trains no network; without train rows (other data) only those that need none.
 
-    centre: (6,) mean of at1 over the train rows; what is fitted, is fitted to the errors of it. readout: of
-    solve_readout on the train rows.
+    readout: of solve_readout on the train rows. centre: (6,) what stands for the mean of at1 over them where there are
+    none. What is fitted, is fitted to the errors of that mean.
     """
+    if len(train):
+        centre, _ = probe_poses.centre_and_spread(study.at1[train])
     predicted = {
         "zero": np.zeros((len(rows), 6)),
         "train_mean": np.tile(centre, (len(rows), 1)),
@@ -955,8 +994,8 @@ def baselines(study, train, rows, centre, readout=None):
         **baseline_models.time_baselines(apart, study.order, study.sequences, train, rows),
     }
     same = study.patients[rows][:, None] == study.patients[train]  # (M, N_train), one patient
-    if same.any(1).all() and not same.all():
-        found["patient_mean"] = same / same.sum(1, keepdims=True) @ np.nan_to_num(apart[train])
+    if same.any() and not same.all():  # several patients, of whom one without train rows gets the train mean
+        found["patient_mean"] = same / same.sum(1, keepdims=True).clip(1) @ np.nan_to_num(apart[train])
     predicted |= {name: centre + values for name, values in found.items()}
     if readout:
         predicted["grid_readout"] = readout.predict(study.grids_at_t1(rows))
@@ -966,7 +1005,7 @@ def baselines(study, train, rows, centre, readout=None):
 # --- results: predictions table -> judged run folder -------------------------------------------
 
 def score_table(study, rows, predicted, others, seen):
-    """ScoreTable of at1 for these rows; predicted (M, 6); others {baseline: (M, 6)}; seen (M,) of common.SEEN_WORDS.
+    """ScoreTable of at1 for these rows; predicted (M, 6); others {baseline: (M, 6)}; seen: common.SeenRows.
 
     Angles are turned to within 180 degrees of the truth, and the truth of its circular mean over the study, so that
     whoever subtracts them gets their errors, and variances are those of the angles.
@@ -985,7 +1024,7 @@ def score_table(study, rows, predicted, others, seen):
         predicted=pose_scores.wrapped(predicted, target),
         baselines={name: pose_scores.wrapped(block, target) for name, block in others.items()},
         groups=study.patients[rows],
-        seen=seen)
+        seen=seen.words(study.hashes[rows]))
 
 
 def axis_columns(kind, poses):
@@ -999,7 +1038,7 @@ def at2_of(study, rows, at1):
 
 
 @common.first_process_only
-def judge(run, args, study, split, rows, table, part, use, alarms, best_epoch=None, folds=()):
+def judge(run, args, study, split, rows, table, *, part, use, alarms, best_epoch=None, folds=()):
     """Judge the predictions for these rows of the study; `part` is val, test, folds, or what evaluate scores."""
     motion = np.nanmean(np.abs(study.motion[rows]) / study.label_sd)
     setting = judging.Setting(
@@ -1066,9 +1105,10 @@ def make_split(args, study):
     """The split of the flags: {train, val, test: (n,) rows}."""
     ratios = common.split_ratios(args)
     if args.manual_splits:
-        listed = {part: getattr(args, f"{part}_patients") or "" for part in PARTS}
-        listed = {part: [name.strip() for name in text.split(",") if name.strip()]
-                  for part, text in listed.items()}
+        listed = {}
+        for part in PARTS:
+            names = (getattr(args, f"{part}_patients") or "").split(",")
+            listed[part] = [name.strip() for name in names if name.strip()]
         folders = dict(zip(study.sequences, study.patients))
         last_names = {sequence.rsplit("/", 1)[-1]: patient for sequence, patient in folders.items()}
         return splitting.split_by_names(listed, study.patients, {**last_names, **folders})
@@ -1103,7 +1143,8 @@ def make_folds(args, study):
         rows = split["train"]
         if args.split_by == "time" or len(set(study.patients[rows])) < 3:
             _, lengths = np.unique(study.sequences[rows], return_counts=True)
-            gap = min(args.gap, lengths.min() // 4)  # what chooses the epoch may stand nearer than what is scored
+            # what chooses the epoch may stand nearer than what is scored, but neighbours share a frame
+            gap = min(args.gap, max(1, lengths.min() // 4))
             parts = splitting.split_by_time(study.sequences[rows], study.order[rows], ratios, gap)
         else:
             parts = splitting.make_split(
@@ -1120,17 +1161,17 @@ def check_split(run, args, study, split):
                 "is said across patients")
     owner = np.full(len(study.store), "", dtype=object)  # of every picture in the store
     owner[study.frames] = study.patients[:, None]
-    sequence = owner.copy()
-    sequence[study.frames] = study.sequences[:, None]
-    key = [f"{folder}/{path.name}" for folder, path in zip(sequence, study.store.paths)]
+    key = [path.relative_to(args.data_dir).as_posix() for path in study.store.paths]
     frames = {part: np.unique(study.frames[rows]) for part, rows in split.items()}
-    in_fold = args.folds and "train" in split  # patients are whole, but a few lend blocks of time that choose the epoch
-    stopping = splitting.STOPPING_LEAKS
-    if by_time and args.folds and not in_fold:
-        stopping = ()  # blocks meet; each fold leaves the gap between its own parts
+    is_top_of_folds = "train" not in split
+    has_whole_patients = is_top_of_folds or not args.folds  # a few lend a fold blocks of time that choose the epoch
     report = splitting.leakage_report(
         frames, key, study.frame_audit("pixel_sha"), study.frame_audit("phash"),
-        {"groups": None if by_time or in_fold else owner})
+        {"groups": owner if has_whole_patients and not by_time else None})
+    stopping = splitting.STOPPING_LEAKS
+    if by_time and is_top_of_folds:
+        stopping = ()
+        report["notes"] = ["the blocks of time meet here; each fold leaves --gap between its own parts"]
     splitting.record_split(run, split, study.names, report, stopping)
     write_statistics(run, args, study, split)
 
@@ -1175,31 +1216,32 @@ def run_split(run, args, study, split):
         if part == "test":
             fitted = np.union1d(split["train"], split["val"])  # validation has done its work
             readout = solve_readout(study, fitted)
-            best["seen"] = use_readout(model, study, fitted, readout, best["seen"])
+            best |= use_readout(model, study, fitted, readout, best["seen"])
         predicted, features[part], _ = evaluate(model, loader, loss_function, run.compute)
-        centre, _ = probe_poses.centre_and_spread(study.at1[fitted])
-        others = baselines(study, fitted, rows, centre, readout)
-        tables[part] = score_table(study, rows, predicted, others, training.seen.words(study.hashes[rows]))
+        others = baselines(study, fitted, rows, readout) if part != "train" else {}
+        tables[part] = score_table(study, rows, predicted, others, training.seen)
         if part != "train":
             tables[part].write(run.path(f"predictions_{part}.csv"))
     best["known_data"] = row_warnings.known_data(features["train"], features["val"])
     save_model(run, best | {"model": model.state_dict()}, "best_model.pth")
     plot_training(run, training.progress.history, best["epoch"])
-    *_, part = tables
+    part = "test" if "test" in tables else "val"
     table = tables[part]
     rows = split[part]
-    use = use_of_inputs(model, loaders[part], loss_function, run.compute, table.groups)
-    use |= pose_scores.outside_share(study.at1, fitted, rows)
+    use = use_of_inputs(model, loaders[part], loss_function, run.compute, study, fitted, rows)
     alarms = overfitting_alarms(tables) if model.imagines else []  # a solved readout always fits its own rows better
-    judge(run, args, study, split, rows, table, part, use, alarms, best["epoch"])
+    judge(run, args, study, split, rows, table, part=part, use=use, alarms=alarms, best_epoch=best["epoch"])
 
 
 def use_readout(model, study, rows, readout, seen):
-    """Put a readout of these rows into a FrameReadout; returns the SeenRows of the model."""
+    """Put a readout of these rows into a FrameReadout; returns what its file then says of its rows."""
     if model.imagines:
-        return seen
+        return {}
     readout.write_into(model.solved)
-    return seen.plus(common.SeenRows(fitted=study.hashes[rows], chose=[]))
+    return {
+        "seen": seen.plus(common.SeenRows(fitted=study.hashes[rows], chose=[])),
+        "train_patients": np.unique(study.patients[rows]).tolist(),
+    }
 
 
 def overfitting_alarms(tables):
@@ -1229,33 +1271,38 @@ def run_folds(run, args, study):
     run.write_args(**study.data_record(folds))
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))
     tables = prediction_tables.read_folds(run, chosen, left_out)
-    uses = [common.read_json(run.path(f"fold_{k}") / "metrics.json")["use"] for k in chosen]
     joined = prediction_tables.join(tables, chosen)
     rows = prediction_tables.rows_of(joined, study.names)
-    pooled = score_table(study, rows, joined.predicted, joined.baselines, joined.seen)
+    pooled = score_table(study, rows, joined.predicted, joined.baselines, common.SeenRows([], []))
     pooled.keys["fold"] = joined.keys["fold"]
+    pooled.seen = joined.seen
     pooled.write(run.path("predictions_folds.csv"))
-    numbers = [pose_scores.fold_numbers(table, study.label_sd) | use for table, use in zip(tables, uses)]
+    numbers = []
+    for k, table in zip(chosen, tables):
+        use = common.read_json(run.path(f"fold_{k}") / "metrics.json")["use"]
+        numbers.append(pose_scores.fold_numbers(table, study.label_sd) | use)
     done = judging.finished_folds(run, chosen, numbers)
-    judge(run, args, study, folds, rows, pooled, "folds", mean_use(done), [], folds=done)
+    judge(run, args, study, folds, rows, pooled, part="folds", use=mean_use(done), alarms=[], folds=done)
 
 
 def mean_use(folds):
-    """Numbers of use over all folds: their means over the rows."""
+    """Numbers of use over all folds: their means over the rows, NaN where one of them is undefined."""
     n_rows = [fold["rows"] for fold in folds]
     names = [name for name in pose_judging.USE_MEANINGS if name in folds[0]]
-    return {name: np.average([float(fold[name]) for fold in folds], weights=n_rows) for name in names}
+    return {name: np.average(np.array([fold[name] for fold in folds], float), weights=n_rows) for name in names}
 
 
 # --- the other modes -------------------------------------------------------------------------
 
 def load_checkpoint(args, run):
     """--checkpoint -> (its content, model on the device, args with the settings of the model in place of the flags)."""
-    path = checkpoint_file(args.checkpoint)
+    path = args.checkpoint
     content = common.load_model_file(path)
     with common.checkpoint_fields(path):
-        settings = content["settings"]
-        args = argparse.Namespace(**{**vars(args), **settings, "pretrained": content["pretrained"]})
+        settings = {name: content["settings"][name] for name in MODEL_FLAGS}
+        settings["pretrained"] = content["pretrained"]
+        settings["pixel_range"] = args.pixel_range or content["settings"]["pixel_range"]
+        args = argparse.Namespace(**{**vars(args), **settings})
         untrained = argparse.Namespace(**{**vars(args), "pretrained": False, "weights": None})
         model = build_model(untrained, content["scaler"], args.compose)
         common.load_state(model, content["model"], path)
@@ -1264,15 +1311,21 @@ def load_checkpoint(args, run):
     return content, run.compute.place(model), args
 
 
-def rows_to_score(args, study):
-    """(part, its rows, rows to fit): of the checkpoint's split where the data are its own, else all rows."""
-    path = checkpoint_file(args.checkpoint).parent / "splits.json"
-    listed = common.read_json(path) if path.is_file() else {}
+def rows_to_score(run, args, study, seen):
+    """(part, its rows, rows to fit): of the checkpoint's split where the data are its own, else all rows.
+
+    seen: common.SeenRows of the checkpoint: names alone may be those of another study.
+    """
+    listed = read_beside(args.checkpoint, "splits.json")
     split = {part: np.flatnonzero(np.isin(study.names, listed.get(part, []))) for part in PARTS}
+    if "new" in seen.words(study.hashes[split["train"]]):
+        run.say("note: rows of the names in splits.json did not train this checkpoint; its split does not count here")
+        split = dict.fromkeys(PARTS, np.array([], int))
+    split["all"] = np.arange(len(study.names))
     part = args.score_part
     if part == "auto":
-        part = next((name for name in ("test", "val") if len(split[name])), "all")
-    rows = np.arange(len(study.names)) if part == "all" else split[part]
+        part = next(name for name in ("test", "val", "all") if len(split[name]))
+    rows = split[part]
     if not len(rows):
         raise common.UserError(f"--score_part {part}: no rows of it in {args.data_dir}; --score_part all takes all")
     fitted = ("train", "val") if part == "test" else ("train",)
@@ -1282,47 +1335,44 @@ def rows_to_score(args, study):
 def score_checkpoint(run, args):
     """--mode evaluate: judge a trained model on rows it was not trained on."""
     content, model, args = load_checkpoint(args, run)
-    study = load_study(args, run)
-    part, rows, fitted = rows_to_score(args, study)
+    study = load_study(args, run, usual=content["settings"])
+    part, rows, fitted = rows_to_score(run, args, study, content["seen"])
     run.write_args(**study.data_record({part: rows}))
     readout = None
-    centre = content["scaler"]["at1"]["mean"].numpy()
     if len(fitted):
-        study = see_frames(study, np.union1d(fitted, rows), args, run.compute)
+        study = see_frames(study, np.union1d(fitted, rows), args, run.compute,
+                           None if model.imagines else model.encoder)
         readout = solve_readout(study, fitted)
-        centre = probe_poses.centre_and_spread(study.at1[fitted])[0]
     loader = make_loader(study, rows, args, run.compute)
     loss_function = DreamLoss(args, content["scaler"], run.compute.device)
     predicted, *_ = evaluate(model, loader, loss_function, run.compute)
-    words = content["seen"].words(study.hashes[rows])
-    others = baselines(study, fitted, rows, centre, readout)
-    table = score_table(study, rows, predicted, others, words)
+    others = baselines(study, fitted, rows, readout, content["scaler"]["at1"]["mean"].numpy())
+    table = score_table(study, rows, predicted, others, content["seen"])
     table.write(run.path(f"predictions_{part}.csv"))
-    use = use_of_inputs(model, loader, loss_function, run.compute, table.groups)
-    use |= pose_scores.outside_share(study.at1, fitted, rows)
+    use = use_of_inputs(model, loader, loss_function, run.compute, study, fitted, rows)
     known = sorted(set(table.groups) & set(content["train_patients"]))
     alarms = [f"the model was trained on these patients: {common.shorten_list(known, 5)}. Score others (--data_dir, "
               "--score_part)"] if known else []
-    judge(run, args, study, {part: rows}, rows, table, part, use, alarms, content["epoch"])
+    judge(run, args, study, {part: rows}, rows, table,
+          part=part, use=use, alarms=alarms, best_epoch=content["epoch"])
 
 
 def predict(run, args):
     """--mode predict: predictions.csv with at1 and at2 for every transition; labels are not needed."""
     content, model, args = load_checkpoint(args, run)
-    study = load_study(args, run, needs_labels=False)
+    study = load_study(args, run, needs_labels=False, usual=content["settings"])
     rows = np.arange(len(study.names))
     run.write_args(**study.data_record({"all": rows}))
     loss_function = DreamLoss(args, content["scaler"], run.compute.device)
     loader = make_loader(study, rows, args, run.compute)
     predicted, features, _ = evaluate(model, loader, loss_function, run.compute)
-    words = content["seen"].words(study.hashes)
-    table = score_table(study, rows, predicted, {"motion": study.motion}, words)
+    table = score_table(study, rows, predicted, {"motion": study.motion}, content["seen"])
     doubts = row_warnings.find(content, features, "frames", run.say)
-    table.warning = row_warnings.texts([doubts], words, "frames", run.say)
+    table.warning = row_warnings.texts([doubts], table.seen, "frames", run.say)
     table.write(run.path("predictions.csv"))
     common.write_json(run.path("metrics.json"),
                       {"part": "predict", "rows": len(rows), "epoch": content["epoch"]})
-    splitting.say_seen(words, run.say)
+    splitting.say_seen(table.seen, run.say)
     run.say(f"{len(rows)} transitions; predicted: the motion asked for at t1. Open next: {run.path('predictions.csv')}")
 
 
@@ -1341,7 +1391,6 @@ def audit(run, args):
         "residuals": study.residuals,
         "compose": study.compose,
         "angle_unit": study.angle_unit,
-        "notes": study.notes,
     })
     run.say(f"open next: {run.path('audit.json')}")
 

@@ -321,9 +321,11 @@ def fit_readout(features, truth, groups=None, n_classes=None, blocks=None):
 def time_baselines(values, times, sequences, train, rows):
     """{interpolated, nearest_in_time: (M, K)} from the train rows of the same sequence, on both sides of a gap.
 
-    values: (N, K), NaN = missing; times: (N,). {} where a sequence has no train row.
+    values: (N, K), NaN = missing; times: (N,). The train mean where a sequence has no train row; {} where none has any.
     """
-    found = {name: np.zeros((len(rows), values.shape[1])) for name in ("interpolated", "nearest_in_time")}
+    if not np.isin(sequences[rows], sequences[train]).any():
+        return {}
+    found = {name: train_mean_baseline(values[train], len(rows)) for name in ("interpolated", "nearest_in_time")}
     for sequence in np.unique(sequences[rows]):
         own = sequences[rows] == sequence
         asked = times[rows[own]]
@@ -332,7 +334,7 @@ def time_baselines(values, times, sequences, train, rows):
         for k, column in enumerate(values.T):
             known = of_sequence[~np.isnan(column[of_sequence])]
             if not len(known):
-                return {}
+                continue
             nearest = np.abs(asked[:, None] - times[known]).argmin(1)
             found["interpolated"][own, k] = np.interp(asked, times[known], column[known])
             found["nearest_in_time"][own, k] = column[known[nearest]]

@@ -52,8 +52,6 @@ BASELINES = {  # as sentences write them
     "ridge": "ridge regression",
     "ridge_multiscale": "ridge regression on three feature scales",
     "logistic": "logistic regression",
-    "image_ridge": "ridge regression on images and motion",
-    "motion_ridge": "ridge regression on the motion",
 }
 
 

@@ -11,7 +11,6 @@ import common
 from readers import probe_poses
 
 DARK_MEAN = 2.55  # grey levels of 255, 1 %
-LARGE_RESIDUAL = 1.0  # mm and degrees together
 STRONG_R = 0.5
 
 
@@ -33,17 +32,15 @@ def check(is_bad, name, found, remedy="", status="WARN"):
 
 def check_study(study, brightness):
     """All checks of a train_dreamer.Study; brightness: mean grey level of each picture in use."""
-    similar = probe_poses.similar_sequences(study.sequences, study.at1)
-    size = f"{len(study.names)} transitions in {len(set(study.sequences))} sequences"
     return [
-        Check("OK", "data", size),
+        Check("OK", "data", f"{len(study.names)} transitions in {len(set(study.sequences))} sequences"),
         *check_rows(study.skipped),
         *(check("WARNING" in note, "note", note) for note in study.notes),
         *check_composition(study.residuals, study.compose),
         *check_ranges(study.poses),
         *check_chain(study.sequences, study.order, study.frames, study.at1, study.at2),
         *check_time(study.place, study.at1),
-        *check_patients(study.sequences, study.patients, study.has_patients, similar),
+        *check_patients(study.sequences, study.patients, study.has_patients),
         *check_frames(study.store.audit, brightness, study.frames, study.patients),
     ]
 
@@ -69,25 +66,27 @@ def check_composition(residuals, chosen):
         total = row["mm"] + row["deg"]
         if row["convention"] == "additive" and total < 1e-6:
             text += "; exact, so the loss on at2 adds nothing to the one on at1"
-        is_poor = row["convention"] == chosen and total > LARGE_RESIDUAL
+        is_poor = row["convention"] == chosen and total > probe_poses.LARGE_RESIDUAL
         checks.append(check(is_poor, f"composition {row['convention']}", text, "check --angle_unit and the labels"))
     return checks or [Check("WARN", "composition", f"{chosen}, untested: no row has at1, motion and at2")]
 
 
 def pose_ranges(poses):
     """{quantity: (N, 6)} -> {quantity: {axis: {mean, sd, low, high, missing}}}."""
+    import pandas as pd
     ranges = {}
     for name, values in poses.items():
         mean, sd = probe_poses.centre_and_spread(values)
+        low = np.nanmin(values, axis=0)
+        high = np.nanmax(values, axis=0)
         columns = {
             "mean": mean,
-            "sd": sd,
-            "low": np.nanmin(values, axis=0),
-            "high": np.nanmax(values, axis=0),
+            "sd": np.where(low < high, sd, 0.0),
+            "low": low,
+            "high": high,
             "missing": np.isnan(values).sum(0),
         }
-        ranges[name] = {axis: {what: column[a] for what, column in columns.items()}
-                        for a, axis in enumerate(probe_poses.AXES)}
+        ranges[name] = pd.DataFrame(columns, index=probe_poses.AXES).to_dict("index")
     return ranges
 
 
@@ -139,16 +138,16 @@ def check_time(place, at1):
                   "a model may learn when instead of where: compare with the frame_index baseline")]
 
 
-def check_patients(sequences, patients, has_patients, similar):
-    """Who owns which folder; similar: lines on folders that may belong to one patient."""
+def check_patients(sequences, patients, has_patients):
+    """Who owns which folder."""
     n_folders = collections.Counter(dict(zip(sequences, patients)).values())
     one = check(len(n_folders) < 2, "several patients", f"{len(n_folders)} patients",
                 "one patient proves nothing across patients: --split_by time, or more patients")
     if has_patients:
         listed = ", ".join(f"{name} ({count})" for name, count in sorted(n_folders.items()))
         return [Check("OK", "patients", f"{listed} (folders)"), one]
-    unknown = Check("WARN", "patients", "not known: each folder counts as one", "give --patient_map or --patient_regex")
-    return [unknown, *(Check("WARN", "one patient?", line) for line in similar), one]
+    return [Check("WARN", "patients", "not known: each folder counts as one", "give --patient_map or --patient_regex"),
+            one]
 
 
 def check_frames(audit, brightness, frames, patients):

@@ -28,7 +28,7 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, num
     best = min(results.values(), key=lambda result: result.overall.baseline["mae"].value)
     result = pose_scores.in_units(best, label_sd)
     axes = pose_scores.axis_rows(result, table)
-    patients = pose_scores.patient_rows(table, result.baseline_name)
+    patients = pose_scores.patient_rows(table, result.baseline_name, label_sd)
     predictors = pose_scores.predictor_rows(table)
     baselines = pose_scores.baseline_rows(results)
     common.write_table(run.path("per_axis_error.csv"), axes)

@@ -30,9 +30,12 @@ SMALL_MOTION = 0.1  # in label sds: a model may as well ignore it
 
 
 def wrapped(predicted, target):
-    """Predictions (M, 6) turned by whole turns to within 180 degrees of their targets, so that errors subtract."""
-    error = probe_poses.on_arrays(probe_poses.pose_error, predicted, target)
-    return np.where(np.isnan(target), predicted, target + error)
+    """Predictions (M, 6) turned by whole turns to within 180 degrees of their targets, so that errors subtract.
+
+    Where a target is missing, to within 180 degrees of 0.
+    """
+    target = np.nan_to_num(target)
+    return target + probe_poses.on_arrays(probe_poses.pose_error, predicted, target)
 
 
 def unwrapped(target):
@@ -108,37 +111,44 @@ def axis_rows(result, table):
     return rows
 
 
+def geodesic_error(predicted, target):
+    """Mean angle in degrees between the orientations of poses (M, 6)."""
+    return common.mean_without_nan(probe_poses.on_arrays(probe_poses.geodesic_degrees, predicted, target))
+
+
 def predictor_rows(table):
     """One dict per predictor: mean MAE over the translations and over the angles, distance in mm, geodesic angle."""
     rows = []
     for name, values in {"model": table.predicted, **table.baselines}.items():
         error = np.abs(values - table.target)
-        angle = probe_poses.on_arrays(probe_poses.geodesic_degrees, values, table.target)
         rows.append({
             "predictor": name,
             "mae_mm": common.mean_without_nan(error[:, :3].ravel()),
             "mae_deg": common.mean_without_nan(error[:, 3:].ravel()),
             "distance_mm": common.mean_without_nan(np.linalg.norm(error[:, :3], axis=1)),
-            "geodesic_deg": common.mean_without_nan(angle),
-            "meaning": BASELINES.get(name, ""),
+            "geodesic_deg": geodesic_error(values, table.target),
         })
     return rows
 
 
-def patient_rows(table, baseline_name):
-    """One dict per patient: rows, MAE per axis of the model and of that baseline, geodesic angle of the model."""
+def patient_rows(table, baseline_name, sd):
+    """One dict per patient: rows, error of the model and of that baseline, geodesic angle of the model.
+
+    Errors are the MAE per axis, and its mean over the axes in units of sd (6,).
+    """
     rows = []
     for patient in np.unique(table.groups):
         own = prediction_tables.take(table, table.groups == patient)
         model = common.regression_metrics(own.predicted, own.target)["mae"]  # (6,)
         baseline = common.regression_metrics(own.baselines[baseline_name], own.target)["mae"]
-        angle = probe_poses.on_arrays(probe_poses.geodesic_degrees, own.predicted, own.target)
         rows.append({
             "patient": patient,
             "transitions": len(own.target),
+            "error": common.mean_without_nan(model / sd),
+            "baseline_error": common.mean_without_nan(baseline / sd),
             **{f"mae_{axis}": value for axis, value in zip(table.names, model)},
             **{f"baseline_mae_{axis}": value for axis, value in zip(table.names, baseline)},
-            "geodesic_deg": common.mean_without_nan(angle),
+            "geodesic_deg": geodesic_error(own.predicted, own.target),
         })
     return rows
 
@@ -184,10 +194,7 @@ def verdict(result, per_patient, has_patients, seen="new"):
     n = len(per_patient)
     if n == 1:
         return f"One patient proves nothing across patients. Within it, over blocks of time: {text}"
-    better = 0
-    for row in per_patient:
-        ratios = [row[f"mae_{axis}"] / row[f"baseline_mae_{axis}"] for axis in result.names]
-        better += np.mean(ratios) < 1
+    better = sum(row["error"] < row["baseline_error"] for row in per_patient)
     who = "patients are" if has_patients else "folders, whose patients are not known, are"
     return (f"{n} {who} too few for an interval across patients (better in {better} of {n}). "
             f"Within them, over blocks of time: {text}")
@@ -199,7 +206,7 @@ def place_alarms(results):
         return []
     model = results["frame_index"].overall.model["mae"]
     place = results["frame_index"].overall.baseline["mae"].value
-    if place > model.value and not model.low <= place <= model.high:
+    if place > np.nanmax([model.value, model.high]):
         return []
     return [f"the place in the sequence alone predicts as well as the model ({place:.3f} against {model.value:.3f}): "
             "it may know when, not where. Score sweeps that begin and end elsewhere, or look at --split_by time"]
@@ -252,14 +259,19 @@ def latent_terms(features_t1, imagined, features_t2):
     }
 
 
+def variance_and_spread(mean, square):
+    """Of feature maps whose channels have these means and mean squares (M, F): their variance about their channel's
+    mean, and how much frames differ: sd over the frames of the channels' means, over the rms of the features.
+    """
+    variance = square.mean(0) - mean.mean(0).square()  # (F,)
+    sd = mean.var(0, correction=0).mean().clamp(min=1e-12).sqrt()
+    return variance.mean().clamp(min=1e-8), sd / square.mean().sqrt().clamp(min=1e-6)
+
+
 def latent_numbers(rows):
     """latent_loss (1 = a constant map), latent_skill (1 = copying t1; lower is better), feature_spread; whole split."""
     error = rows["latent_error"].double().mean()
-    mean = rows["feature_mean"].double()  # (M, F)
-    square = rows["feature_square"].double().mean(0)  # (F,)
-    variance = (square - mean.mean(0).square()).mean().clamp(min=1e-8)
-    sd = mean.var(0, correction=0).mean().sqrt()
-    spread = sd / square.mean().sqrt().clamp(min=1e-6)
+    variance, spread = variance_and_spread(rows["feature_mean"].double(), rows["feature_square"].double())
     return {
         "latent_loss": (error / variance).item(),
         "latent_skill": (error / rows["copy_error"].double().mean()).item(),

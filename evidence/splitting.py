@@ -291,23 +291,27 @@ def found_items(items):
 def leakage_report(split, keys, pixels, phash=None, values=None, pairs=None):
     """What every two parts share and what each holds twice, whatever the order of the rows.
 
-    split: {part: rows}; keys: N unique names; pixels: N texts, equal for equal pixels, '' =
-    unreadable; phash: N perceptual_hash; values: {what: N texts or None}, '' = none, such as groups and
-    events; pairs: {what: list of two rows}. Returns {between: {a-b: {what: {count, examples}}},
+    split: {part: rows}, a row of two parts is its own duplicate; keys: N unique names; pixels: N texts, equal for
+    equal pixels, '' = unreadable; phash: N perceptual_hash; values: {what: N texts or None}, '' = none, such as groups
+    and events; pairs: {what: list of two rows}. Returns {between: {a-b: {what: {count, examples}}},
     within: {part: {what: {count, examples}}}}: distinct values for values and exact duplicates
     (within a part: copies beyond the first), pairs for pairs and near duplicates.
     """
-    part_of = {row: part for part, rows in split.items() for row in rows}
-    readable = [row for row in part_of if pixels[row]]
+    parts_of = collections.defaultdict(list)
+    for part, rows in split.items():
+        for row in rows:
+            parts_of[row].append(part)
+    readable = [row for row in parts_of if pixels[row]]
     alike = {"exact_duplicates": _rows_by_value(pixels, readable).values(), **(pairs or {})}
     if phash is not None:
         alike["near_duplicates"] = _near_duplicates(readable, pixels, phash)
-    held = {what: _rows_by_value(column, part_of) for what, column in (values or {}).items() if column is not None}
+    held = {what: _rows_by_value(column, parts_of) for what, column in (values or {}).items() if column is not None}
     for what, sets in alike.items():
         held[what] = {" = ".join(sorted(keys[row] for row in rows)): rows for rows in sets}
     counts = {}  # in which parts each of them stands how often
     for what, found in held.items():
-        counts[what] = {text: collections.Counter(part_of[row] for row in rows) for text, rows in found.items()}
+        counts[what] = {text: collections.Counter(part for row in rows for part in parts_of[row])
+                        for text, rows in found.items()}
 
     parts = [part for part in split if len(split[part])]
     report = {"near_duplicate_bits": NEAR_DUPLICATE_BITS, "between": {}, "within": {}}
@@ -375,8 +379,8 @@ def check_leakage(report, allow_leakage=False, stopping=STOPPING_LEAKS):
                 faults.append(f"{pair} share {_count_text(what, item)} ({examples})")
     if faults and not allow_leakage:
         raise common.UserError(
-            f"leakage between the splits: {'; '.join(faults)}. Split by --group_column, remove the "
-            "copies, or go on with --allow_leakage.")
+            f"leakage between the splits: {'; '.join(faults)}. Split by --group_column (probe guidance: --patient_map, "
+            "in time a larger --gap), remove the copies, or go on with --allow_leakage.")
 
 
 def record_split(run, split, keys, report, stopping=STOPPING_LEAKS, columns=None, groups=None):

@@ -16,8 +16,9 @@ from evidence import class_scores, metric_names
 
 CONSTANT_REMEDY = "The network has learnt nothing: more --epochs, a higher --lr, published weights"
 NOT_FINITE_REMEDY = "Lower --lr, or --use_amp off"
-REPEATS_REMEDY = "Look for rows with the same input (the section Leakage), and keep them together: --group_column"
-LABELS_REMEDY = "Add rows with other labels, or leave it out (--target_columns)"
+REPEATS_REMEDY = ("Look for rows with the same input (the section Leakage), and keep them together: --group_column "
+                  "(probe guidance: --patient_map)")
+LABELS_REMEDY = "Add rows with other labels, or leave it out (--target_columns, where a script has them)"
 NO_ROWS = "no rows to judge. Give this part labelled rows: a higher --test_ratio, or another --split_file"
 OVERFITTING_REMEDY = "More rows, a smaller --lr, fewer --epochs, fewer trained layers"
 
@@ -62,7 +63,7 @@ def split_gap_alarms(train_metrics, val_metrics, metric="pearson_r", remedy=OVER
     numbers = f"({metric} {train:.3f} and {val:.3f})"
     if train < val - 0.15:
         return [f"train far below validation {numbers}: a leak, or a fault in evaluation. Look for copies in the "
-                "section Leakage, and name who or what repeats with --group_column"]
+                "section Leakage, and name who or what repeats: --group_column (probe guidance: --patient_map)"]
     return [f"train far above validation {numbers}: overfitting. {remedy}"] if train > val + 0.3 else []
 
 

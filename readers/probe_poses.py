@@ -4,7 +4,6 @@ Letters: N transitions. Units: a pose is (x, y, z, roll, pitch, yaw), mm and deg
 """
 import collections
 import dataclasses
-import itertools
 import math
 import re
 from pathlib import Path
@@ -19,6 +18,7 @@ AXES = ("x_mm", "y_mm", "z_mm", "roll_deg", "pitch_deg", "yaw_deg")
 FILE_NAME = "transitions_dataset.json"
 FIELDS = {"at1": "at1_6dof", "motion": "action_change_6dof", "at2": "at2_6dof"}
 LARGEST_LABEL = 200.0  # mm or degrees: anything beyond is a fault of the tracker
+LARGE_RESIDUAL = 1.0  # mm and degrees together
 EULER_ORDERS = ("zyx", "zxy", "yzx", "yxz", "xzy", "xyz")  # of the factors of R; the first is ours
 
 
@@ -63,6 +63,8 @@ def rotation_matrix(angles):
 
 def from_order(poses, order):
     """{name: poses (N, 6) whose R is the product of the three turns in another order} -> the same poses in ours."""
+    if order == "zyx":
+        return poses
     turned = {}
     for name, values in poses.items():
         product = np.eye(3)
@@ -170,13 +172,18 @@ def composition_residuals(at1, motion, at2):
 
 
 def centre_and_spread(poses):
-    """(N, 6), NaN = missing -> (mean (6,), sd (6,)); angles about their circular mean: 179, -179 give 180."""
+    """(N, 6), NaN = missing -> (mean (6,), sd (6,)); angles about their circular mean: 179, -179 give 180.
+
+    The sd of an axis that never varies is 1, so that rounding does not count as an error.
+    """
     angle = np.deg2rad(poses[:, 3:])
-    sine = np.nanmean(np.sin(angle), axis=0)
-    cosine = np.nanmean(np.cos(angle), axis=0)
+    sine = common.mean_without_nan(np.sin(angle), 0)
+    cosine = common.mean_without_nan(np.cos(angle), 0)
     about = np.append(np.zeros(3), np.rad2deg(np.arctan2(sine, cosine)))
     apart = on_arrays(pose_error, poses, np.broadcast_to(about, poses.shape))
-    return about + np.nanmean(apart, axis=0), np.nanstd(apart, axis=0).clip(1e-6)
+    mean = common.mean_without_nan(apart, 0)
+    sd = np.sqrt(common.mean_without_nan((apart - mean) ** 2, 0))
+    return about + mean, np.where(sd > 1e-6, sd, 1.0)
 
 
 # --------------------------------------------------------------------------------------
@@ -342,23 +349,27 @@ def best_miss(poses):
     return min((row["mm"] + row["deg"] for row in residuals), default=math.inf)
 
 
-def choose_unit(poses, asked):
-    """(deg or rad, why): beyond pi are degrees; else the unit in which the poses compose, else a guess by the size."""
+def choose_unit(poses, asked, usual=None):
+    """(deg or rad, why): beyond pi are degrees; else the unit in which the poses compose, else a guess by the size.
+
+    usual: of the data that a model was trained on, which is taken rather than a guess.
+    """
     if asked != "auto":
         return asked, "asked for"
     largest = largest_angle(poses)
     known = f"largest in the files: {largest:.4g}"
-    if not 0 < largest <= math.pi + 1e-6:
+    if largest == 0 or largest > math.pi + 1e-6:
         return "deg", known
     missed = {unit: best_miss(in_degrees(poses, unit)) for unit in ("deg", "rad")}
     best, other = sorted(missed, key=missed.get)
     if missed[other] > 2 * missed[best] + 0.01:
         text = f"in {best} at2 is missed by {missed[best]:.3g} mm and degrees, in {other} by {missed[other]:.3g}"
         return best, f"{known}; {text}"
-    return "rad", f"WARNING: {known}; guessed from that alone, --angle_unit tells it"
+    source = "as in the training data" if usual else "guessed from that alone"
+    return usual or "rad", f"WARNING: {known}; {source}, --angle_unit tells it"
 
 
-def refuse_other_frame(poses):
+def check_positions(poses):
     """UserError where most positions of an axis are beyond 200: these are no outliers; returns notes on the unit."""
     at = np.concatenate([poses["at1"], poses["at2"]])
     n_far = np.sum(np.abs(at) > LARGEST_LABEL, axis=0)
@@ -390,22 +401,21 @@ def mask_labels(poses, unit):
     return notes
 
 
-def read_order(poses, asked):
+def read_order(poses, asked, usual="zyx"):
     """Poses whose angles have another Euler order are turned, in place, into ours. Returns (order, notes).
 
-    auto: ours, unless it fits poorly and another one fits far better.
+    auto: the usual one, unless it fits poorly and another one fits far better.
     """
     order = asked
     why = "asked for"
     if asked == "auto":
-        order = "zyx"
-        missed = best_miss(poses)
-        if 0.01 < missed < math.inf:
-            found = {tried: best_miss(from_order(poses, tried)) for tried in EULER_ORDERS}
-            best = min(found, key=found.get)
-            if found[best] < missed / 10:
-                order = best
-                why = f"at2 is missed by {found[best]:.3g} mm and degrees instead of {missed:.3g}: --euler_order"
+        order = usual
+        why = "as in the training data"
+        found = {tried: best_miss(from_order(poses, tried)) for tried in EULER_ORDERS}
+        best = min(found, key=found.get)
+        if found[usual] > 0.01 and found[best] < found[usual] / 10:
+            order = best
+            why = f"at2 is missed by {found[best]:.3g} mm and degrees instead of {found[usual]:.3g}: --euler_order"
     if order == "zyx":
         return order, []
     for name, values in from_order(poses, order).items():
@@ -428,7 +438,7 @@ def choose_composition(asked, residuals):
     text = (
         f"composition {chosen} ({why}): at2 missed by {tried[chosen]['mm']:.3g} mm and "
         f"{tried[chosen]['deg']:.3g} degrees on average")
-    if missed[chosen] > 1.0 or missed[chosen] > 2 * missed[best] + 0.01:
+    if missed[chosen] > LARGE_RESIDUAL or missed[chosen] > 2 * missed[best] + 0.01:
         text += ": a poor fit; check --angle_unit, --euler_order and which way the motion goes"
     return chosen, text
 
@@ -448,25 +458,27 @@ def complete_poses(poses, convention):
     return notes
 
 
-def complete_rows(transitions, asked_unit, asked_composition, asked_order="auto"):
+def complete_rows(transitions, asked_unit, asked_composition, asked_order="auto", usual=None):
     """({at1, motion, at2: (N, 6)} of N Transitions, checked and completed, what was found on the way).
 
-    Found are angle_unit, euler_order, compose, residuals (of composition_residuals) and notes.
+    usual: angle_unit and euler_order of the data that a model was trained on, for data that do not tell theirs. Found
+    are angle_unit, euler_order, compose, residuals (of composition_residuals) and notes.
     """
+    usual = usual or {"angle_unit": None, "euler_order": "zyx"}
     poses = {name: np.stack([getattr(row, name) for row in transitions]) for name in FIELDS}
-    notes = refuse_other_frame(poses)
-    unit, why = choose_unit(poses, asked_unit)
+    notes = check_positions(poses)
+    unit, why = choose_unit(poses, asked_unit, usual["angle_unit"])
     notes += [f"angles are read as {unit} ({why})", *mask_labels(poses, unit)]
-    order, reordered = read_order(poses, asked_order)
+    order, reordered = read_order(poses, asked_order, usual["euler_order"])
     notes += reordered
     residuals = composition_residuals(**poses)
     convention, text = choose_composition(asked_composition, residuals)
     notes += [text, *complete_poses(poses, convention)]
-    facts = {"angle_unit": unit, "euler_order": order, "compose": convention, "residuals": residuals, "notes": notes}
-    return poses, facts
+    return poses, {
+        "angle_unit": unit, "euler_order": order, "compose": convention, "residuals": residuals, "notes": notes}
 
 
-def reasons_to_skip(transitions, poses, needs_labels, needs_frames=True):
+def reasons_to_skip(transitions, poses, needs_labels, needs_motion=True, needs_frames=True):
     """Why each row cannot be used, None where it can."""
     has_motion = ~np.isnan(poses["motion"]).any(1)
     has_label = ~np.isnan(np.hstack([poses["at1"], poses["at2"]])).all(1)
@@ -476,7 +488,7 @@ def reasons_to_skip(transitions, poses, needs_labels, needs_frames=True):
             return f"no file {row.ft1!r}"
         if needs_frames and needs_labels and row.path_t2 is None:
             return f"no file {row.ft2!r}"
-        if not has_motion[i]:
+        if needs_motion and not has_motion[i]:
             return f"no usable {FIELDS['motion']}"
         return "no usable label" if needs_labels and not has_label[i] else None
     return [reason(i, row) for i, row in enumerate(transitions)]
@@ -512,34 +524,10 @@ def patients_of(sequences, patient_map=None, patient_regex=None):
     return patients
 
 
-def similar_sequences(sequences, at1, most=5):
-    """Lines on folders that may belong to one patient: names that differ in a last number only, tracks that agree.
-
-    sequences: (N,) folders; at1: (N, 6). The distance of two tracks is the median distance from a pose at1 of one to
-    the nearest of the other, over the six axes in units of their sd; the same sweep twice gives 0.
-    """
-    folders = sorted(set(sequences))
+def similar_names(sequences):
+    """Lines on folders (N,) that may belong to one patient: names that differ in a last number only."""
     stems = collections.defaultdict(list)
-    for folder in folders:
+    for folder in sorted(set(sequences)):
         stems[re.sub(r"[_-]?\d+$", "", folder)].append(folder)
-    lines = []
-    for alike in stems.values():
-        if len(alike) > 1:
-            lines.append(
-                f"names alike: {common.shorten_list(alike, 6)}; one patient? "
-                r"--patient_regex '(.*)_\d+$'")
-    if np.isnan(at1).any(1).all():
-        return lines
-    import pandas as pd
-    scaled = pd.DataFrame(at1 / centre_and_spread(at1)[1]).dropna()
-    tracks = {folder: track[:400].to_numpy() for folder, track in scaled.groupby(sequences[scaled.index])}
-
-    def distance(one, other):
-        apart = np.linalg.norm(one[:, None] - other[None], axis=-1)  # (poses of one, poses of other)
-        return max(np.median(apart.min(0)), np.median(apart.min(1)))
-    pairs = [
-        (distance(tracks[one], tracks[other]), one, other)
-        for one, other in itertools.combinations(tracks, 2)]
-    for apart, one, other in sorted(pairs)[:most]:
-        lines.append(f"tracks alike: {one} and {other}, {apart:.2f} sd apart")
-    return lines
+    return [f"names alike: {common.shorten_list(alike, 6)}; one patient? " r"--patient_regex '(.*)_\d+$'"
+            for alike in stems.values() if len(alike) > 1]

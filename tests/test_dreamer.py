@@ -5,6 +5,7 @@
 import csv
 import json
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from torch import nn
 import common
 import train_dreamer
 import verify_setup
-from conftest import DRAW, only_run, run_here, run_fresh, run_script
-from evidence import baseline_models, pose_scores, prediction_tables
+from conftest import DRAW, ROOT, only_run, run_here, run_fresh, run_script
+from evidence import baseline_models, pose_scores, prediction_tables, splitting
 from readers.probe_poses import AXES
 from readers import backbones, probe_poses
 
@@ -124,7 +125,7 @@ def test_another_program_judges_the_predictions_alike(trained, tmp_path):
 def test_angles_are_turned_towards_the_truth():
     target = np.array([[0, 0, 0, 179.0, -170.0, np.nan]])
     found = pose_scores.wrapped(np.array([[200.0, 0, 0, -179.0, 175.0, 400.0]]), target)
-    assert found.tolist() == [[200.0, 0, 0, 181.0, -185.0, 400.0]]
+    assert found.tolist() == [[200.0, 0, 0, 181.0, -185.0, 40.0]], "without a truth within 180 degrees of 0"
 
 
 def test_data_turned_by_180_degrees_give_the_same_numbers():
@@ -331,11 +332,15 @@ def test_folds_in_time_leave_a_gap_on_both_sides(slices, tmp_path):
     assert places["test"].isdisjoint(places["train"] | places["val"]) and places["train"]
 
 
-def test_inner_folds_never_cut_what_belongs_together(slices):
+def loaded(slices):
+    """(Study, its rows)"""
     args = train_dreamer.parse_args(["--data_dir", str(slices), *TINY])
-    run = types.SimpleNamespace(say=lambda text: None, path=slices.joinpath)
-    study = train_dreamer.load_study(args, run)
-    rows = np.arange(len(study.names))
+    study = train_dreamer.load_study(args, types.SimpleNamespace(say=lambda text: None, path=slices.joinpath))
+    return study, np.arange(len(study.names))
+
+
+def test_inner_folds_never_cut_what_belongs_together(slices):
+    study, rows = loaded(slices)
     assert set(study.inner_groups(rows)) == set(study.patients)
     own = rows[study.sequences == study.sequences[0]]
     blocks = study.inner_groups(own)
@@ -435,7 +440,8 @@ def shrink_towards_collapse(guarded, steps=600):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return train_dreamer.feature_spread(encoder(torch.randn(256, 1, 8, 8))).item()
+    features = encoder(torch.randn(256, 1, 8, 8))
+    return pose_scores.variance_and_spread(features.mean(2), features.square().mean(2))[1].item()
 
 
 def test_the_guard_keeps_features_from_collapsing():
@@ -505,7 +511,8 @@ def shuffle_ratio(ignore_motion):
             loss.backward()
             optimizer.step()
     held_out = banded_batches(64, 1, model)
-    use = train_dreamer.use_of_inputs(model, held_out, loss_function, compute, np.array(["p"] * 64))
+    study = types.SimpleNamespace(at1=np.zeros((64, 6)), patients=np.array(["p"] * 64))
+    use = train_dreamer.use_of_inputs(model, held_out, loss_function, compute, study, [], np.arange(64))
     return use["action_shuffle_ratio"]
 
 
@@ -547,11 +554,10 @@ def test_latent_numbers_do_not_depend_on_the_batches():
 
 # --- baselines and verdict --------------------------------------------------------------------------
 
-def pose_table(patients, target, predicted):
-    zero = np.zeros_like(target)
+def pose_table(patients, target, predicted, baselines=None):
     return prediction_tables.ScoreTable(
         keys={"name": np.arange(len(target)).astype(str)}, names=list(AXES), target=target, predicted=predicted,
-        baselines={"zero": zero}, groups=patients)
+        baselines=baselines or {"zero": np.zeros_like(target)}, groups=patients)
 
 
 def small_result(patients=6, gain=0.3, seed=3):
@@ -571,10 +577,25 @@ def small_result(patients=6, gain=0.3, seed=3):
     (1, ["One patient proves nothing across patients", "over blocks of time: "]),
 ])
 def test_the_verdict_says_over_what_it_holds(patients, words):
-    table, result, _ = small_result(patients)
-    per_patient = pose_scores.patient_rows(table, "zero")
+    table, result, sd = small_result(patients)
+    per_patient = pose_scores.patient_rows(table, "zero", sd)
     text = pose_scores.verdict(result, per_patient, has_patients=True)
     assert all(word in text for word in words), text
+
+
+def test_a_patient_counts_as_better_by_the_error_of_the_verdict():
+    """By hand: .76 against .84 label sds, though the ratio of the first axis is 5; an unlabelled axis does not count."""
+    sd = np.array([2.0, 1, 1, 1, 1, 4])
+    predicted = sd * [[0.05, 0.9, 0.9, 0.9, 0.9, 0.9]]
+    baseline = {"other": sd * [[0.01, 1, 1, 1, 1, 1]]}
+    target = np.zeros((1, 6))
+    row, = pose_scores.patient_rows(pose_table(np.array(["p"]), target, predicted, baseline), "other", sd)
+    assert (row["error"], row["baseline_error"]) == (pytest.approx(4.55 / 6), pytest.approx(5.01 / 6))
+    target[0, 2] = np.nan
+    second, = pose_scores.patient_rows(pose_table(np.array(["q"]), target, predicted, baseline), "other", sd)
+    assert second["error"] == pytest.approx(3.65 / 5)
+    result = small_result(3)[1]
+    assert "better in 2 of 2" in pose_scores.verdict(result, [row, second], has_patients=True)
 
 
 def test_no_gain_is_not_called_one():
@@ -586,7 +607,8 @@ def test_angles_of_a_patient_leave_out_rows_with_a_missing_label():
     """A missing angle must not count as 0 degrees."""
     target = np.full((2, 6), 40.0)
     target[1, 4] = np.nan
-    row = pose_scores.patient_rows(pose_table(np.array(["p", "p"]), target, np.full((2, 6), 40.0)), "zero")[0]
+    table = pose_table(np.array(["p", "p"]), target, np.full((2, 6), 40.0))
+    row = pose_scores.patient_rows(table, "zero", np.ones(6))[0]
     assert row["geodesic_deg"] == pytest.approx(0, abs=1e-6) and row["mae_pitch_deg"] == 0
 
 
@@ -614,7 +636,25 @@ def test_poses_in_time_are_interpolated_on_both_sides_of_a_gap():
     found = baseline_models.time_baselines(values, times, sequences, train, rows)
     assert found["interpolated"].tolist() == [[20, 5], [30, 5], [60, 5], [60, 5], [1, 1]]
     assert found["nearest_in_time"].tolist() == [[10, 5], [40, 5], [60, 5], [60, 5], [1, 1]]
-    assert baseline_models.time_baselines(values, times, sequences, train[:4], rows) == {}
+    filled = baseline_models.time_baselines(values, times, sequences, train[:4], rows)
+    assert filled["interpolated"].tolist() == [*found["interpolated"][:4].tolist(), [27.5, 5]], "b: the train mean"
+    assert baseline_models.time_baselines(values, times, sequences, train[:4], rows[4:]) == {}
+
+
+def test_a_short_sequence_takes_no_baseline_out_of_a_fold():
+    """20 rows beside 100: the middle fold leaves no train row of them, and the folds could not be joined."""
+    sequences = np.repeat(["a", "b"], [100, 20])
+    order = np.r_[np.arange(100), np.arange(20)]
+    motion = np.random.default_rng(3).normal(0, 1, (120, 6))
+    study = types.SimpleNamespace(at1=motion + 5, motion=motion, sequences=sequences, patients=sequences, order=order,
+                                  place=order / 100, inner_groups=lambda rows: order[rows] // 10)
+    tables = []
+    for fold in splitting.folds_by_time(sequences, order, 5, 10):
+        train, rows = fold["train"], fold["val"]
+        found = train_dreamer.baselines(study, train, rows, study.at1[train].mean(0))
+        assert {"interpolated", "nearest_in_time", "patient_mean"} <= set(found)
+        tables.append(pose_table(sequences[rows], study.at1[rows], study.at1[rows], found))
+    assert len(prediction_tables.join(tables, range(5)).baselines["interpolated"]) == 120
 
 
 def test_a_patient_mean_needs_train_rows_of_each_patient():
@@ -627,7 +667,9 @@ def test_a_patient_mean_needs_train_rows_of_each_patient():
     centre = study.at1[train].mean(0)
     found = train_dreamer.baselines(study, train, np.array([38, 17]), centre)["patient_mean"]
     assert np.allclose(found, [study.at1[20:35].mean(0), study.at1[0:15].mean(0)])
-    assert "patient_mean" not in train_dreamer.baselines(study, train, np.array([38, 50]), centre)
+    filled = train_dreamer.baselines(study, train, np.array([38, 50]), centre)["patient_mean"]
+    assert np.allclose(filled, [study.at1[20:35].mean(0), centre]), "the train mean for a patient without train rows"
+    assert "patient_mean" not in train_dreamer.baselines(study, train, np.array([50, 51]), centre)
     assert "patient_mean" not in train_dreamer.baselines(study, train[:15], np.array([16, 17]), centre), "one patient"
 
 
@@ -685,24 +727,155 @@ def test_keys_of_the_published_study_are_read(tmp_path):
 
 
 def test_flags_of_the_world_model_without_one_are_said():
-    args = train_dreamer.parse_args(["--num_layers", "3", "--primary_task_only"])
-    assert train_dreamer.flags_without_effect(args) == ["--n_layers 3", "--primary_task_only True"]
+    args = train_dreamer.parse_args(["--num_layers", "3", "--primary_task_only", "--backbone_lr_mult", "0.1"])
+    assert train_dreamer.flags_without_effect(args) == [
+        "--n_layers 3", "--backbone_lr_mult 0.1", "--primary_task_only True"]
     args = train_dreamer.parse_args(["--num_layers", "3", "--token_type", "channel"])
     assert not train_dreamer.flags_without_effect(args)
 
 
+def test_the_published_size_can_be_trained_in_folds_and_without_a_test_part():
+    config = ["--config", str(ROOT / "configs" / "dreamer_production.yaml")]
+    args = train_dreamer.parse_args([*config, "--folds", "3"])
+    assert common.split_ratios(args) == {"train": 0.85, "val": 0.15, "test": 0.0}
+    args = train_dreamer.parse_args([*config, "--test_ratio", "0"])
+    assert common.split_ratios(args)["train"] == 0.85
+
+
+def test_an_undefined_number_of_one_fold_is_undefined_over_all():
+    """null in the metrics.json of a fold whose patients have one row each."""
+    folds = [{"rows": 10, "retrieval_rank": None, "latent_skill": 0.5},
+             {"rows": 30, "retrieval_rank": 0.3, "latent_skill": 0.9}]
+    found = train_dreamer.mean_use(folds)
+    assert found["latent_skill"] == pytest.approx(0.8) and np.isnan(found["retrieval_rank"])
+
+
+# --- from a checkpoint -----------------------------------------------------------------------
+
+def write_model(folder, args):
+    """best_model.pth of an untrained model -> its path."""
+    model = train_dreamer.build_model(args, UNIT, "additive")
+    settings = {name: getattr(args, name) for name in train_dreamer.MODEL_FLAGS}
+    settings |= {"compose": "additive", "angle_unit": "deg", "euler_order": "zyx", "pixel_range": [0.0, 900.0]}
+    common.save_checkpoint(folder / "best_model.pth", common.to_plain_types({
+        "format": common.FORMAT, "script": "train_dreamer.py", "model": model.state_dict(), "epoch": 1, "scaler": UNIT,
+        "settings": settings, "pretrained": False}))
+    return folder / "best_model.pth"
+
+
+@pytest.fixture
+def as_script(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_dreamer.py"])
+
+
+def readout_args(*more):
+    return tiny_args(*READOUT, *more)
+
+
+def test_what_belongs_to_the_files_is_not_that_of_the_checkpoint(as_script, tmp_path):
+    path = write_model(tmp_path, readout_args())
+    run = types.SimpleNamespace(say=lambda text: None, compute=common.choose_compute("cpu", "off"))
+    own = ["--mode", "evaluate", "--checkpoint", path, "--data_dir", "new"]
+    typed = ["--angle_unit", "rad", "--pixel_range", 0, 50]
+    for more, unit, pixel_range in (([], "auto", [0, 900]), (typed, "rad", [0, 50])):
+        asked = train_dreamer.parse_args([*map(str, own), *map(str, more)])
+        _, _, args = train_dreamer.load_checkpoint(asked, run)
+        assert (args.angle_unit, list(args.pixel_range)) == (unit, pixel_range)
+        assert (args.encoder, args.compose, args.image_size) == ("resnet18", "additive", 64)
+
+
+@pytest.mark.parametrize("given, found", [
+    ([], {"patient_regex": "(.*)_", "angle_unit": "rad", "seed": 7, "weights": Path("w.pth"), "data_dir": Path("old")}),
+    (["--patient_map", "new.csv"], {"patient_regex": None, "patient_map": Path("new.csv"), "angle_unit": "rad"}),
+    (["--data_dir", "new", "--seed", "3"],
+     {"patient_regex": None, "angle_unit": "auto", "seed": 3, "weights": Path("w.pth"), "data_dir": Path("new")}),
+])
+def test_flags_are_taken_over_from_the_run_of_the_checkpoint(tmp_path, given, found):
+    flags = {"data_dir": "old", "patient_regex": "(.*)_", "angle_unit": "rad", "seed": 7, "weights": "w.pth"}
+    (tmp_path / "args.json").write_text(json.dumps({"flags": flags}))
+    args = train_dreamer.parse_args(["--mode", "evaluate", "--checkpoint", str(tmp_path), *given])
+    assert {name: getattr(args, name) for name in found} == found
+
+
+def test_data_of_the_same_names_are_not_the_checkpoints_own(tmp_path):
+    """Rows named train that it was not trained on: every row is scored, and none is fitted on."""
+    names = np.array(["p/1-2", "p/2-3", "q/1-2"])
+    (tmp_path / "splits.json").write_text(json.dumps(dict(zip(("train", "val", "test"), ([name] for name in names)))))
+    args = types.SimpleNamespace(checkpoint=tmp_path / "best_model.pth", score_part="auto", data_dir=tmp_path)
+    seen = common.SeenRows(fitted=[1], chose=[2])
+    lines = []
+    run = types.SimpleNamespace(say=lines.append)
+    own = types.SimpleNamespace(names=names, hashes=np.array([[1], [2], [3]]))
+    part, rows, fitted = train_dreamer.rows_to_score(run, args, own, seen)
+    assert (part, rows.tolist(), fitted.tolist(), lines) == ("test", [2], [0, 1], [])
+    other = types.SimpleNamespace(names=names, hashes=np.array([[7], [8], [9]]))
+    part, rows, fitted = train_dreamer.rows_to_score(run, args, other, seen)
+    assert (part, rows.tolist(), fitted.tolist()) == ("all", [0, 1, 2], []) and lines[0].startswith("note: ")
+
+
+def test_weights_of_another_model_or_encoder_are_refused_as_a_start(as_script, slices, tmp_path):
+    """A mistake in the flags, not a damaged file; another encoder would give other features than the readout's."""
+    path = write_model(tmp_path, readout_args())
+    cases = {("--token_type", "spatial"): "token_type none, expected spatial",
+             (*READOUT, "--encoder", "resnet34"): "encoder resnet18, expected resnet34",
+             (*READOUT, "--seed", 7): "other weights"}
+    study, rows = loaded(slices)
+    for more, words in cases.items():
+        args = tiny_args("--init_from", path, "--data_dir", slices, *more)
+        with pytest.raises(common.UserError, match=words) as error:
+            train_dreamer.fit(types.SimpleNamespace(compute=common.choose_compute("cpu", "off")), args, study,
+                              {"train": rows, "val": rows}, None)
+        assert not isinstance(error.value, common.CheckpointError)
+
+
+def test_a_readout_solved_on_train_and_validation_rows_is_undone_by_a_resume():
+    """Killed between best_model.pth and metrics.json: with --select last, too, validation rows are predicted anew."""
+    model = types.SimpleNamespace(imagines=False, solved=nn.Linear(3, 6))
+    training = types.SimpleNamespace(model=model, select="last", load_best=lambda: {"epoch": 3})
+    readout = baseline_models.Readout(np.full((3, 6), 2.0), np.arange(6.0), ["all"])
+    assert train_dreamer.keep_if_better(training, None, None, readout, None) == {"epoch": 3}
+    assert (model.solved.weight == 2).all() and model.solved.bias.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_patients_that_the_final_readout_was_solved_on_are_train_patients():
+    study = types.SimpleNamespace(patients=np.array(["a", "b", "c"]), hashes=np.array([[1], [2], [3]]))
+    readout = baseline_models.Readout(np.zeros((3, 6)), np.zeros(6), ["all"])
+    model = types.SimpleNamespace(imagines=False, solved=nn.Linear(3, 6))
+    found = train_dreamer.use_readout(model, study, np.array([0, 1]), readout, common.SeenRows([1], [2]))
+    assert found["train_patients"] == ["a", "b"] and found["seen"].fitted.tolist() == [1, 2]
+
+
+def test_a_trained_readout_lends_its_encoder_to_the_baseline(slices):
+    """Random weights of another seed, as those of another --weights file would be."""
+    study, rows = loaded(slices)
+    compute = common.choose_compute("cpu", "off")
+    args = readout_args("--mode", "predict", "--checkpoint", "x")
+    encoder = train_dreamer.build_encoder(readout_args("--seed", 7), train_dreamer.GridEncoder)
+    own, lent = (train_dreamer.see_frames(study, rows[:4], args, compute, lender).grids for lender in (None, encoder))
+    frame = torch.from_numpy(train_dreamer.to_grey(study.frame(0, 0, 64)))[None, None]
+    np.testing.assert_allclose(lent[study.frames[0, 0]], encoder(frame)[0], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(own[study.frames[0, 0]], lent[study.frames[0, 0]])
+
+
 # --- mistakes -----------------------------------------------------------------------------------
 
+LISTS = ["--manual_splits", "--train_patients", "a", "--val_patients", "b"]
 FLAG_MISTAKES = {
     "no data": (["--data_dir", "nowhere"], ["nowhere", probe_poses.FILE_NAME]),
     "heads": (["--d_model", 30, "--n_heads", 4], ["--d_model 30"]),
     "folds in time": (["--folds", 3, "--split_by", "time"], ["too short", "--gap 10"]),
-    "folds of lists": (["--folds", 3, "--manual_splits", "--train_patients", "a", "--val_patients", "b"], ["own split"]),
+    "folds of lists": (["--folds", 3, *LISTS], ["own split"]),
     "folds without a choice": (["--folds", 3, "--val_ratio", 0], ["--select last"]),
     "lists without the switch": (["--train_patients", "a"], ["--manual_splits"]),
     "two maps": (["--patient_regex", "x"], ["give one"]),
     "two precisions": (["--precision", "32", "--use_amp", "on"], ["give one"]),
     "no checkpoint": (["--mode", "evaluate"], ["--checkpoint"]),
+    "a checkpoint to train from": (["--checkpoint", "x.pth"], ["--mode train", "--init_from"]),
+    "two splits": (["--split_file", "s.json", *LISTS], ["own split"]),
+    "lists in time": (["--split_by", "time", *LISTS], ["own split"]),
+    "a gap without time": (["--gap", 3], ["--gap", "--split_by time"]),
+    "a part without a model": (["--score_part", "all"], ["--mode evaluate"]),
+    "a broken pattern": (["--patient_regex", "("], ["--patient_regex '('", "unterminated"]),
     "no ResNet": (["--encoder", "vgg11"], ["vgg11", "ResNet"]),
     "unknown metric": (["--criteria", "mae_x<3"], ["mae_x_mm"]),
     "unknown preset": (["--augment", "heavy"], ["none, light, full"]),
@@ -715,7 +888,8 @@ FLAG_MISTAKES = {
 @pytest.mark.parametrize("name", FLAG_MISTAKES)
 def test_mistakes_in_the_flags(slices, tmp_path, name):
     more, words = FLAG_MISTAKES[name]
-    text = run_here("train_dreamer.py", *flags(slices, tmp_path / "out", *more), code=2).stderr
+    given = [*flags(slices, tmp_path / "out"), *more] if name != "a broken pattern" else more
+    text = run_here("train_dreamer.py", *given, code=2).stderr
     assert text.startswith("error: ") and "Traceback" not in text and text.count("\n") == 1, text
     assert all(word in text for word in words), text
     assert not list((tmp_path / "out").glob("run_*")), "a mistake leaves no run folder behind"

@@ -220,6 +220,49 @@ def test_metres_are_noticed(tmp_path):
     assert "metres?" in load(tmp_path / "data")[1]
 
 
+def transitions(poses, unit=1.0, order="zyx", motions="se3_left", labelled=True):
+    """Rows of a file as _read_row makes them, without pictures."""
+    rows = [{"ft1_image_path": f"{i}.png"} for i in range(len(poses) - 1)]
+    write_poses(rows, poses, unit, order, motions)
+    for row in rows:
+        if not labelled:
+            del row["at1_6dof"], row["at2_6dof"]
+    return [probe_poses._read_row(row, "a", number) for number, row in enumerate(rows, 1)]
+
+
+@pytest.mark.parametrize("unit, named", [(1.0, "deg"), (np.pi / 180, "rad")])
+def test_data_tell_their_unit_whatever_the_model_was_trained_on(unit, named):
+    poses = sweep(21)
+    for usual in ("deg", "rad"):
+        found, facts = probe_poses.complete_rows(
+            transitions(poses, unit), "auto", "se3_left", usual={"angle_unit": usual, "euler_order": "zyx"})
+        assert facts["angle_unit"] == named
+        np.testing.assert_allclose(found["at1"], poses[:-1], atol=1e-9)
+
+
+@pytest.mark.parametrize("usual", ["deg", "rad"])
+def test_data_that_do_not_tell_their_unit_are_read_as_the_training_data(usual):
+    """New frames without labels, small motions: a guess by their size would be radians."""
+    rows = transitions(sweep(21) * [1, 1, 1, 0.3, 0.3, 0.3], labelled=False)
+    found, facts = probe_poses.complete_rows(
+        rows, "auto", "se3_left", usual={"angle_unit": usual, "euler_order": "xyz"})
+    assert (facts["angle_unit"], facts["euler_order"]) == (usual, "xyz")
+    assert "WARNING" in facts["notes"][0] and "as in the training data, --angle_unit" in facts["notes"][0]
+    motion = np.stack([row.motion for row in rows])
+    motion[:, 3:] *= 1.0 if usual == "deg" else 180 / np.pi
+    np.testing.assert_allclose(found["motion"], probe_poses.from_order({"motion": motion}, "xyz")["motion"])
+
+
+@pytest.mark.parametrize("order", ["zyx", "xyz"])
+def test_data_tell_their_euler_order_whatever_the_model_was_trained_on(order):
+    poses = np.hstack([DRAWS.uniform(-20, 20, (21, 3)), DRAWS.uniform(-40, 40, (21, 3))])
+    for usual in ("zyx", "xyz"):
+        found, facts = probe_poses.complete_rows(
+            transitions(poses, order=order), "auto", "auto", usual={"angle_unit": "deg", "euler_order": usual})
+        assert facts["euler_order"] == order
+        np.testing.assert_allclose(found["at1"], poses[:-1], atol=1e-6)
+
+
 def test_a_wrong_unit_can_be_forced_and_spoils_the_composition(tmp_path):
     write_sequence(tmp_path / "data" / "a_01", motions="se3_left", scale=np.pi / 180)
     study, text, _ = load(tmp_path / "data", "--angle_unit", "deg", "--compose", "se3_left")
@@ -273,6 +316,29 @@ def test_prediction_needs_neither_labels_nor_the_second_frame(tmp_path):
     assert np.array_equal(study.motion, motion) and np.isnan(study.at1).all() and (study.frames[:, 1] == -1).all()
     sample = train_dreamer.ProbeTransitions(study, np.arange(6), args, "none")[0, 1]
     assert sample["frames"].shape == (2, 32, 32)
+
+
+def test_prediction_off_the_frame_needs_nothing_but_frames(tmp_path, recwarn):
+    """The motion leads from at1 to at2 alone; a world model imagines from it."""
+    def edit(rows):
+        for row in rows:
+            del row["at1_6dof"], row["at2_6dof"], row["action_change_6dof"], row["ft2_image_path"]
+    write_sequence(tmp_path / "data" / "a_01", edit=edit)
+    study, _, _ = load(tmp_path / "data", needs_labels=False)
+    table = train_dreamer.score_table(study, np.arange(6), np.full((6, 6), 190.0), {}, common.SeenRows([], []))
+    assert (table.predicted == [190.0] * 3 + [-170.0] * 3).all() and not recwarn.list
+    with pytest.raises(common.UserError, match="no usable action_change_6dof"):
+        load(tmp_path / "data", "--token_type", "spatial", needs_labels=False)
+
+
+def test_an_axis_without_a_label_is_named_before_training(tmp_path):
+    def edit(rows):
+        for row in rows:
+            row["at1_6dof"][4] = None
+    write_sequence(tmp_path / "data" / "a_01", edit=edit)
+    study, _, _ = load(tmp_path / "data")
+    with pytest.raises(common.UserError, match="no train row has a usable pitch_deg in at1_6dof"):
+        train_dreamer.fit_scaler(study, np.arange(6))
 
 
 def test_the_audit_lists_what_is_missing_or_broken(tmp_path):
@@ -329,16 +395,7 @@ def test_patients_by_regex_by_json_and_by_csv(clinic, tmp_path):
 def test_without_a_map_folders_are_suspected(clinic):
     study, text, _ = load(clinic)
     assert not study.has_patients and "a folder is not a patient" in text
-    assert "names alike: p2_01, p2_02, p2_03" in text and "tracks alike" in text
-
-
-def test_the_same_sweep_twice_has_distance_zero(tmp_path):
-    write_sequence(tmp_path / "data" / "left")
-    write_sequence(tmp_path / "data" / "right")
-    rows = json.loads((tmp_path / "data" / "left" / probe_poses.FILE_NAME).read_text())
-    (tmp_path / "data" / "right" / probe_poses.FILE_NAME).write_text(json.dumps(rows))
-    _, text, _ = load(tmp_path / "data")
-    assert "left and right, 0.00 sd apart" in text
+    assert text.count("names alike") == 4 and "names alike: p2_01, p2_02, p2_03; one patient?" in text
 
 
 def test_an_incomplete_map_names_what_it_lacks(clinic, tmp_path):
@@ -382,6 +439,25 @@ def test_blocks_of_time_keep_their_gap(tmp_path):
     assert spans == [(0, 35, 36), (40, 47, 8), (52, 59, 8)]
     frames = [set(study.frames[rows].ravel().tolist()) for rows in split.values()]
     assert frames[0].isdisjoint(frames[1]) and frames[1].isdisjoint(frames[2])
+
+
+def test_a_frame_in_two_parts_is_found_before_training(tmp_path):
+    """t2 of one transition is t1 of the next."""
+    write_sequence(tmp_path / "data" / "a_01", count=20)
+    study, _, args = load(tmp_path / "data", "--split_by", "time")
+    run = QuietRun(tmp_path)
+    run.args, run.resumed = args, False
+    with pytest.raises(common.UserError, match=r"share 1 exact duplicate \(a_01/ft2/frame_0010.png\).*--gap"):
+        train_dreamer.check_split(run, args, study, {"train": np.arange(10), "val": np.arange(10, 20)})
+
+
+def test_what_chooses_the_epoch_of_a_fold_shares_no_frame_with_the_train_rows(tmp_path):
+    """Also where a sequence is so short that a quarter of it is no row."""
+    for folder, count in (("p_1", 3), ("p_2", 30), ("q_1", 3), ("q_2", 30)):
+        write_sequence(tmp_path / "data" / folder, count=count)
+    study, _, args = load(tmp_path / "data", "--patient_regex", r"(.*)_\d", "--folds", 2)
+    for fold in train_dreamer.make_folds(args, study):
+        assert not np.intersect1d(study.frames[fold["train"]], study.frames[fold["val"]]).size
 
 
 def test_too_few_patients_for_the_parts_say_what_to_do(tmp_path):

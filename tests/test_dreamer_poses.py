@@ -83,6 +83,18 @@ def test_mean_of_angles_is_circular():
     assert abs(abs(mean[3]) - 180) < 1e-9 and mean[0] == 2.0 and sd[3] == pytest.approx(np.sqrt(2.5))
 
 
+def test_an_axis_that_never_varies_is_not_measured_in_nanometres(recwarn):
+    """Rounding to float32 at a fixed depth was .25 of a label sd, averaged over the axes."""
+    poses = random_poses(50, 30)
+    poses[:, 2] = 123.4
+    poses[:, 4] = np.nan
+    mean, sd = probe_poses.centre_and_spread(poses)
+    known = [0, 1, 3, 5]
+    assert sd[2] == sd[4] == 1 and np.isnan(mean[4]) and not recwarn.list
+    np.testing.assert_allclose(sd[known], poses[:, known].std(0), rtol=1e-9)
+    assert np.nanmax(np.abs(poses - poses.astype(np.float32)) / sd) < 1e-4
+
+
 @pytest.mark.parametrize("name", CONVENTIONS)
 def test_the_three_ways_of_a_convention_agree(name):
     """at2 from at1 and motion, at1 back from at2 and motion, and the motion back from both."""

@@ -459,6 +459,14 @@ def test_alarms_name_a_remedy():
     assert len(alarms) == 13 and all("--" in alarm for alarm in alarms), alarms
 
 
+def test_alarms_name_the_flag_of_train_dreamer_beside_that_of_the_others():
+    """It refuses --group_column."""
+    target = np.random.default_rng(0).normal(0, 5, (40, 2))
+    alarms = verdicts.regression_alarms(np.repeat(target[:10], 4, axis=0), target, ["x_mm", "z_mm"])
+    alarms += verdicts.split_gap_alarms({"pearson_r": 0.1}, {"pearson_r": 0.9})
+    assert len(alarms) == 2 and all("--group_column (probe guidance: --patient_map" in alarm for alarm in alarms)
+
+
 def test_verdict_with_two_subjects_resolves_nothing_and_with_nine_gives_p():
     predicted, target = noisy_pair(rows=90)
     def say(model, subjects, baseline, metric="r2"):
