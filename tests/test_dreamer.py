@@ -332,9 +332,9 @@ def test_folds_in_time_leave_a_gap_on_both_sides(slices, tmp_path):
     assert places["test"].isdisjoint(places["train"] | places["val"]) and places["train"]
 
 
-def loaded(slices):
+def loaded(slices, *more):
     """(Study, its rows)"""
-    args = train_dreamer.parse_args(["--data_dir", str(slices), *TINY])
+    args = tiny_args("--data_dir", slices, *more)
     study = train_dreamer.load_study(args, types.SimpleNamespace(say=lambda text: None, path=slices.joinpath))
     return study, np.arange(len(study.names))
 
@@ -620,7 +620,7 @@ def test_baselines_find_what_they_can_know():
                                   order=np.tile(np.arange(20), 6), place=np.tile(np.arange(20) / 19, 6),
                                   inner_groups=lambda rows: names[rows])
     train, rows = np.arange(80), np.arange(80, 120)
-    found = train_dreamer.baselines(study, train, rows, study.at1[train].mean(0))
+    found = train_dreamer.baselines(study, train, rows)
     assert np.abs(found["motion_ridge"] - study.at1[rows]).max() < 0.1
     assert np.allclose(found["train_mean"], study.at1[train].mean(0))
     assert np.array_equal(found["copy"], motion[rows])
@@ -651,7 +651,7 @@ def test_a_short_sequence_takes_no_baseline_out_of_a_fold():
     tables = []
     for fold in splitting.folds_by_time(sequences, order, 5, 10):
         train, rows = fold["train"], fold["val"]
-        found = train_dreamer.baselines(study, train, rows, study.at1[train].mean(0))
+        found = train_dreamer.baselines(study, train, rows)
         assert {"interpolated", "nearest_in_time", "patient_mean"} <= set(found)
         tables.append(pose_table(sequences[rows], study.at1[rows], study.at1[rows], found))
     assert len(prediction_tables.join(tables, range(5)).baselines["interpolated"]) == 120
@@ -665,12 +665,12 @@ def test_a_patient_mean_needs_train_rows_of_each_patient():
                                   inner_groups=lambda rows: names[rows])
     train = np.r_[0:15, 20:35]
     centre = study.at1[train].mean(0)
-    found = train_dreamer.baselines(study, train, np.array([38, 17]), centre)["patient_mean"]
+    found = train_dreamer.baselines(study, train, np.array([38, 17]))["patient_mean"]
     assert np.allclose(found, [study.at1[20:35].mean(0), study.at1[0:15].mean(0)])
-    filled = train_dreamer.baselines(study, train, np.array([38, 50]), centre)["patient_mean"]
+    filled = train_dreamer.baselines(study, train, np.array([38, 50]))["patient_mean"]
     assert np.allclose(filled, [study.at1[20:35].mean(0), centre]), "the train mean for a patient without train rows"
-    assert "patient_mean" not in train_dreamer.baselines(study, train, np.array([50, 51]), centre)
-    assert "patient_mean" not in train_dreamer.baselines(study, train[:15], np.array([16, 17]), centre), "one patient"
+    assert "patient_mean" not in train_dreamer.baselines(study, train, np.array([50, 51]))
+    assert "patient_mean" not in train_dreamer.baselines(study, train[:15], np.array([16, 17])), "one patient"
 
 
 def test_results_are_back_in_mm_and_degrees():
@@ -847,7 +847,7 @@ def test_patients_that_the_final_readout_was_solved_on_are_train_patients():
 
 def test_a_trained_readout_lends_its_encoder_to_the_baseline(slices):
     """Random weights of another seed, as those of another --weights file would be."""
-    study, rows = loaded(slices)
+    study, rows = loaded(slices, *READOUT)
     compute = common.choose_compute("cpu", "off")
     args = readout_args("--mode", "predict", "--checkpoint", "x")
     encoder = train_dreamer.build_encoder(readout_args("--seed", 7), train_dreamer.GridEncoder)
