@@ -150,6 +150,14 @@ def bounded(kind, low=-math.inf, high=math.inf, word=None):
     return parse
 
 
+def new_file(text):
+    """argparse type: Path of a file to write at the end, which must be possible from the start."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: expected a file, in a folder that exists and can be written to")
+    return path
+
+
 WHOLE = bounded(int, 0)
 POSITIVE = bounded(int, 1)
 AMOUNT = bounded(float, 0)
@@ -2225,8 +2233,7 @@ def starting_weights(path, **expected):
     content = load_model_file(path)
     with checkpoint_fields(path):
         found = content | content.get("settings", {})
-    wrong = [f"{name} {found.get(name)}, expected {value}" for name, value in expected.items()
-             if found.get(name) != value]
+        wrong = [f"{name} {found[name]}, expected {value}" for name, value in expected.items() if found[name] != value]
     if wrong:
         raise UserError(f"--init_from {path} was trained for something else: {'; '.join(wrong)}")
     return content["model"]
@@ -2267,7 +2274,8 @@ def checkpoint_fields(path):
         yield
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         fault = f"{type(error).__name__}: {one_line(error)}"
-        raise CheckpointError(f"{path} lacks what this script stores in a checkpoint ({fault})") from None
+        raise CheckpointError(f"{path} lacks what this script stores in a checkpoint ({fault}); best_model.pth is for "
+                              "prediction and --init_from, last.pth for --resume") from None
 
 
 def check_weights(state, source):

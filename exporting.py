@@ -5,8 +5,8 @@ Beside the model the file holds about.json: the names of the outputs, and how pi
 Letters: B pictures or clips, K outputs, S side of the square input in pixels.
 """
 import argparse
+import io
 import json
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,11 +25,9 @@ def add_argument(add, what):
 
 
 def _model_file(text):
-    path = Path(text)
+    path = common.new_file(text)
     if path.suffix not in (".pt2", ".onnx"):
         raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .pt2 or .onnx")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: the folder {path.parent} does not exist")
     return path
 
 
@@ -81,29 +79,30 @@ def export(path, model, inputs, about, expected, unit=1.0):
     try:
         with torch.no_grad():
             program = torch.export.export(model, tuple(two), dynamic_shapes=(sizes,), strict=False)
-            found = _write(path, program, inputs, about)
+            content, found = _convert(path.suffix, program, inputs, about)
     except Exception as error:  # of torch.export and the converter, of many classes
         raise common.UserError(f"--export {path}: this network cannot be exported to {path.suffix} "
-                               f"({common.one_line(error)}); try another --model or --backbone") from None
+                               f"({common.one_line(error)}); train another --model or --backbone") from None
     worst = ((found - expected).abs() / unit).max().item()
     if not worst <= TOLERANCE:
-        path.unlink()
         raise common.UserError(f"--export {path}: its outputs differ from this script's by {worst:.1g} on "
-                               f"{len(expected)} rows, so it was deleted; please report this with the network's name")
+                               f"{len(expected)} rows; not written. Please report this with the network's name")
+    common.write_whole(path, content)
     shapes = ", ".join(f"{name} (B, {', '.join(map(str, each.shape[1:]))})" for name, each in inputs.items())
     print(f"{path}: {shapes} -> {common.shorten_list(about['names'])}; on {len(expected)} rows within {worst:.1g} of "
           "this script")
 
 
-def _write(path, program, inputs, about):
-    """Write an exported program to its file -> outputs (B, K) of the file."""
+def _convert(suffix, program, inputs, about):
+    """Exported program -> (content of its file, outputs (B, K) of that)."""
     text = json.dumps(about)
-    if path.suffix == ".pt2":
-        torch.export.save(program, path, extra_files={ABOUT: text})
-        return torch.export.load(path).module()(*inputs.values())
+    if suffix == ".pt2":
+        file = io.BytesIO()
+        torch.export.save(program, file, extra_files={ABOUT: text})
+        return file.getvalue(), torch.export.load(file).module()(*inputs.values())
     import onnxruntime
     written = torch.onnx.export(program, input_names=list(inputs), output_names=["outputs"], verbose=False)
     written.model.metadata_props[ABOUT] = text
-    written.save(path)
+    content = written.model_proto.SerializeToString()
     values = {name: each.numpy() for name, each in inputs.items()}
-    return torch.from_numpy(onnxruntime.InferenceSession(path).run(None, values)[0])
+    return content, torch.from_numpy(onnxruntime.InferenceSession(content).run(None, values)[0])

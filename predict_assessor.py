@@ -22,8 +22,8 @@ from torch import nn
 import common
 import exporting
 from evidence import calibrating, heat_maps, prediction_tables, reporting, row_warnings, splitting
-from readers import file_names, picture_files
-from train_assessor import explain, load_assessor, mirrored_mean
+from readers import csv_tables, file_names, picture_files
+from train_assessor import explain, load_assessor, mean_over, views_of
 
 
 @dataclasses.dataclass
@@ -31,25 +31,40 @@ class Member:
     model: nn.Module  # in eval mode
     settings: dict  # content of its checkpoint
 
+    @property
+    def averaged(self):
+        """What --flip_average averages over a picture and its mirror image: that by which the model was judged.
+
+        The head of a frozen backbone was trained, selected and judged on the mean of their features. All others were
+        selected and judged by the mean of their outputs, as is the default for files that do not say which. The two
+        differ with --head mlp alone.
+        """
+        if not self.settings["flip_average"]:
+            return "nothing"
+        return "features" if self.settings.get("freeze_backbone") else "outputs"
+
+    def read(self, inputs):
+        """(B, 3, S, S) -> on the CPU outputs (B, R) in the unit of the ratings, features (B, F)."""
+        views = views_of(inputs, self.settings["flip_average"])
+        features = [self.model.backbone(view) for view in views]  # (B, 3, S, S) -> (B, F) each
+        mean = sum(features) / len(views)
+        if self.averaged == "features":
+            features = [mean]
+        outputs = mean_over(self.model, features)  # (B, F) -> (B, R)
+        scaler = self.settings["scaler"]
+        return outputs.cpu() * scaler["sd"] + scaler["mean"], mean.float().cpu()
+
     def outputs(self, pixels, compute):
-        """uint8 (B, S, S, 3) -> outputs in the unit of training (B, R), features (B, F)."""
+        """uint8 (B, S, S, 3) -> what `read` gives."""
         inputs = common.to_input(pixels, compute.device, self.settings["pixel_mean"], self.settings["pixel_sd"],
                                  compute.channels_last)  # (B, S, S, 3) -> (B, 3, S, S)
-        views = [inputs, inputs.flip(-1)] if self.settings["flip_average"] else [inputs]
         with compute.autocast():
-            features = [self.model.backbone(view) for view in views]  # (B, 3, S, S) -> (B, F) each
-            outputs = sum(self.model(each) for each in features) / len(views)  # (B, F) -> (B, R)
-        return outputs.cpu(), sum(features).float().cpu() / len(views)
-
-    def in_unit(self, outputs):
-        """Outputs (..., R) in the unit of the ratings."""
-        scaler = self.settings["scaler"]
-        return outputs * scaler["sd"] + scaler["mean"]
+            return self.read(inputs)
 
     def predict_pixels(self, pixels):
         """uint8 (B, S, S, 3) -> float32 (B, R) in the unit of the ratings, for a file of its own."""
         inputs = exporting.normalise(pixels, self.settings["pixel_mean"], self.settings["pixel_sd"])
-        return self.in_unit(mirrored_mean(self.model, inputs, self.settings["flip_average"])).float()
+        return self.read(inputs)[0].float()
 
 
 def parse_args(argv=None):
@@ -60,7 +75,7 @@ def parse_args(argv=None):
     add("--image_dir", type=Path, help="folder of pictures, searched with its subfolders")
     add("--image_list", type=Path, help="text file with one path a line; relative paths start at the file's folder")
     add("--images", type=Path, nargs="+", default=[], help="single picture files")
-    add("--output", type=Path, default=Path("predictions.csv"), help="CSV to write")
+    add("--output", type=common.new_file, default="predictions.csv", help="CSV to write")
     add("--interval", type=common.bounded(float, 0.01, 0.999), help="coverage of the conformal bounds, such as 0.9")
     exporting.add_argument(add, "the model")
     add("--explain", type=common.bounded(int, 1, 20), metavar="N",
@@ -73,6 +88,8 @@ def parse_args(argv=None):
     args = common.parse_arguments(parser, argv)
     if not (args.image_dir or args.image_list or args.images):
         parser.error("no pictures given; name them with --image_dir, --image_list or --images")
+    if args.explain_rating and not args.explain:
+        parser.error(f"--explain_rating {args.explain_rating} says what --explain shows; give both")
     return args
 
 
@@ -80,11 +97,8 @@ def find_inputs(args):
     """[(name in the CSV, path)] of every input, in the order of the flags."""
     inputs = [(str(path), path) for path in args.images]
     if args.image_list:
-        if not args.image_list.is_file():
-            raise common.UserError(f"no such file: --image_list {args.image_list}")
-        lines = args.image_list.read_text(encoding="utf-8-sig").splitlines()
-        names = [line.strip() for line in lines if line.strip()]
-        inputs += [(name, args.image_list.parent / name) for name in names]
+        names = map(str.strip, csv_tables.read_text(args.image_list).splitlines())
+        inputs += [(name, args.image_list.parent / name) for name in names if name]
     if args.image_dir:
         for path in file_names.find_images(args.image_dir):
             inputs.append((path.relative_to(args.image_dir).as_posix(), path))
@@ -117,18 +131,17 @@ def predict(members, loader, compute):
     hashes = []
     errors = []
     for batch in loader:
-        each, looks = zip(*(member.outputs(batch["pixels"], compute) for member in members))
-        outputs.append(torch.stack(each))  # M x (B, R) -> (M, B, R)
+        own_outputs, looks = zip(*(member.outputs(batch["pixels"], compute) for member in members))
+        outputs.append(torch.stack(own_outputs))  # M x (B, R) -> (M, B, R)
         features.append(looks)
         hashes.append(batch["hashes"])
         errors += batch["error"]
-    outputs = torch.cat(outputs, dim=1).double()  # (M, N, R)
-    predicted = torch.stack([member.in_unit(own) for member, own in zip(members, outputs)]).numpy()
+    predicted = torch.cat(outputs, dim=1).numpy()  # (M, N, R)
     is_bad = [bool(error) for error in errors]
     predicted[:, is_bad] = np.nan
     hashes = torch.cat(hashes).numpy()  # (N, 2)
-    each = [member.settings["seen"].words(hashes) for member in members]
-    seen = np.array(list(map(common.worst_seen, zip(*each))))
+    words = [member.settings["seen"].words(hashes) for member in members]
+    seen = np.array(list(map(common.worst_seen, zip(*words))))
     flags = []
     for member, own, values in zip(members, zip(*features), predicted):
         looks = torch.cat(own).numpy()  # (N, F)
@@ -142,17 +155,16 @@ def half_widths(members, coverage):
 
     A row that several members held out, as those of several seeds on one split do, counts once.
     """
-    residuals = []
-    subjects = []
-    rows = []
-    for member in members:
-        residuals.append(member.settings["abs_residuals"].numpy())
-        subjects += member.settings["residual_subjects"] or []
-        with common.checkpoint_fields("the checkpoint of an older version"):
-            rows += member.settings["residual_rows"]
+    residuals = np.concatenate([member.settings["abs_residuals"].numpy() for member in members])
+    owners = [member.settings["residual_subjects"] for member in members]
+    with common.checkpoint_fields("the checkpoint of an older version"):
+        rows = np.concatenate([member.settings["residual_rows"] for member in members])
+    if None in owners and any(owners):
+        raise common.UserError("--interval: some checkpoints were trained with --group_column and others without; give "
+                               "those of one kind")
     once = np.unique(rows, return_index=True)[1]
-    columns = np.concatenate(residuals)[once].T  # (R, rows)
-    subjects = np.array(subjects)[once] if subjects else None
+    columns = residuals[once].T  # (R, rows)
+    subjects = None if None in owners else np.concatenate(owners)[once]
     return np.array([calibrating.conformal_quantile(column, 1 - coverage, subjects) for column in columns])
 
 
@@ -175,11 +187,12 @@ def export(path, members, pixels):
     """Write the mean of the members as one file, compared with this script on uint8 pictures (B, S, S, 3)."""
     model = exporting.MeanOutput(members)
     compute = common.choose_compute("cpu", "off")
-    expected = [member.in_unit(member.outputs(pixels, compute)[0]) for member in members]
+    expected = [member.outputs(pixels, compute)[0] for member in members]
     settings = members[0].settings
     exporting.export(
         path, model, {"pixels": pixels},
-        about=exporting.about_pictures(settings["names"], settings["image_size"], settings["pixel_range"]),
+        about=exporting.about_pictures(settings["names"], settings["image_size"], settings["pixel_range"])
+        | {"flip_averages": [member.averaged for member in members]},
         expected=torch.stack(expected).mean(0),  # (B, R)
         unit=settings["label_sd"])
 
@@ -226,21 +239,24 @@ def main():
         members[0].settings.get("pixel_range"))
     loader = common.make_loader(
         pictures, args, compute, train=False, batch_size=args.predict_batch_size)
-    predicted, seen, errors, warnings = predict(members, loader, compute)
     widths = half_widths(members, args.interval) if args.interval else None
+    predicted, seen, errors, warnings = predict(members, loader, compute)
     columns = output_columns(inputs, predicted, names, widths)
     common.write_table(args.output, columns | {"seen": seen, "warning": warnings, "error": errors})
     print_summary(predicted, names, members, widths)
     splitting.say_seen(seen, print)
-    readable = [i for i, error in enumerate(errors) if not error][:args.explain or 10]
-    if readable and (args.explain or args.export):
-        pixels = torch.stack([pictures[0, i]["pixels"] for i in readable])  # (B, S, S, 3)
-    if readable and args.explain:
-        write_heat_maps(args, members, chosen, [inputs[i][0] for i in readable], pixels.numpy(), compute)
-    if readable and args.export:
-        export(args.export, members, pixels)
     failed = sum(map(bool, errors))
     print(f"{len(inputs)} pictures, {failed} could not be read (see the error column); written to {args.output}")
+    if not (args.explain or args.export):
+        return
+    readable = [i for i, error in enumerate(errors) if not error][:args.explain or 10]
+    if not readable:
+        raise common.UserError(f"no picture could be read, so there is none for --explain or --export; see {args.output}")
+    pixels = torch.stack([pictures[0, i]["pixels"] for i in readable])  # (B, S, S, 3)
+    if args.explain:
+        write_heat_maps(args, members, chosen, [inputs[i][0] for i in readable], pixels.numpy(), compute)
+    if args.export:
+        export(args.export, members, pixels)
 
 
 if __name__ == "__main__":

@@ -285,12 +285,14 @@ def build_model(args, train_mean):
     return model
 
 
-def mirrored_mean(model, inputs, flip_average):
-    """Outputs for (B, 3, S, S) inputs; with flip_average the mean over each picture and its mirror image."""
-    outputs = model(inputs)
-    if flip_average and inputs.ndim == 4:
-        outputs = (outputs + model(inputs.flip(-1))) / 2
-    return outputs
+def views_of(inputs, flip_average):
+    """[inputs (B, 3, S, S)], with flip_average their mirror images too; features (B, F) have none."""
+    return [inputs, inputs.flip(-1)] if flip_average and inputs.ndim == 4 else [inputs]
+
+
+def mean_over(network, inputs):
+    """Mean of what a network gives for each of a list of inputs."""
+    return sum(map(network, inputs)) / len(inputs)
 
 
 def rating_loss(loss):
@@ -383,7 +385,7 @@ def evaluate(model, loader, loss_function, scaler, args, compute):
     for batch in loader:
         inputs, target, weight = to_device(batch, args, compute)
         with compute.autocast():
-            output = mirrored_mean(model, inputs, args.flip_average)  # (B, 3, S, S) -> (B, R)
+            output = mean_over(model, views_of(inputs, args.flip_average))  # (B, 3, S, S) -> (B, R)
         parts.append((output.cpu(), target.cpu(), weight.cpu()))
     output, target, weight = map(torch.cat, zip(*compute.processes.gather(parts)))  # (M, R) each
     loss = loss_function(output, target, weight).item()
@@ -425,7 +427,8 @@ def fit(run, args, study, split, features):
         row |= {f"val_{name}": means[name] for name in HISTORY_METRICS}
         training.end_epoch(row)
 
-    return *finish_best_model(training, study, split, loaders, scaler, loss_function), training
+    predicted, doubts = finish_best_model(training, study, split, loaders, scaler, loss_function)
+    return predicted, doubts, training
 
 
 def finish_best_model(training, study, split, loaders, scaler, loss_function):
@@ -474,6 +477,7 @@ def model_metadata(args, study, split, scaler, predicted):
         "dropout": args.dropout,
         "image_size": args.image_size,
         "flip_average": args.flip_average,
+        "freeze_backbone": args.freeze_backbone,
         "names": study.names,
         "scaler": scaler,
         "pixel_mean": list(pixel_mean),
@@ -491,7 +495,7 @@ def untuned_features(args, study, run, rows):
 
     They serve the ridge baselines and --freeze_backbone: "mlp" the last features, "ridge" three resolutions.
     """
-    pictures = RatedImages(study, rows, study.ratings, study.ratings, args, "none")
+    pictures = RatedImages(study, rows, study.ratings, study.ratings, args, "none")  # targets and weights are not read
     loader = common.make_loader(pictures, args, run.compute, False, study.store.cache == "ram", batch_size=64)
     features = {}
     for head in dict.fromkeys(["mlp", args.head]):
@@ -509,7 +513,7 @@ def features_of(backbone, loader, args, compute):
     for batch in loader:
         inputs, _, _ = to_device(batch, args, compute)
         with compute.autocast():
-            outputs = inputs if inputs.ndim == 2 else mirrored_mean(backbone, inputs, args.flip_average)
+            outputs = inputs if inputs.ndim == 2 else mean_over(backbone, views_of(inputs, args.flip_average))
         features.append(outputs.float())  # (B, 3, S, S) -> (B, F)
     return torch.cat(compute.processes.gather([each.cpu() for each in features])).numpy()
 
@@ -529,9 +533,9 @@ def predict_baselines(study, features, train, rows):
 def load_assessor(path, compute):
     """File of a trained model -> (Assessor in evaluation mode, what the file holds)."""
     settings = common.load_model_file(path, "train_assessor.py")
-    image_size = settings["image_size"]
-    head = settings["head"]
     with common.checkpoint_fields(path):
+        image_size = settings["image_size"]
+        head = settings["head"]
         backbone, n_features = backbones.build_backbone(
             settings["backbone"], pretrained=False, image_size=image_size)
         features = with_head_features(backbone, n_features, head, image_size)
@@ -552,7 +556,8 @@ def heat_map_blocks(study, rows, files, cases, args, compute):
     pixels = np.stack([common.eval_crop(study.picture(row), args.image_size) for row in rows])
     maps = np.zeros((2, *pixels.shape[:3]))
     for file in set(files):
-        maps[:, files == file] = explain(*load_assessor(file, compute), pixels[files == file], compute)
+        model, settings = load_assessor(file, compute)
+        maps[:, files == file] = explain(model, settings, pixels[files == file], compute)
     grids, verdict = heat_maps.show(cases, pixels, maps, "the mean over the ratings")
     return [reporting.html_text(verdict.sentence, verdict.level), *grids]
 
@@ -637,10 +642,22 @@ def check_split(run, study, split):
     return splitting.record_split(run, split, study.images, report, columns=study.columns, groups=study.groups)
 
 
+def check_ratings(study, splits):
+    """UserError for ratings from which the train rows of a split can learn nothing: none, or all the same."""
+    import pandas as pd
+    ratings = pd.DataFrame(study.ratings, columns=study.names)
+    distinct = pd.DataFrame([ratings.iloc[split["train"]].nunique() for split in splits])  # (splits, R)
+    useless = distinct.columns[distinct.min() < 2]
+    if len(useless):
+        raise common.UserError(f"{common.shorten_list(useless)}: no two different ratings in the train rows (of a fold). "
+                               "Name the others with --target_columns, or split with another --seed")
+
+
 def run_split(run, args, study, split, features=None):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
     alarms = check_split(run, study, split)
     split = common.rows_to_try(split, args)
+    check_ratings(study, [split])
     if features is None:
         features = untuned_features(args, study, run, np.concatenate(list(split.values())))
     similar = splitting.add_similar(run, features["mlp"], split, study.images)
@@ -667,6 +684,7 @@ def run_split(run, args, study, split, features=None):
 def run_folds(run, args, study):
     """One run per fold in fold_K/, then the out-of-fold predictions pooled and judged as one."""
     splits = splitting.folds_of_flags(args, study.images, study.strata, study.groups)
+    check_ratings(study, splits)
     folds = {f"fold_{k}": split["val"] for k, split in enumerate(splits)}
     alarms = check_split(run, study, folds)
     features = untuned_features(args, study, run, np.arange(len(study.images)))

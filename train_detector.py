@@ -121,7 +121,7 @@ def add_data_arguments(data):
          help="pictures to convert, predict, evaluate or audit")
     data("--checkpoint", type=Path,
          help="best_model.pth, or its run folder, to predict or evaluate")
-    data("--output", type=Path,
+    data("--output", type=common.new_file,
          help="JSON to write (predict: default detections.json; convert; audit)")
     data("--min_trust", type=common.SHARE, default=0.5,
          help="boxes whose annotators trusted them less neither train nor count")

@@ -92,7 +92,7 @@ def parse_args(argv=None):
     job("--predictions", type=Path,
         help="evaluate, audit: a predictions CSV of this script; judge_bouts: the run folder of "
              "predict --video")
-    job("--output", type=Path,
+    job("--output", type=common.new_file,
         help="file that predict (.csv), evaluate or audit (.json) writes")
     exporting.add_argument(job, "the model of one clip")
     add_recording_arguments(parser.group("whole recordings"))

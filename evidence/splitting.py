@@ -116,23 +116,14 @@ def _units(n_rows, groups):
     return unit, len(labels), "groups"
 
 
-def check_ratios(ratios):
-    """Shares (P,) of {part: share}. UserError where they do not add up to 1."""
-    shares = np.array(list(ratios.values()))
-    if not abs(shares.sum() - 1) < 1e-6 or shares.min() < 0:
-        raise common.UserError(
-            f"split ratios must be 0 or more and add up to 1, found {ratios} (sum {shares.sum():g}).")
-    return shares
-
-
 def make_split(n_rows, ratios, strata=None, groups=None, seed=42, keys=None):
-    """Ratios {part: share} -> {part: sorted (n,) int rows}; groups stay whole.
+    """Ratios {part: share}, which add up to 1 -> {part: sorted (n,) int rows}; groups stay whole.
 
     Each part holds the strata (labels, or floats in bins) in equal shares as far as groups allow.
     With keys (N unique str) the same rows get the same parts in any row order.
-    Raises UserError: ratios do not add up to 1, a part would be empty, a blank group.
+    Raises UserError: a part would be empty, a blank group.
     """
-    shares = check_ratios(ratios)
+    shares = np.array(list(ratios.values()))
     unit, n_units, what = _units(n_rows, groups)
     wanted = shares > 0
     if n_units < wanted.sum() or np.any(shares[wanted] * n_rows < 0.5):
@@ -193,6 +184,9 @@ def split_of_flags(args, keys, strata=None, groups=None):
     """{train, val, test: sorted (n,) int rows} by the ratios or from --split_file."""
     if not args.split_file:
         return make_split(len(keys), common.split_ratios(args), strata, groups, args.seed, keys)
+    unused = sorted({"train_ratio", "val_ratio", "test_ratio"} & args.given)
+    if unused:
+        print(f"note: --split_file {args.split_file} makes the split; {' and '.join(unused)} not used", flush=True)
     listed = read_split_file(args.split_file, keys)
     split = {part: listed.get(part, np.array([], dtype=int)) for part in ("train", "val", "test")}
     if not len(split["val"]):
@@ -436,17 +430,21 @@ def say_seen(seen, say):
         say(f"note: {sentence}")
 
 
+def _by_time(sequences, order):
+    """The rows of each sequence in their order."""
+    for name in np.unique(sequences):
+        rows = np.flatnonzero(sequences == name)
+        yield rows[np.argsort(order[rows])]
+
+
 def split_by_time(sequences, order, ratios, gap):
     """Each sequence cut into consecutive blocks by the ratios, `gap` rows left out between two: {part: sorted rows}.
 
     sequences: (N,) names; order: (N,) place within the sequence. Raises UserError where a part would be empty.
     """
-    check_ratios(ratios)
     used = [part for part, ratio in ratios.items() if ratio > 0]
     split = {part: [] for part in ratios}
-    for sequence in np.unique(sequences):
-        rows = np.flatnonzero(sequences == sequence)
-        rows = rows[np.argsort(order[rows])]
+    for rows in _by_time(sequences, order):
         room = max(len(rows) - gap * (len(used) - 1), 0)
         start = 0
         for part in used:
@@ -468,9 +466,7 @@ def folds_by_time(sequences, order, n_folds, gap):
     sequences that are too short.
     """
     folds = [{"train": [], "val": [], "test": []} for _ in range(n_folds)]
-    for sequence in np.unique(sequences):
-        rows = np.flatnonzero(sequences == sequence)
-        rows = rows[np.argsort(order[rows])]
+    for rows in _by_time(sequences, order):
         edges = np.arange(n_folds + 1) * len(rows) // n_folds
         for fold, start, stop in zip(folds, edges, edges[1:]):
             fold["val"] += rows[start:stop].tolist()

@@ -58,11 +58,11 @@ def looks_numeric(cells):
     return 4 * sum(map(bool, map(NUMBER.fullmatch, filled))) >= max(len(filled), 1)
 
 
-def _table_text(path):
+def read_text(path):
     """Text of a file, unpacked where it is gzip: UTF-8 or UTF-16 (BOM), Windows-1252 as the last resort."""
     if not Path(path).is_file():
         found = "a folder" if Path(path).is_dir() else "no such file"
-        raise common.UserError(f"{path}: expected a CSV table, found {found}.")
+        raise common.UserError(f"{path}: expected a table or list, found {found}.")
     data = Path(path).read_bytes()
     if data.startswith(b"\x1f\x8b"):
         try:
@@ -79,7 +79,7 @@ def _table_text(path):
     remedy = "Save it as CSV (UTF-8)"
     if data.startswith(b"MATLAB"):
         remedy = "In MATLAB: writetable, with one row an event (path, label, start_frame, end_frame) or a picture"
-    raise common.UserError(f"{path}: expected a CSV table, found binary data ({len(data)} bytes). {remedy}.")
+    raise common.UserError(f"{path}: expected a table or list, found binary data ({len(data)} bytes). {remedy}.")
 
 
 def _parse(path, text, delimiter, strict=True):
@@ -156,7 +156,7 @@ def read_table(path):
     wider than the header, repeated column names.
     """
     import pandas as pd
-    text = _table_text(path)
+    text = read_text(path)
     mark = re.match('"?sep=(.)"?', text)
     text = text[mark.end():] if mark else text  # what is left of its line keeps the numbers of the others
     delimiter = mark[1] if mark else _sniff(path, text)

@@ -227,7 +227,9 @@ def test_options_run(sample, tmp_path, flags):
     train(sample, tmp_path, *flags, "--epochs", 2)
     assert len(read_csv(only_run(tmp_path) / "training_history.csv")) == 2
     metrics = json.loads((only_run(tmp_path) / "metrics.json").read_text())
-    weights = common.read_checkpoint(only_run(tmp_path) / "best_model.pth")["model"]
+    content = common.read_checkpoint(only_run(tmp_path) / "best_model.pth")
+    weights = content["model"]
+    assert content["freeze_backbone"] == ("--freeze_backbone" in flags)
     if "--freeze_backbone" in flags:
         torch.manual_seed(common.hash_seed(42))  # as the script seeds its random weights
         backbone, _ = backbones.build_backbone("shufflenet_v2_x0_5", pretrained=False)
@@ -427,6 +429,28 @@ def test_what_is_exported_of_several_models_is_their_mean(folds):
     assert len(each) == 3 and torch.allclose(together, torch.stack(each).mean(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_mirror_images_are_averaged_as_the_model_was_judged(is_frozen):
+    """A frozen backbone's head was judged on the mean of the features, all others by the mean of their outputs."""
+    torch.manual_seed(0)
+    model = train_assessor.Assessor(torch.nn.Flatten(), 3 * 8 * 8, 2, "mlp", 0.0).eval()
+    pixels = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8)
+    settings = {"pixel_mean": [0.5] * 3, "pixel_sd": [0.2] * 3, "flip_average": True, "freeze_backbone": is_frozen,
+                "scaler": {"mean": torch.tensor([5.0, 50]), "sd": torch.tensor([1.0, 20])}}
+    member = predict_assessor.Member(model, settings)
+    views = [(view.movedim(-1, 1) / 255 - 0.5) / 0.2 for view in (pixels, pixels.flip(2))]
+    with torch.no_grad():
+        of_features = model(sum(views) / 2) * settings["scaler"]["sd"] + settings["scaler"]["mean"]
+        of_outputs = sum(map(model, views)) / 2 * settings["scaler"]["sd"] + settings["scaler"]["mean"]
+        found, features = member.outputs(pixels, common.choose_compute("cpu", "off"))
+        exported = member.predict_pixels(pixels)
+    assert (of_features - of_outputs).abs().max() > 0.1
+    expected = of_features if is_frozen else of_outputs
+    assert torch.allclose(found, expected, rtol=1e-4) and torch.allclose(exported, expected, rtol=1e-4)
+    assert torch.allclose(features, sum(views).flatten(1) / 2, atol=1e-5)
+    assert member.averaged == ("features" if is_frozen else "outputs")
+
+
 def test_an_ensemble_is_the_mean_of_its_members(sample, folds, tmp_path):
     def predict(checkpoint, name):
         run_script(
@@ -460,7 +484,80 @@ def test_conformal_interval_is_the_residual_quantile(folds):
     assert np.isinf(predict_assessor.half_widths(seeds[::3], 0.95)).all(), "16 rows are too few, however often counted"
 
 
+def test_an_interval_needs_members_that_are_all_grouped_or_all_not():
+    def member(name, subjects):
+        return predict_assessor.Member(None, {
+            "abs_residuals": torch.arange(20.0)[:, None], "residual_rows": [f"{name}{i}" for i in range(20)],
+            "residual_subjects": subjects})
+    whole = member("a", None)
+    grouped = member("b", [f"s{i // 4}" for i in range(20)])
+    assert predict_assessor.half_widths([whole], 0.5) == 10 and predict_assessor.half_widths([grouped], 0.5) > 0
+    with pytest.raises(common.UserError, match="some checkpoints were trained with --group_column"):
+        predict_assessor.half_widths([whole, grouped], 0.5)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
+def test_a_list_of_pictures_is_read_as_windows_writes_it(tmp_path, encoding):
+    (tmp_path / "list.txt").write_bytes("K\u00e4fer 1.jpg\r\n\r\nb.png\r\n".encode(encoding))
+    args = predict_assessor.parse_args(["--checkpoint", "m", "--image_list", str(tmp_path / "list.txt")])
+    names = ["K\u00e4fer 1.jpg", "b.png"]
+    assert predict_assessor.find_inputs(args) == [(name, tmp_path / name) for name in names]
+
+
 # --- mistakes: message and exit code ---------------------------------------------------
+
+@pytest.mark.parametrize("flags, message", [
+    (["--output", "nowhere/p.csv"], "--output: nowhere/p.csv: expected a file, in a folder that exists"),
+    (["--output", "."], "expected a file"), (["--export", "nowhere/m.pt2"], "--export: nowhere/m.pt2: expected a file"),
+    (["--explain_rating", "Valence"], "says what --explain shows")])
+def test_what_prediction_cannot_do_is_said_at_once(flags, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        predict_assessor.parse_args(["--checkpoint", "m", "--images", "a.jpg", *flags])
+    assert left.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_without_a_readable_picture_nothing_is_exported_and_it_is_said(folds, tmp_path):
+    (tmp_path / "broken.jpg").write_text("no picture")
+    text = run_here("predict_assessor.py", "--checkpoint", folds / "fold_0", "--images", tmp_path / "broken.jpg", "--output",
+                    tmp_path / "p.csv", "--export", tmp_path / "m.pt2", code=2).stderr
+    assert text.startswith("error: no picture could be read") and "broken.jpg" in read_csv(tmp_path / "p.csv")[0]["error"]
+
+
+def test_a_checkpoint_to_continue_is_no_model_to_predict_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_assessor.py"])
+    path = tmp_path / "last.pth"
+    common.save_checkpoint(path, {
+        "format": common.FORMAT, "script": "train_assessor.py", "model": {}, "optimizer": {}, "progress": {}})
+    message = "best_model.pth is for prediction and --init_from, last.pth for --resume"
+    with pytest.raises(common.CheckpointError, match=message):
+        train_assessor.load_assessor(path, common.choose_compute("cpu", "off"))
+    with pytest.raises(common.CheckpointError, match=message):
+        common.starting_weights(path, names=["Valence"])
+
+
+def same_in_train_rows(header, rows):
+    """Anger is known of one subject alone, which every split leaves out of a part."""
+    subject, anger = header.index("subject"), header.index("Anger_mean")
+    for k, row in enumerate(row for row in rows if row[subject] == rows[0][subject]):
+        row[anger] = str(k)
+    for row in rows:
+        if row[subject] != rows[0][subject]:
+            row[anger] = ""
+
+
+@pytest.mark.parametrize("flags", [["--folds", 3], ["--split_file", "split.json"]])
+def test_a_rating_without_a_value_in_the_train_rows_is_named(sample, tmp_path, flags, monkeypatch):
+    """In a fold, and in one split: no run of NaN that advises a smaller --lr."""
+    monkeypatch.chdir(tmp_path)
+    table = edited(sample, tmp_path, same_in_train_rows)
+    rows = read_csv(table)
+    parts = {"train": [row["image"] for row in rows if not row["Anger_mean"]],
+             "val": [row["image"] for row in rows if row["Anger_mean"]]}
+    Path("split.json").write_text(json.dumps(parts))
+    text = run_here("train_assessor.py", *small_run(sample, "out", "--ratings_file", table, *flags), code=2).stderr
+    assert text.startswith("error: Anger: no two different ratings in the train rows") and "--target_columns" in text
+    assert not list(Path("out").glob("run_*")), "a mistake leaves no run folder behind"
+
 
 def edited(sample, tmp_path, edit):
     """A copy of the ratings file after edit(header: list, rows: list of lists)."""

@@ -511,7 +511,7 @@ def test_models_that_cannot_leave_are_named(tmp_path):
     network = Branching(tiny_network("mc3_18").backbone, 6, 2).eval()
     content = {"names": ["a", "b"], "positive": "b"}
     study, _ = study_of(args, size=32)
-    with pytest.raises(common.UserError, match="cannot be exported to .pt2 .*try another --model"):
+    with pytest.raises(common.UserError, match="cannot be exported to .pt2 .*train another --model"):
         train_video.export(tmp_path / "m.pt2", [train_video.Member(network, content, args)], study)
     with pytest.raises(common.UserError, match=r"differ from this script's by .* on 6 rows"):
         pixels = torch.zeros(6, 6, 32, 32, 3, dtype=torch.uint8)
@@ -519,6 +519,25 @@ def test_models_that_cannot_leave_are_named(tmp_path):
         exporting.export(tmp_path / "m.pt2", exporting.MeanOutput([member]), {"clips": pixels},
                          exporting.about_pictures(["a", "b"], 32, None), torch.ones(6, 2))
     assert not (tmp_path / "m.pt2").exists()
+
+
+def test_an_exported_file_is_written_whole_and_only_if_it_is_right(tmp_path):
+    """An older file outlives a failed check; what the disk refuses is not said of the network."""
+    pixels = torch.arange(96, dtype=torch.uint8).reshape(2, 4, 4, 3)
+    colours = pixels.float().mean((1, 2))
+    member = SimpleNamespace(model=nn.Flatten(), predict_pixels=lambda pixels: pixels.float().mean((1, 2)))
+
+    def export(file, expected):
+        about = exporting.about_pictures(["red", "green", "blue"], 4, None)
+        exporting.export(file, exporting.MeanOutput([member]), {"pixels": pixels}, about, expected)
+    file = tmp_path / "m.pt2"
+    export(file, colours)
+    before = file.read_bytes()
+    with pytest.raises(common.UserError, match="differ from this script's"):
+        export(file, colours + 1)
+    with pytest.raises(common.CannotSave, match="cannot write .*m.pt2"):
+        export(tmp_path / "gone" / "m.pt2", colours)
+    assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == before
 
 
 def test_models_of_two_kinds_are_no_file(tmp_path):
