@@ -31,24 +31,17 @@ class Member:
     model: nn.Module  # in eval mode
     settings: dict  # content of its checkpoint
 
-    @property
-    def averaged(self):
-        """What --flip_average averages over a picture and its mirror image: that by which the model was judged.
-
-        The head of a frozen backbone was trained, selected and judged on the mean of their features. All others were
-        selected and judged by the mean of their outputs, as is the default for files that do not say which. The two
-        differ with --head mlp alone.
-        """
-        if not self.settings["flip_average"]:
-            return "nothing"
-        return "features" if self.settings.get("freeze_backbone") else "outputs"
-
     def read(self, inputs):
-        """(B, 3, S, S) -> on the CPU outputs (B, R) in the unit of the ratings, features (B, F)."""
+        """(B, 3, S, S) -> on the CPU outputs (B, R) in the unit of the ratings, features (B, F).
+
+        With flip_average both are means over each picture and its mirror image. The head of a frozen backbone reads the
+        mean of the features, on which it was trained, selected and judged. All others give the mean of their outputs,
+        by which they were selected and judged; so do files that do not say which. The two differ with an mlp head.
+        """
         views = views_of(inputs, self.settings["flip_average"])
         features = [self.model.backbone(view) for view in views]  # (B, 3, S, S) -> (B, F) each
         mean = sum(features) / len(views)
-        if self.averaged == "features":
+        if self.settings.get("freeze_backbone"):
             features = [mean]
         outputs = mean_over(self.model, features)  # (B, F) -> (B, R)
         scaler = self.settings["scaler"]
@@ -191,8 +184,7 @@ def export(path, members, pixels):
     settings = members[0].settings
     exporting.export(
         path, model, {"pixels": pixels},
-        about=exporting.about_pictures(settings["names"], settings["image_size"], settings["pixel_range"])
-        | {"flip_averages": [member.averaged for member in members]},
+        about=exporting.about_pictures(settings["names"], settings["image_size"], settings["pixel_range"]),
         expected=torch.stack(expected).mean(0),  # (B, R)
         unit=settings["label_sd"])
 

@@ -355,22 +355,21 @@ def make_loaders(study, split, scaler, args, compute, features):
     return loader("train", True), {part: loader(part, False) for part in ("train", "val", "test")}
 
 
-def to_device(batch, args, compute):
-    """Batch -> inputs (B, 3, S, S) normalised, or features (B, F); target (B, R); weight (B, R)."""
-    inputs = batch["input"]
-    if inputs.dtype == torch.uint8:
-        statistics = backbones.pixel_statistics(args.backbone, args.weights)
-        inputs = common.to_input(inputs, compute.device, *statistics, channels_last=compute.channels_last)
-    target = compute.send(batch["target"])
-    weight = compute.send(batch["weight"])
-    return compute.send(inputs), target, weight
+def to_device(inputs, args, compute):
+    """uint8 (B, S, S, 3) -> (B, 3, S, S) normalised, on the device; features (B, F) stay as they are."""
+    if inputs.dtype != torch.uint8:
+        return compute.send(inputs)
+    statistics = backbones.pixel_statistics(args.backbone, args.weights)
+    return common.to_input(inputs, compute.device, *statistics, channels_last=compute.channels_last)
 
 
 def train_one_epoch(model, loader, loss_function, training, compute):
     """One pass over the train rows; returns {'train_loss': mean over the rows}."""
     model.train()
     for batch in training.batches(loader):
-        inputs, target, weight = to_device(batch, training.args, compute)
+        inputs = to_device(batch["input"], training.args, compute)
+        target = compute.send(batch["target"])
+        weight = compute.send(batch["weight"])
         with compute.autocast():
             predicted = model(inputs)  # (B, 3, S, S) -> (B, R)
         training.step(loss_function(predicted, target, weight))
@@ -378,18 +377,23 @@ def train_one_epoch(model, loader, loss_function, training, compute):
 
 
 @torch.no_grad()
+def outputs_of(network, loader, args, compute):
+    """float32 (M, K): what a network in evaluation mode gives for the M rows of a loader."""
+    outputs = []
+    for batch in loader:
+        inputs = to_device(batch["input"], args, compute)
+        with compute.autocast():
+            output = mean_over(network, views_of(inputs, args.flip_average))
+        outputs.append(output.float().cpu())  # (B, 3, S, S) or (B, F) -> (B, K)
+    return torch.cat(compute.processes.gather(outputs)).numpy()
+
+
 def evaluate(model, loader, loss_function, scaler, args, compute):
     """Whole split at once -> (predicted (M, R) float64 in the unit of the ratings, loss in the unit of training)."""
-    model.eval()
-    parts = []
-    for batch in loader:
-        inputs, target, weight = to_device(batch, args, compute)
-        with compute.autocast():
-            output = mean_over(model, views_of(inputs, args.flip_average))  # (B, 3, S, S) -> (B, R)
-        parts.append((output.cpu(), target.cpu(), weight.cpu()))
-    output, target, weight = map(torch.cat, zip(*compute.processes.gather(parts)))  # (M, R) each
-    loss = loss_function(output, target, weight).item()
-    return output.double().numpy() * scaler["sd"] + scaler["mean"], loss
+    output = outputs_of(model.eval(), loader, args, compute)  # (M, R)
+    rows = loader.dataset
+    loss = loss_function(torch.from_numpy(output), rows.target, rows.weight).item()
+    return output * scaler["sd"] + scaler["mean"], loss
 
 
 def fit(run, args, study, split, features):
@@ -442,7 +446,8 @@ def finish_best_model(training, study, split, loaders, scaler, loss_function):
     best = training.load_best()
     model.eval()
     used = {part: loader for part, loader in loaders.items() if len(split[part])}
-    features = {part: features_of(model.backbone, loader, args, run.compute) for part, loader in used.items()}
+    backbone = nn.Identity() if args.freeze_backbone else model.backbone  # a frozen one's features are the inputs
+    features = {part: outputs_of(backbone, loader, args, run.compute) for part, loader in used.items()}
     if args.head == "ridge":
         solve_head(model, features["train"], study, split["train"], scaler)
     predicted = {part: evaluate(model, loader, loss_function, scaler, args, run.compute)[0]
@@ -502,20 +507,8 @@ def untuned_features(args, study, run, rows):
         backbone, n_features = build_backbone(args, head)
         backbone = run.compute.place(backbone).eval()
         features[head] = np.full((len(study.images), n_features), np.nan, np.float32)
-        features[head][rows] = features_of(backbone, loader, args, run.compute)
+        features[head][rows] = outputs_of(backbone, loader, args, run.compute)
     return features
-
-
-@torch.no_grad()
-def features_of(backbone, loader, args, compute):
-    """float32 (M, F) outputs of a backbone in evaluation mode; inputs that are features stay as they are."""
-    features = []
-    for batch in loader:
-        inputs, _, _ = to_device(batch, args, compute)
-        with compute.autocast():
-            outputs = inputs if inputs.ndim == 2 else mean_over(backbone, views_of(inputs, args.flip_average))
-        features.append(outputs.float())  # (B, 3, S, S) -> (B, F)
-    return torch.cat(compute.processes.gather([each.cpu() for each in features])).numpy()
 
 
 def predict_baselines(study, features, train, rows):
@@ -563,22 +556,6 @@ def heat_map_blocks(study, rows, files, cases, args, compute):
 
 
 # --- results: predictions table -> judged run folder -------------------------------------------
-
-def score_table(study, rows, predicted, others, seen, warning):
-    """ScoreTable of these rows, in the unit of the ratings file.
-
-    predicted: (M, R); others: {baseline: (M, R)}; seen: (M,) of common.SEEN_WORDS; warning: (M,) of row_warnings.texts.
-    """
-    return prediction_tables.ScoreTable(
-        keys={"image": study.images[rows]},
-        names=study.names,
-        target=study.ratings[rows],
-        predicted=predicted,
-        baselines=others,
-        groups=study.groups_of(rows),
-        seen=seen,
-        warning=warning)
-
 
 @common.first_process_only
 def judge(run, args, study, split, rows, table, part, alarms, similar, best_epoch=None, folds=()):
@@ -668,9 +645,15 @@ def run_split(run, args, study, split, features=None):
     for part in ("val", "test"):
         rows = split[part]
         if len(rows):
-            others = predict_baselines(study, features, split["train"], rows)
-            warning = row_warnings.texts([doubts[part]], seen[rows], "pictures", run.say, f"{part} ")
-            tables[part] = score_table(study, rows, predicted[part], others, seen[rows], warning)
+            tables[part] = prediction_tables.ScoreTable(
+                keys={"image": study.images[rows]},
+                names=study.names,
+                target=study.ratings[rows],
+                predicted=predicted[part],
+                baselines=predict_baselines(study, features, split["train"], rows),
+                groups=study.groups_of(rows),
+                seen=seen[rows],
+                warning=row_warnings.texts([doubts[part]], seen[rows], "pictures", run.say, f"{part} "))
             tables[part].write(run.path(f"predictions_{part}.csv"))
     best_epoch = training.progress.best_epoch
     train, val = (study.mean_metrics(split[part], predicted[part]) for part in ("train", "val"))

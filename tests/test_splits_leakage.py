@@ -191,8 +191,8 @@ def test_faulty_split_files(tmp_path, content, words):
 def test_shares_beside_a_split_file_are_said_to_be_unused(tmp_path, capsys):
     path = tmp_path / "splits.json"
     path.write_text('{"train": ["a"], "val": ["b"]}')
-    for given, said in ({"split_file", "val_ratio", "test_ratio"}, "test_ratio and val_ratio not used\n"), (set(), ""):
-        split = splitting.split_of_flags(SimpleNamespace(split_file=path, given=given), ["a", "b"])
+    for typed, said in ({"split_file", "val_ratio", "test_ratio"}, "test_ratio and val_ratio not used\n"), (set(), ""):
+        split = splitting.split_of_flags(SimpleNamespace(split_file=path, given=typed), ["a", "b"])
         assert [len(rows) for rows in split.values()] == [1, 1, 0]
         out = capsys.readouterr().out
         assert out.startswith("note: ") == bool(said) and out.endswith(said)
