@@ -146,7 +146,8 @@ def predict(members, loader, compute):
 def half_widths(members, coverage):
     """(R,) conformal half-widths from the members' residuals on rows they were not trained on; inf where too few.
 
-    A row that several members held out, as those of several seeds on one split do, counts once.
+    A row that several members held out, as those of several seeds on one split do, counts once. UserError: some members
+    have groups and others none.
     """
     residuals = np.concatenate([member.settings["abs_residuals"].numpy() for member in members])
     owners = [member.settings["residual_subjects"] for member in members]
@@ -243,7 +244,7 @@ def main():
         return
     readable = [i for i, error in enumerate(errors) if not error][:args.explain or 10]
     if not readable:
-        raise common.UserError(f"no picture could be read, so there is none for --explain or --export; see {args.output}")
+        raise common.UserError(f"no picture could be read, and --explain and --export need one; see {args.output}")
     pixels = torch.stack([pictures[0, i]["pixels"] for i in readable])  # (B, S, S, 3)
     if args.explain:
         write_heat_maps(args, members, chosen, [inputs[i][0] for i in readable], pixels.numpy(), compute)

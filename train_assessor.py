@@ -626,8 +626,9 @@ def check_ratings(study, splits):
     distinct = pd.DataFrame([ratings.iloc[split["train"]].nunique() for split in splits])  # (splits, R)
     useless = distinct.columns[distinct.min() < 2]
     if len(useless):
-        raise common.UserError(f"{common.shorten_list(useless)}: no two different ratings in the train rows (of a fold). "
-                               "Name the others with --target_columns, or split with another --seed")
+        raise common.UserError(
+            f"{common.shorten_list(useless)}: no two different ratings in the train rows (of a fold or dry run). "
+            "Name the others with --target_columns, or split with another --seed")
 
 
 def run_split(run, args, study, split, features=None):
