@@ -157,9 +157,8 @@ def half_widths(members, coverage):
         raise common.UserError("--interval: some checkpoints were trained with --group_column and others without; give "
                                "those of one kind")
     once = np.unique(rows, return_index=True)[1]
-    columns = residuals[once].T  # (R, rows)
     subjects = None if None in owners else np.concatenate(owners)[once]
-    return np.array([calibrating.conformal_quantile(column, 1 - coverage, subjects) for column in columns])
+    return np.array([calibrating.conformal_quantile(own, 1 - coverage, subjects) for own in residuals[once].T])
 
 
 def output_columns(inputs, predicted, names, widths):
@@ -220,8 +219,9 @@ def main():
     compute = common.choose_compute(args.device, args.use_amp)
     print(f"device: {compute.text}", flush=True)
     members = load_members(common.checkpoint_files(args.checkpoint), compute)
-    names = members[0].settings["names"]
-    image_size = members[0].settings["image_size"]
+    settings = members[0].settings
+    names = settings["names"]
+    image_size = settings["image_size"]
     chosen = slice(None)
     if args.explain_rating:
         chosen = [names.index(prediction_tables.known_name(args.explain_rating, names, "--explain_rating"))]
@@ -229,9 +229,8 @@ def main():
         [path for _, path in inputs],
         common.resize_side(image_size),
         lambda pixels, _: common.eval_crop(pixels, image_size),
-        members[0].settings.get("pixel_range"))
-    loader = common.make_loader(
-        pictures, args, compute, train=False, batch_size=args.predict_batch_size)
+        settings.get("pixel_range"))
+    loader = common.make_loader(pictures, args, compute, False, batch_size=args.predict_batch_size)
     widths = half_widths(members, args.interval) if args.interval else None
     predicted, seen, errors, warnings = predict(members, loader, compute)
     columns = output_columns(inputs, predicted, names, widths)
