@@ -438,12 +438,14 @@ def mirrored_labels(parts):
     None: a part with a side has no counterpart.
     """
     spelled = [re.sub("(?<=[a-z])(?=[A-Z])", "_", part).lower() for part in parts]  # leftWheel: left_wheel
-    labels = {name: label for label, name in enumerate(spelled)}
-    mirrored = []
-    for label, name in enumerate(spelled):
-        other = SIDE_WORD.sub(lambda word: SIDES[word[0]], name)
-        mirrored.append(label if other == name else labels.get(other))
-    return None if None in mirrored else np.array(mirrored)
+    others = [SIDE_WORD.sub(lambda word: SIDES[word[0]], name) for name in spelled]
+    if not set(others) <= set(spelled):
+        return None
+    mirrored = np.arange(len(parts))
+    for label, other in enumerate(others):
+        if other != spelled[label]:
+            mirrored[label] = spelled.index(other)
+    return mirrored
 
 
 def mirror(pixels, boxes):
@@ -1181,8 +1183,7 @@ def run_split(run, args, study, split):
     detection_judging.check_criteria(args.criteria, study.truth.parts, has_states)
     split = common.rows_to_try(split, args)
     # the validation loss draws by batches, so a resumed run must keep their size
-    run.write_args(**study.data_record(split), val_batch_size=args.val_batch_size)
-    write_skipped(run, study)
+    write_record(run, study, split, val_batch_size=args.val_batch_size)
     write_annotations(run, args, study, split)
     run.folds_after = int(args.baseline == "heads")
     if args.baseline == "boxes":
@@ -1219,8 +1220,9 @@ def train(args):
         run_split(run, args, study, make_split(args, study))
 
 
-def write_skipped(run, study):
-    """skipped.csv, where something was."""
+def write_record(run, study, split, **further):
+    """args.json, which refuses a resumed run on other data before anything is overwritten; skipped.csv, where needed."""
+    run.write_args(**study.data_record(split), **further)
     if study.skipped:
         common.write_table(run.path("skipped.csv"), study.skipped)
 
@@ -1240,8 +1242,7 @@ def evaluate_checkpoint(args):
         worst = common.worst_seen(content["seen"].words(study.hashes))
         part = {"train": "train", "chose": "val"}.get(worst, "test")
         split = {part: np.arange(len(study.stored))}
-        run.write_args(**study.data_record(split))
-        write_skipped(run, study)
+        write_record(run, study, split)
         models = {"model": model}
         if args.baseline == "heads":
             folder = common.checkpoint_files([args.checkpoint])[0].parent

@@ -172,33 +172,26 @@ def count_matches(matching, n_parts, threshold):
 def count_hallucinations(truth, detections, threshold):
     """Counts (M, P) of absent parts: absent, claimed (a detection not called absent) anywhere.
 
-    And of those with a box: absent_boxes, claimed_there.
+    And of those with a box: absent_boxes, claimed_there. A part annotated in another place too is not absent anywhere.
     """
+    from torchvision.ops import box_iou
     names = ("absent", "claimed", "absent_boxes", "claimed_there")
     counts = {name: np.zeros((len(detections), len(truth.parts))) for name in names}
     for picture, detected in enumerate(detections):
         labels = truth.labels[picture]
-        is_absent = truth.states[picture] == part_boxes.ABSENT
-        present = labels[~is_absent]
-        is_absent &= ~truth.ignored[picture]
+        said_absent = truth.states[picture] == part_boxes.ABSENT
+        is_absent = said_absent & ~truth.ignored[picture]
         claimed = detected.take((detected.scores >= threshold) & (detected.called() != part_boxes.ABSENT))
-        absent = np.union1d(labels[is_absent], truth.absent[picture])
-        absent = np.setdiff1d(absent, present).astype(int)  # a part annotated in another place is there
+        own = labels[is_absent]  # (K,)
+        absent = np.setdiff1d(np.union1d(own, truth.absent[picture]), labels[~said_absent]).astype(int)
         counts["absent"][picture, absent] = 1
         counts["claimed"][picture, np.intersect1d(absent, claimed.labels)] = 1
-        for label in labels[is_absent]:
-            boxes = claimed.boxes[claimed.labels == label]
-            places = truth.boxes[picture][is_absent & (labels == label)]
-            counts["absent_boxes"][picture, label] = 1
-            counts["claimed_there"][picture, label] = overlaps(boxes, places).any()
+        places = torch.from_numpy(truth.boxes[picture][is_absent])
+        iou = box_iou(places, torch.from_numpy(claimed.boxes)).numpy()  # (K, D)
+        is_claimed = (iou >= FOUND_IOU) & (own[:, None] == claimed.labels)
+        counts["absent_boxes"][picture, own] = 1
+        counts["claimed_there"][picture, own[is_claimed.any(1)]] = 1
     return counts
-
-
-def overlaps(boxes, others):
-    """(D,) True where a box (D, 4) overlaps one of the others (K, 4) with IoU .5 or more."""
-    from torchvision.ops import box_iou
-    iou = box_iou(torch.from_numpy(boxes), torch.from_numpy(others))  # (D, K)
-    return (iou >= FOUND_IOU).any(1).numpy()
 
 
 def mean_ap(truth, detections):
@@ -255,19 +248,14 @@ class Judged:
         """(S, S) true x predicted states of the boxes found in these pictures."""
         return self.confusions[pictures].sum((0, 1))
 
-    def ratios(self):
-        """{metric: (counted, of how many)}, each (M, P)."""
-        counts = self.counts
-        return {
-            "precision": (counts["right"], counts["right"] + counts["wrong"]),
-            "recall": (counts["right"], counts["truth"]),
-            "hallucination_rate": (counts["claimed_there"], counts["absent_boxes"]),
-            "hallucination_rate_anywhere": (counts["claimed"], counts["absent"])}
-
     def rates(self, pictures=slice(None), parts=slice(None)):
         """Precision, recall and the rates of hallucination over these pictures and parts."""
-        return {metric: share(counted[pictures][:, parts].sum(), whole[pictures][:, parts].sum())
-                for metric, (counted, whole) in self.ratios().items()}
+        sums = {name: counts[pictures][:, parts].sum() for name, counts in self.counts.items()}
+        return {
+            "precision": share(sums["right"], sums["right"] + sums["wrong"]),
+            "recall": share(sums["right"], sums["truth"]),
+            "hallucination_rate": share(sums["claimed_there"], sums["absent_boxes"]),
+            "hallucination_rate_anywhere": share(sums["claimed"], sums["absent"])}
 
     def values(self, pictures):
         """({metric: float}, {ap, ap50: (P,)}) of the model over these pictures, repeats count."""
@@ -286,21 +274,18 @@ class Judged:
             overall |= state_scores(true.T @ usual)
         return overall, each
 
-    def support(self, owners):
-        """{(scope, metric): how many groups or pictures it rests on}, for subject_intervals.estimate; owners: (M,)."""
-        is_owner = np.unique(owners)[:, None] == owners  # (groups or pictures, M)
+    def support(self, alone, owners):
+        """{(scope, metric): how many groups or pictures it rests on}, for subject_intervals.estimate.
 
-        def units_with(counts):  # (M, ...) -> (...)
-            return (np.tensordot(is_owner, counts, 1) > 0).sum(0)
-        overall = {metric: units_with(whole.sum(1)) for metric, (_, whole) in self.ratios().items()}
-        overall |= dict.fromkeys(("map", "map50", "map_present", "joint_map"), overall["recall"])
-        overall["state_accuracy"] = units_with(self.confusions.sum((1, 2, 3)))
-        states = units_with(self.confusions.sum((1, 3)))  # (S,)
-        # a mean over the states needs two of them; the others may be rare
-        overall |= dict.fromkeys(("balanced_accuracy", "macro_f1"), sorted(states)[-2])
-        parts = units_with(self.counts["truth"])  # (P,)
-        of_all = {("overall", metric): units for metric, units in overall.items()}
-        return of_all | {("each", "ap"): parts, ("each", "ap50"): parts}
+        alone: ({metric: (S,)}, {metric: (S, P)}) of each of S groups or pictures; owners: (M,) their numbers.
+        """
+        support = {}
+        for scope, found in zip(("overall", "each"), alone):
+            support |= {(scope, metric): np.isfinite(values).sum(0) for metric, values in found.items()}
+        states = [len(np.unique(owners[found.any((1, 2))])) for found in np.moveaxis(self.confusions, 2, 0)]
+        for metric in ("balanced_accuracy", "macro_f1"):  # a mean over the states needs two; the others may be rare
+            support["overall", metric] = sorted(states)[-2]
+        return support
 
     def result(self, draws, seed, baseline_name="mean box"):
         """The subject_intervals.Result over all pictures; resampled are groups, else images."""
@@ -314,15 +299,17 @@ class Judged:
                 times = weights.astype(int)[:, owners]  # (draws, M)
                 return stack_draws([values(np.repeat(self.every, drawn)) for drawn in times])
             return statistic
+        model = over_draws(self.values)
+        n_units = owners.max() + 1
         return subject_intervals.estimate(
-            over_draws(self.values),
+            model,
             over_draws(self.baseline_values) if self.of_baseline else None,
-            owners.max() + 1,
+            n_units,
             "images" if groups is None else "groups",
             draws,
             seed,
             names=self.truth.parts,
-            support=self.support(owners),
+            support=self.support(model(np.eye(n_units)), owners),
             n=self.counts["truth"].sum(0).astype(int),
             rows=len(self.every),
             baseline_name=baseline_name)

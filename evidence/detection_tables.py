@@ -12,7 +12,6 @@ N_STATES = detection_scores.N_STATES
 BOX_COLUMNS = ("x1", "y1", "x2", "y2")
 PROBABILITY_COLUMNS = tuple(f"p_{state}" for state in part_boxes.STATES)
 COLUMNS = ("image", "part", "score", "state", *PROBABILITY_COLUMNS, *BOX_COLUMNS, "seen", "warning", "error")
-MAY_LACK = ("state", *PROBABILITY_COLUMNS, "warning", "error")  # columns that are left out where they are empty
 ROUNDING = 0.02  # probabilities with two digits add up to 1 up to this
 
 
@@ -77,8 +76,8 @@ def detection_rows(names, detections, parts, seen, errors=None, lists_absent=Fal
         if lists_absent:
             rows += [{**known, "part": part, "state": part_boxes.STATES[part_boxes.ABSENT]} for part in missing]
         elif not len(states):
-            rows.append(known)
-    used = [column for column in COLUMNS if column not in MAY_LACK or any(column in row for row in rows)]
+            rows.append(known | dict.fromkeys(("part", "score", *BOX_COLUMNS)))
+    used = [column for column in COLUMNS if any(column in row for row in rows)]
     return [{column: row.get(column) for column in used} for row in rows]
 
 
