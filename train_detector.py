@@ -244,7 +244,8 @@ def check_split_flags(parser, args):
         parser.error(f"--val_json {args.val_json} is the split: give no --split_file, "
                      "--split_ratio, --test_ratio")
     if "split_ratio" in args.given and (args.split_file or args.given & {"train_ratio", "val_ratio"}):
-        parser.error(f"--split_ratio {args.split_ratio:g} is the split: give no --split_file, --train_ratio, --val_ratio")
+        parser.error(f"--split_ratio {args.split_ratio:g} is the split: give no --split_file, "
+                     "--train_ratio, --val_ratio")
     if args.test_json and not args.val_json:
         parser.error(f"--test_json {args.test_json} needs --val_json: without it --train_json is "
                      "split")
@@ -1221,7 +1222,7 @@ def train(args):
 
 
 def write_record(run, study, split, **further):
-    """args.json, which refuses a resumed run on other data before anything is overwritten; skipped.csv, where needed."""
+    """args.json, which refuses a resumed run on other data, before anything is overwritten; skipped.csv."""
     run.write_args(**study.data_record(split), **further)
     if study.skipped:
         common.write_table(run.path("skipped.csv"), study.skipped)

@@ -243,7 +243,7 @@ def find_alarms(judged, detections, threshold):
     if not any(len(detected.scores) for detected in sure):
         highest = max((detected.scores.max(initial=0) for detected in detections), default=0)
         alarms.append(f"no detection reaches the score {threshold:g}, the highest is {highest:.2f}. Train longer "
-                      "(--epochs), start from published weights, or let train_detector.py count lower scores (--score_threshold)")
+                      "(--epochs), start from published weights, or lower --score_threshold of train_detector.py")
     n_boxes = judged.counts["truth"].sum(0)
     unseen = [part for part, n in zip(judged.truth.parts, n_boxes) if not n]
     if unseen:

@@ -431,9 +431,9 @@ def read_trust(value, where, faults):
 def refuse_other_convention(images, path, box_format, flag="--box_format"):
     """UserError where boxes, read as left, top, width, height, look like those of another of BOX_FORMATS.
 
-    images: AnnotatedImages; box_format, of the flag: where it is given, nothing is refused. More than a tenth leave their picture
-    and half as many at most would by another convention, or no number is above 1, or the corners' convention alone
-    gives the areas that the file has.
+    images: AnnotatedImages; box_format: what the flag says; where it is given, nothing is refused. More than a tenth
+    leave their picture and half as many at most would by another convention, or no number is above 1, or the corners'
+    convention alone gives the areas that the file has.
     """
     kept = [(each, image.size) for image in images if image.size for each in image.objects if any(each.box)]
     if box_format or not kept:

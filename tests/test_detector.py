@@ -491,7 +491,8 @@ def test_annotations_without_a_box_judge_nothing():
 
 def test_a_baseline_that_fails_keeps_its_folder(tmp_path, monkeypatch):
     """As after a loss that is not finite: the message says that the last checkpoint is healthy."""
-    args = train_detector.parse_args(["--mode", "audit", "--json", "x", "--images_dir", "y", "--output_dir", str(tmp_path)])
+    args = train_detector.parse_args(
+        ["--mode", "audit", "--json", "x", "--images_dir", "y", "--output_dir", str(tmp_path)])
 
     def fail(run, args, study, split):
         run.path("last.pth").write_text("healthy")
