@@ -277,12 +277,13 @@ class Judged:
     def support(self, alone, owners):
         """{(scope, metric): how many groups or pictures it rests on}, for subject_intervals.estimate.
 
-        alone: ({metric: (S,)}, {metric: (S, P)}) of each of S groups or pictures; owners: (M,) their numbers.
+        alone: ({metric: (U,)}, {metric: (U, P)}) of each of U groups or pictures alone; owners: (M,) their numbers.
         """
         support = {}
         for scope, found in zip(("overall", "each"), alone):
             support |= {(scope, metric): np.isfinite(values).sum(0) for metric, values in found.items()}
-        states = [len(np.unique(owners[found.any((1, 2))])) for found in np.moveaxis(self.confusions, 2, 0)]
+        by_state = np.moveaxis(self.confusions, 2, 0)  # (S, M, P, S), true ones first
+        states = [len(np.unique(owners[found.any((1, 2))])) for found in by_state]
         for metric in ("balanced_accuracy", "macro_f1"):  # a mean over the states needs two; the others may be rare
             support["overall", metric] = sorted(states)[-2]
         return support
