@@ -104,7 +104,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         text = action.help or ""
-        says_none = action.default in (None, False, "", argparse.SUPPRESS) or action.nargs == 0
+        says_none = action.default in (None, False, "") or action.nargs == 0
         return text if says_none or "default" in text else f"{text} (default: %(default)s)"
 
 
@@ -256,7 +256,7 @@ def add_data_arguments(parser):
         help="unreadable files: list and stop, or skip")
     add("--exact_names", action="store_true",
         help="no guess at the file that a name of another folder or spelling means")
-    add("--pixel_range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+    add("--pixel_range", type=bounded(float), nargs=2, metavar=("LOW", "HIGH"),
         help="pictures of more than 8 bits: values that become black and white (default: one range "
              "for all, from the data)")
     add("--cache", choices=("auto", "ram", "disk", "none"), default="auto", may_change=True,
@@ -314,26 +314,39 @@ def add_shared_arguments(parser, **defaults):
 def parse_arguments(parser, argv=None):
     """Parse the command line over --config over the flags of the --resume run over the defaults.
 
-    Returns the Namespace of the flags in force, with two sets of their names beside them: `given`,
-    those typed on the command line, and `may_change` (see Parser). Nothing changes it later. Raises
-    UserError for an unreadable config, an unknown key (closest flag named) or a value that its flag
-    refuses.
+    Returns the Namespace of the flags in force, with three sets of their names beside them: `given`,
+    those typed on the command line, `may_change` (see Parser), and of these `data_paths`, which say
+    where the data are. Nothing changes it later. Raises UserError for an unreadable config, an
+    unknown key (closest flag named) or a value that its flag refuses.
     """
     words = [_snake_case(word) for word in (sys.argv[1:] if argv is None else argv)]
     typed, _ = _read_flags(parser, words)
-    values = {}
-    if typed.get("resume", "auto") != "auto":
-        values |= config_values(parser, run_folder_of(typed["resume"]) / "args.json")
-    if "config" in typed:
-        values |= config_values(parser, typed["config"])
+    values = config_values(parser, typed["config"]) if "config" in typed else {}
+    resume = typed.get("resume", values.get("resume", "auto"))
+    if resume != "auto":
+        values = config_values(parser, run_folder_of(resume) / "args.json") | values
     for action in parser._actions:
-        if action.dest in values and action.dest not in {*typed, "config", "resume"}:
+        if action.dest in values and action.dest not in {*typed, "config"}:
             action.default = values[action.dest]
             action.required = False
     flags = vars(parser.parse_args(words))
+    _check_flags(parser, flags, typed)
     if flags.get("dry_run"):  # one epoch without extra checkpoints, whatever else is given
         flags |= {"epochs": 1, "patience": 0, "save_every": 0}
-    return argparse.Namespace(**flags, given=set(typed), may_change=parser.may_change)
+    paths = {action.dest for action in parser._actions if action.type is Path}
+    data_paths = paths & parser.may_change - {"output_dir", "config"}
+    return argparse.Namespace(
+        **flags, given=set(typed), may_change=parser.may_change, data_paths=data_paths)
+
+
+def _check_flags(parser, flags, typed):
+    """parser.error for values of shared flags that cannot be meant."""
+    low, high = flags.get("pixel_range") or (0, 1)
+    if not low < high:
+        parser.error(f"--pixel_range {low:g} {high:g}: expected the value of black, then a higher one of white")
+    if "warmup_epochs" in typed and flags["warmup_epochs"] >= flags["epochs"]:
+        parser.error(f"--warmup_epochs {flags['warmup_epochs']:g} of {flags['epochs']} epochs: --lr would never be "
+                     "reached; warm up for fewer")
 
 
 def _read_flags(parser, words, **options):
@@ -351,7 +364,7 @@ def _read_flags(parser, words, **options):
 
 def flags_of(args):
     """{flag: value} of what parse_arguments returns."""
-    return {name: value for name, value in vars(args).items() if name not in ("given", "may_change")}
+    return {name: value for name, value in vars(args).items() if name not in ("given", "may_change", "data_paths")}
 
 
 def check_split_flags(parser, args):
@@ -365,20 +378,25 @@ def check_split_flags(parser, args):
     if args.folds and args.test_ratio:
         parser.error(f"--folds {args.folds} scores every row once: "
                      f"--test_ratio {args.test_ratio:g} has none")
-    if not args.folds and not args.split_file and args.val_ratio < 1e-9:
-        parser.error(f"--val_ratio {args.val_ratio:g}: the validation part must not be empty, "
-                     "it chooses the epoch")
     shares = split_ratios(args)
-    if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
-        parser.error(f"split ratios must be 0 or more and add up to 1, found {shares} (sum {sum(shares.values()):g}); "
-                     "without --train_ratio the training takes what the others leave")
+    needed = ("train",) if args.folds else ("train", "val")
+    empty = [part for part in needed if shares[part] < 1e-9]
+    if empty and not args.split_file:
+        parser.error(f"the {empty[0]} part must not be empty (val chooses the epoch), found {shares}")
 
 
 def split_ratios(args):
-    """{train, val, test: share}; train takes what the others leave, unless --train_ratio says its own."""
+    """{train, val, test: share}; train takes what the others leave, unless --train_ratio says its own.
+
+    Raises UserError for shares below 0, or that do not add up to 1.
+    """
     rest = 1 - args.val_ratio - args.test_ratio
     train = rest if args.train_ratio is None else args.train_ratio
-    return {"train": train, "val": args.val_ratio, "test": args.test_ratio}
+    shares = {"train": train, "val": args.val_ratio, "test": args.test_ratio}
+    if min(shares.values()) < -1e-9 or abs(sum(shares.values()) - 1) > 1e-6:
+        raise UserError(f"split ratios must be 0 or more and add up to 1, found {shares} (sum "
+                        f"{sum(shares.values()):g}); without --train_ratio the training takes what the others leave")
+    return shares
 
 
 def _snake_case(word):
@@ -400,14 +418,14 @@ def config_values(parser, path):
             near = closest(key, [other[2:] for other in declared])
             raise UserError(f"{path}: unknown key {key!r}{near}; a key is a flag of this script "
                             "without its dashes")
-        if value in (None, "", "~", "null", []):
+        if value in (None, "", "~", "null"):
             continue
         action = declared[name]
         if action.nargs == 0:
             is_true = {"true": True, "false": False}.get(str(value).lower())
             if is_true is None:
                 raise UserError(f"{path}: {key} is a switch: expected true or false, found {value!r}")
-            switches[action.dest] = is_true == action.const  # `no_pretrained: true` is `pretrained: false`
+            switches[action.dest] = action.const if is_true else not action.const
         else:
             words += _words_of(action, name, value, f"{path}: {key}")
     try:
@@ -433,7 +451,7 @@ def _words_of(action, name, value, where):
 
 
 def read_config(path):
-    """Flat {flag name: value} of a YAML or JSON file, its sections dropped; an args.json gives its flags.
+    """Flat {flag name: value} of a YAML or JSON file, its sections dropped; an args.json gives its flags but --resume.
 
     Values are the texts that stand there, and lists of them: a flag's own type reads them. Raises
     UserError for files that are missing, not a mapping, or that hold duplicate keys, anchors or
@@ -450,12 +468,12 @@ def read_config(path):
         else:
             values = _parse_yaml(text)
         if isinstance(values, dict) and {"command", "flags"} <= set(values):
-            values = values["flags"]
+            values = values["flags"] | {"resume": None}
         return unique_keys(_leaves({} if values is None else values))
     except RecursionError:
         message = f"{path} is nested too deeply to be a config file ({len(text)} characters)"
         raise UserError(message) from None
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a config file: {one_line(error)}") from None
 
 
@@ -525,7 +543,7 @@ class Run:
         with explained_write_errors(self.folder):
             self._lock = lock_folder(self.folder) if self.is_writer else contextlib.nullcontext()
             log = self.path("log.txt") if self.is_writer else os.devnull
-            self._log = open(log, "a", encoding="utf-8")
+            self._log = open(log, "a", encoding="utf-8", errors="backslashreplace")
 
     def __enter__(self):
         return self
@@ -625,19 +643,23 @@ class Run:
         if not path.exists():
             write_json(path, record)
             return
-        before, now = (
-            {"precision": each["device"]["precision"], **each["data"], **_lasting_flags(each, self.args)}
-            for each in (read_json(path), record))
+        before, now = map(self._lasting, (read_json(path), record))
         lines = [f"\n  {name:24} {json.dumps(before.get(name))[:30]:32} {json.dumps(value)[:30]}"
                  for name, value in now.items() if value != before.get(name)]
         if lines:
             raise UserError(f"{self.folder} cannot be continued exactly: these differ (then, now); "
                             f"start a new run or restore them{''.join(lines)}")
 
+    def _lasting(self, record):
+        """What of an args.json a resumed run must keep."""
+        return {"precision": record["device"]["precision"], **record["data"],
+                **_lasting_flags(record, self.args.may_change)}
 
-def _lasting_flags(record, args):
-    """{--name: value} of the flags in an args.json that a resumed run must keep."""
-    return {f"--{name}": value for name, value in record["flags"].items() if name not in args.may_change}
+
+def _lasting_flags(record, may_differ):
+    """{--name: value} of the flags in an args.json but for those that may differ, and its script."""
+    flags = record.get("flags", {}).items()
+    return {"script": record.get("script")} | {f"--{name}": value for name, value in flags if name not in may_differ}
 
 
 def with_progress(label, batches, total, done=0):
@@ -647,15 +669,13 @@ def with_progress(label, batches, total, done=0):
     return tqdm(batches, label, total, initial=done, leave=False, ascii=True, disable=is_hidden)
 
 
-OPTIONAL_PACKAGES = {
-    "tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "safetensors": "safetensors.torch",
-    "timm": "timm", "onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"}
+OPTIONAL_MODULES = {"tensorboard": "torch.utils.tensorboard", "safetensors": "safetensors.torch"}  # else as the package
 
 
 def optional_package(name):
     """The module that only one flag needs. Raises UserError that names it if it is missing."""
     try:
-        return importlib.import_module(OPTIONAL_PACKAGES[name])
+        return importlib.import_module(OPTIONAL_MODULES.get(name, name))
     except ImportError as error:
         raise UserError(f"{name} is needed and not installed ({error}): pip install {name}") from None
 
@@ -692,6 +712,8 @@ def start_run(args, fp32_on_cpu=False, fixed_shapes=False):
     run.say(f"run folder: {folder}{' (continued)' if resumed else ''}")
     run.say(f"command: {command_line()}")
     run.say(f"device: {compute.text}; {torch.get_num_threads()} threads; torch {torch.__version__}")
+    if "patience" in args.given and args.patience and args.select == "last":
+        run.say(f"note: --select last trains all {args.epochs} epochs: --patience {args.patience} has no effect")
     if processes.size > 1:
         run.say(f"processes: {processes.size}; each takes its share of the {args.batch_size} samples "
                 "of a batch")
@@ -741,10 +763,10 @@ def lock_folder(folder):
 
 
 def is_being_written(folder):
-    """True where another process has the lock of a run folder."""
+    """True where another process has the lock of a run folder, or the folder is another user's."""
     try:
         lock_folder(folder).close()
-    except UserError:
+    except (UserError, OSError):
         return True
     return False
 
@@ -774,49 +796,67 @@ def _named_folder(args):
     record = read_json(folder / "args.json")
     if record["script"] != script_name():
         raise UserError(f"{folder} is a run of {record['script']}, not of {script_name()}")
-    if args.epochs > record["flags"]["epochs"] and is_finished(folder, args):
-        _open_for_more_epochs(folder, args, record)
+    if args.epochs > record["flags"]["epochs"]:
+        _open_for_more_epochs(folder, args.epochs, record["flags"])
     return folder
 
 
 def _newest_folder(args):
-    """Of the runs with these flags: that of this SLURM job, or the newest one that is neither finished nor running."""
-    records = list(args.output_dir.glob("run_*/args.json"))
-    records.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    folders = [path.parent for path in records if _same_run(read_json(path), args)]
+    """Of the runs with these flags and data: that of this SLURM job, or the newest one neither finished nor running.
+
+    Where there is none, a note names the newest unfinished one with these flags, and why it is not continued.
+    """
+    paths = sorted(args.output_dir.glob("run_*/args.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    records = {path.parent: read_json(path) for path in paths}
+    now = {"script": script_name(), "flags": json_safe(flags_of(args))}
+
+    def alike(may_differ):
+        wanted = _lasting_flags(now, may_differ)
+        return [folder for folder, record in records.items() if _lasting_flags(record, may_differ) == wanted]
+    same_data = alike(args.may_change - args.data_paths)
     job = slurm_job_id()
-    for folder in folders:
+    for folder in same_data:
         if job and re.search(rf"_job{job}(_\d+)?$", folder.name):
             return folder
-    for folder in folders:
-        if not is_finished(folder, args) and not is_being_written(folder):
+    unfinished = [folder for folder in alike(args.may_change)
+                  if not is_finished(folder, args) and not is_being_written(folder)]
+    for folder in unfinished:
+        if folder in same_data:
             return folder
+    if unfinished:
+        print(f"note: a new run; the paths of the data are not those of {unfinished[0]}, which is unfinished. If its "
+              f"data have only moved, --resume {unfinished[0]} continues it", flush=True)
     return None
 
 
-def _open_for_more_epochs(folder, args, record):
-    """Let a finished run go on to --epochs. UserError where its learning rate would have been another all along."""
-    scheduler = record["flags"]["scheduler"]
+def _open_for_more_epochs(folder, epochs, flags):
+    """Let a run go on to more epochs. UserError where its learning rate would have been another all along."""
+    scheduler = flags["scheduler"]
     if scheduler not in OPEN_SCHEDULES:
-        raise UserError(f"{folder} is finished: its --scheduler {scheduler} is made for "
-                        f"{record['flags']['epochs']} epochs, not for {args.epochs}. Go on from its weights in a "
-                        f"new run: --init_from {folder / 'best_model.pth'}, or train with --scheduler plateau or none")
-    record["flags"]["epochs"] = args.epochs
-    write_json(folder / "args.json", record)
-    for metrics in folder.glob("**/metrics.json"):
-        metrics.unlink()
-
-
-def _same_run(record, args):
-    now = json_safe({"flags": flags_of(args)})
-    return record.get("script") == script_name() and _lasting_flags(record, args) == _lasting_flags(now, args)
+        raise UserError(f"{folder}: its --scheduler {scheduler} is made for {flags['epochs']} epochs, not for {epochs}. "
+                        f"Go on from its weights in a new run: --init_from {folder / 'best_model.pth'}, or train with "
+                        "--scheduler plateau or none")
+    with explained_write_errors(folder), lock_folder(folder):
+        for metrics in folder.glob("**/metrics.json"):
+            metrics.unlink()
+        # its own args.json is the last one: after a kill before that the same command begins here again
+        for path in sorted(folder.glob("**/args.json"), reverse=True):
+            record = read_json(path)
+            record["flags"]["epochs"] = epochs
+            write_json(path, record)
 
 
 def is_finished(folder, args):
-    """True where a run folder holds its metrics and so does every fold that is asked for."""
-    folds = range(args.folds) if args.fold == "all" else [args.fold]
-    parts = [folder, *(folder / f"fold_{k}" for k in folds)]
-    return all((part / "metrics.json").exists() for part in parts)
+    """True where a run folder holds its metrics, made of all the folds that are asked for."""
+    if not (folder / "metrics.json").exists():
+        return False
+    compared = list(folder.glob("run_*/args.json"))  # of several backbones, each with its own folds
+    if compared:
+        return all(is_finished(path.parent, args) for path in compared)
+    pooled = {f"fold_{fold['fold']}" for fold in read_json(folder / "metrics.json").get("folds", [])}
+    if args.fold != "all":
+        return f"fold_{args.fold}" in pooled
+    return not pooled or pooled.issuperset(part for part in read_json(folder / "splits.json") if part != "test")
 
 
 def script_name():
@@ -884,7 +924,7 @@ def data_fingerprint(items):
         elif hasattr(item, "tobytes"):
             data = item.tobytes()
         else:
-            data = str(item).encode()
+            data = str(item).encode(errors="backslashreplace")
         head = f"{type(item)} {getattr(item, 'dtype', '')} {np.shape(item)} {len(data)}:"
         digest.update(head.encode() + data)
     return digest.hexdigest()
@@ -983,7 +1023,8 @@ def write_table(path, rows):
     import pandas as pd
     table = pd.DataFrame(rows, dtype=object)  # whole numbers stay whole beside empty cells
     content = table.to_csv(index=False, lineterminator="\n")
-    write_whole(path, content.encode("utf-8" if content.isascii() else "utf-8-sig"))
+    encoding = "utf-8" if content.isascii() else "utf-8-sig"
+    write_whole(path, content.encode(encoding, errors="backslashreplace"))  # names of files may be no Unicode
 
 
 def run_main(main):
@@ -1006,11 +1047,16 @@ def run_main(main):
     sys.exit(code)
 
 
+LOST_WORKER = re.compile(r"DataLoader (worker \(|timed out)")
+IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker .*\n\S+: ", re.DOTALL)  # torch's text up to the error's own
+
+
 def _explain(error):
     """(exit code, text for the user) of an exception; (None, None) for a programming mistake."""
     reason = one_line(error)
     if isinstance(error, UserError):
-        return error.code, "" if error.said_by_first else f"error: {error}"
+        message = IN_WORKER.sub("", str(error)).rstrip()
+        return error.code, "" if error.said_by_first else f"error: {message}"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPT, "interrupted"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
@@ -1020,7 +1066,7 @@ def _explain(error):
                                 "--batch_size or picture, or keep its statistics (--freeze_norm)")
     if LOST_PROCESS.search(str(error)) and launched_processes().size > 1:
         return EXIT_CRASH, f"error: another process of this run has ended, see there ({reason})"
-    if "DataLoader" in str(error):
+    if LOST_WORKER.search(str(error)):
         return EXIT_CRASH, (f"error: a loader worker died or hangs ({reason}). The last checkpoint is "
                             "whole: --resume auto continues. Try --num_workers 0, or a larger /dev/shm")
     return None, None
@@ -1035,15 +1081,17 @@ def _process_prefix():
 
 
 def _half_batch():
-    command = " ".join(sys.argv)
+    """The command with half the batch and twice --accumulate: the same optimiser steps."""
+    command = shlex.join(["python", *map(_snake_case, sys.argv)])
     batch = re.search(r"--batch_size[ =](\d+)", command)
-    accumulate = re.search(r"--accumulate[ =](\d+)", command)
-    if not batch:
-        return "try again with half the batch size (--batch_size) and --accumulate 2"
-    half = max(1, int(batch[1]) // 2)
+    accumulate = re.search(r"--accumulate(?:_grad_batches)?[ =](\d+)", command)
+    if not batch or batch[1] == "1":
+        return ("try again with a smaller --batch_size (in training with --accumulate: the same gradient), smaller "
+                "pictures, or in predict_assessor.py a smaller --predict_batch_size")
+    half = int(batch[1]) // 2
     doubled = 2 * int(accumulate[1]) if accumulate else 2
-    kept = re.sub(r"--(batch_size|accumulate)[ =]\d+ ?", "", command).strip()
-    return f"try: python {kept} --batch_size {half} --accumulate {doubled}"
+    kept = re.sub(r" --(batch_size|accumulate(_grad_batches)?)[ =]\d+", "", command)
+    return f"try: {kept} --batch_size {half} --accumulate {doubled}"
 
 
 # ---------------------------------------------------------------------------
@@ -1114,7 +1162,6 @@ def choose_compute(device, use_amp, processes=None, fp32_on_cpu=False):
 
 def _choose_device(name, processes):
     n_gpus = torch.cuda.device_count()
-    has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"  # not mps: nobody has run these scripts there yet
     try:
@@ -1127,7 +1174,7 @@ def _choose_device(name, processes):
     if device.type == "cuda" and (device.index or 0) >= n_gpus:
         raise UserError(f"--device {device}: this torch sees {n_gpus} CUDA GPUs; use --device cpu, "
                         "or run verify_setup.py to see why")
-    if device.type == "mps" and not has_mps:
+    if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {device}: this machine has no Apple GPU; use --device cpu")
     return device
 
@@ -1239,7 +1286,9 @@ class EpochBatches(torch.utils.data.Sampler):
             order = torch.multinomial(weights, self.n_samples, True, generator=generator).tolist()
         for batch in range(start, len(self)):
             first, last = self.edges[batch:batch + 2]
-            span = self.own_span(batch) or range(first, min(first + 2, last))
+            span = self.own_span(batch)
+            if not span:
+                span = range(first, min(first + 2, last))
             yield [(epoch, order[position]) for position in span]
 
     def own_span(self, batch):
@@ -1407,7 +1456,6 @@ class StopSignals:
 
 LOST_PROCESS = re.compile("gloo|nccl|TCPStore|connection (closed|reset)|broken pipe", re.IGNORECASE)
 PROCESS_TIMEOUT = datetime.timedelta(minutes=30)  # how long they wait for one another
-WAITING_IS_TOLD = 30  # seconds
 
 
 def launched_processes(env=os.environ):
@@ -1462,13 +1510,11 @@ class Processes:
         # arguments and keep it, and its threads, past leave_processes().
         importlib.import_module("torch.distributed.nn.functional")
         where = ":".join(os.environ.get(name, f"(no {name})") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        told = (f"process {self.rank} of {self.size} waits for the others at {where} (started by "
-                "srun? For one process: srun -n 1, or unset SLURM_STEP_ID)")
-        reminder = threading.Timer(WAITING_IS_TOLD, print, [told], {"flush": True})
-        reminder.daemon = True
-        reminder.start()
         for number in (signal.SIGINT, signal.SIGTERM):  # torch waits where no handler in Python is called
             signal.signal(number, signal.SIG_DFL)
+        if self.is_first:
+            print(f"process 0 of {self.size} waits for the others at {where} (started by srun? For one process: "
+                  "srun -n 1, or unset SLURM_STEP_ID)", flush=True)
         try:
             dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=PROCESS_TIMEOUT)
         except (RuntimeError, ValueError) as error:
@@ -1476,8 +1522,6 @@ class Processes:
                             f"({one_line(error)}); set MASTER_ADDR to the first node, MASTER_PORT to "
                             "a free port (as train_assessor.sh does), GLOO_SOCKET_IFNAME to the network between them"
                             ) from None
-        finally:
-            reminder.cancel()
         if CAN_FORK:
             # A thread of the group that lets go of its last message holds a lock of Python 3.11 for a
             # moment; a loader worker forked in that moment hangs for ever. All messages are waited
@@ -1844,19 +1888,12 @@ def jitter_colours(image, drawn):
     return cv2.transform(image, _colour_matrix(drawn, cv2.mean(image)[:3]))
 
 
-def apply_augmentation(image, drawn, size):
-    """Apply an Augmentation to uint8 (H, W, 3) and return uint8 (size, size, 3); H and W at least `size`.
-
-    One bilinear warp; pixels from outside the picture are 0. What the crop cut off comes back where a rotation or
-    shift needs it, so there are fewer black corners than with separate steps. Erased pixels are 0 after to_input.
-    """
-    return augment_clip(image[None], drawn, size)[0]
-
-
 def augment_clip(frames, drawn, size):
     """Apply one Augmentation to all frames of a clip alike: uint8 (T, H, W, 3) -> (T, size, size, 3).
 
-    Means and extremes that colour operations need are those of the whole clip, so that nothing flickers.
+    H and W at least `size`. Means and extremes that colour operations need are those of the whole clip, so that nothing
+    flickers. One bilinear warp; pixels from outside the picture are 0. What the crop cut off comes back where a rotation
+    or shift needs it, so there are fewer black corners than with separate steps. Erased pixels are 0 after to_input.
     """
     if drawn == Augmentation():
         return eval_crop(frames, size)
@@ -2069,25 +2106,10 @@ def save_checkpoint(path, content, keep_previous=False):
     buffer = io.BytesIO()
     torch.save(content, buffer)
     if keep_previous and path.exists():
-        with explained_write_errors(f"{path}.prev"):
-            _keep_previous(path)
+        previous = path.with_name(f"{path.name}.prev")
+        with explained_write_errors(previous):
+            os.replace(path, previous)  # for a moment only .prev exists, and a resumed run takes that
     write_whole(path, buffer.getbuffer())
-
-
-def _keep_previous(path):
-    """Name the old file .prev without a moment in which neither name has a whole file."""
-    previous = path.with_name(f"{path.name}.prev")
-    temporary = path.with_name(f".{path.name}.prev.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        os.link(path, temporary)
-    except OSError:  # no hard links here (exFAT, some network drives): for a moment only .prev exists
-        os.replace(path, previous)
-        return
-    try:
-        os.replace(temporary, previous)
-    finally:  # a rename between two links of one file does nothing, and leaves both
-        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path):
@@ -2259,8 +2281,9 @@ def checkpoint_files(paths):
     for path in map(Path, paths):
         found = [path]
         if path.is_dir():
-            found = [*path.glob("best_model.pth")] or sorted(
-                path.glob("fold_*/best_model.pth"), key=lambda file: int(file.parent.name.removeprefix("fold_")))
+            own = list(path.glob("best_model.pth"))
+            of_folds = path.glob("fold_*/best_model.pth")
+            found = own or sorted(of_folds, key=lambda file: int(file.parent.name.removeprefix("fold_")))
         if not found:
             raise UserError(f"--checkpoint {path} holds no best_model.pth and no fold_K/best_model.pth")
         files += found
@@ -2691,21 +2714,16 @@ class Training:
         progress.done = stops_early or progress.epoch >= self.args.epochs
 
     def _report(self, numbers, is_best):
-        """The epoch on a line of about 120 columns: the number that chooses, and of the others those that have room."""
+        """The epoch on a line: the number that chooses, and the first two others."""
         progress = self.progress
         seconds = time.perf_counter() - self.current.started
         memory = peak_memory(self.run.compute.device) / 2 ** 30
         left = seconds * (self.args.epochs * (1 + self.run.folds_after) - progress.epoch)
         end = (f"({seconds:.2f} s, {self.current.samples / seconds:.1f} samples/s, peak {memory:.2f} GB, "
                f"{left / 60:.0f} min left){' *' if is_best else ''}")
-        line = f"epoch {progress.epoch}/{self.args.epochs}"
-        room = 120 - len("epoch 100/100") - len("  (123.45 s, 1234.5 samples/s, peak 12.34 GB, 123 min left) *")
-        for name in sorted(numbers, key=lambda name: name != self.select):
-            width = len(f"  {name} -0.12345")
-            if width <= room:  # by the names alone, so that every line shows the same numbers
-                room -= width
-                line += f"  {name} {numbers[name]:.4g}"
-        self.run.say(f"{line}  {end}")
+        chosen_first = sorted(numbers, key=lambda name: name != self.select)
+        shown = "".join(f"  {name} {numbers[name]:.4g}" for name in chosen_first[:3])
+        self.run.say(f"epoch {progress.epoch}/{self.args.epochs}{shown}  {end}")
         if progress.done and progress.epoch < self.args.epochs:
             self.run.say(f"stopped early after epoch {progress.epoch}: no better {self.select} for "
                          f"{progress.stopping.bad_epochs} epochs")
@@ -2760,8 +2778,16 @@ class Training:
                                "seen": self.seen, **fields})
 
     def load_best(self):
-        """Give the model the weights of the best epoch; returns all that best_model.pth holds."""
+        """Give the model the weights of the best epoch; returns all that best_model.pth holds.
+
+        Raises CheckpointError where it holds another epoch: one from before a resume that did not repeat it.
+        """
         best = load_model_file(self.run.path("best_model.pth"))
+        if best["epoch"] != self.progress.best_epoch:
+            raise CheckpointError(
+                f"{self.run.folder}: the best epoch is {self.progress.best_epoch}, but best_model.pth is of epoch "
+                f"{best['epoch']}, from before --resume of an older checkpoint, and not repeated since. Start a "
+                "new run; with --deterministic GPUs too repeat epochs exactly")
         load_state(self.model, best["model"], "best_model.pth")
         return best
 

@@ -235,7 +235,7 @@ class RatedImages(common.Samples):
         if self.features is not None:
             return self.features[row]
         drawn = common.sample_augmentation(self.augment, common.generator_for(self.args.seed, epoch, row))
-        return common.apply_augmentation(self.study.picture(row), drawn, self.args.image_size)
+        return common.augment_clip(self.study.picture(row)[None], drawn, self.args.image_size)[0]
 
 
 # --- model and loss ----------------------------------------------------------------------

@@ -32,7 +32,7 @@ def prior_baseline(train_label, n_rows, n_classes):
     return np.tile(counts / max(counts.sum(), 1.0), (n_rows, 1))
 
 
-def standardisation(features, sd_floor=0.0):
+def standardisation(features, sd_floor):
     """(mean, sd), both (F,), of (N, F) features; the sd of a constant one is 1.
 
     sd_floor: features of one network share a unit, so one that hardly varied here must not count

@@ -39,7 +39,7 @@ def classification_metrics(probability, label, threshold=None, positive=None):
                         confusion=np.rint(drawn.confusion[0]).astype(np.int64))
 
 
-def predicted_class(probability, threshold=None, positive=None):
+def predicted_class(probability, threshold, positive):
     """(N, C) -> (N,) class indices: the most probable class, or as classification_metrics says with a threshold."""
     probability = np.asarray(probability, np.float64)
     if threshold is None:

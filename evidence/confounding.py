@@ -181,7 +181,7 @@ def judged_rows(table, is_known):
     return ways
 
 
-def no_pixel_priors(table, positive=None):
+def no_pixel_priors(table, positive):
     """level_priors of each metadata column of a table, with what (predicted) and across.
 
     Rates or means come from other rows than those judged, see judged_rows; for the class `positive`

@@ -81,7 +81,7 @@ def detection_rows(names, detections, parts, seen, errors=None, lists_absent=Fal
     return [{column: row.get(column) for column in used} for row in rows]
 
 
-def read_results(path, annotated, box_format=None):
+def read_results(path, annotated, box_format):
     """COCO results of any program -> (parts, Detections and one of common.SEEN_WORDS for each image).
 
     annotated: Annotations of these images; parts: theirs, then what else the results name as their `part`. The state

@@ -37,7 +37,7 @@ def clip_contents(table, file_keys):
     return np.array([f"{file_keys[source]} {window} {unit}" for source, window, unit in spans])
 
 
-def window_pairs(table, file_keys, gap_sec=30.0):
+def window_pairs(table, file_keys, gap_sec):
     """Rows of one video -> {overlapping_windows, near_windows: lists of (i, j)}.
 
     Near windows do not overlap and are closer than gap_sec. Pairs with the same window are exact

@@ -47,7 +47,7 @@ def build_backbone(name, pretrained=True, weights=None, image_size=224, family="
     return model, n_features
 
 
-def load_weights(name, weights=None):
+def load_weights(name, weights):
     """State dict for a torchvision network: of the file `weights`, or of its published set of that name."""
     if weights and Path(weights).exists():
         return load_weights_file(weights)
@@ -96,7 +96,7 @@ def _say_size(name, weights, image_size):
         _say_once(f"note: the published weights of {name} expect pictures of {side} px, --image_size is {image_size}")
 
 
-def published_set(name, weights=None):
+def published_set(name, weights):
     """torchvision's default set of published weights of a network, or the one of the name `weights`."""
     from torchvision import models
     sets = models.get_model_weights(name)
@@ -114,7 +114,7 @@ def pixel_statistics(name, weights=None):
 
 
 @functools.cache
-def expected_pixels(name, weights=None):
+def expected_pixels(name, weights):
     """(side in pixels, mean, sd) that the published weights of a network expect.
 
     A weights file does not say what it expects: it is taken to be what the network's published weights do.

@@ -447,7 +447,7 @@ def groups_of(cells, is_wanted, lines, notes):
     notes.append(f"column {cells.name} is blank in {len(blank)} rows and names no groups")
 
 
-def find_sources(rows, is_open, max_missing, need_files=True, exact_names=False):
+def find_sources(rows, is_open, max_missing, need_files, exact_names):
     """(N paths of the rows' videos, None where there is none; notes). Raises UserError above max_missing.
 
     is_open: no --video_root was given, so that an absolute path may also name a video elsewhere. need_files False: a

@@ -106,7 +106,7 @@ def seconds_in(cells, where):
     return csv_tables.to_numbers(cells.map(plain), where)
 
 
-def event_windows(rows, source, min_event_sec=1.0, time_unit=None, notes=None):
+def event_windows(rows, source, min_event_sec, time_unit, notes):
     """Time columns of one manifest -> (windows (N, 2), unit (N,), faults (N,) text, '' = none).
 
     A start and an end or a duration, in seconds or in frames (both inclusive), by the names that TIME_COLUMN knows;

@@ -387,7 +387,7 @@ def to_corners(x, y, third, fourth, box_format, size=None):
     return corners
 
 
-def read_box(values, where, faults, box_format="xywh", size=None):
+def read_box(values, where, faults, box_format, size):
     """[x1, y1, x2, y2] of four numbers, left, top, width, height; None, and a fault, where they are none."""
     numbers = list(map(read_number, values)) if isinstance(values, list) else []
     if len(numbers) != 4 or None in numbers:

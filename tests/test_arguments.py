@@ -74,11 +74,22 @@ def test_the_training_takes_what_the_other_parts_leave(given, expected):
     assert list(common.split_ratios(args).values()) == pytest.approx(expected)
 
 
-def test_shares_that_cannot_be_are_refused_before_any_file_is_read(capsys):
-    for given in (["--train_ratio", "0.5"], ["--val_ratio", "0.6", "--test_ratio", "0.5"]):
-        with pytest.raises(SystemExit):
-            common.check_split_flags(make_parser(), parse(*given))
-        assert "add up to 1" in capsys.readouterr().err
+@pytest.mark.parametrize("given, words", [
+    (["--train_ratio", "0.5"], ["add up to 1", "0.7"]), (["--val_ratio", "0.6", "--test_ratio", "0.5"], ["add up to 1"]),
+    (["--val_ratio", "0.5", "--test_ratio", "0.5"], ["the train part must not be empty"]),
+    (["--val_ratio", "0.9", "--test_ratio", "0.1"], ["the train part must not be empty"]),  # -3e-17 are left
+    (["--train_ratio", "1", "--val_ratio", "0"], ["the val part must not be empty"]),
+    (["--folds", "3", "--val_ratio", "1"], ["the train part must not be empty"])])
+def test_shares_that_cannot_be_are_refused_before_any_file_is_read(given, words, capsys):
+    with pytest.raises((SystemExit, common.UserError)) as caught:
+        common.check_split_flags(make_parser(), parse(*given))
+    message = f"{caught.value} {capsys.readouterr().err}"
+    assert all(word in message for word in words)
+
+
+def test_folds_and_a_split_file_take_no_shares():
+    common.check_split_flags(make_parser(), parse("--folds", "3", "--val_ratio", "0"))
+    common.check_split_flags(make_parser(), parse("--split_file", "s.json", "--val_ratio", "0.5", "--test_ratio", "0.5"))
 
 
 @pytest.mark.parametrize("argv, expected", [([], "auto"), (["--use_amp"], "on"), (["--use_amp", "off"], "off")])
@@ -87,7 +98,7 @@ def test_bare_use_amp_means_on(argv, expected):
 
 
 def test_a_dry_run_is_one_epoch():
-    args = parse("--dry_run", "--epochs", "9", "--save_every", "2")
+    args = parse("--dry_run", "--epochs", "9", "--save_every", "2", "--warmup_epochs", "3")
     assert (args.epochs, args.patience, args.save_every) == (1, 0, 0)
 
 
@@ -124,6 +135,32 @@ def test_config_wins_over_the_resumed_run_and_loses_to_the_command_line(tmp_path
     )
     assert (args.lr, args.seed, args.epochs) == (0.5, 2, 5)
     assert args.deterministic is False and args.pretrained is True and args.sample_weight == ["b=2"]
+
+
+def test_an_empty_list_is_a_value_of_a_flag_that_takes_none(tmp_path):
+    """`--missing_codes` alone: no code at all; lost, a resumed run would stop over the codes again."""
+    record = {"script": "x", "command": "python x", "flags": {"missing_codes": [], "sample_weight": []}}
+    (tmp_path / "args.json").write_text(json.dumps(record))
+    for flag, given in (("--resume", tmp_path), ("--config", tmp_path / "args.json")):
+        parser = make_parser()
+        parser.add_argument("--missing_codes", type=float, nargs="*")
+        args = common.parse_arguments(parser, [flag, str(given)])
+        assert args.missing_codes == [] and args.sample_weight is None
+
+
+def test_resume_may_stand_in_a_config_but_not_in_the_record_of_a_run(tmp_path):
+    assert parse_config(tmp_path, "resume: auto\n").resume == "auto"
+    assert parse_config(tmp_path, "resume: auto\n", "--resume", str(finished(tmp_path, lr=0.5))).resume == str(tmp_path)
+    args = parse_config(tmp_path, f"resume: {tmp_path}\nseed: 2\n")
+    assert (args.resume, args.lr, args.seed) == (str(tmp_path), 0.5, 2)
+    assert parse("--config", str(tmp_path / "args.json")).resume is None
+
+
+def finished(folder, **flags):
+    """A run folder that was itself continued by --resume auto."""
+    record = {"script": "x", "command": "python x", "flags": {"resume": "auto", **flags}}
+    (folder / "args.json").write_text(json.dumps(record))
+    return folder
 
 
 def test_resume_of_a_fold_is_resume_of_all_folds(tmp_path):
@@ -196,7 +233,9 @@ def test_missing_config(tmp_path):
     (["--epoch", "3"], ["--epoch", "--epochs"]),
     (["--epochs", "0"], ["--epochs", "outside"]),
     (["--lr", "nan"], ["--lr", "outside"]),
-    (["--folds", "x"], ["--folds", "invalid int value"])])
+    (["--folds", "x"], ["--folds", "invalid int value"]),
+    (["--pixel_range", "255", "0"], ["--pixel_range 255 0", "black"]), (["--pixel_range", "0", "inf"], ["outside"]),
+    (["--warmup_epochs", "10", "--epochs", "5"], ["--warmup_epochs 10 of 5 epochs"])])
 def test_command_line_mistakes_leave_with_2(argv, words, capsys):
     with pytest.raises(SystemExit) as caught:
         parse(*argv)

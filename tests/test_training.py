@@ -6,12 +6,14 @@ import concurrent.futures
 import json
 import math
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -162,7 +164,7 @@ def test_a_batch_made_by_threads_is_the_batch(monkeypatch, cores):
 
 def run_arguments(folder, **more):
     defaults = dict(output_dir=folder, dry_run=False, device="cpu", use_amp="off", deterministic=False, resume=None,
-                    config=None, tensorboard=False, wandb=False)
+                    config=None, tensorboard=False, wandb=False, given=set())
     return SimpleNamespace(**{**defaults, **more})
 
 
@@ -224,7 +226,7 @@ def test_wandb_that_fails_is_a_warning_and_the_run_goes_on(wandb_run, capsys, pl
 
 def test_a_process_alone_says_for_whom_it_waits_and_obeys_signals(tmp_path):
     """What `srun -n 4 --pty bash` and then python gives: three sisters that never come."""
-    code = "import common, torch; common.WAITING_IS_TOLD = 0.1; common.StopSignals();" \
+    code = "import common, torch; common.StopSignals();" \
            "common.Processes(0, 4, 0, 4).join(torch.device('cpu'))"
     for number in (signal.SIGTERM, signal.SIGINT):
         with socket.socket() as free:
@@ -261,16 +263,129 @@ def test_the_folder_of_a_slurm_job_holds_its_number(tmp_path, monkeypatch):
     assert common.new_folder(tmp_path).name.endswith("_job80_3")
 
 
-def test_one_fold_alone_is_no_finished_run(tmp_path):
-    """--fold 0 leaves the other folds to be added by --resume RUN --fold all."""
-    for folder in (tmp_path, tmp_path / "fold_0"):
-        folder.mkdir(exist_ok=True)
-        (folder / "metrics.json").write_text("{}")
-    assert common.is_finished(tmp_path, SimpleNamespace(folds=0, fold="all"))
-    assert common.is_finished(tmp_path, SimpleNamespace(folds=3, fold=0))
-    assert not common.is_finished(tmp_path, SimpleNamespace(folds=3, fold="all"))
-    (tmp_path / "metrics.json").unlink()
-    assert not common.is_finished(tmp_path, SimpleNamespace(folds=3, fold=0))
+def parsed(folder, *words):
+    """The flags of a script that reads a table."""
+    parser = common.Parser()
+    common.add_shared_arguments(parser, output_dir=folder, device="cpu", use_amp="off", scheduler="plateau")
+    parser.group("data")("--ratings_file", type=Path, may_change=True)
+    return common.parse_arguments(parser, list(map(str, words)))
+
+
+def make_run(folder, *words, folds=(), pooled=None, data="same"):
+    """Path of the run folder of a start with these flags; the folds, and with `pooled` all of them, are finished."""
+    with common.start_run(parsed(folder, *words)) as run:
+        run.write_args(fingerprint=data)
+        if "--folds" in words:
+            common.write_json(run.path("splits.json"), {"fold_0": [], "fold_1": [], "test": []})
+        for k in folds:
+            with run.child(f"fold_{k}") as child:
+                child.write_args(fingerprint=data)
+                common.write_json(child.path("metrics.json"), {})
+        if pooled is not None:
+            common.write_json(run.path("metrics.json"), {"folds": [{"fold": k} for k in pooled]})
+    return run.folder
+
+
+def test_folds_that_are_done_one_by_one_can_be_pooled(tmp_path):
+    """--folds 2 --fold 0, then --resume RUN --fold 1: nothing pools both before --fold all. Also with --cv_file."""
+    folder = make_run(tmp_path, "--folds", "2", "--fold", 0, folds=[0, 1], pooled=[1])
+    found = {fold: common.is_finished(folder, SimpleNamespace(fold=fold)) for fold in (0, 1, "all")}
+    assert found == {0: False, 1: True, "all": False}
+    with common.start_run(parsed(tmp_path, "--resume", folder, "--fold", "all")) as run:
+        run.write_args(fingerprint="same")
+        assert run.folder == folder and list(run.each_fold([None, None], None)) == [0, 1]
+    common.write_json(folder / "metrics.json", {"folds": [{"fold": 0}, {"fold": 1}]})
+    assert all(common.is_finished(folder, SimpleNamespace(fold=fold)) for fold in (0, 1, "all"))
+    (folder / "metrics.json").unlink()
+    assert not common.is_finished(folder, SimpleNamespace(fold=0))
+
+
+def test_a_comparison_of_backbones_is_finished_with_its_folds(tmp_path):
+    """Its networks have the folds; a run of one split has none."""
+    top = make_run(tmp_path, pooled=[])
+    args = SimpleNamespace(fold="all")
+    assert common.is_finished(top, args)
+    inner = make_run(top, "--folds", 2, folds=[0, 1], pooled=[0])
+    assert not common.is_finished(top, args)
+    common.write_json(inner / "metrics.json", {"folds": [{"fold": 0}, {"fold": 1}]})
+    assert common.is_finished(top, args)
+
+
+class Kill(Exception):
+    pass
+
+
+@pytest.mark.parametrize("killed_at", [None, 0, 1, 2])
+def test_folds_go_on_for_more_epochs(tmp_path, monkeypatch, killed_at):
+    """Their records agree with the one above them; after a kill between two of them the same command does the rest."""
+    folder = make_run(tmp_path, "--folds", 2, "--epochs", 2, folds=[0, 1], pooled=[0, 1])
+    more = ["--resume", folder, "--epochs", 3]
+    if killed_at is not None:
+        write = iter([common.write_json] * killed_at)
+
+        def killed(*content):
+            next(write, kill)(*content)
+        with monkeypatch.context() as patch, pytest.raises(Kill):
+            patch.setattr(common, "write_json", killed)
+            common.start_run(parsed(tmp_path, *more))
+    assert (folder / "metrics.json").exists() is (killed_at is None)
+    with common.start_run(parsed(tmp_path, *more)) as run:
+        assert not list(folder.glob("**/metrics.json"))
+        run.write_args(fingerprint="same")
+        for k in (0, 1):
+            with run.child(f"fold_{k}") as child:
+                child.write_args(fingerprint="same")
+    assert parsed(tmp_path, "--resume", folder).epochs == 3
+
+
+def kill(*_):
+    raise Kill
+
+
+def test_more_epochs_wait_for_the_process_that_writes(tmp_path, monkeypatch):
+    folder = make_run(tmp_path, "--epochs", 2)
+
+    def is_locked(_):
+        raise common.UserError("being written by another process")
+    monkeypatch.setattr(common, "lock_folder", is_locked)
+    with pytest.raises(common.UserError, match="another process"):
+        common.start_run(parsed(tmp_path, "--resume", folder, "--epochs", 3))
+    assert common.read_json(folder / "args.json")["flags"]["epochs"] == 2
+
+
+def test_auto_passes_over_the_runs_of_other_data(tmp_path, capsys, monkeypatch):
+    """A crashed job of table a must not stop that of table b; who has moved a table can name the run."""
+    a = make_run(tmp_path, "--ratings_file", "a.csv")
+    capsys.readouterr()
+    b = make_run(tmp_path, "--resume", "auto", "--ratings_file", "b.csv")
+    said = capsys.readouterr().out
+    assert a != b and said.startswith("note: a new run;") and f"--resume {a}" in said.splitlines()[0]
+    assert make_run(tmp_path, "--resume", "auto", "--ratings_file", "a.csv") == a
+    assert make_run(tmp_path, "--resume", "auto", "--ratings_file", "b.csv") == b
+    assert "note:" not in capsys.readouterr().out
+    assert make_run(tmp_path, "--resume", a, "--ratings_file", "moved/a.csv") == a
+    assert make_run(tmp_path, "--resume", "auto", "--ratings_file", "a.csv", "--lr", 1) not in (a, b)
+    assert "note:" not in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_JOB_ID", "77")  # one job, two commands
+    c = make_run(tmp_path, "--resume", "auto", "--ratings_file", "c.csv", pooled=[])
+    assert make_run(tmp_path, "--resume", "auto", "--ratings_file", "d.csv") != c
+
+
+def test_auto_passes_over_the_run_of_another_user(tmp_path):
+    """In a folder for all, where its lock cannot be opened."""
+    folder = make_run(tmp_path)
+    (folder / ".lock").unlink()
+    (folder / ".lock").mkdir()
+    assert common.is_being_written(folder)
+    assert make_run(tmp_path, "--resume", "auto") != folder
+
+
+def test_patience_that_has_no_effect_is_said(tmp_path, capsys):
+    for words in (["--patience", 3], [], ["--patience", 0]):
+        args = parsed(tmp_path, *words)
+        args.select = "last"
+        common.start_run(args)
+        assert ("note: --select last trains all 50 epochs: --patience 3" in capsys.readouterr().out) is ("3" in map(str, words))
 
 
 def test_output_dir_that_cannot_be_written(tmp_path):
@@ -312,15 +427,34 @@ def test_json_is_strict_and_tables_keep_every_digit(tmp_path):
     assert (tmp_path / "u.csv").read_bytes().startswith(b"\xef\xbb\xbf"), "or a spreadsheet shows GrÃ¶ÃŸe"
 
 
-def test_out_of_memory_prints_the_command_with_half_the_batch(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["train_x.py", "--batch_size", "32", "--lr", "1e-4"])
+def test_names_of_files_that_are_no_unicode_can_be_written(tmp_path):
+    """Names from an archive made on Windows reach Python with lone surrogates."""
+    name = "h\udcfchner.jpg"
+    run = common.start_run(run_arguments(tmp_path))
+    with pytest.raises(common.UserError, match="jpg"), run:
+        common.write_json(run.path("args.json"), [name])
+        common.write_table(run.path("t.csv"), [{"image": name}])
+        run.say(name)
+        assert common.data_fingerprint([name]) != common.data_fingerprint(["huhner.jpg"])
+        raise common.UserError(name)
+    assert run.path("t.csv").read_bytes().splitlines()[1] == b"h\\udcfchner.jpg"
 
-    def fail():
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(SystemExit) as caught:
-        common.run_main(fail)
-    message = capsys.readouterr().err
-    assert caught.value.code == 1 and "--batch_size 16 --accumulate 2" in message and "--lr 1e-4" in message
+
+@pytest.mark.parametrize("words, expected", [
+    ("--batch_size 32 --lr 1e-4", "--lr 1e-4 --batch_size 16 --accumulate 2"),
+    ("--batch-size=33 --images_dir 'my faces' --accumulate_grad_batches 2", "--images_dir 'my faces' --batch_size 16 --accumulate 4"),
+    ("--names A B --accumulate=3 --batch_size 4 --dry_run", "--names A B --dry_run --batch_size 2 --accumulate 6")])
+def test_out_of_memory_prints_the_command_with_half_the_batch(monkeypatch, words, expected):
+    monkeypatch.setattr("sys.argv", ["train_x.py", *shlex.split(words)])
+    code, message = common._explain(torch.OutOfMemoryError("CUDA out of memory"))
+    assert code == 1 and message.endswith(f"\ntry: python train_x.py {expected}")
+
+
+@pytest.mark.parametrize("words", [["--predict_batch_size", "8"], ["--batch_size", "1"]])
+def test_out_of_memory_without_a_batch_to_halve(monkeypatch, words):
+    monkeypatch.setattr("sys.argv", ["predict_assessor.py", *words])
+    _, message = common._explain(MemoryError())
+    assert "--predict_batch_size" in message and "try: python" not in message
 
 
 def test_programming_mistakes_keep_their_traceback():
@@ -369,13 +503,38 @@ def test_validation_and_prediction_have_a_bar_on_a_terminal_alone(monkeypatch, c
     assert ("looking at 10" in capsys.readouterr().err) is is_terminal
 
 
-def test_a_dead_loader_worker_is_named(capsys):
-    def fail():
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.")
-    with pytest.raises(SystemExit) as caught:
-        common.run_main(fail)
-    message = capsys.readouterr().err
-    assert caught.value.code == 1 and "/dev/shm" in message and "--num_workers 0" in message
+class Failing(torch.utils.data.Dataset):
+    """Its one sample raises an error."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, _):
+        if self.error is None:
+            os._exit(1)
+        raise self.error
+
+
+def explained(error):
+    """What run_main says of the error that a loader with a worker raises."""
+    loader = torch.utils.data.DataLoader(Failing(error), num_workers=1, multiprocessing_context="fork")
+    with pytest.raises(Exception) as caught:
+        list(loader)
+    return common._explain(caught.value)
+
+
+@pytest.mark.skipif(not common.CAN_FORK, reason="no fork here")
+def test_an_error_in_a_loader_worker_is_told_as_it_is():
+    code, message = explained(None)
+    assert code == 1 and "died or hangs" in message and "/dev/shm" in message and "--num_workers 0" in message
+    code, message = common._explain(RuntimeError("DataLoader timed out after 600 seconds"))
+    assert code == 1 and "died or hangs" in message
+    assert explained(KeyError("a mistake of ours")) == (None, None)
+    told = "error: my faces/a: 1.jpg: no such file"
+    assert explained(pixel_cache.BadImage("my faces/a: 1.jpg: no such file")) == (2, told)
 
 
 # --- precision --------------------------------------------------------------------------

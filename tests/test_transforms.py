@@ -38,6 +38,11 @@ def full_draws():
     return drawn()
 
 
+def augmented(image, parameters, size):
+    """One picture, uint8 (H, W, 3) -> (size, size, 3)."""
+    return common.augment_clip(image[None], parameters, size)[0]
+
+
 def geometry_only(parameters):
     keep = ("crop", "flip", "rotation_deg", "translate", "scale", "shear_deg", "corners")
     return common.Augmentation(**{name: getattr(parameters, name) for name in keep})
@@ -117,7 +122,7 @@ def test_erased_rectangle_is_drawn_as_torchvision_draws(full_draws):
                        for _ in range(1000)])
     ours = []
     for parameters in (d for d in full_draws if d.erase is not None):
-        marked = common.apply_augmentation(np.zeros((SIZE, SIZE, 3), np.uint8),
+        marked = augmented(np.zeros((SIZE, SIZE, 3), np.uint8),
                                            common.Augmentation(erase=parameters.erase), SIZE)
         rows, columns = np.nonzero(marked[..., 0].any(1))[0], np.nonzero(marked[..., 0].any(0))[0]
         ours.append((rows[0], columns[0], len(rows), len(columns)))
@@ -177,9 +182,9 @@ def test_crop_and_flip_copy_pixels():
         parameters = dataclasses.replace(parameters, brightness=1.0, contrast=1.0, saturation=1.0)
         top, left = int(parameters.crop[1] * 33), int(parameters.crop[0] * 77)
         expected = image[top:top + SIZE, left:left + SIZE]
-        found = common.apply_augmentation(image, parameters, SIZE)
+        found = augmented(image, parameters, SIZE)
         assert np.array_equal(found, expected[:, ::-1] if parameters.flip else expected)
-    assert np.array_equal(common.apply_augmentation(image, common.Augmentation(), SIZE), common.eval_crop(image, SIZE))
+    assert np.array_equal(augmented(image, common.Augmentation(), SIZE), common.eval_crop(image, SIZE))
 
 
 def test_every_output_pixel_comes_from_the_place_torchvision_takes_it_from():
@@ -213,7 +218,7 @@ def test_landmarks_land_where_the_homography_says():
             if not ((target > 15) & (target < SIZE - 15)).all():
                 continue
             blob = 250 * np.exp(-((x - point[0]) ** 2 + (y - point[1]) ** 2) / (2 * 2.5 ** 2))
-            shown = common.apply_augmentation(np.repeat(blob[..., None], 3, 2).astype(np.uint8), parameters, SIZE)
+            shown = augmented(np.repeat(blob[..., None], 3, 2).astype(np.uint8), parameters, SIZE)
             weight = shown[..., 0].astype(float)
             assert np.abs((grid * weight[..., None]).sum((0, 1)) / weight.sum() - target).max() < 0.1
             checked += 1
@@ -227,7 +232,7 @@ def test_pictures_match_the_unfused_chain():
     image = waves()
     for parameters in map(geometry_only, drawn(40, seed=7)):
         expected, valid = with_mask(image, parameters)
-        difference = np.abs(common.apply_augmentation(image, parameters, SIZE) - expected)[valid]
+        difference = np.abs(augmented(image, parameters, SIZE) - expected)[valid]
         assert difference.max() < 2.7 and difference.mean() < 1.0
 
 
@@ -235,27 +240,27 @@ def test_outside_is_black_and_crops_give_pixels_back():
     white = np.full((256, 320, 3), 255, np.uint8)
     shares = []  # of the picture that is black: ours, and the chain's
     for parameters in map(geometry_only, drawn(40, seed=8)):
-        ours = common.apply_augmentation(white, parameters, SIZE)
+        ours = augmented(white, parameters, SIZE)
         expected, valid = with_mask(white, parameters)
         assert (ours[valid] == 255).all(), "whatever the chain shows, we show"
         shares.append(((ours == 0).mean(), (expected == 0).mean()))
     ours, chain = np.transpose(shares)
     assert (ours <= chain + 0.002).all() and (ours < chain).sum() > 30 and ours.mean() < chain.mean() / 2
-    shifted = common.apply_augmentation(white, common.Augmentation(crop=(0.0, 0.0), translate=(0.1, 0.0)), SIZE)
+    shifted = augmented(white, common.Augmentation(crop=(0.0, 0.0), translate=(0.1, 0.0)), SIZE)
     assert (shifted[:, :22] == 0).all() and (shifted[:, 22:] == 255).all()
 
 
 def test_one_draw_serves_all_frames_of_a_clip():
     parameters = geometry_only(drawn(1, seed=10)[0])
     image = waves()
-    shown = [common.apply_augmentation(frame, parameters, SIZE) for frame in (image, image // 2)]
+    shown = [augmented(frame, parameters, SIZE) for frame in (image, image // 2)]
     assert np.abs(shown[0] // 2 - shown[1].astype(int)).max() <= 1
 
 
 def test_pictures_smaller_than_the_crop_are_an_error():
     small = np.zeros((200, 300, 3), np.uint8)
     for call in (lambda: common.eval_crop(small, SIZE),
-                 lambda: common.apply_augmentation(small, common.Augmentation(), SIZE)):
+                 lambda: augmented(small, common.Augmentation(), SIZE)):
         with pytest.raises(ValueError, match="224 pixels does not fit into a picture of 200"):
             call()
 
@@ -282,7 +287,7 @@ def test_colour_without_hue_is_torchvision_to_the_rounding():
     image = np.rint(128 + (waves(SIZE, SIZE) - 128.0) * 0.6).astype(np.uint8)
     for parameters in drawn(60, seed=11):
         parameters = colour_only(parameters, hue=0.0)
-        difference = np.abs(common.apply_augmentation(image, parameters, SIZE) - torchvision_colour(image, parameters))
+        difference = np.abs(augmented(image, parameters, SIZE) - torchvision_colour(image, parameters))
         assert difference.max() < 0.8 and difference.mean() < 0.3, parameters
 
 
@@ -291,7 +296,7 @@ def test_hue_turns_the_way_torchvision_turns():
     for hue in (-0.1, -0.05, 0.05, 0.1):
         for colour in colours:
             image = np.tile(colour.astype(np.uint8), (8, 8, 1))
-            found = common.apply_augmentation(image, common.Augmentation(hue=hue), 8)[0, 0]
+            found = augmented(image, common.Augmentation(hue=hue), 8)[0, 0]
             before, after = colorsys.rgb_to_hsv(*colour / 255)[0], colorsys.rgb_to_hsv(*found / 255)[0]
             turned = (after - before + 0.5) % 1 - 0.5
             assert abs(turned - hue) < 0.03, (colour, hue, turned)
@@ -303,7 +308,7 @@ def test_hue_by_a_third_is_exactly_torchvision(third):
     image = waves(SIZE, SIZE)
     parameters = common.Augmentation(hue=third)
     expected = torchvision_colour(image, parameters)
-    assert np.abs(common.apply_augmentation(image, parameters, SIZE) - expected).max() < 1
+    assert np.abs(augmented(image, parameters, SIZE) - expected).max() < 1
 
 
 def test_hue_pictures_are_near_torchvision():
@@ -313,16 +318,16 @@ def test_hue_pictures_are_near_torchvision():
     for parameters in drawn(60, seed=12):
         parameters = colour_only(parameters, greyscale=False)
         expected = torchvision_colour(image, parameters)
-        difference = np.abs(common.apply_augmentation(image, parameters, SIZE) - expected)
+        difference = np.abs(augmented(image, parameters, SIZE) - expected)
         assert difference.mean() < 0.2 * np.ptp(expected, axis=2).mean() + 0.5, parameters
 
 
 def test_greyscale_and_erase():
     image = waves(SIZE, SIZE)
-    grey = common.apply_augmentation(image, common.Augmentation(greyscale=True), SIZE)
+    grey = augmented(image, common.Augmentation(greyscale=True), SIZE)
     assert np.abs(grey - torchvision_colour(image, common.Augmentation(greyscale=True))).max() <= 1
     assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 1] == grey[..., 2]).all()
-    erased = common.apply_augmentation(image, common.Augmentation(erase=(0.1, 1.0, 0.0, 0.0)), SIZE)
+    erased = augmented(image, common.Augmentation(erase=(0.1, 1.0, 0.0, 0.0)), SIZE)
     side = round(SIZE * math.sqrt(0.1))
     tensor = common.to_input(torch.from_numpy(erased[None]), torch.device("cpu"))
     assert tensor[0, :, :side, :side].abs().max() < 0.01
@@ -333,7 +338,7 @@ def test_inputs_are_left_alone():
     image = waves()
     image.flags.writeable = False
     for parameters in drawn(5, seed=13):
-        assert common.apply_augmentation(image, parameters, SIZE).flags.writeable
+        assert augmented(image, parameters, SIZE).flags.writeable
     assert common.eval_crop(image, SIZE).flags.writeable
 
 
@@ -349,7 +354,7 @@ def test_distribution_of_whole_pictures():
     torch.manual_seed(14)
     centre = slice(31, 81)  # where the chain has hardly any black corners
     theirs = np.array([chain(tensor)[:, centre, centre].float().numpy().mean((1, 2)) for _ in range(400)])
-    ours = np.array([common.apply_augmentation(image, dataclasses.replace(d, erase=None), size)[centre, centre]
+    ours = np.array([augmented(image, dataclasses.replace(d, erase=None), size)[centre, centre]
                      .mean((0, 1)) for d in drawn(400, seed=15)])
     for channel, name in enumerate(("red", "green", "blue")):
         same_distribution(ours[:, channel], theirs[:, channel], name)
@@ -384,7 +389,7 @@ def test_a_clip_is_changed_alike_in_all_frames():
         for seed in range(12):
             parameters = common.sample_augmentation(preset, torch.Generator().manual_seed(seed))
             clip = common.augment_clip(np.stack([image] * 3), parameters, 64)
-            assert (clip == clip[0]).all() and np.array_equal(clip[0], common.apply_augmentation(image, parameters, 64))
+            assert (clip == clip[0]).all() and np.array_equal(clip[0], augmented(image, parameters, 64))
 
 
 def test_the_colours_of_a_clip_do_not_flicker():
@@ -406,7 +411,7 @@ def test_resized_crops_are_those_of_torchvision():
     box = [round(value) for value in (top, left, height, width)]
     tensor = torch.from_numpy(image).permute(2, 0, 1)
     expected = F.resized_crop(tensor, *box, [SIZE, SIZE], BILINEAR, antialias=False).permute(1, 2, 0).numpy()
-    ours = common.apply_augmentation(image, parameters, SIZE)
+    ours = augmented(image, parameters, SIZE)
     assert np.abs(ours.astype(int) - expected)[4:-4, 4:-4].mean() < 3
 
 
@@ -426,5 +431,5 @@ def test_heavy_has_the_chances_it_names():
 def test_autocontrast_is_that_of_torchvision():
     image = (np.random.default_rng(2).integers(60, 180, (32, 32, 3))).astype(np.uint8)
     expected = F.autocontrast(torch.from_numpy(image).permute(2, 0, 1)).permute(1, 2, 0).numpy()
-    ours = common.apply_augmentation(image, common.Augmentation(autocontrast=True), 32)
+    ours = augmented(image, common.Augmentation(autocontrast=True), 32)
     assert np.abs(ours.astype(int) - expected).max() <= 1
