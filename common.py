@@ -571,7 +571,7 @@ class Run:
         """Path of a file in the run folder."""
         return self.folder / name
 
-    def say(self, text=""):
+    def say(self, text):
         """Print a line (ASCII) and keep it in log.txt."""
         text = str(text).encode("ascii", "backslashreplace").decode()
         if self.is_writer:
@@ -793,11 +793,9 @@ def _folder_to_resume(args):
 
 def _named_folder(args):
     folder = run_folder_of(args.resume)
-    record = read_json(folder / "args.json")
-    if record["script"] != script_name():
-        raise UserError(f"{folder} is a run of {record['script']}, not of {script_name()}")
-    if args.epochs > record["flags"]["epochs"]:
-        _open_for_more_epochs(folder, args.epochs, record["flags"])
+    flags = read_json(folder / "args.json")["flags"]
+    if args.epochs > flags["epochs"]:
+        _open_for_more_epochs(folder, args.epochs, flags)
     return folder
 
 
@@ -1155,8 +1153,7 @@ def choose_compute(device, use_amp, processes=None, fp32_on_cpu=False):
         name = _cpuinfo("model name") or platform.processor() or platform.machine()
         if torch.backends.mps.is_available():
             name += "; its GPU is untested here: --device mps tries it"
-    layout = " with channels_last" if channels_last else ""
-    text = f"{device} ({name}), {precision}{layout}"
+    text = f"{device} ({name}), {precision}"
     return Compute(device, precision, channels_last, text, processes)
 
 
