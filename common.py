@@ -311,7 +311,7 @@ def add_shared_arguments(parser, **defaults):
     parser.set_defaults(**defaults)
 
 
-def parse_arguments(parser, argv=None):
+def parse_arguments(parser, argv):
     """Parse the command line over --config over the flags of the --resume run over the defaults.
 
     Returns the Namespace of the flags in force, with three sets of their names beside them: `given`,
@@ -995,7 +995,7 @@ def _sync_folder(folder):
 
 def write_json(path, value):
     """Strict JSON (a NaN is null), written whole."""
-    text = json.dumps(json_safe(value), indent=1, allow_nan=False)
+    text = json.dumps(json_safe(value), indent=1)
     write_whole(path, f"{text}\n".encode())
 
 
