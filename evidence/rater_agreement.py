@@ -18,9 +18,9 @@ def noise_ceiling(mean, sd, n):
     mean, sd: (N, R); n: (N, R) raters, or a number.
 
     1 - mean(sd^2 / n) / var(mean), the reliability of a mean in classical test theory; its root is
-    the ceiling of r. Rows with sd = 0 or anything missing do not count. NaN: not measurable.
+    the ceiling of r. Rows of one rater or with anything missing do not count. NaN: not measurable.
     """
-    valid = np.isfinite(mean) & (sd > 0) & (np.asarray(n) > 0)
+    valid = np.isfinite(mean) & (sd >= 0) & (np.asarray(n) > 1)
     with common.undefined_is_nan():
         noise = common.mean_without_nan(np.where(valid, sd**2 / n, np.nan), axis=0)
         centred = mean - common.mean_without_nan(np.where(valid, mean, np.nan), axis=0)
@@ -41,7 +41,7 @@ def _stack_ratings(ratings, fewest):
     return values, np.repeat(np.arange(len(counts)), counts), counts
 
 
-def split_half(ratings, halves=100, seed=0):
+def split_half(ratings, halves=100):
     """Reliability of the mean rating (= its R2 ceiling) of one target: N 1-D arrays -> float.
 
     Each image's raters are cut in two at random, the halves' means correlated over images (those
@@ -51,7 +51,7 @@ def split_half(ratings, halves=100, seed=0):
     values, image, counts = _stack_ratings(ratings, 2)
     if len(counts) < 3:  # two images always correlate by 1 or -1
         return math.nan
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     n_first = counts // 2
     place = np.arange(len(values)) - (np.cumsum(counts) - counts)[image]
     is_first = place < n_first[image]  # (M,)
@@ -101,7 +101,7 @@ class Ceiling:
     @property
     def mean_r2(self):
         """Mean over the targets, None where it is not known."""
-        return None if self.r2 is None else float(np.nanmean(self.r2))
+        return None if self.r2 is None else float(common.mean_without_nan(self.r2))
 
     def of_target(self, r):
         """Columns for the table of the targets."""
@@ -125,11 +125,12 @@ def measure_ceiling(names, mean, sd=None, n=None, single_ratings=None):
                               "(Valence_sd, Valence_n), or a row for every single rating, would give one")
     if n is not None:
         return Ceiling(source="1 - mean(sd^2 / n) / var(mean)", r2=noise_ceiling(mean, sd, n))
+    sd = np.where(sd > 0, sd, np.nan)  # 0 may be of one rater
     tables = {f"n = {raters}": noise_ceiling(mean, sd, raters) for raters in (2, 4, 6, 10, 15, 20, 30)}
     by_target = zip(*tables.values())
     possible = [{"target": name, **dict(zip(tables, r2))} for name, r2 in zip(names, by_target)]
     return Ceiling(source="not measurable: the table has rater sds but no number of raters n, on which the ceiling "
-                          "depends", possible=possible)
+                          "depends. Rows with sd = 0 are left out: they may be of one rater", possible=possible)
 
 
 def ceiling_blocks(ceiling):

@@ -4,7 +4,6 @@ Letters: M rows, R scores.
 """
 import dataclasses
 import itertools
-import math
 
 import numpy as np
 
@@ -141,7 +140,7 @@ def key_figures(result, target, best_r2):
     figures.append(("Mean absolute error", f"{metric_names.number_text(error)} sd",
                     "in sds of the labels, as scores differ in scale"))
     if best_r2 is not None:
-        figures.append(("R2 ceiling", f"{best_r2:.3f}", "what the raters allow"))
+        figures.append(("R2 ceiling", metric_names.number_text(best_r2), "what the raters allow"))
     return figures
 
 
@@ -154,13 +153,9 @@ def metric_blocks(run, setting, result, rows, moment_rows, plot_file):
     columns = {name: heading for name, heading in columns.items() if name in rows[0]}
     caption = (f"Each score on the {setting.part} rows, in its unit; baseline: {result.baseline_label}; "
                f"{result.method}")
-    drawn = ["baseline"]
-    if np.isfinite([row["r2_low"] for row in rows]).any():
-        drawn.append("interval")
-    if np.isfinite([row.get("ceiling_r2", math.nan) for row in rows]).any():
-        drawn.append("noise ceiling")
     blocks = [
-        reporting.html_image(run.path(plot_file), f"r and R2 of each score, with {' and '.join(drawn)}"),
+        reporting.html_image(run.path(plot_file), "r and R2 of each score, with baseline, and interval and noise ceiling "
+                             "where they are known"),
         reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true"),
         reporting.html_table(rows, columns, caption=caption),
     ]

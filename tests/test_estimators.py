@@ -450,14 +450,43 @@ def test_pure_noise_is_not_measurable_and_never_clipped():
     assert math.isnan(rater_agreement.icc(ratings[:, :, column])[1])
 
 
-def test_rows_with_zero_sd_or_gaps_do_not_count():
+def test_rows_of_one_rater_or_with_gaps_do_not_count():
     mean = np.array([[1.0], [2.0], [4.0], [8.0], [100.0], [np.nan], [3.0]])
     sd = np.array([[1.0], [1.0], [2.0], [1.0], [0.0], [1.0], [1.0]])
-    n = np.array([[4.0], [2.0], [4.0], [4.0], [9.0], [4.0], [np.nan]])
+    n = np.array([[4.0], [2.0], [4.0], [4.0], [1.0], [4.0], [np.nan]])
     ceiling = rater_agreement.noise_ceiling(mean, sd, n)
     by_hand = 1 - np.mean([1 / 4, 1 / 2, 4 / 4, 1 / 4]) / np.var([1, 2, 4, 8], ddof=1)
     assert ceiling[0] == pytest.approx(by_hand)
+    n[4] = 9  # raters who agree do
+    by_hand = 1 - np.mean([1 / 4, 1 / 2, 4 / 4, 1 / 4, 0]) / np.var([1, 2, 4, 8, 100], ddof=1)
+    assert rater_agreement.noise_ceiling(mean, sd, n)[0] == pytest.approx(by_hand)
     assert math.isnan(rater_agreement.noise_ceiling(mean[:1], sd[:1], 3)[0])
+
+
+@pytest.mark.parametrize("raters", [2, 3, 5])
+def test_ceiling_of_whole_number_ratings(raters):
+    """A scale of 1 to 5, where raters often agree to the point. Truth: the variance of expected ratings by that of means."""
+    generator = np.random.default_rng(raters)
+    latent = 3 + generator.normal(size=(20000, 1))
+    ratings = np.rint(latent + 0.7 * generator.normal(size=(20000, raters))).clip(1, 5)
+    expected = 1 + stats.norm.sf(np.arange(1.5, 5), latent, 0.7).sum(1)
+    mean = ratings.mean(1, keepdims=True)
+    ceiling = rater_agreement.noise_ceiling(mean, ratings.std(1, ddof=1, keepdims=True), raters)
+    assert abs(ceiling[0] - expected.var() / mean.var()) < 0.02
+
+
+def test_a_number_of_raters_that_is_not_known_leaves_rows_without_spread_out():
+    """They may be of one rater; whoever reads the table of ceilings is told."""
+    ratings = np.rint(simulated_ratings(10, 0))
+    mean, sd = ratings.mean(1, keepdims=True), ratings.std(1, ddof=1, keepdims=True)
+    sd[:50] = 0
+    found = rater_agreement.measure_ceiling(["Valence"], mean, sd)
+    assert found.possible[0]["n = 30"] == rater_agreement.noise_ceiling(mean[50:], sd[50:], 30)[0]
+    assert "sd = 0 are left out" in found.source
+
+
+def test_a_ceiling_without_a_measurable_target_has_no_number(recwarn):
+    assert math.isnan(rater_agreement.Ceiling(source="", r2=np.array([np.nan, np.nan])).mean_r2) and not recwarn.list
 
 
 def test_ceilings_for_2_to_30_raters_where_their_number_is_not_known():
