@@ -73,22 +73,22 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
                 means -= common.mean_without_nan(target[rows], axis=0)
             predicted.append(means)
         judge = _judge_rates if is_classes else _judge_means
-        numbers = judge(np.concatenate(predicted), target[held_out], subjects, draws)
+        numbers = judge(np.concatenate(predicted), target[held_out], subjects, draws=draws, folds=len(test))
         found.append({"name": name, "n_levels": codes.max() + 1, **numbers})
     metric = "auc" if is_classes else "r2"
     return sorted(found, key=lambda row: -np.nan_to_num(row[metric], nan=-math.inf))
 
 
-def _judge_rates(rate, target, subjects, draws):
+def _judge_rates(rate, target, subjects, **options):
     label = np.where(np.isnan(target), -1, target)[:, 0]
     result = subject_intervals.bootstrap_classification(
-        np.concatenate([-rate, rate], 1), label, subjects, draws=draws)
+        np.concatenate([-rate, rate], 1), label, subjects, **options)
     auc = result.overall.model["roc_auc"]
     return {"auc": auc.value, "low": auc.low, "high": auc.high}
 
 
-def _judge_means(means, target, subjects, draws):
-    result = subject_intervals.bootstrap_regression(means, target, subjects, draws=draws)
+def _judge_means(means, target, subjects, **options):
+    result = subject_intervals.bootstrap_regression(means, target, subjects, **options)
     r2 = result.overall.model["r2"]
     mae = result.overall.model["mae"]
     return {"r2": r2.value, "low": r2.low, "high": r2.high, **mae.columns("mae")}

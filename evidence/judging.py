@@ -97,10 +97,10 @@ def case_blocks(table, titles, picture, count=5, blocks_of=None):
     return blocks
 
 
-def similar_blocks(pairs, titles, picture, count=6):
-    """HTML of splitting.similar_pairs, the nearest first; titles, picture: as in case_blocks, by row of the study."""
+def similar_blocks(pairs, titles, picture):
+    """HTML of the six nearest of splitting.similar_pairs; titles, picture: as in case_blocks, by row of the study."""
     cases = [{"image": picture(row), "title": f"pair {number}: {titles[row]}"}
-             for number, pair in enumerate(pairs[:count], 1) for row in pair]
+             for number, pair in enumerate(pairs[:6], 1) for row in pair]
     return [reporting.html_text("Pictures of two parts that look alike to the untuned network. If they are copies or "
                                 "one scene, keep them together with --group_column:", "caution"),
             reporting.html_cases(cases)] if pairs else []
@@ -129,22 +129,29 @@ def list_runs(output_dir):
     return rows
 
 
+def comparison_sentence(row):
+    """What one dict of table_judging.compare_tables says, and what the two models had done with the rows."""
+    verb = "" if row["better"].startswith("not ") else " is better"
+    worst = common.worst_seen([row["seen_first"], row["seen_second"]])
+    return (f"{row['first']} (rows: {row['seen_first']}) against {row['second']} (rows: {row['seen_second']}): "
+            f"{row['better']}{verb}, {row['metric']} {row['value_of_first']:.3f} and {row['value_of_second']:.3f}, "
+            f"difference {row['difference']:+.3f} [{row['low']:+.3f} to {row['high']:+.3f}, {row['method']}]"
+            f"{verdicts.ENDINGS[worst]}")
+
+
 def write_comparison(run, rows, sections=()):
     """report.html and metrics.json of several tables on the same rows: which of two is better.
 
     sections: (title, HTML blocks) that stand above it.
     """
-    sentences = [f"{row['first']} against {row['second']}: {row['better']}"
-                 f"{'' if row['better'] == 'not resolvable' else ' is better'}, {row['metric']} "
-                 f"{row['value_of_first']:.3f} and {row['value_of_second']:.3f}, difference {row['difference']:+.3f} "
-                 f"[{row['low']:+.3f} to {row['high']:+.3f}, {row['method']}]" for row in rows]
+    sentences = list(map(comparison_sentence, rows))
     caption = "Pairs of tables on the same rows; the interval is of the paired difference"
     sections = list(sections)
     if rows:
         sections.append(("Comparison", [reporting.html_table(rows, caption=caption)]))
     sections.append(("Command and versions", reporting.command_blocks()))
-    nothing = "No two of them have predicted the same rows, so none are compared"
-    verdict = verdicts.Verdict("caution", "Comparison", ". ".join(sentences[:3] or [nothing]) + ".")
+    nothing = "No two of them have predicted the same rows, so none are compared."
+    verdict = verdicts.Verdict("caution", "Comparison", " ".join(sentences[:3] or [nothing]))
     reporting.write_report(run.path("report.html"), f"Comparison: {run.folder.name}",
                            verdict, sections, run.compute.text, [])
     common.write_json(run.path("metrics.json"), {"comparisons": rows})
@@ -168,13 +175,6 @@ def headline(result, metric, level):
     }
 
 
-def judge_criteria(criteria, worst_seen, estimates, meanings):
-    """A dict for each bar of --criteria; PASS says so where the rows had been seen."""
-    bars = verdicts.judge_criteria(verdicts.parse_criteria(criteria, meanings), estimates)
-    passed = verdicts.PASSES[worst_seen]
-    return [bar | {"verdict": bar["verdict"].replace("PASS", passed)} for bar in bars]
-
-
 def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figures, blocks, sections, numbers,
               doubts=(), further_estimates=None):
     """Write report.html and metrics.json of a run, and say its verdict; returns what metrics.json holds.
@@ -192,7 +192,8 @@ def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figure
     doubts = list(doubts) + [text for word, text in seen.items() if word != "train"]
     reached = verdicts.reach_verdict(result.gain(metric), alarms + doubts, verdict)
     estimates = (further_estimates or {}) | verdicts.named_estimates(result, meanings)
-    criteria = judge_criteria(run.args.criteria, setting.worst_seen, estimates, meanings)
+    criteria = verdicts.judge_criteria(
+        verdicts.parse_criteria(run.args.criteria, meanings), estimates, setting.worst_seen)
     metrics = {
         "schema": METRICS_SCHEMA,
         "headline": headline(result, metric, reached.level),

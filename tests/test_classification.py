@@ -542,6 +542,18 @@ def test_folds_without_shared_levels_leave_a_prior_at_exactly_one_half():
     assert pooled == pytest.approx(judge.roc_auc_score(label, pair), abs=0.02)
 
 
+def test_priors_over_folds_are_as_wide_as_the_model_beside_them():
+    """The same predictions as of one model and as of two: wider by the root of 1 + 2 / 1, on the log scale of the MAE."""
+    target = np.random.default_rng(0).normal(size=(200, 1))
+    levels = {"moment": np.where(target[:, 0] > 0, "late", "early")}
+    train, first, second = np.arange(100), np.arange(100, 150), np.arange(150, 200)
+    one = confounding.level_priors(levels, target, [train], [np.arange(100, 200)])[0]
+    two = confounding.level_priors(levels, target, [train, train], [first, second])[0]
+    assert one["mae"] == two["mae"] < one["mae_high"]
+    width = np.log(two["mae_high"] / two["mae"]) / np.log(one["mae_high"] / one["mae"])
+    assert width == pytest.approx(np.sqrt(3))
+
+
 def test_level_priors_of_scores():
     generator = np.random.default_rng(0)
     moment = generator.integers(0, 5, 400)
@@ -660,7 +672,7 @@ def test_alarms_name_what_is_wrong():
     assert [alarm.split(". ")[0] for alarm in alarms] == [
         "one class only: none is given to all 100 rows",
         "constant output (sd of the probability under 5 % of the labels'): none, tail",
-        "the same probability 3 times or more: 100 of 100 rows share 1 values, 100 of them tail 0.100000",
+        "the same probability 20 times or more: 100 of 100 rows share 1 values, 100 of them tail 0.100000",
         "labels almost all equal: none in 97 of 100 rows"]
     probability, label = two_classes()
     probability[:3] = np.array([0.75, 0.25]) + [[0, 0], [3e-7, -3e-7], [-3e-7, 3e-7]]  # the same to six digits

@@ -359,6 +359,39 @@ def test_alarms_on_repeated_predictions_gaps_and_identical_folds():
     assert len(folds) == 1 and folds[0].startswith("folds 0 and 2 have identical results")
 
 
+@pytest.mark.parametrize("digits", [1, 2, 3])
+def test_rounding_is_no_repeated_prediction(digits):
+    """Rounded predictions of different rows meet by chance; a model that has few answers is told from them."""
+    draw = np.random.default_rng(digits)
+    target = draw.normal(3, 1, (200, 1))
+    rounded = np.round(target + draw.normal(size=(200, 1)), digits)
+    assert np.unique(rounded, return_counts=True)[1].max() >= 3 or digits == 3
+    assert verdicts.regression_alarms(rounded, target, ["v"]) == []
+    few = np.round(draw.choice(rounded[:5, 0], (200, 1)), digits)
+    stuck = np.where(np.arange(200)[:, None] % 3 == 0, 2.5, rounded)
+    for predicted in (few, stuck):
+        assert faults(verdicts.regression_alarms(predicted, target, ["v"]))[0].startswith("the same prediction for")
+
+
+@pytest.mark.parametrize("digits", [2, 3])
+def test_rounding_is_no_repeated_probability(digits):
+    draw = np.random.default_rng(digits)
+    label = draw.integers(0, 2, 200)
+    score = np.round(1 / (1 + np.exp(-(2 * label - 1 + draw.normal(size=200)))), digits)
+    assert verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]) == []
+    few = np.where(label == 1, 0.7, 0.4)
+    few[::3] = 0.55
+    [alarm] = verdicts.classification_alarms(np.stack([1 - few, few], 1), label, ["a", "b"])
+    assert alarm.startswith("the same probability 40 times or more: 200 of 200 rows share 3 values")
+
+
+def test_the_remedy_for_equal_labels_is_one_of_the_script():
+    probability = np.linspace(0.1, 0.9, 40)
+    label = np.where(np.arange(40) < 39, 0, 1)
+    [alarm] = verdicts.classification_alarms(np.stack([1 - probability, probability], 1), label, ["a", "b"])
+    assert "labels almost all equal" in alarm and "--target_columns" not in alarm
+
+
 def test_alarms_on_a_split_without_labels(recwarn):
     alarms = verdicts.regression_alarms(np.ones((2, 1)), np.full((2, 1), np.nan), ["a"])
     assert any("labels do not vary: a" in alarm for alarm in alarms) and not recwarn.list
