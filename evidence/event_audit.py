@@ -199,7 +199,7 @@ def describe_part(table):
         "events_with_two_labels": splitting.found_items(n_labels_of_event.index[n_labels_of_event > 1])}
 
 
-def past_the_end(table, durations, slack_sec=0.1):
+def past_the_end(table, durations):
     """Windows that start after their file has ended, and those that it cuts.
 
     durations: {source: seconds}.
@@ -207,21 +207,21 @@ def past_the_end(table, durations, slack_sec=0.1):
     seconds = np.array([durations.get(source, math.nan) for source in table.sources])
     is_seconds = table.unit == "sec"
     past = is_seconds & (table.windows[:, 0] >= seconds)
-    cut = is_seconds & ~past & (table.windows[:, 1] > seconds + slack_sec)
+    cut = is_seconds & ~past & (table.windows[:, 1] > seconds + 0.1)
     return {
         "past": splitting.found_items(table.clip_ids[past]),
         "cut": splitting.found_items(table.clip_ids[cut]),
         "unknown_duration": np.isnan(seconds).sum()}
 
 
-def probability_clusters(path, decimals=6):
+def probability_clusters(path):
     """predictions.csv -> how many rows share their probabilities with two or more others."""
     rows = csv_tables.read_table(path).filter(regex="^prob_")
     if rows.empty:
         raise common.UserError(f"--predictions {path}: expected rows with columns prob_CLASS, found none")
     for name in rows:
         rows[name] = csv_tables.to_numbers(rows[name], f"{path}, column {name}")
-    counts = rows.round(decimals).value_counts()  # the most frequent first
+    counts = rows.round(6).value_counts()  # the most frequent first
     clusters = counts[counts >= 3]
     return {
         "rows": len(rows),

@@ -25,6 +25,7 @@ MEASURE_WORDS = re.compile(
     r"^n[^a-z]|(?<![a-z])(age|area|body|anatom|count|date|duration|length|mean|score|sd|sex|share|size|species|type|"
     r"weight)")
 FEWEST_FOR_SIMILAR = 20  # rows
+PARTS = ("train", "val", "test")
 STOPPING_LEAKS = ("groups", "events", "exact_duplicates")
 SEEN_SENTENCES = {  # what follows from the words of common.SEEN_WORDS but "new"
     "train": "trained the model, or one that it started from: the result is not held out; judge other rows "
@@ -105,8 +106,8 @@ def _assign_groups(shares, stratum, unit, seed):
     return min(deals, key=misfit)[unit]
 
 
-def _units(n_rows, groups):
-    """-> group number of each row (None without groups), how many units there are, their name."""
+def units_of(n_rows, groups):
+    """-> group number of each row (None without groups), how many units there are, their name. UserError: a blank one."""
     if groups is None:
         return None, n_rows, "rows"
     labels, unit = np.unique(groups, return_inverse=True)
@@ -124,7 +125,7 @@ def make_split(n_rows, ratios, strata=None, groups=None, seed=42, keys=None):
     Raises UserError: a part would be empty, a blank group.
     """
     shares = np.array(list(ratios.values()))
-    unit, n_units, what = _units(n_rows, groups)
+    unit, n_units, what = units_of(n_rows, groups)
     wanted = shares > 0
     if n_units < wanted.sum() or np.any(shares[wanted] * n_rows < 0.5):
         raise common.UserError(
@@ -139,7 +140,7 @@ def make_split(n_rows, ratios, strata=None, groups=None, seed=42, keys=None):
 
 def make_folds(n_rows, k, strata=None, groups=None, seed=42, keys=None):
     """-> (N,) int fold 0 to k-1 of each row, as in make_split. UserError: fewer units than folds."""
-    _, n_units, what = _units(n_rows, groups)
+    _, n_units, what = units_of(n_rows, groups)
     if not 2 <= k <= n_units:
         raise common.UserError(
             f"--folds {k}: expected 2 or more and at most the number of {what}, found {n_units} {what}.")
@@ -157,9 +158,9 @@ def write_splits(path, split, keys):
 
 
 def read_split_file(path, keys):
-    """JSON of write_splits, or {"train": [keys], ...} -> {part: sorted (n,) int rows}.
+    """JSON of write_splits, or {"train": [keys], ...} -> {train, val, test: sorted (n,) int rows}.
 
-    UserError lists the keys that are unknown or listed twice.
+    UserError lists the parts that are unknown, and the keys that are or are listed twice.
     """
     try:
         parts = {part: list(map(str, listed)) for part, listed in common.read_json(path).items()
@@ -168,7 +169,7 @@ def read_split_file(path, keys):
         raise common.UserError(f"--split_file {path}: expected JSON with a list train, found {error}") from None
     row_of = {key: row for row, key in enumerate(keys)}
     counts = collections.Counter(itertools.chain(*parts.values()))
-    faults = []
+    faults = [f"a part {part}{common.closest(part, PARTS)}" for part in parts if part not in PARTS]
     for key, count in counts.items():
         unknown = "" if key in row_of else ", not in the table"
         if count > 1 or unknown:
@@ -176,8 +177,8 @@ def read_split_file(path, keys):
     if faults or not parts.get("train"):
         found = common.shorten_list(faults or parts) or "no lists"
         raise common.UserError(
-            f"--split_file {path}: expected each image name once and a part train, found {found}.")
-    return {part: np.array(sorted(row_of[key] for key in listed), dtype=int) for part, listed in parts.items()}
+            f"--split_file {path}: expected parts train, val and test, and each image name once, found {found}.")
+    return {part: np.array(sorted(row_of[key] for key in parts.get(part, ())), dtype=int) for part in PARTS}
 
 
 def split_of_flags(args, keys, strata=None, groups=None):
@@ -187,8 +188,7 @@ def split_of_flags(args, keys, strata=None, groups=None):
     unused = sorted({"train_ratio", "val_ratio", "test_ratio"} & args.given)
     if unused:
         print(f"note: --split_file {args.split_file} makes the split; {' and '.join(unused)} not used", flush=True)
-    listed = read_split_file(args.split_file, keys)
-    split = {part: listed.get(part, np.array([], dtype=int)) for part in ("train", "val", "test")}
+    split = read_split_file(args.split_file, keys)
     if not len(split["val"]):
         raise common.UserError(f"--split_file {args.split_file} has no val part; it chooses the epoch")
     return split
@@ -383,9 +383,12 @@ def record_split(run, split, keys, report, stopping=STOPPING_LEAKS, columns=None
     A resumed run keeps its files: whether the split is still the same is checked by write_args.
     Returns the alarms of unused_groups on these columns, said before anything is trained.
     """
-    if not (run.resumed and run.path("splits.json").exists()):
+    if not (run.resumed and run.path("leakage_report.json").exists()):
         write_splits(run.path("splits.json"), split, keys)
         common.write_json(run.path("leakage_report.json"), report)
+    n_unused = len(keys) - sum(map(len, split.values()))
+    if n_unused:
+        run.say(f"note: {n_unused} of {len(keys)} rows are in no part of the split")
     run.say(leakage_text(report))
     check_leakage(report, run.args.allow_leakage, stopping)
     alarms = unused_groups(columns or {}, split, groups)
@@ -448,7 +451,7 @@ def split_by_time(sequences, order, ratios, gap):
         room = max(len(rows) - gap * (len(used) - 1), 0)
         start = 0
         for part in used:
-            stop = start + round(ratios[part] * room)
+            stop = start + round(ratios[part] * room) if part != used[-1] else len(rows)
             split[part].extend(rows[start:stop])
             start = stop + gap
     empty = [part for part in used if not split[part]]

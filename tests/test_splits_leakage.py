@@ -179,6 +179,7 @@ def test_split_file_round_trip(tmp_path):
 @pytest.mark.parametrize("content, words", [
     ({"train": ["a", "b"], "val": ["c", "a"]}, ["a (listed 2 times)"]),
     ({"train": ["a", "x"], "val": ["y"]}, ["x (", "y (", "not in the table"]),
+    ({"train": ["a"], "val": ["b"], "tests": ["c"]}, ["tests", "did you mean test"]),
     ({"val": ["a"]}, ["train", "val"]), ({"train": []}, ["train"]), (["a"], ["list"]), ("no json", ["JSON"])])
 def test_faulty_split_files(tmp_path, content, words):
     path = tmp_path / "s.json"
@@ -196,6 +197,51 @@ def test_shares_beside_a_split_file_are_said_to_be_unused(tmp_path, capsys):
         assert [len(rows) for rows in split.values()] == [1, 1, 0]
         out = capsys.readouterr().out
         assert out.startswith("note: ") == bool(said) and out.endswith(said)
+
+
+class Recorded:
+    """As much of a run folder as record_split needs."""
+    args = SimpleNamespace(allow_leakage=False)
+
+    def __init__(self, folder, resumed=False):
+        self.folder = folder
+        self.resumed = resumed
+        self.said = []
+        self.say = self.said.append
+
+    def path(self, name):
+        return self.folder / name
+
+
+def test_rows_in_no_part_are_counted(tmp_path):
+    report = {"between": {}, "within": {}}
+    run = Recorded(tmp_path)
+    splitting.record_split(run, {"train": np.arange(6), "val": np.arange(7, 9)}, list("abcdefghij"), report)
+    assert "note: 2 of 10 rows are in no part of the split" in run.said
+    run = Recorded(tmp_path)
+    splitting.record_split(run, {"train": np.arange(6), "val": np.arange(6, 10)}, list("abcdefghij"), report)
+    assert not any("no part" in text for text in run.said)
+
+
+def test_a_run_that_was_killed_between_two_files_of_its_split(tmp_path):
+    """splits.json stands, leakage_report.json does not: the resumed run writes it; one that stands is kept."""
+    split = {"train": np.arange(6), "val": np.arange(6, 10)}
+    splitting.write_splits(tmp_path / "splits.json", split, list("abcdefghij"))
+    run = Recorded(tmp_path, resumed=True)
+    splitting.record_split(run, split, list("abcdefghij"), {"between": {}, "within": {}})
+    assert json.loads((tmp_path / "leakage_report.json").read_text()) == {"between": {}, "within": {}}
+    common.write_json(tmp_path / "leakage_report.json", {"between": {"train-val": {}}, "within": {}})
+    splitting.record_split(run, split, list("abcdefghij"), {"between": {}, "within": {}})
+    assert "train-val" in (tmp_path / "leakage_report.json").read_text()
+
+
+@pytest.mark.parametrize("rows", [10, 11, 17])
+def test_blocks_of_time_lose_no_row_but_the_gaps(rows):
+    for gap in (0, 1):
+        split = splitting.split_by_time(
+            np.full(rows, "a"), np.arange(rows), {"train": 0.33, "val": 0.33, "test": 0.34}, gap)
+        parts = as_parts(split, rows)
+        assert (parts == "").sum() == 2 * gap and parts[-1] == "test"
 
 
 def test_effective_size():
