@@ -37,7 +37,8 @@ def parse_args(argv=None):
     add("--group_column", help="column whose rows are not independent, such as subject (default: group, if there)")
     add("--baseline", metavar="COLUMN", help="what the model must beat: a column, or BASELINE of NAME_BASELINE or "
         "BASELINE_prob_CLASS (default: the best of all there are); with --truth: COCO results of another detector")
-    add("--positive_class", help="class whose AUC counts (default: the rarest)")
+    add("--positive_class", help="class whose AUC counts (default: the rarest), and that `score` "
+        "speaks for (default: 1, yes, true or positive)")
     add("--criteria", default="", help='bars to judge, e.g. "r2>0.15,mae<3.0": PASS, FAIL or NOT RESOLVABLE')
     add("--held_out", action="store_true", help="state that no model was trained or chosen on these rows")
     add("--output_dir", type=Path, default=Path("outputs"), help="parent of the timestamped run folder")
@@ -46,8 +47,16 @@ def parse_args(argv=None):
     args = common.parse_arguments(parser, argv)
     if bool(args.predictions) == bool(args.runs):
         parser.error("give either --predictions or --runs")
-    if args.truth and (len(args.predictions) > 1 or args.positive_class):
-        parser.error("--truth judges one file of detections: give one file to --predictions and no --positive_class")
+    idle = {  # what does nothing, by what is judged
+        "runs": "truth box_format group_column baseline positive_class criteria held_out",
+        "truth": "positive_class",
+        "predictions": "box_format",
+    }
+    way = next(name for name in idle if getattr(args, name))
+    for name in args.given.intersection(idle[way].split()):
+        parser.error(f"--{name} does nothing with --{way} alone; leave it out")
+    if args.truth and len(args.predictions) > 1:
+        parser.error("--truth judges one file of detections: give one file to --predictions")
     return args
 
 
@@ -65,6 +74,7 @@ def judge_coco(args):
     if args.baseline:
         _, other, _ = detection_judging.read_coco_results(args.truth, args.baseline, *formats)
         trained[Path(args.baseline).stem] = other
+    detection_judging.check_criteria(args.criteria, truth.parts, detections[0].states is not None)
     with common.start_run(args) as run:
         run.write_args(predictions=[str(path)], truth=str(args.truth))
         detection_judging.judge_detections(run, truth, detections, setting, trained=trained)
@@ -78,7 +88,7 @@ def as_stated(seen, args):
 def judge_several(run, args, tables):
     """A folder for each table, and comparison.csv and report.html above them."""
     names = [f"{number}_{path.stem}" for number, path in enumerate(args.predictions, 1)]
-    rows = table_judging.compare_tables(table_judging.same_rows(tables, args.predictions), names)
+    rows = table_judging.compare_tables(tables, names)
     for name, path, table in zip(names, args.predictions, tables):
         with run.child(name) as child:
             table_judging.judge_table(child, table, path)
@@ -106,7 +116,10 @@ def main():
     for path in args.predictions:
         table = prediction_tables.read_predictions(path, args.group_column, args.baseline, args.positive_class)
         prediction_tables.refuse_useless(table, path)
+        table_judging.check_flags(args, table)
         tables.append(dataclasses.replace(table, seen=as_stated(table.seen, args)))
+    if len(tables) > 1:
+        tables = table_judging.same_rows(tables, args.predictions)
     with common.start_run(args) as run:
         run.write_args(predictions=[str(path) for path in args.predictions])
         if len(tables) == 1:

@@ -26,10 +26,8 @@ def train_mean_baseline(train_target, n_rows):
 def prior_baseline(train_label, n_rows, n_classes):
     """Share of each class among the train labels, below 0 = missing -> (n_rows, C)."""
     train_label = np.asarray(train_label, np.int64)
-    counts = np.bincount(train_label[train_label >= 0], minlength=n_classes).astype(
-        np.float64
-    )
-    return np.tile(counts / max(counts.sum(), 1.0), (n_rows, 1))
+    counts = np.bincount(train_label[train_label >= 0], minlength=n_classes)
+    return np.tile(counts / max(counts.sum(), 1), (n_rows, 1))
 
 
 def standardisation(features, sd_floor):

@@ -183,17 +183,16 @@ def calibrate_on(table, others):
     """A ClassTable, its baselines too, with temperature and threshold from the rows of other ones."""
     label = np.concatenate([each.label for each in others])
 
-    def fit(logits_of):
-        logits = np.concatenate([logits_of(each) for each in others])
-        return calibrate(logits, label, table.positive)
+    def fit(logits):
+        return calibrate(np.concatenate(logits), label, table.positive)
     baselines = {}
     thresholds = {}
     for name, probability in table.baselines.items():
-        found = fit(lambda each: class_scores.log_of(each.baselines[name]))
+        found = fit([class_scores.log_of(each.baselines[name]) for each in others])
         baselines[name] = class_scores.softmax(
             class_scores.log_of(probability) / found["temperature"])
         thresholds[name] = np.full(len(probability), found["threshold"])
-    calibrated = apply_calibration(table, fit(lambda each: each.logits))
+    calibrated = apply_calibration(table, fit([each.logits for each in others]))
     return dataclasses.replace(
         calibrated, baselines=baselines, baseline_thresholds=thresholds)
 

@@ -17,7 +17,7 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
     confounds: of confounding.level_priors; levels: {name of a confound: (M,) its values}.
     Returns the metrics.
     """
-    table = prediction_tables.take(table, table.label >= 0)
+    table = prediction_tables.labelled(table)
     result = table.compare()
     calibrating.take_null(result.overall, table.probability.max(1))
     confounds = confounding.flag_confounds(confounds, result.each.model["roc_auc"].at(table.positive))
@@ -41,8 +41,7 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
         metric="roc_auc",
         doubts=verdicts.baseline_doubts(table.baselines) + confounding.flagged_doubts(confounds),
         alarms=alarms,
-        meanings=verdicts.spell_class_metrics(table.names) | {
-            name: verdicts.MetricOf(f"{name}_above_null") for name in calibrating.ECE_METRICS},
+        meanings=criteria_names(table.names),
         figures=key_figures(result, table.positive),
         blocks=metric_blocks(run, setting, result),
         sections=[
@@ -55,10 +54,16 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
             "confusion": result.confusion,
             "n": result.n,
             "sample": splitting.effective_size(table.label, table.groups),
-            "null_ece": calibrating.expected_ece(table.probability.max(1)),
+            "null_ece": stages[-1]["ece_of_a_calibrated_model"],
             "calibration": stages,
             "confounds": confounds,
         })
+
+
+def criteria_names(names):
+    """What --criteria may name; an ECE is judged by what is above its null."""
+    return verdicts.spell_class_metrics(names) | {
+        name: verdicts.MetricOf(f"{name}_above_null") for name in calibrating.ECE_METRICS}
 
 
 def plot_classes(run, table, confusion):
@@ -151,9 +156,8 @@ def metric_blocks(run, setting, result):
         "precision_recall.png": "Precision-recall and ROC curves",
         "risk_coverage.png": "Wrong answers among the most confident ones",
     }
-    drawn = [file for file in plots if run.path(file).exists()]
     return [
-        *(reporting.html_image(run.path(file), plots[file]) for file in drawn),
+        *(reporting.html_image(run.path(file), text) for file, text in plots.items() if run.path(file).exists()),
         reporting.html_table(subject_intervals.overall_rows(result), caption=caption),
         reporting.html_table(per_class, caption="Each class against the rest, with 95 % intervals"),
     ]

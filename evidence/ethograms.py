@@ -291,7 +291,7 @@ def bout_metrics(sums):
     found = sums["found_sec"] / total
     true = sums["true_sec"] / total
     either = sums["either_sec"] / total
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with common.undefined_is_nan():
         for iou in IOUS:
             pairs = sums[f"pairs_at_{iou}"]
             metrics[f"precision_at_{iou}"] = pairs / sums["bouts"]

@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 
 import common
-from evidence import class_scores, subject_intervals
+from evidence import baseline_models, class_scores, splitting, subject_intervals
 from readers import csv_tables
 
 
@@ -229,14 +229,23 @@ def _means(blocks):
 
 
 def rows_of(table, names):
-    """(M,) places of the rows of a table in a list of names."""
+    """(M,) places of the rows of a table in a list of names. UserError for names that repeat."""
     place = {name: row for row, name in enumerate(names)}
+    if len(place) < len(names):
+        raise common.UserError(f"the column {next(iter(table.keys))} must tell rows apart, found {len(place)} values in "
+                               f"{len(names)} rows; give each row its own")
     return np.array([place[name] for name in table.row_names])
 
 
 def take(table, rows):
     """The table of these rows."""
     return combine([table], lambda parts: parts[0][rows])
+
+
+def labelled(table):
+    """The table of the rows with a true value."""
+    is_labelled = ~np.isnan(table.truth).all(1) if isinstance(table, ScoreTable) else table.label >= 0
+    return take(table, is_labelled)
 
 
 def combine(records, function):
@@ -280,6 +289,7 @@ def _probabilities(table, columns, path):
 ID_COLUMNS = ("image", "clip_id", "name", "id", "filename", "file")
 FURTHER_KEYS = ("event", "n_clips", "video", "start_sec", "end_sec", "fold")
 LABEL_COLUMNS = ("true_label", "label", "true", "target")
+PLAIN_LABELS = ("0 1", "0.0 1.0", "no yes", "false true", "negative positive")  # the second one is the positive class
 
 
 def read_predictions(path, group_column=None, baseline=None, positive_class=None):
@@ -290,10 +300,10 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
     hold against; None = all that the table has. Raises UserError for what cannot be judged.
     """
     table = csv_tables.read_table(path)
-    group_column = group_column or ("group" if "group" in table else None)
-    if group_column and group_column not in table:
-        raise common.UserError(f"--group_column {group_column} is no column of {path}"
-                               f"{common.closest(group_column, list(table))} (found: {common.shorten_list(table, 40)})")
+    if group_column:
+        group_column = known_name(group_column, table, f"{path}, --group_column")
+    elif "group" in table:
+        group_column = "group"
     shared = {
         "keys": _keys_of(table),
         "groups": table[group_column].to_numpy(str) if group_column else None,
@@ -304,7 +314,7 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
     names = [name for name in names if f"{name}_true" in table]
     if names:
         return _read_scores(table, path, names, baseline, shared)
-    label_column = next((column for column in LABEL_COLUMNS if column in table), None)
+    label_column = csv_tables.find_column(table, LABEL_COLUMNS)
     if label_column and any(column.startswith("prob_") for column in table):
         return _read_probabilities(table, path, label_column, baseline, positive_class, shared)
     if label_column and "score" in table:
@@ -321,18 +331,23 @@ def read_folds(run, chosen, part, positive_class=None):
 
 
 def refuse_useless(table, path):
-    """UserError for a table of read_predictions without predictions, or with labels that do not vary."""
+    """UserError for a table of read_predictions that lacks predictions or groups, or with labels that do not vary."""
     if isinstance(table, ScoreTable):
-        lacking = ~np.isnan(table.target) & np.isnan(table.predicted)
+        predicted = table.predicted
+        is_known = ~np.isnan(table.target)  # (M, R)
         kinds = [len(set(column[~np.isnan(column)])) for column in table.target.T]
         flat = [f"{name}_true" for name, count in zip(table.names, kinds) if count < 2]
     else:
-        lacking = (table.label >= 0)[:, None] & np.isnan(table.probability)
-        flat = ["the true label"] if len(set(table.label[table.label >= 0])) < 2 else []
-    rows = np.flatnonzero(lacking.any(1)) + 1
-    if len(rows):
-        raise common.UserError(f"{path}: {len(rows)} of {len(lacking)} rows have a true value and no prediction (rows "
-                               f"{common.shorten_list(rows, 5)}); fill them in, or leave these rows out")
+        predicted = table.probability
+        is_known = (table.label >= 0)[:, None]  # (M, 1)
+        flat = ["the true label"] if len(set(labelled(table).label)) < 2 else []
+    for name, block in {"the model": predicted, **table.baselines}.items():
+        rows = np.flatnonzero((is_known & np.isnan(block)).any(1)) + 1
+        if len(rows):
+            raise common.UserError(
+                f"{path}: {len(rows)} of {len(block)} rows have a true value and no prediction of {name} (rows "
+                f"{common.shorten_list(rows, 5)}); fill them in, or leave these rows out")
+    splitting.units_of(len(table.truth), table.groups)
     if flat:
         raise common.UserError(f"{path}: {common.shorten_list(flat, 5)} has the same value in every row, so nothing "
                                "can be said of how well it is predicted; add rows, or leave it out")
@@ -340,7 +355,7 @@ def refuse_useless(table, path):
 
 def _keys_of(table):
     """{heading: (M,) text} of the column that says which row it is, else its number; and of FURTHER_KEYS."""
-    found = next((column for column in ID_COLUMNS if column in table), None)
+    found = csv_tables.find_column(table, ID_COLUMNS)
     keys = {"row": np.arange(1, len(table) + 1).astype(str)}
     if found:
         keys = {found: table[found].to_numpy(str)}
@@ -357,18 +372,21 @@ def _read_scores(table, path, names, baseline, shared):
     first = f"{names[0]}_"
     kinds = [column.removeprefix(first) for column in table if column.startswith(first)]
     blocks = {kind: _block(table, [f"{name}_{kind}" for name in names], path) for kind in kinds}
-    blocks = {kind: block for kind, block in blocks.items() if block is not None}  # not of a longer name
+    # without those of a score whose name begins with this one
+    blocks = {kind: block for kind, block in blocks.items() if block is not None}
     target = blocks.pop("true")
     predicted = blocks.pop("predicted")
     spread = blocks.pop("sd", None)
+    found = ScoreTable(names=names, target=target, predicted=predicted, baselines=blocks, spread=spread, **shared)
     if baseline in table and len(names) == 1:
-        blocks = {baseline: _block(table, [baseline], path)}
+        found.baselines = {baseline: _block(table, [baseline], path)}
     elif baseline:
         baseline = known_name(baseline, blocks, path)
-        blocks = {baseline: blocks[baseline]}
-    if not blocks:
-        blocks = {"mean_of_these_rows": np.tile(common.mean_without_nan(target, 0), (len(target), 1))}
-    return ScoreTable(names=names, target=target, predicted=predicted, baselines=blocks, spread=spread, **shared)
+        found.baselines = {baseline: blocks[baseline]}
+    elif "train_mean" not in blocks:  # another program's: a count or an error beside the scores is no prediction of them
+        found.baselines = {kind: block for kind, block in blocks.items() if not found.quality(block) <= 0}
+        found.baselines["mean_of_these_rows"] = baseline_models.train_mean_baseline(target, len(target))
+    return found
 
 
 def _read_probabilities(table, path, label_column, baseline, positive_class, shared):
@@ -397,19 +415,23 @@ def _threshold(table, column, path):
 
 
 def _read_binary(table, path, label_column, baseline, positive_class, shared):
-    names = sorted(set(table[label_column]) - {""})
+    names = sorted(set(table[label_column]) - {""}, key=str.casefold)
     if len(names) != 2:
         raise common.UserError(
             f"{path}: a score needs two classes in {label_column}, found {common.shorten_list(names)}")
+    if not positive_class and " ".join(names).casefold() not in PLAIN_LABELS:
+        raise common.UserError(f"{path}: the score may speak for either class; name the one that is likely where it is "
+                               f"high with --positive_class ({', '.join(names)})")
     positive_class = known_name(positive_class or names[1], names, path)
+    if positive_class == names[0]:
+        names.reverse()
 
     def both(column):
         score = _block(table, [column], path)
-        if score.min() < 0 or score.max() > 1:
+        if (score < 0).any() or (score > 1).any():
             score = 1 / (1 + np.exp(-score))
-        columns = [1 - score, score] if positive_class == names[1] else [score, 1 - score]
-        return np.concatenate(columns, axis=1)
-    others = {baseline: both(known_name(baseline, list(table), path))} if baseline else {}
+        return np.concatenate([1 - score, score], axis=1)
+    others = {baseline: both(known_name(baseline, table, path))} if baseline else {}
     return _class_table(names, table[label_column], both("score"), others, positive_class, shared)
 
 
@@ -418,12 +440,11 @@ def _class_table(names, labels, probability, others, positive_class, shared, **f
     import pandas as pd
 
     label = pd.Index(names).get_indexer(labels)
-    counts = np.bincount(label[label >= 0], minlength=len(names))
-    if not counts.any():
+    if not (label >= 0).any():
         raise common.UserError("no row has a true label: there is nothing to judge")
     positive = choose_positive(positive_class, names, label)
     if not others:
-        others = {"shares_of_these_rows": np.tile(counts / counts.sum(), (len(label), 1))}
+        others = {"shares_of_these_rows": baseline_models.prior_baseline(label, len(label), len(names))}
     return ClassTable(names=names, label=label, probability=probability, baselines=others, positive=positive,
                       **further, **shared)
 
@@ -437,10 +458,4 @@ def choose_positive(wanted, names, label):
 
 def known_name(name, known, source):
     """The known name that is spelled so, in any case. Raises UserError with the closest one."""
-    spelled = {other.casefold(): other for other in known}
-    if name in known:
-        return name
-    if name.casefold() not in spelled:
-        raise common.UserError(f"{source}: found no {name}{common.closest(name, known)}; there are: "
-                               f"{common.shorten_list(known, 40) or 'none'}")
-    return spelled[name.casefold()]
+    return csv_tables.pick_columns([name], known, f"{source}: found no")[0]

@@ -115,7 +115,8 @@ def estimate(model, baseline, subjects, unit, draws, seed, *, names, n, rows, su
     """
     whole = _compare(model, baseline, np.ones((1, subjects)))
     estimates = {}
-    for place, (value,) in whole.items():
+    for place, values in whole.items():
+        value = values[0]
         estimates[place] = Estimate(value, value * np.nan, value * np.nan)
     method = f"no interval: only {subjects} {unit}"
     if subjects >= FEWEST_FOR_INTERVAL:
@@ -298,9 +299,7 @@ def wilson_interval(k, n):
     z = statistics.NormalDist().inv_cdf(0.5 + LEVEL / 2)
     centre = k + z * z / 2
     half = z * math.sqrt(k * (n - k) / n + z * z / 4)
-    low = (centre - half) / (n + z * z)
-    high = (centre + half) / (n + z * z)
-    return max(low, 0.0), min(high, 1.0)
+    return (centre - half) / (n + z * z), (centre + half) / (n + z * z)
 
 
 def share_interval(k, n):

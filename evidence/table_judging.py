@@ -2,19 +2,22 @@
 
 Letters: M rows.
 """
+import dataclasses
 import itertools
 from pathlib import Path
 
 import numpy as np
 
 import common
-from evidence import class_judging, judging, metric_names, prediction_tables, reporting, score_judging
+from evidence import class_judging, judging, metric_names, prediction_tables, reporting, score_judging, verdicts
 
 FEWEST_SHARED = 5  # rows of two runs that are compared
 
 
 def judge_table(run, table, path):
-    """Judge one table in a run folder of its own; returns its metrics."""
+    """Judge the labelled rows of one table in a run folder of its own; returns its metrics."""
+    run.say(f"note: baselines: {', '.join(table.baselines)}; --baseline names another column")
+    table = prediction_tables.labelled(table)
     setting = judging.Setting(
         title=f"Predictions of {path.name}",
         seen=table.seen,
@@ -25,6 +28,16 @@ def judge_table(run, table, path):
     return class_judging.judge_classes(run, table, setting)
 
 
+def check_flags(args, table):
+    """Raises UserError where --criteria or --positive_class is not of such a table."""
+    kind = class_judging
+    if isinstance(table, prediction_tables.ScoreTable):
+        kind = score_judging
+        if args.positive_class:
+            raise common.UserError("--positive_class is of classes; the table holds scores")
+    verdicts.parse_criteria(args.criteria, kind.criteria_names(table.names))
+
+
 def same_rows(tables, paths):
     """The tables with the rows of the first, in its order. Raises UserError where rows or truth differ."""
     first = tables[0]
@@ -33,7 +46,7 @@ def same_rows(tables, paths):
     for table, path in zip(tables[1:], paths[1:]):
         others = table.row_names
         lacking = sorted(set(names) - set(others))
-        if lacking or len(others) != len(names) or table.names != first.names:
+        if sorted(names) != sorted(others) or table.names != first.names:
             raise common.UserError(
                 f"{path} and {paths[0]} must judge the same rows and targets; {len(lacking)} rows of the first are "
                 f"missing ({common.shorten_list(lacking, 3) or 'none'}), {len(others)} and {len(names)} rows, "
@@ -45,8 +58,11 @@ def same_rows(tables, paths):
     return aligned
 
 
-def compare_runs(folders):
-    """compare_tables of any two run folders, on the rows that both have predicted and for the same targets."""
+def compare_runs(folders, say):
+    """compare_tables of any two run folders, on the rows that both have predicted.
+
+    say: what is told, as notes, of pairs that cannot be compared.
+    """
     files = ("predictions_folds.csv", "predictions_test.csv", "predictions_val.csv")
     found = [next(filter(Path.exists, map(folder.joinpath, files)), None) for folder in folders]
     tables = {path: prediction_tables.read_predictions(path) for path in found if path}
@@ -54,10 +70,13 @@ def compare_runs(folders):
     for paths in itertools.combinations(tables, 2):
         pair = [tables[path] for path in paths]
         shared = np.intersect1d(pair[0].row_names, pair[1].row_names)
-        if len(shared) < FEWEST_SHARED or pair[0].names != pair[1].names:
+        if len(shared) < FEWEST_SHARED:
             continue
         pair = [prediction_tables.take(table, np.isin(table.row_names, shared)) for table in pair]
-        rows += compare_tables(same_rows(pair, paths), [path.parent.name for path in paths])
+        try:
+            rows += compare_tables(same_rows(pair, paths), [path.parent.name for path in paths])
+        except common.UserError as error:
+            say(f"note: {paths[0].parent.name} and {paths[1].parent.name} are not compared: {error}")
     return rows
 
 
@@ -65,12 +84,17 @@ def compare_tables(tables, names):
     """A dict for each pair: which is better, by the paired interval of the difference over the same resamples."""
     rows = []
     for (a, name_a), (b, name_b) in itertools.combinations(zip(tables, names), 2):
-        result = a.against(b, name_b).compare()
+        paired = dataclasses.replace(  # what either knows of the rows
+            a.against(b, name_b),
+            keys=max(a, b, key=lambda table: table.n_folds).keys,
+            groups=b.groups if a.groups is None else a.groups)
+        result = paired.compare()
         metric = a.metric
         gain = result.gain(metric)
-        better = "not resolvable"
-        if gain.low > 0 or gain.high < 0:
-            better = name_a if gain.value > 0 else name_b
+        seen = [common.worst_seen(table.seen) for table in (a, b)]
+        better = {"better": name_a, "worse": name_b}.get(verdicts.outcome_of(gain), "not resolvable")
+        if "train" in seen:
+            better = "not comparable"
         rows.append({
             "first": name_a,
             "second": name_b,
@@ -81,6 +105,8 @@ def compare_tables(tables, names):
             "low": gain.low,
             "high": gain.high,
             "better": better,
+            "seen_first": seen[0],
+            "seen_second": seen[1],
             "method": result.method,
         })
     return rows
@@ -98,12 +124,11 @@ def write_runs_page(run, parent, listed, most_compared):
     for script in dict.fromkeys(row["script"] for row in listed):
         own = [row for row in listed if row["script"] == script]
         folders = [parent / row["folder"] for row in own]
-        found = [{"folder": row["folder"]} | {name: row[name] for name in row if name != "script"} for row in own]
-        tables = [reporting.html_table(found)]
+        tables = [reporting.html_table(own)]
         if len(own) > 1:
             tables.append(reporting.html_table(flags_that_differ(folders), caption="Flags that differ"))
         sections.append((script, tables))
-        compared += compare_runs(folders[-most_compared:])
+        compared += compare_runs(folders[-most_compared:], run.say)
     common.write_table(run.path("comparison.csv"), compared)
     judging.write_comparison(run, compared, sections)
 

@@ -12,8 +12,9 @@ import pytest
 from sklearn.metrics import r2_score, roc_auc_score
 
 import common
+import judge_predictions
 from conftest import only_run, run_here, run_script, small_run
-from evidence import prediction_tables, table_judging
+from evidence import judging, prediction_tables, table_judging
 
 
 def scores(rows=60, noise=0.5, seed=0):
@@ -149,7 +150,7 @@ def test_a_run_judges_itself_and_is_judged_alike(sample, tmp_path):
     (["A_true", "A_predicted"], lambda i: [3, i], ["A_true has the same value"]),
     (["A_true", "A_predicted"], lambda i: ["", i], ["A_true has the same value"]),
     (["true_label", "prob_a", "prob_b"], lambda i: ["a", 0.3, 0.7], ["the true label has the same value"]),
-    (["label", "score"], lambda i: ["ear" if i % 2 else "tail", "" if i == 4 else i / 20], ["1 of 20 rows"])])
+    (["label", "score"], lambda i: ["yes" if i % 2 else "no", "" if i == 4 else i / 20], ["1 of 20 rows"])])
 def test_tables_that_nothing_can_be_said_of_are_one_sentence(tmp_path, head, cells, words):
     common.write_table(tmp_path / "p.csv", [dict(zip(head, cells(i))) for i in range(20)])
     text = run_here("judge_predictions.py", "--predictions", tmp_path / "p.csv", "--output_dir", tmp_path / "o", code=2)
@@ -192,3 +193,161 @@ def test_all_runs_at_a_glance(tmp_path):
     assert folders[1].name in text and "0.csv" in text, "the flag --predictions differs"
     assert "no finished run" in run_here("judge_predictions.py", "--runs", tmp_path / "none", code=2).text
     assert "either --predictions or --runs" in run_here("judge_predictions.py", code=2).text
+
+
+# --- what a table of another program may be read as ---------------------------------------------------
+
+def table_of(tmp_path, rows, **flags):
+    """The rows written and read as a predictions table."""
+    common.write_table(tmp_path / "t.csv", rows)
+    return prediction_tables.read_predictions(tmp_path / "t.csv", **flags)
+
+
+def test_a_column_that_predicts_nothing_is_no_baseline(tmp_path):
+    """R2 -3 beats a column of counts, and is worse than the mean of the rows all the same."""
+    draw = np.random.default_rng(0)
+    true = draw.normal(3, 1, 60)
+    rows = [{"v_true": value, "v_predicted": value + 1.7, "v_n": 20 + k % 7, "v_old": value + k % 3 / 3}
+            for k, value in enumerate(true)]
+    found = table_of(tmp_path, rows)
+    assert list(found.baselines) == ["old", "mean_of_these_rows"] and found.best_baseline == "old"
+    for row in rows:
+        del row["v_old"]
+    run = judge(tmp_path, "--predictions", tmp_path / "t.csv", "--held_out")
+    assert "note: baselines: old, mean_of_these_rows" in (run / "log.txt").read_text()
+    weak = table_of(tmp_path, rows)
+    assert list(weak.baselines) == ["mean_of_these_rows"] and weak.compare().gain("r2").high < 0
+    assert list(table_of(tmp_path, rows, baseline="n").baselines) == ["n"], "whoever names it, gets it"
+
+
+def test_the_score_of_two_classes_is_of_a_class_that_is_named_or_plain(tmp_path):
+    """0/1, no/yes, false/true and negative/positive say it, in any case; of damaged and intact either may be meant."""
+    def rows(names):
+        return [{"label": names[k % 2], "score": 0.3 + 0.4 * (k % 2) + 0.01 * k} for k in range(20)]
+    for names in (("0", "1"), ("No", "yes"), ("FALSE", "true"), ("negative", "Positive"), ("0.0", "1.0")):
+        found = table_of(tmp_path, rows(names))
+        assert found.names == list(names)
+        assert np.allclose(found.probability[:, 1], [row["score"] for row in rows(names)])
+    damaged = rows(("intact", "damaged"))
+    with pytest.raises(common.UserError, match="--positive_class.*damaged, intact"):
+        table_of(tmp_path, damaged)
+    found = table_of(tmp_path, damaged, positive_class="damaged")
+    assert found.quality(found.probability) == roc_auc_score(
+        [row["label"] == "damaged" for row in damaged], [row["score"] for row in damaged]) > 0.9
+
+
+def test_scores_without_a_bound_are_logits_whatever_is_blank(tmp_path):
+    rows = [{"id": k, "label": k % 2, "score": 8 * (k % 2) - 4 + 0.1 * k} for k in range(20)]
+    full = table_of(tmp_path, rows)
+    rows[4] |= {"label": "", "score": ""}
+    holed = table_of(tmp_path, rows)
+    assert np.allclose(np.delete(holed.probability, 4, 0), np.delete(full.probability, 4, 0))
+
+
+def test_blank_cells_that_would_change_what_is_compared(tmp_path):
+    rows = [{"v_true": k, "v_predicted": k + 1, "v_ridge": "" if k == 7 else k + 2, "group": "" if k in (2, 5) else "s"}
+            for k in range(20)]
+    with pytest.raises(common.UserError, match="1 of 20 rows .* no prediction of ridge .rows 8."):
+        prediction_tables.refuse_useless(table_of(tmp_path, rows), "t.csv")
+    rows[7]["v_ridge"] = 9
+    with pytest.raises(common.UserError, match="2 blank"):
+        prediction_tables.refuse_useless(table_of(tmp_path, rows), "t.csv")
+
+
+def test_unlabelled_rows_are_not_counted(tmp_path):
+    rows = scores()
+    for row in rows[:3]:
+        row |= {"Valence_true": "", "Arousal_true": ""}
+    common.write_table(tmp_path / "p.csv", rows)
+    metrics = json.loads((judge(tmp_path, "--predictions", tmp_path / "p.csv") / "metrics.json").read_text())
+    assert metrics["sample"]["rows"] == 57 and "57 of 57 rows may have been seen" in metrics["doubts"][-1]
+
+
+# --- two tables held against each other ----------------------------------------------------------------
+
+def two_tables(tmp_path, first, second):
+    """compare_tables of two lists of rows, in this order and turned round."""
+    tables = [table_of(tmp_path, rows) for rows in (first, second)]
+    [straight] = table_judging.compare_tables(table_judging.same_rows(tables, "ab"), "ab")
+    [turned] = table_judging.compare_tables(table_judging.same_rows(tables[::-1], "ba"), "ba")
+    return straight, turned
+
+
+def without(rows, *columns):
+    """The rows without these columns."""
+    return [{name: value for name, value in row.items() if name not in columns} for row in rows]
+
+
+def test_rows_that_cannot_be_told_apart_are_not_compared(tmp_path):
+    """Two raters of one picture: which row belongs to which is not in the column image."""
+    rows = without(scores(), "stimulus")
+    for row in rows[1::2]:
+        row["image"] = rows[rows.index(row) - 1]["image"]
+    with pytest.raises(common.UserError, match="column image .* 30 values in 60 rows"):
+        two_tables(tmp_path, rows, rows)
+
+
+def test_a_pair_does_not_depend_on_the_order(tmp_path):
+    """Subjects and folds count where one of the two tables knows them."""
+    plain = scores(noise=0.6)
+    known = scores(noise=0.5)
+    for k, row in enumerate(known):
+        row |= {name: plain[k][name] for name in row if name.endswith("_true")} | {"group": k % 12, "fold": k % 5}
+    straight, turned = two_tables(tmp_path, plain, known)
+    assert straight["low"] == pytest.approx(-turned["high"]) and straight["method"] == turned["method"]
+    assert "12 subjects" in straight["method"] and "5 folds" in straight["method"]
+
+
+@pytest.mark.parametrize("seen, better, words", [
+    (("train", "new"), "not comparable", "a (rows: train) against b (rows: new)"), (("new", "new"), "a", "]."),
+    (("chose", "new"), "a", "a (rows: chose) against b (rows: new)"), (("chose", "chose"), "a", "optimistic"),
+    (("train", "train"), "not comparable", "was trained on rows")])
+def test_a_comparison_says_what_the_models_had_seen(tmp_path, seen, better, words):
+    first, second = ([{**row, "seen": word} for row in scores(noise=noise)] for word, noise in zip(seen, (0.1, 0.5)))
+    for row, other in zip(second, first):
+        row |= {name: other[name] for name in row if name.endswith("_true")}
+    straight, turned = two_tables(tmp_path, first, second)
+    assert straight["better"] == turned["better"] == better
+    assert [straight["seen_first"], straight["seen_second"]] == list(seen)
+    sentence = judging.comparison_sentence(straight)
+    assert sentence.endswith(".") and words in sentence and ("is better" in sentence) == (better == "a")
+
+
+def test_runs_that_cannot_be_compared_are_a_note(tmp_path):
+    """The ratings were corrected between two runs: the third is compared with the second all the same."""
+    said = []
+    for name, shift in (("run_1", 1), ("run_2", 0), ("run_3", 0)):
+        (tmp_path / name).mkdir()
+        rows = [{**row, "Valence_true": row["Valence_true"] + shift} for row in scores()]
+        common.write_table(tmp_path / name / "predictions_val.csv", rows)
+    rows = table_judging.compare_runs([tmp_path / f"run_{k}" for k in (1, 2, 3)], said.append)
+    assert [(row["first"], row["second"]) for row in rows] == [("run_2", "run_3")]
+    assert len(said) == 2 and all(text.startswith("note: ") and "other true values" in text for text in said)
+
+
+# --- what is refused before anything is written ---------------------------------------------------------
+
+@pytest.mark.parametrize("flags, words", [
+    (["--runs", "out", "--truth", "x.json"], ["--truth", "--runs"]),
+    (["--runs", "out", "--criteria", "r2>0"], ["--criteria", "--runs"]),
+    (["--runs", "out", "--held_out"], ["--held_out", "--runs"]),
+    (["--predictions", "p.csv", "--box_format", "xyxy"], ["--box_format", "--predictions alone"]),
+    (["--predictions", "p.json", "--truth", "x.json", "--positive_class", "ear"], ["--positive_class", "--truth"])])
+def test_flags_that_would_do_nothing_are_refused(flags, words, capsys):
+    with pytest.raises(SystemExit) as left:
+        judge_predictions.parse_args(flags)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert left.value.code == 2 and all(word in said for word in words), said
+
+
+def test_nothing_is_written_where_a_flag_or_a_row_is_wrong(tmp_path):
+    common.write_table(tmp_path / "p.csv", scores())
+    common.write_table(tmp_path / "few.csv", scores()[:50])
+    common.write_table(tmp_path / "c.csv", classes())
+    for flags, words in (
+            (["p.csv", "--criteria", "r3>1"], "r3"), (["c.csv", "--criteria", "r2>1"], "r2"),
+            (["p.csv", "few.csv"], "10 rows of the first are missing"),
+            (["p.csv", "--positive_class", "ear"], "--positive_class")):
+        files = [tmp_path / word if word.endswith(".csv") else word for word in flags]
+        said = judge(tmp_path, "--predictions", *files, code=2)
+        assert words in said and not (tmp_path / "out").exists()
