@@ -48,9 +48,9 @@ def parse_args(argv=None):
     if bool(args.predictions) == bool(args.runs):
         parser.error("give either --predictions or --runs")
     idle = {  # what does nothing, by what is judged
-        "runs": "truth box_format group_column baseline positive_class criteria held_out",
+        "runs": "truth box_format truth_format group_column baseline positive_class criteria held_out",
         "truth": "positive_class",
-        "predictions": "box_format",
+        "predictions": "box_format truth_format",
     }
     way = next(name for name in idle if getattr(args, name))
     for name in args.given.intersection(idle[way].split()):
