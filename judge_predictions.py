@@ -92,7 +92,6 @@ def judge_several(run, args, tables):
     for name, path, table in zip(names, args.predictions, tables):
         with run.child(name) as child:
             table_judging.judge_table(child, table, path)
-    common.write_table(run.path("comparison.csv"), rows)
     judging.write_comparison(run, rows)
 
 

@@ -11,7 +11,7 @@ from evidence import (
     reporting, splitting, subject_intervals, verdicts)
 
 
-def judge_classes(run, table, setting, confounds=(), levels=None):
+def judge_classes(run, table, setting, confounds=(), levels=()):
     """Judge a prediction_tables.ClassTable; write plots, report.html and metrics.json.
 
     confounds: of confounding.level_priors; levels: {name of a confound: (M,) its values}.
@@ -22,7 +22,7 @@ def judge_classes(run, table, setting, confounds=(), levels=None):
     calibrating.take_null(result.overall, table.probability.max(1))
     confounds = confounding.flag_confounds(confounds, result.each.model["roc_auc"].at(table.positive))
     for row in confounds:
-        if row["name"] in (levels or {}):
+        if row["name"] in levels:
             row["model_auc_within_levels"] = confounding.within_level_auc(
                 table.probability[:, table.positive], table.label, levels[row["name"]],
                 table.positive)
@@ -116,10 +116,9 @@ def calibration_blocks(run, stages, positive):
                 "temperature and threshold are fitted on the validation rows, and shown for test "
                 "rows and folds; the members of an ensemble are calibrated before their mean is "
                 "taken.")
-    caption = f"Precision, recall and F1 of {positive}"
     return [
         reporting.html_text(note),
-        reporting.html_table(stages, caption=caption),
+        reporting.html_table(stages, caption=f"Precision, recall and F1 of {positive}"),
         reporting.html_image(
             run.path("reliability.png"), "Reliability: how often a confidence is right"),
     ]
@@ -157,7 +156,8 @@ def metric_blocks(run, setting, result):
         "risk_coverage.png": "Wrong answers among the most confident ones",
     }
     return [
-        *(reporting.html_image(run.path(file), text) for file, text in plots.items() if run.path(file).exists()),
+        *(reporting.html_image(run.path(file), text)
+          for file, text in plots.items() if run.path(file).exists()),
         reporting.html_table(subject_intervals.overall_rows(result), caption=caption),
         reporting.html_table(per_class, caption="Each class against the rest, with 95 % intervals"),
     ]

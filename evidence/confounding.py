@@ -41,7 +41,7 @@ def _level_codes(levels, n_rows, n_train, position):
         if 2 <= len(found) <= max(2, 0.75 * n_train):
             codes[name] = code
     blocks = min(20, max(2, n_train // 10))
-    position = np.arange(n_rows) if position is None else np.asarray(position, np.int64)
+    position = np.arange(n_rows) if position is None else position
     codes["row order"] = position * blocks // (position.max(initial=0) + 1)
     return codes
 
@@ -57,12 +57,11 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
     index). dict(name, n_levels, auc or r2, low, high), for scores also mae, mae_low and mae_high;
     low and high are NaN where there is no interval.
     """
-    target = np.asarray(target)
     is_classes = target.ndim == 1
     if is_classes:
         target = np.where(target < 0, np.nan, target == positive)[:, None]
     held_out = np.concatenate(test)
-    subjects = None if groups is None else np.asarray(groups)[held_out]
+    subjects = None if groups is None else groups[held_out]
     found = []
     for name, codes in _level_codes(levels, len(target), len(train[0]), position).items():
         predicted = []

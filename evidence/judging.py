@@ -140,20 +140,21 @@ def comparison_sentence(row):
 
 
 def write_comparison(run, rows, sections=()):
-    """report.html and metrics.json of several tables on the same rows: which of two is better.
+    """comparison.csv, report.html and metrics.json of several tables on the same rows: which of two is better.
 
     sections: (title, HTML blocks) that stand above it.
     """
     sentences = list(map(comparison_sentence, rows))
-    caption = "Pairs of tables on the same rows; the interval is of the paired difference"
     sections = list(sections)
     if rows:
-        sections.append(("Comparison", [reporting.html_table(rows, caption=caption)]))
+        sections.append(("Comparison", [reporting.html_table(
+            rows, caption="Pairs of tables on the same rows; the interval is of the paired difference")]))
     sections.append(("Command and versions", reporting.command_blocks()))
-    nothing = "No two of them have predicted the same rows, so none are compared."
-    verdict = verdicts.Verdict("caution", "Comparison", " ".join(sentences[:3] or [nothing]))
+    found = " ".join(sentences[:3]) or "No two of them have predicted the same rows, so none are compared."
+    verdict = verdicts.Verdict("caution", "Comparison", found)
     reporting.write_report(run.path("report.html"), f"Comparison: {run.folder.name}",
                            verdict, sections, run.compute.text, [])
+    common.write_table(run.path("comparison.csv"), rows)
     common.write_json(run.path("metrics.json"), {"comparisons": rows})
     for sentence in sentences:
         run.say(sentence)

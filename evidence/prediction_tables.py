@@ -326,8 +326,8 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
 
 def read_folds(run, chosen, part, positive_class=None):
     """The tables of one part of these folds of a run."""
-    files = [run.path(f"fold_{k}") / f"predictions_{part}.csv" for k in chosen]
-    return [read_predictions(file, positive_class=positive_class) for file in files]
+    return [read_predictions(run.path(f"fold_{k}") / f"predictions_{part}.csv", positive_class=positive_class)
+            for k in chosen]
 
 
 def refuse_useless(table, path):

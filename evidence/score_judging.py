@@ -9,7 +9,8 @@ import numpy as np
 
 import common
 from evidence import (
-    confounding, judging, metric_names, plotting, rater_agreement, reporting, splitting, subject_intervals, verdicts)
+    confounding, judging, metric_names, plotting, prediction_tables, rater_agreement, reporting, splitting,
+    subject_intervals, verdicts)
 
 
 def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, table_file="scores.csv",
@@ -121,10 +122,7 @@ def estimates_of_moments(table, moments, levels):
     """{METRIC_LEVEL: Estimate} on the rows of each of these levels of (M,) moments."""
     estimates = {}
     for level in levels:
-        here = moments == level
-        groups = None if table.groups is None else table.groups[here]
-        of_level = subject_intervals.bootstrap_regression(
-            table.predicted[here], table.target[here], groups, folds=table.n_folds)
+        of_level = prediction_tables.take(table, moments == level).compare()
         estimates |= {f"{metric}_{level}": each for metric, each in of_level.overall.model.items()}
     return estimates
 

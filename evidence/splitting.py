@@ -178,7 +178,8 @@ def read_split_file(path, keys):
         found = common.shorten_list(faults or parts) or "no lists"
         raise common.UserError(
             f"--split_file {path}: expected parts train, val and test, and each image name once, found {found}.")
-    return {part: np.array(sorted(row_of[key] for key in parts.get(part, ())), dtype=int) for part in PARTS}
+    return {part: np.array(sorted(row_of[key] for key in parts.get(part, ())), dtype=int)
+            for part in PARTS}
 
 
 def split_of_flags(args, keys, strata=None, groups=None):

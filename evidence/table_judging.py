@@ -129,7 +129,6 @@ def write_runs_page(run, parent, listed, most_compared):
             tables.append(reporting.html_table(flags_that_differ(folders), caption="Flags that differ"))
         sections.append((script, tables))
         compared += compare_runs(folders[-most_compared:], run.say)
-    common.write_table(run.path("comparison.csv"), compared)
     judging.write_comparison(run, compared, sections)
 
 

@@ -314,7 +314,7 @@ def _sign_flip_text(result, metric):
     p = result.sign_flip_p.get(metric)
     if p is None:
         return ""
-    differences = np.asarray(result.per_subject[metric])  # (S,)
+    differences = result.per_subject[metric]  # (S,)
     better = differences < 0 if metric_names.METRICS[metric].lower_is_better else differences > 0
     return (f", sign-flip p of this difference {p:.4f}, better in {better.sum()} of {np.isfinite(differences).sum()} "
             f"{result.unit}")
