@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 
 import common
-from evidence import baseline_models, class_scores, splitting, subject_intervals
+from evidence import baseline_models, class_scores, metric_names, splitting, subject_intervals
 from readers import csv_tables
 
 
@@ -384,7 +384,8 @@ def _read_scores(table, path, names, baseline, shared):
         baseline = known_name(baseline, blocks, path)
         found.baselines = {baseline: blocks[baseline]}
     elif "train_mean" not in blocks:  # another program's: a count or an error beside the scores is no prediction of them
-        found.baselines = {kind: block for kind, block in blocks.items() if not found.quality(block) <= 0}
+        found.baselines = {kind: block for kind, block in blocks.items()
+                           if kind in metric_names.BASELINES or not found.quality(block) <= 0}
         found.baselines["mean_of_these_rows"] = baseline_models.train_mean_baseline(target, len(target))
     return found
 

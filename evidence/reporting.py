@@ -48,6 +48,7 @@ _LEVELS = {  # word and outline: shape and word tell the levels apart without co
 
 
 def _note(body, level, kind="note"):
+    assert level in _LEVELS, f"level {level!r} is none of {', '.join(_LEVELS)}"
     word, outline = _LEVELS[level]
     mark = f'<svg viewBox="0 0 24 24" role="img" aria-label="{word}">{outline}</svg>'
     return f'<div class="{kind} {level}">{mark}<div>{body}</div></div>'

@@ -483,7 +483,7 @@ def test_alarms_name_a_remedy():
     alarms += verdicts.split_gap_alarms({"pearson_r": 0.9}, {"pearson_r": 0.1}, remedy="--head ridge")
     alarms += verdicts.split_gap_alarms({"pearson_r": 0.1}, {"pearson_r": 0.9})
     alarms += verdicts.classification_alarms(np.tile([0.9, 0.1], (40, 1)), np.arange(40) % 2, ["ear", "tail"])
-    alarms += verdicts.regression_alarms(rows % 7, np.where(rows < 39, 3.0, 4.0), ["Valence"])
+    alarms += verdicts.regression_alarms(rows % 7 / 7, np.where(rows < 39, 3.0, 4.0), ["Valence"])
     alarms += judging.identical_fold_alarms([{"fold": 0, "r2": 0.1}, {"fold": 1, "r2": 0.1}])
     alarms += score_judging.slope_alarms(
         [{"target": "Valence", "r2": -0.5, "pearson_r": 0.6, "bias": 2.0, "slope": 0.3}])
