@@ -86,9 +86,8 @@ def calibration_rows(table):
     Only one dict where no probabilities before calibration are known.
     """
     given = (table.probability, table.threshold)
-    if table.uncalibrated is None:
-        stages = {"as it is": given}
-    else:
+    stages = {"as it is": given}
+    if table.uncalibrated is not None:
         stages = {"before": (table.uncalibrated, None), "after": given}
     rows = []
     for stage, (probability, threshold) in stages.items():

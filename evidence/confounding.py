@@ -37,7 +37,7 @@ def _level_codes(levels, n_rows, n_train, position):
     """
     codes = {}
     for name, values in levels.items():
-        found, code = np.unique(np.asarray(values, str), return_inverse=True)
+        found, code = np.unique(values, return_inverse=True)
         if 2 <= len(found) <= max(2, 0.75 * n_train):
             codes[name] = code
     blocks = min(20, max(2, n_train // 10))

@@ -335,8 +335,8 @@ def refuse_useless(table, path):
     if isinstance(table, ScoreTable):
         predicted = table.predicted
         is_known = ~np.isnan(table.target)  # (M, R)
-        kinds = [len(set(column[~np.isnan(column)])) for column in table.target.T]
-        flat = [f"{name}_true" for name, count in zip(table.names, kinds) if count < 2]
+        flat = [f"{name}_true" for name, column in zip(table.names, table.target.T)
+                if len(set(column[~np.isnan(column)])) < 2]
     else:
         predicted = table.probability
         is_known = (table.label >= 0)[:, None]  # (M, 1)

@@ -175,9 +175,9 @@ def read_split_file(path, keys):
         if count > 1 or unknown:
             faults.append(f"{key} (listed {count} times{unknown})")
     if faults or not parts.get("train"):
-        found = common.shorten_list(faults or parts) or "no lists"
         raise common.UserError(
-            f"--split_file {path}: expected parts train, val and test, and each image name once, found {found}.")
+            f"--split_file {path}: expected parts train, val and test, and each image name once, found "
+            f"{common.shorten_list(faults or parts) or 'no lists'}.")
     return {part: np.array(sorted(row_of[key] for key in parts.get(part, ())), dtype=int)
             for part in PARTS}
 
@@ -347,11 +347,11 @@ def _leakage_line(where, found):
 def found_leakage(report, with_zeros=False):
     """A line per two parts that share anything (with_zeros: per any two), one per part that holds copies."""
     lines = []
-    inside = {f"inside {part}": found for part, found in report["within"].items()}
-    between = {f"leakage {pair}": found for pair, found in report["between"].items()}
-    for place, found in {**between, **inside}.items():
+    places = {f"leakage {pair}": found for pair, found in report["between"].items()}
+    places |= {f"inside {part}": found for part, found in report["within"].items()}
+    for place, found in places.items():
         shared = {what: item for what, item in found.items() if item["count"]}
-        if with_zeros and (shared or place not in inside):
+        if with_zeros and (shared or place.startswith("leakage")):
             shared = found
         if shared:
             lines.append(_leakage_line(place, shared))

@@ -45,11 +45,11 @@ def same_rows(tables, paths):
     aligned = [first]
     for table, path in zip(tables[1:], paths[1:]):
         others = table.row_names
-        lacking = sorted(set(names) - set(others))
         if sorted(names) != sorted(others) or table.names != first.names:
             raise common.UserError(
-                f"{path} and {paths[0]} must judge the same rows and targets; {len(lacking)} rows of the first are "
-                f"missing ({common.shorten_list(lacking, 3) or 'none'}), {len(others)} and {len(names)} rows, "
+                f"{path} and {paths[0]} must judge the same rows and targets; {len(set(names) - set(others))} rows of "
+                f"the first are missing ({common.shorten_list(sorted(set(names) - set(others)), 3) or 'none'}), "
+                f"{len(others)} and {len(names)} rows, "
                 f"targets {common.shorten_list(table.names, 5)} and {common.shorten_list(first.names, 5)}")
         other = prediction_tables.take(table, prediction_tables.rows_of(first, others))
         if not np.array_equal(other.truth, first.truth, equal_nan=True):

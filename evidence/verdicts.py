@@ -281,9 +281,8 @@ def baseline_doubts(names, model="ridge or logistic regression on published feat
     """Sentences on baselines, by name, that are too weak for a result to hold; else []. model: what would help."""
     if not set(names) <= TRIVIAL_BASELINES:
         return []
-    shown = ", ".join(sorted(names)).replace("_", " ")
-    return [f"Only baselines that look at no input were there to beat ({shown}). A result holds where it beats a "
-            f"simple model too, such as {model}"]
+    return [f"Only baselines that look at no input were there to beat ({', '.join(sorted(names)).replace('_', ' ')}). "
+            f"A result holds where it beats a simple model too, such as {model}"]
 
 
 def verdict_sentence(result, metric="r2", ceiling=None, seen="new", label=None, is_same=False):
