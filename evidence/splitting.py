@@ -333,7 +333,9 @@ def _rows_by_value(values, rows):
 
 def _count_text(what, item):
     words = what.replace("_", " ")
-    return f"{item['count']} {words.removesuffix('s') if item['count'] == 1 else words}"
+    if item["count"] == 1:
+        words = words.replace("copies", "copy").removesuffix("s")
+    return f"{item['count']} {words}"
 
 
 def _leakage_line(where, found):

@@ -776,7 +776,7 @@ def test_audit_text_says_it_in_ascii(tmp_path):
     text = splitting.leakage_text(audit(tmp_path))
     assert text.isascii() and "SHARED EVENTS: 1 of 4 rows of test show an event that is also in train" in text
     assert "leakage train-val: 0 groups, 0 events, 0 videos, 0 renamed copies" in text
-    assert "1 renamed copies (c.mp4 = copied/c2.mp4)" in text
+    assert "1 renamed copy (c.mp4 = copied/c2.mp4)" in text
     assert "windows: 1 start past the end of their file (d.mp4@500-502), 1 are cut by it" in text
 
 
