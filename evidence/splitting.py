@@ -333,9 +333,8 @@ def _rows_by_value(values, rows):
 
 def _count_text(what, item):
     words = what.replace("_", " ")
-    if item["count"] == 1:
-        words = words.replace("copies", "copy").removesuffix("s")
-    return f"{item['count']} {words}"
+    one = words.replace("copies", "copy").removesuffix("s")
+    return f"{item['count']} {one if item['count'] == 1 else words}"
 
 
 def _leakage_line(where, found):
