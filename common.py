@@ -586,7 +586,7 @@ class Run:
     def child(self, name, args=None):
         """The run of one fold, or of flags of its own: a run folder inside this one, opened again where it exists."""
         self.path(name).mkdir(exist_ok=True)
-        return dataclasses.replace(self, folder=self.path(name), args=args or self.args)
+        return dataclasses.replace(self, folder=self.path(name), args=args or self.args, folds_after=0)
 
     def each_fold(self, splits, run_split):
         """run_split(run, split) in fold_K/ for the folds that --fold asks for, but for finished ones.

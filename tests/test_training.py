@@ -286,6 +286,13 @@ def make_run(folder, *words, folds=(), pooled=None, data="same"):
     return run.folder
 
 
+def test_after_the_run_inside_a_run_nothing_more_is_trained(tmp_path):
+    """The time that an epoch of the baseline says to be left is its own."""
+    with common.start_run(parsed(tmp_path)) as run:
+        run.folds_after = 1
+        assert run.child("baseline").folds_after == 0
+
+
 def test_folds_that_are_done_one_by_one_can_be_pooled(tmp_path):
     """--folds 2 --fold 0, then --resume RUN --fold 1: nothing pools both before --fold all. Also with --cv_file."""
     folder = make_run(tmp_path, "--folds", "2", "--fold", 0, folds=[0, 1], pooled=[1])
