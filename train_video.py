@@ -353,7 +353,7 @@ def read_table(args, names=None, need_labels=True):
     if args.task == "regress":
         table = score_tables.read_sequences(
             args.manifest, args.video_root, args.group_column, names or args.target_columns,
-            **checks)
+            min_event_sec=args.min_event_sec, **checks)
     else:
         manifests = event_splits.manifests_of(args) or {"": args.video_root}
         table = event_tables.read_events(
@@ -760,7 +760,7 @@ class Scores(Objective):
                 "leave it out with --target_columns")
         self.target = torch.tensor(self.values, dtype=torch.float32)  # (N, R), NaN = missing
         self.target_weight = score_tables.target_weights(args.target_weights, self.names)
-        self.total, self.parts = score_tables.total_and_parts(self.names)
+        self.total, self.parts = score_tables.total_and_parts(self.names, known)
 
     def scale(self):
         """(centre, offset, span) of the head, (R,) each: the first output is the train mean."""

@@ -274,8 +274,10 @@ def headless_list(table, root, notes):
     """
     import pandas as pd
     lines = [list(table.columns), *table.to_numpy().tolist()]
-    parted = [lines] if len(lines[0]) == 2 else [
-        [" ".join(cells).rsplit(None, n_others) for cells in lines] for n_others in (1, 2)]  # blanks in the paths
+    parted = [lines]
+    if len(lines[0]) != 2:  # blanks in the paths
+        whole = [" ".join(cells) for cells in lines]
+        parted = [[line.rsplit(None, n_others) for line in whole] for n_others in (1, 2)]
     for rows in parted:
         first = rows[0][0]
         is_even = len(set(map(len, rows))) == 1 < len(rows[0])
@@ -336,10 +338,11 @@ def read_manifest_file(path, root, asked, need_labels, notes):
 def manifest_files(path):
     """The label tables of a folder that holds no folders; else the manifest, or the folder of class folders, itself."""
     path = Path(path)
-    inside = list(path.iterdir()) if path.is_dir() else []
-    if any(each.is_dir() for each in inside):
+    inside = path.iterdir() if path.is_dir() else []
+    visible = [each for each in inside if not each.name.startswith(".")]
+    if any(each.is_dir() for each in visible):
         return [path]
-    return sorted(each for each in inside if each.suffix == ".csv") or [path]
+    return sorted(each for each in visible if each.suffix.lower() in (".csv", ".tsv")) or [path]
 
 
 def read_manifest(part, path, video_root, min_event_sec, need_labels, asked, time_unit, notes):
@@ -387,20 +390,23 @@ def own_times(rows, extra, notes):
         return rows
     rows = rows.copy()
     for name, own in rows.groupby(extra["observation_id"]):
+        own = own[own["unit"] == "sec"].sort_values("start")
         files = list(dict.fromkeys(own["source"]))
         if len(files) < 2 or None in files:
             continue
         lengths = [video_files.probe(file).duration_sec for file in files]
-        total = csv_tables.to_numbers(extra[length].loc[own.index], f"column {length}")[0]
-        if abs(total - lengths[0]) < 0.02 * lengths[0]:
+        totals = csv_tables.to_numbers(extra[length].loc[own.index], f"column {length}")
+        own_lengths = own["source"].map(dict(zip(files, lengths)))
+        if (abs(totals - own_lengths) < 0.02 * own_lengths).any():
             continue  # of each file alone
-        if abs(total - sum(lengths)) > 0.02 * total:
+        if not abs(totals[0] - sum(lengths)) <= 0.02 * totals[0]:  # nor where it is blank
             raise common.UserError(
-                f"observation {name}: total length {total:g} s, but its files with events have {sum(lengths):g} s, so "
-                "it is unknown where each begins. Export every file as an observation of its own")
+                f"observation {name}: total length {totals[0]:g} s, but its files with events have {sum(lengths):g} s, "
+                "so it is unknown where each begins. Export every file as an observation of its own")
         begins = dict(zip(files, np.cumsum([0, *lengths])))
         rows.loc[own.index, ["start", "end"]] -= own["source"].map(begins).to_numpy()[:, None]
         notes.append(f"observation {name}: times count over {len(files)} files and were made times of each")
+    rows.loc[rows["start"] + rows["end"] < 0, "fault"] = "starts before the file"
     return rows
 
 
@@ -436,7 +442,7 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
     return merge_repeats(build_table(rows, extra, names, notes, group, group_column is not None))
 
 
-def groups_of(cells, is_wanted, lines, notes):
+def read_groups(cells, is_wanted, lines, notes):
     """(N,) groups in one spelling, or None. Blank ones: a UserError where the column was asked for, else no groups."""
     groups = cells.map(plain_level).to_numpy(str)
     blank = lines[groups == ""]
@@ -471,8 +477,8 @@ def find_sources(rows, is_open, max_missing, need_files, exact_names):
             found[root, name] = found[root, name] or Path(root, *inside)
     elif len(missing) > max_missing * len(found):
         raise common.UserError(
-            f"{counted} are not below --video_root {root}: {common.shorten_list(missing)}; "
-            "correct it, or allow a larger share: --max_missing")
+            f"{counted} are not below {common.shorten_list(set(rows['root']))}: {common.shorten_list(missing)}; "
+            "correct --video_root, or allow a larger share: --max_missing")
     elif missing:
         notes.append(f"{counted} are not there: {common.shorten_list(missing)}")
     return [found[key] for key in zip(rows["root"], rows["path"])], notes
@@ -495,8 +501,8 @@ def build_table(rows, extra, names, notes, group, is_group_wanted, target=None):
     rows = rows[keep]
     extra = with_own_columns(extra[keep].reset_index(drop=True), rows["place"])
     videos = paths_below_root(rows["source"], rows["root"])
-    names_of_clips = map(clip_name, videos, rows["start"], rows["end"], rows["unit"])
-    clip_ids = np.array(list(names_of_clips), dtype=str)
+    spans = zip(videos, rows["start"], rows["end"], rows["unit"])
+    clip_ids = np.array([clip_name(*each) for each in spans], dtype=str)
     return EventTable(
         names=names,
         clip_ids=clip_ids,
@@ -510,14 +516,17 @@ def build_table(rows, extra, names, notes, group, is_group_wanted, target=None):
         extra=extra,
         label=rows["label"].to_numpy() if "label" in rows else None,
         target=None if target is None else target[keep],
-        groups=groups_of(extra[group], is_group_wanted, rows["line"], notes) if group else None,
+        groups=read_groups(extra[group], is_group_wanted, rows["line"], notes) if group else None,
         skipped=skipped,
         notes=notes)
 
 
 def paths_below_root(sources, roots):
     """(N,) text: each source below the folder that all roots share."""
-    base = os.path.commonpath([os.path.realpath(root) for root in set(roots)])
+    try:
+        base = os.path.commonpath([os.path.realpath(root) for root in set(roots)])
+    except ValueError:  # two drives of Windows
+        base = os.sep
     below = {}
     for source in set(sources):
         path = Path(os.path.realpath(source))
@@ -529,7 +538,7 @@ def clip_name(video, start, end, unit):
     """'cam 8/a.mp4@10-14', in frames 'cam 8/a.mp4@10-14f'; the video's name for a whole clip."""
     if math.isnan(start):
         return video
-    return f"{video}@{start:g}-{end:g}{'f' if unit == 'frame' else ''}"
+    return f"{video}@{start:.10g}-{end:.10g}{'f' if unit == 'frame' else ''}"
 
 
 def with_own_columns(extra, places):
@@ -585,10 +594,10 @@ def split_keys(table, split_by=None):
             f"(found: {common.shorten_list(table.extra.columns, 40)})")
     for name in [split_by] if split_by else names:
         finer = names[names.index(name):]
-        units = connected([levels[other] for other in finer])
+        units = [f"{name} {unit}" for unit in connected([levels[other] for other in finer])]
         if len(set(units)) > 1:
             break
-    return np.array([f"{name} {unit}" for unit in units], dtype=str)
+    return np.array(units, dtype=str)
 
 
 def connected(columns):

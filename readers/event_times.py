@@ -98,12 +98,15 @@ def clock_seconds(text):
     return 3600 * hour + 60 * int(match[2]) + float(second)
 
 
-def seconds_in(cells, where):
-    """Column of numbers or of H:MM:SS.s -> (N,) float64, NaN where blank."""
-    def plain(cell):
-        seconds = clock_seconds(cell)
-        return cell if math.isnan(seconds) or cell.count(":") != 2 else str(seconds)
-    return csv_tables.to_numbers(cells.map(plain), where)
+def seconds_in(cells, unit, where):
+    """Column of numbers in this unit, or of H:MM:SS.s -> (N,) seconds, or frames; NaN where blank."""
+    is_clock = cells.str.count(":") == 2
+    clock = cells.where(is_clock, "").map(clock_seconds).to_numpy()
+    is_clock = ~np.isnan(clock)
+    if unit == "frame" and is_clock.any():
+        raise common.UserError(f"{where}: expected frames, found {cells[is_clock].iloc[0]}")
+    numbers = csv_tables.to_numbers(cells.mask(is_clock, ""), where)
+    return np.where(is_clock, clock, SECONDS.get(unit, 1) * numbers)
 
 
 def event_windows(rows, source, min_event_sec, time_unit, notes):
@@ -126,11 +129,12 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
         for column in starts + ends:
             unit = column.unit or time_unit or "sec"
             if (unit == "frame") == in_frames:
-                numbers = SECONDS.get(unit, 1) * seconds_in(rows[column.name], f"{source}, column {column.name}")
+                numbers = seconds_in(rows[column.name], unit, f"{source}, column {column.name}")
                 found[column.role] = found[column.role].fillna(pd.Series(numbers))
         start = found["start"]
-        end = found["end"].fillna(start + found["duration"] - in_frames).fillna(start)
-        return start, end + in_frames
+        one_frame = 1 if in_frames else 0
+        end = found["end"].fillna(start + found["duration"] - one_frame).fillna(start)
+        return start, end + one_frame
     start, end = read_windows(in_frames=False)
     first, stop = read_windows(in_frames=True)
     is_frame = start.isna() & first.notna()

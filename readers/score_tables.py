@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import common
-from readers import csv_tables, event_tables
+from readers import csv_tables, event_tables, event_times
 
 GROUP_COLUMNS = ("animal", "animal_id", "subject", "group")
 RATER_COLUMNS = ("rater", "rater_id", "observer", "observer_id")
@@ -74,11 +74,12 @@ def score_columns(rows, wanted, path):
 
 
 def read_sequences(path, root=None, group_column=None, target_columns=None, need_labels=True, max_missing=0.05,
-                   path_column=None, need_files=True, exact_names=False):
+                   path_column=None, need_files=True, exact_names=False, min_event_sec=1.0):
     """Scores of frame sequences (CSV or JSON) -> EventTable for --task regress; names as the file spells them.
 
     Several rows of one sequence (one per rater) become their mean, the single ratings are kept. Groups: group_column,
-    else the column animal, animal_id, subject or group. Raises UserError as read_events does.
+    else the column animal, animal_id, subject or group. Times are columns whose names say their unit. Raises UserError
+    as read_events does.
     """
     raw = sequence_rows(path)
     if target_columns and not need_labels:  # new sequences may come without the scores of a trained model
@@ -96,8 +97,13 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
         raise common.UserError(
             f"{path}: no column of folders; name it with --path_column "
             f"(found: {common.shorten_list(extra.columns, 40)})")
-    rows = event_tables.describe_rows(extra, path, root or Path(path).parent, extra[source])
+    unsaid = [column.name for column in sum(event_times.time_columns(extra), []) if column.unit is None]
+    timed = extra.drop(columns=unsaid)
+    rows = event_tables.describe_rows(
+        timed, path, root or Path(path).parent, extra[source], min_event_sec=min_event_sec)
     rows["source"], notes = event_tables.find_sources(rows, root is None, max_missing, need_files, exact_names)
+    if unsaid:
+        notes.append(f"{', '.join(unsaid)}: not read as times of a sequence; those say their unit, such as start_sec")
     rows["reason"] = np.where(np.isnan(target).all(axis=1) & need_labels, "no score", "")
     table = event_tables.build_table(rows, extra, names, notes, group, group_column is not None, target)
     table = merge_raters(table)
@@ -134,8 +140,8 @@ def merge_raters(table):
         notes=notes)
 
 
-def total_and_parts(names):
-    """R target names -> (index of the total or None, indices of the parts that it sums)."""
+def named_total(names):
+    """R target names -> (index of the total or None, indices of the parts that it may sum)."""
     keys = [csv_tables.column_key(name) for name in names]
     totals = [r for r, key in enumerate(keys) if "total" in key]
     if not totals:
@@ -143,6 +149,16 @@ def total_and_parts(names):
     no_part = re.compile("nrs|vas|total|sum|mean")
     parts = [r for r, key in enumerate(keys) if not no_part.match(key)]
     return totals[0], [r for r in parts if r != totals[0]]
+
+
+def total_and_parts(names, target):
+    """R names, (N, R) scores -> as named_total; no parts where half of the sums miss by over half an SD of the total."""
+    total, parts = named_total(names)
+    if parts:
+        gap = np.abs(target[:, total] - target[:, parts].sum(1))
+        if np.nanmedian(gap) > 0.5 * np.nanstd(target[:, total]):
+            parts = []
+    return total, parts
 
 
 def target_weights(pairs, names):
@@ -160,7 +176,7 @@ def target_weights(pairs, names):
 
 def total_notes(table):
     """A note that counts the rows whose total differs from the sum of its parts, where there are any."""
-    total, parts = total_and_parts(table.names)
+    total, parts = named_total(table.names)
     if not parts:
         return []
     gap = np.abs(table.target[:, total] - table.target[:, parts].sum(1))
@@ -168,9 +184,11 @@ def total_notes(table):
     differs = (gap > 1e-6).sum()
     if not differs:
         return []
+    _, tied = total_and_parts(table.names, table.target)
     return [
         f"{table.names[total]} differs from the sum of its {len(parts)} parts in {differs} of "
-        f"{len(gap)} rows, by at most {gap.max():.3g} ({(gap > 0.5 + 1e-6).sum()} by more than 0.5)"]
+        f"{len(gap)} rows, by at most {gap.max():.3g} ({(gap > 0.5 + 1e-6).sum()} by more than 0.5)"
+        f"{'' if tied else ', and is not tied to it'}"]
 
 
 def read_cv_file(path, table):

@@ -680,7 +680,9 @@ NAMES = ["Ears", "Mouth", "Total"]
 
 def scores_of(*flags, target=None):
     draws = np.random.default_rng(0)
-    target = np.column_stack([draws.uniform(0, 2, (8, 2)), draws.uniform(0, 4, 8)]) if target is None else target
+    if target is None:
+        parts = draws.uniform(0, 2, (8, 2))
+        target = np.column_stack([parts, parts.sum(1) + draws.uniform(-0.2, 0.2, 8)])
     args = arguments(*flags, task="regress")
     return scores(args, scored_table(target, NAMES, ["M0", "M2"] * 4))
 

@@ -123,6 +123,27 @@ def test_missing_videos_are_listed_and_stop_above_the_share(tmp_path):
                                                                                           "no such video or folder")]
 
 
+def test_missing_videos_name_the_folders_of_all_manifests(tmp_path):
+    put(tmp_path, "r1/a.mp4", "r2/b.mp4")
+    manifests = {"train": write(tmp_path / "r1/m.csv", "path,label\nx.mp4,ear\n"),
+                 "val": write(tmp_path / "r2/m.csv", "path,label\nb.mp4,tail\n")}
+    message = fails(event_tables.read_events, manifests)
+    assert "1 of 2" in message and str(tmp_path / "r1") in message.split("x.mp4")[0]
+
+
+def test_windows_far_into_a_film_keep_their_own_ids(tmp_path):
+    table = windows(tmp_path, "start_frame,end_frame", "1234567,1234600", "1234569,1234600")
+    assert list(table.clip_ids) == ["a.mp4@1234567-1234601f", "a.mp4@1234569-1234601f"]
+
+
+def test_manifests_on_two_drives_keep_the_paths_of_their_videos(tmp_path, monkeypatch):
+    def commonpath(paths):
+        raise ValueError("Paths don't have the same drive")
+    monkeypatch.setattr(event_tables.os.path, "commonpath", commonpath)
+    sources = [tmp_path / "d" / "a.mp4", tmp_path / "e" / "a.mp4"]
+    assert len(set(event_tables.paths_below_root(sources, [path.parent for path in sources]))) == 2
+
+
 # --- identity of events ------------------------------------------------------------
 
 @pytest.mark.parametrize("one, other", [
@@ -234,6 +255,17 @@ def test_times_under_every_name_and_unit(tmp_path, header, cells, expected):
     assert any("--time_unit" in note for note in table.notes) != is_said
 
 
+@pytest.mark.parametrize("header, unit", [("start_min,end_min", None), ("start_ms,end_ms", None), ("start,end", "ms"), ("start,end", "min")])
+def test_clock_times_are_seconds_whatever_the_unit_of_the_column(tmp_path, header, unit):
+    assert windows(tmp_path, header, "0:01:02,0:01:04.5", time_unit=unit).windows.tolist() == [[62, 64.5]]
+
+
+@pytest.mark.parametrize("header, unit", [("start_frame,end_frame", None), ("start,end", "frame")])
+def test_clock_times_are_no_frames(tmp_path, header, unit):
+    message = fails(windows, tmp_path, header, "7,9", "0:01:02,0:01:03", time_unit=unit)
+    assert "expected frames" in message and "0:01:02" in message and "column start" in message
+
+
 @pytest.mark.parametrize("header, cells", [("Image index start,Image index stop", "10,19"), ("frame_start,frame_end", "10,19"),
                                            ("first_frame,last_frame", "10,19"), ("start_frame,duration_frames", "10,10")])
 def test_windows_in_frames_under_other_names(tmp_path, header, cells):
@@ -306,6 +338,21 @@ def test_boris_observation_of_several_files_counts_on(tmp_path, monkeypatch, tot
         assert boris(tmp_path, text).windows.tolist() == expected
 
 
+def test_boris_files_follow_each_other_by_their_times_not_by_their_rows(tmp_path, monkeypatch):
+    """A table sorted by behaviour names the second file first; a length that is blank tells nothing."""
+    lengths = {"s0.mp4": 600.0, "s1.mp4": 500.0}
+    monkeypatch.setattr(video_files, "probe", lambda path: video_files.VideoInfo(str(path), duration_sec=lengths[path.name]))
+    text = ("Observation id\tMedia file\tTotal length\tBehavior\tStart (s)\tStop (s)\n"
+            "o\ts1.mp4\tTOTAL\tgroom\t700\t710\no\ts0.mp4\tTOTAL\trear\t50\t55\no\ts1.mp4\tTOTAL\trear\t600.2\t600.4\n")
+    table = boris(tmp_path, text.replace("TOTAL", "1100"))
+    assert table.windows == pytest.approx(np.array([[100, 110], [50, 55], [-0.2, 0.8]])) and not table.skipped
+    assert "total length nan s" in fails(boris, tmp_path, text.replace("TOTAL", ""))
+    own = text.replace("s1.mp4\tTOTAL", "s1.mp4\t500").replace("s0.mp4\tTOTAL", "s0.mp4\t600")
+    assert boris(tmp_path, own).windows[1].tolist() == [50, 55], "each file counts alone"
+    late = text.replace("TOTAL", "1100").replace("s1.mp4\t1100\tgroom\t700\t710", "s1.mp4\t1100\tgroom\t100\t110")
+    assert [row["reason"] for row in boris(tmp_path, late).skipped] == ["starts before the file"]
+
+
 def test_frames_without_a_label_are_no_events(tmp_path):
     """-1 as DeepEthogram writes it; a table of nothing else has no row to use."""
     put(tmp_path, "s0.mp4")
@@ -341,6 +388,13 @@ def test_a_folder_of_manifests_is_one_table(tmp_path):
     table = event_tables.read_events({"": root / "tables"}, root / "v")
     assert list(table.videos) == ["a.mp4", "b.mp4"] and table.names == ["ear", "tail"]
     assert list(table.extra["pen"]) == ["3", ""] and "one.csv: 1 line(s) above the header" in table.notes[0]
+
+
+def test_a_folder_of_manifests_has_other_endings_and_hidden_files(tmp_path):
+    root = put(tmp_path, "v/a.mp4", "v/b.mp4", "tables/._ONE.CSV", "tables/.ipynb_checkpoints/one.csv")
+    write(root / "tables/ONE.CSV", "path,label\na.mp4,ear\n")
+    write(root / "tables/two.tsv", "path\tlabel\nb.mp4\ttail\n")
+    assert list(event_tables.read_events({"": root / "tables"}, root / "v").videos) == ["a.mp4", "b.mp4"]
 
 
 @pytest.mark.parametrize("text", ["cam 1/s0.mp4 0\ncam 1/s1.mp4 1\ncam 1/s2.mp4 0\n", "s0.mp4,0\ns1.mp4,1\ns2.mp4,0\n",
@@ -611,9 +665,34 @@ def test_raters_are_averaged_and_kept_for_the_icc(tmp_path):
     assert list(twice.repeats) == [2, 1] and twice.single_ratings is None
 
 
-def test_total_and_parts_by_name():
-    assert score_tables.total_and_parts(["Ears", "Muzzle", "NRS (1-10)", "VAS (0-100)", "Total.Facial.scale"]) == (4, [0, 1])
-    assert score_tables.total_and_parts(["Ears", "Muzzle"]) == (None, [])
+def test_total_and_parts_by_name_and_sum():
+    names = ["Ears", "Muzzle", "NRS (1-10)", "VAS (0-100)", "Total.Facial.scale"]
+    scores = np.random.default_rng(0).integers(0, 3, (20, 5)).astype(float)
+    scores[:, 4] = scores[:, 0] + scores[:, 1] + np.tile([0, 0, 0, 1], 5)
+    scores[3] = np.nan
+    assert score_tables.total_and_parts(names, scores) == (4, [0, 1])
+    assert score_tables.total_and_parts(names[:2], scores[:, :2]) == (None, [])
+    scores[:, 4] = np.arange(20)
+    assert score_tables.total_and_parts(names, scores) == (4, []), "a name alone makes no sum"
+
+
+def test_a_total_of_something_else_is_named(tmp_path):
+    put(tmp_path, *(f"s{i}/0.jpg" for i in range(4)))
+    rows = [f"s{i},{400 * i},{70 + i % 2},{38.5 + i / 10}" for i in range(4)]
+    text = "path,total_activity,heart_rate,temperature\n" + "\n".join(rows)
+    table = score_tables.read_sequences(write(tmp_path / "s.csv", text))
+    assert "total_activity differs from the sum" in table.notes[0] and "is not tied to it" in table.notes[0]
+
+
+def test_scores_take_only_times_that_name_their_unit(tmp_path):
+    """The time of day at which a sequence was filmed is no time in it."""
+    put(tmp_path, "s0/0.jpg", "s1/0.jpg")
+    path = write(tmp_path / "s.csv", "path,start_time,ears\ns0,06:00:25,1\ns1,06:10:00,2\n")
+    table = score_tables.read_sequences(path)
+    assert np.isnan(table.windows).all() and list(table.extra["hour"]) == ["6", "6"]
+    assert any("start_time" in note and "start_sec" in note for note in table.notes)
+    path = write(tmp_path / "s.csv", "path,start_sec,end_sec,ears\ns0,1,1.5,1\ns1,2,5,2\n")
+    assert score_tables.read_sequences(path, min_event_sec=2.0).windows.tolist() == [[0.25, 2.25], [2, 5]]
 
 
 def test_rows_without_any_score_and_missing_folders(tmp_path):
