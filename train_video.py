@@ -53,7 +53,14 @@ SOLVED = {
     "boost_to": 0.0, "mixup": 0.0, "label_smoothing": 0.0, "focal_alpha": None, "sample_weight": [],
     "augment_for": [], "target_weights": None, "bounded": False, "init_from": None,
 }
-UNUSED_BY_SOLVED = {"loss", "focal_gamma", "consistency_weight", "lr", "hidden", "dropout"}
+UNUSED_BY_SOLVED = {
+    "loss", "focal_gamma", "consistency_weight", "lr", "hidden", "dropout", "freeze_stages", "jitter_sec",
+    "weight_decay", "optimizer"}
+# flags of one task as they are for the other one
+OF_OTHER_TASK = {
+    "classify": {"bounded": False, "target_weights": None},
+    "regress": {"balance": "none", "boost_to": 0.0, "focal_alpha": None, "label_map": None, "mixup": 0.0},
+}
 # flags of predict that count as typed, not as in the checkpoint
 OWN_OF_PREDICT = ("clips_per_event", "aggregation", "min_event_sec")
 FIXED_INPUT = {"s3d": (16, 224), "mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224)}  # frames, pixels
@@ -93,7 +100,7 @@ def parse_args(argv=None):
         help="evaluate, audit: a predictions CSV of this script; judge_bouts: the run folder of "
              "predict --video")
     job("--output", type=common.new_file,
-        help="file that predict (.csv), evaluate or audit (.json) writes")
+        help="file that predict --manifest or judge_bouts (.csv), evaluate or audit (.json) writes")
     exporting.add_argument(job, "the model of one clip")
     add_recording_arguments(parser.group("whole recordings"))
     add_clip_arguments(parser.group("clips and labels"))
@@ -228,11 +235,9 @@ def add_learning_arguments(learn):
 
 def check_flags(parser, args):
     """parser.error for what a mode lacks, and for flags that contradict each other."""
-    manifests = event_splits.manifests_of(args)
-    is_parted = bool(manifests) and not args.manifest
-    has_events = manifests or args.video_root, "--manifest, or --train_manifest"
+    has_events = (event_splits.manifests_of(args) or args.video_root, "--manifest, or --train_manifest")
     if args.task == "regress":
-        has_events = args.manifest, "--manifest where --task is regress"
+        has_events = (args.manifest, "--manifest where --task is regress")
     needs = {
         "train": has_events,
         "audit": has_events,
@@ -246,33 +251,45 @@ def check_flags(parser, args):
         parser.error(f"--mode {args.mode} needs {needed}")
     if args.export and not (args.mode == "predict" and args.manifest):
         parser.error("--export belongs to --mode predict with --manifest, whose clips it is checked on")
-    if args.manifest and len(manifests) > 1:
-        parser.error(f"--manifest {args.manifest} is split here; give it alone, "
-                     "or the manifests of the parts")
-    if is_parted and (args.folds or args.cv_file):
-        parser.error("manifests of parts go without folds; give one --manifest")
-    if args.mode != "train":
-        return
-    if is_parted and not args.train_manifest:
-        parser.error("manifests of parts need --train_manifest")
+    if args.mode == "predict":
+        idle = {*READING, "output" if args.video else "annotate"} - {*OWN_OF_PREDICT}
+        if idle & args.given:
+            parser.error("predict reads clips as its checkpoint does, and --video writes a run folder; without "
+                         f"meaning here: {spelled(idle & args.given)}")
+    event_splits.check_flags(parser, args)
+    if args.mode == "train":
+        check_learning_flags(parser, args)
+
+
+def spelled(names):
+    """{'lr', 'fps'} -> '--fps, --lr'."""
+    return ", ".join(f"--{name}" for name in sorted(names))
+
+
+def changed(args, usual):
+    """Names of the flags that differ from {name: value}."""
+    return {name for name, value in usual.items() if getattr(args, name) != value}
+
+
+def check_learning_flags(parser, args):
+    """parser.error for flags of training that contradict each other, or do nothing."""
     if (args.loss in ("ce", "focal")) != (args.task == "classify"):
         parser.error(f"--loss {args.loss} does not fit --task {args.task}")
-    if args.balance != "none" and args.focal_alpha is not None and not args.force:
-        parser.error(f"--balance {args.balance} and --focal_alpha {args.focal_alpha} both correct "
-                     "the class balance; drop one, or give --force")
-    if args.mixup and args.task == "regress":
-        parser.error("--mixup blends the classes of --task classify; scores may be missing")
+    idle = changed(args, OF_OTHER_TASK[args.task])
+    if idle:
+        parser.error(f"without meaning for --task {args.task}: {spelled(idle)}")
+    corrections = changed(args, {"balance": "none", "boost_to": 0.0, "focal_alpha": None})
+    if len(corrections) > 1 and not args.force:
+        found = [f"--{name} {getattr(args, name)}" for name in sorted(corrections)]
+        parser.error(f"{' and '.join(found)} each correct the class balance; keep one, or give --force")
     if args.task == "regress" and args.model not in FRAME_MODELS:
         parser.error("--task regress reads sequences of any length: --model "
                      f"{' or '.join(FRAME_MODELS)}, found {args.model}")
     if args.model == MOTION_READOUT:
-        idle = [f"--{name}" for name, value in SOLVED.items() if getattr(args, name) != value]
-        idle += [f"--{name}" for name in sorted(UNUSED_BY_SOLVED & args.given)]
+        idle = changed(args, SOLVED) | (UNUSED_BY_SOLVED & args.given)
         if idle:
             parser.error(f"--model {MOTION_READOUT} is solved, not trained; without "
-                         f"meaning for it: {', '.join(idle)}")
-    if not is_parted and not args.cv_file:
-        common.check_split_flags(parser, args)
+                         f"meaning for it: {spelled(idle)}")
 
 
 # --- data: row on disk -> table -> sample ---------------------------------------------------
@@ -341,7 +358,8 @@ class Study:
         """What args.json says of the data and their split; resuming refuses other data."""
         table = self.table
         shas = [audit.pixel_sha for audit in self.audits]
-        contents = [*table.names, *table.clip_ids, table.truth, *shas]
+        groups = [] if table.groups is None else table.groups
+        contents = [*table.names, *table.clip_ids, table.truth, table.repeats, *groups, *shas]
         return common.data_record(contents, split, rows=len(table), names=table.names)
 
 
@@ -389,11 +407,15 @@ def load_study(args, table, say, skipped_file=None):
         raise common.UserError(f"none of {len(table)} rows can be used (first: {usable.skipped[0]['reason']})")
     say(f"data: {len(usable)} rows, {len(set(usable.events))} events; {len(usable.skipped)} rows skipped; "
         f"{store.description}")
-    positive = None
-    if table.target is None:
-        positive = prediction_tables.choose_positive(args.positive_class, table.names, usable.label)
     stored = np.flatnonzero([not reason for reason in reasons])
-    return Study(usable, store, stored, args, positive)
+    return Study(usable, store, stored, args, positive_class(args, usable))
+
+
+def positive_class(args, table):
+    """Index of the class that matters; None for scores."""
+    if table.label is None:
+        return None
+    return prediction_tables.choose_positive(args.positive_class, table.names, table.label)
 
 
 class Clips(common.Samples):
@@ -974,7 +996,7 @@ def fit_readout(study, rows, untuned):
 def solve_head(model, study, rows, features, say):
     """Put the readout that these rows give into the linear layer of a MotionReadout."""
     readout = fit_readout(study, rows, features.of_rows[MOTION_READOUT])
-    named = ", ".join(map(" ".join, zip(study.table.names, readout.blocks)))
+    named = ", ".join(f"{name} {block}" for name, block in zip(study.table.names, readout.blocks))
     say(f"features by the inner folds: {named if study.table.label is None else readout.blocks[0]}")
     model.head.start_at(centre=0, offset=0, span=1)  # the readout is in the unit of the task
     readout.write_into(model.head.linear)
@@ -1176,7 +1198,7 @@ def limits(args, study):
     elif args.split_by in ("event", "video"):
         lines.append(f"Split by {args.split_by}: the same animals and places are on both sides, so "
                      "nothing is said of new ones.")
-    if not args.pretrained and not args.weights:
+    if not (args.pretrained or args.weights or args.init_from):
         lines.append("Started from random weights; published weights usually do far better on data "
                      "of this size.")
     return lines
@@ -1215,7 +1237,7 @@ def run_split(run, args, study, split, features=None):
         train, val = (objective.history(outputs[part], split[part]) for part in ("train", "val"))
         metric = "roc_auc" if args.task == "classify" else "pearson_r"
         alarms += verdicts.split_gap_alarms(train, val, metric, OVERFITTING_REMEDY)
-    *_, part = tables
+    part = "test" if "test" in tables else "val"
     trained_on = [(split["train"], split[part])]
     judge(run, args, study, split, tables[part], part, alarms, trained_on, best_epoch, similar=similar)
 
@@ -1270,9 +1292,9 @@ def judge_ensemble(run, args, study, test, table):
     """Judge the mean of all folds' models on the test groups, which none of them has seen."""
     train = np.setdiff1d(np.arange(len(study.table)), test)
     split = {"train": train, "test": test}
-    event_audit.record_split(run, study.table, study.audits, split)
+    alarms = event_audit.record_split(run, study.table, study.audits, split)
     table.write(run.path("predictions_test.csv"))
-    judge(run, args, study, split, table, "test", [], [(train, test)])
+    judge(run, args, study, split, table, "test", alarms, [(train, test)])
 
 
 def train(args):
@@ -1281,24 +1303,28 @@ def train(args):
     with common.start_run(args, fp32_on_cpu=not is_lstm, fixed_shapes=not is_lstm) as run:
         table = read_table(args)
         build_model(args, len(table.names))  # wrong weights stop here, before videos are decoded
+        check_flags_of_table(args, table)
         study = load_study(args, table, run.say, run.path("skipped.csv"))
-        check_flags_of_study(args, study)
+        check_flags_of_table(args, study.table)  # of which rows may have been left out
         if args.folds or args.cv_file:
             run_folds(run, args, study)
         else:
             run_split(run, args, study, event_splits.make_split(args, study.table))
 
 
-def check_flags_of_study(args, study):
-    """UserError for flags that name what these data do not have, before anything is computed."""
-    names = study.table.names
+def check_flags_of_table(args, table):
+    """UserError for flags that name what these rows do not have, and for splits that lack a class to train on."""
+    study = Study(table, None, None, args, positive_class(args, table))
+    names = table.names
     meanings = verdicts.spell_class_metrics(names)
     if args.task == "regress":
         moments = moment_levels(study)
         meanings = score_judging.criteria_names(names, [] if moments is None else set(moments))
     verdicts.parse_criteria(args.criteria, meanings)
-    TASKS[args.task](args, study, np.arange(len(study.table))).select()
-    event_tables.augment_presets(study.table, args.augment_for, args.augment)
+    TASKS[args.task](args, study, np.arange(len(table))).select()
+    for split in event_splits.asked_splits(args, table):
+        TASKS[args.task](args, study, split["train"])
+    event_tables.augment_presets(table, args.augment_for, args.augment)
     if args.init_from:
         common.starting_weights(args.init_from, names=names)
 
@@ -1441,6 +1467,9 @@ def predict_recordings(args):
             raise common.UserError("--video needs checkpoints of --task classify: a sequence of "
                                    "scores has no window of its own")
         run.write_args(videos=list(videos))
+        every_sec = frames_between(args, own) / own.fps
+        if not math.isclose(every_sec, args.every):
+            run.say(f"note: --every {args.every:g} is {every_sec:g} s, on the grid of {own.fps:g} frames a second")
         read = []
         for name, path in videos.items():
             try:
@@ -1452,7 +1481,7 @@ def predict_recordings(args):
                 continue
             for loss in recording.losses():
                 run.say(f"note: {loss}")
-            folder = run.path(name.replace(".", "_"))
+            folder = run.path("_".join(name.rsplit(".", 1)))
             names = members[0].content["names"]
             read.append(ethograms.describe(recording, windows, names, args, folder))
             ethograms.write_all(run.folder, read)
@@ -1463,12 +1492,16 @@ def predict_recordings(args):
         raise common.UserError(f"no recording in {args.video} could be read; see {run.path('log.txt')}")
 
 
+def frames_between(args, own):
+    """Frames of the grid of a member's args from one window to the next."""
+    return max(round(args.every * own.fps), 1)
+
+
 @torch.no_grad()
 def read_windows(recording, members, args, run, label):
     """ethograms.Windows of a recording: one every --every seconds, on its grid, the last at its end."""
     compute = run.compute
     own = members[0].args
-    step = max(round(args.every * own.fps), 1)
 
     def frame_features(crops):
         """{backbone: its features of all frames but the first}, of networks that read frames one by one."""
@@ -1480,6 +1513,7 @@ def read_windows(recording, members, args, run, label):
                 with compute.autocast():
                     features[backbone] = member.model.frame_features(clips)[0, 1:]
         return features
+    step = frames_between(args, own)
     batches = sliding_windows.slide(
         recording, own.n_frames, step, args.val_batch_size, own.image_size, frame_features)
     total = math.ceil(recording.expected_sec * own.fps / step / args.val_batch_size)
@@ -1507,8 +1541,7 @@ def predict_windows(member, frames, compute):
 
 def judge_bouts(args):
     """--mode judge_bouts: the bouts of predict --video against a table of events."""
-    names = ethograms.class_names(args.predictions)
-    ethograms.judge_folder(args.predictions, read_table(args, names), args.output)
+    ethograms.judge_folder(args.predictions, lambda names: read_table(args, names), args.output)
 
 
 def judge_predictions(args):

@@ -189,7 +189,7 @@ def annotate(recording, windows, names, path):
 
 def count_pairs(found, true, iou):
     """How many of the spans (n, 2) and (m, 2) are pairs, one to one, the best first, that overlap by at least iou."""
-    starts, ends = np.moveaxis(found[:, None], -1, 0)  # (n, 1) each
+    starts, ends = found[:, :1], found[:, 1:]  # (n, 1) each
     both = np.minimum(ends, true[:, 1]) - np.maximum(starts, true[:, 0])  # (n, m), below 0: apart
     hull = np.maximum(ends, true[:, 1]) - np.minimum(starts, true[:, 0])
     overlap = both / np.maximum(hull, 1e-9)
@@ -221,12 +221,6 @@ def read_spans(path):
     return pd.read_csv(path, dtype=words, keep_default_na=False)
 
 
-def class_names(folder):
-    """The classes of a run folder of predict --video."""
-    windows = read_spans(folder / "windows.csv")
-    return [name.removeprefix("prob_") for name in windows if name.startswith("prob_")]
-
-
 def events_in(windows, table):
     """DataFrame of the events of an EventTable, as judge_bouts takes them. UserError: none is in the recordings."""
     import pandas as pd
@@ -245,12 +239,13 @@ def events_in(windows, table):
     return events
 
 
-def judge_folder(folder, table, output=None):
-    """Judge the bouts in a run folder of predict --video by an EventTable, whose classes are class_names of the folder.
+def judge_folder(folder, read_table, output=None):
+    """Judge the bouts in a run folder of predict --video by the EventTable that read_table(names of classes) gives.
 
     Says it and writes it: output, else bout_scores.csv in the folder.
     """
     windows = read_spans(folder / "windows.csv")
+    table = read_table([name.removeprefix("prob_") for name in windows if name.startswith("prob_")])
     bouts = read_spans(folder / "bouts.csv")
     rows, method = judge_bouts(windows, bouts, events_in(windows, table), table.names)
     output = output or folder / "bout_scores.csv"

@@ -116,12 +116,11 @@ def record_split(run, table, audits, split):
     phash = np.array([audit.phash for audit in audits], dtype=np.uint64)
     report = audit_table(table, split, [audit.pixel_sha for audit in audits], phash, gap_sec=args.gap_sec,
                          judges_priors=False)
-    if args.split_by not in (None, "group"):
-        return splitting.record_split(run, split, table.clip_ids, report, SAME_EVENT)
-    columns = confounding.prior_levels(table)
+    keeps_groups = args.split_by in (None, "group")
+    columns = confounding.prior_levels(table) if keeps_groups else {}
     for name in {"video", "pair", "hour"} & columns.keys():  # which are no columns of the manifest
         del columns[name]
-    stopping = splitting.STOPPING_LEAKS if args.group_column else SAME_EVENT
+    stopping = splitting.STOPPING_LEAKS if keeps_groups and args.group_column else SAME_EVENT
     groups = table.groups if args.group_column else None
     return splitting.record_split(run, split, table.clip_ids, report, stopping, columns, groups)
 

@@ -17,6 +17,37 @@ def manifests_of(args):
     return {part: path for part, path in given.items() if path}
 
 
+def check_flags(parser, args):
+    """parser.error for flags of the split that contradict each other."""
+    manifests = manifests_of(args)
+    if args.manifest and len(manifests) > 1:
+        parser.error(f"--manifest {args.manifest} is split here; give it alone, or the manifests of the parts")
+    if args.mode != "train":
+        return
+    asked = [name for name in ("folds", "cv_file", "test_groups", "split_file") if getattr(args, name)]
+    if args.test_ratio and "test_ratio" in args.given:  # else it stands in a configuration
+        asked.append("test_ratio")
+    flags = ", ".join(f"--{name}" for name in asked)
+    if manifests and not args.manifest:
+        if not args.train_manifest:
+            parser.error("manifests of parts need --train_manifest")
+        if asked:
+            parser.error(f"manifests of parts are the split, without folds or other ways to make one: {flags}")
+        return
+    if {"cv_file", "test_groups"} & {*asked} and {"split_file", "test_ratio"} & {*asked}:
+        parser.error(f"give one way to split of: {flags}")
+    if not args.cv_file:
+        common.check_split_flags(parser, args)
+
+
+def asked_splits(args, table):
+    """The {train, val, test: rows} that a run trains on: one, or the folds that --fold asks for."""
+    if not (args.folds or args.cv_file):
+        return [make_split(args, table)]
+    folds = make_folds(args, table)
+    return folds if args.fold == "all" else [folds[args.fold]]
+
+
 def make_split(args, table):
     """{train, val, test: rows} by the manifests' parts, --test_groups, ratios or --split_file."""
     if (table.parts != "").any():
@@ -36,8 +67,14 @@ def make_folds(args, table):
         if args.fold != "all" and args.fold >= len(folds):
             raise common.UserError(f"--fold {args.fold}: --cv_file {args.cv_file} has {len(folds)} folds, from 0 to "
                                    f"{len(folds) - 1}")
-        return [{"train": np.setdiff1d(fold["train"], test), "val": np.setdiff1d(fold["val"], test), "test": test}
-                for fold in folds]
+        if args.folds not in (0, len(folds)):
+            raise common.UserError(f"--folds {args.folds}: --cv_file {args.cv_file} has {len(folds)}; leave it out")
+        parts = [{side: np.setdiff1d(fold[side], test) for side in ("train", "val")} for fold in folds]
+        for fold, kept in zip(folds, parts):
+            if not len(kept["train"]) or not len(kept["val"]):
+                raise common.UserError(f"--test_groups {args.test_groups} leave no rows to train on, or to choose the "
+                                       f"epoch, in fold {fold['fold']} of --cv_file {args.cv_file}")
+        return [{**kept, "test": test} for kept in parts]
     folds = splitting.folds_of_flags(args, *split_columns(args, table, rest))
     return [{"train": rest[fold["train"]], "val": rest[fold["val"]], "test": test} for fold in folds]
 
@@ -63,6 +100,8 @@ def part_of_train(args, table, rows):
     keys, strata, kept_whole = split_columns(args, table, rows)
     made = splitting.make_split(
         len(rows), {"train": 1 - val_ratio, "val": val_ratio}, strata, kept_whole, args.seed, keys)
+    if not len(made["val"]):
+        raise common.UserError(f"--val_ratio {args.val_ratio:g}: the validation part must not be empty, it chooses the epoch")
     return {part: rows[chosen] for part, chosen in made.items()}  # chosen: indices into `rows`
 
 

@@ -152,14 +152,15 @@ class _Video:
     def frames(self, from_sec=None):
         """Yield (time in seconds or NaN, function short_side -> pixels (H, W, 3) RGB, upright), to the end of the file.
 
-        A packet that cannot be decoded yields (its time, None), and so do those after it that build on its picture, up
-        to the next key frame: a decoder makes up what it lacks and does not say so.
+        A packet that cannot be decoded, or of which the decoder made up a part, yields (its time, None), and so do those
+        after it that build on its picture, up to the next key frame: of these a decoder does not say so.
         """
         if from_sec is not None:
             stamp = round((from_sec + self.start_sec) / self.stream.time_base)
             self.container.seek(stamp, stream=self.stream)
         lost = set()
         is_broken = False
+        is_made_up = False
         for packet in self._packets():
             is_broken = is_broken and not packet.is_keyframe
             decoded = ()
@@ -168,11 +169,15 @@ class _Video:
             except self.av.FFmpegError:
                 is_broken = True
             if is_broken and packet.size:
-                lost.add(packet.pts)
+                lost |= {packet.pts} - {None}
                 stamp = packet.dts if packet.pts is None else packet.pts
                 yield self._since_start(None if stamp is None else float(stamp * packet.time_base)), None
             for frame in decoded:
-                if frame.pts in lost:
+                if frame.pts in lost or (is_broken and frame.pts is None):
+                    continue
+                is_made_up = frame.is_corrupt or (is_made_up and not frame.key_frame)
+                if is_made_up:
+                    yield self._since_start(frame.time), None
                     continue
                 if self.turns is None:
                     self.turns = round(frame.rotation / 90) % 4
@@ -210,7 +215,10 @@ class _Video:
         return stamp_sec - self.start_sec
 
     def _pixels(self, frame, short_side):
-        pixels = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        try:
+            pixels = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        except self.av.FFmpegError as error:
+            raise BadVideo(f"damaged: {common.one_line(error)}") from None
         if self.turns:
             pixels = np.ascontiguousarray(np.rot90(pixels, self.turns))
         return picture_files.resize(pixels, picture_files.scaled_size(*self.size, short_side))
@@ -719,6 +727,8 @@ def find_recordings(path):
     """{name below the folder: path} of the recordings that --video names, a file or a folder."""
     if path.is_file():
         return {path.name: path}
+    if not path.is_dir():
+        raise common.UserError(f"--video {path}: no such file or folder")
     videos, others = file_names.find_videos(path)
     videos |= {name: file for name, file in others.items() if has_pictures(file)}
     if not videos:

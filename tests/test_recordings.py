@@ -20,7 +20,7 @@ from sklearn.metrics import cohen_kappa_score
 
 import common
 from evidence import ethograms
-from readers import video_files
+from readers import sliding_windows, video_files
 import train_video
 from conftest import ROOT, only_run, run_here, run_script
 
@@ -190,11 +190,13 @@ def made(made_data, tmp_path_factory):
 @pytest.mark.parametrize("model", ["motion", "lstm"])
 def test_windows_are_what_predict_says_of_their_rows(made, model, tmp_path):
     """A table of the same windows, read by the other way through the script, gives the same probabilities."""
-    run = only_run(made / model)
-    checkpoint = next(run.glob("fold_0/best_model.pth"), run / "best_model.pth")
+    trained = only_run(made / model)
+    checkpoint = next(trained.glob("fold_0/best_model.pth"), trained / "best_model.pth")
     video("--mode", "predict", "--checkpoint", checkpoint, "--video", made / "two", "--every", 0.7, "--output_dir",
           tmp_path / "out", "--num_workers", 0, "--val_batch_size", 3, "--use_amp", "off")
-    rows = read_csv(only_run(tmp_path / "out") / "windows.csv")
+    run = only_run(tmp_path / "out")
+    assert "note: --every 0.7 is 0.75 s, on the grid of 4 frames a second" in (run / "log.txt").read_text()
+    rows = read_csv(run / "windows.csv")
     first = [row for row in rows if row["video"].endswith("cam 0.mp4")][:-1]  # the last is cut by the video's end
     starts = np.array([float(row["start_sec"]) for row in first])
     assert len(starts) > 10 and np.diff(starts) == pytest.approx(0.75), "0.7 s, on the grid of 4 a second"
@@ -259,6 +261,35 @@ def test_every_frame_goes_once_through_the_backbone(made, monkeypatch, name, kin
     assert sum(n_seen) == len(list(recording.grid())) + len(n_seen), "with the frame before each batch"
 
 
+@pytest.mark.parametrize("step", [3, 40, 200])
+def test_a_network_sees_few_frames_at_once_whatever_the_step(step):
+    """Windows far apart take no more memory than close ones, and hold the same frames."""
+    pixels = np.arange(500).astype(np.uint8)[:, None, None, None] + np.zeros((1, 8, 8, 3), np.uint8)
+    frames = [video_files.GridFrame(k / 4, picture, is_new=True) for k, picture in enumerate(pixels)]
+    recording = SimpleNamespace(grid=lambda length: iter(frames))
+    n_seen = []
+
+    def frame_features(crops):
+        n_seen.append(len(crops))
+        return {"change": crops[1:, 0, 0, 0].int() - crops[:-1, 0, 0, 0].int()}
+    places = []
+    for starts, windows in sliding_windows.slide(recording, 5, step, 4, 8, frame_features):
+        places += starts
+        expected = np.array(starts)[:, None] + np.arange(5)
+        assert (windows["pixels"][:, :, 0, 0, 0].numpy() == expected % 256).all()
+        assert (windows["change"].numpy() == np.where(expected == 0, 0, np.where(expected % 256, 1, -255))).all()
+    assert places[:-1] == list(range(0, 496, step))[:len(places) - 1] and places[-1] == 495
+    assert max(n_seen) <= 65
+
+
+def test_folders_of_recordings_differ_where_their_names_do(made, tmp_path):
+    for name in ("a.b.mp4", "a_b.mp4"):
+        shutil.copy(made / "two" / "cam 0.mp4", tmp_path / name)
+    video("--mode", "predict", "--checkpoint", only_run(made / "motion") / "fold_0", "--video", tmp_path, "--every", 2,
+          "--output_dir", tmp_path / "out", "--num_workers", 0)
+    assert len([path for path in only_run(tmp_path / "out").iterdir() if path.is_dir()]) == 2
+
+
 def test_recordings_shorter_than_a_window_and_broken_in_the_middle(made, tmp_path):
     """One frame is a window, and so are three; of a folder of pictures what can be read is written, the rest named."""
     frames = np.random.default_rng(0).integers(0, 256, (12, 40, 40, 3), dtype=np.uint8)
@@ -287,7 +318,7 @@ def test_a_run_without_a_bout_finds_no_event(tmp_path, capsys):
     (tmp_path / "windows.csv").write_text("video,start_sec,end_sec,pred_label,prob_none,prob_1\n/v.mp4,0,1,none,.9,.1\n")
     (tmp_path / "bouts.csv").write_text("video,label,start_sec,end_sec,mean_prob\n")
     table = SimpleNamespace(windows=np.array([[0.2, 0.8]]), sources=["/v.mp4"], names=["none", "1"], label=np.array([1]))
-    ethograms.judge_folder(tmp_path, table)
+    ethograms.judge_folder(tmp_path, lambda names: table)
     row = {own["label"]: own for own in read_csv(tmp_path / "bout_scores.csv")}["1"]
     assert (row["bouts"], row["events"], float(row["recall_at_0.25"])) == ("0", "1", 0)
 
@@ -296,7 +327,8 @@ def test_recordings_that_cannot_be_read(made, tmp_path):
     flags = ["--mode", "predict", "--checkpoint", only_run(made / "motion"), "--output_dir", tmp_path / "out", "--video"]
     (tmp_path / "empty").mkdir()
     assert "found no video" in video(*flags, tmp_path / "empty", code=2).stderr
-    assert "nowhere" in video(*flags, tmp_path / "nowhere", code=2).stderr
+    text = video(*flags, tmp_path / "nowhere", code=2).stderr
+    assert "--video " in text and "nowhere" in text and "--video_root" not in text
     (tmp_path / "bad.mp4").write_bytes(b"nothing")
     assert "no recording" in video(*flags, tmp_path / "bad.mp4", code=2).stderr
     assert "either --manifest or --video" in video(*flags[:4], code=2).stderr

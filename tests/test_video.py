@@ -793,7 +793,39 @@ FLAG_MISTAKES = {
     "unknown flag": (["--manifest", "a.csv", "--clip_per_event", 3], ["--clips_per_event"]),
     "one fold": (["--manifest", "a.csv", "--folds", 1], ["at least 2"]),
     "share above 1": (["--manifest", "a.csv", "--max_missing", 5], ["max_missing"]),
+    "bounded classes": (["--manifest", "a.csv", "--bounded"], ["without meaning for --task classify", "--bounded"]),
+    "balance of scores": (["--manifest", "a.csv", "--task", "regress", "--balance", "weights", "--boost_to", 0.2, "--label_map",
+                           "m.json"], ["without meaning for --task regress", "--balance, --boost_to, --label_map"]),
+    "two corrections by repeats": (["--manifest", "a.csv", "--balance", "weights", "--boost_to", 0.4],
+                                   ["--balance weights", "--boost_to 0.4", "--force"]),
+    "tuning of a solved model": (["--manifest", "a.csv", "--model", "motion_readout", "--freeze_stages", 2, "--jitter_sec", 1,
+                                  "--weight_decay", 0.1, "--optimizer", "sgd"],
+                                 ["--freeze_stages", "--jitter_sec", "--optimizer", "--weight_decay"]),
+    "groups and a file of the split": (["--manifest", "a.csv", "--test_groups", "14", "--split_file", "s.json"],
+                                       ["one way to split", "--test_groups", "--split_file"]),
+    "groups and a share of the test": (["--manifest", "a.csv", "--test_groups", "14", "--test_ratio", 0.2],
+                                       ["one way to split", "--test_ratio"]),
+    "parts and groups": (["--train_manifest", "a.csv", "--test_groups", "14"], ["manifests of parts", "--test_groups"]),
+    "parts and a share of the test": (["--train_manifest", "a.csv", "--test_ratio", 0.2], ["manifests of parts", "--test_ratio"]),
+    "a file of folds and one of the split": (["--manifest", "a.csv", "--task", "regress", "--cv_file", "c.json", "--split_file",
+                                              "s.json"], ["one way to split", "--cv_file", "--split_file"]),
+    "one file for recordings": (["--mode", "predict", "--checkpoint", "m", "--video", "v", "--output", "p.csv"], ["--output"]),
+    "copies of rows": (["--mode", "predict", "--checkpoint", "m", "--manifest", "a.csv", "--annotate"], ["--annotate"]),
+    "another rate than the checkpoint's": (["--mode", "predict", "--checkpoint", "m", "--manifest", "a.csv", "--fps", 5,
+                                            "--n_frames", 8], ["--fps, --n_frames"]),
 }
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("video*.yaml")) + ["pain_scores.yaml"])
+@pytest.mark.parametrize("mode", [
+    ["--manifest", "a.csv"], ["--manifest", "a.csv", "--test_groups", "14,17"], ["--manifest", "a.csv", "--mode", "audit"],
+    ["--mode", "predict", "--checkpoint", "m", "--manifest", "a.csv"], ["--mode", "predict", "--checkpoint", "m", "--video", "v"],
+    ["--mode", "judge_bouts", "--predictions", "p", "--manifest", "a.csv"], ["--mode", "evaluate", "--predictions", "p.csv"]])
+def test_a_configuration_types_no_flag(config, mode):
+    """What a shipped configuration says is no mistake of the user in any mode."""
+    assert train_video.parse_args(["--config", str(ROOT / "configs" / config), *mode])
+    if config.startswith("video_intra") and "train" not in mode:
+        train_video.parse_args(["--config", str(ROOT / "configs" / config), "--train_manifest", "a.csv"])
 
 
 @pytest.mark.parametrize("name", FLAG_MISTAKES)
@@ -849,6 +881,53 @@ def test_mistakes_in_the_data(made, tmp_path, name):
     for word in words:
         assert word in text, text
     assert not list(tmp_path.glob("run_*")), "a mistake leaves no run folder behind"
+
+
+@pytest.fixture
+def sequences(tmp_path):
+    """A table of 6 sequences of 3 animals, whose pictures nobody can read."""
+    for k in range(6):
+        (tmp_path / f"s{k}").mkdir()
+        (tmp_path / f"s{k}" / "0.jpg").write_bytes(b"no picture")
+    rows = [f"s{k},{k // 2},{k},{k % 3}\n" for k in range(6)]
+    (tmp_path / "scores.csv").write_text("path,animal,ears,mouth\n" + "".join(rows))
+    (tmp_path / "cv.json").write_text(json.dumps([
+        {"train_animals": [0, 1, 77], "val_animals": [2]}, {"train_animals": [1, 2], "val_animals": [0]}]))
+    return ["--task", "regress", "--manifest", tmp_path / "scores.csv", "--group_column", "animal", "--no_pretrained",
+            "--backbone", "shufflenet_v2_x0_5", "--image_size", 32, "--output_dir", tmp_path / "runs"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--cv_file", "none.json"], ["none.json"]), (["--cv_file", "cv.json", "--folds", 5], ["--folds 5", "has 2"]),
+    (["--cv_file", "cv.json", "--test_groups", "2"], ["--test_groups 2", "fold 0"]),
+    (["--cv_file", "cv.json", "--criteria", "r3>0"], ["r3"]),
+    (["--folds", 3, "--test_groups", "9"], ["no such groups: 9"]),
+    (["--test_groups", "2", "--val_ratio", 0, "--train_ratio", 1], ["--val_ratio 0"]),
+    (["--split_file", "none.json"], ["none.json"]), (["--folds", 3, "--select", "r3"], ["r3"]),
+    (["--folds", 3, "--target_columns", "rare"], ["the same score in every train row"])])
+def test_what_the_table_tells_is_checked_before_a_picture_is_read(sequences, tmp_path, monkeypatch, flags, words):
+    text = (tmp_path / "scores.csv").read_text().replace("\n", ",1\n").replace("mouth,1", "mouth,rare").replace("s0,0,0,0,1", "s0,0,0,0,2")
+    (tmp_path / "scores.csv").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_video, "load_study", lambda *a: pytest.fail("the videos were decoded first"))
+    found = video(*sequences, *flags, code=2).stderr
+    assert found.startswith("error: ") and found.count("\n") == 1
+    for word in words:
+        assert word in found, found
+
+
+def test_animals_of_a_file_of_folds_without_rows_are_noted(sequences, tmp_path):
+    text = video(*sequences, "--cv_file", tmp_path / "cv.json", code=2).stdout
+    assert "note: --cv_file, fold 0: no rows of 77" in text
+
+
+def test_parts_without_validation_rows_are_refused(tmp_path):
+    for k in range(4):
+        np.save(tmp_path / f"{k}.npy", np.zeros((8, 40, 40, 3), np.uint8))
+    (tmp_path / "m.csv").write_text("path,label\n" + "".join(f"{k}.npy,{'ab'[k % 2]}\n" for k in range(4)))
+    text = video("--train_manifest", tmp_path / "m.csv", "--val_ratio", 0, *SOLVED, "--no_pretrained", "--output_dir",
+                 tmp_path / "runs", code=2).stderr
+    assert "--val_ratio 0" in text and "Traceback" not in text
 
 
 def test_published_weights_that_cannot_be_had(made, tmp_path, monkeypatch):

@@ -723,6 +723,42 @@ def test_consistency_ties_the_total_to_its_parts_without_labels():
     assert torch.allclose(predicted.grad[:, 0], -predicted.grad[:, 2]) and (predicted.grad != 0).all()
 
 
+def test_a_total_that_sums_nothing_is_tied_to_nothing():
+    """Values far apart: by its name it is a total, in its numbers it is not."""
+    draws = np.random.default_rng(0)
+    target = np.column_stack([draws.normal(70, 5, 8), draws.normal(38, 1, 8), draws.normal(400, 90, 8)])
+    assert scores_of(target=target).parts == []
+
+
+def test_other_repeats_or_groups_are_other_data():
+    study, _ = study_of(arguments("--image_size", 32, "--n_frames", 8))
+    split = {"train": np.arange(4), "val": np.arange(4, 6)}
+    records = [study.data_record(split)["fingerprint"]]
+    study.table.repeats = np.array([3, 1, 1, 1, 1, 1])
+    records.append(study.data_record(split)["fingerprint"])
+    study.table.groups = np.array(list("aabbcc"))
+    records.append(study.data_record(split)["fingerprint"])
+    assert len(set(records)) == 3
+
+
+def test_the_ensemble_repeats_the_alarms_of_its_split(monkeypatch):
+    """Its report is the one that is quoted."""
+    study, _ = study_of(arguments("--image_size", 32))
+    judged = []
+    monkeypatch.setattr(train_video.event_audit, "record_split", lambda *_: ["column subject repeats on two sides"])
+    monkeypatch.setattr(train_video, "judge", lambda run, args, study, split, table, part, alarms, trained_on: judged.append(alarms))
+    run = SimpleNamespace(path=lambda name: name)
+    train_video.judge_ensemble(run, study.args, study, np.array([4, 5]), SimpleNamespace(write=lambda path: None))
+    assert judged == [["column subject repeats on two sides"]]
+
+
+def test_a_network_that_starts_from_another_run_is_not_random():
+    study, _ = study_of(arguments("--image_size", 32))
+    assert any("random weights" in line for line in train_video.limits(study.args, study))
+    args = arguments("--init_from", "run", "--image_size", 32)
+    assert not any("random weights" in line for line in train_video.limits(args, study))
+
+
 def test_constant_scores_are_refused_by_name():
     with pytest.raises(common.UserError, match="nothing to learn: Mouth; .*--target_columns"):
         scores_of(target=np.column_stack([np.arange(8), np.ones(8), np.arange(8)]))
