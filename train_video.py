@@ -56,11 +56,9 @@ SOLVED = {
 UNUSED_BY_SOLVED = {
     "loss", "focal_gamma", "consistency_weight", "lr", "hidden", "dropout", "freeze_stages", "jitter_sec",
     "weight_decay", "optimizer"}
-# flags of one task as they are for the other one
-OF_OTHER_TASK = {
-    "classify": {"bounded": False, "target_weights": None},
-    "regress": {"balance": "none", "boost_to": 0.0, "focal_alpha": None, "label_map": None, "mixup": 0.0},
-}
+BALANCING = ("balance", "boost_to", "focal_alpha")
+# flags that do nothing for a task
+UNUSED_BY = {"classify": ("bounded", "target_weights"), "regress": (*BALANCING, "label_map", "mixup")}
 # flags of predict that count as typed, not as in the checkpoint
 OWN_OF_PREDICT = ("clips_per_event", "aggregation", "min_event_sec")
 FIXED_INPUT = {"s3d": (16, 224), "mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224)}  # frames, pixels
@@ -102,7 +100,8 @@ def parse_args(argv=None):
     job("--output", type=common.new_file,
         help="file that predict --manifest or judge_bouts (.csv), evaluate or audit (.json) writes")
     exporting.add_argument(job, "the model of one clip")
-    add_recording_arguments(parser.group("whole recordings"))
+    ethograms.add_arguments(parser.group("whole recordings"))
+    event_splits.add_arguments(parser.group("tables and splits"))
     add_clip_arguments(parser.group("clips and labels"))
     add_model_arguments(parser.group("model"))
     add_learning_arguments(parser.group("learning"))
@@ -118,51 +117,14 @@ def parse_args(argv=None):
     return args
 
 
-def add_recording_arguments(add):
-    """What predict does with recordings that have no table of events."""
-    add("--video", type=Path, metavar="FILE_OR_FOLDER",
-        help="predict: recordings instead of a manifest; the trained window slides over each")
-    add("--every", type=common.bounded(float, 1e-3), default=0.5,
-        help="seconds from one window to the next")
-    add("--min_bout_sec", type=common.AMOUNT, default=0.0,
-        help="a shorter bout is left out, after close ones have been joined")
-    add("--merge_gap_sec", type=common.AMOUNT, default=0.0,
-        help="bouts of one class that are at most so far apart are one, which takes what lies "
-             "between")
-    add("--annotate", action="store_true",
-        help="also write a copy of each video with class and probability drawn in (without sound)")
-
-
 def add_clip_arguments(data):
-    """Where the events are, what is asked of them, and how clips are cut from their videos."""
-    data("--manifest", type=Path, may_change=True,
-         help="table of events or sequences (CSV, JSON), or a folder of class folders")
-    for part in event_splits.PARTS:
-        data(f"--{part}_manifest", type=Path, may_change=True,
-             help=f"events of the {part} part, instead of a split made here")
-    data("--video_root", type=Path, may_change=True,
-         help="folder that holds the videos, whatever folders the manifest names")
-    data("--label_map", type=Path,
-         help="file of spelling -> class (JSON, YAML, CSV); a blank class leaves the row out")
-    data("--path_column", help="column of the videos' paths (default: by its name)")
-    data("--label_column", help="classify: column of the labels (default: by its name)")
-    data("--time_unit", choices=("sec", "ms", "min", "frame"),
-         help="classify: unit of columns of times whose names say none (default: sec)")
+    """What is asked of the events, and how clips are cut from their videos."""
     data("--target_columns", nargs="+", metavar="NAME",
          help="scores to learn (default: all numeric columns)")
-    data("--split_by", choices=("event", "video", "group"),
-         help="what a split keeps whole (default: the coarsest there is)")
-    data("--filter", help='rows to use, e.g. "moment==M2 and age>=3"')
     data("--min_event_sec", type=common.AMOUNT, default=1.0,
          help="a shorter event gets a window of this length around it")
     data("--max_missing", type=common.SHARE, default=0.05,
          help="share of unreadable videos that is allowed")
-    data("--gap_sec", type=common.AMOUNT, default=30.0,
-         help="windows of one video that are closer than this are reported")
-    data("--cv_file", type=Path,
-         help="folds of a study: cv_folds with train_animals and val_animals")
-    data("--test_groups",
-         help="groups kept for the test, e.g. 14,17; with --folds all models predict them")
     data("--moment_column", default="moment",
          help="regress: column that says when a sequence was filmed, such as M0 before and M2 "
               "after surgery; each moment is also judged alone")
@@ -253,43 +215,38 @@ def check_flags(parser, args):
         parser.error("--export belongs to --mode predict with --manifest, whose clips it is checked on")
     if args.mode == "predict":
         idle = {*READING, "output" if args.video else "annotate"} - {*OWN_OF_PREDICT}
-        if idle & args.given:
-            parser.error("predict reads clips as its checkpoint does, and --video writes a run folder; without "
-                         f"meaning here: {spelled(idle & args.given)}")
+        refuse(parser, "predict reads clips as its checkpoint does, --video writes a run folder", idle & args.given)
     event_splits.check_flags(parser, args)
     if args.mode == "train":
         check_learning_flags(parser, args)
 
 
-def spelled(names):
-    """{'lr', 'fps'} -> '--fps, --lr'."""
-    return ", ".join(f"--{name}" for name in sorted(names))
+def refuse(parser, why, names):
+    """parser.error where there are names of flags that do nothing."""
+    if names:
+        flags = [f"--{name}" for name in sorted(names)]
+        parser.error(f"{why}; without meaning for it: {', '.join(flags)}")
 
 
-def changed(args, usual):
-    """Names of the flags that differ from {name: value}."""
-    return {name for name, value in usual.items() if getattr(args, name) != value}
+def changed(args, names):
+    """Those of these flags that ask for anything."""
+    return {name for name in names if getattr(args, name) != SOLVED.get(name)}
 
 
 def check_learning_flags(parser, args):
     """parser.error for flags of training that contradict each other, or do nothing."""
     if (args.loss in ("ce", "focal")) != (args.task == "classify"):
         parser.error(f"--loss {args.loss} does not fit --task {args.task}")
-    idle = changed(args, OF_OTHER_TASK[args.task])
-    if idle:
-        parser.error(f"without meaning for --task {args.task}: {spelled(idle)}")
-    corrections = changed(args, {"balance": "none", "boost_to": 0.0, "focal_alpha": None})
+    refuse(parser, f"--task {args.task}", changed(args, UNUSED_BY[args.task]))
+    corrections = [f"--{name} {getattr(args, name)}" for name in sorted(changed(args, BALANCING))]
     if len(corrections) > 1 and not args.force:
-        found = [f"--{name} {getattr(args, name)}" for name in sorted(corrections)]
-        parser.error(f"{' and '.join(found)} each correct the class balance; keep one, or give --force")
+        parser.error(f"{' and '.join(corrections)} each correct the class balance; keep one, or give --force")
     if args.task == "regress" and args.model not in FRAME_MODELS:
         parser.error("--task regress reads sequences of any length: --model "
                      f"{' or '.join(FRAME_MODELS)}, found {args.model}")
     if args.model == MOTION_READOUT:
         idle = changed(args, SOLVED) | (UNUSED_BY_SOLVED & args.given)
-        if idle:
-            parser.error(f"--model {MOTION_READOUT} is solved, not trained; without "
-                         f"meaning for it: {spelled(idle)}")
+        refuse(parser, f"--model {MOTION_READOUT} is solved, not trained", idle)
 
 
 # --- data: row on disk -> table -> sample ---------------------------------------------------
@@ -317,7 +274,12 @@ class Study:
     store: video_files.ClipStore
     stored: np.ndarray  # (N,) index of each row in the store
     args: argparse.Namespace
-    positive: int | None = None  # the class that matters; None for scores
+
+    @functools.cached_property
+    def positive(self):
+        """Index of the class that matters; None for scores."""
+        if self.table.label is not None:
+            return prediction_tables.choose_positive(self.args.positive_class, self.table.names, self.table.label)
 
     def frames(self, row, start=0, stop=None):
         """Grid frames start to stop of a row, uint8 (T, H, W, 3)."""
@@ -358,8 +320,7 @@ class Study:
         """What args.json says of the data and their split; resuming refuses other data."""
         table = self.table
         shas = [audit.pixel_sha for audit in self.audits]
-        groups = [] if table.groups is None else table.groups
-        contents = [*table.names, *table.clip_ids, table.truth, table.repeats, *groups, *shas]
+        contents = [*table.names, *table.clip_ids, table.truth, table.repeats, table.groups, *shas]
         return common.data_record(contents, split, rows=len(table), names=table.names)
 
 
@@ -408,14 +369,7 @@ def load_study(args, table, say, skipped_file=None):
     say(f"data: {len(usable)} rows, {len(set(usable.events))} events; {len(usable.skipped)} rows skipped; "
         f"{store.description}")
     stored = np.flatnonzero([not reason for reason in reasons])
-    return Study(usable, store, stored, args, positive_class(args, usable))
-
-
-def positive_class(args, table):
-    """Index of the class that matters; None for scores."""
-    if table.label is None:
-        return None
-    return prediction_tables.choose_positive(args.positive_class, table.names, table.label)
+    return Study(usable, store, stored, args)
 
 
 class Clips(common.Samples):
@@ -742,11 +696,10 @@ class Behaviours(Objective):
         found = class_scores.classification_metrics(
             class_scores.softmax(logits), self.label[rows], positive=self.positive)
 
-        def value(metric, name):
-            if name is None:
-                return found.overall[metric]
-            return found.per_class[metric][self.names.index(name)]
-        return {column: value(*meaning) for column, meaning in self.columns.items()}
+        values = {}
+        for column, (metric, name) in self.columns.items():
+            values[column] = found.overall[metric] if name is None else found.per_class[metric][self.names.index(name)]
+        return values
 
 
 def class_weights(args, prior, positive):
@@ -782,7 +735,7 @@ class Scores(Objective):
                 "leave it out with --target_columns")
         self.target = torch.tensor(self.values, dtype=torch.float32)  # (N, R), NaN = missing
         self.target_weight = score_tables.target_weights(args.target_weights, self.names)
-        self.total, self.parts = score_tables.total_and_parts(self.names, known)
+        self.total, self.parts, _ = score_tables.total_and_parts(self.names, known)
 
     def scale(self):
         """(centre, offset, span) of the head, (R,) each: the first output is the train mean."""
@@ -909,7 +862,7 @@ def evaluate(model, loader, args, compute):
 def combine_clips(outputs, row_starts, aggregation):
     """Mean or max over the clips of each row: (clips, K), (row, start) of each -> (M, K)."""
     rows = np.array([row for row, _ in row_starts])  # of the clips
-    combine = {"mean": np.mean, "max": np.max}[aggregation]
+    combine = getattr(np, aggregation)
     return np.stack([combine(outputs[rows == row], axis=0) for row in dict.fromkeys(rows)])
 
 
@@ -1314,7 +1267,7 @@ def train(args):
 
 def check_flags_of_table(args, table):
     """UserError for flags that name what these rows do not have, and for splits that lack a class to train on."""
-    study = Study(table, None, None, args, positive_class(args, table))
+    study = Study(table, None, None, args)
     names = table.names
     meanings = verdicts.spell_class_metrics(names)
     if args.task == "regress":
@@ -1467,9 +1420,6 @@ def predict_recordings(args):
             raise common.UserError("--video needs checkpoints of --task classify: a sequence of "
                                    "scores has no window of its own")
         run.write_args(videos=list(videos))
-        every_sec = frames_between(args, own) / own.fps
-        if not math.isclose(every_sec, args.every):
-            run.say(f"note: --every {args.every:g} is {every_sec:g} s, on the grid of {own.fps:g} frames a second")
         read = []
         for name, path in videos.items():
             try:
@@ -1492,11 +1442,6 @@ def predict_recordings(args):
         raise common.UserError(f"no recording in {args.video} could be read; see {run.path('log.txt')}")
 
 
-def frames_between(args, own):
-    """Frames of the grid of a member's args from one window to the next."""
-    return max(round(args.every * own.fps), 1)
-
-
 @torch.no_grad()
 def read_windows(recording, members, args, run, label):
     """ethograms.Windows of a recording: one every --every seconds, on its grid, the last at its end."""
@@ -1513,10 +1458,13 @@ def read_windows(recording, members, args, run, label):
                 with compute.autocast():
                     features[backbone] = member.model.frame_features(clips)[0, 1:]
         return features
-    step = frames_between(args, own)
+    step = max(round(args.every * own.fps), 1)
+    if not math.isclose(step / own.fps, args.every):
+        run.say(f"note: --every {args.every:g} is {step / own.fps:g} s, on the grid of {own.fps:g} frames a second")
     batches = sliding_windows.slide(
         recording, own.n_frames, step, args.val_batch_size, own.image_size, frame_features)
-    total = math.ceil(recording.expected_sec * own.fps / step / args.val_batch_size)
+    frames_at_once = min(step * args.val_batch_size, sliding_windows.MOST_AT_ONCE)
+    total = math.ceil(recording.expected_sec * own.fps / max(step, frames_at_once))
     starts = []
     found = []
     for places, frames in common.with_progress(label, batches, total):

@@ -13,10 +13,24 @@ from evidence import plotting, subject_intervals
 from readers import video_files
 
 IOUS = (0.25, 0.5)
-STRIP_SEC = 600  # of an ethogram, as the next two
+STRIP_SEC = 600  # of an ethogram, as the next one
 MOST_STRIPS = 12
-LINE_POINTS = 400  # of a strip
 COLOURS = (plotting.BLUE, plotting.ORANGE, plotting.GREEN, plotting.PURPLE, plotting.SKY, plotting.YELLOW)
+
+
+def add_arguments(add):
+    """What predict does with recordings that have no table of events."""
+    add("--video", type=Path, metavar="FILE_OR_FOLDER",
+        help="predict: recordings instead of a manifest; the trained window slides over each")
+    add("--every", type=common.bounded(float, 1e-3), default=0.5,
+        help="seconds from one window to the next")
+    add("--min_bout_sec", type=common.AMOUNT, default=0.0,
+        help="a shorter bout is left out, after close ones have been joined")
+    add("--merge_gap_sec", type=common.AMOUNT, default=0.0,
+        help="bouts of one class that are at most so far apart are one, which takes what lies "
+             "between")
+    add("--annotate", action="store_true",
+        help="also write a copy of each video with class and probability drawn in (without sound)")
 
 
 @dataclasses.dataclass
@@ -119,8 +133,7 @@ def write_all(folder, recordings):
 def plot_ethogram(windows, bouts, names, path):
     """The time of one recording in strips, a row a class: its bouts as bars, its probability as a line.
 
-    A strip is some 10 minutes, so that bouts of seconds are seen, but there are 12 at most. The line is the mean of
-    neighbouring windows where there are more than can be told apart.
+    A strip is some 10 minutes, so that bouts of seconds are seen, but there are 12 at most.
     """
     begin = windows.spans[0, 0]
     length = windows.spans[-1, 1] - begin
@@ -128,31 +141,22 @@ def plot_ethogram(windows, bouts, names, path):
     strip_sec = length / n_strips
     is_long = length > 300
     unit = 60 if is_long else 1
-    joined = max(len(windows.spans) // (n_strips * LINE_POINTS), 1)
     size = (9, 0.7 + 0.45 * len(names))
     margins = (plotting.label_inches(names) + 0.2, 0.15, 0.25, 0.12)
     figure, axes = plotting.new_figure(n_strips, 1, size, margins, edges=(0, 0.23))
-    middles = _means_of(joined, windows.spans.mean(1)) / unit
-    lines = _means_of(joined, windows.probability)
+    middles = windows.spans.mean(1) / unit
     for k, axis in enumerate(axes):
         for c, name in enumerate(names):
             own = [bout for bout in bouts if bout.label == name]
             bars = [(bout.start_sec / unit, (bout.end_sec - bout.start_sec) / unit) for bout in own]
             axis.broken_barh(bars, (c - 0.4, 0.8), color=COLOURS[c % len(COLOURS)], alpha=0.6, linewidth=0)
-            axis.plot(middles, c + 0.4 - 0.8 * lines[:, c], color=plotting.INK, linewidth=0.7)
+            axis.plot(middles, c + 0.4 - 0.8 * windows.probability[:, c], color=plotting.INK, linewidth=0.7)
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_yticks(range(len(names)), names)
         start_sec = begin + k * strip_sec
         axis.set_xlim(start_sec / unit, (start_sec + strip_sec) / unit)
     axes[-1].set_xlabel("minutes" if is_long else "seconds", color=plotting.SOFT, fontsize=8)
     plotting.save_figure(figure, path)
-
-
-def _means_of(count, values):
-    """(W, ...) values -> means of `count` neighbours each."""
-    first = np.arange(0, len(values), count)
-    sizes = np.diff(np.append(first, len(values)))
-    return (np.add.reduceat(values, first).T / sizes).T
 
 
 def annotate(recording, windows, names, path):

@@ -2,6 +2,8 @@
 
 Letters: N rows.
 """
+from pathlib import Path
+
 import numpy as np
 
 import common
@@ -9,6 +11,32 @@ from evidence import splitting
 from readers import event_tables, score_tables
 
 PARTS = ("train", "val", "test")
+
+
+def add_arguments(add):
+    """Where the events are, what their columns are called, and how they are split."""
+    add("--manifest", type=Path, may_change=True,
+        help="table of events or sequences (CSV, JSON), or a folder of class folders")
+    for part in PARTS:
+        add(f"--{part}_manifest", type=Path, may_change=True,
+            help=f"events of the {part} part, instead of a split made here")
+    add("--video_root", type=Path, may_change=True,
+        help="folder that holds the videos, whatever folders the manifest names")
+    add("--label_map", type=Path,
+        help="file of spelling -> class (JSON, YAML, CSV); a blank class leaves the row out")
+    add("--path_column", help="column of the videos' paths (default: by its name)")
+    add("--label_column", help="classify: column of the labels (default: by its name)")
+    add("--time_unit", choices=("sec", "ms", "min", "frame"),
+        help="classify: unit of columns of times whose names say none (default: sec)")
+    add("--split_by", choices=("event", "video", "group"),
+        help="what a split keeps whole (default: the coarsest there is)")
+    add("--filter", help='rows to use, e.g. "moment==M2 and age>=3"')
+    add("--gap_sec", type=common.AMOUNT, default=30.0,
+        help="windows of one video that are closer than this are reported")
+    add("--cv_file", type=Path,
+        help="folds of a study: cv_folds with train_animals and val_animals")
+    add("--test_groups",
+        help="groups kept for the test, e.g. 14,17; with --folds all models predict them")
 
 
 def manifests_of(args):
@@ -63,19 +91,14 @@ def make_folds(args, table):
     """List of {train, val, test: rows}: of --cv_file or of --folds; test groups are in no fold."""
     test, rest = kept_for_test(args, table)
     if args.cv_file:
-        folds = score_tables.read_cv_file(args.cv_file, table)
+        folds = score_tables.read_cv_file(args.cv_file, table.take(rest))
         if args.fold != "all" and args.fold >= len(folds):
             raise common.UserError(f"--fold {args.fold}: --cv_file {args.cv_file} has {len(folds)} folds, from 0 to "
                                    f"{len(folds) - 1}")
         if args.folds not in (0, len(folds)):
             raise common.UserError(f"--folds {args.folds}: --cv_file {args.cv_file} has {len(folds)}; leave it out")
-        parts = [{side: np.setdiff1d(fold[side], test) for side in ("train", "val")} for fold in folds]
-        for fold, kept in zip(folds, parts):
-            if not len(kept["train"]) or not len(kept["val"]):
-                raise common.UserError(f"--test_groups {args.test_groups} leave no rows to train on, or to choose the "
-                                       f"epoch, in fold {fold['fold']} of --cv_file {args.cv_file}")
-        return [{**kept, "test": test} for kept in parts]
-    folds = splitting.folds_of_flags(args, *split_columns(args, table, rest))
+    else:
+        folds = splitting.folds_of_flags(args, *split_columns(args, table, rest))
     return [{"train": rest[fold["train"]], "val": rest[fold["val"]], "test": test} for fold in folds]
 
 

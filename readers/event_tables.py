@@ -385,6 +385,7 @@ def own_times(rows, extra, notes):
 
     It does so where its total length is that of its files together. Raises UserError where that cannot be told.
     """
+    import pandas as pd
     length = csv_tables.find_column(extra, ("total_length", "media_duration_s"))
     if length is None or "observation_id" not in extra:
         return rows
@@ -394,16 +395,16 @@ def own_times(rows, extra, notes):
         files = list(dict.fromkeys(own["source"]))
         if len(files) < 2 or None in files:
             continue
-        lengths = [video_files.probe(file).duration_sec for file in files]
+        lengths = pd.Series({file: video_files.probe(file).duration_sec for file in files})
         totals = csv_tables.to_numbers(extra[length].loc[own.index], f"column {length}")
-        own_lengths = own["source"].map(dict(zip(files, lengths)))
+        own_lengths = own["source"].map(lengths)
         if (abs(totals - own_lengths) < 0.02 * own_lengths).any():
             continue  # of each file alone
         if not abs(totals[0] - sum(lengths)) <= 0.02 * totals[0]:  # nor where it is blank
             raise common.UserError(
                 f"observation {name}: total length {totals[0]:g} s, but its files with events have {sum(lengths):g} s, "
                 "so it is unknown where each begins. Export every file as an observation of its own")
-        begins = dict(zip(files, np.cumsum([0, *lengths])))
+        begins = lengths.cumsum() - lengths
         rows.loc[own.index, ["start", "end"]] -= own["source"].map(begins).to_numpy()[:, None]
         notes.append(f"observation {name}: times count over {len(files)} files and were made times of each")
     rows.loc[rows["start"] + rows["end"] < 0, "fault"] = "starts before the file"

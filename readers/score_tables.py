@@ -107,7 +107,8 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     rows["reason"] = np.where(np.isnan(target).all(axis=1) & need_labels, "no score", "")
     table = event_tables.build_table(rows, extra, names, notes, group, group_column is not None, target)
     table = merge_raters(table)
-    table.notes.extend(total_notes(table))
+    *_, note = total_and_parts(names, table.target)
+    table.notes.extend([note] if note else [])
     return table
 
 
@@ -140,25 +141,28 @@ def merge_raters(table):
         notes=notes)
 
 
-def named_total(names):
-    """R target names -> (index of the total or None, indices of the parts that it may sum)."""
+def total_and_parts(names, target):
+    """R names, (N, R) scores -> (index of the total or None, indices of its parts, sentence on rows whose sum is off).
+
+    A name alone makes no total: none where half of the sums miss it by over half an SD of it.
+    """
     keys = [csv_tables.column_key(name) for name in names]
     totals = [r for r, key in enumerate(keys) if "total" in key]
-    if not totals:
-        return None, []
     no_part = re.compile("nrs|vas|total|sum|mean")
-    parts = [r for r, key in enumerate(keys) if not no_part.match(key)]
-    return totals[0], [r for r in parts if r != totals[0]]
-
-
-def total_and_parts(names, target):
-    """R names, (N, R) scores -> as named_total; no parts where half of the sums miss by over half an SD of the total."""
-    total, parts = named_total(names)
-    if parts:
-        gap = np.abs(target[:, total] - target[:, parts].sum(1))
-        if np.nanmedian(gap) > 0.5 * np.nanstd(target[:, total]):
-            parts = []
-    return total, parts
+    parts = [r for r, key in enumerate(keys) if not no_part.match(key) and r not in totals[:1]]
+    if not totals or not parts:
+        return None, [], ""
+    total = totals[0]
+    gap = np.abs(target[:, total] - target[:, parts].sum(1))
+    gap = gap[~np.isnan(gap)]
+    differs = (gap > 1e-6).sum()
+    if not differs:
+        return total, parts, ""
+    note = (f"{names[total]} differs from the sum of its {len(parts)} parts in {differs} of {len(gap)} rows, "
+            f"by at most {gap.max():.3g} ({(gap > 0.5 + 1e-6).sum()} by more than 0.5)")
+    if np.median(gap) > 0.5 * np.nanstd(target[:, total]):
+        return None, [], f"{note}, and is not tied to it"
+    return total, parts, note
 
 
 def target_weights(pairs, names):
@@ -172,23 +176,6 @@ def target_weights(pairs, names):
                                    f"{common.shorten_list(names, 40)}, found {text!r}")
         weights[key] = float(value)
     return tuple(weights.values())
-
-
-def total_notes(table):
-    """A note that counts the rows whose total differs from the sum of its parts, where there are any."""
-    total, parts = named_total(table.names)
-    if not parts:
-        return []
-    gap = np.abs(table.target[:, total] - table.target[:, parts].sum(1))
-    gap = gap[~np.isnan(gap)]
-    differs = (gap > 1e-6).sum()
-    if not differs:
-        return []
-    _, tied = total_and_parts(table.names, table.target)
-    return [
-        f"{table.names[total]} differs from the sum of its {len(parts)} parts in {differs} of "
-        f"{len(gap)} rows, by at most {gap.max():.3g} ({(gap > 0.5 + 1e-6).sum()} by more than 0.5)"
-        f"{'' if tied else ', and is not tied to it'}"]
 
 
 def read_cv_file(path, table):

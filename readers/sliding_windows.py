@@ -9,7 +9,7 @@ import torch
 
 import common
 
-MOST_AT_ONCE = 64  # frames that a network is given
+MOST_AT_ONCE = 64  # frames
 
 
 def slide(recording, length, step, batch_size, side, frame_features):
@@ -23,12 +23,13 @@ def slide(recording, length, step, batch_size, side, frame_features):
     n_frames = 0
     next_place = 0
     grid = recording.grid(length)
-    while frames := list(itertools.islice(grid, step * batch_size)):
+    n_at_once = min(step * batch_size, MOST_AT_ONCE)
+    while frames := list(itertools.islice(grid, n_at_once)):
         crops = [common.eval_crop(frame.pixels, side) for frame in frames]
         pixels = torch.from_numpy(np.stack(crops))
         last_pixels = kept.get("pixels", pixels[:1])[-1:]
         new = {"pixels": pixels, "is_new": torch.tensor([frame.is_new for frame in frames])}
-        new |= _in_slices(frame_features, torch.cat([last_pixels, pixels]))
+        new |= frame_features(torch.cat([last_pixels, pixels]))
         for name, values in new.items():
             before = kept.get(name, values[:0])
             kept[name] = torch.cat([before, values])[-len(frames) - length:]
@@ -40,12 +41,6 @@ def slide(recording, length, step, batch_size, side, frame_features):
     last = n_frames - length
     if last > next_place - step:
         yield [last], _windows(kept, [last], n_frames, length)
-
-
-def _in_slices(frame_features, pixels):
-    """frame_features of all frames but the first, computed of few frames at a time, each slice with the one before it."""
-    found = [frame_features(pixels[start:start + MOST_AT_ONCE + 1]) for start in range(0, len(pixels) - 1, MOST_AT_ONCE)]
-    return {name: torch.cat([features[name] for features in found]) for name in found[0]}
 
 
 def _windows(kept, places, n_frames, length):

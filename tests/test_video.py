@@ -793,9 +793,9 @@ FLAG_MISTAKES = {
     "unknown flag": (["--manifest", "a.csv", "--clip_per_event", 3], ["--clips_per_event"]),
     "one fold": (["--manifest", "a.csv", "--folds", 1], ["at least 2"]),
     "share above 1": (["--manifest", "a.csv", "--max_missing", 5], ["max_missing"]),
-    "bounded classes": (["--manifest", "a.csv", "--bounded"], ["without meaning for --task classify", "--bounded"]),
+    "bounded classes": (["--manifest", "a.csv", "--bounded"], ["--task classify; without meaning", "--bounded"]),
     "balance of scores": (["--manifest", "a.csv", "--task", "regress", "--balance", "weights", "--boost_to", 0.2, "--label_map",
-                           "m.json"], ["without meaning for --task regress", "--balance, --boost_to, --label_map"]),
+                           "m.json"], ["--task regress; without meaning", "--balance, --boost_to, --label_map"]),
     "two corrections by repeats": (["--manifest", "a.csv", "--balance", "weights", "--boost_to", 0.4],
                                    ["--balance weights", "--boost_to 0.4", "--force"]),
     "tuning of a solved model": (["--manifest", "a.csv", "--model", "motion_readout", "--freeze_stages", 2, "--jitter_sec", 1,
@@ -899,7 +899,7 @@ def sequences(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--cv_file", "none.json"], ["none.json"]), (["--cv_file", "cv.json", "--folds", 5], ["--folds 5", "has 2"]),
-    (["--cv_file", "cv.json", "--test_groups", "2"], ["--test_groups 2", "fold 0"]),
+    (["--cv_file", "cv.json", "--test_groups", "2"], ["cv.json, fold 0", "without rows: 2"]),
     (["--cv_file", "cv.json", "--criteria", "r3>0"], ["r3"]),
     (["--folds", 3, "--test_groups", "9"], ["no such groups: 9"]),
     (["--test_groups", "2", "--val_ratio", 0, "--train_ratio", 1], ["--val_ratio 0"]),

@@ -67,7 +67,8 @@ def study_of(args, n_frames=40, size=64, n_clips=6, short=()):
                                    for i, clip in enumerate(clips)], cache="ram",
                             part=lambda row, start, stop: clips[row][start:stop])
     table = table_of([i % 2 for i in range(n_clips)])
-    study = train_video.Study(table, store, np.arange(n_clips), args, positive=1)
+    study = train_video.Study(table, store, np.arange(n_clips), args)
+    study.positive = 1
     return study, clips
 
 

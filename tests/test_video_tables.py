@@ -670,10 +670,10 @@ def test_total_and_parts_by_name_and_sum():
     scores = np.random.default_rng(0).integers(0, 3, (20, 5)).astype(float)
     scores[:, 4] = scores[:, 0] + scores[:, 1] + np.tile([0, 0, 0, 1], 5)
     scores[3] = np.nan
-    assert score_tables.total_and_parts(names, scores) == (4, [0, 1])
-    assert score_tables.total_and_parts(names[:2], scores[:, :2]) == (None, [])
+    assert score_tables.total_and_parts(names, scores)[:2] == (4, [0, 1])
+    assert score_tables.total_and_parts(names[:2], scores[:, :2])[:2] == (None, [])
     scores[:, 4] = np.arange(20)
-    assert score_tables.total_and_parts(names, scores) == (4, []), "a name alone makes no sum"
+    assert score_tables.total_and_parts(names, scores)[:2] == (None, []), "a name alone makes no sum"
 
 
 def test_a_total_of_something_else_is_named(tmp_path):
