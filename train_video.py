@@ -119,12 +119,6 @@ def parse_args(argv=None):
 
 def add_clip_arguments(data):
     """What is asked of the events, and how clips are cut from their videos."""
-    data("--target_columns", nargs="+", metavar="NAME",
-         help="scores to learn (default: all numeric columns)")
-    data("--min_event_sec", type=common.AMOUNT, default=1.0,
-         help="a shorter event gets a window of this length around it")
-    data("--max_missing", type=common.SHARE, default=0.05,
-         help="share of unreadable videos that is allowed")
     data("--moment_column", default="moment",
          help="regress: column that says when a sequence was filmed, such as M0 before and M2 "
               "after surgery; each moment is also judged alone")

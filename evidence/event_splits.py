@@ -28,6 +28,12 @@ def add_arguments(add):
     add("--label_column", help="classify: column of the labels (default: by its name)")
     add("--time_unit", choices=("sec", "ms", "min", "frame"),
         help="classify: unit of columns of times whose names say none (default: sec)")
+    add("--target_columns", nargs="+", metavar="NAME",
+        help="scores to learn (default: all numeric columns)")
+    add("--min_event_sec", type=common.AMOUNT, default=1.0,
+        help="a shorter event gets a window of this length around it")
+    add("--max_missing", type=common.SHARE, default=0.05,
+        help="share of unreadable videos that is allowed")
     add("--split_by", choices=("event", "video", "group"),
         help="what a split keeps whole (default: the coarsest there is)")
     add("--filter", help='rows to use, e.g. "moment==M2 and age>=3"')
