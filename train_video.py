@@ -636,7 +636,7 @@ class Behaviours(Objective):
             raise common.UserError(f"no train row of class {lacking}; "
                                    "change the split or the label map")
         self.prior = counts / counts.sum()  # (C,) natural class shares
-        self.class_weight = class_weights(args, self.prior, self.positive)
+        self.class_weight = calibrating.class_weights(args, self.prior, self.positive)
         known = torch.tensor(np.maximum(self.label, 0))
         self.target = nn.functional.one_hot(known, len(counts)).float()  # (N, C)
         self.columns = verdicts.class_columns(self.names)  # of the history: {column: MetricOf}
@@ -694,17 +694,6 @@ class Behaviours(Objective):
         for column, (metric, name) in self.columns.items():
             values[column] = found.overall[metric] if name is None else found.per_class[metric][self.names.index(name)]
         return values
-
-
-def class_weights(args, prior, positive):
-    """Tuple of C weights of the classes in the loss, whose mean over the train rows is 1."""
-    weights = np.ones(len(prior))
-    if args.balance == "weights":
-        weights /= prior
-    if args.focal_alpha is not None:
-        is_positive = np.arange(len(prior)) == positive
-        weights *= np.where(is_positive, args.focal_alpha, 1 - args.focal_alpha)
-    return tuple(weights / (weights * prior).sum())
 
 
 class Scores(Objective):
@@ -849,15 +838,8 @@ def evaluate(model, loader, args, compute):
     found = [predict_batch(model, batch, args, compute) for batch in loader]
     outputs, features = map(torch.cat, zip(*compute.processes.gather(found)))  # (clips, K), (clips, F)
     row_starts = loader.dataset.row_starts
-    return (combine_clips(outputs.double().numpy(), row_starts, args.aggregation),
-            combine_clips(features.numpy(), row_starts, "mean"))
-
-
-def combine_clips(outputs, row_starts, aggregation):
-    """Mean or max over the clips of each row: (clips, K), (row, start) of each -> (M, K)."""
-    rows = np.array([row for row, _ in row_starts])  # of the clips
-    combine = getattr(np, aggregation)
-    return np.stack([combine(outputs[rows == row], axis=0) for row in dict.fromkeys(rows)])
+    return (class_scores.combine_clips(outputs.double().numpy(), row_starts, args.aggregation),
+            class_scores.combine_clips(features.numpy(), row_starts, "mean"))
 
 
 def start_model(args, objective, train, compute):
@@ -1075,7 +1057,7 @@ def predictions_table(study, rows, outputs, baselines, seen, warning=None):
         "keys": keys | {"video": videos, "start_sec": start_sec, "end_sec": end_sec},
         "names": table.names,
         "baselines": baselines,
-        "groups": study.table.groups_of(rows),
+        "groups": table.groups_of(rows),
         "seen": seen,
         "warning": warning,
     }
@@ -1112,7 +1094,7 @@ def judge(run, args, study, split, table, part, alarms, trained_on, best_epoch=N
         data=data_blocks(study, split, rows, table),
         similar=judging.similar_blocks(similar, study.table.clip_ids, study.strip),
         cases=judging.case_blocks(table, study.table.clip_ids[rows], lambda i: study.strip(rows[i])),
-        limits=limits(args, study),
+        limits=event_splits.limits(args, study.table),
         folds=folds)
     if is_classes:
         of_rows = {name: values[rows] for name, values in levels.items()}
@@ -1134,21 +1116,6 @@ def data_blocks(study, split, rows, table):
         sizes.append({"part": part, "rows": len(part_rows), **classes})
     events = f"{len(set(study.table.events[rows]))} events; {len(study.table.skipped)} rows skipped."
     return [judging.rows_text(table), reporting.html_text(events), reporting.html_table(sizes)]
-
-
-def limits(args, study):
-    """Sentences on what a reader must not conclude from this run."""
-    lines = ["Valid for clips like these, labelled by people like these; nothing else was tested."]
-    if study.table.groups is None:
-        lines.append("No --group_column: one animal, pen or scene may stand on both sides of the "
-                     "split.")
-    elif args.split_by in ("event", "video"):
-        lines.append(f"Split by {args.split_by}: the same animals and places are on both sides, so "
-                     "nothing is said of new ones.")
-    if not (args.pretrained or args.weights or args.init_from):
-        lines.append("Started from random weights; published weights usually do far better on data "
-                     "of this size.")
-    return lines
 
 
 # --- one run, or one run per fold -------------------------------------------------------------
@@ -1474,7 +1441,7 @@ def read_windows(recording, members, args, run, label):
 
 def predict_windows(member, frames, compute):
     """Probabilities (B, C) of B windows; frames: {pixels, is_new or a backbone: (B, T, ...)} of sliding_windows.slide."""
-    mask = torch.ones(frames["is_new"].shape, dtype=torch.bool)
+    mask = torch.ones_like(frames["is_new"])
     if member.args.model == MOTION_READOUT:
         mask[:, 1:] = frames["is_new"][:, 1:]
     clips = frames.get(member.model.backbone, frames["pixels"])

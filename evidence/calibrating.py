@@ -117,6 +117,17 @@ def fit_temperature(logits, label):
     return math.exp(-(low + high) / 2)
 
 
+def class_weights(args, prior, positive):
+    """Tuple of C weights of the classes in the loss, whose mean over the train rows is 1."""
+    weights = np.ones(len(prior))
+    if args.balance == "weights":
+        weights /= prior
+    if args.focal_alpha is not None:
+        is_positive = np.arange(len(prior)) == positive
+        weights *= np.where(is_positive, args.focal_alpha, 1 - args.focal_alpha)
+    return tuple(weights / (weights * prior).sum())
+
+
 def prior_correction(logits, train_prior, sampled_prior):
     """Logits (N, C) of a model that saw classes in shares sampled_prior, for shares train_prior.
 

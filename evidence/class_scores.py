@@ -180,3 +180,10 @@ def softmax(logits):
 def log_of(probability):
     """Logits of probabilities, finite also for those of 0."""
     return np.log(np.maximum(probability, 1e-12))
+
+
+def combine_clips(outputs, row_starts, aggregation):
+    """Mean or max over the clips of each row: (clips, K), (row, start) of each -> (M, K)."""
+    rows = np.array([row for row, _ in row_starts])  # of the clips
+    combine = getattr(np, aggregation)
+    return np.stack([combine(outputs[rows == row], axis=0) for row in dict.fromkeys(rows)])

@@ -140,3 +140,18 @@ def few_rows(table, rows, count):
         return rows[:count]
     _, first = np.unique(table.label[rows], return_index=True)
     return np.union1d(rows[:count], rows[first])
+
+
+def limits(args, table):
+    """Sentences on what a reader must not conclude from this run."""
+    lines = ["Valid for clips like these, labelled by people like these; nothing else was tested."]
+    if table.groups is None:
+        lines.append("No --group_column: one animal, pen or scene may stand on both sides of the "
+                     "split.")
+    elif args.split_by in ("event", "video"):
+        lines.append(f"Split by {args.split_by}: the same animals and places are on both sides, so "
+                     "nothing is said of new ones.")
+    if not (args.pretrained or args.weights or args.init_from):
+        lines.append("Started from random weights; published weights usually do far better on data "
+                     "of this size.")
+    return lines

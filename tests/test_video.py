@@ -902,7 +902,7 @@ def sequences(tmp_path):
     (["--cv_file", "cv.json", "--test_groups", "2"], ["cv.json, fold 0", "without rows: 2"]),
     (["--cv_file", "cv.json", "--criteria", "r3>0"], ["r3"]),
     (["--folds", 3, "--test_groups", "9"], ["no such groups: 9"]),
-    (["--test_groups", "2", "--val_ratio", 0, "--train_ratio", 1], ["--val_ratio 0"]),
+    (["--test_groups", "2", "--val_ratio", 0, "--train_ratio", 1], ["must not be empty"]),
     (["--split_file", "none.json"], ["none.json"]), (["--folds", 3, "--select", "r3"], ["r3"]),
     (["--folds", 3, "--target_columns", "rare"], ["the same score in every train row"])])
 def test_what_the_table_tells_is_checked_before_a_picture_is_read(sequences, tmp_path, monkeypatch, flags, words):

@@ -20,7 +20,7 @@ from torch import nn
 
 import common
 import exporting
-from evidence import class_scores, prediction_tables, verdicts
+from evidence import class_scores, event_splits, prediction_tables, verdicts
 from readers import backbones, event_tables, video_files
 import make_sample_data
 import train_video
@@ -551,7 +551,7 @@ def test_models_of_two_kinds_are_no_file(tmp_path):
 @pytest.mark.parametrize("aggregation", ["mean", "max"])
 def test_a_clip_without_a_number_is_not_passed_over(aggregation):
     outputs = np.array([[1.0], [np.nan], [3.0]])
-    found = train_video.combine_clips(outputs, [(4, 0), (4, 8), (2, 0)], aggregation)
+    found = class_scores.combine_clips(outputs, [(4, 0), (4, 8), (2, 0)], aggregation)
     assert np.isnan(found[0]) and found[1] == 3
 
 
@@ -755,9 +755,9 @@ def test_the_ensemble_repeats_the_alarms_of_its_split(monkeypatch):
 
 def test_a_network_that_starts_from_another_run_is_not_random():
     study, _ = study_of(arguments("--image_size", 32))
-    assert any("random weights" in line for line in train_video.limits(study.args, study))
+    assert any("random weights" in line for line in event_splits.limits(study.args, study.table))
     args = arguments("--init_from", "run", "--image_size", 32)
-    assert not any("random weights" in line for line in train_video.limits(args, study))
+    assert not any("random weights" in line for line in event_splits.limits(args, study.table))
 
 
 def test_constant_scores_are_refused_by_name():
