@@ -955,8 +955,8 @@ def explained_write_errors(path, n_bytes="more"):
         raise CannotSave(text) from error
 
 
-def write_whole(path, content):
-    """Write bytes so that a kill at any moment leaves the old file or the new one.
+def write_whole(path, content, previous=None):
+    """Write bytes so that a kill at any moment leaves the old file or the new one; the old one becomes `previous`.
 
     Of several processes only the first one writes.
     """
@@ -964,17 +964,22 @@ def write_whole(path, content):
         return
     path = Path(path)
     with explained_write_errors(path, len(content)):
-        replace_file(path, content, path.with_name(f".{path.name}.tmp"))
+        replace_file(path, content, path.with_name(f".{path.name}.tmp"), previous)
         _sync_folder(path.parent)
 
 
-def replace_file(path, content, temporary):
-    """Write bytes into a temporary file, which then takes the path; an OSError leaves nothing of it."""
+def replace_file(path, content, temporary, previous=None):
+    """Write bytes into a temporary file, which then takes the path; an OSError leaves nothing of it.
+
+    previous: the name that an older file at the path is given, for a moment the only one there is.
+    """
     try:
         with open(temporary, "wb") as handle:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -2099,14 +2104,9 @@ def _plain(value):
 
 def save_checkpoint(path, content, keep_previous=False):
     """Write a dict of plain types, whole or not at all; keep_previous leaves the file before it as .prev."""
-    path = Path(path)
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    if keep_previous and path.exists():
-        previous = path.with_name(f"{path.name}.prev")
-        with explained_write_errors(previous):
-            os.replace(path, previous)  # for a moment only .prev exists, and a resumed run takes that
-    write_whole(path, buffer.getbuffer())
+    write_whole(path, buffer.getbuffer(), previous=f"{path}.prev" if keep_previous else None)
 
 
 def read_checkpoint(path):

@@ -53,6 +53,18 @@ def test_a_full_disk_names_file_and_bytes(tmp_path, monkeypatch):
         common.write_whole(tmp_path / "x.json", b"abc")
 
 
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_one_before_it(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    for value in (1.0, 2.0):
+        common.save_checkpoint(tmp_path / "last.pth", content(value), keep_previous=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(common.os, "fsync", fail)
+    with pytest.raises(common.CannotSave):
+        common.save_checkpoint(tmp_path / "last.pth", content(3.0), keep_previous=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def make_training(folder, resumed, select="val_loss", **flags):
     """A Training of a linear model on 6 numbers in batches of 2, and its loader."""
     compute = common.Compute(torch.device("cpu"), "fp32", False, "cpu")
