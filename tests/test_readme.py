@@ -1,11 +1,12 @@
 """Every command of the README and of docs/ runs as it is written, in a folder that holds ./images and ./ratings.
 
-Of the commands that train with one configuration the first runs, the others only by tests/run.sh --all; the flags of
-all of them are read.
+Of the commands that train with one configuration the first with folds and the first without run, the others only by
+tests/run.sh --all; the flags of all of them are read.
 
     python -m pytest tests/test_readme.py
 """
 import importlib
+import itertools
 import re
 import shlex
 import shutil
@@ -20,21 +21,19 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
-def commands_of(text):
-    """Each command of the bash blocks once, in order: what trains comes before what takes the run up again."""
-    lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
-    return list(dict.fromkeys(line.split("  #")[0].strip() for line in lines if line.strip()))
+def commands_of(block):
+    """The commands of a bash block, in order."""
+    return [line.split("  #")[0].strip() for line in block.splitlines() if line.strip()]
 
 
-COMMANDS = commands_of(TEXT)
+BLOCKS = [commands_of(block) for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)]
+COMMANDS = list(dict.fromkeys(itertools.chain(*BLOCKS)))  # what trains comes before what takes the run up again
 ELSEWHERE = {
     "./run_local.sh": "run by tests/test_shell.py",
     "tests/run.sh": "this very run",
-    "tests/slurm/run.sh": "part of tests/run.sh --all",
     "tests/benchmarks": "takes hours",
     "sbatch": "needs a SLURM cluster",
     "python tests/benchmarks": "takes minutes",
-    "python tests/breaks.py": "takes minutes",
     "python verify_setup.py": "run by test_verify_setup.py",
     "python predict_assessor.py --checkpoint outputs/run_YYYYMMDD_HHMMSS --image_dir ./images --export": "run by "
     "test_assessor.py",
@@ -43,24 +42,27 @@ ELSEWHERE = {
 SMALL = {  # added to the commands that train or make data, so that each takes seconds
     "make_sample_data.py": ["--n_samples", "40"],
     "train_assessor.py": [
-        "--backbone", "shufflenet_v2_x0_5", "--no_pretrained", "--image_size", "64", "--dry_run", "--folds", "0",
+        "--backbone", "shufflenet_v2_x0_5", "--no_pretrained", "--image_size", "64", "--dry_run",
         "--target_columns", "Valence_mean", "Anger_mean",
     ],
     "train_video.py": [
-        "--no_pretrained", "--image_size", "32", "--n_frames", "4", "--num_workers", "0", "--dry_run", "--folds", "0",
+        "--no_pretrained", "--image_size", "32", "--n_frames", "4", "--num_workers", "0", "--dry_run",
     ],
     "train_detector.py": [
         "--no_pretrained", "--min_size", "64", "--max_size", "96", "--batch_size", "2", "--num_workers", "0", "--dry_run",
     ],
     "train_dreamer.py": [
-        "--no_pretrained", "--image_size", "32", "--n_layers", "1", "--num_workers", "0", "--dry_run", "--folds", "0",
+        "--no_pretrained", "--image_size", "32", "--n_layers", "1", "--num_workers", "0", "--dry_run",
     ],
 }
 
 
 @pytest.fixture(scope="module")
 def folder(sample, tmp_path_factory):
-    """A user's folder: ./images, ./ratings, ./configs, and outputs/run_YYYYMMDD_HHMMSS from a small run."""
+    """A user's folder: ./images, ./ratings, ./configs, and outputs/run_YYYYMMDD_HHMMSS from a small run.
+
+    Also other_program.csv, predictions of another program for the rows of that run.
+    """
     folder = tmp_path_factory.mktemp("user")
     shutil.copytree(sample.images, folder / "images")
     (folder / "ratings").mkdir()
@@ -69,6 +71,7 @@ def folder(sample, tmp_path_factory):
     flags = small_run(sample, folder / "made", "--epochs", 1)
     run_script("train_assessor.py", *flags)
     shutil.copytree(only_run(folder / "made"), folder / "outputs" / "run_YYYYMMDD_HHMMSS")
+    shutil.copy(only_run(folder / "made") / "predictions_val.csv", folder / "other_program.csv")
     return folder
 
 
@@ -77,12 +80,14 @@ def run_command(folder, command):
     program, *words = shlex.split(command)
     launcher = {"python": [], "torchrun": ["-m", "torch.distributed.run", *words[:2]]}[program]
     script, *flags = words[2:] if launcher else words
+    training = training_of(command)
     if script == "make_sample_data.py":
         flags += [] if "video" in flags else SMALL[script]  # a command names the folder of the last video
-    elif script in SMALL and "--mode" not in flags:
-        flags += [*SMALL[script], "--output_dir", f"outputs/{script}"]
+    elif training:
+        flags += [*SMALL[script], "--output_dir", output_of(training)]
+        flags += ["--folds", "2"] if "--folds" in flags else []
     else:
-        flags = [flag.replace("outputs/run_YYYYMMDD_HHMMSS", newest_run(folder, script)) for flag in flags]
+        flags = [flag.replace("outputs/run_YYYYMMDD_HHMMSS", run_before(folder, command)) for flag in flags]
     if launcher:
         done = subprocess.run(
             [sys.executable, *launcher, ROOT / script, *flags], cwd=folder, capture_output=True, text=True, timeout=300)
@@ -91,10 +96,20 @@ def run_command(folder, command):
         run_script(script, *flags, folder=folder)
 
 
-def newest_run(folder, script):
-    """The run that a README command trained before, for the modes that take one up again; else the assessor's."""
-    runs = sorted((folder / "outputs" / script).glob("run_*"))
-    return f"outputs/{script}/{runs[0].name}" if runs else "outputs/run_YYYYMMDD_HHMMSS"
+def output_of(training):
+    """Where runs of a script lie, those with folds apart; training: of training_of."""
+    script, _, has_folds = training[0]
+    return f"outputs/{script}{'_folds' if has_folds else ''}"
+
+
+def run_before(folder, command):
+    """A run of the kind that the last training before a command of the same block makes; else the assessor's."""
+    block = next(block for block in BLOCKS if command in block)
+    trainings = list(filter(None, map(training_of, block[:block.index(command)])))
+    if not trainings:
+        return "outputs/run_YYYYMMDD_HHMMSS"
+    run = sorted((folder / output_of(trainings[-1])).glob("run_*"))[0]
+    return run.relative_to(folder).as_posix()
 
 
 def test_the_readme_is_a_front_page():
@@ -112,17 +127,17 @@ def test_the_pages_have_commands():
 
 
 def training_of(command):
-    """(script, configuration) of a command that trains, and its flags; None of others."""
+    """(script, configuration, whether it has folds) of a command that trains, and its flags; None of others."""
     found = re.match(r"(?:python|torchrun --nproc_per_node 2) (train_\w+)\.py (.*)", command)
     if not found or "--mode" in command or "production" in command:
         return None
     script, flags = found[1], shlex.split(found[2])
     config = flags[flags.index("--config") + 1] if "--config" in flags else None
-    return (script, config), flags
+    return (script, config, "--folds" in flags), flags
 
 
 def repeats_a_training(k):
-    """Whether a command before number k trains with the same script and configuration."""
+    """Whether a command before number k trains with the same script and configuration, with folds or without."""
     trainings = [training_of(command) for command in COMMANDS[:k + 1]]
     known = [training[0] for training in trainings[:-1] if training]
     return trainings[-1] is not None and trainings[-1][0] in known
@@ -142,7 +157,7 @@ def test_command(folder, command):
 def test_flags_of_all_that_train_are_read(monkeypatch, command):
     """Those too whose run repeats another's: as they are written, without SMALL."""
     monkeypatch.chdir(ROOT)
-    (script, config), flags = training_of(command)
+    (script, config, _), flags = training_of(command)
     args = importlib.import_module(script).parse_args(flags)
     assert args.given and (config is None or config in str(args.config))
 
