@@ -100,8 +100,6 @@ def add_data_arguments(add):
         help=f"folder with a {probe_poses.FILE_NAME} in each sequence")
     add("--checkpoint", type=checkpoint_file, metavar="FILE",
         help="best_model.pth (or its run folder) for evaluate and predict")
-    add("--score_part", choices=("auto", *PARTS, "all"), default="auto",
-        help="evaluate: part of the checkpoint's split; auto = test, else val, and every row of data it never saw")
     add("--patient_map", type=Path, metavar="FILE",
         help="JSON or CSV that says which patient a folder belongs to")
     add("--patient_regex", metavar="REGEX",
@@ -191,8 +189,6 @@ def check_flags(parser, args):
     if bool(args.checkpoint) != (args.mode in ("evaluate", "predict")):
         parser.error(f"--mode {args.mode}: evaluate and predict need --checkpoint FILE, the others take none (training "
                      "starts from its weights with --init_from)")
-    if args.score_part != "auto" and args.mode != "evaluate":
-        parser.error("--score_part chooses what --mode evaluate scores, and changes nothing here")
     if "gap" in args.given and args.split_by != "time" and not args.folds:
         parser.error("--gap is for blocks of time: give --split_by time or --folds")
     try:
@@ -691,14 +687,6 @@ def latent_loss(imagined, features_t2):
     return (imagined - target).square().mean() / variance
 
 
-def collapse_guard(features_t1):
-    """0 while frames stay apart, up to 1 as their features become the same, which would make t2 easy to imagine."""
-    if len(features_t1) < 2:
-        return features_t1.new_zeros(())
-    _, spread = pose_scores.variance_and_spread(features_t1.mean(2), features_t1.square().mean(2))
-    return nn.functional.relu(1 - spread / pose_scores.COLLAPSE_FLOOR)
-
-
 class DreamLoss:
     """Weighted sum of the losses on at1 (main task), at2 and the imagined features; sds (6,) of train rows."""
 
@@ -727,7 +715,6 @@ class DreamLoss:
         if features_t2 is not None:
             parts["t2_loss"] = self.of_pose("at2", imagined.at2, batch["at2"]).mean()
             parts["latent_loss"] = latent_loss(imagined.features_t2, features_t2)
-            parts["latent_loss"] = parts["latent_loss"] + collapse_guard(imagined.features_t1)
         return self.total(parts), parts
 
 
@@ -840,14 +827,8 @@ def fit(run, args, study, split, readout):
         row["train_total_loss"] = row["train_loss"]
         row |= {f"val_{name}": value for name, value in numbers.items()}
         training.end_epoch(row)
-    save_model(run, training.model_file(), "final_model.pth")
+    common.save_checkpoint(run.path("final_model.pth"), training.model_file())
     return model, loss_function, loaders, training
-
-
-@common.first_process_only
-def save_model(run, content, name):
-    """Write a model file."""
-    common.save_checkpoint(run.path(name), common.to_plain_types(content))
 
 
 def keep_if_better(training, study, rows, readout, loss_function):
@@ -1103,7 +1084,6 @@ def limits(args, study):
 
 def make_split(args, study):
     """The split of the flags: {train, val, test: (n,) rows}."""
-    ratios = common.split_ratios(args)
     if args.manual_splits:
         listed = {}
         for part in PARTS:
@@ -1112,16 +1092,8 @@ def make_split(args, study):
         folders = dict(zip(study.sequences, study.patients))
         last_names = {sequence.rsplit("/", 1)[-1]: patient for sequence, patient in folders.items()}
         return splitting.split_by_names(listed, study.patients, {**last_names, **folders})
-    if args.split_file:
-        return splitting.split_of_flags(args, study.names, None, study.patients)
-    if args.split_by == "time":
-        return splitting.split_by_time(study.sequences, study.order, ratios, args.gap)
-    n_parts = sum(ratio > 0 for ratio in ratios.values())
-    n_patients = len(set(study.patients))
-    if n_patients < n_parts:
-        raise common.UserError(f"{n_patients} patients are too few for {n_parts} parts: --split_by time cuts the "
-                               "sequences in blocks (and says nothing across patients), --test_ratio 0 or --folds "
-                               f"{n_patients} leave one out")
+    if args.split_by == "time" and not args.split_file:
+        return splitting.split_by_time(study.sequences, study.order, common.split_ratios(args), args.gap)
     return splitting.split_of_flags(args, study.names, None, study.patients)
 
 
@@ -1223,7 +1195,8 @@ def run_split(run, args, study, split):
         if part != "train":
             tables[part].write(run.path(f"predictions_{part}.csv"))
     best["known_data"] = row_warnings.known_data(features["train"], features["val"])
-    save_model(run, best | {"model": model.state_dict()}, "best_model.pth")
+    best["model"] = model.state_dict()
+    common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
     plot_training(run, training.progress.history, best["epoch"])
     part = "test" if "test" in tables else "val"
     table = tables[part]
@@ -1312,7 +1285,7 @@ def load_checkpoint(args, run):
 
 
 def rows_to_score(run, args, study, seen):
-    """(part, its rows, rows to fit): of the checkpoint's split where the data are its own, else all rows.
+    """(part, its rows, rows to fit): test, else val, of the checkpoint's split where the data are its own, else all rows.
 
     seen: common.SeenRows of the checkpoint: names alone may be those of another study.
     """
@@ -1322,14 +1295,9 @@ def rows_to_score(run, args, study, seen):
         run.say("note: rows of the names in splits.json did not train this checkpoint; its split does not count here")
         split = dict.fromkeys(PARTS, np.array([], int))
     split["all"] = np.arange(len(study.names))
-    part = args.score_part
-    if part == "auto":
-        part = next(name for name in ("test", "val", "all") if len(split[name]))
-    rows = split[part]
-    if not len(rows):
-        raise common.UserError(f"--score_part {part}: no rows of it in {args.data_dir}; --score_part all takes all")
+    part = next(name for name in ("test", "val", "all") if len(split[name]))
     fitted = ("train", "val") if part == "test" else ("train",)
-    return part, rows, np.sort(np.concatenate([split[name] for name in fitted]))
+    return part, split[part], np.sort(np.concatenate([split[name] for name in fitted]))
 
 
 def score_checkpoint(run, args):
@@ -1351,8 +1319,8 @@ def score_checkpoint(run, args):
     table.write(run.path(f"predictions_{part}.csv"))
     use = use_of_inputs(model, loader, loss_function, run.compute, study, fitted, rows)
     known = sorted(set(table.groups) & set(content["train_patients"]))
-    alarms = [f"the model was trained on these patients: {common.shorten_list(known, 5)}. Score others (--data_dir, "
-              "--score_part)"] if known else []
+    alarms = [f"the model was trained on these patients: {common.shorten_list(known, 5)}. Score others "
+              "(--data_dir)"] if known else []
     judge(run, args, study, {part: rows}, rows, table,
           part=part, use=use, alarms=alarms, best_epoch=content["epoch"])
 

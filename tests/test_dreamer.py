@@ -174,8 +174,11 @@ def test_evaluate_repeats_the_test_metrics(trained, tmp_path):
     assert again["use"] == pytest.approx(first["use"], rel=1e-3)
 
 
-def test_scoring_all_rows_is_not_held_out(trained, tmp_path):
-    run_script("train_dreamer.py", "--mode", "evaluate", "--score_part", "all", "--checkpoint", trained, "--output_dir",
+def test_scoring_all_rows_is_not_held_out(trained, slices, tmp_path):
+    """A checkpoint that was copied out of its run folder: nothing says how its data were split."""
+    checkpoint = tmp_path / "copied.pth"
+    checkpoint.write_bytes((trained / "best_model.pth").read_bytes())
+    run_script("train_dreamer.py", "--mode", "evaluate", "--checkpoint", checkpoint, "--data_dir", slices, "--output_dir",
                tmp_path)
     metrics = json.loads((only_run(tmp_path) / "metrics.json").read_text())
     splits = json.loads((trained / "splits.json").read_text())
@@ -425,29 +428,6 @@ def test_no_gradient_reaches_the_target_frame():
     assert features_t2.grad is None and imagined.grad.abs().sum() > 0
     constant = features_t2.detach().mean((0, 2), keepdim=True).expand(3, 8, 4)
     assert train_dreamer.latent_loss(constant, features_t2).item() == pytest.approx(1.0, rel=1e-5)
-
-
-def shrink_towards_collapse(guarded, steps=600):
-    """A small encoder trained only to imagine the second of two unrelated frames; returns its spread at the end."""
-    torch.manual_seed(1)
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16), nn.Unflatten(1, (8, 2)))
-    optimizer = torch.optim.Adam(encoder.parameters(), 1e-2)
-    for _ in range(steps):
-        first, second = torch.randn(2, 32, 64)
-        features_t1, features_t2 = encoder(first), encoder(second)
-        loss = (features_t1 - features_t2.detach()).square().mean()  # not divided by the variance: the worst case
-        loss = loss + train_dreamer.collapse_guard(features_t1) * guarded
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    features = encoder(torch.randn(256, 1, 8, 8))
-    return pose_scores.variance_and_spread(features.mean(2), features.square().mean(2))[1].item()
-
-
-def test_the_guard_keeps_features_from_collapsing():
-    spreads = [shrink_towards_collapse(guarded) for guarded in (0.0, 1.0)]
-    assert spreads[0] < pose_scores.COLLAPSE_FLOOR / 2, "without the guard this encoder collapses"
-    assert spreads[1] > 0.8 * pose_scores.COLLAPSE_FLOOR
 
 
 def test_a_motion_that_is_ignored_matters_where_it_is_large():
@@ -801,7 +781,7 @@ def test_data_of_the_same_names_are_not_the_checkpoints_own(tmp_path):
     """Rows named train that it was not trained on: every row is scored, and none is fitted on."""
     names = np.array(["p/1-2", "p/2-3", "q/1-2"])
     (tmp_path / "splits.json").write_text(json.dumps(dict(zip(("train", "val", "test"), ([name] for name in names)))))
-    args = types.SimpleNamespace(checkpoint=tmp_path / "best_model.pth", score_part="auto", data_dir=tmp_path)
+    args = types.SimpleNamespace(checkpoint=tmp_path / "best_model.pth")
     seen = common.SeenRows(fitted=[1], chose=[2])
     lines = []
     run = types.SimpleNamespace(say=lines.append)
@@ -874,7 +854,6 @@ FLAG_MISTAKES = {
     "two splits": (["--split_file", "s.json", *LISTS], ["own split"]),
     "lists in time": (["--split_by", "time", *LISTS], ["own split"]),
     "a gap without time": (["--gap", 3], ["--gap", "--split_by time"]),
-    "a part without a model": (["--score_part", "all"], ["--mode evaluate"]),
     "a broken pattern": (["--patient_regex", "("], ["--patient_regex '('", "unterminated"]),
     "no ResNet": (["--encoder", "vgg11"], ["vgg11", "ResNet"]),
     "unknown metric": (["--criteria", "mae_x<3"], ["mae_x_mm"]),
