@@ -147,9 +147,9 @@ def add_model_arguments(model):
     model("--anchor_sizes", type=common.bounded(int, 2), nargs="+", metavar="PX",
           help="sides of the anchors in input pixels, smallest first: five, or for "
                f"{RESNET18} four, eight, ... (default: the published five, or eight that fit the train boxes)")
-    model("--trainable_layers", type=common.bounded(int, 0, 6), default=3,
-          help="last stages of the backbone that are trained: 0 to 5, MobileNet to 6; with random "
-               "weights all are")
+    model("--trainable_layers", type=common.bounded(int, 0, 5), default=3,
+          help="last stages of the backbone that are trained, of five resolutions; with random weights "
+               "all are")
     model("--state_weight", type=common.AMOUNT, default=0.5,
           help="weight of the state loss in the total")
     model("--state_class_weights", choices=("none", "balanced"), default="none",
@@ -200,7 +200,7 @@ def check_flags(parser, args):
                      "leave both out")
     if args.compile:
         parser.error("--compile: the detector's inputs vary in size; leave it out")
-    if args.augment == "full":
+    if args.augment not in ("none", "light"):
         parser.error(f"--augment {args.augment}: the detector knows none and light (flip, colour, "
                      "size)")
     anchors = args.anchor_sizes or []
@@ -215,22 +215,14 @@ def check_flags(parser, args):
 
 
 def settle_split(args):
-    """--split_ratio as the ratios that all scripts know; it overrides VAL_JSON.
-
-    With --val_json on the command line the split of a configuration gives way, with a note.
-    """
-    typed = args.given
-    given_up = [name for name in ("split_ratio", "split_file", "test_ratio")
-                if "val_json" in typed and name not in typed and getattr(args, name)]
-    settled = {name: None for name in given_up}
-    if given_up:
-        print("note: --val_json is the split, so the configuration's "
-              f"{' and '.join(given_up)} is not used", flush=True)
-    elif args.split_ratio is not None:
-        settled["train_ratio"] = args.split_ratio
-        settled["val_ratio"] = 1 - args.split_ratio - args.test_ratio
-        if "val_json" not in typed:
-            settled["val_json"] = None
+    """--split_ratio as the ratios that all scripts know; it overrides VAL_JSON."""
+    if args.split_ratio is None:
+        return args
+    settled = {
+        "train_ratio": args.split_ratio,
+        "val_ratio": 1 - args.split_ratio - args.test_ratio}
+    if "val_json" not in args.given:
+        settled["val_json"] = None
     return Namespace(**{**vars(args), **settled})
 
 
@@ -781,7 +773,7 @@ def build_model(args, settings, class_weights):
         source = "resnet18" if settings["model"] == RESNET18 else settings["model"]
         load_pretrained(model, backbones.load_weights(source, args.weights), args.weights or source)
     if starts_trained(args):
-        freeze_layers(model.backbone.body, args.trainable_layers, settings["frozen_norm"])
+        freeze_layers(model.backbone.body, args.trainable_layers)
     return model
 
 
@@ -791,19 +783,16 @@ def load_pretrained(model, state, source):
     A prefix that all layers share (model.) is taken off.
     """
     body = "backbone.body."
-    own = model.backbone.body.state_dict()
-    prefix = backbones.shared_prefix(state, own)
-    is_detector = prefix.endswith(body)
+    prefix = backbones.shared_prefix(state, model.backbone.body.state_dict())
+    if not prefix.endswith(body):
+        backbones.load_backbone_state(model.backbone.body, state, "fc", source)
+        return
     prefix = prefix.removesuffix(body)
     if prefix:
         print(f"note: {source}: the layers are loaded without the prefix {prefix}", flush=True)
+    expected = ("backbone.", "rpn.", "roi_heads.box_head.")
     state = {name.removeprefix(prefix): value for name, value in state.items()}
-    if is_detector:
-        expected = ("backbone.", "rpn.", "roi_heads.box_head.")
-        state = {name: value for name, value in state.items() if name.startswith(expected)}
-    else:
-        expected = (body,)
-        state = {body + name: value for name, value in state.items() if name in own}
+    state = {name: value for name, value in state.items() if name.startswith(expected)}
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -813,25 +802,16 @@ def load_pretrained(model, state, source):
                if name.startswith(expected) and not name.endswith("num_batches_tracked")]
     if missing or unexpected:
         raise common.UserError(
-            f"{source}: not the weights of this detector or its backbone: {len(missing)} layers "
+            f"{source}: not the weights of this detector: {len(missing)} layers "
             f"missing, {len(unexpected)} too many (first: {[*missing, *unexpected][0]})")
 
 
-def freeze_layers(body, n_trainable, frozen_norm):
-    """Train the last n_trainable stages, as torchvision counts them: ResNets 5, MobileNets 6."""
-    names, blocks = zip(*body.named_children())
-    starts = [0]
-    starts += [k for k, (name, block) in enumerate(zip(names, blocks))
-               if name.startswith("layer") or getattr(block, "_is_cn", False)]
-    if names[-1] != "layer4":
-        starts.append(len(blocks) - 1)
-    starts.append(len(blocks))  # of none
-    first_trained = starts[max(len(starts) - 1 - n_trainable, 0)]
-    frozen = list(blocks[:first_trained])
-    if frozen_norm:
-        frozen += [module for module in body.modules() if isinstance(module, nn.BatchNorm2d)]
-    for module in frozen:
-        module.requires_grad_(False)
+def freeze_layers(body, n_trained):
+    """Train the last n_trained of the five resolutions of a backbone, and no BatchNorm."""
+    backbones.freeze_stages(body, 5 - n_trained, torch.zeros(1, 3, 64, 64))
+    for module in body.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
 
 
 def state_weights(args, truth):
@@ -894,8 +874,8 @@ def train_one_epoch(model, loader, training, compute, state_weight):
 
 
 @torch.no_grad()
-def evaluate(model, loader, compute, seed, state_weight):
-    """Whole split at once -> (M Detections, {'val_loss': mean, and its parts}).
+def evaluate(model, loader, args, compute):
+    """Whole split at once -> (M Detections, mean features (M, F), {'val_loss': mean, and its parts}).
 
     The losses are those of the training path, without gradients, dropout or a change of any buffer;
     the sampler's draws depend on the seed and the batch alone, so that epochs can be compared.
@@ -904,30 +884,19 @@ def evaluate(model, loader, compute, seed, state_weight):
     parts = []
     for number, batch in enumerate(loader):
         inputs, sizes, targets = to_device(batch, compute, model.settings)
-        torch.manual_seed(common.hash_seed(seed, 1, number))
+        torch.manual_seed(common.hash_seed(args.seed, 1, number))
         with compute.autocast():
             features = model.features(inputs)  # (B, 3, H, W) -> maps
             losses = model.heads(features, inputs, sizes, targets)
             found = model.heads(features, inputs, sizes)
-        losses = {"loss": total_loss(losses, state_weight), **losses}
+        losses = {"loss": total_loss(losses, args.state_weight), **losses}
         summed = {name: value.item() * len(sizes) for name, value in losses.items()}
-        parts.append((on_disk(found, batch["scale"]), summed))
-    detections, summed = zip(*compute.processes.gather(parts))
+        parts.append((on_disk(found, batch["scale"]), model.look(features, sizes), summed))
+    detections, looks, summed = zip(*compute.processes.gather(parts))
     detections = list(itertools.chain(*detections))
     totals = {name: sum(each[name] for each in summed) for name in summed[0]}
-    return detections, {f"val_{name}": total / len(detections) for name, total in totals.items()}
-
-
-@torch.no_grad()
-def see_pictures(model, loader, compute):
-    """(M, F) mean features of the pictures of a loader."""
-    model.eval()
-    found = []
-    for batch in loader:
-        inputs = to_inputs(batch, compute, model.settings)
-        with compute.autocast():
-            found.append(model.look(model.features(inputs), batch["sizes"]))
-    return torch.cat(compute.processes.gather(found)).numpy()
+    losses = {f"val_{name}": total / len(detections) for name, total in totals.items()}
+    return detections, torch.cat(looks).numpy(), losses
 
 
 def on_disk(found, scales):
@@ -975,13 +944,13 @@ def fit(run, args, study, split):
         split=split)
     for _ in training.epochs():
         row = train_one_epoch(model, train_loader, training, compute, args.state_weight)
-        detections, losses = evaluate(model, val_loader, compute, args.seed, args.state_weight)
+        detections, _, losses = evaluate(model, val_loader, args, compute)
         judged = detection_scores.Judged(
             val_truth, detections, args.score_threshold, bool(settings["states"]))
         scores = {f"val_{name}": value for name, value in judged.epoch_metrics().items()}
         training.end_epoch(row | losses | scores)
     train_loader = make_loader(study, split["train"], settings, args, compute)
-    complete_best(training, val_truth, {"train": train_loader, "val": val_loader})
+    complete_best(training, val_truth, train_loader, val_loader)
     return training
 
 
@@ -1040,7 +1009,7 @@ def report_results(run, args, study, split, part, models, baseline, seen, **know
     loader = make_loader(study, rows, models["model"].settings, args, run.compute)
     trained = {}
     for name, model in models.items():
-        found, _ = evaluate(model, loader, run.compute, args.seed, args.state_weight)
+        found, *_ = evaluate(model, loader, args, run.compute)
         trained[name] = limit_detections(found, args)
     own = trained.pop("model")
     words = seen.words(study.hashes[rows])
@@ -1147,18 +1116,18 @@ def write_annotations(run, args, study, split):
             common.write_json(run.path(f"{part}_coco.json"), coco)
 
 
-def complete_best(training, truth, loaders):
+def complete_best(training, truth, train_loader, val_loader):
     """Give the model its best epoch; best_model.pth gets what its training pictures are like.
 
-    Also the temperature of the states of the boxes found in the val pictures. truth: of these; loaders: {train, val}.
+    Also the temperature of the states of the boxes found in the val pictures. truth: of these.
     """
     model = training.model
     run = training.run
     best = training.load_best()
-    features = {part: see_pictures(model, loader, run.compute) for part, loader in loaders.items()}
-    best["known_data"] = row_warnings.known_data(features["train"], features["val"])
+    _, train_features, _ = evaluate(model, train_loader, training.args, run.compute)
+    detections, val_features, _ = evaluate(model, val_loader, training.args, run.compute)
+    best["known_data"] = row_warnings.known_data(train_features, val_features)
     if model.settings["states"]:
-        detections, _ = evaluate(model, loaders["val"], run.compute, run.args.seed, run.args.state_weight)
         matching = detection_scores.coco_match(truth, detections, "map")
         found = detection_scores.found_states(matching, detections)
         temperature = calibrating.fit_temperature(np.log(found.probabilities), found.true)

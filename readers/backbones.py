@@ -41,7 +41,7 @@ def build_backbone(name, pretrained=True, weights=None, image_size=224, family="
         _pass_one_picture(model, name, image_size)
     if weights or pretrained:
         _say_size(name, weights, image_size)
-        _load_backbone_state(model, load_weights(name, weights), last, weights or name)
+        load_backbone_state(model, load_weights(name, weights), last, weights or name)
     n_features = model.get_submodule(last).weight.shape[1]
     model.set_submodule(last, nn.Identity())
     return model, n_features
@@ -218,7 +218,7 @@ def shared_prefix(state, own):
     return max(prefixes, key=lambda prefix: sum(prefix + name in state for name in own), default="")
 
 
-def _load_backbone_state(model, state, last, source):
+def load_backbone_state(model, state, last, source):
     """Load all but the classifier `last`, strictly; a prefix that all layers share is taken off."""
     whole = model.state_dict()
     own = [name for name in whole if not name.startswith(f"{last}.")]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import common
@@ -20,6 +20,7 @@ from readers import backbones
 from readers.part_boxes import STATES, UNKNOWN
 
 FP32 = common.choose_compute("cpu", "off")
+VALIDATION = SimpleNamespace(seed=5, state_weight=0.5)  # the flags that evaluate looks at
 
 
 def small_settings(**changes):
@@ -94,25 +95,26 @@ def test_scales_do_not_depend_on_the_first_pictures(first):
     assert (found - judge(maps, boxes, [(60, 64), (64, 60)])).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("n_trainable", range(7))
-def test_frozen_stages_are_those_of_torchvision(n_trainable):
-    pairs = []
-    if n_trainable < 6:
-        theirs = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d,
-                                     trainable_layers=n_trainable)
-        pairs.append((torchvision.models.resnet18(), theirs))
-    theirs = mobilenet_backbone(backbone_name="mobilenet_v3_large", weights=None, fpn=True, norm_layer=nn.BatchNorm2d,
-                                trainable_layers=n_trainable)
-    pairs.append((torchvision.models.mobilenet_v3_large().features, theirs))
-    for _, backbone in pairs:
-        expected = {name for name, p in backbone.body.named_parameters() if p.requires_grad}
-        train_detector.freeze_layers(backbone.body, n_trainable, frozen_norm=False)
-        assert {name for name, p in backbone.body.named_parameters() if p.requires_grad} == expected
+@pytest.mark.parametrize("n_trained", range(6))
+def test_frozen_stages_are_those_of_torchvision(n_trained):
+    theirs = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d,
+                                 trainable_layers=n_trained).body
+    own = small_detector().backbone.body
+    train_detector.freeze_layers(own, n_trained)
+    trained = [{name for name, p in body.named_parameters() if p.requires_grad and p.ndim == 4} for body in (own, theirs)]
+    assert trained[0] == trained[1]
+
+
+def test_a_mobilenet_is_frozen_by_resolutions():
+    model = small_detector(model="fasterrcnn_mobilenet_v3_large_320_fpn", anchor_sizes=[32, 64, 128, 256, 512])
+    train_detector.freeze_layers(model.backbone.body, 2)
+    trained = {name.split(".")[0] for name, p in model.backbone.body.named_parameters() if p.requires_grad}
+    assert trained == {str(block) for block in range(7, 17)}
 
 
 def test_frozen_norm_is_not_trained_and_keeps_its_statistics():
     model = small_detector(frozen_norm=True)
-    train_detector.freeze_layers(model.backbone.body, 5, frozen_norm=True)
+    train_detector.freeze_layers(model.backbone.body, 5)
     norms = [module for module in model.train().modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms and not any(norm.training or norm.weight.requires_grad for norm in norms)
     spread = nn.SyncBatchNorm.convert_sync_batchnorm(model).train()  # as with several GPUs
@@ -316,7 +318,7 @@ def test_validation_changes_nothing_and_repeats():
     model = small_detector().train()
     loader = [train_detector.collate([sample(), sample((2, 2, 3, 3))]), train_detector.collate([sample()])]
     before = copy.deepcopy(model.state_dict())
-    results = [train_detector.evaluate(model, loader, FP32, 5, 0.5)[1] for _ in range(2)]
+    results = [train_detector.evaluate(model, loader, VALIDATION, FP32)[2] for _ in range(2)]
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert results[0] == results[1] and not any(p.grad is not None for p in model.parameters())
@@ -331,7 +333,7 @@ def test_validation_changes_nothing_and_repeats():
 def test_the_validation_loss_is_the_training_loss_without_dropout():
     model = small_detector().eval()
     batch = train_detector.collate([sample()])
-    loss = train_detector.evaluate(model, [batch], FP32, 5, 0.5)[1]["val_loss"]
+    loss = train_detector.evaluate(model, [batch], VALIDATION, FP32)[2]["val_loss"]
     torch.manual_seed(common.hash_seed(5, 1, 0))
     assert loss == pytest.approx(train_detector.total_loss(model(*device_batch(sample())), 0.5).item(), rel=1e-5)
 
@@ -343,7 +345,7 @@ BF16 = common.Compute(torch.device("cpu"), "bf16", True, "")
 def test_bf16_gives_the_same_losses_within_its_precision():
     model = small_detector().eval()
     batch = train_detector.collate([sample()])
-    exact, rounded = (train_detector.evaluate(model, [batch], compute, 5, 0.5)[1] for compute in (FP32, BF16))
+    exact, rounded = (train_detector.evaluate(model, [batch], VALIDATION, compute)[2] for compute in (FP32, BF16))
     for name, value in exact.items():
         assert rounded[name] == pytest.approx(value, rel=0.05, abs=0.02), name
 
@@ -403,6 +405,12 @@ def test_names_of_older_torchvision_files_are_understood():
              for name, value in model.state_dict().items()}
     assert set(state) != set(model.state_dict())
     train_detector.load_pretrained(model, state, "old.pth")
+
+
+def test_layers_of_a_larger_classifier_that_are_left_are_said(capsys):
+    """The names and shapes of a ResNet-18 are a part of those of a ResNet-34."""
+    train_detector.load_pretrained(small_detector(), torchvision.models.resnet34().state_dict(), "r34.pth")
+    assert "others of the file were not" in capsys.readouterr().out
 
 
 def test_wrong_weights_are_refused(tmp_path):
