@@ -68,7 +68,7 @@ def audit_table(table, split, pixels=None, phash=None, durations=None, predictio
                 judges_priors=True):
     """The leakage report of events, split {part: rows}, with all that their times and files tell.
 
-    Besides splitting.leakage_report: parts, shared_event_rows, windows_past_the_end and
+    Besides splitting.leakage_report: parts, seen_events, windows_past_the_end and
     probability_clusters (where they can be judged), priors, and notes that say it in text.
     pixels, phash: as there (default: content of file and window); durations: {source: seconds};
     predictions: predictions.csv; positive: class whose priors are judged (default: the rarest);
@@ -93,7 +93,6 @@ def audit_table(table, split, pixels=None, phash=None, durations=None, predictio
     report = {
         "parts": {part: describe_part(table.take(held)) for part, held in split.items()},
         **leakage,
-        "shared_event_rows": {},
         "seen_events": seen_events(table)}
     for pair in report["between"]:
         _add_shared_events(report, table, pair)
@@ -163,14 +162,12 @@ def _renamed_copies(table, file_keys):
 
 
 def _add_shared_events(report, table, pair):
-    """Rows of the second part whose event is in the first; shared events that no video shows twice."""
+    """events_other_camera of two parts: their shared events that no video shows twice."""
     first, second = (table.take(table.parts == part) for part in pair.split("-"))
     shared = set(first.events) & set(second.events)
     shown_twice = set(zip(first.events, first.videos)) & set(zip(second.events, second.videos))
     in_one_video = {event for event, _ in shown_twice}
     report["between"][pair]["events_other_camera"] = splitting.found_items(shared - in_one_video)
-    n_shared = np.isin(second.events, list(shared)).sum()
-    report["shared_event_rows"][pair] = {"count": n_shared, "of": len(second)}
 
 
 def describe_part(table):
@@ -254,12 +251,6 @@ def audit_notes(report):
     lines = [_part_note(part, held) for part, held in report["parts"].items()]
     for part, seen in report["seen_events"].items():
         lines.append(f"{seen['count']} of {seen['of']} {part} events are in {seen['in']}")
-    for pair, shared in report["shared_event_rows"].items():
-        a, b = pair.split("-")
-        if shared["count"]:
-            lines.append(
-                f"SHARED EVENTS: {shared['count']} of {shared['of']} rows of {b} show an "
-                f"event that is also in {a}")
     if "windows_past_the_end" in report:
         windows = report["windows_past_the_end"]
         past = windows["past"]

@@ -439,7 +439,7 @@ def test_audit_finds_exactly_what_was_planted(made, tmp_path):
     assert report["parts"]["train"]["repeated_rows"] == PLANTED["train"]["repeated_rows"]
     assert report["windows_past_the_end"]["past"]["count"] == PLANTED["test"]["windows_past_the_end"]
     assert report["windows_past_the_end"]["cut"]["count"] == 0 and report["unreadable"] == {}
-    assert "SHARED EVENTS: 3 of 14 rows of test" in text
+    assert "3 of 14 test events are in train or val" in text
 
 
 def test_audit_of_clean_parts_reports_zeros(made, behaviours, tmp_path):
@@ -447,7 +447,7 @@ def test_audit_of_clean_parts_reports_zeros(made, behaviours, tmp_path):
           behaviours / "predictions_test.csv")
     report = read_json(tmp_path / "a.json")
     counts = [found["count"] for pair in report["between"].values() for found in pair.values()]
-    counts += [shared["count"] for shared in report["shared_event_rows"].values()]
+    counts += [seen["count"] for seen in report["seen_events"].values()]
     assert counts == [0] * len(counts) and report["windows_past_the_end"]["past"]["count"] == 0
     assert report["probability_clusters"]["rows"] == 10
     assert all("auc" in row and "low" in row for row in report["priors"])
@@ -491,7 +491,7 @@ def test_leaking_parts_are_refused_unless_allowed(made, tmp_path):
     assert read_json(run / "leakage_report.json")["between"]["val-test"]["events"]["count"] == 3
     assert "3 rows skipped" in text and len(read_csv(run / "skipped.csv")) == 3
     assert all("past the end" in row["reason"] for row in read_csv(run / "skipped.csv"))
-    assert "SHARED EVENTS: 3 of" in (run / "report.html").read_text(encoding="utf-8")
+    assert "test events are in train or val" in (run / "report.html").read_text(encoding="utf-8")
 
 
 # --- one manifest, class folders, windows ---------------------------------------------------
