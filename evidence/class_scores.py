@@ -95,9 +95,6 @@ def class_statistic(probability, label, threshold=None, positive=None):
     """
     probability = np.asarray(probability, np.float64)
     label = np.asarray(label, np.int64)
-    if probability.ndim != 2 or label.shape != probability.shape[:1] or label.max(initial=0) >= probability.shape[1]:
-        raise ValueError(f"expected (N, C) probabilities and (N,) labels below C, got shapes {probability.shape} and "
-                         f"{label.shape} with labels up to {label.max(initial=0)}")
     probability = probability[label >= 0]
     label = label[label >= 0]
     count = probability.shape[1]
