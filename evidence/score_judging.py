@@ -76,12 +76,9 @@ def score_rows(result, table, ceiling):
 
 def bias_and_slope(predicted, target):
     """(R,) mean errors, (R,) slopes of target on prediction (1 = no correction needed) of (M, R) each."""
-    def centred(values):
-        return values - common.mean_without_nan(values, 0)
-    spread = centred(np.where(np.isnan(target), np.nan, predicted))
-    joint = common.mean_without_nan(spread * centred(target), 0)
-    variance = common.mean_without_nan(spread ** 2, 0)
-    slope = joint / np.where(variance > 1e-12, variance, np.nan)
+    sums = common.regression_moments(predicted, target).sum(1)  # (8, R), about the means
+    n, _, _, spread, _, joint = sums[:6]
+    slope = joint / np.where(spread > 1e-12 * n, spread, np.nan)
     return common.mean_without_nan(predicted - target, 0), slope
 
 
