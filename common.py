@@ -378,6 +378,9 @@ def check_split_flags(parser, args):
     if args.folds and args.test_ratio:
         parser.error(f"--folds {args.folds} scores every row once: "
                      f"--test_ratio {args.test_ratio:g} has none")
+    ratios = args.given & {"train_ratio", "val_ratio", "test_ratio"}
+    if args.split_file and ratios:
+        parser.error(f"--split_file {args.split_file} makes the split; leave out {' and '.join(sorted(ratios))}")
     shares = split_ratios(args)
     needed = ("train",) if args.folds else ("train", "val")
     empty = [part for part in needed if shares[part] < 1e-9]

