@@ -1175,8 +1175,7 @@ def run_folds(run, args, study):
     run.write_args(**study.data_record(parts))
     chosen = run.each_fold(
         folds, lambda child, split: run_split(child, args, study, split, features))
-    positive = study.table.names[study.positive or 0]  # of classes alone
-    tables = prediction_tables.read_folds(run, chosen, "val", positive)
+    tables = prediction_tables.read_folds(run, chosen, "val")
     if args.task == "regress":
         common.write_table(run.path("fold_scores.csv"), fold_score_rows(study, chosen, tables))
     done = judging.finished_folds(run, chosen, [table.fold_numbers() for table in tables])
@@ -1187,7 +1186,7 @@ def run_folds(run, args, study):
     trained_on = [(folds[k]["train"], folds[k]["val"]) for k in chosen]
     judge(run, args, study, parts, pooled, "folds", alarms, trained_on, folds=done, similar=similar)
     if len(test):
-        members = prediction_tables.read_folds(run, chosen, "test", positive)
+        members = prediction_tables.read_folds(run, chosen, "test")
         with run.child("test_ensemble") as child:
             judge_ensemble(child, args, study, test, prediction_tables.mean(members))
 

@@ -3,8 +3,8 @@
 A CSV with a row for each picture, clip or transition. Its first column says which, `group` which rows are not
 independent, `fold` which of several models predicted the row, `seen` what that model has done with it
 (common.SEEN_WORDS). Scores stand in NAME_true, NAME_predicted and NAME_BASELINE of each score; classes in true_label,
-prob_CLASS and BASELINE_prob_CLASS, with threshold and BASELINE_threshold where the positive class is given from a
-threshold on.
+prob_CLASS and BASELINE_prob_CLASS, with threshold and BASELINE_threshold where the class in positive_class is given
+from a threshold on.
 
 Letters: M rows, R scores, C classes.
 """
@@ -181,6 +181,7 @@ class ClassTable(Rows):
         if self.threshold is not None:
             columns["threshold"] = self.threshold
         columns |= {f"{name}_threshold": values for name, values in self.baseline_thresholds.items()}
+        columns["positive_class"] = self.names[self.positive]
         common.write_table(path, columns)
 
 
@@ -324,10 +325,9 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
         f"prob_CLASS or score (classes); found {common.shorten_list(table, 40)}")
 
 
-def read_folds(run, chosen, part, positive_class=None):
+def read_folds(run, chosen, part):
     """The tables of one part of these folds of a run."""
-    return [read_predictions(run.path(f"fold_{k}") / f"predictions_{part}.csv", positive_class=positive_class)
-            for k in chosen]
+    return [read_predictions(run.path(f"fold_{k}") / f"predictions_{part}.csv") for k in chosen]
 
 
 def refuse_useless(table, path):
@@ -401,12 +401,16 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
         kinds = [known_name(baseline, kinds, path)]
     blocks = {kind: _probabilities(table, [f"{kind}_prob_{name}" for name in names], path) for kind in kinds}
     thresholds = {kind: _threshold(table, f"{kind}_threshold", path) for kind in kinds}
-    return _class_table(
+    stated = table["positive_class"].iloc[0] if "positive_class" in table else None
+    found = _class_table(
         names, table[label_column], _probabilities(table, [f"prob_{name}" for name in names], path),
-        {kind: block for kind, block in blocks.items() if block is not None}, positive_class, shared,
+        {kind: block for kind, block in blocks.items() if block is not None}, positive_class or stated, shared,
         threshold=_threshold(table, "threshold", path),
         baseline_thresholds={kind: values for kind, values in thresholds.items() if values is not None},
         logits=_block(table, [f"logit_{name}" for name in names], path))
+    if stated not in (None, names[found.positive]):  # the thresholds are of another class
+        return dataclasses.replace(found, threshold=None, baseline_thresholds={})
+    return found
 
 
 def _threshold(table, column, path):

@@ -236,6 +236,20 @@ def test_the_score_of_two_classes_is_of_a_class_that_is_named_or_plain(tmp_path)
         [row["label"] == "damaged" for row in damaged], [row["score"] for row in damaged]) > 0.9
 
 
+def test_a_threshold_is_of_the_class_that_its_table_names(tmp_path):
+    """The positive class of training need not be the rarest of these rows; of another class no threshold is known."""
+    p = np.linspace(0.05, 0.95, 10)
+    written = prediction_tables.ClassTable(
+        keys={"clip_id": np.arange(10).astype(str)}, names=["a", "b"], positive=1, label=np.repeat([0, 1], [3, 7]),
+        probability=np.stack([1 - p, p], 1), threshold=np.full(10, 0.3),
+        baselines={"old": np.full((10, 2), 0.5)}, baseline_thresholds={"old": np.full(10, 0.3)})
+    written.write(tmp_path / "t.csv")
+    again = prediction_tables.read_predictions(tmp_path / "t.csv")
+    assert again.positive == 1 and (again.chosen == written.chosen).all() and again.chosen[:3].tolist() == [0, 0, 0]
+    other = prediction_tables.read_predictions(tmp_path / "t.csv", positive_class="A")
+    assert other.positive == 0 and other.threshold is None and other.baseline_thresholds == {}
+
+
 def test_scores_without_a_bound_are_logits_whatever_is_blank(tmp_path):
     rows = [{"id": k, "label": k % 2, "score": 8 * (k % 2) - 4 + 0.1 * k} for k in range(20)]
     full = table_of(tmp_path, rows)
