@@ -1,13 +1,11 @@
 """Frames of videos at known times, with an audit of what each file really holds, and the cache of clips.
 
 PyAV decodes. A file is decoded from its first frame on, one thread a file, and only the frames that are wanted are
-converted to RGB and scaled: seeking each frame is ten times slower. One seek, to a window late in a long file, counts
-only where every stamp after it stands in the list of stamps that a whole pass has made.
+converted to RGB and scaled: seeking each frame is ten times slower.
 
 Letters: N clips, G frames of the time grid, H, W height and width. Units: seconds from the start of a file, as a player
 shows them: its first picture may come later, after the sound.
 """
-import bisect
 import collections
 import contextlib
 import dataclasses
@@ -22,8 +20,7 @@ import numpy as np
 import common
 from readers import file_names, picture_files, pixel_cache
 
-STAMP_SLACK_SEC, SAME_STAMP_SEC = 1e-3, 1e-4  # Matroska rounds its stamps to milliseconds
-SEEK_FROM_SEC, SEEK_MARGIN_SEC = 30.0, 4.0  # the margin exceeds what a decoder reorders after a key frame
+STAMP_SLACK_SEC = 1e-3  # Matroska rounds its stamps to milliseconds
 MOST_GUESSED_FRAMES = 2**20  # what a header may claim before its frames are counted
 # formats that open other files or devices, and text that FFmpeg draws as a picture
 NO_VIDEO_FORMATS = set("hls dash concat imf sdp rtsp rtp sap webm_dash_manifest image2 image2pipe vapoursynth avisynth "
@@ -41,7 +38,7 @@ class VideoInfo:
     times: (n_frames,) float64 of the frames that can be decoded, increasing. damaged: (D,) of those that cannot, NaN
     where unknown. fps: frames a second by these times. duration_sec: until the last frame has been shown. header_fps,
     header_frames, header_sec (which sound and variable rates make differ from frames / fps): what the file claims, 0
-    for nothing. is_exact: the file has stamps that increase by themselves, none had to be corrected.
+    for nothing.
     """
     path: str
     error: str | None = None
@@ -55,7 +52,6 @@ class VideoInfo:
     header_frames: int = 0
     header_fps: float = 0.0
     header_sec: float = 0.0
-    is_exact: bool = False
 
     @property
     def damage(self):
@@ -97,10 +93,10 @@ def _constant_rate(path, fps, n_frames, size, header_frames, first_sec=0.0):
 
 
 class _Video:
-    """One open file: what its header says, then frames() from the start or a seek. BadVideo: no pictures in it.
+    """One open file: what its header says, then frames(). BadVideo: no pictures in it.
 
-    is_exact: the file says when each frame is shown. start_sec: the stamp at which the file starts; where it has no
-    such stamps, None until the first frame, shown at first_sec, is decoded.
+    start_sec: the stamp at which the file starts; where it does not say when each frame is shown, None until the first
+    frame, shown at first_sec, is decoded.
     """
 
     def __init__(self, path):
@@ -124,13 +120,12 @@ class _Video:
         self.damaged = []
         self.turns = None  # quarter turns that make a frame upright; the first one says it
         is_reordered_avi = self.container.format.name == "avi" and self.stream.codec_context.has_b_frames
-        self.is_exact = self.container.start_time is not None and not is_reordered_avi
         self.start_sec = None
         self.first_sec = 0.0
         if self.container.start_time is not None and self.stream.start_time is not None:
             begin_sec = self.container.start_time / av.time_base
             self.first_sec = float(self.stream.start_time * self.stream.time_base) - begin_sec
-            if self.is_exact:
+            if not is_reordered_avi:
                 self.start_sec = begin_sec
 
     def guess(self):
@@ -149,15 +144,12 @@ class _Video:
         info.header_sec = max((self.container.duration or 0) / self.av.time_base, claimed_sec)
         return info
 
-    def frames(self, from_sec=None):
+    def frames(self):
         """Yield (time in seconds or NaN, function short_side -> pixels (H, W, 3) RGB, upright), to the end of the file.
 
         A packet that cannot be decoded, or of which the decoder made up a part, yields (its time, None), and so do those
         after it that build on its picture, up to the next key frame: of these a decoder does not say so.
         """
-        if from_sec is not None:
-            stamp = round((from_sec + self.start_sec) / self.stream.time_base)
-            self.container.seek(stamp, stream=self.stream)
         lost = set()
         is_broken = False
         is_made_up = False
@@ -189,8 +181,7 @@ class _Video:
     def rising_frames(self, step_sec):
         """The good ones of frames(), each later than the one before it; the times of the others go to `damaged`.
 
-        A stamp that does not exceed the one before (AVI with B-frames has such, NaN too) becomes that one and step_sec,
-        and the file is_exact no more.
+        A stamp that does not exceed the one before (AVI with B-frames has such, NaN too) becomes that one and step_sec.
         """
         last_sec = -math.inf
         for time, pixels in self.frames():
@@ -199,7 +190,6 @@ class _Video:
                 continue
             if not time > last_sec:
                 time = max(last_sec + step_sec, 0.0)
-                self.is_exact = False
             last_sec = time
             yield time, pixels
 
@@ -229,7 +219,6 @@ class _Stills:
 
     As _Video: guess() is all that there is to know, rising_frames() reads a picture when its pixels are asked for.
     """
-    is_exact = False
 
     def __init__(self, path, fps, pixel_range):
         self.damaged = []
@@ -278,9 +267,6 @@ def _open_source(path, fps, pixel_range=None):
     if _has_no_clock(path):
         yield _Stills(path, fps, pixel_range)
         return
-    name = Path(path).name
-    if name.startswith("._"):
-        raise BadVideo(f"{name} is a macOS resource file, no video")
     picture_files.check_file(path)
     video = _Video(path)
     try:
@@ -335,36 +321,15 @@ def read_source(path, wanted, receive, short_side, fps, pixel_range=None, until_
     width, height = source.size
     return dataclasses.replace(
         guess, duration_sec=times[-1] + shown_sec, n_frames=len(times), fps=fps, width=width, height=height,
-        times=np.array(times), damaged=np.array(source.damaged), is_exact=source.is_exact)
+        times=np.array(times), damaged=np.array(source.damaged))
 
 
 def read_again(path, wanted, short_side, info, pixel_range=None):
     """{index: pixels} of a source whose frames are known: `info` is what read_source or probe returned."""
     frames = {}
-    if info.is_exact and info.times[min(wanted)] > SEEK_FROM_SEC:
-        frames = _seek(path, wanted, short_side, info)
-    if not frames:
-        last_sec = info.times[max(wanted)]
-        read_source(path, wanted, frames.__setitem__, short_side, info.fps, pixel_range, last_sec)
+    last_sec = info.times[max(wanted)]
+    read_source(path, wanted, frames.__setitem__, short_side, info.fps, pixel_range, last_sec)
     return frames
-
-
-def _seek(path, wanted, short_side, info):
-    """{index: pixels} by one seek, or {} where any stamp after it is not the one that the whole pass saw."""
-    frames = {}
-    index = None
-    with contextlib.suppress(BadVideo), _open_source(path, info.fps) as video:
-        for time, pixels in video.frames(info.times[min(wanted)] - SEEK_MARGIN_SEC):
-            if pixels is None:
-                continue
-            index = bisect.bisect_left(info.times, time - SAME_STAMP_SEC) if index is None else index + 1
-            if index >= info.n_frames or not abs(info.times[index] - time) <= SAME_STAMP_SEC:
-                return {}
-            if index in wanted:
-                frames[index] = pixels(short_side)
-            if index >= max(wanted):
-                break
-    return frames if len(frames) == len(wanted) else {}
 
 
 def on_screen(info, times_sec):
@@ -485,7 +450,7 @@ def _even_indices(info, start, end, n_frames):
 class ClipAudit:
     """What decoding one row found; `error` is None for a good file, else the reason and all else is empty.
 
-    n_frames to first_sec: of the whole file, whose first picture is shown at first_sec. fault: why the row cannot be
+    n_frames to damage: of the whole file. fault: why the row cannot be
     used though its file can. n_grid: grid frames; first: grid index where the window starts, before it lie frames for
     jitter; usable: grid frames of the window; repeats: grid frames that show the frame before them again, where the
     source is slower than the grid. file_sha, pixel_sha: SHA-256 of the file (of all frames' files in a
@@ -496,7 +461,6 @@ class ClipAudit:
     n_frames: int = 0
     n_damaged: int = 0
     damage: str = ""
-    first_sec: float = 0.0
     fault: str = ""
     n_grid: int = 0
     first: int = 0
@@ -582,8 +546,7 @@ class ClipStore(pixel_cache.PixelStore):
         self.jitter_sec = jitter_sec
         self.short_side = short_side
         self.pixel_range = pixel_range or choose_pixel_range(self.sources)
-        self._headers = {}  # VideoInfo of the files that can be opened
-        self._infos = {}  # of those that were decoded
+        self._infos = {}  # VideoInfo of the files that were decoded
         self.load_all(list(common.rows_by_key(self.sources).values()), cache)
 
     def part(self, row, start, stop):
@@ -618,7 +581,7 @@ class ClipStore(pixel_cache.PixelStore):
     def estimate(self, rows):
         path = self.sources[rows[0]]
         with contextlib.suppress(common.UserError, OSError):
-            info = self._headers[path] = _header(path, self.fps)
+            info = _header(path, self.fps)
             n_frames = sum(len(self._plan(row, info).indices) for row in rows)
             return 3 * n_frames * math.prod(picture_files.scaled_size(info.width, info.height, self.short_side))
         return 0
@@ -634,7 +597,7 @@ class ClipStore(pixel_cache.PixelStore):
 
     def _read(self, path, rows):
         """(VideoInfo, GridFrames of each row), in one pass where the header tells the truth, else in two."""
-        header = self._headers.pop(path, None) or _header(path, self.fps)
+        header = _header(path, self.fps)
         info, grids = self._fill(path, [self._plan(row, header) for row in rows])
         planned = [grid.plan.indices for grid in grids]
         plans = [self._plan(row, info) for row in rows]
@@ -669,7 +632,7 @@ class ClipStore(pixel_cache.PixelStore):
         is_repeat = np.diff(plan.indices, prepend=-1) == 0
         audit = ClipAudit(
             path=path, n_frames=info.n_frames, n_damaged=len(info.damaged), damage=info.damage,
-            first_sec=float(info.times[0]), fault=plan.fault, n_grid=grid.n_grid, first=plan.first,
+            fault=plan.fault, n_grid=grid.n_grid, first=plan.first,
             usable=plan.usable, repeats=np.flatnonzero(is_repeat).tolist(), file_sha=file_sha,
             pixel_sha=grid.digest.hexdigest(), phash=tuple(picture_files.perceptual_hash(grid.middle).tolist()))
         return audit, grid.kept
@@ -696,18 +659,12 @@ def check_clips(audit, max_missing=0.05, on_bad_file="skip"):
 
 
 def time_notes(audit, fps):
-    """Sentences on the time of these rows' videos: pictures that start late, frames shown twice at `fps`."""
-    notes = []
-    late = {found.path: found.first_sec for found in audit if found.first_sec > 0.5}
-    if late:
-        notes.append(
-            f"the picture starts {max(late.values()):.2f} s or less after the start of the file in {len(late)} videos "
-            f"({common.shorten_list(late, 3)}); seconds count from the start of the file, as a player shows them")
+    """Sentences on the videos of these rows that show frames twice at `fps`."""
     slow = {found.path for found in audit if found.repeats and found.n_frames > 1}
-    if slow:
-        notes.append(f"{len(slow)} videos have fewer than {fps:g} frames a second (--fps), and show some twice "
-                     f"({common.shorten_list(sorted(slow), 3)})")
-    return notes
+    if not slow:
+        return []
+    return [f"{len(slow)} videos have fewer than {fps:g} frames a second (--fps), and show some twice "
+            f"({common.shorten_list(sorted(slow), 3)})"]
 
 
 def name_losses(what, reasons, allowed, is_too_much):
@@ -779,7 +736,9 @@ class Recording:
             found.append(f"{self.path}: read up to {self.read_sec:.1f} of {self.expected_sec:.1f} s by its header "
                          f"{self.fault}")
         if self.damaged:
-            found.append(f"{self.path}: {len(self.damaged)} frames are damaged, the first at {self.damaged[0]:.2f} s; "
+            first_sec = np.fmin.reduce(self.damaged)
+            place = "" if np.isnan(first_sec) else f", the first at {first_sec:.2f} s"
+            found.append(f"{self.path}: {len(self.damaged)} frames are damaged{place}; "
                          "windows there show the frames before them")
         rate = self.n_read / (self.read_sec - self.begin_sec)
         if rate < 0.98 * self.fps:

@@ -141,7 +141,6 @@ def test_the_films_are_as_hard_as_they_say(films):
     for name, (_, _, b_frames, _) in FILMS.items():
         kinds = kinds_of_frames(films[name])
         assert (B_FRAME in kinds) == (b_frames != 0), f"{name}: {kinds}"
-    assert not video_files.probe(films["mpeg4_without_stamps.avi"]).is_exact
     assert video_files.probe(films["uneven.mkv"]).header_frames != N and len(set(np.diff(UNEVEN_MS))) == 6
 
 
@@ -155,29 +154,6 @@ def test_the_frame_on_screen_between_stamps(films, name):
     wanted, order = np.tile(np.arange(N - 1), 2), np.random.default_rng(1).permutation(2 * (N - 1))
     clip = frames_at(films[name], np.r_[early, np.maximum(early, late)][order], 48)
     assert numbers_of(clip) == wanted[order].tolist()
-
-
-@pytest.mark.parametrize("name", FILMS)
-def test_one_seek_late_in_a_file_is_exact_or_not_used(films, name, monkeypatch):
-    monkeypatch.setattr(video_files, "SEEK_FROM_SEC", 1.5)
-    monkeypatch.setattr(video_files, "SEEK_MARGIN_SEC", 0.5)
-    used, seek = [], video_files._seek
-    monkeypatch.setattr(video_files, "_seek", lambda *a: used.append(seek(*a)) or used[-1])
-    info = video_files.probe(films[name])
-    for first in range(5, N - 4, 3):
-        wanted = range(first, first + 4)
-        frames = video_files.read_again(films[name], set(wanted), 48, info)
-        assert [number_of(frames[index]) for index in wanted] == list(wanted)
-    if name in ("bframes.mp4", "bframes.mkv", "open_gop.mp4", "hevc.mp4", "mpeg4.mp4", "mjpeg.avi"):
-        assert len(used) > 20 and all(used), "a seek that could have been used was not"
-    assert name != "mpeg4_without_stamps.avi" or not used
-
-
-def test_a_seek_is_refused_when_a_stamp_is_not_in_the_list(films):
-    info = video_files.probe(films["bframes.mp4"])
-    for times in (info.times + 0.01, np.delete(info.times, 70)):
-        info.times = times
-        assert video_files._seek(films["bframes.mp4"], {75, 76}, 48, info) == {}
 
 
 @pytest.mark.parametrize("name", FILMS)
@@ -226,7 +202,7 @@ def test_seconds_count_from_the_start_of_the_file_not_from_its_first_picture(tmp
     store = open_store([path] * 2, [(2.4, 3.4), (0.2, 1.4)], fps=25, n_frames=8)
     first = round((2.4 - delay_sec) * 25)
     assert numbers_of(store[0]) == list(range(first, first + 25))
-    assert store.audit[0].fault == "" and store.audit[0].first_sec == pytest.approx(delay_sec)
+    assert store.audit[0].fault == ""
     assert ("before the first picture, at 2.00 s" in store.audit[1].fault) == (delay_sec > 0)
     assert numbers_of(open_store([path], [WHOLE], fps=25)[0]) == list(range(N)), "a whole file: all its pictures"
 
@@ -367,6 +343,9 @@ def test_pictures_that_a_decoder_made_up_are_damaged_ones(tmp_path, name):
     recording = video_files.Recording(path, FPS, 48)
     shown = {number_of(pixels(48)) for _, pixels in recording.frames()}
     assert shown == {*range(44), *range(50, N)}
+    list(recording.grid())
+    loss = " ".join(recording.losses())
+    assert "6 frames are damaged" in loss and "nan" not in loss
 
 
 def test_rows_in_frames_of_a_damaged_film_are_skipped(tmp_path):
@@ -443,9 +422,8 @@ def broken_files(folder):
     (folder / "zero.mp4").touch()
     (folder / "text.mp4").write_text("no video at all\n" * 40)
     (folder / "noise.avi").write_bytes(np.random.default_rng(0).bytes(5000))
-    (folder / "._clip.mp4").write_bytes(b"Mac OS X        resource")
     (folder / "empty").mkdir()
-    reasons = {"zero.mp4": "empty file", "text.mp4": "no video", "noise.avi": "no video", "._clip.mp4": "macOS",
+    reasons = {"zero.mp4": "empty file", "text.mp4": "no video", "noise.avi": "no video",
                "empty": "without pictures", "missing.mp4": "no such file"}
     return {folder / name: reason for name, reason in reasons.items()}
 
@@ -458,7 +436,7 @@ def test_broken_files_are_named_and_never_raise(tmp_path):
     store = open_store(list(files), [WHOLE] * len(files))
     for row, (path, reason) in enumerate(files.items()):
         assert store.audit[row].path == str(path) and reason in store.audit[row].error
-        with pytest.raises(pixel_cache.BadImage, match="no |macOS|empty|without"):
+        with pytest.raises(pixel_cache.BadImage, match="no |empty|without"):
             store[row]
 
 
