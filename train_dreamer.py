@@ -239,7 +239,7 @@ class Study:
     euler_order: str  # in the files
     residuals: list  # a dict per convention
     store: picture_files.ImageStore
-    frames: np.ndarray  # (N, 2) index of both frames in the store, -1 = none
+    frames: np.ndarray  # (N, 2) index of both frames in the store, -1 = none; t1 twice without t2
     skipped: list  # dicts of sequence, row and reason
     notes: list
     grids: np.ndarray | None = None  # (frames in the store, P) of the untuned encoder
@@ -257,8 +257,7 @@ class Study:
     @property
     def hashes(self):
         """(N, 4) content_hashes of the frames of the rows: a row is seen where one of its frames is."""
-        frames = np.where(self.frames < 0, self.frames[:, :1], self.frames)  # without t2: t1 twice
-        return self.store.hashes[frames].reshape(len(frames), -1)
+        return self.store.hashes[self.frames].reshape(len(self.frames), -1)
 
     @property
     def label_sd(self):
@@ -309,9 +308,9 @@ def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
     rows, matching = probe_poses.find_transitions(args.data_dir, args.max_transitions, args.exact_names)
     poses, facts = probe_poses.complete_rows(rows, args.angle_unit, args.compose, args.euler_order, usual)
     facts["notes"] += matching
-    needs_motion = needs_labels or args.token_type != "none"
-    reasons_listed = probe_poses.reasons_to_skip(rows, poses, needs_labels, needs_motion)
-    reasons_dropped = probe_poses.reasons_to_skip(rows, poses, needs_labels, needs_motion, needs_frames)
+    imagines = args.token_type != "none"
+    reasons_listed = probe_poses.reasons_to_skip(rows, poses, needs_labels, imagines)
+    reasons_dropped = probe_poses.reasons_to_skip(rows, poses, needs_labels, imagines, needs_frames)
     refuse_unusable(args, rows, reasons_dropped)
     usable = np.flatnonzero([reason is None for reason in reasons_dropped])
     paths, frames = probe_poses.different_frames([rows[i] for i in usable])
@@ -412,10 +411,9 @@ class ProbeTransitions(common.Samples):
         return {"frames": torch.from_numpy(frames), "name": self.study.names[row], **poses}
 
     def pixels(self, epoch, row):
-        """Both frames of a row, uint8 (2, S, S); the first twice where there is no second."""
+        """Both frames of a row, uint8 (2, S, S)."""
         size = self.args.image_size
-        second = 1 if self.study.frames[row, 1] >= 0 else 0
-        frames = np.stack([self.study.frame(row, which, size) for which in (0, second)])  # (2, S, S, 3)
+        frames = np.stack([self.study.frame(row, which, size) for which in (0, 1)])  # (2, S, S, 3)
         if self.augment != "none":
             drawn = draw_augmentation(self.augment,
                                       common.generator_for(self.args.seed, epoch, row))

@@ -199,19 +199,25 @@ def read_table(path):
 
 
 def read_pairs(path, flag, columns):
-    """[(key, value)] of JSON or YAML, {key: value} or {value: [keys]}, or of a CSV table with these two columns."""
+    """{key: value} of JSON or YAML, also as {value: [keys]}, or of a CSV table with these two columns.
+
+    All is text, '' where there is none. UserError for a key with two values.
+    """
+    pairs = []
     if Path(path).suffix.lower() in (".csv", ".tsv", ".txt"):
         table = read_table(path)
         if len(table.columns) != 2:
             table = table[pick_columns(columns, table.columns, f"{flag} {path} has no column")]
-        return table.to_numpy().tolist()
-    pairs = []
-    for key, value in common.read_config(path).items():
-        if isinstance(value, list):
-            pairs += [(each, key) for each in value]
-        else:
-            pairs.append((key, value))
-    return pairs
+        pairs = table.to_numpy().tolist()
+    else:
+        for key, value in common.read_config(path).items():
+            pairs += [(each, key) for each in value] if isinstance(value, list) else [(key, value)]
+    found = {}
+    for key, value in pairs:
+        value = "" if value is None else str(value)
+        if found.setdefault(str(key), value) != value:
+            raise common.UserError(f"{flag} {path}: {key} is both {found[str(key)]} and {value}. Delete one.")
+    return found
 
 
 def _fit_header(header, rows, delimiter, notes):

@@ -135,9 +135,8 @@ def event_keys(extra, fallback):
 
 def read_label_map(path):
     """JSON, YAML or CSV -> {spelling: class, or None = left out}; also {class: [spellings]}. A class spells itself."""
-    pairs = csv_tables.read_pairs(path, "--label_map", ("spelling", "class"))
-    classes = {str(spelling): None if name in (None, "") else str(name) for spelling, name in pairs}
-    return {name: name for name in classes.values() if name} | classes
+    classes = csv_tables.read_pairs(path, "--label_map", ("spelling", "class"))
+    return {name: name for name in classes.values() if name} | {key: name or None for key, name in classes.items()}
 
 
 def classes_of(spelled, label_map=None, names=None):

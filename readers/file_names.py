@@ -208,8 +208,8 @@ def match_images(names, images_dir, exact=False):
     unclear = [f"{common.shorten_list(sorted(meant))} -> {common.shorten_list(hit)}"
                for hit, meant in names_of.items() if len(meant) * len(hit) > 1]
     if unclear:
-        raise common.UserError(f"expected one file for one image name, found {common.shorten_list(unclear)}. "
-                               f"Write folder and suffix.")
+        raise common.UserError(f"expected one file for one image name in {images_dir}, found "
+                               f"{common.shorten_list(unclear)}. Write folder and suffix.")
     unused = [file for file in files if (file,) not in names_of]
     found = chosen_paths(fits, files)
     return [found.get(written[name]) for name in names], unused, notes_on(fits, unused)

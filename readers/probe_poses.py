@@ -242,7 +242,7 @@ def read_transitions(path, sequence, exact_names=False):
     for number, entry in enumerate(listed, start=1):
         try:
             rows.append(_read_row(entry, sequence, number))
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
             faults.append(f"row {number}: {common.one_line(error)}")
     if faults:
         raise common.UserError(
@@ -253,14 +253,15 @@ def read_transitions(path, sequence, exact_names=False):
 
 def _find_pictures(rows, folder, exact_names):
     """Sets path_t1 and path_t2 of Transitions whose pictures lie in a folder; returns notes."""
-    pictures = file_names.images_by_name(folder)
-    index = file_names.NameIndex(pictures, file_names.IMAGE_SUFFIXES)
-    fits = index.match([name for row in rows for name in (row.ft1, row.ft2) if name], exact_names)
-    found = {name: pictures[fit.files[0]] for name, fit in fits.items() if len(fit.files) == 1}
+    if not file_names.find_images(folder):
+        return []
+    names = [name for row in rows for name in (row.ft1, row.ft2) if name]
+    paths, _, notes = file_names.match_images(names, folder, exact_names)
+    found = dict(zip(names, paths))
     for row in rows:
         row.path_t1 = found.get(row.ft1)
         row.path_t2 = found.get(row.ft2)
-    return file_names.notes_on(fits, set(pictures.values()) - set(found.values()))
+    return notes
 
 
 def _read_row(entry, sequence, number):
@@ -272,8 +273,8 @@ def _read_row(entry, sequence, number):
     return Transition(
         sequence=sequence,
         number=number,
-        frame_t1=str(entry.get("frame_t1") or Path(ft1).stem),
-        frame_t2=str(entry.get("frame_t2") or Path(ft2).stem),
+        frame_t1=_frame_name(entry.get("frame_t1"), ft1),
+        frame_t2=_frame_name(entry.get("frame_t2"), ft2),
         ft1=ft1,
         ft2=ft2,
         **{name: _read_pose(entry, key) for name, key in FIELDS.items()})
@@ -289,6 +290,11 @@ def _read_name(entry, key):
     return file_names.clean_name(name)
 
 
+def _frame_name(written, picture):
+    """What the file calls a frame, which may be 0; else the name of its picture."""
+    return Path(picture).stem if written in (None, "") else str(written)
+
+
 def _read_pose(entry, key):
     value = entry.get(key)
     if value is None:
@@ -301,12 +307,13 @@ def _read_pose(entry, key):
 def different_frames(transitions):
     """-> (paths of the different pictures, (N, 2) index into them of the frames t1 and t2, -1 = none).
 
-    A picture that a sequence holds twice, as ft2 of one transition and ft1 of the next, stands there once.
+    A picture that a sequence holds twice, as ft2 of one transition and ft1 of the next, stands there once. Where there
+    is no frame t2 the index has t1 twice.
     """
     index = np.full((len(transitions), 2), -1)
     first = {}  # (sequence, content) -> (place, path)
     for i, row in enumerate(transitions):
-        for which, path in enumerate((row.path_t1, row.path_t2)):
+        for which, path in enumerate((row.path_t1, row.path_t2 or row.path_t1)):
             if path is not None:
                 key = row.sequence, common.data_fingerprint([path.read_bytes()])
                 index[i, which], _ = first.setdefault(key, (len(first), path))
@@ -378,7 +385,7 @@ def check_positions(poses):
     if far:
         raise common.UserError(
             f"{', '.join(far)} of at1 and at2 are beyond {LARGEST_LABEL:g}: poses in the frame of the tracker? Give "
-            "them relative to the target view, in mm and degrees.")
+            "them relative to the target view, in mm and degrees from -180 to 180.")
     largest = np.abs(at[:, :3])[np.isfinite(at[:, :3])].max(initial=0.0)
     if 0 < largest < 1:
         return [f"WARNING: no position is beyond {largest:.3g} mm: metres? Give them in mm"]
@@ -395,7 +402,7 @@ def mask_labels(poses, unit):
         if wild.any():
             notes.append(
                 f"{wild.sum()} values of {FIELDS[name]} in {wild.any(1).sum()} rows masked "
-                f"(NaN, or beyond {LARGEST_LABEL:g})")
+                f"(NaN, or beyond {LARGEST_LABEL:g}; angles go from -180 to 180)")
         if absent.any():
             notes.append(f"{absent.sum()} rows have no {FIELDS[name]}")
     return notes
@@ -421,7 +428,7 @@ def read_order(poses, asked, usual="zyx"):
     for name, values in from_order(poses, order).items():
         poses[name][:] = values
     factors = " ".join(f"R{axis}" for axis in order)
-    level = "WARNING: " if asked == "auto" else ""
+    level = "WARNING: " if asked == "auto" and order != usual else ""
     return order, [f"{level}angles are read as R = {factors} and turned into R = Rz Ry Rx ({why})"]
 
 
@@ -478,17 +485,17 @@ def complete_rows(transitions, asked_unit, asked_composition, asked_order="auto"
         "angle_unit": unit, "euler_order": order, "compose": convention, "residuals": residuals, "notes": notes}
 
 
-def reasons_to_skip(transitions, poses, needs_labels, needs_motion=True, needs_frames=True):
-    """Why each row cannot be used, None where it can."""
+def reasons_to_skip(transitions, poses, needs_labels, imagines, needs_frames=True):
+    """Why each row cannot be used, None where it can; imagines: by a world model, which learns from the frame at t2."""
     has_motion = ~np.isnan(poses["motion"]).any(1)
     has_label = ~np.isnan(np.hstack([poses["at1"], poses["at2"]])).all(1)
 
     def reason(i, row):
         if needs_frames and row.path_t1 is None:
             return f"no file {row.ft1!r}"
-        if needs_frames and needs_labels and row.path_t2 is None:
-            return f"no file {row.ft2!r}"
-        if needs_motion and not has_motion[i]:
+        if needs_frames and needs_labels and row.path_t2 is None and (row.ft2 or imagines):
+            return f"no file {row.ft2!r}" if row.ft2 else "no ft2_image_path"
+        if (needs_labels or imagines) and not has_motion[i]:
             return f"no usable {FIELDS['motion']}"
         return "no usable label" if needs_labels and not has_label[i] else None
     return [reason(i, row) for i, row in enumerate(transitions)]
@@ -511,8 +518,7 @@ def patients_of(sequences, patient_map=None, patient_regex=None):
             if match:
                 patients[folder] = match[min(1, match.re.groups)]
     elif patient_map:
-        pairs = csv_tables.read_pairs(patient_map, "--patient_map", ("folder", "patient"))
-        named = {str(folder): str(patient) for folder, patient in pairs}
+        named = csv_tables.read_pairs(patient_map, "--patient_map", ("folder", "patient"))
         patients = {folder: named.get(folder, named.get(folder.rsplit("/", 1)[-1])) for folder in folders}
     else:
         patients = {folder: folder for folder in folders}
@@ -529,5 +535,5 @@ def similar_names(sequences):
     stems = collections.defaultdict(list)
     for folder in sorted(set(sequences)):
         stems[re.sub(r"[_-]?\d+$", "", folder)].append(folder)
-    return [f"names alike: {common.shorten_list(alike, 6)}; one patient? " r"--patient_regex '(.*)_\d+$'"
+    return [f"names alike: {common.shorten_list(alike, 6)}; one patient? " r"--patient_regex '(.*?)[_-]?\d+$'"
             for alike in stems.values() if len(alike) > 1]

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 import common
-from evidence import baseline_models, pose_scores, prediction_tables, splitting
+from evidence import baseline_models, pose_audit, pose_scores, prediction_tables, splitting
 import train_dreamer
 from conftest import only_run, run_script
 from readers.probe_poses import FIELDS
@@ -248,6 +248,7 @@ def test_data_that_do_not_tell_their_unit_are_read_as_the_training_data(usual):
         rows, "auto", "se3_left", usual={"angle_unit": usual, "euler_order": "xyz"})
     assert (facts["angle_unit"], facts["euler_order"]) == (usual, "xyz")
     assert "WARNING" in facts["notes"][0] and "as in the training data, --angle_unit" in facts["notes"][0]
+    assert any(note.startswith("angles are read as R = Rx Ry Rz") for note in facts["notes"])
     motion = np.stack([row.motion for row in rows])
     motion[:, 3:] *= 1.0 if usual == "deg" else 180 / np.pi
     np.testing.assert_allclose(found["motion"], probe_poses.from_order({"motion": motion}, "xyz")["motion"])
@@ -284,6 +285,8 @@ MISTAKES = {
     "a path that leaves": (lambda rows: rows[3].update(ft2_image_path="../../etc/passwd.png"), ["row 4", "no file"]),
     "an absolute path": (lambda rows: rows[3].update(ft1_image_path="C:\\frames\\1.png"), ["row 4", "no file"]),
     "a missing picture": (lambda rows: rows[5].update(ft2_image_path="ft2/gone.png"), ["gone.png", "--on_bad_file"]),
+    "a number beyond all bounds": (lambda rows: rows[1]["at1_6dof"].__setitem__(0, 10**400), ["row 2", "too large"]),
+    "a name of two pictures": (lambda rows: rows[2].update(ft1_image_path="ft1/two"), ["ft1/two -> ", "two.jpg"]),
     "a row twice": (lambda rows: rows.append(dict(rows[0])), ["listed twice"]),
     "an empty list": (lambda rows: rows.clear(), ["empty"]),
 }
@@ -293,6 +296,8 @@ MISTAKES = {
 def test_what_cannot_be_read_is_named(tmp_path, mistake):
     edit, words = MISTAKES[mistake]
     write_sequence(tmp_path / "data" / "a_01", edit=edit)
+    for suffix in ("png", "jpg"):
+        Image.new("L", (32, 32)).save(tmp_path / "data" / "a_01" / "ft1" / f"two.{suffix}")
     with pytest.raises(common.UserError) as error:
         load(tmp_path / "data")
     assert all(word in str(error.value) for word in words) and "a_01" in str(error.value), error.value
@@ -313,7 +318,8 @@ def test_prediction_needs_neither_labels_nor_the_second_frame(tmp_path):
             del row["at1_6dof"], row["at2_6dof"], row["ft2_image_path"]
     _, motion, _ = write_sequence(tmp_path / "data" / "a_01", edit=edit)
     study, _, args = load(tmp_path / "data", needs_labels=False)
-    assert np.array_equal(study.motion, motion) and np.isnan(study.at1).all() and (study.frames[:, 1] == -1).all()
+    assert np.array_equal(study.motion, motion) and np.isnan(study.at1).all()
+    assert np.array_equal(study.frames[:, 0], study.frames[:, 1])
     sample = train_dreamer.ProbeTransitions(study, np.arange(6), args, "none")[0, 1]
     assert sample["frames"].shape == (2, 32, 32)
 
@@ -331,12 +337,29 @@ def test_prediction_off_the_frame_needs_nothing_but_frames(tmp_path, recwarn):
         load(tmp_path / "data", "--token_type", "spatial", needs_labels=False)
 
 
-def test_an_axis_without_a_label_is_named_before_training(tmp_path):
+def test_the_second_frame_is_needed_by_a_world_model_alone(tmp_path):
+    write_sequence(tmp_path / "data" / "a_01", edit=lambda rows: rows[2].pop("ft2_image_path"))
+    assert len(load(tmp_path / "data")[0].names) == 6
+    study, _, _ = load(tmp_path / "data", "--token_type", "spatial")
+    assert len(study.names) == 5 and study.skipped[0]["reason"] == "no ft2_image_path"
+
+
+def test_a_frame_may_have_the_number_0(tmp_path):
+    write_sequence(tmp_path / "data" / "a_01", edit=lambda rows: rows[0].update(frame_t1=0, frame_t2=1))
+    assert load(tmp_path / "data")[0].names[0] == "a_01/0-1"
+
+
+def test_an_axis_without_a_label_is_named_before_training(tmp_path, recwarn):
     def edit(rows):
-        for row in rows:
+        for i, row in enumerate(rows):
+            row["at1_6dof"][0] = 10 * i
             row["at1_6dof"][4] = None
     write_sequence(tmp_path / "data" / "a_01", edit=edit)
     study, _, _ = load(tmp_path / "data")
+    ranges = {check.name: check for check in pose_audit.check_ranges(study.poses)}
+    assert ranges["range at1"].status == "WARN" and ranges["range motion"].status == "OK" and not recwarn.list
+    [check] = pose_audit.check_time(study.place, study.at1)
+    assert check.status == "WARN" and "x_mm +1.00" in check.found and not recwarn.list
     with pytest.raises(common.UserError, match="no train row has a usable pitch_deg in at1_6dof"):
         train_dreamer.fit_scaler(study, np.arange(6))
 
@@ -396,11 +419,17 @@ def test_without_a_map_folders_are_suspected(clinic):
     study, text, _ = load(clinic)
     assert not study.has_patients and "a folder is not a patient" in text
     assert text.count("names alike") == 4 and "names alike: p2_01, p2_02, p2_03; one patient?" in text
+    hint = text.rsplit("--patient_regex '")[-1].split("'")[0]
+    assert probe_poses.patients_of(["p2_01", "p2_02", "scan3", "scan10"], patient_regex=hint) == {
+        "p2_01": "p2", "p2_02": "p2", "scan3": "scan", "scan10": "scan"}
 
 
 def test_an_incomplete_map_names_what_it_lacks(clinic, tmp_path):
     (tmp_path / "map.json").write_text('{"p0_01": "p0"}')
     with pytest.raises(common.UserError, match="p1_01, p1_02"):
+        load(clinic, "--patient_map", tmp_path / "map.json")
+    (tmp_path / "map.json").write_text('{"A": ["p0_01", "p1_01"], "B": ["p0_01"]}')
+    with pytest.raises(common.UserError, match="map.json: p0_01 is both A and B"):
         load(clinic, "--patient_map", tmp_path / "map.json")
     (tmp_path / "map.json").write_text('["p0_01"]')
     with pytest.raises(common.UserError, match="found list"):
