@@ -257,7 +257,7 @@ def add_data_arguments(parser):
     add("--exact_names", action="store_true",
         help="no guess at the file that a name of another folder or spelling means")
     add("--pixel_range", type=bounded(float), nargs=2, metavar=("LOW", "HIGH"),
-        help="pictures of more than 8 bits: values that become black and white (default: one range "
+        help="grey pictures of more than 8 bits: values that become black and white (default: one range "
              "for all, from the data)")
     add("--cache", choices=("auto", "ram", "disk", "none"), default="auto", may_change=True,
         help="where decoded pictures are kept")

@@ -41,7 +41,7 @@ class ImageAudit:
     height: int = 0
     file_sha: str = ""
     pixel_sha: str = ""
-    phash: tuple = (0, 0, 0, 0)
+    phash: list = dataclasses.field(default_factory=lambda: [0] * 4)
 
 
 def perceptual_hash(image):
@@ -161,7 +161,7 @@ def _declared_range(image, values):
 
 
 def choose_pixel_range(paths):
-    """(low, high) for all pictures of more than 8 bits, None where there are none.
+    """(low, high) for all grey pictures of more than 8 bits, None where there are none; colour keeps its upper 8 bits.
 
     From 0 to the smallest power of two above the highest value, less 1: 0 to 4095 for 12 bits in files of 16. Where
     that would leave little of the range, as for negative values, from the lowest to the highest value.
@@ -252,7 +252,7 @@ def audit_image(path, short_side, pixel_range=None):
         path=str(path), width=width, height=height,
         file_sha=hashlib.sha256(Path(path).read_bytes()).hexdigest(),
         pixel_sha=hashlib.sha256(pixels).hexdigest(),
-        phash=tuple(perceptual_hash(pixels).tolist()))
+        phash=perceptual_hash(pixels).tolist())
     return audit, pixels
 
 

@@ -105,7 +105,7 @@ class PixelStore:
         if not self.pixel_range:
             return text
         low, high = self.pixel_range
-        return (f"{text}\nnote: of pictures of more than 8 bits, the values {low:g} to {high:g} became 0 to 255 "
+        return (f"{text}\nnote: of grey pictures of more than 8 bits, the values {low:g} to {high:g} became 0 to 255 "
                 "(--pixel_range)")
 
     def _choose_cache(self, rows_of_files, cache, expected):
@@ -165,7 +165,6 @@ class PixelStore:
                 pixels = np.load(file, mmap_mode="r")
                 if about["shape"] != list(pixels.shape) or pixels.dtype != np.uint8:
                     return None
-                about["audit"]["phash"] = tuple(about["audit"]["phash"])
                 loaded.append((self.audit_class(**about["audit"]), pixels))
         except (*NPY_ERRORS, KeyError):
             return None

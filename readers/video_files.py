@@ -354,6 +354,13 @@ def _header(path, fps):
         return source.guess()
 
 
+def claimed_sec(path):
+    """How long a video is by its header, in seconds; 0 where none says so."""
+    with contextlib.suppress(common.UserError, OSError):
+        return _header(path, fps=1).header_sec
+    return 0.0
+
+
 def choose_pixel_range(sources):
     """picture_files.choose_pixel_range of all frames of the folders whose first one has more than 8 bits."""
     files = [files_of(path) for path in set(sources) if _has_no_clock(path)]
@@ -468,7 +475,7 @@ class ClipAudit:
     repeats: list = dataclasses.field(default_factory=list)
     file_sha: str = ""
     pixel_sha: str = ""
-    phash: tuple = (0, 0, 0, 0)
+    phash: list = dataclasses.field(default_factory=lambda: [0] * 4)
 
     def start_range(self, length, reach=0):
         """(first, last) grid frame at which a clip of `length` frames may start, `reach` frames outside the window."""
@@ -634,7 +641,7 @@ class ClipStore(pixel_cache.PixelStore):
             path=path, n_frames=info.n_frames, n_damaged=len(info.damaged), damage=info.damage,
             fault=plan.fault, n_grid=grid.n_grid, first=plan.first,
             usable=plan.usable, repeats=np.flatnonzero(is_repeat).tolist(), file_sha=file_sha,
-            pixel_sha=grid.digest.hexdigest(), phash=tuple(picture_files.perceptual_hash(grid.middle).tolist()))
+            pixel_sha=grid.digest.hexdigest(), phash=picture_files.perceptual_hash(grid.middle).tolist())
         return audit, grid.kept
 
 

@@ -482,7 +482,7 @@ def test_every_cache_serves_the_same_pixels(pictures, cache):
     assert store.cache == ("ram" if cache == "auto" else cache) and store.description.startswith(store.cache)
     good = store.audit[3]
     assert (good.width, good.height, good.error) == (90, 63, None)
-    assert good.phash == tuple(picture_files.perceptual_hash(store[3]).tolist())
+    assert good.phash == picture_files.perceptual_hash(store[3]).tolist()
     assert [bool(found.error) for found in store.audit] == [False] * 9 + [True]
     if store.cache != "none":
         with pytest.raises(ValueError, match="read-only"):
