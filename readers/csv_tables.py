@@ -52,6 +52,15 @@ def find_column(columns, known, wanted=None, where=""):
     return next((spelled[key] for key in known if key in spelled), None)
 
 
+def refuse_blank(table, source, column):
+    """UserError that lists the lines in which a column is blank."""
+    blank = table.index[table[column] == ""]
+    if len(blank):
+        raise common.UserError(
+            f"{source}: column {column} is blank in line {common.shorten_list(blank)}. "
+            "Fill or delete these rows.")
+
+
 def looks_numeric(cells):
     """True where at least a quarter of the cells that are not blank are numbers: the others are then errors."""
     filled = [cell.replace(",", ".", 1).removesuffix("%") for cell in cells if cell]
@@ -104,7 +113,7 @@ def _split_again(cells, delimiter):
 
 
 def _names_file(cell):
-    return cell.strip().lower().endswith(file_names.IMAGE_SUFFIXES)
+    return cell.strip().lower().endswith((*file_names.IMAGE_SUFFIXES, *file_names.VIDEO_SUFFIXES))
 
 
 def _is_title(cells, below):
@@ -208,7 +217,7 @@ def read_pairs(path, flag, columns):
         table = read_table(path)
         if len(table.columns) != 2:
             table = table[pick_columns(columns, table.columns, f"{flag} {path} has no column")]
-        pairs = table.to_numpy().tolist()
+        pairs = [list(table.columns), *table.to_numpy().tolist()]  # without a header the first line is a pair
     else:
         for key, value in common.read_config(path).items():
             pairs += [(each, key) for each in value] if isinstance(value, list) else [(key, value)]
@@ -224,8 +233,10 @@ def _fit_header(header, rows, delimiter, notes):
     """-> (header, rows) where rows have another width: quoted as one field, R's row names, blank cells at the end."""
     if len(header) > 1:
         rows = [(line, _split_again(cells, delimiter)) for line, cells in rows]
-    first = [cells[0] for _, cells in rows if len(cells) == len(header) + 1]
-    if len(set(first)) == len(rows) and not any(map(_names_file, first)):
+    wide = [cells for _, cells in rows if len(cells) == len(header) + 1]
+    first = {cells[0] for cells in wide}
+    is_filled = any(cells[-1].strip() for cells in wide)  # else each row ends in a delimiter
+    if is_filled and len(first) == len(rows) and not any(map(_names_file, first)):
         header = ["row_names", *header]
         notes.append("the rows have one cell more than the header: the first one is taken for the name of the row")
     width = len(header)

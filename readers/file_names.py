@@ -5,7 +5,6 @@ import os
 import posixpath
 import re
 import unicodedata
-import urllib.parse
 from pathlib import Path
 
 import common
@@ -96,8 +95,8 @@ def without_root(name):
 class Fit:
     """The files that fit a name best: several where the name does not decide between them.
 
-    common_folders: how many folders before the file's own name are the same. agrees: no folder differs, and the name
-    was not changed (leading zeros, %20). is_guess: the end of the path, or a base name that is unique, decided.
+    common_folders: how many folders before the file's own name are the same. agrees: no folder differs, and no zeros
+    before a number. is_guess: the end of the path, or a base name that is unique, decided.
     """
     files: list
     common_folders: int = 0
@@ -129,8 +128,7 @@ class NameIndex:
             return Fit([name], name.count("/"))
         tail = next((tail for tail in self._tails(name) if tail in self.by_tail), None)
         if tail is None:
-            decoded = urllib.parse.unquote(name)
-            return Fit([]) if decoded == name else dataclasses.replace(self.find(decoded), agrees=False)
+            return Fit([])
         is_loose = isinstance(tail, str)
         parts, suffix = self._split(name)
         scores = {}

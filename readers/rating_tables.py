@@ -51,25 +51,23 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
     """
     table = csv_tables.read_table(path)
     source = f"--ratings_file {path}"
+    taken = []  # columns that cannot be another one too
 
     def named(flag, wanted, known=()):
-        return csv_tables.find_column(table.columns, known, wanted, f"{source} has no --{flag}_column")
+        return csv_tables.find_column(table.columns.drop(taken), known, wanted, f"{source} has no --{flag}_column")
     if group_column:
         table = table.rename(columns={named("group", group_column): group_column})
     image = named("image", image_column, IMAGE_COLUMNS)
     if image is None:
         raise common.UserError(
             f"{source} has no image column (found: {common.shorten_list(table.columns)}). Name it with --image_column.")
-    _refuse_blank(table, source, image)
+    csv_tables.refuse_blank(table, source, image)
+    taken.append(image)
     columns = Columns(
         table, source, image, group_column, target_columns, missing_codes,
         rater=named("rater", rater_column),
         attribute=named("attribute", attribute_column),
         rating=named("rating", rating_column))
-    if image in (columns.rater, columns.attribute, columns.rating):
-        raise common.UserError(
-            f"{source}: {image} is the column of the images, and cannot be that of --rater_column, --attribute_column "
-            "or --rating_column. Name another column.")
     columns.find_single_ratings(duplicates)
     if columns.attribute or columns.rows_are_ratings:
         ratings = _single_ratings(columns)
@@ -83,14 +81,6 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
     return ratings
 
 
-def _refuse_blank(table, source, column):
-    blank = table.index[table[column] == ""]
-    if len(blank):
-        raise common.UserError(
-            f"{source}: column {column} is blank in line {common.shorten_list(blank)}. "
-            "Fill or delete these rows.")
-
-
 def _refuse_useless(ratings, source):
     """UserError for images without any rating, and for ratings that are all equal."""
     import pandas as pd
@@ -102,9 +92,11 @@ def _refuse_useless(ratings, source):
             "Fill or delete these rows.")
     is_constant = mean.nunique() < 2
     if is_constant.any():
+        others = " ".join(mean.columns[~is_constant])
+        remedy = f" Leave them out: --target_columns {others}" if others else ""
         raise common.UserError(
-            f"{source}: constant rating columns (nothing to learn): {common.shorten_list(mean.columns[is_constant])}. "
-            f"Leave them out: --target_columns {' '.join(mean.columns[~is_constant])}")
+            f"{source}: constant rating columns (nothing to learn): "
+            f"{common.shorten_list(mean.columns[is_constant])}.{remedy}")
 
 
 # --------------------------------------------------------------------------------------
@@ -124,6 +116,11 @@ def role_of(name):
 
 def _words(name):
     return {word.lower() for word in WORD_BORDER.split(name)}
+
+
+def _names_rater(name):
+    """True for participant and user_id, not for user_rating."""
+    return bool(_words(name) & RATER) and not _words(name) & ANSWER
 
 
 @dataclasses.dataclass
@@ -177,16 +174,17 @@ class Columns:
         """Columns that may hold ratings: no sd, n, id or rater by name, and numbers in part; other cells are errors."""
         return [
             name for name, (role, _) in self.roles.items()
-            if role not in ("sd", "n", "se") and not _words(name) & (NO_RATING | RATER)
+            if role not in ("sd", "n", "se") and not (_words(name) & NO_RATING or _names_rater(name))
             and csv_tables.looks_numeric(self.table[name])]
 
     def targets(self):
         """The columns asked for, else all means by name, else all that may be ratings. UserError where none is."""
-        if self.wanted:
+        asked = self.wanted or list(filter(None, [self.rating]))
+        if asked:
             short = {base: name for name, (role, base) in self.roles.items() if role == "mean"}
-            chosen = csv_tables.pick_columns(self.wanted, self.others, f"{self.source} has no --target_columns", short)
+            chosen = csv_tables.pick_columns(asked, self.others, f"{self.source} has no --target_columns", short)
         elif self.rows_are_ratings:
-            chosen = [self.rating] if self.rating else self.numeric()
+            chosen = self.numeric()
             chosen = (self.varying(chosen, [self.rater]) or chosen) if self.rater else chosen
         else:
             chosen = list(filter(self.is_mean, self.others)) or self.numeric()
@@ -215,7 +213,7 @@ class Columns:
         if not self.attribute and (has_spread or not is_repeated):
             return
         by_image = self.varying(self.others, [self.image])
-        self.rater = self.rater or next((name for name in by_image if _words(name) & RATER), None)
+        self.rater = self.rater or next(filter(_names_rater, by_image), None)
         numeric = self.numeric()
         if self.rater:
             by_image = self.varying(by_image, [self.image, self.rater])
@@ -328,7 +326,7 @@ def _code_faults(name, values):
 def _single_ratings(columns):
     """One rating a row, where a column says which attribute it is of; else one row a picture and rater."""
     if columns.attribute:
-        _refuse_blank(columns.table, columns.source, columns.attribute)
+        csv_tables.refuse_blank(columns.table, columns.source, columns.attribute)
         asked = columns.table[columns.attribute]
         if columns.wanted:
             where = f"{columns.source} has no --target_columns"
@@ -386,21 +384,24 @@ def _merge_duplicates(ratings, source, duplicates):
     examples = [f"{name} (lines {common.shorten_list(rows, 3)})" for name, rows in lines]
     counted = f"{len(examples)} images stand in {is_repeated.sum()} rows: {common.shorten_list(examples, 3)}"
     if duplicates != "mean":
+        question = ""
+        if ratings.sd is None:  # else these are means
+            question = ("Are these single ratings? Name who rated, --rater_column, or what was asked, "
+                        "--attribute_column, or say --duplicates ratings. ")
         raise common.UserError(
-            f"{source} lists images twice: {counted}. Are these single ratings? Name who rated, --rater_column, or "
-            "what was asked, --attribute_column, or say --duplicates ratings. Else delete rows, or average: "
-            "--duplicates mean.")
+            f"{source} lists images twice: {counted}. {question}Delete rows, or average: --duplicates mean.")
 
     def merged(values, how, **options):
         if values is None:
             return None
         return pd.DataFrame(values).groupby(names, sort=False).agg(how, **options).to_numpy()
     first = ~names.duplicated().to_numpy()
+    is_same = ratings.extra.groupby(names.to_numpy()).nunique().max() < 2
     return dataclasses.replace(
         ratings,
         images=list(np.array(ratings.images)[first]),
         mean=merged(ratings.mean, "mean"),
         sd=merged(ratings.sd, "mean"),
         n=merged(ratings.n, "sum", min_count=1),
-        extra=ratings.extra[first],
+        extra=ratings.extra.loc[first, is_same],
         notes=[*ratings.notes, f"repeated rows were averaged: {counted}"])

@@ -219,11 +219,16 @@ def test_long_table_with_gaps(tmp_path):
 def test_duplicates(tmp_path):
     path = written(tmp_path, "image,x_mean,x_sd,x_n,who\ns/a.jpg,1,1,10,p\nb.jpg,5,1,10,q\ns\\a.jpg,3,3,,r\n")
     message = fails(rating_tables.read_ratings, path)
-    assert "1 images stand in 2 rows: s/a.jpg (lines 2, 4)" in message and "single ratings?" in message
+    assert "1 images stand in 2 rows: s/a.jpg (lines 2, 4)" in message and "--duplicates mean" in message
+    assert "single ratings?" not in message, "these are means"
     ratings = rating_tables.read_ratings(path, duplicates="mean")
     assert ratings.images == ["s/a.jpg", "b.jpg"] and ratings.mean[:, 0].tolist() == [2, 5]
     assert ratings.sd[:, 0].tolist() == [2, 1] and ratings.n[:, 0].tolist() == [10, 10]
-    assert ratings.extra["who"].tolist() == ["p", "q"] and "1 images" in ratings.notes[-1]
+    assert "who" not in ratings.extra and "1 images" in ratings.notes[-1]
+    assert "vary within an image" in fails(rating_tables.read_ratings, path, duplicates="mean", group_column="who")
+    path = written(tmp_path, "image,x\na.jpg,1\nb.jpg,5\na.jpg,3\n")
+    assert "single ratings?" in fails(rating_tables.read_ratings, path)
+    assert rating_tables.read_ratings(path, duplicates="mean").mean[:, 0].tolist() == [2, 5]
 
 
 @pytest.mark.parametrize("text, options, words", [
@@ -233,6 +238,7 @@ def test_duplicates(tmp_path):
     ("image,Valence\na,2\nb,3\n", {"group_column": "subject"}, ["--group_column subject", "Valence"]),
     ("image,x,y\na,1,2\nb,,\nc,NA,nan\nd,2,3\n", {}, ["all ratings are missing for b, c"]),
     ("image,x,y\na,1,2\nb,1,3\n", {}, ["constant", "x", "--target_columns y"]),
+    ("image,x,y\na,1,2\n", {}, ["constant", "x, y"]),
     ("image,x\na,1\n,3\n", {}, ["column image is blank in line 3"]),
     ("image,x\na,1\nb,tow\nc,3\n", {}, ["column x", "'tow' in line 3"]),
     ("image,place\na,left\nb,right\n", {}, ["numeric", "place"]),
@@ -245,12 +251,20 @@ def test_mistakes_in_a_ratings_table(tmp_path, text, options, words):
         return
     message = fails(rating_tables.read_ratings, path, **options)
     assert "--ratings_file" in message and all(word in message for word in words), message
+    assert not message.rstrip().endswith("--target_columns"), "a flag without a value"
 
 
 def test_image_column_by_name(tmp_path):
     path = written(tmp_path, "stimulus_no,Valence\n1,2\n2,3\n")
     ratings = rating_tables.read_ratings(path, image_column="stimulus_no")
     assert ratings.images == ["1", "2"] and ratings.names == ["Valence"]
+
+
+def test_the_rating_column_of_a_table_with_one_row_an_image(tmp_path):
+    path = written(tmp_path, "image,age,rating\na,20,1\nb,30,2\n")
+    assert rating_tables.read_ratings(path, rating_column="rating").names == ["rating"]
+    path = written(tmp_path, "image,user_rating,age\na,1,20\nb,2,30\n")
+    assert rating_tables.read_ratings(path).names == ["user_rating", "age"], "what a user answered is a rating"
 
 
 # single ratings: one row per rater
@@ -406,6 +420,14 @@ WRITTEN = {
 }
 
 
+def test_a_delimiter_at_the_end_of_each_row_is_no_cell(tmp_path):
+    """R's names of rows are one cell more too; where a last cell is filled it is one."""
+    table = csv_tables.read_table(written(tmp_path, "stimulus,trust,calm\n1,4,6,\n2,7,4,\n"))
+    assert list(table.columns) == ["stimulus", "trust", "calm"] and table["stimulus"].tolist() == ["1", "2"]
+    table = csv_tables.read_table(written(tmp_path, "image,x,note\n1,a.jpg,4,\n2,b.jpg,7,blurred\n"))
+    assert table["image"].tolist() == ["a.jpg", "b.jpg"] and table["note"].tolist() == ["", "blurred"]
+
+
 @pytest.mark.parametrize("layout", WRITTEN)
 def test_tables_as_excel_and_r_write_them(tmp_path, layout):
     ratings = rating_tables.read_ratings(written(tmp_path, "\r\n".join(WRITTEN[layout]) + "\r\n"))
@@ -448,7 +470,7 @@ def test_find_images_follows_linked_folders_once(tmp_path):
 @pytest.mark.parametrize("name, file", [
     ("1", "1.jpg"), ("1.jpg", "1.jpg"), ("1.JPG", "1.jpg"), ("1.png", "1.jpg"), ("stimuli/1.jpg", "1.jpg"),
     ("stimuli\\set a\\1.jpg", "1.jpg"), ("./1.jpg", "1.jpg"), ("B", "sub/b.PNG"), ("sub/b.png", "sub/b.PNG"),
-    ("01.jpg", "1.jpg"), ("two%20words", "two words.jpg"), ("x/sub/b", "sub/b.PNG"), ("other/b.png", "sub/b.PNG"),
+    ("01.jpg", "1.jpg"), ("two%20words", None), ("x/sub/b", "sub/b.PNG"), ("other/b.png", "sub/b.PNG"),
     ("v1.2", "v1.2.jpg"), ("11", None), ("two words.jpg",) * 2,
     (unicodedata.normalize("NFD", "grün.jpg"), "grün.jpg")])
 def test_spellings_of_one_image(tmp_path, name, file):
