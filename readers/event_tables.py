@@ -209,7 +209,7 @@ def paired_states(table, path_column, label_column, notes):
     if kind is None or "time" not in table:
         return table
     states = table[kind].str.upper()
-    if not states.isin(["START", "STOP"]).any():
+    if not states.isin(["START", "STOP", "POINT"]).any():
         return table
     known = ("observation_id", path_column, "subject", label_column)
     same = [name for name in table if name in known or name.startswith("modifier")]
@@ -238,6 +238,7 @@ def per_frame_events(table, path, path_column, notes):
     videos = table[path_column] if path_column else pd.Series(own_name, table.index)
     numbers = range(len(table))
     if frame_column:
+        csv_tables.refuse_blank(table, path, frame_column)
         numbers = csv_tables.to_numbers(table[frame_column], f"{path}, column {frame_column}").astype(int)
     frames = pd.Series(numbers, table.index)
     is_on = table[names].isin(["1", "1.0"])
@@ -266,26 +267,11 @@ def behaviour_columns(table):
     return names
 
 
-def headless_list(table, root, notes):
-    """Lines without a header, path and label, or path, number of frames and label -> DataFrame of path and label.
-
-    None where the first line names no video.
-    """
-    import pandas as pd
-    lines = [list(table.columns), *table.to_numpy().tolist()]
-    parted = [lines]
-    if len(lines[0]) != 2:  # blanks in the paths
-        whole = [" ".join(cells) for cells in lines]
-        parted = [[line.rsplit(None, n_others) for line in whole] for n_others in (1, 2)]
-    for rows in parted:
-        first = rows[0][0]
-        is_even = len(set(map(len, rows))) == 1 < len(rows[0])
-        if is_even and Path(root).is_dir() and file_names.match_videos([first], root)[0][first]:
-            frames = ", a number of frames" if len(rows[0]) == 3 else ""
-            notes.append(f"no header line: each line is read as a path{frames} and a label")
-            listed = pd.DataFrame(rows, index=[1, *table.index], dtype=object)
-            return listed.iloc[:, [0, -1]].set_axis(["path", "label"], axis=1)
-    return None
+def unnamed_labels(table):
+    """The column of labels in a list without a header: path and label, or path, number of frames and label."""
+    others = [name for name in table if name.startswith("column_")]
+    is_list = len(others) < 3 and all(csv_tables.looks_numeric(table[name]) for name in others[:-1])
+    return others[-1:] if is_list else []
 
 
 def describe_rows(table, path, root, written, part="", min_event_sec=1.0, time_unit=None, notes=None):
@@ -307,7 +293,7 @@ def describe_rows(table, path, root, written, part="", min_event_sec=1.0, time_u
         "place": [f"{row / len(table):.6f}" for row in range(len(table))]})
 
 
-def read_manifest_file(path, root, asked, need_labels, notes):
+def read_manifest_file(path, asked, need_labels, notes):
     """Manifest, list, BORIS export or label table -> (table of text cells, its columns of paths and of labels).
 
     asked: the columns of paths and labels that flags name, or None. Raises UserError that names what is missing.
@@ -315,12 +301,12 @@ def read_manifest_file(path, root, asked, need_labels, notes):
     raw = csv_tables.read_table(path)
     notes += [f"{path.name}: {note}" for note in raw.attrs["notes"]]
     if not any(asked) and csv_tables.find_column(raw, [*PATH_COLUMNS, *LABEL_COLUMNS]) is None:
-        listed = headless_list(raw, root, notes)
-        raw = below_header(raw) if listed is None else listed
+        raw = below_header(raw)
     table = keyed_columns(raw, path)
     where = f"{path} has no column for"
     source = csv_tables.find_column(table.columns, PATH_COLUMNS, asked[0], f"{where} --path_column")
-    label = csv_tables.find_column(table.columns, LABEL_COLUMNS, asked[1], f"{where} --label_column")
+    known = [*LABEL_COLUMNS, *unnamed_labels(table)]
+    label = csv_tables.find_column(table.columns, known, asked[1], f"{where} --label_column")
     if label is None and need_labels:
         events = per_frame_events(table, path, source, notes)
         if events is not None:
@@ -354,7 +340,7 @@ def read_manifest(part, path, video_root, min_event_sec, need_labels, asked, tim
         table, source, label = folder_table(path, notes), "path", "label"
     else:
         root = video_root or path.parent
-        table, source, label = read_manifest_file(path, root, asked, need_labels, notes)
+        table, source, label = read_manifest_file(path, asked, need_labels, notes)
     written = table[source]
     if "video_filename" in table:
         written = written.mask(written == "", table["video_filename"])
@@ -379,35 +365,19 @@ def check_whole_clips(rows, table, path):
             "start_sec and end_sec, or start_frame and end_frame")
 
 
-def own_times(rows, extra, notes):
-    """Rows in the times of their own files: a BORIS observation of several files counts on from one to the next.
-
-    It does so where its total length is that of its files together. Raises UserError where that cannot be told.
-    """
+def refuse_several_files(rows, extra):
+    """UserError where a BORIS observation is longer than its file: its times count on from one file to the next."""
     import pandas as pd
     length = csv_tables.find_column(extra, ("total_length", "media_duration_s"))
     if length is None or "observation_id" not in extra:
-        return rows
-    rows = rows.copy()
-    for name, own in rows.groupby(extra["observation_id"]):
-        own = own[own["unit"] == "sec"].sort_values("start")
-        files = list(dict.fromkeys(own["source"]))
-        if len(files) < 2 or None in files:
-            continue
-        lengths = pd.Series({file: video_files.probe(file).duration_sec for file in files})
-        totals = csv_tables.to_numbers(extra[length].loc[own.index], f"column {length}")
-        own_lengths = own["source"].map(lengths)
-        if (abs(totals - own_lengths) < 0.02 * own_lengths).any():
-            continue  # of each file alone
-        if not abs(totals[0] - sum(lengths)) <= 0.02 * totals[0]:  # nor where it is blank
+        return
+    totals = dict(zip(zip(rows["source"], extra["observation_id"]), pd.to_numeric(extra[length], "coerce")))
+    for (source, name), total in totals.items():
+        own = source and video_files.claimed_sec(source)
+        if own and total > 1.02 * own:
             raise common.UserError(
-                f"observation {name}: total length {totals[0]:g} s, but its files with events have {sum(lengths):g} s, "
-                "so it is unknown where each begins. Export every file as an observation of its own")
-        begins = lengths.cumsum() - lengths
-        rows.loc[own.index, ["start", "end"]] -= own["source"].map(begins).to_numpy()[:, None]
-        notes.append(f"observation {name}: times count over {len(files)} files and were made times of each")
-    rows.loc[rows["start"] + rows["end"] < 0, "fault"] = "starts before the file"
-    return rows
+                f"observation {name}: {total:g} s long, but {source} has {own:g} s. Where it goes over several files, "
+                "export each of them as an observation of its own")
 
 
 def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, group_column=None, names=None,
@@ -433,7 +403,7 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
     group = csv_tables.find_column(extra.columns, ["group"], group_column, where)
     rows["source"], matching = find_sources(rows, video_root is None, max_missing, need_files, exact_names)
     notes += matching
-    rows = own_times(rows, extra, notes)
+    refuse_several_files(rows, extra)
     known = read_label_map(label_map) if label_map else None
     names, classes = classes_of(rows["label"], known, names)
     reasons = {None: "left out by --label_map", "": "no label" if need_labels else ""}
@@ -526,12 +496,10 @@ def paths_below_root(sources, roots):
     try:
         base = os.path.commonpath([os.path.realpath(root) for root in set(roots)])
     except ValueError:  # two drives of Windows
-        base = os.sep
-    below = {}
-    for source in set(sources):
-        path = Path(os.path.realpath(source))
-        below[source] = path.relative_to(base) if path.is_relative_to(base) else path
-    return np.array([below[source].as_posix() for source in sources], dtype=str)
+        base = ""
+    inside = os.path.join(base, "")
+    below = {source: Path(os.path.realpath(source).removeprefix(inside)).as_posix() for source in set(sources)}
+    return np.array([below[source] for source in sources], dtype=str)
 
 
 def clip_name(video, start, end, unit):
@@ -544,10 +512,10 @@ def clip_name(video, start, end, unit):
 def with_own_columns(extra, places):
     """The other columns, and what is derived from them: row_order, the pair of animals, the hour."""
     extra = extra.assign(row_order=list(places))
-    if "initiator_id" in extra and "receiver_id" in extra:
+    if "initiator_id" in extra and "receiver_id" in extra and "pair" not in extra:
         animals = extra[["initiator_id", "receiver_id"]].map(plain_level)
         extra["pair"] = animals.agg(" > ".join, axis=1)
-    if "start_time" in extra:
+    if "start_time" in extra and "hour" not in extra:
         hours = extra["start_time"].map(event_times.clock_seconds) // 3600
         extra["hour"] = hours.map("{:.0f}".format).replace("nan", "")
     return extra

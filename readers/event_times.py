@@ -18,7 +18,7 @@ FILLER = "(?:event|time|clip|image|t)*"
 TIME_COLUMN = re.compile(
     f"{FILLER}(?P<before>frame|index)?{FILLER}"
     "(?:(?P<start>start|begin(?:ning)?|onset|first(?=frame))|(?P<end>stop|end|last(?=frame))|"
-    f"(?P<offset>offset)|(?P<duration>duration|dur)){FILLER}"
+    f"(?P<offset>offset)|(?P<duration>duration|dur|length(?=[smf]))){FILLER}"
     "(?:(?P<sec>s|secs?|seconds?|ssmsec|hhmmss(?:ms)?)|(?P<ms>ms|msecs?|milliseconds?)|(?P<min>mins?|minutes?)|"
     "(?P<frame>frames?|index))?")
 TIME_WORDS = set("start begin beginning onset stop end offset time times timestamp timecode frame t s sec seconds ms "
@@ -35,19 +35,25 @@ class TimeColumn:
     unit: str | None
 
 
+def column_match(key):
+    """What the name of a column of times, in the spelling of column_key, says of it; None for other columns."""
+    return TIME_COLUMN.fullmatch(key.replace("_", ""))
+
+
 def time_columns(rows):
     """(TimeColumns of starts, of ends and durations): those whose names say their unit, else the others."""
     found = []
     for name in rows:
-        match = TIME_COLUMN.fullmatch(name.replace("_", ""))
-        if not match or not looks_like_times(rows[name]):
+        match = column_match(name)
+        if not match:
             continue
         said = {group for group, text in match.groupdict().items() if text}
         [role] = said & ROLES
         if role == "offset":  # with an onset it is the end; event_offset_sec is where an event starts
             role = "end" if any(other.startswith("onset") for other in rows) else "start"
         unit = "frame" if said & {"before", "frame"} else next(iter(said & {*SECONDS}), None)
-        found.append(TimeColumn(name, role, unit))
+        if looks_like_times(rows[name]) or (unit and any(rows[name])):  # other cells are errors
+            found.append(TimeColumn(name, role, unit))
     found.sort(key=lambda column: "offset" in column.name)  # a start counts before an offset
     starts = [column for column in found if column.role == "start"]
     ends = [column for column in found if column.role != "start"]
@@ -59,10 +65,8 @@ def time_columns(rows):
 
 
 def looks_like_times(cells):
-    """True where half of the cells that are not blank are numbers or clock times."""
-    filled = [cell for cell in cells if cell]
-    is_time = [bool(re.fullmatch(r"[+-]?[\d:.,]+", cell)) for cell in filled]
-    return 2 * sum(is_time) >= len(filled) > 0
+    """True where a quarter of the cells that are not blank are numbers or clock times."""
+    return csv_tables.looks_numeric(cells.str.replace(":", ""))
 
 
 def check_times_are_used(rows, source):
@@ -73,8 +77,9 @@ def check_times_are_used(rows, source):
     used = [column.name for column in starts]
     unused = []
     for name in rows:
-        is_day_time = bool(starts) and rows[name].str.contains(":").any()
-        is_named_so = set(name.split("_")) <= TIME_WORDS and name not in used
+        words = set(name.split("_"))
+        is_day_time = bool(starts) and not words & {"end", "stop"} and rows[name].str.contains(":").any()
+        is_named_so = words <= TIME_WORDS and name not in used
         if is_named_so and not is_day_time and looks_like_times(rows[name]):
             unused.append(name)
     if unused:
@@ -119,6 +124,11 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
     import pandas as pd
     starts, ends = time_columns(rows)
     unsaid = [column.name for column in starts + ends if column.unit is None]
+    in_frames = [{(column.unit or time_unit) == "frame" for column in columns} for columns in (starts, ends)]
+    if starts and ends and set.isdisjoint(*in_frames):
+        named = ", ".join(column.name for column in starts + ends)
+        raise common.UserError(
+            f"{source}: expected starts and ends both in frames or both in seconds, found {named}. Rename or correct them")
     if unsaid and not time_unit and notes is not None:
         notes.append(f"{Path(source).name}: {', '.join(unsaid)} are read as seconds from the start of the file; "
                      "--time_unit says otherwise")

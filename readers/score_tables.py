@@ -42,11 +42,12 @@ def sequence_entries(path):
     content = common.read_json(path)
     if isinstance(content, dict):
         content = content.get("sequences", content)
-    entries = [entry for entry in as_list(content, "sequence_id") if isinstance(entry, dict)]
-    if not entries:
+    entries = as_list(content, "sequence_id")
+    n_dicts = sum(isinstance(entry, dict) for entry in entries)
+    if not entries or n_dicts < len(entries):
         raise common.UserError(
             f"{path}: expected a list of sequences, a dict of them by id, or one under 'sequences'; "
-            f"found {type(content).__name__} without any")
+            f"found {type(content).__name__} in which {n_dicts} of {len(entries)} entries are dicts")
     return entries
 
 
@@ -60,12 +61,13 @@ def as_list(content, key_name, prefix=""):
 
 
 def score_columns(rows, wanted, path):
-    """Names of the R score columns: those asked for in any spelling, else the numeric ones that are no ids."""
+    """Names of the R score columns: those asked for in any spelling, else the numeric ones that are no ids or times."""
     if wanted:
         return csv_tables.pick_columns(wanted, rows.columns, f"{path} has no --target_columns")
+    keys = {name: csv_tables.column_key(name) for name in rows}
     names = [
-        name for name in rows
-        if not NO_SCORE.fullmatch(csv_tables.column_key(name)) and csv_tables.looks_numeric(rows[name])]
+        name for name, key in keys.items()
+        if not (NO_SCORE.fullmatch(key) or event_times.column_match(key)) and csv_tables.looks_numeric(rows[name])]
     if not names:
         raise common.UserError(
             f"{path}: expected columns of scores, found none among {common.shorten_list(rows.columns, 40)}; "
@@ -113,36 +115,31 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
 
 
 def merge_raters(table):
-    """Rows of one sequence: equal scores without a rater column are repeats, others are raters and are averaged."""
+    """Rows of one sequence: equal scores without a rater column count once, others are raters and are averaged."""
     rows_of = common.rows_by_key(table.clip_ids).values()
     has_raters = any(name in table.extra for name in RATER_COLUMNS)
-    repeats = []
     ratings = []  # of each sequence (raters, R)
     for rows in rows_of:
         block = table.target[rows]
         is_repeat = not has_raters and all(np.array_equal(row, block[0], equal_nan=True) for row in block)
-        repeats.append(len(block) if is_repeat else 1)
         ratings.append(block[:1] if is_repeat else block)
-    repeats = np.array(repeats, np.int64)
     rated = sum(len(block) > 1 for block in ratings)
     notes = list(table.notes)
-    if rated:
-        notes.append(f"{rated} sequences have several rows: taken as raters and averaged")
-    if (repeats > 1).any():
-        notes.append(f"{(repeats - 1).sum()} rows repeat another one: each is counted once in evaluation")
+    if len(ratings) < len(table):
+        notes.append(f"{len(table)} rows of {len(ratings)} sequences: in {rated} several raters, whose mean is learnt; "
+                     "other rows that repeat one count once")
     single = {}
     for r, name in enumerate(table.names):
         single[name] = [block[~np.isnan(block[:, r]), r] for block in ratings]
     return dataclasses.replace(
         table.take([rows[0] for rows in rows_of]),
         target=np.stack([common.mean_without_nan(block, axis=0) for block in ratings]),
-        repeats=repeats,
         single_ratings=single if rated else None,
         notes=notes)
 
 
 def total_and_parts(names, target):
-    """R names, (N, R) scores -> (index of the total or None, indices of its parts, sentence on rows whose sum is off).
+    """R names, (N, R) scores -> (index of the total or None, indices of its parts, sentence where it is no sum of them).
 
     A name alone makes no total: none where half of the sums miss it by over half an SD of it.
     """
@@ -155,14 +152,10 @@ def total_and_parts(names, target):
     total = totals[0]
     gap = np.abs(target[:, total] - target[:, parts].sum(1))
     gap = gap[~np.isnan(gap)]
-    differs = (gap > 1e-6).sum()
-    if not differs:
+    if not len(gap) or np.median(gap) <= 0.5 * np.nanstd(target[:, total]):
         return total, parts, ""
-    note = (f"{names[total]} differs from the sum of its {len(parts)} parts in {differs} of {len(gap)} rows, "
-            f"by at most {gap.max():.3g} ({(gap > 0.5 + 1e-6).sum()} by more than 0.5)")
-    if np.median(gap) > 0.5 * np.nanstd(target[:, total]):
-        return None, [], f"{note}, and is not tied to it"
-    return total, parts, note
+    return None, [], (f"{names[total]} differs from the sum of its {len(parts)} parts, by {np.median(gap):.3g} "
+                      f"in the median row, and is not tied to it")
 
 
 def target_weights(pairs, names):
@@ -232,7 +225,7 @@ def fold_rows(fold, k, path, table):
 
 def animals_of(fold, side):
     """Set of the animals under train_animals, train or any train_*; the same for val."""
-    for key, value in fold.items():
+    for key, value in ({f"{side}_animals": None} | fold).items():  # that name first
         if re.match(f"{side}[_a-z]*$", str(key)) and isinstance(value, (list, tuple, set)):
             return {event_tables.plain_level(name) for name in value}
     return set()
