@@ -30,7 +30,7 @@ import common
 from evidence import (
     baseline_models, heat_maps, judging, plotting, prediction_tables, rater_agreement, reporting, row_warnings,
     score_judging, splitting, table_judging, verdicts)
-from readers import backbones, file_names, picture_files, rating_tables
+from readers import backbones, file_names, picture_files, rating_flags, rating_tables
 
 HISTORY_METRICS = ("mse", "mae", "r2", "pearson_r")
 SMALL_DATA = Path(__file__).with_name("configs") / "assessor_small_data.yaml"
@@ -48,18 +48,7 @@ def parse_args(argv=None, recipe="plain"):
          help="folder of pictures, searched with its subfolders")
     data("--ratings_file", type=Path, required=True, may_change=True,
          help="table with one row per picture, or one per single rating")
-    data("--image_column", help="column that names the picture (default: image, filename, file, stimulus or path)")
-    data("--target_columns", nargs="+", metavar="NAME", help="ratings (default: all *_mean, else all numeric columns)")
-    data("--rater_column", help="who rated, where a row is one person's ratings of a picture (default: by its name)")
-    data("--attribute_column", help="what was asked, where a row is a single rating (default: by its name, or the text "
-                                    "that varies within a picture beside one column of numbers)")
-    data("--rating_column", help="the answers, where there is an --attribute_column")
-    data("--missing_codes", type=float, nargs="*", metavar="CODE",
-         help="numbers that stand for a missing rating, such as -99 999; none after the flag: all are ratings "
-              "(default: stop where one of the usual codes lies far from all other values)")
-    data("--duplicates", choices=("error", "mean", "ratings"), default="error",
-         help="several rows of one picture that no column tells apart: stop with an error, take their mean, or take "
-              "each for a single rating")
+    rating_flags.add_arguments(data)
     data("--normalize_targets", action="store_true", default=True,
          help="train on (rating - mean) / sd of the train rows (default)")
     data("--no_normalize_targets", dest="normalize_targets", action="store_false",
@@ -152,8 +141,7 @@ class Study(picture_files.StoredPictures):
 def read_table(args):
     """The rating_tables.RatingsTable of --ratings_file; raises UserError where it does not suit the flags."""
     table = rating_tables.read_ratings(
-        args.ratings_file, args.image_column, args.target_columns, args.duplicates, args.group_column,
-        args.rater_column, args.attribute_column, args.rating_column, args.missing_codes)
+        args.ratings_file, group_column=args.group_column, **rating_flags.values_of(args))
     verdicts.parse_criteria(args.criteria, score_judging.criteria_names(table.names))
     if args.loss == "weighted" and table.sd is None:
         raise common.UserError("--loss weighted needs rater sds: expected X_sd columns or single ratings, "

@@ -1,0 +1,32 @@
+"""The flags that say how a table of ratings is read. No package is imported here: verify_setup.py works without any."""
+
+FLAGS = {
+    "image_column": {"help": "column that names the picture (default: image, filename, file, stimulus or path)"},
+    "target_columns": {
+        "nargs": "+", "metavar": "NAME",
+        "help": "ratings (default: all *_mean, else all numeric columns)"},
+    "rater_column": {"help": "who rated, where a row is one person's ratings of a picture (default: by its name)"},
+    "attribute_column": {
+        "help": "what was asked, where a row is a single rating (default: by its name, or the text that varies within "
+                "a picture beside one column of numbers)"},
+    "rating_column": {"help": "the answers, where a row is a single rating"},
+    "missing_codes": {
+        "type": float, "nargs": "*", "metavar": "CODE",
+        "help": "numbers that stand for a missing rating, such as -99 999; none after the flag: all are ratings "
+                "(default: stop where one of the usual codes lies far from all other values)"},
+    "duplicates": {
+        "choices": ("error", "mean", "ratings"), "default": "error",
+        "help": "several rows of one picture that no column tells apart: stop with an error, take their mean, or take "
+                "each for a single rating"},
+}
+
+
+def add_arguments(add):
+    """Add them with add_argument."""
+    for name, options in FLAGS.items():
+        add(f"--{name}", **options)
+
+
+def values_of(args):
+    """{flag: value}, as rating_tables.read_ratings takes them."""
+    return {name: getattr(args, name) for name in FLAGS}
