@@ -217,10 +217,13 @@ def per_state_rows(judged):
 
 
 def calibration_rows(judged):
-    """NLL, Brier score and ECE of the states of the boxes found: of the model, and of the rates of each part."""
+    """NLL, Brier score and ECE of the states of the boxes found: of the model, and of the rates of each part.
+
+    No rows where results only name their states: nobody gave these probabilities of 0 and 1.
+    """
     found = judged.found
     rows = []
-    if not judged.has_states:
+    if not judged.has_states or np.isin(found.probabilities, (0, 1)).all():
         return rows
     for name, probability in (("model", found.probabilities), ("rates of the part", judged.state_rates[found.labels])):
         scores = class_scores.classification_metrics(probability, found.true).overall
@@ -243,7 +246,7 @@ def find_alarms(judged, detections, threshold):
     if not any(len(detected.scores) for detected in sure):
         highest = max((detected.scores.max(initial=0) for detected in detections), default=0)
         alarms.append(f"no detection reaches the score {threshold:g}, the highest is {highest:.2f}. Train longer "
-                      "(--epochs), start from published weights, or lower --score_threshold of train_detector.py")
+                      "(--epochs), start from published weights, or lower --score_threshold (train_detector.py alone)")
     n_boxes = judged.counts["truth"].sum(0)
     unseen = [part for part, n in zip(judged.truth.parts, n_boxes) if not n]
     if unseen:
@@ -315,20 +318,18 @@ def state_blocks(run, judged, rows, calibration):
     """HTML of the section States: the confusion, how well each state is told, and whether probabilities hold."""
     if not rows:
         return []
-    plot = run.path("state_reliability.png")
-    plotting.plot_reliability(judged.found.probabilities, judged.found.true, plot)
-    drawn = []
-    if len(judged.found.true):
-        drawn.append(reporting.html_image(plot, "Reliability: how often a state of that confidence is right"))
     caption = ("True state (rows) of the boxes found at IoU .5 and any score, and what the model "
                "calls them (columns)")
-    return [
-        reporting.html_table(rows, caption=caption),
-        reporting.html_table(
-            calibration, caption="State probabilities of the boxes found, beside the rates of the states in their "
-                                 "parts, which look at no pixel"),
-        *drawn,
-    ]
+    blocks = [reporting.html_table(rows, caption=caption)]
+    if calibration:
+        plot = run.path("state_reliability.png")
+        plotting.plot_reliability(judged.found.probabilities, judged.found.true, plot)
+        blocks += [
+            reporting.html_table(
+                calibration, caption="State probabilities of the boxes found, beside the rates of the states in their "
+                                     "parts, which look at no pixel"),
+            reporting.html_image(plot, "Reliability: how often a state of that confidence is right")]
+    return blocks
 
 
 def case_blocks(run, judged, detections, picture, threshold):

@@ -54,30 +54,29 @@ def detection_rows(names, detections, parts, seen, errors=None, lists_absent=Fal
 
     seen: (M,) of common.SEEN_WORDS; errors: text of each picture that could not be read, else "";
     lists_absent: a row for each part not detected; warnings: (M,) of row_warnings.texts. A picture without any
-    detection has a row without a part.
+    detection has a row without a part. A column without a value in any row is left out.
     """
-    errors = errors or [""] * len(detections)
+    errors = errors or [""] * len(names)
+    warnings = [None] * len(names) if warnings is None else warnings
     rows = []
-    for k, (name, detected, word, error) in enumerate(zip(names, detections, seen, errors)):
-        known = {"image": name, "seen": word}
-        if warnings is not None:
-            known["warning"] = warnings[k]
+    for name, detected, word, error, warning in zip(names, detections, seen, errors, warnings):
         if error:
             rows.append({"image": name, "error": error})
             continue
+        known = {"image": name, "seen": word, "warning": warning}
+        own = []
         states = detected.called()
         for d, label in enumerate(detected.labels):
-            row = {**known, "part": parts[label], "score": detected.scores[d]}
+            row = {"part": parts[label], "score": detected.scores[d]}
             if detected.states is not None:
                 row["state"] = part_boxes.STATES[states[d]]
                 row |= zip(PROBABILITY_COLUMNS, detected.states[d])
-            rows.append(row | dict(zip(BOX_COLUMNS, detected.boxes[d])))
-        missing = [part for label, part in enumerate(parts) if label not in detected.labels]
+            own.append(row | dict(zip(BOX_COLUMNS, detected.boxes[d])))
         if lists_absent:
-            rows += [{**known, "part": part, "state": part_boxes.STATES[part_boxes.ABSENT]} for part in missing]
-        elif not len(states):
-            rows.append(known | dict.fromkeys(("part", "score", *BOX_COLUMNS)))
-    used = [column for column in COLUMNS if any(column in row for row in rows)]
+            missing = [part for label, part in enumerate(parts) if label not in detected.labels]
+            own += [{"part": part, "state": part_boxes.STATES[part_boxes.ABSENT]} for part in missing]
+        rows += [known | row for row in own or [{}]]
+    used = [column for column in COLUMNS if any(row.get(column) is not None for row in rows)]
     return [{column: row.get(column) for column in used} for row in rows]
 
 
@@ -96,6 +95,8 @@ def read_results(path, annotated, box_format):
     listed = [each for image in found.images for each in image.objects]
     scores = {each.key: read_score(each, reading.faults) for each in listed}
     states = {each.key: read_states(each, reading.faults) for each in listed}
+    upside_down = [each.key for each in listed if np.less(each.box[2:], each.box[:2]).any()]
+    reading.faults += [f"{key}: its box has a negative width or height" for key in upside_down]
     n_without = list(states.values()).count(None)
     if 0 < n_without < len(listed):
         reading.faults.append(f"{n_without} of {len(listed)} results have no state")

@@ -245,9 +245,10 @@ def read_records(content, key, reading):
         return {}
     records = {}
     for place, record in enumerate(listed):
-        own = None
-        if isinstance(record, dict):
-            own = read_id(record.get("id", f"number {place}" if key == "annotations" else None))
+        own = record.get("id") if isinstance(record, dict) else ()
+        if own is None and key == "annotations":
+            own = f"number {place}"
+        own = read_id(own)
         if own is None:
             reading.faults.append(f"{key}[{place}]: expected an object with an id, found {str(record)[:60]}")
         elif own not in records:
@@ -362,14 +363,13 @@ def read_attributes(written):
 
 def box_of_polygons(polygons, reading):
     """[x1, y1, x2, y2] round polygons [[x, y, x, y, ...], ...]; None where there is none."""
-    values = []
-    for polygon in polygons if isinstance(polygons, list) else []:
-        values += polygon if isinstance(polygon, list) else [None]
-    numbers = list(map(read_number, values))
-    if len(numbers) < 6 or len(numbers) % 2 or None in numbers:
+    try:
+        points = np.array(sum(polygons, []), float).reshape(-1, 2)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if len(points) < 3 or not np.isfinite(points).all():
         return None
     reading.counts["boxes are drawn round their polygons"] += 1
-    points = np.reshape(numbers, (-1, 2))
     return [*points.min(0).tolist(), *points.max(0).tolist()]
 
 
@@ -452,7 +452,7 @@ def refuse_other_convention(images, path, box_format, flag="--box_format"):
     likeliest = min(n_outside, key=n_outside.get)
     if np.abs(written).max() <= 1:
         likeliest = "fractions"
-        why = "no number is above 1"
+        why = "no number is above 1. Shares are of left, top, width, height: convert YOLO's, which are of centres"
     elif n_outside["xywh"] > 0.1 * len(kept) and n_outside[likeliest] <= n_outside["xywh"] / 2:
         why = f"{n_outside['xywh']} of {len(kept)} leave their picture, read as {likeliest} {n_outside[likeliest]}"
     elif n_area["xyxy"] > 0.9 * len(kept) and n_area["xywh"] < 0.1 * len(kept):
@@ -551,7 +551,7 @@ def read_groups(images, column):
     values = [image.fields.get(column) for image in images]
     lacking = [image.name for image, value in zip(images, values) if value in (None, "")]
     refuse(lacking, f"--group_column {column}: missing in {len(lacking)} of {len(images)} images:",
-           "Fill it.")
+           f"Fill it, or name another of {', '.join(images[0].fields)}.")
     return np.array(list(map(str, values)), str)
 
 

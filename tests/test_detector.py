@@ -221,6 +221,7 @@ RESULT_FAULTS = {
     "category": ([RESULT, {**RESULT, "category_id": 1}], ["result 1", "category_id 1"]),
     "score": ([{**RESULT, "score": "high"}], ["result 0", "score 'high'"]),
     "box": ([{**RESULT, "bbox": [1, 2, 3]}], ["result 0", "four numbers"]),
+    "negative width": ([RESULT, {**RESULT, "bbox": [10, 10, -3, 3]}], ["result 1", "negative"]),
     "state": ([{**RESULT, "state": "intakt"}], ["result 0", "intakt"]),
     "one state": ([RESULT, {**RESULT, "state": "intact"}], ["1 of 2 results have no state"]),
     "probabilities": ([{**RESULT, "state_probabilities": [1]}], ["result 0", "state_probabilities"]),
@@ -286,6 +287,9 @@ def test_states_of_results_may_be_text_or_numbers(tmp_path):
     common.write_json(tmp_path / "results.json", [{**RESULT, "state": "Damaged"}, {**RESULT, "state": 3}])
     _, found, _ = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json")
     assert found[0].called().tolist() == [1, 3] and found[1].states.shape == (0, 4)
+    metrics = judge_files(tmp_path)
+    assert metrics["per_state"] and metrics["state_calibration"] == [], "no probabilities were given"
+    assert "Reliability" not in (only_run(tmp_path / "out") / "report.html").read_text()
 
 
 # --- states, hallucinations, baselines -----------------------------------------------------
@@ -321,6 +325,8 @@ def test_states_are_held_against_those_that_their_parts_usually_have():
     """Bells are mostly damaged, saddles intact: of four boxes found the rates of the parts call three right."""
     truth = annotated([(0, 1, BOX), (1, 0, OTHER)], [(0, 1, BOX), (1, 3, OTHER)])
     found = [detections((0, 0.9, 0, BOX), (1, 0.9, 0, OTHER)) for _ in range(2)]
+    for each in found:
+        each.states = 0.99 * each.states + 0.0025
     rates = np.array([[0.2, 0.6, 0.1, 0.1], [0.7, 0.1, 0.1, 0.1]])
     judged = detection_scores.Judged(truth, found, 0.5, True, found, rates)
     assert judged.baseline_values(judged.every)[0]["state_accuracy"] == pytest.approx(3 / 4)

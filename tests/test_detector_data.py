@@ -331,6 +331,7 @@ WRITTEN = {
     "categories repeated": (coco(categories=coco()["categories"] * 3), "6 categories are listed more than once"),
     "one name twice": (coco(categories=[{"id": 99, "name": "bell"}, *coco()["categories"]]), "1 categories share"),
     "size 0": (each("images", lambda image: {"width": 0, "height": 0}), "2 images have the size 0"),
+    "ids are null": (each("annotations", lambda a: {"id": None}), ""),
     "ids repeat": (each("annotations", lambda a: {"id": a["category_id"]}), "2 annotations have an id"),
     "polygons alone": (each("annotations", lambda a: {"bbox": [], "segmentation": [triangle(*a["bbox"])]}),
                        "4 boxes are drawn round"),
@@ -423,7 +424,8 @@ def in_convention(box_format, n=20):
 def test_boxes_in_another_convention_stop_the_run_and_are_read_when_it_is_named(tmp_path, flags, box_format):
     plain = study_of(tmp_path, flags, in_convention("xywh"), names=("0.jpg", "1.jpg"))
     content = in_convention(box_format)
-    with pytest.raises(common.UserError, match=f"--box_format {box_format}"):
+    words = "convert YOLO's.*" if box_format == "fractions" else ""
+    with pytest.raises(common.UserError, match=f"{words}--box_format {box_format}"):
         study_of(tmp_path, flags, content, names=("0.jpg", "1.jpg"))
     study = study_of(tmp_path, flags, content, "--box_format", box_format, names=("0.jpg", "1.jpg"))
     np.testing.assert_allclose(study.truth.boxes[0], plain.truth.boxes[0], atol=1e-5)
@@ -505,7 +507,7 @@ def test_groups_come_from_the_entries(tmp_path, flags):
     for k, entry in enumerate(content.values()):
         entry["street"] = k // 2
     assert list(study_of(tmp_path, flags, content, "--group_column", "street").truth.groups) == ["0", "0", "1"]
-    with pytest.raises(common.UserError, match="--group_column owner"):
+    with pytest.raises(common.UserError, match="--group_column owner.* another of .*street"):
         study_of(tmp_path, flags, content, "--group_column", "owner")
 
 
