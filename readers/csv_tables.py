@@ -212,13 +212,13 @@ def read_pairs(path, flag, columns):
 
     All is text, '' where there is none. UserError for a key with two values.
     """
-    pairs = []
     if Path(path).suffix.lower() in (".csv", ".tsv", ".txt"):
         table = read_table(path)
         if len(table.columns) != 2:
             table = table[pick_columns(columns, table.columns, f"{flag} {path} has no column")]
         pairs = [list(table.columns), *table.to_numpy().tolist()]  # without a header the first line is a pair
     else:
+        pairs = []
         for key, value in common.read_config(path).items():
             pairs += [(each, key) for each in value] if isinstance(value, list) else [(key, value)]
     found = {}
