@@ -1,17 +1,16 @@
 """Make small sample data with a known, learnable signal, for a first run and for the tests.
 
     python make_sample_data.py --task assessor --output_dir sample_data
-    python make_sample_data.py --task assessor --output_dir sample_data --n_samples 300 --seed 7 --overwrite
     python make_sample_data.py --task video --output_dir sample_data
-    python make_sample_data.py --task detector
-    python make_sample_data.py --task dreamer --output_dir sample_data --motions se3_left
+    python make_sample_data.py --task detector --n_samples 90 --seed 7
+    python make_sample_data.py --task dreamer
 
 Takes a few seconds. The same flags and package versions give the same files, byte for byte:
     assessor/images/            drawn faces of 200 to 320 px; a few in awkward formats (rotated by EXIF, grey, palette,
                                 alpha, 16 bit, .JPG, a name with a space and an umlaut)
     assessor/ratings/           per_image_Slider_mean_sd_from_wide.csv: image, subject, X_mean, X_sd, X_n of 14 ratings;
                                 raw_ratings_long.csv, the single ratings: rating, attribute, stimulus, rater
-    video/videos/               20 s of one animal that nods at another; MPEG-4 .mp4 and MJPEG .avi, odd frame rates
+    video/videos/               18 s of one animal that nods at another; MPEG-4 .mp4 and MJPEG .avi, odd frame rates
     video/manifests/            events: all.csv; train, val and test.csv with different groups; label_map.json
     video/sequences/, sequences.csv, cv_folds.json    folders of frames with 7 scores; folds of their animals
     detector/images/            drawn bicycles with 8 parts, each intact, damaged (rusty), absent (not
@@ -23,7 +22,7 @@ Takes a few seconds. The same flags and package versions give the same files, by
     dreamer/patient_PP_QQ/      sequence QQ of patient PP: transitions_dataset.json, and grey frames of 64 px in ft1/
                                 and ft2/; a few with quirks (backslashes, a dict for a list, no at2, NaN, an outlier)
     dreamer/patient_map.json    {folder: patient}
-    TASK/ground_truth.json      what is true of the data: quirks, true ratings, noise ceiling, scores, states as drawn
+    TASK/ground_truth.json      what is true of the data: settings, quirks, true ratings, noise ceiling
 
 Rating j of picture i, on a scale from 1 to 9:
     true[i, j] = 5 + (4 - sqrt(3) * noise_sd[j]) * tanh(sum over properties p of FORMULA[j][p] * property[i, p])
@@ -35,7 +34,7 @@ In an `ear` event a head approaches slowly and snaps back; a `tail` event is the
 set of frames without their order, tells the two apart.
 
 A frame of dreamer is the slice of a patient's volume at the pose at1 = (x, y, z, roll, pitch, yaw) in mm and degrees;
-the target view is at 0. --motions says how at2 follows from at1 and the motion.
+the target view is at 0, and at2 = at1 + motion.
 
 Axes: N pictures or transitions, A raters, P properties, R ratings, H x W pixels.
 """
@@ -64,10 +63,7 @@ def parse_args(argv=None):
     add("--output_dir", type=Path, default=Path("sample_data"), help="the data go to TASK in this folder")
     add("--n_samples", "--n_images", type=common.bounded(int, 30, 9999),
         help="number of pictures, events or transitions (default: depends on the task)")
-    add("--motions", choices=probe_poses.CONVENTIONS, default="additive",
-        help="dreamer: at2 = at1 + motion, T(motion) T(at1), or T(at1) T(motion)")
     add("--seed", type=common.WHOLE, default=42, help="another seed gives other data")
-    add("--overwrite", action="store_true", help="replace sample data made here earlier")
     return common.parse_arguments(parser, argv)
 
 
@@ -455,7 +451,7 @@ def manifest_row(number, video, event):
 
 
 def make_events(folder, n_events, seed):
-    """Videos and manifests; returns the groups of each part."""
+    """Videos and manifests."""
     rng = np.random.default_rng([seed, 2])
     videos = plan_videos(n_events, seed, rng)
     plan_events(videos, rng)
@@ -472,7 +468,6 @@ def make_events(folder, n_events, seed):
         common.write_table(manifests / f"{name}.csv", [row for row in rows if row["group"] in groups])
     labels = {text: label for label, texts in SPELLINGS.items() for text in texts}
     common.write_json(manifests / "label_map.json", labels)
-    return {"groups": PARTS}
 
 
 # ---------------------------------------------------------------------------
@@ -515,9 +510,8 @@ def score_columns(scores, rng):
 
 
 def make_sequences(folder, n_animals, seed):
-    """Frame folders, each animal at each moment, with their scores and folds; returns the true scores."""
+    """Frame folders, each animal at each moment, with their scores and folds."""
     rows = []
-    true_scores = {}
     for animal in range(1, n_animals + 1):
         animal_rng = np.random.default_rng([seed, 5, animal])
         tendency = animal_rng.normal(0, 0.10)
@@ -528,7 +522,6 @@ def make_sequences(folder, n_animals, seed):
             pain = mean_pain + tendency + rng.normal(0, 0.15)
             scores = 2 * (pain + rng.normal(0, 0.18, len(ACTION_UNITS))).clip(0, 1)
             path = f"sequences/Animal {animal} {moment} visit {2 - number % 2}"
-            true_scores[path] = scores.round(4).tolist()
             rows.append({
                 "sequence_path": path, "animal": animal, "moment": moment, "sequence_id": number,
                 "num_frames": render_sequence(folder / path, scores, looks, rng),
@@ -539,14 +532,13 @@ def make_sequences(folder, n_animals, seed):
     folds = [{"fold": k, "train_animals": sorted(animals - held), "val_animals": sorted(held)}
              for k, held in enumerate(held_out)]
     common.write_json(folder / "cv_folds.json", {"cv_folds": folds})
-    return {"true_scores": true_scores}
 
 
 def make_video(folder, n_events, seed):
     """Events in videos, and sequences of frames with scores, an animal for ten events; returns the ground truth."""
-    return {
-        "events": make_events(folder, n_events, seed),
-        "sequences": make_sequences(folder, max(4, n_events // 10), seed)}
+    make_events(folder, n_events, seed)
+    make_sequences(folder, max(4, n_events // 10), seed)
+    return {"groups": PARTS}
 
 
 # ---------------------------------------------------------------------------
@@ -692,11 +684,10 @@ def coco_annotations(bicycles, part_names):
 
 
 def make_detector(folder, n_images, seed):
-    """Bicycles, their annotations in both formats and what was drawn, in `folder`; returns the ground truth."""
+    """Bicycles, their annotations in both formats in `folder`; returns the ground truth."""
     n_streets = max(5, n_images // 6)
     (folder / "images").mkdir()
     bicycles = []
-    truth = {}
     for row in range(n_images):
         rng = np.random.default_rng([seed, 3, row])
         street = row % n_streets
@@ -708,9 +699,6 @@ def make_detector(folder, n_images, seed):
         name = f"{row}.jpg"
         Image.fromarray(pixels).save(folder / "images" / name, quality=90)
         bicycles.append(Bicycle(name=name, size=(width, height), street=street, parts=parts))
-        truth[name] = {}
-        for part, (state, box) in parts.items():
-            truth[name][part] = [state, *np.round(box, 1).tolist()]
     content = part_annotations(bicycles, np.random.default_rng([seed, 2]))
     text = json.dumps(content, indent=1).replace("CONTROL", "seen\tat\x07 dusk")
     (folder / "annotations.json").write_text(text, encoding="utf-8")
@@ -720,8 +708,7 @@ def make_detector(folder, n_images, seed):
     parts = list(PART_PLACES)
     common.write_json(folder / "train_coco.json", coco_annotations(train, parts))
     common.write_json(folder / "val_coco.json", coco_annotations(val, parts[:-1]))  # no kickstand
-    quirks = {quirk: f"{row}.jpg" for quirk, row in ANNOTATION_QUIRKS.items()}
-    return {"quirks": quirks, "drawn": truth}
+    return {"quirks": {quirk: f"{row}.jpg" for quirk, row in ANNOTATION_QUIRKS.items()}}
 
 
 # ---------------------------------------------------------------------------
@@ -775,14 +762,13 @@ def make_path(n_poses, rng):
     return REACH * waves
 
 
-def write_sequence(folder, poses, patient, motions, quirk, rng):
+def write_sequence(folder, poses, patient, quirk, rng):
     """One folder: its frames, and the N transitions between N + 1 poses, with the quirk named."""
     names = [f"frames_{folder.name.removeprefix('patient_')}_{i:04d}" for i in range(len(poses))]
     pictures = [Image.fromarray(cut_slice(pose, patient, rng)) for pose in poses]
     for which in ("ft1", "ft2"):
         (folder / which).mkdir(parents=True)
-    motion_of = probe_poses.CONVENTIONS[motions].motion
-    motion = probe_poses.on_arrays(motion_of, poses[:-1], poses[1:])
+    motion = probe_poses.on_arrays(probe_poses.pose_error, poses[1:], poses[:-1])
     slash = "\\" if quirk == "backslashes" else "/"
     rows = []
     for i, step in enumerate(motion):
@@ -806,7 +792,7 @@ def write_sequence(folder, poses, patient, motions, quirk, rng):
     (folder / "transitions_dataset.json").write_text(json.dumps(rows, indent=1))
 
 
-def make_dreamer(folder, n_transitions, seed, motions):
+def make_dreamer(folder, n_transitions, seed):
     """Sequences of slices of several patients in `folder` (which exists and is empty); returns the ground truth."""
     n_sequences = max(6, round(n_transitions / PER_SEQUENCE))
     n_patients = max(3, n_sequences // 2)
@@ -822,72 +808,40 @@ def make_dreamer(folder, n_transitions, seed, motions):
             blobs=anatomy + make_blobs(N_OWN, (3, 7), (20, 60), own_rng))
         rng = np.random.default_rng([seed, 1, k])
         poses = make_path(len(part) + 1, rng)
-        write_sequence(folder / sequence, poses, patient, motions, SLICE_QUIRKS.get(k), rng)
+        write_sequence(folder / sequence, poses, patient, SLICE_QUIRKS.get(k), rng)
         patients[sequence] = name
     common.write_json(folder / "patient_map.json", patients)
     sequences = list(patients)
-    quirks = {sequences[k]: quirk for k, quirk in SLICE_QUIRKS.items() if k < n_sequences}
-    return {"motions": motions, "quirks": quirks}
+    return {"quirks": {sequences[k]: quirk for k, quirk in SLICE_QUIRKS.items() if k < n_sequences}}
 
 
 # ---------------------------------------------------------------------------
 # Folder
 # ---------------------------------------------------------------------------
-# The data are made beside their place and moved there whole; a folder that holds anything else is never touched.
+# The data are made beside their place and moved there whole; a folder that is there is never touched.
 
 TASKS = {"assessor": make_assessor, "video": make_video, "detector": make_detector, "dreamer": make_dreamer}
 DEFAULT_SAMPLES = {"assessor": 120, "video": 120, "detector": 60, "dreamer": 600}
 
 
-def list_files(folder):
-    """Sorted paths of all files below `folder`, relative to it."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path.relative_to(folder).as_posix() for path in files)
-
-
-def check_folder(folder, settings, overwrite):
-    """True when `folder` holds these very data already; UserError when it holds anything that may not be replaced."""
-    is_empty = folder.is_dir() and not any(folder.iterdir())
-    if is_empty or not folder.exists():
-        return False
-    try:
-        made = common.read_json(folder / TRUTH_FILE)
-        strangers = set(list_files(folder)) - {*made["files"], TRUTH_FILE}
-    except (common.UserError, KeyError, TypeError):
-        raise common.UserError(
-            f"{folder} is not empty and holds no sample data made by this script (no readable {TRUTH_FILE}): "
-            "nothing was written. Choose another --output_dir.") from None
-    if strangers:
-        raise common.UserError(
-            f"{folder} holds files that this script did not make: {common.shorten_list(sorted(strangers))}. "
-            "Move them away or choose another --output_dir.")
-    is_same = made["settings"] == settings
-    if not is_same and not overwrite:
-        raise common.UserError(
-            f"{folder} holds sample data made with {made['settings']}, asked for {settings}. "
-            "Give --overwrite to replace them, or choose another --output_dir.")
-    return is_same and not overwrite
-
-
 def main():
     args = parse_args()
     folder = args.output_dir / args.task
-    options = {"motions": args.motions} if args.task == "dreamer" else {}
+    truth_file = folder / TRUTH_FILE
     n_samples = args.n_samples or DEFAULT_SAMPLES[args.task]
-    settings = {"task": args.task, "n_samples": n_samples, "seed": args.seed, **options}
-    if check_folder(folder, settings, args.overwrite):
+    settings = {"task": args.task, "n_samples": n_samples, "seed": args.seed}
+    if truth_file.is_file() and common.read_json(truth_file).get("settings") == settings:
         print(f"{folder}: already there with these settings, nothing to do")
         return
+    if folder.exists() or args.output_dir.is_file():
+        raise common.UserError(f"{folder}: something else is there; remove it or choose another --output_dir")
     draft = args.output_dir / f".{args.task}.new"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    truth = TASKS[args.task](draft, n_samples, args.seed, **options)
-    files = list_files(draft)
-    common.write_json(draft / TRUTH_FILE, {"settings": settings, **truth, "files": files})
-    if folder.exists():
-        shutil.rmtree(folder)
+    truth = TASKS[args.task](draft, n_samples, args.seed)
+    common.write_json(draft / TRUTH_FILE, {"settings": settings, **truth})
     draft.rename(folder)
-    print(f"{folder}: {len(files)} files made; the ground truth is in {folder / TRUTH_FILE}")
+    print(f"{folder}: made; the ground truth is in {truth_file}")
 
 
 if __name__ == "__main__":

@@ -712,18 +712,28 @@ def bicycles(tmp_path_factory):
 def test_sample_data_repeat_to_the_byte(bicycles, tmp_path):
     folder, truth = bicycles
     assert make_sample_data.make_detector(tmp_path, 36, 7) == truth
-    names = make_sample_data.list_files(folder)
-    assert len(names) == 39 and names == make_sample_data.list_files(tmp_path)
+    names, again = ({path.relative_to(made) for path in made.rglob("*.j*")} for made in (folder, tmp_path))
+    assert len(names) == 39 and names == again
     assert all((folder / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)
 
 
-def test_sample_states_can_be_seen(bicycles):
+def coco_study(folder, flags):
+    """Both COCO files of sample data, read without a word."""
+    both = {part: (folder / f"{part}_coco.json", folder / "images") for part in ("train", "val")}
+    return train_detector.load_study(flags("--group_column", "street"), both, lambda text: None)
+
+
+def test_sample_states_can_be_seen(bicycles, flags):
     """Rust in the box says damaged, leaf green occluded: the colours alone tell the states of the saddles apart."""
-    folder, truth = bicycles
+    folder, _ = bicycles
+    truth = coco_study(folder, flags).truth
+    saddle = truth.parts.index("saddle")
     right = []
-    for name, parts in truth["drawn"].items():
-        state, x1, y1, x2, y2 = parts["saddle"][0], *(round(value) for value in parts["saddle"][1:])
-        pixels = cv2.imread(str(folder / "images" / name))[max(y1, 0):y2, max(x1, 0):x2, ::-1].astype(int)
+    for name, boxes, labels, states in zip(truth.images, truth.boxes, truth.labels, truth.states):
+        [row] = np.flatnonzero(labels == saddle)
+        state = STATES[states[row]]
+        x1, y1, x2, y2 = boxes[row].round().astype(int)
+        pixels = cv2.imread(str(folder / "images" / Path(name).name))[max(y1, 0):y2, max(x1, 0):x2, ::-1].astype(int)
 
         def share(colour):
             return (np.abs(pixels - colour).max(2) < 60).mean()
@@ -746,13 +756,16 @@ def test_sample_quirks_are_there_and_both_formats_agree(bicycles, flags):
     assert [each["image"] for each in study.skipped] == [quirks["zero_box"]]
     assert len(study.truth.boxes[row_of[Path(quirks["no_parts"]).stem]]) == 0
     assert study.truth.ignored[row_of[Path(quirks["untrusted"]).stem]].sum() == 1
-    both = {"train": (folder / "train_coco.json", images), "val": (folder / "val_coco.json", images)}
-    coco = train_detector.load_study(flags("--group_column", "street"), both, lambda text: None)
-    for name, boxes, labels, states in zip(coco.truth.images, coco.truth.boxes, coco.truth.labels, coco.truth.states):
-        for box, label, state in zip(boxes, labels, states):
-            drawn = truth["drawn"][Path(name).name][coco.truth.parts[label]]
-            assert drawn[0] == STATES[state]
-            np.testing.assert_allclose(box, np.clip(drawn[1:], 0, 280), atol=0.2)
+    coco = coco_study(folder, flags)
+    shared = [row for row, name in enumerate(coco.truth.images) if Path(name).name not in quirks.values()]
+    for row in shared:
+        other = row_of[Path(coco.truth.images[row]).stem]
+        parts, others = ({truth.parts[label]: (state, box) for label, state, box in zip(
+            truth.labels[k], truth.states[k], truth.boxes[k])} for truth, k in ((coco.truth, row), (study.truth, other)))
+        for part, (state, box) in parts.items():
+            assert others[part][0] == state
+            np.testing.assert_allclose(others[part][1], box, atol=0.2)
+    assert len(shared) == 31
     val = coco.origin == "val"
     assert set(coco.truth.groups[val]).isdisjoint(coco.truth.groups[~val])
     assert "kickstand" in train_detector.split_rows(coco.truth, {"val": np.flatnonzero(val)})[0]["parts without a box"]

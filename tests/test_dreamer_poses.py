@@ -128,9 +128,17 @@ def test_the_right_convention_is_found_and_its_residual_is_zero(name):
 
 @pytest.mark.parametrize("motions", CONVENTIONS)
 def test_the_audit_picks_the_convention_that_the_data_were_made_in(motions, tmp_path):
-    made = ["--task", "dreamer", "--output_dir", tmp_path, "--n_samples", 48, "--motions", motions]
-    run_script("make_sample_data.py", *made)
+    run_script("make_sample_data.py", "--task", "dreamer", "--output_dir", tmp_path, "--n_samples", 48)
     data = tmp_path / "dreamer"
+    for path in data.glob("*/transitions_dataset.json"):
+        rows = json.loads(path.read_text())
+        for row in rows["transitions"] if isinstance(rows, dict) else rows:
+            if "at2_6dof" in row:
+                poses = np.array([[row["at1_6dof"]], [row["at2_6dof"]]])
+                row["action_change_6dof"] = on_arrays(CONVENTIONS[motions].motion, *poses)[0].tolist()
+            else:
+                row["action_change_6dof"] = None
+        path.write_text(json.dumps(rows))
     run_script("train_dreamer.py", "--mode", "audit", "--data_dir", data, "--patient_map", data / "patient_map.json",
                "--image_size", 32, "--output_dir", tmp_path / "out")
     audit = json.loads((only_run(tmp_path / "out") / "audit.json").read_text())

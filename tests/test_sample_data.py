@@ -4,6 +4,7 @@
 """
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def made(tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True, cwd=script.parent)
     assert done.returncode == 0, done.stderr
     folder = output / "assessor"
-    assert "122 files" in done.stdout, "120 pictures and two tables"
+    assert "ground_truth.json" in done.stdout
     return folder, json.loads((folder / "ground_truth.json").read_text(encoding="utf-8"))
 
 
@@ -67,8 +68,8 @@ def test_same_flags_same_bytes_and_another_seed_differs(small, tmp_path, monkeyp
     other = tmp_path / "again"
     run(monkeypatch, "--output_dir", other, "--n_images", 30, "--seed", 1)
     assert digest(small) == digest(other / "assessor")
-    run(monkeypatch, "--output_dir", other, "--n_images", 30, "--seed", 2, "--overwrite")
-    assert not set(digest(small).values()) & set(digest(other / "assessor").values())
+    run(monkeypatch, "--output_dir", tmp_path / "new", "--n_images", 30, "--seed", 2)
+    assert not set(digest(small).values()) & set(digest(tmp_path / "new" / "assessor").values())
 
 
 def test_layout_and_columns(made):
@@ -188,30 +189,27 @@ def test_second_run_with_the_same_flags_changes_nothing(small, monkeypatch, caps
     assert before == {p: p.stat().st_mtime_ns for p in small.rglob("*")}
 
 
-def test_other_flags_need_overwrite(small, monkeypatch):
-    with pytest.raises(common.UserError, match="--overwrite"):
-        run(monkeypatch, "--output_dir", small.parent, "--n_images", 31, "--seed", 1)
-    run(monkeypatch, "--output_dir", small.parent, "--n_images", 31, "--seed", 1, "--overwrite")
-    assert len(list((small / "images").iterdir())) == 31
-
-
-@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
-def test_foreign_files_are_never_touched(small, monkeypatch, flags):
-    (small / "images" / "holiday.jpg").write_bytes(b"mine")
-    before = digest(small)
-    with pytest.raises(common.UserError, match="holiday.jpg"):
-        run(monkeypatch, "--output_dir", small.parent, "--n_images", 40, *flags)
-    assert digest(small) == before
-
-
-@pytest.mark.parametrize("damage", ["missing", "broken"])
-def test_folder_that_it_did_not_make_is_refused(small, monkeypatch, damage):
+@pytest.mark.parametrize("there", ["other settings", "no truth", "an empty folder", "a truth of something else"])
+def test_what_else_is_there_is_left_alone(small, monkeypatch, there):
+    n_images = 31 if there == "other settings" else 30
     truth = small / "ground_truth.json"
-    truth.unlink() if damage == "missing" else truth.write_text("[1, 2")
+    if there == "no truth":
+        truth.unlink()
+    elif there == "an empty folder":
+        shutil.rmtree(small)
+        small.mkdir()
+    elif there == "a truth of something else":
+        truth.write_text('{"answer": 42}')
     before = digest(small)
-    with pytest.raises(common.UserError, match="nothing was written"):
-        run(monkeypatch, "--output_dir", small.parent, "--n_images", 30, "--overwrite")
+    with pytest.raises(common.UserError, match=f"{small}: something else is there; remove it or choose another --out"):
+        run(monkeypatch, "--output_dir", small.parent, "--n_images", n_images, "--seed", 1)
     assert digest(small) == before
+
+
+def test_an_output_folder_that_is_a_file_is_said(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(common.UserError, match="something else is there"):
+        run(monkeypatch, "--output_dir", tmp_path / "file")
 
 
 def test_interrupted_run_leaves_no_half_data(tmp_path, monkeypatch):
