@@ -9,15 +9,13 @@
     python verify_setup.py --download_weights resnet50 vit_b_16      # on a machine with internet
 
 With --task video, detector or dreamer further flags name the data: those of the train script's --mode audit. For the
-assessor, ./images with the table in ./ratings need no flag. Where no data are named, --full checks those in
-./sample_data, else temporary sample data. Writes only to a temporary folder and, with --download_weights, to the
-weights cache.
+assessor, ./images with the table in ./ratings need no flag. Writes only to a temporary folder and, with
+--download_weights, to the weights cache.
 Exit code 1 if any row says FAIL, else 0. Packages are imported where used, so the table appears without torch too.
 """
 import argparse
 import collections
 import contextlib
-import functools
 import importlib
 import math
 import os
@@ -36,20 +34,15 @@ REQUIREMENTS = HERE / "requirements.txt"
 TASKS = ("assessor", "video", "detector", "dreamer")
 PUBLISHED_TABLE = "per_image_Slider_mean_sd_from_wide.csv"
 QUICK_PICTURES = 300  # decoded without --full
-SAMPLE_IMAGES = Path("assessor/images")
-SAMPLE_TABLE = Path("assessor/ratings") / PUBLISHED_TABLE
-# Flags that name the data of an audit and of a dry run; paths are relative to the folder of make_sample_data.py.
-SMALL_PICTURES = "--min_size 128"  # quicker, and enough to see what is damaged or there twice
-AUDIT_FLAGS = {
-    "detector": f"--json detector/annotations.json --images_dir detector/images {SMALL_PICTURES}",
-    "dreamer": "--data_dir dreamer --patient_map dreamer/patient_map.json",
-    "video": "--manifest video/manifests/all.csv --video_root video/videos --label_map video/manifests/label_map.json"}
-DRY_RUN_FLAGS = {
-    "assessor": f"--images_dir {SAMPLE_IMAGES} --ratings_file {SAMPLE_TABLE} --backbone resnet18 --image_size 64",
+DRY_RUN_FLAGS = {  # paths are relative to the folder of make_sample_data.py
+    "assessor": f"--images_dir assessor/images --ratings_file assessor/ratings/{PUBLISHED_TABLE} --backbone resnet18 "
+                "--image_size 64",
     "detector": "--train_json detector/annotations.json --train_images detector/images --split_ratio 0.7 "
                 "--group_column street --min_size 64 --max_size 96 --num_workers 0 --model fasterrcnn_resnet18_fpn",
-    "dreamer": f"{AUDIT_FLAGS['dreamer']} --encoder resnet18 --image_size 64 --token_type spatial --d_model 48",
-    "video": f"{AUDIT_FLAGS['video']} --model cnn_lstm --image_size 32 --n_frames 4"}
+    "dreamer": "--data_dir dreamer --patient_map dreamer/patient_map.json --encoder resnet18 --image_size 64 "
+               "--token_type spatial --d_model 48",
+    "video": "--manifest video/manifests/all.csv --video_root video/videos --label_map video/manifests/label_map.json "
+             "--model cnn_lstm --image_size 32 --n_frames 4"}
 WEIGHTS = {
     "assessor": "resnet18 resnet34 resnet50 resnet101 efficientnet_b0 efficientnet_b3 vit_b_16",
     "detector": "resnet18 fasterrcnn_resnet50_fpn fasterrcnn_resnet50_fpn_v2 fasterrcnn_mobilenet_v3_large_320_fpn",
@@ -240,20 +233,10 @@ def run_script(script, *flags, folder=None):
     """Run a script of this repository in a folder; returns the process. UserError with its complaint where it fails."""
     import common
     command = [sys.executable, HERE / script, *flags]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if result.returncode:
         raise common.UserError(f"{script} ended with exit code {result.returncode}: {result.stderr.strip()[-1000:]}")
     return result
-
-
-@functools.cache
-def find_sample(task, temporary):
-    """Folder of the sample data: ./sample_data where it has the task, else the temporary one, where they are made."""
-    folder = Path("sample_data")
-    if not (folder / task).is_dir():
-        folder = Path(temporary)
-        run_script("make_sample_data.py", "--task", task, "--output_dir", folder)
-    return folder
 
 
 def find_assessor_data(args):
@@ -271,16 +254,18 @@ def find_assessor_data(args):
     return (Path("images"), tables[0]) if tables else None
 
 
-def check_assessor(args, temporary):
-    """Audit of a ratings table and its images: rows without image, images without row."""
+def check_assessor(args):
+    """Audit of a ratings table and its images, where there are any: rows without image, images without row."""
     import common
     from readers import file_names
     named = find_assessor_data(args)
-    images_dir, path = named or [find_sample("assessor", temporary) / part for part in (SAMPLE_IMAGES, SAMPLE_TABLE)]
+    if not named:
+        return
+    images_dir, path = named
     yield Check("OK", "data", f"{images_dir}, {path}")
     ratings = yield from check_table(path, args)
     paths, without_row, notes = file_names.match_images(ratings.images, images_dir)
-    yield from (Check("OK", "note", note) for note in notes)
+    yield from (Check("WARN" if note.startswith("WARNING") else "OK", "note", note) for note in notes)
     without_file = [name for name, image in zip(ratings.images, paths) if image is None]
     for what, names in (("rows without image", without_file), ("images without row", without_row)):
         yield listing("WARN", what, names, "they will be skipped")
@@ -319,76 +304,44 @@ def check_images(paths, is_full):
                   f"{len(bad)} of {len(audits)}")
     same = collections.defaultdict(list)
     for audit in audits:
-        same[audit.pixel_sha or audit.path].append(Path(audit.path).name)
+        same[audit.pixel_sha or audit.path].append(str(audit.path))
     twins = [" = ".join(names) for names in same.values() if len(names) > 1]
     yield listing("WARN", "identical images", twins, "a split between them would leak: keep one of each")
 
 
-def audit_by_script(task, flags, temporary, output_flag="--output"):
-    """A row that names the data, --mode audit of the train script, which knows its formats, its notes; returns its JSON.
+def check_by_script(task, flags, temporary):
+    """--mode audit of the train script, which knows its formats; flags: where the data are (none: nothing is checked).
 
-    flags: where the data are; none for sample data. Raises UserError with what could not be read.
+    Raises UserError with what could not be read.
     """
     import common
-    folder = None if flags else find_sample(task, temporary)
-    flags = [str(flag) for flag in flags or AUDIT_FLAGS[task].split()]
-    yield Check("OK", "data", f"{'' if folder is None else f'in {folder}: '}{' '.join(flags)}")
+    if not flags:
+        return
     output = Path(temporary) / f"audit_{task}"
-    done = run_script(f"train_{task}.py", "--mode", "audit", output_flag, output, *flags, folder=folder)
-    for line in done.stdout.splitlines():
-        if line.startswith("note: "):
-            yield Check("OK", "note", line.removeprefix("note: "))
-    return common.read_json(next(output.glob("run_*/audit.json"), output))
+    output_flag = "--output_dir" if task == "dreamer" else "--output"
+    small = ["--min_size", "128"] if task == "detector" else []  # quicker, and shows as well what is there twice
+    done = run_script(f"train_{task}.py", "--mode", "audit", *small, *flags, output_flag, output)
+    report = common.read_json(next(output.glob("run_*/audit.json"), output))
+    if task == "dreamer":
+        yield from (Check(**check) for check in report["checks"])
+        return
+    row = Check("OK", "data", done.stdout.strip().removesuffix(f"; written to {output}"))
+    if counts_anything(report) or report.get("damaged") or "WARNING" in done.stdout:
+        row = row._replace(status="WARN", remedy="correct what is counted; keep copies on one side of the split")
+    yield row
+    bad = [": ".join(each) for each in report.get("unreadable", {}).items()]
+    yield listing("FAIL", "unreadable", bad, "fix or remove them, or train with a larger --max_missing")
+    skipped = [": ".join(each.values()) for each in report["skipped"]]
+    yield listing("WARN", "left out", skipped, "correct them, or train without them")
 
 
-def check_dreamer(args, temporary):
-    """Audit of transitions."""
-    audit = yield from audit_by_script("dreamer", args.audit_flags, temporary, "--output_dir")
-    for check in audit["checks"]:
-        yield Check(**check)
-
-
-def check_detector(args, temporary):
-    """Audit of part annotations and their pictures."""
-    flags = args.audit_flags
-    if args.images_dir:
-        flags = ["--images_dir", args.images_dir, *SMALL_PICTURES.split(), *flags]
-    audit = yield from audit_by_script("detector", flags, temporary)
-    parts = audit["parts"]
-    totals = [f"{sum(row[name] for row in parts)} {name}" for name in parts[0] if name != "part"]
-    yield Check("OK", "annotations", f"{audit['pictures']} pictures, {len(parts)} parts; {', '.join(totals)}")
-    skipped = [": ".join(each.values()) for each in audit["skipped"]]
-    yield listing("WARN", "skipped", skipped, "they are left out of training and listed in skipped.csv of the run")
-    copies = audit["copies"]
-    yield Check("WARN" if copies["exact_duplicates"] else "OK", "identical images",
-                f"{copies['exact_duplicates']}, and {copies['near_duplicates']} near duplicates")
-
-
-def check_video(args, temporary):
-    """Audit of a manifest and its videos: each file is decoded to its end."""
-    start = time.perf_counter()
-    flags = ["--task", "regress", *args.audit_flags] if args.scores else args.audit_flags
-    report = yield from audit_by_script("video", flags, temporary)
-    [part] = report["parts"].values()
-    groups = "no" if part["groups"] is None else part["groups"]
-    classes = ", ".join(f"{name} {n}" for name, n in part["classes"].items()) or "scores"
-    yield Check("OK", "clips", f"{part['rows']} of {part['videos']} videos, {part['events']} events, {groups} groups; "
-                f"{classes}; read in {time.perf_counter() - start:.0f} s")
-    bad = [f"{path}: {error}" for path, error in report["unreadable"].items()]
-    yield listing("FAIL", "unreadable videos", bad, "fix or remove them, or train with a larger --max_missing",
-                  f"{len(bad)} of {part['videos']}")
-    damaged = [f"{path}: {damage}" for path, damage in report["damaged"].items()]
-    yield listing("WARN", "damaged videos", damaged, "copy them again; a damaged file stays so, and its rows are used")
-    skipped = [f"{row['row']} ({row['reason']})" for row in report["skipped"]]
-    yield listing("WARN", "rows left out", skipped, "correct them in the manifest")
-    [within] = report["within"].values()
-    problems = (
-        ("windows past the end", report["windows_past_the_end"]["past"], "correct their offsets"),
-        ("identical clips", within["exact_duplicates"], "a split between them would leak: keep one of each"),
-        ("overlapping windows", within["overlapping_windows"], "split by video or group"),
-        ("events of two labels", part["events_with_two_labels"], "one of the labels is wrong"))
-    for what, found, remedy in problems:
-        yield listing("WARN", what, found["examples"], remedy, found["count"])
+def counts_anything(found, what=""):
+    """Whether an audit's JSON has a count above 0, other than of near neighbours, which every recording has."""
+    if what.startswith("near_"):
+        return False
+    if "count" in found:
+        return found["count"] > 0
+    return any(counts_anything(each, name) for name, each in found.items() if isinstance(each, dict))
 
 
 def listing(status, what, examples, remedy, count=None):
@@ -402,49 +355,42 @@ def listing(status, what, examples, remedy, count=None):
 
 def check_dry_run(task, temporary):
     """Run the train script on sample data: 2 batches, 1 epoch, the whole run folder."""
+    run_script("make_sample_data.py", "--task", task, "--output_dir", temporary)
     start = time.perf_counter()
     run_script(f"train_{task}.py", "--dry_run", "--no_pretrained", "--output_dir", Path(temporary) / "outputs",
-               *DRY_RUN_FLAGS[task].split(), folder=find_sample(task, temporary))
+               *DRY_RUN_FLAGS[task].split(), folder=temporary)
     yield Check("OK", f"dry run {task}", f"on sample data, {time.perf_counter() - start:.0f} s")
-
-
-AUDITS = {"assessor": check_assessor, "video": check_video, "detector": check_detector, "dreamer": check_dreamer}
-
-
-def check_data(task, args, temporary):
-    """The audit of the data that are named, with --full else of sample data."""
-    is_named = find_assessor_data(args) if task == "assessor" else args.audit_flags or args.images_dir
-    if is_named or args.full:
-        yield from AUDITS[task](args, temporary)
 
 
 # --- the table -----------------------------------------------------------------
 
 def parse_args(argv=None):
-    """Command line; dashes within a flag are read as underscores. audit_flags: words for the audit of the task."""
+    """Command line; dashes within a flag are read as underscores. audit_flags: those of the train script's audit."""
     given = sys.argv[1:] if argv is None else argv
 
     def with_underscores(flag):
         return "--" + flag[0][2:].replace("-", "_")
     words = [re.sub(r"^--[^=]+", with_underscores, word) for word in given]
+    of_task = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    of_task.add_argument("--task", choices=(*TASKS, "all"), default="all",
+                         help="whose data, dry run and weights are checked")
+    task = of_task.parse_known_args(words)[0].task
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+                                     allow_abbrev=False, parents=[of_task])
     add = parser.add_argument
-    add("--task", choices=(*TASKS, "all"), default="all", help="whose data, dry run and weights are checked")
-    add("--full", action="store_true", help="decode all pictures, check sample data where none are named, and run each "
-                                            "train script on them: minutes instead of seconds")
-    add("--images_dir", type=Path, help="assessor, detector: folder of images (assessor: default ./images)")
+    add("--full", action="store_true",
+        help="decode all pictures, and run each train script on sample data: minutes instead of seconds")
+    add("--output_dir", type=Path, default=Path("outputs"), help="where runs will be written: its disk is checked")
+    add("--download_weights", nargs="*", metavar="NAME", help="only fill the weights cache (no name: all)")
+    if task not in ("assessor", "all"):
+        args, audit_flags = parser.parse_known_args(words)
+        return argparse.Namespace(**vars(args), audit_flags=audit_flags)
+    add("--images_dir", type=Path, help="assessor: folder of images (default: ./images)")
     add("--ratings_file", type=Path, help="assessor: ratings table (default: the one in ./ratings)")
     add("--image_column", help="assessor: column of the image names, where it is not recognised")
     add("--target_columns", nargs="+", metavar="NAME", help="assessor: ratings to predict (default: all)")
     add("--duplicates", choices=("error", "mean"), default="error", help="assessor: repeated rows fail or are averaged")
-    add("--scores", action="store_true", help="video: the manifest holds scores of sequences (--task regress)")
-    add("--output_dir", type=Path, default=Path("outputs"), help="where runs will be written: its disk is checked")
-    add("--download_weights", nargs="*", metavar="NAME", help="only fill the weights cache (no name: all)")
-    args, further = parser.parse_known_args(words)
-    if further and args.task not in AUDIT_FLAGS:
-        parser.error(f"unknown: {' '.join(further)}; flags for the audit of video, detector or dreamer need --task")
-    return argparse.Namespace(**vars(args), audit_flags=further)
+    return argparse.Namespace(**vars(parser.parse_args(words)), audit_flags=[])
 
 
 def show(check):
@@ -462,7 +408,7 @@ def run_check(name, rows):
     import common
     try:
         yield from map(show, rows)
-    except (common.UserError, subprocess.TimeoutExpired) as error:
+    except common.UserError as error:
         yield show(Check("FAIL", name, str(error)))
 
 
@@ -473,7 +419,8 @@ def machine_and_task_checks(args, tasks, temporary):
     yield "disk", check_space(args.output_dir)
     yield "model", check_model(tasks)
     for task in tasks:
-        yield f"data of {task}", check_data(task, args, temporary)
+        own = check_assessor(args) if task == "assessor" else check_by_script(task, args.audit_flags, temporary)
+        yield f"data of {task}", own
         if args.full:
             yield f"dry run {task}", check_dry_run(task, temporary)
 
@@ -494,7 +441,7 @@ def main(argv=None):
             statuses += run_check(name, rows)
     print(", ".join(f"{statuses.count(status)} {status}" for status in ("OK", "WARN", "FAIL")))
     if not args.full:
-        print("--full also checks sample data and tries every train script; it takes minutes")
+        print("--full also tries every train script on sample data; it takes minutes")
     return int("FAIL" in statuses)
 
 

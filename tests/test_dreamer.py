@@ -274,8 +274,7 @@ def test_time_blocks_of_one_patient_prove_nothing(slices, tmp_path):
 def test_verify_setup_audits_transitions(slices, tmp_path, monkeypatch):
     monkeypatch.setattr(verify_setup, "run_script", run_script)
     data = ["--data_dir", slices, "--patient_map", slices / "patient_map.json"]
-    args = types.SimpleNamespace(audit_flags=data)
-    checks = list(verify_setup.check_dreamer(args, tmp_path))
+    checks = list(verify_setup.check_by_script("dreamer", data, tmp_path))
     text = "\n".join(f"{check.name} {check.found}" for check in checks)
     assert "composition additive" in text and "patients" in text
     assert "FAIL" not in [check.status for check in checks]

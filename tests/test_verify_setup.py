@@ -44,7 +44,7 @@ def audit(images_dir, ratings_file, **flags):
     args = SimpleNamespace(images_dir=images_dir, ratings_file=ratings_file, image_column=None, target_columns=None,
                            duplicates="error", full=False)
     vars(args).update(flags)
-    return {check.name: check for check in verify_setup.check_assessor(args, None)}
+    return {check.name: check for check in verify_setup.check_assessor(args)}
 
 
 # --- packages --------------------------------------------------------------------
@@ -229,7 +229,7 @@ def test_every_fault_has_its_row(study):
     Image.new("RGB", (9, 9)).save(study.images / "unrated.png")
     checks = audit(study.images, study.table)
     expected = {"missing cells": ("WARN", "warm lacks 1 of 13"), "rows without image": ("WARN", "gone.png"),
-                "images without row": ("WARN", "unrated.png"), "identical images": ("WARN", "3.png = 4.png"),
+                "images without row": ("WARN", "unrated.png"), "identical images": ("WARN", f"3.png = {study.images / '4.png'}"),
                 "unreadable images": ("FAIL", "2.png: ")}
     for name, (status, words) in expected.items():
         assert checks[name].status == status and words in checks[name].found, checks[name]
@@ -288,7 +288,7 @@ def audit_video(temporary, **flags):
     words = [f"--{name}={value}" for name, value in flags.items()]
     args = verify_setup.parse_args(["--task", "video", *words])
     with mock.patch.object(verify_setup, "run_script", run_script):  # without the imports of another process
-        return {check.name: check for check in verify_setup.check_video(args, temporary)}
+        return {check.name: check for check in verify_setup.check_by_script("video", args.audit_flags, temporary)}
 
 
 @pytest.fixture
@@ -305,7 +305,8 @@ def test_clean_videos_have_no_warning(clips):
     clips.manifest.write_text("\n".join(["path,label,group,start_sec,end_sec", *clips.rows]) + "\n")
     checks = audit_video(clips.folder, manifest=clips.manifest)
     assert {check.status for check in checks.values()} == {"OK"}, checks
-    assert "6 of 6 videos, 6 events, 6 groups; a 3, b 3" in checks["clips"].found
+    assert "6 clips (0 rows more repeat them), 6 events" in checks["data"].found and "a 3, b 3" in checks["data"].found
+    assert str(clips.folder / "audit_video") not in checks["data"].found, "it names a file that is removed"
 
 
 def test_every_fault_of_videos_has_its_row(clips):
@@ -315,12 +316,28 @@ def test_every_fault_of_videos_has_its_row(clips):
     (clips.folder / "broken.npy").write_text("nothing")
     clips.manifest.write_text("\n".join(["path,label,group,start_sec,end_sec", *clips.rows]) + "\n")
     checks = audit_video(clips.folder, manifest=clips.manifest, video_root=clips.folder)
-    expected = {"unreadable videos": ("FAIL", "broken.npy"), "rows left out": ("WARN", "no label"),
-                "windows past the end": ("WARN", "1.npy@50-51"), "identical clips": ("WARN", "3.npy"),
-                "overlapping windows": ("WARN", "0.npy@0.2-1.5 = 0.npy@0.7-1.9")}
-    for name, (status, words) in expected.items():
-        assert checks[name].status == status and words in checks[name].found, checks[name]
+    expected = {"unreadable": ("FAIL", "broken.npy"), "left out": ("WARN", "no label"),
+                "data": ("WARN", "1.npy@50-51", "1 exact duplicate", "0.npy@0.2-1.5 = 0.npy@0.7-1.9")}
+    for name, (status, *words) in expected.items():
+        assert checks[name].status == status and all(word in checks[name].found for word in words), checks[name]
         assert checks[name].remedy, f"{name} does not say what to do"
+
+
+def test_what_two_manifests_share_is_a_warning(clips):
+    """The rows of train and val in files of their own; one event of val is in train too."""
+    header = "path,label,group,start_sec,end_sec"
+    parts = {"train_manifest": clips.rows[:4], "val_manifest": clips.rows[4:]}
+    for share, status in (([], "OK"), (clips.rows[4:5], "WARN")):
+        parts["train_manifest"] += share
+        for name, rows in parts.items():
+            (clips.folder / f"{name}.csv").write_text("\n".join([header, *rows]) + "\n")
+        checks = audit_video(clips.folder, **{name: clips.folder / f"{name}.csv" for name in parts},
+                             video_root=clips.folder)
+        assert checks["data"].status == status and "leakage train-val: " in checks["data"].found, checks["data"]
+
+
+def test_near_windows_alone_are_no_warning():
+    assert not verify_setup.counts_anything({"within": {"all": {"near_windows": {"count": 9}, "copies": {"count": 0}}}})
 
 
 def test_a_manifest_that_cannot_be_read_is_a_fail_row(clips, capsys):
@@ -345,6 +362,16 @@ def test_further_flags_go_to_the_audit_of_the_task_that_is_named(capsys):
         with pytest.raises(SystemExit) as stopped:
             verify_setup.parse_args(words)
         assert stopped.value.code == 2 and words[-2] in capsys.readouterr().err
+    flags = ["--images_dir", "i", "--ratings_file=t.csv"]
+    assert verify_setup.parse_args(["--task", "detector", *flags]).audit_flags == flags, "to be refused by its audit"
+
+
+def test_flags_of_the_assessor_check_no_other_task(study, capsys, monkeypatch):
+    """Without --task all are checked, but these data are those of one."""
+    write_rows(study)
+    monkeypatch.setattr(verify_setup, "run_script", lambda *_, **__: pytest.fail("another audit was started"))
+    assert verify_setup.main(["--images_dir", str(study.images), "--ratings_file", str(study.table)]) == 0
+    assert "12 images; 2 ratings" in capsys.readouterr().out
 
 
 def test_output_is_ascii_with_the_remedy_under_it(capsys):
@@ -364,18 +391,16 @@ def test_the_whole_table_of_one_task_on_few_made_data(tmp_path, capsys, monkeypa
     code = verify_setup.main(["--full", "--task", "dreamer"])
     printed = capsys.readouterr().out
     assert code == 0, printed
-    for words in ("weights not cached", "OK    data ", "48 transitions", "OK    dry run dreamer"):
+    for words in ("weights not cached", "OK    dry run dreamer"):
         assert words in printed, printed
     assert list(tmp_path.iterdir()) == [], "something was written where it was called"
 
 
 @pytest.mark.parametrize("task", verify_setup.TASKS)
-def test_flags_of_audits_and_dry_runs_are_known_to_the_train_scripts(task, monkeypatch):
+def test_flags_of_dry_runs_are_known_to_the_train_scripts(task, monkeypatch):
     parse = importlib.import_module(f"train_{task}").parse_args
     monkeypatch.chdir(REPO)
     parse(["--dry_run", "--no_pretrained", *verify_setup.DRY_RUN_FLAGS[task].split()])
-    if task in verify_setup.AUDIT_FLAGS:
-        parse(["--mode", "audit", *verify_setup.AUDIT_FLAGS[task].split()])
 
 
 @pytest.mark.long
@@ -384,7 +409,7 @@ def test_the_whole_table_on_made_data(tmp_path):
     result = verify("--full", cwd=tmp_path, TORCH_HOME=str(tmp_path / "cache"))
     assert result.returncode == 0, result.stdout + result.stderr
     assert all(f"OK    dry run {task}" in result.stdout for task in verify_setup.TASKS), result.stdout
-    assert "weights not cached" in result.stdout and "120 of 24 videos" in result.stdout
+    assert "weights not cached" in result.stdout
     assert list(tmp_path.iterdir()) == [], "something was written where it was called"
 
 
@@ -394,7 +419,7 @@ def test_without_full_nothing_is_made_or_run(tmp_path, capsys, monkeypatch):
     assert verify_setup.main([]) == 0
     printed = capsys.readouterr().out
     assert "OK    processor" in printed and "OK    model" in printed and "data" not in printed.split("--full")[0]
-    assert printed.splitlines()[-1].startswith("--full also checks sample data and tries every train script")
+    assert printed.splitlines()[-1].startswith("--full also tries every train script on sample data")
 
 
 def test_of_many_pictures_some_are_decoded(study, monkeypatch):
@@ -409,5 +434,8 @@ def test_what_the_matcher_guesses_is_a_row(study):
     write_rows(study)
     args = SimpleNamespace(images_dir=study.images, ratings_file=study.table, image_column=None, target_columns=None,
                            duplicates="error", full=False)
-    notes = [check.found for check in verify_setup.check_assessor(args, None) if check.name == "note"]
-    assert any("12" in note and "--exact_names" in note for note in notes), notes
+    study.rows += ["gone.png,1,2", "lost.png,2,1"]
+    write_rows(study)
+    guessed, missing = [check for check in verify_setup.check_assessor(args) if check.name == "note"]
+    assert guessed.status == "OK" and "12" in guessed.found and "--exact_names" in guessed.found
+    assert missing.status == "WARN" and missing.found.startswith("WARNING: 2 of 14 names fit no picture")
