@@ -4,9 +4,9 @@
 #   ./run_local.sh [train_SCRIPT.py] [flags of the script]      default script: train_assessor.py
 #   ./run_local.sh --install_only [requirements files]          environment only; its python is printed last
 #
-# Data of train_assessor.py: --images_dir and --ratings_file (or --config) if given, else ./images with the table in
-# ./ratings, else small sample data that it makes. Data of train_video.py: --manifest or --video_root (or --config) if
-# given, else sample data. All other flags are passed on and override the defaults.
+# Flags that name the data (--images_dir, --manifest, --video_root, --config, --resume RUN) and those of other scripts
+# are passed on as they are. Without them train_assessor.py takes ./images with the table in ./ratings, else sample data
+# that are made, as train_video.py does; all other flags override the defaults.
 # Environment: the active venv or conda environment, else ./.venv (made when missing).
 #   VENV=DIR      use or make the environment in DIR       PYTHON=FILE   use this interpreter
 set -euo pipefail
@@ -106,20 +106,6 @@ fi
 
 # --- data --------------------------------------------------------------------
 
-flag_value() {  # NAME FLAGS...: the last value of --NAME, written with - or _; empty if it is not given
-    local name=$1 value="" previous="" word
-    shift
-    for word in "$@"; do
-        [ "$previous" != "__$name" ] || value=$word
-        previous=$(printf '%s' "${word%%=*}" | tr - _)
-        case "$word" in
-            --*=*) [ "$previous" != "__$name" ] || value=${word#*=}
-                previous="" ;;
-        esac
-    done
-    printf '%s\n' "$value"
-}
-
 find_table() {  # the table in the ratings folder: the published name, or the only .csv
     set -- "$data"/ratings/*.csv
     [ ! -f "$data/ratings/$published" ] || set -- "$data/ratings/$published"
@@ -140,6 +126,11 @@ has_flag() {  # "NAME NAME ..." FLAGS...: is one of them given, written with - o
         case "$names" in *" ${word#__} "*) [ "${word#__}" = "$word" ] || return 0 ;; esac
     done
     return 1
+}
+
+names_data() {  # FLAGS...: true where they say what is read; --resume RUN does, --resume auto does not
+    has_flag "images_dir ratings_file manifest train_manifest video_root config mode help" "$@" ||
+        { [[ "$*" =~ --resume[^=\ ]*[=\ ][^-\ ] ]] && [[ ! "$*" =~ --resume[^=\ ]*[=\ ]auto ]]; }
 }
 
 make_sample() {  # sets $sample
@@ -169,46 +160,30 @@ task=${script#train_}
 task=${task%.py}
 choose_environment "$here/requirements.txt"
 
-if [ "$task" = video ]; then
-    if has_flag "manifest train_manifest video_root config mode resume resume_from_checkpoint help" "$@"; then
-        named=()
-        for name in manifest video_root label_map group_column; do
-            value=$(flag_value "$name" "$@")
-            [ -z "$value" ] || named+=("--$name" "$value")
-        done
-        [ "$(flag_value task "$@")" != regress ] || named+=(--scores)
-        if has_flag "manifest video_root" "$@"; then
-            verify "${named[@]}" || say "verify_setup.py found problems (above); training starts anyway and reports what stops it"
-        fi
-        run_script "$@"
-    fi
-    make_sample ""
-    named=(--manifest "$sample/video/manifests/all.csv" --video_root "$sample/video/videos" --label_map
-        "$sample/video/manifests/label_map.json")
-    verify "${named[@]}"
-    set -- --config "$here/configs/video_small_data.yaml" "${named[@]}" --test_ratio 0.25 --train_ratio 0.5 \
-        --val_ratio 0.25 "$@"
-    ! needs_random_weights "$@" || set -- --no_pretrained "$@"
+if { [ "$task" != assessor ] && [ "$task" != video ]; } || names_data "$@"; then
     run_script "$@"
 fi
-
-images=$(flag_value images_dir "$@") ratings=$(flag_value ratings_file "$@")
-if [ "$task" != assessor ] || [ -n "$images$ratings$(flag_value config "$@")" ]; then
-    verify ${images:+--images_dir "$images"} ${ratings:+--ratings_file "$ratings"} ||
-        say "verify_setup.py found problems (above); training starts anyway and reports what stops it"
+if [ "$task" = video ]; then
+    make_sample ""
+    verify
+    set -- --config "$here/configs/video_small_data.yaml" --manifest "$sample/video/manifests/all.csv" \
+        --video_root "$sample/video/videos" --label_map "$sample/video/manifests/label_map.json" --test_ratio 0.25 \
+        --train_ratio 0.5 --val_ratio 0.25 "$@"
+    ! needs_random_weights "$@" || set -- --no_pretrained "$@"
     run_script "$@"
 fi
 data=.
 if [ ! -d images ] || [ ! -d ratings ]; then data=$here; fi
 if [ -d "$data/images" ] && [ -d "$data/ratings" ]; then
     table=$(find_table)
-    verify --images_dir "$data/images" --ratings_file "$table"
+    verify --images_dir "$data/images" --ratings_file "$table" ||
+        say "verify_setup.py found problems (above); training starts anyway and reports what stops it"
     run_script --images_dir "$data/images" --ratings_file "$table" "$@"
 fi
 
 make_sample " and no ./images with ./ratings here"
 images=$sample/assessor/images table=$sample/assessor/ratings/$published
-verify --images_dir "$images" --ratings_file "$table"
+verify
 # takes about two minutes on two cores, with random weights too
 set -- --images_dir "$images" --ratings_file "$table" --group_column subject --backbone resnet18 --image_size 96 \
     --epochs 20 --batch_size 8 --lr 5e-4 --dropout 0 --augment none "$@"
