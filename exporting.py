@@ -28,6 +28,9 @@ def _model_file(text):
     path = common.new_file(text)
     if path.suffix not in (".pt2", ".onnx"):
         raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .pt2 or .onnx")
+    if path.suffix == ".onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            common.optional_package(package)
     return path
 
 
@@ -67,12 +70,8 @@ def export(path, model, inputs, about, expected, unit=1.0):
     """Write a MeanOutput as one file, load it, and say how far it is from what the script predicts.
 
     inputs: {name: (B, ...)} of up to ten rows; about: content of about.json; expected: (B, K) of the script; unit: (K,)
-    or a number, of which a difference may be TOLERANCE. UserError: it is more, the network cannot be exported, or a
-    package is missing.
+    or a number, of which a difference may be TOLERANCE. UserError: it is more, or the network cannot be exported.
     """
-    if path.suffix == ".onnx":
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            common.optional_package(package)
     model.eval().requires_grad_(False)
     two = [torch.cat([each, each]) for each in inputs.values()]  # a batch of one would be taken for a fixed size
     sizes = tuple({0: torch.export.Dim("batch")} for _ in two)

@@ -8,7 +8,7 @@ Writes one CSV with a row for every input in input order: image, each rating in 
 <rating>_sd (standard deviation over the members, where there are several), <rating>_low and <rating>_high (with
 --interval), seen (train, chose, new or not known: what the members did with the picture), warning (trained on; outside
 the training labels; unlike the training pictures: farther from them than every held-out one), and error (why a picture
-could not be read; its ratings are then empty).
+could not be read; its ratings and seen are then empty).
 
 Letters: N images, B batch, R ratings, M members, S side of the square input in pixels.
 """
@@ -135,6 +135,7 @@ def predict(members, loader, compute):
     hashes = torch.cat(hashes).numpy()  # (N, 2)
     words = [member.settings["seen"].words(hashes) for member in members]
     seen = np.array(list(map(common.worst_seen, zip(*words))))
+    seen[is_bad] = ""
     flags = []
     for member, own, values in zip(members, zip(*features), predicted):
         looks = torch.cat(own).numpy()  # (N, F)

@@ -44,7 +44,8 @@ if [ "$rc" -ne 75 ]; then rm -f "$progress"; exit "$rc"; fi
 outputs=$(printf '%s\n' outputs "$@" | sed -n '1p; s/^--output[_-]dir=//p; /^--output[_-]dir$/{n;p;}' | tail -n 1)
 saved=$(find "$outputs" -name last.pth -newer "$progress" -exec cksum {} + | sort) || saved=
 if [ -z "$saved" ] || [ "$saved" = "$(cat "$progress")" ]; then
-    echo "job $job made no progress under $outputs: not requeued; sbatch again continues it"
+    echo "job $job made no progress under $outputs (the --output_dir of the command line, not that of a --config or" \
+        "--resume): not requeued; sbatch again continues it"
 else
     echo "$saved" >"$progress"
     echo "job $job: requeued"

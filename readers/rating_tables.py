@@ -82,8 +82,13 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
 
 
 def _refuse_useless(ratings, source):
-    """UserError for images without any rating, and for ratings that are all equal."""
+    """UserError for images without any rating, and for ratings that are all equal or whose names have another use."""
     import pandas as pd
+    taken = sorted({"seen", "warning", "error"} & set(ratings.names))
+    if taken:
+        raise common.UserError(
+            f"{source}: ratings called {common.shorten_list(taken)}, as columns of predictions are. Rename them, "
+            "or choose others with --target_columns.")
     mean = pd.DataFrame(ratings.mean, ratings.images, ratings.names)
     empty = mean.index[mean.isna().all(axis=1)]
     if len(empty):

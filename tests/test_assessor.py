@@ -372,6 +372,7 @@ def test_predictions_say_what_makes_them_doubtful(sample, trained, tmp_path):
     text = run_script(*flags, trained / "best_model.pth").text
     noisy, broken, *rows = read_csv(tmp_path / "p.csv")
     assert "unlike the training pictures" in noisy["warning"] and not broken["warning"]
+    assert noisy["seen"] == "new" and not broken["seen"], "nobody knows which picture it is"
     assert not any("unlike" in row["warning"] for row in rows if row["seen"] == "chose"), "they set the limit"
     assert all(("trained on" in row["warning"]) == (row["seen"] == "train") for row in rows)
     n_trained = sum(row["seen"] == "train" for row in rows)
@@ -418,6 +419,13 @@ def test_an_exported_model_gives_the_same_ratings_without_this_repository(sample
     for row in read_csv(tmp_path / "p.csv"):
         for name, value in found[row["image"]].items():
             assert value == pytest.approx(float(row[name]), rel=1e-4, abs=1e-4)
+
+
+def test_a_package_that_an_export_lacks_is_named_before_anything_is_read(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    flags = ["--checkpoint", "no.pth", "--image_dir", "none", "--export", str(tmp_path / "model.onnx")]
+    with pytest.raises(common.UserError, match="pip install onnx"):
+        predict_assessor.parse_args(flags)
 
 
 def test_what_is_exported_of_several_models_is_their_mean(folds):

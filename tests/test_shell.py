@@ -335,7 +335,7 @@ def test_saved_job_is_requeued_while_it_makes_progress(cluster):
 
 def test_saved_job_without_checkpoint_is_not_requeued(cluster):
     result, requeued = submit(cluster, code=75)
-    assert requeued == [] and "no progress" in result.stdout, result.stderr
+    assert requeued == [] and "no progress under outputs (the --output_dir of the command line" in result.stdout
 
 
 @pytest.mark.parametrize("flags", [["--output_dir", "my runs"], ["--output-dir=my runs"],

@@ -239,6 +239,7 @@ def test_duplicates(tmp_path):
     ("image,x,y\na,1,2\nb,,\nc,NA,nan\nd,2,3\n", {}, ["all ratings are missing for b, c"]),
     ("image,x,y\na,1,2\nb,1,3\n", {}, ["constant", "x", "--target_columns y"]),
     ("image,x,y\na,1,2\n", {}, ["constant", "x, y"]),
+    ("image,seen_mean,y_mean\na,1,2\nb,2,3\n", {}, ["called seen", "columns of predictions", "Rename"]),
     ("image,x\na,1\n,3\n", {}, ["column image is blank in line 3"]),
     ("image,x\na,1\nb,tow\nc,3\n", {}, ["column x", "'tow' in line 3"]),
     ("image,place\na,left\nb,right\n", {}, ["numeric", "place"]),
