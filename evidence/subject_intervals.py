@@ -230,8 +230,11 @@ def _hold_differences(estimates):
         if side == "difference":
             model = estimates["model", *place]
             baseline = estimates["baseline", *place]
-            found.low = np.maximum(found.low, model.low - baseline.high)
-            found.high = np.minimum(found.high, model.high - baseline.low)
+            # what no resample changes, such as the gain of a perfect model, is as doubtful as its two sides
+            is_certain = (found.high - found.low < 1e-9) & (found.value != 0)
+            widening = np.where(is_certain, np.inf, 0.0)
+            found.low = np.maximum(found.low - widening, model.low - baseline.high)
+            found.high = np.minimum(found.high + widening, model.high - baseline.low)
 
 
 def _rare_ends(value, ends, support, scale):

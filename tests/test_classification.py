@@ -400,6 +400,20 @@ def test_a_class_in_few_subjects_has_no_interval_and_a_perfect_one_is_not_beyond
     assert math.isfinite(found.overall.model["accuracy"].low)
 
 
+@pytest.mark.parametrize("subjects, resolved", [(5, False), (6, True)])
+def test_a_perfect_model_of_few_subjects_is_as_doubtful_beside_a_baseline_as_alone(subjects, resolved):
+    """No resample changes the difference of the AUC, 1 - .5; two equal models differ by 0 for certain."""
+    label = np.tile([0, 1], subjects)
+    perfect = np.stack([1 - label, label], 1) * 0.8 + 0.1
+    groups = np.repeat(np.arange(subjects), 2)
+    found = subject_intervals.bootstrap_classification(perfect, label, groups, np.full_like(perfect, 0.5)).overall
+    gain = found.difference["roc_auc"]
+    assert (gain.low, gain.high) == pytest.approx((found.model["roc_auc"].low - 0.5, 0.5))
+    assert (gain.low > 0) == resolved
+    same = subject_intervals.bootstrap_classification(perfect, label, groups, perfect).overall.difference["roc_auc"]
+    assert same.low == same.value == same.high == 0
+
+
 # --- baselines -----------------------------------------------------------------------------------
 
 def test_prior_baseline_is_the_train_share():
