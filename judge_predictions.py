@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import common
-from evidence import detection_judging, judging, prediction_tables, reporting, table_judging
+from evidence import detection_judging, judging, reporting, table_judging
 from readers import part_boxes
 
 
@@ -113,9 +113,7 @@ def main():
         return judge_coco(args)
     tables = []
     for path in args.predictions:
-        table = prediction_tables.read_predictions(path, args.group_column, args.baseline, args.positive_class)
-        prediction_tables.refuse_useless(table, path)
-        table_judging.check_flags(args, table)
+        table = table_judging.read_table(path, args, args.baseline)
         tables.append(dataclasses.replace(table, seen=as_stated(table.seen, args)))
     if len(tables) > 1:
         tables = table_judging.same_rows(tables, args.predictions)

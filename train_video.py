@@ -1454,8 +1454,7 @@ def judge_bouts(args):
 
 def judge_predictions(args):
     """--mode evaluate: a short way to judge_predictions.py, for one table of predictions."""
-    table = prediction_tables.read_predictions(
-        args.predictions, args.group_column, positive_class=args.positive_class)
+    table = table_judging.read_table(args.predictions, args)
     with common.start_run(args) as run:
         run.write_args(predictions=str(args.predictions))
         metrics = table_judging.judge_table(run, table, args.predictions)

@@ -28,14 +28,17 @@ def judge_table(run, table, path):
     return class_judging.judge_classes(run, table, setting)
 
 
-def check_flags(args, table):
-    """Raises UserError where --criteria or --positive_class is not of such a table."""
+def read_table(path, args, baseline=None):
+    """The table of a file. Raises UserError for one that cannot be judged, or that a flag does not fit."""
+    table = prediction_tables.read_predictions(path, args.group_column, baseline, args.positive_class)
+    prediction_tables.refuse_useless(table, path)
     kind = class_judging
     if isinstance(table, prediction_tables.ScoreTable):
         kind = score_judging
         if args.positive_class:
             raise common.UserError("--positive_class is of classes; the table holds scores")
     verdicts.parse_criteria(args.criteria, kind.criteria_names(table.names))
+    return table
 
 
 def same_rows(tables, paths):

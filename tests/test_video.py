@@ -327,6 +327,18 @@ def test_evaluate_of_scores_gives_the_metrics_of_the_folds(scores, tmp_path):
     assert "mae < 1000" in text and (only_run(tmp_path) / "report.html").exists()
 
 
+def test_evaluate_refuses_what_judge_predictions_does_before_it_writes(tmp_path):
+    write = (tmp_path / "p.csv").write_text
+    for text, flags, words in (
+            ("A_true,A_predicted\n1,2\n2,3\n", ["--criteria", "foo>1"], "foo"),
+            ("A_true,A_predicted\n1,2\n2,3\n", ["--positive_class", "a"], "--positive_class"),
+            ("A_true,A_predicted\n1,2\n1,3\n", [], "same value in every row")):
+        write(text)
+        said = video("--mode", "evaluate", "--predictions", tmp_path / "p.csv", "--output_dir", tmp_path / "out", *flags,
+                     code=2)
+        assert words in said.stderr and not (tmp_path / "out").exists()
+
+
 def test_several_checkpoints_are_averaged(made, scores, tmp_path):
     """Mean and spread of three folds; and their mean on the test animal is the ensemble that training wrote."""
     members = [scores / f"fold_{k}" / "best_model.pth" for k in range(3)]
