@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 import common
-from evidence import class_scores, reporting, splitting, subject_intervals
+from evidence import class_scores, prediction_tables, reporting, splitting, subject_intervals
 from readers import event_tables
 
 
@@ -191,8 +191,9 @@ def no_pixel_priors(table, positive):
         target = table.target
         is_known = ~np.isnan(target).all(1)
     else:
-        what = positive or table.names[class_scores.rarest_class(table.label, len(table.names))]
-        target = np.where(table.label < 0, -1, table.label == table.names.index(what))
+        chosen = prediction_tables.choose_positive(positive, table.names, table.label)
+        what = table.names[chosen]
+        target = np.where(table.label < 0, -1, table.label == chosen)
         is_known = target >= 0
     levels = prior_levels(table)
     position = np.rint(1e6 * table.extra["row_order"].to_numpy(float)).astype(int)

@@ -479,7 +479,7 @@ def test_the_pair_is_a_prior_without_pixels(tmp_path):
             csv.writer(handle).writerows(
                 [("path", "label", "group", "initiator_id", "receiver_id", "start_sec", "end_sec"), *lines])
     video("--mode", "audit", *(item for part in rows for item in (f"--{part}_manifest", tmp_path / f"{part}.csv")),
-          "--output", tmp_path / "a.json", "--positive_class", "tail", "--min_event_sec", 0.1, "--fps", 1)
+          "--output", tmp_path / "a.json", "--positive_class", "Tail", "--min_event_sec", 0.1, "--fps", 1)
     priors = {row["name"]: row for row in read_json(tmp_path / "a.json")["priors"]}
     n_tail = {pair: [row[1] == "tail" for row in rows["train"] if row[3:5] == pair]
               for pair in ((1, 2), (3, 2), (4, 2))}
