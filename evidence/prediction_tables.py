@@ -63,8 +63,9 @@ class ScoreTable(Rows):
         return self.target
 
     def quality(self, predicted):
-        """Mean R2 of predictions (M, R)."""
-        return common.mean_metrics(common.regression_metrics(predicted, self.target))["r2"]
+        """Mean R2 of predictions (M, R) where there are any."""
+        target = np.where(np.isnan(predicted), np.nan, self.target)
+        return common.mean_metrics(common.regression_metrics(predicted, target))["r2"]
 
     def compare(self):
         """subject_intervals.Result of the model, paired with the best baseline."""
@@ -371,6 +372,9 @@ def _seen_column(table):
 def _read_scores(table, path, names, baseline, shared):
     first = f"{names[0]}_"
     kinds = [column.removeprefix(first) for column in table if column.startswith(first)]
+    # texts beside the scores, such as a remark, are no predictions of them
+    kinds = [kind for kind in kinds if kind in ("true", "predicted", *metric_names.BASELINES)
+             or csv_tables.looks_numeric(table[first + kind])]
     blocks = {kind: _block(table, [f"{name}_{kind}" for name in names], path) for kind in kinds}
     # without those of a score whose name begins with this one
     blocks = {kind: block for kind, block in blocks.items() if block is not None}
@@ -385,7 +389,7 @@ def _read_scores(table, path, names, baseline, shared):
         found.baselines = {baseline: blocks[baseline]}
     elif "train_mean" not in blocks:  # another program's: a count or an error beside the scores is no prediction of them
         found.baselines = {kind: block for kind, block in blocks.items()
-                           if kind in metric_names.BASELINES or not found.quality(block) <= 0}
+                           if kind in metric_names.BASELINES or found.quality(block) > 0}
         found.baselines["mean_of_these_rows"] = baseline_models.train_mean_baseline(target, len(target))
     return found
 

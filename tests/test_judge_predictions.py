@@ -207,8 +207,8 @@ def test_a_column_that_predicts_nothing_is_no_baseline(tmp_path):
     """R2 -3 beats a column of counts, and is worse than the mean of the rows all the same."""
     draw = np.random.default_rng(0)
     true = draw.normal(3, 1, 60)
-    rows = [{"v_true": value, "v_predicted": value + 1.7, "v_n": 20 + k % 7, "v_old": value + k % 3 / 3}
-            for k, value in enumerate(true)]
+    rows = [{"v_true": value, "v_predicted": value + 1.7, "v_n": 20 + k % 7 if k else "", "v_note": "blurred",
+             "v_old": value + k % 3 / 3} for k, value in enumerate(true)]
     found = table_of(tmp_path, rows)
     assert list(found.baselines) == ["old", "mean_of_these_rows"] and found.best_baseline == "old"
     for row in rows:
@@ -218,6 +218,9 @@ def test_a_column_that_predicts_nothing_is_no_baseline(tmp_path):
     weak = table_of(tmp_path, rows)
     assert list(weak.baselines) == ["mean_of_these_rows"] and weak.compare().gain("r2").high < 0
     assert list(table_of(tmp_path, rows, baseline="n").baselines) == ["n"], "whoever names it, gets it"
+    for row in rows:
+        row |= {"v_true": "", "v_predicted": "1.2"}
+    assert np.isnan(table_of(tmp_path, rows).truth).all()
 
 
 def test_the_score_of_two_classes_is_of_a_class_that_is_named_or_plain(tmp_path):
