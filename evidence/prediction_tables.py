@@ -274,8 +274,6 @@ def _block(table, columns, path):
 def _probabilities(table, columns, path):
     """(M, len(columns)) numbers from 0 to 1 that add up to 1, as far as two digits behind the point allow."""
     block = _block(table, columns, path)
-    if block is None:
-        return None
     rounding = 0.005 * len(columns) + 1e-6
     is_good = (block > -1e-6).all(1) & (np.abs(block.sum(1) - 1) < rounding)
     if not is_good.all():
@@ -401,14 +399,16 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
         raise common.UserError(f"{path}: {label_column} {common.shorten_list(unknown)} has no column prob_CLASS")
     first = f"_prob_{names[0]}"
     kinds = [column.removesuffix(first) for column in table if column.endswith(first)]
+    columns = {kind: [f"{kind}_prob_{name}" for name in names] for kind in kinds}
+    kinds = [kind for kind in kinds if set(columns[kind]) <= set(table)]
     if baseline:
         kinds = [known_name(baseline, kinds, path)]
-    blocks = {kind: _probabilities(table, [f"{kind}_prob_{name}" for name in names], path) for kind in kinds}
+    blocks = {kind: _probabilities(table, columns[kind], path) for kind in kinds}
     thresholds = {kind: _threshold(table, f"{kind}_threshold", path) for kind in kinds}
     stated = table["positive_class"].iloc[0] if "positive_class" in table else None
     found = _class_table(
         names, table[label_column], _probabilities(table, [f"prob_{name}" for name in names], path),
-        {kind: block for kind, block in blocks.items() if block is not None}, positive_class or stated, shared,
+        blocks, positive_class or stated, shared,
         threshold=_threshold(table, "threshold", path),
         baseline_thresholds={kind: values for kind, values in thresholds.items() if values is not None},
         logits=_block(table, [f"logit_{name}" for name in names], path))

@@ -36,7 +36,7 @@ def pick_columns(wanted, options, where, short=()):
         for name, column in picked.items() if column is None]
     if unknown:
         raise common.UserError(
-            f"{where} {common.shorten_list(unknown)} (found: {common.shorten_list(options, 40)}). "
+            f"{where} {common.shorten_list(unknown)} (found: {common.shorten_list(options, 40) or 'none'}). "
             "Correct the name.")
     return list(dict.fromkeys(picked.values()))
 

@@ -223,6 +223,13 @@ def test_a_column_that_predicts_nothing_is_no_baseline(tmp_path):
     assert np.isnan(table_of(tmp_path, rows).truth).all()
 
 
+def test_a_baseline_that_lacks_a_class_is_not_found(tmp_path):
+    rows = [{"true_label": "ab"[k % 2], "prob_a": 0.4, "prob_b": 0.6, "ridge_prob_a": 0.5} for k in range(20)]
+    assert list(table_of(tmp_path, rows).baselines) == ["shares_of_these_rows"]
+    with pytest.raises(common.UserError, match="found no ridge .found: none"):
+        table_of(tmp_path, rows, baseline="ridge")
+
+
 def test_the_score_of_two_classes_is_of_a_class_that_is_named_or_plain(tmp_path):
     """0/1, no/yes, false/true and negative/positive say it, in any case; of damaged and intact either may be meant."""
     def rows(names):
