@@ -97,10 +97,11 @@ class ScoreTable(Rows):
     def rank_rows(self):
         """(rows from the smallest to the largest error, two lines of text on each row).
 
-        The error is the root mean square over the scores, each in units of the sd of its truth; rows without truth
-        are left out.
+        The error is the root mean square over the scores that vary, each in units of the sd of its truth; rows without
+        truth are left out.
         """
-        scaled = (self.predicted - self.target) / np.nanstd(self.target, axis=0)  # (M, R)
+        sd = np.nanstd(self.target, axis=0)
+        scaled = (self.predicted - self.target) / np.where(sd > 0, sd, np.nan)  # (M, R)
         error = np.sqrt(common.mean_without_nan(scaled ** 2))
         lines = []
         for row, each in enumerate(scaled):

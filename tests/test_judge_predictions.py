@@ -223,6 +223,12 @@ def test_a_column_that_predicts_nothing_is_no_baseline(tmp_path):
     assert np.isnan(table_of(tmp_path, rows).truth).all()
 
 
+def test_rows_are_ranked_by_the_scores_that_vary(tmp_path):
+    rows = [{"A_true": k, "A_predicted": k + k, "B_true": 0, "B_predicted": 9 - k} for k in range(8)]
+    order, lines = table_of(tmp_path, rows).rank_rows()
+    assert order.tolist() == list(range(8)) and "largest in A: true 7.00, predicted 14.00" in lines[7]
+
+
 def test_a_baseline_that_lacks_a_class_is_not_found(tmp_path):
     rows = [{"true_label": "ab"[k % 2], "prob_a": 0.4, "prob_b": 0.6, "ridge_prob_a": 0.5} for k in range(20)]
     assert list(table_of(tmp_path, rows).baselines) == ["shares_of_these_rows"]
