@@ -277,6 +277,7 @@ def _probabilities(table, columns, path):
     block = _block(table, columns, path)
     rounding = 0.005 * len(columns) + 1e-6
     is_good = (block > -1e-6).all(1) & (np.abs(block.sum(1) - 1) < rounding)
+    is_good |= np.isnan(block).any(1)  # refuse_useless judges blank cells
     if not is_good.all():
         row = is_good.argmin()
         raise common.UserError(
@@ -332,6 +333,7 @@ def read_folds(run, chosen, part):
 
 def refuse_useless(table, path):
     """UserError for a table of read_predictions that lacks predictions or groups, or with labels that do not vary."""
+    judged = labelled(table)
     if isinstance(table, ScoreTable):
         predicted = table.predicted
         is_known = ~np.isnan(table.target)  # (M, R)
@@ -340,16 +342,16 @@ def refuse_useless(table, path):
     else:
         predicted = table.probability
         is_known = (table.label >= 0)[:, None]  # (M, 1)
-        flat = ["the true label"] if len(set(labelled(table).label)) < 2 else []
+        flat = ["the true label"] if len(set(judged.label)) < 2 else []
     for name, block in {"the model": predicted, **table.baselines}.items():
         rows = np.flatnonzero((is_known & np.isnan(block)).any(1)) + 1
         if len(rows):
             raise common.UserError(
                 f"{path}: {len(rows)} of {len(block)} rows have a true value and no prediction of {name} (rows "
                 f"{common.shorten_list(rows, 5)}); fill them in, or leave these rows out")
-    splitting.units_of(len(table.truth), table.groups)
+    splitting.units_of(len(judged.truth), judged.groups)
     if flat:
-        raise common.UserError(f"{path}: {common.shorten_list(flat, 5)} has the same value in every row, so nothing "
+        raise common.UserError(f"{path}: {common.shorten_list(flat, 5)} has no two different values, so nothing "
                                "can be said of how well it is predicted; add rows, or leave it out")
 
 
@@ -450,8 +452,6 @@ def _class_table(names, labels, probability, others, positive_class, shared, **f
     import pandas as pd
 
     label = pd.Index(names).get_indexer(labels)
-    if not (label >= 0).any():
-        raise common.UserError("no row has a true label: there is nothing to judge")
     positive = choose_positive(positive_class, names, label)
     if not others:
         others = {"shares_of_these_rows": baseline_models.prior_baseline(label, len(label), len(names))}

@@ -127,7 +127,7 @@ def test_mistakes_are_one_line(tmp_path):
             ([path, "--group_column", "subjct"], "did you mean subject"),
             ([path, "--baseline", "ridge"], "found no ridge"),
             ([tmp_path / "odd.csv"], "NAME_predicted"),
-            ([tmp_path / "unlabelled.csv"], "no row has a true label"),
+            ([tmp_path / "unlabelled.csv"], "unlabelled.csv: the true label has no two"),
             ([path, tmp_path / "few.csv"], "10 rows of the first are missing"),
             ([path, tmp_path / "other.csv"], "other true values"),
             ([path, "--criteria", "r3>1"], "r3")):
@@ -147,10 +147,11 @@ def test_a_run_judges_itself_and_is_judged_alike(sample, tmp_path):
 
 @pytest.mark.parametrize("head, cells, words", [
     (["A_true", "A_predicted"], lambda i: [i, "" if i == 4 else i + 1], ["1 of 20 rows", "rows 5"]),
-    (["A_true", "A_predicted"], lambda i: [3, i], ["A_true has the same value"]),
-    (["A_true", "A_predicted"], lambda i: ["", i], ["A_true has the same value"]),
-    (["true_label", "prob_a", "prob_b"], lambda i: ["a", 0.3, 0.7], ["the true label has the same value"]),
-    (["label", "score"], lambda i: ["yes" if i % 2 else "no", "" if i == 4 else i / 20], ["1 of 20 rows"])])
+    (["A_true", "A_predicted"], lambda i: [3, i], ["A_true has no two different values"]),
+    (["A_true", "A_predicted"], lambda i: ["", i], ["A_true has no two different values"]),
+    (["true_label", "prob_a", "prob_b"], lambda i: ["a", 0.3, 0.7], ["the true label has no two different values"]),
+    (["label", "score"], lambda i: ["yes" if i % 2 else "no", "" if i == 4 else i / 20], ["1 of 20 rows"]),
+    (["label", "prob_a", "prob_b"], lambda i: ["ab"[i % 2], *([0.3, 0.7] if i else ["", ""])], ["1 of 20 rows", "rows 1"])])
 def test_tables_that_nothing_can_be_said_of_are_one_sentence(tmp_path, head, cells, words):
     common.write_table(tmp_path / "p.csv", [dict(zip(head, cells(i))) for i in range(20)])
     text = run_here("judge_predictions.py", "--predictions", tmp_path / "p.csv", "--output_dir", tmp_path / "o", code=2)
@@ -287,7 +288,11 @@ def test_blank_cells_that_would_change_what_is_compared(tmp_path):
 def test_unlabelled_rows_are_not_counted(tmp_path):
     rows = scores()
     for row in rows[:3]:
-        row |= {"Valence_true": "", "Arousal_true": ""}
+        row |= {"Valence_true": "", "Arousal_true": "", "group": "", "Valence_predicted": ""}
+    for row in rows[3:]:
+        row["group"] = row["subject"]
+    blank = [{"label": "ab"[k % 2], "prob_a": 0.3, "prob_b": 0.7} for k in range(20)] + [{"label": ""}]
+    prediction_tables.refuse_useless(table_of(tmp_path, blank), "t.csv")
     common.write_table(tmp_path / "p.csv", rows)
     metrics = json.loads((judge(tmp_path, "--predictions", tmp_path / "p.csv") / "metrics.json").read_text())
     assert metrics["sample"]["rows"] == 57 and "57 of 57 rows may have been seen" in metrics["doubts"][-1]

@@ -332,7 +332,7 @@ def test_evaluate_refuses_what_judge_predictions_does_before_it_writes(tmp_path)
     for text, flags, words in (
             ("A_true,A_predicted\n1,2\n2,3\n", ["--criteria", "foo>1"], "foo"),
             ("A_true,A_predicted\n1,2\n2,3\n", ["--positive_class", "a"], "--positive_class"),
-            ("A_true,A_predicted\n1,2\n1,3\n", [], "same value in every row")):
+            ("A_true,A_predicted\n1,2\n1,3\n", [], "no two different values")):
         write(text)
         said = video("--mode", "evaluate", "--predictions", tmp_path / "p.csv", "--output_dir", tmp_path / "out", *flags,
                      code=2)
@@ -996,7 +996,7 @@ def test_predictions_that_cannot_be_evaluated(tmp_path):
                         ("clip_id,true_label,prob_a,prob_b\n1,a,.7,.6\n", "sum 1"),
                         ("clip_id,true_label,prob_a,prob_b\n1,a,.7,.3\n2,b,1.4,-.4\n", "row 2: expected probabilities"),
                         ("clip_id,true_label,prob_a,prob_b,x_prob_a,x_prob_b\n1,a,1,0,3,4\n", "x_prob_a"),
-                        ("clip_id,true_label,prob_a,prob_b\n1,,1,0\n", "no row has a true label")):
+                        ("clip_id,true_label,prob_a,prob_b\n1,,1,0\n", "the true label has no two")):
         (tmp_path / "p.csv").write_text(text)
         found = video("--mode", "evaluate", "--predictions", tmp_path / "p.csv", "--output_dir", tmp_path,
                       code=2).stderr
