@@ -371,7 +371,8 @@ def refuse_several_files(rows, extra):
     length = csv_tables.find_column(extra, ("total_length", "media_duration_s"))
     if length is None or "observation_id" not in extra:
         return
-    totals = dict(zip(zip(rows["source"], extra["observation_id"]), pd.to_numeric(extra[length], "coerce")))
+    observations = zip(rows["source"], extra["observation_id"])
+    totals = dict(zip(observations, pd.to_numeric(extra[length], "coerce")))
     for (source, name), total in totals.items():
         own = source and video_files.claimed_sec(source)
         if own and total > 1.02 * own:

@@ -78,7 +78,8 @@ def check_times_are_used(rows, source):
     unused = []
     for name in rows:
         words = set(name.split("_"))
-        is_day_time = bool(starts) and not words & {"end", "stop"} and rows[name].str.contains(":").any()
+        is_end = bool(words & {"end", "stop"})
+        is_day_time = bool(starts) and not is_end and rows[name].str.contains(":").any()
         is_named_so = words <= TIME_WORDS and name not in used
         if is_named_so and not is_day_time and looks_like_times(rows[name]):
             unused.append(name)
@@ -124,11 +125,14 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
     import pandas as pd
     starts, ends = time_columns(rows)
     unsaid = [column.name for column in starts + ends if column.unit is None]
-    in_frames = [{(column.unit or time_unit) == "frame" for column in columns} for columns in (starts, ends)]
-    if starts and ends and set.isdisjoint(*in_frames):
+
+    def frames_or_not(columns):
+        return {(column.unit or time_unit) == "frame" for column in columns}
+    if starts and ends and frames_or_not(starts).isdisjoint(frames_or_not(ends)):
         named = ", ".join(column.name for column in starts + ends)
         raise common.UserError(
-            f"{source}: expected starts and ends both in frames or both in seconds, found {named}. Rename or correct them")
+            f"{source}: expected starts and ends both in frames or both in seconds, found {named}. "
+            "Rename or correct them")
     if unsaid and not time_unit and notes is not None:
         notes.append(f"{Path(source).name}: {', '.join(unsaid)} are read as seconds from the start of the file; "
                      "--time_unit says otherwise")

@@ -67,7 +67,8 @@ def score_columns(rows, wanted, path):
     keys = {name: csv_tables.column_key(name) for name in rows}
     names = [
         name for name, key in keys.items()
-        if not (NO_SCORE.fullmatch(key) or event_times.column_match(key)) and csv_tables.looks_numeric(rows[name])]
+        if not (NO_SCORE.fullmatch(key) or event_times.column_match(key))
+        and csv_tables.looks_numeric(rows[name])]
     if not names:
         raise common.UserError(
             f"{path}: expected columns of scores, found none among {common.shorten_list(rows.columns, 40)}; "
@@ -154,8 +155,9 @@ def total_and_parts(names, target):
     gap = gap[~np.isnan(gap)]
     if not len(gap) or np.median(gap) <= 0.5 * np.nanstd(target[:, total]):
         return total, parts, ""
-    return None, [], (f"{names[total]} differs from the sum of its {len(parts)} parts, by {np.median(gap):.3g} "
-                      f"in the median row, and is not tied to it")
+    note = (f"{names[total]} differs from the sum of its {len(parts)} parts, by {np.median(gap):.3g} in the median "
+            "row, and is not tied to it")
+    return None, [], note
 
 
 def target_weights(pairs, names):
