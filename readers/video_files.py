@@ -37,8 +37,7 @@ class VideoInfo:
 
     times: (n_frames,) float64 of the frames that can be decoded, increasing. damaged: (D,) of those that cannot, NaN
     where unknown. fps: frames a second by these times. duration_sec: until the last frame has been shown. header_fps,
-    header_frames, header_sec (which sound and variable rates make differ from frames / fps): what the file claims, 0
-    for nothing.
+    header_sec (which sound and variable rates make differ from frames / fps): what the file claims, 0 for nothing.
     """
     path: str
     error: str | None = None
@@ -49,7 +48,6 @@ class VideoInfo:
     height: int = 0
     times: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
     damaged: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
-    header_frames: int = 0
     header_fps: float = 0.0
     header_sec: float = 0.0
 
@@ -85,11 +83,11 @@ def _video_formats():
     return ",".join(sorted(set(names) - NO_VIDEO_FORMATS))
 
 
-def _constant_rate(path, fps, n_frames, size, header_frames, first_sec=0.0):
+def _constant_rate(path, fps, n_frames, size, first_sec=0.0):
     width, height = size
     times = first_sec + np.arange(n_frames) / fps
     return VideoInfo(path=str(path), duration_sec=first_sec + n_frames / fps, n_frames=n_frames, fps=fps, width=width,
-                     height=height, times=times, header_frames=header_frames, header_fps=fps)
+                     height=height, times=times, header_fps=fps)
 
 
 class _Video:
@@ -134,11 +132,11 @@ class _Video:
         fps = float(stream.guessed_rate or stream.average_rate or 0)
         if not 0.01 <= fps <= 1000:
             fps = 25.0  # the header states none that could be true
-        n_claimed = stream.frames
-        if not n_claimed and self.container.duration:
-            n_claimed = round(fps * (self.container.duration / self.av.time_base - self.first_sec))
-        n_frames = min(max(n_claimed, 1), MOST_GUESSED_FRAMES)
-        info = _constant_rate(self.path, fps, n_frames, self.size, n_claimed, self.first_sec)
+        n_frames = stream.frames
+        if not n_frames and self.container.duration:
+            n_frames = round(fps * (self.container.duration / self.av.time_base - self.first_sec))
+        n_frames = min(max(n_frames, 1), MOST_GUESSED_FRAMES)
+        info = _constant_rate(self.path, fps, n_frames, self.size, self.first_sec)
         # FFmpeg guesses the duration of a file that was cut from its size
         claimed_sec = float(stream.frames / stream.average_rate) if stream.average_rate else 0.0
         info.header_sec = max((self.container.duration or 0) / self.av.time_base, claimed_sec)
@@ -232,8 +230,7 @@ class _Stills:
         self.size = width, height
 
     def guess(self):
-        n_frames = len(self.frames)
-        return _constant_rate(self.path, self.fps, n_frames, self.size, n_frames)
+        return _constant_rate(self.path, self.fps, len(self.frames), self.size)
 
     def rising_frames(self, _):
         for index, frame in enumerate(self.frames):
@@ -313,7 +310,7 @@ def read_source(path, wanted, receive, short_side, fps, pixel_range=None, until_
     if _has_no_clock(path):
         return guess
     if not times:
-        raise BadVideo(f"{guess.header_frames} frames by its header, none that can be decoded")
+        raise BadVideo("damaged: none of its frames can be decoded")
     shown_sec, fps = step_sec, guess.header_fps
     if len(times) > 1:
         shown_sec = float(np.median(np.diff(times)))
@@ -322,14 +319,6 @@ def read_source(path, wanted, receive, short_side, fps, pixel_range=None, until_
     return dataclasses.replace(
         guess, duration_sec=times[-1] + shown_sec, n_frames=len(times), fps=fps, width=width, height=height,
         times=np.array(times), damaged=np.array(source.damaged))
-
-
-def read_again(path, wanted, short_side, info, pixel_range=None):
-    """{index: pixels} of a source whose frames are known: `info` is what read_source or probe returned."""
-    frames = {}
-    last_sec = info.times[max(wanted)]
-    read_source(path, wanted, frames.__setitem__, short_side, info.fps, pixel_range, last_sec)
-    return frames
 
 
 def on_screen(info, times_sec):
@@ -582,7 +571,9 @@ class ClipStore(pixel_cache.PixelStore):
             self._infos[path] = probe(path, self.fps)
         info = self._infos[path]
         indices = self._plan(row, info).indices[part].tolist()
-        frames = read_again(path, set(indices), self.short_side, info, self.pixel_range)
+        frames = {}
+        last_sec = info.times[max(indices)]
+        read_source(path, set(indices), frames.__setitem__, self.short_side, self.fps, self.pixel_range, last_sec)
         return np.stack([frames[index] for index in indices])
 
     def estimate(self, rows):

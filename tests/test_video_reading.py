@@ -119,7 +119,8 @@ def frames_at(path, times_sec, short_side=None):
     """The frames on screen at these times, uint8 (T, H, W, 3)."""
     info = video_files.probe(path)
     wanted = video_files.on_screen(info, times_sec).tolist()
-    frames = video_files.read_again(path, set(wanted), short_side, info)
+    frames = {}
+    video_files.read_source(path, wanted, frames.__setitem__, short_side, FPS, until_sec=max(info.times[wanted]))
     return np.stack([frames[index] for index in wanted])
 
 
@@ -141,7 +142,7 @@ def test_the_films_are_as_hard_as_they_say(films):
     for name, (_, _, b_frames, _) in FILMS.items():
         kinds = kinds_of_frames(films[name])
         assert (B_FRAME in kinds) == (b_frames != 0), f"{name}: {kinds}"
-    assert video_files.probe(films["uneven.mkv"]).header_frames != N and len(set(np.diff(UNEVEN_MS))) == 6
+    assert video_files._header(films["uneven.mkv"], FPS).n_frames != N and len(set(np.diff(UNEVEN_MS))) == 6
 
 
 @pytest.mark.parametrize("name", FILMS)
@@ -377,7 +378,7 @@ def test_half_an_avi_is_read_to_its_real_end(tmp_path):
     half = tmp_path / "half.avi"
     half.write_bytes(data[:at])
     info = video_files.probe(half)
-    assert (info.error, info.n_frames, info.header_frames) == (None, 29, 60)
+    assert (info.error, info.n_frames, video_files._header(half, FPS).n_frames) == (None, 29, 60)
     assert info.duration_sec == pytest.approx(29 / FPS)
     assert numbers_of(frames_at(half, [0, 1, 1.9, 3.5], 48)) == [0, 15, 28, 28]
     store = open_store([half] * 3, [(0.2, 1.2), (1.5, 3.0), (2.5, 3.5)], fps=15, n_frames=8)
@@ -397,7 +398,7 @@ def test_a_header_that_claims_too_few_or_far_too_many(tmp_path):
         path = tmp_path / f"claims {claim}.avi"
         path.write_bytes(data)
         info = video_files.probe(path)
-        assert (info.n_frames, info.error) == (60, None) and info.header_frames != 60
+        assert (info.n_frames, info.error) == (60, None) and video_files._header(path, FPS).n_frames != 60
         assert numbers_of(open_store([path], [WHOLE], fps=15, n_frames=8)[0]) == list(range(60))
 
 
@@ -413,7 +414,7 @@ def test_truncated_mp4_with_its_index_first_is_read_as_far_as_it_goes(tmp_path):
     data = (tmp_path / "front.mp4").read_bytes()
     (tmp_path / "front.mp4").write_bytes(data[:len(data) * 2 // 3])
     info = video_files.probe(tmp_path / "front.mp4")
-    assert info.error is None and 10 < info.n_frames < N == info.header_frames
+    assert info.error is None and 10 < info.n_frames < N == video_files._header(tmp_path / "front.mp4", FPS).n_frames
     assert numbers_of(frames_at(tmp_path / "front.mp4", info.times[:-1], 48)) == list(range(info.n_frames - 1))
 
 
