@@ -29,6 +29,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from readers import rating_flags
+
 HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements.txt"
 TASKS = ("assessor", "video", "detector", "dreamer")
@@ -264,7 +266,7 @@ def check_assessor(args):
     images_dir, path = named
     yield Check("OK", "data", f"{images_dir}, {path}")
     ratings = yield from check_table(path, args)
-    paths, without_row, notes = file_names.match_images(ratings.images, images_dir)
+    paths, without_row, notes = file_names.match_images(ratings.images, images_dir, args.exact_names)
     yield from (Check("WARN" if note.startswith("WARNING") else "OK", "note", note) for note in notes)
     without_file = [name for name, image in zip(ratings.images, paths) if image is None]
     for what, names in (("rows without image", without_file), ("images without row", without_row)):
@@ -279,7 +281,7 @@ def check_table(path, args):
     import numpy as np
 
     from readers import rating_tables
-    ratings = rating_tables.read_ratings(path, args.image_column, args.target_columns, args.duplicates)
+    ratings = rating_tables.read_ratings(path, **rating_flags.values_of(args))
     also = " and ".join(name for name in ("sd", "n") if getattr(ratings, name) is not None) or "neither sd nor n"
     yield Check("OK", "ratings", f"{len(ratings.images)} images; {len(ratings.names)} ratings with {also}, means "
                 f"{np.nanmin(ratings.mean):g} to {np.nanmax(ratings.mean):g}: {', '.join(ratings.names)}")
@@ -385,11 +387,12 @@ def parse_args(argv=None):
     if task not in ("assessor", "all"):
         args, audit_flags = parser.parse_known_args(words)
         return argparse.Namespace(**vars(args), audit_flags=audit_flags)
-    add("--images_dir", type=Path, help="assessor: folder of images (default: ./images)")
-    add("--ratings_file", type=Path, help="assessor: ratings table (default: the one in ./ratings)")
-    add("--image_column", help="assessor: column of the image names, where it is not recognised")
-    add("--target_columns", nargs="+", metavar="NAME", help="assessor: ratings to predict (default: all)")
-    add("--duplicates", choices=("error", "mean"), default="error", help="assessor: repeated rows fail or are averaged")
+    add = parser.add_argument_group("data of the assessor").add_argument
+    add("--images_dir", type=Path, help="folder of images (default: ./images)")
+    add("--ratings_file", type=Path, help="ratings table (default: the one in ./ratings)")
+    add("--exact_names", action="store_true",
+        help="no guess at the file that a name of another folder or spelling means")
+    rating_flags.add_arguments(add)
     return argparse.Namespace(**vars(parser.parse_args(words)), audit_flags=[])
 
 

@@ -39,10 +39,15 @@ def install_fake(folder, package, version):
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
 
 
+def assessor_args(images_dir, ratings_file, *flags):
+    """Command line of the check of these data."""
+    data = ["--images_dir", str(images_dir), "--ratings_file", str(ratings_file)]
+    return verify_setup.parse_args(["--task", "assessor", *data, *flags])
+
+
 def audit(images_dir, ratings_file, **flags):
     """{name: Check} of the assessor's data."""
-    args = SimpleNamespace(images_dir=images_dir, ratings_file=ratings_file, image_column=None, target_columns=None,
-                           duplicates="error", full=False)
+    args = assessor_args(images_dir, ratings_file)
     vars(args).update(flags)
     return {check.name: check for check in verify_setup.check_assessor(args)}
 
@@ -432,10 +437,23 @@ def test_of_many_pictures_some_are_decoded(study, monkeypatch):
 def test_what_the_matcher_guesses_is_a_row(study):
     study.rows = [f"C:\\mine\\0{row.split('.')[0]}.jpg,{row.split(',', 1)[1]}" for row in study.rows]
     write_rows(study)
-    args = SimpleNamespace(images_dir=study.images, ratings_file=study.table, image_column=None, target_columns=None,
-                           duplicates="error", full=False)
+    args = assessor_args(study.images, study.table)
     study.rows += ["gone.png,1,2", "lost.png,2,1"]
     write_rows(study)
     guessed, missing = [check for check in verify_setup.check_assessor(args) if check.name == "note"]
     assert guessed.status == "OK" and "12" in guessed.found and "--exact_names" in guessed.found
     assert missing.status == "WARN" and missing.found.startswith("WARNING: 2 of 14 names fit no picture")
+    with pytest.raises(Exception, match="no row of"):
+        list(verify_setup.check_assessor(assessor_args(study.images, study.table, "--exact-names")))
+
+
+def test_a_table_is_read_with_the_flags_that_train_it(study):
+    study.table.write_text("\n".join(["image,who,word,age,answer", *(
+        f"{i}.png,{rater},{word},{20 + rater},{99 if (i, rater) == (0, 1) else (i + rater) % 7}"
+        for i in range(12) for rater in range(3) for word in ("warm", "cold"))]) + "\n")
+    flags = ["--rater_column", "who", "--attribute-column", "word", "--rating_column", "answer", "--missing_codes", "99"]
+    checks = {check.name: check for check in verify_setup.check_assessor(assessor_args(study.images, study.table, *flags))}
+    assert "12 images; 2 ratings with sd and n" in checks["ratings"].found and "warm, cold" in checks["ratings"].found
+    flags = ["--duplicates", "ratings", "--target_columns", "answer", "--missing_codes"]
+    checks = {check.name: check for check in verify_setup.check_assessor(assessor_args(study.images, study.table, *flags))}
+    assert checks["ratings"].found.startswith("12 images; 1 ratings with sd and n")
