@@ -322,6 +322,16 @@ def test_rows_that_cannot_be_told_apart_are_not_compared(tmp_path):
         two_tables(tmp_path, rows, rows)
 
 
+def test_truths_of_fewer_digits_are_the_same_truth(tmp_path):
+    rows = scores()
+    rounded = [{**row, "Valence_true": round(row["Valence_true"], 4)} for row in rows]
+    assert two_tables(tmp_path, rows, rounded)[0]["better"] == "not resolvable"
+    labels = [{"clip_id": row["image"], "label": "ab"[k % 2], "prob_a": 0.5, "prob_b": 0.5} for k, row in enumerate(rows)]
+    other = [*labels[:-1], {**labels[-1], "label": "a"}]
+    with pytest.raises(common.UserError, match="other true values"):
+        two_tables(tmp_path, labels, other)
+
+
 def test_a_pair_does_not_depend_on_the_order(tmp_path):
     """Subjects and folds count where one of the two tables knows them."""
     plain = scores(noise=0.6)
