@@ -164,13 +164,14 @@ def read_split_file(path, keys):
     UserError lists the parts that are unknown, and the keys that are or are listed twice.
     """
     try:
-        parts = {part: list(map(str, listed)) for part, listed in common.read_json(path).items()
-                 if isinstance(listed, list)}
+        content = common.read_json(path)
+        parts = {part: list(map(str, listed)) for part, listed in content.items() if isinstance(listed, list)}
     except (common.UserError, AttributeError) as error:
         raise common.UserError(f"--split_file {path}: expected JSON with a list train, found {error}") from None
     row_of = {key: row for row, key in enumerate(keys)}
     counts = collections.Counter(itertools.chain(*parts.values()))
     faults = [f"a part {part}{common.closest(part, PARTS)}" for part in parts if part not in PARTS]
+    faults += [f"no list in {part}" for part in PARTS if not isinstance(content.get(part) or [], list)]
     for key, count in counts.items():
         unknown = "" if key in row_of else ", not in the table"
         if count > 1 or unknown:
