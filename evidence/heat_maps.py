@@ -11,15 +11,14 @@ from torch import nn
 from evidence import reporting, verdicts
 from readers import backbones
 
-OCCLUDED_CELLS = 8  # on each side of a picture
 TINT = np.array([230, 60, 0])  # of the places that matter
 
 
 def explain(model, paths, inputs, outputs=slice(None)):
     """Heat maps of normalised pictures (B, 3, S, S), and the same with random weights -> (2, B, S, S), each up to 1.
 
-    paths: of the model's modules that give feature maps, the last of which is read; without any, or where the output
-    does not rest on them, places are covered. outputs: which of the R count.
+    paths: of the model's modules that give feature maps; of the last on which the output rests. All 0 where it rests on
+    none. outputs: which of the R count.
     """
     both = []
     for each in (model, shuffle_weights(model)):
@@ -36,28 +35,15 @@ def _gradient_maps(model, paths, inputs, outputs):
     the gradient of each place as in Draelos & Carin 2020).
     """
     *found, (_, predicted) = backbones.outputs_of(model, [*paths, ""], inputs)
+    heat = inputs.new_zeros(len(inputs), 1, 1)
     for _, layer in reversed(found):
         heat = 0
         for column in predicted[:, outputs].T:
             gradient, = torch.autograd.grad(column.sum(), layer, retain_graph=True, materialize_grads=True)
             heat = heat + backbones.feature_maps(gradient * layer).sum(1).abs().detach()  # (B, C, h, w) -> (B, h, w)
         if heat.any():  # a ViT reads its class token alone after the last block
-            return heat
-    return _occlusion_maps(model, inputs, outputs)
-
-
-@torch.no_grad()
-def _occlusion_maps(model, inputs, outputs):
-    """How far the outputs move where a cell gets the picture's mean colour, mean over the outputs -> (B, h, w)."""
-    mean_colour = inputs.mean((2, 3), keepdim=True)
-    predicted = model(inputs)[:, outputs]
-    moved = []
-    cells = torch.eye(OCCLUDED_CELLS ** 2, device=inputs.device)
-    for cell in cells.view(-1, 1, 1, OCCLUDED_CELLS, OCCLUDED_CELLS):
-        is_covered = nn.functional.interpolate(cell, inputs.shape[2:]) > 0  # (1, 1, S, S)
-        covered = torch.where(is_covered, mean_colour, inputs)
-        moved.append((model(covered)[:, outputs] - predicted).abs().mean(1))  # (B,)
-    return torch.stack(moved, 1).unflatten(1, (OCCLUDED_CELLS, OCCLUDED_CELLS))
+            break
+    return heat
 
 
 @torch.no_grad()
@@ -98,6 +84,9 @@ def show(cases, pixels, maps, shown):
         level, meaning = "caution", "they change in part: what was learnt does not alone decide them"
     if mean > 0.6:
         meaning = "they hardly change: they show the picture and its edges, not what was learnt"
+    if not maps[0].any():
+        level = "caution"
+        meaning = "they are empty: this network has no feature map on which its output rests"
     sentence = (f"Heat maps of {shown}, each beside that of the network with random weights: mean rank correlation "
                 f"{mean:.2f}; {meaning}.")
     return grids, verdicts.Verdict(level, "Where it looks", sentence)

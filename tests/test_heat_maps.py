@@ -38,9 +38,8 @@ def show(maps):
     return heat_maps.show([{"image": picture, "title": "a picture"} for picture in pixels], pixels, maps, "Valence")
 
 
-@pytest.mark.parametrize("paths", [["maps"], []], ids=["gradient", "occlusion"])
-def test_the_places_that_are_read_are_hot_and_others_cold(images, paths):
-    maps = heat_maps.explain(Reader(), paths, images)
+def test_the_places_that_are_read_are_hot_and_others_cold(images):
+    maps = heat_maps.explain(Reader(), ["maps"], images)
     assert maps.shape == (2, 3, 64, 64) and maps.min() >= 0 and np.allclose(maps.max((2, 3)), 1)
     learnt, random = maps[:, :, 4:-4, 4:-4]  # the scaling up mixes neighbours
     assert (learnt[:, :8, :24] > 0.1).all() and (learnt[:, 20:, :] == 0).all() and (learnt[:, :, 40:] == 0).all()
@@ -91,8 +90,12 @@ def test_a_vision_transformer_is_read_before_its_last_block():
     assert paths[-1] == "encoder.layers.encoder_layer_5"
     heat = heat_maps._gradient_maps(vit, paths, images, slice(0, 3))
     assert heat.shape == (1, 4, 4) and (heat > 0).all()
-    alone = heat_maps._gradient_maps(vit, paths[-1:], images, slice(0, 3))
-    assert alone.shape == (1, 8, 8), "places are covered where no map counts"
+    assert not heat_maps._gradient_maps(vit, paths[-1:], images, slice(0, 3)).any()
+
+
+def test_a_network_without_maps_is_called_so(images):
+    verdict = show(heat_maps.explain(Reader(), [], images))[1]
+    assert verdict.level == "caution" and "they are empty" in verdict.sentence
 
 
 def test_shuffling_keeps_the_numbers_of_each_tensor_and_the_model():
