@@ -2,7 +2,6 @@
 
 Letters: H, W height and width in pixels, K boxes.
 """
-import colorsys
 import io
 
 import numpy as np
@@ -20,21 +19,6 @@ STATE_COLOURS = (
 LONG_SIDE = 640  # of a drawn picture, in pixels
 FRAME = 2  # width in pixels
 GAP = 12  # between the pictures of a sheet
-
-
-def legend(has_states):
-    """What the colours mean."""
-    if has_states:
-        return "Green intact, orange damaged, pink absent, blue occluded, grey no state"
-    return "Each part has a colour"
-
-
-def choose_colours(labels, states):
-    """(K,) labels and states -> K colours: of the states, or of the parts where no box has a state."""
-    if (states >= 0).any():
-        return [STATE_COLOURS[state] for state in states]
-    hues = labels * 0.618 % 1  # the golden section keeps neighbours apart
-    return [tuple(round(255 * value) for value in colorsys.hsv_to_rgb(hue, 1, 0.75)) for hue in hues]
 
 
 def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
@@ -58,7 +42,7 @@ def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
     scaled = boxes * (width * scale / size[0])
     drawn = draw_bounding_boxes(
         torch.from_numpy(picture).permute(2, 0, 1), torch.from_numpy(scaled), texts,
-        choose_colours(labels, states), width=FRAME, label_colors="white", fill_labels=True)
+        [STATE_COLOURS[state] for state in states], width=FRAME, label_colors="white", fill_labels=True)
     return drawn.permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
 
 

@@ -344,7 +344,7 @@ def case_blocks(run, judged, detections, picture, threshold):
     return [
         reporting.html_image(
             worst, f"The pictures with most errors: annotated (left), detected from score "
-                   f"{threshold:g} (right). {box_pictures.legend(judged.has_states)}"),
+                   f"{threshold:g} (right). Green intact, orange damaged, pink absent, blue occluded, grey no state"),
         reporting.html_image(best, "The pictures with fewest errors"),
     ]
 

@@ -468,12 +468,6 @@ def test_boxes_are_drawn_where_they_are():
         assert not is_frame[bottom - 4, left + 4:right - 4].any()
 
 
-def test_parts_without_states_have_colours_of_their_own():
-    colours = box_pictures.choose_colours(np.arange(22), np.full(22, UNKNOWN))
-    apart = np.abs(np.subtract.outer(np.array(colours), np.array(colours)).diagonal(axis1=1, axis2=3)).max(2)
-    assert apart[~np.eye(22, dtype=bool)].min() > 20 and box_pictures.legend(False) != box_pictures.legend(True)
-
-
 def test_alarms_name_their_remedy():
     judged = judge(annotated([(0, 0, BOX)]), [detections((0, 0.3, 0, BOX))])
     alarms = detection_judging.find_alarms(judged, [detections((0, 0.3, 0, BOX))], 0.5)
