@@ -135,7 +135,7 @@ def comparison_sentence(row):
     worst = common.worst_seen([row["seen_first"], row["seen_second"]])
     return (f"{row['first']} (rows: {row['seen_first']}) against {row['second']} (rows: {row['seen_second']}): "
             f"{row['better']}{verb}, {row['metric']} {row['value_of_first']:.3f} and {row['value_of_second']:.3f}, "
-            f"difference {row['difference']:+.3f} [{row['low']:+.3f} to {row['high']:+.3f}, {row['method']}]"
+            f"difference {row['difference']:+.3f} {verdicts.interval_text(row['low'], row['high'], row['method'])}"
             f"{verdicts.ENDINGS[worst]}")
 
 
@@ -150,7 +150,7 @@ def write_comparison(run, rows, sections=()):
         sections.append(("Comparison", [reporting.html_table(
             rows, caption="Pairs of tables on the same rows; the interval is of the paired difference")]))
     sections.append(("Command and versions", reporting.command_blocks()))
-    found = " ".join(sentences[:3]) or "No two of them have predicted the same rows, so none are compared."
+    found = " ".join(sentences[:3]) or "No two of them could be compared; the log says why."
     verdict = verdicts.Verdict("caution", "Comparison", found)
     reporting.write_report(run.path("report.html"), f"Comparison: {run.folder.name}",
                            verdict, sections, run.compute.text, [])

@@ -103,7 +103,7 @@ def classification_alarms(probability, label, names, threshold=None, positive=No
     often = repeats >= fewest
     if often.any():
         last = 1 if positive is None else positive
-        alarms.append(f"the same probability {fewest:.0f} times or more: {repeats[often].sum()} of {rows} rows share "
+        alarms.append(f"the same probability {math.ceil(fewest)} times or more: {repeats[often].sum()} of {rows} rows share "
                       f"{often.sum()} values, {repeats.max()} of them {names[last]} "
                       f"{values[repeats.argmax(), last]:.6f}. {REPEATS_REMEDY}")
     counts = of_class.sum(0)
@@ -198,7 +198,7 @@ def parse_criteria(text, meanings):
 
     Raises UserError that lists every part that cannot be read, or every unknown name with the closest known one.
     """
-    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    parts = [part.strip() for part in re.split(r"(?<=\d)\s*,", text or "") if part.strip()]
     matches = [re.fullmatch(r"([^<>=]+?)\s*([<>]=?)\s*([-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)", p) for p in parts]
     bad = [part for part, match in zip(parts, matches) if match is None]
     if bad:
@@ -249,7 +249,8 @@ OUTCOMES = {  # how the sentence begins
 OUTCOME_WORDS = {
     "better": "Better, with doubts", "worse": "Worse than the baseline", "not resolvable": "Not resolvable"}
 # they look at no input
-TRIVIAL_BASELINES = {"train_mean", "train_prior", "zero", "mean box", "mean_of_these_rows", "shares_of_these_rows"}
+TRIVIAL_BASELINES = {
+    "train_mean", "train_prior", "moment_mean", "zero", "mean box", "mean_of_these_rows", "shares_of_these_rows"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,18 +295,22 @@ def verdict_sentence(result, metric="r2", ceiling=None, seen="new", label=None, 
     """
     difference = result.overall.difference[metric]
     start = "The model is the same predictor as" if is_same else OUTCOMES[outcome_of(result.gain(metric))]
-    how = result.method
-    if result.has_intervals:
-        ends = f"{difference.low:+.3f} to {difference.high:+.3f}, {how}"
-        how = ends if np.isfinite(difference.low + difference.high) else "no interval: too few to resolve it"
+    interval = interval_text(difference.low, difference.high, result.method)
     model = metric_names.number_text(result.overall.model[metric].value)
     baseline = metric_names.number_text(result.overall.baseline[metric].value)
     text = (f"{start} the baseline ({result.baseline_label}): {label or metric_names.METRICS[metric].label} "
-            f"{model} against {baseline}, difference {metric_names.number_text(difference.value, '+.3f')} [{how}]"
+            f"{model} against {baseline}, difference {metric_names.number_text(difference.value, '+.3f')} {interval}"
             f"{_sign_flip_text(result, metric)}")
     if ceiling is not None and np.isfinite(ceiling):
         text += f"; the raters' agreement allows {ceiling:.3f}"
     return text + ENDINGS[seen]
+
+
+def interval_text(low, high, method):
+    """What stands behind a difference: its interval and how that was made, or why there is none."""
+    if np.isfinite(low + high):
+        return f"[{low:+.3f} to {high:+.3f}, {method}]"
+    return f"[{method}]" if method.startswith("no interval") else "[no interval: too few to resolve it]"
 
 
 def _sign_flip_text(result, metric):
@@ -320,10 +325,12 @@ def _sign_flip_text(result, metric):
 
 
 def say_results(run, metrics):
-    """The closing lines of a run: verdict, alarms, criteria, and the file to open next."""
+    """The closing lines of a run: verdict, alarms, doubts, criteria, and the file to open next."""
     run.say(metrics["verdict"])
     for alarm in metrics["alarms"]:
         run.say(f"ALARM: {alarm}")
+    for doubt in metrics["doubts"]:
+        run.say(f"doubt: {doubt}")
     for bar in metrics["criteria"]:
         run.say(f"{bar['verdict']}: {bar['name']} {bar['relation']} {bar['bar']:g}, found {bar['value']:.4g}")
     run.say(f"open next: {run.path('report.html')}")

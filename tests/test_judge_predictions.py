@@ -294,8 +294,10 @@ def test_unlabelled_rows_are_not_counted(tmp_path):
     blank = [{"label": "ab"[k % 2], "prob_a": 0.3, "prob_b": 0.7} for k in range(20)] + [{"label": ""}]
     prediction_tables.refuse_useless(table_of(tmp_path, blank), "t.csv")
     common.write_table(tmp_path / "p.csv", rows)
-    metrics = json.loads((judge(tmp_path, "--predictions", tmp_path / "p.csv") / "metrics.json").read_text())
+    run = judge(tmp_path, "--predictions", tmp_path / "p.csv")
+    metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["sample"]["rows"] == 57 and "57 of 57 rows may have been seen" in metrics["doubts"][-1]
+    assert f"doubt: {metrics['doubts'][-1]}" in (run / "log.txt").read_text()
 
 
 # --- two tables held against each other ----------------------------------------------------------------
@@ -356,6 +358,8 @@ def test_a_comparison_says_what_the_models_had_seen(tmp_path, seen, better, word
     assert [straight["seen_first"], straight["seen_second"]] == list(seen)
     sentence = judging.comparison_sentence(straight)
     assert sentence.endswith(".") and words in sentence and ("is better" in sentence) == (better == "a")
+    few = judging.comparison_sentence({**straight, "low": np.nan, "high": np.nan, "method": "no interval: only 3 subjects"})
+    assert "[no interval: only 3 subjects]" in few
 
 
 def test_runs_that_cannot_be_compared_are_a_note(tmp_path):

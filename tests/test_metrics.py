@@ -402,13 +402,14 @@ def test_alarms_on_a_split_without_labels(recwarn):
 
 # --- criteria and verdict ------------------------------------------------------------------------
 
-KNOWN = verdicts.spell_metrics(["r2", "mae"], ["r2", "mae"], ["M1", "M2", "NRS (1-10)"])
+KNOWN = verdicts.spell_metrics(["r2", "mae"], ["r2", "mae"], ["M1", "M2", "NRS (1-10)", "NRS, 0-10"])
 
 
 def test_criteria_are_parsed_with_names_as_they_come():
     assert verdicts.parse_criteria(" r2>0.15, mae_M2 <= 3.0,r2_NRS (1-10)>=-.5,mae<1e-3,", KNOWN) == [
         {"name": "r2", "relation": ">", "bar": 0.15}, {"name": "mae_M2", "relation": "<=", "bar": 3.0},
         {"name": "r2_NRS (1-10)", "relation": ">=", "bar": -0.5}, {"name": "mae", "relation": "<", "bar": 0.001}]
+    assert [bar["name"] for bar in verdicts.parse_criteria("r2_NRS, 0-10>.2 , mae<3", KNOWN)] == ["r2_NRS, 0-10", "mae"]
     assert verdicts.parse_criteria("", KNOWN) == verdicts.parse_criteria(None, KNOWN) == []
 
 
@@ -475,7 +476,7 @@ def test_the_interval_alone_decides_between_better_worse_and_not_resolvable(inte
 
 
 def test_baselines_that_look_at_no_input_cannot_make_a_result_hold():
-    assert "mean box" in verdicts.baseline_doubts(["mean box"])[0] and verdicts.baseline_doubts(["train_mean", "zero"])
+    assert "mean box" in verdicts.baseline_doubts(["mean box"])[0] and verdicts.baseline_doubts(["train_mean", "moment_mean"])
     assert verdicts.baseline_doubts(["train_mean", "ridge"]) == []
 
 
