@@ -71,7 +71,7 @@ def plot_classes(run, table, confusion):
     probability = table.probability
     chosen = table.chosen
     confidence = probability[np.arange(len(chosen)), chosen]
-    shown = table.positive if len(table.names) == 2 else None
+    shown = [table.positive] if len(table.names) == 2 else range(len(table.names))
     plotting.plot_confusion(confusion, table.names, run.path("confusion.png"))
     plotting.plot_precision_recall(
         probability, table.label, table.names, run.path("precision_recall.png"), shown)
@@ -155,8 +155,7 @@ def metric_blocks(run, setting, result):
         "risk_coverage.png": "Wrong answers among the most confident ones",
     }
     return [
-        *(reporting.html_image(run.path(file), text)
-          for file, text in plots.items() if run.path(file).exists()),
+        *(reporting.html_image(run.path(file), text) for file, text in plots.items()),
         reporting.html_table(subject_intervals.overall_rows(result), caption=caption),
         reporting.html_table(per_class, caption="Each class against the rest, with 95 % intervals"),
     ]

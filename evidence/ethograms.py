@@ -142,8 +142,7 @@ def plot_ethogram(windows, bouts, names, path):
     is_long = length > 300
     unit = 60 if is_long else 1
     size = (9, 0.7 + 0.45 * len(names))
-    margins = (plotting.label_inches(names) + 0.2, 0.15, 0.25, 0.12)
-    figure, axes = plotting.new_figure(n_strips, 1, size, margins, edges=(0, 0.23))
+    figure, axes = plotting.new_figure(n_strips, 1, size)
     middles = windows.spans.mean(1) / unit
     for k, axis in enumerate(axes):
         for c, name in enumerate(names):
@@ -152,7 +151,7 @@ def plot_ethogram(windows, bouts, names, path):
             axis.broken_barh(bars, (c - 0.4, 0.8), color=COLOURS[c % len(COLOURS)], alpha=0.6, linewidth=0)
             axis.plot(middles, c + 0.4 - 0.8 * windows.probability[:, c], color=plotting.INK, linewidth=0.7)
         axis.set_ylim(len(names) - 0.5, -0.5)
-        axis.set_yticks(range(len(names)), names)
+        axis.set_yticks(range(len(names)), plotting.without_math(names, 28))
         start_sec = begin + k * strip_sec
         axis.set_xlim(start_sec / unit, (start_sec + strip_sec) / unit)
     axes[-1].set_xlabel("minutes" if is_long else "seconds", color=plotting.SOFT, fontsize=8)

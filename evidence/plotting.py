@@ -5,7 +5,6 @@ Letters: N rows, R scores, C classes. Sizes in inches.
 
 import io
 import itertools
-import math
 
 import numpy as np
 
@@ -21,47 +20,30 @@ GREEN = "#009E73"
 PURPLE = "#CC79A7"
 SKY = "#56B4E9"
 YELLOW = "#E69F00"
-MOST_TARGETS = 40  # of one plot of bars
-MARGINS = (0.55, 0.15, 0.48, 0.32)  # left, right, bottom, top of the axes in a panel
+MOST_TARGETS = 40  # of one plot
 
 
-def new_figure(n_panels, columns, panel_inches, margins=MARGINS, edges=(0, 0), share_y=False):
+def new_figure(n_panels, columns, panel_inches, share_y=False):
     """(figure, n_panels axes) in the look of all plots, filled row by row.
 
-    panel_inches: (width, height) of a panel with its margins; edges: room at the left and the
-    bottom of the figure for what the panels share. With share_y only the first column is labelled.
+    panel_inches: (width, height) of a panel with its labels; share_y: one y axis, labelled in the first column.
     """
     from matplotlib.figure import Figure
 
-    panel_width, panel_height = panel_inches
-    left, right, bottom, top = margins
     rows = -(-n_panels // columns)
-    width = edges[0] + columns * panel_width
-    height = edges[1] + rows * panel_height
-    figure = Figure(figsize=(width, height), dpi=120)
-    axes = []
-    for k in range(n_panels):
-        row, column = divmod(k, columns)
-        x = edges[0] + column * panel_width + left
-        y = height - (row + 1) * panel_height + bottom
-        wide = panel_width - left - right
-        high = panel_height - bottom - top
-        box = (x / width, y / height, wide / width, high / height)
-        axis = figure.add_axes(box, sharey=axes[0] if share_y and axes else None)
+    width, height = panel_inches
+    figure = Figure(figsize=(columns * width, rows * height), dpi=120, layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=share_y, squeeze=False).flatten()
+    for axis in axes[n_panels:]:
+        axis.remove()
+    for axis in axes[:n_panels]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(colors=SOFT, labelsize=8)
         axis.ticklabel_format(useOffset=False)
-        if share_y and column:
-            axis.tick_params(labelleft=False)
         axis.grid(color=GRID)
         axis.set_axisbelow(True)
-        axes.append(axis)
-    return figure, axes
-
-
-def label_inches(labels):
-    """Room for the longest of these tick labels."""
-    return 0.1 + 0.07 * max(map(len, labels), default=0)
+        axis.set_prop_cycle(color=[BLUE, GREEN, PURPLE, YELLOW, SKY, ORANGE])
+    return figure, axes[:n_panels]
 
 
 def draw_figure(figure):
@@ -99,10 +81,11 @@ def _label_axes(axis, x, y):
 
 
 def _add_legend(axis):
-    axis.legend(fontsize=7, frameon=False)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(fontsize=7, frameon=False)
 
 
-def _without_math(names, length):
+def without_math(names, length):
     """Names cut to a length, a dollar sign shown as such."""
     return [str(name)[:length].replace("$", r"\$") for name in names]
 
@@ -112,60 +95,51 @@ def _values(rows, key):
     return np.array([row.get(key) for row in rows], float)
 
 
-def _metric_families(history):
-    """{family: [columns]}: train_loss and val_loss share a panel, and so do val_mae and val_mae_left.
-
-    Each part of a loss has its own.
-    """
-    columns = dict.fromkeys(column for row in history for column in row)
-    shown = [column for column in columns if column.startswith(("train_", "val_"))]
-    names = {column: column.split("_", 1)[1] for column in shown}
-    families = {}
-    for column, name in names.items():
-        roots = [root for root in names.values() if f"{name}_".startswith(f"{root}_") and root != "loss"]
-        families.setdefault(min([name, *roots], key=len), []).append(column)
-    return families
+def _history_panels(history):
+    """{title: [columns]} of a history: train_loss and val_loss share a panel; the learning rate is the last."""
+    panels = {}
+    for column in dict.fromkeys(itertools.chain(*history)):
+        is_curve = column.startswith(("train_", "val_"))
+        if is_curve and np.isfinite(_values(history, column)).any():
+            panels.setdefault(column.split("_", 1)[1], []).append(column)
+    if np.nanmax([0.0, *_values(history, "learning_rate")]) > 0:
+        panels["learning_rate"] = ["learning_rate"]
+    return panels
 
 
-def _draw_history_panel(axis, history, family, columns, best_epoch, solved):
-    """One family over the epochs, train_ dashed; a vertical line at the best epoch; solved: as in plot_history."""
+def _draw_history_panel(axis, history, title, columns, best_epoch, solved):
+    """These columns over the epochs, train_ dashed; a vertical line at the best epoch; solved: as in plot_history."""
     epochs = _values(history, "epoch")
-    colours = itertools.cycle([BLUE, GREEN, PURPLE, YELLOW, SKY])
     for column in columns:
         values = _values(history, column)
         if column.startswith("train_"):
             axis.plot(epochs, values, ".--", label=column, color=ORANGE)
         else:
-            axis.plot(epochs, values, ".-", label=column, color=next(colours))
+            axis.plot(epochs, values, ".-", label=column)
         if column in solved:
             axis.plot(epochs[-1], solved[column], "D", label="readout solved anew", color=INK)
-    set_title(axis, family)
+    set_title(axis, title)
     axis.set_xlabel("epoch", fontsize=8, color=SOFT)
     axis.locator_params(axis="x", integer=True)
     if len(columns) > 1 or solved.keys() & set(columns):
         _add_legend(axis)
     if best_epoch is not None:
         axis.axvline(best_epoch, color=INK, linewidth=0.9, linestyle=":")
-        set_title(axis, family, f"best epoch {best_epoch:g}")
+        set_title(axis, title, f"best epoch {best_epoch:g}")
 
 
 def plot_history(history, path, best_epoch=None, solved=None):
-    """Learning curves as PNG: a panel per family of train_ and val_ columns, then the learning rate.
+    """Learning curves as PNG: a panel for each of _history_panels.
 
     history: dicts with epoch and any train_*, val_* and learning_rate (None leaves a gap).
     best_epoch is marked in every panel; solved: {column: value} after a readout was solved anew. It takes a good part
     of a second, so it belongs at the end of a run, not into each epoch.
     """
-    families = {}
-    for family, columns in _metric_families(history).items():
-        if any(np.isfinite(_values(history, column)).any() for column in columns):
-            families[family] = columns
-    if np.nanmax([0.0, *_values(history, "learning_rate")]) > 0:
-        families["learning_rate"] = ["learning_rate"]
-    figure, axes = new_figure(len(families), min(3, len(families)), (3.5, 2.5))
-    for axis, (family, members) in zip(axes, families.items()):
-        _draw_history_panel(axis, history, family, members, best_epoch, solved or {})
-        if family == "learning_rate":
+    panels = _history_panels(history)
+    figure, axes = new_figure(len(panels), min(3, len(panels)), (3.5, 2.5))
+    for axis, (title, columns) in zip(axes, panels.items()):
+        _draw_history_panel(axis, history, title, columns, best_epoch, solved or {})
+        if title == "learning_rate":
             axis.set_yscale("log")
     save_figure(figure, path)
 
@@ -185,7 +159,7 @@ def _draw_target_bars(axis, rows, metric):
     if np.isfinite(ceiling).any():
         axis.plot(ceiling, place, "D", color=INK, markersize=4.5, label="noise ceiling")
     left = max(-0.5, 1.1 * np.nanmin([0.0, *value, *low, *baseline]))
-    axis.set_xlim(left, 1.0 if np.nanmax([0.0, *value]) <= 1 else None)
+    axis.set_xlim(left, 1.0 if np.nanmax([0.0, *value, *high, *baseline]) <= 1 else None)
     beside = axis.get_yaxis_transform()
     for y, number in zip(place, value):
         axis.text(1.02, y, f"{number:.2f}", transform=beside, va="center", fontsize=8)
@@ -195,27 +169,22 @@ def _draw_target_bars(axis, rows, metric):
 
 
 def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
-    """Horizontal bars per target (the first 40), the largest on top, as PNG; one panel per metric.
+    """Horizontal bars per target (the first 40) as PNG; one panel per metric.
 
     rows: dicts with target and, for each metric m, m, m_low and m_high (interval), baseline_m and
     ceiling_m; all but target and m may be missing. The axis ends at -0.5, and at 1 where nothing is
     larger.
     """
     rows = rows[:MOST_TARGETS]
-    first = np.nan_to_num(_values(rows, metrics[0]), nan=-math.inf)
-    rows = [rows[place] for place in np.argsort(first, kind="stable")]
-    labels = _without_math([row["target"] for row in rows], 28)
-    inches = (4.0, 0.75 + 0.26 * len(rows))
-    margins = (0.15, 0.5, 0.3, 0.3)
-    edges = (label_inches(labels), 0.35)
-    figure, axes = new_figure(
-        len(metrics), min(3, len(metrics)), inches, margins, edges, share_y=True)
+    labels = without_math([row["target"] for row in rows], 28)
+    columns = min(3, len(metrics))
+    figure, axes = new_figure(len(metrics), columns, (4.2, 1 + 0.26 * len(rows)), share_y=True)
     for axis, metric in zip(axes, metrics):
         _draw_target_bars(axis, rows, metric)
     axes[0].set_yticks(np.arange(len(rows)), labels, color=INK)
-    axes[0].set_ylim(-0.6, len(rows) - 0.4)
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
@@ -238,7 +207,7 @@ def plot_batch(run, dataset, labels):
     if inputs[0].ndim == 4:
         inputs = list(map(strip_of, inputs))
     aspect = inputs[0].shape[1] // inputs[0].shape[0]
-    figure, axes = new_figure(12, 6 // aspect, (1.8 * aspect, 2.3), margins=(0.05, 0.05, 0.05, 0.55))
+    figure, axes = new_figure(12, 6 // aspect, (1.8 * aspect, 2.4))
     for axis, picture, index in zip(axes, inputs, chosen):
         axis.imshow(picture)
         axis.axis("off")
@@ -247,41 +216,36 @@ def plot_batch(run, dataset, labels):
 
 
 def plot_scatter(predicted, target, names, path):
-    """Predicted over true as PNG, a panel per target (up to 40) with identity line, r and n.
+    """Predicted over true as PNG, a panel per target (the first 40) with identity line, r and n.
 
     predicted, target: (N, R) in the original unit, NaN = missing; names: R labels.
     """
     known = np.isfinite(predicted) & np.isfinite(target)
     masked = np.where(known, target, np.nan)
     pearson_r = common.regression_metrics(predicted, masked)["pearson_r"]  # (R,)
-    columns = min(len(names), 6)
-    margins = (0.42, 0.1, 0.27, 0.25)
-    figure, axes = new_figure(len(names), columns, (2.1, 2.1), margins, edges=(0.2, 0.25))
+    n_panels = min(len(names), MOST_TARGETS)
+    figure, axes = new_figure(n_panels, min(n_panels, 6), (2.1, 2.1))
     for j, axis in enumerate(axes):
         x = target[known[:, j], j]  # (n,)
         y = predicted[known[:, j], j]
         axis.plot(x, y, "o", color=BLUE, markersize=3, alpha=0.4, markeredgewidth=0)
         ends = [min([*x, *y], default=0), max([*x, *y], default=1)]
         axis.plot(ends, ends, color=SOFT, linewidth=1, linestyle="--")
-        axis.set(box_aspect=1)
         axis.locator_params(nbins=4)
         set_title(axis, str(names[j])[:18])
         facts = f"r {pearson_r[j]:.2f}\nn {len(x)}"
         axis.text(0.03, 0.97, facts, transform=axis.transAxes, va="top", fontsize=7)
-    figure.supxlabel("true", fontsize=9, color=SOFT, y=0.02, va="bottom")
-    figure.supylabel("predicted", fontsize=9, color=SOFT, x=0.02, ha="left")
+    figure.supxlabel("true", fontsize=9, color=SOFT)
+    figure.supylabel("predicted", fontsize=9, color=SOFT)
     save_figure(figure, path)
 
 
 def plot_confusion(confusion, names, path):
     """Confusion matrix as PNG: (C, C) counts, rows true, columns predicted; shade: share of the row."""
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    labels = _without_math(names, 22)
-    side = max(1.4, 0.62 * len(labels))
-    room = label_inches(labels)
-    margins = (room + 0.35, 0.3, room + 0.4, 0.32)
-    inches = (side + room + 0.65, side + room + 0.72)
-    figure, (axis,) = new_figure(1, 1, inches, margins)
+    labels = without_math(names, 22)
+    side = 2.2 + 0.62 * len(labels)
+    figure, (axis,) = new_figure(1, 1, (side, side))
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for i, j in itertools.product(range(len(labels)), repeat=2):
         text = f"{confusion[i, j]}\n{shares[i, j]:.0%}"
@@ -302,7 +266,7 @@ def plot_reliability(probability, label, path, before=None):
     title tells the ECE and what a perfectly calibrated model of these confidences shows at this n:
     mean, 95th percent.
     """
-    figure, (axis,) = new_figure(1, 1, (4.2, 4.2), margins=(0.55, 0.25, 0.48, 0.45))
+    figure, (axis,) = new_figure(1, 1, (4.2, 4.2))
     axis.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle="--")
     if before is not None:
         _draw_reliability(axis, before, label, ORANGE, "before")
@@ -317,7 +281,7 @@ def plot_reliability(probability, label, path, before=None):
         f"ECE {ece:.3f}, n {len(confidence)}\nof a calibrated model "
         f"{calibrated.mean():.3f} (95 % under {np.quantile(calibrated, 0.95):.3f})",
     )
-    axis.set(xlim=(0, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
+    axis.set(xlim=(0, 1.02), ylim=(-0.02, 1.02))
     _label_axes(axis, "confidence", "share of right answers")
     save_figure(figure, path)
 
@@ -355,42 +319,33 @@ def plot_risk_coverage(confidence, correct, path):
     save_figure(figure, path)
 
 
-def plot_precision_recall(probability, label, names, path, positive=None):
-    """Precision-recall and ROC curves as PNG, each class against the rest (or `positive` alone) -> is there one?
+def plot_precision_recall(probability, label, names, path, shown):
+    """Precision-recall and ROC curves as PNG: each of the classes `shown` (indices) against the rest.
 
-    probability: (N, C); label: (N,); a class without rows, or without others, is left out.
+    probability: (N, C); label: (N,); a class without rows, or without others, has no curve. The dotted line is the
+    precision of a random order.
     """
-    shown = range(len(names)) if positive is None else [positive]
-    shown = [c for c in shown if 0 < (label == c).sum() < len(label)]
-    if not shown:
-        return False
     figure, axes = new_figure(2, 2, (3.9, 3.9))
-    colours = itertools.cycle([BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY])
-    labels = _without_math(names, 18)
-    for c in shown:
-        _draw_curves(axes, probability[:, c], label == c, next(colours), labels[c])
+    for c, name in zip(shown, without_math([names[c] for c in shown], 18)):
+        score = probability[:, c]
+        is_own = label == c
+        if is_own.all() or not is_own.any():
+            continue
+        order = np.argsort(-score)
+        last = np.flatnonzero(np.diff(score[order], append=-1))  # of those with the same score
+        found = is_own[order].cumsum()[last]
+        false = last + 1 - found
+        recall = np.append(0, found / found[-1])
+        precision = found / (last + 1)
+        auc, average_precision = class_scores.ranking_metrics(score, is_own)
+        curve, = axes[0].step(recall, [precision[0], *precision], label=f"{name}: AP {average_precision[0]:.2f}")
+        axes[0].axhline(is_own.mean(), color=curve.get_color(), linewidth=1, linestyle=":")
+        axes[1].plot([0, *false / false[-1]], recall, label=f"{name}: AUC {auc[0]:.2f}")
     axes[1].plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle="--")
     _label_axes(axes[0], "recall", "precision")
     _label_axes(axes[1], "false positive rate", "recall")
     for axis, title in zip(axes, ("precision-recall", "ROC")):
         set_title(axis, title, f"n {len(label)}")
-        axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
+        axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         _add_legend(axis)
     save_figure(figure, path)
-    return True
-
-
-def _draw_curves(axes, score, is_positive, colour, name):
-    """Both curves of one class; the dotted line is the precision of a random order."""
-    order, first = class_scores.tied_runs(score)
-    ends = np.append(first[1:], len(score))
-    found = np.cumsum(is_positive[order])[ends - 1]
-    recall = np.append(0, found / is_positive.sum())
-    false_rate = np.append(0, (ends - found) / (~is_positive).sum())
-    precision = np.append(found[0] / ends[0], found / ends)
-    auc, average_precision = class_scores.ranking_metrics(score, is_positive)
-    of_recall = f"{name}: AP {average_precision[0]:.2f}"
-    of_rate = f"{name}: AUC {auc[0]:.2f}"
-    axes[0].step(recall, precision, color=colour, where="pre", label=of_recall)
-    axes[0].axhline(is_positive.mean(), color=colour, linewidth=1, linestyle=":")
-    axes[1].plot(false_rate, recall, color=colour, label=of_rate)

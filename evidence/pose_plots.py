@@ -6,7 +6,6 @@ import numpy as np
 from evidence import plotting
 
 PART_COLOURS = (plotting.BLUE, plotting.YELLOW, plotting.GREEN, plotting.PURPLE)
-MARGINS = (0.75, 0.15, 0.3, 0.3)  # of a panel, in inches
 
 
 def plot_dataset(split, groups, facts, samples, path):
@@ -15,7 +14,7 @@ def plot_dataset(split, groups, facts, samples, path):
     split: {part: rows}; groups: (N,) patients or folders; facts: lines of text; samples: up to 4 (title, pixels).
     """
     n_panels = 3 + len(samples)
-    figure, axes = plotting.new_figure(n_panels, 4, (3.2, 2.6), MARGINS)
+    figure, axes = plotting.new_figure(n_panels, 4, (3.2, 2.6))
     parts, by_group, text = axes[:3]
     names = sorted(set(groups))
     places = np.arange(len(names))
@@ -25,12 +24,12 @@ def plot_dataset(split, groups, facts, samples, path):
         counts = np.array([np.sum(groups[rows] == name) for name in names])
         by_group.barh(places, counts, left=left, color=colour)
         left += counts
-    labels = [name[-14:] for name in names]
+    labels = plotting.without_math([name[-14:] for name in names], 14)
     by_group.set_yticks(places, labels, fontsize=7 if len(names) <= 20 else 4)
     plotting.set_title(parts, "transitions")
     plotting.set_title(by_group, "per patient or folder")
     text.axis("off")
-    text.text(0, 0.95, "\n".join(facts), fontsize=9, va="top", linespacing=1.7)
+    text.text(0, 0.95, "\n".join(facts), fontsize=9, va="top", linespacing=1.7, parse_math=False)
     for axis, (title, pixels) in zip(axes[3:], samples):
         axis.imshow(pixels, cmap="gray")
         axis.axis("off")

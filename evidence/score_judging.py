@@ -149,8 +149,8 @@ def metric_blocks(run, setting, result, rows, moment_rows, plot_file):
     caption = (f"Each score on the {setting.part} rows, in its unit; baseline: {result.baseline_label}; "
                f"{result.method}")
     blocks = [
-        reporting.html_image(run.path(plot_file), "r and R2 of each score, with baseline, and interval and noise ceiling "
-                             "where they are known"),
+        reporting.html_image(run.path(plot_file), "r and R2 of each score (up to 40), with baseline, and interval and "
+                             "noise ceiling where they are known"),
         reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true"),
         reporting.html_table(rows, columns, caption=caption),
     ]

@@ -686,6 +686,8 @@ def test_alarms_name_what_is_wrong():
         "constant output (sd of the probability under 5 % of the labels'): none, tail",
         "the same probability 20 times or more: 100 of 100 rows share 1 values, 100 of them tail 0.100000",
         "labels almost all equal: none in 97 of 100 rows"]
+    rounded = verdicts.classification_alarms(constant[:36], label[:36], ["none", "tail"])
+    assert any("probability 8 times or more" in alarm for alarm in rounded), "a fifth of 36 rows is 7.2"
     probability, label = two_classes()
     probability[:3] = np.array([0.75, 0.25]) + [[0, 0], [3e-7, -3e-7], [-3e-7, 3e-7]]  # the same to six digits
     found = verdicts.classification_alarms(probability, label, ["none", "tail"])
@@ -780,10 +782,22 @@ def test_plots_are_written_and_survive_absent_classes_and_empty_splits(tmp_path)
         plotting.plot_confusion(confusion, NAMES, tmp_path / f"confusion_{number}.png")
         plotting.plot_reliability(p, t, tmp_path / f"reliability_{number}.png", before=p)
         plotting.plot_risk_coverage(p.max(1, initial=0), correct, tmp_path / f"risk_{number}.png")
-        assert not plotting.plot_precision_recall(p, t, NAMES, tmp_path / "none.png", positive=2), "no curve to draw"
-    assert plotting.plot_precision_recall(probability, absent, NAMES, tmp_path / "curves.png")
+        plotting.plot_precision_recall(p, t, NAMES, tmp_path / f"curves_{number}.png", range(3))
     sizes = {path.name: path.stat().st_size for path in tmp_path.glob("*.png")}
-    assert len(sizes) == 7 and "none.png" not in sizes and min(sizes.values()) > 500
+    assert len(sizes) == 8 and min(sizes.values()) > 500
+
+
+def test_curves_are_those_of_scikit_learn(tmp_path, monkeypatch):
+    _, probability, label = scored_rows(rows=60)
+    probability = probability.round(1)  # with ties
+    drawn = []
+    monkeypatch.setattr(plotting, "save_figure", lambda figure, path: drawn.append(figure))
+    plotting.plot_precision_recall(probability, label, NAMES, tmp_path, [1])
+    of_precision, of_rate = drawn[0].axes
+    precision, recall, _ = judge.precision_recall_curve(label == 1, probability[:, 1])
+    false_rate, true_rate, _ = judge.roc_curve(label == 1, probability[:, 1], drop_intermediate=False)
+    assert np.allclose(of_precision.lines[0].get_data(), [recall[::-1], [precision[-2], *precision[-2::-1]]])
+    assert np.allclose(of_rate.lines[0].get_data(), [false_rate, true_rate])
 
 
 def test_the_reliability_title_tells_the_ece_of_a_calibrated_model(tmp_path, monkeypatch):
