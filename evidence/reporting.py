@@ -16,7 +16,6 @@ from evidence import metric_names, splitting
 
 STYLE = Path(__file__).with_name("report.css")
 # keep a page under 5 MB
-PLOT_SIDE = 1600
 CASE_SIDE = 256
 SCREEN_WIDTH = 800  # of a plot of more than two panels
 MOST_CASES = 40
@@ -28,7 +27,8 @@ EXPLANATIONS = {  # of a section's words, under its head
     "Without a pixel": "What columns of the table predict without looking at the input. A model must do better.",
     "Calibration": "Whether a confidence of 80 % is right in 80 % of the rows. ECE: the mean gap, in shares of 1; "
                    "NLL and Brier: error of the probabilities, smaller is better.",
-    "Best and worst cases": "By the error of the prediction; of a clip five frames, evenly from its first to its last.",
+    "Best and worst cases": "By the error of the prediction. A clip is shown by five of its frames, evenly from its "
+                            "first to its last.",
 }
 _LEVELS = {  # word and outline: shape and word tell the levels apart without colour
     "good": (
@@ -115,17 +115,9 @@ def html_table(rows, columns=None, digits=".3f", caption="", max_rows=300):
     return f'{title}<div class="scroll" tabindex="0">{table}</div>'
 
 
-def _data_uri(picture, max_side, kind="JPEG"):
-    """Data URI of a PIL picture, its longer side cut to max_side; kind: JPEG for photographs, PNG for plots."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    picture = picture.convert("RGB")
-    picture.thumbnail((max_side, max_side))
-    if kind == "PNG":
-        picture = picture.quantize(256, Image.Quantize.FASTOCTREE)  # as in plotting.save_figure
-    picture.save(buffer, kind, quality=80, optimize=True)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def _data_uri(packed, kind):
+    """Data URI of the bytes of a picture file; kind: PNG or JPEG."""
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(packed).decode()}"
 
 
 def html_image(path, caption):
@@ -133,7 +125,7 @@ def html_image(path, caption):
     from PIL import Image
 
     with Image.open(path) as picture:
-        uri = _data_uri(picture, PLOT_SIDE, picture.format)
+        uri = _data_uri(path.read_bytes(), picture.format)
         kind = "scroll wide" if picture.width > SCREEN_WIDTH else "scroll"  # on a phone the others are made to fit
     text = html.escape(caption)
     image = f'<div class="{kind}"><img src="{uri}" alt="{text}"></div>'
@@ -152,7 +144,12 @@ def html_cases(cases):
     for case in cases[:MOST_CASES]:
         height, width = case["image"].shape[:2]
         is_wide = width > 2.5 * height
-        uri = _data_uri(Image.fromarray(case["image"]), 3 * CASE_SIDE if is_wide else CASE_SIDE)
+        side = 3 * CASE_SIDE if is_wide else CASE_SIDE
+        thumbnail = Image.fromarray(case["image"]).convert("RGB")
+        thumbnail.thumbnail((side, side))
+        packed = io.BytesIO()
+        thumbnail.save(packed, "JPEG", quality=80, optimize=True)
+        uri = _data_uri(packed.getvalue(), "JPEG")
         title = html.escape(str(case["title"]))
         texts = [html.escape(str(line)) for line in case.get("lines", ())]
         lines = "".join(f"<span>{text}</span>" for text in texts)
@@ -171,27 +168,21 @@ def key_figure(label, estimate, result):
 
 
 def leakage_blocks(run):
-    """The section on leakage, from leakage_report.json where there is one: what was found, or that nothing was."""
+    """The section on leakage, from leakage_report.json where there is one: what the parts share, zeros too."""
     path = run.path("leakage_report.json")
     if not path.exists():
         return []
     report = common.read_json(path)
-    found = splitting.found_leakage(report | {"within": {}})
-    names_groups = any("groups" in pair for pair in report["between"].values())
-    groups = "no group, " if names_groups else ""
-    unchecked = "" if names_groups else " Which rows belong together was not said, so it was not checked."
-    block = html_text(f"The parts of the split share nothing: {groups}no copy, no near-duplicate.{unchecked}", "good")
-    if found:
-        block = _note(html_list(found), "caution")
-    notes = splitting.found_leakage(report | {"between": {}})  # repeats inside a part are no leaks
-    notes += report.get("notes", [])
-    return [block, html_list(notes)] if notes else [block]
+    lines = splitting.leakage_text(report).splitlines()
+    if not all("groups" in pair for pair in report["between"].values()):
+        lines.append("groups were not compared: none were named, or the split divides them on purpose")
+    leaks = splitting.found_leakage(report | {"within": {}})  # repeats inside a part are none
+    return [_note(html_list(lines), "caution" if leaks else "good")]
 
 
 def history_blocks(run):
-    """The section on learning curves: those of the run, and of each of its folds; one epoch makes none."""
-    curves = [path for path in sorted(run.folder.glob("**/training_history.png"))
-              if len(path.with_suffix(".csv").read_text().splitlines()) > 2]
+    """The section on learning curves: those of the run, and of each of its folds."""
+    curves = sorted(run.folder.glob("**/training_history.png"))
     blocks = [html_image(path, f"Learning curves, {path.parent.name}") for path in curves]
     batches = sorted(run.folder.glob("**/training_batch.jpg"))[:1]
     caption = "Some of what the model was trained on, augmented, with its labels"
@@ -204,14 +195,17 @@ def command_blocks(args=None):
     versions = [" ".join(each) for each in common.package_versions().items()]
     blocks = [html_code(command)]
     if args:
-        flags = [f"--{name} {public_word(str(value))}" for name, value in common.flags_of(args).items()]
+        flags = []
+        for name, value in common.flags_of(args).items():
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{name}", *(public_word(str(each)) for each in values)]
         blocks += [html_text("With all flags:"), html_code(" ".join(flags))]
     return [*blocks, html_list(versions)]
 
 
 def public_word(word):
-    """A path, also behind --flag=, cut to what follows the current folder or to its last two parts."""
-    flag, equals, value = word.rpartition("=")
+    """A path, also behind --flag= or NAME=, cut to what follows the current folder or to its last two parts."""
+    flag, equals, value = ("", "", word) if Path(word).is_absolute() else word.partition("=")
     path = Path(value)
     if not path.is_absolute():
         return word
