@@ -1988,10 +1988,14 @@ def to_input(batch, device, mean=IMAGENET_MEAN, std=IMAGENET_STD, channels_last=
 # ---------------------------------------------------------------------------
 # The learning rate is a pure function of the progress of the run; only `plateau` remembers anything.
 
-def build_optimizer(modules, args):
-    """Optimiser over [(module, learning-rate factor)]; biases and normalisation layers (ndim < 2) are not decayed."""
+def build_optimizer(model, args, backbone=None):
+    """Optimiser of what is trained; biases and normalisation layers (ndim < 2) are not decayed.
+
+    backbone: the child module of the model whose learning rate is --backbone_lr_mult times that of the others.
+    """
     groups = []
-    for module, factor in modules:
+    for module in [model] if backbone is None else model.children():
+        factor = args.backbone_lr_mult if module is backbone else 1.0
         for is_decayed, decay in ((True, args.weight_decay), (False, 0.0)):
             parameters = [p for p in module.parameters() if p.requires_grad and (p.ndim > 1) == is_decayed]
             if parameters:
@@ -2790,6 +2794,10 @@ class Training:
                 "new run; with --deterministic GPUs too repeat epochs exactly")
         load_state(self.model, best["model"], "best_model.pth")
         return best
+
+    def save_best(self, best):
+        """Write best_model.pth anew: what load_best gave and what has come to it, with the weights as they are now."""
+        save_checkpoint(self.run.path("best_model.pth"), to_plain_types(best | {"model": self.model.state_dict()}))
 
     def _load_last(self):
         content = self.checkpoints.read_last(Path(self.args.resume))

@@ -136,12 +136,12 @@ def predict(members, loader, compute):
     words = [member.settings["seen"].words(hashes) for member in members]
     seen = np.array(list(map(common.worst_seen, zip(*words))))
     seen[is_bad] = ""
-    flags = []
+    answers = []
     for member, own, values in zip(members, zip(*features), predicted):
         looks = torch.cat(own).numpy()  # (N, F)
         looks[is_bad] = np.nan
-        flags.append(row_warnings.find(member.settings, looks, "pictures", print, values))
-    return predicted, seen, errors, row_warnings.texts(flags, seen, "pictures", print)
+        answers.append((member.settings, looks, values))
+    return predicted, seen, errors, row_warnings.texts(answers, seen, "pictures", print)
 
 
 def half_widths(members, coverage):

@@ -330,7 +330,7 @@ def scaled_ratings(study, scaler):
 # --- training ---------------------------------------------------------------------------
 
 def make_loaders(study, split, scaler, args, compute, features):
-    """Loader of the augmented train rows, and {part: loader} of the train, val and test rows as they are."""
+    """Loader of the augmented train rows, and {part: loader} of the rows of each part as they are."""
     target = scaled_ratings(study, scaler)
     weight = rating_weights(study, split["train"], args.loss)
     own_features = features[args.head] if args.freeze_backbone else None
@@ -340,7 +340,7 @@ def make_loaders(study, split, scaler, args, compute, features):
         augment = args.augment if train else "none"
         dataset = RatedImages(study, split[part], target, weight, args, augment, own_features)
         return common.make_loader(dataset, args, compute, train, is_cached)
-    return loader("train", True), {part: loader(part, False) for part in ("train", "val", "test")}
+    return loader("train", True), {part: loader(part, False) for part, rows in split.items() if len(rows)}
 
 
 def to_device(inputs, args, compute):
@@ -400,7 +400,7 @@ def fit(run, args, study, split, features):
     if args.batch_size < 2 * compute.processes.size:  # BatchNorm refuses a single value: tried before any epoch
         example = torch.zeros(1, 3, args.image_size, args.image_size, device=compute.device)
         copy.deepcopy(model)(example)
-    optimizer = common.build_optimizer([(model.backbone, args.backbone_lr_mult), (model.head, 1.0)], args)
+    optimizer = common.build_optimizer(model, args, model.backbone)
 
     latest = {}  # validation predictions of this epoch; end_epoch calls metadata() where it is the best so far
     training = common.Training(
@@ -419,12 +419,12 @@ def fit(run, args, study, split, features):
         row |= {f"val_{name}": means[name] for name in HISTORY_METRICS}
         training.end_epoch(row)
 
-    predicted, doubts = finish_best_model(training, study, split, loaders, scaler, loss_function)
-    return predicted, doubts, training
+    predicted, answers = finish_best_model(training, study, split, loaders, scaler, loss_function)
+    return predicted, answers, training
 
 
 def finish_best_model(training, study, split, loaders, scaler, loss_function):
-    """Of the best epoch {part: predicted (M, R)}, and {part: what row_warnings.find says of it}.
+    """Of the best epoch {part: predicted (M, R)}, and {part: what row_warnings.texts takes of a model}.
 
     best_model.pth gets its solved ridge head and what data it knows.
     """
@@ -433,24 +433,22 @@ def finish_best_model(training, study, split, loaders, scaler, loss_function):
     model = training.model
     best = training.load_best()
     model.eval()
-    used = {part: loader for part, loader in loaders.items() if len(split[part])}
     backbone = nn.Identity() if args.freeze_backbone else model.backbone  # a frozen one's features are the inputs
-    features = {part: outputs_of(backbone, loader, args, run.compute) for part, loader in used.items()}
+    features = {part: outputs_of(backbone, loader, args, run.compute) for part, loader in loaders.items()}
     if args.head == "ridge":
         solve_head(model, features["train"], study, split["train"], scaler)
     predicted = {part: evaluate(model, loader, loss_function, scaler, args, run.compute)[0]
-                 for part, loader in used.items()}
+                 for part, loader in loaders.items()}
     if args.head == "ridge":
         solved = study.mean_metrics(split["val"], predicted["val"])
         weighting = ", every rating counts the same in it" if args.loss == "weighted" else ""
         run.say(f"the readout is solved anew after the last epoch: val R2 {best['history']['val_r2']:.2f} -> "
                 f"{solved['r2']:.2f}{weighting}")
-        best |= {"model": model.state_dict(), **model_metadata(args, study, split, scaler, predicted["val"])}
+        best |= model_metadata(args, study, split, scaler, predicted["val"])
     best["known_data"] = row_warnings.known_data(
         features["train"], features["val"], study.ratings[split["train"]])
-    common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
-    doubts = {part: row_warnings.find(best, features[part], "pictures", run.say, predicted[part]) for part in used}
-    return predicted, doubts
+    training.save_best(best)
+    return predicted, {part: (best, features[part], predicted[part]) for part in loaders}
 
 
 @torch.no_grad()
@@ -628,7 +626,7 @@ def run_split(run, args, study, split, features=None):
         features = untuned_features(args, study, run, np.concatenate(list(split.values())))
     similar = splitting.add_similar(run, features["mlp"], split, study.images)
     run.write_args(**study.data_record(split))
-    predicted, doubts, training = fit(run, args, study, split, features)
+    predicted, answers, training = fit(run, args, study, split, features)
     seen = training.seen.words(study.hashes)  # (N,)
     tables = {}
     for part in ("val", "test"):
@@ -642,7 +640,7 @@ def run_split(run, args, study, split, features=None):
                 baselines=predict_baselines(study, features, split["train"], rows),
                 groups=study.groups_of(rows),
                 seen=seen[rows],
-                warning=row_warnings.texts([doubts[part]], seen[rows], "pictures", run.say, f"{part} "))
+                warning=row_warnings.texts([answers[part]], seen[rows], "pictures", run.say, f"{part} "))
             tables[part].write(run.path(f"predictions_{part}.csv"))
     best_epoch = training.progress.best_epoch
     train, val = (study.mean_metrics(split[part], predicted[part]) for part in ("train", "val"))

@@ -930,7 +930,7 @@ def fit(run, args, study, split):
     model = compute.place(build_model(args, settings, state_weights(args, train_truth)))
     train_loader = make_loader(study, split["train"], settings, args, compute, train=True)
     val_loader = make_loader(study, split["val"], settings, args, compute)
-    optimizer = common.build_optimizer([(model, 1.0)], args)
+    optimizer = common.build_optimizer(model, args)
     content = {
         "settings": settings,
         "absent": args.absent,
@@ -1134,7 +1134,7 @@ def complete_best(training, truth, train_loader, val_loader):
         run.say(f"temperature of the states: {temperature:.3g}, from {len(found.true)} boxes found in the val pictures")
         model.roi_heads.temperature = temperature
         best["temperature"] = temperature
-    common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
+    training.save_best(best)
 
 
 def train_heads(run, args, study, split):
@@ -1232,8 +1232,7 @@ def predict(args):
     names = [path.relative_to(args.images_dir).as_posix() for path in paths]
     detections, features, hashes, errors = detect(model, paths, args, compute)
     words = content["seen"].words(hashes)
-    doubts = row_warnings.find(content, features, "pictures", print)
-    warnings = row_warnings.texts([doubts], words, "pictures", print)
+    warnings = row_warnings.texts([(content, features)], words, "pictures", print)
     detections = limit_detections(detections, args)
 
     def picture(k):

@@ -805,9 +805,9 @@ def fit(run, args, study, split, readout):
         model.scale_grids(study.grids_at_t1(split["train"]))
     model = compute.place(model)
     loss_function = DreamLoss(args, scaler, compute.device)
-    parts = [(module, args.backbone_lr_mult if module is model.encoder else 1.0) for module in model.children()]
+    optimizer = common.build_optimizer(model, args, model.encoder)
     training = common.Training(
-        run, model, common.build_optimizer(parts, args), args,
+        run, model, optimizer, args,
         select="last" if args.select == "last" else f"val_{args.select}",
         metadata=lambda: model_metadata(args, study, split, scaler),
         higher_is_better=False,
@@ -1193,8 +1193,7 @@ def run_split(run, args, study, split):
         if part != "train":
             tables[part].write(run.path(f"predictions_{part}.csv"))
     best["known_data"] = row_warnings.known_data(features["train"], features["val"])
-    best["model"] = model.state_dict()
-    common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
+    training.save_best(best)
     plot_training(run, training.progress.history, best["epoch"])
     part = "test" if "test" in tables else "val"
     table = tables[part]
@@ -1333,8 +1332,7 @@ def predict(run, args):
     loader = make_loader(study, rows, args, run.compute)
     predicted, features, _ = evaluate(model, loader, loss_function, run.compute)
     table = score_table(study, rows, predicted, {"motion": study.motion}, content["seen"])
-    doubts = row_warnings.find(content, features, "frames", run.say)
-    table.warning = row_warnings.texts([doubts], table.seen, "frames", run.say)
+    table.warning = row_warnings.texts([(content, features)], table.seen, "frames", run.say)
     table.write(run.path("predictions.csv"))
     common.write_json(run.path("metrics.json"),
                       {"part": "predict", "rows": len(rows), "epoch": content["epoch"]})

@@ -872,10 +872,14 @@ def fit(run, args, study, split, features):
     mean, sd = pixel_statistics(args)
     run.say(f"{args.model}: colours are normalised with mean {mean} and SD {sd}, "
             "as its published weights expect")
-    parts = [(module, args.backbone_lr_mult if module is model.backbone else 1.0) for module in model.children()]
+    optimizer = common.build_optimizer(model, args, model.backbone)
     training = common.Training(
-        run, model, common.build_optimizer(parts, args), args, column, lambda: model_metadata(args, study, objective, model),
-        higher_is_better, study.hashes, split)
+        run, model, optimizer, args,
+        select=column,
+        metadata=lambda: model_metadata(args, study, objective, model),
+        higher_is_better=higher_is_better,
+        row_hashes=study.hashes,
+        split=split)
     for _ in training.epochs():
         if args.model == MOTION_READOUT:
             solve_head(model, study, train, features, run.say)
@@ -887,15 +891,15 @@ def fit(run, args, study, split, features):
         found = objective.history(outputs, split["val"])
         row |= {f"val_{name}": value for name, value in found.items()}
         training.end_epoch(row)
-    outputs, doubts = finish_best_model(training, study, split, loaders, objective)
-    return outputs, doubts, objective, training
+    outputs, answers = finish_best_model(training, study, split, loaders, objective)
+    return outputs, answers, objective, training
 
 
 def finish_best_model(training, study, split, loaders, objective):
     """Predict each part with the best epoch, and complete best_model.pth by what is known only then.
 
     That is what its training data are like, and of classes the calibration on val. Returns {part: outputs (M, K)}, and
-    {part: what row_warnings.find says of it}.
+    {part: what row_warnings.texts takes of a model}.
     """
     run = training.run
     best = training.load_best()
@@ -910,9 +914,8 @@ def finish_best_model(training, study, split, loaders, objective):
         best["calibration"] = calibrating.calibrate(outputs["val"], objective.label[val], objective.positive)
         best["seen"] = training.seen.plus(common.SeenRows(fitted=[], chose=study.hashes[val]))
         common.write_json(run.path("calibration.json"), best["calibration"])
-    common.save_checkpoint(run.path("best_model.pth"), common.to_plain_types(best))
-    doubts = {part: row_warnings.find(best, features[part], "clips", run.say, outputs[part]) for part in loaders}
-    return outputs, doubts
+    training.save_best(best)
+    return outputs, {part: (best, features[part], outputs[part]) for part in loaders}
 
 
 def fit_readout(study, rows, untuned):
@@ -1130,14 +1133,14 @@ def run_split(run, args, study, split, features=None):
         features = untuned_features(args, study, run)
     similar = find_similar(run, study, split, features)
     run.write_args(**study.data_record(split))
-    outputs, doubts, objective, training = fit(run, args, study, split, features)
+    outputs, answers, objective, training = fit(run, args, study, split, features)
     seen = training.seen.words(study.hashes)  # (N,)
     tables = {}
     for part in ("val", "test"):
         rows = split[part]
         if len(rows):
             baselines = predict_baselines(study, features, split["train"], rows)
-            warning = row_warnings.texts([doubts[part]], seen[rows], "clips", run.say, f"{part} ")
+            warning = row_warnings.texts([answers[part]], seen[rows], "clips", run.say, f"{part} ")
             table = predictions_table(study, rows, outputs[part], baselines, seen[rows], warning)
             if part == "test" and args.task == "classify":
                 table = calibrating.calibrate_on(table, [tables["val"]])
@@ -1314,9 +1317,9 @@ def predict(args):
     first = members[0]
     table = read_table(first.args, first.content["names"], need_labels=False)
     study = load_study(first.args, table, print)
-    tables, doubts = zip(*(predict_rows(member, study, compute) for member in members))
+    tables, answers = zip(*(predict_rows(member, study, compute) for member in members))
     table = prediction_tables.mean(tables)
-    table.warning = row_warnings.texts(doubts, table.seen, "clips", print)
+    table.warning = row_warnings.texts(answers, table.seen, "clips", print)
     output = args.output or Path("predictions.csv")
     table.write(output)
     print(f"{len(study.table)} rows predicted by {len(members)} checkpoint(s), "
@@ -1329,18 +1332,17 @@ def predict(args):
 
 
 def predict_rows(member, study, compute):
-    """(predictions table of all rows of the study by one trained network, what row_warnings.find says of it)."""
+    """(predictions table of all rows of the study by one trained network, what row_warnings.texts takes of it)."""
     study = dataclasses.replace(study, args=member.args)
     rows = np.arange(len(study.table))
     loader = common.make_loader(
         Clips(study, rows), study.args, compute, False, study.store.cache == "ram")
     outputs, features = evaluate(member.model, loader, study.args, compute)
     seen = member.content["seen"].words(study.hashes)
-    doubts = row_warnings.find(member.content, features, "clips", print, outputs)
     table = predictions_table(study, rows, outputs, {}, seen)
     if member.calibration:
         table = calibrating.apply_calibration(table, member.calibration)
-    return table, doubts
+    return table, (member.content, features, outputs)
 
 
 @torch.no_grad()

@@ -4,8 +4,6 @@ What a model knows of its training data for this stands in its checkpoint as kno
 
 Letters: N train rows, M rows, F features, R scores.
 """
-import itertools
-
 import numpy as np
 
 from evidence import baseline_models
@@ -30,11 +28,8 @@ def distance(features, known):
     return (((features - known["mean"]) / known["sd"]) ** 2).mean(1) ** 0.5
 
 
-def find(content, features, unit, say, predicted=None):
-    """{what: (M,) bool}: which rows are unlike the training data, and which scores lie outside the training labels.
-
-    content: of a checkpoint; features: (M, F), NaN = unreadable; unit: what rows are, as pictures; predicted: (M, R).
-    """
+def find(unit, say, content, features, predicted=None):
+    """{what: (M,) bool}: which rows are unlike the training data, and which scores lie outside the training labels."""
     if "known_data" not in content:
         say(f"note: a checkpoint does not say what its training {unit} are like; the column warning is without it")
         return {}
@@ -52,11 +47,13 @@ def find(content, features, unit, say, predicted=None):
 def texts(members, seen, unit, say, part=""):
     """(M,) text on each row, '' = nothing: what all members find, and whether one was trained on it; each is counted.
 
-    members: of `find`, one each; seen: (M,) of common.SEEN_WORDS.
+    members: (content of its checkpoint, features (M, F), for scores predicted (M, R)) of each model, NaN = unreadable;
+    seen: (M,) of common.SEEN_WORDS; unit: what rows are, as pictures.
     """
     flags = {"trained on": np.asarray(seen) == "train"}
-    for what, is_so in itertools.chain(*(each.items() for each in members)):
-        flags[what] = flags.get(what, True) & is_so
+    for member in members:
+        for what, is_so in find(unit, say, *member).items():
+            flags[what] = flags.get(what, True) & is_so
     for what, is_so in flags.items():
         if is_so.any():
             say(f"warning: {is_so.sum()} of {len(is_so)} {part}{unit}: {what}")

@@ -79,7 +79,7 @@ def make_training(folder, resumed, select="val_loss", **flags):
     model = torch.nn.Linear(1, 1)
     signals = SimpleNamespace(received=None, armed=False, leave=lambda: None)
     run = common.Run(folder, args, compute, signals, resumed)
-    training = common.Training(run, model, common.build_optimizer([(model, 1.0)], args), args, select, dict, False)
+    training = common.Training(run, model, common.build_optimizer(model, args), args, select, dict, False)
     return training, common.make_loader(Numbers(), args, compute, train=True, batch_size=2)
 
 

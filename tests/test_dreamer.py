@@ -480,7 +480,7 @@ def shuffle_ratio(ignore_motion):
     loss_function = train_dreamer.DreamLoss(args, scaler, "cpu")
     if ignore_motion:
         model.imagination.motion = Deaf(args.d_model)
-    optimizer = common.build_optimizer([(model.imagination, 1.0), (model.readout, 1.0)], args)
+    optimizer = common.build_optimizer(model, args)
     batches = banded_batches(192, 0, model)
     for _ in range(10):
         for batch in batches:

@@ -97,7 +97,7 @@ def test_sgd_after_a_first_step_that_was_not_taken():
     args = SimpleNamespace(optimizer="sgd", lr=0.1, weight_decay=0.0)
     torch.use_deterministic_algorithms(True)  # fills memory without values with NaN
     try:
-        optimizer = common.build_optimizer([(model, 1.0)], args)
+        optimizer = common.build_optimizer(model, args)
         before = model.weight.detach().clone()
         for found_inf in (1.0, 0.0):
             model.weight.grad = torch.ones(1, 2)

@@ -108,7 +108,7 @@ def start(device, folder, model, sample, accumulate, collate=None):
         optimizer.param_groups[0]["factor"] = 1.0
         optimizer.register_step_pre_hook(lambda each, *_: setattr(each, "found_inf", None))
     else:
-        optimizer = common.build_optimizer([(model, 1.0)], args)
+        optimizer = common.build_optimizer(model, args)
     training = common.Training(run, model, optimizer, args, "last", dict)
     return training, common.make_loader(
         Repeated(sample), args, compute, True, collate=collate, batch_size=4), compute

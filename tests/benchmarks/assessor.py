@@ -71,7 +71,7 @@ class ScriptEpochs:
         scaler = train_assessor.fit_scaler(study.ratings, False)
         self.loader, _ = train_assessor.make_loaders(study, split, scaler, args, self.run.compute, None)
         self.model = self.run.compute.place(train_assessor.build_model(args, [0.0, 0.0]))
-        optimizer = common.build_optimizer([(self.model, 1.0)], args)
+        optimizer = common.build_optimizer(self.model, args)
         self.training = common.Training(self.run, self.model, optimizer, args, "last", dict)
         self.loss_function = train_assessor.rating_loss("mse")
 
@@ -87,7 +87,7 @@ class BareEpochs:
         args = script_args(folder, options)
         self.compute = common.start_run(args, fixed_shapes=True).compute
         self.model = self.compute.place(train_assessor.build_model(args, [0.0, 0.0])).train()
-        self.optimizer = common.build_optimizer([(self.model, 1.0)], args)
+        self.optimizer = common.build_optimizer(self.model, args)
         layout = torch.channels_last if self.compute.channels_last else torch.contiguous_format
         sizes = [min(options.batch_size, options.images - start)
                  for start in range(0, options.images, options.batch_size)]

@@ -77,7 +77,7 @@ class ScriptEpochs:
         self.loader = train_detector.make_loader(
             study, rows, self.settings, self.args, self.run.compute, train=True)
         self.model = self.run.compute.place(train_detector.build_model(self.args, self.settings, None))
-        optimizer = common.build_optimizer([(self.model, 1.0)], self.args)
+        optimizer = common.build_optimizer(self.model, self.args)
         self.training = common.Training(self.run, self.model, optimizer, self.args, "val_loss", dict)
 
     def epoch(self):

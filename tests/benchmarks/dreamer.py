@@ -76,7 +76,7 @@ class ScriptEpochs:
         rows = np.arange(options.transitions)
         self.loader = train_dreamer.make_loader(study, rows, self.args, self.run.compute, train=True)
         self.model = self.run.compute.place(train_dreamer.build_model(self.args, unit_scaler(), "additive"))
-        optimizer = common.build_optimizer([(self.model, 1.0)], self.args)
+        optimizer = common.build_optimizer(self.model, self.args)
         self.training = common.Training(self.run, self.model, optimizer, self.args, "last", dict)
         self.loss_function = train_dreamer.DreamLoss(self.args, unit_scaler(), self.run.compute.device)
 
@@ -94,7 +94,7 @@ class BareEpochs:
         self.compute = common.start_run(args, fixed_shapes=True).compute
         device = self.compute.device
         self.model = self.compute.place(train_dreamer.build_model(args, unit_scaler(), "additive")).train()
-        self.optimizer = common.build_optimizer([(self.model, 1.0)], args)
+        self.optimizer = common.build_optimizer(self.model, args)
         self.loss_function = train_dreamer.DreamLoss(args, unit_scaler(), device)
         self.batches = []
         for start in range(0, options.transitions, options.batch_size):

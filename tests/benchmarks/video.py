@@ -69,7 +69,7 @@ class ScriptEpochs:
         self.objective, split = objective, {"train": rows, "val": rows[:2], "test": rows[:0]}
         self.loader, _ = train_video.make_loaders(study, split, objective, self.args, self.run.compute, None)
         self.model = self.run.compute.place(train_video.build_model(self.args, 2))
-        optimizer = common.build_optimizer([(self.model, 1.0)], self.args)
+        optimizer = common.build_optimizer(self.model, self.args)
         self.training = common.Training(self.run, self.model, optimizer, self.args, "last", dict)
 
     def epoch(self):

@@ -57,7 +57,7 @@ def run_case(case, processes):
     signals = common.StopSignals()  # anew in each case: a run that stops leaves its process deaf to them
     with common.Run(folder, args, compute, signals, resumed) as run:
         common.write_json(run.path("args.json"), {})  # without it an error removes the folder
-        optimizer = common.build_optimizer([(model, 1.0)], args)
+        optimizer = common.build_optimizer(model, args)
         training = common.Training(run, model, optimizer, args, "val_loss", dict, False)
         steps, outputs = 0, []
         for _ in training.epochs():
