@@ -544,11 +544,12 @@ def heat_map_blocks(study, rows, files, cases, args, compute):
 # --- results: predictions table -> judged run folder -------------------------------------------
 
 @common.first_process_only
-def judge(run, args, study, split, rows, table, part, alarms, similar, best_epoch=None, folds=()):
-    """Judge the predictions for these rows of the study; split: {name: rows}; part: val, test or folds.
+def judge(run, args, study, split, table, part, alarms, similar, best_epoch=None, folds=()):
+    """Judge a predictions table of held-out rows.
 
-    similar: of splitting.similar_pairs.
+    split: {name: rows}; part: val, test or folds; similar: of splitting.similar_pairs.
     """
+    rows = prediction_tables.rows_of(table, study.images)
     files = np.full(len(rows), str(run.path("best_model.pth")))
     if folds:
         files = np.array([str(run.path(f"fold_{k}") / "best_model.pth") for k in table.keys["fold"]])
@@ -591,9 +592,7 @@ def limits(args):
     if args.head == "ridge":
         lines.append("The readout is solved anew after the last epoch: the curves show it before (points) and after "
                      "(diamond).")
-    if not args.pretrained and not args.weights:
-        lines.append("Started from random weights; published weights usually do far better on data of this size.")
-    return lines
+    return lines + judging.limits_of_start(args)
 
 
 # --- one run, or one run per fold -------------------------------------------------------------
@@ -648,7 +647,7 @@ def run_split(run, args, study, split, features=None):
     plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch, solved)
     part = "test" if "test" in tables else "val"
     alarms += verdicts.split_gap_alarms(train, val, remedy=OVERFITTING_REMEDY)
-    judge(run, args, study, split, split[part], tables[part], part, alarms, similar, best_epoch)
+    judge(run, args, study, split, tables[part], part, alarms, similar, best_epoch)
 
 
 def run_folds(run, args, study):
@@ -665,8 +664,7 @@ def run_folds(run, args, study):
     pooled = prediction_tables.join(tables, chosen)
     pooled.write(run.path("predictions_folds.csv"))
     done = judging.finished_folds(run, chosen, [table.fold_numbers() for table in tables])
-    rows = prediction_tables.rows_of(pooled, study.images)
-    judge(run, args, study, folds, rows, pooled, "folds", alarms, similar, folds=done)
+    judge(run, args, study, folds, pooled, "folds", alarms, similar, folds=done)
 
 
 def run_study(run, args, study):

@@ -1066,16 +1066,12 @@ def count_states(states):
     return {name: (states == k).sum() for k, name in enumerate(part_boxes.STATES)}
 
 
-def limits_of(args):
-    """What must not be concluded from a run with these flags, as a list of sentences."""
-    limits = []
+def limits(args):
+    """Sentences on what a reader must not conclude from this run."""
+    lines = []
     if not args.group_column:
-        limits.append("No --group_column: pictures of one object or session may stand on both "
-                      "sides of the split.")
-    if not starts_trained(args):
-        limits.append("Started from random weights; published weights usually do far better on "
-                      "data of this size.")
-    return limits
+        lines.append("No --group_column: pictures of one object or session may stand on both sides of the split.")
+    return lines + judging.limits_of_start(args)
 
 
 # --- one run, and the other modes -------------------------------------------------------------
@@ -1170,7 +1166,7 @@ def run_split(run, args, study, split):
         run, args, study, split, part, models, training.metadata()["baseline"], training.seen,
         best_epoch=progress.best_epoch,
         alarms=alarms + gap_alarms(progress.history[progress.best_epoch - 1]),
-        limits=limits_of(args))
+        limits=limits(args))
 
 
 def gap_alarms(row):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import common
-from evidence import splitting
+from evidence import judging, splitting
 from readers import event_tables, score_tables
 
 PARTS = ("train", "val", "test")
@@ -151,7 +151,4 @@ def limits(args, table):
     elif args.split_by in ("event", "video"):
         lines.append(f"Split by {args.split_by}: the same animals and places are on both sides, so "
                      "nothing is said of new ones.")
-    if not (args.pretrained or args.weights or args.init_from):
-        lines.append("Started from random weights; published weights usually do far better on data "
-                     "of this size.")
-    return lines
+    return lines + judging.limits_of_start(args)

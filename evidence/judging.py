@@ -106,6 +106,13 @@ def similar_blocks(pairs, titles, picture):
             reporting.html_cases(cases)] if pairs else []
 
 
+def limits_of_start(args):
+    """The sentence on a model that started from random weights; none on one that was trained before, for anything."""
+    if args.pretrained or args.weights or args.init_from:
+        return []
+    return ["Started from random weights; published weights usually do far better on data of this size."]
+
+
 def list_runs(output_dir):
     """A dict for each finished run in a folder, by the time of its start: what it was, and what its verdict rests on."""
     rows = []

@@ -132,6 +132,8 @@ def test_a_split_and_weights_can_be_used_again(sample, trained, tmp_path):
     assert all(again[part] == first[part] for part in ("train", "val", "test"))
     ours, theirs = (common.read_checkpoint(run / "best_model.pth")["model"] for run in (only_run(tmp_path), trained))
     assert torch.allclose(ours["head.0.weight"], theirs["head.0.weight"], atol=1e-6)
+    ours, theirs = ((run / "report.html").read_text() for run in (only_run(tmp_path), trained))
+    assert "Started from random weights" in theirs and "Started from random weights" not in ours
 
 
 def test_args_json_repeats_the_run(trained, tmp_path):
