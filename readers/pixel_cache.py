@@ -213,6 +213,8 @@ def write_under_own_name(path, content):
 
 def in_threads(work, items):
     """Yield work(item) in order, from one thread a core; after an error no further item is begun."""
+    # OpenCV's import writes to the environment, and a thread that reads it then (libjpeg does) can crash the process.
+    common.load_opencv()
     pool = concurrent.futures.ThreadPoolExecutor(common.count_cores())
     try:
         yield from pool.map(work, items)
