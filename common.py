@@ -1165,6 +1165,13 @@ def choose_compute(device, use_amp, processes=None, fp32_on_cpu=False):
     return Compute(device, precision, channels_last, text, processes)
 
 
+def announce_compute(args):
+    """Compute of --device and --use_amp, which a line names: for predictions without a run folder."""
+    compute = choose_compute(args.device, args.use_amp)
+    print(f"device: {compute.text}", flush=True)
+    return compute
+
+
 def _choose_device(name, processes):
     n_gpus = torch.cuda.device_count()
     if name == "auto":

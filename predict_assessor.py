@@ -217,8 +217,7 @@ def print_summary(predicted, names, members, widths):
 def main():
     args = parse_args()
     inputs = find_inputs(args)
-    compute = common.choose_compute(args.device, args.use_amp)
-    print(f"device: {compute.text}", flush=True)
+    compute = common.announce_compute(args)
     members = load_members(common.checkpoint_files(args.checkpoint), compute)
     settings = members[0].settings
     names = settings["names"]

@@ -1218,8 +1218,7 @@ def evaluate_checkpoint(args):
 
 def predict(args):
     """--mode predict: detections of every picture; an unreadable one keeps a row with its error."""
-    compute = common.choose_compute(args.device, args.use_amp)
-    print(f"device: {compute.text}", flush=True)
+    compute = common.announce_compute(args)
     model, content = load_detector(args.checkpoint, compute, args.nms_iou)
     parts = content["settings"]["parts"]
     paths = file_names.find_images(args.images_dir)

@@ -984,7 +984,7 @@ def baselines(study, train, rows, readout=None, centre=None):
 # --- results: predictions table -> judged run folder -------------------------------------------
 
 def score_table(study, rows, predicted, others, seen):
-    """ScoreTable of at1 for these rows; predicted (M, 6); others {baseline: (M, 6)}; seen: common.SeenRows.
+    """ScoreTable of at1 for these rows; predicted (M, 6); others {baseline: (M, 6)}; seen: (M,) of common.SEEN_WORDS.
 
     Angles are turned to within 180 degrees of the truth, and the truth of its circular mean over the study, so that
     whoever subtracts them gets their errors, and variances are those of the angles.
@@ -1003,7 +1003,7 @@ def score_table(study, rows, predicted, others, seen):
         predicted=pose_scores.wrapped(predicted, target),
         baselines={name: pose_scores.wrapped(block, target) for name, block in others.items()},
         groups=study.patients[rows],
-        seen=seen.words(study.hashes[rows]))
+        seen=seen)
 
 
 def axis_columns(kind, poses):
@@ -1189,7 +1189,7 @@ def run_split(run, args, study, split):
             best |= use_readout(model, study, fitted, readout, best["seen"])
         predicted, features[part], _ = evaluate(model, loader, loss_function, run.compute)
         others = baselines(study, fitted, rows, readout) if part != "train" else {}
-        tables[part] = score_table(study, rows, predicted, others, training.seen)
+        tables[part] = score_table(study, rows, predicted, others, training.seen.words(study.hashes[rows]))
         if part != "train":
             tables[part].write(run.path(f"predictions_{part}.csv"))
     best["known_data"] = row_warnings.known_data(features["train"], features["val"])
@@ -1243,9 +1243,8 @@ def run_folds(run, args, study):
     tables = prediction_tables.read_folds(run, chosen, left_out)
     joined = prediction_tables.join(tables, chosen)
     rows = prediction_tables.rows_of(joined, study.names)
-    pooled = score_table(study, rows, joined.predicted, joined.baselines, common.SeenRows([], []))
+    pooled = score_table(study, rows, joined.predicted, joined.baselines, joined.seen)
     pooled.keys["fold"] = joined.keys["fold"]
-    pooled.seen = joined.seen
     pooled.write(run.path("predictions_folds.csv"))
     numbers = []
     for k, table in zip(chosen, tables):
@@ -1312,7 +1311,7 @@ def score_checkpoint(run, args):
     loss_function = DreamLoss(args, content["scaler"], run.compute.device)
     predicted, *_ = evaluate(model, loader, loss_function, run.compute)
     others = baselines(study, fitted, rows, readout, content["scaler"]["at1"]["mean"].numpy())
-    table = score_table(study, rows, predicted, others, content["seen"])
+    table = score_table(study, rows, predicted, others, content["seen"].words(study.hashes[rows]))
     table.write(run.path(f"predictions_{part}.csv"))
     use = use_of_inputs(model, loader, loss_function, run.compute, study, fitted, rows)
     known = sorted(set(table.groups) & set(content["train_patients"]))
@@ -1331,7 +1330,7 @@ def predict(run, args):
     loss_function = DreamLoss(args, content["scaler"], run.compute.device)
     loader = make_loader(study, rows, args, run.compute)
     predicted, features, _ = evaluate(model, loader, loss_function, run.compute)
-    table = score_table(study, rows, predicted, {"motion": study.motion}, content["seen"])
+    table = score_table(study, rows, predicted, {"motion": study.motion}, content["seen"].words(study.hashes))
     table.warning = row_warnings.texts([(content, features)], table.seen, "frames", run.say)
     table.write(run.path("predictions.csv"))
     common.write_json(run.path("metrics.json"),

@@ -940,8 +940,8 @@ def model_metadata(args, study, objective, model):
     content = {
         "architecture": {
             **{name: getattr(args, name) for name in ARCHITECTURE},
-            "pixel_mean": list(mean),
-            "pixel_sd": list(sd),
+            "pixel_mean": mean,
+            "pixel_sd": sd,
             "pixel_range": study.store.pixel_range},
         "names": objective.names,
     }
@@ -1312,7 +1312,7 @@ def predict(args):
     """--mode predict: one row for each row of the manifest; the mean over the checkpoints."""
     if args.video:
         return predict_recordings(args)
-    compute = common.choose_compute(args.device, args.use_amp)
+    compute = common.announce_compute(args)
     members = load_members(args, compute)
     first = members[0]
     table = read_table(first.args, first.content["names"], need_labels=False)

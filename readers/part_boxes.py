@@ -179,6 +179,11 @@ def parts_as_coco(content, faults):
                 "bbox": box,
                 "state": written.get("object_state"),
                 "state_id": written.get("object_state_class")})
+    return coco_content(images, annotations, category_ids)
+
+
+def coco_content(images, annotations, category_ids):
+    """What a COCO file holds; category_ids: {part: id}."""
     categories = [{"id": own, "name": part} for part, own in category_ids.items()]
     return {"images": images, "annotations": annotations, "categories": categories}
 
@@ -536,8 +541,7 @@ def as_coco(found_images, category_ids, folder=None):
                 annotations[-1] |= {"state": STATES[each.state], "state_id": each.state}
             if each.attributes:
                 annotations[-1]["attributes"] = each.attributes
-    categories = [{"id": own, "name": part} for part, own in category_ids.items()]
-    return {"images": images, "annotations": annotations, "categories": categories}, dropped
+    return coco_content(images, annotations, category_ids), dropped
 
 
 # --------------------------------------------------------------------------------------
