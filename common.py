@@ -474,8 +474,7 @@ def read_config(path):
             values = values["flags"] | {"resume": None}
         return unique_keys(_leaves({} if values is None else values))
     except RecursionError:
-        message = f"{path} is nested too deeply to be a config file ({len(text)} characters)"
-        raise UserError(message) from None
+        raise UserError(f"{path} is nested too deeply to be a config file ({len(text)} characters)") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a config file: {one_line(error)}") from None
 
@@ -954,8 +953,7 @@ def explained_write_errors(path, n_bytes="more"):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise CannotSave(f"cannot write {path}: {error.strerror}") from error
         free = shutil.disk_usage(Path(path).absolute().parent).free
-        text = f"no space to write {path}: {n_bytes} bytes needed, {free} free"
-        raise CannotSave(text) from error
+        raise CannotSave(f"no space to write {path}: {n_bytes} bytes needed, {free} free") from error
 
 
 def write_whole(path, content, previous=None):
@@ -1117,7 +1115,7 @@ class Compute:
     precision: str
     channels_last: bool
     text: str
-    processes: "Processes" = dataclasses.field(default_factory=lambda: Processes())
+    processes: "Processes"
 
     def autocast(self):
         """Mixed-precision context of the forward pass."""
@@ -1154,15 +1152,17 @@ def choose_compute(device, use_amp, processes=None, fp32_on_cpu=False):
         precision = "bf16"
     if use_amp == "off" or (fp32_on_cpu and device.type == "cpu"):
         precision = "fp32"
-    channels_last = device.type in ("cpu", "cuda")
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         name = _cpuinfo("model name") or platform.processor() or platform.machine()
         if torch.backends.mps.is_available():
             name += "; its GPU is untested here: --device mps tries it"
-    text = f"{device} ({name}), {precision}"
-    return Compute(device, precision, channels_last, text, processes)
+    return Compute(
+        device, precision,
+        channels_last=device.type in ("cpu", "cuda"),
+        text=f"{device} ({name}), {precision}",
+        processes=processes)
 
 
 def announce_compute(args):

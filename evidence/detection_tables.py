@@ -95,8 +95,9 @@ def read_results(path, annotated, box_format):
     listed = [each for image in found.images for each in image.objects]
     scores = {each.key: read_score(each, reading.faults) for each in listed}
     states = {each.key: read_states(each, reading.faults) for each in listed}
-    upside_down = [each.key for each in listed if np.less(each.box[2:], each.box[:2]).any()]
-    reading.faults += [f"{key}: its box has a negative width or height" for key in upside_down]
+    for each in listed:
+        if np.less(each.box[2:], each.box[:2]).any():
+            reading.faults.append(f"{each.key}: its box has a negative width or height")
     n_without = list(states.values()).count(None)
     if 0 < n_without < len(listed):
         reading.faults.append(f"{n_without} of {len(listed)} results have no state")

@@ -67,7 +67,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_one_before_it(tmp_path, 
 
 def make_training(folder, resumed, select="val_loss", **flags):
     """A Training of a linear model on 6 numbers in batches of 2, and its loader."""
-    compute = common.Compute(torch.device("cpu"), "fp32", False, "cpu")
+    compute = common.Compute(torch.device("cpu"), "fp32", False, "cpu", common.Processes())
     defaults = dict(
         seed=1, epochs=2, lr=0.1, weight_decay=0.0, optimizer="adamw", scheduler="step", warmup_epochs=0.5,
         plateau_patience=5, min_lr=0.0, accumulate=1, clip_grad=1.0, patience=0, min_epochs=0, min_delta=0.0,

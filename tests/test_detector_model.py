@@ -338,7 +338,7 @@ def test_the_validation_loss_is_the_training_loss_without_dropout():
     assert loss == pytest.approx(train_detector.total_loss(model(*device_batch(sample())), 0.5).item(), rel=1e-5)
 
 
-BF16 = common.Compute(torch.device("cpu"), "bf16", True, "")
+BF16 = common.Compute(torch.device("cpu"), "bf16", True, "", common.Processes())
 
 
 @pytest.mark.skipif(common.fast_precision(torch.device("cpu")) != "bf16", reason="this processor has no bf16")

@@ -95,7 +95,7 @@ class Repeated(torch.utils.data.Dataset):
 
 def start(device, folder, model, sample, accumulate, collate=None):
     """(Training, loader, Compute) of a network on the device and batches of four equal samples."""
-    compute = common.Compute(device, "fp32", True, "")
+    compute = common.Compute(device, "fp32", True, "", common.Processes())
     args = Namespace(
         seed=1, epochs=9, lr=0.01, weight_decay=0.0, scheduler="none", warmup_epochs=0.0, plateau_patience=5, min_lr=0.0,
         accumulate=accumulate, clip_grad=1.0, patience=0, min_epochs=0, min_delta=0.0, dry_run=False, save_minutes=0,
