@@ -47,7 +47,7 @@ OVERFITTING_REMEDY = "Fewer trained layers (--freeze_stages 3 --freeze_norm, --f
 CNN_LSTM = "cnn_lstm"
 MOTION_READOUT = "motion_readout"
 FRAME_MODELS = (CNN_LSTM, MOTION_READOUT)  # what reads frames with an image network
-# flags of training as they are for a model that is solved, not trained
+# flags of training as they are for a model whose weights are solved in one step, without epochs
 SOLVED = {
     "epochs": 1, "freeze_backbone": True, "select": "last", "augment": "none", "balance": "none",
     "boost_to": 0.0, "mixup": 0.0, "label_smoothing": 0.0, "focal_alpha": None, "sample_weight": [],
@@ -128,7 +128,7 @@ def add_clip_arguments(data):
          help="classify: frames in a clip (default 16); regress: at most so many frames of a "
               "sequence are read (default 32)")
     data("--image_size", "--img_size", type=common.SIDE, default=112,
-         help="side of the input in pixels")
+         help="side of the input in pixels: the centre square of a frame, random crops in training")
     data("--jitter_sec", type=common.AMOUNT, default=0.0,
          help="training clips may reach this far outside their event")
     data("--clips_per_event", type=common.POSITIVE, default=5,
@@ -223,7 +223,7 @@ def refuse(parser, why, names):
 
 
 def changed(args, names):
-    """Those of these flags that ask for anything."""
+    """Those of these flags that differ from the value at which they do nothing."""
     return {name for name in names if getattr(args, name) != SOLVED.get(name)}
 
 
@@ -291,8 +291,8 @@ class Study:
     def mask(self, row, start):
         """(T,) bool, True = a frame of the clip at `start` that the model is to read.
 
-        None after the row's last frame, and no frame again for MOTION_READOUT, which compares
-        neighbours.
+        False after the row's last frame, and for MOTION_READOUT, which compares neighbours, also
+        where a frame repeats the one before.
         """
         found = self.audits[row]
         places = start + np.arange(self.args.n_frames)
@@ -367,7 +367,7 @@ def load_study(args, table, say, skipped_file=None):
 
 
 class Clips(common.Samples):
-    """Clips of chosen rows; a key is (epoch, index), which seeds start and augmentation.
+    """Clips of chosen rows; a key is (epoch, index), which fixes the random start and augmentation.
 
     With presets (N,), the augmentation of each row, a sample is a random clip of a row. Without
     them the samples are the clips of each row that are predicted, in the order of the rows.
@@ -425,7 +425,7 @@ class Clips(common.Samples):
         return first + int(torch.randint(last - first + 1, (), generator=generator))
 
     def pixels(self, row, start, generator):
-        """Clip at `start`, uint8 (T, S, S, 3); black after its last frame."""
+        """Clip at `start`, uint8 (T, S, S, 3); black after the last frame of a sequence that is shorter."""
         length = self.args.n_frames
         size = self.args.image_size
         preset = "none" if self.presets is None else self.presets[row]
@@ -441,8 +441,8 @@ class Clips(common.Samples):
 class Head(nn.Module):
     """(B, F) -> (B, K): dropout and a linear layer, whose outputs are put on the scale of the task.
 
-    bounded: a sigmoid over the range from `offset` to `offset + span`. prior_shift, (K,): what evaluation adds, where
-    training saw other class shares than the natural ones.
+    bounded: a sigmoid over the range from `offset` to `offset + span`. prior_shift, (K,): added to the logits outside
+    training, where class balancing showed other class shares than the natural ones.
     """
 
     def __init__(self, n_features, n_outputs, dropout=0.0, bounded=False):
@@ -832,7 +832,7 @@ def predict_batch(model, batch, args, compute):
 def evaluate(model, loader, args, compute):
     """Predict a whole split -> outputs (M, K) float64 and features (M, F).
 
-    The outputs for the clips of a row are combined by --aggregation; of its features this is the mean.
+    The outputs (logits, or scores) for the clips of a row are combined by --aggregation, its features by their mean.
     """
     model.eval()
     found = [predict_batch(model, batch, args, compute) for batch in loader]
@@ -1014,8 +1014,8 @@ def motion_features(args, study, compute):
 def predict_baselines(study, features, train, rows):
     """{name: (M, K)} predictions without training a network.
 
-    The class shares or means of the train rows, and linear models on untuned features: of the
-    model's last resolution, and for other models the motion readout.
+    The class shares or means of the train rows; a linear model on the untuned network's features;
+    the motion readout, unless it is the model.
     """
     table = study.table
     readouts = {
@@ -1079,8 +1079,8 @@ def predictions_table(study, rows, outputs, baselines, seen, warning=None):
 def judge(run, args, study, split, table, part, alarms, trained_on, best_epoch=None, folds=(), similar=()):
     """Judge a predictions table of held-out rows.
 
-    split: {name: rows}; part: val, test or folds; trained_on: (train rows, held-out rows) of each
-    model that made the table; similar: of splitting.similar_pairs.
+    split: {name: rows}; part: val, test or folds; trained_on: a pair (train rows, scored rows) for
+    each network; similar: of splitting.similar_pairs.
     """
     rows = prediction_tables.rows_of(table, study.table.clip_ids)
     is_classes = study.table.target is None
@@ -1142,7 +1142,7 @@ def run_split(run, args, study, split, features=None):
             baselines = predict_baselines(study, features, split["train"], rows)
             warning = row_warnings.texts([answers[part]], seen[rows], "clips", run.say, f"{part} ")
             table = predictions_table(study, rows, outputs[part], baselines, seen[rows], warning)
-            if part == "test" and args.task == "classify":
+            if part == "test" and args.task == "classify":  # val cannot calibrate itself
                 table = calibrating.calibrate_on(table, [tables["val"]])
             table.write(run.path(f"predictions_{part}.csv"))
             tables[part] = table

@@ -473,7 +473,7 @@ class ClipAudit:
         return max(self.first - reach, 0), last + min(reach, frames_after)
 
     def even_starts(self, length, count):
-        """Grid frames where `count` clips start, evenly over the window; one in its middle."""
+        """Grid frames where `count` clips start, evenly over the window; a single one in its middle."""
         first, last = self.start_range(length)
         if count == 1:
             return [round((first + last) / 2)]
