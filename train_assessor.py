@@ -5,16 +5,18 @@
 
 Writes outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first), best_model.pth (for predict_assessor.py),
 metrics.json, best_model_per_dimension_performance.csv and its plot, predictions_val.csv, training_history.csv and
-.png, splits.json, leakage_report.json, args.json, log.txt. With --folds K the same in each fold_K/, pooled above them.
+.png, splits.json, leakage_report.json, args.json, log.txt. With --folds 5 the same in fold_0/ to fold_4/, pooled above
+them.
 
-Where a score comes from: judge() hands the predictions table to evidence/score_judging.py; r, R2, MAE and RMSE of each
-rating are those of common.metrics_from_sums, mean R2 is their mean (of those that are defined), and
-evidence/subject_intervals.py gives each its interval.
+Where a score comes from: judge() hands the predictions of the test rows, else of the val rows, to
+evidence/score_judging.py, beside the best baseline on these rows; r, R2, MAE and RMSE of each rating are those of
+common.metrics_from_sums, mean R2 is their mean (of those that are defined), and evidence/subject_intervals.py gives
+each its interval.
 
 Letters: N images, M images scored, B batch, R ratings (columns of the table, such as Valence), F backbone features,
 S side of the input in pixels.
-Units: predictions and their metrics are in the unit of the ratings file, losses in squared sds of the training ratings;
-images are uint8 RGB until they reach the device.
+Units: predictions and their metrics are in the unit of the ratings file, the mse loss in squared sds of the training
+ratings; images are uint8 RGB until they reach the device.
 """
 import argparse
 import copy
@@ -292,7 +294,7 @@ def rating_loss(loss):
 
     def masked(predicted, target, weight):
         labelled = ~torch.isnan(target)  # (B, R), True = a rating is there
-        # a missing cell is its own target: its error is 0, without a NaN in the gradient
+        # a missing target becomes the prediction: its error and its gradient are 0
         filled = torch.where(labelled, target, predicted.detach())
         errors = pointwise(predicted, filled, reduction="none")
         row_sums = (errors * weight * labelled).sum(1)
@@ -385,7 +387,10 @@ def evaluate(model, loader, loss_function, scaler, args, compute):
 
 
 def fit(run, args, study, split, features):
-    """Train on split['train'], choose the epoch on split['val']; returns what finish_best_model does, and Training."""
+    """Train on split['train'] and choose the epoch on split['val'], unless --select says last.
+
+    Returns what finish_best_model does, and Training.
+    """
     compute = run.compute
     loss_function = rating_loss(args.loss)
     scaler = fit_scaler(study.ratings[split["train"]], args.normalize_targets)
@@ -402,7 +407,7 @@ def fit(run, args, study, split, features):
         copy.deepcopy(model)(example)
     optimizer = common.build_optimizer(model, args, model.backbone)
 
-    latest = {}  # validation predictions of this epoch; end_epoch calls metadata() where it is the best so far
+    latest = {}  # validation predictions of this epoch, for metadata(), which is called where it is the best so far
     training = common.Training(
         run, model, optimizer, args,
         select="last" if args.select == "last" else f"val_{args.select}",
@@ -424,7 +429,7 @@ def fit(run, args, study, split, features):
 
 
 def finish_best_model(training, study, split, loaders, scaler, loss_function):
-    """Of the best epoch {part: predicted (M, R)}, and {part: what row_warnings.texts takes of a model}.
+    """Of the best epoch {part: predicted (M, R)}, and {part: (its checkpoint, features, predictions)}, for warnings.
 
     best_model.pth gets its solved ridge head and what data it knows.
     """
@@ -433,7 +438,7 @@ def finish_best_model(training, study, split, loaders, scaler, loss_function):
     model = training.model
     best = training.load_best()
     model.eval()
-    backbone = nn.Identity() if args.freeze_backbone else model.backbone  # a frozen one's features are the inputs
+    backbone = nn.Identity() if args.freeze_backbone else model.backbone  # inputs of a frozen one are features
     features = {part: outputs_of(backbone, loader, args, run.compute) for part, loader in loaders.items()}
     if args.head == "ridge":
         solve_head(model, features["train"], study, split["train"], scaler)
@@ -442,8 +447,8 @@ def finish_best_model(training, study, split, loaders, scaler, loss_function):
     if args.head == "ridge":
         solved = study.mean_metrics(split["val"], predicted["val"])
         weighting = ", every rating counts the same in it" if args.loss == "weighted" else ""
-        run.say(f"the readout is solved anew after the last epoch: val R2 {best['history']['val_r2']:.2f} -> "
-                f"{solved['r2']:.2f}{weighting}")
+        run.say("the readout is solved anew on the features of the chosen epoch: val R2 "
+                f"{best['history']['val_r2']:.2f} -> {solved['r2']:.2f}{weighting}")
         best |= model_metadata(args, study, split, scaler, predicted["val"])
     best["known_data"] = row_warnings.known_data(
         features["train"], features["val"], study.ratings[split["train"]])
@@ -486,7 +491,8 @@ def untuned_features(args, study, run, rows):
 
     They serve the ridge baselines and --freeze_backbone: "mlp" the last features, "ridge" three resolutions.
     """
-    pictures = RatedImages(study, rows, study.ratings, study.ratings, args, "none")  # targets and weights are not read
+    # ratings stand in the place of targets and weights, which nobody reads
+    pictures = RatedImages(study, rows, study.ratings, study.ratings, args, "none")
     loader = common.make_loader(pictures, args, run.compute, False, study.store.cache == "ram", batch_size=64)
     features = {}
     for head in dict.fromkeys(["mlp", args.head]):
@@ -498,7 +504,10 @@ def untuned_features(args, study, run, rows):
 
 
 def predict_baselines(study, features, train, rows):
-    """{name: (M, R)} predictions without training a network: the train mean, and ridge on the untuned features."""
+    """{name: (M, R)} predictions without training a network: the train mean, and ridge on the untuned features.
+
+    features: of untuned_features. Those of "mlp" give the baseline ridge, those of "ridge" ridge_multiscale.
+    """
     predicted = {"train_mean": baseline_models.train_mean_baseline(study.ratings[train], len(rows))}
     for head, known in features.items():
         ridge = baseline_models.fit_readout(known[train], study.ratings[train], study.groups_of(train))
@@ -590,8 +599,8 @@ def limits(args):
     if args.select == "last":
         lines.append("The number of epochs was fixed beforehand: no validation row has chosen anything.")
     if args.head == "ridge":
-        lines.append("The readout is solved anew after the last epoch: the curves show it before (points) and after "
-                     "(diamond).")
+        lines.append("The readout is solved anew on the features of the chosen epoch: the curves show it before "
+                     "(points) and after (diamond).")
     return lines + judging.limits_of_start(args)
 
 
@@ -711,7 +720,7 @@ def compare_backbones(run, several, study):
 
 
 def main():
-    args = parse_args()
+    args = parse_args()  # once to count the pictures, which chooses the recipe, whose values are the defaults then
     table = read_table(args)
     recipe = choose_recipe(args, len(table.images))
     args = parse_args(recipe=recipe)
