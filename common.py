@@ -2802,9 +2802,10 @@ class Training:
         load_state(self.model, best["model"], "best_model.pth")
         return best
 
-    def save_best(self, best):
-        """Write best_model.pth anew: what load_best gave and what has come to it, with the weights as they are now."""
-        save_checkpoint(self.run.path("best_model.pth"), to_plain_types(best | {"model": self.model.state_dict()}))
+    def save_model(self, content, name="best_model.pth"):
+        """Write a model file with the weights as they are now; content: what load_best gave and what has come to it."""
+        whole = to_plain_types(content | {"model": self.model.state_dict()})
+        self.processes.on_first(lambda: save_checkpoint(self.run.path(name), whole))
 
     def _load_last(self):
         content = self.checkpoints.read_last(Path(self.args.resume))

@@ -452,7 +452,7 @@ def finish_best_model(training, study, split, loaders, scaler, loss_function):
         best |= model_metadata(args, study, split, scaler, predicted["val"])
     best["known_data"] = row_warnings.known_data(
         features["train"], features["val"], study.ratings[split["train"]])
-    training.save_best(best)
+    training.save_model(best)
     return predicted, {part: (best, features[part], predicted[part]) for part in loaders}
 
 

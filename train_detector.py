@@ -215,14 +215,22 @@ def check_flags(parser, args):
 
 
 def settle_split(args):
-    """--split_ratio as the ratios that all scripts know; it overrides VAL_JSON."""
-    if args.split_ratio is None:
-        return args
-    settled = {
-        "train_ratio": args.split_ratio,
-        "val_ratio": 1 - args.split_ratio - args.test_ratio}
-    if "val_json" not in args.given:
-        settled["val_json"] = None
+    """--split_ratio as the ratios that all scripts know; it overrides VAL_JSON.
+
+    With --val_json on the command line the split of a configuration gives way, with a note.
+    """
+    typed = args.given
+    given_up = [name for name in ("split_ratio", "split_file", "test_ratio")
+                if "val_json" in typed and name not in typed and getattr(args, name)]
+    settled = {name: None for name in given_up}
+    if given_up:
+        print("note: --val_json is the split, so the configuration's "
+              f"{' and '.join(given_up)} is not used", flush=True)
+    elif args.split_ratio is not None:
+        settled["train_ratio"] = args.split_ratio
+        settled["val_ratio"] = 1 - args.split_ratio - args.test_ratio
+        if "val_json" not in typed:
+            settled["val_json"] = None
     return Namespace(**{**vars(args), **settled})
 
 
@@ -1130,7 +1138,7 @@ def complete_best(training, truth, train_loader, val_loader):
         run.say(f"temperature of the states: {temperature:.3g}, from {len(found.true)} boxes found in the val pictures")
         model.roi_heads.temperature = temperature
         best["temperature"] = temperature
-    training.save_best(best)
+    training.save_model(best)
 
 
 def train_heads(run, args, study, split):

@@ -825,7 +825,7 @@ def fit(run, args, study, split, readout):
         row["train_total_loss"] = row["train_loss"]
         row |= {f"val_{name}": value for name, value in numbers.items()}
         training.end_epoch(row)
-    common.save_checkpoint(run.path("final_model.pth"), training.model_file())
+    training.save_model(training.model_file(), "final_model.pth")
     return model, loss_function, loaders, training
 
 
@@ -1092,6 +1092,12 @@ def make_split(args, study):
         return splitting.split_by_names(listed, study.patients, {**last_names, **folders})
     if args.split_by == "time" and not args.split_file:
         return splitting.split_by_time(study.sequences, study.order, common.split_ratios(args), args.gap)
+    n_parts = sum(ratio > 0 for ratio in common.split_ratios(args).values())
+    n_patients = len(set(study.patients))
+    if n_patients < n_parts and not args.split_file:
+        raise common.UserError(f"{n_patients} patients are too few for {n_parts} parts: --split_by time cuts the "
+                               "sequences in blocks (and says nothing across patients), --test_ratio 0 or --folds "
+                               f"{n_patients} leave one out")
     return splitting.split_of_flags(args, study.names, None, study.patients)
 
 
@@ -1193,7 +1199,7 @@ def run_split(run, args, study, split):
         if part != "train":
             tables[part].write(run.path(f"predictions_{part}.csv"))
     best["known_data"] = row_warnings.known_data(features["train"], features["val"])
-    training.save_best(best)
+    training.save_model(best)
     plot_training(run, training.progress.history, best["epoch"])
     part = "test" if "test" in tables else "val"
     table = tables[part]

@@ -914,7 +914,7 @@ def finish_best_model(training, study, split, loaders, objective):
         best["calibration"] = calibrating.calibrate(outputs["val"], objective.label[val], objective.positive)
         best["seen"] = training.seen.plus(common.SeenRows(fitted=[], chose=study.hashes[val]))
         common.write_json(run.path("calibration.json"), best["calibration"])
-    training.save_best(best)
+    training.save_model(best)
     return outputs, {part: (best, features[part], outputs[part]) for part in loaders}
 
 

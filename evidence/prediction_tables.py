@@ -408,7 +408,7 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
         kinds = [known_name(baseline, kinds, path)]
     blocks = {kind: _probabilities(table, columns[kind], path) for kind in kinds}
     thresholds = {kind: _threshold(table, f"{kind}_threshold", path) for kind in kinds}
-    stated = table["positive_class"].iloc[0] if "positive_class" in table else None
+    stated = _stated_class(table, names, path)
     found = _class_table(
         names, table[label_column], _probabilities(table, [f"prob_{name}" for name in names], path),
         blocks, positive_class or stated, shared,
@@ -418,6 +418,15 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
     if stated not in (None, names[found.positive]):  # the thresholds are of another class
         return dataclasses.replace(found, threshold=None, baseline_thresholds={})
     return found
+
+
+def _stated_class(table, names, path):
+    """The class that the column positive_class names, None without one. Raises UserError for several."""
+    said = set(table.get("positive_class", [])) - {""}
+    found = {known_name(name, names, path) for name in said}
+    if len(found) > 1:
+        raise common.UserError(f"{path}: positive_class names {common.shorten_list(sorted(found))}; expected one class")
+    return found.pop() if found else None
 
 
 def _threshold(table, column, path):

@@ -181,8 +181,9 @@ def leakage_blocks(run):
 
 
 def history_blocks(run):
-    """The section on learning curves: those of the run, and of each of its folds."""
-    curves = sorted(run.folder.glob("**/training_history.png"))
+    """The section on learning curves: those of the run, and of each of its folds; one epoch makes none."""
+    curves = [path for path in sorted(run.folder.glob("**/training_history.png"))
+              if path.with_suffix(".csv").read_bytes().count(b"\n") > 2]
     blocks = [html_image(path, f"Learning curves, {path.parent.name}") for path in curves]
     batches = sorted(run.folder.glob("**/training_batch.jpg"))[:1]
     caption = "Some of what the model was trained on, augmented, with its labels"

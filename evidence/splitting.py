@@ -130,7 +130,7 @@ def make_split(n_rows, ratios, strata=None, groups=None, seed=42, keys=None):
     if n_units < wanted.sum() or np.any(shares[wanted] * n_rows < 0.5):
         raise common.UserError(
             f"empty split: {n_rows} rows ({n_units} {what}) are too few for {ratios}. Change the ratios, or what is "
-            "kept whole (--group_column, --split_by).")
+            "kept whole.")
     stratum = _strata_codes(strata, n_rows)
     if unit is None:
         part = _assign_rows(shares, stratum, seed, keys)

@@ -231,7 +231,9 @@ def _hold_differences(estimates):
             model = estimates["model", *place]
             baseline = estimates["baseline", *place]
             # what no resample changes, such as the gain of a perfect model, is as doubtful as its two sides
-            is_certain = (found.high - found.low < 1e-9) & (found.value != 0)
+            size = np.abs(found.value)
+            is_rounding = size < 1e-9 * (np.abs(model.value) + np.abs(baseline.value))
+            is_certain = (found.high - found.low < 1e-9 * size) & ~is_rounding
             widening = np.where(is_certain, np.inf, 0.0)
             found.low = np.maximum(found.low - widening, model.low - baseline.high)
             found.high = np.minimum(found.high + widening, model.high - baseline.low)

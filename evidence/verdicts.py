@@ -198,7 +198,7 @@ def parse_criteria(text, meanings):
 
     Raises UserError that lists every part that cannot be read, or every unknown name with the closest known one.
     """
-    parts = [part.strip() for part in re.split(r"(?<=\d)\s*,", text or "") if part.strip()]
+    parts = [part.strip() for part in re.split(r"(?<=[\d.])\s*,[\s,]*", text or "") if part.strip()]
     matches = [re.fullmatch(r"([^<>=]+?)\s*([<>]=?)\s*([-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)", p) for p in parts]
     bad = [part for part, match in zip(parts, matches) if match is None]
     if bad:

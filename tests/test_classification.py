@@ -414,6 +414,24 @@ def test_a_perfect_model_of_few_subjects_is_as_doubtful_beside_a_baseline_as_alo
     assert same.low == same.value == same.high == 0
 
 
+def test_what_differs_by_rounding_alone_is_as_sure_as_what_is_equal():
+    """Nor does the unit decide which differences are taken for certain."""
+    rng = np.random.default_rng(0)
+    target = rng.normal(size=(100, 1))
+    predicted = target + rng.normal(size=(100, 1))
+    groups = np.repeat(np.arange(20), 5)
+
+    def gain(baseline, unit=1.0):
+        found = subject_intervals.bootstrap_regression(
+            unit * predicted, unit * target, subjects=groups, baseline=unit * baseline)
+        return found.overall.difference
+    rounded = gain(predicted.round(9))["r2"]
+    assert -1e-7 < rounded.low <= rounded.high < 1e-7
+    mean = np.zeros_like(target)
+    plain, small = gain(mean)["mse"], gain(mean, unit=1e-5)["mse"]
+    assert [1e10 * small.low, 1e10 * small.high] == pytest.approx([plain.low, plain.high])
+
+
 # --- baselines -----------------------------------------------------------------------------------
 
 def test_prior_baseline_is_the_train_share():

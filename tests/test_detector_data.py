@@ -666,6 +666,21 @@ def test_defaults_from_the_environment_and_from_env_file(tmp_path, monkeypatch):
     assert args.val_json is None and args.val_ratio == pytest.approx(0.2)
 
 
+def test_the_split_of_a_configuration_gives_way_to_files(tmp_path, capsys):
+    """Whatever the configuration says of the split; typed beside the files it is a mistake (see MISTAKES)."""
+    (tmp_path / "c.yaml").write_text("split_ratio: 0.8\ntest_ratio: 0.1\n")
+    data = ["--train_json", "a.json", "--train_images", "i"]
+    files = ["--val_json", "v.json", "--val_images", "w"]
+    args = train_detector.parse_args(["--config", str(tmp_path / "c.yaml"), *data, *files])
+    assert args.val_json == Path("v.json") and not args.split_ratio and not args.test_ratio
+    said = capsys.readouterr().out
+    assert said.startswith("note: ") and "split_ratio and test_ratio" in said and said.count("\n") == 1
+    train_detector.parse_args(["--config", str(tmp_path / "c.yaml"), *data])
+    assert not capsys.readouterr().out
+    args = train_detector.parse_args(["--config", str(tmp_path / "c.yaml"), *data, "--split_file", "s.json"])
+    assert args.split_file == Path("s.json")
+
+
 DATA = ["--train_json", "a.json", "--train_images", "i"]
 EVALUATE = ["--mode", "evaluate", "--checkpoint", "c", "--json", "j", "--images_dir", "i"]
 MISTAKES = {

@@ -265,6 +265,13 @@ def test_a_threshold_is_of_the_class_that_its_table_names(tmp_path):
     assert again.positive == 1 and (again.chosen == written.chosen).all() and again.chosen[:3].tolist() == [0, 0, 0]
     other = prediction_tables.read_predictions(tmp_path / "t.csv", positive_class="A")
     assert other.positive == 0 and other.threshold is None and other.baseline_thresholds == {}
+    text = (tmp_path / "t.csv").read_text()
+    (tmp_path / "t.csv").write_text(text.replace(",b\n", ",B\n").replace(",B\n", ",\n", 1))  # another program's
+    again = prediction_tables.read_predictions(tmp_path / "t.csv")
+    assert again.positive == 1 and (again.chosen == written.chosen).all()
+    (tmp_path / "t.csv").write_text(text.replace(",b\n", ",a\n", 1))
+    with pytest.raises(common.UserError, match="positive_class names a, b; expected one class"):
+        prediction_tables.read_predictions(tmp_path / "t.csv")
 
 
 def test_scores_without_a_bound_are_logits_whatever_is_blank(tmp_path):

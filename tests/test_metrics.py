@@ -406,7 +406,7 @@ KNOWN = verdicts.spell_metrics(["r2", "mae"], ["r2", "mae"], ["M1", "M2", "NRS (
 
 
 def test_criteria_are_parsed_with_names_as_they_come():
-    assert verdicts.parse_criteria(" r2>0.15, mae_M2 <= 3.0,r2_NRS (1-10)>=-.5,mae<1e-3,", KNOWN) == [
+    assert verdicts.parse_criteria(" r2>0.15, mae_M2 <= 3.,, r2_NRS (1-10)>=-.5,mae<1e-3,", KNOWN) == [
         {"name": "r2", "relation": ">", "bar": 0.15}, {"name": "mae_M2", "relation": "<=", "bar": 3.0},
         {"name": "r2_NRS (1-10)", "relation": ">=", "bar": -0.5}, {"name": "mae", "relation": "<", "bar": 0.001}]
     assert [bar["name"] for bar in verdicts.parse_criteria("r2_NRS, 0-10>.2 , mae<3", KNOWN)] == ["r2_NRS, 0-10", "mae"]

@@ -297,6 +297,14 @@ assert "matplotlib.pyplot" not in sys.modules, "no pyplot, no global state"
     subprocess.run([sys.executable, "-c", program], cwd=folder, check=True)
 
 
+def test_one_epoch_makes_no_learning_curve(tmp_path):
+    history = [{"epoch": epoch, "val_loss": 1 / epoch, "learning_rate": 1e-3} for epoch in (1, 2)]
+    for n_rows, n_shown in ((1, 0), (2, 1)):
+        common.write_table(tmp_path / "training_history.csv", history[:n_rows])
+        plotting.plot_history(history[:n_rows], tmp_path / "training_history.png")
+        assert len(reporting.history_blocks(SimpleNamespace(folder=tmp_path))) == n_shown
+
+
 @pytest.mark.parametrize("shape", [(40, 40, 3), (6, 30, 30, 3), (7,)])
 def test_a_training_batch_is_drawn_with_its_labels(tmp_path, shape):
     """Pictures, strips of five frames of clips, nothing of features; the report shows the first fold's."""
