@@ -235,7 +235,8 @@ def _fit_header(header, rows, delimiter, notes):
         rows = [(line, _split_again(cells, delimiter)) for line, cells in rows]
     wide = [cells for _, cells in rows if len(cells) == len(header) + 1]
     first = {cells[0] for cells in wide}
-    is_filled = any(cells[-1].strip() for cells in wide)  # else each row ends in a delimiter
+    # else each row ends in a delimiter
+    is_filled = any(cells[-1].strip() or _names_file(cells[1]) for cells in wide)
     if is_filled and len(first) == len(rows) and not any(map(_names_file, first)):
         header = ["row_names", *header]
         notes.append("the rows have one cell more than the header: the first one is taken for the name of the row")

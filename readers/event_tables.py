@@ -267,11 +267,29 @@ def behaviour_columns(table):
     return names
 
 
-def unnamed_labels(table):
-    """The column of labels in a list without a header: path and label, or path, number of frames and label."""
-    others = [name for name in table if name.startswith("column_")]
-    is_list = len(others) < 3 and all(csv_tables.looks_numeric(table[name]) for name in others[:-1])
-    return others[-1:] if is_list else []
+def headless_list(table, root, notes):
+    """Lines without a header, path and label, or path, number of frames and label -> DataFrame of path and label.
+
+    None where the first line names no video.
+    """
+    import pandas as pd
+    lines = table.to_numpy().tolist()
+    if not any(name.startswith("column_") for name in table):  # the first line was taken for a header
+        lines.insert(0, list(table.columns))
+    parted = [lines]
+    if len(lines[0]) != 2:  # blanks in the paths
+        whole = [" ".join(cells) for cells in lines]
+        parted = [[line.rsplit(None, n_others) for line in whole] for n_others in (1, 2)]
+    for rows in parted:
+        first = rows[0][0]
+        n_frames = rows[0][1:-1]
+        is_even = len(set(map(len, rows))) == 1 < len(rows[0]) and all(map(str.isdigit, n_frames))
+        if is_even and Path(root).is_dir() and file_names.match_videos([first], root)[0][first]:
+            frames = ", a number of frames" if n_frames else ""
+            notes.append(f"no header line: each line is read as a path{frames} and a label")
+            listed = pd.DataFrame(rows, index=[1, *table.index][-len(rows):], dtype=object)
+            return listed.iloc[:, [0, -1]].set_axis(["path", "label"], axis=1)
+    return None
 
 
 def describe_rows(table, path, root, written, part="", min_event_sec=1.0, time_unit=None, notes=None):
@@ -293,20 +311,20 @@ def describe_rows(table, path, root, written, part="", min_event_sec=1.0, time_u
         "place": [f"{row / len(table):.6f}" for row in range(len(table))]})
 
 
-def read_manifest_file(path, asked, need_labels, notes):
+def read_manifest_file(path, root, asked, need_labels, notes):
     """Manifest, list, BORIS export or label table -> (table of text cells, its columns of paths and of labels).
 
     asked: the columns of paths and labels that flags name, or None. Raises UserError that names what is missing.
     """
     raw = csv_tables.read_table(path)
     notes += [f"{path.name}: {note}" for note in raw.attrs["notes"]]
-    if not any(asked) and csv_tables.find_column(raw, [*PATH_COLUMNS, *LABEL_COLUMNS]) is None:
-        raw = below_header(raw)
+    if not any(asked) and csv_tables.find_column(raw, LABEL_COLUMNS) is None:
+        listed = headless_list(raw, root, notes)
+        raw = below_header(raw) if listed is None else listed
     table = keyed_columns(raw, path)
     where = f"{path} has no column for"
     source = csv_tables.find_column(table.columns, PATH_COLUMNS, asked[0], f"{where} --path_column")
-    known = [*LABEL_COLUMNS, *unnamed_labels(table)]
-    label = csv_tables.find_column(table.columns, known, asked[1], f"{where} --label_column")
+    label = csv_tables.find_column(table.columns, LABEL_COLUMNS, asked[1], f"{where} --label_column")
     if label is None and need_labels:
         events = per_frame_events(table, path, source, notes)
         if events is not None:
@@ -340,7 +358,7 @@ def read_manifest(part, path, video_root, min_event_sec, need_labels, asked, tim
         table, source, label = folder_table(path, notes), "path", "label"
     else:
         root = video_root or path.parent
-        table, source, label = read_manifest_file(path, asked, need_labels, notes)
+        table, source, label = read_manifest_file(path, root, asked, need_labels, notes)
     written = table[source]
     if "video_filename" in table:
         written = written.mask(written == "", table["video_filename"])
@@ -366,19 +384,25 @@ def check_whole_clips(rows, table, path):
 
 
 def refuse_several_files(rows, extra):
-    """UserError where a BORIS observation is longer than its file: its times count on from one file to the next."""
-    import pandas as pd
+    """UserError where a BORIS observation is longer than its files: its times count on from one to the next."""
     length = csv_tables.find_column(extra, ("total_length", "media_duration_s"))
     if length is None or "observation_id" not in extra:
         return
-    observations = zip(rows["source"], extra["observation_id"])
-    totals = dict(zip(observations, pd.to_numeric(extra[length], "coerce")))
-    for (source, name), total in totals.items():
-        own = source and video_files.claimed_sec(source)
-        if own and total > 1.02 * own:
+    totals = csv_tables.to_numbers(extra[length], f"column {length}")
+    is_there = [bool(source) and source.exists() for source in rows["source"]]
+    known = rows.assign(total=totals)[is_there]
+    for name, own in known.groupby(extra["observation_id"]):
+        files = own[["source", "total"]].drop_duplicates()
+        is_one_of_unknown_length = len(files) == 1 and files["total"].isna().all()
+        if not is_one_of_unknown_length and not any(map(has_length, files["source"], files["total"])):
             raise common.UserError(
-                f"observation {name}: {total:g} s long, but {source} has {own:g} s. Where it goes over several files, "
-                "export each of them as an observation of its own")
+                f"observation {name}: its length of {files['total'].max():g} s is that of none of its files (such as "
+                f"{files['source'].iloc[0]}). Where it goes over several, export each as an observation of its own")
+
+
+def has_length(video, seconds):
+    """True for a video that is as long, by its header or, since headers lie, by its frames."""
+    return seconds <= 1.02 * video_files.claimed_sec(video) or seconds <= 1.02 * video_files.probe(video).duration_sec
 
 
 def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, group_column=None, names=None,

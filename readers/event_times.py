@@ -18,7 +18,7 @@ FILLER = "(?:event|time|clip|image|t)*"
 TIME_COLUMN = re.compile(
     f"{FILLER}(?P<before>frame|index)?{FILLER}"
     "(?:(?P<start>start|begin(?:ning)?|onset|first(?=frame))|(?P<end>stop|end|last(?=frame))|"
-    f"(?P<offset>offset)|(?P<duration>duration|dur|length(?=[smf]))){FILLER}"
+    f"(?P<offset>offset)|(?P<duration>duration|dur)){FILLER}"
     "(?:(?P<sec>s|secs?|seconds?|ssmsec|hhmmss(?:ms)?)|(?P<ms>ms|msecs?|milliseconds?)|(?P<min>mins?|minutes?)|"
     "(?P<frame>frames?|index))?")
 TIME_WORDS = set("start begin beginning onset stop end offset time times timestamp timecode frame t s sec seconds ms "

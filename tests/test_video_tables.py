@@ -256,7 +256,8 @@ def test_semicolons_and_decimal_commas(tmp_path, excel):
     ("Begin Time - ss.msec,End Time - ss.msec", "1.5,2.75", [1.5, 2.75]),
     ("Begin Time - hh:mm:ss.ms,End Time - hh:mm:ss.ms", "00:00:01.500,00:01:02.750", [1.5, 62.75]),
     ("Begin Time - msec,End Time - msec", "1500,2750", [1.5, 2.75]),
-    ("Time offset (s),Start (s),Stop (s)", "0,1,3", [1, 3]), ("start_sec,length_sec", "1,2", [1, 3]),
+    ("Time offset (s),Start (s),Stop (s)", "0,1,3", [1, 3]),
+    ("path_2,start,stop,length_s", "x,1,3,600", [1, 3]), ("event_offset_sec,clip_length_sec,duration_sec", "5,600,2", [5, 7]),
     ("start_sec,end_sec", "1e0,3e0", [1, 3]), ("start_sec,start_frame,end_sec", "1,25,3", [1, 3]),
     ("event_offset_sec,duration_sec,start_time,end_time", "5,2,6:00:25,6:00:27", [5, 7])])
 def test_times_under_every_name_and_unit(tmp_path, header, cells, expected):
@@ -322,9 +323,9 @@ def test_boris_aggregated_events(tmp_path, sep):
     assert list(table.videos) == ["s0.mp4", "s0.mp4", "s1.mp4"] and list(table.extra["subject"]) == ["m0", "m0", "m1"]
 
 
-@pytest.mark.parametrize("sep", ["\t", ","])
-def test_boris_tabular_events_below_their_lines_of_metadata(tmp_path, sep):
-    rows = ["Observation id;obs 1;;;;;;;", ";;;;;;;;", "Media file(s);;;;;;;;", "Player #1;s0.mp4;;;;;;;",
+@pytest.mark.parametrize("sep, name", [("\t", "obs 1"), (",", "obs 1"), ("\t", "s0.mp4")])
+def test_boris_tabular_events_below_their_lines_of_metadata(tmp_path, sep, name):
+    rows = [f"Observation id;{name};;;;;;;", ";;;;;;;;", "Media file(s);;;;;;;;", "Player #1;s0.mp4;;;;;;;",
             "Time offset (s);0.0;;;;;;;",
             "Time;Media file path;Total length;FPS;Subject;Behavior;Behavioral category;Comment;Status",
             "1.0;C:\\s0.mp4;12;25;m1;groom;;;START", "1.5;C:\\s0.mp4;12;25;m2;groom;;;START",
@@ -337,17 +338,24 @@ def test_boris_tabular_events_below_their_lines_of_metadata(tmp_path, sep):
     assert any("3 events; 1 without a STOP" in note for note in table.notes)
 
 
-@pytest.mark.parametrize("total, is_read", [("10", True), ("10.1", True), ("", True), ("30", False)])
+@pytest.mark.parametrize("total, is_read", [("10", True), ("10,1", True), ("", True), ("30", False), ("30,5", False)])
 def test_a_boris_observation_that_is_longer_than_its_file_is_refused(tmp_path, monkeypatch, total, is_read):
     """Its times count on from one file to the next, also where the first file has no event or is not there."""
-    monkeypatch.setattr(video_files, "claimed_sec", lambda path: {"s0.mp4": 10.0}.get(path.name, 0.0))
+    lengths = {"s0.mp4": 10.0, "s1.mp4": 6.0}
+    monkeypatch.setattr(video_files, "claimed_sec", lambda path: 0.3 * lengths[path.name])  # headers may lie
+    monkeypatch.setattr(video_files, "probe", lambda path: video_files.VideoInfo(str(path), duration_sec=lengths[path.name]))
     text = ("Observation id\tMedia file\tTotal length\tBehavior\tStart (s)\tStop (s)\n"
             f"o\ts0.mp4\t{total}\tgroom\t1\t2\no\tgone.mp4\t{total}\trear\t5\t6\n")
     if is_read:
         assert boris(tmp_path, text, max_missing=0.5).windows.tolist() == [[1, 2]]
     else:
         message = fails(boris, tmp_path, text, max_missing=0.5)
-        assert "observation o: 30 s long" in message and "s0.mp4 has 10 s" in message
+        assert "observation o: its length of 30" in message and "none of its files" in message and "s0.mp4" in message
+    both = text.replace("gone.mp4", "s1.mp4")  # two cameras at once, or without a length one after the other
+    if total in ("10", "10,1"):
+        assert len(boris(tmp_path, both)) == 2
+    else:
+        assert "an observation of its own" in fails(boris, tmp_path, both)
     assert len(boris(tmp_path, text.replace("s0.mp4", "away.mp4"), need_files=False)) == 2
 
 
@@ -403,16 +411,18 @@ def test_a_folder_of_manifests_has_other_endings_and_hidden_files(tmp_path):
     assert list(event_tables.read_events({"": root / "tables"}, root / "v").videos) == ["a.mp4", "b.mp4"]
 
 
-@pytest.mark.parametrize("text", ["s0.mp4 0\ns1.mp4 1\ns2.mp4 0\n", "s0.mp4,0\ns1.mp4,1\ns2.mp4,0\n",
+@pytest.mark.parametrize("text", ["cam 1/s0.mp4 0\ncam 1/s1.mp4 1\ncam 1/s2.mp4 0\n",
+                                  "s0.mp4 0\ns1.mp4 1\ns2.mp4 0\n", "s0.mp4,0\ns1.mp4,1\ns2.mp4,0\n",
                                   "s0.mp4\t0\ns1.mp4\t1\ns2.mp4\t0\n",
-                                  "s0.mp4 120 0\ns1.mp4 99 1\ns2.mp4 120 0\n",
+                                  "s0.mp4 120 0\ns1.mp4 99 1\ns2.mp4 120 0\n", "s0 120 0\ns1 99 1\ns2 120 0\n",
+                                  "cam 1/s0.mp4 120 0\ncam 1/s1.mp4 99 1\ncam 1/s2.mp4 120 0\n",
                                   "s0.mp4,120,0\ns1.mp4,99,1\ns2.mp4,120,0\n"])
 def test_lists_of_path_and_label_without_a_header(tmp_path, text):
     root = put(tmp_path, *(f"v/cam 1/s{i}.mp4" for i in range(3)))
     table = event_tables.read_events({"": write(tmp_path / "list.txt", text)}, root / "v")
     assert list(table.videos) == [f"cam 1/s{i}.mp4" for i in range(3)]
     assert table.names == ["0", "1"] and table.label.tolist() == [0, 1, 0] and np.isnan(table.windows).all()
-    assert any("is no header" in note for note in table.notes)
+    assert any("no header line" in note for note in table.notes)
     path = write(tmp_path / "list.txt", "s0.mp4,0,x\ns1.mp4,1,x\n".replace("0", "ear").replace("1,", "tail,"))
     assert "--label_column" in fails(event_tables.read_events, {"": path}, root), "which column is the label?"
 
