@@ -393,11 +393,12 @@ def refuse_several_files(rows, extra):
     known = rows.assign(total=totals)[is_there]
     for name, own in known.groupby(extra["observation_id"]):
         files = own[["source", "total"]].drop_duplicates()
-        is_one_of_unknown_length = len(files) == 1 and files["total"].isna().all()
+        first, total = files.iloc[0]
+        is_one_of_unknown_length = len(files) == 1 and (math.isnan(total) or not video_files.claimed_sec(first))
         if not is_one_of_unknown_length and not any(map(has_length, files["source"], files["total"])):
             raise common.UserError(
                 f"observation {name}: its length of {files['total'].max():g} s is that of none of its files (such as "
-                f"{files['source'].iloc[0]}). Where it goes over several, export each as an observation of its own")
+                f"{first}). Where it goes over several, export each as an observation of its own")
 
 
 def has_length(video, seconds):

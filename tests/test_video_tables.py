@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 import common
 from evidence import confounding, event_audit, rater_agreement, splitting
@@ -357,6 +358,14 @@ def test_a_boris_observation_that_is_longer_than_its_file_is_refused(tmp_path, m
     else:
         assert "an observation of its own" in fails(boris, tmp_path, both)
     assert len(boris(tmp_path, text.replace("s0.mp4", "away.mp4"), need_files=False)) == 2
+
+
+def test_a_source_whose_header_has_no_length_is_not_taken_for_one_of_several(tmp_path):
+    """A broken file, whose reason is told where files are read, or a folder of frames."""
+    text = "Observation id\tMedia file\tTotal length\tBehavior\tStart (s)\tStop (s)\no\ts0.mp4\t10\tgroom\t1\t2\n"
+    assert boris(tmp_path, text).windows.tolist() == [[1, 2]]
+    Image.new("L", (8, 8)).save(put(tmp_path / "v", "f/0.png") / "f/0.png")
+    assert boris(tmp_path, text.replace("s0.mp4", "f")).windows.tolist() == [[1, 2]]
 
 
 def test_boris_events_that_are_all_points(tmp_path):
