@@ -168,16 +168,21 @@ def key_figure(label, estimate, result):
 
 
 def leakage_blocks(run):
-    """The section on leakage, from leakage_report.json where there is one: what the parts share, zeros too."""
+    """The section on leakage, from leakage_report.json where there is one: what the parts share, or what they do not."""
     path = run.path("leakage_report.json")
     if not path.exists():
         return []
     report = common.read_json(path)
-    lines = splitting.leakage_text(report).splitlines()
-    if not all("groups" in pair for pair in report["between"].values()):
-        lines.append("groups were not compared: none were named, or the split divides them on purpose")
-    leaks = splitting.found_leakage(report | {"within": {}})  # repeats inside a part are none
-    return [_note(html_list(lines), "caution" if leaks else "good")]
+    compared = dict.fromkeys(kind.replace("_", " ") for pair in report["between"].values() for kind in pair)
+    text = f"The parts of the split share none of: {', '.join(compared)}."
+    if "groups" not in compared:
+        text += " Groups were not compared: none were named, or the split divides them on purpose."
+    block = html_text(text, "good")
+    leaks = splitting.found_leakage(report | {"within": {}})
+    if leaks:
+        block = _note(html_list(leaks), "caution")
+    notes = splitting.found_leakage(report | {"between": {}})  # repeats inside a part are no leaks
+    return [block, html_list(notes + report.get("notes", []))]
 
 
 def history_blocks(run):
