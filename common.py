@@ -935,8 +935,10 @@ def data_record(contents, split, **facts):
 
     contents: all that decides a result, as data_fingerprint takes it; facts: numbers for the reader.
     """
-    parts = itertools.chain.from_iterable(split.items())
-    return {"fingerprint": data_fingerprint(contents), "split": data_fingerprint(parts), **facts}
+    return {
+        "fingerprint": data_fingerprint(contents),
+        "split": data_fingerprint(itertools.chain.from_iterable(split.items())),
+        **facts}
 
 
 class CannotSave(UserError):
@@ -1514,9 +1516,8 @@ class Processes:
         if self.size == 1:
             return
         if self.local_size == self.size:
-            job = int(os.environ.get("SLURM_JOB_ID", 0))
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-            os.environ.setdefault("MASTER_PORT", str(20000 + job % 20000))
+            os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # Imported later, as by the first optimiser, this module would take the group for its default
         # arguments and keep it, and its threads, past leave_processes().
@@ -2804,8 +2805,8 @@ class Training:
 
     def save_model(self, content, name="best_model.pth"):
         """Write a model file with the weights as they are now; content: what load_best gave and what has come to it."""
-        whole = to_plain_types(content | {"model": self.model.state_dict()})
-        self.processes.on_first(lambda: save_checkpoint(self.run.path(name), whole))
+        self.processes.on_first(lambda: save_checkpoint(
+            self.run.path(name), to_plain_types(content | {"model": self.model.state_dict()})))
 
     def _load_last(self):
         content = self.checkpoints.read_last(Path(self.args.resume))

@@ -1117,8 +1117,10 @@ def data_blocks(study, split, rows, table):
     for part, part_rows in split.items():
         classes = event_audit.describe_part(study.table.take(part_rows))["classes"]
         sizes.append({"part": part, "rows": len(part_rows), **classes})
-    events = f"{len(set(study.table.events[rows]))} events; {len(study.table.skipped)} rows skipped."
-    return [judging.rows_text(table), reporting.html_text(events), reporting.html_table(sizes)]
+    return [
+        judging.rows_text(table),
+        reporting.html_text(f"{len(set(study.table.events[rows]))} events; {len(study.table.skipped)} rows skipped."),
+        reporting.html_table(sizes)]
 
 
 # --- one run, or one run per fold -------------------------------------------------------------

@@ -283,8 +283,9 @@ def headless_list(table, root, notes):
     for rows in parted:
         first = rows[0][0]
         n_frames = rows[0][1:-1]
-        is_even = len(set(map(len, rows))) == 1 < len(rows[0]) and all(map(str.isdigit, n_frames))
-        if is_even and Path(root).is_dir() and file_names.match_videos([first], root)[0][first]:
+        is_even = len(set(map(len, rows))) == 1 < len(rows[0])
+        is_list = is_even and all(map(str.isdigit, n_frames))
+        if is_list and Path(root).is_dir() and file_names.match_videos([first], root)[0][first]:
             frames = ", a number of frames" if n_frames else ""
             notes.append(f"no header line: each line is read as a path{frames} and a label")
             listed = pd.DataFrame(rows, index=[1, *table.index][-len(rows):], dtype=object)
