@@ -9,8 +9,8 @@
     python verify_setup.py --download_weights resnet50 vit_b_16      # on a machine with internet
 
 With --task video, detector or dreamer further flags name the data: those of the train script's --mode audit (scores of
-frame sequences: --config configs/video_scores_small_data.yaml). For the assessor, ./images with the table in ./ratings need no flag. Writes only to a temporary folder and, with
---download_weights, to the weights cache.
+frame sequences: --config configs/video_scores_small_data.yaml). For the assessor, ./images with the table in ./ratings
+need no flag. Writes only to a temporary folder and, with --download_weights, to the weights cache.
 Exit code 1 if any row says FAIL, else 0. Packages are imported where used, so the table appears without torch too.
 """
 import argparse
