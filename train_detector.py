@@ -2,6 +2,7 @@
 
     python train_detector.py --train_json train.json --val_json val.json --train_images train/ --val_images val/
     python train_detector.py --train_json all.json --train_images images/ --split_ratio 0.8 --dry_run
+    python train_detector.py --train_json all.json --train_images images/ --folds 5
     python train_detector.py --mode convert --json parts.json --images_dir images --output coco.json
     python train_detector.py --mode audit --json train.json --images_dir train/
     python train_detector.py --mode evaluate --checkpoint outputs/run_X --json test.json --images_dir test/
@@ -11,7 +12,8 @@ Training and evaluation write outputs/run_YYYYMMDD_HHMMSS/: report.html (open it
 metrics.json, per_part.csv, per_state.csv, detections_<part>.json (COCO results) and .csv,
 failures.jpg, pictures/, args.json, log.txt; training also best_model.pth, last.pth,
 training_history.csv and .png, splits.json, leakage_report.json, <part>_coco.json, and with
---baseline heads baseline/. Prediction writes --output (COCO results), the same as CSV beside it,
+--baseline heads baseline/. With --folds K the same in each fold_K/, pictures left out in turn, and
+what the K detectors found in them judged as one. Prediction writes --output (COCO results), the same as CSV beside it,
 and --visualize pictures.
 
 TRAIN_JSON, VAL_JSON, TRAIN_CLEANED and VAL_CLEANED (the folders of pictures) and OUTPUT_DIR, from
@@ -24,6 +26,7 @@ picture on disk; scores and probabilities 0..1.
 """
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -195,9 +198,6 @@ def check_flags(parser, args):
     fixed = [f"--{name}" for name in CHECKPOINT_FLAGS if name in args.given]
     if fixed and "checkpoint" in MODES[args.mode].needs:
         parser.error(f"--mode {args.mode} takes {' and '.join(fixed)} from the checkpoint; leave it out")
-    if args.folds or args.fold != "all":
-        parser.error(f"--folds {args.folds} --fold {args.fold}: the detector trains one split; "
-                     "leave both out")
     if args.compile:
         parser.error("--compile: the detector's inputs vary in size; leave it out")
     if args.augment not in ("none", "light"):
@@ -215,7 +215,7 @@ def check_flags(parser, args):
 
 
 def settle_split(args):
-    """--split_ratio as the ratios that all scripts know; it overrides VAL_JSON.
+    """--split_ratio as the ratios that all scripts know; it and --folds override VAL_JSON.
 
     With --val_json on the command line the split of a configuration gives way, with a note.
     """
@@ -229,8 +229,8 @@ def settle_split(args):
     elif args.split_ratio is not None:
         settled["train_ratio"] = args.split_ratio
         settled["val_ratio"] = 1 - args.split_ratio - args.test_ratio
-        if "val_json" not in typed:
-            settled["val_json"] = None
+    if "val_json" not in typed and (args.split_ratio is not None or args.folds):
+        settled["val_json"] = None
     return Namespace(**{**vars(args), **settled})
 
 
@@ -240,12 +240,14 @@ def check_split_flags(parser, args):
         path = getattr(args, f"{part}_json")
         if path and not getattr(args, f"{part}_images"):
             parser.error(f"--{part}_json {path} needs --{part}_images")
-    if args.val_json and (args.split_file or args.split_ratio is not None or args.test_ratio):
-        parser.error(f"--val_json {args.val_json} is the split: give no --split_file, "
+    if args.val_json and (args.folds or args.split_file or args.split_ratio is not None or args.test_ratio):
+        parser.error(f"--val_json {args.val_json} is the split: give no --folds, --split_file, "
                      "--split_ratio, --test_ratio")
-    if "split_ratio" in args.given and (args.split_file or args.given & {"train_ratio", "val_ratio"}):
-        parser.error(f"--split_ratio {args.split_ratio:g} is the split: give no --split_file, "
+    if "split_ratio" in args.given and (args.folds or args.split_file or args.given & {"train_ratio", "val_ratio"}):
+        parser.error(f"--split_ratio {args.split_ratio:g} is the split: give no --folds, --split_file, "
                      "--train_ratio, --val_ratio")
+    if args.folds and not args.val_ratio:
+        parser.error(f"--folds {args.folds} --val_ratio 0: pictures of the train part choose the epoch")
     if args.test_json and not args.val_json:
         parser.error(f"--test_json {args.test_json} needs --val_json: without it --train_json is "
                      "split")
@@ -962,9 +964,21 @@ def fit(run, args, study, split):
     return training
 
 
+def load_models(path, args, compute):
+    """Checkpoint, or run folder -> ({"model": PartDetector, with --baseline heads also "heads"}, what the file holds)."""
+    model, content = load_detector(path, compute, args.nms_iou)
+    models = {"model": model}
+    if args.baseline == "heads":
+        folder = common.checkpoint_files([path])[0].parent
+        models["heads"], _ = load_detector(folder / "baseline", compute, args.nms_iou)
+    return models, content
+
+
 def load_detector(path, compute, nms_iou=None):
     """Checkpoint, or run folder -> (PartDetector on the device, all that the file holds)."""
-    path = common.checkpoint_files([path])[0]
+    path, *others = common.checkpoint_files([path])
+    if others:
+        raise common.UserError(f"--checkpoint {path.parent.parent} is a run of folds: give the folder of one, as {path.parent}")
     content = common.load_model_file(path)
     with common.checkpoint_fields(path):
         model = PartDetector(content["settings"])
@@ -1007,45 +1021,66 @@ def limit_detections(detections, args):
     return [detection_tables.best_of_each_part(each, args.score_threshold) for each in detections]
 
 
-def report_results(run, args, study, split, part, models, baseline, seen, **known):
-    """Tables, pictures, metrics.json and report.html of one part.
+@dataclasses.dataclass
+class FoundParts:
+    """What the detector and its baselines found in n pictures; with folds, in each those of its fold."""
+    rows: np.ndarray  # (n,) of the study
+    detections: dict  # {"model", and the name of each trained baseline: n Detections}
+    priors: list  # for each picture, of detection_judging.mean_boxes on the train pictures
+    seen: np.ndarray  # (n,) of common.SEEN_WORDS
+
+    def plus(self, other):
+        """What was found in these pictures, then in others."""
+        return FoundParts(
+            np.concatenate([self.rows, other.rows]),
+            {name: found + other.detections[name] for name, found in self.detections.items()},
+            self.priors + other.priors,
+            np.concatenate([self.seen, other.seen]))
+
+
+def find_parts(run, args, study, rows, models, baseline, seen):
+    """Detect on these rows -> FoundParts.
 
     models: {"model": PartDetector, and by its name each trained baseline}; baseline: of
-    detection_judging.mean_boxes; seen: SeenRows of the model; known: further fields of the Setting.
+    detection_judging.mean_boxes; seen: SeenRows of the model.
     """
-    rows = split[part]
     loader = make_loader(study, rows, models["model"].settings, args, run.compute)
-    trained = {}
+    detections = {}
     for name, model in models.items():
         found, *_ = evaluate(model, loader, args, run.compute)
-        trained[name] = limit_detections(found, args)
-    own = trained.pop("model")
-    words = seen.words(study.hashes[rows])
+        detections[name] = limit_detections(found, args)
+    return FoundParts(rows, detections, [baseline] * len(rows), seen.words(study.hashes[rows]))
+
+
+def report_results(run, args, study, split, part, found, **known):
+    """Tables, pictures, metrics.json and report.html of one part; known: further fields of the Setting."""
+    rows = found.rows
+    own = found.detections["model"]
     truth = study.truth.take(rows)
     write_detections(
         run.path(f"detections_{part}.json"), run.path("pictures"), args,
         dict(zip(truth.images, truth.ids)), own, truth.parts,
-        study.category_ids[study.origin[rows[0]]], words,
+        study.category_ids[study.origin[rows[0]]], found.seen,
         lambda k: (study.picture(rows[k]), truth.sizes[k]))
     setting = judging.Setting(
         title="Parts and their states",
         part=part,
-        seen=words,
-        data=data_blocks(study, split, part),
+        seen=found.seen,
+        data=data_blocks(study, split, len(rows)),
         **known)
     detection_judging.judge_detections(
-        run, truth, own, setting, baseline,
-        trained=trained,
+        run, truth, own, setting, found.priors,
+        trained={name: each for name, each in found.detections.items() if name != "model"},
         picture=lambda k: study.picture(rows[k]),
         threshold=args.score_threshold,
         draws=args.bootstrap_draws,
         seed=args.seed)
 
 
-def data_blocks(study, split, part):
+def data_blocks(study, split, n_scored):
     """HTML of the section Data and split."""
     absent = "keep" if study.truth.keeps_absent else "drop"
-    scored = (f"{len(split[part])} pictures scored, {len(study.truth.parts)} parts; "
+    scored = (f"{n_scored} pictures scored, {len(study.truth.parts)} parts; "
               f"{len(study.skipped)} files or boxes skipped. Absent parts that have a box: {absent}.")
     return [
         reporting.html_text(scored),
@@ -1091,10 +1126,23 @@ def make_split(args, study):
     return splitting.split_of_flags(args, study.truth.images, study.strata, study.truth.groups)
 
 
+def make_folds(args, study):
+    """[{train, val, test: (n,) rows}]: a fold leaves out its test part, and --val_ratio of the others chooses the epoch."""
+    truth = study.truth
+    ratios = {"train": 1 - args.val_ratio, "val": args.val_ratio}
+
+    def divide(rows):
+        groups = None if truth.groups is None else truth.groups[rows]
+        return splitting.make_split(
+            len(rows), ratios, study.strata[rows], groups, args.seed, truth.images[rows])
+    folds = splitting.folds_of_flags(args, truth.images, study.strata, truth.groups)
+    return splitting.nested_folds(folds, divide)
+
+
 def check_split(run, study, split):
     """Refuse a split that leaks or teaches nothing; write splits.json and the leakage report; returns alarms."""
     truth = study.truth
-    for part in ("train", "val"):
+    for part in {"train", "val"} & set(split):
         if not any(truth.judged(row).any() for row in split[part]):
             raise common.UserError(
                 f"no box in the {part} part: nothing to learn or judge; change the split")
@@ -1159,8 +1207,9 @@ def run_split(run, args, study, split):
     # the validation loss draws by batches, so a resumed run must keep their size
     write_record(run, study, split, val_batch_size=args.val_batch_size)
     write_annotations(run, args, study, split)
-    run.folds_after = int(args.baseline == "heads")
-    if args.baseline == "boxes":
+    if args.baseline == "heads":
+        run.folds_after = 2 * run.folds_after + 1  # each fold trains twice
+    else:
         run.say("note: only the mean box of each part is there to beat, so the report is amber at "
                 "best; --baseline heads trains a baseline, in about the same time again")
     training = fit(run, args, study, split)
@@ -1170,11 +1219,36 @@ def run_split(run, args, study, split):
     models = {"model": training.model}
     if args.baseline == "heads":
         models["heads"] = train_heads(run, args, study, split)
+    found = find_parts(
+        run, args, study, split[part], models, training.metadata()["baseline"], training.seen)
     report_results(
-        run, args, study, split, part, models, training.metadata()["baseline"], training.seen,
+        run, args, study, split, part, found,
         best_epoch=progress.best_epoch,
         alarms=alarms + gap_alarms(progress.history[progress.best_epoch - 1]),
         limits=limits(args))
+
+
+def run_folds(run, args, study):
+    """One run per fold in fold_K/; what the detectors of all folds found in the left-out pictures is judged as one."""
+    splits = make_folds(args, study)
+    folds = {f"fold_{k}": split["test"] for k, split in enumerate(splits)}
+    alarms = check_split(run, study, folds)
+    write_record(run, study, folds)
+    chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))
+    parts = []
+    numbers = []
+    for k in chosen:
+        models, content = load_models(run.path(f"fold_{k}"), args, run.compute)
+        rows = common.rows_to_try(splits[k], args)["test"]
+        found = find_parts(run, args, study, rows, models, content["baseline"], content["seen"])
+        parts.append(found)
+        truth = study.truth.take(rows)
+        aps = {f"ap_{name}": detection_scores.mean_ap(truth, each) for name, each in found.detections.items()}
+        numbers.append({"rows": len(rows), **aps})
+    pooled = functools.reduce(FoundParts.plus, parts)
+    write_annotations(run, args, study, {"folds": pooled.rows})
+    done = judging.finished_folds(run, chosen, numbers)
+    report_results(run, args, study, folds, "folds", pooled, alarms=alarms, folds=done, limits=limits(args))
 
 
 def gap_alarms(row):
@@ -1191,7 +1265,10 @@ def train(args):
              for part in SPLITS if getattr(args, f"{part}_json")}
     with common.start_run(args) as run:
         study = load_study(args, files, run.say)
-        run_split(run, args, study, make_split(args, study))
+        if args.folds:
+            run_folds(run, args, study)
+        else:
+            run_split(run, args, study, make_split(args, study))
 
 
 def write_record(run, study, split, **further):
@@ -1204,7 +1281,7 @@ def write_record(run, study, split, **further):
 def evaluate_checkpoint(args):
     """--mode evaluate: the same report on other pictures; it says which the checkpoint has seen."""
     with common.start_run(args) as run:
-        model, content = load_detector(args.checkpoint, run.compute, args.nms_iou)
+        models, content = load_models(args.checkpoint, args, run.compute)
         settings = content["settings"]
         parts = settings["parts"]
         detection_judging.check_criteria(args.criteria, parts, bool(settings["states"]))
@@ -1217,11 +1294,8 @@ def evaluate_checkpoint(args):
         part = {"train": "train", "chose": "val"}.get(worst, "test")
         split = {part: np.arange(len(study.stored))}
         write_record(run, study, split)
-        models = {"model": model}
-        if args.baseline == "heads":
-            folder = common.checkpoint_files([args.checkpoint])[0].parent
-            models["heads"], _ = load_detector(folder / "baseline", run.compute, args.nms_iou)
-        report_results(run, args, study, split, part, models, content["baseline"], content["seen"])
+        found = find_parts(run, args, study, split[part], models, content["baseline"], content["seen"])
+        report_results(run, args, study, split, part, found)
 
 
 def predict(args):

@@ -1114,19 +1114,16 @@ def make_folds(args, study):
     if args.select == "last":
         return splits
     ratios = {"train": 1 - args.val_ratio, "val": args.val_ratio}
-    nested = []
-    for split in splits:
-        rows = split["train"]
+
+    def divide(rows):
         if args.split_by == "time" or len(set(study.patients[rows])) < 3:
             _, lengths = np.unique(study.sequences[rows], return_counts=True)
             # what chooses the epoch may stand nearer than what is scored, but neighbours share a frame
             gap = min(args.gap, max(1, lengths.min() // 4))
-            parts = splitting.split_by_time(study.sequences[rows], study.order[rows], ratios, gap)
-        else:
-            parts = splitting.make_split(
-                len(rows), ratios, groups=study.patients[rows], seed=args.seed, keys=study.names[rows])
-        nested.append({"train": rows[parts["train"]], "val": rows[parts["val"]], "test": split["val"]})
-    return nested
+            return splitting.split_by_time(study.sequences[rows], study.order[rows], ratios, gap)
+        return splitting.make_split(
+            len(rows), ratios, groups=study.patients[rows], seed=args.seed, keys=study.names[rows])
+    return splitting.nested_folds(splits, divide)
 
 
 def check_split(run, args, study, split):

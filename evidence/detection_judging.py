@@ -69,39 +69,40 @@ def mean_boxes(truth):
         "states": states / states.sum(1, keepdims=True)}
 
 
-def baseline_detections(baseline, sizes, has_states):
-    """The mean boxes on M pictures of sizes (M, 2) -> M Detections."""
-    boxes, score, states = (np.asarray(baseline[name]) for name in ("boxes", "score", "states"))
-    labels = np.flatnonzero(score > 0)
-    return [
-        detection_scores.Detections(
-            boxes[labels] * np.tile(size, 2), labels, score[labels], states[labels] if has_states else None)
-        for size in sizes]
+def baseline_detections(priors, sizes, has_states):
+    """The mean boxes on M pictures of sizes (M, 2) -> M Detections; priors: of mean_boxes, for each picture."""
+    detections = []
+    for prior, size in zip(priors, sizes):
+        boxes, score, states = (np.asarray(prior[name]) for name in ("boxes", "score", "states"))
+        labels = np.flatnonzero(score > 0)
+        detections.append(detection_scores.Detections(
+            boxes[labels] * np.tile(size, 2), labels, score[labels], states[labels] if has_states else None))
+    return detections
 
 
 # --- judging --------------------------------------------------------------------------------
 
 @common.first_process_only
-def judge_detections(run, truth, detections, setting, baseline=None, picture=None, threshold=0.5,
+def judge_detections(run, truth, detections, setting, priors=None, picture=None, threshold=0.5,
                      draws=200, seed=0, trained=None):
     """Judge the Detections of M pictures; write tables, plots, sheets, report.html and metrics.json.
 
-    truth: PartTruth of the pictures; baseline: of mean_boxes on the train pictures, None: on these
-    very pictures; picture: function of a row -> uint8 (H, W, 3), without it no sheets; threshold:
+    truth: PartTruth of the pictures; priors: for each picture, of mean_boxes on the train pictures,
+    None: on these very pictures; picture: function of a row -> uint8 (H, W, 3), without it no sheets; threshold:
     score from which a detection counts in precision, recall and hallucinations; draws: resamples
     of pictures; trained: {name: M Detections} of baselines that look at pixels. The model is
     compared with the baseline of the highest AP. Returns the metrics.
     """
     has_states = detections[0].states is not None
     limits = []
-    if baseline is None:
-        baseline = mean_boxes(truth)
+    if priors is None:
+        priors = [mean_boxes(truth)] * len(detections)
         limits = ["The mean boxes are those of these very pictures, which favours the baseline slightly."]
-    others = {"mean box": baseline_detections(baseline, truth.sizes, has_states), **(trained or {})}
+    others = {"mean box": baseline_detections(priors, truth.sizes, has_states), **(trained or {})}
     baselines = {name: detection_scores.mean_ap(truth, each) for name, each in others.items()}
     strongest = max(baselines, key=baselines.get)
-    judged = detection_scores.Judged(
-        truth, detections, threshold, has_states, others[strongest], np.asarray(baseline["states"]))
+    state_rates = np.array([prior["states"] for prior in priors])  # (M, P, S)
+    judged = detection_scores.Judged(truth, detections, threshold, has_states, others[strongest], state_rates)
     result = judged.result(draws, seed, strongest)
     part_rows = per_part_rows(judged, result)
     state_rows = per_state_rows(judged)
@@ -225,7 +226,7 @@ def calibration_rows(judged):
     rows = []
     if not judged.has_states or np.isin(found.probabilities, (0, 1)).all():
         return rows
-    for name, probability in (("model", found.probabilities), ("rates of the part", judged.state_rates[found.labels])):
+    for name, probability in (("model", found.probabilities), ("rates of the part", judged.state_rates[found.pictures, found.labels])):
         scores = class_scores.classification_metrics(probability, found.true).overall
         rows.append({
             "states of": name,

@@ -215,8 +215,8 @@ def share(part, whole):
 class Judged:
     """Detections of M pictures against their boxes: every number over any of them, and intervals.
 
-    has_states: judge states too; baseline: M Detections to compare with, or None; state_rates (P, S): how often each
-    part has each state, the baseline of the states.
+    has_states: judge states too; baseline: M Detections to compare with, or None; state_rates (M, P, S): how often
+    each part has each state in the train pictures, the baseline of the states.
     """
 
     def __init__(self, truth, detections, threshold, has_states, baseline=None, state_rates=None):
@@ -269,8 +269,8 @@ class Judged:
         """As values, of the baseline; its states: the model's boxes, each called as its part is most often."""
         overall, each = average_precisions(self.of_baseline, pictures)
         if self.has_states:
-            true = self.confusions[pictures].sum((0, 3))  # (P, S)
-            usual = np.eye(N_STATES)[self.state_rates.argmax(1)]  # (P, S)
+            true = self.confusions[pictures].sum(3).reshape(-1, N_STATES)  # (m P, S)
+            usual = np.eye(N_STATES)[self.state_rates[pictures].argmax(2).ravel()]  # (m P, S)
             overall |= state_scores(true.T @ usual)
         return overall, each
 

@@ -202,6 +202,19 @@ def folds_of_flags(args, keys, strata=None, groups=None):
             for k in range(args.folds)]
 
 
+def nested_folds(folds, divide):
+    """Folds whose left-out rows are tested, so that other rows choose the epoch.
+
+    divide: function of the (n,) rows that a fold does not leave out -> {train, val: places in them}.
+    """
+    nested = []
+    for fold in folds:
+        rest = fold["train"]
+        parts = divide(rest)
+        nested.append({"train": rest[parts["train"]], "val": rest[parts["val"]], "test": fold["val"]})
+    return nested
+
+
 def effective_size(target, subjects=None):
     """How much the data hold: {rows, distinct_label_vectors, subjects} of target (N,) or (N, R)."""
     target = np.asarray(target, dtype=float).reshape(len(target), -1)

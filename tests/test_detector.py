@@ -56,7 +56,7 @@ def detections(*boxes, states=True):
 
 def judge(truth, found, threshold=0.5, states=True, baseline=None):
     """With a baseline that calls all states intact."""
-    rates = np.eye(4)[[0] * len(truth.parts)]
+    rates = np.eye(4)[np.zeros((len(found), len(truth.parts)), int)]
     return detection_scores.Judged(truth, found, threshold, states, baseline, rates)
 
 
@@ -328,7 +328,7 @@ def test_states_are_held_against_those_that_their_parts_usually_have():
     for each in found:
         each.states = 0.99 * each.states + 0.0025
     rates = np.array([[0.2, 0.6, 0.1, 0.1], [0.7, 0.1, 0.1, 0.1]])
-    judged = detection_scores.Judged(truth, found, 0.5, True, found, rates)
+    judged = detection_scores.Judged(truth, found, 0.5, True, found, np.stack([rates, rates]))
     assert judged.baseline_values(judged.every)[0]["state_accuracy"] == pytest.approx(3 / 4)
     model, prior = detection_judging.calibration_rows(judged)
     assert prior["nll"] == pytest.approx(log_loss([1, 0, 1, 3], rates[[0, 1, 0, 1]], labels=range(4)))
@@ -370,7 +370,7 @@ def test_mean_boxes_by_hand():
     np.testing.assert_allclose(baseline["boxes"][0], [0.1, 0.1, 0.3, 0.4])
     assert baseline["score"].tolist() == [0.75, 0]
     np.testing.assert_allclose(baseline["states"], [[2 / 7, 3 / 7, 1 / 7, 1 / 7], [0.25] * 4], err_msg="one more of each")
-    found = detection_judging.baseline_detections(baseline, np.array([[200, 100]]), True)[0]
+    found = detection_judging.baseline_detections([baseline], np.array([[200, 100]]), True)[0]
     np.testing.assert_allclose(found.boxes, [[20, 10, 60, 40]])
     assert found.labels.tolist() == [0] and found.called().tolist() == [1]
 
@@ -565,6 +565,54 @@ def test_groups_stand_on_one_side(bicycles, trained):
     assert sum(map(len, streets.values())) == len(set.union(*streets.values())) and min(map(len, streets.values())) >= 1
 
 
+def test_folds_judge_every_picture_by_a_detector_that_has_not_seen_it(bicycles, tmp_path):
+    """The pooled numbers are those of the folds' own files put together, also when the run is continued."""
+    flags = train_flags(bicycles, tmp_path, "--folds", 3)
+    del flags[4:8]  # the shares of one split
+    run_script("train_detector.py", *flags)
+    run = only_run(tmp_path)
+    metrics = json.loads((run / "metrics.json").read_text())
+    truth = json.loads((bicycles / "annotations.json").read_text(), strict=False)
+    parts = [json.loads((run / f"fold_{k}" / "splits.json").read_text()) for k in range(3)]
+    for split in parts:
+        streets = [{truth[name]["street"] for name in split[part]} for part in ("train", "val", "test")]
+        assert sum(map(len, streets)) == len(set.union(*streets)) and min(map(len, streets)) >= 1
+        assert set(split["train"]) | set(split["val"]) | set(split["test"]) == set(truth)
+    assert sorted(name for split in parts for name in split["test"]) == sorted(truth)
+    assert metrics["part"] == "folds" and metrics["pictures"] == len(truth) and metrics["held_out"] is True
+    each = [json.loads((run / f"fold_{k}" / "detections_test.json").read_text()) for k in range(3)]
+    assert json.loads((run / "detections_folds.json").read_text()) == [row for rows in each for row in rows]
+    judged, found, _ = detection_judging.read_coco_results(run / "folds_coco.json", run / "detections_folds.json")
+    assert metrics["model"]["map"]["value"] == pytest.approx(values_of(judged, found)["map"], abs=1e-6)
+    table = {row["fold"]: row for row in read_csv(run / "fold_table.csv")}
+    own = [json.loads((run / f"fold_{k}" / "metrics.json").read_text()) for k in range(3)]
+    assert [float(table[str(k)]["ap_model"]) for k in range(3)] == pytest.approx(
+        [fold["model"]["map"]["value"] for fold in own], abs=1e-6)
+    (run / "metrics.json").unlink()
+    (run / "fold_2" / "metrics.json").unlink()  # as if it had been killed there
+    text = run_script("train_detector.py", "--resume", run).text
+    assert "fold 0 is finished" in text
+    assert json.loads((run / "metrics.json").read_text())["model"] == metrics["model"]
+    refused = run_script("train_detector.py", "--mode", "predict", "--checkpoint", run, "--images_dir",
+                         bicycles / "images", code=2)
+    assert "is a run of folds: give the folder of one" in refused.text
+
+
+def test_the_mean_box_of_a_picture_is_that_of_its_fold():
+    """Two pictures, each with the prior of the other's box: by hand, no box overlaps; with its own, all do."""
+    truth = annotated([(0, 0, BOX)], [(0, 1, FAR)])
+    priors = [detection_judging.mean_boxes(truth.take([row])) for row in (0, 1)]
+    assert detection_scores.mean_ap(truth, detection_judging.baseline_detections(priors, truth.sizes, True)) == 1
+    swapped = detection_judging.baseline_detections(priors[::-1], truth.sizes, True)
+    assert detection_scores.mean_ap(truth, swapped) == 0
+    rates = np.array([prior["states"] for prior in priors])
+    found = [detections((0, 0.9, 0, BOX)), detections((0, 0.9, 0, FAR))]
+    judged = detection_scores.Judged(truth, found, 0.5, True, swapped, rates)
+    assert judged.baseline_values(judged.every)[0]["state_accuracy"] == 1
+    judged.state_rates = rates[::-1]
+    assert judged.baseline_values(judged.every)[0]["state_accuracy"] == 0
+
+
 def test_evaluation_repeats_the_test_numbers(bicycles, trained, tmp_path):
     """The test pictures as a COCO file with its own ids: same AP, ids of that file, one picture of train is noticed."""
     splits, truth = (json.loads(path.read_text(), strict=False)
@@ -636,7 +684,7 @@ def test_the_written_detections_give_the_same_numbers_again(bicycles, trained, t
     common.write_json(tmp_path / "truth.json", content)
     (tmp_path / "results.json").write_bytes((trained / "detections_test.json").read_bytes())
     baseline = common.load_model_file(trained / "best_model.pth", "train_detector.py")["baseline"]
-    ours, theirs = judge_files(tmp_path, baseline=baseline), json.loads((trained / "metrics.json").read_text())
+    ours, theirs = judge_files(tmp_path, priors=[baseline] * len(names)), json.loads((trained / "metrics.json").read_text())
     for side in ("model", "baseline"):
         for name in theirs[side]:
             value = theirs[side][name]["value"]

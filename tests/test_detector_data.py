@@ -686,7 +686,7 @@ EVALUATE = ["--mode", "evaluate", "--checkpoint", "c", "--json", "j", "--images_
 MISTAKES = {
     "nothing given": ([], ["--train_json and --train_images"]),
     "evaluate": (["--mode", "evaluate"], ["--checkpoint and --json and --images_dir"]),
-    "folds": ([*DATA, "--folds", "3"], ["one split"]), "full": ([*DATA, "--augment", "full"], ["light"]),
+    "folds": ([*DATA, "--folds", "3", "--val_ratio", "0"], ["choose the epoch"]), "full": ([*DATA, "--augment", "full"], ["light"]),
     "heavy": ([*DATA, "--augment", "heavy"], ["none and light"]),
     "two splits": ([*DATA, "--val_json", "v", "--val_images", "w", "--split_ratio", "0.5"], ["--split_ratio"]),
     "file and share": ([*DATA, "--split_file", "s.json", "--split_ratio", "0.5"], ["--split_ratio", "--split_file"]),
