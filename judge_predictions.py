@@ -69,7 +69,8 @@ def judge_coco(args):
     setting = judging.Setting(
         title=f"Detections of {path.name}",
         seen=as_stated(seen, args),
-        data=[reporting.html_text(scored)])
+        data=[reporting.html_text(scored)],
+        limits=["The mean boxes are those of these very pictures, which favours the baseline slightly."])
     trained = {}
     if args.baseline:
         _, other, _ = detection_judging.read_coco_results(args.truth, args.baseline, *formats)
@@ -77,7 +78,8 @@ def judge_coco(args):
     detection_judging.check_criteria(args.criteria, truth.parts, detections[0].states is not None)
     with common.start_run(args) as run:
         run.write_args(predictions=[str(path)], truth=str(args.truth))
-        detection_judging.judge_detections(run, truth, detections, setting, trained=trained)
+        priors = [detection_judging.mean_boxes(truth)] * len(detections)
+        detection_judging.judge_detections(run, truth, detections, setting, priors, trained)
 
 
 def as_stated(seen, args):

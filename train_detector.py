@@ -1068,9 +1068,9 @@ def report_results(run, args, study, split, part, found, **known):
         seen=found.seen,
         data=data_blocks(study, split, len(rows)),
         **known)
+    trained = {name: each for name, each in found.detections.items() if name != "model"}
     detection_judging.judge_detections(
-        run, truth, own, setting, found.priors,
-        trained={name: each for name, each in found.detections.items() if name != "model"},
+        run, truth, own, setting, found.priors, trained,
         picture=lambda k: study.picture(rows[k]),
         threshold=args.score_threshold,
         draws=args.bootstrap_draws,

@@ -83,22 +83,18 @@ def baseline_detections(priors, sizes, has_states):
 # --- judging --------------------------------------------------------------------------------
 
 @common.first_process_only
-def judge_detections(run, truth, detections, setting, priors=None, picture=None, threshold=0.5,
-                     draws=200, seed=0, trained=None):
+def judge_detections(run, truth, detections, setting, priors, trained, picture=None, threshold=0.5,
+                     draws=200, seed=0):
     """Judge the Detections of M pictures; write tables, plots, sheets, report.html and metrics.json.
 
-    truth: PartTruth of the pictures; priors: for each picture, of mean_boxes on the train pictures,
-    None: on these very pictures; picture: function of a row -> uint8 (H, W, 3), without it no sheets; threshold:
-    score from which a detection counts in precision, recall and hallucinations; draws: resamples
-    of pictures; trained: {name: M Detections} of baselines that look at pixels. The model is
-    compared with the baseline of the highest AP. Returns the metrics.
+    truth: PartTruth of the pictures; priors: for each picture, of mean_boxes; trained: {name: M
+    Detections} of baselines that look at pixels; picture: function of a row -> uint8 (H, W, 3),
+    without it no sheets; threshold: score from which a detection counts in precision, recall and
+    hallucinations; draws: resamples of pictures. The model is compared with the baseline of the
+    highest AP. Returns the metrics.
     """
     has_states = detections[0].states is not None
-    limits = []
-    if priors is None:
-        priors = [mean_boxes(truth)] * len(detections)
-        limits = ["The mean boxes are those of these very pictures, which favours the baseline slightly."]
-    others = {"mean box": baseline_detections(priors, truth.sizes, has_states), **(trained or {})}
+    others = {"mean box": baseline_detections(priors, truth.sizes, has_states), **trained}
     baselines = {name: detection_scores.mean_ap(truth, each) for name, each in others.items()}
     strongest = max(baselines, key=baselines.get)
     state_rates = np.array([prior["states"] for prior in priors])  # (M, P, S)
@@ -117,7 +113,7 @@ def judge_detections(run, truth, detections, setting, priors=None, picture=None,
     setting = dataclasses.replace(
         setting,
         cases=case_blocks(run, judged, detections, picture, threshold),
-        limits=[*general_limits(judged), *limits, *setting.limits])
+        limits=[*general_limits(judged), *setting.limits])
     return judging.close_run(
         run, setting,
         verdict=verdicts.verdict_sentence(result, "map", None, setting.worst_seen),

@@ -186,13 +186,14 @@ def as_files(folder, truth, found):
     common.write_json(folder / "results.json", results)
 
 
-def judge_files(folder, **options):
-    """metrics.json of results.json against truth.json in a folder."""
+def judge_files(folder, baseline):
+    """metrics.json of results.json against truth.json in a folder; baseline: of mean_boxes."""
     truth, found, _ = detection_judging.read_coco_results(folder / "truth.json", folder / "results.json")
     args = train_detector.parse_args(["--mode", "audit", "--json", "x", "--images_dir", "y", "--output_dir",
                                       str(folder / "out")])
     with common.start_run(args) as run:
-        return detection_judging.judge_detections(run, truth, found, judging.Setting(), draws=20, **options)
+        return detection_judging.judge_detections(run, truth, found, judging.Setting(), [baseline] * len(found), {},
+                                                  draws=20)
 
 
 def test_results_of_another_program_are_judged_as_pycocotools_does(tmp_path):
@@ -287,7 +288,8 @@ def test_states_of_results_may_be_text_or_numbers(tmp_path):
     common.write_json(tmp_path / "results.json", [{**RESULT, "state": "Damaged"}, {**RESULT, "state": 3}])
     _, found, _ = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json")
     assert found[0].called().tolist() == [1, 3] and found[1].states.shape == (0, 4)
-    metrics = judge_files(tmp_path)
+    judged, _, _ = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json")
+    metrics = judge_files(tmp_path, detection_judging.mean_boxes(judged))
     assert metrics["per_state"] and metrics["state_calibration"] == [], "no probabilities were given"
     assert "Reliability" not in (only_run(tmp_path / "out") / "report.html").read_text()
 
@@ -684,7 +686,7 @@ def test_the_written_detections_give_the_same_numbers_again(bicycles, trained, t
     common.write_json(tmp_path / "truth.json", content)
     (tmp_path / "results.json").write_bytes((trained / "detections_test.json").read_bytes())
     baseline = common.load_model_file(trained / "best_model.pth", "train_detector.py")["baseline"]
-    ours, theirs = judge_files(tmp_path, priors=[baseline] * len(names)), json.loads((trained / "metrics.json").read_text())
+    ours, theirs = judge_files(tmp_path, baseline), json.loads((trained / "metrics.json").read_text())
     for side in ("model", "baseline"):
         for name in theirs[side]:
             value = theirs[side][name]["value"]
