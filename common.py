@@ -563,11 +563,11 @@ class Run:
 
     def _drop_checkpoints(self):
         """Remove what a finished run needs no more: last.pth is for more epochs, where the schedule allows them."""
-        last = self.path("last.pth")
-        if last.exists() and not self.args.keep_last:
-            self.path("last.pth.prev").unlink(missing_ok=True)
-            if self.args.scheduler not in OPEN_SCHEDULES:
-                last.unlink()
+        if not self.args.keep_last:
+            for last in self.path("last.pth"), self.path("baseline") / "last.pth":
+                last.with_suffix(".pth.prev").unlink(missing_ok=True)
+                if self.args.scheduler not in OPEN_SCHEDULES:
+                    last.unlink(missing_ok=True)
 
     def path(self, name):
         """Path of a file in the run folder."""

@@ -26,7 +26,6 @@ picture on disk; scores and probabilities 0..1.
 """
 import collections
 import dataclasses
-import functools
 import itertools
 import math
 import os
@@ -215,22 +214,24 @@ def check_flags(parser, args):
 
 
 def settle_split(args):
-    """--split_ratio as the ratios that all scripts know; it and --folds override VAL_JSON.
+    """One way to split, and --split_ratio as the ratios that all scripts know.
 
-    With --val_json on the command line the split of a configuration gives way, with a note.
+    --val_json or --folds on the command line go before the split of a configuration; --split_ratio and --folds, wherever
+    they stand, before its --val_json or VAL_JSON. A note says so.
     """
-    typed = args.given
-    given_up = [name for name in ("split_ratio", "split_file", "test_ratio")
-                if "val_json" in typed and name not in typed and getattr(args, name)]
-    settled = {name: None for name in given_up}
+    others = ()
+    if args.given & {"val_json", "folds"}:
+        others = ("val_json", "folds", "split_file", "split_ratio", "test_ratio")
+    elif args.folds or args.split_ratio is not None:
+        others = ("val_json",)
+    given_up = [name for name in others if name not in args.given and getattr(args, name)]
+    settled = {name: 0 if name in ("folds", "test_ratio") else None for name in given_up}
     if given_up:
-        print("note: --val_json is the split, so the configuration's "
-              f"{' and '.join(given_up)} is not used", flush=True)
-    elif args.split_ratio is not None:
+        print(f"note: {' and '.join(given_up)} of the configuration or the environment not used: another split is asked "
+              "for", flush=True)
+    if args.split_ratio is not None and "split_ratio" not in given_up:
         settled["train_ratio"] = args.split_ratio
         settled["val_ratio"] = 1 - args.split_ratio - args.test_ratio
-    if "val_json" not in typed and (args.split_ratio is not None or args.folds):
-        settled["val_json"] = None
     return Namespace(**{**vars(args), **settled})
 
 
@@ -240,8 +241,8 @@ def check_split_flags(parser, args):
         path = getattr(args, f"{part}_json")
         if path and not getattr(args, f"{part}_images"):
             parser.error(f"--{part}_json {path} needs --{part}_images")
-    if args.val_json and (args.folds or args.split_file or args.split_ratio is not None or args.test_ratio):
-        parser.error(f"--val_json {args.val_json} is the split: give no --folds, --split_file, "
+    if args.val_json and (args.folds or args.fold != "all" or args.split_file or args.split_ratio is not None or args.test_ratio):
+        parser.error(f"--val_json {args.val_json} is the split: give no --folds, --fold, --split_file, "
                      "--split_ratio, --test_ratio")
     if "split_ratio" in args.given and (args.folds or args.split_file or args.given & {"train_ratio", "val_ratio"}):
         parser.error(f"--split_ratio {args.split_ratio:g} is the split: give no --folds, --split_file, "
@@ -1021,56 +1022,39 @@ def limit_detections(detections, args):
     return [detection_tables.best_of_each_part(each, args.score_threshold) for each in detections]
 
 
-@dataclasses.dataclass
-class FoundParts:
-    """What the detector and its baselines found in n pictures; with folds, in each those of its fold."""
-    rows: np.ndarray  # (n,) of the study
-    detections: dict  # {"model", and the name of each trained baseline: n Detections}
-    priors: list  # for each picture, of detection_judging.mean_boxes on the train pictures
-    seen: np.ndarray  # (n,) of common.SEEN_WORDS
+def report_results(run, args, study, split, part, scored, **known):
+    """Detections, tables, pictures, metrics.json and report.html of the scored rows.
 
-    def plus(self, other):
-        """What was found in these pictures, then in others."""
-        return FoundParts(
-            np.concatenate([self.rows, other.rows]),
-            {name: found + other.detections[name] for name, found in self.detections.items()},
-            self.priors + other.priors,
-            np.concatenate([self.seen, other.seen]))
-
-
-def find_parts(run, args, study, rows, models, baseline, seen):
-    """Detect on these rows -> FoundParts.
-
-    models: {"model": PartDetector, and by its name each trained baseline}; baseline: of
-    detection_judging.mean_boxes; seen: SeenRows of the model.
+    scored: for each detector to judge, (rows, models, content) of load_models, the next one opened when the one before
+    has done; with folds its detections are joined. known: further fields of the Setting.
     """
-    loader = make_loader(study, rows, models["model"].settings, args, run.compute)
-    detections = {}
-    for name, model in models.items():
-        found, *_ = evaluate(model, loader, args, run.compute)
-        detections[name] = limit_detections(found, args)
-    return FoundParts(rows, detections, [baseline] * len(rows), seen.words(study.hashes[rows]))
-
-
-def report_results(run, args, study, split, part, found, **known):
-    """Tables, pictures, metrics.json and report.html of one part; known: further fields of the Setting."""
-    rows = found.rows
-    own = found.detections["model"]
+    rows = []
+    found = collections.defaultdict(list)  # {"model", and each trained baseline: Detections of all rows}
+    priors = []
+    seen = []
+    for own_rows, models, content in scored:
+        loader = make_loader(study, own_rows, models["model"].settings, args, run.compute)
+        for name, model in models.items():
+            detections, *_ = evaluate(model, loader, args, run.compute)
+            found[name] += limit_detections(detections, args)
+        rows += own_rows.tolist()
+        priors += [content["baseline"]] * len(own_rows)
+        seen += content["seen"].words(study.hashes[own_rows]).tolist()
+    own = found.pop("model")
     truth = study.truth.take(rows)
     write_detections(
         run.path(f"detections_{part}.json"), run.path("pictures"), args,
         dict(zip(truth.images, truth.ids)), own, truth.parts,
-        study.category_ids[study.origin[rows[0]]], found.seen,
+        study.category_ids[study.origin[rows[0]]], seen,
         lambda k: (study.picture(rows[k]), truth.sizes[k]))
     setting = judging.Setting(
         title="Parts and their states",
         part=part,
-        seen=found.seen,
+        seen=np.array(seen),
         data=data_blocks(study, split, len(rows)),
         **known)
-    trained = {name: each for name, each in found.detections.items() if name != "model"}
     detection_judging.judge_detections(
-        run, truth, own, setting, found.priors, trained,
+        run, truth, own, setting, priors, found,
         picture=lambda k: study.picture(rows[k]),
         threshold=args.score_threshold,
         draws=args.bootstrap_draws,
@@ -1130,24 +1114,32 @@ def make_folds(args, study):
     """[{train, val, test: (n,) rows}]: a fold leaves out its test part, and --val_ratio of the others chooses the epoch."""
     truth = study.truth
     ratios = {"train": 1 - args.val_ratio, "val": args.val_ratio}
+    if truth.groups is not None and len(set(truth.groups)) < 3:
+        raise common.UserError(f"--folds {args.folds} needs three groups or more: one is left out, and of the others one "
+                               f"chooses the epoch; found {', '.join(sorted(set(truth.groups)))}")
 
     def divide(rows):
-        groups = None if truth.groups is None else truth.groups[rows]
-        return splitting.make_split(
-            len(rows), ratios, study.strata[rows], groups, args.seed, truth.images[rows])
+        own = truth.take(rows)
+        return splitting.make_split(len(rows), ratios, study.strata[rows], own.groups, args.seed, own.images)
     folds = splitting.folds_of_flags(args, truth.images, study.strata, truth.groups)
     return splitting.nested_folds(folds, divide)
 
 
-def check_split(run, study, split):
-    """Refuse a split that leaks or teaches nothing; write splits.json and the leakage report; returns alarms."""
+def examine_split(study, split):
+    """The leakage report of a split, which is refused where it teaches nothing."""
     truth = study.truth
     for part in {"train", "val"} & set(split):
         if not any(truth.judged(row).any() for row in split[part]):
             raise common.UserError(
                 f"no box in the {part} part: nothing to learn or judge; change the split")
-    report = splitting.leakage_report(
+    return splitting.leakage_report(
         split, truth.images, study.audit("pixel_sha"), study.audit("phash"), {"groups": truth.groups})
+
+
+def check_split(run, study, split):
+    """Refuse a split that leaks or teaches nothing; write splits.json and the leakage report; returns alarms."""
+    truth = study.truth
+    report = examine_split(study, split)
     fields = dict.fromkeys(name for image in study.images for name in image.fields)
     columns = {name: [str(image.fields.get(name, "")) for image in study.images] for name in fields}
     alarms = splitting.record_split(
@@ -1193,6 +1185,7 @@ def train_heads(run, args, study, split):
     """The baseline of --baseline heads, trained in baseline/ -> PartDetector."""
     own = Namespace(**{**vars(args), "trainable_layers": 0})
     with run.child("baseline", own) as child:
+        child.folds_after = run.folds_after - 1
         child.write_args(**study.data_record(split))
         child.say(f"baseline: the same detector with only its heads trained (in {child.folder.name})")
         return fit(child, own, study, split).model
@@ -1201,9 +1194,9 @@ def train_heads(run, args, study, split):
 def run_split(run, args, study, split):
     """Train and score one split: test where there is one, else val."""
     alarms = check_split(run, study, split)
+    split = common.rows_to_try(split, args)
     has_states = study.truth.take(split["train"]).has_states()
     detection_judging.check_criteria(args.criteria, study.truth.parts, has_states)
-    split = common.rows_to_try(split, args)
     # the validation loss draws by batches, so a resumed run must keep their size
     write_record(run, study, split, val_batch_size=args.val_batch_size)
     write_annotations(run, args, study, split)
@@ -1219,10 +1212,9 @@ def run_split(run, args, study, split):
     models = {"model": training.model}
     if args.baseline == "heads":
         models["heads"] = train_heads(run, args, study, split)
-    found = find_parts(
-        run, args, study, split[part], models, training.metadata()["baseline"], training.seen)
+    content = training.metadata() | {"seen": training.seen}
     report_results(
-        run, args, study, split, part, found,
+        run, args, study, split, part, [(split[part], models, content)],
         best_epoch=progress.best_epoch,
         alarms=alarms + gap_alarms(progress.history[progress.best_epoch - 1]),
         limits=limits(args))
@@ -1232,23 +1224,26 @@ def run_folds(run, args, study):
     """One run per fold in fold_K/; what the detectors of all folds found in the left-out pictures is judged as one."""
     splits = make_folds(args, study)
     folds = {f"fold_{k}": split["test"] for k, split in enumerate(splits)}
+    has_states = study.truth.has_states()
+    detection_judging.check_criteria(args.criteria, study.truth.parts, has_states)
+    for k, split in enumerate(splits):  # all of them before the first one is trained
+        splitting.check_leakage(examine_split(study, split), args.allow_leakage)
+        if study.truth.take(split["train"]).has_states() != has_states:
+            raise common.UserError(f"--folds {args.folds}: no box that trains fold {k} has a state, so its detector would "
+                                   "name none; fewer folds, or another --group_column")
     alarms = check_split(run, study, folds)
     write_record(run, study, folds)
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))
-    parts = []
+    rows = {k: common.rows_to_try(splits[k], args)["test"] for k in chosen}
+    write_annotations(run, args, study, {"folds": np.concatenate(list(rows.values()))})
     numbers = []
     for k in chosen:
-        models, content = load_models(run.path(f"fold_{k}"), args, run.compute)
-        rows = common.rows_to_try(splits[k], args)["test"]
-        found = find_parts(run, args, study, rows, models, content["baseline"], content["seen"])
-        parts.append(found)
-        truth = study.truth.take(rows)
-        aps = {f"ap_{name}": detection_scores.mean_ap(truth, each) for name, each in found.detections.items()}
-        numbers.append({"rows": len(rows), **aps})
-    pooled = functools.reduce(FoundParts.plus, parts)
-    write_annotations(run, args, study, {"folds": pooled.rows})
+        headline = common.read_json(run.path(f"fold_{k}") / "metrics.json")["headline"]
+        baseline = headline["baseline"]
+        numbers.append({"rows": len(rows[k]), "ap": headline["value"], f"ap_{baseline['name']}": baseline["value"]})
     done = judging.finished_folds(run, chosen, numbers)
-    report_results(run, args, study, folds, "folds", pooled, alarms=alarms, folds=done, limits=limits(args))
+    scored = ((rows[k], *load_models(run.path(f"fold_{k}"), args, run.compute)) for k in chosen)
+    report_results(run, args, study, folds, "folds", scored, alarms=alarms, folds=done, limits=limits(args))
 
 
 def gap_alarms(row):
@@ -1294,8 +1289,7 @@ def evaluate_checkpoint(args):
         part = {"train": "train", "chose": "val"}.get(worst, "test")
         split = {part: np.arange(len(study.stored))}
         write_record(run, study, split)
-        found = find_parts(run, args, study, split[part], models, content["baseline"], content["seen"])
-        report_results(run, args, study, split, part, found)
+        report_results(run, args, study, split, part, [(split[part], models, content)])
 
 
 def predict(args):

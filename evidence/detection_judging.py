@@ -99,7 +99,7 @@ def judge_detections(run, truth, detections, setting, priors, trained, picture=N
     strongest = max(baselines, key=baselines.get)
     state_rates = np.array([prior["states"] for prior in priors])  # (M, P, S)
     judged = detection_scores.Judged(truth, detections, threshold, has_states, others[strongest], state_rates)
-    result = judged.result(draws, seed, strongest)
+    result = judged.result(draws, seed, strongest, max(1, len(setting.folds)))
     part_rows = per_part_rows(judged, result)
     state_rows = per_state_rows(judged)
     common.write_table(run.path("per_part.csv"), part_rows)
@@ -248,7 +248,7 @@ def find_alarms(judged, detections, threshold):
     unseen = [part for part, n in zip(judged.truth.parts, n_boxes) if not n]
     if unseen:
         alarms.append(f"parts without a box here, so not judged: {', '.join(unseen)}. Score more pictures "
-                      "(train_detector.py: a higher --test_ratio), or take these parts out of the annotations")
+                      "(train_detector.py: a higher --test_ratio or fewer --folds), or take these parts out of the annotations")
     repeats = collections.Counter(np.round(each.boxes, 1).tobytes() for each in sure)
     repeats.pop(b"", None)
     most = max(repeats.values(), default=0)

@@ -288,8 +288,8 @@ class Judged:
             support["overall", metric] = sorted(states)[-2]
         return support
 
-    def result(self, draws, seed, baseline_name="mean box"):
-        """The subject_intervals.Result over all pictures; resampled are groups, else images."""
+    def result(self, draws, seed, baseline_name="mean box", folds=1):
+        """The subject_intervals.Result over all pictures; resampled are groups, else images; folds: how many models."""
         groups = self.truth.groups
         owners = self.every
         if groups is not None:
@@ -313,6 +313,7 @@ class Judged:
             support=self.support(model(np.eye(n_units)), owners),
             n=self.counts["truth"].sum(0).astype(int),
             rows=len(self.every),
+            folds=folds,
             baseline_name=baseline_name)
 
 

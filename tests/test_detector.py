@@ -506,7 +506,14 @@ def test_a_baseline_that_fails_keeps_its_folder(tmp_path, monkeypatch):
         run.write_args()
         train_detector.train_heads(run, args, SimpleNamespace(data_record=lambda split: {"pictures": 3}), {})
     record = json.loads((only_run(tmp_path) / "baseline" / "args.json").read_text())
-    assert record["flags"]["trainable_layers"] == 0 and (only_run(tmp_path) / "baseline" / "last.pth").exists()
+    folder = only_run(tmp_path)
+    assert record["flags"]["trainable_layers"] == 0 and (folder / "baseline" / "last.pth").exists()
+    for schedule, is_kept in (("plateau", True), ("cosine", False)):
+        resumed = train_detector.parse_args(["--mode", "audit", "--json", "x", "--images_dir", "y", "--resume", str(folder),
+                                             "--scheduler", schedule])
+        with common.Run(folder, resumed, common.choose_compute("cpu", "off"), None):
+            (folder / "metrics.json").write_text("{}")
+        assert (folder / "baseline" / "last.pth").exists() == is_kept, "a finished run drops what it needs no more"
 
 
 # --- end to end ---------------------------------------------------------------------------
@@ -586,9 +593,10 @@ def test_folds_judge_every_picture_by_a_detector_that_has_not_seen_it(bicycles, 
     assert json.loads((run / "detections_folds.json").read_text()) == [row for rows in each for row in rows]
     judged, found, _ = detection_judging.read_coco_results(run / "folds_coco.json", run / "detections_folds.json")
     assert metrics["model"]["map"]["value"] == pytest.approx(values_of(judged, found)["map"], abs=1e-6)
+    assert "widened x1.58 for 3 folds" in metrics["method"]
     table = {row["fold"]: row for row in read_csv(run / "fold_table.csv")}
     own = [json.loads((run / f"fold_{k}" / "metrics.json").read_text()) for k in range(3)]
-    assert [float(table[str(k)]["ap_model"]) for k in range(3)] == pytest.approx(
+    assert [float(table[str(k)]["ap"]) for k in range(3)] == pytest.approx(
         [fold["model"]["map"]["value"] for fold in own], abs=1e-6)
     (run / "metrics.json").unlink()
     (run / "fold_2" / "metrics.json").unlink()  # as if it had been killed there
@@ -598,6 +606,37 @@ def test_folds_judge_every_picture_by_a_detector_that_has_not_seen_it(bicycles, 
     refused = run_script("train_detector.py", "--mode", "predict", "--checkpoint", run, "--images_dir",
                          bicycles / "images", code=2)
     assert "is a run of folds: give the folder of one" in refused.text
+
+
+def refused_folds(bicycles, folder, change, *flags):
+    """The one line that refuses folds of changed annotations, and the names of the run folders that it leaves."""
+    truth = json.loads((bicycles / "annotations.json").read_text(), strict=False)
+    change(truth)
+    common.write_json(folder / "own.json", truth)
+    text = run_script("train_detector.py", "--train_json", folder / "own.json", "--train_images", bicycles / "images",
+                      "--folds", 3, "--output_dir", folder / "out", *SMALL, *flags, code=2).stderr
+    assert text.count("\n") == 1 and not list((folder / "out").glob("run_*/fold_0")), "refused before anything is trained"
+    return text
+
+
+def test_folds_that_cannot_be_trained_are_refused_before_the_first_one(bicycles, tmp_path):
+    def states_at_one_street(truth):
+        streets = sorted({entry["street"] for entry in truth.values()})
+        for entry in truth.values():
+            if entry["street"] != streets[0]:
+                for part in entry["parts"].values():
+                    for name in [name for name in part if "state" in name]:
+                        del part[name]
+    text = refused_folds(bicycles, tmp_path, states_at_one_street, "--group_column", "street")
+    assert "has a state, so its detector would name none" in text
+
+
+def test_folds_need_three_groups(bicycles, tmp_path):
+    def two_sites(truth):
+        for k, entry in enumerate(truth.values()):
+            entry["site"] = "ab"[k % 2]
+    text = refused_folds(bicycles, tmp_path, two_sites, "--group_column", "site")
+    assert "--folds 3 needs three groups or more" in text and "found a, b" in text
 
 
 def test_the_mean_box_of_a_picture_is_that_of_its_fold():

@@ -679,6 +679,13 @@ def test_the_split_of_a_configuration_gives_way_to_files(tmp_path, capsys):
     assert not capsys.readouterr().out
     args = train_detector.parse_args(["--config", str(tmp_path / "c.yaml"), *data, "--split_file", "s.json"])
     assert args.split_file == Path("s.json")
+    args = train_detector.parse_args(["--config", str(tmp_path / "c.yaml"), *data, "--folds", "3"])
+    assert args.folds == 3 and not args.test_ratio and "split_ratio and test_ratio" in capsys.readouterr().out
+    (tmp_path / "c.yaml").write_text("folds: 3\nval_json: x.json\n")
+    args = train_detector.parse_args(["--config", str(tmp_path / "c.yaml"), *data, *files])
+    assert not args.folds and args.val_json == Path("v.json") and "note: folds" in capsys.readouterr().out
+    args = train_detector.parse_args(["--config", str(tmp_path / "c.yaml"), *data])
+    assert args.folds == 3 and not args.val_json and "note: val_json" in capsys.readouterr().out
 
 
 DATA = ["--train_json", "a.json", "--train_images", "i"]
@@ -686,9 +693,12 @@ EVALUATE = ["--mode", "evaluate", "--checkpoint", "c", "--json", "j", "--images_
 MISTAKES = {
     "nothing given": ([], ["--train_json and --train_images"]),
     "evaluate": (["--mode", "evaluate"], ["--checkpoint and --json and --images_dir"]),
-    "folds": ([*DATA, "--folds", "3", "--val_ratio", "0"], ["choose the epoch"]), "full": ([*DATA, "--augment", "full"], ["light"]),
+    "folds": ([*DATA, "--folds", "3", "--val_ratio", "0"], ["choose the epoch"]),
+    "full": ([*DATA, "--augment", "full"], ["light"]),
     "heavy": ([*DATA, "--augment", "heavy"], ["none and light"]),
     "two splits": ([*DATA, "--val_json", "v", "--val_images", "w", "--split_ratio", "0.5"], ["--split_ratio"]),
+    "two splits, folds": ([*DATA, "--val_json", "v", "--val_images", "w", "--folds", "3"], ["--folds"]),
+    "no fold": ([*DATA, "--val_json", "v", "--val_images", "w", "--fold", "0"], ["--fold,"]),
     "file and share": ([*DATA, "--split_file", "s.json", "--split_ratio", "0.5"], ["--split_ratio", "--split_file"]),
     "two shares": ([*DATA, "--split_ratio", "0.8", "--val_ratio", "0.3"], ["--split_ratio", "--val_ratio"]),
     "what the checkpoint decides": ([*EVALUATE, "--absent", "drop", "--min_size", "99"], ["--min_size and --absent"]),
