@@ -563,11 +563,11 @@ class Run:
 
     def _drop_checkpoints(self):
         """Remove what a finished run needs no more: last.pth is for more epochs, where the schedule allows them."""
-        if not self.args.keep_last:
-            for last in self.path("last.pth"), self.path("baseline") / "last.pth":
+        for last in self.path("last.pth"), self.path("baseline") / "last.pth":
+            if last.exists() and not self.args.keep_last:
                 last.with_suffix(".pth.prev").unlink(missing_ok=True)
                 if self.args.scheduler not in OPEN_SCHEDULES:
-                    last.unlink(missing_ok=True)
+                    last.unlink()
 
     def path(self, name):
         """Path of a file in the run folder."""
