@@ -13,8 +13,8 @@ metrics.json, per_part.csv, per_state.csv, detections_<part>.json (COCO results)
 failures.jpg, pictures/, args.json, log.txt; training also best_model.pth, last.pth,
 training_history.csv and .png, splits.json, leakage_report.json, <part>_coco.json, and with
 --baseline heads baseline/. With --folds K the same in each fold_K/, pictures left out in turn, and
-what the K detectors found in them judged as one. Prediction writes --output (COCO results), the same as CSV beside it,
-and --visualize pictures.
+what the K detectors found in them judged as one. Prediction writes --output (COCO results), the
+same as CSV beside it, and --visualize pictures.
 
 TRAIN_JSON, VAL_JSON, TRAIN_CLEANED and VAL_CLEANED (the folders of pictures) and OUTPUT_DIR, from
 the environment or lines NAME=VALUE of ./.env, are the defaults of --train_json, --val_json,
@@ -241,7 +241,8 @@ def check_split_flags(parser, args):
         path = getattr(args, f"{part}_json")
         if path and not getattr(args, f"{part}_images"):
             parser.error(f"--{part}_json {path} needs --{part}_images")
-    if args.val_json and (args.folds or args.fold != "all" or args.split_file or args.split_ratio is not None or args.test_ratio):
+    others = ("folds", "split_file", "split_ratio", "test_ratio")
+    if args.val_json and (any(getattr(args, name) for name in others) or args.fold != "all"):
         parser.error(f"--val_json {args.val_json} is the split: give no --folds, --fold, --split_file, "
                      "--split_ratio, --test_ratio")
     if "split_ratio" in args.given and (args.folds or args.split_file or args.given & {"train_ratio", "val_ratio"}):
@@ -1239,8 +1240,8 @@ def run_folds(run, args, study):
     numbers = []
     for k in chosen:
         headline = common.read_json(run.path(f"fold_{k}") / "metrics.json")["headline"]
-        baseline = headline["baseline"]
-        numbers.append({"rows": len(rows[k]), "ap": headline["value"], f"ap_{baseline['name']}": baseline["value"]})
+        numbers.append(
+            {"rows": len(rows[k]), "ap": headline["value"], "baseline_ap": headline["baseline"]["value"]})
     done = judging.finished_folds(run, chosen, numbers)
     scored = ((rows[k], *load_models(run.path(f"fold_{k}"), args, run.compute)) for k in chosen)
     report_results(run, args, study, folds, "folds", scored, alarms=alarms, folds=done, limits=limits(args))
