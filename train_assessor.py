@@ -715,7 +715,8 @@ def compare_backbones(run, several, study):
         with run.child(comparison_folder(args), args) as child:
             if not common.is_finished(child.folder, args):
                 run_study(child, args, study)
-    runs = sorted(judging.list_runs(run.folder), key=lambda row: row["value"], reverse=True)
+    listed = judging.list_runs(run.folder)
+    runs = sorted(listed, key=lambda row: -np.inf if row["value"] is None else row["value"], reverse=True)
     table_judging.write_runs_page(run, run.folder, runs, most_compared=len(runs))
 
 

@@ -312,8 +312,11 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
         "seen": _seen_column(table),
         "warning": table["warning"].to_numpy(str) if "warning" in table else None,
     }
-    names = [column.removesuffix("_predicted") for column in table if column.endswith("_predicted")]
-    names = [name for name in names if f"{name}_true" in table]
+    predicted = [column.removesuffix("_predicted") for column in table if column.endswith("_predicted")]
+    names = [name for name in predicted if f"{name}_true" in table]
+    lacking = [f"{name}_true beside {name}_predicted" for name in predicted if name not in names]
+    if names and lacking:
+        raise common.UserError(f"{path}: no column {common.shorten_list(lacking, 5)}; name its truth so, or leave it out")
     if names:
         return _read_scores(table, path, names, baseline, shared)
     label_column = csv_tables.find_column(table, LABEL_COLUMNS)

@@ -149,6 +149,8 @@ def test_a_run_judges_itself_and_is_judged_alike(sample, tmp_path):
     (["A_true", "A_predicted"], lambda i: [i, "" if i == 4 else i + 1], ["1 of 20 rows", "rows 5"]),
     (["A_true", "A_predicted"], lambda i: [3, i], ["A_true has no two different values"]),
     (["A_true", "A_predicted"], lambda i: ["", i], ["A_true has no two different values"]),
+    (["A_true", "A_predicted", "B_True", "B_predicted"], lambda i: [i, i + 1, i, i + 1],
+     ["no column B_true beside B_predicted"]),
     (["true_label", "prob_a", "prob_b"], lambda i: ["a", 0.3, 0.7], ["the true label has no two different values"]),
     (["label", "score"], lambda i: ["yes" if i % 2 else "no", "" if i == 4 else i / 20], ["1 of 20 rows"]),
     (["label", "prob_a", "prob_b"], lambda i: ["ab"[i % 2], *([0.3, 0.7] if i else ["", ""])], ["1 of 20 rows", "rows 1"])])
