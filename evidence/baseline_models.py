@@ -165,26 +165,20 @@ def fit_logistic(
 ):
     """Multinomial logistic regression, lambda > 0 by inner cross-validation -> Fitted.
 
-    features: (N, F), standardised here; label: (N,) class indices, below 0 = missing (row left
-    out); groups, sd_floor: as in fit_ridge. Minimises the summed NLL + lambda / 2 |W|^2, with two
-    classes + lambda |W|^2, so that lambda = 1 / C of scikit-learn.
+    features: (N, F), standardised here; label: (N,) class indices; groups,
+    sd_floor: as in fit_ridge. Minimises the summed NLL + lambda / 2 |W|^2, with two classes
+    + lambda |W|^2, so that lambda = 1 / C of scikit-learn.
     """
     label = np.asarray(label, np.int64)
     groups = np.arange(len(label)) if groups is None else np.asarray(groups, str)
-    kept = label >= 0
-    if not kept.any():
-        raise common.UserError(
-            f"a logistic baseline needs labelled rows, found none among {len(label)}"
-        )
-    label = label[kept]
-    features = np.asarray(features, np.float64)[kept]
+    features = np.asarray(features, np.float64)
     mean, sd = standardisation(features, sd_floor)
     # rotated to K columns, which changes neither the penalty nor the prediction
     left, length, basis = np.linalg.svd((features - mean) / sd, full_matrices=False)
     scores = left * length  # (N, K)
     penalty = max(lambdas)
     error = math.nan
-    folds = inner_folds(groups[kept], folds=5, seed=0)
+    folds = inner_folds(groups, folds=5, seed=0)
     if len(lambdas) > 1 and len(folds) > 1:
         penalty, error = _choose_penalty(scores, label, n_classes, folds, lambdas)
     weights, intercept = _solve_logistic(scores, label, n_classes, penalty)

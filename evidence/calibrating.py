@@ -91,13 +91,11 @@ def conformal_quantile(abs_residuals, alpha, subjects=None, seed=0):
 def fit_temperature(logits, label):
     """Temperature in .05 to 20 of the smallest NLL of softmax(logits / T): (N, C), (N,) -> float.
 
-    Dividing by T changes neither the most probable class nor a two-class AUC. 1.0 where every
-    labelled row is right (the NLL would fall for ever, so nothing says how sure the model may be)
-    and where no row is labelled (label below 0).
+    Dividing by T changes neither the most probable class nor a two-class AUC. 1.0 where every row
+    is right (the NLL would fall for ever, so nothing says how sure the model may be).
     """
     label = np.asarray(label, np.int64)
-    logits = np.asarray(logits, np.float64)[label >= 0]
-    label = label[label >= 0]
+    logits = np.asarray(logits, np.float64)
     is_own = np.arange(logits.shape[1]) == label[:, None]
     own = logits[is_own]
     best_other = np.where(is_own, -np.inf, logits).max(1)
@@ -144,12 +142,12 @@ def prior_correction(logits, train_prior, sampled_prior):
 def fit_threshold(probability, label, positive=1):
     """Threshold of the positive class with its best F1 on these rows: (N, C), (N,) -> 0 to 1.
 
-    It lies halfway between two scores; of equally good ones the nearest to .5. Without both classes
-    .5. Rows with a label below 0 do not count.
+    It lies halfway between two scores; of equally good ones the nearest to .5; .5 without both
+    classes.
     """
     label = np.asarray(label, np.int64)
-    score = np.asarray(probability, np.float64)[label >= 0, positive]
-    is_positive = label[label >= 0] == positive
+    score = np.asarray(probability, np.float64)[:, positive]
+    is_positive = label == positive
     if is_positive.all() or not is_positive.any():
         return 0.5
     order, first = class_scores.tied_runs(score)

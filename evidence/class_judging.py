@@ -7,8 +7,7 @@ import math
 import numpy as np
 
 from evidence import (
-    calibrating, confounding, judging, metric_names, plotting, prediction_tables,
-    reporting, splitting, subject_intervals, verdicts)
+    calibrating, confounding, judging, metric_names, plotting, reporting, splitting, subject_intervals, verdicts)
 
 
 def judge_classes(run, table, setting, confounds=(), levels=()):
@@ -17,7 +16,6 @@ def judge_classes(run, table, setting, confounds=(), levels=()):
     confounds: of confounding.level_priors; levels: {name of a confound: (M,) its values}.
     Returns the metrics.
     """
-    table = prediction_tables.labelled(table)
     result = table.compare()
     calibrating.take_null(result.overall, table.probability.max(1))
     confounds = confounding.flag_confounds(confounds, result.each.model["roc_auc"].at(table.positive))

@@ -23,7 +23,7 @@ class ClassMetrics:
 
 
 def classification_metrics(probability, label, threshold=None, positive=None):
-    """ClassMetrics of a whole split: (N, C) probabilities, (N,) class indices (below 0 = missing).
+    """ClassMetrics of a whole split: (N, C) probabilities, (N,) class indices.
 
     loss: mean negative log-likelihood; ece, ece_adaptive: 15 bins of equal width, of equal mass. With a threshold,
     rows whose probability of `positive` (None: class 1) reaches it get that class, the others the most probable of the
@@ -33,7 +33,7 @@ def classification_metrics(probability, label, threshold=None, positive=None):
     finite number in any probability: all NaN.
     """
     statistic = class_statistic(probability, label, threshold, positive)
-    drawn = statistic(np.ones((1, int((np.asarray(label) >= 0).sum()))))
+    drawn = statistic(np.ones((1, len(label))))
     return ClassMetrics(overall={name: float(value[0]) for name, value in drawn.overall.items()},
                         per_class={name: value[0] for name, value in drawn.per_class.items()},
                         confusion=np.rint(drawn.confusion[0]).astype(np.int64))
@@ -91,12 +91,10 @@ def tied_runs(score):
 def class_statistic(probability, label, threshold=None, positive=None):
     """classification_metrics as a function of row weights: (D, N) -> ClassMetrics of D resamples.
 
-    N counts the labelled rows. Every metric of a resample follows from how often each row was drawn.
+    Every metric of a resample follows from how often each row was drawn.
     """
     probability = np.asarray(probability, np.float64)
     label = np.asarray(label, np.int64)
-    probability = probability[label >= 0]
-    label = label[label >= 0]
     count = probability.shape[1]
     cell = label * count + predicted_class(probability, threshold, positive)
     row_terms = _row_terms(probability, label)  # (2, N)

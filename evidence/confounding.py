@@ -49,17 +49,16 @@ def _level_codes(levels, n_rows, n_train, position):
 def level_priors(levels, target, train, test, groups=None, positive=1, position=None, draws=2000):
     """What metadata alone predict, without a pixel: a list of dicts, best column first.
 
-    levels: {name: (N,) values}; target: (N,) class indices, below 0 = missing, or (N, R) scores,
-    NaN = missing; train, test: lists of row indices, an entry a fold, whose test rows are judged
-    as one; groups: (N,) names for the interval. A column predicts the smoothed train rate of the
-    `positive` class, or the smoothed train mean, in the row's level; `row order` does the same
-    with blocks of neighbouring rows (position: (N,) row number of each in its own file; None = its
-    index). dict(name, n_levels, auc or r2, low, high), for scores also mae, mae_low and mae_high;
-    low and high are NaN where there is no interval.
+    levels: {name: (N,) values}; target: (N,) class indices, or (N, R) scores, NaN = missing; train, test: lists of row
+    indices, an entry a fold, whose test rows are judged as one; groups: (N,) names for the interval. A column predicts
+    the smoothed train rate of the `positive` class, or the smoothed train mean, in the row's level; `row order` does the
+    same with blocks of neighbouring rows (position: (N,) row number of each in its own file; None = its index).
+    dict(name, n_levels, auc or r2, low, high), for scores also mae, mae_low and mae_high; low and high are NaN where
+    there is no interval.
     """
     is_classes = target.ndim == 1
     if is_classes:
-        target = np.where(target < 0, np.nan, target == positive)[:, None]
+        target = (target == positive)[:, None].astype(float)
     held_out = np.concatenate(test)
     subjects = None if groups is None else groups[held_out]
     found = []
@@ -79,9 +78,8 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
 
 
 def _judge_rates(rate, target, subjects, **options):
-    label = np.where(np.isnan(target), -1, target)[:, 0]
     result = subject_intervals.bootstrap_classification(
-        np.concatenate([-rate, rate], 1), label, subjects, **options)
+        np.concatenate([-rate, rate], 1), target[:, 0].astype(int), subjects, **options)
     auc = result.overall.model["roc_auc"]
     return {"auc": auc.value, "low": auc.low, "high": auc.high}
 
@@ -134,7 +132,7 @@ def within_level_auc(score, label, levels, positive=1):
     won = 0.0
     pairs = 0
     for level in np.unique(levels):
-        here = (label >= 0) & (levels == level)
+        here = levels == level
         is_positive = label[here] == positive
         count = int(is_positive.sum()) * int((~is_positive).sum())
         if count:
@@ -154,14 +152,14 @@ def prior_levels(table):
     return {name: values for name, values in levels.items() if len(set(values)) > 1}
 
 
-def judged_rows(table, is_known):
+def judged_rows(table):
     """{what a split keeps whole: (train rows, judged rows), lists with an entry a fold}.
 
     With parts (train, val, test, or all where there is none): from the first to the last. Without: five folds that keep
     events whole, so that a prior may know the animals and places it is judged on, and, where there are groups or videos,
     five that keep those whole.
     """
-    rows = np.flatnonzero(is_known)
+    rows = np.arange(len(table))
     parts = [part for part in ("train", "all", "val", "test") if part in table.parts]
     if len(parts) > 1:
         train = rows[table.parts[rows] == parts[0]]
@@ -189,16 +187,14 @@ def no_pixel_priors(table, positive):
     if table.label is None:
         what = "scores"
         target = table.target
-        is_known = ~np.isnan(target).all(1)
     else:
         chosen = prediction_tables.choose_positive(positive, table.names, table.label)
         what = table.names[chosen]
-        target = np.where(table.label < 0, -1, table.label == chosen)
-        is_known = target >= 0
+        target = (table.label == chosen).astype(int)
     levels = prior_levels(table)
     position = np.rint(1e6 * table.extra["row_order"].to_numpy(float)).astype(int)
     found = []
-    for across, (train, judged) in judged_rows(table, is_known).items():
+    for across, (train, judged) in judged_rows(table).items():
         if target.ndim == 1 and len(set(target[np.concatenate(judged)])) < 2:
             continue
         rows = level_priors(levels, target, train, judged, table.groups, position=position)

@@ -174,12 +174,12 @@ def describe_part(table):
     """Rows, repeats, events per video, and videos with one class (pure) or several (mixed)."""
     import pandas as pd
 
-    has_classes = table.label is not None
-    label = table.label if has_classes else np.full(len(table), -1)
-    shown = pd.DataFrame({"video": table.videos, "event": table.events, "label": label})
-    labelled = shown[label >= 0]
-    n_labels = labelled.groupby("video")["label"].nunique()
-    n_labels_of_event = labelled.groupby("event")["label"].nunique()
+    shown = pd.DataFrame({"video": table.videos, "event": table.events, "label": table.label})
+    classes = {}
+    if table.label is not None:
+        classes = {name: (table.label == c).sum() for c, name in enumerate(table.names)}
+    n_labels = shown.groupby("video")["label"].nunique()  # 0 without classes
+    n_labels_of_event = shown.groupby("event")["label"].nunique()
     events_per_video = shown.groupby("video")["event"].nunique()
     return {
         "rows": len(table),
@@ -187,8 +187,7 @@ def describe_part(table):
         "videos": len(events_per_video),
         "events": shown["event"].nunique(),
         "groups": None if table.groups is None else len(set(table.groups)),
-        "classes": {name: (label == c).sum() for c, name in enumerate(table.names)} if has_classes else {},
-        "unlabelled": (label < 0).sum() if has_classes else 0,
+        "classes": classes,
         "events_per_video": events_per_video.agg(["min", "median", "max"]).to_dict(),
         "pure_videos": (n_labels == 1).sum(),
         "mixed_videos": (n_labels > 1).sum(),

@@ -406,17 +406,16 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, nam
                              draws=2000, seed=0, baseline_name=None, baseline_threshold=None, folds=1):
     """Result of a whole split of classes: metrics of all of them, and of each against the rest.
 
-    probability, baseline: (N, C); label: (N,), below 0 = missing; groups: (N,) names, None = every row its own; names:
-    C classes (None: "0", "1", ...); threshold, positive: as in classification_metrics; baseline_threshold: the same for
-    the baseline; folds: how many models predicted the rows. Intervals of a class seen in (or outside of) under 5
-    subjects are NaN. Exceptions: accuracy, recall and precision of ungrouped rows of one model, by Wilson; and a share
+    probability, baseline: (N, C); label: (N,); groups: (N,) names, None = every row its own; names: C classes
+    (None: "0", "1", ...); threshold, positive: as in classification_metrics; baseline_threshold: the same for the
+    baseline; folds: how many models predicted the rows. Intervals of a class seen in (or outside of) under 5 subjects
+    are NaN. Exceptions: accuracy, recall and precision of ungrouped rows of one model, by Wilson; and a share
     of 0 or 1 that no resample changes, exact over the subjects of the rarest class that it needs.
     """
     n_classes = probability.shape[1]
-    labelled = label >= 0
     owners = np.arange(len(label)) if groups is None else groups
-    found, index = np.unique(owners[labelled], return_inverse=True)
-    support = _class_support(label[labelled], index, n_classes)
+    found, index = np.unique(owners, return_inverse=True)
+    support = _class_support(label, index, n_classes)
     statistic = _class_statistic(probability, label, threshold, positive, index)
     confusion = class_scores.classification_metrics(probability, label, threshold, positive).confusion
     of_baseline = None

@@ -15,9 +15,8 @@ FEWEST_SHARED = 5  # rows of two runs that are compared
 
 
 def judge_table(run, table, path):
-    """Judge the labelled rows of one table in a run folder of its own; returns its metrics."""
+    """Judge one table in a run folder of its own; returns its metrics."""
     run.say(f"note: baselines: {', '.join(table.baselines)}; --baseline names another column")
-    table = prediction_tables.labelled(table)
     setting = judging.Setting(
         title=f"Predictions of {path.name}",
         seen=table.seen,
@@ -29,7 +28,7 @@ def judge_table(run, table, path):
 
 
 def read_table(path, args, baseline=None):
-    """The table of a file. Raises UserError for one that cannot be judged, or that a flag does not fit."""
+    """The labelled rows of a file. Raises UserError for one that cannot be judged, or that a flag does not fit."""
     table = prediction_tables.read_predictions(path, args.group_column, baseline, args.positive_class)
     prediction_tables.refuse_useless(table, path)
     kind = class_judging
@@ -38,7 +37,7 @@ def read_table(path, args, baseline=None):
         if args.positive_class:
             raise common.UserError("--positive_class is of classes; the table holds scores")
     verdicts.parse_criteria(args.criteria, kind.criteria_names(table.names))
-    return table
+    return prediction_tables.labelled(table)
 
 
 def same_rows(tables, paths):

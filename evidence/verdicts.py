@@ -77,7 +77,7 @@ def split_gap_alarms(train_metrics, val_metrics, metric="pearson_r", remedy=OVER
 def classification_alarms(probability, label, names, threshold=None, positive=None):
     """Sentences on signs of a broken classifier or of labels that cannot judge it; else [].
 
-    probability: (N, C); label: (N,) indices, below 0 = missing; names: C classes; the rest as classification_metrics.
+    probability: (N, C); label: (N,) indices; names: C classes; the rest as classification_metrics.
     """
     probability = np.asarray(probability, np.float64)
     label = np.asarray(label, np.int64)

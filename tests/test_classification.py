@@ -134,13 +134,8 @@ def test_undefined_values_are_nan_and_a_constant_prediction_has_no_correlation(r
     assert not recwarn.list
 
 
-def test_missing_labels_do_not_count_and_nan_is_not_hidden():
+def test_nan_is_not_hidden():
     _, probability, label = scored_rows()
-    masked = np.where(np.arange(300) % 3 == 0, -1, label)
-    ours = class_scores.classification_metrics(probability, masked)
-    direct = class_scores.classification_metrics(probability[masked >= 0], label[masked >= 0])
-    np.testing.assert_array_equal(ours.confusion, direct.confusion)
-    assert ours.overall == direct.overall and ours.confusion.sum() == 200
     probability[4, 1] = np.nan
     assert math.isnan(class_scores.classification_metrics(probability, label).overall["accuracy"])
 
@@ -320,8 +315,7 @@ def test_the_interval_is_t_times_the_sd_of_metrics_of_resampled_rows(monkeypatch
 
 
 def test_bootstrap_classification_holds_values_and_pairs_the_baseline():
-    _, probability, label = scored_rows(rows=200)
-    label[::7] = -1
+    _, probability, label = scored_rows(rows=171)
     result = subject_intervals.bootstrap_classification(
         probability, label, baseline=probability, names=NAMES, draws=300)
     direct = class_scores.classification_metrics(probability, label)
@@ -480,20 +474,15 @@ def test_logistic_chooses_lambda_as_a_grid_search_over_the_same_folds(rows, feat
     np.testing.assert_allclose(ours.weights, best.weights, atol=1e-6)
 
 
-def test_logistic_survives_absent_and_lone_classes_and_missing_labels():
+def test_logistic_survives_absent_and_lone_classes():
     x, _, label = features_of_classes(80, 5, 3)
     label[label == 1] = 0
-    label[3], label[10:20] = 1, -1  # a class with one row, ten rows without a label, class 3 and 4 unseen
+    label[3] = 1  # a class with one row, class 3 and 4 unseen
     predicted = probabilities(baseline_models.fit_logistic(x, label, n_classes=5), x)
     assert predicted.shape == (80, 5) and np.isfinite(predicted).all() and (predicted[:, 3:] == 0).all()
     np.testing.assert_allclose(predicted.sum(1), 1.0)
-    kept = label >= 0
-    alone = baseline_models.fit_logistic(x[kept], label[kept], n_classes=5, groups=np.arange(80)[kept])
-    np.testing.assert_allclose(probabilities(alone, x), predicted, rtol=1e-9)
     lone = baseline_models.fit_logistic(x, np.zeros(80, int), n_classes=2)
     assert (probabilities(lone, x)[:, 0] == 1).all()
-    with pytest.raises(common.UserError, match="needs labelled rows, found none among 80"):
-        baseline_models.fit_logistic(x, np.full(80, -1), 2)
 
 
 def test_logistic_on_noise_comes_back_to_the_prior():
@@ -550,11 +539,10 @@ def test_row_order_is_a_predictor_where_the_file_is_sorted():
     assert rows[0] > 0.95 and rows[1] == 0.5
 
 
-def test_priors_use_subjects_and_missing_labels():
+def test_priors_use_subjects():
     levels, label, order, _ = planted_levels(200)
-    label[order[150:]] = -1
     groups = np.random.default_rng(0).integers(0, 3, 200)
-    row = confounding.level_priors(levels, label, [order[:100]], [order[100:]], groups)[0]
+    row = confounding.level_priors(levels, label, [order[:100]], [order[100:150]], groups)[0]
     assert row["auc"] > 0.6 and math.isnan(row["low"])  # three subjects
 
 
@@ -611,15 +599,15 @@ def test_a_confound_is_held_against_the_auc_of_the_class_that_it_predicts():
 
 
 def test_within_level_auc_by_hand():
-    score = np.array([0.9, 0.2, 0.4, 0.8, 0.7, 0.1, 0.5])
-    label = np.array([1, 0, 0, 1, 0, 0, -1])
-    levels = np.array(list("aaabbcb"))
-    # level a: (.9 > .2), (.9 > .4); level b: (.8 > .7); level c has no pair, the last row no label
+    score = np.array([0.9, 0.2, 0.4, 0.8, 0.7, 0.1])
+    label = np.array([1, 0, 0, 1, 0, 0])
+    levels = np.array(list("aaabbc"))
+    # level a: (.9 > .2), (.9 > .4); level b: (.8 > .7); level c has no pair
     assert confounding.within_level_auc(score, label, levels) == 1.0
-    assert confounding.within_level_auc(np.array([0.3, 0.2, 0.4, 0.7, 0.7, 0.1, 0.0]), label, levels) == pytest.approx(1.5 / 3)
-    assert math.isnan(confounding.within_level_auc(score, label, np.arange(7)))
-    everywhere = confounding.within_level_auc(score[:6], label[:6], np.zeros(6))
-    assert everywhere == judge.roc_auc_score(label[:6], score[:6])
+    assert confounding.within_level_auc(np.array([0.3, 0.2, 0.4, 0.7, 0.7, 0.1]), label, levels) == pytest.approx(1.5 / 3)
+    assert math.isnan(confounding.within_level_auc(score, label, np.arange(6)))
+    everywhere = confounding.within_level_auc(score, label, np.zeros(6))
+    assert everywhere == judge.roc_auc_score(label, score)
 
 
 def test_a_score_that_is_only_the_level_has_no_auc_within_levels():
@@ -647,11 +635,12 @@ def test_temperature_comes_back_and_keeps_accuracy_and_auc(true_temperature):
 
 def test_temperature_stays_within_bounds_and_is_one_where_all_are_right():
     logits = np.array([[3.0, 0.0], [0.0, 1.0], [2.0, 1.0]])
-    assert calibrating.fit_temperature(logits, [0, 1, 0]) == 1.0
-    assert calibrating.fit_temperature(logits, [1, 0, 1]) == pytest.approx(20.0)
-    assert calibrating.fit_temperature(logits * 0.001, [0, 1, 1]) == pytest.approx(0.05)
-    assert calibrating.fit_temperature(logits, [-1, -1, -1]) == 1.0
-    assert np.isfinite(calibrating.fit_temperature(logits * 1e4, [0, 1, 1]))
+    right = np.array([0, 1, 0])
+    two_right = np.array([0, 1, 1])
+    assert calibrating.fit_temperature(logits, right) == 1.0
+    assert calibrating.fit_temperature(logits, 1 - right) == pytest.approx(20.0)
+    assert calibrating.fit_temperature(logits * 0.001, two_right) == pytest.approx(0.05)
+    assert np.isfinite(calibrating.fit_temperature(logits * 1e4, two_right))
 
 
 def test_prior_correction_undoes_a_balanced_sampler():
@@ -681,8 +670,9 @@ def test_threshold_equals_trying_every_one():
 
 def test_threshold_edge_cases():
     both = np.array([[0.8, 0.2], [0.1, 0.9]])
-    assert calibrating.fit_threshold(both, [0, 0]) == calibrating.fit_threshold(both, [1, -1]) == 0.5
-    assert calibrating.fit_threshold(both, [0, 1]) == pytest.approx(0.55)
+    one_class = [calibrating.fit_threshold(both, np.full(2, label)) for label in (0, 1)]
+    assert one_class == [0.5, 0.5]
+    assert calibrating.fit_threshold(both, np.array([0, 1])) == pytest.approx(0.55)
 
 
 # --- alarms, criteria, verdict -------------------------------------------------------------------
@@ -794,8 +784,8 @@ def test_risk_over_coverage_ends_at_the_errors_of_the_confusion_matrix(tmp_path,
 
 def test_plots_are_written_and_survive_absent_classes_and_empty_splits(tmp_path):
     _, probability, label = scored_rows(rows=60)
-    absent = np.where(label == 2, -1, label)
-    for number, (p, t) in enumerate([(probability, absent), (probability[:0], label[:0])]):
+    present = label != 2
+    for number, (p, t) in enumerate([(probability[present], label[present]), (probability[:0], label[:0])]):
         correct, confusion = p.argmax(1) == t, class_scores.classification_metrics(p, t).confusion
         plotting.plot_confusion(confusion, NAMES, tmp_path / f"confusion_{number}.png")
         plotting.plot_reliability(p, t, tmp_path / f"reliability_{number}.png", before=p)

@@ -307,6 +307,9 @@ def test_unlabelled_rows_are_not_counted(tmp_path):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["sample"]["rows"] == 57 and "57 of 57 rows may have been seen" in metrics["doubts"][-1]
     assert f"doubt: {metrics['doubts'][-1]}" in (run / "log.txt").read_text()
+    run = judge(tmp_path / "classes", "--predictions", tmp_path / "t.csv")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["sample"]["rows"] == np.sum(metrics["confusion"]) == 20
 
 
 # --- two tables held against each other ----------------------------------------------------------------
