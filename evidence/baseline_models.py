@@ -19,13 +19,11 @@ FEATURE_SD_FLOOR = 0.01  # sd_floor for features of one network, see standardisa
 
 def train_mean_baseline(train_target, n_rows):
     """Each target's mean over the train rows: (N, R), NaN = missing -> (n_rows, R)."""
-    train_target = np.asarray(train_target, np.float64)
     return np.tile(common.mean_without_nan(train_target, axis=0), (n_rows, 1))
 
 
 def prior_baseline(train_label, n_rows, n_classes):
     """Share of each class among the train labels, below 0 = missing -> (n_rows, C)."""
-    train_label = np.asarray(train_label, np.int64)
     counts = np.bincount(train_label[train_label >= 0], minlength=n_classes)
     return np.tile(counts / max(counts.sum(), 1), (n_rows, 1))
 
@@ -90,7 +88,6 @@ def fit_ridge(
     Targets labelled on the same rows share one eigendecomposition; a target with fewer than 3
     labelled rows is predicted by its mean.
     """
-    features = np.asarray(features, np.float64)
     target = np.asarray(target, np.float64)
     groups = np.arange(len(features)) if groups is None else np.asarray(groups, str)
     mean, sd = standardisation(features, sd_floor)
@@ -169,9 +166,7 @@ def fit_logistic(
     sd_floor: as in fit_ridge. Minimises the summed NLL + lambda / 2 |W|^2, with two classes
     + lambda |W|^2, so that lambda = 1 / C of scikit-learn.
     """
-    label = np.asarray(label, np.int64)
     groups = np.arange(len(label)) if groups is None else np.asarray(groups, str)
-    features = np.asarray(features, np.float64)
     mean, sd = standardisation(features, sd_floor)
     # rotated to K columns, which changes neither the penalty nor the prediction
     left, length, basis = np.linalg.svd((features - mean) / sd, full_matrices=False)

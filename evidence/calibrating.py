@@ -20,11 +20,10 @@ def simulated_ece(confidence, draws=1000, seed=0, adaptive=False):
 
     Each draw is a set of answers that are right with the stated probability.
     """
-    confidence = np.asarray(confidence, np.float64)
     bins = class_scores.confidence_bins(confidence, class_scores.ECE_BINS, adaptive)
     correct = np.random.default_rng(seed).random((draws, len(confidence))) < confidence
     gaps = class_scores.sums_by(bins, class_scores.ECE_BINS, confidence - correct)  # (draws, bins)
-    return np.abs(gaps).sum(1) / max(len(confidence), 1)
+    return np.abs(gaps).sum(1) / len(confidence)
 
 
 def expected_ece(confidence, draws=1000, seed=0, adaptive=False):
@@ -58,11 +57,9 @@ def risk_coverage(confidence, correct):
     One entry a distinct confidence. Coverage rises to 1; rows of equal confidence enter together,
     so the order of the rows does not matter.
     """
-    if not len(confidence):
-        return np.zeros(0), np.zeros(0)
-    order, first = class_scores.tied_runs(np.asarray(confidence, np.float64))
+    order, first = class_scores.tied_runs(confidence)
     last = np.append(first[1:], len(order))
-    wrong = np.cumsum(~np.asarray(correct, bool)[order])
+    wrong = np.cumsum(~correct[order])
     return last / len(order), wrong[last - 1] / last
 
 
@@ -94,7 +91,6 @@ def fit_temperature(logits, label):
     Dividing by T changes neither the most probable class nor a two-class AUC. 1.0 where every row
     is right (the NLL would fall for ever, so nothing says how sure the model may be).
     """
-    label = np.asarray(label, np.int64)
     logits = np.asarray(logits, np.float64)
     is_own = np.arange(logits.shape[1]) == label[:, None]
     own = logits[is_own]
@@ -145,8 +141,7 @@ def fit_threshold(probability, label, positive=1):
     It lies halfway between two scores; of equally good ones the nearest to .5; .5 without both
     classes.
     """
-    label = np.asarray(label, np.int64)
-    score = np.asarray(probability, np.float64)[:, positive]
+    score = probability[:, positive]
     is_positive = label == positive
     if is_positive.all() or not is_positive.any():
         return 0.5

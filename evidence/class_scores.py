@@ -41,7 +41,6 @@ def classification_metrics(probability, label, threshold=None, positive=None):
 
 def predicted_class(probability, threshold, positive):
     """(N, C) -> (N,) class indices: the most probable class, or as classification_metrics says with a threshold."""
-    probability = np.asarray(probability, np.float64)
     if threshold is None:
         return probability.argmax(1)
     positive = 1 if positive is None else positive
@@ -64,8 +63,6 @@ def ranking_metrics(score, is_positive, weights=None):
     """
     score = np.asarray(score, np.float64)
     weights = np.ones((1, len(score))) if weights is None else weights
-    if not len(score):
-        return np.full((2, len(weights)), np.nan)
     order, first = tied_runs(score)
     drawn = weights[:, order]
     hits = drawn * np.asarray(is_positive, bool)[order]
@@ -94,7 +91,6 @@ def class_statistic(probability, label, threshold=None, positive=None):
     Every metric of a resample follows from how often each row was drawn.
     """
     probability = np.asarray(probability, np.float64)
-    label = np.asarray(label, np.int64)
     count = probability.shape[1]
     cell = label * count + predicted_class(probability, threshold, positive)
     row_terms = _row_terms(probability, label)  # (2, N)
@@ -134,7 +130,7 @@ def _row_terms(probability, label):
 def confidence_bins(confidence, n_bins, adaptive):
     """(N,) bin of each confidence: n_bins of equal width over 0 to 1, or between its quantiles; ties share a bin."""
     inner = np.linspace(0.0, 1.0, n_bins + 1)[1:-1]
-    return np.searchsorted(np.quantile(confidence, inner) if adaptive and len(confidence) else inner, confidence)
+    return np.searchsorted(np.quantile(confidence, inner) if adaptive else inner, confidence)
 
 
 def sums_by(code, size, weights):

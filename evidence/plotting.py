@@ -273,7 +273,7 @@ def plot_reliability(probability, label, path, before=None):
     _draw_reliability(axis, probability, label, BLUE, "after")
     if before is not None:
         _add_legend(axis)
-    confidence = probability.max(1, initial=0)
+    confidence = probability.max(1)
     ece = class_scores.classification_metrics(probability, label).overall["ece"]
     calibrated = calibrating.simulated_ece(confidence)
     set_title(
@@ -288,7 +288,7 @@ def plot_reliability(probability, label, path, before=None):
 
 def _draw_reliability(axis, probability, label, colour, name):
     """One model's bins with Wilson intervals; rows of (N, C) and (N,)."""
-    confidence = probability.max(1, initial=0)
+    confidence = probability.max(1)
     is_right = probability.argmax(1) == label
     n_bins = class_scores.ECE_BINS
     bins = class_scores.confidence_bins(confidence, n_bins, adaptive=False)
@@ -307,14 +307,11 @@ def plot_risk_coverage(confidence, correct, path):
     coverage, risk = calibrating.risk_coverage(confidence, correct)
     figure, (axis,) = new_figure(1, 1, (4.2, 3.0))
     axis.step(coverage, risk, color=BLUE, where="post")
-    note = ""
-    if len(risk):
-        half = risk[np.searchsorted(coverage, 0.5)]
-        note = f"all {risk[-1]:.2f}, surest half {half:.2f}"
-        axis.axhline(risk[-1], color=ORANGE, linestyle="--", label="random order")
-        _add_legend(axis)
-    set_title(axis, "risk over coverage", note)
-    axis.set(xlim=(0, 1.02), ylim=(0, max(0.1, 1.15 * risk.max(initial=0))))
+    half = risk[np.searchsorted(coverage, 0.5)]
+    axis.axhline(risk[-1], color=ORANGE, linestyle="--", label="random order")
+    _add_legend(axis)
+    set_title(axis, "risk over coverage", f"all {risk[-1]:.2f}, surest half {half:.2f}")
+    axis.set(xlim=(0, 1.02), ylim=(0, max(0.1, 1.15 * risk.max())))
     _label_axes(axis, "coverage: share of rows, most confident first", "error rate")
     save_figure(figure, path)
 

@@ -287,7 +287,6 @@ def t_quantile(level, df):
 
 def sign_flip_p(differences):
     """Exact two-sided sign-flip p of the mean of (S,) differences, one a subject, NaN left out; None unless 5 to 16."""
-    differences = np.asarray(differences, np.float64)
     differences = differences[~np.isnan(differences)]
     if not FEWEST_FOR_INTERVAL <= len(differences) <= MOST_FOR_SIGN_FLIP:
         return None

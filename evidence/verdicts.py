@@ -20,7 +20,6 @@ REPEATS_REMEDY = ("Look for rows with the same input (the section Leakage), and 
                   "(probe guidance: --patient_map)")
 LABELS_REMEDY = "Add rows with other labels, or leave it out (--target_columns, where a script has them)"
 CLASSES_REMEDY = "Add rows of other classes"
-NO_ROWS = "no rows to judge. Give this part labelled rows: a higher --test_ratio, or another --split_file"
 OVERFITTING_REMEDY = "More rows, a smaller --lr, fewer --epochs, fewer trained layers"
 
 
@@ -79,11 +78,7 @@ def classification_alarms(probability, label, names, threshold=None, positive=No
 
     probability: (N, C); label: (N,) indices; names: C classes; the rest as classification_metrics.
     """
-    probability = np.asarray(probability, np.float64)
-    label = np.asarray(label, np.int64)
     rows = len(probability)
-    if not rows:
-        return [NO_ROWS]
     alarms = []
     if not np.isfinite(probability).all():
         alarms.append(f"not a finite number in the probabilities. {NOT_FINITE_REMEDY}")

@@ -183,11 +183,11 @@ def test_sign_flip_p_equals_scipy_and_stops_at_its_limits():
     differences = np.random.default_rng(1).normal(0.4, 1.0, 12)
     judged = stats.permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf)
     assert subject_intervals.sign_flip_p(differences) == pytest.approx(judged.pvalue)
-    assert subject_intervals.sign_flip_p([1, 2, 3, 4, 5]) == 2 / 32
-    assert subject_intervals.sign_flip_p([0.0] * 6) == 1.0
+    assert subject_intervals.sign_flip_p(np.arange(1.0, 6.0)) == 2 / 32
+    assert subject_intervals.sign_flip_p(np.zeros(6)) == 1.0
     assert subject_intervals.sign_flip_p(np.ones(16)) == 2 / 2 ** 16
     assert subject_intervals.sign_flip_p(np.ones(4)) is None and subject_intervals.sign_flip_p(np.ones(17)) is None
-    assert subject_intervals.sign_flip_p([1, 2, 3, 4, np.nan]) is None
+    assert subject_intervals.sign_flip_p(np.array([1, 2, 3, 4, np.nan])) is None
 
 
 # --- baselines -----------------------------------------------------------------------------------
