@@ -664,7 +664,7 @@ class Behaviours(Objective):
         shares = np.bincount(self.label[rows], minlength=n_classes) * self.class_weight
         if self.args.balance == "sampler":
             shares = np.ones(n_classes)
-        return calibrating.prior_correction(np.zeros(n_classes), self.prior, shares / shares.sum())
+        return calibrating.prior_correction(self.prior, shares / shares.sum())
 
     def scale(self):
         """(centre (C,), offset, span) of the head: the first output is the log prior."""

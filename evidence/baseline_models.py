@@ -42,16 +42,16 @@ def standardisation(features, sd_floor):
     return mean, np.hypot(sd, sd_floor * math.sqrt(np.mean(varied**2)))
 
 
-def inner_folds(groups, folds, seed):
-    """Row indices of each fold: groups in random order, each into the smallest fold.
+def inner_folds(groups):
+    """Row indices of each of up to five folds: groups in random order, each into the smallest fold.
 
     A single group is cut by rows.
     """
     if len(np.unique(groups)) == 1:
         groups = np.arange(len(groups))
     names, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    folds = min(folds, len(names))
-    order = np.random.default_rng(seed).permutation(len(names))
+    folds = min(5, len(names))
+    order = np.random.default_rng(0).permutation(len(names))
     fold_of = splitting.deal_out_units(sizes, order, np.full(folds, 1 / folds))
     return [np.flatnonzero(fold_of[index] == fold) for fold in range(folds)]
 
@@ -78,9 +78,7 @@ class Fitted(LinearModel):
 # --- ridge regression ----------------------------------------------------------------------------
 
 
-def fit_ridge(
-    features, target, lambdas=RIDGE_LAMBDAS, groups=None, folds=5, seed=0, sd_floor=0.0
-):
+def fit_ridge(features, target, lambdas=RIDGE_LAMBDAS, groups=None, sd_floor=0.0):
     """Ridge regression in closed form, lambda > 0 per target by inner cross-validation -> Fitted.
 
     features: (N, F), standardised here; target: (N, R), NaN = missing; groups: (N,) names, never
@@ -107,7 +105,7 @@ def fit_ridge(
             x[rows],
             target[np.ix_(rows, columns)],
             np.array(lambdas),
-            inner_folds(groups[rows], folds, seed),
+            inner_folds(groups[rows]),
         )
         weights = weights / sd[:, None]  # of features as they are
         model.weights[:, columns] = weights
@@ -173,7 +171,7 @@ def fit_logistic(
     scores = left * length  # (N, K)
     penalty = max(lambdas)
     error = math.nan
-    folds = inner_folds(groups, folds=5, seed=0)
+    folds = inner_folds(groups)
     if len(lambdas) > 1 and len(folds) > 1:
         penalty, error = _choose_penalty(scores, label, n_classes, folds, lambdas)
     weights, intercept = _solve_logistic(scores, label, n_classes, penalty)
@@ -322,9 +320,9 @@ def time_baselines(values, times, sequences, train, rows):
     return found
 
 
-def place_weights(place, sequences, train, rows, width=0.05):
+def place_weights(place, sequences, train, rows):
     """(M, N_train) weights, rows adding up to 1, by nearness of place (0 to 1) in a sequence; the own one's, if any."""
-    apart = (place[rows][:, None] - place[train][None]) / width
+    apart = (place[rows][:, None] - place[train][None]) / 0.05  # a twentieth of the sequence
     logits = -0.5 * apart ** 2
     same = sequences[rows][:, None] == sequences[train][None]
     logits[~same & same.any(1, keepdims=True)] = -np.inf

@@ -15,20 +15,15 @@ from evidence import class_scores
 ECE_METRICS = {"ece": False, "ece_adaptive": True}  # name -> bins of equal mass
 
 
-def simulated_ece(confidence, draws=1000, seed=0, adaptive=False):
-    """(draws,) ECE of a perfectly calibrated model of these (N,) confidences at this N.
+def simulated_ece(confidence, adaptive=False):
+    """(1000,) ECE of a perfectly calibrated model of these (N,) confidences at this N.
 
     Each draw is a set of answers that are right with the stated probability.
     """
-    bins = class_scores.confidence_bins(confidence, class_scores.ECE_BINS, adaptive)
-    correct = np.random.default_rng(seed).random((draws, len(confidence))) < confidence
-    gaps = class_scores.sums_by(bins, class_scores.ECE_BINS, confidence - correct)  # (draws, bins)
+    bins = class_scores.confidence_bins(confidence, adaptive)
+    correct = np.random.default_rng(0).random((1000, len(confidence))) < confidence
+    gaps = class_scores.sums_by(bins, class_scores.ECE_BINS, confidence - correct)  # (1000, bins)
     return np.abs(gaps).sum(1) / len(confidence)
-
-
-def expected_ece(confidence, draws=1000, seed=0, adaptive=False):
-    """Mean of simulated_ece, the null: the ECE to expect of a perfectly calibrated model -> float."""
-    return float(simulated_ece(confidence, draws, seed, adaptive).mean())
 
 
 def take_null(comparison, confidence):
@@ -40,7 +35,7 @@ def take_null(comparison, confidence):
     """
     for name, adaptive in ECE_METRICS.items():
         found = comparison.model[name]
-        null = expected_ece(confidence, adaptive=adaptive)
+        null = simulated_ece(confidence, adaptive).mean()
         half = (found.high - found.low) / 2
         rest = math.sqrt(max(found.value ** 2 - null ** 2, 0.0))
         above = found.value - null
@@ -122,17 +117,13 @@ def class_weights(args, prior, positive):
     return tuple(weights / (weights * prior).sum())
 
 
-def prior_correction(logits, train_prior, sampled_prior):
-    """Logits (N, C) of a model that saw classes in shares sampled_prior, for shares train_prior.
+def prior_correction(train_prior, sampled_prior):
+    """(C,) to add to the logits of a model that saw classes in shares sampled_prior, for shares train_prior, (C,) each.
 
-    Adds log(train / sampled), (C,) each, to be done before the temperature (Saerens, Latinne &
-    Decaestecker 2002); a class that either lacks is left as it is.
+    log(train / sampled), before the temperature (Saerens, Latinne & Decaestecker 2002); 0 for a class that either lacks.
     """
-    train_prior = np.asarray(train_prior, np.float64)
-    sampled_prior = np.asarray(sampled_prior, np.float64)
     both = (train_prior > 0) & (sampled_prior > 0)
-    ratio = np.where(both, train_prior, 1) / np.where(both, sampled_prior, 1)
-    return np.asarray(logits, np.float64) + np.log(ratio)
+    return np.log(np.where(both, train_prior, 1) / np.where(both, sampled_prior, 1))
 
 
 def fit_threshold(probability, label, positive=1):

@@ -97,8 +97,8 @@ def calibration_rows(table):
             "brier": overall["brier"],
             "ece": overall["ece"],
             "ece_adaptive": overall["ece_adaptive"],
-            "ece_of_a_calibrated_model": calibrating.expected_ece(probability.max(1)),
-            "ece_adaptive_of_a_calibrated_model": calibrating.expected_ece(probability.max(1), adaptive=True),
+            "ece_of_a_calibrated_model": calibrating.simulated_ece(probability.max(1)).mean(),
+            "ece_adaptive_of_a_calibrated_model": calibrating.simulated_ece(probability.max(1), adaptive=True).mean(),
             "accuracy": overall["accuracy"],
             **{name: found.per_class[name][table.positive] for name in ("precision", "recall", "f1")},
         })

@@ -22,15 +22,15 @@ class ClassMetrics:
     confusion: np.ndarray  # (C, C) rows, true x predicted
 
 
-def classification_metrics(probability, label, threshold=None, positive=None):
+def classification_metrics(probability, label, threshold=None, positive=1):
     """ClassMetrics of a whole split: (N, C) probabilities, (N,) class indices.
 
     loss: mean negative log-likelihood; ece, ece_adaptive: 15 bins of equal width, of equal mass. With a threshold,
-    rows whose probability of `positive` (None: class 1) reaches it get that class, the others the most probable of the
-    rest. roc_auc: of the positive class, for three classes or more the mean one-vs-rest. NaN: recall, f1, average
-    precision and AUC of a class without rows, precision of one never predicted; means leave them out. mcc of a constant
-    prediction is 0, of constant labels NaN. The Brier score is the sum over classes, halved for two (0 to 1). Not a
-    finite number in any probability: all NaN.
+    rows whose probability of `positive` reaches it get that class, the others the most probable of the rest. roc_auc:
+    of the positive class, for three classes or more the mean one-vs-rest. NaN: recall, f1, average precision and AUC of
+    a class without rows, precision of one never predicted; means leave them out. mcc of a constant prediction is 0, of
+    constant labels NaN. The Brier score is the sum over classes, halved for two (0 to 1). Not a finite number in any
+    probability: all NaN.
     """
     statistic = class_statistic(probability, label, threshold, positive)
     drawn = statistic(np.ones((1, len(label))))
@@ -43,7 +43,6 @@ def predicted_class(probability, threshold, positive):
     """(N, C) -> (N,) class indices: the most probable class, or as classification_metrics says with a threshold."""
     if threshold is None:
         return probability.argmax(1)
-    positive = 1 if positive is None else positive
     rest = probability.copy()
     rest[:, positive] = -np.inf
     return np.where(probability[:, positive] >= threshold, positive, rest.argmax(1))
@@ -85,7 +84,7 @@ def tied_runs(score):
     return order, np.flatnonzero(np.append(True, np.diff(score[order]) != 0))
 
 
-def class_statistic(probability, label, threshold=None, positive=None):
+def class_statistic(probability, label, threshold=None, positive=1):
     """classification_metrics as a function of row weights: (D, N) -> ClassMetrics of D resamples.
 
     Every metric of a resample follows from how often each row was drawn.
@@ -96,8 +95,8 @@ def class_statistic(probability, label, threshold=None, positive=None):
     row_terms = _row_terms(probability, label)  # (2, N)
     confidence = probability.max(1)
     gap = confidence - (probability.argmax(1) == label)
-    equal_width = confidence_bins(confidence, ECE_BINS, adaptive=False)
-    equal_mass = confidence_bins(confidence, ECE_BINS, adaptive=True)
+    equal_width = confidence_bins(confidence, adaptive=False)
+    equal_mass = confidence_bins(confidence, adaptive=True)
     unknown = 0.0 if np.isfinite(probability).all() else np.nan
 
     def statistic(weights):
@@ -111,8 +110,7 @@ def class_statistic(probability, label, threshold=None, positive=None):
             overall["loss"], overall["brier"] = (weights @ row_terms.T / total[:, None]).T
             for name, bins in (("ece", equal_width), ("ece_adaptive", equal_mass)):
                 overall[name] = np.abs(sums_by(bins, ECE_BINS, weights * gap)).sum(1) / total
-        chosen = 1 if positive is None else positive
-        overall["roc_auc"] = auc[:, chosen] if count == 2 else common.mean_without_nan(auc)
+        overall["roc_auc"] = auc[:, positive] if count == 2 else common.mean_without_nan(auc)
         return ClassMetrics(overall={name: overall[name] + unknown for name in CLASSIFICATION_METRICS},
                             per_class={name: per_class[name] + unknown for name in CLASS_METRICS},
                             confusion=confusion)
@@ -127,9 +125,9 @@ def _row_terms(probability, label):
     return np.stack([-np.log(np.maximum(likelihood, np.finfo(np.float64).eps)), squared])
 
 
-def confidence_bins(confidence, n_bins, adaptive):
-    """(N,) bin of each confidence: n_bins of equal width over 0 to 1, or between its quantiles; ties share a bin."""
-    inner = np.linspace(0.0, 1.0, n_bins + 1)[1:-1]
+def confidence_bins(confidence, adaptive):
+    """(N,) bin of each confidence: ECE_BINS of equal width over 0 to 1, or between its quantiles; ties share a bin."""
+    inner = np.linspace(0.0, 1.0, ECE_BINS + 1)[1:-1]
     return np.searchsorted(np.quantile(confidence, inner) if adaptive else inner, confidence)
 
 

@@ -46,7 +46,7 @@ def _level_codes(levels, n_rows, n_train, position):
     return codes
 
 
-def level_priors(levels, target, train, test, groups=None, positive=1, position=None, draws=2000):
+def level_priors(levels, target, train, test, groups=None, positive=1, position=None):
     """What metadata alone predict, without a pixel: a list of dicts, best column first.
 
     levels: {name: (N,) values}; target: (N,) class indices, or (N, R) scores, NaN = missing; train, test: lists of row
@@ -71,7 +71,7 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
                 means -= common.mean_without_nan(target[rows], axis=0)
             predicted.append(means)
         judge = _judge_rates if is_classes else _judge_means
-        numbers = judge(np.concatenate(predicted), target[held_out], subjects, draws=draws, folds=len(test))
+        numbers = judge(np.concatenate(predicted), target[held_out], subjects, folds=len(test))
         found.append({"name": name, "n_levels": codes.max() + 1, **numbers})
     metric = "auc" if is_classes else "r2"
     return sorted(found, key=lambda row: -np.nan_to_num(row[metric], nan=-math.inf))
@@ -159,22 +159,21 @@ def judged_rows(table):
     events whole, so that a prior may know the animals and places it is judged on, and, where there are groups or videos,
     five that keep those whole.
     """
-    rows = np.arange(len(table))
     parts = [part for part in ("train", "all", "val", "test") if part in table.parts]
     if len(parts) > 1:
-        train = rows[table.parts[rows] == parts[0]]
-        judged = rows[table.parts[rows] == parts[-1]]
+        train = np.flatnonzero(table.parts == parts[0])
+        judged = np.flatnonzero(table.parts == parts[-1])
         return {"parts": ([train], [judged])} if len(train) and len(judged) else {}
     ways = {}
-    strata = event_tables.strata_of(table)[rows]
+    strata = event_tables.strata_of(table)
     for split_by in ("event", None):
-        units = event_tables.split_keys(table, split_by)[rows]
+        units = event_tables.split_keys(table, split_by)
         if len(set(units)) < 5:
             continue
-        fold_of = splitting.make_folds(len(rows), 5, strata, units, keys=table.clip_ids[rows])
+        judged = splitting.make_folds(len(table), 5, strata, units, keys=table.clip_ids)
+        train = [np.setdiff1d(np.arange(len(table)), held) for held in judged]
         kind = units[0].split()[0]
-        folds = range(5)
-        ways[f"{kind}s"] = ([rows[fold_of != k] for k in folds], [rows[fold_of == k] for k in folds])
+        ways[f"{kind}s"] = (train, judged)
     return ways
 
 

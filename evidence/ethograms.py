@@ -321,7 +321,7 @@ def judge_bouts(windows, bouts, events, names):
     n_bouts = numbers["bouts"].sum(0).astype(int)  # (C,)
     n_events = numbers["events"].sum(0).astype(int)
     result = subject_intervals.estimate(
-        statistic, None, n_videos, "videos", draws=2000, seed=0, names=names, n=n_events, rows=n_videos)
+        statistic, None, n_videos, "videos", names=names, n=n_events, rows=n_videos)
     table = []
     for c, name in enumerate(names):
         row = {"label": name, "bouts": n_bouts[c], "events": n_events[c]}

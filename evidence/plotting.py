@@ -290,10 +290,9 @@ def _draw_reliability(axis, probability, label, colour, name):
     """One model's bins with Wilson intervals; rows of (N, C) and (N,)."""
     confidence = probability.max(1)
     is_right = probability.argmax(1) == label
-    n_bins = class_scores.ECE_BINS
-    bins = class_scores.confidence_bins(confidence, n_bins, adaptive=False)
+    bins = class_scores.confidence_bins(confidence, adaptive=False)
     weights = np.stack([np.ones(len(bins)), confidence, is_right])
-    sums = class_scores.sums_by(bins, n_bins, weights)
+    sums = class_scores.sums_by(bins, class_scores.ECE_BINS, weights)
     count, sum_confidence, right = sums[:, sums[0] > 0]
     ends = [subject_intervals.share_interval(k, n) for k, n in zip(right, count)]
     low, high = np.array(ends).reshape(-1, 2).T

@@ -140,16 +140,12 @@ def make_split(n_rows, ratios, strata=None, groups=None, seed=42, keys=None):
 
 
 def make_folds(n_rows, k, strata=None, groups=None, seed=42, keys=None):
-    """-> (N,) int fold 0 to k-1 of each row, as in make_split. UserError: fewer units than folds."""
+    """-> k sorted (n,) int rows, left out in turn, as in make_split. UserError: fewer units than folds."""
     _, n_units, what = units_of(n_rows, groups)
     if not 2 <= k <= n_units:
         raise common.UserError(
             f"--folds {k}: expected 2 or more and at most the number of {what}, found {n_units} {what}.")
-    split = make_split(n_rows, dict.fromkeys(range(k), 1 / k), strata, groups, seed, keys)
-    fold_of = np.empty(n_rows, int)
-    for fold, rows in split.items():
-        fold_of[rows] = fold
-    return fold_of
+    return list(make_split(n_rows, dict.fromkeys(range(k), 1 / k), strata, groups, seed, keys).values())
 
 
 def write_splits(path, split, keys):
@@ -196,10 +192,9 @@ def split_of_flags(args, keys, strata=None, groups=None):
 
 def folds_of_flags(args, keys, strata=None, groups=None):
     """{train, val, test: (n,) int rows} for each of --folds; no row is in a test part."""
-    fold_of = make_folds(len(keys), args.folds, strata, groups, args.seed, keys)
     none = np.array([], dtype=int)
-    return [{"train": np.flatnonzero(fold_of != k), "val": np.flatnonzero(fold_of == k), "test": none}
-            for k in range(args.folds)]
+    return [{"train": np.setdiff1d(np.arange(len(keys)), left_out), "val": left_out, "test": none}
+            for left_out in make_folds(len(keys), args.folds, strata, groups, args.seed, keys)]
 
 
 def nested_folds(folds, divide):

@@ -102,8 +102,8 @@ class Result:
 
 # --- the engine: a statistic of how often each subject is drawn -> estimates -------------------------
 
-def estimate(model, baseline, subjects, unit, draws, seed, *, names, n, rows, support=None, folds=1, per_subject=None,
-             **described):
+def estimate(model, baseline, subjects, unit, *, names, n, rows, draws=2000, seed=0, support=None, folds=1,
+             per_subject=None, **described):
     """Result of statistics of how often each subject is drawn.
 
     model, baseline (None = without): (D, S) times drawn -> ({metric: (D,)}, {metric: (D, R)}), overall and each;
@@ -125,7 +125,7 @@ def estimate(model, baseline, subjects, unit, draws, seed, *, names, n, rows, su
         if subjects >= FEWEST_FOR_BOOTSTRAP:
             way = "bootstrap interval"
             spread = subjects / (subjects - 1)
-        reach = t_quantile(LEVEL, subjects - 1) * math.sqrt(spread) * fold_factor(folds)
+        reach = t_quantile(subjects - 1) * math.sqrt(spread) * fold_factor(folds)
         method = f"{LEVEL:.0%} {way} over {subjects} {unit}"
         if folds > 1:
             method += f", widened x{fold_factor(folds):.2f} for {folds} folds "
@@ -277,12 +277,12 @@ NORMAL_SCALES = {  # to the scale, and back
 SHARE_RANGES = {"logit": 0.0, "signed_logit": -1.0}  # scale of what lies between this and 1
 
 
-def t_quantile(level, df):
-    """Two-sided Student t quantile: t with P(|T| < t) = level for df >= 1 degrees of freedom."""
+def t_quantile(df):
+    """Two-sided Student t quantile: t with P(|T| < t) = LEVEL for df >= 1 degrees of freedom."""
     angle = np.linspace(0.0, math.pi / 2, 20001)  # with t = sqrt(df) tan(a) the density is cos(a)^(df - 1)
     density = np.cos(angle) ** (df - 1)
     mass = np.append(0.0, np.cumsum(density[1:] + density[:-1]))
-    return math.sqrt(df) * math.tan(np.interp(level, mass / mass[-1], angle))
+    return math.sqrt(df) * math.tan(np.interp(LEVEL, mass / mass[-1], angle))
 
 
 def sign_flip_p(differences):
@@ -316,8 +316,8 @@ def share_interval(k, n):
 
 # --- scores ----------------------------------------------------------------------------------------
 
-def bootstrap_regression(predicted, target, subjects=None, baseline=None, draws=2000, seed=0, unit="subjects",
-                         names=None, baseline_name=None, folds=1):
+def bootstrap_regression(predicted, target, subjects=None, baseline=None, unit="subjects", names=None,
+                         baseline_name=None, folds=1):
     """Result of a whole split of scores: metrics of each target, and their means over the targets.
 
     predicted, target, baseline: (N, R), NaN in target = missing; subjects: (N,) names, None = every row its own;
@@ -341,9 +341,8 @@ def bootstrap_regression(predicted, target, subjects=None, baseline=None, draws=
     support["each", "r2"] = np.where(n < FEWEST_ROWS_FOR_R2, 0, labelled_by)
     support["overall", "r2"] = support["each", "r2"].max(initial=0)
     return estimate(
-        _regression_statistic(sums), of_baseline, len(sums), "rows" if subjects is None else unit, draws, seed,
-        names=names, n=n, rows=len(owners), support=support, folds=folds, per_subject=parts,
-        baseline_name=baseline_name)
+        _regression_statistic(sums), of_baseline, len(sums), "rows" if subjects is None else unit, names=names, n=n,
+        rows=len(owners), support=support, folds=folds, per_subject=parts, baseline_name=baseline_name)
 
 
 def _parts_of_difference(sums, of_baseline):
@@ -401,8 +400,8 @@ def target_rows(result):
 
 # --- classes -----------------------------------------------------------------------------------------
 
-def bootstrap_classification(probability, label, groups=None, baseline=None, names=None, threshold=None, positive=None,
-                             draws=2000, seed=0, baseline_name=None, baseline_threshold=None, folds=1):
+def bootstrap_classification(probability, label, groups=None, baseline=None, names=None, threshold=None, positive=1,
+                             baseline_name=None, baseline_threshold=None, folds=1):
     """Result of a whole split of classes: metrics of all of them, and of each against the rest.
 
     probability, baseline: (N, C); label: (N,); groups: (N,) names, None = every row its own; names: C classes
@@ -421,7 +420,7 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, nam
     if baseline is not None:
         of_baseline = _class_statistic(baseline, label, baseline_threshold, positive, index)
     result = estimate(
-        statistic, of_baseline, len(found), "rows" if groups is None else "subjects", draws, seed, names=names,
+        statistic, of_baseline, len(found), "rows" if groups is None else "subjects", names=names,
         n=confusion.sum(1), rows=len(index), support=support, folds=folds, baseline_name=baseline_name,
         confusion=confusion)
     if groups is None and folds == 1 and result.has_intervals:

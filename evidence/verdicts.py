@@ -73,7 +73,7 @@ def split_gap_alarms(train_metrics, val_metrics, metric="pearson_r", remedy=OVER
     return [f"train far above validation {numbers}: overfitting. {remedy}"] if train > val + 0.3 else []
 
 
-def classification_alarms(probability, label, names, threshold=None, positive=None):
+def classification_alarms(probability, label, names, threshold=None, positive=1):
     """Sentences on signs of a broken classifier or of labels that cannot judge it; else [].
 
     probability: (N, C); label: (N,) indices; names: C classes; the rest as classification_metrics.
@@ -97,10 +97,9 @@ def classification_alarms(probability, label, names, threshold=None, positive=No
     fewest = _fewest_repeats(probability)
     often = repeats >= fewest
     if often.any():
-        last = 1 if positive is None else positive
         alarms.append(f"the same probability {math.ceil(fewest)} times or more: {repeats[often].sum()} of {rows} rows share "
-                      f"{often.sum()} values, {repeats.max()} of them {names[last]} "
-                      f"{values[repeats.argmax(), last]:.6f}. {REPEATS_REMEDY}")
+                      f"{often.sum()} values, {repeats.max()} of them {names[positive]} "
+                      f"{values[repeats.argmax(), positive]:.6f}. {REPEATS_REMEDY}")
     counts = of_class.sum(0)
     if counts.max() >= 0.95 * counts.sum() > 0:
         alarms.append(f"labels almost all equal: {names[counts.argmax()]} in {counts.max()} of {counts.sum()} rows. "

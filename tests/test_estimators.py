@@ -37,7 +37,7 @@ def mae_coverage(subjects, by_subject, repeats=5, simulations=400):
     names, shares = np.repeat(np.arange(subjects), ROWS_PER_SUBJECT), []
     for seed in range(repeats):
         error = 10 + clustered(subjects, simulations, np.random.default_rng((seed, subjects)))
-        result = subject_intervals.bootstrap_regression(error, np.zeros_like(error), names if by_subject else None, seed=seed)
+        result = subject_intervals.bootstrap_regression(error, np.zeros_like(error), names if by_subject else None)
         shares.append(coverage(result.each.model["mae"], 10.0))
     return float(np.mean(shares))
 
@@ -63,7 +63,7 @@ def score_coverage(subjects, repeats, rows=ROWS_PER_SUBJECT):
         generator = np.random.default_rng((seed, subjects, 1))
         target, error, other = (clustered(subjects, 400, generator, rows) for _ in range(3))
         result = subject_intervals.bootstrap_regression(
-            target + 0.7 * error, target, names, target + 0.8 * other, seed=seed, draws=400).each
+            target + 0.7 * error, target, names, target + 0.8 * other).each
         found = [result.model[name] for name in ("pearson_r", "r2", "mae", "mse")]
         found += [result.difference[name] for name in ("r2", "mae")]
         shares.append([coverage(each, value) for each, value in zip(found, truth.values())])
@@ -158,7 +158,7 @@ def class_coverage(subjects, simulations):
     metrics = ("roc_auc", "accuracy", "macro_f1", "mcc", "brier")
     hits = []
     while len(hits) < simulations:
-        result = subject_intervals.bootstrap_classification(*scored_subjects(subjects, generator), draws=400)
+        result = subject_intervals.bootstrap_classification(*scored_subjects(subjects, generator))
         found = [result.overall.model[metric] for metric in metrics]
         if not math.isnan(found[0].low):  # under five subjects with one of the classes
             hits.append([each.low <= truth[metric] <= each.high for metric, each in zip(metrics, found)])
@@ -184,7 +184,7 @@ def test_shares_stay_between_0_and_1_and_differences_within_what_their_sides_all
     for subjects in (6, 12, 30):
         probability, label, names = scored_subjects(subjects, generator, separation=3.0)
         other = scored_subjects(subjects, generator, separation=1.0)[0]
-        result = subject_intervals.bootstrap_classification(probability, label, names, other, draws=200)
+        result = subject_intervals.bootstrap_classification(probability, label, names, other)
         for comparison in (result.overall, result.each):
             for metric in set(comparison.model) - {"loss", "ece", "ece_adaptive"}:
                 model, baseline, found = (getattr(comparison, side)[metric] for side in vars(comparison))
@@ -221,7 +221,7 @@ def ece_coverage(rows, sharpness, simulations=60):
     truth = class_scores.classification_metrics(*draw(200_000)).overall
     for _ in range(simulations):
         probability, label = draw(rows)
-        comparison = subject_intervals.bootstrap_classification(probability, label, draws=300).overall
+        comparison = subject_intervals.bootstrap_classification(probability, label).overall
         calibrating.take_null(comparison, probability.max(1))
         found = {name: comparison.model[f"{name}_above_null"] for name in calibrating.ECE_METRICS}
         hits.append([each.low <= truth[name] <= each.high for name, each in found.items()])

@@ -107,9 +107,14 @@ def test_a_ratio_of_zero_is_an_empty_part():
 
 # make_folds
 
+def fold_numbers(n_rows, k, **options):
+    """(N,) fold of each row, which is in exactly one."""
+    return as_parts(dict(enumerate(splitting.make_folds(n_rows, k, **options))), n_rows).astype(int)
+
+
 def test_folds_without_groups_against_sklearn():
     label = np.repeat([0, 1, 2], [61, 23, 9])
-    fold = splitting.make_folds(93, 5, strata=label, seed=7)
+    fold = fold_numbers(93, 5, strata=label, seed=7)
     judge = np.empty(93, int)
     for k, (_, rows) in enumerate(StratifiedKFold(5, shuffle=True, random_state=0).split(label, label)):
         judge[rows] = k
@@ -123,14 +128,14 @@ def test_folds_without_groups_against_sklearn():
 def test_group_folds_are_balanced_like_sklearn(seed):
     rng = np.random.default_rng(seed)
     group = rng.permutation(np.repeat(np.arange(30), rng.integers(1, 30, 30)))
-    fold = splitting.make_folds(len(group), 5, groups=group, seed=seed)
+    fold = fold_numbers(len(group), 5, groups=group, seed=seed)
     assert all(len(set(fold[group == name])) == 1 for name in range(30)) and set(fold) == set(range(5))
     judge = [len(rows) for _, rows in GroupKFold(5).split(group, groups=group)]
     assert np.ptp(np.bincount(fold)) <= np.ptp(judge) + 2
 
 
 def test_folds_repeat_and_differ_by_seed():
-    folds = [splitting.make_folds(200, 4, seed=seed) for seed in (1, 1, 2)]
+    folds = [fold_numbers(200, 4, seed=seed) for seed in (1, 1, 2)]
     assert (folds[0] == folds[1]).all() and (folds[0] != folds[2]).any()
 
 
@@ -138,16 +143,16 @@ def test_folds_repeat_and_differ_by_seed():
 def test_group_folds_differ_by_seed_where_other_deals_are_as_good(sizes):
     """Equal sizes, one large group among equal small ones, and sizes that many deals balance."""
     group = np.repeat(np.arange(len(sizes)), sizes)
-    folds = [splitting.make_folds(len(group), 3, groups=group, seed=seed) for seed in range(8)]
+    folds = [fold_numbers(len(group), 3, groups=group, seed=seed) for seed in range(8)]
     # the same partition under other fold numbers is no other partition
     partitions = {frozenset(frozenset(np.flatnonzero(fold == k)) for k in range(3)) for fold in folds}
     assert len(partitions) >= 7
-    assert (folds[3] == splitting.make_folds(len(group), 3, groups=group, seed=3)).all()
+    assert (folds[3] == fold_numbers(len(group), 3, groups=group, seed=3)).all()
 
 
 def test_one_class_in_one_group_only():
     group = np.repeat(np.arange(6), 10)
-    fold = splitting.make_folds(60, 3, strata=(group == 0).astype(int), groups=group)
+    fold = fold_numbers(60, 3, strata=(group == 0).astype(int), groups=group)
     assert np.bincount(fold).tolist() == [20, 20, 20]
 
 
@@ -160,9 +165,9 @@ def test_too_few_units_for_the_folds():
 
 def test_strata_with_missing_values():
     score = np.where(np.arange(100) % 4 == 0, np.nan, np.arange(100.0))
-    fold = splitting.make_folds(100, 5, strata=score)
+    fold = fold_numbers(100, 5, strata=score)
     assert np.bincount(fold[np.isnan(score)]).tolist() == [5] * 5
-    assert len(splitting.make_folds(20, 4, strata=np.full(20, np.nan))) == 20
+    assert len(fold_numbers(20, 4, strata=np.full(20, np.nan))) == 20
 
 
 # split files
