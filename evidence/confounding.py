@@ -19,14 +19,11 @@ def smoothed_means(codes, target, train, test):
     One row at the overall train mean is added to each level (smoothing); a level without train
     rows has that mean. NaN in the target = missing.
     """
-    labelled = ~np.isnan(target[train])
-    overall = common.mean_without_nan(target[train], axis=0)
-    total = np.zeros((codes.max() + 1, target.shape[1]))
-    count = np.zeros_like(total)
-    np.add.at(total, codes[train], np.where(labelled, target[train], 0.0))
-    np.add.at(count, codes[train], labelled)
-    means = (total + overall) / (count + 1)
-    return means[codes[test]]
+    import pandas as pd
+    known = pd.DataFrame(target[train])
+    levels = known.groupby(codes[train])
+    means = (levels.sum() + known.mean()) / (levels.count() + 1)
+    return means.reindex(codes[test]).fillna(known.mean()).to_numpy()
 
 
 def _level_codes(levels, n_rows, n_train, position):
@@ -68,7 +65,7 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
             means = smoothed_means(codes, target, rows, judged)
             if is_classes:
                 # A fold's overall rate is high where its held-out rows are negative: it must not count.
-                means -= common.mean_without_nan(target[rows], axis=0)
+                means = means - common.mean_without_nan(target[rows], axis=0)
             predicted.append(means)
         judge = _judge_rates if is_classes else _judge_means
         numbers = judge(np.concatenate(predicted), target[held_out], subjects, folds=len(test))

@@ -20,13 +20,12 @@ def noise_ceiling(mean, sd, n):
     1 - mean(sd^2 / n) / var(mean), the reliability of a mean in classical test theory; its root is
     the ceiling of r. Rows of one rater or with anything missing do not count. NaN: not measurable.
     """
+    import pandas as pd
     valid = np.isfinite(mean) & (sd >= 0) & (np.asarray(n) > 1)
-    with common.undefined_is_nan():
-        noise = common.mean_without_nan(np.where(valid, sd**2 / n, np.nan), axis=0)
-        centred = mean - common.mean_without_nan(np.where(valid, mean, np.nan), axis=0)
-        variance = np.where(valid, centred**2, 0.0).sum(0) / (valid.sum(0) - 1)
-        r2 = 1.0 - noise / variance
-    return np.where((valid.sum(0) >= 2) & (r2 >= 0), r2, np.nan)
+    noise = (pd.DataFrame(sd) ** 2 / n).where(valid).mean()
+    variance = pd.DataFrame(mean).where(valid).var()
+    r2 = 1.0 - noise / variance
+    return r2.where(r2 >= 0).to_numpy()
 
 
 def _stack_ratings(ratings, fewest):

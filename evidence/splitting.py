@@ -212,11 +212,10 @@ def nested_folds(folds, divide):
 
 def effective_size(target, subjects=None):
     """How much the data hold: {rows, distinct_label_vectors, subjects} of target (N,) or (N, R)."""
-    target = np.asarray(target, dtype=float).reshape(len(target), -1)
-    target = np.nan_to_num(target, nan=np.inf)
+    import pandas as pd
     return {
         "rows": len(target),
-        "distinct_label_vectors": len(np.unique(target, axis=0)),
+        "distinct_label_vectors": len(pd.DataFrame(target).drop_duplicates()),
         "subjects": None if subjects is None else len(set(subjects)),
     }
 

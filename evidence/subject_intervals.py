@@ -296,22 +296,19 @@ def sign_flip_p(differences):
     return np.mean(flipped >= abs(differences.sum()) - rounding)
 
 
-def wilson_interval(k, n):
-    """Wilson score interval of a proportion k of n independent rows -> (low, high); NaN for n = 0."""
+def share_interval(k, n):
+    """(low, high) of k of n independent rows: Wilson; exact (Clopper & Pearson 1934) where all are alike."""
     if n == 0:
         return math.nan, math.nan
-    z = statistics.NormalDist().inv_cdf(0.5 + LEVEL / 2)
-    centre = k + z * z / 2
-    half = z * math.sqrt(k * (n - k) / n + z * z / 4)
-    return (centre - half) / (n + z * z), (centre + half) / (n + z * z)
-
-
-def share_interval(k, n):
-    """Interval of k of n independent rows: Wilson; exact (Clopper & Pearson 1934) where all rows are alike."""
-    if 0 < k < n or n == 0:
-        return wilson_interval(k, n)
     furthest = (0.5 - LEVEL / 2) ** (1 / n)
-    return (0.0, 1 - furthest) if k == 0 else (furthest, 1.0)
+    if k == 0:
+        return 0.0, 1 - furthest
+    if k == n:
+        return furthest, 1.0
+    z = statistics.NormalDist().inv_cdf(0.5 + LEVEL / 2)
+    centre = (k + z * z / 2) / (n + z * z)
+    half = z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
+    return centre - half, centre + half
 
 
 # --- scores ----------------------------------------------------------------------------------------

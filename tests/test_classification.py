@@ -212,16 +212,15 @@ def test_risk_coverage_by_hand_and_whatever_the_order_of_tied_rows():
 
 # --- intervals -----------------------------------------------------------------------------------
 
-def test_wilson_interval_of_7_of_19_and_against_statsmodels_formula():
-    assert [round(end, 2) for end in subject_intervals.wilson_interval(7, 19)] == [0.19, 0.59]
-    for k, n in ((0, 5), (3, 8), (50, 50), (1, 400)):
+def test_interval_of_a_share_of_7_of_19_and_against_scipy():
+    assert [round(end, 2) for end in subject_intervals.share_interval(7, 19)] == [0.19, 0.59]
+    for k, n in ((1, 5), (3, 8), (49, 50), (1, 400)):
         theirs = stats.binomtest(k, n).proportion_ci(0.95, "wilson")
-        assert subject_intervals.wilson_interval(k, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
-    assert all(math.isnan(end) for end in subject_intervals.wilson_interval(0, 0))
+        assert subject_intervals.share_interval(k, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert all(math.isnan(end) for end in subject_intervals.share_interval(0, 0))
     for k in (0, 10):
         exact = stats.binomtest(k, 10).proportion_ci(0.95)
         assert subject_intervals.share_interval(k, 10) == pytest.approx((exact.low, exact.high))
-    assert subject_intervals.share_interval(7, 19) == subject_intervals.wilson_interval(7, 19)
 
 
 def clustered_scores(subjects, rows, generator, separation=1.2, icc=0.3, rate=0.4):
@@ -327,8 +326,8 @@ def test_bootstrap_classification_holds_values_and_pairs_the_baseline():
             assert not np.any([difference.low, difference.high]), name
     assert result.rows == result.subjects == direct.confusion.sum() and result.method.endswith("rows")
     recall = result.each.model["recall"].at(2)
-    assert (recall.low, recall.high) == subject_intervals.wilson_interval(direct.confusion[2, 2],
-                                                                          direct.confusion[2].sum())
+    assert (recall.low, recall.high) == subject_intervals.share_interval(
+        direct.confusion[2, 2], direct.confusion[2].sum())
 
 
 def test_classes_may_be_called_as_anything():
