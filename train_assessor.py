@@ -599,8 +599,7 @@ def limits(args):
     if args.select == "last":
         lines.append("The number of epochs was fixed beforehand: no validation row has chosen anything.")
     if args.head == "ridge":
-        lines.append("The readout is solved anew on the features of the chosen epoch: the curves show it before "
-                     "(points) and after (diamond).")
+        lines.append("The readout is solved anew on the features of the chosen epoch; the curves show it before that.")
     return lines + judging.limits_of_start(args)
 
 
@@ -652,8 +651,7 @@ def run_split(run, args, study, split, features=None):
             tables[part].write(run.path(f"predictions_{part}.csv"))
     best_epoch = training.progress.best_epoch
     train, val = (study.mean_metrics(split[part], predicted[part]) for part in ("train", "val"))
-    solved = {f"val_{name}": val[name] for name in HISTORY_METRICS} if args.head == "ridge" else {}
-    plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch, solved)
+    plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch)
     part = "test" if "test" in tables else "val"
     alarms += verdicts.split_gap_alarms(train, val, remedy=OVERFITTING_REMEDY)
     judge(run, args, study, split, tables[part], part, alarms, similar, best_epoch)

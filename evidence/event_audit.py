@@ -94,8 +94,6 @@ def audit_table(table, split, pixels=None, phash=None, durations=None, predictio
         "parts": {part: describe_part(table.take(held)) for part, held in split.items()},
         **leakage,
         "seen_events": seen_events(table)}
-    for pair in report["between"]:
-        _add_shared_events(report, table, pair)
     if durations is not None:
         report["windows_past_the_end"] = past_the_end(table, durations)
     if predictions is not None:
@@ -159,15 +157,6 @@ def _renamed_copies(table, file_keys):
         videos[file_keys[source]].add(video)
     copies = [videos[file_keys[source]] for source in table.sources]
     return [" = ".join(sorted(names)) if len(names) > 1 else "" for names in copies]
-
-
-def _add_shared_events(report, table, pair):
-    """events_other_camera of two parts: their shared events that no video shows twice."""
-    first, second = (table.take(table.parts == part) for part in pair.split("-"))
-    shared = set(first.events) & set(second.events)
-    shown_twice = set(zip(first.events, first.videos)) & set(zip(second.events, second.videos))
-    in_one_video = {event for event, _ in shown_twice}
-    report["between"][pair]["events_other_camera"] = splitting.found_items(shared - in_one_video)
 
 
 def describe_part(table):

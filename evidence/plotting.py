@@ -107,8 +107,8 @@ def _history_panels(history):
     return panels
 
 
-def _draw_history_panel(axis, history, title, columns, best_epoch, solved):
-    """These columns over the epochs, train_ dashed; a vertical line at the best epoch; solved: as in plot_history."""
+def _draw_history_panel(axis, history, title, columns, best_epoch):
+    """These columns over the epochs, train_ dashed; a vertical line at the best epoch."""
     epochs = _values(history, "epoch")
     for column in columns:
         values = _values(history, column)
@@ -116,29 +116,27 @@ def _draw_history_panel(axis, history, title, columns, best_epoch, solved):
             axis.plot(epochs, values, ".--", label=column, color=ORANGE)
         else:
             axis.plot(epochs, values, ".-", label=column)
-        if column in solved:
-            axis.plot(epochs[-1], solved[column], "D", label="readout solved anew", color=INK)
     set_title(axis, title)
     axis.set_xlabel("epoch", fontsize=8, color=SOFT)
     axis.locator_params(axis="x", integer=True)
-    if len(columns) > 1 or solved.keys() & set(columns):
+    if len(columns) > 1:
         _add_legend(axis)
     if best_epoch is not None:
         axis.axvline(best_epoch, color=INK, linewidth=0.9, linestyle=":")
         set_title(axis, title, f"best epoch {best_epoch:g}")
 
 
-def plot_history(history, path, best_epoch=None, solved=None):
+def plot_history(history, path, best_epoch=None):
     """Learning curves as PNG: a panel for each of _history_panels.
 
     history: dicts with epoch and any train_*, val_* and learning_rate (None leaves a gap).
-    best_epoch is marked in every panel; solved: {column: value} after a readout was solved anew. It takes a good part
-    of a second, so it belongs at the end of a run, not into each epoch.
+    best_epoch is marked in every panel. It takes a good part of a second, so it belongs at the end of a run, not into
+    each epoch.
     """
     panels = _history_panels(history)
     figure, axes = new_figure(len(panels), min(3, len(panels)), (3.5, 2.5))
     for axis, (title, columns) in zip(axes, panels.items()):
-        _draw_history_panel(axis, history, title, columns, best_epoch, solved or {})
+        _draw_history_panel(axis, history, title, columns, best_epoch)
         if title == "learning_rate":
             axis.set_yscale("log")
     save_figure(figure, path)

@@ -1,11 +1,7 @@
 """Plot of a probe's transitions and their split."""
-import itertools
-
 import numpy as np
 
 from evidence import plotting
-
-PART_COLOURS = (plotting.BLUE, plotting.YELLOW, plotting.GREEN, plotting.PURPLE)
 
 
 def plot_dataset(split, groups, facts, samples, path):
@@ -19,10 +15,10 @@ def plot_dataset(split, groups, facts, samples, path):
     names = sorted(set(groups))
     places = np.arange(len(names))
     left = np.zeros(len(names))
-    for (part, rows), colour in zip(split.items(), itertools.cycle(PART_COLOURS)):
-        parts.bar(part, len(rows), color=colour)
+    for part, rows in split.items():  # both axes take the same colours in turn
+        parts.bar(part, len(rows))
         counts = np.array([np.sum(groups[rows] == name) for name in names])
-        by_group.barh(places, counts, left=left, color=colour)
+        by_group.barh(places, counts, left=left)
         left += counts
     labels = plotting.without_math([name[-14:] for name in names], 14)
     by_group.set_yticks(places, labels, fontsize=7 if len(names) <= 20 else 4)

@@ -18,7 +18,6 @@ STYLE = Path(__file__).with_name("report.css")
 # keep a page under 5 MB
 CASE_SIDE = 256
 SCREEN_WIDTH = 800  # of a plot of more than two panels
-MOST_CASES = 40
 EXPLANATIONS = {  # of a section's words, under its head
     "Leakage": "What stands on both sides of the split: a model that knows it already looks better than it is.",
     "Metrics": "R2: share of the variance explained, 0 = as good as the mean, below 0 = worse. r: correlation. AUC: "
@@ -84,19 +83,16 @@ def _is_numeric(cells):
     return all(re.match(r"[-+]?(\.?\d|inf)|&ndash;|$", cell) for cell in cells)
 
 
-def html_table(rows, columns=None, digits=".3f", caption="", max_rows=300):
+def html_table(rows, columns=None, digits=".3f", caption=""):
     """Table that scrolls sideways on a narrow screen, numbers right aligned.
 
-    rows: dicts, those beyond max_rows are only counted; columns: {key: heading} or keys (default:
-    those of the first row); digits: format of the numbers that are not whole.
+    rows: dicts; columns: {key: heading} or keys (default: those of the first row); digits: format of the numbers that
+    are not whole.
     """
     columns = columns or list(rows[0] if rows else ["empty"])
     if not isinstance(columns, dict):
         columns = {key: str(key).replace("_", " ") for key in columns}
-    cells = [[_cell_text(row.get(key), digits) for key in columns] for row in rows[:max_rows]]
-    if len(rows) > max_rows:
-        more = f"and {len(rows) - max_rows:,} more rows"
-        cells.append([more] + [""] * (len(columns) - 1))
+    cells = [[_cell_text(row.get(key), digits) for key in columns] for row in rows]
     align = [""] * len(columns)
     for j, column in enumerate(zip(*cells)):
         if j and _is_numeric(column):
@@ -135,13 +131,13 @@ def html_image(path, caption):
 def html_cases(cases):
     """Grid of thumbnails with a title and lines of text below each, for the best and the worst cases.
 
-    cases: dicts with image (uint8 (H, W, 3) or (H, W)), title, and lines (list of text); at most
-    MOST_CASES are shown, one that is wide, such as frames side by side, over the whole width.
+    cases: dicts with image (uint8 (H, W, 3) or (H, W)), title, and lines (list of text); one that is wide, such as frames
+    side by side, takes the whole width.
     """
     from PIL import Image
 
     figures = []
-    for case in cases[:MOST_CASES]:
+    for case in cases:
         height, width = case["image"].shape[:2]
         is_wide = width > 2.5 * height
         side = 3 * CASE_SIDE if is_wide else CASE_SIDE

@@ -858,8 +858,7 @@ def audit(tmp_path, seed=None):
 
 def test_planted_leaks_are_counted_exactly(tmp_path):
     report = audit(tmp_path)
-    kinds = ("groups", "events", "videos", "renamed_copies", "exact_duplicates", "overlapping_windows",
-             "near_windows", "events_other_camera")
+    kinds = ("groups", "events", "videos", "renamed_copies", "exact_duplicates", "overlapping_windows", "near_windows")
     nothing = dict.fromkeys(kinds, 0)
     assert counts(report["between"]["train-val"]) == nothing == counts(report["between"]["val-test"])
     assert counts(report["between"]["train-test"]) == dict.fromkeys(kinds, 1)
