@@ -320,6 +320,8 @@ def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
     is_good = np.isin(frames, [-1, *good]).all(1)
     for i in usable[~is_good]:
         reasons_listed[i] = "unreadable picture"
+    if needs_frames:
+        refuse_unusable(args, rows, reasons_listed)
 
     kept = [rows[i] for i in usable[is_good]]
     sequences = np.array([row.sequence for row in kept])

@@ -308,14 +308,15 @@ def different_frames(transitions):
     """-> (paths of the different pictures, (N, 2) index into them of the frames t1 and t2, -1 = none).
 
     A picture that a sequence holds twice, as ft2 of one transition and ft1 of the next, stands there once. Where there
-    is no frame t2 the index has t1 twice.
+    is no frame t2 the index has t1 twice. Empty files are as many faults, not one picture.
     """
     index = np.full((len(transitions), 2), -1)
     first = {}  # (sequence, content) -> (place, path)
     for i, row in enumerate(transitions):
         for which, path in enumerate((row.path_t1, row.path_t2 or row.path_t1)):
             if path is not None:
-                key = row.sequence, common.data_fingerprint([path.read_bytes()])
+                content = path.read_bytes() or str(path)
+                key = row.sequence, common.data_fingerprint([content])
                 index[i, which], _ = first.setdefault(key, (len(first), path))
     return [path for _, path in first.values()], index
 

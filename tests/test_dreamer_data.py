@@ -312,6 +312,24 @@ def test_all_missing_and_unreadable_pictures_are_listed_or_skipped(tmp_path):
         load(tmp_path / "data")
 
 
+@pytest.mark.parametrize("flags", [[], ["--mode", "predict", "--checkpoint", "x"]])
+def test_data_whose_pictures_are_all_unreadable_are_refused(tmp_path, flags):
+    write_sequence(tmp_path / "data" / "a_01")
+    for path in (tmp_path / "data").rglob("frame_000[0-5].png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(common.UserError, match=r"none of 6 transitions can be used \(first: unreadable picture"):
+        load(tmp_path / "data", "--on_bad_file", "skip", *flags, needs_labels=not flags)
+
+
+def test_every_empty_picture_is_named_at_once(tmp_path):
+    """Their contents are the same, but not one picture."""
+    write_sequence(tmp_path / "data" / "a_01")
+    for name in ("ft1/frame_0001.png", "ft2/frame_0004.png"):
+        (tmp_path / "data" / "a_01" / name).write_bytes(b"")
+    with pytest.raises(common.UserError, match=r"2 of 9 pictures cannot be read(?s:.*)frame_0001.png(?s:.*)frame_0004.png"):
+        load(tmp_path / "data")
+
+
 def test_prediction_needs_neither_labels_nor_the_second_frame(tmp_path):
     def edit(rows):
         for row in rows:
