@@ -132,10 +132,7 @@ def results_as_coco(entries, annotated, faults):
         if isinstance(part, str):
             category = ids.setdefault(part, f"part {part}")
         annotations.append({**entry, "id": number, "entry": name, "category_id": category})
-    return {
-        "images": [image.fields for image in annotated.images],
-        "annotations": annotations,
-        "categories": [{"id": own, "name": part} for part, own in ids.items()]}
+    return part_boxes.coco_content([image.fields for image in annotated.images], annotations, ids)
 
 
 def read_score(found, faults):

@@ -150,10 +150,9 @@ def _sniff(path, text):
 
 
 def _clean_cells(values):
-    """Stripped str cells, '' where missing; each different cell is looked at once (long tables repeat them)."""
-    values = list(map(str, values))
-    clean = {value: value.strip() for value in set(values)}
-    return ["" if clean[value].lower() in MISSING_CELLS else clean[value] for value in values]
+    """Stripped str cells, '' where missing."""
+    cells = [str(value).strip() for value in values]
+    return ["" if cell.lower() in MISSING_CELLS else cell for cell in cells]
 
 
 def read_table(path):
@@ -186,8 +185,7 @@ def read_table(path):
     if not rows:
         raise common.UserError(
             f"{path}: expected a header and rows, found {len(header) and 1} line(s) with content. Check the file.")
-    if any(len(cells) != len(header) for _, cells in rows):
-        header, rows = _fit_header(header, rows, delimiter, notes)
+    header, rows = _fit_header(header, rows, delimiter, notes)
     wrong = [f"line {line} has {len(cells)}" for line, cells in rows if len(cells) != len(header)]
     if wrong:
         raise common.UserError(

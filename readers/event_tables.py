@@ -408,15 +408,13 @@ def has_length(video, seconds):
 
 
 def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, group_column=None, names=None,
-                need_labels=True, max_missing=0.05, path_column=None, label_column=None, time_unit=None,
-                need_files=True, exact_names=False):
+                need_labels=True, path_column=None, label_column=None, time_unit=None, **finding):
     """{part: CSV manifest or folder of class folders} -> EventTable for --task classify.
 
     video_root: where the paths are looked for (default: beside each manifest); names: the classes of a trained model;
     need_labels False: rows without a label stay, label -1. Without group_column a column `group` is the group.
-    path_column, label_column, time_unit: for columns whose names do not say it. need_files False: rows of missing
-    videos stay. exact_names: as match_images has it. Raises UserError: see the functions above; more than the share
-    max_missing of the videos is not there.
+    path_column, label_column, time_unit: for columns whose names do not say it. finding: options of find_sources.
+    Raises UserError: see the functions above; more than the share max_missing of the videos is not there.
     """
     import pandas as pd
     notes = []
@@ -428,7 +426,7 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
     extra = extra.fillna("")
     where = f"{common.shorten_list(manifests.values())} has no column for --group_column"
     group = csv_tables.find_column(extra.columns, ["group"], group_column, where)
-    rows["source"], matching = find_sources(rows, video_root is None, max_missing, need_files, exact_names)
+    rows["source"], matching = find_sources(rows, video_root is None, **finding)
     notes += matching
     refuse_several_files(rows, extra)
     known = read_label_map(label_map) if label_map else None
@@ -450,11 +448,11 @@ def read_groups(cells, is_wanted, lines, notes):
     notes.append(f"column {cells.name} is blank in {len(blank)} rows and names no groups")
 
 
-def find_sources(rows, is_open, max_missing, need_files, exact_names):
+def find_sources(rows, is_open, max_missing=0.05, need_files=True, exact_names=False):
     """(N paths of the rows' videos, None where there is none; notes). Raises UserError above max_missing.
 
     is_open: no --video_root was given, so that an absolute path may also name a video elsewhere. need_files False: a
-    missing video has the path at which it would lie.
+    missing video has the path at which it would lie. exact_names: as match_images has it.
     """
     found = {}
     notes = []
@@ -470,8 +468,7 @@ def find_sources(rows, is_open, max_missing, need_files, exact_names):
     if missing and not need_files:
         notes.append(f"{counted} are not there: their bytes, frames and the ends of their windows are not checked")
         for root, name in found:  # never a path outside the root
-            inside = [part for part in file_names.without_root(name).split("/") if part != ".."]
-            found[root, name] = found[root, name] or Path(root, *inside)
+            found[root, name] = found[root, name] or Path(root, file_names.without_root(name))
     elif len(missing) > max_missing * len(found):
         raise common.UserError(
             f"{counted} are not below {common.shorten_list(set(rows['root']))}: {common.shorten_list(missing)}; "

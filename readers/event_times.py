@@ -133,7 +133,7 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
         raise common.UserError(
             f"{source}: expected starts and ends both in frames or both in seconds, found {named}. "
             "Rename or correct them")
-    if unsaid and not time_unit and notes is not None:
+    if unsaid and not time_unit:
         notes.append(f"{Path(source).name}: {', '.join(unsaid)} are read as seconds from the start of the file; "
                      "--time_unit says otherwise")
 
@@ -198,4 +198,4 @@ def time_of_frame(info, frame):
     """When a frame is first shown, in seconds."""
     if frame < info.n_frames:
         return info.times[int(frame)]
-    return info.duration_sec + (frame - info.n_frames) / info.fps
+    return info.duration_sec * frame / info.n_frames  # past the end

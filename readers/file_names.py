@@ -111,7 +111,6 @@ class NameIndex:
     """
 
     def __init__(self, files, suffixes):
-        self.files = set(files)
         self.suffixes = suffixes
         self.by_tail = collections.defaultdict(list)
         for file in files:
@@ -124,8 +123,6 @@ class NameIndex:
         Of several the one whose folders do not differ comes first, then the same suffix, the same number of folders and
         the same case.
         """
-        if name in self.files:
-            return Fit([name], name.count("/"))
         tail = next((tail for tail in self._tails(name) if tail in self.by_tail), None)
         if tail is None:
             return Fit([])

@@ -76,13 +76,13 @@ def score_columns(rows, wanted, path):
     return names
 
 
-def read_sequences(path, root=None, group_column=None, target_columns=None, need_labels=True, max_missing=0.05,
-                   path_column=None, need_files=True, exact_names=False, min_event_sec=1.0):
+def read_sequences(path, root=None, group_column=None, target_columns=None, need_labels=True, path_column=None,
+                   min_event_sec=1.0, **finding):
     """Scores of frame sequences (CSV or JSON) -> EventTable for --task regress; names as the file spells them.
 
     Several rows of one sequence (one per rater) become their mean, the single ratings are kept. Groups: group_column,
-    else the column animal, animal_id, subject or group. Times are columns whose names say their unit. Raises UserError
-    as read_events does.
+    else the column animal, animal_id, subject or group. Times are columns whose names say their unit. finding, errors:
+    as read_events has them.
     """
     raw = sequence_rows(path)
     if target_columns and not need_labels:  # new sequences may come without the scores of a trained model
@@ -104,7 +104,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     timed = extra.drop(columns=unsaid)
     rows = event_tables.describe_rows(
         timed, path, root or Path(path).parent, extra[source], min_event_sec=min_event_sec)
-    rows["source"], notes = event_tables.find_sources(rows, root is None, max_missing, need_files, exact_names)
+    rows["source"], notes = event_tables.find_sources(rows, root is None, **finding)
     if unsaid:
         notes.append(f"{', '.join(unsaid)}: not read as times of a sequence; those say their unit, such as start_sec")
     rows["reason"] = np.where(np.isnan(target).all(axis=1) & need_labels, "no score", "")

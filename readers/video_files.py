@@ -36,16 +36,14 @@ class VideoInfo:
     """What a whole pass over one video found; `error` is one line, or None for a good one.
 
     times: (n_frames,) float64 of the frames that can be decoded, increasing. damaged: (D,) of those that cannot, NaN
-    where unknown. fps: frames a second by these times. duration_sec: until the last frame has been shown. header_fps,
-    header_sec (which sound and variable rates make differ from frames / fps): what the file claims, 0 for nothing.
+    where unknown. duration_sec: until the last frame has been shown. header_fps, header_sec (which sound and variable
+    rates make differ from frames / fps): what the file claims, 0 for nothing.
     """
     path: str
     error: str | None = None
     duration_sec: float = 0.0
     n_frames: int = 0
-    fps: float = 0.0
-    width: int = 0
-    height: int = 0
+    size: tuple = (0, 0)  # width, height in pixels
     times: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
     damaged: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
     header_fps: float = 0.0
@@ -84,10 +82,9 @@ def _video_formats():
 
 
 def _constant_rate(path, fps, n_frames, size, first_sec=0.0):
-    width, height = size
     times = first_sec + np.arange(n_frames) / fps
-    return VideoInfo(path=str(path), duration_sec=first_sec + n_frames / fps, n_frames=n_frames, fps=fps, width=width,
-                     height=height, times=times, header_fps=fps)
+    return VideoInfo(path=str(path), duration_sec=first_sec + n_frames / fps, n_frames=n_frames, size=size,
+                     times=times, header_fps=fps)
 
 
 class _Video:
@@ -311,13 +308,11 @@ def read_source(path, wanted, receive, short_side, fps, pixel_range=None, until_
         return guess
     if not times:
         raise BadVideo("damaged: none of its frames can be decoded")
-    shown_sec, fps = step_sec, guess.header_fps
+    shown_sec = step_sec
     if len(times) > 1:
         shown_sec = float(np.median(np.diff(times)))
-        fps = (len(times) - 1) / (times[-1] - times[0])
-    width, height = source.size
     return dataclasses.replace(
-        guess, duration_sec=times[-1] + shown_sec, n_frames=len(times), fps=fps, width=width, height=height,
+        guess, duration_sec=times[-1] + shown_sec, n_frames=len(times), size=source.size,
         times=np.array(times), damaged=np.array(source.damaged))
 
 
@@ -581,7 +576,7 @@ class ClipStore(pixel_cache.PixelStore):
         with contextlib.suppress(common.UserError, OSError):
             info = _header(path, self.fps)
             n_frames = sum(len(self._plan(row, info).indices) for row in rows)
-            return 3 * n_frames * math.prod(picture_files.scaled_size(info.width, info.height, self.short_side))
+            return 3 * n_frames * math.prod(picture_files.scaled_size(*info.size, self.short_side))
         return 0
 
     def cache_keys(self, rows):

@@ -85,7 +85,7 @@ def test_manifests_have_the_published_header_and_its_quirks(made):
     assert table.start_time.str.len().nunique() == 2, "6:00:25 and 06:00:25"
     assert table.video_path.str.startswith("E:\\Some study 2024\\Group ").all()
     assert table.video.nunique() == 24 and not table.duplicated(KEY).any()
-    rates = {round(video_files.probe(path).fps, 3) for path in table.video.unique()}
+    rates = {round(video_files.probe(path).header_fps, 3) for path in table.video.unique()}
     assert 14.994 in rates and len(rates) == 5
     assert sorted({path.suffix for path in table.video}) == [".avi", ".mp4"]
     assert any(path.name.startswith("._") for path in (folder / "videos").rglob("*.mp4"))

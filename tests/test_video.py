@@ -562,7 +562,7 @@ def test_a_table_of_frames_becomes_seconds(made, tmp_path):
     args = train_video.parse_args(["--manifest", str(tmp_path / "m.csv"), "--video_root", str(made.folder / "videos"),
                                    *map(str, made.small)])
     study = train_video.load_study(args, train_video.read_table(args), lambda text: None)
-    fps = video_files.probe(name).fps
+    fps = video_files.probe(name).header_fps
     assert study.table.windows[:2] == pytest.approx(np.array([[0, 30], [30, 60]]) / fps)
     assert np.ptp(study.table.windows[2]) == pytest.approx(1.0) and study.table.unit.tolist() == ["sec"] * 3
 

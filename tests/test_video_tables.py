@@ -218,7 +218,7 @@ def test_start_and_end_in_seconds_or_frames(tmp_path):
     table = windows(tmp_path, "start_frame,end_frame", "0,29", "60,60")
     assert list(table.unit) == ["frame", "frame"] and table.windows.tolist() == [[0, 30], [60, 61]]
     times = np.cumsum(np.tile([0.1, 0.02], 40))
-    info = video_files.VideoInfo("a.mp4", times=times, n_frames=80, duration_sec=5.0, fps=16.0)
+    info = video_files.VideoInfo("a.mp4", times=times, n_frames=80, duration_sec=5.0)
     seconds = event_times.seconds_of(table, {table.sources[0]: info})
     assert list(seconds.unit) == ["sec", "sec"]
     middle = (times[60] + times[61]) / 2
