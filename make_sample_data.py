@@ -575,23 +575,6 @@ class Bicycle:
     parts: dict  # {part: (state, [x1, y1, x2, y2])}
 
 
-def draw_part(draw, part, box, state, width):
-    """One part in its box (x1, y1, x2, y2), rusty where damaged."""
-    colour = RUST if state == "damaged" else PART_COLOURS[part]
-    if part in RINGS:
-        draw.ellipse(box, outline=colour, width=2 * width)
-    else:
-        draw.ellipse(box, fill=colour)
-
-
-def draw_leaves(draw, box, rng):
-    """Nine leaves over the box (x1, y1, x2, y2)."""
-    x1, y1, x2, y2 = box
-    for x, y in rng.uniform([x1, y1], [x2, y2], (9, 2)):
-        reach = 0.22 * max(x2 - x1, y2 - y1) * rng.uniform(0.7, 1.2)
-        draw_ellipse(draw, x, y, reach, 0.6 * reach, LEAVES)
-
-
 def draw_bicycle(states, background, rng):
     """((H, W, 3) uint8, {part: (state, box)}) of a bicycle; background: of twice the size. Half of them are mirrored."""
     wide, high = background.size
@@ -609,11 +592,16 @@ def draw_bicycle(states, background, rng):
     boxes = [[*place(x - mirror * half_x, y - half_y), *place(x + mirror * half_x, y + half_y)]
              for x, y, half_x, half_y in PART_PLACES.values()]
     for part, box, state in zip(PART_PLACES, boxes, states):
-        if state != "absent":
-            draw_part(draw, part, box, state, width)
-    for box, state in zip(boxes, states):
-        if state == "occluded":
-            draw_leaves(draw, box, rng)
+        colour = RUST if state == "damaged" else PART_COLOURS[part]
+        if state != "absent" and part in RINGS:
+            draw.ellipse(box, outline=colour, width=2 * width)
+        elif state != "absent":
+            draw.ellipse(box, fill=colour)
+    for (x1, y1, x2, y2), state in zip(boxes, states):
+        n_leaves = 9 if state == "occluded" else 0
+        for x, y in rng.uniform([x1, y1], [x2, y2], (n_leaves, 2)):
+            reach = 0.22 * max(x2 - x1, y2 - y1) * rng.uniform(0.7, 1.2)
+            draw_ellipse(draw, x, y, reach, 0.6 * reach, LEAVES)
     picture = background.resize((wide // 2, high // 2), Image.Resampling.LANCZOS)
     pixels = np.asarray(picture, float)
     halved = (np.array(boxes) / 2).tolist()
@@ -724,13 +712,6 @@ N_OWN = 16  # blobs of a patient, which carry no signal
 SLICE_QUIRKS = {0: "backslashes", 3: "dict", 4: "no_at2", 6: "bad_labels"}  # sequence: quirk
 
 
-@dataclasses.dataclass
-class Patient:
-    """A volume: the anatomy that all share, bent a little, and blobs of its own."""
-    bend: np.ndarray  # (3, 3) near the identity
-    blobs: list  # of (centre (3,) mm, radii (3,) mm, brightness)
-
-
 def make_blobs(count, radii, brightness, rng):
     """Gaussian blobs, two thirds of them bright: list of (centre (3,) mm, radii (3,) mm, brightness)."""
     signs = rng.choice([-1, 1, 1], count)
@@ -739,15 +720,18 @@ def make_blobs(count, radii, brightness, rng):
     return list(zip(centres, sizes, signs * rng.uniform(*brightness, count)))
 
 
-def cut_slice(pose, patient, rng):
-    """(H, W) uint8 slice at a pose (6,): blobs over tissue that brightens with depth, and noise."""
+def cut_slice(pose, bend, blobs, rng):
+    """(H, W) uint8 slice at a pose (6,): blobs over tissue that brightens with depth, and noise.
+
+    bend: (3, 3) near the identity, of the anatomy that all patients share.
+    """
     u = np.arange(FRAME_SIDE) + 0.5 - FRAME_SIDE / 2
     x, y = np.meshgrid(u, u)
     plane = np.stack([x, y, np.zeros_like(x)], -1)  # (H, W, 3) mm, in the probe's frame
     rotation = probe_poses.on_arrays(probe_poses.rotation_matrix, pose[3:])
-    points = (plane @ rotation.T + pose[:3]) @ patient.bend.T
+    points = (plane @ rotation.T + pose[:3]) @ bend.T
     grey = 75 + 0.5 * points[..., 1]
-    for centre, radii, brightness in patient.blobs:
+    for centre, radii, brightness in blobs:
         distance = np.square((points - centre) / radii).sum(-1)
         grey += brightness * np.exp(-0.5 * distance)
     return to_pixels(grey * rng.normal(1, 0.08, grey.shape))
@@ -762,10 +746,10 @@ def make_path(n_poses, rng):
     return REACH * waves
 
 
-def write_sequence(folder, poses, patient, quirk, rng):
+def write_sequence(folder, poses, bend, blobs, quirk, rng):
     """One folder: its frames, and the N transitions between N + 1 poses, with the quirk named."""
     names = [f"frames_{folder.name.removeprefix('patient_')}_{i:04d}" for i in range(len(poses))]
-    pictures = [Image.fromarray(cut_slice(pose, patient, rng)) for pose in poses]
+    pictures = [Image.fromarray(cut_slice(pose, bend, blobs, rng)) for pose in poses]
     for which in ("ft1", "ft2"):
         (folder / which).mkdir(parents=True)
     motion = probe_poses.on_arrays(probe_poses.pose_error, poses[1:], poses[:-1])
@@ -803,12 +787,11 @@ def make_dreamer(folder, n_transitions, seed):
         name = f"patient_{number + 1:02d}"
         sequence = f"{name}_{k // n_patients + 1:02d}"
         own_rng = np.random.default_rng([seed, 2, number])
-        patient = Patient(
-            bend=np.eye(3) + own_rng.normal(0, 0.02, (3, 3)),
-            blobs=anatomy + make_blobs(N_OWN, (3, 7), (20, 60), own_rng))
+        bend = np.eye(3) + own_rng.normal(0, 0.02, (3, 3))
+        blobs = anatomy + make_blobs(N_OWN, (3, 7), (20, 60), own_rng)
         rng = np.random.default_rng([seed, 1, k])
         poses = make_path(len(part) + 1, rng)
-        write_sequence(folder / sequence, poses, patient, SLICE_QUIRKS.get(k), rng)
+        write_sequence(folder / sequence, poses, bend, blobs, SLICE_QUIRKS.get(k), rng)
         patients[sequence] = name
     common.write_json(folder / "patient_map.json", patients)
     sequences = list(patients)
