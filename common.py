@@ -2279,11 +2279,11 @@ def start_from(model, path, /, is_frozen, **expected):
     is_frozen: features were computed with the model's own backbone, so that another one is refused too.
     """
     state = starting_weights(path, **expected)
-    own = {name: value for name, value in model.state_dict().items() if name.startswith("backbone.")}
+    own = {name: value for name, value in model.state_dict().items() if name.startswith(("backbone.", "encoder."))}
     if is_frozen and any(name in state and not torch.equal(value, state[name]) for name, value in own.items()):
-        raise UserError(f"--init_from {path}: its backbone was trained, and with --freeze_backbone the features are "
-                        "those of --weights or the published weights. Leave out one of the two; --freeze_stages can "
-                        "freeze it")
+        raise UserError(f"--init_from {path}: its backbone has other weights than the frozen one of this run, whose "
+                        "features are read. Give the same --weights, or --no_pretrained and --seed; or leave out "
+                        "--init_from or --freeze_backbone (--freeze_stages can freeze it)")
     load_state(model, state, path)
 
 

@@ -18,7 +18,6 @@ roll, pitch, yaw), mm and degrees, everywhere; frames are uint8 grey until they 
 at1, at2: the motion asked for at t1 and t2 (at1_6dof, at2_6dof); motion: the known one from t1 to t2.
 """
 import argparse
-import copy
 import dataclasses
 import itertools
 import math
@@ -41,13 +40,13 @@ TIME_BLOCKS = 10  # of each sequence, for the inner folds of a single patient
 # What a checkpoint fixes for evaluate and predict, and what they take over from the run beside it: always, and where
 # they are given no data of their own.
 MODEL_FLAGS = (
-    "encoder", "image_size", "token_type", "imagine", "d_model", "n_layers", "n_heads",
+    "encoder", "image_size", "token_type", "d_model", "n_layers", "n_heads",
     "feedforward", "dropout", "compose")
 ENCODER_FLAGS = ("seed", "weights")
 DATA_FLAGS = (
     "data_dir", "patient_map", "patient_regex", "max_transitions", "split_by", "angle_unit", "euler_order")
 WORLD_MODEL_FLAGS = (
-    "imagine", "d_model", "n_layers", "n_heads", "feedforward", "freeze_layers", "backbone_lr_mult",
+    "d_model", "n_layers", "n_heads", "feedforward", "freeze_layers", "backbone_lr_mult",
     "lambda_t2_action", "lambda_latent", "primary_task_only")
 PARTS = ("train", "val", "test")
 # What --augment changes in both frames of a transition alike:
@@ -138,8 +137,6 @@ def add_model_arguments(add):
         help="none: at1 is read off the frame at t1, by a solved readout of a frozen encoder and what training adds; "
              "else the world model, channel: with a token per feature channel (512), as published; spatial: with one "
              "per cell of the feature map (49), cheaper")
-    add("--imagine", choices=("map", "change"), default="map",
-        help="what the head gives: the feature map of t2, or its change from that of t1, which starts as a copy of t1")
     add("--d_model", type=common.POSITIVE, default=768,
         help="width of a token")
     add("--n_layers", "--num_layers", type=common.POSITIVE, default=6,
@@ -387,8 +384,8 @@ def draw_augmentation(preset, generator):
 class ProbeTransitions(common.Samples):
     """Samples of chosen rows; a key is (epoch, index), which seeds the augmentation.
 
-    Each sample: frames uint8 (2, S, S), or what a frozen encoder made of them, float32 (2, ...); motion, other_motion
-    (that of another row), at1, at2 (6,) float32 in mm and degrees, NaN = missing; name.
+    Each sample: frames uint8 (2, 1, S, S), or what a frozen encoder made of them, float32 (2, ...); motion,
+    other_motion (that of another row), at1, at2 (6,) float32 in mm and degrees, NaN = missing; name.
     """
 
     def __init__(self, study, rows, args, augment):
@@ -413,21 +410,22 @@ class ProbeTransitions(common.Samples):
         return {"frames": torch.from_numpy(frames), "name": self.study.names[row], **poses}
 
     def pixels(self, epoch, row):
-        """Both frames of a row, uint8 (2, S, S)."""
+        """Both frames of a row, uint8 (2, 1, S, S)."""
         size = self.args.image_size
         frames = np.stack([self.study.frame(row, which, size) for which in (0, 1)])  # (2, S, S, 3)
         if self.augment != "none":
             drawn = draw_augmentation(self.augment,
                                       common.generator_for(self.args.seed, epoch, row))
             frames = common.augment_clip(frames, drawn, size)
-        return to_grey(frames)  # (2, S, S, 3) -> (2, S, S)
+        return to_grey(frames)  # (2, S, S, 3) -> (2, 1, S, S)
 
 
 def to_grey(frames):
-    """uint8 (..., 3) RGB -> uint8 (...) luma (ITU-R BT.601), unchanged where the three are equal."""
+    """uint8 (T, S, S, 3) RGB -> uint8 (T, 1, S, S) luma (ITU-R BT.601), unchanged where the three are equal."""
     import cv2
-    tall = frames.reshape(-1, frames.shape[-2], 3)
-    return cv2.cvtColor(tall, cv2.COLOR_RGB2GRAY).reshape(frames.shape[:-1])
+    side = frames.shape[1]
+    tall = frames.reshape(-1, side, 3)
+    return cv2.cvtColor(tall, cv2.COLOR_RGB2GRAY).reshape(-1, 1, side, side)
 
 
 # --- model and loss ----------------------------------------------------------------------
@@ -517,7 +515,7 @@ class Encoder(nn.Module):
     The kernel of the first layer is the sum of its RGB kernels, so that a grey picture gives what it gave as RGB.
     """
 
-    def __init__(self, resnet, n_features, args):
+    def __init__(self, resnet, args):
         super().__init__()
         colour = resnet.conv1
         stem = nn.Conv2d(1, colour.out_channels, colour.kernel_size, colour.stride, colour.padding,
@@ -526,7 +524,7 @@ class Encoder(nn.Module):
         self.stages = nn.Sequential(
             nn.Sequential(stem, resnet.bn1, resnet.relu, resnet.maxpool),
             resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)
-        self.n_features = n_features
+        self.n_features = resnet.inplanes  # channels of its last stage
         self.n_cells = math.ceil(args.image_size / 32) ** 2
         self.freeze_layers = args.freeze_layers
         self.stages[:self.freeze_layers].requires_grad_(False)
@@ -565,7 +563,6 @@ class Imagination(nn.Module):
     def __init__(self, n_features, n_cells, args):
         super().__init__()
         self.by_channel = args.token_type == "channel"
-        self.by_change = args.imagine == "change"
         n_tokens, token_size = (n_features, n_cells) if self.by_channel else (n_cells, n_features)
         width = args.d_model
         self.embed = nn.Linear(token_size, width)
@@ -578,8 +575,6 @@ class Imagination(nn.Module):
         layers = [transformer_layer(args) for _ in range(args.n_layers)]
         self.layers = nn.Sequential(*layers, nn.LayerNorm(width))
         self.head = nn.Linear(width, token_size)
-        if self.by_change:
-            set_to_zero(self.head)
 
     def forward(self, features, motion):
         tokens = features if self.by_channel else features.transpose(1, 2)  # (B, F, G) or (B, G, F)
@@ -587,9 +582,7 @@ class Imagination(nn.Module):
         tokens = torch.cat([motion, self.embed(tokens)], 1)  # (B, K, D): the motion is token 0
         tokens = self.layers(self.norm(tokens + self.position))  # (B, K, D)
         imagined = self.head(tokens[:, 1:])  # (B, K, D) -> (B, K - 1, G or F)
-        if not self.by_channel:
-            imagined = imagined.transpose(1, 2)  # (B, G, F) -> (B, F, G)
-        return features + imagined if self.by_change else imagined  # (B, F, G)
+        return imagined if self.by_channel else imagined.transpose(1, 2)  # (B, F, G)
 
 
 class Dreamer(nn.Module):
@@ -628,7 +621,7 @@ class Dreamer(nn.Module):
         imagined = self.imagination(features, entering).float()  # (B, F, G)
         with torch.autocast(features.device.type, enabled=False):  # bf16 has steps of half a degree at 100 degrees
             at2 = self.at2_mean + self.at2_sd * self.readout(imagined.mean(2))  # (B, F, G) -> (B, F) -> (B, 6)
-            at1 = self.at1_from(at2, known_motion)  # (B, 6)
+            at1 = self.at1_from(known_motion, at2)  # (B, 6)
         return Imagined(at1, at2, features.float(), imagined)
 
 
@@ -641,8 +634,8 @@ def set_to_zero(linear):
 def build_encoder(args, kind):
     """GridEncoder, or the Encoder of a world model, as the flags describe it; the seed decides the random part."""
     torch.manual_seed(common.hash_seed(args.seed))
-    backbone, n_features = backbones.build_backbone(args.encoder, args.pretrained, args.weights, args.image_size)
-    return GridEncoder(backbone, args) if kind is GridEncoder else Encoder(backbone, n_features, args)
+    backbone, _ = backbones.build_backbone(args.encoder, args.pretrained, args.weights, args.image_size)
+    return kind(backbone, args)
 
 
 def build_model(args, scaler, convention):
@@ -668,25 +661,6 @@ def fit_scaler(study, rows):
     return scaler
 
 
-def pose_loss(predicted, target, sd, beta=1.0):
-    """SmoothL1 in units of sd, angles wrapped: (B, 6), (B, 6) with NaN = missing -> (B,)."""
-    labelled = ~torch.isnan(target)  # (B, 6), True = a label is there
-    error = probe_poses.pose_error(predicted,
-                                   torch.where(labelled, target, predicted.detach())) / sd
-    losses = nn.functional.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=beta)
-    return (losses * labelled).sum(1) / labelled.sum(1).clamp(min=1)  # (B, 6) -> (B,)
-
-
-def latent_loss(imagined, features_t2):
-    """Mean squared distance of (B, F, G) over the variance of the true features about their channel's mean.
-
-    1 = no better than a constant map. The target is a constant here: no gradient reaches the encoder through it.
-    """
-    target = features_t2.detach()
-    variance, _ = pose_scores.variance_and_spread(target.mean(2), target.square().mean(2))  # (B, F, G) -> (B, F)
-    return (imagined - target).square().mean() / variance
-
-
 class DreamLoss:
     """Weighted sum of the losses on at1 (main task), at2 and the imagined features; sds (6,) of train rows."""
 
@@ -702,8 +676,12 @@ class DreamLoss:
                    for name in ("at1", "at2")}
 
     def of_pose(self, name, predicted, target):
-        """pose_loss (B,) of at1 or at2."""
-        return pose_loss(predicted, target, self.sd[name].to(predicted.device), self.beta)
+        """SmoothL1 of at1 or at2 in units of its sd, angles wrapped: (B, 6), (B, 6) with NaN = missing -> (B,)."""
+        labelled = ~torch.isnan(target)  # (B, 6), True = a label is there
+        known = torch.where(labelled, target, predicted.detach())
+        error = probe_poses.pose_error(predicted, known) / self.sd[name].to(predicted.device)
+        losses = nn.functional.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=self.beta)
+        return (losses * labelled).sum(1) / labelled.sum(1).clamp(min=1)  # (B, 6) -> (B,)
 
     def total(self, parts):
         """Weighted sum of the parts that are there."""
@@ -714,7 +692,8 @@ class DreamLoss:
         parts = {"main_task_loss": self.of_pose("at1", imagined.at1, batch["at1"]).mean()}
         if features_t2 is not None:
             parts["t2_loss"] = self.of_pose("at2", imagined.at2, batch["at2"]).mean()
-            parts["latent_loss"] = latent_loss(imagined.features_t2, features_t2)
+            terms = pose_scores.latent_terms(imagined.features_t1, imagined.features_t2, features_t2)
+            parts["latent_loss"] = pose_scores.latent_numbers(terms)["latent_loss"]
         return self.total(parts), parts
 
 
@@ -731,9 +710,7 @@ def to_device(batch, compute):
     poses = {name: compute.send(batch[name])
              for name in ("motion", "other_motion", "at1", "at2")}
     frames = compute.send(batch["frames"])
-    if frames.dtype != torch.uint8:
-        return frames[:, 0], frames[:, 1], poses  # (B, 2, ...) -> two of (B, ...)
-    return frames[:, :1].contiguous(), frames[:, 1:].contiguous(), poses  # (B, 2, S, S) -> two of (B, 1, S, S)
+    return frames[:, 0], frames[:, 1], poses  # (B, 2, ...) -> two of (B, ...)
 
 
 def train_one_epoch(model, loader, loss_function, training, compute):
@@ -771,7 +748,7 @@ def evaluate(model, loader, loss_function, compute):
     parts = {name: rows[name].mean().item() for name in ("main_task_loss", "t2_loss")}
     latent = {}
     if model.imagines:
-        latent = pose_scores.latent_numbers(rows)
+        latent = {name: value.item() for name, value in pose_scores.latent_numbers(rows).items()}
         parts["latent_loss"] = latent["latent_loss"]
     error = probe_poses.pose_error(rows["at1"].double(), rows["true_at1"].double()).abs()  # (M, 6)
     mae = {f"mae_{axis}": value for axis, value in zip(probe_poses.AXES, error.nanmean(0).tolist())}
@@ -797,11 +774,8 @@ def fit(run, args, study, split, readout):
     loaders = {part: make_loader(study, rows, args, compute) for part, rows in split.items() if len(rows)}
     model = build_model(args, scaler, study.compose)
     if args.init_from:
-        untrained = copy.deepcopy(model.encoder)
-        common.start_from(model, args.init_from, is_frozen=False, token_type=args.token_type, encoder=args.encoder)
-        if not model.imagines and not backbones.is_same(untrained, model.encoder):
-            raise common.UserError(f"--init_from {args.init_from} reads poses off an encoder with other weights than "
-                                   "this run's: give the same --weights, or --no_pretrained and --seed")
+        common.start_from(model, args.init_from, is_frozen=not model.imagines,
+                          token_type=args.token_type, encoder=args.encoder)
     if not model.imagines:
         readout.write_into(model.solved)
         model.scale_grids(study.grids_at_t1(split["train"]))
@@ -870,12 +844,13 @@ def model_metadata(args, study, split, scaler):
 
 
 @torch.no_grad()
-def use_of_inputs(model, loader, loss_function, compute, study, fitted, rows):
+def use_of_inputs(model, loader, numbers, loss_function, compute, study, fitted, rows):
     """Does the model use the motion and the imagined frame? {name of pose_judging.USE_MEANINGS: number} of these rows.
 
     False motions are those of other rows of the split; they enter the imagination only, while the composition keeps
     the true one: otherwise a model that adds and subtracts the same motion would look as if it ignored it. A
-    FrameReadout imagines nothing, and only the share of rows outside the range of the fitted ones is said.
+    FrameReadout imagines nothing, and only the share of rows outside the range of the fitted ones is said. numbers:
+    what evaluate found of these rows.
     """
     use = pose_scores.outside_share(study.at1, fitted, rows)
     if not model.imagines:
@@ -885,22 +860,18 @@ def use_of_inputs(model, loader, loss_function, compute, study, fitted, rows):
     for batch in loader:
         frame_t1, frame_t2, poses = to_device(batch, compute)
         with compute.autocast():
-            features_t2 = model.look(frame_t2)  # (B, F, G)
             true = model(frame_t1, poses["motion"])
+            features_t2 = model.look(frame_t2)  # (B, F, G)
             false = model.imagine(true.features_t1, poses["other_motion"], known_motion=poses["motion"])
         batches.append({
-            "loss": loss_function.of_pose("at1", true.at1, poses["at1"]),  # (B,)
-            "false_loss": loss_function.of_pose("at1", false.at1, poses["at1"]),
+            "false_loss": loss_function.of_pose("at1", false.at1, poses["at1"]),  # (B,)
             "map_imagined": true.features_t2.flatten(1).half(),  # (B, F * G)
-            "map_t2": features_t2.flatten(1).half(),
-            **pose_scores.latent_terms(true.features_t1, true.features_t2, features_t2)})
+            "map_t2": features_t2.flatten(1).half()})
     joined = join_batches(batches, compute)  # {name: (M, ...)}
-    latent = pose_scores.latent_numbers(joined)
-    ratio = joined["false_loss"].sum() / joined["loss"].sum()
     return use | {
-        "action_shuffle_ratio": ratio.item(),
-        "latent_skill": latent["latent_skill"],
-        "feature_spread": latent["feature_spread"],
+        "action_shuffle_ratio": (joined["false_loss"].mean() / numbers["main_task_loss"]).item(),
+        "latent_skill": numbers["latent_skill"],
+        "feature_spread": numbers["feature_spread"],
         "retrieval_rank": pose_scores.retrieval_rank(joined["map_imagined"], joined["map_t2"], study.patients[rows]),
     }
 
@@ -913,7 +884,7 @@ def look_at(study, rows, encoder, args, compute):
     outputs = []
     for chunk in np.array_split(wanted, math.ceil(len(wanted) / 64)):
         frames = np.stack([common.eval_crop(study.store[i], args.image_size) for i in chunk])
-        frames = torch.from_numpy(to_grey(frames))[:, None]  # (64, S, S, 3) -> (64, 1, S, S)
+        frames = torch.from_numpy(to_grey(frames))  # (64, S, S, 3) -> (64, 1, S, S)
         with compute.autocast():
             outputs.append(encoder(compute.send(frames)).float().cpu().numpy())
     outputs = np.concatenate(outputs)
@@ -938,16 +909,12 @@ def see_frames(study, rows, args, compute, encoder=None):
     return dataclasses.replace(study, grids=grids, blocks=encoder.scales.blocks, maps=maps)
 
 
-def apart_from(centre, poses):
-    """Poses (n, 6) as their differences from one (6,), the angles wrapped."""
-    return probe_poses.on_arrays(probe_poses.pose_error, poses, np.broadcast_to(centre, poses.shape))
-
-
 def solve_readout(study, rows):
     """baseline_models.Readout of at1 in mm and degrees on the grids of the frames at t1 of these rows."""
     centre = probe_poses.centre_and_spread(study.at1[rows])[0]
+    apart = probe_poses.on_arrays(probe_poses.pose_error, study.at1[rows], centre)  # (n, 6)
     readout = baseline_models.fit_readout(
-        study.grids_at_t1(rows), apart_from(centre, study.at1[rows]), study.inner_groups(rows), blocks=study.blocks)
+        study.grids_at_t1(rows), apart, study.inner_groups(rows), blocks=study.blocks)
     return dataclasses.replace(readout, intercept=readout.intercept + centre)
 
 
@@ -966,7 +933,7 @@ def baselines(study, train, rows, readout=None, centre=None):
     }
     if not len(train):
         return predicted
-    apart = apart_from(centre, study.at1)  # (N, 6)
+    apart = probe_poses.on_arrays(probe_poses.pose_error, study.at1, centre)  # (N, 6)
     near = baseline_models.place_weights(study.place, study.sequences, train, rows)  # (M, N_train)
     motion_ridge = baseline_models.fit_readout(study.motion[train], apart[train], study.inner_groups(train))
     found = {
@@ -1094,12 +1061,6 @@ def make_split(args, study):
         return splitting.split_by_names(listed, study.patients, {**last_names, **folders})
     if args.split_by == "time" and not args.split_file:
         return splitting.split_by_time(study.sequences, study.order, common.split_ratios(args), args.gap)
-    n_parts = sum(ratio > 0 for ratio in common.split_ratios(args).values())
-    n_patients = len(set(study.patients))
-    if n_patients < n_parts and not args.split_file:
-        raise common.UserError(f"{n_patients} patients are too few for {n_parts} parts: --split_by time cuts the "
-                               "sequences in blocks (and says nothing across patients), --test_ratio 0 or --folds "
-                               f"{n_patients} leave one out")
     return splitting.split_of_flags(args, study.names, None, study.patients)
 
 
@@ -1186,13 +1147,14 @@ def run_split(run, args, study, split):
     best = keep_if_better(training, study, split["val"], readout, loss_function)
     tables = {}
     features = {}
+    numbers = {}
     for part, loader in loaders.items():  # train, val, test
         rows = split[part]
         if part == "test":
             fitted = np.union1d(split["train"], split["val"])  # validation has done its work
             readout = solve_readout(study, fitted)
             best |= use_readout(model, study, fitted, readout, best["seen"])
-        predicted, features[part], _ = evaluate(model, loader, loss_function, run.compute)
+        predicted, features[part], numbers[part] = evaluate(model, loader, loss_function, run.compute)
         others = baselines(study, fitted, rows, readout) if part != "train" else {}
         tables[part] = score_table(study, rows, predicted, others, training.seen.words(study.hashes[rows]))
         if part != "train":
@@ -1203,7 +1165,7 @@ def run_split(run, args, study, split):
     part = "test" if "test" in tables else "val"
     table = tables[part]
     rows = split[part]
-    use = use_of_inputs(model, loaders[part], loss_function, run.compute, study, fitted, rows)
+    use = use_of_inputs(model, loaders[part], numbers[part], loss_function, run.compute, study, fitted, rows)
     alarms = overfitting_alarms(tables) if model.imagines else []  # a solved readout always fits its own rows better
     judge(run, args, study, split, rows, table, part=part, use=use, alarms=alarms, best_epoch=best["epoch"])
 
@@ -1314,11 +1276,11 @@ def score_checkpoint(run, args):
         readout = solve_readout(study, fitted)
     loader = make_loader(study, rows, args, run.compute)
     loss_function = DreamLoss(args, content["scaler"], run.compute.device)
-    predicted, *_ = evaluate(model, loader, loss_function, run.compute)
+    predicted, _, numbers = evaluate(model, loader, loss_function, run.compute)
     others = baselines(study, fitted, rows, readout, content["scaler"]["at1"]["mean"].numpy())
     table = score_table(study, rows, predicted, others, content["seen"].words(study.hashes[rows]))
     table.write(run.path(f"predictions_{part}.csv"))
-    use = use_of_inputs(model, loader, loss_function, run.compute, study, fitted, rows)
+    use = use_of_inputs(model, loader, numbers, loss_function, run.compute, study, fitted, rows)
     known = sorted(set(table.groups) & set(content["train_patients"]))
     alarms = [f"the model was trained on these patients: {common.shorten_list(known, 5)}. Score others "
               "(--data_dir)"] if known else []

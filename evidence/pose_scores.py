@@ -259,23 +259,21 @@ def latent_terms(features_t1, imagined, features_t2):
     }
 
 
-def variance_and_spread(mean, square):
-    """Of feature maps whose channels have these means and mean squares (M, F): their variance about their channel's
-    mean, and how much frames differ: sd over the frames of the channels' means, over the rms of the features.
+def latent_numbers(rows):
+    """latent_loss (1 = a constant map), latent_skill (1 = copying t1; lower is better), feature_spread; of these rows.
+
+    variance: of the true features about their channel's mean. spread: sd over the frames of the channels' means, over
+    the rms of the features.
     """
+    mean = rows["feature_mean"]
+    square = rows["feature_square"]
+    error = rows["latent_error"].mean()
     variance = square.mean(0) - mean.mean(0).square()  # (F,)
     sd = mean.var(0, correction=0).mean().clamp(min=1e-12).sqrt()
-    return variance.mean().clamp(min=1e-8), sd / square.mean().sqrt().clamp(min=1e-6)
-
-
-def latent_numbers(rows):
-    """latent_loss (1 = a constant map), latent_skill (1 = copying t1; lower is better), feature_spread; whole split."""
-    error = rows["latent_error"].double().mean()
-    variance, spread = variance_and_spread(rows["feature_mean"].double(), rows["feature_square"].double())
     return {
-        "latent_loss": (error / variance).item(),
-        "latent_skill": (error / rows["copy_error"].double().mean()).item(),
-        "feature_spread": spread.item(),
+        "latent_loss": error / variance.mean().clamp(min=1e-8),
+        "latent_skill": error / rows["copy_error"].mean(),
+        "feature_spread": sd / square.mean().sqrt().clamp(min=1e-6),
     }
 
 

@@ -97,10 +97,10 @@ def _say_size(name, weights, image_size):
 
 
 def published_set(name, weights):
-    """torchvision's default set of published weights of a network, or the one of the name `weights`."""
+    """torchvision's set of published weights of the name `weights`; for None, or a file, the default one."""
     from torchvision import models
     sets = models.get_model_weights(name)
-    if weights is None:
+    if weights is None or Path(weights).exists():
         return sets.DEFAULT
     if str(weights) not in sets.__members__:
         raise common.UserError(f"--weights {weights}: no such file, and the published weights of {name} are "
@@ -122,8 +122,7 @@ def expected_pixels(name, weights):
     if name.startswith(TIMM):
         published = common.optional_package("timm").get_pretrained_cfg(name.removeprefix(TIMM))
         return published.input_size[-1], published.mean, published.std
-    is_file = weights is not None and Path(weights).exists()
-    expected = published_set(name, None if is_file else weights).transforms()
+    expected = published_set(name, weights).transforms()
     side = expected.crop_size[0]
     if name in ("googlenet", "inception_v3"):  # with weights they bring the usual statistics to these by themselves
         return side, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -194,21 +193,15 @@ def _state_dict(state, path):
     tensors = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise common.UserError(f"{path} holds no tensors: expected a state dict, found {list(state)[:5]}")
-    _replace_overflow(tensors, path)
+    # an infinite running variance would silence its channel
+    overflowed = [name for name, value in tensors.items() if value.dtype == torch.float16 and value.isinf().any()]
+    for name in overflowed:
+        tensors[name] = tensors[name].nan_to_num(math.nan)  # infinite numbers become the largest
+    if overflowed:
+        print(f"note: {path}: numbers too large for half precision in {common.shorten_list(overflowed, 3)}; "
+              "65504 is used in their place", flush=True)
     common.check_weights(tensors, path)
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-
-
-def _replace_overflow(tensors, path):
-    """Infinite half-precision numbers become the largest: an infinite running variance would silence its channel."""
-    overflowed = [name for name, value in tensors.items() if value.dtype == torch.float16 and value.isinf().any()]
-    if not overflowed:
-        return
-    largest = torch.finfo(torch.float16).max
-    for name in overflowed:
-        tensors[name] = tensors[name].clamp(-largest, largest)
-    print(f"note: {path}: numbers too large for half precision in {common.shorten_list(overflowed, 3)}; "
-          f"{largest:.0f} is used in their place", flush=True)
 
 
 def shared_prefix(state, own):

@@ -69,8 +69,7 @@ def from_order(poses, order):
     for name, values in poses.items():
         product = np.eye(3)
         for axis in map("xyz".index, order):
-            turn = np.zeros_like(values[:, 3:])
-            turn[:, axis] = values[:, 3 + axis]
+            turn = np.where(np.arange(3) == axis, values[:, 3:], 0)
             product = product @ on_arrays(rotation_matrix, turn)
         turned[name] = np.hstack([values[:, :3], on_arrays(euler_degrees, product)])
     return turned
@@ -123,22 +122,22 @@ def geodesic_degrees(predicted, target):
 class Convention:
     """How at1, motion and at2 hang together; each function takes and gives poses (..., 6)."""
     at2: object  # (at1, motion) -> at2
-    at1: object  # (at2, motion) -> at1
+    at1: object  # (motion, at2) -> at1
     motion: object  # (at1, at2) -> motion
 
 
 CONVENTIONS = {
     "additive": Convention(
         at2=add_poses,
-        at1=pose_error,
+        at1=lambda motion, at2: pose_error(at2, motion),
         motion=lambda at1, at2: pose_error(at2, at1)),
     "se3_left": Convention(
         at2=lambda at1, motion: compose(motion, at1),
-        at1=lambda at2, motion: compose(invert(motion), at2),
+        at1=lambda motion, at2: compose(invert(motion), at2),
         motion=lambda at1, at2: compose(at2, invert(at1))),
     "se3_right": Convention(
         at2=compose,
-        at1=lambda at2, motion: compose(at2, invert(motion)),
+        at1=lambda motion, at2: compose(at2, invert(motion)),
         motion=lambda at1, at2: compose(invert(at1), at2)),
 }
 
@@ -180,7 +179,7 @@ def centre_and_spread(poses):
     sine = common.mean_without_nan(np.sin(angle), 0)
     cosine = common.mean_without_nan(np.cos(angle), 0)
     about = np.append(np.zeros(3), np.rad2deg(np.arctan2(sine, cosine)))
-    apart = on_arrays(pose_error, poses, np.broadcast_to(about, poses.shape))
+    apart = on_arrays(pose_error, poses, about)
     mean = common.mean_without_nan(apart, 0)
     sd = np.sqrt(common.mean_without_nan((apart - mean) ** 2, 0))
     return about + mean, np.where(sd > 1e-6, sd, 1.0)
@@ -334,15 +333,6 @@ def unique_names(names):
 # Checking and completing poses
 # --------------------------------------------------------------------------------------
 
-def largest_angle(poses):
-    """Largest credible |angle| of all at1 and at2, or of the motions where there is neither; 0: nothing is known."""
-    known = np.concatenate([poses["at1"], poses["at2"]])[:, 3:]
-    if not np.isfinite(known).any():
-        known = poses["motion"][:, 3:]
-    known = np.abs(known)
-    return float(known[known <= LARGEST_LABEL].max(initial=0.0))
-
-
 def in_degrees(poses, unit):
     """{name: (N, 6)} in a unit -> in degrees, NaN for what is no pose: NaN, infinite, beyond 200."""
     factor = np.ones(6)
@@ -364,7 +354,10 @@ def choose_unit(poses, asked, usual=None):
     """
     if asked != "auto":
         return asked, "asked for"
-    largest = largest_angle(poses)
+    angles = np.abs(np.concatenate([poses["at1"], poses["at2"]])[:, 3:])
+    if not np.isfinite(angles).any():
+        angles = np.abs(poses["motion"][:, 3:])
+    largest = angles[angles <= LARGEST_LABEL].max(initial=0.0)  # 0: nothing is known
     known = f"largest in the files: {largest:.4g}"
     if largest == 0 or largest > math.pi + 1e-6:
         return "deg", known
@@ -399,7 +392,7 @@ def mask_labels(poses, unit):
     for name, values in in_degrees(poses, unit).items():
         absent = np.isnan(poses[name]).all(1)
         wild = np.isnan(values) & ~absent[:, None]
-        poses[name][:] = values
+        poses[name] = values
         if wild.any():
             notes.append(
                 f"{wild.sum()} values of {FIELDS[name]} in {wild.any(1).sum()} rows masked "
@@ -426,8 +419,7 @@ def read_order(poses, asked, usual="zyx"):
             why = f"at2 is missed by {found[best]:.3g} mm and degrees instead of {found[usual]:.3g}: --euler_order"
     if order == "zyx":
         return order, []
-    for name, values in from_order(poses, order).items():
-        poses[name][:] = values
+    poses.update(from_order(poses, order))
     factors = " ".join(f"R{axis}" for axis in order)
     level = "WARNING: " if asked == "auto" and order != usual else ""
     return order, [f"{level}angles are read as R = {factors} and turned into R = Rz Ry Rx ({why})"]
@@ -455,13 +447,12 @@ def complete_poses(poses, convention):
     """Derive, in place, whole poses that a row lacks from the other two. Returns notes."""
     lacking = {name: np.isnan(values).all(1) for name, values in poses.items()}
     has_others = sum(lacking.values()) == 1
-    ways = {"at2": ("at1", "motion"), "motion": ("at1", "at2"), "at1": ("at2", "motion")}
     notes = []
-    for name, (first, second) in ways.items():
+    for name in poses:  # at1, motion, at2
         rows = lacking[name] & has_others
         if rows.any():
-            derive = getattr(CONVENTIONS[convention], name)
-            poses[name][rows] = on_arrays(derive, poses[first][rows], poses[second][rows])
+            others = [values[rows] for other, values in poses.items() if other != name]
+            poses[name][rows] = on_arrays(getattr(CONVENTIONS[convention], name), *others)
             notes.append(f"{rows.sum()} rows: {FIELDS[name]} derived from the other two ({convention})")
     return notes
 

@@ -259,8 +259,8 @@ def test_time_blocks_of_one_patient_prove_nothing(slices, tmp_path):
     """Also other options in one run: SE(3) asked for, primary task only, warm restarts, fp32, frozen layers."""
     one_patient = tmp_path / "one.json"
     one_patient.write_text(json.dumps({path.name: "the one" for path in slices.glob("patient_*_*")}))
-    train(slices, tmp_path, "--split_by", "time", "--gap", 1, "--max_transitions", 20, "--dry_run", "--imagine",
-          "change", "--compose", "se3_left", "--primary_task_only", "--scheduler", "warm_restarts", "--precision", "32",
+    train(slices, tmp_path, "--split_by", "time", "--gap", 1, "--max_transitions", 20, "--dry_run",
+          "--compose", "se3_left", "--primary_task_only", "--scheduler", "warm_restarts", "--precision", "32",
           "--freeze_layers", 2, "--patient_map", one_patient)
     run = only_run(tmp_path)
     metrics = json.loads((run / "metrics.json").read_text())
@@ -377,8 +377,9 @@ def test_a_grey_frame_gives_what_it_gave_as_colour():
     features = nn.Sequential(*list(resnet.children())[:-2]).eval()
     grey = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)
     wanted = features(((grey / 255 - 0.5) / 0.5).repeat(1, 3, 1, 1)).flatten(2)
-    encoder = train_dreamer.Encoder(resnet, width, tiny_args("--image_size", 64)).eval()
-    assert torch.allclose(encoder(grey), wanted, atol=1e-5) and wanted.shape == (2, 512, encoder.n_cells)
+    encoder = train_dreamer.Encoder(resnet, tiny_args("--image_size", 64)).eval()
+    assert torch.allclose(encoder(grey), wanted, atol=1e-5) and wanted.shape == (2, width, encoder.n_cells)
+    assert encoder.n_features == width
 
 
 def test_frozen_layers_stay_as_they_are():
@@ -411,7 +412,8 @@ def test_missing_labels_change_neither_loss_nor_gradient():
     predicted, target, sd = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6), torch.rand(6) + 0.5
     target[1, 2] = target[3, 0] = torch.nan
     target[2] = torch.nan
-    loss = train_dreamer.pose_loss(predicted, target, sd)
+    scaler = {name: {"sd": sd} for name in ("at1", "at2")}
+    loss = train_dreamer.DreamLoss(tiny_args(), scaler, "cpu").of_pose("at1", predicted, target)
     loss.sum().backward()
     known = ~target.isnan()
     for row in (0, 1, 3):
@@ -421,12 +423,26 @@ def test_missing_labels_change_neither_loss_nor_gradient():
 
 
 def test_no_gradient_reaches_the_target_frame():
-    features_t2 = torch.randn(3, 8, 4, requires_grad=True)
-    imagined = torch.randn(3, 8, 4, requires_grad=True)
-    train_dreamer.latent_loss(imagined, features_t2).backward()
-    assert features_t2.grad is None and imagined.grad.abs().sum() > 0
-    constant = features_t2.detach().mean((0, 2), keepdim=True).expand(3, 8, 4)
-    assert train_dreamer.latent_loss(constant, features_t2).item() == pytest.approx(1.0, rel=1e-5)
+    """The gradient of the latent loss is that of features of t2 which are mere numbers."""
+    args = tiny_args("--dropout", 0)
+    model = train_dreamer.build_model(args, UNIT, "additive").eval()
+    loss_function = train_dreamer.DreamLoss(args, UNIT, "cpu")
+    frames = torch.randint(0, 256, (2, 3, 1, 32, 32), dtype=torch.uint8)
+    poses = {name: torch.zeros(3, 6) for name in ("at1", "at2")}
+    grads = []
+    for features_t2 in (model.look(frames[1]), model.encoder(frames[1]).detach().clone()):
+        model.zero_grad()
+        _, parts = loss_function(model(frames[0], torch.ones(3, 6)), poses, features_t2)
+        parts["latent_loss"].backward()
+        grads.append([weight.grad.clone() for weight in model.encoder.parameters()])
+    assert all(map(torch.equal, *grads)) and sum(grad.abs().sum() for grad in grads[0]) > 0
+
+
+def test_a_constant_map_has_a_latent_loss_of_1():
+    features_t2 = torch.randn(3, 8, 4)
+    constant = features_t2.mean((0, 2), keepdim=True).expand(3, 8, 4)
+    numbers = pose_scores.latent_numbers(pose_scores.latent_terms(features_t2 + 1, constant, features_t2))
+    assert numbers["latent_loss"].item() == pytest.approx(1.0, rel=1e-5)
 
 
 def test_a_motion_that_is_ignored_matters_where_it_is_large():
@@ -472,7 +488,7 @@ def banded_batches(count, seed, model):
 
 def shuffle_ratio(ignore_motion):
     """action_shuffle_ratio of a model trained on the maps of a frozen encoder."""
-    args = tiny_args("--dropout", 0, "--imagine", "change", "--freeze_layers", 5)
+    args = tiny_args("--dropout", 0, "--freeze_layers", 5)
     spreads = {"motion": 10, "at1": 10, "at2": 14}
     scaler = {name: {"mean": np.zeros(6), "sd": np.full(6, sd)} for name, sd in spreads.items()}
     model = train_dreamer.build_model(args, scaler, "additive")
@@ -491,7 +507,8 @@ def shuffle_ratio(ignore_motion):
             optimizer.step()
     held_out = banded_batches(64, 1, model)
     study = types.SimpleNamespace(at1=np.zeros((64, 6)), patients=np.array(["p"] * 64))
-    use = train_dreamer.use_of_inputs(model, held_out, loss_function, compute, study, [], np.arange(64))
+    *_, numbers = train_dreamer.evaluate(model, held_out, loss_function, compute)
+    use = train_dreamer.use_of_inputs(model, held_out, numbers, loss_function, compute, study, [], np.arange(64))
     return use["action_shuffle_ratio"]
 
 
@@ -524,9 +541,12 @@ def test_latent_numbers_do_not_depend_on_the_batches():
     compute = common.choose_compute("cpu", "off")
     cuts = [slice(0, 7), slice(7, 9), slice(9, 12)]
     batches = [pose_scores.latent_terms(t1[cut], imagined[cut], t2[cut]) for cut in cuts]
-    found = pose_scores.latent_numbers(train_dreamer.join_batches(batches, compute))
-    assert found["latent_skill"] == pytest.approx((((imagined - t2) ** 2).sum() / ((t1 - t2) ** 2).sum()).item())
-    assert found["latent_loss"] == pytest.approx(train_dreamer.latent_loss(imagined, t2).item(), rel=1e-4)
+    found = {name: value.item() for name, value in
+             pose_scores.latent_numbers(train_dreamer.join_batches(batches, compute)).items()}
+    variance = (t2 - t2.mean((0, 2), keepdim=True)).square().mean()
+    skill = (imagined - t2).square().sum() / (t1 - t2).square().sum()
+    assert found["latent_skill"] == pytest.approx(skill.item(), rel=1e-5)
+    assert found["latent_loss"] == pytest.approx(((imagined - t2).square().mean() / variance).item(), rel=1e-4)
     spread = t2.mean(2).var(0, correction=0).mean().sqrt() / t2.square().mean().sqrt()
     assert found["feature_spread"] == pytest.approx(spread.item(), rel=1e-4)
 
@@ -831,7 +851,7 @@ def test_a_trained_readout_lends_its_encoder_to_the_baseline(slices):
     args = readout_args("--mode", "predict", "--checkpoint", "x")
     encoder = train_dreamer.build_encoder(readout_args("--seed", 7), train_dreamer.GridEncoder)
     own, lent = (train_dreamer.see_frames(study, rows[:4], args, compute, lender).grids for lender in (None, encoder))
-    frame = torch.from_numpy(train_dreamer.to_grey(study.frame(0, 0, 64)))[None, None]
+    frame = torch.from_numpy(train_dreamer.to_grey(study.frame(0, 0, 64)[None]))
     np.testing.assert_allclose(lent[study.frames[0, 0]], encoder(frame)[0], rtol=1e-4, atol=1e-5)
     assert not np.allclose(own[study.frames[0, 0]], lent[study.frames[0, 0]])
 

@@ -326,7 +326,7 @@ def test_every_empty_picture_is_named_at_once(tmp_path):
     write_sequence(tmp_path / "data" / "a_01")
     for name in ("ft1/frame_0001.png", "ft2/frame_0004.png"):
         (tmp_path / "data" / "a_01" / name).write_bytes(b"")
-    with pytest.raises(common.UserError, match=r"2 of 9 pictures cannot be read(?s:.*)frame_0001.png(?s:.*)frame_0004.png"):
+    with pytest.raises(common.UserError, match=r"2 of 9 pictures cannot(?s:.*)frame_0001.png(?s:.*)frame_0004.png"):
         load(tmp_path / "data")
 
 
@@ -339,7 +339,7 @@ def test_prediction_needs_neither_labels_nor_the_second_frame(tmp_path):
     assert np.array_equal(study.motion, motion) and np.isnan(study.at1).all()
     assert np.array_equal(study.frames[:, 0], study.frames[:, 1])
     sample = train_dreamer.ProbeTransitions(study, np.arange(6), args, "none")[0, 1]
-    assert sample["frames"].shape == (2, 32, 32)
+    assert sample["frames"].shape == (2, 1, 32, 32)
 
 
 def test_prediction_off_the_frame_needs_nothing_but_frames(tmp_path, recwarn):

@@ -103,7 +103,7 @@ def test_the_three_ways_of_a_convention_agree(name):
     wanted = {"se3_left": matrices(motion) @ matrices(at1), "se3_right": matrices(at1) @ matrices(motion)}
     if name in wanted:
         assert np.allclose(matrices(at2), wanted[name], atol=1e-6)
-    for found, true in ((on_arrays(CONVENTIONS[name].at1, at2, motion), at1),
+    for found, true in ((on_arrays(CONVENTIONS[name].at1, motion, at2), at1),
                         (on_arrays(CONVENTIONS[name].motion, at1, at2), motion)):
         assert np.abs(on_arrays(probe_poses.pose_error, found, true)).max() < 1e-6
 
@@ -111,7 +111,7 @@ def test_the_three_ways_of_a_convention_agree(name):
 @pytest.mark.parametrize("name", CONVENTIONS)
 def test_gradients_through_the_composition_are_right(name):
     at2, motion = (torch.from_numpy(random_poses(3, 50)).requires_grad_() for _ in range(2))
-    assert torch.autograd.gradcheck(CONVENTIONS[name].at1, (at2, motion), eps=1e-6, atol=1e-5)
+    assert torch.autograd.gradcheck(CONVENTIONS[name].at1, (motion, at2), eps=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)

@@ -185,7 +185,7 @@ def dreamer_epoch(device, folder, accumulate):
     encoder.stages, encoder.n_features, encoder.n_cells, encoder.freeze_layers = stages, 4, 4, 0
     encoder.pixel_scale = torch.tensor([127.5, 127.5])
     model = train_dreamer.Dreamer(encoder, args, scaler, "se3_left")
-    sample = {"frames": picture(2, 32, 32), **{name: torch.ones(6) for name in ("motion", "other_motion", "at1", "at2")}}
+    sample = {"frames": picture(2, 1, 32, 32), **{name: torch.ones(6) for name in ("motion", "other_motion", "at1", "at2")}}
     training, loader, compute = start(device, folder, model, sample, accumulate)
     loss = train_dreamer.DreamLoss(args, scaler, device)
     return training, lambda: train_dreamer.train_one_epoch(model, loader, loss, training, compute)
