@@ -105,7 +105,7 @@ def test_colour_pngs_become_the_same_grey(tmp_path):
     study, _, args = load(tmp_path / "data")
     colour = train_dreamer.ProbeTransitions(study, np.arange(6), args, "none")[0, 2]["frames"]
     on_disk = np.asarray(Image.open(tmp_path / "data" / "a_01" / "ft1" / "frame_0002.png").convert("L"))
-    assert colour.shape == (2, 32, 32) and np.array_equal(colour[0].numpy(), on_disk)
+    assert colour.shape == (2, 1, 32, 32) and np.array_equal(colour[0, 0].numpy(), on_disk)
     assert np.array_equal(plain.numpy(), colour.numpy())
 
 
