@@ -1201,8 +1201,7 @@ def fold_score_rows(study, chosen, tables):
     rows = []
     for k, table in zip(chosen, tables):
         own = prediction_tables.rows_of(table, study.table.clip_ids)
-        of_fold = score_judging.rows_of_scores(table, moment_levels(study, own))
-        rows += [{"fold": k, **row} for row in of_fold]
+        rows += [{"fold": k, **row} for row in score_judging.rows_of_scores(table, moment_levels(study, own))]
     return rows
 
 
@@ -1217,8 +1216,8 @@ def judge_ensemble(run, args, study, test, table):
 
 def train(args):
     """--mode train: one split, or all folds."""
-    is_lstm = args.model == CNN_LSTM
-    with common.start_run(args, fp32_on_cpu=not is_lstm, fixed_shapes=not is_lstm) as run:
+    has_fixed_shapes = args.model != CNN_LSTM
+    with common.start_run(args, fp32_on_cpu=has_fixed_shapes, fixed_shapes=has_fixed_shapes) as run:
         table = read_table(args)
         build_model(args, len(table.names))  # wrong weights stop here, before videos are decoded
         check_flags_of_table(args, table)
