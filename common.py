@@ -2281,8 +2281,8 @@ def start_from(model, path, /, is_frozen, **expected):
     state = starting_weights(path, **expected)
     own = {name: value for name, value in model.state_dict().items() if name.startswith(("backbone.", "encoder."))}
     if is_frozen and any(name in state and not torch.equal(value, state[name]) for name, value in own.items()):
-        raise UserError(f"--init_from {path}: its backbone has other weights than the frozen one of this run. Give the "
-                        "same --weights, or --no_pretrained and --seed; or leave out --init_from or --freeze_backbone")
+        raise UserError(f"--init_from {path}: its backbone was trained, or began from other --weights or --seed, and "
+                        "this run reads features of a frozen one. Leave out --init_from, or train the backbone too")
     load_state(model, state, path)
 
 

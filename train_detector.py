@@ -87,6 +87,12 @@ SMALL_HEADS = {
 }
 PADDING = 32  # inputs are padded to multiples of the stride of the coarsest map
 SPLITS = ("train", "val", "test")
+SPLIT_WAYS = {  # and the flags that belong to each
+    "folds": (),
+    "split_file": (),
+    "split_ratio": ("train_ratio", "test_ratio"),
+    "val_json": ("test_json",),
+}
 CHECKPOINT_FLAGS = ("model", "min_size", "max_size", "anchor_sizes", "pixel_range", "absent")  # it decides them
 
 
@@ -197,6 +203,8 @@ def check_flags(parser, args):
     fixed = [f"--{name}" for name in CHECKPOINT_FLAGS if name in args.given]
     if fixed and "checkpoint" in MODES[args.mode].needs:
         parser.error(f"--mode {args.mode} takes {' and '.join(fixed)} from the checkpoint; leave it out")
+    if args.mode != "train" and args.given & {"folds", "fold"}:
+        parser.error(f"--mode {args.mode} --folds {args.folds} --fold {args.fold}: only training has folds")
     if args.compile:
         parser.error("--compile: the detector's inputs vary in size; leave it out")
     if args.augment not in ("none", "light"):
@@ -216,20 +224,20 @@ def check_flags(parser, args):
 def settle_split(args):
     """One way to split, and --split_ratio as the ratios that all scripts know.
 
-    --val_json or --folds on the command line go before the split of a configuration; --split_ratio and --folds, wherever
-    they stand, before its --val_json or VAL_JSON. A note says so.
+    The way of the command line goes before those of a configuration and of VAL_JSON, and there the first of SPLIT_WAYS;
+    flags of the other ways are given up, with a note.
     """
-    others = ()
-    if args.given & {"val_json", "folds"}:
-        others = ("val_json", "folds", "split_file", "split_ratio", "test_ratio")
-    elif args.folds or args.split_ratio is not None:
-        others = ("val_json",)
-    given_up = [name for name in others if name not in args.given and getattr(args, name)]
+    asked = [way for way in SPLIT_WAYS if getattr(args, way)]
+    way = next((name for name in asked if name in args.given), (asked or [None])[0])
+    if way is None:
+        return args
+    others = {*SPLIT_WAYS, *itertools.chain(*SPLIT_WAYS.values())} - {way, *SPLIT_WAYS[way]} - args.given
+    given_up = sorted(name for name in others if getattr(args, name))
     settled = {name: 0 if name in ("folds", "test_ratio") else None for name in given_up}
     if given_up:
-        print(f"note: {' and '.join(given_up)} of the configuration or the environment not used: another split is asked "
-              "for", flush=True)
-    if args.split_ratio is not None and "split_ratio" not in given_up:
+        print(f"note: --{way} makes the split, so {' and '.join(given_up)} of the configuration or the environment "
+              "not used", flush=True)
+    if way == "split_ratio":
         settled["train_ratio"] = args.split_ratio
         settled["val_ratio"] = 1 - args.split_ratio - args.test_ratio
     return Namespace(**{**vars(args), **settled})
@@ -967,7 +975,7 @@ def fit(run, args, study, split):
 
 
 def load_models(path, args, compute):
-    """Checkpoint, or run folder -> ({"model": PartDetector, with --baseline heads also "heads"}, what the file holds)."""
+    """Checkpoint, or run folder -> ({"model": PartDetector, and "heads" with that --baseline}, what the file holds)."""
     model, content = load_detector(path, compute, args.nms_iou)
     models = {"model": model}
     if args.baseline == "heads":
@@ -980,7 +988,8 @@ def load_detector(path, compute, nms_iou=None):
     """Checkpoint, or run folder -> (PartDetector on the device, all that the file holds)."""
     path, *others = common.checkpoint_files([path])
     if others:
-        raise common.UserError(f"--checkpoint {path.parent.parent} is a run of folds: give the folder of one, as {path.parent}")
+        raise common.UserError(
+            f"--checkpoint {path.parent.parent} is a run of folds: give the folder of one, as {path.parent}")
     content = common.load_model_file(path)
     with common.checkpoint_fields(path):
         model = PartDetector(content["settings"])
@@ -1112,24 +1121,25 @@ def make_split(args, study):
 
 
 def make_folds(args, study):
-    """[{train, val, test: (n,) rows}]: a fold leaves out its test part, and --val_ratio of the others chooses the epoch."""
+    """[{train, val, test: (n,) rows}]: a fold leaves out its test part; --val_ratio of the rest chooses the epoch."""
     truth = study.truth
     ratios = {"train": 1 - args.val_ratio, "val": args.val_ratio}
-    if truth.groups is not None and len(set(truth.groups)) < 3:
-        raise common.UserError(f"--folds {args.folds} needs three groups or more: one is left out, and of the others one "
-                               f"chooses the epoch; found {', '.join(sorted(set(truth.groups)))}")
+    folds = splitting.folds_of_flags(args, truth.images, study.strata, truth.groups)
+    if truth.groups is not None and min(len(set(truth.groups[fold["train"]])) for fold in folds) < 2:
+        raise common.UserError(
+            f"--folds {args.folds} --group_column {args.group_column}: each fold must leave two groups or more, since "
+            f"one chooses the epoch; found {len(set(truth.groups))} groups in all. Three groups need three folds")
 
     def divide(rows):
         own = truth.take(rows)
         return splitting.make_split(len(rows), ratios, study.strata[rows], own.groups, args.seed, own.images)
-    folds = splitting.folds_of_flags(args, truth.images, study.strata, truth.groups)
     return splitting.nested_folds(folds, divide)
 
 
 def examine_split(study, split):
     """The leakage report of a split, which is refused where it teaches nothing."""
     truth = study.truth
-    for part in {"train", "val"} & set(split):
+    for part in [part for part in ("train", "val") if part in split]:
         if not any(truth.judged(row).any() for row in split[part]):
             raise common.UserError(
                 f"no box in the {part} part: nothing to learn or judge; change the split")
@@ -1230,8 +1240,8 @@ def run_folds(run, args, study):
     for k, split in enumerate(splits):  # all of them before the first one is trained
         splitting.check_leakage(examine_split(study, split), args.allow_leakage)
         if study.truth.take(split["train"]).has_states() != has_states:
-            raise common.UserError(f"--folds {args.folds}: no box that trains fold {k} has a state, so its detector would "
-                                   "name none; fewer folds, or another --group_column")
+            raise common.UserError(f"--folds {args.folds}: no box that trains fold {k} has a state, so its detector "
+                                   "would name none; fewer folds, or another --group_column")
     alarms = check_split(run, study, folds)
     write_record(run, study, folds)
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))

@@ -1061,6 +1061,12 @@ def make_split(args, study):
         return splitting.split_by_names(listed, study.patients, {**last_names, **folders})
     if args.split_by == "time" and not args.split_file:
         return splitting.split_by_time(study.sequences, study.order, common.split_ratios(args), args.gap)
+    n_parts = sum(ratio > 0 for ratio in common.split_ratios(args).values())
+    n_patients = len(set(study.patients))
+    if n_patients < n_parts and not args.split_file:
+        raise common.UserError(f"{n_patients} patients are too few for {n_parts} parts: --split_by time cuts the "
+                               "sequences in blocks (and says nothing across patients), --test_ratio 0 or --folds "
+                               f"{n_patients} leave one out")
     return splitting.split_of_flags(args, study.names, None, study.patients)
 
 
@@ -1235,6 +1241,8 @@ def load_checkpoint(args, run):
     path = args.checkpoint
     content = common.load_model_file(path)
     with common.checkpoint_fields(path):
+        if content["settings"].get("imagine") == "change":  # once a flag
+            raise common.UserError(f"{path} imagines changes: use it with the version that trained it")
         settings = {name: content["settings"][name] for name in MODEL_FLAGS}
         settings["pretrained"] = content["pretrained"]
         settings["pixel_range"] = args.pixel_range or content["settings"]["pixel_range"]

@@ -160,9 +160,9 @@ def fit_logistic(
 ):
     """Multinomial logistic regression, lambda > 0 by inner cross-validation -> Fitted.
 
-    features: (N, F), standardised here; label: (N,) class indices; groups,
-    sd_floor: as in fit_ridge. Minimises the summed NLL + lambda / 2 |W|^2, with two classes
-    + lambda |W|^2, so that lambda = 1 / C of scikit-learn.
+    features: (N, F), standardised here; label: (N,) class indices; groups, sd_floor: as in
+    fit_ridge. Minimises the summed NLL + lambda / 2 |W|^2, with two classes + lambda |W|^2, so
+    that lambda = 1 / C of scikit-learn.
     """
     groups = np.arange(len(label)) if groups is None else np.asarray(groups, str)
     mean, sd = standardisation(features, sd_floor)

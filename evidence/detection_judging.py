@@ -222,7 +222,8 @@ def calibration_rows(judged):
     rows = []
     if not judged.has_states or np.isin(found.probabilities, (0, 1)).all():
         return rows
-    for name, probability in (("model", found.probabilities), ("rates of the part", judged.state_rates[found.pictures, found.labels])):
+    rates = judged.state_rates[found.pictures, found.labels]
+    for name, probability in (("model", found.probabilities), ("rates of the part", rates)):
         scores = class_scores.classification_metrics(probability, found.true).overall
         rows.append({
             "states of": name,
@@ -248,7 +249,8 @@ def find_alarms(judged, detections, threshold):
     unseen = [part for part, n in zip(judged.truth.parts, n_boxes) if not n]
     if unseen:
         alarms.append(f"parts without a box here, so not judged: {', '.join(unseen)}. Score more pictures "
-                      "(train_detector.py: a higher --test_ratio or fewer --folds), or take these parts out of the annotations")
+                      "(train_detector.py: a higher --test_ratio or fewer --folds), or take these parts out of the "
+                      "annotations")
     repeats = collections.Counter(np.round(each.boxes, 1).tobytes() for each in sure)
     repeats.pop(b"", None)
     most = max(repeats.values(), default=0)

@@ -314,9 +314,13 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
     }
     predicted = [column.removesuffix("_predicted") for column in table if column.endswith("_predicted")]
     names = [name for name in predicted if f"{name}_true" in table]
-    lacking = [f"{name}_true beside {name}_predicted" for name in predicted if name not in names]
+    starts = tuple(f"{name}_" for name in names)
+    lacking = [  # A_human_predicted is a baseline of A
+        f"{name}_true beside {name}_predicted" for name in predicted
+        if name not in names and not name.startswith(starts) and f"{name}_predicted" != baseline]
     if names and lacking:
-        raise common.UserError(f"{path}: no column {common.shorten_list(lacking, 5)}; name its truth so, or leave it out")
+        raise common.UserError(
+            f"{path}: no column {common.shorten_list(lacking, 5)}; name its truth so, or leave it out")
     if names:
         return _read_scores(table, path, names, baseline, shared)
     label_column = csv_tables.find_column(table, LABEL_COLUMNS)

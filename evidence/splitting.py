@@ -129,8 +129,8 @@ def make_split(n_rows, ratios, strata=None, groups=None, seed=42, keys=None):
     wanted = shares > 0
     if n_units < wanted.sum() or np.any(shares[wanted] * n_rows < 0.5):
         raise common.UserError(
-            f"empty split: {n_rows} rows ({n_units} {what}) are too few for {ratios}. Change the ratios or what is "
-            "kept whole, or leave each out in turn with --folds (probe guidance: or blocks of time, --split_by time).")
+            f"empty split: {n_rows} rows ({n_units} {what}) are too few for {ratios}. Change the ratios, or what is "
+            "kept whole.")
     stratum = _strata_codes(strata, n_rows)
     if unit is None:
         part = _assign_rows(shares, stratum, seed, keys)

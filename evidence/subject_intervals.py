@@ -443,7 +443,7 @@ def _class_support(label, index, n_classes):
 
 
 def _class_statistic(probability, label, threshold, positive, index):
-    """The statistic for `estimate` of classes; index: (N,) number of each labelled row's subject."""
+    """The statistic for `estimate` of classes; index: (N,) number of each row's subject."""
     of_rows = class_scores.class_statistic(probability, label, threshold, positive)
 
     def statistic(weights):

@@ -68,7 +68,7 @@ def compare_runs(folders, say):
     """
     files = ("predictions_folds.csv", "predictions_test.csv", "predictions_val.csv")
     found = [next(filter(Path.exists, map(folder.joinpath, files)), None) for folder in folders]
-    tables = {path: prediction_tables.read_predictions(path) for path in found if path}
+    tables = {path: prediction_tables.labelled(prediction_tables.read_predictions(path)) for path in found if path}
     rows = []
     for paths in itertools.combinations(tables, 2):
         pair = [tables[path] for path in paths]

@@ -198,4 +198,4 @@ def time_of_frame(info, frame):
     """When a frame is first shown, in seconds."""
     if frame < info.n_frames:
         return info.times[int(frame)]
-    return info.duration_sec * frame / info.n_frames  # past the end
+    return info.duration_sec * (frame / info.n_frames)  # past the end, at the earliest at it

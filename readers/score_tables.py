@@ -100,8 +100,11 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
         raise common.UserError(
             f"{path}: no column of folders; name it with --path_column "
             f"(found: {common.shorten_list(extra.columns, 40)})")
-    unsaid = [column.name for column in sum(event_times.time_columns(extra), []) if column.unit is None]
-    timed = extra.drop(columns=unsaid)
+    unsaid = []
+    timed = extra
+    while found := [column.name for column in sum(event_times.time_columns(timed), []) if column.unit is None]:
+        unsaid += found
+        timed = timed.drop(columns=found)  # without an onset, an offset would be taken for the start
     rows = event_tables.describe_rows(
         timed, path, root or Path(path).parent, extra[source], min_event_sec=min_event_sec)
     rows["source"], notes = event_tables.find_sources(rows, root is None, **finding)

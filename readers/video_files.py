@@ -37,7 +37,7 @@ class VideoInfo:
 
     times: (n_frames,) float64 of the frames that can be decoded, increasing. damaged: (D,) of those that cannot, NaN
     where unknown. duration_sec: until the last frame has been shown. header_fps, header_sec (which sound and variable
-    rates make differ from frames / fps): what the file claims, 0 for nothing.
+    rates make differ from what was found): what the file claims, 0 for nothing.
     """
     path: str
     error: str | None = None

@@ -635,8 +635,8 @@ def test_folds_need_three_groups(bicycles, tmp_path):
     def two_sites(truth):
         for k, entry in enumerate(truth.values()):
             entry["site"] = "ab"[k % 2]
-    text = refused_folds(bicycles, tmp_path, two_sites, "--group_column", "site")
-    assert "--folds 3 needs three groups or more" in text and "found a, b" in text
+    text = refused_folds(bicycles, tmp_path, two_sites, "--group_column", "site", "--folds", 2)
+    assert "each fold must leave two groups or more" in text and "found 2 groups" in text
 
 
 def test_the_mean_box_of_a_picture_is_that_of_its_fold():

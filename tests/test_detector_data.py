@@ -683,9 +683,18 @@ def test_the_split_of_a_configuration_gives_way_to_files(tmp_path, capsys):
     assert args.folds == 3 and not args.test_ratio and "split_ratio and test_ratio" in capsys.readouterr().out
     (tmp_path / "c.yaml").write_text("folds: 3\nval_json: x.json\n")
     args = train_detector.parse_args(["--config", str(tmp_path / "c.yaml"), *data, *files])
-    assert not args.folds and args.val_json == Path("v.json") and "note: folds" in capsys.readouterr().out
+    assert not args.folds and args.val_json == Path("v.json")
+    assert "note: --val_json makes the split, so folds of" in capsys.readouterr().out
     args = train_detector.parse_args(["--config", str(tmp_path / "c.yaml"), *data])
-    assert args.folds == 3 and not args.val_json and "note: val_json" in capsys.readouterr().out
+    assert args.folds == 3 and not args.val_json and "--folds makes the split, so val_json" in capsys.readouterr().out
+    args = train_detector.parse_args(["--config", str(tmp_path / "c.yaml"), *data, "--folds", "0", "--val_images", "w"])
+    assert args.val_json == Path("x.json"), "0 asks for no folds"
+    (tmp_path / "c.yaml").write_text("train_ratio: 0.7\nval_ratio: 0.15\ntest_ratio: 0.15\nsplit_ratio: 0.7\n"
+                                     "val_json: x.json\nval_images: w\ntest_json: t.json\ntest_images: w\n")
+    args = train_detector.parse_args(["--config", str(tmp_path / "c.yaml"), *data, "--folds", "5"])
+    assert (args.folds, args.val_ratio, args.train_ratio, args.test_ratio, args.test_json) == (5, 0.15, None, 0, None)
+    args = train_detector.parse_args(["--config", str(tmp_path / "c.yaml"), *data])
+    assert args.train_ratio == 0.7 and not args.val_json, "as the args.json of a run has it"
 
 
 DATA = ["--train_json", "a.json", "--train_images", "i"]
@@ -698,6 +707,7 @@ MISTAKES = {
     "heavy": ([*DATA, "--augment", "heavy"], ["none and light"]),
     "two splits": ([*DATA, "--val_json", "v", "--val_images", "w", "--split_ratio", "0.5"], ["--split_ratio"]),
     "two splits, folds": ([*DATA, "--val_json", "v", "--val_images", "w", "--folds", "3"], ["--folds"]),
+    "folds of an evaluation": ([*EVALUATE, "--folds", "5"], ["only training has folds"]),
     "no fold": ([*DATA, "--val_json", "v", "--val_images", "w", "--fold", "0"], ["--fold,"]),
     "file and share": ([*DATA, "--split_file", "s.json", "--split_ratio", "0.5"], ["--split_ratio", "--split_file"]),
     "two shares": ([*DATA, "--split_ratio", "0.8", "--val_ratio", "0.3"], ["--split_ratio", "--val_ratio"]),

@@ -221,6 +221,11 @@ def test_a_column_that_predicts_nothing_is_no_baseline(tmp_path):
     weak = table_of(tmp_path, rows)
     assert list(weak.baselines) == ["mean_of_these_rows"] and weak.compare().gain("r2").high < 0
     assert list(table_of(tmp_path, rows, baseline="n").baselines) == ["n"], "whoever names it, gets it"
+    known = [{**row, "v_human_predicted": row["v_predicted"] - 1, "ridge_predicted": row["v_predicted"]} for row in rows]
+    assert list(table_of(tmp_path, known, baseline="ridge_predicted").baselines) == ["ridge_predicted"]
+    for row in known:
+        del row["ridge_predicted"]
+    assert "human_predicted" in table_of(tmp_path, known).baselines
     for row in rows:
         row |= {"v_true": "", "v_predicted": "1.2"}
     assert np.isnan(table_of(tmp_path, rows).truth).all()

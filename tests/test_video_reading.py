@@ -227,6 +227,9 @@ def test_frame_numbers_are_looked_up_in_the_times_of_an_uneven_film(films, tmp_p
         seen = numbers_of(store[row])
         assert seen[0] == 10 * row and set(seen) >= set(range(10 * row, 10 * row + 10)) and seen[-1] <= 10 * row + 10
     assert event_times.time_of_frame(info, 95) > info.duration_sec, "beyond the end"
+    for n_frames in range(1, 400):
+        info = made_info(n_frames / 25, 25)
+        assert event_times.time_of_frame(info, n_frames) >= info.duration_sec, "the first frame that is not there"
 
 
 # Suffixes and formats.

@@ -737,6 +737,14 @@ def test_times_of_sequences_are_no_scores(tmp_path, header, is_read):
     assert table.windows.tolist() == [[1, 3], [2, 5]] or any("start, end: not read as times" in note for note in table.notes)
 
 
+def test_an_offset_without_its_onset_is_no_start(tmp_path):
+    """Neither says its unit, so both are left out; the duration alone says nothing."""
+    put(tmp_path, "s0/0.jpg", "s1/0.jpg")
+    path = write(tmp_path / "s.csv", "path,animal,onset,offset,duration_sec,pain\ns0,a,1,3,2,1\ns1,b,2,5,3,2\n")
+    table = score_tables.read_sequences(path)
+    assert np.isnan(table.windows).all() and any("onset, offset: not read as times" in note for note in table.notes)
+
+
 def test_rows_without_any_score_and_missing_folders(tmp_path):
     records = sequences(tmp_path)
     for name in [*SCORES, "NRS (1-10)", "VAS (0-100)", "Total.Facial.scale"]:
