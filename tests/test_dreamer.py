@@ -817,7 +817,7 @@ def test_weights_of_another_model_or_encoder_are_refused_as_a_start(as_script, s
     path = write_model(tmp_path, readout_args())
     cases = {("--token_type", "spatial"): "token_type none, expected spatial",
              (*READOUT, "--encoder", "resnet34"): "encoder resnet18, expected resnet34",
-             (*READOUT, "--seed", 7): "other weights"}
+             (*READOUT, "--seed", 7): "began from other --weights or --seed"}
     study, rows = loaded(slices)
     for more, words in cases.items():
         args = tiny_args("--init_from", path, "--data_dir", slices, *more)
