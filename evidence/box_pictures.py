@@ -2,6 +2,7 @@
 
 Letters: H, W height and width in pixels, K boxes.
 """
+import colorsys
 import io
 
 import numpy as np
@@ -19,6 +20,14 @@ STATE_COLOURS = (
 LONG_SIDE = 640  # of a drawn picture, in pixels
 FRAME = 2  # width in pixels
 GAP = 12  # between the pictures of a sheet
+
+
+def colours_of(labels, states, n_parts):
+    """K colours: of the states, or where none is known, of the parts."""
+    if (states != part_boxes.UNKNOWN).any():
+        return [STATE_COLOURS[state] for state in states]
+    hues = [colorsys.hsv_to_rgb(label / n_parts, 1, 0.7) for label in labels]
+    return [tuple(round(255 * value) for value in hue) for hue in hues]
 
 
 def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
@@ -42,7 +51,7 @@ def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
     scaled = boxes * (width * scale / size[0])
     drawn = draw_bounding_boxes(
         torch.from_numpy(picture).permute(2, 0, 1), torch.from_numpy(scaled), texts,
-        [STATE_COLOURS[state] for state in states], width=FRAME, label_colors="white", fill_labels=True)
+        colours_of(labels, states, len(parts)), width=FRAME, label_colors="white", fill_labels=True)
     return drawn.permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
 
 

@@ -343,7 +343,8 @@ def case_blocks(run, judged, detections, picture, threshold):
     return [
         reporting.html_image(
             worst, f"The pictures with most errors: annotated (left), detected from score "
-                   f"{threshold:g} (right). Green intact, orange damaged, pink absent, blue occluded, grey no state"),
+                   f"{threshold:g} (right). Green intact, orange damaged, pink absent, blue occluded, grey no state; "
+                   "without any state a colour for each part"),
         reporting.html_image(best, "The pictures with fewest errors"),
     ]
 
