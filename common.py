@@ -562,7 +562,10 @@ class Run:
             shutil.rmtree(self.folder, ignore_errors=True)  # the disk it is on may be what was lost
 
     def _drop_checkpoints(self):
-        """Remove what a finished run needs no more: last.pth is for more epochs, where the schedule allows them."""
+        """Remove what a finished run, and a baseline that it trained in baseline/, need no more.
+
+        last.pth is for more epochs, where the schedule allows them.
+        """
         for last in self.path("last.pth"), self.path("baseline") / "last.pth":
             if last.exists() and not self.args.keep_last:
                 last.with_suffix(".pth.prev").unlink(missing_ok=True)

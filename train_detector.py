@@ -228,9 +228,9 @@ def settle_split(args):
     flags of the other ways are given up, with a note.
     """
     asked = [way for way in SPLIT_WAYS if getattr(args, way)]
-    way = next((name for name in asked if name in args.given), (asked or [None])[0])
-    if way is None:
+    if not asked:
         return args
+    way = min(asked, key=lambda name: name not in args.given)  # the first typed one, else the first
     others = {*SPLIT_WAYS, *itertools.chain(*SPLIT_WAYS.values())} - {way, *SPLIT_WAYS[way]} - args.given
     given_up = sorted(name for name in others if getattr(args, name))
     settled = {name: 0 if name in ("folds", "test_ratio") else None for name in given_up}

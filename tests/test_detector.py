@@ -620,7 +620,7 @@ def test_folds_judge_every_picture_by_a_detector_that_has_not_seen_it(bicycles, 
 
 
 def refused_folds(bicycles, folder, change, *flags):
-    """The one line that refuses folds of changed annotations, and the names of the run folders that it leaves."""
+    """The one line that refuses folds of changed annotations, before a fold is begun."""
     truth = json.loads((bicycles / "annotations.json").read_text(), strict=False)
     change(truth)
     common.write_json(folder / "own.json", truth)
