@@ -356,3 +356,12 @@ def test_an_exported_model_predicts_by_the_five_lines_of_its_page(made, tmp_path
     row = read_csv(tmp_path / "p.csv")[1]
     expected = {name: float(row[f"prob_{name}"]) for name in ("ear", "tail")}
     assert json.loads(done.stdout) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.long
+def test_the_benchmark_of_recordings_runs(made):
+    command = [sys.executable, ROOT / "tests" / "benchmarks" / "recording.py", "--checkpoint", only_run(made / "motion"),
+               "--videos", made / "two", "--minutes", "1", "--sizes", "64x48"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"64x48: decoding [0-9.]+ s, script [0-9.]+ s, [0-9.]+ times\n", done.stdout)
