@@ -890,8 +890,8 @@ def package_versions():
     """Versions of Python and of every package that can change a result."""
     from importlib import metadata
     versions = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "numpy", "pillow", "opencv-python",
-                 "opencv-python-headless", "pandas"):
+    for name in ("torch", "torchvision", "numpy", "pillow", "opencv-python", "opencv-python-headless", "pandas", "av",
+                 "pycocotools"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
