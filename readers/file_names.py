@@ -184,13 +184,13 @@ def below_folder(names, folder):
     return {name: clean_name(name).removeprefix(root) for name in names}
 
 
-def match_images(names, images_dir, exact=False):
+def match_images(names, images_dir, exact=False, spelling=str):
     """Names as a table writes them -> (N paths, None where no file fits; names of files that no row asks for; notes).
 
     With or without folder and suffix, any case, backslashes, NFC or NFD. Of a name from elsewhere (C:\\, /data, ..)
     the end of the path counts; a folder may differ from the one on disk only where the base name is unique on both
     sides; exact: neither counts. No file outside `images_dir` is ever meant. UserError: a name fits several files, or
-    several names one.
+    several names one; those may do so of which the function `spelling` makes the same.
     """
     files = images_by_name(images_dir)
     if not files:
@@ -201,7 +201,7 @@ def match_images(names, images_dir, exact=False):
     for name, fit in fits.items():
         names_of[tuple(fit.files)].append(name)
     unclear = [f"{common.shorten_list(sorted(meant))} -> {common.shorten_list(hit)}"
-               for hit, meant in names_of.items() if len(meant) * len(hit) > 1]
+               for hit, meant in names_of.items() if len(set(map(spelling, meant))) * len(hit) > 1]
     if unclear:
         raise common.UserError(f"expected one file for one image name in {images_dir}, found "
                                f"{common.shorten_list(unclear)}. Write folder and suffix.")

@@ -80,7 +80,13 @@ def no_folders_and_capitals(rows):
         row["ft1_image_path"] = "data_x/FT1/" + row["frame_t1"].upper() + ".PNG"
 
 
+def two_spellings(rows):
+    for row in rows[:-1]:  # the frame at t1 of the next row
+        row["ft2_image_path"] = f"./FT1\\{row['frame_t2'].upper()}.PNG"
+
+
 FORMS = {
+    "two spellings of one picture": {"edit": two_spellings},
     "backslashes": {"edit": backslashes},
     "extra keys": {"edit": lambda rows: [row.update(operator="A", id=i) for i, row in enumerate(rows)]},
     "a dict with the list": {"wrap": lambda rows: {"version": 2, "transitions": rows}},
