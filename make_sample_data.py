@@ -813,7 +813,8 @@ def main():
     truth_file = folder / TRUTH_FILE
     n_samples = args.n_samples or DEFAULT_SAMPLES[args.task]
     settings = {"task": args.task, "n_samples": n_samples, "seed": args.seed}
-    if truth_file.is_file() and common.read_json(truth_file).get("settings") == settings:
+    there = common.read_json(truth_file) if truth_file.is_file() else None
+    if isinstance(there, dict) and there.get("settings") == settings:
         print(f"{folder}: already there with these settings, nothing to do")
         return
     if folder.exists() or args.output_dir.is_file():

@@ -189,7 +189,7 @@ def test_second_run_with_the_same_flags_changes_nothing(small, monkeypatch, caps
     assert before == {p: p.stat().st_mtime_ns for p in small.rglob("*")}
 
 
-@pytest.mark.parametrize("there", ["other settings", "no truth", "an empty folder", "a truth of something else"])
+@pytest.mark.parametrize("there", ["other settings", "no truth", "an empty folder", "a truth of something else", "a list"])
 def test_what_else_is_there_is_left_alone(small, monkeypatch, there):
     n_images = 31 if there == "other settings" else 30
     truth = small / "ground_truth.json"
@@ -200,6 +200,8 @@ def test_what_else_is_there_is_left_alone(small, monkeypatch, there):
         small.mkdir()
     elif there == "a truth of something else":
         truth.write_text('{"answer": 42}')
+    elif there == "a list":
+        truth.write_text("[42]")
     before = digest(small)
     with pytest.raises(common.UserError, match=f"{small}: something else is there; remove it or choose another --out"):
         run(monkeypatch, "--output_dir", small.parent, "--n_images", n_images, "--seed", 1)
