@@ -29,7 +29,7 @@ def add_arguments(add):
     add("--time_unit", choices=("sec", "ms", "min", "frame"),
         help="classify: unit of columns of times whose names say none (default: sec)")
     add("--target_columns", nargs="+", metavar="NAME",
-        help="scores to learn (default: all numeric columns)")
+        help="scores to learn (default: the numeric columns but for ids, times and the like, by their names)")
     add("--min_event_sec", type=common.AMOUNT, default=1.0,
         help="a shorter event gets a window of this length around it")
     add("--max_missing", type=common.SHARE, default=0.05,

@@ -110,6 +110,10 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     rows["source"], notes = event_tables.find_sources(rows, root is None, **finding)
     if unsaid:
         notes.append(f"{', '.join(unsaid)}: not read as times of a sequence; those say their unit, such as start_sec")
+    others = [name for name in raw if name not in names and csv_tables.looks_numeric(raw[name])]
+    if others and not target_columns:
+        notes.append(f"numeric columns that are no scores by their names: {common.shorten_list(others)}; "
+                     "--target_columns names the scores")
     rows["reason"] = np.where(np.isnan(target).all(axis=1) & need_labels, "no score", "")
     table = event_tables.build_table(rows, extra, names, notes, group, group_column is not None, target)
     table = merge_raters(table)

@@ -651,7 +651,9 @@ def check_sequences(table):
     assert np.argwhere(np.isnan(table.target)).tolist() == [[3, 1]]
     assert list(table.groups) == ["0", "0", "1", "1", "2", "2"] and list(table.extra["moment"]) == ["M0", "M1"] * 3
     assert [source.name for source in table.sources] == [f"seq {i}" for i in range(6)]
-    assert table.notes == []
+    [note] = table.notes
+    assert note.startswith("numeric columns that are no scores by their names: ")
+    assert all(name in note for name in ("animal", "sequence_id", "num_frames;"))
 
 
 def test_scores_as_csv(tmp_path):
@@ -744,6 +746,8 @@ def test_an_offset_without_its_onset_is_no_start(tmp_path):
     path = write(tmp_path / "s.csv", "path,animal,onset,offset,duration_sec,pain\ns0,a,1,3,2,1\ns1,b,2,5,3,2\n")
     table = score_tables.read_sequences(path)
     assert np.isnan(table.windows).all() and any("onset, offset: not read as times" in note for note in table.notes)
+    assert any("no scores by their names: onset, offset, duration_sec;" in note for note in table.notes)
+    assert score_tables.read_sequences(path, target_columns=["duration_sec"], need_labels=False).notes[1:] == []
 
 
 def test_rows_without_any_score_and_missing_folders(tmp_path):
