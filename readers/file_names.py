@@ -5,6 +5,7 @@ import os
 import posixpath
 import re
 import unicodedata
+import urllib.parse
 from pathlib import Path
 
 import common
@@ -125,7 +126,7 @@ class NameIndex:
         """
         tail = next((tail for tail in self._tails(name) if tail in self.by_tail), None)
         if tail is None:
-            return Fit([])
+            return Fit([], agrees=False)
         is_loose = isinstance(tail, str)
         parts, suffix = self._split(name)
         scores = {}
@@ -142,12 +143,16 @@ class NameIndex:
     def match(self, names, exact=False):
         """Clean names -> {name: Fit}; a file that does not agree counts only where it is unique on both sides.
 
-        exact: no guess counts.
+        Of a name that no file agrees with it is tried what a browser makes of it: 'a%20b.png' -> 'a b.png'. exact: no
+        guess counts.
         """
         below = {name: without_root(name) for name in dict.fromkeys(names)}
         fits = {name: self.find(own) for name, own in below.items()}
         wanted_as = collections.defaultdict(set)  # file -> ends of the names that do not agree; '' for those that do
         for name, fit in fits.items():
+            if not fit.agrees:
+                below[name] = without_root(urllib.parse.unquote(name))
+                fit = fits[name] = self.find(below[name])
             fit.is_guess = not fit.agrees or below[name] != posixpath.normpath(name)
             end = "" if fit.agrees else "/".join(below[name].casefold().split("/")[-2:])
             for file in fit.files:

@@ -472,13 +472,24 @@ def test_find_images_follows_linked_folders_once(tmp_path):
 @pytest.mark.parametrize("name, file", [
     ("1", "1.jpg"), ("1.jpg", "1.jpg"), ("1.JPG", "1.jpg"), ("1.png", "1.jpg"), ("stimuli/1.jpg", "1.jpg"),
     ("stimuli\\set a\\1.jpg", "1.jpg"), ("./1.jpg", "1.jpg"), ("B", "sub/b.PNG"), ("sub/b.png", "sub/b.PNG"),
-    ("01.jpg", "1.jpg"), ("two%20words", None), ("x/sub/b", "sub/b.PNG"), ("other/b.png", "sub/b.PNG"),
+    ("01.jpg", "1.jpg"), ("two%20words", "two words.jpg"), ("x/sub/b", "sub/b.PNG"), ("other/b.png", "sub/b.PNG"),
     ("v1.2", "v1.2.jpg"), ("11", None), ("two words.jpg",) * 2,
     (unicodedata.normalize("NFD", "grün.jpg"), "grün.jpg")])
 def test_spellings_of_one_image(tmp_path, name, file):
     touch(tmp_path, "1.jpg", "sub/b.PNG", "v1.2.jpg", "two words.jpg", "grün.jpg")
     paths, unmatched = matched([name], tmp_path)
     assert paths == [file] and len(unmatched) == 5 - (file is not None) and file not in unmatched
+
+
+def test_names_as_a_browser_writes_them(tmp_path):
+    """As annotation tools export them; a file of the very name goes before, and --exact_names guesses nothing."""
+    touch(tmp_path, "day 1/a.jpg", "day 2/a.jpg", "50%25.jpg", "50%.jpg")
+    names = ["day%201/a.jpg", "x/day%202/a.jpg", "50%25.jpg", "%2e%2e/etc/passwd"]
+    paths, _, notes = file_names.match_images(names, tmp_path)
+    found = [path and path.relative_to(tmp_path).as_posix() for path in paths]
+    assert found == ["day 1/a.jpg", "day 2/a.jpg", "50%25.jpg", None]
+    assert "2 of 4 names are of another folder or spelling" in notes[0] and "day%201/a.jpg -> day 1/a.jpg" in notes[0]
+    assert file_names.match_images(names, tmp_path, exact=True)[0] == [None, None, tmp_path / "50%25.jpg", None]
 
 
 def test_decomposed_names_on_disk(tmp_path):
