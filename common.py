@@ -1178,21 +1178,18 @@ def announce_compute(args):
 
 
 def _choose_device(name, processes):
-    n_gpus = torch.cuda.device_count()
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"  # not mps: nobody has run these scripts there yet
-    try:
+    device = None
+    with contextlib.suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps") from None
-    if device.type == "cuda" and processes.size > 1 and n_gpus:
-        device = torch.device("cuda", processes.local_rank % n_gpus)  # srun may show each its own
+    if device is None or (device.index or 0) >= counts.get(device.type, 0):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps; this torch sees {counts['cuda']} CUDA "
+                        f"GPUs and {counts['mps']} Apple ones. Use --device cpu, or run verify_setup.py to see why")
+    if device.type == "cuda" and processes.size > 1:
+        device = torch.device("cuda", processes.local_rank % counts["cuda"])  # srun may show each its own
         torch.cuda.set_device(device)
-    if device.type == "cuda" and (device.index or 0) >= n_gpus:
-        raise UserError(f"--device {device}: this torch sees {n_gpus} CUDA GPUs; use --device cpu, "
-                        "or run verify_setup.py to see why")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {device}: this machine has no Apple GPU; use --device cpu")
     return device
 
 

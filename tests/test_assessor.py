@@ -626,6 +626,7 @@ FLAG_MISTAKES = {
     "ratios do not sum": (["--train_ratio", 0.5, "--val_ratio", 0.2], ["0.7"]),
     "fewer groups than folds": (["--folds", 40], ["40", "groups"]), "one fold": (["--folds", 1], ["at least 2"]),
     "GPU that is absent": (["--device", "cuda:7"], ["cuda:7", "--device cpu"]),
+    "device of another kind": (["--device", "xpu"], ["--device xpu", "auto, cpu, cuda, cuda:N or mps", "--device cpu"]),
     "unknown backbone": (["--backbone", "resnet5O"], ["resnet5O", "resnet50"]),
     "unknown flag": (["--epoch", 3], ["--epochs"]),
     "unknown rating": (["--target_columns", "Valense_mean"], ["Valence"]),
