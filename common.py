@@ -420,7 +420,7 @@ def config_values(parser, path):
         if name not in declared:
             near = closest(key, [other[2:] for other in declared])
             raise UserError(f"{path}: unknown key {key!r}{near}; a key is a flag of this script "
-                            "without its dashes")
+                            "without its dashes, and a run has those of the script that made it")
         if value in (None, "", "~", "null"):
             continue
         action = declared[name]
@@ -798,6 +798,9 @@ def _folder_to_resume(args):
 
 def _named_folder(args):
     folder = run_folder_of(args.resume)
+    if Path(args.resume).is_file():
+        with checkpoint_fields(args.resume):
+            load_model_file(args.resume)["progress"]
     flags = read_json(folder / "args.json")["flags"]
     if args.epochs > flags["epochs"]:
         _open_for_more_epochs(folder, args.epochs, flags)

@@ -187,3 +187,12 @@ def test_resume_of_something_else(stopped, tmp_path):
     record = json.loads((folder / "args.json").read_text())
     (folder / "args.json").write_text(json.dumps({**record, "script": "train_video.py"}))
     assert "train_video.py" in run_here("train_assessor.py", "--resume", folder, code=2).stderr
+
+
+def test_a_named_checkpoint_that_cannot_be_continued_is_refused_before_pictures_are_decoded(stopped, tmp_path):
+    folder = copy_of(stopped, tmp_path)
+    content = common.read_checkpoint(folder / "last.pth")
+    common.save_checkpoint(folder / "last.pth", content | {"script": "train_video.py"})
+    for name, code, word in (("last.pth", 2, "train_video.py"), ("best_model.pth", 3, "last.pth for --resume")):
+        found = run_here("train_assessor.py", "--resume", folder / name, code=code)
+        assert word in found.stderr and "decoding" not in found.text
