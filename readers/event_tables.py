@@ -270,7 +270,7 @@ def behaviour_columns(table):
 def headless_list(table, root, notes):
     """Lines without a header, path and label, or path, number of frames and label -> DataFrame of path and label.
 
-    None where the first line names no video.
+    None where the first line names no video. notes: of the table, in whose place one says that it is a list.
     """
     import pandas as pd
     lines = table.to_numpy().tolist()
@@ -287,7 +287,7 @@ def headless_list(table, root, notes):
         is_list = is_even and all(map(str.isdigit, n_frames))
         if is_list and Path(root).is_dir() and file_names.match_videos([first], root)[0][first]:
             frames = ", a number of frames" if n_frames else ""
-            notes.append(f"no header line: each line is read as a path{frames} and a label")
+            notes[:] = [f"no header line: each line is read as a path{frames} and a label"]  # and none of a header's
             listed = pd.DataFrame(rows, index=[1, *table.index][-len(rows):], dtype=object)
             return listed.iloc[:, [0, -1]].set_axis(["path", "label"], axis=1)
     return None
@@ -318,10 +318,11 @@ def read_manifest_file(path, root, asked, need_labels, notes):
     asked: the columns of paths and labels that flags name, or None. Raises UserError that names what is missing.
     """
     raw = csv_tables.read_table(path)
-    notes += [f"{path.name}: {note}" for note in raw.attrs["notes"]]
+    said = raw.attrs["notes"]
     if not any(asked) and csv_tables.find_column(raw, LABEL_COLUMNS) is None:
-        listed = headless_list(raw, root, notes)
+        listed = headless_list(raw, root, said)
         raw = below_header(raw) if listed is None else listed
+    notes += [f"{path.name}: {note}" for note in said]
     table = keyed_columns(raw, path)
     where = f"{path} has no column for"
     source = csv_tables.find_column(table.columns, PATH_COLUMNS, asked[0], f"{where} --path_column")
