@@ -14,6 +14,7 @@ import common
 from evidence import confounding, splitting
 from readers import csv_tables, video_files
 
+TELLS_ALL = 0.95  # AUC or R2 of a column from which it leaves a model nothing to show
 SAME_EVENT = ("events", "exact_duplicates")  # leaks that stop a run which keeps no groups apart
 
 
@@ -228,10 +229,13 @@ def _part_note(part, held):
 
 
 def _prior_note(row):
-    metric, value = ("AUC", row["auc"]) if "auc" in row else ("R2", row["r2"])
-    return (
-        f"no-pixel prior on {row['name']} across {row['across']}: {metric} of {row['what']} "
-        f"{value:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
+    metric = "auc" if "auc" in row else "r2"
+    text = (
+        f"no-pixel prior on {row['name']} across {row['across']}: {metric.upper()} of {row['what']} "
+        f"{row[metric]:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
+    if row[metric] >= TELLS_ALL and row["name"] != "row order":
+        return f"WARNING: {text}: this column tells it without a look at the clips, and a model may learn no more than that"
+    return text
 
 
 def audit_notes(report):
