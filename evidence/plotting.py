@@ -23,6 +23,11 @@ YELLOW = "#E69F00"
 MOST_TARGETS = 40  # of one plot
 
 
+def first_of(n, what):
+    """What a caption says of a plot of n scores or other rows where it does not show all; else ""."""
+    return f": the first {MOST_TARGETS} of {n} {what}" if n > MOST_TARGETS else ""
+
+
 def new_figure(n_panels, columns, panel_inches, share_y=False):
     """(figure, n_panels axes) in the look of all plots, filled row by row.
 

@@ -99,7 +99,8 @@ def metric_blocks(run, setting, result, axes, baselines, predictors, patients):
             baselines, digits=".3g",
             caption="Mean over the axes of MAE in label sds: each baseline, and model - baseline"),
         reporting.html_table(predictors, of_predictor, ".2f", "In mm and degrees"),
-        reporting.html_image(run.path("per_patient_error.png"), "MAE per axis and patient, and the baseline's"),
+        reporting.html_image(run.path("per_patient_error.png"), "MAE per axis and patient, and the baseline's"
+                             f"{plotting.first_of(len(patients), 'patients')}"),
         reporting.html_table(patients, of_patient, ".2f"),
         reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true, at t1"),
     ]

@@ -141,21 +141,24 @@ def key_figures(result, target, best_r2):
 
 def metric_blocks(run, setting, result, rows, moment_rows, plot_file):
     """HTML of the section Metrics: the tables and plots of the scores."""
-    columns = {"target": "score", "n": "n", "pearson_r": "r", "r2": "R2", "r2_low": "R2 low", "r2_high": "R2 high",
-               "mae": "MAE", "rmse": "RMSE", "bias": "bias", "slope": "slope", "baseline_r2": "baseline R2",
-               "baseline_mae": "baseline MAE", "icc_1_1": "ICC(1,1)", "icc_1_k": "ICC(1,k)",
-               "ceiling_r2": "ceiling R2", "share_of_ceiling_r2": "share"}
-    columns = {name: heading for name, heading in columns.items() if name in rows[0]}
+    columns = {"moment": "moment", "target": "score", "n": "n", "pearson_r": "r", "r2": "R2", "r2_low": "R2 low",
+               "r2_high": "R2 high", "mae": "MAE", "rmse": "RMSE", "bias": "bias", "slope": "slope",
+               "baseline_r2": "baseline R2", "baseline_mae": "baseline MAE", "icc_1_1": "ICC(1,1)",
+               "icc_1_k": "ICC(1,k)", "ceiling_r2": "ceiling R2", "share_of_ceiling_r2": "share"}
+
+    def table(rows, caption):
+        known = {name: heading for name, heading in columns.items() if name in rows[0]}
+        return reporting.html_table(rows, known, caption=caption)
     caption = (f"Each score on the {setting.part} rows, in its unit; baseline: {result.baseline_label}; "
-               f"{result.method}")
+               f"{result.method}. R2: share of the variance explained, 0 = as good as the mean, below 0 = worse; r: "
+               "correlation")
+    shown = plotting.first_of(len(rows), "scores")
     blocks = [
-        reporting.html_image(run.path(plot_file), "r and R2 of each score (up to 40), with baseline, and interval and "
-                             "noise ceiling where they are known"),
-        reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true"),
-        reporting.html_table(rows, columns, caption=caption),
+        reporting.html_image(run.path(plot_file), "r and R2 of each score, with baseline, and interval and noise ceiling "
+                             f"where they are known{shown}"),
+        reporting.html_image(run.path("predicted_against_true.png"), f"Predicted against true{shown}"),
+        table(rows, caption),
     ]
     if moment_rows:
-        columns = {"moment": "moment", "target": "score", "n": "n", "mae": "MAE", "rmse": "RMSE", "r2": "R2",
-                   "pearson_r": "r"}
-        blocks.append(reporting.html_table(moment_rows, columns, caption="The rows of each moment alone"))
+        blocks.append(table(moment_rows, "The rows of each moment alone"))
     return blocks

@@ -65,6 +65,16 @@ def test_scores_of_another_program(tmp_path):
     assert sample in page and f"effective sample: {sample}" in (run / "log.txt").read_text()
 
 
+def test_captions_say_which_scores_are_drawn(tmp_path):
+    draw = np.random.default_rng(0)
+    values = draw.normal(size=(12, 41, 2))
+    common.write_table(tmp_path / "p.csv", [
+        {"image": i, **{f"q{j}_{kind}": row[j, k] for j in range(41) for k, kind in enumerate(("true", "predicted"))}}
+        for i, row in enumerate(values)])
+    page = (judge(tmp_path, "--predictions", tmp_path / "p.csv") / "report.html").read_text(encoding="utf-8")
+    assert page.count("the first 40 of 41 scores</figcaption>") == 2
+
+
 def test_a_named_baseline_is_the_one_to_beat(tmp_path):
     rows = [{**row, **{f"{name}_old": row[f"{name}_true"] + 0.01 for name in ("Valence", "Arousal")},
              **{f"{name}_zero": 0.0 for name in ("Valence", "Arousal")}} for row in scores()]
