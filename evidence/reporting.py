@@ -199,9 +199,9 @@ def command_blocks(args=None):
     if args:
         flags = []
         for name, value in common.flags_of(args).items():
-            values = value if isinstance(value, list) else [value]
-            flags += [f"--{name}", *(public_word(str(each)) for each in values)]
-        blocks += [html_text("With all flags:"), html_code(" ".join(flags))]
+            if value is not None:
+                flags += [f"--{name}", *(public_word(str(each)) for each in np.atleast_1d(value))]
+        blocks += [html_text("With all flags that are set:"), html_code(" ".join(flags))]
     return [*blocks, html_list(versions)]
 
 
