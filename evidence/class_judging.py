@@ -155,7 +155,8 @@ def metric_blocks(run, setting, result):
     return [
         *(reporting.html_image(run.path(file), text) for file, text in plots.items()),
         reporting.html_table(subject_intervals.overall_rows(result), caption=caption),
-        reporting.html_table(per_class, caption="Each class against the rest, with 95 % intervals"),
+        reporting.html_table(per_class, caption="Each class against the rest, with 95 % intervals. AUC: how often a row of "
+                             "the class is ranked above another, .5 = by chance; average precision: mean over recalls"),
     ]
 
 

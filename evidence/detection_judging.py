@@ -306,8 +306,9 @@ def metric_blocks(run, setting, result, part_rows, threshold):
                     f"of the part; {result.method}"),
         reporting.html_table(
             part_rows, columns,
-            caption="Each part: n boxes, COCO AP over IoU .50 to .95 with its interval, AP of the baseline; "
-                    "claimed: found, though absent in that picture, and the binomial interval of their share"),
+            caption="Each part: n boxes, COCO AP (mean precision over recalls) over IoU .50 to .95 with its interval, AP "
+                    "of the baseline; claimed: found, though absent in that picture, and the binomial interval of their "
+                    "share"),
         reporting.html_image(
             run.path("per_part.png"), "AP and AP50 of each part that has boxes here, and the baseline's"
             f"{plotting.first_of(sum(row['boxes'] > 0 for row in part_rows), 'parts')}"),

@@ -20,8 +20,6 @@ CASE_SIDE = 256
 SCREEN_WIDTH = 800  # of a plot of more than two panels
 EXPLANATIONS = {  # of a section's words, under its head
     "Leakage": "What stands on both sides of the split: a model that knows it already looks better than it is.",
-    "Metrics": "R2: share of the variance explained, 0 = as good as the mean, below 0 = worse. r: correlation. AUC: "
-               "how often a row of the class is ranked above another, .5 = by chance. AP: mean precision over recalls.",
     "Noise ceiling": "The R2 that a perfect model would reach, given how far the raters disagree.",
     "Without a pixel": "What columns of the table predict without looking at the input. A model must do better.",
     "Calibration": "Whether a confidence of 80 % is right in 80 % of the rows. ECE: the mean gap, in shares of 1; "
