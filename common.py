@@ -1352,12 +1352,6 @@ class Samples(torch.utils.data.Dataset):
         return list(self._threads.map(self.__getitem__, keys))
 
 
-def rows_to_try(split, args):
-    """{part: rows} as it is; in a dry run two batches of each part."""
-    most = 2 * args.batch_size
-    return {part: rows[:most] for part, rows in split.items()} if args.dry_run else split
-
-
 class WatchedLoader(torch.utils.data.DataLoader):
     """A loader with a progress bar."""
 

@@ -620,14 +620,14 @@ def check_ratings(study, splits):
     useless = distinct.columns[distinct.min() < 2]
     if len(useless):
         raise common.UserError(
-            f"{common.shorten_list(useless)}: no two different ratings in the train rows (of a fold or dry run). "
+            f"{common.shorten_list(useless)}: no two different ratings in the train rows (of a fold). "
             "Name the others with --target_columns, or split with another --seed")
 
 
 def run_split(run, args, study, split, features=None):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
     alarms = check_split(run, study, split)
-    split = common.rows_to_try(split, args)
+    split = splitting.rows_to_try(split, args, study.ratings)
     check_ratings(study, [split])
     if features is None:
         features = untuned_features(args, study, run, np.concatenate(list(split.values())))

@@ -1205,7 +1205,7 @@ def train_heads(run, args, study, split):
 def run_split(run, args, study, split):
     """Train and score one split: test where there is one, else val."""
     alarms = check_split(run, study, split)
-    split = common.rows_to_try(split, args)
+    split = splitting.rows_to_try(split, args)
     has_states = study.truth.take(split["train"]).has_states()
     detection_judging.check_criteria(args.criteria, study.truth.parts, has_states)
     # the validation loss draws by batches, so a resumed run must keep their size
@@ -1245,7 +1245,7 @@ def run_folds(run, args, study):
     alarms = check_split(run, study, folds)
     write_record(run, study, folds)
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))
-    rows = {k: common.rows_to_try(splits[k], args)["test"] for k in chosen}
+    rows = {k: splitting.rows_to_try(splits[k], args)["test"] for k in chosen}
     write_annotations(run, args, study, {"folds": np.concatenate(list(rows.values()))})
     numbers = []
     for k in chosen:

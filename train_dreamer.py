@@ -1142,7 +1142,7 @@ def write_statistics(run, args, study, split):
 def run_split(run, args, study, split):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
     check_split(run, args, study, split)
-    split = common.rows_to_try(split, args)
+    split = splitting.rows_to_try(split, args)
     if study.grids is None:
         study = see_frames(study, np.concatenate(list(split.values())), args, run.compute)
     run.write_args(**study.data_record(split))

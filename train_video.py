@@ -1128,9 +1128,7 @@ def data_blocks(study, split, rows, table):
 def run_split(run, args, study, split, features=None):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
     alarms = event_audit.record_split(run, study.table, study.audits, split)
-    if args.dry_run:
-        split = {part: event_splits.few_rows(study.table, rows, 2 * args.batch_size)
-                 for part, rows in split.items()}
+    split = splitting.rows_to_try(split, args, study.table.truth)
     if features is None:
         features = untuned_features(args, study, run)
     similar = find_similar(run, study, split, features)

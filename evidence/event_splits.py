@@ -134,14 +134,6 @@ def part_of_train(args, table, rows):
     return {part: rows[chosen] for part, chosen in made.items()}  # chosen: indices into `rows`
 
 
-def few_rows(table, rows, count):
-    """The first `count` of the rows and one of every class, for a dry run."""
-    if table.label is None:
-        return rows[:count]
-    _, first = np.unique(table.label[rows], return_index=True)
-    return np.union1d(rows[:count], rows[first])
-
-
 def limits(args, table):
     """Sentences on what a reader must not conclude from this run."""
     lines = ["Valid for clips like these, labelled by people like these; nothing else was tested."]

@@ -197,6 +197,24 @@ def folds_of_flags(args, keys, strata=None, groups=None):
             for left_out in make_folds(len(keys), args.folds, strata, groups, args.seed, keys)]
 
 
+def rows_to_try(split, args, truth=None):
+    """{part: rows} as it is; in a dry run two batches of each part, and what makes each score vary, or one of every class.
+
+    truth: (N, R) scores, NaN = missing, or (N,) labels; None: two batches alone.
+    """
+    if not args.dry_run:
+        return split
+    few = {part: rows[:2 * args.batch_size] for part, rows in split.items()}
+    if truth is None:
+        return few
+    if truth.ndim == 1:
+        truth = truth[:, None] == np.unique(truth)  # (N, C)
+    for column, (part, rows) in itertools.product(truth.T, split.items()):
+        _, first = np.unique(column[rows], return_index=True)  # NaN comes last
+        few[part] = np.union1d(few[part], rows[first[:2]])
+    return few
+
+
 def nested_folds(folds, divide):
     """Folds whose left-out rows are tested, so that other rows choose the epoch.
 

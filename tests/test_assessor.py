@@ -211,6 +211,17 @@ def test_single_ratings_give_a_split_half_ceiling(sample, tmp_path):
     assert "Spearman-Brown" in metrics["ceiling"]["source"]
 
 
+def test_dry_run_of_sparse_ratings(sample, tmp_path):
+    """The first half of the pictures has no rating of Anger."""
+    def without_anger(header, rows):
+        for row in rows[:24]:
+            row[header.index("Anger_mean")] = ""
+    table = edited(sample, tmp_path, without_anger)
+    train(sample, tmp_path / "out", "--ratings_file", table, "--dry_run", "--batch_size", 2)
+    metrics = json.loads((only_run(tmp_path / "out") / "metrics.json").read_text())
+    assert {target["name"]: target["n"] > 1 for target in metrics["per_target"]} == {"Valence": True, "Anger": True}
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -447,6 +447,22 @@ def test_a_column_that_repeats_and_is_parted_is_an_alarm_with_its_flag():
     assert splitting.unused_groups(columns, whole, scene) == []
 
 
+def test_a_dry_run_tries_rows_with_two_ratings_of_each_and_every_class():
+    """The first rows have none of the second rating, one value of the first, and no row of class 2."""
+    ratings = np.full((90, 2), np.nan)
+    ratings[:, 0] = np.arange(90) > 60
+    ratings[70:, 1] = np.arange(20) % 3
+    split = {"train": np.arange(80), "val": np.arange(80, 90), "test": np.arange(0)}
+    args = SimpleNamespace(dry_run=True, batch_size=4)
+    few = splitting.rows_to_try(split, args, ratings)
+    assert few["train"][:8].tolist() == list(range(8)) and few["train"].tolist()[8:] == [61, 70, 71]
+    assert len(few["val"]) == 8 and not len(few["test"])
+    labels = np.where(np.arange(90) < 75, np.arange(90) % 2, 2)
+    assert splitting.rows_to_try(split, args, labels)["train"].tolist() == [*range(8), 75]
+    assert splitting.rows_to_try(split, args)["train"].tolist() == list(range(8))
+    assert splitting.rows_to_try(split, SimpleNamespace(dry_run=False), ratings) is split
+
+
 @pytest.mark.parametrize("name, is_group", [
     ("pen", True), ("Street", True), ("farm_no", True), ("home cage", True), ("litter ID", True), ("clinics", True),
     ("video_file", True), ("PatientID", True), ("animal.name", True), ("open", False), ("pencil", False),
