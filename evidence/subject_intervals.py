@@ -168,11 +168,14 @@ def fold_factor(folds):
 
 
 def _pseudo_values(model, baseline, whole, subjects):
-    """{metric: (S,)}: what each subject says of the difference; of a mean over equal subjects its own difference."""
+    """{metric: (S,)}: what each subject says of the difference; of a mean over equal subjects its own difference.
+
+    Not where the difference is the same whoever is left out: then no subject says anything of its own.
+    """
     left_out = _compare(model, baseline, 1.0 - np.eye(subjects))
     places = {metric: ("difference", "overall", metric) for metric in CLASS_SIGN_FLIP_METRICS}
     return {metric: subjects * whole[place] - (subjects - 1) * left_out[place]
-            for metric, place in places.items() if place in whole}
+            for metric, place in places.items() if place in whole and not np.allclose(left_out[place], whole[place], 1e-9)}
 
 
 def _compare(model, baseline, weights):

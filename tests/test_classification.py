@@ -398,7 +398,9 @@ def test_a_perfect_model_of_few_subjects_is_as_doubtful_beside_a_baseline_as_alo
     label = np.tile([0, 1], subjects)
     perfect = np.stack([1 - label, label], 1) * 0.8 + 0.1
     groups = np.repeat(np.arange(subjects), 2)
-    found = subject_intervals.bootstrap_classification(perfect, label, groups, np.full_like(perfect, 0.5)).overall
+    result = subject_intervals.bootstrap_classification(perfect, label, groups, np.full_like(perfect, 0.5))
+    assert "roc_auc" not in result.sign_flip_p, "a p that no subject decides"
+    found = result.overall
     gain = found.difference["roc_auc"]
     assert (gain.low, gain.high) == pytest.approx((found.model["roc_auc"].low - 0.5, 0.5))
     assert (gain.low > 0) == resolved
