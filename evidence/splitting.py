@@ -472,20 +472,21 @@ def split_by_time(sequences, order, ratios, gap):
     sequences: (N,) names; order: (N,) place within the sequence. Raises UserError where a part would be empty.
     """
     used = [part for part, ratio in ratios.items() if ratio > 0]
-    split = {part: [] for part in ratios}
+    part_of = np.full(len(order), "between")
     for rows in _by_time(sequences, order):
         room = max(len(rows) - gap * (len(used) - 1), 0)
         start = 0
         for part in used:
             stop = start + round(ratios[part] * room) if part != used[-1] else len(rows)
-            split[part].extend(rows[start:stop])
+            part_of[rows[start:stop]] = part
             start = stop + gap
-    empty = [part for part in used if not split[part]]
+    split = {part: np.flatnonzero(part_of == part) for part in ratios}
+    empty = [part for part in used if not len(split[part])]
     if empty:
         raise common.UserError(
             f"the sequences are too short for blocks of time with --gap {gap}; empty: "
             f"{', '.join(empty)}. Use a smaller --gap")
-    return {part: np.array(sorted(rows), dtype=int) for part, rows in split.items()}
+    return split
 
 
 def folds_by_time(sequences, order, n_folds, gap):
@@ -494,16 +495,17 @@ def folds_by_time(sequences, order, n_folds, gap):
     sequences: (N,) names; order: (N,) place within the sequence. The test parts are empty. Raises UserError for
     sequences that are too short.
     """
-    folds = [{"train": [], "val": [], "test": []} for _ in range(n_folds)]
+    part_of = np.full((n_folds, len(order)), "train")
     for rows in _by_time(sequences, order):
         edges = np.arange(n_folds + 1) * len(rows) // n_folds
-        for fold, start, stop in zip(folds, edges, edges[1:]):
-            fold["val"] += rows[start:stop].tolist()
-            fold["train"] += rows[:max(start - gap, 0)].tolist() + rows[stop + gap:].tolist()
-    if not all(fold["train"] and fold["val"] for fold in folds):
+        for own, start, stop in zip(part_of, edges, edges[1:]):
+            own[rows[max(start - gap, 0):stop + gap]] = "gap"
+            own[rows[start:stop]] = "val"
+    folds = [{part: np.flatnonzero(own == part) for part in PARTS} for own in part_of]
+    if not all(len(fold["train"]) and len(fold["val"]) for fold in folds):
         raise common.UserError(
             f"--folds {n_folds}: the sequences are too short for so many blocks of time with --gap {gap}")
-    return [{part: np.array(sorted(rows), dtype=int) for part, rows in fold.items()} for fold in folds]
+    return folds
 
 
 def split_by_names(listed, groups, aliases):
