@@ -546,17 +546,12 @@ def make_video(folder, n_events, seed):
 # ---------------------------------------------------------------------------
 # A bicycle is drawn part by part; the state of a part decides how, its street gives the background.
 
-# part: (x, y, half width, half height), the wheels at -1 and 1, y downwards
-PART_PLACES = {
-    "back_wheel": (-1.0, 0.0, 0.62, 0.62), "front_wheel": (1.0, 0.0, 0.62, 0.62),
-    "chain": (-0.45, 0.04, 0.50, 0.13), "saddle": (-0.55, -1.02, 0.30, 0.13),
-    "steer": (0.70, -1.12, 0.30, 0.20), "front_light": (1.12, -0.72, 0.14, 0.14),
-    "back_light": (-1.60, -0.55, 0.13, 0.13), "kickstand": (-0.15, 0.52, 0.13, 0.30)}
-PART_COLOURS = {
-    "back_wheel": (30, 30, 34), "front_wheel": (30, 30, 34),
-    "chain": (70, 72, 78), "saddle": (60, 34, 22),
-    "steer": (150, 155, 165), "front_light": (250, 240, 170),
-    "back_light": (210, 20, 30), "kickstand": (120, 124, 130)}
+# part: (x, y, half width, half height, colour), the wheels at -1 and 1, y downwards
+PART_LOOKS = {
+    "back_wheel": (-1.0, 0.0, 0.62, 0.62, (30, 30, 34)), "front_wheel": (1.0, 0.0, 0.62, 0.62, (30, 30, 34)),
+    "chain": (-0.45, 0.04, 0.50, 0.13, (70, 72, 78)), "saddle": (-0.55, -1.02, 0.30, 0.13, (60, 34, 22)),
+    "steer": (0.70, -1.12, 0.30, 0.20, (150, 155, 165)), "front_light": (1.12, -0.72, 0.14, 0.14, (250, 240, 170)),
+    "back_light": (-1.60, -0.55, 0.13, 0.13, (210, 20, 30)), "kickstand": (-0.15, 0.52, 0.13, 0.30, (120, 124, 130))}
 PART_STATES = ("intact", "damaged", "absent", "occluded")
 STATE_SHARES = (0.62, 0.14, 0.13, 0.11)
 RINGS = ("back_wheel", "front_wheel", "chain")  # the other parts are discs
@@ -590,9 +585,9 @@ def draw_bicycle(states, background, rng):
     colour = tuple(rng.integers(60, 160, 3).tolist())
     draw.line([place(x, y) for x, y in FRAME], fill=colour, width=3 * width)
     boxes = [[*place(x - mirror * half_x, y - half_y), *place(x + mirror * half_x, y + half_y)]
-             for x, y, half_x, half_y in PART_PLACES.values()]
-    for part, box, state in zip(PART_PLACES, boxes, states):
-        colour = RUST if state == "damaged" else PART_COLOURS[part]
+             for x, y, half_x, half_y, _ in PART_LOOKS.values()]
+    for part, box, state in zip(PART_LOOKS, boxes, states):
+        colour = RUST if state == "damaged" else PART_LOOKS[part][-1]
         if state != "absent" and part in RINGS:
             draw.ellipse(box, outline=colour, width=2 * width)
         elif state != "absent":
@@ -605,7 +600,7 @@ def draw_bicycle(states, background, rng):
     picture = background.resize((wide // 2, high // 2), Image.Resampling.LANCZOS)
     pixels = np.asarray(picture, float)
     halved = (np.array(boxes) / 2).tolist()
-    return to_pixels(pixels + rng.normal(0, 2.5, pixels.shape)), dict(zip(PART_PLACES, zip(states, halved)))
+    return to_pixels(pixels + rng.normal(0, 2.5, pixels.shape)), dict(zip(PART_LOOKS, zip(states, halved)))
 
 
 def box_entry(x1, y1, x2, y2):
@@ -679,7 +674,7 @@ def make_detector(folder, n_images, seed):
     for row in range(n_images):
         rng = np.random.default_rng([seed, 3, row])
         street = row % n_streets
-        states = rng.choice(PART_STATES, len(PART_PLACES), p=STATE_SHARES).tolist()
+        states = rng.choice(PART_STATES, len(PART_LOOKS), p=STATE_SHARES).tolist()
         width, height = rng.integers([220, 170], [281, 211]).tolist()
         street_rng = np.random.default_rng([seed, 4, street])
         background = draw_background((2 * width, 2 * height), street_rng)
@@ -693,7 +688,7 @@ def make_detector(folder, n_images, seed):
     first_held_out = n_streets - n_streets // 5
     train = [bicycle for bicycle in bicycles if bicycle.street < first_held_out]
     val = [bicycle for bicycle in bicycles if bicycle.street >= first_held_out]
-    parts = list(PART_PLACES)
+    parts = list(PART_LOOKS)
     common.write_json(folder / "train_coco.json", coco_annotations(train, parts))
     common.write_json(folder / "val_coco.json", coco_annotations(val, parts[:-1]))  # no kickstand
     return {"quirks": {quirk: f"{row}.jpg" for quirk, row in ANNOTATION_QUIRKS.items()}}
