@@ -4,6 +4,7 @@ Letters: N rows, F features, K the smaller of N and F, R scores, C classes.
 """
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -279,13 +280,9 @@ def fit_readout(features, truth, groups=None, n_classes=None, blocks=None):
     """
     features = np.asarray(features, np.float64)
     blocks = blocks or {"all": np.arange(features.shape[1])}
-    models = {}
-    for name, columns in blocks.items():
-        shared = {"groups": groups, "sd_floor": FEATURE_SD_FLOOR}
-        if n_classes:
-            models[name] = fit_logistic(features[:, columns], truth, n_classes, **shared)
-        else:
-            models[name] = fit_ridge(features[:, columns], truth, **shared)
+    fit = functools.partial(fit_logistic, n_classes=n_classes) if n_classes else fit_ridge
+    models = {name: fit(features[:, columns], truth, groups=groups, sd_floor=FEATURE_SD_FLOOR)
+              for name, columns in blocks.items()}
     errors = np.stack([np.atleast_1d(model.inner_error) for model in models.values()])
     ratios = (errors / errors.min(axis=0)).round(9)  # equal ones are not told apart by rounding
     chosen = [list(blocks)[best] for best in ratios.argmin(axis=0)]

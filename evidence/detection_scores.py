@@ -318,10 +318,8 @@ class Judged:
 
 
 def stack_draws(draws):
-    """[(overall, each) of each of D draws] -> (overall {metric: (D,)}, each {metric: (D, P)})."""
-    overall, each = zip(*draws)
-    return ({metric: np.array([draw[metric] for draw in overall]) for metric in overall[0]},
-            {metric: np.array([draw[metric] for draw in each]) for metric in each[0]})
+    """[(overall, each) of each of D draws] -> [overall {metric: (D,)}, each {metric: (D, P)}]."""
+    return [{metric: np.array([draw[metric] for draw in part]) for metric in part[0]} for part in zip(*draws)]
 
 
 def average_precisions(matchings, pictures):

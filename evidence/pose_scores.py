@@ -97,7 +97,7 @@ def in_units(result, sd):
     sides = {}
     for side, estimates in vars(result.each).items():
         errors = {metric: estimates[metric].times(factor) for metric, factor in factors.items()}
-        sides[side] = {**estimates, **errors}
+        sides[side] = estimates | errors
     return dataclasses.replace(result, each=subject_intervals.Comparison(**sides))
 
 

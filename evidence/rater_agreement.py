@@ -103,9 +103,7 @@ class Ceiling:
         return None if self.r2 is None else float(common.mean_without_nan(self.r2))
 
     def of_target(self, r):
-        """Columns for the table of the targets."""
-        if self.r2 is None:
-            return {}
+        """Columns for the table of the targets, where it is known."""
         columns = {"ceiling_r2": self.r2[r], "ceiling_pearson_r": np.sqrt(self.r2[r])}
         if self.icc is not None:
             columns |= {"icc_1_1": self.icc[r, 0], "icc_1_k": self.icc[r, 1]}

@@ -145,8 +145,7 @@ def html_cases(cases):
         thumbnail.save(packed, "JPEG", quality=80, optimize=True)
         uri = _data_uri(packed.getvalue(), "JPEG")
         title = html.escape(str(case["title"]))
-        texts = [html.escape(str(line)) for line in case.get("lines", ())]
-        lines = "".join(f"<span>{text}</span>" for text in texts)
+        lines = "".join(f"<span>{html.escape(str(line))}</span>" for line in case.get("lines", ()))
         caption = f"<figcaption><b>{title}</b>{lines}</figcaption>"
         kind = ' class="wide"' if is_wide else ""
         figures.append(f'<figure{kind}><img src="{uri}" alt="{title}">{caption}</figure>')
