@@ -39,15 +39,11 @@ GRIDS = (2, 4)  # cells a side over which the readout averages feature maps
 TIME_BLOCKS = 10  # of each sequence, for the inner folds of a single patient
 # What a checkpoint fixes for evaluate and predict, and what they take over from the run beside it: always, and where
 # they are given no data of their own.
-MODEL_FLAGS = (
-    "encoder", "image_size", "token_type", "d_model", "n_layers", "n_heads",
-    "feedforward", "dropout", "compose")
+MODEL_FLAGS = "encoder image_size token_type d_model n_layers n_heads feedforward dropout compose".split()
 ENCODER_FLAGS = ("seed", "weights")
-DATA_FLAGS = (
-    "data_dir", "patient_map", "patient_regex", "max_transitions", "split_by", "angle_unit", "euler_order")
-WORLD_MODEL_FLAGS = (
-    "d_model", "n_layers", "n_heads", "feedforward", "freeze_layers", "backbone_lr_mult",
-    "lambda_t2_action", "lambda_latent", "primary_task_only")
+DATA_FLAGS = "data_dir patient_map patient_regex max_transitions split_by angle_unit euler_order".split()
+WORLD_MODEL_FLAGS = ("d_model n_layers n_heads feedforward freeze_layers backbone_lr_mult lambda_t2_action lambda_latent "
+                     "primary_task_only").split()
 PARTS = ("train", "val", "test")
 # What --augment changes in both frames of a transition alike:
 LARGEST_TURN = {"light": 0.0, "full": 5.0}  # degrees

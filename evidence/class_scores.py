@@ -8,9 +8,8 @@ import numpy as np
 
 import common
 
-CLASSIFICATION_METRICS = (
-    "loss", "accuracy", "balanced_accuracy", "macro_f1", "roc_auc", "mcc", "ece", "ece_adaptive", "brier")
-CLASS_METRICS = ("precision", "recall", "f1", "average_precision", "roc_auc")
+CLASSIFICATION_METRICS = "loss accuracy balanced_accuracy macro_f1 roc_auc mcc ece ece_adaptive brier".split()
+CLASS_METRICS = "precision recall f1 average_precision roc_auc".split()
 ECE_BINS = 15
 
 

@@ -139,10 +139,9 @@ def judge_detections(run, truth, detections, setting, priors, trained, picture=N
 
 def criteria_names(parts, has_states):
     """What --criteria may name."""
-    overall = ["map", "map50", "precision", "recall", "hallucination_rate",
-               "hallucination_rate_anywhere"]
+    overall = "map map50 precision recall hallucination_rate hallucination_rate_anywhere".split()
     if has_states:
-        overall += ["joint_map", "map_present", "state_accuracy", "macro_f1", "balanced_accuracy"]
+        overall += "joint_map map_present state_accuracy macro_f1 balanced_accuracy".split()
     return verdicts.spell_metrics(overall, ("ap",), parts)
 
 

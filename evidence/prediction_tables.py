@@ -288,8 +288,8 @@ def _probabilities(table, columns, path):
 
 # --- a table of any program ------------------------------------------------------------------------
 
-ID_COLUMNS = ("image", "clip_id", "name", "id", "filename", "file")
-FURTHER_KEYS = ("event", "n_clips", "video", "start_sec", "end_sec", "fold")
+ID_COLUMNS = "image clip_id name id filename file".split()
+FURTHER_KEYS = "event n_clips video start_sec end_sec fold".split()
 LABEL_COLUMNS = ("true_label", "label", "true", "target")
 PLAIN_LABELS = ("0 1", "0.0 1.0", "no yes", "false true", "negative positive")  # the second one is the positive class
 

@@ -19,7 +19,7 @@ import torch
 import common
 from readers import file_names, pixel_cache
 
-IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "TGA")  # Pillow opens MPO as JPEG
+IMAGE_FORMATS = "JPEG PNG GIF BMP TIFF WEBP TGA".split()  # Pillow opens MPO as JPEG
 TIFF_BITS_PER_SAMPLE = 258
 TIFF_PHOTOMETRIC = 262
 TIFF_SAMPLE_FORMAT = 339
