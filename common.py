@@ -2199,7 +2199,7 @@ def _check_dense(tensor):
 
 
 def load_model_file(path, script=None):
-    """Checkpoint of `script`, None: of the running one -> dict, with SeenRows as `seen`.
+    """Checkpoint of `script`, None: of the running one -> dict.
 
     Raises UserError for another script's file, CheckpointError for damage.
     """
@@ -2209,54 +2209,7 @@ def load_model_file(path, script=None):
     expected = script or script_name()
     if content.get("script") != expected:
         raise UserError(f"{path} was written by {content.get('script')}, expected {expected}")
-    with checkpoint_fields(path):
-        return content | {"seen": SeenRows.of_checkpoint(content)}
-
-
-def content_hashes(*columns):
-    """K columns of N texts, such as digests of files -> (N, K) int64: rows that share a number share their content."""
-    def number(text):
-        return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
-    return np.array([[number(text) for text in column] for column in columns], np.int64).T
-
-
-SEEN_WORDS = ("train", "chose", "not known", "new")  # from the worst to the best
-
-
-def worst_seen(words):
-    """The worst of several SEEN_WORDS."""
-    return min(words, key=SEEN_WORDS.index)
-
-
-@dataclasses.dataclass
-class SeenRows:
-    """Which rows made a checkpoint and all that it started from, as content_hashes.
-
-    is_complete False: one of them does not say, so that a row which is not listed may have been seen all the same.
-    """
-    fitted: np.ndarray  # trained on
-    chose: np.ndarray  # chose an epoch, a threshold or a temperature
-    is_complete: bool = True
-
-    def __post_init__(self):
-        self.fitted = np.asarray(self.fitted, np.int64)
-        self.chose = np.asarray(self.chose, np.int64)
-
-    @classmethod
-    def of_checkpoint(cls, content):
-        """What a checkpoint says; one of an older version does not say it."""
-        return cls(**content["seen"]) if "seen" in content else cls([], [], is_complete=False)
-
-    def plus(self, other):
-        """The rows of both."""
-        return SeenRows(np.union1d(self.fitted, other.fitted), np.union1d(self.chose, other.chose),
-                        self.is_complete and other.is_complete)
-
-    def words(self, hashes):
-        """(M, K) content_hashes of rows -> (M,) one of SEEN_WORDS each."""
-        is_fitted = np.isin(hashes, self.fitted).any(1)
-        has_chosen = np.isin(hashes, self.chose).any(1)
-        return np.select([is_fitted, has_chosen], ["train", "chose"], "new" if self.is_complete else "not known")
+    return content
 
 
 def starting_weights(path, **expected):
@@ -2464,8 +2417,7 @@ class Training:
 
     run, model, optimizer, args: of this run. select: history column that chooses the best epoch, or 'last'.
     metadata: function () -> dict of what predict needs beside the weights, stored in best_model.pth.
-    row_hashes: (N, K) content_hashes; split: {part: rows} of train and of val, which chooses the epoch unless select is
-    'last'.
+    seen: what every checkpoint says of the rows behind it, as evidence/seen_rows.py reads it.
 
     for epoch in training.epochs():              # the epochs still to do
         for batch in training.batches(loader):   # the batches still to do: seeds dropout, sets the learning rate
@@ -2485,8 +2437,7 @@ class Training:
     select: str
     metadata: typing.Callable
     higher_is_better: bool = True
-    row_hashes: np.ndarray | None = None
-    split: dict | None = None
+    seen: object = None
 
     def __post_init__(self):
         run = self.run
@@ -2502,7 +2453,6 @@ class Training:
         # Apple GPUs have no float64
         self.sum_type = torch.float32 if run.compute.device.type == "mps" else torch.float64
         self.checkpoints = Checkpoints(run)
-        self.seen = self._seen_rows()
         if self.processes.size > 1 and run.compute.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if args.compile:
@@ -2510,23 +2460,6 @@ class Training:
         if run.resumed:
             self._load_last()
         self.processes.spread(self.model)
-
-    def _seen_rows(self):
-        """SeenRows of this run and of what it starts from; weights of other programs have seen none of our rows."""
-        if not self.split:
-            return SeenRows.of_checkpoint({})
-        choosing = [] if self.select == "last" else self.split["val"]
-        seen = SeenRows(self.row_hashes[self.split["train"]], self.row_hashes[choosing])
-        given = filter(None, (self.args.init_from, self.args.weights))
-        for path in filter(zipfile.is_zipfile, given):  # no .safetensors
-            content = read_checkpoint(path)
-            if content.get("format") == FORMAT:
-                with checkpoint_fields(path):
-                    seen = seen.plus(SeenRows.of_checkpoint(content))
-        if not seen.is_complete:
-            self.run.say("note: the weights to start from are of an older version, which does not say the rows it was "
-                         "trained on: whether rows are new is not known in this run")
-        return seen
 
     # --- the loop -----------------------------------------------------------
 

@@ -83,7 +83,7 @@ def judge_coco(args):
 
 
 def as_stated(seen, args):
-    """(M,) common.SEEN_WORDS, with --held_out "new" in place of "not known"."""
+    """(M,) seen_rows.WORDS, with --held_out "new" in place of "not known"."""
     return np.where(args.held_out & (seen == "not known"), "new", seen)
 
 

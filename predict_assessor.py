@@ -21,7 +21,7 @@ from torch import nn
 
 import common
 import exporting
-from evidence import calibrating, heat_maps, prediction_tables, reporting, row_warnings, splitting
+from evidence import calibrating, heat_maps, prediction_tables, reporting, row_warnings, seen_rows
 from readers import csv_tables, file_names, picture_files
 from train_assessor import explain, load_assessor, mean_over, views_of
 
@@ -133,8 +133,8 @@ def predict(members, loader, compute):
     is_bad = [bool(error) for error in errors]
     predicted[:, is_bad] = np.nan
     hashes = torch.cat(hashes).numpy()  # (N, 2)
-    words = [member.settings["seen"].words(hashes) for member in members]
-    seen = np.array(list(map(common.worst_seen, zip(*words))))
+    words = [seen_rows.of_checkpoint(member.settings).words(hashes) for member in members]
+    seen = np.array(list(map(seen_rows.worst, zip(*words))))
     seen[is_bad] = ""
     answers = []
     for member, own, values in zip(members, zip(*features), predicted):
@@ -236,7 +236,7 @@ def main():
     columns = output_columns(inputs, predicted, names, widths)
     common.write_table(args.output, columns | {"seen": seen, "warning": warnings, "error": errors})
     print_summary(predicted, names, members, widths)
-    splitting.say_seen(seen, print)
+    seen_rows.say_notes(seen, print)
     failed = sum(map(bool, errors))
     print(f"{len(inputs)} pictures, {failed} could not be read (see the error column); written to {args.output}")
     if not (args.explain or args.export):

@@ -31,7 +31,7 @@ from torch import nn
 import common
 from evidence import (
     baseline_models, heat_maps, judging, plotting, prediction_tables, rater_agreement, reporting, row_warnings,
-    score_judging, splitting, table_judging, verdicts)
+    score_judging, seen_rows, splitting, table_judging, verdicts)
 from readers import backbones, file_names, picture_files, rating_flags, rating_tables
 
 HISTORY_METRICS = ("mse", "mae", "r2", "pearson_r")
@@ -413,8 +413,7 @@ def fit(run, args, study, split, features):
         select="last" if args.select == "last" else f"val_{args.select}",
         metadata=lambda: model_metadata(args, study, split, scaler, latest["val"]),
         higher_is_better=args.select != "loss",
-        row_hashes=study.hashes,
-        split=split)
+        seen=seen_rows.of_run(run, args, study.hashes, split))
     for epoch in training.epochs():
         model.freeze_backbone(args.freeze_backbone or epoch <= args.freeze_epochs)
         row = train_one_epoch(model, train_loader, loss_function, training, compute)

@@ -46,7 +46,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 import common
 from evidence import (box_pictures, calibrating, detection_judging, detection_scores, detection_tables, judging,
-                      plotting, reporting, row_warnings, splitting)
+                      plotting, reporting, row_warnings, seen_rows, splitting)
 from readers import backbones, file_names, part_boxes, picture_files
 
 ENVIRONMENT = {
@@ -960,8 +960,7 @@ def fit(run, args, study, split):
         select=args.select if args.select == "val_loss" else f"val_{args.select}",
         metadata=lambda: content,
         higher_is_better=args.select != "val_loss",
-        row_hashes=study.hashes,
-        split=split)
+        seen=seen_rows.of_run(run, args, study.hashes, split))
     for _ in training.epochs():
         row = train_one_epoch(model, train_loader, training, compute, args.state_weight)
         detections, _, losses = evaluate(model, val_loader, args, compute)
@@ -1049,7 +1048,7 @@ def report_results(run, args, study, split, part, scored, **known):
             found[name] += limit_detections(detections, args)
         rows += own_rows.tolist()
         priors += [content["baseline"]] * len(own_rows)
-        seen += content["seen"].words(study.hashes[own_rows]).tolist()
+        seen += seen_rows.of_checkpoint(content).words(study.hashes[own_rows]).tolist()
     own = found.pop("model")
     truth = study.truth.take(rows)
     write_detections(
@@ -1223,7 +1222,7 @@ def run_split(run, args, study, split):
     models = {"model": training.model}
     if args.baseline == "heads":
         models["heads"] = train_heads(run, args, study, split)
-    content = training.metadata() | {"seen": training.seen}
+    content = training.metadata() | {"seen": vars(training.seen)}
     report_results(
         run, args, study, split, part, [(split[part], models, content)],
         best_epoch=progress.best_epoch,
@@ -1296,7 +1295,7 @@ def evaluate_checkpoint(args):
                 f"states: {settings['states'] or 'none'}")
         study = load_study(args, {"test": (args.json, args.images_dir)}, run.say, content)
         detection_judging.refuse_without_boxes(study.truth, args.json)
-        worst = common.worst_seen(content["seen"].words(study.hashes))
+        worst = seen_rows.worst(seen_rows.of_checkpoint(content).words(study.hashes))
         part = {"train": "train", "chose": "val"}.get(worst, "test")
         split = {part: np.arange(len(study.stored))}
         write_record(run, study, split)
@@ -1313,7 +1312,7 @@ def predict(args):
         raise common.UserError(f"--images_dir {args.images_dir}: expected pictures, found none")
     names = [path.relative_to(args.images_dir).as_posix() for path in paths]
     detections, features, hashes, errors = detect(model, paths, args, compute)
-    words = content["seen"].words(hashes)
+    words = seen_rows.of_checkpoint(content).words(hashes)
     warnings = row_warnings.texts([(content, features)], words, "pictures", print)
     detections = limit_detections(detections, args)
 
@@ -1327,7 +1326,7 @@ def predict(args):
     folder = output.with_name(f"{output.stem}_pictures")
     write_detections(output, folder, args, dict(zip(names, itertools.count(1))), detections, parts,
                      {}, words, picture, errors, warnings)
-    splitting.say_seen(words, print)
+    seen_rows.say_notes(words, print)
     n_bad = np.count_nonzero(errors)
     n_sure = sum((each.scores >= args.score_threshold).sum() for each in detections)
     print(f"{len(paths)} pictures, {n_bad} could not be read (see the error column); {n_sure} "

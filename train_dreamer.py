@@ -32,7 +32,7 @@ from torch import nn
 import common
 from evidence import (
     baseline_models, judging, plotting, pose_audit, pose_judging, pose_plots, pose_scores, prediction_tables,
-    reporting, row_warnings, splitting, verdicts)
+    reporting, row_warnings, seen_rows, splitting, verdicts)
 from readers import backbones, picture_files, probe_poses
 
 GRIDS = (2, 4)  # cells a side over which the readout averages feature maps
@@ -783,8 +783,7 @@ def fit(run, args, study, split, readout):
         select="last" if args.select == "last" else f"val_{args.select}",
         metadata=lambda: model_metadata(args, study, split, scaler),
         higher_is_better=False,
-        row_hashes=study.hashes,
-        split=split)
+        seen=seen_rows.of_run(run, args, study.hashes, split))
     n_weights = sum(weights.numel() for weights in model.parameters())
     run.say(f"model: {n_weights / 1e6:.1f} million weights, token type {args.token_type}")
     unused = flags_without_effect(args)
@@ -949,7 +948,7 @@ def baselines(study, train, rows, readout=None, centre=None):
 # --- results: predictions table -> judged run folder -------------------------------------------
 
 def score_table(study, rows, predicted, others, seen):
-    """ScoreTable of at1 for these rows; predicted (M, 6); others {baseline: (M, 6)}; seen: (M,) of common.SEEN_WORDS.
+    """ScoreTable of at1 for these rows; predicted (M, 6); others {baseline: (M, 6)}; seen: (M,) of seen_rows.WORDS.
 
     Angles are turned to within 180 degrees of the truth, and the truth of its circular mean over the study, so that
     whoever subtracts them gets their errors, and variances are those of the angles.
@@ -1155,7 +1154,7 @@ def run_split(run, args, study, split):
         if part == "test":
             fitted = np.union1d(split["train"], split["val"])  # validation has done its work
             readout = solve_readout(study, fitted)
-            best |= use_readout(model, study, fitted, readout, best["seen"])
+            best |= use_readout(model, study, fitted, readout, training.seen)
         predicted, features[part], numbers[part] = evaluate(model, loader, loss_function, run.compute)
         others = baselines(study, fitted, rows, readout) if part != "train" else {}
         tables[part] = score_table(study, rows, predicted, others, training.seen.words(study.hashes[rows]))
@@ -1178,7 +1177,7 @@ def use_readout(model, study, rows, readout, seen):
         return {}
     readout.write_into(model.solved)
     return {
-        "seen": seen.plus(common.SeenRows(fitted=study.hashes[rows], chose=[])),
+        "seen": seen.plus(seen_rows.SeenRows(fitted=study.hashes[rows], chose=[])),
         "train_patients": np.unique(study.patients[rows]).tolist(),
     }
 
@@ -1254,7 +1253,7 @@ def load_checkpoint(args, run):
 def rows_to_score(run, args, study, seen):
     """(part, its rows, rows to fit): test, else val, of the checkpoint's split where the data are its own, else all rows.
 
-    seen: common.SeenRows of the checkpoint: names alone may be those of another study.
+    seen: seen_rows.SeenRows of the checkpoint: names alone may be those of another study.
     """
     listed = read_beside(args.checkpoint, "splits.json")
     split = {part: np.flatnonzero(np.isin(study.names, listed.get(part, []))) for part in PARTS}
@@ -1271,7 +1270,8 @@ def score_checkpoint(run, args):
     """--mode evaluate: judge a trained model on rows it was not trained on."""
     content, model, args = load_checkpoint(args, run)
     study = load_study(args, run, usual=content["settings"])
-    part, rows, fitted = rows_to_score(run, args, study, content["seen"])
+    seen = seen_rows.of_checkpoint(content)
+    part, rows, fitted = rows_to_score(run, args, study, seen)
     run.write_args(**study.data_record({part: rows}))
     readout = None
     if len(fitted):
@@ -1282,7 +1282,7 @@ def score_checkpoint(run, args):
     loss_function = DreamLoss(args, content["scaler"], run.compute.device)
     predicted, _, numbers = evaluate(model, loader, loss_function, run.compute)
     others = baselines(study, fitted, rows, readout, content["scaler"]["at1"]["mean"].numpy())
-    table = score_table(study, rows, predicted, others, content["seen"].words(study.hashes[rows]))
+    table = score_table(study, rows, predicted, others, seen.words(study.hashes[rows]))
     table.write(run.path(f"predictions_{part}.csv"))
     use = use_of_inputs(model, loader, numbers, loss_function, run.compute, study, fitted, rows)
     known = sorted(set(table.groups) & set(content["train_patients"]))
@@ -1301,12 +1301,13 @@ def predict(run, args):
     loss_function = DreamLoss(args, content["scaler"], run.compute.device)
     loader = make_loader(study, rows, args, run.compute)
     predicted, features, _ = evaluate(model, loader, loss_function, run.compute)
-    table = score_table(study, rows, predicted, {"motion": study.motion}, content["seen"].words(study.hashes))
-    table.warning = row_warnings.texts([(content, features)], table.seen, "frames", run.say)
+    seen = seen_rows.of_checkpoint(content).words(study.hashes)
+    table = score_table(study, rows, predicted, {"motion": study.motion}, seen)
+    table.warning = row_warnings.texts([(content, features)], seen, "frames", run.say)
     table.write(run.path("predictions.csv"))
     common.write_json(run.path("metrics.json"),
                       {"part": "predict", "rows": len(rows), "epoch": content["epoch"]})
-    splitting.say_seen(table.seen, run.say)
+    seen_rows.say_notes(seen, run.say)
     run.say(f"{len(rows)} transitions; predicted: the motion asked for at t1. Open next: {run.path('predictions.csv')}")
 
 

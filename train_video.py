@@ -39,7 +39,7 @@ import exporting
 from evidence import (
     baseline_models, calibrating, class_judging, class_scores, confounding, ethograms, event_audit,
     event_splits, judging, plotting, prediction_tables, rater_agreement, reporting,
-    row_warnings, score_judging, splitting, table_judging, verdicts)
+    row_warnings, score_judging, seen_rows, splitting, table_judging, verdicts)
 from readers import (
     backbones, csv_tables, event_tables, event_times, score_tables, sliding_windows, video_files)
 
@@ -878,8 +878,7 @@ def fit(run, args, study, split, features):
         select=column,
         metadata=lambda: model_metadata(args, study, objective, model),
         higher_is_better=higher_is_better,
-        row_hashes=study.hashes,
-        split=split)
+        seen=seen_rows.of_run(run, args, study.hashes, split))
     for _ in training.epochs():
         if args.model == MOTION_READOUT:
             solve_head(model, study, train, features, run.say)
@@ -912,7 +911,7 @@ def finish_best_model(training, study, split, loaders, objective):
     if study.table.label is not None:
         val = split["val"]
         best["calibration"] = calibrating.calibrate(outputs["val"], objective.label[val], objective.positive)
-        best["seen"] = training.seen.plus(common.SeenRows(fitted=[], chose=study.hashes[val]))
+        best["seen"] = training.seen.plus(seen_rows.SeenRows(fitted=[], chose=study.hashes[val]))
         common.write_json(run.path("calibration.json"), best["calibration"])
     training.save_model(best)
     return outputs, {part: (best, features[part], outputs[part]) for part in loaders}
@@ -1046,7 +1045,7 @@ def moment_levels(study, rows=slice(None)):
 def predictions_table(study, rows, outputs, baselines, seen, warning=None):
     """ScoreTable of scores (M, R), or ClassTable of logits (M, C) at the natural class shares.
 
-    baselines: {name: (M, K) scores or probabilities}; seen: (M,) of common.SEEN_WORDS; warning:
+    baselines: {name: (M, K) scores or probabilities}; seen: (M,) of seen_rows.WORDS; warning:
     (M,) of row_warnings.texts.
     """
     table = study.table
@@ -1323,7 +1322,7 @@ def predict(args):
     table.write(output)
     print(f"{len(study.table)} rows predicted by {len(members)} checkpoint(s), "
           f"{len(study.table.skipped)} rows skipped; written to {output}")
-    splitting.say_seen(table.seen, print)
+    seen_rows.say_notes(table.seen, print)
     for entry in study.table.skipped:
         print(f"skipped: {entry['row']}: {entry['reason']}")
     if args.export:
@@ -1337,7 +1336,7 @@ def predict_rows(member, study, compute):
     loader = common.make_loader(
         Clips(study, rows), study.args, compute, False, study.store.cache == "ram")
     outputs, features = evaluate(member.model, loader, study.args, compute)
-    seen = member.content["seen"].words(study.hashes)
+    seen = seen_rows.of_checkpoint(member.content).words(study.hashes)
     table = predictions_table(study, rows, outputs, {}, seen)
     if member.calibration:
         table = calibrating.apply_calibration(table, member.calibration)

@@ -5,7 +5,7 @@ Letters: D detections of one picture, P parts, S states.
 import numpy as np
 
 import common
-from evidence import detection_scores
+from evidence import detection_scores, seen_rows
 from readers import part_boxes
 
 N_STATES = detection_scores.N_STATES
@@ -26,7 +26,7 @@ def best_of_each_part(detected, threshold):
 def coco_results(names, ids, detections, parts, category_ids, seen):
     """COCO results: image_id and category_id as the annotation file writes them.
 
-    category_ids: {part: id} of that file, see part_boxes.number_parts; seen: (M,) of common.SEEN_WORDS.
+    category_ids: {part: id} of that file, see part_boxes.number_parts; seen: (M,) of seen_rows.WORDS.
     """
     own_ids = part_boxes.number_parts(parts, category_ids)
     results = []
@@ -52,7 +52,7 @@ def coco_results(names, ids, detections, parts, category_ids, seen):
 def detection_rows(names, detections, parts, seen, errors=None, lists_absent=False, warnings=None):
     """[dict] for the CSV: image, part, score, state, its probabilities, x1 y1 x2 y2, seen, warning, error.
 
-    seen: (M,) of common.SEEN_WORDS; errors: text of each picture that could not be read, else "";
+    seen: (M,) of seen_rows.WORDS; errors: text of each picture that could not be read, else "";
     lists_absent: a row for each part not detected; warnings: (M,) of row_warnings.texts. A picture without any
     detection has a row without a part. Of state, warning and error a column without a value in any row is left out.
     """
@@ -82,7 +82,7 @@ def detection_rows(names, detections, parts, seen, errors=None, lists_absent=Fal
 
 
 def read_results(path, annotated, box_format):
-    """COCO results of any program -> (parts, Detections and one of common.SEEN_WORDS for each image).
+    """COCO results of any program -> (parts, Detections and one of seen_rows.WORDS for each image).
 
     annotated: Annotations of these images; parts: theirs, then what else the results name as their `part`. The state
     stands in state_probabilities or in state (text or number), or nowhere: then they are plain detections. box_format:
@@ -114,7 +114,7 @@ def read_results(path, annotated, box_format):
             scores=np.array([scores[each.key] for each in own], float),
             states=None if n_without else np.reshape([states[each.key] for each in own], (-1, N_STATES))))
         words = [each.fields.get("seen") for each in own]
-        seen.append(common.worst_seen([word for word in words if word in common.SEEN_WORDS] or ["not known"]))
+        seen.append(seen_rows.worst([word for word in words if word in seen_rows.WORDS] or ["not known"]))
     return found.parts, detections, np.array(seen)
 
 

@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 import common
-from evidence import reporting, splitting, verdicts
+from evidence import reporting, seen_rows, splitting, verdicts
 
 
 METRICS_SCHEMA = 1  # of metrics.json; docs/judging.md
@@ -21,7 +21,7 @@ class Setting:
     """What a run knows beside its predictions table. The defaults are what is known of a table alone."""
     title: str = "Predictions"
     part: str = "table"  # val, test, folds or table
-    seen: np.ndarray = ("not known",)  # (M,) of common.SEEN_WORDS: what the model has done with the rows
+    seen: np.ndarray = ("not known",)  # (M,) of seen_rows.WORDS: what the model has done with the rows
     best_epoch: int | None = None
     alarms: tuple = ()  # sentences found before the judging
     data: tuple = ()  # HTML of the section Data and split
@@ -33,7 +33,7 @@ class Setting:
     @property
     def worst_seen(self):
         """The worst of the words in `seen`."""
-        return common.worst_seen(self.seen)
+        return seen_rows.worst(self.seen)
 
     @property
     def held_out(self):
@@ -139,7 +139,7 @@ def list_runs(output_dir):
 def comparison_sentence(row):
     """What one dict of table_judging.compare_tables says, and what the two models had done with the rows."""
     verb = "" if row["better"].startswith("not ") else " is better"
-    worst = common.worst_seen([row["seen_first"], row["seen_second"]])
+    worst = seen_rows.worst([row["seen_first"], row["seen_second"]])
     return (f"{row['first']} (rows: {row['seen_first']}) against {row['second']} (rows: {row['seen_second']}): "
             f"{row['better']}{verb}, {row['metric']} {row['value_of_first']:.3f} and {row['value_of_second']:.3f}, "
             f"difference {row['difference']:+.3f} {verdicts.interval_text(row['low'], row['high'], row['method'])}"
@@ -193,7 +193,7 @@ def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figure
     beside the alarms keeps the verdict from green; further_estimates: {name: Estimate} of names that mean no metric of
     the result.
     """
-    seen = splitting.seen_sentences(setting.seen)
+    seen = seen_rows.sentences(setting.seen)
     alarms = [*alarms, *setting.alarms, *identical_fold_alarms(setting.folds)]
     if "train" in seen:
         alarms.append(seen["train"])

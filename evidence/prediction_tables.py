@@ -2,7 +2,7 @@
 
 A CSV with a row for each picture, clip or transition. Its first column says which, `group` which rows are not
 independent, `fold` which of several models predicted the row, `seen` what that model has done with it
-(common.SEEN_WORDS). Scores stand in NAME_true, NAME_predicted and NAME_BASELINE of each score; classes in true_label,
+(seen_rows.WORDS). Scores stand in NAME_true, NAME_predicted and NAME_BASELINE of each score; classes in true_label,
 prob_CLASS and BASELINE_prob_CLASS, with threshold and BASELINE_threshold where the class in positive_class is given
 from a threshold on.
 
@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 
 import common
-from evidence import baseline_models, class_scores, metric_names, splitting, subject_intervals
+from evidence import baseline_models, class_scores, metric_names, seen_rows, splitting, subject_intervals
 from readers import csv_tables
 
 
@@ -24,7 +24,7 @@ class Rows:
     names: list  # R or C
     baselines: dict  # name -> (M, R) or (M, C)
     groups: np.ndarray | None = None  # (M,) text
-    seen: np.ndarray | None = None  # (M,) of common.SEEN_WORDS
+    seen: np.ndarray | None = None  # (M,) of seen_rows.WORDS
     warning: np.ndarray | None = None  # (M,) text, of row_warnings.texts
 
     @property
@@ -204,7 +204,7 @@ def mean(tables):
         return first
     seen = zip(*(table.seen for table in tables))
     shared = {
-        "seen": np.array(list(map(common.worst_seen, seen))),
+        "seen": np.array(list(map(seen_rows.worst, seen))),
         "baselines": _means([table.baselines for table in tables]),
         "warning": None,
     }
@@ -372,9 +372,9 @@ def _keys_of(table):
 
 
 def _seen_column(table):
-    """(M,) of common.SEEN_WORDS: the column `seen`; "not known" where there is none, or another word."""
+    """(M,) of seen_rows.WORDS: the column `seen`; "not known" where there is none, or another word."""
     words = table["seen"].to_numpy(str) if "seen" in table else np.full(len(table), "")
-    return np.where(np.isin(words, common.SEEN_WORDS), words, "not known")
+    return np.where(np.isin(words, seen_rows.WORDS), words, "not known")
 
 
 def _read_scores(table, path, names, baseline, shared):

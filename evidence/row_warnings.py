@@ -48,7 +48,7 @@ def texts(members, seen, unit, say, part=""):
     """(M,) text on each row, '' = nothing: what all members find, and whether one was trained on it; each is counted.
 
     members: (content of its checkpoint, features (M, F), for scores predicted (M, R)) of each model, NaN = unreadable;
-    seen: (M,) of common.SEEN_WORDS; unit: what rows are, as pictures.
+    seen: (M,) of seen_rows.WORDS; unit: what rows are, as pictures.
     """
     flags = {"trained on": np.asarray(seen) == "train"}
     for member in members:

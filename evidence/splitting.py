@@ -27,13 +27,6 @@ MEASURE_WORDS = re.compile(
 FEWEST_FOR_SIMILAR = 20  # rows
 PARTS = ("train", "val", "test")
 STOPPING_LEAKS = ("groups", "events", "exact_duplicates")
-SEEN_SENTENCES = {  # what follows from the words of common.SEEN_WORDS but "new"
-    "train": "trained the model, or one that it started from: the result is not held out; judge other rows "
-             "(--test_ratio), or train without --init_from",
-    "chose": "chose the epoch, the threshold or the temperature: the result is selected on these rows, therefore "
-             "optimistic; give a test part, or a fixed number of epochs (--select last; a detector has --folds)",
-    "not known": "may have been seen in training: their table or the checkpoint does not say it",
-}
 
 
 def _quantile_bins(values):
@@ -444,19 +437,6 @@ def unused_groups(columns, split, groups=None):
                 f"the column {name} repeats ({len(levels)} values in {len(cells)} rows), and {parted} of its values "
                 f"stand on two sides of the split. If it says who or what was recorded: --group_column {name}")
     return sentences
-
-
-def seen_sentences(seen):
-    """{word: sentence} on the rows that are not new: (M,) of common.SEEN_WORDS."""
-    counts = collections.Counter(seen)
-    return {word: f"{counts[word]} of {len(seen)} rows {text}"
-            for word, text in SEEN_SENTENCES.items() if counts[word]}
-
-
-def say_seen(seen, say):
-    """Say seen_sentences of predictions as notes."""
-    for sentence in seen_sentences(seen).values():
-        say(f"note: {sentence}")
 
 
 def _by_time(sequences, order):

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 import common
-from evidence import class_judging, judging, metric_names, prediction_tables, reporting, score_judging, verdicts
+from evidence import (
+    class_judging, judging, metric_names, prediction_tables, reporting, score_judging, seen_rows, verdicts)
 
 FEWEST_SHARED = 5  # rows of two runs that are compared
 
@@ -94,7 +95,7 @@ def compare_tables(tables, names):
         result = paired.compare()
         metric = a.metric
         gain = result.gain(metric)
-        seen = [common.worst_seen(table.seen) for table in (a, b)]
+        seen = [seen_rows.worst(table.seen) for table in (a, b)]
         better = {"better": name_a, "worse": name_b}.get(verdicts.outcome_of(gain), "not resolvable")
         if "train" in seen:
             better = "not comparable"

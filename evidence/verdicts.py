@@ -225,7 +225,7 @@ def judge_criteria(criteria, estimates, seen="new"):
 
 # --- verdict -----------------------------------------------------------------------------------------
 
-# how the sentence ends, and how a bar that is passed is called, by the worst of common.SEEN_WORDS
+# how the sentence ends, and how a bar that is passed is called, by the worst of seen_rows.WORDS
 ENDINGS = {
     "train": "; the model was trained on rows that are scored here: nothing is said about new ones.",
     "chose": "; selected on these rows, therefore optimistic.",
@@ -284,7 +284,7 @@ def verdict_sentence(result, metric="r2", ceiling=None, seen="new", label=None, 
     """One honest sentence: does the model beat its baseline, by how much, and what could be reached at best.
 
     result: a Result with a baseline; ceiling: what `metric` could reach, or None; seen: the worst of
-    common.SEEN_WORDS among the rows; label: the metric's name in the sentence; is_same: model and baseline predict the
+    seen_rows.WORDS among the rows; label: the metric's name in the sentence; is_same: model and baseline predict the
     same.
     """
     difference = result.overall.difference[metric]

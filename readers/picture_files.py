@@ -325,7 +325,7 @@ class Pictures(common.Samples):
 
     short_side: of the decoded pictures, in pixels; prepare(pixels uint8 (H, W, 3), (width, height) of the whole
     picture) -> the array for the model. scale: width and height of the whole picture over those of this array.
-    hashes (2,): the picture's common.content_hashes.
+    hashes (2,): the picture's pixel_cache.content_hashes.
     """
     rows: list  # paths
     short_side: int
@@ -343,5 +343,5 @@ class Pictures(common.Samples):
             pixels = np.zeros((*size, 3), np.uint8)
         prepared = np.ascontiguousarray(self.prepare(pixels, size))
         scale = np.array(size) / prepared.shape[1::-1]
-        [hashes] = common.content_hashes([audit.file_sha], [audit.pixel_sha])
+        [hashes] = pixel_cache.content_hashes([audit.file_sha], [audit.pixel_sha])
         return {"pixels": torch.from_numpy(prepared), "scale": scale, "hashes": hashes, "error": error}

@@ -41,6 +41,13 @@ def available_memory():
     return max(free, 0) // common.launched_processes().local_size
 
 
+def content_hashes(*columns):
+    """K columns of N texts, such as digests of files -> (N, K) int64: rows that share a number share their content."""
+    def number(text):
+        return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
+    return np.array([[number(text) for text in column] for column in columns], np.int64).T
+
+
 class PixelStore:
     """N uint8 arrays (..., H, W, 3), each decoded once; the base of ImageStore and ClipStore.
 
@@ -95,7 +102,7 @@ class PixelStore:
     def hashes(self):
         """(N, 2) content_hashes of the items: of their files and windows, and of their pixels at this size."""
         pieces = [f"{audit.file_sha}{window}" for audit, window in zip(self.audit, self.windows)]
-        return common.content_hashes(pieces, [audit.pixel_sha for audit in self.audit])
+        return content_hashes(pieces, [audit.pixel_sha for audit in self.audit])
 
     @property
     def description(self):

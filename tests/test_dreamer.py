@@ -16,7 +16,7 @@ import common
 import train_dreamer
 import verify_setup
 from conftest import DRAW, ROOT, only_run, run_here, run_fresh, run_script
-from evidence import baseline_models, pose_scores, prediction_tables, splitting
+from evidence import baseline_models, pose_scores, prediction_tables, seen_rows, splitting
 from readers.probe_poses import AXES
 from readers import backbones, probe_poses
 
@@ -801,7 +801,7 @@ def test_data_of_the_same_names_are_not_the_checkpoints_own(tmp_path):
     names = np.array(["p/1-2", "p/2-3", "q/1-2"])
     (tmp_path / "splits.json").write_text(json.dumps(dict(zip(("train", "val", "test"), ([name] for name in names)))))
     args = types.SimpleNamespace(checkpoint=tmp_path / "best_model.pth")
-    seen = common.SeenRows(fitted=[1], chose=[2])
+    seen = seen_rows.SeenRows(fitted=[1], chose=[2])
     lines = []
     run = types.SimpleNamespace(say=lines.append)
     own = types.SimpleNamespace(names=names, hashes=np.array([[1], [2], [3]]))
@@ -840,7 +840,7 @@ def test_patients_that_the_final_readout_was_solved_on_are_train_patients():
     study = types.SimpleNamespace(patients=np.array(["a", "b", "c"]), hashes=np.array([[1], [2], [3]]))
     readout = baseline_models.Readout(np.zeros((3, 6)), np.zeros(6), ["all"])
     model = types.SimpleNamespace(imagines=False, solved=nn.Linear(3, 6))
-    found = train_dreamer.use_readout(model, study, np.array([0, 1]), readout, common.SeenRows([1], [2]))
+    found = train_dreamer.use_readout(model, study, np.array([0, 1]), readout, seen_rows.SeenRows([1], [2]))
     assert found["train_patients"] == ["a", "b"] and found["seen"].fitted.tolist() == [1, 2]
 
 

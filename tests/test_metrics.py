@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 
 import common
 from evidence import (
-    baseline_models, confounding, judging, score_judging, splitting, subject_intervals, verdicts)
+    baseline_models, confounding, judging, score_judging, seen_rows, subject_intervals, verdicts)
 
 
 def noisy_pair(rows=200, targets=3, seed=0, offset=0.0, missing=0.0):
@@ -493,7 +493,7 @@ def test_alarms_name_a_remedy():
     alarms += judging.identical_fold_alarms([{"fold": 0, "r2": 0.1}, {"fold": 1, "r2": 0.1}])
     alarms += score_judging.slope_alarms(
         [{"target": "Valence", "r2": -0.5, "pearson_r": 0.6, "bias": 2.0, "slope": 0.3}])
-    alarms.append(splitting.seen_sentences(["train"])["train"])
+    alarms.append(seen_rows.sentences(["train"])["train"])
     alarms += confounding.flagged_doubts([{"name": "camera", "red_flag": True}])
     assert len(alarms) == 13 and all("--" in alarm for alarm in alarms), alarms
 

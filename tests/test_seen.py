@@ -12,7 +12,8 @@ import pytest
 
 import common
 from conftest import only_run, run_here, run_script, small_run
-from evidence import judging, prediction_tables, row_warnings, splitting
+from evidence import judging, prediction_tables, row_warnings, seen_rows
+from readers import pixel_cache
 
 
 def read_csv(path):
@@ -31,33 +32,33 @@ def seen_in(path):
 # --- what a checkpoint keeps ------------------------------------------------------------------
 
 def test_a_row_is_seen_where_one_of_its_hashes_is():
-    seen = common.SeenRows(np.array([1, 4]), np.array([2, 7]))
+    seen = seen_rows.SeenRows(np.array([1, 4]), np.array([2, 7]))
     hashes = np.array([[1, 9], [9, 4], [2, 9], [4, 2], [9, 8]])
     assert seen.words(hashes).tolist() == ["train", "train", "chose", "train", "new"]
-    older = seen.plus(common.SeenRows.of_checkpoint({"model": {}}))  # before these rows were kept
+    older = seen.plus(seen_rows.of_checkpoint({"model": {}}))  # before these rows were kept
     assert older.words(hashes).tolist() == ["train", "train", "chose", "train", "not known"]
-    both = seen.plus(common.SeenRows([8], []))
+    both = seen.plus(seen_rows.SeenRows([8], []))
     assert both.words(hashes).tolist()[-1] == "train" and both.is_complete
 
 
 def test_the_worst_word_counts():
     words = [["new", "chose", "new"], ["new", "train", "not known"]]
-    assert [common.worst_seen(each) for each in zip(*words)] == ["new", "train", "not known"]
-    assert common.worst_seen(np.array(words[0])) == "chose"
+    assert [seen_rows.worst(each) for each in zip(*words)] == ["new", "train", "not known"]
+    assert seen_rows.worst(np.array(words[0])) == "chose"
 
 
 def test_a_checkpoint_gives_back_what_it_has_seen(tmp_path):
-    seen = common.SeenRows(np.array([3, 5]), np.array([4]), is_complete=False)
+    seen = seen_rows.SeenRows(np.array([3, 5]), np.array([4]), is_complete=False)
     content = {"seen": {"fitted": seen.fitted, "chose": seen.chose, "is_complete": False}}
     common.save_checkpoint(tmp_path / "c.pth", common.to_plain_types(content))
-    found = common.SeenRows.of_checkpoint(common.read_checkpoint(tmp_path / "c.pth"))
+    found = seen_rows.of_checkpoint(common.read_checkpoint(tmp_path / "c.pth"))
     assert found.fitted.tolist() == [3, 5] and found.chose.tolist() == [4] and not found.is_complete
 
 
 def test_hashes_of_the_same_content_are_the_same():
-    hashes = common.content_hashes(["a", "b", "c"], ["d", "a", "e"])
+    hashes = pixel_cache.content_hashes(["a", "b", "c"], ["d", "a", "e"])
     assert hashes.shape == (3, 2) and hashes[0, 0] == hashes[1, 1] and len(np.unique(hashes)) == 5
-    assert common.content_hashes([], []).shape == (0, 2)
+    assert pixel_cache.content_hashes([], []).shape == (0, 2)
 
 
 # --- what a judge makes of it -----------------------------------------------------------------
@@ -70,9 +71,9 @@ def test_held_out_means_that_every_row_is_new(seen, held_out):
 
 
 def test_every_word_but_new_has_its_sentence():
-    found = splitting.seen_sentences(["train", "new", "chose", "train", "not known"])
+    found = seen_rows.sentences(["train", "new", "chose", "train", "not known"])
     assert list(found) == ["train", "chose", "not known"] and found["train"].startswith("2 of 5 rows trained the model")
-    assert splitting.seen_sentences(["new"]) == {}
+    assert seen_rows.sentences(["new"]) == {}
 
 
 def test_warnings_of_several_models_are_what_all_find_and_what_one_was_trained_on():
