@@ -277,19 +277,6 @@ def add_model_arguments(parser):
              "set, such as IMAGENET1K_V1")
 
 
-def add_freezing_arguments(add):
-    """What of a pretrained backbone is trained, and how fast: for scripts with a BackboneModel."""
-    add("--freeze_backbone", action="store_true",
-        help="train only the layers after the backbone, on features computed once")
-    add("--freeze_stages", type=WHOLE, default=0,
-        help="how many of the backbone's resolutions, from the first (a ResNet has 5), keep their "
-             "weights")
-    add("--freeze_norm", action="store_true",
-        help="keep the BatchNorm statistics: more stable with few samples")
-    add("--backbone_lr_mult", type=AMOUNT, default=1.0,
-        help="learning rate of the backbone, as a multiple of --lr")
-
-
 def add_compute_arguments(parser):
     """Device, precision and workers: the flags that training and prediction share."""
     add = parser.group("speed")
@@ -365,41 +352,6 @@ def _read_flags(parser, words, **options):
 def flags_of(args):
     """{flag: value} of what parse_arguments returns."""
     return {name: value for name, value in vars(args).items() if name not in ("given", "may_change", "data_paths")}
-
-
-def check_split_flags(parser, args):
-    """parser.error for split and fold flags that contradict each other."""
-    if args.folds == 1 or (args.fold != "all" and args.fold >= args.folds):
-        parser.error(f"--folds {args.folds} --fold {args.fold}: expected at least 2 folds, "
-                     "a fold from 0 to folds - 1")
-    if args.folds and args.split_file:
-        parser.error(f"--folds {args.folds} and --split_file {args.split_file} both make the split; "
-                     "give one")
-    if args.folds and args.test_ratio:
-        parser.error(f"--folds {args.folds} scores every row once: "
-                     f"--test_ratio {args.test_ratio:g} has none")
-    ratios = args.given & {"train_ratio", "val_ratio", "test_ratio"}
-    if args.split_file and ratios:
-        parser.error(f"--split_file {args.split_file} makes the split; leave out {' and '.join(sorted(ratios))}")
-    shares = split_ratios(args)
-    needed = ("train",) if args.folds else ("train", "val")
-    empty = [part for part in needed if shares[part] < 1e-9]
-    if empty and not args.split_file:
-        parser.error(f"the {empty[0]} part must not be empty (val chooses the epoch), found {shares}")
-
-
-def split_ratios(args):
-    """{train, val, test: share}; train takes what the others leave, unless --train_ratio says its own.
-
-    Raises UserError for shares below 0, or that do not add up to 1.
-    """
-    rest = 1 - args.val_ratio - args.test_ratio
-    train = rest if args.train_ratio is None else args.train_ratio
-    shares = {"train": train, "val": args.val_ratio, "test": args.test_ratio}
-    if min(shares.values()) < -1e-9 or abs(sum(shares.values()) - 1) > 1e-6:
-        raise UserError(f"split ratios must be 0 or more and add up to 1, found {shares} (sum "
-                        f"{sum(shares.values()):g}); without --train_ratio the training takes what the others leave")
-    return shares
 
 
 def _snake_case(word):

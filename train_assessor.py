@@ -69,7 +69,7 @@ def parse_args(argv=None, recipe="plain"):
                "trained with the backbone and at the end replaced by the ridge regression on the train rows")
     model("--dropout", type=common.DROPOUT, default=0.5, help="in the hidden layers of the mlp head")
     model("--flip_average", action="store_true", help="predict the mean over a picture and its mirror image")
-    common.add_freezing_arguments(model)
+    backbones.add_freezing_arguments(model)
     model("--freeze_epochs", type=common.WHOLE, default=0,
           help="epochs at the start that train the head alone")
     model("--loss", choices=("mse", "smooth_l1", "weighted"), default="mse",
@@ -79,7 +79,7 @@ def parse_args(argv=None, recipe="plain"):
     if recipe == "small_data":
         parser.set_defaults(**common.config_values(parser, SMALL_DATA))
     args = common.parse_arguments(parser, argv)
-    common.check_split_flags(parser, args)
+    splitting.check_flags(parser, args)
     return args
 
 

@@ -262,7 +262,7 @@ def check_split_flags(parser, args):
         parser.error(f"--test_json {args.test_json} needs --val_json: without it --train_json is "
                      "split")
     if not args.val_json:
-        common.check_split_flags(parser, args)
+        splitting.check_flags(parser, args)
 
 
 # --- data: annotations on disk -> boxes -> sample -----------------------------------------

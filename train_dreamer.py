@@ -60,7 +60,7 @@ def parse_args(argv=None):
     add_model_arguments(parser.group("model"))
     parser.set_defaults(**dependent_defaults(common.parse_arguments(parser, argv)))
     args = common.parse_arguments(parser, argv)
-    common.check_split_flags(parser, args)
+    splitting.check_flags(parser, args)
     check_flags(parser, args)
     return args
 
@@ -1055,8 +1055,8 @@ def make_split(args, study):
         last_names = {sequence.rsplit("/", 1)[-1]: patient for sequence, patient in folders.items()}
         return splitting.split_by_names(listed, study.patients, {**last_names, **folders})
     if args.split_by == "time" and not args.split_file:
-        return splitting.split_by_time(study.sequences, study.order, common.split_ratios(args), args.gap)
-    n_parts = sum(ratio > 0 for ratio in common.split_ratios(args).values())
+        return splitting.split_by_time(study.sequences, study.order, splitting.ratios_of_flags(args), args.gap)
+    n_parts = sum(ratio > 0 for ratio in splitting.ratios_of_flags(args).values())
     n_patients = len(set(study.patients))
     if n_patients < n_parts and not args.split_file:
         raise common.UserError(f"{n_patients} patients are too few for {n_parts} parts: --split_by time cuts the "

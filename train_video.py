@@ -153,7 +153,7 @@ def add_model_arguments(model):
           help="dropout before the last layer")
     model("--bounded", action="store_true",
           help="regress: keep the predictions within the range of the train rows")
-    common.add_freezing_arguments(model)
+    backbones.add_freezing_arguments(model)
     model("--feature_views", type=common.POSITIVE, default=4,
           help="with --freeze_backbone: random clips of each row that features are computed of")
 

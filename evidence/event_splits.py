@@ -71,7 +71,7 @@ def check_flags(parser, args):
     if {"cv_file", "test_groups"} & {*asked} and {"split_file", "test_ratio"} & {*asked}:
         parser.error(f"give one way to split of: {flags}")
     if not args.cv_file:
-        common.check_split_flags(parser, args)
+        splitting.check_flags(parser, args)
 
 
 def asked_splits(args, table):
@@ -124,7 +124,7 @@ def kept_for_test(args, table):
 
 def part_of_train(args, table, rows):
     """train and val cut from these rows by their ratios."""
-    shares = common.split_ratios(args)
+    shares = splitting.ratios_of_flags(args)
     val_ratio = shares["val"] / (shares["train"] + shares["val"])
     keys, strata, kept_whole = split_columns(args, table, rows)
     made = splitting.make_split(

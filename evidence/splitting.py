@@ -173,10 +173,46 @@ def read_split_file(path, keys):
             for part in PARTS}
 
 
+def check_flags(parser, args):
+    """parser.error for split and fold flags that contradict each other."""
+    if args.folds == 1 or (args.fold != "all" and args.fold >= args.folds):
+        parser.error(f"--folds {args.folds} --fold {args.fold}: expected at least 2 folds, "
+                     "a fold from 0 to folds - 1")
+    if args.folds and args.split_file:
+        parser.error(f"--folds {args.folds} and --split_file {args.split_file} both make the split; "
+                     "give one")
+    if args.folds and args.test_ratio:
+        parser.error(f"--folds {args.folds} scores every row once: "
+                     f"--test_ratio {args.test_ratio:g} has none")
+    ratios = args.given & {"train_ratio", "val_ratio", "test_ratio"}
+    if args.split_file and ratios:
+        parser.error(f"--split_file {args.split_file} makes the split; leave out {' and '.join(sorted(ratios))}")
+    shares = ratios_of_flags(args)
+    needed = ("train",) if args.folds else ("train", "val")
+    empty = [part for part in needed if shares[part] < 1e-9]
+    if empty and not args.split_file:
+        parser.error(f"the {empty[0]} part must not be empty (val chooses the epoch), found {shares}")
+
+
+def ratios_of_flags(args):
+    """{train, val, test: share}; train takes what the others leave, unless --train_ratio says its own.
+
+    Raises UserError for shares below 0, or that do not add up to 1.
+    """
+    rest = 1 - args.val_ratio - args.test_ratio
+    train = rest if args.train_ratio is None else args.train_ratio
+    shares = {"train": train, "val": args.val_ratio, "test": args.test_ratio}
+    if min(shares.values()) < -1e-9 or abs(sum(shares.values()) - 1) > 1e-6:
+        raise common.UserError(
+            f"split ratios must be 0 or more and add up to 1, found {shares} (sum "
+            f"{sum(shares.values()):g}); without --train_ratio the training takes what the others leave")
+    return shares
+
+
 def split_of_flags(args, keys, strata=None, groups=None):
     """{train, val, test: sorted (n,) int rows} by the ratios or from --split_file."""
     if not args.split_file:
-        return make_split(len(keys), common.split_ratios(args), strata, groups, args.seed, keys)
+        return make_split(len(keys), ratios_of_flags(args), strata, groups, args.seed, keys)
     split = read_split_file(args.split_file, keys)
     if not len(split["val"]):
         raise common.UserError(f"--split_file {args.split_file} has no val part; it chooses the epoch")

@@ -445,6 +445,19 @@ def freeze_stages(backbone, n_stages, example):
             parameter.requires_grad_(False)
 
 
+def add_freezing_arguments(add):
+    """What of a pretrained backbone is trained, and how fast: for scripts with a BackboneModel."""
+    add("--freeze_backbone", action="store_true",
+        help="train only the layers after the backbone, on features computed once")
+    add("--freeze_stages", type=common.WHOLE, default=0,
+        help="how many of the backbone's resolutions, from the first (a ResNet has 5), keep their "
+             "weights")
+    add("--freeze_norm", action="store_true",
+        help="keep the BatchNorm statistics: more stable with few samples")
+    add("--backbone_lr_mult", type=common.AMOUNT, default=1.0,
+        help="learning rate of the backbone, as a multiple of --lr")
+
+
 class BackboneModel(nn.Module):
     """A `backbone` that may be frozen, and what a script puts on top of it.
 

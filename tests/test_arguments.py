@@ -7,6 +7,7 @@ import json
 import pytest
 
 import common
+from evidence import splitting
 
 
 def make_parser():
@@ -70,8 +71,8 @@ def test_help_shows_every_default():
     (["--train_ratio", "0.5", "--val_ratio", "0.25", "--test_ratio", "0.25"], (0.5, 0.25, 0.25))])
 def test_the_training_takes_what_the_other_parts_leave(given, expected):
     args = parse(*given)
-    common.check_split_flags(make_parser(), args)
-    assert list(common.split_ratios(args).values()) == pytest.approx(expected)
+    splitting.check_flags(make_parser(), args)
+    assert list(splitting.ratios_of_flags(args).values()) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("given, words", [
@@ -83,16 +84,16 @@ def test_the_training_takes_what_the_other_parts_leave(given, expected):
     (["--split_file", "s.json", "--val_ratio", "0.1", "--test_ratio", "0"], ["leave out test_ratio and val_ratio"])])
 def test_shares_that_cannot_be_are_refused_before_any_file_is_read(given, words, capsys):
     with pytest.raises((SystemExit, common.UserError)) as caught:
-        common.check_split_flags(make_parser(), parse(*given))
+        splitting.check_flags(make_parser(), parse(*given))
     message = f"{caught.value} {capsys.readouterr().err}"
     assert all(word in message for word in words)
 
 
 def test_folds_and_a_split_file_take_no_shares(tmp_path):
-    common.check_split_flags(make_parser(), parse("--folds", "3", "--val_ratio", "0"))
+    splitting.check_flags(make_parser(), parse("--folds", "3", "--val_ratio", "0"))
     config = tmp_path / "c.yaml"
     config.write_text("val_ratio: 0.5\ntest_ratio: 0.5\n")
-    common.check_split_flags(make_parser(), parse("--split_file", "s.json", "--config", str(config)))
+    splitting.check_flags(make_parser(), parse("--split_file", "s.json", "--config", str(config)))
 
 
 @pytest.mark.parametrize("argv, expected", [([], "auto"), (["--use_amp"], "on"), (["--use_amp", "off"], "off")])

@@ -736,9 +736,9 @@ def test_flags_of_the_world_model_without_one_are_said():
 def test_the_published_size_can_be_trained_in_folds_and_without_a_test_part():
     config = ["--config", str(ROOT / "configs" / "dreamer_production.yaml")]
     args = train_dreamer.parse_args([*config, "--folds", "3"])
-    assert common.split_ratios(args) == {"train": 0.85, "val": 0.15, "test": 0.0}
+    assert splitting.ratios_of_flags(args) == {"train": 0.85, "val": 0.15, "test": 0.0}
     args = train_dreamer.parse_args([*config, "--test_ratio", "0"])
-    assert common.split_ratios(args)["train"] == 0.85
+    assert splitting.ratios_of_flags(args)["train"] == 0.85
 
 
 def test_an_undefined_number_of_one_fold_is_undefined_over_all():
