@@ -354,6 +354,11 @@ def flags_of(args):
     return {name: value for name, value in vars(args).items() if name not in ("given", "may_change", "data_paths")}
 
 
+def with_flags(args, /, **values):
+    """Flags of its own for a part of a run: those of parse_arguments with these values in place of theirs."""
+    return argparse.Namespace(**{**vars(args), **values})
+
+
 def _snake_case(word):
     """--some-flag=a-b -> --some_flag=a-b; other words stay as they are."""
     name, equals, value = word.partition("=")
@@ -741,21 +746,19 @@ def run_folder_of(target):
 
 def _folder_to_resume(args):
     """The folder that --resume names, or None. Where its run is finished there is nothing to do: SystemExit."""
-    folder = _newest_folder(args) if args.resume == "auto" else _named_folder(args)
+    if args.resume == "auto":
+        folder = _newest_folder(args)
+    else:
+        folder = run_folder_of(args.resume)
+        if Path(args.resume).is_file():
+            with checkpoint_fields(args.resume):
+                load_model_file(args.resume)["progress"]  # a file of another kind is refused before anything is decoded
+        flags = read_json(folder / "args.json")["flags"]
+        if args.epochs > flags["epochs"]:
+            _open_for_more_epochs(folder, args.epochs, flags)
     if folder and is_finished(folder, args):
         print(f"{folder} is finished: nothing to continue; its report is {folder / 'report.html'}", flush=True)
         sys.exit(EXIT_OK)
-    return folder
-
-
-def _named_folder(args):
-    folder = run_folder_of(args.resume)
-    if Path(args.resume).is_file():
-        with checkpoint_fields(args.resume):
-            load_model_file(args.resume)["progress"]
-    flags = read_json(folder / "args.json")["flags"]
-    if args.epochs > flags["epochs"]:
-        _open_for_more_epochs(folder, args.epochs, flags)
     return folder
 
 
@@ -2164,30 +2167,6 @@ def load_model_file(path, script=None):
     return content
 
 
-def starting_weights(path, **expected):
-    """--init_from -> state dict of another run of this script. UserError where a field differs from `expected`."""
-    content = load_model_file(path)
-    with checkpoint_fields(path):
-        found = content | content.get("settings", {})
-        wrong = [f"{name} {found[name]}, expected {value}" for name, value in expected.items() if found[name] != value]
-    if wrong:
-        raise UserError(f"--init_from {path} was trained for something else: {'; '.join(wrong)}")
-    return content["model"]
-
-
-def start_from(model, path, /, is_frozen, **expected):
-    """--init_from: give a model the weights of another run of this script. UserError where a field is not as expected.
-
-    is_frozen: features were computed with the model's own backbone, so that another one is refused too.
-    """
-    state = starting_weights(path, **expected)
-    own = {name: value for name, value in model.state_dict().items() if name.startswith(("backbone.", "encoder."))}
-    if is_frozen and any(name in state and not torch.equal(value, state[name]) for name, value in own.items()):
-        raise UserError(f"--init_from {path}: its backbone was trained, or began from other --weights or --seed, and "
-                        "this run reads features of a frozen one. Leave out --init_from, or train the backbone too")
-    load_state(model, state, path)
-
-
 def checkpoint_files(paths):
     """Files and run folders -> checkpoint files: a folder's own best_model.pth, or those of its folds."""
     files = []
@@ -2563,7 +2542,7 @@ class Training:
     def epoch_means(self):
         """Means over the samples of this epoch of every part given to step(): {'train_loss': ...}."""
         progress = self.progress
-        return {f"train_{name}": float(total) / progress.samples for name, total in progress.sums.items()}
+        return {f"train_{name}": total / progress.samples for name, total in progress.sums.items()}
 
     def end_epoch(self, row):
         """Close an epoch: its history row, the best model, early stopping, and the checkpoints that are due."""
@@ -2789,5 +2768,5 @@ def mean_metrics(per_target):
 
 def mean_without_nan(values, axis=-1):
     """Mean over one axis without NaN; NaN where nothing is left (np.nanmean warns there)."""
-    with np.errstate(invalid="ignore"):
+    with undefined_is_nan():
         return np.nansum(values, axis) / (~np.isnan(values)).sum(axis)

@@ -399,7 +399,7 @@ def fit(run, args, study, split, features):
     plotting.plot_batch(run, train_loader.dataset, study.labels(split["train"]))
     model = build_model(args, np.nanmean(scaled_ratings(study, scaler)[split["train"]], axis=0))
     if args.init_from:
-        common.start_from(model, args.init_from, args.freeze_backbone, names=study.names)
+        backbones.start_from(model, args.init_from, args.freeze_backbone, names=study.names)
     model = compute.place(model)
     model.freeze_backbone(args.freeze_backbone)
     if args.batch_size < 2 * compute.processes.size:  # BatchNorm refuses a single value: tried before any epoch
@@ -685,8 +685,8 @@ def flags_of_backbones(args):
     several = []
     for text in np.atleast_1d(args.backbone):
         name, _, weights = str(text).partition("=")
-        own = {"backbone": name, "weights": Path(weights) if weights else args.weights}
-        several.append(argparse.Namespace(**{**vars(args), **own}))
+        own_weights = Path(weights) if weights else args.weights
+        several.append(common.with_flags(args, backbone=name, weights=own_weights))
     if len(several) > 1 and not args.freeze_backbone:
         raise common.UserError(f"--backbone {' '.join(args.backbone)}: several are compared on features that stay as "
                                "published; add --freeze_backbone, or --config configs/assessor_backbones.yaml")

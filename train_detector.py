@@ -31,7 +31,6 @@ import math
 import os
 import re
 import typing
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -240,7 +239,7 @@ def settle_split(args):
     if way == "split_ratio":
         settled["train_ratio"] = args.split_ratio
         settled["val_ratio"] = 1 - args.split_ratio - args.test_ratio
-    return Namespace(**{**vars(args), **settled})
+    return common.with_flags(args, **settled)
 
 
 def check_split_flags(parser, args):
@@ -788,7 +787,7 @@ def build_model(args, settings, class_weights):
     model = PartDetector(settings, class_weights)
     if args.init_from:
         own = {name: settings[name] for name in ("model", "parts", "states")}
-        common.start_from(model, args.init_from, is_frozen=False, **own)
+        backbones.start_from(model, args.init_from, is_frozen=False, **own)
     elif args.weights or args.pretrained:
         source = "resnet18" if settings["model"] == RESNET18 else settings["model"]
         load_pretrained(model, backbones.load_weights(source, args.weights), args.weights or source)
@@ -1193,7 +1192,7 @@ def complete_best(training, truth, train_loader, val_loader):
 
 def train_heads(run, args, study, split):
     """The baseline of --baseline heads, trained in baseline/ -> PartDetector."""
-    own = Namespace(**{**vars(args), "trainable_layers": 0})
+    own = common.with_flags(args, trainable_layers=0)
     with run.child("baseline", own) as child:
         child.folds_after = run.folds_after - 1
         child.write_args(**study.data_record(split))

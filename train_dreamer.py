@@ -17,7 +17,6 @@ P features of a frame on grids, D width of a token, S side of a frame in pixels.
 roll, pitch, yaw), mm and degrees, everywhere; frames are uint8 grey until they reach the model.
 at1, at2: the motion asked for at t1 and t2 (at1_6dof, at2_6dof); motion: the known one from t1 to t2.
 """
-import argparse
 import dataclasses
 import itertools
 import math
@@ -770,8 +769,8 @@ def fit(run, args, study, split, readout):
     loaders = {part: make_loader(study, rows, args, compute) for part, rows in split.items() if len(rows)}
     model = build_model(args, scaler, study.compose)
     if args.init_from:
-        common.start_from(model, args.init_from, is_frozen=not model.imagines,
-                          token_type=args.token_type, encoder=args.encoder)
+        backbones.start_from(model, args.init_from, is_frozen=not model.imagines,
+                             token_type=args.token_type, encoder=args.encoder)
     if not model.imagines:
         readout.write_into(model.solved)
         model.scale_grids(study.grids_at_t1(split["train"]))
@@ -1241,8 +1240,8 @@ def load_checkpoint(args, run):
         settings = {name: content["settings"][name] for name in MODEL_FLAGS}
         settings["pretrained"] = content["pretrained"]
         settings["pixel_range"] = args.pixel_range or content["settings"]["pixel_range"]
-        args = argparse.Namespace(**{**vars(args), **settings})
-        untrained = argparse.Namespace(**{**vars(args), "pretrained": False, "weights": None})
+        args = common.with_flags(args, **settings)
+        untrained = common.with_flags(args, pretrained=False, weights=None)
         model = build_model(untrained, content["scaler"], args.compose)
         common.load_state(model, content["model"], path)
     text = ", ".join(f"{name} {getattr(args, name)}" for name in MODEL_FLAGS)

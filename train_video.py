@@ -849,7 +849,7 @@ def start_model(args, objective, train, compute):
     if args.model != MOTION_READOUT:  # which is solved from each row once, at the natural class shares
         model.head.prior_shift.copy_(torch.as_tensor(objective.prior_shift(objective.rows_of_epoch(train))))
     if args.init_from:
-        common.start_from(model, args.init_from, args.freeze_backbone, names=objective.names)
+        backbones.start_from(model, args.init_from, args.freeze_backbone, names=objective.names)
     model = compute.place(model)
     model.freeze_backbone(args.freeze_backbone)
     return model
@@ -1002,7 +1002,7 @@ def untuned_features(args, study, run):
 def motion_features(args, study, compute):
     """Untuned of a motion readout, which any other model is compared with."""
     weights = args.weights if args.model == CNN_LSTM else None  # of other models they fit another backbone
-    args = argparse.Namespace(**{**vars(args), "model": MOTION_READOUT, "weights": weights})
+    args = common.with_flags(args, model=MOTION_READOUT, weights=weights)
     network = compute.place(build_model(args, len(study.table.names)))
     clips = Clips(dataclasses.replace(study, args=args), np.arange(len(study.table)))
     return Untuned(features_of_rows(network, clips, compute), network.backbone.blocks())
@@ -1240,7 +1240,7 @@ def check_flags_of_table(args, table):
         TASKS[args.task](args, study, split["train"])
     event_tables.augment_presets(table, args.augment_for, args.augment)
     if args.init_from:
-        common.starting_weights(args.init_from, names=names)
+        backbones.starting_weights(args.init_from, names=names)
 
 
 # --- the other modes -------------------------------------------------------------------------
@@ -1287,9 +1287,9 @@ def load_members(args, compute):
     for path in files:
         content = common.load_model_file(path)
         with common.checkpoint_fields(path):
-            own = argparse.Namespace(**{
-                **vars(args), **content["architecture"], **typed,
-                "pretrained": False, "names": content["names"], "positive_class": content.get("positive")})
+            own = common.with_flags(
+                args, **content["architecture"] | typed,
+                pretrained=False, names=content["names"], positive_class=content.get("positive"))
             model = build_model(own, len(content["names"]))
         common.load_state(model, content["model"], path)
         model.head.prior_shift.copy_(torch.tensor(content.get("prior_shift", 0.0)))

@@ -445,6 +445,31 @@ def freeze_stages(backbone, n_stages, example):
             parameter.requires_grad_(False)
 
 
+def starting_weights(path, **expected):
+    """--init_from -> state dict of another run of this script. UserError where a field differs from `expected`."""
+    content = common.load_model_file(path)
+    with common.checkpoint_fields(path):
+        found = content | content.get("settings", {})
+        wrong = [f"{name} {found[name]}, expected {value}" for name, value in expected.items() if found[name] != value]
+    if wrong:
+        raise common.UserError(f"--init_from {path} was trained for something else: {'; '.join(wrong)}")
+    return content["model"]
+
+
+def start_from(model, path, /, is_frozen, **expected):
+    """--init_from: give a model the weights of another run of this script. UserError where a field is not as expected.
+
+    is_frozen: features were computed with the model's own backbone, so that another one is refused too.
+    """
+    state = starting_weights(path, **expected)
+    own = {name: value for name, value in model.state_dict().items() if name.startswith(("backbone.", "encoder."))}
+    if is_frozen and any(name in state and not torch.equal(value, state[name]) for name, value in own.items()):
+        raise common.UserError(
+            f"--init_from {path}: its backbone was trained, or began from other --weights or --seed, and this run "
+            "reads features of a frozen one. Leave out --init_from, or train the backbone too")
+    common.load_state(model, state, path)
+
+
 def add_freezing_arguments(add):
     """What of a pretrained backbone is trained, and how fast: for scripts with a BackboneModel."""
     add("--freeze_backbone", action="store_true",

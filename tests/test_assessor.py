@@ -552,7 +552,7 @@ def test_a_checkpoint_to_continue_is_no_model_to_predict_with(tmp_path, monkeypa
     with pytest.raises(common.CheckpointError, match=message):
         train_assessor.load_assessor(path, common.choose_compute("cpu", "off"))
     with pytest.raises(common.CheckpointError, match=message):
-        common.starting_weights(path, names=["Valence"])
+        backbones.starting_weights(path, names=["Valence"])
 
 
 def same_in_train_rows(header, rows):

@@ -397,11 +397,11 @@ def test_features_of_another_backbone_are_refused(tmp_path, monkeypatch):
     weight = model.backbone.weight.detach().clone()
     content["model"] = {name: value + 1 for name, value in model.state_dict().items()}
     common.save_checkpoint(tmp_path / "other.pth", content)
-    common.start_from(model, tmp_path / "same.pth", is_frozen=True, names=["a", "b"])
+    backbones.start_from(model, tmp_path / "same.pth", is_frozen=True, names=["a", "b"])
     with pytest.raises(common.UserError, match="its backbone was trained, or began from other"):
-        common.start_from(model, tmp_path / "other.pth", is_frozen=True)
+        backbones.start_from(model, tmp_path / "other.pth", is_frozen=True)
     assert torch.equal(model.backbone.weight, weight)
-    common.start_from(model, tmp_path / "other.pth", is_frozen=False)
+    backbones.start_from(model, tmp_path / "other.pth", is_frozen=False)
     assert torch.equal(model.backbone.weight, weight + 1)
 
 
