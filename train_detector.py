@@ -85,7 +85,6 @@ SMALL_HEADS = {
     "rpn_post_nms_top_n_test": 250,
 }
 PADDING = 32  # inputs are padded to multiples of the stride of the coarsest map
-SPLITS = ("train", "val", "test")
 SPLIT_WAYS = {  # and the flags that belong to each
     "folds": (),
     "split_file": (),
@@ -115,7 +114,7 @@ def parse_args(argv=None):
 def add_data_arguments(data):
     """What is done, with which pictures and boxes."""
     data("--mode", choices=tuple(MODES), default="train", help="what to do")
-    for part in SPLITS:
+    for part in splitting.PARTS:
         data(f"--{part}_json", type=Path, may_change=True,
              help=f"part annotations or COCO file of the {part} split")
         data(f"--{part}_images", type=Path, may_change=True,
@@ -1114,7 +1113,7 @@ def limits(args):
 def make_split(args, study):
     """{train, val, test: (n,) rows}: the files of the parts, --split_file, or shares."""
     if args.val_json:
-        return {part: np.flatnonzero(study.origin == part) for part in SPLITS}
+        return {part: np.flatnonzero(study.origin == part) for part in splitting.PARTS}
     return splitting.split_of_flags(args, study.truth.images, study.strata, study.truth.groups)
 
 
@@ -1266,7 +1265,7 @@ def gap_alarms(row):
 def train(args):
     """--mode train."""
     files = {part: (getattr(args, f"{part}_json"), getattr(args, f"{part}_images"))
-             for part in SPLITS if getattr(args, f"{part}_json")}
+             for part in splitting.PARTS if getattr(args, f"{part}_json")}
     with common.start_run(args) as run:
         study = load_study(args, files, run.say)
         if args.folds:

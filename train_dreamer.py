@@ -43,7 +43,6 @@ ENCODER_FLAGS = ("seed", "weights")
 DATA_FLAGS = "data_dir patient_map patient_regex max_transitions split_by angle_unit euler_order".split()
 WORLD_MODEL_FLAGS = ("d_model n_layers n_heads feedforward freeze_layers backbone_lr_mult lambda_t2_action lambda_latent "
                      "primary_task_only").split()
-PARTS = ("train", "val", "test")
 # What --augment changes in both frames of a transition alike:
 LARGEST_TURN = {"light": 0.0, "full": 5.0}  # degrees
 JITTER = 0.1  # of brightness and contrast, as a share
@@ -110,7 +109,7 @@ def add_data_arguments(add):
         help="transitions left out between two blocks of time")
     add("--manual_splits", action="store_true",
         help="split by the three lists below")
-    for part in PARTS:
+    for part in splitting.PARTS:
         add(f"--{part}_patients", metavar="A,B",
             help=f"patients or folders of the {part} part, separated by commas")
     add("--max_transitions", type=common.WHOLE, default=0,
@@ -1047,7 +1046,7 @@ def make_split(args, study):
     """The split of the flags: {train, val, test: (n,) rows}."""
     if args.manual_splits:
         listed = {}
-        for part in PARTS:
+        for part in splitting.PARTS:
             names = (getattr(args, f"{part}_patients") or "").split(",")
             listed[part] = [name.strip() for name in names if name.strip()]
         folders = dict(zip(study.sequences, study.patients))
@@ -1255,10 +1254,10 @@ def rows_to_score(run, args, study, seen):
     seen: seen_rows.SeenRows of the checkpoint: names alone may be those of another study.
     """
     listed = read_beside(args.checkpoint, "splits.json")
-    split = {part: np.flatnonzero(np.isin(study.names, listed.get(part, []))) for part in PARTS}
+    split = {part: np.flatnonzero(np.isin(study.names, listed.get(part, []))) for part in splitting.PARTS}
     if "new" in seen.words(study.hashes[split["train"]]):
         run.say("note: rows of the names in splits.json did not train this checkpoint; its split does not count here")
-        split = dict.fromkeys(PARTS, np.array([], int))
+        split = dict.fromkeys(splitting.PARTS, np.array([], int))
     split["all"] = np.arange(len(study.names))
     part = next(name for name in ("test", "val", "all") if len(split[name]))
     fitted = ("train", "val") if part == "test" else ("train",)

@@ -10,14 +10,12 @@ import common
 from evidence import judging, splitting
 from readers import event_tables, score_tables
 
-PARTS = ("train", "val", "test")
-
 
 def add_arguments(add):
     """Where the events are, what their columns are called, and how they are split."""
     add("--manifest", type=Path, may_change=True,
         help="table of events or sequences (CSV, JSON), or a folder of class folders")
-    for part in PARTS:
+    for part in splitting.PARTS:
         add(f"--{part}_manifest", type=Path, may_change=True,
             help=f"events of the {part} part, instead of a split made here")
     add("--video_root", type=Path, may_change=True,
@@ -47,7 +45,7 @@ def add_arguments(add):
 
 def manifests_of(args):
     """{part: manifest} as given; the part '' is one manifest for all."""
-    given = {part: getattr(args, f"{part}_manifest") for part in PARTS} | {"": args.manifest}
+    given = {part: getattr(args, f"{part}_manifest") for part in splitting.PARTS} | {"": args.manifest}
     return {part: path for part, path in given.items() if path}
 
 
@@ -85,7 +83,7 @@ def asked_splits(args, table):
 def make_split(args, table):
     """{train, val, test: rows} by the manifests' parts, --test_groups, ratios or --split_file."""
     if (table.parts != "").any():
-        split = {part: np.flatnonzero(table.parts == part) for part in PARTS}
+        split = {part: np.flatnonzero(table.parts == part) for part in splitting.PARTS}
         return split if len(split["val"]) else split | part_of_train(args, table, split["train"])
     if args.test_groups:
         test, rest = kept_for_test(args, table)
