@@ -133,8 +133,7 @@ def predict(members, loader, compute):
     is_bad = [bool(error) for error in errors]
     predicted[:, is_bad] = np.nan
     hashes = torch.cat(hashes).numpy()  # (N, 2)
-    words = [seen_rows.of_checkpoint(member.settings).words(hashes) for member in members]
-    seen = np.array(list(map(seen_rows.worst, zip(*words))))
+    seen = seen_rows.worst_of_each(seen_rows.of_checkpoint(member.settings).words(hashes) for member in members)
     seen[is_bad] = ""
     answers = []
     for member, own, values in zip(members, zip(*features), predicted):

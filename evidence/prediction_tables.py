@@ -202,9 +202,8 @@ def mean(tables):
     first = tables[0]
     if len(tables) == 1:
         return first
-    seen = zip(*(table.seen for table in tables))
     shared = {
-        "seen": np.array(list(map(seen_rows.worst, seen))),
+        "seen": seen_rows.worst_of_each(table.seen for table in tables),
         "baselines": _means([table.baselines for table in tables]),
         "warning": None,
     }

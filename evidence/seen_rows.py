@@ -60,7 +60,7 @@ def of_run(run, args, hashes, split):
     hashes: (N, K) of all rows; split: {part: rows} of train, and of val, which chooses the epoch unless --select says
     last.
     """
-    choosing = [] if args.select == "last" else split["val"]
+    choosing = [] if args.select in ("last", "val_last") else split["val"]  # names of columns may be given in full
     seen = SeenRows(hashes[split["train"]], hashes[choosing])
     given = filter(None, (args.init_from, args.weights))
     for path in filter(zipfile.is_zipfile, given):  # no .safetensors
@@ -76,6 +76,11 @@ def of_run(run, args, hashes, split):
 def worst(words):
     """The worst of several WORDS."""
     return min(words, key=WORDS.index)
+
+
+def worst_of_each(models):
+    """(M,) the worst of the words of several models, (M,) each."""
+    return np.array([worst(words) for words in zip(*models)])
 
 
 def sentences(words):

@@ -43,7 +43,7 @@ def test_a_row_is_seen_where_one_of_its_hashes_is():
 
 def test_the_worst_word_counts():
     words = [["new", "chose", "new"], ["new", "train", "not known"]]
-    assert [seen_rows.worst(each) for each in zip(*words)] == ["new", "train", "not known"]
+    assert seen_rows.worst_of_each(words).tolist() == ["new", "train", "not known"]
     assert seen_rows.worst(np.array(words[0])) == "chose"
 
 
