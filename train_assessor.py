@@ -30,9 +30,9 @@ from torch import nn
 
 import common
 from evidence import (
-    baseline_models, heat_maps, judging, plotting, prediction_tables, rater_agreement, reporting, row_warnings,
-    score_judging, seen_rows, splitting, table_judging, verdicts)
-from readers import backbones, file_names, picture_files, rating_flags, rating_tables
+    baseline_models, confounding, heat_maps, judging, plotting, prediction_tables, rater_agreement, reporting,
+    row_warnings, score_judging, seen_rows, splitting, table_judging, verdicts)
+from readers import backbones, csv_tables, file_names, picture_files, rating_flags, rating_tables
 
 HISTORY_METRICS = ("mse", "mae", "r2", "pearson_r")
 SMALL_DATA = Path(__file__).with_name("configs") / "assessor_small_data.yaml"
@@ -552,12 +552,16 @@ def heat_map_blocks(study, rows, files, cases, args, compute):
 # --- results: predictions table -> judged run folder -------------------------------------------
 
 @common.first_process_only
-def judge(run, args, study, split, table, part, alarms, similar, best_epoch=None, folds=()):
+def judge(run, args, study, split, table, part, alarms, similar, trained_on, best_epoch=None, folds=()):
     """Judge a predictions table of held-out rows.
 
-    split: {name: rows}; part: val, test or folds; similar: of splitting.similar_pairs.
+    split: {name: rows}; part: val, test or folds; similar: of splitting.similar_pairs; trained_on: a pair (train rows,
+    scored rows) for each network.
     """
     rows = prediction_tables.rows_of(table, study.images)
+    # a numeric column may be a further rating, which somebody gave who saw the picture
+    levels = {name: cells for name, cells in study.columns.items() if not csv_tables.looks_numeric(cells)}
+    confounds = confounding.level_priors(levels, study.ratings, *zip(*trained_on), study.groups)
     files = np.full(len(rows), str(run.path("best_model.pth")))
     if folds:
         files = np.array([str(run.path(f"fold_{k}") / "best_model.pth") for k in table.keys["fold"]])
@@ -579,7 +583,8 @@ def judge(run, args, study, split, table, part, alarms, similar, best_epoch=None
     ceiling = rater_agreement.measure_ceiling(
         study.names, study.ratings, study.sd, study.n, study.single_ratings)
     score_judging.judge_scores(
-        run, table, setting, ceiling, table_file="best_model_per_dimension_performance.csv",
+        run, table, setting, ceiling, confounds, {name: cells[rows] for name, cells in levels.items()},
+        table_file="best_model_per_dimension_performance.csv",
         plot_file="per_dimension_performance.png")
 
 
@@ -653,7 +658,7 @@ def run_split(run, args, study, split, features=None):
     plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch)
     part = "test" if "test" in tables else "val"
     alarms += verdicts.split_gap_alarms(train, val, remedy=OVERFITTING_REMEDY)
-    judge(run, args, study, split, tables[part], part, alarms, similar, best_epoch)
+    judge(run, args, study, split, tables[part], part, alarms, similar, [(split["train"], split[part])], best_epoch)
 
 
 def run_folds(run, args, study):
@@ -670,7 +675,8 @@ def run_folds(run, args, study):
     pooled = prediction_tables.join(tables, chosen)
     pooled.write(run.path("predictions_folds.csv"))
     done = judging.finished_folds(run, chosen, [table.fold_numbers() for table in tables])
-    judge(run, args, study, folds, pooled, "folds", alarms, similar, folds=done)
+    trained_on = [(splits[k]["train"], splits[k]["val"]) for k in chosen]
+    judge(run, args, study, folds, pooled, "folds", alarms, similar, trained_on, folds=done)
 
 
 def run_study(run, args, study):

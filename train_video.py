@@ -1098,8 +1098,8 @@ def judge(run, args, study, split, table, part, alarms, trained_on, best_epoch=N
         cases=judging.case_blocks(table, study.table.clip_ids[rows], lambda i: study.strip(rows[i])),
         limits=event_splits.limits(args, study.table),
         folds=folds)
+    of_rows = {name: values[rows] for name, values in levels.items()}
     if is_classes:
-        of_rows = {name: values[rows] for name, values in levels.items()}
         class_judging.judge_classes(run, table, setting, confounds, of_rows)
         return
     ceiling = None
@@ -1107,7 +1107,7 @@ def judge(run, args, study, split, table, part, alarms, trained_on, best_epoch=N
         ceiling = rater_agreement.measure_ceiling(
             study.table.names, study.table.target, single_ratings=study.table.single_ratings)
     score_judging.judge_scores(
-        run, table, setting, ceiling, confounds, moment_levels(study, rows))
+        run, table, setting, ceiling, confounds, of_rows, moment_levels(study, rows))
 
 
 def data_blocks(study, split, rows, table):

@@ -138,6 +138,15 @@ def within_level_auc(score, label, levels, positive=1):
     return won / pairs if pairs else math.nan
 
 
+def within_level_r2(predicted, target, levels):
+    """Mean R2 of how rows of the same level differ: (N, R) scores, NaN = missing, and (N,) levels -> float."""
+    import pandas as pd
+    scores = pd.DataFrame(np.hstack([np.where(np.isnan(target), np.nan, predicted), target]))
+    from_mean = scores - scores.groupby(levels).transform("mean")
+    predicted, target = np.hsplit(from_mean.to_numpy(), 2)
+    return common.mean_metrics(common.regression_metrics(predicted, target))["r2"]
+
+
 def prior_levels(table):
     """{name: (N,) text} of the metadata columns with two levels or more; video first."""
     levels = {"video": np.array(table.videos, dtype=str)}

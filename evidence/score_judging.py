@@ -13,18 +13,23 @@ from evidence import (
     subject_intervals, verdicts)
 
 
-def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, table_file="scores.csv",
+def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), moments=None, table_file="scores.csv",
                  plot_file="scores.png"):
     """Judge a prediction_tables.ScoreTable, write tables, plots, report.html and metrics.json; returns the metrics.
 
-    ceiling: rater_agreement.Ceiling, or None; confounds: of confounding.level_priors; moments: (M,) levels whose
-    rows are also judged apart, or None; table_file, plot_file: names of the table and of the plot of the scores.
+    ceiling: rater_agreement.Ceiling, or None; confounds: of confounding.level_priors; levels: {name of a confound:
+    (M,) its values}; moments: (M,) levels whose rows are also judged apart, or None; table_file, plot_file: names of the
+    table and of the plot of the scores.
     """
     result = table.compare()
     rows = score_rows(result, table, ceiling)
     moment_rows = rows_of_moments(table, moments)
-    levels = {row["moment"] for row in moment_rows}
+    moment_names = {row["moment"] for row in moment_rows}
     confounds = confounding.flag_confounds(confounds, result.overall.model["r2"])
+    for row in confounds:
+        if row["name"] in levels:
+            row["model_r2_within_levels"] = confounding.within_level_r2(
+                table.predicted, table.target, levels[row["name"]])
     common.write_table(run.path(table_file), rows)
     plotting.plot_per_target(rows, run.path(plot_file))
     plotting.plot_scatter(table.predicted, table.target, table.names, run.path("predicted_against_true.png"))
@@ -46,8 +51,8 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), moments=None, 
         metric="r2",
         doubts=doubts,
         alarms=alarms,
-        meanings=criteria_names(table.names, levels),
-        further_estimates=estimates_of_moments(table, moments, levels) if run.args.criteria else {},
+        meanings=criteria_names(table.names, moment_names),
+        further_estimates=estimates_of_moments(table, moments, moment_names) if run.args.criteria else {},
         figures=key_figures(result, table.target, best_r2),
         blocks=metric_blocks(run, setting, result, rows, moment_rows, plot_file),
         sections=[

@@ -90,6 +90,16 @@ def test_metrics_are_those_of_the_predictions_file(trained):
     assert metrics["part"] == "test" and metrics["model"]["r2"]["value"] == pytest.approx(np.mean(per_target), abs=1e-9)
 
 
+def test_columns_of_the_table_predict_without_a_pixel(trained, folds):
+    """Each with its R2 in other rows than it was made of, beside that of the model within its levels."""
+    for run in trained, folds:
+        rows = {row["name"]: row for row in json.loads((run / "metrics.json").read_text())["confounds"]}
+        assert set(rows) == {"subject", "row order"}
+        assert rows["subject"]["r2"] < 0.1 and not rows["subject"]["red_flag"], "no subject is in two parts"
+        assert math.isfinite(rows["subject"]["model_r2_within_levels"])
+        assert "Without a pixel" in (run / "report.html").read_text()
+
+
 def test_groups_are_on_one_side_and_the_report_says_zero(sample, trained):
     splits = json.loads((trained / "splits.json").read_text())
     subject = {row["image"]: row["subject"] for row in read_csv(sample.ratings)}

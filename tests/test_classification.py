@@ -16,7 +16,7 @@ import torchmetrics.functional.classification as torch_classification
 from scipy import special, stats
 from sklearn import metrics as judge
 from sklearn.calibration import calibration_curve
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
 import common
@@ -816,3 +816,20 @@ def test_the_reliability_title_tells_the_ece_of_a_calibrated_model(tmp_path, mon
     ece = class_scores.classification_metrics(probability, label).overall["ece"]
     null = calibrating.simulated_ece(probability.max(1)).mean()
     assert said[0].startswith(f"ECE {ece:.3f}, n 128\nof a calibrated model {null:.3f} (95 % under ")
+
+
+def test_within_level_r2_is_that_of_the_distances_from_the_level_means():
+    draws = np.random.default_rng(0)
+    levels = draws.integers(0, 4, 60)
+    target = draws.normal(size=(60, 2)) + 5 * levels[:, None]
+    predicted = target + draws.normal(0, 0.5, (60, 2))
+    target[::7, 0] = np.nan
+    expected = []
+    for r in range(2):
+        known = ~np.isnan(target[:, r])
+        by_level = np.eye(4)[levels[known]]
+        explained = [values - LinearRegression(fit_intercept=False).fit(by_level, values).predict(by_level)
+                     for values in (target[known, r], predicted[known, r])]
+        expected.append(judge.r2_score(*explained))
+    assert confounding.within_level_r2(predicted, target, levels) == pytest.approx(np.mean(expected))
+    assert confounding.within_level_r2(np.tile(5.0 * levels[:, None], 2), target, levels) == pytest.approx(0)
