@@ -153,7 +153,8 @@ def bounded(kind, low=-math.inf, high=math.inf, word=None):
 def new_file(text):
     """argparse type: Path of a file to write at the end, which must be possible from the start."""
     path = Path(text)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    is_other = path.exists() and not path.is_file()  # a folder, or a device such as /dev/null
+    if is_other or not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text}: expected a file, in a folder that exists and can be written to")
     return path
 
@@ -2187,7 +2188,9 @@ def checkpoint_fields(path):
     """A field that a checkpoint lacks, or has in another form, becomes CheckpointError inside this block."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
         fault = f"{type(error).__name__}: {one_line(error)}"
         raise CheckpointError(f"{path} lacks what this script stores in a checkpoint ({fault}); best_model.pth is for "
                               "prediction and --init_from, last.pth for --resume") from None

@@ -264,6 +264,8 @@ def cluster(tmp_path):
     shutil.copy(REPO / "train_assessor.sh", folder)
     for name in ("train_assessor.py", "train_video.py"):
         (folder / name).write_text(FAKE_TRAIN)
+    of_environment = FAKE_TRAIN.replace('default="outputs"', 'default=os.environ.get("OUTPUT_DIR")')
+    (folder / "train_detector.py").write_text(of_environment)
     write_executable(folder / "bin" / "srun", '#!/bin/sh\necho "SRUN $*"\nshift 2\nexec "$@"\n')
     write_executable(folder / "bin" / "scontrol", """#!/bin/sh
 if [ "$1 $2" = "show hostnames" ]; then printf '%s\\n' first second; else echo "$@" >>scontrol_calls; fi
@@ -343,6 +345,13 @@ def test_saved_job_without_checkpoint_is_not_requeued(cluster):
 def test_progress_is_looked_for_in_the_output_folder(cluster, flags):
     result, requeued = submit(cluster, *flags, code=75, state="a")
     assert requeued == ["requeue 7"], result.stdout
+
+
+def test_the_output_folder_of_the_detector_may_be_named_by_the_environment(cluster):
+    result, requeued = submit(cluster, "train_detector.py", code=75, state="a", OUTPUT_DIR="my runs")
+    assert requeued == ["requeue 7"], result.stdout
+    result, _ = submit(cluster, "train_video.py", code=75, OUTPUT_DIR="my runs")
+    assert "no progress under outputs (" in result.stdout, "the other scripts do not read it"
 
 
 def test_array_element_is_requeued_by_its_own_number(cluster):
