@@ -341,3 +341,13 @@ def test_other_scripts_and_other_shapes(tmp_path):
         common.load_state(model, common.read_checkpoint(path)["model"], path)
     with pytest.raises(common.CheckpointError, match="not finite"):
         common.load_state(model, {"weight": torch.full((3, 64), float("nan")), "bias": torch.zeros(3)}, path)
+
+
+def test_sizes_that_no_network_can_have_are_a_fault_of_the_checkpoint():
+    """But a full memory is none."""
+    with pytest.raises(common.CheckpointError, match="x.pth lacks what this script stores"):
+        with common.checkpoint_fields("x.pth"):
+            torch.nn.Linear(-4, 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        with common.checkpoint_fields("x.pth"):
+            raise torch.OutOfMemoryError("CUDA")
