@@ -615,6 +615,9 @@ class Objective:
         """What is to be added to the outputs of a network that was trained on these rows."""
         return 0.0
 
+    def check_val(self, rows):
+        """UserError for rows that cannot choose an epoch."""
+
     def select(self):
         """(column of the history that chooses the epoch, whether higher is better). Raises UserError."""
         return verdicts.select_column(self.args.select or self.default_select, self.columns, self.meanings)
@@ -631,10 +634,9 @@ class Behaviours(Objective):
         super().__init__(args, study)
         self.label = study.table.label
         counts = np.bincount(self.label[train], minlength=len(self.names))
-        if (counts == 0).any():
-            lacking = common.shorten_list(itertools.compress(self.names, counts == 0))
-            raise common.UserError(f"no train row of class {lacking}; "
-                                   "change the split or the label map")
+        lacking = self.classes_without(train)
+        if lacking:
+            raise common.UserError(f"no train row of class {lacking}; change the split or the label map")
         self.prior = counts / counts.sum()  # (C,) natural class shares
         self.class_weight = calibrating.class_weights(args, self.prior, self.positive)
         known = torch.tensor(np.maximum(self.label, 0))
@@ -642,6 +644,19 @@ class Behaviours(Objective):
         self.columns = verdicts.class_columns(self.names)  # of the history: {column: MetricOf}
         self.meanings = verdicts.spell_class_metrics(self.names)  # names of --select
         self.default_select = f"average_precision_{self.names[self.positive]}"
+
+    def classes_without(self, rows):
+        """The names of the classes of which none of these rows is, as text."""
+        return common.shorten_list(name for c, name in enumerate(self.names) if c not in self.label[rows])
+
+    def check_val(self, rows):
+        """UserError where not even a perfect network has a value, on these rows, in the column that chooses the epoch."""
+        column, _ = self.select()
+        name = column.removeprefix("val_")
+        best = self.history(class_scores.log_of(self.target[rows].numpy()), rows)
+        if math.isnan(best.get(name, 0)):  # 0: the column of `last`
+            raise common.UserError(f"val holds no row of class {self.classes_without(rows)}, which --select {name} needs: "
+                                   "make other groups (--seed, --val_ratio), or choose by --select last or loss")
 
     def rows_of_epoch(self, train):
         """As the manifest repeats them, then the positive class up to --boost_to."""
@@ -1227,7 +1242,7 @@ def train(args):
 
 
 def check_flags_of_table(args, table):
-    """UserError for flags that name what these rows do not have, and for splits that lack a class to train on."""
+    """UserError for flags that name what these rows do not have, and for splits that lack a class to train on, or to choose by."""
     study = Study(table, None, None, args)
     names = table.names
     meanings = verdicts.spell_class_metrics(names)
@@ -1237,7 +1252,7 @@ def check_flags_of_table(args, table):
     verdicts.parse_criteria(args.criteria, meanings)
     TASKS[args.task](args, study, np.arange(len(table))).select()
     for split in event_splits.asked_splits(args, table):
-        TASKS[args.task](args, study, split["train"])
+        TASKS[args.task](args, study, split["train"]).check_val(split["val"])
     event_tables.augment_presets(table, args.augment_for, args.augment)
     if args.init_from:
         backbones.starting_weights(args.init_from, names=names)

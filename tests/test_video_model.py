@@ -674,6 +674,21 @@ def test_a_class_without_train_rows_and_wrong_class_names():
         assert verdicts.select_column(name, objective.columns, objective.meanings) == column
 
 
+@pytest.mark.parametrize("select, fails", [
+    (None, True), ("a_f1", False), ("b_recall", True), ("auc", True), ("balanced_accuracy", False), ("loss", False),
+    ("last", False)])
+def test_a_validation_part_that_cannot_choose_the_epoch_is_refused(select, fails):
+    """Rows 2 and 3 alone are of class b; the second fold leaves none of them out."""
+    folds = [{"train": np.array([0, 2]), "val": np.array([1, 3])}, {"train": np.array([1, 2, 3]), "val": np.array([0])}]
+    args = arguments(*([] if select is None else ["--select", select]), "--positive_class", "b", "--folds", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_splits, "make_folds", lambda *_: folds)
+        if not fails:
+            return train_video.check_flags_of_table(args, table_of([0, 0, 1, 1]))
+        with pytest.raises(common.UserError, match="val holds no row of class b, which --select .* needs: .*--seed"):
+            train_video.check_flags_of_table(args, table_of([0, 0, 1, 1]))
+
+
 # --- scores: masks, weights, consistency ---------------------------------------------------------------
 
 NAMES = ["Ears", "Mouth", "Total"]
