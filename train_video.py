@@ -248,7 +248,7 @@ def check_learning_flags(parser, args):
 @dataclasses.dataclass
 class Untuned:
     """Features of N rows from an untuned network: of each the mean over its predicted clips."""
-    values: np.ndarray  # (N, F)
+    values: np.ndarray  # (N, F), NaN in rows that nobody asked for
     blocks: dict | None = None  # name -> columns that a readout may choose; None: it takes all
 
 
@@ -980,15 +980,21 @@ def extract_features(network, clips, epoch, compute):
 
 
 def features_of_rows(network, clips, compute):
-    """(N, F): the mean over the clips of each row that are predicted, as evaluate gives it."""
+    """(N, F): the mean over the clips of each row that are predicted, as evaluate gives it; NaN of other rows."""
     loader = common.make_loader(clips, clips.args, compute, False, batch_size=16)
-    return evaluate(network, loader, clips.args, compute)[1]
+    return in_all_rows(evaluate(network, loader, clips.args, compute)[1], clips)
 
 
-def untuned_features(args, study, run):
-    """Features from networks before any tuning: for the baselines, and where the backbone is frozen."""
+def in_all_rows(values, clips):
+    """(n, ...), one for each row of these clips -> (N, ...), NaN in the rows of no clip."""
+    everywhere = np.full((len(clips.study.table), *values.shape[1:]), np.nan, values.dtype)
+    everywhere[list(dict(clips.row_starts))] = values
+    return everywhere
+
+
+def untuned_features(args, study, run, rows):
+    """Features of these rows from networks before any tuning: for the baselines, and where the backbone is frozen."""
     compute = run.compute
-    rows = np.arange(len(study.table))
     network = compute.place(build_model(args, len(study.table.names)))
     clips = Clips(study, rows)
     features = Features({})
@@ -1003,23 +1009,23 @@ def untuned_features(args, study, run):
         return features
     features.of_rows[linear_model] = Untuned(of_rows)
     try:
-        features.of_rows[MOTION_READOUT] = motion_features(args, study, compute)
+        features.of_rows[MOTION_READOUT] = motion_features(args, study, compute, rows)
     except common.UserError as error:  # its image network, or the weights of that, cannot be had
         run.say(f"note: no motion readout to compare with: {error}")
     if args.freeze_backbone:
         presets = event_tables.augment_presets(study.table, args.augment_for, args.augment)
         random_clips = Clips(study, rows, presets)
-        features.views = np.stack([extract_features(network, random_clips, view, compute)
+        features.views = np.stack([in_all_rows(extract_features(network, random_clips, view, compute), random_clips)
                                    for view in range(args.feature_views)])
     return features
 
 
-def motion_features(args, study, compute):
-    """Untuned of a motion readout, which any other model is compared with."""
+def motion_features(args, study, compute, rows):
+    """Untuned, for these rows, of a motion readout, which any other model is compared with."""
     weights = args.weights if args.model == CNN_LSTM else None  # of other models they fit another backbone
     args = common.with_flags(args, model=MOTION_READOUT, weights=weights)
     network = compute.place(build_model(args, len(study.table.names)))
-    clips = Clips(dataclasses.replace(study, args=args), np.arange(len(study.table)))
+    clips = Clips(dataclasses.replace(study, args=args), rows)
     return Untuned(features_of_rows(network, clips, compute), network.backbone.blocks())
 
 
@@ -1144,7 +1150,7 @@ def run_split(run, args, study, split, features=None):
     alarms = event_audit.record_split(run, study.table, study.audits, split)
     split = splitting.rows_to_try(split, args, study.table.truth)
     if features is None:
-        features = untuned_features(args, study, run)
+        features = untuned_features(args, study, run, np.sort(np.concatenate(list(split.values()))))
     similar = find_similar(run, study, split, features)
     run.write_args(**study.data_record(split))
     outputs, answers, objective, training = fit(run, args, study, split, features)
@@ -1187,7 +1193,7 @@ def run_folds(run, args, study):
     if len(test):
         parts["test"] = test
     alarms = event_audit.record_split(run, study.table, study.audits, parts)
-    features = untuned_features(args, study, run)
+    features = untuned_features(args, study, run, np.arange(len(study.table)))
     similar = find_similar(run, study, parts, features)
     run.write_args(**study.data_record(parts))
     chosen = run.each_fold(

@@ -124,7 +124,7 @@ def test_baselines_see_the_clips_that_are_predicted():
                      "--no_pretrained", "--num_workers", 0, "--use_amp", "off")
     study, clips = study_of(args, size=32, n_clips=2)
     compute = common.choose_compute("cpu", "off")
-    features = train_video.untuned_features(args, study, SimpleNamespace(compute=compute, say=print))
+    features = train_video.untuned_features(args, study, SimpleNamespace(compute=compute, say=print), np.arange(2))
     pooled = features.of_rows["logistic"].values
     assert features.of_rows["motion_readout"].values.shape == (2, 4 * (64 + 128 + 256)), "three resolutions at 32 pixels"
     model = train_video.build_model(args, 2).eval()
@@ -139,6 +139,21 @@ def test_baselines_see_the_clips_that_are_predicted():
                 features = model.backbone(inputs).numpy()  # (T, F)
             each.append(np.concatenate([features.mean(0), features.std(0)]))
         assert pooled[row] == pytest.approx(np.mean(each, axis=0), rel=1e-3, abs=1e-4)
+
+
+def test_features_are_computed_of_the_rows_asked_for_alone():
+    """Those of the others are NaN, and their frames are never read."""
+    flags = "--image_size 32 --n_frames 4 --fps 4 --model cnn_lstm --num_workers 0 --use_amp off --freeze_backbone"
+    args = arguments(*flags.split(), "--feature_views", 2)
+    study, _ = study_of(args, size=32, n_clips=4)
+    read = set()
+    part = study.store.part
+    study.store.part = lambda row, *span: read.add(int(row)) or part(row, *span)
+    run = SimpleNamespace(compute=common.choose_compute("cpu", "off"), say=print)
+    found = train_video.untuned_features(args, study, run, np.array([1, 3]))
+    assert read == {1, 3} == {row for row, _ in found.of_clips}
+    for values in (*found.views, *(untuned.values for untuned in found.of_rows.values())):
+        assert np.isnan(values[[0, 2]]).all() and np.isfinite(values[[1, 3]]).all()
 
 
 def test_short_sequences_are_padded_with_a_mask():
