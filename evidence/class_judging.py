@@ -30,7 +30,7 @@ def judge_classes(run, table, setting, confounds=(), levels=()):
     verdict = verdicts.verdict_sentence(
         result, "roc_auc", None, setting.worst_seen, auc_label(result.names, name))
     alarms = verdicts.classification_alarms(
-        table.probability, table.label, table.names, table.threshold, table.positive)
+        table.probability, table.label, table.names, table.threshold, table.positive) + fold_alarms(table)
     stages = calibration_rows(table)
     return judging.close_run(
         run, setting,
@@ -56,6 +56,17 @@ def judge_classes(run, table, setting, confounds=(), levels=()):
             "calibration": stages,
             "confounds": confounds,
         })
+
+
+def fold_alarms(table):
+    """A sentence where three folds or more all have one confusion matrix, with errors in it; else []."""
+    folds = np.asarray(table.keys.get("fold", ()))
+    answers = table.label * len(table.names) + table.chosen  # true x predicted
+    matrices = {tuple(np.sort(answers[folds == fold])) for fold in set(folds)}
+    if table.n_folds < 3 or len(matrices) > 1 or (table.label == table.chosen).all():
+        return []
+    return [f"identical confusion matrices in all {table.n_folds} folds: do the models tell the rows apart at all? "
+            "Compare the folds' splits.json, and train longer (--epochs)"]
 
 
 def criteria_names(names):

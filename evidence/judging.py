@@ -14,6 +14,7 @@ from evidence import reporting, seen_rows, splitting, verdicts
 
 
 METRICS_SCHEMA = 1  # of metrics.json; docs/judging.md
+NO_RESULTS = ["fold", "rows", "best_epoch"]  # in the numbers of a fold
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -44,7 +45,7 @@ class Setting:
 def fold_table(folds):
     """One dict of numbers for each fold -> the same with two more rows, the mean and the SD over the folds."""
     import pandas as pd
-    numbers = pd.DataFrame(folds).drop(columns=["fold", "rows", "best_epoch"], errors="ignore").astype(float)
+    numbers = pd.DataFrame(folds).drop(columns=NO_RESULTS, errors="ignore").astype(float)
     return [*folds, {"fold": "mean", **numbers.mean()}, {"fold": "SD", **numbers.std()}]
 
 
@@ -60,7 +61,7 @@ def finished_folds(run, chosen, numbers):
 
 def identical_fold_alarms(folds):
     """Sentences on folds with the same numbers to the last digit."""
-    numbers = [tuple(value for name, value in fold.items() if name != "fold") for fold in folds]
+    numbers = [[value for name, value in fold.items() if name not in NO_RESULTS] for fold in folds]
     pairs = itertools.combinations(range(len(folds)), 2)
     return [f"folds {folds[a]['fold']} and {folds[b]['fold']} have identical results: were they trained and judged on "
             "the same rows? Compare their splits.json, and deal the rows out anew (--seed)"

@@ -21,7 +21,8 @@ from sklearn.preprocessing import StandardScaler
 
 import common
 from evidence import (
-    baseline_models, confounding, judging, score_judging, seen_rows, subject_intervals, verdicts)
+    baseline_models, class_judging, confounding, judging, prediction_tables, score_judging, seen_rows, subject_intervals,
+    verdicts)
 
 
 def noisy_pair(rows=200, targets=3, seed=0, offset=0.0, missing=0.0):
@@ -360,8 +361,21 @@ def test_alarms_on_repeated_predictions_gaps_and_identical_folds():
     assert len(gap) == 1 and gap[0].startswith("train far below validation (pearson_r 0.200 and 0.600)")
     assert "train far above" in verdicts.split_gap_alarms({"pearson_r": 0.99}, {"pearson_r": 0.3})[0]
     assert verdicts.split_gap_alarms({"pearson_r": math.nan}, {"pearson_r": 0.3}) == []
-    folds = judging.identical_fold_alarms([{"fold": k, "r2": r2, "mae": 0.2} for k, r2 in enumerate((0.1, 0.3, 0.1))])
+    folds = judging.identical_fold_alarms([{"fold": k, "best_epoch": k, "rows": 20 + k, "r2": r2, "mae": 0.2}
+                                           for k, r2 in enumerate((0.1, 0.3, 0.1))])
     assert len(folds) == 1 and folds[0].startswith("folds 0 and 2 have identical results")
+
+
+def test_identical_confusion_matrices_over_folds():
+    """Each fold gives ear to all its rows; of two folds that may be chance, and right answers are all alike."""
+    def alarms(n_folds, chosen):
+        label = np.tile([0, 0, 1], n_folds)
+        table = prediction_tables.ClassTable(
+            keys={"clip": np.arange(len(label)), "fold": np.arange(n_folds).repeat(3)}, names=["ear", "tail"], baselines={},
+            positive=1, label=label, probability=np.eye(2)[label if chosen is None else chosen])
+        return class_judging.fold_alarms(table)
+    assert alarms(4, [0] * 12)[0].startswith("identical confusion matrices in all 4 folds")
+    assert alarms(2, [0] * 6) == alarms(4, None) == alarms(3, [0] * 8 + [1]) == []
 
 
 @pytest.mark.parametrize("digits", [1, 2, 3])
