@@ -17,6 +17,7 @@ from evidence import metric_names, splitting
 STYLE = Path(__file__).with_name("report.css")
 # keep a page under 5 MB
 CASE_SIDE = 256
+MOST_CURVES = 12  # plots of learning curves
 SCREEN_WIDTH = 800  # of a plot of more than two panels
 EXPLANATIONS = {  # of a section's words, under its head
     "Leakage": "What stands on both sides of the split: a model that knows it already looks better than it is.",
@@ -182,7 +183,9 @@ def history_blocks(run):
     """The section on learning curves: those of the run, and of each of its folds; one epoch makes none."""
     curves = [path for path in sorted(run.folder.glob("**/training_history.png"))
               if path.with_suffix(".csv").read_bytes().count(b"\n") > 2]
-    blocks = [html_image(path, f"Learning curves, {path.parent.name}") for path in curves]
+    blocks = [html_image(path, f"Learning curves, {path.parent.name}") for path in curves[:MOST_CURVES]]
+    if curves[MOST_CURVES:]:
+        blocks.append(html_text(f"{len(curves) - MOST_CURVES} more: fold_K/training_history.png of the other folds."))
     batches = sorted(run.folder.glob("**/training_batch.jpg"))[:1]
     caption = "Some of what the model was trained on, augmented, with its labels"
     return blocks + [html_image(path, caption) for path in batches]

@@ -303,6 +303,15 @@ def test_one_epoch_makes_no_learning_curve(tmp_path):
         assert len(reporting.history_blocks(SimpleNamespace(folder=tmp_path))) == n_shown
 
 
+def test_a_page_shows_the_curves_of_twelve_folds(tmp_path):
+    for k in range(14):
+        (tmp_path / f"fold_{k}").mkdir()
+        common.write_table(tmp_path / f"fold_{k}" / "training_history.csv", history(2))
+        Image.new("L", (9, 9)).save(tmp_path / f"fold_{k}" / "training_history.png")
+    *shown, last = reporting.history_blocks(SimpleNamespace(folder=tmp_path))
+    assert len(shown) == 12 and "<p>2 more: fold_K/training_history.png" in last
+
+
 @pytest.mark.parametrize("shape", [(40, 40, 3), (6, 30, 30, 3), (7,)])
 def test_a_training_batch_is_drawn_with_its_labels(tmp_path, shape):
     """Pictures, strips of five frames of clips, nothing of features; the report shows the first fold's."""
