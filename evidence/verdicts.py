@@ -188,7 +188,7 @@ def named_estimates(result, meanings):
 # --- criteria ----------------------------------------------------------------------------------------
 
 def parse_criteria(text, meanings):
-    """`"r2>0.15,mae_M2<3.0"` -> list of dict(name, relation, bar); meanings: of the names that there are.
+    """`"r2>0.15,mae_M2<3.0"` -> list of dict(name, metric: its label, relation, bar); meanings: of the names that there are.
 
     Raises UserError that lists every part that cannot be read, or every unknown name with the closest known one.
     """
@@ -202,14 +202,15 @@ def parse_criteria(text, meanings):
     if unknown:
         raise common.UserError(
             f"--criteria names no metric of this run: {', '.join(unknown)}. Use METRIC or METRIC_TARGET.")
-    return [{"name": match[1], "relation": match[2], "bar": float(match[3])} for match in matches]
+    return [{"name": match[1], "metric": metric_names.METRICS[meanings[match[1]].metric].label, "relation": match[2],
+             "bar": float(match[3])} for match in matches]
 
 
 def judge_criteria(criteria, estimates, seen="new"):
     """PASS where the whole interval clears the bar, FAIL where none of it does, else (or without one) NOT RESOLVABLE.
 
     criteria: from parse_criteria; estimates: {name: Estimate}, NaN ends = no interval; seen: as in verdict_sentence.
-    Returns a list of dict(name, relation, bar, value, low, high, verdict).
+    Returns a list of dict(name, metric, relation, bar, value, low, high, verdict).
     """
     compare = {">": np.greater, ">=": np.greater_equal, "<": np.less, "<=": np.less_equal}
     judged = []
@@ -326,5 +327,5 @@ def say_results(run, metrics):
     for doubt in metrics["doubts"]:
         run.say(f"doubt: {doubt}")
     for bar in metrics["criteria"]:
-        run.say(f"{bar['verdict']}: {bar['name']} {bar['relation']} {bar['bar']:g}, found {bar['value']:.4g}")
+        run.say(f"{bar['verdict']}: {bar['name']} {bar['relation']} {bar['bar']:g}, found {bar['metric']} {bar['value']:.4g}")
     run.say(f"open next: {run.path('report.html')}")

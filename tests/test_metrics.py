@@ -4,6 +4,7 @@
 """
 import functools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -423,10 +424,21 @@ KNOWN = verdicts.spell_metrics(["r2", "mae"], ["r2", "mae"], ["M1", "M2", "NRS (
 
 def test_criteria_are_parsed_with_names_as_they_come():
     assert verdicts.parse_criteria(" r2>0.15, mae_M2 <= 3.,, r2_NRS (1-10)>=-.5,mae<1e-3,", KNOWN) == [
-        {"name": "r2", "relation": ">", "bar": 0.15}, {"name": "mae_M2", "relation": "<=", "bar": 3.0},
-        {"name": "r2_NRS (1-10)", "relation": ">=", "bar": -0.5}, {"name": "mae", "relation": "<", "bar": 0.001}]
+        {"name": "r2", "metric": "R2", "relation": ">", "bar": 0.15},
+        {"name": "mae_M2", "metric": "MAE", "relation": "<=", "bar": 3.0},
+        {"name": "r2_NRS (1-10)", "metric": "R2", "relation": ">=", "bar": -0.5},
+        {"name": "mae", "metric": "MAE", "relation": "<", "bar": 0.001}]
     assert [bar["name"] for bar in verdicts.parse_criteria("r2_NRS, 0-10>.2 , mae<3", KNOWN)] == ["r2_NRS, 0-10", "mae"]
     assert verdicts.parse_criteria("", KNOWN) == verdicts.parse_criteria(None, KNOWN) == []
+
+
+def test_an_ece_that_is_judged_is_called_what_it_is(capsys):
+    bars = verdicts.parse_criteria("ece<0.25", class_judging.criteria_names(["a", "b"]))
+    judged = verdicts.judge_criteria(bars, {"ece": subject_intervals.Estimate(-0.13, -0.2, 0.1)})
+    assert judged[0]["metric"] == "ECE above its null"
+    run = SimpleNamespace(say=print, path=str)
+    verdicts.say_results(run, {"verdict": "v", "alarms": [], "doubts": [], "criteria": judged})
+    assert "PASS: ece < 0.25, found ECE above its null -0.13\n" in capsys.readouterr().out
 
 
 def test_criteria_mistakes_are_listed_together():
