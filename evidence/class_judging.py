@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from evidence import (
-    calibrating, confounding, judging, metric_names, plotting, reporting, splitting, subject_intervals, verdicts)
+    calibrating, confounding, judging, metric_names, plotting, reporting, subject_intervals, verdicts)
 
 
 def judge_classes(run, table, setting, confounds=(), levels=()):
@@ -51,7 +51,7 @@ def judge_classes(run, table, setting, confounds=(), levels=()):
             "names": table.names,
             "confusion": result.confusion,
             "n": result.n,
-            "sample": splitting.effective_size(table.label, table.groups),
+            "sample": table.sample,
             "null_ece": stages[-1]["ece_of_a_calibrated_model"],
             "calibration": stages,
             "confounds": confounds,

@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 import common
-from evidence import reporting, seen_rows, splitting, verdicts
+from evidence import reporting, seen_rows, verdicts
 
 
 METRICS_SCHEMA = 1  # of metrics.json; docs/judging.md
@@ -70,7 +70,7 @@ def identical_fold_alarms(folds):
 
 def rows_text(table, unit="rows"):
     """HTML: how many rows are judged, how many differ in their labels, what is resampled, how many are doubtful."""
-    text = sample_sentence(splitting.effective_size(table.truth, table.groups), unit)
+    text = sample_sentence(table.sample, unit)
     if table.warning is not None:
         n_doubtful = np.count_nonzero(table.warning != "")
         text += f" Rows with a remark in the column warning of the predictions table: {n_doubtful}."
@@ -80,7 +80,8 @@ def rows_text(table, unit="rows"):
 def sample_sentence(size, unit="rows"):
     """The effective sample in words; size: of splitting.effective_size."""
     groups = "no groups named: each row its own" if size["subjects"] is None else f"{size['subjects']} groups"
-    return f"{size['rows']} {unit} scored, {size['distinct_label_vectors']} different sets of labels, {groups}."
+    positives = "" if size["positives"] is None else f", {size['positives']} of the positive class"
+    return f"{size['rows']} {unit} scored, {size['distinct_label_vectors']} different sets of labels{positives}, {groups}."
 
 
 def case_blocks(table, titles, picture, count=5, blocks_of=None):

@@ -3,7 +3,7 @@
 Letters: M transitions scored. Units: errors of an axis in mm or degrees; means over the axes in label sds.
 """
 import common
-from evidence import judging, plotting, pose_scores, reporting, splitting, verdicts
+from evidence import judging, plotting, pose_scores, reporting, verdicts
 from readers import probe_poses
 
 USE_MEANINGS = {
@@ -53,7 +53,7 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, num
         blocks=metric_blocks(run, setting, result, axes, baselines, predictors, patients),
         sections=[("Does it use the image and the motion?", use_blocks(use))],
         numbers={
-            "sample": splitting.effective_size(table.target, table.groups),
+            "sample": table.sample,
             "label_sd": label_sd,
             "baselines": baselines,
             "predictors": predictors,

@@ -43,6 +43,11 @@ class Rows:
         return {heading: values for heading, values in columns.items() if values is not None}
 
     @property
+    def sample(self):
+        """splitting.effective_size of the rows."""
+        return splitting.effective_size(self.truth, self.groups, self.positive)
+
+    @property
     def best_baseline(self):
         """Name of the baseline of the highest R2 or AUC."""
         qualities = {name: self.quality(block) for name, block in self.baselines.items()}
@@ -56,6 +61,7 @@ class ScoreTable(Rows):
     predicted: np.ndarray  # (M, R)
     spread: np.ndarray | None = None  # (M, R) sd over the members of an ensemble
     metric = "r2"  # of the verdict
+    positive = None
 
     @property
     def truth(self):

@@ -9,7 +9,7 @@ import numpy as np
 
 import common
 from evidence import (
-    confounding, judging, metric_names, plotting, prediction_tables, rater_agreement, reporting, splitting,
+    confounding, judging, metric_names, plotting, prediction_tables, rater_agreement, reporting,
     subject_intervals, verdicts)
 
 
@@ -60,7 +60,7 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), mom
             ("Without a pixel", confounding.confound_blocks(confounds)),
         ],
         numbers={
-            "sample": splitting.effective_size(table.target, table.groups),
+            "sample": table.sample,
             "ceiling": dataclasses.asdict(ceiling) if ceiling else None,
             "per_moment": moment_rows,
             "confounds": confounds,

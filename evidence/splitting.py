@@ -257,13 +257,14 @@ def nested_folds(folds, divide):
     return nested
 
 
-def effective_size(target, subjects=None):
-    """How much the data hold: {rows, distinct_label_vectors, subjects} of target (N,) or (N, R)."""
+def effective_size(target, subjects=None, positive=None):
+    """How much the data hold: {rows, distinct_label_vectors, subjects, positives} of target (N,) or (N, R)."""
     import pandas as pd
     return {
         "rows": len(target),
         "distinct_label_vectors": len(pd.DataFrame(target).drop_duplicates()),
         "subjects": None if subjects is None else len(set(subjects)),
+        "positives": None if positive is None else np.sum(target == positive),
     }
 
 

@@ -242,8 +242,10 @@ def test_blocks_of_time_lose_no_row_but_the_gaps(rows):
 def test_effective_size():
     target = [[1, np.nan], [1, np.nan], [1, 2], [2, 2]]
     assert splitting.effective_size(target, ["p", "p", "q", "q"]) == {
-        "rows": 4, "distinct_label_vectors": 3, "subjects": 2}
+        "rows": 4, "distinct_label_vectors": 3, "subjects": 2, "positives": None}
     assert splitting.effective_size([1.0, 1.0, 2.0])["distinct_label_vectors"] == 2
+    sample = splitting.effective_size(np.array([0, 1, 1, -1]), positive=1)
+    assert sample["positives"] == 2 and ", 2 of the positive class, no groups" in judging.sample_sentence(sample)
 
 
 # leakage
