@@ -41,7 +41,7 @@ def judge_classes(run, table, setting, confounds=(), levels=()):
         alarms=alarms,
         meanings=criteria_names(table.names),
         figures=key_figures(result, table.positive),
-        blocks=metric_blocks(run, setting, result),
+        blocks=metric_blocks(run, setting, result) + judging.subject_blocks(table, result),
         sections=[
             ("Without a pixel", confounding.confound_blocks(confounds)),
             ("Calibration", calibration_blocks(run, stages, name)),

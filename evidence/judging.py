@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 import common
-from evidence import reporting, seen_rows, verdicts
+from evidence import prediction_tables, reporting, seen_rows, verdicts
 
 
 METRICS_SCHEMA = 1  # of metrics.json; docs/judging.md
@@ -82,6 +82,16 @@ def sample_sentence(size, unit="rows"):
     groups = "no groups named: each row its own" if size["subjects"] is None else f"{size['subjects']} groups"
     positives = "" if size["positives"] is None else f", {size['positives']} of the positive class"
     return f"{size['rows']} {unit} scored, {size['distinct_label_vectors']} different sets of labels{positives}, {groups}."
+
+
+def subject_blocks(table, result):
+    """HTML of what the fold table would say of each subject, where they are too few for an interval."""
+    if result.has_intervals or table.groups is None:
+        return []
+    table = dataclasses.replace(table, baselines={result.baseline_name: table.baselines[result.baseline_name]})
+    rows = [{"subject": name, **prediction_tables.take(table, table.groups == name).fold_numbers()}
+            for name in sorted(set(table.groups))]
+    return [reporting.html_table(rows, caption="Each subject alone: they are too few for an interval")]
 
 
 def case_blocks(table, titles, picture, count=5, blocks_of=None):

@@ -65,6 +65,25 @@ def test_scores_of_another_program(tmp_path):
     assert sample in page and f"effective sample: {sample}" in (run / "log.txt").read_text()
 
 
+@pytest.mark.parametrize("n_subjects, shown", [(4, True), (5, False)])
+def test_too_few_subjects_for_an_interval_are_shown_one_by_one(tmp_path, n_subjects, shown):
+    """Of scores each subject's n and R2, of classes its AUC."""
+    score_rows = [{**row, "group": f"s{i % n_subjects}"} for i, row in enumerate(scores(rows=40))]
+    class_rows = [{**row, "group": f"s{i % n_subjects}"} for i, row in enumerate(classes(rows=40))]
+    own = [row for row in score_rows if row["group"] == "s2"]
+    r2 = [r2_score([row[f"{name}_true"] for row in own], [row[f"{name}_predicted"] for row in own])
+          for name in ("Valence", "Arousal")]
+    own = [row for row in class_rows if row["group"] == "s2"]
+    auc = roc_auc_score([row["label"] == "yes" for row in own], [row["score"] for row in own])
+    for kind, rows, value in (("scores", score_rows, np.mean(r2)), ("classes", class_rows, auc)):
+        common.write_table(tmp_path / f"{kind}.csv", rows)
+        page = judge(tmp_path / kind, "--predictions", tmp_path / f"{kind}.csv") / "report.html"
+        assert (f'<th scope="row">s2</th><td class="num">{len(own)}</td>' in page.read_text()) == shown
+        if shown:
+            line = page.read_text().split('<th scope="row">s2</th>')[1].split("</tr>")[0]
+            assert f'<td class="num">{value:.3f}</td>' in line
+
+
 def test_captions_say_which_scores_are_drawn(tmp_path):
     draw = np.random.default_rng(0)
     values = draw.normal(size=(12, 41, 2))
