@@ -281,20 +281,28 @@ def _wide_ratings(columns):
         names=list(map(columns.rating_name, chosen)),
         images=list(columns.table[columns.image]),
         mean=_number_columns(columns, chosen),
-        sd=_number_columns(columns, sd_columns),
-        n=_number_columns(columns, n_columns, may_have_codes=False),
+        sd=_number_columns(columns, sd_columns, lowest=0),
+        n=_number_columns(columns, n_columns, may_have_codes=False, lowest=0),
         ratings_by_image=None,
         extra=extra,
         notes=notes)
 
 
-def _number_columns(columns, names, may_have_codes=True):
-    """(N, R) of R columns, NaN where one is None; None where all are. UserError for what looks like missing codes."""
+def _number_columns(columns, names, may_have_codes=True, lowest=-np.inf):
+    """(N, R) of R columns, NaN where one is None; None where all are.
+
+    UserError for what looks like missing codes, and for numbers below the lowest that can be.
+    """
     if not any(names):
         return None
     found = {name: columns.numbers(name) for name in names if name}
     if may_have_codes:
         found = _without_codes(columns, found)
+    below = {name: values.index[values < lowest] for name, values in found.items()}
+    faults = [f"{name} in line {common.shorten_list(lines)}" for name, lines in below.items() if len(lines)]
+    if faults:
+        raise common.UserError(f"{columns.source}: an sd or a number of raters cannot be below {lowest}, found "
+                               f"{'; '.join(faults)}. Correct these cells, or leave them blank.")
     blank = np.full(len(columns.table), np.nan)
     return np.stack([found.get(name, blank) for name in names], axis=1)
 

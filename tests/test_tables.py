@@ -242,6 +242,9 @@ def test_duplicates(tmp_path):
     ("image,seen_mean,y_mean\na,1,2\nb,2,3\n", {}, ["called seen", "columns of predictions", "Rename"]),
     ("image,x\na,1\n,3\n", {}, ["column image is blank in line 3"]),
     ("image,x\na,1\nb,tow\nc,3\n", {}, ["column x", "'tow' in line 3"]),
+    ("image,x,x_sd,x_n\na,1,-.5,4\nb,2,0,4\nc,3,-3,-1\n", {},
+     ["below 0", "x_sd in line 2, 4. Correct"]),
+    ("image,x,y,n\na,1,2,4\nb,2,1,-3\n", {}, ["cannot be below 0", "n in line 3. Correct"]),
     ("image,place\na,left\nb,right\n", {}, ["numeric", "place"]),
     ("image,x_mean,X_mean \na,1,2\nb,2,3\n", {"target_columns": ["x_mean", "X_mean"]}, []),
     ("rating,attribute,image\n1,,a\n2,calm,b\n", {}, ["column attribute is blank in line 2"])])
