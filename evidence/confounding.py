@@ -50,7 +50,7 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
     indices, an entry a fold, whose test rows are judged as one; groups: (N,) names for the interval. A column predicts
     the smoothed train rate of the `positive` class, or the smoothed train mean, in the row's level; `row order` does the
     same with blocks of neighbouring rows (position: (N,) row number of each in its own file; None = its index).
-    dict(name, n_levels, auc or r2, low, high), for scores also mae, mae_low and mae_high; low and high are NaN where
+    dict(name, n_levels, auc or r2, low, high, subjects), for scores also mae, mae_low and mae_high; low and high are NaN where
     there is no interval.
     """
     is_classes = target.ndim == 1
@@ -78,14 +78,14 @@ def _judge_rates(rate, target, subjects, **options):
     result = subject_intervals.bootstrap_classification(
         np.concatenate([-rate, rate], 1), target[:, 0].astype(int), subjects, **options)
     auc = result.overall.model["roc_auc"]
-    return {"auc": auc.value, "low": auc.low, "high": auc.high}
+    return {"auc": auc.value, "low": auc.low, "high": auc.high, "subjects": result.subjects}
 
 
 def _judge_means(means, target, subjects, **options):
     result = subject_intervals.bootstrap_regression(means, target, subjects, **options)
     r2 = result.overall.model["r2"]
     mae = result.overall.model["mae"]
-    return {"r2": r2.value, "low": r2.low, "high": r2.high, **mae.columns("mae")}
+    return {"r2": r2.value, "low": r2.low, "high": r2.high, **mae.columns("mae"), "subjects": result.subjects}
 
 
 def flag_confounds(rows, model):

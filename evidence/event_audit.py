@@ -230,9 +230,12 @@ def _part_note(part, held):
 
 def _prior_note(row):
     metric = "auc" if "auc" in row else "r2"
+    interval = f"{row['low']:.3f}, {row['high']:.3f}"
+    if math.isnan(row["low"]):
+        interval = f"no interval: too few of {row['subjects']} groups"
     text = (
         f"no-pixel prior on {row['name']} across {row['across']}: {metric.upper()} of {row['what']} "
-        f"{row[metric]:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
+        f"{row[metric]:.3f} [{interval}]")
     if row[metric] >= TELLS_ALL and row["name"] != "row order":
         return f"WARNING: {text}: this column tells it without a look at the clips, and a model may learn no more than that"
     return text

@@ -462,6 +462,8 @@ def test_audit_of_clean_parts_reports_zeros(made, behaviours, tmp_path):
     assert counts == [0] * len(counts) and report["windows_past_the_end"]["past"]["count"] == 0
     assert report["probability_clusters"]["rows"] == 10
     assert all("auc" in row and "low" in row for row in report["priors"])
+    text = "\n".join(report["notes"])
+    assert "nan" not in text and f"[no interval: too few of {report['priors'][0]['subjects']} groups]" in text
 
 
 def test_the_pair_is_a_prior_without_pixels(tmp_path):
