@@ -54,7 +54,7 @@ def detection_rows(names, detections, parts, seen, errors=None, lists_absent=Fal
 
     seen: (M,) of seen_rows.WORDS; errors: text of each picture that could not be read, else "";
     lists_absent: a row for each part not detected; warnings: (M,) of row_warnings.texts. A picture without any
-    detection has a row without a part. Of state, warning and error a column without a value in any row is left out.
+    detection has a row without a part. Left out: states that a model does not tell, warning or error of no row.
     """
     errors = errors or [""] * len(names)
     warnings = [None] * len(names) if warnings is None else warnings
@@ -76,7 +76,9 @@ def detection_rows(names, detections, parts, seen, errors=None, lists_absent=Fal
             missing = [part for label, part in enumerate(parts) if label not in detected.labels]
             own += [{"part": part, "state": part_boxes.STATES[part_boxes.ABSENT]} for part in missing]
         rows += [known | row for row in own or [{}]]
-    always = ("part", "score", *BOX_COLUMNS)
+    always = {"part", "score", *BOX_COLUMNS}
+    if detections[0].states is not None:
+        always |= {"state", *PROBABILITY_COLUMNS}
     used = [column for column in COLUMNS if column in always or any(row.get(column) is not None for row in rows)]
     return [{column: row.get(column) for column in used} for row in rows]
 

@@ -450,8 +450,9 @@ def test_a_picture_without_any_detection_keeps_its_row_and_its_warning():
         warnings=["unlike the training pictures", ""])
     assert [(row["image"], row["part"], row["warning"]) for row in rows] == [
         ("x.jpg", None, "unlike the training pictures"), ("y.jpg", "bell", "")]
-    [row] = detection_tables.detection_rows(["x.jpg"], [detections()], ["bell"], ["new"])
-    assert list(row) == ["image", "part", "score", "x1", "y1", "x2", "y2", "seen"], "whatever was found"
+    for states, told in ((False, []), (True, ["state", "p_intact", "p_damaged", "p_absent", "p_occluded"])):
+        [row] = detection_tables.detection_rows(["x.jpg"], [detections(states=states)], ["bell"], ["new"])
+        assert list(row) == ["image", "part", "score", *told, "x1", "y1", "x2", "y2", "seen"], "whatever was found"
 
 
 def test_a_part_that_the_annotation_file_lacks_gets_an_id_of_its_own():
