@@ -203,6 +203,8 @@ def check_flags(parser, args):
         parser.error(f"--mode {args.mode} takes {' and '.join(fixed)} from the checkpoint; leave it out")
     if args.mode != "train" and args.given & {"folds", "fold"}:
         parser.error(f"--mode {args.mode} --folds {args.folds} --fold {args.fold}: only training has folds")
+    if args.json and args.output and args.json.resolve() == args.output.resolve():
+        parser.error(f"--output {args.output} is the file of --json; name another one, your annotations stay as they are")
     if args.compile:
         parser.error("--compile: the detector's inputs vary in size; leave it out")
     if args.augment not in ("none", "light"):

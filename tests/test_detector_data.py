@@ -395,6 +395,8 @@ def test_attributes_that_are_not_used_are_named_and_survive_a_conversion(tmp_pat
     command = f"train_detector.py --mode convert --json {tmp_path}/a.json --output {tmp_path}/c.json"
     monkeypatch.setattr(sys, "argv", command.split())
     train_detector.main()
+    with pytest.raises(SystemExit, match="2"):  # the annotations themselves stay as they are
+        train_detector.parse_args(["--mode", "convert", "--json", f"{tmp_path}/a.json", "--output", f"{tmp_path}/./a.json"])
     made = json.loads((tmp_path / "c.json").read_text())
     assert [a["attributes"] for a in made["annotations"]] == [a["attributes"] for a in content["annotations"]]
     unknown = with_states(lambda state: {"state": state if state == "intact" else "__undefined__"})
