@@ -536,7 +536,7 @@ def split_by_names(listed, groups, aliases):
     if unknown:
         raise common.UserError(f"the lists of the split name no such group: {', '.join(unknown)}")
     owners = {part: {group_of[name] for name in names} for part, names in listed.items()}
-    twice = [f"{sorted(owners[a] & owners[b])} in {a} and {b}"
+    twice = [f"{common.shorten_list(sorted(owners[a] & owners[b]))} in {a} and {b}"
              for a, b in itertools.combinations(owners, 2) if owners[a] & owners[b]]
     if twice:
         raise common.UserError(f"a group stands on one side of a split; {'; '.join(twice)}")
