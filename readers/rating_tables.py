@@ -395,7 +395,7 @@ def _merge_duplicates(ratings, source, duplicates):
         return ratings
     lines = pd.Series(ratings.extra.index)[is_repeated].groupby(names, sort=False)
     examples = [f"{name} (lines {common.shorten_list(rows, 3)})" for name, rows in lines]
-    counted = f"{len(examples)} images stand in {is_repeated.sum()} rows: {common.shorten_list(examples, 3)}"
+    counted = f"{len(examples)} images stand in {is_repeated.sum()} rows: {common.shorten_list(examples)}"
     if duplicates != "mean":
         question = ""
         if ratings.sd is None:  # else these are means

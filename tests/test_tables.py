@@ -326,7 +326,8 @@ def test_flags_name_what_would_be_a_guess(tmp_path):
     frame.to_csv(tmp_path / "raw.csv", index=False)
     read = rating_tables.read_ratings
     message = fails(read, tmp_path / "raw.csv")
-    assert "6 images stand in 24 rows" in message and len(message) < 500 and "--rater_column" in message
+    assert "6 images stand in 24 rows" in message and len(message) < 700 and "--rater_column" in message
+    assert message.count("(lines ") == 6, "up to ten are listed"
     assert read(tmp_path / "raw.csv", rater_column="who").names == ["x", "y"]
     assert (read(tmp_path / "raw.csv", duplicates="ratings").n == 4).all()
     assert "--rating_column" in fails(read, tmp_path / "raw.csv", attribute_column="word")
