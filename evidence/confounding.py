@@ -50,8 +50,8 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
     indices, an entry a fold, whose test rows are judged as one; groups: (N,) names for the interval. A column predicts
     the smoothed train rate of the `positive` class, or the smoothed train mean, in the row's level; `row order` does the
     same with blocks of neighbouring rows (position: (N,) row number of each in its own file; None = its index).
-    dict(name, n_levels, auc or r2, low, high, subjects), for scores also mae, mae_low and mae_high; low and high are NaN where
-    there is no interval.
+    dict(name, n_levels, auc or r2, low, high, subjects), for scores also mae, mae_low and mae_high; low and high are
+    NaN where there is no interval.
     """
     is_classes = target.ndim == 1
     if is_classes:
