@@ -204,7 +204,7 @@ def check_flags(parser, args):
     if args.mode != "train" and args.given & {"folds", "fold"}:
         parser.error(f"--mode {args.mode} --folds {args.folds} --fold {args.fold}: only training has folds")
     if args.json and args.output and args.json.resolve() == args.output.resolve():
-        parser.error(f"--output {args.output} is the file of --json; name another one, your annotations stay as they are")
+        parser.error("--output is the file of --json, which must stay as it is; name another one")
     if args.compile:
         parser.error("--compile: the detector's inputs vary in size; leave it out")
     if args.augment not in ("none", "light"):

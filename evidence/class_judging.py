@@ -62,11 +62,11 @@ def fold_alarms(table):
     """A sentence where three folds or more all have one confusion matrix, with errors in it; else []."""
     folds = np.asarray(table.keys.get("fold", ()))
     answers = table.label * len(table.names) + table.chosen  # true x predicted
-    matrices = {tuple(np.sort(answers[folds == fold])) for fold in set(folds)}
-    if table.n_folds < 3 or len(matrices) > 1 or (table.label == table.chosen).all():
+    matrices = [tuple(np.sort(answers[folds == fold])) for fold in set(folds)]
+    if len(matrices) < 3 or len(set(matrices)) > 1 or (table.label == table.chosen).all():
         return []
-    return [f"identical confusion matrices in all {table.n_folds} folds: do the models tell the rows apart at all? "
-            "Compare the folds' splits.json, and train longer (--epochs)"]
+    return ["identical confusion matrices in all folds: do the models tell the rows apart at all? Compare the folds' "
+            "splits.json, and train longer (--epochs)"]
 
 
 def criteria_names(names):

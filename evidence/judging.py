@@ -88,10 +88,9 @@ def subject_blocks(table, result):
     """HTML of what the fold table would say of each subject, where they are too few for an interval."""
     if result.has_intervals or table.groups is None:
         return []
-    table = dataclasses.replace(table, baselines={result.baseline_name: table.baselines[result.baseline_name]})
     rows = [{"subject": name, **prediction_tables.take(table, table.groups == name).fold_numbers()}
             for name in sorted(set(table.groups))]
-    return [reporting.html_table(rows, caption="Each subject alone: they are too few for an interval")]
+    return [reporting.html_table(rows, caption="Each subject alone, beside its best baseline: they are too few for an interval")]
 
 
 def case_blocks(table, titles, picture, count=5, blocks_of=None):

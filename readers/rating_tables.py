@@ -298,8 +298,8 @@ def _number_columns(columns, names, may_have_codes=True, lowest=-np.inf):
     found = {name: columns.numbers(name) for name in names if name}
     if may_have_codes:
         found = _without_codes(columns, found)
-    below = {name: values.index[values < lowest] for name, values in found.items()}
-    faults = [f"{name} in line {common.shorten_list(lines)}" for name, lines in below.items() if len(lines)]
+    faults = [f"{name} in line {common.shorten_list(values.index[values < lowest])}"
+              for name, values in found.items() if values.min() < lowest]
     if faults:
         raise common.UserError(f"{columns.source}: an sd or a number of raters cannot be below {lowest}, found "
                                f"{'; '.join(faults)}. Correct these cells, or leave them blank.")

@@ -375,7 +375,7 @@ def test_identical_confusion_matrices_over_folds():
             keys={"clip": np.arange(len(label)), "fold": np.arange(n_folds).repeat(3)}, names=["ear", "tail"], baselines={},
             positive=1, label=label, probability=np.eye(2)[label if chosen is None else chosen])
         return class_judging.fold_alarms(table)
-    assert alarms(4, [0] * 12)[0].startswith("identical confusion matrices in all 4 folds")
+    assert alarms(4, [0] * 12)[0].startswith("identical confusion matrices in all folds")
     assert alarms(2, [0] * 6) == alarms(4, None) == alarms(3, [0] * 8 + [1]) == []
 
 
