@@ -895,7 +895,7 @@ def train_one_epoch(model, loader, training, compute, state_weight):
 
 @torch.no_grad()
 def evaluate(model, loader, args, compute):
-    """Whole split at once -> (M Detections, mean features (M, F), {'val_loss': mean, and its parts}).
+    """Whole split at once -> (M Detections, {'val_loss': mean, and its parts}).
 
     The losses are those of the training path, without gradients, dropout or a change of any buffer;
     the sampler's draws depend on the seed and the batch alone, so that epochs can be compared.
@@ -911,12 +911,25 @@ def evaluate(model, loader, args, compute):
             found = model.heads(features, inputs, sizes)
         losses = {"loss": total_loss(losses, args.state_weight), **losses}
         summed = {name: value.item() * len(sizes) for name, value in losses.items()}
-        parts.append((on_disk(found, batch["scale"]), model.look(features, sizes), summed))
-    detections, looks, summed = zip(*compute.processes.gather(parts))
+        parts.append((on_disk(found, batch["scale"]), summed))
+    detections, summed = zip(*compute.processes.gather(parts))
     detections = list(itertools.chain(*detections))
     totals = {name: sum(each[name] for each in summed) for name in summed[0]}
     losses = {f"val_{name}": total / len(detections) for name, total in totals.items()}
-    return detections, torch.cat(looks).numpy(), losses
+    return detections, losses
+
+
+@torch.no_grad()
+def mean_features(model, loader, compute):
+    """Whole split -> (M, 256) of model.look, without detecting anything."""
+    model.eval()
+    looks = []
+    for batch in loader:
+        inputs = to_inputs(batch, compute, model.settings)
+        with compute.autocast():
+            maps = model.features(inputs)  # (B, 3, H, W) -> maps
+        looks.append(model.look(maps, batch["sizes"]))
+    return torch.cat(compute.processes.gather(looks)).numpy()
 
 
 def on_disk(found, scales):
@@ -963,7 +976,7 @@ def fit(run, args, study, split):
         seen=seen_rows.of_run(run, args, study.hashes, split))
     for _ in training.epochs():
         row = train_one_epoch(model, train_loader, training, compute, args.state_weight)
-        detections, _, losses = evaluate(model, val_loader, args, compute)
+        detections, losses = evaluate(model, val_loader, args, compute)
         judged = detection_scores.Judged(
             val_truth, detections, args.score_threshold, bool(settings["states"]))
         scores = {f"val_{name}": value for name, value in judged.epoch_metrics().items()}
@@ -1044,7 +1057,7 @@ def report_results(run, args, study, split, part, scored, **known):
     for own_rows, models, content in scored:
         loader = make_loader(study, own_rows, models["model"].settings, args, run.compute)
         for name, model in models.items():
-            detections, *_ = evaluate(model, loader, args, run.compute)
+            detections, _ = evaluate(model, loader, args, run.compute)
             found[name] += limit_detections(detections, args)
         rows += own_rows.tolist()
         priors += [content["baseline"]] * len(own_rows)
@@ -1178,10 +1191,10 @@ def complete_best(training, truth, train_loader, val_loader):
     model = training.model
     run = training.run
     best = training.load_best()
-    _, train_features, _ = evaluate(model, train_loader, training.args, run.compute)
-    detections, val_features, _ = evaluate(model, val_loader, training.args, run.compute)
-    best["known_data"] = row_warnings.known_data(train_features, val_features)
+    known = [mean_features(model, loader, run.compute) for loader in (train_loader, val_loader)]
+    best["known_data"] = row_warnings.known_data(*known)
     if model.settings["states"]:
+        detections, _ = evaluate(model, val_loader, training.args, run.compute)
         matching = detection_scores.coco_match(truth, detections, "map")
         found = detection_scores.found_states(matching, detections)
         temperature = calibrating.fit_temperature(np.log(found.probabilities), found.true)

@@ -318,7 +318,7 @@ def test_validation_changes_nothing_and_repeats():
     model = small_detector().train()
     loader = [train_detector.collate([sample(), sample((2, 2, 3, 3))]), train_detector.collate([sample()])]
     before = copy.deepcopy(model.state_dict())
-    results = [train_detector.evaluate(model, loader, VALIDATION, FP32)[2] for _ in range(2)]
+    results = [train_detector.evaluate(model, loader, VALIDATION, FP32)[1] for _ in range(2)]
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert results[0] == results[1] and not any(p.grad is not None for p in model.parameters())
@@ -330,10 +330,24 @@ def test_validation_changes_nothing_and_repeats():
     assert model.backbone.body.bn1.training and model.roi_heads.state_head[2].training
 
 
+def test_mean_features_are_those_of_predict_and_need_no_detection(monkeypatch):
+    """In batches of two and one, padded, on a model that was in training."""
+    model = small_detector().train()
+    batches = [train_detector.collate([sample(), sample((2, 2, 3, 3))]), train_detector.collate([sample()])]
+    monkeypatch.setattr(model, "heads", lambda *_: pytest.fail("detected"))
+    found = train_detector.mean_features(model, batches, FP32)
+    assert found.shape == (3, 256)
+    for features, (batch, k) in zip(found, [(batches[0], 0), (batches[0], 1), (batches[1], 0)]):
+        with torch.no_grad():
+            maps = model.features(train_detector.to_inputs(batch, FP32, model.settings))
+            own = {name: each[k:k + 1] for name, each in maps.items()}
+            assert features == pytest.approx(model.look(own, batch["sizes"][k:k + 1])[0].numpy(), rel=1e-4, abs=1e-6)
+
+
 def test_the_validation_loss_is_the_training_loss_without_dropout():
     model = small_detector().eval()
     batch = train_detector.collate([sample()])
-    loss = train_detector.evaluate(model, [batch], VALIDATION, FP32)[2]["val_loss"]
+    loss = train_detector.evaluate(model, [batch], VALIDATION, FP32)[1]["val_loss"]
     torch.manual_seed(common.hash_seed(5, 1, 0))
     assert loss == pytest.approx(train_detector.total_loss(model(*device_batch(sample())), 0.5).item(), rel=1e-5)
 
@@ -345,7 +359,7 @@ BF16 = common.Compute(torch.device("cpu"), "bf16", True, "", common.Processes())
 def test_bf16_gives_the_same_losses_within_its_precision():
     model = small_detector().eval()
     batch = train_detector.collate([sample()])
-    exact, rounded = (train_detector.evaluate(model, [batch], VALIDATION, compute)[2] for compute in (FP32, BF16))
+    exact, rounded = (train_detector.evaluate(model, [batch], VALIDATION, compute)[1] for compute in (FP32, BF16))
     for name, value in exact.items():
         assert rounded[name] == pytest.approx(value, rel=0.05, abs=0.02), name
 
