@@ -650,13 +650,14 @@ class Behaviours(Objective):
         return common.shorten_list(name for c, name in enumerate(self.names) if c not in self.label[rows])
 
     def check_val(self, rows):
-        """UserError where not even a perfect network has a value, on these rows, in the column that chooses the epoch."""
+        """UserError where not even a perfect network has a value on these rows in the column that chooses the epoch."""
         column, _ = self.select()
         name = column.removeprefix("val_")
         best = self.history(class_scores.log_of(self.target[rows].numpy()), rows)
         if math.isnan(best.get(name, 0)):  # 0: the column of `last`
-            raise common.UserError(f"val holds no row of class {self.classes_without(rows)}, which --select {name} needs: "
-                                   "make other groups (--seed, --val_ratio), or choose by --select last or loss")
+            raise common.UserError(
+                f"val holds no row of class {self.classes_without(rows)}, which --select {name} needs: make other "
+                "groups (--seed, --val_ratio), or choose by --select last or loss")
 
     def rows_of_epoch(self, train):
         """As the manifest repeats them, then the positive class up to --boost_to."""
@@ -1248,7 +1249,7 @@ def train(args):
 
 
 def check_flags_of_table(args, table):
-    """UserError for flags that name what these rows do not have, and for splits that lack a class to train on, or to choose by."""
+    """UserError for flags that name what these rows do not have, and for splits that lack a class they need."""
     study = Study(table, None, None, args)
     names = table.names
     meanings = verdicts.spell_class_metrics(names)

@@ -81,7 +81,8 @@ def sample_sentence(size, unit="rows"):
     """The effective sample in words; size: of splitting.effective_size."""
     groups = "no groups named: each row its own" if size["subjects"] is None else f"{size['subjects']} groups"
     positives = "" if size["positives"] is None else f", {size['positives']} of the positive class"
-    return f"{size['rows']} {unit} scored, {size['distinct_label_vectors']} different sets of labels{positives}, {groups}."
+    return (f"{size['rows']} {unit} scored, {size['distinct_label_vectors']} different sets of labels{positives}, "
+            f"{groups}.")
 
 
 def subject_blocks(table, result):
@@ -90,7 +91,8 @@ def subject_blocks(table, result):
         return []
     rows = [{"subject": name, **prediction_tables.take(table, table.groups == name).fold_numbers()}
             for name in sorted(set(table.groups))]
-    return [reporting.html_table(rows, caption="Each subject alone, beside its best baseline: they are too few for an interval")]
+    caption = "Each subject alone, beside its best baseline: they are too few for an interval"
+    return [reporting.html_table(rows, caption=caption)]
 
 
 def case_blocks(table, titles, picture, count=5, blocks_of=None):

@@ -54,7 +54,8 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), mom
         meanings=criteria_names(table.names, moment_names),
         further_estimates=estimates_of_moments(table, moments, moment_names) if run.args.criteria else {},
         figures=key_figures(result, table.target, best_r2),
-        blocks=metric_blocks(run, setting, result, rows, moment_rows, plot_file) + judging.subject_blocks(table, result),
+        blocks=[*metric_blocks(run, setting, result, rows, moment_rows, plot_file),
+                *judging.subject_blocks(table, result)],
         sections=[
             ("Noise ceiling", rater_agreement.ceiling_blocks(ceiling)),
             ("Without a pixel", confounding.confound_blocks(confounds)),

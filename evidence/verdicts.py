@@ -188,7 +188,9 @@ def named_estimates(result, meanings):
 # --- criteria ----------------------------------------------------------------------------------------
 
 def parse_criteria(text, meanings):
-    """`"r2>0.15,mae_M2<3.0"` -> list of dict(name, metric: its label, relation, bar); meanings: of the names that there are.
+    """`"r2>0.15,mae_M2<3.0"` -> list of dict(name, metric (its label), relation, bar).
+
+    meanings: of the names that there are.
 
     Raises UserError that lists every part that cannot be read, or every unknown name with the closest known one.
     """
@@ -327,5 +329,6 @@ def say_results(run, metrics):
     for doubt in metrics["doubts"]:
         run.say(f"doubt: {doubt}")
     for bar in metrics["criteria"]:
-        run.say(f"{bar['verdict']}: {bar['name']} {bar['relation']} {bar['bar']:g}, found {bar['metric']} {bar['value']:.4g}")
+        run.say(f"{bar['verdict']}: {bar['name']} {bar['relation']} {bar['bar']:g}, "
+                f"found {bar['metric']} {bar['value']:.4g}")
     run.say(f"open next: {run.path('report.html')}")
