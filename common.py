@@ -2658,10 +2658,11 @@ class Training:
         Raises CheckpointError where it holds another epoch: one from before a resume that did not repeat it.
         """
         best = load_model_file(self.run.path("best_model.pth"))
-        if best["epoch"] != self.progress.best_epoch:
+        trained = best["history"]["epoch"]  # best["epoch"] is 0 where a script kept none
+        if trained != self.progress.best_epoch:
             raise CheckpointError(
                 f"{self.run.folder}: the best epoch is {self.progress.best_epoch}, but best_model.pth is of epoch "
-                f"{best['epoch']}, from before --resume of an older checkpoint, and not repeated since. Start a "
+                f"{trained}, from before --resume of an older checkpoint, and not repeated since. Start a "
                 "new run; with --deterministic GPUs too repeat epochs exactly")
         load_state(self.model, best["model"], "best_model.pth")
         return best

@@ -277,7 +277,7 @@ def test_a_best_model_from_before_a_resume_is_not_taken_for_the_best(tmp_path):
     training = train(*make_training(tmp_path, False))
     best = training.load_best()
     assert best["epoch"] == training.progress.best_epoch == 1
-    common.save_checkpoint(tmp_path / "best_model.pth", common.to_plain_types(best | {"epoch": 2}))
+    common.save_checkpoint(tmp_path / "best_model.pth", common.to_plain_types(best | {"history": {"epoch": 2}}))
     with pytest.raises(common.CheckpointError, match="best epoch is 1, but best_model.pth is of epoch 2"):
         training.load_best()
 

@@ -283,8 +283,11 @@ def test_verify_setup_audits_transitions(slices, tmp_path, monkeypatch):
 # --- at1 read off the frame ---------------------------------------------------------------
 
 def test_a_readout_that_training_does_not_improve_is_the_baseline(slices, tmp_path):
-    """The correction begins at 0, and steps this long make every epoch worse on the validation rows."""
-    train(slices, tmp_path, *READOUT, "--lr", 1)
+    """The correction begins at 0, and steps this long make every epoch worse on the validation rows.
+
+    A run that was killed before its metrics, when best_model.pth says epoch 0 already, ends in the same way.
+    """
+    train(slices, tmp_path, *READOUT, "--lr", 1, "--keep_last")
     run = only_run(tmp_path)
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["best_epoch"] == 0 and "no epoch is better than the solved readout" in (run / "log.txt").read_text()
@@ -292,6 +295,11 @@ def test_a_readout_that_training_does_not_improve_is_the_baseline(slices, tmp_pa
     for row in read_csv(run / "predictions_test.csv"):
         for axis in AXES:
             assert float(row[f"{axis}_predicted"]) == pytest.approx(float(row[f"{axis}_grid_readout"]), abs=1e-2)
+    predicted = (run / "predictions_test.csv").read_bytes()
+    (run / "metrics.json").unlink()
+    run_script("train_dreamer.py", "--resume", run)
+    assert (run / "predictions_test.csv").read_bytes() == predicted
+    assert json.loads((run / "metrics.json").read_text())["best_epoch"] == 0
 
 
 def test_an_epoch_is_kept_where_it_is_better_on_validation_rows(read_off):
