@@ -560,7 +560,7 @@ class Run:
         for k in chosen:
             with self.child(f"fold_{k}") as child:
                 child.folds_after = chosen[-1] - k
-                if child.path("metrics.json").exists():
+                if has_metrics(child.folder, self.args.epochs):
                     child.say(f"fold {k} is finished")
                 else:
                     child.say(f"fold {k + 1} of {len(splits)} (in {child.folder.name})")
@@ -600,18 +600,29 @@ class Run:
                          "run `wandb login`, or set WANDB_MODE=offline")
 
     def write_args(self, **data):
-        """args.json: what repeats the run. On resume: refuse flags or data unlike the first start's."""
+        """args.json: what repeats the run. On resume: refuse flags or data unlike the first start's.
+
+        More epochs are no such difference: the metrics of fewer are removed.
+        """
         record = _args_record(self.args, self.compute, data)
         path = self.path("args.json")
         if not path.exists():
             write_json(path, record)
             return
-        before, now = map(self._lasting, (read_json(path), record))
+        first = read_json(path)
+        is_longer = record["flags"]["epochs"] > first["flags"]["epochs"]
+        if is_longer:
+            first["flags"]["epochs"] = record["flags"]["epochs"]
+        before, now = map(self._lasting, (first, record))
         lines = [f"\n  {name:24} {json.dumps(before.get(name))[:30]:32} {json.dumps(value)[:30]}"
                  for name, value in now.items() if value != before.get(name)]
         if lines:
             raise UserError(f"{self.folder} cannot be continued exactly: these differ (then, now); "
                             f"start a new run or restore them{''.join(lines)}")
+        if is_longer:
+            with explained_write_errors(self.folder):
+                self.path("metrics.json").unlink(missing_ok=True)
+            write_json(path, first)
 
     def _lasting(self, record):
         """What of an args.json a resumed run must keep."""
@@ -755,8 +766,12 @@ def _folder_to_resume(args):
             with checkpoint_fields(args.resume):
                 load_model_file(args.resume)["progress"]  # a file of another kind is refused before anything is decoded
         flags = read_json(folder / "args.json")["flags"]
-        if args.epochs > flags["epochs"]:
-            _open_for_more_epochs(folder, args.epochs, flags)
+        scheduler = flags["scheduler"]
+        if args.epochs > flags["epochs"] and scheduler not in OPEN_SCHEDULES:
+            raise UserError(
+                f"{folder}: its --scheduler {scheduler} is made for {flags['epochs']} epochs, not for {args.epochs}. Go on "
+                f"from its weights in a new run: --init_from {folder / 'best_model.pth'}, or train with --scheduler "
+                "plateau or none")
     if folder and is_finished(folder, args):
         print(f"{folder} is finished: nothing to continue; its report is {folder / 'report.html'}", flush=True)
         sys.exit(EXIT_OK)
@@ -791,26 +806,14 @@ def _newest_folder(args):
     return None
 
 
-def _open_for_more_epochs(folder, epochs, flags):
-    """Let a run go on to more epochs. UserError where its learning rate would have been another all along."""
-    scheduler = flags["scheduler"]
-    if scheduler not in OPEN_SCHEDULES:
-        raise UserError(f"{folder}: its --scheduler {scheduler} is made for {flags['epochs']} epochs, not for {epochs}. "
-                        f"Go on from its weights in a new run: --init_from {folder / 'best_model.pth'}, or train with "
-                        "--scheduler plateau or none")
-    with explained_write_errors(folder), lock_folder(folder):
-        for metrics in folder.glob("**/metrics.json"):
-            metrics.unlink()
-        # its own args.json is the last one: after a kill before that the same command begins here again
-        for path in sorted(folder.glob("**/args.json"), reverse=True):
-            record = read_json(path)
-            record["flags"]["epochs"] = epochs
-            write_json(path, record)
+def has_metrics(folder, epochs):
+    """True where a run folder holds its metrics, and not those of fewer epochs."""
+    return (folder / "metrics.json").exists() and read_json(folder / "args.json")["flags"]["epochs"] >= epochs
 
 
 def is_finished(folder, args):
-    """True where a run folder holds its metrics, made of all the folds that are asked for."""
-    if not (folder / "metrics.json").exists():
+    """True where a run folder holds its metrics, made of all the epochs and folds that are asked for."""
+    if not has_metrics(folder, args.epochs):
         return False
     compared = list(folder.glob("run_*/args.json"))  # of several backbones, each with its own folds
     if compared:
@@ -2685,6 +2688,9 @@ class Training:
         progress.done = progress.stopping.is_over(progress.epoch) or progress.epoch >= self.args.epochs
         self.checkpoints.write_history(progress.history)  # a kill after the last save may have cost its last row
         self.run.say(f"continuing after epoch {progress.epoch} and {progress.batch} batches")
+        if progress.done and progress.epoch < self.args.epochs:
+            self.run.say(f"note: --patience {self.args.patience} ended the training, so no epoch comes after it; --init_from "
+                         f"{self.run.path('best_model.pth')} trains on in a new run")
 
 
 def peak_memory(device):

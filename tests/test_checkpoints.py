@@ -261,6 +261,12 @@ def test_a_lost_history_file_is_written_again(tmp_path):
     assert (tmp_path / "training_history.csv").read_bytes() == written
 
 
+def test_more_epochs_of_what_early_stopping_has_ended_say_what_to_do(tmp_path, capsys):
+    assert train(*make_training(tmp_path, False, epochs=9, patience=1)).progress.epoch == 2
+    assert make_training(tmp_path, True, epochs=12, patience=1)[0].progress.done
+    assert re.search(r"note: --patience 1 ended the training.* --init_from \S*best_model.pth", capsys.readouterr().out)
+
+
 def test_not_a_number_is_never_best(tmp_path):
     training, loader = make_training(tmp_path, False, epochs=3, save_top_k=1)
     for val_loss in (0.5, math.nan, 0.4):

@@ -296,21 +296,21 @@ def test_after_the_run_inside_a_run_nothing_more_is_trained(tmp_path):
 def test_folds_that_are_done_one_by_one_can_be_pooled(tmp_path):
     """--folds 2 --fold 0, then --resume RUN --fold 1: nothing pools both before --fold all. Also with --cv_file."""
     folder = make_run(tmp_path, "--folds", "2", "--fold", 0, folds=[0, 1], pooled=[1])
-    found = {fold: common.is_finished(folder, SimpleNamespace(fold=fold)) for fold in (0, 1, "all")}
+    found = {fold: common.is_finished(folder, SimpleNamespace(fold=fold, epochs=50)) for fold in (0, 1, "all")}
     assert found == {0: False, 1: True, "all": False}
     with common.start_run(parsed(tmp_path, "--resume", folder, "--fold", "all")) as run:
         run.write_args(fingerprint="same")
         assert run.folder == folder and list(run.each_fold([None, None], None)) == [0, 1]
     common.write_json(folder / "metrics.json", {"folds": [{"fold": 0}, {"fold": 1}]})
-    assert all(common.is_finished(folder, SimpleNamespace(fold=fold)) for fold in (0, 1, "all"))
+    assert all(common.is_finished(folder, SimpleNamespace(fold=fold, epochs=50)) for fold in (0, 1, "all"))
     (folder / "metrics.json").unlink()
-    assert not common.is_finished(folder, SimpleNamespace(fold=0))
+    assert not common.is_finished(folder, SimpleNamespace(fold=0, epochs=50))
 
 
 def test_a_comparison_of_backbones_is_finished_with_its_folds(tmp_path):
     """Its networks have the folds; a run of one split has none."""
     top = make_run(tmp_path, pooled=[])
-    args = SimpleNamespace(fold="all")
+    args = SimpleNamespace(fold="all", epochs=50)
     assert common.is_finished(top, args)
     inner = make_run(top, "--folds", 2, folds=[0, 1], pooled=[0])
     assert not common.is_finished(top, args)
@@ -322,11 +322,24 @@ class Kill(Exception):
     pass
 
 
+def go_on(folder, *words, data="same"):
+    """What a resume does before it trains: the folds that are not finished get their args.json."""
+    opened = []
+
+    def run_split(child, _):
+        child.write_args(fingerprint=data)
+        opened.append(child.folder.name)
+    with common.start_run(parsed(folder.parent, "--resume", folder, *words)) as run:
+        run.write_args(fingerprint=data)
+        run.each_fold([None, None], run_split)
+    return opened
+
+
 @pytest.mark.parametrize("killed_at", [None, 0, 1, 2])
 def test_folds_go_on_for_more_epochs(tmp_path, monkeypatch, killed_at):
     """Their records agree with the one above them; after a kill between two of them the same command does the rest."""
     folder = make_run(tmp_path, "--folds", 2, "--epochs", 2, folds=[0, 1], pooled=[0, 1])
-    more = ["--resume", folder, "--epochs", 3]
+    more = ["--epochs", 3]
     if killed_at is not None:
         write = iter([common.write_json] * killed_at)
 
@@ -334,15 +347,28 @@ def test_folds_go_on_for_more_epochs(tmp_path, monkeypatch, killed_at):
             next(write, kill)(*content)
         with monkeypatch.context() as patch, pytest.raises(Kill):
             patch.setattr(common, "write_json", killed)
-            common.start_run(parsed(tmp_path, *more))
-    assert (folder / "metrics.json").exists() is (killed_at is None)
-    with common.start_run(parsed(tmp_path, *more)) as run:
-        assert not list(folder.glob("**/metrics.json"))
-        run.write_args(fingerprint="same")
-        for k in (0, 1):
-            with run.child(f"fold_{k}") as child:
-                child.write_args(fingerprint="same")
+            go_on(folder, *more)
+    assert set(go_on(folder, *more)) >= {"fold_0", "fold_1"}
+    assert not list(folder.glob("**/metrics.json"))
+    assert {common.read_json(path)["flags"]["epochs"] for path in folder.glob("**/args.json")} == {3}
     assert parsed(tmp_path, "--resume", folder).epochs == 3
+
+
+def test_one_fold_goes_on_for_more_epochs_and_the_others_when_they_are_asked_for(tmp_path):
+    folder = make_run(tmp_path, "--folds", 2, "--epochs", 2, folds=[0, 1], pooled=[0, 1])
+    assert go_on(folder, "--epochs", 3, "--fold", 0) == ["fold_0"]
+    assert [path.parent.name for path in folder.glob("**/metrics.json")] == ["fold_1"]
+    common.write_json(folder / "fold_0" / "metrics.json", {})
+    assert go_on(folder) == ["fold_1"]  # metrics of 2 and of 3 epochs are not pooled
+
+
+@pytest.mark.parametrize("words, data", [(["--clip_grad", 9], "same"), ([], "changed")], ids=["flags", "data"])
+def test_more_epochs_that_are_refused_leave_a_finished_run_as_it_was(tmp_path, words, data):
+    folder = make_run(tmp_path, "--folds", 2, "--epochs", 2, folds=[0, 1], pooled=[0, 1])
+    before = {path: path.read_bytes() for path in folder.glob("**/*.json")}
+    with pytest.raises(common.UserError, match="cannot be continued exactly"):
+        go_on(folder, "--fold", 0, "--epochs", 3, *words, data=data)
+    assert {path: path.read_bytes() for path in folder.glob("**/*.json")} == before
 
 
 def kill(*_):
