@@ -2257,7 +2257,7 @@ class Checkpoints:
     def read_last(self, named):
         """Content of the newest usable checkpoint, or of the file `named`; None where the run stopped before any.
 
-        Raises CheckpointError where there are files and none of them can be used.
+        Raises CheckpointError where there are files and none of them can be used, or they are lost.
         """
         paths = [self.run.path("last.pth"), self.run.path("last.pth.prev")]
         if named.is_file() and named.resolve().parent == self.run.folder.resolve():  # not in the other folds
@@ -2270,11 +2270,18 @@ class Checkpoints:
                 faults.append(str(error))
                 self.run.say(f"WARNING: {error}")
                 continue
-            if faults:
-                self.run.say(f"WARNING: continuing from {path.name}, the checkpoint before it")
+            if path.suffix == ".prev":
+                self.run.say(f"WARNING: continuing from {path.name}, the checkpoint before last.pth")
             return content
-        if faults:
-            raise CheckpointError(f"{self.run.folder} cannot be continued: no usable checkpoint ({'; '.join(faults)})")
+        kept = set(self.run.folder.glob("checkpoint_epoch_*.pth")) - set(paths)
+        # a kill may leave that of epoch 1 before there is any last.pth
+        is_lost = self.run.path("training_history.csv").exists() or kept - {self.run.path("checkpoint_epoch_1.pth")}
+        if faults or is_lost:
+            faults = faults or ["last.pth is lost"]
+            newest = max(kept, key=lambda path: (len(path.name), path.name), default=None)
+            older = f"--resume {newest} goes on from an older one" if kept else "start a new run"
+            raise CheckpointError(
+                f"{self.run.folder} cannot be continued: no usable checkpoint ({'; '.join(faults)}); {older}")
         return None
 
 
@@ -2675,6 +2682,14 @@ class Training:
         self.processes.on_first(lambda: save_checkpoint(
             self.run.path(name), to_plain_types(content | {"model": self.model.state_dict()})))
 
+    def _check_best(self):
+        """Refuse a best_model.pth that is lost or damaged now, not after the epochs that remain."""
+        try:
+            load_model_file(self.run.path("best_model.pth"))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}: the best epoch so far is lost with it; put back a copy, or start a new run"
+                                  ) from None
+
     def _load_last(self):
         content = self.checkpoints.read_last(Path(self.args.resume))
         if content is None:
@@ -2686,6 +2701,8 @@ class Training:
             self.progress = Progress.from_dict(content["progress"])
         progress = self.progress
         progress.done = progress.stopping.is_over(progress.epoch) or progress.epoch >= self.args.epochs
+        if progress.best_epoch is not None:
+            self._check_best()
         self.checkpoints.write_history(progress.history)  # a kill after the last save may have cost its last row
         self.run.say(f"continuing after epoch {progress.epoch} and {progress.batch} batches")
         if progress.done and progress.epoch < self.args.epochs:

@@ -267,6 +267,37 @@ def test_more_epochs_of_what_early_stopping_has_ended_say_what_to_do(tmp_path, c
     assert re.search(r"note: --patience 1 ended the training.* --init_from \S*best_model.pth", capsys.readouterr().out)
 
 
+def test_lost_checkpoints_are_no_fresh_start(tmp_path, capsys):
+    """A WARNING for the one before; without it the newest of the older ones is named, or a new run."""
+    train(*make_training(tmp_path, False, epochs=11, save_every=1))
+    (tmp_path / "last.pth").unlink()
+    assert make_training(tmp_path, True, epochs=11)[0].progress.epoch == 10
+    assert "WARNING: continuing from last.pth.prev" in capsys.readouterr().out
+    (tmp_path / "last.pth.prev").unlink()
+    with pytest.raises(common.CheckpointError, match=r"last.pth is lost\); --resume \S*checkpoint_epoch_11.pth"):
+        make_training(tmp_path, True)
+    (tmp_path / "training_history.csv").unlink()
+    with pytest.raises(common.CheckpointError, match=r"checkpoint_epoch_11.pth"):
+        make_training(tmp_path, True)
+    for path in set(tmp_path.glob("checkpoint_epoch_*")) - {tmp_path / "checkpoint_epoch_1.pth"}:
+        path.unlink()
+    assert make_training(tmp_path, True)[0].progress.epoch == 0  # killed before the first last.pth
+    (tmp_path / "checkpoint_epoch_1.pth").unlink()
+    (tmp_path / "training_history.csv").write_text("epoch")
+    with pytest.raises(common.CheckpointError, match=r"last.pth is lost\); start a new run"):
+        make_training(tmp_path, True)
+
+
+@pytest.mark.parametrize("content", [None, b"cut"])
+def test_a_lost_best_model_is_noticed_before_more_is_trained(tmp_path, content):
+    train(*make_training(tmp_path, False))
+    (tmp_path / "best_model.pth").unlink()
+    if content:
+        (tmp_path / "best_model.pth").write_bytes(content)
+    with pytest.raises(common.CheckpointError, match="best_model.pth.*; put back a copy, or start a new run"):
+        make_training(tmp_path, True, epochs=9)
+
+
 def test_not_a_number_is_never_best(tmp_path):
     training, loader = make_training(tmp_path, False, epochs=3, save_top_k=1)
     for val_loss in (0.5, math.nan, 0.4):
