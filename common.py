@@ -749,9 +749,11 @@ def run_folder_of(target):
     """--resume RUN or CHECKPOINT -> the run folder, for a fold that of all folds. May raise UserError."""
     target = Path(target)
     folder = target if target.is_dir() else target.parent
-    if not target.exists() or not (folder / "args.json").is_file():
+    if not (folder / "args.json").is_file():
         raise UserError(f"--resume {target} is no run folder or checkpoint inside one "
                         f"(no args.json in {folder})")
+    if not target.exists():
+        raise UserError(f"--resume {target}: no such file in that run; --resume {folder} takes the newest it has")
     is_fold = re.fullmatch(r"fold_\d+", folder.name) and (folder.parent / "args.json").is_file()
     return folder.parent if is_fold else folder
 
@@ -939,7 +941,8 @@ def write_whole(path, content, previous=None):
 def replace_file(path, content, temporary, previous=None):
     """Write bytes into a temporary file, which then takes the path; an OSError leaves nothing of it.
 
-    previous: the name that an older file at the path is given, for a moment the only one there is.
+    previous: the name that an older file at the path is given. The path is never without a file, unless the drive knows
+    no hard links.
     """
     try:
         with open(temporary, "wb") as handle:
@@ -947,7 +950,12 @@ def replace_file(path, content, temporary, previous=None):
             handle.flush()
             os.fsync(handle.fileno())
         if previous and path.exists():
-            os.replace(path, previous)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(previous)
+            try:
+                os.link(path, previous)
+            except OSError:
+                os.replace(path, previous)
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):

@@ -45,6 +45,26 @@ def test_previous_is_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pth", "last.pth.prev"]
 
 
+def test_there_is_a_last_checkpoint_at_every_moment(tmp_path, monkeypatch):
+    path = tmp_path / "last.pth"
+    replace = os.replace
+
+    def watched(*names):
+        assert path.exists() or names[1] == path
+        replace(*names)
+        assert path.exists()
+    common.save_checkpoint(path, content(1.0))
+    monkeypatch.setattr(common.os, "replace", watched)
+    common.save_checkpoint(path, content(2.0), keep_previous=True)
+
+
+def test_previous_is_kept_where_the_drive_knows_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+    monkeypatch.setattr(common.os, "link", refuse)
+    test_previous_is_kept(tmp_path)
+
+
 def test_a_full_disk_names_file_and_bytes(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -184,6 +184,8 @@ def test_other_data_are_refused(sample, stopped, tmp_path):
 def test_resume_of_something_else(stopped, tmp_path):
     assert "no run folder" in run_here("train_assessor.py", "--resume", tmp_path / "none", code=2).stderr
     folder = copy_of(stopped, tmp_path)
+    text = run_here("train_assessor.py", "--resume", folder / "lost.pth", code=2).stderr
+    assert f"no such file in that run; --resume {folder}" in text
     record = json.loads((folder / "args.json").read_text())
     (folder / "args.json").write_text(json.dumps({**record, "script": "train_video.py"}))
     assert "train_video.py" in run_here("train_assessor.py", "--resume", folder, code=2).stderr
