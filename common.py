@@ -2299,7 +2299,7 @@ class Checkpoints:
 # The steps that are easy to get wrong, and a state from which a killed run repeats the same bits.
 
 class NotFinite(UserError):
-    """A loss or gradient that is NaN or infinite: its step is not taken, and the run stops with exit code 1."""
+    """A NaN or an infinite number as loss or gradient, whose step is not taken, or as score of all epochs: exit code 1."""
     code = EXIT_CRASH
 
 
@@ -2572,7 +2572,7 @@ class Training:
         progress.history.append(
             {"epoch": progress.epoch + 1, "learning_rate": self.current.learning_rate, **numbers})
         progress.next_epoch()
-        progress.best_epoch = self._best_epochs()[0]
+        progress.best_epoch = next(iter(self._best_epochs()), None)
         is_best = progress.best_epoch == progress.epoch
         self._count_patience()
         self.run.watch(progress.history[-1])
@@ -2583,12 +2583,13 @@ class Training:
         self._report(numbers, is_best)
 
     def _best_epochs(self):
-        """Numbers of all epochs so far, the best first and the first of equals before the others."""
-        return sorted(range(1, self.progress.epoch + 1), key=self._score_of, reverse=True)
+        """Numbers of the epochs with a score, the best first and the first of equals before the others."""
+        epochs = [epoch for epoch in range(1, self.progress.epoch + 1) if self._score_of(epoch) > -math.inf]
+        return sorted(epochs, key=self._score_of, reverse=True)
 
     def _score_of(self, epoch):
-        """Larger is better: the epoch's number for 'last', -inf for NaN."""
-        if self.select == "last":
+        """Larger is better: the epoch's number for 'last' and in a dry run, -inf for NaN."""
+        if self.select == "last" or self.args.dry_run:
             return float(epoch)
         score = self.progress.history[epoch - 1][self.select]
         if not math.isfinite(score):
@@ -2673,8 +2674,13 @@ class Training:
     def load_best(self):
         """Give the model the weights of the best epoch; returns all that best_model.pth holds.
 
-        Raises CheckpointError where it holds another epoch: one from before a resume that did not repeat it.
+        Raises NotFinite where no epoch has a score, CheckpointError where the file holds another epoch: one from before a
+        resume that did not repeat it.
         """
+        if self.progress.best_epoch is None:
+            raise NotFinite(f"{self.select} is a number after none of the {self.progress.epoch} epochs, so none is the best. "
+                            "Look at the validation part (one class, equal ratings?), choose by another column (--select) "
+                            "or by none (--select last)")
         best = load_model_file(self.run.path("best_model.pth"))
         trained = best["history"]["epoch"]  # best["epoch"] is 0 where a script kept none
         if trained != self.progress.best_epoch:

@@ -287,6 +287,21 @@ def test_more_epochs_of_what_early_stopping_has_ended_say_what_to_do(tmp_path, c
     assert re.search(r"note: --patience 1 ended the training.* --init_from \S*best_model.pth", capsys.readouterr().out)
 
 
+def test_scores_that_are_never_numbers_end_in_a_sentence(tmp_path, capsys):
+    training = train(*make_training(tmp_path, False, save_top_k=1), val_loss=lambda epoch: math.nan)
+    assert training.progress.best_epoch is None and not list(tmp_path.glob("*best*")) + list(tmp_path.glob("top*"))
+    assert "*" not in capsys.readouterr().out
+    for each in (training, make_training(tmp_path, True)[0]):
+        with pytest.raises(common.NotFinite, match="val_loss is a number after none of the 2 epochs.*--select last"):
+            each.load_best()
+
+
+def test_a_dry_run_needs_no_score(tmp_path):
+    """Its few rows may have none."""
+    training = train(*make_training(tmp_path, False, epochs=1, dry_run=True), val_loss=lambda epoch: math.nan)
+    assert training.load_best()["epoch"] == 1
+
+
 def test_lost_checkpoints_are_no_fresh_start(tmp_path, capsys):
     """A WARNING for the one before; without it the newest of the older ones is named, or a new run."""
     train(*make_training(tmp_path, False, epochs=11, save_every=1))
