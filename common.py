@@ -786,7 +786,7 @@ def _newest_folder(args):
     Where there is none, a note names the newest unfinished one with these flags, and why it is not continued.
     """
     paths = sorted(args.output_dir.glob("run_*/args.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    records = {path.parent: read_json(path) for path in paths}
+    records = {path.parent: _read_or_warn(path) for path in paths}
     now = {"script": script_name(), "flags": json_safe(flags_of(args))}
 
     def alike(may_differ):
@@ -810,7 +810,18 @@ def _newest_folder(args):
 
 def has_metrics(folder, epochs):
     """True where a run folder holds its metrics, and not those of fewer epochs."""
-    return (folder / "metrics.json").exists() and read_json(folder / "args.json")["flags"]["epochs"] >= epochs
+    path = folder / "metrics.json"
+    return path.exists() and bool(_read_or_warn(path)) and read_json(folder / "args.json")["flags"]["epochs"] >= epochs
+
+
+def _read_or_warn(path):
+    """The object in a JSON file; {} where there is none, with a WARNING where the file cannot be read."""
+    try:
+        content = read_json(path)
+    except UserError as error:
+        print(f"WARNING: {error}", flush=True)
+        content = None
+    return content if isinstance(content, dict) else {}
 
 
 def is_finished(folder, args):

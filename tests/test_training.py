@@ -280,7 +280,7 @@ def make_run(folder, *words, folds=(), pooled=None, data="same"):
         for k in folds:
             with run.child(f"fold_{k}") as child:
                 child.write_args(fingerprint=data)
-                common.write_json(child.path("metrics.json"), {})
+                common.write_json(child.path("metrics.json"), {"rows": 1})
         if pooled is not None:
             common.write_json(run.path("metrics.json"), {"folds": [{"fold": k} for k in pooled]})
     return run.folder
@@ -305,6 +305,18 @@ def test_folds_that_are_done_one_by_one_can_be_pooled(tmp_path):
     assert all(common.is_finished(folder, SimpleNamespace(fold=fold, epochs=50)) for fold in (0, 1, "all"))
     (folder / "metrics.json").unlink()
     assert not common.is_finished(folder, SimpleNamespace(fold=0, epochs=50))
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_files_that_cannot_be_read_do_not_block_resume_auto(tmp_path, capsys, content):
+    """A foreign args.json, and the damaged metrics of a run, which is then unfinished."""
+    folder = make_run(tmp_path)
+    (folder / "metrics.json").write_text(content)
+    (tmp_path / "run_of_another").mkdir()
+    (tmp_path / "run_of_another" / "args.json").write_text(content)
+    with common.start_run(parsed(tmp_path, "--resume")) as run:
+        assert run.folder == folder
+    assert capsys.readouterr().out.count("WARNING") >= (2 if content == "{" else 0)
 
 
 def test_a_comparison_of_backbones_is_finished_with_its_folds(tmp_path):
@@ -358,7 +370,7 @@ def test_one_fold_goes_on_for_more_epochs_and_the_others_when_they_are_asked_for
     folder = make_run(tmp_path, "--folds", 2, "--epochs", 2, folds=[0, 1], pooled=[0, 1])
     assert go_on(folder, "--epochs", 3, "--fold", 0) == ["fold_0"]
     assert [path.parent.name for path in folder.glob("**/metrics.json")] == ["fold_1"]
-    common.write_json(folder / "fold_0" / "metrics.json", {})
+    common.write_json(folder / "fold_0" / "metrics.json", {"rows": 1})
     assert go_on(folder) == ["fold_1"]  # metrics of 2 and of 3 epochs are not pooled
 
 
