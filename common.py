@@ -456,8 +456,12 @@ def _parse_yaml(text):
 
         def construct_mapping(self, node, deep=False):
             return unique_keys(self.construct_pairs(node, deep=True))
+    depth = 0
     try:
         for event in yaml.parse(text, Loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 50:
+                raise RecursionError
             if getattr(event, "anchor", None):
                 line = event.start_mark.line + 1
                 raise ValueError(f"anchors and aliases are not read (line {line})")

@@ -210,7 +210,8 @@ def test_config_values_are_read_as_if_they_were_typed(tmp_path, name, text):
     ("- epochs", ["list"]), ("a: [", ["cannot be read"]), ("scheduler: cosin", ["scheduler", "cosine"]),
     ("deterministic: 3", ["deterministic", "true or false"]), ("lr: [1e-4, 1e-3]", ["lr", "expected float", "1e-3"]),
     ("pixel_range: [0]", ["pixel_range", "expected 2"]), ("pixel_range: [0, 1, 27]", ["more values", "27"]),
-    ("? [a]\n: 1", ["unknown key"]), ("lr: {a: {b: " + "{c: " * 5000, []),
+    ("? [a]\n: 1", ["unknown key"]), ("lr: {a: {b: " + "{c: " * 5000, ["nested too deeply"]),
+    ("[" * 100_000, ["nested too deeply"]), ("- " * 100_000, ["nested too deeply"]),
     ("!!python/object/apply:os.system ['true']", ["cannot be read"]),
 ])
 def test_config_mistakes_are_one_line(tmp_path, text, words):
