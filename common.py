@@ -1041,7 +1041,9 @@ def run_main(main):
     sys.exit(code)
 
 
-LOST_WORKER = re.compile(r"DataLoader (worker \(|timed out)")
+# with a full /dev/shm: torch cannot share a batch </torch_...>, Python not make a semaphore
+LOST_WORKER = re.compile(r"DataLoader (worker \(|timed out)|</torch_|^\[Errno 28\] No space left on device$")
+OUT_OF_MEMORY = re.compile("can't allocate memory|Insufficient memory")  # torch's on the CPU, OpenCV's
 IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker .*\n\S+: ", re.DOTALL)  # torch's text up to the error's own
 
 
@@ -1053,7 +1055,7 @@ def _explain(error):
         return error.code, "" if error.said_by_first else f"error: {message}"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPT, "interrupted"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(str(error)):
         return EXIT_CRASH, f"error: out of memory ({reason})\n{_half_batch()}"
     if "more than 1 value per channel" in reason:
         return UserError.code, ("error: BatchNorm got a single value per channel: take a larger "
@@ -1061,7 +1063,7 @@ def _explain(error):
     if LOST_PROCESS.search(str(error)) and launched_processes().size > 1:
         return EXIT_CRASH, f"error: another process of this run has ended, see there ({reason})"
     if LOST_WORKER.search(str(error)):
-        return EXIT_CRASH, (f"error: a loader worker died or hangs ({reason}). The last checkpoint is "
+        return EXIT_CRASH, (f"error: a loader worker died or hangs, or lacks shared memory ({reason}). The last checkpoint is "
                             "whole: --resume auto continues. Try --num_workers 0, or a larger /dev/shm")
     return None, None
 

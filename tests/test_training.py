@@ -3,6 +3,7 @@
     python -m pytest tests/test_training.py
 """
 import concurrent.futures
+import errno
 import json
 import math
 import os
@@ -493,6 +494,25 @@ def test_out_of_memory_prints_the_command_with_half_the_batch(monkeypatch, words
     monkeypatch.setattr("sys.argv", ["train_x.py", *shlex.split(words)])
     code, message = common._explain(torch.OutOfMemoryError("CUDA out of memory"))
     assert code == 1 and message.endswith(f"\ntry: python train_x.py {expected}")
+
+
+def test_memory_that_runs_out_is_known_by_its_text():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10 ** 15)
+    in_opencv = RuntimeError("OpenCV(5.0.0) alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 9 bytes")
+    for error in (caught.value, in_opencv):
+        code, message = common._explain(error)
+        assert code == 1 and message.startswith("error: out of memory")
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("unable to allocate shared memory(shm) for file </torch_26001_2426069785_0>: No space left on device (28)"),
+    RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n"
+                 "RuntimeError: unable to write to file </torch_26001_1_0>: No space left on device (28)"),
+    OSError(errno.ENOSPC, "No space left on device")], ids=["shared", "in a worker", "semaphore"])
+def test_full_shared_memory_says_what_to_try(error):
+    code, message = common._explain(error)
+    assert code == 1 and "lacks shared memory" in message and "/dev/shm" in message
 
 
 @pytest.mark.parametrize("words", [["--predict_batch_size", "8"], ["--batch_size", "1"]])
