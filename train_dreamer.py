@@ -76,8 +76,6 @@ def dependent_defaults(args):
     defaults = {}
     if args.folds:
         defaults["test_ratio"] = 0.0
-    if args.precision:
-        defaults["use_amp"] = "off" if args.precision == "32" else "on"
     if args.mode == "audit":
         defaults["on_bad_file"] = "skip"  # an audit lists them all
     if args.checkpoint:
@@ -151,8 +149,9 @@ def add_model_arguments(add):
         help="train on at1 alone: both weights 0")
     add("--select", choices=("main_task_loss", "last"), default="main_task_loss",
         help="validation column that chooses the epoch; last = no choice, so that validation stays unseen")
-    add("--precision", choices=("32", "16", "bf16"),
-        help="alias: 32 = --use_amp off, 16 and bf16 = --use_amp on")
+    use_amp = {"32": "off", "16": "on", "bf16": "on"}
+    add("--precision", dest="use_amp", type=lambda word: use_amp.get(word, word), choices=("on", "off"),
+        metavar="{32,16,bf16}", help="alias: 32 = --use_amp off, 16 and bf16 = --use_amp on")
 
 
 def check_flags(parser, args):
@@ -175,8 +174,6 @@ def check_flags(parser, args):
         parser.error(f"--augment {args.augment}: expected one of none, {', '.join(LARGEST_TURN)}")
     if args.d_model % (2 * args.n_heads):
         parser.error(f"--d_model {args.d_model} is no multiple of 2 x --n_heads {args.n_heads}")
-    if args.precision and "use_amp" in args.given:
-        parser.error(f"--precision {args.precision} is another name for --use_amp {args.use_amp}; give one")
     if bool(args.checkpoint) != (args.mode in ("evaluate", "predict")):
         parser.error(f"--mode {args.mode}: evaluate and predict need --checkpoint FILE, the others take none (training "
                      "starts from its weights with --init_from)")

@@ -733,6 +733,18 @@ def test_keys_of_the_published_study_are_read(tmp_path):
     assert (args.smooth_l1_beta, args.lambda_latent, args.use_amp, args.token_type) == (0.5, 0.3, "on", "channel")
 
 
+def test_a_typed_precision_wins_over_a_config(tmp_path):
+    """Every args.json names use_amp."""
+    (tmp_path / "c.yaml").write_text("use_amp: on")
+    config = ["--config", str(tmp_path / "c.yaml")]
+    assert train_dreamer.parse_args(config).use_amp == "on"
+    assert train_dreamer.parse_args([*config, "--precision", "32"]).use_amp == "off"
+    (tmp_path / "c.yaml").write_text("precision: bf16")
+    assert train_dreamer.parse_args(config).use_amp == "on"
+    assert train_dreamer.parse_args([*config, "--use_amp", "off"]).use_amp == "off"
+    assert train_dreamer.parse_args([]).use_amp == "auto"
+
+
 def test_flags_of_the_world_model_without_one_are_said():
     args = train_dreamer.parse_args(["--num_layers", "3", "--primary_task_only", "--backbone_lr_mult", "0.1"])
     assert train_dreamer.flags_without_effect(args) == [
@@ -875,7 +887,7 @@ FLAG_MISTAKES = {
     "folds without a choice": (["--folds", 3, "--val_ratio", 0], ["--select last"]),
     "lists without the switch": (["--train_patients", "a"], ["--manual_splits"]),
     "two maps": (["--patient_regex", "x"], ["give one"]),
-    "two precisions": (["--precision", "32", "--use_amp", "on"], ["give one"]),
+    "unknown precision": (["--precision", "64"], ["--precision", "64"]),
     "no checkpoint": (["--mode", "evaluate"], ["--checkpoint"]),
     "a checkpoint to train from": (["--checkpoint", "x.pth"], ["--mode train", "--init_from"]),
     "two splits": (["--split_file", "s.json", *LISTS], ["own split"]),
