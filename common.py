@@ -614,18 +614,16 @@ class Run:
             write_json(path, record)
             return
         first = read_json(path)
-        is_longer = record["flags"]["epochs"] > first["flags"]["epochs"]
-        if is_longer:
-            first["flags"]["epochs"] = record["flags"]["epochs"]
+        epochs = first["flags"]["epochs"]
+        first["flags"]["epochs"] = max(epochs, self.args.epochs)
         before, now = map(self._lasting, (first, record))
         lines = [f"\n  {name:24} {json.dumps(before.get(name))[:30]:32} {json.dumps(value)[:30]}"
                  for name, value in now.items() if value != before.get(name)]
         if lines:
             raise UserError(f"{self.folder} cannot be continued exactly: these differ (then, now); "
                             f"start a new run or restore them{''.join(lines)}")
-        if is_longer:
-            with explained_write_errors(self.folder):
-                self.path("metrics.json").unlink(missing_ok=True)
+        if epochs < self.args.epochs:
+            self.path("metrics.json").unlink(missing_ok=True)
             write_json(path, first)
 
     def _lasting(self, record):
@@ -965,8 +963,7 @@ def replace_file(path, content, temporary, previous=None):
             handle.flush()
             os.fsync(handle.fileno())
         if previous and path.exists():
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(previous)
+            Path(previous).unlink(missing_ok=True)
             try:
                 os.link(path, previous)
             except OSError:
@@ -2635,9 +2632,14 @@ class Training:
         chosen_first = sorted(numbers, key=lambda name: name != self.select)
         shown = "".join(f"  {name} {numbers[name]:.4g}" for name in chosen_first[:3])
         self.run.say(f"epoch {progress.epoch}/{self.args.epochs}{shown}  {end}")
+        self._say_stopped_early()
+
+    def _say_stopped_early(self):
+        progress = self.progress
         if progress.done and progress.epoch < self.args.epochs:
             self.run.say(f"stopped early after epoch {progress.epoch}: no better {self.select} for "
-                         f"{progress.stopping.bad_epochs} epochs")
+                         f"{progress.stopping.bad_epochs} epochs; only a new run trains on, with --init_from "
+                         f"{self.run.path('best_model.pth')}")
 
     # --- saving and loading -------------------------------------------------
 
@@ -2736,9 +2738,7 @@ class Training:
             self._check_best()
         self.checkpoints.write_history(progress.history)  # a kill after the last save may have cost its last row
         self.run.say(f"continuing after epoch {progress.epoch} and {progress.batch} batches")
-        if progress.done and progress.epoch < self.args.epochs:
-            self.run.say(f"note: --patience {self.args.patience} ended the training, so no epoch comes after it; --init_from "
-                         f"{self.run.path('best_model.pth')} trains on in a new run")
+        self._say_stopped_early()
 
 
 def peak_memory(device):

@@ -284,7 +284,7 @@ def test_a_lost_history_file_is_written_again(tmp_path):
 def test_more_epochs_of_what_early_stopping_has_ended_say_what_to_do(tmp_path, capsys):
     assert train(*make_training(tmp_path, False, epochs=9, patience=1)).progress.epoch == 2
     assert make_training(tmp_path, True, epochs=12, patience=1)[0].progress.done
-    assert re.search(r"note: --patience 1 ended the training.* --init_from \S*best_model.pth", capsys.readouterr().out)
+    assert re.search(r"continuing.*\nstopped early after epoch 2.*--init_from \S*best_model.pth", capsys.readouterr().out)
 
 
 def test_scores_that_are_never_numbers_end_in_a_sentence(tmp_path, capsys):
