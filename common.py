@@ -770,12 +770,11 @@ def _folder_to_resume(args):
             with checkpoint_fields(args.resume):
                 load_model_file(args.resume)["progress"]  # a file of another kind is refused before anything is decoded
         flags = read_json(folder / "args.json")["flags"]
-        scheduler = flags["scheduler"]
-        if args.epochs > flags["epochs"] and scheduler not in OPEN_SCHEDULES:
+        if args.epochs > flags["epochs"] and flags["scheduler"] not in OPEN_SCHEDULES:
             raise UserError(
-                f"{folder}: its --scheduler {scheduler} is made for {flags['epochs']} epochs, not for {args.epochs}. Go on "
-                f"from its weights in a new run: --init_from {folder / 'best_model.pth'}, or train with --scheduler "
-                "plateau or none")
+                f"{folder}: its --scheduler {flags['scheduler']} is made for {flags['epochs']} epochs, not for "
+                f"{args.epochs}. Go on from its weights in a new run: --init_from {folder / 'best_model.pth'}, or "
+                "train with --scheduler plateau or none")
     if folder and is_finished(folder, args):
         print(f"{folder} is finished: nothing to continue; its report is {folder / 'report.html'}", flush=True)
         sys.exit(EXIT_OK)
@@ -1046,22 +1045,23 @@ IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker .*\n\S+: ", re.DOTALL) 
 
 def _explain(error):
     """(exit code, text for the user) of an exception; (None, None) for a programming mistake."""
+    text = str(error)
     reason = one_line(error)
     if isinstance(error, UserError):
-        message = IN_WORKER.sub("", str(error)).rstrip()
+        message = IN_WORKER.sub("", text).rstrip()
         return error.code, "" if error.said_by_first else f"error: {message}"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPT, "interrupted"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(str(error)):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(text):
         return EXIT_CRASH, f"error: out of memory ({reason})\n{_half_batch()}"
     if "more than 1 value per channel" in reason:
         return UserError.code, ("error: BatchNorm got a single value per channel: take a larger "
                                 "--batch_size or picture, or keep its statistics (--freeze_norm)")
-    if LOST_PROCESS.search(str(error)) and launched_processes().size > 1:
+    if LOST_PROCESS.search(text) and launched_processes().size > 1:
         return EXIT_CRASH, f"error: another process of this run has ended, see there ({reason})"
-    if LOST_WORKER.search(str(error)):
-        return EXIT_CRASH, (f"error: a loader worker died or hangs, or lacks shared memory ({reason}). The last checkpoint is "
-                            "whole: --resume auto continues. Try --num_workers 0, or a larger /dev/shm")
+    if LOST_WORKER.search(text):
+        return EXIT_CRASH, (f"error: a loader worker died or hangs, or lacks shared memory ({reason}). The last "
+                            "checkpoint is whole: --resume auto continues. Try --num_workers 0, or a larger /dev/shm")
     return None, None
 
 
@@ -2295,16 +2295,14 @@ class Checkpoints:
             if path.suffix == ".prev":
                 self.run.say(f"WARNING: continuing from {path.name}, the checkpoint before last.pth")
             return content
-        kept = set(self.run.folder.glob("checkpoint_epoch_*.pth")) - set(paths)
+        kept = sorted(set(self.run.folder.glob("checkpoint_epoch_*.pth")) - set(paths), key=os.path.getmtime)
         # a kill may leave that of epoch 1 before there is any last.pth
-        is_lost = self.run.path("training_history.csv").exists() or kept - {self.run.path("checkpoint_epoch_1.pth")}
-        if faults or is_lost:
-            faults = faults or ["last.pth is lost"]
-            newest = max(kept, key=lambda path: (len(path.name), path.name), default=None)
-            older = f"--resume {newest} goes on from an older one" if kept else "start a new run"
-            raise CheckpointError(
-                f"{self.run.folder} cannot be continued: no usable checkpoint ({'; '.join(faults)}); {older}")
-        return None
+        has_older = kept and kept[-1].name != "checkpoint_epoch_1.pth"
+        if not faults and not has_older and not self.run.path("training_history.csv").exists():
+            return None
+        advice = f"--resume {kept[-1]} goes on from it" if kept else "start a new run, or remove the folder of a fold"
+        raise CheckpointError(f"{self.run.folder} cannot be continued: no usable checkpoint "
+                              f"({'; '.join(faults) or 'last.pth is lost'}); {advice}")
 
 
 # ---------------------------------------------------------------------------
@@ -2313,7 +2311,7 @@ class Checkpoints:
 # The steps that are easy to get wrong, and a state from which a killed run repeats the same bits.
 
 class NotFinite(UserError):
-    """A NaN or an infinite number as loss or gradient, whose step is not taken, or as score of all epochs: exit code 1."""
+    """A NaN or infinite loss or gradient, whose step is not taken, or such a score after every epoch: exit code 1."""
     code = EXIT_CRASH
 
 
@@ -2693,20 +2691,19 @@ class Training:
     def load_best(self):
         """Give the model the weights of the best epoch; returns all that best_model.pth holds.
 
-        Raises NotFinite where no epoch has a score, CheckpointError where the file holds another epoch: one from before a
-        resume that did not repeat it.
+        Raises NotFinite where no epoch has a score, CheckpointError where the file holds another epoch: one from before
+        a resume that did not repeat it.
         """
         if self.progress.best_epoch is None:
-            raise NotFinite(f"{self.select} is a number after none of the {self.progress.epoch} epochs, so none is the best. "
-                            "Look at the validation part (one class, equal ratings?), choose by another column (--select) "
-                            "or by none (--select last)")
+            raise NotFinite(f"{self.select} is a number after none of the {self.progress.epoch} epochs, so none is the "
+                            "best. Look at the validation part (one class, equal ratings?), choose by another column "
+                            "(--select) or by none (--select last)")
         best = load_model_file(self.run.path("best_model.pth"))
-        trained = best["history"]["epoch"]  # best["epoch"] is 0 where a script kept none
-        if trained != self.progress.best_epoch:
+        if best["history"]["epoch"] != self.progress.best_epoch:  # best["epoch"] is 0 where a script kept none
             raise CheckpointError(
                 f"{self.run.folder}: the best epoch is {self.progress.best_epoch}, but best_model.pth is of epoch "
-                f"{trained}, from before --resume of an older checkpoint, and not repeated since. Start a "
-                "new run; with --deterministic GPUs too repeat epochs exactly")
+                f"{best['history']['epoch']}, from before --resume of an older checkpoint, and not repeated since. "
+                "Start a new run; with --deterministic GPUs too repeat epochs exactly")
         load_state(self.model, best["model"], "best_model.pth")
         return best
 
@@ -2714,14 +2711,6 @@ class Training:
         """Write a model file with the weights as they are now; content: what load_best gave and what has come to it."""
         self.processes.on_first(lambda: save_checkpoint(
             self.run.path(name), to_plain_types(content | {"model": self.model.state_dict()})))
-
-    def _check_best(self):
-        """Refuse a best_model.pth that is lost or damaged now, not after the epochs that remain."""
-        try:
-            load_model_file(self.run.path("best_model.pth"))
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}: the best epoch so far is lost with it; put back a copy, or start a new run"
-                                  ) from None
 
     def _load_last(self):
         content = self.checkpoints.read_last(Path(self.args.resume))
@@ -2735,7 +2724,10 @@ class Training:
         progress = self.progress
         progress.done = progress.stopping.is_over(progress.epoch) or progress.epoch >= self.args.epochs
         if progress.best_epoch is not None:
-            self._check_best()
+            try:
+                load_model_file(self.run.path("best_model.pth"))
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}; it held the best epoch: put back a copy, or start a new run") from None
         self.checkpoints.write_history(progress.history)  # a kill after the last save may have cost its last row
         self.run.say(f"continuing after epoch {progress.epoch} and {progress.batch} batches")
         self._say_stopped_early()

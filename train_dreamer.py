@@ -808,9 +808,9 @@ def keep_if_better(training, study, rows, readout, loss_function):
         return best
     start = torch.from_numpy(readout.predict(study.grids_at_t1(rows)))
     start_loss = loss_function.of_pose("at1", start, torch.from_numpy(study.at1[rows])).mean().item()
-    trained = best["history"]
-    best_loss = trained[training.select]
-    training.run.say(f"validation loss of the solved readout {start_loss:.4f}, of epoch {trained['epoch']} {best_loss:.4f}")
+    best_loss = best["history"][training.select]
+    training.run.say(f"validation loss of the solved readout {start_loss:.4f}, of epoch {best['history']['epoch']} "
+                     f"{best_loss:.4f}")
     if best_loss >= start_loss:
         training.run.say("note: no epoch is better than the solved readout, so nothing is added to it (epoch 0)")
         set_to_zero(training.model.correction[-1])

@@ -284,7 +284,8 @@ def test_a_lost_history_file_is_written_again(tmp_path):
 def test_more_epochs_of_what_early_stopping_has_ended_say_what_to_do(tmp_path, capsys):
     assert train(*make_training(tmp_path, False, epochs=9, patience=1)).progress.epoch == 2
     assert make_training(tmp_path, True, epochs=12, patience=1)[0].progress.done
-    assert re.search(r"continuing.*\nstopped early after epoch 2.*--init_from \S*best_model.pth", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"continuing.*\nstopped early after epoch 2.*--init_from \S*best_model.pth", said)
 
 
 def test_scores_that_are_never_numbers_end_in_a_sentence(tmp_path, capsys):
@@ -329,7 +330,7 @@ def test_a_lost_best_model_is_noticed_before_more_is_trained(tmp_path, content):
     (tmp_path / "best_model.pth").unlink()
     if content:
         (tmp_path / "best_model.pth").write_bytes(content)
-    with pytest.raises(common.CheckpointError, match="best_model.pth.*; put back a copy, or start a new run"):
+    with pytest.raises(common.CheckpointError, match="best_model.pth.*: put back a copy, or start a new run"):
         make_training(tmp_path, True, epochs=9)
 
 

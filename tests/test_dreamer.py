@@ -4,6 +4,7 @@
 """
 import csv
 import json
+import shutil
 import types
 from pathlib import Path
 
@@ -249,7 +250,7 @@ def test_folds_leave_each_patient_out_once(folds, slices):
 def test_folds_continue_fold_by_fold(folds):
     before = (folds / "predictions_folds.csv").read_bytes()
     (folds / "metrics.json").unlink()
-    (folds / "fold_2" / "metrics.json").unlink()
+    shutil.rmtree(folds / "fold_2")
     text = run_script("train_dreamer.py", "--resume", folds).text
     assert "fold 0 is finished" in text and "fold 2 is finished" not in text
     assert (folds / "predictions_folds.csv").read_bytes() == before

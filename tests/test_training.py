@@ -506,7 +506,7 @@ def test_memory_that_runs_out_is_known_by_its_text():
 
 
 @pytest.mark.parametrize("error", [
-    RuntimeError("unable to allocate shared memory(shm) for file </torch_26001_2426069785_0>: No space left on device (28)"),
+    RuntimeError("unable to allocate shared memory(shm) for file </torch_26001_24_0>: No space left on device (28)"),
     RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n"
                  "RuntimeError: unable to write to file </torch_26001_1_0>: No space left on device (28)"),
     OSError(errno.ENOSPC, "No space left on device")], ids=["shared", "in a worker", "semaphore"])

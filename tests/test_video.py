@@ -248,7 +248,7 @@ def test_exports_that_cannot_be(flags, message, capsys):
 def test_a_solved_model_continues_fold_by_fold(made, solved):
     before = (solved / "predictions_folds.csv").read_bytes()
     (solved / "metrics.json").unlink()
-    (solved / "fold_1" / "metrics.json").unlink()
+    shutil.rmtree(solved / "fold_1")
     text = video("--resume", solved).stdout
     assert "fold 0 is finished" in text and "fold 1 is finished" not in text
     assert (solved / "predictions_folds.csv").read_bytes() == before
@@ -728,7 +728,7 @@ def test_folds_continue_fold_by_fold(scores):
     """A run that lost its last fold: the finished ones are taken as they are, the pooled result is the same."""
     before = (scores / "predictions_folds.csv").read_bytes()
     (scores / "metrics.json").unlink()
-    (scores / "fold_2" / "metrics.json").unlink()
+    shutil.rmtree(scores / "fold_2")
     text = video("--resume", scores, "--task", "regress").stdout
     assert "fold 0 is finished" in text and "fold 2 is finished" not in text
     assert (scores / "predictions_folds.csv").read_bytes() == before

@@ -173,7 +173,8 @@ def here(folder, name, monkeypatch, at, fault):
             assert ("bytes needed" in text and "free" in text) == (fault == "ENOSPC"), text
             return
     operation = operations.names[at]
-    assert operation == "os.link" or (operation == "os.open" and fault == "EACCES"), f"{operation} failed and nothing was said"
+    is_no_fault = operation == "os.link" or (operation == "os.open" and fault == "EACCES")
+    assert is_no_fault, f"{operation} failed and nothing was said"
 
 
 def in_a_child(folder, name, monkeypatch, at, fault):
