@@ -294,6 +294,7 @@ def check_table(path, args):
 
 def check_images(paths, is_full):
     """Decode the pictures, some of many unless is_full: the speed, unreadable ones by reason, identical ones."""
+    import common
     from readers import picture_files
     start = time.perf_counter()
     step = 1 if is_full else math.ceil(len(paths) / QUICK_PICTURES)
@@ -304,10 +305,8 @@ def check_images(paths, is_full):
     bad = [f"{audit.path}: {audit.error}" for audit in audits if audit.error]
     yield listing("FAIL", "unreadable images", bad, "fix or remove them, or train with --on_bad_file skip",
                   f"{len(bad)} of {len(audits)}")
-    same = collections.defaultdict(list)
-    for audit in audits:
-        same[audit.pixel_sha or audit.path].append(str(audit.path))
-    twins = [" = ".join(names) for names in same.values() if len(names) > 1]
+    same = common.rows_by_key(audit.pixel_sha or audit.path for audit in audits)
+    twins = [" = ".join(audits[row].path for row in rows) for rows in same.values() if len(rows) > 1]
     yield listing("WARN", "identical images", twins, "a split between them would leak: keep one of each")
 
 
@@ -319,7 +318,7 @@ def check_by_script(task, flags, temporary):
     import common
     if not flags:
         return
-    output = Path(temporary) / f"audit_{task}"
+    output = temporary / f"audit_{task}"
     output_flag = "--output_dir" if task == "dreamer" else "--output"
     small = ["--min_size", "128"] if task == "detector" else []  # quicker, and shows as well what is there twice
     done = run_script(f"train_{task}.py", "--mode", "audit", *small, *flags, output_flag, output)
@@ -360,7 +359,7 @@ def check_dry_run(task, temporary):
     """Run the train script on sample data: 2 batches, 1 epoch, the whole run folder."""
     run_script("make_sample_data.py", "--task", task, "--output_dir", temporary)
     start = time.perf_counter()
-    run_script(f"train_{task}.py", "--dry_run", "--no_pretrained", "--output_dir", Path(temporary) / "outputs",
+    run_script(f"train_{task}.py", "--dry_run", "--no_pretrained", "--output_dir", temporary / "outputs",
                *DRY_RUN_FLAGS[task].split(), folder=temporary)
     yield Check("OK", f"dry run {task}", f"on sample data, {time.perf_counter() - start:.0f} s")
 
@@ -438,7 +437,7 @@ def main(argv=None):
         return 1
     tasks = TASKS if args.task == "all" else (args.task,)
     with tempfile.TemporaryDirectory(prefix="verify_setup_") as temporary:
-        checks = machine_and_task_checks(args, tasks, temporary)
+        checks = machine_and_task_checks(args, tasks, Path(temporary))
         if args.download_weights is not None:
             checks = [("--download_weights", download_weights(args.download_weights or weights_of(tasks)))]
         for name, rows in checks:
