@@ -51,7 +51,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import common
-from readers import probe_poses
+from readers import part_boxes, probe_poses
 
 TRUTH_FILE = "ground_truth.json"
 
@@ -552,8 +552,7 @@ PART_LOOKS = {
     "chain": (-0.45, 0.04, 0.50, 0.13, (70, 72, 78)), "saddle": (-0.55, -1.02, 0.30, 0.13, (60, 34, 22)),
     "steer": (0.70, -1.12, 0.30, 0.20, (150, 155, 165)), "front_light": (1.12, -0.72, 0.14, 0.14, (250, 240, 170)),
     "back_light": (-1.60, -0.55, 0.13, 0.13, (210, 20, 30)), "kickstand": (-0.15, 0.52, 0.13, 0.30, (120, 124, 130))}
-PART_STATES = ("intact", "damaged", "absent", "occluded")
-STATE_SHARES = (0.62, 0.14, 0.13, 0.11)
+STATE_SHARES = (0.62, 0.14, 0.13, 0.11)  # of part_boxes.STATES
 RINGS = ("back_wheel", "front_wheel", "chain")  # the other parts are discs
 FRAME = ((-1, 0), (-0.5, -0.8), (0.7, -0.8),
          (1, 0), (-0.1, 0.05), (0.7, -0.8))
@@ -613,7 +612,7 @@ def part_entry(row, state, box, rng):
     """One part as part annotations write it; every third row gives the state as a number, every fourth no trust."""
     entry = box_entry(*(round(value, 1) for value in box))
     if row % 3 == 2:
-        entry["object_state_class"] = PART_STATES.index(state)
+        entry["object_state_class"] = part_boxes.STATES.index(state)
     else:
         entry["object_state"] = state
     if row % 4:
@@ -646,7 +645,7 @@ def part_annotations(bicycles, rng):
 
 def coco_annotations(bicycles, part_names):
     """COCO of these parts; image ids from 0 with gaps, the state under three names."""
-    categories = [{"id": 3 * k, "name": part} for k, part in enumerate(part_names)]
+    category_ids = {part: 3 * k for k, part in enumerate(part_names)}
     images = []
     annotations = []
     for row, bicycle in enumerate(bicycles):
@@ -654,16 +653,16 @@ def coco_annotations(bicycles, part_names):
         images.append({
             "id": 7 * row, "file_name": bicycle.name, "street": f"street {bicycle.street}", "width": width,
             "height": height})
-        for category in categories:
-            state, (x1, y1, x2, y2) = bicycle.parts[category["name"]]
-            spellings = ({"state": state}, {"state_id": PART_STATES.index(state), "iscrowd": False},
+        for part, category_id in category_ids.items():
+            state, (x1, y1, x2, y2) = bicycle.parts[part]
+            spellings = ({"state": state}, {"state_id": part_boxes.STATES.index(state), "iscrowd": False},
                          {"attributes": {"state": state}})
             box = (x1, y1, x2 - x1, y2 - y1)
             annotations.append({
-                "id": len(annotations), "image_id": 7 * row, "category_id": category["id"],
+                "id": len(annotations), "image_id": 7 * row, "category_id": category_id,
                 "bbox": [round(value, 1) for value in box],
                 **spellings[row % 3]})
-    return {"images": images, "annotations": annotations, "categories": categories}
+    return part_boxes.coco_content(images, annotations, category_ids)
 
 
 def make_detector(folder, n_images, seed):
@@ -674,7 +673,7 @@ def make_detector(folder, n_images, seed):
     for row in range(n_images):
         rng = np.random.default_rng([seed, 3, row])
         street = row % n_streets
-        states = rng.choice(PART_STATES, len(PART_LOOKS), p=STATE_SHARES).tolist()
+        states = rng.choice(part_boxes.STATES, len(PART_LOOKS), p=STATE_SHARES).tolist()
         width, height = rng.integers([220, 170], [281, 211]).tolist()
         street_rng = np.random.default_rng([seed, 4, street])
         background = draw_background((2 * width, 2 * height), street_rng)
