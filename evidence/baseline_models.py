@@ -66,7 +66,7 @@ class LinearModel:
 
     def predict(self, features):
         """(N, F) features -> (N, K) float64."""
-        return np.asarray(features, np.float64) @ self.weights + self.intercept
+        return features @ self.weights + self.intercept
 
 
 @dataclasses.dataclass
@@ -82,32 +82,27 @@ class Fitted(LinearModel):
 def fit_ridge(features, target, lambdas=RIDGE_LAMBDAS, groups=None, sd_floor=0.0):
     """Ridge regression in closed form, lambda > 0 per target by inner cross-validation -> Fitted.
 
-    features: (N, F), standardised here; target: (N, R), NaN = missing; groups: (N,) names, never
+    features: (N, F), standardised here; target: (N, R), NaN = missing; groups: (N,) text, never
     cut by an inner fold; sd_floor: see standardisation. Minimises |y - Xw - b|^2 + lambda |w|^2.
     Targets labelled on the same rows share one eigendecomposition; a target with fewer than 3
     labelled rows is predicted by its mean.
     """
     target = np.asarray(target, np.float64)
-    groups = np.arange(len(features)) if groups is None else np.asarray(groups, str)
+    groups = np.arange(len(features)) if groups is None else groups
     mean, sd = standardisation(features, sd_floor)
     x = (features - mean) / sd
     n_targets = target.shape[1]
     model = Fitted(
         weights=np.zeros((x.shape[1], n_targets)),
         intercept=common.mean_without_nan(target, axis=0),
-        inner_error=np.full(n_targets, np.nan),
-    )
+        inner_error=np.full(n_targets, np.nan))
     labelled = ~np.isnan(target)
     for rows in np.unique(labelled, axis=1).T:
         if rows.sum() < 3:
             continue
         columns = np.flatnonzero((labelled == rows[:, None]).all(0))
-        weights, error = _solve_ridge(
-            x[rows],
-            target[np.ix_(rows, columns)],
-            np.array(lambdas),
-            inner_folds(groups[rows]),
-        )
+        folds = inner_folds(groups[rows])
+        weights, error = _solve_ridge(x[rows], target[np.ix_(rows, columns)], np.array(lambdas), folds)
         weights = weights / sd[:, None]  # of features as they are
         model.weights[:, columns] = weights
         model.inner_error[columns] = error
@@ -126,9 +121,7 @@ def _solve_ridge(x, y, lambdas, folds):
     scores = x @ basis if is_primal else basis * np.sqrt(power)
     projected = scores.T @ y  # (K, R)
     errors = np.array([
-        held_out_error(scores, y, projected, power + penalty, folds)
-        for penalty in lambdas
-    ])  # (lambdas, R)
+        held_out_error(scores, y, projected, power + penalty, folds) for penalty in lambdas])  # (lambdas, R)
     penalty = lambdas[errors.argmin(0)]
     error = errors.min(0)
     coefficients = projected / (power[:, None] + penalty)  # (K, R)
@@ -156,16 +149,14 @@ def held_out_error(scores, y, projected, damped, folds):
 # --- logistic regression -------------------------------------------------------------------------
 
 
-def fit_logistic(
-    features, label, n_classes, lambdas=LOGISTIC_LAMBDAS, groups=None, sd_floor=0.0
-):
+def fit_logistic(features, label, n_classes, lambdas=LOGISTIC_LAMBDAS, groups=None, sd_floor=0.0):
     """Multinomial logistic regression, lambda > 0 by inner cross-validation -> Fitted.
 
     features: (N, F), standardised here; label: (N,) class indices; groups, sd_floor: as in
     fit_ridge. Minimises the summed NLL + lambda / 2 |W|^2, with two classes + lambda |W|^2, so
     that lambda = 1 / C of scikit-learn.
     """
-    groups = np.arange(len(label)) if groups is None else np.asarray(groups, str)
+    groups = np.arange(len(label)) if groups is None else groups
     mean, sd = standardisation(features, sd_floor)
     # rotated to K columns, which changes neither the penalty nor the prediction
     left, length, basis = np.linalg.svd((features - mean) / sd, full_matrices=False)
@@ -173,39 +164,29 @@ def fit_logistic(
     penalty = max(lambdas)
     error = math.nan
     folds = inner_folds(groups)
-    if len(lambdas) > 1 and len(folds) > 1:
+    if len(folds) > 1:
         penalty, error = _choose_penalty(scores, label, n_classes, folds, lambdas)
     weights, intercept = _solve_logistic(scores, label, n_classes, penalty)
     weights = basis.T @ weights / sd[:, None]  # of features as they are
-    return Fitted(
-        weights=weights,
-        intercept=intercept - mean @ weights,
-        inner_error=error,
-    )
+    return Fitted(weights=weights, intercept=intercept - mean @ weights, inner_error=error)
 
 
 def _choose_penalty(scores, label, n_classes, folds, lambdas):
     """(lambda of the smallest held-out NLL, that NLL), from large ones down until three bring no gain."""
-    tried = []
+    penalties = sorted(lambdas, reverse=True)
     errors = []
-    for penalty in sorted(lambdas, reverse=True):
-        tried.append(penalty)
-        errors.append(
-            sum(
-                _held_out_nll(scores, label, n_classes, rows, penalty) for rows in folds
-            )
-        )
-        if len(errors) - np.argmin(errors) > 3:
+    for penalty in penalties:
+        errors.append(sum(_held_out_nll(scores, label, n_classes, rows, penalty) for rows in folds))
+        best = np.argmin(errors)
+        if len(errors) - best > 3:
             break
-    return tried[np.argmin(errors)], min(errors)
+    return penalties[best], errors[best]
 
 
 def _held_out_nll(scores, label, n_classes, rows, penalty):
     """Summed NLL of these rows by a fit on the others; a class they lack does not count."""
     others = np.setdiff1d(np.arange(len(label)), rows)
-    weights, intercept = _solve_logistic(
-        scores[others], label[others], n_classes, penalty
-    )
+    weights, intercept = _solve_logistic(scores[others], label[others], n_classes, penalty)
     rows = rows[np.isin(label[rows], label[others])]
     probability = class_scores.softmax(scores[rows] @ weights + intercept)
     likelihood = probability[np.arange(len(rows)), label[rows]]
@@ -224,9 +205,7 @@ def _solve_logistic(scores, label, n_classes, penalty):
     y = torch.from_numpy(np.searchsorted(present, label))
     scale = torch.from_numpy(scale)[:, None]
     strength = penalty if n_classes == 2 else penalty / 2
-    weights = torch.zeros(
-        x.shape[1], len(present), dtype=torch.float64, requires_grad=True
-    )
+    weights = torch.zeros(x.shape[1], len(present), dtype=torch.float64, requires_grad=True)
     intercept = torch.zeros(len(present), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weights, intercept],
@@ -234,14 +213,11 @@ def _solve_logistic(scores, label, n_classes, penalty):
         history_size=20,
         tolerance_grad=1e-6,
         tolerance_change=1e-12,
-        line_search_fn="strong_wolfe",
-    )
+        line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        nll = torch.nn.functional.cross_entropy(
-            x @ weights + intercept, y, reduction="sum"
-        )
+        nll = torch.nn.functional.cross_entropy(x @ weights + intercept, y, reduction="sum")
         loss = nll + strength * ((weights * scale) ** 2).sum()
         loss.backward()
         return loss

@@ -21,7 +21,7 @@ def noise_ceiling(mean, sd, n):
     the ceiling of r. Rows of one rater or with anything missing do not count. NaN: not measurable.
     """
     import pandas as pd
-    valid = np.isfinite(mean) & (sd >= 0) & (np.asarray(n) > 1)
+    valid = np.isfinite(mean) & (sd >= 0) & (n > 1)
     noise = (pd.DataFrame(sd) ** 2 / n).where(valid).mean()
     variance = pd.DataFrame(mean).where(valid).var()
     r2 = 1.0 - noise / variance

@@ -469,7 +469,7 @@ def test_logistic_chooses_lambda_as_a_grid_search_over_the_same_folds(rows, feat
     search = GridSearchCV(LogisticRegression(max_iter=5000), {"C": [1 / v for v in baseline_models.LOGISTIC_LAMBDAS]},
                           cv=PredefinedSplit(fold_of), scoring=lambda m, a, b: -judge.log_loss(
                               b, m.predict_proba(a), labels=[0, 1, 2], normalize=False))
-    ours = baseline_models.fit_logistic(x, label, 3, groups=groups)
+    ours = baseline_models.fit_logistic(x, label, 3, groups=groups.astype(str))
     best = baseline_models.fit_logistic(x, label, 3, lambdas=[1 / search.fit(z, label).best_params_["C"]])
     np.testing.assert_allclose(ours.weights, best.weights, atol=1e-6)
 

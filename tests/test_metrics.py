@@ -259,17 +259,17 @@ def test_a_readout_takes_for_each_target_the_block_with_the_smallest_error_of_th
     x = draws.normal(size=(120, 30)) * draws.uniform(0.5, 2, 30)
     y = np.stack([x[:, :10].sum(1), x[:, 10:].sum(1), x.sum(1)], 1) + draws.normal(size=(120, 3))
     blocks = {"left": np.arange(10), "right": np.arange(10, 30), "both": np.arange(30)}
-    groups = np.arange(120) // 4
+    groups = (np.arange(120) // 4).astype(str)
     readout = baseline_models.fit_readout(x, y, groups, blocks=blocks)
     assert readout.blocks == ["left", "right", "both"]
     for k, name in enumerate(readout.blocks):
-        own = baseline_models.fit_ridge(x[:, blocks[name]], y[:, [k]], groups=groups.astype(str), sd_floor=0.01)
+        own = baseline_models.fit_ridge(x[:, blocks[name]], y[:, [k]], groups=groups, sd_floor=0.01)
         np.testing.assert_allclose(readout.predict(x)[:, k], own.predict(x[:, blocks[name]])[:, 0], rtol=1e-7)
         outside = np.setdiff1d(np.arange(30), blocks[name])
         assert (readout.weights[outside, k] == 0).all()
     label = (x[:, :10].sum(1) + draws.normal(size=120) > 0).astype(int)
     fold_of = np.zeros(120, int)
-    for number, members in enumerate(baseline_models.inner_folds(groups.astype(str))):
+    for number, members in enumerate(baseline_models.inner_folds(groups)):
         fold_of[members] = number
     classes = baseline_models.fit_readout(x, label, groups, n_classes=2, blocks=blocks)
     losses = {}
