@@ -29,19 +29,10 @@ PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, Arith
 
 
 @dataclasses.dataclass
-class ImageAudit:
-    """What decoding one file found; `error` is None for a good picture, else the reason and all else is empty.
-
-    width, height: pixels of the whole upright picture. file_sha, pixel_sha: SHA-256 of the file and of the decoded,
-    resized pixels. phash: their perceptual_hash as 4 integers.
-    """
-    path: str
-    error: str | None = None
+class ImageAudit(pixel_cache.Audit):
+    """Of a picture; width, height: pixels of the whole upright one."""
     width: int = 0
     height: int = 0
-    file_sha: str = ""
-    pixel_sha: str = ""
-    phash: list = dataclasses.field(default_factory=lambda: [0] * 4)
 
 
 def perceptual_hash(image):

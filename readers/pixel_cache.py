@@ -26,6 +26,19 @@ class BadImage(common.UserError):
     """One file that cannot be used as a picture; the message is the reason."""
 
 
+@dataclasses.dataclass
+class Audit:
+    """What decoding one item found; `error` is None for a good one, else the reason and all else is empty.
+
+    file_sha, pixel_sha: SHA-256 of the file and of the decoded, resized pixels. phash: perceptual_hash as 4 integers.
+    """
+    path: str
+    error: str | None = None
+    file_sha: str = ""
+    pixel_sha: str = ""
+    phash: list = dataclasses.field(default_factory=lambda: [0] * 4)
+
+
 def available_memory():
     """Bytes this process may still take: what the machine has free, or what its cgroup (a SLURM job) leaves."""
     try:
@@ -52,9 +65,9 @@ class PixelStore:
     """N uint8 arrays (..., H, W, 3), each decoded once; the base of ImageStore and ClipStore.
 
     cache: "ram"; "disk", one .npy file an array, which later runs use again; "none", decoded at each access; "auto",
-    ram up to a quarter of the available memory, else disk, else none. `audit` is a list of N dataclasses with path,
-    error, pixel_sha and phash; an item with an error raises BadImage when it is asked for. Pixels from a cache are
-    read-only: worker processes share them. Raises UserError where --cache disk has no room.
+    ram up to a quarter of the available memory, else disk, else none. `audit` is a list of N Audits; an item with
+    an error raises BadImage when it is asked for. Pixels from a cache are read-only: worker processes share them.
+    Raises UserError where --cache disk has no room.
 
     A subclass names its item and audit_class, calls load_all at the end of its __init__, and has four methods. `rows`
     are the items of one file: decode(rows) -> [(audit, pixels)], estimate(rows) -> bytes of these pixels, and

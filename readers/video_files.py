@@ -445,17 +445,13 @@ def _even_indices(info, start, end, n_frames):
 
 
 @dataclasses.dataclass
-class ClipAudit:
-    """What decoding one row found; `error` is None for a good file, else the reason and all else is empty.
+class ClipAudit(pixel_cache.Audit):
+    """Of a row; file_sha: of all frames' files in a folder; pixel_sha: of the grid; phash: of its middle frame.
 
-    n_frames to damage: of the whole file. fault: why the row cannot be
-    used though its file can. n_grid: grid frames; first: grid index where the window starts, before it lie frames for
-    jitter; usable: grid frames of the window; repeats: grid frames that show the frame before them again, where the
-    source is slower than the grid. file_sha, pixel_sha: SHA-256 of the file (of all frames' files in a
-    folder) and of the decoded grid. phash: perceptual_hash of its middle frame.
+    n_frames to damage: of the whole file. fault: why the row cannot be used though its file can. n_grid: grid frames;
+    first: grid index where the window starts, before it lie frames for jitter; usable: grid frames of the window;
+    repeats: grid frames that show the frame before them again, where the source is slower than the grid.
     """
-    path: str
-    error: str | None = None
     n_frames: int = 0
     n_damaged: int = 0
     damage: str = ""
@@ -464,9 +460,6 @@ class ClipAudit:
     first: int = 0
     usable: int = 0
     repeats: list = dataclasses.field(default_factory=list)
-    file_sha: str = ""
-    pixel_sha: str = ""
-    phash: list = dataclasses.field(default_factory=lambda: [0] * 4)
 
     def start_range(self, length, reach=0):
         """(first, last) grid frame at which a clip of `length` frames may start, `reach` frames outside the window."""
