@@ -176,7 +176,7 @@ def check_minimum(name, value, fail_below, warn_below, found, remedy):
 
 def check_space(output_dir):
     """Free space where runs are written and in shared memory, and the number of files a process may open."""
-    folder = Path(output_dir).absolute()
+    folder = output_dir.absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free / GIB
     yield check_minimum("disk", free, 1, 10, f"{free:.1f} GiB free for {output_dir}",
                         "free some space or use another --output_dir")
@@ -393,7 +393,8 @@ def parse_args(argv=None):
     add("--exact_names", action="store_true",
         help="no guess at the file that a name of another folder or spelling means")
     rating_flags.add_arguments(add)
-    return argparse.Namespace(**vars(parser.parse_args(words)), audit_flags=[])
+    parser.set_defaults(audit_flags=[])
+    return parser.parse_args(words)
 
 
 def show(check):

@@ -6,7 +6,6 @@ import io
 import math
 import re
 import zlib
-from pathlib import Path
 
 import numpy as np
 
@@ -69,10 +68,10 @@ def looks_numeric(cells):
 
 def read_text(path):
     """Text of a file, unpacked where it is gzip: UTF-8 or UTF-16 (BOM), Windows-1252 as the last resort."""
-    if not Path(path).is_file():
-        found = "a folder" if Path(path).is_dir() else "no such file"
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
         raise common.UserError(f"{path}: expected a table or list, found {found}.")
-    data = Path(path).read_bytes()
+    data = path.read_bytes()
     if data.startswith(b"\x1f\x8b"):
         try:
             data = gzip.decompress(data)
@@ -200,7 +199,7 @@ def read_table(path):
             "Rename or delete them, or write a header line.")
     lines, cells = zip(*rows)
     columns = dict(zip(names, map(_clean_cells, zip(*cells))))
-    table = pd.DataFrame(columns, index=pd.Index(lines), dtype=object)
+    table = pd.DataFrame(columns, index=lines, dtype=object)
     table.attrs.update(delimiter=delimiter, notes=notes)
     return table
 
@@ -210,7 +209,7 @@ def read_pairs(path, flag, columns):
 
     All is text, '' where there is none. UserError for a key with two values.
     """
-    if Path(path).suffix.lower() in (".csv", ".tsv", ".txt"):
+    if path.suffix.lower() in (".csv", ".tsv", ".txt"):
         table = read_table(path)
         if len(table.columns) != 2:
             table = table[pick_columns(columns, table.columns, f"{flag} {path} has no column")]

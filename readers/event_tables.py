@@ -167,7 +167,7 @@ def classes_of(spelled, label_map=None, names=None):
         names = [name for name in dict.fromkeys(known.values()) if name and name in chosen]
         if not is_mapped:
             names.sort()
-    return list(names), chosen
+    return names, chosen
 
 
 # --------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def headless_list(table, root, notes):
         n_frames = rows[0][1:-1]
         is_even = len(set(map(len, rows))) == 1 < len(rows[0])
         is_list = is_even and all(map(str.isdigit, n_frames))
-        if is_list and Path(root).is_dir() and file_names.match_videos([first], root)[0][first]:
+        if is_list and root.is_dir() and file_names.match_videos([first], root)[0][first]:
             frames = ", a number of frames" if n_frames else ""
             notes[:] = [f"no header line: each line is read as a path{frames} and a label"]  # and none of a header's
             listed = pd.DataFrame(rows, index=[1, *table.index][-len(rows):], dtype=object)
@@ -302,9 +302,9 @@ def describe_rows(table, path, root, written, part="", min_event_sec=1.0, time_u
     windows, unit, faults = event_times.event_windows(table, path, min_event_sec, time_unit, notes)
     return pd.DataFrame({
         "path": list(written),
-        "root": str(root),
+        "root": root,
         "part": part,
-        "line": [f"{Path(path).name} line {line}" for line in table.index],
+        "line": [f"{path.name} line {line}" for line in table.index],
         "start": windows[:, 0],
         "end": windows[:, 1],
         "unit": unit,
@@ -342,7 +342,6 @@ def read_manifest_file(path, root, asked, need_labels, notes):
 
 def manifest_files(path):
     """The label tables of a folder that holds no folders; else the manifest, or the folder of class folders, itself."""
-    path = Path(path)
     inside = path.iterdir() if path.is_dir() else []
     visible = [each for each in inside if not each.name.startswith(".")]
     if any(each.is_dir() for each in visible):
@@ -470,7 +469,7 @@ def find_sources(rows, is_open, max_missing=0.05, need_files=True, exact_names=F
     if missing and not need_files:
         notes.append(f"{counted} are not there: their bytes, frames and the ends of their windows are not checked")
         for root, name in found:  # never a path outside the root
-            found[root, name] = found[root, name] or Path(root, file_names.without_root(name))
+            found[root, name] = found[root, name] or root / file_names.without_root(name)
     elif len(missing) > max_missing * len(found):
         raise common.UserError(
             f"{counted} are not below {common.shorten_list(set(rows['root']))}: {common.shorten_list(missing)}; "
@@ -688,7 +687,7 @@ def group_mask(table, text):
     """--test_groups '14,17' -> (N,) bool, True = a row of these groups. UserError: groups that are not there."""
     if table.groups is None:
         raise common.UserError(f"--test_groups {text} needs --group_column")
-    wanted = [plain_level(name) for name in str(text).split(",") if name.strip()]
+    wanted = [plain_level(name) for name in text.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in table.groups]
     if unknown or not wanted:
         raise common.UserError(

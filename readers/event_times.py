@@ -5,7 +5,6 @@ Letters: N rows. Units: seconds from the start of a file, or frames counted from
 import dataclasses
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 
@@ -94,7 +93,7 @@ def clock_seconds(text):
 
     NaN where it is no time.
     """
-    match = CLOCK.fullmatch(str(text).strip().casefold())
+    match = CLOCK.fullmatch(text.strip().casefold())
     if not match:
         return math.nan
     hour = int(match[1])
@@ -134,7 +133,7 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
             f"{source}: expected starts and ends both in frames or both in seconds, found {named}. "
             "Rename or correct them")
     if unsaid and not time_unit:
-        notes.append(f"{Path(source).name}: {', '.join(unsaid)} are read as seconds from the start of the file; "
+        notes.append(f"{source.name}: {', '.join(unsaid)} are read as seconds from the start of the file; "
                      "--time_unit says otherwise")
 
     def read_windows(in_frames):

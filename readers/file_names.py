@@ -24,7 +24,6 @@ VIDEO_SUFFIXES = (".mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg .wmv .mts .npy .ts 
 
 def find_images(folder):
     """All image files under `folder`, recursive, in natural order (2 before 10); hidden and '._' ones ignored."""
-    folder = Path(folder)
     if not folder.is_dir():
         raise common.UserError(f"{folder}: expected a folder of images, found no such folder. Check the path.")
     names = []
@@ -64,7 +63,6 @@ def find_videos(root):
 
     Pictures, hidden and '._' files are ignored.
     """
-    root = Path(root)
     if not root.is_dir():
         raise common.UserError(f"--video_root {root}: expected a folder of videos, found no such folder")
     found = {}
@@ -185,7 +183,7 @@ def loose_stem(stem):
 
 def below_folder(names, folder):
     """{name as written: its clean spelling, an absolute one inside the folder as a path below it}."""
-    root = f"{clean_name(Path(folder).absolute().as_posix())}/"
+    root = f"{clean_name(folder.absolute().as_posix())}/"
     return {name: clean_name(name).removeprefix(root) for name in names}
 
 
@@ -274,7 +272,7 @@ def match_videos(names, root, exact=False):
     path_of = chosen_paths(fits, files)
     found = {name: path_of.get(own) for name, own in written.items()}
     notes = notes_on_guesses(fits)
-    used = {Path(root), *path_of.values(), *(path.parent for path in path_of.values())}
+    used = {root, *path_of.values(), *(path.parent for path in path_of.values())}
     unused = sorted(name for name, path in videos.items() if path not in used)
     if unused:
         notes.append(f"{len(unused)} videos or folders of pictures below {root} have no row and are not used: "

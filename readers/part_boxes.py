@@ -512,7 +512,7 @@ def number_parts(parts, category_ids):
     return {part: category_ids[part] if part in category_ids else next(free) for part in parts}
 
 
-def as_coco(found_images, category_ids, folder=None):
+def as_coco(found_images, category_ids, folder):
     """AnnotatedImages -> (clean COCO with area, iscrowd, state and trust; dicts of the boxes without area, left out).
 
     category_ids: {part: its id}; folder: of the pictures, whose paths within it are then the names.
@@ -596,7 +596,7 @@ def as_truth(images, parts, min_trust, **others):
 def find_pictures(found, folder, exact_names=False):
     """Set the path of each image; (names of the files without an entry, notes). Links out of the folder are refused."""
     paths, unused, notes = file_names.match_images([image.name for image in found.images], folder, exact_names)
-    root = Path(folder).resolve()
+    root = folder.resolve()
     for image, path in zip(found.images, paths):
         image.path = path
     leaving = [image.name for image in found.images if image.path and root not in image.path.resolve().parents]

@@ -11,7 +11,6 @@ import os
 import struct
 import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -90,7 +89,7 @@ def _unread_format(path):
     for signature, suffix in SIGNATURES.items():
         if signature in head:
             return file_names.UNREAD_FORMATS[suffix]
-    return file_names.UNREAD_FORMATS.get(Path(path).suffix.lower())
+    return file_names.UNREAD_FORMATS.get(path.suffix.lower())
 
 
 def check_file(path):
@@ -199,7 +198,7 @@ def _to_rgb(image, pixel_range):
     return np.asarray(image.convert("RGB"))
 
 
-def _decode(path, short_side, pixel_range=None):
+def _decode(path, short_side, pixel_range):
     """(pixels uint8 (H, W, 3), (width, height) of the whole upright picture); BadImage with the bare reason.
 
     Pillow decodes: OpenCV is a fifth faster, but returns the missing rest of a truncated JPEG as grey.
@@ -241,7 +240,7 @@ def audit_image(path, short_side, pixel_range=None):
         return ImageAudit(str(path), str(error)), np.empty((0, 0, 3), np.uint8)
     audit = ImageAudit(
         path=str(path), width=width, height=height,
-        file_sha=hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        file_sha=hashlib.sha256(path.read_bytes()).hexdigest(),
         pixel_sha=hashlib.sha256(pixels).hexdigest(),
         phash=perceptual_hash(pixels).tolist())
     return audit, pixels
@@ -269,7 +268,7 @@ class ImageStore(pixel_cache.PixelStore):
     audit_class = ImageAudit
 
     def __init__(self, paths, short_side, cache="auto", pixel_range=None):
-        self.paths = [Path(path) for path in paths]
+        self.paths = paths
         self.short_side = short_side
         self.pixel_range = pixel_range or choose_pixel_range(self.paths)
         self.load_all([[row] for row in range(len(self.paths))], cache)

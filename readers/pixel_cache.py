@@ -244,7 +244,7 @@ def in_threads(work, items):
 
 def file_stamp(path):
     """[absolute path, size, date in ns] of a file, or [absolute path]: changes when the file does."""
-    path = Path(path).absolute()
+    path = path.absolute()
     if not path.is_file():
         return [str(path)]
     state = path.stat()

@@ -205,7 +205,7 @@ class Transition:
     path_t2: Path | None = None
 
 
-def find_transitions(data_dir, limit=0, exact_names=False):
+def find_transitions(data_dir, limit, exact_names):
     """-> (Transitions of all sequences below a folder, notes); limit: the first ones of each sequence, 0 for all."""
     files = sorted(data_dir.rglob(FILE_NAME)) if data_dir.is_dir() else []
     if not files:
@@ -222,7 +222,7 @@ def find_transitions(data_dir, limit=0, exact_names=False):
     return transitions, notes
 
 
-def read_transitions(path, sequence, exact_names=False):
+def read_transitions(path, sequence, exact_names):
     """A transitions_dataset.json -> (list of Transition, notes).
 
     A bare list or {"transitions": [...]}; further keys are ignored, null and missing poses are NaN. Pictures lie in the
@@ -347,7 +347,7 @@ def best_miss(poses):
     return min((row["mm"] + row["deg"] for row in residuals), default=math.inf)
 
 
-def choose_unit(poses, asked, usual=None):
+def choose_unit(poses, asked, usual):
     """(deg or rad, why): beyond pi are degrees; else the unit in which the poses compose, else a guess by the size.
 
     usual: of the data that a model was trained on, which is taken rather than a guess.
@@ -402,7 +402,7 @@ def mask_labels(poses, unit):
     return notes
 
 
-def read_order(poses, asked, usual="zyx"):
+def read_order(poses, asked, usual):
     """Poses whose angles have another Euler order are turned, in place, into ours. Returns (order, notes).
 
     auto: the usual one, unless it fits poorly and another one fits far better.

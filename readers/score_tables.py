@@ -5,7 +5,6 @@ Letters: N rows, R scores.
 import ast
 import dataclasses
 import re
-from pathlib import Path
 
 import numpy as np
 
@@ -25,7 +24,7 @@ def sequence_rows(path):
     A dict inside an entry, such as {"scores": {...}}, stands for columns of its own.
     """
     import pandas as pd
-    if Path(path).suffix.lower() != ".json":
+    if path.suffix.lower() != ".json":
         return csv_tables.read_table(path).map(event_tables.without_tensor)
     rows = []
     for entry in sequence_entries(path):
@@ -106,7 +105,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
         unsaid += found
         timed = timed.drop(columns=found)  # without an onset, an offset would be taken for the start
     rows = event_tables.describe_rows(
-        timed, path, root or Path(path).parent, extra[source], min_event_sec=min_event_sec)
+        timed, path, root or path.parent, extra[source], min_event_sec=min_event_sec)
     rows["source"], notes = event_tables.find_sources(rows, root is None, **finding)
     if unsaid:
         notes.append(f"{', '.join(unsaid)}: not read as times of a sequence; those say their unit, such as start_sec")
@@ -132,18 +131,14 @@ def merge_raters(table):
         is_repeat = not has_raters and all(np.array_equal(row, block[0], equal_nan=True) for row in block)
         ratings.append(block[:1] if is_repeat else block)
     rated = sum(len(block) > 1 for block in ratings)
-    notes = list(table.notes)
     if len(ratings) < len(table):
-        notes.append(f"{len(table)} rows of {len(ratings)} sequences: in {rated} several raters, whose mean is learnt; "
-                     "other rows that repeat one count once")
-    single = {}
-    for r, name in enumerate(table.names):
-        single[name] = [block[~np.isnan(block[:, r]), r] for block in ratings]
+        table.notes.append(f"{len(table)} rows of {len(ratings)} sequences: in {rated} several raters, whose mean is "
+                           "learnt; other rows that repeat one count once")
+    single = {name: [block[~np.isnan(block[:, r]), r] for block in ratings] for r, name in enumerate(table.names)}
     return dataclasses.replace(
         table.take([rows[0] for rows in rows_of]),
         target=np.stack([common.mean_without_nan(block, axis=0) for block in ratings]),
-        single_ratings=single if rated else None,
-        notes=notes)
+        single_ratings=single if rated else None)
 
 
 def total_and_parts(names, target):

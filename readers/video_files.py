@@ -41,7 +41,6 @@ class VideoInfo:
     where unknown. duration_sec: until the last frame has been shown. header_fps, header_sec (which sound and variable
     rates make differ from what was found): what the file claims, 0 for nothing.
     """
-    path: str
     error: str | None = None
     duration_sec: float = 0.0
     n_frames: int = 0
@@ -83,10 +82,10 @@ def _video_formats():
     return ",".join(sorted(set(names) - NO_VIDEO_FORMATS))
 
 
-def _constant_rate(path, fps, n_frames, size, first_sec=0.0):
+def _constant_rate(fps, n_frames, size, first_sec=0.0):
     times = first_sec + np.arange(n_frames) / fps
-    return VideoInfo(path=str(path), duration_sec=first_sec + n_frames / fps, n_frames=n_frames, size=size,
-                     times=times, header_fps=fps)
+    return VideoInfo(
+        duration_sec=first_sec + n_frames / fps, n_frames=n_frames, size=size, times=times, header_fps=fps)
 
 
 class _Video:
@@ -98,7 +97,6 @@ class _Video:
 
     def __init__(self, path):
         self.av = av = load_pyav()
-        self.path = str(path)
         try:
             self.container = av.open(os.path.abspath(path), options={"format_whitelist": _video_formats()})
         except (av.FFmpegError, ValueError) as error:
@@ -135,7 +133,7 @@ class _Video:
         if not n_frames and self.container.duration:
             n_frames = round(fps * (self.container.duration / self.av.time_base - self.first_sec))
         n_frames = min(max(n_frames, 1), MOST_GUESSED_FRAMES)
-        info = _constant_rate(self.path, fps, n_frames, self.size, self.first_sec)
+        info = _constant_rate(fps, n_frames, self.size, self.first_sec)
         # FFmpeg guesses the duration of a file that was cut from its size
         claimed_sec = float(stream.frames / stream.average_rate) if stream.average_rate else 0.0
         info.header_sec = max((self.container.duration or 0) / self.av.time_base, claimed_sec)
@@ -224,17 +222,16 @@ class _Stills:
 
     def __init__(self, path, fps, pixel_range):
         self.damaged = []
-        self.path = path
         self.fps = fps
         self.pixel_range = pixel_range
-        self.frames = _open_npy(path) if Path(path).suffix.lower() == ".npy" else files_of(path)
+        self.frames = _open_npy(path) if path.suffix.lower() == ".npy" else files_of(path)
         if not len(self.frames):
             raise BadVideo(f"a folder without pictures ({' '.join(file_names.IMAGE_SUFFIXES)})")
         height, width = self._load(self.frames[0]).shape[:2]
         self.size = width, height
 
     def guess(self):
-        return _constant_rate(self.path, self.fps, len(self.frames), self.size)
+        return _constant_rate(self.fps, len(self.frames), self.size)
 
     def rising_frames(self, _):
         for index, frame in enumerate(self.frames):
@@ -291,7 +288,7 @@ def probe(path, fps=25.0):
     try:
         return read_source(path, (), None, None, fps)
     except (common.UserError, OSError) as error:
-        return VideoInfo(str(path), common.one_line(error))
+        return VideoInfo(common.one_line(error))
 
 
 def read_source(path, wanted, receive, short_side, fps, pixel_range=None, until_sec=math.inf):
@@ -324,7 +321,7 @@ def read_source(path, wanted, receive, short_side, fps, pixel_range=None, until_
 
 
 def on_screen(info, times_sec):
-    """(T,) index of the frame on screen at each time; the first before the start, the last after the end.
+    """Index of the frame on screen at a time, or at each of (T,); the first before the start, the last after the end.
 
     A frame counts from half a frame before its stamp (half the gap before it, where that is shorter), so that a rounded
     stamp does not show the frame before.
@@ -336,7 +333,7 @@ def on_screen(info, times_sec):
 
 
 def _has_no_clock(path):
-    return Path(path).is_dir() or Path(path).suffix.lower() in (".npy", *file_names.IMAGE_SUFFIXES)
+    return path.is_dir() or path.suffix.lower() in (".npy", *file_names.IMAGE_SUFFIXES)
 
 
 def _header(path, fps):
@@ -368,7 +365,7 @@ def has_pictures(path):
 
 def files_of(path):
     """The files of a source: the pictures of a folder, else the file itself."""
-    return file_names.find_images(path) if Path(path).is_dir() else [path]
+    return file_names.find_images(path) if path.is_dir() else [path]
 
 
 def sha_of(files, sizes=""):
@@ -436,8 +433,8 @@ def _whole(number):
 
 
 def _even_indices(info, start, end, n_frames):
-    first = int(on_screen(info, [start])[0])
-    last = int(np.searchsorted(info.times, end - STAMP_SLACK_SEC)) - 1
+    first = on_screen(info, start)
+    last = np.searchsorted(info.times, end - STAMP_SLACK_SEC) - 1
     last = max(first, last)
     if last - first < n_frames:
         return np.arange(first, last + 1)
@@ -473,7 +470,7 @@ class ClipAudit(pixel_cache.Audit):
         if count == 1:
             return [round((first + last) / 2)]
         even = np.linspace(first, last, count).round().astype(int)
-        return sorted(set(even.tolist()))
+        return np.unique(even).tolist()
 
 
 class GridFrames:
@@ -529,7 +526,7 @@ class ClipStore(pixel_cache.PixelStore):
 
     def __init__(self, sources, windows, *, grid, fps, n_frames, short_side, jitter_sec=0.0, cache="auto",
                  pixel_range=None):
-        self.sources = [str(path) for path in sources]
+        self.sources = sources
         self.windows = [tuple(map(float, window)) for window in windows]
         self.grid = grid
         self.fps = fps
@@ -555,7 +552,7 @@ class ClipStore(pixel_cache.PixelStore):
         except common.CannotSave:
             raise
         except (common.UserError, OSError) as error:
-            nothing = ClipAudit(path, common.one_line(error)), np.empty((0, 0, 0, 3), np.uint8)
+            nothing = ClipAudit(str(path), common.one_line(error)), np.empty((0, 0, 0, 3), np.uint8)
             return [nothing] * len(rows)
         self._infos[path] = info
         return [self._clip(path, info, grid, file_sha) for grid in grids]
@@ -624,7 +621,7 @@ class ClipStore(pixel_cache.PixelStore):
         plan = grid.plan
         is_repeat = np.diff(plan.indices, prepend=-1) == 0
         audit = ClipAudit(
-            path=path, n_frames=info.n_frames, n_damaged=len(info.damaged), damage=info.damage,
+            path=str(path), n_frames=info.n_frames, n_damaged=len(info.damaged), damage=info.damage,
             fault=plan.fault, n_grid=grid.n_grid, first=plan.first,
             usable=plan.usable, repeats=np.flatnonzero(is_repeat).tolist(), file_sha=file_sha,
             pixel_sha=grid.digest.hexdigest(), phash=picture_files.perceptual_hash(grid.middle).tolist())

@@ -594,7 +594,7 @@ def test_npy_clips(tmp_path):
 
 def made_info(duration, fps):
     n = round(duration * fps)
-    return video_files.VideoInfo("x", duration_sec=n / fps, n_frames=n, times=np.arange(n) / fps, header_fps=fps)
+    return video_files.VideoInfo(duration_sec=n / fps, n_frames=n, times=np.arange(n) / fps, header_fps=fps)
 
 
 def planned(window, duration=10.0, source_fps=12.0, n_frames=16, jitter_sec=0.0):

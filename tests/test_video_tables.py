@@ -218,7 +218,7 @@ def test_start_and_end_in_seconds_or_frames(tmp_path):
     table = windows(tmp_path, "start_frame,end_frame", "0,29", "60,60")
     assert list(table.unit) == ["frame", "frame"] and table.windows.tolist() == [[0, 30], [60, 61]]
     times = np.cumsum(np.tile([0.1, 0.02], 40))
-    info = video_files.VideoInfo("a.mp4", times=times, n_frames=80, duration_sec=5.0)
+    info = video_files.VideoInfo(times=times, n_frames=80, duration_sec=5.0)
     seconds = event_times.seconds_of(table, {table.sources[0]: info})
     assert list(seconds.unit) == ["sec", "sec"]
     middle = (times[60] + times[61]) / 2
@@ -344,7 +344,7 @@ def test_a_boris_observation_that_is_longer_than_its_file_is_refused(tmp_path, m
     """Its times count on from one file to the next, also where the first file has no event or is not there."""
     lengths = {"s0.mp4": 10.0, "s1.mp4": 6.0}
     monkeypatch.setattr(video_files, "claimed_sec", lambda path: 0.3 * lengths[path.name])  # headers may lie
-    monkeypatch.setattr(video_files, "probe", lambda path: video_files.VideoInfo(str(path), duration_sec=lengths[path.name]))
+    monkeypatch.setattr(video_files, "probe", lambda path: video_files.VideoInfo(duration_sec=lengths[path.name]))
     text = ("Observation id\tMedia file\tTotal length\tBehavior\tStart (s)\tStop (s)\n"
             f"o\ts0.mp4\t{total}\tgroom\t1\t2\no\tgone.mp4\t{total}\trear\t5\t6\n")
     if is_read:
