@@ -41,14 +41,11 @@ class Detections:
         return self.states.argmax(1)
 
 
-def coco_set(annotations, n_pictures, categories):
+def coco_set(annotations):
     """A pycocotools data set in memory; ids count from 1, since its matching takes 0 for no match."""
     from pycocotools.coco import COCO
     made = COCO()
-    made.dataset = {
-        "images": [{"id": k} for k in range(n_pictures)],
-        "categories": [{"id": c} for c in categories],
-        "annotations": [{**each, "id": k} for k, each in enumerate(annotations, start=1)]}
+    made.dataset = {"annotations": [{**each, "id": k} for k, each in enumerate(annotations, start=1)], "categories": []}
     made.createIndex()
     return made
 
@@ -61,7 +58,6 @@ def coco_match(truth, detections, kind):
     without a state, count neither way.
     """
     from pycocotools.cocoeval import COCOeval
-    n_pictures = len(detections)
     annotated = []
     found = []
     for picture, detected in enumerate(detections):
@@ -73,16 +69,14 @@ def coco_match(truth, detections, kind):
         found += coco_entries(
             picture, detected.boxes, detected.labels, detected.called(), kind,
             score=detected.scores, place=range(len(detected.scores)))
-    categories = list(range(1, len(truth.parts) + 1))
+    categories = range(1, len(truth.parts) + 1)
     if kind == "joint_map":
         categories = sorted({entry["category_id"] for entry in annotated if not entry["iscrowd"]})
     with contextlib.redirect_stdout(io.StringIO()):
-        sets = (coco_set(each, n_pictures, categories) for each in (annotated, found))
-        matching = COCOeval(*sets, "bbox")
-        matching.params.imgIds = list(range(n_pictures))
+        matching = COCOeval(coco_set(annotated), coco_set(found), "bbox")
+        matching.params.imgIds = range(len(detections))
         matching.params.catIds = categories
         matching.params.areaRng = [[0, 1e10]]
-        matching.params.areaRngLbl = ["all"]
         matching.params.maxDets = [100]
         matching.evaluate()
     return matching
@@ -122,7 +116,7 @@ def average_precision(matching, pictures):
     cells[:] = matching.evalImgs
     drawn = copy.copy(matching)
     drawn.params = copy.copy(matching.params)
-    drawn.params.imgIds = list(range(len(pictures)))
+    drawn.params.imgIds = range(len(pictures))
     drawn._paramsEval = drawn.params
     drawn.evalImgs = cells.reshape(len(categories), -1)[:, pictures].ravel().tolist()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -148,7 +142,7 @@ def found_states(matching, detections):
         for box, match, is_ignored in zip(cell["gtIds"], cell["gtMatches"][0], cell["gtIgnore"]):
             true = matching.cocoGt.anns[box]["state"]
             if match and not is_ignored and true >= 0 and states is not None:
-                place = matching.cocoDt.anns[int(match)]["place"]
+                place = matching.cocoDt.anns[match]["place"]
                 rows.append((cell["image_id"], cell["category_id"] - 1, true, *states[place]))
     rows = np.reshape(rows, (-1, 3 + N_STATES))
     return FoundStates(*rows[:, :3].astype(int).T, probabilities=rows[:, 3:])
@@ -161,9 +155,8 @@ def count_matches(matching, n_parts, threshold):
     for cell in filter(None, matching.evalImgs):
         place = cell["image_id"], cell["category_id"] - 1
         hit = cell["dtMatches"][0] > 0
-        judged = ~np.asarray(cell["dtIgnore"][0], bool)
-        judged &= np.array(cell["dtScores"]) >= threshold
-        counts["truth"][place] += np.sum(np.asarray(cell["gtIgnore"]) == 0)
+        judged = ~cell["dtIgnore"][0] & (np.array(cell["dtScores"]) >= threshold)
+        counts["truth"][place] += np.sum(cell["gtIgnore"] == 0)
         counts["right"][place] += np.sum(hit & judged)
         counts["wrong"][place] += np.sum(~hit & judged)
     return counts
