@@ -77,7 +77,7 @@ def judge_coco(args):
         trained[Path(args.baseline).stem] = other
     detection_judging.check_criteria(args.criteria, truth.parts, detections[0].states is not None)
     with common.start_run(args) as run:
-        run.write_args(predictions=[str(path)], truth=str(args.truth))
+        run.write_args(predictions=[path], truth=args.truth)
         priors = [detection_judging.mean_boxes(truth)] * len(detections)
         detection_judging.judge_detections(run, truth, detections, setting, priors, trained)
 
@@ -103,7 +103,7 @@ def judge_runs(args):
     if not runs:
         raise common.UserError(f"--runs {args.runs} holds no finished run (run_*/metrics.json)")
     with common.start_run(args) as run:
-        run.write_args(runs=str(args.runs))
+        run.write_args(runs=args.runs)
         table_judging.write_runs_page(run, args.runs, runs, most_compared=6)
 
 
@@ -120,7 +120,7 @@ def main():
     if len(tables) > 1:
         tables = table_judging.same_rows(tables, args.predictions)
     with common.start_run(args) as run:
-        run.write_args(predictions=[str(path) for path in args.predictions])
+        run.write_args(predictions=args.predictions)
         if len(tables) == 1:
             table_judging.judge_table(run, tables[0], args.predictions[0])
         else:

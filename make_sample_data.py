@@ -274,11 +274,11 @@ def make_assessor(folder, n_images, seed):
     ceiling = variance / (variance + (NOISE_SD**2 / count).mean(axis=0))  # (R,)
     return {
         "formula": FORMULA,
-        "n_subjects": int(subject.max()) + 1,
+        "n_subjects": subject.max() + 1,
         "quirks": {names[row]: quirk for row, quirk in quirks.items()},
-        "rater_noise_sd": dict(zip(FORMULA, NOISE_SD.round(4).tolist())),
-        "ceiling_r2": dict(zip(FORMULA, ceiling.round(4).tolist())),
-        "true_ratings": dict(zip(names, true.round(4).tolist()))}
+        "rater_noise_sd": dict(zip(FORMULA, NOISE_SD.round(4))),
+        "ceiling_r2": dict(zip(FORMULA, ceiling.round(4))),
+        "true_ratings": dict(zip(names, true.round(4)))}
 
 
 # ---------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def plan_events(videos, rng):
     for group in range(1, N_GROUPS + 1):
         in_pen = [i for i, (video, _) in enumerate(places) if video.group == group]
         n_tails = round(len(in_pen) / 4)
-        tails.update(rng.permutation(in_pen)[:n_tails].tolist())
+        tails.update(rng.permutation(in_pen)[:n_tails])
     for i, (video, slot) in enumerate(places):
         behavior = "tail" if i in tails else "ear"
         is_busy = rng.random() < BUSY_SHARE[behavior]
