@@ -190,7 +190,7 @@ def _held_out_nll(scores, label, n_classes, rows, penalty):
     rows = rows[np.isin(label[rows], label[others])]
     probability = class_scores.softmax(scores[rows] @ weights + intercept)
     likelihood = probability[np.arange(len(rows)), label[rows]]
-    return float(-np.log(np.maximum(likelihood, 1e-300)).sum())
+    return -np.log(np.maximum(likelihood, 1e-300)).sum()
 
 
 def _solve_logistic(scores, label, n_classes, penalty):

@@ -49,7 +49,7 @@ class Windows:
 
     def at(self, time_sec):
         """Index of the window that decides at a time."""
-        return int(np.searchsorted(self.edges[1:-1], time_sec, "right"))
+        return np.searchsorted(self.edges[1:-1], time_sec, "right")
 
 
 @dataclasses.dataclass
@@ -72,7 +72,7 @@ def join_close(windows, merge_gap_sec):
     edges = windows.edges
     joined = windows.chosen.copy()
     gaps = []
-    for c in set(joined.tolist()):
+    for c in np.unique(joined):
         own = np.flatnonzero(joined == c)
         for before, after in zip(own[:-1], own[1:]):
             gaps.append((edges[after] - edges[before + 1], before, after))
@@ -146,8 +146,8 @@ def plot_ethogram(windows, bouts, names, path):
     middles = windows.spans.mean(1) / unit
     for k, axis in enumerate(axes):
         for c, name in enumerate(names):
-            own = [bout for bout in bouts if bout.label == name]
-            bars = [(bout.start_sec / unit, (bout.end_sec - bout.start_sec) / unit) for bout in own]
+            bars = [(bout.start_sec / unit, (bout.end_sec - bout.start_sec) / unit)
+                    for bout in bouts if bout.label == name]
             axis.broken_barh(bars, (c - 0.4, 0.8), color=COLOURS[c % len(COLOURS)], alpha=0.6, linewidth=0)
             axis.plot(middles, c + 0.4 - 0.8 * windows.probability[:, c], color=plotting.INK, linewidth=0.7)
         axis.set_ylim(len(names) - 0.5, -0.5)
@@ -229,7 +229,7 @@ def events_in(windows, table):
     import pandas as pd
     start_sec, end_sec = table.windows.T
     events = pd.DataFrame({
-        "video": [str(Path(source).resolve()) for source in table.sources],
+        "video": [str(source.resolve()) for source in table.sources],
         "label": np.array(table.names)[table.label],
         "start_sec": np.nan_to_num(start_sec),  # without times: from the start to the end
         "end_sec": np.nan_to_num(end_sec, nan=np.inf)})
@@ -242,7 +242,7 @@ def events_in(windows, table):
     return events
 
 
-def judge_folder(folder, read_table, output=None):
+def judge_folder(folder, read_table, output):
     """Judge the bouts in a run folder of predict --video by the EventTable that read_table(names of classes) gives.
 
     Says it and writes it: output, else bout_scores.csv in the folder.

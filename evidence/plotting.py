@@ -92,7 +92,7 @@ def _add_legend(axis):
 
 def without_math(names, length):
     """Names cut to a length, a dollar sign shown as such."""
-    return [str(name)[:length].replace("$", r"\$") for name in names]
+    return [name[:length].replace("$", r"\$") for name in names]
 
 
 def _values(rows, key):
@@ -235,7 +235,7 @@ def plot_scatter(predicted, target, names, path):
         ends = [min([*x, *y], default=0), max([*x, *y], default=1)]
         axis.plot(ends, ends, color=SOFT, linewidth=1, linestyle="--")
         axis.locator_params(nbins=4)
-        set_title(axis, str(names[j])[:18])
+        set_title(axis, names[j][:18])
         facts = f"r {pearson_r[j]:.2f}\nn {len(x)}"
         axis.text(0.03, 0.97, facts, transform=axis.transAxes, va="top", fontsize=7)
     figure.supxlabel("true", fontsize=9, color=SOFT)

@@ -62,7 +62,7 @@ def split_half(ratings, halves=100):
         second = total - first
         r = np.corrcoef(first / n_first, second / (counts - n_first))[0, 1]
         reliability.append(2 * r / (1 + r))
-    mean = float(np.mean(reliability))
+    mean = np.mean(reliability)
     return mean if mean > 0 else math.nan
 
 
@@ -84,7 +84,7 @@ def icc(ratings):
     signal = between - within
     if signal <= 0:
         return math.nan, math.nan
-    return float(signal / (between + (n0 - 1) * within)), float(signal / between)
+    return signal / (between + (n0 - 1) * within), signal / between
 
 
 # --- the ceiling of a run and how a page shows it --------------------------------------------------
@@ -100,7 +100,7 @@ class Ceiling:
     @property
     def mean_r2(self):
         """Mean over the targets, None where it is not known."""
-        return None if self.r2 is None else float(common.mean_without_nan(self.r2))
+        return None if self.r2 is None else common.mean_without_nan(self.r2)
 
     def of_target(self, r):
         """Columns for the table of the targets, where it is known."""

@@ -50,7 +50,7 @@ def texts(members, seen, unit, say, part=""):
     members: (content of its checkpoint, features (M, F), for scores predicted (M, R)) of each model, NaN = unreadable;
     seen: (M,) of seen_rows.WORDS; unit: what rows are, as pictures.
     """
-    flags = {"trained on": np.asarray(seen) == "train"}
+    flags = {"trained on": seen == "train"}
     for member in members:
         for what, is_so in find(unit, say, *member).items():
             flags[what] = flags.get(what, True) & is_so

@@ -49,9 +49,10 @@ def same_rows(tables, paths):
     for table, path in zip(tables[1:], paths[1:]):
         others = table.row_names
         if sorted(names) != sorted(others) or table.names != first.names:
+            missing = sorted(set(names) - set(others))
             raise common.UserError(
-                f"{path} and {paths[0]} must judge the same rows, and targets in one order; {len(set(names) - set(others))} rows of "
-                f"the first are missing ({common.shorten_list(sorted(set(names) - set(others)), 3) or 'none'}), "
+                f"{path} and {paths[0]} must judge the same rows, and targets in one order; {len(missing)} rows of the "
+                f"first are missing ({common.shorten_list(missing, 3) or 'none'}), "
                 f"{len(others)} and {len(names)} rows, "
                 f"targets {common.shorten_list(table.names, 5)} and {common.shorten_list(first.names, 5)}")
         other = prediction_tables.take(table, prediction_tables.rows_of(first, others))

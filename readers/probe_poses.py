@@ -380,7 +380,8 @@ def check_positions(poses):
         raise common.UserError(
             f"{', '.join(far)} of at1 and at2 are beyond {LARGEST_LABEL:g}: poses in the frame of the tracker? Give "
             "them relative to the target view, in mm and degrees from -180 to 180.")
-    largest = np.abs(at[:, :3])[np.isfinite(at[:, :3])].max(initial=0.0)
+    positions = np.abs(at[:, :3])
+    largest = positions[np.isfinite(positions)].max(initial=0.0)
     if 0 < largest < 1:
         return [f"WARNING: no position is beyond {largest:.3g} mm: metres? Give them in mm"]
     return []

@@ -267,7 +267,7 @@ def _wide_ratings(columns):
     n_columns = [columns.partner(name, "n") for name in chosen]
     extra = columns.table.drop(columns={columns.image, *chosen, *sd_columns, *n_columns} - {None})
     unused = [name for name in extra.columns if name in columns.roles and columns.roles[name][0]]
-    notes = list(columns.table.attrs["notes"])
+    notes = columns.table.attrs["notes"]
     if len(extra.columns):
         notes.append(f"columns that are no ratings: {common.shorten_list(extra.columns)}")
     if unused:

@@ -317,8 +317,9 @@ def test_a_run_without_a_bout_finds_no_event(tmp_path, capsys):
     """Its table of bouts has a header alone: recall 0, and no complaint about the file."""
     (tmp_path / "windows.csv").write_text("video,start_sec,end_sec,pred_label,prob_none,prob_1\n/v.mp4,0,1,none,.9,.1\n")
     (tmp_path / "bouts.csv").write_text("video,label,start_sec,end_sec,mean_prob\n")
-    table = SimpleNamespace(windows=np.array([[0.2, 0.8]]), sources=["/v.mp4"], names=["none", "1"], label=np.array([1]))
-    ethograms.judge_folder(tmp_path, lambda names: table)
+    table = SimpleNamespace(
+        windows=np.array([[0.2, 0.8]]), sources=[Path("/v.mp4")], names=["none", "1"], label=np.array([1]))
+    ethograms.judge_folder(tmp_path, lambda names: table, None)
     row = {own["label"]: own for own in read_csv(tmp_path / "bout_scores.csv")}["1"]
     assert (row["bouts"], row["events"], float(row["recall_at_0.25"])) == ("0", "1", 0)
 
