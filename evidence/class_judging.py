@@ -2,6 +2,7 @@
 
 Letters: M rows, C classes.
 """
+import functools
 import math
 
 import numpy as np
@@ -18,12 +19,10 @@ def judge_classes(run, table, setting, confounds=(), levels=()):
     """
     result = table.compare()
     calibrating.take_null(result.overall, table.probability.max(1))
-    confounds = confounding.flag_confounds(confounds, result.each.model["roc_auc"].at(table.positive))
-    for row in confounds:
-        if row["name"] in levels:
-            row["model_auc_within_levels"] = confounding.within_level_auc(
-                table.probability[:, table.positive], table.label, levels[row["name"]],
-                table.positive)
+    within = functools.partial(
+        confounding.within_level_auc, table.probability[:, table.positive], table.label, table.positive)
+    confounds = confounding.flag_confounds(
+        confounds, result.each.model["roc_auc"].at(table.positive), within, levels)
     plot_classes(run, table, result.confusion)
 
     name = table.names[table.positive]

@@ -88,17 +88,21 @@ def _judge_means(means, target, subjects, **options):
     return {"r2": r2.value, "low": r2.low, "high": r2.high, **mae.columns("mae"), "subjects": result.subjects}
 
 
-def flag_confounds(rows, model):
+def flag_confounds(rows, model, within=None, levels=()):
     """The rows of level_priors with red_flag, True where the prior reaches the model's interval.
 
     model: Estimate of its AUC or R2; NaN flags nothing, and neither does a prior that knows nothing
-    (AUC up to .5, R2 up to 0).
+    (AUC up to .5, R2 up to 0). within(levels (M,)): the model's AUC or R2 within levels, for those named in levels.
     """
     bar = model.value if math.isnan(model.low) else model.low
     flagged = []
     for row in rows:
-        value, chance = (row["auc"], 0.5) if "auc" in row else (row["r2"], 0.0)
-        flagged.append({**row, "red_flag": bool(value > chance and value >= bar)})
+        metric = "auc" if "auc" in row else "r2"
+        chance = 0.5 if metric == "auc" else 0.0
+        row = row | {"red_flag": bool(row[metric] > chance and row[metric] >= bar)}
+        if row["name"] in levels:
+            row[f"model_{metric}_within_levels"] = within(levels[row["name"]])
+        flagged.append(row)
     return flagged
 
 
@@ -121,7 +125,7 @@ def confound_blocks(rows):
         shown, caption="The train rate (or mean) of each level of a column as the prediction")]
 
 
-def within_level_auc(score, label, levels, positive=1):
+def within_level_auc(score, label, positive, levels):
     """AUC over the pairs of a positive and another row of the same level: (N,) each -> float.
 
     What is left of an AUC once a level can no longer tell the class; NaN without such a pair.

@@ -3,6 +3,7 @@
 Letters: M rows, R scores.
 """
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -25,11 +26,8 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), mom
     rows = score_rows(result, table, ceiling)
     moment_rows = rows_of_moments(table, moments)
     moment_names = {row["moment"] for row in moment_rows}
-    confounds = confounding.flag_confounds(confounds, result.overall.model["r2"])
-    for row in confounds:
-        if row["name"] in levels:
-            row["model_r2_within_levels"] = confounding.within_level_r2(
-                table.predicted, table.target, levels[row["name"]])
+    within = functools.partial(confounding.within_level_r2, table.predicted, table.target)
+    confounds = confounding.flag_confounds(confounds, result.overall.model["r2"], within, levels)
     common.write_table(run.path(table_file), rows)
     plotting.plot_per_target(rows, run.path(plot_file))
     plotting.plot_scatter(table.predicted, table.target, table.names, run.path("predicted_against_true.png"))

@@ -603,16 +603,16 @@ def test_within_level_auc_by_hand():
     label = np.array([1, 0, 0, 1, 0, 0])
     levels = np.array(list("aaabbc"))
     # level a: (.9 > .2), (.9 > .4); level b: (.8 > .7); level c has no pair
-    assert confounding.within_level_auc(score, label, levels) == 1.0
-    assert confounding.within_level_auc(np.array([0.3, 0.2, 0.4, 0.7, 0.7, 0.1]), label, levels) == pytest.approx(1.5 / 3)
-    assert math.isnan(confounding.within_level_auc(score, label, np.arange(6)))
-    everywhere = confounding.within_level_auc(score, label, np.zeros(6))
+    assert confounding.within_level_auc(score, label, 1, levels) == 1.0
+    assert confounding.within_level_auc(np.array([0.3, 0.2, 0.4, 0.7, 0.7, 0.1]), label, 1, levels) == pytest.approx(1.5 / 3)
+    assert math.isnan(confounding.within_level_auc(score, label, 1, np.arange(6)))
+    everywhere = confounding.within_level_auc(score, label, 1, np.zeros(6))
     assert everywhere == judge.roc_auc_score(label, score)
 
 
 def test_a_score_that_is_only_the_level_has_no_auc_within_levels():
     levels, label, order, pair = planted_levels()
-    assert judge.roc_auc_score(label, pair) > 0.75 and confounding.within_level_auc(pair, label, pair) == 0.5
+    assert judge.roc_auc_score(label, pair) > 0.75 and confounding.within_level_auc(pair, label, 1, pair) == 0.5
 
 
 # --- calibration ---------------------------------------------------------------------------------
