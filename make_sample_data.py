@@ -548,10 +548,14 @@ def make_video(folder, n_events, seed):
 
 # part: (x, y, half width, half height, colour), the wheels at -1 and 1, y downwards
 PART_LOOKS = {
-    "back_wheel": (-1.0, 0.0, 0.62, 0.62, (30, 30, 34)), "front_wheel": (1.0, 0.0, 0.62, 0.62, (30, 30, 34)),
-    "chain": (-0.45, 0.04, 0.50, 0.13, (70, 72, 78)), "saddle": (-0.55, -1.02, 0.30, 0.13, (60, 34, 22)),
-    "steer": (0.70, -1.12, 0.30, 0.20, (150, 155, 165)), "front_light": (1.12, -0.72, 0.14, 0.14, (250, 240, 170)),
-    "back_light": (-1.60, -0.55, 0.13, 0.13, (210, 20, 30)), "kickstand": (-0.15, 0.52, 0.13, 0.30, (120, 124, 130))}
+    "back_wheel": (-1.0, 0.0, 0.62, 0.62, (30, 30, 34)),
+    "front_wheel": (1.0, 0.0, 0.62, 0.62, (30, 30, 34)),
+    "chain": (-0.45, 0.04, 0.50, 0.13, (70, 72, 78)),
+    "saddle": (-0.55, -1.02, 0.30, 0.13, (60, 34, 22)),
+    "steer": (0.70, -1.12, 0.30, 0.20, (150, 155, 165)),
+    "front_light": (1.12, -0.72, 0.14, 0.14, (250, 240, 170)),
+    "back_light": (-1.60, -0.55, 0.13, 0.13, (210, 20, 30)),
+    "kickstand": (-0.15, 0.52, 0.13, 0.30, (120, 124, 130))}
 STATE_SHARES = (0.62, 0.14, 0.13, 0.11)  # of part_boxes.STATES
 RINGS = ("back_wheel", "front_wheel", "chain")  # the other parts are discs
 FRAME = ((-1, 0), (-0.5, -0.8), (0.7, -0.8),
@@ -567,6 +571,13 @@ class Bicycle:
     size: tuple  # (W, H)
     street: int
     parts: dict  # {part: (state, [x1, y1, x2, y2])}
+
+
+def draw_leaves(draw, x1, y1, x2, y2, rng):
+    """Leaves over a box."""
+    for x, y in rng.uniform([x1, y1], [x2, y2], (9, 2)):
+        reach = 0.22 * max(x2 - x1, y2 - y1) * rng.uniform(0.7, 1.2)
+        draw_ellipse(draw, x, y, reach, 0.6 * reach, LEAVES)
 
 
 def draw_bicycle(states, background, rng):
@@ -591,11 +602,9 @@ def draw_bicycle(states, background, rng):
             draw.ellipse(box, outline=colour, width=2 * width)
         elif state != "absent":
             draw.ellipse(box, fill=colour)
-    for (x1, y1, x2, y2), state in zip(boxes, states):
-        n_leaves = 9 if state == "occluded" else 0
-        for x, y in rng.uniform([x1, y1], [x2, y2], (n_leaves, 2)):
-            reach = 0.22 * max(x2 - x1, y2 - y1) * rng.uniform(0.7, 1.2)
-            draw_ellipse(draw, x, y, reach, 0.6 * reach, LEAVES)
+    for box, state in zip(boxes, states):
+        if state == "occluded":
+            draw_leaves(draw, *box, rng)
     picture = background.resize((wide // 2, high // 2), Image.Resampling.LANCZOS)
     pixels = np.asarray(picture, float)
     halved = (np.array(boxes) / 2).tolist()

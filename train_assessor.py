@@ -658,7 +658,8 @@ def run_split(run, args, study, split, features=None):
     plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch)
     part = "test" if "test" in tables else "val"
     alarms += verdicts.split_gap_alarms(train, val, remedy=OVERFITTING_REMEDY)
-    judge(run, args, study, split, tables[part], part, alarms, similar, [(split["train"], split[part])], best_epoch)
+    trained_on = [(split["train"], split[part])]
+    judge(run, args, study, split, tables[part], part, alarms, similar, trained_on, best_epoch)
 
 
 def run_folds(run, args, study):

@@ -45,7 +45,8 @@ def coco_set(annotations):
     """A pycocotools data set in memory; ids count from 1, since its matching takes 0 for no match."""
     from pycocotools.coco import COCO
     made = COCO()
-    made.dataset = {"annotations": [{**each, "id": k} for k, each in enumerate(annotations, start=1)], "categories": []}
+    numbered = [{**each, "id": k} for k, each in enumerate(annotations, start=1)]
+    made.dataset = {"annotations": numbered, "categories": []}
     made.createIndex()
     return made
 
@@ -312,7 +313,10 @@ class Judged:
 
 def stack_draws(draws):
     """[(overall, each) of each of D draws] -> [overall {metric: (D,)}, each {metric: (D, P)}]."""
-    return [{metric: np.array([draw[metric] for draw in part]) for metric in part[0]} for part in zip(*draws)]
+    stacked = []
+    for part in zip(*draws):
+        stacked.append({metric: np.array([draw[metric] for draw in part]) for metric in part[0]})
+    return stacked
 
 
 def average_precisions(matchings, pictures):

@@ -33,9 +33,7 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), mom
     plotting.plot_scatter(table.predicted, table.target, table.names, run.path("predicted_against_true.png"))
 
     best_r2 = ceiling.mean_r2 if ceiling else None
-    # a ridge head on a frozen backbone is the ridge regression on its features
-    tolerance = 1e-3 * np.nanstd(table.target, axis=0)  # (R,)
-    is_same = np.isclose(table.predicted, table.baselines[result.baseline_name], 0, tolerance).all()
+    is_same = is_baseline(table, result.baseline_name)
     verdict = verdicts.verdict_sentence(
         result, "r2", best_r2, setting.worst_seen, "mean R2", is_same)
     doubts = verdicts.baseline_doubts(table.baselines) + confounding.flagged_doubts(confounds)
@@ -64,6 +62,12 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), mom
             "per_moment": moment_rows,
             "confounds": confounds,
         })
+
+
+def is_baseline(table, name):
+    """True where the predictions are those of a baseline, as of a ridge head on a frozen backbone."""
+    tolerance = 1e-3 * np.nanstd(table.target, axis=0)  # (R,)
+    return np.isclose(table.predicted, table.baselines[name], 0, tolerance).all()
 
 
 def score_rows(result, table, ceiling):

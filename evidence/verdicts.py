@@ -204,8 +204,11 @@ def parse_criteria(text, meanings):
     if unknown:
         raise common.UserError(
             f"--criteria names no metric of this run: {', '.join(unknown)}. Use METRIC or METRIC_TARGET.")
-    return [{"name": match[1], "metric": metric_names.METRICS[meanings[match[1]].metric].label, "relation": match[2],
-             "bar": float(match[3])} for match in matches]
+    criteria = []
+    for name, relation, bar, *_ in (match.groups() for match in matches):
+        metric = metric_names.METRICS[meanings[name].metric].label
+        criteria.append({"name": name, "metric": metric, "relation": relation, "bar": float(bar)})
+    return criteria
 
 
 def judge_criteria(criteria, estimates, seen="new"):

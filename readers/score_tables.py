@@ -134,7 +134,9 @@ def merge_raters(table):
     if len(ratings) < len(table):
         table.notes.append(f"{len(table)} rows of {len(ratings)} sequences: in {rated} several raters, whose mean is "
                            "learnt; other rows that repeat one count once")
-    single = {name: [block[~np.isnan(block[:, r]), r] for block in ratings] for r, name in enumerate(table.names)}
+    single = {}
+    for r, name in enumerate(table.names):
+        single[name] = [block[~np.isnan(block[:, r]), r] for block in ratings]
     return dataclasses.replace(
         table.take([rows[0] for rows in rows_of]),
         target=np.stack([common.mean_without_nan(block, axis=0) for block in ratings]),
