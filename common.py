@@ -564,7 +564,7 @@ class Run:
         for k in chosen:
             with self.child(f"fold_{k}") as child:
                 child.folds_after = chosen[-1] - k
-                if has_metrics(child.folder, self.args.epochs):
+                if self.compute.processes.on_first(lambda: has_metrics(child.folder, self.args.epochs)):
                     child.say(f"fold {k} is finished")
                 else:
                     child.say(f"fold {k + 1} of {len(splits)} (in {child.folder.name})")
@@ -623,6 +623,7 @@ class Run:
             raise UserError(f"{self.folder} cannot be continued exactly: these differ (then, now); "
                             f"start a new run or restore them{''.join(lines)}")
         if epochs < self.args.epochs:
+            Checkpoints(self).read_last(Path(self.args.resume))  # CheckpointError before anything is changed
             self.path("metrics.json").unlink(missing_ok=True)
             write_json(path, first)
 
@@ -634,7 +635,7 @@ class Run:
 
 def _lasting_flags(record, may_differ):
     """{--name: value} of the flags in an args.json but for those that may differ, and its script."""
-    flags = record.get("flags", {}).items()
+    flags = dict(record.get("flags") or {}).items()
     return {"script": record.get("script")} | {f"--{name}": value for name, value in flags if name not in may_differ}
 
 
@@ -766,9 +767,6 @@ def _folder_to_resume(args):
         folder = _newest_folder(args)
     else:
         folder = run_folder_of(args.resume)
-        if Path(args.resume).is_file():
-            with checkpoint_fields(args.resume):
-                load_model_file(args.resume)["progress"]  # a file of another kind is refused before anything is decoded
         flags = read_json(folder / "args.json")["flags"]
         if args.epochs > flags["epochs"] and flags["scheduler"] not in OPEN_SCHEDULES:
             raise UserError(
@@ -778,6 +776,9 @@ def _folder_to_resume(args):
     if folder and is_finished(folder, args):
         print(f"{folder} is finished: nothing to continue; its report is {folder / 'report.html'}", flush=True)
         sys.exit(EXIT_OK)
+    if Path(args.resume).is_file():
+        with checkpoint_fields(args.resume):
+            load_model_file(args.resume)["progress"]  # a file of another kind is refused before anything is decoded
     return folder
 
 
@@ -792,7 +793,8 @@ def _newest_folder(args):
 
     def alike(may_differ):
         wanted = _lasting_flags(now, may_differ)
-        return [folder for folder, record in records.items() if _lasting_flags(record, may_differ) == wanted]
+        return [folder for folder, record in records.items()
+                if wanted.items() <= _lasting_flags(record, may_differ).items()]
     same_data = alike(args.may_change - args.data_paths)
     job = slurm_job_id()
     for folder in same_data:
@@ -1037,8 +1039,7 @@ def run_main(main):
     sys.exit(code)
 
 
-# with a full /dev/shm: torch cannot share a batch </torch_...>, Python not make a semaphore
-LOST_WORKER = re.compile(r"DataLoader (worker \(|timed out)|</torch_|^\[Errno 28\] No space left on device$")
+LOST_WORKER = re.compile(r"DataLoader (worker \(|timed out)|</torch_")  # which cannot be shared: a full /dev/shm
 OUT_OF_MEMORY = re.compile("can't allocate memory|Insufficient memory")  # torch's on the CPU, OpenCV's
 IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker .*\n\S+: ", re.DOTALL)  # torch's text up to the error's own
 
@@ -1059,6 +1060,8 @@ def _explain(error):
                                 "--batch_size or picture, or keep its statistics (--freeze_norm)")
     if LOST_PROCESS.search(text) and launched_processes().size > 1:
         return EXIT_CRASH, f"error: another process of this run has ended, see there ({reason})"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return EXIT_CRASH, f"error: {reason}: a full drive, or a full /dev/shm (then try --num_workers 0)"
     if LOST_WORKER.search(text):
         return EXIT_CRASH, (f"error: a loader worker died or hangs, or lacks shared memory ({reason}). The last "
                             "checkpoint is whole: --resume auto continues. Try --num_workers 0, or a larger /dev/shm")
@@ -1168,7 +1171,8 @@ def _choose_device(name, processes):
     device = None
     with contextlib.suppress(RuntimeError):
         device = torch.device(name)
-    if device is None or (device.index or 0) >= counts.get(device.type, 0):
+    own_index = 0 if processes.size > 1 else getattr(device, "index", 0) or 0  # srun may show each process its own GPU
+    if device is None or own_index >= counts.get(device.type, 0):
         raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps; this torch sees {counts['cuda']} CUDA "
                         f"GPUs and {counts['mps']} Apple ones. Use --device cpu, or run verify_setup.py to see why")
     if device.type == "cuda" and processes.size > 1:
@@ -2213,9 +2217,9 @@ def checkpoint_fields(path):
     """A field that a checkpoint lacks, or has in another form, becomes CheckpointError inside this block."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or OUT_OF_MEMORY.search(str(error)):
+            raise
         fault = f"{type(error).__name__}: {one_line(error)}"
         raise CheckpointError(f"{path} lacks what this script stores in a checkpoint ({fault}); best_model.pth is for "
                               "prediction and --init_from, last.pth for --resume") from None

@@ -616,7 +616,7 @@ def check_split(run, study, split):
     return splitting.record_split(run, split, study.images, report, columns=study.columns, groups=study.groups)
 
 
-def check_ratings(study, splits):
+def check_ratings(args, study, splits):
     """UserError for ratings from which the train rows of a split can learn nothing: none, or all the same."""
     import pandas as pd
     ratings = pd.DataFrame(study.ratings, columns=study.names)
@@ -626,13 +626,18 @@ def check_ratings(study, splits):
         raise common.UserError(
             f"{common.shorten_list(useless)}: no two different ratings in the train rows (of a fold). "
             "Name the others with --target_columns, or split with another --seed")
+    held_out = [ratings.iloc[split["val"]].nunique().max() for split in splits]
+    if args.select in ("r2", "pearson_r") and min(held_out) < 2:
+        raise common.UserError(
+            f"the val rows (of a fold) have no two different values of any rating, so --select {args.select} has none: "
+            "choose by --select last or loss, or make other parts (--seed, --folds)")
 
 
 def run_split(run, args, study, split, features=None):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
     alarms = check_split(run, study, split)
     split = splitting.rows_to_try(split, args, study.ratings)
-    check_ratings(study, [split])
+    check_ratings(args, study, [split])
     if features is None:
         features = untuned_features(args, study, run, np.concatenate(list(split.values())))
     similar = splitting.add_similar(run, features["mlp"], split, study.images)
@@ -665,7 +670,7 @@ def run_split(run, args, study, split, features=None):
 def run_folds(run, args, study):
     """One run per fold in fold_K/, then the out-of-fold predictions pooled and judged as one."""
     splits = splitting.folds_of_flags(args, study.images, study.strata, study.groups)
-    check_ratings(study, splits)
+    check_ratings(args, study, splits)
     folds = {f"fold_{k}": split["val"] for k, split in enumerate(splits)}
     alarms = check_split(run, study, folds)
     features = untuned_features(args, study, run, np.arange(len(study.images)))
@@ -717,7 +722,7 @@ def compare_backbones(run, several, study):
     run.write_args(**study.data_record({}))
     for args in several:
         with run.child(comparison_folder(args), args) as child:
-            if not common.is_finished(child.folder, args):
+            if not run.compute.processes.on_first(lambda: common.is_finished(child.folder, args)):
                 run_study(child, args, study)
     listed = judging.list_runs(run.folder)
     runs = sorted(listed, key=lambda row: -np.inf if row["value"] is None else row["value"], reverse=True)

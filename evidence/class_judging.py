@@ -58,11 +58,12 @@ def judge_classes(run, table, setting, confounds=(), levels=()):
 
 
 def fold_alarms(table):
-    """A sentence where three folds or more all have one confusion matrix, with errors in it; else []."""
+    """A sentence where three folds or more all have one confusion matrix, and one no better than chance; else []."""
     folds = np.asarray(table.keys.get("fold", ()))
     answers = table.label * len(table.names) + table.chosen  # true x predicted
     matrices = [tuple(np.sort(answers[folds == fold])) for fold in set(folds)]
-    if len(matrices) < 3 or len(set(matrices)) > 1 or (table.label == table.chosen).all():
+    recalls = [np.mean(table.chosen[table.label == c] == c) for c in set(table.label)]
+    if len(matrices) < 3 or len(set(matrices)) > 1 or np.mean(recalls) > 1 / len(recalls):
         return []
     return ["identical confusion matrices in all folds: do the models tell the rows apart at all? Compare the folds' "
             "splits.json, and train longer (--epochs)"]

@@ -232,7 +232,7 @@ def _prior_note(row):
     metric = "auc" if "auc" in row else "r2"
     interval = f"{row['low']:.3f}, {row['high']:.3f}"
     if math.isnan(row["low"]):
-        interval = f"no interval: too few of {row['subjects']} groups"
+        interval = f"no interval over {row['subjects']} groups"
     text = (
         f"no-pixel prior on {row['name']} across {row['across']}: {metric.upper()} of {row['what']} "
         f"{row[metric]:.3f} [{interval}]")

@@ -65,7 +65,7 @@ def identical_fold_alarms(folds):
     pairs = itertools.combinations(range(len(folds)), 2)
     return [f"folds {folds[a]['fold']} and {folds[b]['fold']} have identical results: were they trained and judged on "
             "the same rows? Compare their splits.json, and deal the rows out anew (--seed)"
-            for a, b in pairs if numbers[a] == numbers[b]]
+            for a, b in pairs if numbers[a] == numbers[b] and any(numbers[a])]
 
 
 def rows_text(table, unit="rows"):

@@ -181,11 +181,13 @@ def leakage_blocks(run):
 
 def history_blocks(run):
     """The section on learning curves: those of the run, and of each of its folds; one epoch makes none."""
-    curves = [path for path in sorted(run.folder.glob("**/training_history.png"))
+    def order(path):
+        return path.parent.name == "baseline", len(str(path)), path  # fold_10 after fold_2
+    curves = [path for path in sorted(run.folder.glob("**/training_history.png"), key=order)
               if path.with_suffix(".csv").read_bytes().count(b"\n") > 2]
     blocks = [html_image(path, f"Learning curves, {path.parent.name}") for path in curves[:MOST_CURVES]]
     if curves[MOST_CURVES:]:
-        blocks.append(html_text(f"{len(curves) - MOST_CURVES} more: fold_K/training_history.png of the other folds."))
+        blocks.append(html_text(f"{len(curves) - MOST_CURVES} more: training_history.png in the other folders."))
     batches = sorted(run.folder.glob("**/training_batch.jpg"))[:1]
     caption = "Some of what the model was trained on, augmented, with its labels"
     return blocks + [html_image(path, caption) for path in batches]

@@ -270,7 +270,7 @@ def behaviour_columns(table):
 def headless_list(table, root, notes):
     """Lines without a header, path and label, or path, number of frames and label -> DataFrame of path and label.
 
-    None where the first line names no video. notes: of the table, in whose place one says that it is a list.
+    None where the first line names no video. notes: of the table, to which one is added that it is a list.
     """
     import pandas as pd
     lines = table.to_numpy().tolist()
@@ -287,7 +287,8 @@ def headless_list(table, root, notes):
         is_list = is_even and all(map(str.isdigit, n_frames))
         if is_list and root.is_dir() and file_names.match_videos([first], root)[0][first]:
             frames = ", a number of frames" if n_frames else ""
-            notes[:] = [f"no header line: each line is read as a path{frames} and a label"]  # and none of a header's
+            notes[:] = [note for note in notes if "is no header" not in note]
+            notes.append(f"no header line: each line is read as a path{frames} and a label")
             listed = pd.DataFrame(rows, index=[1, *table.index][-len(rows):], dtype=object)
             return listed.iloc[:, [0, -1]].set_axis(["path", "label"], axis=1)
     return None

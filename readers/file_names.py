@@ -148,9 +148,10 @@ class NameIndex:
         fits = {name: self.find(own) for name, own in below.items()}
         wanted_as = collections.defaultdict(set)  # file -> ends of the names that do not agree; '' for those that do
         for name, fit in fits.items():
-            if not fit.agrees:
-                below[name] = without_root(urllib.parse.unquote(name))
-                fit = fits[name] = self.find(below[name])
+            unquoted = without_root(urllib.parse.unquote(name))
+            if not fit.agrees and self.find(unquoted).files:
+                below[name] = unquoted
+                fit = fits[name] = self.find(unquoted)
             fit.is_guess = not fit.agrees or below[name] != posixpath.normpath(name)
             end = "" if fit.agrees else "/".join(below[name].casefold().split("/")[-2:])
             for file in fit.files:

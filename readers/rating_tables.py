@@ -296,7 +296,7 @@ def _number_columns(columns, names, may_have_codes=True, lowest=-np.inf):
     if not any(names):
         return None
     found = {name: columns.numbers(name) for name in names if name}
-    if may_have_codes:
+    if may_have_codes or columns.codes is not None:
         found = _without_codes(columns, found)
     faults = [f"{name} in line {common.shorten_list(values.index[values < lowest])}"
               for name, values in found.items() if values.min() < lowest]

@@ -109,7 +109,9 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     rows["source"], notes = event_tables.find_sources(rows, root is None, **finding)
     if unsaid:
         notes.append(f"{', '.join(unsaid)}: not read as times of a sequence; those say their unit, such as start_sec")
-    others = [name for name in raw if name not in names and csv_tables.looks_numeric(raw[name])]
+    used = {group, source, "sequence_id", "id"}
+    others = [name for name in raw.drop(columns=names)
+              if csv_tables.column_key(name) not in used and csv_tables.looks_numeric(raw[name])]
     if others and not target_columns:
         notes.append(f"numeric columns that are no scores by their names: {common.shorten_list(others)}; "
                      "--target_columns names the scores")

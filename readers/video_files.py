@@ -21,8 +21,9 @@ import common
 from readers import file_names, picture_files, pixel_cache
 
 STAMP_SLACK_SEC = 1e-3  # Matroska rounds its stamps to milliseconds
-# FFmpeg's SWS_FULL_CHR_H_INT, which PyAV 17 does not name. Without it scaled colours are 1.5 of 255 too dark.
-FULL_CHROMA = 0x2000
+# FFmpeg's SWS_FULL_CHR_H_INT and SWS_ACCURATE_RND, which PyAV 17 does not name. Without them colours are up to 1.5 of 255
+# too dark, and more so in frames that are scaled than in others.
+EXACT_COLOURS = 0x2000 | 0x40000
 MOST_GUESSED_FRAMES = 2**20  # what a header may claim before its frames are counted
 # formats that open other files or devices, and text that FFmpeg draws as a picture
 NO_VIDEO_FORMATS = set("hls dash concat imf sdp rtsp rtp sap webm_dash_manifest image2 image2pipe vapoursynth avisynth "
@@ -207,7 +208,7 @@ class _Video:
         scaling = filters.AREA if width <= frame.width else filters.BICUBIC
         try:
             scaled = self.reformatter.reformat(frame, width=width, height=height, format="rgb24", threads=1,
-                                               interpolation=scaling.value | FULL_CHROMA)
+                                               interpolation=scaling.value | EXACT_COLOURS)
             pixels = scaled.to_ndarray()
         except self.av.FFmpegError as error:
             raise BadVideo(f"damaged: {common.one_line(error)}") from None

@@ -463,7 +463,7 @@ def test_audit_of_clean_parts_reports_zeros(made, behaviours, tmp_path):
     assert report["probability_clusters"]["rows"] == 10
     assert all("auc" in row and "low" in row for row in report["priors"])
     text = "\n".join(report["notes"])
-    assert "nan" not in text and f"[no interval: too few of {report['priors'][0]['subjects']} groups]" in text
+    assert "nan" not in text and f"[no interval over {report['priors'][0]['subjects']} groups]" in text
 
 
 def test_the_pair_is_a_prior_without_pixels(tmp_path):

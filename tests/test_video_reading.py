@@ -334,20 +334,22 @@ def test_a_frame_that_cannot_be_converted_is_a_damaged_one(films, monkeypatch):
 
 
 def rgb_by_definition(frame, size):
-    """(H, W, 3) float of a yuv420p frame: its planes averaged over areas, then ITU-R BT.601 with studio swing."""
+    """(H, W, 3) float of a yuv420p frame: its planes averaged over areas (colours that grow: linear), then ITU-R BT.601 with studio swing."""
     planes = frame.to_ndarray()
     height, width = frame.height, frame.width
     blue, red = planes[height:].reshape(2, height // 2, width // 2)
-    light, blue, red = (cv2.resize(plane.astype(np.float32), size, interpolation=cv2.INTER_AREA)
-                        for plane in (planes[:height], blue, red))
+    light, blue, red = (
+        cv2.resize(plane.astype(np.float32), size,
+                   interpolation=cv2.INTER_AREA if size[0] <= plane.shape[1] else cv2.INTER_LINEAR)
+        for plane in (planes[:height], blue, red))
     light = (light - 16) * 255 / 219
     blue = (blue - 128) * 255 / 224
     red = (red - 128) * 255 / 224
     return np.stack([light + 1.402 * red, light - 0.344136 * blue - 0.714136 * red, light + 1.772 * blue], -1)
 
 
-@pytest.mark.parametrize("turns", [0, 1])
-def test_scaled_frames_have_the_colours_of_the_definition(tmp_path, monkeypatch, turns):
+@pytest.mark.parametrize("turns, size", [(0, (149, 112)), (1, (149, 112)), (0, (640, 480))])
+def test_frames_have_the_colours_of_the_definition(tmp_path, monkeypatch, turns, size):
     """No level of 255 off on average, in either direction; turned by a quarter, too."""
     colours = np.random.default_rng(0).integers(40, 216, (6, 8, 3), dtype=np.uint8)
     picture = cv2.resize(colours, (640, 480), interpolation=cv2.INTER_CUBIC)
@@ -358,9 +360,9 @@ def test_scaled_frames_have_the_colours_of_the_definition(tmp_path, monkeypatch,
         container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
         container.mux(stream.encode(None))
     with av.open(str(path)) as container:
-        expected = rgb_by_definition(next(container.decode(video=0)), (149, 112))
+        expected = rgb_by_definition(next(container.decode(video=0)), size)
     monkeypatch.setattr(av.VideoFrame, "rotation", property(lambda frame: 90 * turns), raising=False)
-    [pixels] = frames_at(path, [0.0], short_side=112)
+    [pixels] = frames_at(path, [0.0], short_side=size[1])
     error = pixels - np.rot90(expected, turns)
     assert np.abs(error.mean((0, 1))).max() < 0.2
     assert np.abs(error).mean() < 0.5
