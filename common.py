@@ -635,7 +635,7 @@ class Run:
 
 def _lasting_flags(record, may_differ):
     """{--name: value} of the flags in an args.json but for those that may differ, and its script."""
-    flags = dict(record.get("flags") or {}).items()
+    flags = record["flags"].items()
     return {"script": record.get("script")} | {f"--{name}": value for name, value in flags if name not in may_differ}
 
 
@@ -788,7 +788,8 @@ def _newest_folder(args):
     Where there is none, a note names the newest unfinished one with these flags, and why it is not continued.
     """
     paths = sorted(args.output_dir.glob("run_*/args.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    records = {path.parent: _read_or_warn(path) for path in paths}
+    found = {path.parent: _read_or_warn(path) for path in paths}
+    records = {folder: record for folder, record in found.items() if record.get("script") == script_name()}
     now = {"script": script_name(), "flags": json_safe(flags_of(args))}
 
     def alike(may_differ):

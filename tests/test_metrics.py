@@ -376,6 +376,7 @@ def test_identical_confusion_matrices_over_folds():
             positive=1, label=label, probability=np.eye(2)[label if chosen is None else chosen])
         return class_judging.fold_alarms(table)
     assert alarms(4, [0] * 12)[0].startswith("identical confusion matrices in all folds")
+    assert not alarms(4, [0, 1, 1] * 4), "each with one error, but far better than chance"
     assert alarms(2, [0] * 6) == alarms(4, None) == alarms(3, [0] * 8 + [1]) == []
 
 

@@ -258,6 +258,12 @@ def test_mistakes_in_a_ratings_table(tmp_path, text, options, words):
     assert not message.rstrip().endswith("--target_columns"), "a flag without a value"
 
 
+def test_declared_codes_stand_for_unknown_numbers_of_raters_too(tmp_path):
+    path = written(tmp_path, "image,x_mean,x_sd,x_n\na,1,.5,4\nb,-99,-99,-99\nc,3,.5,4\n")
+    table = rating_tables.read_ratings(path, missing_codes=[-99])
+    assert all(np.isnan(values[:, 0]).tolist() == [False, True, False] for values in (table.mean, table.sd, table.n))
+
+
 def test_image_column_by_name(tmp_path):
     path = written(tmp_path, "stimulus_no,Valence\n1,2\n2,3\n")
     ratings = rating_tables.read_ratings(path, image_column="stimulus_no")
@@ -494,6 +500,8 @@ def test_names_as_a_browser_writes_them(tmp_path):
     assert found == ["day 1/a.jpg", "day 2/a.jpg", "50%25.jpg", None]
     assert "2 of 4 names are of another folder or spelling" in notes[0] and "day%201/a.jpg -> day 1/a.jpg" in notes[0]
     assert file_names.match_images(names, tmp_path, exact=True)[0] == [None, None, tmp_path / "50%25.jpg", None]
+    touch(tmp_path, "sub/c%20d.jpg")
+    assert file_names.match_images(["other/c%20d.jpg"], tmp_path)[0] == [tmp_path / "sub" / "c%20d.jpg"]
 
 
 def test_decomposed_names_on_disk(tmp_path):

@@ -384,6 +384,27 @@ def test_more_epochs_that_are_refused_leave_a_finished_run_as_it_was(tmp_path, w
     assert {path: path.read_bytes() for path in folder.glob("**/*.json")} == before
 
 
+def test_more_epochs_of_a_run_without_its_checkpoint_leave_it_as_it_was(tmp_path):
+    folder = make_run(tmp_path, "--epochs", 2)
+    common.write_json(folder / "metrics.json", {"rows": 1})
+    (folder / "training_history.csv").write_text("epoch\n1\n2\n")  # last.pth is lost
+    before = {path: path.read_bytes() for path in folder.glob("*.json")}
+    with pytest.raises(common.CheckpointError, match="last.pth is lost"):
+        with common.start_run(parsed(tmp_path, "--resume", folder, "--epochs", 3)) as run:
+            run.write_args(fingerprint="same")
+    assert {path: path.read_bytes() for path in folder.glob("*.json")} == before
+
+
+def test_a_flag_that_is_no_more_does_not_hide_an_unfinished_run(tmp_path):
+    folder = make_run(tmp_path, "--epochs", 2)
+    record = common.read_json(folder / "args.json")
+    record["flags"]["once_a_flag"] = None
+    common.write_json(folder / "args.json", record)
+    (tmp_path / "run_x").mkdir()
+    (tmp_path / "run_x" / "args.json").write_text('{"flags": ["of", "another", "program"]}')
+    assert common._newest_folder(parsed(tmp_path, "--resume", "auto", "--epochs", 2)) == folder
+
+
 def kill(*_):
     raise Kill
 
