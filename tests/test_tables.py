@@ -259,7 +259,7 @@ def test_mistakes_in_a_ratings_table(tmp_path, text, options, words):
 
 
 def test_declared_codes_stand_for_unknown_numbers_of_raters_too(tmp_path):
-    path = written(tmp_path, "image,x_mean,x_sd,x_n\na,1,.5,4\nb,-99,-99,-99\nc,3,.5,4\n")
+    path = written(tmp_path, "image,x_mean,x_sd,x_n,y_mean\na,1,.5,4,1\nb,-99,-99,-99,2\nc,3,.5,4,3\n")
     table = rating_tables.read_ratings(path, missing_codes=[-99])
     assert all(np.isnan(values[:, 0]).tolist() == [False, True, False] for values in (table.mean, table.sd, table.n))
 
