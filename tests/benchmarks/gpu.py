@@ -7,7 +7,8 @@
 One Markdown table, OUT/gpu.md, is written row by row, so that a run that is cut leaves what it has measured:
 
     speed       training passes of each script against the bare loop, a plain loop and packages (see assessor.py, ...)
-    profile     waits for the device a step, part of the time that the GPU works, and the ten costliest kernels
+    profile     waits for the device a step, where the host's time goes, part of the time that the GPU works, and the
+                ten costliest kernels
     repeats     with --deterministic two runs give the same bits, and so does one that was stopped and continued
     precision   bf16 and fp16 against fp32, three seeds each: the validation metric after a fixed last epoch
     compile     a training pass with --compile and without, and what compiling takes
@@ -333,7 +334,7 @@ def write_precision(table, what, plain, fast):
 # --- one script in this process: profile and compile -------------------------------------------
 
 def start_loop(name, options, *more):
-    """The script's own epochs over made data, and the number of its batches."""
+    """The script's own epochs over made data, the number of its batches, and function () that makes the bare loop."""
     module = importlib.import_module(name)
     sys.argv = [f"train_{name}.py", *sizes(name, options)]
     if more:
@@ -342,7 +343,7 @@ def start_loop(name, options, *more):
     folder = Path(tempfile.mkdtemp())
     module.make_data(folder, own)
     loop = module.ScriptEpochs(folder, own)
-    return loop, len(loop.loader.batch_sampler)
+    return loop, len(loop.loader.batch_sampler), lambda: module.BareEpochs(folder, own)
 
 
 def timed(loop):
@@ -358,12 +359,13 @@ def wait_for_gpu():
 
 
 def profile(name, options):
-    """Print as JSON: waits a step, seconds an epoch, part of it that the GPU works, and the costliest kernels."""
+    """Print as JSON: waits a step, seconds an epoch and of the host, part that the GPU works, the costliest kernels."""
     from torch.profiler import ProfilerActivity
-    loop, n_batches = start_loop(name, options)
+    loop, n_batches, make_bare = start_loop(name, options)
     loop.epoch()
     seconds = statistics.median(timed(loop) for _ in range(1 if options.small else 3))
     waits = count_waits(loop) / n_batches
+    host = host_seconds(loop)
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
@@ -372,9 +374,57 @@ def profile(name, options):
     costs = kernel_costs(profiler)
     total = sum(costs.values())
     listed = sorted(costs.items(), key=lambda item: -item[1])[:10]
+    del loop
     print(json.dumps({
-        "batches": n_batches, "seconds": seconds, "waits": waits, "profiled": profiled,
-        "busy": total / seconds, "top": [[kernel[:60], share / total] for kernel, share in listed]}))
+        "batches": n_batches, "seconds": seconds, "waits": waits, "profiled": profiled, "host": host,
+        "bare": queueing_seconds(make_bare()), "busy": total / seconds,
+        "top": [[kernel[:60], share / total] for kernel, share in listed]}))
+
+
+def host_seconds(loop):
+    """Seconds of the host in an epoch of the script: until it has a batch, in Training.step, and in all till its end.
+
+    A GPU works on its own meanwhile; where the host takes as long as the epoch, it is the host that the GPU waits for.
+    """
+    training = loop.training
+    spent = {}
+
+    def timed_batches(loader, batches=training.batches):
+        spent.update(batch=0.0, step=0.0)  # of this epoch alone
+        iterator = batches(loader)
+        while True:
+            started = time.perf_counter()
+            batch = next(iterator, None)
+            spent["batch"] += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+    def timed_step(*losses, step=training.step, **parts):
+        started = time.perf_counter()
+        step(*losses, **parts)
+        spent["step"] += time.perf_counter() - started
+    training.batches = timed_batches
+    training.step = timed_step
+    try:
+        spent["all"], spent["epoch"] = queueing_seconds(loop)
+    finally:
+        del training.batches, training.step
+    return spent
+
+
+def queueing_seconds(loop):
+    """Of the second of two epochs: seconds until the host has given the device all its work, and until that is done."""
+    for _ in range(2):
+        if hasattr(loop, "prepare"):
+            loop.prepare()
+        wait_for_gpu()
+        started = time.perf_counter()
+        loop.epoch()
+        queued = time.perf_counter() - started
+        wait_for_gpu()
+        done = time.perf_counter() - started
+    return queued, done
 
 
 def kernel_costs(profiler):
@@ -416,9 +466,20 @@ def measure_profile(table, options):
         table.row(f"{what}: seconds an epoch", f"{found['seconds']:.3f}")
         if found["waits"] == found["waits"]:
             table.row(f"{what}: waits for the device a step", f"{found['waits']:.2f}", *goal)
+        write_host(table, what, found)
         table.row(f"{what}: the device works", f"{found['busy']:.0%} of the time")
         top = "; ".join(f"{kernel.replace('|', ' ')} {share:.0%}" for kernel, share in found["top"])
         table.row(f"{what}: where the device's time goes", top)
+
+
+def write_host(table, what, found):
+    """Where the host's time goes, beside the bare loop: is it the host, the loader or the device that a step waits for?"""
+    host = {name: 1000 * seconds / found["batches"] for name, seconds in found["host"].items()}
+    queued, done = (1000 * seconds / found["batches"] for seconds in found["bare"])
+    forward = host["all"] - host["batch"] - host["step"]
+    table.row(f"{what}: ms of the host a step",
+              f"{host['batch']:.2f} for the batch, {forward:.2f} for input, forward and loss, {host['step']:.2f} in "
+              f"Training.step, of {host['epoch']:.2f}; the bare loop {queued:.2f} of {done:.2f}")
 
 
 def compile_loop(name, options):
@@ -426,7 +487,7 @@ def compile_loop(name, options):
     seconds = {}
     first = {}
     for way, more in (("off", []), ("on", ["compile"])):
-        loop, _ = start_loop(name, options, *more)
+        loop, *_ = start_loop(name, options, *more)
         first[way] = timed(loop)
         seconds[way] = statistics.median(timed(loop) for _ in range(1 if options.small else 3))
         del loop
