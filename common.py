@@ -2321,7 +2321,7 @@ class NotFinite(UserError):
 
 
 @dataclasses.dataclass
-class SeenBatch:
+class StepBatch:
     """A batch whose gradient is part of an optimiser step."""
     number: int  # in the epoch, from 1
     names: list  # of its samples in this process
@@ -2331,7 +2331,7 @@ class SeenBatch:
 @dataclasses.dataclass
 class OptimizerStep:
     """What is known of an optimiser step; the device may still be at work on it."""
-    batches: list = dataclasses.field(default_factory=list)  # of SeenBatch
+    batches: list = dataclasses.field(default_factory=list)  # of StepBatch
     n_samples: int = 0  # of all processes
     names: list = dataclasses.field(default_factory=list)  # of the losses
     sums: torch.Tensor | float = 0.0  # of each loss over the samples: of this process, of all once they are exchanged
@@ -2505,7 +2505,7 @@ class Training:
         own_loss = loss.detach()
         one_or_nan = 1 + 0 * own_loss  # a loss that is not finite makes its gradient NaN
         self.scaler.scale(loss * one_or_nan * (own / step.n_samples)).backward()
-        step.batches.append(SeenBatch(batch + 1, current.names, own_loss))
+        step.batches.append(StepBatch(batch + 1, current.names, own_loss))
         step.names = ["loss", *parts]
         values = torch.stack([own_loss, *(value.detach() for value in parts.values())])
         step.sums = step.sums + values.to(self.sum_type) * own
