@@ -237,8 +237,8 @@ def add_training_arguments(parser):
         help="compile the network first (torch.compile, minutes): for long runs on a GPU")
 
 
-def add_data_arguments(parser):
-    """Splits, folds, leakage and bad files."""
+def add_data_arguments(parser, augments):
+    """Splits, folds, leakage, bad files and augmentation."""
     add = parser.group("data")
     add("--train_ratio", type=SHARE,
         help="share of the rows (or groups) for training (default: what val_ratio and test_ratio leave)")
@@ -262,7 +262,7 @@ def add_data_arguments(parser):
              "for all, from the data)")
     add("--cache", choices=("auto", "ram", "disk", "none"), default="auto", may_change=True,
         help="where decoded pictures are kept")
-    add("--augment", choices=tuple(AUGMENTATIONS), default="full",
+    add("--augment", choices=augments, default="full",
         help="random changes of training pictures")
 
 
@@ -289,11 +289,14 @@ def add_compute_arguments(parser):
         help="loader processes; auto is printed")
 
 
-def add_shared_arguments(parser, **defaults):
-    """Declare every flag that the train scripts share; `defaults` sets the script's own defaults."""
+def add_shared_arguments(parser, augments=None, **defaults):
+    """Declare every flag that the train scripts share; `defaults` sets the script's own defaults.
+
+    augments: what --augment may say, in a script that does not know all of AUGMENTATIONS.
+    """
     add_run_arguments(parser)
     add_training_arguments(parser)
-    add_data_arguments(parser)
+    add_data_arguments(parser, augments or tuple(AUGMENTATIONS))
     add_model_arguments(parser)
     add_compute_arguments(parser)
     parser.set_defaults(**defaults)
@@ -382,11 +385,13 @@ def config_values(parser, path):
         if value in (None, "", "~", "null"):
             continue
         action = declared[name]
+        is_true = {"true": True, "false": False}.get(str(value).lower())
         if action.nargs == 0:
-            is_true = {"true": True, "false": False}.get(str(value).lower())
             if is_true is None:
                 raise UserError(f"{path}: {key} is a switch: expected true or false, found {value!r}")
             switches[action.dest] = action.const if is_true else not action.const
+        elif is_true is not None and "on" in (action.choices or ()):  # --use_amp is nearly a switch
+            words.append(f"{name}={'on' if is_true else 'off'}")
         else:
             words += _words_of(action, name, value, f"{path}: {key}")
     try:

@@ -98,7 +98,7 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__)
     common.add_shared_arguments(
         parser, epochs=20, batch_size=2, lr=1e-4, weight_decay=1e-4, scheduler="plateau",
-        plateau_patience=3, augment="light")
+        plateau_patience=3, augment="light", augments=("none", "light"))
     add_data_arguments(parser.group("pictures and annotations"))
     add_model_arguments(parser.group("model"))
     add_result_arguments(parser.group("results"))
@@ -207,9 +207,6 @@ def check_flags(parser, args):
         parser.error("--output is the file of --json, which must stay as it is; name another one")
     if args.compile:
         parser.error("--compile: the detector's inputs vary in size; leave it out")
-    if args.augment not in ("none", "light"):
-        parser.error(f"--augment {args.augment}: the detector knows none and light (flip, colour, "
-                     "size)")
     anchors = args.anchor_sizes or []
     is_small = args.model == RESNET18
     fits = len(anchors) % N_LEVELS == 0 if is_small else len(anchors) in (0, len(COCO_ANCHORS))

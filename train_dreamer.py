@@ -53,7 +53,7 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__)
     common.add_shared_arguments(
         parser, epochs=150, batch_size=16, lr=2e-4, patience=20, save_top_k=3, augment="none",
-        val_ratio=0.15, test_ratio=0.15)
+        augments=("none", *LARGEST_TURN), val_ratio=0.15, test_ratio=0.15)
     add_data_arguments(parser.group("transitions and patients"))
     add_model_arguments(parser.group("model"))
     parser.set_defaults(**dependent_defaults(common.parse_arguments(parser, argv)))
@@ -170,8 +170,6 @@ def check_flags(parser, args):
         parser.error(f"--patient_map {args.patient_map} and --patient_regex {args.patient_regex!r}: give one")
     if args.group_column:
         parser.error(f"--group_column {args.group_column}: transitions have no columns; see --patient_map")
-    if args.augment not in ("none", *LARGEST_TURN):
-        parser.error(f"--augment {args.augment}: expected one of none, {', '.join(LARGEST_TURN)}")
     if args.d_model % (2 * args.n_heads):
         parser.error(f"--d_model {args.d_model} is no multiple of 2 x --n_heads {args.n_heads}")
     if bool(args.checkpoint) != (args.mode in ("evaluate", "predict")):

@@ -124,6 +124,19 @@ def test_config_sections_switches_and_lists(tmp_path):
     assert args.target_columns == ["A b", "C"] and args.sample_weight == ["x=1", "y=2"]
 
 
+@pytest.mark.parametrize("name", ["c.yaml", "c.json"])
+@pytest.mark.parametrize("value, expected", [("true", "on"), ("false", "off")])
+def test_a_config_may_write_use_amp_as_a_switch(tmp_path, name, value, expected):
+    assert parse_config(tmp_path, f'{{"use_amp": {value}}}', name=name).use_amp == expected
+
+
+def test_help_lists_the_augmentations_that_a_script_knows():
+    parser = common.Parser()
+    common.add_shared_arguments(parser, augments=("none", "light"), augment="light")
+    assert "--augment {none,light}" in parser.format_help() and parser.parse_args([]).augment == "light"
+    assert "--augment {none,light,full," in make_parser().format_help()
+
+
 def test_config_can_switch_pretrained_off(tmp_path):
     assert parse_config(tmp_path, "no_pretrained: true").pretrained is False
     assert parse_config(tmp_path, "pretrained: false").pretrained is False

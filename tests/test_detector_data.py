@@ -706,7 +706,7 @@ MISTAKES = {
     "evaluate": (["--mode", "evaluate"], ["--checkpoint and --json and --images_dir"]),
     "folds": ([*DATA, "--folds", "3", "--val_ratio", "0"], ["choose the epoch"]),
     "full": ([*DATA, "--augment", "full"], ["light"]),
-    "heavy": ([*DATA, "--augment", "heavy"], ["none and light"]),
+    "heavy": ([*DATA, "--augment", "heavy"], ["--augment: invalid choice", "none", "light"]),
     "two splits": ([*DATA, "--val_json", "v", "--val_images", "w", "--split_ratio", "0.5"], ["--split_ratio"]),
     "two splits, folds": ([*DATA, "--val_json", "v", "--val_images", "w", "--folds", "3"], ["--folds"]),
     "folds of an evaluation": ([*EVALUATE, "--folds", "5"], ["only training has folds"]),

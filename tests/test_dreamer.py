@@ -897,7 +897,7 @@ FLAG_MISTAKES = {
     "a broken pattern": (["--patient_regex", "("], ["--patient_regex '('", "unterminated"]),
     "no ResNet": (["--encoder", "vgg11"], ["vgg11", "ResNet"]),
     "unknown metric": (["--criteria", "mae_x<3"], ["mae_x_mm"]),
-    "unknown preset": (["--augment", "heavy"], ["none, light, full"]),
+    "unknown preset": (["--augment", "heavy"], ["--augment: invalid choice", "none", "light", "full"]),
     "a group column": (["--group_column", "animal"], ["--patient_map"]),
     "more folds than patients": (["--folds", 4], ["3 groups"]),
     "unknown flag": (["--epoch", 3], ["--epochs"]),
