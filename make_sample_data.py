@@ -40,11 +40,11 @@ Axes: N pictures or transitions, A raters, P properties, R ratings, H x W pixels
 """
 import colorsys
 import dataclasses
+import datetime
 import itertools
 import json
 import math
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +70,13 @@ def parse_args(argv=None):
 def to_pixels(values):
     """Float array -> uint8, rounded and limited to 0 to 255."""
     return values.clip(0, 255).round().astype(np.uint8)
+
+
+def photograph(drawing, rng, light=1.0):
+    """A drawing at half its size, for smooth edges, in this light and with noise: (H, W, 3) uint8."""
+    picture = drawing.resize((drawing.width // 2, drawing.height // 2), Image.Resampling.LANCZOS)
+    pixels = np.asarray(picture, float) * light
+    return to_pixels(pixels + rng.normal(0, 2.5, pixels.shape))
 
 
 def draw_ellipse(draw, x, y, half_width, half_height, colour):
@@ -142,18 +149,16 @@ def draw_mouth(draw, face, cx, cy, unit):
 
 def draw_face(face, width, height, rng):
     """(H, W, 3) uint8 picture of one face; `face` maps each of PROPERTIES to -1..1."""
-    picture = draw_background((2 * width, 2 * height), rng)  # drawn at twice the size, for smooth edges
-    draw = ImageDraw.Draw(picture)
+    drawing = draw_background((2 * width, 2 * height), rng)
+    draw = ImageDraw.Draw(drawing)
     shift_x, shift_y, zoom = rng.uniform([-0.04, 0.0, 0.88], [0.04, 0.06, 0.96])
     side = min(width, height)
     place = (width + 2 * side * shift_x, height + 2 * side * shift_y, side * zoom)
     draw_head(draw, face, *place)
     draw_eyes(draw, face, *place)
     draw_mouth(draw, face, *place)
-    pixels = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS), float)
     light = 1 + face["light_warmth"] * np.array([0.14, 0.02, -0.16])
-    light *= 1 + 0.30 * face["brightness"]
-    return to_pixels(pixels * light + rng.normal(0, 2.5, pixels.shape))
+    return photograph(drawing, rng, light * (1 + 0.30 * face["brightness"]))
 
 
 def save_picture(pixels, folder, number, quirk):
@@ -334,9 +339,9 @@ def plan_videos(n_events, seed, rng):
     n_videos = max(N_GROUPS, math.ceil(n_events / N_SLOTS))
     videos = []
     for v in range(n_videos):
-        turn = v // N_GROUPS  # two turns a day
-        group = v % N_GROUPS + 1
-        day = turn // 2 + 1
+        turn, pen = divmod(v, N_GROUPS)
+        group = pen + 1
+        day = turn // 2 + 1  # two turns a day
         suffix = ("mp4", "avi")[(v + turn) % 2]
         n_filled = (n_events + n_videos - 1 - v) // n_videos
         videos.append(Video(
@@ -360,7 +365,7 @@ def plan_events(videos, rng):
     for i, (video, slot) in enumerate(places):
         behavior = "tail" if i in tails else "ear"
         is_busy = rng.random() < BUSY_SHARE[behavior]
-        pair = BUSY_PAIR if is_busy else OTHER_PAIRS[rng.integers(len(OTHER_PAIRS))]
+        pair = BUSY_PAIR if is_busy else rng.choice(OTHER_PAIRS)
         duration = 0 if i % 9 == 5 else round(rng.uniform(1.5, 2.4), 2)
         middle = (slot + 0.5) * SLOT_SEC
         video.events[slot] = Event(
@@ -397,19 +402,18 @@ def draw_nod(picture, place, near, colours):
     place: x and y of the other animal in shares of the picture, direction of the head in radians.
     """
     import cv2
+    x, y, direction = place
     height, width = picture.shape[:2]
     side = min(height, width)
-    x = place[0] * width
-    y = place[1] * height
     reach = side * (0.16 + 0.20 * (1 - near))
-    head_x = x + reach * math.cos(place[2])
-    head_y = y + reach * math.sin(place[2])
+    body = np.array([x * width, y * height])
+    head = body + reach * np.array([math.cos(direction), math.sin(direction)])
     discs = (
-        (x, y, side * 0.10, colours[1]),
-        (head_x, head_y, side * (0.09 + 0.07 * near), colours[0]))
-    for disc_x, disc_y, radius, colour in discs:
-        centre = (round(16 * disc_x), round(16 * disc_y))  # cv2 takes sixteenths of a pixel
-        cv2.circle(picture, centre, round(16 * radius), colour, -1, cv2.LINE_AA, 4)
+        (body, 0.10, colours[1]),
+        (head, 0.09 + 0.07 * near, colours[0]))
+    for centre, radius, colour in discs:
+        sixteenths = (16 * centre).round().astype(int)  # of a pixel, as cv2 takes them
+        cv2.circle(picture, sixteenths, round(16 * side * radius), colour, -1, cv2.LINE_AA, 4)
     return picture
 
 
@@ -424,8 +428,8 @@ SPELLINGS = {"ear": ("ear", "Ear", "EAR"), "tail": ("tail", "TAIL", "Tail", "tai
 
 def clock(seconds, is_padded):
     """06:00:25, or 6:00:25, of seconds since midnight."""
-    text = time.strftime("%H:%M:%S", time.gmtime(seconds))
-    return text if is_padded else text.removeprefix("0")
+    text = str(datetime.timedelta(seconds=int(seconds)))
+    return text.zfill(8) if is_padded else text
 
 
 def manifest_row(number, video, event):
@@ -498,21 +502,19 @@ def render_sequence(folder, scores, looks, rng):
 def score_columns(scores, rng):
     """{column: score} as in a published study: parts in thirds (a few missing), NRS and total."""
     parts = (scores * 3).round() / 3
-    total = parts.sum() + rng.choice([-0.5, 0, 0, 0, 0.5])
-    total = float(np.clip(total, 0, 14))
-    columns = {}
-    for name, part in zip(ACTION_UNITS, parts.round(4).tolist()):
-        columns[name] = None if rng.random() < 0.03 else part
+    total = np.clip(parts.sum() + rng.choice([-0.5, 0, 0, 0, 0.5]), 0, 14)
+    columns = {name: None if rng.random() < 0.03 else part for name, part in zip(ACTION_UNITS, parts.round(4))}
     nrs = 1 + 9 * total / 14 + rng.normal(0, 0.5)
-    columns["NRS (1-10)"] = round(min(max(nrs, 1), 10))
-    columns["Total.Facial.scale"] = round(total, 4)
+    columns["NRS (1-10)"] = round(np.clip(nrs, 1, 10))
+    columns["Total.Facial.scale"] = total.round(4)
     return columns
 
 
 def make_sequences(folder, n_animals, seed):
     """Frame folders, each animal at each moment, with their scores and folds."""
     rows = []
-    for animal in range(1, n_animals + 1):
+    animals = np.arange(1, n_animals + 1)
+    for animal in animals:
         animal_rng = np.random.default_rng([seed, 5, animal])
         tendency = animal_rng.normal(0, 0.10)
         looks = dict(zip(UNSCORED, animal_rng.uniform(-1, 1, len(UNSCORED))))
@@ -527,10 +529,8 @@ def make_sequences(folder, n_animals, seed):
                 "num_frames": render_sequence(folder / path, scores, looks, rng),
                 **score_columns(scores, rng)})
     common.write_table(folder / "sequences.csv", rows)
-    animals = set(range(1, n_animals + 1))
-    held_out = [set(range(k, n_animals + 1, 4)) for k in range(1, 5)]
-    folds = [{"fold": k, "train_animals": sorted(animals - held), "val_animals": sorted(held)}
-             for k, held in enumerate(held_out)]
+    is_held = [animals % 4 == k % 4 for k in range(1, 5)]
+    folds = [{"fold": k, "train_animals": animals[~own], "val_animals": animals[own]} for k, own in enumerate(is_held)]
     common.write_json(folder / "cv_folds.json", {"cv_folds": folds})
 
 
@@ -598,17 +598,17 @@ def draw_bicycle(states, background, rng):
              for x, y, half_x, half_y, _ in PART_LOOKS.values()]
     for part, box, state in zip(PART_LOOKS, boxes, states):
         colour = RUST if state == "damaged" else PART_LOOKS[part][-1]
-        if state != "absent" and part in RINGS:
+        if state == "absent":
+            continue
+        if part in RINGS:
             draw.ellipse(box, outline=colour, width=2 * width)
-        elif state != "absent":
+        else:
             draw.ellipse(box, fill=colour)
     for box, state in zip(boxes, states):
         if state == "occluded":
             draw_leaves(draw, *box, rng)
-    picture = background.resize((wide // 2, high // 2), Image.Resampling.LANCZOS)
-    pixels = np.asarray(picture, float)
     halved = (np.array(boxes) / 2).tolist()
-    return to_pixels(pixels + rng.normal(0, 2.5, pixels.shape)), dict(zip(PART_LOOKS, zip(states, halved)))
+    return photograph(background, rng), dict(zip(PART_LOOKS, zip(states, halved)))
 
 
 def box_entry(x1, y1, x2, y2):
