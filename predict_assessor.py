@@ -119,27 +119,24 @@ def load_members(files, compute):
 @torch.inference_mode()
 def predict(members, loader, compute):
     """-> (predicted (M, N, R) float64 in the unit of the ratings, (N,) seen, errors: N texts, (N,) warnings)."""
-    outputs = []
-    features = []
+    batches = []
     hashes = []
     errors = []
     for batch in loader:
-        own_outputs, looks = zip(*(member.outputs(batch["pixels"], compute) for member in members))
-        outputs.append(torch.stack(own_outputs))  # M x (B, R) -> (M, B, R)
-        features.append(looks)
+        batches.append([member.outputs(batch["pixels"], compute) for member in members])
         hashes.append(batch["hashes"])
         errors += batch["error"]
-    predicted = torch.cat(outputs, dim=1).numpy()  # (M, N, R)
-    is_bad = [bool(error) for error in errors]
-    predicted[:, is_bad] = np.nan
     hashes = torch.cat(hashes).numpy()  # (N, 2)
     seen = seen_rows.worst_of_each(seen_rows.of_checkpoint(member.settings).words(hashes) for member in members)
+    is_bad = [bool(error) for error in errors]
     seen[is_bad] = ""
     answers = []
-    for member, own, values in zip(members, zip(*features), predicted):
-        looks = torch.cat(own).numpy()  # (N, F)
-        looks[is_bad] = np.nan
-        answers.append((member.settings, looks, values))
+    for member, own in zip(members, zip(*batches)):
+        outputs, features = (torch.cat(each).numpy() for each in zip(*own))  # (N, R), (N, F)
+        outputs[is_bad] = np.nan
+        features[is_bad] = np.nan
+        answers.append((member.settings, features, outputs))
+    predicted = np.stack([outputs for _, _, outputs in answers])
     return predicted, seen, errors, row_warnings.texts(answers, seen, "pictures", print)
 
 
@@ -236,16 +233,17 @@ def main():
     common.write_table(args.output, columns | {"seen": seen, "warning": warnings, "error": errors})
     print_summary(predicted, names, members, widths)
     seen_rows.say_notes(seen, print)
-    failed = sum(map(bool, errors))
-    print(f"{len(inputs)} pictures, {failed} could not be read (see the error column); written to {args.output}")
+    readable = [i for i, error in enumerate(errors) if not error]
+    print(f"{len(inputs)} pictures, {len(inputs) - len(readable)} could not be read (see the error column); "
+          f"written to {args.output}")
     if not (args.explain or args.export):
         return
-    readable = [i for i, error in enumerate(errors) if not error][:args.explain or 10]
     if not readable:
         raise common.UserError(f"no picture could be read, and --explain and --export need one; see {args.output}")
-    pixels = torch.stack([pictures[0, i]["pixels"] for i in readable])  # (B, S, S, 3)
+    shown = readable[:args.explain or 10]
+    pixels = torch.stack([pictures[0, i]["pixels"] for i in shown])  # (B, S, S, 3)
     if args.explain:
-        write_heat_maps(args, members, chosen, [inputs[i][0] for i in readable], pixels.numpy(), compute)
+        write_heat_maps(args, members, chosen, [inputs[i][0] for i in shown], pixels.numpy(), compute)
     if args.export:
         export(args.export, members, pixels)
 

@@ -38,6 +38,7 @@ HISTORY_METRICS = ("mse", "mae", "r2", "pearson_r")
 SMALL_DATA = Path(__file__).with_name("configs") / "assessor_small_data.yaml"
 SMALL_DATA_BELOW = 3000  # pictures
 OVERFITTING_REMEDY = "Fewer trained layers (--freeze_stages 3 --freeze_norm), --head ridge, more pictures"
+CHECKPOINT_FLAGS = "backbone head dropout image_size flip_average freeze_backbone".split()
 MODEL_FLAGS = {"config", "backbone", "pretrained", "weights", "init_from"}  # whoever gives one has chosen a model
 
 
@@ -108,7 +109,7 @@ class Study(picture_files.StoredPictures):
     ratings: np.ndarray  # (N, R) float64, NaN = missing
     sd: np.ndarray | None  # (N, R) over raters
     n: np.ndarray | None  # (N, R) number of raters
-    single_ratings: dict | None  # rating -> N arrays, where the table has one row per single rating
+    single_ratings: dict  # rating -> N arrays, where the table has one row per single rating
     groups: np.ndarray | None  # (N,) text
     columns: dict  # the table's other columns: name -> (N,) text
     skipped: list  # dicts of image and reason
@@ -178,6 +179,7 @@ def load_study(args, run, table):
             f"{store.description}")
     for note in table.notes + matching:
         run.say(f"note: {note}")
+    columns = {name: cells.to_numpy(str)[rows] for name, cells in table.extra.items()}
     single = {name: [each[row] for row in rows] for name, each in (table.ratings_by_image or {}).items()}
     return Study(
         names=table.names,
@@ -185,9 +187,9 @@ def load_study(args, run, table):
         ratings=table.mean[rows],
         sd=None if table.sd is None else table.sd[rows],
         n=None if table.n is None else table.n[rows],
-        single_ratings=single or None,
-        groups=table.extra[args.group_column].to_numpy(str)[rows] if args.group_column else None,
-        columns={name: cells.to_numpy(str)[rows] for name, cells in table.extra.items()},
+        single_ratings=single,
+        groups=columns.get(args.group_column),
+        columns=columns,
         store=store,
         stored=stored,
         skipped=skipped,
@@ -285,21 +287,17 @@ def mean_over(network, inputs):
     return sum(map(network, inputs)) / len(inputs)
 
 
-def rating_loss(loss):
-    """Loss function (predicted (B, R), target (B, R) with NaN = missing, weight (B, R)) -> float tensor.
+def rating_loss(loss, predicted, target, weight):
+    """Mean over rows of each row's mean over its labelled ratings, so that every row counts the same in any batch.
 
-    The mean over rows of each row's mean over its labelled ratings, so that every row counts the same in any batch.
+    loss: of --loss; predicted, target with NaN = missing, weight: (B, R).
     """
     pointwise = nn.functional.smooth_l1_loss if loss == "smooth_l1" else nn.functional.mse_loss
-
-    def masked(predicted, target, weight):
-        labelled = ~torch.isnan(target)  # (B, R), True = a rating is there
-        # a missing target becomes the prediction: its error and its gradient are 0
-        filled = torch.where(labelled, target, predicted.detach())
-        errors = pointwise(predicted, filled, reduction="none")
-        row_sums = (errors * weight * labelled).sum(1)
-        return (row_sums / labelled.sum(1).clamp(min=1)).mean()
-    return masked
+    labelled = ~torch.isnan(target)  # (B, R), True = a rating is there
+    # a missing target becomes the prediction: its error and its gradient are 0
+    filled = torch.where(labelled, target, predicted.detach())
+    errors = pointwise(predicted, filled, reduction="none") * weight
+    return (errors.sum(1) / labelled.sum(1).clamp(min=1)).mean()
 
 
 def rating_weights(study, rows, loss):
@@ -321,7 +319,7 @@ def fit_scaler(ratings, normalize):
     """Train-row mean and sd (R,) that targets are scaled by; with --no_normalize_targets 0 and 1: no change."""
     if not normalize:
         return {"mean": np.zeros(ratings.shape[1]), "sd": np.ones(ratings.shape[1])}
-    return {"mean": np.nanmean(ratings, axis=0), "sd": np.maximum(np.nanstd(ratings, axis=0), 1e-8)}
+    return {"mean": np.nanmean(ratings, axis=0), "sd": np.nanstd(ratings, axis=0)}
 
 
 def scaled_ratings(study, scaler):
@@ -353,7 +351,7 @@ def to_device(inputs, args, compute):
     return common.to_input(inputs, compute.device, *statistics, channels_last=compute.channels_last)
 
 
-def train_one_epoch(model, loader, loss_function, training, compute):
+def train_one_epoch(model, loader, training, compute):
     """One pass over the train rows; returns {'train_loss': mean over the rows}."""
     model.train()
     for batch in training.batches(loader):
@@ -362,7 +360,7 @@ def train_one_epoch(model, loader, loss_function, training, compute):
         weight = compute.send(batch["weight"])
         with compute.autocast():
             predicted = model(inputs)  # (B, 3, S, S) -> (B, R)
-        training.step(loss_function(predicted, target, weight))
+        training.step(rating_loss(training.args.loss, predicted, target, weight))
     return training.epoch_means()
 
 
@@ -378,21 +376,20 @@ def outputs_of(network, loader, args, compute):
     return torch.cat(compute.processes.gather(outputs)).numpy()
 
 
-def evaluate(model, loader, loss_function, scaler, args, compute):
+def evaluate(model, loader, scaler, args, compute):
     """Whole split at once -> (predicted (M, R) float64 in the unit of the ratings, loss in the unit of training)."""
     output = outputs_of(model.eval(), loader, args, compute)  # (M, R)
     rows = loader.dataset
-    loss = loss_function(torch.from_numpy(output), rows.target, rows.weight).item()
+    loss = rating_loss(args.loss, torch.from_numpy(output), rows.target, rows.weight).item()
     return output * scaler["sd"] + scaler["mean"], loss
 
 
 def fit(run, args, study, split, features):
     """Train on split['train'] and choose the epoch on split['val'], unless --select says last.
 
-    Returns what finish_best_model does, and Training.
+    Returns Training, and what finish_best_model does.
     """
     compute = run.compute
-    loss_function = rating_loss(args.loss)
     scaler = fit_scaler(study.ratings[split["train"]], args.normalize_targets)
     common.write_json(run.path("target_scaler.json"), {"names": study.names, **scaler})
     train_loader, loaders = make_loaders(study, split, scaler, args, compute, features)
@@ -416,21 +413,20 @@ def fit(run, args, study, split, features):
         seen=seen_rows.of_run(run, args, study.hashes, split))
     for epoch in training.epochs():
         model.freeze_backbone(args.freeze_backbone or epoch <= args.freeze_epochs)
-        row = train_one_epoch(model, train_loader, loss_function, training, compute)
-        predicted, row["val_loss"] = evaluate(model, loaders["val"], loss_function, scaler, args, compute)
+        row = train_one_epoch(model, train_loader, training, compute)
+        predicted, row["val_loss"] = evaluate(model, loaders["val"], scaler, args, compute)
         latest["val"] = predicted
         means = study.mean_metrics(split["val"], predicted)
         row |= {f"val_{name}": means[name] for name in HISTORY_METRICS}
         training.end_epoch(row)
 
-    predicted, answers = finish_best_model(training, study, split, loaders, scaler, loss_function)
-    return predicted, answers, training
+    return training, *finish_best_model(training, study, split, loaders, scaler)
 
 
-def finish_best_model(training, study, split, loaders, scaler, loss_function):
-    """Of the best epoch {part: predicted (M, R)}, and {part: (its checkpoint, features, predictions)}, for warnings.
+def finish_best_model(training, study, split, loaders, scaler):
+    """Give best_model.pth its solved ridge head, and what data it knows.
 
-    best_model.pth gets its solved ridge head and what data it knows.
+    Returns its content, and {part: features (M, F)} and {part: predicted (M, R)} of the best epoch.
     """
     run = training.run
     args = training.args
@@ -441,8 +437,7 @@ def finish_best_model(training, study, split, loaders, scaler, loss_function):
     features = {part: outputs_of(backbone, loader, args, run.compute) for part, loader in loaders.items()}
     if args.head == "ridge":
         solve_head(model, features["train"], study, split["train"], scaler)
-    predicted = {part: evaluate(model, loader, loss_function, scaler, args, run.compute)[0]
-                 for part, loader in loaders.items()}
+    predicted = {part: evaluate(model, loader, scaler, args, run.compute)[0] for part, loader in loaders.items()}
     if args.head == "ridge":
         solved = study.mean_metrics(split["val"], predicted["val"])
         weighting = ", every rating counts the same in it" if args.loss == "weighted" else ""
@@ -452,7 +447,7 @@ def finish_best_model(training, study, split, loaders, scaler, loss_function):
     best["known_data"] = row_warnings.known_data(
         features["train"], features["val"], study.ratings[split["train"]])
     training.save_model(best)
-    return predicted, {part: (best, features[part], predicted[part]) for part in loaders}
+    return best, features, predicted
 
 
 @torch.no_grad()
@@ -467,12 +462,7 @@ def model_metadata(args, study, split, scaler, predicted):
     subjects = study.groups_of(split["val"])
     pixel_mean, pixel_sd = backbones.pixel_statistics(args.backbone, args.weights)
     return {
-        "backbone": args.backbone,
-        "head": args.head,
-        "dropout": args.dropout,
-        "image_size": args.image_size,
-        "flip_average": args.flip_average,
-        "freeze_backbone": args.freeze_backbone,
+        **{name: getattr(args, name) for name in CHECKPOINT_FLAGS},
         "names": study.names,
         "scaler": scaler,
         "pixel_mean": pixel_mean,
@@ -543,8 +533,8 @@ def heat_map_blocks(study, rows, files, cases, args, compute):
     pixels = np.stack([common.eval_crop(study.picture(row), args.image_size) for row in rows])
     maps = np.zeros((2, *pixels.shape[:3]))
     for file in set(files):
-        model, settings = load_assessor(file, compute)
-        maps[:, files == file] = explain(model, settings, pixels[files == file], compute)
+        own = files == file
+        maps[:, own] = explain(*load_assessor(file, compute), pixels[own], compute)
     grids, verdict = heat_maps.show(cases, pixels, maps, "the mean over the ratings")
     return [reporting.html_text(verdict.sentence, verdict.level), *grids]
 
@@ -642,29 +632,27 @@ def run_split(run, args, study, split, features=None):
         features = untuned_features(args, study, run, np.concatenate(list(split.values())))
     similar = splitting.add_similar(run, features["mlp"], split, study.images)
     run.write_args(**study.data_record(split))
-    predicted, answers, training = fit(run, args, study, split, features)
-    seen = training.seen.words(study.hashes)  # (N,)
-    tables = {}
-    for part in ("val", "test"):
-        rows = split[part]
-        if len(rows):
-            tables[part] = prediction_tables.ScoreTable(
-                keys={"image": study.images[rows]},
-                names=study.names,
-                target=study.ratings[rows],
-                predicted=predicted[part],
-                baselines=predict_baselines(study, features, split["train"], rows),
-                groups=study.groups_of(rows),
-                seen=seen[rows],
-                warning=row_warnings.texts([answers[part]], seen[rows], "pictures", run.say, f"{part} "))
-            tables[part].write(run.path(f"predictions_{part}.csv"))
+    training, best, tuned_features, predicted = fit(run, args, study, split, features)
     best_epoch = training.progress.best_epoch
-    train, val = (study.mean_metrics(split[part], predicted[part]) for part in ("train", "val"))
     plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch)
-    part = "test" if "test" in tables else "val"
+    train, val = (study.mean_metrics(split[part], predicted[part]) for part in ("train", "val"))
     alarms += verdicts.split_gap_alarms(train, val, remedy=OVERFITTING_REMEDY)
-    trained_on = [(split["train"], split[part])]
-    judge(run, args, study, split, tables[part], part, alarms, similar, trained_on, best_epoch)
+    held_out = [part for part in ("val", "test") if part in predicted]  # the last one is judged
+    for part in held_out:
+        rows = split[part]
+        seen = training.seen.words(study.hashes[rows])
+        answers = (best, tuned_features[part], predicted[part])
+        table = prediction_tables.ScoreTable(
+            keys={"image": study.images[rows]},
+            names=study.names,
+            target=study.ratings[rows],
+            predicted=predicted[part],
+            baselines=predict_baselines(study, features, split["train"], rows),
+            groups=study.groups_of(rows),
+            seen=seen,
+            warning=row_warnings.texts([answers], seen, "pictures", run.say, f"{part} "))
+        table.write(run.path(f"predictions_{part}.csv"))
+    judge(run, args, study, split, table, part, alarms, similar, [(split["train"], rows)], best_epoch)
 
 
 def run_folds(run, args, study):
@@ -724,8 +712,8 @@ def compare_backbones(run, several, study):
         with run.child(comparison_folder(args), args) as child:
             if not run.compute.processes.on_first(lambda: common.is_finished(child.folder, args)):
                 run_study(child, args, study)
-    listed = judging.list_runs(run.folder)
-    runs = sorted(listed, key=lambda row: -np.inf if row["value"] is None else row["value"], reverse=True)
+    runs = sorted(judging.list_runs(run.folder), reverse=True,
+                  key=lambda row: -np.inf if row["value"] is None else row["value"])
     table_judging.write_runs_page(run, run.folder, runs, most_compared=len(runs))
 
 

@@ -281,9 +281,8 @@ def test_one_batch_can_be_learnt_by_heart():
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, fused=True)
     images, target = torch.randn(8, 3, 32, 32), torch.rand(8, 3) * 8 + 1
     target[0, 1] = math.nan
-    loss_function = train_assessor.rating_loss("mse")
     for _ in range(50):
-        loss = loss_function(model(images), target, torch.ones(8, 3))
+        loss = train_assessor.rating_loss("mse", model(images), target, torch.ones(8, 3))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -295,7 +294,7 @@ def test_missing_ratings_change_neither_loss_nor_gradient(loss):
     predicted = torch.randn(5, 4, requires_grad=True)
     target, weight = torch.randn(5, 4), torch.ones(5, 4)
     target[1, 2] = target[3, 0] = math.nan
-    value = train_assessor.rating_loss(loss)(predicted, target, weight)
+    value = train_assessor.rating_loss(loss, predicted, target, weight)
     value.backward()
     labelled = ~torch.isnan(target)
     pointwise = {"mse": torch.nn.functional.mse_loss, "smooth_l1": torch.nn.functional.smooth_l1_loss}[loss]

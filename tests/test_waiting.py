@@ -100,7 +100,7 @@ def start(device, folder, model, sample, accumulate, collate=None):
         seed=1, epochs=9, lr=0.01, weight_decay=0.0, scheduler="none", warmup_epochs=0.0, plateau_patience=5, min_lr=0.0,
         accumulate=accumulate, clip_grad=1.0, patience=0, min_epochs=0, min_delta=0.0, dry_run=False, save_minutes=0,
         save_every=0, save_top_k=0, num_workers=0, resume=None, tensorboard=False, wandb=False, compile=False,
-        optimizer="adamw", mixup=0.4, model="cnn_lstm", backbone="resnet18", weights=None)
+        optimizer="adamw", mixup=0.4, loss="mse", model="cnn_lstm", backbone="resnet18", weights=None)
     run = common.Run(folder, args, compute, Namespace(received=None, armed=False))
     model = model.to(device)
     if device.type == "meta":  # it has no fused step
@@ -126,8 +126,7 @@ def assessor_epoch(device, folder, accumulate):
     model = train_assessor.Assessor(backbone(), 4, 2, "mlp", 0.5)
     sample = {"input": picture(32, 32, 3), "target": torch.tensor([1.0, float("nan")]), "weight": torch.ones(2)}
     training, loader, compute = start(device, folder, model, sample, accumulate)
-    loss = train_assessor.rating_loss("mse")
-    return training, lambda: train_assessor.train_one_epoch(model, loader, loss, training, compute)
+    return training, lambda: train_assessor.train_one_epoch(model, loader, training, compute)
 
 
 def video_epoch(device, folder, accumulate, mask):

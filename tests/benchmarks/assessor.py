@@ -73,10 +73,9 @@ class ScriptEpochs:
         self.model = self.run.compute.place(train_assessor.build_model(args, [0.0, 0.0]))
         optimizer = common.build_optimizer(self.model, args)
         self.training = common.Training(self.run, self.model, optimizer, args, "last", dict)
-        self.loss_function = train_assessor.rating_loss("mse")
 
     def epoch(self):
-        train_assessor.train_one_epoch(self.model, self.loader, self.loss_function, self.training, self.run.compute)
+        train_assessor.train_one_epoch(self.model, self.loader, self.training, self.run.compute)
         self.training.progress.next_epoch()
 
 
