@@ -335,9 +335,12 @@ def test_saved_job_is_requeued_while_it_makes_progress(cluster):
     assert requeued == ["requeue 7"], "progress after a stop counts again"
 
 
-def test_saved_job_without_checkpoint_is_not_requeued(cluster):
-    result, requeued = submit(cluster, code=75)
-    assert requeued == [] and "no progress under outputs (the --output_dir of the command line" in result.stdout
+def test_job_that_saves_nothing_is_requeued_once(cluster):
+    """Its pictures may still have been decoded; a job that never gets further must end."""
+    for saved, is_requeued in ((None, True), (None, False), ("epoch 1", True), (None, True), (None, False)):
+        result, requeued = submit(cluster, code=75, state=saved)
+        assert requeued == ["requeue 7"] * is_requeued and result.returncode == 75
+    assert "no progress under outputs (the --output_dir of the command line" in result.stdout
 
 
 @pytest.mark.parametrize("flags", [["--output_dir", "my runs"], ["--output-dir=my runs"],
@@ -350,7 +353,8 @@ def test_progress_is_looked_for_in_the_output_folder(cluster, flags):
 def test_the_output_folder_of_the_detector_may_be_named_by_the_environment(cluster):
     result, requeued = submit(cluster, "train_detector.py", code=75, state="a", OUTPUT_DIR="my runs")
     assert requeued == ["requeue 7"], result.stdout
-    result, _ = submit(cluster, "train_video.py", code=75, OUTPUT_DIR="my runs")
+    for _ in range(2):
+        result, _ = submit(cluster, "train_video.py", code=75, OUTPUT_DIR="my runs")
     assert "no progress under outputs (" in result.stdout, "the other scripts do not read it"
 
 
