@@ -45,7 +45,7 @@ import itertools
 import json
 import math
 import shutil
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -253,8 +253,8 @@ def write_tables(folder, names, subject, single):
         wide |= {f"{rating}_mean": mean[:, j], f"{rating}_sd": sd[:, j], f"{rating}_n": count[:, j]}
     attributes = list(FORMULA)
     long = [
-        {"rating": single[i, a, j], "attribute": attributes[j], "stimulus": names[i], "rater": f"R{a + 1:02d}"}
-        for i, a, j in np.argwhere(np.isfinite(single))]
+        {"rating": rating, "attribute": attributes[j], "stimulus": names[i], "rater": f"R{a + 1:02d}"}
+        for (i, a, j), rating in np.ndenumerate(single) if np.isfinite(rating)]
     folder.mkdir()
     common.write_table(folder / "per_image_Slider_mean_sd_from_wide.csv", wide)
     common.write_table(folder / "raw_ratings_long.csv", long)
@@ -358,8 +358,7 @@ def plan_events(videos, rng):
     """Fill the videos: in each pen a quarter are tail events, most of them of one pair of animals."""
     places = [(video, slot) for video in videos for slot in video.events]
     tails = set()
-    for group in range(1, N_GROUPS + 1):
-        in_pen = [i for i, (video, _) in enumerate(places) if video.group == group]
+    for in_pen in common.rows_by_key(video.group for video, _ in places).values():
         n_tails = round(len(in_pen) / 4)
         tails.update(rng.permutation(in_pen)[:n_tails])
     for i, (video, slot) in enumerate(places):
@@ -434,7 +433,7 @@ def clock(seconds, is_padded):
 
 def manifest_row(number, video, event):
     """One row with the header of the published studies; the number decides the spelling."""
-    path = Path(video.file)
+    path = PureWindowsPath("E:/Some study 2024", video.file)
     name = path.name.upper() if number % 10 == 7 else path.name
     spellings = SPELLINGS[event.behavior]
     start = video.start + event.offset
@@ -450,7 +449,7 @@ def manifest_row(number, video, event):
         "ended_by": ("initiator", "receiver", "")[number % 3],
         "pen_location": ("trough", "bedding")[number % 2],
         "linked": "no", "camera_id": 8, "video_filename": name,
-        "video_path": "\\".join(["E:", "Some study 2024", *path.parent.parts, name]),
+        "video_path": path.with_name(name),
         "event_offset_sec": event.offset}
 
 
@@ -562,7 +561,7 @@ FRAME = ((-1, 0), (-0.5, -0.8), (0.7, -0.8),
          (1, 0), (-0.1, 0.05), (0.7, -0.8))
 RUST = (235, 125, 40)
 LEAVES = (46, 104, 40)
-ANNOTATION_QUIRKS = {"no_suffix": 3, "untrusted": 5, "no_parts": 9, "zero_box": 11, "over_edge": 13}  # quirk: row
+ANNOTATION_QUIRKS = {3: "no_suffix", 5: "untrusted", 9: "no_parts", 11: "zero_box", 13: "over_edge"}  # row: quirk
 
 
 @dataclasses.dataclass
@@ -635,15 +634,16 @@ def part_annotations(bicycles, rng):
     for row, bicycle in enumerate(bicycles):
         parts = {part: part_entry(row, *seen, rng) for part, seen in bicycle.parts.items()}
         name = bicycle.name
-        if row == ANNOTATION_QUIRKS["no_suffix"]:
+        quirk = ANNOTATION_QUIRKS.get(row)
+        if quirk == "no_suffix":
             name = Path(name).stem
-        elif row == ANNOTATION_QUIRKS["untrusted"]:
+        elif quirk == "untrusted":
             parts["saddle"] |= {**box_entry(2, 2, 11, 11), "trust": 0.2}
-        elif row == ANNOTATION_QUIRKS["no_parts"]:
+        elif quirk == "no_parts":
             parts = {}
-        elif row == ANNOTATION_QUIRKS["zero_box"]:
+        elif quirk == "zero_box":
             parts["chain"] |= {**box_entry(30, 40, 30, 52), "object_state_class": 0}
-        elif row == ANNOTATION_QUIRKS["over_edge"]:
+        elif quirk == "over_edge":
             parts["back_wheel"]["absolute_bounding_box"]["height"] += 400
         width, height = bicycle.size
         content[name] = {
@@ -699,7 +699,7 @@ def make_detector(folder, n_images, seed):
     parts = list(PART_LOOKS)
     common.write_json(folder / "train_coco.json", coco_annotations(train, parts))
     common.write_json(folder / "val_coco.json", coco_annotations(val, parts[:-1]))  # no kickstand
-    return {"quirks": {quirk: f"{row}.jpg" for quirk, row in ANNOTATION_QUIRKS.items()}}
+    return {"quirks": {quirk: f"{row}.jpg" for row, quirk in ANNOTATION_QUIRKS.items()}}
 
 
 # ---------------------------------------------------------------------------
