@@ -63,12 +63,11 @@ loads_opencv() {  # also true where it is not installed
 }
 
 install_packages() {  # PYTHON FILE...
-    local python=$1 file
+    local python=$1
     shift
     if ! has_packages "$python" "$@"; then
         say "installing $* into $("$python" -c 'import sys; print(sys.prefix)') (torch is large; this takes minutes)"
-        for file in "$@"; do set -- "$@" -r "$file"; shift; done
-        "$python" -m pip install "$@" >&2 || die "pip could not install the packages (no internet? see the lines above)"
+        "$python" -m pip install "${@/#/--requirement=}" >&2 || die "pip could not install the packages (no internet? see the lines above)"
     fi
     if ! loads_opencv "$python" 2>/dev/null; then
         say "cv2 does not load (system libraries are missing): replacing opencv-python by opencv-python-headless"
@@ -118,29 +117,23 @@ verify() {
     "$python" "$here/verify_setup.py" --task "$task" "$@"
 }
 
-has_flag() {  # "NAME NAME ..." FLAGS...: is one of them given, written with - or _?
-    local names=" $1 " word
+has_flag() {  # "NAME|NAME|..." FLAGS...: is one of them given, written with - or _?
+    local names=$1 word
     shift
     for word in "$@"; do
-        word=$(printf '%s' "${word%%=*}" | tr - _)
-        case "$names" in *" ${word#__} "*) [ "${word#__}" = "$word" ] || return 0 ;; esac
+        word=${word%%=*}
+        if [[ ${word//-/_} =~ ^__($names)$ ]]; then return 0; fi
     done
     return 1
 }
 
 names_data() {  # FLAGS...: true where they say what is read; --resume RUN does, --resume auto does not
-    has_flag "images_dir ratings_file manifest train_manifest video_root config mode help" "$@" ||
+    has_flag "images_dir|ratings_file|manifest|train_manifest|video_root|config|mode|help" "$@" ||
         { [[ "$*" =~ --resume[^=\ ]*[=\ ][^-\ ] ]] && [[ ! "$*" =~ --resume[^=\ ]*[=\ ]auto ]]; }
 }
 
-make_sample() {  # sets $sample
-    sample=$here/sample_data
-    say "no data given$1: using SAMPLE DATA in $sample; the results say nothing about real data"
-    "$python" "$here/make_sample_data.py" --task "$task" --output_dir "$sample"
-}
-
 needs_random_weights() {  # FLAGS...: true where pretrained weights are wanted but not available
-    if has_flag "no_pretrained weights" "$@" || "$python" "$here/verify_setup.py" --download_weights resnet18; then
+    if has_flag "no_pretrained|weights" "$@" || "$python" "$here/verify_setup.py" --download_weights resnet18; then
         return 1
     fi
     say "PRETRAINED WEIGHTS ARE NOT AVAILABLE: using RANDOM WEIGHTS, on sample data only; scores will be low"
@@ -163,29 +156,30 @@ choose_environment "$here/requirements.txt"
 if { [ "$task" != assessor ] && [ "$task" != video ]; } || names_data "$@"; then
     run_script "$@"
 fi
-if [ "$task" = video ]; then
-    make_sample ""
-    verify
-    set -- --config "$here/configs/video_small_data.yaml" --manifest "$sample/video/manifests/all.csv" \
-        --video_root "$sample/video/videos" --label_map "$sample/video/manifests/label_map.json" --test_ratio 0.25 \
-        --train_ratio 0.5 --val_ratio 0.25 "$@"
-    ! needs_random_weights "$@" || set -- --no_pretrained "$@"
-    run_script "$@"
-fi
-data=.
-if [ ! -d images ] || [ ! -d ratings ]; then data=$here; fi
-if [ -d "$data/images" ] && [ -d "$data/ratings" ]; then
-    table=$(find_table)
-    verify --images_dir "$data/images" --ratings_file "$table" ||
-        say "verify_setup.py found problems (above); training starts anyway and reports what stops it"
-    run_script --images_dir "$data/images" --ratings_file "$table" "$@"
+reason=
+if [ "$task" = assessor ]; then
+    data=.
+    if [ ! -d images ] || [ ! -d ratings ]; then data=$here; fi
+    if [ -d "$data/images" ] && [ -d "$data/ratings" ]; then
+        table=$(find_table)
+        verify --images_dir "$data/images" --ratings_file "$table" ||
+            say "verify_setup.py found problems (above); training starts anyway and reports what stops it"
+        run_script --images_dir "$data/images" --ratings_file "$table" "$@"
+    fi
+    reason=" and no ./images with ./ratings here"
 fi
 
-make_sample " and no ./images with ./ratings here"
-images=$sample/assessor/images table=$sample/assessor/ratings/$published
+sample=$here/sample_data/$task
+say "no data given$reason: using SAMPLE DATA in $sample; the results say nothing about real data"
+"$python" "$here/make_sample_data.py" --task "$task" --output_dir "$here/sample_data"
 verify
-# takes about two minutes on two cores, with random weights too
-set -- --images_dir "$images" --ratings_file "$table" --group_column subject --backbone resnet18 --image_size 96 \
-    --epochs 20 --batch_size 8 --lr 5e-4 --dropout 0 --augment none "$@"
+if [ "$task" = video ]; then
+    set -- --config "$here/configs/video_small_data.yaml" --manifest "$sample/manifests/all.csv" \
+        --video_root "$sample/videos" --label_map "$sample/manifests/label_map.json" --test_ratio 0.25 \
+        --train_ratio 0.5 --val_ratio 0.25 "$@"
+else  # takes about two minutes on two cores, with random weights too
+    set -- --images_dir "$sample/images" --ratings_file "$sample/ratings/$published" --group_column subject \
+        --backbone resnet18 --image_size 96 --epochs 20 --batch_size 8 --lr 5e-4 --dropout 0 --augment none "$@"
+fi
 ! needs_random_weights "$@" || set -- --no_pretrained "$@"
 run_script "$@"
