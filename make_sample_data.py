@@ -92,7 +92,9 @@ def draw_ellipse(draw, x, y, half_width, half_height, colour):
 LOOKS = ("face_width", "eye_size", "hair_height", "hue_warmth")
 STATES = ("smile", "brow_anger", "eye_open", "mouth_open", "brightness", "light_warmth")
 PROPERTIES = LOOKS + STATES
-QUIRKS = {"exif": 3, "grey": 7, "palette": 11, "alpha": 15, "deep": 19, "upper_case": 23, "name": 27}  # quirk: row
+GREY_ROW = 7
+QUIRKS = {  # row: quirk
+    3: "exif", GREY_ROW: "grey", 11: "palette", 15: "alpha", 19: "deep", 23: "upper_case", 27: "name"}
 ENDINGS = {
     "grey": ".png", "palette": ".png", "alpha": ".png", "deep": ".png", "upper_case": ".JPG", "name": " gr\u00fcn.jpg"}
 EXIF_ORIENTATION = 0x0112
@@ -223,7 +225,7 @@ def sample_properties(n_images, rng):
     states = rng.uniform(-1, 1, (n_images, len(STATES)))
     properties = np.hstack([looks[subject], states])
     for name in ("hue_warmth", "light_warmth"):
-        properties[QUIRKS["grey"], PROPERTIES.index(name)] = 0  # a grey picture shows no colour
+        properties[GREY_ROW, PROPERTIES.index(name)] = 0  # a grey picture shows no colour
     return subject, properties
 
 
@@ -266,21 +268,20 @@ def make_assessor(folder, n_images, seed):
     rng = np.random.default_rng([seed, 0])
     subject, properties = sample_properties(n_images, rng)
     true, single = rate(properties, rng)
-    quirks = {row: quirk for quirk, row in QUIRKS.items()}
     (folder / "images").mkdir()
     names = []
     for i, values in enumerate(properties):
         own_rng = np.random.default_rng([seed, 1, i])
         width, height = own_rng.integers(200, 321, 2).tolist()
         pixels = draw_face(dict(zip(PROPERTIES, values)), width, height, own_rng)
-        names.append(save_picture(pixels, folder / "images", i + 1, quirks.get(i)))
+        names.append(save_picture(pixels, folder / "images", i + 1, QUIRKS.get(i)))
     count = write_tables(folder / "ratings", names, subject, single)
     variance = true.var(axis=0)
     ceiling = variance / (variance + (NOISE_SD**2 / count).mean(axis=0))  # (R,)
     return {
         "formula": FORMULA,
         "n_subjects": subject.max() + 1,
-        "quirks": {names[row]: quirk for row, quirk in quirks.items()},
+        "quirks": {names[row]: quirk for row, quirk in QUIRKS.items()},
         "rater_noise_sd": dict(zip(FORMULA, NOISE_SD.round(4))),
         "ceiling_r2": dict(zip(FORMULA, ceiling.round(4))),
         "true_ratings": dict(zip(names, true.round(4)))}

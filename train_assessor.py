@@ -404,18 +404,17 @@ def fit(run, args, study, split, features):
         copy.deepcopy(model)(example)
     optimizer = common.build_optimizer(model, args, model.backbone)
 
-    latest = {}  # validation predictions of this epoch, for metadata(), which is called where it is the best so far
+    predicted = None  # for the val rows, in the latest epoch; metadata() is called where that is the best so far
     training = common.Training(
         run, model, optimizer, args,
         select="last" if args.select == "last" else f"val_{args.select}",
-        metadata=lambda: model_metadata(args, study, split, scaler, latest["val"]),
+        metadata=lambda: model_metadata(args, study, split, scaler, predicted),
         higher_is_better=args.select != "loss",
         seen=seen_rows.of_run(run, args, study.hashes, split))
     for epoch in training.epochs():
         model.freeze_backbone(args.freeze_backbone or epoch <= args.freeze_epochs)
         row = train_one_epoch(model, train_loader, training, compute)
         predicted, row["val_loss"] = evaluate(model, loaders["val"], scaler, args, compute)
-        latest["val"] = predicted
         means = study.mean_metrics(split["val"], predicted)
         row |= {f"val_{name}": means[name] for name in HISTORY_METRICS}
         training.end_epoch(row)
@@ -528,13 +527,14 @@ def explain(model, settings, pixels, compute, ratings=slice(None)):
     return heat_maps.explain(model, paths, inputs, ratings)
 
 
-def heat_map_blocks(study, rows, files, cases, args, compute):
-    """HTML of a case for each of these rows of the study, beside the heat maps of the model in its file (text)."""
+def heat_map_blocks(study, rows, folders, cases, args, compute):
+    """HTML of a case for each of these rows of the study, beside the heat maps of the model in its run folder."""
     pixels = np.stack([common.eval_crop(study.picture(row), args.image_size) for row in rows])
     maps = np.zeros((2, *pixels.shape[:3]))
-    for file in set(files):
-        own = files == file
-        maps[:, own] = explain(*load_assessor(file, compute), pixels[own], compute)
+    for folder in set(folders):
+        own = folders == folder
+        model, settings = load_assessor(folder / "best_model.pth", compute)
+        maps[:, own] = explain(model, settings, pixels[own], compute)
     grids, verdict = heat_maps.show(cases, pixels, maps, "the mean over the ratings")
     return [reporting.html_text(verdict.sentence, verdict.level), *grids]
 
@@ -552,12 +552,10 @@ def judge(run, args, study, split, table, part, alarms, similar, trained_on, bes
     # a numeric column may be a further rating, which somebody gave who saw the picture
     levels = {name: cells for name, cells in study.columns.items() if not csv_tables.looks_numeric(cells)}
     confounds = confounding.level_priors(levels, study.ratings, *zip(*trained_on), study.groups)
-    files = np.full(len(rows), str(run.path("best_model.pth")))
-    if folds:
-        files = np.array([str(run.path(f"fold_{k}") / "best_model.pth") for k in table.keys["fold"]])
+    folders = [run.path(f"fold_{k}") for k in table.keys["fold"]] if folds else [run.folder] * len(rows)
 
     def blocks_of(shown, cases):
-        return heat_map_blocks(study, rows[shown], files[shown], cases, args, run.compute)
+        return heat_map_blocks(study, rows[shown], np.array(folders)[shown], cases, args, run.compute)
     setting = judging.Setting(
         title="Ratings from images",
         part=part,
@@ -610,14 +608,14 @@ def check_ratings(args, study, splits):
     """UserError for ratings from which the train rows of a split can learn nothing: none, or all the same."""
     import pandas as pd
     ratings = pd.DataFrame(study.ratings, columns=study.names)
-    distinct = pd.DataFrame([ratings.iloc[split["train"]].nunique() for split in splits])  # (splits, R)
-    useless = distinct.columns[distinct.min() < 2]
+    distinct = {part: pd.DataFrame([ratings.iloc[split[part]].nunique() for split in splits])  # (splits, R)
+                for part in ("train", "val")}
+    useless = ratings.columns[distinct["train"].min() < 2]
     if len(useless):
         raise common.UserError(
             f"{common.shorten_list(useless)}: no two different ratings in the train rows (of a fold). "
             "Name the others with --target_columns, or split with another --seed")
-    held_out = [ratings.iloc[split["val"]].nunique().max() for split in splits]
-    if args.select in ("r2", "pearson_r") and min(held_out) < 2:
+    if args.select in ("r2", "pearson_r") and distinct["val"].max(axis=1).min() < 2:
         raise common.UserError(
             f"the val rows (of a fold) have no two different values of any rating, so --select {args.select} has none: "
             "choose by --select last or loss, or make other parts (--seed, --folds)")
