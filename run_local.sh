@@ -67,7 +67,8 @@ install_packages() {  # PYTHON FILE...
     shift
     if ! has_packages "$python" "$@"; then
         say "installing $* into $("$python" -c 'import sys; print(sys.prefix)') (torch is large; this takes minutes)"
-        "$python" -m pip install "${@/#/--requirement=}" >&2 || die "pip could not install the packages (no internet? see the lines above)"
+        "$python" -m pip install "${@/#/--requirement=}" >&2 ||  # each FILE becomes --requirement=FILE
+            die "pip could not install the packages (no internet? see the lines above)"
     fi
     if ! loads_opencv "$python" 2>/dev/null; then
         say "cv2 does not load (system libraries are missing): replacing opencv-python by opencv-python-headless"

@@ -165,8 +165,8 @@ def load_study(args, run, table):
                                      args.pixel_range)
     stored = np.array(picture_files.check_bad_files(store.audit, args.on_bad_file), dtype=int)
 
-    skipped = [{"image": table.images[row], "reason": "no such picture"}
-               for row, path in enumerate(paths) if path is None]
+    skipped = [{"image": name, "reason": "no such picture"}
+               for name, path in zip(table.images, paths) if path is None]
     skipped += [{"image": table.images[row], "reason": audit.error}
                 for row, audit in zip(found, store.audit) if audit.error]
     skipped += [{"image": name, "reason": "no row in the ratings file"} for name in without_row]
