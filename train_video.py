@@ -59,14 +59,13 @@ UNUSED_BY_SOLVED = {
 BALANCING = ("balance", "boost_to", "focal_alpha")
 # flags that do nothing for a task
 UNUSED_BY = {"classify": ("bounded", "target_weights"), "regress": (*BALANCING, "label_map", "mixup")}
-# flags of predict that count as typed, not as in the checkpoint
+# flags of predict: as typed, else from the checkpoint
 OWN_OF_PREDICT = ("clips_per_event", "aggregation", "min_event_sec")
-FIXED_INPUT = {"s3d": (16, 224), "mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224)}  # frames, pixels
-# flags that decide which pixels are read
-READING = ("image_size", "n_frames", "fps", "min_event_sec", "pixel_range")
+FIXED_INPUT = ("s3d", "mvit_v1_b", "mvit_v2_s")  # networks that take 16 frames of 224 pixels and nothing else
+# flags that decide which pixels are read: predict takes them from the checkpoint
+READING = ("image_size", "n_frames", "fps", "pixel_range")
 # flags that a checkpoint keeps: how clips are read and combined, and what the network looks like
-ARCHITECTURE = ("task", "model", "backbone", "hidden", "dropout", "bounded", *READING,
-                "clips_per_event", "aggregation")
+ARCHITECTURE = ("task", "model", "backbone", "hidden", "dropout", "bounded", *READING, *OWN_OF_PREDICT)
 TASK_DEFAULTS = {
     "classify": {
         "model": "r3d_18", "n_frames": 16, "loss": "ce", "augment": "heavy",
@@ -208,7 +207,7 @@ def check_flags(parser, args):
     if args.export and not (args.mode == "predict" and args.manifest):
         parser.error("--export belongs to --mode predict with --manifest, whose clips it is checked on")
     if args.mode == "predict":
-        idle = {*READING, "output" if args.video else "annotate"} - {*OWN_OF_PREDICT}
+        idle = {*READING, "output" if args.video else "annotate"}
         refuse(parser, "predict reads clips as its checkpoint does, --video writes a run folder", idle & args.given)
     event_splits.check_flags(parser, args)
     if args.mode == "train":
@@ -246,19 +245,16 @@ def check_learning_flags(parser, args):
 # --- data: row on disk -> table -> sample ---------------------------------------------------
 
 @dataclasses.dataclass
-class Untuned:
-    """Features of N rows from an untuned network: of each the mean over its predicted clips."""
-    values: np.ndarray  # (N, F), NaN in rows that nobody asked for
-    blocks: dict | None = None  # name -> columns that a readout may choose; None: it takes all
-
-
-@dataclasses.dataclass
 class Features:
-    """Features from untuned networks, computed once for all folds."""
-    of_rows: dict  # name of the linear model on it -> Untuned
-    # with --freeze_backbone, which trains on them instead of pixels:
-    views: np.ndarray | None = None  # (V, N, F) or (V, N, T, F) of random clips
-    of_clips: dict | None = None  # (row, start) of a predicted clip -> (F,) or (T, F)
+    """Features from untuned networks, computed once for all folds.
+
+    of_rows: of each row the mean over its predicted clips, NaN in rows that nobody asked for.
+    """
+    of_rows: dict = dataclasses.field(default_factory=dict)  # name of the linear model on them -> (N, F)
+    motion_blocks: dict | None = None  # of MOTION_READOUT: name -> columns, of which it chooses one
+    # with --freeze_backbone, which trains on them instead of pixels: (row, start) of a predicted clip -> [(F,)] or
+    # [(T, F)]; (row, None) -> V of them, of random clips of the row
+    of_clips: dict | None = None
 
 
 @dataclasses.dataclass
@@ -278,6 +274,15 @@ class Study:
     def frames(self, row, start=0, stop=None):
         """Grid frames start to stop of a row, uint8 (T, H, W, 3)."""
         return self.store.part(self.stored[row], start, stop)
+
+    def labels(self, rows):
+        """A text for each of these rows: its clip, and its class or its first score."""
+        table = self.table
+        if table.label is None:
+            known = [f"{table.names[0]} {score:.3g}" for score in table.target[:, 0]]
+        else:
+            known = np.array(table.names)[table.label]
+        return [f"{table.clip_ids[row]}\n{known[row]}" for row in rows]
 
     def strip(self, row):
         """Five frames of a row side by side: uint8 (H, 5 W, 3)."""
@@ -320,18 +325,23 @@ class Study:
 
 def read_table(args, names=None, need_labels=True):
     """EventTable that the flags name, in seconds; names: classes or scores of a trained model."""
-    checks = {"need_labels": need_labels, "max_missing": args.max_missing,
-              "path_column": args.path_column, "need_files": args.mode != "audit",
-              "exact_names": args.exact_names}
+    shared = {
+        "min_event_sec": args.min_event_sec,
+        "group_column": args.group_column,
+        "path_column": args.path_column,
+        "exact_names": args.exact_names,
+        "max_missing": args.max_missing,
+        "need_labels": need_labels,
+        "need_files": args.mode != "audit",
+    }
     if args.task == "regress":
         table = score_tables.read_sequences(
-            args.manifest, args.video_root, args.group_column, names or args.target_columns,
-            min_event_sec=args.min_event_sec, **checks)
+            args.manifest, args.video_root, target_columns=names or args.target_columns, **shared)
     else:
         manifests = event_splits.manifests_of(args) or {"": args.video_root}
         table = event_tables.read_events(
-            manifests, args.video_root, args.label_map, args.min_event_sec, args.group_column,
-            names=names, label_column=args.label_column, time_unit=args.time_unit, **checks)
+            manifests, args.video_root, args.label_map, names=names,
+            label_column=args.label_column, time_unit=args.time_unit, **shared)
     if args.filter:
         table = table.take(event_tables.filter_rows(table, args.filter))
     counted = {source for source, unit in zip(table.sources, table.unit) if unit == "frame"}
@@ -393,14 +403,13 @@ class Clips(common.Samples):
         epoch, index = key
         row, start = self.row_starts[index]
         generator = common.generator_for(self.args.seed, epoch, index)
-        if self.features and start is None:
-            view = torch.randint(len(self.features.views), (), generator=generator)
-            inputs = self.features.views[view, row]
-            start = 0
-        elif self.features:
-            inputs = self.features.of_clips[row, start]
+        if self.features:
+            views = self.features[row, start]
+            inputs = views[torch.randint(len(views), (), generator=generator)]
+            start = start or 0
         else:
-            start = self.random_start(row, generator) if start is None else start
+            if start is None:
+                start = self.random_start(row, generator)
             inputs = self.pixels(row, start, generator)
         mask = torch.from_numpy(self.study.mask(row, start))
         sample = {"input": torch.from_numpy(inputs), "mask": mask}
@@ -408,15 +417,6 @@ class Clips(common.Samples):
             sample["target"] = self.objective.target[row]
             sample["weight"] = self.objective.weight[row]
         return sample
-
-    def labels(self):
-        """A text for each sample: its clip, and its class or its first score."""
-        table = self.study.table
-        if table.label is None:
-            known = [f"{table.names[0]} {score:.3g}" for score in table.target[:, 0]]
-        else:
-            known = np.array(table.names)[table.label]
-        return [f"{table.clip_ids[row]}\n{known[row]}" for row, _ in self.row_starts]
 
     def random_start(self, row, generator):
         """Grid frame at which a train clip of the row starts."""
@@ -475,10 +475,9 @@ class Head(nn.Module):
 class ClipNet(backbones.BackboneModel):
     """A torchvision video network over all frames at once: clips (B, T, 3, S, S) -> (B, K)."""
 
-    def __init__(self, backbone, n_features, n_outputs, dropout=0.0, bounded=False,
-                 freeze_norm=False):
+    def __init__(self, backbone, n_features, n_outputs, freeze_norm=False, **of_head):
         super().__init__(backbone, freeze_norm)
-        self.head = Head(n_features, n_outputs, dropout, bounded)
+        self.head = Head(n_features, n_outputs, **of_head)
 
     def extract(self, clips, mask):
         """Features of the backbone: (B, T, 3, S, S) -> (B, F), on a CPU in fp32; (B, F) stays as it is.
@@ -527,11 +526,10 @@ class FrameLstm(backbones.BackboneModel):
     The mask stays on the CPU, where counting its frames waits for no device.
     """
 
-    def __init__(self, backbone, n_features, n_outputs, hidden, dropout=0.0, bounded=False,
-                 freeze_norm=False):
+    def __init__(self, backbone, n_features, n_outputs, hidden, freeze_norm=False, **of_head):
         super().__init__(backbone, freeze_norm)
         self.lstm = nn.LSTM(n_features, hidden, batch_first=True)
-        self.head = Head(hidden, n_outputs, dropout, bounded)
+        self.head = Head(hidden, n_outputs, **of_head)
 
     def frame_features(self, clips):
         """(B, T, 3, S, S) -> (B, T, F)."""
@@ -561,20 +559,25 @@ class FrameLstm(backbones.BackboneModel):
         return self.head(states[rows, last])  # (B, H) -> (B, K)
 
 
+def backbone_name(args):
+    """The image network that reads frames one by one, or the video network."""
+    return args.backbone if args.model in FRAME_MODELS else args.model
+
+
 def build_model(args, n_outputs):
     """The network that the flags (or a checkpoint's) describe; the seed decides the random part."""
     torch.manual_seed(common.hash_seed(args.seed))
-    n_frames, size = FIXED_INPUT.get(args.model, (args.n_frames, args.image_size))
-    if (n_frames, size) != (args.n_frames, args.image_size):
+    size = args.image_size
+    if args.model in FIXED_INPUT and (args.n_frames, size) != (16, 224):
         raise common.UserError(
-            f"--model {args.model} needs --n_frames {n_frames} --image_size {size}, "
-            f"found {args.n_frames} and {args.image_size}")
-    if args.model in FRAME_MODELS:
-        name, family, example = args.backbone, "models", torch.zeros(1, 3, size, size)
-    else:
-        name, family, example = args.model, "video", torch.zeros(1, 3, n_frames, size, size)
+            f"--model {args.model} needs --n_frames 16 --image_size 224, found {args.n_frames} and {size}")
+    family = "models"
+    example = torch.zeros(1, 3, size, size)
+    if args.model not in FRAME_MODELS:
+        family = "video"
+        example = torch.zeros(1, 3, args.n_frames, size, size)
     backbone, n_features = backbones.build_backbone(
-        name, args.pretrained, args.weights, size, family)
+        backbone_name(args), args.pretrained, args.weights, size, family)
     if args.model == MOTION_READOUT:
         return MotionReadout(backbone, n_outputs, size)
     backbones.freeze_stages(backbone, args.freeze_stages, example)
@@ -588,32 +591,21 @@ def pixel_statistics(args):
     """(mean, sd) of the three colours: of the checkpoint, or what the published weights of the network expect."""
     if "pixel_mean" in args:
         return args.pixel_mean, args.pixel_sd
-    name = args.backbone if args.model in FRAME_MODELS else args.model
-    return backbones.pixel_statistics(name, args.weights)
+    return backbones.pixel_statistics(backbone_name(args), args.weights)
 
 
 class Objective:
     """What a task asks of the network: targets, loss and metrics, fitted to the train rows."""
 
-    def __init__(self, args, study):
+    sampler_weights = None  # a chance of being drawn for each of the epoch_rows; None: all alike
+    prior_shift = 0.0  # what is to be added to the outputs of a network that was trained on the epoch_rows
+
+    def __init__(self, args, table, train):
         self.args = args
-        self.names = study.table.names
-        self.positive = study.positive
-        self.repeats = study.table.repeats
-        weight = event_tables.sample_weights(study.table, args.sample_weight)
+        self.names = table.names
+        self.epoch_rows = np.repeat(train, table.repeats[train])  # as often as the manifest repeats them
+        weight = event_tables.sample_weights(table, args.sample_weight)
         self.weight = torch.from_numpy(weight).float()  # (N,) in the loss
-
-    def rows_of_epoch(self, train):
-        """Train rows -> the same, each as often as the manifest repeats it."""
-        return np.repeat(train, self.repeats[train])
-
-    def sampler_weights(self, rows):
-        """A chance of being drawn for each of these rows; None: all alike."""
-        return None
-
-    def prior_shift(self, rows):
-        """What is to be added to the outputs of a network that was trained on these rows."""
-        return 0.0
 
     def check_val(self, rows):
         """UserError for rows that cannot choose an epoch."""
@@ -626,24 +618,39 @@ class Objective:
 class Behaviours(Objective):
     """--task classify: C classes.
 
-    The natural class shares are those of the train rows, each counted once. Rows that are repeated,
-    sampled or weighted change the shares in training; prior_shift takes that back.
+    The natural class shares are those of the train rows, each counted once. Rows that are repeated, drawn more often
+    (--balance sampler: all classes alike) or weighted change the shares in training; prior_shift takes that back.
     """
 
-    def __init__(self, args, study, train):
-        super().__init__(args, study)
-        self.label = study.table.label
-        counts = np.bincount(self.label[train], minlength=len(self.names))
+    def __init__(self, args, table, train):
+        super().__init__(args, table, train)
+        self.label = table.label
+        self.positive = prediction_tables.choose_positive(args.positive_class, self.names, self.label)
         lacking = self.classes_without(train)
         if lacking:
             raise common.UserError(f"no train row of class {lacking}; change the split or the label map")
-        self.prior = counts / counts.sum()  # (C,) natural class shares
+        self.prior = np.bincount(self.label[train]) / len(train)  # (C,) natural class shares
         self.class_weight = calibrating.class_weights(args, self.prior, self.positive)
-        known = torch.tensor(np.maximum(self.label, 0))
-        self.target = nn.functional.one_hot(known, len(counts)).float()  # (N, C)
+        self.scale = np.log(self.prior), 0, 1  # the first output is the log prior
+        self.target = nn.functional.one_hot(torch.tensor(self.label)).float()  # (N, C)
         self.columns = verdicts.class_columns(self.names)  # of the history: {column: MetricOf}
         self.meanings = verdicts.spell_class_metrics(self.names)  # names of --select
         self.default_select = f"average_precision_{self.names[self.positive]}"
+        self.epoch_rows = self.boosted(self.epoch_rows)
+        label = self.label[self.epoch_rows]
+        counts = np.bincount(label)
+        shares = counts * self.class_weight  # in training
+        if args.balance == "sampler":
+            self.sampler_weights = 1 / counts[label]
+            shares = np.ones(len(counts))
+        self.prior_shift = calibrating.prior_correction(self.prior, shares / shares.sum())  # (C,)
+
+    def boosted(self, rows):
+        """These rows, those of the positive class repeated up to --boost_to."""
+        rare = rows[self.label[rows] == self.positive]
+        n_others = len(rows) - len(rare)
+        wanted = round(self.args.boost_to * n_others / (1 - self.args.boost_to))
+        return np.concatenate([rows, np.resize(rare, max(0, wanted - len(rare)))])
 
     def classes_without(self, rows):
         """The names of the classes of which none of these rows is, as text."""
@@ -658,33 +665,6 @@ class Behaviours(Objective):
             raise common.UserError(
                 f"val holds no row of class {self.classes_without(rows)}, which --select {name} needs: make other "
                 "groups (--seed, --val_ratio), or choose by --select last or loss")
-
-    def rows_of_epoch(self, train):
-        """As the manifest repeats them, then the positive class up to --boost_to."""
-        train = super().rows_of_epoch(train)
-        rare = train[self.label[train] == self.positive]
-        n_others = len(train) - len(rare)
-        wanted = round(self.args.boost_to * n_others / (1 - self.args.boost_to))
-        return np.concatenate([train, np.resize(rare, max(0, wanted - len(rare)))])
-
-    def sampler_weights(self, rows):
-        """With --balance sampler all classes are drawn equally often."""
-        if self.args.balance != "sampler":
-            return None
-        label = self.label[rows]
-        return 1 / np.bincount(label)[label]
-
-    def prior_shift(self, rows):
-        """(C,) to add to the logits: from the class shares in training to the natural ones."""
-        n_classes = len(self.names)
-        shares = np.bincount(self.label[rows], minlength=n_classes) * self.class_weight
-        if self.args.balance == "sampler":
-            shares = np.ones(n_classes)
-        return calibrating.prior_correction(self.prior, shares / shares.sum())
-
-    def scale(self):
-        """(centre (C,), offset, span) of the head: the first output is the log prior."""
-        return np.log(self.prior), 0, 1
 
     def loss(self, logits, target, weight):
         """Mean over the batch: logits and class shares (B, C), weights (B,) -> float tensor.
@@ -714,33 +694,30 @@ class Behaviours(Objective):
 
 class Scores(Objective):
     """--task regress: R scores, on the scale of the train rows."""
-    columns = {name: verdicts.MetricOf(name) for name in ("loss", "mse", "mae", "r2", "pearson_r")}
-    meanings = verdicts.spell_metrics(columns, (), ())
+    positive = None
+    columns = verdicts.spell_metrics(("loss", "mse", "mae", "r2", "pearson_r"), (), ())  # of the history
+    meanings = columns  # names of --select
     default_select = "loss"
 
-    def __init__(self, args, study, train):
-        super().__init__(args, study)
-        self.values = study.table.target
+    def __init__(self, args, table, train):
+        super().__init__(args, table, train)
+        self.values = table.target
         known = self.values[train]
-        self.mean = np.nanmean(known, axis=0)
+        mean = np.nanmean(known, axis=0)
         self.sd = np.nanstd(known, axis=0)
-        self.low = np.nanmin(known, axis=0)
-        self.high = np.nanmax(known, axis=0)
         varies = self.sd >= 1e-9  # False for NaN: no train row has the score
         if not varies.all():
             raise common.UserError(
                 "the same score in every train row, or none, is nothing to learn: "
                 f"{common.shorten_list(itertools.compress(self.names, ~varies))}; "
                 "leave it out with --target_columns")
+        self.scale = mean, mean, self.sd  # the first output is the train mean
+        if args.bounded:
+            low = np.nanmin(known, axis=0)
+            self.scale = mean, low, np.nanmax(known, axis=0) - low
         self.target = torch.tensor(self.values, dtype=torch.float32)  # (N, R), NaN = missing
         self.target_weight = score_tables.target_weights(args.target_weights, self.names)
         self.total, self.parts, _ = score_tables.total_and_parts(self.names, known)
-
-    def scale(self):
-        """(centre, offset, span) of the head, (R,) each: the first output is the train mean."""
-        if self.args.bounded:
-            return self.mean, self.low, self.high - self.low
-        return self.mean, self.mean, self.sd
 
     def loss(self, predicted, target, weight):
         """Mean over rows of each row's mean over its labelled scores.
@@ -768,10 +745,10 @@ class Scores(Objective):
 
     def history(self, predicted, rows):
         """{column: value} of the history for scores (M, R) of these rows, means over the scores."""
-        means = common.mean_metrics(common.regression_metrics(predicted, self.values[rows]))
+        found = common.mean_metrics(common.regression_metrics(predicted, self.values[rows]))
         predicted = torch.tensor(predicted, dtype=torch.float32)
-        loss = self.loss(predicted, self.target[rows], self.weight[rows])
-        return {"loss": float(loss)} | {name: means[name] for name in self.columns if name in means}
+        found["loss"] = self.loss(predicted, self.target[rows], self.weight[rows]).item()
+        return {column: found[column] for column in self.columns}
 
 
 TASKS = {"classify": Behaviours, "regress": Scores}
@@ -779,18 +756,20 @@ TASKS = {"classify": Behaviours, "regress": Scores}
 
 # --- training ---------------------------------------------------------------------------
 
+def make_loader(clips, compute, train=False, **options):
+    """Loader of Clips; options: weights, batch_size."""
+    is_cached = clips.study.store.cache == "ram" or clips.features is not None
+    return common.make_loader(clips, clips.args, compute, train, is_cached, **options)
+
+
 def make_loaders(study, split, objective, args, compute, features):
     """Loader of random train clips, and {part: loader} of the clips that are predicted."""
+    given = features.of_clips if args.freeze_backbone else None  # else pixels
     presets = event_tables.augment_presets(study.table, args.augment_for, args.augment)
-    is_cached = study.store.cache == "ram" or args.freeze_backbone
-    given = features if args.freeze_backbone else None  # else pixels
-    rows = objective.rows_of_epoch(split["train"])
-    train_loader = common.make_loader(
-        Clips(study, rows, presets, objective, given), args, compute, True,
-        is_cached, objective.sampler_weights(rows))
-    loaders = {
-        part: common.make_loader(Clips(study, rows, features=given), args, compute, False, is_cached)
-        for part, rows in split.items() if len(rows)}
+    clips = Clips(study, objective.epoch_rows, presets, objective, given)
+    train_loader = make_loader(clips, compute, train=True, weights=objective.sampler_weights)
+    loaders = {part: make_loader(Clips(study, rows, features=given), compute)
+               for part, rows in split.items() if len(rows)}
     return train_loader, loaders
 
 
@@ -858,12 +837,12 @@ def evaluate(model, loader, args, compute):
             class_scores.combine_clips(features.numpy(), row_starts, "mean"))
 
 
-def start_model(args, objective, train, compute):
-    """The network before its first step, on the device, with the frozen parts out of training; train: its rows."""
+def start_model(args, objective, compute):
+    """The network before its first step, on the device, with the frozen parts out of training."""
     model = build_model(args, len(objective.names))
-    model.head.start_at(*objective.scale())
     if args.model != MOTION_READOUT:  # which is solved from each row once, at the natural class shares
-        model.head.prior_shift.copy_(torch.as_tensor(objective.prior_shift(objective.rows_of_epoch(train))))
+        model.head.start_at(*objective.scale)
+        model.head.prior_shift.copy_(torch.as_tensor(objective.prior_shift))
     if args.init_from:
         backbones.start_from(model, args.init_from, args.freeze_backbone, names=objective.names)
     model = compute.place(model)
@@ -879,12 +858,12 @@ def fit(run, args, study, split, features):
     """
     compute = run.compute
     train = split["train"]
-    objective = TASKS[args.task](args, study, train)
+    objective = TASKS[args.task](args, study.table, train)
     column, higher_is_better = objective.select()
     train_loader, loaders = make_loaders(study, split, objective, args, compute, features)
     if not args.freeze_backbone:  # else it trains on features, which are no pictures
-        plotting.plot_batch(run, train_loader.dataset, train_loader.dataset.labels())
-    model = start_model(args, objective, train, compute)
+        plotting.plot_batch(run, train_loader.dataset, study.labels(objective.epoch_rows))
+    model = start_model(args, objective, compute)
     mean, sd = pixel_statistics(args)
     run.say(f"{args.model}: colours are normalised with mean {mean} and SD {sd}, "
             "as its published weights expect")
@@ -933,20 +912,23 @@ def finish_best_model(training, study, split, loaders, objective):
     return outputs, {part: (best, features[part], outputs[part]) for part in loaders}
 
 
-def fit_readout(study, rows, untuned):
-    """baseline_models.Readout of these rows on their features from an untuned network."""
-    n_classes = None if study.table.label is None else len(study.table.names)
+def fit_readout(study, rows, features, name):
+    """baseline_models.Readout of these rows, the linear model of this name."""
+    table = study.table
+    n_classes = None if table.label is None else len(table.names)
+    blocks = features.motion_blocks if name == MOTION_READOUT else None
     return baseline_models.fit_readout(
-        untuned.values[rows], study.table.truth[rows], study.table.groups_of(rows), n_classes, untuned.blocks)
+        features.of_rows[name][rows], table.truth[rows], table.groups_of(rows), n_classes, blocks)
 
 
 def solve_head(model, study, rows, features, say):
     """Put the readout that these rows give into the linear layer of a MotionReadout."""
-    readout = fit_readout(study, rows, features.of_rows[MOTION_READOUT])
-    named = ", ".join(f"{name} {block}" for name, block in zip(study.table.names, readout.blocks))
-    say(f"features by the inner folds: {named if study.table.label is None else readout.blocks[0]}")
-    model.head.start_at(centre=0, offset=0, span=1)  # the readout is in the unit of the task
-    readout.write_into(model.head.linear)
+    readout = fit_readout(study, rows, features, MOTION_READOUT)
+    chosen = readout.blocks  # one for all classes
+    if study.table.label is None:
+        chosen = [f"{name} {block}" for name, block in zip(study.table.names, chosen)]
+    say(f"features by the inner folds: {', '.join(chosen)}")
+    readout.write_into(model.head.linear)  # in the unit of the task: offset 0 and span 1 stay
 
 
 def model_metadata(args, study, objective, model):
@@ -967,30 +949,31 @@ def model_metadata(args, study, objective, model):
 
 
 @torch.no_grad()
-def extract_features(network, clips, epoch, compute):
-    """What an untuned backbone makes of every clip: float32 (clips, F) or (clips, T, F)."""
+def extract_features(network, clips, n_views, compute):
+    """Features.of_clips: what an untuned backbone makes of every clip, of random ones n_views times."""
     network.eval()
-    loader = common.make_loader(clips, clips.args, compute, False, batch_size=16)
-    loader.batch_sampler.epoch = epoch
-    found = []
-    for batch in loader:
-        inputs, mask = to_device(batch, clips.args, compute)
-        with compute.autocast():
-            found.append(network.extract(inputs, mask).float().cpu())
-    return torch.cat(compute.processes.gather(found)).numpy()
+    loader = make_loader(clips, compute, batch_size=16)
+    features = {key: [] for key in clips.row_starts}
+    for view in range(n_views):
+        loader.batch_sampler.epoch = view
+        found = []
+        for batch in loader:
+            inputs, mask = to_device(batch, clips.args, compute)
+            with compute.autocast():
+                found.append(network.extract(inputs, mask).float().cpu())
+        found = torch.cat(compute.processes.gather(found)).numpy()  # (clips, F) or (clips, T, F)
+        for key, values in zip(clips.row_starts, found):
+            features[key].append(values)
+    return features
 
 
 def features_of_rows(network, clips, compute):
-    """(N, F): the mean over the clips of each row that are predicted, as evaluate gives it; NaN of other rows."""
-    loader = common.make_loader(clips, clips.args, compute, False, batch_size=16)
-    return in_all_rows(evaluate(network, loader, clips.args, compute)[1], clips)
-
-
-def in_all_rows(values, clips):
-    """(n, ...), one for each row of these clips -> (N, ...), NaN in the rows of no clip."""
-    everywhere = np.full((len(clips.study.table), *values.shape[1:]), np.nan, values.dtype)
-    everywhere[list(dict(clips.row_starts))] = values
-    return everywhere
+    """(N, F) of Features.of_rows, as evaluate gives it."""
+    loader = make_loader(clips, compute, batch_size=16)
+    _, found = evaluate(network, loader, clips.args, compute)  # (M, F)
+    features = np.full((len(clips.study.table), found.shape[1]), np.nan, found.dtype)
+    features[list(dict(clips.row_starts))] = found
+    return features
 
 
 def untuned_features(args, study, run, rows):
@@ -998,36 +981,36 @@ def untuned_features(args, study, run, rows):
     compute = run.compute
     network = compute.place(build_model(args, len(study.table.names)))
     clips = Clips(study, rows)
-    features = Features({})
+    features = Features()
     if args.freeze_backbone:
-        features.of_clips = dict(zip(clips.row_starts, extract_features(network, clips, 0, compute)))
-        clips = Clips(study, rows, features=features)
+        features.of_clips = extract_features(network, clips, 1, compute)
+        clips = Clips(study, rows, features=features.of_clips)
     of_rows = features_of_rows(network, clips, compute)
     linear_model = "ridge" if study.table.label is None else "logistic"
     if args.model == MOTION_READOUT:
-        features.of_rows[linear_model] = Untuned(of_rows[:, network.backbone.last_resolution()])
-        features.of_rows[MOTION_READOUT] = Untuned(of_rows, network.backbone.blocks())
+        features.of_rows[linear_model] = of_rows[:, network.backbone.last_resolution()]
+        features.of_rows[MOTION_READOUT] = of_rows
+        features.motion_blocks = network.backbone.blocks()
         return features
-    features.of_rows[linear_model] = Untuned(of_rows)
+    features.of_rows[linear_model] = of_rows
     try:
-        features.of_rows[MOTION_READOUT] = motion_features(args, study, compute, rows)
+        add_motion_features(features, args, study, compute, rows)
     except common.UserError as error:  # its image network, or the weights of that, cannot be had
         run.say(f"note: no motion readout to compare with: {error}")
     if args.freeze_backbone:
         presets = event_tables.augment_presets(study.table, args.augment_for, args.augment)
-        random_clips = Clips(study, rows, presets)
-        features.views = np.stack([in_all_rows(extract_features(network, random_clips, view, compute), random_clips)
-                                   for view in range(args.feature_views)])
+        features.of_clips |= extract_features(network, Clips(study, rows, presets), args.feature_views, compute)
     return features
 
 
-def motion_features(args, study, compute, rows):
-    """Untuned, for these rows, of a motion readout, which any other model is compared with."""
+def add_motion_features(features, args, study, compute, rows):
+    """Those of a motion readout, which any other model is compared with."""
     weights = args.weights if args.model == CNN_LSTM else None  # of other models they fit another backbone
     args = common.with_flags(args, model=MOTION_READOUT, weights=weights)
     network = compute.place(build_model(args, len(study.table.names)))
     clips = Clips(dataclasses.replace(study, args=args), rows)
-    return Untuned(features_of_rows(network, clips, compute), network.backbone.blocks())
+    features.of_rows[MOTION_READOUT] = features_of_rows(network, clips, compute)
+    features.motion_blocks = network.backbone.blocks()
 
 
 # --- results: predictions table -> judged run folder -------------------------------------------
@@ -1039,29 +1022,26 @@ def predict_baselines(study, features, train, rows):
     the motion readout, unless it is the model.
     """
     table = study.table
-    readouts = {
-        name: fit_readout(study, train, untuned).predict(untuned.values[rows])
-        for name, untuned in features.of_rows.items() if name != study.args.model}
-    if table.label is not None:
-        n_classes = len(table.names)
-        prior = baseline_models.prior_baseline(table.label[train], len(rows), n_classes)
-        return {"train_prior": prior} | {
-            name: class_scores.softmax(logits) for name, logits in readouts.items()}
-    predicted = {
-        "train_mean": baseline_models.train_mean_baseline(table.target[train], len(rows)),
-        **readouts}
-    moments = moment_levels(study)
-    if moments is not None:
+    is_classes = table.label is not None
+    if is_classes:
+        predicted = {"train_prior": baseline_models.prior_baseline(table.label[train], len(rows), len(table.names))}
+    else:
+        predicted = {"train_mean": baseline_models.train_mean_baseline(table.target[train], len(rows))}
+    for name, values in features.of_rows.items():
+        if name != study.args.model:
+            outputs = fit_readout(study, train, features, name).predict(values[rows])
+            predicted[name] = class_scores.softmax(outputs) if is_classes else outputs
+    moments = moment_levels(study.args, table)
+    if moments is not None and not is_classes:
         codes = np.unique(moments, return_inverse=True)[1]
         predicted["moment_mean"] = confounding.smoothed_means(codes, table.target, train, rows)
     return predicted
 
 
-def moment_levels(study, rows=slice(None)):
+def moment_levels(args, table, rows=slice(None)):
     """(M,) levels of --moment_column in these rows, or None where the table has no such column."""
-    key = csv_tables.column_key(study.args.moment_column)
-    extra = study.table.extra
-    return extra[key].to_numpy(str)[rows] if key in extra else None
+    key = csv_tables.column_key(args.moment_column)
+    return table.extra[key].to_numpy(str)[rows] if key in table.extra else None
 
 
 def predictions_table(study, rows, outputs, baselines, seen, warning=None):
@@ -1073,12 +1053,12 @@ def predictions_table(study, rows, outputs, baselines, seen, warning=None):
     table = study.table
     keys = {"clip_id": table.clip_ids[rows]}
     if table.target is None:
-        n_clips = [len(study.starts(row)) for row in rows]
-        keys |= {"event": table.events[rows], "n_clips": np.array(n_clips)}
-    start_sec, end_sec = table.windows[rows].T
-    videos = np.array(table.sources, dtype=str)[rows]
+        keys["event"] = table.events[rows]
+        keys["n_clips"] = np.array([len(study.starts(row)) for row in rows])
+    keys["video"] = np.array(table.sources, dtype=str)[rows]
+    keys["start_sec"], keys["end_sec"] = table.windows[rows].T
     shared = {
-        "keys": keys | {"video": videos, "start_sec": start_sec, "end_sec": end_sec},
+        "keys": keys,
         "names": table.names,
         "baselines": baselines,
         "groups": table.groups_of(rows),
@@ -1097,29 +1077,25 @@ def predictions_table(study, rows, outputs, baselines, seen, warning=None):
 
 
 @common.first_process_only
-def judge(run, args, study, split, table, part, alarms, trained_on, best_epoch=None, folds=(), similar=()):
+def judge(run, args, study, split, table, part, trained_on, **known):
     """Judge a predictions table of held-out rows.
 
     split: {name: rows}; part: val, test or folds; trained_on: a pair (train rows, scored rows) for
-    each network; similar: of splitting.similar_pairs.
+    each network; known: further fields of the Setting.
     """
     rows = prediction_tables.rows_of(table, study.table.clip_ids)
     is_classes = study.table.target is None
     levels = confounding.prior_levels(study.table)
-    train_rows, held_out_rows = zip(*trained_on)
     confounds = confounding.level_priors(
-        levels, study.table.truth, train_rows, held_out_rows, study.table.groups_of(), study.positive)
+        levels, study.table.truth, *zip(*trained_on), study.table.groups_of(), study.positive)
     setting = judging.Setting(
         title="Behaviour in clips" if is_classes else "Scores of frame sequences",
         part=part,
         seen=table.seen,
-        best_epoch=best_epoch,
-        alarms=alarms,
         data=data_blocks(study, split, rows, table),
-        similar=judging.similar_blocks(similar, study.table.clip_ids, study.strip),
         cases=judging.case_blocks(table, study.table.clip_ids[rows], lambda i: study.strip(rows[i])),
         limits=event_splits.limits(args, study.table),
-        folds=folds)
+        **known)
     of_rows = {name: values[rows] for name, values in levels.items()}
     if is_classes:
         class_judging.judge_classes(run, table, setting, confounds, of_rows)
@@ -1129,7 +1105,7 @@ def judge(run, args, study, split, table, part, alarms, trained_on, best_epoch=N
         ceiling = rater_agreement.measure_ceiling(
             study.table.names, study.table.target, single_ratings=study.table.single_ratings)
     score_judging.judge_scores(
-        run, table, setting, ceiling, confounds, of_rows, moment_levels(study, rows))
+        run, table, setting, ceiling, confounds, of_rows, moment_levels(args, study.table, rows))
 
 
 def data_blocks(study, split, rows, table):
@@ -1177,13 +1153,15 @@ def run_split(run, args, study, split, features=None):
         alarms += verdicts.split_gap_alarms(train, val, metric, OVERFITTING_REMEDY)
     part = "test" if "test" in tables else "val"
     trained_on = [(split["train"], split[part])]
-    judge(run, args, study, split, tables[part], part, alarms, trained_on, best_epoch, similar=similar)
+    judge(run, args, study, split, tables[part], part, trained_on,
+          alarms=alarms, similar=similar, best_epoch=best_epoch)
 
 
 def find_similar(run, study, split, features):
-    """splitting.add_similar on the features of the untuned network."""
-    untuned = next(iter(features.of_rows.values()))
-    return splitting.add_similar(run, untuned.values, split, study.table.clip_ids)
+    """HTML of rows of two parts that look alike to the untuned network."""
+    own, *_ = features.of_rows.values()
+    pairs = splitting.add_similar(run, own, split, study.table.clip_ids)
+    return judging.similar_blocks(pairs, study.table.clip_ids, study.strip)
 
 
 def run_folds(run, args, study):
@@ -1201,27 +1179,23 @@ def run_folds(run, args, study):
         folds, lambda child, split: run_split(child, args, study, split, features))
     tables = prediction_tables.read_folds(run, chosen, "val")
     if args.task == "regress":
-        common.write_table(run.path("fold_scores.csv"), fold_score_rows(study, chosen, tables))
+        rows = []
+        for k, table in zip(chosen, tables):
+            own = prediction_tables.rows_of(table, study.table.clip_ids)
+            found = score_judging.rows_of_scores(table, moment_levels(args, study.table, own))
+            rows += [{"fold": k, **row} for row in found]
+        common.write_table(run.path("fold_scores.csv"), rows)
     done = judging.finished_folds(run, chosen, [table.fold_numbers() for table in tables])
     if args.task == "classify" and len(tables) > 1:
         tables = calibrating.calibrate_folds(tables)
     pooled = prediction_tables.join(tables, chosen)
     pooled.write(run.path("predictions_folds.csv"))
     trained_on = [(folds[k]["train"], folds[k]["val"]) for k in chosen]
-    judge(run, args, study, parts, pooled, "folds", alarms, trained_on, folds=done, similar=similar)
+    judge(run, args, study, parts, pooled, "folds", trained_on, alarms=alarms, similar=similar, folds=done)
     if len(test):
         members = prediction_tables.read_folds(run, chosen, "test")
         with run.child("test_ensemble") as child:
             judge_ensemble(child, args, study, test, prediction_tables.mean(members))
-
-
-def fold_score_rows(study, chosen, tables):
-    """Dicts of n and the metrics of every fold, score and moment ('all' and each)."""
-    rows = []
-    for k, table in zip(chosen, tables):
-        own = prediction_tables.rows_of(table, study.table.clip_ids)
-        rows += [{"fold": k, **row} for row in score_judging.rows_of_scores(table, moment_levels(study, own))]
-    return rows
 
 
 def judge_ensemble(run, args, study, test, table):
@@ -1230,7 +1204,7 @@ def judge_ensemble(run, args, study, test, table):
     split = {"train": train, "test": test}
     alarms = event_audit.record_split(run, study.table, study.audits, split)
     table.write(run.path("predictions_test.csv"))
-    judge(run, args, study, split, table, "test", alarms, [(train, test)])
+    judge(run, args, study, split, table, "test", [(train, test)], alarms=alarms)
 
 
 def train(args):
@@ -1250,16 +1224,16 @@ def train(args):
 
 def check_flags_of_table(args, table):
     """UserError for flags that name what these rows do not have, and for splits that lack a class they need."""
-    study = Study(table, None, None, args)
     names = table.names
-    meanings = verdicts.spell_class_metrics(names)
+    meanings = class_judging.criteria_names(names)
     if args.task == "regress":
-        moments = moment_levels(study)
+        moments = moment_levels(args, table)
         meanings = score_judging.criteria_names(names, [] if moments is None else set(moments))
     verdicts.parse_criteria(args.criteria, meanings)
-    TASKS[args.task](args, study, np.arange(len(table))).select()
+    task = TASKS[args.task]
+    task(args, table, np.arange(len(table))).select()
     for split in event_splits.asked_splits(args, table):
-        TASKS[args.task](args, study, split["train"]).check_val(split["val"])
+        task(args, table, split["train"]).check_val(split["val"])
     event_tables.augment_presets(table, args.augment_for, args.augment)
     if args.init_from:
         backbones.starting_weights(args.init_from, names=names)
@@ -1318,7 +1292,7 @@ def load_members(args, compute):
         member = Member(compute.place(model).eval(), content, own)
         members.append(member)
         first = members[0]
-        for name in ("task", "names", "positive_class", *READING):
+        for name in ("task", "names", "positive_class", "min_event_sec", *READING):
             found = getattr(own, name)
             wanted = getattr(first.args, name)
             if found != wanted:
@@ -1335,7 +1309,7 @@ def predict(args):
     compute = common.announce_compute(args)
     members = load_members(args, compute)
     first = members[0]
-    table = read_table(first.args, first.content["names"], need_labels=False)
+    table = read_table(first.args, first.args.names, need_labels=False)
     study = load_study(first.args, table, print)
     tables, answers = zip(*(predict_rows(member, study, compute) for member in members))
     table = prediction_tables.mean(tables)
@@ -1355,9 +1329,7 @@ def predict_rows(member, study, compute):
     """(predictions table of all rows of the study by one trained network, what row_warnings.texts takes of it)."""
     study = dataclasses.replace(study, args=member.args)
     rows = np.arange(len(study.table))
-    loader = common.make_loader(
-        Clips(study, rows), study.args, compute, False, study.store.cache == "ram")
-    outputs, features = evaluate(member.model, loader, study.args, compute)
+    outputs, features = evaluate(member.model, make_loader(Clips(study, rows), compute), member.args, compute)
     seen = seen_rows.of_checkpoint(member.content).words(study.hashes)
     table = predictions_table(study, rows, outputs, {}, seen)
     if member.calibration:
@@ -1368,8 +1340,8 @@ def predict_rows(member, study, compute):
 @torch.no_grad()
 def export(path, members, study):
     """Write the mean of the members as one file, compared with this script on the first ten clips of the study."""
-    args = members[0].args
-    content = members[0].content
+    first = members[0]
+    args = first.args
     if len({member.args.model for member in members}) > 1:
         raise common.UserError(f"--export {path}: the checkpoints are of different --model; export those of one")
     clips = Clips(study, np.arange(len(study.table)))
@@ -1380,14 +1352,16 @@ def export(path, members, study):
     model = exporting.MeanOutput(members)
     compute = common.choose_compute("cpu", "off")
     expected = np.mean([member.predict(batch, compute) for member in members], axis=0)
-    about = exporting.about_pictures(content["names"], args.image_size, args.pixel_range)
+    about = exporting.about_pictures(first.content["names"], args.image_size, args.pixel_range)
     about |= {"task": args.task, "frames": args.n_frames}
     if args.task == "classify":
-        threshold = calibrating.mean_threshold(member.calibration for member in members)
-        about |= {"frames_per_sec": args.fps, "clip_sec": args.n_frames / args.fps, "threshold": threshold}
-        about["positive_class"] = args.positive_class
-    unit = members[0].model.head.span.cpu()
-    exporting.export(path, model, inputs, about, torch.from_numpy(expected), unit)
+        about |= {
+            "frames_per_sec": args.fps,
+            "clip_sec": args.n_frames / args.fps,
+            "threshold": calibrating.mean_threshold(member.calibration for member in members),
+            "positive_class": args.positive_class,
+        }
+    exporting.export(path, model, inputs, about, torch.from_numpy(expected), first.model.head.span.cpu())
 
 
 # --- whole recordings --------------------------------------------------------------------------
@@ -1414,8 +1388,7 @@ def predict_recordings(args):
             for loss in recording.losses():
                 run.say(f"note: {loss}")
             folder = run.path("_".join(name.rsplit(".", 1)))
-            names = members[0].content["names"]
-            read.append(ethograms.describe(recording, windows, names, args, folder))
+            read.append(ethograms.describe(recording, windows, own.names, args, folder))
             ethograms.write_all(run.folder, read)
         n_bouts = sum(len(tables["bouts"]) for tables in read)
         run.say(f"{len(read)} of {len(videos)} recordings read, {n_bouts} bouts; "
@@ -1429,16 +1402,15 @@ def read_windows(recording, members, args, run, label):
     """ethograms.Windows of a recording: one every --every seconds, on its grid, the last at its end."""
     compute = run.compute
     own = members[0].args
+    by_backbone = {member.model.backbone: member for member in members if member.args.model in FRAME_MODELS}
 
     def frame_features(crops):
         """{backbone: its features of all frames but the first}, of networks that read frames one by one."""
         features = {}
-        for member in members:
-            backbone = member.model.backbone
-            if member.args.model in FRAME_MODELS and backbone not in features:
-                clips, _ = to_device({"input": crops[None], "mask": None}, member.args, compute)
-                with compute.autocast():
-                    features[backbone] = member.model.frame_features(clips)[0, 1:]
+        for backbone, member in by_backbone.items():
+            clips, _ = to_device({"input": crops[None], "mask": None}, member.args, compute)
+            with compute.autocast():
+                features[backbone] = member.model.frame_features(clips)[0, 1:]
         return features
     step = max(round(args.every * own.fps), 1)
     if not math.isclose(step / own.fps, args.every):
@@ -1454,7 +1426,7 @@ def read_windows(recording, members, args, run, label):
         found.append(np.mean([predict_windows(member, frames, compute) for member in members], axis=0))
     probability = np.concatenate(found)  # (W, C)
     threshold = calibrating.mean_threshold(member.calibration for member in members)
-    positive = members[0].content["names"].index(own.positive_class)
+    positive = own.names.index(own.positive_class)
     return ethograms.Windows(
         recording.spans(starts, own.n_frames), probability,
         class_scores.predicted_class(probability, threshold, positive))

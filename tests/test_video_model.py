@@ -50,13 +50,11 @@ def scored_table(target, names, moments=None):
 
 def behaviours(args, table, rows=None):
     """Behaviours of a table as the script makes them, all rows for training unless others are named."""
-    positive = prediction_tables.choose_positive(args.positive_class, table.names, table.label)
-    study = SimpleNamespace(table=table, positive=positive)
-    return train_video.Behaviours(args, study, np.arange(len(table)) if rows is None else rows)
+    return train_video.Behaviours(args, table, np.arange(len(table)) if rows is None else rows)
 
 
 def scores(args, table):
-    return train_video.Scores(args, SimpleNamespace(table=table, positive=None), np.arange(len(table)))
+    return train_video.Scores(args, table, np.arange(len(table)))
 
 
 def study_of(args, n_frames=40, size=64, n_clips=6, short=()):
@@ -80,7 +78,7 @@ def tiny_backbone(width=6):
 
 def frame_lstm(width=6, hidden=8, n_outputs=2, dropout=0.0):
     torch.manual_seed(0)
-    return train_video.FrameLstm(tiny_backbone(width), width, n_outputs, hidden, dropout)
+    return train_video.FrameLstm(tiny_backbone(width), width, n_outputs, hidden, dropout=dropout)
 
 
 # --- clips ------------------------------------------------------------------------------------
@@ -125,8 +123,8 @@ def test_baselines_see_the_clips_that_are_predicted():
     study, clips = study_of(args, size=32, n_clips=2)
     compute = common.choose_compute("cpu", "off")
     features = train_video.untuned_features(args, study, SimpleNamespace(compute=compute, say=print), np.arange(2))
-    pooled = features.of_rows["logistic"].values
-    assert features.of_rows["motion_readout"].values.shape == (2, 4 * (64 + 128 + 256)), "three resolutions at 32 pixels"
+    pooled = features.of_rows["logistic"]
+    assert features.of_rows["motion_readout"].shape == (2, 4 * (64 + 128 + 256)), "three resolutions at 32 pixels"
     model = train_video.build_model(args, 2).eval()
     for row, frames in enumerate(clips):
         assert study.starts(row) == [0, 16, 32]
@@ -152,7 +150,9 @@ def test_features_are_computed_of_the_rows_asked_for_alone():
     run = SimpleNamespace(compute=common.choose_compute("cpu", "off"), say=print)
     found = train_video.untuned_features(args, study, run, np.array([1, 3]))
     assert read == {1, 3} == {row for row, _ in found.of_clips}
-    for values in (*found.views, *(untuned.values for untuned in found.of_rows.values())):
+    assert {key: len(views) for key, views in found.of_clips.items() if key[1] is None} == {(1, None): 2, (3, None): 2}
+    assert all(np.isfinite(views).all() for views in found.of_clips.values())
+    for values in found.of_rows.values():
         assert np.isnan(values[[0, 2]]).all() and np.isfinite(values[[1, 3]]).all()
 
 
@@ -427,7 +427,7 @@ def test_the_first_output_is_the_class_prior():
     args, table = arguments(), table_of([0] * 9 + [1] * 3)
     objective = behaviours(args, table)
     head = train_video.Head(8, 2, 0.0)
-    head.start_at(*objective.scale())
+    head.start_at(*objective.scale)
     with torch.inference_mode():
         assert torch.softmax(head(torch.zeros(1, 8)), 1)[0].tolist() == pytest.approx([0.75, 0.25], abs=1e-4)
 
@@ -442,7 +442,7 @@ def test_one_batch_can_be_learnt_by_heart(task):
         target = np.random.default_rng(0).uniform(0, 14, (8, 2))
         objective = scores(args, scored_table(target, ["one", "two"]))
     model = frame_lstm(width=16, hidden=32)
-    model.head.start_at(*objective.scale())
+    model.head.start_at(*objective.scale)
     clips, mask = torch.randn(8, 6, 3, 16, 16), torch.arange(6) < torch.tensor([6, 6, 5, 4, 3, 6, 2, 1])[:, None]
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(150):
@@ -616,36 +616,32 @@ def test_focal_loss_is_that_of_torchvision(alpha, gamma):
 def test_boost_repeats_the_rare_class_in_train_rows_up_to_the_share(share):
     labels = [0] * 81 + [1] * 19
     objective = behaviours(arguments("--boost_to", share), table_of(labels))
-    train = np.arange(0, 100, 1)
-    rows = objective.rows_of_epoch(train)
+    rows = objective.epoch_rows
     own = np.mean(objective.label[rows] == 1)
     assert own == pytest.approx(max(share, 0.19), abs=0.01)
     counts = np.bincount(rows, minlength=100)
     assert (counts[:81] == 1).all() and np.ptp(counts[81:]) <= 1
-    seen = class_scores.softmax(np.log(objective.prior)[None] - objective.prior_shift(rows))
+    seen = class_scores.softmax(np.log(objective.prior)[None] - objective.prior_shift)
     assert seen[0, 1] == pytest.approx(own)
-    assert (objective.prior_shift(rows)[1] < 0) == (share > 0.19), "boosted, so it must be brought down"
+    assert (objective.prior_shift[1] < 0) == (share > 0.19), "boosted, so it must be brought down"
 
 
 def test_rows_repeated_by_the_manifest_are_drawn_as_often():
     objective = behaviours(arguments(), table_of([0, 0, 1, 1], repeats=[1, 1, 3, 1]))
-    assert objective.rows_of_epoch(np.arange(4)).tolist() == [0, 1, 2, 2, 2, 3]
-    shift = objective.prior_shift(objective.rows_of_epoch(np.arange(4)))
-    assert class_scores.softmax(shift[None])[0] == pytest.approx([2 / 3, 1 / 3]), "seen 1 to 2, in the data 1 to 1"
+    assert objective.epoch_rows.tolist() == [0, 1, 2, 2, 2, 3]
+    assert class_scores.softmax(objective.prior_shift[None])[0] == pytest.approx([2 / 3, 1 / 3]), "seen 1 to 2, in the data 1 to 1"
 
 
 def test_sampler_draws_all_classes_alike():
     labels = [0] * 90 + [1] * 10
     objective = behaviours(arguments("--balance", "sampler"), table_of(labels))
-    weights = objective.sampler_weights(np.arange(100))
-    batches = common.EpochBatches(100, 8, seed=1, train=True, weights=weights)
+    batches = common.EpochBatches(100, 8, seed=1, train=True, weights=objective.sampler_weights)
     drawn = []
     for epoch in range(40):
         batches.epoch = epoch
         drawn += [index for batch in batches for _, index in batch]
     assert np.mean(np.array(drawn) >= 90) == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(4000))
-    shift = objective.prior_shift(np.arange(100))
-    assert class_scores.softmax(shift[None])[0] == pytest.approx([0.9, 0.1]), "an even logit means the natural share"
+    assert class_scores.softmax(objective.prior_shift[None])[0] == pytest.approx([0.9, 0.1]), "an even logit means the natural share"
 
 
 def test_mixup_mixes_clips_and_classes_alike():
@@ -777,7 +773,7 @@ def test_the_ensemble_repeats_the_alarms_of_its_split(monkeypatch):
     study, _ = study_of(arguments("--image_size", 32))
     judged = []
     monkeypatch.setattr(train_video.event_audit, "record_split", lambda *_: ["column subject repeats on two sides"])
-    monkeypatch.setattr(train_video, "judge", lambda run, args, study, split, table, part, alarms, trained_on: judged.append(alarms))
+    monkeypatch.setattr(train_video, "judge", lambda *_, alarms: judged.append(alarms))
     run = SimpleNamespace(path=lambda name: name)
     train_video.judge_ensemble(run, study.args, study, np.array([4, 5]), SimpleNamespace(write=lambda path: None))
     assert judged == [["column subject repeats on two sides"]]
@@ -797,7 +793,7 @@ def test_constant_scores_are_refused_by_name():
 
 def test_bounds_are_the_range_of_the_train_rows():
     objective = scores_of("--bounded")
-    centre, low, span = objective.scale()
+    centre, low, span = objective.scale
     assert low == pytest.approx(objective.values.min(0)) and low + span == pytest.approx(objective.values.max(0))
     assert centre == pytest.approx(objective.values.mean(0))
 
@@ -867,10 +863,10 @@ def held_out_auc(moving, kind, n_frames, epochs=20, batch_size=16):
     """AUC of tail events of new pens after training with the script's clips, loss and evaluation."""
     study, train, test = moving(n_frames)
     args, compute = study.args, common.choose_compute("cpu", "off")
-    objective = train_video.Behaviours(args, study, train)
+    objective = train_video.Behaviours(args, study.table, train)
     torch.manual_seed(0)
     model = kind(BrightArea(), 4, 2, 32)
-    model.head.start_at(*objective.scale())
+    model.head.start_at(*objective.scale)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     data = train_video.Clips(study, train, np.full(len(study.table), "none", dtype=object), objective)
     args.num_workers = 0

@@ -65,7 +65,7 @@ class ScriptEpochs:
         self.run = common.start_run(self.args, fixed_shapes=True)
         study = train_video.load_study(self.args, train_video.read_table(self.args), self.run.say)
         rows = np.arange(options.clips)
-        objective = train_video.Behaviours(self.args, study, rows)
+        objective = train_video.Behaviours(self.args, study.table, rows)
         self.objective, split = objective, {"train": rows, "val": rows[:2], "test": rows[:0]}
         self.loader, _ = train_video.make_loaders(study, split, objective, self.args, self.run.compute, None)
         self.model = self.run.compute.place(train_video.build_model(self.args, 2))
