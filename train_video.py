@@ -26,7 +26,6 @@ import argparse
 import collections
 import dataclasses
 import functools
-import itertools
 import math
 from pathlib import Path
 
@@ -251,7 +250,6 @@ class Features:
     of_rows: of each row the mean over its predicted clips, NaN in rows that nobody asked for.
     """
     of_rows: dict = dataclasses.field(default_factory=dict)  # name of the linear model on them -> (N, F)
-    motion_blocks: dict | None = None  # of MOTION_READOUT: name -> columns, of which it chooses one
     # with --freeze_backbone, which trains on them instead of pixels: (row, start) of a predicted clip -> [(F,)] or
     # [(T, F)]; (row, None) -> V of them, of random clips of the row
     of_clips: dict | None = None
@@ -264,12 +262,6 @@ class Study:
     store: video_files.ClipStore
     stored: np.ndarray  # (N,) index of each row in the store
     args: argparse.Namespace
-
-    @functools.cached_property
-    def positive(self):
-        """Index of the class that matters; None for scores."""
-        if self.table.label is not None:
-            return prediction_tables.choose_positive(self.args.positive_class, self.table.names, self.table.label)
 
     def frames(self, row, start=0, stop=None):
         """Grid frames start to stop of a row, uint8 (T, H, W, 3)."""
@@ -608,7 +600,8 @@ class Objective:
         self.weight = torch.from_numpy(weight).float()  # (N,) in the loss
 
     def check_val(self, rows):
-        """UserError for rows that cannot choose an epoch."""
+        """UserError for --select, or for rows that it cannot choose an epoch by."""
+        self.select()
 
     def select(self):
         """(column of the history that chooses the epoch, whether higher is better). Raises UserError."""
@@ -709,7 +702,7 @@ class Scores(Objective):
         if not varies.all():
             raise common.UserError(
                 "the same score in every train row, or none, is nothing to learn: "
-                f"{common.shorten_list(itertools.compress(self.names, ~varies))}; "
+                f"{common.shorten_list(np.array(self.names)[~varies])}; "
                 "leave it out with --target_columns")
         self.scale = mean, mean, self.sd  # the first output is the train mean
         if args.bounded:
@@ -800,8 +793,9 @@ def mix_up(clips, mask, target, weight, alpha):
     return blend(clips), mask | mask[order], blend(target), blend(weight)
 
 
-def train_one_epoch(model, loader, objective, training, args, compute):
+def train_one_epoch(model, loader, objective, training, compute):
     """One pass over the train rows; returns {'train_loss': mean over the rows}."""
+    args = training.args
     model.train()
     for batch in training.batches(loader):
         clips, mask = to_device(batch, args, compute)
@@ -880,7 +874,7 @@ def fit(run, args, study, split, features):
             outputs, _ = evaluate(model, loaders["train"], args, compute)
             row = {"train_loss": objective.history(outputs, train)["loss"]}
         else:
-            row = train_one_epoch(model, train_loader, objective, training, args, compute)
+            row = train_one_epoch(model, train_loader, objective, training, compute)
         outputs, _ = evaluate(model, loaders["val"], args, compute)
         found = objective.history(outputs, split["val"])
         row |= {f"val_{name}": value for name, value in found.items()}
@@ -916,9 +910,9 @@ def fit_readout(study, rows, features, name):
     """baseline_models.Readout of these rows, the linear model of this name."""
     table = study.table
     n_classes = None if table.label is None else len(table.names)
-    blocks = features.motion_blocks if name == MOTION_READOUT else None
-    return baseline_models.fit_readout(
-        features.of_rows[name][rows], table.truth[rows], table.groups_of(rows), n_classes, blocks)
+    values = features.of_rows[name][rows]
+    blocks = backbones.motion_blocks(values.shape[1]) if name == MOTION_READOUT else None
+    return baseline_models.fit_readout(values, table.truth[rows], table.groups_of(rows), n_classes, blocks)
 
 
 def solve_head(model, study, rows, features, say):
@@ -933,15 +927,10 @@ def solve_head(model, study, rows, features, say):
 
 def model_metadata(args, study, objective, model):
     """What predict needs beside the weights: architecture, names, prior shift."""
-    mean, sd = pixel_statistics(args)
-    content = {
-        "architecture": {
-            **{name: getattr(args, name) for name in ARCHITECTURE},
-            "pixel_mean": mean,
-            "pixel_sd": sd,
-            "pixel_range": study.store.pixel_range},
-        "names": objective.names,
-    }
+    architecture = {name: getattr(args, name) for name in ARCHITECTURE}
+    architecture["pixel_mean"], architecture["pixel_sd"] = pixel_statistics(args)
+    architecture["pixel_range"] = study.store.pixel_range
+    content = {"architecture": architecture, "names": objective.names}
     if args.task == "classify":
         content["positive"] = objective.names[objective.positive]
         content["prior_shift"] = model.head.prior_shift.tolist()
@@ -990,11 +979,10 @@ def untuned_features(args, study, run, rows):
     if args.model == MOTION_READOUT:
         features.of_rows[linear_model] = of_rows[:, network.backbone.last_resolution()]
         features.of_rows[MOTION_READOUT] = of_rows
-        features.motion_blocks = network.backbone.blocks()
         return features
     features.of_rows[linear_model] = of_rows
     try:
-        add_motion_features(features, args, study, compute, rows)
+        features.of_rows[MOTION_READOUT] = motion_features(args, study, compute, rows)
     except common.UserError as error:  # its image network, or the weights of that, cannot be had
         run.say(f"note: no motion readout to compare with: {error}")
     if args.freeze_backbone:
@@ -1003,14 +991,12 @@ def untuned_features(args, study, run, rows):
     return features
 
 
-def add_motion_features(features, args, study, compute, rows):
-    """Those of a motion readout, which any other model is compared with."""
+def motion_features(args, study, compute, rows):
+    """(N, F) of the motion readout, which any other model is compared with."""
     weights = args.weights if args.model == CNN_LSTM else None  # of other models they fit another backbone
     args = common.with_flags(args, model=MOTION_READOUT, weights=weights)
     network = compute.place(build_model(args, len(study.table.names)))
-    clips = Clips(dataclasses.replace(study, args=args), rows)
-    features.of_rows[MOTION_READOUT] = features_of_rows(network, clips, compute)
-    features.motion_blocks = network.backbone.blocks()
+    return features_of_rows(network, Clips(dataclasses.replace(study, args=args), rows), compute)
 
 
 # --- results: predictions table -> judged run folder -------------------------------------------
@@ -1069,7 +1055,7 @@ def predictions_table(study, rows, outputs, baselines, seen, warning=None):
         return prediction_tables.ScoreTable(
             target=table.target[rows], predicted=outputs, **shared)
     return prediction_tables.ClassTable(
-        positive=study.positive,
+        positive=prediction_tables.choose_positive(study.args.positive_class, table.names, table.label),
         label=table.label[rows],
         probability=class_scores.softmax(outputs),
         logits=outputs,
@@ -1087,7 +1073,7 @@ def judge(run, args, study, split, table, part, trained_on, **known):
     is_classes = study.table.target is None
     levels = confounding.prior_levels(study.table)
     confounds = confounding.level_priors(
-        levels, study.table.truth, *zip(*trained_on), study.table.groups_of(), study.positive)
+        levels, study.table.truth, *zip(*trained_on), study.table.groups_of(), table.positive)
     setting = judging.Setting(
         title="Behaviour in clips" if is_classes else "Scores of frame sequences",
         part=part,
@@ -1098,8 +1084,7 @@ def judge(run, args, study, split, table, part, trained_on, **known):
         **known)
     of_rows = {name: values[rows] for name, values in levels.items()}
     if is_classes:
-        class_judging.judge_classes(run, table, setting, confounds, of_rows)
-        return
+        return class_judging.judge_classes(run, table, setting, confounds, of_rows)
     ceiling = None
     if study.table.single_ratings:
         ceiling = rater_agreement.measure_ceiling(
@@ -1230,10 +1215,8 @@ def check_flags_of_table(args, table):
         moments = moment_levels(args, table)
         meanings = score_judging.criteria_names(names, [] if moments is None else set(moments))
     verdicts.parse_criteria(args.criteria, meanings)
-    task = TASKS[args.task]
-    task(args, table, np.arange(len(table))).select()
     for split in event_splits.asked_splits(args, table):
-        task(args, table, split["train"]).check_val(split["val"])
+        TASKS[args.task](args, table, split["train"]).check_val(split["val"])
     event_tables.augment_presets(table, args.augment_for, args.augment)
     if args.init_from:
         backbones.starting_weights(args.init_from, names=names)
@@ -1289,8 +1272,7 @@ def load_members(args, compute):
             model = build_model(own, len(content["names"]))
         common.load_state(model, content["model"], path)
         model.head.prior_shift.copy_(torch.tensor(content.get("prior_shift", 0.0)))
-        member = Member(compute.place(model).eval(), content, own)
-        members.append(member)
+        members.append(Member(compute.place(model).eval(), content, own))
         first = members[0]
         for name in ("task", "names", "positive_class", "min_event_sec", *READING):
             found = getattr(own, name)
@@ -1308,9 +1290,8 @@ def predict(args):
         return predict_recordings(args)
     compute = common.announce_compute(args)
     members = load_members(args, compute)
-    first = members[0]
-    table = read_table(first.args, first.args.names, need_labels=False)
-    study = load_study(first.args, table, print)
+    args = members[0].args
+    study = load_study(args, read_table(args, args.names, need_labels=False), print)
     tables, answers = zip(*(predict_rows(member, study, compute) for member in members))
     table = prediction_tables.mean(tables)
     table.warning = row_warnings.texts(answers, table.seen, "clips", print)
@@ -1381,7 +1362,7 @@ def predict_recordings(args):
             try:
                 recording = video_files.Recording(
                     path, own.fps, common.resize_side(own.image_size), own.pixel_range)
-                windows = read_windows(recording, members, args, run, name)
+                windows = read_windows(recording, members, run, name)
             except common.UserError as error:
                 run.say(f"skipped: {name}: {common.one_line(error)}")
                 continue
@@ -1398,7 +1379,7 @@ def predict_recordings(args):
 
 
 @torch.no_grad()
-def read_windows(recording, members, args, run, label):
+def read_windows(recording, members, run, label):
     """ethograms.Windows of a recording: one every --every seconds, on its grid, the last at its end."""
     compute = run.compute
     own = members[0].args
@@ -1412,16 +1393,16 @@ def read_windows(recording, members, args, run, label):
             with compute.autocast():
                 features[backbone] = member.model.frame_features(clips)[0, 1:]
         return features
-    step = max(round(args.every * own.fps), 1)
-    if not math.isclose(step / own.fps, args.every):
-        run.say(f"note: --every {args.every:g} is {step / own.fps:g} s, on the grid of {own.fps:g} frames a second")
+    step = max(round(own.every * own.fps), 1)
+    if not math.isclose(step / own.fps, own.every):
+        run.say(f"note: --every {own.every:g} is {step / own.fps:g} s, on the grid of {own.fps:g} frames a second")
+    grid = common.with_progress(
+        label, recording.grid(own.n_frames), math.ceil(recording.expected_sec * own.fps))
     batches = sliding_windows.slide(
-        recording, own.n_frames, step, args.val_batch_size, own.image_size, frame_features)
-    frames_at_once = min(step * args.val_batch_size, sliding_windows.MOST_AT_ONCE)
-    total = math.ceil(recording.expected_sec * own.fps / max(step, frames_at_once))
+        grid, own.n_frames, step, own.val_batch_size, own.image_size, frame_features)
     starts = []
     found = []
-    for places, frames in common.with_progress(label, batches, total):
+    for places, frames in batches:
         starts += places
         found.append(np.mean([predict_windows(member, frames, compute) for member in members], axis=0))
     probability = np.concatenate(found)  # (W, C)

@@ -331,11 +331,6 @@ class MotionFeatures(FeatureMaps):
         super().__init__(backbone, image_size)
         self.n_features = 4 * sum(self.n_channels)
 
-    def blocks(self):
-        """{name: columns of the features} that a readout may choose from."""
-        appearance, motion = np.arange(self.n_features).reshape(2, -1)
-        return {"appearance": appearance, "motion": motion, "both": np.append(appearance, motion)}
-
     def last_resolution(self):
         """Columns of appearance of the last resolution alone."""
         means_and_sds = np.arange(self.n_features // 2).reshape(2, -1)
@@ -367,6 +362,12 @@ class MotionFeatures(FeatureMaps):
         squares = (features[:, 1:, 1:] ** 2 * is_pair).sum(1)  # (B, 2, C)
         motion = (squares / is_pair.sum(1).clamp(min=1)).sqrt()
         return torch.cat([over_time(features[:, :, 0], mask), motion.flatten(1)], 1)
+
+
+def motion_blocks(n_features):
+    """{name: columns of MotionFeatures} that a readout may choose from."""
+    appearance, motion = np.arange(n_features).reshape(2, -1)
+    return {"appearance": appearance, "motion": motion, "both": np.append(appearance, motion)}
 
 
 def over_time(features, mask):

@@ -256,7 +256,7 @@ def test_every_frame_goes_once_through_the_backbone(made, monkeypatch, name, kin
     monkeypatch.setattr(kind, "frame_features", lambda self, clips: n_seen.append(clips.shape[1]) or look(self, clips))
     recording = video_files.Recording(made / "two" / "cam 0.mp4", 4, 37)
     run = SimpleNamespace(compute=compute, is_writer=False)
-    windows = train_video.read_windows(recording, members, args, run, "cam 0")
+    windows = train_video.read_windows(recording, members, run, "cam 0")
     assert len(windows.chosen) > 10
     assert sum(n_seen) == len(list(recording.grid())) + len(n_seen), "with the frame before each batch"
 
@@ -266,14 +266,13 @@ def test_a_network_sees_few_frames_at_once_whatever_the_step(step):
     """Windows far apart take no more memory than close ones, and hold the same frames."""
     pixels = np.arange(500).astype(np.uint8)[:, None, None, None] + np.zeros((1, 8, 8, 3), np.uint8)
     frames = [video_files.GridFrame(k / 4, picture, is_new=True) for k, picture in enumerate(pixels)]
-    recording = SimpleNamespace(grid=lambda length: iter(frames))
     n_seen = []
 
     def frame_features(crops):
         n_seen.append(len(crops))
         return {"change": crops[1:, 0, 0, 0].int() - crops[:-1, 0, 0, 0].int()}
     places = []
-    for starts, windows in sliding_windows.slide(recording, 5, step, 4, 8, frame_features):
+    for starts, windows in sliding_windows.slide(iter(frames), 5, step, 4, 8, frame_features):
         places += starts
         expected = np.array(starts)[:, None] + np.arange(5)
         assert (windows["pixels"][:, :, 0, 0, 0].numpy() == expected % 256).all()

@@ -65,9 +65,7 @@ def study_of(args, n_frames=40, size=64, n_clips=6, short=()):
                                    for i, clip in enumerate(clips)], cache="ram",
                             part=lambda row, start, stop: clips[row][start:stop])
     table = table_of([i % 2 for i in range(n_clips)])
-    study = train_video.Study(table, store, np.arange(n_clips), args)
-    study.positive = 1
-    return study, clips
+    return train_video.Study(table, store, np.arange(n_clips), args), clips
 
 
 def tiny_backbone(width=6):
@@ -266,7 +264,7 @@ def test_motion_features_are_those_of_their_definition(n_real, repeats):
         expected = np.concatenate([np.concatenate(kind) for kind in zip(*stages)])
         np.testing.assert_allclose(found[row], expected, rtol=1e-3, atol=1e-4)
     n_features = model.backbone.n_features
-    assert {name: len(columns) for name, columns in model.backbone.blocks().items()} == {
+    assert {name: len(columns) for name, columns in backbones.motion_blocks(n_features).items()} == {
         "appearance": n_features // 2, "motion": n_features // 2, "both": n_features}
     last = every_map[-1].mean((2, 3)).reshape(2, 7, -1)[1]
     columns = model.backbone.last_resolution()

@@ -138,7 +138,7 @@ def video_epoch(device, folder, accumulate, mask):
     scores = train_video.Scores.__new__(train_video.Scores)
     scores.args = Namespace(loss="mse", consistency_weight=0.1)
     scores.sd, scores.target_weight, scores.total, scores.parts = (1.0, 1.0, 2.0), (1.0, 2.0, 1.0), 2, [0, 1]
-    return training, lambda: train_video.train_one_epoch(model, loader, scores, training, training.args, compute)
+    return training, lambda: train_video.train_one_epoch(model, loader, scores, training, compute)
 
 
 def behaviour_epoch(device, folder, accumulate):
@@ -150,7 +150,7 @@ def behaviour_epoch(device, folder, accumulate):
     behaviours = train_video.Behaviours.__new__(train_video.Behaviours)
     behaviours.args = Namespace(loss="focal", label_smoothing=0.1, focal_gamma=2.0)
     behaviours.class_weight = (1.0, 2.0)
-    return training, lambda: train_video.train_one_epoch(model, loader, behaviours, training, training.args, compute)
+    return training, lambda: train_video.train_one_epoch(model, loader, behaviours, training, compute)
 
 
 class DetectorStub(nn.Module):

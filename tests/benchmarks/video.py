@@ -73,8 +73,7 @@ class ScriptEpochs:
         self.training = common.Training(self.run, self.model, optimizer, self.args, "last", dict)
 
     def epoch(self):
-        train_video.train_one_epoch(self.model, self.loader, self.objective, self.training, self.args,
-                                    self.run.compute)
+        train_video.train_one_epoch(self.model, self.loader, self.objective, self.training, self.run.compute)
         self.training.progress.next_epoch()
 
 
