@@ -14,13 +14,21 @@ predictions_val.csv (and _test), training_history.csv and .png, splits.json,
 leakage_report.json, the plots of the task, args.json, log.txt. With --folds K the same in each
 fold_K/, pooled above them.
 
-A row of the manifest is an event (classify) or a sequence (regress). A clip is the T frames of it
-that the network sees at once; several clips of an event are predicted and combined.
+A row of the manifest is an event, whose class is predicted (classify), or a sequence of frames, whose
+scores are (regress). A clip is the T frames of it that the network sees at once; several clips of an
+event are predicted and combined.
+
+Where a score comes from: judge() hands the predictions of the test rows, else of the val rows, to
+evidence/class_judging.py (AUC of the positive class, and the rest of evidence/class_scores.py) or
+evidence/score_judging.py (R2, mean over the scores, and the rest of common.regression_metrics), beside
+the best baseline on these rows; evidence/subject_intervals.py gives each its interval.
+
 Letters: N rows, M rows predicted, B batch, T frames of a clip, G frames of a row's time grid,
 C classes, R scores, K outputs (C or R), F features, H width of the LSTM, V random views, S side of
 the input in pixels.
-Units: seconds from the start of a file; scores in the unit of their table; pixels are uint8 RGB
-until they reach the device.
+Units: seconds from the start of a file; scores and their errors in the unit of their table, their loss
+in squared sds of the train rows; classes as probabilities at the natural class shares; pixels are uint8
+RGB until they reach the device.
 """
 import argparse
 import collections
@@ -46,17 +54,19 @@ OVERFITTING_REMEDY = "Fewer trained layers (--freeze_stages 3 --freeze_norm, --f
 CNN_LSTM = "cnn_lstm"
 MOTION_READOUT = "motion_readout"
 FRAME_MODELS = (CNN_LSTM, MOTION_READOUT)  # what reads frames with an image network
-# flags of training as they are for a model whose weights are solved in one step, without epochs
+# what flags of training are for a model whose weights are solved in one step, without epochs; for every model, those
+# from "balance" on do nothing at these values
 SOLVED = {
     "epochs": 1, "freeze_backbone": True, "select": "last", "augment": "none", "balance": "none",
     "boost_to": 0.0, "mixup": 0.0, "label_smoothing": 0.0, "focal_alpha": None, "sample_weight": [],
     "augment_for": [], "target_weights": None, "bounded": False, "init_from": None,
 }
+# flags of training that such a model does not read, whatever their value
 UNUSED_BY_SOLVED = {
     "loss", "focal_gamma", "consistency_weight", "lr", "hidden", "dropout", "freeze_stages", "jitter_sec",
     "weight_decay", "optimizer"}
 BALANCING = ("balance", "boost_to", "focal_alpha")
-# flags that do nothing for a task
+# flags that a task does not read
 UNUSED_BY = {"classify": ("bounded", "target_weights"), "regress": (*BALANCING, "label_map", "mixup")}
 # flags of predict: as typed, else from the checkpoint
 OWN_OF_PREDICT = ("clips_per_event", "aggregation", "min_event_sec")
@@ -221,7 +231,7 @@ def refuse(parser, why, names):
 
 
 def changed(args, names):
-    """Those of these flags that differ from the value at which they do nothing."""
+    """Those of these flags that are not at the value at which they do nothing: that in SOLVED, else None."""
     return {name for name in names if getattr(args, name) != SOLVED.get(name)}
 
 
@@ -247,11 +257,11 @@ def check_learning_flags(parser, args):
 class Features:
     """Features from untuned networks, computed once for all folds.
 
-    of_rows: of each row the mean over its predicted clips, NaN in rows that nobody asked for.
+    of_rows: of each row the mean over its predicted clips, NaN in rows that nobody asked for. of_clips, with
+    --freeze_backbone, which trains on them instead of pixels: (row, start) of a predicted clip -> a list of its
+    features, (F,) or (T, F); (row, None) -> a list of V, those of random clips of the row.
     """
-    of_rows: dict = dataclasses.field(default_factory=dict)  # name of the linear model on them -> (N, F)
-    # with --freeze_backbone, which trains on them instead of pixels: (row, start) of a predicted clip -> [(F,)] or
-    # [(T, F)]; (row, None) -> V of them, of random clips of the row
+    of_rows: dict  # name of the linear model on them -> (N, F)
     of_clips: dict | None = None
 
 
@@ -587,8 +597,11 @@ def pixel_statistics(args):
 
 
 class Objective:
-    """What a task asks of the network: targets, loss and metrics, fitted to the train rows."""
+    """What a task asks of the network: target (N, K), loss and metrics, fitted to the train rows.
 
+    scale: (centre, offset, span), (K,) each, with which Head.start_at makes it predict what is usual in the train rows;
+    columns: of the history, {column: MetricOf}; meanings: {name that --select may use: MetricOf}; default_select.
+    """
     sampler_weights = None  # a chance of being drawn for each of the epoch_rows; None: all alike
     prior_shift = 0.0  # what is to be added to the outputs of a network that was trained on the epoch_rows
 
@@ -624,10 +637,10 @@ class Behaviours(Objective):
             raise common.UserError(f"no train row of class {lacking}; change the split or the label map")
         self.prior = np.bincount(self.label[train]) / len(train)  # (C,) natural class shares
         self.class_weight = calibrating.class_weights(args, self.prior, self.positive)
-        self.scale = np.log(self.prior), 0, 1  # the first output is the log prior
+        self.scale = np.log(self.prior), 0, 1
         self.target = nn.functional.one_hot(torch.tensor(self.label)).float()  # (N, C)
-        self.columns = verdicts.class_columns(self.names)  # of the history: {column: MetricOf}
-        self.meanings = verdicts.spell_class_metrics(self.names)  # names of --select
+        self.columns = verdicts.class_columns(self.names)
+        self.meanings = verdicts.spell_class_metrics(self.names)
         self.default_select = f"average_precision_{self.names[self.positive]}"
         self.epoch_rows = self.boosted(self.epoch_rows)
         label = self.label[self.epoch_rows]
@@ -647,7 +660,7 @@ class Behaviours(Objective):
 
     def classes_without(self, rows):
         """The names of the classes of which none of these rows is, as text."""
-        return common.shorten_list(name for c, name in enumerate(self.names) if c not in self.label[rows])
+        return common.shorten_list(np.delete(self.names, self.label[rows]))
 
     def check_val(self, rows):
         """UserError where not even a perfect network has a value on these rows in the column that chooses the epoch."""
@@ -678,7 +691,6 @@ class Behaviours(Objective):
         """{column: value} of the history for logits (M, C) of these rows."""
         found = class_scores.classification_metrics(
             class_scores.softmax(logits), self.label[rows], positive=self.positive)
-
         values = {}
         for column, (metric, name) in self.columns.items():
             values[column] = found.overall[metric] if name is None else found.per_class[metric][self.names.index(name)]
@@ -688,8 +700,8 @@ class Behaviours(Objective):
 class Scores(Objective):
     """--task regress: R scores, on the scale of the train rows."""
     positive = None
-    columns = verdicts.spell_metrics(("loss", "mse", "mae", "r2", "pearson_r"), (), ())  # of the history
-    meanings = columns  # names of --select
+    columns = verdicts.spell_metrics(("loss", "mse", "mae", "r2", "pearson_r"), (), ())
+    meanings = columns
     default_select = "loss"
 
     def __init__(self, args, table, train):
@@ -704,7 +716,7 @@ class Scores(Objective):
                 "the same score in every train row, or none, is nothing to learn: "
                 f"{common.shorten_list(np.array(self.names)[~varies])}; "
                 "leave it out with --target_columns")
-        self.scale = mean, mean, self.sd  # the first output is the train mean
+        self.scale = mean, mean, self.sd
         if args.bounded:
             low = np.nanmin(known, axis=0)
             self.scale = mean, low, np.nanmax(known, axis=0) - low
@@ -756,12 +768,14 @@ def make_loader(clips, compute, train=False, **options):
 
 
 def make_loaders(study, split, objective, args, compute, features):
-    """Loader of random train clips, and {part: loader} of the clips that are predicted."""
-    given = features.of_clips if args.freeze_backbone else None  # else pixels
+    """Loader of random train clips, and {part: loader} of the clips that are predicted.
+
+    features: Features.of_clips, which are read instead of pixels, or None.
+    """
     presets = event_tables.augment_presets(study.table, args.augment_for, args.augment)
-    clips = Clips(study, objective.epoch_rows, presets, objective, given)
+    clips = Clips(study, objective.epoch_rows, presets, objective, features)
     train_loader = make_loader(clips, compute, train=True, weights=objective.sampler_weights)
-    loaders = {part: make_loader(Clips(study, rows, features=given), compute)
+    loaders = {part: make_loader(Clips(study, rows, features=features), compute)
                for part, rows in split.items() if len(rows)}
     return train_loader, loaders
 
@@ -771,8 +785,7 @@ def to_device(batch, args, compute):
     clips = batch["input"]
     if clips.dtype == torch.uint8:
         # memory stays in the order B, T, S, S, 3: channels_last for pictures and clips alike
-        mean, sd = pixel_statistics(args)
-        frames = common.to_input(clips.flatten(0, 1), compute.device, mean, sd)
+        frames = common.to_input(clips.flatten(0, 1), compute.device, *pixel_statistics(args))
         clips = frames.unflatten(0, clips.shape[:2])  # (B * T, 3, S, S) -> (B, T, 3, S, S)
     return compute.send(clips), batch["mask"]
 
@@ -782,8 +795,6 @@ def mix_up(clips, mask, target, weight, alpha):
 
     A frame is real where one of the two has it.
     """
-    if not alpha:
-        return clips, mask, target, weight
     share = float(torch.distributions.Beta(alpha, alpha).sample())
     order = torch.randperm(len(clips))
     places = order.to(clips.device, non_blocking=True)
@@ -801,7 +812,8 @@ def train_one_epoch(model, loader, objective, training, compute):
         clips, mask = to_device(batch, args, compute)
         target = compute.send(batch["target"])
         weight = compute.send(batch["weight"])
-        clips, mask, target, weight = mix_up(clips, mask, target, weight, args.mixup)
+        if args.mixup:
+            clips, mask, target, weight = mix_up(clips, mask, target, weight, args.mixup)
         with compute.autocast():
             outputs = model(clips, mask)  # (B, T, 3, S, S) -> (B, K)
         training.step(objective.loss(outputs.float(), target, weight))
@@ -854,7 +866,7 @@ def fit(run, args, study, split, features):
     train = split["train"]
     objective = TASKS[args.task](args, study.table, train)
     column, higher_is_better = objective.select()
-    train_loader, loaders = make_loaders(study, split, objective, args, compute, features)
+    train_loader, loaders = make_loaders(study, split, objective, args, compute, features.of_clips)
     if not args.freeze_backbone:  # else it trains on features, which are no pictures
         plotting.plot_batch(run, train_loader.dataset, study.labels(objective.epoch_rows))
     model = start_model(args, objective, compute)
@@ -956,12 +968,12 @@ def extract_features(network, clips, n_views, compute):
     return features
 
 
-def features_of_rows(network, clips, compute):
-    """(N, F) of Features.of_rows, as evaluate gives it."""
+def features_of_rows(network, clips, rows, compute):
+    """(N, F) of Features.of_rows, as evaluate gives it for the clips of these rows."""
     loader = make_loader(clips, compute, batch_size=16)
     _, found = evaluate(network, loader, clips.args, compute)  # (M, F)
     features = np.full((len(clips.study.table), found.shape[1]), np.nan, found.dtype)
-    features[list(dict(clips.row_starts))] = found
+    features[rows] = found
     return features
 
 
@@ -970,11 +982,11 @@ def untuned_features(args, study, run, rows):
     compute = run.compute
     network = compute.place(build_model(args, len(study.table.names)))
     clips = Clips(study, rows)
-    features = Features()
+    features = Features({})
     if args.freeze_backbone:
         features.of_clips = extract_features(network, clips, 1, compute)
         clips = Clips(study, rows, features=features.of_clips)
-    of_rows = features_of_rows(network, clips, compute)
+    of_rows = features_of_rows(network, clips, rows, compute)
     linear_model = "ridge" if study.table.label is None else "logistic"
     if args.model == MOTION_READOUT:
         features.of_rows[linear_model] = of_rows[:, network.backbone.last_resolution()]
@@ -996,7 +1008,8 @@ def motion_features(args, study, compute, rows):
     weights = args.weights if args.model == CNN_LSTM else None  # of other models they fit another backbone
     args = common.with_flags(args, model=MOTION_READOUT, weights=weights)
     network = compute.place(build_model(args, len(study.table.names)))
-    return features_of_rows(network, Clips(dataclasses.replace(study, args=args), rows), compute)
+    clips = Clips(dataclasses.replace(study, args=args), rows)
+    return features_of_rows(network, clips, rows, compute)
 
 
 # --- results: predictions table -> judged run folder -------------------------------------------
@@ -1069,28 +1082,29 @@ def judge(run, args, study, split, table, part, trained_on, **known):
     split: {name: rows}; part: val, test or folds; trained_on: a pair (train rows, scored rows) for
     each network; known: further fields of the Setting.
     """
-    rows = prediction_tables.rows_of(table, study.table.clip_ids)
-    is_classes = study.table.target is None
-    levels = confounding.prior_levels(study.table)
+    manifest = study.table
+    rows = prediction_tables.rows_of(table, manifest.clip_ids)
+    is_classes = manifest.target is None
+    levels = confounding.prior_levels(manifest)
     confounds = confounding.level_priors(
-        levels, study.table.truth, *zip(*trained_on), study.table.groups_of(), table.positive)
+        levels, manifest.truth, *zip(*trained_on), manifest.groups_of(), table.positive)
     setting = judging.Setting(
         title="Behaviour in clips" if is_classes else "Scores of frame sequences",
         part=part,
         seen=table.seen,
         data=data_blocks(study, split, rows, table),
-        cases=judging.case_blocks(table, study.table.clip_ids[rows], lambda i: study.strip(rows[i])),
-        limits=event_splits.limits(args, study.table),
+        cases=judging.case_blocks(table, manifest.clip_ids[rows], lambda i: study.strip(rows[i])),
+        limits=event_splits.limits(args, manifest),
         **known)
     of_rows = {name: values[rows] for name, values in levels.items()}
     if is_classes:
         return class_judging.judge_classes(run, table, setting, confounds, of_rows)
     ceiling = None
-    if study.table.single_ratings:
+    if manifest.single_ratings:
         ceiling = rater_agreement.measure_ceiling(
-            study.table.names, study.table.target, single_ratings=study.table.single_ratings)
+            manifest.names, manifest.target, single_ratings=manifest.single_ratings)
     score_judging.judge_scores(
-        run, table, setting, ceiling, confounds, of_rows, moment_levels(args, study.table, rows))
+        run, table, setting, ceiling, confounds, of_rows, moment_levels(args, manifest, rows))
 
 
 def data_blocks(study, split, rows, table):
@@ -1137,8 +1151,7 @@ def run_split(run, args, study, split, features=None):
         metric = "roc_auc" if args.task == "classify" else "pearson_r"
         alarms += verdicts.split_gap_alarms(train, val, metric, OVERFITTING_REMEDY)
     part = "test" if "test" in tables else "val"
-    trained_on = [(split["train"], split[part])]
-    judge(run, args, study, split, tables[part], part, trained_on,
+    judge(run, args, study, split, tables[part], part, [(split["train"], split[part])],
           alarms=alarms, similar=similar, best_epoch=best_epoch)
 
 
@@ -1407,10 +1420,8 @@ def read_windows(recording, members, run, label):
         found.append(np.mean([predict_windows(member, frames, compute) for member in members], axis=0))
     probability = np.concatenate(found)  # (W, C)
     threshold = calibrating.mean_threshold(member.calibration for member in members)
-    positive = own.names.index(own.positive_class)
-    return ethograms.Windows(
-        recording.spans(starts, own.n_frames), probability,
-        class_scores.predicted_class(probability, threshold, positive))
+    chosen = class_scores.predicted_class(probability, threshold, own.names.index(own.positive_class))
+    return ethograms.Windows(recording.spans(starts, own.n_frames), probability, chosen)
 
 
 def predict_windows(member, frames, compute):
