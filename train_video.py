@@ -19,9 +19,9 @@ scores are (regress). A clip is the T frames of it that the network sees at once
 event are predicted and combined.
 
 Where a score comes from: judge() hands the predictions of the test rows, else of the val rows, to
-evidence/class_judging.py (AUC of the positive class, and the rest of evidence/class_scores.py) or
-evidence/score_judging.py (R2, mean over the scores, and the rest of common.regression_metrics), beside
-the best baseline on these rows; evidence/subject_intervals.py gives each its interval.
+evidence/class_judging.py (first the AUC: of the positive class, or of three classes and more the mean
+over them) or evidence/score_judging.py (first R2, the mean over the scores), beside the best baseline
+on these rows; evidence/subject_intervals.py gives each its interval.
 
 Letters: N rows, M rows predicted, B batch, T frames of a clip, G frames of a row's time grid,
 C classes, R scores, K outputs (C or R), F features, H width of the LSTM, V random views, S side of
@@ -475,7 +475,10 @@ class Head(nn.Module):
 
 
 class ClipNet(backbones.BackboneModel):
-    """A torchvision video network over all frames at once: clips (B, T, 3, S, S) -> (B, K)."""
+    """A torchvision video network over all frames at once: clips (B, T, 3, S, S) -> (B, K).
+
+    of_head: dropout and bounded of the Head.
+    """
 
     def __init__(self, backbone, n_features, n_outputs, freeze_norm=False, **of_head):
         super().__init__(backbone, freeze_norm)
@@ -512,10 +515,10 @@ class MotionReadout(ClipNet):
         return self.backbone.frame_features(clips)
 
     def extract(self, clips, mask):
-        """Clips (B, T, 3, S, S), their frame_features, or features (B, F) as they are -> (B, F)."""
+        """Clips (B, T, 3, S, S), their frame_features (B, T, 3, C), or features (B, F) as they are -> (B, F)."""
         if clips.ndim == 2:
             return clips
-        if clips.ndim == 5:
+        if clips.ndim == 5:  # pixels
             n_frames = int(mask.any(0).nonzero().max()) + 1  # short clips are filled up at their end
             clips = self.frame_features(clips[:, :n_frames])
             mask = mask[:, :n_frames]
@@ -525,7 +528,7 @@ class MotionReadout(ClipNet):
 class FrameLstm(backbones.BackboneModel):
     """An image backbone frame by frame, then an LSTM: clips (B, T, 3, S, S), mask (B, T) -> (B, K).
 
-    The mask stays on the CPU, where counting its frames waits for no device.
+    The mask stays on the CPU, where counting its frames waits for no device. of_head: dropout and bounded of the Head.
     """
 
     def __init__(self, backbone, n_features, n_outputs, hidden, freeze_norm=False, **of_head):
@@ -665,9 +668,11 @@ class Behaviours(Objective):
     def check_val(self, rows):
         """UserError where not even a perfect network has a value on these rows in the column that chooses the epoch."""
         column, _ = self.select()
+        if column == "last":
+            return
         name = column.removeprefix("val_")
-        best = self.history(class_scores.log_of(self.target[rows].numpy()), rows)
-        if math.isnan(best.get(name, 0)):  # 0: the column of `last`
+        perfect = self.history(class_scores.log_of(self.target[rows].numpy()), rows)
+        if math.isnan(perfect[name]):
             raise common.UserError(
                 f"val holds no row of class {self.classes_without(rows)}, which --select {name} needs: make other "
                 "groups (--seed, --val_ratio), or choose by --select last or loss")
@@ -907,8 +912,9 @@ def finish_best_model(training, study, split, loaders, objective):
     features = {}
     for part, loader in loaders.items():
         outputs[part], features[part] = evaluate(training.model, loader, training.args, run.compute)
-    target = None if study.table.target is None else study.table.target[split["train"]]
-    best["known_data"] = row_warnings.known_data(features["train"], features["val"], target)
+    scores = study.table.target
+    known_scores = None if scores is None else scores[split["train"]]
+    best["known_data"] = row_warnings.known_data(features["train"], features["val"], known_scores)
     if study.table.label is not None:
         val = split["val"]
         best["calibration"] = calibrating.calibrate(outputs["val"], objective.label[val], objective.positive)
@@ -986,13 +992,12 @@ def untuned_features(args, study, run, rows):
     if args.freeze_backbone:
         features.of_clips = extract_features(network, clips, 1, compute)
         clips = Clips(study, rows, features=features.of_clips)
-    of_rows = features_of_rows(network, clips, rows, compute)
+    own = features_of_rows(network, clips, rows, compute)
     linear_model = "ridge" if study.table.label is None else "logistic"
     if args.model == MOTION_READOUT:
-        features.of_rows[linear_model] = of_rows[:, network.backbone.last_resolution()]
-        features.of_rows[MOTION_READOUT] = of_rows
+        features.of_rows = {linear_model: own[:, network.backbone.last_resolution()], MOTION_READOUT: own}
         return features
-    features.of_rows[linear_model] = of_rows
+    features.of_rows[linear_model] = own
     try:
         features.of_rows[MOTION_READOUT] = motion_features(args, study, compute, rows)
     except common.UserError as error:  # its image network, or the weights of that, cannot be had
@@ -1157,8 +1162,8 @@ def run_split(run, args, study, split, features=None):
 
 def find_similar(run, study, split, features):
     """HTML of rows of two parts that look alike to the untuned network."""
-    own, *_ = features.of_rows.values()
-    pairs = splitting.add_similar(run, own, split, study.table.clip_ids)
+    of_linear_model, *_ = features.of_rows.values()
+    pairs = splitting.add_similar(run, of_linear_model, split, study.table.clip_ids)
     return judging.similar_blocks(pairs, study.table.clip_ids, study.strip)
 
 
@@ -1427,7 +1432,7 @@ def read_windows(recording, members, run, label):
 def predict_windows(member, frames, compute):
     """Probabilities (B, C) of B windows; frames: {pixels, is_new or a backbone: (B, T, ...)} of sliding_windows.slide."""
     mask = torch.ones_like(frames["is_new"])
-    if member.args.model == MOTION_READOUT:
+    if member.args.model == MOTION_READOUT:  # as Study.mask: the first frame counts, others where they are new
         mask[:, 1:] = frames["is_new"][:, 1:]
     clips = frames.get(member.model.backbone, frames["pixels"])
     return member.predict({"input": clips, "mask": mask}, compute)
