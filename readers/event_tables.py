@@ -368,8 +368,7 @@ def read_manifest(part, path, video_root, min_event_sec, need_labels, asked, tim
     rows = describe_rows(table, path, root, written, part, min_event_sec, time_unit, notes)
     rows["label"] = "" if label is None else list(table[label])
     check_whole_clips(rows, table, path)
-    starts, ends = event_times.time_columns(table)
-    used = {source, label, *(column.name for column in starts + ends)}
+    used = {source, label, *(column.name for column in event_times.time_columns(table))}
     return rows, table[[name for name in table if name not in used]]
 
 

@@ -40,7 +40,7 @@ def column_match(key):
 
 
 def time_columns(rows):
-    """(TimeColumns of starts, of ends and durations): those whose names say their unit, else the others."""
+    """TimeColumns of the starts, then of the ends and durations: those whose names say their unit, else the others."""
     found = []
     for name in rows:
         match = column_match(name)
@@ -60,7 +60,7 @@ def time_columns(rows):
     ends_in_unit = [column for column in ends if column.unit]
     if starts_in_unit:  # then an end that is a time of day is no end
         ends = [column for column in ends if not rows[column.name].str.contains(":").any()]
-    return starts_in_unit or starts, ends_in_unit or ends
+    return (starts_in_unit or starts) + (ends_in_unit or ends)
 
 
 def looks_like_times(cells):
@@ -70,16 +70,16 @@ def looks_like_times(cells):
 
 def check_times_are_used(rows, source):
     """UserError for columns that look like times of events and are not read, where a start or an end is missing."""
-    starts, ends = time_columns(rows)
-    if starts and ends:
+    columns = time_columns(rows)
+    starts = [column.name for column in columns if column.role == "start"]
+    if 0 < len(starts) < len(columns):
         return
-    used = [column.name for column in starts]
     unused = []
     for name in rows:
         words = set(name.split("_"))
-        is_end = bool(words & {"end", "stop"})
-        is_day_time = bool(starts) and not is_end and rows[name].str.contains(":").any()
-        is_named_so = words <= TIME_WORDS and name not in used
+        is_end = words & {"end", "stop"}
+        is_day_time = starts and not is_end and rows[name].str.contains(":").any()
+        is_named_so = words <= TIME_WORDS and name not in starts
         if is_named_so and not is_day_time and looks_like_times(rows[name]):
             unused.append(name)
     if unused:
@@ -105,9 +105,8 @@ def clock_seconds(text):
 
 def seconds_in(cells, unit, where):
     """Column of numbers in this unit, or of H:MM:SS.s -> (N,) seconds, or frames; NaN where blank."""
-    is_clock = cells.str.count(":") == 2
-    clock = cells.where(is_clock, "").map(clock_seconds).to_numpy()
-    is_clock = ~np.isnan(clock)
+    clock = cells.where(cells.str.count(":") == 2, "").map(clock_seconds)
+    is_clock = clock.notna()
     if unit == "frame" and is_clock.any():
         raise common.UserError(f"{where}: expected frames, found {cells[is_clock].iloc[0]}")
     numbers = csv_tables.to_numbers(cells.mask(is_clock, ""), where)
@@ -122,34 +121,32 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
     shorter than min_event_sec gets a window of that length around it.
     """
     import pandas as pd
-    starts, ends = time_columns(rows)
-    unsaid = [column.name for column in starts + ends if column.unit is None]
-
-    def frames_or_not(columns):
-        return {(column.unit or time_unit) == "frame" for column in columns}
-    if starts and ends and frames_or_not(starts).isdisjoint(frames_or_not(ends)):
-        named = ", ".join(column.name for column in starts + ends)
-        raise common.UserError(
-            f"{source}: expected starts and ends both in frames or both in seconds, found {named}. "
-            "Rename or correct them")
+    columns = time_columns(rows)
+    unsaid = [column.name for column in columns if column.unit is None]
     if unsaid and not time_unit:
         notes.append(f"{source.name}: {', '.join(unsaid)} are read as seconds from the start of the file; "
                      "--time_unit says otherwise")
+    found = {}  # (role, in frames) -> (N,) numbers, of the first column that has one
+    for column in columns:
+        unit = column.unit or time_unit
+        numbers = pd.Series(seconds_in(rows[column.name], unit, f"{source}, column {column.name}"))
+        key = column.role, unit == "frame"
+        found[key] = found.get(key, numbers).fillna(numbers)
+    starts = {in_frames for role, in_frames in found if role == "start"}
+    ends = {in_frames for role, in_frames in found if role != "start"}
+    if starts and ends and not starts & ends:
+        named = ", ".join(column.name for column in columns)
+        raise common.UserError(
+            f"{source}: expected starts and ends both in frames or both in seconds, found {named}. "
+            "Rename or correct them")
+    nothing = pd.Series(np.nan, range(len(rows)))
 
     def read_windows(in_frames):
-        """(N,) starts and ends of the columns in frames, or of the others; the last frame of a window is in it."""
-        found = {role: pd.Series(np.nan, range(len(rows))) for role in ("start", "end", "duration")}
-        for column in starts + ends:
-            unit = column.unit or time_unit or "sec"
-            if (unit == "frame") == in_frames:
-                numbers = seconds_in(rows[column.name], unit, f"{source}, column {column.name}")
-                found[column.role] = found[column.role].fillna(pd.Series(numbers))
-        start = found["start"]
-        one_frame = 1 if in_frames else 0
-        end = found["end"].fillna(start + found["duration"] - one_frame).fillna(start)
-        return start, end + one_frame
-    start, end = read_windows(in_frames=False)
-    first, stop = read_windows(in_frames=True)
+        """(N,) starts and ends in frames or in seconds; the last frame of a window is in it, and counts for 1."""
+        start, end, duration = [found.get((role, in_frames), nothing) for role in ("start", "end", "duration")]
+        return start, end.fillna(start + duration - in_frames).fillna(start) + in_frames
+    start, end = read_windows(False)
+    first, stop = read_windows(True)
     is_frame = start.isna() & first.notna()
     start = start.fillna(first)
     end = end.mask(is_frame, stop)

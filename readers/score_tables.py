@@ -101,7 +101,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
             f"(found: {common.shorten_list(extra.columns, 40)})")
     unsaid = []
     timed = extra
-    while found := [column.name for column in sum(event_times.time_columns(timed), []) if column.unit is None]:
+    while found := [column.name for column in event_times.time_columns(timed) if column.unit is None]:
         unsaid += found
         timed = timed.drop(columns=found)  # without an onset, an offset would be taken for the start
     rows = event_tables.describe_rows(
