@@ -1105,9 +1105,9 @@ def judge(run, args, study, split, table, part, trained_on, **known):
     if is_classes:
         return class_judging.judge_classes(run, table, setting, confounds, of_rows)
     ceiling = None
-    if manifest.single_ratings:
-        ceiling = rater_agreement.measure_ceiling(
-            manifest.names, manifest.target, single_ratings=manifest.single_ratings)
+    if manifest.single_ratings is not None:
+        by_target = {name: [each[:, r] for each in manifest.single_ratings] for r, name in enumerate(manifest.names)}
+        ceiling = rater_agreement.measure_ceiling(manifest.names, manifest.target, single_ratings=by_target)
     score_judging.judge_scores(
         run, table, setting, ceiling, confounds, of_rows, moment_levels(args, manifest, rows))
 

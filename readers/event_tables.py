@@ -25,7 +25,8 @@ class EventTable:
     """What is known of N clips before any video is opened; a row that the manifest repeats stands here once."""
     names: list  # C classes, or R targets
     clip_ids: np.ndarray  # (N,) unique text
-    sources: list  # N paths: a video, a folder of frames or a .npy
+    lines: np.ndarray  # (N,) text: file and line of the manifest
+    sources: np.ndarray  # (N,) paths: a video, a folder of frames or a .npy
     windows: np.ndarray  # (N, 2) float64 start and end in `unit`, NaN = the whole clip
     unit: np.ndarray  # (N,) sec or frame
     events: np.ndarray  # (N,) text: identity of what happens, whatever the camera, path or row
@@ -36,7 +37,7 @@ class EventTable:
     label: np.ndarray | None = None  # (N,) int64 class, -1 = unknown
     target: np.ndarray | None = None  # (N, R) float64, NaN = missing
     groups: np.ndarray | None = None  # (N,) text
-    single_ratings: dict | None = None  # target -> N arrays, where several raters scored a sequence
+    single_ratings: np.ndarray | None = None  # (N,) arrays (raters, R), where several raters scored a sequence
     skipped: list = dataclasses.field(default_factory=list)  # dicts of row, video and reason
     notes: list = dataclasses.field(default_factory=list)
 
@@ -60,22 +61,13 @@ class EventTable:
 
     def take(self, rows):
         """The table of these rows: (M,) int, or (N,) bool."""
-        rows = np.arange(len(self))[rows]
         changed = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        if self.single_ratings:
-            changed["single_ratings"] = {
-                name: [ratings[row] for row in rows]
-                for name, ratings in self.single_ratings.items()}
-        return dataclasses.replace(
-            self,
-            sources=[self.sources[row] for row in rows],
-            extra=self.extra.iloc[rows].reset_index(drop=True),
-            **changed)
+        return dataclasses.replace(self, extra=self.extra.iloc[rows].reset_index(drop=True), **changed)
 
     def without(self, reasons):
         """The table of the rows without a reason (N texts, '' = none); the others are added to `skipped`."""
-        bad = [{"row": self.clip_ids[row], "video": str(self.sources[row]), "reason": reason}
-               for row, reason in enumerate(reasons) if reason]
+        bad = [{"row": line, "video": str(source), "reason": reason}
+               for line, source, reason in zip(self.lines, self.sources, reasons) if reason]
         kept = self.take([not reason for reason in reasons])
         return dataclasses.replace(kept, skipped=self.skipped + bad)
 
@@ -295,21 +287,21 @@ def headless_list(table, root, notes):
 
 
 def describe_rows(table, path, root, written, part="", min_event_sec=1.0, time_unit=None, notes=None):
-    """Rows of one file -> DataFrame: path as written, root, part, line, window (start, end, unit), fault, place.
+    """Rows of one file -> DataFrame: video as written, root, part, row, window (start, end, unit), fault, place.
 
     place: of the row in its file, 0 to 1, as text: a file sorted by class gives itself away.
     """
     import pandas as pd
     windows, unit, faults = event_times.event_windows(table, path, min_event_sec, time_unit, notes)
     return pd.DataFrame({
-        "path": list(written),
+        "video": list(written),
         "root": root,
         "part": part,
-        "line": [f"{path.name} line {line}" for line in table.index],
+        "row": [f"{path.name} line {line}" for line in table.index],
         "start": windows[:, 0],
         "end": windows[:, 1],
         "unit": unit,
-        "fault": faults,
+        "fault": np.where(written == "", "its path is blank", faults),
         "place": [f"{row / len(table):.6f}" for row in range(len(table))]})
 
 
@@ -374,8 +366,8 @@ def read_manifest(part, path, video_root, min_event_sec, need_labels, asked, tim
 
 def check_whole_clips(rows, table, path):
     """UserError where rows of one video have different labels and no times."""
-    whole = rows[rows["start"].isna() & (rows["label"] != "")]
-    n_labels = whole.groupby("path")["label"].nunique()
+    whole = rows[rows["start"].isna() & (rows["label"] != "") & (rows["video"] != "")]
+    n_labels = whole.groupby("video")["label"].nunique()
     several = n_labels.index[n_labels > 1]
     if len(several):
         raise common.UserError(
@@ -457,7 +449,7 @@ def find_sources(rows, is_open, max_missing=0.05, need_files=True, exact_names=F
     """
     found = {}
     notes = []
-    for root, names in rows.groupby("root")["path"]:
+    for root, names in rows[rows["video"] != ""].groupby("root")["video"]:
         hits, matching = file_names.match_videos(names, root, exact_names)
         notes += matching
         for name, path in hits.items():
@@ -476,7 +468,7 @@ def find_sources(rows, is_open, max_missing=0.05, need_files=True, exact_names=F
             "correct --video_root, or allow a larger share: --max_missing")
     elif missing:
         notes.append(f"{counted} are not there: {common.shorten_list(missing)}")
-    return [found[key] for key in zip(rows["root"], rows["path"])], notes
+    return [found.get(key) for key in zip(rows["root"], rows["video"])], notes
 
 
 def build_table(rows, extra, names, notes, group, is_group_wanted, target=None):
@@ -485,11 +477,10 @@ def build_table(rows, extra, names, notes, group, is_group_wanted, target=None):
     rows: also with source, reason (to skip it) and, for classes, label as int. extra: the other columns; group: the one
     of the groups, or None. Clip ids do not depend on the order of the rows. Raises UserError where no row is left.
     """
-    import pandas as pd
     absent = np.where(rows["source"].isna(), "no such video or folder", rows["reason"])
-    reasons = rows["fault"].mask(rows["fault"] == "", absent)
-    keep = (reasons == "").to_numpy()
-    skipped = pd.DataFrame({"row": rows["line"], "video": rows["path"], "reason": reasons})[~keep].to_dict("records")
+    rows = rows.assign(reason=rows["fault"].mask(rows["fault"] == "", absent))
+    keep = (rows["reason"] == "").to_numpy()
+    skipped = rows.loc[~keep, ["row", "video", "reason"]].to_dict("records")
     if not keep.any():
         first = [f"{row['row']}: {row['reason']}" for row in skipped]
         raise common.UserError(f"no usable row of {len(rows)}: {common.shorten_list(first, 3)}")
@@ -501,7 +492,8 @@ def build_table(rows, extra, names, notes, group, is_group_wanted, target=None):
     return EventTable(
         names=names,
         clip_ids=clip_ids,
-        sources=list(rows["source"]),
+        lines=rows["row"].to_numpy(str),
+        sources=rows["source"].to_numpy(),
         windows=rows[["start", "end"]].to_numpy(float),
         unit=rows["unit"].to_numpy(str),
         events=event_keys(extra, clip_ids),
@@ -511,7 +503,7 @@ def build_table(rows, extra, names, notes, group, is_group_wanted, target=None):
         extra=extra,
         label=rows["label"].to_numpy() if "label" in rows else None,
         target=None if target is None else target[keep],
-        groups=read_groups(extra[group], is_group_wanted, rows["line"], notes) if group else None,
+        groups=read_groups(extra[group], is_group_wanted, rows["row"], notes) if group else None,
         skipped=skipped,
         notes=notes)
 
@@ -561,13 +553,12 @@ def merge_repeats(table):
 
 def unique_ids(table):
     """(N,) clip ids; where one clip stands in several parts, or holds several events, its part and event are added."""
-    ids = list(table.clip_ids)
-    for details in (table.parts, table.events, table.label):
-        counts = collections.Counter(ids)
-        for i, detail in enumerate(details):
-            if counts[ids[i]] > 1 and detail != "":
-                ids[i] += f" [{detail}]"
-    return np.array(ids, dtype=str)
+    import pandas as pd
+    ids = pd.Series(table.clip_ids)
+    for details in (table.parts, table.events, table.label.astype(str)):
+        is_shared = ids.duplicated(keep=False) & (details != "")
+        ids = ids.mask(is_shared, ids + " [" + details + "]")
+    return ids.to_numpy(str)
 
 
 # --------------------------------------------------------------------------------------

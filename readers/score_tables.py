@@ -127,22 +127,19 @@ def merge_raters(table):
     """Rows of one sequence: equal scores without a rater column count once, others are raters and are averaged."""
     rows_of = common.rows_by_key(table.clip_ids).values()
     has_raters = any(name in table.extra for name in RATER_COLUMNS)
-    ratings = []  # of each sequence (raters, R)
-    for rows in rows_of:
+    ratings = np.empty(len(rows_of), object)  # of each sequence (raters, R)
+    for i, rows in enumerate(rows_of):
         block = table.target[rows]
         is_repeat = not has_raters and all(np.array_equal(row, block[0], equal_nan=True) for row in block)
-        ratings.append(block[:1] if is_repeat else block)
+        ratings[i] = block[:1] if is_repeat else block
     rated = sum(len(block) > 1 for block in ratings)
     if len(ratings) < len(table):
         table.notes.append(f"{len(table)} rows of {len(ratings)} sequences: in {rated} several raters, whose mean is "
                            "learnt; other rows that repeat one count once")
-    single = {}
-    for r, name in enumerate(table.names):
-        single[name] = [block[~np.isnan(block[:, r]), r] for block in ratings]
     return dataclasses.replace(
         table.take([rows[0] for rows in rows_of]),
         target=np.stack([common.mean_without_nan(block, axis=0) for block in ratings]),
-        single_ratings=single if rated else None)
+        single_ratings=ratings if rated else None)
 
 
 def total_and_parts(names, target):
