@@ -19,7 +19,7 @@ SAME_EVENT = ("events", "exact_duplicates")  # leaks that stop a run which keeps
 
 
 def content_keys(sources):
-    """{path: text}, equal for sources of equal bytes; a source that is not there is like no other.
+    """(N,) text, equal for sources of equal bytes; a source that is not there is like no other.
 
     Files of equal size are read once for their SHA-256; of others the size says enough.
     """
@@ -28,14 +28,16 @@ def content_keys(sources):
     sizes = {source: tuple(map(os.path.getsize, inside)) for source, inside in files.items()}
     size_of_file = {os.path.realpath(source): size for source, size in sizes.items()}
     n_files = collections.Counter(size_of_file.values())
-    return keys | {
-        source: video_files.sha_of(files[source] if n_files[size] > 1 else (), size) for source, size in sizes.items()}
+    for source, size in sizes.items():
+        read = files[source] if n_files[size] > 1 else ()
+        keys[source] = video_files.sha_of(read, size)
+    return np.array([keys[source] for source in sources])
 
 
 def clip_contents(table, file_keys):
     """(N,) text, equal where the same pixels are meant: content of the file and window."""
-    spans = zip(table.sources, np.round(table.windows, 3).tolist(), table.unit)
-    return np.array([f"{file_keys[source]} {window} {unit}" for source, window, unit in spans])
+    spans = zip(file_keys, np.round(table.windows, 3).tolist(), table.unit)
+    return np.array([f"{file_key} {window} {unit}" for file_key, window, unit in spans])
 
 
 def window_pairs(table, file_keys, gap_sec):
@@ -47,12 +49,11 @@ def window_pairs(table, file_keys, gap_sec):
     is_whole = np.isnan(table.windows[:, 0])
     start = np.where(is_whole, -np.inf, table.windows[:, 0])
     end = np.where(is_whole, np.inf, table.windows[:, 1])
-    rows_of = collections.defaultdict(list)  # by their start
-    for row in np.lexsort((table.clip_ids, end, start)):
-        rows_of[file_keys[table.sources[row]]].append(row)
+    by_start = np.lexsort((table.clip_ids, end, start))
     overlapping = []
     near = []
-    for rows in map(np.array, rows_of.values()):
+    for places in common.rows_by_key(file_keys[by_start]).values():
+        rows = by_start[places]
         for place, i in enumerate(rows):
             later = rows[place + 1:]
             is_same = (start[later] == start[i]) & (end[later] == end[i])
@@ -153,11 +154,11 @@ def seen_events(table):
 
 def _renamed_copies(table, file_keys):
     """(N,) text: the videos with the same content, '' where there is one."""
-    videos = collections.defaultdict(set)
-    for source, video in zip(table.sources, table.videos):
-        videos[file_keys[source]].add(video)
-    copies = [videos[file_keys[source]] for source in table.sources]
-    return [" = ".join(sorted(names)) if len(names) > 1 else "" for names in copies]
+    import pandas as pd
+
+    videos = pd.Series(table.videos)
+    alike = videos.groupby(file_keys).transform(lambda names: " = ".join(sorted(set(names))))
+    return alike.where(alike != videos, "")
 
 
 def describe_part(table):

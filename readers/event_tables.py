@@ -239,9 +239,8 @@ def per_frame_events(table, path, path_column, notes):
     events = []
     for video, rows in is_on.groupby(videos, sort=False):
         for name, cells in rows.items():
-            edges = np.flatnonzero(np.diff(cells.astype(int), prepend=0, append=0))
-            for first, stop in edges.reshape(-1, 2):
-                own = frames[rows.index[first:stop]]
+            run = (~cells).cumsum()[cells]  # the same number in all frames of a run
+            for _, own in frames[run.index].groupby(run):
                 events.append((own.index[0], video, name, own.iloc[0], own.iloc[-1]))
     notes.append(f"{path.name}: one row a frame, counted from 0; {len(events)} events of {', '.join(is_on)}")
     found = pd.DataFrame(events, columns=["line", "path", "label", "start_frame", "end_frame"])

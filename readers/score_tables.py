@@ -110,8 +110,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     if unsaid:
         notes.append(f"{', '.join(unsaid)}: not read as times of a sequence; those say their unit, such as start_sec")
     used = {group, source, "sequence_id", "id"}
-    others = [name for name in raw.drop(columns=names)
-              if csv_tables.column_key(name) not in used and csv_tables.looks_numeric(raw[name])]
+    others = [name for name in extra if name not in used and csv_tables.looks_numeric(extra[name])]
     if others and not target_columns:
         notes.append(f"numeric columns that are no scores by their names: {common.shorten_list(others)}; "
                      "--target_columns names the scores")
@@ -119,7 +118,8 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     table = event_tables.build_table(rows, extra, names, notes, group, group_column is not None, target)
     table = merge_raters(table)
     *_, note = total_and_parts(names, table.target)
-    table.notes.extend([note] if note else [])
+    if note:
+        table.notes.append(note)
     return table
 
 
