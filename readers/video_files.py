@@ -130,21 +130,20 @@ class _Video:
         fps = float(stream.guessed_rate or stream.average_rate or 0)
         if not 0.01 <= fps <= 1000:
             fps = 25.0  # the header states none that could be true
-        n_frames = stream.frames
-        if not n_frames and self.container.duration:
-            n_frames = round(fps * (self.container.duration / self.av.time_base - self.first_sec))
+        duration_sec = (self.container.duration or 0) / self.av.time_base
+        n_frames = stream.frames or round(fps * (duration_sec - self.first_sec))
         n_frames = min(max(n_frames, 1), MOST_GUESSED_FRAMES)
         info = _constant_rate(fps, n_frames, self.size, self.first_sec)
         # FFmpeg guesses the duration of a file that was cut from its size
         claimed_sec = float(stream.frames / stream.average_rate) if stream.average_rate else 0.0
-        info.header_sec = max((self.container.duration or 0) / self.av.time_base, claimed_sec)
+        info.header_sec = max(duration_sec, claimed_sec)
         return info
 
     def frames(self):
         """Yield (time in seconds or NaN, function short_side -> pixels (H, W, 3) RGB, upright), to the end of the file.
 
-        A packet that cannot be decoded, or of which the decoder made up a part, yields (its time, None), and so do those
-        after it that build on its picture, up to the next key frame: of these a decoder does not say so.
+        The times of packets that cannot be decoded, or of which the decoder made up a part, go to `damaged`, and so do
+        those after it that build on its picture, up to the next key frame: of these a decoder does not say so.
         """
         lost = set()
         is_broken = False
@@ -159,13 +158,14 @@ class _Video:
             if is_broken and packet.size:
                 lost |= {packet.pts} - {None}
                 stamp = packet.dts if packet.pts is None else packet.pts
-                yield self._since_start(None if stamp is None else float(stamp * packet.time_base)), None
+                time = self._since_start(None if stamp is None else float(stamp * packet.time_base))
+                self.damaged.append(time)
             for frame in decoded:
                 if frame.pts in lost or (is_broken and frame.pts is None):
                     continue
                 is_made_up = frame.is_corrupt or (is_made_up and not frame.key_frame)
                 if is_made_up:
-                    yield self._since_start(frame.time), None
+                    self.damaged.append(self._since_start(frame.time))
                     continue
                 if self.turns is None:
                     self.turns = round(frame.rotation / 90) % 4
@@ -175,15 +175,12 @@ class _Video:
                 yield self._since_start(frame.time), functools.partial(self._pixels, frame)
 
     def rising_frames(self, step_sec):
-        """The good ones of frames(), each later than the one before it; the times of the others go to `damaged`.
+        """frames(), each later than the one before it.
 
         A stamp that does not exceed the one before (AVI with B-frames has such, NaN too) becomes that one and step_sec.
         """
         last_sec = -math.inf
         for time, pixels in self.frames():
-            if pixels is None:
-                self.damaged.append(time)
-                continue
             if not time > last_sec:
                 time = max(last_sec + step_sec, 0.0)
             last_sec = time
@@ -540,7 +537,7 @@ class ClipStore(pixel_cache.PixelStore):
 
     def part(self, row, start, stop):
         """Grid frames start to stop of a row (T, H, W, 3); without a cache no others are read."""
-        if self.cache == "none" and not self.audit[row].error:
+        if self.cache == "none":
             return self.decode_again(row, slice(start, stop))
         return self[row][start:stop]
 
@@ -630,23 +627,21 @@ class ClipStore(pixel_cache.PixelStore):
 
 
 def check_clips(audit, max_missing=0.05, on_bad_file="skip"):
-    """Indices of the good rows in a list of ClipAudit; broken and damaged videos are named and counted.
+    """Name and count the broken and damaged videos in a list of ClipAudit.
 
     UserError, listing all of them, where their rows are more than max_missing of all rows, or damaged frames more than
     that of all frames; with on_bad_file "error" where there is any; and where nothing is left.
     """
     allowed = 0.0 if on_bad_file == "error" else max_missing
-    good = [row for row, found in enumerate(audit) if not found.error]
     files = {found.path: found for found in audit}
     damaged = {path: found.damage for path, found in files.items() if found.damage}
     n_damaged = sum(found.n_damaged for found in files.values())
     n_frames = n_damaged + sum(found.n_frames for found in files.values())
     name_losses(f"{n_damaged} of {n_frames} frames are damaged", damaged, allowed, n_damaged > allowed * n_frames)
     bad = {path: found.error for path, found in files.items() if found.error}
-    n_lost = len(audit) - len(good)
+    n_lost = sum(bool(found.error) for found in audit)
     what = f"{len(bad)} videos cannot be read, which takes {n_lost} of {len(audit)} rows"
-    name_losses(what, bad, allowed, n_lost > allowed * len(audit) or not good)
-    return good
+    name_losses(what, bad, allowed, n_lost > allowed * len(audit) or n_lost == len(audit))
 
 
 def time_notes(audit, fps):
@@ -716,6 +711,7 @@ class Recording:
         self.begin_sec = None
         self.read_sec = 0.0
         self.n_read = 0
+        self.n_shown = 0  # times of the grid
         self.latest = None  # the pixels that were shown last
         self.damaged = ()
         self.fault = ""
@@ -769,29 +765,28 @@ class Recording:
         A recording of fewer frames than at_least shows its last one on. BadVideo: it has none.
         """
         step_sec = 1 / self.info.header_fps
-        n_shown = 0
-        before = convert = None
+        before = -math.inf
+        convert = None
         for time, pixels in self.frames():
-            gap = step_sec if before is None else min(step_sec, time - before)
-            if before is None:
+            gap = min(step_sec, time - before)
+            if convert is None:
                 self.begin_sec = time
             else:
-                n_shown = yield from self._show(convert, n_shown, time - gap / 2)
+                yield from self._show(convert, time - gap / 2)
             self.read_sec = time + gap
             self.n_read += 1
             before, convert = time, pixels
-        if before is None:
+        if convert is None:
             raise BadVideo(self.fault or "no frame can be decoded")
         n_frames = max(_whole((self.read_sec - self.begin_sec) * self.fps), at_least)
-        yield from self._show(convert, n_shown, self.begin_sec + n_frames / self.fps)
+        yield from self._show(convert, self.begin_sec + n_frames / self.fps)
 
-    def _show(self, convert, n_shown, until):
-        """Yield one frame for every time of the grid before `until`; returns how many times have been shown."""
+    def _show(self, convert, until):
+        """Yield one frame for every time of the grid before `until` that has not been shown."""
         pixels = None
-        while (time := self.begin_sec + n_shown / self.fps) < until - STAMP_SLACK_SEC:
+        while (time := self.begin_sec + self.n_shown / self.fps) < until - STAMP_SLACK_SEC:
             before = self.latest
             if pixels is None:
                 pixels = convert(self.short_side)
             yield GridFrame(time, pixels, is_new=pixels is not before)
-            n_shown += 1
-        return n_shown
+            self.n_shown += 1
