@@ -136,15 +136,15 @@ def plot_ethogram(windows, bouts, names, path):
     A strip is some 10 minutes, so that bouts of seconds are seen, but there are 12 at most.
     """
     begin = windows.spans[0, 0]
-    length = windows.spans[-1, 1] - begin
-    n_strips = min(max(round(length / STRIP_SEC), 1), MOST_STRIPS)
-    strip_sec = length / n_strips
-    is_long = length > 300
+    end = windows.spans[-1, 1]
+    n_strips = min(max(round((end - begin) / STRIP_SEC), 1), MOST_STRIPS)
+    is_long = end - begin > 300
     unit = 60 if is_long else 1
+    edges = np.linspace(begin, end, n_strips + 1) / unit
     size = (9, 0.7 + 0.45 * len(names))
     figure, axes = plotting.new_figure(n_strips, 1, size)
     middles = windows.spans.mean(1) / unit
-    for k, axis in enumerate(axes):
+    for axis, left, right in zip(axes, edges, edges[1:]):
         for c, name in enumerate(names):
             bars = [(bout.start_sec / unit, (bout.end_sec - bout.start_sec) / unit)
                     for bout in bouts if bout.label == name]
@@ -152,8 +152,7 @@ def plot_ethogram(windows, bouts, names, path):
             axis.plot(middles, c + 0.4 - 0.8 * windows.probability[:, c], color=plotting.INK, linewidth=0.7)
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_yticks(range(len(names)), plotting.without_math(names, 28))
-        start_sec = begin + k * strip_sec
-        axis.set_xlim(start_sec / unit, (start_sec + strip_sec) / unit)
+        axis.set_xlim(left, right)
     axes[-1].set_xlabel("minutes" if is_long else "seconds", color=plotting.SOFT, fontsize=8)
     plotting.save_figure(figure, path)
 
@@ -312,14 +311,14 @@ def judge_bouts(windows, bouts, events, names):
     for video, rows in windows.groupby("video", sort=False):
         watched = rows["start_sec"].min(), rows["end_sec"].max()
         counts += [compare_spans(spans_of(bouts, video, name), spans_of(events, video, name), watched) for name in names]
-    numbers = {key: np.array([each[key] for each in counts], float).reshape(-1, len(names))
+    numbers = {key: np.array([each[key] for each in counts]).reshape(-1, len(names))
                for key in counts[0]}  # (V, C) each
     n_videos = windows["video"].nunique()
 
     def statistic(weights):
         return {}, bout_metrics({key: weights @ values for key, values in numbers.items()})  # (D, C) each
-    n_bouts = numbers["bouts"].sum(0).astype(int)  # (C,)
-    n_events = numbers["events"].sum(0).astype(int)
+    n_bouts = numbers["bouts"].sum(0)  # (C,)
+    n_events = numbers["events"].sum(0)
     result = subject_intervals.estimate(
         statistic, None, n_videos, "videos", names=names, n=n_events, rows=n_videos)
     table = []

@@ -212,20 +212,20 @@ def as_python(value, path):
 def fold_rows(fold, k, path, table):
     """One fold of a split file -> dict(fold, train, val). Raises UserError, see read_cv_file."""
     fold = fold if isinstance(fold, dict) else {}
-    animals = {side: animals_of(fold, side) for side in ("train", "val")}
-    both = sorted(animals["train"] & animals["val"])
-    unknown = sorted((animals["train"] | animals["val"]) - set(table.groups))
-    rows = {side: np.flatnonzero(np.isin(table.groups, list(names))) for side, names in animals.items()}
-    if both or not len(rows["train"]) or not len(rows["val"]):
+    train, val = [animals_of(fold, side) for side in ("train", "val")]
+    both = sorted(train & val)
+    unknown = sorted((train | val) - set(table.groups))
+    train_rows, val_rows = [np.flatnonzero(np.isin(table.groups, list(animals))) for animals in (train, val)]
+    if both or not len(train_rows) or not len(val_rows):
         raise common.UserError(
             f"--cv_file {path}, fold {k}: expected train_animals and val_animals that the scores "
             f"have and that do not overlap; on both sides: {common.shorten_list(both) or 'none'}; "
-            f"rows: {len(rows['train'])} and {len(rows['val'])}; "
+            f"rows: {len(train_rows)} and {len(val_rows)}; "
             f"without rows: {common.shorten_list(unknown)}")
     if unknown:
         table.notes.append(f"--cv_file, fold {k}: no rows of {common.shorten_list(unknown)}")
     number = re.search(r"\d+", str(fold.get("fold", k)))
-    return {"fold": int(number[0]) if number else k, **rows}
+    return {"fold": int(number[0]) if number else k, "train": train_rows, "val": val_rows}
 
 
 def animals_of(fold, side):

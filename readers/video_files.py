@@ -110,12 +110,13 @@ class _Video:
             self.container.close()
             raise BadVideo("no video that can be opened: it has no picture track")
         self.stream = tracks[0]
-        self.stream.codec_context.thread_count = 1
+        codec = self.stream.codec_context
+        codec.thread_count = 1
         self.reformatter = av.video.reformatter.VideoReformatter()
-        self.size = self.stream.codec_context.width, self.stream.codec_context.height
+        self.size = codec.width, codec.height
         self.damaged = []
         self.turns = None  # quarter turns that make a frame upright; the first one says it
-        is_reordered_avi = self.container.format.name == "avi" and self.stream.codec_context.has_b_frames
+        is_reordered_avi = self.container.format.name == "avi" and codec.has_b_frames
         self.start_sec = None
         self.first_sec = 0.0
         if self.container.start_time is not None and self.stream.start_time is not None:
@@ -269,8 +270,6 @@ def _open_source(path, fps, pixel_range=None):
         if math.prod(video.size) > pixel_cache.MAX_PIXELS:
             raise BadVideo(f"its header claims {video.size[0]} x {video.size[1]} pixels")
         yield video
-    except video.av.FFmpegError as error:
-        raise BadVideo(f"damaged: {common.one_line(error)}") from None
     finally:
         video.container.close()
 
@@ -587,9 +586,8 @@ class ClipStore(pixel_cache.PixelStore):
         """(VideoInfo, GridFrames of each row), in one pass where the header tells the truth, else in two."""
         header = _header(path, self.fps)
         info, grids = self._fill(path, [self._plan(row, header) for row in rows])
-        planned = [grid.plan.indices for grid in grids]
         plans = [self._plan(row, info) for row in rows]
-        if not all(map(np.array_equal, planned, [plan.indices for plan in plans])):
+        if not all(np.array_equal(grid.plan.indices, plan.indices) for grid, plan in zip(grids, plans)):
             for grid in grids:
                 grid.discard()
             info, grids = self._fill(path, plans)
@@ -765,6 +763,7 @@ class Recording:
         A recording of fewer frames than at_least shows its last one on. BadVideo: it has none.
         """
         step_sec = 1 / self.info.header_fps
+        self.n_shown = 0
         before = -math.inf
         convert = None
         for time, pixels in self.frames():
