@@ -162,16 +162,18 @@ def annotate(recording, windows, names, path):
     av = video_files.load_pyav()
     cv2 = common.load_opencv()
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    millisecond = fractions.Fraction(1, 1000)
     with av.open(str(path), "w") as container:
         stream = None
         for time, convert in recording.frames():
             pixels = convert(None)
-            pixels = pixels[:len(pixels) // 2 * 2, :pixels.shape[1] // 2 * 2].copy()  # even, for the codec
+            height = len(pixels) // 2 * 2  # even, for the codec
+            width = pixels.shape[1] // 2 * 2
+            pixels = pixels[:height, :width].copy()
             if stream is None:
-                height, width = pixels.shape[:2]
                 stream = container.add_stream(codec, options={"g": "50"})
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-                stream.codec_context.time_base = fractions.Fraction(1, 1000)
+                stream.codec_context.time_base = millisecond
             k = windows.at(time)
             c = windows.chosen[k]
             text = f"{names[c]} {windows.probability[k, c]:.2f}"
@@ -181,7 +183,7 @@ def annotate(recording, windows, names, path):
                             cv2.LINE_AA)
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts = round(1000 * time)
-            frame.time_base = fractions.Fraction(1, 1000)
+            frame.time_base = millisecond
             container.mux(stream.encode(frame))
         if stream is not None:
             container.mux(stream.encode())
@@ -191,9 +193,10 @@ def annotate(recording, windows, names, path):
 
 def count_pairs(found, true, iou):
     """How many of the spans (n, 2) and (m, 2) are pairs, one to one, the best first, that overlap by at least iou."""
-    starts, ends = found[:, :1], found[:, 1:]  # (n, 1) each
-    both = np.minimum(ends, true[:, 1]) - np.maximum(starts, true[:, 0])  # (n, m), below 0: apart
-    hull = np.maximum(ends, true[:, 1]) - np.minimum(starts, true[:, 0])
+    starts, ends = np.hsplit(found, 2)  # (n, 1) each
+    true_starts, true_ends = true.T  # (m,) each
+    both = np.minimum(ends, true_ends) - np.maximum(starts, true_starts)  # (n, m), below 0: apart
+    hull = np.maximum(ends, true_ends) - np.minimum(starts, true_starts)
     overlap = both / np.maximum(hull, 1e-9)
     count = 0
     while overlap.size and overlap.max() >= iou:

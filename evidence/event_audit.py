@@ -46,9 +46,10 @@ def window_pairs(table, file_keys, gap_sec):
     Near windows do not overlap and are closer than gap_sec. Pairs with the same window are exact
     duplicates and in neither; a whole clip overlaps with each of its windows.
     """
-    is_whole = np.isnan(table.windows[:, 0])
-    start = np.where(is_whole, -np.inf, table.windows[:, 0])
-    end = np.where(is_whole, np.inf, table.windows[:, 1])
+    start, end = table.windows.T
+    is_whole = np.isnan(start)
+    start = np.where(is_whole, -np.inf, start)
+    end = np.where(is_whole, np.inf, end)
     by_start = np.lexsort((table.clip_ids, end, start))
     overlapping = []
     near = []
@@ -66,15 +67,14 @@ def window_pairs(table, file_keys, gap_sec):
     return {"overlapping_windows": overlapping, "near_windows": near}
 
 
-def audit_table(table, split, pixels=None, phash=None, durations=None, predictions=None, positive=None, gap_sec=30.0,
-                judges_priors=True):
+def audit_table(table, split, audits=None, durations=None, predictions=None, positive=None, gap_sec=30.0):
     """The leakage report of events, split {part: rows}, with all that their times and files tell.
 
     Besides splitting.leakage_report: parts, seen_events, windows_past_the_end and
     probability_clusters (where they can be judged), priors, and notes that say it in text.
-    pixels, phash: as there (default: content of file and window); durations: {source: seconds};
-    predictions: predictions.csv; positive: class whose priors are judged (default: the rarest);
-    judges_priors False: a run judges them itself, on its own folds.
+    audits: N video_files.ClipAudit of a run, which judges the priors itself, on its own folds; without
+    them file and window say which clips are alike. durations: {source: seconds}; predictions:
+    predictions.csv; positive: class whose priors are judged (default: the rarest).
     """
     rows = np.concatenate(list(split.values()))
     parts = np.repeat(list(split), [len(each) for each in split.values()])
@@ -83,15 +83,18 @@ def audit_table(table, split, pixels=None, phash=None, durations=None, predictio
     table = dataclasses.replace(table.take(rows), parts=parts[order])
     split = {part: np.flatnonzero(table.parts == part) for part in split if part in parts}
     file_keys = content_keys(table.sources)
-    contents = clip_contents(table, file_keys) if pixels is None else np.asarray(pixels)[rows]
+    contents = clip_contents(table, file_keys)
+    phash = None
+    if audits:
+        contents = [audits[row].pixel_sha for row in rows]
+        phash = [audits[row].phash for row in rows]
     values = {
         "groups": table.groups,
         "events": table.events,
         "videos": table.videos,
         "renamed_copies": _renamed_copies(table, file_keys)}
     leakage = splitting.leakage_report(
-        split, table.clip_ids, contents, None if phash is None else phash[rows], values,
-        window_pairs(table, file_keys, gap_sec))
+        split, table.clip_ids, contents, phash, values, window_pairs(table, file_keys, gap_sec))
     report = {
         "parts": {part: describe_part(table.take(held)) for part, held in split.items()},
         **leakage,
@@ -100,7 +103,7 @@ def audit_table(table, split, pixels=None, phash=None, durations=None, predictio
         report["windows_past_the_end"] = past_the_end(table, durations)
     if predictions is not None:
         report["probability_clusters"] = probability_clusters(predictions)
-    if judges_priors:
+    if not audits:
         report["priors"] = confounding.no_pixel_priors(table, positive)
     report["notes"] = audit_notes(report)
     return report
@@ -112,9 +115,7 @@ def record_split(run, table, audits, split):
     Where another column than that of the groups is to be kept whole, what repeats stands on both sides on purpose.
     """
     args = run.args
-    phash = np.array([audit.phash for audit in audits], dtype=np.uint64)
-    report = audit_table(table, split, [audit.pixel_sha for audit in audits], phash, gap_sec=args.gap_sec,
-                         judges_priors=False)
+    report = audit_table(table, split, audits, gap_sec=args.gap_sec)
     keeps_groups = args.split_by in (None, "group")
     columns = confounding.prior_levels(table) if keeps_groups else {}
     for name in {"video", "pair", "hour"} & columns.keys():  # which are no columns of the manifest
@@ -169,20 +170,19 @@ def describe_part(table):
     classes = {}
     if table.label is not None:
         classes = {name: (table.label == c).sum() for c, name in enumerate(table.names)}
-    n_labels = shown.groupby("video")["label"].nunique()  # 0 without classes
-    n_labels_of_event = shown.groupby("event")["label"].nunique()
-    events_per_video = shown.groupby("video")["event"].nunique()
+    of_videos = shown.groupby("video").nunique()  # 0 labels without classes
+    n_labels = shown.groupby("event")["label"].nunique()
     return {
         "rows": len(table),
         "repeated_rows": (table.repeats - 1).sum(),
-        "videos": len(events_per_video),
-        "events": shown["event"].nunique(),
+        "videos": len(of_videos),
+        "events": len(n_labels),
         "groups": None if table.groups is None else len(set(table.groups)),
         "classes": classes,
-        "events_per_video": events_per_video.agg(["min", "median", "max"]).to_dict(),
-        "pure_videos": (n_labels == 1).sum(),
-        "mixed_videos": (n_labels > 1).sum(),
-        "events_with_two_labels": splitting.found_items(n_labels_of_event.index[n_labels_of_event > 1])}
+        "events_per_video": of_videos["event"].agg(["min", "median", "max"]).to_dict(),
+        "pure_videos": (of_videos["label"] == 1).sum(),
+        "mixed_videos": (of_videos["label"] > 1).sum(),
+        "events_with_two_labels": splitting.found_items(n_labels.index[n_labels > 1])}
 
 
 def past_the_end(table, durations):

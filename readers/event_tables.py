@@ -139,10 +139,10 @@ def classes_of(spelled, label_map=None, names=None):
     """
     spelled = [str(label).strip() for label in spelled]
     counts = collections.Counter(filter(None, spelled))
-    is_mapped = label_map is not None
-    if not is_mapped:
-        by_count = sorted(counts, key=lambda label: (-counts[label], label))
-        label_map = {label: label for label in reversed(names or by_count)}  # the last one of a spelling counts
+    if label_map is None:
+        by_count = sorted(counts, key=lambda label: (-counts[label], label), reverse=True)
+        most_frequent = {label.casefold(): label for label in by_count}  # the last one of a spelling counts
+        label_map = {name: name for name in names or sorted(most_frequent.values())}
     known = {label.strip().casefold(): name for label, name in label_map.items()}
     if names is not None:
         known = {label: name for label, name in known.items() if name in {*names, None}}
@@ -157,8 +157,6 @@ def classes_of(spelled, label_map=None, names=None):
     chosen = [known[label.casefold()] for label in spelled]
     if names is None:
         names = [name for name in dict.fromkeys(known.values()) if name and name in chosen]
-        if not is_mapped:
-            names.sort()
     return names, chosen
 
 
@@ -418,8 +416,7 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
     extra = extra.fillna("")
     where = f"{common.shorten_list(manifests.values())} has no column for --group_column"
     group = csv_tables.find_column(extra.columns, ["group"], group_column, where)
-    rows["source"], matching = find_sources(rows, video_root is None, **finding)
-    notes += matching
+    rows["source"] = find_sources(rows, notes, video_root is None, **finding)
     refuse_several_files(rows, extra)
     known = read_label_map(label_map) if label_map else None
     names, classes = classes_of(rows["label"], known, names)
@@ -440,14 +437,13 @@ def read_groups(cells, is_wanted, lines, notes):
     notes.append(f"column {cells.name} is blank in {len(blank)} rows and names no groups")
 
 
-def find_sources(rows, is_open, max_missing=0.05, need_files=True, exact_names=False):
-    """(N paths of the rows' videos, None where there is none; notes). Raises UserError above max_missing.
+def find_sources(rows, notes, is_open, max_missing=0.05, need_files=True, exact_names=False):
+    """N paths of the rows' videos, None where there is none. Raises UserError above max_missing.
 
     is_open: no --video_root was given, so that an absolute path may also name a video elsewhere. need_files False: a
     missing video has the path at which it would lie. exact_names: as match_images has it.
     """
     found = {}
-    notes = []
     for root, names in rows[rows["video"] != ""].groupby("root")["video"]:
         hits, matching = file_names.match_videos(names, root, exact_names)
         notes += matching
@@ -467,7 +463,7 @@ def find_sources(rows, is_open, max_missing=0.05, need_files=True, exact_names=F
             "correct --video_root, or allow a larger share: --max_missing")
     elif missing:
         notes.append(f"{counted} are not there: {common.shorten_list(missing)}")
-    return [found.get(key) for key in zip(rows["root"], rows["video"])], notes
+    return [found.get(key) for key in zip(rows["root"], rows["video"])]
 
 
 def build_table(rows, extra, names, notes, group, is_group_wanted, target=None):

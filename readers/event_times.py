@@ -175,18 +175,17 @@ def seconds_of(table, infos, min_event_sec=1.0):
     skipped; one of a file that cannot be read stays in frames.
     """
     windows = table.windows.copy()
-    is_timed = np.zeros(len(table), bool)
+    unit = table.unit.copy()
     reasons = [""] * len(table)
     for row in np.flatnonzero(table.unit == "frame"):
         info = infos[table.sources[row]]
         if info.error:
             continue
-        is_timed[row] = True
+        unit[row] = "sec"
         windows[row] = [time_of_frame(info, frame) for frame in windows[row]]
         if info.damage:
             reasons[row] = f"its frames cannot be counted: {info.damage}"
-    windows = _widen(*windows.T, min_event_sec, is_timed)
-    unit = np.where(is_timed, "sec", table.unit)
+    windows = _widen(*windows.T, min_event_sec, unit != table.unit)
     return dataclasses.replace(table, windows=windows, unit=unit).without(reasons)
 
 

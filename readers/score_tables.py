@@ -106,7 +106,8 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
         timed = timed.drop(columns=found)  # without an onset, an offset would be taken for the start
     rows = event_tables.describe_rows(
         timed, path, root or path.parent, extra[source], min_event_sec=min_event_sec)
-    rows["source"], notes = event_tables.find_sources(rows, root is None, **finding)
+    notes = []
+    rows["source"] = event_tables.find_sources(rows, notes, root is None, **finding)
     if unsaid:
         notes.append(f"{', '.join(unsaid)}: not read as times of a sequence; those say their unit, such as start_sec")
     used = {group, source, "sequence_id", "id"}

@@ -476,9 +476,8 @@ class GridFrames:
     cache: "ram" keeps them in one array, "disk" in a temporary file in `folder`, "none" only counts them.
     """
 
-    def __init__(self, plan, cache, folder):
-        self.plan = plan
-        self.n_grid = len(plan.indices)
+    def __init__(self, n_grid, cache, folder):
+        self.n_grid = n_grid
         self.cache = cache
         self.folder = folder
         self.n_added = 0
@@ -525,10 +524,8 @@ class ClipStore(pixel_cache.PixelStore):
                  pixel_range=None):
         self.sources = sources
         self.windows = [tuple(map(float, window)) for window in windows]
-        self.grid = grid
+        self.grid = grid, fps, n_frames, jitter_sec  # for plan_grid
         self.fps = fps
-        self.n_frames = n_frames
-        self.jitter_sec = jitter_sec
         self.short_side = short_side
         self.pixel_range = pixel_range or choose_pixel_range(self.sources)
         self._infos = {}  # VideoInfo of the files that were decoded
@@ -544,7 +541,7 @@ class ClipStore(pixel_cache.PixelStore):
         """[(ClipAudit, pixels (G, H, W, 3))] of all rows of one file; pixels has no frames when it is bad."""
         path = self.sources[rows[0]]
         try:
-            info, grids = self._read(path, rows)
+            info, plans, grids = self._read(path, rows)
             file_sha = sha_of(files_of(path))
         except common.CannotSave:
             raise
@@ -552,7 +549,7 @@ class ClipStore(pixel_cache.PixelStore):
             nothing = ClipAudit(str(path), common.one_line(error)), np.empty((0, 0, 0, 3), np.uint8)
             return [nothing] * len(rows)
         self._infos[path] = info
-        return [self._clip(path, info, grid, file_sha) for grid in grids]
+        return [self._clip(path, info, plan, grid, file_sha) for plan, grid in zip(plans, grids)]
 
     def decode_again(self, row, part=slice(None)):
         path = self.sources[row]
@@ -574,33 +571,31 @@ class ClipStore(pixel_cache.PixelStore):
         return 0
 
     def cache_keys(self, rows):
-        settings = [self.grid, self.fps, self.n_frames, self.jitter_sec, self.short_side, self.pixel_range,
-                    decoder_name()]
+        settings = [*self.grid, self.short_side, self.pixel_range, decoder_name()]
         stamps = [pixel_cache.file_stamp(file) for file in files_of(self.sources[rows[0]])]
         return [[settings, self.windows[row], stamps] for row in rows]
 
     def _plan(self, row, info):
-        return plan_grid(info, self.windows[row], self.grid, self.fps, self.n_frames, self.jitter_sec)
+        return plan_grid(info, self.windows[row], *self.grid)
 
     def _read(self, path, rows):
-        """(VideoInfo, GridFrames of each row), in one pass where the header tells the truth, else in two."""
+        """(VideoInfo, GridPlan and GridFrames of each row), in one pass where the header tells the truth, else in two."""
         header = _header(path, self.fps)
-        info, grids = self._fill(path, [self._plan(row, header) for row in rows])
+        guesses = [self._plan(row, header) for row in rows]
+        info, grids = self._fill(path, guesses)
         plans = [self._plan(row, info) for row in rows]
-        if not all(np.array_equal(grid.plan.indices, plan.indices) for grid, plan in zip(grids, plans)):
+        if not all(np.array_equal(guess.indices, plan.indices) for guess, plan in zip(guesses, plans)):
             for grid in grids:
                 grid.discard()
             info, grids = self._fill(path, plans)
-        for grid, plan in zip(grids, plans):
-            grid.plan = plan
-        return info, grids
+        return info, plans, grids
 
     def _fill(self, path, plans):
         """(VideoInfo, GridFrames of each plan) of one pass over a file."""
-        grids = [GridFrames(plan, self.cache, self.folder) for plan in plans]
+        grids = [GridFrames(len(plan.indices), self.cache, self.folder) for plan in plans]
         takers = collections.defaultdict(list)  # frame index -> the grids in which it stands, as often as it does
-        for grid in grids:
-            for index in grid.plan.indices.tolist():
+        for grid, plan in zip(grids, plans):
+            for index in plan.indices.tolist():
                 takers[index].append(grid)
 
         def receive(index, pixels):
@@ -613,8 +608,7 @@ class ClipStore(pixel_cache.PixelStore):
                 grid.discard()
             raise
 
-    def _clip(self, path, info, grid, file_sha):
-        plan = grid.plan
+    def _clip(self, path, info, plan, grid, file_sha):
         is_repeat = np.diff(plan.indices, prepend=-1) == 0
         audit = ClipAudit(
             path=str(path), n_frames=info.n_frames, n_damaged=len(info.damaged), damage=info.damage,

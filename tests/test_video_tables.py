@@ -1007,7 +1007,8 @@ def test_the_pair_of_animals_tells_the_class_without_pixels(tmp_path):
     assert priors["pair"]["auc"] > 0.85 and priors["pair"]["what"] == "tail"
     assert priors["receiver_id"]["auc"] == priors["pair"]["auc"] and abs(priors["camera_id"]["auc"] - 0.5) < 0.15
     assert {"pair", "hour", "camera_id", "day", "initiator_id"} <= set(priors)
-    report = event_audit.audit_table(table, split_by_parts(table), judges_priors=False)
+    audits = [video_files.ClipAudit(name) for name in table.clip_ids]
+    report = event_audit.audit_table(table, split_by_parts(table), audits)
     assert "priors" not in report and "no-pixel" not in splitting.leakage_text(report), "a run judges them on its folds"
 
 
