@@ -117,13 +117,12 @@ def describe(recording, windows, names, args, folder):
     columns |= {f"prob_{name}": p for name, p in zip(names, windows.probability.T)}
     tables = {"windows": pd.DataFrame(columns), "bouts": pd.DataFrame(bouts, columns=BOUT_COLUMNS)}
     tables["bouts"].insert(0, "video", columns["video"])
-    for kind, table in tables.items():
-        common.write_table(folder / f"{kind}.csv", table)
+    write_all(folder, [tables])
     return tables
 
 
 def write_all(folder, recordings):
-    """windows.csv and bouts.csv of all recordings; each a dict of describe."""
+    """windows.csv and bouts.csv of these recordings; each a dict of describe."""
     import pandas as pd
     for kind in recordings[0]:
         table = pd.concat([tables[kind] for tables in recordings])

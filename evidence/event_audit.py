@@ -76,12 +76,10 @@ def audit_table(table, split, audits=None, durations=None, predictions=None, pos
     them file and window say which clips are alike. durations: {source: seconds}; predictions:
     predictions.csv; positive: class whose priors are judged (default: the rarest).
     """
-    rows = np.concatenate(list(split.values()))
-    parts = np.repeat(list(split), [len(each) for each in split.values()])
-    order = np.lexsort((table.clip_ids[rows], parts))
-    rows = rows[order]
-    table = dataclasses.replace(table.take(rows), parts=parts[order])
-    split = {part: np.flatnonzero(table.parts == part) for part in split if part in parts}
+    rows = np.concatenate([own[np.argsort(table.clip_ids[own])] for own in split.values()])
+    parts = np.repeat(list(split), [len(own) for own in split.values()])
+    table = dataclasses.replace(table.take(rows), parts=parts)
+    split = {part: np.flatnonzero(parts == part) for part in split if part in parts}
     file_keys = content_keys(table.sources)
     contents = clip_contents(table, file_keys)
     phash = None

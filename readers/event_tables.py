@@ -315,8 +315,8 @@ def read_manifest_file(path, root, asked, need_labels, notes):
     notes += [f"{path.name}: {note}" for note in said]
     table = keyed_columns(raw, path)
     where = f"{path} has no column for"
-    source = csv_tables.find_column(table.columns, PATH_COLUMNS, asked[0], f"{where} --path_column")
-    label = csv_tables.find_column(table.columns, LABEL_COLUMNS, asked[1], f"{where} --label_column")
+    source = csv_tables.find_column(table, PATH_COLUMNS, asked[0], f"{where} --path_column")
+    label = csv_tables.find_column(table, LABEL_COLUMNS, asked[1], f"{where} --label_column")
     if label is None and need_labels:
         events = per_frame_events(table, path, source, notes)
         if events is not None:
@@ -324,7 +324,7 @@ def read_manifest_file(path, root, asked, need_labels, notes):
     if source is None or (label is None and need_labels):
         raise common.UserError(
             f"{path}: column of paths: {source or 'none, name it with --path_column'}; column of labels: "
-            f"{label or 'none, name it with --label_column'} (found: {common.shorten_list(table.columns, 40)})")
+            f"{label or 'none, name it with --label_column'} (found: {common.shorten_list(table, 40)})")
     if label:
         table = paired_states(table, source, label, notes)
     return table, source, label
@@ -369,7 +369,7 @@ def check_whole_clips(rows, table, path):
     if len(several):
         raise common.UserError(
             f"{path}: {len(several)} videos stand in rows with different labels and without times, such as "
-            f"{several[0]}; found columns {common.shorten_list(table.columns, 40)}. Name the times of the events "
+            f"{several[0]}; found columns {common.shorten_list(table, 40)}. Name the times of the events "
             "start_sec and end_sec, or start_frame and end_frame")
 
 
@@ -415,7 +415,7 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
     rows, extra = [pd.concat(tables, ignore_index=True) for tables in zip(*found)]
     extra = extra.fillna("")
     where = f"{common.shorten_list(manifests.values())} has no column for --group_column"
-    group = csv_tables.find_column(extra.columns, ["group"], group_column, where)
+    group = csv_tables.find_column(extra, ["group"], group_column, where)
     rows["source"] = find_sources(rows, notes, video_root is None, **finding)
     refuse_several_files(rows, extra)
     known = read_label_map(label_map) if label_map else None
@@ -570,7 +570,7 @@ def split_keys(table, split_by=None):
     if split_by and split_by not in names:
         raise common.UserError(
             f"--split_by {split_by} needs --group_column "
-            f"(found: {common.shorten_list(table.extra.columns, 40)})")
+            f"(found: {common.shorten_list(table.extra, 40)})")
     for name in [split_by] if split_by else names:
         finer = names[names.index(name):]
         units = [f"{name} {unit}" for unit in connected([levels[other] for other in finer])]

@@ -62,7 +62,7 @@ def as_list(content, key_name, prefix=""):
 def score_columns(rows, wanted, path):
     """Names of the R score columns: those asked for in any spelling, else the numeric ones that are no ids or times."""
     if wanted:
-        return csv_tables.pick_columns(wanted, rows.columns, f"{path} has no --target_columns")
+        return csv_tables.pick_columns(wanted, rows, f"{path} has no --target_columns")
     keys = {name: csv_tables.column_key(name) for name in rows}
     names = [
         name for name, key in keys.items()
@@ -70,7 +70,7 @@ def score_columns(rows, wanted, path):
         and csv_tables.looks_numeric(rows[name])]
     if not names:
         raise common.UserError(
-            f"{path}: expected columns of scores, found none among {common.shorten_list(rows.columns, 40)}; "
+            f"{path}: expected columns of scores, found none among {common.shorten_list(rows, 40)}; "
             "name them with --target_columns")
     return names
 
@@ -93,12 +93,12 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     extra = event_tables.keyed_columns(raw.drop(columns=names), path)
     known = (*event_tables.PATH_COLUMNS, "media", "sequence_id", "id")
     where = f"{path} has no column for"
-    source = csv_tables.find_column(extra.columns, known, path_column, f"{where} --path_column")
-    group = csv_tables.find_column(extra.columns, GROUP_COLUMNS, group_column, f"{where} --group_column")
+    source = csv_tables.find_column(extra, known, path_column, f"{where} --path_column")
+    group = csv_tables.find_column(extra, GROUP_COLUMNS, group_column, f"{where} --group_column")
     if source is None:
         raise common.UserError(
             f"{path}: no column of folders; name it with --path_column "
-            f"(found: {common.shorten_list(extra.columns, 40)})")
+            f"(found: {common.shorten_list(extra, 40)})")
     unsaid = []
     timed = extra
     while found := [column.name for column in event_times.time_columns(timed) if column.unit is None]:

@@ -679,7 +679,6 @@ def find_recordings(path):
 @dataclasses.dataclass
 class GridFrame:
     """What a recording shows at one time of its grid."""
-    time_sec: float
     pixels: np.ndarray  # uint8 (H, W, 3)
     is_new: bool  # False: the frame before again, as the source is slower than the grid
 
@@ -777,9 +776,9 @@ class Recording:
     def _show(self, convert, until):
         """Yield one frame for every time of the grid before `until` that has not been shown."""
         pixels = None
-        while (time := self.begin_sec + self.n_shown / self.fps) < until - STAMP_SLACK_SEC:
+        while self.begin_sec + self.n_shown / self.fps < until - STAMP_SLACK_SEC:
             before = self.latest
             if pixels is None:
                 pixels = convert(self.short_side)
-            yield GridFrame(time, pixels, is_new=pixels is not before)
+            yield GridFrame(pixels, is_new=pixels is not before)
             self.n_shown += 1

@@ -265,7 +265,7 @@ def test_every_frame_goes_once_through_the_backbone(made, monkeypatch, name, kin
 def test_a_network_sees_few_frames_at_once_whatever_the_step(step):
     """Windows far apart take no more memory than close ones, and hold the same frames."""
     pixels = np.arange(500).astype(np.uint8)[:, None, None, None] + np.zeros((1, 8, 8, 3), np.uint8)
-    frames = [video_files.GridFrame(k / 4, picture, is_new=True) for k, picture in enumerate(pixels)]
+    frames = [video_files.GridFrame(picture, is_new=True) for picture in pixels]
     n_seen = []
 
     def frame_features(crops):
