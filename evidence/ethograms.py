@@ -134,8 +134,7 @@ def plot_ethogram(windows, bouts, names, path):
 
     A strip is some 10 minutes, so that bouts of seconds are seen, but there are 12 at most.
     """
-    begin = windows.spans[0, 0]
-    end = windows.spans[-1, 1]
+    begin, end = windows.edges[[0, -1]]
     n_strips = min(max(round((end - begin) / STRIP_SEC), 1), MOST_STRIPS)
     is_long = end - begin > 300
     unit = 60 if is_long else 1

@@ -274,7 +274,7 @@ def headless_list(table, root, notes):
         n_frames = rows[0][1:-1]
         is_even = len(set(map(len, rows))) == 1 < len(rows[0])
         is_list = is_even and all(map(str.isdigit, n_frames))
-        if is_list and root.is_dir() and file_names.match_videos([first], root)[0][first]:
+        if is_list and file_names.match_videos([first], root)[0][first]:
             frames = ", a number of frames" if n_frames else ""
             notes[:] = [note for note in notes if "is no header" not in note]
             notes.append(f"no header line: each line is read as a path{frames} and a label")
@@ -314,9 +314,8 @@ def read_manifest_file(path, root, asked, need_labels, notes):
         raw = below_header(raw) if listed is None else listed
     notes += [f"{path.name}: {note}" for note in said]
     table = keyed_columns(raw, path)
-    where = f"{path} has no column for"
-    source = csv_tables.find_column(table, PATH_COLUMNS, asked[0], f"{where} --path_column")
-    label = csv_tables.find_column(table, LABEL_COLUMNS, asked[1], f"{where} --label_column")
+    source = csv_tables.find_column(table, PATH_COLUMNS, asked[0], f"{path} has no column for --path_column")
+    label = csv_tables.find_column(table, LABEL_COLUMNS, asked[1], f"{path} has no column for --label_column")
     if label is None and need_labels:
         events = per_frame_events(table, path, source, notes)
         if events is not None:
@@ -380,15 +379,15 @@ def refuse_several_files(rows, extra):
         return
     totals = csv_tables.to_numbers(extra[length], f"column {length}")
     is_there = [bool(source) and source.exists() for source in rows["source"]]
-    known = rows.assign(total=totals)[is_there]
-    for name, own in known.groupby(extra["observation_id"]):
-        files = own[["source", "total"]].drop_duplicates()
-        first, total = files.iloc[0]
-        is_one_of_unknown_length = len(files) == 1 and (math.isnan(total) or not video_files.claimed_sec(first))
-        if not is_one_of_unknown_length and not any(map(has_length, files["source"], files["total"])):
+    for name, own in rows["source"][is_there].groupby(extra["observation_id"]):
+        row = own.index[0]
+        total = totals[row]
+        files = own.unique()
+        is_one_of_unknown_length = len(files) == 1 and (math.isnan(total) or not video_files.claimed_sec(files[0]))
+        if not is_one_of_unknown_length and not any(has_length(file, total) for file in files):
             raise common.UserError(
-                f"observation {name}: {length} {extra[length][own.index[0]] or '(blank)'}, expected the seconds of one of "
-                f"its {len(files)} files (such as {first}). Where it goes over several, export each as an observation of "
+                f"observation {name}: {length} {extra[length][row] or '(blank)'}, expected the seconds of one of its "
+                f"{len(files)} files (such as {files[0]}). Where it goes over several, export each as an observation of "
                 "its own; else write its length")
 
 

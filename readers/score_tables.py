@@ -92,9 +92,8 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     target = np.stack(columns, axis=1)  # (N, R)
     extra = event_tables.keyed_columns(raw.drop(columns=names), path)
     known = (*event_tables.PATH_COLUMNS, "media", "sequence_id", "id")
-    where = f"{path} has no column for"
-    source = csv_tables.find_column(extra, known, path_column, f"{where} --path_column")
-    group = csv_tables.find_column(extra, GROUP_COLUMNS, group_column, f"{where} --group_column")
+    source = csv_tables.find_column(extra, known, path_column, f"{path} has no column for --path_column")
+    group = csv_tables.find_column(extra, GROUP_COLUMNS, group_column, f"{path} has no column for --group_column")
     if source is None:
         raise common.UserError(
             f"{path}: no column of folders; name it with --path_column "
