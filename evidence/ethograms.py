@@ -93,11 +93,11 @@ def bouts_of(windows, names, min_bout_sec=0.0, merge_gap_sec=0.0):
     first = np.flatnonzero(np.diff(classes, prepend=-1))
     bouts = []
     for begin, end in zip(first, np.append(first[1:], len(classes))):
-        start_sec, end_sec = edges[[begin, end]].tolist()
+        start_sec, end_sec = edges[[begin, end]]
         if end_sec - start_sec >= min_bout_sec:
             c = classes[begin]
             mean = windows.probability[begin:end, c].mean()
-            bouts.append(Bout(names[c], start_sec, end_sec, float(mean)))
+            bouts.append(Bout(names[c], start_sec, end_sec, mean))
     return bouts
 
 
@@ -160,8 +160,7 @@ def annotate(recording, windows, names, path):
     av = video_files.load_pyav()
     cv2 = common.load_opencv()
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    millisecond = fractions.Fraction(1, 1000)
-    with av.open(str(path), "w") as container:
+    with av.open(path, "w") as container:
         stream = None
         for time, convert in recording.frames():
             pixels = convert(None)
@@ -171,7 +170,7 @@ def annotate(recording, windows, names, path):
             if stream is None:
                 stream = container.add_stream(codec, options={"g": "50"})
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-                stream.codec_context.time_base = millisecond
+                stream.codec_context.time_base = fractions.Fraction(1, 1000)
             k = windows.at(time)
             c = windows.chosen[k]
             text = f"{names[c]} {windows.probability[k, c]:.2f}"
@@ -179,9 +178,8 @@ def annotate(recording, windows, names, path):
             for colour, thickness in (((0, 0, 0), 4), ((255, 255, 255), 1)):  # legible on any ground
                 cv2.putText(pixels, text, (8, round(30 * size)), cv2.FONT_HERSHEY_SIMPLEX, size, colour, thickness,
                             cv2.LINE_AA)
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame = av.VideoFrame.from_ndarray(pixels)
             frame.pts = round(1000 * time)
-            frame.time_base = millisecond
             container.mux(stream.encode(frame))
         if stream is not None:
             container.mux(stream.encode())

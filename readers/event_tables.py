@@ -482,7 +482,7 @@ def build_table(rows, extra, names, notes, group, is_group_wanted, target=None):
     extra = with_own_columns(extra[keep].reset_index(drop=True), rows["place"])
     videos = paths_below_root(rows["source"], rows["root"])
     spans = zip(videos, rows["start"], rows["end"], rows["unit"])
-    clip_ids = np.array([clip_name(*each) for each in spans], dtype=str)
+    clip_ids = np.array([clip_name(*each) for each in spans])
     return EventTable(
         names=names,
         clip_ids=clip_ids,
@@ -510,7 +510,7 @@ def paths_below_root(sources, roots):
         base = ""
     inside = os.path.join(base, "")
     below = {source: Path(os.path.realpath(source).removeprefix(inside)).as_posix() for source in set(sources)}
-    return np.array([below[source] for source in sources], dtype=str)
+    return np.array([below[source] for source in sources])
 
 
 def clip_name(video, start, end, unit):
@@ -575,7 +575,7 @@ def split_keys(table, split_by=None):
         units = [f"{name} {unit}" for unit in connected([levels[other] for other in finer])]
         if len(set(units)) > 1:
             break
-    return np.array(units, dtype=str)
+    return np.array(units)
 
 
 def connected(columns):

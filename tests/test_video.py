@@ -504,6 +504,7 @@ def test_leaking_parts_are_refused_unless_allowed(made, tmp_path):
     assert read_json(run / "leakage_report.json")["between"]["val-test"]["events"]["count"] == 3
     assert "3 rows skipped" in text and len(read_csv(run / "skipped.csv")) == 3
     assert all("past the end" in row["reason"] for row in read_csv(run / "skipped.csv"))
+    assert all(re.fullmatch(r"leaky_\w+\.csv line \d+", row["row"]) for row in read_csv(run / "skipped.csv"))
     assert "test events are in train or val" in (run / "report.html").read_text(encoding="utf-8")
 
 

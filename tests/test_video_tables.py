@@ -234,6 +234,21 @@ def test_impossible_windows_are_skipped_by_name(tmp_path):
     assert "'0.5 s' in line 2" in fails(windows, tmp_path, "start_sec,end_sec", "0.5 s,2 s")
 
 
+def test_blank_paths_are_skipped_by_their_lines(tmp_path):
+    """Events that were not filmed: whatever their labels, they are no missing video and no folder."""
+    put(tmp_path, "a.mp4")
+    path = write(tmp_path / "m.csv", "path,label,start_sec,end_sec\na.mp4,x,1,2\n,x,3,4\n,y,5,6\n")
+    for need_files in (True, False):
+        table = event_tables.read_events({"": path}, need_files=need_files)
+        assert list(table.lines) == ["m.csv line 2"] and not any("not there" in note for note in table.notes)
+        assert [(row["row"], row["reason"]) for row in table.skipped] == [
+            ("m.csv line 3", "its path is blank"), ("m.csv line 4", "its path is blank")]
+    write(path, "path,label\n,x\n,y\n")
+    assert "no usable row of 2: m.csv line 2: its path is blank, m.csv line 3" in fails(event_tables.read_events, {"": path})
+    path = write(tmp_path / "s.csv", "path,animal,pain\na.mp4,1,3\n,2,4\n")
+    assert [row["row"] for row in score_tables.read_sequences(path).skipped] == ["s.csv line 3"]
+
+
 @pytest.mark.parametrize("header, unit", [
     ("start_frame,duration_sec", None), ("start_sec,end_frame", None), ("t_start,duration_min", "frame")])
 def test_ends_in_another_unit_than_the_starts_stop(tmp_path, header, unit):
