@@ -128,7 +128,8 @@ def event_keys(extra, fallback):
 def read_label_map(path):
     """JSON, YAML or CSV -> {spelling: class, or None = left out}; also {class: [spellings]}. A class spells itself."""
     classes = csv_tables.read_pairs(path, "--label_map", ("spelling", "class"))
-    return {name: name for name in classes.values() if name} | {key: name or None for key, name in classes.items()}
+    spell_themselves = {name: name for name in classes.values() if name}
+    return spell_themselves | {key: name or None for key, name in classes.items()}
 
 
 def classes_of(spelled, label_map=None, names=None):
@@ -210,7 +211,8 @@ def paired_states(table, path_column, label_column, notes):
     n_lost = (states == "START").sum() - is_pair.sum()
     notes.append(f"rows START and STOP became {is_event.sum()} events; {n_lost} without a STOP are left out")
     ends = following["time"].mask(is_point, table["time"])
-    return table.assign(start_sec=table["time"], end_sec=ends)[is_event].drop(columns=["time", kind])
+    timed = table.assign(start_sec=table["time"], end_sec=ends)
+    return timed[is_event].drop(columns=["time", kind])
 
 
 def per_frame_events(table, path, path_column, notes):
@@ -383,8 +385,9 @@ def refuse_several_files(rows, extra):
         row = own.index[0]
         total = totals[row]
         files = own.unique()
-        is_one_of_unknown_length = len(files) == 1 and (math.isnan(total) or not video_files.claimed_sec(files[0]))
-        if not is_one_of_unknown_length and not any(has_length(file, total) for file in files):
+        is_length_unknown = math.isnan(total) or not video_files.claimed_sec(files[0])
+        is_one_file = len(files) == 1 and is_length_unknown
+        if not is_one_file and not any(has_length(file, total) for file in files):
             raise common.UserError(
                 f"observation {name}: {length} {extra[length][row] or '(blank)'}, expected the seconds of one of its "
                 f"{len(files)} files (such as {files[0]}). Where it goes over several, export each as an observation of "
@@ -534,7 +537,8 @@ def with_own_columns(extra, places):
 
 def merge_repeats(table):
     """Rows of one part with the same clip, event and label become one that counts them; then clip_ids are unique."""
-    same = common.rows_by_key(zip(table.clip_ids, table.parts, table.events, table.label)).values()
+    keys = zip(table.clip_ids, table.parts, table.events, table.label)
+    same = common.rows_by_key(keys).values()
     kept = table.take([rows[0] for rows in same])
     kept.repeats = np.array([len(rows) for rows in same], np.int64)
     kept.clip_ids = unique_ids(kept)

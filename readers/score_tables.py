@@ -147,6 +147,7 @@ def total_and_parts(names, target):
 
     A name alone makes no total: none where half of the sums miss it by over half an SD of it.
     """
+    import pandas as pd
     keys = [csv_tables.column_key(name) for name in names]
     totals = [r for r, key in enumerate(keys) if "total" in key]
     no_part = re.compile("nrs|vas|total|sum|mean")
@@ -154,11 +155,11 @@ def total_and_parts(names, target):
     if not totals or not parts:
         return None, [], ""
     total = totals[0]
-    gap = np.abs(target[:, total] - target[:, parts].sum(1))
-    gap = gap[~np.isnan(gap)]
-    if not len(gap) or np.median(gap) <= 0.5 * np.nanstd(target[:, total]):
+    scores = pd.DataFrame(target)
+    gap = (scores[total] - target[:, parts].sum(1)).abs().median()
+    if not gap > 0.5 * scores[total].std(ddof=0):
         return total, parts, ""
-    note = (f"{names[total]} differs from the sum of its {len(parts)} parts, by {np.median(gap):.3g} in the median "
+    note = (f"{names[total]} differs from the sum of its {len(parts)} parts, by {gap:.3g} in the median "
             "row, and is not tied to it")
     return None, [], note
 

@@ -9,6 +9,7 @@ import csv
 import itertools
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
