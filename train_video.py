@@ -346,9 +346,7 @@ def read_table(args, names=None, need_labels=True):
             label_column=args.label_column, time_unit=args.time_unit, **shared)
     if args.filter:
         table = table.take(event_tables.filter_rows(table, args.filter))
-    counted = {source for source, unit in zip(table.sources, table.unit) if unit == "frame"}
-    infos = {source: video_files.probe(source, args.fps) for source in counted}
-    return event_times.seconds_of(table, infos, args.min_event_sec)
+    return event_times.seconds_of(table, args.fps, args.min_event_sec)
 
 
 def load_study(args, table, say, skipped_file=None):

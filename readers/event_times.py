@@ -3,13 +3,14 @@
 Letters: N rows. Units: seconds from the start of a file, or frames counted from 0.
 """
 import dataclasses
+import functools
 import math
 import re
 
 import numpy as np
 
 import common
-from readers import csv_tables
+from readers import csv_tables, video_files
 
 ROLES = {"start", "end", "offset", "duration"}
 SECONDS = {"sec": 1, "ms": 0.001, "min": 60}
@@ -168,17 +169,18 @@ def _widen(start, end, min_event_sec, can_be_short):
     return np.stack([start, end], axis=1)
 
 
-def seconds_of(table, infos, min_event_sec=1.0):
+def seconds_of(table, fps, min_event_sec=1.0):
     """The table with windows counted in frames turned into seconds by the frames' own times; short ones widened.
 
-    infos: {source: VideoInfo} of the rows in frames. A row of a damaged file, whose frames cannot be counted, is
-    skipped; one of a file that cannot be read stays in frames.
+    fps: of sources without a clock. A row of a damaged file, whose frames cannot be counted, is skipped; one of a file
+    that cannot be read stays in frames.
     """
     windows = table.windows.copy()
     unit = table.unit.copy()
     reasons = [""] * len(table)
-    for row in np.flatnonzero(table.unit == "frame"):
-        info = infos[table.sources[row]]
+    probe = functools.cache(video_files.probe)  # once a file
+    for row in np.flatnonzero(unit == "frame"):
+        info = probe(table.sources[row], fps)
         if info.error:
             continue
         unit[row] = "sec"

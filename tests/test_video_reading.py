@@ -221,7 +221,7 @@ def test_frame_numbers_are_looked_up_in_the_times_of_an_uneven_film(films, tmp_p
         f"uneven.mp4,{'ab'[i % 2]},{10 * i},{10 * i + 9}\n" for i in range(9)))
     table = event_tables.read_events({"": tmp_path / "m.csv"}, films["uneven.mp4"].parent, min_event_sec=0)
     info = video_files.probe(films["uneven.mp4"])
-    table = event_times.seconds_of(table, dict.fromkeys(table.sources, info), 0)
+    table = event_times.seconds_of(table, FPS, 0)
     store = open_store(table.sources, table.windows, fps=100, n_frames=4)
     for row in range(9):
         seen = numbers_of(store[row])
@@ -392,7 +392,7 @@ def test_rows_in_frames_of_a_damaged_film_are_skipped(tmp_path):
     damaged_film(tmp_path / "hole.mp4")
     (tmp_path / "m.csv").write_text("path,label,start_frame,end_frame\nhole.mp4,a,0,9\nhole.mp4,b,70,79\n")
     table = event_tables.read_events({"": tmp_path / "m.csv"})
-    table = event_times.seconds_of(table, {source: video_files.probe(source) for source in table.sources})
+    table = event_times.seconds_of(table, FPS)
     assert len(table) == 0 and "frames cannot be counted" in table.skipped[0]["reason"]
 
 

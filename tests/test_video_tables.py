@@ -213,13 +213,14 @@ def test_offset_and_duration_with_zero_widened_around_the_event(tmp_path):
                    min_event_sec=2.0).windows.tolist() == [[19, 21], [30, 32]]
 
 
-def test_start_and_end_in_seconds_or_frames(tmp_path):
+def test_start_and_end_in_seconds_or_frames(tmp_path, monkeypatch):
     assert windows(tmp_path, "start_sec,end_sec", "1.5,4", "2,9").windows.tolist() == [[1.5, 4], [2, 9]]
     table = windows(tmp_path, "start_frame,end_frame", "0,29", "60,60")
     assert list(table.unit) == ["frame", "frame"] and table.windows.tolist() == [[0, 30], [60, 61]]
     times = np.cumsum(np.tile([0.1, 0.02], 40))
     info = video_files.VideoInfo(times=times, n_frames=80, duration_sec=5.0)
-    seconds = event_times.seconds_of(table, {table.sources[0]: info})
+    monkeypatch.setattr(video_files, "probe", lambda *_: info)
+    seconds = event_times.seconds_of(table, fps=25)
     assert list(seconds.unit) == ["sec", "sec"]
     middle = (times[60] + times[61]) / 2
     np.testing.assert_allclose(seconds.windows, [[times[0], times[30]], [middle - 0.5, middle + 0.5]])
