@@ -386,12 +386,12 @@ def refuse_several_files(rows, extra):
         total = totals[row]
         files = own.unique()
         is_length_unknown = math.isnan(total) or not video_files.claimed_sec(files[0])
-        is_one_file = len(files) == 1 and is_length_unknown
-        if not is_one_file and not any(has_length(file, total) for file in files):
+        is_one_of_unknown_length = len(files) == 1 and is_length_unknown
+        if not is_one_of_unknown_length and not any(has_length(file, total) for file in files):
             raise common.UserError(
                 f"observation {name}: {length} {extra[length][row] or '(blank)'}, expected the seconds of one of its "
-                f"{len(files)} files (such as {files[0]}). Where it goes over several, export each as an observation of "
-                "its own; else write its length")
+                f"{len(files)} files (such as {files[0]}). Where it goes over several, export each as an observation "
+                "of its own; else write its length")
 
 
 def has_length(video, seconds):

@@ -146,8 +146,8 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
         """(N,) starts and ends in frames or in seconds; the last frame of a window is in it, and counts for 1."""
         start, end, duration = [found.get((role, in_frames), nothing) for role in ("start", "end", "duration")]
         return start, end.fillna(start + duration - in_frames).fillna(start) + in_frames
-    start, end = read_windows(False)
-    first, stop = read_windows(True)
+    start, end = read_windows(in_frames=False)
+    first, stop = read_windows(in_frames=True)
     is_frame = start.isna() & first.notna()
     start = start.fillna(first)
     end = end.mask(is_frame, stop)

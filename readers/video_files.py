@@ -579,7 +579,7 @@ class ClipStore(pixel_cache.PixelStore):
         return plan_grid(info, self.windows[row], *self.grid)
 
     def _read(self, path, rows):
-        """(VideoInfo, GridPlan and GridFrames of each row), in one pass where the header tells the truth, else in two."""
+        """(VideoInfo, GridPlans, GridFrames of the rows), in one pass where the header tells the truth, else in two."""
         header = _header(path, self.fps)
         guesses = [self._plan(row, header) for row in rows]
         info, grids = self._fill(path, guesses)

@@ -94,7 +94,7 @@ def read_opencv(path, times, indices):
 
 def read_as_script(path, times, indices):
     frames = {}
-    video_files.read_source(path, lambda _: set(indices.tolist()), frames.__setitem__, SHORT_SIDE, fps=None)
+    video_files.read_source(path, set(indices.tolist()), frames.__setitem__, SHORT_SIDE, fps=None)
     return np.stack([frames[i] for i in indices])
 
 
