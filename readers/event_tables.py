@@ -291,14 +291,14 @@ def describe_rows(table, path, root, written, part="", min_event_sec=1.0, time_u
     place: of the row in its file, 0 to 1, as text: a file sorted by class gives itself away.
     """
     import pandas as pd
-    windows, unit, faults = event_times.event_windows(table, path, min_event_sec, time_unit, notes)
+    start, end, unit, faults = event_times.event_windows(table, path, min_event_sec, time_unit, notes)
     return pd.DataFrame({
         "video": list(written),
         "root": root,
         "part": part,
         "row": [f"{path.name} line {line}" for line in table.index],
-        "start": windows[:, 0],
-        "end": windows[:, 1],
+        "start": start,
+        "end": end,
         "unit": unit,
         "fault": np.where(written == "", "its path is blank", faults),
         "place": [f"{row / len(table):.6f}" for row in range(len(table))]})

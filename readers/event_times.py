@@ -115,7 +115,7 @@ def seconds_in(cells, unit, where):
 
 
 def event_windows(rows, source, min_event_sec, time_unit, notes):
-    """Time columns of one manifest -> (windows (N, 2), unit (N,), faults (N,) text, '' = none).
+    """Time columns of one manifest -> (N,) starts, ends, units and faults, text, '' = none.
 
     A start and an end or a duration, in seconds or in frames (both inclusive), by the names that TIME_COLUMN knows;
     nothing: the whole clip. time_unit: of columns whose names say none; seconds by default, which is noted. An event
@@ -156,17 +156,17 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
     faults[end < start + is_frame] = "ends before it starts"
     if start.notna().any():
         faults[start.isna()] = "no offset, while other rows have one"
-    windows = _widen(start, end, min_event_sec, ~is_frame)
-    return windows, np.where(is_frame, "frame", "sec"), faults
+    start, end = _widen(start, end, min_event_sec, ~is_frame)
+    return start, end, np.where(is_frame, "frame", "sec"), faults
 
 
 def _widen(start, end, min_event_sec, can_be_short):
-    """(N, 2) windows, the short ones widened to min_event_sec around their middle, not before the file."""
+    """(N,) starts and ends, the short ones widened to min_event_sec around their middle, not before the file."""
     is_short = can_be_short & (end - start < min_event_sec)
     widened = np.maximum((start + end - min_event_sec) / 2, 0)
     start = np.where(is_short, widened, start)
     end = np.where(is_short, widened + min_event_sec, end)
-    return np.stack([start, end], axis=1)
+    return start, end
 
 
 def seconds_of(table, fps, min_event_sec=1.0):
@@ -187,7 +187,8 @@ def seconds_of(table, fps, min_event_sec=1.0):
         windows[row] = [time_of_frame(info, frame) for frame in windows[row]]
         if info.damage:
             reasons[row] = f"its frames cannot be counted: {info.damage}"
-    windows = _widen(*windows.T, min_event_sec, unit != table.unit)
+    start, end = _widen(*windows.T, min_event_sec, unit != table.unit)
+    windows = np.stack([start, end], axis=1)
     return dataclasses.replace(table, windows=windows, unit=unit).without(reasons)
 
 
