@@ -106,7 +106,7 @@ def parse_args(argv=None):
     args = common.parse_arguments(parser, argv)
     check_flags(parser, args)
     if args.mode == "train":
-        args = settle_split(args)
+        args = settle_split(parser, args)
         check_split_flags(parser, args)
     return args
 
@@ -218,22 +218,25 @@ def check_flags(parser, args):
                      "else it is the model itself, or one on random features")
 
 
-def settle_split(args):
+def settle_split(parser, args):
     """One way to split, and --split_ratio as the ratios that all scripts know.
 
-    The way of the command line goes before those of a configuration and of VAL_JSON, and there the first of SPLIT_WAYS;
-    flags of the other ways are given up, with a note.
+    The way of the command line goes before those of a configuration and of VAL_JSON, and there the first of SPLIT_WAYS.
+    Flags of the other ways are refused where they are typed, and else given up, with a note.
     """
     asked = [way for way in SPLIT_WAYS if getattr(args, way)]
     if not asked:
         return args
     way = min(asked, key=lambda name: name not in args.given)  # the first typed one, else the first
-    others = {*SPLIT_WAYS, *itertools.chain(*SPLIT_WAYS.values())} - {way, *SPLIT_WAYS[way]} - args.given
-    given_up = sorted(name for name in others if getattr(args, name))
-    settled = {name: 0 if name in ("folds", "test_ratio") else None for name in given_up}
-    if given_up:
-        print(f"note: --{way} makes the split, so {' and '.join(given_up)} of the configuration or the environment "
+    others = {*SPLIT_WAYS, *itertools.chain(*SPLIT_WAYS.values())} - {way, *SPLIT_WAYS[way]}
+    others = sorted(name for name in others if getattr(args, name))
+    typed = [f"--{name}" for name in others if name in args.given]
+    if typed:
+        parser.error(f"--{way} makes the split; leave out {' and '.join(typed)}")
+    if others:
+        print(f"note: --{way} makes the split, so {' and '.join(others)} of the configuration or the environment "
               "not used", flush=True)
+    settled = {name: 0 if name in ("folds", "test_ratio") else None for name in others}
     if way == "split_ratio":
         settled["train_ratio"] = args.split_ratio
         settled["val_ratio"] = 1 - args.split_ratio - args.test_ratio
@@ -241,23 +244,20 @@ def settle_split(args):
 
 
 def check_split_flags(parser, args):
-    """One way to split: the files of the parts, --split_file, or shares of --train_json."""
+    """parser.error for what the way to split lacks, and for shares that contradict it."""
     for part in ("val", "test"):
         path = getattr(args, f"{part}_json")
         if path and not getattr(args, f"{part}_images"):
             parser.error(f"--{part}_json {path} needs --{part}_images")
-    others = ("folds", "split_file", "split_ratio", "test_ratio")
-    if args.val_json and (any(getattr(args, name) for name in others) or args.fold != "all"):
-        parser.error(f"--val_json {args.val_json} is the split: give no --folds, --fold, --split_file, "
-                     "--split_ratio, --test_ratio")
-    if "split_ratio" in args.given and (args.folds or args.split_file or args.given & {"train_ratio", "val_ratio"}):
-        parser.error(f"--split_ratio {args.split_ratio:g} is the split: give no --folds, --split_file, "
-                     "--train_ratio, --val_ratio")
+    if "split_ratio" in args.given and args.given & {"train_ratio", "val_ratio"}:
+        parser.error(f"--split_ratio {args.split_ratio:g} is the split: give no --train_ratio, --val_ratio")
     if args.folds and not args.val_ratio:
         parser.error(f"--folds {args.folds} --val_ratio 0: pictures of the train part choose the epoch")
     if args.test_json and not args.val_json:
         parser.error(f"--test_json {args.test_json} needs --val_json: without it --train_json is "
                      "split")
+    if args.val_json and args.fold != "all":
+        parser.error(f"--fold {args.fold}: --val_json makes the split, in which there are no folds")
     if not args.val_json:
         splitting.check_flags(parser, args)
 
@@ -299,24 +299,24 @@ class Study(picture_files.StoredPictures):
             parts=truth.parts)
 
 
-def load_study(args, files, say, checkpoint=None):
+def load_study(args, files, say, known_parts=None):
     """{split: (JSON, folder of pictures)} -> Study; what cannot be used is listed in `skipped`.
 
-    checkpoint: what load_detector read, whose parts, input size and use of absent parts then hold.
+    known_parts: those of the checkpoint that is to find them.
     """
-    read = {origin: part_boxes.read_annotations(path, args.box_format, args.state_attribute)
-            for origin, (path, _) in files.items()}
-    found, skipped, notes = match_pictures(read, files, args.exact_names)
-    say(f"decoding {len(found)} pictures")
-    own = {"min_size": input_size(args), "pixel_range": args.pixel_range}
-    checkpoint = checkpoint or {"settings": own, "absent": args.absent}
-    settings = checkpoint["settings"]
+    read = {}
+    for origin, (path, folder) in files.items():
+        read[origin] = part_boxes.read_annotations(path, args.box_format, args.state_attribute)
+        part_boxes.find_pictures(read[origin], folder, args.exact_names)
+        for image in read[origin].images:
+            image.origin = origin
+    images = [image for found in read.values() for image in found.images]
+    say(f"decoding {len(images)} pictures")
     store = picture_files.ImageStore(
-        [image.path for image in found], settings["min_size"], args.cache, settings.get("pixel_range"))
-    stored, bad = check_pictures(store.audit, found, args.on_bad_file)
-    skipped += bad
-    used = [found[i] for i in stored]
-    parts, part_notes = used_parts(read, used, settings.get("parts"))
+        [image.path for image in images], input_size(args), args.cache, args.pixel_range)
+    stored, bad = check_pictures(store.audit, images, args.on_bad_file)
+    used = [images[i] for i in stored]
+    parts, part_notes = used_parts(read, used, known_parts)
     listed = ", ".join(str(path) for path, _ in files.values())
     part_boxes.refuse_other_convention(used, listed, args.box_format)
     if len(files) > 1:
@@ -327,14 +327,16 @@ def load_study(args, files, say, checkpoint=None):
         parts=parts,
         min_trust=args.min_trust,
         groups=part_boxes.read_groups(used, args.group_column),
-        keeps_absent=checkpoint["absent"] == "keep")
+        keeps_absent=args.absent == "keep")
+    skipped = [each for found in read.values() for each in found.skipped]
+    notes = [note for found in read.values() for note in found.notes]
     study = Study(
         truth=truth,
         images=used,
         category_ids={origin: found.category_ids for origin, found in read.items()},
         store=store,
         stored=np.array(stored, int),
-        skipped=skipped + without_area,
+        skipped=skipped + bad + without_area,
         notes=notes + part_notes + box_notes)
     if args.drop_empty:
         study = without_empty(study)
@@ -345,25 +347,6 @@ def load_study(args, files, say, checkpoint=None):
 def input_size(args):
     """Short side of the input in pixels."""
     return args.min_size or MODELS[args.model].min_size
-
-
-def match_pictures(read, files, exact_names):
-    """{split: Annotations} -> (AnnotatedImages with a picture, dicts of what is skipped, notes)."""
-    images = []
-    skipped = []
-    notes = []
-    for origin, (path, folder) in files.items():
-        found = read[origin]
-        without_entry, matching = part_boxes.find_pictures(found, folder, exact_names)
-        notes += found.notes + matching
-        skipped += found.skipped
-        images += found.images
-        for image in found.images:
-            image.origin = origin
-        skipped += [{"image": name, "reason": f"no entry in {path.name}"} for name in without_entry]
-    skipped += [{"image": image.name, "reason": "no such picture"}
-                for image in images if not image.path]
-    return [image for image in images if image.path], skipped, notes
 
 
 def check_pictures(audits, images, on_bad_file):
@@ -910,10 +893,9 @@ def evaluate(model, loader, args, compute):
         summed = {name: value.item() * len(sizes) for name, value in losses.items()}
         parts.append((on_disk(found, batch["scale"]), summed))
     detections, summed = zip(*compute.processes.gather(parts))
-    detections = list(itertools.chain(*detections))
-    totals = {name: sum(each[name] for each in summed) for name in summed[0]}
-    losses = {f"val_{name}": total / len(detections) for name, total in totals.items()}
-    return detections, losses
+    detections = sum(detections, [])
+    means = {f"val_{name}": sum(each[name] for each in summed) / len(detections) for name in summed[0]}
+    return detections, means
 
 
 @torch.no_grad()
@@ -927,6 +909,22 @@ def mean_features(model, loader, compute):
             maps = model.features(inputs)  # (B, 3, H, W) -> maps
         looks.append(model.look(maps, batch["sizes"]))
     return torch.cat(compute.processes.gather(looks)).numpy()
+
+
+@torch.no_grad()
+def detect(model, loader, compute):
+    """Whole split at once -> (M Detections, features (M, 256) of model.look, hashes and errors of Pictures, else [])."""
+    model.eval()
+    parts = []
+    for batch in loader:
+        inputs = to_inputs(batch, compute, model.settings)
+        with compute.autocast():
+            maps = model.features(inputs)  # (B, 3, H, W) -> maps
+            found = model.heads(maps, inputs, batch["sizes"])
+        looks = model.look(maps, batch["sizes"])
+        parts.append((on_disk(found, batch["scale"]), looks, batch.get("hashes", []), batch.get("error", [])))
+    detections, looks, hashes, errors = zip(*compute.processes.gather(parts))
+    return sum(detections, []), torch.cat(looks).numpy(), sum(hashes, []), sum(errors, [])
 
 
 def on_disk(found, scales):
@@ -979,38 +977,58 @@ def fit(run, args, study, split):
         scores = {f"val_{name}": value for name, value in judged.epoch_metrics().items()}
         training.end_epoch(row | losses | scores)
     train_loader = make_loader(study, split["train"], settings, args, compute)
-    complete_best(training, val_truth, train_loader, val_loader)
+    finish_best_model(training, val_truth, train_loader, val_loader)
     return training
 
 
-def load_models(path, args, compute):
-    """Checkpoint, or run folder -> ({"model": PartDetector, and "heads" with that --baseline}, what the file holds)."""
-    model, content = load_detector(path, compute, args.nms_iou)
-    models = {"model": model}
-    if args.baseline == "heads":
-        folder = common.checkpoint_files([path])[0].parent
-        models["heads"], _ = load_detector(folder / "baseline", compute, args.nms_iou)
-    return models, content
+def finish_best_model(training, truth, train_loader, val_loader):
+    """Give the model its best epoch; best_model.pth gets what its training pictures are like.
 
-
-def load_detector(path, compute, nms_iou=None):
-    """Checkpoint, or run folder -> (PartDetector on the device, all that the file holds)."""
-    path, *others = common.checkpoint_files([path])
-    if others:
-        raise common.UserError(
-            f"--checkpoint {path.parent.parent} is a run of folds: give the folder of one, as {path.parent}")
-    content = common.load_model_file(path)
-    with common.checkpoint_fields(path):
-        model = PartDetector(content["settings"])
-        common.load_state(model, content["model"], path)
-        content["absent"], content["baseline"]["states"]
-        model.roi_heads.temperature = content.get("temperature", 1.0)
-        if nms_iou is not None:
-            model.roi_heads.nms_thresh = nms_iou
-    return compute.place(model).eval(), content
+    Also the temperature of the states of the boxes found in the val pictures. truth: of these.
+    """
+    model = training.model
+    run = training.run
+    best = training.load_best()
+    detections, val_features, *_ = detect(model, val_loader, run.compute)
+    best["known_data"] = row_warnings.known_data(mean_features(model, train_loader, run.compute), val_features)
+    if model.settings["states"]:
+        matching = detection_scores.coco_match(truth, detections, "map")
+        found = detection_scores.found_states(matching, detections)
+        temperature = calibrating.fit_temperature(np.log(found.probabilities), found.true)
+        run.say(f"temperature of the states: {temperature:.3g}, from {len(found.true)} boxes found in the val pictures")
+        model.roi_heads.temperature = temperature
+        best["temperature"] = temperature
+    training.save_model(best)
 
 
 # --- results: detections -> whole-split metric -> run folder ------------------------------
+
+@dataclasses.dataclass
+class Scored:
+    """What the detectors of one split found in M pictures that are to be judged."""
+    rows: np.ndarray  # (M,)
+    found: dict  # {"model", and each trained baseline: M Detections}
+    prior: dict  # of detection_judging.mean_boxes: of the train pictures
+    seen: np.ndarray  # (M,) of seen_rows.WORDS
+
+
+def detect_rows(run, args, study, rows, models, content):
+    """Scored: what models find in these rows; models, content: of load_models."""
+    loader = make_loader(study, rows, models["model"].settings, args, run.compute)
+    found = {}
+    for name, model in models.items():
+        detections, *_ = detect(model, loader, run.compute)
+        found[name] = limit_detections(detections, args)
+    seen = seen_rows.of_checkpoint(content).words(study.hashes[rows])
+    return Scored(rows, found, content["baseline"], seen)
+
+
+def limit_detections(detections, args):
+    """The detections that are written and judged: all, or with --one_per_part the best of each part."""
+    if not args.one_per_part:
+        return detections
+    return [detection_tables.best_of_each_part(each, args.score_threshold) for each in detections]
+
 
 def write_detections(path, folder, args, ids, detections, parts, category_ids, seen, picture, errors=None,
                      warnings=None):
@@ -1034,32 +1052,16 @@ def write_detections(path, folder, args, ids, detections, parts, category_ids, s
         box_pictures.write_picture(folder / f"{k:03d}_{Path(names[k]).stem}.jpg", drawn)
 
 
-def limit_detections(detections, args):
-    """The detections that are written and judged: all, or with --one_per_part the best of each part."""
-    if not args.one_per_part:
-        return detections
-    return [detection_tables.best_of_each_part(each, args.score_threshold) for each in detections]
+@common.first_process_only
+def judge(run, args, study, split, part, scored, **known):
+    """Write and judge what was found: detections, tables, pictures, metrics.json and report.html.
 
-
-def report_results(run, args, study, split, part, scored, **known):
-    """Detections, tables, pictures, metrics.json and report.html of the scored rows.
-
-    scored: for each detector to judge, (rows, models, content) of load_models, the next one opened when the one before
-    has done; with folds its detections are joined. known: further fields of the Setting.
+    scored: a list of Scored, one for each fold; known: further fields of the Setting.
     """
-    rows = []
-    found = collections.defaultdict(list)  # {"model", and each trained baseline: Detections of all rows}
-    priors = []
-    seen = []
-    for own_rows, models, content in scored:
-        loader = make_loader(study, own_rows, models["model"].settings, args, run.compute)
-        for name, model in models.items():
-            detections, _ = evaluate(model, loader, args, run.compute)
-            found[name] += limit_detections(detections, args)
-        rows += own_rows.tolist()
-        priors += [content["baseline"]] * len(own_rows)
-        seen += seen_rows.of_checkpoint(content).words(study.hashes[own_rows]).tolist()
+    rows = np.concatenate([each.rows for each in scored])
+    found = {name: sum((each.found[name] for each in scored), []) for name in scored[0].found}
     own = found.pop("model")
+    seen = np.concatenate([each.seen for each in scored])
     truth = study.truth.take(rows)
     write_detections(
         run.path(f"detections_{part}.json"), run.path("pictures"), args,
@@ -1069,11 +1071,13 @@ def report_results(run, args, study, split, part, scored, **known):
     setting = judging.Setting(
         title="Parts and their states",
         part=part,
-        seen=np.array(seen),
+        seen=seen,
         data=data_blocks(study, split, len(rows)),
         **known)
     detection_judging.judge_detections(
-        run, truth, own, setting, priors, found,
+        run, truth, own, setting,
+        priors=[each.prior for each in scored for _ in each.rows],
+        trained=found,
         picture=lambda k: study.picture(rows[k]),
         threshold=args.score_threshold,
         draws=args.bootstrap_draws,
@@ -1120,7 +1124,7 @@ def limits(args):
     return lines + judging.limits_of_start(args)
 
 
-# --- one run, and the other modes -------------------------------------------------------------
+# --- one run, or one run per fold ---------------------------------------------------------------
 
 def make_split(args, study):
     """{train, val, test: (n,) rows}: the files of the parts, --split_file, or shares."""
@@ -1148,8 +1152,8 @@ def make_folds(args, study):
 def examine_split(study, split):
     """The leakage report of a split, which is refused where it teaches nothing."""
     truth = study.truth
-    for part in [part for part in ("train", "val") if part in split]:
-        if not any(truth.judged(row).any() for row in split[part]):
+    for part, rows in split.items():
+        if part in ("train", "val") and not any(truth.judged(row).any() for row in rows):
             raise common.UserError(
                 f"no box in the {part} part: nothing to learn or judge; change the split")
     return splitting.leakage_report(
@@ -1180,25 +1184,11 @@ def write_annotations(run, args, study, split):
             common.write_json(run.path(f"{part}_coco.json"), coco)
 
 
-def complete_best(training, truth, train_loader, val_loader):
-    """Give the model its best epoch; best_model.pth gets what its training pictures are like.
-
-    Also the temperature of the states of the boxes found in the val pictures. truth: of these.
-    """
-    model = training.model
-    run = training.run
-    best = training.load_best()
-    known = [mean_features(model, loader, run.compute) for loader in (train_loader, val_loader)]
-    best["known_data"] = row_warnings.known_data(*known)
-    if model.settings["states"]:
-        detections, _ = evaluate(model, val_loader, training.args, run.compute)
-        matching = detection_scores.coco_match(truth, detections, "map")
-        found = detection_scores.found_states(matching, detections)
-        temperature = calibrating.fit_temperature(np.log(found.probabilities), found.true)
-        run.say(f"temperature of the states: {temperature:.3g}, from {len(found.true)} boxes found in the val pictures")
-        model.roi_heads.temperature = temperature
-        best["temperature"] = temperature
-    training.save_model(best)
+def write_record(run, study, split, **further):
+    """args.json, which refuses a resumed run on other data, before anything is overwritten; skipped.csv."""
+    run.write_args(**study.data_record(split), **further)
+    if study.skipped:
+        common.write_table(run.path("skipped.csv"), study.skipped)
 
 
 def train_heads(run, args, study, split):
@@ -1212,7 +1202,7 @@ def train_heads(run, args, study, split):
 
 
 def run_split(run, args, study, split):
-    """Train and score one split: test where there is one, else val."""
+    """Train on one split and judge its held-out rows, test where there is one, else val -> Scored."""
     alarms = check_split(run, study, split)
     split = splitting.rows_to_try(split, args)
     has_states = study.truth.take(split["train"]).has_states()
@@ -1233,11 +1223,12 @@ def run_split(run, args, study, split):
     if args.baseline == "heads":
         models["heads"] = train_heads(run, args, study, split)
     content = training.metadata() | {"seen": vars(training.seen)}
-    report_results(
-        run, args, study, split, part, [(split[part], models, content)],
-        best_epoch=progress.best_epoch,
-        alarms=alarms + gap_alarms(progress.history[progress.best_epoch - 1]),
-        limits=limits(args))
+    scored = detect_rows(run, args, study, split[part], models, content)
+    judge(run, args, study, split, part, [scored],
+          best_epoch=progress.best_epoch,
+          alarms=alarms + overfitting_alarms(progress.history[progress.best_epoch - 1]),
+          limits=limits(args))
+    return scored
 
 
 def run_folds(run, args, study):
@@ -1253,20 +1244,30 @@ def run_folds(run, args, study):
                                    "would name none; fewer folds, or another --group_column")
     alarms = check_split(run, study, folds)
     write_record(run, study, folds)
-    chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))
-    rows = {k: splitting.rows_to_try(splits[k], args)["test"] for k in chosen}
-    write_annotations(run, args, study, {"folds": np.concatenate(list(rows.values()))})
+    of_fold = {}  # folder of a fold -> Scored
+
+    def run_fold(child, split):
+        of_fold[child.folder] = run_split(child, args, study, split)
+    chosen = run.each_fold(splits, run_fold)
+    scored = []
     numbers = []
     for k in chosen:
-        headline = common.read_json(run.path(f"fold_{k}") / "metrics.json")["headline"]
-        numbers.append(
-            {"rows": len(rows[k]), "ap": headline["value"], "baseline_ap": headline["baseline"]["value"]})
+        folder = run.path(f"fold_{k}")
+        if folder not in of_fold:  # it was finished before this run was continued
+            rows = splitting.rows_to_try(splits[k], args)["test"]
+            of_fold[folder] = detect_rows(run, args, study, rows, *load_models(folder, args, run.compute))
+        scored.append(of_fold[folder])
+        headline = common.read_json(folder / "metrics.json")["headline"]
+        numbers.append({
+            "rows": len(scored[-1].rows),
+            "ap": headline["value"],
+            "baseline_ap": headline["baseline"]["value"]})
+    write_annotations(run, args, study, {"folds": np.concatenate([each.rows for each in scored])})
     done = judging.finished_folds(run, chosen, numbers)
-    scored = ((rows[k], *load_models(run.path(f"fold_{k}"), args, run.compute)) for k in chosen)
-    report_results(run, args, study, folds, "folds", scored, alarms=alarms, folds=done, limits=limits(args))
+    judge(run, args, study, folds, "folds", scored, alarms=alarms, folds=done, limits=limits(args))
 
 
-def gap_alarms(row):
+def overfitting_alarms(row):
     """A sentence where the validation loss of an epoch is far above its train loss; else []."""
     if row["val_loss"] <= 2 * row["train_loss"]:
         return []
@@ -1286,11 +1287,33 @@ def train(args):
             run_split(run, args, study, make_split(args, study))
 
 
-def write_record(run, study, split, **further):
-    """args.json, which refuses a resumed run on other data, before anything is overwritten; skipped.csv."""
-    run.write_args(**study.data_record(split), **further)
-    if study.skipped:
-        common.write_table(run.path("skipped.csv"), study.skipped)
+# --- the other modes -------------------------------------------------------------------------
+
+def load_models(path, args, compute):
+    """Checkpoint, or run folder -> ({"model": PartDetector, and "heads" with that --baseline}, what the file holds)."""
+    model, content = load_detector(path, compute, args.nms_iou)
+    models = {"model": model}
+    if args.baseline == "heads":
+        folder = common.checkpoint_files([path])[0].parent
+        models["heads"], _ = load_detector(folder / "baseline", compute, args.nms_iou)
+    return models, content
+
+
+def load_detector(path, compute, nms_iou=None):
+    """Checkpoint, or run folder -> (PartDetector on the device, all that the file holds)."""
+    path, *others = common.checkpoint_files([path])
+    if others:
+        raise common.UserError(
+            f"--checkpoint {path.parent.parent} is a run of folds: give the folder of one, as {path.parent}")
+    content = common.load_model_file(path)
+    with common.checkpoint_fields(path):
+        model = PartDetector(content["settings"])
+        common.load_state(model, content["model"], path)
+        content["absent"], content["baseline"]["states"]
+        model.roi_heads.temperature = content.get("temperature", 1.0)
+        if nms_iou is not None:
+            model.roi_heads.nms_thresh = nms_iou
+    return compute.place(model).eval(), content
 
 
 def evaluate_checkpoint(args):
@@ -1303,75 +1326,55 @@ def evaluate_checkpoint(args):
         run.say(f"checkpoint: {settings['model']}, epoch {content['epoch']}, input "
                 f"{settings['min_size']} to {settings['max_size']} px, {len(parts)} parts, "
                 f"states: {settings['states'] or 'none'}")
-        study = load_study(args, {"test": (args.json, args.images_dir)}, run.say, content)
+        args = common.with_flags(args, absent=content["absent"], min_size=settings["min_size"],
+                                 pixel_range=settings.get("pixel_range"))
+        study = load_study(args, {"test": (args.json, args.images_dir)}, run.say, parts)
         detection_judging.refuse_without_boxes(study.truth, args.json)
         worst = seen_rows.worst(seen_rows.of_checkpoint(content).words(study.hashes))
         part = {"train": "train", "chose": "val"}.get(worst, "test")
         split = {part: np.arange(len(study.stored))}
         write_record(run, study, split)
-        report_results(run, args, study, split, part, [(split[part], models, content)])
+        judge(run, args, study, split, part, [detect_rows(run, args, study, split[part], models, content)])
 
 
 def predict(args):
     """--mode predict: detections of every picture; an unreadable one keeps a row with its error."""
     compute = common.announce_compute(args)
     model, content = load_detector(args.checkpoint, compute, args.nms_iou)
-    parts = content["settings"]["parts"]
+    settings = model.settings
     paths = file_names.find_images(args.images_dir)
     if not paths:
         raise common.UserError(f"--images_dir {args.images_dir}: expected pictures, found none")
     names = [path.relative_to(args.images_dir).as_posix() for path in paths]
-    detections, features, hashes, errors = detect(model, paths, args, compute)
-    words = seen_rows.of_checkpoint(content).words(hashes)
-    warnings = row_warnings.texts([(content, features)], words, "pictures", print)
+    pixel_range = settings.get("pixel_range")
+
+    def prepare(pixels, size):
+        return picture_files.resize(pixels, fit_size(*size, settings["min_size"], settings["max_size"]))
+    pictures = picture_files.Pictures(paths, settings["min_size"], prepare, pixel_range)
+    loader = common.make_loader(pictures, args, compute, False, collate=collate)
+    detections, features, hashes, errors = detect(model, loader, compute)
     detections = limit_detections(detections, args)
+    bad = np.flatnonzero(errors)
+    features[bad] = np.nan
+    for k in bad:
+        detections[k] = detections[k].take(slice(0))
+    words = seen_rows.of_checkpoint(content).words(np.stack(hashes))
+    warnings = row_warnings.texts([(content, features)], words, "pictures", print)
 
     def picture(k):
-        pixels = picture_files.load_image(
-            paths[k], pixel_range=model.settings.get("pixel_range"))
+        pixels = picture_files.load_image(paths[k], pixel_range=pixel_range)
         return pixels, pixels.shape[1::-1]
     output = args.output or Path("detections.json")
     if output.suffix.lower() == ".csv":  # that is written beside it
         output = output.with_suffix(".json")
     folder = output.with_name(f"{output.stem}_pictures")
-    write_detections(output, folder, args, dict(zip(names, itertools.count(1))), detections, parts,
-                     {}, words, picture, errors, warnings)
+    write_detections(output, folder, args, dict(zip(names, itertools.count(1))), detections,
+                     settings["parts"], {}, words, picture, errors, warnings)
     seen_rows.say_notes(words, print)
-    n_bad = np.count_nonzero(errors)
     n_sure = sum((each.scores >= args.score_threshold).sum() for each in detections)
-    print(f"{len(paths)} pictures, {n_bad} could not be read (see the error column); {n_sure} "
+    print(f"{len(paths)} pictures, {len(bad)} could not be read (see the error column); {n_sure} "
           f"detections from score {args.score_threshold:g}; written to {output}, "
           f"{output.with_suffix('.csv')} and, with --visualize, {folder}")
-
-
-@torch.no_grad()
-def detect(model, paths, args, compute):
-    """Files -> (Detections, mean features (N, F), content_hashes (N, 2), the reason why it could not be read or "")."""
-    settings = model.settings
-
-    def prepare(pixels, size):
-        return picture_files.resize(pixels, fit_size(*size, settings["min_size"], settings["max_size"]))
-    pictures = picture_files.Pictures(
-        paths, settings["min_size"], prepare, settings.get("pixel_range"))
-    loader = common.make_loader(pictures, args, compute, False, collate=collate)
-    detections = []
-    looks = []
-    hashes = []
-    errors = []
-    for batch in loader:
-        inputs = to_inputs(batch, compute, settings)
-        with compute.autocast():
-            maps = model.features(inputs)
-            found = model.heads(maps, inputs, batch["sizes"])  # (B, 3, H, W) -> B dicts
-        looks.append(model.look(maps, batch["sizes"]))
-        detections += on_disk(found, batch["scale"])
-        hashes += batch["hashes"]
-        errors += batch["error"]
-    detections = [found.take(slice(0)) if error else found
-                  for found, error in zip(detections, errors)]
-    features = torch.cat(looks).numpy()
-    features[[bool(error) for error in errors]] = np.nan
-    return detections, features, np.stack(hashes), errors
 
 
 def convert(args):
@@ -1379,18 +1382,16 @@ def convert(args):
     found = part_boxes.read_annotations(args.json, args.box_format, args.state_attribute)
     images = found.images
     skipped = found.skipped
-    notes = found.notes
     if args.images_dir:
-        files = {"json": (args.json, args.images_dir)}
-        images, skipped, notes = match_pictures({"json": found}, files, args.exact_names)
-        audits = [picture_files.audit_image(image.path, 32)[0] for image in images]
-        good, bad = check_pictures(audits, images, args.on_bad_file)
-        skipped += bad
-        images = [images[k] for k in good]
+        part_boxes.find_pictures(found, args.images_dir, args.exact_names)
+        audits = [picture_files.audit_image(image.path, 32)[0] for image in found.images]
+        good, bad = check_pictures(audits, found.images, args.on_bad_file)
+        images = [found.images[k] for k in good]
+        skipped = found.skipped + bad
     part_boxes.refuse_other_convention(images, args.json, args.box_format)
     coco, dropped = part_boxes.as_coco(images, found.category_ids, args.images_dir)
     common.write_json(args.output, coco)
-    for note in notes:
+    for note in found.notes:
         print(f"note: {note}")
     for each in skipped + dropped:
         print(f"skipped: {', '.join(each.values())}")

@@ -594,8 +594,11 @@ def as_truth(images, parts, min_trust, **others):
 # --------------------------------------------------------------------------------------
 
 def find_pictures(found, folder, exact_names=False):
-    """Set the path of each image; (names of the files without an entry, notes). Links out of the folder are refused."""
-    paths, unused, notes = file_names.match_images([image.name for image in found.images], folder, exact_names)
+    """Give the images of Annotations their paths; those without a picture, and pictures without an entry, are skipped.
+
+    Links out of the folder are refused.
+    """
+    paths, without_entry, notes = file_names.match_images([image.name for image in found.images], folder, exact_names)
     root = folder.resolve()
     for image, path in zip(found.images, paths):
         image.path = path
@@ -604,4 +607,7 @@ def find_pictures(found, folder, exact_names=False):
     if not any(paths):
         raise common.UserError(f"none of the {len(paths)} pictures named in {found.path} is in {folder} (first: "
                                f"{found.images[0].name!r}); check the folder")
-    return unused, notes
+    found.notes += notes
+    found.skipped += [{"image": name, "reason": f"no entry in {found.path.name}"} for name in without_entry]
+    found.skipped += [{"image": image.name, "reason": "no such picture"} for image in found.images if not image.path]
+    found.images = [image for image in found.images if image.path]

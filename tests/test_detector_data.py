@@ -77,8 +77,7 @@ def study_of(tmp_path, flags, content, *more, names=("0.jpg", "1.jpg", "2.jpg"),
     write_pictures(tmp_path / "images", names)
     (tmp_path / "a.json").write_text(json.dumps(content) if not isinstance(content, str) else content)
     files = {"train": (tmp_path / "a.json", tmp_path / "images")}
-    checkpoint = {"settings": {"parts": parts, "min_size": 40}, "absent": "keep"} if parts else None
-    return train_detector.load_study(flags(*more), files, lambda text: None, checkpoint)
+    return train_detector.load_study(flags(*more), files, lambda text: None, parts)
 
 
 # --- formats ------------------------------------------------------------------------
@@ -710,7 +709,7 @@ MISTAKES = {
     "two splits": ([*DATA, "--val_json", "v", "--val_images", "w", "--split_ratio", "0.5"], ["--split_ratio"]),
     "two splits, folds": ([*DATA, "--val_json", "v", "--val_images", "w", "--folds", "3"], ["--folds"]),
     "folds of an evaluation": ([*EVALUATE, "--folds", "5"], ["only training has folds"]),
-    "no fold": ([*DATA, "--val_json", "v", "--val_images", "w", "--fold", "0"], ["--fold,"]),
+    "no fold": ([*DATA, "--val_json", "v", "--val_images", "w", "--fold", "0"], ["--fold 0", "--val_json"]),
     "file and share": ([*DATA, "--split_file", "s.json", "--split_ratio", "0.5"], ["--split_ratio", "--split_file"]),
     "two shares": ([*DATA, "--split_ratio", "0.8", "--val_ratio", "0.3"], ["--split_ratio", "--val_ratio"]),
     "what the checkpoint decides": ([*EVALUATE, "--absent", "drop", "--min_size", "99"], ["--min_size and --absent"]),
