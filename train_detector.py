@@ -1,4 +1,4 @@
-"""Train a detector of the parts of an object and of their states: intact, damaged, absent, occluded.
+"""Train a detector that finds the parts of an object, each a box, and says of each: intact, damaged, absent, occluded.
 
     python train_detector.py --train_json train.json --val_json val.json --train_images train/ --val_images val/
     python train_detector.py --train_json all.json --train_images images/ --split_ratio 0.8 --dry_run
@@ -20,6 +20,11 @@ TRAIN_JSON, VAL_JSON, TRAIN_CLEANED and VAL_CLEANED (the folders of pictures) an
 the environment or lines NAME=VALUE of ./.env, are the defaults of --train_json, --val_json,
 --train_images, --val_images, --output_dir.
 
+Where a score comes from: judge() hands the detections of the test pictures, else of the val
+pictures, to evidence/detection_judging.py. AP is that of pycocotools, mean over IoU .5 to .95 and
+over the parts, beside that of the mean box of each part; of joint AP part and state together are
+the class.
+
 Letters: N images, M images scored, B batch, P parts, S states, K boxes and D detections of one
 image, Q proposals of a batch, F features. Units: boxes are x1 y1 x2 y2 in pixels of the upright
 picture on disk; scores and probabilities 0..1.
@@ -29,7 +34,6 @@ import dataclasses
 import itertools
 import math
 import os
-import re
 import typing
 from pathlib import Path
 
@@ -73,8 +77,6 @@ MODELS = {
     "fasterrcnn_mobilenet_v3_large_320_fpn": InputDefaults(320, 640),
     RESNET18: InputDefaults(384, 640),
 }
-SIDES = {"left": "right", "right": "left"}
-SIDE_WORD = re.compile("(?<![a-z])(left|right)(?![a-z])")
 # For a CPU: no level of stride 4, and a quarter of torchvision's proposals, plenty for twenty parts.
 SMALL_HEADS = {
     "box_batch_size_per_image": 128,
@@ -90,6 +92,13 @@ SPLIT_WAYS = {  # and the flags that belong to each
     "split_file": (),
     "split_ratio": ("train_ratio", "test_ratio"),
     "val_json": ("test_json",),
+}
+NEEDED_FLAGS = {
+    "train": ("train_json", "train_images"),
+    "convert": ("json", "output"),
+    "predict": ("checkpoint", "images_dir"),
+    "evaluate": ("checkpoint", "json", "images_dir"),
+    "audit": ("json", "images_dir"),
 }
 CHECKPOINT_FLAGS = ("model", "min_size", "max_size", "anchor_sizes", "pixel_range", "absent")  # it decides them
 
@@ -113,7 +122,7 @@ def parse_args(argv=None):
 
 def add_data_arguments(data):
     """What is done, with which pictures and boxes."""
-    data("--mode", choices=tuple(MODES), default="train", help="what to do")
+    data("--mode", choices=tuple(NEEDED_FLAGS), default="train", help="what to do")
     for part in splitting.PARTS:
         data(f"--{part}_json", type=Path, may_change=True,
              help=f"part annotations or COCO file of the {part} split")
@@ -195,11 +204,12 @@ def environment_defaults(path=Path(".env")):
 
 def check_flags(parser, args):
     """parser.error for combinations that cannot work."""
-    missing = [f"--{name}" for name in MODES[args.mode].needs if getattr(args, name) is None]
+    needed = NEEDED_FLAGS[args.mode]
+    missing = [f"--{name}" for name in needed if getattr(args, name) is None]
     if missing:
         parser.error(f"--mode {args.mode} needs {' and '.join(missing)}")
     fixed = [f"--{name}" for name in CHECKPOINT_FLAGS if name in args.given]
-    if fixed and "checkpoint" in MODES[args.mode].needs:
+    if fixed and "checkpoint" in needed:
         parser.error(f"--mode {args.mode} takes {' and '.join(fixed)} from the checkpoint; leave it out")
     if args.mode != "train" and args.given & {"folds", "fold"}:
         parser.error(f"--mode {args.mode} --folds {args.folds} --fold {args.fold}: only training has folds")
@@ -314,9 +324,9 @@ def load_study(args, files, say, known_parts=None):
     say(f"decoding {len(images)} pictures")
     store = picture_files.ImageStore(
         [image.path for image in images], input_size(args), args.cache, args.pixel_range)
-    stored, bad = check_pictures(store.audit, images, args.on_bad_file)
+    stored, bad = part_boxes.check_pictures(store.audit, images, args.on_bad_file)
     used = [images[i] for i in stored]
-    parts, part_notes = used_parts(read, used, known_parts)
+    parts, part_notes = part_boxes.used_parts(read.values(), used, known_parts)
     listed = ", ".join(str(path) for path, _ in files.values())
     part_boxes.refuse_other_convention(used, listed, args.box_format)
     if len(files) > 1:
@@ -347,41 +357,6 @@ def load_study(args, files, say, known_parts=None):
 def input_size(args):
     """Short side of the input in pixels."""
     return args.min_size or MODELS[args.model].min_size
-
-
-def check_pictures(audits, images, on_bad_file):
-    """Places of the usable pictures, whose images get their size; dicts of the others.
-
-    Where a picture has another size than annotated, the boxes would not fit.
-    """
-    for found, image in zip(audits, images):
-        size = found.width, found.height
-        annotated = image.size or size
-        if not found.error and np.abs(np.subtract(size, annotated)).max() > 1:
-            found.error = "is {} x {} pixels, annotated as {} x {}".format(*size, *annotated)
-        image.size = size
-    good = picture_files.check_bad_files(audits, on_bad_file)
-    if not good:
-        raise common.UserError(f"none of the {len(images)} pictures can be used")
-    bad = [{"image": image.name, "reason": found.error} for found, image in zip(audits, images) if found.error]
-    return good, bad
-
-
-def used_parts(read, images, known=None):
-    """(parts, notes): those a checkpoint knows, else those with a box, in order of appearance."""
-    used = {each.part for image in images for each in image.objects}
-    if known:
-        unknown = [name + common.closest(name, known) for name in sorted(used - set(known))]
-        part_boxes.refuse(unknown, "the checkpoint does not know these parts:",
-                          f"It knows {', '.join(known)}.")
-        return known, []
-    if not used:
-        files = ", ".join(str(found.path) for found in read.values())
-        raise common.UserError(f"no box in {files}: nothing to learn")
-    named = list(dict.fromkeys(name for found in read.values() for name in found.parts))
-    unused = [name for name in named if name not in used]
-    notes = [f"parts without a box, left out: {', '.join(unused)}"] if unused else []
-    return [name for name in named if name in used], notes
 
 
 def without_empty(study):
@@ -425,22 +400,6 @@ def fit_size(width, height, min_size, max_size, factor=1.0):
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def mirrored_labels(parts):
-    """(P,) label of each part in a mirrored picture, where left is right.
-
-    None: a part with a side has no counterpart.
-    """
-    spelled = [re.sub("(?<=[a-z])(?=[A-Z])", "_", part).lower() for part in parts]  # leftWheel: left_wheel
-    others = [SIDE_WORD.sub(lambda word: SIDES[word[0]], name) for name in spelled]
-    if not set(others) <= set(spelled):
-        return None
-    mirrored = np.arange(len(parts))
-    for label, other in enumerate(others):
-        if other != spelled[label]:
-            mirrored[label] = spelled.index(other)
-    return mirrored
-
-
 def mirror(pixels, boxes):
     """Picture (H, W, 3) and boxes (K, 4), relative to it, mirrored; a front wheel stays one."""
     left, top, right, bottom = boxes.T
@@ -461,7 +420,7 @@ class PartImages(common.Samples):
     seed: int
 
     def __post_init__(self):
-        self.mirrored = mirrored_labels(self.study.truth.parts)
+        self.mirrored = part_boxes.mirrored_labels(self.study.truth.parts)
 
     def __getitem__(self, key):
         epoch, index = key
@@ -564,7 +523,8 @@ class StateRoIHeads(RoIHeads):
             proposals, matched, labels, regression = self.select_training_samples(
                 proposals, targets)
         pooled = self.pool(features, proposals, image_shapes)  # (Q, F)
-        class_logits, box_regression = self.box_predictor(pooled)  # (Q, P + 1), (Q, 4 (P + 1))
+        # (Q, F) -> (Q, P + 1), (Q, 4 (P + 1)), in float32 as those of the RPN, see in_float32
+        class_logits, box_regression = [each.float() for each in self.box_predictor(pooled)]
         if self.training:
             classifier, box_reg = fastrcnn_loss(class_logits, box_regression, labels, regression)
             losses = {"loss_classifier": classifier, "loss_box_reg": box_reg}
@@ -623,8 +583,7 @@ class PartDetector(nn.Module):
         self.roi_heads = StateRoIHeads(
             rcnn.roi_heads, len(settings["parts"]), len(settings["states"]), class_weights)
         self.roi_heads.nms_thresh = settings.get("nms_iou", 0.5)  # older files lack it
-        for head in (self.rpn.head, self.roi_heads.box_predictor):
-            head.register_forward_hook(in_float32)
+        self.rpn.head.register_forward_hook(in_float32)
 
     def forward(self, inputs, sizes, targets=None):
         # (B, 3, H, W) -> maps (B, 256, H / 4, W / 4) and smaller -> B detections, or losses
@@ -659,9 +618,7 @@ class PartDetector(nn.Module):
 
 def in_float32(module, inputs, output):
     """Forward hook: boxes are decoded in this precision; bf16 has steps of 2 at 512 pixels."""
-    if isinstance(output[0], list):
-        return tuple([each.float() for each in listed] for listed in output)
-    return tuple(each.float() for each in output)
+    return tuple([each.float() for each in maps] for maps in output)
 
 
 def build_rcnn(settings):
@@ -946,15 +903,13 @@ def fit(run, args, study, split):
     train_truth = study.truth.take(split["train"])
     val_truth = study.truth.take(split["val"])
     settings = model_settings(args, train_truth) | {"pixel_range": study.store.pixel_range}
-    if args.augment == "light" and mirrored_labels(train_truth.parts) is None:
+    if args.augment == "light" and part_boxes.mirrored_labels(train_truth.parts) is None:
         run.say("note: a part is called left or right and its counterpart is missing, so pictures are not mirrored")
     if args.model == RESNET18 and not (args.anchor_sizes or args.init_from):
         sides = " ".join(map(str, settings["anchor_sizes"]))
         run.say(f"note: anchors of {sides} pixels, chosen to fit the train boxes (--anchor_sizes)")
     if args.select == "joint_map" and not settings["states"]:
         raise common.UserError(f"--select {args.select}: no box has a state; use --select map")
-    if args.state_class_weights != "none" and not settings["states"]:
-        run.say(f"note: no box has a state, so --state_class_weights {args.state_class_weights} does nothing")
     model = compute.place(build_model(args, settings, state_weights(args, train_truth)))
     train_loader = make_loader(study, split["train"], settings, args, compute, train=True)
     val_loader = make_loader(study, split["val"], settings, args, compute)
@@ -1030,8 +985,7 @@ def limit_detections(detections, args):
     return [detection_tables.best_of_each_part(each, args.score_threshold) for each in detections]
 
 
-def write_detections(path, folder, args, ids, detections, parts, category_ids, seen, picture, errors=None,
-                     warnings=None):
+def write_detections(path, folder, args, ids, detections, parts, category_ids, seen, picture, errors, warnings=None):
     """`path` (COCO results), the same as CSV beside it, and in `folder` the first pictures with what was detected.
 
     ids: {name of each of M pictures: its id}; category_ids: see detection_tables.coco_results; seen: (M,); picture:
@@ -1043,7 +997,7 @@ def write_detections(path, folder, args, ids, detections, parts, category_ids, s
         names, ids.values(), detections, parts, category_ids, seen))
     common.write_table(path.with_suffix(".csv"), detection_tables.detection_rows(
         names, detections, parts, seen, errors, args.one_per_part, warnings))
-    good = [k for k in range(len(names)) if not (errors and errors[k])]
+    good = [k for k, error in enumerate(errors) if not error]
     for k in good[:args.visualize]:
         folder.mkdir(exist_ok=True)
         pixels, size = picture(k)
@@ -1067,7 +1021,8 @@ def judge(run, args, study, split, part, scored, **known):
         run.path(f"detections_{part}.json"), run.path("pictures"), args,
         dict(zip(truth.images, truth.ids)), own, truth.parts,
         study.category_ids[study.origin[rows[0]]], seen,
-        lambda k: (study.picture(rows[k]), truth.sizes[k]))
+        lambda k: (study.picture(rows[k]), truth.sizes[k]),
+        errors=[""] * len(rows))
     setting = judging.Setting(
         title="Parts and their states",
         part=part,
@@ -1309,7 +1264,7 @@ def load_detector(path, compute, nms_iou=None):
     with common.checkpoint_fields(path):
         model = PartDetector(content["settings"])
         common.load_state(model, content["model"], path)
-        content["absent"], content["baseline"]["states"]
+        content["absent"], content["baseline"]["states"]  # an older file without them stops here
         model.roi_heads.temperature = content.get("temperature", 1.0)
         if nms_iou is not None:
             model.roi_heads.nms_thresh = nms_iou
@@ -1385,7 +1340,7 @@ def convert(args):
     if args.images_dir:
         part_boxes.find_pictures(found, args.images_dir, args.exact_names)
         audits = [picture_files.audit_image(image.path, 32)[0] for image in found.images]
-        good, bad = check_pictures(audits, found.images, args.on_bad_file)
+        good, bad = part_boxes.check_pictures(audits, found.images, args.on_bad_file)
         images = [found.images[k] for k in good]
         skipped = found.skipped + bad
     part_boxes.refuse_other_convention(images, args.json, args.box_format)
@@ -1415,8 +1370,7 @@ def audit(args):
         rows.append({"part": part, "boxes": own.sum(), **count_states(states[own]),
                      "absent without a box": (absent == label).sum()})
     print(pd.DataFrame(rows).to_string(index=False))
-    everyone = {"all": np.arange(len(study.stored))}
-    report = splitting.leakage_report(everyone, truth.images, study.audit("pixel_sha"), study.audit("phash"))
+    report = examine_split(study, {"all": np.arange(len(study.stored))})
     print(splitting.leakage_text(report) or "no picture stands there twice")
     if args.output:
         common.write_json(args.output, {
@@ -1427,23 +1381,10 @@ def audit(args):
             "copies": report["within"]["all"]})
 
 
-class Mode(typing.NamedTuple):
-    run: object  # function of the flags
-    needs: tuple  # flags
-
-
-MODES = {
-    "train": Mode(train, ("train_json", "train_images")),
-    "convert": Mode(convert, ("json", "output")),
-    "predict": Mode(predict, ("checkpoint", "images_dir")),
-    "evaluate": Mode(evaluate_checkpoint, ("checkpoint", "json", "images_dir")),
-    "audit": Mode(audit, ("json", "images_dir")),
-}
-
-
 def main():
     args = parse_args()
-    MODES[args.mode].run(args)
+    modes = {"train": train, "convert": convert, "predict": predict, "evaluate": evaluate_checkpoint, "audit": audit}
+    modes[args.mode](args)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ upright picture; in a file left, top, width, height.
 import collections
 import dataclasses
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
 
 import common
-from readers import csv_tables, file_names
+from readers import csv_tables, file_names, picture_files
 
 STATES = ("intact", "damaged", "absent", "occluded")
 INTACT = 0
@@ -19,6 +20,8 @@ ABSENT = 2
 UNKNOWN = -1
 NO_STATE = ("", "unknown", "none", "undefined", "__undefined__")  # the last is what CVAT writes
 BOX_FORMATS = ("xywh", "xyxy", "cxcywh", "fractions")
+SIDES = {"left": "right", "right": "left"}
+SIDE_WORD = re.compile("(?<![a-z])(left|right)(?![a-z])")
 OVER_EDGE = 3  # pixels by which a box may leave its picture before its convention is doubted
 
 
@@ -611,3 +614,61 @@ def find_pictures(found, folder, exact_names=False):
     found.skipped += [{"image": name, "reason": f"no entry in {found.path.name}"} for name in without_entry]
     found.skipped += [{"image": image.name, "reason": "no such picture"} for image in found.images if not image.path]
     found.images = [image for image in found.images if image.path]
+
+
+def check_pictures(audits, images, on_bad_file):
+    """Places of the usable pictures, whose images get their size; dicts of the others.
+
+    Where a picture has another size than annotated, the boxes would not fit.
+    """
+    for found, image in zip(audits, images):
+        size = found.width, found.height
+        annotated = image.size or size
+        if not found.error and np.abs(np.subtract(size, annotated)).max() > 1:
+            found.error = "is {} x {} pixels, annotated as {} x {}".format(*size, *annotated)
+        image.size = size
+    good = picture_files.check_bad_files(audits, on_bad_file)
+    if not good:
+        raise common.UserError(f"none of the {len(images)} pictures can be used")
+    bad = [{"image": image.name, "reason": found.error} for found, image in zip(audits, images) if found.error]
+    return good, bad
+
+
+# --------------------------------------------------------------------------------------
+# Names of parts
+# --------------------------------------------------------------------------------------
+
+def used_parts(found, images, known=None):
+    """(parts, notes): those a checkpoint knows, else those with a box, in order of appearance.
+
+    found: Annotations of several files; images: those of theirs that are used.
+    """
+    used = {own.part for image in images for own in image.objects}
+    if known:
+        unknown = [name + common.closest(name, known) for name in sorted(used - set(known))]
+        refuse(unknown, "the checkpoint does not know these parts:",
+               f"It knows {', '.join(known)}.")
+        return known, []
+    if not used:
+        files = ", ".join(str(each.path) for each in found)
+        raise common.UserError(f"no box in {files}: nothing to learn")
+    named = list(dict.fromkeys(name for each in found for name in each.parts))
+    unused = [name for name in named if name not in used]
+    notes = [f"parts without a box, left out: {', '.join(unused)}"] if unused else []
+    return [name for name in named if name in used], notes
+
+
+def mirrored_labels(parts):
+    """(P,) label of each part in a mirrored picture, where left is right.
+
+    None: a part with a side has no counterpart.
+    """
+    spelled = [re.sub("(?<=[a-z])(?=[A-Z])", "_", part).lower() for part in parts]  # leftWheel: left_wheel
+    others = [SIDE_WORD.sub(lambda word: SIDES[word[0]], name) for name in spelled]
+    if not set(others) <= set(spelled):
+        return None
+    mirrored = np.arange(len(parts))
+    for label, other in enumerate(others):
+        if other != spelled[label]:
+            mirrored[label] = spelled.index(other)
+    return mirrored

@@ -569,7 +569,7 @@ def test_left_and_right_change_places_in_a_flip(tmp_path, flags):
     (["leftWheel", "rightWheel", "DoorLeft", "DoorRight"], [1, 0, 3, 2]), (["Wheel", "wheel", "bell"], [0, 1, 2]),
     (["LEFT_EYE", "RIGHT_EYE", "copyright", "BRIGHT lamp"], [1, 0, 2, 3])])
 def test_labels_of_a_mirrored_picture(parts, expected):
-    found = train_detector.mirrored_labels(parts)
+    found = part_boxes.mirrored_labels(parts)
     assert found is expected is None or list(found) == expected
 
 
