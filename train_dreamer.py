@@ -30,8 +30,8 @@ from torch import nn
 
 import common
 from evidence import (
-    baseline_models, judging, plotting, pose_audit, pose_judging, pose_plots, pose_scores, prediction_tables,
-    reporting, row_warnings, seen_rows, splitting, verdicts)
+    baseline_models, judging, plotting, pose_audit, pose_judging, pose_scores, prediction_tables, reporting,
+    row_warnings, seen_rows, splitting, verdicts)
 from readers import backbones, picture_files, probe_poses
 
 GRIDS = (2, 4)  # cells a side over which the readout averages feature maps
@@ -673,8 +673,8 @@ class DreamLoss:
         return (losses * labelled).sum(1) / labelled.sum(1).clamp(min=1)  # (B, 6) -> (B,)
 
     def total(self, parts):
-        """Weighted sum of the parts that are there."""
-        return sum(self.weights[name] * value for name, value in parts.items())
+        """Weighted sum of the losses that are among these numbers."""
+        return sum(weight * parts[name] for name, weight in self.weights.items() if name in parts)
 
     def __call__(self, imagined, batch, features_t2):
         """Imagined, targets {at1, at2: (B, 6)}, true features at t2 (B, F, G) or None -> (total, {part: tensor})."""
@@ -734,14 +734,12 @@ def evaluate(model, loader, loss_function, compute):
         if model.imagines:
             batches[-1] |= pose_scores.latent_terms(imagined.features_t1, imagined.features_t2, features_t2)
     rows = join_batches(batches, compute)  # {name: (M, ...)}
-    parts = {name: rows[name].mean().item() for name in ("main_task_loss", "t2_loss")}
-    latent = {}
+    means = {name: rows[name].mean().item() for name in ("main_task_loss", "t2_loss")}
     if model.imagines:
-        latent = {name: value.item() for name, value in pose_scores.latent_numbers(rows).items()}
-        parts["latent_loss"] = latent["latent_loss"]
+        means |= {name: value.item() for name, value in pose_scores.latent_numbers(rows).items()}
     error = probe_poses.pose_error(rows["at1"].double(), rows["true_at1"].double()).abs()  # (M, 6)
     mae = {f"mae_{axis}": value for axis, value in zip(probe_poses.AXES, error.nanmean(0).tolist())}
-    numbers = {"loss": loss_function.total(parts), **parts, **latent, **mae}
+    numbers = {"loss": loss_function.total(means), **means, **mae}
     return rows["at1"].double().numpy(), rows["features"].numpy(), numbers
 
 
@@ -907,7 +905,7 @@ def solve_readout(study, rows):
     return dataclasses.replace(readout, intercept=readout.intercept + centre)
 
 
-def baselines(study, train, rows, readout=None, centre=None):
+def predict_baselines(study, train, rows, readout=None, centre=None):
     """{name: (M, 6)} of what trains no network; without train rows (other data) only those that need none.
 
     readout: of solve_readout on the train rows. centre: (6,) what stands for the mean of at1 over them where there are
@@ -941,32 +939,24 @@ def baselines(study, train, rows, readout=None, centre=None):
 
 # --- results: predictions table -> judged run folder -------------------------------------------
 
-def score_table(study, rows, predicted, others, seen):
+def predictions_table(study, rows, predicted, others, seen):
     """ScoreTable of at1 for these rows; predicted (M, 6); others {baseline: (M, 6)}; seen: (M,) of seen_rows.WORDS.
 
     Angles are turned to within 180 degrees of the truth, and the truth of its circular mean over the study, so that
     whoever subtracts them gets their errors, and variances are those of the angles.
     """
     target = pose_scores.unwrapped(study.at1)[rows]
-    at2 = at2_of(study, rows, predicted)
+    keys = {"name": study.names[rows], "sequence": study.sequences[rows]}
+    for kind, at2 in (("true", study.at2[rows]), ("predicted", at2_of(study, rows, predicted))):
+        keys |= {f"at2_{kind}_{axis}": values for axis, values in zip(probe_poses.AXES, at2.T)}
     return prediction_tables.ScoreTable(
-        keys={
-            "name": study.names[rows],
-            "sequence": study.sequences[rows],
-            **axis_columns("at2_true", study.at2[rows]),
-            **axis_columns("at2_predicted", at2),
-        },
+        keys=keys,
         names=list(probe_poses.AXES),
         target=target,
         predicted=pose_scores.wrapped(predicted, target),
         baselines={name: pose_scores.wrapped(block, target) for name, block in others.items()},
         groups=study.patients[rows],
         seen=seen)
-
-
-def axis_columns(kind, poses):
-    """{KIND_AXIS: (M,)} of (M, 6)."""
-    return {f"{kind}_{axis}": values for axis, values in zip(probe_poses.AXES, poses.T)}
 
 
 def at2_of(study, rows, at1):
@@ -1104,28 +1094,7 @@ def check_split(run, args, study, split):
         stopping = ()
         report["notes"] = ["the blocks of time meet here; each fold leaves --gap between its own parts"]
     splitting.record_split(run, split, study.names, report, stopping)
-    write_statistics(run, args, study, split)
-
-
-def write_statistics(run, args, study, split):
-    """dataset_stats.json and dataset_statistics.png."""
-    stats = {
-        **pose_audit.split_facts(split, study.patients),
-        "sequences": len(set(study.sequences)),
-        "patients_known": study.has_patients,
-        "angle_unit": study.angle_unit,
-        "compose": study.compose,
-        "residuals": study.residuals,
-        "poses": pose_audit.pose_ranges(study.poses),
-        "skipped": len(study.skipped),
-        "notes": study.notes,
-    }
-    common.write_json(run.path("dataset_stats.json"), stats)
-    shown = ("patients_in_two_parts", "left_out", "skipped", "patients_known", "compose", "angle_unit")
-    facts = [f"{name.replace('_', ' ')}: {str(stats[name])[:20]}" for name in shown]
-    rows = np.linspace(0, len(study.names) - 1, 4).astype(int)
-    samples = [(study.names[row], study.frame(row, 0, args.image_size)) for row in rows]
-    pose_plots.plot_dataset(split, study.patients, facts, samples, run.path("dataset_statistics.png"))
+    pose_audit.write_statistics(run, study, split)
 
 
 def run_split(run, args, study, split):
@@ -1150,8 +1119,8 @@ def run_split(run, args, study, split):
             readout = solve_readout(study, fitted)
             best |= use_readout(model, study, fitted, readout, training.seen)
         predicted, features[part], numbers[part] = evaluate(model, loader, loss_function, run.compute)
-        others = baselines(study, fitted, rows, readout) if part != "train" else {}
-        tables[part] = score_table(study, rows, predicted, others, training.seen.words(study.hashes[rows]))
+        others = predict_baselines(study, fitted, rows, readout) if part != "train" else {}
+        tables[part] = predictions_table(study, rows, predicted, others, training.seen.words(study.hashes[rows]))
         if part != "train":
             tables[part].write(run.path(f"predictions_{part}.csv"))
     best["known_data"] = row_warnings.known_data(features["train"], features["val"])
@@ -1186,11 +1155,11 @@ def overfitting_alarms(tables):
 
 def plot_training(run, history, best_epoch):
     """training_history.png of all columns, training_summary.png of the losses and the learning rate."""
-    columns = [name for name in history[0] if name != "train_total_loss"]  # the same as train_loss
-    losses = ["epoch", "learning_rate", *(name for name in columns if name.endswith("loss"))]
-    for file, shown in (("training_history.png", columns), ("training_summary.png", losses)):
-        rows = [{name: row[name] for name in shown} for row in history]
-        plotting.plot_history(rows, run.path(file), best_epoch)
+    import pandas as pd
+    columns = pd.DataFrame(history).drop(columns="train_total_loss")  # the same as train_loss
+    losses = columns.filter(regex="^epoch$|^learning_rate$|loss$")
+    plotting.plot_history(columns.to_dict("records"), run.path("training_history.png"), best_epoch)
+    plotting.plot_history(losses.to_dict("records"), run.path("training_summary.png"), best_epoch)
 
 
 def run_folds(run, args, study):
@@ -1205,7 +1174,7 @@ def run_folds(run, args, study):
     tables = prediction_tables.read_folds(run, chosen, left_out)
     joined = prediction_tables.join(tables, chosen)
     rows = prediction_tables.rows_of(joined, study.names)
-    pooled = score_table(study, rows, joined.predicted, joined.baselines, joined.seen)
+    pooled = predictions_table(study, rows, joined.predicted, joined.baselines, joined.seen)
     pooled.keys["fold"] = joined.keys["fold"]
     pooled.write(run.path("predictions_folds.csv"))
     numbers = []
@@ -1223,10 +1192,21 @@ def mean_use(folds):
     return {name: np.average(np.array([fold[name] for fold in folds], float), weights=n_rows) for name in names}
 
 
+def train(run, args):
+    """--mode train: one run, or one per fold."""
+    study = load_study(args, run)
+    verdicts.parse_criteria(args.criteria, pose_judging.criteria_names())
+    if args.folds:
+        run_folds(run, args, study)
+    else:
+        run_split(run, args, study, make_split(args, study))
+
+
 # --- the other modes -------------------------------------------------------------------------
 
 def load_checkpoint(args, run):
-    """--checkpoint -> (its content, model on the device, args with the settings of the model in place of the flags)."""
+    """--checkpoint -> (its content, model on the device, DreamLoss, args with the model's settings in place of the flags).
+    """
     path = args.checkpoint
     content = common.load_model_file(path)
     with common.checkpoint_fields(path):
@@ -1241,7 +1221,8 @@ def load_checkpoint(args, run):
         common.load_state(model, content["model"], path)
     text = ", ".join(f"{name} {getattr(args, name)}" for name in MODEL_FLAGS)
     run.say(f"checkpoint: epoch {content['epoch']}, {text}")
-    return content, run.compute.place(model), args
+    loss_function = DreamLoss(args, content["scaler"], run.compute.device)
+    return content, run.compute.place(model), loss_function, args
 
 
 def rows_to_score(run, args, study, seen):
@@ -1260,9 +1241,9 @@ def rows_to_score(run, args, study, seen):
     return part, split[part], np.sort(np.concatenate([split[name] for name in fitted]))
 
 
-def score_checkpoint(run, args):
+def evaluate_checkpoint(run, args):
     """--mode evaluate: judge a trained model on rows it was not trained on."""
-    content, model, args = load_checkpoint(args, run)
+    content, model, loss_function, args = load_checkpoint(args, run)
     study = load_study(args, run, usual=content["settings"])
     seen = seen_rows.of_checkpoint(content)
     part, rows, fitted = rows_to_score(run, args, study, seen)
@@ -1273,10 +1254,9 @@ def score_checkpoint(run, args):
                            None if model.imagines else model.encoder)
         readout = solve_readout(study, fitted)
     loader = make_loader(study, rows, args, run.compute)
-    loss_function = DreamLoss(args, content["scaler"], run.compute.device)
     predicted, _, numbers = evaluate(model, loader, loss_function, run.compute)
-    others = baselines(study, fitted, rows, readout, content["scaler"]["at1"]["mean"].numpy())
-    table = score_table(study, rows, predicted, others, seen.words(study.hashes[rows]))
+    others = predict_baselines(study, fitted, rows, readout, content["scaler"]["at1"]["mean"].numpy())
+    table = predictions_table(study, rows, predicted, others, seen.words(study.hashes[rows]))
     table.write(run.path(f"predictions_{part}.csv"))
     use = use_of_inputs(model, loader, numbers, loss_function, run.compute, study, fitted, rows)
     known = sorted(set(table.groups) & set(content["train_patients"]))
@@ -1288,15 +1268,14 @@ def score_checkpoint(run, args):
 
 def predict(run, args):
     """--mode predict: predictions.csv with at1 and at2 for every transition; labels are not needed."""
-    content, model, args = load_checkpoint(args, run)
+    content, model, loss_function, args = load_checkpoint(args, run)
     study = load_study(args, run, needs_labels=False, usual=content["settings"])
     rows = np.arange(len(study.names))
     run.write_args(**study.data_record({"all": rows}))
-    loss_function = DreamLoss(args, content["scaler"], run.compute.device)
     loader = make_loader(study, rows, args, run.compute)
     predicted, features, _ = evaluate(model, loader, loss_function, run.compute)
     seen = seen_rows.of_checkpoint(content).words(study.hashes)
-    table = score_table(study, rows, predicted, {"motion": study.motion}, seen)
+    table = predictions_table(study, rows, predicted, {"motion": study.motion}, seen)
     table.warning = row_warnings.texts([(content, features)], seen, "frames", run.say)
     table.write(run.path("predictions.csv"))
     common.write_json(run.path("metrics.json"),
@@ -1308,9 +1287,7 @@ def predict(run, args):
 def audit(run, args):
     """--mode audit: audit.json and the terminal, one line a check, with what was found and what to do."""
     study = load_study(args, run, needs_frames=False)
-    used = np.setdiff1d(study.frames, [-1])
-    brightness = [study.store[i].mean() for i in used]
-    checks = pose_audit.check_study(study, brightness)
+    checks = pose_audit.check_study(study)
     for check in checks:
         run.say(f"{check.status:5} {check.name:20} {check.found}")
         if check.remedy:
@@ -1324,19 +1301,9 @@ def audit(run, args):
     run.say(f"open next: {run.path('audit.json')}")
 
 
-def train(run, args):
-    """--mode train: one run, or one per fold."""
-    study = load_study(args, run)
-    verdicts.parse_criteria(args.criteria, pose_judging.criteria_names())
-    if args.folds:
-        run_folds(run, args, study)
-    else:
-        run_split(run, args, study, make_split(args, study))
-
-
 def main():
     args = parse_args()
-    modes = {"train": train, "evaluate": score_checkpoint, "predict": predict, "audit": audit}
+    modes = {"train": train, "evaluate": evaluate_checkpoint, "predict": predict, "audit": audit}
     with common.start_run(args, fixed_shapes=True) as run:
         modes[args.mode](run, args)
 

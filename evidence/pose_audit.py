@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 
 import common
+from evidence import pose_plots
 from readers import probe_poses
 
 DARK_MEAN = 2.55  # grey levels of 255, 1 %
@@ -30,8 +31,9 @@ def check(is_bad, name, found, remedy="", status="WARN"):
     return Check("OK", name, found)
 
 
-def check_study(study, brightness):
-    """All checks of a train_dreamer.Study; brightness: mean grey level of each picture in use."""
+def check_study(study):
+    """All checks of a train_dreamer.Study."""
+    brightness = [study.store[i].mean() for i in np.setdiff1d(study.frames, [-1])]
     return [
         Check("OK", "data", f"{len(study.names)} transitions in {len(set(study.sequences))} sequences"),
         *check_rows(study.skipped),
@@ -182,3 +184,24 @@ def split_facts(split, patients):
         "patients_in_two_parts": sorted(name for name, count in n_parts.items() if count > 1),
         "left_out": len(patients) - sum(map(len, split.values())),
     }
+
+
+def write_statistics(run, study, split):
+    """dataset_stats.json and dataset_statistics.png of a train_dreamer.Study."""
+    stats = {
+        **split_facts(split, study.patients),
+        "sequences": len(set(study.sequences)),
+        "patients_known": study.has_patients,
+        "angle_unit": study.angle_unit,
+        "compose": study.compose,
+        "residuals": study.residuals,
+        "poses": pose_ranges(study.poses),
+        "skipped": len(study.skipped),
+        "notes": study.notes,
+    }
+    common.write_json(run.path("dataset_stats.json"), stats)
+    shown = ("patients_in_two_parts", "left_out", "skipped", "patients_known", "compose", "angle_unit")
+    facts = [f"{name.replace('_', ' ')}: {str(stats[name])[:20]}" for name in shown]
+    rows = np.linspace(0, len(study.names) - 1, 4).astype(int)
+    samples = [(study.names[row], study.frame(row, 0, run.args.image_size)) for row in rows]
+    pose_plots.plot_dataset(split, study.patients, facts, samples, run.path("dataset_statistics.png"))

@@ -628,7 +628,7 @@ def test_baselines_find_what_they_can_know():
                                   order=np.tile(np.arange(20), 6), place=np.tile(np.arange(20) / 19, 6),
                                   inner_groups=lambda rows: names[rows])
     train, rows = np.arange(80), np.arange(80, 120)
-    found = train_dreamer.baselines(study, train, rows)
+    found = train_dreamer.predict_baselines(study, train, rows)
     assert np.abs(found["motion_ridge"] - study.at1[rows]).max() < 0.1
     assert np.allclose(found["train_mean"], study.at1[train].mean(0))
     assert np.array_equal(found["copy"], motion[rows])
@@ -659,7 +659,7 @@ def test_a_short_sequence_takes_no_baseline_out_of_a_fold():
     tables = []
     for fold in splitting.folds_by_time(sequences, order, 5, 10):
         train, rows = fold["train"], fold["val"]
-        found = train_dreamer.baselines(study, train, rows)
+        found = train_dreamer.predict_baselines(study, train, rows)
         assert {"interpolated", "nearest_in_time", "patient_mean"} <= set(found)
         tables.append(pose_table(sequences[rows], study.at1[rows], study.at1[rows], found))
     assert len(prediction_tables.join(tables, range(5)).baselines["interpolated"]) == 120
@@ -673,12 +673,12 @@ def test_a_patient_mean_needs_train_rows_of_each_patient():
                                   inner_groups=lambda rows: names[rows])
     train = np.r_[0:15, 20:35]
     centre = study.at1[train].mean(0)
-    found = train_dreamer.baselines(study, train, np.array([38, 17]))["patient_mean"]
+    found = train_dreamer.predict_baselines(study, train, np.array([38, 17]))["patient_mean"]
     assert np.allclose(found, [study.at1[20:35].mean(0), study.at1[0:15].mean(0)])
-    filled = train_dreamer.baselines(study, train, np.array([38, 50]))["patient_mean"]
+    filled = train_dreamer.predict_baselines(study, train, np.array([38, 50]))["patient_mean"]
     assert np.allclose(filled, [study.at1[20:35].mean(0), centre]), "the train mean for a patient without train rows"
-    assert "patient_mean" not in train_dreamer.baselines(study, train, np.array([50, 51]))
-    assert "patient_mean" not in train_dreamer.baselines(study, train[:15], np.array([16, 17])), "one patient"
+    assert "patient_mean" not in train_dreamer.predict_baselines(study, train, np.array([50, 51]))
+    assert "patient_mean" not in train_dreamer.predict_baselines(study, train[:15], np.array([16, 17])), "one patient"
 
 
 def test_results_are_back_in_mm_and_degrees():
@@ -799,7 +799,7 @@ def test_what_belongs_to_the_files_is_not_that_of_the_checkpoint(as_script, tmp_
     typed = ["--angle_unit", "rad", "--pixel_range", 0, 50]
     for more, unit, pixel_range in (([], "auto", [0, 900]), (typed, "rad", [0, 50])):
         asked = train_dreamer.parse_args([*map(str, own), *map(str, more)])
-        _, _, args = train_dreamer.load_checkpoint(asked, run)
+        *_, args = train_dreamer.load_checkpoint(asked, run)
         assert (args.angle_unit, list(args.pixel_range)) == (unit, pixel_range)
         assert (args.encoder, args.compose, args.image_size) == ("resnet18", "additive", 64)
 

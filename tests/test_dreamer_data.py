@@ -355,7 +355,7 @@ def test_prediction_off_the_frame_needs_nothing_but_frames(tmp_path, recwarn):
             del row["at1_6dof"], row["at2_6dof"], row["action_change_6dof"], row["ft2_image_path"]
     write_sequence(tmp_path / "data" / "a_01", edit=edit)
     study, _, _ = load(tmp_path / "data", needs_labels=False)
-    table = train_dreamer.score_table(study, np.arange(6), np.full((6, 6), 190.0), {}, np.full(6, "new"))
+    table = train_dreamer.predictions_table(study, np.arange(6), np.full((6, 6), 190.0), {}, np.full(6, "new"))
     assert (table.predicted == [190.0] * 3 + [-170.0] * 3).all() and not recwarn.list
     with pytest.raises(common.UserError, match="no usable action_change_6dof"):
         load(tmp_path / "data", "--token_type", "spatial", needs_labels=False)
