@@ -34,7 +34,6 @@ import dataclasses
 import itertools
 import math
 import os
-import typing
 from pathlib import Path
 
 import numpy as np
@@ -61,21 +60,15 @@ ENVIRONMENT = {
 }
 
 
-class InputDefaults(typing.NamedTuple):
-    """Input of a model, in pixels."""
-    min_size: int  # short side
-    max_size: int  # longest side
-
-
 RESNET18 = "fasterrcnn_resnet18_fpn"
 COCO_ANCHORS = (32, 64, 128, 256, 512)  # sides of the square ones, in input pixels
 LEVEL_STRIDES = (8, 16, 32, 64)  # input pixels of a cell on each level of RESNET18's pyramid
 N_LEVELS = len(LEVEL_STRIDES)
-MODELS = {
-    "fasterrcnn_resnet50_fpn": InputDefaults(800, 1333),
-    "fasterrcnn_resnet50_fpn_v2": InputDefaults(800, 1333),
-    "fasterrcnn_mobilenet_v3_large_320_fpn": InputDefaults(320, 640),
-    RESNET18: InputDefaults(384, 640),
+MODELS = {  # and their --min_size, --max_size
+    "fasterrcnn_resnet50_fpn": (800, 1333),
+    "fasterrcnn_resnet50_fpn_v2": (800, 1333),
+    "fasterrcnn_mobilenet_v3_large_320_fpn": (320, 640),
+    RESNET18: (384, 640),
 }
 # For a CPU: no level of stride 4, and a quarter of torchvision's proposals, plenty for twenty parts.
 SMALL_HEADS = {
@@ -193,8 +186,9 @@ def add_result_arguments(result):
            help="resamples for intervals, from 200 images or groups on")
 
 
-def environment_defaults(path=Path(".env")):
-    """{flag: text} of ENVIRONMENT, from the environment or else lines NAME=VALUE of `path`."""
+def environment_defaults():
+    """{flag: text} of ENVIRONMENT, from the environment or else lines NAME=VALUE of ./.env."""
+    path = Path(".env")
     text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
     pairs = [line.strip().removeprefix("export ").partition("=") for line in text.splitlines()]
     values = {name.strip(): value.strip().strip("\"'") for name, _, value in pairs}
@@ -279,7 +273,7 @@ class Study(picture_files.StoredPictures):
     """N pictures with their boxes, cleaned."""
     truth: part_boxes.PartTruth
     images: list  # N AnnotatedImages
-    category_ids: dict  # train, val or test -> {part: id as its file writes them}
+    category_ids: dict  # train, val or test -> {part: id as its file writes it}
     skipped: list  # dicts of image, annotation and reason
     notes: list
 
@@ -293,8 +287,10 @@ class Study(picture_files.StoredPictures):
         """(N,) rarest part and state of each picture, so that a split deals those out evenly."""
         cells = [list(zip(labels, states)) for labels, states in zip(self.truth.labels, self.truth.states)]
         counts = collections.Counter(itertools.chain.from_iterable(cells))
-        return np.array([str(min(row, key=lambda cell: (counts[cell], cell), default="none"))
-                         for row in cells])
+
+        def rareness(cell):
+            return counts[cell], cell
+        return np.array([str(min(row, key=rareness, default="none")) for row in cells])
 
     def data_record(self, split):
         """What args.json says of the data and their split; a resumed run must find the same."""
@@ -322,8 +318,8 @@ def load_study(args, files, say, known_parts=None):
             image.origin = origin
     images = [image for found in read.values() for image in found.images]
     say(f"decoding {len(images)} pictures")
-    store = picture_files.ImageStore(
-        [image.path for image in images], input_size(args), args.cache, args.pixel_range)
+    short_side, _ = input_limits(args)
+    store = picture_files.ImageStore([image.path for image in images], short_side, args.cache, args.pixel_range)
     stored, bad = part_boxes.check_pictures(store.audit, images, args.on_bad_file)
     used = [images[i] for i in stored]
     parts, part_notes = part_boxes.used_parts(read.values(), used, known_parts)
@@ -343,7 +339,7 @@ def load_study(args, files, say, known_parts=None):
     study = Study(
         truth=truth,
         images=used,
-        category_ids={origin: found.category_ids for origin, found in read.items()},
+        category_ids={origin: part_boxes.number_parts(parts, found.category_ids) for origin, found in read.items()},
         store=store,
         stored=np.array(stored, int),
         skipped=skipped + bad + without_area,
@@ -354,9 +350,11 @@ def load_study(args, files, say, known_parts=None):
     return study
 
 
-def input_size(args):
-    """Short side of the input in pixels."""
-    return args.min_size or MODELS[args.model].min_size
+def input_limits(args):
+    """(short side, largest longest side) of the input in pixels."""
+    min_size, max_size = MODELS[args.model]
+    min_size = args.min_size or min_size
+    return min_size, max(args.max_size or max_size, min_size)
 
 
 def without_empty(study):
@@ -698,8 +696,7 @@ def choose_anchors(args, truth, min_size, max_size):
 
 def model_settings(args, truth):
     """What describes the network, kept in the checkpoint; truth: of the train pictures."""
-    min_size = input_size(args)
-    max_size = max(args.max_size or MODELS[args.model].max_size, min_size)
+    min_size, max_size = input_limits(args)
     return {
         "model": args.model,
         "min_size": min_size,
@@ -749,18 +746,12 @@ def load_pretrained(model, state, source):
         print(f"note: {source}: the layers are loaded without the prefix {prefix}", flush=True)
     expected = ("backbone.", "rpn.", "roi_heads.box_head.")
     state = {name.removeprefix(prefix): value for name, value in state.items()}
-    state = {name: value for name, value in state.items() if name.startswith(expected)}
+    given = {name: value for name, value in state.items() if name.startswith(expected)}
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith(expected)}
     try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        model.load_state_dict(own | given)
     except RuntimeError as error:
-        raise common.UserError(
-            f"{source}: layers of another shape: {common.one_line(error)}") from None
-    missing = [name for name in missing
-               if name.startswith(expected) and not name.endswith("num_batches_tracked")]
-    if missing or unexpected:
-        raise common.UserError(
-            f"{source}: not the weights of this detector: {len(missing)} layers "
-            f"missing, {len(unexpected)} too many (first: {[*missing, *unexpected][0]})")
+        raise common.UserError(f"{source}: not the weights of this detector: {common.one_line(error)}") from None
 
 
 def freeze_layers(body, n_trained):
@@ -985,16 +976,15 @@ def limit_detections(detections, args):
     return [detection_tables.best_of_each_part(each, args.score_threshold) for each in detections]
 
 
-def write_detections(path, folder, args, ids, detections, parts, category_ids, seen, picture, errors, warnings=None):
+def write_detections(path, folder, args, names, ids, detections, parts, category_ids, seen, picture, errors,
+                     warnings=None):
     """`path` (COCO results), the same as CSV beside it, and in `folder` the first pictures with what was detected.
 
-    ids: {name of each of M pictures: its id}; category_ids: see detection_tables.coco_results; seen: (M,); picture:
-    function of its number -> (uint8 (H, W, 3), (width, height) on disk); errors, warnings: see
-    detection_tables.detection_rows.
+    names, ids: of M pictures; category_ids: see detection_tables.coco_results; seen: (M,); picture: function of its
+    number -> (uint8 (H, W, 3), (width, height) on disk); errors, warnings: see detection_tables.detection_rows.
     """
-    names = list(ids)
     common.write_json(path, detection_tables.coco_results(
-        names, ids.values(), detections, parts, category_ids, seen))
+        names, ids, detections, parts, category_ids, seen))
     common.write_table(path.with_suffix(".csv"), detection_tables.detection_rows(
         names, detections, parts, seen, errors, args.one_per_part, warnings))
     good = [k for k, error in enumerate(errors) if not error]
@@ -1019,7 +1009,7 @@ def judge(run, args, study, split, part, scored, **known):
     truth = study.truth.take(rows)
     write_detections(
         run.path(f"detections_{part}.json"), run.path("pictures"), args,
-        dict(zip(truth.images, truth.ids)), own, truth.parts,
+        truth.images, truth.ids, own, truth.parts,
         study.category_ids[study.origin[rows[0]]], seen,
         lambda k: (study.picture(rows[k]), truth.sizes[k]),
         errors=[""] * len(rows))
@@ -1134,8 +1124,7 @@ def write_annotations(run, args, study, split):
         if len(rows):
             images = [study.images[row] for row in rows]
             origin = images[0].origin
-            ids = part_boxes.number_parts(study.truth.parts, study.category_ids[origin])
-            coco, _ = part_boxes.as_coco(images, ids, getattr(args, f"{origin}_images"))
+            coco, _ = part_boxes.as_coco(images, study.category_ids[origin], getattr(args, f"{origin}_images"))
             common.write_json(run.path(f"{part}_coco.json"), coco)
 
 
@@ -1166,7 +1155,7 @@ def run_split(run, args, study, split):
     write_record(run, study, split, val_batch_size=args.val_batch_size)
     write_annotations(run, args, study, split)
     if args.baseline == "heads":
-        run.folds_after = 2 * run.folds_after + 1  # each fold trains twice
+        run.folds_after = 2 * run.folds_after + 1  # each trains twice, which the time left must know
     else:
         run.say("note: only the mean box of each part is there to beat, so the report is amber at "
                 "best; --baseline heads trains a baseline, in about the same time again")
@@ -1286,7 +1275,7 @@ def evaluate_checkpoint(args):
         study = load_study(args, {"test": (args.json, args.images_dir)}, run.say, parts)
         detection_judging.refuse_without_boxes(study.truth, args.json)
         worst = seen_rows.worst(seen_rows.of_checkpoint(content).words(study.hashes))
-        part = {"train": "train", "chose": "val"}.get(worst, "test")
+        part = {"train": "train", "chose": "val"}.get(worst, "test")  # what the pictures were to the checkpoint
         split = {part: np.arange(len(study.stored))}
         write_record(run, study, split)
         judge(run, args, study, split, part, [detect_rows(run, args, study, split[part], models, content)])
@@ -1323,8 +1312,9 @@ def predict(args):
     if output.suffix.lower() == ".csv":  # that is written beside it
         output = output.with_suffix(".json")
     folder = output.with_name(f"{output.stem}_pictures")
-    write_detections(output, folder, args, dict(zip(names, itertools.count(1))), detections,
-                     settings["parts"], {}, words, picture, errors, warnings)
+    write_detections(
+        output, folder, args, names, range(1, len(names) + 1), detections,
+        settings["parts"], {}, words, picture, errors, warnings)
     seen_rows.say_notes(words, print)
     n_sure = sum((each.scores >= args.score_threshold).sum() for each in detections)
     print(f"{len(paths)} pictures, {len(bad)} could not be read (see the error column); {n_sure} "

@@ -12,6 +12,10 @@ Reads every transitions_dataset.json under --data_dir, one a sequence. Writes ou
 dataset_stats.json, dataset_statistics.png, training_summary.png, training_history.csv and .png, splits.json,
 leakage_report.json, args.json, log.txt. With --folds K the same in each fold_K/, patients left out in turn.
 
+Where a score comes from: judge() hands the predictions of at1 for the test rows, else for the val rows, to
+evidence/pose_judging.py: the mean absolute error of each axis in mm or degrees, angles wrapped at 180, and over the axes
+its mean in sds of the labels, which the verdict compares with the best baseline.
+
 Letters: N transitions, M transitions scored, B batch, F channels of the encoder, G cells of its feature map, K tokens,
 P features of a frame on grids, D width of a token, S side of a frame in pixels. Units: a pose or motion is (x, y, z,
 roll, pitch, yaw), mm and degrees, everywhere; frames are uint8 grey until they reach the model.
@@ -36,11 +40,11 @@ from readers import backbones, picture_files, probe_poses
 
 GRIDS = (2, 4)  # cells a side over which the readout averages feature maps
 TIME_BLOCKS = 10  # of each sequence, for the inner folds of a single patient
-# What a checkpoint fixes for evaluate and predict, and what they take over from the run beside it: always, and where
-# they are given no data of their own.
+# What evaluate and predict take from the checkpoint, and what from the args.json beside it.
 MODEL_FLAGS = "encoder image_size token_type d_model n_layers n_heads feedforward dropout compose".split()
 ENCODER_FLAGS = ("seed", "weights")
-DATA_FLAGS = "data_dir patient_map patient_regex max_transitions split_by angle_unit euler_order".split()
+DATA_FLAGS = (  # unless --data_dir says other data
+    "data_dir", "patient_map", "patient_regex", "max_transitions", "split_by", "angle_unit", "euler_order")
 WORLD_MODEL_FLAGS = ("d_model n_layers n_heads feedforward freeze_layers backbone_lr_mult lambda_t2_action lambda_latent "
                      "primary_task_only").split()
 # What --augment changes in both frames of a transition alike:
@@ -295,21 +299,22 @@ def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
     poses, facts = probe_poses.complete_rows(rows, args.angle_unit, args.compose, args.euler_order, usual)
     facts["notes"] += matching
     imagines = args.token_type != "none"
-    reasons_listed = probe_poses.reasons_to_skip(rows, poses, needs_labels, imagines)
-    reasons_dropped = probe_poses.reasons_to_skip(rows, poses, needs_labels, imagines, needs_frames)
-    refuse_unusable(args, rows, reasons_dropped)
-    usable = np.flatnonzero([reason is None for reason in reasons_dropped])
+    reasons = probe_poses.reasons_to_skip(rows, poses, needs_labels, imagines)  # all are listed
+    to_drop = probe_poses.reasons_to_skip(rows, poses, needs_labels, imagines, needs_frames)
+    refuse_unusable(args, rows, to_drop)
+    usable = np.flatnonzero([reason is None for reason in to_drop])
     paths, frames = probe_poses.different_frames([rows[i] for i in usable])
     run.say(f"decoding {len(paths)} different frames")
     store = picture_files.ImageStore(paths, args.image_size, args.cache, args.pixel_range)
     good = picture_files.check_bad_files(store.audit, args.on_bad_file)
     is_good = np.isin(frames, [-1, *good]).all(1)
     for i in usable[~is_good]:
-        reasons_listed[i] = "unreadable picture"
+        reasons[i] = "unreadable picture"
     if needs_frames:
-        refuse_unusable(args, rows, reasons_listed)
+        refuse_unusable(args, rows, reasons)
 
-    kept = [rows[i] for i in usable[is_good]]
+    places = usable[is_good]
+    kept = [rows[i] for i in places]
     sequences = np.array([row.sequence for row in kept])
     owner = probe_poses.patients_of([row.sequence for row in rows], args.patient_map, args.patient_regex)
     study = Study(
@@ -321,8 +326,8 @@ def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
         store=store,
         frames=frames[is_good],
         skipped=[{"sequence": row.sequence, "row": row.number, "reason": reason}
-                 for row, reason in zip(rows, reasons_listed) if reason],
-        **{name: values[usable[is_good]] for name, values in poses.items()},
+                 for row, reason in zip(rows, reasons) if reason],
+        **{name: values[places] for name, values in poses.items()},
         **facts)
     say_study(run, study)
     return study
@@ -908,8 +913,8 @@ def solve_readout(study, rows):
 def predict_baselines(study, train, rows, readout=None, centre=None):
     """{name: (M, 6)} of what trains no network; without train rows (other data) only those that need none.
 
-    readout: of solve_readout on the train rows. centre: (6,) what stands for the mean of at1 over them where there are
-    none. What is fitted, is fitted to the errors of that mean.
+    readout: of solve_readout on the train rows. centre: (6,) mean of at1 over the rows that a checkpoint was trained on,
+    where these are no train rows. What is fitted is fitted to the difference from the mean.
     """
     if len(train):
         centre, _ = probe_poses.centre_and_spread(study.at1[train])
@@ -946,8 +951,10 @@ def predictions_table(study, rows, predicted, others, seen):
     whoever subtracts them gets their errors, and variances are those of the angles.
     """
     target = pose_scores.unwrapped(study.at1)[rows]
+    compose = probe_poses.CONVENTIONS[study.compose].at2
+    predicted_at2 = probe_poses.on_arrays(compose, predicted, study.motion[rows])
     keys = {"name": study.names[rows], "sequence": study.sequences[rows]}
-    for kind, at2 in (("true", study.at2[rows]), ("predicted", at2_of(study, rows, predicted))):
+    for kind, at2 in (("true", study.at2[rows]), ("predicted", predicted_at2)):
         keys |= {f"at2_{kind}_{axis}": values for axis, values in zip(probe_poses.AXES, at2.T)}
     return prediction_tables.ScoreTable(
         keys=keys,
@@ -957,11 +964,6 @@ def predictions_table(study, rows, predicted, others, seen):
         baselines={name: pose_scores.wrapped(block, target) for name, block in others.items()},
         groups=study.patients[rows],
         seen=seen)
-
-
-def at2_of(study, rows, at1):
-    """(M, 6) motion asked for at t2 that follows from at1 (M, 6) and the known motion."""
-    return probe_poses.on_arrays(probe_poses.CONVENTIONS[study.compose].at2, at1, study.motion[rows])
 
 
 @common.first_process_only
@@ -979,17 +981,13 @@ def judge(run, args, study, split, rows, table, *, part, use, alarms, best_epoch
             table, study.names[rows], lambda i: study.frame(rows[i], 0, args.image_size)),
         limits=limits(args, study),
         folds=folds)
-    at2 = pose_scores.wrapped(at2_of(study, rows, table.predicted), study.at2[rows])
     pose_judging.judge_poses(
         run, table, setting,
         blocks=pose_scores.time_blocks(table, study.sequences[rows], study.order[rows]),
         label_sd=study.label_sd,
         has_patients=study.has_patients,
         use=use,
-        numbers={
-            "compose": study.compose,
-            "mae_at2": common.regression_metrics(at2, study.at2[rows])["mae"],
-        })
+        numbers={"compose": study.compose})
 
 
 def data_blocks(run, study, split, table):
@@ -1080,15 +1078,16 @@ def check_split(run, args, study, split):
     if by_time:
         run.say(f"split by time, {args.gap} transitions between blocks: every patient stands in every part, so nothing "
                 "is said across patients")
-    owner = np.full(len(study.store), "", dtype=object)  # of every picture in the store
-    owner[study.frames] = study.patients[:, None]
-    key = [path.relative_to(args.data_dir).as_posix() for path in study.store.paths]
+    patient_of = np.full(len(study.store), "", dtype=object)  # of every picture in the store
+    patient_of[study.frames] = study.patients[:, None]
+    names = [path.relative_to(args.data_dir).as_posix() for path in study.store.paths]
     frames = {part: np.unique(study.frames[rows]) for part, rows in split.items()}
     is_top_of_folds = "train" not in split
-    has_whole_patients = is_top_of_folds or not args.folds  # a few lend a fold blocks of time that choose the epoch
+    # within a fold, the epoch may be chosen by blocks of time of the train patients, see make_folds
+    has_whole_patients = not by_time and (is_top_of_folds or not args.folds)
     report = splitting.leakage_report(
-        frames, key, study.frame_audit("pixel_sha"), study.frame_audit("phash"),
-        {"groups": owner if has_whole_patients and not by_time else None})
+        frames, names, study.frame_audit("pixel_sha"), study.frame_audit("phash"),
+        {"groups": patient_of if has_whole_patients else None})
     stopping = splitting.STOPPING_LEAKS
     if by_time and is_top_of_folds:
         stopping = ()

@@ -101,7 +101,7 @@ def test_coco(tmp_path, flags):
     assert study.truth.parts == ["saddle", "bell"] and study.truth.ids == [0, 9]
     assert study.truth.states[0].tolist() == [1, 3] and study.truth.states[1].tolist() == [INTACT, UNKNOWN]
     assert study.truth.ignored[1].tolist() == [False, True] and any("never_used" in note for note in study.notes)
-    assert study.category_ids["train"] == {"saddle": 0, "bell": 4, "never_used": 7}
+    assert study.category_ids["train"] == {"saddle": 0, "bell": 4}
 
 
 def test_an_absent_part_of_a_coco_file_may_lack_its_box(tmp_path, flags):
