@@ -319,7 +319,8 @@ def load_study(args, files, say, known_parts=None):
     images = [image for found in read.values() for image in found.images]
     say(f"decoding {len(images)} pictures")
     short_side, _ = input_limits(args)
-    store = picture_files.ImageStore([image.path for image in images], short_side, args.cache, args.pixel_range)
+    store = picture_files.ImageStore(
+        [image.path for image in images], short_side, args.cache, args.pixel_range)
     stored, bad = part_boxes.check_pictures(store.audit, images, args.on_bad_file)
     used = [images[i] for i in stored]
     parts, part_notes = part_boxes.used_parts(read.values(), used, known_parts)
@@ -339,7 +340,8 @@ def load_study(args, files, say, known_parts=None):
     study = Study(
         truth=truth,
         images=used,
-        category_ids={origin: part_boxes.number_parts(parts, found.category_ids) for origin, found in read.items()},
+        category_ids={origin: part_boxes.number_parts(parts, found.category_ids)
+                      for origin, found in read.items()},
         store=store,
         stored=np.array(stored, int),
         skipped=skipped + bad + without_area,
@@ -842,8 +844,8 @@ def evaluate(model, loader, args, compute):
         parts.append((on_disk(found, batch["scale"]), summed))
     detections, summed = zip(*compute.processes.gather(parts))
     detections = sum(detections, [])
-    means = {f"val_{name}": sum(each[name] for each in summed) / len(detections) for name in summed[0]}
-    return detections, means
+    totals = {name: sum(each[name] for each in summed) for name in summed[0]}
+    return detections, {f"val_{name}": total / len(detections) for name, total in totals.items()}
 
 
 @torch.no_grad()
@@ -861,7 +863,7 @@ def mean_features(model, loader, compute):
 
 @torch.no_grad()
 def detect(model, loader, compute):
-    """Whole split at once -> (M Detections, features (M, 256) of model.look, hashes and errors of Pictures, else [])."""
+    """Whole split at once -> {detections; features (256,) of model.look; of Pictures also hashes, errors: lists of M}."""
     model.eval()
     parts = []
     for batch in loader:
@@ -869,10 +871,14 @@ def detect(model, loader, compute):
         with compute.autocast():
             maps = model.features(inputs)  # (B, 3, H, W) -> maps
             found = model.heads(maps, inputs, batch["sizes"])
-        looks = model.look(maps, batch["sizes"])
-        parts.append((on_disk(found, batch["scale"]), looks, batch.get("hashes", []), batch.get("error", [])))
-    detections, looks, hashes, errors = zip(*compute.processes.gather(parts))
-    return sum(detections, []), torch.cat(looks).numpy(), sum(hashes, []), sum(errors, [])
+        parts.append({
+            "detections": on_disk(found, batch["scale"]),
+            "features": list(model.look(maps, batch["sizes"]).numpy()),
+            "hashes": batch.get("hashes", []),
+            "errors": batch.get("error", []),
+        })
+    gathered = compute.processes.gather(parts)
+    return {name: sum((part[name] for part in gathered), []) for name in parts[0]}
 
 
 def on_disk(found, scales):
@@ -935,13 +941,14 @@ def finish_best_model(training, truth, train_loader, val_loader):
     model = training.model
     run = training.run
     best = training.load_best()
-    detections, val_features, *_ = detect(model, val_loader, run.compute)
-    best["known_data"] = row_warnings.known_data(mean_features(model, train_loader, run.compute), val_features)
+    train_features = mean_features(model, train_loader, run.compute)
+    found = detect(model, val_loader, run.compute)
+    best["known_data"] = row_warnings.known_data(train_features, np.stack(found["features"]))
     if model.settings["states"]:
-        matching = detection_scores.coco_match(truth, detections, "map")
-        found = detection_scores.found_states(matching, detections)
-        temperature = calibrating.fit_temperature(np.log(found.probabilities), found.true)
-        run.say(f"temperature of the states: {temperature:.3g}, from {len(found.true)} boxes found in the val pictures")
+        matching = detection_scores.coco_match(truth, found["detections"], "map")
+        states = detection_scores.found_states(matching, found["detections"])
+        temperature = calibrating.fit_temperature(np.log(states.probabilities), states.true)
+        run.say(f"temperature of the states: {temperature:.3g}, from {len(states.true)} boxes found in the val pictures")
         model.roi_heads.temperature = temperature
         best["temperature"] = temperature
     training.save_model(best)
@@ -963,8 +970,7 @@ def detect_rows(run, args, study, rows, models, content):
     loader = make_loader(study, rows, models["model"].settings, args, run.compute)
     found = {}
     for name, model in models.items():
-        detections, *_ = detect(model, loader, run.compute)
-        found[name] = limit_detections(detections, args)
+        found[name] = limit_detections(detect(model, loader, run.compute)["detections"], args)
     seen = seen_rows.of_checkpoint(content).words(study.hashes[rows])
     return Scored(rows, found, content["baseline"], seen)
 
@@ -1199,7 +1205,8 @@ def run_folds(run, args, study):
         folder = run.path(f"fold_{k}")
         if folder not in of_fold:  # it was finished before this run was continued
             rows = splitting.rows_to_try(splits[k], args)["test"]
-            of_fold[folder] = detect_rows(run, args, study, rows, *load_models(folder, args, run.compute))
+            models, content = load_models(folder, args, run.compute)
+            of_fold[folder] = detect_rows(run, args, study, rows, models, content)
         scored.append(of_fold[folder])
         headline = common.read_json(folder / "metrics.json")["headline"]
         numbers.append({
@@ -1278,7 +1285,8 @@ def evaluate_checkpoint(args):
         part = {"train": "train", "chose": "val"}.get(worst, "test")  # what the pictures were to the checkpoint
         split = {part: np.arange(len(study.stored))}
         write_record(run, study, split)
-        judge(run, args, study, split, part, [detect_rows(run, args, study, split[part], models, content)])
+        scored = detect_rows(run, args, study, split[part], models, content)
+        judge(run, args, study, split, part, [scored])
 
 
 def predict(args):
@@ -1296,13 +1304,14 @@ def predict(args):
         return picture_files.resize(pixels, fit_size(*size, settings["min_size"], settings["max_size"]))
     pictures = picture_files.Pictures(paths, settings["min_size"], prepare, pixel_range)
     loader = common.make_loader(pictures, args, compute, False, collate=collate)
-    detections, features, hashes, errors = detect(model, loader, compute)
-    detections = limit_detections(detections, args)
-    bad = np.flatnonzero(errors)
+    found = detect(model, loader, compute)
+    detections = limit_detections(found["detections"], args)
+    features = np.stack(found["features"])
+    bad = np.flatnonzero(found["errors"])
     features[bad] = np.nan
     for k in bad:
         detections[k] = detections[k].take(slice(0))
-    words = seen_rows.of_checkpoint(content).words(np.stack(hashes))
+    words = seen_rows.of_checkpoint(content).words(np.stack(found["hashes"]))
     warnings = row_warnings.texts([(content, features)], words, "pictures", print)
 
     def picture(k):
@@ -1314,7 +1323,7 @@ def predict(args):
     folder = output.with_name(f"{output.stem}_pictures")
     write_detections(
         output, folder, args, names, range(1, len(names) + 1), detections,
-        settings["parts"], {}, words, picture, errors, warnings)
+        settings["parts"], {}, words, picture, found["errors"], warnings)
     seen_rows.say_notes(words, print)
     n_sure = sum((each.scores >= args.score_threshold).sum() for each in detections)
     print(f"{len(paths)} pictures, {len(bad)} could not be read (see the error column); {n_sure} "

@@ -739,9 +739,10 @@ def evaluate(model, loader, loss_function, compute):
         if model.imagines:
             batches[-1] |= pose_scores.latent_terms(imagined.features_t1, imagined.features_t2, features_t2)
     rows = join_batches(batches, compute)  # {name: (M, ...)}
-    means = {name: rows[name].mean().item() for name in ("main_task_loss", "t2_loss")}
+    means = {name: rows[name].mean() for name in ("main_task_loss", "t2_loss")}
     if model.imagines:
-        means |= {name: value.item() for name, value in pose_scores.latent_numbers(rows).items()}
+        means |= pose_scores.latent_numbers(rows)
+    means = {name: value.item() for name, value in means.items()}
     error = probe_poses.pose_error(rows["at1"].double(), rows["true_at1"].double()).abs()  # (M, 6)
     mae = {f"mae_{axis}": value for axis, value in zip(probe_poses.AXES, error.nanmean(0).tolist())}
     numbers = {"loss": loss_function.total(means), **means, **mae}
@@ -780,8 +781,6 @@ def fit(run, args, study, split, readout):
         metadata=lambda: model_metadata(args, study, split, scaler),
         higher_is_better=False,
         seen=seen_rows.of_run(run, args, study.hashes, split))
-    n_weights = sum(weights.numel() for weights in model.parameters())
-    run.say(f"model: {n_weights / 1e6:.1f} million weights, token type {args.token_type}")
     unused = flags_without_effect(args)
     if unused:
         run.say(f"note: {' '.join(unused)} belong to the world model and change nothing; --token_type channel is the "

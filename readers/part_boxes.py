@@ -652,7 +652,7 @@ def used_parts(found, images, known=None):
     if not used:
         files = ", ".join(str(each.path) for each in found)
         raise common.UserError(f"no box in {files}: nothing to learn")
-    named = list(dict.fromkeys(name for each in found for name in each.parts))
+    named = dict.fromkeys(name for each in found for name in each.parts)
     unused = [name for name in named if name not in used]
     notes = [f"parts without a box, left out: {', '.join(unused)}"] if unused else []
     return [name for name in named if name in used], notes
