@@ -600,17 +600,15 @@ class Dreamer(nn.Module):
 
     def forward(self, frame_t1, motion):
         # uint8 (B, 1, S, S) frame, (B, 6) motion in mm and degrees
-        return self.imagine(self.encoder(frame_t1), motion)
+        return self.imagine(self.encoder(frame_t1), motion, motion)
 
     @torch.no_grad()
     def look(self, frames):
         """(B, 1, S, S) -> (B, F, G) float32 features that nothing learns from, the truth for what is imagined."""
         return self.encoder(frames).float()
 
-    def imagine(self, features, motion, known_motion=None):
-        """(B, F, G), (B, 6) -> Imagined; known_motion: the one that at1 is composed with, where `motion` is false."""
-        if known_motion is None:
-            known_motion = motion
+    def imagine(self, features, motion, known_motion):
+        """(B, F, G), (B, 6) that is imagined from, (B, 6) that at1 is composed with: the true one -> Imagined."""
         entering = probe_poses.pose_error(motion, self.motion_mean) / self.motion_sd  # (B, 6)
         imagined = self.imagination(features, entering).float()  # (B, F, G)
         with torch.autocast(features.device.type, enabled=False):  # bf16 has steps of half a degree at 100 degrees
@@ -853,7 +851,7 @@ def use_of_inputs(model, loader, numbers, loss_function, compute, study, fitted,
         with compute.autocast():
             true = model(frame_t1, poses["motion"])
             features_t2 = model.look(frame_t2)  # (B, F, G)
-            false = model.imagine(true.features_t1, poses["other_motion"], known_motion=poses["motion"])
+            false = model.imagine(true.features_t1, poses["other_motion"], poses["motion"])
         batches.append({
             "false_loss": loss_function.of_pose("at1", false.at1, poses["at1"]),  # (B,)
             "map_imagined": true.features_t2.flatten(1).half(),  # (B, F * G)
