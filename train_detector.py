@@ -863,7 +863,7 @@ def mean_features(model, loader, compute):
 
 @torch.no_grad()
 def detect(model, loader, compute):
-    """Whole split at once -> {detections; features (256,) of model.look; of Pictures also hashes, errors: lists of M}."""
+    """Whole split at once -> lists of M: {detections, features (256,) of model.look, of Pictures also hashes, errors}."""
     model.eval()
     parts = []
     for batch in loader:
@@ -895,7 +895,7 @@ def on_disk(found, scales):
 
 
 def fit(run, args, study, split):
-    """Train on split['train'], choose the epoch on split['val'] -> Training with the best model."""
+    """Train on split['train'], choose the epoch on split['val'] -> (Training with the best model, its checkpoint)."""
     compute = run.compute
     train_truth = study.truth.take(split["train"])
     val_truth = study.truth.take(split["val"])
@@ -929,12 +929,11 @@ def fit(run, args, study, split):
         scores = {f"val_{name}": value for name, value in judged.epoch_metrics().items()}
         training.end_epoch(row | losses | scores)
     train_loader = make_loader(study, split["train"], settings, args, compute)
-    finish_best_model(training, val_truth, train_loader, val_loader)
-    return training
+    return training, finish_best_model(training, val_truth, train_loader, val_loader)
 
 
 def finish_best_model(training, truth, train_loader, val_loader):
-    """Give the model its best epoch; best_model.pth gets what its training pictures are like.
+    """Give the model its best epoch; returns the content of best_model.pth, which gets what the train pictures are like.
 
     Also the temperature of the states of the boxes found in the val pictures. truth: of these.
     """
@@ -948,10 +947,12 @@ def finish_best_model(training, truth, train_loader, val_loader):
         matching = detection_scores.coco_match(truth, found["detections"], "map")
         states = detection_scores.found_states(matching, found["detections"])
         temperature = calibrating.fit_temperature(np.log(states.probabilities), states.true)
-        run.say(f"temperature of the states: {temperature:.3g}, from {len(states.true)} boxes found in the val pictures")
+        run.say(f"temperature of the states: {temperature:.3g}, from {len(states.true)} boxes found in the val "
+                "pictures")
         model.roi_heads.temperature = temperature
         best["temperature"] = temperature
     training.save_model(best)
+    return best
 
 
 # --- results: detections -> whole-split metric -> run folder ------------------------------
@@ -1148,7 +1149,8 @@ def train_heads(run, args, study, split):
         child.folds_after = run.folds_after - 1
         child.write_args(**study.data_record(split))
         child.say(f"baseline: the same detector with only its heads trained (in {child.folder.name})")
-        return fit(child, own, study, split).model
+        training, _ = fit(child, own, study, split)
+        return training.model
 
 
 def run_split(run, args, study, split):
@@ -1165,14 +1167,13 @@ def run_split(run, args, study, split):
     else:
         run.say("note: only the mean box of each part is there to beat, so the report is amber at "
                 "best; --baseline heads trains a baseline, in about the same time again")
-    training = fit(run, args, study, split)
+    training, content = fit(run, args, study, split)
     progress = training.progress
     plotting.plot_history(progress.history, run.path("training_history.png"), progress.best_epoch)
     part = "test" if len(split["test"]) else "val"
     models = {"model": training.model}
     if args.baseline == "heads":
         models["heads"] = train_heads(run, args, study, split)
-    content = training.metadata() | {"seen": vars(training.seen)}
     scored = detect_rows(run, args, study, split[part], models, content)
     judge(run, args, study, split, part, [scored],
           best_epoch=progress.best_epoch,

@@ -13,8 +13,8 @@ dataset_stats.json, dataset_statistics.png, training_summary.png, training_histo
 leakage_report.json, args.json, log.txt. With --folds K the same in each fold_K/, patients left out in turn.
 
 Where a score comes from: judge() hands the predictions of at1 for the test rows, else for the val rows, to
-evidence/pose_judging.py: the mean absolute error of each axis in mm or degrees, angles wrapped at 180, and over the axes
-its mean in sds of the labels, which the verdict compares with the best baseline.
+evidence/pose_judging.py: the mean absolute error of each axis in mm or degrees, angles wrapped at 180, and its mean
+over the axes in sds of the labels, which the verdict compares with the best baseline.
 
 Letters: N transitions, M transitions scored, B batch, F channels of the encoder, G cells of its feature map, K tokens,
 P features of a frame on grids, D width of a token, S side of a frame in pixels. Units: a pose or motion is (x, y, z,
@@ -910,8 +910,8 @@ def solve_readout(study, rows):
 def predict_baselines(study, train, rows, readout=None, centre=None):
     """{name: (M, 6)} of what trains no network; without train rows (other data) only those that need none.
 
-    readout: of solve_readout on the train rows. centre: (6,) mean of at1 over the rows that a checkpoint was trained on,
-    where these are no train rows. What is fitted is fitted to the difference from the mean.
+    readout: of solve_readout on the train rows. centre: (6,) mean of at1 over the rows that a checkpoint was trained
+    on, for data without train rows. What is fitted is fitted to the difference from the mean.
     """
     if len(train):
         centre, _ = probe_poses.centre_and_spread(study.at1[train])
@@ -1201,8 +1201,7 @@ def train(run, args):
 # --- the other modes -------------------------------------------------------------------------
 
 def load_checkpoint(args, run):
-    """--checkpoint -> (its content, model on the device, DreamLoss, args with the model's settings in place of the flags).
-    """
+    """--checkpoint -> (its content, model on the device, DreamLoss, args with the model's settings for the flags)."""
     path = args.checkpoint
     content = common.load_model_file(path)
     with common.checkpoint_fields(path):
