@@ -380,11 +380,8 @@ def say_study(study, say):
     truth = study.truth
     n_boxes = [len(boxes) for boxes in truth.boxes]
     groups = "" if truth.groups is None else f" in {len(set(truth.groups))} groups"
-    states = collections.Counter(itertools.chain.from_iterable(truth.states))
-    names = [*part_boxes.STATES, "without a state"]  # the last is that of UNKNOWN, -1
-    listed = ", ".join(f"{count} {names[state]}" for state, count in sorted(states.items()))
     say(f"data: {len(n_boxes)} pictures{groups} ({n_boxes.count(0)} without a box), "
-        f"{len(truth.parts)} parts, {sum(n_boxes)} boxes ({listed}), "
+        f"{len(truth.parts)} parts, {sum(n_boxes)} boxes, "
         f"{sum(map(len, truth.absent))} absent parts without a box; {len(study.skipped)} skipped; "
         f"{study.store.description}")
     for note in study.notes:
