@@ -299,7 +299,7 @@ def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
     poses, facts = probe_poses.complete_rows(rows, args.angle_unit, args.compose, args.euler_order, usual)
     facts["notes"] += matching
     imagines = args.token_type != "none"
-    reasons = probe_poses.reasons_to_skip(rows, poses, needs_labels, imagines)  # all are listed
+    reasons = probe_poses.reasons_to_skip(rows, poses, needs_labels, imagines)  # for skipped.csv
     to_drop = probe_poses.reasons_to_skip(rows, poses, needs_labels, imagines, needs_frames)
     refuse_unusable(args, rows, to_drop)
     usable = np.flatnonzero([reason is None for reason in to_drop])
