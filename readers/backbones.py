@@ -143,7 +143,7 @@ def _last_linear(model, name):
 def cached_weights_file(name, weights=None):
     """(path, url) of torchvision's published weights of a model; the path in the hub cache may not exist yet."""
     url = published_set(name, weights).url
-    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1], url
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name, url
 
 
 def published_weights(name, weights=None):
@@ -216,23 +216,21 @@ def load_backbone_state(model, state, last, source):
     whole = model.state_dict()
     own = [name for name in whole if not name.startswith(f"{last}.")]
     prefix = shared_prefix(state, own)
-    n_in_file = len(state)
-    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    if "encoder.pos_embedding" in own and "encoder.pos_embedding" in state:  # a ViT's, which fits one size of pictures
+    found = {name: state[prefix + name] for name in own if prefix + name in state}
+    if "encoder.pos_embedding" in found:  # a ViT's, which fits one size of pictures
         from torchvision.models.vision_transformer import interpolate_embeddings
-        state = interpolate_embeddings(model.image_size, model.patch_size, state)
-    loaded = {name: state[name] for name in own if name in state}
-    missing = [name for name in own if name not in loaded and not name.endswith("num_batches_tracked")]
-    wrong = [name for name in loaded if loaded[name].shape != whole[name].shape]
+        found = interpolate_embeddings(model.image_size, model.patch_size, found)
+    missing = [name for name in own if name not in found and not name.endswith("num_batches_tracked")]
+    wrong = [name for name in found if found[name].shape != whole[name].shape]
     if missing or wrong:
         raise common.UserError(f"{source}: not the weights of this backbone: {len(missing)} of {len(own)} layers "
                                f"missing, {len(wrong)} of another shape (first: {[*missing, *wrong][0]})")
-    whole.update(loaded)  # which keeps the versions of the layers, without which MNASNet cannot be loaded
+    whole.update(found)  # which keeps the versions of the layers, without which MNASNet cannot be loaded
     model.load_state_dict(whole)
-    n_others = n_in_file - len(loaded)
+    n_others = len(state) - len(found)
     if prefix or n_others > 2:
         how = f" without the prefix {prefix}" if prefix else ""
-        _say_once(f"note: {source}: {len(loaded)} layers were loaded{how}, {n_others} others of the file were not")
+        _say_once(f"note: {source}: {len(found)} layers were loaded{how}, {n_others} others of the file were not")
 
 
 @functools.cache
@@ -288,12 +286,11 @@ def stage_ends(backbone, example):
     ends = outer if len(outer) >= 3 else inner
     if len(ends) >= 3:
         return [ends[height] for height in sorted(ends, reverse=True)]
-    chains = [(path, module) for path, module in backbone.named_modules()
-              if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module) >= 4]
-    if not chains:
+    chains = [[f"{path}.{name}" for name, _ in module.named_children()] for path, module in backbone.named_modules()
+              if isinstance(module, (nn.Sequential, nn.ModuleList))]
+    blocks = max(chains, key=len, default=[])
+    if len(blocks) < 4:
         return []
-    path, longest = max(chains, key=lambda chain: len(chain[1]))
-    blocks = [f"{path}.{name}" for name, _ in longest.named_children()]
     return [blocks[len(blocks) * quarter // 4 - 1] for quarter in (1, 2, 3, 4)]
 
 
@@ -440,7 +437,7 @@ def freeze_stages(backbone, n_stages, example):
                                f"{', '.join(ends)}")
     end = ends[n_stages - 1]
     modules = list(backbone.named_modules())
-    last = max(i for i, (path, _) in enumerate(modules) if path == end or path.startswith(f"{end}."))
+    last = max(i for i, (path, _) in enumerate(modules) if f"{path}.".startswith(f"{end}."))
     for _, module in modules[:last + 1]:  # a stage may end in a layer without weights
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(False)
@@ -515,6 +512,6 @@ class BackboneModel(nn.Module):
 
 def is_same(one, other):
     """Whether two networks have the same layers and weights."""
-    states = one.state_dict(), other.state_dict()
-    is_alike = states[0].keys() == states[1].keys()
-    return is_alike and all(map(torch.equal, states[0].values(), states[1].values()))
+    one = one.state_dict()
+    other = other.state_dict()
+    return one.keys() == other.keys() and all(map(torch.equal, one.values(), other.values()))

@@ -94,11 +94,10 @@ def without_root(name):
 class Fit:
     """The files that fit a name best: several where the name does not decide between them.
 
-    common_folders: how many folders before the file's own name are the same. agrees: no folder differs, and no zeros
-    before a number. is_guess: the end of the path, or a base name that is unique, decided.
+    agrees: no folder differs, and no zeros before a number. is_guess: the end of the path, or a base name that is
+    unique, decided.
     """
     files: list
-    common_folders: int = 0
     agrees: bool = True
     is_guess: bool = False
 
@@ -125,18 +124,16 @@ class NameIndex:
         tail = next((tail for tail in self._tails(name) if tail in self.by_tail), None)
         if tail is None:
             return Fit([], agrees=False)
-        is_loose = isinstance(tail, str)
         parts, suffix = self._split(name)
         scores = {}
         for file in self.by_tail[tail]:
             file_parts, file_suffix = self._split(file)
-            agrees = not is_loose and len(tail) in (len(parts), len(file_parts))
+            agrees = isinstance(tail, tuple) and len(tail) in (len(parts), len(file_parts))
             same_suffix = (suffix.lower() == file_suffix.lower()) + (suffix == file_suffix)
             same_case = sum(map(str.__eq__, parts, file_parts))
             scores[file] = agrees, same_suffix, len(parts) == len(file_parts), same_case
         best = max(scores.values())
-        n_folders = 0 if is_loose else len(tail) - 1
-        return Fit([file for file, score in scores.items() if score == best], n_folders, agrees=best[0])
+        return Fit([file for file, score in scores.items() if score == best], agrees=best[0])
 
     def match(self, names, exact=False):
         """Clean names -> {name: Fit}; a file that does not agree counts only where it is unique on both sides.
@@ -144,16 +141,18 @@ class NameIndex:
         Of a name that no file agrees with it is tried what a browser makes of it: 'a%20b.png' -> 'a b.png'. exact: no
         guess counts.
         """
-        below = {name: without_root(name) for name in dict.fromkeys(names)}
-        fits = {name: self.find(own) for name, own in below.items()}
+        fits = {}
         wanted_as = collections.defaultdict(set)  # file -> ends of the names that do not agree; '' for those that do
-        for name, fit in fits.items():
+        for name in names:
+            below = without_root(name)
+            fit = self.find(below)
             unquoted = without_root(urllib.parse.unquote(name))
             if not fit.agrees and self.find(unquoted).files:
-                below[name] = unquoted
-                fit = fits[name] = self.find(unquoted)
-            fit.is_guess = not fit.agrees or below[name] != posixpath.normpath(name)
-            end = "" if fit.agrees else "/".join(below[name].casefold().split("/")[-2:])
+                below = unquoted
+                fit = self.find(unquoted)
+            fits[name] = fit
+            fit.is_guess = not fit.agrees or below != posixpath.normpath(name)
+            end = "" if fit.agrees else "/".join(below.casefold().split("/")[-2:])
             for file in fit.files:
                 wanted_as[file].add(end)
         for name, fit in fits.items():
@@ -258,11 +257,11 @@ def match_videos(names, root, exact=False):
         fits |= NameIndex(images, IMAGE_SUFFIXES).match(pictures, exact)
         files |= images
     unclear = [f"{name} -> {common.shorten_list(fit.files, 4)}" for name, fit in fits.items() if len(fit.files) > 1]
-    folders_of = collections.defaultdict(set)
+    folders_of = collections.defaultdict(set)  # file in no folder -> those that the names give it
     for name, fit in fits.items():
         *folders, _ = without_root(name).casefold().split("/")
-        if folders and fit.common_folders == 0:
-            for file in fit.files:
+        for file in fit.files:
+            if folders and "/" not in file:
                 folders_of[file].add(folders[-1])
     unclear += [f"{common.shorten_list(sorted(folders), 4)} -> {file}"
                 for file, folders in folders_of.items() if len(folders) > 1]
