@@ -21,12 +21,12 @@ def column_key(name):
     return re.sub(r"\W+", "_", str(name).casefold()).strip("_")
 
 
-def pick_columns(wanted, options, where, short=()):
+def pick_columns(wanted, options, where, short={}):
     """Names asked for -> those in `options`, in any spelling. UserError lists the unknown ones.
 
     short: {other name: the one in `options`}.
     """
-    spelled = {column_key(name): option for name, option in dict(short).items()}
+    spelled = {column_key(name): option for name, option in short.items()}
     spelled |= {column_key(name): name for name in options}
     spelled |= {name: name for name in options}
     picked = {name: spelled.get(name, spelled.get(column_key(name))) for name in wanted}
@@ -107,8 +107,7 @@ def _split_again(cells, delimiter):
     """A row that was written as one quoted field -> its cells; others as they are."""
     if len(cells) > 1:
         return cells
-    again = csv.reader(io.StringIO(cells[0], newline=""), delimiter=delimiter, skipinitialspace=True)
-    return next(again)
+    return next(csv.reader(io.StringIO(cells[0], newline=""), delimiter=delimiter, skipinitialspace=True))
 
 
 def _names_file(cell):

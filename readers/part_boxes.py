@@ -202,14 +202,15 @@ def read_coco(path, content, reading):
     if "" in categories.values():
         reading.faults.append(f"categories: expected names, found {', '.join(categories.values())}")
     reading.counts["categories share a name and are one part"] = len(categories) - len(set(categories.values()))
+    category_ids = {part: listed[own]["id"] for own, part in categories.items()}
     images = {own: read_image(fields, reading) for own, fields in read_records(content, "images", reading).items()}
-    used = []
     unused = collections.defaultdict(collections.Counter)  # attribute -> how often each value
     for own, fields in read_records(content, "annotations", reading).items():
         found = read_object(own, fields, images, categories, reading)
         if found is None:
             continue
-        used.append(read_id(fields["category_id"]))
+        # where categories share a name: an id that a box uses
+        category_ids[found.part] = listed[read_id(fields["category_id"])]["id"]
         for name, value in found.attributes.items():
             if name.lower() != reading.state_attribute:
                 unused[name][str(value)] += 1
@@ -224,10 +225,9 @@ def read_coco(path, content, reading):
         notes.append(f"the attribute {name} of the boxes was not used: {values} (--state_attribute)")
     return Annotations(
         path=path,
-        parts=list(dict.fromkeys(categories.values())),
+        parts=list(category_ids),
         images=list(images.values()),
-        # where categories share a name: an id that a box uses
-        category_ids={categories[own]: listed[own]["id"] for own in [*listed, *used]},
+        category_ids=category_ids,
         skipped=reading.skipped,
         notes=notes)
 
@@ -238,8 +238,7 @@ def read_id(value):
         return int(value)
     if isinstance(value, str) and value.isdecimal() and value == str(int(value)):
         return int(value)
-    is_id = isinstance(value, (int, str)) and not isinstance(value, bool)
-    return value if is_id else None
+    return value if type(value) in (int, str) else None  # true is none
 
 
 def read_records(content, key, reading):
@@ -278,10 +277,7 @@ def read_image(fields, reading):
     if not name:
         reading.faults.append(f"image {own!r}: no file_name")
     where = f"image {own!r} ({name})"
-    absent = fields.get("absent_parts")
-    if isinstance(absent, list):
-        absent = dict.fromkeys(map(clean, absent))
-    absent = read_attributes(absent)
+    absent = read_attributes(fields.get("absent_parts"))
     return AnnotatedImage(
         name=name,
         id=own,
@@ -321,9 +317,7 @@ def read_object(own, fields, images, categories, reading):
     if not box and is_coco:
         box = box_of_polygons(fields.get("segmentation"), reading)
     elif box is not None or state != ABSENT:  # an absent part may lack its box
-        if isinstance(box, list) and str in map(type, box):
-            reading.counts["boxes have numbers written as text"] += 1
-        box = read_box(box, where, reading.faults, reading.box_format, image.size)
+        box = read_box(box, where, reading, image.size)
     if box is None and state != ABSENT:
         reading.skipped.append({"image": name, "annotation": f"{key} ({part})", "reason": "no box"})
         return None
@@ -342,9 +336,8 @@ def read_number(value):
     """A finite JSON number, or one written as text, as float, else None; true is no number."""
     if isinstance(value, str) and csv_tables.NUMBER.fullmatch(value.strip()):
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if abs(value) < 1e9 else None
+    is_number = type(value) in (int, float) and abs(value) < 1e9
+    return float(value) if is_number else None
 
 
 def read_size(fields, where, reading):
@@ -395,16 +388,17 @@ def to_corners(x, y, third, fourth, box_format, size=None):
     return corners
 
 
-def read_box(values, where, faults, box_format, size):
-    """[x1, y1, x2, y2] of four numbers, left, top, width, height; None, and a fault, where they are none."""
+def read_box(values, where, reading, size):
+    """[x1, y1, x2, y2] of the four numbers of a box; None, and a fault, where they are none."""
     numbers = list(map(read_number, values)) if isinstance(values, list) else []
     if len(numbers) != 4 or None in numbers:
-        faults.append(f"{where}: expected a box of four numbers, found {str(values)[:60]}")
+        reading.faults.append(f"{where}: expected a box of four numbers, found {str(values)[:60]}")
         return None
-    if box_format == "fractions" and size is None:
-        faults.append(f"{where}: a box in fractions needs width and height of its image")
+    reading.counts["boxes have numbers written as text"] += str in map(type, values)
+    if reading.box_format == "fractions" and size is None:
+        reading.faults.append(f"{where}: a box in fractions needs width and height of its image")
         return None
-    return to_corners(*numbers, box_format, size)
+    return to_corners(*numbers, reading.box_format, size)
 
 
 def read_state(values, where, faults):
@@ -559,7 +553,7 @@ def read_groups(images, column):
     lacking = [image.name for image, value in zip(images, values) if value in (None, "")]
     refuse(lacking, f"--group_column {column}: missing in {len(lacking)} of {len(images)} images:",
            f"Fill it, or name another of {', '.join(images[0].fields)}.")
-    return np.array(list(map(str, values)), str)
+    return np.array(list(map(str, values)))
 
 
 def as_truth(images, parts, min_trust, **others):
@@ -571,7 +565,7 @@ def as_truth(images, parts, min_trust, **others):
     kept, skipped, n_cut = cut_boxes(images)
     truth = PartTruth(
         parts=parts,
-        images=np.array([image.name for image in images], str),
+        images=np.array([image.name for image in images]),
         ids=[image.id for image in images],
         sizes=np.array([image.size for image in images]),
         boxes=[np.array([each.box for each in row], np.float32).reshape(-1, 4) for row in kept],

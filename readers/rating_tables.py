@@ -31,7 +31,7 @@ MISSING_CODES += [-code for code in (7, 8, 9, *MISSING_CODES)]
 class RatingsTable:
     """N images in the order of the file, R ratings in its unit."""
     names: list  # of the R ratings
-    images: list  # N names as written
+    images: list  # N different names, each as its first row writes it
     mean: np.ndarray  # (N, R) float64, NaN = missing
     sd: np.ndarray | None  # (N, R) between raters, None where the file has none
     n: np.ndarray | None  # (N, R) number of raters
@@ -62,6 +62,7 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
         raise common.UserError(
             f"{source} has no image column (found: {common.shorten_list(table.columns)}). Name it with --image_column.")
     csv_tables.refuse_blank(table, source, image)
+    table[image] = table[image].map(file_names.first_spellings(table[image]))
     taken.append(image)
     columns = Columns(
         table, source, image, group_column, target_columns, missing_codes,
@@ -163,7 +164,7 @@ class Columns:
         role, base = self.roles[name]
         others = self.of_rating[self.key(name)]
         by_name = base and ("n" in others or name.lower().endswith("mean"))
-        return role == "mean" and bool("sd" in others or by_name)
+        return role == "mean" and ("sd" in others or by_name)
 
     def rating_name(self, name):
         """What the rating in a column is called."""
@@ -190,7 +191,8 @@ class Columns:
             chosen = csv_tables.pick_columns(asked, self.others, f"{self.source} has no --target_columns", short)
         elif self.rows_are_ratings:
             chosen = self.numeric()
-            chosen = (self.varying(chosen, [self.rater]) or chosen) if self.rater else chosen
+            if self.rater:
+                chosen = self.varying(chosen, [self.rater]) or chosen
         else:
             chosen = list(filter(self.is_mean, self.others)) or self.numeric()
         names = set(map(self.rating_name, chosen))
@@ -214,7 +216,7 @@ class Columns:
         if self.attribute and self.rating:
             return
         has_spread = any("sd" in roles and len(roles) > 1 for roles in self.of_rating.values())
-        is_repeated = self.table[self.image].map(file_names.clean_name).duplicated().any()
+        is_repeated = self.table[self.image].duplicated().any()
         if not self.attribute and (has_spread or not is_repeated):
             return
         by_image = self.varying(self.others, [self.image])
@@ -226,7 +228,7 @@ class Columns:
         if not self.attribute:
             asked = [name for name in by_image if name.lower() in ATTRIBUTE]
             if not asked and len(numeric) == 1 and duplicates != "ratings":
-                asked = [name for name in by_image if name not in numeric and self.is_asked_often(name)]
+                asked = list(filter(self.is_asked_often, by_image))
             if len(asked) > 1:
                 raise common.UserError(
                     f"{self.source}: {common.shorten_list(asked)} vary within an image; which one says what was "
@@ -389,13 +391,13 @@ def _summarise_singles(columns, found, used):
 def _merge_duplicates(ratings, source, duplicates):
     """The table with one row an image: means and sds of repeated rows averaged, n summed, where that is asked for."""
     import pandas as pd
-    names = pd.Series(map(file_names.clean_name, ratings.images))
-    is_repeated = names.duplicated(keep=False)
-    if not is_repeated.any():
+    rows_of = common.rows_by_key(ratings.images)
+    repeated = {image: ratings.extra.index[rows] for image, rows in rows_of.items() if len(rows) > 1}
+    if not repeated:
         return ratings
-    lines = pd.Series(ratings.extra.index)[is_repeated].groupby(names, sort=False)
-    examples = [f"{name} (lines {common.shorten_list(rows, 3)})" for name, rows in lines]
-    counted = f"{len(examples)} images stand in {is_repeated.sum()} rows: {common.shorten_list(examples)}"
+    examples = [f"{image} (lines {common.shorten_list(lines, 3)})" for image, lines in repeated.items()]
+    n_rows = sum(map(len, repeated.values()))
+    counted = f"{len(repeated)} images stand in {n_rows} rows: {common.shorten_list(examples)}"
     if duplicates != "mean":
         question = ""
         if ratings.sd is None:  # else these are means
@@ -407,14 +409,14 @@ def _merge_duplicates(ratings, source, duplicates):
     def merged(values, how, **options):
         if values is None:
             return None
-        return pd.DataFrame(values).groupby(names, sort=False).agg(how, **options).to_numpy()
-    first = ~names.duplicated().to_numpy()
-    is_same = ratings.extra.groupby(names.to_numpy()).nunique().max() < 2
+        return pd.DataFrame(values).groupby(images, sort=False).agg(how, **options).to_numpy()
+    images = np.array(ratings.images)
+    is_same = ratings.extra.groupby(images).nunique().max() < 2
     return dataclasses.replace(
         ratings,
-        images=list(np.array(ratings.images)[first]),
+        images=list(rows_of),
         mean=merged(ratings.mean, "mean"),
         sd=merged(ratings.sd, "mean"),
         n=merged(ratings.n, "sum", min_count=1),
-        extra=ratings.extra.loc[first, is_same],
+        extra=ratings.extra.iloc[[rows[0] for rows in rows_of.values()]].loc[:, is_same],
         notes=[*ratings.notes, f"repeated rows were averaged: {counted}"])
