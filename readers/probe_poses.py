@@ -147,7 +147,7 @@ def composition_residuals(at1, motion, at2):
 
     Rows with anything missing are left out. The last line is the motion read the wrong way round, T(motion) T(at2).
     """
-    whole = ~np.isnan(np.hstack([at1, motion, at2])).any(1)
+    whole = ~np.isnan(at1 + motion + at2).any(1)
     if not whole.any():
         return []
     at1 = at1[whole]
@@ -296,11 +296,10 @@ def _frame_name(written, picture):
 
 def _read_pose(entry, key):
     value = entry.get(key)
-    if value is None:
-        return np.full(6, math.nan)
-    if not isinstance(value, list) or len(value) != 6:
+    pose = np.array([None] * 6 if value is None else value, np.float64)  # None becomes NaN
+    if pose.shape != (6,):
         raise ValueError(f"expected 6 numbers under {key}, found {str(value)[:60]}")
-    return np.array([math.nan if number is None else float(number) for number in value])
+    return pose
 
 
 def different_frames(transitions):
@@ -335,8 +334,7 @@ def unique_names(names):
 
 def in_degrees(poses, unit):
     """{name: (N, 6)} in a unit -> in degrees, NaN for what is no pose: NaN, infinite, beyond 200."""
-    factor = np.ones(6)
-    factor[3:] = 180 / math.pi if unit == "rad" else 1
+    factor = np.repeat([1, 180 / math.pi if unit == "rad" else 1], 3)
     found = {name: values * factor for name, values in poses.items()}
     return {name: np.where(np.abs(values) <= LARGEST_LABEL, values, np.nan) for name, values in found.items()}
 
@@ -428,13 +426,12 @@ def read_order(poses, asked, usual):
 
 def choose_composition(asked, residuals):
     """(convention, sentence on why): the one asked for, or the one with the smallest residual on the data."""
-    tried = {row["convention"]: row for row in residuals if row["convention"] in CONVENTIONS}
-    if not tried:
-        chosen = "additive" if asked == "auto" else asked
-        return chosen, f"composition {chosen}: untested, no row has at1, motion and at2"
+    tried = {row["convention"]: row for row in residuals[:len(CONVENTIONS)]}
     missed = {name: row["mm"] + row["deg"] for name, row in tried.items()}
-    best = min(missed, key=missed.get)
+    best = min(missed, key=missed.get, default="additive")
     chosen = best if asked == "auto" else asked
+    if not tried:
+        return chosen, f"composition {chosen}: untested, no row has at1, motion and at2"
     why = "the best fit" if asked == "auto" else "asked for"
     text = (
         f"composition {chosen} ({why}): at2 missed by {tried[chosen]['mm']:.3g} mm and "
@@ -505,16 +502,13 @@ def patients_of(sequences, patient_map=None, patient_regex=None):
     """
     folders = sorted(set(sequences))
     if patient_regex:
-        patients = {}
-        for folder in folders:
-            match = re.search(patient_regex, folder)
-            if match:
-                patients[folder] = match[min(1, match.re.groups)]
+        found = {folder: re.search(patient_regex, folder) for folder in folders}
+        patients = {folder: match[min(1, match.re.groups)] for folder, match in found.items() if match}
     elif patient_map:
         named = csv_tables.read_pairs(patient_map, "--patient_map", ("folder", "patient"))
         patients = {folder: named.get(folder, named.get(folder.rsplit("/", 1)[-1])) for folder in folders}
     else:
-        patients = {folder: folder for folder in folders}
+        patients = dict(zip(folders, folders))
     unknown = [folder for folder in folders if not patients.get(folder)]
     if unknown:
         raise common.UserError(
