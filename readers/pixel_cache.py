@@ -151,15 +151,11 @@ class PixelStore:
 
     def _load(self, rows):
         """[(audit, bytes, array, its file or None)] of the rows of one file."""
-        if self.cache == "disk":
-            return self._load_through_disk(rows)
-        loaded = []
-        for audit, pixels in self.decode(rows):
-            pixels.flags.writeable = False
-            loaded.append((audit, pixels.nbytes, pixels if self.cache == "ram" else None))
-        return loaded
-
-    def _load_through_disk(self, rows):
+        if self.cache != "disk":
+            decoded = self.decode(rows)
+            for _, pixels in decoded:
+                pixels.flags.writeable = False
+            return [(audit, pixels.nbytes, pixels if self.cache == "ram" else None) for audit, pixels in decoded]
         files = self._cache_files(rows)
         loaded = self._from_disk(files)
         if not loaded:
@@ -212,34 +208,26 @@ def frames_on_disk(folder, shape):
 
 def write_cache_file(path, audit, pixels):
     """The pixels as .npy, then what is known of them as .json of the same name."""
-    if isinstance(pixels, np.memmap):  # frames_on_disk
-        with common.explained_write_errors(path, pixels.nbytes):
+    about = {"shape": pixels.shape, "audit": dataclasses.asdict(audit)}
+    temporary = path.with_name(f".{uuid.uuid4()}.tmp")  # several runs may write the same one at once
+    with common.explained_write_errors(path, pixels.nbytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(pixels, np.memmap):  # frames_on_disk
             pixels.flush()
             os.replace(pixels.filename, path)
-    else:
-        content = io.BytesIO()
-        np.save(content, pixels)
-        write_under_own_name(path, content.getvalue())
-    about = {"shape": pixels.shape, "audit": dataclasses.asdict(audit)}
-    write_under_own_name(path.with_suffix(".json"), json.dumps(about).encode())
-
-
-def write_under_own_name(path, content):
-    """Write a file whole or not at all; several runs may write the same one at once."""
-    with common.explained_write_errors(path, len(content)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        common.replace_file(path, content, path.with_name(f".{uuid.uuid4()}.tmp"))
+        else:
+            content = io.BytesIO()
+            np.save(content, pixels)
+            common.replace_file(path, content.getvalue(), temporary)
+        common.replace_file(path.with_suffix(".json"), json.dumps(about).encode(), temporary)
 
 
 def in_threads(work, items):
     """Yield work(item) in order, from one thread a core; after an error no further item is begun."""
     # OpenCV's import writes to the environment, and a thread that reads it then (libjpeg does) can crash the process.
     common.load_opencv()
-    pool = concurrent.futures.ThreadPoolExecutor(common.count_cores())
-    try:
-        yield from pool.map(work, items)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with concurrent.futures.ThreadPoolExecutor(common.count_cores()) as pool:
+        yield from pool.map(work, items)  # which cancels what is left
 
 
 def file_stamp(path):
