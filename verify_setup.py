@@ -221,7 +221,7 @@ def download_weights(names):
         path, url = backbones.cached_weights_file(name)
         print(f"{'reading' if path.exists() else f'downloading {url} to'} {path}", flush=True)
         try:
-            backbones.published_weights(name)
+            backbones.load_weights(name)
         except common.UserError as error:
             remedy = f"remove {path}" if path.exists() else f"download {url} on another machine and copy it to {path}"
             yield Check("FAIL", name, str(error), remedy)

@@ -47,13 +47,6 @@ def build_backbone(name, pretrained=True, weights=None, image_size=224, family="
     return model, n_features
 
 
-def load_weights(name, weights):
-    """State dict for a torchvision network: of the file `weights`, or of its published set of that name."""
-    if weights and Path(weights).exists():
-        return load_weights_file(weights)
-    return published_weights(name, weights)
-
-
 def _pass_one_picture(model, name, image_size):
     """The output for a black picture. UserError where the network takes no pictures of this size."""
     try:
@@ -146,11 +139,13 @@ def cached_weights_file(name, weights=None):
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name, url
 
 
-def published_weights(name, weights=None):
-    """State dict of torchvision's default weights, or the set of that name, from cache or network.
+def load_weights(name, weights=None):
+    """State dict for a torchvision network: of the file `weights`, else of its published set, from cache or network.
 
-    Raises UserError where they are in neither, CheckpointError where the file in the cache is damaged.
+    Raises UserError where the set is in neither, CheckpointError where the file in the cache is damaged.
     """
+    if weights and Path(weights).exists():
+        return load_weights_file(weights)
     path, url = cached_weights_file(name, weights)
     prefix = re.search(r"-([0-9a-f]{8,})\.", path.name)[1]  # of the SHA-256
     if not path.exists():

@@ -437,13 +437,13 @@ def refuse_other_convention(images, path, box_format, flag="--box_format"):
     leave their picture and half as many at most would by another convention, or no number is above 1, or the corners'
     convention alone gives the areas that the file has.
     """
-    kept = [(each, image.size) for image in images if image.size for each in image.objects if any(each.box)]
-    if box_format or not kept:
+    known = [[*each.box, *image.size, read_number(each.fields.get("area"))]
+             for image in images if image.size for each in image.objects if any(each.box)]
+    if box_format or not known:
         return
-    x1, y1, x2, y2 = np.array([each.box for each, _ in kept]).T
+    x1, y1, x2, y2, width, height, area = np.array(known, float).T  # each (K,)
     written = np.array([x1, y1, x2 - x1, y2 - y1])
-    size = np.array([size for _, size in kept]).T  # (2, K)
-    area = np.array([read_number(each.fields.get("area")) for each, _ in kept], float)
+    size = np.array([width, height])
     n_outside = {}
     n_area = {}
     for tried in ("xywh", "xyxy", "cxcywh"):
@@ -455,11 +455,11 @@ def refuse_other_convention(images, path, box_format, flag="--box_format"):
     if np.abs(written).max() <= 1:
         likeliest = "fractions"
         why = "no number is above 1. Shares are of left, top, width, height: convert YOLO's, which are of centres"
-    elif n_outside["xywh"] > 0.1 * len(kept) and n_outside[likeliest] <= n_outside["xywh"] / 2:
-        why = f"{n_outside['xywh']} of {len(kept)} leave their picture, read as {likeliest} {n_outside[likeliest]}"
-    elif n_area["xyxy"] > 0.9 * len(kept) and n_area["xywh"] < 0.1 * len(kept):
+    elif n_outside["xywh"] > 0.1 * len(known) and n_outside[likeliest] <= n_outside["xywh"] / 2:
+        why = f"{n_outside['xywh']} of {len(known)} leave their picture, read as {likeliest} {n_outside[likeliest]}"
+    elif n_area["xyxy"] > 0.9 * len(known) and n_area["xywh"] < 0.1 * len(known):
         likeliest = "xyxy"
-        why = f"the area in the file is that of x1 y1 x2 y2 for {n_area['xyxy']} of {len(kept)}"
+        why = f"the area in the file is that of x1 y1 x2 y2 for {n_area['xyxy']} of {len(known)}"
     else:
         return
     raise common.UserError(

@@ -140,12 +140,11 @@ def _declared_range(image, values):
     32-bit integers and floats declare no white: floats within 0..1 have this range, all else that of its values.
     """
     bits, is_signed = _sample_type(image)
-    is_float = values.dtype.kind == "f"
-    if bits <= 16 and not is_float:
+    if bits <= 16:
         low = -2.0 ** (bits - 1) if is_signed else 0.0
         return low, low + 2.0**bits - 1
     low, high = float(values.min()), float(values.max())
-    if is_float and 0 <= low and high <= 1:
+    if values.dtype.kind == "f" and 0 <= low and high <= 1:
         return 0.0, 1.0
     return low, high
 
@@ -156,7 +155,7 @@ def choose_pixel_range(paths):
     From 0 to the smallest power of two above the highest value, less 1: 0 to 4095 for 12 bits in files of 16. Where
     that would leave little of the range, as for negative values, from the lowest to the highest value.
     """
-    found = [pair for pair in pixel_cache.in_threads(_deep_range, paths) if pair]
+    found = list(filter(None, pixel_cache.in_threads(_deep_range, paths)))
     if not found:
         return None
     lows, highs = zip(*found)

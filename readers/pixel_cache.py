@@ -85,7 +85,7 @@ class PixelStore:
         self.bytes = 0
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         self.folder = Path(home, "small-data-scripts").absolute()
-        expected = self._estimate(rows_of_files)
+        expected = sum(in_threads(self.estimate, rows_of_files))
         self.cache = self._choose_cache(rows_of_files, cache, expected)
         if expected > LARGE:
             where = {"ram": "in memory", "disk": f"in {self.folder}", "none": "nowhere, each is decoded when it is used"}
@@ -134,20 +134,14 @@ class PixelStore:
         if cache in ("ram", "none"):
             return cache
         to_decode = [rows for rows in rows_of_files if not self._from_disk(self._cache_files(rows))]
-        needed = self._estimate(to_decode)
-        if self._disk_has_room(needed):
+        needed = sum(in_threads(self.estimate, to_decode))
+        existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+        if os.access(existing, os.W_OK) and shutil.disk_usage(existing).free > 1.1 * needed + 2**26:
             return "disk"
         if cache == "auto":
             return "none"
         raise common.UserError(f"--cache disk needs {needed / 1e6:.0f} MB of writable space in {self.folder}; free "
                                f"some, set XDG_CACHE_HOME to a larger disk, or use --cache none")
-
-    def _estimate(self, rows_of_files):
-        return sum(in_threads(self.estimate, rows_of_files))
-
-    def _disk_has_room(self, n_bytes):
-        existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
-        return os.access(existing, os.W_OK) and shutil.disk_usage(existing).free > 1.1 * n_bytes + 2**26
 
     def _load(self, rows):
         """[(audit, bytes, array, its file or None)] of the rows of one file."""

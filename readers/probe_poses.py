@@ -207,7 +207,7 @@ class Transition:
 
 def find_transitions(data_dir, limit, exact_names):
     """-> (Transitions of all sequences below a folder, notes); limit: the first ones of each sequence, 0 for all."""
-    files = sorted(data_dir.rglob(FILE_NAME)) if data_dir.is_dir() else []
+    files = sorted(data_dir.rglob(FILE_NAME))
     if not files:
         raise common.UserError(f"--data_dir {data_dir}: expected folders with a {FILE_NAME}, found none")
     transitions = []
@@ -265,33 +265,29 @@ def _find_pictures(rows, folder, exact_names):
 
 def _read_row(entry, sequence, number):
     """One entry of a file -> Transition. Raises ValueError."""
-    ft1 = _read_name(entry, "ft1_image_path")
-    ft2 = _read_name(entry, "ft2_image_path")
+    frame_t1, ft1 = _read_frame(entry, "t1")
+    frame_t2, ft2 = _read_frame(entry, "t2")
     if not ft1:
         raise ValueError("expected the path of a picture under ft1_image_path, found none")
     return Transition(
         sequence=sequence,
         number=number,
-        frame_t1=_frame_name(entry.get("frame_t1"), ft1),
-        frame_t2=_frame_name(entry.get("frame_t2"), ft2),
+        frame_t1=frame_t1,
+        frame_t2=frame_t2,
         ft1=ft1,
         ft2=ft2,
         **{name: _read_pose(entry, key) for name, key in FIELDS.items()})
 
 
-def _read_name(entry, key):
-    """Name of a picture, '' where there is none."""
-    name = entry.get(key)
-    if name is None:
-        return ""
-    if not isinstance(name, str):
-        raise ValueError(f"expected the path of a picture under {key}, found {name!r}")
-    return file_names.clean_name(name)
-
-
-def _frame_name(written, picture):
-    """What the file calls a frame, which may be 0; else the name of its picture."""
-    return Path(picture).stem if written in (None, "") else str(written)
+def _read_frame(entry, time):
+    """(what the file calls a frame, which may be 0, else the name of its picture; that picture, '' for none)."""
+    key = f"f{time}_image_path"
+    picture = entry.get(key)
+    if not isinstance(picture, str | None):
+        raise ValueError(f"expected the path of a picture under {key}, found {picture!r}")
+    picture = file_names.clean_name(picture or "")
+    name = entry.get(f"frame_{time}")
+    return Path(picture).stem if name in (None, "") else str(name), picture
 
 
 def _read_pose(entry, key):

@@ -295,6 +295,7 @@ def _number_columns(columns, names, may_have_codes=True, lowest=-np.inf):
 
     UserError for what looks like missing codes, and for numbers below the lowest that can be.
     """
+    import pandas as pd
     if not any(names):
         return None
     found = {name: columns.numbers(name) for name in names if name}
@@ -305,8 +306,7 @@ def _number_columns(columns, names, may_have_codes=True, lowest=-np.inf):
     if faults:
         raise common.UserError(f"{columns.source}: an sd or a number of raters cannot be below {lowest}, found "
                                f"{'; '.join(faults)}. Correct these cells, or leave them blank.")
-    blank = np.full(len(columns.table), np.nan)
-    return np.stack([found.get(name, blank) for name in names], axis=1)
+    return pd.DataFrame(found).reindex(columns=names).to_numpy()
 
 
 def _without_codes(columns, found):
