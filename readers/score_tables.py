@@ -203,7 +203,8 @@ def as_python(value, path):
     if not isinstance(value, str):
         return value
     try:
-        return ast.literal_eval(re.sub(r"tensor\(([^()]*)\)", r"\1", value))
+        printed = r"tensor\((?:\[([^\[\],]*)\]|(.*?))(?:, \w+=[^()]*)?\)"  # tensor([10], device='cuda:0') is 10
+        return ast.literal_eval(re.sub(printed, r"\1\2", value))
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise common.UserError(
             f"--cv_file {path}: cannot read {value[:60]!r} as a list of folds "
