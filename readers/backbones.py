@@ -278,9 +278,9 @@ def stage_ends(backbone, example):
             if maps is not None and output.ndim == example.ndim and maps.shape[-1] > 1:
                 ends = inner if "." in path else outer
                 ends[maps.shape[-1]] = path
-    ends = outer if len(outer) >= 3 else inner
-    if len(ends) >= 3:
-        return [ends[height] for height in sorted(ends, reverse=True)]
+    for ends in (outer, inner):
+        if len(ends) >= 3:
+            return [ends[height] for height in sorted(ends, reverse=True)]
     chains = [[f"{path}.{name}" for name, _ in module.named_children()] for path, module in backbone.named_modules()
               if isinstance(module, (nn.Sequential, nn.ModuleList))]
     blocks = max(chains, key=len, default=[])
@@ -456,7 +456,7 @@ def start_from(model, path, /, is_frozen, **expected):
     """
     state = starting_weights(path, **expected)
     own = {name: value for name, value in model.state_dict().items() if name.startswith(("backbone.", "encoder."))}
-    if is_frozen and any(name in state and not torch.equal(value, state[name]) for name, value in own.items()):
+    if is_frozen and not all(torch.equal(value, state.get(name, value)) for name, value in own.items()):
         raise common.UserError(
             f"--init_from {path}: its backbone was trained, or began from other --weights or --seed, and this run "
             "reads features of a frozen one. Leave out --init_from, or train the backbone too")

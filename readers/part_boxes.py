@@ -504,8 +504,7 @@ def cut_boxes(images):
 
 def number_parts(parts, category_ids):
     """{part: its id} as a COCO file has it; parts that it lacks get the smallest free ids from 1."""
-    taken = set(category_ids.values())
-    free = (own for own in itertools.count(1) if own not in taken)
+    free = (own for own in itertools.count(1) if own not in category_ids.values())
     return {part: category_ids[part] if part in category_ids else next(free) for part in parts}
 
 

@@ -416,7 +416,7 @@ def read_order(poses, asked, usual):
         return order, []
     poses.update(from_order(poses, order))
     factors = " ".join(f"R{axis}" for axis in order)
-    level = "WARNING: " if asked == "auto" and order != usual else ""
+    level = "" if order in (asked, usual) else "WARNING: "
     return order, [f"{level}angles are read as R = {factors} and turned into R = Rz Ry Rx ({why})"]
 
 

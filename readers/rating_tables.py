@@ -149,6 +149,12 @@ class Columns:
         self.of_rating = collections.defaultdict(dict)  # key of a rating -> {role: column}
         for name, (role, _) in self.roles.items():
             self.of_rating[self.key(name)][role] = name
+        self.means = {}  # trust_mean, or mean_trust beside sd_trust, not the trait mean -> name of its rating
+        for name, (role, base) in self.roles.items():
+            others = self.of_rating[self.key(name)]
+            by_name = base and ("n" in others or name.lower().endswith("mean"))
+            if role == "mean" and ("sd" in others or by_name):
+                self.means[name] = base or name
 
     def key(self, name):
         """The rating that a column belongs to, in any spelling."""
@@ -158,17 +164,6 @@ class Columns:
         """The column of a role that says more of the rating in a column, or None; n may stand there once for all."""
         found = self.of_rating[self.key(name)].get(role)
         return found or (self.of_rating[""].get("n") if role == "n" else None)
-
-    def is_mean(self, name):
-        """Whether a column is a mean by its name: trust_mean, or mean_trust beside sd_trust; not the trait mean."""
-        role, base = self.roles[name]
-        others = self.of_rating[self.key(name)]
-        by_name = base and ("n" in others or name.lower().endswith("mean"))
-        return role == "mean" and ("sd" in others or by_name)
-
-    def rating_name(self, name):
-        """What the rating in a column is called."""
-        return self.roles[name][1] or name if self.is_mean(name) else name
 
     def numbers(self, name):
         """(N,) float64 Series by line, NaN where blank. UserError lists the cells that are none."""
@@ -194,8 +189,8 @@ class Columns:
             if self.rater:
                 chosen = self.varying(chosen, [self.rater]) or chosen
         else:
-            chosen = list(filter(self.is_mean, self.others)) or self.numeric()
-        names = set(map(self.rating_name, chosen))
+            chosen = list(self.means) or self.numeric()
+        names = {self.means.get(name, name) for name in chosen}
         if not names or len(names) < len(chosen):
             raise common.UserError(
                 f"{self.source}: expected one numeric column for each rating, took "
@@ -280,7 +275,7 @@ def _wide_ratings(columns):
                      "one question, give each answer a row (columns image, rater, rating): then their mean is learnt, "
                      "and how far they agree tells what a model can reach")
     return RatingsTable(
-        names=list(map(columns.rating_name, chosen)),
+        names=[columns.means.get(name, name) for name in chosen],
         images=list(columns.table[columns.image]),
         mean=_number_columns(columns, chosen),
         sd=_number_columns(columns, sd_columns, lowest=0),
@@ -331,11 +326,8 @@ def _code_faults(name, values):
     is_far = (values < 2 * low - high) | (values > 2 * high - low)
     if low >= 0:
         is_far |= values < 0
-    faults = []
-    for code, cells in values[is_code & is_far].groupby(values):
-        where = f"in {len(cells)} cells (line {common.shorten_list(cells.index, 3)})"
-        faults.append(f"{name} is {code:g} {where}, the others {low:g} to {high:g}")
-    return faults
+    return [f"{name} is {code:g} in {len(cells)} cells (line {common.shorten_list(cells.index, 3)}), the others "
+            f"{low:g} to {high:g}" for code, cells in values[is_code & is_far].groupby(values)]
 
 
 def _single_ratings(columns):
@@ -352,7 +344,7 @@ def _single_ratings(columns):
     else:
         used = columns.targets()
         found = _without_codes(columns, {name: columns.numbers(name) for name in used})
-        found = {columns.rating_name(name): values for name, values in found.items()}
+        found = {columns.means.get(name, name): values for name, values in found.items()}
     return _summarise_singles(columns, found, used)
 
 
@@ -364,8 +356,9 @@ def _summarise_singles(columns, found, used):
     image_of = table[columns.image]
     images = image_of.unique()
     singles = pd.concat({name: values.set_axis(image_of[values.index]) for name, values in found.items()})
-    grouped = singles.dropna().groupby(level=[0, 1])
-    moments = grouped.agg(["mean", "std", "count"]).unstack(0).reindex(images)  # columns: (statistic, rating)
+    grouped = singles.dropna().groupby(level=[1, 0])
+    moments = grouped.agg(["mean", "std", "count"]).reindex(pd.MultiIndex.from_product([images, names]))
+    mean, sd, n = moments.to_numpy().T.reshape(3, len(images), len(names))
     others = table.drop(columns={columns.image, columns.rater, *used} - {None})
     varying = columns.varying(list(others.columns), [columns.image])
     flags = ("rater", "attribute", "rating")
@@ -380,10 +373,10 @@ def _summarise_singles(columns, found, used):
     return RatingsTable(
         names=names,
         images=list(images),
-        mean=moments["mean"].reindex(columns=names).to_numpy(),
-        sd=moments["std"].reindex(columns=names).to_numpy(),
-        n=moments["count"].reindex(columns=names).fillna(0).to_numpy(float),
-        ratings_by_image={name: [arrays.get((name, image), np.empty(0)) for image in images] for name in names},
+        mean=mean,
+        sd=sd,
+        n=np.nan_to_num(n),
+        ratings_by_image={name: [arrays.get((image, name), np.empty(0)) for image in images] for name in names},
         extra=others[~image_of.duplicated()].drop(columns=varying),
         notes=notes)
 
