@@ -269,14 +269,8 @@ def _read_row(entry, sequence, number):
     frame_t2, ft2 = _read_frame(entry, "t2")
     if not ft1:
         raise ValueError("expected the path of a picture under ft1_image_path, found none")
-    return Transition(
-        sequence=sequence,
-        number=number,
-        frame_t1=frame_t1,
-        frame_t2=frame_t2,
-        ft1=ft1,
-        ft2=ft2,
-        **{name: _read_pose(entry, key) for name, key in FIELDS.items()})
+    poses = {name: _read_pose(entry, key) for name, key in FIELDS.items()}
+    return Transition(sequence, number, frame_t1, frame_t2, ft1, ft2, **poses)
 
 
 def _read_frame(entry, time):
