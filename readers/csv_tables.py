@@ -28,8 +28,7 @@ def pick_columns(wanted, options, where, short={}):
     """
     spelled = {column_key(name): option for name, option in short.items()}
     spelled |= {column_key(name): name for name in options}
-    spelled |= {name: name for name in options}
-    picked = {name: spelled.get(name, spelled.get(column_key(name))) for name in wanted}
+    picked = {name: name if name in options else spelled.get(column_key(name)) for name in wanted}
     unknown = [
         name + common.closest(name, options)
         for name, column in picked.items() if column is None]

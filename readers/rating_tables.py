@@ -241,10 +241,8 @@ class Columns:
 
     def varying(self, names, within):
         """Those of the columns that have several values for one value of `within`."""
-        if not names:
-            return []
-        n_values = self.table[names].groupby([self.table[name] for name in within]).nunique().max()
-        return [name for name in names if name not in within and n_values[name] > 1]
+        n_values = self.table.groupby(within)[names].nunique().max()
+        return list(n_values.index[n_values > 1])
 
     def is_asked_often(self, name):
         """A column of text without blanks, each value of which stands at two images or more; no remarks."""
@@ -384,7 +382,8 @@ def _summarise_singles(columns, found, used):
 def _merge_duplicates(ratings, source, duplicates):
     """The table with one row an image: means and sds of repeated rows averaged, n summed, where that is asked for."""
     import pandas as pd
-    rows_of = common.rows_by_key(ratings.images)
+    images = pd.Index(ratings.images)
+    rows_of = common.rows_by_key(images)
     repeated = {image: ratings.extra.index[rows] for image, rows in rows_of.items() if len(rows) > 1}
     if not repeated:
         return ratings
@@ -403,7 +402,6 @@ def _merge_duplicates(ratings, source, duplicates):
         if values is None:
             return None
         return pd.DataFrame(values).groupby(images, sort=False).agg(how, **options).to_numpy()
-    images = np.array(ratings.images)
     is_same = ratings.extra.groupby(images).nunique().max() < 2
     return dataclasses.replace(
         ratings,
@@ -411,5 +409,5 @@ def _merge_duplicates(ratings, source, duplicates):
         mean=merged(ratings.mean, "mean"),
         sd=merged(ratings.sd, "mean"),
         n=merged(ratings.n, "sum", min_count=1),
-        extra=ratings.extra.iloc[[rows[0] for rows in rows_of.values()]].loc[:, is_same],
+        extra=ratings.extra.loc[~images.duplicated(), is_same],
         notes=[*ratings.notes, f"repeated rows were averaged: {counted}"])
