@@ -196,8 +196,7 @@ def read_table(path):
             f"{path}: expected unique column names, found twice: {common.shorten_list(repeated)}. "
             "Rename or delete them, or write a header line.")
     lines, cells = zip(*rows)
-    columns = dict(zip(names, map(_clean_cells, zip(*cells))))
-    table = pd.DataFrame(columns, index=lines, dtype=object)
+    table = pd.DataFrame(list(map(_clean_cells, cells)), lines, names, dtype=object)
     table.attrs.update(delimiter=delimiter, notes=notes)
     return table
 

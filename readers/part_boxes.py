@@ -201,8 +201,8 @@ def read_coco(path, content, reading):
     categories = {own: clean(category.get("name", "")) for own, category in listed.items()}
     if "" in categories.values():
         reading.faults.append(f"categories: expected names, found {', '.join(categories.values())}")
-    reading.counts["categories share a name and are one part"] = len(categories) - len(set(categories.values()))
     category_ids = {part: listed[own]["id"] for own, part in categories.items()}
+    reading.counts["categories share a name and are one part"] = len(categories) - len(category_ids)
     images = {own: read_image(fields, reading) for own, fields in read_records(content, "images", reading).items()}
     unused = collections.defaultdict(collections.Counter)  # attribute -> how often each value
     for own, fields in read_records(content, "annotations", reading).items():
