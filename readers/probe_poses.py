@@ -77,13 +77,13 @@ def from_order(poses, order):
 
 def euler_degrees(rotation):
     """(..., 3, 3) -> (..., 3) roll, pitch, yaw in degrees, pitch in [-90, 90]; at a pitch of 90 roll is taken as 0."""
-    first, second, third = rotation.unbind(-2)  # rows of R, each (..., 3)
-    cos_pitch = torch.sqrt(third[..., 1] ** 2 + third[..., 2] ** 2 + 1e-14)
+    r00, r01, _, r10, r11, _, r20, r21, r22 = rotation.flatten(-2).unbind(-1)
+    cos_pitch = torch.sqrt(r21 ** 2 + r22 ** 2 + 1e-14)
     locked = cos_pitch < 1e-6
-    roll = torch.atan2(third[..., 1], third[..., 2])
-    pitch = torch.atan2(-third[..., 0], cos_pitch)
-    yaw = torch.atan2(second[..., 0], first[..., 0])
-    locked_yaw = torch.atan2(-first[..., 1], second[..., 1])
+    roll = torch.atan2(r21, r22)
+    pitch = torch.atan2(-r20, cos_pitch)
+    yaw = torch.atan2(r10, r00)
+    locked_yaw = torch.atan2(-r01, r11)
     angles = [torch.where(locked, 0.0, roll), pitch, torch.where(locked, locked_yaw, yaw)]
     return torch.rad2deg(torch.stack(angles, -1))
 
@@ -509,8 +509,7 @@ def patients_of(sequences, patient_map=None, patient_regex=None):
 
 def similar_names(sequences):
     """Lines on folders (N,) that may belong to one patient: names that differ in a last number only."""
-    stems = collections.defaultdict(list)
-    for folder in sorted(set(sequences)):
-        stems[re.sub(r"[_-]?\d+$", "", folder)].append(folder)
-    return [f"names alike: {common.shorten_list(alike, 6)}; one patient? " r"--patient_regex '(.*?)[_-]?\d+$'"
-            for alike in stems.values() if len(alike) > 1]
+    folders = np.unique(sequences)
+    alike = common.rows_by_key(re.sub(r"[_-]?\d+$", "", folder) for folder in folders)
+    return [f"names alike: {common.shorten_list(folders[rows], 6)}; one patient? " r"--patient_regex '(.*?)[_-]?\d+$'"
+            for rows in alike.values() if len(rows) > 1]
