@@ -244,9 +244,10 @@ def feature_maps(output):
     if output.ndim == 3:
         side = math.isqrt(output.shape[1])
         return output[:, -side * side:].transpose(1, 2).unflatten(2, (side, side))  # (B, N, C) -> (B, C, H, W)
-    if output.shape[-1] == output.shape[-2]:
+    *_, third_last, second_last, last = output.shape
+    if last == second_last:
         return output
-    if output.shape[-2] == output.shape[-3]:
+    if second_last == third_last:
         return output.movedim(-1, 1)  # (B, H, W, C) -> (B, C, H, W)
     return None
 

@@ -126,7 +126,7 @@ def _words(name):
 
 def _names_rater(name):
     """True for participant and user_id, not for user_rating."""
-    return bool(_words(name) & RATER) and not _words(name) & ANSWER
+    return _words(name) & RATER and not _words(name) & ANSWER
 
 
 @dataclasses.dataclass
