@@ -214,6 +214,8 @@ def test_long_table_with_gaps(tmp_path):
     np.testing.assert_allclose(ratings.sd[0, 0], math.sqrt(2))
     assert np.isnan(ratings.sd[2, 0]) and "1 blank" in ratings.notes[0]
     assert [a.tolist() for a in ratings.ratings_by_image["calm"]] == [[1, 3], [], [4]]
+    blank = written(tmp_path, "rating,attribute,stimulus\n,calm,a\n,sad,b\n")
+    assert "all ratings are missing for a, b" in fails(rating_tables.read_ratings, blank)
 
 
 def test_duplicates(tmp_path):
