@@ -21,12 +21,12 @@ def column_key(name):
     return re.sub(r"\W+", "_", str(name).casefold()).strip("_")
 
 
-def pick_columns(wanted, options, where, short={}):
+def pick_columns(wanted, options, where, short=()):
     """Names asked for -> those in `options`, in any spelling. UserError lists the unknown ones.
 
     short: {other name: the one in `options`}.
     """
-    spelled = {column_key(name): option for name, option in short.items()}
+    spelled = {column_key(name): option for name, option in dict(short).items()}
     spelled |= {column_key(name): name for name in options}
     picked = {name: name if name in options else spelled.get(column_key(name)) for name in wanted}
     unknown = [

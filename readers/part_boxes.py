@@ -277,7 +277,10 @@ def read_image(fields, reading):
     if not name:
         reading.faults.append(f"image {own!r}: no file_name")
     where = f"image {own!r} ({name})"
-    absent = read_attributes(fields.get("absent_parts"))
+    absent = fields.get("absent_parts")
+    if isinstance(absent, list):
+        absent = dict.fromkeys(map(clean, absent))
+    absent = read_attributes(absent)
     return AnnotatedImage(
         name=name,
         id=own,

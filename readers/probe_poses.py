@@ -273,14 +273,14 @@ def _read_row(entry, sequence, number):
     return Transition(sequence, number, frame_t1, frame_t2, ft1, ft2, **poses)
 
 
-def _read_frame(entry, time):
+def _read_frame(entry, which):
     """(what the file calls a frame, which may be 0, else the name of its picture; that picture, '' for none)."""
-    key = f"f{time}_image_path"
+    key = f"f{which}_image_path"
     picture = entry.get(key)
     if not isinstance(picture, str | None):
         raise ValueError(f"expected the path of a picture under {key}, found {picture!r}")
     picture = file_names.clean_name(picture or "")
-    name = entry.get(f"frame_{time}")
+    name = entry.get(f"frame_{which}")
     return Path(picture).stem if name in (None, "") else str(name), picture
 
 
