@@ -1121,9 +1121,9 @@ def run_split(run, args, study, split):
             tables[part].write(run.path(f"predictions_{part}.csv"))
     best["known_data"] = row_warnings.known_data(features["train"], features["val"])
     training.save_model(best)
-    plot_training(run, training.progress.history, best["epoch"])
     part = "test" if "test" in tables else "val"
     table = tables[part]
+    plot_training(run, training.progress.history, best["epoch"], part, pose_scores.fold_numbers(table, study.label_sd))
     rows = split[part]
     use = use_of_inputs(model, loaders[part], numbers[part], loss_function, run.compute, study, fitted, rows)
     alarms = overfitting_alarms(tables) if model.imagines else []  # a solved readout always fits its own rows better
@@ -1149,13 +1149,22 @@ def overfitting_alarms(tables):
         train, val, remedy="Fewer trained layers (--freeze_layers), --augment full, more patients")
 
 
-def plot_training(run, history, best_epoch):
-    """training_history.png of all columns, training_summary.png of the losses and the learning rate."""
+def plot_training(run, history, best_epoch, part, numbers):
+    """training_history.png of all columns, training_summary.png of the losses, the learning rate and the final numbers.
+
+    numbers: of pose_scores.fold_numbers on the rows of `part`.
+    """
     import pandas as pd
     columns = pd.DataFrame(history).drop(columns="train_total_loss")  # the same as train_loss
     losses = columns.filter(regex="^epoch$|^learning_rate$|loss$")
+    final = [
+        f"best epoch: {best_epoch}",
+        f"{part}: {numbers['rows']} rows",
+        f"error: {numbers['error']:.3f} label sds",
+        f"best baseline: {numbers['baseline_error']:.3f}",
+        f"R2: {numbers['r2']:.3f}"]
     plotting.plot_history(columns.to_dict("records"), run.path("training_history.png"), best_epoch)
-    plotting.plot_history(losses.to_dict("records"), run.path("training_summary.png"), best_epoch)
+    plotting.plot_history(losses.to_dict("records"), run.path("training_summary.png"), best_epoch, final)
 
 
 def run_folds(run, args, study):

@@ -1152,7 +1152,7 @@ def run_split(run, args, study, split, features=None):
     if args.model != MOTION_READOUT:  # a solved readout always fits its own rows better
         train, val = (objective.history(outputs[part], split[part]) for part in ("train", "val"))
         metric = "roc_auc" if args.task == "classify" else "pearson_r"
-        alarms += verdicts.split_gap_alarms(train, val, metric, OVERFITTING_REMEDY)
+        alarms += verdicts.split_gap_alarms(train, val, OVERFITTING_REMEDY, metric)
     part = "test" if "test" in tables else "val"
     judge(run, args, study, split, tables[part], part, [(split["train"], split[part])],
           alarms=alarms, similar=similar, best_epoch=best_epoch)

@@ -95,32 +95,30 @@ def without_math(names, length):
     return [name[:length].replace("$", r"\$") for name in names]
 
 
-def _values(rows, key):
-    """One column of a list of dicts as floats (len(rows),); a missing cell is NaN."""
-    return np.array([row.get(key) for row in rows], float)
+def write_lines(axis, lines):
+    """Lines of text in place of a plot."""
+    axis.axis("off")
+    axis.text(0, 0.95, "\n".join(lines), fontsize=9, va="top", linespacing=1.7, parse_math=False)
 
 
 def _history_panels(history):
-    """{title: [columns]} of a history: train_loss and val_loss share a panel; the learning rate is the last."""
+    """{title: [columns]} of a table of epochs: train_loss and val_loss share a panel; the learning rate is the last."""
     panels = {}
-    for column in dict.fromkeys(itertools.chain(*history)):
-        is_curve = column.startswith(("train_", "val_"))
-        if is_curve and np.isfinite(_values(history, column)).any():
+    for column in history.dropna(axis=1, how="all"):
+        if column.startswith(("train_", "val_")):
             panels.setdefault(column.split("_", 1)[1], []).append(column)
-    if np.nanmax([0.0, *_values(history, "learning_rate")]) > 0:
+    if "learning_rate" in history and history["learning_rate"].max() > 0:
         panels["learning_rate"] = ["learning_rate"]
     return panels
 
 
 def _draw_history_panel(axis, history, title, columns, best_epoch):
     """These columns over the epochs, train_ dashed; a vertical line at the best epoch."""
-    epochs = _values(history, "epoch")
     for column in columns:
-        values = _values(history, column)
         if column.startswith("train_"):
-            axis.plot(epochs, values, ".--", label=column, color=ORANGE)
+            axis.plot(history["epoch"], history[column], ".--", label=column, color=ORANGE)
         else:
-            axis.plot(epochs, values, ".-", label=column)
+            axis.plot(history["epoch"], history[column], ".-", label=column)
     set_title(axis, title)
     axis.set_xlabel("epoch", fontsize=8, color=SOFT)
     axis.locator_params(axis="x", integer=True)
@@ -131,29 +129,32 @@ def _draw_history_panel(axis, history, title, columns, best_epoch):
         set_title(axis, title, f"best epoch {best_epoch:g}")
 
 
-def plot_history(history, path, best_epoch=None):
-    """Learning curves as PNG: a panel for each of _history_panels.
+def plot_history(history, path, best_epoch=None, facts=()):
+    """Learning curves as PNG: a panel for each of _history_panels, and one for facts, lines of text.
 
     history: dicts with epoch and any train_*, val_* and learning_rate (None leaves a gap).
     best_epoch is marked in every panel. It takes a good part of a second, so it belongs at the end of a run, not into
     each epoch.
     """
+    import pandas as pd
+
+    history = pd.DataFrame(history, dtype=float)
     panels = _history_panels(history)
-    figure, axes = new_figure(len(panels), min(3, len(panels)), (3.5, 2.5))
+    n_panels = len(panels) + bool(facts)
+    figure, axes = new_figure(n_panels, min(3, n_panels), (3.5, 2.5))
     for axis, (title, columns) in zip(axes, panels.items()):
         _draw_history_panel(axis, history, title, columns, best_epoch)
         if title == "learning_rate":
             axis.set_yscale("log")
+    if facts:
+        write_lines(axes[-1], facts)
     save_figure(figure, path)
 
 
 def _draw_target_bars(axis, rows, metric):
     """Bars of one metric with intervals, baseline and ceiling; the true number beside each."""
-    value = _values(rows, metric)
-    low = _values(rows, f"{metric}_low")
-    high = _values(rows, f"{metric}_high")
-    baseline = _values(rows, f"baseline_{metric}")
-    ceiling = _values(rows, f"ceiling_{metric}")
+    columns = [metric, f"{metric}_low", f"{metric}_high", f"baseline_{metric}", f"ceiling_{metric}"]
+    value, low, high, baseline, ceiling = rows.reindex(columns=columns).to_numpy(float).T
     place = np.arange(len(rows))
     axis.barh(place, value, height=0.62, color=SKY, label="model")
     if np.isfinite(low).any():
@@ -178,8 +179,10 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
     ceiling_m; all but target and m may be missing. The axis ends at -0.5, and at 1 where nothing is
     larger.
     """
-    rows = rows[:MOST_TARGETS]
-    labels = without_math([row["target"] for row in rows], 28)
+    import pandas as pd
+
+    rows = pd.DataFrame(rows[:MOST_TARGETS])
+    labels = without_math(rows["target"], 28)
     columns = min(3, len(metrics))
     figure, axes = new_figure(len(metrics), columns, (4.2, 1 + 0.26 * len(rows)), share_y=True)
     for axis, metric in zip(axes, metrics):

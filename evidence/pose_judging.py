@@ -88,7 +88,6 @@ def metric_blocks(run, setting, result, axes, baselines, predictors, patients):
     """HTML of the section Metrics: errors of the axes, baselines, predictors and patients."""
     columns = {"target": "axis", "n": "n", "mae": "MAE", "mae_low": "low", "mae_high": "high", "r2": "R2"}
     columns |= {f"mae_{row['baseline']}": row["baseline"] for row in baselines}
-    of_predictor = ["predictor", "mae_mm", "mae_deg", "distance_mm", "geodesic_deg"]
     of_patient = {"patient": "patient", "transitions": "n", "geodesic_deg": "geodesic"}
     of_patient |= {f"mae_{axis}": axis for axis in probe_poses.AXES}
     return [
@@ -99,7 +98,7 @@ def metric_blocks(run, setting, result, axes, baselines, predictors, patients):
         reporting.html_table(
             baselines, digits=".3g",
             caption="Mean over the axes of MAE in label sds: each baseline, and model - baseline"),
-        reporting.html_table(predictors, of_predictor, ".2f", "In mm and degrees"),
+        reporting.html_table(predictors, digits=".2f", caption="In mm and degrees"),
         reporting.html_image(run.path("per_patient_error.png"), "MAE per axis and patient, and the baseline's"
                              f"{plotting.first_of(len(patients), 'patients')}"),
         reporting.html_table(patients, of_patient, ".2f"),

@@ -24,8 +24,7 @@ def plot_dataset(split, groups, facts, samples, path):
     by_group.set_yticks(places, labels, fontsize=7 if len(names) <= 20 else 4)
     plotting.set_title(parts, "transitions")
     plotting.set_title(by_group, "per patient or folder")
-    text.axis("off")
-    text.text(0, 0.95, "\n".join(facts), fontsize=9, va="top", linespacing=1.7, parse_math=False)
+    plotting.write_lines(text, facts)
     for axis, (title, pixels) in zip(axes[3:], samples):
         axis.imshow(pixels, cmap="gray")
         axis.axis("off")

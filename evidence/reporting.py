@@ -46,7 +46,6 @@ _LEVELS = {  # word and outline: shape and word tell the levels apart without co
 
 
 def _note(body, level, kind="note"):
-    assert level in _LEVELS, f"level {level!r} is none of {', '.join(_LEVELS)}"
     word, outline = _LEVELS[level]
     mark = f'<svg viewBox="0 0 24 24" role="img" aria-label="{word}">{outline}</svg>'
     return f'<div class="{kind} {level}">{mark}<div>{body}</div></div>'
@@ -54,20 +53,20 @@ def _note(body, level, kind="note"):
 
 def html_text(text, level=None):
     """Paragraphs, split at blank lines; a level: a marked note."""
-    parts = re.split(r"\n\s*\n", str(text).strip())
+    parts = re.split(r"\n\s*\n", text.strip())
     body = "\n".join(f"<p>{html.escape(' '.join(part.split()))}</p>" for part in parts)
     return _note(body, level) if level else body
 
 
 def html_list(lines):
     """A list with a point before each line; "" without lines."""
-    items = "".join(f"<li>{html.escape(str(line))}</li>" for line in lines)
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
     return f"<ul>{items}</ul>" if items else ""
 
 
 def html_code(text):
     """Preformatted text such as a command; long lines wrap."""
-    return f"<pre><code>{html.escape(str(text))}</code></pre>"
+    return f"<pre><code>{html.escape(text)}</code></pre>"
 
 
 def _cell_text(value, digits):
@@ -85,19 +84,18 @@ def _is_numeric(cells):
 def html_table(rows, columns=None, digits=".3f", caption=""):
     """Table that scrolls sideways on a narrow screen, numbers right aligned.
 
-    rows: dicts; columns: {key: heading} or keys (default: those of the first row); digits: format of the numbers that
-    are not whole.
+    rows: dicts; columns: {key: heading} (default: those of the first row); digits: format of the numbers that are not
+    whole.
     """
-    columns = columns or list(rows[0] if rows else ["empty"])
-    if not isinstance(columns, dict):
-        columns = {key: str(key).replace("_", " ") for key in columns}
+    if columns is None:
+        columns = {key: key.replace("_", " ") for key in (rows[0] if rows else ["empty"])}
     cells = [[_cell_text(row.get(key), digits) for key in columns] for row in rows]
     align = [""] * len(columns)
     for j, column in enumerate(zip(*cells)):
         if j and _is_numeric(column):
             align[j] = ' class="num"'
     head = "".join(
-        f'<th scope="col"{mark}>{html.escape(str(name))}</th>'
+        f'<th scope="col"{mark}>{html.escape(name)}</th>'
         for mark, name in zip(align, columns.values())
     )
     body = []
@@ -145,8 +143,8 @@ def html_cases(cases):
         packed = io.BytesIO()
         thumbnail.save(packed, "JPEG", quality=80, optimize=True)
         uri = _data_uri(packed.getvalue(), "JPEG")
-        title = html.escape(str(case["title"]))
-        lines = "".join(f"<span>{html.escape(str(line))}</span>" for line in case.get("lines", ()))
+        title = html.escape(case["title"])
+        lines = "".join(f"<span>{html.escape(line)}</span>" for line in case.get("lines", ()))
         caption = f"<figcaption><b>{title}</b>{lines}</figcaption>"
         kind = ' class="wide"' if is_wide else ""
         figures.append(f'<figure{kind}><img src="{uri}" alt="{title}">{caption}</figure>')

@@ -19,8 +19,6 @@ NOT_FINITE_REMEDY = "Lower --lr, or --use_amp off"
 REPEATS_REMEDY = ("Look for rows with the same input (the section Leakage), and keep them together: --group_column "
                   "(probe guidance: --patient_map)")
 LABELS_REMEDY = "Add rows with other labels, or leave it out (--target_columns, where a script has them)"
-CLASSES_REMEDY = "Add rows of other classes"
-OVERFITTING_REMEDY = "More rows, a smaller --lr, fewer --epochs, fewer trained layers"
 
 
 def regression_alarms(predicted, target, names):
@@ -59,7 +57,7 @@ def _spread(values):
     return np.sqrt(common.mean_without_nan(centred ** 2, 0))
 
 
-def split_gap_alarms(train_metrics, val_metrics, metric="pearson_r", remedy=OVERFITTING_REMEDY):
+def split_gap_alarms(train_metrics, val_metrics, remedy, metric="pearson_r"):
     """Sentences where a train and a validation metric (dicts of floats, higher is better) lie far apart; else [].
 
     remedy: the sentence on what helps against overfitting, with the script's flags.
@@ -90,7 +88,7 @@ def classification_alarms(probability, label, names, threshold=None, positive=1)
     flat = probability.std(0) < 0.05 * of_class.std(0)
     if flat.any():
         alarms.append("constant output (sd of the probability under 5 % of the labels'): "
-                      + f"{', '.join(itertools.compress(names, flat))}. {CONSTANT_REMEDY}")
+                      f"{', '.join(itertools.compress(names, flat))}. {CONSTANT_REMEDY}")
     rounded = np.round(probability, 6)
     unsure = rounded[rounded.max(1) < 0.999]  # rows that are told apart with ease have nearly 0 and 1
     values, repeats = np.unique(unsure, axis=0, return_counts=True)
@@ -103,7 +101,7 @@ def classification_alarms(probability, label, names, threshold=None, positive=1)
     counts = of_class.sum(0)
     if counts.max() >= 0.95 * counts.sum() > 0:
         alarms.append(f"labels almost all equal: {names[counts.argmax()]} in {counts.max()} of {counts.sum()} rows. "
-                      f"{CLASSES_REMEDY}")
+                      "Add rows of other classes")
     return alarms
 
 
@@ -221,7 +219,7 @@ def judge_criteria(criteria, estimates, seen="new"):
     judged = []
     for entry in criteria:
         found = estimates[entry["name"]]
-        clears = [bool(compare[entry["relation"]](end, entry["bar"])) for end in (found.low, found.high)]
+        clears = [compare[entry["relation"]](end, entry["bar"]) for end in (found.low, found.high)]
         verdict = "NOT RESOLVABLE"
         if clears[0] == clears[1] and not math.isnan(found.low + found.high):
             verdict = PASSES.get(seen, "PASS") if clears[0] else "FAIL"
@@ -240,14 +238,12 @@ ENDINGS = {
 }
 PASSES = {"train": "PASS on train rows", "chose": "PASS on validation"}
 
-
-OUTCOMES = {  # how the sentence begins
-    "better": "The model beats",
-    "worse": "The model does worse than",
-    "not resolvable": "Not resolvable whether the model beats",
+# how the sentence begins; level and word of the page, where not all is well
+OUTCOMES = {
+    "better": ("The model beats", "caution", "Better, with doubts"),
+    "worse": ("The model does worse than", "poor", "Worse than the baseline"),
+    "not resolvable": ("Not resolvable whether the model beats", "caution", "Not resolvable"),
 }
-OUTCOME_WORDS = {
-    "better": "Better, with doubts", "worse": "Worse than the baseline", "not resolvable": "Not resolvable"}
 # they look at no input
 TRIVIAL_BASELINES = {
     "train_mean", "train_prior", "moment_mean", "zero", "mean box", "mean_of_these_rows", "shares_of_these_rows"}
@@ -273,8 +269,8 @@ def reach_verdict(gain, doubts, sentence):
     outcome = outcome_of(gain)
     if outcome == "better" and not doubts:
         return Verdict("good", "Holds", sentence)
-    level = "poor" if outcome == "worse" else "caution"
-    return Verdict(level, OUTCOME_WORDS[outcome], sentence)
+    _, level, word = OUTCOMES[outcome]
+    return Verdict(level, word, sentence)
 
 
 def baseline_doubts(names, model="ridge or logistic regression on published features, whose predictions stand in "
@@ -294,7 +290,7 @@ def verdict_sentence(result, metric="r2", ceiling=None, seen="new", label=None, 
     same.
     """
     difference = result.overall.difference[metric]
-    start = "The model is the same predictor as" if is_same else OUTCOMES[outcome_of(result.gain(metric))]
+    start = "The model is the same predictor as" if is_same else OUTCOMES[outcome_of(result.gain(metric))][0]
     interval = interval_text(difference.low, difference.high, result.method)
     model = metric_names.number_text(result.overall.model[metric].value)
     baseline = metric_names.number_text(result.overall.baseline[metric].value)

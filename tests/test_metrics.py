@@ -358,10 +358,10 @@ def test_alarms_on_repeated_predictions_gaps_and_identical_folds():
     predicted[:4] = predicted[0]
     alarms = verdicts.regression_alarms(predicted, target, list("abc"))
     assert faults(alarms) == ["the same prediction for 4 of 200 rows"]
-    gap = verdicts.split_gap_alarms({"pearson_r": 0.2}, {"pearson_r": 0.6})
+    gap = verdicts.split_gap_alarms({"pearson_r": 0.2}, {"pearson_r": 0.6}, "more rows")
     assert len(gap) == 1 and gap[0].startswith("train far below validation (pearson_r 0.200 and 0.600)")
-    assert "train far above" in verdicts.split_gap_alarms({"pearson_r": 0.99}, {"pearson_r": 0.3})[0]
-    assert verdicts.split_gap_alarms({"pearson_r": math.nan}, {"pearson_r": 0.3}) == []
+    assert "train far above" in verdicts.split_gap_alarms({"pearson_r": 0.99}, {"pearson_r": 0.3}, "more rows")[0]
+    assert verdicts.split_gap_alarms({"pearson_r": math.nan}, {"pearson_r": 0.3}, "more rows") == []
     folds = judging.identical_fold_alarms([{"fold": k, "best_epoch": k, "rows": 20 + k, "r2": r2, "mae": 0.2}
                                            for k, r2 in enumerate((0.1, 0.3, 0.1))])
     assert len(folds) == 1 and folds[0].startswith("folds 0 and 2 have identical results")
@@ -514,7 +514,7 @@ def test_alarms_name_a_remedy():
     alarms = verdicts.regression_alarms(np.full((40, 1), 3.0), rows, ["Valence"])
     alarms += verdicts.regression_alarms(np.full((40, 1), np.nan), rows, ["Valence"])
     alarms += verdicts.split_gap_alarms({"pearson_r": 0.9}, {"pearson_r": 0.1}, remedy="--head ridge")
-    alarms += verdicts.split_gap_alarms({"pearson_r": 0.1}, {"pearson_r": 0.9})
+    alarms += verdicts.split_gap_alarms({"pearson_r": 0.1}, {"pearson_r": 0.9}, "more rows")
     alarms += verdicts.classification_alarms(np.tile([0.9, 0.1], (40, 1)), np.arange(40) % 2, ["ear", "tail"])
     alarms += verdicts.regression_alarms(rows % 7 / 7, np.where(rows < 39, 3.0, 4.0), ["Valence"])
     alarms += judging.identical_fold_alarms([{"fold": 0, "r2": 0.1}, {"fold": 1, "r2": 0.1}])
@@ -529,7 +529,7 @@ def test_alarms_name_the_flag_of_train_dreamer_beside_that_of_the_others():
     """It refuses --group_column."""
     target = np.random.default_rng(0).normal(0, 5, (40, 2))
     alarms = verdicts.regression_alarms(np.repeat(target[:10], 4, axis=0), target, ["x_mm", "z_mm"])
-    alarms += verdicts.split_gap_alarms({"pearson_r": 0.1}, {"pearson_r": 0.9})
+    alarms += verdicts.split_gap_alarms({"pearson_r": 0.1}, {"pearson_r": 0.9}, "more rows")
     assert len(alarms) == 2 and all("--group_column (probe guidance: --patient_map" in alarm for alarm in alarms)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -115,7 +116,7 @@ def test_verdict_is_told_by_word_and_shape(tmp_path, level, mark):
 
 
 def test_unknown_level_is_a_programming_mistake(tmp_path):
-    with pytest.raises(AssertionError, match="great"):
+    with pytest.raises(KeyError, match="great"):
         reporting.html_text("a", "great")
 
 
@@ -203,7 +204,7 @@ def history(n_epochs):
 
 
 def test_train_and_val_share_a_panel():
-    assert plotting._history_panels(history(2)) == {
+    assert plotting._history_panels(pd.DataFrame(history(2))) == {
         "loss": ["train_loss", "val_loss"], "r2": ["val_r2"], "mae_left": ["val_mae_left"],
         "learning_rate": ["learning_rate"]}, "val_mae holds no number"
 
@@ -220,6 +221,14 @@ def check_png(path, min_width=400):
 def test_plot_history(tmp_path, n_epochs, best):
     plotting.plot_history(history(n_epochs), tmp_path / "h.png", best)
     check_png(tmp_path / "h.png")
+
+
+def test_facts_have_a_panel_of_their_own(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plotting, "save_figure", lambda figure, path: figures.append(figure))
+    plotting.plot_history(history(3), None, 2, ["val, 9 rows", "R2: 0.5"])
+    *curves, last = figures[0].axes
+    assert len(curves) == 4 and last.texts[0].get_text() == "val, 9 rows\nR2: 0.5"
 
 
 def target_rows(n):
@@ -239,7 +248,7 @@ def test_plot_per_target(tmp_path, n):
 def test_the_baseline_stays_on_the_axis():
     """Of an error of .5 mm beside a baseline's of 1.8 mm."""
     figure, [axis] = plotting.new_figure(1, 1, (4, 2))
-    plotting._draw_target_bars(axis, [{"target": "x", "mae_x": 0.5, "baseline_mae_x": 1.8}], "mae_x")
+    plotting._draw_target_bars(axis, pd.DataFrame([{"target": "x", "mae_x": 0.5, "baseline_mae_x": 1.8}]), "mae_x")
     assert axis.get_xlim()[1] > 1.8
 
 
