@@ -921,8 +921,7 @@ def fit(run, args, study, split):
     for _ in training.epochs():
         row = train_one_epoch(model, train_loader, training, compute, args.state_weight)
         detections, losses = evaluate(model, val_loader, args, compute)
-        judged = detection_scores.Judged(
-            val_truth, detections, args.score_threshold, bool(settings["states"]))
+        judged = detection_scores.Judged(val_truth, detections, args.score_threshold)
         scores = {f"val_{name}": value for name, value in judged.epoch_metrics().items()}
         training.end_epoch(row | losses | scores)
     train_loader = make_loader(study, split["train"], settings, args, compute)

@@ -102,9 +102,8 @@ def unmet_requirements(paths):
 
 def check_installation():
     """Python, the packages' versions against requirements.txt, then whether each loads."""
-    old = sys.version_info < (3, 10)
-    yield Check("FAIL" if old else "OK", "Python", f"{sys.version.split()[0]} in {sys.prefix}",
-                "create the environment with Python 3.10 or newer" if old else "")
+    yield check_minimum("Python", sys.version_info, (3, 10), (3, 10), f"{sys.version.split()[0]} in {sys.prefix}",
+                        "create the environment with Python 3.10 or newer")
     unmet = unmet_requirements([REQUIREMENTS])
     for fault in unmet:
         yield Check("FAIL", "packages", fault, f"{sys.executable} -m pip install -r {REQUIREMENTS}")

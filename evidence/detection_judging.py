@@ -98,7 +98,7 @@ def judge_detections(run, truth, detections, setting, priors, trained, picture=N
     baselines = {name: detection_scores.mean_ap(truth, each) for name, each in others.items()}
     strongest = max(baselines, key=baselines.get)
     state_rates = np.array([prior["states"] for prior in priors])  # (M, P, S)
-    judged = detection_scores.Judged(truth, detections, threshold, has_states, others[strongest], state_rates)
+    judged = detection_scores.Judged(truth, detections, threshold, others[strongest], state_rates)
     result = judged.result(draws, seed, strongest, max(1, len(setting.folds)))
     part_rows = per_part_rows(judged, result)
     state_rows = per_state_rows(judged)
@@ -195,7 +195,7 @@ def per_state_rows(judged):
     """One dict per state: how often it is true, what it is called, recall, precision, F1, AP."""
     if not judged.has_states:
         return []
-    confusion = judged.confusion()
+    confusion = judged.confusions.sum(0)
     _, each = class_scores.confusion_metrics(confusion[None])  # {metric: (1, S)}
     matching = judged.matching["joint_map"]
     ap = detection_scores.average_precision(matching, judged.every)  # (T, C)
@@ -221,8 +221,7 @@ def calibration_rows(judged):
     rows = []
     if not judged.has_states or np.isin(found.probabilities, (0, 1)).all():
         return rows
-    rates = judged.state_rates[found.pictures, found.labels]
-    for name, probability in (("model", found.probabilities), ("rates of the part", rates)):
+    for name, probability in (("model", found.probabilities), ("rates of the part", judged.usual)):
         scores = class_scores.classification_metrics(probability, found.true).overall
         rows.append({
             "states of": name,
@@ -255,7 +254,7 @@ def find_alarms(judged, detections, threshold):
     most = max(repeats.values(), default=0)
     if most >= 3:
         alarms.append(f"exactly the same boxes in {most} of {len(detections)} pictures. {verdicts.CONSTANT_REMEDY}")
-    return alarms + state_alarms(judged.confusion())
+    return alarms + state_alarms(judged.confusions.sum(0))
 
 
 def state_alarms(confusion):
@@ -353,6 +352,5 @@ def case_blocks(run, judged, detections, picture, threshold):
 def count_errors(judged):
     """(M,) missed boxes, wrong detections and wrong states of each picture."""
     missed = (judged.counts["truth"] - judged.counts["right"]).sum(1)
-    confusions = judged.confusions.sum(1)  # (M, S, S)
-    wrong_state = confusions.sum((1, 2)) - np.trace(confusions, axis1=1, axis2=2)
+    wrong_state = judged.confusions.sum((1, 2)) - np.trace(judged.confusions, axis1=1, axis2=2)
     return missed + judged.counts["wrong"].sum(1) + wrong_state

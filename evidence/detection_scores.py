@@ -7,7 +7,6 @@ import contextlib
 import copy
 import dataclasses
 import io
-import math
 
 import numpy as np
 import torch
@@ -201,36 +200,35 @@ def state_scores(confusion):
     return {name: found[metric][0] for name, metric in names.items()}
 
 
-def share(part, whole):
-    """part / whole, NaN for an empty whole."""
-    return part / whole if whole else math.nan
-
-
 class Judged:
     """Detections of M pictures against their boxes: every number over any of them, and intervals.
 
-    has_states: judge states too; baseline: M Detections to compare with, or None; state_rates (M, P, S): how often
-    each part has each state in the train pictures, the baseline of the states.
+    baseline: M Detections to compare with, or None; state_rates (M, P, S): how often each part has each state in the
+    train pictures, the baseline of the states.
     """
 
-    def __init__(self, truth, detections, threshold, has_states, baseline=None, state_rates=None):
+    def __init__(self, truth, detections, threshold, baseline=None, state_rates=None):
         self.truth = truth
-        self.has_states = has_states
+        self.has_states = detections[0].states is not None
         self.every = np.arange(len(detections))
-        kinds = ["map", "joint_map", "map_present"] if has_states else ["map"]
+        kinds = ["map", "joint_map", "map_present"] if self.has_states else ["map"]
         self.matching = {kind: coco_match(truth, detections, kind) for kind in kinds}
+        self.found = found_states(self.matching["map"], detections)
+        self.confusions = self.count_states(self.found.probabilities)
         self.of_baseline = {}
         if baseline is not None:
             shared = kinds[:2] if baseline[0].states is not None else ["map"]  # without map_present
             self.of_baseline = {kind: coco_match(truth, baseline, kind) for kind in shared}
-        n_parts = len(truth.parts)
-        self.state_rates = state_rates
-        self.found = found_states(self.matching["map"], detections)
-        self.confusions = np.zeros((len(detections), n_parts, N_STATES, N_STATES))  # true x predicted
-        called = self.found.probabilities.argmax(1)
-        np.add.at(self.confusions, (self.found.pictures, self.found.labels, self.found.true, called), 1)
-        matched = count_matches(self.matching["map"], n_parts, threshold)
+            self.usual = state_rates[self.found.pictures, self.found.labels]  # (n, S) rates of each part found
+            self.usual_confusions = self.count_states(self.usual)
+        matched = count_matches(self.matching["map"], len(truth.parts), threshold)
         self.counts = matched | count_hallucinations(truth, detections, threshold)
+
+    def count_states(self, probabilities):
+        """(M, S, S) true x most probable states of the boxes found in each picture, for probabilities (n, S)."""
+        confusions = np.zeros((len(self.every), N_STATES, N_STATES))
+        np.add.at(confusions, (self.found.pictures, self.found.true, probabilities.argmax(1)), 1)
+        return confusions
 
     def epoch_metrics(self):
         """The columns of an epoch: map, map50, and with states joint_map and state_accuracy."""
@@ -238,34 +236,29 @@ class Judged:
         columns = ("map", "map50", "joint_map", "state_accuracy")
         return {name: overall[name] for name in columns if name in overall}
 
-    def confusion(self, pictures=slice(None)):
-        """(S, S) true x predicted states of the boxes found in these pictures."""
-        return self.confusions[pictures].sum((0, 1))
-
     def rates(self, pictures=slice(None), parts=slice(None)):
-        """Precision, recall and the rates of hallucination over these pictures and parts."""
+        """Precision, recall and the rates of hallucination over these pictures and parts, NaN where nothing counts."""
         sums = {name: counts[pictures][:, parts].sum() for name, counts in self.counts.items()}
-        return {
-            "precision": share(sums["right"], sums["right"] + sums["wrong"]),
-            "recall": share(sums["right"], sums["truth"]),
-            "hallucination_rate": share(sums["claimed_there"], sums["absent_boxes"]),
-            "hallucination_rate_anywhere": share(sums["claimed"], sums["absent"])}
+        with common.undefined_is_nan():
+            return {
+                "precision": sums["right"] / (sums["right"] + sums["wrong"]),
+                "recall": sums["right"] / sums["truth"],
+                "hallucination_rate": sums["claimed_there"] / sums["absent_boxes"],
+                "hallucination_rate_anywhere": sums["claimed"] / sums["absent"]}
 
     def values(self, pictures):
         """({metric: float}, {ap, ap50: (P,)}) of the model over these pictures, repeats count."""
         overall, each = average_precisions(self.matching, pictures)
         overall |= self.rates(pictures)
         if self.has_states:
-            overall |= state_scores(self.confusion(pictures))
+            overall |= state_scores(self.confusions[pictures].sum(0))
         return overall, each
 
     def baseline_values(self, pictures):
         """As values, of the baseline; its states: the model's boxes, each called as its part is most often."""
         overall, each = average_precisions(self.of_baseline, pictures)
         if self.has_states:
-            true = self.confusions[pictures].sum(3).reshape(-1, N_STATES)  # (m P, S)
-            usual = np.eye(N_STATES)[self.state_rates[pictures].argmax(2).ravel()]  # (m P, S)
-            overall |= state_scores(true.T @ usual)
+            overall |= state_scores(self.usual_confusions[pictures].sum(0))
         return overall, each
 
     def support(self, alone, owners):
@@ -276,8 +269,7 @@ class Judged:
         support = {}
         for scope, found in zip(("overall", "each"), alone):
             support |= {(scope, metric): np.isfinite(values).sum(0) for metric, values in found.items()}
-        by_state = np.moveaxis(self.confusions, 2, 0)  # (S, M, P, S), true ones first
-        states = [len(np.unique(owners[found.any((1, 2))])) for found in by_state]
+        states = [len(np.unique(owners[found.any(1)])) for found in self.confusions.swapaxes(0, 1)]  # of true ones
         for metric in ("balanced_accuracy", "macro_f1"):  # a mean over the states needs two; the others may be rare
             support["overall", metric] = sorted(states)[-2]
         return support
@@ -292,7 +284,8 @@ class Judged:
         def over_draws(values):
             def statistic(weights):
                 times = weights.astype(int)[:, owners]  # (draws, M)
-                return stack_draws([values(np.repeat(self.every, drawn)) for drawn in times])
+                overall, each = zip(*[values(np.repeat(self.every, drawn)) for drawn in times])
+                return stack_draws(overall), stack_draws(each)
             return statistic
         model = over_draws(self.values)
         n_units = owners.max() + 1
@@ -312,11 +305,8 @@ class Judged:
 
 
 def stack_draws(draws):
-    """[(overall, each) of each of D draws] -> [overall {metric: (D,)}, each {metric: (D, P)}]."""
-    stacked = []
-    for part in zip(*draws):
-        stacked.append({metric: np.array([draw[metric] for draw in part]) for metric in part[0]})
-    return stacked
+    """D dicts {metric: value} -> {metric: (D, ...)}."""
+    return {metric: np.array([draw[metric] for draw in draws]) for metric in draws[0]}
 
 
 def average_precisions(matchings, pictures):

@@ -4,7 +4,6 @@ Letters: N rows, R scores, C classes. Sizes in inches.
 """
 
 import io
-import itertools
 
 import numpy as np
 
@@ -183,8 +182,7 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
 
     rows = pd.DataFrame(rows[:MOST_TARGETS])
     labels = without_math(rows["target"], 28)
-    columns = min(3, len(metrics))
-    figure, axes = new_figure(len(metrics), columns, (4.2, 1 + 0.26 * len(rows)), share_y=True)
+    figure, axes = new_figure(len(metrics), min(3, len(metrics)), (4.2, 1 + 0.26 * len(rows)), share_y=True)
     for axis, metric in zip(axes, metrics):
         _draw_target_bars(axis, rows, metric)
     axes[0].set_yticks(np.arange(len(rows)), labels, color=INK)
@@ -253,10 +251,9 @@ def plot_confusion(confusion, names, path):
     side = 2.2 + 0.62 * len(labels)
     figure, (axis,) = new_figure(1, 1, (side, side))
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for i, j in itertools.product(range(len(labels)), repeat=2):
-        text = f"{confusion[i, j]}\n{shares[i, j]:.0%}"
+    for (i, j), count in np.ndenumerate(confusion):
         colour = "white" if shares[i, j] > 0.55 else INK
-        axis.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
+        axis.text(j, i, f"{count}\n{shares[i, j]:.0%}", ha="center", va="center", fontsize=8, color=colour)
     axis.set_xticks(range(len(labels)), labels, color=INK, rotation=90)
     axis.set_yticks(range(len(labels)), labels, color=INK)
     axis.grid(visible=False)
@@ -333,16 +330,16 @@ def plot_precision_recall(probability, label, names, path, shown):
         is_own = label == c
         if is_own.all() or not is_own.any():
             continue
-        order = np.argsort(-score)
-        last = np.flatnonzero(np.diff(score[order], append=-1))  # of those with the same score
-        found = is_own[order].cumsum()[last]
-        false = last + 1 - found
-        recall = np.append(0, found / found[-1])
-        precision = found / (last + 1)
+        order, first = class_scores.tied_runs(score)
+        n_called = np.append(first, len(score))  # rows at or above each threshold, from none to all
+        found = np.append(0, is_own[order].cumsum())[n_called]
+        false = n_called - found
+        recall = found / found[-1]
+        precision = found[1:] / n_called[1:]
         auc, average_precision = class_scores.ranking_metrics(score, is_own)
         curve, = axes[0].step(recall, [precision[0], *precision], label=f"{name}: AP {average_precision[0]:.2f}")
         axes[0].axhline(is_own.mean(), color=curve.get_color(), linewidth=1, linestyle=":")
-        axes[1].plot([0, *false / false[-1]], recall, label=f"{name}: AUC {auc[0]:.2f}")
+        axes[1].plot(false / false[-1], recall, label=f"{name}: AUC {auc[0]:.2f}")
     axes[1].plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle="--")
     _label_axes(axes[0], "recall", "precision")
     _label_axes(axes[1], "false positive rate", "recall")

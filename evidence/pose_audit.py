@@ -26,9 +26,7 @@ class Check:
 
 def check(is_bad, name, found, remedy="", status="WARN"):
     """Check whose status and remedy count only where it is bad."""
-    if is_bad:
-        return Check(status, name, found, remedy)
-    return Check("OK", name, found)
+    return Check(status, name, found, remedy) if is_bad else Check("OK", name, found)
 
 
 def check_study(study):
@@ -143,13 +141,12 @@ def check_time(place, at1):
 def check_patients(sequences, patients, has_patients):
     """Who owns which folder."""
     n_folders = collections.Counter(dict(zip(sequences, patients)).values())
-    one = check(len(n_folders) < 2, "several patients", f"{len(n_folders)} patients",
-                "one patient proves nothing across patients: --split_by time, or more patients")
+    owners = "not known: each folder counts as one"
     if has_patients:
-        listed = ", ".join(f"{name} ({count})" for name, count in sorted(n_folders.items()))
-        return [Check("OK", "patients", f"{listed} (folders)"), one]
-    return [Check("WARN", "patients", "not known: each folder counts as one", "give --patient_map or --patient_regex"),
-            one]
+        owners = ", ".join(f"{name} ({count})" for name, count in sorted(n_folders.items())) + " (folders)"
+    return [check(not has_patients, "patients", owners, "give --patient_map or --patient_regex"),
+            check(len(n_folders) < 2, "several patients", f"{len(n_folders)} patients",
+                  "one patient proves nothing across patients: --split_by time, or more patients")]
 
 
 def check_frames(audit, brightness, frames, patients):

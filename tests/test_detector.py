@@ -59,7 +59,9 @@ def detections(*boxes, states=True):
 def judge(truth, found, threshold=0.5, states=True, baseline=None):
     """With a baseline that calls all states intact."""
     rates = np.eye(4)[np.zeros((len(found), len(truth.parts)), int)]
-    return detection_scores.Judged(truth, found, threshold, states, baseline, rates)
+    if not states:
+        found = [dataclasses.replace(each, states=None) for each in found]
+    return detection_scores.Judged(truth, found, threshold, baseline, rates)
 
 
 def values_of(*arguments, **options):
@@ -313,8 +315,8 @@ def test_state_scores_are_those_of_scikit_learn(seed):
 def test_confusion_counts_matched_boxes_and_the_intact_baseline_stands_beside():
     truth = annotated([(0, 0, BOX), (1, 1, OTHER), (1, 3, FAR)], [(0, 1, BOX)])
     found = [detections((0, 0.9, 0, BOX), (1, 0.2, 3, OTHER)), detections((0, 0.8, 1, BOX), (0, 0.7, 0, FAR))]
-    judged = judge(truth, found)
-    assert judged.confusion().astype(int).tolist() == [[1, 0, 0, 0], [0, 1, 0, 1], [0] * 4, [0] * 4]
+    judged = judge(truth, found, baseline=found)
+    assert judged.confusions.sum(0).astype(int).tolist() == [[1, 0, 0, 0], [0, 1, 0, 1], [0] * 4, [0] * 4]
     values, _ = judged.values(judged.every)
     intact, _ = judged.baseline_values(judged.every)
     assert values["state_accuracy"] == pytest.approx(2 / 3) and intact["state_accuracy"] == pytest.approx(1 / 3)
@@ -332,7 +334,7 @@ def test_states_are_held_against_those_that_their_parts_usually_have():
     for each in found:
         each.states = 0.99 * each.states + 0.0025
     rates = np.array([[0.2, 0.6, 0.1, 0.1], [0.7, 0.1, 0.1, 0.1]])
-    judged = detection_scores.Judged(truth, found, 0.5, True, found, np.stack([rates, rates]))
+    judged = detection_scores.Judged(truth, found, 0.5, found, np.stack([rates, rates]))
     assert judged.baseline_values(judged.every)[0]["state_accuracy"] == pytest.approx(3 / 4)
     model, prior = detection_judging.calibration_rows(judged)
     assert prior["nll"] == pytest.approx(log_loss([1, 0, 1, 3], rates[[0, 1, 0, 1]], labels=range(4)))
@@ -691,10 +693,9 @@ def test_the_mean_box_of_a_picture_is_that_of_its_fold():
     assert detection_scores.mean_ap(truth, swapped) == 0
     rates = np.array([prior["states"] for prior in priors])
     found = [detections((0, 0.9, 0, BOX)), detections((0, 0.9, 0, FAR))]
-    judged = detection_scores.Judged(truth, found, 0.5, True, swapped, rates)
-    assert judged.baseline_values(judged.every)[0]["state_accuracy"] == 1
-    judged.state_rates = rates[::-1]
-    assert judged.baseline_values(judged.every)[0]["state_accuracy"] == 0
+    for own, accuracy in ((rates, 1), (rates[::-1], 0)):
+        judged = detection_scores.Judged(truth, found, 0.5, swapped, own)
+        assert judged.baseline_values(judged.every)[0]["state_accuracy"] == accuracy
 
 
 def test_evaluation_repeats_the_test_numbers(bicycles, trained, tmp_path):
