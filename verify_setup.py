@@ -128,12 +128,11 @@ def check_imports(modules):
 # --- the machine ---------------------------------------------------------------
 
 def check_processor():
-    """Processor, and whether bf16 is fast on it."""
+    """Processor, and the precision that is fast on it."""
     import common
     import torch
     compute = common.choose_compute("cpu", "auto")
-    yield Check("OK", "processor", f"{compute.text}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-                f"{'fast' if compute.precision == 'bf16' else 'no fast'} bf16")
+    yield Check("OK", "processor", f"{compute.text}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
 
 
 def check_gpu():
@@ -145,9 +144,7 @@ def check_gpu():
         yield Check("WARN", "GPU", f"nvidia-smi exists, but torch {torch.__version__} sees no GPU",
                     f"check that it lists a card and CUDA {torch.version.cuda} or newer; SLURM: --gres=gpu:1")
     else:
-        apple = torch.backends.mps.is_available()
-        yield Check("OK", "GPU", "Apple GPU (mps), untested: the CPU is used unless --device mps" if apple
-                    else "none: everything runs on the CPU")
+        yield Check("OK", "GPU", "none with CUDA: everything runs on the CPU")
 
 
 def gpu_row(index):
@@ -268,8 +265,8 @@ def check_assessor(args):
     paths, without_row, notes = file_names.match_images(ratings.images, images_dir, args.exact_names)
     yield from (Check("WARN" if note.startswith("WARNING") else "OK", "note", note) for note in notes)
     without_file = [name for name, image in zip(ratings.images, paths) if image is None]
-    for what, names in (("rows without image", without_file), ("images without row", without_row)):
-        yield listing("WARN", what, names, "they will be skipped")
+    yield listing("WARN", "rows without image", without_file, "they will be skipped")
+    yield listing("WARN", "images without row", without_row, "they will be skipped")
     if len(without_file) == len(paths):
         raise common.UserError(f"no row of {path} has an image in {images_dir}; check --image_column")
     yield from check_images([image for image in paths if image is not None], args.full)

@@ -150,6 +150,34 @@ def plot_history(history, path, best_epoch=None, facts=()):
     save_figure(figure, path)
 
 
+def plot_dataset(split, groups, facts, samples, path):
+    """dataset_statistics.png of probe guidance: transitions of each part and group, the facts as text, sample frames.
+
+    split: {part: rows}; groups: (N,) patients or folders; facts: lines of text; samples: up to 4 (title, pixels).
+    """
+    n_panels = 3 + len(samples)
+    figure, axes = new_figure(n_panels, 4, (3.2, 2.6))
+    parts, by_group, text = axes[:3]
+    names = sorted(set(groups))
+    places = np.arange(len(names))
+    left = np.zeros(len(names))
+    for part, rows in split.items():  # both axes take the same colours in turn
+        parts.bar(part, len(rows))
+        counts = np.array([np.sum(groups[rows] == name) for name in names])
+        by_group.barh(places, counts, left=left)
+        left += counts
+    labels = without_math([name[-14:] for name in names], 14)
+    by_group.set_yticks(places, labels, fontsize=7 if len(names) <= 20 else 4)
+    set_title(parts, "transitions")
+    set_title(by_group, "per patient or folder")
+    write_lines(text, facts)
+    for axis, (title, pixels) in zip(axes[3:], samples):
+        axis.imshow(pixels, cmap="gray")
+        axis.axis("off")
+        set_title(axis, title[-26:])
+    save_figure(figure, path)
+
+
 def _draw_target_bars(axis, rows, metric):
     """Bars of one metric with intervals, baseline and ceiling; the true number beside each."""
     columns = [metric, f"{metric}_low", f"{metric}_high", f"baseline_{metric}", f"ceiling_{metric}"]
@@ -161,8 +189,10 @@ def _draw_target_bars(axis, rows, metric):
     axis.plot(baseline, place, "|", color=ORANGE, markersize=11, markeredgewidth=2.4, label="baseline")
     if np.isfinite(ceiling).any():
         axis.plot(ceiling, place, "D", color=INK, markersize=4.5, label="noise ceiling")
-    left = max(-0.5, 1.1 * np.nanmin([0.0, *value, *low, *baseline]))
-    axis.set_xlim(left, 1.0 if np.nanmax([0.0, *value, *high, *baseline]) <= 1 else None)
+    shown = [0.0, *value, *low, *high, *baseline]
+    left = max(-0.5, 1.1 * np.nanmin(shown))
+    right = 1.0 if np.nanmax(shown) <= 1 else None
+    axis.set_xlim(left, right)
     beside = axis.get_yaxis_transform()
     for y, number in zip(place, value):
         axis.text(1.02, y, f"{number:.2f}", transform=beside, va="center", fontsize=8)
@@ -224,7 +254,7 @@ def plot_scatter(predicted, target, names, path):
 
     predicted, target: (N, R) in the original unit, NaN = missing; names: R labels.
     """
-    known = np.isfinite(predicted) & np.isfinite(target)
+    known = np.isfinite(predicted - target)
     masked = np.where(known, target, np.nan)
     pearson_r = common.regression_metrics(predicted, masked)["pearson_r"]  # (R,)
     n_panels = min(len(names), MOST_TARGETS)
@@ -297,8 +327,7 @@ def _draw_reliability(axis, probability, label, colour, name):
     weights = np.stack([np.ones(len(bins)), confidence, is_right])
     sums = class_scores.sums_by(bins, class_scores.ECE_BINS, weights)
     count, sum_confidence, right = sums[:, sums[0] > 0]
-    ends = [subject_intervals.share_interval(k, n) for k, n in zip(right, count)]
-    low, high = np.array(ends).reshape(-1, 2).T
+    low, high = np.transpose([subject_intervals.share_interval(k, n) for k, n in zip(right, count)])
     x = sum_confidence / count
     axis.vlines(x, low, high, color=colour, linewidth=1.2, alpha=0.6)
     axis.plot(x, right / count, "o-", color=colour, label=name)

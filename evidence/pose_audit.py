@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 import common
-from evidence import pose_plots
+from evidence import plotting
 from readers import probe_poses
 
 DARK_MEAN = 2.55  # grey levels of 255, 1 %
@@ -201,4 +201,4 @@ def write_statistics(run, study, split):
     facts = [f"{name.replace('_', ' ')}: {str(stats[name])[:20]}" for name in shown]
     rows = np.linspace(0, len(study.names) - 1, 4).astype(int)
     samples = [(study.names[row], study.frame(row, 0, run.args.image_size)) for row in rows]
-    pose_plots.plot_dataset(split, study.patients, facts, samples, run.path("dataset_statistics.png"))
+    plotting.plot_dataset(split, study.patients, facts, samples, run.path("dataset_statistics.png"))

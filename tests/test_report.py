@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import common
-from evidence import plotting, pose_plots, reporting
+from evidence import plotting, reporting
 from evidence.verdicts import Verdict
 
 VOID = {"meta", "img", "br", "hr", "link"}
@@ -268,7 +268,7 @@ def test_plot_scatter(tmp_path, n_targets):
 
 def test_names_of_a_dataset_are_no_formulas(tmp_path):
     groups = np.array([r"a$\x$", "b$c$"])
-    pose_plots.plot_dataset({"train": [0, 1]}, groups, [r"scale $\x$"], [], tmp_path / "d.png")
+    plotting.plot_dataset({"train": [0, 1]}, groups, [r"scale $\x$"], [], tmp_path / "d.png")
     check_png(tmp_path / "d.png")
 
 
