@@ -99,7 +99,7 @@ def judge_detections(run, truth, detections, setting, priors, trained, picture=N
     strongest = max(baselines, key=baselines.get)
     state_rates = np.array([prior["states"] for prior in priors])  # (M, P, S)
     judged = detection_scores.Judged(truth, detections, threshold, others[strongest], state_rates)
-    result = judged.result(draws, seed, strongest, max(1, len(setting.folds)))
+    result = judged.result(draws, seed, strongest, len(setting.folds))
     part_rows = per_part_rows(judged, result)
     state_rows = per_state_rows(judged)
     common.write_table(run.path("per_part.csv"), part_rows)
@@ -215,11 +215,11 @@ def per_state_rows(judged):
 def calibration_rows(judged):
     """NLL, Brier score and ECE of the states of the boxes found: of the model, and of the rates of each part.
 
-    No rows where results only name their states: nobody gave these probabilities of 0 and 1.
+    No rows without states, nor where results only name them: nobody gave these probabilities of 0 and 1.
     """
     found = judged.found
     rows = []
-    if not judged.has_states or np.isin(found.probabilities, (0, 1)).all():
+    if np.isin(found.probabilities, (0, 1)).all():
         return rows
     for name, probability in (("model", found.probabilities), ("rates of the part", judged.usual)):
         scores = class_scores.classification_metrics(probability, found.true).overall
@@ -240,7 +240,7 @@ def find_alarms(judged, detections, threshold):
     alarms = []
     sure = [detected.take(detected.scores >= threshold) for detected in detections]
     if not any(len(detected.scores) for detected in sure):
-        highest = max((detected.scores.max(initial=0) for detected in detections), default=0)
+        highest = max(detected.scores.max(initial=0) for detected in detections)
         alarms.append(f"no detection reaches the score {threshold:g}, the highest is {highest:.2f}. Train longer "
                       "(--epochs), start from published weights, or lower --score_threshold (train_detector.py alone)")
     n_boxes = judged.counts["truth"].sum(0)
@@ -249,8 +249,7 @@ def find_alarms(judged, detections, threshold):
         alarms.append(f"parts without a box here, so not judged: {', '.join(unseen)}. Score more pictures "
                       "(train_detector.py: a higher --test_ratio or fewer --folds), or take these parts out of the "
                       "annotations")
-    repeats = collections.Counter(np.round(each.boxes, 1).tobytes() for each in sure)
-    repeats.pop(b"", None)
+    repeats = collections.Counter(np.round(each.boxes, 1).tobytes() for each in sure if len(each.boxes))
     most = max(repeats.values(), default=0)
     if most >= 3:
         alarms.append(f"exactly the same boxes in {most} of {len(detections)} pictures. {verdicts.CONSTANT_REMEDY}")

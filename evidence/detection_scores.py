@@ -274,8 +274,8 @@ class Judged:
             support["overall", metric] = sorted(states)[-2]
         return support
 
-    def result(self, draws, seed, baseline_name="mean box", folds=1):
-        """The subject_intervals.Result over all pictures; resampled are groups, else images; folds: how many models."""
+    def result(self, draws, seed, baseline_name="mean box", folds=0):
+        """The subject_intervals.Result over all pictures; resampled are groups, else images; folds: of the run."""
         groups = self.truth.groups
         owners = self.every
         if groups is not None:

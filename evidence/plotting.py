@@ -89,6 +89,10 @@ def _add_legend(axis):
         axis.legend(fontsize=7, frameon=False)
 
 
+def _draw_diagonal(axis, ends):
+    axis.plot(ends, ends, color=SOFT, linewidth=1, linestyle="--")
+
+
 def without_math(names, length):
     """Names cut to a length, a dollar sign shown as such."""
     return [name[:length].replace("$", r"\$") for name in names]
@@ -212,7 +216,8 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
 
     rows = pd.DataFrame(rows[:MOST_TARGETS])
     labels = without_math(rows["target"], 28)
-    figure, axes = new_figure(len(metrics), min(3, len(metrics)), (4.2, 1 + 0.26 * len(rows)), share_y=True)
+    size = 4.2, 1 + 0.26 * len(rows)
+    figure, axes = new_figure(len(metrics), min(3, len(metrics)), size, share_y=True)
     for axis, metric in zip(axes, metrics):
         _draw_target_bars(axis, rows, metric)
     axes[0].set_yticks(np.arange(len(rows)), labels, color=INK)
@@ -264,7 +269,7 @@ def plot_scatter(predicted, target, names, path):
         y = predicted[known[:, j], j]
         axis.plot(x, y, "o", color=BLUE, markersize=3, alpha=0.4, markeredgewidth=0)
         ends = [min([*x, *y], default=0), max([*x, *y], default=1)]
-        axis.plot(ends, ends, color=SOFT, linewidth=1, linestyle="--")
+        _draw_diagonal(axis, ends)
         axis.locator_params(nbins=4)
         set_title(axis, names[j][:18])
         facts = f"r {pearson_r[j]:.2f}\nn {len(x)}"
@@ -300,7 +305,7 @@ def plot_reliability(probability, label, path, before=None):
     mean, 95th percent.
     """
     figure, (axis,) = new_figure(1, 1, (4.2, 4.2))
-    axis.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle="--")
+    _draw_diagonal(axis, [0, 1])
     if before is not None:
         _draw_reliability(axis, before, label, ORANGE, "before")
     _draw_reliability(axis, probability, label, BLUE, "after")
@@ -369,7 +374,7 @@ def plot_precision_recall(probability, label, names, path, shown):
         curve, = axes[0].step(recall, [precision[0], *precision], label=f"{name}: AP {average_precision[0]:.2f}")
         axes[0].axhline(is_own.mean(), color=curve.get_color(), linewidth=1, linestyle=":")
         axes[1].plot(false / false[-1], recall, label=f"{name}: AUC {auc[0]:.2f}")
-    axes[1].plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle="--")
+    _draw_diagonal(axes[1], [0, 1])
     _label_axes(axes[0], "recall", "precision")
     _label_axes(axes[1], "false positive rate", "recall")
     for axis, title in zip(axes, ("precision-recall", "ROC")):

@@ -223,7 +223,7 @@ def judge_criteria(criteria, estimates, seen="new"):
         verdict = "NOT RESOLVABLE"
         if clears[0] == clears[1] and not math.isnan(found.low + found.high):
             verdict = PASSES.get(seen, "PASS") if clears[0] else "FAIL"
-        judged.append({**entry, "value": found.value, "low": found.low, "high": found.high, "verdict": verdict})
+        judged.append({**entry, **vars(found), "verdict": verdict})
     return judged
 
 
