@@ -69,14 +69,14 @@ def mean_boxes(truth):
         "states": states / states.sum(1, keepdims=True)}
 
 
-def baseline_detections(priors, sizes, has_states):
+def baseline_detections(priors, sizes):
     """The mean boxes on M pictures of sizes (M, 2) -> M Detections; priors: of mean_boxes, for each picture."""
     detections = []
     for prior, size in zip(priors, sizes):
         boxes, score, states = (np.asarray(prior[name]) for name in ("boxes", "score", "states"))
         labels = np.flatnonzero(score > 0)
         detections.append(detection_scores.Detections(
-            boxes[labels] * np.tile(size, 2), labels, score[labels], states[labels] if has_states else None))
+            boxes[labels] * np.tile(size, 2), labels, score[labels], states[labels]))
     return detections
 
 
@@ -93,8 +93,7 @@ def judge_detections(run, truth, detections, setting, priors, trained, picture=N
     hallucinations; draws: resamples of pictures. The model is compared with the baseline of the
     highest AP. Returns the metrics.
     """
-    has_states = detections[0].states is not None
-    others = {"mean box": baseline_detections(priors, truth.sizes, has_states), **trained}
+    others = {"mean box": baseline_detections(priors, truth.sizes), **trained}
     baselines = {name: detection_scores.mean_ap(truth, each) for name, each in others.items()}
     strongest = max(baselines, key=baselines.get)
     state_rates = np.array([prior["states"] for prior in priors])  # (M, P, S)
@@ -122,7 +121,7 @@ def judge_detections(run, truth, detections, setting, priors, trained, picture=N
         doubts=verdicts.baseline_doubts(
             others, "the same detector with only its heads trained (--baseline heads)"),
         alarms=alarms,
-        meanings=criteria_names(truth.parts, has_states),
+        meanings=criteria_names(truth.parts, judged.has_states),
         figures=key_figures(result),
         blocks=metric_blocks(run, setting, result, part_rows, threshold),
         sections=[("States", state_blocks(run, judged, state_rows, calibration))],

@@ -277,9 +277,7 @@ class Judged:
     def result(self, draws, seed, baseline_name="mean box", folds=0):
         """The subject_intervals.Result over all pictures; resampled are groups, else images; folds: of the run."""
         groups = self.truth.groups
-        owners = self.every
-        if groups is not None:
-            owners = np.unique(groups, return_inverse=True)[1]
+        units, owners = np.unique(self.every if groups is None else groups, return_inverse=True)
 
         def over_draws(values):
             def statistic(weights):
@@ -288,16 +286,15 @@ class Judged:
                 return stack_draws(overall), stack_draws(each)
             return statistic
         model = over_draws(self.values)
-        n_units = owners.max() + 1
         return subject_intervals.estimate(
             model,
             over_draws(self.baseline_values) if self.of_baseline else None,
-            n_units,
+            len(units),
             "images" if groups is None else "groups",
             draws=draws,
             seed=seed,
             names=self.truth.parts,
-            support=self.support(model(np.eye(n_units)), owners),
+            support=self.support(model(np.eye(len(units))), owners),
             n=self.counts["truth"].sum(0).astype(int),
             rows=len(self.every),
             folds=folds,

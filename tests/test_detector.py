@@ -376,7 +376,7 @@ def test_mean_boxes_by_hand():
     np.testing.assert_allclose(baseline["boxes"][0], [0.1, 0.1, 0.3, 0.4])
     assert baseline["score"].tolist() == [0.75, 0]
     np.testing.assert_allclose(baseline["states"], [[2 / 7, 3 / 7, 1 / 7, 1 / 7], [0.25] * 4], err_msg="one more of each")
-    found = detection_judging.baseline_detections([baseline], np.array([[200, 100]]), True)[0]
+    found = detection_judging.baseline_detections([baseline], np.array([[200, 100]]))[0]
     np.testing.assert_allclose(found.boxes, [[20, 10, 60, 40]])
     assert found.labels.tolist() == [0] and found.called().tolist() == [1]
 
@@ -688,8 +688,8 @@ def test_the_mean_box_of_a_picture_is_that_of_its_fold():
     """Two pictures, each with the prior of the other's box: by hand, no box overlaps; with its own, all do."""
     truth = annotated([(0, 0, BOX)], [(0, 1, FAR)])
     priors = [detection_judging.mean_boxes(truth.take([row])) for row in (0, 1)]
-    assert detection_scores.mean_ap(truth, detection_judging.baseline_detections(priors, truth.sizes, True)) == 1
-    swapped = detection_judging.baseline_detections(priors[::-1], truth.sizes, True)
+    assert detection_scores.mean_ap(truth, detection_judging.baseline_detections(priors, truth.sizes)) == 1
+    swapped = detection_judging.baseline_detections(priors[::-1], truth.sizes)
     assert detection_scores.mean_ap(truth, swapped) == 0
     rates = np.array([prior["states"] for prior in priors])
     found = [detections((0, 0.9, 0, BOX)), detections((0, 0.9, 0, FAR))]
