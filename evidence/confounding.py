@@ -121,9 +121,9 @@ def confound_blocks(rows):
     if not rows:
         return []
     shown = [{**row, "red_flag": "reaches the model" if row["red_flag"] else ""} for row in rows]
-    columns = dict.fromkeys(name for row in shown for name in row if name != "subjects")
+    columns = {name: name.replace("_", " ") for row in shown for name in row if name != "subjects"}
     return [reporting.html_table(
-        shown, list(columns), caption="The train rate (or mean) of each level of a column as the prediction")]
+        shown, columns, caption="The train rate (or mean) of each level of a column as the prediction")]
 
 
 def within_level_auc(score, label, positive, levels):

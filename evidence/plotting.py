@@ -214,12 +214,12 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
     """
     import pandas as pd
 
-    rows = pd.DataFrame(rows[:MOST_TARGETS])
-    labels = without_math(rows["target"], 28)
+    rows = rows[:MOST_TARGETS]
+    labels = without_math([row["target"] for row in rows], 28)
     size = 4.2, 1 + 0.26 * len(rows)
     figure, axes = new_figure(len(metrics), min(3, len(metrics)), size, share_y=True)
     for axis, metric in zip(axes, metrics):
-        _draw_target_bars(axis, rows, metric)
+        _draw_target_bars(axis, pd.DataFrame(rows), metric)
     axes[0].set_yticks(np.arange(len(rows)), labels, color=INK)
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     handles, names = axes[0].get_legend_handles_labels()

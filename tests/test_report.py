@@ -245,6 +245,12 @@ def test_plot_per_target(tmp_path, n):
     check_png(tmp_path / "p.png")
 
 
+def test_no_target_at_all_is_drawn_too(tmp_path):
+    """Of test pictures without any box."""
+    plotting.plot_per_target([], tmp_path / "p.png")
+    assert (tmp_path / "p.png").exists()
+
+
 def test_the_baseline_stays_on_the_axis():
     """Of an error of .5 mm beside a baseline's of 1.8 mm."""
     figure, [axis] = plotting.new_figure(1, 1, (4, 2))
