@@ -176,7 +176,7 @@ def count_hallucinations(truth, detections, threshold):
         is_absent = said_absent & ~truth.ignored[picture]
         claimed = detected.take((detected.scores >= threshold) & (detected.called() != part_boxes.ABSENT))
         own = labels[is_absent]  # (K,)
-        absent = np.setdiff1d(np.union1d(own, truth.absent[picture]), labels[~said_absent]).astype(int)
+        absent = np.setdiff1d(np.union1d(own, truth.absent[picture]), labels[~said_absent])
         counts["absent"][picture, absent] = 1
         counts["claimed"][picture, np.intersect1d(absent, claimed.labels)] = 1
         places = torch.from_numpy(truth.boxes[picture][is_absent])

@@ -39,7 +39,7 @@ def regression_alarms(predicted, target, names):
     ]
     alarms = [f"{fault}: {', '.join(itertools.compress(names, flags))}. {remedy}"
               for fault, flags, remedy in faults if flags.any()]
-    repeats = np.unique(predicted, axis=0, return_counts=True)[1].max(initial=0)
+    repeats = np.unique(predicted, axis=0, return_counts=True)[1].max()
     if repeats >= _fewest_repeats(predicted) and not is_constant.all():
         alarms.append(f"the same prediction for {repeats} of {len(predicted)} rows. {REPEATS_REMEDY}")
     return alarms
@@ -282,7 +282,7 @@ def baseline_doubts(names, model="ridge or logistic regression on published feat
             f"A result holds where it beats a simple model too, such as {model}"]
 
 
-def verdict_sentence(result, metric="r2", ceiling=None, seen="new", label=None, is_same=False):
+def verdict_sentence(result, metric, ceiling=None, seen="new", label=None, is_same=False):
     """One honest sentence: does the model beat its baseline, by how much, and what could be reached at best.
 
     result: a Result with a baseline; ceiling: what `metric` could reach, or None; seen: the worst of

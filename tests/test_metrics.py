@@ -482,7 +482,7 @@ def test_verdict_beats_does_not_beat_and_not_resolvable():
 
     def say(model, baseline, **options):
         result = subject_intervals.bootstrap_regression(model, target, baseline=baseline, baseline_name="ridge")
-        return verdicts.verdict_sentence(result, **options)
+        return verdicts.verdict_sentence(result, "r2", **options)
 
     better = say(near, far, ceiling=0.912, seen="chose", label="mean R2")
     assert better.startswith("The model beats the baseline (ridge regression): mean R2 0.7")
