@@ -17,7 +17,7 @@ import common
 import train_dreamer
 import verify_setup
 from conftest import DRAW, ROOT, only_run, run_here, run_fresh, run_script
-from evidence import baseline_models, pose_scores, prediction_tables, seen_rows, splitting
+from evidence import baseline_models, plotting, pose_scores, prediction_tables, seen_rows, splitting
 from readers.probe_poses import AXES
 from readers import backbones, probe_poses
 
@@ -679,6 +679,19 @@ def test_a_patient_mean_needs_train_rows_of_each_patient():
     assert np.allclose(filled, [study.at1[20:35].mean(0), centre]), "the train mean for a patient without train rows"
     assert "patient_mean" not in train_dreamer.predict_baselines(study, train, np.array([50, 51]))
     assert "patient_mean" not in train_dreamer.predict_baselines(study, train[:15], np.array([16, 17])), "one patient"
+
+
+def test_the_summary_of_training_says_the_final_numbers(monkeypatch):
+    figures = {}
+    monkeypatch.setattr(plotting, "save_figure", lambda figure, path: figures.update({path: figure}))
+    history = [{"epoch": epoch, "learning_rate": 1e-4, "train_loss": 1 / epoch, "train_total_loss": 1 / epoch,
+                "val_loss": 2 / epoch, "val_mae_x_mm": 3.0} for epoch in (1, 2)]
+    numbers = {"rows": 90, "error": 0.259, "baseline_error": 0.31, "r2": 0.84}
+    train_dreamer.plot_training(types.SimpleNamespace(path=str), history, 2, "test", numbers)
+    *_, last = figures["training_summary.png"].axes
+    assert last.texts[0].get_text().splitlines() == [
+        "best epoch: 2", "test: 90 rows", "error: 0.259 label sds", "best baseline: 0.310", "R2: 0.840"]
+    assert not figures["training_history.png"].axes[-1].texts
 
 
 def test_results_are_back_in_mm_and_degrees():
