@@ -480,9 +480,9 @@ def test_verdict_beats_does_not_beat_and_not_resolvable():
     near, far, like_near = (target + generator.normal(size=target.shape) * target.std(0) * noise
                             for noise in (0.5, 0.9, 0.5))
 
-    def say(model, baseline, **options):
+    def say(model, baseline, metric="r2", **options):
         result = subject_intervals.bootstrap_regression(model, target, baseline=baseline, baseline_name="ridge")
-        return verdicts.verdict_sentence(result, "r2", **options)
+        return verdicts.verdict_sentence(result, metric, **options)
 
     better = say(near, far, ceiling=0.912, seen="chose", label="mean R2")
     assert better.startswith("The model beats the baseline (ridge regression): mean R2 0.7")
