@@ -1093,7 +1093,7 @@ def make_folds(args, study):
 
     def divide(rows):
         own = truth.take(rows)
-        return splitting.make_split(len(rows), ratios, study.strata[rows], own.groups, args.seed, own.images)
+        return splitting.make_split(own.images, ratios, study.strata[rows], own.groups, args.seed)
     return splitting.nested_folds(folds, divide)
 
 

@@ -1064,8 +1064,7 @@ def make_folds(args, study):
             # what chooses the epoch may stand nearer than what is scored, but neighbours share a frame
             gap = min(args.gap, max(1, lengths.min() // 4))
             return splitting.split_by_time(study.sequences[rows], study.order[rows], ratios, gap)
-        return splitting.make_split(
-            len(rows), ratios, groups=study.patients[rows], seed=args.seed, keys=study.names[rows])
+        return splitting.make_split(study.names[rows], ratios, groups=study.patients[rows], seed=args.seed)
     return splitting.nested_folds(splits, divide)
 
 
@@ -1234,7 +1233,8 @@ def rows_to_score(run, args, study, seen):
 
     seen: seen_rows.SeenRows of the checkpoint: names alone may be those of another study.
     """
-    listed = read_beside(args.checkpoint, "splits.json")
+    path = args.checkpoint.with_name("splits.json")
+    listed = splitting.listed_parts(path) if path.is_file() else {}
     split = {part: np.flatnonzero(np.isin(study.names, listed.get(part, []))) for part in splitting.PARTS}
     if "new" in seen.words(study.hashes[split["train"]]):
         run.say("note: rows of the names in splits.json did not train this checkpoint; its split does not count here")

@@ -181,7 +181,7 @@ def judged_rows(table):
         units = event_tables.split_keys(table, split_by)
         if len(set(units)) < 5:
             continue
-        judged = splitting.make_folds(len(table), 5, strata, units, keys=table.clip_ids)
+        judged = splitting.make_folds(table.clip_ids, 5, strata, units)
         train = [np.setdiff1d(np.arange(len(table)), held) for held in judged]
         kind = units[0].split()[0]
         ways[f"{kind}s"] = (train, judged)

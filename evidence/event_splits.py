@@ -126,7 +126,7 @@ def part_of_train(args, table, rows):
     val_ratio = shares["val"] / (shares["train"] + shares["val"])
     keys, strata, kept_whole = split_columns(args, table, rows)
     made = splitting.make_split(
-        len(rows), {"train": 1 - val_ratio, "val": val_ratio}, strata, kept_whole, args.seed, keys)
+        keys, {"train": 1 - val_ratio, "val": val_ratio}, strata, kept_whole, args.seed)
     if not len(made["val"]):
         raise common.UserError(f"--val_ratio {args.val_ratio:g}: the validation part must not be empty, it chooses the epoch")
     return {part: rows[chosen] for part, chosen in made.items()}  # chosen: indices into `rows`

@@ -170,10 +170,10 @@ def leakage_blocks(run):
     if "groups" not in compared:
         text += " Groups were not compared: none were named, or the split divides them on purpose."
     block = html_text(text, "good")
-    leaks = splitting.found_leakage(report | {"within": {}})
+    leaks = splitting.found_leakage("leakage", report["between"])
     if leaks:
         block = _note(html_list(leaks), "caution")
-    notes = splitting.found_leakage(report | {"between": {}})  # repeats inside a part are no leaks
+    notes = splitting.found_leakage("inside", report["within"])  # repeats inside a part are no leaks
     return [block, html_list(notes + report.get("notes", []))]
 
 

@@ -29,21 +29,16 @@ PARTS = ("train", "val", "test")
 STOPPING_LEAKS = ("groups", "events", "exact_duplicates")
 
 
-def _quantile_bins(values):
-    """(N,) floats -> (N,) bin: up to 10 bins of 10 rows or more; NaN in a bin of its own."""
-    known = values[~np.isnan(values)]
-    n_bins = min(10, max(1, len(values) // 10))
-    inner = np.linspace(0, 1, n_bins + 1)[1:-1]
-    edges = np.quantile(known, inner) if len(known) else []
-    return np.where(np.isnan(values), -1, np.searchsorted(edges, values, side="right"))
-
-
 def _strata_codes(strata, n_rows):
-    """Labels, or floats to be binned -> (N,) int code of each row; None -> zeros."""
+    """Labels, or floats in up to 10 bins of 10 rows or more, NaN apart -> (N,) int code of each row; None -> zeros."""
     if strata is None:
         return np.zeros(n_rows, int)
     if strata.dtype.kind == "f":
-        strata = _quantile_bins(strata)
+        is_known = ~np.isnan(strata)
+        n_bins = min(10, max(1, n_rows // 10))
+        inner = np.linspace(0, 1, n_bins + 1)[1:-1]
+        edges = np.quantile(strata[is_known], inner) if is_known.any() else []
+        strata = np.where(is_known, np.searchsorted(edges, strata, side="right"), -1)
     return np.unique(strata, return_inverse=True)[1]
 
 
@@ -67,13 +62,9 @@ def deal_out_units(sizes, order, shares):
 
 def _assign_rows(shares, stratum, seed, keys):
     """-> (N,) part: rows in random order, stratum by stratum."""
-    n_rows = len(stratum)
-    order = np.arange(n_rows)
-    if keys is not None:
-        order = np.argsort(keys, kind="stable")
-    order = order[np.random.default_rng(seed).permutation(n_rows)]
+    order = np.random.default_rng(seed).permutation(np.argsort(keys, kind="stable"))
     order = order[np.argsort(stratum[order], kind="stable")]
-    return deal_out_units(np.ones(n_rows), order, shares)
+    return deal_out_units(np.ones(len(keys)), order, shares)
 
 
 def _assign_groups(shares, stratum, unit, seed):
@@ -110,13 +101,14 @@ def units_of(n_rows, groups):
     return unit, len(labels), "groups"
 
 
-def make_split(n_rows, ratios, strata=None, groups=None, seed=42, keys=None):
+def make_split(keys, ratios, strata=None, groups=None, seed=42):
     """Ratios {part: share}, which add up to 1 -> {part: sorted (n,) int rows}; groups stay whole.
 
     Each part holds the strata (labels, or floats in bins) in equal shares as far as groups allow.
-    With keys (N unique str) the same rows get the same parts in any row order.
+    keys: N unique names, by which the same rows get the same parts in any row order.
     Raises UserError: a part would be empty, a blank group.
     """
+    n_rows = len(keys)
     shares = np.array(list(ratios.values()))
     unit, n_units, what = units_of(n_rows, groups)
     wanted = shares > 0
@@ -132,36 +124,38 @@ def make_split(n_rows, ratios, strata=None, groups=None, seed=42, keys=None):
     return {name: np.flatnonzero(part == p) for p, name in enumerate(ratios)}
 
 
-def make_folds(n_rows, k, strata=None, groups=None, seed=42, keys=None):
+def make_folds(keys, k, strata=None, groups=None, seed=42):
     """-> k sorted (n,) int rows, left out in turn, as in make_split. UserError: fewer units than folds."""
-    _, n_units, what = units_of(n_rows, groups)
+    _, n_units, what = units_of(len(keys), groups)
     if not 2 <= k <= n_units:
         raise common.UserError(
             f"--folds {k}: expected 2 or more and at most the number of {what}, found {n_units} {what}.")
-    return list(make_split(n_rows, dict.fromkeys(range(k), 1 / k), strata, groups, seed, keys).values())
+    return list(make_split(keys, dict.fromkeys(range(k), 1 / k), strata, groups, seed).values())
 
 
-def write_splits(path, split, keys):
-    """JSON {part: [keys in row order]}."""
-    listed = {part: [keys[row] for row in rows] for part, rows in split.items()}
-    common.write_json(path, listed)
+def listed_parts(path):
+    """JSON {part: [keys]}, as in splits.json -> the same, keys as text. UserError: no such lists; other fields may be."""
+    content = common.read_json(path)
+    if not isinstance(content, dict):
+        raise common.UserError(f"{path}: expected lists train, val and test, found a {type(content).__name__}")
+    wrong = [part for part in PARTS if not isinstance(content.get(part) or [], list)]
+    if wrong:
+        raise common.UserError(f"{path}: expected lists train, val and test, found no list in {', '.join(wrong)}")
+    return {part: list(map(str, listed)) for part, listed in content.items() if isinstance(listed, list)}
 
 
 def read_split_file(path, keys):
-    """JSON of write_splits, or {"train": [keys], ...} -> {train, val, test: sorted (n,) int rows}.
+    """JSON of listed_parts -> {train, val, test: sorted (n,) int rows}.
 
     UserError lists the parts that are unknown, and the keys that are or are listed twice.
     """
     try:
-        content = common.read_json(path)
-        parts = {part: list(map(str, listed)) for part, listed in content.items() if isinstance(listed, list)}
-    except (common.UserError, AttributeError) as error:
-        raise common.UserError(f"--split_file {path}: expected JSON with a list train, found {error}") from None
+        parts = listed_parts(path)
+    except common.UserError as error:
+        raise common.UserError(f"--split_file {error}") from None
     row_of = {key: row for row, key in enumerate(keys)}
-    counts = collections.Counter(itertools.chain(*parts.values()))
     faults = [f"a part {part}{common.closest(part, PARTS)}" for part in parts if part not in PARTS]
-    faults += [f"no list in {part}" for part in PARTS if not isinstance(content.get(part) or [], list)]
-    for key, count in counts.items():
+    for key, count in collections.Counter(itertools.chain(*parts.values())).items():
         unknown = "" if key in row_of else ", not in the table"
         if count > 1 or unknown:
             faults.append(f"{key} (listed {count} times{unknown})")
@@ -212,7 +206,7 @@ def ratios_of_flags(args):
 def split_of_flags(args, keys, strata=None, groups=None):
     """{train, val, test: sorted (n,) int rows} by the ratios or from --split_file."""
     if not args.split_file:
-        return make_split(len(keys), ratios_of_flags(args), strata, groups, args.seed, keys)
+        return make_split(keys, ratios_of_flags(args), strata, groups, args.seed)
     split = read_split_file(args.split_file, keys)
     if not len(split["val"]):
         raise common.UserError(f"--split_file {args.split_file} has no val part; it chooses the epoch")
@@ -223,7 +217,7 @@ def folds_of_flags(args, keys, strata=None, groups=None):
     """{train, val, test: (n,) int rows} for each of --folds; no row is in a test part."""
     none = np.array([], dtype=int)
     return [{"train": np.setdiff1d(np.arange(len(keys)), left_out), "val": left_out, "test": none}
-            for left_out in make_folds(len(keys), args.folds, strata, groups, args.seed, keys)]
+            for left_out in make_folds(keys, args.folds, strata, groups, args.seed)]
 
 
 def rows_to_try(split, args, truth=None):
@@ -399,23 +393,20 @@ def _leakage_line(where, found):
     return f"{where}: {', '.join(counts)}"
 
 
-def found_leakage(report, with_zeros=False):
-    """A line per two parts that share anything (with_zeros: per any two), one per part that holds copies."""
+def found_leakage(word, places):
+    """A line for each of these places, such as report["between"], that holds anything twice."""
     lines = []
-    places = {f"leakage {pair}": found for pair, found in report["between"].items()}
-    places |= {f"inside {part}": found for part, found in report["within"].items()}
     for place, found in places.items():
         shared = {what: item for what, item in found.items() if item["count"]}
-        if with_zeros and (shared or place.startswith("leakage")):
-            shared = found
         if shared:
-            lines.append(_leakage_line(place, shared))
+            lines.append(_leakage_line(f"{word} {place}", shared))
     return lines
 
 
 def leakage_text(report):
-    """found_leakage with its zeros, then the notes of the report."""
-    return "\n".join(found_leakage(report, with_zeros=True) + report.get("notes", []))
+    """A line per two parts with all zeros, one per part that holds copies, and the notes of the report."""
+    lines = [_leakage_line(f"leakage {pair}", found) for pair, found in report["between"].items()]
+    return "\n".join(lines + found_leakage("inside", report["within"]) + report.get("notes", []))
 
 
 def check_leakage(report, allow_leakage=False, stopping=STOPPING_LEAKS):
@@ -440,7 +431,7 @@ def record_split(run, split, keys, report, stopping=STOPPING_LEAKS, columns=None
     Returns the alarms of unused_groups on these columns, said before anything is trained.
     """
     if not (run.resumed and run.path("leakage_report.json").exists()):
-        write_splits(run.path("splits.json"), split, keys)
+        common.write_json(run.path("splits.json"), {part: [keys[row] for row in rows] for part, rows in split.items()})
         common.write_json(run.path("leakage_report.json"), report)
     n_unused = len(keys) - sum(map(len, split.values()))
     if n_unused:

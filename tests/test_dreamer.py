@@ -841,9 +841,15 @@ def test_data_of_the_same_names_are_not_the_checkpoints_own(tmp_path):
     own = types.SimpleNamespace(names=names, hashes=np.array([[1], [2], [3]]))
     part, rows, fitted = train_dreamer.rows_to_score(run, args, own, seen)
     assert (part, rows.tolist(), fitted.tolist(), lines) == ("test", [2], [0, 1], [])
+    (tmp_path / "splits.json").write_text('{"train": ["p/1-2"], "val": ["p/2-3"], "test": ["q/1-2", ["odd"], {}, null]}')
+    assert train_dreamer.rows_to_score(run, args, own, seen)[1].tolist() == [2]
     other = types.SimpleNamespace(names=names, hashes=np.array([[7], [8], [9]]))
     part, rows, fitted = train_dreamer.rows_to_score(run, args, other, seen)
     assert (part, rows.tolist(), fitted.tolist()) == ("all", [0, 1, 2], []) and lines[0].startswith("note: ")
+    for damaged in ("[1]", '{"test": 5}'):
+        (tmp_path / "splits.json").write_text(damaged)
+        with pytest.raises(common.UserError, match="splits.json: expected lists"):
+            train_dreamer.rows_to_score(run, args, own, seen)
 
 
 def test_weights_of_another_model_or_encoder_are_refused_as_a_start(as_script, slices, tmp_path):

@@ -466,7 +466,7 @@ def test_patients_never_straddle_a_split_or_a_fold(clinic, seed):
     split = train_dreamer.make_split(args, study)
     owners = {part: set(study.patients[rows]) for part, rows in split.items()}
     assert all(owners.values()) and sum(map(len, owners.values())) == 6
-    folds = splitting.make_folds(len(study.names), 3, None, study.patients, seed, study.names)
+    folds = splitting.make_folds(study.names, 3, None, study.patients, seed)
     assert sum(len(set(study.patients[rows])) for rows in folds) == 6 and sum(map(len, folds)) == len(study.names)
 
 

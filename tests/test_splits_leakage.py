@@ -43,7 +43,7 @@ def as_parts(split, n_rows):
 
 def test_sizes_and_strata_of_a_row_split():
     score = np.random.default_rng(0).normal(size=800)
-    split = splitting.make_split(800, RATIOS, strata=score, seed=1)
+    split = splitting.make_split(range(800), RATIOS, strata=score, seed=1)
     assert (as_parts(split, 800) != "").all()
     assert [len(split[name]) for name in RATIOS] == [560, 120, 120]
     tenth = np.digitize(score, np.quantile(score, np.linspace(0, 1, 11)[1:-1]))
@@ -56,7 +56,7 @@ def test_random_rows_within_strata():
     score = np.random.default_rng(0).normal(size=50)
     in_val = np.zeros(50)
     for seed in range(400):
-        in_val[splitting.make_split(50, {"train": 0.8, "val": 0.2}, strata=score, seed=seed)["val"]] += 1
+        in_val[splitting.make_split(range(50), {"train": 0.8, "val": 0.2}, strata=score, seed=seed)["val"]] += 1
     assert np.abs(in_val / 400 - 0.2).max() < 4 * np.sqrt(0.2 * 0.8 / 400)
 
 
@@ -69,14 +69,14 @@ def test_groups_are_never_cut_and_order_does_not_matter(data, seed):
     if len(set(group)) < 3:
         return
     use_groups = data.draw(st.booleans())
-    arguments = {"strata": score, "groups": group if use_groups else None, "keys": keys}
-    parts = as_parts(splitting.make_split(n_rows, RATIOS, seed=seed, **arguments), n_rows)
+    arguments = {"keys": keys, "strata": score, "groups": group if use_groups else None}
+    parts = as_parts(splitting.make_split(ratios=RATIOS, seed=seed, **arguments), n_rows)
     assert set(parts) == set(RATIOS)
     if use_groups:
         assert all(len(set(parts[group == name])) == 1 for name in group)
     order = rng.permutation(n_rows)
     turned = {name: None if values is None else values[order] for name, values in arguments.items()}
-    again = as_parts(splitting.make_split(n_rows, RATIOS, seed=seed, **turned), n_rows)
+    again = as_parts(splitting.make_split(ratios=RATIOS, seed=seed, **turned), n_rows)
     assert (again == parts[order]).all()
 
 
@@ -84,7 +84,7 @@ def test_groups_are_stratified_as_far_as_they_allow():
     rng = np.random.default_rng(3)
     group = np.repeat(np.arange(60), rng.integers(5, 25, 60))
     label = (rng.random(60) < 0.3)[group].astype(int)
-    split = splitting.make_split(len(group), RATIOS, strata=label, groups=group, seed=0)
+    split = splitting.make_split(range(len(group)), RATIOS, strata=label, groups=group, seed=0)
     for name, share in RATIOS.items():
         assert abs(len(split[name]) / len(group) - share) < 0.02
         assert abs(label[split[name]].mean() - label.mean()) < 0.03
@@ -96,12 +96,12 @@ def test_groups_are_stratified_as_far_as_they_allow():
     (RATIOS, 100, ["a", "b"] * 50, ["empty split", "2 groups"]),
     (RATIOS, 4, ["a", "", "c", ""], ["2 blank"])])
 def test_impossible_splits(ratios, n_rows, groups, words):
-    message = fails(splitting.make_split, n_rows, ratios, groups=groups)
+    message = fails(splitting.make_split, range(n_rows), ratios, groups=groups)
     assert all(word in message for word in words), message
 
 
 def test_a_ratio_of_zero_is_an_empty_part():
-    split = splitting.make_split(10, {"train": 0.8, "val": 0.2, "test": 0.0})
+    split = splitting.make_split(range(10), {"train": 0.8, "val": 0.2, "test": 0.0})
     assert [len(split[name]) for name in ("train", "val", "test")] == [8, 2, 0] and split["test"].dtype.kind == "i"
 
 
@@ -109,7 +109,7 @@ def test_a_ratio_of_zero_is_an_empty_part():
 
 def fold_numbers(n_rows, k, **options):
     """(N,) fold of each row, which is in exactly one."""
-    return as_parts(dict(enumerate(splitting.make_folds(n_rows, k, **options))), n_rows).astype(int)
+    return as_parts(dict(enumerate(splitting.make_folds(range(n_rows), k, **options))), n_rows).astype(int)
 
 
 def test_folds_without_groups_against_sklearn():
@@ -157,10 +157,10 @@ def test_one_class_in_one_group_only():
 
 
 def test_too_few_units_for_the_folds():
-    message = fails(splitting.make_folds, 40, 5, groups=["a", "b", "c", "d"] * 10)
+    message = fails(splitting.make_folds, range(40), 5, groups=["a", "b", "c", "d"] * 10)
     assert "--folds 5" in message and "4 groups" in message
-    assert "3 rows" in fails(splitting.make_folds, 3, 5)
-    assert "2 or more" in fails(splitting.make_folds, 30, 1)
+    assert "3 rows" in fails(splitting.make_folds, range(3), 5)
+    assert "2 or more" in fails(splitting.make_folds, range(30), 1)
 
 
 def test_strata_with_missing_values():
@@ -174,8 +174,8 @@ def test_strata_with_missing_values():
 
 def test_split_file_round_trip(tmp_path):
     keys = [f"grün/{i}.jpg" for i in range(30)]
-    split = splitting.make_split(30, RATIOS, keys=keys)
-    splitting.write_splits(tmp_path / "splits.json", split, keys)
+    split = splitting.make_split(keys, RATIOS)
+    splitting.record_split(Recorded(tmp_path), split, keys, {"between": {}, "within": {}})
     order = np.random.default_rng(0).permutation(30)
     again = splitting.read_split_file(tmp_path / "splits.json", [keys[row] for row in order])
     assert {name: sorted(order[rows]) for name, rows in again.items()} == {n: list(r) for n, r in split.items()}
@@ -221,7 +221,7 @@ def test_rows_in_no_part_are_counted(tmp_path):
 def test_a_run_that_was_killed_between_two_files_of_its_split(tmp_path):
     """splits.json stands, leakage_report.json does not: the resumed run writes it; one that stands is kept."""
     split = {"train": np.arange(6), "val": np.arange(6, 10)}
-    splitting.write_splits(tmp_path / "splits.json", split, list("abcdefghij"))
+    common.write_json(tmp_path / "splits.json", {"train": list("abcdef"), "val": list("ghij")})
     run = Recorded(tmp_path, resumed=True)
     splitting.record_split(run, split, list("abcdefghij"), {"between": {}, "within": {}})
     assert json.loads((tmp_path / "leakage_report.json").read_text()) == {"between": {}, "within": {}}
@@ -445,7 +445,7 @@ def test_a_column_that_repeats_and_is_parted_is_an_alarm_with_its_flag():
     halves["val"] = np.setdiff1d(rows, halves["train"])
     found = splitting.unused_groups(columns, halves)
     assert len(found) == 2 and "--group_column scene_group" in found[0] and "40 values in 120 rows" in found[0]
-    whole = splitting.make_split(120, {"train": 0.75, "val": 0.25}, groups=scene)
+    whole = splitting.make_split(rows, {"train": 0.75, "val": 0.25}, groups=scene)
     assert splitting.unused_groups(columns, whole, scene) == []
 
 
