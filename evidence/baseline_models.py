@@ -58,41 +58,42 @@ def inner_folds(groups):
 
 
 @dataclasses.dataclass
-class LinearModel:
+class Readout:
     """A linear model on features as they are, K outputs: scores, or logits of classes."""
 
     weights: np.ndarray  # (F, K)
     intercept: np.ndarray  # (K,), -inf for a class without a train row
+    blocks: list = ()  # by fit_readout: the chosen block of each target, one for all classes; the others weigh 0
+    inner_error: float | np.ndarray = math.nan  # of each target, or of all classes: see the fit_ functions
 
     def predict(self, features):
         """(N, F) features -> (N, K) float64."""
         return features @ self.weights + self.intercept
 
-
-@dataclasses.dataclass
-class Fitted(LinearModel):
-    """A linear model whose penalty was chosen, by fit_ridge for each target, by fit_logistic for all classes."""
-
-    inner_error: float | np.ndarray  # summed error on the left-out inner folds, NaN without any
+    def write_into(self, layer):
+        """Give an nn.Linear these weights."""
+        with torch.no_grad():
+            layer.weight.copy_(torch.from_numpy(self.weights.T))
+            layer.bias.copy_(torch.from_numpy(self.intercept))
 
 
 # --- ridge regression ----------------------------------------------------------------------------
 
 
 def fit_ridge(features, target, lambdas=RIDGE_LAMBDAS, groups=None, sd_floor=0.0):
-    """Ridge regression in closed form, lambda > 0 per target by inner cross-validation -> Fitted.
+    """Ridge regression in closed form, lambda > 0 per target by inner cross-validation -> Readout.
 
     features: (N, F), standardised here; target: (N, R), NaN = missing; groups: (N,) text, never
     cut by an inner fold; sd_floor: see standardisation. Minimises |y - Xw - b|^2 + lambda |w|^2.
     Targets labelled on the same rows share one eigendecomposition; a target with fewer than 3
-    labelled rows is predicted by its mean.
+    labelled rows is predicted by its mean. inner_error: summed over the left-out inner folds.
     """
     target = np.asarray(target, np.float64)
     groups = np.arange(len(features)) if groups is None else groups
     mean, sd = standardisation(features, sd_floor)
     x = (features - mean) / sd
     n_targets = target.shape[1]
-    model = Fitted(
+    model = Readout(
         weights=np.zeros((x.shape[1], n_targets)),
         intercept=common.mean_without_nan(target, axis=0),
         inner_error=np.full(n_targets, np.nan))
@@ -150,9 +151,9 @@ def held_out_error(scores, y, projected, damped, folds):
 
 
 def fit_logistic(features, label, n_classes, lambdas=LOGISTIC_LAMBDAS, groups=None, sd_floor=0.0):
-    """Multinomial logistic regression, lambda > 0 by inner cross-validation -> Fitted.
+    """Multinomial logistic regression, lambda > 0 by inner cross-validation -> Readout.
 
-    features: (N, F), standardised here; label: (N,) class indices; groups, sd_floor: as in
+    features: (N, F), standardised here; label: (N,) class indices; groups, sd_floor, inner_error: as in
     fit_ridge. Minimises the summed NLL + lambda / 2 |W|^2, with two classes + lambda |W|^2, so
     that lambda = 1 / C of scikit-learn.
     """
@@ -168,7 +169,7 @@ def fit_logistic(features, label, n_classes, lambdas=LOGISTIC_LAMBDAS, groups=No
         penalty, error = _choose_penalty(scores, label, n_classes, folds, lambdas)
     weights, intercept = _solve_logistic(scores, label, n_classes, penalty)
     weights = basis.T @ weights / sd[:, None]  # of features as they are
-    return Fitted(weights=weights, intercept=intercept - mean @ weights, inner_error=error)
+    return Readout(weights=weights, intercept=intercept - mean @ weights, inner_error=error)
 
 
 def _choose_penalty(scores, label, n_classes, folds, lambdas):
@@ -234,19 +235,6 @@ def _solve_logistic(scores, label, n_classes, penalty):
 # --- a readout of an untuned network -------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Readout(LinearModel):
-    """A linear model whose weights are 0 for features of other blocks than the chosen one, made by fit_readout."""
-
-    blocks: list  # the chosen block of each target, one for all classes
-
-    def write_into(self, layer):
-        """Give an nn.Linear these weights."""
-        with torch.no_grad():
-            layer.weight.copy_(torch.from_numpy(self.weights.T))
-            layer.bias.copy_(torch.from_numpy(self.intercept))
-
-
 def fit_readout(features, truth, groups=None, n_classes=None, blocks=None):
     """Linear model on (N, F) features of one untuned network -> Readout.
 
@@ -262,7 +250,7 @@ def fit_readout(features, truth, groups=None, n_classes=None, blocks=None):
     errors = np.stack([np.atleast_1d(model.inner_error) for model in models.values()])
     ratios = (errors / errors.min(axis=0)).round(9)  # equal ones are not told apart by rounding
     chosen = [list(blocks)[best] for best in ratios.argmin(axis=0)]
-    n_outputs = next(iter(models.values())).weights.shape[1]
+    n_outputs = n_classes or truth.shape[1]
     readout = Readout(np.zeros((features.shape[1], n_outputs)), np.zeros(n_outputs), chosen)
     for k, name in enumerate(np.resize(chosen, n_outputs)):
         readout.weights[blocks[name], k] = models[name].weights[:, k]

@@ -47,12 +47,6 @@ def predicted_class(probability, threshold, positive):
     return np.where(probability[:, positive] >= threshold, positive, rest.argmax(1))
 
 
-def rarest_class(label, n_classes):
-    """Index of the class with fewest rows, of those that have any; (N,) labels, below 0 = missing."""
-    counts = np.bincount(label[label >= 0], minlength=n_classes)
-    return int(np.argmin(np.where(counts, counts, len(label) + 1)))
-
-
 def ranking_metrics(score, is_positive, weights=None):
     """ROC AUC and average precision of (N,) scores under (D, N) row weights (None: ones) -> two (D,), NaN = undefined.
 
@@ -64,9 +58,8 @@ def ranking_metrics(score, is_positive, weights=None):
     order, first = tied_runs(score)
     drawn = weights[:, order]
     hits = drawn * np.asarray(is_positive, bool)[order]
-    if len(first) < len(order):
-        drawn = np.add.reduceat(drawn, first, axis=1)
-        hits = np.add.reduceat(hits, first, axis=1)
+    drawn = np.add.reduceat(drawn, first, axis=1)
+    hits = np.add.reduceat(hits, first, axis=1)
     misses = drawn - hits  # (D, distinct scores), highest score first
     found = hits.cumsum(1)
     false = misses.cumsum(1)

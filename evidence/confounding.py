@@ -54,6 +54,7 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
     NaN where there is no interval.
     """
     is_classes = target.ndim == 1
+    metric = "auc" if is_classes else "r2"
     if is_classes:
         target = (target == positive)[:, None].astype(float)
     held_out = np.concatenate(test)
@@ -67,25 +68,21 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
                 # A fold's overall rate is high where its held-out rows are negative: it must not count.
                 means = means - common.mean_without_nan(target[rows], axis=0)
             predicted.append(means)
-        judge = _judge_rates if is_classes else _judge_means
-        numbers = judge(np.concatenate(predicted), target[held_out], subjects, folds=len(test))
-        found.append({"name": name, "n_levels": codes.max() + 1, **numbers})
-    metric = "auc" if is_classes else "r2"
+        predicted = np.concatenate(predicted)
+        further = {}
+        if is_classes:
+            rates = np.concatenate([-predicted, predicted], 1)
+            label = target[held_out, 0].astype(int)
+            result = subject_intervals.bootstrap_classification(rates, label, subjects, folds=len(test))
+            main = result.overall.model["roc_auc"]
+        else:
+            result = subject_intervals.bootstrap_regression(predicted, target[held_out], subjects, folds=len(test))
+            main = result.overall.model["r2"]
+            further = result.overall.model["mae"].columns("mae")
+        found.append({
+            "name": name, "n_levels": codes.max() + 1, metric: main.value, "low": main.low, "high": main.high, **further,
+            "subjects": result.subjects})
     return sorted(found, key=lambda row: -np.nan_to_num(row[metric], nan=-math.inf))
-
-
-def _judge_rates(rate, target, subjects, **options):
-    result = subject_intervals.bootstrap_classification(
-        np.concatenate([-rate, rate], 1), target[:, 0].astype(int), subjects, **options)
-    auc = result.overall.model["roc_auc"]
-    return {"auc": auc.value, "low": auc.low, "high": auc.high, "subjects": result.subjects}
-
-
-def _judge_means(means, target, subjects, **options):
-    result = subject_intervals.bootstrap_regression(means, target, subjects, **options)
-    r2 = result.overall.model["r2"]
-    mae = result.overall.model["mae"]
-    return {"r2": r2.value, "low": r2.low, "high": r2.high, **mae.columns("mae"), "subjects": result.subjects}
 
 
 def flag_confounds(rows, model, within=None, levels=()):
@@ -194,19 +191,17 @@ def no_pixel_priors(table, positive):
     Rates or means come from other rows than those judged, see judged_rows; for the class `positive`
     (default: the rarest). `row order` compares the same places of the manifests.
     """
-    if table.label is None:
-        what = "scores"
-        target = table.target
-    else:
+    what = "scores"
+    chosen = None
+    if table.label is not None:
         chosen = prediction_tables.choose_positive(positive, table.names, table.label)
         what = table.names[chosen]
-        target = (table.label == chosen).astype(int)
     levels = prior_levels(table)
     position = np.rint(1e6 * table.extra["row_order"].to_numpy(float)).astype(int)
     found = []
     for across, (train, judged) in judged_rows(table).items():
-        if target.ndim == 1 and len(set(target[np.concatenate(judged)])) < 2:
+        if table.label is not None and len(set(table.label[np.concatenate(judged)] == chosen)) < 2:
             continue
-        rows = level_priors(levels, target, train, judged, table.groups, position=position)
+        rows = level_priors(levels, table.truth, train, judged, table.groups, chosen, position)
         found += [{"what": what, "across": across, **row} for row in rows]
     return found

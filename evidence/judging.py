@@ -78,7 +78,7 @@ def rows_text(table, unit="rows"):
 
 
 def sample_sentence(size, unit="rows"):
-    """The effective sample in words; size: of splitting.effective_size."""
+    """The effective sample in words; size: of Rows.sample."""
     groups = "no groups named: each row its own" if size["subjects"] is None else f"{size['subjects']} groups"
     positives = "" if size["positives"] is None else f", {size['positives']} of the positive class"
     return (f"{size['rows']} {unit} scored, {size['distinct_label_vectors']} different sets of labels{positives}, "
@@ -95,15 +95,15 @@ def subject_blocks(table, result):
     return [reporting.html_table(rows, caption=caption)]
 
 
-def case_blocks(table, titles, picture, count=5, blocks_of=None):
-    """HTML of the section Best and worst cases: the rows with the smallest and the largest error.
+def case_blocks(table, titles, picture, blocks_of=None):
+    """HTML of the section Best and worst cases: the five rows with the smallest and with the largest error.
 
     titles: (M,) text; picture: function of a row of the table -> uint8 (H, W, 3); blocks_of: function (rows, a case for
     each) -> HTML, where it is more than the cases.
     """
     order, lines = table.rank_rows()
     blocks = []
-    for word, rows in (("Best:", order[:count]), ("Worst:", order[::-1][:count])):
+    for word, rows in (("Best:", order[:5]), ("Worst:", order[::-1][:5])):
         cases = [{"image": picture(row), "title": titles[row], "lines": lines[row]} for row in rows]
         blocks.append(reporting.html_text(word))
         blocks += blocks_of(rows, cases) if blocks_of else [reporting.html_cases(cases)]

@@ -103,12 +103,10 @@ def in_units(result, sd):
 
 def axis_rows(result, table):
     """One dict per axis: n, metrics with intervals, and the MAE of every baseline; result: of in_units."""
-    rows = subject_intervals.target_rows(result)
+    axes = subject_intervals.target_table(result)
     for name, baseline in table.baselines.items():
-        mae = common.regression_metrics(baseline, table.target)["mae"]
-        for row, value in zip(rows, mae):
-            row[f"mae_{name}"] = value
-    return rows
+        axes[f"mae_{name}"] = common.regression_metrics(baseline, table.target)["mae"]
+    return axes.to_dict("records")
 
 
 def geodesic_error(predicted, target):

@@ -44,8 +44,19 @@ class Rows:
 
     @property
     def sample(self):
-        """splitting.effective_size of the rows."""
-        return splitting.effective_size(self.truth, self.groups, self.positive)
+        """How much the rows hold: their number, different sets of labels, subjects, positives."""
+        import pandas as pd
+        return {
+            "rows": len(self.truth),
+            "distinct_label_vectors": len(pd.DataFrame(self.truth).drop_duplicates()),
+            "subjects": None if self.groups is None else len(set(self.groups)),
+            "positives": None if self.positive is None else np.sum(self.truth == self.positive),
+        }
+
+    def fold_numbers(self):
+        """What the fold table says of one fold: the model's metrics, and the best baseline's one of the verdict."""
+        baseline = self.quality(self.baselines[self.best_baseline])
+        return {"rows": len(self.truth), **self.main_metrics(), f"baseline_{self.metric}": baseline}
 
     @property
     def best_baseline(self):
@@ -84,11 +95,9 @@ class ScoreTable(Rows):
         """The table with the predictions of another one of the same rows as its only baseline."""
         return dataclasses.replace(self, baselines={name: other.predicted})
 
-    def fold_numbers(self):
-        """What the fold table says of one fold: means over the scores, and the best baseline's R2."""
-        means = common.mean_metrics(common.regression_metrics(self.predicted, self.target))
-        baseline = self.quality(self.baselines[self.best_baseline])
-        return {"rows": len(self.target), **means, "baseline_r2": baseline}
+    def main_metrics(self):
+        """{metric: mean over the scores}."""
+        return common.mean_metrics(common.regression_metrics(self.predicted, self.target))
 
     def write(self, path):
         """The CSV, written whole."""
@@ -160,12 +169,11 @@ class ClassTable(Rows):
         return dataclasses.replace(
             self, baselines={name: other.probability}, baseline_thresholds={name: other.threshold})
 
-    def fold_numbers(self):
-        """What the fold table says of one fold, and the best baseline's AUC."""
+    def main_metrics(self):
+        """{metric: value}, in the order of the fold table."""
         overall = self.scores_of(self.probability, self.threshold).overall
         shown = ("roc_auc", "balanced_accuracy", "macro_f1", "accuracy", "loss", "ece")
-        baseline = self.quality(self.baselines[self.best_baseline])
-        return {"rows": len(self.label), **{name: overall[name] for name in shown}, "baseline_roc_auc": baseline}
+        return {name: overall[name] for name in shown}
 
     def rank_rows(self):
         """(rows from the smallest to the largest error, two lines of text on each row)."""
@@ -307,10 +315,7 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
     hold against; None = all that the table has. Raises UserError for what cannot be judged.
     """
     table = csv_tables.read_table(path)
-    if group_column:
-        group_column = known_name(group_column, table, f"{path}, --group_column")
-    elif "group" in table:
-        group_column = "group"
+    group_column = csv_tables.find_column(table, ["group"], group_column, f"{path}, --group_column: found no")
     shared = {
         "keys": _keys_of(table),
         "groups": table[group_column].to_numpy(str) if group_column else None,
@@ -419,13 +424,13 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
     if baseline:
         kinds = [known_name(baseline, kinds, path)]
     blocks = {kind: _probabilities(table, columns[kind], path) for kind in kinds}
-    thresholds = {kind: _threshold(table, f"{kind}_threshold", path) for kind in kinds}
+    thresholds = {kind: _threshold(table, f"{kind}_threshold", path) for kind in kinds if f"{kind}_threshold" in table}
     stated = _stated_class(table, names, path)
     found = _class_table(
         names, table[label_column], _probabilities(table, [f"prob_{name}" for name in names], path),
         blocks, positive_class or stated, shared,
         threshold=_threshold(table, "threshold", path),
-        baseline_thresholds={kind: values for kind, values in thresholds.items() if values is not None},
+        baseline_thresholds=thresholds,
         logits=_block(table, [f"logit_{name}" for name in names], path))
     if stated not in (None, names[found.positive]):  # the thresholds are of another class
         return dataclasses.replace(found, threshold=None, baseline_thresholds={})
@@ -484,7 +489,8 @@ def choose_positive(wanted, names, label):
     """Index of the class that matters: the one of this name, in any case, else the rarest of the labels (N,)."""
     if wanted:
         return names.index(known_name(wanted, names, "--positive_class"))
-    return class_scores.rarest_class(label, len(names))
+    counts = np.bincount(label[label >= 0], minlength=len(names))
+    return int(np.argmin(np.where(counts, counts, len(label) + 1)))  # of those that have rows
 
 
 def known_name(name, known, source):

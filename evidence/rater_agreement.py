@@ -102,16 +102,17 @@ class Ceiling:
         """Mean over the targets, None where it is not known."""
         return None if self.r2 is None else common.mean_without_nan(self.r2)
 
-    def of_target(self, r):
+    def columns(self):
         """Columns for the table of the targets, where it is known."""
-        columns = {"ceiling_r2": self.r2[r], "ceiling_pearson_r": np.sqrt(self.r2[r])}
+        columns = {"ceiling_r2": self.r2, "ceiling_pearson_r": np.sqrt(self.r2)}
         if self.icc is not None:
-            columns |= {"icc_1_1": self.icc[r, 0], "icc_1_k": self.icc[r, 1]}
+            columns["icc_1_1"], columns["icc_1_k"] = self.icc.T
         return columns
 
 
 def measure_ceiling(names, mean, sd=None, n=None, single_ratings=None):
     """Ceiling of R targets, from single ratings {name: N arrays}, or from mean, sd and n, (N, R) each."""
+    import pandas as pd
     if single_ratings:
         ratings = [single_ratings[name] for name in names]
         return Ceiling(source="split half with Spearman-Brown, 100 halves of the single ratings",
@@ -125,8 +126,7 @@ def measure_ceiling(names, mean, sd=None, n=None, single_ratings=None):
                               "these raters agree", r2=noise_ceiling(mean, sd, n))
     sd = np.where(sd > 0, sd, np.nan)  # 0 may be of one rater
     tables = {f"n = {raters}": noise_ceiling(mean, sd, raters) for raters in (2, 4, 6, 10, 15, 20, 30)}
-    by_target = zip(*tables.values())
-    possible = [{"target": name, **dict(zip(tables, r2))} for name, r2 in zip(names, by_target)]
+    possible = pd.DataFrame({"target": names, **tables}).to_dict("records")
     return Ceiling(source="not measurable: the table has rater sds but no number of raters n, on which the ceiling "
                           "depends. Rows with sd = 0 are left out: they may be of one rater", possible=possible)
 

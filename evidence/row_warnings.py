@@ -57,5 +57,5 @@ def texts(members, seen, unit, say, part=""):
     for what, is_so in flags.items():
         if is_so.any():
             say(f"warning: {is_so.sum()} of {len(is_so)} {part}{unit}: {what}")
-    columns = [np.where(is_so, what, "") for what, is_so in flags.items()]
-    return np.array(["; ".join(filter(None, row)) for row in zip(*columns)], dtype=str)
+    found = ["; ".join(what for what, is_so in flags.items() if is_so[row]) for row in range(len(seen))]
+    return np.array(found, dtype=str)

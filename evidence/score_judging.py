@@ -72,14 +72,11 @@ def is_baseline(table, name):
 
 def score_rows(result, table, ceiling):
     """One dict a score: metrics with intervals, baseline, bias and slope, and the share of the ceiling reached."""
-    rows = subject_intervals.target_rows(result)
-    bias, slope = bias_and_slope(table.predicted, table.target)
-    for r, row in enumerate(rows):
-        row |= {"bias": bias[r], "slope": slope[r]}
-        if ceiling and ceiling.r2 is not None:
-            row |= ceiling.of_target(r)
-            row["share_of_ceiling_r2"] = row["r2"] / ceiling.r2[r]
-    return rows
+    scores = subject_intervals.target_table(result)
+    scores["bias"], scores["slope"] = bias_and_slope(table.predicted, table.target)
+    if ceiling and ceiling.r2 is not None:
+        scores = scores.assign(**ceiling.columns(), share_of_ceiling_r2=scores["r2"] / ceiling.r2)
+    return scores.to_dict("records")
 
 
 def bias_and_slope(predicted, target):
@@ -105,13 +102,12 @@ def rows_of_scores(table, moments):
 
 def rows_of_moments(table, moments):
     """Dicts of moment, target, n and the model's metrics for each level of (M,) moments and score."""
+    import pandas as pd
     rows = []
     for level in [] if moments is None else sorted(set(moments)):
         here = moments == level
-        values = common.regression_metrics(table.predicted[here], table.target[here])
-        for r, name in enumerate(table.names):
-            own = {metric: each[r] for metric, each in values.items()}
-            rows.append({"moment": level, "target": name, **own})
+        metrics = common.regression_metrics(table.predicted[here], table.target[here])
+        rows += pd.DataFrame({"moment": level, "target": table.names, **metrics}).to_dict("records")
     return rows
 
 

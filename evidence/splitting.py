@@ -251,23 +251,12 @@ def nested_folds(folds, divide):
     return nested
 
 
-def effective_size(target, subjects=None, positive=None):
-    """How much the data hold: {rows, distinct_label_vectors, subjects, positives} of target (N,) or (N, R)."""
-    import pandas as pd
-    return {
-        "rows": len(target),
-        "distinct_label_vectors": len(pd.DataFrame(target).drop_duplicates()),
-        "subjects": None if subjects is None else len(set(subjects)),
-        "positives": None if positive is None else np.sum(target == positive),
-    }
-
-
 def _near_duplicates(rows, pixels, phash):
     """Pairs (i, j) of the rows with other pixels that differ, or of which one mirrored does, in few bits."""
     hashes = np.array(phash, np.uint64)[rows]
     bits = np.stack([hashes, picture_files.mirrored_hash(hashes)])
     signs, mirrored = 2 * np.unpackbits(bits.view(np.uint8), axis=-1).astype(np.float32) - 1  # (n, 256) each
-    least = max(1, signs.shape[1] - 2 * NEAR_DUPLICATE_BITS)
+    least = signs.shape[1] - 2 * NEAR_DUPLICATE_BITS
     pairs = []
     for start in range(0, len(signs), 1024):
         # (B, n): number of bits - 2 x Hamming distance

@@ -42,7 +42,7 @@ class Estimate:
     def times(self, factor):
         """The Estimate in another unit; a negative factor turns the interval round."""
         ends = np.sort([self.low * factor, self.high * factor], axis=0)
-        return Estimate(self.value * factor, ends[0], ends[1])
+        return Estimate(self.value * factor, *ends)
 
 
 @dataclasses.dataclass
@@ -92,9 +92,7 @@ class Result:
     def record(self):
         """What metrics.json says of it."""
         kind = "per_target" if self.confusion is None else "per_class"
-        each = []
-        for k, name in enumerate(self.names):
-            each.append({"name": name, "n": self.n[k], **self.each.record(k)})
+        each = [{"name": name, "n": self.n[k], **self.each.record(k)} for k, name in enumerate(self.names)]
         return {"baseline_name": self.baseline_name, **self.overall.record(), kind: each,
                 "sign_flip_p": self.sign_flip_p, "per_subject": self.per_subject, "subjects": self.subjects,
                 "rows": self.rows, "unit": self.unit, "method": self.method}
@@ -125,11 +123,14 @@ def estimate(model, baseline, subjects, unit, *, names, n, rows, draws=2000, see
         if subjects >= FEWEST_FOR_BOOTSTRAP:
             way = "bootstrap interval"
             spread = subjects / (subjects - 1)
-        reach = t_quantile(subjects - 1) * math.sqrt(spread) * fold_factor(folds)
+        reach = t_quantile(subjects - 1) * math.sqrt(spread)
         method = f"{LEVEL:.0%} {way} over {subjects} {unit}"
         if folds > 1:
-            method += f", widened x{fold_factor(folds):.2f} for {folds} folds "
-            method += f"(simulated coverage at five folds: {FOLD_COVERAGE})"
+            # Models that share train rows err alike, and resampled rows do not show it: the variance is multiplied by
+            # 1 + K n_test / n_train (Nadeau & Bengio 2003).
+            widening = math.sqrt(1 + folds / (folds - 1))
+            reach *= widening
+            method += f", widened x{widening:.2f} for {folds} folds (simulated coverage at five folds: {FOLD_COVERAGE})"
         block = max(1, 1_000_000 // rows)  # resamples at a time
         drawn = [_compare(model, baseline, weights) for weights in draw_subjects(subjects, draws, seed, block)]
         for place, found in estimates.items():
@@ -156,15 +157,6 @@ def estimate(model, baseline, subjects, unit, *, names, n, rows, draws=2000, see
         per_subject=per_subject,
         sign_flip_p={metric: sign_flip_p(values) for metric, values in per_subject.items()},
         **described)
-
-
-def fold_factor(folds):
-    """How much wider an interval over the pooled rows of several folds is.
-
-    Models that share train rows err alike, and resampled rows do not show it: the variance is multiplied by
-    1 + K n_test / n_train (Nadeau & Bengio 2003).
-    """
-    return math.sqrt(1 + folds / (folds - 1)) if folds > 1 else 1.0
 
 
 def _pseudo_values(model, baseline, whole, subjects):
@@ -326,10 +318,14 @@ def bootstrap_regression(predicted, target, subjects=None, baseline=None, unit="
     """
     labelled = ~np.isnan(target).all(1)
     owners = (np.arange(len(target)) if subjects is None else subjects)[labelled]
+    order = np.argsort(owners, kind="stable")
+    first_of_each = np.unique(owners[order], return_index=True)[1]
 
     def sums_of(scores):
-        return subject_sums(common.regression_moments(scores[labelled], target[labelled]), owners)
-    sums = sums_of(predicted)  # (S, 8, R)
+        """Summed moments of each subject: (N, R) -> (S, 8, R)."""
+        moments = common.regression_moments(scores[labelled], target[labelled])
+        return np.add.reduceat(moments[:, order], first_of_each, axis=1).swapaxes(0, 1)
+    sums = sums_of(predicted)
     of_baseline = parts = None
     if baseline is not None:
         baseline_sums = sums_of(baseline)
@@ -359,13 +355,6 @@ def _parts_of_difference(sums, of_baseline):
     return {metric: common.mean_without_nan(each) for metric, each in parts.items()}
 
 
-def subject_sums(moments, subjects):
-    """Sum the rows of each subject: (M, N, R) and (N,) names -> (S, M, R), subjects in sorted order."""
-    order = np.argsort(subjects, kind="stable")
-    first = np.unique(subjects[order], return_index=True)[1]
-    return np.add.reduceat(moments[:, order], first, axis=1).swapaxes(0, 1)
-
-
 def _regression_statistic(sums):
     """Summed moments (S, 8, R) -> the statistic for `estimate`: means over the targets, and each target."""
     def statistic(weights):
@@ -386,16 +375,14 @@ def overall_rows(result):
     return rows
 
 
-def target_rows(result):
-    """One dict per target for a table: its name, n, each metric with its interval, and the baseline's."""
-    rows = []
-    for r, name in enumerate(result.names):
-        row = {"target": name, "n": result.n[r]}
-        for metric in common.REGRESSION_METRICS:
-            row |= result.each.model[metric].at(r).columns(metric)
-            row[f"baseline_{metric}"] = result.each.baseline[metric].value[r]
-        rows.append(row)
-    return rows
+def target_table(result):
+    """DataFrame with a row per target: its name, n, each metric with its interval, and the baseline's."""
+    import pandas as pd
+    columns = {"target": result.names, "n": result.n}
+    for metric in common.REGRESSION_METRICS:
+        columns |= result.each.model[metric].columns(metric)
+        columns[f"baseline_{metric}"] = result.each.baseline[metric].value
+    return pd.DataFrame(columns)
 
 
 # --- classes -----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn.model_selection import GroupKFold, StratifiedKFold
 
 import common
-from evidence import judging, reporting, splitting
+from evidence import judging, prediction_tables, reporting, splitting
 from readers import file_names, picture_files
 
 OMI = Path(__file__).resolve().parents[2] / "shared" / "data" / "ratings" / "omi"
@@ -240,11 +240,12 @@ def test_blocks_of_time_lose_no_row_but_the_gaps(rows):
 
 
 def test_effective_size():
-    target = [[1, np.nan], [1, np.nan], [1, 2], [2, 2]]
-    assert splitting.effective_size(target, ["p", "p", "q", "q"]) == {
-        "rows": 4, "distinct_label_vectors": 3, "subjects": 2, "positives": None}
-    assert splitting.effective_size([1.0, 1.0, 2.0])["distinct_label_vectors"] == 2
-    sample = splitting.effective_size(np.array([0, 1, 1, -1]), positive=1)
+    rows = {"keys": {}, "names": ["a", "b"], "baselines": {}}
+    target = np.array([[1, np.nan], [1, np.nan], [1, 2], [2, 2]])
+    scores = prediction_tables.ScoreTable(**rows, target=target, predicted=target, groups=np.array(["p", "p", "q", "q"]))
+    assert scores.sample == {"rows": 4, "distinct_label_vectors": 3, "subjects": 2, "positives": None}
+    sample = prediction_tables.ClassTable(**rows, label=np.array([0, 1, 1, -1]), probability=np.zeros((4, 2)), positive=1).sample
+    assert sample["distinct_label_vectors"] == 3
     assert sample["positives"] == 2 and ", 2 of the positive class, no groups" in judging.sample_sentence(sample)
 
 
