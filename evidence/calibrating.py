@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from evidence import class_scores
+from evidence import class_scores, prediction_tables
 
 ECE_METRICS = {"ece": False, "ece_adaptive": True}  # name -> bins of equal mass
 
@@ -176,18 +176,15 @@ def apply_calibration(table, calibration):
 
 def calibrate_on(table, others):
     """A ClassTable, its baselines too, with temperature and threshold from the rows of other ones."""
-    label = np.concatenate([each.label for each in others])
-
-    def fit(logits):
-        return calibrate(np.concatenate(logits), label, table.positive)
+    others = prediction_tables.combine(others, np.concatenate)
+    calibrated = apply_calibration(table, calibrate(others.logits, others.label, table.positive))
     baselines = {}
     thresholds = {}
     for name, probability in table.baselines.items():
-        found = fit([class_scores.log_of(each.baselines[name]) for each in others])
+        found = calibrate(class_scores.log_of(others.baselines[name]), others.label, table.positive)
         baselines[name] = class_scores.softmax(
             class_scores.log_of(probability) / found["temperature"])
         thresholds[name] = np.full(len(probability), found["threshold"])
-    calibrated = apply_calibration(table, fit([each.logits for each in others]))
     return dataclasses.replace(
         calibrated, baselines=baselines, baseline_thresholds=thresholds)
 

@@ -133,7 +133,7 @@ def within_level_auc(score, label, positive, levels):
     for level in np.unique(levels):
         here = levels == level
         is_positive = label[here] == positive
-        count = int(is_positive.sum()) * int((~is_positive).sum())
+        count = is_positive.sum() * (~is_positive).sum()
         if count:
             won += count * class_scores.ranking_metrics(score[here], is_positive)[0][0]
             pairs += count
@@ -152,11 +152,10 @@ def within_level_r2(predicted, target, levels):
 def prior_levels(table):
     """{name: (N,) text} of the metadata columns with two levels or more; video first."""
     levels = {"video": np.array(table.videos, dtype=str)}
-    for name in table.extra:
+    for name, cells in table.extra.items():
         # the columns hour and video stand for these
         if not re.search("row_order|filename|_time$|_path$|_idx$", name):
-            cells = [event_tables.plain_level(cell) for cell in table.extra[name]]
-            levels[name] = np.array(cells, dtype=str)
+            levels[name] = np.array(list(map(event_tables.plain_level, cells)), dtype=str)
     return {name: values for name, values in levels.items() if len(set(values)) > 1}
 
 

@@ -61,11 +61,10 @@ def finished_folds(run, chosen, numbers):
 
 def identical_fold_alarms(folds):
     """Sentences on folds with the same numbers to the last digit."""
-    numbers = [[value for name, value in fold.items() if name not in NO_RESULTS] for fold in folds]
-    pairs = itertools.combinations(range(len(folds)), 2)
-    return [f"folds {folds[a]['fold']} and {folds[b]['fold']} have identical results: were they trained and judged on "
-            "the same rows? Compare their splits.json, and deal the rows out anew (--seed)"
-            for a, b in pairs if numbers[a] == numbers[b] and any(numbers[a])]
+    results = [(fold["fold"], [value for name, value in fold.items() if name not in NO_RESULTS]) for fold in folds]
+    return [f"folds {a} and {b} have identical results: were they trained and judged on the same rows? Compare their "
+            "splits.json, and deal the rows out anew (--seed)"
+            for (a, own), (b, other) in itertools.combinations(results, 2) if own == other and any(own)]
 
 
 def rows_text(table, unit="rows"):
@@ -165,11 +164,12 @@ def write_comparison(run, rows, sections=()):
     sections: (title, HTML blocks) that stand above it.
     """
     sentences = list(map(comparison_sentence, rows))
-    sections = list(sections)
-    if rows:
-        sections.append(("Comparison", [reporting.html_table(
-            rows, caption="Pairs of tables on the same rows; the interval is of the paired difference")]))
-    sections.append(("Command and versions", reporting.command_blocks()))
+    caption = "Pairs of tables on the same rows; the interval is of the paired difference"
+    sections = [
+        *sections,
+        ("Comparison", [reporting.html_table(rows, caption=caption)] if rows else []),
+        ("Command and versions", reporting.command_blocks()),
+    ]
     found = " ".join(sentences[:3]) or "No two of them could be compared; the log says why."
     verdict = verdicts.Verdict("caution", "Comparison", found)
     reporting.write_report(run.path("report.html"), f"Comparison: {run.folder.name}",

@@ -402,9 +402,8 @@ def check_leakage(report, allow_leakage=False, stopping=STOPPING_LEAKS):
     """UserError where two parts share what `stopping` names, unless allowed."""
     faults = []
     for pair, found in report["between"].items():
-        for what in stopping:
-            item = found.get(what, {"count": 0})
-            if item["count"]:
+        for what, item in found.items():
+            if what in stopping and item["count"]:
                 examples = common.shorten_list(item["examples"], 3)
                 faults.append(f"{pair} share {_count_text(what, item)} ({examples})")
     if faults and not allow_leakage:

@@ -241,11 +241,9 @@ def _rare_ends(value, ends, support, scale):
         bottom = SHARE_RANGES[scale]
         share = (value - bottom) / (1 - bottom)
         is_certain = np.isin(share, (0.0, 1.0)) & (high - low < 1e-3)
-        found = np.where(is_certain, share * support, 0.0)
-        doubted = np.array(np.vectorize(share_interval, otypes=[float, float])(found, support))
-        low, high = np.where(is_certain, bottom + (1 - bottom) * doubted, (low, high))
-    enough = np.asarray(support) >= FEWEST_FOR_INTERVAL
-    return np.where(enough, low, np.nan)[()], np.where(enough, high, np.nan)[()]
+        doubted = np.array(np.vectorize(share_interval, otypes=[float, float])(share * support, support))
+        ends = np.where(is_certain, bottom + (1 - bottom) * doubted, ends)
+    return np.where(np.asarray(support) >= FEWEST_FOR_INTERVAL, ends, np.nan)
 
 
 def _logit(share):
