@@ -58,8 +58,9 @@ def ranking_metrics(score, is_positive, weights=None):
     order, first = tied_runs(score)
     drawn = weights[:, order]
     hits = drawn * np.asarray(is_positive, bool)[order]
-    drawn = np.add.reduceat(drawn, first, axis=1)
-    hits = np.add.reduceat(hits, first, axis=1)
+    if len(first) < len(order):
+        drawn = np.add.reduceat(drawn, first, axis=1)
+        hits = np.add.reduceat(hits, first, axis=1)
     misses = drawn - hits  # (D, distinct scores), highest score first
     found = hits.cumsum(1)
     false = misses.cumsum(1)

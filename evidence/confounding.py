@@ -39,7 +39,7 @@ def _level_codes(levels, n_rows, n_train, position):
             codes[name] = code
     blocks = min(20, max(2, n_train // 10))
     position = np.arange(n_rows) if position is None else position
-    codes["row order"] = position * blocks // (position.max(initial=0) + 1)
+    codes["row order"] = position * blocks // (position.max() + 1)
     return codes
 
 
@@ -170,7 +170,7 @@ def judged_rows(table):
     if len(parts) > 1:
         train = np.flatnonzero(table.parts == parts[0])
         judged = np.flatnonzero(table.parts == parts[-1])
-        return {"parts": ([train], [judged])} if len(train) and len(judged) else {}
+        return {"parts": ([train], [judged])}
     ways = {}
     strata = event_tables.strata_of(table)
     for split_by in ("event", None):

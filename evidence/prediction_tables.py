@@ -39,8 +39,7 @@ class Rows:
 
     def row_columns(self):
         """{heading: (M,)} of what is known of the rows."""
-        columns = {**self.keys, "group": self.groups, "seen": self.seen, "warning": self.warning}
-        return {heading: values for heading, values in columns.items() if values is not None}
+        return _known({**self.keys, "group": self.groups, "seen": self.seen, "warning": self.warning})
 
     @property
     def sample(self):
@@ -101,9 +100,7 @@ class ScoreTable(Rows):
 
     def write(self, path):
         """The CSV, written whole."""
-        blocks = {"true": self.target, "predicted": self.predicted, **self.baselines}
-        if self.spread is not None:
-            blocks["sd"] = self.spread
+        blocks = _known({"true": self.target, "predicted": self.predicted, **self.baselines, "sd": self.spread})
         columns = self.row_columns()
         for r, name in enumerate(self.names):
             columns |= {f"{name}_{kind}": block[:, r] for kind, block in blocks.items()}
@@ -118,11 +115,9 @@ class ScoreTable(Rows):
         sd = np.nanstd(self.target, axis=0)
         scaled = (self.predicted - self.target) / np.where(sd > 0, sd, np.nan)  # (M, R)
         error = np.sqrt(common.mean_without_nan(scaled ** 2))
-        lines = []
-        for row, each in enumerate(scaled):
-            r = np.nan_to_num(np.abs(each)).argmax()
-            lines.append([f"rms error {error[row]:.2f} sd", f"largest in {self.names[r]}: true {self.target[row, r]:.2f}, "
-                          f"predicted {self.predicted[row, r]:.2f}"])
+        worst = np.nan_to_num(np.abs(scaled)).argmax(1)  # (M,) scores
+        lines = [[f"rms error {error[row]:.2f} sd", f"largest in {self.names[r]}: true {self.target[row, r]:.2f}, "
+                  f"predicted {self.predicted[row, r]:.2f}"] for row, r in enumerate(worst)]
         order = np.argsort(error, kind="stable")
         return order[:np.isfinite(error).sum()], lines
 
@@ -178,27 +173,27 @@ class ClassTable(Rows):
     def rank_rows(self):
         """(rows from the smallest to the largest error, two lines of text on each row)."""
         true = self.probability[np.arange(len(self.label)), self.label]
-        lines = []
-        for label, chosen, p in zip(self.label, self.chosen, true):
-            answer = f"true {self.names[label]}, predicted {self.names[chosen]}"
-            lines.append([answer, f"p of the true class {p:.2f}"])
+        lines = [[f"true {self.names[label]}, predicted {self.names[chosen]}", f"p of the true class {p:.2f}"]
+                 for label, chosen, p in zip(self.label, self.chosen, true)]
         return np.argsort(1 - true, kind="stable"), lines
 
     def write(self, path):
         """The CSV, written whole."""
         spelled = np.array([*self.names, ""])  # label -1 = unknown
         columns = self.row_columns() | {"true_label": spelled[self.label], "pred_label": spelled[self.chosen]}
-        blocks = {"prob": self.probability}
-        if self.logits is not None:
-            blocks["logit"] = self.logits
-        blocks |= {f"{name}_prob": block for name, block in self.baselines.items()}
+        baselines = {f"{name}_prob": block for name, block in self.baselines.items()}
+        blocks = _known({"prob": self.probability, "logit": self.logits, **baselines})
         for kind, block in blocks.items():
             columns |= {f"{kind}_{name}": block[:, c] for c, name in enumerate(self.names)}
-        if self.threshold is not None:
-            columns["threshold"] = self.threshold
-        columns |= {f"{name}_threshold": values for name, values in self.baseline_thresholds.items()}
+        thresholds = {f"{name}_threshold": values for name, values in self.baseline_thresholds.items()}
+        columns |= _known({"threshold": self.threshold, **thresholds})
         columns["positive_class"] = self.names[self.positive]
         common.write_table(path, columns)
+
+
+def _known(fields):
+    """The fields that are not None."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def join(tables, folds):
@@ -393,9 +388,8 @@ def _read_scores(table, path, names, baseline, shared):
     # texts beside the scores, such as a remark, are no predictions of them
     kinds = [kind for kind in kinds if kind in ("true", "predicted", *metric_names.BASELINES)
              or csv_tables.looks_numeric(table[first + kind])]
-    blocks = {kind: _block(table, [f"{name}_{kind}" for name in names], path) for kind in kinds}
     # without those of a score whose name begins with this one
-    blocks = {kind: block for kind, block in blocks.items() if block is not None}
+    blocks = _known({kind: _block(table, [f"{name}_{kind}" for name in names], path) for kind in kinds})
     target = blocks.pop("true")
     predicted = blocks.pop("predicted")
     spread = blocks.pop("sd", None)
@@ -424,13 +418,12 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
     if baseline:
         kinds = [known_name(baseline, kinds, path)]
     blocks = {kind: _probabilities(table, columns[kind], path) for kind in kinds}
-    thresholds = {kind: _threshold(table, f"{kind}_threshold", path) for kind in kinds if f"{kind}_threshold" in table}
     stated = _stated_class(table, names, path)
     found = _class_table(
         names, table[label_column], _probabilities(table, [f"prob_{name}" for name in names], path),
         blocks, positive_class or stated, shared,
         threshold=_threshold(table, "threshold", path),
-        baseline_thresholds=thresholds,
+        baseline_thresholds=_known({kind: _threshold(table, f"{kind}_threshold", path) for kind in kinds}),
         logits=_block(table, [f"logit_{name}" for name in names], path))
     if stated not in (None, names[found.positive]):  # the thresholds are of another class
         return dataclasses.replace(found, threshold=None, baseline_thresholds={})
@@ -439,11 +432,11 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
 
 def _stated_class(table, names, path):
     """The class that the column positive_class names, None without one. Raises UserError for several."""
-    said = set(table.get("positive_class", [])) - {""}
-    found = {known_name(name, names, path) for name in said}
+    said = sorted(set(table.get("positive_class", [])) - {""})
+    found = csv_tables.pick_columns(said, names, f"{path}: found no")
     if len(found) > 1:
-        raise common.UserError(f"{path}: positive_class names {common.shorten_list(sorted(found))}; expected one class")
-    return found.pop() if found else None
+        raise common.UserError(f"{path}: positive_class names {common.shorten_list(found)}; expected one class")
+    return found[0] if found else None
 
 
 def _threshold(table, column, path):

@@ -147,7 +147,7 @@ def listed_parts(path):
 def read_split_file(path, keys):
     """JSON of listed_parts -> {train, val, test: sorted (n,) int rows}.
 
-    UserError lists the parts that are unknown, and the keys that are or are listed twice.
+    UserError lists the parts that are unknown or missing, and the keys that are unknown or listed twice.
     """
     try:
         parts = listed_parts(path)
@@ -159,10 +159,11 @@ def read_split_file(path, keys):
         unknown = "" if key in row_of else ", not in the table"
         if count > 1 or unknown:
             faults.append(f"{key} (listed {count} times{unknown})")
-    if faults or not parts.get("train"):
+    faults += [f"no {part} part" for part in ("train", "val") if not parts.get(part)]
+    if faults:
         raise common.UserError(
-            f"--split_file {path}: expected parts train, val and test, and each image name once, found "
-            f"{common.shorten_list(faults or parts) or 'no lists'}.")
+            f"--split_file {path}: expected parts train, val (it chooses the epoch) and test, and each image name once, "
+            f"found {common.shorten_list(faults)}.")
     return {part: np.array(sorted(row_of[key] for key in parts.get(part, ())), dtype=int)
             for part in PARTS}
 
@@ -205,12 +206,9 @@ def ratios_of_flags(args):
 
 def split_of_flags(args, keys, strata=None, groups=None):
     """{train, val, test: sorted (n,) int rows} by the ratios or from --split_file."""
-    if not args.split_file:
-        return make_split(keys, ratios_of_flags(args), strata, groups, args.seed)
-    split = read_split_file(args.split_file, keys)
-    if not len(split["val"]):
-        raise common.UserError(f"--split_file {args.split_file} has no val part; it chooses the epoch")
-    return split
+    if args.split_file:
+        return read_split_file(args.split_file, keys)
+    return make_split(keys, ratios_of_flags(args), strata, groups, args.seed)
 
 
 def folds_of_flags(args, keys, strata=None, groups=None):

@@ -185,7 +185,8 @@ def test_split_file_round_trip(tmp_path):
     ({"train": ["a", "b"], "val": ["c", "a"]}, ["a (listed 2 times)"]),
     ({"train": ["a", "x"], "val": ["y"]}, ["x (", "y (", "not in the table"]),
     ({"train": ["a"], "val": ["b"], "tests": ["c"]}, ["tests", "did you mean test"]),
-    ({"train": ["a"], "val": ["b"], "test": "c"}, ["no list in test"]), ({"val": ["a"]}, ["train", "val"]), ({"train": []}, ["train"]), (["a"], ["list"]), ("no json", ["JSON"])])
+    ({"train": ["a"], "val": ["b"], "test": "c"}, ["no list in test"]), ({"val": ["a"]}, ["no train part"]),
+    ({"train": ["a"]}, ["no val part"]), ({"train": []}, ["train"]), (["a"], ["list"]), ("no json", ["JSON"])])
 def test_faulty_split_files(tmp_path, content, words):
     path = tmp_path / "s.json"
     path.write_text(content if content == "no json" else json.dumps(content))
