@@ -77,7 +77,7 @@ def conformal_quantile(abs_residuals, alpha, subjects=None, seed=0):
     rank = math.ceil((len(values) + 1) * (1 - alpha) - 1e-9)
     if rank > len(values):
         return math.inf
-    return float(np.sort(values)[rank - 1])
+    return np.sort(values)[rank - 1]
 
 
 def fit_temperature(logits, label):

@@ -153,7 +153,7 @@ def metric_blocks(run, setting, result):
     """HTML of the section Metrics: the tables and plots of the classes."""
     per_class = []
     for c, name in enumerate(result.names):
-        row = {"class": name, "n": int(result.n[c])}
+        row = {"class": name, "n": result.n[c]}
         for metric, found in result.each.model.items():
             row[metric_names.METRICS[metric].label] = with_interval(found.at(c))
         per_class.append(row)

@@ -15,7 +15,7 @@ ECE_BINS = 15
 
 @dataclasses.dataclass
 class ClassMetrics:
-    """Metrics of C classes. Those of D resamples at once have a leading axis D everywhere."""
+    """Metrics of C classes."""
     overall: dict  # CLASSIFICATION_METRICS -> float
     per_class: dict  # CLASS_METRICS -> (C,), each class against the rest
     confusion: np.ndarray  # (C, C) rows, true x predicted
@@ -32,10 +32,12 @@ def classification_metrics(probability, label, threshold=None, positive=1):
     probability: all NaN.
     """
     statistic = class_statistic(probability, label, threshold, positive)
-    drawn = statistic(np.ones((1, len(label))))
-    return ClassMetrics(overall={name: float(value[0]) for name, value in drawn.overall.items()},
-                        per_class={name: value[0] for name, value in drawn.per_class.items()},
-                        confusion=np.rint(drawn.confusion[0]).astype(np.int64))
+    overall, per_class = statistic(np.ones((1, len(label))))
+    count = probability.shape[1]
+    cell = label * count + predicted_class(probability, threshold, positive)
+    return ClassMetrics(overall={name: float(value[0]) for name, value in overall.items()},
+                        per_class={name: value[0] for name, value in per_class.items()},
+                        confusion=np.bincount(cell, minlength=count ** 2).reshape(count, count))
 
 
 def predicted_class(probability, threshold, positive):
@@ -77,10 +79,11 @@ def tied_runs(score):
     return order, np.flatnonzero(np.append(True, np.diff(score[order]) != 0))
 
 
-def class_statistic(probability, label, threshold=None, positive=1):
-    """classification_metrics as a function of row weights: (D, N) -> ClassMetrics of D resamples.
+def class_statistic(probability, label, threshold=None, positive=1, owners=slice(None)):
+    """classification_metrics as a function of weights (D, S) of subjects: ({name: (D,)}, {name: (D, C)}) of D resamples.
 
-    Every metric of a resample follows from how often each row was drawn.
+    Every metric of a resample follows from how often each row was drawn. owners: (N,) number of each row's subject;
+    default: every row its own.
     """
     probability = np.asarray(probability, np.float64)
     count = probability.shape[1]
@@ -93,9 +96,9 @@ def class_statistic(probability, label, threshold=None, positive=1):
     unknown = 0.0 if np.isfinite(probability).all() else np.nan
 
     def statistic(weights):
+        weights = weights[:, owners]  # (D, N)
         total = weights.sum(1)
-        confusion = sums_by(cell, count ** 2, weights).reshape(-1, count, count)
-        overall, per_class = confusion_metrics(confusion)
+        overall, per_class = confusion_metrics(sums_by(cell, count ** 2, weights).reshape(-1, count, count))
         ranks = [ranking_metrics(probability[:, c], label == c, weights) for c in range(count)]
         auc, average_precision = np.moveaxis(np.array(ranks), 0, -1)  # (D, C) each
         per_class |= {"average_precision": average_precision, "roc_auc": auc}
@@ -104,9 +107,8 @@ def class_statistic(probability, label, threshold=None, positive=1):
             for name, bins in (("ece", equal_width), ("ece_adaptive", equal_mass)):
                 overall[name] = np.abs(sums_by(bins, ECE_BINS, weights * gap)).sum(1) / total
         overall["roc_auc"] = auc[:, positive] if count == 2 else common.mean_without_nan(auc)
-        return ClassMetrics(overall={name: overall[name] + unknown for name in CLASSIFICATION_METRICS},
-                            per_class={name: per_class[name] + unknown for name in CLASS_METRICS},
-                            confusion=confusion)
+        return ({name: overall[name] + unknown for name in CLASSIFICATION_METRICS},
+                {name: per_class[name] + unknown for name in CLASS_METRICS})
     return statistic
 
 

@@ -150,13 +150,13 @@ def within_level_r2(predicted, target, levels):
 
 
 def prior_levels(table):
-    """{name: (N,) text} of the metadata columns with two levels or more; video first."""
+    """{name: (N,) text} of the metadata columns; video first."""
     levels = {"video": np.array(table.videos, dtype=str)}
     for name, cells in table.extra.items():
         # the columns hour and video stand for these
         if not re.search("row_order|filename|_time$|_path$|_idx$", name):
             levels[name] = np.array(list(map(event_tables.plain_level, cells)), dtype=str)
-    return {name: values for name, values in levels.items() if len(set(values)) > 1}
+    return levels
 
 
 def judged_rows(table):

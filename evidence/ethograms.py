@@ -319,7 +319,7 @@ def judge_bouts(windows, bouts, events, names):
     n_bouts = numbers["bouts"].sum(0)  # (C,)
     n_events = numbers["events"].sum(0)
     result = subject_intervals.estimate(
-        statistic, None, n_videos, "videos", names=names, n=n_events, rows=n_videos)
+        statistic, None, n_videos, "videos", names=names, n=n_events, rows=n_videos, support={})
     table = []
     for c, name in enumerate(names):
         row = {"label": name, "bouts": n_bouts[c], "events": n_events[c]}

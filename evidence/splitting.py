@@ -417,7 +417,8 @@ def record_split(run, split, keys, report, stopping=STOPPING_LEAKS, columns=None
     Returns the alarms of unused_groups on these columns, said before anything is trained.
     """
     if not (run.resumed and run.path("leakage_report.json").exists()):
-        common.write_json(run.path("splits.json"), {part: [keys[row] for row in rows] for part, rows in split.items()})
+        listed = {part: [keys[row] for row in rows] for part, rows in split.items()}
+        common.write_json(run.path("splits.json"), listed)
         common.write_json(run.path("leakage_report.json"), report)
     n_unused = len(keys) - sum(map(len, split.values()))
     if n_unused:

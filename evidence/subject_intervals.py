@@ -92,7 +92,8 @@ class Result:
     def record(self):
         """What metrics.json says of it."""
         kind = "per_target" if self.confusion is None else "per_class"
-        each = [{"name": name, "n": self.n[k], **self.each.record(k)} for k, name in enumerate(self.names)]
+        each = [{"name": name, "n": self.n[k], **self.each.record(k)}
+                for k, name in enumerate(self.names)]
         return {"baseline_name": self.baseline_name, **self.overall.record(), kind: each,
                 "sign_flip_p": self.sign_flip_p, "per_subject": self.per_subject, "subjects": self.subjects,
                 "rows": self.rows, "unit": self.unit, "method": self.method}
@@ -100,7 +101,7 @@ class Result:
 
 # --- the engine: a statistic of how often each subject is drawn -> estimates -------------------------
 
-def estimate(model, baseline, subjects, unit, *, names, n, rows, draws=2000, seed=0, support=None, folds=1,
+def estimate(model, baseline, subjects, unit, *, names, n, rows, support, draws=2000, seed=0, folds=1,
              per_subject=None, **described):
     """Result of statistics of how often each subject is drawn.
 
@@ -138,10 +139,10 @@ def estimate(model, baseline, subjects, unit, *, names, n, rows, draws=2000, see
             values = np.concatenate([part[place] for part in drawn])
             scale = None if side == "difference" else metric_names.METRICS[metric].normal_scale
             ends = _t_ends(found.value, values, reach, scale)
-            rests_on = (support or {}).get((scope, metric), subjects)
+            rests_on = support.get((scope, metric), subjects)
             found.low, found.high = _rare_ends(found.value, ends, rests_on, scale)
         _hold_differences(estimates)
-    if subjects > MOST_FOR_SIGN_FLIP or baseline is None or unit == TIME_BLOCKS or folds > 1:
+    if subjects > MOST_FOR_SIGN_FLIP or unit == TIME_BLOCKS or folds > 1:
         per_subject = {}
     elif per_subject is None:
         per_subject = _pseudo_values(model, baseline, whole, subjects)
@@ -397,15 +398,15 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, nam
     """
     n_classes = probability.shape[1]
     owners = np.arange(len(label)) if groups is None else groups
-    found, index = np.unique(owners, return_inverse=True)
+    subjects, index = np.unique(owners, return_inverse=True)
     support = _class_support(label, index, n_classes)
-    statistic = _class_statistic(probability, label, threshold, positive, index)
+    statistic = class_scores.class_statistic(probability, label, threshold, positive, index)
     confusion = class_scores.classification_metrics(probability, label, threshold, positive).confusion
     of_baseline = None
     if baseline is not None:
-        of_baseline = _class_statistic(baseline, label, baseline_threshold, positive, index)
+        of_baseline = class_scores.class_statistic(baseline, label, baseline_threshold, positive, index)
     result = estimate(
-        statistic, of_baseline, len(found), "rows" if groups is None else "subjects", names=names,
+        statistic, of_baseline, len(subjects), "rows" if groups is None else "subjects", names=names,
         n=confusion.sum(1), rows=len(index), support=support, folds=folds, baseline_name=baseline_name,
         confusion=confusion)
     if groups is None and folds == 1 and result.has_intervals:
@@ -428,16 +429,6 @@ def _class_support(label, index, n_classes):
     support |= {("each", metric): seen for metric in ("precision", "recall", "f1")}
     support |= {("each", metric): both for metric in ("average_precision", "roc_auc")}
     return support
-
-
-def _class_statistic(probability, label, threshold, positive, index):
-    """The statistic for `estimate` of classes; index: (N,) number of each row's subject."""
-    of_rows = class_scores.class_statistic(probability, label, threshold, positive)
-
-    def statistic(weights):
-        drawn = of_rows(weights[:, index])
-        return drawn.overall, drawn.per_class
-    return statistic
 
 
 def _take_wilson_intervals(overall, each, confusion):

@@ -165,14 +165,14 @@ def test_the_same_probabilities_under_the_same_threshold_make_no_difference():
 def test_row_weights_equal_repeated_rows():
     _, probability, label = scored_rows(rows=80, digits=1)
     times = np.random.default_rng(1).integers(0, 4, (5, 80))
-    weighted = class_scores.class_statistic(probability, label)(times.astype(float))
+    overall, per_class = class_scores.class_statistic(probability, label)(times.astype(float))
     for draw, counts in enumerate(times):
         rows = np.repeat(np.arange(80), counts)
         direct = class_scores.classification_metrics(probability[rows], label[rows])
         for name in set(direct.overall) - {"ece_adaptive"}:  # whose bins stay those of all rows
-            assert weighted.overall[name][draw] == pytest.approx(direct.overall[name], rel=1e-9, nan_ok=True), name
+            assert overall[name][draw] == pytest.approx(direct.overall[name], rel=1e-9, nan_ok=True), name
         for name, values in direct.per_class.items():
-            np.testing.assert_allclose(weighted.per_class[name][draw], values, rtol=1e-9, err_msg=name)
+            np.testing.assert_allclose(per_class[name][draw], values, rtol=1e-9, err_msg=name)
 
 
 def test_sklearn_average_precision_and_auc_under_weights():
