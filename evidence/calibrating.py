@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from evidence import class_scores, prediction_tables
+from evidence import class_scores, prediction_tables, subject_intervals
 
 ECE_METRICS = {"ece": False, "ece_adaptive": True}  # name -> bins of equal mass
 
@@ -39,8 +39,7 @@ def take_null(comparison, confidence):
         half = (found.high - found.low) / 2
         rest = math.sqrt(max(found.value ** 2 - null ** 2, 0.0))
         above = found.value - null
-        comparison.model[f"{name}_above_null"] = dataclasses.replace(
-            found, value=above, low=above - half, high=rest + half)
+        comparison.model[f"{name}_above_null"] = subject_intervals.Estimate(above, above - half, rest + half)
         for estimates in vars(comparison).values():
             if name in estimates:
                 estimates[name].low = estimates[name].high = math.nan

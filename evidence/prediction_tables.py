@@ -60,8 +60,8 @@ class Rows:
     @property
     def best_baseline(self):
         """Name of the baseline of the highest R2 or AUC."""
-        qualities = {name: self.quality(block) for name, block in self.baselines.items()}
-        return max(qualities, key=lambda name: np.nan_to_num(qualities[name], nan=-np.inf))
+        qualities = {name: np.nan_to_num(self.quality(block), nan=-np.inf) for name, block in self.baselines.items()}
+        return max(qualities, key=qualities.get)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -280,10 +280,11 @@ def _block(table, columns, path):
     return np.stack([csv_tables.to_numbers(table[column], f"{path}, column {column}") for column in columns], axis=1)
 
 
-def _probabilities(table, columns, path):
-    """(M, len(columns)) numbers from 0 to 1 that add up to 1, as far as two digits behind the point allow."""
+def _probabilities(table, prefix, names, path):
+    """(M, C) numbers from 0 to 1 that add up to 1, as far as two digits behind the point allow, of columns PREFIX+NAME."""
+    columns = [prefix + name for name in names]
     block = _block(table, columns, path)
-    rounding = 0.005 * len(columns) + 1e-6
+    rounding = 0.005 * len(names) + 1e-6
     is_good = (block > -1e-6).all(1) & (np.abs(block.sum(1) - 1) < rounding)
     is_good |= np.isnan(block).any(1)  # refuse_useless judges blank cells
     if not is_good.all():
@@ -413,15 +414,13 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
         raise common.UserError(f"{path}: {label_column} {common.shorten_list(unknown)} has no column prob_CLASS")
     first = f"_prob_{names[0]}"
     kinds = [column.removesuffix(first) for column in table if column.endswith(first)]
-    columns = {kind: [f"{kind}_prob_{name}" for name in names] for kind in kinds}
-    kinds = [kind for kind in kinds if set(columns[kind]) <= set(table)]
+    kinds = [kind for kind in kinds if all(f"{kind}_prob_{name}" in table for name in names)]
     if baseline:
         kinds = [known_name(baseline, kinds, path)]
-    blocks = {kind: _probabilities(table, columns[kind], path) for kind in kinds}
+    blocks = {kind: _probabilities(table, f"{kind}_prob_", names, path) for kind in kinds}
     stated = _stated_class(table, names, path)
     found = _class_table(
-        names, table[label_column], _probabilities(table, [f"prob_{name}" for name in names], path),
-        blocks, positive_class or stated, shared,
+        names, table[label_column], _probabilities(table, "prob_", names, path), blocks, positive_class or stated, shared,
         threshold=_threshold(table, "threshold", path),
         baseline_thresholds=_known({kind: _threshold(table, f"{kind}_threshold", path) for kind in kinds}),
         logits=_block(table, [f"logit_{name}" for name in names], path))

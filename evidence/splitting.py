@@ -445,8 +445,8 @@ def unused_groups(columns, split, groups=None):
         is_named = GROUP_WORDS.search(name.lower()) and not MEASURE_WORDS.search(name.lower())
         if is_coarser or not is_named or not 5 <= len(levels) <= len(cells) / 2:
             continue
-        held = collections.Counter(itertools.chain(*(set(cells[rows]) - {""} for rows in split.values())))
-        parted = sum(count > 1 for count in held.values())
+        parts = [set(cells[rows]) for rows in split.values()]
+        parted = sum(sum(level in part for part in parts) > 1 for level in levels)
         if parted:
             sentences.append(
                 f"the column {name} repeats ({len(levels)} values in {len(cells)} rows), and {parted} of its values "
