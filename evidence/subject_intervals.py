@@ -150,8 +150,7 @@ def estimate(model, baseline, subjects, unit, *, names, n, rows, support, draws=
         names=list(map(str, range(len(n))) if names is None else names),
         n=n,
         rows=rows,
-        overall=_comparison(estimates, "overall"),
-        each=_comparison(estimates, "each"),
+        **_comparisons(estimates),
         subjects=subjects,
         unit=unit,
         method=method,
@@ -184,13 +183,12 @@ def _compare(model, baseline, weights):
     return values
 
 
-def _comparison(estimates, scope):
-    """The Comparison of one scope: overall or each."""
-    comparison = Comparison(model={}, baseline={}, difference={})
-    for (side, own, metric), found in estimates.items():
-        if own == scope:
-            getattr(comparison, side)[metric] = found
-    return comparison
+def _comparisons(estimates):
+    """{overall, each: Comparison}."""
+    comparisons = {scope: Comparison({}, {}, {}) for scope in ("overall", "each")}
+    for (side, scope, metric), found in estimates.items():
+        getattr(comparisons[scope], side)[metric] = found
+    return comparisons
 
 
 def draw_subjects(subjects, draws, seed, block):
