@@ -60,7 +60,8 @@ class Rows:
     @property
     def best_baseline(self):
         """Name of the baseline of the highest R2 or AUC."""
-        qualities = {name: np.nan_to_num(self.quality(block), nan=-np.inf) for name, block in self.baselines.items()}
+        qualities = {name: np.nan_to_num(self.quality(block), nan=-np.inf)
+                     for name, block in self.baselines.items()}
         return max(qualities, key=qualities.get)
 
 
