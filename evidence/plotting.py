@@ -218,12 +218,15 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
     labels = without_math([row["target"] for row in rows], 28)
     size = 4.2, 1 + 0.26 * len(rows)
     figure, axes = new_figure(len(metrics), min(3, len(metrics)), size, share_y=True)
+    named = {}  # what any of the panels shows
     for axis, metric in zip(axes, metrics):
         _draw_target_bars(axis, pd.DataFrame(rows), metric)
-    axes[0].set_yticks(np.arange(len(rows)), labels, color=INK)
+        axis.tick_params(axis="y", labelcolor=INK)
+        handles, names = axis.get_legend_handles_labels()
+        named |= dict(zip(names, handles))
+    axes[0].set_yticks(np.arange(len(rows)), labels)
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(named.values(), named, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     save_figure(figure, path)
 
 

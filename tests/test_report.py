@@ -245,6 +245,15 @@ def test_plot_per_target(tmp_path, n):
     check_png(tmp_path / "p.png")
 
 
+def test_the_legend_names_what_a_later_panel_alone_shows(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plotting, "save_figure", lambda figure, path: figures.append(figure))
+    row = {"target": "x", "pearson_r": 0.5, "r2": 0.2, "r2_low": 0.1, "r2_high": 0.3}
+    plotting.plot_per_target([row], tmp_path / "p.png")
+    [legend] = figures[0].legends
+    assert {text.get_text() for text in legend.get_texts()} == {"model", "baseline", "interval"}
+
+
 def test_no_target_at_all_is_drawn_too(tmp_path):
     """Of test pictures without any box."""
     plotting.plot_per_target([], tmp_path / "p.png")
