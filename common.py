@@ -2830,3 +2830,9 @@ def mean_without_nan(values, axis=-1):
     """Mean over one axis without NaN; NaN where nothing is left (np.nanmean warns there)."""
     with undefined_is_nan():
         return np.nansum(values, axis) / (~np.isnan(values)).sum(axis)
+
+
+def sd_without_nan(values):
+    """Standard deviations over the first axis without NaN."""
+    centred = values - mean_without_nan(values, axis=0)
+    return np.sqrt(mean_without_nan(centred ** 2, axis=0))

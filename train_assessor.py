@@ -635,22 +635,25 @@ def run_split(run, args, study, split, features=None):
     plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch)
     train, val = (study.mean_metrics(split[part], predicted[part]) for part in ("train", "val"))
     alarms += verdicts.split_gap_alarms(train, val, remedy=OVERFITTING_REMEDY)
-    held_out = [part for part in ("val", "test") if part in predicted]  # the last one is judged
-    for part in held_out:
+    tables = {}
+    for part in ("val", "test"):
         rows = split[part]
-        seen = training.seen.words(study.hashes[rows])
-        answers = (best, tuned_features[part], predicted[part])
-        table = prediction_tables.ScoreTable(
-            keys={"image": study.images[rows]},
-            names=study.names,
-            target=study.ratings[rows],
-            predicted=predicted[part],
-            baselines=predict_baselines(study, features, split["train"], rows),
-            groups=study.groups_of(rows),
-            seen=seen,
-            warning=row_warnings.texts([answers], seen, "pictures", run.say, f"{part} "))
-        table.write(run.path(f"predictions_{part}.csv"))
-    judge(run, args, study, split, table, part, alarms, similar, [(split["train"], rows)], best_epoch)
+        if len(rows):
+            seen = training.seen.words(study.hashes[rows])
+            answers = (best, tuned_features[part], predicted[part])
+            tables[part] = prediction_tables.ScoreTable(
+                keys={"image": study.images[rows]},
+                names=study.names,
+                target=study.ratings[rows],
+                predicted=predicted[part],
+                baselines=predict_baselines(study, features, split["train"], rows),
+                groups=study.groups_of(rows),
+                seen=seen,
+                warning=row_warnings.texts([answers], seen, "pictures", run.say, f"{part} "))
+            tables[part].write(run.path(f"predictions_{part}.csv"))
+    part = "test" if "test" in tables else "val"
+    trained_on = [(split["train"], split[part])]
+    judge(run, args, study, split, tables[part], part, alarms, similar, trained_on, best_epoch)
 
 
 def run_folds(run, args, study):

@@ -208,9 +208,7 @@ def draw_subjects(subjects, draws, seed, block):
 def _t_ends(whole, drawn, reach, scale):
     """(low, high): value -+ reach x sd of the draws (D, ...), on the metric's normal scale."""
     forward, backward = NORMAL_SCALES[scale]
-    scaled = forward(drawn)
-    spread = common.mean_without_nan((scaled - common.mean_without_nan(scaled, axis=0)) ** 2, axis=0)
-    half = reach * np.sqrt(spread)
+    half = reach * common.sd_without_nan(forward(drawn))
     if scale == "log1m":
         half = np.where(half > WIDEST_LOG_RATIO, np.nan, half)
     centre = forward(whole)

@@ -25,8 +25,8 @@ def regression_alarms(predicted, target, names):
     """Sentences on signs of a broken model or of data that cannot judge it, for (N, R), (N, R) and R names; else []."""
     is_finite = np.isfinite(predicted)
     labelled = ~np.isnan(target)
-    spread_p = _spread(np.where(labelled & is_finite, predicted, np.nan))  # (R,)
-    spread_t = _spread(target)
+    spread_p = common.sd_without_nan(np.where(labelled & is_finite, predicted, np.nan))  # (R,)
+    spread_t = common.sd_without_nan(target)
     modal = [np.unique(column[known], return_counts=True)[1].max(initial=0)
              for column, known in zip(target.T, labelled.T)]  # how many rows share the most frequent label
     is_constant = spread_p <= 1e-9 * spread_t
@@ -49,12 +49,6 @@ def _fewest_repeats(predicted):
     """How many equal rows of (N, K) predictions speak for a fault: 3; of rounded ones, which meet by chance, a fifth."""
     is_rounded = np.allclose(predicted, predicted.round(3), rtol=0)
     return max(3, len(predicted) / 5) if is_rounded else 3
-
-
-def _spread(values):
-    """(R,) standard deviations of (N, R) without NaN."""
-    centred = values - common.mean_without_nan(values, 0)
-    return np.sqrt(common.mean_without_nan(centred ** 2, 0))
 
 
 def split_gap_alarms(train_metrics, val_metrics, remedy, metric="pearson_r"):
