@@ -26,8 +26,8 @@ on these rows; evidence/subject_intervals.py gives each its interval.
 Letters: N rows, M rows predicted, B batch, T frames of a clip, G frames of a row's time grid,
 C classes, R scores, K outputs (C or R), F features, H width of the LSTM, V random views, S side of
 the input in pixels.
-Units: seconds from the start of a file; scores and their errors in the unit of their table, their loss
-in squared sds of the train rows; classes as probabilities at the natural class shares; pixels are uint8
+Units: seconds from the start of a file; scores and their errors in the unit of their table, their mse
+loss in squared sds of the train rows; classes as probabilities at the natural class shares; pixels are uint8
 RGB until they reach the device.
 """
 import argparse
@@ -1079,11 +1079,11 @@ def predictions_table(study, rows, outputs, baselines, seen, warning=None):
 
 
 @common.first_process_only
-def judge(run, args, study, split, table, part, trained_on, **known):
+def judge(run, args, study, split, table, part, trained_on, similar=(), **known):
     """Judge a predictions table of held-out rows.
 
     split: {name: rows}; part: val, test or folds; trained_on: a pair (train rows, scored rows) for
-    each network; known: further fields of the Setting.
+    each network; similar: of find_similar; known: further fields of the Setting.
     """
     manifest = study.table
     rows = prediction_tables.rows_of(table, manifest.clip_ids)
@@ -1096,12 +1096,14 @@ def judge(run, args, study, split, table, part, trained_on, **known):
         part=part,
         seen=table.seen,
         data=data_blocks(study, split, rows, table),
+        similar=judging.similar_blocks(similar, manifest.clip_ids, study.strip),
         cases=judging.case_blocks(table, manifest.clip_ids[rows], lambda i: study.strip(rows[i])),
         limits=event_splits.limits(args, manifest),
         **known)
     of_rows = {name: values[rows] for name, values in levels.items()}
     if is_classes:
-        return class_judging.judge_classes(run, table, setting, confounds, of_rows)
+        class_judging.judge_classes(run, table, setting, confounds, of_rows)
+        return
     ceiling = None
     if manifest.single_ratings is not None:
         by_target = {name: [each[:, r] for each in manifest.single_ratings] for r, name in enumerate(manifest.names)}
@@ -1159,10 +1161,9 @@ def run_split(run, args, study, split, features=None):
 
 
 def find_similar(run, study, split, features):
-    """HTML of rows of two parts that look alike to the untuned network."""
+    """Pairs of splitting.similar_pairs: rows of two parts that look alike to the untuned network."""
     of_linear_model, *_ = features.of_rows.values()
-    pairs = splitting.add_similar(run, of_linear_model, split, study.table.clip_ids)
-    return judging.similar_blocks(pairs, study.table.clip_ids, study.strip)
+    return splitting.add_similar(run, of_linear_model, split, study.table.clip_ids)
 
 
 def run_folds(run, args, study):
@@ -1317,7 +1318,7 @@ def predict(args):
           f"{len(study.table.skipped)} rows skipped; written to {output}")
     seen_rows.say_notes(table.seen, print)
     for entry in study.table.skipped:
-        print(f"skipped: {entry['row']}: {entry['reason']}")
+        print(f"skipped: {entry['row']}, {entry['video']}: {entry['reason']}")
     if args.export:
         export(args.export, members, study)
 

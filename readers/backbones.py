@@ -457,7 +457,7 @@ def start_from(model, path, /, is_frozen, **expected):
     """
     state = starting_weights(path, **expected)
     own = {name: value for name, value in model.state_dict().items() if name.startswith(("backbone.", "encoder."))}
-    if is_frozen and not all(torch.equal(value, state.get(name, value)) for name, value in own.items()):
+    if is_frozen and any(name in state and not torch.equal(value, state[name]) for name, value in own.items()):
         raise common.UserError(
             f"--init_from {path}: its backbone was trained, or began from other --weights or --seed, and this run "
             "reads features of a frozen one. Leave out --init_from, or train the backbone too")

@@ -140,10 +140,10 @@ def classes_of(spelled, label_map=None, names=None):
     """
     spelled = [str(label).strip() for label in spelled]
     counts = collections.Counter(filter(None, spelled))
-    if label_map is None:
-        by_count = sorted(counts, key=lambda label: (-counts[label], label), reverse=True)
-        most_frequent = {label.casefold(): label for label in by_count}  # the last one of a spelling counts
-        label_map = {name: name for name in names or sorted(most_frequent.values())}
+    is_mapped = label_map is not None
+    if not is_mapped:
+        by_count = sorted(counts, key=lambda label: (-counts[label], label))
+        label_map = {label: label for label in reversed(names or by_count)}  # the last one of a spelling counts
     known = {label.strip().casefold(): name for label, name in label_map.items()}
     if names is not None:
         known = {label: name for label, name in known.items() if name in {*names, None}}
@@ -158,6 +158,8 @@ def classes_of(spelled, label_map=None, names=None):
     chosen = [known[label.casefold()] for label in spelled]
     if names is None:
         names = [name for name in dict.fromkeys(known.values()) if name and name in chosen]
+        if not is_mapped:
+            names.sort()
     return names, chosen
 
 
@@ -296,7 +298,7 @@ def describe_rows(table, path, root, written, part="", min_event_sec=1.0, time_u
         "video": list(written),
         "root": root,
         "part": part,
-        "row": [f"{path.name} line {line}" for line in table.index],
+        "row": written if path.is_dir() else [f"{path.name} line {line}" for line in table.index],
         "start": start,
         "end": end,
         "unit": unit,
@@ -381,17 +383,16 @@ def refuse_several_files(rows, extra):
         return
     totals = csv_tables.to_numbers(extra[length], f"column {length}")
     is_there = [bool(source) and source.exists() for source in rows["source"]]
-    for name, own in rows["source"][is_there].groupby(extra["observation_id"]):
-        row = own.index[0]
-        total = totals[row]
-        files = own.unique()
-        is_length_unknown = math.isnan(total) or not video_files.claimed_sec(files[0])
-        is_one_of_unknown_length = len(files) == 1 and is_length_unknown
-        if not is_one_of_unknown_length and not any(has_length(file, total) for file in files):
+    known = rows.assign(total=totals)[is_there]
+    for name, own in known.groupby(extra["observation_id"]):
+        files = own[["source", "total"]].drop_duplicates()
+        first, total = files.iloc[0]
+        is_one_of_unknown_length = len(files) == 1 and (math.isnan(total) or not video_files.claimed_sec(first))
+        if not is_one_of_unknown_length and not any(map(has_length, files["source"], files["total"])):
             raise common.UserError(
-                f"observation {name}: {length} {extra[length][row] or '(blank)'}, expected the seconds of one of its "
-                f"{len(files)} files (such as {files[0]}). Where it goes over several, export each as an observation "
-                "of its own; else write its length")
+                f"observation {name}: {length} {extra[length][own.index[0]] or '(blank)'}, expected the seconds of one of "
+                f"its {len(files)} files (such as {first}). Where it goes over several, export each as an observation of "
+                "its own; else write its length")
 
 
 def has_length(video, seconds):

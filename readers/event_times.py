@@ -73,7 +73,8 @@ def check_times_are_used(rows, source):
     """UserError for columns that look like times of events and are not read, where a start or an end is missing."""
     columns = time_columns(rows)
     starts = [column.name for column in columns if column.role == "start"]
-    if 0 < len(starts) < len(columns):
+    n_ends = len(columns) - len(starts)
+    if starts and n_ends:
         return
     unused = []
     for name in rows:
@@ -123,6 +124,13 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
     """
     import pandas as pd
     columns = time_columns(rows)
+    starts = {(column.unit or time_unit) == "frame" for column in columns if column.role == "start"}  # in frames?
+    ends = {(column.unit or time_unit) == "frame" for column in columns if column.role != "start"}
+    if starts and ends and not starts & ends:
+        named = ", ".join(column.name for column in columns)
+        raise common.UserError(
+            f"{source}: expected starts and ends both in frames or both in seconds, found {named}. "
+            "Rename or correct them")
     unsaid = [column.name for column in columns if column.unit is None]
     if unsaid and not time_unit:
         notes.append(f"{source.name}: {', '.join(unsaid)} are read as seconds from the start of the file; "
@@ -133,19 +141,13 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
         numbers = pd.Series(seconds_in(rows[column.name], unit, f"{source}, column {column.name}"))
         key = column.role, unit == "frame"
         found[key] = found.get(key, numbers).fillna(numbers)
-    starts = {in_frames for role, in_frames in found if role == "start"}
-    ends = {in_frames for role, in_frames in found if role != "start"}
-    if starts and ends and not starts & ends:
-        named = ", ".join(column.name for column in columns)
-        raise common.UserError(
-            f"{source}: expected starts and ends both in frames or both in seconds, found {named}. "
-            "Rename or correct them")
     nothing = pd.Series(np.nan, range(len(rows)))
 
     def read_windows(in_frames):
-        """(N,) starts and ends in frames or in seconds; the last frame of a window is in it, and counts for 1."""
+        """(N,) starts and ends in frames or in seconds; the last frame of a window is in it."""
         start, end, duration = [found.get((role, in_frames), nothing) for role in ("start", "end", "duration")]
-        return start, end.fillna(start + duration - in_frames).fillna(start) + in_frames
+        one_frame = 1 if in_frames else 0
+        return start, end.fillna(start + duration - one_frame).fillna(start) + one_frame
     start, end = read_windows(in_frames=False)
     first, stop = read_windows(in_frames=True)
     is_frame = start.isna() & first.notna()

@@ -4,6 +4,7 @@ Letters: N rows, R scores.
 """
 import ast
 import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -110,7 +111,8 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     if unsaid:
         notes.append(f"{', '.join(unsaid)}: not read as times of a sequence; those say their unit, such as start_sec")
     used = {group, source, "sequence_id", "id"}
-    others = [name for name in extra if name not in used and csv_tables.looks_numeric(extra[name])]
+    others = [name for name in raw.drop(columns=names)
+              if csv_tables.column_key(name) not in used and csv_tables.looks_numeric(raw[name])]
     if others and not target_columns:
         notes.append(f"numeric columns that are no scores by their names: {common.shorten_list(others)}; "
                      "--target_columns names the scores")
@@ -203,8 +205,8 @@ def as_python(value, path):
     if not isinstance(value, str):
         return value
     try:
-        printed = r"tensor\((?:\[([^\[\],]*)\]|(.*?))(?:, \w+=[^()]*)?\)"  # tensor([10], device='cuda:0') is 10
-        return ast.literal_eval(re.sub(printed, r"\1\2", value))
+        printed = r"tensor\(([^()]*?)(,\s*\w+=[^()]*)?\)"  # tensor([10], device='cuda:0') is [10]
+        return ast.literal_eval(re.sub(printed, r"\1", value))
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise common.UserError(
             f"--cv_file {path}: cannot read {value[:60]!r} as a list of folds "
@@ -231,8 +233,9 @@ def fold_rows(fold, k, path, table):
 
 
 def animals_of(fold, side):
-    """Set of the animals under train_animals, train or any train_*; the same for val."""
+    """Set of the animals under train_animals, train or any train_*; the same for val. An animal may stand in a list."""
     for key, value in ({f"{side}_animals": None} | fold).items():  # that name first
         if re.match(f"{side}[_a-z]*$", str(key)) and isinstance(value, (list, tuple, set)):
-            return {event_tables.plain_level(name) for name in value}
+            lists = [each if isinstance(each, list) else [each] for each in value]
+            return {event_tables.plain_level(name) for name in itertools.chain(*lists)}
     return set()

@@ -524,7 +524,7 @@ class ClipStore(pixel_cache.PixelStore):
                  pixel_range=None):
         self.sources = sources
         self.windows = [tuple(map(float, window)) for window in windows]
-        self.grid = grid, fps, n_frames, jitter_sec  # for plan_grid
+        self.grid_settings = grid, fps, n_frames, jitter_sec  # in the order of plan_grid
         self.fps = fps
         self.short_side = short_side
         self.pixel_range = pixel_range or choose_pixel_range(self.sources)
@@ -533,7 +533,7 @@ class ClipStore(pixel_cache.PixelStore):
 
     def part(self, row, start, stop):
         """Grid frames start to stop of a row (T, H, W, 3); without a cache no others are read."""
-        if self.cache == "none":
+        if self.cache == "none" and not self.audit[row].error:
             return self.decode_again(row, slice(start, stop))
         return self[row][start:stop]
 
@@ -571,12 +571,12 @@ class ClipStore(pixel_cache.PixelStore):
         return 0
 
     def cache_keys(self, rows):
-        settings = [*self.grid, self.short_side, self.pixel_range, decoder_name()]
+        settings = [*self.grid_settings, self.short_side, self.pixel_range, decoder_name()]
         stamps = [pixel_cache.file_stamp(file) for file in files_of(self.sources[rows[0]])]
         return [[settings, self.windows[row], stamps] for row in rows]
 
     def _plan(self, row, info):
-        return plan_grid(info, self.windows[row], *self.grid)
+        return plan_grid(info, self.windows[row], *self.grid_settings)
 
     def _read(self, path, rows):
         """(VideoInfo, GridPlans, GridFrames of the rows), in one pass where the header tells the truth, else in two."""

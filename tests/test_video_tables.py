@@ -829,7 +829,8 @@ FOLDS = [{"fold": 0, "train_animals": [0, 1], "val_animals": [2]},
     {"cv_folds": FOLDS}, FOLDS, {"cv_folds": str(FOLDS)}, {"cv_folds": {f"fold_{k}": f for k, f in enumerate(FOLDS)}},
     {"fold_1": FOLDS[1], "fold_0": FOLDS[0], "seed": 3}, {"cv_folds": str(FOLDS).replace("[2]", "[tensor(2)]")},
     {"cv_folds": str(FOLDS).replace("[2]", "[tensor([2], device='cuda:0')]")},
-    {"cv_folds": str(FOLDS).replace("[2]", "tensor([2, 2])")},
+    {"cv_folds": str(FOLDS).replace("[2]", "tensor([2, 2])")}, {"cv_folds": str(FOLDS).replace("[2]", "tensor([2])")},
+    {"cv_folds": str(FOLDS).replace("[2]", "tensor([2,\n  2], device='cpu')")},
     {"fold_0": {"train": ["0", "1.0"], "val": ["tensor(2)"]}, "fold_1": {"train": [2], "val": ["0"]}},
     [{"train_indices": [2], "val_indices": [0, 1], **fold} for fold in FOLDS]])
 def test_split_files_in_every_spelling(scores, tmp_path, content):

@@ -415,7 +415,7 @@ def host_seconds(loop):
 
 def queueing_seconds(loop):
     """Of the second of two epochs: seconds until the host has given the device all its work, and until that is done."""
-    for _ in range(2):
+    def measure():
         if hasattr(loop, "prepare"):
             loop.prepare()
         wait_for_gpu()
@@ -423,8 +423,9 @@ def queueing_seconds(loop):
         loop.epoch()
         queued = time.perf_counter() - started
         wait_for_gpu()
-        done = time.perf_counter() - started
-    return queued, done
+        return queued, time.perf_counter() - started
+    measure()
+    return measure()
 
 
 def kernel_costs(profiler):
