@@ -319,7 +319,7 @@ def fit_scaler(ratings, normalize):
     """Train-row mean and sd (R,) that targets are scaled by; with --no_normalize_targets 0 and 1: no change."""
     if not normalize:
         return {"mean": np.zeros(ratings.shape[1]), "sd": np.ones(ratings.shape[1])}
-    return {"mean": np.nanmean(ratings, axis=0), "sd": np.nanstd(ratings, axis=0)}
+    return {"mean": np.nanmean(ratings, axis=0), "sd": np.maximum(np.nanstd(ratings, axis=0), 1e-8)}
 
 
 def scaled_ratings(study, scaler):
@@ -387,7 +387,7 @@ def evaluate(model, loader, scaler, args, compute):
 def fit(run, args, study, split, features):
     """Train on split['train'] and choose the epoch on split['val'], unless --select says last.
 
-    Returns Training, and what finish_best_model does.
+    Returns Training, and what finish_best_model gives.
     """
     compute = run.compute
     scaler = fit_scaler(study.ratings[split["train"]], args.normalize_targets)
@@ -404,22 +404,24 @@ def fit(run, args, study, split, features):
         copy.deepcopy(model)(example)
     optimizer = common.build_optimizer(model, args, model.backbone)
 
-    predicted = None  # for the val rows, in the latest epoch; metadata() is called where that is the best so far
+    latest = {}  # validation predictions of this epoch, for metadata(), which is called where it is the best so far
     training = common.Training(
         run, model, optimizer, args,
         select="last" if args.select == "last" else f"val_{args.select}",
-        metadata=lambda: model_metadata(args, study, split, scaler, predicted),
+        metadata=lambda: model_metadata(args, study, split, scaler, latest["val"]),
         higher_is_better=args.select != "loss",
         seen=seen_rows.of_run(run, args, study.hashes, split))
     for epoch in training.epochs():
         model.freeze_backbone(args.freeze_backbone or epoch <= args.freeze_epochs)
         row = train_one_epoch(model, train_loader, training, compute)
         predicted, row["val_loss"] = evaluate(model, loaders["val"], scaler, args, compute)
+        latest["val"] = predicted
         means = study.mean_metrics(split["val"], predicted)
         row |= {f"val_{name}": means[name] for name in HISTORY_METRICS}
         training.end_epoch(row)
 
-    return training, *finish_best_model(training, study, split, loaders, scaler)
+    best, tuned_features, predicted = finish_best_model(training, study, split, loaders, scaler)
+    return training, best, tuned_features, predicted
 
 
 def finish_best_model(training, study, split, loaders, scaler):

@@ -312,7 +312,10 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
     hold against; None = all that the table has. Raises UserError for what cannot be judged.
     """
     table = csv_tables.read_table(path)
-    group_column = csv_tables.find_column(table, ["group"], group_column, f"{path}, --group_column: found no")
+    if group_column:
+        group_column = known_name(group_column, table, f"{path}, --group_column")
+    elif "group" in table:  # so spelled: a column Group may be that of a treatment
+        group_column = "group"
     shared = {
         "keys": _keys_of(table),
         "groups": table[group_column].to_numpy(str) if group_column else None,

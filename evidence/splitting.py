@@ -137,7 +137,7 @@ def listed_parts(path):
     """JSON {part: [keys]}, as in splits.json -> the same, keys as text. UserError: no such lists; other fields may be."""
     content = common.read_json(path)
     if not isinstance(content, dict):
-        raise common.UserError(f"{path}: expected lists train, val and test, found a {type(content).__name__}")
+        raise common.UserError(f"{path}: expected lists train, val and test, found {type(content).__name__}")
     wrong = [part for part in PARTS if not isinstance(content.get(part) or [], list)]
     if wrong:
         raise common.UserError(f"{path}: expected lists train, val and test, found no list in {', '.join(wrong)}")
@@ -154,12 +154,12 @@ def read_split_file(path, keys):
     except common.UserError as error:
         raise common.UserError(f"--split_file {error}") from None
     row_of = {key: row for row, key in enumerate(keys)}
-    faults = [f"a part {part}{common.closest(part, PARTS)}" for part in parts if part not in PARTS]
+    faults = [f"no {part} part" for part in ("train", "val") if not parts.get(part)]
+    faults += [f"a part {part}{common.closest(part, PARTS)}" for part in parts if part not in PARTS]
     for key, count in collections.Counter(itertools.chain(*parts.values())).items():
         unknown = "" if key in row_of else ", not in the table"
         if count > 1 or unknown:
             faults.append(f"{key} (listed {count} times{unknown})")
-    faults += [f"no {part} part" for part in ("train", "val") if not parts.get(part)]
     if faults:
         raise common.UserError(
             f"--split_file {path}: expected parts train, val (it chooses the epoch) and test, and each image name once, "
@@ -391,9 +391,11 @@ def found_leakage(word, places):
 
 
 def leakage_text(report):
-    """A line per two parts with all zeros, one per part that holds copies, and the notes of the report."""
+    """A line per two parts and per part that holds copies, with all zeros, and the notes of the report."""
     lines = [_leakage_line(f"leakage {pair}", found) for pair, found in report["between"].items()]
-    return "\n".join(lines + found_leakage("inside", report["within"]) + report.get("notes", []))
+    lines += [_leakage_line(f"inside {part}", found) for part, found in report["within"].items()
+              if any(item["count"] for item in found.values())]
+    return "\n".join(lines + report.get("notes", []))
 
 
 def check_leakage(report, allow_leakage=False, stopping=STOPPING_LEAKS):

@@ -142,7 +142,7 @@ def estimate(model, baseline, subjects, unit, *, names, n, rows, support, draws=
             rests_on = support.get((scope, metric), subjects)
             found.low, found.high = _rare_ends(found.value, ends, rests_on, scale)
         _hold_differences(estimates)
-    if subjects > MOST_FOR_SIGN_FLIP or unit == TIME_BLOCKS or folds > 1:
+    if subjects > MOST_FOR_SIGN_FLIP or baseline is None or unit == TIME_BLOCKS or folds > 1:
         per_subject = {}
     elif per_subject is None:
         per_subject = _pseudo_values(model, baseline, whole, subjects)

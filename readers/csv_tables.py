@@ -259,8 +259,9 @@ def to_numbers(values, where):
     if not may_be_thousands and not any("." in cell for cell in cells):
         cells = [cell.replace(",", ".") for cell in cells]
     lines = values.index if is_column else range(1, len(cells) + 1)
+    what = "line" if is_column else "row"
     bad = [
-        f"{shown!r} in line {line}" for shown, cell, line in zip(written, cells, lines)
+        f"{shown!r} in {what} {line}" for shown, cell, line in zip(written, cells, lines)
         if cell and not (NUMBER.fullmatch(cell) and math.isfinite(float(cell)))]
     if bad:
         raise common.UserError(

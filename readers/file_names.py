@@ -181,19 +181,6 @@ def loose_stem(stem):
     return stem.lstrip("0") or "0" if stem.isdecimal() else stem.casefold()
 
 
-def first_spellings(names):
-    """{name of a picture: how the first row of the same picture spells it}; 1 is 1.jpg where no other 1.* is named."""
-    cleaned = {name: clean_name(name) for name in names}
-    known = {own.lower(): own for own in cleaned.values()}
-    first = {}
-    spelled = {}
-    for name, own in cleaned.items():
-        whole = list(filter(None, [known.get(own.lower() + suffix) for suffix in IMAGE_SUFFIXES]))
-        picture = whole[0] if len(whole) == 1 else own
-        spelled[name] = first.setdefault(picture, name)
-    return spelled
-
-
 def below_folder(names, folder):
     """{name as written: its clean spelling, an absolute one inside the folder as a path below it}."""
     root = f"{clean_name(folder.absolute().as_posix())}/"

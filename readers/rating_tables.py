@@ -62,7 +62,8 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
         raise common.UserError(
             f"{source} has no image column (found: {common.shorten_list(table.columns)}). Name it with --image_column.")
     csv_tables.refuse_blank(table, source, image)
-    table[image] = table[image].map(file_names.first_spellings(table[image]))
+    first = {}  # clean name -> how its first row writes it
+    table[image] = [first.setdefault(file_names.clean_name(name), name) for name in table[image]]
     taken.append(image)
     columns = Columns(
         table, source, image, group_column, target_columns, missing_codes,
@@ -126,7 +127,7 @@ def _words(name):
 
 def _names_rater(name):
     """True for participant and user_id, not for user_rating."""
-    return _words(name) & RATER and not _words(name) & ANSWER
+    return bool(_words(name) & RATER) and not _words(name) & ANSWER
 
 
 @dataclasses.dataclass
@@ -356,7 +357,7 @@ def _summarise_singles(columns, found, used):
     singles = pd.concat({name: values.set_axis(image_of[values.index]) for name, values in found.items()})
     grouped = singles.dropna().groupby(level=[1, 0])
     moments = grouped.agg(["mean", "std", "count"]).reindex(pd.MultiIndex.from_product([images, names]))
-    mean, sd, n = moments.to_numpy().T.reshape(3, len(images), len(names))
+    mean, sd, n = moments.to_numpy().T.reshape(3, len(images), len(names))  # (statistic, image, rating)
     others = table.drop(columns={columns.image, columns.rater, *used} - {None})
     varying = columns.varying(list(others.columns), [columns.image])
     flags = ("rater", "attribute", "rating")

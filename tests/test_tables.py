@@ -234,15 +234,11 @@ def test_duplicates(tmp_path):
 
 
 def test_two_spellings_of_one_picture_are_one_image(tmp_path):
-    path = written(tmp_path, "image,x\n1.jpg,1\nb.jpg,5\n1,3\n")
-    assert "1 images stand in 2 rows: 1.jpg (lines 2, 4)" in fails(rating_tables.read_ratings, path)
-    ratings = rating_tables.read_ratings(path, duplicates="mean")
-    assert ratings.images == ["1.jpg", "b.jpg"] and ratings.mean[:, 0].tolist() == [2, 5]
-    path = written(tmp_path, "image,rater,x\n1,p,1\n1.JPG,q,3\ns/b.jpg,p,5\ns\\b.jpg,q,7\n")
+    path = written(tmp_path, "image,rater,x\nb.jpg,p,1\ns/b.jpg,p,5\ns\\b.jpg,q,7\n")
     ratings = rating_tables.read_ratings(path)
-    assert ratings.images == ["1", "s/b.jpg"] and ratings.mean[:, 0].tolist() == [2, 6]
-    path = written(tmp_path, "image,x\n1.jpg,1\n1.png,5\n1,3\n")
-    assert rating_tables.read_ratings(path).images == ["1.jpg", "1.png", "1"], "it may be either"
+    assert ratings.images == ["b.jpg", "s/b.jpg"] and ratings.mean[:, 0].tolist() == [1, 6]
+    path = written(tmp_path, "image,rater,x\n1,p,1\n1.jpg,q,3\n")
+    assert rating_tables.read_ratings(path).images == ["1", "1.jpg"], "it may be another file, as 1.png"
 
 
 @pytest.mark.parametrize("text, options, words", [
