@@ -40,18 +40,17 @@ python=${PYTHON:-$(command -v python || command -v python3)}
 srun --ntasks="$tasks" --kill-on-bad-exit=1 "$python" "$script" --resume auto "$@" || rc=$?
 if [ "$rc" -ne 75 ]; then rm -f "$progress"; exit "$rc"; fi
 
-# 75: saved, start again; a job that has saved no more than by its last start would be requeued for ever. One start may
+# 75: saved, start again; a job that has saved what an earlier start had saved would be requeued for ever. One start may
 # end before anything is saved, as in the decoding of pictures.
 default=outputs
 if [[ $script == *train_detector.py ]]; then default=${OUTPUT_DIR:-outputs}; fi  # it alone reads this
 outputs=$(printf '%s\n' "$default" "$@" | sed -n '1p; s/^--output[_-]dir=//p; /^--output[_-]dir$/{n;p;}' | tail -n 1)
-saved=$(find "$outputs" -name last.pth -newer "$progress" -exec cksum {} + | sort) || saved=
-saved=${saved:-nothing}
-if [ "$saved" = "$(cat "$progress")" ]; then
+saved=$(find "$outputs" -name last.pth -newer "$progress" -exec cksum {} + | sort | cksum) || true  # also where there is no such folder
+if grep -qxF "$saved" "$progress"; then
     echo "job $job made no progress under $outputs (the --output_dir of the command line, not that of a --config," \
         "--resume or .env): not requeued; sbatch again continues it"
 else
-    echo "$saved" >"$progress"
+    echo "$saved" >>"$progress"
     echo "job $job: requeued"
     scontrol requeue "$job"
 fi

@@ -233,14 +233,15 @@ def settle_split(parser, args):
         return args
     way = min(asked, key=lambda name: name not in args.given)  # the first typed one, else the first
     others = {*SPLIT_WAYS, *itertools.chain(*SPLIT_WAYS.values())} - {way, *SPLIT_WAYS[way]}
-    others = sorted(name for name in others if getattr(args, name))
-    typed = [f"--{name}" for name in others if name in args.given]
-    if typed:
-        parser.error(f"--{way} makes the split; leave out {' and '.join(typed)}")
-    if others:
-        print(f"note: --{way} makes the split, so {' and '.join(others)} of the configuration or the environment "
+    set_ones = {name for name in others if getattr(args, name)}
+    refused = sorted(f"--{name}" for name in set_ones & args.given - {"train_ratio"})  # which as in all scripts is 1 - val_ratio
+    if refused:
+        parser.error(f"--{way} {getattr(args, way)} makes the split; leave out {' and '.join(refused)}")
+    given_up = sorted(set_ones - args.given)
+    if given_up:
+        print(f"note: --{way} makes the split, so {' and '.join(given_up)} of the configuration or the environment "
               "not used", flush=True)
-    settled = {name: 0 if name in ("folds", "test_ratio") else None for name in others}
+    settled = {name: 0 if name in ("folds", "test_ratio") else None for name in given_up}
     if way == "split_ratio":
         settled["train_ratio"] = args.split_ratio
         settled["val_ratio"] = 1 - args.split_ratio - args.test_ratio
@@ -380,8 +381,11 @@ def say_study(study, say):
     truth = study.truth
     n_boxes = [len(boxes) for boxes in truth.boxes]
     groups = "" if truth.groups is None else f" in {len(set(truth.groups))} groups"
+    states = collections.Counter(itertools.chain.from_iterable(truth.states))
+    names = [*part_boxes.STATES, "without a state"]  # the last is that of UNKNOWN, -1
+    listed = ", ".join(f"{count} {names[state]}" for state, count in sorted(states.items()))
     say(f"data: {len(n_boxes)} pictures{groups} ({n_boxes.count(0)} without a box), "
-        f"{len(truth.parts)} parts, {sum(n_boxes)} boxes, "
+        f"{len(truth.parts)} parts, {sum(n_boxes)} boxes ({listed}), "
         f"{sum(map(len, truth.absent))} absent parts without a box; {len(study.skipped)} skipped; "
         f"{study.store.description}")
     for note in study.notes:
@@ -745,12 +749,18 @@ def load_pretrained(model, state, source):
         print(f"note: {source}: the layers are loaded without the prefix {prefix}", flush=True)
     expected = ("backbone.", "rpn.", "roi_heads.box_head.")
     state = {name.removeprefix(prefix): value for name, value in state.items()}
-    given = {name: value for name, value in state.items() if name.startswith(expected)}
-    own = {name: value for name, value in model.state_dict().items() if not name.startswith(expected)}
+    state = {name: value for name, value in state.items() if name.startswith(expected)}
     try:
-        model.load_state_dict(own | given)
+        missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise common.UserError(f"{source}: not the weights of this detector: {common.one_line(error)}") from None
+        raise common.UserError(
+            f"{source}: layers of another shape: {common.one_line(error)}") from None
+    missing = [name for name in missing
+               if name.startswith(expected) and not name.endswith("num_batches_tracked")]
+    if missing or unexpected:
+        raise common.UserError(
+            f"{source}: not the weights of this detector: {len(missing)} layers "
+            f"missing, {len(unexpected)} too many (first: {[*missing, *unexpected][0]})")
 
 
 def freeze_layers(body, n_trained):
@@ -840,7 +850,7 @@ def evaluate(model, loader, args, compute):
         summed = {name: value.item() * len(sizes) for name, value in losses.items()}
         parts.append((on_disk(found, batch["scale"]), summed))
     detections, summed = zip(*compute.processes.gather(parts))
-    detections = sum(detections, [])
+    detections = list(itertools.chain(*detections))
     totals = {name: sum(each[name] for each in summed) for name in summed[0]}
     return detections, {f"val_{name}": total / len(detections) for name, total in totals.items()}
 
@@ -875,7 +885,7 @@ def detect(model, loader, compute):
             "errors": batch.get("error", []),
         })
     gathered = compute.processes.gather(parts)
-    return {name: sum((part[name] for part in gathered), []) for name in parts[0]}
+    return {name: list(itertools.chain(*(part[name] for part in gathered))) for name in gathered[0]}
 
 
 def on_disk(found, scales):
@@ -904,6 +914,8 @@ def fit(run, args, study, split):
         run.say(f"note: anchors of {sides} pixels, chosen to fit the train boxes (--anchor_sizes)")
     if args.select == "joint_map" and not settings["states"]:
         raise common.UserError(f"--select {args.select}: no box has a state; use --select map")
+    if args.state_class_weights != "none" and not settings["states"]:
+        run.say(f"note: no box has a state, so --state_class_weights {args.state_class_weights} does nothing")
     model = compute.place(build_model(args, settings, state_weights(args, train_truth)))
     train_loader = make_loader(study, split["train"], settings, args, compute, train=True)
     val_loader = make_loader(study, split["val"], settings, args, compute)
@@ -1006,7 +1018,7 @@ def judge(run, args, study, split, part, scored, **known):
     scored: a list of Scored, one for each fold; known: further fields of the Setting.
     """
     rows = np.concatenate([each.rows for each in scored])
-    found = {name: sum((each.found[name] for each in scored), []) for name in scored[0].found}
+    found = {name: list(itertools.chain(*(each.found[name] for each in scored))) for name in scored[0].found}
     own = found.pop("model")
     seen = np.concatenate([each.seen for each in scored])
     truth = study.truth.take(rows)

@@ -82,7 +82,6 @@ def baseline_detections(priors, sizes):
 
 # --- judging --------------------------------------------------------------------------------
 
-@common.first_process_only
 def judge_detections(run, truth, detections, setting, priors, trained, picture=None, threshold=0.5,
                      draws=200, seed=0):
     """Judge the Detections of M pictures; write tables, plots, sheets, report.html and metrics.json.

@@ -2,8 +2,6 @@
 
 Letters: D detections of one picture, P parts, S states.
 """
-import dataclasses
-
 import numpy as np
 
 import common
@@ -97,25 +95,28 @@ def read_results(path, annotated, box_format):
         raise common.UserError(f"{path}: expected a list of COCO results, found a {type(entries).__name__}")
     reading = part_boxes.Reading(box_format or "xywh", "state")
     found = part_boxes.read_coco(path, results_as_coco(entries, annotated, reading.faults), reading)
+    listed = [each for image in found.images for each in image.objects]
+    scores = {each.key: read_score(each, reading.faults) for each in listed}
+    states = {each.key: read_states(each, reading.faults) for each in listed}
+    for each in listed:
+        if np.less(each.box[2:], each.box[:2]).any():
+            reading.faults.append(f"{each.key}: its box has a negative width or height")
+    n_without = list(states.values()).count(None)
+    if 0 < n_without < len(listed):
+        reading.faults.append(f"{n_without} of {len(listed)} results have no state")
+    part_boxes.refuse(reading.faults, f"{path}: cannot be read:", "Correct these entries.")
+    part_boxes.refuse_other_convention(found.images, path, box_format)
     detections = []
     seen = []
     for image in found.images:
         own = image.objects
-        numbers = np.array([read_numbers(each, reading.faults) for each in own], float).reshape(-1, 5 + N_STATES)
         detections.append(detection_scores.Detections(
-            boxes=numbers[:, :4],
+            boxes=np.array([each.box for each in own], float).reshape(-1, 4),
             labels=np.array([found.parts.index(each.part) for each in own], int),
-            scores=numbers[:, 4],
-            states=numbers[:, 5:]))
+            scores=np.array([scores[each.key] for each in own], float),
+            states=None if n_without else np.reshape([states[each.key] for each in own], (-1, N_STATES))))
         words = [each.fields.get("seen") for each in own]
         seen.append(seen_rows.worst([word for word in words if word in seen_rows.WORDS] or ["not known"]))
-    has_state = np.concatenate([each.states[:, 0] >= 0 for each in detections])
-    if not has_state.all():
-        detections = [dataclasses.replace(each, states=None) for each in detections]
-        if has_state.any():
-            reading.faults.append(f"{np.sum(~has_state)} of {len(has_state)} results have no state")
-    part_boxes.refuse(reading.faults, f"{path}: cannot be read:", "Correct these entries.")
-    part_boxes.refuse_other_convention(found.images, path, box_format)
     return found.parts, detections, np.array(seen)
 
 
@@ -136,25 +137,22 @@ def results_as_coco(entries, annotated, faults):
     return part_boxes.coco_content([image.fields for image in annotated.images], annotations, ids)
 
 
-def read_numbers(found, faults):
-    """Box, score and S state probabilities of a result, NaN for states that it does not name."""
+def read_score(found, faults):
+    """Score of a result."""
     score = part_boxes.read_number(found.fields.get("score"))
     if score is None:
         faults.append(f"{found.key}: score {found.fields.get('score')!r} is no number")
-    if np.less(found.box[2:], found.box[:2]).any():
-        faults.append(f"{found.key}: its box has a negative width or height")
-    return [*found.box, score, *read_states(found, faults)]
+    return score
 
 
 def read_states(found, faults):
-    """S probabilities of a result, from state_probabilities or its state."""
+    """S probabilities of a result, from state_probabilities or its state; None where it names none."""
     given = found.fields.get("state_probabilities")
     if given is None:
-        return [np.nan] * N_STATES if found.state == part_boxes.UNKNOWN else np.eye(N_STATES)[found.state]
+        return None if found.state == part_boxes.UNKNOWN else np.eye(N_STATES)[found.state].tolist()
     numbers = list(map(part_boxes.read_number, given)) if isinstance(given, list) else []
     is_whole = len(numbers) == N_STATES and None not in numbers
     if not is_whole or min(numbers) < 0 or abs(sum(numbers) - 1) > ROUNDING:
         faults.append(f"{found.key}: expected {N_STATES} state_probabilities from 0 to 1 with sum 1, found "
                       f"{str(given)[:60]}")
-        return [0] * N_STATES
     return numbers

@@ -286,10 +286,11 @@ def _read_frame(entry, which):
 
 def _read_pose(entry, key):
     value = entry.get(key)
-    pose = np.array([None] * 6 if value is None else value, np.float64)  # None becomes NaN
-    if pose.shape != (6,):
+    if value is None:
+        return np.full(6, np.nan)
+    if not isinstance(value, list) or len(value) != 6:
         raise ValueError(f"expected 6 numbers under {key}, found {str(value)[:60]}")
-    return pose
+    return np.array([np.nan if number is None else float(number) for number in value])
 
 
 def different_frames(transitions):

@@ -59,6 +59,21 @@ def test_two_processes_to_the_end(server, tiny_flags, tmp_path, cases, script):
         assert not list(run.glob("**/*.tmp")) and (run / "report.html").exists()
 
 
+def test_a_process_may_have_no_picture_to_score(server, tiny_flags, tmp_path):
+    """Two processes, one validation picture."""
+    flags = list(tiny_flags["train_detector.py"])
+    place = flags.index("--val_json") + 1
+    content = json.loads(flags[place].read_text())
+    content["images"] = content["images"][:1]
+    [image] = content["images"]
+    content["annotations"] = [each for each in content["annotations"] if each["image_id"] == image["id"]]
+    flags[place] = tmp_path / "val.json"
+    flags[place].write_text(json.dumps(content))
+    members = start_ranks(server, "train_detector.py", [*flags, "--output_dir", tmp_path, "--epochs", 1], 2, tmp_path)
+    assert [member.code for member in ends(members)] == [0, 0]
+    assert (only_run(tmp_path) / "report.html").exists()
+
+
 def test_a_mistake_is_said_by_each_and_leaves_nothing(server, tmp_path):
     flags = ["--images_dir", tmp_path, "--ratings_file", tmp_path / "none.csv", "--output_dir", tmp_path / "out"]
     first, second = ends(start_ranks(server, "train_assessor.py", flags, 2, tmp_path))
