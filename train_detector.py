@@ -1018,7 +1018,9 @@ def judge(run, args, study, split, part, scored, **known):
     scored: a list of Scored, one for each fold; known: further fields of the Setting.
     """
     rows = np.concatenate([each.rows for each in scored])
-    found = {name: list(itertools.chain(*(each.found[name] for each in scored))) for name in scored[0].found}
+    found = {}
+    for name in scored[0].found:
+        found[name] = [detections for each in scored for detections in each.found[name]]
     own = found.pop("model")
     seen = np.concatenate([each.seen for each in scored])
     truth = study.truth.take(rows)
