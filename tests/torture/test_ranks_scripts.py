@@ -4,6 +4,7 @@
 """
 import csv
 import json
+import re
 import signal
 from types import SimpleNamespace
 
@@ -14,8 +15,10 @@ from test_ranks import start_ranks
 
 
 def ends(members):
-    """The exit code and the text of each process."""
-    return [SimpleNamespace(code=member.finish(), text=member.text()) for member in members]
+    """The exit code and the text of each process, without what older versions of torch say of the connection."""
+    codes = [member.finish() for member in members]
+    texts = [re.sub(r"^\[Gloo\].*\n", "", member.text(), flags=re.MULTILINE) for member in members]
+    return [SimpleNamespace(code=code, text=text) for code, text in zip(codes, texts)]
 
 
 def predicted_rows(run, script):
