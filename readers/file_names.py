@@ -250,7 +250,7 @@ def match_videos(names, root, exact=False):
     files = {clean_name(file): path for file, path in (others | videos).items()}
     written = below_folder(names, root)
     pictures = [own for own in written.values() if own.lower().endswith(IMAGE_SUFFIXES)]
-    videos_named = [own for own in written.values() if own not in pictures]
+    videos_named = [own for own in written.values() if not own.lower().endswith(IMAGE_SUFFIXES)]
     fits = NameIndex(files, VIDEO_SUFFIXES).match(videos_named, exact)  # other suffixes: only whole names
     if pictures:
         images = images_by_name(root)
