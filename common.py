@@ -311,7 +311,10 @@ def parse_arguments(parser, argv):
     unknown key (closest flag named) or a value that its flag refuses.
     """
     words = [_snake_case(word) for word in (sys.argv[1:] if argv is None else argv)]
-    typed, _ = _read_flags(parser, words)
+    typed, others = _read_flags(parser, words)
+    unknown = [word for word in others if word.startswith("--") and word != "--help"]
+    if unknown:  # said before flags that are missing, of which it may be a misspelling
+        parser.error(f"unrecognized arguments: {unknown[0]}")
     values = config_values(parser, typed["config"]) if "config" in typed else {}
     resume = typed.get("resume", values.get("resume", "auto"))
     if resume != "auto":
@@ -338,6 +341,12 @@ def _check_flags(parser, flags, typed):
     if "warmup_epochs" in typed and flags["warmup_epochs"] >= flags["epochs"]:
         parser.error(f"--warmup_epochs {flags['warmup_epochs']:g} of {flags['epochs']} epochs: --lr would never be "
                      "reached; warm up for fewer")
+    output = flags.get("output")
+    for name, value in flags.items():
+        given = value if isinstance(value, list) else [value]
+        files = {path.resolve() for path in given if isinstance(path, Path)}
+        if output and name != "output" and Path(output).resolve() in files:
+            parser.error(f"--output is the file of --{name}, which must stay as it is; name another one")
 
 
 def _read_flags(parser, words, **options):
@@ -512,7 +521,7 @@ class Run:
         with explained_write_errors(self.folder):
             self._lock = lock_folder(self.folder) if self.is_writer else contextlib.nullcontext()
             log = self.path("log.txt") if self.is_writer else os.devnull
-            self._log = open(log, "a", encoding="utf-8", errors="backslashreplace")
+            self._log = open(log, "a", encoding="ascii", errors="backslashreplace")
 
     def __enter__(self):
         return self
@@ -544,8 +553,7 @@ class Run:
         return self.folder / name
 
     def say(self, text):
-        """Print a line (ASCII) and keep it in log.txt."""
-        text = str(text).encode("ascii", "backslashreplace").decode()
+        """Print a line and keep it in log.txt, there in ASCII."""
         if self.is_writer:
             try:
                 print(text, flush=True)
@@ -1010,7 +1018,7 @@ def read_json(path, as_object=None):
     except RecursionError:
         raise UserError(f"{path}: JSON that is nested too deeply; is it the right file?") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected JSON, found {one_line(error)}") from None
+        raise UserError(f"{path}: expected JSON ({one_line(error)})") from None
 
 
 def write_table(path, rows):
@@ -1027,6 +1035,8 @@ def write_table(path, rows):
 
 def run_main(main):
     """Run main() and exit with the contract's code: one line for a user's mistake, a traceback for ours."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of a file's name
     try:
         main()
         leave_processes()

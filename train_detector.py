@@ -207,8 +207,6 @@ def check_flags(parser, args):
         parser.error(f"--mode {args.mode} takes {' and '.join(fixed)} from the checkpoint; leave it out")
     if args.mode != "train" and args.given & {"folds", "fold"}:
         parser.error(f"--mode {args.mode} --folds {args.folds} --fold {args.fold}: only training has folds")
-    if args.json and args.output and args.json.resolve() == args.output.resolve():
-        parser.error("--output is the file of --json, which must stay as it is; name another one")
     if args.compile:
         parser.error("--compile: the detector's inputs vary in size; leave it out")
     anchors = args.anchor_sizes or []

@@ -3,6 +3,7 @@
     python -m pytest tests/test_arguments.py
 """
 import json
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,27 @@ def test_defaults_are_the_scripts_and_the_command_line_wins(tmp_path):
     args = parse_config(tmp_path, "lr: 1e-4\nepochs: 7\n", "--epochs", "9")
     assert (args.lr, args.epochs) == (1e-4, 9)
     assert "epochs" in args.given and "lr" not in args.given
+
+
+def test_an_unknown_flag_is_said_before_one_that_is_missing(capsys):
+    parser = make_parser()
+    parser.add_argument("--images_dir", required=True)
+    with pytest.raises(SystemExit):
+        common.parse_arguments(parser, ["--image_dir", "a"])
+    assert "unknown flag --image_dir (did you mean --images_dir?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--split_file", "--files"])
+def test_output_is_never_a_file_that_the_command_reads(tmp_path, capsys, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    parser = make_parser()
+    parser.add_argument("--output", type=common.new_file, default="predictions.csv")
+    parser.add_argument("--files", type=Path, nargs="+")
+    (tmp_path / "predictions.csv").write_text("mine")
+    for written in (["--output", str(tmp_path / "predictions.csv")], []):
+        with pytest.raises(SystemExit):
+            common.parse_arguments(parser, [flag, "predictions.csv", *written])
+        assert f"--output is the file of {flag}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("spelled", ["--batch-size", "--batch_size"])
