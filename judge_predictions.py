@@ -55,6 +55,8 @@ def parse_args(argv=None):
     way = next(name for name in idle if getattr(args, name))
     for name in args.given.intersection(idle[way].split()):
         parser.error(f"--{name} does nothing with --{way} alone; leave it out")
+    if way == "predictions" and any(path.suffix.lower() == ".json" for path in args.predictions):
+        parser.error("--predictions expected a CSV, found a .json file; for COCO results name the annotations with --truth")
     if args.truth and len(args.predictions) > 1:
         parser.error("--truth judges one file of detections: give one file to --predictions")
     return args

@@ -825,7 +825,11 @@ def main():
         raise common.UserError(f"{folder}: something else is there; remove it or choose another --output_dir")
     draft = args.output_dir / f".{args.task}.new"
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise common.UserError(f"--output_dir {args.output_dir} cannot be written: {error.strerror}; "
+                               "name another folder") from None
     truth = TASKS[args.task](draft, n_samples, args.seed)
     common.write_json(draft / TRUTH_FILE, {"settings": settings, **truth})
     draft.rename(folder)

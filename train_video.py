@@ -7,7 +7,7 @@
     python train_video.py --mode judge_bouts --predictions outputs/run_Y --manifest events.csv
     python train_video.py --mode evaluate --predictions predictions.csv --output metrics.json
     python train_video.py --mode audit --train_manifest a.csv --val_manifest b.csv
-    python train_video.py --task regress --config configs/pain_scores.yaml --folds 9
+    python train_video.py --task regress --config configs/pain_scores.yaml --manifest sequences.csv --folds 9
 
 Writes outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first), best_model.pth, metrics.json,
 predictions_val.csv (and _test), training_history.csv and .png, splits.json,

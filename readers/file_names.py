@@ -197,7 +197,7 @@ def match_images(names, images_dir, exact=False, spelling=str):
     """
     files = images_by_name(images_dir)
     if not files:
-        raise common.UserError(f"--images_dir {images_dir}: expected images ({' '.join(IMAGE_SUFFIXES)}), found none.")
+        raise common.UserError(f"{images_dir}: expected images ({' '.join(IMAGE_SUFFIXES)}), found none.")
     written = below_folder(names, images_dir)
     fits = NameIndex(files, IMAGE_SUFFIXES).match(written.values(), exact)
     names_of = collections.defaultdict(list)

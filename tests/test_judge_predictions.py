@@ -427,7 +427,8 @@ def test_runs_that_cannot_be_compared_are_a_note(tmp_path):
     (["--runs", "out", "--criteria", "r2>0"], ["--criteria", "--runs"]),
     (["--runs", "out", "--held_out"], ["--held_out", "--runs"]),
     (["--predictions", "p.csv", "--box_format", "xyxy"], ["--box_format", "--predictions alone"]),
-    (["--predictions", "p.json", "--truth", "x.json", "--positive_class", "ear"], ["--positive_class", "--truth"])])
+    (["--predictions", "p.json", "--truth", "x.json", "--positive_class", "ear"], ["--positive_class", "--truth"]),
+    (["--predictions", "p.json"], ["expected a CSV", "--truth"])])
 def test_flags_that_would_do_nothing_are_refused(flags, words, capsys):
     with pytest.raises(SystemExit) as left:
         judge_predictions.parse_args(flags)

@@ -214,6 +214,12 @@ def test_an_output_folder_that_is_a_file_is_said(tmp_path, monkeypatch):
         run(monkeypatch, "--output_dir", tmp_path / "file")
 
 
+def test_an_output_folder_that_cannot_be_made_is_said(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(common.UserError, match="--output_dir .* cannot be written: Not a directory"):
+        run(monkeypatch, "--output_dir", tmp_path / "file" / "below")
+
+
 def test_interrupted_run_leaves_no_half_data(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")

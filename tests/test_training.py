@@ -470,11 +470,18 @@ def test_args_json_holds_no_environment(tmp_path, monkeypatch):
     assert {"flags", "command", "versions", "git", "data", "device", "slurm"} <= set(json.loads(text))
 
 
-def test_log_and_terminal_are_ascii(tmp_path, capsys):
+def test_the_log_is_ascii_and_the_terminal_shows_a_path_that_can_be_pasted(tmp_path, capsys):
     with common.start_run(run_arguments(tmp_path)) as run:
         run.say("Gesicht gr\u00fcn")
-    assert "Gesicht gr\\xfcn" in capsys.readouterr().out
-    assert run.path("log.txt").read_bytes().isascii()
+    assert "Gesicht gr\u00fcn" in capsys.readouterr().out
+    assert b"Gesicht gr\\xfcn" in run.path("log.txt").read_bytes()
+
+
+def test_a_terminal_without_the_letter_shows_its_code(tmp_path):
+    code = "import common; common.run_main(lambda: print('gr\u00fcn'))"
+    printed = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONIOENCODING": "ascii"},
+                             cwd=Path(common.__file__).parent, capture_output=True, check=True)
+    assert printed.stdout == b"gr\\xfcn\n"
 
 
 def test_json_is_strict_and_tables_keep_every_digit(tmp_path):

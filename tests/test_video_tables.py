@@ -231,7 +231,7 @@ def test_impossible_windows_are_skipped_by_name(tmp_path):
     assert [row["reason"] for row in table.skipped] == ["ends before it starts", "starts before the file",
                                                         "no offset, while other rows have one"]
     assert "line 3" in table.skipped[0]["row"] and len(table) == 2
-    assert "column start_sec" in fails(windows, tmp_path, "start_sec,end_sec", "1:30,2")
+    assert "column start_sec, numbers or h:mm:ss: expected" in fails(windows, tmp_path, "start_sec,end_sec", "1:30,2")
     assert "'0.5 s' in line 2" in fails(windows, tmp_path, "start_sec,end_sec", "0.5 s,2 s")
 
 
