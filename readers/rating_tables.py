@@ -18,6 +18,7 @@ ROLES = {
     "sd": "sd", "std": "sd", "stdev": "sd",
     "n": "n", "count": "n",
     "se": "se", "sem": "se"}
+SPREAD = ("sd", "n", "se")  # what is known of the raters of a mean
 NO_RATING = set("id index unnamed names trial rt latency".split())
 RATER = set("rater participant subject respondent observer judge coder worker user pid".split())
 ATTRIBUTE = set("attribute trait question scale item measure dimension".split())
@@ -35,7 +36,7 @@ class RatingsTable:
     mean: np.ndarray  # (N, R) float64, NaN = missing
     sd: np.ndarray | None  # (N, R) between raters, None where the file has none
     n: np.ndarray | None  # (N, R) number of raters
-    ratings_by_image: dict | None  # name -> N arrays of single ratings, where each row is one
+    ratings_by_image: dict  # name -> N arrays of single ratings, where each row is one
     extra: object  # DataFrame of the other columns
     notes: list
 
@@ -86,10 +87,13 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
 def _refuse_useless(ratings, source):
     """UserError for images without any rating, and for ratings that are all equal or whose names have another use."""
     import pandas as pd
-    taken = sorted({"seen", "warning", "error"} & set(ratings.names))
-    if taken:
+    taken = {"image", "seen", "warning", "error"}
+    for name in ratings.names:
+        taken |= {f"{name}_sd", f"{name}_low", f"{name}_high"}
+    clashes = sorted(taken & set(ratings.names))
+    if clashes:
         raise common.UserError(
-            f"{source}: ratings called {common.shorten_list(taken)}, as columns of predictions are. Rename them, "
+            f"{source}: ratings called {common.shorten_list(clashes)}, as columns of predictions are. Rename them, "
             "or choose others with --target_columns.")
     mean = pd.DataFrame(ratings.mean, ratings.images, ratings.names)
     empty = mean.index[mean.isna().all(axis=1)]
@@ -173,10 +177,11 @@ class Columns:
         return pd.Series(csv_tables.to_numbers(cells, f"{self.source}, column {name}"), cells.index)
 
     def numeric(self):
-        """Columns that may hold ratings: no sd, n, id or rater by name, and numbers in part; other cells are errors."""
+        """Columns that may hold ratings: no sd, n, id, image or rater by name; numbers in part, others are errors."""
         return [
             name for name, (role, _) in self.roles.items()
-            if role not in ("sd", "n", "se") and not (_words(name) & NO_RATING or _names_rater(name))
+            if role not in SPREAD and name.lower() not in IMAGE_COLUMNS
+            and not (_words(name) & NO_RATING or _names_rater(name))
             and csv_tables.looks_numeric(self.table[name])]
 
     def targets(self):
@@ -200,15 +205,8 @@ class Columns:
         return chosen
 
     def find_single_ratings(self, duplicates):
-        """Set rater, attribute and rating where the rows of an image are single ratings. UserError where it is unclear.
-
-        An attribute is a text that varies within the image (and the rater) beside one column of numbers.
-        """
-        rating = csv_tables.find_column(self.others, ["rating"])
-        attribute = csv_tables.find_column(self.others, ["attribute"])
-        if rating and attribute:
-            self.attribute = self.attribute or attribute
-            self.rating = self.rating or rating
+        """Set rater, attribute and rating where the rows of an image are single ones. UserError where it is unclear."""
+        self.find_attribute_and_rating_by_name()
         if self.attribute and self.rating:
             return
         has_spread = any("sd" in roles and len(roles) > 1 for roles in self.of_rating.values())
@@ -222,23 +220,39 @@ class Columns:
             by_image = self.varying(by_image, [self.image, self.rater])
             numeric = self.varying(numeric, [self.rater])  # else it describes the rater
         if not self.attribute:
-            asked = [name for name in by_image if name.lower() in ATTRIBUTE]
-            if not asked and len(numeric) == 1 and duplicates != "ratings":
-                asked = list(filter(self.is_asked_often, by_image))
-            if len(asked) > 1:
-                raise common.UserError(
-                    f"{self.source}: {common.shorten_list(asked)} vary within an image; which one says what was "
-                    "asked? --attribute_column")
-            self.attribute = asked[0] if asked else None
+            self.find_attribute(by_image, any_text=len(numeric) == 1 and duplicates != "ratings")
         if self.attribute and not self.rating:
-            answers = [name for name in numeric if name != self.attribute]
-            answers = [name for name in answers if _words(name) & ANSWER] or answers
-            if len(answers) != 1:
-                raise common.UserError(
-                    f"{self.source}: {self.attribute} says what was asked, but which column holds the answers? "
-                    f"--rating_column (found: {common.shorten_list(answers)})")
-            self.rating = answers[0]
+            self.find_rating(numeric)
         self.rows_are_ratings = bool(self.rater or duplicates == "ratings")
+
+    def find_attribute_and_rating_by_name(self):
+        """Set both where there are columns of these names."""
+        rating = csv_tables.find_column(self.others, ["rating"])
+        attribute = csv_tables.find_column(self.others, ["attribute"])
+        if rating and attribute:
+            self.attribute = self.attribute or attribute
+            self.rating = self.rating or rating
+
+    def find_attribute(self, by_image, any_text):
+        """Set it to the column that says what was asked, if any: by its name, else any text. by_image: what varies."""
+        asked = [name for name in by_image if name.lower() in ATTRIBUTE]
+        if not asked and any_text:
+            asked = list(filter(self.is_asked_often, by_image))
+        if len(asked) > 1:
+            raise common.UserError(
+                f"{self.source}: {common.shorten_list(asked)} vary within an image; which one says what was "
+                "asked? --attribute_column")
+        self.attribute = asked[0] if asked else None
+
+    def find_rating(self, numeric):
+        """Set it to the column of numbers that holds the answers: by its name, else the only one."""
+        answers = [name for name in numeric if name != self.attribute]
+        answers = [name for name in answers if _words(name) & ANSWER] or answers
+        if len(answers) != 1:
+            raise common.UserError(
+                f"{self.source}: {self.attribute} says what was asked, but which column holds the answers? "
+                f"--rating_column (found: {common.shorten_list(answers)})")
+        self.rating = answers[0]
 
     def varying(self, names, within):
         """Those of the columns that have several values for one value of `within`."""
@@ -262,7 +276,8 @@ def _wide_ratings(columns):
     sd_columns = [columns.partner(name, "sd") for name in chosen]
     n_columns = [columns.partner(name, "n") for name in chosen]
     extra = columns.table.drop(columns={columns.image, *chosen, *sd_columns, *n_columns} - {None})
-    unused = [name for name in extra.columns if name in columns.roles and columns.roles[name][0]]
+    unused = [name for name in extra.columns if name in columns.roles and columns.roles[name][0] in SPREAD]
+    codes_of_counts = [code for code in columns.codes or [] if code < 0]  # 99 raters are no code
     notes = columns.table.attrs["notes"]
     if len(extra.columns):
         notes.append(f"columns that are no ratings: {common.shorten_list(extra.columns)}")
@@ -276,25 +291,23 @@ def _wide_ratings(columns):
     return RatingsTable(
         names=[columns.means.get(name, name) for name in chosen],
         images=list(columns.table[columns.image]),
-        mean=_number_columns(columns, chosen),
-        sd=_number_columns(columns, sd_columns, lowest=0),
-        n=_number_columns(columns, n_columns, may_have_codes=False, lowest=0),
-        ratings_by_image=None,
+        mean=_number_columns(columns, chosen, columns.codes),
+        sd=_number_columns(columns, sd_columns, columns.codes, lowest=0),
+        n=_number_columns(columns, n_columns, codes_of_counts, lowest=0),
+        ratings_by_image={},
         extra=extra,
         notes=notes)
 
 
-def _number_columns(columns, names, may_have_codes=True, lowest=-np.inf):
+def _number_columns(columns, names, codes, lowest=-np.inf):
     """(N, R) of R columns, NaN where one is None; None where all are.
 
-    UserError for what looks like missing codes, and for numbers below the lowest that can be.
+    codes: as in _without_codes. UserError for numbers below the lowest that can be.
     """
     import pandas as pd
     if not any(names):
         return None
-    found = {name: columns.numbers(name) for name in names if name}
-    if may_have_codes or columns.codes is not None:
-        found = _without_codes(columns, found)
+    found = _without_codes(columns, {name: columns.numbers(name) for name in names if name}, codes)
     faults = [f"{name} in line {common.shorten_list(values.index[values < lowest])}"
               for name, values in found.items() if values.min() < lowest]
     if faults:
@@ -303,10 +316,17 @@ def _number_columns(columns, names, may_have_codes=True, lowest=-np.inf):
     return pd.DataFrame(found).reindex(columns=names).to_numpy()
 
 
-def _without_codes(columns, found):
-    """{name: numbers by line} with NaN for missing codes. UserError, where none was said, for what looks like one."""
-    if columns.codes is not None:
-        return {name: values.mask(values.isin(columns.codes)) for name, values in found.items()}
+def _without_codes(columns, found, codes):
+    """{name: numbers by line} with NaN for missing codes, which a note counts.
+
+    UserError, where codes is None, for what looks like one.
+    """
+    if codes is not None:
+        is_code = {name: values.isin(codes) for name, values in found.items()}
+        counts = [f"{name} {cells.sum()}" for name, cells in is_code.items() if cells.any()]
+        if counts:
+            columns.table.attrs["notes"].append(f"cells taken for missing: {common.shorten_list(counts)}")
+        return {name: values.mask(is_code[name]) for name, values in found.items()}
     faults = []
     for name, values in found.items():
         faults += _code_faults(name, values)
@@ -339,12 +359,11 @@ def _single_ratings(columns):
             chosen = csv_tables.pick_columns(columns.wanted, asked.unique(), where)
             columns.table = columns.table[asked.isin(chosen)]
         used = [columns.attribute, columns.rating]
-        found = _without_codes(columns, dict(iter(columns.numbers(columns.rating).groupby(asked, sort=False))))
+        by_name = dict(iter(columns.numbers(columns.rating).groupby(asked, sort=False)))
     else:
         used = columns.targets()
-        found = _without_codes(columns, {name: columns.numbers(name) for name in used})
-        found = {columns.means.get(name, name): values for name, values in found.items()}
-    return _summarise_singles(columns, found, used)
+        by_name = {columns.means.get(name, name): columns.numbers(name) for name in used}
+    return _summarise_singles(columns, _without_codes(columns, by_name, columns.codes), used)
 
 
 def _summarise_singles(columns, found, used):

@@ -250,6 +250,9 @@ def test_two_spellings_of_one_picture_are_one_image(tmp_path):
     ("image,x,y\na,1,2\nb,1,3\n", {}, ["constant", "x", "--target_columns y"]),
     ("image,x,y\na,1,2\n", {}, ["constant", "x, y"]),
     ("image,seen_mean,y_mean\na,1,2\nb,2,3\n", {}, ["called seen", "columns of predictions", "Rename"]),
+    ("file,image,y\na,1,2\nb,2,3\n", {"image_column": "file", "target_columns": ["image", "y"]}, ["called image"]),
+    ("image,y,y_low,y_high\na,1,2,3\nb,2,3,4\n", {}, ["called y_high, y_low,", "Rename"]),
+    ("image,y,y_sd\na,1,2\nb,2,3\n", {"target_columns": ["y", "y_sd"]}, ["called y_sd,", "Rename"]),
     ("image,x\na,1\n,3\n", {}, ["column image is blank in line 3"]),
     ("image,x\na,1\nb,tow\nc,3\n", {}, ["column x", "'tow' in line 3"]),
     ("image,x,x_sd,x_n\na,1,-.5,4\nb,2,0,4\nc,3,-3,-1\n", {},
@@ -274,10 +277,22 @@ def test_declared_codes_stand_for_unknown_numbers_of_raters_too(tmp_path):
     assert all(np.isnan(values[:, 0]).tolist() == [False, True, False] for values in (table.mean, table.sd, table.n))
 
 
+def test_a_code_of_ratings_is_no_code_of_numbers_of_raters_and_its_cells_are_counted(tmp_path):
+    path = written(tmp_path, "image,x_mean,x_sd,x_n,y_mean\na,1,.5,99,1\nb,99,99,99,2\nc,3,.5,99,99\n")
+    table = rating_tables.read_ratings(path, missing_codes=[99])
+    assert (table.n[:, 0] == 99).all() and np.isnan(table.mean).sum() == 2 and np.isnan(table.sd[:, 0]).sum() == 1
+    assert "cells taken for missing: x_mean 1, y_mean 1" in table.notes
+    path = written(tmp_path, "image,rater,x\na,p,1\na,q,99\nb,p,2\nb,q,4\n")
+    assert "cells taken for missing: x 1" in rating_tables.read_ratings(path, missing_codes=[99]).notes
+
+
 def test_image_column_by_name(tmp_path):
     path = written(tmp_path, "stimulus_no,Valence\n1,2\n2,3\n")
     ratings = rating_tables.read_ratings(path, image_column="stimulus_no")
     assert ratings.images == ["1", "2"] and ratings.names == ["Valence"]
+    path = written(tmp_path, "filename,image,Valence\na.jpg,1,2\nb.jpg,2,3\n")
+    ratings = rating_tables.read_ratings(path, image_column="filename")
+    assert ratings.names == ["Valence"] and "columns that are no ratings: image" in ratings.notes
 
 
 def test_the_rating_column_of_a_table_with_one_row_an_image(tmp_path):
@@ -414,6 +429,8 @@ def test_traits_are_no_words_of_that_kind_and_what_is_not_used_is_named(tmp_path
     ratings = rating_tables.read_ratings(written(tmp_path, text))
     assert ratings.names == ["kind", "mean", "smart"]
     assert "n_children, calm_SE" in ratings.notes[-1]
+    path = written(tmp_path, "image,V_mean,A_mean,A_sd\na,1,2,1\nb,2,3,1\n")
+    assert rating_tables.read_ratings(path, target_columns=["V"]).notes[-1].endswith("a number of raters: A_sd")
 
 
 def test_damaged_cells_are_missing_percent_or_an_error(tmp_path):
