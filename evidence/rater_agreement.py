@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 
-import common
 from evidence import reporting
 
 
@@ -99,8 +98,8 @@ class Ceiling:
 
     @property
     def mean_r2(self):
-        """Mean over the targets, None where it is not known."""
-        return None if self.r2 is None else common.mean_without_nan(self.r2)
+        """Mean over the targets; NaN where some are not known, since a model's mean R2 is of all of them; or None."""
+        return None if self.r2 is None else self.r2.mean()
 
     def columns(self):
         """Columns for the table of the targets, where it is known."""
@@ -136,6 +135,9 @@ def ceiling_blocks(ceiling):
     if ceiling is None:
         return []
     blocks = [reporting.html_text(f"Source: {ceiling.source}.")]
+    if ceiling.r2 is not None and np.isnan(ceiling.mean_r2):
+        text = f"Measurable for {np.isfinite(ceiling.r2).sum()} of {len(ceiling.r2)} ratings, so there is no mean."
+        blocks.append(reporting.html_text(text))
     if ceiling.possible:
         blocks.append(reporting.html_table(ceiling.possible, caption="R2 ceiling by number of raters"))
     return blocks

@@ -88,10 +88,10 @@ def bias_and_slope(predicted, target):
 
 
 def slope_alarms(rows):
-    """Sentences on scores whose order is right and whose values are not: R2 negative although r is positive."""
+    """Sentences on scores whose order is right and whose values are not: R2 below 0, the whole interval of r above."""
     return [f"{row['target']}: r {row['pearson_r']:.2f} but R2 {row['r2']:.2f}; the order holds, the values do not "
             f"(bias {row['bias']:+.3g}, slope {row['slope']:.2f}). Trust the order alone; more rows, and --select r2"
-            for row in rows if row["r2"] < 0 and row["pearson_r"] > 0.1]
+            for row in rows if row["r2"] < 0 < row["pearson_r_low"]]
 
 
 def rows_of_scores(table, moments):
@@ -139,7 +139,7 @@ def key_figures(result, target, best_r2):
     figures.append(("Mean absolute error", f"{metric_names.number_text(error)} sd",
                     "in sds of the labels, as scores differ in scale"))
     if best_r2 is not None:
-        figures.append(("R2 ceiling", metric_names.number_text(best_r2), "what the raters allow"))
+        figures.append(("R2 ceiling", metric_names.number_text(best_r2), "what the raters of all scores allow"))
     return figures
 
 

@@ -485,8 +485,14 @@ def test_a_number_of_raters_that_is_not_known_leaves_rows_without_spread_out():
     assert "sd = 0 are left out" in found.source
 
 
-def test_a_ceiling_without_a_measurable_target_has_no_number(recwarn):
-    assert math.isnan(rater_agreement.Ceiling(source="", r2=np.array([np.nan, np.nan])).mean_r2) and not recwarn.list
+def test_a_ceiling_of_some_targets_is_none_of_their_mean(recwarn):
+    """The mean R2 beside it is of all targets; those with a measurable ceiling are the ones that raters agree on."""
+    for r2 in ([np.nan, np.nan], [0.9, np.nan]):
+        ceiling = rater_agreement.Ceiling(source="", r2=np.array(r2))
+        assert math.isnan(ceiling.mean_r2) and not recwarn.list
+    assert "Measurable for 1 of 2 ratings" in "".join(rater_agreement.ceiling_blocks(ceiling))
+    whole = rater_agreement.Ceiling(source="", r2=np.array([0.9, 0.7]))
+    assert whole.mean_r2 == pytest.approx(0.8) and "Measurable" not in "".join(rater_agreement.ceiling_blocks(whole))
 
 
 def test_ceilings_for_2_to_30_raters_where_their_number_is_not_known():

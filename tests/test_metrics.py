@@ -518,8 +518,9 @@ def test_alarms_name_a_remedy():
     alarms += verdicts.classification_alarms(np.tile([0.9, 0.1], (40, 1)), np.arange(40) % 2, ["ear", "tail"])
     alarms += verdicts.regression_alarms(rows % 7 / 7, np.where(rows < 39, 3.0, 4.0), ["Valence"])
     alarms += judging.identical_fold_alarms([{"fold": 0, "r2": 0.1}, {"fold": 1, "r2": 0.1}])
-    alarms += score_judging.slope_alarms(
-        [{"target": "Valence", "r2": -0.5, "pearson_r": 0.6, "bias": 2.0, "slope": 0.3}])
+    shifted = {"target": "Valence", "r2": -0.5, "pearson_r": 0.6, "pearson_r_low": 0.2, "bias": 2.0, "slope": 0.3}
+    alarms += score_judging.slope_alarms([shifted])
+    assert not score_judging.slope_alarms([{**shifted, "pearson_r_low": low} for low in (-0.1, math.nan)]), "by chance"
     alarms.append(seen_rows.sentences(["train"])["train"])
     alarms += confounding.flagged_doubts([{"name": "camera", "red_flag": True}])
     assert len(alarms) == 13 and all("--" in alarm for alarm in alarms), alarms
