@@ -12,6 +12,7 @@ import common
 from evidence import (
     class_judging, judging, metric_names, prediction_tables, reporting, score_judging, seen_rows, verdicts)
 
+PREDICTIONS = ("predictions_folds.csv", "predictions_test.csv", "predictions_val.csv")  # the first of a run counts
 FEWEST_SHARED = 5  # rows of two runs that are compared
 
 
@@ -66,19 +67,25 @@ def same_rows(tables, paths):
 def compare_runs(folders, say):
     """compare_tables of any two run folders, on the rows that both have predicted.
 
-    say: what is told, as notes, of pairs that cannot be compared.
+    say: what is told, as notes, of runs and pairs that cannot be compared.
     """
-    files = ("predictions_folds.csv", "predictions_test.csv", "predictions_val.csv")
-    found = [next(filter(Path.exists, map(folder.joinpath, files)), None) for folder in folders]
-    tables = {path: prediction_tables.labelled(prediction_tables.read_predictions(path)) for path in found if path}
+    if len(folders) == 1:
+        say(f"note: {folders[0].name} is the only run of its script: nothing to compare it with")
+    tables = {}
+    for folder in folders:
+        path = next(filter(Path.exists, map(folder.joinpath, PREDICTIONS)), None)
+        if path:
+            tables[path] = prediction_tables.labelled(prediction_tables.read_predictions(path))
+        else:
+            say(f"note: {folder.name} is not compared: it holds none of {', '.join(PREDICTIONS)}")
     rows = []
     for paths in itertools.combinations(tables, 2):
         pair = [tables[path] for path in paths]
         shared = np.intersect1d(pair[0].row_names, pair[1].row_names)
-        if len(shared) < FEWEST_SHARED:
-            continue
-        pair = [prediction_tables.take(table, np.isin(table.row_names, shared)) for table in pair]
         try:
+            if len(shared) < FEWEST_SHARED:
+                raise common.UserError(f"they share {len(shared)} rows, expected {FEWEST_SHARED} or more")
+            pair = [prediction_tables.take(table, np.isin(table.row_names, shared)) for table in pair]
             rows += compare_tables(same_rows(pair, paths), [path.parent.name for path in paths])
         except common.UserError as error:
             say(f"note: {paths[0].parent.name} and {paths[1].parent.name} are not compared: {error}")

@@ -420,6 +420,20 @@ def test_runs_that_cannot_be_compared_are_a_note(tmp_path):
     assert len(said) == 2 and all(text.startswith("note: ") and "other true values" in text for text in said)
 
 
+def test_runs_with_little_to_compare_are_a_note(tmp_path):
+    said = []
+    folders = [tmp_path / f"run_{k}" for k in (1, 2, 3)]
+    for folder, rows in zip(folders, (scores()[:4], scores(), [])):
+        folder.mkdir()
+        if rows:
+            common.write_table(folder / "predictions_val.csv", rows)
+    assert table_judging.compare_runs(folders, said.append) == table_judging.compare_runs(folders[:1], said.append) == []
+    for text, words in zip(said, ("run_3 is not compared: it holds none of predictions_folds.csv",
+                                  "run_1 and run_2 are not compared: they share 4 rows, expected 5",
+                                  "run_1 is the only run"), strict=True):
+        assert text.startswith("note: ") and words in text
+
+
 # --- what is refused before anything is written ---------------------------------------------------------
 
 @pytest.mark.parametrize("flags, words", [
