@@ -138,28 +138,32 @@ class NameIndex:
     def match(self, names, exact=False):
         """Clean names -> {name: Fit}; a file that does not agree counts only where it is unique on both sides.
 
-        Of a name that no file agrees with it is tried what a browser makes of it: 'a%20b.png' -> 'a b.png'. exact: no
-        guess counts.
+        exact: no guess counts.
         """
         fits = {}
         wanted_as = collections.defaultdict(set)  # file -> ends of the names that do not agree; '' for those that do
         for name in names:
-            below = without_root(name)
-            fit = self.find(below)
-            unquoted = without_root(urllib.parse.unquote(name))
-            if not fit.agrees and self.find(unquoted).files:
-                below = unquoted
-                fit = self.find(unquoted)
+            below, fit = self._find_below(name)
             fits[name] = fit
             fit.is_guess = not fit.agrees or below != posixpath.normpath(name)
             end = "" if fit.agrees else "/".join(below.casefold().split("/")[-2:])
             for file in fit.files:
                 wanted_as[file].add(end)
         for name, fit in fits.items():
-            is_unique = len(fit.files) == 1 == len(wanted_as[fit.files[0]])
+            is_unique = len(fit.files) == 1 and len(wanted_as[fit.files[0]]) == 1
             if not (fit.agrees or is_unique) or (exact and fit.is_guess):
                 fits[name] = Fit([])
         return fits
+
+    def _find_below(self, name):
+        """(a name below the folder, its Fit); where no file agrees, read as a browser's: 'a%20b.png' -> 'a b.png'."""
+        below = without_root(name)
+        fit = self.find(below)
+        if fit.agrees:
+            return below, fit
+        unquoted = without_root(urllib.parse.unquote(name))
+        other = self.find(unquoted)
+        return (unquoted, other) if other.files else (below, fit)
 
     def _split(self, name):
         """'a/B.JPG' -> (['B', 'a'], '.JPG'): from the name of the file outwards."""
