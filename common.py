@@ -159,6 +159,12 @@ def new_file(text):
     return path
 
 
+def best_model_of(text):
+    """argparse type: Path of a checkpoint; of a run folder, its best_model.pth."""
+    path = Path(text)
+    return path / "best_model.pth" if path.is_dir() else path
+
+
 WHOLE = bounded(int, 0)
 POSITIVE = bounded(int, 1)
 AMOUNT = bounded(float, 0)
@@ -182,8 +188,8 @@ def add_run_arguments(parser):
         metavar="{auto,RUN,CHECKPOINT}",
         help="continue exactly: auto = the newest unfinished run with these flags; or a run folder; "
              "or a checkpoint")
-    add("--init_from", type=Path, metavar="CHECKPOINT",
-        help="a new run from the weights of a checkpoint (fine-tuning)")
+    add("--init_from", type=best_model_of, metavar="CHECKPOINT",
+        help="a new run from the weights of a checkpoint, or of a run folder (fine-tuning)")
     add("--save_every", type=WHOLE, default=10, may_change=True,
         help="epochs between checkpoint_epoch_N.pth; 0 = none")
     add("--save_minutes", type=AMOUNT, default=10.0, may_change=True,

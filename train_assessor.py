@@ -38,12 +38,13 @@ HISTORY_METRICS = ("mse", "mae", "r2", "pearson_r")
 SMALL_DATA = Path(__file__).with_name("configs") / "assessor_small_data.yaml"
 SMALL_DATA_BELOW = 3000  # pictures
 OVERFITTING_REMEDY = "Fewer trained layers (--freeze_stages 3 --freeze_norm), --head ridge, more pictures"
-CHECKPOINT_FLAGS = "backbone head dropout image_size flip_average freeze_backbone".split()
-MODEL_FLAGS = {"config", "backbone", "pretrained", "weights", "init_from"}  # whoever gives one has chosen a model
+NETWORK_FLAGS = "backbone head dropout image_size flip_average".split()  # --init_from takes them from the checkpoint
+CHECKPOINT_FLAGS = [*NETWORK_FLAGS, "freeze_backbone"]
+MODEL_FLAGS = {"config", "backbone", "pretrained", "weights"}  # whoever gives one has chosen a model
 
 
-def parse_args(argv=None, recipe="plain"):
-    """The flags; recipe: small_data or plain, whose settings stand in for flags that are not given."""
+def parse_args(argv=None, recipe="plain", **network):
+    """The flags; those that are not given are as in network (of network_to_start_from), else as in the recipe."""
     parser = common.Parser(__doc__)
     common.add_shared_arguments(parser)
     data = parser.group("images and ratings")
@@ -79,6 +80,7 @@ def parse_args(argv=None, recipe="plain"):
           help="validation metric that chooses the epoch; last = the last one, so that validation rows choose nothing")
     if recipe == "small_data":
         parser.set_defaults(**common.config_values(parser, SMALL_DATA))
+    parser.set_defaults(**network)
     args = common.parse_arguments(parser, argv)
     splitting.check_flags(parser, args)
     return args
@@ -91,11 +93,21 @@ class OneOrSeveral(argparse.Action):
         setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
-def choose_recipe(args, pictures):
-    """small_data or plain: what --recipe says, or for auto what suits the number of pictures."""
+def network_to_start_from(args):
+    """{flag: value} of the network whose weights --init_from names; {} without it."""
+    if not args.init_from:
+        return {}
+    content = common.load_model_file(args.init_from)
+    with common.checkpoint_fields(args.init_from):
+        return {name: content[name] for name in NETWORK_FLAGS}
+
+
+def choose_recipe(args, pictures, network):
+    """small_data or plain: what --recipe says, or for auto what suits the network and the number of pictures."""
     if args.recipe != "auto":
         return args.recipe
-    has_chosen = bool(args.given & MODEL_FLAGS) or ("head" in args.given and args.head != "ridge")
+    head = args.head if "head" in args.given else network.get("head", "ridge")
+    has_chosen = bool(args.given & MODEL_FLAGS) or head != "ridge"
     return "plain" if pictures >= SMALL_DATA_BELOW or has_chosen else "small_data"
 
 
@@ -180,7 +192,7 @@ def load_study(args, run, table):
     for note in table.notes + matching:
         run.say(f"note: {note}")
     columns = {name: cells.to_numpy(str)[rows] for name, cells in table.extra.items()}
-    single = {name: [each[row] for row in rows] for name, each in (table.ratings_by_image or {}).items()}
+    single = {name: [each[row] for row in rows] for name, each in table.ratings_by_image.items()}
     return Study(
         names=table.names,
         images=np.array(table.images, dtype=str)[rows],
@@ -312,7 +324,7 @@ def rating_weights(study, rows, loss):
     noise = study.sd ** 2 / raters
     weights = 1 / (1 + noise / np.nanvar(study.ratings[rows], axis=0))
     weights[~(study.sd > 0)] = np.nan
-    return np.nan_to_num(weights / np.nanmean(weights[rows], axis=0), nan=1.0)
+    return np.nan_to_num(weights / common.mean_without_nan(weights[rows], axis=0), nan=1.0)
 
 
 def fit_scaler(ratings, normalize):
@@ -396,7 +408,7 @@ def fit(run, args, study, split, features):
     plotting.plot_batch(run, train_loader.dataset, study.labels(split["train"]))
     model = build_model(args, np.nanmean(scaled_ratings(study, scaler)[split["train"]], axis=0))
     if args.init_from:
-        backbones.start_from(model, args.init_from, args.freeze_backbone, names=study.names)
+        backbones.start_from(model, args.init_from, args.freeze_backbone)
     model = compute.place(model)
     model.freeze_backbone(args.freeze_backbone)
     if args.batch_size < 2 * compute.processes.size:  # BatchNorm refuses a single value: tried before any epoch
@@ -720,18 +732,30 @@ def compare_backbones(run, several, study):
     table_judging.write_runs_page(run, run.folder, runs, most_compared=len(runs))
 
 
-def main():
-    args = parse_args()  # once to count the pictures, which chooses the recipe, whose values are the defaults then
+def parse_args_with_recipe():
+    """(The flags, the table that they name, small_data or plain).
+
+    What is typed wins over the recipe, which depends on the number of pictures, in the table that the flags name. So
+    they are parsed twice: to find the table, and with the values of the recipe as defaults.
+    """
+    args = parse_args()
     table = read_table(args)
-    recipe = choose_recipe(args, len(table.images))
-    args = parse_args(recipe=recipe)
+    network = network_to_start_from(args)
+    recipe = choose_recipe(args, len(table.images), network)
+    return parse_args(recipe=recipe, **network), table, recipe
+
+
+def main():
+    args, table, recipe = parse_args_with_recipe()
     with common.start_run(args, fixed_shapes=True) as run:
         if not run.resumed:
             named = " ".join(np.atleast_1d(args.backbone))
             run.say(f"note: recipe {recipe} for {len(table.images)} pictures, unless --recipe says another: --backbone "
                     f"{named} --head {args.head} --epochs {args.epochs} --select {args.select} ...")
         several = flags_of_backbones(args)
-        for own in several:  # a wrong name or file of weights stops here, before pictures are decoded
+        for own in several:  # wrong names, weights and checkpoints stop here, before pictures are decoded
+            if args.init_from:
+                backbones.starting_weights(args.init_from, names=table.names, backbone=own.backbone, head=args.head)
             build_backbone(own, args.head)
         study = load_study(args, run, table)
         if len(several) > 1:
