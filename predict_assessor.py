@@ -83,6 +83,8 @@ def parse_args(argv=None):
         parser.error("no pictures given; name them with --image_dir, --image_list or --images")
     if args.explain_rating and not args.explain:
         parser.error(f"--explain_rating {args.explain_rating} says what --explain shows; give both")
+    if args.explain and args.output.suffix.lower() == ".html":
+        parser.error(f"--explain writes its page to {args.output}; give --output another ending, such as .csv")
     return args
 
 
@@ -110,9 +112,11 @@ def load_members(files, compute):
                 raise common.UserError(
                     f"{path} has {key} {member.settings.get(key)}, {files[0]} {first.get(key)}; members of one mean "
                     "must agree")
+    networks = dict.fromkeys(
+        "{backbone}, head {head}, flip average {flip_average}".format(**member.settings) for member in members)
     epochs = ", ".join(str(member.settings["epoch"]) for member in members)
-    print(f"model: {first['backbone']}, head {first['head']}, {first['image_size']} px, {len(first['names'])} ratings, "
-          f"flip average {first['flip_average']}, {len(members)} checkpoint(s) of epochs {epochs}", flush=True)
+    print(f"model: {'; '.join(networks)}; {first['image_size']} px, {len(first['names'])} ratings, "
+          f"{len(members)} checkpoint(s) of epochs {epochs}", flush=True)
     return members
 
 
@@ -236,16 +240,16 @@ def main():
     readable = [i for i, error in enumerate(errors) if not error]
     print(f"{len(inputs)} pictures, {len(inputs) - len(readable)} could not be read (see the error column); "
           f"written to {args.output}")
-    if not (args.explain or args.export):
-        return
-    if not readable:
+    if not readable and (args.explain or args.export):
         raise common.UserError(f"no picture could be read, and --explain and --export need one; see {args.output}")
-    shown = readable[:args.explain or 10]
-    pixels = torch.stack([pictures[0, i]["pixels"] for i in shown])  # (B, S, S, 3)
+
+    def pixels_of(rows):  # (B, S, S, 3)
+        return torch.stack([pictures[0, i]["pixels"] for i in rows])
     if args.explain:
-        write_heat_maps(args, members, chosen, [inputs[i][0] for i in shown], pixels.numpy(), compute)
+        shown = readable[:args.explain]
+        write_heat_maps(args, members, chosen, [inputs[i][0] for i in shown], pixels_of(shown).numpy(), compute)
     if args.export:
-        export(args.export, members, pixels)
+        export(args.export, members, pixels_of(readable[:10]))
 
 
 if __name__ == "__main__":

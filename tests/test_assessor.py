@@ -480,6 +480,18 @@ def test_a_package_that_an_export_lacks_is_named_before_anything_is_read(monkeyp
         predict_assessor.parse_args(flags)
 
 
+def test_an_export_is_checked_on_ten_pictures_whatever_is_explained(sample, trained, tmp_path, monkeypatch):
+    counts = {}
+    monkeypatch.setattr(predict_assessor, "export", lambda path, members, pixels: counts.update(exported=len(pixels)))
+    monkeypatch.setattr(predict_assessor, "write_heat_maps", lambda args, members, chosen, titles, pixels, compute:
+                        counts.update(explained=len(pixels), titles=len(titles)))
+    words = ["--checkpoint", trained, "--image_dir", sample.images, "--output", tmp_path / "p.csv", "--explain", 2,
+             "--export", tmp_path / "m.pt2", "--num_workers", 0]
+    monkeypatch.setattr(sys, "argv", ["predict_assessor.py", *map(str, words)])
+    predict_assessor.main()
+    assert counts == {"explained": 2, "titles": 2, "exported": 10}
+
+
 def test_what_is_exported_of_several_models_is_their_mean(folds):
     members = predict_assessor.load_members(common.checkpoint_files([folds]), common.choose_compute("cpu", "off"))
     pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -530,6 +542,15 @@ def test_members_of_other_ratings_are_refused(sample, trained, tmp_path):
     assert "must agree" in text
 
 
+def test_members_that_differ_are_each_said(trained, tmp_path, capsys):
+    content = common.read_checkpoint(trained / "best_model.pth")
+    common.save_checkpoint(tmp_path / "other.pth", content | {"flip_average": True})
+    files = [trained / "best_model.pth", trained / "best_model.pth", tmp_path / "other.pth"]
+    predict_assessor.load_members(files, common.choose_compute("cpu", "off"))
+    network = "shufflenet_v2_x0_5, head mlp, flip average"
+    assert f"model: {network} False; {network} True; 32 px, 2 ratings, 3 checkpoint(s)" in capsys.readouterr().out
+
+
 def test_conformal_interval_is_the_residual_quantile(folds):
     members = predict_assessor.load_members(
         common.checkpoint_files([folds]), common.choose_compute("cpu", "off")
@@ -568,6 +589,7 @@ def test_a_list_of_pictures_is_read_as_windows_writes_it(tmp_path, encoding):
 @pytest.mark.parametrize("flags, message", [
     (["--output", "nowhere/p.csv"], "--output: nowhere/p.csv: expected a file, in a folder that exists"),
     (["--output", "."], "expected a file"), (["--output", os.devnull], "expected a file"), (["--export", "nowhere/m.pt2"], "--export: nowhere/m.pt2: expected a file"),
+    (["--explain", "1", "--output", "p.html"], "another ending, such as .csv"),
     (["--explain_rating", "Valence"], "says what --explain shows")])
 def test_what_prediction_cannot_do_is_said_at_once(flags, message, capsys):
     with pytest.raises(SystemExit) as left:
