@@ -107,8 +107,8 @@ def choose_recipe(args, pictures, network):
     if args.recipe != "auto":
         return args.recipe
     head = args.head if "head" in args.given else network.get("head", "ridge")
-    has_chosen = bool(args.given & MODEL_FLAGS) or head != "ridge"
-    return "plain" if pictures >= SMALL_DATA_BELOW or has_chosen else "small_data"
+    is_plain = pictures >= SMALL_DATA_BELOW or args.given & MODEL_FLAGS or head != "ridge"
+    return "plain" if is_plain else "small_data"
 
 
 # --- data: row on disk -> table -> sample ---------------------------------------------
