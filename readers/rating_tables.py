@@ -277,7 +277,6 @@ def _wide_ratings(columns):
     n_columns = [columns.partner(name, "n") for name in chosen]
     extra = columns.table.drop(columns={columns.image, *chosen, *sd_columns, *n_columns} - {None})
     unused = [name for name in extra.columns if name in columns.roles and columns.roles[name][0] in SPREAD]
-    codes_of_counts = [code for code in columns.codes or [] if code < 0]  # 99 raters are no code
     notes = columns.table.attrs["notes"]
     if len(extra.columns):
         notes.append(f"columns that are no ratings: {common.shorten_list(extra.columns)}")
@@ -291,23 +290,20 @@ def _wide_ratings(columns):
     return RatingsTable(
         names=[columns.means.get(name, name) for name in chosen],
         images=list(columns.table[columns.image]),
-        mean=_number_columns(columns, chosen, columns.codes),
-        sd=_number_columns(columns, sd_columns, columns.codes, lowest=0),
-        n=_number_columns(columns, n_columns, codes_of_counts, lowest=0),
+        mean=_number_columns(columns, chosen),
+        sd=_number_columns(columns, sd_columns, lowest=0),
+        n=_number_columns(columns, n_columns, lowest=0),
         ratings_by_image={},
         extra=extra,
         notes=notes)
 
 
-def _number_columns(columns, names, codes, lowest=-np.inf):
-    """(N, R) of R columns, NaN where one is None; None where all are.
-
-    codes: as in _without_codes. UserError for numbers below the lowest that can be.
-    """
+def _number_columns(columns, names, lowest=-np.inf):
+    """(N, R) of R columns, NaN where one is None; None where all are. UserError for numbers below the lowest."""
     import pandas as pd
     if not any(names):
         return None
-    found = _without_codes(columns, {name: columns.numbers(name) for name in names if name}, codes)
+    found = _without_codes(columns, {name: columns.numbers(name) for name in names if name})
     faults = [f"{name} in line {common.shorten_list(values.index[values < lowest])}"
               for name, values in found.items() if values.min() < lowest]
     if faults:
@@ -316,24 +312,28 @@ def _number_columns(columns, names, codes, lowest=-np.inf):
     return pd.DataFrame(found).reindex(columns=names).to_numpy()
 
 
-def _without_codes(columns, found, codes):
-    """{name: numbers by line} with NaN for missing codes, which a note counts.
+def _without_codes(columns, found):
+    """{name: numbers by line} with NaN for --missing_codes, which a note counts. UserError for what looks like others.
 
-    UserError, where codes is None, for what looks like one.
+    In numbers of raters only those below 0 are codes: 99 raters are 99.
     """
-    if codes is not None:
-        is_code = {name: values.isin(codes) for name, values in found.items()}
-        counts = [f"{name} {cells.sum()}" for name, cells in is_code.items() if cells.any()]
-        if counts:
-            columns.table.attrs["notes"].append(f"cells taken for missing: {common.shorten_list(counts)}")
-        return {name: values.mask(is_code[name]) for name, values in found.items()}
     faults = []
+    counts = []
     for name, values in found.items():
-        faults += _code_faults(name, values)
+        role, _ = columns.roles.get(name, (None, name))
+        is_count = role == "n"
+        is_code = values.isin(columns.codes or []) & ~(is_count & (values >= 0))
+        found[name] = values.mask(is_code)
+        if is_code.any():
+            counts.append(f"{name} {is_code.sum()}")
+        if columns.codes != [] and not is_count:
+            faults += _code_faults(name, found[name])
+    if counts:
+        columns.table.attrs["notes"].append(f"cells taken for missing: {common.shorten_list(counts)}")
     if faults:
         raise common.UserError(
             f"{columns.source}: codes for missing answers? {common.shorten_list(faults, 5)}. To take such "
-            "numbers for missing: --missing_codes NUMBERS; to keep all: --missing_codes without a number.")
+            "numbers for missing: --missing_codes NUMBERS, all of them; to keep all: --missing_codes without a number.")
     return found
 
 
@@ -363,7 +363,7 @@ def _single_ratings(columns):
     else:
         used = columns.targets()
         by_name = {columns.means.get(name, name): columns.numbers(name) for name in used}
-    return _summarise_singles(columns, _without_codes(columns, by_name, columns.codes), used)
+    return _summarise_singles(columns, _without_codes(columns, by_name), used)
 
 
 def _summarise_singles(columns, found, used):

@@ -393,6 +393,7 @@ def test_codes_for_missing_answers_stop_the_run_or_are_missing(tmp_path, code, s
     assert rating_tables.read_ratings(path, missing_codes=[]).mean.tolist() == [[round(value, 3)] for value in values]
     with pytest.raises(common.UserError, match="all ratings are missing for 3, 7"):
         rating_tables.read_ratings(path, missing_codes=[code])
+    assert f"x is {code} in 2 cells" in fails(rating_tables.read_ratings, path, missing_codes=[-98])
 
 
 def test_high_ratings_are_no_codes(tmp_path):
