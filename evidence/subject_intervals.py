@@ -94,9 +94,9 @@ class Result:
         kind = "per_target" if self.confusion is None else "per_class"
         each = [{"name": name, "n": self.n[k], **self.each.record(k)}
                 for k, name in enumerate(self.names)]
+        fields = ("sign_flip_p", "per_subject", "subjects", "rows", "unit", "method")
         return {"baseline_name": self.baseline_name, **self.overall.record(), kind: each,
-                "sign_flip_p": self.sign_flip_p, "per_subject": self.per_subject, "subjects": self.subjects,
-                "rows": self.rows, "unit": self.unit, "method": self.method}
+                **{name: getattr(self, name) for name in fields}}
 
 
 # --- the engine: a statistic of how often each subject is drawn -> estimates -------------------------
@@ -119,29 +119,21 @@ def estimate(model, baseline, subjects, unit, *, names, n, rows, support, draws=
         estimates[place] = Estimate(value, value * np.nan, value * np.nan)
     method = f"no interval: only {subjects} {unit}"
     if subjects >= FEWEST_FOR_INTERVAL:
-        way = "t-interval"
-        spread = subjects - 1
-        if subjects >= FEWEST_FOR_BOOTSTRAP:
-            way = "bootstrap interval"
-            spread = subjects / (subjects - 1)
-        reach = t_quantile(subjects - 1) * math.sqrt(spread)
-        method = f"{LEVEL:.0%} {way} over {subjects} {unit}"
-        if folds > 1:
-            # Models that share train rows err alike, and resampled rows do not show it: the variance is multiplied by
-            # 1 + K n_test / n_train (Nadeau & Bengio 2003).
-            widening = math.sqrt(1 + folds / (folds - 1))
-            reach *= widening
-            method += f", widened x{widening:.2f} for {folds} folds (simulated coverage at five folds: {FOLD_COVERAGE})"
+        reach, method = _reach_of_interval(subjects, unit, folds)
         block = max(1, 1_000_000 // rows)  # resamples at a time
         drawn = [_compare(model, baseline, weights) for weights in draw_subjects(subjects, draws, seed, block)]
         for place, found in estimates.items():
             side, scope, metric = place
             values = np.concatenate([part[place] for part in drawn])
             scale = None if side == "difference" else metric_names.METRICS[metric].normal_scale
+            rests_on = np.asarray(support.get((scope, metric), subjects))
             ends = _t_ends(found.value, values, reach, scale)
-            rests_on = support.get((scope, metric), subjects)
-            found.low, found.high = _rare_ends(found.value, ends, rests_on, scale)
-        _hold_differences(estimates)
+            if scale in SHARE_RANGES:
+                ends = _exact_where_certain(found.value, ends, rests_on, SHARE_RANGES[scale])
+            found.low, found.high = np.where(rests_on >= FEWEST_FOR_INTERVAL, ends, np.nan)
+        for (side, *place), found in estimates.items():
+            if side == "difference":
+                _hold_difference(found, estimates["model", *place], estimates["baseline", *place])
     if subjects > MOST_FOR_SIGN_FLIP or baseline is None or unit == TIME_BLOCKS or folds > 1:
         per_subject = {}
     elif per_subject is None:
@@ -157,6 +149,27 @@ def estimate(model, baseline, subjects, unit, *, names, n, rows, support, draws=
         per_subject=per_subject,
         sign_flip_p={metric: sign_flip_p(values) for metric, values in per_subject.items()},
         **described)
+
+
+def _reach_of_interval(subjects, unit, folds):
+    """(reach, method): how many sds of the draws an interval ends from the value, and how that is said.
+
+    The variance of S values that leave one subject out is 1 / (S - 1) of that of the metric (jackknife), the one of
+    resamples (S - 1) / S of it (bootstrap). Models of several folds that share train rows err alike, and resampled rows
+    do not show it: the variance is multiplied by 1 + K n_test / n_train (Nadeau & Bengio 2003).
+    """
+    way = "t-interval"
+    missing = subjects - 1
+    if subjects >= FEWEST_FOR_BOOTSTRAP:
+        way = "bootstrap interval"
+        missing = subjects / (subjects - 1)
+    reach = t_quantile(subjects - 1) * math.sqrt(missing)
+    method = f"{LEVEL:.0%} {way} over {subjects} {unit}"
+    if folds < 2:
+        return reach, method
+    widening = math.sqrt(1 + folds / (folds - 1))
+    method += f", widened x{widening:.2f} for {folds} folds (simulated coverage at five folds: {FOLD_COVERAGE})"
+    return reach * widening, method
 
 
 def _pseudo_values(model, baseline, whole, subjects):
@@ -216,31 +229,27 @@ def _t_ends(whole, drawn, reach, scale):
     return np.minimum(low, whole), np.maximum(high, whole)
 
 
-def _hold_differences(estimates):
-    """Cut each difference to what the intervals of its two sides allow; none where a side has none."""
-    for (side, *place), found in estimates.items():
-        if side == "difference":
-            model = estimates["model", *place]
-            baseline = estimates["baseline", *place]
-            # what no resample changes, such as the gain of a perfect model, is as doubtful as its two sides
-            size = np.abs(found.value)
-            is_rounding = size < 1e-9 * (np.abs(model.value) + np.abs(baseline.value))
-            is_certain = (found.high - found.low < 1e-9 * size) & ~is_rounding
-            widening = np.where(is_certain, np.inf, 0.0)
-            found.low = np.maximum(found.low - widening, model.low - baseline.high)
-            found.high = np.minimum(found.high + widening, model.high - baseline.low)
-
-
-def _rare_ends(value, ends, support, scale):
-    """(low, high), NaN for what rests on too few subjects; exact where all are right or wrong in every resample."""
+def _exact_where_certain(value, ends, support, bottom):
+    """(low, high) of what lies between `bottom` and 1: exact where all are right or wrong in every resample."""
     low, high = ends
-    if scale in SHARE_RANGES:
-        bottom = SHARE_RANGES[scale]
-        share = (value - bottom) / (1 - bottom)
-        is_certain = np.isin(share, (0.0, 1.0)) & (high - low < 1e-3)
-        doubted = np.array(np.vectorize(share_interval, otypes=[float, float])(share * support, support))
-        ends = np.where(is_certain, bottom + (1 - bottom) * doubted, ends)
-    return np.where(np.asarray(support) >= FEWEST_FOR_INTERVAL, ends, np.nan)
+    span = 1 - bottom
+    share = (value - bottom) / span
+    is_certain = np.isin(share, (0.0, 1.0)) & (high - low < 1e-3)
+    exact = np.array(np.vectorize(share_interval, otypes=[float, float])(share * support, support))
+    return np.where(is_certain, bottom + span * exact, ends)
+
+
+def _hold_difference(found, model, baseline):
+    """Cut a difference to what the intervals of its two sides allow; it has none where a side has none.
+
+    What no resample changes, such as the gain of a perfect model, is as doubtful as its two sides.
+    """
+    size = np.abs(found.value)
+    is_rounding = size < 1e-9 * (np.abs(model.value) + np.abs(baseline.value))
+    is_certain = (found.high - found.low < 1e-9 * size) & ~is_rounding
+    widening = np.where(is_certain, np.inf, 0.0)
+    found.low = np.maximum(found.low - widening, model.low - baseline.high)
+    found.high = np.minimum(found.high + widening, model.high - baseline.low)
 
 
 def _logit(share):
