@@ -40,15 +40,25 @@ def regression_alarms(predicted, target, names):
     alarms = [f"{fault}: {', '.join(itertools.compress(names, flags))}. {remedy}"
               for fault, flags, remedy in faults if flags.any()]
     repeats = np.unique(predicted, axis=0, return_counts=True)[1].max()
-    if repeats >= _fewest_repeats(predicted) and not is_constant.all():
+    if repeats >= _fewest_repeats(predicted, min(modal)) and not is_constant.all():
         alarms.append(f"the same prediction for {repeats} of {len(predicted)} rows. {REPEATS_REMEDY}")
     return alarms
 
 
-def _fewest_repeats(predicted):
-    """How many equal rows of (N, K) predictions speak for a fault: 3; of rounded ones, which meet by chance, a fifth."""
-    is_rounded = np.allclose(predicted, predicted.round(3), rtol=0)
-    return max(3, len(predicted) / 5) if is_rounded else 3
+def _fewest_repeats(predicted, modal):
+    """How many equal rows of (N, K) predictions speak for a fault: 3, of coarse ones, which meet by chance, more.
+
+    Coarse: each a multiple of 1 / k with k up to 1000, as rounded ones, whole points of a scale, and the shares of
+    neighbours or of a tree's leaf. modal: how many rows share the most frequent label; on a scale of few points it is
+    no fault to predict it often.
+    """
+    rest = np.unique(predicted[np.isfinite(predicted)])
+    for k in range(1, 1001):
+        rest = rest[np.abs(rest * k - np.round(rest * k)) > 1e-8 * k]
+    if len(rest):
+        return 3
+    rows = len(predicted)
+    return min(rows, max(3, math.ceil(rows / 5), 3 * modal))
 
 
 def split_gap_alarms(train_metrics, val_metrics, remedy, metric="pearson_r"):
@@ -79,6 +89,7 @@ def classification_alarms(probability, label, names, threshold=None, positive=1)
         alarms.append(f"one class only: {names[given[0]]} is given to all {rows} rows. Balance the classes "
                       "(--balance sampler), or train longer (--epochs)")
     of_class = label[:, None] == np.arange(len(names))  # (N, C)
+    counts = of_class.sum(0)
     flat = probability.std(0) < 0.05 * of_class.std(0)
     if flat.any():
         alarms.append("constant output (sd of the probability under 5 % of the labels'): "
@@ -86,13 +97,12 @@ def classification_alarms(probability, label, names, threshold=None, positive=1)
     rounded = np.round(probability, 6)
     unsure = rounded[rounded.max(1) < 0.999]  # rows that are told apart with ease have nearly 0 and 1
     values, repeats = np.unique(unsure, axis=0, return_counts=True)
-    fewest = _fewest_repeats(probability)
+    fewest = _fewest_repeats(probability, counts.max())
     often = repeats >= fewest
     if often.any():
-        alarms.append(f"the same probability {math.ceil(fewest)} times or more: {repeats[often].sum()} of {rows} rows share "
-                      f"{often.sum()} values, {repeats.max()} of them {names[positive]} "
-                      f"{values[repeats.argmax(), positive]:.6f}. {REPEATS_REMEDY}")
-    counts = of_class.sum(0)
+        alarms.append(f"the same probability {fewest} times or more, in {repeats[often].sum()} of {rows} rows; that of "
+                      f"{names[positive]} is {values[repeats.argmax(), positive]:g} in {repeats.max()} of them. "
+                      f"{REPEATS_REMEDY}")
     if counts.max() >= 0.95 * counts.sum() > 0:
         alarms.append(f"labels almost all equal: {names[counts.argmax()]} in {counts.max()} of {counts.sum()} rows. "
                       "Add rows of other classes")

@@ -400,10 +400,26 @@ def test_rounding_is_no_repeated_probability(digits):
     label = draw.integers(0, 2, 200)
     score = np.round(1 / (1 + np.exp(-(2 * label - 1 + draw.normal(size=200)))), digits)
     assert verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]) == []
-    few = np.where(label == 1, 0.7, 0.4)
+    few = np.where(label == 1, 1 / 2 ** 0.5, 0.4)
     few[::3] = 0.55
     [alarm] = verdicts.classification_alarms(np.stack([1 - few, few], 1), label, ["a", "b"])
-    assert alarm.startswith("the same probability 40 times or more: 200 of 200 rows share 3 values")
+    assert alarm.startswith("the same probability 3 times or more, in 200 of 200 rows; that of b is ")
+
+
+def test_answers_as_coarse_as_the_labels_are_no_fault():
+    """Whole points of a scale, the shares of five neighbours, the shares in a tree's leaves; one answer alone is one."""
+    draw = np.random.default_rng(0)
+    points = draw.integers(1, 6, (200, 1)).astype(float)
+    predicted = np.clip(points + draw.integers(-1, 2, (200, 1)), 1, 5)
+    assert np.unique(predicted, return_counts=True)[1].max() > 40
+    assert verdicts.regression_alarms(predicted, points, ["pain"]) == []
+    mostly = np.where(np.arange(200)[:, None] < 190, 3.0, predicted)
+    assert faults(verdicts.regression_alarms(mostly, points, ["pain"])) == ["the same prediction for 192 of 200 rows"]
+    label = draw.integers(0, 2, 200)
+    neighbours = np.clip(2 * label + draw.integers(0, 4, 200), 0, 5) / 5
+    leaves = np.array([2 / 31, 11 / 13, 5 / 7])[label + (np.arange(200) % 5 == 0)]
+    for score in (neighbours, leaves):
+        assert verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]) == []
 
 
 def test_the_remedy_for_equal_labels_is_one_of_the_script():
@@ -516,7 +532,7 @@ def test_alarms_name_a_remedy():
     alarms += verdicts.split_gap_alarms({"pearson_r": 0.9}, {"pearson_r": 0.1}, remedy="--head ridge")
     alarms += verdicts.split_gap_alarms({"pearson_r": 0.1}, {"pearson_r": 0.9}, "more rows")
     alarms += verdicts.classification_alarms(np.tile([0.9, 0.1], (40, 1)), np.arange(40) % 2, ["ear", "tail"])
-    alarms += verdicts.regression_alarms(rows % 7 / 7, np.where(rows < 39, 3.0, 4.0), ["Valence"])
+    alarms += verdicts.regression_alarms((rows % 7) ** 0.5, np.where(rows < 39, 3.0, 4.0), ["Valence"])
     alarms += judging.identical_fold_alarms([{"fold": 0, "r2": 0.1}, {"fold": 1, "r2": 0.1}])
     shifted = {"target": "Valence", "r2": -0.5, "pearson_r": 0.6, "pearson_r_low": 0.2, "bias": 2.0, "slope": 0.3}
     alarms += score_judging.slope_alarms([shifted])
