@@ -26,6 +26,7 @@ class Rows:
     groups: np.ndarray | None = None  # (M,) text
     seen: np.ndarray | None = None  # (M,) of seen_rows.WORDS
     warning: np.ndarray | None = None  # (M,) text, of row_warnings.texts
+    notes: list | tuple = ()  # sentences on how the table was read
 
     @property
     def row_names(self):
@@ -300,6 +301,8 @@ def _probabilities(table, prefix, names, path):
 
 ID_COLUMNS = "image clip_id name id filename file".split()
 FURTHER_KEYS = "event n_clips video start_sec end_sec fold".split()
+MOST_LOG_ODDS = 30  # beyond, logistics in float64 are soon the same 1
+OWN_KINDS = "true predicted sd low high".split()  # NAME_ of the model itself: no baselines
 LABEL_COLUMNS = ("true_label", "label", "true", "target")
 PLAIN_LABELS = ("0 1", "0.0 1.0", "no yes", "false true", "negative positive")  # the second one is the positive class
 
@@ -316,11 +319,14 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
         group_column = known_name(group_column, table, f"{path}, --group_column")
     elif "group" in table:  # so spelled: a column Group may be that of a treatment
         group_column = "group"
+    keys = _keys_of(table)
+    notes = []
     shared = {
-        "keys": _keys_of(table),
-        "groups": table[group_column].to_numpy(str) if group_column else None,
+        "keys": keys,
+        "groups": table[group_column].to_numpy(str) if group_column else _repeated_names(keys, notes),
         "seen": _seen_column(table),
         "warning": table["warning"].to_numpy(str) if "warning" in table else None,
+        "notes": notes,
     }
     predicted = [column.removesuffix("_predicted") for column in table if column.endswith("_predicted")]
     names = [name for name in predicted if f"{name}_true" in table]
@@ -381,9 +387,20 @@ def _keys_of(table):
     return keys | {heading: table[heading].to_numpy(str) for heading in FURTHER_KEYS if heading in table}
 
 
+def _repeated_names(keys, notes):
+    """(M,) names of rows as their groups, where they repeat as in repeated cross-validation; else None."""
+    heading, names = next(iter(keys.items()))
+    count = len(set(names))
+    if count in (1, len(names)) or "" in names:
+        return None
+    notes.append(f"{heading} has {count} values in {len(names)} rows: rows of one value are one group, as they are not "
+                 "independent (--group_column names another)")
+    return names
+
+
 def _seen_column(table):
     """(M,) of seen_rows.WORDS: the column `seen`; "not known" where there is none, or another word."""
-    words = table["seen"].to_numpy(str) if "seen" in table else np.full(len(table), "")
+    words = np.array(table.get("seen", [""] * len(table)), str)
     return np.where(np.isin(words, seen_rows.WORDS), words, "not known")
 
 
@@ -395,20 +412,26 @@ def _read_scores(table, path, names, baseline, shared):
              or csv_tables.looks_numeric(table[first + kind])]
     # without those of a score whose name begins with this one
     blocks = _known({kind: _block(table, [f"{name}_{kind}" for name in names], path) for kind in kinds})
-    target = blocks.pop("true")
-    predicted = blocks.pop("predicted")
-    spread = blocks.pop("sd", None)
-    found = ScoreTable(names=names, target=target, predicted=predicted, baselines=blocks, spread=spread, **shared)
-    if baseline in table and len(names) == 1:
-        found.baselines = {baseline: _block(table, [baseline], path)}
-    elif baseline:
-        baseline = known_name(baseline, blocks, path)
-        found.baselines = {baseline: blocks[baseline]}
-    elif "train_mean" not in blocks:  # another program's: a count or an error beside the scores is no prediction of them
-        found.baselines = {kind: block for kind, block in blocks.items()
-                           if kind in metric_names.BASELINES or found.quality(block) > 0}
-        found.baselines["mean_of_these_rows"] = baseline_models.train_mean_baseline(target, len(target))
-    return found
+    own = {kind: blocks.pop(kind, None) for kind in OWN_KINDS}
+    found = ScoreTable(names=names, target=own["true"], predicted=own["predicted"], spread=own["sd"], baselines=blocks,
+                       **shared)
+    return dataclasses.replace(found, baselines=_score_baselines(found, table, baseline, path))
+
+
+def _score_baselines(found, table, baseline, path):
+    """{name: (M, R)} of a ScoreTable whose baselines are all that may be one; baseline: as in read_predictions."""
+    if baseline in table and len(found.names) == 1:
+        return {baseline: _block(table, [baseline], path)}
+    blocks = found.baselines
+    if baseline:
+        name = known_name(baseline, blocks, path)
+        return {name: blocks[name]}
+    if "train_mean" in blocks:
+        return blocks
+    # another program's: a count or an error beside the scores is no prediction of them
+    likely = {kind: block for kind, block in blocks.items()
+              if kind in metric_names.BASELINES or found.quality(block) > 0}
+    return likely | {"mean_of_these_rows": baseline_models.train_mean_baseline(found.target, len(found.target))}
 
 
 def _read_probabilities(table, path, label_column, baseline, positive_class, shared):
@@ -424,7 +447,8 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
     blocks = {kind: _probabilities(table, f"{kind}_prob_", names, path) for kind in kinds}
     stated = _stated_class(table, names, path)
     found = _class_table(
-        names, table[label_column], _probabilities(table, "prob_", names, path), blocks, positive_class or stated, shared,
+        names, table[label_column], _probabilities(table, "prob_", names, path), blocks, baseline,
+        positive_class or stated, shared,
         threshold=_threshold(table, "threshold", path),
         baseline_thresholds=_known({kind: _threshold(table, f"{kind}_threshold", path) for kind in kinds}),
         logits=_block(table, [f"logit_{name}" for name in names], path))
@@ -459,24 +483,37 @@ def _read_binary(table, path, label_column, baseline, positive_class, shared):
     positive_class = known_name(positive_class or names[1], names, path)
     if positive_class == names[0]:
         names.reverse()
-
-    def both(column):
-        score = _block(table, [column], path)
-        if (score < 0).any() or (score > 1).any():
-            score = 1 / (1 + np.exp(-score))
-        return np.concatenate([1 - score, score], axis=1)
-    others = {baseline: both(known_name(baseline, table, path))} if baseline else {}
-    return _class_table(names, table[label_column], both("score"), others, positive_class, shared)
+    probability = _from_score(_block(table, ["score"], path), shared["notes"])
+    others = {}
+    if baseline:
+        others[baseline] = _from_score(_block(table, [known_name(baseline, table, path)], path), [])
+    return _class_table(names, table[label_column], probability, others, baseline, positive_class, shared)
 
 
-def _class_table(names, labels, probability, others, positive_class, shared, **further):
-    """ClassTable; the positive class is the one named, else the rarest; the default baseline is the class shares."""
+def _from_score(score, notes):
+    """(M, 2) probabilities in the order of the scores (M, 1): these, of log odds the logistic, of others their ranks."""
+    import pandas as pd
+    if (score < 0).any() and not (np.abs(score) > MOST_LOG_ODDS).any():
+        score = 1 / (1 + np.exp(-score))
+    elif ((score < 0) | (score > 1)).any():
+        score = pd.DataFrame(score).rank(pct=True).to_numpy()
+        notes.append("the score is neither a probability nor log odds (on both sides of 0, none large), so its rank stands "
+                     "for it: AUC and average precision are those of the score; calibration, loss and what a threshold "
+                     "decides (accuracy, precision, recall, F1) mean nothing")
+    return np.concatenate([1 - score, score], axis=1)
+
+
+def _class_table(names, labels, probability, others, baseline, positive_class, shared, **further):
+    """ClassTable; the positive class is the one named, else the rarest.
+
+    Without a baseline that is named, and without shares of train rows, the class shares of these rows are one too.
+    """
     import pandas as pd
 
     label = pd.Index(names).get_indexer(labels)
     positive = choose_positive(positive_class, names, label)
-    if not others:
-        others = {"shares_of_these_rows": baseline_models.prior_baseline(label, len(label), len(names))}
+    if not baseline and "train_prior" not in others:
+        others = others | {"shares_of_these_rows": baseline_models.prior_baseline(label, len(label), len(names))}
     return ClassTable(names=names, label=label, probability=probability, baselines=others, positive=positive,
                       **further, **shared)
 

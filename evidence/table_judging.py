@@ -18,12 +18,13 @@ FEWEST_SHARED = 5  # rows of two runs that are compared
 
 def judge_table(run, table, path):
     """Judge one table in a run folder of its own; returns its metrics."""
-    run.say(f"note: baselines: {', '.join(table.baselines)}; --baseline names another column")
+    for note in (f"baselines: {', '.join(table.baselines)}; --baseline names another column", *table.notes):
+        run.say(f"note: {note}")
     setting = judging.Setting(
         title=f"Predictions of {path.name}",
         seen=table.seen,
         data=[judging.rows_text(table)],
-        limits=["Judged from the table alone: what train rows share with these is not known here."])
+        limits=["Judged from the table alone: what train rows share with these is not known here.", *table.notes])
     if isinstance(table, prediction_tables.ScoreTable):
         return score_judging.judge_scores(run, table, setting)
     return class_judging.judge_classes(run, table, setting)

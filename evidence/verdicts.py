@@ -248,9 +248,9 @@ OUTCOMES = {
     "worse": ("The model does worse than", "poor", "Worse than the baseline"),
     "not resolvable": ("Not resolvable whether the model beats", "caution", "Not resolvable"),
 }
-# they look at no input
-TRIVIAL_BASELINES = {
-    "train_mean", "train_prior", "moment_mean", "zero", "mean box", "mean_of_these_rows", "shares_of_these_rows"}
+# they look at no input; the first two are those of another program's table
+OF_THESE_ROWS = {"mean_of_these_rows", "shares_of_these_rows"}
+TRIVIAL_BASELINES = OF_THESE_ROWS | {"train_mean", "train_prior", "moment_mean", "zero", "mean box"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,10 +279,17 @@ def reach_verdict(gain, doubts, sentence):
 
 def baseline_doubts(names, model="ridge or logistic regression on published features, whose predictions stand in "
                                  "the table as a baseline's (judge_predictions.py --baseline)"):
-    """Sentences on baselines, by name, that are too weak for a result to hold; else []. model: what would help."""
-    if not set(names) <= TRIVIAL_BASELINES:
+    """Sentences on baselines, by name, that are too weak for a result to hold; else []. model: what would help.
+
+    What other columns of another program's table are is a guess, unless their name is known.
+    """
+    telling = set(names) - TRIVIAL_BASELINES
+    if OF_THESE_ROWS & set(names):
+        telling &= metric_names.BASELINES.keys()
+    if telling:
         return []
-    return [f"Only baselines that look at no input were there to beat ({', '.join(sorted(names)).replace('_', ' ')}). "
+    shown = ", ".join(sorted(names)).replace("_", " ")
+    return [f"No baseline that is known to look at the input was there to beat (there were: {shown}). "
             f"A result holds where it beats a simple model too, such as {model}"]
 
 

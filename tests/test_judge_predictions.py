@@ -243,6 +243,9 @@ def test_a_column_that_predicts_nothing_is_no_baseline(tmp_path):
              "v_old": value + k % 3 / 3} for k, value in enumerate(true)]
     found = table_of(tmp_path, rows)
     assert list(found.baselines) == ["old", "mean_of_these_rows"] and found.best_baseline == "old"
+    bounds = [{**row, "v_low": row["v_true"] - 0.1, "v_high": row["v_true"] + 0.1, "v_sd": row["v_true"]} for row in rows]
+    assert list(table_of(tmp_path, bounds).baselines) == list(found.baselines), "of predict_assessor.py --interval"
+    found = table_of(tmp_path, rows)
     for row in rows:
         del row["v_old"]
     run = judge(tmp_path, "--predictions", tmp_path / "t.csv", "--held_out")
