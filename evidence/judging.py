@@ -210,7 +210,8 @@ def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figure
     alarms = [*alarms, *setting.alarms, *identical_fold_alarms(setting.folds)]
     if "train" in seen:
         alarms.append(seen["train"])
-    doubts = list(doubts) + [text for word, text in seen.items() if word != "train"]
+    doubts = [*doubts, *verdicts.chance_doubts(result, metric)]
+    doubts += [text for word, text in seen.items() if word != "train"]
     reached = verdicts.reach_verdict(result.gain(metric), alarms + doubts, verdict)
     estimates = (further_estimates or {}) | verdicts.named_estimates(result, meanings)
     criteria = verdicts.judge_criteria(

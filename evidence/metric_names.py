@@ -8,13 +8,14 @@ class Metric:
     label: str
     lower_is_better: bool = False
     normal_scale: str | None = "logit"  # where its estimates are closest to a normal distribution: that of shares
+    chance: float | None = None  # what guessing reaches, where a verdict asks
 
 
 ERROR = {"lower_is_better": True, "normal_scale": "log"}
 CALIBRATION_ERROR = {"lower_is_better": True, "normal_scale": None}
 METRICS = {
     "pearson_r": Metric("r", normal_scale="signed_logit"),
-    "r2": Metric("R2", normal_scale="log1m"),
+    "r2": Metric("R2", normal_scale="log1m", chance=0.0),
     "mae": Metric("MAE", **ERROR),
     "mse": Metric("MSE", **ERROR),
     "rmse": Metric("RMSE", **ERROR),
@@ -22,7 +23,7 @@ METRICS = {
     "accuracy": Metric("accuracy"),
     "balanced_accuracy": Metric("balanced accuracy"),
     "macro_f1": Metric("macro F1"),
-    "roc_auc": Metric("AUC"),
+    "roc_auc": Metric("AUC", chance=0.5),
     "mcc": Metric("MCC", normal_scale="signed_logit"),
     "ece": Metric("ECE", **CALIBRATION_ERROR),
     "ece_adaptive": Metric("adaptive ECE", **CALIBRATION_ERROR),

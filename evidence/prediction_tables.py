@@ -202,7 +202,19 @@ def join(tables, folds):
     """The rows of the tables of these folds, by their numbers, as one table."""
     joined = combine(tables, np.concatenate)
     joined.keys["fold"] = np.repeat(folds, [len(table.truth) for table in tables])
+    joined.baselines = _with_one_prior(joined.baselines)
     return joined
+
+
+def _with_one_prior(baselines):
+    """The baselines of pooled folds, train_prior as its mean over the rows.
+
+    The share among a fold's train rows is high where its held-out rows have few: it would rank the folds in reverse.
+    """
+    if "train_prior" not in baselines:
+        return baselines
+    prior = baselines["train_prior"]
+    return baselines | {"train_prior": np.tile(common.mean_without_nan(prior, 0), (len(prior), 1))}
 
 
 def mean(tables):
@@ -445,6 +457,8 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
     if baseline:
         kinds = [known_name(baseline, kinds, path)]
     blocks = {kind: _probabilities(table, f"{kind}_prob_", names, path) for kind in kinds}
+    if "fold" in table:
+        blocks = _with_one_prior(blocks)
     stated = _stated_class(table, names, path)
     found = _class_table(
         names, table[label_column], _probabilities(table, "prob_", names, path), blocks, baseline,

@@ -293,6 +293,17 @@ def baseline_doubts(names, model="ridge or logistic regression on published feat
             f"A result holds where it beats a simple model too, such as {model}"]
 
 
+def chance_doubts(result, metric):
+    """A sentence where the model beats its baseline, but not guessing for certain; else []."""
+    name = metric_names.METRICS[metric]
+    own = result.overall.model[metric]
+    if name.chance is None or own.low > name.chance or outcome_of(result.gain(metric)) != "better":
+        return []
+    return [f"The model's own {name.label} may be {name.chance:g}, which guessing reaches (interval {own.low:.3f} to "
+            f"{own.high:.3f}): its baseline does worse than guessing, and to beat it says nothing. Add rows or groups "
+            "(--folds)"]
+
+
 def verdict_sentence(result, metric, ceiling=None, seen="new", label=None, is_same=False):
     """One honest sentence: does the model beat its baseline, by how much, and what could be reached at best.
 

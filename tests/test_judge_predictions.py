@@ -321,6 +321,73 @@ def test_scores_without_a_bound_are_logits_whatever_is_blank(tmp_path):
     assert np.allclose(np.delete(holed.probability, 4, 0), np.delete(full.probability, 4, 0))
 
 
+@pytest.mark.parametrize("unit, offset", [(1, 0), (20, -2000), (0.1, 0)])
+def test_the_auc_of_a_sum_score_is_that_of_the_score(tmp_path, unit, offset):
+    """0 to 100, as points of a questionnaire, far below 0, and 0 to 10. Judge: scikit-learn."""
+    draw = np.random.default_rng(1)
+    label = draw.integers(0, 2, 120)
+    score = unit * (50 + 15 * label + draw.normal(0, 12, 120)).clip(0, 100).round(1) + offset
+    rows = [{"id": k, "label": own, "score": value} for k, (own, value) in enumerate(zip(label, score))]
+    with np.errstate(all="raise"):
+        found = table_of(tmp_path, rows)
+    assert found.quality(found.probability) == pytest.approx(roc_auc_score(label, score))
+    run = judge(tmp_path, "--predictions", tmp_path / "t.csv")
+    assert json.loads((run / "metrics.json").read_text())["alarms"] == []
+    assert all("so its rank stands for it" in (run / name).read_text() for name in ("report.html", "log.txt"))
+
+
+def test_a_table_and_its_captions_are_called_what_they_are(tmp_path):
+    """Of ungrouped rows of one model accuracy, recall and precision have the interval of Wilson."""
+    common.write_table(tmp_path / "p.csv", classes())
+    page = (judge(tmp_path, "--predictions", tmp_path / "p.csv") / "report.html").read_text()
+    assert "On the rows of the table; baseline" in page
+    method = "95% t-interval over 80 rows; accuracy, recall and precision: Wilson"
+    assert f"Each class against the rest; {method}." in page and page.count(method) == 2
+    grouped = judge(tmp_path / "g", "--predictions", tmp_path / "p.csv", "--group_column", "animal") / "report.html"
+    assert "Wilson" not in grouped.read_text()
+    common.write_table(tmp_path / "s.csv", scores())
+    page = judge(tmp_path / "s", "--predictions", tmp_path / "s.csv") / "report.html"
+    assert "Each score on the rows of the table, in its unit" in page.read_text()
+
+
+def test_two_constants_are_exactly_as_good(tmp_path):
+    common.write_table(tmp_path / "p.csv", [{"id": k, "label": int(k % 3 == 0), "score": 0.5} for k in range(60)])
+    metrics = json.loads((judge(tmp_path, "--predictions", tmp_path / "p.csv") / "metrics.json").read_text())
+    assert metrics["verdict"].startswith("The model does exactly as well as the baseline (shares of these rows): AUC")
+
+
+def test_to_beat_a_baseline_that_is_worse_than_guessing_is_no_result(tmp_path):
+    """Every subject left out in turn: the mean of the others is low where the subject is high."""
+    draw = np.random.default_rng(8)
+    owner = np.repeat(np.arange(14), 10)
+    true = draw.normal(0, 2, 14)[owner] + draw.normal(size=140)
+    mean = np.array([true[owner != own].mean() for own in owner])
+    common.write_table(tmp_path / "p.csv", [
+        {"image": k, "group": f"s{owner[k]}", "fold": owner[k], "seen": "new", "v_true": true[k], "v_train_mean": mean[k],
+         "v_predicted": true.mean() + draw.normal(0, 0.2), "v_ridge": mean[k] + draw.normal()} for k in range(140)])
+    metrics = json.loads((judge(tmp_path, "--predictions", tmp_path / "p.csv") / "metrics.json").read_text())
+    assert metrics["headline"]["verdict"] == "better" and metrics["headline"]["level"] == "caution"
+    assert metrics["alarms"] == [] and metrics["doubts"][0].startswith("The model's own R2 may be 0, which guessing reaches")
+
+
+def test_rows_of_one_name_are_one_group(tmp_path):
+    """Ten times five folds predict every picture ten times: as much evidence as of one time."""
+    draw = np.random.default_rng(8)
+    true = draw.normal(size=40)
+    error = draw.normal(size=40)
+    rows = [{"image": f"{k}.jpg", "fold": 5 * again + k % 5, "v_true": true[k],
+             "v_predicted": 0.45 * true[k] + 0.75 * error[k] + draw.normal(0, 0.1)} for again in range(10) for k in range(40)]
+    found = table_of(tmp_path, rows)
+    result = found.compare()
+    assert result.subjects == 40 and result.gain("r2").low < 0 and "40 values in 400 rows" in found.notes[0]
+    once = table_of(tmp_path, rows[:40])
+    assert once.groups is None and once.notes == [] and once.compare().unit == "rows"
+    named = table_of(tmp_path, [{**row, "group": row["fold"]} for row in rows])
+    assert len(set(named.groups)) == 50 and named.notes == []
+    assert table_of(tmp_path, without(rows, "image")).groups is None, "nothing says which row is which"
+    assert table_of(tmp_path, [{**row, "image": "all"} for row in rows]).groups is None
+
+
 def test_blank_cells_that_would_change_what_is_compared(tmp_path):
     rows = [{"v_true": k, "v_predicted": k + 1, "v_ridge": "" if k == 7 else k + 2, "group": "" if k in (2, 5) else "s"}
             for k in range(20)]
