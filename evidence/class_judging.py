@@ -157,7 +157,8 @@ def metric_blocks(run, setting, result):
         for metric, found in result.each.model.items():
             row[metric_names.METRICS[metric].label] = with_interval(found.at(c))
         per_class.append(row)
-    caption = f"On the {setting.part} rows; baseline: {result.baseline_label}; {result.method}"
+    method = result.method + result.exceptions
+    caption = f"On {setting.rows_judged}; baseline: {result.baseline_label}; {method}"
     plots = {
         "confusion.png": "Confusion matrix: rows true, columns predicted",
         "precision_recall.png": "Precision-recall and ROC curves",
@@ -166,8 +167,8 @@ def metric_blocks(run, setting, result):
     return [
         *(reporting.html_image(run.path(file), text) for file, text in plots.items()),
         reporting.html_table(subject_intervals.overall_rows(result), caption=caption),
-        reporting.html_table(per_class, caption="Each class against the rest, with 95 % intervals. AUC: how often a row of "
-                             "the class is ranked above another, .5 = by chance; average precision: mean over recalls"),
+        reporting.html_table(per_class, caption=f"Each class against the rest; {method}. AUC: how often a row of the class "
+                             "is ranked above another, .5 = by chance; average precision: mean over recalls"),
     ]
 
 

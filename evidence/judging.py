@@ -37,6 +37,11 @@ class Setting:
         return seen_rows.worst(self.seen)
 
     @property
+    def rows_judged(self):
+        """Which rows are judged, as captions say it."""
+        return "the rows of the table" if self.part == "table" else f"the {self.part} rows"
+
+    @property
     def held_out(self):
         """True, False, or None where it is not known."""
         return {"new": True, "not known": None}.get(self.worst_seen, False)

@@ -93,7 +93,7 @@ def metric_blocks(run, setting, result, axes, baselines, predictors, patients):
     return [
         reporting.html_table(
             axes, columns, ".2f",
-            f"MAE of each axis on the {setting.part} rows in mm or degrees, beside the baselines'; {result.method}. R2: "
+            f"MAE of each axis on {setting.rows_judged} in mm or degrees, beside the baselines'; {result.method}. R2: "
             "share of the variance explained, 0 = as good as the mean, below 0 = worse"),
         reporting.html_table(
             baselines, digits=".3g",

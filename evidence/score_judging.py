@@ -153,7 +153,7 @@ def metric_blocks(run, setting, result, rows, moment_rows, plot_file):
     def table(rows, caption):
         known = {name: heading for name, heading in columns.items() if name in rows[0]}
         return reporting.html_table(rows, known, caption=caption)
-    caption = (f"Each score on the {setting.part} rows, in its unit; baseline: {result.baseline_label}; "
+    caption = (f"Each score on {setting.rows_judged}, in its unit; baseline: {result.baseline_label}; "
                f"{result.method}. R2: share of the variance explained, 0 = as good as the mean, below 0 = worse; r: "
                "correlation")
     shown = plotting.first_of(len(rows), "scores")

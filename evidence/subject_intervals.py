@@ -73,6 +73,7 @@ class Result:
     sign_flip_p: dict  # metric -> p or None
     baseline_name: str | None = None
     confusion: np.ndarray | None = None  # (C, C) rows, true x predicted
+    exceptions: str = ""  # to the method of the intervals
 
     @property
     def baseline_label(self):
@@ -415,6 +416,7 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, nam
         n=confusion.sum(1), rows=len(index), support=support, folds=folds, baseline_name=baseline_name,
         confusion=confusion)
     if groups is None and folds == 1 and result.has_intervals:
+        result.exceptions = "; accuracy, recall and precision: Wilson"
         _take_wilson_intervals(result.overall.model, result.each.model, confusion)
         if baseline is not None:
             confusion = class_scores.classification_metrics(baseline, label, baseline_threshold, positive).confusion

@@ -312,7 +312,11 @@ def verdict_sentence(result, metric, ceiling=None, seen="new", label=None, is_sa
     same.
     """
     difference = result.overall.difference[metric]
-    start = "The model is the same predictor as" if is_same else OUTCOMES[outcome_of(result.gain(metric))][0]
+    start = OUTCOMES[outcome_of(result.gain(metric))][0]
+    if difference.low == difference.high == 0:
+        start = "The model does exactly as well as"
+    if is_same:
+        start = "The model is the same predictor as"
     interval = interval_text(difference.low, difference.high, result.method)
     model = metric_names.number_text(result.overall.model[metric].value)
     baseline = metric_names.number_text(result.overall.baseline[metric].value)

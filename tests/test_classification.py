@@ -760,7 +760,7 @@ def test_verdict_of_a_classifier_names_the_metric_and_the_direction():
     nine.overall.difference["roc_auc"].low = np.nan
     assert "[no interval: too few to resolve it]" in verdicts.verdict_sentence(nine, "roc_auc")
     figure = reporting.key_figure("ROC AUC", subject_intervals.Estimate(0.9, np.nan, np.nan), nine)
-    assert figure == ("ROC AUC", "0.900", "no interval: it rests on too few of the 9 subjects")
+    assert figure == ("ROC AUC", "0.900", "no interval: too few of the 9 subjects, or too uncertain")
     assert reporting.key_figure("ROC AUC", subject_intervals.Estimate(0.9, 0.8, 1.0), nine)[2] == (
         "95 % interval 0.800 to 1.000")
 
