@@ -13,6 +13,7 @@ class Metric:
 
 ERROR = {"lower_is_better": True, "normal_scale": "log"}
 CALIBRATION_ERROR = {"lower_is_better": True, "normal_scale": None}
+PLAIN_METRICS = "accuracy balanced_accuracy precision recall average_precision state_accuracy".split()
 METRICS = {
     "pearson_r": Metric("r", normal_scale="signed_logit"),
     "r2": Metric("R2", normal_scale="log1m", chance=0.0),
@@ -20,8 +21,7 @@ METRICS = {
     "mse": Metric("MSE", **ERROR),
     "rmse": Metric("RMSE", **ERROR),
     "loss": Metric("loss", **ERROR),
-    "accuracy": Metric("accuracy"),
-    "balanced_accuracy": Metric("balanced accuracy"),
+    **{name: Metric(name.replace("_", " ")) for name in PLAIN_METRICS},
     "macro_f1": Metric("macro F1"),
     "roc_auc": Metric("AUC", chance=0.5),
     "mcc": Metric("MCC", normal_scale="signed_logit"),
@@ -30,17 +30,13 @@ METRICS = {
     "ece_above_null": Metric("ECE above its null", **CALIBRATION_ERROR),
     "ece_adaptive_above_null": Metric("adaptive ECE above its null", **CALIBRATION_ERROR),
     "brier": Metric("Brier score", **ERROR),
-    "precision": Metric("precision"),
-    "recall": Metric("recall"),
     "f1": Metric("F1"),
-    "average_precision": Metric("average precision"),
     "map": Metric("mean AP"),
     "map50": Metric("mean AP50"),
     "map_present": Metric("mean AP without absent parts"),
     "joint_map": Metric("mean joint AP of part and state"),
     "ap": Metric("AP"),
     "ap50": Metric("AP50"),
-    "state_accuracy": Metric("state accuracy"),
     "hallucination_rate": Metric("hallucinations: absent part claimed at its box", lower_is_better=True),
     "hallucination_rate_anywhere": Metric("hallucinations: absent part claimed anywhere", lower_is_better=True),
     **{f"{name}_at_{iou}": Metric(f"{name} at IoU {iou}")

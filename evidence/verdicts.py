@@ -300,8 +300,7 @@ def chance_doubts(result, metric):
     if name.chance is None or own.low > name.chance or outcome_of(result.gain(metric)) != "better":
         return []
     return [f"The model's own {name.label} may be {name.chance:g}, which guessing reaches (interval {own.low:.3f} to "
-            f"{own.high:.3f}): its baseline does worse than guessing, and to beat it says nothing. Add rows or groups "
-            "(--folds)"]
+            f"{own.high:.3f}): to beat a baseline that does worse than guessing says nothing. Add rows or groups (--folds)"]
 
 
 def verdict_sentence(result, metric, ceiling=None, seen="new", label=None, is_same=False):
