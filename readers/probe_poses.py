@@ -207,7 +207,8 @@ class Transition:
 
 def find_transitions(data_dir, limit, exact_names):
     """-> (Transitions of all sequences below a folder, notes); limit: the first ones of each sequence, 0 for all."""
-    files = sorted(data_dir.rglob(FILE_NAME))
+    files = sorted(data_dir / inside / FILE_NAME for inside, _, names in file_names.walk_visible(data_dir)
+                   if FILE_NAME in names)
     if not files:
         raise common.UserError(f"--data_dir {data_dir}: expected folders with a {FILE_NAME}, found none")
     transitions = []

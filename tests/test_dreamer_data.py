@@ -69,6 +69,14 @@ def test_a_plain_list_is_read_as_it_stands(tmp_path):
     assert len(study.store) == 7, "a frame that is ft2 of one row and ft1 of the next is decoded once"
 
 
+def test_linked_folders_are_sequences_and_hidden_ones_are_not(tmp_path):
+    for name in ("elsewhere/a_01", "data/b_01", "data/.Trash/c_01"):
+        write_sequence(tmp_path / name)
+    (tmp_path / "data" / "a_01").symlink_to(tmp_path / "elsewhere" / "a_01")
+    rows, _ = probe_poses.find_transitions(tmp_path / "data", limit=1, exact_names=False)
+    assert [row.sequence for row in rows] == ["a_01", "b_01"] and all(row.path_t1 for row in rows)
+
+
 def backslashes(rows):
     for row in rows:
         for key in ("ft1_image_path", "ft2_image_path"):
