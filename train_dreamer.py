@@ -293,7 +293,7 @@ def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
 
     needs_labels False: rows without at1, at2, a frame at t2 or a motion that nothing is imagined from are kept, for
     prediction. needs_frames False: rows whose pictures are missing are listed and kept, for the audit of their poses.
-    usual: angle_unit and euler_order of the data that a model was trained on.
+    usual: angle_unit, euler_order and compose of the data that a model was trained on.
     """
     rows, matching = probe_poses.find_transitions(args.data_dir, args.max_transitions, args.exact_names)
     poses, facts = probe_poses.complete_rows(rows, args.angle_unit, args.compose, args.euler_order, usual)

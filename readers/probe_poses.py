@@ -323,6 +323,7 @@ def unique_names(names):
 # --------------------------------------------------------------------------------------
 # Checking and completing poses
 # --------------------------------------------------------------------------------------
+# asked: what a flag says, or auto. usual: what the data had that a model was trained on, None where none was trained.
 
 def in_degrees(poses, unit):
     """{name: (N, 6)} in a unit -> in degrees, NaN for what is no pose: NaN, infinite, beyond 200."""
@@ -338,10 +339,7 @@ def best_miss(poses):
 
 
 def choose_unit(poses, asked, usual):
-    """(deg or rad, why): beyond pi are degrees; else the unit in which the poses compose, else a guess by the size.
-
-    usual: of the data that a model was trained on, which is taken rather than a guess.
-    """
+    """(deg or rad, why): beyond pi are degrees; else the unit in which the poses compose, else the usual one or a guess."""
     if asked != "auto":
         return asked, "asked for"
     angles = np.abs(np.concatenate([poses["at1"], poses["at2"]])[:, 3:])
@@ -396,8 +394,9 @@ def mask_labels(poses, unit):
 def read_order(poses, asked, usual):
     """Poses whose angles have another Euler order are turned, in place, into ours. Returns (order, notes).
 
-    auto: the usual one, unless it fits poorly and another one fits far better.
+    auto: the usual one or ours, unless it fits poorly and another one fits far better.
     """
+    usual = usual or "zyx"
     order = asked
     why = "asked for"
     if asked == "auto":
@@ -408,15 +407,16 @@ def read_order(poses, asked, usual):
         if found[usual] > 0.01 and found[best] < found[usual] / 10:
             order = best
             why = f"at2 is missed by {found[best]:.3g} mm and degrees instead of {found[usual]:.3g}: --euler_order"
-    if order == "zyx":
+    if order == usual == "zyx":
         return order, []
     poses.update(from_order(poses, order))
     factors = " ".join(f"R{axis}" for axis in order)
     level = "" if order in (asked, usual) else "WARNING: "
-    return order, [f"{level}angles are read as R = {factors} and turned into R = Rz Ry Rx ({why})"]
+    remark = ", unlike those of the training data" if order == "zyx" else " and turned into R = Rz Ry Rx"
+    return order, [f"{level}angles are read as R = {factors}{remark} ({why})"]
 
 
-def choose_composition(asked, residuals):
+def choose_composition(asked, residuals, usual=None):
     """(convention, sentence on why): the one asked for, or the one with the smallest residual on the data."""
     tried = {row["convention"]: row for row in residuals[:len(CONVENTIONS)]}
     missed = {name: row["mm"] + row["deg"] for name, row in tried.items()}
@@ -424,7 +424,8 @@ def choose_composition(asked, residuals):
     chosen = best if asked == "auto" else asked
     if not tried:
         return chosen, f"composition {chosen}: untested, no row has at1, motion and at2"
-    why = "the best fit" if asked == "auto" else "asked for"
+    reasons = {"auto": "the best fit", usual: "as in the training data"}
+    why = reasons.get(asked, "asked for")
     text = (
         f"composition {chosen} ({why}): at2 missed by {tried[chosen]['mm']:.3g} mm and "
         f"{tried[chosen]['deg']:.3g} degrees on average")
@@ -450,18 +451,18 @@ def complete_poses(poses, convention):
 def complete_rows(transitions, asked_unit, asked_composition, asked_order="auto", usual=None):
     """({at1, motion, at2: (N, 6)} of N Transitions, checked and completed, what was found on the way).
 
-    usual: angle_unit and euler_order of the data that a model was trained on, for data that do not tell theirs. Found
-    are angle_unit, euler_order, compose, residuals (of composition_residuals) and notes.
+    usual: {angle_unit, euler_order, compose} of the data that a model was trained on. Found are the same three of these
+    data, residuals (of composition_residuals) and notes.
     """
-    usual = usual or {"angle_unit": None, "euler_order": "zyx"}
+    usual = usual or {}
     poses = {name: np.stack([getattr(row, name) for row in transitions]) for name in FIELDS}
     notes = check_positions(poses)
-    unit, why = choose_unit(poses, asked_unit, usual["angle_unit"])
+    unit, why = choose_unit(poses, asked_unit, usual.get("angle_unit"))
     notes += [f"angles are read as {unit} ({why})", *mask_labels(poses, unit)]
-    order, reordered = read_order(poses, asked_order, usual["euler_order"])
+    order, reordered = read_order(poses, asked_order, usual.get("euler_order"))
     notes += reordered
     residuals = composition_residuals(**poses)
-    convention, text = choose_composition(asked_composition, residuals)
+    convention, text = choose_composition(asked_composition, residuals, usual.get("compose"))
     notes += [text, *complete_poses(poses, convention)]
     return poses, {
         "angle_unit": unit, "euler_order": order, "compose": convention, "residuals": residuals, "notes": notes}

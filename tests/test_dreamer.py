@@ -173,6 +173,7 @@ def test_evaluate_repeats_the_test_metrics(trained, tmp_path):
     assert again["part"] == "test"
     assert again["per_axis"] == first["per_axis"] and again["baselines"] == first["baselines"]
     assert again["use"] == pytest.approx(first["use"], rel=1e-3)
+    assert "composition additive (as in the training data)" in (only_run(tmp_path) / "log.txt").read_text()
 
 
 def test_scoring_all_rows_is_not_held_out(trained, slices, tmp_path):

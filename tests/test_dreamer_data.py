@@ -275,6 +275,8 @@ def test_data_tell_their_euler_order_whatever_the_model_was_trained_on(order):
         found, facts = probe_poses.complete_rows(
             transitions(poses, order=order), "auto", "auto", usual={"angle_unit": "deg", "euler_order": usual})
         assert facts["euler_order"] == order
+        warnings = [note for note in facts["notes"] if note.startswith("WARNING: angles are read as R = ")]
+        assert len(warnings) == (order != usual), "a change from the training data, to our order or from it"
         np.testing.assert_allclose(found["at1"], poses[:-1], atol=1e-6)
 
 
