@@ -339,7 +339,7 @@ def best_miss(poses):
 
 
 def choose_unit(poses, asked, usual):
-    """(deg or rad, why): beyond pi are degrees; else the unit in which the poses compose, else the usual one or a guess."""
+    """(deg or rad, why): beyond pi are degrees; else that in which the poses compose, else the usual one or a guess."""
     if asked != "auto":
         return asked, "asked for"
     angles = np.abs(np.concatenate([poses["at1"], poses["at2"]])[:, 3:])
