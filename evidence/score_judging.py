@@ -90,8 +90,8 @@ def bias_and_slope(predicted, target):
 def slope_alarms(rows):
     """Sentences on scores whose order is right and whose values are not: R2 below 0, the whole interval of r above."""
     return [f"{row['target']}: r {row['pearson_r']:.2f} but R2 {row['r2']:.2f}; the order holds, the values do not "
-            f"(bias {row['bias']:+.3g}, slope {row['slope']:.2f}). Trust the order alone; more rows, and --select r2"
-            for row in rows if row["r2"] < 0 < row["pearson_r_low"]]
+            f"(bias {row['bias']:+.3g}, slope {row['slope']:.2f}). Trust the order alone; more rows, and "
+            "--select r2 where the script has it" for row in rows if row["r2"] < 0 < row["pearson_r_low"]]
 
 
 def rows_of_scores(table, moments):
