@@ -968,12 +968,13 @@ def predictions_table(study, rows, predicted, others, seen):
 def judge(run, args, study, split, rows, table, *, part, use, alarms, best_epoch=None, folds=()):
     """Judge the predictions for these rows of the study; `part` is val, test, folds, or what evaluate scores."""
     motion = np.nanmean(np.abs(study.motion[rows]) / study.label_sd)
+    scores_one_block = args.mode == "train" and args.split_by == "time" and not args.folds
     setting = judging.Setting(
         title="Probe guidance",
         part=part,
         seen=table.seen,
         best_epoch=best_epoch,
-        alarms=pose_scores.use_alarms(use, motion) + alarms,
+        alarms=pose_scores.use_alarms(use, motion, scores_one_block) + alarms,
         data=data_blocks(run, study, split, table),
         cases=judging.case_blocks(
             table, study.names[rows], lambda i: study.frame(rows[i], 0, args.image_size)),

@@ -207,7 +207,7 @@ def place_alarms(results):
     if place > np.nanmax([model.value, model.high]):
         return []
     return [f"the place in the sequence alone predicts as well as the model ({place:.3f} against {model.value:.3f}): "
-            "it may know when, not where. Score sweeps that begin and end elsewhere, or look at --split_by time"]
+            "it may know when, not where. Score sweeps that begin and end elsewhere"]
 
 
 def outside_share(poses, train, rows):
@@ -220,17 +220,18 @@ def outside_share(poses, train, rows):
     return {"outside_training_range": ((poses[rows] < low) | (poses[rows] > high)).any(1).mean()}
 
 
-def use_alarms(use, motion):
+def use_alarms(use, motion, scores_one_block=False):
     """Sentences on poses that training did not show, and on inputs that a world model does not use.
 
     motion: mean size of the known motion in label sds, with which a world model composes at1: a large one is needed.
+    scores_one_block: one block of time of each sequence was scored, so that --folds would score the others too.
     """
     alarms = []
     outside = use.get("outside_training_range", 0)
     if outside > LARGE_OUTSIDE:
+        remedy = ", or each block of time left out in turn: --folds 5" if scores_one_block else ""
         alarms.append(f"{outside:.0%} of the scored poses lie outside the range of the training poses, where a model "
-                      "can only extrapolate. More sequences, or each block of time left out in turn: --split_by time "
-                      "--folds 5")
+                      f"can only extrapolate. Train on sequences that reach as far{remedy}")
     if "latent_skill" not in use:
         return alarms
     if abs(use["action_shuffle_ratio"] - 1) < 0.02 and motion > SMALL_MOTION:

@@ -470,6 +470,8 @@ def test_poses_outside_the_training_range_raise_an_alarm():
     share = pose_scores.outside_share(poses, np.arange(2, 8), np.arange(10))
     assert share == {"outside_training_range": 0.4}
     assert "40% of the scored poses" in pose_scores.use_alarms(share, motion=0.5)[0]
+    advice = [pose_scores.use_alarms(share, 0.5, scores_one_block)[0] for scores_one_block in (True, False)]
+    assert "--folds 5" in advice[0] and "--" not in advice[1], "another split proves something else"
     assert pose_scores.outside_share(poses, np.arange(10), np.arange(10))["outside_training_range"] == 0
 
 
