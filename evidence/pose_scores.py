@@ -55,10 +55,11 @@ def correlation_time(errors):
     spread = np.sqrt(common.mean_without_nan(centred ** 2, 1))[:, None]
     scaled = np.nan_to_num(centred / spread.clip(1e-9))
     power = np.abs(np.fft.rfft(scaled, 2 * n_rows, axis=1)) ** 2
-    shared = np.fft.irfft(power, axis=1)[:, :n_rows].sum(2)  # (P, M) of each lag
-    before_zero = np.cumprod(shared > 0, axis=1)
-    times = 2 * (shared * before_zero).sum(1) / shared[:, 0].clip(1e-9) - 1
-    return max(1.0, times.max())
+    products = np.fft.irfft(power, axis=1)[:, :n_rows].sum(2)  # (P, M) of each lag
+    autocorrelation = products / products[:, :1].clip(1e-9)  # 1 at lag 0
+    before_zero = np.cumprod(autocorrelation > 0, axis=1)
+    times = 1 + 2 * (autocorrelation * before_zero)[:, 1:].sum(1)
+    return times.max()
 
 
 def time_blocks(table, sequences, order):
