@@ -1094,13 +1094,16 @@ def check_split(run, args, study, split):
     pose_audit.write_statistics(run, study, split)
 
 
-def run_split(run, args, study, split):
-    """Train on one split and judge its held-out rows: test where there is one, else val."""
+def run_split(run, args, study, split, encoder=None):
+    """Train on one split and judge its held-out rows: test where there is one, else val.
+
+    encoder: GridEncoder that is yet to see the frames.
+    """
     check_split(run, args, study, split)
     split = splitting.rows_to_try(split, args)
-    if study.grids is None:
-        study = see_frames(study, np.concatenate(list(split.values())), args, run.compute)
     run.write_args(**study.data_record(split))
+    if encoder:
+        study = see_frames(study, np.concatenate(list(split.values())), args, run.compute, encoder)
     fitted = split["train"]
     readout = solve_readout(study, fitted)
     run.say(f"solved readout: {', '.join(dict.fromkeys(readout.blocks))} of the encoder, by the inner folds")
@@ -1168,14 +1171,14 @@ def plot_training(run, history, best_epoch, part, numbers):
     plotting.plot_history(losses.to_dict("records"), run.path("training_summary.png"), best_epoch, final)
 
 
-def run_folds(run, args, study):
+def run_folds(run, args, study, encoder):
     """One run per fold in fold_K/, patients or blocks of time left out in turn; their predictions are judged as one."""
     splits = make_folds(args, study)
     left_out = "val" if args.select == "last" else "test"
     folds = {f"fold_{k}": split[left_out] for k, split in enumerate(splits)}
     check_split(run, args, study, folds)
-    study = see_frames(study, np.arange(len(study.names)), args, run.compute)
     run.write_args(**study.data_record(folds))
+    study = see_frames(study, np.arange(len(study.names)), args, run.compute, encoder)
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))
     tables = prediction_tables.read_folds(run, chosen, left_out)
     joined = prediction_tables.join(tables, chosen)
@@ -1202,10 +1205,11 @@ def train(run, args):
     """--mode train: one run, or one per fold."""
     study = load_study(args, run)
     verdicts.parse_criteria(args.criteria, pose_judging.criteria_names())
+    encoder = build_encoder(args, GridEncoder)  # refuses wrong flags before args.json, from which a stopped run goes on
     if args.folds:
-        run_folds(run, args, study)
+        run_folds(run, args, study, encoder)
     else:
-        run_split(run, args, study, make_split(args, study))
+        run_split(run, args, study, make_split(args, study), encoder)
 
 
 # --- the other modes -------------------------------------------------------------------------

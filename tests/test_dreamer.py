@@ -257,6 +257,16 @@ def test_folds_continue_fold_by_fold(folds):
     assert (folds / "predictions_folds.csv").read_bytes() == before
 
 
+@pytest.mark.parametrize("more", [(), ("--folds", 3)])
+def test_a_run_that_is_stopped_while_its_frames_are_encoded_can_be_continued(slices, tmp_path, monkeypatch, more):
+    def stopped(*_):
+        raise SystemExit(common.EXIT_SAVED)
+    monkeypatch.setattr(train_dreamer, "see_frames", stopped)
+    for _ in range(2):
+        run_here("train_dreamer.py", *flags(slices, tmp_path, *more), "--resume", "auto", code=common.EXIT_SAVED)
+    assert (only_run(tmp_path) / "args.json").exists()
+
+
 def test_time_blocks_of_one_patient_prove_nothing(slices, tmp_path):
     """Also other options in one run: SE(3) asked for, primary task only, warm restarts, fp32, frozen layers."""
     one_patient = tmp_path / "one.json"
@@ -918,6 +928,8 @@ FLAG_MISTAKES = {
     "a gap without time": (["--gap", 3], ["--gap", "--split_by time"]),
     "a broken pattern": (["--patient_regex", "("], ["--patient_regex '('", "unterminated"]),
     "no ResNet": (["--encoder", "vgg11"], ["vgg11", "ResNet"]),
+    "unknown encoder": (["--encoder", "resnet99"], ["resnet99"]),
+    "unknown encoder of folds": (["--encoder", "resnet99", "--folds", 3], ["resnet99"]),
     "unknown metric": (["--criteria", "mae_x<3"], ["mae_x_mm"]),
     "unknown preset": (["--augment", "heavy"], ["--augment: invalid choice", "none", "light", "full"]),
     "a group column": (["--group_column", "animal"], ["--patient_map"]),
