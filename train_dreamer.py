@@ -1,5 +1,5 @@
-"""Guide a probe: read the motion that is still missing to the target view off a frame, or (--token_type channel) off the
-frame that a world model imagines after a known motion.
+"""Guide a probe: read the motion that is still missing to the target view off a frame, or (--token_type channel) off
+the frame that a world model imagines after a known motion.
 
     python train_dreamer.py --data_dir data/processed --output_dir outputs
     python train_dreamer.py --data_dir data/processed --dry_run
@@ -45,8 +45,8 @@ MODEL_FLAGS = "encoder image_size token_type d_model n_layers n_heads feedforwar
 ENCODER_FLAGS = ("seed", "weights")
 DATA_FLAGS = (  # unless --data_dir says other data
     "data_dir", "patient_map", "patient_regex", "max_transitions", "split_by", "angle_unit", "euler_order")
-WORLD_MODEL_FLAGS = ("d_model n_layers n_heads feedforward freeze_layers backbone_lr_mult lambda_t2_action lambda_latent "
-                     "primary_task_only").split()
+WORLD_MODEL_FLAGS = ("d_model n_layers n_heads feedforward freeze_layers backbone_lr_mult lambda_t2_action "
+                     "lambda_latent primary_task_only").split()
 # What --augment changes in both frames of a transition alike:
 LARGEST_TURN = {"light": 0.0, "full": 5.0}  # degrees
 JITTER = 0.1  # of brightness and contrast, as a share
@@ -194,8 +194,9 @@ def checkpoint_file(text):
 
 
 def flags_of_run(args):
-    """Flags that evaluate and predict take over from the run of the checkpoint."""
-    flags = read_beside(args.checkpoint, "args.json").get("flags", {})
+    """Flags that evaluate and predict take over from the run folder that the checkpoint still lies in."""
+    path = args.checkpoint.with_name("args.json")
+    flags = common.read_json(path).get("flags", {}) if path.is_file() else {}
     names = set(ENCODER_FLAGS)
     if "data_dir" not in args.given:
         names |= set(DATA_FLAGS)
@@ -203,12 +204,6 @@ def flags_of_run(args):
     if patients & args.given:
         names -= patients
     return {name: flags[name] for name in names if flags.get(name) is not None}
-
-
-def read_beside(checkpoint, name):
-    """A JSON file of the run folder that a checkpoint still lies in, {} elsewhere."""
-    path = checkpoint.parent / name
-    return common.read_json(path) if path.is_file() else {}
 
 
 # --- data: row on disk -> table -> sample ---------------------------------------------------
@@ -318,7 +313,7 @@ def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
     sequences = np.array([row.sequence for row in kept])
     owner = probe_poses.patients_of([row.sequence for row in rows], args.patient_map, args.patient_regex)
     study = Study(
-        names=probe_poses.unique_names([f"{row.sequence}/{row.frame_t1}-{row.frame_t2}" for row in kept]),
+        names=probe_poses.unique_names([row.name for row in kept]),
         sequences=sequences,
         patients=np.array([owner[name] for name in sequences]),
         has_patients=bool(args.patient_map or args.patient_regex),
@@ -425,7 +420,7 @@ def to_grey(frames):
 # --- model and loss ----------------------------------------------------------------------
 
 class Imagined(NamedTuple):
-    """What one pass gives: poses (B, 6) in mm and degrees; maps (B, F, G), or grids (B, P), of t1 and, imagined, of t2."""
+    """What one pass gives: poses (B, 6) in mm and degrees; maps (B, F, G), or grids (B, P), of t1, and t2 imagined."""
     at1: torch.Tensor
     at2: torch.Tensor
     features_t1: torch.Tensor | None = None
@@ -465,7 +460,7 @@ class GridEncoder(nn.Module):
 
 
 class FrameReadout(nn.Module):
-    """The motion asked for at t1, off the frame at t1: a solved linear layer on its grids, and what training adds to it.
+    """The motion asked for at t1, off the frame at t1: a solved linear layer on its grids, and what training adds.
 
     The correction begins at 0, so that the untrained model is the solved readout.
     """
@@ -882,12 +877,8 @@ def look_at(study, rows, encoder, args, compute):
     return everywhere
 
 
-def see_frames(study, rows, args, compute, encoder=None):
-    """The Study with the grids of the frames of these rows, and their maps where the model's encoder is frozen.
-
-    encoder: the GridEncoder of a trained model, rather than a new one.
-    """
-    encoder = encoder or build_encoder(args, GridEncoder)
+def see_frames(study, rows, args, compute, encoder):
+    """The Study with a GridEncoder's grids of the frames of these rows; maps where the model's encoder is frozen."""
     grids = look_at(study, rows, encoder, args, compute)
     maps = None
     if args.mode == "train" and args.augment == "none" and not args.init_from:
@@ -1034,7 +1025,7 @@ def make_split(args, study):
             listed[part] = [name.strip() for name in names if name.strip()]
         folders = dict(zip(study.sequences, study.patients))
         last_names = {sequence.rsplit("/", 1)[-1]: patient for sequence, patient in folders.items()}
-        return splitting.split_by_names(listed, study.patients, {**last_names, **folders})
+        return splitting.split_by_names(listed, study.patients, last_names | folders)
     if args.split_by == "time" and not args.split_file:
         return splitting.split_by_time(study.sequences, study.order, splitting.ratios_of_flags(args), args.gap)
     n_parts = sum(ratio > 0 for ratio in splitting.ratios_of_flags(args).values())
@@ -1108,49 +1099,54 @@ def run_split(run, args, study, split, encoder=None):
     readout = solve_readout(study, fitted)
     run.say(f"solved readout: {', '.join(dict.fromkeys(readout.blocks))} of the encoder, by the inner folds")
     model, loss_function, loaders, training = fit(run, args, study, split, readout)
-    best = keep_if_better(training, study, split["val"], readout, loss_function)
-    tables = {}
-    features = {}
-    numbers = {}
-    for part, loader in loaders.items():  # train, val, test
+
+    def score(part, baselines):
+        """Table of a part, features of its frames, numbers of evaluate."""
         rows = split[part]
-        if part == "test":
-            fitted = np.union1d(split["train"], split["val"])  # validation has done its work
-            readout = solve_readout(study, fitted)
-            best |= use_readout(model, study, fitted, readout, training.seen)
-        predicted, features[part], numbers[part] = evaluate(model, loader, loss_function, run.compute)
-        others = predict_baselines(study, fitted, rows, readout) if part != "train" else {}
-        tables[part] = predictions_table(study, rows, predicted, others, training.seen.words(study.hashes[rows]))
-        if part != "train":
-            tables[part].write(run.path(f"predictions_{part}.csv"))
-    best["known_data"] = row_warnings.known_data(features["train"], features["val"])
+        predicted, features, numbers = evaluate(model, loaders[part], loss_function, run.compute)
+        table = predictions_table(study, rows, predicted, baselines, training.seen.words(study.hashes[rows]))
+        return table, features, numbers
+
+    part = "val"
+    rows = split["val"]
+    best = keep_if_better(training, study, rows, readout, loss_function)
+    train, train_features, _ = score("train", {})
+    table, features, numbers = score("val", predict_baselines(study, fitted, rows, readout))
+    table.write(run.path("predictions_val.csv"))
+    best["known_data"] = row_warnings.known_data(train_features, features)
+    alarms = overfitting_alarms(train, table) if model.imagines else []  # a readout always fits its own rows better
+
+    if "test" in loaders:
+        part = "test"
+        fitted = np.union1d(fitted, rows)  # validation has done its work
+        readout = solve_readout(study, fitted)
+        best |= use_readout(training, study, fitted, readout)
+        rows = split["test"]
+        table, _, numbers = score("test", predict_baselines(study, fitted, rows, readout))
+        table.write(run.path("predictions_test.csv"))
     training.save_model(best)
-    part = "test" if "test" in tables else "val"
-    table = tables[part]
+
     plot_training(run, training.progress.history, best["epoch"], part, pose_scores.fold_numbers(table, study.label_sd))
-    rows = split[part]
-    use = use_of_inputs(model, loaders[part], numbers[part], loss_function, run.compute, study, fitted, rows)
-    alarms = overfitting_alarms(tables) if model.imagines else []  # a solved readout always fits its own rows better
+    use = use_of_inputs(model, loaders[part], numbers, loss_function, run.compute, study, fitted, rows)
     judge(run, args, study, split, rows, table, part=part, use=use, alarms=alarms, best_epoch=best["epoch"])
 
 
-def use_readout(model, study, rows, readout, seen):
+def use_readout(training, study, rows, readout):
     """Put a readout of these rows into a FrameReadout; returns what its file then says of its rows."""
-    if model.imagines:
+    if training.model.imagines:
         return {}
-    readout.write_into(model.solved)
+    readout.write_into(training.model.solved)
     return {
-        "seen": seen.plus(seen_rows.SeenRows(fitted=study.hashes[rows], chose=[])),
+        "seen": training.seen.plus(seen_rows.SeenRows(fitted=study.hashes[rows], chose=[])),
         "train_patients": np.unique(study.patients[rows]).tolist(),
     }
 
 
-def overfitting_alarms(tables):
-    """Is the train part predicted far better than the validation part? Sentences."""
-    train, val = (common.mean_metrics(common.regression_metrics(tables[part].predicted, tables[part].target))
-                  for part in ("train", "val"))
+def overfitting_alarms(train, val):
+    """Is the train part predicted far better than the validation part? ScoreTables -> sentences."""
     return verdicts.split_gap_alarms(
-        train, val, remedy="Fewer trained layers (--freeze_layers), --augment full, more patients")
+        train.main_metrics(), val.main_metrics(),
+        remedy="Fewer trained layers (--freeze_layers), --augment full, more patients")
 
 
 def plot_training(run, history, best_epoch, part, numbers):
@@ -1186,10 +1182,9 @@ def run_folds(run, args, study, encoder):
     pooled = predictions_table(study, rows, joined.predicted, joined.baselines, joined.seen)
     pooled.keys["fold"] = joined.keys["fold"]
     pooled.write(run.path("predictions_folds.csv"))
-    numbers = []
-    for k, table in zip(chosen, tables):
-        use = common.read_json(run.path(f"fold_{k}") / "metrics.json")["use"]
-        numbers.append(pose_scores.fold_numbers(table, study.label_sd) | use)
+    numbers = [
+        pose_scores.fold_numbers(table, study.label_sd) | common.read_json(run.path(f"fold_{k}/metrics.json"))["use"]
+        for k, table in zip(chosen, tables)]
     done = judging.finished_folds(run, chosen, numbers)
     judge(run, args, study, folds, rows, pooled, part="folds", use=mean_use(done), alarms=[], folds=done)
 
@@ -1197,8 +1192,9 @@ def run_folds(run, args, study, encoder):
 def mean_use(folds):
     """Numbers of use over all folds: their means over the rows, NaN where one of them is undefined."""
     n_rows = [fold["rows"] for fold in folds]
-    names = [name for name in pose_judging.USE_MEANINGS if name in folds[0]]
-    return {name: np.average(np.array([fold[name] for fold in folds], float), weights=n_rows) for name in names}
+    return {
+        name: np.average(np.array([fold[name] for fold in folds], float), weights=n_rows)
+        for name in pose_judging.USE_MEANINGS if name in folds[0]}
 
 
 def train(run, args):
@@ -1228,14 +1224,14 @@ def load_checkpoint(args, run):
         untrained = common.with_flags(args, pretrained=False, weights=None)
         model = build_model(untrained, content["scaler"], args.compose)
         common.load_state(model, content["model"], path)
-    text = ", ".join(f"{name} {getattr(args, name)}" for name in MODEL_FLAGS)
+    text = ", ".join(f"{name} {settings[name]}" for name in MODEL_FLAGS)
     run.say(f"checkpoint: epoch {content['epoch']}, {text}")
     loss_function = DreamLoss(args, content["scaler"], run.compute.device)
     return content, run.compute.place(model), loss_function, args
 
 
 def rows_to_score(run, args, study, seen):
-    """(part, its rows, rows to fit): test, else val, of the checkpoint's split where the data are its own, else all rows.
+    """(part, its rows, rows to fit): test, else val, of the checkpoint's split where the data are its own, else all.
 
     seen: seen_rows.SeenRows of the checkpoint: names alone may be those of another study.
     """
@@ -1247,8 +1243,10 @@ def rows_to_score(run, args, study, seen):
         split = dict.fromkeys(splitting.PARTS, np.array([], int))
     split["all"] = np.arange(len(study.names))
     part = next(name for name in ("test", "val", "all") if len(split[name]))
-    fitted = ("train", "val") if part == "test" else ("train",)
-    return part, split[part], np.sort(np.concatenate([split[name] for name in fitted]))
+    fitted = split["train"]
+    if part == "test":
+        fitted = np.union1d(fitted, split["val"])
+    return part, split[part], fitted
 
 
 def evaluate_checkpoint(run, args):
@@ -1260,8 +1258,8 @@ def evaluate_checkpoint(run, args):
     run.write_args(**study.data_record({part: rows}))
     readout = None
     if len(fitted):
-        study = see_frames(study, np.union1d(fitted, rows), args, run.compute,
-                           None if model.imagines else model.encoder)
+        encoder = build_encoder(args, GridEncoder) if model.imagines else model.encoder
+        study = see_frames(study, np.union1d(fitted, rows), args, run.compute, encoder)
         readout = solve_readout(study, fitted)
     loader = make_loader(study, rows, args, run.compute)
     predicted, _, numbers = evaluate(model, loader, loss_function, run.compute)

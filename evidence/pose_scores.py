@@ -25,7 +25,7 @@ BASELINES = {
     "grid_readout": "linear readout, solved on two grids of three resolutions of the untuned encoder",
 }
 LARGE_OUTSIDE = 0.1  # share of the rows
-COLLAPSE_FLOOR = 0.05  # smallest healthy spread of the features over frames, as a share of their rms
+COLLAPSED = 0.025  # spread of the features over frames, as a share of their rms, that is too small
 SMALL_MOTION = 0.1  # in label sds: a model may as well ignore it
 
 
@@ -72,9 +72,8 @@ def time_blocks(table, sequences, order):
     predictors = np.stack([table.predicted, *table.baselines.values()])
     length = 10 * correlation_time(np.abs(predictors - table.target)[:, in_time])
     n_blocks = max(1, int(len(in_time) / length))
-    blocks = np.empty(len(in_time), int)
-    blocks[in_time] = np.arange(len(in_time)) * n_blocks // len(in_time)
-    return blocks
+    place = np.argsort(in_time)  # of each row
+    return place * n_blocks // len(place)
 
 
 def compare(table, blocks, sd):
@@ -216,8 +215,8 @@ def outside_share(poses, train, rows):
     if not len(train):
         return {}
     poses = unwrapped(poses)
-    low = np.nanmin(poses[train], axis=0)
-    high = np.nanmax(poses[train], axis=0)
+    low = np.nanmin(poses[train], 0)
+    high = np.nanmax(poses[train], 0)
     return {"outside_training_range": ((poses[rows] < low) | (poses[rows] > high)).any(1).mean()}
 
 
@@ -241,7 +240,7 @@ def use_alarms(use, motion, scores_one_block=False):
     if use["latent_skill"] > 1:
         alarms.append(f"the imagined frame is worse than a copy of t1: latent skill {use['latent_skill']:.2f}. "
                       "More epochs, a larger --lambda_latent, or --token_type none, which imagines nothing")
-    if use["feature_spread"] < COLLAPSE_FLOOR / 2:
+    if use["feature_spread"] < COLLAPSED:
         alarms.append(f"the features hardly differ between frames (spread {use['feature_spread']:.4f}): collapsed. "
                       "A larger --lambda_latent, a smaller --lr, or --token_type none")
     return alarms
@@ -284,8 +283,7 @@ def retrieval_rank(guess, truth, patients):
     NaN where no patient has two rows.
     """
     ranks = []
-    for patient in np.unique(patients):
-        rows = np.flatnonzero(patients == patient)
+    for rows in common.rows_by_key(patients).values():
         if len(rows) < 2:
             continue
         apart = torch.cdist(guess[rows].float(), truth[rows].float())  # (m, m)

@@ -150,9 +150,7 @@ def composition_residuals(at1, motion, at2):
     whole = ~np.isnan(at1 + motion + at2).any(1)
     if not whole.any():
         return []
-    at1 = at1[whole]
-    motion = motion[whole]
-    at2 = at2[whole]
+    at1, motion, at2 = (poses[whole] for poses in (at1, motion, at2))
 
     def residual(name, found, wanted):
         mm = np.linalg.norm((found - wanted)[:, :3], axis=1)
@@ -192,10 +190,9 @@ def centre_and_spread(poses):
 @dataclasses.dataclass
 class Transition:
     """One row of a file; a pose is (6,) float64, NaN = missing."""
+    name: str  # sequence/frame_t1-frame_t2
     sequence: str  # its folder below the data
     number: int  # of the row in its file, from 1
-    frame_t1: str
-    frame_t2: str
     ft1: str  # pictures as the file names them, ft2 '' where there is none
     ft2: str
     at1: np.ndarray
@@ -207,17 +204,15 @@ class Transition:
 
 def find_transitions(data_dir, limit, exact_names):
     """-> (Transitions of all sequences below a folder, notes); limit: the first ones of each sequence, 0 for all."""
-    files = sorted(data_dir / inside / FILE_NAME for inside, _, names in file_names.walk_visible(data_dir)
-                   if FILE_NAME in names)
+    files = sorted(inside / FILE_NAME for inside, _, names in file_names.walk_visible(data_dir) if FILE_NAME in names)
     if not files:
         raise common.UserError(f"--data_dir {data_dir}: expected folders with a {FILE_NAME}, found none")
     transitions = []
     notes = []
     for file in files:
-        sequence = file.parent.relative_to(data_dir).as_posix()
-        if sequence == ".":
-            sequence = data_dir.resolve().name
-        found, matching = read_transitions(file, sequence, exact_names)
+        folder = file.parent
+        sequence = folder.as_posix() if folder.name else data_dir.resolve().name
+        found, matching = read_transitions(data_dir / file, sequence, exact_names)
         transitions += found[:limit or None]
         notes += [f"{sequence}: {note}" for note in matching]
     return transitions, notes
@@ -271,7 +266,7 @@ def _read_row(entry, sequence, number):
     if not ft1:
         raise ValueError("expected the path of a picture under ft1_image_path, found none")
     poses = {name: _read_pose(entry, key) for name, key in FIELDS.items()}
-    return Transition(sequence, number, frame_t1, frame_t2, ft1, ft2, **poses)
+    return Transition(f"{sequence}/{frame_t1}-{frame_t2}", sequence, number, ft1, ft2, **poses)
 
 
 def _read_frame(entry, which):
@@ -361,8 +356,8 @@ def choose_unit(poses, asked, usual):
 def check_positions(poses):
     """UserError where most positions of an axis are beyond 200: these are no outliers; returns notes on the unit."""
     at = np.concatenate([poses["at1"], poses["at2"]])
-    n_far = np.sum(np.abs(at) > LARGEST_LABEL, axis=0)
-    n_known = np.sum(~np.isnan(at), axis=0)
+    n_far = (np.abs(at) > LARGEST_LABEL).sum(0)
+    n_known = (~np.isnan(at)).sum(0)
     far = [f"{axis} ({count} of {known})" for axis, count, known in zip(AXES, n_far, n_known) if 2 * count > known]
     if far:
         raise common.UserError(
@@ -416,9 +411,9 @@ def read_order(poses, asked, usual):
     return order, [f"{level}angles are read as R = {factors}{remark} ({why})"]
 
 
-def choose_composition(asked, residuals, usual=None):
+def choose_composition(asked, residuals, usual):
     """(convention, sentence on why): the one asked for, or the one with the smallest residual on the data."""
-    tried = {row["convention"]: row for row in residuals[:len(CONVENTIONS)]}
+    tried = dict(zip(CONVENTIONS, residuals))
     missed = {name: row["mm"] + row["deg"] for name, row in tried.items()}
     best = min(missed, key=missed.get, default="additive")
     chosen = best if asked == "auto" else asked

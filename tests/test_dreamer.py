@@ -485,6 +485,12 @@ def test_poses_outside_the_training_range_raise_an_alarm():
     assert pose_scores.outside_share(poses, np.arange(10), np.arange(10))["outside_training_range"] == 0
 
 
+def test_a_model_no_better_than_the_place_in_the_sequence_is_sent_to_other_sweeps():
+    _, result, _ = small_result(gain=0.0)
+    alarm, = pose_scores.place_alarms({"frame_index": result})
+    assert "sweeps that begin and end elsewhere" in alarm and "--" not in alarm, "another split proves something else"
+
+
 def test_collapsed_features_raise_an_alarm():
     use = {"feature_spread": 0.001, "action_shuffle_ratio": 1.3, "latent_skill": 0.5}
     alarms = pose_scores.use_alarms(use, motion=1.0)
@@ -893,7 +899,8 @@ def test_patients_that_the_final_readout_was_solved_on_are_train_patients():
     study = types.SimpleNamespace(patients=np.array(["a", "b", "c"]), hashes=np.array([[1], [2], [3]]))
     readout = baseline_models.Readout(np.zeros((3, 6)), np.zeros(6), ["all"])
     model = types.SimpleNamespace(imagines=False, solved=nn.Linear(3, 6))
-    found = train_dreamer.use_readout(model, study, np.array([0, 1]), readout, seen_rows.SeenRows([1], [2]))
+    training = types.SimpleNamespace(model=model, seen=seen_rows.SeenRows([1], [2]))
+    found = train_dreamer.use_readout(training, study, np.array([0, 1]), readout)
     assert found["train_patients"] == ["a", "b"] and found["seen"].fitted.tolist() == [1, 2]
 
 
@@ -902,8 +909,9 @@ def test_a_trained_readout_lends_its_encoder_to_the_baseline(slices):
     study, rows = loaded(slices, *READOUT)
     compute = common.choose_compute("cpu", "off")
     args = readout_args("--mode", "predict", "--checkpoint", "x")
-    encoder = train_dreamer.build_encoder(readout_args("--seed", 7), train_dreamer.GridEncoder)
-    own, lent = (train_dreamer.see_frames(study, rows[:4], args, compute, lender).grids for lender in (None, encoder))
+    new, encoder = (train_dreamer.build_encoder(of_run, train_dreamer.GridEncoder) for of_run in (
+        args, readout_args("--seed", 7)))
+    own, lent = (train_dreamer.see_frames(study, rows[:4], args, compute, lender).grids for lender in (new, encoder))
     frame = torch.from_numpy(train_dreamer.to_grey(study.frame(0, 0, 64)[None]))
     np.testing.assert_allclose(lent[study.frames[0, 0]], encoder(frame)[0], rtol=1e-4, atol=1e-5)
     assert not np.allclose(own[study.frames[0, 0]], lent[study.frames[0, 0]])

@@ -121,7 +121,7 @@ def test_the_right_convention_is_found_and_its_residual_is_zero(name):
     at2[3] = np.nan
     residuals = probe_poses.composition_residuals(at1, motion, at2)
     row = {row["convention"]: row for row in residuals}
-    assert probe_poses.choose_composition("auto", residuals)[0] == name
+    assert probe_poses.choose_composition("auto", residuals, None)[0] == name
     assert row[name]["mm"] < 1e-9 and row[name]["deg"] < 1e-9 and row[name]["rows"] == 79
     assert all(row[other]["mm"] + row[other]["deg"] > 0.01 for other in row if other != name)
 
