@@ -510,8 +510,8 @@ def _leaves(values):
 class Run:
     """An open run folder: `say` writes to terminal and log.txt; leaving the `with` block closes it.
 
-    A user error before args.json is written removes the folder again, so that a typing mistake
-    leaves nothing behind. Of several processes only the first one says and writes.
+    A user error or a stop signal before args.json is written removes the folder again, so that a
+    typing mistake leaves nothing behind. Of several processes only the first one says and writes.
     """
 
     folder: Path
@@ -539,8 +539,8 @@ class Run:
                 self._log.write(f"{kind.__name__}: {error}\n")
         if error is None and self.is_writer and self.path("metrics.json").exists():
             self._drop_checkpoints()
-        was_refused = isinstance(error, UserError) and not self.path("args.json").exists()
-        if was_refused and self.is_writer and not self.resumed:
+        was_stopped = isinstance(error, (UserError, SystemExit, KeyboardInterrupt))
+        if was_stopped and self.is_writer and not self.resumed and not self.path("args.json").exists():
             shutil.rmtree(self.folder, ignore_errors=True)  # the disk it is on may be what was lost
 
     def _drop_checkpoints(self):

@@ -550,7 +550,7 @@ def test_alarms_name_the_flag_of_train_dreamer_beside_that_of_the_others():
     alarms = verdicts.regression_alarms(np.repeat(target[:10], 4, axis=0), target, ["x_mm", "z_mm"])
     alarms += verdicts.split_gap_alarms({"pearson_r": 0.1}, {"pearson_r": 0.9}, "more rows")
     assert len(alarms) == 2 and all("--group_column (probe guidance: --patient_map" in alarm for alarm in alarms)
-    rows = [{"target": "x_mm", "r2": -0.5, "pearson_r": 0.6, "bias": 2.0, "slope": 0.3}]
+    rows = [{"target": "x_mm", "r2": -0.5, "pearson_r": 0.6, "pearson_r_low": 0.2, "bias": 2.0, "slope": 0.3}]
     assert "--select r2 where the script has it" in score_judging.slope_alarms(rows)[0]
 
 

@@ -470,6 +470,16 @@ def test_args_json_holds_no_environment(tmp_path, monkeypatch):
     assert {"flags", "command", "versions", "git", "data", "device", "slurm"} <= set(json.loads(text))
 
 
+@pytest.mark.parametrize("error", [common.UserError("no such column"), SystemExit(common.EXIT_SAVED), KeyboardInterrupt()])
+def test_what_stops_before_there_is_anything_to_continue_leaves_no_folder(tmp_path, error):
+    for has_args in (False, True):
+        with pytest.raises(type(error)), common.start_run(run_arguments(tmp_path)) as run:
+            if has_args:
+                run.write_args(fingerprint="f")
+            raise error
+        assert run.folder.exists() == has_args
+
+
 def test_the_log_is_ascii_and_the_terminal_shows_a_path_that_can_be_pasted(tmp_path, capsys):
     with common.start_run(run_arguments(tmp_path)) as run:
         run.say("Gesicht gr\u00fcn")
