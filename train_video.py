@@ -131,7 +131,8 @@ def add_clip_arguments(data):
          help="regress: column that says when a sequence was filmed, such as M0 before and M2 "
               "after surgery; each moment is also judged alone")
     data("--fps", type=common.bounded(float, 0.1, 240), default=12.0,
-         help="classify: frames per second of a clip")
+         help="classify: frames per second of a clip, and of folders of frames and .npy clips (judge_bouts: as "
+              "in predict)")
     data("--n_frames", type=common.POSITIVE,
          help="classify: frames in a clip (default 16); regress: at most so many frames of a "
               "sequence are read (default 32)")
@@ -1373,7 +1374,7 @@ def predict_recordings(args):
         if own.task != "classify":
             raise common.UserError("--video needs checkpoints of --task classify: a sequence of "
                                    "scores has no window of its own")
-        run.write_args(videos=list(videos))
+        run.write_args(videos=list(videos), fps=own.fps)
         read = []
         for name, path in videos.items():
             try:
@@ -1438,7 +1439,13 @@ def predict_windows(member, frames, compute):
 
 
 def judge_bouts(args):
-    """--mode judge_bouts: the bouts of predict --video against a table of events."""
+    """--mode judge_bouts: the bouts of predict --video against a table of events, whose frames have its rate."""
+    record = args.predictions / "args.json"
+    if record.is_file():
+        fps = common.read_json(record)["data"].get("fps", args.fps)  # older versions do not say it
+        if "fps" in args.given and fps != args.fps:
+            raise common.UserError(f"--fps {args.fps:g}: {args.predictions} was read at {fps:g} frames a second; leave it out")
+        args = common.with_flags(args, fps=fps)
     ethograms.judge_folder(args.predictions, lambda names: read_table(args, names), args.output)
 
 

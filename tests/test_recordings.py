@@ -312,6 +312,24 @@ def test_recordings_shorter_than_a_window_and_broken_in_the_middle(made, tmp_pat
     assert spans["pictures"] == [(k / 2, k / 2 + 1) for k in range(5)]
 
 
+def test_events_in_frames_are_judged_at_the_rate_of_their_recording(made, tmp_path):
+    """A clip without a clock has the 4 frames a second of the checkpoint, in both modes."""
+    frames = np.random.default_rng(0).integers(0, 256, (24, 40, 40, 3), dtype=np.uint8)
+    np.save(tmp_path / "clip.npy", frames)
+    video("--mode", "predict", "--checkpoint", only_run(made / "motion") / "fold_0", "--video", tmp_path / "clip.npy",
+          "--output_dir", tmp_path / "out", "--num_workers", 0)
+    run = only_run(tmp_path / "out")
+    events = [(row["video"], row["label"], round(4 * float(row["start_sec"])), round(4 * float(row["end_sec"])) - 1)
+              for row in read_csv(run / "bouts.csv")]
+    with open(tmp_path / "events.csv", "w", newline="") as handle:
+        csv.writer(handle).writerows([("path", "label", "start_frame", "end_frame"), *events])
+    flags = ["--mode", "judge_bouts", "--predictions", run, "--manifest", tmp_path / "events.csv", "--max_missing", 0]
+    video(*flags)
+    found = [row for row in read_csv(run / "bout_scores.csv") if int(row["bouts"])]
+    assert found and all(float(row["f1_at_0.5"]) == 1 for row in found)
+    assert "--fps 12: " in video(*flags, "--fps", 12, code=2).stderr
+
+
 def test_a_run_without_a_bout_finds_no_event(tmp_path, capsys):
     """Its table of bouts has a header alone: recall 0, and no complaint about the file."""
     (tmp_path / "windows.csv").write_text("video,start_sec,end_sec,pred_label,prob_none,prob_1\n/v.mp4,0,1,none,.9,.1\n")
