@@ -361,7 +361,7 @@ def load_study(args, table, say, skipped_file=None):
         fps=args.fps, n_frames=args.n_frames, short_side=common.resize_side(args.image_size),
         jitter_sec=args.jitter_sec, cache=args.cache, pixel_range=args.pixel_range)
     video_files.check_clips(store.audit, args.max_missing, args.on_bad_file)
-    for note in video_files.time_notes(store.audit, args.fps):
+    for note in store.time_notes():
         say(f"note: {note}")
     reasons = [found.error or found.fault for found in store.audit]
     usable = table.without(reasons)

@@ -20,6 +20,7 @@ import numpy as np
 import common
 from readers import file_names, picture_files, pixel_cache
 
+LEAST_RATE = 0.98  # of the grid's frames a second; below it a video is called slow
 STAMP_SLACK_SEC = 1e-3  # Matroska rounds its stamps to milliseconds
 # FFmpeg's SWS_FULL_CHR_H_INT and SWS_ACCURATE_RND, which PyAV 17 does not name. Without them colours are up to 1.5 of 255
 # too dark, and more so in frames that are scaled than in others.
@@ -40,7 +41,7 @@ class VideoInfo:
 
     times: (n_frames,) float64 of the frames that can be decoded, increasing. damaged: (D,) of those that cannot, NaN
     where unknown. duration_sec: until the last frame has been shown. header_fps, header_sec (which sound and variable
-    rates make differ from what was found): what the file claims, 0 for nothing.
+    rates make differ from what was found), header_frames: what the file claims, 0 for nothing.
     """
     error: str | None = None
     duration_sec: float = 0.0
@@ -50,6 +51,7 @@ class VideoInfo:
     damaged: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
     header_fps: float = 0.0
     header_sec: float = 0.0
+    header_frames: int = 0
 
     @property
     def damage(self):
@@ -138,6 +140,7 @@ class _Video:
         # FFmpeg guesses the duration of a file that was cut from its size
         claimed_sec = float(stream.frames / stream.average_rate) if stream.average_rate else 0.0
         info.header_sec = max(duration_sec, claimed_sec)
+        info.header_frames = stream.frames
         return info
 
     def frames(self):
@@ -442,10 +445,11 @@ def _even_indices(info, start, end, n_frames):
 class ClipAudit(pixel_cache.Audit):
     """Of a row; file_sha: of all frames' files in a folder; pixel_sha: of the grid; phash: of its middle frame.
 
-    n_frames to damage: of the whole file. fault: why the row cannot be used though its file can. n_grid: grid frames;
+    shown_sec to damage: of the whole file, the first from its first frame until its last has been shown. fault: why the row cannot be used though its file can. n_grid: grid frames;
     first: grid index where the window starts, before it lie frames for jitter; usable: grid frames of the window;
     repeats: grid frames that show the frame before them again, where the source is slower than the grid.
     """
+    shown_sec: float = 0.0
     n_frames: int = 0
     n_damaged: int = 0
     damage: str = ""
@@ -537,6 +541,25 @@ class ClipStore(pixel_cache.PixelStore):
             return self.decode_again(row, slice(start, stop))
         return self[row][start:stop]
 
+    def time_notes(self):
+        """Sentences on the videos that show frames twice on their grid because they are slow or short."""
+        grid, fps, n_frames, _ = self.grid_settings
+        clip_sec = n_frames / fps
+        slow = set()
+        short = set()
+        for found in self.audit:
+            if grid == "even" or not found.repeats:
+                continue
+            if found.n_frames + found.n_damaged < LEAST_RATE * fps * found.shown_sec:
+                slow.add(found.path)
+            if found.shown_sec < clip_sec and found.repeats[-1] == found.n_grid - 1:
+                short.add(found.path)
+        reasons = {
+            f"have fewer than {fps:g} frames a second (--fps), and show some twice": slow,
+            f"are shorter than a clip of {clip_sec:.3g} s (--n_frames, --fps), which ends on their last frame": short}
+        return [f"{len(paths)} videos {reason} ({common.shorten_list(sorted(paths), 3)})"
+                for reason, paths in reasons.items() if paths]
+
     def decode(self, rows):
         """[(ClipAudit, pixels (G, H, W, 3))] of all rows of one file; pixels has no frames when it is bad."""
         path = self.sources[rows[0]]
@@ -611,8 +634,8 @@ class ClipStore(pixel_cache.PixelStore):
     def _clip(self, path, info, plan, grid, file_sha):
         is_repeat = np.diff(plan.indices, prepend=-1) == 0
         audit = ClipAudit(
-            path=str(path), n_frames=info.n_frames, n_damaged=len(info.damaged), damage=info.damage,
-            fault=plan.fault, n_grid=grid.n_grid, first=plan.first,
+            path=str(path), shown_sec=info.duration_sec - info.times[0], n_frames=info.n_frames,
+            n_damaged=len(info.damaged), damage=info.damage, fault=plan.fault, n_grid=grid.n_grid, first=plan.first,
             usable=plan.usable, repeats=np.flatnonzero(is_repeat).tolist(), file_sha=file_sha,
             pixel_sha=grid.digest.hexdigest(), phash=picture_files.perceptual_hash(grid.middle).tolist())
         return audit, grid.kept
@@ -634,15 +657,6 @@ def check_clips(audit, max_missing=0.05, on_bad_file="skip"):
     n_lost = sum(bool(found.error) for found in audit)
     what = f"{len(bad)} videos cannot be read, which takes {n_lost} of {len(audit)} rows"
     name_losses(what, bad, allowed, n_lost > allowed * len(audit) or n_lost == len(audit))
-
-
-def time_notes(audit, fps):
-    """Sentences on the videos of these rows that show frames twice at `fps`."""
-    slow = {found.path for found in audit if found.repeats and found.n_frames > 1}
-    if not slow:
-        return []
-    return [f"{len(slow)} videos have fewer than {fps:g} frames a second (--fps), and show some twice "
-            f"({common.shorten_list(sorted(slow), 3)})"]
 
 
 def name_losses(what, reasons, allowed, is_too_much):
@@ -710,16 +724,19 @@ class Recording:
     def losses(self):
         """Sentences on what could not be read, and on too low a rate."""
         found = []
-        if self.fault or self.read_sec < 0.98 * self.expected_sec - 1:
-            found.append(f"{self.path}: read up to {self.read_sec:.1f} of {self.expected_sec:.1f} s by its header "
-                         f"{self.fault}")
+        n_found = self.n_read + len(self.damaged)
+        is_whole = 0 < self.info.header_frames <= n_found  # only the sound goes on
+        if self.fault or (self.read_sec < 0.98 * self.expected_sec - 1 and not is_whole):
+            fault = f": {self.fault}" if self.fault else ""
+            found.append(
+                f"{self.path}: read up to {self.read_sec:.1f} of {self.expected_sec:.1f} s by its header{fault}")
         if self.damaged:
             first_sec = np.fmin.reduce(self.damaged)
             place = "" if np.isnan(first_sec) else f", the first at {first_sec:.2f} s"
             found.append(f"{self.path}: {len(self.damaged)} frames are damaged{place}; "
                          "windows there show the frames before them")
-        rate = self.n_read / (self.read_sec - self.begin_sec)
-        if rate < 0.98 * self.fps:
+        rate = n_found / (self.read_sec - self.begin_sec)
+        if rate < LEAST_RATE * self.fps:
             found.append(f"{self.path}: it has {rate:.1f} frames a second, fewer than the {self.fps:g} of a window, "
                          "which shows some twice")
         return found
@@ -777,8 +794,8 @@ class Recording:
         """Yield one frame for every time of the grid before `until` that has not been shown."""
         pixels = None
         while self.begin_sec + self.n_shown / self.fps < until - STAMP_SLACK_SEC:
-            before = self.latest
+            shown_before = self.latest
             if pixels is None:
-                pixels = convert(self.short_side)
-            yield GridFrame(pixels, is_new=pixels is not before)
+                pixels = convert(self.short_side)  # becomes self.latest; a damaged picture is what that was
+            yield GridFrame(pixels, is_new=pixels is not shown_before)
             self.n_shown += 1

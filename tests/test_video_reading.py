@@ -709,6 +709,20 @@ def test_grid_frames_of_a_slow_source_are_marked_as_shown_before(films):
     assert store.audit[0].repeats == again and len(again) == 29
 
 
+@pytest.mark.parametrize("make, window, fps, notes", [
+    (write_film, WHOLE, FPS, []), (write_film, WHOLE, 2 * FPS, ["have fewer than 30 frames a second"]),
+    (damaged_film, (2.3, 3.3), FPS, []),
+    (lambda path: write_film(path, n=14), WHOLE, FPS, ["are shorter than a clip of 1.07 s"]),
+    (lambda path: write_film(path, n=14), WHOLE, 2 * FPS, ["have fewer than 30 frames a second"]),
+    (lambda path: write_film(path, n=7), WHOLE, 2 * FPS, ["have fewer than 30 frames a second", "are shorter than a clip of 0.533 s"])])
+@pytest.mark.parametrize("jitter_sec", [0, 0.5])
+def test_videos_are_called_slow_by_their_own_rate_and_short_by_their_length(tmp_path, make, window, fps, notes, jitter_sec):
+    """Not where a hole of damaged frames repeats some."""
+    store = open_store([make(tmp_path / "film.mp4")], [window], fps=fps, jitter_sec=jitter_sec)
+    found = store.time_notes()
+    assert len(found) == len(notes) and all(f"1 videos {note}" in text for note, text in zip(notes, found)), found
+
+
 # --- whole recordings ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("fps", [4, 12, 2 * FPS])
@@ -755,6 +769,20 @@ def test_a_recording_slower_than_its_grid_says_so(films):
         list(recording.grid())
         assert len(recording.losses()) == len(notes)
         assert all(note in loss for note, loss in zip(notes, recording.losses()))
+
+
+def test_a_hole_in_a_recording_is_damage_and_no_lower_rate(tmp_path):
+    recording = video_files.Recording(damaged_film(tmp_path / "hole.mp4"), FPS, 48)
+    list(recording.grid())
+    [loss] = recording.losses()
+    assert "20 frames are damaged" in loss
+
+
+def test_a_recording_whose_sound_goes_on_has_lost_nothing(tmp_path):
+    recording = video_files.Recording(write_film(tmp_path / "film.mov", sound_sec=12), FPS, 48)
+    assert len(list(recording.grid())) == N and recording.losses() == []
+    recording.fault = "it broke"
+    assert recording.losses() == [f"{tmp_path / 'film.mov'}: read up to 6.0 of 12.0 s by its header: it broke"]
 
 
 def test_a_recording_that_breaks_is_read_up_to_there(films, tmp_path):
