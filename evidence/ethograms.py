@@ -13,6 +13,7 @@ from evidence import plotting, subject_intervals
 from readers import video_files
 
 IOUS = (0.25, 0.5)
+SLACK_SEC = 1e-6  # times of a grid are rounded: 0.1 + 0.2 is as long as 0.3
 STRIP_SEC = 600  # of an ethogram, as the next one
 MOST_STRIPS = 12
 COLOURS = (plotting.BLUE, plotting.ORANGE, plotting.GREEN, plotting.PURPLE, plotting.SKY, plotting.YELLOW)
@@ -67,7 +68,7 @@ BOUT_COLUMNS = [field.name for field in dataclasses.fields(Bout)]
 def join_close(windows, merge_gap_sec):
     """(W,) classes in which what parts two bouts of one class by at most merge_gap_sec belongs to them.
 
-    The closest bouts come first; what they have taken is no bout of its own any more.
+    The closest bouts come first, of equally close ones the earlier; what they have taken is no bout of its own any more.
     """
     edges = windows.edges
     joined = windows.chosen.copy()
@@ -75,9 +76,10 @@ def join_close(windows, merge_gap_sec):
     for c in np.unique(joined):
         own = np.flatnonzero(joined == c)
         for before, after in zip(own[:-1], own[1:]):
-            gaps.append((edges[after] - edges[before + 1], before, after))
+            gap = round(edges[after] - edges[before + 1], 6)
+            gaps.append((gap, before, after))
     for gap, before, after in sorted(gaps):
-        if gap <= merge_gap_sec and joined[before] == joined[after]:
+        if gap <= merge_gap_sec + SLACK_SEC and joined[before] == joined[after]:
             joined[before:after] = joined[before]
     return joined
 
@@ -94,7 +96,7 @@ def bouts_of(windows, names, min_bout_sec=0.0, merge_gap_sec=0.0):
     bouts = []
     for begin, end in zip(first, np.append(first[1:], len(classes))):
         start_sec, end_sec = edges[[begin, end]]
-        if end_sec - start_sec >= min_bout_sec:
+        if end_sec - start_sec >= min_bout_sec - SLACK_SEC:
             c = classes[begin]
             mean = windows.probability[begin:end, c].mean()
             bouts.append(Bout(names[c], start_sec, end_sec, mean))

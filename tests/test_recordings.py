@@ -86,6 +86,23 @@ def test_joined_bouts_never_overlap(seed):
             assert len(bouts) < 8, "most of 60 windows are joined"
 
 
+@pytest.mark.parametrize("every", [0.1, 0.3, 1 / 12])
+def test_bouts_as_long_as_the_limits_are_kept_and_joined(every):
+    """Whatever the rounding of their times."""
+    classes = [0, 0, 0, 1, 1, 1, 0, 0, 0] * 7
+    windows = windows_of(classes, every)
+    kept = ethograms.bouts_of(windows, NAMES, min_bout_sec=round(3 * every, 9))
+    assert len(kept) == len(ethograms.bouts_of(windows, NAMES)) == 15
+    [joined] = ethograms.bouts_of(windows, NAMES, merge_gap_sec=round(3 * every, 9))
+    assert joined.label == "rest"
+
+
+def test_of_equally_close_bouts_the_earlier_are_joined():
+    for every in (0.1, 0.3, 0.7):
+        windows = windows_of([0] * 4 + [1] * 3 + [0] * 3 + [1] * 4, every)
+        assert ethograms.join_close(windows, 4 * every).tolist() == [0] * 10 + [1] * 4
+
+
 def test_one_window_is_one_bout():
     assert spelled(ethograms.bouts_of(windows_of([2]), NAMES)) == [("bite", 0, 2)]
 
