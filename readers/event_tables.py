@@ -221,7 +221,8 @@ def per_frame_events(table, path, path_column, notes):
     """One row a frame and one column of 0 and 1 a behaviour (DeepEthogram, SimBA, JAABA) -> a row an event.
 
     Without a column of paths the file is named like its video. Frames without any behaviour become events of the
-    class background, unless a column has that name. None where the table is none of this kind.
+    class background, unless a column has that name. An event ends where the table lacks the next frame, which is up to
+    twice its usual step away: tables of every fifth frame have events too. None where the table is none of this kind.
     """
     import pandas as pd
     frame_column = csv_tables.find_column(table, FRAME_COLUMNS)
@@ -240,8 +241,10 @@ def per_frame_events(table, path, path_column, notes):
         is_on["background"] = table[names].isin(["0", "0.0"]).all(axis=1)
     events = []
     for video, rows in is_on.groupby(videos, sort=False):
+        steps = frames[rows.index].diff()
+        is_after_gap = steps > 2 * steps.mode().min()
         for name, cells in rows.items():
-            run = (~cells).cumsum()[cells]  # the same number in all frames of a run
+            run = (~cells | is_after_gap).cumsum()[cells]  # the same number in all frames of a run
             for _, own in frames[run.index].groupby(run):
                 events.append((own.index[0], video, name, own.iloc[0], own.iloc[-1]))
     notes.append(f"{path.name}: one row a frame, counted from 0; {len(events)} events of {', '.join(is_on)}")

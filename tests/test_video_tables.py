@@ -421,6 +421,20 @@ def test_one_row_a_frame_becomes_events(tmp_path, header, background):
         assert set(table.unit) == {"frame"} and set(table.videos) == {"s0.mp4"}
 
 
+@pytest.mark.parametrize("frames, expected", [
+    ([0, 1, 2, 3, 10, 11], [("background", 0, 3), ("groom", 3, 4), ("groom", 10, 12)]),
+    ([0, 5, 10, 15, 20, 35], [("background", 0, 11), ("groom", 15, 21), ("groom", 35, 36)]),
+    ([0, 8, 16, 25, 33, 41], [("background", 0, 17), ("groom", 25, 42)])])
+def test_an_event_does_not_go_on_over_frames_that_its_table_lacks(tmp_path, frames, expected):
+    """But over the usual step of one that has every fifth frame, or three of 25."""
+    put(tmp_path, "s0.mp4")
+    lines = [f"{frame},{int(frame >= frames[3])}\n" for frame in frames]
+    path = write(tmp_path / "s0.csv", "".join(["frame,groom\n", *lines]))
+    table = event_tables.read_events({"": path})
+    found = [(table.names[c], *window) for c, window in zip(table.label, table.windows.tolist())]
+    assert sorted(found) == expected
+
+
 def test_a_folder_of_manifests_is_one_table(tmp_path):
     root = put(tmp_path, "v/a.mp4", "v/b.mp4", "tables/one.csv", "tables/two.csv")
     write(root / "tables/one.csv", "# made by hand\nvideo_path,behavior,pen\na.mp4,ear,3\n")
