@@ -15,7 +15,8 @@ SENTENCES = {  # what follows from the words but "new"
     "train": "trained the model, or one that it started from: the result is not held out; judge other rows "
              "(--test_ratio), or train without --init_from",
     "chose": "chose the epoch, the threshold or the temperature: the result is selected on these rows, therefore "
-             "optimistic; give a test part, or a fixed number of epochs (--select last; a detector has --folds)",
+             "optimistic; give a test part or, where they chose the epoch alone, a fixed number of epochs "
+             "(--select last; a detector has --folds)",
     "not known": "may have been seen in training: their table or the checkpoint does not say it",
 }
 

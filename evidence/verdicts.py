@@ -14,7 +14,8 @@ from evidence import class_scores, metric_names
 
 # --- alarms ------------------------------------------------------------------------------------------
 
-CONSTANT_REMEDY = "The network has learnt nothing: more --epochs, a higher --lr, published weights"
+CONSTANT_REMEDY = ("The model has learnt nothing: published weights, more rows; where a network is trained, more --epochs "
+                   "or a higher --lr")
 NOT_FINITE_REMEDY = "Lower --lr, or --use_amp off"
 REPEATS_REMEDY = ("Look for rows with the same input (the section Leakage), and keep them together: --group_column "
                   "(probe guidance: --patient_map)")
@@ -86,8 +87,8 @@ def classification_alarms(probability, label, names, threshold=None, positive=1)
         alarms.append(f"not a finite number in the probabilities. {NOT_FINITE_REMEDY}")
     given = np.unique(class_scores.predicted_class(probability, threshold, positive))
     if len(given) == 1 and not alarms:
-        alarms.append(f"one class only: {names[given[0]]} is given to all {rows} rows. Balance the classes "
-                      "(--balance sampler), or train longer (--epochs)")
+        alarms.append(f"one class only: {names[given[0]]} is given to all {rows} rows. Add rows of the others; "
+                      "where a network is trained, balance them (--balance sampler) or train longer (--epochs)")
     of_class = label[:, None] == np.arange(len(names))  # (N, C)
     counts = of_class.sum(0)
     flat = probability.std(0) < 0.05 * of_class.std(0)

@@ -696,6 +696,9 @@ def test_alarms_name_what_is_wrong():
         "constant output (sd of the probability under 5 % of the labels'): none, tail",
         "the same probability 100 times or more, in 100 of 100 rows; that of tail is 0.1 in 100 of them",
         "labels almost all equal: none in 97 of 100 rows"]
+    for alarm in alarms[:2]:
+        for_all, _ = alarm.split("; where a network is trained, ")
+        assert "--" not in for_all, "a solved readout is told no flag that it refuses"
     rounded = verdicts.classification_alarms(constant[:36], label[:36], ["none", "tail"])
     assert any("probability 36 times or more" in alarm for alarm in rounded)
     probability, label = two_classes()

@@ -74,6 +74,7 @@ def test_every_word_but_new_has_its_sentence():
     found = seen_rows.sentences(["train", "new", "chose", "train", "not known"])
     assert list(found) == ["train", "chose", "not known"] and found["train"].startswith("2 of 5 rows trained the model")
     assert seen_rows.sentences(["new"]) == {}
+    assert "where they chose the epoch alone, a fixed number" in found["chose"], "it fits no threshold less"
 
 
 def test_warnings_of_several_models_are_what_all_find_and_what_one_was_trained_on():
