@@ -215,7 +215,7 @@ def add_training_arguments(parser):
     add("--epochs", "--max_epochs", type=POSITIVE, default=50, help="passes over the training rows")
     add("--batch_size", type=POSITIVE, default=32, help="samples per batch, over all processes")
     add("--val_batch_size", type=POSITIVE, may_change=True,
-        help="samples per batch in evaluation (default: batch_size)")
+        help="samples per batch in evaluation; where none is set, as --batch_size")
     add("--accumulate", "--accumulate_grad_batches", type=POSITIVE, default=1,
         help="batches per optimiser step")
     add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw",
@@ -1104,12 +1104,12 @@ def _half_batch():
     batch = re.search(r"--batch_size[ =](\d+)", command)
     accumulate = re.search(r"--accumulate(?:_grad_batches)?[ =](\d+)", command)
     if not batch or batch[1] == "1":
-        return ("try again with a smaller --batch_size (in training with --accumulate: the same gradient), smaller "
-                "pictures, or in predict_assessor.py a smaller --predict_batch_size")
+        return ("try again with a smaller --batch_size (in training with --accumulate: the same gradient) or "
+                "--val_batch_size, smaller pictures, or in predict_assessor.py a smaller --predict_batch_size")
     half = int(batch[1]) // 2
     doubled = 2 * int(accumulate[1]) if accumulate else 2
     kept = re.sub(r" --(batch_size|accumulate(_grad_batches)?)[ =]\d+", "", command)
-    return f"try: {kept} --batch_size {half} --accumulate {doubled}"
+    return f"try: {kept} --batch_size {half} --accumulate {doubled}\nin evaluation: a smaller --val_batch_size"
 
 
 # ---------------------------------------------------------------------------

@@ -83,7 +83,10 @@ def test_names_of_the_network_and_of_the_picture_size_are_understood_in_all_scri
 
 
 def test_help_shows_every_default():
-    text = " ".join(make_parser().format_help().split())
+    parser = make_parser()
+    parser.set_defaults(val_batch_size=8)
+    text = " ".join(parser.format_help().split())
+    assert "as --batch_size (default: 8)" in text, "that of the script"
     assert "peak learning rate (default: 5e-05)" in text and "width (default: 768)" in text
     assert "(default: None)" not in text and "start from random weights (default" not in text
 
