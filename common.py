@@ -1179,9 +1179,9 @@ def choose_compute(device, use_amp, processes=None, fp32_on_cpu=False):
         processes=processes)
 
 
-def announce_compute(args):
-    """Compute of --device and --use_amp, which a line names: for predictions without a run folder."""
-    compute = choose_compute(args.device, args.use_amp)
+def announce_compute(args, fp32_on_cpu=False):
+    """choose_compute of --device and --use_amp, which a line names: for predictions without a run folder."""
+    compute = choose_compute(args.device, args.use_amp, fp32_on_cpu=fp32_on_cpu)
     print(f"device: {compute.text}", flush=True)
     return compute
 
@@ -2651,8 +2651,9 @@ class Training:
         seconds = time.perf_counter() - self.current.started
         memory = peak_memory(self.run.compute.device) / 2 ** 30
         left = seconds * (self.args.epochs * (1 + self.run.folds_after) - progress.epoch)
-        end = (f"({seconds:.2f} s, {self.current.samples / seconds:.1f} samples/s, peak {memory:.2f} GB, "
-               f"{left / 60:.0f} min left){' *' if is_best else ''}")
+        samples = self.current.samples  # none of a model that is solved
+        rate = f"{samples / seconds:.1f} samples/s, " if samples else ""
+        end = f"({seconds:.2f} s, {rate}peak {memory:.2f} GB, {left / 60:.0f} min left){' *' if is_best else ''}"
         chosen_first = sorted(numbers, key=lambda name: name != self.select)
         shown = "".join(f"  {name} {numbers[name]:.4g}" for name in chosen_first[:3])
         self.run.say(f"epoch {progress.epoch}/{self.args.epochs}{shown}  {end}")

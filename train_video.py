@@ -1276,8 +1276,8 @@ class Member:
         return self.finish(outputs.double()).numpy()
 
 
-def load_members(args, compute):
-    """--checkpoint -> list of Member. Raises UserError where they differ."""
+def load_members(args):
+    """--checkpoint -> list of Member, on the CPU. Raises UserError where they differ."""
     members = []
     files = common.checkpoint_files(args.checkpoint)
     typed = {name: getattr(args, name) for name in OWN_OF_PREDICT if name in args.given}
@@ -1290,7 +1290,7 @@ def load_members(args, compute):
             model = build_model(own, len(content["names"]))
         common.load_state(model, content["model"], path)
         model.head.prior_shift.copy_(torch.tensor(content.get("prior_shift", 0.0)))
-        members.append(Member(compute.place(model).eval(), content, own))
+        members.append(Member(model.eval(), content, own))
         first = members[0]
         for name in ("task", "names", "positive_class", "min_event_sec", *READING):
             found = getattr(own, name)
@@ -1302,12 +1302,24 @@ def load_members(args, compute):
     return members
 
 
+def place(members, compute):
+    """Put the networks of the members on the device."""
+    for member in members:
+        compute.place(member.model)
+
+
+def need_fp32_on_cpu(members):
+    """True where no member computes in mixed precision there: all but CNN_LSTM do not."""
+    return all(member.args.model != CNN_LSTM for member in members)
+
+
 def predict(args):
     """--mode predict: one row for each row of the manifest; the mean over the checkpoints."""
     if args.video:
         return predict_recordings(args)
-    compute = common.announce_compute(args)
-    members = load_members(args, compute)
+    members = load_members(args)
+    compute = common.announce_compute(args, fp32_on_cpu=need_fp32_on_cpu(members))
+    place(members, compute)
     args = members[0].args
     study = load_study(args, read_table(args, args.names, need_labels=False), print)
     tables, answers = zip(*(predict_rows(member, study, compute) for member in members))
@@ -1368,12 +1380,13 @@ def export(path, members, study):
 def predict_recordings(args):
     """--mode predict --video: windows, bouts and ethogram of each recording, in a run folder."""
     videos = video_files.find_recordings(args.video)
-    with common.start_run(args) as run:
-        members = load_members(args, run.compute)
-        own = members[0].args
-        if own.task != "classify":
-            raise common.UserError("--video needs checkpoints of --task classify: a sequence of "
-                                   "scores has no window of its own")
+    members = load_members(args)
+    own = members[0].args
+    if own.task != "classify":
+        raise common.UserError("--video needs checkpoints of --task classify: a sequence of "
+                               "scores has no window of its own")
+    with common.start_run(args, fp32_on_cpu=need_fp32_on_cpu(members)) as run:
+        place(members, run.compute)
         run.write_args(videos=list(videos), fps=own.fps)
         read = []
         for name, path in videos.items():

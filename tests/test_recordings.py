@@ -237,7 +237,9 @@ def test_recordings_get_their_tables_pictures_and_copies(made, tmp_path):
     shutil.copytree(made / "two", folder)
     (folder / "broken.mp4").write_bytes(b"nothing")
     text = video("--mode", "predict", "--checkpoint", only_run(made / "motion"), "--video", folder, "--output_dir",
-                 tmp_path / "out", "--num_workers", 0, "--annotate", "--min_bout_sec", 0.5, "--merge_gap_sec", 0.5).stdout
+                 tmp_path / "out", "--num_workers", 0, "--annotate", "--min_bout_sec", 0.5, "--merge_gap_sec", 0.5,
+                 "--use_amp", "on").stdout
+    assert re.search("device: cpu .*, fp32", text), "whatever the flags say"
     assert "skipped: broken.mp4: no video that can be opened" in text and "2 of 3 recordings read" in text
     run = only_run(tmp_path / "out")
     for k in range(2):
@@ -266,7 +268,7 @@ def test_every_frame_goes_once_through_the_backbone(made, monkeypatch, name, kin
     monkeypatch.setattr(sys, "argv", ["train_video.py"])
     args = train_video.parse_args(["--mode", "predict", "--checkpoint", str(only_run(made / name)), "--manifest", "m.csv"])
     compute = common.choose_compute("cpu", "off")
-    members = train_video.load_members(args, compute)
+    members = train_video.load_members(args)
     assert len(members) == n_members and len({member.model.backbone for member in members}) == 1
     n_seen = []
     look = kind.frame_features

@@ -227,8 +227,10 @@ def test_a_solved_model_is_a_run_like_any_other(made, solved, tmp_path):
     assert {row["seen"] for row in read_csv(solved / "predictions_folds.csv")} == {"new"}, "no epoch was chosen"
     assert "motion_readout_prob_tail" not in read_csv(solved / "predictions_folds.csv")[0]
     assert "features by the inner folds: " in (solved / "fold_0" / "log.txt").read_text()
-    video("--mode", "predict", "--checkpoint", solved, *made.everything, "--filter", "group==8", "--output",
-          tmp_path / "p.csv", "--num_workers", 0)
+    assert "samples/s" not in (solved / "fold_0" / "log.txt").read_text(), "it reads features of its rows"
+    text = video("--mode", "predict", "--checkpoint", solved, *made.everything, "--filter", "group==8", "--output",
+                 tmp_path / "p.csv", "--num_workers", 0, "--use_amp", "on").stdout
+    assert re.search("device: cpu .*, fp32", text)
     ours = {row["clip_id"]: row for row in read_csv(tmp_path / "p.csv")}
     for row in read_csv(solved / "test_ensemble" / "predictions_test.csv"):
         assert float(ours[row["clip_id"]]["prob_tail"]) == pytest.approx(float(row["prob_tail"]), abs=1e-4)
