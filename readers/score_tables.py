@@ -183,8 +183,8 @@ def read_cv_file(path, table):
     """Split file -> list of dicts(fold, train (n,) rows, val (m,) rows), in order of the folds.
 
     cv_folds as a list, as a dict with fold_0 keys, or either as a string of Python; or these at the top level. Each
-    fold names train_animals and val_animals (or any train_*, val_*). Animals without rows are noted.
-    Raises UserError: no folds, an animal on both sides, a side without rows.
+    fold names train_animals and val_animals (or any train_*, val_*). Animals without rows are noted, and those
+    that no fold judges. Raises UserError: no folds, an animal on both sides or judged twice, a side without rows.
     """
     if table.groups is None:
         raise common.UserError(f"--cv_file {path} names animals: it needs --group_column")
@@ -197,6 +197,14 @@ def read_cv_file(path, table):
         raise common.UserError(
             f"--cv_file {path}: expected cv_folds as a list or with keys fold_0, fold_1, ...; found {found}")
     folds = [fold_rows(fold, k, path, table) for k, fold in enumerate(listed)]
+    n_judged = sum(np.isin(np.arange(len(table)), fold["val"]) for fold in folds)  # (N,)
+    twice = set(table.groups[n_judged > 1])
+    if twice:
+        raise common.UserError(f"--cv_file {path}: expected each animal in val_animals of one fold, as its rows are "
+                               f"judged once; in several: {common.shorten_list(sorted(twice))}")
+    never = set(table.groups[n_judged == 0])
+    if never:
+        table.notes.append(f"--cv_file: in val_animals of no fold, and never judged: {common.shorten_list(sorted(never))}")
     return sorted(folds, key=lambda fold: fold["fold"])
 
 

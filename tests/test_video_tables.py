@@ -851,11 +851,13 @@ def test_split_files_in_every_spelling(scores, tmp_path, content):
     folds = score_tables.read_cv_file(write(tmp_path / "cv.json", json.dumps(content)), scores)
     assert [(fold["fold"], fold["train"].tolist(), fold["val"].tolist()) for fold in folds] == [
         (0, [0, 1, 2, 3], [4, 5]), (1, [4, 5], [0, 1])]
+    assert scores.notes[-1] == "--cv_file: in val_animals of no fold, and never judged: 1"
 
 
 @pytest.mark.parametrize("content, said", [
     ({"cv_folds": []}, "expected cv_folds"), ({"cv_folds": "__import__('os').getcwd()"}, "cannot read"),
     ([{"train_animals": [0, 1], "val_animals": [1]}], "on both sides: 1"), ({"seed": 1}, "expected cv_folds"),
+    (FOLDS + [{"train_animals": [1], "val_animals": [0, 2]}], "judged once; in several: 0, 2"),
     ([{"train_animals": [0], "val_animals": [77]}], "without rows: 77"), ([3], "expected train_animals")])
 def test_mistakes_in_a_split_file(scores, tmp_path, content, said):
     assert said in fails(score_tables.read_cv_file, write(tmp_path / "cv.json", json.dumps(content)), scores)
