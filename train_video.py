@@ -54,28 +54,21 @@ OVERFITTING_REMEDY = "Fewer trained layers (--freeze_stages 3 --freeze_norm, --f
 CNN_LSTM = "cnn_lstm"
 MOTION_READOUT = "motion_readout"
 FRAME_MODELS = (CNN_LSTM, MOTION_READOUT)  # what reads frames with an image network
-# what flags of training are for a model whose weights are solved in one step, without epochs; for every model, those
-# from "balance" on do nothing at these values
+# what flags of training are for a model whose weights are solved in one step, without epochs
 SOLVED = {
     "epochs": 1, "freeze_backbone": True, "select": "last", "augment": "none", "balance": "none",
     "boost_to": 0.0, "mixup": 0.0, "label_smoothing": 0.0, "jitter_sec": 0.0, "focal_alpha": None, "sample_weight": [],
-    "augment_for": [], "target_weights": None, "bounded": False, "init_from": None,
+    "augment_for": [], "target_weights": None, "bounded": False, "init_from": None, "consistency_weight": 0.1,
 }
+# flags of training that such a model does not read, whatever their value
+UNUSED_BY_SOLVED = {
+    "loss", "focal_gamma", "lr", "hidden", "dropout", "freeze_stages", "weight_decay", "optimizer"}
 BALANCING = ("balance", "boost_to", "focal_alpha")
-# flags that a task or a solved model refuses at any value but that of SOLVED, else None
+# flags that a task does not read: refused at another value than that in SOLVED, else None
 UNUSED_BY = {
-    "classify": ("bounded", "target_columns", "target_weights"),
-    "regress": (
-        *BALANCING, "jitter_sec", "label_column", "label_map", "label_smoothing", "mixup", "positive_class", "time_unit"),
-    MOTION_READOUT: SOLVED,
-}
-# and those that it refuses at any value, where they are typed
-UNREAD_BY = {
-    "classify": {"consistency_weight", "moment_column"},
-    "regress": set(),
-    MOTION_READOUT: {
-        "loss", "focal_gamma", "consistency_weight", "lr", "hidden", "dropout", "freeze_stages", "weight_decay",
-        "optimizer"},
+    "classify": ("bounded", "consistency_weight", "target_columns", "target_weights"),
+    "regress": (*BALANCING, "jitter_sec", "label_column", "label_map", "label_smoothing", "mixup", "positive_class",
+                "time_unit"),
 }
 # flags of predict: as typed, else from the checkpoint
 OWN_OF_PREDICT = ("clips_per_event", "aggregation", "min_event_sec")
@@ -241,20 +234,15 @@ def refuse(parser, why, names):
 
 
 def changed(args, names):
-    """Those of these flags that do something: that are not at their value in SOLVED, else None."""
+    """Those of these flags that are not at the value of a flag that is not used: that in SOLVED, else None."""
     return {name for name in names if getattr(args, name) != SOLVED.get(name)}
-
-
-def unread(args, reader):
-    """The flags whose value this task or model never reads."""
-    return changed(args, UNUSED_BY[reader]) | (UNREAD_BY[reader] & args.given)
 
 
 def check_learning_flags(parser, args):
     """parser.error for flags of training that contradict each other, or do nothing."""
     if (args.loss in ("ce", "focal")) != (args.task == "classify"):
         parser.error(f"--loss {args.loss} does not fit --task {args.task}")
-    refuse(parser, f"--task {args.task}", unread(args, args.task))
+    refuse(parser, f"--task {args.task}", changed(args, UNUSED_BY[args.task]))
     corrections = [f"--{name} {getattr(args, name)}" for name in sorted(changed(args, BALANCING))]
     if len(corrections) > 1 and not args.force:
         parser.error(f"{' and '.join(corrections)} each correct the class balance; keep one, or give --force")
@@ -262,7 +250,8 @@ def check_learning_flags(parser, args):
         parser.error("--task regress reads sequences of any length: --model "
                      f"{' or '.join(FRAME_MODELS)}, found {args.model}")
     if args.model == MOTION_READOUT:
-        refuse(parser, f"--model {MOTION_READOUT} is solved, not trained", unread(args, MOTION_READOUT))
+        idle = changed(args, SOLVED) | (UNUSED_BY_SOLVED & args.given)
+        refuse(parser, f"--model {MOTION_READOUT} is solved, not trained", idle)
 
 
 # --- data: row on disk -> table -> sample ---------------------------------------------------
@@ -1470,7 +1459,8 @@ def judge_bouts(args):
     if record.is_file():
         fps = common.read_json(record)["data"].get("fps", args.fps)  # older versions do not say it
         if "fps" in args.given and fps != args.fps:
-            raise common.UserError(f"--fps {args.fps:g}: {args.predictions} was read at {fps:g} frames a second; leave it out")
+            raise common.UserError(
+                f"--fps {args.fps:g}: {args.predictions} was read at {fps:g} frames a second; leave it out")
         args = common.with_flags(args, fps=fps)
     ethograms.judge_folder(args.predictions, lambda names: read_table(args, names), args.output)
 

@@ -198,13 +198,13 @@ def read_cv_file(path, table):
             f"--cv_file {path}: expected cv_folds as a list or with keys fold_0, fold_1, ...; found {found}")
     folds = [fold_rows(fold, k, path, table) for k, fold in enumerate(listed)]
     n_judged = sum(np.isin(np.arange(len(table)), fold["val"]) for fold in folds)  # (N,)
-    twice = set(table.groups[n_judged > 1])
-    if twice:
+    twice = np.unique(table.groups[n_judged > 1])
+    if len(twice):
         raise common.UserError(f"--cv_file {path}: expected each animal in val_animals of one fold, as its rows are "
-                               f"judged once; in several: {common.shorten_list(sorted(twice))}")
-    never = set(table.groups[n_judged == 0])
-    if never:
-        table.notes.append(f"--cv_file: in val_animals of no fold, and never judged: {common.shorten_list(sorted(never))}")
+                               f"judged once; in several: {common.shorten_list(twice)}")
+    never = np.unique(table.groups[n_judged == 0])
+    if len(never):
+        table.notes.append(f"--cv_file: in val_animals of no fold, and never judged: {common.shorten_list(never)}")
     return sorted(folds, key=lambda fold: fold["fold"])
 
 

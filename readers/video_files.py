@@ -445,9 +445,9 @@ def _even_indices(info, start, end, n_frames):
 class ClipAudit(pixel_cache.Audit):
     """Of a row; file_sha: of all frames' files in a folder; pixel_sha: of the grid; phash: of its middle frame.
 
-    shown_sec to damage: of the whole file, the first from its first frame until its last has been shown. fault: why the row cannot be used though its file can. n_grid: grid frames;
-    first: grid index where the window starts, before it lie frames for jitter; usable: grid frames of the window;
-    repeats: grid frames that show the frame before them again, where the source is slower than the grid.
+    shown_sec to damage: of the whole file, the first from its first frame until its last has been shown. fault: why the
+    row cannot be used though its file can. n_grid: grid frames; first: grid index where the window starts, before it lie
+    frames for jitter; usable: grid frames of the window; repeats: grid frames that show the frame before them again.
     """
     shown_sec: float = 0.0
     n_frames: int = 0
@@ -544,19 +544,13 @@ class ClipStore(pixel_cache.PixelStore):
     def time_notes(self):
         """Sentences on the videos that show frames twice on their grid because they are slow or short."""
         grid, fps, n_frames, _ = self.grid_settings
-        clip_sec = n_frames / fps
-        slow = set()
-        short = set()
-        for found in self.audit:
-            if grid == "even" or not found.repeats:
-                continue
-            if found.n_frames + found.n_damaged < LEAST_RATE * fps * found.shown_sec:
-                slow.add(found.path)
-            if found.shown_sec < clip_sec and found.repeats[-1] == found.n_grid - 1:
-                short.add(found.path)
+        again = [found for found in self.audit if found.repeats and grid == "rate"]
+        slow = {found.path for found in again
+                if found.n_frames + found.n_damaged < LEAST_RATE * fps * found.shown_sec}
+        short = {found.path for found in again if found.shown_sec < (n_frames - 1) / fps}  # before its last frame
         reasons = {
             f"have fewer than {fps:g} frames a second (--fps), and show some twice": slow,
-            f"are shorter than a clip of {clip_sec:.3g} s (--n_frames, --fps), which ends on their last frame": short}
+            f"are shorter than a clip of {n_frames / fps:.3g} s (--n_frames, --fps): their last frame stands still": short}
         return [f"{len(paths)} videos {reason} ({common.shorten_list(sorted(paths), 3)})"
                 for reason, paths in reasons.items() if paths]
 
