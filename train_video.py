@@ -61,14 +61,13 @@ SOLVED = {
     "augment_for": [], "target_weights": None, "bounded": False, "init_from": None, "consistency_weight": 0.1,
 }
 # flags of training that such a model does not read, whatever their value
-UNUSED_BY_SOLVED = {
-    "loss", "focal_gamma", "lr", "hidden", "dropout", "freeze_stages", "weight_decay", "optimizer"}
+UNUSED_BY_SOLVED = set("loss focal_gamma lr hidden dropout freeze_stages weight_decay optimizer".split())
 BALANCING = ("balance", "boost_to", "focal_alpha")
 # flags that a task does not read: refused at another value than that in SOLVED, else None
 UNUSED_BY = {
-    "classify": ("bounded", "consistency_weight", "target_columns", "target_weights"),
-    "regress": (*BALANCING, "jitter_sec", "label_column", "label_map", "label_smoothing", "mixup", "positive_class",
-                "time_unit"),
+    "classify": "bounded consistency_weight target_columns target_weights".split(),
+    "regress": [
+        *BALANCING, *"jitter_sec label_column label_map label_smoothing mixup positive_class time_unit".split()],
 }
 # flags of predict: as typed, else from the checkpoint
 OWN_OF_PREDICT = ("clips_per_event", "aggregation", "min_event_sec")
@@ -105,8 +104,7 @@ def parse_args(argv=None):
     job("--checkpoint", type=Path, nargs="+",
         help="predict: best_model.pth files or run folders; several are averaged")
     job("--predictions", type=Path,
-        help="evaluate, audit: a predictions CSV of this script; judge_bouts: the run folder of "
-             "predict --video")
+        help="evaluate, audit: a predictions CSV of this script; judge_bouts: the run folder of predict --video")
     job("--output", type=common.new_file,
         help="file that predict --manifest or judge_bouts (.csv), evaluate or audit (.json) writes")
     exporting.add_argument(job, "the model of one clip")
@@ -151,11 +149,10 @@ def add_clip_arguments(data):
 def add_model_arguments(model):
     """The network and which parts of it are trained."""
     model("--model",
-          help=f"{MOTION_READOUT}, for small data: a linear model, solved and not trained, on what an "
-               "untuned image backbone makes of the frames and how it changes from frame to frame; "
-               f"{CNN_LSTM}: an image backbone frame by frame, then an LSTM; or a torchvision video "
-               "network (r3d_18, mc3_18, r2plus1d_18, s3d, mvit_v2_s, swin3d_t), which computes in "
-               "fp32 on CPUs")
+          help=f"{MOTION_READOUT}, for small data: a linear model, solved and not trained, on what an untuned image "
+               f"backbone makes of the frames and how it changes from frame to frame; {CNN_LSTM}: an image backbone "
+               "frame by frame, then an LSTM; or a torchvision video network (r3d_18, mc3_18, r2plus1d_18, s3d, "
+               "mvit_v2_s, swin3d_t), which computes in fp32 on CPUs")
     model("--backbone", "--encoder", default="resnet18",
           help=f"image network of {' and '.join(FRAME_MODELS)}, and of the motion readout that "
                "every other model is compared with")
@@ -179,8 +176,7 @@ def add_learning_arguments(learn):
     learn("--label_smoothing", type=common.bounded(float, 0, 0.9), default=0.0,
           help="share of each label that is spread over all classes")
     learn("--balance", choices=("none", "sampler", "weights"), default="none",
-          help="sampler: draw all classes equally often; weights: give each class the same total "
-               "weight in the loss")
+          help="sampler: draw all classes equally often; weights: give each class the same total weight in the loss")
     learn("--boost_to", type=common.bounded(float, 0, 0.9), default=0.0,
           help="repeat train rows of the positive class up to this share; 0 = off")
     learn("--force", action="store_true", help="allow several corrections of the class balance")
@@ -193,8 +189,7 @@ def add_learning_arguments(learn):
     learn("--target_weights", nargs="+", metavar="NAME=W",
           help="regress: weight of scores in the loss")
     learn("--consistency_weight", type=common.AMOUNT, default=0.1,
-          help="regress: weight of the penalty on a total that is not the sum of its parts; "
-               "0 = off")
+          help="regress: weight of the penalty on a total that is not the sum of its parts; 0 = off")
     learn("--select",
           help="val_ column that chooses the epoch, e.g. tail_f1 or f1_tail, or last: no choice "
                "(default: average precision of the positive class; regress: loss)")
@@ -221,6 +216,8 @@ def check_flags(parser, args):
     if args.mode == "predict":
         idle = {*READING, "output" if args.video else "annotate"}
         refuse(parser, "predict reads clips as its checkpoint does, --video writes a run folder", idle & args.given)
+    if args.mode == "judge_bouts":
+        refuse(parser, "judge_bouts counts frames at the rate of predict", {"fps"} & args.given)
     event_splits.check_flags(parser, args)
     if args.mode == "train":
         check_learning_flags(parser, args)
@@ -356,8 +353,7 @@ def load_study(args, table, say, skipped_file=None):
     """Table and frames, checked; what cannot be used is counted, said and listed in the file."""
     for note in table.notes:
         say(f"note: {note}")
-    say(f"decoding {len(table)} rows of {len(set(table.sources))} videos "
-        f"with {video_files.decoder_name()}")
+    say(f"decoding {len(table)} rows of {len(set(table.sources))} videos with {video_files.decoder_name()}")
     store = video_files.ClipStore(
         table.sources, table.windows, grid="even" if args.task == "regress" else "rate",
         fps=args.fps, n_frames=args.n_frames, short_side=common.resize_side(args.image_size),
@@ -577,15 +573,12 @@ def build_model(args, n_outputs):
     if args.model in FIXED_INPUT and (args.n_frames, size) != (16, 224):
         raise common.UserError(
             f"--model {args.model} needs --n_frames 16 --image_size 224, found {args.n_frames} and {size}")
-    family = "models"
-    example = torch.zeros(1, 3, size, size)
-    if args.model not in FRAME_MODELS:
-        family = "video"
-        example = torch.zeros(1, 3, args.n_frames, size, size)
+    n_frames = () if args.model in FRAME_MODELS else (args.n_frames,)  # that it reads at once
     backbone, n_features = backbones.build_backbone(
-        backbone_name(args), args.pretrained, args.weights, size, family)
+        backbone_name(args), args.pretrained, args.weights, size, "video" if n_frames else "models")
     if args.model == MOTION_READOUT:
         return MotionReadout(backbone, n_outputs, size)
+    example = torch.zeros(1, 3, *n_frames, size, size)
     backbones.freeze_stages(backbone, args.freeze_stages, example)
     shared = {"dropout": args.dropout, "bounded": args.bounded, "freeze_norm": args.freeze_norm}
     if args.model == CNN_LSTM:
@@ -720,8 +713,7 @@ class Scores(Objective):
         if not varies.all():
             raise common.UserError(
                 "the same score in every train row, or none, is nothing to learn: "
-                f"{common.shorten_list(np.array(self.names)[~varies])}; "
-                "leave it out with --target_columns")
+                f"{common.shorten_list(np.array(self.names)[~varies])}; leave it out with --target_columns")
         self.scale = mean, mean, self.sd
         if args.bounded:
             low = np.nanmin(known, axis=0)
@@ -877,8 +869,7 @@ def fit(run, args, study, split, features):
         plotting.plot_batch(run, train_loader.dataset, study.labels(objective.epoch_rows))
     model = start_model(args, objective, compute)
     mean, sd = pixel_statistics(args)
-    run.say(f"{args.model}: colours are normalised with mean {mean} and SD {sd}, "
-            "as its published weights expect")
+    run.say(f"{args.model}: colours are normalised with mean {mean} and SD {sd}, as its published weights expect")
     optimizer = common.build_optimizer(model, args, model.backbone)
     training = common.Training(
         run, model, optimizer, args,
@@ -1304,25 +1295,13 @@ def load_members(args):
     return members
 
 
-def place(members, compute):
-    """Put the networks of the members on the device."""
-    for member in members:
-        compute.place(member.model)
-
-
-def need_fp32_on_cpu(members):
-    """True where no member computes in mixed precision there: all but CNN_LSTM do not."""
-    return all(member.args.model != CNN_LSTM for member in members)
-
-
 def predict(args):
     """--mode predict: one row for each row of the manifest; the mean over the checkpoints."""
     if args.video:
         return predict_recordings(args)
     members = load_members(args)
-    compute = common.announce_compute(args, fp32_on_cpu=need_fp32_on_cpu(members))
-    place(members, compute)
     args = members[0].args
+    compute = common.announce_compute(args, fp32_on_cpu=args.model != CNN_LSTM)
     study = load_study(args, read_table(args, args.names, need_labels=False), print)
     tables, answers = zip(*(predict_rows(member, study, compute) for member in members))
     table = prediction_tables.mean(tables)
@@ -1342,7 +1321,8 @@ def predict_rows(member, study, compute):
     """(predictions table of all rows of the study by one trained network, what row_warnings.texts takes of it)."""
     study = dataclasses.replace(study, args=member.args)
     rows = np.arange(len(study.table))
-    outputs, features = evaluate(member.model, make_loader(Clips(study, rows), compute), member.args, compute)
+    model = compute.place(member.model)
+    outputs, features = evaluate(model, make_loader(Clips(study, rows), compute), member.args, compute)
     seen = seen_rows.of_checkpoint(member.content).words(study.hashes)
     table = predictions_table(study, rows, outputs, {}, seen)
     if member.calibration:
@@ -1387,8 +1367,7 @@ def predict_recordings(args):
     if own.task != "classify":
         raise common.UserError("--video needs checkpoints of --task classify: a sequence of "
                                "scores has no window of its own")
-    with common.start_run(args, fp32_on_cpu=need_fp32_on_cpu(members)) as run:
-        place(members, run.compute)
+    with common.start_run(args, fp32_on_cpu=own.model != CNN_LSTM) as run:
         run.write_args(videos=list(videos), fps=own.fps)
         read = []
         for name, path in videos.items():
@@ -1405,8 +1384,7 @@ def predict_recordings(args):
             read.append(ethograms.describe(recording, windows, own.names, args, folder))
             ethograms.write_all(run.folder, read)
         n_bouts = sum(len(tables["bouts"]) for tables in read)
-        run.say(f"{len(read)} of {len(videos)} recordings read, {n_bouts} bouts; "
-                f"open next: {run.folder}")
+        run.say(f"{len(read)} of {len(videos)} recordings read, {n_bouts} bouts; open next: {run.folder}")
     if not read:
         raise common.UserError(f"no recording in {args.video} could be read; see {run.path('log.txt')}")
 
@@ -1416,6 +1394,8 @@ def read_windows(recording, members, run, label):
     """ethograms.Windows of a recording: one every --every seconds, on its grid, the last at its end."""
     compute = run.compute
     own = members[0].args
+    for member in members:
+        compute.place(member.model)
     by_backbone = {member.model.backbone: member for member in members if member.args.model in FRAME_MODELS}
 
     def frame_features(crops):
@@ -1455,13 +1435,8 @@ def predict_windows(member, frames, compute):
 
 def judge_bouts(args):
     """--mode judge_bouts: the bouts of predict --video against a table of events, whose frames have its rate."""
-    record = args.predictions / "args.json"
-    if record.is_file():
-        fps = common.read_json(record)["data"].get("fps", args.fps)  # older versions do not say it
-        if "fps" in args.given and fps != args.fps:
-            raise common.UserError(
-                f"--fps {args.fps:g}: {args.predictions} was read at {fps:g} frames a second; leave it out")
-        args = common.with_flags(args, fps=fps)
+    data = common.read_json(args.predictions / "args.json")["data"]
+    args = common.with_flags(args, fps=data.get("fps", args.fps))  # older versions do not say it
     ethograms.judge_folder(args.predictions, lambda names: read_table(args, names), args.output)
 
 

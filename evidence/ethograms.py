@@ -28,8 +28,7 @@ def add_arguments(add):
     add("--min_bout_sec", type=common.AMOUNT, default=0.0,
         help="a shorter bout is left out, after close ones have been joined")
     add("--merge_gap_sec", type=common.AMOUNT, default=0.0,
-        help="bouts of one class that are at most so far apart are one, which takes what lies "
-             "between")
+        help="bouts of one class that are at most so far apart are one, which takes what lies between")
     add("--annotate", action="store_true",
         help="also write a copy of each video with class and probability drawn in (without sound)")
 
@@ -177,8 +176,8 @@ def annotate(recording, windows, names, path):
             c = windows.chosen[k]
             text = f"{names[c]} {windows.probability[k, c]:.2f}"
             size = max(height / 320, 0.5)
-            for colour, thickness in (((0, 0, 0), 4), ((255, 255, 255), 1)):  # legible on any ground
-                cv2.putText(pixels, text, (8, round(30 * size)), cv2.FONT_HERSHEY_SIMPLEX, size, colour, thickness,
+            for grey, thickness in ((0, 4), (255, 1)):  # legible on any ground
+                cv2.putText(pixels, text, (8, round(30 * size)), cv2.FONT_HERSHEY_SIMPLEX, size, [grey] * 3, thickness,
                             cv2.LINE_AA)
             frame = av.VideoFrame.from_ndarray(pixels)
             frame.pts = round(1000 * time)
@@ -236,9 +235,9 @@ def events_in(windows, table):
     is_watched = events["video"].isin(windows["video"])
     print(f"{is_watched.sum()} of {len(events)} events are in the recordings")
     if not is_watched.any():
-        raise common.UserError(f"no event is in one of the recordings: expected "
-                               f"{common.shorten_list(set(windows['video']), 3)}, "
-                               f"found {common.shorten_list(set(events['video']), 3)}")
+        raise common.UserError(
+            f"no event is in one of the recordings: expected {common.shorten_list(set(windows['video']), 3)}, "
+            f"found {common.shorten_list(set(events['video']), 3)}")
     return events
 
 
@@ -254,10 +253,9 @@ def judge_folder(folder, read_table, output):
     output = output or folder / "bout_scores.csv"
     common.write_table(output, rows)
     for row in rows:
-        counts = f"{row['label']}: {row['bouts']} bouts, {row['events']} events"
-        f1 = f"F1 at IoU .25 {row['f1_at_0.25']:.3f}, at .5 {row['f1_at_0.5']:.3f}"
-        kappa = f"kappa {row['kappa']:.3f} [{row['kappa_low']:.3f}, {row['kappa_high']:.3f}]"
-        print(f"{counts}; {f1}; {kappa}")
+        print(f"{row['label']}: {row['bouts']} bouts, {row['events']} events; "
+              f"F1 at IoU .25 {row['f1_at_0.25']:.3f}, at .5 {row['f1_at_0.5']:.3f}; "
+              f"kappa {row['kappa']:.3f} [{row['kappa_low']:.3f}, {row['kappa_high']:.3f}]")
     print(f"{method}; written to {output}")
 
 
@@ -285,10 +283,7 @@ def compare_spans(found, true, watched):
 def bout_metrics(sums):
     """{metric: array} of sums of what compare_spans gives, each an array."""
     metrics = {}
-    total = sums["watched_sec"]
-    found = sums["found_sec"] / total
-    true = sums["true_sec"] / total
-    either = sums["either_sec"] / total
+    found, true, either = [sums[f"{name}_sec"] / sums["watched_sec"] for name in ("found", "true", "either")]
     with common.undefined_is_nan():
         for iou in IOUS:
             pairs = sums[f"pairs_at_{iou}"]

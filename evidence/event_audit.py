@@ -219,10 +219,9 @@ def _part_note(part, held):
     per_video = held["events_per_video"]
     mixed = held["events_with_two_labels"]
     return (
-        f"{part}: {held['rows']} clips ({held['repeated_rows']} rows more repeat them), "
-        f"{held['events']} events ({mixed['count']} with two labels), {held['videos']} videos "
-        f"with {per_video['min']:g} to {per_video['max']:g} events (median "
-        f"{per_video['median']:g}), {held['pure_videos']} with one class, "
+        f"{part}: {held['rows']} clips ({held['repeated_rows']} rows more repeat them), {held['events']} events "
+        f"({mixed['count']} with two labels), {held['videos']} videos with {per_video['min']:g} to "
+        f"{per_video['max']:g} events (median {per_video['median']:g}), {held['pure_videos']} with one class, "
         f"{held['mixed_videos']} mixed; {classes or 'no classes'}")
 
 
@@ -249,8 +248,7 @@ def audit_notes(report):
         past = windows["past"]
         lines.append(
             f"windows: {past['count']} start past the end of their file "
-            f"({common.shorten_list(past['examples'], 3) or 'none'}), "
-            f"{windows['cut']['count']} are cut by it; "
+            f"({common.shorten_list(past['examples'], 3) or 'none'}), {windows['cut']['count']} are cut by it; "
             f"{windows['unknown_duration']} files of unknown length")
     if "probability_clusters" in report:
         clusters = report["probability_clusters"]

@@ -151,8 +151,7 @@ def classes_of(spelled, label_map=None, names=None):
         f"{label!r} ({count} rows)" for label, count in sorted(counts.items()) if label.casefold() not in known]
     if unknown:
         raise common.UserError(
-            f"labels without a class: {common.shorten_list(unknown, 30)}; "
-            f"known: {common.shorten_list(known, 30)}. "
+            f"labels without a class: {common.shorten_list(unknown, 30)}; known: {common.shorten_list(known, 30)}. "
             "Write --label_map FILE (JSON, YAML or CSV: spelling -> class, blank = leave out)")
     known[""] = ""
     chosen = [known[label.casefold()] for label in spelled]
@@ -576,8 +575,7 @@ def split_keys(table, split_by=None):
     names = [name for name, units in levels.items() if units is not None]
     if split_by and split_by not in names:
         raise common.UserError(
-            f"--split_by {split_by} needs --group_column "
-            f"(found: {common.shorten_list(table.extra, 40)})")
+            f"--split_by {split_by} needs --group_column (found: {common.shorten_list(table.extra, 40)})")
     for name in [split_by] if split_by else names:
         finer = names[names.index(name):]
         units = [f"{name} {unit}" for unit in connected([levels[other] for other in finer])]
@@ -658,8 +656,7 @@ def sample_weights(table, flags):
         rows, value = rows_of_level(table, text, "--sample_weight")
         [factor] = csv_tables.to_numbers([value], f"--sample_weight {text}")
         if not factor >= 0:
-            raise common.UserError(f"--sample_weight {text}: expected a weight of 0 or more, "
-                                   f"found {value}")
+            raise common.UserError(f"--sample_weight {text}: expected a weight of 0 or more, found {value}")
         weights[rows] *= factor
     return weights
 

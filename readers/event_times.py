@@ -125,32 +125,30 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
     """
     import pandas as pd
     columns = time_columns(rows)
-    starts = {(column.unit or time_unit) == "frame" for column in columns if column.role == "start"}  # in frames?
-    ends = {(column.unit or time_unit) == "frame" for column in columns if column.role != "start"}
-    if starts and ends and not starts & ends:
-        named = ", ".join(column.name for column in columns)
-        raise common.UserError(
-            f"{source}: expected starts and ends both in frames or both in seconds, found {named}. "
-            "Rename or correct them")
     unsaid = [column.name for column in columns if column.unit is None]
     if unsaid and not time_unit:
         notes.append(f"{source.name}: {', '.join(unsaid)} are read as seconds from the start of the file; "
                      "--time_unit says otherwise")
-    found = {}  # (role, in frames) -> (N,) numbers, of the first column that has one
+    found = {}  # (role, "frame" or "sec") -> (N,) numbers, of the first column that has one
     for column in columns:
         unit = column.unit or time_unit
         numbers = pd.Series(seconds_in(rows[column.name], unit, f"{source}, column {column.name}"))
-        key = column.role, unit == "frame"
+        key = column.role, "frame" if unit == "frame" else "sec"
         found[key] = found.get(key, numbers).fillna(numbers)
+    of_starts = {unit for role, unit in found if role == "start"}
+    of_ends = {unit for role, unit in found if role != "start"}
+    if of_starts and of_ends and not of_starts & of_ends:
+        named = ", ".join(column.name for column in columns)
+        raise common.UserError(
+            f"{source}: expected starts and ends both in frames or both in seconds, found {named}. Rename or correct them")
     nothing = pd.Series(np.nan, range(len(rows)))
 
-    def read_windows(in_frames):
-        """(N,) starts and ends in frames or in seconds; the last frame of a window is in it."""
-        start, end, duration = [found.get((role, in_frames), nothing) for role in ("start", "end", "duration")]
-        one_frame = 1 if in_frames else 0
+    def read_windows(unit, one_frame):
+        """(N,) starts and ends in this unit; the last frame of a window is in it."""
+        start, end, duration = [found.get((role, unit), nothing) for role in ("start", "end", "duration")]
         return start, end.fillna(start + duration - one_frame).fillna(start) + one_frame
-    start, end = read_windows(in_frames=False)
-    first, stop = read_windows(in_frames=True)
+    start, end = read_windows("sec", 0)
+    first, stop = read_windows("frame", 1)
     is_frame = start.isna() & first.notna()
     start = start.fillna(first)
     end = end.mask(is_frame, stop)

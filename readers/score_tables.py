@@ -12,8 +12,8 @@ import numpy as np
 import common
 from readers import csv_tables, event_tables, event_times
 
-GROUP_COLUMNS = ("animal", "animal_id", "subject", "group")
-RATER_COLUMNS = ("rater", "rater_id", "observer", "observer_id")
+GROUP_COLUMNS = "animal animal_id subject group".split()
+RATER_COLUMNS = "rater rater_id observer observer_id".split()
 NO_SCORE = re.compile(
     r"(.*_)?(id|idx|n|sd|index|frames?|sec|fps|path|filename|camera|date|day|time|fold)|unnamed.*|"
     r"row|line|animal|subject|group|moment|rater|observer|age")
@@ -97,8 +97,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     group = csv_tables.find_column(extra, GROUP_COLUMNS, group_column, f"{path} has no column for --group_column")
     if source is None:
         raise common.UserError(
-            f"{path}: no column of folders; name it with --path_column "
-            f"(found: {common.shorten_list(extra, 40)})")
+            f"{path}: no column of folders; name it with --path_column (found: {common.shorten_list(extra, 40)})")
     unsaid = []
     timed = extra
     while found := [column.name for column in event_times.time_columns(timed) if column.unit is None]:
@@ -198,13 +197,13 @@ def read_cv_file(path, table):
             f"--cv_file {path}: expected cv_folds as a list or with keys fold_0, fold_1, ...; found {found}")
     folds = [fold_rows(fold, k, path, table) for k, fold in enumerate(listed)]
     n_judged = sum(np.isin(np.arange(len(table)), fold["val"]) for fold in folds)  # (N,)
-    twice = np.unique(table.groups[n_judged > 1])
-    if len(twice):
+    twice = set(table.groups[n_judged > 1])
+    never = set(table.groups[n_judged == 0])
+    if twice:
         raise common.UserError(f"--cv_file {path}: expected each animal in val_animals of one fold, as its rows are "
-                               f"judged once; in several: {common.shorten_list(twice)}")
-    never = np.unique(table.groups[n_judged == 0])
-    if len(never):
-        table.notes.append(f"--cv_file: in val_animals of no fold, and never judged: {common.shorten_list(never)}")
+                               f"judged once; in several: {common.shorten_list(sorted(twice))}")
+    if never:
+        table.notes.append(f"--cv_file: never judged, in val_animals of no fold: {common.shorten_list(sorted(never))}")
     return sorted(folds, key=lambda fold: fold["fold"])
 
 
@@ -217,8 +216,7 @@ def as_python(value, path):
         return ast.literal_eval(re.sub(printed, r"\1", value))
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise common.UserError(
-            f"--cv_file {path}: cannot read {value[:60]!r} as a list of folds "
-            f"({common.one_line(error)})") from None
+            f"--cv_file {path}: cannot read {value[:60]!r} as a list of folds ({common.one_line(error)})") from None
 
 
 def fold_rows(fold, k, path, table):
@@ -230,10 +228,9 @@ def fold_rows(fold, k, path, table):
     train_rows, val_rows = [np.flatnonzero(np.isin(table.groups, list(animals))) for animals in (train, val)]
     if both or not len(train_rows) or not len(val_rows):
         raise common.UserError(
-            f"--cv_file {path}, fold {k}: expected train_animals and val_animals that the scores "
-            f"have and that do not overlap; on both sides: {common.shorten_list(both) or 'none'}; "
-            f"rows: {len(train_rows)} and {len(val_rows)}; "
-            f"without rows: {common.shorten_list(unknown)}")
+            f"--cv_file {path}, fold {k}: expected train_animals and val_animals that the scores have and that do not "
+            f"overlap; on both sides: {common.shorten_list(both) or 'none'}; "
+            f"rows: {len(train_rows)} and {len(val_rows)}; without rows: {common.shorten_list(unknown)}")
     if unknown:
         table.notes.append(f"--cv_file, fold {k}: no rows of {common.shorten_list(unknown)}")
     number = re.search(r"\d+", str(fold.get("fold", k)))

@@ -548,11 +548,12 @@ class ClipStore(pixel_cache.PixelStore):
         slow = {found.path for found in again
                 if found.n_frames + found.n_damaged < LEAST_RATE * fps * found.shown_sec}
         short = {found.path for found in again if found.shown_sec < (n_frames - 1) / fps}  # before its last frame
-        reasons = {
-            f"have fewer than {fps:g} frames a second (--fps), and show some twice": slow,
-            f"are shorter than a clip of {n_frames / fps:.3g} s (--n_frames, --fps): their last frame stands still": short}
-        return [f"{len(paths)} videos {reason} ({common.shorten_list(sorted(paths), 3)})"
-                for reason, paths in reasons.items() if paths]
+        if slow:
+            yield (f"{len(slow)} videos have fewer than {fps:g} frames a second (--fps), and show some twice "
+                   f"({common.shorten_list(sorted(slow), 3)})")
+        if short:
+            yield (f"{len(short)} videos are shorter than a clip of {n_frames / fps:.3g} s (--n_frames, --fps), and stand "
+                   f"still at its end ({common.shorten_list(sorted(short), 3)})")
 
     def decode(self, rows):
         """[(ClipAudit, pixels (G, H, W, 3))] of all rows of one file; pixels has no frames when it is bad."""
@@ -721,9 +722,8 @@ class Recording:
         n_found = self.n_read + len(self.damaged)
         is_whole = 0 < self.info.header_frames <= n_found  # only the sound goes on
         if self.fault or (self.read_sec < 0.98 * self.expected_sec - 1 and not is_whole):
-            fault = f": {self.fault}" if self.fault else ""
-            found.append(
-                f"{self.path}: read up to {self.read_sec:.1f} of {self.expected_sec:.1f} s by its header{fault}")
+            found.append(f"{self.path}: read up to {self.read_sec:.1f} of {self.expected_sec:.1f} s by its header"
+                         f"{': ' if self.fault else ''}{self.fault}")
         if self.damaged:
             first_sec = np.fmin.reduce(self.damaged)
             place = "" if np.isnan(first_sec) else f", the first at {first_sec:.2f} s"

@@ -346,7 +346,7 @@ def test_events_in_frames_are_judged_at_the_rate_of_their_recording(made, tmp_pa
     video(*flags)
     found = [row for row in read_csv(run / "bout_scores.csv") if int(row["bouts"])]
     assert found and all(float(row["f1_at_0.5"]) == 1 for row in found)
-    assert "--fps 12: " in video(*flags, "--fps", 12, code=2).stderr
+    assert "at the rate of predict; without meaning for it: --fps" in video(*flags, "--fps", 12, code=2).stderr
 
 
 def test_a_run_without_a_bout_finds_no_event(tmp_path, capsys):
@@ -370,7 +370,7 @@ def test_recordings_that_cannot_be_read(made, tmp_path):
     assert "no recording" in video(*flags, tmp_path / "bad.mp4", code=2).stderr
     assert "either --manifest or --video" in video(*flags[:4], code=2).stderr
     text = video("--mode", "judge_bouts", "--predictions", tmp_path, "--manifest", made / "events.csv", code=2).stderr
-    assert "windows.csv" in text and "Traceback" not in text
+    assert "args.json" in text and "Traceback" not in text
 
 
 # --- the model in other programs -------------------------------------------------------------

@@ -719,7 +719,7 @@ def test_grid_frames_of_a_slow_source_are_marked_as_shown_before(films):
 def test_videos_are_called_slow_by_their_own_rate_and_short_by_their_length(tmp_path, make, window, fps, notes, jitter_sec):
     """Not where a hole of damaged frames repeats some."""
     store = open_store([make(tmp_path / "film.mp4")], [window], fps=fps, jitter_sec=jitter_sec)
-    found = store.time_notes()
+    found = list(store.time_notes())
     assert len(found) == len(notes) and all(f"1 videos {note}" in text for note, text in zip(notes, found)), found
 
 
