@@ -70,12 +70,12 @@ UNUSED_BY = {
         *BALANCING, *"jitter_sec label_column label_map label_smoothing mixup positive_class time_unit".split()],
 }
 # flags of predict: as typed, else from the checkpoint
-OWN_OF_PREDICT = ("clips_per_event", "aggregation", "min_event_sec")
+OWN_OF_PREDICT = "clips_per_event aggregation min_event_sec".split()
 FIXED_INPUT = ("s3d", "mvit_v1_b", "mvit_v2_s")  # networks that take 16 frames of 224 pixels and nothing else
 # flags that decide which pixels are read: predict takes them from the checkpoint
-READING = ("image_size", "n_frames", "fps", "pixel_range")
+READING = "image_size n_frames fps pixel_range".split()
 # flags that a checkpoint keeps: how clips are read and combined, and what the network looks like
-ARCHITECTURE = ("task", "model", "backbone", "hidden", "dropout", "bounded", *READING, *OWN_OF_PREDICT)
+ARCHITECTURE = [*"task model backbone hidden dropout bounded".split(), *READING, *OWN_OF_PREDICT]
 TASK_DEFAULTS = {
     "classify": {
         "model": "r3d_18", "n_frames": 16, "loss": "ce", "augment": "heavy",
@@ -699,7 +699,7 @@ class Behaviours(Objective):
 class Scores(Objective):
     """--task regress: R scores, on the scale of the train rows."""
     positive = None
-    columns = verdicts.spell_metrics(("loss", "mse", "mae", "r2", "pearson_r"), (), ())
+    columns = verdicts.spell_metrics("loss mse mae r2 pearson_r".split())
     meanings = columns
     default_select = "loss"
 

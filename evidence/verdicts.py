@@ -118,7 +118,7 @@ class MetricOf(typing.NamedTuple):
     of: str | None = None
 
 
-def spell_metrics(overall, each, names):
+def spell_metrics(overall, each=(), names=()):
     """{name: MetricOf}: METRIC of all, METRIC_NAME of each of the names."""
     meanings = {f"{metric}_{name}": MetricOf(metric, name) for metric, name in itertools.product(each, names)}
     return meanings | {metric: MetricOf(metric) for metric in overall}
@@ -134,14 +134,14 @@ def spell_class_metrics(names):
     for (spelled, metric), name in itertools.product(short.items(), names):
         meanings[f"{spelled}_{name}"] = MetricOf(metric, name)
         meanings.setdefault(f"{name}_{spelled}", MetricOf(metric, name))
-    meanings |= spell_metrics(class_scores.CLASSIFICATION_METRICS, (), ())
+    meanings |= spell_metrics(class_scores.CLASSIFICATION_METRICS)
     return meanings | {"auc": MetricOf("roc_auc"), "nll": MetricOf("loss")}
 
 
 def class_columns(names):
     """{column of the history: MetricOf}: METRIC and CLASS_METRIC; METRIC_CLASS where that means something else."""
     meanings = spell_class_metrics(names)
-    columns = spell_metrics(class_scores.CLASSIFICATION_METRICS, (), ())
+    columns = spell_metrics(class_scores.CLASSIFICATION_METRICS)
     for name, metric in itertools.product(names, class_scores.CLASS_METRICS):
         own = MetricOf(metric, name)
         usual = f"{name}_{metric}"
