@@ -80,12 +80,12 @@ TASK_DEFAULTS = {
     "classify": {
         "model": "r3d_18", "n_frames": 16, "loss": "ce", "augment": "heavy",
         "epochs": 30, "batch_size": 4, "val_batch_size": 8,
-        "lr": 5e-5, "weight_decay": 0.05, "warmup_epochs": 2.0, "min_lr": 1e-6, "patience": 10,
+        "weight_decay": 0.05, "warmup_epochs": 2.0, "min_lr": 1e-6, "patience": 10,
     },
     "regress": {
         "model": CNN_LSTM, "n_frames": 32, "loss": "mse", "augment": "basic", "select": "loss",
         "epochs": 50, "batch_size": 64, "val_batch_size": 64,
-        "lr": 5e-5, "weight_decay": 1e-4, "clip_grad": 0.5,
+        "weight_decay": 1e-4, "clip_grad": 0.5,
         "scheduler": "plateau", "warmup_epochs": 0.0, "min_lr": 1e-7,
         "patience": 15, "min_delta": 1e-4, "min_epochs": 5,
     },
@@ -94,7 +94,7 @@ TASK_DEFAULTS = {
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    common.add_shared_arguments(parser, plateau_patience=7, on_bad_file="skip")
+    common.add_shared_arguments(parser, lr=5e-5, plateau_patience=7, on_bad_file="skip")
     job = parser.group("job")
     job("--task", choices=tuple(TASK_DEFAULTS), default="classify",
         help="a class for each event, or scores for each sequence; sets the defaults of training")

@@ -182,8 +182,7 @@ def folder_table(root, notes):
         notes.append(f"{len(unused)} files in class folders are no videos: {common.shorten_list(unused, 3)}")
     clips.sort(key=lambda name: (name.split("/")[1:], name))
     labels = [name.split("/")[0] for name in clips]
-    rows = range(1, len(clips) + 1)
-    return pd.DataFrame({"path": clips, "label": labels}, index=rows, dtype=object)
+    return pd.DataFrame({"path": clips, "label": labels}, index=range(1, len(clips) + 1), dtype=object)
 
 
 def below_header(table):
@@ -247,7 +246,7 @@ def per_frame_events(table, path, path_column, notes):
             for _, own in frames[run.index].groupby(run):
                 events.append((own.index[0], video, name, own.iloc[0], own.iloc[-1]))
     notes.append(f"{path.name}: one row a frame, counted from 0; {len(events)} events of {', '.join(is_on)}")
-    found = pd.DataFrame(events, columns=["line", "path", "label", "start_frame", "end_frame"])
+    found = pd.DataFrame(events, columns="line path label start_frame end_frame".split())
     return found.set_index("line").astype(str)
 
 

@@ -81,8 +81,8 @@ def load_pyav():
 @functools.cache
 def _video_formats():
     """The formats of FFmpeg that hold a video in one file, as its option format_whitelist wants them."""
-    names = [name for name in load_pyav().formats_available if not name.endswith("_pipe")]
-    return ",".join(sorted(set(names) - NO_VIDEO_FORMATS))
+    names = {name for name in load_pyav().formats_available if not name.endswith("_pipe")}
+    return ",".join(names - NO_VIDEO_FORMATS)
 
 
 def _constant_rate(fps, n_frames, size, first_sec=0.0):
