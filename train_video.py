@@ -96,9 +96,9 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__)
     common.add_shared_arguments(parser, lr=5e-5, plateau_patience=7, on_bad_file="skip")
     job = parser.group("job")
-    job("--task", choices=tuple(TASK_DEFAULTS), default="classify",
+    job("--task", choices=TASK_DEFAULTS, default="classify",
         help="a class for each event, or scores for each sequence; sets the defaults of training")
-    job("--mode", choices=tuple(MODES), default="train",
+    job("--mode", choices=MODES, default="train",
         help="train a network, predict with trained ones, evaluate a table of predictions, audit "
              "manifests and videos, or judge the bouts of recordings by a table of events")
     job("--checkpoint", type=Path, nargs="+",
