@@ -347,11 +347,16 @@ def _check_flags(parser, flags, typed):
     if "warmup_epochs" in typed and flags["warmup_epochs"] >= flags["epochs"]:
         parser.error(f"--warmup_epochs {flags['warmup_epochs']:g} of {flags['epochs']} epochs: --lr would never be "
                      "reached; warm up for fewer")
-    output = flags.get("output")
+    if flags.get("output"):
+        _refuse_overwriting(parser, flags)
+
+
+def _refuse_overwriting(parser, flags):
+    """parser.error where --output is a file that another flag names."""
+    output = flags["output"].resolve()
     for name, value in flags.items():
-        given = value if isinstance(value, list) else [value]
-        files = {path.resolve() for path in given if isinstance(path, Path)}
-        if output and name != "output" and Path(output).resolve() in files:
+        named = value if isinstance(value, list) else [value]
+        if name != "output" and any(isinstance(path, Path) and path.resolve() == output for path in named):
             parser.error(f"--output is the file of --{name}, which must stay as it is; name another one")
 
 
