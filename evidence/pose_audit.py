@@ -197,8 +197,12 @@ def write_statistics(run, study, split):
         "notes": study.notes,
     }
     common.write_json(run.path("dataset_stats.json"), stats)
-    shown = ("patients_in_two_parts", "left_out", "skipped", "patients_known", "compose", "angle_unit")
-    facts = [f"{name.replace('_', ' ')}: {str(stats[name])[:20]}" for name in shown]
+    facts = [
+        f"in two parts: {common.shorten_list(stats['patients_in_two_parts'], 2) or 'nobody'}",
+        f"transitions in no part: {stats['left_out']}",
+        f"rows skipped: {stats['skipped']}",
+        f"angles in {study.angle_unit}",
+        f"poses composed: {study.compose}"]
     rows = np.linspace(0, len(study.names) - 1, 4).astype(int)
     samples = [(study.names[row], study.frame(row, 0, run.args.image_size)) for row in rows]
     plotting.plot_dataset(split, study.patients, facts, samples, run.path("dataset_statistics.png"))

@@ -714,6 +714,7 @@ class Recording:
         self.n_shown = 0  # times of the grid
         self.latest = None  # the pixels that were shown last
         self.damaged = ()
+        self.damage_reason = ""  # why the first picture of a folder is damaged
         self.fault = ""
 
     def losses(self):
@@ -727,7 +728,7 @@ class Recording:
         if self.damaged:
             first_sec = np.fmin.reduce(self.damaged)
             place = "" if np.isnan(first_sec) else f", the first at {first_sec:.2f} s"
-            found.append(f"{self.path}: {len(self.damaged)} frames are damaged{place}; "
+            found.append(f"{self.path}: {len(self.damaged)} frames are damaged{place}{self.damage_reason}; "
                          "windows there show the frames before them")
         rate = n_found / (self.read_sec - self.begin_sec)
         if rate < LEAST_RATE * self.fps:
@@ -755,10 +756,11 @@ class Recording:
         """Pixels of a frame; of a picture that is damaged, those shown last. BadImage: it is the first."""
         try:
             self.latest = convert(short_side)
-        except pixel_cache.BadImage:
+        except pixel_cache.BadImage as error:
             if self.latest is None:
                 raise
             self.damaged.append(time)
+            self.damage_reason = self.damage_reason or f" ({error})"
         return self.latest
 
     def grid(self, at_least=0):

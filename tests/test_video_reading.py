@@ -329,7 +329,7 @@ def test_a_frame_that_cannot_be_converted_is_a_damaged_one(films, monkeypatch):
     monkeypatch.setattr(av.video.reformatter, "VideoReformatter", Reformatter)
     recording = video_files.Recording(films["bframes.mp4"], FPS, 48)
     assert numbers_of([frame.pixels for frame in recording.grid()]) == [*range(30), 29, *range(31, N)]
-    assert "1 frames are damaged, the first at 2.00 s" in recording.losses()[0]
+    assert "1 frames are damaged, the first at 2.00 s (" in recording.losses()[0] and "bad frame" in recording.losses()[0]
     assert "bad frame" in open_store([films["bframes.mp4"]], [WHOLE], fps=FPS).audit[0].error
 
 
