@@ -79,7 +79,9 @@ SMALL_HEADS = {
     "rpn_post_nms_top_n_train": 500,
     "rpn_post_nms_top_n_test": 250,
 }
-PADDING = 32  # inputs are padded to multiples of the stride of the coarsest map
+# Inputs are padded to multiples of the coarsest stride, 64 in each of MODELS: torchvision takes input // map for the
+# stride of the anchors, which would else depend on the other pictures of a batch.
+PADDING = LEVEL_STRIDES[-1]
 SPLIT_WAYS = {  # and the flags that belong to each
     "folds": (),
     "split_file": (),

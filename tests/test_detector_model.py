@@ -95,6 +95,35 @@ def test_scales_do_not_depend_on_the_first_pictures(first):
     assert (found - judge(maps, boxes, [(60, 64), (64, 60)])).abs().max() < 1e-5
 
 
+def test_detections_do_not_depend_on_the_other_pictures_of_a_batch():
+    """96 px are three cells of stride 32: padded to them alone, the coarsest map would have anchors 48 px apart."""
+    model = small_detector().eval()
+    generator = torch.Generator().manual_seed(0)
+    samples = [{**sample(name=str(side)), "pixels": torch.randint(0, 256, (side, 128, 3), generator=generator,
+                                                                  dtype=torch.uint8)} for side in (96, 128, 120)]
+
+    def detect(*chosen):
+        inputs, sizes, _ = device_batch(*chosen)
+        with torch.no_grad():
+            return model(inputs, sizes)
+    for together, each in zip(detect(*samples), samples):
+        alone, = detect(each)
+        assert len(alone["scores"])
+        for name in ("boxes", "labels", "scores", "states"):
+            torch.testing.assert_close(together[name], alone[name], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", train_detector.MODELS)
+def test_inputs_are_multiples_of_every_stride_of_a_model(name):
+    anchors = [12, 20, 32, 48] if name == train_detector.RESNET18 else train_detector.COCO_ANCHORS
+    model = train_detector.build_rcnn({"model": name, "anchor_sizes": anchors}).eval()
+    height, width = train_detector.padded_size([(70, 96)])
+    with torch.no_grad():
+        maps = model.backbone(torch.zeros(1, 3, height, width)).values()
+    strides = {side / cells for each in maps for side, cells in zip((height, width), each.shape[2:])}
+    assert max(strides) == train_detector.PADDING and strides <= {4, 8, 16, 32, 64}
+
+
 @pytest.mark.parametrize("n_trained", range(6))
 def test_frozen_stages_are_those_of_torchvision(n_trained):
     theirs = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d,
