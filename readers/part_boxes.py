@@ -244,7 +244,7 @@ def read_id(value):
 def read_records(content, key, reading):
     """{id: record} of one list of a COCO file; ids are numbers or text, from 0 or with gaps.
 
-    Records that are equal count once; annotations whose ids repeat get new ones.
+    Records that are equal count once; other annotations whose ids repeat get new ones.
     """
     listed = content.get(key)
     if not isinstance(listed, list):
@@ -260,11 +260,11 @@ def read_records(content, key, reading):
             reading.faults.append(f"{key}[{place}]: expected an object with an id, found {str(record)[:60]}")
         elif own not in records:
             records[own] = record
+        elif records[own] == record or (key == "categories" and records[own].get("name") == record.get("name")):
+            reading.counts[f"{key} are listed more than once"] += 1
         elif key == "annotations":
             records[f"{own} (number {place})"] = record
             reading.counts["annotations have an id that another one has"] += 1
-        elif records[own] == record or (key == "categories" and records[own].get("name") == record.get("name")):
-            reading.counts[f"{key} are listed more than once"] += 1
         else:
             reading.faults.append(f"{key}[{place}]: the id {own!r} is used twice")
     return records

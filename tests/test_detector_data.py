@@ -332,6 +332,8 @@ WRITTEN = {
     "size 0": (each("images", lambda image: {"width": 0, "height": 0}), "2 images have the size 0"),
     "ids are null": (each("annotations", lambda a: {"id": None}), ""),
     "ids repeat": (each("annotations", lambda a: {"id": a["category_id"]}), "2 annotations have an id"),
+    "the whole file twice": ({key: 2 * records for key, records in coco().items()},
+                             "4 annotations are listed more than once"),
     "polygons alone": (each("annotations", lambda a: {"bbox": [], "segmentation": [triangle(*a["bbox"])]}),
                        "4 boxes are drawn round"),
 }
