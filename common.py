@@ -773,7 +773,7 @@ def is_being_written(folder):
 
 
 def run_folder_of(target):
-    """--resume RUN or CHECKPOINT -> the run folder, for a fold that of all folds. May raise UserError."""
+    """--resume RUN or CHECKPOINT -> the run folder, for a fold or a baseline that of the whole. May raise UserError."""
     target = Path(target)
     folder = target if target.is_dir() else target.parent
     if not (folder / "args.json").is_file():
@@ -781,8 +781,9 @@ def run_folder_of(target):
                         f"(no args.json in {folder})")
     if not target.exists():
         raise UserError(f"--resume {target}: no such file in that run; --resume {folder} takes the newest it has")
-    is_fold = re.fullmatch(r"fold_\d+", folder.name) and (folder.parent / "args.json").is_file()
-    return folder.parent if is_fold else folder
+    while re.fullmatch(r"fold_\d+|baseline", folder.name) and (folder.parent / "args.json").is_file():
+        folder = folder.parent
+    return folder
 
 
 def _folder_to_resume(args):

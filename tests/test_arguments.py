@@ -205,12 +205,15 @@ def finished(folder, **flags):
     return folder
 
 
-def test_resume_of_a_fold_is_resume_of_all_folds(tmp_path):
-    (tmp_path / "fold_1").mkdir()
-    for folder in (tmp_path, tmp_path / "fold_1"):
-        (folder / "args.json").write_text("{}")
-    (tmp_path / "fold_1" / "last.pth").write_bytes(b"")
-    assert common.run_folder_of(tmp_path / "fold_1" / "last.pth") == tmp_path == common.run_folder_of(tmp_path)
+@pytest.mark.parametrize("part", ["fold_1", "baseline", "fold_1/baseline"])
+def test_resume_of_a_part_of_a_run_is_resume_of_the_run_with_its_flags(tmp_path, part):
+    (tmp_path / part).mkdir(parents=True)
+    for folder in (tmp_path / part, (tmp_path / part).parent):
+        finished(folder, lr=0.1)
+    finished(tmp_path, lr=0.5)
+    (tmp_path / part / "last.pth").write_bytes(b"")
+    assert common.run_folder_of(tmp_path / part / "last.pth") == tmp_path == common.run_folder_of(tmp_path)
+    assert parse("--resume", str(tmp_path / part)).lr == 0.5
 
 
 def test_scripts_without_config_and_resume_refuse_both(capsys):
