@@ -912,8 +912,6 @@ def fit(run, args, study, split):
     if args.model == RESNET18 and not (args.anchor_sizes or args.init_from):
         sides = " ".join(map(str, settings["anchor_sizes"]))
         run.say(f"note: anchors of {sides} pixels, chosen to fit the train boxes (--anchor_sizes)")
-    if args.select == "joint_map" and not settings["states"]:
-        raise common.UserError(f"--select {args.select}: no box has a state; use --select map")
     if args.state_class_weights != "none" and not settings["states"]:
         run.say(f"note: no box has a state, so --state_class_weights {args.state_class_weights} does nothing")
     model = compute.place(build_model(args, settings, state_weights(args, train_truth)))
@@ -1135,6 +1133,14 @@ def check_split(run, study, split):
     return alarms
 
 
+def check_states(args, truth, split):
+    """UserError where --select or --criteria ask for states that no box has."""
+    without = [part for part in ("train", "val") if not truth.take(split[part]).has_states()]
+    if args.select == "joint_map" and without:
+        raise common.UserError(f"--select joint_map: no box of the {without[0]} part has a state; use --select map")
+    detection_judging.check_criteria(args.criteria, truth.parts, "train" not in without)
+
+
 def write_annotations(run, args, study, split):
     """train_coco.json and so on: the pictures and boxes of each part, with the ids that detections have."""
     for part, rows in split.items():
@@ -1167,8 +1173,7 @@ def run_split(run, args, study, split):
     """Train on one split and judge its held-out rows, test where there is one, else val -> Scored."""
     alarms = check_split(run, study, split)
     split = splitting.rows_to_try(split, args)
-    has_states = study.truth.take(split["train"]).has_states()
-    detection_judging.check_criteria(args.criteria, study.truth.parts, has_states)
+    check_states(args, study.truth, split)
     # the validation loss draws by batches, so a resumed run must keep their size
     write_record(run, study, split, val_batch_size=args.val_batch_size)
     write_annotations(run, args, study, split)
@@ -1196,13 +1201,12 @@ def run_folds(run, args, study):
     """One run per fold in fold_K/; what the detectors of all folds found in the left-out pictures is judged as one."""
     splits = make_folds(args, study)
     folds = {f"fold_{k}": split["test"] for k, split in enumerate(splits)}
-    has_states = study.truth.has_states()
-    detection_judging.check_criteria(args.criteria, study.truth.parts, has_states)
     for k, split in enumerate(splits):  # all of them before the first one is trained
         splitting.check_leakage(examine_split(study, split), args.allow_leakage)
-        if study.truth.take(split["train"]).has_states() != has_states:
+        if study.truth.take(split["train"]).has_states() != study.truth.has_states():
             raise common.UserError(f"--folds {args.folds}: no box that trains fold {k} has a state, so its detector "
                                    "would name none; fewer folds, or another --group_column")
+        check_states(args, study.truth, split)
     alarms = check_split(run, study, folds)
     write_record(run, study, folds)
     of_fold = {}  # folder of a fold -> Scored

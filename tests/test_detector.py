@@ -629,7 +629,7 @@ def test_folds_judge_every_picture_by_a_detector_that_has_not_seen_it(bicycles, 
 def test_what_a_fold_has_detected_is_not_detected_again(monkeypatch, tmp_path):
     """But for the pictures of a fold that was finished before the run was continued."""
     study = SimpleNamespace(truth=annotated([(0, 0, BOX)], [(0, 0, BOX)]))
-    splits = [{"train": np.array([1 - k]), "test": np.array([k])} for k in (0, 1)]
+    splits = [{"train": np.array([1 - k]), "val": np.array([1 - k]), "test": np.array([k])} for k in (0, 1)]
     again, judged = [], []
 
     def scored(run, args, study, rows, *_):
@@ -667,13 +667,36 @@ def refused_folds(bicycles, folder, change, *flags):
 def test_folds_that_cannot_be_trained_are_refused_before_the_first_one(bicycles, tmp_path):
     def states_at_one_street(truth):
         streets = sorted({entry["street"] for entry in truth.values()})
-        for entry in truth.values():
-            if entry["street"] != streets[0]:
-                for part in entry["parts"].values():
-                    for name in [name for name in part if "state" in name]:
-                        del part[name]
+        forget_states({name: entry for name, entry in truth.items() if entry["street"] != streets[0]})
     text = refused_folds(bicycles, tmp_path, states_at_one_street, "--group_column", "street")
     assert "has a state, so its detector would name none" in text
+
+
+def forget_states(truth):
+    for entry in truth.values():
+        for part in entry["parts"].values():
+            for name in [name for name in part if "state" in name]:
+                del part[name]
+
+
+@pytest.mark.parametrize("way", ["val_json", "folds"])
+def test_choosing_by_states_that_the_val_part_lacks_is_refused_before_training(bicycles, tmp_path, way):
+    truth = json.loads((bicycles / "annotations.json").read_text(), strict=False)
+    with_states = dict(list(truth.items())[:12])
+    without = dict(list(truth.items())[12:24])
+    forget_states(without)
+    flags = ["--train_json", tmp_path / "a.json", "--train_images", bicycles / "images", "--output_dir", tmp_path / "out",
+             *SMALL, "--select", "joint_map"]
+    if way == "folds":  # three pictures with states train in every fold, but do not choose in every one
+        common.write_json(tmp_path / "a.json", without | dict(list(with_states.items())[:3]))
+        flags += ["--folds", 3]
+    else:
+        common.write_json(tmp_path / "a.json", with_states)
+        common.write_json(tmp_path / "v.json", without)
+        flags += ["--val_json", tmp_path / "v.json", "--val_images", bicycles / "images"]
+    text = run_script("train_detector.py", *flags, code=2).stderr
+    assert "--select joint_map: no box of the val part has a state; use --select map" in text
+    assert not list((tmp_path / "out").glob("run_*")), "before anything is written"
 
 
 def test_folds_need_three_groups(bicycles, tmp_path):
