@@ -312,22 +312,28 @@ def load_study(args, files, say, known_parts=None):
     known_parts: those of the checkpoint that is to find them.
     """
     read = {}
+    images = []
+    skipped = []
+    notes = []
+    surplus = {}
     for origin, (path, folder) in files.items():
-        read[origin] = part_boxes.read_annotations(path, args.box_format, args.state_attribute)
-        part_boxes.find_pictures(read[origin], folder, args.exact_names)
-        for image in read[origin].images:
+        found = part_boxes.read_annotations(path, args.box_format, args.state_attribute)
+        surplus |= part_boxes.find_pictures(found, folder, args.exact_names)
+        for image in found.images:
             image.origin = origin
-    images = [image for found in read.values() for image in found.images]
+        read[origin] = found
+        images += found.images
+        skipped += found.skipped
+        notes += found.notes
     say(f"decoding {len(images)} pictures")
-    short_side, _ = input_limits(args)
     store = picture_files.ImageStore(
-        [image.path for image in images], short_side, args.cache, args.pixel_range)
+        [image.path for image in images], input_limits(args)[0], args.cache, args.pixel_range)
     stored, bad = part_boxes.check_pictures(store.audit, images, args.on_bad_file)
     used = [images[i] for i in stored]
     parts, part_notes = part_boxes.used_parts(read.values(), used, known_parts)
     listed = ", ".join(str(path) for path, _ in files.values())
     part_boxes.refuse_other_convention(used, listed, args.box_format)
-    if len(files) > 1:
+    if len({image.name for image in used}) < len(used):  # two files share names
         for image in used:
             image.name = f"{image.origin}/{image.name}"
     truth, without_area, box_notes = part_boxes.as_truth(
@@ -336,8 +342,6 @@ def load_study(args, files, say, known_parts=None):
         min_trust=args.min_trust,
         groups=part_boxes.read_groups(used, args.group_column),
         keeps_absent=args.absent == "keep")
-    skipped = [each for found in read.values() for each in found.skipped]
-    notes = [note for found in read.values() for note in found.notes]
     study = Study(
         truth=truth,
         images=used,
@@ -345,7 +349,7 @@ def load_study(args, files, say, known_parts=None):
                       for origin, found in read.items()},
         store=store,
         stored=np.array(stored, int),
-        skipped=skipped + bad + without_area,
+        skipped=without_area + skipped + bad + part_boxes.without_entry(surplus, images),
         notes=notes + part_notes + box_notes)
     if args.drop_empty:
         study = without_empty(study)
@@ -1349,23 +1353,21 @@ def predict(args):
 def convert(args):
     """--mode convert: part annotations or COCO -> clean COCO with area, iscrowd, state, trust."""
     found = part_boxes.read_annotations(args.json, args.box_format, args.state_attribute)
-    images = found.images
-    skipped = found.skipped
     if args.images_dir:
-        part_boxes.find_pictures(found, args.images_dir, args.exact_names)
+        surplus = part_boxes.find_pictures(found, args.images_dir, args.exact_names)
         audits = [picture_files.audit_image(image.path, 32)[0] for image in found.images]
         good, bad = part_boxes.check_pictures(audits, found.images, args.on_bad_file)
-        images = [found.images[k] for k in good]
-        skipped = found.skipped + bad
-    part_boxes.refuse_other_convention(images, args.json, args.box_format)
-    coco, dropped = part_boxes.as_coco(images, found.category_ids, args.images_dir)
+        found.images = [found.images[k] for k in good]
+        found.skipped += bad + part_boxes.without_entry(surplus, found.images)
+    part_boxes.refuse_other_convention(found.images, args.json, args.box_format)
+    coco, dropped = part_boxes.as_coco(found.images, found.category_ids, args.images_dir)
     common.write_json(args.output, coco)
     for note in found.notes:
         print(f"note: {note}")
-    for each in skipped + dropped:
+    for each in found.skipped + dropped:
         print(f"skipped: {', '.join(each.values())}")
     n_absent = sum(len(image["absent_parts"]) for image in coco["images"])
-    print(f"{args.output}: {len(images)} images, {len(coco['annotations'])} boxes of "
+    print(f"{args.output}: {len(found.images)} images, {len(coco['annotations'])} boxes of "
           f"{len(found.parts)} parts, {n_absent} absent parts without a box (absent_parts of their "
           f"image), {len(dropped)} boxes dropped")
 

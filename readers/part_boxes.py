@@ -593,11 +593,11 @@ def as_truth(images, parts, min_trust, **others):
 # --------------------------------------------------------------------------------------
 
 def find_pictures(found, folder, exact_names=False):
-    """Give the images of Annotations their paths; those without a picture, and pictures without an entry, are skipped.
+    """Give the images of Annotations their paths; those without a picture are skipped.
 
-    Links out of the folder are refused.
+    Returns {path: name} of the pictures without an entry, see without_entry. Links out of the folder are refused.
     """
-    paths, without_entry, notes = file_names.match_images([image.name for image in found.images], folder, exact_names)
+    paths, unnamed, notes = file_names.match_images([image.name for image in found.images], folder, exact_names)
     root = folder.resolve()
     for image, path in zip(found.images, paths):
         image.path = path
@@ -607,9 +607,15 @@ def find_pictures(found, folder, exact_names=False):
         raise common.UserError(f"none of the {len(paths)} pictures named in {found.path} is in {folder} (first: "
                                f"{found.images[0].name!r}); check the folder")
     found.notes += notes
-    found.skipped += [{"image": name, "reason": f"no entry in {found.path.name}"} for name in without_entry]
     found.skipped += [{"image": image.name, "reason": "no such picture"} for image in found.images if not image.path]
     found.images = [image for image in found.images if image.path]
+    return {root / name: name for name in unnamed}
+
+
+def without_entry(surplus, images):
+    """Dicts of the pictures that no file names: surplus of find_pictures, images of all files."""
+    named = {image.path.resolve() for image in images}
+    return [{"image": name, "reason": "no entry in the annotations"} for path, name in surplus.items() if path not in named]
 
 
 def check_pictures(audits, images, on_bad_file):

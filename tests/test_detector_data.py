@@ -166,7 +166,7 @@ def test_a_conversion_names_pictures_that_do_not_fit(tmp_path, monkeypatch, caps
     made = convert(tmp_path, monkeypatch, "--on_bad_file", "skip")
     assert [image["file_name"] for image in made["images"]] == ["1.jpg"]
     said = capsys.readouterr().out
-    for line in ("skipped: 2.jpg, no such picture", "skipped: 7.jpg, no entry in a.json", "skipped: 0.jpg, is 60 x 40"):
+    for line in ("skipped: 2.jpg, no such picture", "skipped: 7.jpg, no entry in the annotations", "skipped: 0.jpg, is 60 x 40"):
         assert line in said
 
 
@@ -493,7 +493,7 @@ def test_pictures_of_another_size_than_annotated(tmp_path, flags):
 def test_missing_and_surplus_pictures_are_listed(tmp_path, flags):
     study = study_of(tmp_path, flags, PARTS, names=("0.jpg", "2.jpg", "7.jpg"))
     assert {(each["image"], each["reason"]) for each in study.skipped} == {
-        ("1", "no such picture"), ("7.jpg", "no entry in a.json")}
+        ("1", "no such picture"), ("7.jpg", "no entry in the annotations")}
 
 
 def test_a_field_that_repeats_and_is_not_used_is_an_alarm_before_training(tmp_path, flags):
