@@ -36,6 +36,22 @@ class AnnotatedImage:
     origin: str = ""  # train, val or test: the part that its file is given for
     path: Path | None = None  # of its picture, once it is found
 
+    def as_judged(self, min_trust, keeps_absent):
+        """The image whose file gives the scores of its run: no trust is left to weigh.
+
+        A box that is trusted less than min_trust is a crowd; one of an absent part that is background (not keeps_absent)
+        is an absent part without a box.
+        """
+        absent = {part: 1.0 for part, trust in self.absent.items() if trust >= min_trust}
+        objects = []
+        for each in self.objects:
+            ignored = each.crowd or each.trust < min_trust
+            if keeps_absent or each.state != ABSENT:
+                objects.append(dataclasses.replace(each, crowd=ignored, trust=1.0))
+            elif not ignored:
+                absent[each.part] = 1.0
+        return dataclasses.replace(self, absent=absent, objects=objects)
+
 
 @dataclasses.dataclass
 class PartObject:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import common
 import make_sample_data
 import train_detector
+from evidence import detection_judging, detection_scores, detection_tables
 from readers.part_boxes import ABSENT, INTACT, STATES, UNKNOWN
 from readers import part_boxes
 
@@ -122,6 +123,47 @@ def test_one_list_of_parts_for_all_splits_by_name(tmp_path, flags):
     assert study.truth.labels[2].tolist() == [study.truth.parts.index("bell")] == [1]
     row, = train_detector.split_rows(study.truth, {"val": [2], "test": []})
     assert row["part"] == "val" and row["parts without a box"] == "saddle"
+
+
+def test_one_folder_for_two_files(tmp_path, flags):
+    """Their pictures keep their names; skipped is what is lost, boxes first, and no picture that the other file names."""
+    write_pictures(tmp_path / "images", [f"{k}.jpg" for k in range(4)])
+    lost = {"parts": {"bell": part([1, 1, 9, 9]), "saddle": part([9, 9, 0, 0])}}
+    for file, name in (("a.json", "0.jpg"), ("v.json", "1.jpg")):
+        (tmp_path / file).write_text(json.dumps({name: lost, "2.jpg": lost} if file == "v.json" else {name: lost}))
+    files = {part: (tmp_path / file, tmp_path / "images") for part, file in (("train", "a.json"), ("val", "v.json"))}
+    study = train_detector.load_study(flags(), files, lambda text: None)
+    assert study.truth.images.tolist() == ["0.jpg", "1.jpg", "2.jpg"]
+    assert [each["image"] for each in study.skipped] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert study.skipped[-1]["reason"] == "no entry in the annotations"
+
+
+@pytest.mark.parametrize("more", [(), ("--absent", "drop"), ("--min_trust", "0.3"), ("--min_trust", "0.95")])
+def test_the_written_annotations_are_what_was_judged(tmp_path, flags, more):
+    """Boxes not trusted, boxes of absent parts, parts absent without a box: the files alone give the same numbers."""
+    def bicycle(k):
+        absent = part([5 + k, 25, 6, 6], object_state="absent", trust=0.9)
+        return {"parts": {
+            "wheel": part([k, 10, 20, 20], object_state="intact", trust=0.4 + 0.1 * k), "saddle": absent,
+            "bell": part([30, k, 9, 9], object_state="damaged"), "chain": part([0, 0, 0, 0], object_state="absent", trust=0.6)}}
+    content = {f"{k}.jpg": bicycle(k) for k in range(6)}
+    content["5.jpg"]["parts"]["chain"] = part([40, 20, 9, 9], object_state="intact")
+    study = study_of(tmp_path, flags, content, *more, names=list(content))
+    truth = study.truth
+    found = [detection_scores.Detections(boxes.astype(float), labels.copy(), np.linspace(0.9, 0.6, len(labels)),
+                                         np.eye(4)[states])
+             for boxes, labels, states in zip(truth.boxes, truth.labels, truth.states)]
+    found[0].labels[:] = truth.parts.index("chain")  # absent in that picture
+    run = SimpleNamespace(path=lambda name: tmp_path / name)
+    train_detector.write_annotations(run, flags(*more), study, {"val": np.arange(6)})
+    common.write_json(tmp_path / "found.json", detection_tables.coco_results(
+        truth.images, truth.ids, found, truth.parts, study.category_ids["train"], ["new"] * 6))
+    again, results, _ = detection_judging.read_coco_results(tmp_path / "val_coco.json", tmp_path / "found.json")
+    ours, theirs = (detection_scores.Judged(*each, 0.5).values(np.arange(6))[0]
+                    for each in ((truth, found), (again, results)))
+    if more == ("--absent", "drop"):  # where they would be, the files do not say
+        assert ours.pop("hallucination_rate") == 0 and np.isnan(theirs.pop("hallucination_rate"))
+    assert theirs == pytest.approx(ours, abs=1e-6, nan_ok=True)
 
 
 def test_parts_of_a_checkpoint_are_matched_by_name(tmp_path, flags):
