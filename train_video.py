@@ -1091,7 +1091,8 @@ def judge(run, args, study, split, table, part, trained_on, similar=(), **known)
         seen=table.seen,
         data=data_blocks(study, split, rows, table),
         similar=judging.similar_blocks(similar, manifest.clip_ids, study.strip),
-        cases=judging.case_blocks(table, manifest.clip_ids[rows], lambda i: study.strip(rows[i])),
+        cases=[reporting.html_text("A clip is shown by five of its frames, evenly from its first to its last."),
+               *judging.case_blocks(table, manifest.clip_ids[rows], lambda i: study.strip(rows[i]))],
         limits=event_splits.limits(args, manifest),
         **known)
     of_rows = {name: values[rows] for name, values in levels.items()}

@@ -25,8 +25,7 @@ EXPLANATIONS = {  # of a section's words, under its head
     "Without a pixel": "What columns of the table predict without looking at the input. A model must do better.",
     "Calibration": "Whether a confidence of 80 % is right in 80 % of the rows. ECE: the mean gap, in shares of 1; "
                    "NLL and Brier: error of the probabilities, smaller is better.",
-    "Best and worst cases": "By the error of the prediction. A clip is shown by five of its frames, evenly from its "
-                            "first to its last.",
+    "Best and worst cases": "By the error of the prediction.",
 }
 _LEVELS = {  # word and outline: shape and word tell the levels apart without colour
     "good": (
