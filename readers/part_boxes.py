@@ -496,7 +496,7 @@ def cut_box(box, size):
 
 def cut_boxes(images):
     """AnnotatedImages -> (of each the PartObjects with area in the picture, cut to it; dicts of the others; how many
-    were cut).
+    were cut). An absent part without area there becomes one of the image's `absent`.
     """
     kept = []
     skipped = []
@@ -505,15 +505,17 @@ def cut_boxes(images):
         kept.append([])
         for each in image.objects:
             box = cut_box(each.box, image.size)
-            if box is None:
+            if box is not None:
+                n_cut += not np.allclose(box, each.box, atol=1)
+                kept[-1].append(dataclasses.replace(each, box=box))
+            elif each.state == ABSENT and not each.crowd:
+                image.absent.setdefault(each.part, each.trust)
+            else:
                 shown = " ".join(f"{value:g}" for value in each.box)
                 skipped.append({
                     "image": image.name,
                     "annotation": f"{each.key} ({each.part})",
                     "reason": f"box {shown} has no area in its picture"})
-                continue
-            n_cut += not np.allclose(box, each.box, atol=1)
-            kept[-1].append(dataclasses.replace(each, box=box))
     return kept, skipped, n_cut
 
 

@@ -105,8 +105,10 @@ def test_coco(tmp_path, flags):
     assert study.category_ids["train"] == {"saddle": 0, "bell": 4}
 
 
-def test_an_absent_part_of_a_coco_file_may_lack_its_box(tmp_path, flags):
-    study = study_of(tmp_path, flags, changed(0, bbox=None, state="absent"), names=("0.jpg", "1.jpg"))
+@pytest.mark.parametrize("box", [None, [0, 0, 0, 0], [200, 10, 20, 20]])
+def test_an_absent_part_of_a_coco_file_may_lack_its_box(tmp_path, flags, box):
+    study = study_of(tmp_path, flags, changed(0, bbox=box, state="absent"), names=("0.jpg", "1.jpg"))
+    assert not study.skipped
     assert study.truth.absent[0].tolist() == [study.truth.parts.index("bell")] and len(study.truth.boxes[0]) == 1
 
 
