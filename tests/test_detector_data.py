@@ -760,7 +760,7 @@ MISTAKES = {
     "two shares": ([*DATA, "--split_ratio", "0.8", "--val_ratio", "0.3"], ["--split_ratio", "--val_ratio"]),
     "what the checkpoint decides": ([*EVALUATE, "--absent", "drop", "--min_size", "99"], ["--min_size and --absent"]),
     "no folder": ([*DATA, "--val_json", "v"], ["--val_images"]),
-    "no validation": ([*DATA, "--split_ratio", "0.9", "--test_ratio", "0.1"], ["must not be empty"]),
+    "no validation": ([*DATA, "--split_ratio", "0.8", "--test_ratio", "0.2"], ["must not be empty", "'val': 0.0,"]),
     "test alone": ([*DATA, "--test_json", "t", "--test_images", "u"], ["--val_json"]),
     "weights": ([*DATA, "--state_class_weights", "1", "2"], ["invalid choice"]),
     "anchors": ([*DATA, "--anchor_sizes", "8", "16"], ["takes 5"]),
