@@ -82,11 +82,11 @@ SMALL_HEADS = {
 # Inputs are padded to multiples of the coarsest stride, 64 in each of MODELS: torchvision takes input // map for the
 # stride of the anchors, which would else depend on the other pictures of a batch.
 PADDING = LEVEL_STRIDES[-1]
-SPLIT_WAYS = {  # and the flags that belong to each
-    "folds": (),
-    "split_file": (),
-    "split_ratio": ("train_ratio", "test_ratio"),
-    "val_json": ("test_json",),
+SPLIT_WAYS = {  # and the flags of each, which the other ways refuse
+    "folds": ["folds"],
+    "split_file": ["split_file"],
+    "split_ratio": ["split_ratio", "train_ratio", "test_ratio"],
+    "val_json": ["val_json", "test_json"],
 }
 NEEDED_FLAGS = {
     "train": ("train_json", "train_images"),
@@ -213,9 +213,10 @@ def check_flags(parser, args):
         parser.error("--compile: the detector's inputs vary in size; leave it out")
     anchors = args.anchor_sizes or []
     is_small = args.model == RESNET18
-    fits = len(anchors) % N_LEVELS == 0 if is_small else len(anchors) in (0, len(COCO_ANCHORS))
+    fewest = N_LEVELS if is_small else len(COCO_ANCHORS)
+    fits = len(anchors) % fewest == 0 and (is_small or len(anchors) <= fewest)
     if not fits or anchors != sorted(anchors):
-        number = f"{N_LEVELS}, {2 * N_LEVELS}, ..." if is_small else len(COCO_ANCHORS)
+        number = f"{fewest}, {2 * fewest}, ..." if is_small else fewest
         parser.error(f"--anchor_sizes {anchors}: {args.model} takes {number} sides, smallest first")
     if args.baseline == "heads" and not (starts_trained(args) and args.trainable_layers):
         parser.error("--baseline heads needs trained weights to start from and --trainable_layers over 0: "
@@ -232,12 +233,13 @@ def settle_split(parser, args):
     if not asked:
         return args
     way = min(asked, key=lambda name: name not in args.given)  # the first typed one, else the first
-    others = {*SPLIT_WAYS, *itertools.chain(*SPLIT_WAYS.values())} - {way, *SPLIT_WAYS[way]}
-    set_ones = {name for name in others if getattr(args, name)}
-    refused = sorted(f"--{name}" for name in set_ones & args.given - {"train_ratio"})  # which as in all scripts is 1 - val_ratio
+    others = [name for other, flags in SPLIT_WAYS.items() if other != way for name in flags]
+    idle = sorted(name for name in others if getattr(args, name))
+    # --train_ratio may stand as 1 - val_ratio, as in all scripts
+    refused = [f"--{name}" for name in idle if name in args.given and name != "train_ratio"]
     if refused:
         parser.error(f"--{way} {getattr(args, way)} makes the split; leave out {' and '.join(refused)}")
-    given_up = sorted(set_ones - args.given)
+    given_up = [name for name in idle if name not in args.given]
     if given_up:
         print(f"note: --{way} makes the split, so {' and '.join(given_up)} of the configuration or the environment "
               "not used", flush=True)
@@ -286,7 +288,7 @@ class Study(picture_files.StoredPictures):
     @property
     def strata(self):
         """(N,) rarest part and state of each picture, so that a split deals those out evenly."""
-        cells = [list(zip(labels, states)) for labels, states in zip(self.truth.labels, self.truth.states)]
+        cells = [list(zip(*picture)) for picture in zip(self.truth.labels, self.truth.states)]
         counts = collections.Counter(itertools.chain.from_iterable(cells))
 
         def rareness(cell):
@@ -431,16 +433,13 @@ class PartImages(common.Samples):
         epoch, index = key
         row = int(self.rows[index])
         truth = self.study.truth
-        judged = truth.judged(row)
-        labels = truth.labels[row][judged]
-        boxes = truth.boxes[row][judged] / np.tile(truth.sizes[row], 2)  # (K, 4) in 0..1
+        boxes, labels, states = truth.relative(row)
         generator = common.generator_for(self.seed, epoch, row)
         drawn = common.sample_augmentation(self.augment, generator)
         factor = 1.0
         if self.augment != "none":
             factor = 0.8 + 0.4 * torch.rand((), generator=generator).item()
-        limits = self.settings["min_size"], self.settings["max_size"]
-        size = fit_size(*truth.sizes[row], *limits, factor)
+        size = fit_size(*truth.sizes[row], self.settings["min_size"], self.settings["max_size"], factor)
         pixels = picture_files.resize(self.study.picture(row), size)
         if drawn.flip and self.mirrored is not None:
             pixels, boxes = mirror(pixels, boxes)
@@ -451,7 +450,7 @@ class PartImages(common.Samples):
             "pixels": torch.from_numpy(np.array(pixels)),
             "boxes": torch.from_numpy((boxes * np.tile(size, 2)).astype(np.float32)),
             "labels": torch.from_numpy(labels + 1),
-            "states": torch.from_numpy(truth.states[row][judged]),
+            "states": torch.from_numpy(states),
             "scale": truth.sizes[row] / size,
             "name": truth.images[row],
         }
@@ -465,8 +464,7 @@ def padded_size(sizes):
 def collate(samples):
     """Samples -> batch: pixels (B, H, W, 3) padded by 0, sizes (height, width), else lists."""
     sizes = [tuple(sample["pixels"].shape[:2]) for sample in samples]
-    height, width = padded_size(sizes)
-    pixels = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8)
+    pixels = torch.zeros(len(samples), *padded_size(sizes), 3, dtype=torch.uint8)
     for place, sample, (own_height, own_width) in zip(pixels, samples, sizes):
         place[:own_height, :own_width] = sample["pixels"]
     others = {name: [sample[name] for sample in samples] for name in samples[0] if name != "pixels"}
@@ -645,7 +643,6 @@ def build_rcnn(settings):
     return detection.FasterRCNN(
         backbone,
         rpn_anchor_generator=anchors,
-        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 7, 2),
         box_head=TwoMLPHead(256 * 7 ** 2, 512),
         box_predictor=FastRCNNPredictor(512, 2),
         **SMALL_HEADS)
@@ -752,8 +749,8 @@ def load_pretrained(model, state, source):
     if prefix:
         print(f"note: {source}: the layers are loaded without the prefix {prefix}", flush=True)
     expected = ("backbone.", "rpn.", "roi_heads.box_head.")
-    state = {name.removeprefix(prefix): value for name, value in state.items()}
-    state = {name: value for name, value in state.items() if name.startswith(expected)}
+    state = {name.removeprefix(prefix): value for name, value in state.items()
+             if name.removeprefix(prefix).startswith(expected)}
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -817,10 +814,10 @@ def to_inputs(batch, compute, settings):
 
 def to_device(batch, compute, settings):
     """Batch -> inputs (B, 3, H, W); sizes; targets: B dicts of boxes (K, 4), labels, states."""
-    targets = []
-    for k in range(len(batch["sizes"])):
-        targets.append({name: compute.send(batch[name][k]) for name in ("boxes", "labels", "states")})
-    return to_inputs(batch, compute, settings), batch["sizes"], targets
+    sizes = batch["sizes"]
+    names = ("boxes", "labels", "states")
+    targets = [{name: compute.send(batch[name][k]) for name in names} for k in range(len(sizes))]
+    return to_inputs(batch, compute, settings), sizes, targets
 
 
 def train_one_epoch(model, loader, training, compute, state_weight):
@@ -855,8 +852,7 @@ def evaluate(model, loader, args, compute):
         parts.append((on_disk(found, batch["scale"]), summed))
     detections, summed = zip(*compute.processes.gather(parts))
     detections = list(itertools.chain(*detections))
-    totals = {name: sum(each[name] for each in summed) for name in summed[0]}
-    return detections, {f"val_{name}": total / len(detections) for name, total in totals.items()}
+    return detections, {f"val_{name}": sum(each[name] for each in summed) / len(detections) for name in summed[0]}
 
 
 @torch.no_grad()
@@ -928,7 +924,7 @@ def fit(run, args, study, split):
         "baseline": detection_judging.mean_boxes(train_truth)}
     training = common.Training(
         run, model, optimizer, args,
-        select=args.select if args.select == "val_loss" else f"val_{args.select}",
+        select=f"val_{args.select.removeprefix('val_')}",
         metadata=lambda: content,
         higher_is_better=args.select != "val_loss",
         seen=seen_rows.of_run(run, args, study.hashes, split))
@@ -979,9 +975,8 @@ class Scored:
 def detect_rows(run, args, study, rows, models, content):
     """Scored: what models find in these rows; models, content: of load_models."""
     loader = make_loader(study, rows, models["model"].settings, args, run.compute)
-    found = {}
-    for name, model in models.items():
-        found[name] = limit_detections(detect(model, loader, run.compute)["detections"], args)
+    found = {name: limit_detections(detect(model, loader, run.compute)["detections"], args)
+             for name, model in models.items()}
     seen = seen_rows.of_checkpoint(content).words(study.hashes[rows])
     return Scored(rows, found, content["baseline"], seen)
 
@@ -1020,9 +1015,8 @@ def judge(run, args, study, split, part, scored, **known):
     scored: a list of Scored, one for each fold; known: further fields of the Setting.
     """
     rows = np.concatenate([each.rows for each in scored])
-    found = {}
-    for name in scored[0].found:
-        found[name] = [detections for each in scored for detections in each.found[name]]
+    found = {name: [detections for each in scored for detections in each.found[name]]
+             for name in scored[0].found}
     own = found.pop("model")
     seen = np.concatenate([each.seen for each in scored])
     truth = study.truth.take(rows)
@@ -1068,9 +1062,9 @@ def split_rows(truth, split):
             continue
         chosen = truth.take(rows)
         labels = np.concatenate(chosen.labels)
-        counts = count_states(np.concatenate(chosen.states))
         without = [name for label, name in enumerate(truth.parts) if label not in labels]
-        table.append({"part": part, "pictures": len(rows), "boxes": len(labels), **counts,
+        table.append({"part": part, "pictures": len(rows), "boxes": len(labels),
+                      **count_states(np.concatenate(chosen.states)),
                       "parts without a box": ", ".join(without) or "none"})
     return table
 

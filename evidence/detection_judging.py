@@ -49,24 +49,16 @@ def mean_boxes(truth):
 
     Of each state one box more is counted than there is, so that no rate is 0.
     """
-    n_parts = len(truth.parts)
-    n_pictures = len(truth.images)
-    boxes = np.zeros((n_parts, 4))
-    n_boxes = np.zeros((n_parts, 1))
-    is_shown = np.zeros((n_pictures, n_parts))
-    states = np.ones((n_parts, detection_scores.N_STATES))
-    for row in range(n_pictures):
-        judged = truth.judged(row)
-        labels = truth.labels[row][judged]
-        known = truth.states[row][judged]
-        is_shown[row, labels] = 1
-        np.add.at(boxes, labels, truth.boxes[row][judged] / np.tile(truth.sizes[row], 2))
-        np.add.at(n_boxes, labels, 1)
-        np.add.at(states, (labels[known >= 0], known[known >= 0]), 1)
+    found = [truth.relative(row) for row in range(len(truth.images))]
+    boxes, labels, states = map(np.concatenate, zip(*found))
+    numbers = np.arange(len(truth.parts))
+    of_part = (labels == numbers[:, None]).astype(float)  # (P, boxes)
+    of_state = states == np.arange(detection_scores.N_STATES)[:, None]  # (S, boxes)
+    counts = 1 + of_part @ of_state.T  # (P, S)
     return {
-        "boxes": boxes / np.maximum(n_boxes, 1),
-        "score": is_shown.mean(0),
-        "states": states / states.sum(1, keepdims=True)}
+        "boxes": of_part @ boxes / np.maximum(of_part.sum(1, keepdims=True), 1),
+        "score": np.mean([np.isin(numbers, own) for _, own, _ in found], axis=0),
+        "states": counts / counts.sum(1, keepdims=True)}
 
 
 def baseline_detections(priors, sizes):
@@ -104,8 +96,8 @@ def judge_detections(run, truth, detections, setting, priors, trained, picture=N
     calibration = calibration_rows(judged)
     if state_rows:
         common.write_table(run.path("per_state.csv"), state_rows)
-    with_boxes = [row for row in part_rows if row["boxes"]]
-    plotting.plot_per_target(with_boxes, run.path("per_part.png"), ("ap", "ap50"))
+    plotting.plot_per_target(
+        [row for row in part_rows if row["boxes"]], run.path("per_part.png"), ("ap", "ap50"))
 
     alarms = find_alarms(judged, detections, threshold)
     setting = dataclasses.replace(
@@ -167,7 +159,6 @@ def per_part_rows(judged, result):
     counts = {name: values.sum(0).astype(int) for name, values in judged.counts.items()}
     rows = []
     for label, part in enumerate(result.names):
-        model = {name: each.at(label) for name, each in result.each.model.items()}
         rates = judged.rates(parts=label)
         hallucination = subject_intervals.Estimate(
             rates["hallucination_rate_anywhere"],
@@ -175,8 +166,8 @@ def per_part_rows(judged, result):
         rows.append({
             "target": part,
             "boxes": counts["truth"][label],
-            **model["ap"].columns("ap"),
-            "ap50": model["ap50"].value,
+            **result.each.model["ap"].at(label).columns("ap"),
+            "ap50": result.each.model["ap50"].value[label],
             "baseline_ap": result.each.baseline["ap"].value[label],
             "baseline_ap50": result.each.baseline["ap50"].value[label],
             "precision": rates["precision"],
@@ -241,8 +232,7 @@ def find_alarms(judged, detections, threshold):
         highest = max(detected.scores.max(initial=0) for detected in detections)
         alarms.append(f"no detection reaches the score {threshold:g}, the highest is {highest:.2f}. Train longer "
                       "(--epochs), start from published weights, or lower --score_threshold (train_detector.py alone)")
-    n_boxes = judged.counts["truth"].sum(0)
-    unseen = [part for part, n in zip(judged.truth.parts, n_boxes) if not n]
+    unseen = [part for part, n in zip(judged.truth.parts, judged.counts["truth"].sum(0)) if not n]
     if unseen:
         alarms.append(f"parts without a box here, so not judged: {', '.join(unseen)}. Score more pictures "
                       "(train_detector.py: a higher --test_ratio or fewer --folds), or take these parts out of the "

@@ -61,10 +61,9 @@ def coco_match(truth, detections, kind):
     annotated = []
     found = []
     for picture, detected in enumerate(detections):
-        states = truth.states[picture]
         kept = truth.shown(picture)
         annotated += coco_entries(
-            picture, truth.boxes[picture][kept], truth.labels[picture][kept], states[kept], kind,
+            picture, truth.boxes[picture][kept], truth.labels[picture][kept], truth.states[picture][kept], kind,
             iscrowd=truth.ignored[picture][kept])
         found += coco_entries(
             picture, detected.boxes, detected.labels, detected.called(), kind,
@@ -96,8 +95,8 @@ def coco_entries(picture, boxes, labels, states, kind, **fields):
             "bbox": [left, top, right - left, bottom - top],
             "area": (right - left) * (bottom - top),
             "iscrowd": 0,
-            "state": states[k]}
-        entry |= {name: values[k] for name, values in fields.items()}
+            "state": states[k],
+            **{name: values[k] for name, values in fields.items()}}
         categories = [labels[k] + 1]
         if kind == "joint_map":
             first = labels[k] * N_STATES + 1
@@ -110,15 +109,12 @@ def coco_entries(picture, boxes, labels, states, kind, **fields):
 def average_precision(matching, pictures):
     """(T, C) AP over these pictures (repeats count), NaN for a category without a box there."""
     categories = matching.params.catIds
-    if not categories:
-        return np.full((len(matching.params.iouThrs), 0), np.nan)
-    cells = np.empty(len(matching.evalImgs), object)
-    cells[:] = matching.evalImgs
+    cells = np.array(matching.evalImgs, object)  # pycocotools' order: category x area (one here) x image
     drawn = copy.copy(matching)
     drawn.params = copy.copy(matching.params)
     drawn.params.imgIds = range(len(pictures))
     drawn._paramsEval = drawn.params
-    drawn.evalImgs = cells.reshape(len(categories), -1)[:, pictures].ravel().tolist()
+    drawn.evalImgs = cells.reshape(len(categories), len(matching.params.imgIds))[:, pictures].ravel().tolist()
     with contextlib.redirect_stdout(io.StringIO()):
         drawn.accumulate()
     precision = drawn.eval["precision"][:, :, :, 0, 0]  # (T, recall, C), -1 where there is no box
@@ -269,9 +265,10 @@ class Judged:
         support = {}
         for scope, found in zip(("overall", "each"), alone):
             support |= {(scope, metric): np.isfinite(values).sum(0) for metric, values in found.items()}
-        states = [len(np.unique(owners[found.any(1)])) for found in self.confusions.swapaxes(0, 1)]  # of true ones
+        occurs = self.confusions.any(2)  # (M, S), True = a box found in the picture has that state
+        n_owners = [len(np.unique(owners[of_state])) for of_state in occurs.T]
         for metric in ("balanced_accuracy", "macro_f1"):  # a mean over the states needs two; the others may be rare
-            support["overall", metric] = sorted(states)[-2]
+            support["overall", metric] = sorted(n_owners, reverse=True)[1]
         return support
 
     def result(self, draws, seed, baseline_name="mean box", folds=0):

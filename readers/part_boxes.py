@@ -110,6 +110,12 @@ class PartTruth:
         """(K,) bool, True = trained on and judged."""
         return self.shown(row) & ~self.ignored[row]
 
+    def relative(self, row):
+        """Judged boxes of a picture -> (boxes (K, 4) in 0..1 of its sides, labels (K,), states (K,))."""
+        judged = self.judged(row)
+        boxes = self.boxes[row][judged] / np.tile(self.sizes[row], 2)
+        return boxes, self.labels[row][judged], self.states[row][judged]
+
     def judged_states(self):
         """States of all judged boxes, UNKNOWN where there is none."""
         return np.concatenate([states[self.judged(row)] for row, states in enumerate(self.states)])
@@ -687,8 +693,4 @@ def mirrored_labels(parts):
     others = [SIDE_WORD.sub(lambda word: SIDES[word[0]], name) for name in spelled]
     if not set(others) <= set(spelled):
         return None
-    mirrored = np.arange(len(parts))
-    for label, other in enumerate(others):
-        if other != spelled[label]:
-            mirrored[label] = spelled.index(other)
-    return mirrored
+    return np.array([label if other == spelled[label] else spelled.index(other) for label, other in enumerate(others)])
