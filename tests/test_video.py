@@ -205,6 +205,7 @@ def test_report_begins_with_the_verdict(behaviours):
     page, metrics = (behaviours / "report.html").read_text(encoding="utf-8"), read_json(behaviours / "metrics.json")
     assert metrics["verdict"].split(":")[0] in page and "baseline" in metrics["verdict"] and "AUC of tail" in page
     assert "http://" not in page and "https://" not in page and len(page) < 5e6
+    assert "A clip is shown by five of its frames" in page
     assert {row["name"] for row in metrics["confounds"]} >= {"pair", "group"} or metrics["confounds"]
     assert {entry["verdict"] for entry in metrics["criteria"]} == {"NOT RESOLVABLE"}, "two groups give no interval"
 
