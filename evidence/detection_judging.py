@@ -286,7 +286,7 @@ def metric_blocks(run, setting, result, part_rows, threshold):
     return [
         reporting.html_table(
             subject_intervals.overall_rows(result),
-            caption=f"On the {setting.part} pictures; precision, recall and hallucinations at score "
+            caption=f"On {setting.rows_judged.replace('rows', 'pictures')}; precision, recall and hallucinations at score "
                     f"{threshold:g}; baseline of AP: the {result.baseline_label}, of states: the usual one "
                     f"of the part; {result.method}"),
         reporting.html_table(

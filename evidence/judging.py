@@ -214,9 +214,8 @@ def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figure
     seen = seen_rows.sentences(setting.seen)
     alarms = [*alarms, *setting.alarms, *identical_fold_alarms(setting.folds)]
     if "train" in seen:
-        alarms.append(seen["train"])
-    doubts = [*doubts, *verdicts.chance_doubts(result, metric)]
-    doubts += [text for word, text in seen.items() if word != "train"]
+        alarms.append(seen.pop("train"))
+    doubts = [*doubts, *verdicts.chance_doubts(result, metric), *seen.values()]
     reached = verdicts.reach_verdict(result.gain(metric), alarms + doubts, verdict)
     estimates = (further_estimates or {}) | verdicts.named_estimates(result, meanings)
     criteria = verdicts.judge_criteria(

@@ -214,7 +214,7 @@ def _with_one_prior(baselines):
     if "train_prior" not in baselines:
         return baselines
     prior = baselines["train_prior"]
-    return baselines | {"train_prior": np.tile(common.mean_without_nan(prior, 0), (len(prior), 1))}
+    return baselines | {"train_prior": np.where(np.isnan(prior), prior, common.mean_without_nan(prior, 0))}
 
 
 def mean(tables):
@@ -311,9 +311,8 @@ def _probabilities(table, prefix, names, path):
 
 # --- a table of any program ------------------------------------------------------------------------
 
-ID_COLUMNS = "image clip_id name id filename file".split()
+ID_COLUMNS = "image clip_id id filename file name".split()
 FURTHER_KEYS = "event n_clips video start_sec end_sec fold".split()
-MOST_LOG_ODDS = 30  # beyond, logistics in float64 are soon the same 1
 OWN_KINDS = "true predicted sd low high".split()  # NAME_ of the model itself: no baselines
 LABEL_COLUMNS = ("true_label", "label", "true", "target")
 PLAIN_LABELS = ("0 1", "0.0 1.0", "no yes", "false true", "negative positive")  # the second one is the positive class
@@ -323,8 +322,8 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
     """Any program's predictions -> ScoreTable or ClassTable.
 
     Columns: NAME_true, NAME_predicted (scores); true_label or label with prob_CLASS, or with score (two classes).
-    group_column: None = `group` where there is one; baseline: column, or part of a column's name, of the baseline to
-    hold against; None = all that the table has. Raises UserError for what cannot be judged.
+    group_column: None = `group` where there is one, else names that repeat; baseline: column, or part of a column's
+    name, of the baseline to hold against; None = all that the table has. Raises UserError for what cannot be judged.
     """
     table = csv_tables.read_table(path)
     if group_column:
@@ -333,9 +332,10 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
         group_column = "group"
     keys = _keys_of(table)
     notes = []
+    groups = table[group_column].to_numpy(str) if group_column else _repeated_names(keys, notes)
     shared = {
         "keys": keys,
-        "groups": table[group_column].to_numpy(str) if group_column else _repeated_names(keys, notes),
+        "groups": groups,
         "seen": _seen_column(table),
         "warning": table["warning"].to_numpy(str) if "warning" in table else None,
         "notes": notes,
@@ -402,8 +402,10 @@ def _keys_of(table):
 def _repeated_names(keys, notes):
     """(M,) names of rows as their groups, where they repeat as in repeated cross-validation; else None."""
     heading, names = next(iter(keys.items()))
+    numbered = np.char.add("row ", np.arange(len(names)).astype(str))
+    names = np.where(names == "", numbered, names)  # each on its own
     count = len(set(names))
-    if count in (1, len(names)) or "" in names:
+    if count in (1, len(names)):
         return None
     notes.append(f"{heading} has {count} values in {len(names)} rows: rows of one value are one group, as they are not "
                  "independent (--group_column names another)")
@@ -497,23 +499,27 @@ def _read_binary(table, path, label_column, baseline, positive_class, shared):
     positive_class = known_name(positive_class or names[1], names, path)
     if positive_class == names[0]:
         names.reverse()
-    probability = _from_score(_block(table, ["score"], path), shared["notes"])
+    probability = _from_score(table, "score", path, shared["notes"])
     others = {}
     if baseline:
-        others[baseline] = _from_score(_block(table, [known_name(baseline, table, path)], path), [])
+        others[baseline] = _from_score(table, known_name(baseline, table, path), path, shared["notes"])
     return _class_table(names, table[label_column], probability, others, baseline, positive_class, shared)
 
 
-def _from_score(score, notes):
-    """(M, 2) probabilities in the order of the scores (M, 1): these, of log odds the logistic, of others their ranks."""
+def _from_score(table, column, path, notes):
+    """(M, 2) probabilities in the order of the column: its own, of log odds the logistic, of other numbers the ranks."""
     import pandas as pd
-    if (score < 0).any() and not (np.abs(score) > MOST_LOG_ODDS).any():
-        score = 1 / (1 + np.exp(-score))
-    elif ((score < 0) | (score > 1)).any():
-        score = pd.DataFrame(score).rank(pct=True).to_numpy()
-        notes.append("the score is neither a probability nor log odds (on both sides of 0, none large), so its rank stands "
-                     "for it: AUC and average precision are those of the score; calibration, loss and what a threshold "
-                     "decides (accuracy, precision, recall, F1) mean nothing")
+    score = _block(table, [column], path)  # (M, 1)
+    if ((score < 0) | (score > 1)).any():
+        logistic = 1 / (1 + np.exp(-score.clip(-700)))
+        keeps_order = len(np.unique(logistic)) == len(np.unique(score))  # large ones are all 1 in float64
+        if (score < 0).any() and keeps_order:
+            score = logistic
+        else:
+            score = pd.DataFrame(score).rank(method="dense", pct=True).to_numpy()
+            notes.append(f"{column} is neither a probability nor log odds (some below 0, none large), so its rank stands "
+                         "for it: AUC and average precision are those of the score; calibration, loss and what a "
+                         "threshold decides (accuracy, precision, recall, F1) mean nothing")
     return np.concatenate([1 - score, score], axis=1)
 
 
@@ -527,7 +533,7 @@ def _class_table(names, labels, probability, others, baseline, positive_class, s
     label = pd.Index(names).get_indexer(labels)
     positive = choose_positive(positive_class, names, label)
     if not baseline and "train_prior" not in others:
-        others = others | {"shares_of_these_rows": baseline_models.prior_baseline(label, len(label), len(names))}
+        others["shares_of_these_rows"] = baseline_models.prior_baseline(label, len(label), len(names))
     return ClassTable(names=names, label=label, probability=probability, baselines=others, positive=positive,
                       **further, **shared)
 

@@ -160,11 +160,11 @@ def _reach_of_interval(subjects, unit, folds):
     do not show it: the variance is multiplied by 1 + K n_test / n_train (Nadeau & Bengio 2003).
     """
     way = "t-interval"
-    missing = subjects - 1
+    factor = subjects - 1
     if subjects >= FEWEST_FOR_BOOTSTRAP:
         way = "bootstrap interval"
-        missing = subjects / (subjects - 1)
-    reach = t_quantile(subjects - 1) * math.sqrt(missing)
+        factor = subjects / (subjects - 1)
+    reach = t_quantile(subjects - 1) * math.sqrt(factor)
     method = f"{LEVEL:.0%} {way} over {subjects} {unit}"
     if folds < 2:
         return reach, method

@@ -72,6 +72,7 @@ def compare_runs(folders, say):
     """
     if len(folders) == 1:
         say(f"note: {folders[0].name} is the only run of its script: nothing to compare it with")
+        return []
     tables = {}
     for folder in folders:
         path = next(filter(Path.exists, map(folder.joinpath, PREDICTIONS)), None)
@@ -82,14 +83,16 @@ def compare_runs(folders, say):
     rows = []
     for paths in itertools.combinations(tables, 2):
         pair = [tables[path] for path in paths]
+        names = [path.parent.name for path in paths]
         shared = np.intersect1d(pair[0].row_names, pair[1].row_names)
+        if len(shared) < FEWEST_SHARED:
+            say(f"note: {' and '.join(names)} are not compared: they share {len(shared)} rows, expected {FEWEST_SHARED}")
+            continue
+        pair = [prediction_tables.take(table, np.isin(table.row_names, shared)) for table in pair]
         try:
-            if len(shared) < FEWEST_SHARED:
-                raise common.UserError(f"they share {len(shared)} rows, expected {FEWEST_SHARED} or more")
-            pair = [prediction_tables.take(table, np.isin(table.row_names, shared)) for table in pair]
-            rows += compare_tables(same_rows(pair, paths), [path.parent.name for path in paths])
+            rows += compare_tables(same_rows(pair, paths), names)
         except common.UserError as error:
-            say(f"note: {paths[0].parent.name} and {paths[1].parent.name} are not compared: {error}")
+            say(f"note: {' and '.join(names)} are not compared: {error}")
     return rows
 
 

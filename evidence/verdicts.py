@@ -50,16 +50,16 @@ def _fewest_repeats(predicted, modal):
     """How many equal rows of (N, K) predictions speak for a fault: 3, of coarse ones, which meet by chance, more.
 
     Coarse: each a multiple of 1 / k with k up to 1000, as rounded ones, whole points of a scale, and the shares of
-    neighbours or of a tree's leaf. modal: how many rows share the most frequent label; on a scale of few points it is
-    no fault to predict it often.
+    neighbours or of a tree's leaf. modal: how many rows share the most frequent label; where labels too are few points
+    of a scale, it is no fault to predict one of them often.
     """
     rest = np.unique(predicted[np.isfinite(predicted)])
-    for k in range(1, 1001):
+    for k in range(501, 1001):  # every k below has a multiple among them
         rest = rest[np.abs(rest * k - np.round(rest * k)) > 1e-8 * k]
     if len(rest):
         return 3
     rows = len(predicted)
-    return min(rows, max(3, math.ceil(rows / 5), 3 * modal))
+    return math.ceil(min(0.95 * rows, max(3, rows / 5, 3 * modal)))
 
 
 def split_gap_alarms(train_metrics, val_metrics, remedy, metric="pearson_r"):
@@ -296,12 +296,13 @@ def baseline_doubts(names, model="ridge or logistic regression on published feat
 
 def chance_doubts(result, metric):
     """A sentence where the model beats its baseline, but not guessing for certain; else []."""
-    name = metric_names.METRICS[metric]
+    known = metric_names.METRICS[metric]
     own = result.overall.model[metric]
-    if name.chance is None or own.low > name.chance or outcome_of(result.gain(metric)) != "better":
+    if known.chance is None or own.low > known.chance or outcome_of(result.gain(metric)) != "better":
         return []
-    return [f"The model's own {name.label} may be {name.chance:g}, which guessing reaches (interval {own.low:.3f} to "
-            f"{own.high:.3f}): to beat a baseline that does worse than guessing says nothing. Add rows or groups (--folds)"]
+    return [f"The model's own {known.label} is not above {known.chance:g} for certain, which guessing reaches (interval "
+            f"{own.low:.3f} to {own.high:.3f}): to beat a baseline that does worse than guessing says nothing. Add rows "
+            "or groups"]
 
 
 def verdict_sentence(result, metric, ceiling=None, seen="new", label=None, is_same=False):

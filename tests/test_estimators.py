@@ -564,7 +564,7 @@ def test_a_new_row_is_farther_than_19_held_out_ones_in_one_of_20_cases_and_a_str
 def test_noise_does_not_beat_the_class_shares_of_twelve_folds(tmp_path):
     """A group left out in turn: the share among the others is high where the group has few, an AUC of .15.
 
-    By an interval of 95 %, 1 or 2 of 60 are better by chance; against each fold's own share half of them are.
+    By an interval of 95 %, 1 or 2 of 60 are better by chance; against each fold's own share most of them are.
     """
     draw = np.random.default_rng(0)
     n_better = 0

@@ -4,6 +4,7 @@
 """
 import csv
 import json
+import math
 import re
 import shutil
 
@@ -321,12 +322,18 @@ def test_scores_without_a_bound_are_logits_whatever_is_blank(tmp_path):
     assert np.allclose(np.delete(holed.probability, 4, 0), np.delete(full.probability, 4, 0))
 
 
+def test_one_large_log_odd_is_one_all_the_same(tmp_path):
+    rows = [{"id": k, "label": k % 2, "score": 8 * (k % 2) - 4 + 0.1 * k} for k in range(40)] + [
+        {"id": 40, "label": 1, "score": 31}]
+    assert table_of(tmp_path, rows).probability[0, 1] == pytest.approx(1 / (1 + math.exp(4)))
+
+
 @pytest.mark.parametrize("unit, offset", [(1, 0), (20, -2000), (0.1, 0)])
 def test_the_auc_of_a_sum_score_is_that_of_the_score(tmp_path, unit, offset):
     """0 to 100, as points of a questionnaire, far below 0, and 0 to 10. Judge: scikit-learn."""
     draw = np.random.default_rng(1)
-    label = draw.integers(0, 2, 120)
-    score = unit * (50 + 15 * label + draw.normal(0, 12, 120)).clip(0, 100).round(1) + offset
+    label = draw.integers(0, 2, 700)
+    score = unit * (50 + 15 * label + draw.normal(0, 12, 700)).clip(0, 100).round() + offset
     rows = [{"id": k, "label": own, "score": value} for k, (own, value) in enumerate(zip(label, score))]
     with np.errstate(all="raise"):
         found = table_of(tmp_path, rows)
@@ -367,7 +374,7 @@ def test_to_beat_a_baseline_that_is_worse_than_guessing_is_no_result(tmp_path):
          "v_predicted": true.mean() + draw.normal(0, 0.2), "v_ridge": mean[k] + draw.normal()} for k in range(140)])
     metrics = json.loads((judge(tmp_path, "--predictions", tmp_path / "p.csv") / "metrics.json").read_text())
     assert metrics["headline"]["verdict"] == "better" and metrics["headline"]["level"] == "caution"
-    assert metrics["alarms"] == [] and metrics["doubts"][0].startswith("The model's own R2 may be 0, which guessing reaches")
+    assert metrics["alarms"] == [] and metrics["doubts"][0].startswith("The model's own R2 is not above 0 for certain, which guessing reaches")
 
 
 def test_rows_of_one_name_are_one_group(tmp_path):
