@@ -162,7 +162,12 @@ def new_file(text):
 def best_model_of(text):
     """argparse type: Path of a checkpoint; of a run folder, its best_model.pth."""
     path = Path(text)
-    return path / "best_model.pth" if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    best = path / "best_model.pth"
+    if not best.exists():
+        raise argparse.ArgumentTypeError(f"{path} holds no best_model.pth; of a run with folds name one, as {path}/fold_0")
+    return best
 
 
 WHOLE = bounded(int, 0)
@@ -215,7 +220,7 @@ def add_training_arguments(parser):
     add("--epochs", "--max_epochs", type=POSITIVE, default=50, help="passes over the training rows")
     add("--batch_size", type=POSITIVE, default=32, help="samples per batch, over all processes")
     add("--val_batch_size", type=POSITIVE, may_change=True,
-        help="samples per batch in evaluation; where none is set, as --batch_size")
+        help="samples per batch in evaluation; without it, --batch_size")
     add("--accumulate", "--accumulate_grad_batches", type=POSITIVE, default=1,
         help="batches per optimiser step")
     add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw",
@@ -318,9 +323,9 @@ def parse_arguments(parser, argv):
     """
     words = [_snake_case(word) for word in (sys.argv[1:] if argv is None else argv)]
     typed, others = _read_flags(parser, words)
-    unknown = [word for word in others if word.startswith("--") and word != "--help"]
-    if unknown:  # said before flags that are missing, of which it may be a misspelling
-        parser.error(f"unrecognized arguments: {unknown[0]}")
+    for word in others:  # said before flags that are missing, of which it may be a misspelling
+        if word.startswith("--") and word != "--help":
+            parser.error(f"unrecognized arguments: {word}")
     values = config_values(parser, typed["config"]) if "config" in typed else {}
     resume = typed.get("resume", values.get("resume", "auto"))
     if resume != "auto":
@@ -348,16 +353,15 @@ def _check_flags(parser, flags, typed):
         parser.error(f"--warmup_epochs {flags['warmup_epochs']:g} of {flags['epochs']} epochs: --lr would never be "
                      "reached; warm up for fewer")
     if flags.get("output"):
-        _refuse_overwriting(parser, flags)
+        _refuse_overwriting(parser, flags["output"].resolve(), typed)
 
 
-def _refuse_overwriting(parser, flags):
-    """parser.error where --output is a file that another flag names."""
-    output = flags["output"].resolve()
-    for name, value in flags.items():
+def _refuse_overwriting(parser, output, typed):
+    """parser.error where --output, given or not, is a file that another flag of the command line names."""
+    for name, value in typed.items():
         named = value if isinstance(value, list) else [value]
         if name != "output" and any(isinstance(path, Path) and path.resolve() == output for path in named):
-            parser.error(f"--output is the file of --{name}, which must stay as it is; name another one")
+            parser.error(f"--output and --{name} name the same file; name another one")
 
 
 def _read_flags(parser, words, **options):
@@ -1115,7 +1119,7 @@ def _half_batch():
     half = int(batch[1]) // 2
     doubled = 2 * int(accumulate[1]) if accumulate else 2
     kept = re.sub(r" --(batch_size|accumulate(_grad_batches)?)[ =]\d+", "", command)
-    return f"try: {kept} --batch_size {half} --accumulate {doubled}\nin evaluation: a smaller --val_batch_size"
+    return f"try: {kept} --batch_size {half} --accumulate {doubled}\n(or, if it was in evaluation, with a smaller --val_batch_size)"
 
 
 # ---------------------------------------------------------------------------

@@ -83,8 +83,8 @@ def parse_args(argv=None):
         parser.error("no pictures given; name them with --image_dir, --image_list or --images")
     if args.explain_rating and not args.explain:
         parser.error(f"--explain_rating {args.explain_rating} says what --explain shows; give both")
-    if args.explain and args.output.suffix.lower() == ".html":
-        parser.error(f"--explain writes its page to {args.output}; give --output another ending, such as .csv")
+    if args.output.suffix.lower() != ".csv":
+        parser.error(f"--output {args.output}: expected a name that ends in .csv")
     return args
 
 
@@ -240,16 +240,16 @@ def main():
     readable = [i for i, error in enumerate(errors) if not error]
     print(f"{len(inputs)} pictures, {len(inputs) - len(readable)} could not be read (see the error column); "
           f"written to {args.output}")
-    if not readable and (args.explain or args.export):
+    if not (args.explain or args.export):
+        return
+    if not readable:
         raise common.UserError(f"no picture could be read, and --explain and --export need one; see {args.output}")
-
-    def pixels_of(rows):  # (B, S, S, 3)
-        return torch.stack([pictures[0, i]["pixels"] for i in rows])
+    pixels = torch.stack([pictures[0, i]["pixels"] for i in readable[:20]])  # (B, S, S, 3)
     if args.explain:
-        shown = readable[:args.explain]
-        write_heat_maps(args, members, chosen, [inputs[i][0] for i in shown], pixels_of(shown).numpy(), compute)
+        shown = [inputs[i][0] for i in readable[:args.explain]]
+        write_heat_maps(args, members, chosen, shown, pixels[:args.explain].numpy(), compute)
     if args.export:
-        export(args.export, members, pixels_of(readable[:10]))
+        export(args.export, members, pixels[:10])
 
 
 if __name__ == "__main__":

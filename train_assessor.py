@@ -60,7 +60,7 @@ def parse_args(argv=None, recipe="plain", **network):
     model = parser.group("model")
     model("--recipe", choices=("auto", "small_data", "plain"), default="auto", may_change=True,
           help="defaults of the flags: small_data = those of configs/assessor_small_data.yaml; plain = those listed "
-               f"here; auto = small_data under {SMALL_DATA_BELOW} pictures, where no flag names a model and no --config is given")
+               f"here; auto = small_data under {SMALL_DATA_BELOW} pictures, where neither --config nor a flag chooses a model")
     model("--backbone", "--model", "--encoder", nargs="+", action=OneOrSeveral, default="resnet50", metavar="NAME",
           help="any torchvision classifier: resnet18, efficientnet_b3, vit_b_16, ..., or timm:NAME; NAME=FILE or "
                "NAME=SET has weights of its own. Several are compared on one split, with --freeze_backbone")
@@ -94,8 +94,8 @@ class OneOrSeveral(argparse.Action):
 
 
 def network_to_start_from(args):
-    """{flag: value} of the network whose weights --init_from names; {} without it."""
-    if not args.init_from:
+    """{flag: value} of the network whose weights --init_from names; {} without it, and for a run that has them."""
+    if not args.init_from or args.resume not in (None, "auto"):
         return {}
     content = common.load_model_file(args.init_from)
     with common.checkpoint_fields(args.init_from):
@@ -107,8 +107,9 @@ def choose_recipe(args, pictures, network):
     if args.recipe != "auto":
         return args.recipe
     head = args.head if "head" in args.given else network.get("head", "ridge")
-    is_plain = pictures >= SMALL_DATA_BELOW or args.given & MODEL_FLAGS or head != "ridge"
-    return "plain" if is_plain else "small_data"
+    if pictures >= SMALL_DATA_BELOW or args.given & MODEL_FLAGS or head != "ridge":
+        return "plain"
+    return "small_data"
 
 
 # --- data: row on disk -> table -> sample ---------------------------------------------

@@ -80,7 +80,7 @@ SMALL_HEADS = {
     "rpn_post_nms_top_n_test": 250,
 }
 # Inputs are padded to multiples of the coarsest stride, 64 in each of MODELS: torchvision takes input // map for the
-# stride of the anchors, which would else depend on the other pictures of a batch.
+# stride of the anchors, which would otherwise depend on the other pictures of a batch.
 PADDING = LEVEL_STRIDES[-1]
 SPLIT_WAYS = {  # and the flags of each, which the other ways refuse
     "folds": ["folds"],
@@ -246,7 +246,8 @@ def settle_split(parser, args):
     settled = {name: 0 if name in ("folds", "test_ratio") else None for name in given_up}
     if way == "split_ratio":
         settled["train_ratio"] = args.split_ratio
-        settled["val_ratio"] = 1 - (args.split_ratio + args.test_ratio)
+        rest = 1 - args.split_ratio - args.test_ratio
+        settled["val_ratio"] = 0.0 if abs(rest) < 1e-9 else rest
     return common.with_flags(args, **settled)
 
 
@@ -1133,7 +1134,8 @@ def check_split(run, study, split):
 
 def check_states(args, truth, split):
     """UserError where --select or --criteria ask for states that no box has."""
-    without = [part for part in ("train", "val") if not truth.take(split[part]).has_states()]
+    parts = ["train"] if args.dry_run else ["train", "val"]
+    without = [part for part in parts if not truth.take(split[part]).has_states()]
     if args.select == "joint_map" and without:
         raise common.UserError(f"--select joint_map: no box of the {without[0]} part has a state; use --select map")
     detection_judging.check_criteria(args.criteria, truth.parts, "train" not in without)

@@ -53,8 +53,7 @@ def mean_boxes(truth):
     boxes, labels, states = map(np.concatenate, zip(*found))
     numbers = np.arange(len(truth.parts))
     of_part = (labels == numbers[:, None]).astype(float)  # (P, boxes)
-    of_state = states == np.arange(detection_scores.N_STATES)[:, None]  # (S, boxes)
-    counts = 1 + of_part @ of_state.T  # (P, S)
+    counts = 1 + of_part @ (states[:, None] == np.arange(detection_scores.N_STATES))  # (P, S)
     return {
         "boxes": of_part @ boxes / np.maximum(of_part.sum(1, keepdims=True), 1),
         "score": np.mean([np.isin(numbers, own) for _, own, _ in found], axis=0),

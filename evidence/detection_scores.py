@@ -266,7 +266,7 @@ class Judged:
         for scope, found in zip(("overall", "each"), alone):
             support |= {(scope, metric): np.isfinite(values).sum(0) for metric, values in found.items()}
         occurs = self.confusions.any(2)  # (M, S), True = a box found in the picture has that state
-        n_owners = [len(np.unique(owners[of_state])) for of_state in occurs.T]
+        n_owners = [len(np.unique(owners[pictures])) for pictures in occurs.T]
         for metric in ("balanced_accuracy", "macro_f1"):  # a mean over the states needs two; the others may be rare
             support["overall", metric] = sorted(n_owners, reverse=True)[1]
         return support

@@ -39,8 +39,8 @@ class AnnotatedImage:
     def as_judged(self, min_trust, keeps_absent):
         """The image whose file gives the scores of its run: no trust is left to weigh.
 
-        A box that is trusted less than min_trust is a crowd; one of an absent part that is background (not keeps_absent)
-        is an absent part without a box.
+        A box that is trusted less than min_trust is a crowd; that of an absent part, where not keeps_absent, is left out
+        and the part is one without a box.
         """
         absent = {part: 1.0 for part, trust in self.absent.items() if trust >= min_trust}
         objects = []
@@ -266,7 +266,7 @@ def read_id(value):
 def read_records(content, key, reading):
     """{id: record} of one list of a COCO file; ids are numbers or text, from 0 or with gaps.
 
-    Records that are equal count once; other annotations whose ids repeat get new ones.
+    A record that equals the first of its id counts once; other annotations whose ids repeat get new ones.
     """
     listed = content.get(key)
     if not isinstance(listed, list):
@@ -633,13 +633,15 @@ def find_pictures(found, folder, exact_names=False):
     found.notes += notes
     found.skipped += [{"image": image.name, "reason": "no such picture"} for image in found.images if not image.path]
     found.images = [image for image in found.images if image.path]
-    return {root / name: name for name in unnamed}
+    files = file_names.images_by_name(folder)
+    return {files[name].resolve(): name for name in unnamed}
 
 
 def without_entry(surplus, images):
     """Dicts of the pictures that no file names: surplus of find_pictures, images of all files."""
     named = {image.path.resolve() for image in images}
-    return [{"image": name, "reason": "no entry in the annotations"} for path, name in surplus.items() if path not in named]
+    return [{"image": name, "reason": "no entry in the annotations"}
+            for path, name in surplus.items() if path not in named]
 
 
 def check_pictures(audits, images, on_bad_file):

@@ -87,10 +87,8 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
 def _refuse_useless(ratings, source):
     """UserError for images without any rating, and for ratings that are all equal or whose names have another use."""
     import pandas as pd
-    taken = {"image", "seen", "warning", "error"}
-    for name in ratings.names:
-        taken |= {f"{name}_sd", f"{name}_low", f"{name}_high"}
-    clashes = sorted(taken & set(ratings.names))
+    taken = {f"{name}_{kind}" for name in ratings.names for kind in ("sd", "low", "high")}
+    clashes = sorted((taken | {"image", "seen", "warning", "error"}) & set(ratings.names))
     if clashes:
         raise common.UserError(
             f"{source}: ratings called {common.shorten_list(clashes)}, as columns of predictions are. Rename them, "
@@ -180,7 +178,7 @@ class Columns:
         """Columns that may hold ratings: no sd, n, id, image or rater by name; numbers in part, others are errors."""
         return [
             name for name, (role, _) in self.roles.items()
-            if role not in SPREAD and name.lower() not in IMAGE_COLUMNS
+            if role not in SPREAD and csv_tables.column_key(name) not in IMAGE_COLUMNS
             and not (_words(name) & NO_RATING or _names_rater(name))
             and csv_tables.looks_numeric(self.table[name])]
 
@@ -292,18 +290,18 @@ def _wide_ratings(columns):
         images=list(columns.table[columns.image]),
         mean=_number_columns(columns, chosen),
         sd=_number_columns(columns, sd_columns, lowest=0),
-        n=_number_columns(columns, n_columns, lowest=0),
+        n=_number_columns(columns, n_columns, lowest=0, are_counts=True),
         ratings_by_image={},
         extra=extra,
         notes=notes)
 
 
-def _number_columns(columns, names, lowest=-np.inf):
+def _number_columns(columns, names, lowest=-np.inf, are_counts=False):
     """(N, R) of R columns, NaN where one is None; None where all are. UserError for numbers below the lowest."""
     import pandas as pd
     if not any(names):
         return None
-    found = _without_codes(columns, {name: columns.numbers(name) for name in names if name})
+    found = _without_codes(columns, {name: columns.numbers(name) for name in names if name}, are_counts)
     faults = [f"{name} in line {common.shorten_list(values.index[values < lowest])}"
               for name, values in found.items() if values.min() < lowest]
     if faults:
@@ -312,28 +310,28 @@ def _number_columns(columns, names, lowest=-np.inf):
     return pd.DataFrame(found).reindex(columns=names).to_numpy()
 
 
-def _without_codes(columns, found):
+def _without_codes(columns, found, are_counts=False):
     """{name: numbers by line} with NaN for --missing_codes, which a note counts. UserError for what looks like others.
 
     In numbers of raters only those below 0 are codes: 99 raters are 99.
     """
+    codes = [code for code in columns.codes or [] if code < 0 or not are_counts]
     faults = []
-    counts = []
+    blanked = []
     for name, values in found.items():
-        role, _ = columns.roles.get(name, (None, name))
-        is_count = role == "n"
-        is_code = values.isin(columns.codes or []) & ~(is_count & (values >= 0))
+        is_code = values.isin(codes)
         found[name] = values.mask(is_code)
         if is_code.any():
-            counts.append(f"{name} {is_code.sum()}")
-        if columns.codes != [] and not is_count:
+            blanked.append(f"{name} {is_code.sum()}")
+        if columns.codes != [] and not are_counts:
             faults += _code_faults(name, found[name])
-    if counts:
-        columns.table.attrs["notes"].append(f"cells taken for missing: {common.shorten_list(counts)}")
+    if blanked:
+        columns.table.attrs["notes"].append(f"cells taken for missing: {common.shorten_list(blanked)}")
     if faults:
         raise common.UserError(
             f"{columns.source}: codes for missing answers? {common.shorten_list(faults, 5)}. To take such "
-            "numbers for missing: --missing_codes NUMBERS, all of them; to keep all: --missing_codes without a number.")
+            "numbers for missing: --missing_codes NUMBERS, all of them; to keep all: --missing_codes without a number; "
+            "to keep some: blank the other cells.")
     return found
 
 

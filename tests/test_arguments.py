@@ -55,7 +55,7 @@ def test_output_is_never_a_file_that_the_command_reads(tmp_path, capsys, monkeyp
     for written in (["--output", str(tmp_path / "predictions.csv")], []):
         with pytest.raises(SystemExit):
             common.parse_arguments(parser, [flag, "predictions.csv", *written])
-        assert f"--output is the file of {flag}" in capsys.readouterr().err
+        assert f"--output and {flag} name the same file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("spelled", ["--batch-size", "--batch_size"])
@@ -86,7 +86,7 @@ def test_help_shows_every_default():
     parser = make_parser()
     parser.set_defaults(val_batch_size=8)
     text = " ".join(parser.format_help().split())
-    assert "as --batch_size (default: 8)" in text, "that of the script"
+    assert "without it, --batch_size (default: 8)" in text, "that of the script"
     assert "peak learning rate (default: 5e-05)" in text and "width (default: 768)" in text
     assert "(default: None)" not in text and "start from random weights (default" not in text
 

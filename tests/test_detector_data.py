@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import common
 import make_sample_data
 import train_detector
+import unicodedata
 from evidence import detection_judging, detection_scores, detection_tables
 from readers.part_boxes import ABSENT, INTACT, STATES, UNKNOWN
 from readers import part_boxes
@@ -129,14 +130,15 @@ def test_one_list_of_parts_for_all_splits_by_name(tmp_path, flags):
 
 def test_one_folder_for_two_files(tmp_path, flags):
     """Their pictures keep their names; skipped is what is lost, boxes first, and no picture that the other file names."""
-    write_pictures(tmp_path / "images", [f"{k}.jpg" for k in range(4)])
+    umlaut = "1\u00e4.jpg"  # on disk as macOS writes it
+    write_pictures(tmp_path / "images", ["0.jpg", unicodedata.normalize("NFD", umlaut), "2.jpg", "3.jpg"])
     lost = {"parts": {"bell": part([1, 1, 9, 9]), "saddle": part([9, 9, 0, 0])}}
-    for file, name in (("a.json", "0.jpg"), ("v.json", "1.jpg")):
+    for file, name in (("a.json", "0.jpg"), ("v.json", umlaut)):
         (tmp_path / file).write_text(json.dumps({name: lost, "2.jpg": lost} if file == "v.json" else {name: lost}))
     files = {part: (tmp_path / file, tmp_path / "images") for part, file in (("train", "a.json"), ("val", "v.json"))}
     study = train_detector.load_study(flags(), files, lambda text: None)
-    assert study.truth.images.tolist() == ["0.jpg", "1.jpg", "2.jpg"]
-    assert [each["image"] for each in study.skipped] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert study.truth.images.tolist() == ["0.jpg", umlaut, "2.jpg"]
+    assert [each["image"] for each in study.skipped] == ["0.jpg", umlaut, "2.jpg", "3.jpg"]
     assert study.skipped[-1]["reason"] == "no entry in the annotations"
 
 

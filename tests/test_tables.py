@@ -282,6 +282,9 @@ def test_a_code_of_ratings_is_no_code_of_numbers_of_raters_and_its_cells_are_cou
     table = rating_tables.read_ratings(path, missing_codes=[99])
     assert (table.n[:, 0] == 99).all() and np.isnan(table.mean).sum() == 2 and np.isnan(table.sd[:, 0]).sum() == 1
     assert "cells taken for missing: x_mean 1, y_mean 1" in table.notes
+    path = written(tmp_path, "image,O,N\na,1,2\nb,2,99\nc,4,4\n")  # N: a rating, such as of neuroticism
+    assert np.isnan(rating_tables.read_ratings(path, target_columns=["O", "N"], missing_codes=[99]).mean[1, 1])
+    assert "N is 99" in fails(rating_tables.read_ratings, path, target_columns=["O", "N"])
     path = written(tmp_path, "image,rater,x\na,p,1\na,q,99\nb,p,2\nb,q,4\n")
     assert "cells taken for missing: x 1" in rating_tables.read_ratings(path, missing_codes=[99]).notes
 

@@ -531,7 +531,7 @@ def test_names_of_files_that_are_no_unicode_can_be_written(tmp_path):
 def test_out_of_memory_prints_the_command_with_half_the_batch(monkeypatch, words, expected):
     monkeypatch.setattr("sys.argv", ["train_x.py", *shlex.split(words)])
     code, message = common._explain(torch.OutOfMemoryError("CUDA out of memory"))
-    assert code == 1 and message.endswith(f"\ntry: python train_x.py {expected}\nin evaluation: a smaller --val_batch_size")
+    assert code == 1 and message.endswith(f"\ntry: python train_x.py {expected}\n(or, if it was in evaluation, with a smaller --val_batch_size)")
 
 
 def test_memory_that_runs_out_is_known_by_its_text():
