@@ -93,7 +93,7 @@ def add_data_arguments(add):
         help="evaluate: score a checkpoint; predict: no labels needed; audit: examine the data")
     add("--data_dir", type=Path, default=Path("data/processed"), may_change=True,
         help=f"folder with a {probe_poses.FILE_NAME} in each sequence")
-    add("--checkpoint", type=checkpoint_file, metavar="FILE",
+    add("--checkpoint", type=common.best_model_of, metavar="FILE",
         help="best_model.pth (or its run folder) for evaluate and predict")
     add("--patient_map", type=Path, metavar="FILE",
         help="JSON or CSV that says which patient a folder belongs to")
@@ -185,12 +185,6 @@ def check_flags(parser, args):
         re.compile(args.patient_regex or "")
     except re.error as error:
         parser.error(f"--patient_regex {args.patient_regex!r} is no regular expression: {error}")
-
-
-def checkpoint_file(text):
-    """--checkpoint FILE, or the best_model.pth of a run folder."""
-    path = Path(text)
-    return path / "best_model.pth" if path.is_dir() else path
 
 
 def flags_of_run(args):
@@ -1085,26 +1079,23 @@ def check_split(run, args, study, split):
     pose_audit.write_statistics(run, study, split)
 
 
-def run_split(run, args, study, split, encoder=None):
-    """Train on one split and judge its held-out rows: test where there is one, else val.
-
-    encoder: GridEncoder that is yet to see the frames.
-    """
+def run_split(run, args, study, split):
+    """Train on one split and judge its held-out rows: test where there is one, else val."""
     check_split(run, args, study, split)
     split = splitting.rows_to_try(split, args)
     run.write_args(**study.data_record(split))
-    if encoder:
-        study = see_frames(study, np.concatenate(list(split.values())), args, run.compute, encoder)
+    if study.grids is None:
+        study = see_frames(study, np.concatenate(list(split.values())), args, run.compute, build_encoder(args, GridEncoder))
     fitted = split["train"]
     readout = solve_readout(study, fitted)
     run.say(f"solved readout: {', '.join(dict.fromkeys(readout.blocks))} of the encoder, by the inner folds")
     model, loss_function, loaders, training = fit(run, args, study, split, readout)
 
-    def score(part, baselines):
+    def score(of_part, baselines):
         """Table of a part, features of its frames, numbers of evaluate."""
-        rows = split[part]
-        predicted, features, numbers = evaluate(model, loaders[part], loss_function, run.compute)
-        table = predictions_table(study, rows, predicted, baselines, training.seen.words(study.hashes[rows]))
+        own = split[of_part]
+        predicted, features, numbers = evaluate(model, loaders[of_part], loss_function, run.compute)
+        table = predictions_table(study, own, predicted, baselines, training.seen.words(study.hashes[own]))
         return table, features, numbers
 
     part = "val"
@@ -1167,14 +1158,14 @@ def plot_training(run, history, best_epoch, part, numbers):
     plotting.plot_history(losses.to_dict("records"), run.path("training_summary.png"), best_epoch, final)
 
 
-def run_folds(run, args, study, encoder):
+def run_folds(run, args, study):
     """One run per fold in fold_K/, patients or blocks of time left out in turn; their predictions are judged as one."""
     splits = make_folds(args, study)
     left_out = "val" if args.select == "last" else "test"
     folds = {f"fold_{k}": split[left_out] for k, split in enumerate(splits)}
     check_split(run, args, study, folds)
     run.write_args(**study.data_record(folds))
-    study = see_frames(study, np.arange(len(study.names)), args, run.compute, encoder)
+    study = see_frames(study, np.arange(len(study.names)), args, run.compute, build_encoder(args, GridEncoder))
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))
     tables = prediction_tables.read_folds(run, chosen, left_out)
     joined = prediction_tables.join(tables, chosen)
@@ -1201,11 +1192,11 @@ def train(run, args):
     """--mode train: one run, or one per fold."""
     study = load_study(args, run)
     verdicts.parse_criteria(args.criteria, pose_judging.criteria_names())
-    encoder = build_encoder(args, GridEncoder)  # refuses wrong flags before args.json, from which a stopped run goes on
+    build_encoder(args, GridEncoder)  # refuses wrong flags before args.json, from which a stopped run goes on
     if args.folds:
-        run_folds(run, args, study, encoder)
+        run_folds(run, args, study)
     else:
-        run_split(run, args, study, make_split(args, study), encoder)
+        run_split(run, args, study, make_split(args, study))
 
 
 # --- the other modes -------------------------------------------------------------------------

@@ -131,8 +131,8 @@ def add_clip_arguments(data):
          help="regress: column that says when a sequence was filmed, such as M0 before and M2 "
               "after surgery; each moment is also judged alone")
     data("--fps", type=common.bounded(float, 0.1, 240), default=12.0,
-         help="classify: frames per second of a clip, and of folders of frames and .npy clips (judge_bouts: as "
-              "in predict)")
+         help="classify: frames per second of a clip, and of folders of frames and .npy clips (judge_bouts: "
+              "default as in predict)")
     data("--n_frames", type=common.POSITIVE,
          help="classify: frames in a clip (default 16); regress: at most so many frames of a "
               "sequence are read (default 32)")
@@ -216,8 +216,6 @@ def check_flags(parser, args):
     if args.mode == "predict":
         idle = {*READING, "output" if args.video else "annotate"}
         refuse(parser, "predict reads clips as its checkpoint does, --video writes a run folder", idle & args.given)
-    if args.mode == "judge_bouts":
-        refuse(parser, "judge_bouts counts frames at the rate of predict", {"fps"} & args.given)
     event_splits.check_flags(parser, args)
     if args.mode == "train":
         check_learning_flags(parser, args)
@@ -573,13 +571,16 @@ def build_model(args, n_outputs):
     if args.model in FIXED_INPUT and (args.n_frames, size) != (16, 224):
         raise common.UserError(
             f"--model {args.model} needs --n_frames 16 --image_size 224, found {args.n_frames} and {size}")
-    n_frames = () if args.model in FRAME_MODELS else (args.n_frames,)  # that it reads at once
+    family = "models"
+    shape = [1, 3, size, size]
+    if args.model not in FRAME_MODELS:
+        family = "video"
+        shape.insert(2, args.n_frames)
     backbone, n_features = backbones.build_backbone(
-        backbone_name(args), args.pretrained, args.weights, size, "video" if n_frames else "models")
+        backbone_name(args), args.pretrained, args.weights, size, family)
     if args.model == MOTION_READOUT:
         return MotionReadout(backbone, n_outputs, size)
-    example = torch.zeros(1, 3, *n_frames, size, size)
-    backbones.freeze_stages(backbone, args.freeze_stages, example)
+    backbones.freeze_stages(backbone, args.freeze_stages, torch.zeros(shape))
     shared = {"dropout": args.dropout, "bounded": args.bounded, "freeze_norm": args.freeze_norm}
     if args.model == CNN_LSTM:
         return FrameLstm(backbone, n_features, n_outputs, args.hidden, **shared)
@@ -1296,13 +1297,18 @@ def load_members(args):
     return members
 
 
+def all_in_fp32(members):
+    """True where none of these models was trained in mixed precision on a CPU."""
+    return all(member.args.model != CNN_LSTM for member in members)
+
+
 def predict(args):
     """--mode predict: one row for each row of the manifest; the mean over the checkpoints."""
     if args.video:
         return predict_recordings(args)
     members = load_members(args)
     args = members[0].args
-    compute = common.announce_compute(args, fp32_on_cpu=args.model != CNN_LSTM)
+    compute = common.announce_compute(args, fp32_on_cpu=all_in_fp32(members))
     study = load_study(args, read_table(args, args.names, need_labels=False), print)
     tables, answers = zip(*(predict_rows(member, study, compute) for member in members))
     table = prediction_tables.mean(tables)
@@ -1368,7 +1374,7 @@ def predict_recordings(args):
     if own.task != "classify":
         raise common.UserError("--video needs checkpoints of --task classify: a sequence of "
                                "scores has no window of its own")
-    with common.start_run(args, fp32_on_cpu=own.model != CNN_LSTM) as run:
+    with common.start_run(args, fp32_on_cpu=all_in_fp32(members)) as run:
         run.write_args(videos=list(videos), fps=own.fps)
         read = []
         for name, path in videos.items():
@@ -1436,8 +1442,10 @@ def predict_windows(member, frames, compute):
 
 def judge_bouts(args):
     """--mode judge_bouts: the bouts of predict --video against a table of events, whose frames have its rate."""
-    data = common.read_json(args.predictions / "args.json")["data"]
-    args = common.with_flags(args, fps=data.get("fps", args.fps))  # older versions do not say it
+    file = args.predictions / "args.json"
+    if "fps" not in args.given and file.exists():
+        data = common.read_json(file)["data"]
+        args = common.with_flags(args, fps=data.get("fps", args.fps))  # older versions do not say it
     ethograms.judge_folder(args.predictions, lambda names: read_table(args, names), args.output)
 
 

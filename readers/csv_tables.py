@@ -245,8 +245,8 @@ def _fit_header(header, rows, delimiter, notes):
     return header, rows
 
 
-def to_numbers(values, where):
-    """Column of read_table, or a list -> (N,) float64, NaN where blank. `where`: file and column, for messages.
+def to_numbers(values, where, expected="numbers"):
+    """Column of read_table, or a list -> (N,) float64, NaN where blank. where, expected: file and column, for messages.
 
     Decimal commas count where no cell has a point and, in a comma file, not all could be thousands (1,234).
     12% is 12. Raises UserError listing the cells that are no finite number, with their lines.
@@ -265,6 +265,6 @@ def to_numbers(values, where):
         if cell and not (NUMBER.fullmatch(cell) and math.isfinite(float(cell)))]
     if bad:
         raise common.UserError(
-            f"{where}: expected numbers, found {common.shorten_list(bad)}. "
+            f"{where}: expected {expected}, found {common.shorten_list(bad)}. "
             "Correct these cells or leave them blank.")
     return np.array([float(cell) if cell else math.nan for cell in cells])

@@ -240,7 +240,7 @@ def per_frame_events(table, path, path_column, notes):
     events = []
     for video, rows in is_on.groupby(videos, sort=False):
         steps = frames[rows.index].diff()
-        is_after_gap = steps > 2 * steps.mode().min()
+        is_after_gap = steps > 2 * steps[steps > 0].median()
         for name, cells in rows.items():
             run = (~cells | is_after_gap).cumsum()[cells]  # the same number in all frames of a run
             for _, own in frames[run.index].groupby(run):

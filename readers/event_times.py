@@ -111,8 +111,8 @@ def seconds_in(cells, unit, where):
     is_clock = clock.notna()
     if unit == "frame" and is_clock.any():
         raise common.UserError(f"{where}: expected frames, found {cells[is_clock].iloc[0]}")
-    expected = where if unit == "frame" else f"{where}, numbers or h:mm:ss"
-    numbers = csv_tables.to_numbers(cells.mask(is_clock, ""), expected)
+    expected = "numbers" if unit == "frame" else "numbers or h:mm:ss"
+    numbers = csv_tables.to_numbers(cells.mask(is_clock, ""), where, expected)
     return np.where(is_clock, clock, SECONDS.get(unit, 1) * numbers)
 
 

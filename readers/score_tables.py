@@ -197,13 +197,13 @@ def read_cv_file(path, table):
             f"--cv_file {path}: expected cv_folds as a list or with keys fold_0, fold_1, ...; found {found}")
     folds = [fold_rows(fold, k, path, table) for k, fold in enumerate(listed)]
     n_judged = sum(np.isin(np.arange(len(table)), fold["val"]) for fold in folds)  # (N,)
-    twice = set(table.groups[n_judged > 1])
-    never = set(table.groups[n_judged == 0])
+    twice = list(dict.fromkeys(table.groups[n_judged > 1]))
+    never = list(dict.fromkeys(table.groups[n_judged == 0]))
     if twice:
         raise common.UserError(f"--cv_file {path}: expected each animal in val_animals of one fold, as its rows are "
-                               f"judged once; in several: {common.shorten_list(sorted(twice))}")
+                               f"judged once; in several: {common.shorten_list(twice)}")
     if never:
-        table.notes.append(f"--cv_file: never judged, in val_animals of no fold: {common.shorten_list(sorted(never))}")
+        table.notes.append(f"--cv_file: never judged, in val_animals of no fold: {common.shorten_list(never)}")
     return sorted(folds, key=lambda fold: fold["fold"])
 
 

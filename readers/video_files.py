@@ -548,12 +548,16 @@ class ClipStore(pixel_cache.PixelStore):
         slow = {found.path for found in again
                 if found.n_frames + found.n_damaged < LEAST_RATE * fps * found.shown_sec}
         short = {found.path for found in again if found.shown_sec < (n_frames - 1) / fps}  # before its last frame
+        others = {found.path for found in again if not found.n_damaged} - slow - short
         if slow:
             yield (f"{len(slow)} videos have fewer than {fps:g} frames a second (--fps), and show some twice "
                    f"({common.shorten_list(sorted(slow), 3)})")
         if short:
             yield (f"{len(short)} videos are shorter than a clip of {n_frames / fps:.3g} s (--n_frames, --fps), and stand "
                    f"still at its end ({common.shorten_list(sorted(short), 3)})")
+        if others:
+            yield (f"{len(others)} videos show some frames twice, as their rate is uneven or a window goes past their end "
+                   f"({common.shorten_list(sorted(others), 3)})")
 
     def decode(self, rows):
         """[(ClipAudit, pixels (G, H, W, 3))] of all rows of one file; pixels has no frames when it is bad."""

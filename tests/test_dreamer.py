@@ -845,6 +845,7 @@ def test_what_belongs_to_the_files_is_not_that_of_the_checkpoint(as_script, tmp_
 def test_flags_are_taken_over_from_the_run_of_the_checkpoint(tmp_path, given, found):
     flags = {"data_dir": "old", "patient_regex": "(.*)_", "angle_unit": "rad", "seed": 7, "weights": "w.pth"}
     (tmp_path / "args.json").write_text(json.dumps({"flags": flags}))
+    (tmp_path / "best_model.pth").touch()
     args = train_dreamer.parse_args(["--mode", "evaluate", "--checkpoint", str(tmp_path), *given])
     assert {name: getattr(args, name) for name in found} == found
 

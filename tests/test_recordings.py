@@ -346,7 +346,12 @@ def test_events_in_frames_are_judged_at_the_rate_of_their_recording(made, tmp_pa
     video(*flags)
     found = [row for row in read_csv(run / "bout_scores.csv") if int(row["bouts"])]
     assert found and all(float(row["f1_at_0.5"]) == 1 for row in found)
-    assert "at the rate of predict; without meaning for it: --fps" in video(*flags, "--fps", 12, code=2).stderr
+    video(*flags, "--fps", 12)
+    other = [row for row in read_csv(run / "bout_scores.csv") if int(row["bouts"])]
+    assert other != found, "what is typed counts"
+    (run / "args.json").unlink()
+    video(*flags, "--fps", 4)
+    assert [row for row in read_csv(run / "bout_scores.csv") if int(row["bouts"])] == found
 
 
 def test_a_run_without_a_bout_finds_no_event(tmp_path, capsys):
@@ -370,7 +375,7 @@ def test_recordings_that_cannot_be_read(made, tmp_path):
     assert "no recording" in video(*flags, tmp_path / "bad.mp4", code=2).stderr
     assert "either --manifest or --video" in video(*flags[:4], code=2).stderr
     text = video("--mode", "judge_bouts", "--predictions", tmp_path, "--manifest", made / "events.csv", code=2).stderr
-    assert "args.json" in text and "Traceback" not in text
+    assert "windows.csv (expected the run folder of --mode predict --video)" in text
 
 
 # --- the model in other programs -------------------------------------------------------------

@@ -712,6 +712,7 @@ def test_grid_frames_of_a_slow_source_are_marked_as_shown_before(films):
 @pytest.mark.parametrize("make, window, fps, notes", [
     (write_film, WHOLE, FPS, []), (write_film, WHOLE, 2 * FPS, ["have fewer than 30 frames a second"]),
     (damaged_film, (2.3, 3.3), FPS, []),
+    (lambda path: write_film(path, stamps_ms=UNEVEN_MS), WHOLE, 6, ["show some frames twice, as their rate is uneven"]),
     (lambda path: write_film(path, n=14), WHOLE, FPS, ["are shorter than a clip of 1.07 s"]),
     (lambda path: write_film(path, n=14), WHOLE, 2 * FPS, ["have fewer than 30 frames a second"]),
     (lambda path: write_film(path, n=7), WHOLE, 2 * FPS, ["have fewer than 30 frames a second", "are shorter than a clip of 0.533 s"])])

@@ -231,7 +231,7 @@ def test_impossible_windows_are_skipped_by_name(tmp_path):
     assert [row["reason"] for row in table.skipped] == ["ends before it starts", "starts before the file",
                                                         "no offset, while other rows have one"]
     assert "line 3" in table.skipped[0]["row"] and len(table) == 2
-    assert "column start_sec, numbers or h:mm:ss: expected" in fails(windows, tmp_path, "start_sec,end_sec", "1:30,2")
+    assert "column start_sec: expected numbers or h:mm:ss, found" in fails(windows, tmp_path, "start_sec,end_sec", "1:30,2")
     assert "'0.5 s' in line 2" in fails(windows, tmp_path, "start_sec,end_sec", "0.5 s,2 s")
 
 
@@ -424,7 +424,8 @@ def test_one_row_a_frame_becomes_events(tmp_path, header, background):
 @pytest.mark.parametrize("frames, expected", [
     ([0, 1, 2, 3, 10, 11], [("background", 0, 3), ("groom", 3, 4), ("groom", 10, 12)]),
     ([0, 5, 10, 15, 20, 35], [("background", 0, 11), ("groom", 15, 21), ("groom", 35, 36)]),
-    ([0, 8, 16, 25, 33, 41], [("background", 0, 17), ("groom", 25, 42)])])
+    ([0, 8, 16, 25, 33, 41], [("background", 0, 17), ("groom", 25, 42)]),
+    ([0, 0, 1, 1, 2, 2, 3, 3], [("background", 0, 1), ("groom", 1, 4)])])  # a row for each animal
 def test_an_event_does_not_go_on_over_frames_that_its_table_lacks(tmp_path, frames, expected):
     """But over the usual step of one that has every fifth frame, or three of 25."""
     put(tmp_path, "s0.mp4")
