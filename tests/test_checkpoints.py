@@ -98,6 +98,7 @@ def make_training(folder, resumed, select="val_loss", **flags):
     torch.manual_seed(0)
     model = torch.nn.Linear(1, 1)
     signals = SimpleNamespace(received=None, armed=False, leave=lambda: None)
+    common.write_json(folder / "args.json", {})  # as of every run that trains
     run = common.Run(folder, args, compute, signals, resumed)
     training = common.Training(run, model, common.build_optimizer(model, args), args, select, dict, False)
     return training, common.make_loader(Numbers(), args, compute, train=True, batch_size=2)
