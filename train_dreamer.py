@@ -871,8 +871,13 @@ def look_at(study, rows, encoder, args, compute):
     return everywhere
 
 
-def see_frames(study, rows, args, compute, encoder):
-    """The Study with a GridEncoder's grids of the frames of these rows; maps where the model's encoder is frozen."""
+def see_frames(study, rows, args, compute, encoder=None):
+    """The Study with a GridEncoder's grids of the frames of these rows; maps where the model's encoder is frozen.
+
+    encoder: None = as the flags describe it.
+    """
+    if encoder is None:
+        encoder = build_encoder(args, GridEncoder)
     grids = look_at(study, rows, encoder, args, compute)
     maps = None
     if args.mode == "train" and args.augment == "none" and not args.init_from:
@@ -1085,7 +1090,7 @@ def run_split(run, args, study, split):
     split = splitting.rows_to_try(split, args)
     run.write_args(**study.data_record(split))
     if study.grids is None:
-        study = see_frames(study, np.concatenate(list(split.values())), args, run.compute, build_encoder(args, GridEncoder))
+        study = see_frames(study, np.concatenate(list(split.values())), args, run.compute)
     fitted = split["train"]
     readout = solve_readout(study, fitted)
     run.say(f"solved readout: {', '.join(dict.fromkeys(readout.blocks))} of the encoder, by the inner folds")
@@ -1165,7 +1170,7 @@ def run_folds(run, args, study):
     folds = {f"fold_{k}": split[left_out] for k, split in enumerate(splits)}
     check_split(run, args, study, folds)
     run.write_args(**study.data_record(folds))
-    study = see_frames(study, np.arange(len(study.names)), args, run.compute, build_encoder(args, GridEncoder))
+    study = see_frames(study, np.arange(len(study.names)), args, run.compute)
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))
     tables = prediction_tables.read_folds(run, chosen, left_out)
     joined = prediction_tables.join(tables, chosen)
@@ -1249,7 +1254,7 @@ def evaluate_checkpoint(run, args):
     run.write_args(**study.data_record({part: rows}))
     readout = None
     if len(fitted):
-        encoder = build_encoder(args, GridEncoder) if model.imagines else model.encoder
+        encoder = None if model.imagines else model.encoder
         study = see_frames(study, np.union1d(fitted, rows), args, run.compute, encoder)
         readout = solve_readout(study, fitted)
     loader = make_loader(study, rows, args, run.compute)
