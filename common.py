@@ -166,7 +166,8 @@ def best_model_of(text):
         return path
     best = path / "best_model.pth"
     if not best.exists():
-        raise argparse.ArgumentTypeError(f"{path} holds no best_model.pth; of a run with folds name one, as {path}/fold_0")
+        raise argparse.ArgumentTypeError(
+            f"{path} holds no best_model.pth; of a run with folds name one, as {path}/fold_0")
     return best
 
 
@@ -800,7 +801,7 @@ def _folder_to_resume(args):
         if args.epochs > flags["epochs"] and flags["scheduler"] not in OPEN_SCHEDULES:
             raise UserError(
                 f"{folder}: its --scheduler {flags['scheduler']} is made for {flags['epochs']} epochs, not for "
-                f"{args.epochs}. Go on from its weights in a new run: --init_from {folder / 'best_model.pth'}, or "
+                f"{args.epochs}. Go on from its weights in a new run: --init_from {folder}, or "
                 "train with --scheduler plateau or none")
     if folder and is_finished(folder, args):
         print(f"{folder} is finished: nothing to continue; its report is {folder / 'report.html'}", flush=True)
@@ -1119,7 +1120,8 @@ def _half_batch():
     half = int(batch[1]) // 2
     doubled = 2 * int(accumulate[1]) if accumulate else 2
     kept = re.sub(r" --(batch_size|accumulate(_grad_batches)?)[ =]\d+", "", command)
-    return f"try: {kept} --batch_size {half} --accumulate {doubled}\n(or, if it was in evaluation, with a smaller --val_batch_size)"
+    return (f"try: {kept} --batch_size {half} --accumulate {doubled}\n"
+            "(or, if it was in evaluation, with a smaller --val_batch_size)")
 
 
 # ---------------------------------------------------------------------------

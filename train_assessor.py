@@ -60,7 +60,8 @@ def parse_args(argv=None, recipe="plain", **network):
     model = parser.group("model")
     model("--recipe", choices=("auto", "small_data", "plain"), default="auto", may_change=True,
           help="defaults of the flags: small_data = those of configs/assessor_small_data.yaml; plain = those listed "
-               f"here; auto = small_data under {SMALL_DATA_BELOW} pictures, where neither --config nor a flag chooses a model")
+               f"here; auto = small_data under {SMALL_DATA_BELOW} pictures, where neither --config nor a flag chooses a "
+               "model")
     model("--backbone", "--model", "--encoder", nargs="+", action=OneOrSeveral, default="resnet50", metavar="NAME",
           help="any torchvision classifier: resnet18, efficientnet_b3, vit_b_16, ..., or timm:NAME; NAME=FILE or "
                "NAME=SET has weights of its own. Several are compared on one split, with --freeze_backbone")
