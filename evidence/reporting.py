@@ -154,7 +154,9 @@ def key_figure(label, estimate, result):
     """(label, value, remark) texts of an Estimate of this Result, for the top of the report."""
     remark = f"95 % interval {estimate.low:.3f} to {estimate.high:.3f}"
     if math.isnan(estimate.low):
-        remark = f"no interval: too few of the {result.subjects} {result.unit}, or too uncertain"
+        remark = f"no interval: it rests on too few of the {result.subjects} {result.unit}, or is too uncertain"
+        if not result.has_intervals:
+            remark = result.method
     return label, metric_names.number_text(estimate.value), remark
 
 

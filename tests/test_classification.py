@@ -763,7 +763,9 @@ def test_verdict_of_a_classifier_names_the_metric_and_the_direction():
     nine.overall.difference["roc_auc"].low = np.nan
     assert "[no interval: too few to resolve it]" in verdicts.verdict_sentence(nine, "roc_auc")
     figure = reporting.key_figure("ROC AUC", subject_intervals.Estimate(0.9, np.nan, np.nan), nine)
-    assert figure == ("ROC AUC", "0.900", "no interval: too few of the 9 subjects, or too uncertain")
+    assert figure == ("ROC AUC", "0.900", "no interval: it rests on too few of the 9 subjects, or is too uncertain")
+    few = subject_intervals.bootstrap_classification(model[:72], label[:72], names[:72])
+    assert reporting.key_figure("ROC AUC", few.overall.model["roc_auc"], few)[2] == "no interval: only 4 subjects"
     assert reporting.key_figure("ROC AUC", subject_intervals.Estimate(0.9, 0.8, 1.0), nine)[2] == (
         "95 % interval 0.800 to 1.000")
 
