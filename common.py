@@ -109,7 +109,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose error is one line that names the closest flag, with exit code 2.
+    """ArgumentParser whose error is one line, with exit code 2.
 
     may_change: names of the flags that a resumed run may be given anew. They decide where and how
     fast it runs, never what is computed.
@@ -130,10 +130,6 @@ class Parser(argparse.ArgumentParser):
         return add
 
     def error(self, message):
-        unknown = re.search(r"unrecognized arguments: (--\w+)", message)
-        if unknown:
-            near = closest(unknown[1], self._option_string_actions)
-            message = f"unknown flag {unknown[1]}{near}; --help lists all"
         self.exit(EXIT_USER, f"error: {message}\n")
 
 
@@ -308,7 +304,7 @@ def add_shared_arguments(parser, augments=None, **defaults):
     """
     add_run_arguments(parser)
     add_training_arguments(parser)
-    add_data_arguments(parser, augments or tuple(AUGMENTATIONS))
+    add_data_arguments(parser, augments or AUGMENTATIONS)
     add_model_arguments(parser)
     add_compute_arguments(parser)
     parser.set_defaults(**defaults)
@@ -325,8 +321,9 @@ def parse_arguments(parser, argv):
     words = [_snake_case(word) for word in (sys.argv[1:] if argv is None else argv)]
     typed, others = _read_flags(parser, words)
     for word in others:  # said before flags that are missing, of which it may be a misspelling
-        if word.startswith("--") and word != "--help":
-            parser.error(f"unrecognized arguments: {word}")
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag != "--help":
+            parser.error(f"unknown flag {flag}{closest(flag, parser._option_string_actions)}; --help lists all")
     values = config_values(parser, typed["config"]) if "config" in typed else {}
     resume = typed.get("resume", values.get("resume", "auto"))
     if resume != "auto":
@@ -385,7 +382,7 @@ def flags_of(args):
 
 def with_flags(args, /, **values):
     """Flags of its own for a part of a run: those of parse_arguments with these values in place of theirs."""
-    return argparse.Namespace(**{**vars(args), **values})
+    return argparse.Namespace(**vars(args) | values)
 
 
 def _snake_case(word):
@@ -482,19 +479,17 @@ def _parse_yaml(text):
     import yaml
 
     class Loader(yaml.BaseLoader):
-        """Loader of plain texts that refuses duplicate keys."""
+        """Loader of plain texts that refuses anchors and duplicate keys."""
+
+        def compose_node(self, parent, index):
+            event = self.peek_event()
+            if event.anchor:
+                raise ValueError(f"anchors and aliases are not read (line {event.start_mark.line + 1})")
+            return super().compose_node(parent, index)
 
         def construct_mapping(self, node, deep=False):
             return unique_keys(self.construct_pairs(node, deep=True))
-    depth = 0
     try:
-        for event in yaml.parse(text, Loader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > 50:
-                raise RecursionError
-            if getattr(event, "anchor", None):
-                line = event.start_mark.line + 1
-                raise ValueError(f"anchors and aliases are not read (line {line})")
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{error}") from None
@@ -558,7 +553,7 @@ class Run:
 
         last.pth is for more epochs, where the schedule allows them.
         """
-        for last in self.path("last.pth"), self.path("baseline") / "last.pth":
+        for last in self.path("last.pth"), self.path("baseline/last.pth"):
             if last.exists() and not self.args.keep_last:
                 last.with_suffix(".pth.prev").unlink(missing_ok=True)
                 if self.args.scheduler not in OPEN_SCHEDULES:
@@ -658,20 +653,14 @@ class Run:
 
     def _lasting(self, record):
         """What of an args.json a resumed run must keep."""
-        return {"precision": record["device"]["precision"], **record["data"],
-                **_lasting_flags(record, self.args.may_change)}
-
-
-def _lasting_flags(record, may_differ):
-    """{--name: value} of the flags in an args.json but for those that may differ, and its script."""
-    flags = record["flags"].items()
-    return {"script": record.get("script")} | {f"--{name}": value for name, value in flags if name not in may_differ}
+        flags = {f"--{name}": value for name, value in record["flags"].items() if name not in self.args.may_change}
+        return {"precision": record["device"]["precision"], **record["data"], "script": record.get("script"), **flags}
 
 
 def with_progress(label, batches, total, done=0):
     """The batches, with a tqdm bar (rate, time left) on a terminal."""
     from tqdm import tqdm
-    is_hidden = not launched_processes().is_first or not sys.stderr.isatty()
+    is_hidden = None if launched_processes().is_first else True  # tqdm's None: where there is no terminal
     return tqdm(batches, label, total, initial=done, leave=False, ascii=True, disable=is_hidden)
 
 
@@ -708,14 +697,12 @@ def start_run(args, fp32_on_cpu=False, fixed_shapes=False):
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    folder = processes.on_first(lambda: _folder_to_resume(args)) if args.resume else None
-    resumed = folder is not None
-    if resumed:  # the number of threads decides the last bits of every sum
-        torch.set_num_threads(read_json(folder / "args.json")["device"]["threads"])
-    else:
-        folder = processes.on_first(lambda: new_folder(args.output_dir))
-    run = Run(folder, args, compute, signals, resumed)
-    run.say(f"run folder: {folder}{' (continued)' if resumed else ''}")
+    found = processes.on_first(lambda: _folder_to_resume(args)) if args.resume else None
+    if found:  # the number of threads decides the last bits of every sum
+        torch.set_num_threads(read_json(found / "args.json")["device"]["threads"])
+    folder = found or processes.on_first(lambda: new_folder(args.output_dir))
+    run = Run(folder, args, compute, signals, resumed=bool(found))
+    run.say(f"run folder: {folder}{' (continued)' if found else ''}")
     run.say(f"command: {command_line()}")
     run.say(f"device: {compute.text}; {torch.get_num_threads()} threads; torch {torch.__version__}")
     if "patience" in args.given and args.patience and args.select == "last":
@@ -818,20 +805,19 @@ def _newest_folder(args):
     Where there is none, a note names the newest unfinished one with these flags, and why it is not continued.
     """
     paths = sorted(args.output_dir.glob("run_*/args.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    found = {path.parent: _read_or_warn(path) for path in paths}
-    records = {folder: record for folder, record in found.items() if record.get("script") == script_name()}
-    now = {"script": script_name(), "flags": json_safe(flags_of(args))}
+    records = {path.parent: _read_or_warn(path) for path in paths}
+    before = {folder: record["flags"] for folder, record in records.items() if record.get("script") == script_name()}
+    now = json_safe(flags_of(args))
+    lasting = now.keys() - args.may_change
 
-    def alike(may_differ):
-        wanted = _lasting_flags(now, may_differ)
-        return [folder for folder, record in records.items()
-                if wanted.items() <= _lasting_flags(record, may_differ).items()]
-    same_data = alike(args.may_change - args.data_paths)
+    def alike(names):
+        return [folder for folder, flags in before.items() if all(flags.get(name) == now[name] for name in names)]
+    same_data = alike(lasting | args.data_paths)
     job = slurm_job_id()
     for folder in same_data:
         if job and re.search(rf"_job{job}(_\d+)?$", folder.name):
             return folder
-    unfinished = [folder for folder in alike(args.may_change)
+    unfinished = [folder for folder in alike(lasting)
                   if not is_finished(folder, args) and not is_being_written(folder)]
     for folder in unfinished:
         if folder in same_data:
@@ -949,7 +935,7 @@ def data_record(contents, split, **facts):
     """
     return {
         "fingerprint": data_fingerprint(contents),
-        "split": data_fingerprint(itertools.chain.from_iterable(split.items())),
+        "split": data_fingerprint(itertools.chain(*split.items())),
         **facts}
 
 
@@ -970,32 +956,33 @@ def explained_write_errors(path, n_bytes="more"):
         raise CannotSave(f"no space to write {path}: {n_bytes} bytes needed, {free} free") from error
 
 
-def write_whole(path, content, previous=None):
-    """Write bytes so that a kill at any moment leaves the old file or the new one; the old one becomes `previous`.
+def write_whole(path, content, keep_previous=False):
+    """Write bytes so that a kill at any moment leaves the old file or the new one.
 
-    Of several processes only the first one writes.
+    keep_previous: the old one stays as .prev. Of several processes only the first one writes.
     """
     if not launched_processes().is_first:
         return
     path = Path(path)
     with explained_write_errors(path, len(content)):
-        replace_file(path, content, path.with_name(f".{path.name}.tmp"), previous)
+        replace_file(path, content, path.with_name(f".{path.name}.tmp"), keep_previous)
         _sync_folder(path.parent)
 
 
-def replace_file(path, content, temporary, previous=None):
+def replace_file(path, content, temporary, keep_previous=False):
     """Write bytes into a temporary file, which then takes the path; an OSError leaves nothing of it.
 
-    previous: the name that an older file at the path is given. The path is never without a file, unless the drive knows
-    no hard links.
+    keep_previous: an older file at the path stays as .prev. The path is never without a file, unless the drive knows no
+    hard links.
     """
     try:
         with open(temporary, "wb") as handle:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
-        if previous and path.exists():
-            Path(previous).unlink(missing_ok=True)
+        if keep_previous and path.exists():
+            previous = Path(f"{path}.prev")
+            previous.unlink(missing_ok=True)
             try:
                 os.link(path, previous)
             except OSError:
@@ -1073,7 +1060,7 @@ def run_main(main):
 
 
 LOST_WORKER = re.compile(r"DataLoader (worker \(|timed out)|</torch_")  # which cannot be shared: a full /dev/shm
-OUT_OF_MEMORY = re.compile("can't allocate memory|Insufficient memory")  # torch's on the CPU, OpenCV's
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|Insufficient memory")  # of GPUs, CPUs, OpenCV
 IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker .*\n\S+: ", re.DOTALL)  # torch's text up to the error's own
 
 
@@ -1086,7 +1073,7 @@ def _explain(error):
         return error.code, "" if error.said_by_first else f"error: {message}"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPT, "interrupted"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(text):
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
         return EXIT_CRASH, f"error: out of memory ({reason})\n{_half_batch()}"
     if "more than 1 value per channel" in reason:
         return UserError.code, ("error: BatchNorm got a single value per channel: take a larger "
@@ -1304,12 +1291,10 @@ class EpochBatches(torch.utils.data.Sampler):
         return len(self.edges) - 1
 
     def __iter__(self):
-        start = self.start
-        for epoch in itertools.count(self.epoch):
-            yield from self._batches_of(epoch, start)
-            if not self.goes_on:
-                return
-            start = 0
+        yield from self._batches_of(self.epoch, self.start)
+        if self.goes_on:
+            for epoch in itertools.count(self.epoch + 1):
+                yield from self._batches_of(epoch, start=0)
 
     def _batches_of(self, epoch, start):
         generator = generator_for(self.seed, epoch)
@@ -1321,10 +1306,7 @@ class EpochBatches(torch.utils.data.Sampler):
             weights = torch.as_tensor(self.weights)
             order = torch.multinomial(weights, self.n_samples, True, generator=generator).tolist()
         for batch in range(start, len(self)):
-            first, last = self.edges[batch:batch + 2]
-            span = self.own_span(batch)
-            if not span:
-                span = range(first, min(first + 2, last))
+            span = self.own_span(batch) or self.step_span(batch, 1)[:2]
             yield [(epoch, order[position]) for position in span]
 
     def own_span(self, batch):
@@ -1334,15 +1316,13 @@ class EpochBatches(torch.utils.data.Sampler):
         the range is empty, and the iteration gives samples that must count for nothing, so that every process takes
         every step.
         """
-        first, last = self.edges[batch:batch + 2]
+        whole = self.step_span(batch, 1)
         if not self.train:
-            return range(first, last)
+            return whole
         least = 2 if self.batch_size >= 2 * self.size else 1
-        n = last - first
-        takers = min(self.size, max(n // least, 1))
-        begin = min(self.rank, takers)
-        end = min(self.rank + 1, takers)
-        return range(first + n * begin // takers, first + n * end // takers)
+        n = len(whole)
+        takers = min(self.size, max(n // least, 1))  # the first of the processes
+        return whole[n * self.rank // takers:n * (self.rank + 1) // takers]
 
     def step_span(self, batch, accumulate):
         """range of sample positions of the optimiser step that a batch belongs to."""
@@ -1598,7 +1578,7 @@ class Processes:
         if self.size == 1:
             return
         for tensor in model.state_dict().values():
-            whole = tensor.detach().contiguous()
+            whole = tensor.contiguous()
             dist.broadcast(whole, 0)
             tensor.copy_(whole)
 
@@ -1892,7 +1872,7 @@ def _colour_matrix(drawn, mean):
     Two differences: hue is a rotation about the grey axis (Rodrigues), which agrees with HSV's hue at multiples of a
     third and keeps R + G + B, not max and min; and values are cut to 0..255 once, at the end.
     """
-    matrix = np.hstack([np.eye(3), np.zeros((3, 1))])
+    matrix = np.eye(3, 4)
     for name in drawn.jitter_order:
         step = np.eye(3) * getattr(drawn, name)
         shift = 0.0
@@ -1928,18 +1908,17 @@ def augment_clip(frames, drawn, size):
         return eval_crop(frames, size)
     cv2 = load_opencv()
     clip = warp_clip(frames, drawn, size)
-    tall = clip.reshape(-1, size, 3)  # (T * size, size, 3): one call for the colours of all frames
-    tall = jitter_colours(tall, drawn)
+    tall = jitter_colours(clip.reshape(-1, size, 3), drawn)  # (T * size, size, 3): one call for all frames
     if drawn.autocontrast:
         tall = _stretch_contrast(tall)
     clip = tall.reshape(clip.shape)
     if drawn.blur:
         clip = np.stack([cv2.GaussianBlur(frame, (0, 0), drawn.blur) for frame in clip])
-    if drawn.noise is not None:
+    if drawn.noise:
         sd, seed = drawn.noise
         noise = np.random.default_rng(seed).normal(0, sd, clip.shape[1:]).astype(np.float32)
         clip = np.rint(clip + noise).clip(0, 255).astype(np.uint8)
-    if drawn.erase is not None:
+    if drawn.erase:
         _erase(clip, *drawn.erase)
     return clip
 
@@ -2025,13 +2004,13 @@ def build_optimizer(model, args, backbone=None):
             if parameters:
                 groups.append({"params": parameters, "weight_decay": decay, "lr": args.lr * factor, "factor": factor})
     if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, fused=True)
+        optimizer = torch.optim.SGD(groups, momentum=0.9, fused=True)
         for parameter in itertools.chain(*(group["params"] for group in groups)):
             # torch makes it without values in the first step, and leaves it so where that step is not taken
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=args.lr, fused=True)
+    return kind(groups, fused=True)
 
 
 def schedule_factor(scheduler, progress, epochs, warmup_epochs):
@@ -2100,6 +2079,7 @@ class EarlyStopping:
 # What is written survives a kill at any moment; what is read is checked to the last byte before anything is trusted.
 
 FORMAT = 1
+PLAIN = (bool, int, float, str, type(None))
 LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickled magic number
 SAVING_TIME = 0.1  # part of the time between two saves that the saving itself may take
 
@@ -2130,14 +2110,14 @@ def _plain(value):
         return value.item()
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", non_blocking=value.is_cuda, copy=True)
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    return value if isinstance(value, PLAIN) else str(value)
 
 
 def save_checkpoint(path, content, keep_previous=False):
-    """Write a dict of plain types, whole or not at all; keep_previous leaves the file before it as .prev."""
+    """Write a dict of plain types, whole or not at all, with write_whole."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_whole(path, buffer.getbuffer(), previous=f"{path}.prev" if keep_previous else None)
+    write_whole(path, buffer.getbuffer(), keep_previous)
 
 
 def read_checkpoint(path):
@@ -2207,7 +2187,7 @@ def _check_plain(value):
             todo.extend(item)
             if isinstance(item, dict):
                 todo.extend(item.values())
-        elif not (item is None or isinstance(item, (bool, int, float, str))):
+        elif not isinstance(item, PLAIN):
             raise ValueError(f"it holds a {type(item).__name__}")
 
 
@@ -2252,7 +2232,7 @@ def checkpoint_fields(path):
     try:
         yield
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or OUT_OF_MEMORY.search(str(error)):
+        if OUT_OF_MEMORY.search(str(error)):
             raise
         fault = f"{type(error).__name__}: {one_line(error)}"
         raise CheckpointError(f"{path} lacks what this script stores in a checkpoint ({fault}); best_model.pth is for "
@@ -2541,7 +2521,7 @@ class Training:
         step.batches.append(StepBatch(batch + 1, current.names, own_loss))
         step.names = ["loss", *parts]
         values = torch.stack([own_loss, *(value.detach() for value in parts.values())])
-        step.sums = step.sums + values.to(self.sum_type) * own
+        step.sums += values.to(self.sum_type) * own
         current.samples += len(sampler.step_span(batch, 1))
         self.progress.batch += 1
         if is_full:
@@ -2559,7 +2539,7 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        step.numbers = torch.cat([step.sums, norm.detach().to(self.sum_type)[None]])
+        step.numbers = torch.cat([step.sums, norm.to(self.sum_type)[None]])
         if norm.is_cuda:
             step.numbers = step.numbers.to("cpu", non_blocking=True)
             step.copied = torch.cuda.Event()
@@ -2810,7 +2790,7 @@ def regression_moments(predicted, target):
     p = np.where(labelled, p - p.sum(0) / count, 0.0)
     t = np.where(labelled, t - t.sum(0) / count, 0.0)
     return np.stack([
-        labelled.astype(np.float64), p, t,
+        labelled, p, t,
         p * p, t * t, p * t,
         np.abs(error), error ** 2])  # (8, N, R)
 

@@ -424,4 +424,4 @@ def test_sizes_that_no_network_can_have_are_a_fault_of_the_checkpoint():
             torch.nn.Linear(-4, 2)
     with pytest.raises(torch.OutOfMemoryError):
         with common.checkpoint_fields("x.pth"):
-            raise torch.OutOfMemoryError("CUDA")
+            raise torch.OutOfMemoryError("CUDA out of memory")
