@@ -35,7 +35,6 @@ import sys
 import threading
 import time
 import typing
-import uuid
 import zipfile
 from pathlib import Path
 
@@ -103,9 +102,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Shows the default of each flag that has one and does not tell it itself."""
 
     def _get_help_string(self, action):
-        text = action.help or ""
         says_none = action.default in (None, False, "") or action.nargs == 0
-        return text if says_none or "default" in text else f"{text} (default: %(default)s)"
+        return action.help if says_none or "default" in action.help else f"{action.help} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -350,15 +348,11 @@ def _check_flags(parser, flags, typed):
     if "warmup_epochs" in typed and flags["warmup_epochs"] >= flags["epochs"]:
         parser.error(f"--warmup_epochs {flags['warmup_epochs']:g} of {flags['epochs']} epochs: --lr would never be "
                      "reached; warm up for fewer")
-    if flags.get("output"):
-        _refuse_overwriting(parser, flags["output"].resolve(), typed)
-
-
-def _refuse_overwriting(parser, output, typed):
-    """parser.error where --output, given or not, is a file that another flag of the command line names."""
+    output = flags.get("output")  # given or not, it must not be a file that another flag names
     for name, value in typed.items():
         named = value if isinstance(value, list) else [value]
-        if name != "output" and any(isinstance(path, Path) and path.resolve() == output for path in named):
+        paths = [path.resolve() for path in named if isinstance(path, Path)]
+        if output and name != "output" and output.resolve() in paths:
             parser.error(f"--output and --{name} name the same file; name another one")
 
 
@@ -390,7 +384,7 @@ def _snake_case(word):
     name, equals, value = word.partition("=")
     if not name.startswith("--"):
         return word
-    return "--" + name[2:].replace("-", "_") + equals + value
+    return f"--{name[2:].replace('-', '_')}{equals}{value}"
 
 
 def config_values(parser, path):
@@ -399,7 +393,7 @@ def config_values(parser, path):
     words = []
     declared = parser._option_string_actions
     for key, value in read_config(path).items():
-        name = "--" + key.replace("-", "_")
+        name = f"--{key.replace('-', '_')}"
         if name not in declared:
             near = closest(key, [other[2:] for other in declared])
             raise UserError(f"{path}: unknown key {key!r}{near}; a key is a flag of this script "
@@ -567,7 +561,7 @@ class Run:
         """Print a line and keep it in log.txt, there in ASCII."""
         if self.is_writer:
             try:
-                print(text, flush=True)
+                print(text)
             except OSError:  # the reader (| head, a terminal) has gone; the run and its log go on
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         with explained_write_errors(self._log.name):
@@ -604,16 +598,14 @@ class Run:
     def wandb(self):
         """The Weights & Biases run of this folder, begun or continued: its id is made of the folder's path."""
         wandb = optional_package("wandb")
-        if wandb.run is not None:  # that of the fold before
+        if wandb.run:  # that of the fold before
             wandb.finish()
-        own = uuid.uuid5(uuid.NAMESPACE_URL, self.folder.resolve().as_uri()).hex
+        own = data_fingerprint([self.folder.resolve()])[:32]
         return wandb.init(project=script_name(), name=str(self.folder), id=own, resume="allow",
                           config=json_safe(flags_of(self.args)))
 
     def watch(self, row):
-        """Send a history row to TensorBoard and Weights & Biases, where their flags are given."""
-        if not self.is_writer:
-            return
+        """Send a history row to TensorBoard and Weights & Biases, where their flags are given; by the first process."""
         numbers = {name: value for name, value in row.items() if name != "epoch"}
         if self.args.tensorboard:
             for name, value in numbers.items():
@@ -647,7 +639,7 @@ class Run:
             raise UserError(f"{self.folder} cannot be continued exactly: these differ (then, now); "
                             f"start a new run or restore them{''.join(lines)}")
         if epochs < self.args.epochs:
-            Checkpoints(self).read_last(Path(self.args.resume))  # CheckpointError before anything is changed
+            Checkpoints(self).read_last()  # CheckpointError before anything is changed
             self.path("metrics.json").unlink(missing_ok=True)
             write_json(path, first)
 
@@ -791,7 +783,7 @@ def _folder_to_resume(args):
                 f"{args.epochs}. Go on from its weights in a new run: --init_from {folder}, or "
                 "train with --scheduler plateau or none")
     if folder and is_finished(folder, args):
-        print(f"{folder} is finished: nothing to continue; its report is {folder / 'report.html'}", flush=True)
+        print(f"{folder} is finished: nothing to continue; its report is {folder / 'report.html'}")
         sys.exit(EXIT_OK)
     if Path(args.resume).is_file():
         with checkpoint_fields(args.resume):
@@ -804,9 +796,11 @@ def _newest_folder(args):
 
     Where there is none, a note names the newest unfinished one with these flags, and why it is not continued.
     """
-    paths = sorted(args.output_dir.glob("run_*/args.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    records = {path.parent: _read_or_warn(path) for path in paths}
-    before = {folder: record["flags"] for folder, record in records.items() if record.get("script") == script_name()}
+    before = {}  # folder -> its flags
+    for path in sorted(args.output_dir.glob("run_*/args.json"), key=os.path.getmtime, reverse=True):
+        record = _read_or_warn(path)
+        if record.get("script") == script_name():
+            before[path.parent] = record["flags"]
     now = json_safe(flags_of(args))
     lasting = now.keys() - args.may_change
 
@@ -824,14 +818,14 @@ def _newest_folder(args):
             return folder
     if unfinished:
         print(f"note: a new run; the paths of the data are not those of {unfinished[0]}, which is unfinished. If its "
-              f"data have only moved, --resume {unfinished[0]} continues it", flush=True)
+              f"data have only moved, --resume {unfinished[0]} continues it")
     return None
 
 
 def has_metrics(folder, epochs):
     """True where a run folder holds its metrics, and not those of fewer epochs."""
     path = folder / "metrics.json"
-    return path.exists() and bool(_read_or_warn(path)) and read_json(folder / "args.json")["flags"]["epochs"] >= epochs
+    return path.exists() and _read_or_warn(path) and read_json(folder / "args.json")["flags"]["epochs"] >= epochs
 
 
 def _read_or_warn(path):
@@ -839,7 +833,7 @@ def _read_or_warn(path):
     try:
         content = read_json(path)
     except UserError as error:
-        print(f"WARNING: {error}", flush=True)
+        print(f"WARNING: {error}")
         content = None
     return content if isinstance(content, dict) else {}
 
@@ -1040,11 +1034,11 @@ def write_table(path, rows):
 def run_main(main):
     """Run main() and exit with the contract's code: one line for a user's mistake, a traceback for ours."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of a file's name
+        # a terminal may lack the letters of a file's name, and a log is read while it grows
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
         leave_processes()
-        return
     except SystemExit:  # all of them stop here, as on a signal
         leave_processes(wait=False)
         raise
@@ -1052,11 +1046,11 @@ def run_main(main):
         code, text = _explain(error)
         if code is None:
             raise
+        if text:
+            sys.stderr.write(f"{_process_prefix()}{text}\n")
+        sys.exit(code)
     finally:
         StopSignals.leave()
-    if text:
-        sys.stderr.write(f"{_process_prefix()}{text}\n")
-    sys.exit(code)
 
 
 LOST_WORKER = re.compile(r"DataLoader (worker \(|timed out)|</torch_")  # which cannot be shared: a full /dev/shm
@@ -1076,7 +1070,7 @@ def _explain(error):
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
         return EXIT_CRASH, f"error: out of memory ({reason})\n{_half_batch()}"
     if "more than 1 value per channel" in reason:
-        return UserError.code, ("error: BatchNorm got a single value per channel: take a larger "
+        return EXIT_USER, ("error: BatchNorm got a single value per channel: take a larger "
                                 "--batch_size or picture, or keep its statistics (--freeze_norm)")
     if LOST_PROCESS.search(text) and launched_processes().size > 1:
         return EXIT_CRASH, f"error: another process of this run has ended, see there ({reason})"
@@ -1181,7 +1175,7 @@ def choose_compute(device, use_amp, processes=None, fp32_on_cpu=False):
 def announce_compute(args, fp32_on_cpu=False):
     """choose_compute of --device and --use_amp, which a line names: for predictions without a run folder."""
     compute = choose_compute(args.device, args.use_amp, fp32_on_cpu=fp32_on_cpu)
-    print(f"device: {compute.text}", flush=True)
+    print(f"device: {compute.text}")
     return compute
 
 
@@ -1336,18 +1330,18 @@ class Samples(torch.utils.data.Dataset):
     Without loader workers a thread for each core prepares samples. A sample depends on its key
     alone, so the batch is the same; decoding and warping do not hold Python's lock.
     """
-    _threads = None
 
     def __len__(self):
         return len(self.rows)
 
+    @functools.cached_property
+    def _threads(self):
+        return concurrent.futures.ThreadPoolExecutor(cores_of_process())
+
     def __getitems__(self, keys):
         """Samples of a batch, for the loader."""
-        n_threads = cores_of_process()
-        if n_threads == 1 or torch.utils.data.get_worker_info():
+        if cores_of_process() == 1 or torch.utils.data.get_worker_info():
             return [self[key] for key in keys]
-        if self._threads is None:
-            self._threads = concurrent.futures.ThreadPoolExecutor(n_threads)
         return list(self._threads.map(self.__getitem__, keys))
 
 
@@ -1480,9 +1474,8 @@ def launched_processes(env=os.environ):
     given = [env.get(name, "0") for name in names]
     digits = [re.match(r"\d+", text) for text in given]  # 2(x3),1 tasks on the nodes
     if not all(digits) or int(digits[0][0]) >= int(digits[1][0]):
-        said = " and ".join(f"{name}={text}" for name, text in zip(names[:2], given))
-        raise UserError(f"{said} are no rank of a number of processes; start with torchrun or srun, "
-                        "or unset them")
+        raise UserError(f"{names[0]}={given[0]} and {names[1]}={given[1]} are no rank of a number of processes; start "
+                        "with torchrun or srun, or unset them")
     rank, size, local_rank, local_size = (int(found[0]) for found in digits)
     return Processes(rank, size, local_rank, max(local_size, 1))
 
@@ -1523,7 +1516,7 @@ class Processes:
             signal.signal(number, signal.SIG_DFL)
         if self.is_first:
             print(f"process 0 of {self.size} waits for the others at {where} (started by srun? For one process: "
-                  "srun -n 1, or unset SLURM_STEP_ID)", flush=True)
+                  "srun -n 1, or unset SLURM_STEP_ID)")
         try:
             dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=PROCESS_TIMEOUT)
         except (RuntimeError, ValueError) as error:
@@ -1938,9 +1931,8 @@ def warp_clip(frames, drawn, size):
 def _stretch_contrast(pixels):
     """Each colour of uint8 (H, W, 3) stretched to 0..255, a constant one left alone; as torchvision's autocontrast."""
     cv2 = load_opencv()
-    column = pixels.reshape(-1, 1, 3)
-    low = np.float32(cv2.reduce(column, 0, cv2.REDUCE_MIN)[0])
-    high = np.float32(cv2.reduce(column, 0, cv2.REDUCE_MAX)[0])
+    extremes = [cv2.minMaxLoc(colour)[:2] for colour in cv2.split(pixels)]
+    low, high = np.float32(extremes).T
     levels = np.arange(256, dtype=np.float32)[:, None]
     stretched = (levels - low) * (255 / np.maximum(high - low, 1))
     table = np.where(high > low, stretched, levels)  # (256, 3): a new level for each
@@ -2005,9 +1997,10 @@ def build_optimizer(model, args, backbone=None):
                 groups.append({"params": parameters, "weight_decay": decay, "lr": args.lr * factor, "factor": factor})
     if args.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, momentum=0.9, fused=True)
-        for parameter in itertools.chain(*(group["params"] for group in groups)):
-            # torch makes it without values in the first step, and leaves it so where that step is not taken
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for group in groups:
+            for parameter in group["params"]:
+                # torch makes it without values in the first step, and leaves it so where that step is not taken
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, fused=True)
@@ -2138,8 +2131,7 @@ def read_checkpoint(path):
     except CheckpointError:
         raise
     except Exception as error:  # torch and zipfile raise nearly every kind for a damaged file
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise CheckpointError(f"{path} is no usable checkpoint ({reason})") from None
+        raise CheckpointError(f"{path} is no usable checkpoint ({type(error).__name__}: {one_line(error)})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no usable checkpoint (expected a dict, found {type(content).__name__})")
     return content
@@ -2193,7 +2185,7 @@ def _check_plain(value):
 
 def _check_dense(tensor):
     is_dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
-    if not is_dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+    if not is_dense or tensor.nbytes > tensor.untyped_storage().nbytes():
         raise ValueError(f"a tensor is not dense ({tensor.layout}, shape {tuple(tensor.shape)})")
 
 
@@ -2234,9 +2226,9 @@ def checkpoint_fields(path):
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
         if OUT_OF_MEMORY.search(str(error)):
             raise
-        fault = f"{type(error).__name__}: {one_line(error)}"
-        raise CheckpointError(f"{path} lacks what this script stores in a checkpoint ({fault}); best_model.pth is for "
-                              "prediction and --init_from, last.pth for --resume") from None
+        raise CheckpointError(f"{path} lacks what this script stores in a checkpoint ({type(error).__name__}: "
+                              f"{one_line(error)}); best_model.pth is for prediction and --init_from, last.pth for "
+                              "--resume") from None
 
 
 def check_weights(state, source):
@@ -2294,12 +2286,13 @@ class Checkpoints:
         if history:
             write_table(self.run.path("training_history.csv"), history)
 
-    def read_last(self, named):
-        """Content of the newest usable checkpoint, or of the file `named`; None where the run stopped before any.
+    def read_last(self):
+        """Content of the newest usable checkpoint, or of the one that --resume names; None where the run stopped before.
 
         Raises CheckpointError where there are files and none of them can be used, or they are lost.
         """
         paths = [self.run.path("last.pth"), self.run.path("last.pth.prev")]
+        named = Path(self.run.args.resume)
         if named.is_file() and named.resolve().parent == self.run.folder.resolve():  # not in the other folds
             paths = [named]
         faults = []
@@ -2346,7 +2339,7 @@ class OptimizerStep:
     """What is known of an optimiser step; the device may still be at work on it."""
     batches: list = dataclasses.field(default_factory=list)  # of StepBatch
     n_samples: int = 0  # of all processes
-    names: list = dataclasses.field(default_factory=list)  # of the losses
+    names: tuple = ()  # of the losses
     sums: torch.Tensor | float = 0.0  # of each loss over the samples: of this process, of all once they are exchanged
     numbers: torch.Tensor | None = None  # the sums, and the norm of the gradient; on the CPU once copied
     copied: torch.cuda.Event | None = None
@@ -2389,7 +2382,7 @@ class EpochState:
     started: float = dataclasses.field(default_factory=time.perf_counter)
     samples: int = 0  # of all processes, since it started
     learning_rate: float = 0.0
-    names: list = dataclasses.field(default_factory=list)  # of the samples of this batch
+    names: list | tuple = ()  # of the samples of this batch
     step: OptimizerStep = dataclasses.field(default_factory=OptimizerStep)  # that this batch is a part of
 
 
@@ -2424,8 +2417,9 @@ class Training:
     def __post_init__(self):
         run = self.run
         args = self.args
-        self.processes = run.compute.processes
-        self.scaler = torch.amp.GradScaler(run.compute.device.type, enabled=run.compute.precision == "fp16")
+        compute = run.compute
+        self.processes = compute.processes
+        self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
         self.progress = Progress(
             stopping=EarlyStopping(0 if self.select == "last" else args.patience, args.min_epochs, args.min_delta),
             plateau=EarlyStopping(args.plateau_patience + 1))
@@ -2433,9 +2427,9 @@ class Training:
         self.stream = None  # batches of the loader, of this epoch and all after it
         self.queued = None  # OptimizerStep, the last one until it is looked at
         # Apple GPUs have no float64
-        self.sum_type = torch.float32 if run.compute.device.type == "mps" else torch.float64
+        self.sum_type = torch.float32 if compute.device.type == "mps" else torch.float64
         self.checkpoints = Checkpoints(run)
-        if self.processes.size > 1 and run.compute.device.type == "cuda":
+        if self.processes.size > 1 and compute.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if args.compile:
             self.model.compile()  # in place: the names in checkpoints stay
@@ -2519,7 +2513,7 @@ class Training:
         one_or_nan = 1 + 0 * own_loss  # a loss that is not finite makes its gradient NaN
         self.scaler.scale(loss * one_or_nan * (own / step.n_samples)).backward()
         step.batches.append(StepBatch(batch + 1, current.names, own_loss))
-        step.names = ["loss", *parts]
+        step.names = ("loss", *parts)
         values = torch.stack([own_loss, *(value.detach() for value in parts.values())])
         step.sums += values.to(self.sum_type) * own
         current.samples += len(sampler.step_span(batch, 1))
@@ -2542,8 +2536,7 @@ class Training:
         step.numbers = torch.cat([step.sums, norm.to(self.sum_type)[None]])
         if norm.is_cuda:
             step.numbers = step.numbers.to("cpu", non_blocking=True)
-            step.copied = torch.cuda.Event()
-            step.copied.record()
+            step.copied = torch.cuda.current_stream().record_event()
         self._check_queued()
         self.queued = step
 
@@ -2605,8 +2598,8 @@ class Training:
         progress.best_epoch = next(iter(self._best_epochs()), None)
         is_best = progress.best_epoch == progress.epoch
         self._count_patience()
-        self.run.watch(progress.history[-1])
         if self.processes.is_first:
+            self.run.watch(progress.history[-1])
             if is_best:
                 self.checkpoints.unwritten_best = self.model_file()
             self._save_epoch()
@@ -2689,9 +2682,8 @@ class Training:
         newest = self._top_file(self.progress.epoch)
         if newest in best:
             save_checkpoint(newest, self.model_file())
-        for path in self.run.folder.glob("top_epoch_*.pth"):
-            if path not in best:
-                path.unlink()
+        for path in set(self.run.folder.glob("top_epoch_*.pth")) - set(best):
+            path.unlink()
 
     def _top_file(self, epoch):
         score = "" if self.select == "last" else f"_{self.select}_{self.progress.history[epoch - 1][self.select]:.4g}"
@@ -2732,7 +2724,7 @@ class Training:
             self.run.path(name), to_plain_types(content | {"model": self.model.state_dict()})))
 
     def _load_last(self):
-        content = self.checkpoints.read_last(Path(self.args.resume))
+        content = self.checkpoints.read_last()
         if content is None:
             return
         with checkpoint_fields(self.run.folder):
@@ -2815,10 +2807,9 @@ def metrics_from_sums(sums):
         # 1e-12 of the raw sum is the rounding that a subtraction of equal sums leaves behind
         defined = (n >= 2) & (spread_t > 1e-12 * tt)
         correlation = np.where(spread_p <= 1e-12 * pp, 0.0, joint / np.sqrt(spread_p * spread_t))
-        r2 = 1.0 - squared / spread_t
         mse = squared / n
         return {"pearson_r": np.where(defined, np.clip(correlation, -1.0, 1.0), np.nan),
-                "r2": np.where(defined, r2, np.nan),
+                "r2": np.where(defined, 1.0 - squared / spread_t, np.nan),
                 "mae": absolute / n,
                 "mse": mse,
                 "rmse": np.sqrt(mse)}

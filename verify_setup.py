@@ -367,7 +367,7 @@ def parse_args(argv=None):
     given = sys.argv[1:] if argv is None else argv
 
     def with_underscores(flag):
-        return "--" + flag[0][2:].replace("-", "_")
+        return f"--{flag[0][2:].replace('-', '_')}"
     words = [re.sub(r"^--[^=]+", with_underscores, word) for word in given]
     of_task = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     of_task.add_argument("--task", choices=(*TASKS, "all"), default="all",

@@ -35,7 +35,7 @@ def slide(grid, length, step, batch_size, side, frame_features):
             before = kept.get(name, values[:0])
             kept[name] = torch.cat([before, values])[-len(frames) - length:]
         n_frames += len(frames)
-        places = list(range(next_place, n_frames - length + 1, step))
+        places = range(next_place, n_frames - length + 1, step)
         if places:
             next_place = places[-1] + step
             yield places, _windows(kept, places, n_frames, length)

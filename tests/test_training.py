@@ -233,7 +233,7 @@ def test_a_process_alone_says_for_whom_it_waits_and_obeys_signals(tmp_path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        started = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        started = subprocess.Popen([sys.executable, "-u", "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
                                    env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
         line = started.stdout.readline()
         assert f"process 0 of 4 waits for the others at 127.0.0.1:{port}" in line and "srun -n 1" in line
