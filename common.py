@@ -1039,6 +1039,7 @@ def run_main(main):
     try:
         main()
         leave_processes()
+        return
     except SystemExit:  # all of them stop here, as on a signal
         leave_processes(wait=False)
         raise
@@ -1046,11 +1047,11 @@ def run_main(main):
         code, text = _explain(error)
         if code is None:
             raise
-        if text:
-            sys.stderr.write(f"{_process_prefix()}{text}\n")
-        sys.exit(code)
     finally:
         StopSignals.leave()
+    if text:
+        sys.stderr.write(f"{_process_prefix()}{text}\n")
+    sys.exit(code)
 
 
 LOST_WORKER = re.compile(r"DataLoader (worker \(|timed out)|</torch_")  # which cannot be shared: a full /dev/shm
@@ -2287,7 +2288,7 @@ class Checkpoints:
             write_table(self.run.path("training_history.csv"), history)
 
     def read_last(self):
-        """Content of the newest usable checkpoint, or of the one that --resume names; None where the run stopped before.
+        """Content of the newest usable checkpoint, or of the one that --resume names; None where there was none yet.
 
         Raises CheckpointError where there are files and none of them can be used, or they are lost.
         """
