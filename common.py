@@ -639,7 +639,7 @@ class Run:
             raise UserError(f"{self.folder} cannot be continued exactly: these differ (then, now); "
                             f"start a new run or restore them{''.join(lines)}")
         if epochs < self.args.epochs:
-            Checkpoints(self).read_last()  # CheckpointError before anything is changed
+            read_last(self)  # CheckpointError before anything is changed
             self.path("metrics.json").unlink(missing_ok=True)
             write_json(path, first)
 
@@ -888,10 +888,10 @@ def package_versions():
 
 def _git_commit():
     """The commit of this repository, ending in -dirty where a file was changed; None without git."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40",
-               "--exclude=*"]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    folder = Path(__file__).resolve().parent
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10).stdout.strip() or None
     return None
 
 
@@ -1189,8 +1189,9 @@ def _choose_device(name, processes):
         device = torch.device(name)
     own_index = 0 if processes.size > 1 else getattr(device, "index", 0) or 0  # srun may show each process its own GPU
     if device is None or own_index >= counts.get(device.type, 0):
-        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps; this torch sees {counts['cuda']} CUDA "
-                        f"GPUs and {counts['mps']} Apple ones. Use --device cpu, or run verify_setup.py to see why")
+        raise UserError(
+            f"--device {name}: expected auto, cpu, cuda, cuda:N or mps; this torch sees {counts['cuda']} CUDA GPUs and "
+            f"{counts['mps']} Apple ones. Use --device cpu, or run verify_setup.py to see why")
     if device.type == "cuda" and processes.size > 1:
         device = torch.device("cuda", processes.local_rank % counts["cuda"])  # srun may show each its own
         torch.cuda.set_device(device)
@@ -1895,8 +1896,8 @@ def augment_clip(frames, drawn, size):
     """Apply one Augmentation to all frames of a clip alike: uint8 (T, H, W, 3) -> (T, size, size, 3).
 
     H and W at least `size`. Means and extremes that colour operations need are those of the whole clip, so that nothing
-    flickers. One bilinear warp; pixels from outside the picture are 0. What the crop cut off comes back where a rotation
-    or shift needs it, so there are fewer black corners than with separate steps. Erased pixels are 0 after to_input.
+    flickers. One bilinear warp; pixels from outside the picture are 0. What the crop cut off comes back where a
+    rotation or shift needs it: fewer black corners than with separate steps. Erased pixels are 0 after to_input.
     """
     if drawn == Augmentation():
         return eval_crop(frames, size)
@@ -1970,7 +1971,7 @@ def on_device(numbers, device):
 
 def to_input(batch, device, mean=IMAGENET_MEAN, std=IMAGENET_STD, channels_last=True):
     """Normalise a uint8 tensor (B, H, W, 3) on `device` to float32 (B, 3, H, W); channels_last costs no copy."""
-    pixels = batch.to(device, non_blocking=True).to(torch.float32)  # (B, H, W, 3)
+    pixels = batch.to(device, non_blocking=True).float()  # (B, H, W, 3)
     # Rows of W * 3 numbers: a last axis of length 3 would be four times slower.
     centre = on_device(tuple(mean), device).repeat(batch.shape[2])
     spread = on_device(tuple(std), device).repeat(batch.shape[2])
@@ -2252,7 +2253,7 @@ def load_state(model, state, source):
 
 
 class Checkpoints:
-    """The files that a run continues from: last.pth, the one before it, best_model.pth and training_history.csv.
+    """Writes the files that a run continues from: last.pth, the one before it, best_model.pth, training_history.csv.
 
     They are written as often as time allows: a save may take at most a tenth (SAVING_TIME) of the time since the last
     one. A best model that waits for the next save is lost in a kill together with its epoch, which is then repeated to
@@ -2287,34 +2288,35 @@ class Checkpoints:
         if history:
             write_table(self.run.path("training_history.csv"), history)
 
-    def read_last(self):
-        """Content of the newest usable checkpoint, or of the one that --resume names; None where there was none yet.
 
-        Raises CheckpointError where there are files and none of them can be used, or they are lost.
-        """
-        paths = [self.run.path("last.pth"), self.run.path("last.pth.prev")]
-        named = Path(self.run.args.resume)
-        if named.is_file() and named.resolve().parent == self.run.folder.resolve():  # not in the other folds
-            paths = [named]
-        faults = []
-        for path in filter(Path.exists, paths):
-            try:
-                content = load_model_file(path)
-            except UserError as error:
-                faults.append(str(error))
-                self.run.say(f"WARNING: {error}")
-                continue
-            if path.suffix == ".prev":
-                self.run.say(f"WARNING: continuing from {path.name}, the checkpoint before last.pth")
-            return content
-        kept = sorted(set(self.run.folder.glob("checkpoint_epoch_*.pth")) - set(paths), key=os.path.getmtime)
-        # a kill may leave that of epoch 1 before there is any last.pth
-        has_older = kept and kept[-1].name != "checkpoint_epoch_1.pth"
-        if not faults and not has_older and not self.run.path("training_history.csv").exists():
-            return None
-        advice = f"--resume {kept[-1]} goes on from it" if kept else "start a new run, or remove the folder of a fold"
-        raise CheckpointError(f"{self.run.folder} cannot be continued: no usable checkpoint "
-                              f"({'; '.join(faults) or 'last.pth is lost'}); {advice}")
+def read_last(run):
+    """Content of a run's newest usable checkpoint, or of the one that --resume names; None where it stopped before any.
+
+    Raises CheckpointError where there are files and none of them can be used, or they are lost.
+    """
+    paths = [run.path("last.pth"), run.path("last.pth.prev")]
+    named = Path(run.args.resume)
+    if named.is_file() and named.resolve().parent == run.folder.resolve():  # not in the other folds
+        paths = [named]
+    faults = []
+    for path in filter(Path.exists, paths):
+        try:
+            content = load_model_file(path)
+        except UserError as error:
+            faults.append(str(error))
+            run.say(f"WARNING: {error}")
+            continue
+        if path.suffix == ".prev":
+            run.say(f"WARNING: continuing from {path.name}, the checkpoint before last.pth")
+        return content
+    kept = sorted(set(run.folder.glob("checkpoint_epoch_*.pth")) - set(paths), key=os.path.getmtime)
+    # a kill may leave that of epoch 1 before there is any last.pth
+    has_older = kept and kept[-1].name != "checkpoint_epoch_1.pth"
+    if not faults and not has_older and not run.path("training_history.csv").exists():
+        return None
+    advice = f"--resume {kept[-1]} goes on from it" if kept else "start a new run, or remove the folder of a fold"
+    raise CheckpointError(f"{run.folder} cannot be continued: no usable checkpoint "
+                          f"({'; '.join(faults) or 'last.pth is lost'}); {advice}")
 
 
 # ---------------------------------------------------------------------------
@@ -2725,7 +2727,7 @@ class Training:
             self.run.path(name), to_plain_types(content | {"model": self.model.state_dict()})))
 
     def _load_last(self):
-        content = self.checkpoints.read_last()
+        content = read_last(self.run)
         if content is None:
             return
         with checkpoint_fields(self.run.folder):
@@ -2799,8 +2801,7 @@ def metrics_from_sums(sums):
     n = 0: all NaN; n < 2 or constant target: r and R2 NaN; constant prediction: r = 0. R2 = 1 - SSE / SST about the
     mean of these same rows.
     """
-    sums = np.moveaxis(np.asarray(sums, np.float64), -2, 0)
-    n, p, t, pp, tt, pt, absolute, squared = sums
+    n, p, t, pp, tt, pt, absolute, squared = np.moveaxis(sums, -2, 0)
     with undefined_is_nan():
         spread_p = pp - p * p / n
         spread_t = tt - t * t / n
