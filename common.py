@@ -1168,7 +1168,7 @@ def choose_compute(device, use_amp, processes=None, fp32_on_cpu=False):
             name += "; its GPU is untested here: --device mps tries it"
     return Compute(
         device, precision,
-        channels_last=device.type in ("cpu", "cuda"),
+        channels_last=device.type != "mps",
         text=f"{device} ({name}), {precision}",
         processes=processes)
 
@@ -1204,12 +1204,10 @@ def keep_freed_memory():
     glibc hands blocks of many MB back to the system at once and asks for them again in every step,
     page by page: a tenth of a ResNet-18's training step on a CPU. Elsewhere nothing happens.
     """
-    m_trim_threshold = -1  # malloc.h
-    m_mmap_max = -4
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2 ** 31 - 1)
+        mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
+        mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
 def fast_precision(device):
@@ -1279,8 +1277,7 @@ class EpochBatches(torch.utils.data.Sampler):
             first = self.n_samples * self.rank // self.size
             last = self.n_samples * (self.rank + 1) // self.size
         self.edges = [*range(first, last, self.batch_size), last]
-        n_leftover = (last - first) % self.batch_size
-        if self.train and n_leftover == 1 and len(self.edges) > 2:
+        if self.train and self.n_samples % self.batch_size == 1 and len(self.edges) > 2:
             del self.edges[-2]
 
     def __len__(self):
@@ -2208,7 +2205,7 @@ def load_model_file(path, script=None):
 def checkpoint_files(paths):
     """Files and run folders -> checkpoint files: a folder's own best_model.pth, or those of its folds."""
     files = []
-    for path in map(Path, paths):
+    for path in paths:
         found = [path]
         if path.is_dir():
             own = list(path.glob("best_model.pth"))
