@@ -120,8 +120,7 @@ def main():
     for path in args.predictions:
         table = table_judging.read_table(path, args, args.baseline)
         tables.append(dataclasses.replace(table, seen=as_stated(table.seen, args)))
-    if len(tables) > 1:
-        tables = table_judging.same_rows(tables, args.predictions)
+    tables = table_judging.same_rows(tables, args.predictions)
     with common.start_run(args) as run:
         run.write_args(predictions=args.predictions)
         if len(tables) == 1:

@@ -580,8 +580,7 @@ def judge(run, args, study, split, table, part, alarms, similar, trained_on, bes
         alarms=alarms,
         data=data_blocks(study, split, table),
         similar=judging.similar_blocks(similar, study.images, study.picture),
-        cases=judging.case_blocks(table, study.images[rows], lambda i: study.picture(rows[i]),
-                                  blocks_of=blocks_of),
+        cases=judging.case_blocks(table, lambda i: study.picture(rows[i]), blocks_of),
         limits=limits(args),
         folds=folds)
     ceiling = rater_agreement.measure_ceiling(

@@ -966,8 +966,7 @@ def judge(run, args, study, split, rows, table, *, part, use, alarms, best_epoch
         best_epoch=best_epoch,
         alarms=pose_scores.use_alarms(use, motion, scores_one_block) + alarms,
         data=data_blocks(run, study, split, table),
-        cases=judging.case_blocks(
-            table, study.names[rows], lambda i: study.frame(rows[i], 0, args.image_size)),
+        cases=judging.case_blocks(table, lambda i: study.frame(rows[i], 0, args.image_size)),
         limits=limits(args, study),
         folds=folds)
     pose_judging.judge_poses(

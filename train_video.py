@@ -1093,7 +1093,7 @@ def judge(run, args, study, split, table, part, trained_on, similar=(), **known)
         data=data_blocks(study, split, rows, table),
         similar=judging.similar_blocks(similar, manifest.clip_ids, study.strip),
         cases=[reporting.html_text("A clip is shown by five of its frames, evenly from its first to its last."),
-               *judging.case_blocks(table, manifest.clip_ids[rows], lambda i: study.strip(rows[i]))],
+               *judging.case_blocks(table, lambda i: study.strip(rows[i]))],
         limits=event_splits.limits(args, manifest),
         **known)
     of_rows = {name: values[rows] for name, values in levels.items()}

@@ -51,10 +51,8 @@ def risk_coverage(confidence, correct):
     One entry a distinct confidence. Coverage rises to 1; rows of equal confidence enter together,
     so the order of the rows does not matter.
     """
-    order, first = class_scores.tied_runs(confidence)
-    last = np.append(first[1:], len(order))
-    wrong = np.cumsum(~correct[order])
-    return last / len(order), wrong[last - 1] / last
+    n_called, wrong = class_scores.hits_by_threshold(confidence, ~correct)
+    return n_called[1:] / len(correct), wrong[1:] / n_called[1:]
 
 
 def conformal_quantile(abs_residuals, alpha, subjects=None, seed=0):
@@ -135,11 +133,9 @@ def fit_threshold(probability, label, positive=1):
     is_positive = label == positive
     if is_positive.all() or not is_positive.any():
         return 0.5
-    order, first = class_scores.tied_runs(score)
-    n_called = np.append(first, len(score))  # (G + 1,) rows at or above each threshold
-    hits = np.append(0, np.cumsum(is_positive[order]))[n_called]
+    n_called, hits = class_scores.hits_by_threshold(score, is_positive)
     f1 = 2 * hits / (n_called + is_positive.sum())
-    edges = np.concatenate([[1.0], score[order][first], [0.0]])
+    edges = np.concatenate([[1.0], np.unique(score)[::-1], [0.0]])
     cuts = (edges[:-1] + edges[1:]) / 2
     best = cuts[f1 >= f1.max() - 1e-12]
     return float(best[np.abs(best - 0.5).argmin()])

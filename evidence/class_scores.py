@@ -79,6 +79,16 @@ def tied_runs(score):
     return order, np.flatnonzero(np.append(True, np.diff(score[order]) != 0))
 
 
+def hits_by_threshold(score, is_hit):
+    """(n_called, hits), (G + 1,) each: how many rows have a score or more, and how many of them are hits, from none to all.
+
+    score, is_hit: (N,) each; an entry for no row, and one for each of the G different scores.
+    """
+    order, first = tied_runs(score)
+    n_called = np.append(first, len(order))
+    return n_called, np.append(0, np.cumsum(is_hit[order]))[n_called]
+
+
 def class_statistic(probability, label, threshold=None, positive=1, owners=slice(None)):
     """classification_metrics as a function of weights (D, S) of subjects: ({name: (D,)}, {name: (D, C)}) of D resamples.
 

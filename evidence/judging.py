@@ -99,23 +99,23 @@ def subject_blocks(table, result):
     return [reporting.html_table(rows, caption=caption)]
 
 
-def case_blocks(table, titles, picture, blocks_of=None):
+def case_blocks(table, picture, blocks_of=None):
     """HTML of the section Best and worst cases: the five rows with the smallest and with the largest error.
 
-    titles: (M,) text; picture: function of a row of the table -> uint8 (H, W, 3); blocks_of: function (rows, a case for
-    each) -> HTML, where it is more than the cases.
+    picture: function of a row of the table -> uint8 (H, W, 3); blocks_of: function (rows, a case for each) -> HTML, where
+    it is more than the cases.
     """
     order, lines = table.rank_rows()
     blocks = []
     for word, rows in (("Best:", order[:5]), ("Worst:", order[::-1][:5])):
-        cases = [{"image": picture(row), "title": titles[row], "lines": lines[row]} for row in rows]
+        cases = [{"image": picture(row), "title": table.row_names[row], "lines": lines[row]} for row in rows]
         blocks.append(reporting.html_text(word))
         blocks += blocks_of(rows, cases) if blocks_of else [reporting.html_cases(cases)]
     return blocks
 
 
 def similar_blocks(pairs, titles, picture):
-    """HTML of the six nearest of splitting.similar_pairs; titles, picture: as in case_blocks, by row of the study."""
+    """HTML of the six nearest of splitting.similar_pairs; titles: (N,) text; picture: function of a row of the study."""
     cases = [{"image": picture(row), "title": f"pair {number}: {titles[row]}"}
              for number, pair in enumerate(pairs[:6], 1) for row in pair]
     return [reporting.html_text("Pictures of two parts that look alike to the untuned network. If they are copies or "

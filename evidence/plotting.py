@@ -335,7 +335,7 @@ def _draw_reliability(axis, probability, label, colour, name):
     weights = np.stack([np.ones(len(bins)), confidence, is_right])
     sums = class_scores.sums_by(bins, class_scores.ECE_BINS, weights)
     count, sum_confidence, right = sums[:, sums[0] > 0]
-    low, high = np.transpose([subject_intervals.share_interval(k, n) for k, n in zip(right, count)])
+    low, high = zip(*map(subject_intervals.share_interval, right, count))
     x = sum_confidence / count
     axis.vlines(x, low, high, color=colour, linewidth=1.2, alpha=0.6)
     axis.plot(x, right / count, "o-", color=colour, label=name)
@@ -367,9 +367,7 @@ def plot_precision_recall(probability, label, names, path, shown):
         is_own = label == c
         if is_own.all() or not is_own.any():
             continue
-        order, first = class_scores.tied_runs(score)
-        n_called = np.append(first, len(score))  # rows at or above each threshold, from none to all
-        found = np.append(0, is_own[order].cumsum())[n_called]
+        n_called, found = class_scores.hits_by_threshold(score, is_own)
         false = n_called - found
         recall = found / found[-1]
         precision = found[1:] / n_called[1:]

@@ -158,8 +158,8 @@ class ClassTable(Rows):
         """subject_intervals.Result, paired with the best baseline; each decides by its own threshold, if any."""
         best = self.best_baseline
         return subject_intervals.bootstrap_classification(
-            self.probability, self.label, self.groups, self.baselines[best], self.names, self.threshold, self.positive,
-            baseline_name=best, baseline_threshold=self.baseline_thresholds.get(best), folds=self.n_folds)
+            self.probability, self.label, self.groups, self.baselines[best], self.threshold, self.positive,
+            self.baseline_thresholds.get(best), self.n_folds, names=self.names, baseline_name=best)
 
     def against(self, other, name):
         """The table with the predictions of another one of the same rows as its only baseline."""

@@ -60,13 +60,6 @@ def deal_out_units(sizes, order, shares):
     return part
 
 
-def _assign_rows(shares, stratum, seed, keys):
-    """-> (N,) part: rows in random order, stratum by stratum."""
-    order = np.random.default_rng(seed).permutation(np.argsort(keys, kind="stable"))
-    order = order[np.argsort(stratum[order], kind="stable")]
-    return deal_out_units(np.ones(len(keys)), order, shares)
-
-
 def _assign_groups(shares, stratum, unit, seed):
     """-> (N,) part: the best stratified of many random deals of whole groups."""
     rng = np.random.default_rng(seed)
@@ -118,7 +111,9 @@ def make_split(keys, ratios, strata=None, groups=None, seed=42):
             "kept whole.")
     stratum = _strata_codes(strata, n_rows)
     if unit is None:
-        part = _assign_rows(shares, stratum, seed, keys)
+        order = np.random.default_rng(seed).permutation(np.argsort(keys, kind="stable"))
+        order = order[np.argsort(stratum[order], kind="stable")]  # stratum by stratum
+        part = deal_out_units(np.ones(n_rows), order, shares)
     else:
         part = _assign_groups(shares, stratum, unit, seed)
     return {name: np.flatnonzero(part == p) for p, name in enumerate(ratios)}
@@ -391,10 +386,9 @@ def found_leakage(word, places):
 
 
 def leakage_text(report):
-    """A line per two parts and per part that holds copies, with all zeros, and the notes of the report."""
+    """A line per two parts, with all zeros, and per part that holds copies, and the notes of the report."""
     lines = [_leakage_line(f"leakage {pair}", found) for pair, found in report["between"].items()]
-    lines += [_leakage_line(f"inside {part}", found) for part, found in report["within"].items()
-              if any(item["count"] for item in found.values())]
+    lines += found_leakage("inside", report["within"])
     return "\n".join(lines + report.get("notes", []))
 
 

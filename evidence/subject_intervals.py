@@ -102,7 +102,7 @@ class Result:
 
 # --- the engine: a statistic of how often each subject is drawn -> estimates -------------------------
 
-def estimate(model, baseline, subjects, unit, *, names, n, rows, support, draws=2000, seed=0, folds=1,
+def estimate(model, baseline, subjects, unit, *, n, rows, support, names=None, draws=2000, seed=0, folds=1,
              per_subject=None, **described):
     """Result of statistics of how often each subject is drawn.
 
@@ -313,13 +313,12 @@ def share_interval(k, n):
 
 # --- scores ----------------------------------------------------------------------------------------
 
-def bootstrap_regression(predicted, target, subjects=None, baseline=None, unit="subjects", names=None,
-                         baseline_name=None, folds=1):
+def bootstrap_regression(predicted, target, subjects=None, baseline=None, unit="subjects", **described):
     """Result of a whole split of scores: metrics of each target, and their means over the targets.
 
     predicted, target, baseline: (N, R), NaN in target = missing; subjects: (N,) names, None = every row its own;
-    unit: what the subjects are called; names: R targets (None: "0", "1", ...); folds: how many models predicted the
-    rows. A target labelled in under 5 subjects has no interval, its R2 none under 9 rows.
+    unit: what the subjects are called; described: names, baseline_name and folds, as in `estimate`. A target labelled
+    in under 5 subjects has no interval, its R2 none under 9 rows.
     """
     labelled = ~np.isnan(target).all(1)
     owners = (np.arange(len(target)) if subjects is None else subjects)[labelled]
@@ -342,8 +341,8 @@ def bootstrap_regression(predicted, target, subjects=None, baseline=None, unit="
     support["each", "r2"] = np.where(n < FEWEST_ROWS_FOR_R2, 0, labelled_by)
     support["overall", "r2"] = support["each", "r2"].max(initial=0)
     return estimate(
-        _regression_statistic(sums), of_baseline, len(sums), "rows" if subjects is None else unit, names=names, n=n,
-        rows=len(owners), support=support, folds=folds, per_subject=parts, baseline_name=baseline_name)
+        _regression_statistic(sums), of_baseline, len(sums), "rows" if subjects is None else unit, n=n,
+        rows=len(owners), support=support, per_subject=parts, **described)
 
 
 def _parts_of_difference(sums, of_baseline):
@@ -375,7 +374,7 @@ def overall_rows(result):
         baseline = result.overall.baseline.get(name)  # some are the model's alone
         rows.append({
             "metric": metric_names.METRICS[name].label,
-            **dataclasses.asdict(found),
+            **vars(found),
             "baseline": baseline.value if baseline else None})
     return rows
 
@@ -392,14 +391,13 @@ def target_table(result):
 
 # --- classes -----------------------------------------------------------------------------------------
 
-def bootstrap_classification(probability, label, groups=None, baseline=None, names=None, threshold=None, positive=1,
-                             baseline_name=None, baseline_threshold=None, folds=1):
+def bootstrap_classification(probability, label, groups=None, baseline=None, threshold=None, positive=1,
+                             baseline_threshold=None, folds=1, **described):
     """Result of a whole split of classes: metrics of all of them, and of each against the rest.
 
-    probability, baseline: (N, C); label: (N,); groups: (N,) names, None = every row its own; names: C classes
-    (None: "0", "1", ...); threshold, positive: as in classification_metrics; baseline_threshold: the same for the
-    baseline; folds: how many models predicted the rows. Intervals of a class seen in (or outside of) under 5 subjects
-    are NaN. Exceptions: accuracy, recall and precision of ungrouped rows of one model, by Wilson; and a share
+    probability, baseline: (N, C); label: (N,); groups: (N,) names, None = every row its own; threshold, positive: as in
+    classification_metrics; baseline_threshold: the same for the baseline; folds, described (names and baseline_name): as
+    in `estimate`. Intervals of a class seen in (or outside of) under 5 subjects are NaN. Exceptions: accuracy, recall and precision of ungrouped rows of one model, by Wilson; and a share
     of 0 or 1 that no resample changes, exact over the subjects of the rarest class that it needs.
     """
     n_classes = probability.shape[1]
@@ -412,9 +410,8 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, nam
     if baseline is not None:
         of_baseline = class_scores.class_statistic(baseline, label, baseline_threshold, positive, index)
     result = estimate(
-        statistic, of_baseline, len(subjects), "rows" if groups is None else "subjects", names=names,
-        n=confusion.sum(1), rows=len(index), support=support, folds=folds, baseline_name=baseline_name,
-        confusion=confusion)
+        statistic, of_baseline, len(subjects), "rows" if groups is None else "subjects", n=confusion.sum(1),
+        rows=len(index), support=support, folds=folds, confusion=confusion, **described)
     if groups is None and folds == 1 and result.has_intervals:
         result.exceptions = "; accuracy, recall and precision: Wilson"
         _take_wilson_intervals(result.overall.model, result.each.model, confusion)
@@ -444,5 +441,4 @@ def _take_wilson_intervals(overall, each, confusion):
     accuracy = overall["accuracy"]
     accuracy.low, accuracy.high = share_interval(right.sum(), confusion.sum())
     for metric, counts in (("recall", confusion.sum(1)), ("precision", confusion.sum(0))):
-        for c, ends in enumerate(map(share_interval, right, counts)):
-            each[metric].low[c], each[metric].high[c] = ends
+        each[metric].low, each[metric].high = np.transpose(list(map(share_interval, right, counts)))

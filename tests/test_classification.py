@@ -256,10 +256,10 @@ def test_intervals_over_subjects_cover_89_to_98_percent(subjects, rows, separati
     model, baseline, label, names = clustered_scores(4000, rows, generator, separation)
     with monkeypatch.context() as patched:  # only the values count
         patched.setattr(subject_intervals, "estimate", functools.partial(subject_intervals.estimate, draws=1))
-        truth = covered_estimates(draw(model, label, names, baseline, ["a", "b"]))
+        truth = covered_estimates(draw(model, label, names, baseline, names=["a", "b"]))
     for _ in range(400):
         model, baseline, label, names = clustered_scores(subjects, rows, generator, separation)
-        found = covered_estimates(draw(model, label, names, baseline, ["a", "b"]))
+        found = covered_estimates(draw(model, label, names, baseline, names=["a", "b"]))
         hits.append([each.low <= truth[name].value <= each.high for name, each in found.items()])
     shares = dict(zip(truth, np.mean(hits, axis=0)))
     assert all(0.89 <= share <= 0.98 for share in shares.values()), shares
@@ -737,7 +737,7 @@ def test_a_name_of_all_classes_means_all_and_the_other_spelling_means_the_class(
 
 def test_verdict_of_a_classifier_names_the_metric_and_the_direction():
     model, baseline, label, names = clustered_scores(30, 18, np.random.default_rng(0), 2.5)
-    result = subject_intervals.bootstrap_classification(model, label, names, baseline, ["ear", "tail"],
+    result = subject_intervals.bootstrap_classification(model, label, names, baseline, names=["ear", "tail"],
                                                         baseline_name="pair_prior")
     text = verdicts.verdict_sentence(result, "roc_auc", label="ROC AUC", seen="chose")
     assert text.startswith("The model beats the baseline (pair prior): ROC AUC 0.9")
