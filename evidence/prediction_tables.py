@@ -313,7 +313,7 @@ def _probabilities(table, prefix, names, path):
 
 ID_COLUMNS = "image clip_id id filename file name".split()
 FURTHER_KEYS = "event n_clips video start_sec end_sec fold".split()
-OWN_KINDS = "true predicted sd low high".split()  # NAME_ of the model itself: no baselines
+BOUNDS = ("sd", "low", "high")  # NAME_ of how sure the model is: baselines only where one is named
 LABEL_COLUMNS = ("true_label", "label", "true", "target")
 PLAIN_LABELS = ("0 1", "0.0 1.0", "no yes", "false true", "negative positive")  # the second one is the positive class
 
@@ -426,9 +426,9 @@ def _read_scores(table, path, names, baseline, shared):
              or csv_tables.looks_numeric(table[first + kind])]
     # without those of a score whose name begins with this one
     blocks = _known({kind: _block(table, [f"{name}_{kind}" for name in names], path) for kind in kinds})
-    own = {kind: blocks.pop(kind, None) for kind in OWN_KINDS}
-    found = ScoreTable(names=names, target=own["true"], predicted=own["predicted"], spread=own["sd"], baselines=blocks,
-                       **shared)
+    target = blocks.pop("true")
+    predicted = blocks.pop("predicted")
+    found = ScoreTable(names=names, target=target, predicted=predicted, spread=blocks.get("sd"), baselines=blocks, **shared)
     return dataclasses.replace(found, baselines=_score_baselines(found, table, baseline, path))
 
 
@@ -440,6 +440,7 @@ def _score_baselines(found, table, baseline, path):
     if baseline:
         name = known_name(baseline, blocks, path)
         return {name: blocks[name]}
+    blocks = {kind: block for kind, block in blocks.items() if kind not in BOUNDS}
     if "train_mean" in blocks:
         return blocks
     # another program's: a count or an error beside the scores is no prediction of them
@@ -512,12 +513,12 @@ def _from_score(table, column, path, notes):
     score = _block(table, [column], path)  # (M, 1)
     if ((score < 0) | (score > 1)).any():
         logistic = 1 / (1 + np.exp(-score.clip(-700)))
-        keeps_order = len(np.unique(logistic)) == len(np.unique(score))  # large ones are all 1 in float64
-        if (score < 0).any() and keeps_order:
+        kept = len(np.unique(logistic)) / len(np.unique(score))  # large ones are all 1 in float64
+        if (score < 0).any() and kept > 0.95:
             score = logistic
         else:
             score = pd.DataFrame(score).rank(method="dense", pct=True).to_numpy()
-            notes.append(f"{column} is neither a probability nor log odds (some below 0, none large), so its rank stands "
+            notes.append(f"{column} is neither a probability nor log odds (some below 0, few large), so its rank stands "
                          "for it: AUC and average precision are those of the score; calibration, loss and what a "
                          "threshold decides (accuracy, precision, recall, F1) mean nothing")
     return np.concatenate([1 - score, score], axis=1)

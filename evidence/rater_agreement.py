@@ -121,8 +121,8 @@ def measure_ceiling(names, mean, sd=None, n=None, single_ratings=None):
         return Ceiling(source="not measurable: the table has means alone. Columns of the raters' sd and number "
                               "(Valence_sd, Valence_n), or a row for every single rating, would give one")
     if n is not None:
-        return Ceiling(source="1 - mean(sd^2 / n) / var(mean), where an sd of 0 counts if n is over 1: "
-                              "these raters agree", r2=noise_ceiling(mean, sd, n))
+        return Ceiling(source="1 - mean(sd^2 / n) / var(mean), where an sd of 0 counts if n is over 1: these raters "
+                              "agree, if only that the scale ends there", r2=noise_ceiling(mean, sd, n))
     sd = np.where(sd > 0, sd, np.nan)  # 0 may be of one rater
     tables = {f"n = {raters}": noise_ceiling(mean, sd, raters) for raters in (2, 4, 6, 10, 15, 20, 30)}
     possible = pd.DataFrame({"target": names, **tables}).to_dict("records")

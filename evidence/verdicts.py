@@ -20,6 +20,7 @@ NOT_FINITE_REMEDY = "Lower --lr, or --use_amp off"
 REPEATS_REMEDY = ("Look for rows with the same input (the section Leakage), and keep them together: --group_column "
                   "(probe guidance: --patient_map)")
 LABELS_REMEDY = "Add rows with other labels, or leave it out (--target_columns, where a script has them)"
+MOST_POINTS = 11  # of a scale: 0 to 10
 
 
 def regression_alarms(predicted, target, names):
@@ -47,18 +48,21 @@ def regression_alarms(predicted, target, names):
 
 
 def _fewest_repeats(predicted, modal):
-    """How many equal rows of (N, K) predictions speak for a fault: 3, of coarse ones, which meet by chance, more.
+    """How many equal rows of (N, K) predictions speak for a fault: 3, and more where they meet by chance.
 
-    Coarse: each a multiple of 1 / k with k up to 1000, as rounded ones, whole points of a scale, and the shares of
-    neighbours or of a tree's leaf. modal: how many rows share the most frequent label; where labels too are few points
-    of a scale, it is no fault to predict one of them often.
+    That is where rows are very many, or predictions coarse: each a multiple of 1 / k with k up to 1000, as rounded ones,
+    and the shares of neighbours or of a tree's leaf. modal: how many rows share the most frequent label; where labels
+    too are few points of a scale, or the predictions are its whole points, one of them may be predicted often.
     """
-    rest = np.unique(predicted[np.isfinite(predicted)])
+    rows = len(predicted)
+    values = np.unique(predicted[np.isfinite(predicted)])
+    rest = values[::len(values) // 1000 + 1]  # a thousand tell
     for k in range(501, 1001):  # every k below has a multiple among them
         rest = rest[np.abs(rest * k - np.round(rest * k)) > 1e-8 * k]
     if len(rest):
-        return 3
-    rows = len(predicted)
+        return max(3, rows // 1000)
+    if len(values) <= MOST_POINTS and not (values % 1).any():
+        modal = rows
     return math.ceil(min(0.95 * rows, max(3, rows / 5, 3 * modal)))
 
 

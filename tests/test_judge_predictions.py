@@ -246,6 +246,8 @@ def test_a_column_that_predicts_nothing_is_no_baseline(tmp_path):
     assert list(found.baselines) == ["old", "mean_of_these_rows"] and found.best_baseline == "old"
     bounds = [{**row, "v_low": row["v_true"] - 0.1, "v_high": row["v_true"] + 0.1, "v_sd": row["v_true"]} for row in rows]
     assert list(table_of(tmp_path, bounds).baselines) == list(found.baselines), "of predict_assessor.py --interval"
+    several = [{**row, **{name.replace("v_", "w_"): cell for name, cell in row.items()}} for row in bounds]
+    assert list(table_of(tmp_path, several, baseline="low").baselines) == ["low"], "whoever names it, gets it"
     found = table_of(tmp_path, rows)
     for row in rows:
         del row["v_old"]
@@ -326,6 +328,13 @@ def test_one_large_log_odd_is_one_all_the_same(tmp_path):
     rows = [{"id": k, "label": k % 2, "score": 8 * (k % 2) - 4 + 0.1 * k} for k in range(40)] + [
         {"id": 40, "label": 1, "score": 31}]
     assert table_of(tmp_path, rows).probability[0, 1] == pytest.approx(1 / (1 + math.exp(4)))
+
+
+def test_few_log_odds_that_meet_at_one_do_not_make_ranks_of_the_others(tmp_path):
+    rows = [{"id": k, "label": k % 2, "score": 8 * (k % 2) - 4 + 0.1 * k} for k in range(40)]
+    rows += [{"id": k, "label": 1, "score": k} for k in (40, 41)]
+    found = table_of(tmp_path, rows)
+    assert found.probability[0, 1] == pytest.approx(1 / (1 + math.exp(4))) and found.notes == []
 
 
 @pytest.mark.parametrize("unit, offset", [(1, 0), (20, -2000), (0.1, 0)])

@@ -422,6 +422,23 @@ def test_answers_as_coarse_as_the_labels_are_no_fault():
         assert verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]) == []
 
 
+def test_whole_points_of_continuous_ratings_are_no_fault():
+    """As a language model answers on a scale of 1 to 7; of a hundred points one that stands for a third of the rows is."""
+    draw = np.random.default_rng(0)
+    ratings = draw.normal(4, 1, (200, 1)).clip(1, 7)
+    assert verdicts.regression_alarms(np.rint(ratings + 0.5 * draw.normal(size=(200, 1))), ratings, ["v"]) == []
+    stuck = np.where(np.arange(200)[:, None] % 3 == 0, 50, np.rint(20 * ratings))
+    assert faults(verdicts.regression_alarms(stuck, ratings, ["v"]))[0].startswith("the same prediction for")
+
+
+def test_of_very_many_rows_some_meet_by_chance():
+    """A hundred thousand probabilities of six digits, most of them small."""
+    draw = np.random.default_rng(0)
+    label = draw.integers(0, 2, 100_000)
+    score = 1 / (1 + np.exp(4 - 2 * label - draw.normal(size=100_000)))
+    assert verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]) == []
+
+
 def test_the_remedy_for_equal_labels_is_one_of_the_script():
     probability = np.linspace(0.1, 0.9, 40)
     label = np.where(np.arange(40) < 39, 0, 1)
