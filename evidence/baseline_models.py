@@ -162,11 +162,7 @@ def fit_logistic(features, label, n_classes, lambdas=LOGISTIC_LAMBDAS, groups=No
     # rotated to K columns, which changes neither the penalty nor the prediction
     left, length, basis = np.linalg.svd((features - mean) / sd, full_matrices=False)
     scores = left * length  # (N, K)
-    penalty = max(lambdas)
-    error = math.nan
-    folds = inner_folds(groups)
-    if len(folds) > 1:
-        penalty, error = _choose_penalty(scores, label, n_classes, folds, lambdas)
+    penalty, error = _choose_penalty(scores, label, n_classes, inner_folds(groups), lambdas)
     weights, intercept = _solve_logistic(scores, label, n_classes, penalty)
     weights = basis.T @ weights / sd[:, None]  # of features as they are
     return Readout(weights=weights, intercept=intercept - mean @ weights, inner_error=error)

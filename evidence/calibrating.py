@@ -12,8 +12,6 @@ import numpy as np
 
 from evidence import class_scores, prediction_tables, subject_intervals
 
-ECE_METRICS = {"ece": False, "ece_adaptive": True}  # name -> bins of equal mass
-
 
 def simulated_ece(confidence, adaptive=False):
     """(1000,) ECE of a perfectly calibrated model of these (N,) confidences at this N.
@@ -33,7 +31,7 @@ def take_null(comparison, confidence):
     loses its intervals. Of a true gap d and noise s, E|N(d, s)| lies between d and d + E|N(0, s)|, and for large d near
     the root of d^2 + s^2: the null is taken off as it is at the low end, and by squares at the high end.
     """
-    for name, adaptive in ECE_METRICS.items():
+    for name, adaptive in class_scores.ECE_METRICS.items():
         found = comparison.model[name]
         null = simulated_ece(confidence, adaptive).mean()
         half = (found.high - found.low) / 2

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from evidence import (
-    calibrating, confounding, judging, metric_names, plotting, reporting, subject_intervals, verdicts)
+    calibrating, class_scores, confounding, judging, metric_names, plotting, reporting, subject_intervals, verdicts)
 
 
 def judge_classes(run, table, setting, confounds=(), levels=()):
@@ -73,7 +73,7 @@ def fold_alarms(table):
 def criteria_names(names):
     """What --criteria may name; an ECE is judged by what is above its null."""
     return verdicts.spell_class_metrics(names) | {
-        name: verdicts.MetricOf(f"{name}_above_null") for name in calibrating.ECE_METRICS}
+        name: verdicts.MetricOf(f"{name}_above_null") for name in class_scores.ECE_METRICS}
 
 
 def plot_classes(run, table, confusion):

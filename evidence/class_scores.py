@@ -11,6 +11,7 @@ import common
 CLASSIFICATION_METRICS = "loss accuracy balanced_accuracy macro_f1 roc_auc mcc ece ece_adaptive brier".split()
 CLASS_METRICS = "precision recall f1 average_precision roc_auc".split()
 ECE_BINS = 15
+ECE_METRICS = {"ece": False, "ece_adaptive": True}  # name -> bins of equal mass
 
 
 @dataclasses.dataclass
@@ -101,8 +102,7 @@ def class_statistic(probability, label, threshold=None, positive=1, owners=slice
     row_terms = _row_terms(probability, label)  # (2, N)
     confidence = probability.max(1)
     gap = confidence - (probability.argmax(1) == label)
-    equal_width = confidence_bins(confidence, adaptive=False)
-    equal_mass = confidence_bins(confidence, adaptive=True)
+    bins = {name: confidence_bins(confidence, adaptive) for name, adaptive in ECE_METRICS.items()}
     unknown = 0.0 if np.isfinite(probability).all() else np.nan
 
     def statistic(weights):
@@ -114,8 +114,8 @@ def class_statistic(probability, label, threshold=None, positive=1, owners=slice
         per_class |= {"average_precision": average_precision, "roc_auc": auc}
         with common.undefined_is_nan():
             overall["loss"], overall["brier"] = (weights @ row_terms.T / total[:, None]).T
-            for name, bins in (("ece", equal_width), ("ece_adaptive", equal_mass)):
-                overall[name] = np.abs(sums_by(bins, ECE_BINS, weights * gap)).sum(1) / total
+            for name, own in bins.items():
+                overall[name] = np.abs(sums_by(own, ECE_BINS, weights * gap)).sum(1) / total
         overall["roc_auc"] = auc[:, positive] if count == 2 else common.mean_without_nan(auc)
         return ({name: overall[name] + unknown for name in CLASSIFICATION_METRICS},
                 {name: per_class[name] + unknown for name in CLASS_METRICS})

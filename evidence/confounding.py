@@ -94,8 +94,7 @@ def flag_confounds(rows, model, within=None, levels=()):
     bar = model.value if math.isnan(model.low) else model.low
     flagged = []
     for row in rows:
-        metric = "auc" if "auc" in row else "r2"
-        chance = 0.5 if metric == "auc" else 0.0
+        metric, chance = ("auc", 0.5) if "auc" in row else ("r2", 0.0)
         row = row | {"red_flag": bool(row[metric] > chance and row[metric] >= bar)}
         if row["name"] in levels:
             row[f"model_{metric}_within_levels"] = within(levels[row["name"]])
@@ -115,8 +114,6 @@ def flagged_doubts(rows):
 
 def confound_blocks(rows):
     """HTML of the section Without a pixel: what metadata alone predict, beside the model."""
-    if not rows:
-        return []
     shown = [{**row, "red_flag": "reaches the model" if row["red_flag"] else ""} for row in rows]
     columns = {name: name.replace("_", " ") for row in shown for name in row if name != "subjects"}
     return [reporting.html_table(

@@ -172,13 +172,13 @@ def write_comparison(run, rows, sections=()):
     caption = "Pairs of tables on the same rows; the interval is of the paired difference"
     sections = [
         *sections,
-        ("Comparison", [reporting.html_table(rows, caption=caption)] if rows else []),
+        ("Comparison", [reporting.html_table(rows, caption=caption)]),
         ("Command and versions", reporting.command_blocks()),
     ]
     found = " ".join(sentences[:3]) or "No two of them could be compared; the log says why."
     verdict = verdicts.Verdict("caution", "Comparison", found)
     reporting.write_report(run.path("report.html"), f"Comparison: {run.folder.name}",
-                           verdict, sections, run.compute.text, [])
+                           verdict, sections, run.compute.text)
     common.write_table(run.path("comparison.csv"), rows)
     common.write_json(run.path("metrics.json"), {"comparisons": rows})
     for sentence in sentences:
@@ -202,7 +202,7 @@ def headline(result, metric, level):
 
 
 def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figures, blocks, sections, numbers,
-              doubts=(), further_estimates=None):
+              doubts, further_estimates=None):
     """Write report.html and metrics.json of a run, and say its verdict; returns what metrics.json holds.
 
     result: subject_intervals.Result; metric, verdict: of the verdict, and its sentence; meanings: of the names that
@@ -236,8 +236,7 @@ def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figure
     }
     marked = [reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in alarms]
     marked += [reporting.html_text(doubt, "caution") for doubt in doubts]
-    if criteria:
-        blocks.append(reporting.html_table(criteria, digits=".4g", caption="Criteria"))
+    blocks.append(reporting.html_table(criteria, digits=".4g", caption="Criteria"))
     if setting.folds:
         blocks.append(reporting.html_table(fold_table(setting.folds), digits=".4g", caption="Folds"))
     sections = [
@@ -248,7 +247,7 @@ def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figure
         *sections,
         ("Learning curves", reporting.history_blocks(run)),
         ("Best and worst cases", setting.cases),
-        ("Limits", [reporting.html_list(setting.limits)] if setting.limits else []),
+        ("Limits", [reporting.html_list(setting.limits)]),
         ("Command and versions", reporting.command_blocks(run.args)),
     ]
     reporting.write_report(

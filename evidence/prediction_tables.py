@@ -299,13 +299,12 @@ def _probabilities(table, prefix, names, path):
     columns = [prefix + name for name in names]
     block = _block(table, columns, path)
     rounding = 0.005 * len(names) + 1e-6
-    is_good = (block > -1e-6).all(1) & (np.abs(block.sum(1) - 1) < rounding)
-    is_good |= np.isnan(block).any(1)  # refuse_useless judges blank cells
-    if not is_good.all():
-        row = is_good.argmin()
+    is_bad = (block < -1e-6).any(1) | (np.abs(block.sum(1) - 1) > rounding)  # refuse_useless judges blank cells
+    if is_bad.any():
+        row = is_bad.argmax()
         raise common.UserError(
             f"{path}, row {row + 1}: expected probabilities from 0 to 1 with sum 1 in {columns[0]} and its like, found "
-            f"{block[row].tolist()} ({(~is_good).sum()} such rows); turn logits into probabilities (softmax) first")
+            f"{block[row].tolist()} ({is_bad.sum()} such rows); turn logits into probabilities (softmax) first")
     return block
 
 
@@ -346,10 +345,10 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
     lacking = [  # A_human_predicted is a baseline of A
         f"{name}_true beside {name}_predicted" for name in predicted
         if name not in names and not name.startswith(starts) and f"{name}_predicted" != baseline]
-    if names and lacking:
-        raise common.UserError(
-            f"{path}: no column {common.shorten_list(lacking, 5)}; name its truth so, or leave it out")
     if names:
+        if lacking:
+            raise common.UserError(
+                f"{path}: no column {common.shorten_list(lacking, 5)}; name its truth so, or leave it out")
         return _read_scores(table, path, names, baseline, shared)
     label_column = csv_tables.find_column(table, LABEL_COLUMNS)
     if label_column and any(column.startswith("prob_") for column in table):

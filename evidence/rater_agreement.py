@@ -94,7 +94,7 @@ class Ceiling:
     source: str  # what it was computed from, or why it could not be
     r2: np.ndarray | None = None  # (R,)
     icc: np.ndarray | None = None  # (R, 2) ICC(1,1) and ICC(1,k)
-    possible: list = dataclasses.field(default_factory=list)  # dicts of R2 ceilings for numbers of raters
+    possible: list | tuple = ()  # dicts of R2 ceilings for numbers of raters
 
     @property
     def mean_r2(self):
@@ -115,8 +115,8 @@ def measure_ceiling(names, mean, sd=None, n=None, single_ratings=None):
     if single_ratings:
         ratings = [single_ratings[name] for name in names]
         return Ceiling(source="split half with Spearman-Brown, 100 halves of the single ratings",
-                       r2=np.array([split_half(each) for each in ratings]),
-                       icc=np.array([icc(each) for each in ratings]))
+                       r2=np.array(list(map(split_half, ratings))),
+                       icc=np.array(list(map(icc, ratings))))
     if sd is None:
         return Ceiling(source="not measurable: the table has means alone. Columns of the raters' sd and number "
                               "(Valence_sd, Valence_n), or a row for every single rating, would give one")
@@ -138,6 +138,4 @@ def ceiling_blocks(ceiling):
     if ceiling.r2 is not None and np.isnan(ceiling.mean_r2):
         text = f"Measurable for {np.isfinite(ceiling.r2).sum()} of {len(ceiling.r2)} ratings, so there is no mean."
         blocks.append(reporting.html_text(text))
-    if ceiling.possible:
-        blocks.append(reporting.html_table(ceiling.possible, caption="R2 ceiling by number of raters"))
-    return blocks
+    return [*blocks, reporting.html_table(ceiling.possible, caption="R2 ceiling by number of raters")]

@@ -76,22 +76,20 @@ def _cell_text(value, digits):
     return html.escape(format(value, digits) if is_float else str(value))
 
 
-def _is_numeric(cells):
-    return all(re.match(r"[-+]?(\.?\d|inf)|&ndash;|$", cell) for cell in cells)
-
-
 def html_table(rows, columns=None, digits=".3f", caption=""):
-    """Table that scrolls sideways on a narrow screen, numbers right aligned.
+    """Table that scrolls sideways on a narrow screen, numbers right aligned; "" without rows.
 
     rows: dicts; columns: {key: heading} (default: those of the first row); digits: format of the numbers that are not
     whole.
     """
+    if not rows:
+        return ""
     if columns is None:
-        columns = {key: key.replace("_", " ") for key in (rows[0] if rows else ["empty"])}
+        columns = {key: key.replace("_", " ") for key in rows[0]}
     cells = [[_cell_text(row.get(key), digits) for key in columns] for row in rows]
     align = [""] * len(columns)
     for j, column in enumerate(zip(*cells)):
-        if j and _is_numeric(column):
+        if j and all(re.match(r"[-+]?(\.?\d|inf)|&ndash;|$", cell) for cell in column):  # numbers
             align[j] = ' class="num"'
     head = "".join(
         f'<th scope="col"{mark}>{html.escape(name)}</th>'
@@ -222,14 +220,15 @@ def public_word(word):
 def write_report(path, title, verdict, sections, foot="", figures=()):
     """Write one self-contained HTML page: ASCII, no script, no network, under 5 MB, light and dark, phone and print.
 
-    verdict: a verdicts.Verdict; figures: the key figures as (label, value, remark) texts;
-    sections: (heading, blocks from the html_ builders), without blocks left out. The order of every train script: Data
-    and split, Leakage, Metrics, Calibration, Learning curves, Best and worst cases, Limits, Command and versions.
+    verdict: a verdicts.Verdict; figures: the key figures as (label, value, remark) texts; sections: (heading, blocks from
+    the html_ builders), left out where all blocks are empty. The order of every train script: Data and split, Leakage,
+    Metrics, Calibration, Learning curves, Best and worst cases, Limits, Command and versions.
     """
     title = html.escape(title)
     links = []
     bodies = []
     for heading, blocks in sections:
+        blocks = list(filter(None, blocks))
         if not blocks:
             continue
         name = f"s{len(links)}"

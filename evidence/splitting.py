@@ -148,19 +148,18 @@ def read_split_file(path, keys):
         parts = listed_parts(path)
     except common.UserError as error:
         raise common.UserError(f"--split_file {error}") from None
-    row_of = {key: row for row, key in enumerate(keys)}
+    known = set(keys)
     faults = [f"no {part} part" for part in ("train", "val") if not parts.get(part)]
     faults += [f"a part {part}{common.closest(part, PARTS)}" for part in parts if part not in PARTS]
     for key, count in collections.Counter(itertools.chain(*parts.values())).items():
-        unknown = "" if key in row_of else ", not in the table"
+        unknown = "" if key in known else ", not in the table"
         if count > 1 or unknown:
             faults.append(f"{key} (listed {count} times{unknown})")
     if faults:
         raise common.UserError(
             f"--split_file {path}: expected parts train, val (it chooses the epoch) and test, and each image name once, "
             f"found {common.shorten_list(faults)}.")
-    return {part: np.array(sorted(row_of[key] for key in parts.get(part, ())), dtype=int)
-            for part in PARTS}
+    return {part: np.flatnonzero(np.isin(keys, parts.get(part, []))) for part in PARTS}
 
 
 def check_flags(parser, args):

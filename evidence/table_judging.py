@@ -44,7 +44,10 @@ def read_table(path, args, baseline=None):
 
 
 def same_rows(tables, paths):
-    """The tables with the rows of the first, in its order. Raises UserError where rows or truth differ."""
+    """The tables with the rows of the first, in its order. Raises UserError where rows or truth differ.
+
+    paths: their files or names, for messages.
+    """
     first = tables[0]
     names = first.row_names
     aligned = [first]
@@ -77,20 +80,19 @@ def compare_runs(folders, say):
     for folder in folders:
         path = next(filter(Path.exists, map(folder.joinpath, PREDICTIONS)), None)
         if path:
-            tables[path] = prediction_tables.labelled(prediction_tables.read_predictions(path))
+            tables[folder.name] = prediction_tables.labelled(prediction_tables.read_predictions(path))
         else:
             say(f"note: {folder.name} is not compared: it holds none of {', '.join(PREDICTIONS)}")
     rows = []
-    for paths in itertools.combinations(tables, 2):
-        pair = [tables[path] for path in paths]
-        names = [path.parent.name for path in paths]
+    for names in itertools.combinations(tables, 2):
+        pair = [tables[name] for name in names]
         shared = np.intersect1d(pair[0].row_names, pair[1].row_names)
         if len(shared) < FEWEST_SHARED:
             say(f"note: {' and '.join(names)} are not compared: they share {len(shared)} rows, expected {FEWEST_SHARED}")
             continue
         pair = [prediction_tables.take(table, np.isin(table.row_names, shared)) for table in pair]
         try:
-            rows += compare_tables(same_rows(pair, paths), names)
+            rows += compare_tables(same_rows(pair, names), names)
         except common.UserError as error:
             say(f"note: {' and '.join(names)} are not compared: {error}")
     return rows

@@ -202,7 +202,7 @@ def parse_criteria(text, meanings):
     Raises UserError that lists every part that cannot be read, or every unknown name with the closest known one.
     """
     parts = [part.strip() for part in re.split(r"(?<=[\d.])\s*,[\s,]*", text or "") if part.strip()]
-    matches = [re.fullmatch(r"([^<>=]+?)\s*([<>]=?)\s*([-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)", p) for p in parts]
+    matches = [re.fullmatch(r"([^<>=]+?)\s*([<>]=?)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", part) for part in parts]
     bad = [part for part, match in zip(parts, matches) if match is None]
     if bad:
         raise common.UserError("--criteria expects NAME>NUMBER or NAME<NUMBER separated by commas, found: "
@@ -212,7 +212,8 @@ def parse_criteria(text, meanings):
         raise common.UserError(
             f"--criteria names no metric of this run: {', '.join(unknown)}. Use METRIC or METRIC_TARGET.")
     criteria = []
-    for name, relation, bar, *_ in (match.groups() for match in matches):
+    for match in matches:
+        name, relation, bar = match.groups()
         metric = metric_names.METRICS[meanings[name].metric].label
         criteria.append({"name": name, "metric": metric, "relation": relation, "bar": float(bar)})
     return criteria

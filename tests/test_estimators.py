@@ -223,10 +223,10 @@ def ece_coverage(rows, sharpness, simulations=60):
         probability, label = draw(rows)
         comparison = subject_intervals.bootstrap_classification(probability, label).overall
         calibrating.take_null(comparison, probability.max(1))
-        found = {name: comparison.model[f"{name}_above_null"] for name in calibrating.ECE_METRICS}
+        found = {name: comparison.model[f"{name}_above_null"] for name in class_scores.ECE_METRICS}
         hits.append([each.low <= truth[name] <= each.high for name, each in found.items()])
         assert math.isnan(comparison.model["ece"].low)
-    return dict(zip(calibrating.ECE_METRICS, np.mean(hits, 0)))
+    return dict(zip(class_scores.ECE_METRICS, np.mean(hits, 0)))
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 2.5])
