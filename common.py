@@ -1966,15 +1966,15 @@ def on_device(numbers, device):
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
-def to_input(batch, device, mean=IMAGENET_MEAN, std=IMAGENET_STD, channels_last=True):
-    """Normalise a uint8 tensor (B, H, W, 3) on `device` to float32 (B, 3, H, W); channels_last costs no copy."""
-    pixels = batch.to(device, non_blocking=True).float()  # (B, H, W, 3)
+def to_input(batch, compute, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Normalise a uint8 tensor (B, H, W, 3) on the device to float32 (B, 3, H, W); channels_last costs no copy."""
+    pixels = compute.send(batch).float()  # (B, H, W, 3)
     # Rows of W * 3 numbers: a last axis of length 3 would be four times slower.
-    centre = on_device(tuple(mean), device).repeat(batch.shape[2])
-    spread = on_device(tuple(std), device).repeat(batch.shape[2])
+    centre = on_device(tuple(mean), compute.device).repeat(batch.shape[2])
+    spread = on_device(tuple(std), compute.device).repeat(batch.shape[2])
     pixels.flatten(2).sub_(255 * centre).div_(255 * spread)
     pixels = pixels.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
-    return pixels if channels_last else pixels.contiguous()
+    return pixels if compute.channels_last else pixels.contiguous()
 
 
 # ---------------------------------------------------------------------------

@@ -49,8 +49,8 @@ class Member:
 
     def outputs(self, pixels, compute):
         """uint8 (B, S, S, 3) -> what `read` gives."""
-        inputs = common.to_input(pixels, compute.device, self.settings["pixel_mean"], self.settings["pixel_sd"],
-                                 compute.channels_last)  # (B, S, S, 3) -> (B, 3, S, S)
+        inputs = common.to_input(
+            pixels, compute, self.settings["pixel_mean"], self.settings["pixel_sd"])  # (B, S, S, 3) -> (B, 3, S, S)
         with compute.autocast():
             return self.read(inputs)
 

@@ -362,7 +362,7 @@ def to_device(inputs, args, compute):
     if inputs.dtype != torch.uint8:
         return compute.send(inputs)
     statistics = backbones.pixel_statistics(args.backbone, args.weights)
-    return common.to_input(inputs, compute.device, *statistics, channels_last=compute.channels_last)
+    return common.to_input(inputs, compute, *statistics)
 
 
 def train_one_epoch(model, loader, training, compute):
@@ -538,7 +538,7 @@ def load_assessor(path, compute):
 
 def explain(model, settings, pixels, compute, ratings=slice(None)):
     """Heat maps (2, B, S, S) of heat_maps.explain for uint8 (B, S, S, 3); settings: of load_assessor."""
-    inputs = common.to_input(torch.from_numpy(pixels), compute.device, settings["pixel_mean"], settings["pixel_sd"])
+    inputs = common.to_input(torch.from_numpy(pixels), compute, settings["pixel_mean"], settings["pixel_sd"])
     paths = [f"backbone.{path}" for path in backbones.map_paths(model.backbone, inputs[:1])]
     return heat_maps.explain(model, paths, inputs, ratings)
 

@@ -805,8 +805,7 @@ def make_loader(study, rows, settings, args, compute, train=False):
 def to_inputs(batch, compute, settings):
     """Batch -> inputs (B, 3, H, W) normalised, 0 where padded."""
     inputs = common.to_input(
-        batch["pixels"], compute.device, settings["pixel_mean"], settings["pixel_sd"],
-        compute.channels_last)  # (B, H, W, 3) -> (B, 3, H, W)
+        batch["pixels"], compute, settings["pixel_mean"], settings["pixel_sd"])  # (B, H, W, 3) -> (B, 3, H, W)
     for picture, (height, width) in zip(inputs, batch["sizes"]):
         picture[:, height:] = 0
         picture[:, :, width:] = 0

@@ -784,7 +784,7 @@ def to_device(batch, args, compute):
     clips = batch["input"]
     if clips.dtype == torch.uint8:
         # memory stays in the order B, T, S, S, 3: channels_last for pictures and clips alike
-        frames = common.to_input(clips.flatten(0, 1), compute.device, *pixel_statistics(args))
+        frames = common.to_input(clips.flatten(0, 1), compute, *pixel_statistics(args))
         clips = frames.unflatten(0, clips.shape[:2])  # (B * T, 3, S, S) -> (B, T, 3, S, S)
     return compute.send(clips), batch["mask"]
 

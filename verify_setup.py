@@ -264,12 +264,13 @@ def check_assessor(args):
     ratings = yield from check_table(path, args)
     paths, without_row, notes = file_names.match_images(ratings.images, images_dir, args.exact_names)
     yield from (Check("WARN" if note.startswith("WARNING") else "OK", "note", note) for note in notes)
-    without_file = [name for name, image in zip(ratings.images, paths) if image is None]
+    without_file = [name for name, image in zip(ratings.images, paths) if not image]
     yield listing("WARN", "rows without image", without_file, "they will be skipped")
     yield listing("WARN", "images without row", without_row, "they will be skipped")
-    if len(without_file) == len(paths):
+    found = list(filter(None, paths))
+    if not found:
         raise common.UserError(f"no row of {path} has an image in {images_dir}; check --image_column")
-    yield from check_images([image for image in paths if image is not None], args.full)
+    yield from check_images(found, args.full)
 
 
 def check_table(path, args):

@@ -261,9 +261,9 @@ def test_networks_with_their_own_input_transform_see_the_same_pixels(name):
     """Built with its weights, torchvision's network turns usual pixels into those that ours is given."""
     judge = torchvision.models.get_model(name, weights=None, init_weights=False, transform_input=True)
     pixels = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
-    device = torch.device("cpu")
-    seen = judge._transform_input(common.to_input(pixels.clone(), device))
-    assert torch.allclose(common.to_input(pixels, device, *backbones.pixel_statistics(name)), seen, atol=1e-5)
+    compute = common.choose_compute("cpu", "off")
+    seen = judge._transform_input(common.to_input(pixels.clone(), compute))
+    assert torch.allclose(common.to_input(pixels, compute, *backbones.pixel_statistics(name)), seen, atol=1e-5)
 
 
 def test_a_published_set_is_taken_by_its_name(tmp_path, monkeypatch):

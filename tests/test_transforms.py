@@ -329,7 +329,7 @@ def test_greyscale_and_erase():
     assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 1] == grey[..., 2]).all()
     erased = augmented(image, common.Augmentation(erase=(0.1, 1.0, 0.0, 0.0)), SIZE)
     side = round(SIZE * math.sqrt(0.1))
-    tensor = common.to_input(torch.from_numpy(erased[None]), torch.device("cpu"))
+    tensor = common.to_input(torch.from_numpy(erased[None]), common.choose_compute("cpu", "off"))
     assert tensor[0, :, :side, :side].abs().max() < 0.01
     assert np.array_equal(erased[side:], image[side:]) and np.array_equal(erased[:, side:], image[:, side:])
 
@@ -370,7 +370,8 @@ def test_eval_crop_is_the_centre(height, width):
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_to_input_is_torchvision_normalize(channels_last):
     batch = torch.from_numpy(np.stack([waves(40, 50), 255 - waves(40, 50)]))
-    found = common.to_input(batch, torch.device("cpu"), channels_last=channels_last)
+    compute = dataclasses.replace(common.choose_compute("cpu", "off"), channels_last=channels_last)
+    found = common.to_input(batch, compute)
     expected = F.normalize(batch.permute(0, 3, 1, 2) / 255, common.IMAGENET_MEAN, common.IMAGENET_STD)
     assert found.shape == (2, 3, 40, 50) and found.dtype == torch.float32
     torch.testing.assert_close(found, expected.contiguous(), rtol=1e-5, atol=1e-5)
