@@ -128,9 +128,10 @@ def estimate(model, baseline, subjects, unit, *, n, rows, support, names=None, d
             values = np.concatenate([part[place] for part in drawn])
             scale = None if side == "difference" else metric_names.METRICS[metric].normal_scale
             rests_on = np.asarray(support.get((scope, metric), subjects))
-            ends = _t_ends(found.value, values, reach, scale)
             if scale in SHARE_RANGES:
-                ends = _exact_where_certain(found.value, ends, rests_on, SHARE_RANGES[scale])
+                ends = _share_ends(found.value, values, reach, rests_on, SHARE_RANGES[scale])
+            else:
+                ends = _t_ends(found.value, values, reach, scale)
             found.low, found.high = np.where(rests_on >= FEWEST_FOR_INTERVAL, ends, np.nan)
         for (side, *place), found in estimates.items():
             if side == "difference":
@@ -230,13 +231,21 @@ def _t_ends(whole, drawn, reach, scale):
     return np.minimum(low, whole), np.maximum(high, whole)
 
 
-def _exact_where_certain(value, ends, support, bottom):
-    """(low, high) of what lies between `bottom` and 1: exact where all are right or wrong in every resample."""
-    low, high = ends
+def _share_ends(value, drawn, reach, support, bottom):
+    """(low, high) of what lies between `bottom` and 1: value -+ reach x sd of the draws (D, ...), on Fisher's scale.
+
+    The scale's slope at the value carries the sd over (delta method): a draw of 1, where one subject makes all the errors,
+    would lie infinitely far away. Exact where all are right or wrong in every resample.
+    """
     span = 1 - bottom
-    share = (value - bottom) / span
-    is_certain = np.isin(share, (0.0, 1.0)) & (high - low < 1e-3)
-    exact = np.array(np.vectorize(share_interval, otypes=[float, float])(share * support, support))
+    sd = common.sd_without_nan(drawn)
+    signed = 1 - 2 * (1 - value) / span  # from -1 to 1
+    held = np.clip(signed, -0.9998, 0.9998)
+    half = reach * sd * 2 / span / (1 - held ** 2)
+    scaled = np.arctanh(held) + np.multiply.outer((-1, 1), half)
+    ends = bottom + span * (1 + np.tanh(scaled)) / 2
+    exact = np.array(np.vectorize(share_interval, otypes=[float, float])((1 + signed) / 2 * support, support))
+    is_certain = (np.abs(signed) == 1) & (sd < 1e-9)
     return np.where(is_certain, bottom + span * exact, ends)
 
 
@@ -253,16 +262,6 @@ def _hold_difference(found, model, baseline):
     found.high = np.minimum(found.high + widening, model.high - baseline.low)
 
 
-def _logit(share):
-    """log(p / (1 - p)) of shares held to 0.0001 and 0.9999, so that all right is not infinitely sure."""
-    share = np.clip(share, 1e-4, 1 - 1e-4)
-    return np.log(share / (1 - share))
-
-
-def _expit(logit):
-    return 1.0 / (1.0 + np.exp(-logit))
-
-
 def _log(value):
     """Natural logarithm, also of the 0 of a perfect model."""
     return np.log(np.maximum(value, 1e-12))
@@ -271,9 +270,7 @@ def _log(value):
 NORMAL_SCALES = {  # to the scale, and back
     None: (np.asarray, np.asarray),
     "log": (_log, np.exp),
-    "log1m": (lambda value: _log(1 - value), lambda scaled: 1 - np.exp(scaled)),
-    "logit": (_logit, _expit),
-    "signed_logit": (lambda value: _logit((1 + value) / 2), lambda scaled: 2 * _expit(scaled) - 1)}
+    "log1m": (lambda value: _log(1 - value), lambda scaled: 1 - np.exp(scaled))}
 SHARE_RANGES = {"logit": 0.0, "signed_logit": -1.0}  # scale of what lies between this and 1
 
 

@@ -179,6 +179,24 @@ def test_mcc_of_a_perfect_classifier_is_not_beyond_doubt():
     assert (mcc.value, mcc.high) == pytest.approx((1, 1)) and mcc.low == pytest.approx(2 * lowest - 1)
 
 
+@pytest.mark.parametrize("rows, subjects", [(100, 100), (120, 12), (400, 400)])
+def test_one_subject_with_all_the_errors_does_not_undo_a_good_model(rows, subjects):
+    """Left out it leaves a perfect model, which was taken for infinitely far away: an AUC of .980 had [.001, 1.000]."""
+    label = np.arange(rows) % 2
+    score = np.where(label, 0.8, 0.2)
+    score[1] = 0.005
+    names = np.arange(rows) * subjects // rows
+    found = subject_intervals.bootstrap_classification(
+        np.stack([1 - score, score], 1), label, names).overall.model
+    for metric, worst in (("roc_auc", 0.85), ("accuracy", 0.85), ("mcc", 0.8)):
+        assert worst < found[metric].low < found[metric].value < found[metric].high <= 1, metric
+    predicted = np.random.default_rng(0).normal(size=(rows, 1))
+    target = predicted + 0.01 * np.random.default_rng(1).normal(size=(rows, 1))
+    target[0] += 1.5
+    r = subject_intervals.bootstrap_regression(predicted, target).overall.model["pearson_r"]
+    assert 0.85 < r.low < r.value < r.high < 1
+
+
 def test_shares_stay_between_0_and_1_and_differences_within_what_their_sides_allow():
     generator = np.random.default_rng(0)
     for subjects in (6, 12, 30):
