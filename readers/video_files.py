@@ -41,17 +41,18 @@ class VideoInfo:
 
     times: (n_frames,) float64 of the frames that can be decoded, increasing. damaged: (D,) of those that cannot, NaN
     where unknown. duration_sec: until the last frame has been shown. header_fps, header_sec (which sound and variable
-    rates make differ from what was found), header_frames: what the file claims, 0 for nothing.
+    rates make differ from what was found), picture_sec (without what only the sound goes on): what the file claims, 0
+    for nothing.
     """
     error: str | None = None
     duration_sec: float = 0.0
     n_frames: int = 0
     size: tuple = (0, 0)  # width, height in pixels
-    times: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
+    times: np.ndarray | None = None
     damaged: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
     header_fps: float = 0.0
     header_sec: float = 0.0
-    header_frames: int = 0
+    picture_sec: float = 0.0
 
     @property
     def damage(self):
@@ -116,12 +117,14 @@ class _Video:
         codec.thread_count = 1
         self.reformatter = av.video.reformatter.VideoReformatter()
         self.size = codec.width, codec.height
+        rate = float(self.stream.guessed_rate or self.stream.average_rate or 0)
+        self.fps = rate if 0.01 <= rate <= 1000 else 25.0  # the header states none that could be true
         self.damaged = []
         self.turns = None  # quarter turns that make a frame upright; the first one says it
         is_reordered_avi = self.container.format.name == "avi" and codec.has_b_frames
         self.start_sec = None
         self.first_sec = 0.0
-        if self.container.start_time is not None and self.stream.start_time is not None:
+        if self.stream.start_time is not None:
             begin_sec = self.container.start_time / av.time_base
             self.first_sec = float(self.stream.start_time * self.stream.time_base) - begin_sec
             if not is_reordered_avi:
@@ -129,22 +132,41 @@ class _Video:
 
     def guess(self):
         """VideoInfo as the header has it, constant rate and every frame there: to plan before the pass that tells."""
+        import pandas as pd
         stream = self.stream
-        fps = float(stream.guessed_rate or stream.average_rate or 0)
-        if not 0.01 <= fps <= 1000:
-            fps = 25.0  # the header states none that could be true
         duration_sec = (self.container.duration or 0) / self.av.time_base
-        n_frames = stream.frames or round(fps * (duration_sec - self.first_sec))
+        n_frames = stream.frames or round(self.fps * (duration_sec - self.first_sec))
         n_frames = min(max(n_frames, 1), MOST_GUESSED_FRAMES)
-        info = _constant_rate(fps, n_frames, self.size, self.first_sec)
+        info = _constant_rate(self.fps, n_frames, self.size, self.first_sec)
+        if stream.frames and stream.average_rate:
+            picture_sec = float(stream.frames / stream.average_rate)
+        else:  # Matroska has 00:01:02.5, others nothing, which is NaN
+            picture_sec = pd.to_timedelta(stream.metadata.get("DURATION", ""), errors="coerce").total_seconds()
         # FFmpeg guesses the duration of a file that was cut from its size
-        claimed_sec = float(stream.frames / stream.average_rate) if stream.average_rate else 0.0
-        info.header_sec = max(duration_sec, claimed_sec)
-        info.header_frames = stream.frames
+        info.header_sec = max(duration_sec, picture_sec)
+        info.picture_sec = min(info.header_sec, picture_sec)
         return info
 
     def frames(self):
-        """Yield (time in seconds or NaN, function short_side -> pixels (H, W, 3) RGB, upright), to the end of the file.
+        """Yield (time in seconds, function short_side -> pixels (H, W, 3) RGB, upright), each later than the one before.
+
+        A stamp that does not exceed the one before (AVI with B-frames has such, NaN too) becomes one frame later.
+        """
+        last_sec = -math.inf
+        for frame in self._whole_frames():
+            if self.turns is None:
+                self.turns = round(frame.rotation / 90) % 4
+                self.size = frame.width, frame.height
+                if self.turns % 2:
+                    self.size = frame.height, frame.width
+            time = self._since_start(frame.time)
+            if not time > last_sec:
+                time = max(last_sec + 1 / self.fps, 0.0)
+            last_sec = time
+            yield time, functools.partial(self._pixels, frame)
+
+    def _whole_frames(self):
+        """Yield PyAV's frames to the end of the file, without damaged ones.
 
         The times of packets that cannot be decoded, or of which the decoder made up a part, go to `damaged`, and so do
         those after it that build on its picture, up to the next key frame: of these a decoder does not say so.
@@ -170,25 +192,8 @@ class _Video:
                 is_made_up = frame.is_corrupt or (is_made_up and not frame.key_frame)
                 if is_made_up:
                     self.damaged.append(self._since_start(frame.time))
-                    continue
-                if self.turns is None:
-                    self.turns = round(frame.rotation / 90) % 4
-                    self.size = frame.width, frame.height
-                    if self.turns % 2:
-                        self.size = frame.height, frame.width
-                yield self._since_start(frame.time), functools.partial(self._pixels, frame)
-
-    def rising_frames(self, step_sec):
-        """frames(), each later than the one before it.
-
-        A stamp that does not exceed the one before (AVI with B-frames has such, NaN too) becomes that one and step_sec.
-        """
-        last_sec = -math.inf
-        for time, pixels in self.frames():
-            if not time > last_sec:
-                time = max(last_sec + step_sec, 0.0)
-            last_sec = time
-            yield time, pixels
+                else:
+                    yield frame
 
     def _packets(self):
         with contextlib.suppress(self.av.FFmpegError):  # a file may end in the middle of one
@@ -219,31 +224,33 @@ class _Video:
 class _Stills:
     """Frames without a clock, all of one size, fps of them a second: a folder of pictures, a picture or a .npy clip.
 
-    As _Video: guess() is all that there is to know, rising_frames() reads a picture when its pixels are asked for.
+    As _Video: guess() is all that there is to know, frames() reads a picture when its pixels are asked for.
     """
 
     def __init__(self, path, fps, pixel_range):
         self.damaged = []
         self.fps = fps
         self.pixel_range = pixel_range
-        self.frames = _open_npy(path) if path.suffix.lower() == ".npy" else files_of(path)
-        if not len(self.frames):
+        self.pictures = _open_npy(path) if path.suffix.lower() == ".npy" else files_of(path)
+        if not len(self.pictures):
             raise BadVideo(f"a folder without pictures ({' '.join(file_names.IMAGE_SUFFIXES)})")
-        height, width = self._load(self.frames[0]).shape[:2]
+        height, width = self._load(self.pictures[0]).shape[:2]
         self.size = width, height
 
     def guess(self):
-        return _constant_rate(self.fps, len(self.frames), self.size)
+        return _constant_rate(self.fps, len(self.pictures), self.size)
 
-    def rising_frames(self, _):
-        for index, frame in enumerate(self.frames):
-            yield index / self.fps, functools.partial(self._pixels, frame)
+    def frames(self):
+        for index, picture in enumerate(self.pictures):
+            yield index / self.fps, functools.partial(self._pixels, picture)
 
-    def _load(self, frame):
-        return frame if isinstance(frame, np.ndarray) else picture_files.load_image(frame, pixel_range=self.pixel_range)
+    def _load(self, picture):
+        if isinstance(picture, np.ndarray):
+            return picture
+        return picture_files.load_image(picture, pixel_range=self.pixel_range)
 
-    def _pixels(self, frame, short_side):
-        pixels = self._load(frame)
+    def _pixels(self, picture, short_side):
+        pixels = self._load(picture)
         height, width = pixels.shape[:2]
         if (width, height) != self.size:
             found = f"{self.size[0]} x {self.size[1]} and {width} x {height}"
@@ -253,7 +260,7 @@ class _Stills:
 
 def _open_npy(path):
     try:
-        clip = np.load(path, mmap_mode="r", allow_pickle=False)
+        clip = np.load(path, mmap_mode="r")
     except pixel_cache.NPY_ERRORS as error:
         raise BadVideo(f"no .npy array of plain numbers: {common.one_line(error)}") from None
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or 0 in clip.shape:
@@ -301,20 +308,19 @@ def read_source(path, wanted, receive, short_side, fps, pixel_range=None, until_
     times = []
     with _open_source(path, fps, pixel_range) as source:
         guess = source.guess()
-        step_sec = 1 / guess.header_fps
-        for time, pixels in source.rising_frames(step_sec):
+        for time, pixels in source.frames():
             if len(times) in wanted:
                 receive(len(times), pixels(short_side))
             times.append(time)
-            if time > until_sec + step_sec:
+            if time >= until_sec:
                 break
     if _has_no_clock(path):
         return guess
     if not times:
         raise BadVideo("damaged: none of its frames can be decoded")
-    shown_sec = step_sec
+    shown_sec = 1 / source.fps
     if len(times) > 1:
-        shown_sec = float(np.median(np.diff(times)))
+        shown_sec = np.median(np.diff(times))
     return dataclasses.replace(
         guess, duration_sec=times[-1] + shown_sec, n_frames=len(times), size=source.size,
         times=np.array(times), damaged=np.array(source.damaged))
@@ -434,8 +440,7 @@ def _whole(number):
 
 def _even_indices(info, start, end, n_frames):
     first = on_screen(info, start)
-    last = np.searchsorted(info.times, end - STAMP_SLACK_SEC) - 1
-    last = max(first, last)
+    last = max(first, np.searchsorted(info.times, end - STAMP_SLACK_SEC) - 1)
     if last - first < n_frames:
         return np.arange(first, last + 1)
     return on_screen(info, np.linspace(info.times[first], info.times[last], n_frames))
@@ -498,7 +503,7 @@ class GridFrames:
             elif self.cache == "disk":
                 self.kept = pixel_cache.frames_on_disk(self.folder, shape)
             else:
-                self.kept = np.broadcast_to(np.uint8(0), shape)  # their number and size, without memory
+                self.kept = np.broadcast_to(pixels, shape)  # their number and size, without memory
         self.digest.update(pixels)
         if self.n_added == self.n_grid // 2:
             self.middle = pixels
@@ -725,8 +730,7 @@ class Recording:
         """Sentences on what could not be read, and on too low a rate."""
         found = []
         n_found = self.n_read + len(self.damaged)
-        is_whole = 0 < self.info.header_frames <= n_found  # only the sound goes on
-        if self.fault or (self.read_sec < 0.98 * self.expected_sec - 1 and not is_whole):
+        if self.fault or self.read_sec < 0.98 * self.info.picture_sec - 1:
             found.append(f"{self.path}: read up to {self.read_sec:.1f} of {self.expected_sec:.1f} s by its header"
                          f"{': ' if self.fault else ''}{self.fault}")
         if self.damaged:
@@ -751,7 +755,7 @@ class Recording:
         try:
             with _open_source(self.path, self.fps, self.pixel_range) as source:
                 self.damaged = source.damaged
-                for time, convert in source.rising_frames(1 / self.info.header_fps):
+                for time, convert in source.frames():
                     yield time, functools.partial(self._convert, time, convert)
         except common.UserError as error:
             self.fault = common.one_line(error)
