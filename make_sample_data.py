@@ -67,6 +67,11 @@ def parse_args(argv=None):
     return common.parse_arguments(parser, argv)
 
 
+def generator(*integers):
+    """Random numbers that are those of these integers."""
+    return np.random.default_rng(integers)
+
+
 def to_pixels(values):
     """Float array -> uint8, rounded and limited to 0 to 255."""
     return values.clip(0, 255).round().astype(np.uint8)
@@ -265,13 +270,13 @@ def write_tables(folder, names, subject, single):
 
 def make_assessor(folder, n_images, seed):
     """Pictures, ratings and their ground truth in `folder` (which exists and is empty); returns the ground truth."""
-    rng = np.random.default_rng([seed, 0])
+    rng = generator(seed, 0)
     subject, properties = sample_properties(n_images, rng)
     true, single = rate(properties, rng)
     (folder / "images").mkdir()
     names = []
     for i, values in enumerate(properties):
-        own_rng = np.random.default_rng([seed, 1, i])
+        own_rng = generator(seed, 1, i)
         width, height = own_rng.integers(200, 321, 2).tolist()
         pixels = draw_face(dict(zip(PROPERTIES, values)), width, height, own_rng)
         names.append(save_picture(pixels, folder / "images", i + 1, QUIRKS.get(i)))
@@ -377,7 +382,7 @@ def plan_events(videos, rng):
 def render_video(folder, video):
     """Write one video with its events."""
     import cv2
-    rng = np.random.default_rng(video.seed)
+    rng = generator(*video.seed)
     background = np.asarray(draw_background(video.size, rng), float)
     pen = to_pixels(background * 0.8 + rng.normal(0, 9, background.shape))
     colours = rng.integers([150, 30], [256, 90], (3, 2)).T.tolist()
@@ -456,7 +461,7 @@ def manifest_row(number, video, event):
 
 def make_events(folder, n_events, seed):
     """Videos and manifests."""
-    rng = np.random.default_rng([seed, 2])
+    rng = generator(seed, 2)
     videos = plan_videos(n_events, seed, rng)
     plan_events(videos, rng)
     rows = []
@@ -494,7 +499,7 @@ def render_sequence(folder, scores, looks, rng):
     for i in range(n_frames):
         shown = (scores + rng.normal(0, 0.04, len(scores))).clip(0, 2)
         face = looks | dict(zip(ACTION_UNITS.values(), 1 - shown))
-        pixels = draw_face(face, side, side, np.random.default_rng(place))
+        pixels = draw_face(face, side, side, generator(place))
         Image.fromarray(pixels).save(folder / f"frame {i + 1}.jpg", quality=88)
     return n_frames
 
@@ -515,12 +520,12 @@ def make_sequences(folder, n_animals, seed):
     rows = []
     animals = np.arange(1, n_animals + 1)
     for animal in animals:
-        animal_rng = np.random.default_rng([seed, 5, animal])
+        animal_rng = generator(seed, 5, animal)
         tendency = animal_rng.normal(0, 0.10)
         looks = dict(zip(UNSCORED, animal_rng.uniform(-1, 1, len(UNSCORED))))
         for moment, mean_pain in MOMENT_PAIN.items():
             number = len(rows) + 1
-            rng = np.random.default_rng([seed, 6, number])
+            rng = generator(seed, 6, number)
             pain = mean_pain + tendency + rng.normal(0, 0.15)
             scores = 2 * (pain + rng.normal(0, 0.18, len(ACTION_UNITS))).clip(0, 1)
             path = f"sequences/Animal {animal} {moment} visit {2 - number % 2}"
@@ -529,8 +534,9 @@ def make_sequences(folder, n_animals, seed):
                 "num_frames": render_sequence(folder / path, scores, looks, rng),
                 **score_columns(scores, rng)})
     common.write_table(folder / "sequences.csv", rows)
-    is_held = [animals % 4 == k % 4 for k in range(1, 5)]
-    folds = [{"fold": k, "train_animals": animals[~own], "val_animals": animals[own]} for k, own in enumerate(is_held)]
+    fold_of = (animals - 1) % 4
+    folds = [
+        {"fold": k, "train_animals": animals[fold_of != k], "val_animals": animals[fold_of == k]} for k in range(4)]
     common.write_json(folder / "cv_folds.json", {"cv_folds": folds})
 
 
@@ -681,19 +687,19 @@ def make_detector(folder, n_images, seed):
     (folder / "images").mkdir()
     bicycles = []
     for row in range(n_images):
-        rng = np.random.default_rng([seed, 3, row])
+        rng = generator(seed, 3, row)
         street = row % n_streets
-        states = rng.choice(part_boxes.STATES, len(PART_LOOKS), p=STATE_SHARES).tolist()
+        states = rng.choice(part_boxes.STATES, len(PART_LOOKS), p=STATE_SHARES)
         width, height = rng.integers([220, 170], [281, 211]).tolist()
-        street_rng = np.random.default_rng([seed, 4, street])
+        street_rng = generator(seed, 4, street)
         background = draw_background((2 * width, 2 * height), street_rng)
         pixels, parts = draw_bicycle(states, background, rng)
         name = f"{row}.jpg"
         Image.fromarray(pixels).save(folder / "images" / name, quality=90)
         bicycles.append(Bicycle(name=name, size=(width, height), street=street, parts=parts))
-    content = part_annotations(bicycles, np.random.default_rng([seed, 2]))
+    content = part_annotations(bicycles, generator(seed, 2))
     text = json.dumps(content, indent=1).replace("CONTROL", "seen\tat\x07 dusk")
-    (folder / "annotations.json").write_text(text, encoding="utf-8")
+    (folder / "annotations.json").write_text(text)
     first_held_out = n_streets - n_streets // 5
     train = [bicycle for bicycle in bicycles if bicycle.street < first_held_out]
     val = [bicycle for bicycle in bicycles if bicycle.street >= first_held_out]
@@ -784,16 +790,16 @@ def make_dreamer(folder, n_transitions, seed):
     """Sequences of slices of several patients in `folder` (which exists and is empty); returns the ground truth."""
     n_sequences = max(6, round(n_transitions / PER_SEQUENCE))
     n_patients = max(3, n_sequences // 2)
-    anatomy = make_blobs(N_SHARED, (6, 14), (60, 140), np.random.default_rng([seed, 0]))
+    anatomy = make_blobs(N_SHARED, (6, 14), (60, 140), generator(seed, 0))
     patients = {}
     for k, part in enumerate(np.array_split(range(n_transitions), n_sequences)):
         number = k % n_patients
         name = f"patient_{number + 1:02d}"
         sequence = f"{name}_{k // n_patients + 1:02d}"
-        own_rng = np.random.default_rng([seed, 2, number])
+        own_rng = generator(seed, 2, number)
         bend = np.eye(3) + own_rng.normal(0, 0.02, (3, 3))
         blobs = anatomy + make_blobs(N_OWN, (3, 7), (20, 60), own_rng)
-        rng = np.random.default_rng([seed, 1, k])
+        rng = generator(seed, 1, k)
         poses = make_path(len(part) + 1, rng)
         write_sequence(folder / sequence, poses, bend, blobs, SLICE_QUIRKS.get(k), rng)
         patients[sequence] = name
@@ -807,15 +813,17 @@ def make_dreamer(folder, n_transitions, seed):
 # ---------------------------------------------------------------------------
 # The data are made beside their place and moved there whole; a folder that is there is never touched.
 
-TASKS = {"assessor": make_assessor, "video": make_video, "detector": make_detector, "dreamer": make_dreamer}
-DEFAULT_SAMPLES = {"assessor": 120, "video": 120, "detector": 60, "dreamer": 600}
+TASKS = {  # task: (how its data are made, number of samples)
+    "assessor": (make_assessor, 120), "video": (make_video, 120),
+    "detector": (make_detector, 60), "dreamer": (make_dreamer, 600)}
 
 
 def main():
     args = parse_args()
     folder = args.output_dir / args.task
     truth_file = folder / TRUTH_FILE
-    n_samples = args.n_samples or DEFAULT_SAMPLES[args.task]
+    make, default_samples = TASKS[args.task]
+    n_samples = args.n_samples or default_samples
     settings = {"task": args.task, "n_samples": n_samples, "seed": args.seed}
     there = common.read_json(truth_file) if truth_file.is_file() else None
     if isinstance(there, dict) and there.get("settings") == settings:
@@ -830,7 +838,7 @@ def main():
     except OSError as error:
         raise common.UserError(f"--output_dir {args.output_dir} cannot be written: {error.strerror}; "
                                "name another folder") from None
-    truth = TASKS[args.task](draft, n_samples, args.seed)
+    truth = make(draft, n_samples, args.seed)
     common.write_json(draft / TRUTH_FILE, {"settings": settings, **truth})
     draft.rename(folder)
     print(f"{folder}: made; the ground truth is in {truth_file}")
