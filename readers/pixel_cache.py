@@ -85,11 +85,11 @@ class PixelStore:
         self.bytes = 0
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         self.folder = Path(home, "small-data-scripts").absolute()
-        expected = sum(in_threads(self.estimate, rows_of_files))
-        self.cache = self._choose_cache(rows_of_files, cache, expected)
-        if expected > LARGE:
+        sizes = list(in_threads(self.estimate, rows_of_files))
+        self.cache = self._choose_cache(rows_of_files, sizes, cache)
+        if sum(sizes) > LARGE:
             where = {"ram": "in memory", "disk": f"in {self.folder}", "none": "nowhere, each is decoded when it is used"}
-            print(f"note: {n_items} {self.item}s take about {expected / 1e9:.1f} GB decoded, kept {where[self.cache]} "
+            print(f"note: {n_items} {self.item}s take about {sum(sizes) / 1e9:.1f} GB decoded, kept {where[self.cache]} "
                   "(--cache); a smaller --image_size, a lower --fps or shorter events take less", flush=True)
         files = common.with_progress("decoding", in_threads(self._load, rows_of_files), len(rows_of_files))
         for loaded, rows in zip(files, rows_of_files):
@@ -128,13 +128,12 @@ class PixelStore:
         return (f"{text}\nnote: of grey pictures of more than 8 bits, the values {low:g} to {high:g} became 0 to 255 "
                 "(--pixel_range)")
 
-    def _choose_cache(self, rows_of_files, cache, expected):
-        if cache == "auto" and expected <= available_memory() / 4:
+    def _choose_cache(self, rows_of_files, sizes, cache):
+        if cache == "auto" and sum(sizes) <= available_memory() / 4:
             return "ram"
         if cache in ("ram", "none"):
             return cache
-        to_decode = [rows for rows in rows_of_files if not self._from_disk(self._cache_files(rows))]
-        needed = sum(in_threads(self.estimate, to_decode))
+        needed = sum(size for size, rows in zip(sizes, rows_of_files) if not self._from_disk(self._cache_files(rows)))
         existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
         if os.access(existing, os.W_OK) and shutil.disk_usage(existing).free > 1.1 * needed + 2**26:
             return "disk"
