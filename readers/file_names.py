@@ -70,12 +70,10 @@ def find_videos(root):
     for inside, _, files in walk_visible(root):
         for file in map(inside.joinpath, files):
             suffix = file.suffix.lower()
-            if suffix in IMAGE_SUFFIXES:
-                found[inside.as_posix()] = root / inside
-            elif suffix in VIDEO_SUFFIXES:
-                found[file.as_posix()] = root / file
-            else:
-                others[file.as_posix()] = root / file
+            is_picture = suffix in IMAGE_SUFFIXES
+            source = inside if is_picture else file
+            kind = found if is_picture or suffix in VIDEO_SUFFIXES else others
+            kind[source.as_posix()] = root / source
     return found, others
 
 
@@ -98,7 +96,7 @@ class Fit:
     unique, decided.
     """
     files: list
-    agrees: bool = True
+    agrees: bool
     is_guess: bool = False
 
 
@@ -149,10 +147,10 @@ class NameIndex:
             end = "" if fit.agrees else "/".join(below.casefold().split("/")[-2:])
             for file in fit.files:
                 wanted_as[file].add(end)
-        for name, fit in fits.items():
+        for fit in fits.values():
             is_unique = len(fit.files) == 1 and len(wanted_as[fit.files[0]]) == 1
             if not (fit.agrees or is_unique) or (exact and fit.is_guess):
-                fits[name] = Fit([])
+                fit.files = []
         return fits
 
     def _find_below(self, name):
