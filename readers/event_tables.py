@@ -110,11 +110,11 @@ def event_keys(extra, fallback):
     window.
     """
     filled = extra.columns[(extra != "").any()]
-    known = [("day", "date"), ("initiator_id", "initiator"), ("receiver_id", "receiver")]
-    day, *animals = [csv_tables.find_column(filled, names) for names in known]
-    if "start_time" not in extra or None in (day, *animals):
+    known = [("day", "date"), ("start_time",), ("initiator_id", "initiator"), ("receiver_id", "receiver")]
+    names = [csv_tables.find_column(filled, spellings) for spellings in known]
+    if None in names:
         return fallback
-    levels = extra.reindex(columns=["group", day, "start_time", *animals], fill_value="").map(plain_level)
+    levels = extra.reindex(columns=["group", *names], fill_value="").map(plain_level)
     seconds = extra["start_time"].map(event_times.clock_seconds)
     levels["start_time"] = levels["start_time"].where(seconds.isna(), seconds.map("{:g} s".format))
     is_blank = extra["start_time"] == ""
@@ -138,7 +138,7 @@ def classes_of(spelled, label_map=None, names=None):
     Without a map the spellings that differ in case and outer spaces are one class, named by the most frequent one.
     Raises UserError that counts the labels that are not in the map, or not among `names`.
     """
-    spelled = [str(label).strip() for label in spelled]
+    spelled = list(map(str.strip, spelled))
     counts = collections.Counter(filter(None, spelled))
     is_mapped = label_map is not None
     if not is_mapped:
@@ -182,7 +182,7 @@ def folder_table(root, notes):
         notes.append(f"{len(unused)} files in class folders are no videos: {common.shorten_list(unused, 3)}")
     clips.sort(key=lambda name: (name.split("/")[1:], name))
     labels = [name.split("/")[0] for name in clips]
-    return pd.DataFrame({"path": clips, "label": labels}, index=range(1, len(clips) + 1), dtype=object)
+    return pd.DataFrame({"path": clips, "label": labels})
 
 
 def below_header(table):
@@ -200,15 +200,16 @@ def paired_states(table, path_column, label_column, notes):
     if kind is None or "time" not in table:
         return table
     states = table[kind].str.upper()
-    if not states.isin(["START", "STOP", "POINT"]).any():
-        return table
     known = ("observation_id", path_column, "subject", label_column)
     same = [name for name in table if name in known or name.startswith("modifier")]
     following = table.assign(state=states).groupby(same)[["state", "time"]].shift(-1)
+    is_start = states == "START"
     is_point = states == "POINT"
-    is_pair = (states == "START") & (following["state"] == "STOP")
+    is_pair = is_start & (following["state"] == "STOP")
     is_event = is_pair | is_point
-    n_lost = (states == "START").sum() - is_pair.sum()
+    if not is_event.any():
+        return table
+    n_lost = is_start.sum() - is_pair.sum()
     notes.append(f"rows START and STOP became {is_event.sum()} events; {n_lost} without a STOP are left out")
     ends = following["time"].mask(is_point, table["time"])
     timed = table.assign(start_sec=table["time"], end_sec=ends)
@@ -270,20 +271,18 @@ def headless_list(table, root, notes):
     lines = table.to_numpy().tolist()
     if not any(name.startswith("column_") for name in table):  # the first line was taken for a header
         lines.insert(0, list(table.columns))
-    parted = [lines]
-    if len(lines[0]) != 2:  # blanks in the paths
-        whole = [" ".join(cells) for cells in lines]
-        parted = [[line.rsplit(None, n_others) for line in whole] for n_others in (1, 2)]
-    for rows in parted:
+    whole = [" ".join(cells) for cells in lines]
+    parted = [[line.rsplit(None, n_others) for line in whole] for n_others in (1, 2)]  # blanks in the paths
+    for rows in [lines, *parted]:
         first = rows[0][0]
         n_frames = rows[0][1:-1]
-        is_even = len(set(map(len, rows))) == 1 < len(rows[0])
+        is_even = set(map(len, rows)) in ({2}, {3})
         is_list = is_even and all(map(str.isdigit, n_frames))
         if is_list and file_names.match_videos([first], root)[0][first]:
             frames = ", a number of frames" if n_frames else ""
             notes[:] = [note for note in notes if "is no header" not in note]
             notes.append(f"no header line: each line is read as a path{frames} and a label")
-            listed = pd.DataFrame(rows, index=[1, *table.index][-len(rows):], dtype=object)
+            listed = pd.DataFrame(rows, index=[1, *table.index][-len(rows):])
             return listed.iloc[:, [0, -1]].set_axis(["path", "label"], axis=1)
     return None
 
@@ -336,8 +335,7 @@ def read_manifest_file(path, root, asked, need_labels, notes):
 
 def manifest_files(path):
     """The label tables of a folder that holds no folders; else the manifest, or the folder of class folders, itself."""
-    inside = path.iterdir() if path.is_dir() else []
-    visible = [each for each in inside if not each.name.startswith(".")]
+    visible = list(path.glob("[!.]*"))
     if any(each.is_dir() for each in visible):
         return [path]
     return sorted(each for each in visible if each.suffix.lower() in (".csv", ".tsv")) or [path]
@@ -354,11 +352,8 @@ def read_manifest(part, path, video_root, min_event_sec, need_labels, asked, tim
     else:
         root = video_root or path.parent
         table, source, label = read_manifest_file(path, root, asked, need_labels, notes)
-    written = table[source]
-    if "video_filename" in table:
-        written = written.mask(written == "", table["video_filename"])
     event_times.check_times_are_used(table, path)
-    rows = describe_rows(table, path, root, written, part, min_event_sec, time_unit, notes)
+    rows = describe_rows(table, path, root, table[source], part, min_event_sec, time_unit, notes)
     rows["label"] = "" if label is None else list(table[label])
     check_whole_clips(rows, table, path)
     used = {source, label, *(column.name for column in event_times.time_columns(table))}
@@ -427,16 +422,16 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
     reasons = {None: "left out by --label_map", "": "no label" if need_labels else ""}
     rows["reason"] = [reasons.get(name, "") for name in classes]
     rows["label"] = [names.index(name) if name else -1 for name in classes]
-    return merge_repeats(build_table(rows, extra, names, notes, group, group_column is not None))
+    return merge_repeats(build_table(rows, extra, names, notes, group, group_column))
 
 
-def read_groups(cells, is_wanted, lines, notes):
-    """(N,) groups in one spelling, or None. Blank ones: a UserError where the column was asked for, else no groups."""
+def read_groups(cells, group_column, lines, notes):
+    """(N,) groups in one spelling, or None. Blank ones: a UserError where group_column asks for them, else no groups."""
     groups = cells.map(plain_level).to_numpy(str)
     blank = lines[groups == ""]
     if not len(blank):
         return groups
-    if is_wanted:
+    if group_column:
         raise common.UserError(f"--group_column {cells.name} is blank in {common.shorten_list(blank)}: fill")
     notes.append(f"column {cells.name} is blank in {len(blank)} rows and names no groups")
 
@@ -470,11 +465,12 @@ def find_sources(rows, notes, is_open, max_missing=0.05, need_files=True, exact_
     return [found.get(key) for key in zip(rows["root"], rows["video"])]
 
 
-def build_table(rows, extra, names, notes, group, is_group_wanted, target=None):
+def build_table(rows, extra, names, notes, group, group_column, target=None):
     """N rows of describe_rows, and what is known of each -> EventTable of those without a reason to skip.
 
     rows: also with source, reason (to skip it) and, for classes, label as int. extra: the other columns; group: the one
-    of the groups, or None. Clip ids do not depend on the order of the rows. Raises UserError where no row is left.
+    of the groups, or None; group_column: that which a flag asks for. Clip ids do not depend on the order of the rows.
+    Raises UserError where no row is left.
     """
     absent = np.where(rows["source"].isna(), "no such video or folder", rows["reason"])
     rows = rows.assign(reason=rows["fault"].mask(rows["fault"] == "", absent))
@@ -502,7 +498,7 @@ def build_table(rows, extra, names, notes, group, is_group_wanted, target=None):
         extra=extra,
         label=rows["label"].to_numpy() if "label" in rows else None,
         target=None if target is None else target[keep],
-        groups=read_groups(extra[group], is_group_wanted, rows["row"], notes) if group else None,
+        groups=read_groups(extra[group], group_column, rows["row"], notes) if group else None,
         skipped=skipped,
         notes=notes)
 
@@ -542,7 +538,7 @@ def merge_repeats(table):
     keys = zip(table.clip_ids, table.parts, table.events, table.label)
     same = common.rows_by_key(keys).values()
     kept = table.take([rows[0] for rows in same])
-    kept.repeats = np.array([len(rows) for rows in same], np.int64)
+    kept.repeats = np.array([len(rows) for rows in same])
     kept.clip_ids = unique_ids(kept)
     if len(kept) < len(table):
         kept.notes.append(
@@ -631,7 +627,7 @@ def filter_rows(table, text):
 
 def is_level(column, level):
     """(N,) bool, True = the cell names this level in any spelling."""
-    return np.array([plain_level(cell) == plain_level(level) for cell in column], bool)
+    return np.array([plain_level(cell) == plain_level(level) for cell in column])
 
 
 def rows_of_level(table, text, flag):
@@ -676,9 +672,9 @@ def group_mask(table, text):
     """--test_groups '14,17' -> (N,) bool, True = a row of these groups. UserError: groups that are not there."""
     if table.groups is None:
         raise common.UserError(f"--test_groups {text} needs --group_column")
-    wanted = [plain_level(name) for name in text.split(",") if name.strip()]
+    wanted = list(map(plain_level, text.split(",")))
     unknown = [name for name in wanted if name not in table.groups]
-    if unknown or not wanted:
+    if unknown:
         raise common.UserError(
             f"--test_groups {text}: no such groups: {common.shorten_list(unknown)} "
             f"(found: {common.shorten_list(sorted(set(table.groups)), 40)})")

@@ -12,11 +12,10 @@ import numpy as np
 import common
 from readers import csv_tables, video_files
 
-ROLES = {"start", "end", "offset", "duration"}
 SECONDS = {"sec": 1, "ms": 0.001, "min": 60}
 FILLER = "(?:event|time|clip|image|t)*"
 TIME_COLUMN = re.compile(
-    f"{FILLER}(?P<before>frame|index)?{FILLER}"
+    f"{FILLER}(?P<before>frame|index)?{FILLER}"  # the last group is the unit, where the name says one
     "(?:(?P<start>start|begin(?:ning)?|onset|first(?=frame))|(?P<end>stop|end|last(?=frame))|"
     f"(?P<offset>offset)|(?P<duration>duration|dur)){FILLER}"
     "(?:(?P<sec>s|secs?|seconds?|ssmsec|hhmmss(?:ms)?)|(?P<ms>ms|msecs?|milliseconds?)|(?P<min>mins?|minutes?)|"
@@ -47,11 +46,12 @@ def time_columns(rows):
         match = column_match(name)
         if not match:
             continue
-        said = {group for group, text in match.groupdict().items() if text}
-        [role] = said & ROLES
+        [role] = [role for role in ("start", "end", "offset", "duration") if match[role]]
+        unit = None if match.lastgroup == role else match.lastgroup
+        if match["before"]:
+            unit = "frame"
         if role == "offset":  # with an onset it is the end; event_offset_sec is where an event starts
             role = "end" if any(other.startswith("onset") for other in rows) else "start"
-        unit = "frame" if said & {"before", "frame"} else next(iter(said & {*SECONDS}), None)
         if looks_like_times(rows[name]) or (unit and any(rows[name])):  # other cells are errors
             found.append(TimeColumn(name, role, unit))
     found.sort(key=lambda column: "offset" in column.name)  # a start counts before an offset
@@ -117,11 +117,11 @@ def seconds_in(cells, unit, where):
 
 
 def event_windows(rows, source, min_event_sec, time_unit, notes):
-    """Time columns of one manifest -> (N,) starts, ends, units and faults, text, '' = none.
+    """Time columns of one manifest -> (N,) starts and ends, their unit (sec or frame), (N,) faults, text, '' = none.
 
-    A start and an end or a duration, in seconds or in frames (both inclusive), by the names that TIME_COLUMN knows;
-    nothing: the whole clip. time_unit: of columns whose names say none; seconds by default, which is noted. An event
-    shorter than min_event_sec gets a window of that length around it.
+    A start and an end or a duration, in frames (both inclusive) where they are not in seconds, by the names that
+    TIME_COLUMN knows; nothing: the whole clip. time_unit: of columns whose names say none; seconds by default, which is
+    noted. An event shorter than min_event_sec gets a window of that length around it.
     """
     import pandas as pd
     columns = time_columns(rows)
@@ -141,24 +141,18 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
         named = ", ".join(column.name for column in columns)
         raise common.UserError(
             f"{source}: expected starts and ends both in frames or both in seconds, found {named}. Rename or correct them")
+    is_frame = (of_starts & of_ends or of_starts) == {"frame"}
+    unit = "frame" if is_frame else "sec"
     nothing = pd.Series(np.nan, range(len(rows)))
-
-    def read_windows(unit, one_frame):
-        """(N,) starts and ends in this unit; the last frame of a window is in it."""
-        start, end, duration = [found.get((role, unit), nothing) for role in ("start", "end", "duration")]
-        return start, end.fillna(start + duration - one_frame).fillna(start) + one_frame
-    start, end = read_windows("sec", 0)
-    first, stop = read_windows("frame", 1)
-    is_frame = start.isna() & first.notna()
-    start = start.fillna(first)
-    end = end.mask(is_frame, stop)
+    start, end, duration = [found.get((role, unit), nothing) for role in ("start", "end", "duration")]
+    end = end.fillna(start + duration - is_frame).fillna(start) + is_frame  # the last frame of a window is in it
     faults = np.full(len(rows), "", object)
     faults[start < 0] = "starts before the file"
     faults[end < start + is_frame] = "ends before it starts"
     if start.notna().any():
         faults[start.isna()] = "no offset, while other rows have one"
-    start, end = _widen(start, end, min_event_sec, ~is_frame)
-    return start, end, np.where(is_frame, "frame", "sec"), faults
+    start, end = _widen(start, end, min_event_sec, not is_frame)
+    return start, end, unit, faults
 
 
 def _widen(start, end, min_event_sec, can_be_short):

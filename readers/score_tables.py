@@ -116,7 +116,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
         notes.append(f"numeric columns that are no scores by their names: {common.shorten_list(others)}; "
                      "--target_columns names the scores")
     rows["reason"] = np.where(np.isnan(target).all(axis=1) & need_labels, "no score", "")
-    table = event_tables.build_table(rows, extra, names, notes, group, group_column is not None, target)
+    table = event_tables.build_table(rows, extra, names, notes, group, group_column, target)
     table = merge_raters(table)
     *_, note = total_and_parts(names, table.target)
     if note:

@@ -296,7 +296,8 @@ def test_clock_times_are_no_frames(tmp_path, header, unit):
 
 
 @pytest.mark.parametrize("header, cells", [("Image index start,Image index stop", "10,19"), ("frame_start,frame_end", "10,19"),
-                                           ("first_frame,last_frame", "10,19"), ("start_frame,duration_frames", "10,10")])
+                                           ("first_frame,last_frame", "10,19"), ("start_frame,duration_frames", "10,10"),
+                                           ("start_sec,start_frame,end_frame", "0.4,10,19")])
 def test_windows_in_frames_under_other_names(tmp_path, header, cells):
     table = windows(tmp_path, header, cells, cells)
     assert table.windows.tolist() == [[10, 20]] * 2 and set(table.unit) == {"frame"}
