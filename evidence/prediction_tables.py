@@ -312,6 +312,7 @@ def _probabilities(table, prefix, names, path):
 
 ID_COLUMNS = "image clip_id id filename file name".split()
 FURTHER_KEYS = "event n_clips video start_sec end_sec fold".split()
+KNOWN_COLUMNS = [*FURTHER_KEYS, "seen", "warning", "score", "threshold"]  # whatever their case
 BOUNDS = ("sd", "low", "high")  # NAME_ of how sure the model is: baselines only where one is named
 LABEL_COLUMNS = ("true_label", "label", "true", "target")
 PLAIN_LABELS = ("0 1", "0.0 1.0", "no yes", "false true", "negative positive")  # the second one is the positive class
@@ -325,6 +326,8 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
     name, of the baseline to hold against; None = all that the table has. Raises UserError for what cannot be judged.
     """
     table = csv_tables.read_table(path)
+    spelled = {name: name.lower() for name in table if name.lower() not in table}
+    table = table.rename(columns={name: key for name, key in spelled.items() if key in KNOWN_COLUMNS})
     if group_column:
         group_column = known_name(group_column, table, f"{path}, --group_column")
     elif "group" in table:  # so spelled: a column Group may be that of a treatment

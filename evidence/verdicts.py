@@ -346,10 +346,12 @@ def _sign_flip_text(result, metric):
     p = result.sign_flip_p.get(metric)
     if p is None:
         return ""
+    text = f", sign-flip p of this difference {p:.4f}"
+    if metric == "roc_auc":  # ranks rows of different subjects: what each adds is not its own AUC
+        return text
     differences = result.per_subject[metric]  # (S,)
     better = differences < 0 if metric_names.METRICS[metric].lower_is_better else differences > 0
-    return (f", sign-flip p of this difference {p:.4f}, better in {better.sum()} of {np.isfinite(differences).sum()} "
-            f"{result.unit}")
+    return f"{text}, better in {better.sum()} of {np.isfinite(differences).sum()} {result.unit}"
 
 
 def say_results(run, metrics):

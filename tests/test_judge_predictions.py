@@ -400,6 +400,8 @@ def test_rows_of_one_name_are_one_group(tmp_path):
     assert once.groups is None and once.notes == [] and once.compare().unit == "rows"
     named = table_of(tmp_path, [{**row, "group": row["fold"]} for row in rows])
     assert len(set(named.groups)) == 50 and named.notes == []
+    folds = table_of(tmp_path, [{"Fold" if name == "fold" else name: cell for name, cell in row.items()} for row in rows])
+    assert folds.n_folds == found.n_folds == 50, "of any case"
     assert table_of(tmp_path, without(rows, "image")).groups is None, "nothing says which row is which"
     assert table_of(tmp_path, [{**row, "image": "all"} for row in rows]).groups is None
 
