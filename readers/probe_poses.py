@@ -120,25 +120,24 @@ def geodesic_degrees(predicted, target):
 
 @dataclasses.dataclass
 class Convention:
-    """How at1, motion and at2 hang together; each function takes and gives poses (..., 6)."""
-    at2: object  # (at1, motion) -> at2
-    at1: object  # (motion, at2) -> at1
-    motion: object  # (at1, at2) -> motion
+    """How at1, motion and at2 hang together: at2 = join(at1, motion); all are poses (..., 6)."""
+    join: object  # (pose, pose) -> pose
+    invert: object  # pose -> the pose that join takes back to 0 with it, on either side
+
+    def at2(self, at1, motion):
+        return self.join(at1, motion)
+
+    def at1(self, motion, at2):
+        return self.join(at2, self.invert(motion))
+
+    def motion(self, at1, at2):
+        return self.join(self.invert(at1), at2)
 
 
 CONVENTIONS = {
-    "additive": Convention(
-        at2=add_poses,
-        at1=lambda motion, at2: pose_error(at2, motion),
-        motion=lambda at1, at2: pose_error(at2, at1)),
-    "se3_left": Convention(
-        at2=lambda at1, motion: compose(motion, at1),
-        at1=lambda motion, at2: compose(invert(motion), at2),
-        motion=lambda at1, at2: compose(at2, invert(at1))),
-    "se3_right": Convention(
-        at2=compose,
-        at1=lambda motion, at2: compose(at2, invert(motion)),
-        motion=lambda at1, at2: compose(invert(at1), at2)),
+    "additive": Convention(add_poses, torch.neg),
+    "se3_left": Convention(lambda at1, motion: compose(motion, at1), invert),
+    "se3_right": Convention(compose, invert),
 }
 
 
@@ -284,9 +283,9 @@ def _read_pose(entry, key):
     value = entry.get(key)
     if value is None:
         return np.full(6, np.nan)
-    if not isinstance(value, list) or len(value) != 6:
+    if np.shape(value) != (6,):
         raise ValueError(f"expected 6 numbers under {key}, found {str(value)[:60]}")
-    return np.array([np.nan if number is None else float(number) for number in value])
+    return np.array(value, float)  # None: NaN
 
 
 def different_frames(transitions):
