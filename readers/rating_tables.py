@@ -75,7 +75,7 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
     if columns.attribute or columns.rows_are_ratings:
         ratings = _single_ratings(columns)
     else:
-        ratings = _merge_duplicates(_wide_ratings(columns), source, duplicates)
+        ratings = _wide_ratings(columns, duplicates)
     if group_column and group_column not in ratings.extra.columns:
         raise common.UserError(
             f"{source}: expected one group for each image in --group_column, found {group_column} to be an "
@@ -257,6 +257,15 @@ class Columns:
         n_values = self.table.groupby(within)[names].nunique().max()
         return list(n_values.index[n_values > 1])
 
+    def of_images(self, used):
+        """The columns that are not used, a row an image; a note on those that vary within one, which are left out."""
+        others = self.table.drop(columns={self.image, *used} - {None})
+        varying = self.varying(list(others.columns), [self.image])
+        if varying:
+            self.table.attrs["notes"].append(
+                f"columns that vary within an image, left out: {common.shorten_list(varying)}")
+        return others[~self.table[self.image].duplicated()].drop(columns=varying)
+
     def is_asked_often(self, name):
         """A column of text without blanks, each value of which stands at two images or more; no remarks."""
         cells = self.table[name]
@@ -268,12 +277,13 @@ class Columns:
 # Layouts
 # --------------------------------------------------------------------------------------
 
-def _wide_ratings(columns):
-    """One row per picture."""
+def _wide_ratings(columns, duplicates):
+    """One row per picture; of several the means and sds are averaged and n summed, where that is asked for."""
     chosen = columns.targets()
     sd_columns = [columns.partner(name, "sd") for name in chosen]
     n_columns = [columns.partner(name, "n") for name in chosen]
-    extra = columns.table.drop(columns={columns.image, *chosen, *sd_columns, *n_columns} - {None})
+    averaged = _note_on_repeated(columns, duplicates, are_means=any(sd_columns))
+    extra = columns.of_images([*chosen, *sd_columns, *n_columns])
     unused = [name for name in extra.columns if name in columns.roles and columns.roles[name][0] in SPREAD]
     notes = columns.table.attrs["notes"]
     if len(extra.columns):
@@ -287,13 +297,31 @@ def _wide_ratings(columns):
                      "and how far they agree tells what a model can reach")
     return RatingsTable(
         names=[columns.means.get(name, name) for name in chosen],
-        images=list(columns.table[columns.image]),
+        images=list(columns.table[columns.image].unique()),
         mean=_number_columns(columns, chosen),
         sd=_number_columns(columns, sd_columns, lowest=0),
         n=_number_columns(columns, n_columns, lowest=0, are_counts=True),
         ratings_by_image={},
         extra=extra,
-        notes=notes)
+        notes=notes + averaged)
+
+
+def _note_on_repeated(columns, duplicates, are_means):
+    """[a note on the images of several rows], [] without any. UserError where --duplicates does not average them."""
+    images = columns.table[columns.image]
+    repeated = {image: images.index[rows] for image, rows in common.rows_by_key(images).items() if len(rows) > 1}
+    if not repeated:
+        return []
+    examples = [f"{image} (lines {common.shorten_list(lines, 3)})" for image, lines in repeated.items()]
+    n_rows = sum(map(len, repeated.values()))
+    counted = f"{len(repeated)} images stand in {n_rows} rows: {common.shorten_list(examples)}"
+    if duplicates == "mean":
+        return [f"repeated rows were averaged: {counted}"]
+    question = "" if are_means else (
+        "Are these single ratings? Name who rated, --rater_column, or what was asked, --attribute_column, or say "
+        "--duplicates ratings. ")
+    raise common.UserError(
+        f"{columns.source} lists images twice: {counted}. {question}Delete rows, or average: --duplicates mean.")
 
 
 def _number_columns(columns, names, lowest=-np.inf, are_counts=False):
@@ -307,7 +335,9 @@ def _number_columns(columns, names, lowest=-np.inf, are_counts=False):
     if faults:
         raise common.UserError(f"{columns.source}: an sd or a number of raters cannot be below {lowest}, found "
                                f"{'; '.join(faults)}. Correct these cells, or leave them blank.")
-    return pd.DataFrame(found).reindex(columns=names).to_numpy()
+    of_images = pd.DataFrame(found).groupby(columns.table[columns.image], sort=False)
+    merged = of_images.sum(min_count=1) if are_counts else of_images.mean()
+    return merged.reindex(columns=names).to_numpy()
 
 
 def _without_codes(columns, found, are_counts=False):
@@ -375,16 +405,13 @@ def _summarise_singles(columns, found, used):
     grouped = singles.dropna().groupby(level=[1, 0])
     moments = grouped.agg(["mean", "std", "count"]).reindex(pd.MultiIndex.from_product([images, names]))
     mean, sd, n = moments.to_numpy().T.reshape(3, len(images), len(names))  # (statistic, image, rating)
-    others = table.drop(columns={columns.image, columns.rater, *used} - {None})
-    varying = columns.varying(list(others.columns), [columns.image])
+    extra = columns.of_images([columns.rater, *used])
     flags = ("rater", "attribute", "rating")
     told = [f"--{flag}_column {getattr(columns, flag)}" for flag in flags if getattr(columns, flag)]
     notes = [
         *table.attrs["notes"],
         f"{singles.count()} single ratings of {len(images)} images ({singles.isna().sum()} blank ones left out): "
         f"{' '.join(told)} of {common.shorten_list(names)}"]
-    if varying:
-        notes.append(f"columns that vary within an image, left out: {common.shorten_list(varying)}")
     arrays = {key: own.to_numpy() for key, own in grouped}
     return RatingsTable(
         names=names,
@@ -393,39 +420,5 @@ def _summarise_singles(columns, found, used):
         sd=sd,
         n=np.nan_to_num(n),
         ratings_by_image={name: [arrays.get((image, name), np.empty(0)) for image in images] for name in names},
-        extra=others[~image_of.duplicated()].drop(columns=varying),
+        extra=extra,
         notes=notes)
-
-
-def _merge_duplicates(ratings, source, duplicates):
-    """The table with one row an image: means and sds of repeated rows averaged, n summed, where that is asked for."""
-    import pandas as pd
-    images = pd.Index(ratings.images)
-    rows_of = common.rows_by_key(images)
-    repeated = {image: ratings.extra.index[rows] for image, rows in rows_of.items() if len(rows) > 1}
-    if not repeated:
-        return ratings
-    examples = [f"{image} (lines {common.shorten_list(lines, 3)})" for image, lines in repeated.items()]
-    n_rows = sum(map(len, repeated.values()))
-    counted = f"{len(repeated)} images stand in {n_rows} rows: {common.shorten_list(examples)}"
-    if duplicates != "mean":
-        question = ""
-        if ratings.sd is None:  # else these are means
-            question = ("Are these single ratings? Name who rated, --rater_column, or what was asked, "
-                        "--attribute_column, or say --duplicates ratings. ")
-        raise common.UserError(
-            f"{source} lists images twice: {counted}. {question}Delete rows, or average: --duplicates mean.")
-
-    def merged(values, how, **options):
-        if values is None:
-            return None
-        return pd.DataFrame(values).groupby(images, sort=False).agg(how, **options).to_numpy()
-    is_same = ratings.extra.groupby(images).nunique().max() < 2
-    return dataclasses.replace(
-        ratings,
-        images=list(rows_of),
-        mean=merged(ratings.mean, "mean"),
-        sd=merged(ratings.sd, "mean"),
-        n=merged(ratings.n, "sum", min_count=1),
-        extra=ratings.extra.loc[~images.duplicated(), is_same],
-        notes=[*ratings.notes, f"repeated rows were averaged: {counted}"])
