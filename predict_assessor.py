@@ -99,6 +99,8 @@ def find_inputs(args):
             inputs.append((path.relative_to(args.image_dir).as_posix(), path))
     if not inputs:
         raise common.UserError(f"no pictures found in {args.image_dir or args.image_list}")
+    if args.output.resolve() in [path.resolve() for _, path in inputs]:
+        raise common.UserError(f"--output {args.output} is one of the pictures; name another file")
     return inputs
 
 

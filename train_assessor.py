@@ -126,7 +126,7 @@ class Study(picture_files.StoredPictures):
     single_ratings: dict  # rating -> N arrays, where the table has one row per single rating
     groups: np.ndarray | None  # (N,) text
     columns: dict  # the table's other columns: name -> (N,) text
-    skipped: list  # dicts of image and reason
+    skipped: dict  # image -> reason
 
     def mean_metrics(self, rows, predicted):
         """Means over the ratings of the metrics of predicted (M, R) for these rows."""
@@ -179,13 +179,11 @@ def load_study(args, run, table):
                                      args.pixel_range)
     stored = np.array(picture_files.check_bad_files(store.audit, args.on_bad_file), dtype=int)
 
-    skipped = [{"image": name, "reason": "no such picture"}
-               for name, path in zip(table.images, paths) if path is None]
-    skipped += [{"image": table.images[row], "reason": audit.error}
-                for row, audit in zip(found, store.audit) if audit.error]
-    skipped += [{"image": name, "reason": "no row in the ratings file"} for name in without_row]
+    skipped = {name: "no such picture" for name, path in zip(table.images, paths) if path is None}
+    skipped |= {table.images[row]: audit.error for row, audit in zip(found, store.audit) if audit.error}
+    skipped |= dict.fromkeys(without_row, "no row in the ratings file")
     if skipped:
-        common.write_table(run.path("skipped.csv"), skipped)
+        common.write_table(run.path("skipped.csv"), {"image": list(skipped), "reason": list(skipped.values())})
 
     rows = found[stored]  # of the table: `stored` counts the pictures that were found
     listed = " (listed in skipped.csv)" if skipped else ""
@@ -641,34 +639,32 @@ def run_split(run, args, study, split, features=None):
     alarms = check_split(run, study, split)
     split = splitting.rows_to_try(split, args, study.ratings)
     check_ratings(args, study, [split])
+    run.write_args(**study.data_record(split))
     if features is None:
         features = untuned_features(args, study, run, np.concatenate(list(split.values())))
     similar = splitting.add_similar(run, features["mlp"], split, study.images)
-    run.write_args(**study.data_record(split))
     training, best, tuned_features, predicted = fit(run, args, study, split, features)
     best_epoch = training.progress.best_epoch
     plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch)
     train, val = (study.mean_metrics(split[part], predicted[part]) for part in ("train", "val"))
     alarms += verdicts.split_gap_alarms(train, val, remedy=OVERFITTING_REMEDY)
-    tables = {}
-    for part in ("val", "test"):
+    held_out = [part for part in predicted if part != "train"]
+    for part in held_out:  # val, then test where there is one; the last one is judged
         rows = split[part]
-        if len(rows):
-            seen = training.seen.words(study.hashes[rows])
-            answers = (best, tuned_features[part], predicted[part])
-            tables[part] = prediction_tables.ScoreTable(
-                keys={"image": study.images[rows]},
-                names=study.names,
-                target=study.ratings[rows],
-                predicted=predicted[part],
-                baselines=predict_baselines(study, features, split["train"], rows),
-                groups=study.groups_of(rows),
-                seen=seen,
-                warning=row_warnings.texts([answers], seen, "pictures", run.say, f"{part} "))
-            tables[part].write(run.path(f"predictions_{part}.csv"))
-    part = "test" if "test" in tables else "val"
-    trained_on = [(split["train"], split[part])]
-    judge(run, args, study, split, tables[part], part, alarms, similar, trained_on, best_epoch)
+        seen = training.seen.words(study.hashes[rows])
+        answers = (best, tuned_features[part], predicted[part])
+        table = prediction_tables.ScoreTable(
+            keys={"image": study.images[rows]},
+            names=study.names,
+            target=study.ratings[rows],
+            predicted=predicted[part],
+            baselines=predict_baselines(study, features, split["train"], rows),
+            groups=study.groups_of(rows),
+            seen=seen,
+            warning=row_warnings.texts([answers], seen, "pictures", run.say, f"{part} "))
+        table.write(run.path(f"predictions_{part}.csv"))
+    trained_on = [(split["train"], rows)]
+    judge(run, args, study, split, table, part, alarms, similar, trained_on, best_epoch)
 
 
 def run_folds(run, args, study):
@@ -677,9 +673,9 @@ def run_folds(run, args, study):
     check_ratings(args, study, splits)
     folds = {f"fold_{k}": split["val"] for k, split in enumerate(splits)}
     alarms = check_split(run, study, folds)
+    run.write_args(**study.data_record(folds))
     features = untuned_features(args, study, run, np.arange(len(study.images)))
     similar = splitting.add_similar(run, features["mlp"], folds, study.images)
-    run.write_args(**study.data_record(folds))
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split, features))
     tables = prediction_tables.read_folds(run, chosen, "val")
     pooled = prediction_tables.join(tables, chosen)

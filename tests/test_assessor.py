@@ -179,6 +179,16 @@ def test_folds_continue_fold_by_fold(folds):
     assert (folds / "predictions_folds.csv").read_bytes() == before
 
 
+@pytest.mark.parametrize("more", [(), ("--folds", 3)])
+def test_a_run_that_is_stopped_while_its_features_are_computed_can_be_continued(sample, tmp_path, monkeypatch, more):
+    def stopped(*_):
+        raise SystemExit(common.EXIT_SAVED)
+    monkeypatch.setattr(train_assessor, "untuned_features", stopped)
+    for _ in range(2):
+        run_here("train_assessor.py", *small_run(sample, tmp_path, *more), "--resume", "auto", code=common.EXIT_SAVED)
+    assert (only_run(tmp_path) / "args.json").exists()
+
+
 def test_several_frozen_backbones_are_compared_on_the_same_folds(sample, tmp_path):
     """One command, one table of pairs; NAME=FILE has weights of its own. Judge of the difference: scikit-learn."""
     torch.save(torchvision.models.get_model("shufflenet_v2_x0_5", weights=None).state_dict(), tmp_path / "own.pth")
@@ -582,6 +592,10 @@ def test_a_list_of_pictures_is_read_as_windows_writes_it(tmp_path, encoding):
     args = predict_assessor.parse_args(["--checkpoint", "m", "--image_list", str(tmp_path / "list.txt")])
     names = ["K\u00e4fer 1.jpg", "b.png"]
     assert predict_assessor.find_inputs(args) == [(name, tmp_path / name) for name in names]
+    (tmp_path / "list.txt").write_text("a.jpg\nb.csv")
+    args.output = tmp_path / "b.csv"
+    with pytest.raises(common.UserError, match="b.csv is one of the pictures"):
+        predict_assessor.find_inputs(args)
 
 
 # --- mistakes: message and exit code ---------------------------------------------------
