@@ -42,9 +42,9 @@ GRIDS = (2, 4)  # cells a side over which the readout averages feature maps
 TIME_BLOCKS = 10  # of each sequence, for the inner folds of a single patient
 # What evaluate and predict take from the checkpoint, and what from the args.json beside it.
 MODEL_FLAGS = "encoder image_size token_type d_model n_layers n_heads feedforward dropout compose".split()
-ENCODER_FLAGS = ("seed", "weights")
-DATA_FLAGS = (  # unless --data_dir says other data
-    "data_dir", "patient_map", "patient_regex", "max_transitions", "split_by", "angle_unit", "euler_order")
+ENCODER_FLAGS = {"seed", "weights"}
+PATIENT_FLAGS = {"patient_map", "patient_regex"}  # unless one is given
+DATA_FLAGS = {"data_dir", "max_transitions", "split_by", "angle_unit", "euler_order"}  # unless --data_dir is given
 WORLD_MODEL_FLAGS = ("d_model n_layers n_heads feedforward freeze_layers backbone_lr_mult lambda_t2_action "
                      "lambda_latent primary_task_only").split()
 # What --augment changes in both frames of a transition alike:
@@ -191,12 +191,11 @@ def flags_of_run(args):
     """Flags that evaluate and predict take over from the run folder that the checkpoint still lies in."""
     path = args.checkpoint.with_name("args.json")
     flags = common.read_json(path).get("flags", {}) if path.is_file() else {}
-    names = set(ENCODER_FLAGS)
+    names = ENCODER_FLAGS
     if "data_dir" not in args.given:
-        names |= set(DATA_FLAGS)
-    patients = {"patient_map", "patient_regex"}
-    if patients & args.given:
-        names -= patients
+        names = names | DATA_FLAGS
+        if not PATIENT_FLAGS & args.given:
+            names = names | PATIENT_FLAGS
     return {name: flags[name] for name in names if flags.get(name) is not None}
 
 
@@ -417,40 +416,45 @@ class Imagined(NamedTuple):
     """What one pass gives: poses (B, 6) in mm and degrees; maps (B, F, G), or grids (B, P), of t1, and t2 imagined."""
     at1: torch.Tensor
     at2: torch.Tensor
-    features_t1: torch.Tensor | None = None
+    features_t1: torch.Tensor
     features_t2: torch.Tensor | None = None
 
 
-def pixel_scale(args):
-    """(2,) mean and sd of a grey picture, 0 to 255, that the encoder's weights expect; the middle without weights."""
-    mean, sd = 0.5, 0.5
-    if args.pretrained or args.weights:
-        mean, sd = backbones.pixel_statistics(args.encoder, args.weights)
-    return torch.tensor([255 * np.mean(mean), 255 * np.mean(sd)], dtype=torch.float32)
+class GreyEncoder(nn.Module):
+    """Base of what turns grey frames (B, 1, S, S) into features; those that were computed before stay as they are.
+
+    pixel_scale: mean and sd from 0 to 255 that the weights expect of a picture; the middle without weights.
+    """
+
+    def __init__(self, args):
+        super().__init__()
+        mean, sd = 0.5, 0.5
+        if args.pretrained or args.weights:
+            mean, sd = backbones.pixel_statistics(args.encoder, args.weights)
+        scale = torch.tensor([255 * np.mean(mean), 255 * np.mean(sd)], dtype=torch.float32)
+        self.register_buffer("pixel_scale", scale)
+
+    def forward(self, frames):
+        if frames.dtype != torch.uint8:
+            return frames
+        mean, sd = self.pixel_scale
+        return self.extract((frames.float() - mean) / sd)
 
 
-def scaled(frames, scale):
-    """uint8 grey frames -> float32, by a pixel_scale."""
-    return frames.float().sub_(scale[0]).div_(scale[1])
-
-
-class GridEncoder(nn.Module):
+class GridEncoder(GreyEncoder):
     """Untuned backbone: uint8 grey frames (B, 1, S, S) -> (B, P), its maps averaged over grids, always in fp32."""
 
     def __init__(self, backbone, args):
-        super().__init__()
+        super().__init__(args)
         self.scales = backbones.MultiScale(backbone, args.image_size, GRIDS).requires_grad_(False)
-        self.register_buffer("pixel_scale", pixel_scale(args))
 
     def train(self, mode=True):
         return super().train(False)  # BatchNorm keeps its statistics
 
-    def forward(self, frames):
-        # uint8 (B, 1, S, S), or (B, P) that was computed before
-        if frames.ndim == 2:
-            return frames
+    def extract(self, frames):
+        """(B, 1, S, S) float32, scaled -> (B, P)."""
         with torch.autocast(frames.device.type, enabled=False):
-            return self.scales(scaled(frames, self.pixel_scale).expand(-1, 3, -1, -1))  # (B, P)
+            return self.scales(frames.expand(-1, 3, -1, -1))
 
 
 class FrameReadout(nn.Module):
@@ -492,14 +496,14 @@ class FrameReadout(nn.Module):
             return Imagined(at1, self.at2_from(at1, motion), grids)
 
 
-class Encoder(nn.Module):
+class Encoder(GreyEncoder):
     """ResNet without its pooling and classifier: uint8 grey frames (B, 1, S, S) -> (B, F, G), G = (S / 32)^2.
 
     The kernel of the first layer is the sum of its RGB kernels, so that a grey picture gives what it gave as RGB.
     """
 
     def __init__(self, resnet, args):
-        super().__init__()
+        super().__init__(args)
         colour = resnet.conv1
         stem = nn.Conv2d(1, colour.out_channels, colour.kernel_size, colour.stride, colour.padding,
                          bias=False)
@@ -511,13 +515,10 @@ class Encoder(nn.Module):
         self.n_cells = math.ceil(args.image_size / 32) ** 2
         self.freeze_layers = args.freeze_layers
         self.stages[:self.freeze_layers].requires_grad_(False)
-        self.register_buffer("pixel_scale", pixel_scale(args))
 
-    def forward(self, frames):
-        # uint8 (B, 1, S, S), or (B, F, G) that was computed before
-        if frames.ndim == 3:
-            return frames
-        return self.stages(scaled(frames, self.pixel_scale)).flatten(2)  # (B, F, G)
+    def extract(self, frames):
+        """(B, 1, S, S) float32, scaled -> (B, F, G)."""
+        return self.stages(frames).flatten(2)
 
     def train(self, mode=True):
         super().train(mode)
@@ -659,10 +660,10 @@ class DreamLoss:
     def of_pose(self, name, predicted, target):
         """SmoothL1 of at1 or at2 in units of its sd, angles wrapped: (B, 6), (B, 6) with NaN = missing -> (B,)."""
         labelled = ~torch.isnan(target)  # (B, 6), True = a label is there
-        known = torch.where(labelled, target, predicted.detach())
+        known = torch.where(labelled, target, predicted.detach())  # where none is: the error and its gradient are 0
         error = probe_poses.pose_error(predicted, known) / self.sd[name].to(predicted.device)
         losses = nn.functional.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=self.beta)
-        return (losses * labelled).sum(1) / labelled.sum(1).clamp(min=1)  # (B, 6) -> (B,)
+        return losses.sum(1) / labelled.sum(1).clamp(min=1)  # (B, 6) -> (B,)
 
     def total(self, parts):
         """Weighted sum of the losses that are among these numbers."""
@@ -969,13 +970,7 @@ def judge(run, args, study, split, rows, table, *, part, use, alarms, best_epoch
         cases=judging.case_blocks(table, lambda i: study.frame(rows[i], 0, args.image_size)),
         limits=limits(args, study),
         folds=folds)
-    pose_judging.judge_poses(
-        run, table, setting,
-        blocks=pose_scores.time_blocks(table, study.sequences[rows], study.order[rows]),
-        label_sd=study.label_sd,
-        has_patients=study.has_patients,
-        use=use,
-        numbers={"compose": study.compose})
+    pose_judging.judge_poses(run, table, setting, study, rows, use)
 
 
 def data_blocks(run, study, split, table):

@@ -18,12 +18,13 @@ WITHIN_PATIENTS = ("Fewer than five patients were scored. Intervals, if any, are
                    "about others.")
 
 
-def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, numbers):
+def judge_poses(run, table, setting, study, rows, use):
     """Judge a table of pose_scores, write tables, plots, report.html and metrics.json; returns the metrics.
 
-    blocks: (M,) of pose_scores.time_blocks; label_sd: (6,); has_patients False: each folder counts as one; use: numbers
-    of USE_MEANINGS; numbers: what else metrics.json says.
+    The table is of these rows of a train_dreamer.Study; use: numbers of USE_MEANINGS.
     """
+    label_sd = study.label_sd
+    blocks = pose_scores.time_blocks(table, study.sequences[rows], study.order[rows])
     results = pose_scores.compare(table, blocks, label_sd)
     best = min(results.values(), key=lambda result: result.overall.baseline["mae"].value)
     result = pose_scores.in_units(best, label_sd)
@@ -43,7 +44,7 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, num
     alarms += pose_scores.place_alarms(results)
     return judging.close_run(
         run, setting,
-        verdict=pose_scores.verdict(result, patients, has_patients, setting.worst_seen),
+        verdict=pose_scores.verdict(result, patients, study.has_patients, setting.worst_seen),
         result=result,
         metric="mae",
         doubts=verdicts.baseline_doubts(results) + ([] if result.unit == "patients" else [WITHIN_PATIENTS]),
@@ -60,7 +61,7 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, use, num
             "use": use,
             "per_axis": axes,
             "per_patient": patients,
-            **numbers,
+            "compose": study.compose,
         })
 
 
