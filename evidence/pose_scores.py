@@ -4,7 +4,6 @@ Letters: M transitions scored. Units: a pose is (x, y, z, roll, pitch, yaw), mm 
 prediction_tables.ScoreTable of poses, patients as its groups, angles `wrapped`, so that errors subtract.
 """
 import dataclasses
-import math
 
 import numpy as np
 import torch
@@ -284,10 +283,8 @@ def retrieval_rank(guess, truth, patients):
     """
     ranks = []
     for rows in common.rows_by_key(patients).values():
-        if len(rows) < 2:
-            continue
         apart = torch.cdist(guess[rows].float(), truth[rows].float())  # (m, m)
         own = apart.diagonal()[:, None]
         nearer = (apart < own).sum(1) + 0.5 * ((apart == own).sum(1) - 1)
-        ranks += (nearer / (len(rows) - 1)).tolist()
-    return float(np.mean(ranks)) if ranks else math.nan
+        ranks += (nearer / (len(rows) - 1)).tolist()  # 0 / 0 of a single row is NaN
+    return float(common.mean_without_nan(np.array(ranks)))

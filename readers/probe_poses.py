@@ -177,9 +177,8 @@ def centre_and_spread(poses):
     cosine = common.mean_without_nan(np.cos(angle), 0)
     about = np.append(np.zeros(3), np.rad2deg(np.arctan2(sine, cosine)))
     apart = on_arrays(pose_error, poses, about)
-    mean = common.mean_without_nan(apart, 0)
-    sd = np.sqrt(common.mean_without_nan((apart - mean) ** 2, 0))
-    return about + mean, np.where(sd > 1e-6, sd, 1.0)
+    sd = common.sd_without_nan(apart)
+    return about + common.mean_without_nan(apart, 0), np.where(sd > 1e-6, sd, 1.0)
 
 
 # --------------------------------------------------------------------------------------
