@@ -432,12 +432,11 @@ def fit(run, args, study, split, features):
         row |= {f"val_{name}": means[name] for name in HISTORY_METRICS}
         training.end_epoch(row)
 
-    best, tuned_features, predicted = finish_best_model(training, study, split, loaders, scaler)
-    return training, best, tuned_features, predicted
+    return training, *finish_best_model(training, study, split, loaders, scaler)
 
 
 def finish_best_model(training, study, split, loaders, scaler):
-    """Give best_model.pth its solved ridge head, and what data it knows.
+    """Give best_model.pth its ridge head, solved on the tuned backbone's features of the train rows, and known_data.
 
     Returns its content, and {part: features (M, F)} and {part: predicted (M, R)} of the best epoch.
     """
@@ -449,7 +448,10 @@ def finish_best_model(training, study, split, loaders, scaler):
     backbone = nn.Identity() if args.freeze_backbone else model.backbone  # inputs of a frozen one are features
     features = {part: outputs_of(backbone, loader, args, run.compute) for part, loader in loaders.items()}
     if args.head == "ridge":
-        solve_head(model, features["train"], study, split["train"], scaler)
+        rows = split["train"]
+        target = scaled_ratings(study, scaler)[rows]
+        readout = baseline_models.fit_readout(features["train"], target, study.groups_of(rows))
+        readout.write_into(model.head[-1])
     predicted = {part: evaluate(model, loader, scaler, args, run.compute)[0] for part, loader in loaders.items()}
     if args.head == "ridge":
         solved = study.mean_metrics(split["val"], predicted["val"])
@@ -461,13 +463,6 @@ def finish_best_model(training, study, split, loaders, scaler):
         features["train"], features["val"], study.ratings[split["train"]])
     training.save_model(best)
     return best, features, predicted
-
-
-@torch.no_grad()
-def solve_head(model, features, study, rows, scaler):
-    """Replace the linear head by the ridge regression on the tuned backbone's features (M, F) of the train rows."""
-    target = scaled_ratings(study, scaler)[rows]
-    baseline_models.fit_readout(features, target, study.groups_of(rows)).write_into(model.head[-1])
 
 
 def model_metadata(args, study, split, scaler, predicted):
@@ -556,17 +551,19 @@ def heat_map_blocks(study, rows, folders, cases, args, compute):
 # --- results: predictions table -> judged run folder -------------------------------------------
 
 @common.first_process_only
-def judge(run, args, study, split, table, part, alarms, similar, trained_on, best_epoch=None, folds=()):
+def judge(run, args, study, split, table, part, similar, trained_on, **known):
     """Judge a predictions table of held-out rows.
 
     split: {name: rows}; part: val, test or folds; similar: of splitting.similar_pairs; trained_on: a pair (train rows,
-    scored rows) for each network.
+    scored rows) for each network; known: further fields of the Setting.
     """
     rows = prediction_tables.rows_of(table, study.images)
     # a numeric column may be a further rating, which somebody gave who saw the picture
     levels = {name: cells for name, cells in study.columns.items() if not csv_tables.looks_numeric(cells)}
     confounds = confounding.level_priors(levels, study.ratings, *zip(*trained_on), study.groups)
-    folders = [run.path(f"fold_{k}") for k in table.keys["fold"]] if folds else [run.folder] * len(rows)
+    folders = [run.folder] * len(rows)
+    if part == "folds":
+        folders = [run.path(f"fold_{k}") for k in table.keys["fold"]]
 
     def blocks_of(shown, cases):
         return heat_map_blocks(study, rows[shown], np.array(folders)[shown], cases, args, run.compute)
@@ -574,13 +571,11 @@ def judge(run, args, study, split, table, part, alarms, similar, trained_on, bes
         title="Ratings from images",
         part=part,
         seen=table.seen,
-        best_epoch=best_epoch,
-        alarms=alarms,
         data=data_blocks(study, split, table),
         similar=judging.similar_blocks(similar, study.images, study.picture),
         cases=judging.case_blocks(table, lambda i: study.picture(rows[i]), blocks_of),
         limits=limits(args),
-        folds=folds)
+        **known)
     ceiling = rater_agreement.measure_ceiling(
         study.names, study.ratings, study.sd, study.n, study.single_ratings)
     score_judging.judge_scores(
@@ -664,7 +659,7 @@ def run_split(run, args, study, split, features=None):
             warning=row_warnings.texts([answers], seen, "pictures", run.say, f"{part} "))
         table.write(run.path(f"predictions_{part}.csv"))
     trained_on = [(split["train"], rows)]
-    judge(run, args, study, split, table, part, alarms, similar, trained_on, best_epoch)
+    judge(run, args, study, split, table, part, similar, trained_on, alarms=alarms, best_epoch=best_epoch)
 
 
 def run_folds(run, args, study):
@@ -682,7 +677,7 @@ def run_folds(run, args, study):
     pooled.write(run.path("predictions_folds.csv"))
     done = judging.finished_folds(run, chosen, [table.fold_numbers() for table in tables])
     trained_on = [(splits[k]["train"], splits[k]["val"]) for k in chosen]
-    judge(run, args, study, folds, pooled, "folds", alarms, similar, trained_on, folds=done)
+    judge(run, args, study, folds, pooled, "folds", similar, trained_on, alarms=alarms, folds=done)
 
 
 def run_study(run, args, study):

@@ -419,17 +419,12 @@ def test_frozen_parts_keep_weights_and_statistics_in_training():
 
 
 def test_the_solved_head_is_ridge_on_the_tuned_features():
-    """solve_head writes a linear layer that predicts what fit_ridge predicts from the same features."""
+    """A linear layer is written that predicts what fit_ridge predicts from the same features."""
     draws = np.random.default_rng(0)
     features, ratings = draws.normal(size=(40, 12)).astype(np.float32), draws.normal(5, 2, (40, 3))
     ratings[3, 1] = np.nan
     model = train_assessor.Assessor(torch.nn.Identity(), 12, 3, "ridge", 0.0)
-
-    class Data:
-        groups_of = staticmethod(lambda rows: None)
-    Data.ratings = ratings
-    scaler = {"mean": np.zeros(3), "sd": np.ones(3)}
-    train_assessor.solve_head(model, features, Data, np.arange(40), scaler)
+    baseline_models.fit_readout(features, ratings).write_into(model.head[-1])
     expected = baseline_models.fit_ridge(features, ratings, sd_floor=baseline_models.FEATURE_SD_FLOOR).predict(features)
     with torch.inference_mode():
         assert np.allclose(model(torch.from_numpy(features)).numpy(), expected, atol=1e-4)
