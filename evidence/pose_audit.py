@@ -11,7 +11,6 @@ import common
 from evidence import plotting
 from readers import probe_poses
 
-DARK_MEAN = 2.55  # grey levels of 255, 1 %
 STRONG_R = 0.5
 
 
@@ -31,7 +30,6 @@ def check(is_bad, name, found, remedy="", status="WARN"):
 
 def check_study(study):
     """All checks of a train_dreamer.Study."""
-    brightness = [study.store[i].mean() for i in np.setdiff1d(study.frames, [-1])]
     return [
         Check("OK", "data", f"{len(study.names)} transitions in {len(set(study.sequences))} sequences"),
         *check_rows(study.skipped),
@@ -41,7 +39,7 @@ def check_study(study):
         *check_chain(study.sequences, study.order, study.frames, study.at1, study.at2),
         *check_time(study.place, study.at1),
         *check_patients(study.sequences, study.patients, study.has_patients),
-        *check_frames(study.store.audit, brightness, study.frames, study.patients),
+        *check_frames(study.store.audit, study.frames, study.patients),
     ]
 
 
@@ -149,13 +147,9 @@ def check_patients(sequences, patients, has_patients):
                   "one patient proves nothing across patients: --split_by time, or more patients")]
 
 
-def check_frames(audit, brightness, frames, patients):
-    """Unreadable, dark and shared pictures.
-
-    audit: one ImageAudit a picture; brightness: mean grey level of those in use; frames: (N, 2) indices, -1 = none.
-    """
+def check_frames(audit, frames, patients):
+    """Unreadable and shared pictures; audit: one ImageAudit a picture; frames: (N, 2) indices, -1 = none."""
     bad = [f"{found.path}: {found.error}" for found in audit if found.error]
-    n_dark = np.sum(np.array(brightness) < DARK_MEAN)
     owners = collections.defaultdict(set)
     for patient, pair in zip(patients, frames):
         for index in pair[pair >= 0]:
@@ -163,7 +157,6 @@ def check_frames(audit, brightness, frames, patients):
     n_shared = sum(len(names) > 1 for names in owners.values())
     unreadable = f"{len(bad)} of {len(audit)} {common.shorten_list(bad, 5)}"
     return [check(bad, "unreadable frames", unreadable, "replace or remove them", "FAIL"),
-            check(n_dark, "dark frames", f"{n_dark} of {len(brightness)} are nearly black (mean under 1 %)"),
             check(n_shared, "shared frames", f"{n_shared} pictures belong to two patients",
                   "one patient under two names? see --patient_map")]
 
@@ -204,5 +197,5 @@ def write_statistics(run, study, split):
         f"angles in {study.angle_unit}",
         f"poses composed: {study.compose}"]
     rows = np.linspace(0, len(study.names) - 1, 4).astype(int)
-    samples = [(study.names[row], study.frame(row, 0, run.args.image_size)) for row in rows]
+    samples = [(study.names[row], study.picture(study.frames[row, 0])) for row in rows]
     plotting.plot_dataset(split, study.patients, facts, samples, run.path("dataset_statistics.png"))
