@@ -224,9 +224,9 @@ class Study:
     blocks: dict | None = None  # {name: columns of the grids}
     maps: np.ndarray | None = None  # (frames in the store, ...) of the model's encoder, where that stays as it is
 
-    def frame(self, row, which, size):
-        """uint8 (S, S, 3) of one frame, `which` 0 for t1 and 1 for t2, cut square from the middle."""
-        return common.eval_crop(self.store[self.frames[row, which]], size)
+    def picture(self, index):
+        """uint8 (S, S, 3) of a frame in the store, cut square from the middle."""
+        return common.eval_crop(self.store[index], self.store.short_side)
 
     def frame_audit(self, field):
         """One field of the audit of every picture in the store, such as pixel_sha."""
@@ -393,12 +393,10 @@ class ProbeTransitions(common.Samples):
 
     def pixels(self, epoch, row):
         """Both frames of a row, uint8 (2, 1, S, S)."""
-        size = self.args.image_size
-        frames = np.stack([self.study.frame(row, which, size) for which in (0, 1)])  # (2, S, S, 3)
+        frames = np.stack([self.study.picture(i) for i in self.study.frames[row]])  # (2, S, S, 3)
         if self.augment != "none":
-            drawn = draw_augmentation(self.augment,
-                                      common.generator_for(self.args.seed, epoch, row))
-            frames = common.augment_clip(frames, drawn, size)
+            drawn = draw_augmentation(self.augment, common.generator_for(self.args.seed, epoch, row))
+            frames = common.augment_clip(frames, drawn, self.args.image_size)
         return to_grey(frames)  # (2, S, S, 3) -> (2, 1, S, S)
 
 
@@ -646,7 +644,7 @@ def fit_scaler(study, rows):
 class DreamLoss:
     """Weighted sum of the losses on at1 (main task), at2 and the imagined features; sds (6,) of train rows."""
 
-    def __init__(self, args, scaler, device):
+    def __init__(self, args, scaler):
         self.beta = args.smooth_l1_beta
         self.uses_t2 = args.token_type != "none" and not args.primary_task_only
         self.weights = {
@@ -654,14 +652,13 @@ class DreamLoss:
             "t2_loss": args.lambda_t2_action * self.uses_t2,
             "latent_loss": args.lambda_latent * self.uses_t2,
         }
-        self.sd = {name: torch.as_tensor(scaler[name]["sd"], dtype=torch.float32, device=device)
-                   for name in ("at1", "at2")}
+        self.sd = {name: tuple(scaler[name]["sd"].tolist()) for name in ("at1", "at2")}
 
     def of_pose(self, name, predicted, target):
         """SmoothL1 of at1 or at2 in units of its sd, angles wrapped: (B, 6), (B, 6) with NaN = missing -> (B,)."""
         labelled = ~torch.isnan(target)  # (B, 6), True = a label is there
         known = torch.where(labelled, target, predicted.detach())  # where none is: the error and its gradient are 0
-        error = probe_poses.pose_error(predicted, known) / self.sd[name].to(predicted.device)
+        error = probe_poses.pose_error(predicted, known) / common.on_device(self.sd[name], predicted.device)
         losses = nn.functional.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=self.beta)
         return losses.sum(1) / labelled.sum(1).clamp(min=1)  # (B, 6) -> (B,)
 
@@ -731,10 +728,11 @@ def evaluate(model, loader, loss_function, compute):
     if model.imagines:
         means |= pose_scores.latent_numbers(rows)
     means = {name: value.item() for name, value in means.items()}
-    error = probe_poses.pose_error(rows["at1"].double(), rows["true_at1"].double()).abs()  # (M, 6)
+    at1 = rows["at1"].double()
+    error = probe_poses.pose_error(at1, rows["true_at1"].double()).abs()  # (M, 6)
     mae = {f"mae_{axis}": value for axis, value in zip(probe_poses.AXES, error.nanmean(0).tolist())}
     numbers = {"loss": loss_function.total(means), **means, **mae}
-    return rows["at1"].double().numpy(), rows["features"].numpy(), numbers
+    return at1.numpy(), rows["features"].numpy(), numbers
 
 
 def join_batches(batches, compute):
@@ -761,7 +759,7 @@ def fit(run, args, study, split, readout):
         readout.write_into(model.solved)
         model.scale_grids(study.grids_at_t1(split["train"]))
     model = compute.place(model)
-    loss_function = DreamLoss(args, scaler, compute.device)
+    loss_function = DreamLoss(args, scaler)
     optimizer = common.build_optimizer(model, args, model.encoder)
     training = common.Training(
         run, model, optimizer, args,
@@ -856,13 +854,13 @@ def use_of_inputs(model, loader, numbers, loss_function, compute, study, fitted,
 
 
 @torch.no_grad()
-def look_at(study, rows, encoder, args, compute):
+def look_at(study, rows, encoder, compute):
     """float32 (frames in the store, ...): what an encoder makes of the frames of these rows, 0 for the others."""
     encoder = compute.place(encoder).eval()
     wanted = np.unique(study.frames[rows])
     outputs = []
     for chunk in np.array_split(wanted, math.ceil(len(wanted) / 64)):
-        frames = np.stack([common.eval_crop(study.store[i], args.image_size) for i in chunk])
+        frames = np.stack([study.picture(i) for i in chunk])  # (64, S, S, 3)
         frames = torch.from_numpy(to_grey(frames))  # (64, S, S, 3) -> (64, 1, S, S)
         with compute.autocast():
             outputs.append(encoder(compute.send(frames)).float().cpu().numpy())
@@ -879,13 +877,13 @@ def see_frames(study, rows, args, compute, encoder=None):
     """
     if encoder is None:
         encoder = build_encoder(args, GridEncoder)
-    grids = look_at(study, rows, encoder, args, compute)
+    grids = look_at(study, rows, encoder, compute)
     maps = None
     if args.mode == "train" and args.augment == "none" and not args.init_from:
         if args.token_type == "none":
             maps = grids
         elif args.freeze_layers == 5:
-            maps = look_at(study, rows, build_encoder(args, Encoder), args, compute)
+            maps = look_at(study, rows, build_encoder(args, Encoder), compute)
     return dataclasses.replace(study, grids=grids, blocks=encoder.scales.blocks, maps=maps)
 
 
@@ -956,20 +954,22 @@ def predictions_table(study, rows, predicted, others, seen):
 
 
 @common.first_process_only
-def judge(run, args, study, split, rows, table, *, part, use, alarms, best_epoch=None, folds=()):
-    """Judge the predictions for these rows of the study; `part` is val, test, folds, or what evaluate scores."""
+def judge(run, args, study, split, rows, table, *, part, use, alarms, **known):
+    """Judge the predictions for these rows of the study.
+
+    part: val, test, folds, or what evaluate scores; use: of use_of_inputs; known: further fields of the Setting.
+    """
     motion = np.nanmean(np.abs(study.motion[rows]) / study.label_sd)
     scores_one_block = args.mode == "train" and args.split_by == "time" and not args.folds
     setting = judging.Setting(
         title="Probe guidance",
         part=part,
         seen=table.seen,
-        best_epoch=best_epoch,
         alarms=pose_scores.use_alarms(use, motion, scores_one_block) + alarms,
         data=data_blocks(run, study, split, table),
-        cases=judging.case_blocks(table, lambda i: study.frame(rows[i], 0, args.image_size)),
+        cases=judging.case_blocks(table, lambda i: study.picture(study.frames[rows[i], 0])),
         limits=limits(args, study),
-        folds=folds)
+        **known)
     pose_judging.judge_poses(run, table, setting, study, rows, use)
 
 
@@ -1104,7 +1104,11 @@ def run_split(run, args, study, split):
     table, features, numbers = score("val", predict_baselines(study, fitted, rows, readout))
     table.write(run.path("predictions_val.csv"))
     best["known_data"] = row_warnings.known_data(train_features, features)
-    alarms = overfitting_alarms(train, table) if model.imagines else []  # a readout always fits its own rows better
+    alarms = []
+    if model.imagines:  # a readout always fits its own rows better
+        alarms = verdicts.split_gap_alarms(
+            train.main_metrics(), table.main_metrics(),
+            remedy="Fewer trained layers (--freeze_layers), --augment full, more patients")
 
     if "test" in loaders:
         part = "test"
@@ -1132,13 +1136,6 @@ def use_readout(training, study, rows, readout):
     }
 
 
-def overfitting_alarms(train, val):
-    """Is the train part predicted far better than the validation part? ScoreTables -> sentences."""
-    return verdicts.split_gap_alarms(
-        train.main_metrics(), val.main_metrics(),
-        remedy="Fewer trained layers (--freeze_layers), --augment full, more patients")
-
-
 def plot_training(run, history, best_epoch, part, numbers):
     """training_history.png of all columns, training_summary.png of the losses, the learning rate and the final numbers.
 
@@ -1153,8 +1150,8 @@ def plot_training(run, history, best_epoch, part, numbers):
         f"error: {numbers['error']:.3f} label sds",
         f"best baseline: {numbers['baseline_error']:.3f}",
         f"R2: {numbers['r2']:.3f}"]
-    plotting.plot_history(columns.to_dict("records"), run.path("training_history.png"), best_epoch)
-    plotting.plot_history(losses.to_dict("records"), run.path("training_summary.png"), best_epoch, final)
+    plotting.plot_history(columns, run.path("training_history.png"), best_epoch)
+    plotting.plot_history(losses, run.path("training_summary.png"), best_epoch, final)
 
 
 def run_folds(run, args, study):
@@ -1216,7 +1213,7 @@ def load_checkpoint(args, run):
         common.load_state(model, content["model"], path)
     text = ", ".join(f"{name} {settings[name]}" for name in MODEL_FLAGS)
     run.say(f"checkpoint: epoch {content['epoch']}, {text}")
-    loss_function = DreamLoss(args, content["scaler"], run.compute.device)
+    loss_function = DreamLoss(args, content["scaler"])
     return content, run.compute.place(model), loss_function, args
 
 
@@ -1291,7 +1288,7 @@ def audit(run, args):
         if check.remedy:
             run.say(f"{'':26} -> {check.remedy}")
     common.write_json(run.path("audit.json"), {
-        "checks": [dataclasses.asdict(check) for check in checks],
+        "checks": [vars(check) for check in checks],
         "residuals": study.residuals,
         "compose": study.compose,
         "angle_unit": study.angle_unit,

@@ -433,7 +433,7 @@ def test_missing_labels_change_neither_loss_nor_gradient():
     target[1, 2] = target[3, 0] = torch.nan
     target[2] = torch.nan
     scaler = {name: {"sd": sd} for name in ("at1", "at2")}
-    loss = train_dreamer.DreamLoss(tiny_args(), scaler, "cpu").of_pose("at1", predicted, target)
+    loss = train_dreamer.DreamLoss(tiny_args(), scaler).of_pose("at1", predicted, target)
     loss.sum().backward()
     known = ~target.isnan()
     for row in (0, 1, 3):
@@ -446,7 +446,7 @@ def test_no_gradient_reaches_the_target_frame():
     """The gradient of the latent loss is that of features of t2 which are mere numbers."""
     args = tiny_args("--dropout", 0)
     model = train_dreamer.build_model(args, UNIT, "additive").eval()
-    loss_function = train_dreamer.DreamLoss(args, UNIT, "cpu")
+    loss_function = train_dreamer.DreamLoss(args, UNIT)
     frames = torch.randint(0, 256, (2, 3, 1, 32, 32), dtype=torch.uint8)
     poses = {name: torch.zeros(3, 6) for name in ("at1", "at2")}
     grads = []
@@ -521,7 +521,7 @@ def shuffle_ratio(ignore_motion):
     scaler = {name: {"mean": np.zeros(6), "sd": np.full(6, sd)} for name, sd in spreads.items()}
     model = train_dreamer.build_model(args, scaler, "additive")
     compute = common.choose_compute("cpu", "off")
-    loss_function = train_dreamer.DreamLoss(args, scaler, "cpu")
+    loss_function = train_dreamer.DreamLoss(args, scaler)
     if ignore_motion:
         model.imagination.motion = Deaf(args.d_model)
     optimizer = common.build_optimizer(model, args)
@@ -726,7 +726,7 @@ def test_results_are_back_in_mm_and_degrees():
 def test_one_batch_can_be_overfitted():
     args = tiny_args("--dropout", 0, "--token_type", "channel")
     model = train_dreamer.build_model(args, UNIT, "se3_left")
-    loss_function = train_dreamer.DreamLoss(args, UNIT, "cpu")
+    loss_function = train_dreamer.DreamLoss(args, UNIT)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     frames = 255 * torch.randint(0, 2, (4, 1, 32, 32), dtype=torch.uint8)
     motion, at1 = torch.randn(4, 6), torch.randn(4, 6) * 3
@@ -752,7 +752,7 @@ def test_schedules_pass_through_their_points(scheduler, points):
 def test_smooth_l1_beta_is_that_of_torch(beta):
     args = tiny_args("--smooth_l1_beta", beta)
     predicted, target = torch.randn(2, 5, 6)
-    found = train_dreamer.DreamLoss(args, UNIT, "cpu").of_pose("at1", predicted, target)
+    found = train_dreamer.DreamLoss(args, UNIT).of_pose("at1", predicted, target)
     assert torch.allclose(found, nn.functional.smooth_l1_loss(predicted, target, reduction="none", beta=beta).mean(1))
 
 
@@ -913,7 +913,7 @@ def test_a_trained_readout_lends_its_encoder_to_the_baseline(slices):
     new, encoder = (train_dreamer.build_encoder(of_run, train_dreamer.GridEncoder) for of_run in (
         args, readout_args("--seed", 7)))
     own, lent = (train_dreamer.see_frames(study, rows[:4], args, compute, lender).grids for lender in (new, encoder))
-    frame = torch.from_numpy(train_dreamer.to_grey(study.frame(0, 0, 64)[None]))
+    frame = torch.from_numpy(train_dreamer.to_grey(study.picture(study.frames[0, 0])[None]))
     np.testing.assert_allclose(lent[study.frames[0, 0]], encoder(frame)[0], rtol=1e-4, atol=1e-5)
     assert not np.allclose(own[study.frames[0, 0]], lent[study.frames[0, 0]])
 

@@ -78,7 +78,7 @@ class ScriptEpochs:
         self.model = self.run.compute.place(train_dreamer.build_model(self.args, unit_scaler(), "additive"))
         optimizer = common.build_optimizer(self.model, self.args)
         self.training = common.Training(self.run, self.model, optimizer, self.args, "last", dict)
-        self.loss_function = train_dreamer.DreamLoss(self.args, unit_scaler(), self.run.compute.device)
+        self.loss_function = train_dreamer.DreamLoss(self.args, unit_scaler())
 
     def epoch(self):
         train_dreamer.train_one_epoch(self.model, self.loader, self.loss_function, self.training, self.run.compute)
@@ -95,7 +95,7 @@ class BareEpochs:
         device = self.compute.device
         self.model = self.compute.place(train_dreamer.build_model(args, unit_scaler(), "additive")).train()
         self.optimizer = common.build_optimizer(self.model, args)
-        self.loss_function = train_dreamer.DreamLoss(args, unit_scaler(), device)
+        self.loss_function = train_dreamer.DreamLoss(args, unit_scaler())
         self.batches = []
         for start in range(0, options.transitions, options.batch_size):
             size = min(options.batch_size, options.transitions - start)
@@ -144,7 +144,7 @@ class ReferenceEpochs:
             layer.self_attn.dropout = 0.1
         self.model = self.model.to(self.device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 2e-4)
-        self.loss_function = train_dreamer.DreamLoss(args, unit_scaler(), self.device)
+        self.loss_function = train_dreamer.DreamLoss(args, unit_scaler())
         self.loader = torch.utils.data.DataLoader(
             PlainFrames(folder, options), options.batch_size, shuffle=True, num_workers=options.workers, persistent_workers=True)
 
