@@ -34,12 +34,6 @@ def content_keys(sources):
     return np.array([keys[source] for source in sources])
 
 
-def clip_contents(table, file_keys):
-    """(N,) text, equal where the same pixels are meant: content of the file and window."""
-    spans = zip(file_keys, np.round(table.windows, 3).tolist(), table.unit)
-    return np.array([f"{file_key} {window} {unit}" for file_key, window, unit in spans])
-
-
 def window_pairs(table, file_keys, gap_sec):
     """Rows of one video -> {overlapping_windows, near_windows: lists of (i, j)}.
 
@@ -58,7 +52,7 @@ def window_pairs(table, file_keys, gap_sec):
         for place, i in enumerate(rows):
             later = rows[place + 1:]
             is_same = (start[later] == start[i]) & (end[later] == end[i])
-            is_same_unit = (table.unit[later] == table.unit[i]) | is_whole[later] | is_whole[i]
+            is_same_unit = (table.unit[later] == table.unit[i]) | is_whole[i]  # whole clips come first
             later = later[is_same_unit & ~is_same]
             gap = start[later] - end[i]
             is_near = (gap >= 0) & (gap < gap_sec) & (table.unit[i] == "sec")
@@ -81,7 +75,8 @@ def audit_table(table, split, audits=None, durations=None, predictions=None, pos
     table = dataclasses.replace(table.take(rows), parts=parts)
     split = {part: np.flatnonzero(parts == part) for part in split if part in parts}
     file_keys = content_keys(table.sources)
-    contents = clip_contents(table, file_keys)
+    # equal where the same pixels are meant
+    contents = list(map(str, zip(file_keys, np.round(table.windows, 3).tolist(), table.unit)))
     phash = None
     if audits:
         contents = [audits[row].pixel_sha for row in rows]
@@ -116,8 +111,7 @@ def record_split(run, table, audits, split):
     report = audit_table(table, split, audits, gap_sec=args.gap_sec)
     keeps_groups = args.split_by in (None, "group")
     columns = confounding.prior_levels(table) if keeps_groups else {}
-    for name in {"video", "pair", "hour"} & columns.keys():  # which are no columns of the manifest
-        del columns[name]
+    columns.pop("video", None)  # which is no column of the manifest
     stopping = splitting.STOPPING_LEAKS if keeps_groups and args.group_column else SAME_EVENT
     groups = table.groups if args.group_column else None
     return splitting.record_split(run, split, table.clip_ids, report, stopping, columns, groups)
@@ -126,14 +120,13 @@ def record_split(run, table, audits, split):
 def audit_videos(table, fps, **options):
     """audit_table of the parts of a table, with what a whole pass over each video finds; options: of audit_table."""
     infos = {source: video_files.probe(source, fps) for source in set(table.sources)}
-    split = {part or "all": np.flatnonzero(table.parts == part) for part in ("train", "val", "test", "")}
+    split = {part or "all": np.flatnonzero(table.parts == part) for part in (*splitting.PARTS, "")}
     durations = {source: info.duration_sec for source, info in infos.items() if not info.error}
     report = audit_table(table, split, durations=durations, **options)
     report["skipped"] = table.skipped
-    report["unreadable"] = {str(source): info.error for source, info in infos.items() if info.error}
-    report["damaged"] = {str(source): info.damage for source, info in infos.items() if info.damage}
     report["notes"] += [f"note: {note}" for note in table.notes]
-    for what in ("unreadable", "damaged"):
+    for what, field in (("unreadable", "error"), ("damaged", "damage")):
+        report[what] = {str(source): getattr(info, field) for source, info in infos.items() if getattr(info, field)}
         lines = [f"{path}: {reason}" for path, reason in report[what].items()]
         if lines:
             report["notes"].append(f"{what}, {len(lines)} of {len(infos)} videos: {common.shorten_list(lines)}")
@@ -153,10 +146,15 @@ def seen_events(table):
 
 def _renamed_copies(table, file_keys):
     """(N,) text: the videos with the same content, '' where there is one."""
-    videos = collections.defaultdict(set)
-    for key, video in zip(file_keys, table.videos):
-        videos[key].add(video)
-    return [" = ".join(sorted(videos[key])) if len(videos[key]) > 1 else "" for key in file_keys]
+    import pandas as pd
+    videos = pd.Series(table.videos)
+    copies = videos.groupby(file_keys).transform(lambda own: " = ".join(sorted(set(own))))
+    return copies.mask(copies == videos, "")
+
+
+def count_classes(table):
+    """{class: how many rows are of it}; {} where the names are those of scores."""
+    return {name: (table.label == c).sum() for c, name in enumerate(table.names) if table.label is not None}
 
 
 def describe_part(table):
@@ -164,9 +162,6 @@ def describe_part(table):
     import pandas as pd
 
     shown = pd.DataFrame({"video": table.videos, "event": table.events, "label": table.label})
-    classes = {}
-    if table.label is not None:
-        classes = {name: (table.label == c).sum() for c, name in enumerate(table.names)}
     of_videos = shown.groupby("video").nunique()  # 0 labels without classes
     n_labels = shown.groupby("event")["label"].nunique()
     return {
@@ -175,7 +170,7 @@ def describe_part(table):
         "videos": len(of_videos),
         "events": len(n_labels),
         "groups": None if table.groups is None else len(set(table.groups)),
-        "classes": classes,
+        "classes": count_classes(table),
         "events_per_video": of_videos["event"].agg(["min", "median", "max"]).to_dict(),
         "pure_videos": (of_videos["label"] == 1).sum(),
         "mixed_videos": (of_videos["label"] > 1).sum(),
@@ -188,9 +183,10 @@ def past_the_end(table, durations):
     durations: {source: seconds}.
     """
     seconds = np.array([durations.get(source, math.nan) for source in table.sources])
+    start, end = table.windows.T
     is_seconds = table.unit == "sec"
-    past = is_seconds & (table.windows[:, 0] >= seconds)
-    cut = is_seconds & ~past & (table.windows[:, 1] > seconds + 0.1)
+    past = is_seconds & (start >= seconds)
+    cut = is_seconds & ~past & (end > seconds + 0.1)
     return {
         "past": splitting.found_items(table.clip_ids[past]),
         "cut": splitting.found_items(table.clip_ids[cut]),
@@ -243,15 +239,13 @@ def audit_notes(report):
     lines = [_part_note(part, held) for part, held in report["parts"].items()]
     for part, seen in report["seen_events"].items():
         lines.append(f"{seen['count']} of {seen['of']} {part} events are in {seen['in']}")
-    if "windows_past_the_end" in report:
-        windows = report["windows_past_the_end"]
+    if windows := report.get("windows_past_the_end"):
         past = windows["past"]
         lines.append(
             f"windows: {past['count']} start past the end of their file "
             f"({common.shorten_list(past['examples'], 3) or 'none'}), {windows['cut']['count']} are cut by it; "
             f"{windows['unknown_duration']} files of unknown length")
-    if "probability_clusters" in report:
-        clusters = report["probability_clusters"]
+    if clusters := report.get("probability_clusters"):
         lines.append(
             f"probabilities: {clusters['rows_in_clusters']} of {clusters['rows']} rows "
             f"share theirs with two or more others ({clusters['values']} values)")
