@@ -56,17 +56,17 @@ def check_flags(parser, args):
         parser.error(f"--manifest {args.manifest} is split here; give it alone, or the manifests of the parts")
     if args.mode != "train":
         return
-    asked = [name for name in ("folds", "cv_file", "test_groups", "split_file") if getattr(args, name)]
-    if args.test_ratio and "test_ratio" in args.given:  # else it stands in a configuration
-        asked.append("test_ratio")
-    flags = ", ".join(f"--{name}" for name in asked)
+    asked = {name for name in ("folds", "cv_file", "test_groups", "split_file") if getattr(args, name)}
+    if args.test_ratio:
+        asked |= {"test_ratio"} & args.given  # else it stands in a configuration
+    flags = ", ".join(f"--{name}" for name in sorted(asked))
     if manifests and not args.manifest:
         if not args.train_manifest:
             parser.error("manifests of parts need --train_manifest")
         if asked:
             parser.error(f"manifests of parts are the split, without folds or other ways to make one: {flags}")
         return
-    if {"cv_file", "test_groups"} & {*asked} and {"split_file", "test_ratio"} & {*asked}:
+    if {"cv_file", "test_groups"} & asked and {"split_file", "test_ratio"} & asked:
         parser.error(f"give one way to split of: {flags}")
     if not args.cv_file:
         splitting.check_flags(parser, args)
@@ -82,18 +82,18 @@ def asked_splits(args, table):
 
 def make_split(args, table):
     """{train, val, test: rows} by the manifests' parts, --test_groups, ratios or --split_file."""
-    if (table.parts != "").any():
-        split = {part: np.flatnonzero(table.parts == part) for part in splitting.PARTS}
-        return split if len(split["val"]) else split | part_of_train(args, table, split["train"])
-    if args.test_groups:
-        test, rest = kept_for_test(args, table)
-        return part_of_train(args, table, rest) | {"test": test}
-    return splitting.split_of_flags(args, *split_columns(args, table))
+    parts = given_parts(args, table)
+    if not any(parts):
+        return splitting.split_of_flags(args, *split_columns(args, table))
+    split = {part: np.flatnonzero(parts == part) for part in splitting.PARTS}
+    return split if len(split["val"]) else split | part_of_train(args, table, split["train"])
 
 
 def make_folds(args, table):
     """List of {train, val, test: rows}: of --cv_file or of --folds; test groups are in no fold."""
-    test, rest = kept_for_test(args, table)
+    is_test = given_parts(args, table) == "test"
+    test = np.flatnonzero(is_test)
+    rest = np.flatnonzero(~is_test)
     if args.cv_file:
         folds = score_tables.read_cv_file(args.cv_file, table.take(rest))
         if args.fold != "all" and args.fold >= len(folds):
@@ -112,12 +112,11 @@ def split_columns(args, table, rows=slice(None)):
     return [column[rows] for column in (table.clip_ids, event_tables.strata_of(table), kept_whole)]
 
 
-def kept_for_test(args, table):
-    """(rows of --test_groups, all others)."""
-    is_test = np.zeros(len(table), bool)
-    if args.test_groups:
-        is_test = event_tables.group_mask(table, args.test_groups)
-    return np.flatnonzero(is_test), np.flatnonzero(~is_test)
+def given_parts(args, table):
+    """(N,) part of each row by --test_groups (all others: train) or by the manifests, '' = none."""
+    if not args.test_groups:
+        return table.parts
+    return np.where(event_tables.group_mask(table, args.test_groups), "test", "train")
 
 
 def part_of_train(args, table, rows):
