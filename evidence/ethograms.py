@@ -4,6 +4,8 @@ Letters: W windows, C classes, V videos, D resamples. Units: seconds from the st
 """
 import dataclasses
 import fractions
+import functools
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,7 @@ class Windows:
     probability: np.ndarray  # (W, C)
     chosen: np.ndarray  # (W,) class indices
 
-    @property
+    @functools.cached_property
     def edges(self):
         """(W + 1,) times: window k decides from edge k to edge k + 1, the time nearest to its middle."""
         middles = self.spans.mean(1)
@@ -52,16 +54,12 @@ class Windows:
         return np.searchsorted(self.edges[1:-1], time_sec, "right")
 
 
-@dataclasses.dataclass
-class Bout:
-    """A behaviour from its start to its end."""
+class Bout(typing.NamedTuple):
+    """A behaviour from its start to its end: a row of bouts.csv."""
     label: str
     start_sec: float
     end_sec: float
     mean_probability: float
-
-
-BOUT_COLUMNS = [field.name for field in dataclasses.fields(Bout)]
 
 
 def join_close(windows, merge_gap_sec):
@@ -74,7 +72,7 @@ def join_close(windows, merge_gap_sec):
     gaps = []
     for c in np.unique(joined):
         own = np.flatnonzero(joined == c)
-        for before, after in zip(own[:-1], own[1:]):
+        for before, after in zip(own, own[1:]):
             gap = round(edges[after] - edges[before + 1], 6)
             gaps.append((gap, before, after))
     for gap, before, after in sorted(gaps):
@@ -91,14 +89,13 @@ def bouts_of(windows, names, min_bout_sec=0.0, merge_gap_sec=0.0):
     """
     edges = windows.edges
     classes = join_close(windows, merge_gap_sec)
-    first = np.flatnonzero(np.diff(classes, prepend=-1))
+    changes = np.flatnonzero(np.diff(classes, prepend=-1, append=-1))
     bouts = []
-    for begin, end in zip(first, np.append(first[1:], len(classes))):
+    for begin, end in zip(changes, changes[1:]):
         start_sec, end_sec = edges[[begin, end]]
         if end_sec - start_sec >= min_bout_sec - SLACK_SEC:
             c = classes[begin]
-            mean = windows.probability[begin:end, c].mean()
-            bouts.append(Bout(names[c], start_sec, end_sec, mean))
+            bouts.append(Bout(names[c], start_sec, end_sec, windows.probability[begin:end, c].mean()))
     return bouts
 
 
@@ -110,13 +107,14 @@ def describe(recording, windows, names, args, folder):
     plot_ethogram(windows, bouts, names, folder / "ethogram.png")
     if args.annotate:
         annotate(recording, windows, names, folder / "annotated.mp4")
+    start_sec, end_sec = windows.spans.T
     columns = {
         "video": str(recording.path.resolve()),
-        "start_sec": windows.spans[:, 0],
-        "end_sec": windows.spans[:, 1],
-        "pred_label": np.array(names)[windows.chosen]}
-    columns |= {f"prob_{name}": p for name, p in zip(names, windows.probability.T)}
-    tables = {"windows": pd.DataFrame(columns), "bouts": pd.DataFrame(bouts, columns=BOUT_COLUMNS)}
+        "start_sec": start_sec,
+        "end_sec": end_sec,
+        "pred_label": np.array(names)[windows.chosen],
+        **{f"prob_{name}": p for name, p in zip(names, windows.probability.T)}}
+    tables = {"windows": pd.DataFrame(columns), "bouts": pd.DataFrame(bouts, columns=Bout._fields)}
     tables["bouts"].insert(0, "video", columns["video"])
     write_all(folder, [tables])
     return tables
@@ -140,8 +138,7 @@ def plot_ethogram(windows, bouts, names, path):
     is_long = end - begin > 300
     unit = 60 if is_long else 1
     edges = np.linspace(begin, end, n_strips + 1) / unit
-    size = (9, 0.7 + 0.45 * len(names))
-    figure, axes = plotting.new_figure(n_strips, 1, size)
+    figure, axes = plotting.new_figure(n_strips, 1, (9, 0.7 + 0.45 * len(names)))
     middles = windows.spans.mean(1) / unit
     for axis, left, right in zip(axes, edges, edges[1:]):
         for c, name in enumerate(names):
@@ -269,8 +266,8 @@ def compare_spans(found, true, watched):
     """Numbers and seconds of the spans (n, 2) and (m, 2) of one class, the true ones cut to what was watched."""
     true = np.clip(true, *watched)
     true = true[true[:, 1] > true[:, 0]]
-    numbers = {f"pairs_at_{iou}": count_pairs(found, true, iou) for iou in IOUS}
-    return numbers | {
+    return {
+        **{f"pairs_at_{iou}": count_pairs(found, true, iou) for iou in IOUS},
         "bouts": len(found),
         "events": len(true),
         "found_sec": covered(found),
@@ -303,24 +300,21 @@ def judge_bouts(windows, bouts, events, names):
     have windows: precision, recall and F1 of bouts that are paired with events at each IoU, and Cohen's kappa over
     time, that of infinitely short frames. Intervals over videos: none under 5.
     """
+    import pandas as pd
     counts = []
     for video, rows in windows.groupby("video", sort=False):
         watched = rows["start_sec"].min(), rows["end_sec"].max()
         counts += [compare_spans(spans_of(bouts, video, name), spans_of(events, video, name), watched) for name in names]
-    numbers = {key: np.array([each[key] for each in counts]).reshape(-1, len(names))
-               for key in counts[0]}  # (V, C) each
-    n_videos = windows["video"].nunique()
+    numbers = {key: column.to_numpy().reshape(-1, len(names))
+               for key, column in pd.DataFrame(counts).items()}  # (V, C) each
+    n_videos = len(numbers["bouts"])
 
     def statistic(weights):
         return {}, bout_metrics({key: weights @ values for key, values in numbers.items()})  # (D, C) each
-    n_bouts = numbers["bouts"].sum(0)  # (C,)
-    n_events = numbers["events"].sum(0)
+    n_events = numbers["events"].sum(0)  # (C,)
     result = subject_intervals.estimate(
         statistic, None, n_videos, "videos", names=names, n=n_events, rows=n_videos, support={})
-    table = []
-    for c, name in enumerate(names):
-        row = {"label": name, "bouts": n_bouts[c], "events": n_events[c]}
-        for metric, found in result.each.model.items():
-            row |= found.at(c).columns(metric)
-        table.append(row)
-    return table, result.method
+    columns = {"label": names, "bouts": numbers["bouts"].sum(0), "events": n_events}
+    for metric, found in result.each.model.items():
+        columns |= found.columns(metric)
+    return pd.DataFrame(columns).to_dict("records"), result.method
