@@ -89,9 +89,9 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
         known = set(map(csv_tables.column_key, raw))
         raw = raw.assign(**{name: "" for name in target_columns if csv_tables.column_key(name) not in known})
     names = score_columns(raw, target_columns, path)
-    columns = [csv_tables.to_numbers(raw[name], f"{path}, column {name}") for name in names]
-    target = np.stack(columns, axis=1)  # (N, R)
-    extra = event_tables.keyed_columns(raw.drop(columns=names), path)
+    target = np.column_stack([csv_tables.to_numbers(raw[name], f"{path}, column {name}") for name in names])  # (N, R)
+    others = raw.drop(columns=names)
+    extra = event_tables.keyed_columns(others, path)
     known = (*event_tables.PATH_COLUMNS, "media", "sequence_id", "id")
     source = csv_tables.find_column(extra, known, path_column, f"{path} has no column for --path_column")
     group = csv_tables.find_column(extra, GROUP_COLUMNS, group_column, f"{path} has no column for --group_column")
@@ -110,10 +110,10 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     if unsaid:
         notes.append(f"{', '.join(unsaid)}: not read as times of a sequence; those say their unit, such as start_sec")
     used = {group, source, "sequence_id", "id"}
-    others = [name for name in raw.drop(columns=names)
-              if csv_tables.column_key(name) not in used and csv_tables.looks_numeric(raw[name])]
-    if others and not target_columns:
-        notes.append(f"numeric columns that are no scores by their names: {common.shorten_list(others)}; "
+    numeric = [name for name in others
+               if csv_tables.column_key(name) not in used and csv_tables.looks_numeric(others[name])]
+    if numeric and not target_columns:
+        notes.append(f"numeric columns that are no scores by their names: {common.shorten_list(numeric)}; "
                      "--target_columns names the scores")
     rows["reason"] = np.where(np.isnan(target).all(axis=1) & need_labels, "no score", "")
     table = event_tables.build_table(rows, extra, names, notes, group, group_column, target)
@@ -151,8 +151,8 @@ def total_and_parts(names, target):
     import pandas as pd
     keys = [csv_tables.column_key(name) for name in names]
     totals = [r for r, key in enumerate(keys) if "total" in key]
-    no_part = re.compile("nrs|vas|total|sum|mean")
-    parts = [r for r, key in enumerate(keys) if not no_part.match(key) and r not in totals[:1]]
+    parts = [r for r, key in enumerate(keys)
+             if not re.match("nrs|vas|total|sum|mean", key) and r not in totals[:1]]
     if not totals or not parts:
         return None, [], ""
     total = totals[0]
@@ -197,8 +197,8 @@ def read_cv_file(path, table):
             f"--cv_file {path}: expected cv_folds as a list or with keys fold_0, fold_1, ...; found {found}")
     folds = [fold_rows(fold, k, path, table) for k, fold in enumerate(listed)]
     n_judged = sum(np.isin(np.arange(len(table)), fold["val"]) for fold in folds)  # (N,)
-    twice = list(dict.fromkeys(table.groups[n_judged > 1]))
-    never = list(dict.fromkeys(table.groups[n_judged == 0]))
+    twice = dict.fromkeys(table.groups[n_judged > 1])
+    never = dict.fromkeys(table.groups[n_judged == 0])
     if twice:
         raise common.UserError(f"--cv_file {path}: expected each animal in val_animals of one fold, as its rows are "
                                f"judged once; in several: {common.shorten_list(twice)}")
@@ -239,8 +239,9 @@ def fold_rows(fold, k, path, table):
 
 def animals_of(fold, side):
     """Set of the animals under train_animals, train or any train_*; the same for val. An animal may stand in a list."""
-    for key, value in ({f"{side}_animals": None} | fold).items():  # that name first
-        if re.match(f"{side}[_a-z]*$", str(key)) and isinstance(value, (list, tuple, set)):
-            lists = [each if isinstance(each, list) else [each] for each in value]
+    for key in (f"{side}_animals", *fold):  # that name first
+        animals = fold.get(key)
+        if re.match(f"{side}[_a-z]*$", str(key)) and isinstance(animals, (list, tuple, set)):
+            lists = [each if isinstance(each, list) else [each] for each in animals]
             return {event_tables.plain_level(name) for name in itertools.chain(*lists)}
     return set()
